@@ -16,7 +16,7 @@ from .robustness import alone, contests, large_images, own_data, pack_zoo
 from .robustness.broken import run_broken
 from .robustness.studies import run_study
 from .robustness.truth import run_truth
-from .speed import gradient_memory, neighbors, processes, running
+from .speed import gradient_memory, neighbors, running
 from .speed.elsewhere import measuring as elsewhere
 from .speed.ops import registry
 
@@ -43,7 +43,6 @@ COMMANDS: dict[str, tuple[Any, str]] = {
     "gpu_check": (gpu_check, "run the checks that need a GPU, in two calls of 150 s and of nine minutes"),
     "gpu_train": (gpu_train, "train models of full size on CIFAR-10 within nine minutes of a GPU, and judge them"),
     "memory": (gradient_memory, "measure the memory of the gradient through a diffusion process"),
-    "processes": (processes, "measure an evaluation on two processes, and count how much faster eight processes are"),
     "neighbors": (neighbors, "time gradients in one and in all threads, alone and beside busy processes"),
     "ship": (
         SimpleNamespace(main=fill.ship, arguments=fill.ship_arguments),

@@ -25,7 +25,7 @@ from ..robustness import alone, contests, large_images, own_data, pack_zoo
 from ..robustness.broken import broken_tables as broken
 from ..robustness.broken import code as code_of_broken
 from ..robustness.truth import truth_tables as truth
-from ..speed import gradient_memory, neighbors, processes, running, sheets, shipping
+from ..speed import gradient_memory, neighbors, running, sheets, shipping
 from ..speed.elsewhere import measuring as elsewhere
 from . import front_page, gpu_tables, performance
 
@@ -73,7 +73,6 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "large_images": large_images.table,
     "own_data": own_data.table,
     "reading": own_data.reading_table,
-    "processes": processes.table,
     "elsewhere": elsewhere.table,
     "neighbors": neighbors.table,
 }

@@ -54,9 +54,9 @@ from .run.curve import Curve, attacks_of_curve, radii_of
 from .run.measure import Measure
 from .run.progress import Progress
 from .run.row_judge import EXAMPLES
+from .run.shards import Shards
 from .run.specified import settings_of
 from .run.stopping import notes_of_proofs, notes_of_unsearched
-from .run.team import Team
 from .run.thread_choice import choose_threads
 from .show.report import Report
 from .suspicion import Suspicion
@@ -140,7 +140,7 @@ def evaluate(
         ValueError: a wrong shape, dtype, range or setting, or a setting that is given twice; a model that writes to its
             input, or does not accept every batch size; ``predict`` with a deterministic model; ``out`` is a file; or
             several processes have different arguments.
-        ConnectionError: the first of several processes does not respond.
+        ConnectionError: another process has ended.
         TypeError: images or labels are neither tensors nor arrays, eps is not a number, config is not an
             `EvaluateConfig`, base cannot be called, or an element of ``attacks`` is not an attack.
         ModuleNotFoundError: an attack needs AutoAttack's package, which is not installed.
@@ -161,9 +161,7 @@ def evaluate(
     def run(draws: bool) -> Report:
         report = Report(about=facts(config, norm, eps, model, device), notes=list(notes))
         with contextlib.ExitStack() as stack:
-            team = stack.enter_context(Team(config.together, evenly=not isinstance(config.batch_size, int)))
-            if team.shares > 1:
-                report.about["divided"] = f"evenly among {team.shares} processes"
+            shards = stack.enter_context(Shards(config.together))
             stack.enter_context(torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []))
             stack.enter_context(torch.no_grad())
             stack.enter_context(raced_convolutions(config.cudnn_benchmark, device))
@@ -188,7 +186,7 @@ def evaluate(
             if config.predict is not None:
                 plan = beside_fixed(plan, subject)
             context = _context(config, subject, ball)
-            folder = Path(out) if out is not None and team.rank == 0 else None
+            folder = Path(out) if out is not None and shards.rank == 0 else None
             if folder is not None and mark is None:
                 why = f'because this model {reason}. In Python, evaluate(..., revision="1") keeps them'
                 logger.warning("out: the finished rows of %s are not kept, %s", name, why)
@@ -197,14 +195,18 @@ def evaluate(
             others = _admit([base, *(spec.other_model for spec in plan)], subject, cache, stack)
             if config.batch_size == "auto":
                 make_room(subject, others, config.memory, cache)
-                at_once = team.from_first(
-                    "images at once", lambda: subject.room.limit(context.resources.max_forward_batch)
-                )
+                at_once = shards.from_first(lambda: subject.room.limit(context.resources.max_forward_batch))
                 context = replace(context, resources=replace(context.resources, max_forward_batch=at_once))
             choose_threads(subject, cache)
-            shown = Progress(name, progress and team.rank == 0)
+            shards.progress = Progress(name, progress and shards.rank == 0)
             measure = Measure(
-                subject, context, name, cache=cache, progress=shown, team=team, keep_all=config.keep == "all"
+                subject,
+                context,
+                name,
+                cache=cache,
+                progress=shards.progress,
+                shards=shards,
+                keep_all=config.keep == "all",
             )
             witnessed = None
             if config.keep == "all":
@@ -298,25 +300,24 @@ class _Evaluation:
             witnessed: facts about the model for the file of fallen images; None if no such file is written.
         """
         report, measure = self.report, self.measure
-        context, team, name = measure.context, measure.team, measure.name
+        context, shards, name = measure.context, measure.shards, measure.name
         self.choose_attacks(self.asked_for)
         subject, resources = measure.subject, context.resources
-        team.check_same(
+        shards.check_same(
             {
                 "images": subject.data,
                 "models": [self.mark, subject.num_classes, subject.is_random],
                 "seed": subject.seed,
-                "batch size": [resources.batch_size, resources.max_forward_batch, team.shares],
+                "batch size": [resources.batch_size, resources.max_forward_batch],
                 "attacks": [[row_name(spec, context), settings_of(spec, subject, context)] for spec in measure.attacks],
             }
         )
         suspicion = Suspicion(report, measure, self.before, self.compares)
         asked = None if self.before is None else suspicion.ask_before(self.before, self.costs())
-        if self.before is not None:
-            signs = None if asked is None else signs_of_masking(asked, subject.is_random)
-            self.act_on(team.from_first("signs", lambda: signs))
-        if team.rank > 0:
-            return self.work_for_first()
+        if asked is not None:
+            self.act_on(signs_of_masking(asked, subject.is_random))
+        if shards.rank > 0:
+            return Report.from_json(measure.follow())
         report.rows = self.rows()
         if witnessed is not None:
             self.gather_witnesses(witnessed)
@@ -325,13 +326,11 @@ class _Evaluation:
         if self.radii:
             report.curves.setdefault(name, {})[CURVE] = self.curve.points(report.rows, float(context.eps))
         report.notes += notes_of_unsearched(report.rows) + notes_of_proofs(report.rows)
-        team.wait_for_idle()
-        measure.cache.clear()
         if name in report.headlines and (test := report.claim_test(report.headlines[name])) is not None:
             report.about["claim_test"] = test.verdict
         report.about["seconds"] = measure.progress.told()
         report.about["peak_memory"] = f"{peak_so_far(subject.device) / 1e9:.2f} GB"
-        team.end(report.to_json)
+        shards.end(report.to_json())
         return report
 
     def choose_attacks(self, asked_for: Sequence[AttackSpec]) -> None:
@@ -362,11 +361,6 @@ class _Evaluation:
             f"searched all images that had not fallen, and took all of its steps{rows}"
         )
         self.choose_attacks(further)
-
-    def work_for_first(self) -> Report:
-        """Make batches for the first process; at the end, return the report of that process."""
-        self.measure.work_for_first()
-        return Report.from_json(self.measure.team.report())
 
     # -- the rows -----------------------------------------------------------------------------------------------------
 

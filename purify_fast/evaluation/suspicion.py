@@ -14,7 +14,7 @@ from .._tensors import digest
 from .alarms import Evidence, Probes, findings, probe
 from .alarms.answers import ALONE, PROBED, Before, Missing, differences, has_no_gradient
 from .alarms.evidence import IDENTITIES
-from .alarms.probes import Probe, asked_before, near, probes_before
+from .alarms.probes import asked_before, near, probes_before
 from .alarms.probes import cost as cost_of_probes
 from .results.rows import Worst
 from .results.worst_rows import count_fallen
@@ -106,11 +106,11 @@ class Suspicion:
         settings = {name: getattr(context, name) for name in ("eps", "norm", "eot_iter")}
         settings |= {name: getattr(context.resources, name) for name in ("batch_size", "max_forward_batch")}
         settings |= {"probes": 10, "images": PROBED, "data": subject.data, "seed": subject.seed}
-        settings |= {"rule": RULE} | self.measure.team.divided() if subject.is_random else {}
+        settings |= {"rule": RULE} if subject.is_random else {}
         return self.measure.cache.key(settings | {"variant": subject.is_random} | more, subject.model)
 
-    def ask_before(self, before: Before, costs: Sequence[int | None]) -> Probes | None:
-        """Run the probes before the attacks. Return None in processes other than the first, which only help.
+    def ask_before(self, before: Before, costs: Sequence[int | None]) -> Probes:
+        """Run the probes before the attacks.
 
         Args:
             before: predictions of the model before the attacks.
@@ -120,26 +120,24 @@ class Suspicion:
         context, subject = measure.context, measure.subject
         passes = cost_of_probes(subject, context)
         progress.costs = [passes, *costs]
+        probes = probes_before(before, context, counted_model(subject.model, progress))
 
-        def run(each: Probe) -> Any:
+        def run(number: int) -> Any:
             at_once = subject.room.limit(context.resources.max_forward_batch)
             resources = replace(context.resources, max_forward_batch=at_once, batch_size=subject.batch_size)
-            return each(replace(context, resources=resources))
+            return probes[number](replace(context, resources=resources))
 
-        # If memory runs out, a probe runs again with fewer images at once.
-        probes = probes_before(before, context, counted_model(subject.model, progress), measure.team.shares)
-        works = [functools.partial(subject.room.within, functools.partial(run, each)) for each in probes]
-        shared = functools.partial(measure.team.shared, works, measure.cache.folder, progress, "signs")
-        if measure.team.rank > 0:
-            shared()
-            return None
+        def part(number: int) -> Any:
+            # If memory runs out, a probe runs again with fewer images at once.
+            return subject.room.within(functools.partial(run, number))
 
         def make() -> dict[str, Any]:
             with progress.row("probes", passes):
-                values = shared()
+                values = measure.shards.share(range(len(probes)), part)
                 return asdict(subject.room.within(lambda: asked_before(before, context, values)))
 
-        asked = Probes(**measure.cache.values(self.probes_key({"before": True}), make))
+        cache, key = measure.cache, self.probes_key({"before": True})
+        asked = Probes(**measure.shards.from_first(lambda: cache.values(key, make), part))
         progress.next_row()
         return asked
 

@@ -352,6 +352,5 @@ def _different(saved: Any, wanted: Any, name: str = "") -> Iterator[str]:
 def refuse_another(folder: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Raise ValueError if the facts ``saved`` in a folder's checkpoint differ from those of this run, ``wanted``."""
     if difference := differences(saved, wanted):
-        raise ValueError(
-            f"{folder} holds a run with other images or settings ({difference}): pass another folder, or remove this one"
-        )
+        advice = "pass another folder, or remove this one"
+        raise ValueError(f"{folder} holds a run with other images or settings ({difference}): {advice}")

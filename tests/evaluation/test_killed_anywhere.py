@@ -15,7 +15,7 @@ import torch
 from evaluating import evaluate
 from forks import together
 from safetensors.numpy import save
-from teamwork import kill_at_call
+from shards_work import kill_at_call
 from torch import nn
 
 from purify_fast import ops

@@ -127,18 +127,16 @@ def _effort(subject: Subject, context: AttackContext) -> tuple[int, int, int]:
     return 1, 1, TARGETS
 
 
-def probes_before(before: Before, context: AttackContext, model: Classifier, shares: int = 1) -> list[Probe]:
+def probes_before(before: Before, context: AttackContext, model: Classifier) -> list[Probe]:
     """Return the probes that run before the attacks of the report. Each has at most as many images as a batch.
 
     Args:
         before: the model's predictions before the attacks.
         context: the settings of the attacks.
         model: the attacked model, in a wrapper that counts images.
-        shares: number of parts into which the images of each probe are divided, see `Team.shares`.
     """
     draws = DRAWS if before.subject.is_random else ()
-    most = min(context.resources.batch_size or len(before.x), math.ceil(len(before.x) / shares))
-    parts = torch.arange(len(before.x), device=before.x.device).split(most)
+    parts = torch.arange(len(before.x), device=before.x.device).split(context.resources.batch_size or len(before.x))
     kinds: list[Callable[..., Any]] = [_sweep, *(partial(_over_draws, n) for n in draws)]
     return [partial(kind, before, model, part) for kind in kinds for part in parts]
 

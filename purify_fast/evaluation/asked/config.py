@@ -45,12 +45,11 @@ class EvaluateConfig:
             under fixed noise if the model has ``fixed_noise``. With None, an image has fallen if any prediction is
             wrong, attacks search for images that all of five fresh draws misclassify, and no attack is repeated
             under fixed noise.
-        batch_size: number of images that are attacked together. None: 250. Several processes divide the images of each
-            attack evenly, so a batch may have fewer images. "auto": the same, but each pass of the model has only as
-            many images as fit into memory. The number per pass is measured on a pass of a few images, and is halved
-            when memory runs out. The number per pass does not change the result of a deterministic model, but it
-            changes the draws of a random model, as max_forward_batch and batch_size do. With "auto", attacks that are
-            functions or belong to other packages get a whole batch at once.
+        batch_size: number of images that are attacked together. None: 250. "auto": the same, but each pass of the model
+            has only as many images as fit into memory. The number per pass is measured on a pass of a few images, and
+            is halved when memory runs out. The number per pass does not change the result of a deterministic model, but
+            it changes the draws of a random model, as max_forward_batch and batch_size do. With "auto", attacks that
+            are functions or belong to other packages get a whole batch at once.
         max_forward_batch: largest number of images in a forward pass of an attack. This limit changes no result of
             a deterministic model. None: no limit.
         memory: with batch_size "auto": total memory that this process may use on the model's device, in bytes or as
@@ -80,10 +79,9 @@ class EvaluateConfig:
         dataset_name: name of the data set, for the report's title. On the command line, the default is the data set's
             name.
         together: whether the processes of torch's default process group share the work. Each process calls `evaluate`
-            with the same arguments, and attacks some of the batches. With the same number as batch_size, the result is
-            that of a single process, bit by bit. Only the first process writes and prints; the other processes get the
-            report without pictures. Processes without common temporary files need a common folder ``out``. False: each
-            process makes a separate evaluation.
+            with the same arguments, and attacks some of the batches. The result is that of a single process, bit
+            by bit. Only the first process writes and prints; the other processes get the report without pictures.
+            False: each process makes a separate evaluation.
 
     Raises:
         TypeError: claim, or a radius of curve, is not a number.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from ..asked.config import USUAL_BATCH
 from ..asked.specs import AttackSpec, check_adversarial
 from ..asked.subject import Subject
 from .cache import read_file
+from .shards import Shards
 from .stopping import StoppingRule
 
 #: The names of the counts that `GradientHealth` keeps.
@@ -62,7 +63,7 @@ class AttackRun:
 
     On a deterministic model the result of most attacks does not depend on the batches, because the random start of an
     image depends only on its index. On a random model each batch has a separate seed. The batches depend only on the
-    images and their order, on the batch size, on the number of shares and on the rule.
+    images and their order, on the batch size and on the rule.
 
     Args:
         spec: the attack.
@@ -70,15 +71,13 @@ class AttackRun:
         index: indices of the images, int64.
         subject: the evaluated model, with all clean images.
         context: the settings of the attack.
-        folder: a folder for the finished batches, which may contain batches of an interrupted run or of another
-            process. It is made when the first batch is saved. With None, no batch is saved.
+        folder: a folder for the finished batches, which may contain batches of an interrupted run. It is made when the
+            first batch is saved. With None, no batch is saved.
         rule: decides after each round of images whether the attack stops. With None, every batch is attacked.
-        shares: number of processes among which the images are divided evenly; 1 if only the batch size divides them.
 
     Attributes:
         parts: the indices of the images of each batch.
         rounds: the numbers of the batches of each round of the rule; without a rule all batches are one round.
-        by_image: whether every batch is a single image, whose outcome does not depend on the other images.
     """
 
     spec: AttackSpec
@@ -88,40 +87,20 @@ class AttackRun:
     context: AttackContext
     folder: Path | None
     rule: StoppingRule | None = None
-    shares: int = 1
 
     def __post_init__(self) -> None:
-        most, nearest = self.context.resources.batch_size or max(1, len(self.index)), self.spec.nearest
-        whole = max(1, min(len(self.index), self.rule.round) if self.rule else len(self.index))
-        if nearest is not None and self.shares == 1:
+        most = self.context.resources.batch_size or max(1, len(self.index))
+        if self.spec.nearest is not None:
             # An attack on the nearest images makes many runs from each, so it is divided in the usual ratio.
-            most = min(most, max(1, nearest * most // USUAL_BATCH))
-        elif nearest is not None and len(self.index) <= 2 * self.shares:
-            # A free process can begin with single images of the next attack (`Measure._ahead`).
-            most = 1
-        self.by_image = nearest is not None and most == 1
+            most = min(most, max(1, self.spec.nearest * most // USUAL_BATCH))
         self.parts, self.rounds = list[Tensor](), list[range]()
-        for images in self.index.split(whole):
+        for images in self.index.split(self.rule.round if self.rule else max(1, len(self.index))):
             if len(images):
-                parts = self._divided(images, most, whole)
+                parts = images.chunk(math.ceil(len(images) / most)) if self.rule else images.split(most)
                 self.rounds.append(range(len(self.parts), len(self.parts) + len(parts)))
                 self.parts += parts
-        self.names = [self._name(number) for number in range(len(self.parts))]
+        self._made = dict[int, AttackedBatch]()
         self._generators = self.subject.generators()
-
-    def _divided(self, images: Tensor, most: int, whole: int) -> Sequence[Tensor]:
-        """Divide a round's images into batches of at most ``most`` images; a full round has ``whole`` images."""
-        if self.shares == 1:
-            return images.chunk(math.ceil(len(images) / most)) if self.rule else images.split(most)
-        # Other processes already take batches of later rounds, so only few rounds are divided further.
-        in_round = math.ceil(self.shares / math.ceil(len(self.index) / whole))
-        count = in_round * math.ceil(len(images) / (in_round * most))
-        return images.tensor_split(min(count, len(images)))
-
-    def _name(self, number: int) -> str:
-        """Return the name of a batch. Batches of the same name and the same settings have the same outcome."""
-        images = digest(self.parts[number].cpu())
-        return images if self.by_image else f"{number}-{images}"
 
     def read(self, number: int) -> AttackedBatch | None:
         """Read a batch; None if it is not finished or its file is damaged."""
@@ -136,10 +115,11 @@ class AttackRun:
             write_sealed(path, values, {"images": images})
 
     def _path(self, number: int) -> Path | None:
-        return None if self.folder is None else self.folder / f"{self.names[number]}.safetensors"
+        name = f"{number}-{digest(self.parts[number].cpu())}.safetensors"
+        return None if self.folder is None else self.folder / name
 
     def make(self, number: int) -> AttackedBatch:
-        """Attack the images of a batch, and save the batch.
+        """Attack the images of a batch.
 
         Args:
             number: number of the batch.
@@ -153,18 +133,31 @@ class AttackRun:
         batch = self._attacked(part)
         if self.rule is not None:
             batch.fell = self.subject.room.within(lambda: self._fallen(part, batch.images))
-        self.keep(number, batch)
         return batch
+
+    def obtain(self, number: int, shards: Shards) -> AttackedBatch:
+        """Read or make a batch. If it is made, each further process makes one of the following missing batches."""
+        if number not in self._made:
+            if (found := self.read(number)) is not None:
+                return found
+            later = (other for other in range(number + 1, len(self.parts)) if not self._is_kept(other))
+            numbers = [number, *itertools.islice(later, shards.world - 1)]
+            for each, batch in zip(numbers, shards.share(numbers, self.make), strict=True):
+                self.keep(each, batch)
+                self._made[each] = batch
+        return self._made.pop(number)
+
+    def _is_kept(self, number: int) -> bool:
+        path = self._path(number)
+        return path is not None and path.exists()
 
     def _seed(self, number: int) -> None:
         """Set the random generators for a batch, so that any process would make the same batch at any time."""
-        if number == 0 and not self.by_image:
+        if number == 0:
             # The first batch needs no new seed, because the generators were seeded for the attack.
             self.subject.set_generators(self._generators)
         else:
-            # The 0 in the text must stay, because other texts give other seeds, and cached batches have these seeds.
-            which = f"image {int(self.parts[number])}" if self.by_image else number
-            torch.manual_seed(int(text_hash(f"{self.subject.seed} 0 {which}").hexdigest()[:15], 16))
+            torch.manual_seed(int(text_hash(f"{self.subject.seed} 0 {number}").hexdigest()[:15], 16))
 
     def _attacked(self, part: Tensor) -> AttackedBatch:
         """Attack some images, with fewer images per pass if memory runs out."""
@@ -205,23 +198,18 @@ class AttackRun:
         judge = Judge(self.target, max_forward_batch=most, graphs=resources.graphs)
         return has_fallen(judge.shares(images.to(subject.device), subject.y[part].to(subject.device))).int().tolist()
 
-    def sums(self, obtain: Callable[[int], AttackedBatch] | None = None) -> AttackedBatch:
-        """Make or read all batches, and sum up their results.
-
-        Args:
-            obtain: a function that returns the batch with a number, which several processes make. With None, this
-                process makes all batches.
+    def sums(self, shards: Shards) -> AttackedBatch:
+        """Obtain all batches from the processes, and sum up their results.
 
         Returns:
             The sums over the batches, with all images of the subject. Images that were not attacked are clean.
         """
-        obtain = obtain or (lambda number: self.read(number) or self.make(number))
         sums = AttackedBatch(self.subject.x.clone(), {}, 0.0)
         health, fallen = Counter(dict.fromkeys(COUNTS, 0)), Counter[str]()
         for numbers in self.rounds:
             fell, no_evidence = list[bool](), 0
             for number in numbers:
-                batch = obtain(number)
+                batch = self.obtain(number, shards)
                 sums.images[self.parts[number]] = batch.images.to(self.subject.x.device)
                 sums.seconds += batch.seconds
                 health.update(batch.health)

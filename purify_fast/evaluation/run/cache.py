@@ -61,7 +61,6 @@ class RowCache:
 
     Attributes:
         source: where the last row comes from, in words that follow its result; empty if the row was made.
-        busy: folders of batches to which other processes still write; `clear` removes them.
     """
 
     source = ""
@@ -69,7 +68,6 @@ class RowCache:
     def __init__(self, folder: Path | None, served: str = "", revision: str | None = None):
         self.folder = None if folder is None else folder / "rows"
         self.served, self.revision = served, revision
-        self.busy = set[Path]()
         # The names of the rows that this object has made.
         self._made = set[str | None]()
         # The fingerprint of each model, by its id, and the model itself, so that no other object can get this id.
@@ -130,8 +128,7 @@ class RowCache:
         kept = ", as in an earlier row with the same settings" if key in self._made else ", kept by an earlier run"
         self.source = "" if content is None else kept
         # The batches are always removed, because a run may have been interrupted after it wrote the row.
-        if batches not in self.busy:
-            remove_batches(batches)
+        remove_batches(batches)
         return row
 
     def batches(self, key: str | None) -> Path | None:
@@ -141,11 +138,6 @@ class RowCache:
             key: name of the attack's settings; with None the batches are not cached, and the result is None.
         """
         return self._path(key, ".batches")
-
-    def clear(self) -> None:
-        """Remove the folders in ``busy``."""
-        for folder in self.busy:
-            remove_batches(folder)
 
     def values(self, key: str | None, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Read plain values and tensors from the cache, or make the values and cache them.

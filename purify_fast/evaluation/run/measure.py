@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..._sealed import write_sealed
 from ..._tensors import digest
 from ...attacks import AttackContext, AttackersHead, frozen
 from ...defences.stochastic import WithAggregation
@@ -24,17 +21,31 @@ from ..asked.specs import AttackSpec
 from ..asked.subject import Subject, Variant
 from ..results.rows import VARIANTS_APART, Row, by_worst_points
 from .attack_run import AttackedBatch, AttackRun
-from .cache import RowCache, read_file, remove_batches
+from .cache import RowCache, remove_batches
 from .progress import CountedModel, Progress, counted_model
 from .row_judge import RowJudge
+from .shards import Shards
 from .specified import settings_of, target_of
 from .stopping import StoppingRule, by_margin, nearest_first
-from .team import Task, Team
 
-#: The file with the first points of an attack, for the processes that share the attack.
-BEGIN = "begin.safetensors"
 #: The rule by which random models are judged (docs/judge_reference.md). Increase it if the rule changes rows.
 RULE = 2
+
+
+class Task(NamedTuple):
+    """An attack that all processes share.
+
+    Args:
+        attack: the number of the attack in the evaluation.
+        images: indices of the attacked images, int64, in the order in which they are attacked.
+        begin: first points of the search, ``[N, C, H, W]``; None: the attack's usual first points.
+        draws_differ: whether the attacked model is random; None lets a test decide.
+    """
+
+    attack: int
+    images: Tensor
+    begin: Tensor | None = None
+    draws_differ: bool | None = None
 
 
 @dataclass
@@ -47,7 +58,7 @@ class Measure:
         name: name of the model.
         cache: the cache of finished rows.
         progress: counts images and shows the progress.
-        team: the processes of the evaluation.
+        shards: the processes of the evaluation.
         keep_all: whether rows contain every fallen image, and not only some for the pictures.
 
     Attributes:
@@ -60,14 +71,12 @@ class Measure:
     name: str
     cache: RowCache
     progress: Progress
-    team: Team
+    shards: Shards
     keep_all: bool = False
     attacks: list[AttackSpec] = field(default_factory=list, init=False)
     judge: RowJudge = field(init=False)
     _clean: dict[Variant, Row] = field(default_factory=dict, init=False)
     _targets: dict[int, CountedModel] = field(default_factory=dict, init=False)
-    # The number of finished runs of each attack.
-    _runs: Counter[int] = field(default_factory=Counter, init=False)
     # The last attack on a variant other than "random", and its outcome: the deployed model judges its images too.
     _search: tuple[AttackRun, AttackedBatch] | None = field(default=None, init=False)
 
@@ -118,7 +127,7 @@ class Measure:
         images = {"alive": digest(torch.from_numpy(alive)), "order": digest(index)} | self._known(spec, earlier)
 
         def make() -> Row:
-            run, sums = self.attack(spec, index, self.folder(spec), ahead=self._ahead(spec, left, margins))
+            run, sums = self.attack(spec, index, self.folder(spec))
             self._search = None if spec.variant == "random" else (run, sums)
             # On a deterministic model, images outside `alive` are misclassified or have fallen, and count as fallen.
             row = self.judge.judged(run, sums, settings, alive, [self.clean("random"), *earlier])
@@ -231,19 +240,14 @@ class Measure:
         }
         if subject.is_random:
             # Rows that were made by another rule for random models are not used.
-            whole |= {"rule": RULE, "choosing": subject.choosing} | self.team.divided()
+            whole |= {"rule": RULE, "choosing": subject.choosing}
         # The row of an attack without a revision is not cached, because nothing would show a change of the attack.
         named = all(revision is not None for _, revision, *_ in attacks)
         models = [subject.model, *([spec.other_model for spec in specs] or [None])]
         return self.cache.key(whole, *models) if named else None
 
     def attack(
-        self,
-        spec: AttackSpec,
-        index: Tensor,
-        folder: Path | None,
-        begin: Tensor | None = None,
-        ahead: Sequence[Task] = (),
+        self, spec: AttackSpec, index: Tensor, folder: Path | None, begin: Tensor | None = None
     ) -> tuple[AttackRun, AttackedBatch]:
         """Run an attack on some of the images.
 
@@ -253,146 +257,33 @@ class Measure:
             folder: the folder for the batches in the cache, in which there may be batches of an interrupted run. With
                 None, the batches are not cached.
             begin: first points of the search, ``[N, C, H, W]``; None: the attack's usual first points.
-            ahead: batches of later attacks, for processes that have no batch of this attack.
 
         Returns:
             The run of the attack, and its outcome (see `AttackRun.sums`). The outcome has only the images that the
             attack may get by its ``max_images``.
         """
-        team, number = self.team, self.attacks.index(spec)
-        shared = self._shared(number, folder)
-        with self._run(spec, index, shared, begin) as run:
-            obtain = None
-            if team.world > 1:
-                if begin is not None:
-                    assert shared is not None
-                    write_sealed(shared / BEGIN, {}, {"points": begin})
-                task = self._task(number, run, begin is not None)
-                team.publish([task, *ahead])
-                obtain = functools.partial(self._obtain, run, task)
+        task = Task(self.attacks.index(spec), index, begin)
+        with self._run(task, folder) as run:
+            self.shards.from_first(lambda: task._replace(draws_differ=run.context.draws_differ))
             cost = spec.resolved.cost(run.context)
             with self.progress.row(row_name(spec, self.context), None if cost is None else cost * len(index)):
-                sums = run.sums(obtain)
-        self._runs[number] += 1
-        if shared is not None and team.withdraw(str(shared.resolve())):
-            self.cache.busy.add(shared)
-        elif shared != folder:
-            remove_batches(shared)
+                sums = run.sums(self.shards)
+        remove_batches(folder)
         sums.images = sums.images[: spec.max_images]
         return run, sums
 
-    def _shared(self, number: int, folder: Path | None) -> Path | None:
-        """The folder of an attack's batches, for all processes; ``folder`` is the one in the cache."""
-        return self.team.folder(folder, self.cache.folder, f"{number} {self._runs[number]}")
-
-    def _task(self, number: int, run: AttackRun, begins: bool = False) -> Task:
-        """The missing batches of an attack, for all processes."""
-        assert run.folder is not None
-        return Task(
-            attack=number,
-            run=self._runs[number],
-            images=run.index.numpy().tobytes(),
-            batches=[(each, name) for each, name in enumerate(run.names) if run.read(each) is None],
-            folder=str(run.folder.resolve()),
-            draws_differ=run.context.draws_differ,
-            begins=begins,
-        )
-
-    def _ahead(self, spec: AttackSpec, left: np.ndarray, margins: np.ndarray) -> list[Task]:
-        """Predict the batches of the attacks after ``spec``, as far as these attack single images.
-
-        It is assumed that ``spec`` changes neither the images that are left nor their order. A batch for which this is
-        wrong is made for nothing, by a process that would have waited. So it changes no result.
-
-        Args:
-            spec: the present attack.
-            left: see `attacked`.
-            margins: see `attacked`.
-        """
-        tasks = list[Task]()
-        for number in range(self.attacks.index(spec) + 1, len(self.attacks) if self.team.world > 1 else 0):
-            each = self.attacks[number]
-            alike = threat_name(each, self.context) == threat_name(spec, self.context) and each.survivors_only
-            # The contexts of other variants cannot be entered within each other.
-            if (
-                each.nearest is None
-                or not alike
-                or {spec.variant, each.variant} != {"random"}
-                or each.judge is not None
-            ):
-                break
-            alive = torch.from_numpy(self._alive(each, each.variant, left)).nonzero()[:, 0]
-            folder = self._shared(number, self.folder(each))
-            with self._run(each, self.in_order(each, alive, margins), folder, None) as run:
-                if run.by_image:
-                    tasks.append(self._task(number, run))
-        return tasks
-
-    def _obtain(self, run: AttackRun, task: Task, number: int) -> AttackedBatch:
-        """Read or make a batch of the present attack, which is in the newest list of the team."""
-
-        def make(each: Task, number: int) -> None:
-            if each is task:
-                run.make(number)
-            else:
-                with self._run_of(each) as other:
-                    other.make(number)
-
-        read = functools.partial(run.read, number)
-        batch = read()
-        if batch is None and number in dict(task.batches):
-            batch = self.team.obtain(task.place(run.names[number]), read, make, self.progress)
-        return batch or run.make(number)
-
-    def work_for_first(self) -> None:
-        """Make batches for the first process until the evaluation ends."""
-        with contextlib.ExitStack() as stack:
-            opened, run = None, None
-            for task, number in self.team.batches(self.progress):
-                if run is None or task != opened:
-                    stack.close()
-                    opened, run = task, stack.enter_context(self._run_of(task))
-                run.make(number)
+    def follow(self) -> str:
+        """In another process than the first: make a part of all batches; return the report of the first process."""
+        task = self.shards.from_first(_no_task)
+        while isinstance(task, Task):
+            with self._run(task) as run:
+                task = self.shards.follow(run.make)
+        return str(task)
 
     @contextlib.contextmanager
-    def _run_of(self, task: Task) -> Iterator[AttackRun]:
-        """A context with the run of an attack that another process, or this process, has published.
-
-        Raises:
-            ValueError: this process cannot see the folder of the batches.
-        """
-        folder = Path(task.folder)
-        self.team.check_folder(folder)
-        index = torch.frombuffer(bytearray(task.images), dtype=torch.int64)
-        content = read_file(folder / BEGIN) if task.begins else None
-        if task.begins and content is None:
-            raise ValueError(
-                f"{folder / BEGIN} is missing or damaged, although process 0 has written the first points of the "
-                "attack to this file: start all processes again"
-            )
-        begin = None if content is None else content[1]["points"]
-        with self._run(self.attacks[task.attack], index, folder, begin, task.draws_differ) as run:
-            yield run
-
-    @contextlib.contextmanager
-    def _run(
-        self,
-        spec: AttackSpec,
-        index: Tensor,
-        folder: Path | None,
-        begin: Tensor | None,
-        draws_differ: bool | None = None,
-    ) -> Iterator[AttackRun]:
-        """A context with the run of an attack, in which the model is in the attack's variant.
-
-        Args:
-            spec: the attack.
-            index: indices of the attacked images, int64, in the order in which they are attacked.
-            folder: the folder for the batches; None: they are not saved.
-            begin: first points of the search; None: the attack's usual first points.
-            draws_differ: whether two predictions of the target differ; None lets a test decide.
-        """
-        subject = self.subject
+    def _run(self, task: Task, folder: Path | None = None) -> Iterator[AttackRun]:
+        """A context with the run of an attack, in which the model is in the attack's variant."""
+        spec, subject = self.attacks[task.attack], self.subject
         subject.reseed("attack")
         target = target_of(spec, self.subject)
         with subject.variant(spec.variant), frozen(target):
@@ -404,13 +295,17 @@ class Measure:
             tried = hidden or subject.answers_vary(target, elsewhere=subject.is_random)
             context = replace(
                 self.context,
-                draws_differ=tried if draws_differ is None else draws_differ,
+                draws_differ=tried if task.draws_differ is None else task.draws_differ,
                 gradients_from=spec.gradients_from,
                 seed=subject.seed + spec.seed,
-                begin=begin,
+                begin=task.begin,
             )
             counted = self._targets.setdefault(id(target), counted_model(target, self.progress))
             rule = None
             if spec.until is not None and not context.draws_differ:
-                rule = StoppingRule(spec.until, len(index), len(subject.y))
-            yield AttackRun(spec, counted, index, subject, context, folder=folder, rule=rule, shares=self.team.shares)
+                rule = StoppingRule(spec.until, len(task.images), len(subject.y))
+            yield AttackRun(spec, counted, task.images, subject, context, folder=folder, rule=rule)
+
+
+def _no_task() -> None:
+    """Not called, because only the first process calls it, which runs the attacks itself."""

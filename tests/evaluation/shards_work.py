@@ -1,6 +1,6 @@
 """Evaluations that several processes share; run by torchrun, one that is killed in the first start.
 
-    torchrun ... teamwork.py FOLDER
+    torchrun ... shards_work.py FOLDER
 
 The first process writes its report to FOLDER/report.json.
 """
@@ -47,6 +47,19 @@ class Rounds(nn.Module):
         return 0.1 * x + 0.9 * (10 * x).round() / 10
 
 
+class Late(nn.Module):
+    """Draws only for images that an attack at eps 0.04 has moved as far as it can."""
+
+    def __init__(self, inner, known):
+        super().__init__()
+        self.inner, self.known = inner, known
+
+    def forward(self, x):
+        distance = (x[:, None] - self.known).abs().flatten(2).amax(2).amin(1)
+        far = (distance > 0.035) & (distance < 0.045)
+        return self.inner(x + far[:, None, None, None] * 0.1 * torch.randn_like(x))
+
+
 def net():
     torch.manual_seed(0)
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 4)).eval()
@@ -67,7 +80,7 @@ def made(kind, out=None, **more):
     x, y = images(plain)
     options = {"eps": 0.04, "batch_size": 4, "n_eval": 2, "eot_iter": 2, "seed": 3, "out": out, "progress": False}
     options |= {"attacks": [PGD(steps=3), AttackSpec(APGD(steps=4, restarts=2), survivors_only=True, until=0.1)]}
-    # attacks on single images, of which the second begins before the first has ended
+    # attacks on single images
     nearest = [AttackSpec(APGD(steps=count), survivors_only=True, nearest=6, seed=count) for count in (5, 7)]
     if kind == "deterministic":
         options["attacks"] += [FABT(steps=3), Square(n_queries=20), *nearest]
@@ -84,6 +97,8 @@ def made(kind, out=None, **more):
         # signs of masked gradients change what all processes attack by
         model = nn.Sequential(Rounds(), plain)
         return evaluate(model, x, y, **options | {"eps": 0.06, "attacks": None, "protocol": "fast", "steps": 5} | more)
+    if kind == "late":
+        return evaluate(Late(plain, x), x, y, **options | {"attacks": options["attacks"][:1]} | more)
     torch.manual_seed(0)
     model = DiffusionPurifier(Tiny(1), plain, (1, 8, 8), Process(t_star=0.01, steps=2))
     return evaluate(model, x, y, **options | {"attacks": options["attacks"][:1]} | more)
@@ -127,7 +142,7 @@ if __name__ == "__main__":
     folder, first = Path(sys.argv[1]), os.environ["RANK"] == "0"
     if not first and not (folder / "killed").exists():
         (folder / "killed").touch()
-        kill_at_call(AttackRun, "keep", 1)
+        kill_at_call(AttackRun, "make", 2)
     with torchrun_group():
         found = report("deterministic", folder / "out")
         if first:

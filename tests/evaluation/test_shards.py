@@ -1,0 +1,207 @@
+"""An evaluation that several processes share has the rows of one, image by image, whatever happens to them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch.distributed as dist
+from forks import together
+from shards_work import KINDS, kill_at_call, made, plain, report, reports
+
+from purify_fast import cli
+from purify_fast._files import folder_lock
+from purify_fast.evaluation import runner
+from purify_fast.evaluation.run import attack_run
+from purify_fast.evaluation.run.attack_run import AttackRun
+from purify_fast.evaluation.run.row_judge import RowJudge
+
+SCRIPT = Path(__file__).with_name("shards_work.py")
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[2])}
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def one():
+    """The results of one process."""
+    return reports()
+
+
+def without_margins(report):
+    return {**report, "rows": [{key: row[key] for key in row if key != "margins"} for row in report["rows"]]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_rows_are_those_of_one_process(one, tmp_path, world):
+    """Also on the others but for the arrays beside the report."""
+    done = together(tmp_path, world, lambda: reports(tmp_path / "out"))
+    assert done.codes == [0] * world, done.errors
+    assert done.results[0] == one
+    for others in done.results[1:]:
+        assert others == {kind: without_margins(one[kind]) for kind in KINDS}
+    # the attacks found something, and not everything
+    for kind in KINDS:
+        accuracies = {row.get("mean", row["accuracy"]) for row in one[kind]["rows"]}
+        assert len(accuracies) > 1 and min(accuracies) > 0.1, kind
+    # nothing is left but the rows
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_dir() and path.parent.name == "rows"]
+
+
+@pytest.mark.parametrize("kind", ["deterministic", "random"])
+def test_the_order_in_which_batches_are_made_changes_nothing(one, tmp_path, monkeypatch, kind):
+    """Also the first batch may be made last."""
+    original = AttackRun.sums
+
+    def backwards(self, shards):
+        for number in reversed(range(len(self.parts))) if self.folder else ():
+            self.keep(number, self.make(number))
+        return original(self, shards)
+
+    monkeypatch.setattr(AttackRun, "sums", backwards)
+    assert report(kind, tmp_path) == one[kind]
+
+
+def made_by(kind, out=None):
+    """The report, and how many batches this process made."""
+    calls, original = [], AttackRun.make
+    with mock.patch.object(AttackRun, "make", lambda *args: calls.append(1) or original(*args)):
+        return report(kind, out), len(calls)
+
+
+def test_each_process_makes_its_share_and_the_first_keeps_all(one, tmp_path):
+    """Only the first process needs the folder, so the processes need no common one."""
+    done = together(tmp_path, 2, lambda: made_by("deterministic", tmp_path / f"out-{dist.get_rank()}"))
+    assert done.codes == [0, 0], done.errors
+    (first, mine), (_, others) = done.results
+    assert first == one["deterministic"] and min(mine, others) > 0.3 * (mine + others)
+    # the batches that follow the end of an attack by the rule of stopping are made for nothing
+    alone = made_by("deterministic")[1]
+    assert alone <= mine + others <= alone + 3
+    assert not (tmp_path / "out-1" / "rows").exists()
+    assert made_by("deterministic", tmp_path / "out-0") == (one["deterministic"], 0)
+
+
+MOMENTS = {"make": (AttackRun, "make"), "write": (attack_run, "write_sealed"), "judge": (RowJudge, "judged")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "victim", "number", "moment"),
+    [
+        ("deterministic", 1, 1, "make"),
+        ("random", 1, 3, "make"),
+        ("deterministic", 0, 2, "make"),
+        ("random", 0, 3, "write"),
+        ("deterministic", 0, 2, "judge"),
+    ],
+)
+def test_a_killed_process_ends_the_others_and_three_go_on(one, tmp_path, kind, victim, number, moment):
+    def work():
+        if dist.get_rank() == victim:
+            kill_at_call(*MOMENTS[moment], number)
+        return report(kind, tmp_path / "out")
+
+    done = together(tmp_path, 2, work)
+    assert done.codes[victim] == -signal.SIGKILL and done.codes[1 - victim] == 1, done
+    assert "ConnectionError" in done.errors[1 - victim] and "does not reach the others" in done.errors[1 - victim]
+    # what was finished is not made again
+    done = together(tmp_path, 3, lambda: made_by(kind, tmp_path / "out"))
+    assert done.codes == [0] * 3 and done.results[0][0] == one[kind], done.errors
+    whole = together(tmp_path, 3, lambda: made_by(kind, tmp_path / "other"))
+    saved = sum(count for _, count in whole.results) - sum(count for _, count in done.results)
+    assert saved >= 0 if (moment, number) == ("make", 1) else saved > 0
+
+
+def refused(error, evaluate):
+    """The words of an error in this process."""
+    with pytest.raises(error) as raised:
+        evaluate()
+    return str(raised.value)
+
+
+def test_what_goes_wrong_in_one_process_is_raised_in_all(tmp_path):
+    def attack(model, x, y):
+        if dist.get_rank() == 1:
+            raise RuntimeError("process 1 has no memory")
+        return x
+
+    def work():
+        yield refused(RuntimeError, lambda: made("deterministic", attacks=[attack], curve=()))
+        # another seed in each process, or another division of the images
+        yield refused(ValueError, lambda: made("deterministic", seed=dist.get_rank()))
+        yield refused(ValueError, lambda: made("deterministic", batch_size=(None, 25)[dist.get_rank()]))
+        # the other process waits for a value that the first one fails to make
+        with mock.patch.object(runner, "kernels_now", side_effect=RuntimeError("process 0 has no kernels")):
+            yield refused(RuntimeError, lambda: report("own"))
+        # the same error in both
+        yield refused(ValueError, lambda: made("deterministic", predict="votes"))
+
+    done = together(tmp_path, 2, lambda: list(work()))
+    assert done.codes == [0, 0], done.errors
+    assert done.results[0] == done.results[1]
+    failed, different, divided, no_value, _ = done.results[0]
+    assert failed == "process 1 has no memory"
+    assert "process 1 evaluates something else than process 0 (different: seed" in different
+    assert "(different: batch size)" in divided
+    assert no_value == "process 0 has no kernels"
+
+
+def test_a_model_that_draws_under_attack_begins_again_in_all(tmp_path):
+    """The first process finds it out, and the other begins again too."""
+    done = together(tmp_path, 2, lambda: plain(made("late")))
+    assert done.codes == [0, 0], done.errors
+    assert done.results[0] == plain(made("late")) and "judged as a random model" in str(done.results[0]["notes"])
+
+
+def test_each_works_alone_if_asked(one, tmp_path):
+    """The first process works alone, then all evaluate, each something else."""
+
+    def work():
+        rank = dist.get_rank()
+        first = plain(made("random", together=False, seed=9)) if rank == 0 else None
+        return first, plain(made("random", together=False, seed=rank)), report("deterministic")
+
+    done = together(tmp_path, 2, work)
+    assert done.codes == [0, 0], done.errors
+    (first, own, shared), (nothing, others, _) = done.results
+    assert shared == one["deterministic"] and nothing is None
+    assert {report["about"]["seed"] for report in (first, own, others)} == {"9", "0", "1"}
+
+
+@pytest.mark.slow
+def test_the_command_by_several_processes(tmp_path):
+    """The first process alone speaks and writes; a folder that is in use is refused in all of them."""
+    words = "evaluate zoo:digits-pgd-at --images 10 --protocol fast --batch-size 4 --device cpu --out"
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    assert cli.main([*words.split(), str(alone)]) == 0
+
+    def command():
+        return cli.main([*words.split(), str(shared)])
+
+    done = together(tmp_path, 2, command, "torchrun")
+    assert done.results == [0, 0], done.errors
+    assert done.errors[0].count("Robustness, L-inf") == done.errors[0].count("written:") == 1
+    assert done.errors[1] == ""
+    reports = [json.loads((folder / "report.json").read_text()) for folder in (alone, shared)]
+    for found in reports:
+        for row in found["rows"]:
+            del row["seconds"]
+    assert reports[0]["rows"] == reports[1]["rows"] and reports[0]["notes"] == reports[1]["notes"]
+    assert (shared / "run.yaml").is_file() == (alone / "run.yaml").is_file()
+    with folder_lock(shared):
+        refused = together(tmp_path, 2, command, "torchrun")
+    assert 0 not in refused.results and "shared is in use by another run" in refused.errors[0], refused
+
+
+@pytest.mark.slow
+def test_torchrun_starts_again_what_was_killed(one, tmp_path):
+    how = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    command = [sys.executable, "-m", "torch.distributed.run", *how, str(SCRIPT), str(tmp_path)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path / "killed").exists(), done.stderr
+    assert json.loads((tmp_path / "report.json").read_text()) == one["deterministic"]
