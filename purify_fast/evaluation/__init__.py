@@ -22,7 +22,5 @@ if TYPE_CHECKING:
     from .show.checked_witnesses import check_witnesses as check_witnesses
     from .show.report import Report as Report
     from .show.report import merge as merge
-    from .show.tradeoff import Tradeoff as Tradeoff
-    from .show.tradeoff import plot_tradeoff as plot_tradeoff
 
 __all__, __getattr__, __dir__ = lazy_exports(__name__)

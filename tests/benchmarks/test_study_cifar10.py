@@ -19,7 +19,7 @@ from benchmarks.robustness.studies.cifar10.results import Results
 from benchmarks.robustness.studies.cifar10.table import write_table
 from purify_fast.evaluation import Report
 from purify_fast.evaluation.results.rows import Row
-from purify_fast.evaluation.show import tradeoff
+from benchmarks.robustness import tradeoff
 from purify_fast.methods.carso import Carso, CarsoConfig
 from purify_fast.methods.carso.task import as_trained
 from purify_fast.models import build_classifier

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 from purify_fast.attacks import PGD, AutoAttack
-from purify_fast.evaluation import AttackSpec, Report, Tradeoff
+from purify_fast.evaluation import AttackSpec, Report
 from purify_fast.methods.arrest import ArrestConfig, ArrestTask
 from purify_fast.training import load_classifier, save_classifier
 from purify_fast.training.config import TrainingAttack

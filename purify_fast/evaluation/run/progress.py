@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from ...protocols import Classifier, SharesDraws, supports
 
-#: The shortest time between two lines of a log, in seconds.
-LINE_EVERY = 30.0
+#: The shortest time between two lines of a log, and the time of the first line, in seconds.
+LINE_EVERY, FIRST_LINE = 30.0, 10.0
 
 
 class Progress:
@@ -38,7 +38,8 @@ class Progress:
         self.rows, self.images, self.in_row = 0, 0, 0
         self.label, self.bar = "", None
         self.expected: float | None = None
-        self.began = self.last_line = time.monotonic()
+        self.began = time.monotonic()
+        self.last_line = self.began + FIRST_LINE - LINE_EVERY
 
     @property
     def seconds(self) -> float:
@@ -81,6 +82,7 @@ class Progress:
         self.in_row += images
         if self.bar is None:
             return
+        self.bar.set_postfix_str(self.left(), refresh=False)
         self.bar.update(images)
         if self.lines and time.monotonic() - self.last_line >= LINE_EVERY:
             self._print(f"row {self.label}: {self.rate:,.0f} predictions/s, {self.left()}")

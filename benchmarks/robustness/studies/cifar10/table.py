@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from purify_fast.evaluation import Tradeoff, plot_tradeoff
+from ...tradeoff import Tradeoff, plot_tradeoff
 
 from .. import write_page
 from . import study

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..._files import atomic
+from purify_fast._files import atomic
 
 _COLORS = ["#1f4e79", "#2e86ab", "#f2a541", "#6a994e", "#8d6a9f", "#7f7f7f"]
 _GRAY = "#8a8a8a"
