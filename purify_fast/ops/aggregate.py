@@ -167,7 +167,7 @@ _aggregate = differentiable(
 )
 
 
-def aggregate(logits: Tensor, method: str = "lse") -> Tensor:
+def aggregate(logits: Tensor, method: str = "lse", dim: int = 1) -> Tensor:
     """Combine the logits of K samples into one prediction per image.
 
     Args:
@@ -175,13 +175,15 @@ def aggregate(logits: Tensor, method: str = "lse") -> Tensor:
         method: ``lse``, ``peel`` (log-probabilities), ``mean``, ``mean_sigmoid`` or ``vote``. ``peel_reference`` and
             ``vote_reference`` are CARSO's published forms. Attacks on them give meaningless results, as the module's
             docstring explains.
+        dim: dimension of the K samples. The others are the batch and, last, the classes. So logits is ``[B, C, K]`` for
+            dim = -1 and ``[K, B, C]`` for dim = 0.
 
     Returns:
         ``[B, C]``, float32 (float64 for float64 inputs), also under autocast. Finite for logits up to 1e8, except for
         the two published forms. ``lse``, ``peel`` and ``peel_reference`` (where finite) have the same argmax.
 
     Raises:
-        ValueError: if logits is not floating point with three dimensions, K >= 1 and C >= 2, or if the method is
+        ValueError: if logits is not floating point with three dimensions, K >= 1 and C >= 2, or if the method or dim is
             unknown.
 
     ``vote`` has gradient 0. The op has first-order gradients only and is deterministic. The kernels do not support
@@ -189,6 +191,10 @@ def aggregate(logits: Tensor, method: str = "lse") -> Tensor:
     """
     if logits.dim() != 3 or not logits.is_floating_point():
         raise ValueError(f"logits must be floating point [B, K, C], got {logits.dtype} {list(logits.shape)}")
+    if not -3 <= dim <= 2:
+        raise ValueError(f"dim must be from -3 to 2, got {dim}")
+    if dim not in (1, -2):
+        logits = logits.movedim(dim, 1)
     if logits.shape[1] < 1 or logits.shape[2] < 2:
         raise ValueError(f"logits must have K >= 1 samples and C >= 2 classes, got [B, K, C] = {list(logits.shape)}")
     if method not in (*METHODS, *UNSAFE):

@@ -32,7 +32,7 @@ from ..kernels import decoder_sizes as tiles
 from .dispatch.examples import ROWS, examples, normal, stream
 from .dispatch.gradient import differentiable, needs_gradient
 from .dispatch.registry import define_backward, define_op, wide
-from .philox import Stream, check_stream, philox
+from .philox import Stream, default_stream, philox
 
 
 def _pack(weight: Tensor, columns: int) -> Tensor:
@@ -263,8 +263,8 @@ _decode = differentiable(OP.handle, lambda *given: BACKWARD(*given), _saved)
 
 def decode_prior(
     condition: Tensor,
-    seed: Tensor,
-    sample_ids: Tensor,
+    seed: Tensor | None,
+    sample_ids: Tensor | None,
     packed: Tensor,
     biases: Tensor,
     geometry: tiles.Geometry,
@@ -282,8 +282,8 @@ def decode_prior(
         condition: ``[B, H * W * C]`` for a first feature map [C, H, W]: the product of the condition with its half of
             the linear layer's weights, plus the bias, ordered by pixel and then by channel; float32 (float64 with
             float64 weights). Only this argument gets a gradient.
-        seed: int64 ``[1]``, on the condition's device.
-        sample_ids: int64 ``[B]``, the global index of each image (see `philox`).
+        seed: int64 ``[1]``, on the condition's device. None: a new seed from PyTorch's generator of this device.
+        sample_ids: int64 ``[B]``, the global index of each image (see `philox`). None: 0 to B - 1.
         packed: weights from `pack`. Their dtype, bfloat16, float32 or float64, is the precision of the products. On a
             GPU, the kernel uses the matrix units for bfloat16 only, so float32 is many times slower.
         biases: biases from `pack`, in the condition's dtype.
@@ -300,7 +300,7 @@ def decode_prior(
         Images ``[B, K, C, H, W]``. Sample k of an image has draw index k, for every K and every batch.
 
     Raises:
-        TypeError: if seed or sample_ids is not a tensor.
+        TypeError: if seed or sample_ids is neither None nor a tensor.
         ValueError: if a shape, dtype, device or setting is wrong.
 
     The op is deterministic and has first-order gradients only. It does not support ``vmap``.
@@ -321,7 +321,8 @@ def decode_prior(
             raise ValueError(f"{name} must be contiguous and [{size}] for {geometry}, got {list(value.shape)}")
     if dtype not in ((torch.float64,) if real == torch.float64 else (torch.float32, torch.bfloat16)):
         raise ValueError(f"dtype must be float32 or bfloat16 (float64 for float64 weights), got {dtype}")
-    check_stream(seed, sample_ids, len(condition), condition=condition, packed=packed, biases=biases)
+    others = {"packed": packed, "biases": biases}
+    seed, sample_ids = default_stream(seed, sample_ids, len(condition), condition=condition, **others)
     if not isinstance(samples, int) or not 1 <= samples < 2**63 or not 0 <= slope < float("inf"):
         limits = "samples must be an integer of at least 1 and below 2^63, and slope a finite number of at least 0"
         raise ValueError(f"{limits}, got samples = {samples} and slope = {slope}")

@@ -47,7 +47,7 @@ from .._tensors import per_image, without_autocast
 from .dispatch.examples import ROWS, examples, laid_out, normal, stream, wide_dtype
 from .dispatch.gradient import differentiable, needs_gradient
 from .dispatch.registry import define_backward, define_op
-from .philox import DISTRIBUTIONS, Stream, check_stream, drawn
+from .philox import DISTRIBUTIONS, Stream, default_stream, drawn
 from .stitch import layout
 
 #: The names of the coefficients in order. In the formulas they are P, Q, c, A, B, s, lo and hi.
@@ -222,10 +222,10 @@ def diffusion_step(
     prediction: Tensor,
     coefficients: Tensor,
     *,
-    seed: Tensor,
-    sample_ids: Tensor,
-    draws: Tensor,
-    step: Tensor,
+    seed: Tensor | None = None,
+    sample_ids: Tensor | None = None,
+    draws: Tensor | None = None,
+    step: Tensor | None = None,
     noisy: bool = True,
 ) -> Tensor:
     """Take a step of a diffusion sampler, or of the forward process.
@@ -238,11 +238,12 @@ def diffusion_step(
         coefficients: numbers named in `COEFFICIENTS`, ``[8]`` for the whole batch or ``[B, 8]``, with x's dtype and
             device. A schedule is a table of coefficients, and a step uses a row of it. The host never reads the values
             of the coefficients. Without learned variances the last two are ignored. The coefficients get no gradient.
-        seed: int64 ``[1]``, on x's device.
-        sample_ids: int64 ``[B]``, the global index of each row's image (see `philox`).
-        draws: int64 ``[B]``, the index of each row among the draws of its image, from 0 to 65,535.
-        step: int64 ``[1]``, the index of the step, from 0 to 65,535. Each time noise is added to a row, the index must
-            be different, also for the forward process.
+        seed: int64 ``[1]``, on x's device. None: a new seed from PyTorch's generator of this device.
+        sample_ids: int64 ``[B]``, the global index of each row's image (see `philox`). None: 0 to B - 1.
+        draws: int64 ``[B]``, the index of each row among the draws of its image, from 0 to 65,535. None: 0.
+        step: int64 ``[1]``, the index of the step, from 0 to 65,535. For a given seed, each time noise is added to a
+            row, the index must be different, also for the forward process. It may be None only without a seed, because
+            every call then has a new seed.
         noisy: True to add noise. With False, as in solvers without noise, nothing is drawn, and the coefficient of the
             noise is ignored.
 
@@ -250,20 +251,24 @@ def diffusion_step(
         The next state, in x's shape and dtype, contiguous, also under autocast.
 
     Raises:
-        TypeError: if seed or sample_ids is not a tensor.
-        ValueError: if shapes, dtypes or devices do not match.
+        TypeError: if seed or sample_ids is neither None nor a tensor.
+        ValueError: if shapes, dtypes or devices do not match, or if noise is added with a seed but without a step.
 
     x and the prediction have first-order gradients. Both ends of the clip pass the gradient. NaN propagates, except
     from v where the coefficient of the noise is 0. For a given seed the op is deterministic, for every split and order
     of the batch. The noise of two backends differs by a few ulp at most. The kernels do not support ``vmap``.
     """
     _check(x, prediction, coefficients)
+    if step is None and seed is not None and noisy:
+        raise ValueError("step must be given with a seed, because equal steps of a seed have equal noise, got None")
+    draws = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device) if draws is None else draws
+    step = torch.zeros(1, dtype=torch.int64, device=x.device) if step is None else step
     for name, value, size in (("draws", draws, x.shape[0]), ("step", step, 1)):
         if not isinstance(value, Tensor) or value.dtype != torch.int64 or value.dim() != 1 or value.shape[0] != size:
             got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
             raise ValueError(f"{name} must be an int64 tensor [{size}], got {got}")
     others = {"x": x, "prediction": prediction, "coefficients": coefficients, "draws": draws, "step": step}
-    check_stream(seed, sample_ids, x.shape[0], **others)
+    seed, sample_ids = default_stream(seed, sample_ids, x.shape[0], **others)
     which = variant(prediction.shape[1] > x.shape[1], noisy)
     kernel = _diffusion_step if needs_gradient(x, prediction) else OP.handle
     call = reference if OP.uses_reference(x.device, prediction.dtype, x.numel(), which) else kernel

@@ -20,7 +20,7 @@ from .._tensors import check_alike, per_image
 from .dispatch.examples import IMAGES, RGB, ROWS, examples, stream, uniform, wide_dtype
 from .dispatch.registry import define_op, wide
 from .pgd_step import per_sample
-from .philox import Stream, check_stream, philox
+from .philox import Stream, default_stream, philox
 
 
 def reference(
@@ -66,8 +66,8 @@ def noisy_replay(
     drift: Tensor,
     tau: float | Tensor,
     eps: float | Tensor,
-    seed: Tensor,
-    sample_ids: Tensor,
+    seed: Tensor | None = None,
+    sample_ids: Tensor | None = None,
     lo: float = 0.0,
     hi: float = 1.0,
 ) -> Tensor:
@@ -82,8 +82,8 @@ def noisy_replay(
         tau: threshold, a number or a tensor ``[]``. A sample is replayed if its drift is above tau, compared in drift's
             precision (at least float32). A NaN drift is not above tau.
         eps: radius of the noise in image units, a number or ``[B]``.
-        seed: int64 ``[1]``, on x's device.
-        sample_ids: int64 ``[B]``, the global index of each sample (see `philox`).
+        seed: int64 ``[1]``, on x's device. None: a new seed from PyTorch's generator of this device.
+        sample_ids: int64 ``[B]``, the global index of each sample (see `philox`). None: 0 to B - 1.
         lo: lower end of the box to which noisy samples are clamped. Adversarial examples are not clamped.
         hi: upper end of the box, at least lo.
 
@@ -91,7 +91,7 @@ def noisy_replay(
         The training inputs, with the shape and dtype of x, contiguous. There is no gradient.
 
     Raises:
-        TypeError: if seed or sample_ids is not a tensor.
+        TypeError: if seed or sample_ids is neither None nor a tensor.
         ValueError: if shapes, dtypes or devices do not match, if eps is a number and negative or NaN, or if lo > hi.
 
     For a given seed, the op is deterministic and has the same bits in every backend, for every batch split. NaN in x or
@@ -101,7 +101,7 @@ def noisy_replay(
     if drift.shape != x.shape[:1] or not drift.is_floating_point():
         got = f"{drift.dtype} {list(drift.shape)}"
         raise ValueError(f"drift must be a floating-point tensor [B] = [{x.shape[0]}], got {got}")
-    check_stream(seed, sample_ids, x.shape[0], x=x, drift=drift)
+    seed, sample_ids = default_stream(seed, sample_ids, x.shape[0], x=x, drift=drift)
     if not lo <= hi:
         raise ValueError(f"lo must be at most hi, got lo = {lo} and hi = {hi}")
     with torch.no_grad():

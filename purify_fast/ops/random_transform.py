@@ -25,11 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._tensors import memory_format, without_autocast
+from .._tensors import check_one_device, memory_format, without_autocast
 from .dispatch.examples import LAYOUTS, ROWS, examples, laid_out, stream, uniform
 from .dispatch.gradient import differentiable, needs_gradient
 from .dispatch.registry import define_backward, define_op, wide
-from .philox import Stream, check_stream, philox
+from .philox import Stream, default_stream, philox
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 #: The owner of a block is stored as one byte.
@@ -84,15 +84,20 @@ def reference(x: Tensor, seed: Tensor, sample_ids: Tensor, sigma: float, *settin
     rank = _ranks(seed, sample_ids.new_zeros(1) if shared_mask else sample_ids, blocks, samples)
     owner = (rank < masked_blocks if num_passes == 0 else rank // (blocks // num_passes)).to(torch.uint8)
     owners = owner.unflatten(-1, grid).expand(samples, sample_ids.shape[0], *grid).contiguous()
+    return _packed(_noisy(x, seed, sample_ids, sigma, samples), owners, num_passes, dtype, channels_last), owners
+
+
+def _packed(noisy: Tensor, owners: Tensor, num_passes: int, dtype: torch.dtype, channels_last: bool) -> Tensor:
+    """Clip and scale noisy images [S or 1, B, C, H, W], hide the blocks, and append the planes."""
+    height, width = noisy.shape[-2:]
     hidden = _hidden(owners, num_passes, height, width)
-    noisy = _noisy(x, seed, sample_ids, sigma, samples)
     # Both ends of the clip pass the gradient, in contrast to torch.clamp in some versions of torch.
     clipped = torch.where((noisy >= 0) & (noisy <= 1), noisy, noisy.detach().clamp(0, 1))
     t = torch.where(hidden, 0, (2 * clipped - 1)[:, :, None]).to(dtype)
     # torch.cat raises an error for float16 under CPU autocast.
-    with without_autocast(x.device):
+    with without_autocast(noisy.device):
         packed = torch.cat([t, t.new_ones((*t.shape[:3], 1, height, width)), hidden.to(dtype)], dim=3)
-    return packed.flatten(0, 2).contiguous(memory_format=memory_format(channels_last)), owners
+    return packed.flatten(0, 2).contiguous(memory_format=memory_format(channels_last))
 
 
 def reference_backward(
@@ -172,10 +177,24 @@ BACKWARD = define_backward(
 _random_transform = differentiable(OP.handle, lambda *given: BACKWARD(*given), _saved, constants=1)
 
 
+def _masked(
+    x: Tensor, seed: Tensor, ids: Tensor, sigma: float, mask: Tensor, passes: int | None, samples: int, *form: Any
+) -> tuple[Tensor, Tensor]:
+    """Compute `random_transform` with the caller's mask by PyTorch. The form is the output's dtype and layout."""
+    batch, _, height, width = x.shape
+    if mask.shape not in ((height, width), (1, 1, height, width), (batch, 1, height, width)) or passes is not None:
+        wanted = f"[H, W] = {[height, width]}, [1, 1, H, W] or [B, 1, H, W], and num_passes None"
+        raise ValueError(f"mask must be {wanted}, got {list(mask.shape)} and num_passes = {passes}")
+    check_one_device(x=x, mask=mask)
+    hidden = (mask != 0).to(torch.uint8).expand(batch, 1, height, width)[:, 0]
+    owners = hidden.expand(samples, batch, height, width).contiguous()
+    return _packed(_noisy(x, seed, ids, sigma, samples), owners, 0, *form), owners
+
+
 def random_transform(
     x: Tensor,
-    seed: Tensor,
-    sample_ids: Tensor,
+    seed: Tensor | None = None,
+    sample_ids: Tensor | None = None,
     *,
     sigma: float = 0.25,
     block: int = 32,
@@ -183,6 +202,7 @@ def random_transform(
     num_passes: int | None = None,
     samples: int = 1,
     shared_mask: bool = False,
+    mask: Tensor | None = None,
     dtype: torch.dtype | None = None,
     channels_last: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -190,8 +210,8 @@ def random_transform(
 
     Args:
         x: images ``[B, C, H, W]`` in [0, 1]; float16, bfloat16, float32 or float64.
-        seed: int64 ``[1]``, on x's device.
-        sample_ids: int64 ``[B]``, the global index of each image (see `philox`).
+        seed: int64 ``[1]``, on x's device. None: a new seed from PyTorch's generator of this device.
+        sample_ids: int64 ``[B]``, the global index of each image (see `philox`). None: 0 to B - 1.
         sigma: standard deviation of the noise in the unit of x, at least 0. RT1 has sigma = 0.
         block: side of a block in pixels. It must divide H and W. An image has G = (H / block) (W / block) blocks.
         mask_ratio: fraction of the blocks that RT1 and RT2 hide, in [0, 1). The number of hidden blocks is
@@ -202,6 +222,9 @@ def random_transform(
         samples: S, the number of independent draws of noise and mask for every image.
         shared_mask: True to use the same mask for all images of a batch, as in the official code. If False, each image
             has its own mask.
+        mask: your own mask in place of a random one, bool or a number, ``[H, W]``, ``[1, 1, H, W]`` or ``[B, 1, H,
+            W]``. Pixels that are not 0 are hidden, in every draw. The arguments block, mask_ratio and shared_mask then
+            have no effect. PyTorch's operators compute this form.
         dtype: dtype of the output, x's by default. t is rounded to it at the end.
         channels_last: True to return the output in the memory format channels_last.
 
@@ -210,10 +233,10 @@ def random_transform(
         draw (N = 1 for RT1 and RT2). The channels of packed are t, which is in [-1, 1] and 0 where hidden; a plane of
         ones; and the mask m, which is 1 where hidden and 0 elsewhere. owners is uint8 ``[S, B, H / block, W / block]``.
         For RT1 and RT2, it is 1 for a hidden block and 0 for the others. For RT3, it is the index of the pass that
-        hides the block (see `stitch`).
+        hides the block (see `stitch`). With your own mask, each pixel is a block.
 
     Raises:
-        TypeError: if seed or sample_ids is not a tensor.
+        TypeError: if seed or sample_ids is neither None nor a tensor.
         ValueError: if a shape, dtype, device or setting is wrong.
 
     A visible NaN remains NaN. Hidden pixels are 0, even if x is NaN there. Only x has a gradient, of first order. Both
@@ -224,8 +247,9 @@ def random_transform(
     dtype = x.dtype if dtype is None else dtype
     if x.dim() != 4 or x.dtype not in DTYPES:
         raise ValueError(f"x must be floating point [B, C, H, W], got {x.dtype} {list(x.shape)}")
-    check_stream(seed, sample_ids, x.shape[0], x=x)
+    seed, sample_ids = default_stream(seed, sample_ids, x.shape[0], x=x)
     height, width = x.shape[2:]
+    block = block if mask is None else 1
     if block < 1 or height < 1 or width < 1 or height % block or width % block:
         raise ValueError(f"block must be at least 1 and divide the image, got block = {block} for {height} x {width}")
     if not 0 <= sigma < math.inf:
@@ -240,6 +264,8 @@ def random_transform(
         raise ValueError(f"samples must be at least 1 and below 2^63, got {samples}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
+    if mask is not None:
+        return _masked(x, seed, sample_ids, sigma, mask, num_passes, samples, dtype, channels_last)
     # 1e-6 compensates rounding: 1/49 of 49 blocks is one block, although the floating-point product is 0.999...
     masked_blocks = min(int(mask_ratio * blocks + 1e-6), blocks - 1) if num_passes is None else 0
     kernel = _random_transform if needs_gradient(x) else OP.handle

@@ -17,7 +17,7 @@ from .._tensors import check_alike
 from .dispatch.examples import ROWS, examples, normal, stream
 from .dispatch.gradient import cpu_kernel, differentiable, needs_gradient, saves
 from .dispatch.registry import define_backward, define_op, wide
-from .philox import Stream, check_stream, philox
+from .philox import Stream, default_stream, philox
 
 
 def _noise(mu: Tensor, seed: Tensor, sample_ids: Tensor) -> Tensor:
@@ -79,28 +79,33 @@ _with_saved = differentiable(SAVING, FROM_SAVED, lambda inputs, outputs: (*input
 _sample_latent = differentiable(OP.handle, lambda *given: BACKWARD(*given))
 
 
-def sample_latent(mu: Tensor, logvar: Tensor, seed: Tensor, sample_ids: Tensor) -> tuple[Tensor, Tensor]:
+def sample_latent(
+    mu: Tensor, logvar: Tensor, seed: Tensor | None = None, sample_ids: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Sample the posterior, and compute its divergence from the prior N(0, I).
 
     Args:
-        mu: means, ``[B, D]``; float16, bfloat16, float32 or float64.
+        mu: means, ``[..., D]``, at least two dimensions; float16, bfloat16, float32 or float64.
         logvar: logarithms of the variances, with mu's shape, dtype and device.
-        seed: int64 ``[1]``, on mu's device.
-        sample_ids: int64 ``[B]``, the global index of each sample (see `philox`).
+        seed: int64 ``[1]``, on mu's device. None: a new seed from PyTorch's generator of this device.
+        sample_ids: int64 ``[N]``, the global index of each of the N vectors of mu, in order (see `philox`). None: 0 to
+            N - 1.
 
     Returns:
-        ``z [B, D]`` in mu's dtype and ``kl [B]`` in nats, float32 (float64 for float64 inputs), also under autocast.
+        ``z [..., D]`` in mu's dtype and ``kl [...]`` in nats; float32 (float64 for float64 inputs), also under
+        autocast.
 
     Raises:
-        TypeError: if seed or sample_ids is not a tensor.
+        TypeError: if seed or sample_ids is neither None nor a tensor.
         ValueError: if shapes, dtypes or devices do not match.
 
     The op has first-order gradients only. For a given seed it is deterministic. The kernels do not support ``vmap``.
     """
     check_alike(mu=mu, logvar=logvar)
-    if mu.dim() != 2:
-        raise ValueError(f"mu and logvar must be [B, D], got {list(mu.shape)}")
-    check_stream(seed, sample_ids, mu.shape[0], mu=mu)
+    if mu.dim() > 2:
+        z, kl = sample_latent(mu.flatten(0, -2), logvar.flatten(0, -2), seed, sample_ids)
+        return z.view(mu.shape), kl.view(mu.shape[:-1])
+    seed, sample_ids = default_stream(seed, sample_ids, mu.shape[0], mu=mu)
     if OP.uses_reference(mu.device, mu.dtype, mu.numel()):
         return reference(mu, logvar, seed, sample_ids)
     if not needs_gradient(mu, logvar):
