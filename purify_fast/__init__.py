@@ -7,7 +7,8 @@
 - `purify_fast.methods.carso`, `.atop`, `.arrest`, `.diffusion`: each method's networks, settings and training.
 - `purify_fast.training`: the training loop of all methods. `purify_fast.data`: data sets.
 - `purify_fast.evaluation`: adaptive evaluation and reports. `purify_fast.attacks`: the attacks.
-- `purify_fast.ops`: the fused operations. `purify_fast.speed`: faster copies of frozen models, and CUDA graphs.
+- `purify_fast.ops`: the fused operations. `purify_fast.nn`: the same as modules.
+- `purify_fast.speed`: faster copies of frozen models, and CUDA graphs.
 - `purify_fast.zoo`: small trained models to attack.
 - `purify_fast.models`: classifiers. `purify_fast.defences`: base classes of defences.
 - `purify_fast.protocols`: optional Python methods of your own model. The package uses those that your model has.
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from . import evaluation as evaluation
     from . import methods as methods
     from . import models as models
+    from . import nn as nn
     from . import ops as ops
     from . import protocols as protocols
     from . import speed as speed

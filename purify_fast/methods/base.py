@@ -17,10 +17,10 @@ from .._process import processes
 from .._processor import with_known_precision
 from .._tensors import first_tensor, weights_fingerprint
 from ..defences.base import Defence
+from ..models.moving_average import moving_average
 from ..models.representation import evaluation_mode
 from ..training.checkpoint import save_model
 from ..training.config import TrainingAttack, settings
-from ..training.moving_average import moving_average
 from ..training.schedules import one_cycle
 from ..training.task import Batch, Task, check_labels
 
@@ -54,8 +54,8 @@ class MethodTask(Task):
 
         Args:
             name: name of the model in checkpoints. The average has the name "average" there.
-            decay: as in `purify_fast.training.moving_average.moving_average`; 0 for no average.
-            warm_up: as in `purify_fast.training.moving_average.moving_average`.
+            decay: as in `purify_fast.models.moving_average.moving_average`; 0 for no average.
+            warm_up: as in `purify_fast.models.moving_average.moving_average`.
         """
         self.averaged = self.model
         if decay > 0:

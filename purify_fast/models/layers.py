@@ -51,6 +51,8 @@ class Conv2d(nn.Conv2d):
 class LeakyReLU(nn.Module):
     """LeakyReLU with the slope of CARSO, 0.2."""
 
+    negative_slope = 0.2
+
     def forward(self, x: Tensor) -> Tensor:
         return F.leaky_relu(x, 0.2)
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from benchmarks import RESULTS
 from benchmarks.pages import fill
-from benchmarks.robustness import studies
+from benchmarks.robustness import studies, tradeoff
 from benchmarks.robustness.studies import RESULT, Job, cifar10
 from benchmarks.robustness.studies.cifar10 import candidates, job_list, models
 from benchmarks.robustness.studies.cifar10 import study as names
@@ -19,7 +19,6 @@ from benchmarks.robustness.studies.cifar10.results import Results
 from benchmarks.robustness.studies.cifar10.table import write_table
 from purify_fast.evaluation import Report
 from purify_fast.evaluation.results.rows import Row
-from benchmarks.robustness import tradeoff
 from purify_fast.methods.carso import Carso, CarsoConfig
 from purify_fast.methods.carso.task import as_trained
 from purify_fast.models import build_classifier

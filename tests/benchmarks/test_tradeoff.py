@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from purify_fast.evaluation import Tradeoff, plot_tradeoff
+from benchmarks.robustness.tradeoff import Tradeoff, plot_tradeoff
 
 LINE = [(80, 60), (84, 56), (88, 52), (92, 48)]
 

@@ -9,12 +9,12 @@ from torch.nn import functional as F
 from purify_fast.methods.carso.networks import (
     Decoder,
     DecoderV1,
-    PackedDecoder,
     decoder_plan,
     decoder_plan_v1,
     published_decoder,
 )
 from purify_fast.ops import REGISTRY, decode_prior, use_backend
+from purify_fast.speed.decoding import PackedDecoder
 
 pytestmark = pytest.mark.gpu
 BACKEND = REGISTRY["decode_samples"].available[DEVICE.type][-1]

@@ -13,6 +13,7 @@ from purify_fast.methods.arrest import ArrestConfig, ArrestTask
 from purify_fast.training import load_classifier, save_classifier
 from purify_fast.training.config import TrainingAttack
 
+from ..tradeoff import Tradeoff
 from . import Job
 from .report_study import EPS, MakeJob, ReportStudy, images_of, train, train_classifier
 

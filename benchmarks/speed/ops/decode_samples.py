@@ -11,7 +11,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from purify_fast.methods.carso.networks import Decoder, PackedDecoder, published_decoder
+from purify_fast.methods.carso.networks import Decoder, published_decoder
+from purify_fast.speed.decoding import PackedDecoder
 
 from . import Case, normal
 

@@ -8,11 +8,11 @@ from ..._lazy import lazy_exports
 
 if TYPE_CHECKING:
     from ...defences.stochastic import WithAggregation as WithAggregation
+    from ...speed.decoding import PackedDecoder as PackedDecoder
     from .config import CarsoConfig as CarsoConfig
     from .defence import Carso as Carso
     from .networks import Decoder as Decoder
     from .networks import Deconvolution as Deconvolution
-    from .networks import PackedDecoder as PackedDecoder
     from .networks import decoder_plan as decoder_plan
     from .networks import published_decoder as published_decoder
     from .task import CarsoTask as CarsoTask

@@ -26,17 +26,16 @@ from ...defences.base import Defence
 from ...models.layers import normalization
 from ...models.representation import Representation
 from ...ops.decode_samples import latents
+from ...speed.decoding import PackedDecoder, kernel_decodes
 from ...speed.folding.inference_copy import pad_batch
 from ..base import save_defence
 from .networks import (
     NETWORKS,
     Decoder,
     Deconvolution,
-    PackedDecoder,
     Plan,
     decoder_plan,
     decoder_plan_v1,
-    kernel_decodes,
 )
 from .official import fill, read_official, write_official
 

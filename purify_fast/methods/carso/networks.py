@@ -23,12 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..._tensors import without_autocast
-from ...kernels.decoder_sizes import Geometry, Layer
 from ...models.layers import BatchNorm1d, BatchNorm2d, LeakyReLU
-from ...ops import REGISTRY
-from ...ops.decode_samples import Weights, decode_prior, pack, unpack
-from ...speed.folding.batchnorm import folded
 
 Shape = tuple[int, int, int]
 #: The shape (C, h, w) of a decoder's first map, and its transposed convolutions.
@@ -235,7 +230,7 @@ def deconvolution_stack(
 class Decoder(nn.Module):
     """Maps latents and the condition to images before the sigmoid, by a linear adapter and transposed convolutions.
 
-    ``forward(z [B, K, latent_dim], c [B, cond_dim]) -> [B * K, C, H, W]``
+    ``forward(z [B, K, latent_dim] or [B, latent_dim], c [B, cond_dim]) -> [B * K, C, H, W]``
 
     Args:
         latent_dim: size of a latent.
@@ -249,8 +244,6 @@ class Decoder(nn.Module):
     """
 
     runs_in_order = True
-    #: Slope of LeakyReLU between the transposed convolutions.
-    slope = 0.2
     #: True if BatchNorm comes before LeakyReLU.
     normalizes = True
 
@@ -263,7 +256,12 @@ class Decoder(nn.Module):
             self.adapter = nn.Linear(latent_dim + cond_dim, prod(start))
         self.stack = deconvolution_stack(start, layers, image_shape, self.normalizes)
 
+    def in_order(self) -> list[nn.Module]:
+        """Return the layers in order, from a linear layer whose inputs are latent and condition."""
+        return [self.adapter, LeakyReLU(), nn.Unflatten(1, self.start), *self.stack]
+
     def forward(self, z: Tensor, condition: Tensor) -> Tensor:
+        z = z[:, None] if z.dim() == 2 else z
         # the product with the condition is the same for all samples of an image, so it is computed once per image
         weight_z, weight_c = self.adapter.weight.split([self.latent_dim, condition.shape[1]], 1)
         h = F.linear(z, weight_z) + F.linear(condition, weight_c, self.adapter.bias)[:, None]
@@ -271,6 +269,8 @@ class Decoder(nn.Module):
 
 
 class _LeakyReLU(nn.Module):
+    negative_slope = 0.01
+
     def forward(self, x: Tensor) -> Tensor:
         # the slope is a literal, because torch.compile(dynamic=True) would first treat an attribute as variable
         return F.leaky_relu(x, 0.01)
@@ -339,10 +339,19 @@ class DecoderV1(Decoder):
         ValueError: the output of the layers does not have image_shape.
     """
 
-    slope = 0.01
     normalizes = False
 
+    def in_order(self) -> list[nn.Module]:
+        # the first transposed convolution has an input of one pixel, so it is a linear layer
+        first: Any = self.stack[0]
+        size = tuple(first.weight.shape[1:])
+        linear = nn.Linear(len(first.weight), prod(size), device=first.weight.device, dtype=first.weight.dtype)
+        linear.weight = nn.Parameter(first.weight.flatten(1).T)
+        linear.bias = nn.Parameter(first.bias.repeat_interleave(prod(size[1:])))
+        return [linear, nn.Unflatten(1, size), *self.stack[1:]]
+
     def forward(self, z: Tensor, condition: Tensor) -> Tensor:
+        z = z[:, None] if z.dim() == 2 else z
         h = torch.cat([z, condition[:, None].expand(-1, z.shape[1], -1)], 2)
         return self.stack(h.flatten(0, 1).unflatten(1, self.start))
 
@@ -352,120 +361,3 @@ NETWORKS: dict[str, tuple[Any, ...]] = {
     "v4": (ConditionEncoder, PosteriorEncoder, Decoder),
     "v1": (ConditionEncoderV1, PosteriorEncoderV1, DecoderV1),
 }
-
-
-class PackedDecoder(nn.Module):
-    """Draws latents and decodes them, by one op and with a copy of a decoder's weights.
-
-    ``forward(condition, seed, sample_ids, samples) -> images [B, K, C, H, W]``
-
-    The gradient reaches only the condition.
-
-    Args:
-        decoder: a `Decoder` or `DecoderV1` in evaluation mode. Later changes of its weights have no effect.
-        dtype: dtype of the products, bfloat16 (the only dtype that is fast on a GPU), float32 or float64. Sums are in
-            float32, or in float64 for float64.
-
-    Raises:
-        ValueError: the decoder is in training mode.
-    """
-
-    packed: Tensor
-    biases: Tensor
-    weight: Tensor
-    bias: Tensor
-
-    @torch.no_grad()
-    def __init__(self, decoder: Decoder, dtype: torch.dtype = torch.bfloat16):
-        super().__init__()
-        if any(isinstance(layer, BatchNorm2d) and layer.training for layer in decoder.modules()):
-            raise ValueError("decoder must be in evaluation mode: a BatchNorm in training mode cannot be folded")
-        layers: list[Any] = list(decoder.stack)
-        if decoder.normalizes:
-            start = decoder.start
-            # `joint` is [C, h, w, latent_dim + cond_dim]
-            joint = decoder.adapter.weight.double().unflatten(0, start)
-            shift = decoder.adapter.bias.double().view(start)
-        else:
-            # the first transposed convolution has an input of one pixel, so it is a linear layer
-            first, *layers = layers
-            joint = first.weight.double().permute(1, 2, 3, 0)
-            start = tuple(joint.shape[:3])
-            shift = first.bias.double().view(-1, 1, 1).expand(start)
-        latent_dim, self.slope = decoder.latent_dim, decoder.slope
-        weights, shifts, sizes = [], [], []
-        _, h, w = start
-        for layer, norm in zip(layers, [*layers[1:], None], strict=True):
-            if not isinstance(layer, nn.ConvTranspose2d):
-                continue
-            weight, bias = (
-                folded(layer, norm) if isinstance(norm, BatchNorm2d) else (layer.weight, layer.get_parameter("bias"))
-            )
-            weights.append(weight.double())
-            shifts.append(bias.double())
-            part = Deconvolution.of(layer)
-            h, w = part.size(h, w)
-            sizes.append(Layer(part.channels, part.kernel, part.stride, part.padding, height=h, width=w))
-        self.geometry = Geometry(latent_dim, start, tuple(sizes))
-        packed, biases = pack(joint[..., :latent_dim], weights, shifts)
-        real = torch.float64 if dtype == torch.float64 else torch.float32
-        by_pixel = joint[..., latent_dim:].permute(1, 2, 0, 3).flatten(0, 2)
-        shift = shift.permute(1, 2, 0).flatten()
-        for name, value in {"packed": packed, "biases": biases, "weight": by_pixel, "bias": shift}.items():
-            value = value.to(dtype if name == "packed" else real).contiguous()
-            self.register_buffer(name, value, persistent=False)
-        self._layers = self._unpacked()
-
-    def _unpacked(self) -> Weights:
-        """Return the weights of the layers, which are used if there is no kernel."""
-        weights = unpack(self.packed, self.biases, self.geometry)
-        layers = tuple(weight.contiguous(memory_format=torch.channels_last) for weight in weights.layers)
-        return Weights(weights.first.contiguous(), layers, weights.biases)
-
-    def tensors(self) -> list[Tensor]:
-        """Return all tensors that ``forward`` uses."""
-        layers = self._layers
-        return [*self.buffers(), layers.first, *layers.layers, *layers.biases]
-
-    def forward(self, condition: Tensor, seed: Tensor, sample_ids: Tensor, samples: int, **options: Any) -> Tensor:
-        """Return images in (0, 1), or the images before the sigmoid, ``[B, K, C, H, W]``.
-
-        Args:
-            condition: the condition, floating point ``[B, cond_dim]``. The gradient reaches it.
-            seed: seed of the latents, int64 ``[1]``, on the condition's device.
-            sample_ids: numbers that decide each image's latents, int64 ``[B]``, on the condition's device.
-            samples: K.
-            options: ``squash``, ``channels_last`` and ``dtype`` of `purify_fast.ops.decode_prior`.
-
-        Raises:
-            ValueError: `decode_prior` refuses the arguments.
-        """
-        with without_autocast(condition.device):
-            first = F.linear(condition.to(self.weight.dtype), self.weight, self.bias)
-        if (self._layers.first.device, self._layers.first.dtype) != (self.packed.device, self.packed.dtype):
-            # the module was moved or converted after the weights were unpacked
-            self._layers = self._unpacked()
-        return decode_prior(
-            first,
-            seed,
-            sample_ids,
-            packed=self.packed,
-            biases=self.biases,
-            geometry=self.geometry,
-            samples=samples,
-            slope=self.slope,
-            weights=self._layers,
-            **options,
-        )
-
-
-def kernel_decodes(device: torch.device) -> bool:
-    """Tell whether `PackedDecoder` should be used on ``device``. If not, the decoder's own layers are run.
-
-    The layers are also run inside torch.compile, which fuses them. For some dtypes and batch sizes, `decode_prior` has
-    no kernel, and runs the layers itself.
-
-    Args:
-        device: device of the latents.
-    """
-    return not torch.compiler.is_compiling() and REGISTRY["decode_samples"].may_serve(device)

@@ -9,17 +9,16 @@ from purify_fast.methods.carso.networks import (
     ConditionEncoderV1,
     Decoder,
     DecoderV1,
-    PackedDecoder,
     PosteriorEncoderV1,
     decoder_plan,
     decoder_plan_v1,
-    kernel_decodes,
     pre_encoder,
     published_decoder,
 )
 from purify_fast.ops import REGISTRY, use_backend
 from purify_fast.ops.decode_samples import latents
 from purify_fast.ops.dispatch.registry import Op
+from purify_fast.speed.decoding import PackedDecoder, kernel_decodes
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,7 @@ def test_compiled_parts_serve_every_batch_size_with_one_graph_each(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function: compiler(function, fullgraph=True, backend=counter))
     made, x = defence(samples=2).requires_grad_(False), images(20)
     want = response(made.accelerate(torch.bfloat16), x)
-    made.accelerate(compile=True)
+    made.accelerate(torch.bfloat16, compile=True)
     for got, right in zip(response(made, x), want, strict=True):
         assert relative(got, right) < 0.05
     with torch.no_grad(), made.fixed_noise(3):
@@ -283,7 +283,7 @@ def test_the_task_decides_the_precision():
 def packing(monkeypatch):
     """As where a kernel decodes: the op is served by its reference here. Counts its calls."""
     calls = []
-    module = sys.modules["purify_fast.methods.carso.networks"]
+    module = sys.modules["purify_fast.speed.decoding"]
     plain = module.decode_prior
     monkeypatch.setattr(module, "decode_prior", lambda *a, **k: calls.append(k["samples"]) or plain(*a, **k))
     monkeypatch.setattr("purify_fast.methods.carso.defence.kernel_decodes", lambda device: True)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from ...tradeoff import Tradeoff, plot_tradeoff
-
 from .. import write_page
 from . import study
 from .results import STEM, Results, collect

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from ..models.representation import without_recorders
+from .representation import without_recorders
 
 
 def moving_average(model: nn.Module, decay: float, warm_up: bool = False) -> AveragedModel:

@@ -1,0 +1,176 @@
+"""The ops as modules, under the names that other code has for them, and a moving average of a model's weights.
+
+A module only stores the settings of an op and calls it. [The ops](docs/ops.md) explains shapes, kernels and exactness.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import ops
+from .models.moving_average import moving_average
+from .speed.decoding import PackedDecoder, decode_samples
+
+__all__ = [
+    "EMA",
+    "Aggregate",
+    "ContextualAttention",
+    "CosineDistance",
+    "GatedELU",
+    "PackedDecoder",
+    "RandomMask",
+    "ReconstructionLoss",
+    "SampleLatent",
+    "Stitch",
+    "decode_samples",
+]
+
+
+class CosineDistance(nn.Module):
+    """Computes 1 - cos of each sample's features, over all dimensions after the first, by `representation_distance`.
+
+    ``forward(student [B, ...], teacher [B, ...]) -> [B]``, or ``[B, L]`` for sequences of L layers. Only the student
+    gets a gradient. The distance of a zero vector from every vector is 1, and no eps is added.
+
+    Args:
+        kind: ``cosine``, ``abs_cosine`` (1 - \\|cos\\|), ``angular`` or ``l2``.
+    """
+
+    def __init__(self, kind: str = "cosine"):
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, student: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor]) -> Tensor:
+        return ops.representation_distance(student, teacher, self.kind)
+
+
+class SampleLatent(nn.Module):
+    """Draws from a variational autoencoder's posterior, by `sample_latent`.
+
+    ``forward(mu [..., D], logvar [..., D]) -> z [..., D], kl [...]``. A ``seed`` and ``sample_ids`` may follow.
+    """
+
+    def forward(self, mu: Tensor, logvar: Tensor, **stream: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.sample_latent(mu, logvar, **stream)
+
+
+class ReconstructionLoss(nn.Module):
+    """Computes the loss of reconstructions, summed over each of them, by `reconstruction_loss`.
+
+    ``forward(reconstruction [B, ...] or [B, K, ...], target [B, ...]) -> [B] or [B, K]``, or ``[]`` with a reduction.
+
+    Args:
+        kind: ``bce`` or ``mse``.
+        from_logits: False if the reconstructions are probabilities.
+        reduction: ``none``, ``mean`` or ``sum``.
+    """
+
+    def __init__(self, kind: str = "bce", *, from_logits: bool = True, reduction: str = "none"):
+        super().__init__()
+        self.kind, self.from_logits, self.reduction = kind, from_logits, reduction
+
+    def forward(self, reconstruction: Tensor, target: Tensor) -> Tensor:
+        form: dict[str, Any] = {"from_logits": self.from_logits, "reduction": self.reduction}
+        return ops.reconstruction_loss(reconstruction, target, self.kind, **form)
+
+
+class Aggregate(nn.Module):
+    """Combines the logits of K samples, by `aggregate`: ``forward(logits [B, K, C]) -> [B, C]``.
+
+    Args:
+        method: ``lse``, ``peel``, ``mean``, ``mean_sigmoid`` or ``vote``.
+        dim: dimension of the samples.
+    """
+
+    def __init__(self, method: str = "lse", dim: int = 1):
+        super().__init__()
+        self.method, self.dim = method, dim
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return ops.aggregate(logits, self.method, self.dim)
+
+
+class GatedELU(nn.Module):
+    """Computes ELU of the first half of the channels times the sigmoid of the second half, by `gated_elu`.
+
+    ``forward(features [B, 2C, ...]) -> [B, C, ...]``
+    """
+
+    def forward(self, features: Tensor) -> Tensor:
+        return ops.gated_elu(features)
+
+
+class ContextualAttention(nn.Module):
+    """Rebuilds features from patches that are known, by `key_validity` and `contextual_attention`.
+
+    ``forward(features [B, C, H, W], mask [B, 1, H0, W0]) -> [B, C, H, W]``. The mask may have any resolution. Its
+    nonzero pixels are missing.
+
+    Args:
+        scale: factor of the scores before the softmax.
+    """
+
+    def __init__(self, scale: float = 10.0):
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, features: Tensor, mask: Tensor) -> Tensor:
+        height, width = features.shape[-2:]
+        return ops.contextual_attention(features, ops.key_validity(mask, (height // 2, width // 2)), self.scale)
+
+
+class RandomMask(nn.Module):
+    """Adds noise to images, hides random blocks and appends the mask, by `random_transform`.
+
+    ``forward(x [B, C, H, W]) -> packed [B, C + 2, H, W], owners``. Any argument of `random_transform` may follow, such
+    as your own ``mask``.
+
+    Args:
+        block: side of a block in pixels.
+        ratio: fraction of the blocks that are hidden.
+        sigma: standard deviation of the noise.
+    """
+
+    def __init__(self, block: int = 32, ratio: float = 0.25, sigma: float = 0.0):
+        super().__init__()
+        self.settings = {"block": block, "mask_ratio": ratio, "sigma": sigma}
+
+    def forward(self, x: Tensor, **more: Any) -> tuple[Tensor, Tensor]:
+        return ops.random_transform(x, **(self.settings | more))
+
+
+class Stitch(nn.Module):
+    """Composes each image from its N passes, by `stitch`.
+
+    ``forward(images [S B N, C, H, W], owners [S, B, rows, columns]) -> [S B, C, H, W]``
+    """
+
+    def forward(self, images: Tensor, owners: Tensor) -> Tensor:
+        return ops.stitch(images, owners)
+
+
+class EMA(nn.Module):
+    """A copy of a model whose weights and floating-point buffers are moving averages of the model's.
+
+    ``forward`` runs the copy. Call ``update(model)`` after each step of the optimizer. The copy has the training mode
+    that the model had, until you call ``eval``.
+
+    Args:
+        model: the model. The average begins with its weights.
+        decay: weight of the old average in each update.
+        warm_up: True to limit this weight to (1 + n) / (10 + n) after n updates.
+    """
+
+    def __init__(self, model: nn.Module, decay: float = 0.999, warm_up: bool = False):
+        super().__init__()
+        self.average = moving_average(model, decay, warm_up)
+
+    def update(self, model: nn.Module) -> None:
+        """Move the averages towards the weights of ``model``, which has the structure of the copied model."""
+        self.average.update_parameters(model)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.average(*args, **kwargs)

@@ -1,0 +1,210 @@
+"""Many samples of any decoder, against a loop over the samples in float64."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from purify_fast.methods.carso.networks import Decoder, DecoderV1, decoder_plan, decoder_plan_v1
+from purify_fast.ops import Stream, philox
+from purify_fast.speed import decoding
+from purify_fast.speed.decoding import PackedDecoder, decode_samples
+
+LATENT, CONDITION, SAMPLES = 6, 10, 4
+
+
+class Join(nn.Module):
+    """What CARSO's authors put before the linear layer."""
+
+    def forward(self, parts: tuple[Tensor, ...]) -> Tensor:
+        return torch.cat([part.flatten(1) for part in parts], 1)
+
+
+class Shuffle(Join):
+    """Joins in the other order, so that the product cannot be split as usual."""
+
+    def forward(self, parts: tuple[Tensor, ...]) -> Tensor:
+        return super().forward(parts[::-1])
+
+
+class Own(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(LATENT + CONDITION, 12)
+
+    def forward(self, z: Tensor, condition: Tensor) -> Tensor:
+        return self.layer(torch.cat([z, condition], 1)).tanh()
+
+
+def block(inputs: int, outputs: int, *form: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.ConvTranspose2d(inputs, outputs, *form, bias=False), nn.BatchNorm2d(outputs), nn.LeakyReLU(0.2)
+    )
+
+
+def published(first: nn.Module, slope: float = 0.2) -> nn.Sequential:
+    """The form of make_decoder_cifar in the code of CARSO's authors, with fewer channels."""
+    adapter = nn.Sequential(first, nn.Linear(LATENT + CONDITION, 72), nn.LeakyReLU(slope), nn.Unflatten(1, (8, 3, 3)))
+    blocks = [block(a, b, 3, 2, 1, 0) for a, b in ((8, 8), (8, 6), (6, 5), (5, 4))]
+    return nn.Sequential(adapter, *blocks, nn.ConvTranspose2d(4, 3, 2, 1, 1, 0), nn.Sigmoid())
+
+
+def mixed() -> nn.Sequential:
+    parts = [nn.Linear(LATENT + CONDITION, 72), nn.BatchNorm1d(72), nn.GELU(), nn.Dropout(), nn.Unflatten(1, (8, 3, 3))]
+    parts += [
+        nn.Conv2d(8, 4, 3, padding=1, bias=False),
+        nn.BatchNorm2d(4),
+        nn.SiLU(),
+        nn.ConvTranspose2d(4, 4, 3, groups=2),
+    ]
+    return nn.Sequential(*parts, nn.BatchNorm2d(4), nn.Tanh())
+
+
+DECODERS = {
+    "published": lambda: published(Join()),
+    "joined the other way": lambda: published(Shuffle()),
+    "other layers": mixed,
+    "joined by the caller": lambda: published(nn.Identity()),
+    "a module": Own,
+    "v4": lambda: Decoder(LATENT, CONDITION, (3, 9, 8), *decoder_plan((3, 9, 8), 4)),
+    "v1": lambda: DecoderV1(LATENT, CONDITION, (1, 28, 28), *decoder_plan_v1(1, LATENT + CONDITION)),
+}
+PACKABLE = ("published", "joined by the caller", "v4", "v1")
+TAKES_A_PAIR = ("published", "joined the other way")
+
+
+def make(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    decoder = DECODERS[name]().double()
+    for layer in decoder.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            nn.init.uniform_(layer.weight, 0.5, 1.5)
+            nn.init.normal_(layer.bias)
+            nn.init.normal_(layer.running_mean)
+            nn.init.uniform_(layer.running_var, 0.5, 2)
+    return decoder.eval()
+
+
+def loop(decoder: nn.Module, z: Tensor, condition: Tensor, name: str) -> Tensor:
+    def one(z: Tensor) -> Tensor:
+        if name in TAKES_A_PAIR:
+            return decoder((z, condition))
+        joined = isinstance(decoder, nn.Sequential)
+        return decoder(torch.cat([z, condition], 1)) if joined else decoder(z, condition)
+
+    return torch.stack([one(z[:, k]) for k in range(z.shape[1])], 1)
+
+
+@pytest.fixture
+def inputs() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    z = torch.randn(3, SAMPLES, LATENT, generator=generator, dtype=torch.float64)
+    return z.requires_grad_(), torch.randn(3, CONDITION, generator=generator, dtype=torch.float64).requires_grad_()
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_the_results_and_all_gradients_are_those_of_a_loop(name, inputs):
+    decoder, (z, condition) = make(name), inputs
+    got, wanted = decode_samples(decoder, condition, latents=z), loop(decoder, z, condition, name)
+    close = {"rtol": 1e-9, "atol": 1e-9}
+    torch.testing.assert_close(got, wanted, **close)
+    weight, leaves = torch.randn_like(got), [z, condition, *decoder.parameters()]
+    slopes, expected = (torch.autograd.grad((out * weight).sum(), leaves) for out in (got, wanted))
+    for a, b in zip(slopes, expected, strict=True):
+        torch.testing.assert_close(a, b, **close)
+    # 1e-6 in float32
+    plain = decode_samples(decoder.float(), condition.detach().float(), latents=z.detach().float())
+    torch.testing.assert_close(plain.double(), wanted.detach(), rtol=1e-5, atol=1e-6 * wanted.abs().max().item())
+
+
+@pytest.mark.parametrize("name", PACKABLE)
+def test_a_packed_decoder_draws_and_decodes_as_the_module(name, inputs):
+    decoder, condition, seed = make(name), inputs[1], torch.tensor([5])
+    packed = PackedDecoder(decoder, torch.float64, latent_dim=LATENT)
+    got = decode_samples(packed, condition, SAMPLES, seed=seed)
+    z = philox(seed, torch.arange(3), LATENT, stream=Stream.LATENT, distribution="normal", draws=SAMPLES).double()
+    wanted = loop(decoder, z, condition, name)
+    wanted = torch.sigmoid(wanted) if name[0] == "v" else wanted
+    torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
+    drawn = decode_samples(decoder, condition, SAMPLES, latent_dim=LATENT, seed=seed)
+    torch.testing.assert_close(drawn, loop(decoder, z, condition, name), rtol=1e-6, atol=1e-6)
+    weight = torch.randn_like(got)
+    slopes = [torch.autograd.grad((out * weight).sum(), condition)[0] for out in (got, wanted)]
+    torch.testing.assert_close(*slopes, rtol=1e-9, atol=1e-9)
+
+
+def test_samples_are_new_in_each_call_and_repeat_with_a_seed(inputs):
+    decoder, condition = make("published"), inputs[1]
+    torch.manual_seed(3)
+    first, second = decode_samples(decoder, condition, 2), decode_samples(decoder, condition, 2)
+    assert first.shape == (3, 2, 3, 32, 32) and not torch.equal(first, second)
+    torch.manual_seed(3)
+    assert torch.equal(decode_samples(decoder, condition, 2), first)
+
+
+def test_the_condition_is_processed_once_per_image(inputs, monkeypatch):
+    """The linear layer is split, and BatchNorms do not run."""
+    decoder, rows = make("published"), []
+    plain = nn.functional.linear
+    monkeypatch.setattr(decoding.F, "linear", lambda x, *rest: rows.append(x.shape[:-1]) or plain(x, *rest))
+    monkeypatch.setattr(nn.BatchNorm2d, "forward", lambda *_: pytest.fail("a BatchNorm ran"))
+    decode_samples(decoder, inputs[1], SAMPLES)
+    assert rows == [(3, SAMPLES), (3,)]
+
+
+def test_batch_norms_in_training_mode_see_all_samples(inputs):
+    decoder, (z, condition) = make("published").train(), inputs
+    got = decode_samples(decoder, condition, latents=z)
+    pair = z.flatten(0, 1), condition[:, None].expand(-1, SAMPLES, -1).flatten(0, 1)
+    torch.testing.assert_close(got.flatten(0, 1), decoder(pair))
+
+
+def test_layers_with_hooks_run(inputs):
+    decoder, (z, condition), seen = make("published"), inputs, []
+    decoder[1][0].register_forward_hook(lambda *_: seen.append(1))
+    decoder[0][1].register_forward_hook(lambda *_: seen.append(2))
+    torch.testing.assert_close(
+        decode_samples(decoder, condition, latents=z), loop(decoder, z, condition, "published"), rtol=1e-9, atol=1e-9
+    )
+    assert seen[:2] == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"condition": torch.zeros(3, 10, 1)}, r"condition must be \[B, C\], got \[3, 10, 1\]"),
+        ({"samples": 0}, "samples must be at least 1, got 0"),
+        ({"latents": torch.zeros(2, 4, 6)}, r"latents must be \[B, K, D\] with B = 3, got \[2, 4, 6\]"),
+        ({"latents": torch.zeros(3, 4, 5)}, "must have 16 numbers together, got 5 . 10 = 15"),
+        ({"decoder": Own()}, "latent_dim must be given for this decoder, and be at least 1, got -10"),
+        (
+            {"decoder": lambda z, c: c[:2], "latent_dim": 6},
+            r"must return 12 results, one .* got \[2, 10\]",
+        ),
+        ({"seed": 7}, "seed must .* got the number 7"),
+    ],
+)
+def test_refusals(change, message):
+    arguments = {"decoder": make("published").float(), "condition": torch.zeros(3, 10), "samples": 4}
+    with pytest.raises((ValueError, TypeError), match=message):
+        decode_samples(**(arguments | change))
+
+
+@pytest.mark.parametrize(
+    ("decoder", "message"),
+    [
+        (mixed(), "Got Linear, GELU, Unflatten, Conv2d, SiLU, ConvTranspose2d, BatchNorm2d, Tanh: use decode_samples"),
+        (Own(), "Got Own: use decode_samples"),
+        (published(Join(), slope=0.1), "ConvTranspose2d with the same activation between them"),
+        (published(Shuffle()), "Got Shuffle, Linear, "),
+    ],
+)
+def test_a_decoder_that_cannot_be_packed_gets_the_reason(decoder, message):
+    with pytest.raises(ValueError, match=message):
+        PackedDecoder(decoder.eval(), latent_dim=LATENT)
+
+
+def test_a_sequential_is_packed_only_with_the_size_of_a_latent():
+    with pytest.raises(ValueError, match="latent_dim must be given for a decoder of type Sequential, got None"):
+        PackedDecoder(make("published"))
+    with pytest.raises(ValueError, match="decoder must be in evaluation mode"):
+        PackedDecoder(make("published").train(), latent_dim=LATENT)
