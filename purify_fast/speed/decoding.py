@@ -219,8 +219,8 @@ def _in_order(decoder: nn.Module, latent_dim: int) -> list[_Step]:
         names = ", ".join(type(step.layer).__name__ for step in steps)
         raise ValueError(
             "decoder must be an nn.Sequential of Linear, LeakyReLU or ReLU, Unflatten, and ConvTranspose2d with the "
-            "same activation between them. BatchNorms in evaluation mode may follow Linear and ConvTranspose2d, and Sigmoid "
-            "may be last. The convolutions must have square kernels, one group and no dilation. Got "
+            "same activation between them. BatchNorms in evaluation mode may follow Linear and ConvTranspose2d, and "
+            "Sigmoid may be last. The convolutions must have square kernels, one group and no dilation. Got "
             f"{names}: use decode_samples, which runs any decoder"
         )
     return steps
