@@ -9,6 +9,7 @@
 - `purify_fast.evaluation`: adaptive evaluation and reports. `purify_fast.attacks`: the attacks.
 - `purify_fast.ops`: the fused operations. `purify_fast.nn`: the same as modules.
 - `purify_fast.speed`: faster copies of frozen models, and CUDA graphs.
+- `purify_fast.patch`: lets AutoAttack, torchattacks and RobustBench run on this package's attacks.
 - `purify_fast.zoo`: small trained models to attack.
 - `purify_fast.models`: classifiers. `purify_fast.defences`: base classes of defences.
 - `purify_fast.protocols`: optional Python methods of your own model. The package uses those that your model has.
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from .methods.carso import Carso as Carso
     from .methods.diffusion import DiffusionPurifier as DiffusionPurifier
     from .methods.loading import load_defence as load_defence
+    from .patches import patch as patch
     from .speed.accelerate import accelerate as accelerate
     from .speed.accelerate import images_only as images_only
     from .speed.accelerate import restore as restore
