@@ -66,10 +66,10 @@ def test_pyautoattack(digits):
 def test_robustbench(digits, monkeypatch):
     # `make test` puts the last setuptools that has pkg_resources there, which RobustBench imports.
     monkeypatch.syspath_prepend(str(Path(sys.prefix) / "setuptools-80"))
-    pytest.importorskip("robustbench")
     # RobustBench imports the name of the authors' repository, which is not in the package index.
     for name in ("autoattack", "autoattack.state"):
-        monkeypatch.setitem(sys.modules, name, importlib.import_module(f"py{name}"))
+        monkeypatch.setitem(sys.modules, name, pytest.importorskip(f"py{name}"))
+    pytest.importorskip("robustbench")
     module = importlib.import_module("robustbench.eval")
     model, x, y = digits
     theirs = module.AutoAttack
