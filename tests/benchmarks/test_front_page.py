@@ -15,7 +15,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_readme_is_short_and_its_first_snippets_too():
-    assert len(README.splitlines()) <= 145
+    assert len(README.splitlines()) <= 120
     first = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)[:3]
     assert all(len([line for line in code.splitlines() if line]) <= 8 for code in first)
 
