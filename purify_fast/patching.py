@@ -70,9 +70,8 @@ def patch(package: PackageName) -> Patch:
     - "robustbench": the same for the class that ``robustbench.eval.benchmark`` calls.
     - "torchattacks": ``FGSM``, ``BIM``, ``FFGSM``, ``PGD``, ``EOTPGD`` and ``PGDL2`` run `purify_fast.attacks.pgd`, in
       ``MultiAttack`` as well. Random starts come from torch's generator. Those of ``PGDL2`` are uniform in the ball,
-      while theirs have a uniform distance from the image. Theirs run in targeted mode, with
-      ``set_normalization_used`` or ``set_model_training_mode``, without steps, with radii that are tensors, and with a
-      ``get_logits`` of the user.
+      while theirs have a uniform distance from the image. Theirs run with ``set_normalization_used``,
+      ``set_model_training_mode`` or no steps, with a radius that is a tensor, and with a ``get_logits`` of the user.
 
     Images and radii that our attacks refuse raise our errors.
 
@@ -180,14 +179,24 @@ def _forward(theirs: Callable[..., Tensor], norm: str) -> Callable[..., Tensor]:
     @functools.wraps(theirs)
     def forward(self: Any, images: Tensor, labels: Tensor) -> Tensor:
         steps, plain = getattr(self, "steps", 1), type(self).get_logits is base.get_logits
-        other = self.targeted or self.normalization_used is not None or self._model_training
-        if other or not plain or steps < 1 or isinstance(self.eps, Tensor):
+        other = self.normalization_used is not None or self._model_training or isinstance(self.eps, Tensor)
+        if other or not plain or steps < 1:
             return theirs(self, images, labels)
-        starts = getattr(self, "random_start", self.attack == "FFGSM")
-        # Without a random start no number is drawn, as in theirs.
-        seed = {"seed": int(torch.randint(2**62, ()))} if starts else {}
-        options = {"steps": steps, "alpha": getattr(self, "alpha", self.eps), "eot_iter": getattr(self, "eot_iter", 1)}
         images, labels = images.detach().to(self.device), labels.detach().to(self.device)
-        return pgd(self.model, images, labels, eps=self.eps, norm=norm, random_start=starts, **options, **seed)
+        starts = getattr(self, "random_start", self.attack == "FFGSM")
+        return pgd(
+            self.model,
+            images,
+            labels,
+            self.eps,
+            norm=norm,
+            steps=steps,
+            alpha=getattr(self, "alpha", self.eps),
+            eot_iter=getattr(self, "eot_iter", 1),
+            random_start=starts,
+            targeted=self.get_target_label(images, labels) if self.targeted else None,
+            # With None a seed is drawn from torch's generator. Without a random start, theirs draw no number.
+            seed=None if starts else 0,
+        )
 
     return forward

@@ -1,5 +1,6 @@
 """Other packages' classes on this package's attacks: the numbers are ours, and the undo gives theirs back."""
 
+import copy
 import importlib
 import importlib.util
 import sys
@@ -152,11 +153,10 @@ def test_torchattacks(digits, name, options):
     torchattacks = pytest.importorskip("torchattacks")
     model, x, y = digits
     theirs, attack = getattr(torchattacks, name).forward, getattr(torchattacks, name)(model, **options)
-    plain = {"steps": 1, "alpha": EPS, "random_start": name == "FFGSM"} | options
-    plain["random_start"] = options.get("random_start", name not in ("BIM", "FGSM"))
+    plain = {"steps": 1, "alpha": EPS, "random_start": name not in ("BIM", "FGSM")} | options
+    starts, plain["norm"] = plain["random_start"], "l2" if name == "PGDL2" else "linf"
     torch.manual_seed(0)
-    starts = {"seed": int(torch.randint(2**62, ()))} if plain["random_start"] else {}
-    direct = attacks.pgd(model, x, y, norm="l2" if name == "PGDL2" else "linf", **plain, **starts)
+    direct = attacks.pgd(model, x, y, **plain)
     torch.manual_seed(0)
     with purify_fast.patch("torchattacks"):
         found = attack(x, y)
@@ -164,41 +164,48 @@ def test_torchattacks(digits, name, options):
         assert type(attack).forward is not theirs
         # another call has another start, as theirs
         assert torch.equal(attack(x, y), found) == (not starts)
+        attack.set_mode_targeted_by_function(lambda images, labels: (labels + 1) % 10, quiet=True)
+        torch.manual_seed(0)
+        towards, state = attack(x, y), torch.get_rng_state()
+        torch.manual_seed(0)
+        assert torch.equal(towards, attacks.pgd(model, x, targeted=(y + 1) % 10, **plain))
     assert type(attack).forward is theirs
     if not starts:
-        # the same points as theirs, except where the gradient vanishes up to rounding
+        # the same points as theirs, except where the gradient vanishes up to rounding, and no number is drawn
+        torch.manual_seed(0)
+        assert ((attack(x, y) - towards).abs() < 1e-5).float().mean() > 0.99
+        assert torch.equal(torch.get_rng_state(), state)
+        attack.set_mode_default()
         assert ((attack(x, y) - found).abs() < 1e-5).float().mean() > 0.99
 
 
 def test_torchattacks_own_modes_remain_theirs(digits):
     torchattacks = pytest.importorskip("torchattacks")
-    model, x, y = digits
+    # training mode changes the statistics of the model
+    model, x, y = copy.deepcopy(digits)
 
     class Scaled(torchattacks.PGD):
         def get_logits(self, images):
             return super().get_logits(images) / 2
 
-    def changed(kind=torchattacks.PGD, mode=None, *arguments, **options):
-        attack = kind(model, eps=EPS, steps=options.pop("steps", 2))
+    def changed(kind=torchattacks.PGD, mode=None, *arguments, steps=2):
+        attack = kind(model, eps=EPS, steps=steps)
         if mode is not None:
-            getattr(attack, mode)(*arguments, **options)
+            getattr(attack, mode)(*arguments)
         return attack
 
-    targets = (y + 1) % 10
-    for attack, labels in (
-        (changed(mode="set_mode_targeted_by_label", quiet=True), targets),
-        (changed(torchattacks.PGD, "set_normalization_used", [0.5], [0.5]), y),
-        (changed(torchattacks.PGD, "set_model_training_mode", True, True, True), y),
-        (changed(steps=0), y),
-        (changed(Scaled), y),
+    for attack in (
+        changed(torchattacks.PGD, "set_normalization_used", [0.5], [0.5]),
+        changed(torchattacks.PGD, "set_model_training_mode", True, True, True),
+        changed(steps=0),
+        changed(Scaled),
     ):
         images = []
         for package in (None, "torchattacks"):
             torch.manual_seed(0)
             with purify_fast.patch(package) if package else torch.random.fork_rng([]):
-                images.append(attack(2 * x - 1 if attack.normalization_used else x, labels))
+                images.append(attack(2 * x - 1 if attack.normalization_used else x, y))
         assert torch.equal(*images)
-        model.eval()
 
 
 def test_an_undo_restores_once_and_a_second_patch_leaves_the_first(digits):
