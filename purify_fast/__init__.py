@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from .methods.carso import Carso as Carso
     from .methods.diffusion import DiffusionPurifier as DiffusionPurifier
     from .methods.loading import load_defence as load_defence
-    from .patching import patch as patch
+    from .patches import patch as patch
     from .speed.accelerate import accelerate as accelerate
     from .speed.accelerate import images_only as images_only
     from .speed.accelerate import restore as restore
