@@ -1,151 +1,202 @@
-"""Let the attacks of other packages run on this package, with the signatures that their users know.
+"""Let code that calls AutoAttack, torchattacks or RobustBench run this package's attacks, without a change in the code.
 
-    with purify_fast.patch("torchattacks"):
-        adversarial = torchattacks.PGD(model, eps=8 / 255)(images, labels)
-
-Names that were imported before are replaced too. What this package does not have runs as before.
+Methods of the other packages' classes are replaced in place. So every import of these classes is affected, also an
+earlier one, and so are objects that exist already. The constructors and all other methods remain theirs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
-import sys
+import inspect
 from collections.abc import Callable
-from types import TracebackType
-from typing import Any
+from dataclasses import fields
+from types import FunctionType
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
-from . import attacks
+from ._validation import check_literal
+from .attacks import original_autoattack, pgd
 from .autoattack import AutoAttack
 
+PackageName = Literal["autoattack", "torchattacks", "robustbench"]
+#: The commands that install what `patch` needs.
+INSTALL = {
+    "autoattack": "pip install pyautoattack",
+    "torchattacks": "pip install torchattacks",
+    "robustbench": "pip install robustbench git+https://github.com/fra31/auto-attack 'setuptools<81'",
+}
+#: The classes of torchattacks that are forms of PGD with the cross-entropy, and their norms.
+TORCHATTACKS = {"FGSM": "linf", "BIM": "linf", "FFGSM": "linf", "PGD": "linf", "EOTPGD": "linf", "PGDL2": "l2"}
+#: The original's settings that this package's attacks do not have, and the only value with which ours replace it.
+FIXED: dict[str, dict[str, Any]] = {
+    "apgd": {"topk": None},
+    "apgd_targeted": {"topk": None},
+    "fab": {"alpha_max": 0.1, "eta": 1.05, "beta": 0.9},
+    "square": {"p_init": 0.8, "rescale_schedule": False},
+}
 
-class Patch:
-    """The replaced names of a package. As a context manager, it undoes the replacement at the end of the block."""
 
-    def __init__(self) -> None:
-        self._before: list[tuple[Any, str, Any]] = []
-
-    def replace(self, theirs: Any, ours: Any) -> None:
-        """Replace an object in all modules that have been imported."""
-        for module in list(sys.modules.values()):
-            for name in [name for name, value in vars(module).items() if value is theirs]:
-                self.set(module, name, ours)
-
-    def set(self, module: Any, name: str, ours: Any) -> None:
-        """Replace one name of a module."""
-        self._before.append((module, name, getattr(module, name)))
-        setattr(module, name, ours)
+class Patch(contextlib.ExitStack):
+    """What `patch` has replaced. The end of a ``with`` block, `undo`, or a call of the object restores it."""
 
     def undo(self) -> None:
-        """Give all names their former objects."""
-        while self._before:
-            setattr(*self._before.pop())
+        """Restore the other package's methods. A second call does nothing."""
+        self.close()
 
-    def __enter__(self) -> Patch:
-        return self
+    __call__ = undo
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.undo()
-
-
-class _ByKeywords(AutoAttack):
-    """`AutoAttack` with the interface of the package pyautoattack, whose evaluations also return the predictions."""
-
-    def __init__(self, model: Any, *, attacks: Any = None, **options: Any):
-        custom = {"version": "custom", "attacks_to_run": attacks} if attacks is not None else {}
-        super().__init__(model, **(options | custom))
-
-    def run_standard_evaluation(self, x: Tensor, y: Tensor, /, **options: Any) -> Any:  # type: ignore[override]
-        return super().run_standard_evaluation(x, y, return_labels=True, **options)
+    def replace(self, owner: Any, name: str, replacement: Callable[[Any], Callable[..., Any]]) -> None:
+        """Replace an attribute of ``owner`` by the function that ``replacement`` makes from it."""
+        theirs: FunctionType = getattr(owner, name)
+        # A function of this module is an earlier patch, and its undo restores theirs.
+        if theirs.__globals__ is not globals():
+            self.callback(setattr, owner, name, theirs)
+            setattr(owner, name, replacement(theirs))
 
 
-def _or_theirs(ours: Callable[..., Any], theirs: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that makes ours, or theirs for arguments that ours does not have."""
+def patch(package: PackageName) -> Patch:
+    """Run this package's attacks in code that calls another package, until the patch is undone.
 
-    @functools.wraps(theirs, updated=())
-    def make(*given: Any, **named: Any) -> Any:
-        try:
-            return ours(*given, **named)
-        except (TypeError, ValueError):
-            return theirs(*given, **named)
+    Their signatures and their types of results remain. With settings that our attacks do not have, theirs run.
 
-    return make
+    - "autoattack": ``run_standard_evaluation`` and ``run_standard_evaluation_individual`` of the class AutoAttack, in
+      pyautoattack and in the authors' package autoattack, run `purify_fast.autoattack.AutoAttack`. Theirs run with a
+      ``state_path``, with models of TensorFlow, and with changed settings that ours do not have. The protocol
+      "official" and `purify_fast.attacks.AutoAttack` still run theirs.
+    - "robustbench": the same for the class that ``robustbench.eval.benchmark`` calls.
+    - "torchattacks": ``FGSM``, ``BIM``, ``FFGSM``, ``PGD``, ``EOTPGD`` and ``PGDL2`` run `purify_fast.attacks.pgd`, in
+      ``MultiAttack`` as well. Random starts come from torch's generator. Those of ``PGDL2`` are uniform in the ball,
+      while theirs have a uniform distance from the image. Theirs run with ``set_normalization_used``,
+      ``set_model_training_mode`` or no steps, with a radius that is a tensor, and with a ``get_logits`` of the user.
 
-
-def _patch_autoattack(patch: Patch) -> None:
-    found = 0
-    for name, ours in (("autoattack", AutoAttack), ("pyautoattack", _ByKeywords)):
-        try:
-            theirs = importlib.import_module(name).AutoAttack
-        except ImportError:
-            continue
-        found += 1
-        patch.replace(theirs, _or_theirs(ours, theirs))
-    if not found:
-        raise ImportError("neither autoattack nor pyautoattack is installed")
-
-
-def _patch_robustbench(patch: Patch) -> None:
-    module = importlib.import_module("robustbench.eval")
-    patch.set(module, "AutoAttack", _or_theirs(AutoAttack, module.AutoAttack))
-
-
-def _patch_torchattacks(patch: Patch) -> None:
-    package = importlib.import_module("torchattacks")
-    for name, run in _TORCHATTACKS.items():
-        theirs = getattr(package, name)
-
-        def forward(self: Any, images: Tensor, labels: Tensor, theirs: Any = theirs, run: Any = run) -> Tensor:
-            # Their targeted modes choose targets, and their normalization is a part of their model.
-            if self.targeted or self.normalization_used is not None:
-                result: Tensor = theirs.forward(self, images, labels)
-                return result
-            ours: Tensor = run(self, images.to(self.device), labels.to(self.device))
-            return ours
-
-        patch.replace(theirs, type(name, (theirs,), {"forward": forward, "__doc__": theirs.__doc__}))
-
-
-def _pgd(theirs: Any, x: Tensor, y: Tensor, *, start: bool | None = None) -> Tensor:
-    start = theirs.random_start if start is None else start
-    return attacks.pgd(theirs.model, x, y, theirs.eps, alpha=theirs.alpha, steps=theirs.steps, random_start=start)
-
-
-def _apgd(theirs: Any, x: Tensor, y: Tensor) -> Tensor:
-    how = {"norm": theirs.norm, "steps": theirs.steps, "restarts": theirs.n_restarts, "loss": theirs.loss}
-    how |= {"eot_iter": theirs.eot_iter, "rho": theirs.thr_decr, "seed": theirs.seed}
-    return attacks.apgd(theirs.model, x, y, theirs.eps, **how)
-
-
-#: The classes of torchattacks that this package has, each with a function that runs it.
-_TORCHATTACKS: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
-    "FGSM": lambda theirs, x, y: attacks.fgsm(theirs.model, x, y, theirs.eps),
-    "BIM": functools.partial(_pgd, start=False),
-    "PGD": _pgd,
-    "APGD": _apgd,
-}
-_PACKAGES = {"autoattack": _patch_autoattack, "torchattacks": _patch_torchattacks, "robustbench": _patch_robustbench}
-
-
-def patch(package: str) -> Patch:
-    """Let a package's attacks run on this package.
+    Images and radii that our attacks refuse raise our errors.
 
     Args:
-        package: "autoattack" replaces the class ``AutoAttack`` of the packages autoattack and pyautoattack.
-            "robustbench" replaces the AutoAttack in ``robustbench.benchmark``. "torchattacks" replaces ``FGSM``,
-            ``BIM``, ``PGD`` and ``APGD``; their targeted modes and their normalization run as before.
+        package: "autoattack", "torchattacks" or "robustbench".
 
     Returns:
-        A context manager, whose method ``undo`` ends the replacement too.
+        A context manager. The end of its ``with`` block, its method ``undo`` and a call of it each restore theirs.
 
     Raises:
-        ImportError: the package is not installed.
-        ValueError: the package is none of the three.
+        ImportError: the package cannot be imported. The message names the reason and the command that installs it.
+        ValueError: another name.
     """
-    if package not in _PACKAGES:
-        raise ValueError(f"package must be one of {', '.join(_PACKAGES)}, got {package!r}")
-    made = Patch()
-    _PACKAGES[package](made)
-    return made
+    check_literal("package", package, PackageName)
+    try:
+        classes = _classes(package)
+    except ImportError as error:
+        raise ImportError(f"patch({package!r}) needs the package: {error}. Run {INSTALL[package]}") from error
+    undo = Patch()
+    for theirs in classes:
+        if package == "torchattacks":
+            undo.replace(theirs, "forward", functools.partial(_forward, norm=TORCHATTACKS[theirs.__name__]))
+            continue
+        if original_autoattack.implementation() is theirs:
+            undo.replace(original_autoattack, "implementation", _unpatched)
+        undo.replace(theirs, "run_standard_evaluation", _evaluation)
+    return undo
+
+
+def _classes(package: PackageName) -> list[type]:
+    """The classes whose methods are replaced; ImportError if there are none."""
+    if package == "torchattacks":
+        return [getattr(importlib.import_module(package), name) for name in TORCHATTACKS]
+    if package == "robustbench":
+        evaluation = importlib.import_module("robustbench.eval")
+        try:
+            return [evaluation.AutoAttack]
+        except AttributeError:
+            reason = "torchattacks' wheel has replaced files of robustbench, so install robustbench after torchattacks"
+            raise ImportError(reason) from None
+    found = []
+    for name in ("pyautoattack", "autoattack"):
+        with contextlib.suppress(ModuleNotFoundError):
+            found.append(importlib.import_module(name).AutoAttack)
+    if not found:
+        raise ImportError("neither pyautoattack nor autoattack is installed")
+    return found
+
+
+def _unpatched(implementation: Callable[[], Any]) -> Callable[[], Any]:
+    """Make a form of `original_autoattack.implementation` whose class keeps the original's method."""
+    theirs, name = implementation(), "run_standard_evaluation"
+    kept = type(theirs.__name__, (theirs,), {"__module__": theirs.__module__, name: vars(theirs)[name]})
+    return lambda: kept
+
+
+def _evaluation(theirs: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a form of AutoAttack's ``run_standard_evaluation`` that runs our attacks where they have all settings."""
+    signature = inspect.signature(theirs)
+
+    @functools.wraps(theirs)
+    def run_standard_evaluation(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(self, *args, **kwargs).arguments
+        if given.get("state_path") is not None or not _has_our_settings(self):
+            return theirs(self, *args, **kwargs)
+        ours = AutoAttack(self.model, self.norm, self.epsilon, self.seed, self.verbose, version="custom")
+        ours.attacks_to_run, ours.version, ours.device = (
+            list(self.attacks_to_run),
+            self.version,
+            torch.device(self.device),
+        )
+        ours.log_path = getattr(self.logger, "log_path", None)
+        for name in FIXED:
+            part = getattr(ours, name)
+            for option in fields(part):
+                default = getattr(part, option.name)
+                value = getattr(getattr(self, name), {"rho": "thr_decr"}.get(option.name, option.name), default)
+                setattr(part, option.name, value)
+        size = given.get("bs", given.get("batch_size", 250))
+        # pyautoattack has no such argument, and always returns the labels.
+        labels = given.get("return_labels", "return_labels" not in signature.parameters)
+        return ours.run_standard_evaluation(given["x_orig"], given["y_orig"], size, labels)
+
+    return run_standard_evaluation
+
+
+def _has_our_settings(theirs: Any) -> bool:
+    """Tell whether our attacks have all settings of an object of the original's class."""
+    if getattr(theirs, "is_tf_model", False):
+        return False
+    ball = {"norm": theirs.norm, "eps": theirs.epsilon}
+    larger = theirs.apgd.use_largereps or theirs.apgd_targeted.use_largereps
+    # In the l1 ball, our Auto-PGD always begins in larger balls.
+    return (theirs.norm == "L1" or not larger) and all(
+        getattr(getattr(theirs, name), option) == value
+        for name, fixed in FIXED.items()
+        for option, value in (fixed | ball).items()
+    )
+
+
+def _forward(theirs: Callable[..., Tensor], norm: str) -> Callable[..., Tensor]:
+    """Make a form of ``forward`` of an attack of torchattacks that runs our PGD where it is the same attack."""
+    base = importlib.import_module("torchattacks.attack").Attack
+
+    @functools.wraps(theirs)
+    def forward(self: Any, images: Tensor, labels: Tensor) -> Tensor:
+        steps, plain = getattr(self, "steps", 1), type(self).get_logits is base.get_logits
+        other = self.normalization_used is not None or self._model_training or isinstance(self.eps, Tensor)
+        if other or not plain or steps < 1:
+            return theirs(self, images, labels)
+        images, labels = images.detach().to(self.device), labels.detach().to(self.device)
+        starts = getattr(self, "random_start", self.attack == "FFGSM")
+        return pgd(
+            self.model,
+            images,
+            labels,
+            self.eps,
+            norm=norm,
+            steps=steps,
+            alpha=getattr(self, "alpha", self.eps),
+            eot_iter=getattr(self, "eot_iter", 1),
+            random_start=starts,
+            targeted=self.get_target_label(images, labels) if self.targeted else None,
+            # With None a seed is drawn from torch's generator. Without a random start, theirs draw no number.
+            seed=None if starts else 0,
+        )
+
+    return forward

@@ -1,87 +1,236 @@
-"""Other packages' attacks run on this package, give the same robust accuracy, and are back after the undo."""
+"""Other packages' classes on this package's attacks: the numbers are ours, and the undo gives theirs back."""
 
+import copy
 import importlib
+import importlib.util
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
 import purify_fast
-from purify_fast.attacks import pgd
+from purify_fast import attacks
 from purify_fast.autoattack import AutoAttack
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-EPS, N = 0.1, 24
+#: Where `make test` puts the last setuptools that has pkg_resources, which RobustBench imports.
+PKG_RESOURCES = Path(sys.prefix) / "setuptools-80"
+EPS, ATTACKS = 0.1, ["apgd-ce", "apgd-t", "square"]
 
 
 @pytest.fixture(scope="module")
 def digits():
+    pytest.importorskip("sklearn")
     data = purify_fast.load_dataset("digits")
-    return purify_fast.zoo.load("digits-pgd-at"), data.x_test[:N].float() / 255, data.y_test[:N]
+    x, y = purify_fast.data.to_float(data.x_test[:24]), data.y_test[:24]
+    return purify_fast.zoo.load("digits-pgd-at").eval(), x, y
 
 
-def robust(model, near, y):
-    with torch.no_grad():
-        return (model(near).argmax(1) == y).float().mean().item()
+def quick(adversary):
+    """The adversary with a few steps, and three attacks; with these, some images fall and some do not."""
+    adversary.apgd.n_iter = adversary.apgd_targeted.n_iter = 4
+    adversary.apgd_targeted.n_target_classes, adversary.square.n_queries = 2, 20
+    adversary.attacks_to_run, adversary.verbose = list(ATTACKS), False
+    return adversary
 
 
-def test_torchattacks(digits, monkeypatch):
-    torchattacks = pytest.importorskip("torchattacks")
-    (model, x, y), theirs, calls = digits, torchattacks.PGD, []
-    monkeypatch.setattr("purify_fast.attacks.pgd", lambda *a, **k: calls.append(1) or pgd(*a, **k))
-    with purify_fast.patch("torchattacks"):
-        attack = torchattacks.PGD(model, eps=EPS, alpha=EPS / 4, steps=10, random_start=False)
-        near = attack(x, y)
-        assert calls and isinstance(attack, theirs) and torchattacks.PGD is not theirs
-        attack.set_mode_targeted_least_likely()
-        before = len(calls)
-        attack(x, y)
-        assert len(calls) == before
-        others = [torchattacks.FGSM(model, EPS)(x, y), torchattacks.APGD(model, eps=EPS, steps=10)(x, y)]
-    assert torchattacks.PGD is theirs
-    ours = pgd(model, x, y, EPS, alpha=EPS / 4, steps=10, random_start=False)
-    assert robust(model, near, y) == robust(model, ours, y) < 1
-    alone = theirs(model, eps=EPS, alpha=EPS / 4, steps=10, random_start=False)(x, y)
-    # The sign of a vanishing gradient may differ.
-    assert ((near - alone).abs() > 1e-5).float().mean() < 1e-3
-    for one in others:
-        assert ((one - x).abs() <= EPS + 1e-6).all() and robust(model, one, y) < robust(model, x, y)
+def accuracy(model, x, y):
+    return (model(x).argmax(1) == y).float().mean().item()
 
 
-def test_pyautoattack(digits):
-    package = pytest.importorskip("pyautoattack")
-    (model, x, y), theirs = digits, package.AutoAttack
-    how = {"norm": "Linf", "eps": EPS, "seed": 0, "verbose": False}
-    patched = purify_fast.patch("autoattack")
-    attack = package.AutoAttack(model, attacks=["apgd-ce"], version="custom", **how)
-    near, predicted = attack.run_standard_evaluation(x, y, batch_size=N)
-    assert isinstance(attack, AutoAttack) and torch.equal(predicted, model(near).argmax(1))
-    patched.undo()
-    assert package.AutoAttack is theirs and package.autoattack.AutoAttack is theirs
-    ours = AutoAttack(model, version="custom", attacks_to_run=["apgd-ce"], **how).run_standard_evaluation(x, y, bs=N)
-    assert robust(model, near, y) == robust(model, ours, y) < robust(model, x, y)
-
-
-def test_robustbench(digits, monkeypatch):
-    # `make test` puts the last setuptools that has pkg_resources there, which RobustBench imports.
-    monkeypatch.syspath_prepend(str(Path(sys.prefix) / "setuptools-80"))
-    # RobustBench imports the name of the authors' repository, which is not in the package index.
-    for name in ("autoattack", "autoattack.state"):
-        monkeypatch.setitem(sys.modules, name, pytest.importorskip(f"py{name}"))
-    pytest.importorskip("robustbench")
-    module = importlib.import_module("robustbench.eval")
+@pytest.fixture
+def ours(digits):
+    """Our class called directly: its images."""
     model, x, y = digits
-    theirs = module.AutoAttack
-    with purify_fast.patch("robustbench"):
-        attack = module.AutoAttack(model, norm="Linf", eps=EPS, version="custom", attacks_to_run=["apgd-ce"], seed=0)
-        attack.verbose = False
-        assert isinstance(attack, AutoAttack)
-        near = attack.run_standard_evaluation(x, y, bs=N, state_path=None)
-    assert module.AutoAttack is theirs
-    assert robust(model, near, y) < robust(model, x, y)
+    found = quick(AutoAttack(model, eps=EPS, seed=3)).run_standard_evaluation(x, y)
+    assert 0 < accuracy(model, found, y) < accuracy(model, x, y)
+    return found
 
 
-def test_an_unknown_package_is_refused():
-    with pytest.raises(ValueError, match="package must be one of autoattack, .*, got 'cleverhans'"):
-        purify_fast.patch("cleverhans")
+def adapted():
+    """A module ``autoattack`` as RobustBench imports it: PyPI has the same attacks, with other names of arguments."""
+    packaged = pytest.importorskip("pyautoattack").AutoAttack
+
+    class AsTheAuthors(packaged):
+        def __init__(self, model, norm="Linf", eps=0.3, seed=None, version="standard", device="cuda", log_path=None):
+            super().__init__(model, norm=norm, eps=eps, seed=3, version=version, device=device)
+            quick(self)
+
+        def run_standard_evaluation(self, x_orig, y_orig, bs=250, return_labels=False, state_path=None):
+            found, labels = super().run_standard_evaluation(x_orig, y_orig, batch_size=bs, state_path=state_path)
+            return (found, labels) if return_labels else found
+
+    module = types.ModuleType("autoattack")
+    module.AutoAttack = AsTheAuthors
+    return module
+
+
+def test_autoattack(digits, ours, tmp_path, monkeypatch):
+    from_before = pytest.importorskip("pyautoattack").AutoAttack
+    authors = adapted()
+    monkeypatch.setitem(sys.modules, "autoattack", authors)
+    model, x, y = digits
+    theirs = from_before.run_standard_evaluation, authors.AutoAttack.run_standard_evaluation
+    made_before = quick(from_before(model, eps=EPS, seed=3))
+    by_theirs, _ = made_before.run_standard_evaluation(x, y)
+    with purify_fast.patch("autoattack"):
+        for adversary in (made_before, quick(from_before(model, eps=EPS, seed=3))):
+            found, labels = adversary.run_standard_evaluation(x, y, batch_size=250)
+            assert torch.equal(found, ours) and torch.equal(labels, model(found).argmax(1))
+        alone = quick(from_before(model, eps=EPS, seed=3)).run_standard_evaluation_individual(x, y)
+        assert list(alone) == ATTACKS and all(accuracy(model, each, y) < 1 for each, _ in alone.values())
+        adversary = authors.AutoAttack(model, eps=EPS, device="cpu")
+        assert torch.equal(adversary.run_standard_evaluation(x, y, 250), ours)
+        assert torch.equal(adversary.run_standard_evaluation(x, y, return_labels=True)[1], labels)
+        with pytest.raises(TypeError, match="unexpected keyword argument 'bs'"):
+            made_before.run_standard_evaluation(x, y, bs=250)
+        # ours do not have these
+        assert torch.equal(made_before.run_standard_evaluation(x, y, state_path=tmp_path / "state.json")[0], by_theirs)
+        assert (tmp_path / "state.json").is_file()
+        for part, name, value in (("square", "p_init", 0.7), ("apgd", "use_largereps", True), ("fab", "eta", 1.01)):
+            changed = quick(from_before(model, eps=EPS, seed=3))
+            changed.attacks_to_run = ["square"]
+            setattr(getattr(changed, part), name, value)
+            packaged = theirs[0](changed, x, y)[0]
+            assert torch.equal(changed.run_standard_evaluation(x, y)[0], packaged)
+            assert not torch.equal(packaged, ours)
+    assert (from_before.run_standard_evaluation, authors.AutoAttack.run_standard_evaluation) == theirs
+    assert torch.equal(made_before.run_standard_evaluation(x, y)[0], by_theirs) and not torch.equal(by_theirs, ours)
+
+
+def test_the_official_attack_remains_the_authors(digits):
+    pytest.importorskip("pyautoattack")
+    model, x, y = digits
+    official, options = attacks.AutoAttack(steps=3, n_queries=5), {"eps": EPS, "num_classes": 10, "draws_differ": False}
+
+    def found():
+        with torch.random.fork_rng([]):
+            return official.search(model, x, y, attacks.AttackContext(**options)).images
+
+    before, revision = found(), official.revision()
+    with purify_fast.patch("autoattack"):
+        assert torch.equal(found(), before) and official.revision() == revision
+    assert torch.equal(found(), before)
+
+
+def test_robustbench(digits, ours, monkeypatch):
+    monkeypatch.setitem(sys.modules, "autoattack", adapted())
+    monkeypatch.setitem(sys.modules, "autoattack.state", pytest.importorskip("pyautoattack.state"))
+    if importlib.util.find_spec("robustbench") is None or not PKG_RESOURCES.is_dir():
+        pytest.skip("robustbench is not installed with a setuptools that has pkg_resources")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(PKG_RESOURCES)])
+    monkeypatch.delitem(sys.modules, "robustbench.eval", raising=False)
+    model, x, y = digits
+    theirs = sys.modules["autoattack"].AutoAttack.run_standard_evaluation
+    undo = purify_fast.patch("robustbench")
+    evaluation = importlib.import_module("robustbench.eval")
+    monkeypatch.setattr(evaluation, "load_clean_dataset", lambda *args: (x, y))
+    clean, robust = evaluation.benchmark(model, n_examples=len(x), eps=EPS, batch_size=250)
+    assert (clean, robust) == (pytest.approx(accuracy(model, x, y)), pytest.approx(accuracy(model, ours, y)))
+    assert evaluation.AutoAttack.run_standard_evaluation is not theirs
+    undo()
+    assert evaluation.AutoAttack.run_standard_evaluation is theirs
+    monkeypatch.delattr(evaluation, "AutoAttack")
+    with pytest.raises(ImportError, match="install robustbench after torchattacks"):
+        purify_fast.patch("robustbench")
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("PGD", {"eps": EPS, "alpha": 0.03, "steps": 4}),
+        ("PGDL2", {"eps": 1.0, "alpha": 0.3, "steps": 4}),
+        ("EOTPGD", {"eps": EPS, "alpha": 0.03, "steps": 4, "eot_iter": 3}),
+        ("FFGSM", {"eps": EPS, "alpha": 0.12}),
+        ("PGD", {"eps": EPS, "alpha": 0.03, "steps": 4, "random_start": False}),
+        ("BIM", {"eps": EPS, "alpha": 0.03, "steps": 4}),
+        ("FGSM", {"eps": EPS}),
+    ],
+)
+def test_torchattacks(digits, name, options):
+    torchattacks = pytest.importorskip("torchattacks")
+    model, x, y = digits
+    theirs, attack = getattr(torchattacks, name).forward, getattr(torchattacks, name)(model, **options)
+    plain = {"steps": 1, "alpha": EPS, "random_start": name not in ("BIM", "FGSM")} | options
+    starts, plain["norm"] = plain["random_start"], "l2" if name == "PGDL2" else "linf"
+    torch.manual_seed(0)
+    direct = attacks.pgd(model, x, y, **plain)
+    torch.manual_seed(0)
+    with purify_fast.patch("torchattacks"):
+        found = attack(x, y)
+        assert torch.equal(found, direct) and accuracy(model, found, y) < accuracy(model, x, y)
+        assert type(attack).forward is not theirs
+        # another call has another start, as theirs
+        assert torch.equal(attack(x, y), found) == (not starts)
+        attack.set_mode_targeted_by_function(lambda images, labels: (labels + 1) % 10, quiet=True)
+        torch.manual_seed(0)
+        towards, state = attack(x, y), torch.get_rng_state()
+        torch.manual_seed(0)
+        assert torch.equal(towards, attacks.pgd(model, x, targeted=(y + 1) % 10, **plain))
+    assert type(attack).forward is theirs
+    if not starts:
+        # the same points as theirs, except where the gradient vanishes up to rounding, and no number is drawn
+        torch.manual_seed(0)
+        assert ((attack(x, y) - towards).abs() < 1e-5).float().mean() > 0.99
+        assert torch.equal(torch.get_rng_state(), state)
+        attack.set_mode_default()
+        assert ((attack(x, y) - found).abs() < 1e-5).float().mean() > 0.99
+
+
+def test_torchattacks_own_modes_remain_theirs(digits):
+    torchattacks = pytest.importorskip("torchattacks")
+    # training mode changes the statistics of the model
+    model, x, y = copy.deepcopy(digits)
+
+    class Scaled(torchattacks.PGD):
+        def get_logits(self, images):
+            return super().get_logits(images) / 2
+
+    def changed(kind=torchattacks.PGD, mode=None, *arguments, steps=2):
+        attack = kind(model, eps=EPS, steps=steps)
+        if mode is not None:
+            getattr(attack, mode)(*arguments)
+        return attack
+
+    for attack in (
+        changed(torchattacks.PGD, "set_normalization_used", [0.5], [0.5]),
+        changed(torchattacks.PGD, "set_model_training_mode", True, True, True),
+        changed(steps=0),
+        changed(Scaled),
+    ):
+        images = []
+        for package in (None, "torchattacks"):
+            torch.manual_seed(0)
+            with purify_fast.patch(package) if package else torch.random.fork_rng([]):
+                images.append(attack(2 * x - 1 if attack.normalization_used else x, y))
+        assert torch.equal(*images)
+
+
+def test_an_undo_restores_once_and_a_second_patch_leaves_the_first(digits):
+    torchattacks = pytest.importorskip("torchattacks")
+    theirs = torchattacks.PGD.forward
+    first = purify_fast.patch("torchattacks")
+    replaced = torchattacks.PGD.forward
+    with purify_fast.patch("torchattacks") as second:
+        assert torchattacks.PGD.forward is replaced
+    assert torchattacks.PGD.forward is replaced is not theirs
+    first.undo()
+    assert torchattacks.PGD.forward is theirs
+    third = purify_fast.patch("torchattacks")
+    first()
+    second()
+    assert torchattacks.PGD.forward is not theirs
+    third()
+    assert torchattacks.PGD.forward is theirs
+
+
+def test_missing_packages_and_other_names_are_named(monkeypatch):
+    with pytest.raises(ValueError, match="package must be one of autoattack, torchattacks, robustbench, got 'foolbox'"):
+        purify_fast.patch("foolbox")
+    for name in ("pyautoattack", "autoattack", "torchattacks", "robustbench", "robustbench.eval"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for name, command in (("autoattack", "pyautoattack"), ("torchattacks", "torchattacks"), ("robustbench", "robust")):
+        with pytest.raises(ImportError, match=rf"patch\('{name}'\) needs the package: .* Run pip install {command}"):
+            purify_fast.patch(name)
