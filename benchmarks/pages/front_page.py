@@ -209,7 +209,7 @@ def contests_sentence(results: Path) -> list[str]:
     above, equal = (sum(lead < 0 for lead in every), sum(lead == 0 for lead in every))
     higher = f"higher in {above}, by at most {-min(every):.1f} points" if above else "never higher"
     return [
-        f"| {len(leads)} models that the official AutoAttack attacked too ([comparison](docs/evaluation.md)) | "
+        f"| {len(leads)} models that the official AutoAttack attacked too | "
         f"The robust accuracy under `standard` is up to {max(every):.1f} points lower than under AutoAttack. "
         f"In {len(every)} runs it is equal in {equal}, and {higher}. |"
     ]
@@ -240,7 +240,7 @@ def diffusion_sentence(results: Path) -> list[str]:
     # AutoAttack was too slow for more than the first images.
     draws, strict = draws[: len(most)], strict[: len(most)]
     return [
-        f"| `{name}`, a [purifier by diffusion](docs/diffusion.md) with random predictions | AutoAttack, run as "
+        f"| `{name}`, a [purifier by diffusion](diffusion.md) with random predictions | AutoAttack, run as "
         f"by the method's authors, leaves {100 * most.mean():.0f} % of {len(most)} images correct in one prediction "
         f"each. On the same images, PGD with exact gradients leaves {100 * draws.mean():.1f} % of predictions "
         f"correct, and {100 * strict.mean():.0f} % of images correct in all ten predictions. |"
@@ -260,7 +260,7 @@ def broken_sentence(results: Path) -> list[str]:
     official, default = ([each[judge] for each in both] for judge in (broken_tables.OFFICIAL, broken_tables.STANDARD))
     flagged, above = default.count("flagged"), default.count("flagged") + default.count("missed")
     return [
-        "| rebuilt defences that [adaptive attacks](docs/judge_reference.md#defences-that-were-broken) have broken | "
+        "| rebuilt defences that [adaptive attacks](judge_reference.md#defences-that-were-broken) have broken | "
         f"AutoAttack and `standard` both judged {len(both)} defences, on 40 to 100 images each. Compared with the "
         f"adaptive attack, AutoAttack overestimates {official.count('missed')} by more than 2 points. `standard` "
         f"overestimates {above}, and marks its results for {'these' if flagged == above else f'{flagged} of these'} as "

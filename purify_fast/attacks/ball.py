@@ -63,8 +63,11 @@ def ball_around(
         ValueError: an unknown norm, or a radius of a wrong shape or size.
     """
     known = read_norm(norm)
-    width = float(torch.as_tensor(clip_max - clip_min).max())
-    check_eps(eps, known, max(1.0, width), per_image=True, pixels=x.shape[1:].numel())
+    width = clip_max - clip_min
+    # A radius beside a range of each pixel is a tensor too, which is not compared with it.
+    check_eps(
+        eps, known, max(1.0, 1.0 if isinstance(width, Tensor) else width), per_image=True, pixels=x.shape[1:].numel()
+    )
     return Ball(per_pixel("eps", eps, x), known, clip_min, clip_max)
 
 
@@ -86,6 +89,13 @@ def _numbers(x: Tensor, seed: int, sample_ids: Tensor | None) -> Callable[..., T
         return philox(key, ids, count, stream=stream, distribution=distribution, first_draw=first_draw)[:, 0]
 
     return draw
+
+
+def clamped(x: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
+    """Clamp images to a range of numbers or of tensors, without a copy from the host to the device for numbers."""
+    if not (isinstance(low, Tensor) or isinstance(high, Tensor)):
+        return x.clamp(low, high)
+    return torch.minimum(torch.maximum(x, torch.as_tensor(low).to(x)), torch.as_tensor(high).to(x))
 
 
 def projected(x: Tensor, point: Tensor, ball: Ball) -> Tensor:
@@ -129,5 +139,4 @@ def sample_in_ball(x: Tensor, ball: Ball, *, seed: int = 0, sample_ids: Tensor |
         shrink = draw(1, first_draw=1) ** (1 / size)
         noise = noise / noise.norm(p=2 if ball.norm == "l2" else 1, dim=1, keepdim=True) * shrink
     point = x + noise.view_as(x) * spread("eps", ball.eps, x)
-    low, high = (torch.as_tensor(one, dtype=point.dtype, device=x.device) for one in (ball.clip_min, ball.clip_max))
-    return point.clamp(low, high).to(x.dtype)
+    return clamped(point, ball.clip_min, ball.clip_max).to(x.dtype)

@@ -29,7 +29,8 @@ LossFunction: TypeAlias = Callable[[Tensor, Any], Tensor]
 def drawn_seed(generator: torch.Generator | None = None) -> int:
     """Draw a seed from a generator, or from torch's generator of the CPU."""
     device = "cpu" if generator is None else generator.device
-    return int(torch.randint(2**63 - 1, (), generator=generator, device=device))
+    # A number is read from a tensor of the CPU by NumPy, because it waits for no device.
+    return int(torch.randint(2**63 - 1, (), generator=generator, device=device).cpu().numpy())
 
 
 @dataclass(frozen=True, kw_only=True)
