@@ -70,11 +70,10 @@ class ReconstructionLoss(nn.Module):
 
     def __init__(self, kind: str = "bce", *, from_logits: bool = True, reduction: str = "none"):
         super().__init__()
-        self.kind, self.from_logits, self.reduction = kind, from_logits, reduction
+        self.kind, self.form = kind, dict[str, Any](from_logits=from_logits, reduction=reduction)
 
     def forward(self, reconstruction: Tensor, target: Tensor) -> Tensor:
-        form: dict[str, Any] = {"from_logits": self.from_logits, "reduction": self.reduction}
-        return ops.reconstruction_loss(reconstruction, target, self.kind, **form)
+        return ops.reconstruction_loss(reconstruction, target, self.kind, **self.form)
 
 
 class Aggregate(nn.Module):

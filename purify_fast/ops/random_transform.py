@@ -177,18 +177,15 @@ BACKWARD = define_backward(
 _random_transform = differentiable(OP.handle, lambda *given: BACKWARD(*given), _saved, constants=1)
 
 
-def _masked(
-    x: Tensor, seed: Tensor, ids: Tensor, sigma: float, mask: Tensor, passes: int | None, samples: int, *form: Any
-) -> tuple[Tensor, Tensor]:
-    """Compute `random_transform` with the caller's mask by PyTorch. The form is the output's dtype and layout."""
+def _owners(mask: Tensor, x: Tensor, passes: int | None, samples: int) -> Tensor:
+    """Return the owners of the pixels, [S, B, H, W], for the caller's mask."""
     batch, _, height, width = x.shape
     if mask.shape not in ((height, width), (1, 1, height, width), (batch, 1, height, width)) or passes is not None:
         wanted = f"[H, W] = {[height, width]}, [1, 1, H, W] or [B, 1, H, W], and num_passes None"
         raise ValueError(f"mask must be {wanted}, got {list(mask.shape)} and num_passes = {passes}")
     check_one_device(x=x, mask=mask)
     hidden = (mask != 0).to(torch.uint8).expand(batch, 1, height, width)[:, 0]
-    owners = hidden.expand(samples, batch, height, width).contiguous()
-    return _packed(_noisy(x, seed, ids, sigma, samples), owners, 0, *form), owners
+    return hidden.expand(samples, batch, height, width).contiguous()
 
 
 def random_transform(
@@ -265,7 +262,8 @@ def random_transform(
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
     if mask is not None:
-        return _masked(x, seed, sample_ids, sigma, mask, num_passes, samples, dtype, channels_last)
+        owners = _owners(mask, x, num_passes, samples)
+        return _packed(_noisy(x, seed, sample_ids, sigma, samples), owners, 0, dtype, channels_last), owners
     # 1e-6 compensates rounding: 1/49 of 49 blocks is one block, although the floating-point product is 0.999...
     masked_blocks = min(int(mask_ratio * blocks + 1e-6), blocks - 1) if num_passes is None else 0
     kernel = _random_transform if needs_gradient(x) else OP.handle

@@ -182,6 +182,7 @@ def _pairs(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
     return [(names[a], names[b]) for a, b in pairs if runs[a] == runs[b] == 1 and len(a.weight) == b.num_features]
 
 
+@torch.no_grad()
 def folded(layer: Any, norm: Any, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     """Compute the weight and bias of a linear layer or a convolution with a folded BatchNorm.
 
