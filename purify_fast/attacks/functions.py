@@ -17,7 +17,7 @@ from .base import Attack
 from .context import AttackContext, LossFunction, Radius, Resources, drawn_seed
 from .losses import LOSSES
 from .search import GradientHealth
-from .signatures import check_names, parameters_of
+from .signatures import check_names, docstring, parameters_of, texts_of
 
 #: The options of attacks with a ``loss``, besides the fields of attack and context.
 OF_CALLS = ("generator", "targeted", "mode")
@@ -136,7 +136,9 @@ def as_function(name: str, attack: type[Attack], returns: str, **defaults: Any) 
     own, shared = _options_of_call(attack)
     options = {**inspect.signature(call, eval_str=True).parameters}
     del options["options"]
-    added = {"generator": None, "health": None} | ({"targeted": None, "mode": "eval"} if "loss" in own else {})
+    added: dict[str, Any] = {"generator": None, "health": None}
+    if "loss" in own:
+        added |= {"targeted": None, "mode": "eval"} | ({"stop_when_fallen": False} if attack.kind == "pgd" else {})
     options |= {key: value for key, value in (own | shared).items() if key != "eps"}
     options |= {
         key: inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=value) for key, value in added.items()
@@ -145,38 +147,41 @@ def as_function(name: str, attack: type[Attack], returns: str, **defaults: Any) 
     call.__name__ = call.__qualname__ = name
     call.__module__ = attack.__module__
     call.__signature__ = inspect.Signature(list(options.values()), return_annotation=Tensor)  # type: ignore[attr-defined]
-    call.__doc__ = _DOC.format(
-        summary=(inspect.cleandoc(attack.__doc__ or "").partition("\n")[0]), attack=attack.__name__, returns=returns
+    of_shared = texts_of(AttackContext, Resources)
+    texts = texts_of(attack) | {name: of_shared.get(name, "") for name in shared} | _TEXTS
+    call.__doc__ = docstring(
+        inspect.cleandoc(attack.__doc__ or "").partition("\n\nArgs:")[0].partition("\n\nRaises:")[0],
+        Args=[f"{option}: {texts.get(option, '')}" for option in options],
+        Returns=[returns + _SHAPE],
+        Raises=_ERRORS,
     )
     return call
 
 
-_DOC = """{summary}
-
-Args:
-    model: images ``[B, ...]`` to logits ``[B, classes]``, or to an object or mapping with such ``logits``. A module is
-        in evaluation mode during the attack.
-    x: images, floating point ``[B, ...]`` in [clip_min, clip_max].
-    y: true labels, int64 ``[B]``. With a function as loss, y is what the function gets, ``[B, ...]`` or None.
-    eps: radius of the ball in image units: a number, ``[B]``, or for PGD and FGSM in "linf" a tensor that can be
-        broadcast over the images, such as ``[C, 1, 1]`` for normalized images. ``alpha``, ``clip_min`` and ``clip_max``
-        may be such tensors too.
-    loss: a name, or for PGD, FGSM and Auto-PGD a function ``(logits, y) -> [B]`` that is maximized.
-    targeted: target classes, int64 ``[B]``. The attack then lowers the loss of these classes, and reads no y.
-    mode: "eval", or for PGD and FGSM "keep", which leaves the model in its mode. BatchNorms in training mode then take
-        the statistics of the batch, and update their averages in each step. Parameters get no gradients.
-    seed: seed of the random numbers. None draws a seed from ``generator``, or from torch's generator of the CPU.
-    health: a `GradientHealth`, to which the counts of faulty gradients and unmoved images are added.
-
-The other options are the fields of `{attack}`, of `AttackContext` and of `Resources`.
-
-Returns:
-    {returns} Shape and dtype are those of x. Up to the rounding of this dtype, the images lie within the radius and
-    within [clip_min, clip_max].
-
-Raises:
-    TypeError: x or y is no tensor, there is no such option, a radius is missing, or the model returns no logits.
-    RuntimeError: an attack with gradients is called within ``torch.inference_mode()``.
-    ValueError: a shape, dtype, name, count or range that is not allowed, also of the model's output; or a model that
-        writes to its input.
-"""
+_TEXTS = {
+    "model": "images ``[B, ...]`` to logits ``[B, classes]``, or to an object or mapping with such ``logits``; a "
+    "module is in evaluation mode during the attack.",
+    "x": "images, floating point ``[B, ...]`` in [clip_min, clip_max].",
+    "y": "true labels, int64 ``[B]``. With a function as loss, y is what the function gets, ``[B, ...]`` or None.",
+    "eps": "radius of the ball in image units: a number, ``[B]``, or for PGD and FGSM in linf a tensor that can be "
+    "broadcast over the images, such as ``[C, 1, 1]`` for normalized images. alpha, clip_min and clip_max may be such "
+    "tensors too.",
+    "loss": "a name, or for PGD, FGSM and Auto-PGD a function ``(logits, y) -> [B]`` that is maximized.",
+    "targeted": "target classes, int64 ``[B]``. The attack then lowers the loss of these classes, and reads no y.",
+    "mode": "eval, or for PGD and FGSM keep, which leaves the model in its mode. BatchNorms in training mode then take "
+    "the statistics of the batch, and update their averages in each step. Parameters get no gradients.",
+    "generator": "the generator of the seed, if no seed is given; None: torch's generator of the CPU.",
+    "seed": "seed of the random numbers; None draws a seed.",
+    "stop_when_fallen": "whether an image takes no further steps after a step that misclassifies it.",
+    "health": "the counts of faulty gradients and unmoved images are added to it; None: nothing is counted.",
+}
+_SHAPE = (
+    " Shape and dtype are those of x. Up to the rounding of this dtype, the images lie within the radius and within "
+    "[clip_min, clip_max]."
+)
+_ERRORS = (
+    "TypeError: x or y is no tensor, there is no such option, a radius is missing, or the model returns no logits.",
+    "RuntimeError: an attack with gradients is called within ``torch.inference_mode()``.",
+    "ValueError: a shape, dtype, name, count or range that is not allowed, also of the model's output; or a model that "
+    "writes to its input.",
+)

@@ -14,7 +14,6 @@ evaluation mode, and its parameters get no gradients; both settings are restored
 from __future__ import annotations
 
 import functools
-import inspect
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -271,12 +270,6 @@ def pgd(model: Classifier, x: Tensor, *given: Any, stop_when_fallen: bool = Fals
     if callable(options.get("loss")) or options.get("targeted") is not None:
         raise ValueError("stop_when_fallen must be False with a function as loss or with targeted, got True")
     return run_alone(LeavingPGD, model, x, *given, **{"steps": 40, "look_every": 1, **options, "keep_best": True})
-
-
-_STOP = inspect.Parameter("stop_when_fallen", inspect.Parameter.KEYWORD_ONLY, default=False)
-pgd.__signature__ = inspect.signature(_pgd).replace(  # type: ignore[attr-defined]
-    parameters=[*inspect.signature(_pgd).parameters.values(), _STOP]
-)
 
 
 @dataclass(frozen=True, kw_only=True)

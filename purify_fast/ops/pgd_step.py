@@ -226,15 +226,12 @@ def _of_pixels(value: float | Tensor) -> bool:
     return isinstance(value, Tensor) and value.dim() > 1
 
 
-def _pixelwise_step(
-    x: Tensor, grad: Tensor, x_nat: Tensor, alpha: Any, eps: Any, norm: Norm, lo: float | Tensor, hi: float | Tensor
-) -> Tensor:
+def _pixelwise_step(images: tuple[Tensor, Tensor, Tensor], norm: Norm, **given: float | Tensor) -> Tensor:
     """A step in "linf" with a radius, a length or a range of its own for each channel or pixel."""
     if norm != "linf":
         raise ValueError(f"norm must be linf with a radius, a step or a range for each channel or pixel, got {norm}")
-    alpha, eps, lo, hi = (
-        spread(name, value, x) for name, value in (("alpha", alpha), ("eps", eps), ("lo", lo), ("hi", hi))
-    )
+    x, grad, x_nat = images
+    alpha, eps, lo, hi = (spread(name, value, x) for name, value in given.items())
     wide = torch.promote_types(x.dtype, torch.float32)
     signs = torch.where(grad.isfinite(), grad.sign(), 0)
     center, moved = x_nat.to(wide), x.to(wide) + alpha * signs.to(wide)
@@ -297,7 +294,7 @@ def pgd_step(
         raise ValueError(f"density must be in (0, 1], got {density}")
     with torch.no_grad():
         if _of_pixels(alpha) or _of_pixels(eps) or isinstance(lo, Tensor) or isinstance(hi, Tensor):
-            return _pixelwise_step(x, grad, x_nat, alpha, eps, norm, lo, hi)
+            return _pixelwise_step((x, grad, x_nat), norm, alpha=alpha, eps=eps, lo=lo, hi=hi)
         alpha, eps = per_sample("alpha", alpha, x), per_sample("eps", eps, x)
         space = float(lo), float(hi), float(density)
         return OP(x, grad, x_nat, alpha, eps, NORMS.index(norm), *space, variant=norm)

@@ -88,10 +88,8 @@ def test_the_inner_loop_of_trades_is_one_call(network, x):
 
     got = pgd(network, x, target, EPS, loss=divergence, steps=3, alpha=ALPHA, start_std=0.001, seed=5)
     torch.testing.assert_close(got, loop(network, x, lambda logits: divergence(logits, target).sum(), begin))
-    without = pgd(
-        network, x, None, EPS, loss=lambda logits, y: divergence(logits, target), steps=3, alpha=ALPHA, start_std=0.001,
-        seed=5,
-    )  # fmt: skip
+    how = {"steps": 3, "alpha": ALPHA, "start_std": 0.001, "seed": 5}
+    without = pgd(network, x, None, EPS, loss=lambda logits, y: divergence(logits, target), **how)
     assert torch.equal(got, without)
 
 

@@ -50,10 +50,15 @@ def test_an_editor_sees_every_option(name):
     assert pickle.loads(pickle.dumps(function)) is function
 
 
-def test_the_docstring_names_the_arguments_and_the_classes_of_the_options():
+def test_the_docstring_has_the_texts_of_the_fields():
     text = attacks.apgd.__doc__
-    assert text.startswith("Auto-PGD; ") and "\nReturns:\n    Per image " in text and "\nRaises:\n    Type" in text
-    assert "the fields of `APGD`, of `AttackContext` and of `Resources`" in text
+    assert text.startswith("Auto-PGD; ") and "\n\nReturns:\n    Per image " in text and "\n\nRaises:\n    Type" in text
+    for doc, name in ((attacks.APGD.__doc__, "rho"), (AttackContext.__doc__, "sample_ids")):
+        entry = inspect.cleandoc(doc).partition(f"    {name}: ")[2].partition("\n    ")[0].split()
+        assert len(entry) > 5 and " ".join(entry) in " ".join(text.partition(f"    {name}: ")[2].split())
+    # a subclass describes a field of its base anew
+    assert "in the authors' code" in attacks.fab_t.__doc__ and "gradient steps of a run" not in attacks.fab_t.__doc__
+    assert max(map(len, text.splitlines())) <= 120
 
 
 @pytest.mark.parametrize(

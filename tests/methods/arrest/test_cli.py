@@ -57,7 +57,7 @@ def test_from_nothing_to_a_defence_on_it(tmp_path, capsys, monkeypatch):
     assert run(out, *options) == 0  # it is finished
     assert weights_fingerprint(load_classifier(out)) == weights_fingerprint(trained)
     assert run(out, *options, "--distillation-weight", "4") == 2
-    assert "holds a run with other settings (distillation_weight: 3.0 there, 4.0 now)" in said(capsys)
+    assert "holds a run with other images or settings (distillation_weight: 3.0, now 4.0)" in said(capsys)
 
     carso = f"--classifier {out} --layers conv2 hidden --cond-dim 4 --latent-dim 2 --samples 2 --decoder-width 2"
     assert run(tmp_path / "carso", *carso.split(), "--kl-delay", "0", what="carso") == 0
@@ -99,10 +99,10 @@ def test_a_folder_with_another_run_is_refused_before_anything_is_trained(standar
     before = sorted(path.name for path in out.iterdir())
     capsys.readouterr()
     assert run(out, "--width", "4", "--standard-epochs", "1", "--distillation-weight", "4") == 2
-    assert "holds a run with other settings (distillation_weight: 50.0 there, 4.0 now)" in said(capsys)
+    assert "holds a run with other images or settings (distillation_weight: 50.0, now 4.0)" in said(capsys)
     other = tmp_path / "classifier"
     assert run(other, "--width", "4", what="classifier") == 0
     capsys.readouterr()
     assert run(other, "--width", "4", "--standard-epochs", "1") == 2
-    assert "holds a run of the training 'classifier', but this is the training 'arrest'" in said(capsys)
+    assert "task: 'classifier', now 'arrest'" in said(capsys)
     assert sorted(path.name for path in out.iterdir()) == before and not (other / "standard").exists()

@@ -495,7 +495,7 @@ def test_a_run_is_resumed_with_the_same_settings_and_start_only(tmp_path):
     x, y = digits.x_train[:32], digits.y_train[:32]
     fit(arrest(), x, y, FitConfig(1, 16), tmp_path)
     for other, named in (
-        (arrest(distillation_weight=1.0), "distillation_weight: 50.0 there, 1.0 now"),
+        (arrest(distillation_weight=1.0), "distillation_weight: 50.0, now 1.0"),
         (arrest(layers=["conv4"]), "layers: "),
         (arrest(cnn(1)), "origin: "),
         (arrest(teacher=cnn(1)), "origin: "),

@@ -130,7 +130,7 @@ def test_an_interrupted_run_goes_on(made, generator, tmp_path, capsys, monkeypat
     for other, named in ((["--eps", "0.01"], "eps: "), (["--init", str(tmp_path / "cut")], "origin: ")):
         assert run("atop", made, tmp_path / "cut", *options, *other) == 2
         said = capsys.readouterr().err
-        assert "holds a run with other settings" in said and named in said
+        assert "holds a run with other images or settings" in said and named in said
 
 
 @pytest.mark.parametrize(

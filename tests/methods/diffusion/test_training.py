@@ -141,5 +141,5 @@ def test_what_cannot_be_trained(tmp_path):
     gray = colored[:, :1]
     fit(task, gray, torch.zeros(4, dtype=torch.int64), loop, tmp_path, progress=False)
     other = DiffusionTask(unet(), DiffusionConfig(prediction="v"))
-    with pytest.raises(ValueError, match="prediction: 'noise' there, 'v' now"):
+    with pytest.raises(ValueError, match="prediction: 'noise', now 'v'"):
         fit(other, gray, torch.zeros(4, dtype=torch.int64), loop, tmp_path, progress=False)
