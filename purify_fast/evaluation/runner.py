@@ -115,7 +115,7 @@ def evaluate(
         norm: norm of the ball: ``linf``, ``l2`` or ``l1``.
         base: an undefended classifier, whose adversarial images are tried on the model.
         attacks: a list of attacks that replaces a protocol: attacks of `purify_fast.attacks`, such as ``PGD()``;
-            attacks of torchattacks, Foolbox or ART; functions ``(model, x, y) -> x_adv``, see `as_attack`; or an
+            functions ``(model, x, y) -> x_adv``, such as calls of other packages, see `as_attack`; or an
             `AttackSpec` with any of these. An empty list measures only the accuracy on clean images. An attack on a
             variant (see `AttackSpec`) is left out, with a note, if the model has no such variant, or if the variant
             fails its test (for example if ``fixed_noise`` does not fix the noise).
@@ -330,7 +330,7 @@ class _Evaluation:
             report.about["claim_test"] = test.verdict
         report.about["seconds"] = measure.progress.told()
         report.about["peak_memory"] = f"{peak_so_far(subject.device) / 1e9:.2f} GB"
-        shards.end(report.to_json())
+        shards.end(report.to_json)
         return report
 
     def choose_attacks(self, asked_for: Sequence[AttackSpec]) -> None:
