@@ -37,10 +37,9 @@ from ..speed.threads import restored_threads
 from .alarms import signs_of_masking
 from .alarms.answers import Before
 from .asked.attack_lists import SEARCHES, protocol_attacks, to_the_end
-from .asked.checked_arguments import check_kinds, check_radii, naming_config, read_attacks, with_arguments
 from .asked.config import BatchSize, EvaluateConfig, ProtocolName
 from .asked.first_facts import facts, first_notes
-from .asked.inputs import as_classifier, images_and_labels
+from .asked.inputs import as_classifier, images_and_labels, read_attacks, with_arguments
 from .asked.module_checks import note_of_switched_modules, refresh_stale_copies
 from .asked.naming import beside_fixed, feasible, row_name, threat_name
 from .asked.specs import AttackFunction, AttackSpec
@@ -72,7 +71,6 @@ VARYING = (
 )
 
 
-@naming_config
 @whole_float32_by_default()
 @torch.inference_mode(False)
 def evaluate(
@@ -146,17 +144,15 @@ def evaluate(
         ModuleNotFoundError: an attack needs AutoAttack's package, which is not installed.
     """
     check_folder("out", out)
-    check_kinds(config, base)
     config = with_arguments(config, protocol=protocol, batch_size=batch_size, seed=seed)
     norm = read_norm(norm)
     check_eps(eps, norm)
     images, labels, notes = images_and_labels(x, y)
-    config, given = read_attacks(config, attacks, eps)
     pixels = images[0].numel()
-    check_radii(norm, eps, given, pixels)
+    config, given = read_attacks(config, attacks, norm, eps, pixels)
     radii = radii_of(config.curve, eps, largest_distance(norm, pixels))
     device = device_of(model, images)
-    model = as_classifier(model)
+    model, base = as_classifier(model), None if base is None else as_classifier(base)
 
     def run(draws: bool) -> Report:
         report = Report(about=facts(config, norm, eps, model, device), notes=list(notes))
