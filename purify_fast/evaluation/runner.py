@@ -37,10 +37,9 @@ from ..speed.threads import restored_threads
 from .alarms import signs_of_masking
 from .alarms.answers import Before
 from .asked.attack_lists import SEARCHES, protocol_attacks, to_the_end
-from .asked.checked_arguments import check_kinds, check_radii, naming_config, read_attacks, with_arguments
 from .asked.config import BatchSize, EvaluateConfig, ProtocolName
 from .asked.first_facts import facts, first_notes
-from .asked.inputs import as_classifier, images_and_labels
+from .asked.inputs import as_classifier, images_and_labels, read_attacks, with_arguments
 from .asked.module_checks import note_of_switched_modules, refresh_stale_copies
 from .asked.naming import beside_fixed, feasible, row_name, threat_name
 from .asked.specs import AttackFunction, AttackSpec
@@ -72,7 +71,6 @@ VARYING = (
 )
 
 
-@naming_config
 @whole_float32_by_default()
 @torch.inference_mode(False)
 def evaluate(
@@ -115,7 +113,7 @@ def evaluate(
         norm: norm of the ball: ``linf``, ``l2`` or ``l1``.
         base: an undefended classifier, whose adversarial images are tried on the model.
         attacks: a list of attacks that replaces a protocol: attacks of `purify_fast.attacks`, such as ``PGD()``;
-            attacks of torchattacks, Foolbox or ART; functions ``(model, x, y) -> x_adv``, see `as_attack`; or an
+            functions ``(model, x, y) -> x_adv``, such as calls of other packages, see `as_attack`; or an
             `AttackSpec` with any of these. An empty list measures only the accuracy on clean images. An attack on a
             variant (see `AttackSpec`) is left out, with a note, if the model has no such variant, or if the variant
             fails its test (for example if ``fixed_noise`` does not fix the noise).
@@ -146,17 +144,15 @@ def evaluate(
         ModuleNotFoundError: an attack needs AutoAttack's package, which is not installed.
     """
     check_folder("out", out)
-    check_kinds(config, base)
     config = with_arguments(config, protocol=protocol, batch_size=batch_size, seed=seed)
     norm = read_norm(norm)
     check_eps(eps, norm)
     images, labels, notes = images_and_labels(x, y)
-    config, given = read_attacks(config, attacks, eps)
     pixels = images[0].numel()
-    check_radii(norm, eps, given, pixels)
+    config, given = read_attacks(config, attacks, norm, eps, pixels)
     radii = radii_of(config.curve, eps, largest_distance(norm, pixels))
     device = device_of(model, images)
-    model = as_classifier(model)
+    model, base = as_classifier(model), None if base is None else as_classifier(base)
 
     def run(draws: bool) -> Report:
         report = Report(about=facts(config, norm, eps, model, device), notes=list(notes))
@@ -330,7 +326,7 @@ class _Evaluation:
             report.about["claim_test"] = test.verdict
         report.about["seconds"] = measure.progress.told()
         report.about["peak_memory"] = f"{peak_so_far(subject.device) / 1e9:.2f} GB"
-        shards.end(report.to_json())
+        shards.end(report.to_json)
         return report
 
     def choose_attacks(self, asked_for: Sequence[AttackSpec]) -> None:

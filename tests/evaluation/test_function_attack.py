@@ -141,7 +141,7 @@ def test_rounding_is_allowed_and_no_more(norm, order):
         ("pgd", "attacks must be a list, got 'pgd'"),
         (PGD(), "attacks must be a list, got PGD"),
         ([PGD(), None], r"attacks\[1\]: .* got None"),
-        ([PGD], r"attacks\[0\]: an attack must be an object, got the class PGD: write PGD\(\)"),
+        ([PGD], r"attacks\[0\]: .* got <class"),
     ],
 )
 def test_what_is_no_attack_is_told(attacked, attacks, message):

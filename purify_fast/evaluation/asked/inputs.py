@@ -1,44 +1,42 @@
-"""Checks and converts the inputs of an evaluation: images and labels."""
+"""Checks and converts the arguments of an evaluation."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...attacks.arguments import ROUNDING, advice_for_range
+from ..._validation import Norm
+from ...attacks import Attack, AutoAttack
+from ...attacks.arguments import ROUNDING, advice_for_range, check_eps
+from ...attacks.original_autoattack import implementation
 from ...protocols import Classifier
+from .config import EvaluateConfig
+from .specs import AttackFunction, AttackSpec, as_specs
 
 #: The allowed dtypes of labels.
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def images_and_labels(x: Tensor | Iterable[Any], y: Tensor | None) -> tuple[Tensor, Tensor, list[str]]:
-    """Check images and labels, and convert them.
-
-    Args:
-        x: images in a form that `collect` accepts. Or, without ``y``, a DataLoader or another iterable of batches
-            (images, labels) or (images, labels, indices). The indices are not used.
-        y: labels, integers ``[N]``.
-
-    Returns:
-        The results of `collect`.
-
-    Raises:
-        ValueError: a wrong shape, dtype or range, or no images.
-        TypeError: x or y is not a tensor or array, or x without y does not yield batches of tensors or arrays.
-    """
+    """Check and convert images and labels like `collect`; without ``y``, x is an iterable of batches."""
     if y is not None:
         return collect(x, y)
-    batches = list(_read(x))
-    if not batches:
-        raise ValueError(
-            "x must yield at least one batch, got none: a generator can be read only once, so make a new generator"
-        )
-    images, labels = zip(*batches, strict=True)
+    if isinstance(x, (Tensor, np.ndarray)) or not isinstance(x, Iterable):
+        raise TypeError(f"without y, x must be an iterable of batches (images, labels), got {type(x).__name__}")
+    images, labels = list[Tensor](), list[Tensor]()
+    for i, batch in enumerate(x):
+        if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
+            raise TypeError(f"batch {i} must be (images, labels) or (images, labels, indices), got {type(batch)}")
+        images.append(_as_tensor(f"the images of batch {i}", batch[0]))
+        labels.append(_as_tensor(f"the labels of batch {i}", batch[1]))
+    kinds = list(dict.fromkeys((str(part.dtype), *part.shape[1:]) for part in images))
+    if len(kinds) != 1:
+        raise ValueError(f"x must yield batches of one dtype and one size [C, H, W], at least one, got {kinds}")
     return collect(torch.cat(images), torch.cat(labels))
 
 
@@ -57,17 +55,11 @@ def collect(x: Any, y: Any) -> tuple[Tensor, Tensor, list[str]]:
         ValueError: a wrong shape, dtype or range, or no images.
         TypeError: x or y is not a tensor or array.
     """
-    x, y = _of_array(x), _of_array(y)
-    for name, value in (("x", x), ("y", y)):
-        if not isinstance(value, Tensor):
-            kind = f"{type(value).__module__}.{type(value).__name__}".removeprefix("builtins.")
-            raise TypeError(f"{name} must be a torch.Tensor or a NumPy array, got {kind}{_as_tensor(name, value)}")
+    x, y = _as_tensor("x", x), _as_tensor("y", y)
     if x.dim() != 4 or len(x) == 0:
-        hint = ": x[:, None] makes grey images [N, 1, H, W]" if x.dim() == 3 and x.shape[0] not in (1, 3) else ""
-        hint = ": x[None] makes one image [1, C, H, W]" if x.dim() == 3 and x.shape[0] in (1, 3) else hint
-        raise ValueError(f"x must be [N, C, H, W] with at least one image, got {list(x.shape)}{hint}")
+        raise ValueError(f"x must be [N, C, H, W] with at least one image, got {list(x.shape)}")
     if y.shape != (len(x),) or y.dtype not in INTEGERS:
-        raise ValueError(f"y must be integer labels [N] = [{len(x)}], got {y.dtype} {list(y.shape)}{_as_labels(x, y)}")
+        raise ValueError(f"y must be integer labels [N] = [{len(x)}], got {y.dtype} {list(y.shape)}")
     # Tensors made in inference mode cannot take part in gradients.
     y = y.clone() if y.is_inference() else y
     if x.dtype == torch.uint8:
@@ -79,10 +71,7 @@ def collect(x: Any, y: Any) -> tuple[Tensor, Tensor, list[str]]:
     # The condition is negated so that NaN is refused too.
     if not (least >= -ROUNDING and most <= 1 + ROUNDING):
         values = f"values from {least:.5g} to {most:.5g}{advice_for_range(least, most)}"
-        missing = int(x.isnan().sum())
-        raise ValueError(
-            f"x must be in [0, 1] and free of NaN, got {f'{missing} values that are NaN' if missing else values}"
-        )
+        raise ValueError(f"x must be in [0, 1] and free of NaN, got {values}")
     x, notes = x.clone() if x.is_inference() else x.detach(), list[str]()
     if least < 0 or most > 1:
         beyond = max(-least, most - 1)
@@ -91,71 +80,57 @@ def collect(x: Any, y: Any) -> tuple[Tensor, Tensor, list[str]]:
     return x, y.to(torch.int64), notes
 
 
-def _of_array(value: Any) -> Any:
-    """Convert a NumPy array of numbers to a tensor; return anything else unchanged."""
-    if not isinstance(value, np.ndarray) or value.dtype.kind not in "iuf":
-        return value
-    # Copied if necessary: PyTorch refuses negative strides and foreign byte orders, and warns about read-only arrays.
-    return torch.from_numpy(np.require(value, value.dtype.newbyteorder("="), ["C", "W"]))
-
-
-def _as_tensor(name: str, value: Any) -> str:
-    """Return the end of an error message: code that converts the input to a tensor, or nothing if none is known."""
-    if isinstance(value, (list, tuple)) and len(value) > 0 and isinstance(value[0], Tensor):
-        return f": torch.stack({name}) makes a tensor of the list"
-    return f": torch.as_tensor({name}) makes a tensor of the list" if isinstance(value, (list, tuple)) else ""
-
-
-def _as_labels(x: Tensor, y: Tensor) -> str:
-    """Return the end of an error message: code that converts the input to labels, or nothing if none is known."""
-    if y.shape == (len(x),):
-        whole = not y.is_floating_point() or bool((y == y.round()).all())
-        return "; y.long() makes them int64" if whole else ""
-    if y.dim() == 2 and len(y) == len(x):
-        many = "y.argmax(1) makes labels of one-hot rows" if y.shape[1] > 1 else "y[:, 0].long() takes its only column"
-        return f"; {many}"
-    return ""
-
-
-def _read(batches: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    """Read and check the batches of an iterable; all batches must have the same dtype and size of images."""
-    if isinstance(batches, (Tensor, np.ndarray)) or not isinstance(batches, Iterable):
-        raise TypeError(
-            f"without y, x must be an iterable of batches (images, labels), got {type(batches).__name__}: give y too, "
-            "or give a DataLoader as x"
-        )
-    first: tuple[torch.dtype, list[int]] | None = None
-    for i, batch in enumerate(batches):
-        if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
-            got = f"{len(batch)} values" if isinstance(batch, (tuple, list)) else type(batch).__name__
-            raise TypeError(f"batch {i} must be (images, labels) or (images, labels, indices), got {got}")
-        x, y = map(_of_array, batch[:2])
-        if not isinstance(x, Tensor) or not isinstance(y, Tensor):
-            got = f"{type(x).__name__} and {type(y).__name__}"
-            hint = _as_tensor("images", x) or _as_tensor("labels", y)
-            raise TypeError(f"batch {i} must have tensors or arrays as images and labels, got {got}{hint}")
-        kind = x.dtype, list(x.shape[1:])
-        first = first or kind
-        if x.dim() != 4 or y.shape != (len(x),) or kind != first:
-            raise ValueError(
-                f"batch {i} must have images [B, C, H, W] with the dtype and the [C, H, W] of the first batch, "
-                f"{first[0]} {first[1]}, and labels [B], got images {x.dtype} {list(x.shape)} and labels "
-                f"{list(y.shape)}"
-            )
-        yield x, y
+def _as_tensor(name: str, value: Any) -> Tensor:
+    if isinstance(value, np.ndarray) and value.dtype.kind in "iuf":
+        # PyTorch refuses negative strides and foreign byte orders, and warns about read-only arrays.
+        value = torch.from_numpy(np.require(value, value.dtype.newbyteorder("="), ["C", "W"]))
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor or a NumPy array of numbers, got {type(value).__name__}")
+    return value
 
 
 def as_classifier(model: Any) -> Classifier:
-    """Return the model itself, after a check that it is callable.
-
-    Args:
-        model: any callable.
-
-    Raises:
-        TypeError: model is not callable, or is a class instead of an object.
-    """
-    if isinstance(model, type):
-        raise TypeError(f"the model must be an object, got the class {model.__name__}: give {model.__name__}(...)")
-    if not callable(model):
-        raise TypeError(f"the model must be a callable from images to logits, got {type(model).__name__}")
+    """Return the model itself; TypeError if it is a class, or cannot be called."""
+    if isinstance(model, type) or not callable(model):
+        raise TypeError(f"the model must be a module or a function from images to logits, got {model!r}")
     return model
+
+
+def with_arguments(config: EvaluateConfig, **given: Any) -> EvaluateConfig:
+    """The config with the settings that are arguments of `evaluate`; an argument that is None changes nothing."""
+    if not isinstance(config, EvaluateConfig):
+        raise TypeError(f'config must be an EvaluateConfig, such as EvaluateConfig(protocol="fast"), got {config!r}')
+    given = {name: value for name, value in given.items() if value is not None}
+    twice = [each.name for each in fields(config) if each.name in given and getattr(config, each.name) != each.default]
+    if twice:
+        raise ValueError(
+            f"{twice[0]} is given twice, as an argument of evaluate and in config: leave one of the two out"
+        )
+    return replace(config, **given)
+
+
+def read_attacks(
+    config: EvaluateConfig,
+    attacks: Sequence[Attack | AttackSpec | AttackFunction] | None,
+    norm: Norm,
+    eps: float,
+    pixels: int,
+) -> tuple[EvaluateConfig, list[AttackSpec]]:
+    """Return the config with the protocol that runs (None if attacks are given), and the attacks' specifications."""
+    if config.protocol is not None and attacks is not None:
+        raise ValueError(f"protocol and attacks exclude each other, got protocol={config.protocol!r} and attacks")
+    if config.protocol is None and attacks is None:
+        config = replace(config, protocol="standard")
+    given = [] if attacks is None else as_specs(attacks)
+    if config.protocol in ("official", "authors") or any(isinstance(spec.resolved, AutoAttack) for spec in given):
+        # If the package is missing, its error is raised here, before any work.
+        implementation()
+    if eps == 0 and (given or config.protocol or config.probes):
+        raise ValueError("eps must be above 0, got 0; for the accuracy on clean images only, give attacks=[]")
+    # A ball that contains every image is refused, also for an attack with a radius of its own.
+    check_eps(eps, norm, pixels=pixels)
+    for attack in (spec.resolved for spec in given):
+        own: Any = attack
+        if attack.norms and own.eps is not None:
+            check_eps(own.eps, own.norm or norm, pixels=pixels)
+    return config, given

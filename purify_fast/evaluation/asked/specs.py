@@ -20,7 +20,6 @@ from ...attacks.bpda import Aggregation
 from ...attacks.gradient_copy import COMPARED
 from ...ops.pgd_step import pgd_step
 from ...protocols import Classifier
-from .other_packages import OtherAttack, of_other_package
 from .subject import Variant
 
 AttackFunction = Callable[[Classifier, Tensor, Tensor], Tensor]
@@ -48,8 +47,7 @@ def as_attack(
         function: a function ``(model, x, y) -> x_adv``. ``model`` is a module from images to logits, in evaluation
             mode. ``x`` are float32 images ``[B, C, H, W]`` in [0, 1], and ``y`` int64 labels ``[B]``, both on the
             model's device. Gradients are enabled. The result must be images of the same shape and dtype, in [0, 1] and
-            in the ball. Or an attack of torchattacks, Foolbox or ART, which runs unchanged on the judged model, see
-            `purify_fast.evaluation.asked.other_packages`.
+            in the ball.
         name: name of the attack in the report; None takes the function's name.
         eps: radius of the ball in image units. None takes the evaluation's radius.
         norm: norm of the ball, "linf", "l2" or "l1"; a norm needs an eps beside it. None takes the evaluation's norm.
@@ -59,20 +57,15 @@ def as_attack(
 
     Raises:
         TypeError: function is not callable.
-        ValueError: name is empty, the ball is not allowed, or an attack of another package needs other images or
-            labels.
+        ValueError: name is empty, or the ball is not allowed.
     """
-    given: Any = of_other_package(function) or function
-    if isinstance(given, type) and issubclass(given, Attack):
-        raise TypeError(f"an attack must be an object, got the class {given.__name__}: write {given.__name__}()")
-    if not callable(given) and not isinstance(given, OtherAttack):
+    if isinstance(function, type) or not callable(function):
         raise TypeError(
-            "an attack must be an object of purify_fast.attacks, such as PGD(), an attack of torchattacks, Foolbox or "
-            f"ART, an AttackSpec, or a function (model, x, y) -> x_adv, got {given!r}"
+            "an attack must be an object of purify_fast.attacks, such as PGD(), an AttackSpec, or a function "
+            f"(model, x, y) -> x_adv, got {function!r}"
         )
-    if name is None:
-        name = given.name if isinstance(given, OtherAttack) else getattr(given, "__name__", type(given).__name__)
-    return FunctionAttack(function=given, row_name=name, eps=eps, norm=norm, own_revision=revision)
+    name = getattr(function, "__name__", type(function).__name__) if name is None else name
+    return FunctionAttack(function=function, row_name=name, eps=eps, norm=norm, own_revision=revision)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +85,7 @@ class FunctionAttack(Attack):
 
     eps: float | None = None
     norm: NormName | None = None
-    function: AttackFunction | OtherAttack
+    function: AttackFunction
     row_name: str
     own_revision: str | None = None
 
@@ -108,12 +101,6 @@ class FunctionAttack(Attack):
         """Return 1, because only the function itself can average over draws."""
         return 1
 
-    def threat_model(self, context: AttackContext) -> ThreatModel:
-        threat = super().threat_model(context)
-        if isinstance(self.function, OtherAttack):
-            self.function.check_ball(threat)
-        return threat
-
     def settings(self, context: AttackContext) -> dict[str, Any]:
         norm, eps = self.threat_model(context)
         return {"norm": norm, "eps": eps}
@@ -126,7 +113,6 @@ class FunctionAttack(Attack):
         function: Any = self.function
         while isinstance(function, functools.partial):
             function = function.func
-        function = function.attack if isinstance(function, OtherAttack) else function
         named = function if inspect.isroutine(function) else type(function)
         return [str(named.__module__), named.__qualname__]
 
@@ -139,28 +125,22 @@ class FunctionAttack(Attack):
             y: labels, int64 ``[B]``.
             context: the settings of the attack.
 
-        Returns:
-            The function's images, and the warnings.
-
         Raises:
             TypeError: the result is not a tensor.
             ValueError: the result has a wrong shape or dtype, NaN, or a point outside [0, 1] or the ball.
         """
-        # `frozen` restores modes and gradient flags, which an attack of another package may change.
-        threat, warnings = self.threat_model(context), list[str]()
+        threat = self.threat_model(context)
         if not context.num_classes:
             # No evaluation has tested the model, and the function may not accept an output with ``logits``.
             with frozen(target):
                 target, _ = returning_logits(target, x[:COMPARED])
+        # `frozen` restores modes and gradient flags, which the function may change.
         with torch.enable_grad(), frozen(target):
-            if isinstance(self.function, OtherAttack):
-                images = self.function.run(target, x.clone(), y.clone(), threat, warnings)
-            else:
-                images = self.function(target, x.clone(), y.clone())
+            images = self.function(target, x.clone(), y.clone())
         check_adversarial(self.row_name, images, x, threat)
         # Because of rounding, values may be slightly outside of the ball or of [0, 1], so the images are projected.
         inside = pgd_step(images.detach(), torch.zeros_like(x), x, 0.0, threat.eps, norm=threat.norm)
-        return AttackResult(inside, warnings=warnings)
+        return AttackResult(inside)
 
 
 def check_adversarial(name: str, images: object, x: Tensor, threat: ThreatModel) -> None:

@@ -111,10 +111,10 @@ class Shards:
                 raise content
             return content
 
-    def end(self, report: str) -> None:
-        """In the first process: send the report to the others."""
+    def end(self, report: Callable[[], str]) -> None:
+        """In the first process: send the report to the others, if there are any."""
         if self.world > 1:
-            self._announce("end", report)
+            self._announce("end", report())
             self._over = self._finished = True
 
     def _announce(self, kind: str = "", content: Any = None) -> tuple[str, Any]:
