@@ -174,7 +174,7 @@ def _content(cell: CellType) -> Any:
 
 
 def _class_code(kind: type, inside: Inside) -> Any:
-    left_out = _left_out(kind)  # type: ignore[arg-type]
+    left_out = _left_out(kind)
     parts = ((name, part) for name, part in vars(kind).items() if name not in left_out)
     return inside({name: part for name, part in parts if callable(part) or not name.startswith("__")})
 

@@ -212,7 +212,8 @@ def test_finished_batches_are_not_attacked_again(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("probes", [False, True])
 def test_a_log_gets_plain_lines_with_the_rate_and_the_time_left(capsys, monkeypatch, probes):
-    monkeypatch.setattr("purify_fast.evaluation.run.progress.LINE_EVERY", 0.0)
+    for name in ("LINE_EVERY", "FIRST_LINE"):
+        monkeypatch.setattr(f"purify_fast.evaluation.run.progress.{name}", 0.0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
     x = torch.rand(6, 1, 4, 4)
     with torch.no_grad():
