@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._tensors import first_tensor
-from ..base import answer_of
+from ..saving import answer_of
 from .generators import DeepFillGenerator, SmallGenerator
 
 PURIFIERS: dict[str, type[nn.Module]] = {

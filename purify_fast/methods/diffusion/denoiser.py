@@ -17,7 +17,7 @@ from ...models.layers import Conv2d
 from ...models.unet import TimeLayer, UNet
 from ...speed.folding.fused_networks import chains_serve, fuse_convolutions
 from ...training.checkpoint import read_model, save_model
-from ..base import answer_of, description, rebuilt
+from ..saving import answer_of, description, rebuilt
 
 #: The denoisers of this package, by the names of their classes. Each has the attribute ``arguments``.
 DENOISERS: dict[str, type[nn.Module]] = {"UNet": UNet}

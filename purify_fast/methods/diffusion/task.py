@@ -37,7 +37,8 @@ from ...ops.philox import Stream, philox
 from ...speed.folding.inference_copy import autocast_to
 from ...training.schedules import RunLength
 from ...training.task import Batch, Metrics
-from ..base import MethodTask, answer_of
+from ..base import MethodTask
+from ..saving import answer_of
 from .config import DiffusionConfig
 from .process import Process
 from .schedule import END, Schedule
