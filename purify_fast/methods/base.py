@@ -141,22 +141,12 @@ class PurifierTask(MethodTask, Generic[D]):
 
 
 def cross_entropy_of(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the cross-entropy of predictions, and their accuracy, detached.
-
-    Args:
-        logits: ``[N, classes]``.
-        labels: int64 ``[N]``.
-    """
+    """Return the cross-entropy of predictions, and their accuracy, detached."""
     accuracy = (logits.detach().argmax(1) == labels).float().mean()
     return F.cross_entropy(logits, labels), accuracy
 
 
 def noise_of(defence: Defence, batch: Batch) -> contextlib.AbstractContextManager[Any]:
-    """Return a context in which a defence draws each image's noise by its position in the batch of all processes.
-
-    Args:
-        defence: the defence that draws noise.
-        batch: this process's share of the batch, or the whole batch.
-    """
+    """Return a context in which a defence draws each image's noise by its position in the batch of all processes."""
     rank, world = (0, 1) if batch.whole else processes()
     return defence.noise_ids(torch.arange(rank, world * len(batch.x), world, device=batch.x.device))

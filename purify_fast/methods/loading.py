@@ -20,15 +20,7 @@ from .saving import rebuilt, trained_tensors
 
 
 def is_denoiser(folder: str | Path) -> bool:
-    """Tell whether a folder holds a denoiser without a classifier.
-
-    Args:
-        folder: folder of a saved model.
-
-    Raises:
-        FileNotFoundError: the file is missing.
-        ValueError: the file is damaged.
-    """
+    """Tell whether a folder holds a denoiser without a classifier."""
     return bool(read_model(folder)[0]["kind"] == ALONE)
 
 

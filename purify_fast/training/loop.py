@@ -241,11 +241,7 @@ def _state(run: Run, images: int, metrics: dict[str, Any], epoch: int, images_pe
 
 
 def train_step(task: Task, batch: Batch) -> Metrics:
-    """Take a training step with all of its updates, with the model in training mode.
-
-    Returns:
-        The last update's loss and metrics, detached, as means over the processes.
-    """
+    """Take a training step with all of its updates, with the model in training mode."""
     task.model.train()
 
     def take() -> Metrics:
@@ -269,12 +265,7 @@ def train_step(task: Task, batch: Batch) -> Metrics:
 
 
 def choose_threads(run: Run, batch: Batch) -> None:
-    """Set the number of threads for the steps of a run: that of the run's beginning, or else the fastest.
-
-    Args:
-        run: the run.
-        batch: a batch of the run, on which steps are tried, and undone.
-    """
+    """Set the number of threads for the steps of a run: that of the run's beginning, or else the fastest."""
     task = run.task
 
     def step() -> None:
@@ -294,12 +285,7 @@ def choose_threads(run: Run, batch: Batch) -> None:
 
 @contextlib.contextmanager
 def step_settings(task: Task, config: FitConfig, device: torch.device, coming: int = 0) -> Iterator[None]:
-    """Within the block, use CUDA graphs, cuDNN's benchmark and fused optimizers, which make steps on a GPU faster.
-
-    The number of threads of a CPU, see `choose_threads`, is restored after the block. Before the block, the task's
-    weights must be on the device, and its optimizers must have the state with which the run is resumed. ``coming`` is
-    the number of steps that will be done.
-    """
+    """Within the block, use CUDA graphs, cuDNN's benchmark and fused optimizers, which make steps on a GPU faster."""
     for optimizer in task.optimizers.values():
         fuse(optimizer, config.fused_optimizers == "auto" and device.type == "cuda")
     before = task.graphs

@@ -201,10 +201,7 @@ Source: TypeAlias = InMemory | Loader
 def make_sources(
     task: Task, x: Images, y: Tensor | None, config: FitConfig, validation: HeldOut | None
 ) -> tuple[Source, Source | None]:
-    """Check a run's images, and return the source of the training images and that of the held-out images.
-
-    The second source is None if the run has no held-out images. Every process gets all held-out images.
-    """
+    """Check a run's images, and return the source of the training images and that of the held-out images."""
     device, share = next(task.model.parameters()).device, config.validation_share
     x, y = _as_tensor(x, device), _as_labels(_as_tensor(y, device))
     if isinstance(validation, tuple):
@@ -303,14 +300,7 @@ def _outside_by_rounding(images: Tensor) -> bool:
 
 
 def held_out(n: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Split ``n`` images at random by the seed. Hold out a ``share`` of them for validation.
-
-    Returns:
-        The indices to train on, and the indices to validate with, each in ascending order.
-
-    Raises:
-        ValueError: one of the parts is empty.
-    """
+    """Split ``n`` images at random by the seed."""
     k = round(share * n)
     if not 0 < k < n:
         raise ValueError(
