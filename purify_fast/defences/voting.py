@@ -20,7 +20,7 @@ LARGEST = 1e30
 
 
 def undecided(logits: Tensor) -> Tensor:
-    """Tell which predictions decide for no class: those with a NaN, or with several largest logits that are infinite."""
+    """Tell which predictions decide for no class: those with a NaN, or with several infinite largest logits."""
     top = logits.topk(min(2, logits.shape[-1]), -1).values
     shared = (top[..., 0] == top[..., -1]) & top[..., 0].isinf() & (logits.shape[-1] > 1)
     return logits.isnan().any(-1) | shared

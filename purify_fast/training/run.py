@@ -216,7 +216,7 @@ class Run:
         self.saved_at = time.monotonic()
 
     def save_if_due(self, now: bool = False) -> None:
-        """Write a checkpoint within an epoch if ``now`` is True, or if the last checkpoint is checkpoint_seconds old."""
+        """Write a checkpoint within an epoch if ``now`` is True, or if the last is checkpoint_seconds old."""
         due = now or time.monotonic() - self.saved_at >= self.config.checkpoint_seconds
         if self.folder is None or not due or not self.source.reproducible:
             return
