@@ -98,7 +98,7 @@ def test_no_module_of_the_benchmarks_has_the_name_of_a_module_of_the_package():
 
 
 #: Modules that every method has, and the class from which the classes of a folder derive.
-SHARED_NAMES = {"base", "config", "defence", "recipes", "released_evaluation", "task"}
+SHARED_NAMES = {"base", "config", "defence", "recipes", "task"}
 
 
 def test_no_two_modules_share_a_name():

@@ -32,8 +32,8 @@ from purify_fast._files import folder_lock
 from purify_fast.defences import StochasticDefence, WithAggregation
 from purify_fast.evaluation import EvaluateConfig, evaluate
 from purify_fast.methods.arrest import ArrestTask
-from purify_fast.methods.base import trained_tensors
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
+from purify_fast.methods.saving import trained_tensors
 from purify_fast.models import build_classifier
 from purify_fast.speed.folding.inference_copy import convert_to_channels_last
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, Task, fit

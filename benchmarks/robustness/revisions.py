@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from purify_fast.attacks.base import ThreatModel
 from purify_fast.evaluation.asked.attack_lists import protocol_attacks
+from purify_fast.evaluation.asked.published.diffusion_attacks import strong_attacks
 from purify_fast.evaluation.asked.specs import AttackSpec
 from purify_fast.evaluation.asked.subject import Subject
 from purify_fast.evaluation.run import stopping
 from purify_fast.evaluation.run.measure import RULE
 from purify_fast.evaluation.surrogates.softening import REVISION
-from purify_fast.methods.diffusion.own_attacks import strong_attacks
 
 
 class AnyModel(nn.Module):
@@ -50,7 +50,7 @@ class AnyPurifier(AnyModel):
     """`AnyModel` with the attacks that the protocol "strong" adds for a purifier by diffusion."""
 
     def strong_attacks(self, norm: str, eps: float) -> list[AttackSpec]:
-        """Return the added attacks. The arguments are those of `DiffusionPurifier.strong_attacks`."""
+        """Return the added attacks. The arguments are those of `purify_fast.protocols.OwnAttacks`."""
         return strong_attacks(self, norm, eps)
 
 

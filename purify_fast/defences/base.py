@@ -322,12 +322,7 @@ class Defence(StochasticDefence):
 
 
 def refuse_wrapped(name: str, module: nn.Module) -> None:
-    """Raise a ValueError if a value is not a module, is compiled, or is an ``nn.DataParallel``.
-
-    Args:
-        name: name of the argument, for the message.
-        module: value of the argument.
-    """
+    """Raise a ValueError if a value is not a module, is compiled, or is an ``nn.DataParallel``."""
     if not isinstance(module, nn.Module):
         raise ValueError(f"{name} must be a torch.nn.Module, got {type(module).__name__}")
     if isinstance(module, nn.DataParallel):

@@ -20,35 +20,14 @@ LARGEST = 1e30
 
 
 def undecided(logits: Tensor) -> Tensor:
-    """Tell which predictions decide for no class: those with a NaN, or with several largest logits that are infinite.
-
-    A single infinite logit is a decision. CARSO's published output has such logits for confident predictions.
-
-    Args:
-        logits: logits ``[..., classes]``, floating point.
-
-    Returns:
-        True for each prediction without a decision, bool ``[...]``.
-    """
+    """Tell which predictions decide for no class: those with a NaN, or with several infinite largest logits."""
     top = logits.topk(min(2, logits.shape[-1]), -1).values
     shared = (top[..., 0] == top[..., -1]) & top[..., 0].isinf() & (logits.shape[-1] > 1)
     return logits.isnan().any(-1) | shared
 
 
 def majority(logits: Tensor) -> Tensor:
-    """Combine the logits of several draws by a majority vote over the predicted classes.
-
-    The result is the logarithm of the mean probabilities over the draws: unlike a count of votes, it has a gradient. If
-    the class with the most votes does not have the largest result, its result is raised until it is the largest. If
-    several classes have the most votes, the mean probabilities decide. A draw without a decision (`undecided`) makes
-    the result NaN.
-
-    Args:
-        logits: logits of each draw, ``[draws, B, classes]``, floating point.
-
-    Returns:
-        Logits ``[B, classes]``, float32 or float64. The largest belongs to the class with the most votes.
-    """
+    """Combine the logits of several draws by a majority vote over the predicted classes."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logits = logits.masked_fill(undecided(logits)[..., None], torch.nan).clamp(-LARGEST, LARGEST)
     soft = logits.log_softmax(2).logsumexp(0) - math.log(len(logits))

@@ -1,11 +1,10 @@
-"""Defines what all methods share: the training of a purifier, and saving of defences."""
+"""Defines what the trainings of all methods share."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -18,8 +17,6 @@ from .._processor import with_known_precision
 from .._tensors import first_tensor, weights_fingerprint
 from ..defences.base import Defence
 from ..models.moving_average import moving_average
-from ..models.representation import evaluation_mode
-from ..training.checkpoint import save_model
 from ..training.config import TrainingAttack, settings
 from ..training.schedules import one_cycle
 from ..training.task import Batch, Task, check_labels
@@ -143,105 +140,13 @@ class PurifierTask(MethodTask, Generic[D]):
         check_labels(classes, self.defence.num_classes)
 
 
-def answer_of(argument: str, module: nn.Module, given: str, call: Callable[[], Any]) -> Any:
-    """Call a user's module in evaluation mode, and return the result.
-
-    Args:
-        argument: name of the argument that is the module, for the message.
-        module: the module.
-        given: description of the module's inputs, for the message.
-        call: function that calls the module.
-
-    Raises:
-        ValueError: the call raised an error.
-    """
-    try:
-        with evaluation_mode(module), torch.no_grad():
-            return call()
-    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{argument}: {type(module).__name__} does not run on {given}: {error}") from error
-
-
-def description(module: nn.Module, kinds: Mapping[str, type[nn.Module]]) -> dict[str, Any]:
-    """Describe a module by JSON values for `rebuilt`, and a module of the user's own only by its class's name.
-
-    Args:
-        module: the module.
-        kinds: this package's classes, by the names that are saved.
-    """
-    for name, kind in kinds.items():
-        if type(module) is kind:
-            return {"kind": name, "arguments": module.arguments}
-    return {"kind": type(module).__qualname__, "arguments": None}
-
-
-def rebuilt(
-    facts: Mapping[str, Any], given: nn.Module | None, kinds: Mapping[str, type[nn.Module]], folder: str | Path
-) -> nn.Module:
-    """Make the module of a saved `description`, or return the given module if it has that description.
-
-    Args:
-        facts: the description.
-        given: a module of the user's own, which is checked and returned. If None, the module is made.
-        kinds: this package's classes, by the names that are saved.
-        folder: folder of the saved description, for the message.
-
-    Raises:
-        ValueError: the saved module is the user's own, and none is given; or the given module has another description.
-    """
-    if given is None:
-        if facts["kind"] not in kinds:
-            raise ValueError(
-                f"purifier must be a {facts['kind']}, got None: {folder} holds the weights of this class, which is not "
-                "a part of purify_fast. Load the defence in Python, by load_defence(..., purifier=...)"
-            )
-        return kinds[facts["kind"]](**facts["arguments"])
-    found = description(given, kinds)
-    if found["kind"] != facts["kind"] or found["arguments"] not in (None, facts["arguments"]):
-        raise ValueError(f"purifier must fit the saved weights: {folder} holds {dict(facts)}, got {found}")
-    return given
-
-
 def cross_entropy_of(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the cross-entropy of predictions, and their accuracy, detached.
-
-    Args:
-        logits: ``[N, classes]``.
-        labels: int64 ``[N]``.
-    """
+    """Return the cross-entropy of predictions, and their accuracy, detached."""
     accuracy = (logits.detach().argmax(1) == labels).float().mean()
     return F.cross_entropy(logits, labels), accuracy
 
 
 def noise_of(defence: Defence, batch: Batch) -> contextlib.AbstractContextManager[Any]:
-    """Return a context in which a defence draws each image's noise by its position in the batch of all processes.
-
-    Args:
-        defence: the defence that draws noise.
-        batch: this process's share of the batch, or the whole batch.
-    """
+    """Return a context in which a defence draws each image's noise by its position in the batch of all processes."""
     rank, world = (0, 1) if batch.whole else processes()
     return defence.noise_ids(torch.arange(rank, world * len(batch.x), world, device=batch.x.device))
-
-
-def save_defence(defence: Defence, folder: str | Path) -> None:
-    """Write a defence to ``model.safetensors``, which `purify_fast.load_defence` reads.
-
-    The file has the weights of the purifier, and those of the classifier if it was trained too. A frozen classifier is
-    represented by a fingerprint of its weights. The file appears whole or not at all.
-
-    Args:
-        defence: the defence to write.
-        folder: folder for ``model.safetensors``.
-    """
-    facts = {"classifier": weights_fingerprint(defence.classifier), "own_classifier": defence.own_classifier}
-    facts |= {"acts_from_step": defence.acts_from_step, **({"bank": defence.bank} if defence.bank else {})}
-    save_model(folder, type(defence).__name__, defence.arguments, trained_tensors(defence), **facts)
-
-
-def trained_tensors(defence: Defence) -> dict[str, Tensor]:
-    """Return the tensors that a saved defence has: all except those of a frozen classifier."""
-    state = defence.state_dict()
-    return {
-        name: value for name, value in state.items() if defence.own_classifier or not name.startswith("classifier.")
-    }

@@ -13,22 +13,14 @@ from ..training import load_classifier
 from ..training.checkpoint import read_model
 from .atop.defence import Atop
 from .atop.purifier import PURIFIERS
-from .base import rebuilt, trained_tensors
 from .carso.defence import Carso
 from .diffusion.defence import DiffusionPurifier
 from .diffusion.denoiser import ALONE, rebuilt_denoiser
+from .saving import rebuilt, trained_tensors
 
 
 def is_denoiser(folder: str | Path) -> bool:
-    """Tell whether a folder holds a denoiser without a classifier.
-
-    Args:
-        folder: folder of a saved model.
-
-    Raises:
-        FileNotFoundError: the file is missing.
-        ValueError: the file is damaged.
-    """
+    """Tell whether a folder holds a denoiser without a classifier."""
     return bool(read_model(folder)[0]["kind"] == ALONE)
 
 

@@ -290,18 +290,7 @@ CLASSIFIERS: dict[str, type[nn.Module]] = {
 
 
 def representation_before_pooling(model: nn.Module) -> str:
-    """The name of the layer that is used as a classifier's representation if the user names no layers.
-
-    Args:
-        model: a classifier of `CLASSIFIERS`.
-
-    Returns:
-        The name of the layer whose output is the last map before pooling. In a network without pooling, the output of
-        the named layer is the vector before the last linear layer.
-
-    Raises:
-        ValueError: the model is not a classifier of `CLASSIFIERS`.
-    """
+    """The name of the layer that is used as a classifier's representation if the user names no layers."""
     if type(model) not in CLASSIFIERS.values():
         names = ", ".join(name for name, _ in model.named_modules() if name)[:400]
         before = f"layers must be given for a {type(model).__name__}: name the module whose output is the last map"

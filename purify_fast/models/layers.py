@@ -91,19 +91,7 @@ def check_sizes(num_classes: int, **counts: int) -> None:
 
 
 def normalization(mean: Statistic, std: Statistic, channels: int) -> dict[str, list[float]]:
-    """Convert the mean and standard deviation of the images to lists, which can be saved in files.
-
-    Args:
-        mean: a number, or a sequence, tensor or array with a number for each channel, in image units.
-        std: the standard deviation in the same form; above 0.
-        channels: number of channels.
-
-    Returns:
-        A dictionary of the lists ``mean`` and ``std``, which have 1 or ``channels`` numbers.
-
-    Raises:
-        ValueError: the count of numbers is not 1 or ``channels``, or a standard deviation is not above 0.
-    """
+    """Convert the mean and standard deviation of the images to lists, which can be saved in files."""
     statistics = {}
     for name, given in {"mean": mean, "std": std}.items():
         # torch.as_tensor would lose the numbers if the modules are made on the meta device.
@@ -153,21 +141,7 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 def batch_norm_everywhere(
     x: Tensor, weight: Tensor, bias: Tensor, running: tuple[Tensor, Tensor] | None, world: int
 ) -> Tensor:
-    """Compute BatchNorm in training mode with the statistics of all processes, and torch's default eps and momentum.
-
-    Args:
-        x: input of this process, ``[B, C, ...]``, any floating-point dtype. B is at least 1, and may differ between
-            processes.
-        weight: scale, ``[C]``.
-        bias: shift, ``[C]``.
-        running: running mean and running variance, ``[C]`` each, which are updated in place. None means that there are
-            no running statistics.
-        world: number of processes.
-
-    Returns:
-        The normalized input, in the shape of ``x``. The gradients of weight and bias include only the images of this
-        process.
-    """
+    """Compute BatchNorm in training mode with the statistics of all processes, and torch's default eps and momentum."""
     if x.device.type in BY_TORCH:
         # The functions of torch accept only contiguous and channels_last tensors.
         x = x if last_channels(x) else x.contiguous()
@@ -181,15 +155,7 @@ def batch_norm_everywhere(
 
 
 def moments_everywhere(x: Tensor, world: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the mean and variance of each channel over the images of all processes.
-
-    Args:
-        x: input of this process, ``[B, C, ...]``, any floating-point dtype.
-        world: number of processes.
-
-    Returns:
-        The mean, the biased variance, and the number of values, all ``[C]`` in float32 (float64 if ``x`` is float64).
-    """
+    """Compute the mean and variance of each channel over the images of all processes."""
     wide = x if x.dtype == torch.float64 else x.float()
     variance, mean = torch.var_mean(wide, [0, *range(2, x.dim())], correction=0)
     own = torch.stack([mean, variance, torch.full_like(mean, x.numel() / x.shape[1])])

@@ -12,16 +12,7 @@ from .representation import without_recorders
 
 
 def moving_average(model: nn.Module, decay: float, warm_up: bool = False) -> AveragedModel:
-    """Return a copy of a model. The copy's weights and floating-point buffers are moving averages of the model's.
-
-    Each update copies integer buffers unchanged.
-
-    Args:
-        model: the model to average.
-        decay: weight of the old average in each update.
-        warm_up: whether the weight of the old average is at most (1 + n) / (10 + n) after n updates, so that the
-            initial weights have little influence in a short training.
-    """
+    """Return a copy of a model."""
 
     def follow(averages: Iterable[Tensor], values: Iterable[Tensor], steps: Tensor | int) -> None:
         # torch's count of updates includes the first, which only copied the weights, so steps is n + 1

@@ -34,11 +34,7 @@ class _Recorder:
 
 
 def without_recorders(model: nn.Module) -> nn.Module:
-    """Remove the hooks of `Representation` from a model in place, and return the model. Other hooks remain.
-
-    Args:
-        model: any module, usually a copy of a model that a `Representation` reads.
-    """
+    """Remove the hooks of `Representation` from a model in place, and return the model."""
     for module in model.modules():
         # PyTorch lists no hooks, and their handles remove them only from the original model, not from a copy.
         for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, _Recorder)]:
@@ -48,11 +44,7 @@ def without_recorders(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Set a model to evaluation mode within the block. Afterwards, every module is in its previous mode.
-
-    Args:
-        model: any module.
-    """
+    """Set a model to evaluation mode within the block."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
@@ -63,16 +55,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def count_classes(classify: Callable[[], Any], image_shape: Sequence[int], batch: int) -> int:
-    """The number of classes, which is the number of logits that a classifier returns for an image.
-
-    Args:
-        classify: function that calls the classifier and returns its result.
-        image_shape: shape of an image, for the message.
-        batch: number of images in the call.
-
-    Raises:
-        ValueError: the call fails, or its result is not a tensor of logits for at least two classes.
-    """
+    """The number of classes, which is the number of logits that a classifier returns for an image."""
     want = f"the classifier must map images [B, {', '.join(map(str, image_shape))}] to logits [B, C]"
     try:
         logits = classify()

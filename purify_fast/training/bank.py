@@ -128,15 +128,7 @@ class BankedImages:
 
 
 def quantized(x: Tensor, attacked: Tensor) -> tuple[Tensor, Tensor]:
-    """Round the changes that an attack made to images to int8, for the bank.
-
-    Args:
-        x: the images ``[B, ...]``.
-        attacked: the images after the attack.
-
-    Returns:
-        q, int8 ``[B, D]``, and s, float32 ``[B]``, as in the formula of this module.
-    """
+    """Round the changes that an attack made to images to int8, for the bank."""
     difference = (attacked.detach() - x).flatten(1).float()
     scale = difference.abs().amax(1) / 127
     steps = difference / torch.where(scale > 0, scale, 1.0)[:, None]
@@ -144,14 +136,7 @@ def quantized(x: Tensor, attacked: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def restored(x: Tensor, steps: Tensor, scale: Tensor, ball: Ball) -> Tensor:
-    """Restore attacked images from q and s, and project them onto the ball and onto [0, 1].
-
-    Args:
-        x: the images ``[B, ...]``.
-        steps: q, int8 ``[B, D]``.
-        scale: s, ``[B]``.
-        ball: the ball of the attack.
-    """
+    """Restore attacked images from q and s, and project them onto the ball and onto [0, 1]."""
     return projected(x, x + steps.view(x.shape).to(x.dtype) * per_image(scale, x), ball)
 
 
@@ -209,22 +194,12 @@ class AdversarialBank:
         return {**self.config.facts, "made": self.made, "read": self.read, "damaged": self.damaged}
 
     def at_step(self, step: int, seed: int, sample_ids: Tensor, mirrored: Tensor | None = None) -> BankedStep:
-        """Return the object through which one training step uses the bank.
-
-        Args:
-            step: number of the step in the run.
-            seed: seed of the step's draws.
-            sample_ids: indices of the batch's images, int64 ``[B]``.
-            mirrored: True for images that are mirrored, bool ``[B]``; None if no image is mirrored.
-        """
+        """Return the object through which one training step uses the bank."""
         entries = sample_ids.cpu() * self.images.views
         return BankedStep(self, step, seed, entries if mirrored is None else entries + mirrored.cpu())
 
     def find(self, entry: int, kind: int, seed: int, draw: float) -> tuple[np.void | None, bool]:
-        """Return a variant of an image, chosen by ``draw`` in [0, 1), and whether the same step made it before.
-
-        It is None while an empty place must first be filled, unless this step filled one before the run was resumed.
-        """
+        """Return a variant by ``draw`` in [0, 1), or None if a place is empty; and whether this step made it before."""
         records, whole = self._variants(entry, self.slots[kind])
         own = whole & (records["draw"] == seed)
         if own.any():
@@ -232,10 +207,7 @@ class AdversarialBank:
         return (records[min(int(draw * len(records)), len(records) - 1)] if whole.all() else None), False
 
     def keep(self, entry: int, kind: int, seed: int, steps: np.ndarray, scale: float) -> None:
-        """Write a variant into an empty or damaged place of its image, or over the image's oldest variant.
-
-        Nothing is written if this step wrote a variant before the run was resumed, or if the scale is not finite.
-        """
+        """Write a variant into an empty or damaged place of its image, or over the image's oldest variant."""
         places = self.slots[kind]
         records, whole = self._variants(entry, places)
         if not np.isfinite(scale) or (whole & (records["draw"] == seed)).any():
@@ -277,18 +249,7 @@ class BankedStep:
     entries: Tensor
 
     def images(self, x: Tensor, rows: slice, kinds: Tensor, make: Callable[[Tensor | None], Tensor]) -> Tensor:
-        """Return adversarial images for a part of the batch.
-
-        Args:
-            x: the images of this part, ``[A, C, H, W]``.
-            rows: positions of these images in the batch.
-            kinds: index of each image's attack, int64 ``[A]`` on the CPU, in ascending order.
-            make: function that attacks the images of ``x`` at the given indices, int64 on x's device. If it is called
-                with None, it attacks all images.
-
-        Returns:
-            The adversarial images, with the shape and dtype of ``x``.
-        """
+        """Return adversarial images for a part of the batch; ``make`` attacks those at indices, or all for None."""
         bank, n, kind = self.bank, len(x), kinds.tolist()
         at = self.entries[rows].tolist()
         # each image has two numbers: the first decides if it is attacked again, and the second which variant is read

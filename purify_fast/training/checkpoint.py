@@ -32,10 +32,7 @@ _TENSOR = "tensor of purify_fast"
 
 
 def write_tree(path: Path, tree: Any, previous: Path | None = None) -> None:
-    """Write nested dicts and lists of tensors, numbers, strings and None as one file, atomically.
-
-    A file that exists at ``path`` is renamed to ``previous``, or replaced if ``previous`` is None.
-    """
+    """Write nested dicts and lists of tensors, numbers, strings and None as one file, atomically."""
     tensors: dict[str, Tensor] = {}
 
     def reference(tensor: Tensor) -> dict[str, str]:
@@ -47,11 +44,7 @@ def write_tree(path: Path, tree: Any, previous: Path | None = None) -> None:
 
 
 def read_tree(path: Path) -> Any:
-    """Read a file of `write_tree`. Tuples are returned as lists.
-
-    Raises:
-        ValueError: `write_tree` did not write the file, or it was changed afterwards; the message names the file.
-    """
+    """Read a file of `write_tree`."""
     try:
         tree, tensors = read_sealed(path)
     except ValueError as error:
@@ -78,18 +71,7 @@ def save_checkpoint(folder: Path, tree: Any) -> None:
 
 
 def last_checkpoint(folder: Path, set_aside: bool = False) -> Any:
-    """Read a run's last whole checkpoint. If the last is damaged, warn and read the checkpoint before it.
-
-    Args:
-        folder: folder of the run.
-        set_aside: whether a damaged file is renamed, so that the next checkpoint does not overwrite it.
-
-    Returns:
-        The value that was passed to `save_checkpoint`; None if there is no checkpoint.
-
-    Raises:
-        ValueError: all checkpoints are damaged; the message names them, and they are not renamed.
-    """
+    """Read a run's last whole checkpoint."""
     damaged: dict[Path, str] = {}
     for path in (folder / CHECKPOINT, folder / PREVIOUS):
         # Do not ask first whether the file exists: another process may rename it between the question and the answer.
@@ -119,30 +101,14 @@ def last_checkpoint(folder: Path, set_aside: bool = False) -> Any:
 def save_model(
     folder: str | Path, kind: str, arguments: dict[str, Any], state: dict[str, Tensor], **extra: Any
 ) -> None:
-    """Write ``model.safetensors``, with the weights, and with a description of the model in the file's metadata.
-
-    Args:
-        folder: the folder to write to.
-        kind: the name of the model's class.
-        arguments: arguments of the model's constructor, JSON values.
-        state: the model's state dict.
-        extra: further entries of the description, JSON values.
-    """
+    """Write ``model.safetensors``, with the weights, and with a description of the model in the file's metadata."""
     path = Path(folder) / MODEL
     facts = {"kind": kind, "arguments": arguments, **extra, "version": __version__}
     with_room(lambda: write_sealed(path, facts, state), path)
 
 
 def read_model(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read a model that `save_model` wrote.
-
-    Returns:
-        The description, with ``kind`` and ``arguments`` among its keys, and the state dict.
-
-    Raises:
-        FileNotFoundError: the file is missing.
-        ValueError: the file is damaged, or was changed after it was written.
-    """
+    """Read a model that `save_model` wrote."""
     path = Path(folder) / MODEL
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: {folder} is not a saved model")

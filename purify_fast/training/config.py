@@ -180,8 +180,8 @@ class FitConfig:
         resized_crop: smallest share of an image's area that a random crop keeps; the crop is resized to the old size
             (`purify_fast.data.resized_crop`). Usual for images of 224 x 224 is 0.08. 0 means no such crop.
         flip: whether half of the images, drawn at random, are mirrored from left to right.
-        drop_last: whether an epoch leaves out its last batch if that batch is smaller than the others. This also holds
-            for the batches of a DataLoader, a list or a tuple. The last batch of another iterable is always used.
+        drop_last: whether an epoch leaves out its last batch if that batch is smaller than the others. A DataLoader has
+            its own drop_last.
         steps_per_epoch: steps of an epoch that ends before a whole pass over the data; the next epoch draws from all
             images again. With None, every epoch is a whole pass.
         checkpoint_seconds: seconds between checkpoints within an epoch. The end of an epoch always writes a checkpoint.

@@ -34,11 +34,7 @@ _GLOO = re.compile(r"\[[^\]\s]*gloo/[^\]\s]*\.(cc|h):\d+\]")
 
 @torch.no_grad()
 def average_(tensors: Iterable[Tensor]) -> None:
-    """Replace each tensor by its mean over the processes, in place. With a single process, nothing changes.
-
-    Args:
-        tensors: floating-point tensors on one device, with the same shapes, strides and order in every process.
-    """
+    """Replace each tensor by its mean over the processes, in place."""
     world = processes()[1]
     if world == 1:
         return
@@ -57,18 +53,7 @@ def average_(tensors: Iterable[Tensor]) -> None:
 
 
 def from_first(make: Callable[[], Any]) -> Any:
-    """Call ``make`` in the first process, and return its value or raise its exception in every process.
-
-    KeyboardInterrupt and SystemExit are raised everywhere too, because otherwise the other processes would wait
-    forever. If an exception cannot be pickled, the other processes raise RuntimeError with its message.
-
-    Args:
-        make: function that only the first process calls. It returns nested dicts and lists of tensors, numbers, strings
-            and None.
-
-    Returns:
-        The value of ``make``. With several processes, its tensors are on the CPU.
-    """
+    """Call ``make`` in the first process, and return its value or raise its exception in every process."""
     rank, world = processes()
     if world == 1:
         return make()
@@ -92,14 +77,7 @@ def from_first(make: Callable[[], Any]) -> Any:
 
 @contextlib.contextmanager
 def torchrun_group() -> Iterator[None]:
-    """Within the block, the process group of torchrun's environment exists.
-
-    All processes except the first print nothing. All processes leave the block together.
-
-    Raises:
-        ValueError: WORLD_SIZE is set without the rest of torchrun's environment.
-        ConnectionError: another process ended, or does not answer.
-    """
+    """Within the block, the process group of torchrun's environment exists."""
     whole, rank, world = next(rendezvous("env://"))
     cuda = torch.cuda.is_available() and dist.is_nccl_available()
     try:
@@ -129,11 +107,8 @@ def torchrun_group() -> Iterator[None]:
 
 
 def _own_store(whole: Store, rank: int, world: int) -> tuple[Store, int]:
-    """Return a store that the first process opens for this start, and its port.
-
-    torchrun uses one store for all of its restarts. It has addresses of processes from earlier starts, which new
-    processes would try to reach. The port of an earlier start refuses the connection.
-    """
+    """Return a store that the first process opens for this start, and its port."""
+    # torchrun's store survives restarts, with the addresses of processes that are gone. Their ports refuse connections.
     host, key, until = os.environ["MASTER_ADDR"], "purify_fast port", time.monotonic() + patience().total_seconds()
     if rank == 0:
         own = TCPStore(host, 0, world, is_master=True, wait_for_workers=False, timeout=patience())
@@ -153,12 +128,7 @@ def _own_store(whole: Store, rank: int, world: int) -> tuple[Store, int]:
 
 
 def own_device(device: str) -> str:
-    """Return the device of this process. With ``cuda``, each process of a machine has the GPU of its local number.
-
-    Raises:
-        ValueError: there are several processes and ``device`` is neither ``cuda`` nor ``cpu``, or there are more
-            processes than GPUs.
-    """
+    """Return the device of this process."""
     if processes()[1] == 1 or device == "cpu":
         return device
     if device != "cuda":

@@ -82,9 +82,8 @@ def fit(
             epoch that returns such an iterable, and that repeats the order when it is called again for the same epoch.
             With a function, a run can be resumed at any step: the epoch's earlier batches are read again, but not used.
         y: labels of the images, integers ``[N]``, a tensor or a NumPy array; None with a loader or a function.
-        config: length and settings of the training. With a loader or a function, its batch_size has no effect. With a
-            DataLoader or a list, or a function that returns one, drop_last leaves out a last batch that is smaller than
-            the first.
+        config: length and settings of the training. With a loader or a function, its batch_size and drop_last have no
+            effect.
         folder: folder for ``checkpoint.safetensors`` and ``log.jsonl``; None writes no files.
         title: title of the progress bar.
         progress: whether to show a progress bar.
@@ -101,11 +100,10 @@ def fit(
     Raises:
         TypeError: ``task`` is not a `Task`, or the images have a form that cannot be trained on.
         ValueError: images, labels or the loader are unusable, or the model does not accept them; there are fewer images
-            than a batch has; a batch has only one image, but a BatchNorm needs more; the task does not measure the
-            metric of keep_best; the folder has a checkpoint of another run; a bank is given, but the attacked model is
-            trained, or images are cropped at random or come from a loader. With several processes also: they cannot
-            share a batch evenly, they have different data or settings, or a model in training mode has a BatchNorm that
-            is not synchronized.
+            than a batch has; the task does not measure the metric of keep_best; the folder has a checkpoint of
+            another run; a bank is given, but the attacked model is trained, or images are cropped at random or come
+            from a loader. With several processes also: they cannot share a batch evenly, they have different data or
+            settings, or a model in training mode has a BatchNorm that is not synchronized.
         FloatingPointError: the loss or the weights are not finite. The last checkpoint is kept.
         FolderInUse: another run writes into the folder.
         RuntimeError: with several processes, another process ended, or did not answer within the group's timeout.
@@ -123,7 +121,6 @@ def fit(
     first = processes()[0] == 0
     # The caller may be within torch.no_grad() or torch.inference_mode().
     with contextlib.ExitStack() as stack, stop_on_sigterm() as stop, torch.inference_mode(False), torch.enable_grad():
-        _check_batch_of_one(run)
         # if the folder is locked, all processes raise the error
         from_first(lambda: stack.enter_context(folder_lock(folder)))
         run.resume()
@@ -220,14 +217,9 @@ def _diverged(run: Run, watch: LossWatch, error: Diverged) -> Diverged:
     step = watch.first_bad() if error.step is None else error.step
     epoch = (run.step - 1 if step is None else step) // run.steps
     where = "a weight is not finite" if step is None else f"the loss of step {step} is not finite"
-    kept = "" if run.folder is None else "; the last checkpoint is kept"
-    steps = f"{run.steps} step{'s' if run.steps > 1 else ''}"
-    few = f". An epoch has only {steps}: choose a batch size that gives at least {FEW}" if run.steps < FEW else ""
-    return Diverged(
-        f"epoch {epoch}: training diverged, {where}{kept}. Lower the learning rate, "
-        f"raise eps_warmup, or use the precision float32 if it is bfloat16{few}",
-        step,
-    )
+    few = f", or choose a batch size that gives at least {FEW} steps an epoch" if run.steps < FEW else ""
+    advice = "Lower the learning rate, raise eps_warmup, or use the precision float32 if it is bfloat16"
+    return Diverged(f"epoch {epoch}: training diverged, {where}. {advice}{few}", step)
 
 
 def _state(run: Run, images: int, metrics: dict[str, Any], epoch: int, images_per_second: float = 0.0) -> TrainingState:
@@ -249,11 +241,7 @@ def _state(run: Run, images: int, metrics: dict[str, Any], epoch: int, images_pe
 
 
 def train_step(task: Task, batch: Batch) -> Metrics:
-    """Take a training step with all of its updates, with the model in training mode.
-
-    Returns:
-        The last update's loss and metrics, detached, as means over the processes.
-    """
+    """Take a training step with all of its updates, with the model in training mode."""
     task.model.train()
 
     def take() -> Metrics:
@@ -277,12 +265,7 @@ def train_step(task: Task, batch: Batch) -> Metrics:
 
 
 def choose_threads(run: Run, batch: Batch) -> None:
-    """Set the number of threads for the steps of a run: that of the run's beginning, or else the fastest.
-
-    Args:
-        run: the run.
-        batch: a batch of the run, on which steps are tried, and undone.
-    """
+    """Set the number of threads for the steps of a run: that of the run's beginning, or else the fastest."""
     task = run.task
 
     def step() -> None:
@@ -302,12 +285,7 @@ def choose_threads(run: Run, batch: Batch) -> None:
 
 @contextlib.contextmanager
 def step_settings(task: Task, config: FitConfig, device: torch.device, coming: int = 0) -> Iterator[None]:
-    """Within the block, use CUDA graphs, cuDNN's benchmark and fused optimizers, which make steps on a GPU faster.
-
-    The number of threads of a CPU, see `choose_threads`, is restored after the block. Before the block, the task's
-    weights must be on the device, and its optimizers must have the state with which the run is resumed. ``coming`` is
-    the number of steps that will be done.
-    """
+    """Within the block, use CUDA graphs, cuDNN's benchmark and fused optimizers, which make steps on a GPU faster."""
     for optimizer in task.optimizers.values():
         fuse(optimizer, config.fused_optimizers == "auto" and device.type == "cuda")
     before = task.graphs
@@ -323,45 +301,6 @@ def step_settings(task: Task, config: FitConfig, device: torch.device, coming: i
     finally:
         # without a reference to the graphs, their memory is freed
         task.graphs = before
-
-
-def _check_batch_of_one(run: Run) -> None:
-    """Refuse a batch of one image if a BatchNorm of the training cannot be trained on it.
-
-    BatchNorm needs several values of a channel. A single image has them where its maps have several pixels, or where
-    the training adds attacked images to the batch. So a step is tried on one image, and undone.
-
-    Raises:
-        ValueError: such a batch would come; the message names the settings and the layer.
-    """
-    task, model, why = run.task, run.task.model, run.source.batch_of_one()
-    if not why or processes()[1] > 1:
-        # Several processes have an image each at least, and BatchNorm uses the images of all processes.
-        return
-    layers = ["a BatchNorm"]
-    hooks = [
-        module.register_forward_pre_hook(lambda each, _, name=name: layers.append(f"{type(each).__name__} {name}"))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm)
-    ]
-    seed = step_seed(run.config.seed, 0)
-    try:
-        with _undone(model, run.source.device):
-            torch.manual_seed(seed)
-            images, labels, ids = next(run.source.epoch(0, 0))
-            batch = run.batch((images[:1], labels[:1], ids[:1]), 0, seed)
-            model.train()
-            for _ in task.updates(replace(batch, bank=None)):
-                pass
-    except ValueError as error:
-        if "Expected more than 1 value per channel" not in str(error):
-            raise
-        raise ValueError(
-            f"{why}, on which the layer {layers[-1]} cannot be trained: set drop_last to True, or change batch_size"
-        ) from error
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextlib.contextmanager

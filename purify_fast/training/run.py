@@ -168,11 +168,7 @@ class Run:
         return {"model": self.task.model.state_dict(), "optimizers": optimizers, **progress}
 
     def resume(self) -> None:
-        """Resume from the checkpoint, if there is one. All processes use the state that the first process reads.
-
-        Raises:
-            ValueError: the checkpoint is from another run, or another process has other data or settings.
-        """
+        """Resume from the checkpoint, if there is one."""
         saved = from_first(self._read)
         if saved is None:
             return
@@ -220,11 +216,7 @@ class Run:
         self.saved_at = time.monotonic()
 
     def save_if_due(self, now: bool = False) -> None:
-        """Write a checkpoint within an epoch if ``now`` is True, or if the last checkpoint is checkpoint_seconds old.
-
-        Raises:
-            Diverged: the loss or a weight is not finite; the last checkpoint is kept.
-        """
+        """Write a checkpoint within an epoch if ``now`` is True, or if the last is checkpoint_seconds old."""
         due = now or time.monotonic() - self.saved_at >= self.config.checkpoint_seconds
         if self.folder is None or not due or not self.source.reproducible:
             return
@@ -283,13 +275,7 @@ class Run:
         return self.task.validate(self.batch(raw, self.total - 1, seed, augment=False))
 
     def check_best(self) -> None:
-        """Refuse a keep_best that needs a metric which the task does not measure.
-
-        Every task measures the loss, so nothing is computed if only the loss is needed.
-
-        Raises:
-            ValueError: the metric is missing; the message names the metrics that the task measures.
-        """
+        """Refuse a keep_best that needs a metric which the task does not measure."""
         chosen = self.config.keep_best
         if self.held_out is None or chosen in ("off", "loss"):
             return

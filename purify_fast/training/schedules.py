@@ -114,55 +114,6 @@ def one_cycle(progress: float, peak: float, warm: float = 0.2, floor: float = 1e
     return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * position))
 
 
-def carso_published(epoch: int, epochs: int, peak: float) -> float:
-    """Return CARSO's learning rate, which is constant within an epoch (arXiv 2306.06081, official code).
-
-    The rate rises linearly from 5e-9 to ``peak`` over int(epochs / 8) epochs, but at least 3. It remains at ``peak``
-    for int(epochs / 8) epochs, but at least 1. Then it falls linearly to 1.25e-4 ``peak`` over the remaining epochs,
-    but at least 3. The official peak is 1e-4 times the batch size of one process.
-
-    Args:
-        epoch: the epoch, in 0 .. epochs - 1.
-        epochs: epochs of the whole run.
-        peak: highest learning rate.
-    """
-    rise, flat = max(3, int(epochs / 8)), max(1, int(epochs / 8))
-    fall = max(3, epochs - 2 * int(epochs / 8))
-    if epoch < rise:
-        return 5e-9 + (peak - 5e-9) * epoch / rise
-    return peak * (1 - (1 - 1.25e-4) * min(1.0, max(0, epoch - rise - flat) / fall))
-
-
-def carso_v1_published(epoch: int, epochs: int, peak: float) -> float:
-    """Return the learning rate of CARSO's first version.
-
-    The rate rises linearly from 5e-9 to ``peak`` over int(epochs / 3) epochs, and then falls linearly to 5e-9 again.
-
-    Args:
-        epoch: the epoch, from 0.
-        epochs: epochs of the whole run.
-        peak: highest learning rate.
-    """
-    rise = max(1, int(epochs / 3))
-    position = epoch / rise if epoch <= rise else (epochs - epoch) / max(1, epochs - rise)
-    return 5e-9 + (peak - 5e-9) * position
-
-
-def arrest_published(epoch: int, epochs: int, peak: float) -> float:
-    """Return ARREST's learning rate, which is constant within an epoch (arXiv 2308.16454, according to sgmath12/FAT).
-
-    With 20 epochs, the rate is ``peak`` in the first 11 epochs and 0.8 ``peak`` in the next two. Then it halves every
-    two epochs: a peak of 0.025 falls to 0.00125. With another number of epochs, the schedule is stretched.
-
-    Args:
-        epoch: the epoch, in 0 .. epochs - 1.
-        epochs: epochs of the whole run.
-        peak: highest learning rate.
-    """
-    place = epoch * 20 // epochs
-    return peak if place < 11 else 0.8 * peak * 0.5 ** ((place - 11) // 2)
-
-
 def rising(value: float, epoch: int, epochs: int, share: float) -> float:
     """Return a number that rises linearly to ``value`` in the first ``share`` of the epochs, and then is ``value``.
 

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from .._process import processes
 from .._tensors import digest
@@ -96,10 +96,6 @@ class InMemory:
         for ids, images in read_ahead(self.x, [self.ids[rows] for rows in self._order(epoch)[first : self.steps]]):
             yield images, self.y[ids], ids
 
-    def batch_of_one(self) -> str:
-        """Say which settings make a batch of one image; nothing if there is no such batch."""
-        return _batch_of_one(len(self.ids), self.batch_size, self.config.drop_last, self.steps)
-
     def banked_images(self) -> BankedImages:
         """Return what a bank must know about the images. Raise ValueError if they differ from epoch to epoch."""
         if self.config.crops:
@@ -128,12 +124,9 @@ class Loader:
     before each epoch. So the DataLoader's random draws, such as the order and the seeds of its workers, depend only on
     the seed and the epoch. A sampler with ``set_epoch``, such as a DistributedSampler, gets the number of the epoch.
 
-    With ``drop_last``, a single process leaves out the last batch of an epoch if it is known to be smaller than the
-    first (see `_ends_smaller`).
-
     Args:
         x: the batches. Each process has its own share.
-        config: settings of the training, with the seed and drop_last.
+        config: settings of the training, with the seed.
         device: device to which the images are moved.
 
     Raises:
@@ -156,9 +149,7 @@ class Loader:
             )
         if len(first) == 0:
             raise ValueError("x must have at least 1 batch, got 0")
-        # With several processes, only some of the shares may end smaller, and all processes need the same steps.
-        dropped = config.drop_last and processes()[1] == 1 and _ends_smaller(first)
-        self.steps = _cut_off(len(first) - dropped, config)
+        self.steps = _cut_off(len(first), config)
         self.description = f"batches, {self.steps} an epoch"
 
     def epoch(self, epoch: int, first: int) -> Generator[RawBatch]:
@@ -200,13 +191,6 @@ class Loader:
                     images = images.float()
                 yield tuple(part.to(self.device, non_blocking=True) for part in (images, labels, ids))  # type: ignore[misc]
 
-    def batch_of_one(self) -> str:
-        """Say which settings of a DataLoader make a batch of one image; nothing if none is known."""
-        x: Any = self.x
-        if not isinstance(x, DataLoader) or x.batch_size is None or not isinstance(x.sampler, Sized):
-            return ""
-        return _batch_of_one(len(x.sampler), x.batch_size, x.drop_last, self.steps)
-
     def banked_images(self) -> BankedImages:
         raise ValueError("bank needs x as a tensor or file, because the images of a loader are not known in advance")
 
@@ -217,10 +201,7 @@ Source: TypeAlias = InMemory | Loader
 def make_sources(
     task: Task, x: Images, y: Tensor | None, config: FitConfig, validation: HeldOut | None
 ) -> tuple[Source, Source | None]:
-    """Check a run's images, and return the source of the training images and that of the held-out images.
-
-    The second source is None if the run has no held-out images. Every process gets all held-out images.
-    """
+    """Check a run's images, and return the source of the training images and that of the held-out images."""
     device, share = next(task.model.parameters()).device, config.validation_share
     x, y = _as_tensor(x, device), _as_labels(_as_tensor(y, device))
     if isinstance(validation, tuple):
@@ -277,37 +258,6 @@ def _as_labels(y: Any) -> Any:
     return y.long() if isinstance(y, Tensor) and y.dtype in integers else y
 
 
-def _ends_smaller(batches: Any) -> bool:
-    """Tell whether the last batch of a DataLoader, a list or a tuple is smaller than the first.
-
-    The sizes of other batches are not known before the batches are read, so the result for them is False.
-    """
-    if isinstance(batches, DataLoader):
-        sampler: Any = batches.batch_sampler
-        # a subclass may make batches of any size, and an iterable data set has a sampler without a length
-        if type(sampler) is not BatchSampler or not isinstance(sampler.sampler, Sized):
-            return False
-        images = len(sampler.sampler)
-        return not sampler.drop_last and images > sampler.batch_size and images % sampler.batch_size > 0
-    if not isinstance(batches, (list, tuple)):
-        return False
-    try:
-        first, last = (len(batches[k][0]) for k in (0, -1))
-    except (TypeError, LookupError):
-        # `Loader.epoch` says what is wrong with such a batch
-        return False
-    return last < first
-
-
-def _batch_of_one(images: int, batch_size: int, drop_last: bool, steps: int) -> str:
-    """Say which settings make a batch of one image; nothing if there is no such batch."""
-    if batch_size == 1:
-        return f"batch_size 1 makes batches of 1 of the {images} images"
-    if not drop_last and images % batch_size == 1 and steps * batch_size > images:
-        return f"drop_last False and batch_size {batch_size} leave a last batch of 1 of the {images} images"
-    return ""
-
-
 def _check_images(x: Tensor | StreamedImages, y: Tensor | None) -> None:
     """Raise ValueError for images and labels that cannot be trained on; the message says what is required."""
     if x.dtype != torch.uint8 or len(x.shape) != 4:
@@ -350,14 +300,7 @@ def _outside_by_rounding(images: Tensor) -> bool:
 
 
 def held_out(n: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Split ``n`` images at random by the seed. Hold out a ``share`` of them for validation.
-
-    Returns:
-        The indices to train on, and the indices to validate with, each in ascending order.
-
-    Raises:
-        ValueError: one of the parts is empty.
-    """
+    """Split ``n`` images at random by the seed."""
     k = round(share * n)
     if not 0 < k < n:
         raise ValueError(

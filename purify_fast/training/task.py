@@ -234,17 +234,7 @@ class Task:
 
 @torch.no_grad()
 def check_classifier(model: nn.Module, shape: tuple[int, ...], classes: int, precision: Precision = "float32") -> None:
-    """Run a classifier on two black images and on one, and refuse what a training of the classifier does not accept.
-
-    Args:
-        model: images to logits.
-        shape: shape of an image, (C, H, W).
-        classes: the largest label plus one.
-        precision: precision of the training.
-
-    Raises:
-        ValueError: the model cannot be trained, or the images or labels do not fit; the message says why.
-    """
+    """Run a classifier on two black images and on one, and refuse what a training of the classifier does not accept."""
     weight = first_tensor(model)
     if any(parameter.is_inference() for parameter in model.parameters()):
         raise ValueError(

@@ -116,7 +116,7 @@ def perturbed(folder, stop_at=None, images=32):
 
 
 @pytest.mark.parametrize(("images", "stop_at"), [(32, 6), (33, 9)])
-def test_an_interrupted_step_and_the_trial_of_a_batch_of_one_leave_no_perturbation(tmp_path, images, stop_at):
+def test_an_interrupted_step_leaves_no_perturbation(tmp_path, images, stop_at):
     """A step computes the loss twice. It was interrupted between the perturbation and the optimizer's step."""
     whole, resumed = perturbed(tmp_path / "whole", images=images), perturbed(tmp_path / "cut", stop_at, images)
     assert all(torch.equal(value, resumed[key]) for key, value in whole.items())

@@ -34,11 +34,11 @@ class Fragile(ClassifierTask):
 
 def test_the_step_is_found(tmp_path):
     task, (x, y) = Fragile(5), images()
-    with pytest.raises(Diverged, match=r"the loss of step 5 is not finite; the last checkpoint is kept") as told:
+    with pytest.raises(Diverged, match=r"the loss of step 5 is not finite") as told:
         fit(task, x, y, FitConfig(3, 16, padding=1), tmp_path, progress=False)
     assert "Lower the learning rate, raise eps_warmup" in str(told.value)
     # an epoch of 64 images has four steps of 16, but 32 of two
-    assert str(told.value).endswith("An epoch has only 4 steps: choose a batch size that gives at least 6")
+    assert str(told.value).endswith("choose a batch size that gives at least 6 steps an epoch")
     with pytest.raises(Diverged) as told:
         fit(Fragile(5), x, y, FitConfig(1, 2), progress=False)
     assert "An epoch has only" not in str(told.value)
@@ -79,7 +79,7 @@ def test_statistics_that_are_not_finite_never_enter_a_checkpoint(tmp_path):
 def test_what_is_not_finite_never_enters_a_checkpoint(tmp_path, how, at):
     """A timed checkpoint in the middle of an epoch once kept it, after which every resume failed for good."""
     config = FitConfig(3, 16, checkpoint_seconds=0)
-    with pytest.raises(FloatingPointError, match=r"training diverged, .*; the last checkpoint is kept"):
+    with pytest.raises(FloatingPointError, match=r"training diverged"):
         fit(Fragile(at, how=how), *images(), config, tmp_path, progress=False)
     saved = read_tree(tmp_path / CHECKPOINT)
     assert saved["step"] == at

@@ -2,7 +2,8 @@
 
 import pytest
 
-from purify_fast.training.schedules import carso_published, carso_v1_published, one_cycle
+from purify_fast.methods.carso.config import carso_published, carso_v1_published
+from purify_fast.training.schedules import one_cycle
 
 LONG = {0: 5e-9, 1: 0.00256, 12: 0.03072, 25: 0.064, 50: 0.064, 51: 0.0635734, 125: 0.0320040, 199: 4.34613e-4}
 

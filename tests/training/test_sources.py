@@ -1,19 +1,14 @@
 """What `fit` takes as images: what is wrong with them is said at the door, and loaders are read as they come."""
 
-import copy
-import importlib
-import json
-
 import pytest
 import torch
-from small_runs import StopAt, Stopped, arrest_task, atop_task, carso_task, diffusion_task, images, same, task
+from small_runs import StopAt, Stopped, images, same, task
 from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
 
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.models.classifiers import SmallCNN
-from purify_fast.models.layers import BatchNorm1d
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fit, sources
 from purify_fast.training.sources import InMemory, held_out
 
@@ -102,142 +97,19 @@ def test_gradients_are_recorded_whatever_the_mode_of_the_caller(mode):
     assert same(usual, other)
 
 
-# -- a batch of one ---------------------------------------------------------------------------------------------------
-
-
-def normed(*layers):
-    torch.manual_seed(0)
-    return ClassifierTask(nn.Sequential(nn.Flatten(), nn.Linear(64, 4), *layers, nn.Linear(4, 2)), ClassifierConfig())
-
-
-def maps(size):
-    """A BatchNorm2d on maps with so many pixels along each side."""
-    torch.manual_seed(0)
-    layers = nn.Conv2d(1, 2, 9 - size), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(2 * size**2, 2)
-    return ClassifierTask(nn.Sequential(*layers), ClassifierConfig())
-
-
 def loaded(n, **options):
     return DataLoader(TensorDataset(*images(n)), **options)
-
-
-LAST = r"drop_last False and batch_size 16 leave a last batch of 1 of the 33 images, on which the layer BatchNorm"
-REFUSED = {  # the task, what `fit` gets, and the message
-    "last": (
-        lambda: normed(nn.BatchNorm1d(4)),
-        lambda: (*images(33), FitConfig(1, 16, drop_last=False)),
-        LAST + "1d 2 ",
-    ),
-    "held out": (
-        lambda: normed(nn.BatchNorm1d(4)),
-        lambda: (*images(49), FitConfig(1, 16, drop_last=False, validation_share=16 / 49)),
-        LAST,
-    ),
-    "all": (
-        lambda: normed(BatchNorm1d(4)),
-        lambda: (*images(33), FitConfig(1, 1)),
-        "batch_size 1 makes batches of 1 of the 33 images, .* BatchNorm1d 2 cannot be trained: set drop_last to True",
-    ),
-    "second layer": (
-        lambda: normed(nn.LayerNorm(4), nn.Unflatten(1, (2, 2)), nn.BatchNorm1d(2), nn.Flatten(), nn.BatchNorm1d(4)),
-        lambda: (*images(33), FitConfig(1, 16, drop_last=False)),
-        LAST + "1d 6 ",
-    ),
-    "map of one pixel": (lambda: maps(1), lambda: (*images(33), FitConfig(1, 16, drop_last=False)), LAST + "2d 1 "),
-    "DataLoader": (
-        lambda: maps(1),
-        lambda: (loaded(33, batch_size=16), None, FitConfig(1, drop_last=False)),
-        LAST + "2d 1 ",
-    ),
-    "DataLoader, all": (lambda: maps(1), lambda: (loaded(33), None, FitConfig(1)), "batch_size 1 makes batches of 1"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_a_batch_of_one_that_batchnorm_cannot_take_is_refused_at_the_start(name, tmp_path):
-    make, given, message = REFUSED[name]
-    made, drawn = make(), torch.random.get_rng_state()
-    state, modes = copy.deepcopy(made.model.state_dict()), [module.training for module in made.model.modules()]
-    with pytest.raises(ValueError, match=message):
-        fit(made, *given(), tmp_path / "run", progress=False)
-    assert same(state, made.model.state_dict()) and not (tmp_path / "run").exists()
-    assert [module.training for module in made.model.modules()] == modes
-    assert not any(module._forward_pre_hooks for module in made.model.modules())
-    assert name.startswith("DataLoader") or torch.equal(torch.random.get_rng_state(), drawn)
-
-
-@pytest.mark.parametrize(
-    "given",
-    [
-        lambda: (*images(33), FitConfig(1, 11, drop_last=False)),
-        lambda: (*images(33), FitConfig(1, 16)),
-        lambda: (*images(33), FitConfig(1, 16, drop_last=False, steps_per_epoch=2)),
-        lambda: (loaded(33, batch_size=16, drop_last=True), None, FitConfig(1)),
-        lambda: (loaded(33, batch_size=16), None, FitConfig(1)),
-        lambda: (loaded(33, batch_size=16), None, FitConfig(1, drop_last=False, steps_per_epoch=2)),
-    ],
-)
-def test_batches_of_several_images_need_no_trial(given):
-    made, seen = normed(nn.BatchNorm1d(4)), []
-    made.model.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])) if module.training else None)
-    fit(made, *given(), progress=False)
-    assert min(seen) > 1
-
-
-def one_of(kind, **options):
-    """A task of one of the methods, and an image of each batch."""
-    made = {"atop": atop_task, "arrest": arrest_task, "carso": carso_task, "diffusion": diffusion_task}[kind](**options)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randint(0, 256, (3, 1, 16, 16), dtype=torch.uint8, generator=generator)
-    return made, x, torch.arange(3)
-
-
-ALLOWED = {
-    "LayerNorm": lambda: (normed(nn.LayerNorm(4)), *images(5)),
-    "maps of several pixels": lambda: (maps(2), *images(5)),
-    "BatchNorm that is not trained": lambda: (frozen_norm(), *images(5)),
-    # with the attacked images, BatchNorm sees two
-    "CARSO": lambda: one_of("carso", target="pipeline"),
-    # the model of these trainings is not one of images to logits
-    "AToP with a discriminator": lambda: one_of("atop", gan_grad=True, discriminator_width=2),
-    "diffusion": lambda: one_of("diffusion"),
-    # a step changes the weights, and a further call changes them back
-    "ARREST with perturbed weights": lambda: one_of("arrest", awp_gamma=0.1),
-}
-
-
-def frozen_norm():
-    class Frozen(nn.BatchNorm1d):
-        def train(self, mode=True):
-            return super().train(False)
-
-    return normed(Frozen(4))
-
-
-@pytest.mark.parametrize("name", ALLOWED)
-def test_other_batches_of_one_are_trained_on_and_their_trial_leaves_no_trace(name, monkeypatch):
-    weights = []
-    for tried in (True, False):
-        if not tried:
-            monkeypatch.setattr(
-                importlib.import_module("purify_fast.training.loop"), "_check_batch_of_one", lambda _: None
-            )
-        made, x, y = ALLOWED[name]()
-        fit(made, x, y, FitConfig(1, 2, drop_last=False), progress=False)
-        weights.append(made.model.state_dict())
-    assert same(*weights)
 
 
 # -- what a model returns ---------------------------------------------------------------------------------------------
 
 
 def test_a_model_that_returns_probabilities_is_told_so(caplog):
-    made = normed()
-    made.model.append(nn.Softmax(1))
-    fit(made, *images(), FitConfig(1, 16), progress=False)
+    layers = nn.Flatten(), nn.Linear(64, 2)
+    fit(ClassifierTask(nn.Sequential(*layers, nn.Softmax(1)), ClassifierConfig()), *images(), FitConfig(1, 16))
     assert "returns probabilities, not logits" in caplog.text
     caplog.clear()
-    fit(normed(), *images(), FitConfig(1, 16), progress=False)
+    fit(ClassifierTask(nn.Sequential(*layers), ClassifierConfig()), *images(), FitConfig(1, 16))
     assert "probabilities" not in caplog.text
 
 
@@ -401,45 +273,6 @@ class Sizes:
 def of_16(n):
     x, y = images(n)
     return [(x[k : k + 16], y[k : k + 16]) for k in range(0, n, 16)]
-
-
-SMALLER = {  # batches of 16, 16 and 8 images
-    "DataLoader": lambda: loaded(40, batch_size=16),
-    "batch sampler": lambda: loaded(40, batch_sampler=BatchSampler(range(40), 16, False)),
-    "list": lambda: of_16(40),
-    "function": lambda: lambda epoch: of_16(40),
-}
-
-
-@pytest.mark.parametrize("form", SMALLER)
-def test_a_loaders_last_smaller_batch_is_dropped_like_that_of_tensors(form, tmp_path):
-    def sizes(config, folder=None, callbacks=()):
-        made, seen = task(), []
-        step = made.training_step
-        made.training_step = lambda batch: seen.append(len(batch.x)) or step(batch)
-        fit(made, SMALLER[form](), None, config, folder, progress=False, callbacks=callbacks)
-        return seen
-
-    assert sizes(FitConfig(2), tmp_path) == [16] * 4
-    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [2, 4]
-    # the run has ended, so nothing is trained again
-    assert sizes(FitConfig(2), tmp_path) == []
-    assert sizes(FitConfig(2, drop_last=False)) == [16, 16, 8] * 2
-    with pytest.raises(ValueError, match="steps_per_epoch must be at most 2"):
-        sizes(FitConfig(1, steps_per_epoch=3))
-    with pytest.raises(Stopped):
-        sizes(FitConfig(2), tmp_path / "cut", [StopAt(3)])
-    # the checkpoint is that of the first epoch's end
-    assert sizes(FitConfig(2), tmp_path / "cut") == [16, 16]
-
-
-def test_several_processes_keep_the_last_batches_of_their_loaders(monkeypatch):
-    """All processes need the same number of steps, but the last batches of their shares may differ in size."""
-    loader = loaded(40, batch_size=16)
-    assert sources.Loader(loader, FitConfig(1), torch.device("cpu")).steps == 2
-    monkeypatch.setattr(sources, "processes", lambda: (0, 2))
-    assert sources.Loader(loader, FitConfig(1), torch.device("cpu")).steps == 3
 
 
 def test_other_batches_of_a_loader_are_trained_on_as_they_come():

@@ -35,8 +35,9 @@ from purify_fast.attacks import PGD, AutoAttack, LeavingPGD
 from purify_fast.attacks.functions import run_alone
 from purify_fast.data import balanced_subset, to_float
 from purify_fast.evaluation import AttackSpec, EvaluateConfig, evaluate, lee_kim_2023
+from purify_fast.evaluation.asked.published import authors_attacks
 from purify_fast.evaluation.show.tables import markdown_table
-from purify_fast.protocols import Accelerates, AuthorsEvaluation, FixedNoise, supports
+from purify_fast.protocols import Accelerates, FixedNoise, supports
 from purify_fast.training import load_classifier
 
 from ... import kept
@@ -154,10 +155,9 @@ def reported(model: nn.Module, x: Tensor, y: Tensor, job: Job, attacks: list[Att
 def authors(job: Job, model: nn.Module, x: Tensor, y: Tensor, root: Path) -> dict[str, Any]:
     """Run the attacks of the purifiers' authors. AutoAttack, one of these attacks, attacks only the first images."""
     budget = job.settings["budget"]
-    assert isinstance(model, AuthorsEvaluation)
     specs = [
         replace(spec, max_images=budget.autoattack_images) if isinstance(spec.resolved, AutoAttack) else spec
-        for spec in model.authors_attacks(job.settings["eps"])
+        for spec in authors_attacks(model, job.settings["eps"]) or ()
     ]
     if budget.quick:
         specs = [short(spec) for spec in specs if not isinstance(spec.resolved, AutoAttack)]

@@ -18,17 +18,16 @@ from ...attacks.base import EngineAttack, ThreatModel
 from ...attacks.heads import HEADS, AttackersHead
 from ...attacks.losses import ApgdLoss
 from ...protocols import (
-    AuthorsEvaluation,
     Classifier,
     DeterministicMode,
     FixedNoise,
-    OwnAttacks,
     SampleLogits,
     is_purifier,
     supports,
 )
 from ..surrogates.copies import WithoutNoise
 from .config import ProtocolName
+from .published import authors_attacks, strong_attacks
 from .specs import AttackSpec, lee_kim_2023
 from .subject import Subject
 
@@ -168,8 +167,9 @@ def _complete(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
 def _of_its_kind(subject: Subject, ball: ThreatModel) -> Sequence[AttackSpec]:
     """Return the attacks that the model's class defines, or Lee and Kim's PGD for other random purifiers."""
     model = subject.base_model
-    if supports(model, OwnAttacks):
-        return list(cast(OwnAttacks, model).strong_attacks(ball.norm, ball.eps))
+    own = strong_attacks(model, ball.norm, ball.eps)
+    if own is not None:
+        return own
     # A purifier with several samples is attacked with other aggregations of the samples instead.
     bare = is_purifier(model) and not supports(model, SampleLogits)
     return [lee_kim_2023(ball.eps, leave=True)] if bare and subject.is_random and ball.norm == "linf" else []
@@ -234,9 +234,9 @@ def _official(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
 
 
 def _authors(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
-    if supports(subject.base_model, AuthorsEvaluation):
-        return list(cast(AuthorsEvaluation, subject.base_model).authors_attacks(ball.eps))
-    return [AttackSpec(AutoAttack(), label=AS_A_CLASSIFIER, judge=subject.base_model)]
+    theirs = authors_attacks(subject.base_model, ball.eps)
+    default = [AttackSpec(AutoAttack(), label=AS_A_CLASSIFIER, judge=subject.base_model)]
+    return default if theirs is None else list(theirs)
 
 
 def notes_of_protocol(name: str | None, model: Classifier) -> list[str]:
@@ -252,7 +252,7 @@ def notes_of_protocol(name: str | None, model: Classifier) -> list[str]:
         "AutoAttack standard, as ARREST's paper evaluates a classifier, since the model has no authors_attacks() that "
         "says how its own authors evaluate it"
     )
-    if supports(model, AuthorsEvaluation):
+    if authors_attacks(model, 1.0) is not None:
         whose = "the evaluation that its authors published"
     return [
         f"the protocol 'authors' repeats {whose}: its rows are for comparison with published numbers, they are no "

@@ -43,8 +43,8 @@ class ArrestConfig:
         learning_rate: highest learning rate of the schedule (port: 0.025).
         momentum: momentum of "sgd" (port: 0.9).
         weight_decay: weight decay of the optimizer (port: 5e-4).
-        schedule: schedule of the learning rate: "published" (port; `purify_fast.training.schedules.arrest_published`),
-            "one_cycle" or "constant" (own).
+        schedule: schedule of the learning rate: "published" (port; `arrest_published`), or "one_cycle" or "constant"
+            (own).
         ema_decay: decay of a moving average of the weights, which is then the result (an extra, not part of ARREST). 0
             means no moving average.
         awp_gamma: gamma of adversarial weight perturbation, Wu et al., NeurIPS 2020 (an extra, not part of ARREST). 0
@@ -106,3 +106,18 @@ class ArrestConfig:
         """Tell whether an epoch, counted from 0, uses noisy replay."""
         # the product is rounded, because 0.07 * 100 is slightly above 7 in floating point
         return self.replay and epoch < round(self.replay_share * epochs, 9)
+
+
+def arrest_published(epoch: int, epochs: int, peak: float) -> float:
+    """Return ARREST's learning rate, which is constant within an epoch (arXiv 2308.16454, according to sgmath12/FAT).
+
+    With 20 epochs, the rate is ``peak`` in the first 11 epochs and 0.8 ``peak`` in the next two. Then it halves every
+    two epochs: a peak of 0.025 falls to 0.00125. With another number of epochs, the schedule is stretched.
+
+    Args:
+        epoch: the epoch, in 0 .. epochs - 1.
+        epochs: epochs of the whole run.
+        peak: highest learning rate.
+    """
+    place = epoch * 20 // epochs
+    return peak if place < 11 else 0.8 * peak * 0.5 ** ((place - 11) // 2)

@@ -39,10 +39,10 @@ from ...speed.folding.inference_copy import (
 from ...speed.folding.unrolled import unrolling
 from ...training.config import TrainingAttack
 from ...training.distributed import average_
-from ...training.schedules import RunLength, arrest_published
+from ...training.schedules import RunLength
 from ...training.task import Batch, Metrics, check_classifier
 from ..base import MethodTask, cross_entropy_of
-from .config import ArrestConfig
+from .config import ArrestConfig, arrest_published
 
 
 class ArrestTask(MethodTask):

@@ -69,17 +69,7 @@ class SpectralConv(nn.Conv2d):
 
 
 def patch_depth(image_size: Sequence[int]) -> int:
-    """Return the largest depth of `PatchDiscriminator`, up to 6, whose output still has at least 2 x 2 patches.
-
-    This is 6 for images of 128 x 128 and larger, 4 for 32 x 32 and 28 x 28, and 3 for 16 x 16. The paper only uses
-    images of 256 x 256.
-
-    Args:
-        image_size: (H, W).
-
-    Raises:
-        ValueError: the image is smaller than 3 x 3, so even one layer would have an output below 2 x 2.
-    """
+    """Return the largest depth of `PatchDiscriminator`, up to 6, whose output still has at least 2 x 2 patches."""
     # each layer halves the sides, rounded up
     depth = min(len(WIDTHS), (min(image_size) - 1).bit_length() - 1)
     if depth < 1:

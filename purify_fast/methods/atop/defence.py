@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 from math import gcd
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +25,8 @@ from ...defences.base import Defence, refuse_wrapped
 from ...models.representation import count_classes, evaluation_mode
 from ...ops.random_transform import random_transform
 from ...ops.stitch import stitch
-from ..base import description, save_defence
+from ..saving import description, save_defence
 from .purifier import PURIFIERS, PurifierAdapter
-
-if TYPE_CHECKING:
-    from ...evaluation import AttackSpec
 
 Transform = Literal["rt1", "rt2", "rt3"]
 Aggregation = Literal["mean", "mean_softmax"]
@@ -213,18 +210,6 @@ class Atop(Defence):
         # the purifier's inputs, [S, B, N, C + 2, H, W]
         passes = packed.unflatten(0, (*owners.shape[:2], -1))
         return (passes[:, :, 0, : x.shape[1]].transpose(0, 1).float() + 1) / 2
-
-    def authors_attacks(self, eps: float) -> list[AttackSpec]:
-        """Return the attacks of the authors' evaluation (`purify_fast.methods.atop.released_evaluation` has the
-        sources).
-
-        Args:
-            eps: radius in image units.
-        """
-        # this import is here because predictions do not need the package evaluation
-        from .released_evaluation import authors_attacks
-
-        return authors_attacks(self, eps)
 
     # -- speed, training and files ------------------------------------------------------------------------------------
 

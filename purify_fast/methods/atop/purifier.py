@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._tensors import first_tensor
-from ..base import answer_of
+from ..saving import answer_of
 from .generators import DeepFillGenerator, SmallGenerator
 
 PURIFIERS: dict[str, type[nn.Module]] = {
@@ -18,19 +18,7 @@ PURIFIERS: dict[str, type[nn.Module]] = {
 
 
 def build_purifier(name: str, channels: int, *, width: int | None = None, residual: bool = False) -> nn.Module:
-    """Build a purifier's network with fresh weights, by its name in `PURIFIERS`.
-
-    Args:
-        name: ``deepfill`` or ``small_generator``.
-        channels: number of channels of the images.
-        width: width of the network. None means 48 for ``deepfill`` and 8 for ``small_generator``.
-        residual: whether the network predicts a correction of its input in place of a whole image; only for
-            ``small_generator``.
-
-    Raises:
-        ValueError: the name is unknown, the network does not support the width, or ``residual`` is True for another
-            network.
-    """
+    """Build a purifier's network with fresh weights, by its name in `PURIFIERS`."""
     if name not in PURIFIERS:
         raise ValueError(f"purifier must be one of {', '.join(PURIFIERS)}, got {name!r}")
     if residual and name != "small_generator":

@@ -54,7 +54,7 @@ class CarsoConfig:
         lookahead_steps: fast steps per slow step of Lookahead (paper: 6).
         lookahead_alpha: length of Lookahead's slow step (paper: 0.8).
         schedule: schedule of the learning rate: "one_cycle" (own), "published" or "published_v1"; see
-            `purify_fast.training.schedules`.
+            `carso_published` and `carso_v1_published`.
         precision: "float32", with full IEEE precision on a GPU too (in the official code, cuDNN's convolutions
             round to TF32 by PyTorch's default); "tf32" (own), which on a GPU rounds the factors of products to ten bits
             of mantissa while `purify_fast.training.fit` trains; or "bfloat16", which trains the accelerated defence
@@ -161,3 +161,37 @@ def atom_size(batch_size: int, adversarial_fraction: float, allow_none: bool = F
             "epoch is so small, leave it out with drop_last=True (--drop-last), which a DataLoader also has"
         )
     return atom
+
+
+def carso_published(epoch: int, epochs: int, peak: float) -> float:
+    """Return CARSO's learning rate, which is constant within an epoch (arXiv 2306.06081, official code).
+
+    The rate rises linearly from 5e-9 to ``peak`` over int(epochs / 8) epochs, but at least 3. It remains at ``peak``
+    for int(epochs / 8) epochs, but at least 1. Then it falls linearly to 1.25e-4 ``peak`` over the remaining epochs,
+    but at least 3. The official peak is 1e-4 times the batch size of one process.
+
+    Args:
+        epoch: the epoch, in 0 .. epochs - 1.
+        epochs: epochs of the whole run.
+        peak: highest learning rate.
+    """
+    rise, flat = max(3, int(epochs / 8)), max(1, int(epochs / 8))
+    fall = max(3, epochs - 2 * int(epochs / 8))
+    if epoch < rise:
+        return 5e-9 + (peak - 5e-9) * epoch / rise
+    return peak * (1 - (1 - 1.25e-4) * min(1.0, max(0, epoch - rise - flat) / fall))
+
+
+def carso_v1_published(epoch: int, epochs: int, peak: float) -> float:
+    """Return the learning rate of CARSO's first version.
+
+    The rate rises linearly from 5e-9 to ``peak`` over int(epochs / 3) epochs, and then falls linearly to 5e-9 again.
+
+    Args:
+        epoch: the epoch, from 0.
+        epochs: epochs of the whole run.
+        peak: highest learning rate.
+    """
+    rise = max(1, int(epochs / 3))
+    position = epoch / rise if epoch <= rise else (epochs - epoch) / max(1, epochs - rise)
+    return 5e-9 + (peak - 5e-9) * position

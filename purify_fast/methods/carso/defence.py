@@ -15,7 +15,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from ...models.representation import Representation
 from ...ops.decode_samples import latents
 from ...speed.decoding import PackedDecoder, kernel_decodes
 from ...speed.folding.inference_copy import pad_batch
-from ..base import save_defence
+from ..saving import save_defence
 from .networks import (
     NETWORKS,
     Decoder,
@@ -38,9 +38,6 @@ from .networks import (
     decoder_plan_v1,
 )
 from .official import fill, read_official, write_official
-
-if TYPE_CHECKING:
-    from ...evaluation import AttackSpec
 
 Version = Literal["v4", "v1"]
 DecoderPlan = tuple[Sequence[int], Sequence[Deconvolution | Mapping[str, Any]]]
@@ -253,26 +250,6 @@ class Carso(Defence):
         with self._autocast(x.device):
             mean, log_variance = self.posterior_encoder(normalized, condition)
         return mean.to(self.purifier_dtype), log_variance.to(self.purifier_dtype)
-
-    # -- the authors' evaluation --------------------------------------------------------------------------------------
-
-    def authors_attacks(self, eps: float) -> list[AttackSpec]:
-        """Return the authors' evaluation (`purify_fast.protocols.AuthorsEvaluation`): AutoAttack, version rand.
-
-        AutoAttack attacks the output of PeeL, whose gradients vanish if the predictions of the samples are confident.
-        Another prediction through PeeL decides if an image that the attack found fools the defence. Source:
-        src/eval_a.py of emaballarin/CARSO at 307b873, lines 88, 202, 225, 255 and 268.
-
-        Args:
-            eps: radius in image units. It is not used, because AutoAttack uses the radius of the report.
-        """
-        # this import is here because predictions do not need the package evaluation
-        from ...attacks import AutoAttack
-        from ...defences.stochastic import WithAggregation
-        from ...evaluation import AttackSpec
-
-        label = f"as src/eval_a.py (emaballarin/CARSO): AutoAttack rand through PeeL, K = {self.samples}"
-        return [AttackSpec(AutoAttack(version="rand"), label=label, judge=WithAggregation(self, "peel_reference"))]
 
     # -- speed --------------------------------------------------------------------------------------------------------
 

@@ -43,19 +43,7 @@ def linear_block(inputs: int, outputs: int) -> nn.Sequential:
 
 
 def pre_encoder(shape: tuple[int, ...], depth: int = 3) -> tuple[nn.Module, int]:
-    """Return the pre-encoder for a layer of the classifier, and its number of output features.
-
-    For a map (C, H, W) it has ``depth`` convolution blocks, each of which halves the channels (C/2, C/4, C/8, rounded
-    up). Kernels are 3 x 3 without padding if the map is large enough, and otherwise 1 x 1. A vector (F,) is not
-    changed.
-
-    For tokens (T, D) it has ``depth`` linear blocks, each of which halves D (rounded up). This is not in the paper. All
-    tokens share the blocks, and BatchNorm's statistics are over batch and tokens.
-
-    Args:
-        shape: shape of the layer's output without the batch: (C, H, W), (T, D) or (F,).
-        depth: number of blocks.
-    """
+    """Return the pre-encoder for a layer of the classifier, and its number of output features."""
     if len(shape) == 1:
         return nn.Identity(), shape[0]
     if len(shape) == 2:
@@ -203,14 +191,7 @@ def published_decoder(image_shape: Shape) -> Plan:
 def deconvolution_stack(
     start: Shape, layers: Sequence[Deconvolution], image_shape: Shape, batch_norm: bool = True
 ) -> nn.Sequential:
-    """Return the transposed convolutions of a decoder, from a map of shape ``start`` to ``image_shape``.
-
-    Each layer except the last has no bias, and BatchNorm and LeakyReLU(0.2) follow it. Without ``batch_norm``, these
-    layers have a bias, and only LeakyReLU(0.01) follows them. The last layer always has a bias.
-
-    Raises:
-        ValueError: the output of the layers does not have image_shape.
-    """
+    """Return the transposed convolutions of a decoder, from a map of shape ``start`` to ``image_shape``."""
     stack: list[nn.Module] = []
     channels, h, w = start
     for i, layer in enumerate(layers):

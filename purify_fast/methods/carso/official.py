@@ -49,11 +49,7 @@ def official_tensors(condition_encoder: nn.Module, decoder: nn.Module) -> Tensor
 
 
 def _statistics(classifier: nn.Module) -> dict[str, list[float]]:
-    """Return the mean and std by which a classifier normalizes images.
-
-    Both are read from the classifier's `Normalize` module, or from the classifier's own attributes ``mean`` and
-    ``std``, which models of RobustBench have.
-    """
+    """Return the mean and std by which a classifier normalizes images."""
     for module in classifier.children():
         if isinstance(module, Normalize):
             return module.arguments

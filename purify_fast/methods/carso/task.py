@@ -34,10 +34,10 @@ from ...speed.graphs.step_graphs import StepGraphs
 from ...training.bank import FrozenAttack, FrozenAttacks
 from ...training.distributed import average_
 from ...training.optimizers import Lookahead
-from ...training.schedules import RunLength, carso_published, carso_v1_published
+from ...training.schedules import RunLength
 from ...training.task import Batch, Metrics
 from ..base import PurifierTask, noise_of
-from .config import CarsoConfig, atom_size, config_in_epoch
+from .config import CarsoConfig, atom_size, carso_published, carso_v1_published, config_in_epoch
 from .defence import Carso
 
 

@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,13 +33,10 @@ from ...attacks.checkpointed_steps import Keep, check_keep, checkpointed_steps, 
 from ...defences.base import Defence, refuse_wrapped
 from ...models.representation import count_classes, evaluation_mode
 from ...ops.diffusion_step import COEFFICIENTS, STEPS, diffusion_step
-from ..base import save_defence
+from ..saving import save_defence
 from .denoiser import Denoiser, described_denoiser, read_pretrained
 from .guidance import GRADIENTS
 from .process import Process, Table
-
-if TYPE_CHECKING:
-    from ...evaluation import AttackSpec
 
 Aggregation = Literal["mean", "mean_softmax", "lse", "vote"]
 #: Surrogates have fewer steps, or fewer steps with a gradient of the denoiser: the number is divided by this factor.
@@ -268,32 +265,6 @@ class DiffusionPurifier(Defence):
         skips = (f"a process whose denoiser has a gradient at every step in {FEWER}", skipping)
         # `few` is left out if it has a single step, because it is then nearly the same as `one`, for every solver
         return [few, skips, one] if max(short) > 1 else [skips, one]
-
-    def strong_attacks(self, norm: str, eps: float) -> list[AttackSpec]:
-        """Return published attacks on purifiers by diffusion (`purify_fast.methods.diffusion.own_attacks` has the
-        sources).
-
-        Args:
-            norm: norm of the ball.
-            eps: radius in image units.
-        """
-        # this import is here because predictions do not need the package evaluation
-        from .own_attacks import strong_attacks
-
-        return strong_attacks(self, norm, eps)
-
-    def authors_attacks(self, eps: float) -> list[AttackSpec]:
-        """Return the attacks of the evaluations by the authors of DiffPure and GDMP.
-
-        `purify_fast.methods.diffusion.released_evaluation` has the sources.
-
-        Args:
-            eps: radius in image units.
-        """
-        # this import is here because predictions do not need the package evaluation
-        from .released_evaluation import authors_attacks
-
-        return authors_attacks(self, eps)
 
     # -- speed --------------------------------------------------------------------------------------------------------
 

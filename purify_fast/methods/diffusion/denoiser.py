@@ -17,7 +17,7 @@ from ...models.layers import Conv2d
 from ...models.unet import TimeLayer, UNet
 from ...speed.folding.fused_networks import chains_serve, fuse_convolutions
 from ...training.checkpoint import read_model, save_model
-from ..base import answer_of, description, rebuilt
+from ..saving import answer_of, description, rebuilt
 
 #: The denoisers of this package, by the names of their classes. Each has the attribute ``arguments``.
 DENOISERS: dict[str, type[nn.Module]] = {"UNet": UNet}
@@ -70,18 +70,7 @@ def save_denoiser(
 
 
 def read_denoiser(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
-    """Read a saved denoiser of this package or of diffusers, without its classifier.
-
-    Args:
-        folder: folder of `save_denoiser`, or of a saved `DiffusionPurifier`.
-
-    Returns:
-        The denoiser, and the arguments that were saved with it, such as ``process`` and ``last_time``.
-
-    Raises:
-        FileNotFoundError: the file is missing.
-        ValueError: the file is damaged, or holds another kind of model.
-    """
+    """Read a saved denoiser of this package or of diffusers, without its classifier."""
     facts, state = read_model(folder)
     if facts["kind"] not in (ALONE, "DiffusionPurifier"):
         raise ValueError(f"{folder} holds a {facts['kind']}, not a denoiser or a purifier by diffusion")
@@ -92,20 +81,7 @@ def read_denoiser(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def read_pretrained(folder: str | Path) -> tuple[nn.Module, tuple[int, int, int], dict[str, Any]]:
-    """Read a denoiser of diffusers from its folder, with the shape of its images and the settings of its process.
-
-    Args:
-        folder: folder of a ``DDPMPipeline`` or ``DDIMPipeline``, such as a copy of google/ddpm-cifar10-32. Nothing is
-            downloaded.
-
-    Returns:
-        The network; (C, H, W); and the fields ``schedule``, ``prediction``, ``variance`` and ``clip`` of a `Process`.
-
-    Raises:
-        ImportError: diffusers is not installed.
-        FileNotFoundError: the folder, the network or the scheduler is missing.
-        ValueError: this package does not support the schedule, prediction, variance or clip.
-    """
+    """Read a denoiser of diffusers from its folder, with the shape of its images and the settings of its process."""
     root = Path(folder)
     network = root / "unet" if (root / "unet").is_dir() else root
     scheduler = next((p for p in (root / "scheduler", root) if (p / "scheduler_config.json").is_file()), None)
@@ -210,12 +186,7 @@ class Denoiser(nn.Module):
         self.learns_variances = result.shape[1] == 2 * channels
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Return the module's prediction.
-
-        Args:
-            x: noisy images ``[B, C, H, W]``.
-            t: times in the units of the module, float64 ``[B]``.
-        """
+        """Return the module's prediction."""
         # t is not converted to bfloat16, whose mantissa of eight bits cannot distinguish a thousand values of t
         t = t.long() if self.whole_times else t.to(torch.promote_types(x.dtype, torch.float32))
         given = self.module(x, t)
@@ -226,11 +197,7 @@ class Denoiser(nn.Module):
         return [*self.parameters(), *self.buffers()]
 
     def bfloat16_copy(self, image_shape: tuple[int, int, int]) -> Denoiser:
-        """Return a frozen copy whose convolutions and linear layers have bfloat16 weights. It is run under autocast.
-
-        Args:
-            image_shape: (C, H, W).
-        """
+        """Return a frozen copy whose convolutions and linear layers have bfloat16 weights."""
         duplicate = copy.deepcopy(self).requires_grad_(False).eval()
         for layer in duplicate.modules():
             if isinstance(layer, nn.Conv2d):

@@ -36,22 +36,12 @@ WINDOW, DEVIATION, C1, C2 = 11, 1.5, 0.01**2, 0.03**2
 
 
 def mse_gradient(x: Tensor, y: Tensor) -> Tensor:
-    """Return the gradient of each image's mean squared difference with respect to x, in the shape of x.
-
-    Args:
-        x: images ``[B, C, H, W]``.
-        y: the other images, of the same shape.
-    """
+    """Return the gradient of each image's mean squared difference with respect to x, in the shape of x."""
     return 2 * (x - y) / prod(x.shape[1:])
 
 
 def ssim_gradient(x: Tensor, y: Tensor) -> Tensor:
-    """Return the gradient of each image's 1 - SSIM with respect to x, in the shape of x. Images are padded with zeros.
-
-    Args:
-        x: images ``[B, C, H, W]``.
-        y: the other images, of the same shape.
-    """
+    """Return the gradient of each image's 1 - SSIM with respect to x, in the shape of x."""
     offsets = torch.arange(WINDOW, device=x.device, dtype=x.dtype) - WINDOW // 2
     line = torch.softmax(-offsets.square() / (2 * DEVIATION**2), 0)
     window = (line[:, None] * line).expand(x.shape[1], 1, WINDOW, WINDOW)

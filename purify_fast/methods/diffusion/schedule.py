@@ -86,6 +86,11 @@ class Schedule:
         return cls(given) if isinstance(given, str) else cls(**given)  # type: ignore[arg-type]
 
     @property
+    def least_time(self) -> float:
+        """The smallest time of a step."""
+        return END if self.is_continuous else 1 / self.steps
+
+    @property
     def is_continuous(self) -> bool:
         """True if there are times between the training steps."""
         return self.kind == "vp"

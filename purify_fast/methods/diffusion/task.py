@@ -37,33 +37,22 @@ from ...ops.philox import Stream, philox
 from ...speed.folding.inference_copy import autocast_to
 from ...training.schedules import RunLength
 from ...training.task import Batch, Metrics
-from ..base import MethodTask, answer_of
+from ..base import MethodTask
+from ..saving import answer_of
 from .config import DiffusionConfig
 from .process import Process
 from .schedule import END, Schedule
 
 
 def training_times(schedule: Schedule, uniform: Tensor, last: float = 1.0) -> Tensor:
-    """Convert uniform numbers to times that are uniform over a process, float64 ``[B]``.
-
-    Args:
-        schedule: schedule of the process; a discrete schedule has the times of its training steps.
-        uniform: numbers in [0, 1), ``[B]``.
-        last: the latest time.
-    """
+    """Convert uniform numbers to times that are uniform over a process, float64 ``[B]``."""
     if schedule.is_continuous:
         return END + (last - END) * uniform.double()
     return ((uniform.double() * round(last * schedule.steps)).floor() + 1) / schedule.steps
 
 
 def drawn_for(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return normal numbers in the shape of the images, and uniform numbers in [0, 1), ``[B]``.
-
-    The numbers depend only on the batch's seed and on each image's sample id.
-
-    Args:
-        batch: the images.
-    """
+    """Return normal numbers in the shape of the images, and uniform numbers in [0, 1), ``[B]``."""
     seed = torch.full((1,), batch.seed, dtype=torch.int64, device=batch.x.device)
     stream = Stream.DIFFUSION_TRAINING
     noise = philox(seed, batch.sample_ids, batch.x[0].numel(), stream=stream, distribution="normal")
@@ -72,24 +61,12 @@ def drawn_for(batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def products_in(precision: Precision, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Within the block, compute matrix products in the precision of the training.
-
-    Args:
-        precision: precision of the training.
-        device: the network's device.
-    """
+    """Within the block, compute matrix products in the precision of the training."""
     return autocast_to(device, torch.bfloat16 if precision == "bfloat16" else torch.float32)
 
 
 def denoising_loss(denoiser: nn.Module, batch: Batch, process: Process, config: DiffusionConfig) -> Tensor:
-    """Return the loss of one batch of clean images, float32.
-
-    Args:
-        denoiser: a module from x_t ``[B, C, H, W]`` and times ``[B]`` to a prediction with the shape of x_t.
-        batch: the images.
-        process: process with the schedule, the predicted quantity and the units of time.
-        config: settings with the last time and the precision.
-    """
+    """Return the loss of one batch of clean images, float32."""
     clean, schedule = 2 * batch.x - 1, process.schedule
     noise, uniform = drawn_for(batch)
     times = training_times(schedule, uniform, config.last_time)

@@ -6,8 +6,9 @@ from evaluating import evaluate
 from small_models import Linear
 from torch import nn
 
+from purify_fast.evaluation.asked.published import authors_attacks
+from purify_fast.evaluation.asked.published.atop_release import ReleasedEvaluation
 from purify_fast.methods.atop import Atop
-from purify_fast.methods.atop.released_evaluation import ReleasedEvaluation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -73,7 +74,7 @@ def test_the_rows_are_named_after_their_sources(samples):
     for row in report.rows[2:]:
         assert row.kind == "authors" and row.n_eval == 1 and row.attacked == 3
     settings = [report.row(name).settings for name in ROWS]
-    assert [spec.max_images for spec in defence.authors_attacks(0.3)] == [None, 32, None, None, None]
+    assert [spec.max_images for spec in authors_attacks(defence, 0.3)] == [None, 32, None, None, None]
     assert [told["steps"] for told in settings] == [100, 10, 10, 20, 1000]
     assert [report.row(name).settings["eot_iter"] for name in ROWS] == [1] * 5
     assert report.row(ROWS[0]).variant == "fixed" and report.row(ROWS[0]).accuracy == 0

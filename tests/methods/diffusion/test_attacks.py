@@ -11,14 +11,15 @@ from purify_fast.attacks import AutoAttack, BpdaModel, LeavingPGD
 from purify_fast.attacks.base import ThreatModel
 from purify_fast.evaluation import lee_kim_2023
 from purify_fast.evaluation.asked.attack_lists import PROTOCOLS, protocol_attacks
+from purify_fast.evaluation.asked.published import authors_attacks, strong_attacks
+from purify_fast.evaluation.asked.published.diffusion_attacks import LOW, LowFrequencyGradient, low_frequencies
+from purify_fast.evaluation.asked.published.diffusion_release import ALONE, DIFFPURE, STRAIGHT, AdjointGradient
 from purify_fast.evaluation.asked.specs import LEE_KIM
 from purify_fast.evaluation.asked.subject import Subject
 from purify_fast.evaluation.surrogates.copies import Softened
 from purify_fast.evaluation.surrogates.usable import surrogates
 from purify_fast.methods.diffusion import Process, Schedule
-from purify_fast.methods.diffusion.own_attacks import LOW, LowFrequencyGradient, low_frequencies
 from purify_fast.methods.diffusion.recipes import RECIPES
-from purify_fast.methods.diffusion.released_evaluation import ALONE, DIFFPURE, STRAIGHT, AdjointGradient
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -150,7 +151,7 @@ def test_strong_adds_what_the_field_attacks_such_purifiers_with():
     assert all(getattr(lee_kim.resolved, name) == value for name, value in asdict(published).items())
     assert specs[LOW].survivors_only and isinstance(specs[LOW].gradients_from, LowFrequencyGradient)
     # steps of 0.007 are those of L-inf
-    assert [spec.label for spec in made.strong_attacks("l2", 0.5)] == [LOW]
+    assert [spec.label for spec in strong_attacks(made, "l2", 0.5)] == [LOW]
     # other models are attacked as before
     with torch.no_grad():
         alone = Subject(made.classifier, x, made.classifier(x).argmax(1), batch_size=2, n_eval=2, seed=0)
@@ -236,7 +237,7 @@ def test_the_adjoint_computes_in_the_parts_that_it_is_allowed():
 
 def test_gdmp_is_judged_by_the_sum_of_ten_purifications_and_attacked_through_one():
     made, x = defence(SHAPE, process=Process(steps=2), samples=3, aggregation="vote"), images(2, SHAPE)
-    alone, straight = made.authors_attacks(0.1)
+    alone, straight = authors_attacks(made, 0.1)
     ten = defence(SHAPE, process=Process(steps=2), samples=10, aggregation="mean")
     for spec in (alone, straight):
         torch.manual_seed(1)
@@ -255,14 +256,14 @@ def test_gdmp_is_judged_by_the_sum_of_ten_purifications_and_attacked_through_one
 
 def test_the_rows_of_its_authors():
     sde = defence(SHAPE, process=Process(VP, solver="vp_sde", t_star=0.1, steps=2), samples=3)
-    rows = sde.authors_attacks(8 / 255)
+    rows = authors_attacks(sde, 8 / 255)
     assert [row.label for row in rows] == [DIFFPURE, ALONE, STRAIGHT]
     rand, alone, straight = (row.resolved for row in rows)
     assert isinstance(rand, AutoAttack) and rand.version == "rand" and isinstance(rows[0].judge, AdjointGradient)
     assert (alone.steps, straight.steps, straight.eot_iter) == (10, 40, 15) and alone.alpha == straight.alpha == 2 / 255
     assert rows[0].judge.defence.samples == 1 and sde.samples == 3
     ddpm = defence(SHAPE, process=Process(steps=2))
-    assert [row.label for row in ddpm.authors_attacks(0.1)] == [ALONE, STRAIGHT]
+    assert [row.label for row in authors_attacks(ddpm, 0.1)] == [ALONE, STRAIGHT]
     x = images(2, SHAPE)
     report = evaluate(ddpm, x, ddpm.classifier(x).argmax(1), **QUIET, protocol="authors")
     assert report.headlines == {} and {row.kind for row in report.rows} == {"clean", "authors"}

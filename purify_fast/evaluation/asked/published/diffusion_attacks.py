@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...attacks import APGD
-from ...evaluation import AttackSpec, lee_kim_2023
+from ....attacks import APGD
+from ..specs import AttackSpec, lee_kim_2023
 
 #: The highest frequency in the filtered gradient, in each direction, as a share of the image's highest frequency.
 KEPT = 0.25

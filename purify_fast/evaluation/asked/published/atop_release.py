@@ -26,10 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...attacks import PGD, AutoAttack
-from ...evaluation import AttackSpec
-from ...evaluation.surrogates.copies import FewerSamples
-from ...ops.random_transform import random_transform
+from ....attacks import PGD, AutoAttack
+from ....ops.random_transform import random_transform
+from ...surrogates.copies import FewerSamples
+from ..specs import AttackSpec
 
 NOTEBOOK = "as evaluate.ipynb (glin2022/atop)"
 LOG = 'as the training log of glin2022/atop, column "BPDA": PGD-20'

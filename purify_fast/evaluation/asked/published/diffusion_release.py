@@ -25,11 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...attacks import BPDA, PGD, AutoAttack
-from ...evaluation import AttackSpec
-from ...ops.diffusion_step import diffusion_step
-from ...ops.dispatch.gradient import first_order
-from .schedule import END
+from ....attacks import BPDA, PGD, AutoAttack
+from ....ops.diffusion_step import diffusion_step
+from ....ops.dispatch.gradient import first_order
+from ..specs import AttackSpec
 
 DIFFPURE = "as eval_sde_adv.py (NVlabs/DiffPure): AutoAttack rand through the adjoint SDE"
 ALONE = "as clf_pgd.py (JinyiW/GuidedDiffusionPur): PGD-10"
@@ -123,7 +122,7 @@ class _Adjoint(torch.autograd.Function):
         schedule, ((start, count),) = process.schedule, process.rounds
         t = schedule.times(start, count)
         # the adjoint SDE runs backward in time, so each of its steps begins where a step of the SDE ended
-        least = END if schedule.is_continuous else 1 / schedule.steps
+        least = schedule.least_time
         t = torch.cat([t[1:].clamp(min=least), t[-1:] + t[-1] - t[-2]])
         rows, _ = process.denoising(t)
         rows, told = rows.to(y), schedule.told(t[:-1], process.told).to(y.device)

@@ -1,0 +1,97 @@
+"""Defines what the defences of all methods share: descriptions of their parts, and the file of a saved defence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._tensors import weights_fingerprint
+from ..defences.base import Defence
+from ..models.representation import evaluation_mode
+from ..training.checkpoint import save_model
+
+
+def answer_of(argument: str, module: nn.Module, given: str, call: Callable[[], Any]) -> Any:
+    """Call a user's module in evaluation mode, and return the result.
+
+    Args:
+        argument: name of the argument that is the module, for the message.
+        module: the module.
+        given: description of the module's inputs, for the message.
+        call: function that calls the module.
+
+    Raises:
+        ValueError: the call raised an error.
+    """
+    try:
+        with evaluation_mode(module), torch.no_grad():
+            return call()
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{argument}: {type(module).__name__} does not run on {given}: {error}") from error
+
+
+def description(module: nn.Module, kinds: Mapping[str, type[nn.Module]]) -> dict[str, Any]:
+    """Describe a module by JSON values for `rebuilt`, and a module of the user's own only by its class's name.
+
+    Args:
+        module: the module.
+        kinds: this package's classes, by the names that are saved.
+    """
+    for name, kind in kinds.items():
+        if type(module) is kind:
+            return {"kind": name, "arguments": module.arguments}
+    return {"kind": type(module).__qualname__, "arguments": None}
+
+
+def rebuilt(
+    facts: Mapping[str, Any], given: nn.Module | None, kinds: Mapping[str, type[nn.Module]], folder: str | Path
+) -> nn.Module:
+    """Make the module of a saved `description`, or return the given module if it has that description.
+
+    Args:
+        facts: the description.
+        given: a module of the user's own, which is checked and returned. If None, the module is made.
+        kinds: this package's classes, by the names that are saved.
+        folder: folder of the saved description, for the message.
+
+    Raises:
+        ValueError: the saved module is the user's own, and none is given; or the given module has another description.
+    """
+    if given is None:
+        if facts["kind"] not in kinds:
+            raise ValueError(
+                f"purifier must be a {facts['kind']}, got None: {folder} holds the weights of this class, which is not "
+                "a part of purify_fast. Load the defence in Python, by load_defence(..., purifier=...)"
+            )
+        return kinds[facts["kind"]](**facts["arguments"])
+    found = description(given, kinds)
+    if found["kind"] != facts["kind"] or found["arguments"] not in (None, facts["arguments"]):
+        raise ValueError(f"purifier must fit the saved weights: {folder} holds {dict(facts)}, got {found}")
+    return given
+
+
+def save_defence(defence: Defence, folder: str | Path) -> None:
+    """Write a defence to ``model.safetensors``, which `purify_fast.load_defence` reads.
+
+    The file has the weights of the purifier, and those of the classifier if it was trained too. A frozen classifier is
+    represented by a fingerprint of its weights. The file appears whole or not at all.
+
+    Args:
+        defence: the defence to write.
+        folder: folder for ``model.safetensors``.
+    """
+    facts = {"classifier": weights_fingerprint(defence.classifier), "own_classifier": defence.own_classifier}
+    facts |= {"acts_from_step": defence.acts_from_step, **({"bank": defence.bank} if defence.bank else {})}
+    save_model(folder, type(defence).__name__, defence.arguments, trained_tensors(defence), **facts)
+
+
+def trained_tensors(defence: Defence) -> dict[str, Tensor]:
+    """Return the tensors that a saved defence has: all except those of a frozen classifier."""
+    state = defence.state_dict()
+    return {
+        name: value for name, value in state.items() if defence.own_classifier or not name.startswith("classifier.")
+    }
