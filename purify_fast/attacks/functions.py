@@ -130,12 +130,13 @@ def as_function(name: str, attack: type[Attack], returns: str, **defaults: Any) 
         The function.
     """
 
-    def call(model: Classifier, x: Tensor, y: Any = None, eps: Radius | None = None, **options: Any) -> Tensor:
-        return run_alone(attack, model, x, y, eps, **{**defaults, **options})
+    # Sphinx would look for the defaults of the signature in this line if it had any.
+    def call(model: Classifier, x: Tensor, *given: Any, **options: Any) -> Tensor:
+        return run_alone(attack, model, x, *given, **{**defaults, **options})
 
     own, shared = _options_of_call(attack)
-    options = {**inspect.signature(call, eval_str=True).parameters}
-    del options["options"]
+    options = {**inspect.signature(run_alone, eval_str=True).parameters}
+    del options["attack"], options["options"]
     added: dict[str, Any] = {"generator": None, "health": None}
     if "loss" in own:
         added |= {"targeted": None, "mode": "eval"} | ({"stop_when_fallen": False} if attack.kind == "pgd" else {})

@@ -263,9 +263,9 @@ _pgd = as_function(
 
 
 @functools.wraps(_pgd)
-def pgd(model: Classifier, x: Tensor, *given: Any, stop_when_fallen: bool = False, **options: Any) -> Tensor:
+def pgd(model: Classifier, x: Tensor, *given: Any, **options: Any) -> Tensor:
     # Images leave as soon as a step misclassifies them.
-    if not stop_when_fallen:
+    if not options.pop("stop_when_fallen", False):
         return _pgd(model, x, *given, **options)
     if callable(options.get("loss")) or options.get("targeted") is not None:
         raise ValueError("stop_when_fallen must be False with a function as loss or with targeted, got True")
