@@ -41,7 +41,7 @@ FIXED: dict[str, dict[str, Any]] = {
 
 
 class Patch(contextlib.ExitStack):
-    """What `patch` has replaced. The end of a ``with`` block, `undo`, or a call of the object restores it."""
+    """Keeps the methods that `patch` replaced. The end of a ``with`` block, `undo` and a call each restore them."""
 
     def undo(self) -> None:
         """Restore the other package's methods. A second call does nothing."""

@@ -9,7 +9,6 @@ import os
 import pickle
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -19,8 +18,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
-
-from purify_fast import _distributed
 
 #: Seconds after which a process that has not ended hangs.
 LONGEST = 600.0
@@ -143,38 +140,6 @@ def together(
         meanwhile(made)
         made.wait(*range(world))
     return made.ended()
-
-
-class Victim:
-    """A process that falls silent; until then the others wait for it without end.
-
-    Args:
-        folder: where the test tells the processes that it did.
-        rank: of the process.
-    """
-
-    def __init__(self, folder: Path, rank: int):
-        self.mark, self.rank = folder / "silent", rank
-
-    def wait_patiently(self) -> None:
-        """Called by every process."""
-        _distributed.BEAT, _distributed.SILENCE = 0.05, float("inf")
-
-        def watch() -> None:
-            until(self.mark.exists)
-            _distributed.SILENCE = 0.5
-
-        threading.Thread(target=watch, daemon=True).start()
-
-    def is_killed(self, processes: Processes) -> None:
-        """In the test: wait for its end."""
-        processes.wait(self.rank)
-        self.mark.touch()
-
-    def is_stopped(self, processes: Processes) -> None:
-        """In the test: wait for a signal that stops it."""
-        processes.wait_for_stop(self.rank)
-        self.mark.touch()
 
 
 def _live(folder: Path, rank: int, world: int, work: Callable[[], Any], store: Store) -> None:

@@ -63,6 +63,17 @@ def with_statistics(model, mean=0.0):
     return model
 
 
+def with_random_norms(model):
+    """BatchNorms whose weights, biases and statistics are all random."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    return model
+
+
 def lively(model, gain):
     """Convolutions under which the result depends on the image: the signal fades under the weights they start with."""
     for layer in model.modules():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._validation import Norm, read_norm
-from ..ops.pgd_step import per_pixel, pgd_step, spread
+from ..ops.pgd_step import clamped, per_pixel, pgd_step, spread
 from ..ops.philox import Stream, philox
 from .arguments import check_eps
 
@@ -89,13 +89,6 @@ def _numbers(x: Tensor, seed: int, sample_ids: Tensor | None) -> Callable[..., T
         return philox(key, ids, count, stream=stream, distribution=distribution, first_draw=first_draw)[:, 0]
 
     return draw
-
-
-def clamped(x: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
-    """Clamp images to a range of numbers or of tensors, without a copy from the host to the device for numbers."""
-    if not (isinstance(low, Tensor) or isinstance(high, Tensor)):
-        return x.clamp(low, high)
-    return torch.minimum(torch.maximum(x, torch.as_tensor(low).to(x)), torch.as_tensor(high).to(x))
 
 
 def projected(x: Tensor, point: Tensor, ball: Ball) -> Tensor:

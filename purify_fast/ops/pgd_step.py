@@ -222,6 +222,13 @@ def spread(name: str, value: Any, x: Tensor) -> Any:
     return value
 
 
+def clamped(x: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
+    """Clamp images to a range of numbers or of tensors, without a copy from the host to the device for numbers."""
+    if not (isinstance(low, Tensor) or isinstance(high, Tensor)):
+        return x.clamp(low, high)
+    return torch.minimum(torch.maximum(x, torch.as_tensor(low).to(x)), torch.as_tensor(high).to(x))
+
+
 def _of_pixels(value: float | Tensor) -> bool:
     return isinstance(value, Tensor) and value.dim() > 1
 
@@ -235,9 +242,7 @@ def _pixelwise_step(images: tuple[Tensor, Tensor, Tensor], norm: Norm, **given: 
     wide = torch.promote_types(x.dtype, torch.float32)
     signs = torch.where(grad.isfinite(), grad.sign(), 0)
     center, moved = x_nat.to(wide), x.to(wide) + alpha * signs.to(wide)
-    moved = torch.minimum(torch.maximum(moved, center - eps), center + eps)
-    low, high = (torch.as_tensor(one, dtype=wide, device=x.device) for one in (lo, hi))
-    return torch.minimum(torch.maximum(moved, low), high).to(x.dtype)
+    return clamped(clamped(moved, center - eps, center + eps), lo, hi).to(x.dtype)
 
 
 def check(images: dict[str, Tensor], norm: str, lo: Any, hi: Any, norms: Sequence[str] = NORMS) -> Norm:

@@ -109,7 +109,7 @@ def test_a_killed_process_ends_the_others_and_three_go_on(one, tmp_path, kind, v
     done = together(tmp_path, 2, work)
     assert done.codes[victim] == -signal.SIGKILL and done.codes[1 - victim] == 1, done
     assert "ConnectionError" in done.errors[1 - victim] and "does not reach the others" in done.errors[1 - victim]
-    # what was finished is not made again
+    # finished batches are not computed again
     done = together(tmp_path, 3, lambda: made_by(kind, tmp_path / "out"))
     assert done.codes == [0] * 3 and done.results[0][0] == one[kind], done.errors
     whole = together(tmp_path, 3, lambda: made_by(kind, tmp_path / "other"))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from small_models import with_random_norms
 from torch import Tensor, nn
 
 from purify_fast.methods.carso.networks import Decoder, DecoderV1, decoder_plan, decoder_plan_v1
@@ -13,7 +14,7 @@ LATENT, CONDITION, SAMPLES = 6, 10, 4
 
 
 class Join(nn.Module):
-    """What CARSO's authors put before the linear layer."""
+    """Joins latents and condition, as the code of CARSO's authors does before its linear layer."""
 
     def forward(self, parts: tuple[Tensor, ...]) -> Tensor:
         return torch.cat([part.flatten(1) for part in parts], 1)
@@ -75,13 +76,7 @@ TAKES_A_PAIR = ("published", "joined the other way")
 def make(name: str) -> nn.Module:
     torch.manual_seed(0)
     decoder = DECODERS[name]().double()
-    for layer in decoder.modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            nn.init.uniform_(layer.weight, 0.5, 1.5)
-            nn.init.normal_(layer.bias)
-            nn.init.normal_(layer.running_mean)
-            nn.init.uniform_(layer.running_var, 0.5, 2)
-    return decoder.eval()
+    return with_random_norms(decoder).eval()
 
 
 def loop(decoder: nn.Module, z: Tensor, condition: Tensor, name: str) -> Tensor:

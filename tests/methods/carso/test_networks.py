@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from small_models import with_random_norms
 from torch import nn
 from torch.nn import functional as F
 
@@ -161,13 +162,7 @@ def make(form: str) -> nn.Module:
         decoder = Decoder(16, 20, (3, 32, 32), *published_decoder((3, 32, 32)))
     else:
         decoder = Decoder(6, 10, (2, 13, 22), *decoder_plan((2, 13, 22), 8))
-    for layer in decoder.modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            nn.init.uniform_(layer.weight, 0.5, 1.5)
-            nn.init.normal_(layer.bias)
-            nn.init.normal_(layer.running_mean)
-            nn.init.uniform_(layer.running_var, 0.5, 2)
-    return decoder.eval()
+    return with_random_norms(decoder).eval()
 
 
 def condition_of(decoder: nn.Module, dtype: torch.dtype) -> torch.Tensor:
