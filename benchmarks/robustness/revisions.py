@@ -19,8 +19,9 @@ from purify_fast.evaluation.asked.published.diffusion_attacks import strong_atta
 from purify_fast.evaluation.asked.specs import AttackSpec
 from purify_fast.evaluation.asked.subject import Subject
 from purify_fast.evaluation.run import stopping
-from purify_fast.evaluation.run.measure import RULE
-from purify_fast.evaluation.surrogates.softening import REVISION
+
+#: The versions of the rule for random models, and of the surrogates. Increase a number if results change by it.
+RULE, SURROGATES = 2, 2
 
 
 class AnyModel(nn.Module):
@@ -87,7 +88,7 @@ def of_protocol(
         specs = protocol_attacks(name, subject, ThreatModel("linf", 0.1))
     # These protocols may attack through surrogates of the model, so the result includes the surrogates' revision.
     surrogates = name == "strong" or (name == "standard" and random)
-    return of_attacks(map(change, specs)) + ([f"surrogates {REVISION}"] if surrogates else [])
+    return of_attacks(map(change, specs)) + ([f"surrogates {SURROGATES}"] if surrogates else [])
 
 
 @functools.cache

@@ -40,7 +40,7 @@ from .asked.attack_lists import SEARCHES, protocol_attacks, to_the_end
 from .asked.config import BatchSize, EvaluateConfig, ProtocolName
 from .asked.first_facts import facts, first_notes
 from .asked.inputs import as_classifier, images_and_labels, read_attacks, with_arguments
-from .asked.module_checks import note_of_switched_modules, refresh_stale_copies
+from .asked.module_checks import note_of_modes, refresh_stale_copies
 from .asked.naming import beside_fixed, feasible, row_name, threat_name
 from .asked.specs import AttackFunction, AttackSpec
 from .asked.subject import DrawsUnderAttack, Subject, Variant, device_of
@@ -162,7 +162,7 @@ def evaluate(
             stack.enter_context(torch.no_grad())
             stack.enter_context(raced_convolutions(config.cudnn_benchmark, device))
             stack.enter_context(restored_threads())
-            switched = note_of_switched_modules(model, name)
+            modes = note_of_modes(model, name)
             stack.enter_context(frozen(model))
             refresh_stale_copies(model, base, *(spec.other_model for spec in given))
             judging: dict[str, Any] = {each: getattr(config, each) for each in ("n_eval", "predict", "seed")}
@@ -173,7 +173,7 @@ def evaluate(
             mark, reason = fingerprint_or_reason(subject.model, revision)
             if mark is not None:
                 report.about["model"] = mark
-            report.notes += [f"the model: {VARYING}"] * draws + first_notes(config, model, subject, name, switched)
+            report.notes += [f"the model: {VARYING}"] * draws + first_notes(config, model, subject, name, modes)
             before = subject.room.within(lambda: Before(subject)) if config.has_signs(attacks) else None
             ball = ThreatModel(norm, float(eps))
             plan = given
@@ -220,11 +220,7 @@ def evaluate(
 
 
 def _context(config: EvaluateConfig, subject: Subject, ball: ThreatModel) -> AttackContext:
-    """The settings of the attacks.
-
-    With predict="worst_of" an attack has succeeded on an image as soon as ``n_eval`` fresh draws are unlikely to be all
-    correct. With "votes" a prediction already has several draws, so a step averages fewer predictions.
-    """
+    """The settings of the attacks."""
     draws, share, votes, most = 5, 1.0, 1, config.max_forward_batch
     if config.predict == "worst_of":
         draws, share = max(draws, config.n_eval), 1 - MAX_SURVIVAL ** (1 / config.n_eval)
@@ -290,11 +286,7 @@ class _Evaluation:
     compares: bool
 
     def fill(self, witnessed: dict[str, Any] | None) -> Report:
-        """Run the evaluation and return the report; all other processes return the report of the first process.
-
-        Args:
-            witnessed: facts about the model for the file of fallen images; None if no such file is written.
-        """
+        """Run the evaluation and return the report; all other processes return the report of the first process."""
         report, measure = self.report, self.measure
         context, shards, name = measure.context, measure.shards, measure.name
         self.choose_attacks(self.asked_for)
@@ -361,11 +353,7 @@ class _Evaluation:
     # -- the rows -----------------------------------------------------------------------------------------------------
 
     def costs(self, left: Mapping[tuple[str, str | None], np.ndarray] = MappingProxyType({})) -> list[int | None]:
-        """Return the largest number of forward passes of single images for each row; None if a number is unknown.
-
-        Args:
-            left: True for images that withstood the attacks so far, by variant and threat model.
-        """
+        """Return the largest number of forward passes of single images for each row; None if a number is unknown."""
         context, n = self.measure.context, len(self.measure.subject.y)
 
         def images(spec: AttackSpec) -> int:

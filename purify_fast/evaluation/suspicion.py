@@ -18,7 +18,7 @@ from .alarms.probes import asked_before, near, probes_before
 from .alarms.probes import cost as cost_of_probes
 from .results.rows import Worst
 from .results.worst_rows import count_fallen
-from .run.measure import RULE, Measure
+from .run.measure import Measure
 from .run.progress import counted_model
 from .show.report import Report
 
@@ -40,11 +40,7 @@ class Suspicion:
     compares: bool = True
 
     def conclude(self, asked: Probes | None) -> None:
-        """Add the alarms' findings and the probes' curves to the report, and mark doubtful rows.
-
-        Args:
-            asked: results of the probes before the attacks; None without probes.
-        """
+        """Add the alarms' findings and the probes' curves to the report, and mark doubtful rows."""
         report, subject, name = self.report, self.measure.subject, self.measure.name
         evidence = Evidence(
             [row for row in report.rows if row.kind == "clean" or row.is_attack],
@@ -105,17 +101,11 @@ class Suspicion:
         context, subject = self.measure.context, self.measure.subject
         settings = {name: getattr(context, name) for name in ("eps", "norm", "eot_iter")}
         settings |= {name: getattr(context.resources, name) for name in ("batch_size", "max_forward_batch")}
-        settings |= {"probes": 10, "images": PROBED, "data": subject.data, "seed": subject.seed}
-        settings |= {"rule": RULE} if subject.is_random else {}
+        settings |= {"images": PROBED, "data": subject.data, "seed": subject.seed}
         return self.measure.cache.key(settings | {"variant": subject.is_random} | more, subject.model)
 
     def ask_before(self, before: Before, costs: Sequence[int | None]) -> Probes:
-        """Run the probes before the attacks.
-
-        Args:
-            before: predictions of the model before the attacks.
-            costs: upper limits for the number of forward passes of single images, for each row.
-        """
+        """Run the probes before the attacks."""
         measure, progress = self.measure, self.measure.progress
         context, subject = measure.context, measure.subject
         passes = cost_of_probes(subject, context)

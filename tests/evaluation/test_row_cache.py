@@ -99,7 +99,7 @@ def test_what_decides_a_row_makes_it_anew(tmp_path, monkeypatch, counted):
     ("block", "rows"),
     [
         (lambda: mock.patch.object(PGD, "revision", lambda self: "another"), 1),
-        (lambda: mock.patch.object(cache, "PROTOCOL_VERSION", cache.PROTOCOL_VERSION + 1), 2),
+        (lambda: mock.patch.object(cache, "RESULTS_VERSION", cache.RESULTS_VERSION + 1), 2),
         (lambda: mock.patch.dict(os.environ, PURIFY_FAST_BACKEND="reference"), 2),
         (lambda: use_backend("reference"), 2),
         (lambda: float32_products(tf32=True), 2),

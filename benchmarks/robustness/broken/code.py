@@ -16,7 +16,6 @@ from purify_fast._tensors import text_hash, weights_fingerprint
 from purify_fast.attacks import AutoAttack
 from purify_fast.evaluation import AttackSpec
 from purify_fast.evaluation.alarms import signs
-from purify_fast.evaluation.surrogates.softening import REVISION as SOFTENING
 
 from ... import kept
 from .. import revisions
@@ -58,7 +57,7 @@ def _of_judge(entry: Entry, judge: str) -> list[str]:
         follows = [str(part.follows) for part in adaptive.chain(entry)]
         return [*revisions.of_attacks(specs), *follows]
     # A protocol that finds signs of masked gradients also attacks surrogates, so include their revision and the limits.
-    return [*revisions.of_protocol(judge, entry.random), f"surrogates {SOFTENING}", *_of_signs()]
+    return [*revisions.of_protocol(judge, entry.random), f"surrogates {revisions.SURROGATES}", *_of_signs()]
 
 
 def _of_signs() -> list[str]:

@@ -100,15 +100,7 @@ def share(a: Tensor, b: Tensor) -> float:
 
 
 def batch_changes(subject: Subject, x: Tensor) -> float | None:
-    """Measure the share of predictions that change if the images are in reverse order, in a larger batch, or alone.
-
-    Args:
-        subject: the model with its images.
-        x: the first images of the subject, which are predicted.
-
-    Returns:
-        The largest of the three shares; None for a random model whose noise cannot be fixed.
-    """
+    """Measure the share of predictions that change if the images are in reverse order, in a larger batch, or alone."""
     model, x = subject.model, x[: subject.batch_size]
     if not is_repeatable(subject):
         return None
@@ -122,16 +114,7 @@ def batch_changes(subject: Subject, x: Tensor) -> float | None:
 
 
 def watched_changes(subject: Subject, model: Classifier, *points: Tensor) -> float | None:
-    """The share of the images whose logits change while gradients are recorded.
-
-    Args:
-        subject: the model with its images.
-        model: the same model, whose batches `in_parts` splits.
-        points: images ``[B, C, H, W]``.
-
-    Returns:
-        The share at the points where it is largest; None for a random model whose noise cannot be fixed.
-    """
+    """The share of the images whose logits change while gradients are recorded."""
     if not is_repeatable(subject):
         return None
     with subject.variant(quiet(subject)):
@@ -150,25 +133,14 @@ def _watched(model: Classifier, x: Tensor, seed: int) -> float:
 
 
 def varying(model: Classifier, x: Tensor, y: Tensor) -> float:
-    """The share of images that some of 8 draws misclassify, among the images that most of the draws classify correctly.
-
-    Args:
-        model: images to logits.
-        x: images ``[B, C, H, W]``.
-        y: labels, int64 ``[B]``.
-    """
+    """The share of images that some of 8 draws misclassify, among the images that most of the draws classify correctly."""
     right = torch.stack([model(x).argmax(1) == y for _ in range(AGAIN)]).float().mean(0)
     mostly = right > 0.5
     return float(((right < 1) & mostly).sum() / mostly.sum().clamp(min=1))
 
 
 def sets_seed(model: Classifier, x: Tensor) -> bool:
-    """Tell whether a model sets the seed of torch's generator, so that its noise is always the same.
-
-    Args:
-        model: images to logits.
-        x: a few images ``[B, C, H, W]``.
-    """
+    """Tell whether a model sets the seed of torch's generator, so that its noise is always the same."""
 
     def after(seed: int) -> Tensor:
         torch.manual_seed(seed)
@@ -179,21 +151,7 @@ def sets_seed(model: Classifier, x: Tensor) -> bool:
 
 
 def differences(subject: Subject, y: Tensor, *points: Tensor) -> tuple[float | Missing | None, float]:
-    """Compare the changes of a model's margin with the changes that its gradients predict.
-
-    Args:
-        subject: the model with its images.
-        y: labels, int64 ``[B]``.
-        points: images ``[B, C, H, W]``: the clean images, and images near them.
-
-    Returns:
-        Two values. The first is the cosine between the predicted and the measured changes: for each of the ``points``
-        the larger cosine of the two lengths of `SMALL`, and of these cosines the smallest. If there is no cosine, the
-        first value is the reason: "not finite" (a logit or a gradient is NaN or infinite), "no gradient" (PyTorch has
-        no gradient of the output with respect to the images) or "zero gradient" (the gradient is 0 everywhere); or None
-        if the model draws other noise in every call even with the same seed. The second value is the share of images
-        whose gradient is zero, not finite or missing, at the points where it is largest.
-    """
+    """Compare the changes of a model's margin with the changes that its gradients predict."""
     with subject.variant(quiet(subject)):
         if differ(_seeded(subject, points[0]), _seeded(subject, points[0])):
             return None, 0.0

@@ -128,13 +128,7 @@ def _effort(subject: Subject, context: AttackContext) -> tuple[int, int, int]:
 
 
 def probes_before(before: Before, context: AttackContext, model: Classifier) -> list[Probe]:
-    """Return the probes that run before the attacks of the report. Each has at most as many images as a batch.
-
-    Args:
-        before: the model's predictions before the attacks.
-        context: the settings of the attacks.
-        model: the attacked model, in a wrapper that counts images.
-    """
+    """Return the probes that run before the attacks of the report. Each has at most as many images as a batch."""
     draws = DRAWS if before.subject.is_random else ()
     parts = torch.arange(len(before.x), device=before.x.device).split(context.resources.batch_size or len(before.x))
     kinds: list[Callable[..., Any]] = [_sweep, *(partial(_over_draws, n) for n in draws)]
@@ -142,13 +136,7 @@ def probes_before(before: Before, context: AttackContext, model: Classifier) -> 
 
 
 def asked_before(before: Before, context: AttackContext, measured: Sequence[Any]) -> Probes:
-    """Collect the measurements before the attacks.
-
-    Args:
-        before: the model's predictions before the attacks.
-        context: the settings of the attacks.
-        measured: the results of `probes_before`.
-    """
+    """Collect the measurements before the attacks."""
     subject, x, y = before.subject, before.x, before.y
     some = slice(subject.batch_size)
     kinds = 1 + (len(DRAWS) if subject.is_random else 0)
@@ -205,10 +193,7 @@ def probe(before: Before, context: AttackContext, asked: Probes, left: Sequence[
 def _sweep(
     before: Before, model: Classifier, part: Tensor, context: AttackContext
 ) -> tuple[list[Tensor], list[int], dict[str, list[int]], dict[str, str], Tensor | None]:
-    """Measure the fields ``steps``, ``fell``, ``copies``, ``absent`` and ``points`` of `Probes` for some images.
-
-    Instead of the accuracies of ``steps``, the result has the images that are still classified correctly, bool ``[n]``.
-    """
+    """Measure the fields ``steps``, ``fell``, ``copies``, ``absent`` and ``points`` of `Probes` for some images."""
     short = _Short(before, model, part, context)
     right = standing = short.right(short.x, short.y)
     steps = list[Tensor]()
@@ -259,12 +244,7 @@ class _Short:
         return torch.stack(right).float().mean(0) > 0.5
 
     def robust(self, among: Tensor, **options: Any) -> Tensor:
-        """Attack images by Auto-PGD, and tell which of them are still classified correctly, bool ``[n]``.
-
-        Args:
-            among: the images that are attacked, bool ``[n]``.
-            **options: further options of `apgd`; they also replace the usual steps, draws and loss of a short attack.
-        """
+        """Attack images by Auto-PGD, and tell which of them are still classified correctly, bool ``[n]``."""
         context, robust, at = self.context, among.clone(), among.nonzero()[:, 0]
         torch.manual_seed(context.seed)
         if len(at) == 0:
@@ -290,10 +270,7 @@ class _Short:
 
 
 def near(context: AttackContext, x: Tensor) -> Tensor:
-    """Add noise of at most half the radius to the images.
-
-    A defence may recognize clean images by their few different pixel values, and behave differently on noisy images.
-    """
+    """Add noise of at most half the radius to the images."""
     size = x[0].numel()
     each = {"linf": 1.0, "l2": 1 / math.sqrt(size), "l1": 1 / size}[context.norm] * context.eps
     generator = torch.Generator().manual_seed(context.seed)

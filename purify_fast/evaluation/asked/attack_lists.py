@@ -56,18 +56,7 @@ RESTARTS = 2
 def protocol_attacks(
     name: str, subject: Subject, ball: ThreatModel, base: Classifier | None = None, steps: int | None = None
 ) -> list[AttackSpec]:
-    """The attacks of a protocol, in their order.
-
-    Args:
-        name: name of the protocol, in `ProtocolName`.
-        subject: the attacked model.
-        ball: norm and radius of the evaluation.
-        base: an undefended classifier, whose adversarial images are tried on the model; None: no transfer attack.
-        steps: upper limit for the steps of Auto-PGD; a first attack with `FIRST_STEPS` ignores it. None: no limit.
-
-    Raises:
-        ValueError: an unknown protocol.
-    """
+    """The attacks of a protocol, in their order."""
     check_literal("protocol", name, ProtocolName)
     attacks = PROTOCOLS[name](subject, ball)
     if steps is not None and name in SEARCHES:
@@ -176,17 +165,7 @@ def _of_its_kind(subject: Subject, ball: ThreatModel) -> Sequence[AttackSpec]:
 
 
 def to_the_end(attacks: Sequence[AttackSpec], subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
-    """Give every attack all remaining images and all of its steps, and add attacks with the gradients of surrogates.
-
-    The attacks with surrogates come directly before the first FAB-T or Square. Attacks with the model's own gradients
-    come earlier, so that the report shows how many images fall to these gradients. A list that needs no change is
-    returned unchanged.
-
-    Args:
-        attacks: attacks of a protocol.
-        subject: the attacked model.
-        ball: norm and radius of the evaluation.
-    """
+    """Give every attack all remaining images and all of its steps, and add attacks with the gradients of surrogates."""
     whole = [_whole(spec) for spec in attacks]
     named = {spec.label for spec in whole}
     joined = [_transferred(*pair) for pair in subject.surrogates(ball)]
@@ -240,12 +219,7 @@ def _authors(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
 
 
 def notes_of_protocol(name: str | None, model: Classifier) -> list[str]:
-    """Return the notes of a report on its protocol. Only "authors" has a note: it says whose evaluation is repeated.
-
-    Args:
-        name: name of the protocol; None for a list of attacks.
-        model: the attacked model.
-    """
+    """Return the notes of a report on its protocol. Only "authors" has a note: it says whose evaluation is repeated."""
     if name != "authors":
         return []
     whose = (

@@ -156,16 +156,7 @@ class EvaluateConfig:
 
 
 def check_claim(claim: Any) -> None:
-    """Check a claimed robust accuracy.
-
-    Args:
-        claim: robust accuracy in percent; None if nothing is claimed.
-
-    Raises:
-        TypeError: claim is not a number.
-        ValueError: claim is outside 0 to 100, or is above 0 and at most 1, and so seems to be a share instead of a
-            percentage.
-    """
+    """Check a claimed robust accuracy."""
     if claim is None:
         return
     if isinstance(claim, bool) or not isinstance(claim, (int, float)):

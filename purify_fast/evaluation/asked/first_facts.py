@@ -16,7 +16,6 @@ from ...ops.dispatch.records import processor
 from ...protocols import Classifier
 from .attack_lists import notes_of_protocol
 from .config import EvaluateConfig
-from .module_checks import notes_of_modules
 from .naming import ball_name
 from .subject import Subject, precision_name
 
@@ -45,16 +44,16 @@ def facts(
 
 
 def first_notes(
-    config: EvaluateConfig, model: Classifier, subject: Subject, name: str, switched: Sequence[str] = ()
+    config: EvaluateConfig, model: Classifier, subject: Subject, name: str, modes: Sequence[str] = ()
 ) -> list[str]:
-    """Return the first notes for the report, after those on modules that were ``switched`` to evaluation mode."""
+    """The first notes of a report; ``modes``: see `note_of_modes`."""
     draws = f"{config.n_eval} fresh draws of the model"
     judged = {
         None: [],
         "worst_of": [f"each image was judged by the worst of {draws}: it has fallen if any of them is wrong"],
         "votes": [f"each image was judged by one majority vote of {draws}, and the attacks attacked this vote"],
     }
-    notes = [*switched, *notes_of_modules(model, name)]
+    notes = [*modes]
     for note in notes:
         logger.warning(note)
     dtype = subject.base_model.dtype if isinstance(subject.base_model, LogitsOf) else None

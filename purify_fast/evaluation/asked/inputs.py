@@ -41,20 +41,7 @@ def images_and_labels(x: Tensor | Iterable[Any], y: Tensor | None) -> tuple[Tens
 
 
 def collect(x: Any, y: Any) -> tuple[Tensor, Tensor, list[str]]:
-    """Check and convert images and labels.
-
-    Args:
-        x: images ``[N, C, H, W]``, uint8 or floating point in [0, 1], a tensor or a NumPy array. Values that are
-            outside by rounding, by at most `purify_fast.attacks.arguments.ROUNDING`, are clamped.
-        y: labels, integers ``[N]``, a tensor or a NumPy array.
-
-    Returns:
-        Images, float32 in [0, 1]; labels, int64; and notes for the report, one if values were clamped.
-
-    Raises:
-        ValueError: a wrong shape, dtype or range, or no images.
-        TypeError: x or y is not a tensor or array.
-    """
+    """Check and convert images and labels."""
     x, y = _as_tensor("x", x), _as_tensor("y", y)
     if x.dim() != 4 or len(x) == 0:
         raise ValueError(f"x must be [N, C, H, W] with at least one image, got {list(x.shape)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from types import CodeType
 
 from torch import nn
@@ -20,61 +20,17 @@ logger = logging.getLogger("purify_fast")
 _NAMED = 3
 
 
-def note_of_switched_modules(model: Classifier, name: str) -> list[str]:
-    """A note on modules in training mode inside a model in evaluation mode, such as the dropout of a Bayesian network.
-
-    Args:
-        model: the judged model, before `purify_fast.attacks.frozen` puts all of its modules into evaluation mode.
-        name: name of the model in the report.
-    """
-    if not isinstance(model, nn.Module) or model.training:
-        return []
-    parts = [(place, part) for place, part in model.named_modules() if part.training and _asks_for_mode(part)]
-    if not parts:
-        return []
-    return [
-        f"{name} is in evaluation mode, but holds modules in training mode: {_listed(parts)}. They were put into "
-        "evaluation mode too, and the numbers describe the model in this state. To judge the model as it is, "
-        "give a function in its place: evaluate(lambda x: model(x), ...)"
-    ]
-
-
-def notes_of_modules(model: Classifier, name: str) -> list[str]:
-    """Notes on modules that the model uses in training mode, and on modules that PyTorch does not know of.
-
-    An evaluation puts a model and its modules into evaluation mode, but not modules that only a function uses.
-
-    Args:
-        model: the judged model, frozen by `purify_fast.attacks.frozen`.
-        name: name of the model in the report.
-    """
+def note_of_modes(model: Classifier, name: str) -> list[str]:
+    """A note on modules in training mode inside a model in evaluation mode, or used by a function."""
     if isinstance(model, nn.Module):
-        hidden, used = hidden_modules(model), []
+        parts = [] if model.training else [*model.named_modules()]
+        what = "were put into evaluation mode; to keep them as they are, give a function: lambda x: model(x)"
     else:
-        hidden, used = [], used_modules(model)
-    parts = [(place, part) for place, module in used for part in module.modules()]
-    training = [(place, part) for place, part in parts if part.training and _asks_for_mode(part)]
-    notes = []
-    if training:
-        notes.append(
-            f"{name} is a function that uses modules in training mode: {_listed(training)}. The numbers describe the "
-            "model as it is in training. If this is not intended, call .eval() on these modules before evaluate, or "
-            "give a module in place of the function"
-        )
-    if hidden:
-        notes.append(
-            f"{name} holds modules that PyTorch does not know of: {_listed(hidden)}. Here they were in evaluation "
-            "mode, like the rest of the model. But to(), parameters() and state_dict() leave them out: make them "
-            "attributes, or put them into nn.ModuleList or nn.ModuleDict"
-        )
-    return notes
-
-
-def _listed(modules: Sequence[tuple[str, nn.Module]]) -> str:
-    """Name the first modules by place and class, without duplicates, and give the number of further modules."""
-    names = list(dict.fromkeys(f"{place} ({type(module).__name__})" for place, module in modules))
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
+        parts = [(place, part) for place, module in used_modules(model) for part in module.modules()]
+        what = "stayed so, because they belong to a function; if this is not intended, call .eval() on them"
+    odd = [(place, part) for place, part in parts if part.training and _asks_for_mode(part)]
+    names = list(dict.fromkeys(f"{place} ({type(part).__name__})" for place, part in odd))
+    return [f"{name} has modules in training mode, {', '.join(names[:_NAMED])}: they {what}"] if names else []
 
 
 def _asks_for_mode(module: nn.Module) -> bool:
@@ -89,15 +45,7 @@ def _asks_for_mode(module: nn.Module) -> bool:
 
 
 def refresh_stale_copies(*models: object) -> None:
-    """Renew the copies of classifiers in accelerated defences if the classifiers have changed.
-
-    `purify_fast.defences.base.Defence.accelerate` makes copies that do not follow later changes of the weights. With an
-    old copy, the evaluated defence would have old weights. A warning is logged if a copy is renewed.
-
-    Args:
-        models: judged models, and other models that attacks use. Each may be, contain or use accelerated defences, or
-            may be None.
-    """
+    """Renew the copies of classifiers in accelerated defences if the classifiers have changed."""
     modules = {id(part): part for model in models for whole in _wholes(model) for part in whole.modules()}
     for defence in modules.values():
         if not isinstance(defence, Defence) or defence.fast is None:

@@ -24,23 +24,7 @@ _VARIANTS: dict[Variant, str] = {"random": "", "fixed": ", fixed noise", "determ
 def feasible(
     specs: Sequence[AttackSpec], subject: Subject, context: AttackContext, name: str, given: bool = True
 ) -> tuple[list[AttackSpec], list[str]]:
-    """Select the attacks that this model allows, without duplicates, and make notes on the attacks that are left out.
-
-    A variant is a mode of the model: "random" (as it is), "fixed" (with fixed noise) or "deterministic". For a
-    deterministic model all variants are the same, so only "random" is attacked. A variant that fails its test
-    (`Subject.fault`) is not attacked, because its accuracy would have no meaning.
-
-    Args:
-        specs: the attacks, in order.
-        subject: the model with its images.
-        context: the settings of the attacks.
-        name: name of the model, for the notes.
-        given: whether the user gave the list of attacks. If not, no note is made on an attack that became equal to
-            another attack because the model has few classes.
-
-    Raises:
-        ValueError: two different attacks have the same name.
-    """
+    """Select the attacks that this model allows, without duplicates, and make notes on the attacks that are left out."""
     notes: list[str] = []
     plan: list[AttackSpec] = []
     for spec in specs:
@@ -154,11 +138,7 @@ def ball_name(norm: str, eps: float) -> str:
 
 
 def threat_name(spec: AttackSpec, context: AttackContext) -> str | None:
-    """The attack's threat model in words; None if it is the threat model of the report.
-
-    Raises:
-        ValueError: the attack does not support the norm.
-    """
+    """The attack's threat model in words; None if it is the threat model of the report."""
     norm, eps = spec.resolved.threat_model(context)
     if norm == context.norm and math.isclose(eps, context.eps, rel_tol=1e-6):
         return None

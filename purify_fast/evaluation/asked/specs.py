@@ -117,18 +117,7 @@ class FunctionAttack(Attack):
         return [str(named.__module__), named.__qualname__]
 
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> AttackResult:
-        """Call the function on a batch, and check its result.
-
-        Args:
-            target: images to logits.
-            x: images ``[B, C, H, W]`` in [0, 1].
-            y: labels, int64 ``[B]``.
-            context: the settings of the attack.
-
-        Raises:
-            TypeError: the result is not a tensor.
-            ValueError: the result has a wrong shape or dtype, NaN, or a point outside [0, 1] or the ball.
-        """
+        """Call the function on a batch, and check its result."""
         threat = self.threat_model(context)
         if not context.num_classes:
             # No evaluation has tested the model, and the function may not accept an output with ``logits``.
@@ -144,15 +133,7 @@ class FunctionAttack(Attack):
 
 
 def check_adversarial(name: str, images: object, x: Tensor, threat: ThreatModel) -> None:
-    """Refuse attacked images that are not allowed; x are the clean images in [0, 1].
-
-    The radius is checked only for norms of pixel changes, and not for "flow".
-
-    Raises:
-        TypeError: images is not a tensor.
-        ValueError: images have a wrong shape or dtype, contain NaN, or are outside [0, 1] or the ball by more than
-            rounding.
-    """
+    """Refuse attacked images that are not allowed; x are the clean images in [0, 1]."""
     if not isinstance(images, Tensor):
         raise TypeError(f"the attack {name!r} must return a torch.Tensor, got {type(images).__name__}")
     if images.shape != x.shape or images.dtype != x.dtype or images.device != x.device:
@@ -182,17 +163,7 @@ def check_adversarial(name: str, images: object, x: Tensor, threat: ThreatModel)
 
 
 def moved(images: Tensor, x: Tensor, threat: ThreatModel) -> tuple[Tensor, float] | None:
-    """The distance between each attacked image and its clean image, and the allowed distance.
-
-    Args:
-        images: attacked images ``[B, C, H, W]``.
-        x: clean images ``[B, C, H, W]``.
-        threat: the ball.
-
-    Returns:
-        The distances, float64 ``[B]``, and the radius plus the allowed rounding; None for "flow", which is not a norm
-        of pixel changes.
-    """
+    """The distance between each attacked image and its clean image, and the allowed distance."""
     order = {"linf": torch.inf, "l2": 2.0, "l1": 1.0}.get(threat.norm)
     if order is None:
         return None
@@ -265,40 +236,36 @@ class AttackSpec:
         if self.until is not None and not 0 < self.until < 1:
             raise ValueError(f"until must be a share of the images between 0 and 1, such as 0.002, got {self.until!r}")
         check_not_negative(seed=self.seed)
-        if self.target is not None and self.target != CLASSIFIER and not callable(self.target):
-            raise TypeError(f"target must be a model or {CLASSIFIER!r}, got {self.target!r}")
-        options = ("target", "aggregation", "gradients_from")
-        given = [option for option in options if getattr(self, option) is not None]
-        if len(given) > 1:
-            raise ValueError(
-                f"at most one of {', '.join(options)} may be given for an attack, got {' and '.join(given)}"
-            )
+        for model in (None if self.target == CLASSIFIER else self.target, self.judge):
+            if model is not None and not callable(model):
+                raise TypeError(f"target and judge must be models, or target {CLASSIFIER!r}, got {model!r}")
         if self.aggregation is not None:
             check_literal("aggregation", self.aggregation, Aggregation)
-        if self.gradients_from is not None and not self.resolved.follows_gradients:
-            raise ValueError(
-                "gradients_from needs an attack that can use the gradients of another model, such as APGD, got "
-                f"{self.resolved.kind}"
-            )
-        if self.judge is not None:
-            if not callable(self.judge):
-                raise TypeError(f"judge must be a model, which is a callable from images to logits, got {self.judge!r}")
-            if callable(self.target) or self.aggregation or self.gradients_from is not None or self.survivors_only:
-                odd = "survivors_only" if self.survivors_only else given[0]
-                raise ValueError(
-                    f"judge allows no target except {CLASSIFIER!r}, no aggregation, no gradients_from and no "
-                    f"survivors_only, got {odd}: leave {odd} out"
-                )
-            if not (self.label or "").startswith("as "):
-                raise ValueError(
-                    "with a judge, label must begin with 'as ' and name the authors of the repeated evaluation, got "
-                    f"{self.label!r}"
-                )
-        if isinstance(self.attack, BPDA) and given in (["target"], ["aggregation"]):
-            raise ValueError(
-                f"{given[0]} of an AttackSpec must be None for BPDA, got {getattr(self, given[0])!r}: BPDA attacks the "
-                "defence itself. Give another aggregation as BPDA(aggregation=...)"
-            )
+        given = [each for each in ("target", "aggregation", "gradients_from") if getattr(self, each) is not None]
+        judged = self.judge is not None
+        beside = self.survivors_only or given not in ([], ["target"]) or callable(self.target)
+        conflicts = [
+            (len(given) > 1, f"at most one of {', '.join(given)} may be given for an attack"),
+            (
+                self.gradients_from is not None and not self.resolved.follows_gradients,
+                "gradients_from needs an attack that can use the gradients of another model, such as APGD",
+            ),
+            (
+                judged and beside,
+                f"judge allows no target except {CLASSIFIER!r}, no aggregation, gradients_from or survivors_only",
+            ),
+            (
+                judged and not (self.label or "").startswith("as "),
+                "with a judge, label must begin with 'as ' and name the authors of the repeated evaluation",
+            ),
+            (
+                isinstance(self.attack, BPDA) and given in (["target"], ["aggregation"]),
+                "target and aggregation must be None for BPDA, which attacks the defence itself: BPDA(aggregation=...)",
+            ),
+        ]
+        for stands, text in conflicts:
+            if stands:
+                raise ValueError(text)
 
     @property
     def resolved(self) -> Attack:

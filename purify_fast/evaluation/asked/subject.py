@@ -100,10 +100,7 @@ def device_of(model: Classifier, x: Tensor) -> torch.device:
 
 
 def precision_name(model: Classifier, device: torch.device) -> str | None:
-    """The precision of a model's multiplications for the report; None for float32, which the report does not name.
-
-    bfloat16 is recognized in accelerated defences of this package, and in an autocast of the caller.
-    """
+    """The precision of a model's multiplications for the report; None for float32, which the report does not name."""
     if torch.is_autocast_enabled(device.type):
         return f"autocast to {str(torch.get_autocast_dtype(device.type)).removeprefix('torch.')}"
     parts = model.modules() if isinstance(model, nn.Module) else ()
@@ -236,22 +233,11 @@ class Subject:
         return self.x[:8].to(self.device, copy=True)
 
     def surrogates(self, ball: ThreatModel, absent: dict[str, str] | None = None) -> list[tuple[str, Classifier]]:
-        """Surrogate models, which an adaptive attacker would attack instead of the model, by name.
-
-        Args:
-            ball: norm and radius of the attacker.
-            absent: a dictionary to which the reasons for missing surrogates are added, by the surrogates' names.
-        """
+        """Surrogate models, which an adaptive attacker would attack instead of the model, by name."""
         return surrogates(self.base_model, self.sample_images(), self.num_classes, ball, absent)
 
     def answers_vary(self, model: Classifier, elsewhere: bool) -> bool:
-        """Tell whether repeated predictions on the same images differ. Two may be equal by chance, so more are made.
-
-        Args:
-            model: images to logits.
-            elsewhere: whether to try the model on more images too, and on images near them, because a model may be
-                random only for some images.
-        """
+        """Tell whether repeated predictions on the same images differ. Two may be equal by chance, so more are made."""
         one = model(self.sample_images())
         if differ(one, model(self.sample_images())):
             return True
@@ -273,12 +259,7 @@ class Subject:
         return draws_elsewhere(model, some, len(self.sample_images()))
 
     def check_repeats(self, x: Tensor, variant: Variant) -> None:
-        """Raise DrawsUnderAttack if the model, which was taken as deterministic, predicts images differently again.
-
-        Args:
-            x: attacked images, of which the first are tried.
-            variant: variant of the model.
-        """
+        """Raise DrawsUnderAttack if the model, which was taken as deterministic, predicts images differently again."""
         if self.is_random or len(x) == 0:
             return
         some, model = x[:TRIED].to(self.device), self.judged_model(variant)
@@ -307,12 +288,7 @@ class Subject:
         return self._faults[name]
 
     def _find_fault(self, variant: Variant) -> Fault | None:
-        """Test whether a variant of a random model really is without randomness; return the first fault, or None.
-
-        The images are attacked and judged under the same noise. This has a meaning only if the noise is the same in
-        every call, at every position in a batch, and for every split of a batch. So the predictions are compared with
-        those of a second call, of a second ``with`` block, of another order, and of parts of the batch.
-        """
+        """Test whether a variant of a random model really is without randomness; return the first fault, or None."""
         call, for_calls, for_blocks, for_batches = ADVICE[variant]
         model, x = self.base_model, self.sample_images()
         # The test needs two positions in a batch, so a single image is doubled.
@@ -365,18 +341,7 @@ class Subject:
         by: Classifier | None = None,
         index: Tensor | None = None,
     ) -> Judgement:
-        """Predict some of the images, clean or attacked, and compare the predictions with the labels.
-
-        A prediction with NaN among its logits, or with several infinite largest logits, names no class and counts as
-        wrong.
-
-        Args:
-            x: the images.
-            variant: variant of the model.
-            phase: phase whose seed is used. Phase "choose" takes `choosing` predictions, and phase "judge" `judges`.
-            by: another model, which predicts each image once; None takes the judged model.
-            index: indices of the images, int64; None: the first ``len(x)``.
-        """
+        """Predict some of the images, clean or attacked, and compare the predictions with the labels."""
         y = self.y[: len(x)] if index is None else self.y[index]
         model, draws = (self.judged_model(variant), self.judges(variant)) if by is None else (by, 1)
         draws = self.choosing if phase == "choose" else draws

@@ -18,13 +18,7 @@ MOST = 2**20
 
 
 def chance_of_at_most(left: int, images: int, share: float) -> float:
-    """Return the probability that at most ``left`` images are robust, by the exact binomial distribution.
-
-    Args:
-        left: a number of robust images, from 0 to ``images``.
-        images: number of all images.
-        share: probability that an image is robust, in [0, 1].
-    """
+    """Return the probability that at most ``left`` images are robust, by the exact binomial distribution."""
     if left >= images or share == 0:
         return 1.0
     if share == 1:
@@ -39,15 +33,7 @@ def chance_of_at_most(left: int, images: int, share: float) -> float:
 
 
 def images_to_decide(left: float, claim: float) -> int | None:
-    """Return the number of images that would refute a claim if the measured accuracy stayed the same on them.
-
-    Args:
-        left: the measured share of robust images, in [0, 1].
-        claim: the claimed share of robust images, in [0, 1].
-
-    Returns:
-        The number of images; None if the claim is not refuted by any of the numbers 1, 2, 4, 8 and so on up to `MOST`.
-    """
+    """Return the number of images that would refute a claim if the measured accuracy stayed the same on them."""
     if left >= claim:
         return None
 
@@ -94,13 +80,7 @@ class ClaimTest:
 
 
 def tested_claim(claim: float, row: Row, clean: Row | None) -> ClaimTest:
-    """Test a claimed robust accuracy.
-
-    Args:
-        claim: the claimed share of robust images, in [0, 1].
-        row: the row of lowest accuracy.
-        clean: the clean row of the same model, if there is one.
-    """
+    """Test a claimed robust accuracy."""
     share = row.mean
     if row.of_draws:
         # Draws that all images of a call share are not independent among the images. So the best draw is taken.

@@ -331,17 +331,7 @@ class Worst(NamedTuple):
 
 
 def by_worst_points(rows: Sequence[Row], n: int) -> Worst:
-    """For each of the first n images, choose the worst of the points that several rows handed over.
-
-    The choosing draws choose: the point that the most of them misclassify, and among equal shares the point with the
-    smallest mean margin. Other draws have judged the chosen point, so their results are not biased by the choice,
-    however many rows there are.
-
-    Args:
-        rows: rows of one random model in one threat model, each with at least n images; the clean row may be among
-            them.
-        n: number of images.
-    """
+    """For each of the first n images, choose the worst of the points that several rows handed over."""
     worst = Worst.of_row(rows[0], n)
     for row in rows[1:]:
         worst = worst.or_worse(Worst.of_row(row, n))

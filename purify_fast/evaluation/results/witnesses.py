@@ -34,15 +34,7 @@ SHORT = 12
 
 
 def model_marks(model: Classifier, mark: str | None) -> dict[str, str | None]:
-    """The hashes that identify a model: a hash of its weights, and its fingerprint.
-
-    Args:
-        model: the attacked model.
-        mark: the model's `purify_fast.model_state.fingerprint`.
-
-    Returns:
-        ``weights`` and ``fingerprint``; None for a hash that does not exist, such as the weights of a function.
-    """
+    """The hashes that identify a model: a hash of its weights, and its fingerprint."""
     inner = model.model if isinstance(model, LogitsOf) else model
     weights = weights_fingerprint(inner) if isinstance(inner, nn.Module) else None
     return {"weights": weights, "fingerprint": mark}
@@ -83,10 +75,7 @@ class Witnesses:
         return {"file": FILE, "count": len(self)} | checksums | {"each": each, "attacks": self.about["attacks"]}
 
     def outside(self) -> Tensor:
-        """Tell which witnesses are outside the ball or [0, 1] by more than rounding, or contain NaN, bool ``[W]``.
-
-        The radius is checked only for norms of pixel changes, and not for "flow".
-        """
+        """Tell which witnesses are outside the ball or [0, 1] by more than rounding, or contain NaN, bool ``[W]``."""
         images = self.adversarial
         outside = ~((images >= -ROUNDING) & (images <= 1 + ROUNDING)).flatten(1).all(1)
         for number, attack in enumerate(self.about["attacks"]):
@@ -103,15 +92,7 @@ class Witnesses:
 
     @classmethod
     def load(cls, folder: Path) -> Witnesses:
-        """Read the file.
-
-        Args:
-            folder: folder of the report.
-
-        Raises:
-            FileNotFoundError: the file is missing.
-            ValueError: the file is damaged, or has another format.
-        """
+        """Read the file."""
         path = folder / FILE
         if not path.is_file():
             raise FileNotFoundError(
@@ -130,16 +111,7 @@ class Witnesses:
 
 
 def gathered(rows: Sequence[Row], about: Mapping[str, Any]) -> Witnesses | None:
-    """Gather the witnesses from the rows of an evaluation with ``keep="all"``; None if no image fell.
-
-    An image has one witness for each threat model, from the first attack to which it fell. On a random model, the
-    witness is the worst point of an image if the draws that judged this point were not all correct. Only attacks that
-    were judged on the deployed model count. Images that fell only at other radii of a curve have no witness.
-
-    Args:
-        rows: rows of one model, with the clean rows.
-        about: the model's hashes, and the rule by which images were judged.
-    """
+    """Gather the witnesses from the rows of an evaluation with ``keep="all"``; None if no image fell."""
     clean = next(row for row in rows if row.kind == "clean" and row.deployed)
     deployed = [row for row in rows if row.is_attack and row.deployed and row.examples is not None]
     # For each threat model and image: the row and the position in the row's examples.
@@ -185,15 +157,7 @@ def _witness(row: Row, at: int, attack: int) -> tuple[np.ndarray, ...]:
 
 
 def load_witnesses(report: str | Path) -> tuple[Witnesses, list[bool]]:
-    """Read the witnesses of a saved report, and tell for each whether it has changed since the report was saved.
-
-    Args:
-        report: the folder of a report.
-
-    Raises:
-        FileNotFoundError: there is no report, or no file with witnesses.
-        ValueError: a file is damaged, or the report has no witnesses.
-    """
+    """Read the witnesses of a saved report, and tell for each whether it has changed since the report was saved."""
     folder = Path(report)
     path = folder / "report.json"
     if not path.is_file():
@@ -215,6 +179,5 @@ def load_witnesses(report: str | Path) -> tuple[Witnesses, list[bool]]:
             f"{folder / FILE} has {len(each)} witnesses, but {path} names {len(named['each'])}: the files belong to "
             "different reports"
         )
-    # Reports of earlier releases do not name the attacks, with their balls.
-    same = named.get("attacks", witnesses.about["attacks"]) == witnesses.about["attacks"]
+    same = named["attacks"] == witnesses.about["attacks"]
     return witnesses, [one != other or not same for one, other in zip(each, named["each"], strict=True)]

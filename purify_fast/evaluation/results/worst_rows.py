@@ -10,24 +10,7 @@ from .rows import Row, Worst, by_worst_points
 
 
 def worst_rows(rows: Sequence[Row]) -> list[Row]:
-    """Make the rows over several attacks; in such a row an image is robust if it is robust in all rows of the attacks.
-
-    On a random model this would count bad luck: with more attacks, the draws on an image are more often wrong by
-    chance. So the row counts, for each image, the worst point of all rows (`by_worst_points`).
-
-    All attacks of the threat model count, also transferred images and attacks on survivors. A row that was judged on a
-    variant of a random model (fixed noise, noise off) counts only for the row over this variant. Its images were also
-    tried on the deployed model, in a separate row, which counts for ``worst``. An attack on only the first 200 images
-    counts only for ``worst, first 200``, with all other attacks on these images.
-
-    Args:
-        rows: rows of one model, with the clean rows.
-
-    Returns:
-        For the report's threat model: a row over all images (``worst``), a row for every smaller number of images that
-        an attack got, and a row for each variant with several attacks (``worst, deterministic``). For another threat
-        model with several attacks: a row over all images, and a row for every smaller number of images.
-    """
+    """Make the rows over several attacks; in such a row an image is robust if it is robust in all rows of the attacks."""
     full = max(row.n for row in rows)
     attacks = [row for row in rows if row.is_attack]
     apart = [row for row in attacks if row.threat is None and not row.deployed and row.n == full]
@@ -47,15 +30,7 @@ def worst_rows(rows: Sequence[Row]) -> list[Row]:
 
 
 def count_fallen(rows: Sequence[Row], fallen: Sequence[int], eps: float, points: Worst | None = None) -> None:
-    """Count the images that fell to probes in the ``worst`` rows.
-
-    Args:
-        rows: rows of one model.
-        fallen: indices of the images that fell within the report's ball.
-        eps: radius of this ball. The images count as fallen within every larger ball too.
-        points: for a random model: the points of these images, in the same order. A point counts if it is worse than
-            the image's point in the row. None: the images are not robust.
-    """
+    """Count the images that fell to probes in the ``worst`` rows."""
     for row in rows:
         larger = row.settings.get("eps", 0) > eps
         if row.kind == "worst" and row.deployed and (row.threat is None or larger):

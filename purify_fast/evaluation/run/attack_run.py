@@ -119,15 +119,7 @@ class AttackRun:
         return None if self.folder is None else self.folder / name
 
     def make(self, number: int) -> AttackedBatch:
-        """Attack the images of a batch.
-
-        Args:
-            number: number of the batch.
-
-        Raises:
-            TypeError: the attack returned no AttackResult, or no tensor as images.
-            ValueError: the attack returned images that are not allowed, see `check_adversarial`.
-        """
+        """Attack the images of a batch."""
         part = self.parts[number]
         self._seed(number)
         batch = self._attacked(part)
@@ -199,11 +191,7 @@ class AttackRun:
         return has_fallen(judge.shares(images.to(subject.device), subject.y[part].to(subject.device))).int().tolist()
 
     def sums(self, shards: Shards) -> AttackedBatch:
-        """Obtain all batches from the processes, and sum up their results.
-
-        Returns:
-            The sums over the batches, with all images of the subject. Images that were not attacked are clean.
-        """
+        """Obtain all batches from the processes, and sum up their results."""
         sums = AttackedBatch(self.subject.x.clone(), {}, 0.0)
         health, fallen = Counter(dict.fromkeys(COUNTS, 0)), Counter[str]()
         for numbers in self.rounds:

@@ -25,15 +25,7 @@ REMEMBERED = 16
 
 
 def make_room(subject: Subject, models: Iterable[Classifier], memory: int | str | None, cache: RowCache) -> None:
-    """Measure how many images of a pass fit into memory, and store the number in ``subject.room``.
-
-    Args:
-        subject: the model with its images; the model is frozen by `purify_fast.attacks.frozen`.
-        models: the models from which attacks take gradients.
-        memory: memory that the process may use in total, in bytes or as "20GB"; None: all free memory.
-        cache: stores the number. A resumed run uses the same number again if it still fits, because the draws of a
-            random model depend on it.
-    """
+    """Measure how many images of a pass fit into memory, and store the number in ``subject.room``."""
     device = subject.device
     # An attack keeps tensors for all images of a batch, even if only a few of them are in a pass of the model.
     remembered = REMEMBERED * subject.x[: subject.batch_size].nbytes

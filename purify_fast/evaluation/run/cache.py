@@ -27,11 +27,10 @@ from ..results.rows import Row
 
 logger = logging.getLogger("purify_fast")
 
-#: Increase this number by one for every change after which the same settings, weights and data give other rows. Cached
-#: rows with an older number are then made again. Do not increase it for edited comments, docstrings, labels, pictures
-#: and tables, or for faster kernels of the same function. For a change within a single attack, increase the version of
-#: this attack instead, so that cached rows of the other attacks remain valid.
-PROTOCOL_VERSION = 3
+#: Increase this number by one for every change after which the same settings, weights and data give other rows, probes,
+#: surrogates or curves: cached results are then made again. For a change within a single attack, increase the version
+#: of this attack instead, so that cached rows of the other attacks remain valid.
+RESULTS_VERSION = 4
 
 
 def read_file(path: Path | None) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
@@ -76,20 +75,7 @@ class RowCache:
             self.folder.mkdir(parents=True, exist_ok=True)
 
     def key(self, settings: Mapping[str, Any], *models: object) -> str | None:
-        """The name of the row with these settings and these models.
-
-        The name also depends on PyTorch's release, on the presence of the kernel extension and on forced backends,
-        because they change the last bits of a model's results. It depends on the precision of float32 on a GPU, and on
-        an autocast of the caller, which change more than the last bits. It does not depend on the bytes of the
-        extension, because a new build of the same sources computes the same.
-
-        Args:
-            settings: everything on which the row depends, except the models, as plain values.
-            models: the models that the attack used; None for a model that was not used.
-
-        Returns:
-            A file name without its ending, or None if nothing is cached or a model has no fingerprint.
-        """
+        """The name of the row with these settings and these models."""
         marks = [] if self.folder is None else [self._marks[id(model)][1] for model in models]
         if self.folder is None or None in marks:
             return None
@@ -98,7 +84,7 @@ class RowCache:
         kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
         autocasts = [f"{kind} {torch.get_autocast_dtype(kind)}" for kind in kinds]
         machine = [str(torch.__version__), _library.loaded(), *backends, float32_settings(), *autocasts]
-        whole = [PROTOCOL_VERSION, machine, self.served, self.revision, settings, marks]
+        whole = [RESULTS_VERSION, machine, self.served, self.revision, settings, marks]
         return text_hash(json.dumps(whole, sort_keys=True)).hexdigest()
 
     def know(self, model: object, mark: str | None) -> None:
@@ -106,13 +92,7 @@ class RowCache:
         self._marks[id(model)] = model, mark
 
     def row(self, key: str | None, make: Callable[[], Row], batches: Path | None = None) -> Row:
-        """Read a row from the cache, or make the row and cache it.
-
-        Args:
-            key: name of the row. With None, the row is made and not cached.
-            make: a function that makes the row.
-            batches: the folder for the batches of the row, see `batches`. It is removed.
-        """
+        """Read a row from the cache, or make the row and cache it."""
         path = self._path(key)
         content = read_file(path)
         if content is None:
@@ -132,20 +112,11 @@ class RowCache:
         return row
 
     def batches(self, key: str | None) -> Path | None:
-        """The folder for the batches of an attack, in which there may be batches of an interrupted run.
-
-        Args:
-            key: name of the attack's settings; with None the batches are not cached, and the result is None.
-        """
+        """The folder for the batches of an attack, in which there may be batches of an interrupted run."""
         return self._path(key, ".batches")
 
     def values(self, key: str | None, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Read plain values and tensors from the cache, or make the values and cache them.
-
-        Args:
-            key: name of the values. With None, the values are made and not cached.
-            make: a function that makes the values.
-        """
+        """Read plain values and tensors from the cache, or make the values and cache them."""
         path = self._path(key, ".values.safetensors")
         content = read_file(path)
         if content is not None:

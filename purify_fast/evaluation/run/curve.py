@@ -29,21 +29,9 @@ from ..results.rows import Row, Worst, by_worst_points
 from .measure import Measure
 from .specified import settings_of
 
-#: Increase this number whenever a change here gives other results for a radius: cached rows are then made again.
-REVISION = 1
-
 
 def radii_of(curve: Sequence[float], eps: float, largest: float) -> list[float]:
-    """The radii of a curve in rising order, without the report's radius.
-
-    Args:
-        curve: radii in image units.
-        eps: the report's radius.
-        largest: the largest allowed radius.
-
-    Raises:
-        ValueError: a radius is not above 0 or is too large, or several radii would have the same name in a report.
-    """
+    """The radii of a curve in rising order, without the report's radius."""
     for radius in curve:
         # The comparison is negated so that NaN is refused too.
         if not 0 < radius <= largest:
@@ -60,16 +48,7 @@ def radii_of(curve: Sequence[float], eps: float, largest: float) -> list[float]:
 
 
 def attacks_of_curve(plan: Sequence[AttackSpec], context: AttackContext, radii: Sequence[float]) -> list[AttackSpec]:
-    """Select the attacks on the deployed model that can be run at any radius, and that have no ``max_images``.
-
-    Args:
-        plan: the attacks of the report.
-        context: the settings of the attacks.
-        radii: radii of the curve.
-
-    Raises:
-        ValueError: there are radii but no such attack, or an attack of the report already has one of the radii.
-    """
+    """Select the attacks on the deployed model that can be run at any radius, and that have no ``max_images``."""
     chosen = [spec for spec in plan if _fits(spec)]
     if radii and not chosen:
         raise ValueError(
@@ -115,12 +94,7 @@ class Curve:
         return [None if None in costs else sum(cost or 0 for cost in costs)] * len(self.radii)
 
     def rows(self, measure: Measure, attacks: Sequence[Row]) -> list[Row]:
-        """Make a row for each radius, with the images that withstand all attacks.
-
-        Args:
-            measure: makes the rows.
-            attacks: the rows of the report's attacks on all images of the deployed model, in the report's ball.
-        """
+        """Make a row for each radius, with the images that withstand all attacks."""
         eps, rows = float(measure.context.eps), list[Row]()
         clean, chooses = measure.clean("random"), measure.judge.chooses("random")
         at_start = measure.judge.withstood(clean)
@@ -157,16 +131,7 @@ class Curve:
         begin: Tensor | None,
         smaller: Sequence[Row],
     ) -> Row:
-        """Make the row of a radius, with the best points of the images that withstand.
-
-        Args:
-            radius: radius of the ball.
-            measure: makes the rows.
-            standing: bool ``[n]``, True for images that are attacked.
-            safe: bool ``[n]``, True for images that count as robust without an attack.
-            begin: first points of the search, ``[n, C, H, W]``; None: the attacks' usual first points.
-            smaller: the rows of smaller radii, whose points a random model's row may count.
-        """
+        """Make the row of a radius, with the best points of the images that withstand."""
         subject, norm, chooses = measure.subject, measure.context.norm, measure.judge.chooses("random")
         at_radius = self.specs_at(radius, norm)
         over, n_eval = [row_name(spec, measure.context) for spec in at_radius], subject.judges("random")
@@ -224,7 +189,7 @@ class Curve:
         given += [] if begin is None else [digest(begin)]
         given += [] if known is None else [digest(*map(torch.from_numpy, known))]
         details = [settings_of(spec, subject, measure.context) for spec in at_radius]
-        row = measure.load_or_make(settings | {"curve": REVISION, "attacks": details, "images": given}, at_radius, make)
+        row = measure.load_or_make(settings | {"attacks": details, "images": given}, at_radius, make)
         row.threat = ball_name(norm, radius)
         row.attack = f"worst, {row.threat}"
         measure.progress.next_row()
@@ -232,12 +197,7 @@ class Curve:
         return row
 
     def points(self, rows: Sequence[Row], eps: float) -> list[list[float]]:
-        """Return the curve of a report as pairs of radius and accuracy; radius 0 stands for the clean images.
-
-        Args:
-            rows: rows of the report.
-            eps: the report's radius.
-        """
+        """Return the curve of a report as pairs of radius and accuracy; radius 0 stands for the clean images."""
         named = {row.attack: row.accuracy for row in rows}
         at_radius = {row.settings["eps"]: row.accuracy for row in rows if row.kind == "worst" and "eps" in row.settings}
         points = {0.0: named[clean_name("random")], eps: named["worst"]} | at_radius

@@ -28,9 +28,6 @@ from .shards import Shards
 from .specified import settings_of, target_of
 from .stopping import StoppingRule, by_margin, nearest_first
 
-#: The rule by which random models are judged (docs/judge_reference.md). Increase it if the rule changes rows.
-RULE = 2
-
 
 class Task(NamedTuple):
     """An attack that all processes share.
@@ -109,15 +106,7 @@ class Measure:
         return self._clean[variant]
 
     def attacked(self, spec: AttackSpec, left: np.ndarray, margins: np.ndarray, earlier: Sequence[Row] = ()) -> Row:
-        """The row of an attack.
-
-        Args:
-            spec: the attack.
-            left: bool ``[n]``, True for images that withstood the earlier attacks on the variant.
-            margins: the smallest margin that an earlier attack reached on each image, ``[n]``; infinite without such an
-                attack.
-            earlier: for a random model: the rows whose points the row of an attack on survivors may count.
-        """
+        """The row of an attack."""
         alive = self._alive(spec, spec.variant, left)
         if spec.judge is not None:
             # All images: the judge (the authors' model) may classify images correctly that the defence misclassifies.
@@ -145,13 +134,7 @@ class Measure:
         return row
 
     def retest_on_deployed(self, spec: AttackSpec, left: np.ndarray, earlier: Sequence[Row]) -> Row:
-        """The row in which the deployed model judges, with fresh draws, the images of an attack on another variant.
-
-        Args:
-            spec: the attack.
-            left: bool ``[n]``, True for images that withstood the earlier attacks on the variant.
-            earlier: see `attacked`.
-        """
+        """The row in which the deployed model judges, with fresh draws, the images of an attack on another variant."""
         alive = self._alive(spec, spec.variant, left)
         attacked = settings_of(spec, self.subject, self.context)
         settings = attacked | {
@@ -175,13 +158,7 @@ class Measure:
         return row
 
     def in_order(self, spec: AttackSpec, index: Tensor, margins: np.ndarray) -> Tensor:
-        """Return the indices of the images that an attack gets, int64, in the order in which they are attacked.
-
-        Args:
-            spec: the attack.
-            index: indices of the images that the attack may get, int64.
-            margins: the smallest margin that other attacks reached on each image of the subject, ``[n]``.
-        """
+        """Return the indices of the images that an attack gets, int64, in the order in which they are attacked."""
         if spec.nearest is not None:
             return by_margin(index, margins)[: spec.nearest]
         if spec.until is not None:
@@ -200,13 +177,7 @@ class Measure:
         return {"known": digest(*map(torch.from_numpy, known))}
 
     def load_or_make(self, settings: dict[str, Any], specs: Sequence[AttackSpec], make: Callable[[], Row]) -> Row:
-        """Read the row with these settings from the cache, or make the row and cache it.
-
-        Args:
-            settings: the settings as plain values.
-            specs: the attacks; empty for the clean images.
-            make: a function that makes the row.
-        """
+        """Read the row with these settings from the cache, or make the row and cache it."""
         folder = self.folder(specs[0]) if len(specs) == 1 else None
         row = self.cache.row(self._key(settings, specs), make, folder)
         # The following fields are not a part of the key, so they are also set for a cached row.
@@ -227,8 +198,6 @@ class Measure:
         attacks = [[spec.resolved.kind, spec.resolved.revision(), *spec.resolved.identity()] for spec in specs]
         whole = {
             "data": subject.data,
-            # This constant is in the hashes that name cached rows, so it must stay.
-            "first": 0,
             "seed": subject.seed,
             "classes": subject.num_classes,
             # The draws of a random model for an image depend on how the images are divided into batches.
@@ -239,8 +208,7 @@ class Measure:
             "keep": self.keep_all and bool(specs),
         }
         if subject.is_random:
-            # Rows that were made by another rule for random models are not used.
-            whole |= {"rule": RULE, "choosing": subject.choosing}
+            whole["choosing"] = subject.choosing
         # The row of an attack without a revision is not cached, because nothing would show a change of the attack.
         named = all(revision is not None for _, revision, *_ in attacks)
         models = [subject.model, *([spec.other_model for spec in specs] or [None])]
@@ -249,19 +217,7 @@ class Measure:
     def attack(
         self, spec: AttackSpec, index: Tensor, folder: Path | None, begin: Tensor | None = None
     ) -> tuple[AttackRun, AttackedBatch]:
-        """Run an attack on some of the images.
-
-        Args:
-            spec: the attack.
-            index: indices of these images, int64, in the order in which they are attacked.
-            folder: the folder for the batches in the cache, in which there may be batches of an interrupted run. With
-                None, the batches are not cached.
-            begin: first points of the search, ``[N, C, H, W]``; None: the attack's usual first points.
-
-        Returns:
-            The run of the attack, and its outcome (see `AttackRun.sums`). The outcome has only the images that the
-            attack may get by its ``max_images``.
-        """
+        """Run an attack on some of the images."""
         task = Task(self.attacks.index(spec), index, begin)
         with self._run(task, folder) as run:
             self.shards.from_first(lambda: task._replace(draws_differ=run.context.draws_differ))

@@ -39,7 +39,7 @@ class Progress:
         self.label, self.bar = "", None
         self.expected: float | None = None
         self.began = time.monotonic()
-        self.last_line = self.began + FIRST_LINE - LINE_EVERY
+        self.last_line = self.began + min(FIRST_LINE, LINE_EVERY) - LINE_EVERY
 
     @property
     def seconds(self) -> float:
@@ -53,12 +53,7 @@ class Progress:
 
     @contextlib.contextmanager
     def row(self, label: str, total: int | None) -> Iterator[None]:
-        """A context in which images are counted for a row.
-
-        Args:
-            label: label of the row.
-            total: upper limit for the number of forward passes of single images; None if it is unknown.
-        """
+        """A context in which images are counted for a row."""
         self.in_row = 0
         place = f"{self.rows + 1} of {max(len(self.costs), self.rows + 1)}"
         self.label = f"{place}, {label}"
@@ -73,11 +68,7 @@ class Progress:
         self.rows, self.in_row = self.rows + 1, 0
 
     def count(self, images: int) -> None:
-        """Count images of a forward pass, and write a line to the log if the last line is old.
-
-        Args:
-            images: number of images; a negative number removes the images of trial calls from the count.
-        """
+        """Count images of a forward pass, and write a line to the log if the last line is old."""
         self.images += images
         self.in_row += images
         if self.bar is None:
@@ -141,11 +132,7 @@ class CountedModel(nn.Module):
         self.training = False
 
     def train(self, mode: bool = True) -> CountedModel:
-        """Do nothing, so that an attack cannot change the model's evaluation mode.
-
-        Args:
-            mode: ignored.
-        """
+        """Do nothing, so that an attack cannot change the model's evaluation mode."""
         return self
 
     def around(self, replace: Callable[[Classifier], Classifier]) -> CountedModel:

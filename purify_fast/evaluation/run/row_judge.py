@@ -43,22 +43,13 @@ class RowJudge:
         return variant == "random" and self.subject.is_random
 
     def withstood(self, row: Row) -> np.ndarray:
-        """Tell which images have not fallen, bool ``[n]``.
-
-        For a random model, an image has fallen if enough choosing draws misclassify the row's point: all of them, or
-        the share that ``predict`` requires. The judging draws decide nothing, so that they remain fresh.
-        """
+        """Tell which images have not fallen, bool ``[n]``."""
         if row.wrong is None:
             return row.robust
         return ~has_fallen(torch.from_numpy(row.wrong), self.context.judge_share).numpy()
 
     def new_row(self, right: np.ndarray, **values: Any) -> Row:
-        """Make a row from predictions.
-
-        Args:
-            right: bool ``[draws, n]``, True for correct predictions.
-            **values: further fields of the row; they override the values that this method sets.
-        """
+        """Make a row from predictions."""
         usual: dict[str, Any] = {
             "model": self.name,
             "robust": np.asarray(right.all(0)),
@@ -79,17 +70,7 @@ class RowJudge:
         alive: np.ndarray,
         points: Sequence[Row],
     ) -> Row:
-        """Judge the images of an attack, and make the row.
-
-        Args:
-            run: the run of the attack.
-            sums: the outcome of the run.
-            settings: the settings of the row.
-            alive: bool ``[n]``, True for images that the attack might get. All other images count as fallen, except on
-                a random model, where every image keeps the draws on its point.
-            points: for a random model: the clean row, and further rows whose points the row of an attack on survivors
-                may count.
-        """
+        """Judge the images of an attack, and make the row."""
         begin, spec, variant = time.perf_counter(), run.spec, settings["variant"]
         self.subject.check_repeats(sums.images[run.index], variant)
         judged = self.subject.judge(sums.images, variant, "judge", spec.judge)
@@ -122,22 +103,7 @@ class RowJudge:
     def _choose_points(
         self, row: Row, judged: Judgement, run: AttackRun, images: Tensor, points: Sequence[Row]
     ) -> Tensor:
-        """Choose the points that a row of a random model counts.
-
-        An image that the attack got counts with the point that the attack handed over, and any other image counts with
-        the clean image. In a row of an attack on survivors an image counts with the worst point so far.
-
-        Args:
-            row: the row, which this method completes.
-            judged: the judging draws on the images.
-            run: the run of the attack.
-            images: for each image the point that the attack handed over, or the clean image.
-            points: see `judged`.
-
-        Returns:
-            Indices of the images whose new points are stored, int64: with ``keep_all`` those whose new point is the
-            worst so far, otherwise those whose new point most of the choosing draws misclassify.
-        """
+        """Choose the points that a row of a random model counts."""
         n, index = len(images), run.index
         clean = Worst.of_row(points[0], n)
         own = Worst(clean.wrong.copy(), clean.margins.copy(), judged.right.sum(0))
@@ -151,14 +117,7 @@ class RowJudge:
         return index[torch.from_numpy(found)[index]]
 
     def _examples(self, index: Tensor, fallen: Tensor, images: Tensor, judged: Judgement) -> Examples | None:
-        """Select the images that a row stores: some or all of the fallen images, or some others if no image fell.
-
-        Args:
-            index: indices of the images that the attack got, int64.
-            fallen: indices of the images that fell, int64.
-            images: all images after the attack.
-            judged: the predictions on these images.
-        """
+        """Select the images that a row stores: some or all of the fallen images, or some others if no image fell."""
         subject = self.subject
         fallen = fallen if self.keep_all else fallen[:EXAMPLES]
         shown = fallen if len(fallen) else index[:EXAMPLES]

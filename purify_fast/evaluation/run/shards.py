@@ -69,12 +69,7 @@ class Shards:
                 dist.destroy_process_group(self._group)
 
     def from_first(self, make: Callable[[], Any], part: Callable[[int], Any] | None = None) -> Any:
-        """Call ``make`` in the first process, and return its result in all processes.
-
-        Args:
-            make: a function that only the first process calls.
-            part: the function that ``make`` shares, for the other processes; None if it shares no work.
-        """
+        """Call ``make`` in the first process, and return its result in all processes."""
         if self.rank > 0:
             return self.follow(part or _nothing)
         value = make()

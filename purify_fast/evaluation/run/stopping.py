@@ -43,17 +43,7 @@ def by_margin(index: Tensor, margins: np.ndarray) -> Tensor:
 
 
 def nearest_first(index: Tensor, margins: np.ndarray, seed: int) -> Tensor:
-    """Sort images into the order in which they are attacked.
-
-    Args:
-        index: indices of the images, int64 ``[n]``.
-        margins: for each of all images, the smallest margin that any attack has reached, ``[N]``; infinite if no attack
-            has reached the image.
-        seed: seed of the random positions.
-
-    Returns:
-        The same images, int64 ``[n]``.
-    """
+    """Sort images into the order in which they are attacked."""
     near = by_margin(index, margins)
     place = torch.arange(len(near)) / max(1, len(near))
     lots = philox(philox_key(seed, near.device), near, 1, stream=Stream.LOTS, distribution="uniform")
@@ -89,16 +79,7 @@ class StoppingRule:
         return self.unsearched * (1 - self._error ** (1 / self.misses))
 
     def record(self, fell: Sequence[bool], no_evidence: int) -> bool:
-        """Record a round.
-
-        Args:
-            fell: for each image of the round in order, whether it fell.
-            no_evidence: number of images that withstood only because their search came no nearer to the decision
-                boundary, or had no gradients.
-
-        Returns:
-            True if the attack stops.
-        """
+        """Record a round."""
         self.unsearched -= len(fell)
         since = next((number for number, has in enumerate(reversed(fell)) if has), len(fell))
         before = self.misses if since == len(fell) else 0

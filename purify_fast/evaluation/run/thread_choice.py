@@ -16,13 +16,7 @@ TIMED = 64
 
 
 def choose_threads(subject: Subject, cache: RowCache) -> None:
-    """Set torch's number of threads to the fastest for a gradient of the model.
-
-    Args:
-        subject: the model with its images; the model is frozen by `purify_fast.attacks.frozen`.
-        cache: stores the number. A resumed evaluation uses it again, because sums in another number of threads are
-            rounded otherwise.
-    """
+    """Set torch's number of threads to the fastest for a gradient of the model."""
     if not may_choose(subject.device):
         return
     count = subject.room.at_most(min(TIMED, subject.batch_size))

@@ -31,16 +31,7 @@ Picture = tuple[Tensor, str, bool | None]
 
 
 def html_page(report: Any, defence: Classifier | Mapping[str, Classifier] | None = None) -> str:
-    """Make the page of a report.
-
-    Args:
-        report: a `purify_fast.evaluation.Report` on one or several models.
-        defence: the model, or a mapping from names to models, for the pictures; see
-            `purify_fast.evaluation.Report.to_html`.
-
-    Returns:
-        HTML that loads no other files.
-    """
+    """Make the page of a report."""
     known = dict.fromkeys(report.models, defence) if callable(defence) else dict(defence or {})
     models = [_model(report, name, known.get(name)) for name in report.models]
     return render(
@@ -99,25 +90,14 @@ def _curve(points: Sequence[Sequence[float]], images: int) -> list[dict[str, Any
 
 
 def pictured_row(evidence: Evidence) -> tuple[Row | None, int]:
-    """Return the attack whose images are shown, and the number of images that fell to it.
-
-    The images of the attack on the deployed model to which the most images fell are shown, because images of a weaker
-    attack would make the model look better than it is.
-    """
+    """Return the attack whose images are shown, and the number of images that fell to it."""
     fallen = [(row, int(fell.sum())) for row, fell in evidence.fallen()]
     drawable = [pair for pair in fallen if pair[0].examples is not None and pair[0].examples.clean.shape[1] in (1, 3)]
     return max(drawable, key=lambda pair: pair[1], default=(None, 0))
 
 
 def picture_lines(examples: Examples, defence: Classifier | None) -> list[list[Picture]]:
-    """A line of pictures for each image: clean, attacked, the amplified difference, and the defence's images.
-
-    Args:
-        examples: attacked images with C = 1 or 3. Their stored classes after the attack are shown, because a random
-            defence may predict differently now.
-        defence: the model, which predicts the classes of the clean images, and makes purified images if it has
-            ``purify``. With None, these pictures and classes are left out.
-    """
+    """A line of pictures for each image: clean, attacked, the amplified difference, and the defence's images."""
     clean, attacked = torch.from_numpy(examples.clean).float(), torch.from_numpy(examples.adversarial).float()
     before, columns = _asked(defence, clean, attacked)
     after, difference = torch.from_numpy(examples.predicted), attacked - clean
@@ -137,14 +117,7 @@ def picture_lines(examples: Examples, defence: Classifier | None) -> list[list[P
 
 @torch.no_grad()
 def _asked(defence: Any, x: Tensor, attacked: Tensor) -> tuple[Tensor | None, list[tuple[str, Tensor, Tensor | None]]]:
-    """Return the predicted classes of the clean images, and columns of images that the defence makes.
-
-    A column is a name, images ``[M, C, H, W]`` and their classes ``[M]``, or None in place of classes. The defence
-    makes the images from the attacked images: the transformed images by ``transformed(x)``, and the purified images by
-    ``purify(x)`` or ``reconstruct(x)``, with the shape ``[B, K, C, H, W]``, or ``[B, C, H, W]`` for a single draw. The
-    classes of purified images come from ``sample_logits(x) -> [B, K, classes]``. If the defence has ``fixed_noise``,
-    all of these calls have the same noise.
-    """
+    """Return the predicted classes of the clean images, and columns of images that the defence makes."""
     if defence is None:
         return None, []
     device = device_of(defence, x)

@@ -56,12 +56,7 @@ class Table(NamedTuple):
 
 
 def markdown_table(head: Sequence[str], body: Iterable[Sequence[str | Cell]]) -> list[str]:
-    """The lines of a Markdown table.
-
-    Args:
-        head: the titles of the columns.
-        body: the cells of each line, as many as there are columns.
-    """
+    """The lines of a Markdown table."""
     lines = [head, ["---"] * len(head), *body]
     return ["| " + " | ".join(_in_markdown(cell) for cell in line) + " |" for line in lines]
 
@@ -75,11 +70,7 @@ def _in_markdown(cell: str | Cell) -> str:
 def terminal_table(
     head: Sequence[str], body: Iterable[Sequence[str | Cell]], color: bool, longest: float = math.inf
 ) -> str:
-    """A table as text with columns of fixed width.
-
-    With ``color``, cells that are marked as red are red. If a line would be longer than ``longest`` characters, the
-    widest columns are wrapped.
-    """
+    """A table as text with columns of fixed width."""
     table = [list(head), *body]
     width = [max(1, *(len(str(line[i])) for line in table)) for i in range(len(head))]
     while _length(width) > longest and max(width) > NARROWEST:
@@ -163,12 +154,7 @@ COLUMNS = [*_CELLS]
 
 
 def table_of_rows(rows: Sequence[Row], columns: Iterable[str] = COLUMNS) -> Table:
-    """A table with a line for each row.
-
-    Args:
-        rows: rows of a report.
-        columns: titles of the columns.
-    """
+    """A table with a line for each row."""
     return Table([*columns], [[_CELLS[name](row) for name in columns] for row in rows])
 
 

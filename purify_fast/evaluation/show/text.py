@@ -39,22 +39,12 @@ _WITH = {"fixed": "fixed noise", "deterministic": "its noise off"}
 
 
 def render(template: str, **values: Any) -> str:
-    """Render a template of this folder; in HTML every text is escaped.
-
-    Args:
-        template: the name of the file.
-        values: the variables of this template. All templates also have the functions and words of `_environment`.
-    """
+    """Render a template of this folder; in HTML every text is escaped."""
     return _environment().get_template(template).render(values)
 
 
 def sentence(name: str, *values: Any) -> str:
-    """The text of a macro of `sentences.jinja`, in a single line.
-
-    Args:
-        name: the name of the macro.
-        *values: the arguments of the macro.
-    """
+    """The text of a macro of `sentences.jinja`, in a single line."""
     macro = getattr(_environment().get_template("sentences.jinja").module, name)
     return " ".join(macro(*values).split())
 

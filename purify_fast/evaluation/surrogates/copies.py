@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from ...model_state import switch_to_evaluation
 from ...protocols import Classifier
-from .identity_backward import REVISION as PASSED_REVISION
 from .identity_backward import PassedThrough
-from .softening import REVISION, Softening
+from .softening import Softening
 
 
 class _Around(nn.Module):
@@ -39,8 +38,7 @@ class Softened(_Around):
 
     def __init__(self, model: Classifier, temperature: float | None):
         super().__init__(model)
-        # The fingerprint has this object's attributes but not this package's code: the revision outdates cached rows.
-        self.temperature, self.revision = temperature, REVISION
+        self.temperature = temperature
 
     def forward(self, x: Tensor) -> Tensor:
         wanted = torch.is_grad_enabled()
@@ -65,7 +63,7 @@ class IdentityBackward(_Around):
 
     def __init__(self, model: Classifier, modules: Sequence[nn.Module]):
         super().__init__(model)
-        self.passed, self.revision = nn.ModuleList(modules), PASSED_REVISION
+        self.passed = nn.ModuleList(modules)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images ``[B, ...]`` to logits ``[B, classes]``."""
@@ -77,12 +75,7 @@ class _WithSameAnswer(_Around):
     """The base of copies of a random model that always predict the same."""
 
     def draw_logits(self, x: Tensor, draws: int) -> Tensor:
-        """Logits of ``draws`` draws, ``[draws, B, classes]``, from a single call.
-
-        Args:
-            x: images ``[B, C, H, W]``.
-            draws: number of draws.
-        """
+        """Logits of ``draws`` draws, ``[draws, B, classes]``, from a single call."""
         return self(x).expand(draws, -1, -1)
 
 

@@ -21,11 +21,7 @@ class HoldingMode(TorchFunctionMode):
         self._open: list[contextlib.ExitStack] = []
 
     def held(self, stack: contextlib.ExitStack) -> None:
-        """Enter the other context.
-
-        Args:
-            stack: the stack in which the context is entered; it is closed at the end of the block.
-        """
+        """Enter the other context."""
         raise NotImplementedError
 
     def __enter__(self) -> Any:

@@ -18,8 +18,6 @@ from ...attacks import frozen
 from ...protocols import Classifier
 from .function_mode import Args, HoldingMode, Rule
 
-#: Increase this number whenever a change here gives a model another gradient: cached rows are then made again.
-REVISION = 1
 #: A module is differentiated as the identity only if its output lies in the range of its input. The output may exceed
 #: this range at each end by at most this share of the width of the range.
 OUTSIDE = 0.1
@@ -65,17 +63,7 @@ class PassedThrough(HoldingMode):
 
 
 def blocking(model: Classifier, inside: Sequence[tuple[str, nn.Module]], x: Tensor) -> list[dict[str, nn.Module]]:
-    """Find modules without a gradient whose output has the shape and about the range of their input.
-
-    Args:
-        model: images to logits.
-        inside: modules of the model, with their names; all modules in them are examined.
-        x: a few images ``[B, C, H, W]``.
-
-    Returns:
-        A list of groups, each a dict of such modules by name; empty if there are no such modules. The first group has
-        the innermost of these modules. The outermost modules form a second group if they differ from the innermost.
-    """
+    """Find modules without a gradient whose output has the shape and about the range of their input."""
     named = {".".join(filter(None, (outer, name))): each for outer, m in inside for name, each in m.named_modules()}
     named = {name: module for name, module in named.items() if name and module is not model}
     calls: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}

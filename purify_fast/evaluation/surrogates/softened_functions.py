@@ -108,10 +108,7 @@ def not_in_place(func: Rule) -> Rule:
 
 
 def plain_name(func: Rule) -> str:
-    """Return the name of a function without outer underscores and without the prefixes "logical_" and "bitwise_".
-
-    The name of an in-place function ends with ``_``.
-    """
+    """Return the name of a function without outer underscores and without the prefixes "logical_" and "bitwise_"."""
     name = getattr(func, "__name__", "")
     in_place = name.endswith("_") and not name.endswith("__")
     name = name.strip("_").removeprefix("logical_").removeprefix("bitwise_")

@@ -44,8 +44,6 @@ from .softened_functions import (
 )
 from .users_functions import with_gradient
 
-#: Increase this number whenever a softened model computes something else: cached rows are then made again.
-REVISION = 2
 #: A softened comparison is a smooth step of the difference divided by the size of the compared values. These numbers
 #: are the slopes of the step. EXACT_SLOPE is used without a temperature, when only the gradients are softened.
 #: SOFT_SLOPE is used at temperature 1; at another temperature it is divided by the root of the temperature. A larger
@@ -116,15 +114,7 @@ class Softening(HoldingMode):
         return hard
 
     def _followed(self, name: str, func: Rule, hard: Tensor, args: Args, kwargs: dict[str, Any]) -> Tensor:
-        """Give the result of a function a useful gradient; store a counterpart of a result that is not floating-point.
-
-        Args:
-            name: plain name of the function.
-            func: the function.
-            hard: the result of the function.
-            args: the function's positional arguments.
-            kwargs: the function's keyword arguments.
-        """
+        """Give the result of a function a useful gradient; store a counterpart of a result that is not floating-point."""
         first: Any = args[0] if args else None
         call = functools.partial(func, **kwargs)
         if is_flat(name, *args[1:], **kwargs) and _floating(first):
@@ -172,10 +162,7 @@ class Softening(HoldingMode):
         return hard
 
     def let_through(self, values: Any) -> None:
-        """Let the gradient pass unchanged through each value that is the result of a user's own ``autograd.Function``.
-
-        With a temperature, this happens only where the function's own gradient is missing, zero or not finite.
-        """
+        """Let the gradient pass unchanged through each value that is the result of a user's own ``autograd.Function``."""
         for value in values:
             if isinstance(value, (list, tuple)):
                 self.let_through(value)

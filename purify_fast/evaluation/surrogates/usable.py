@@ -42,15 +42,7 @@ FAR = 100.0
 def surrogates(
     model: Classifier, x: Tensor, num_classes: int, ball: ThreatModel, absent: dict[str, str] | None = None
 ) -> list[tuple[str, Classifier]]:
-    """Make the surrogates of a model, by name; a surrogate with an error or without finite logits is left out.
-
-    Args:
-        model: images to logits; any callable.
-        x: a few images ``[B, C, H, W]``, on the model's device.
-        num_classes: number of the model's classes.
-        ball: norm and radius of the attacks.
-        absent: a dictionary to which the reasons for missing surrogates are added, by the surrogates' names.
-    """
+    """Make the surrogates of a model, by name; a surrogate with an error or without finite logits is left out."""
     absent = {} if absent is None else absent
     with _tried(model, x):
         parts = _parts(model, x, num_classes)

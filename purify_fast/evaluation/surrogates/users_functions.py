@@ -14,15 +14,7 @@ from ..._tensors import per_image
 
 @functools.lru_cache(maxsize=64)
 def with_gradient(function: Any, always: bool) -> type:
-    """Make a subclass of a user's ``autograd.Function`` with the gradient of the identity.
-
-    Only the first input that needs a gradient and has the shape of the output gets this gradient.
-
-    Args:
-        function: the user's class.
-        always: whether every gradient is replaced. If not, only a gradient that is missing, zero or not finite is
-            replaced.
-    """
+    """Make a subclass of a user's ``autograd.Function`` with the gradient of the identity."""
     by_vjp = function.vjp is not torch.autograd.Function.vjp
     own = function.vjp if by_vjp else function.backward
 
