@@ -133,7 +133,7 @@ def _watched(model: Classifier, x: Tensor, seed: int) -> float:
 
 
 def varying(model: Classifier, x: Tensor, y: Tensor) -> float:
-    """The share of images that some of 8 draws misclassify, among the images that most of the draws classify correctly."""
+    """The share of images that some of 8 draws misclassify, among those that most draws classify correctly."""
     right = torch.stack([model(x).argmax(1) == y for _ in range(AGAIN)]).float().mean(0)
     mostly = right > 0.5
     return float(((right < 1) & mostly).sum() / mostly.sum().clamp(min=1))

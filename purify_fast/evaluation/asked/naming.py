@@ -24,7 +24,7 @@ _VARIANTS: dict[Variant, str] = {"random": "", "fixed": ", fixed noise", "determ
 def feasible(
     specs: Sequence[AttackSpec], subject: Subject, context: AttackContext, name: str, given: bool = True
 ) -> tuple[list[AttackSpec], list[str]]:
-    """Select the attacks that this model allows, without duplicates, and make notes on the attacks that are left out."""
+    """Select the attacks that this model allows, without duplicates, and make notes on the others."""
     notes: list[str] = []
     plan: list[AttackSpec] = []
     for spec in specs:

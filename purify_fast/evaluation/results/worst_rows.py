@@ -10,7 +10,7 @@ from .rows import Row, Worst, by_worst_points
 
 
 def worst_rows(rows: Sequence[Row]) -> list[Row]:
-    """Make the rows over several attacks; in such a row an image is robust if it is robust in all rows of the attacks."""
+    """Make the rows over several attacks, in which an image is robust if it is robust in all of their rows."""
     full = max(row.n for row in rows)
     attacks = [row for row in rows if row.is_attack]
     apart = [row for row in attacks if row.threat is None and not row.deployed and row.n == full]

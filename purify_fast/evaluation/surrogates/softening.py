@@ -114,7 +114,7 @@ class Softening(HoldingMode):
         return hard
 
     def _followed(self, name: str, func: Rule, hard: Tensor, args: Args, kwargs: dict[str, Any]) -> Tensor:
-        """Give the result of a function a useful gradient; store a counterpart of a result that is not floating-point."""
+        """Give a result a useful gradient; store a counterpart of a result that is not floating-point."""
         first: Any = args[0] if args else None
         call = functools.partial(func, **kwargs)
         if is_flat(name, *args[1:], **kwargs) and _floating(first):
@@ -162,7 +162,7 @@ class Softening(HoldingMode):
         return hard
 
     def let_through(self, values: Any) -> None:
-        """Let the gradient pass unchanged through each value that is the result of a user's own ``autograd.Function``."""
+        """Let the gradient pass unchanged through each result of a user's own ``autograd.Function``."""
         for value in values:
             if isinstance(value, (list, tuple)):
                 self.let_through(value)
