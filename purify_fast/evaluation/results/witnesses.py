@@ -93,21 +93,13 @@ class Witnesses:
     @classmethod
     def load(cls, folder: Path) -> Witnesses:
         """Read the file."""
-        path = folder / FILE
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{path} with the witnesses of the report is missing: restore the file, or evaluate and save the "
-                "report again"
-            )
         try:
-            content, tensors = read_sealed(path)
-            if content.get("format") != FORMAT:
-                raise ValueError(f"the format is {content.get('format')!r}, but this version reads format {FORMAT}")
+            content, tensors = read_sealed(folder / FILE)
+            if content["format"] != FORMAT:
+                raise ValueError(f"the format is {content['format']!r}, but this version reads format {FORMAT}")
             return cls(**{name: tensors[name] for name in TENSORS}, about=content["about"])
         except (ValueError, KeyError) as error:
-            raise ValueError(
-                f"{path} cannot be read: {error}. Restore the file, or evaluate and save the report again"
-            ) from error
+            raise ValueError(f"{folder / FILE} cannot be read: {error}") from error
 
 
 def gathered(rows: Sequence[Row], about: Mapping[str, Any]) -> Witnesses | None:
@@ -158,26 +150,15 @@ def _witness(row: Row, at: int, attack: int) -> tuple[np.ndarray, ...]:
 
 def load_witnesses(report: str | Path) -> tuple[Witnesses, list[bool]]:
     """Read the witnesses of a saved report, and tell for each whether it has changed since the report was saved."""
-    folder = Path(report)
-    path = folder / "report.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} has no report.json: give the folder of a saved report")
+    path = Path(report) / "report.json"
     try:
-        named = json.loads(path.read_text(encoding="utf-8")).get("witnesses")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is damaged: {error}. Restore the file, or evaluate and save the report again"
-        ) from error
-    if named is None:
-        raise ValueError(
-            f'{path} has no witnesses: either no image fell, or the evaluation was without keep="all" (--keep all)'
-        )
-    witnesses = Witnesses.load(folder)
-    each = witnesses.summary()["each"]
+        named = json.loads(path.read_text(encoding="utf-8"))["witnesses"]
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    except KeyError:
+        raise ValueError(f'{path} has no witnesses: no image fell, or keep="all" (--keep all) was not set') from None
+    witnesses = Witnesses.load(path.parent)
+    each, same = witnesses.summary()["each"], named["attacks"] == witnesses.about["attacks"]
     if len(each) != len(named["each"]):
-        raise ValueError(
-            f"{folder / FILE} has {len(each)} witnesses, but {path} names {len(named['each'])}: the files belong to "
-            "different reports"
-        )
-    same = named["attacks"] == witnesses.about["attacks"]
+        raise ValueError(f"{path} names {len(named['each'])} witnesses, but its file has {len(each)}")
     return witnesses, [one != other or not same for one, other in zip(each, named["each"], strict=True)]

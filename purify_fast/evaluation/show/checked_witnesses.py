@@ -130,11 +130,8 @@ def _compared(report: Mapping[str, str | None], now: Mapping[str, str | None]) -
         return "the model cannot be compared with the report's model, because a function has no weights", None
     if report["weights"] != now["weights"]:
         return f"the model has other weights ({now['weights']}) than the report's model ({report['weights']})", False
-    if report["fingerprint"] is None or now["fingerprint"] is None:
+    if None in (report["fingerprint"], now["fingerprint"]):
         return "the model has the weights of the report's model; nothing else can be compared", None
-    if report["fingerprint"] != now["fingerprint"]:
-        return (
-            "the model has the weights of the report's model, but its settings, its code or PyTorch's version differ",
-            False,
-        )
-    return "the model is the report's model", True
+    same = report["fingerprint"] == now["fingerprint"]
+    other = "has the weights of the report's model, but other settings, other code or another version of PyTorch"
+    return "the model is the report's model" if same else f"the model {other}", same
