@@ -204,4 +204,8 @@ def test_torchrun_starts_again_what_was_killed(one, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", *how, str(SCRIPT), str(tmp_path)]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0 and (tmp_path / "killed").exists(), done.stderr
-    assert json.loads((tmp_path / "report.json").read_text()) == one["deterministic"]
+    # the key of the model has the files that are loaded, and torchrun's script is another program than the tests
+    found, alone = json.loads((tmp_path / "report.json").read_text()), dict(one["deterministic"])
+    for each in (found, alone):
+        each["about"] = {name: value for name, value in each["about"].items() if name != "model"}
+    assert found == alone

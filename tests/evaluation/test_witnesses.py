@@ -121,7 +121,7 @@ def test_damaged_and_missing_files_are_refused(tmp_path, capsys):
         check_witnesses(tmp_path, digit_nets.standard())
     assert cli.main(words) == 2
     path.unlink()
-    with pytest.raises(FileNotFoundError, match="report.witnesses"):
+    with pytest.raises(FileNotFoundError, match=r"report\.witnesses"):
         check_witnesses(tmp_path, digit_nets.standard())
     # a report that keeps some removes the file of the one before it
     saved(tmp_path)
