@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import ops
@@ -33,7 +34,7 @@ class CosineDistance(nn.Module):
     """Computes 1 - cos of each sample's features, over all dimensions after the first, by `representation_distance`.
 
     ``forward(student [B, ...], teacher [B, ...]) -> [B]``, or ``[B, L]`` for sequences of L layers. Only the student
-    gets a gradient. The distance of a zero vector from every vector is 1, and no eps is added.
+    gets a gradient, so a teacher that requires one is refused: detach it. The distance of a zero vector from every vector is 1, and no eps is added.
 
     Args:
         kind: ``cosine``, ``abs_cosine`` (1 - \\|cos\\|), ``angular`` or ``l2``.
@@ -44,6 +45,9 @@ class CosineDistance(nn.Module):
         self.kind = kind
 
     def forward(self, student: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor]) -> Tensor:
+        layers = [teacher] if isinstance(teacher, Tensor) else teacher
+        if torch.is_grad_enabled() and any(layer.requires_grad for layer in layers):
+            raise ValueError("teacher must not require a gradient, since it would get none: give teacher.detach()")
         return ops.representation_distance(student, teacher, self.kind)
 
 

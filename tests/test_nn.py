@@ -15,12 +15,15 @@ X = torch.rand(3, 3, 8, 8)
 
 @pytest.mark.parametrize("shape", [(4, 6), (4, 6, 5, 5)])
 def test_the_cosine_distance_is_that_of_pytorch(shape):
-    student, teacher = torch.randn(2, *shape, dtype=torch.float64).requires_grad_().unbind()
+    student = torch.randn(shape, dtype=torch.float64).requires_grad_()
+    teacher = torch.randn(shape, dtype=torch.float64)
     got = purify_fast.nn.CosineDistance()(student, teacher)
     wanted = 1 - F.cosine_similarity(student.flatten(1), teacher.flatten(1))
     torch.testing.assert_close(got, wanted)
     slopes = [torch.autograd.grad(value.sum(), student, retain_graph=True)[0] for value in (got, wanted)]
     torch.testing.assert_close(*slopes)
+    with pytest.raises(ValueError, match=r"teacher must not require a gradient.*teacher.detach"):
+        purify_fast.nn.CosineDistance()(student, teacher.clone().requires_grad_())
     layers = purify_fast.nn.CosineDistance("abs_cosine")([student, student[:, :2]], [teacher, teacher[:, :2]])
     assert layers.shape == (4, 2)
 

@@ -41,8 +41,10 @@ ERROR, COSINE = 1e-3, 0.999
 #: The number of times that a copy is made for a model whose parts change. A model that counts its own calls in an
 #: attribute would otherwise get a new copy for each count.
 MOST_COPIES = 8
-#: Attributes of a module that decide what it computes, if their values have one of these types.
-_PLAIN = (bool, int, float, str, tuple, type(None))
+#: Attributes of these types are compared by their values.
+_PLAIN = (bool, int, float, str, type(None))
+#: The attributes that every module has, such as its hooks.
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 def accelerate(model: Model, *, dtype: Dtype = "auto", compile: bool = False) -> Model:
@@ -118,7 +120,12 @@ def images_only(model: nn.Module) -> Iterator[None]:
 
     Args:
         model: any module.
+
+    Raises:
+        TypeError: the model is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for parameter in learning:
@@ -211,8 +218,10 @@ class Follower(abc.ABC):
         if not self._watch.changed(tensors, reads) and not new:
             return False
         if new and reads:
-            self._facts, self._tried, self._copies = facts, min(TRIED, len(x)), self._copies + 1
+            self._tried, self._copies = min(TRIED, len(x)), self._copies + 1
             self.copy = self.make(model, x[:TRIED].detach(), len(x)) if self._copies <= MOST_COPIES else None
+            # The trial of the copy may itself change attributes, such as a counter of calls.
+            self._facts = _facts(model)
         elif self.copy is not None and not new:
             self.copy.refresh(model)
         return True
@@ -311,10 +320,11 @@ class _Forward(Follower):
         with torch.inference_mode(False), torch.random.fork_rng(forks), plainly(model):
             x = x.clone()
             try:
-                want, seconds = _answers(model, x)
+                # PyTorch calls the hooks of the module itself, before and after the copy. So neither side calls them.
+                want, seconds = _answers(self.plain, x)
                 torch.manual_seed(0)
                 before = torch.get_rng_state()
-                model(x)
+                self.plain(x)
                 self._draws = not torch.equal(before, torch.get_rng_state())
             except Exception as error:
                 # The call of the module itself will raise this error, if it is not about the gradient or the output.
@@ -325,6 +335,8 @@ class _Forward(Follower):
             for last in (True,) if dtype == torch.bfloat16 else (True, False):
                 try:
                     duplicate = unaccelerated_copy(model)
+                    for name in HOOKS:
+                        getattr(duplicate, name).clear()
                     one = InferenceCopy(duplicate, tuple(x.shape[1:]), dtype, compile=self.compile, channels_last=last)
                     got, time_of_copy = _answers(one, x)
                     if not _agree(got, want, dtype):
@@ -387,14 +399,35 @@ def _is_special(part: nn.Module) -> bool:
     return part.training or any(getattr(part, name) for name in HOOKS)
 
 
+class _Same:
+    """Equal only for the same object, and for a tensor only if PyTorch has counted no write to it since."""
+
+    def __init__(self, value: object):
+        self.value, self.version = value, value._version if isinstance(value, Tensor) else 0
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value and self.version == other.version
+
+
 def _facts(model: nn.Module) -> list[Any]:
-    """The modules of a model, and their plain attributes, such as strides and slopes."""
+    """The modules of a model, and their attributes, such as strides and temperatures."""
     facts: list[Any] = []
     for part in model.modules():
         # A weak reference lets the model go, and is equal to another one only for the same object.
         facts.append(weakref.ref(part))
-        facts += [item for item in vars(part).items() if type(item[1]) in _PLAIN and item[0] != "training"]
+        facts += [(name, _fact(value)) for name, value in vars(part).items() if name not in _OF_EVERY_MODULE]
     return facts
+
+
+def _fact(value: Any) -> Any:
+    """Return something that is equal for an equal value of an attribute. It does not look into other objects."""
+    if isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_fact(each) for each in value]
+    if isinstance(value, dict):
+        return [(_fact(key), _fact(each)) for key, each in value.items()]
+    return weakref.ref(value) if isinstance(value, nn.Module) else _Same(value)
 
 
 def _answers(model: Callable[[Tensor], Tensor], x: Tensor) -> tuple[tuple[Tensor, Tensor], float]:

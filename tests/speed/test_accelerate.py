@@ -25,15 +25,16 @@ SHAPE = (3, 8, 8)
 
 
 class Net(nn.Module):
-    """A network with BatchNorms and a plain attribute."""
+    """A network with BatchNorms and attributes of several kinds."""
 
     def __init__(self):
         super().__init__()
         self.body = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
         self.head, self.scale = nn.Linear(8, 5), 1.0
+        self.shift, self.settings = torch.zeros(()), {"factors": [1.0]}
 
     def forward(self, x):
-        return self.scale * self.head(self.body(x).mean((2, 3)))
+        return self.scale * self.settings["factors"][0] * self.head(self.body(x).mean((2, 3))) + self.shift
 
 
 @pytest.fixture(autouse=True)
@@ -101,6 +102,9 @@ CHANGES = {
     "a buffer": lambda model: model.body[1].running_mean.add_(0.5),
     "a new layer": lambda model: setattr(model, "head", nn.Linear(8, 5)),
     "an attribute": lambda model: setattr(model, "scale", 3.0),
+    "a tensor as attribute": lambda model: setattr(model, "shift", torch.ones(())),
+    "a tensor as attribute, in place": lambda model: model.shift.fill_(2.0),
+    "a list in a dictionary": lambda model: model.settings["factors"].__setitem__(0, 2.0),
     "a new activation": lambda model: model.body.__setitem__(2, nn.SiLU()),
 }
 
@@ -129,6 +133,21 @@ def test_the_module_is_otherwise_unchanged():
     model(images())
     assert seen == [1]
     handle.remove()
+    # Hooks that change something do so once, whether they were there before the copy was made or not.
+    for model in (model, accelerate(net())):
+        handles = [
+            model.register_forward_pre_hook(lambda _, given: (2 * given[0],)),
+            model.register_forward_hook(lambda _, given, out: out / 2),
+            model.register_full_backward_hook(lambda _, grads, __: (3 * grads[0],)),
+        ]
+        x, y = images(seed=5), torch.arange(4)
+        hooked = restore(copy.deepcopy(model))
+        torch.testing.assert_close(model(x), hooked(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(gradient(model, x, y), gradient(hooked, x, y), rtol=1e-3, atol=1e-6)
+        for handle in handles:
+            handle.remove()
+        torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)
+        assert accelerated(model).copy is not None
     inner = []
     model.body.register_forward_hook(lambda *_: inner.append(1))
     assert torch.equal(model(images(seed=3)), restore(copy.deepcopy(model))(images(seed=3))) and inner
@@ -341,6 +360,8 @@ def test_a_training_loop_with_pgd_follows_the_weights(monkeypatch):
 
 
 def test_images_only_restores_what_the_user_had():
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got function"), images_only(net):
+        pass
     model = net().train()
     model.head.bias.requires_grad_(False)
     with pytest.raises(ZeroDivisionError), images_only(model):
