@@ -177,7 +177,7 @@ class Carso(Defence):
             seed, ids = self.noise(len(x), x.device)
             return self.fast.packed(condition, seed, ids.expand(len(x)), draws * self.samples)
         if z is None:
-            z = self.prior_latents(x.shape[0], x.device, draws)
+            z = self.prior_latents(len(x), draws * self.samples, x.device)
         elif z.dim() != 3 or z.shape[0] not in (1, x.shape[0]) or z.shape[2] != self.latent_dim:
             raise ValueError(f"z must be [B, K, {self.latent_dim}] with B = {x.shape[0]} or 1, got {list(z.shape)}")
         return torch.sigmoid(self._run_part(self.decode, z.expand(x.shape[0], -1, -1), condition))
@@ -210,17 +210,17 @@ class Carso(Defence):
                 return layers
         return [layer.to(self.purifier_dtype) for layer in layers]
 
-    def prior_latents(self, batch: int, device: torch.device, draws: int = 1) -> Tensor:
-        """Draw latents ``[batch, draws * K, latent_dim]`` in the current noise mode; without noise, K is 1 and z is 0.
+    def prior_latents(self, n: int, k: int, device: torch.device) -> Tensor:
+        """Draw latents ``[n, k, latent_dim]`` in the current noise mode; without noise, k is 1 and z is 0.
 
         Args:
-            batch: number of images.
+            n: number of images.
+            k: latents per image.
             device: device of the latents.
-            draws: sets of K latents per image.
         """
         if self.noise_is_off:
-            return torch.zeros((batch, 1, self.latent_dim), device=device)
-        return latents(*self.noise(batch, device), draws * self.samples, self.latent_dim).expand(batch, -1, -1)
+            return torch.zeros((n, 1, self.latent_dim), device=device)
+        return latents(*self.noise(n, device), k, self.latent_dim).expand(n, -1, -1)
 
     def decode(self, z: Tensor, condition: Tensor) -> Tensor:
         """Return the images before the sigmoid, ``[B, K, C, H, W]``.
