@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -35,7 +33,6 @@ class Tune(Command):
 
     def run(self) -> None:
         import torch
-        from tqdm import tqdm
 
         from ..ops.dispatch.racing import tune
         from ..ops.dispatch.registry import forced_backends
@@ -46,17 +43,8 @@ class Tune(Command):
             raise ValueError(f"--device must be auto, cpu or cuda, got {self.device!r}, for which there are no kernels")
         if device.type == "cuda":
             device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-        with contextlib.ExitStack() as stack:
-            bar = stack.enter_context(tqdm(total=100, file=sys.stderr, bar_format="{l_bar}{bar}| {elapsed}"))
-
-            def tell(share: float, what: str) -> None:
-                bar.n = round(100 * share)
-                bar.set_description(what[:60], refresh=True)
-
-            capture = CudaCapture() if device.type == "cuda" else None
-            tuned = tune(device, seconds=60 * self.minutes, ops=self.ops, capture=capture, tell=tell)
-            tell(1.0, "timed")
-        print(text(tuned))
+        capture = CudaCapture() if device.type == "cuda" else None
+        print(text(tune(device, seconds=60 * self.minutes, ops=self.ops, capture=capture)))
         if forced_backends():
             forced = ", ".join(forced_backends())
             print(f"PURIFY_FAST_BACKEND forces {forced}: unset it, so that runs use the kernels that are faster here.")

@@ -1,4 +1,4 @@
-"""The methods by name. The command line, `purify_fast.methods.recipes` and `purify_fast.load_defence` read this table."""
+"""The methods by name, for the command line, `purify_fast.methods.recipes` and `purify_fast.load_defence`."""
 
 from __future__ import annotations
 
