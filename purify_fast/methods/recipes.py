@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .method import METHODS
 from .publication import Recipe
-from .registry import METHODS
 
 #: All recipes by their whole names, such as "carso/cifar10".
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for method in METHODS.values() for recipe in method.recipes.values()}

@@ -20,7 +20,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from math import ceil
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,15 +32,17 @@ from ...defences.stochastic import with_samples
 from ...models.representation import evaluation_mode
 from ...ops.reconstruction_loss import reconstruction_loss
 from ...ops.sample_latent import sample_latent
-from ...speed.graphs.step_graphs import StepGraphs
 from ...training.bank import FrozenAttack, FrozenAttacks
 from ...training.distributed import average_
 from ...training.optimizers import Lookahead
 from ...training.schedules import RunLength
 from ...training.task import Batch, Metrics
-from ..base import PurifierTask, noise_of
+from ..purifier_task import PurifierTask, noise_of
 from .config import CarsoConfig, atom_size, carso_published, carso_v1_published, config_in_epoch
 from .defence import Carso
+
+if TYPE_CHECKING:
+    from ...speed.graphs.step_graphs import StepGraphs
 
 
 def kl_weight(position: float, delay: float) -> float:
