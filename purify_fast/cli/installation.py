@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -49,19 +50,15 @@ def _devices() -> dict[str, torch.device]:
 
 def _who(op: Op, style: Style, device: torch.device) -> tuple[str, str]:
     """The names of the backends that compute an op on a device in a style of calls, and the reasons."""
-    raced = [] if device.index is None and device.type == "cuda" else races.calls(op, device, style)
-    unraced = [Call(device, variant, style=style) for variant in dict.fromkeys((*op.serves_unraced("eager"), ""))]
-    served: dict[str, list[str]] = {}
-    reasons: dict[str, str] = {}
-    for call in raced or unraced:
-        winner = op.wanted(call)
-        served.setdefault(winner.backend, []).append(call.cell or "others")
-        reasons[winner.backend] = f"{winner.why}, kernel {winner.gain}" if winner.gain else winner.why
-    if len(served) == 1:
-        return next(iter(reasons.items()))
-    most = max(served, key=lambda backend: len(served[backend]))
-    named = {backend: "the others" if backend == most else ", ".join(calls) for backend, calls in served.items()}
-    return " or ".join(served), "; ".join(f"{name} for {calls} ({reasons[name]})" for name, calls in named.items())
+    calls = [] if device.index is None and device.type == "cuda" else races.calls(op, device, style)
+    calls = calls or [
+        Call(device, variant, style=style) for variant in dict.fromkeys((*op.serves_unraced("eager"), ""))
+    ]
+    winners = [(call.cell or "others", op.wanted(call)) for call in calls]
+    counts = Counter(one.backend for _, one in winners)
+    rare = [f"{one.backend} for {cell}" for cell, one in winners if one.backend != max(counts, key=counts.__getitem__)]
+    reasons = dict.fromkeys(f"{one.why}, kernel {one.gain}" if one.gain else one.why for _, one in winners)
+    return " or ".join(counts), "; ".join([*reasons, *rare])
 
 
 def _state(op: Op, kind: str, verdict: Verdict | None) -> tuple[str, str, str]:

@@ -124,9 +124,15 @@ def deviation(actual: Tensor, golden: Tensor, same: Tensor, example: Example, ca
 def compare(op: Definition, device: torch.device, chosen: list[tuple[Example, torch.dtype]]) -> Deviation:
     """Run the op's kernel on a device. Return the case with the largest error relative to its allowed error."""
     deviations = []
-    with torch.no_grad(), _progress(op, device, chosen) as shown:
+    layout = "{desc}: {n_fmt} of {total_fmt}, {elapsed_s:.1f} s"
+    words = f"purify_fast verifies the kernel of {op.name}, once on this machine"
+    shown = tqdm(chosen, words, file=sys.stderr, bar_format=layout, disable=device.type not in SLOW)
+    with torch.no_grad(), shown:
         if op.kernel(device.type) == "triton":
-            _compile(op, device, chosen)
+            # The module imports Triton, so it is imported only if there are Triton kernels. All kernels are compiled
+            # in parallel.
+            ahead = importlib.import_module("purify_fast.kernels._ahead")
+            ahead.compile_together(lambda: [op.handle(*to(one.make(dtype, 0), device)) for one, dtype in chosen])
         for example, dtype in shown:
             arguments = example.make(dtype, 0)
             outputs = tensors(op.handle(*to(arguments, device)))
@@ -137,25 +143,6 @@ def compare(op: Definition, device: torch.device, chosen: list[tuple[Example, to
     if not deviations:
         raise ValueError(f"the op {op.name} has no examples with which its kernel could be verified")
     return max(deviations, key=lambda one: one.share)
-
-
-def _progress(op: Definition, device: torch.device, chosen: list) -> tqdm:
-    """Iterate over the cases. Show which op is verified, how many cases are done, and the elapsed seconds."""
-    layout = "{desc}: {n_fmt} of {total_fmt}, {elapsed_s:.1f} s"
-    words = f"purify_fast verifies the kernel of {op.name}, once on this machine"
-    return tqdm(chosen, words, file=sys.stderr, bar_format=layout, disable=device.type not in SLOW)
-
-
-def _compile(op: Definition, device: torch.device, chosen: list[tuple[Example, torch.dtype]]) -> None:
-    """Compile the Triton kernels of the cases in parallel."""
-    # The module imports Triton, so it is imported only if there are Triton kernels.
-    ahead = importlib.import_module("purify_fast.kernels._ahead")
-
-    def launch() -> None:
-        for example, dtype in chosen:
-            op.handle(*to(example.make(dtype, 0), device))
-
-    ahead.compile_together(launch)
 
 
 def _verify(op: Definition, device: torch.device) -> Verdict:
