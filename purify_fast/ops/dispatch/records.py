@@ -141,7 +141,7 @@ def _stored(device: torch.device) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["machine"] == machine(device) and all(entry["sources"] for entry in content["ops"].values()):
             return dict(content)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         pass
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         logger.warning("%s cannot be read (%s) and is not used", path, error)
