@@ -55,14 +55,6 @@ def text(tuned: Tuned) -> str:
     from .._templates import render
     from ..evaluation.show.tables import terminal_table
 
-    groups: dict[tuple[str, str, str], list[tuple[str, float]]] = {}
-    for change in tuned.changes:
-        calls = groups.setdefault((change.op, change.before, change.after), [])
-        calls.append((change.call.cell, change.gain))
-    body = []
-    for group, calls in groups.items():
-        least, most = (f"{limit(gain for _, gain in calls):.2g}" for limit in (min, max))
-        speed = f"{least} to {most} times" if len(calls) > 1 else f"{least} times"
-        body.append([*group, speed, ", ".join(cell for cell, _ in calls)])
-    head = ["op", "used before", "used now", "kernel's speed", "calls"]
+    head = ["op", "calls", "used before", "used now", "kernel's speed"]
+    body = [[one.op, one.call.cell, one.before, one.after, f"{one.gain:.2g} times"] for one in tuned.changes]
     return render(__package__, "tune.txt.jinja", tuned=tuned, table=terminal_table(head, body, color=False))

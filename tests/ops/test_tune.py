@@ -56,7 +56,7 @@ def test_who_wins_serves_and_it_is_said(folder, monkeypatch, capsys):
     timed(monkeypatch, {"reference": 1e-6, "kernel": 1e-5})
     assert cli.main(["tune", "--device", "cpu", "--ops", "pgd_step"]) == 0
     said = capsys.readouterr().out
-    assert "pgd_step" in said and "cpp" in said and "0.1 to 0.1 times" in said
+    assert "pgd_step" in said and "cpp" in said and "0.1 times" in said
     assert "linf float32 small" in said and str(folder) in said
     assert op.serving(Call(CPU, "linf", wide, 10)) == "reference"
     x = torch.rand(2, 3, 4, 4)
@@ -67,7 +67,7 @@ def test_who_wins_serves_and_it_is_said(folder, monkeypatch, capsys):
     assert "raced on this machine" in shown and "0.1 times as fast" in shown and "raced on AMD EPYC" in shown
     timed(monkeypatch, {"reference": 1e-5, "kernel": 1e-6})
     assert cli.main(["tune", "--device", "cpu", "--ops", "pgd_step"]) == 0
-    assert "10 to 10 times" in capsys.readouterr().out
+    assert "10 times" in capsys.readouterr().out
     assert op.serving(Call(CPU, "linf", wide, 10)) == "cpp"
 
 
