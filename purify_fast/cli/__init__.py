@@ -20,25 +20,18 @@ from .._files import folder_lock
 from .._memory import ran_out_of_memory
 from .._validation import usable_device
 from .._version import __version__
-from .check import Check
+from . import check, purify, show, train_classifier, train_diffusion, train_purifier, tune  # noqa: F401
 from .command import Command
 from .evaluate import Evaluate
 from .parsing import cli, early_options, parse
-from .purify import Purify
 from .shared_machine import allowed_cores, wait_passively
-from .show import Info, ShowRecipe, ShowReport, Zoo
-from .train_classifier import TrainArrest, TrainClassifier
-from .train_diffusion import TrainDiffusion
-from .train_purifier import TrainAtop, TrainCarso, TrainGenerator
 from .training import Training
-from .tune import Tune
 
 __all__ = ["main"]
 
 
-_TRAININGS = (TrainClassifier, TrainCarso, TrainGenerator, TrainAtop, TrainArrest, TrainDiffusion)
-_ALL = (*_TRAININGS, ShowRecipe, Evaluate, Purify, Check, ShowReport, Zoo, Tune, Info)
-_KINDS: dict[str, type[Command]] = {kind.called: kind for kind in _ALL}
+#: All commands, which register themselves, by their names: the trainings before the others.
+_KINDS = dict(sorted(Command.kinds.items(), key=lambda item: not item[0].startswith("train ")))
 
 
 def _any_of(kinds: dict[str, type]) -> Any:

@@ -26,10 +26,16 @@ class Command(ABC):
 
     #: The name of the command, such as ``train carso``.
     called: ClassVar[str]
+    #: All commands by their names.
+    kinds: ClassVar[dict[str, type[Command]]] = {}
     #: The words that the user has typed after the program's name.
     typed: ClassVar[tuple[str, ...]] = ()
 
     config: Path | None = None
+
+    def __init_subclass__(cls) -> None:
+        if "called" in vars(cls):
+            Command.kinds[cls.called] = cls
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from ..ops import REGISTRY
 from ..ops.dispatch import races, records
 from ..ops.dispatch.op import Call, Style
 from ..ops.dispatch.registry import Op, forced_backends
-from ..ops.dispatch.verify import Verdict, known_verdicts, mode
+from ..ops.dispatch.verify import Verdict, known_verdict, mode
 
 
 def facts(extension: str | Path | None) -> dict[str, str | None]:
@@ -49,19 +50,15 @@ def _devices() -> dict[str, torch.device]:
 
 def _who(op: Op, style: Style, device: torch.device) -> tuple[str, str]:
     """The names of the backends that compute an op on a device in a style of calls, and the reasons."""
-    raced = [] if device.index is None and device.type == "cuda" else races.calls(op, device, style)
-    unraced = [Call(device, variant, style=style) for variant in dict.fromkeys((*op.serves_unraced("eager"), ""))]
-    served: dict[str, list[str]] = {}
-    reasons: dict[str, str] = {}
-    for call in raced or unraced:
-        winner = op.wanted(call)
-        served.setdefault(winner.backend, []).append(call.cell or "others")
-        reasons[winner.backend] = f"{winner.why}, kernel {winner.gain}" if winner.gain else winner.why
-    if len(served) == 1:
-        return next(iter(reasons.items()))
-    most = max(served, key=lambda backend: len(served[backend]))
-    named = {backend: "the others" if backend == most else ", ".join(calls) for backend, calls in served.items()}
-    return " or ".join(served), "; ".join(f"{name} for {calls} ({reasons[name]})" for name, calls in named.items())
+    calls = [] if device.index is None and device.type == "cuda" else races.calls(op, device, style)
+    calls = calls or [
+        Call(device, variant, style=style) for variant in dict.fromkeys((*op.serves_unraced("eager"), ""))
+    ]
+    winners = [(call.cell or "others", op.wanted(call)) for call in calls]
+    counts = Counter(one.backend for _, one in winners)
+    rare = [f"{one.backend} for {cell}" for cell, one in winners if one.backend != max(counts, key=counts.__getitem__)]
+    reasons = dict.fromkeys(f"{one.why}, kernel {one.gain}" if one.gain else one.why for _, one in winners)
+    return " or ".join(counts), "; ".join([*reasons, *rare])
 
 
 def _state(op: Op, kind: str, verdict: Verdict | None) -> tuple[str, str, str]:
@@ -76,7 +73,7 @@ def _state(op: Op, kind: str, verdict: Verdict | None) -> tuple[str, str, str]:
         missing = "there is no kernel" if _library.loaded() else "the extension is not loaded"
         return "reference", "reference", missing
     if verdict is not None and not verdict.passed:
-        why = f"the {verdict.backend} kernel is WRONG here: {verdict.words()}; please report it"
+        why = f"the {op.kernel(kind)} kernel is WRONG here: {verdict.words()}; please report it"
         return "reference", "reference", why
     device = _devices().get(kind, torch.device(kind))
     (eager, why), (graph, inside) = _who(op, "eager", device), _who(op, "graph", device)
@@ -87,7 +84,8 @@ def _state(op: Op, kind: str, verdict: Verdict | None) -> tuple[str, str, str]:
 def _verdicts(kind: str) -> dict[str, Verdict]:
     """For each op, by its name, the stored result of the verification of its kernel on this machine's CPU or GPU."""
     device = _devices().get(kind)
-    return {} if device is None else known_verdicts(REGISTRY, device)
+    known = {} if device is None else {name: known_verdict(op, device) for name, op in REGISTRY.items()}
+    return {name: verdict for name, verdict in known.items() if verdict is not None}
 
 
 def _served(kind: str) -> str:
@@ -106,11 +104,9 @@ def _raced(kind: str) -> str:
     device = _devices().get(kind)
     if device is None:
         return "this machine has no GPU; on a GPU, kernels are verified at their first use"
-    own, near = races.read(device), races.nearest(records.machine(device))
-    if own.get("ops"):
-        stale = [name for name in own["ops"] if name not in REGISTRY or not races.own_entry(REGISTRY[name], device)]
-        told = f"; OUTDATED for {', '.join(stale)}: run `purify-fast tune`" if stale else ""
-        return f"{len(own['ops'])} ops were timed here on {own['date']}, {records.file_of('raced', device)}{told}"
+    own, near = records.read(device), races.nearest(records.machine(device))
+    if timed := sum("cells" in entry for entry in own["ops"].values()):
+        return f"{timed} ops were timed here on {own['date']}, {records.file_of(device)}"
     where = f", but on {near['machine']['device']} on {near['date']}" if near else " or on a similar card"
     return f"no kernel was timed on this machine{where}: run `purify-fast tune`"
 

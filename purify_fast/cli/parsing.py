@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, TypeVar
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -37,25 +37,10 @@ def _fractions(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     )
 
 
-def _choices(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    """Any word for an option with a fixed set of words: the dataclass allows other spellings, such as Linf."""
-    allowed = get_args(info.type)
-    if get_origin(info.type) is not Literal or not all(isinstance(word, str) for word in allowed):
-        return None
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="{" + ",".join(allowed) + "}",
-        instance_from_str=lambda words: words[0],
-        is_instance=lambda value: value in allowed,
-        str_from_instance=lambda value: [value],
-    )
-
-
 def option_types() -> ConstructorRegistry:
     """The rules of this module, for ``tyro.cli(registry=...)``."""
     registry = ConstructorRegistry()
     registry.primitive_rule(_fractions)
-    registry.primitive_rule(_choices)
     return registry
 
 

@@ -164,7 +164,7 @@ class TrainArrest(FollowsRecipe, OnClassifier, ResultsInClassifier, FreshClassif
 
         from .._process import processes
         from ..methods.arrest import Teacher
-        from ..models.classifiers import representation_before_pooling
+        from ..models.representation import representation_before_pooling
         from ..training import ClassifierTask, fit, save_classifier
 
         if self.classifier is not None:

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from ..data import DataSet
     from ..defences.base import Defence
     from ..methods.atop import AtopTask
-    from ..methods.base import PurifierTask
     from ..methods.carso import CarsoTask
     from ..methods.publication import Recipe
+    from ..methods.purifier_task import PurifierTask
     from ..training import BankConfig
 
 _SIZES = ("layers", "cond_dim", "latent_dim", "samples", "decoder_width")

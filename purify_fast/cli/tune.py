@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -35,7 +33,6 @@ class Tune(Command):
 
     def run(self) -> None:
         import torch
-        from tqdm import tqdm
 
         from ..ops.dispatch.racing import tune
         from ..ops.dispatch.registry import forced_backends
@@ -46,17 +43,8 @@ class Tune(Command):
             raise ValueError(f"--device must be auto, cpu or cuda, got {self.device!r}, for which there are no kernels")
         if device.type == "cuda":
             device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-        with contextlib.ExitStack() as stack:
-            bar = stack.enter_context(tqdm(total=100, file=sys.stderr, bar_format="{l_bar}{bar}| {elapsed}"))
-
-            def tell(share: float, what: str) -> None:
-                bar.n = round(100 * share)
-                bar.set_description(what[:60], refresh=True)
-
-            capture = CudaCapture() if device.type == "cuda" else None
-            tuned = tune(device, seconds=60 * self.minutes, ops=self.ops, capture=capture, tell=tell)
-            tell(1.0, "timed")
-        print(text(tuned))
+        capture = CudaCapture() if device.type == "cuda" else None
+        print(text(tune(device, seconds=60 * self.minutes, ops=self.ops, capture=capture)))
         if forced_backends():
             forced = ", ".join(forced_backends())
             print(f"PURIFY_FAST_BACKEND forces {forced}: unset it, so that runs use the kernels that are faster here.")
@@ -67,14 +55,6 @@ def text(tuned: Tuned) -> str:
     from .._templates import render
     from ..evaluation.show.tables import terminal_table
 
-    groups: dict[tuple[str, str, str], list[tuple[str, float]]] = {}
-    for change in tuned.changes:
-        calls = groups.setdefault((change.op, change.before, change.after), [])
-        calls.append((change.call.cell, change.gain))
-    body = []
-    for group, calls in groups.items():
-        least, most = (f"{limit(gain for _, gain in calls):.2g}" for limit in (min, max))
-        speed = f"{least} to {most} times" if len(calls) > 1 else f"{least} times"
-        body.append([*group, speed, ", ".join(cell for cell, _ in calls)])
-    head = ["op", "used before", "used now", "kernel's speed", "calls"]
+    head = ["op", "calls", "used before", "used now", "kernel's speed"]
+    body = [[one.op, one.call.cell, one.before, one.after, f"{one.gain:.2g} times"] for one in tuned.changes]
     return render(__package__, "tune.txt.jinja", tuned=tuned, table=terminal_table(head, body, color=False))

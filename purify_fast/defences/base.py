@@ -7,6 +7,7 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -81,6 +82,20 @@ class Defence(StochasticDefence):
         self.bank: dict[str, Any] = {}
         self.classifier = copy.deepcopy(classifier).requires_grad_(False).eval()
         self.classifier_uses_channels_last = False
+
+    @classmethod
+    def rebuild(
+        cls, classifier: nn.Module, arguments: dict[str, Any], purifier: nn.Module | None, folder: str | Path
+    ) -> Self:
+        """Make a saved defence with fresh weights.
+
+        Args:
+            classifier: its classifier.
+            arguments: its ``arguments``.
+            purifier: a module of the user's own with the architecture of the saved purifier, or None.
+            folder: folder of the saved defence, for messages.
+        """
+        return cls(classifier, **arguments)
 
     def _ready(self) -> None:
         """Finish the construction: move all parts to the classifier's device, and set evaluation mode."""

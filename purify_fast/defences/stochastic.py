@@ -10,7 +10,7 @@ import contextlib
 import copy
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from .._tensors import repeat_batch
 from ..ops.aggregate import aggregate
 from ..ops.philox import Stream, philox
 from ..protocols import Classifier, DrawsSampleLogits
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class StochasticDefence(nn.Module):
@@ -216,6 +218,18 @@ class StochasticDefence(nn.Module):
 def _repeated_forward(defence: nn.Module, x: Tensor, draws: int) -> Tensor:
     """The results of ``draws`` calls of ``forward``, ``[draws, B, classes]``, by one call with the repeated batch."""
     return defence(repeat_batch(x, draws)).unflatten(0, (draws, -1))
+
+
+def with_samples(defence: M, samples: int) -> M:
+    """Return a copy of a defence that predicts from another number of samples. It shares the parts and their weights.
+
+    Args:
+        defence: module with an attribute ``samples``.
+        samples: the number K of samples of the copy.
+    """
+    other: Any = copy.copy(defence)
+    other.samples = samples
+    return other
 
 
 class WithAggregation(nn.Module):

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
-from .._process import processes
 from .._processor import with_known_precision
-from .._tensors import first_tensor, weights_fingerprint
-from ..defences.base import Defence
+from .._tensors import first_tensor
 from ..models.moving_average import moving_average
-from ..training.config import TrainingAttack, settings
+from ..training.config import settings
 from ..training.schedules import one_cycle
-from ..training.task import Batch, Task, check_labels
-
-D = TypeVar("D", bound=Defence)
+from ..training.task import Task
 
 
 class MethodTask(Task):
@@ -84,69 +78,7 @@ class MethodTask(Task):
         return peak if schedule == "constant" else one_cycle(progress, peak)
 
 
-class PurifierTask(MethodTask, Generic[D]):
-    """Trains the purifier of a defence. The classifier is frozen, unless a setting of the method makes it trainable.
-
-    Args:
-        defence: the defence to train.
-        config: settings of the training. With the precision "bfloat16", the defence is accelerated.
-        origin: name of the purifier's initial weights. A run is resumed only with the same name.
-    """
-
-    def __init__(self, defence: D, config: Any, origin: str):
-        super().__init__(config, defence)
-        config = self.config
-        self.defence, self.origin = defence, origin
-        self.model = defence
-        # the fingerprint is taken before the training, because a method may train the classifier too
-        self.classifier = weights_fingerprint(defence.classifier)
-        # `accelerate` would discard compiled parts, so it is not called for a defence that has this precision already
-        if (config.precision == "bfloat16") != defence.computes_in_bfloat16:
-            defence.accelerate(torch.bfloat16 if config.precision == "bfloat16" else None)
-        # an earlier task may have made the classifier trainable
-        defence.classifier.requires_grad_(False)
-
-    @property
-    def result(self) -> D:
-        return self.defence
-
-    def describe(self) -> dict[str, Any]:
-        return {**super().describe(), "defence": self.defence.arguments, "classifier": self.classifier}
-
-    def attack_facts(self, attack: TrainingAttack) -> dict[str, Any]:
-        """Return the facts, except the radius, that determine the images of an attack on the frozen classifier.
-
-        Args:
-            attack: the attack.
-
-        Raises:
-            ValueError: the radius rises from epoch to epoch.
-        """
-        if attack.eps_warmup:
-            raise ValueError(
-                f"bank needs one radius for all epochs, but eps_warmup {attack.eps_warmup:g} changes the radius in the "
-                "first epochs: set eps_warmup to 0, or train without a bank"
-            )
-        facts = {"classifier": self.classifier, "precision": self.config.precision, "task": self.name}
-        return facts | {name: value for name, value in asdict(attack).items() if name not in ("eps", "eps_warmup")}
-
-    def finish(self) -> None:
-        super().finish()
-        self.defence.refresh()
-
-    def check(self, shape: tuple[int, ...], classes: int) -> None:
-        if tuple(shape) != self.defence.image_shape:
-            raise ValueError(f"x must have images {list(self.defence.image_shape)}, got {list(shape)}")
-        check_labels(classes, self.defence.num_classes)
-
-
 def cross_entropy_of(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return the cross-entropy of predictions, and their accuracy, detached."""
     accuracy = (logits.detach().argmax(1) == labels).float().mean()
     return F.cross_entropy(logits, labels), accuracy
-
-
-def noise_of(defence: Defence, batch: Batch) -> contextlib.AbstractContextManager[Any]:
-    """Return a context in which a defence draws each image's noise by its position in the batch of all processes."""
-    rank, world = (0, 1) if batch.whole else processes()
-    return defence.noise_ids(torch.arange(rank, world * len(batch.x), world, device=batch.x.device))

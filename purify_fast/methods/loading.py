@@ -11,12 +11,12 @@ from torch import nn
 from .._tensors import torch_defaults, weights_fingerprint
 from ..training import load_classifier
 from ..training.checkpoint import read_model
-from .atop.defence import Atop
-from .atop.purifier import PURIFIERS
-from .carso.defence import Carso
-from .diffusion.defence import DiffusionPurifier
-from .diffusion.denoiser import ALONE, rebuilt_denoiser
-from .saving import rebuilt, trained_tensors
+from .diffusion.denoiser import ALONE
+from .method import METHODS
+from .saving import trained_tensors
+
+#: The classes of defences by the kinds that files name.
+_DEFENCES = {method.defence.__name__: method.defence for method in METHODS.values() if method.defence is not None}
 
 
 def is_denoiser(folder: str | Path) -> bool:
@@ -32,8 +32,10 @@ def load_defence(
     purifier: nn.Module | None = None,
     process: Mapping[str, Any] | None = None,
     check: bool = True,
-) -> Carso | Atop | DiffusionPurifier:
+) -> Any:
     """Load a saved defence with its classifier, in evaluation mode on the classifier's device.
+
+    The result is of the class that was saved, such as `Carso`.
 
     A denoiser that `purify_fast.methods.diffusion.save_denoiser` saved is loaded as a `DiffusionPurifier`.
 
@@ -57,12 +59,14 @@ def load_defence(
     """
     facts, state = read_model(folder)
     kind, arguments = facts["kind"], dict[str, Any](facts["arguments"])
-    if kind not in ("Atop", "Carso", "DiffusionPurifier", ALONE):
+    if kind not in (*_DEFENCES, ALONE):
         raise ValueError(f"{folder} holds a classifier ({kind}), not a defence: use load_classifier to load it")
-    if purifier is not None and kind == "Carso":
+    if purifier is not None and not {"purifier", "denoiser"} & arguments.keys():
         raise ValueError(f"purifier must be None, got a module: {folder} holds a {kind!r}, which includes its purifier")
-    if process is not None and kind in ("Atop", "Carso"):
-        raise ValueError(f"process must be None, got {process!r}: {folder} holds a {kind!r}, which has no process")
+    if process is not None:
+        if "process" not in arguments:
+            raise ValueError(f"process must be None, got {process!r}: {folder} holds a {kind!r}, which has no process")
+        arguments["process"] = {**arguments["process"], **process}
     if classifier is None:
         if not (Path(folder) / "classifier").is_dir():
             raise FileNotFoundError(
@@ -81,16 +85,7 @@ def load_defence(
             f"classifier must have the weights that {folder} was trained for ({facts['classifier']}), got {weights}: "
             "give the classifier of that training. In Python, load_defence(..., check=False) allows another one"
         )
-    defence: Carso | Atop | DiffusionPurifier
-    if kind == "Atop":
-        purifier = rebuilt(arguments.pop("purifier"), purifier, PURIFIERS, folder)
-        defence = Atop(classifier, purifier, **arguments)
-    elif kind == "DiffusionPurifier":
-        denoiser = rebuilt_denoiser(arguments.pop("denoiser"), purifier, folder)
-        arguments["process"] = {**arguments["process"], **(process or {})}
-        defence = DiffusionPurifier(denoiser, classifier, **arguments)
-    else:
-        defence = Carso(classifier, **arguments)
+    defence = _DEFENCES[kind].rebuild(classifier, arguments, purifier, folder)
     defence.own_classifier = own_classifier
     defence.acts_from_step, defence.bank = facts.get("acts_from_step", {}), facts.get("bank", {})
     wanted = trained_tensors(defence)

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from .arrest.recipes import RECIPES as ARREST
-from .atop.recipes import RECIPES as ATOP
-from .carso.recipes import RECIPES as CARSO
-from .diffusion.recipes import RECIPES as DIFFUSION
+from .method import METHODS
 from .publication import Recipe
 
-_BY_METHOD: dict[str, Mapping[str, Recipe]] = {"carso": CARSO, "atop": ATOP, "arrest": ARREST, "diffusion": DIFFUSION}
 #: All recipes by their whole names, such as "carso/cifar10".
-RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipes in _BY_METHOD.values() for recipe in recipes.values()}
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for method in METHODS.values() for recipe in method.recipes.values()}
 
 
 def recipe(name: str, method: str | None = None) -> Any:
@@ -29,7 +24,8 @@ def recipe(name: str, method: str | None = None) -> Any:
         ValueError: there is no such recipe; the message lists all names.
     """
     family = name.partition("/")[0] if method is None else method
-    recipes, key = _BY_METHOD.get(family, {}), name.removeprefix(f"{family}/")
+    recipes = METHODS[family].recipes if family in METHODS else {}
+    key = name.removeprefix(f"{family}/")
     if key not in recipes:
         raise ValueError(f"recipe must be one of {', '.join(recipes if method else RECIPES)}, got {name!r}")
     return recipes[key]

@@ -289,15 +289,6 @@ CLASSIFIERS: dict[str, type[nn.Module]] = {
 }
 
 
-def representation_before_pooling(model: nn.Module) -> str:
-    """The name of the layer that is used as a classifier's representation if the user names no layers."""
-    if type(model) not in CLASSIFIERS.values():
-        names = ", ".join(name for name, _ in model.named_modules() if name)[:400]
-        before = f"layers must be given for a {type(model).__name__}: name the module whose output is the last map"
-        raise ValueError(f"{before} before pooling, one of {names}")
-    return model.before_pooling  # type: ignore[return-value]
-
-
 def build_classifier(
     name: str,
     image_shape: tuple[int, int, int],

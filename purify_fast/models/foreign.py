@@ -204,31 +204,22 @@ def called_by(spec: str, *, fresh: bool = False) -> Any:
         if fresh:
             raise ValueError(f"spec must name a function that makes a new module in each call, got {spec!r}, a module")
         return factory
-    try:
-        return factory()
-    except (Exception, SystemExit) as error:
-        raise ValueError(f"{spec} must work without arguments, but it failed: {described(error)}") from error
+    return factory()
 
 
 def _imported(spec: str, place: str) -> ModuleType:
-    is_file = place.endswith(".py")
-    if is_file and not Path(place).is_file():
+    if not place.endswith(".py"):
+        return importlib.import_module(place)
+    if not Path(place).is_file():
         raise FileNotFoundError(f"{spec}: there is no file {place}")
-    try:
-        if not is_file:
-            return importlib.import_module(place)
-        # With this name the module does not hide another module.
-        name = f"own_{Path(place).stem}"
-        found = importlib.util.spec_from_file_location(name, Path(place).resolve())
-        assert found is not None and found.loader is not None
-        # dataclasses and pickle look up the module of a class in sys.modules.
-        sys.modules[name] = module = importlib.util.module_from_spec(found)
-        found.loader.exec_module(module)
-        return module
-    except ImportError as error:
-        raise ModuleNotFoundError(f"{spec}: {error}") from error
-    except (Exception, SystemExit) as error:
-        raise ValueError(f"{spec}: {place} cannot be imported: {described(error)}") from error
+    # With this name the module does not hide another module.
+    name = f"own_{Path(place).stem}"
+    found = importlib.util.spec_from_file_location(name, Path(place).resolve())
+    assert found is not None and found.loader is not None
+    # dataclasses and pickle look up the module of a class in sys.modules.
+    sys.modules[name] = module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
 
 
 def described(error: BaseException) -> str:

@@ -54,6 +54,18 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def representation_before_pooling(model: nn.Module) -> str:
+    """The name of the layer that is used as a classifier's representation if the user names no layers."""
+    before = getattr(model, "before_pooling", None)
+    if not isinstance(before, str):
+        names = ", ".join(name for name, _ in model.named_modules() if name)[:400]
+        raise ValueError(
+            f"layers must be given for a {type(model).__name__}: name the module whose output is the last map before "
+            f"pooling, one of {names}"
+        )
+    return before
+
+
 def count_classes(classify: Callable[[], Any], image_shape: Sequence[int], batch: int) -> int:
     """The number of classes, which is the number of logits that a classifier returns for an image."""
     want = f"the classifier must map images [B, {', '.join(map(str, image_shape))}] to logits [B, C]"

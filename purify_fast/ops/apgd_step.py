@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._tensors import per_image
+from .._tensors import per_image, per_sample
 from .dispatch.examples import IMAGES, RGB, ROWS
 from .dispatch.registry import define_op, wide
-from .pgd_step import check, direction, per_sample, project, step_arguments, step_examples
+from .pgd_step import check, direction, project, step_arguments, step_examples
 
 #: Auto-PGD has other steps in l1, which adapt the fraction of the coordinates that move. This op does not compute them.
 NORMS = ("linf", "l2")

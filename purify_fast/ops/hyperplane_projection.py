@@ -30,9 +30,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._tensors import per_sample
 from .dispatch.examples import IMAGES, RGB, ROWS, examples, normal, uniform, wide_dtype
 from .dispatch.registry import define_op, wide
-from .pgd_step import NORMS, check, per_sample
+from .pgd_step import NORMS, check
 
 #: For each dtype: the integer dtype of the same width, the bits of the mantissa, and twice the bias of the exponent.
 LAYOUT = {torch.float32: (torch.int32, 23, 254), torch.float64: (torch.int64, 52, 2046)}

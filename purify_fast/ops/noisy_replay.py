@@ -16,10 +16,9 @@ import math
 import torch
 from torch import Tensor
 
-from .._tensors import check_alike, per_image
+from .._tensors import check_alike, per_image, per_sample
 from .dispatch.examples import IMAGES, RGB, ROWS, examples, stream, uniform, wide_dtype
 from .dispatch.registry import define_op, wide
-from .pgd_step import per_sample
 from .philox import Stream, default_stream, philox
 
 

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._tensors import check_alike, per_image
+from .._tensors import check_alike, per_image, per_sample
 from .._validation import Norm, read_norm
 from .dispatch.examples import IMAGES, LAYOUTS, RGB, ROWS, Example, examples, laid_out, normal, uniform, wide_dtype
 from .dispatch.registry import define_op, wide
@@ -174,24 +174,6 @@ OP = define_op(
     compiler_fuses=("linf",),
     differentiable=False,
 )
-
-
-def per_sample(name: str, value: float | Tensor, x: Tensor) -> Tensor:
-    """Return ``value`` as a tensor [B] on x's device, float32 (float64 for float64).
-
-    Raises:
-        ValueError: if value has another shape, or if ``name`` is "eps" and value is a negative number or NaN.
-    """
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    if not isinstance(value, Tensor):
-        # A negative step is a step in the other direction, but no ball has a negative radius.
-        if name == "eps" and not value >= 0:
-            raise ValueError(f"eps must be at least 0, got {value}")
-        return torch.full((x.shape[0],), float(value), dtype=dtype, device=x.device)
-    if value.shape not in ((), (x.shape[0],)):
-        raise ValueError(f"{name} must be a number or a tensor [B] = [{x.shape[0]}], got {list(value.shape)}")
-    value = value.to(device=x.device, dtype=dtype)
-    return value.contiguous() if value.dim() else value.expand(x.shape[0]).contiguous()
 
 
 def per_pixel(name: str, value: float | Tensor, x: Tensor) -> Tensor:

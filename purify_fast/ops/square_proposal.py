@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .._tensors import check_one_device, per_image
+from .._tensors import check_one_device, per_image, per_sample
 from .dispatch.examples import RGB, ROWS, examples, normal, uniform, wide_dtype
 from .dispatch.registry import define_op, wide
-from .pgd_step import NORMS, check, per_sample, pgd_step
+from .pgd_step import NORMS, check, pgd_step
 
 #: The random numbers before the channels' signs: two places of two numbers, and the pattern's orientation.
 PLACES = 5

@@ -17,11 +17,11 @@ from .._validation import Precision
 from ..attacks.outputs import INSTEAD_OF_PROBABILITIES, ONE_HOT, are_one_hot, are_probabilities
 from ..models.representation import count_classes, evaluation_mode
 from ..speed.folding.inference_copy import autocast_to
-from ..speed.graphs.step_graphs import StepGraphs
 from .optimizers import Lookahead
 from .schedules import DelayUnit, RunLength
 
 if TYPE_CHECKING:
+    from ..speed.graphs.step_graphs import StepGraphs
     from .bank import BankedStep, FrozenAttacks
 
 logger = logging.getLogger("purify_fast")

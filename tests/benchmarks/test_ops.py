@@ -181,10 +181,10 @@ def test_only_races_of_this_machine_are_taken(tmp_path, monkeypatch):
     monkeypatch.setenv("PURIFY_FAST_CACHE", str(tmp_path / "cache"))
     with pytest.raises(FileNotFoundError, match="purify-fast tune"):
         shipping.take(CPU, tmp_path / "results")
-    races.write(CPU, {"philox": {"sources": "x", "cells": {"": {"eager": "cpp"}}}}, {"date": "2026-01-01"})
+    records.update(CPU, {"philox": {"sources": "x", "cells": {"": {"eager": "cpp"}}}}, date="2026-01-01")
     path = shipping.take(CPU, tmp_path / "results")
     assert json.loads(path.read_text())["ops"]["philox"]["cells"][""]["eager"] == "cpp"
-    races.forget_files()
+    records.forget()
 
 
 def test_races_of_another_machine_are_taken_from_its_file(tmp_path, monkeypatch, capsys):

@@ -17,6 +17,7 @@ from benchmarks.robustness.studies.cifar10 import candidates, job_list, models
 from benchmarks.robustness.studies.cifar10 import study as names
 from benchmarks.robustness.studies.cifar10.results import Results
 from benchmarks.robustness.studies.cifar10.table import write_table
+from purify_fast.defences.stochastic import with_samples
 from purify_fast.evaluation import Report
 from purify_fast.evaluation.results.rows import Row
 from purify_fast.methods.carso import Carso, CarsoConfig
@@ -172,7 +173,8 @@ def test_candidates_minimize_what_they_say(loss):
     torch.manual_seed(1)
     minimized, metrics = task.training_step(batch)
     torch.manual_seed(1)
-    with as_trained(defence, batch, config):
+    defence = with_samples(defence, config.train_samples)
+    with as_trained(defence, batch):
         moved = defence.sample_logits(config.attack.run(defence, batch))[:, 0].log_softmax(1)
         wanted = (defence.sample_logits(batch.x)[:, 0] if loss == "trades" else base(batch.x)).log_softmax(1)
     expected = divergence = divergence_of(wanted, moved)

@@ -62,7 +62,7 @@ def test_train_and_evaluate(npz, tmp_path, capsys, monkeypatch, short_signs):
 
 def test_the_command_that_attacks_names_what_was_trained_on(tmp_path):
     where = {"data": "my set", "data_root": tmp_path, "size": (12, 8)}
-    text = cli.TrainCarso(**where).attacked_by(Path("o"))
+    text = cli._KINDS["train carso"](**where).attacked_by(Path("o"))
     options = f"--data 'my set' --data-root {tmp_path} --size 12 8"
     assert text == f"saved to o; attack it with: purify-fast evaluate o {options}"
     command = tyro.cli(cli.Evaluate, args=shlex.split(text)[-8:])
@@ -114,7 +114,7 @@ def test_every_classifier_is_trained_and_evaluated(npz, tmp_path, sizes, short_s
 
 def test_a_recipe_gives_the_defaults_and_explicit_options_win(monkeypatch):
     seen = []
-    monkeypatch.setattr(cli.TrainCarso, "run", lambda self: seen.append(self))
+    monkeypatch.setattr(cli._KINDS["train carso"], "run", lambda self: seen.append(self))
     assert cli.main(["train", "carso", "--recipe", "cifar10"]) == 0
     assert cli.main(["train", "carso", "--recipe=tiny_imagenet", "--official-code", "--optimizer", "adamw"]) == 0
     assert cli.main(["train", "carso", "--alpha", "None", "--samples", "3", "--recipe", "mnist_v1"]) == 0

@@ -33,7 +33,7 @@ def test_a_warning_of_this_package_is_one_line(monkeypatch):
         for place in (folders.__file__, "/elsewhere/other.py"):
             written.append(warnings.formatwarning("2 images", UserWarning, place, 9, "call()"))
 
-    monkeypatch.setattr(cli.Zoo, "run", warn)
+    monkeypatch.setattr(cli._KINDS["zoo"], "run", warn)
     before = warnings.formatwarning
     assert cli.main(["zoo"]) == 0 and warnings.formatwarning is before
     assert written == ["purify-fast: 2 images\n", "/elsewhere/other.py:9: UserWarning: 2 images\n  call()\n"]

@@ -47,8 +47,9 @@ def test_report_says_what_was_verified_and_what_is_wrong(tmp_path, monkeypatch, 
     assert "cpp" in rows["philox"] and "verified at first use" in rows["philox"]
     verdicts = {name: verify.verdict_of(REGISTRY[name], CPU) for name in ("philox", "stitch")}
     verdicts["stitch"] = dataclasses.replace(verdicts["stitch"], error=0.25, budget=0.0, case="3x3x32x32, float32")
-    records.update("verified", CPU, {name: dataclasses.asdict(verdict) for name, verdict in verdicts.items()}, {})
-    monkeypatch.setattr(verify, "_known", {})
+    sources = {name: REGISTRY[name].code_hash("cpu") for name in verdicts}
+    records.update(CPU, {n: {"sources": sources[n], "verdict": dataclasses.asdict(v)} for n, v in verdicts.items()})
+    records.forget()
     text = installation.info(True)
     rows = {line.split()[0]: line for line in text.splitlines() if line}
     assert f"verified {verdicts['philox'].date[:10]}, error " in rows["philox"]
@@ -94,7 +95,7 @@ def test_the_command_answers_in_a_few_lines(run):
 def test_the_short_answer_names_wrong_kernels(monkeypatch):
     verdicts = {name: verify.verdict_of(REGISTRY[name], CPU) for name in ("philox", "stitch")}
     verdicts["stitch"] = dataclasses.replace(verdicts["stitch"], error=1.0)
-    monkeypatch.setattr(installation, "known_verdicts", lambda ops, device: verdicts)
+    monkeypatch.setattr(installation, "known_verdict", lambda op, device: verdicts.get(op.name))
     assert "WRONG here, and therefore not used: stitch; please report it" in " ".join(installation.info(False).split())
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from purify_fast.cli.evaluate import Evaluate
 from purify_fast.cli.parsing import parse
 from purify_fast.evaluation import Report
+from purify_fast.methods.carso import save_official
 from purify_fast.methods.carso.recipes import RECIPES
 from purify_fast.methods.recipes import recipe
 
@@ -30,7 +31,7 @@ def published(tmp_path, monkeypatch):
     torch.manual_seed(0)
     classifier = made.build_classifier()
     folder = tmp_path / "models"
-    made.defence(classifier).save_official(folder, STEM)
+    save_official(made.defence(classifier), folder, STEM)
     # as the authors' code saves it: around the network stand DataParallel and a Sequential
     wrapped = {f"module.0.{name}": tensor for name, tensor in classifier.state_dict().items()}
     torch.save({"model_state_dict": wrapped}, folder / f"{WEIGHTS}.pt")

@@ -66,7 +66,7 @@ REFUSED = {
         for what in ("generator", "atop --init None")
         for options, message in {
             "--block 3": "block must be at least 1 and divide the image, got block = 3 for 16 x 16",
-            "--purifier gan": "purifier must be one of deepfill, small_generator, got 'gan'",
+            "--purifier gan": "invalid choice 'gan' for argument '--purifier'",
             "--batch-size 33": "batch_size must be at most the number of images, 32, got 33: give a smaller batch_size "
             "(--batch-size)",
         }.items()

@@ -14,7 +14,7 @@ from purify_fast.cli import run_file
 from purify_fast.cli.parsing import parse
 
 COMMANDS = [
-    ["train classifier", "--eps", "8/255", "--norm", "L2", "--flip"],
+    ["train classifier", "--eps", "8/255", "--norm", "l2", "--flip"],
     ["train carso", "--eps", "0.3", "--layers", "conv2", "--no-flip", "--size", "12", "8"],
     ["train carso", "--recipe", "mnist_v1", "--samples", "3"],
     ["train carso", "--init", "runs/carso", "--attack-target", "pipeline"],
@@ -86,7 +86,7 @@ def test_the_options_may_come_through_a_pipe(tmp_path):
 def test_every_run_writes_its_file(run, bars, tmp_path):
     out = tmp_path / "classifier"
     words = ["--data", bars, "--device", "cpu", "--epochs", "1", "--batch-size", "16"]
-    words += ["--eps", "0.5", "--norm", "L2", "--steps", "1"]
+    words += ["--eps", "0.5", "--norm", "l2", "--steps", "1"]
     assert run("train", "classifier", "--out", out, "--width", "2", *words)[0] == 0
     held = yaml.safe_load((out / "run.yaml").read_text())
     assert (held["eps"], held["width"], held["data"], held["command"]) == (0.5, 2, bars, "train classifier")

@@ -54,7 +54,7 @@ def test_a_caller_of_main_keeps_its_environment_and_threads(run, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     before, inside = torch.get_num_threads(), []
     monkeypatch.setattr(cli, "allowed_cores", lambda: 1)
-    monkeypatch.setattr(cli.Zoo, "run", lambda self: inside.append(torch.get_num_threads()))
+    monkeypatch.setattr(cli._KINDS["zoo"], "run", lambda self: inside.append(torch.get_num_threads()))
     torch.set_num_threads(2)
     try:
         assert run("zoo")[0] == 0

@@ -14,6 +14,7 @@ from torch import nn
 import purify_fast
 from purify_fast import cli
 from purify_fast.methods.atop import DeepFillGenerator
+from purify_fast.methods.carso import save_official
 from purify_fast.methods.carso.recipes import RECIPES
 from purify_fast.methods.recipes import RECIPES as EVERY_RECIPE
 from purify_fast.training.schedules import RunLength
@@ -95,7 +96,7 @@ def scope(tmp_path, monkeypatch):
     monkeypatch.setitem(RECIPES, "cifar10", made)
     monkeypatch.setitem(EVERY_RECIPE, made.name, made)
     torch.manual_seed(0)
-    made.defence(made.build_classifier()).save_official("models", "wrn_28_10_cifar_10_cui_2023")
+    save_official(made.defence(made.build_classifier()), "models", "wrn_28_10_cifar_10_cui_2023")
     DeepFillGenerator(5, 4).save_official("states_pt_places2.pth")
     x, y = torch.rand(16, 3, 32, 32), torch.arange(16) % 10
     # the folder of a reader's images, and a photo

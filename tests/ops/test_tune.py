@@ -14,7 +14,7 @@ from purify_fast import _library, cli
 from purify_fast.cli import installation
 from purify_fast.cli import tune as command
 from purify_fast.ops import REGISTRY, aggregate, pgd_step, sample_latent
-from purify_fast.ops.dispatch import examples, races, racing, verify
+from purify_fast.ops.dispatch import examples, racing, records, verify
 from purify_fast.ops.dispatch.op import Call, size_of
 from purify_fast.speed.memory import LiveBytes
 
@@ -56,7 +56,7 @@ def test_who_wins_serves_and_it_is_said(folder, monkeypatch, capsys):
     timed(monkeypatch, {"reference": 1e-6, "kernel": 1e-5})
     assert cli.main(["tune", "--device", "cpu", "--ops", "pgd_step"]) == 0
     said = capsys.readouterr().out
-    assert "pgd_step" in said and "cpp" in said and "0.1 to 0.1 times" in said
+    assert "pgd_step" in said and "cpp" in said and "0.1 times" in said
     assert "linf float32 small" in said and str(folder) in said
     assert op.serving(Call(CPU, "linf", wide, 10)) == "reference"
     x = torch.rand(2, 3, 4, 4)
@@ -67,7 +67,7 @@ def test_who_wins_serves_and_it_is_said(folder, monkeypatch, capsys):
     assert "raced on this machine" in shown and "0.1 times as fast" in shown and "raced on AMD EPYC" in shown
     timed(monkeypatch, {"reference": 1e-5, "kernel": 1e-6})
     assert cli.main(["tune", "--device", "cpu", "--ops", "pgd_step"]) == 0
-    assert "10 to 10 times" in capsys.readouterr().out
+    assert "10 times" in capsys.readouterr().out
     assert op.serving(Call(CPU, "linf", wide, 10)) == "cpp"
 
 
@@ -100,8 +100,8 @@ def test_dtype_and_size_decide(monkeypatch):
 def test_what_serves_keeps_its_place_where_it_is_level():
     op = REGISTRY["sample_latent"]
     for served in ("cpp", "reference"):
-        races.write(
-            CPU, {op.name: {"sources": op.code_hash("cpu"), "cells": {"": {"eager": served}}}}, {"date": "2026-01-01"}
+        records.update(
+            CPU, {op.name: {"sources": op.code_hash("cpu"), "cells": {"": {"eager": served}}}}, date="2026-01-01"
         )
         for kernel_us in (0.97, 1.03):
             made, _ = racing.decide(op, [row("3x128", "", "float32", "small", kernel_us=kernel_us)], CPU)
@@ -144,10 +144,10 @@ def test_a_wrong_kernel_is_not_raced_and_an_error_ends_no_other_race(monkeypatch
     monkeypatch.setattr(racing, "verdict_of", verdict_of)
     monkeypatch.setattr(racing, "run_race", run_race)
     found = racing.tune(CPU, ops=["philox", "stitch", "noisy_replay"])
-    assert set(found.rows) == {"noisy_replay"} | ({"stitch"} & set(found.rows)) and "philox" in found.wrong
+    assert set(found.rows) == {"noisy_replay"} | ({"stitch"} & set(found.rows))
+    assert "its kernel is WRONG here" in found.failed.pop("philox")
     assert all("MemoryError: no room" in why for why in found.failed.values()) and found.failed
-    said = command.text(found)
-    assert "philox: its kernel is WRONG on this machine" in said and "because of an error: stitch" in said
+    assert "not timed: stitch" in command.text(found)
 
 
 def test_races_that_the_time_does_not_suffice_for_are_named_and_keep_what_they_had(monkeypatch):
@@ -167,7 +167,7 @@ def test_a_real_race_in_small(folder, monkeypatch):
     rows = found.rows["noisy_replay"]
     assert {row.style for row in rows} == {"eager"} and not found.failed
     assert all(row.reference_us > 0 and row.kernel_us > 0 for row in rows)
-    (path,) = folder.glob("raced-cpu-*.json")
+    (path,) = folder.glob("kernels-cpu-*.json")
     kept = json.loads(path.read_text())
     entry = kept["ops"]["noisy_replay"]
     assert entry["sources"] == REGISTRY["noisy_replay"].code_hash("cpu")
@@ -200,14 +200,11 @@ def test_the_races_of_a_gpu_take_24_gigabytes_at_most(op, monkeypatch):
         assert 0 < 2 * memory.most <= 24e9, (race.words(), memory.most)
 
 
-def test_a_stale_file_is_said_to_be_stale_and_not_used(folder, caplog):
-    op, other = REGISTRY["stitch"], REGISTRY["philox"]
+def test_races_of_other_sources_are_not_used(folder):
+    op = REGISTRY["stitch"]
     stale = {"sources": "of another build", "cells": {"": {"eager": "reference"}}}
-    races.write(CPU, {op.name: stale, other.name: stale}, {"date": "2026-01-01"})
-    assert op.wanted(Call(CPU)).backend == "cpp" and "is not used" in caplog.text
-    # after an upgrade it is so of every op: one line for all of them
-    assert other.wanted(Call(CPU)).backend == "cpp" and len(caplog.records) == 1
-    assert "OUTDATED for philox, stitch" in installation.info(True)
+    records.update(CPU, {op.name: stale}, date="2026-01-01")
+    assert op.wanted(Call(CPU)).backend == "cpp"
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_any_race(tmp_path, monkeypatch, capsys):

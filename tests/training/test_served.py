@@ -8,7 +8,7 @@ from purify_fast import _library
 from purify_fast.methods.arrest import ArrestConfig, ArrestTask
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops import REGISTRY
-from purify_fast.ops.dispatch import races, registry
+from purify_fast.ops.dispatch import records, registry
 from purify_fast.ops.dispatch.op import Call
 from purify_fast.training import FitConfig, fit
 from purify_fast.training.config import TrainingAttack
@@ -37,7 +37,7 @@ def test_a_race_between_two_parts_of_a_run_is_said(tmp_path, kernel_cache, caplo
     names = ("representation_distance", "representation_distance_backward", "pgd_step")
     cells = {"": {"eager": "reference"}}
     lost = {name: {"sources": REGISTRY[name].code_hash("cpu"), "cells": cells} for name in names}
-    races.write(CPU, lost, {"date": "2026-01-02"})
+    records.update(CPU, lost, date="2026-01-02")
     registry.forget_choices()
     other = train(tmp_path / "other")
     assert REGISTRY[names[0]].serving(Call(CPU)) == "reference"

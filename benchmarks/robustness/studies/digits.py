@@ -18,6 +18,7 @@ from examples.demo import setting
 from purify_fast import load_defence
 from purify_fast._files import write_text
 from purify_fast.attacks import AutoAttack
+from purify_fast.defences import stochastic
 from purify_fast.evaluation import AttackSpec, EvaluateConfig
 from purify_fast.evaluation.asked.subject import Variant
 from purify_fast.models.classifiers import SmallCNN
@@ -111,8 +112,7 @@ def with_samples(job: Job, root: Path) -> nn.Module:
     """Return the trained defence of another row, with another number of samples in a prediction."""
     s = job.settings
     defence = load_defence(job.folder(root, s["start"]), load_classifier(job.folder(root, s["base"])))
-    defence.samples = s["samples"]
-    return defence
+    return stochastic.with_samples(defence, s["samples"])
 
 
 def count(model: nn.Module) -> int:

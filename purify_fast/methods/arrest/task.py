@@ -26,8 +26,7 @@ from tqdm import tqdm
 from ..._tensors import structure_fingerprint, weights_fingerprint
 from ...attacks import frozen
 from ...data import StreamedImages, to_float
-from ...models.classifiers import representation_before_pooling
-from ...models.representation import Representation
+from ...models.representation import Representation, representation_before_pooling
 from ...ops.noisy_replay import noisy_replay
 from ...ops.representation_distance import representation_distance
 from ...speed.folding.inference_copy import (

@@ -19,20 +19,24 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...attacks import fgsm
-from ...speed.graphs.step_graphs import StepGraphs
 from ...training.bank import FrozenAttack, FrozenAttacks
 from ...training.schedules import RunLength
 from ...training.task import Batch, Metrics, Update
-from ..base import PurifierTask, cross_entropy_of, noise_of
+from ..base import cross_entropy_of
+from ..purifier_task import PurifierTask, noise_of
 from .config import AtopConfig
 from .deepfill_training import PatchDiscriminator, patch_depth
 from .defence import Atop
+
+if TYPE_CHECKING:
+    from ...speed.graphs.step_graphs import StepGraphs
 
 
 def attacked(defence: Atop, batch: Batch, config: AtopConfig, graphs: StepGraphs | None = None) -> Tensor:

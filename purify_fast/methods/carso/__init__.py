@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from .networks import Deconvolution as Deconvolution
     from .networks import decoder_plan as decoder_plan
     from .networks import published_decoder as published_decoder
+    from .official import load_official as load_official
+    from .official import save_official as save_official
     from .task import CarsoTask as CarsoTask
     from .task import training_loss as training_loss
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -37,7 +36,6 @@ from .networks import (
     decoder_plan,
     decoder_plan_v1,
 )
-from .official import fill, read_official, write_official
 
 Version = Literal["v4", "v1"]
 DecoderPlan = tuple[Sequence[int], Sequence[Deconvolution | Mapping[str, Any]]]
@@ -46,7 +44,8 @@ DecoderPlan = tuple[Sequence[int], Sequence[Deconvolution | Mapping[str, Any]]]
 class Carso(Defence):
     """A classifier behind CARSO's purifier. The module maps images in [0, 1] to finite logits.
 
-    `purify_fast.methods.recipes` builds the published systems, and `Carso.from_official` reads the published files.
+    `purify_fast.methods.recipes` builds the published systems, and `purify_fast.methods.carso.load_official` reads the
+    published files.
 
     Every call draws a fresh seed from torch's global generator. Within `fixed_noise` the seed is the caller's, and
     within `deterministic` z is 0. Several threads may predict at the same time. For several GPUs, run a process for
@@ -177,7 +176,7 @@ class Carso(Defence):
             seed, ids = self.noise(len(x), x.device)
             return self.fast.packed(condition, seed, ids.expand(len(x)), draws * self.samples)
         if z is None:
-            z = self.prior_latents(x.shape[0], x.device, draws)
+            z = self.prior_latents(len(x), draws * self.samples, x.device)
         elif z.dim() != 3 or z.shape[0] not in (1, x.shape[0]) or z.shape[2] != self.latent_dim:
             raise ValueError(f"z must be [B, K, {self.latent_dim}] with B = {x.shape[0]} or 1, got {list(z.shape)}")
         return torch.sigmoid(self._run_part(self.decode, z.expand(x.shape[0], -1, -1), condition))
@@ -210,17 +209,17 @@ class Carso(Defence):
                 return layers
         return [layer.to(self.purifier_dtype) for layer in layers]
 
-    def prior_latents(self, batch: int, device: torch.device, draws: int = 1) -> Tensor:
-        """Draw latents ``[batch, draws * K, latent_dim]`` in the current noise mode; without noise, K is 1 and z is 0.
+    def prior_latents(self, n: int, k: int, device: torch.device) -> Tensor:
+        """Draw latents ``[n, k, latent_dim]`` in the current noise mode; without noise, k is 1 and z is 0.
 
         Args:
-            batch: number of images.
+            n: number of images.
+            k: latents per image.
             device: device of the latents.
-            draws: sets of K latents per image.
         """
         if self.noise_is_off:
-            return torch.zeros((batch, 1, self.latent_dim), device=device)
-        return latents(*self.noise(batch, device), draws * self.samples, self.latent_dim).expand(batch, -1, -1)
+            return torch.zeros((n, 1, self.latent_dim), device=device)
+        return latents(*self.noise(n, device), k, self.latent_dim).expand(n, -1, -1)
 
     def decode(self, z: Tensor, condition: Tensor) -> Tensor:
         """Return the images before the sigmoid, ``[B, K, C, H, W]``.
@@ -265,57 +264,5 @@ class Carso(Defence):
 
     def _pack(self) -> PackedDecoder:
         return PackedDecoder(self.decoder)
-
-    # -- the published systems, training and files --------------------------------------------------------------------
-
-    @classmethod
-    def from_official(
-        cls,
-        classifier: nn.Module,
-        directory: str | Path,
-        stem: str | None = None,
-        *,
-        layers: Sequence[str] | None = None,
-        samples: int = 8,
-    ) -> Carso:
-        """Load a system from the three safetensors files of the official code, in evaluation mode.
-
-        All sizes are taken from the files. The files have no posterior encoder, so it has fresh weights; only the
-        training uses it.
-
-        Args:
-            classifier: the classifier for which the files were trained.
-            directory: folder with ``{stem}_repr_compressors``, ``{stem}_repr_fcn_compressor`` and ``{stem}_decoder``.
-            stem: common name of the files; None if the folder has only one system.
-            layers: paths of the modules whose outputs form the representation. None means those that a
-                `purify_fast.models.WideResNet` names itself.
-            samples: K.
-
-        Raises:
-            FileNotFoundError: a file is missing.
-            ValueError: tensors are missing, unknown or have a wrong shape; the message names them and their file.
-        """
-        files, arguments = read_official(classifier, directory, stem, layers)
-        defence = cls(classifier, samples=samples, **arguments)
-        fill(defence.condition_encoder, defence.decoder, files)
-        return defence.eval()
-
-    def save_official(self, directory: str | Path, stem: str) -> None:
-        """Write the three files that `from_official` reads, each atomically.
-
-        Args:
-            directory: folder for the files.
-            stem: common name of the files.
-
-        Raises:
-            ValueError: the files cannot represent this defence.
-        """
-        if self.arguments["version"] != "v4" or any(len(shape) != 3 for shape in self.representation.shapes):
-            shapes = ", ".join("[" + ", ".join(map(str, ("B", *shape))) + "]" for shape in self.representation.shapes)
-            raise ValueError(
-                "official files support only version v4 and layers that return maps [B, C, H, W], got version "
-                f"{self.arguments['version']} and layers that return {shapes}: use `save` for this defence"
-            )
-        write_official(self.condition_encoder, self.decoder, directory, stem)
 
     save = save_defence

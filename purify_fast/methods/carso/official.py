@@ -25,21 +25,22 @@ from ..._validation import check_shapes
 from ...models.foreign import read_weights
 from ...models.layers import Normalize
 from ...protocols import NamesRepresentation
-from .networks import PUBLISHED, Decoder, Deconvolution, published_decoder
+from .defence import Carso
+from .networks import PUBLISHED, Deconvolution, published_decoder
 
 PARTS = ("repr_compressors", "repr_fcn_compressor", "decoder")
 #: The tensors of each file in `PARTS`, by their official names.
 Tensors = dict[str, dict[str, Tensor]]
 
 
-def official_tensors(condition_encoder: nn.Module, decoder: nn.Module) -> Tensors:
+def _official_tensors(defence: Carso) -> Tensors:
     """Return the tensors of a version 4 system for each official file, by their official names. They are not copied."""
     state: Tensors = {
-        "repr_compressors": condition_encoder.get_submodule("layers").state_dict(),
-        "repr_fcn_compressor": condition_encoder.get_submodule("joint").state_dict(prefix="1."),
-        "decoder": decoder.get_submodule("adapter").state_dict(prefix="0.1."),
+        "repr_compressors": defence.condition_encoder.get_submodule("layers").state_dict(),
+        "repr_fcn_compressor": defence.condition_encoder.get_submodule("joint").state_dict(prefix="1."),
+        "decoder": defence.decoder.adapter.state_dict(prefix="0.1."),
     }
-    stack = list(decoder.get_submodule("stack").children())
+    stack = list(defence.decoder.stack.children())
     for i, module in enumerate(stack):
         # this package numbers modules, of which a layer has three; the official names number layers
         layer, part = divmod(i, 3)
@@ -70,10 +71,31 @@ def _paths(directory: Path, stem: str | None) -> dict[str, Path]:
     return {part: directory / f"{stem}_{part}.safetensors" for part in PARTS}
 
 
-def read_official(
-    classifier: nn.Module, directory: str | Path, stem: str | None, layers: Sequence[str] | None
-) -> tuple[dict[Path, dict[str, Tensor]], dict[str, Any]]:
-    """Return the tensors in a system's files, and the arguments of `Carso` for them (see `Carso.from_official`)."""
+def load_official(
+    classifier: nn.Module,
+    directory: str | Path,
+    stem: str | None = None,
+    *,
+    layers: Sequence[str] | None = None,
+    samples: int = 8,
+) -> Carso:
+    """Load a system from the three safetensors files of the official code, in evaluation mode.
+
+    All sizes are taken from the files. The files have no posterior encoder, so it has fresh weights; only the training
+    uses it.
+
+    Args:
+        classifier: the classifier for which the files were trained.
+        directory: folder with ``{stem}_repr_compressors``, ``{stem}_repr_fcn_compressor`` and ``{stem}_decoder``.
+        stem: common name of the files; None if the folder has only one system.
+        layers: paths of the modules whose outputs form the representation. None means those that a
+            `purify_fast.models.WideResNet` names itself.
+        samples: K.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: tensors are missing, unknown or have a wrong shape; the message names them and their file.
+    """
     paths = _paths(Path(directory), stem)
     encoder, joint, decoder = (read_weights(path) for path in paths.values())
     blocks = [name.split(".")[:2] for name in encoder if name.endswith(".0.weight")]
@@ -91,7 +113,7 @@ def read_official(
         layers = classifier.representation_layers()
     if len(layers) != (count := len({layer for layer, _ in blocks})):
         raise ValueError(f"layers must have {count} paths, as in {paths['repr_compressors']}, got {len(layers)}")
-    arguments = {
+    arguments: dict[str, Any] = {
         "layers": layers,
         "image_shape": shape,
         "cond_dim": cond_dim,
@@ -100,22 +122,35 @@ def read_official(
         "decoder": published_decoder(shape),
         **_statistics(classifier),
     }
-    return dict(zip(paths.values(), (encoder, joint, decoder), strict=True)), arguments
-
-
-@torch.no_grad()
-def fill(condition_encoder: nn.Module, decoder: nn.Module, files: dict[Path, dict[str, Tensor]]) -> None:
-    """Copy the files' tensors into those of a system; raise ValueError if any names or shapes differ."""
-    parts = official_tensors(condition_encoder, decoder).values()
-    for own, (path, tensors) in zip(parts, files.items(), strict=True):
+    defence = Carso(classifier, samples=samples, **arguments)
+    files = dict(zip(paths.values(), (encoder, joint, decoder), strict=True))
+    for own, (path, tensors) in zip(_official_tensors(defence).values(), files.items(), strict=True):
         shapes = [{name: tuple(tensor.shape) for name, tensor in state.items()} for state in (tensors, own)]
         check_shapes(f"{path} does not fit this classifier and layers", *shapes)
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(tensors[name])
+    return defence.eval()
 
 
-def write_official(condition_encoder: nn.Module, decoder: Decoder, directory: str | Path, stem: str) -> None:
-    """Write the three official files, each atomically; see `Carso.save_official`."""
+def save_official(defence: Carso, directory: str | Path, stem: str) -> None:
+    """Write the three files that `load_official` reads, each atomically.
+
+    Args:
+        defence: the system.
+        directory: folder for the files.
+        stem: common name of the files.
+
+    Raises:
+        ValueError: the files cannot represent this defence.
+    """
+    if defence.arguments["version"] != "v4" or any(len(shape) != 3 for shape in defence.representation.shapes):
+        shapes = ", ".join("[" + ", ".join(map(str, ("B", *shape))) + "]" for shape in defence.representation.shapes)
+        raise ValueError(
+            "official files support only version v4 and layers that return maps [B, C, H, W], got version "
+            f"{defence.arguments['version']} and layers that return {shapes}: use `save` for this defence"
+        )
+    decoder = defence.decoder
     layers = [Deconvolution.of(layer) for layer in decoder.modules() if isinstance(layer, nn.ConvTranspose2d)]
     if (decoder.start, layers) not in [published_decoder(size) for size in PUBLISHED]:
         # the files have no strides and paddings, and a reader uses the published values
@@ -124,6 +159,6 @@ def write_official(condition_encoder: nn.Module, decoder: Decoder, directory: st
             "strides and paddings: use `save` for this defence"
         )
     paths = _paths(Path(directory), stem)
-    for part, tensors in official_tensors(condition_encoder, decoder).items():
+    for part, tensors in _official_tensors(defence).items():
         with atomic(paths[part]) as temporary:
             save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)

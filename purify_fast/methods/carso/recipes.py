@@ -20,7 +20,7 @@ from ..publication import Recipe, classifier_facts, read_recipes
 from .config import CarsoConfig, atom_size
 from .defence import Carso
 from .networks import PUBLISHED, published_decoder
-from .official import PARTS
+from .official import PARTS, load_official
 from .task import CarsoTask
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ class CarsoRecipe(Recipe):
         load_state(
             classifier, read_weights(path), f"{path} does not hold the classifier of this system", drop_prefix=True
         )
-        defence = Carso.from_official(classifier, folder, samples=self["defence.samples"])
+        defence = load_official(classifier, folder, samples=self["defence.samples"])
         if defence.image_shape != self.image_shape:
             shapes = f"images {list(defence.image_shape)}, but {self.name} has {list(self.image_shape)}"
             raise ValueError(f"{folder} holds a system for {shapes}")

@@ -20,7 +20,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from math import ceil
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,17 +28,21 @@ from torch.nn import functional as F
 
 from ..._process import processes
 from ...attacks.pgd import fgsm, pgd
+from ...defences.stochastic import with_samples
+from ...models.representation import evaluation_mode
 from ...ops.reconstruction_loss import reconstruction_loss
 from ...ops.sample_latent import sample_latent
-from ...speed.graphs.step_graphs import StepGraphs
 from ...training.bank import FrozenAttack, FrozenAttacks
 from ...training.distributed import average_
 from ...training.optimizers import Lookahead
 from ...training.schedules import RunLength
 from ...training.task import Batch, Metrics
-from ..base import PurifierTask, noise_of
+from ..purifier_task import PurifierTask, noise_of
 from .config import CarsoConfig, atom_size, carso_published, carso_v1_published, config_in_epoch
 from .defence import Carso
+
+if TYPE_CHECKING:
+    from ...speed.graphs.step_graphs import StepGraphs
 
 
 def kl_weight(position: float, delay: float) -> float:
@@ -152,26 +156,17 @@ def published_step(
 
 
 @contextlib.contextmanager
-def as_trained(defence: Carso, batch: Batch, config: CarsoConfig) -> Iterator[None]:
-    """Within the block, the defence has the state for the training through the pipeline.
+def as_trained(defence: Carso, batch: Batch) -> Iterator[None]:
+    """Within the block, the defence has the noise of `noise_of` and is in evaluation mode.
 
-    The defence draws train_samples samples of each image, with the noise of `noise_of`. It is in evaluation mode, so
-    BatchNorm uses its running statistics, and the attack and the loss see the same function.
+    So BatchNorm uses its running statistics, and the attack and the loss see the same function.
 
     Args:
         defence: the defence to train.
         batch: the images.
-        config: the settings of the training.
     """
-    samples, training = defence.samples, defence.training
-    defence.samples = config.train_samples
-    defence.eval()
-    try:
-        with noise_of(defence, batch):
-            yield
-    finally:
-        defence.samples = samples
-        defence.train(training)
+    with evaluation_mode(defence), noise_of(defence, batch):
+        yield
 
 
 def pipeline_step(
@@ -196,19 +191,21 @@ def pipeline_step(
             "joint=True needs a defence that is not accelerated and whose classifier is not frozen: call "
             "accelerate(None) and release_classifier()"
         )
-    with as_trained(defence, batch, config):
+    k = config.train_samples
+    # a copy would be captured anew in each step, so `CarsoTask` gives a defence with this K
+    defence = defence if defence.samples == k else with_samples(defence, k)
+    with as_trained(defence, batch):
         adversarial = config.attack.run(defence, batch, graphs=graphs)
-        condition = defence.condition(adversarial)
-        logits = defence.decode(defence.prior_latents(len(adversarial), adversarial.device), condition)
+        latents = defence.prior_latents(len(adversarial), k, adversarial.device)
+        logits = defence.decode(latents, defence.condition(adversarial))
         predictions = defence.classify(torch.sigmoid(logits)).flatten(0, 1)
-    labels = batch.y.repeat_interleave(config.train_samples)
-    targets = batch.x.repeat_interleave(config.train_samples, 0)
+    labels, targets = batch.y.repeat_interleave(k), batch.x.repeat_interleave(k, 0)
     if config.targets == "labels":
         name, distance = "cross_entropy", F.cross_entropy(predictions, labels)
     else:
         with torch.no_grad():
             wanted = defence.frozen_classifier(batch.x).float().log_softmax(1)
-        wanted = wanted.repeat_interleave(config.train_samples, 0)
+        wanted = wanted.repeat_interleave(k, 0)
         found = predictions.float().log_softmax(1)
         name, distance = "divergence", F.kl_div(found, wanted, reduction="batchmean", log_target=True)
     reconstruction = reconstruction_loss(logits.flatten(0, 1), targets).mean()
@@ -232,7 +229,7 @@ def training_loss(
             term has weight 0 by the default kl_delay.
         config: the settings; attack_target chooses `published_step` or `pipeline_step`. None means the defaults.
         graphs: captures the attack's step in a CUDA graph on a CUDA device; pass the same object for every batch. None
-            captures nothing.
+            captures nothing. A step through the pipeline is captured if the defence has train_samples samples.
 
     Returns:
         The loss to minimize, and detached metrics.
@@ -262,6 +259,8 @@ class CarsoTask(PurifierTask[Carso]):
         super().__init__(defence, config, origin)
         if config.joint:
             defence.release_classifier()
+        #: For the training through the pipeline, a copy that draws as many samples as the training.
+        self.trained = with_samples(defence, config.train_samples) if config.attack_target == "pipeline" else defence
         trainable = [p for p in defence.parameters() if p.requires_grad]
         if config.optimizer == "adamw":
             self.optimizer = self.adamw(trainable)
@@ -271,7 +270,7 @@ class CarsoTask(PurifierTask[Carso]):
         self.optimizer = Lookahead(inner, config.lookahead_steps, config.lookahead_alpha)
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        return STEPS[self.config.attack_target](self.defence, batch, self.config, self.graphs)
+        return STEPS[self.config.attack_target](self.trained, batch, self.config, self.graphs)
 
     def frozen_attacks(self) -> FrozenAttacks | None:
         config = self.config
@@ -325,5 +324,5 @@ class CarsoTask(PurifierTask[Carso]):
         # images, so the loss of a batch must be a mean too.
         config = replace(self.config, allow_no_adversarial=True, reduction="mean")
         with torch.no_grad():
-            loss, metrics = STEPS[config.attack_target](self.defence, batch, config, self.graphs)
+            loss, metrics = STEPS[config.attack_target](self.trained, batch, config, self.graphs)
         return {"loss": loss.detach(), **metrics}

@@ -15,7 +15,7 @@ from ..._tensors import first_tensor
 from ...models.foreign import load_state, read_weights
 from ...models.layers import Conv2d
 from ...models.unet import TimeLayer, UNet
-from ...speed.folding.fused_networks import chains_serve, fuse_convolutions
+from ...speed.folding.fused_networks import fuse_where_faster
 from ...training.checkpoint import read_model, save_model
 from ..saving import answer_of, description, rebuilt
 
@@ -208,8 +208,7 @@ class Denoiser(nn.Module):
             if isinstance(layer, (nn.Conv2d, nn.Linear)) and not isinstance(layer, TimeLayer):
                 layer.to(torch.bfloat16)
         device = first_tensor(duplicate).device
-        if chains_serve(device):
-            images = torch.rand((2, *image_shape), generator=torch.Generator().manual_seed(0), device="cpu")
-            times = torch.tensor([300.0, 600.0], dtype=torch.float64, device=device)
-            fuse_convolutions(duplicate, images.to(device), times)
+        images = torch.rand((2, *image_shape), generator=torch.Generator().manual_seed(0), device="cpu")
+        times = torch.tensor([300.0, 600.0], dtype=torch.float64, device=device)
+        fuse_where_faster(duplicate, images.to(device), times)
         return duplicate

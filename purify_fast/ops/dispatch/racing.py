@@ -13,20 +13,21 @@ from __future__ import annotations
 import datetime
 import math
 import statistics
+import sys
 import time
 import timeit
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
 
-from . import races
+from . import records
 from .examples import Example, tile, to
 from .op import SIZES, Backend, Call, size_of
 from .registry import REGISTRY, Op, forget_choices, use_backend
@@ -42,8 +43,6 @@ ELEMENTS = {
 }
 #: The largest number of elements for these ops, whose references use a kilobyte per element.
 MOST = {"decode_samples": 2**22}
-#: A race that would change the backend in use is run up to this many times: other work may have caused its result.
-ATTEMPTS = 3
 #: The shortest duration of a timed run in seconds. Shorter calls are repeated within the run.
 RUN = 1e-3
 
@@ -58,15 +57,9 @@ class Race:
     size: str
     times: int
 
-    @property
-    def key(self) -> tuple[str, str, str, str]:
-        """The first values of a `Row`."""
-        return self.example.name, self.example.variant, str(self.dtype).removeprefix("torch."), self.size
-
     def words(self) -> str:
         """Return a description for the progress bar."""
-        example, _, dtype, size = self.key
-        return f"{self.op} {example} {dtype} {size}"
+        return f"{self.op} {self.example.name} {str(self.dtype).removeprefix('torch.')} {self.size}"
 
 
 @dataclass(frozen=True)
@@ -134,61 +127,43 @@ def fastest(calls: list[Callable[[], object]], device: torch.device) -> list[flo
     return [min(each) for each in zip(*times, strict=True)]
 
 
-def _settled(calls: list[Callable[[], object]], device: torch.device, serves: bool) -> list[float]:
-    """Time the reference and the kernel like `fastest`, again while the result would change the backend in use."""
-    times = fastest(calls, device)
-    for _ in range(ATTEMPTS - 1):
-        if level(times[0] / times[1], serves) == serves:
-            break
-        times = [min(pair) for pair in zip(times, fastest(calls, device), strict=True)]
-    return times
-
-
 def level(ratio: float, serves: bool) -> bool:
     """Return True if a kernel of this relative speed should be used. In use (``serves``), it may be a bit slower."""
     return ratio >= (LEVEL if serves else 1 / LEVEL)
 
 
-class Capture(Protocol):
-    """An object that captures CUDA graphs, such as `purify_fast.speed.graphs.cuda_capture.CudaCapture`."""
-
-    def aside(self, device: torch.device) -> AbstractContextManager[None]: ...
-
-    def record(self, run: Callable[[], None], device: torch.device) -> Callable[[], None]: ...
-
-
-def replayed(call: Callable[[], object], device: torch.device, capture: Capture) -> Callable[[], object]:
+def replayed(call: Callable[[], object], device: torch.device, capture: Any) -> Callable[[], object]:
     """Return a function that replays a CUDA graph of one call."""
-
-    def run() -> None:
-        call()
-
     with capture.aside(device):
-        run()
-    return capture.record(run, device)
+        call()
+    recorded: Callable[[], object] = capture.record(call, device)
+    return recorded
 
 
 @torch.no_grad()
-def run_race(race: Race, device: torch.device, capture: Capture | None = None) -> list[Row]:
-    """Run a race, and return its rows: for eager calls and, with ``capture``, for replays."""
-    op = REGISTRY[race.op]
-    arguments = to(tile(race.example.make(race.dtype, 0), race.times), device)
+def run_race(race: Race, device: torch.device, capture: Any = None) -> list[Row]:
+    """Run a race, and return its rows: for eager calls and, with ``capture`` (a `CudaCapture`), for replays."""
+    op, example = REGISTRY[race.op], race.example
+    arguments = to(tile(example.make(race.dtype, 0), race.times), device)
     elements = op.size_key(*arguments)[1]
-    kernel = op.kernel(device.type)
-    serves = op.wanted(Call(device, race.example.variant, race.dtype, elements.bit_length())).backend == kernel
     with use_backend("reference"):
         results = op.reference(*arguments)
     moved = sum(one.nbytes for one in tree_leaves((arguments, results)) if isinstance(one, Tensor))
     del results
-    contestants: list[Callable[[], object]] = [lambda: op.reference(*arguments), lambda: op.handle(*arguments)]
-    seconds = {"eager": _settled(contestants, device, serves)}
+    calls: list[Callable[[], object]] = [lambda: op.reference(*arguments), lambda: op.handle(*arguments)]
+    seconds = {"eager": fastest(calls, device)}
     if capture is not None:
-        seconds["replay"] = _settled([replayed(call, device, capture) for call in contestants], device, serves)
-    times = {style: [round(1e6 * one, 3) for one in both] for style, both in seconds.items()}
-    megabytes = round(moved / 1e6, 3)
+        seconds["replay"] = fastest([replayed(call, device, capture) for call in calls], device)
+    dtype = str(race.dtype).removeprefix("torch.")
     return [
-        Row(*race.key, style, elements, reference_us=reference, kernel_us=kernels, megabytes=megabytes)
-        for style, (reference, kernels) in times.items()
+        Row(
+            *(example.name, example.variant, dtype, race.size, style),
+            elements=elements,
+            reference_us=round(1e6 * reference, 3),
+            kernel_us=round(1e6 * kernel, 3),
+            megabytes=round(moved / 1e6, 3),
+        )
+        for style, (reference, kernel) in seconds.items()
     ]
 
 
@@ -205,7 +180,7 @@ class Change:
 
 @dataclass(frozen=True, kw_only=True)
 class Tuned:
-    """The results of `tune`."""
+    """The results of `tune`. An op with a wrong kernel has no rows, and the reason is in ``failed``."""
 
     path: Path
     seconds: float
@@ -213,7 +188,6 @@ class Tuned:
     changes: list[Change]
     left_out: list[str]
     failed: dict[str, str]
-    wrong: dict[str, str]
 
 
 def _gain(rows: list[Row]) -> str:
@@ -248,15 +222,8 @@ def decide(op: Op, rows: list[Row], device: torch.device) -> tuple[dict[str, Any
     }, changes
 
 
-def tune(
-    device: torch.device,
-    *,
-    seconds: float = 270.0,
-    ops: Iterable[str] = (),
-    capture: Capture | None = None,
-    tell: Callable[[float, str], None] = lambda share, what: None,
-) -> Tuned:
-    """Verify the kernels of a device, race them, and write the results into the user's file."""
+def tune(device: torch.device, *, seconds: float = 270.0, ops: Iterable[str] = (), capture: Any = None) -> Tuned:
+    """Verify the kernels of a device, race them, and write the results into this machine's file."""
     began = time.perf_counter()
     with_kernel = {name: op for name, op in REGISTRY.items() if op.kernel(device.type) != "reference"}
     for name in ops:
@@ -264,26 +231,20 @@ def tune(
             there = ", ".join(with_kernel) or "none"
             raise ValueError(f"ops must name ops with a kernel for {device.type}, got {name!r}: allowed are {there}")
     chosen = {name: with_kernel[name] for name in tuple(ops) or with_kernel}
-    facts = {"date": datetime.date.today().isoformat(), "threads": torch.get_num_threads()}
+    facts: dict[str, Any] = {"date": datetime.date.today().isoformat(), "threads": torch.get_num_threads()}
     # Write the file before any race, so that an unwritable folder raises an error immediately.
-    races.write(device, {}, facts)
-    wrong: dict[str, str] = {}
-    for index, (name, op) in enumerate(chosen.items()):
-        tell(0.1 * index / len(chosen), f"verifying {name}")
-        verdict = verdict_of(op, device)
-        if not verdict.passed:
-            wrong[name] = verdict.words()
-    order = {"medium": 0, "large": 1, "small": 2}
-    work = [race for name, op in chosen.items() if name not in wrong for race in races_of(op, device)]
-    work.sort(key=lambda race: order[race.size])
+    records.update(device, {}, **facts)
+    verdicts = {name: verdict_of(op, device) for name, op in chosen.items()}
+    failed = {name: f"its kernel is WRONG here: {one.words()}" for name, one in verdicts.items() if not one.passed}
+    work = [race for name, op in chosen.items() if name not in failed for race in races_of(op, device)]
+    work.sort(key=lambda race: ("medium", "large", "small").index(race.size))
     rows: defaultdict[str, list[Row]] = defaultdict(list)
-    failed: dict[str, str] = {}
     left_out: list[str] = []
-    for index, race in enumerate(work):
+    for race in (bar := tqdm(work, file=sys.stderr, bar_format="{l_bar}{bar}| {elapsed}")):
+        bar.set_description(race.words())
         if time.perf_counter() - began > seconds:
-            left_out = [one.words() for one in work[index:]]
-            break
-        tell(0.1 + 0.9 * index / len(work), race.words())
+            left_out.append(race.words())
+            continue
         try:
             rows[race.op] += run_race(race, device, capture)
         except Exception as error:
@@ -292,15 +253,15 @@ def tune(
         if device.type == "cuda" and race.size == "large":
             # Free the memory of this op's reference and graphs, so that it is not added to the memory of the next ops.
             torch.cuda.empty_cache()
-    decided = {name: decide(chosen[name], own, device) for name, own in rows.items() if own}
-    path = races.write(device, {name: entry for name, (entry, _) in decided.items()}, facts)
+    raced = {name: own for name, own in rows.items() if own}
+    decided = {name: decide(chosen[name], own, device) for name, own in raced.items()}
+    records.update(device, {name: entry for name, (entry, _) in decided.items()}, **facts)
     forget_choices()
     return Tuned(
-        path=path,
+        path=records.file_of(device),
         seconds=time.perf_counter() - began,
-        rows={name: own for name, own in rows.items() if own},
+        rows=raced,
         changes=[change for _, changes in decided.values() for change in changes],
         left_out=left_out,
         failed=failed,
-        wrong=wrong,
     )

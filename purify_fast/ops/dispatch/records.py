@@ -1,8 +1,7 @@
-"""Identifies this machine, and stores its results of verifying and racing kernels as files in a cache folder.
+"""Identifies this machine, and stores which of its kernels are correct, and which are faster, in a cache folder.
 
-A machine has two JSON files: ``verified-*.json`` says whether each kernel is correct, and ``raced-*.json`` has the
-results of the races. Each file has the device, the versions that determine what a kernel computes, and an entry for
-each op.
+A machine has one JSON file with the device, the versions that determine what a kernel computes, and an entry for each
+op: the hash of its sources, the verdict of its verification (`verify`), and the choices of its races (`races`).
 
 The folder is ``PURIFY_FAST_CACHE``, or the platform's cache folder. Files are always replaced as a whole.
 """
@@ -21,7 +20,7 @@ import shutil
 import sys
 import sysconfig
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -29,7 +28,9 @@ from ... import _files
 
 logger = logging.getLogger("purify_fast")
 
-Kind = Literal["verified", "raced"]
+#: The contents of the files in this process, by path. They also have what is not written, such as verdicts on kernels
+#: that raised an error.
+_contents: dict[Path, dict[str, Any]] = {}
 
 
 def folder() -> Path:
@@ -126,28 +127,65 @@ def _content_digest(path: Path) -> bytes:
         return bytes(16)
 
 
-def file_of(kind: Kind, device: torch.device) -> Path:
-    """Return the path of one of this machine's files."""
+def file_of(device: torch.device) -> Path:
+    """Return the path of this machine's file."""
     facts = machine(device)
     digest = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=6).hexdigest()
-    return folder() / f"{kind}-{facts['kind']}-{digest}.json"
+    return folder() / f"kernels-{facts['kind']}-{digest}.json"
 
 
-def read(kind: Kind, device: torch.device) -> dict[str, Any]:
-    """Return the content of a file, with entries under ``ops``; empty if missing, damaged or of another machine."""
-    path = file_of(kind, device)
+def _stored(device: torch.device) -> dict[str, Any]:
+    """Return the content of the file on the disk; without ops if it is missing, damaged or of another machine."""
+    path = file_of(device)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return content if content["machine"] == machine(device) and isinstance(content["ops"], dict) else {}
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        if content["machine"] == machine(device) and all(entry["sources"] for entry in content["ops"].values()):
+            return dict(content)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         logger.warning("%s cannot be read (%s) and is not used", path, error)
-        return {}
+    return {"machine": machine(device), "ops": {}}
 
 
-def update(kind: Kind, device: torch.device, ops: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Write entries into a file, and keep the entries of other ops. Of two processes at once, the last writer wins."""
-    path, entries = file_of(kind, device), {**read(kind, device).get("ops", {}), **ops}
-    content = {"machine": machine(device), **facts, "ops": {op: entries[op] for op in sorted(entries)}}
-    _files.write_text(path, json.dumps(content, indent=1) + "\n")
+def read(device: torch.device) -> dict[str, Any]:
+    """Return what is known on this machine, with entries under ``ops``."""
+    path = file_of(device)
+    if path not in _contents:
+        _contents[path] = _stored(device)
+    return _contents[path]
+
+
+def forget() -> None:
+    """Make the next access read the files again."""
+    _contents.clear()
+
+
+def entry_of(op: str, sources: str, device: torch.device) -> dict[str, Any]:
+    """Return the entry of an op; empty if there is none, or if it is of other sources."""
+    entry: dict[str, Any] = read(device)["ops"].get(op, {})
+    return entry if entry.get("sources") == sources else {}
+
+
+def update(device: torch.device, ops: dict[str, Any], write: bool = True, **facts: Any) -> None:
+    """Add to the entries of ops, and begin the entry of an op anew if its sources have changed. Other entries stay.
+
+    Args:
+        device: the device.
+        ops: the additions by op, each with the hash of the op's ``sources``.
+        write: False adds for this process only.
+        facts: further facts about the machine's file.
+    """
+    # Another process may have written in the meantime. Of two processes at once, the last writer wins.
+    for content in (read(device), stored := _stored(device)):
+        for op, entry in ops.items():
+            before = content["ops"].get(op, {})
+            content["ops"][op] = {**(before if before.get("sources") == entry["sources"] else {}), **entry}
+        content |= facts
+    stored["ops"] = dict(sorted(stored["ops"].items()))
+    path = file_of(device)
+    try:
+        if write:
+            _files.write_text(path, json.dumps(stored, indent=1) + "\n")
+    except OSError as error:
+        raise OSError(f"{path} cannot be written ({error}): set PURIFY_FAST_CACHE to a writable folder") from error

@@ -20,7 +20,6 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Literal
@@ -45,8 +44,6 @@ JUMPS = 0.1
 DTYPES = {"f": torch.float32, "b": torch.bfloat16, "h": torch.float16}
 #: Has the attribute ``active`` in the thread that verifies a kernel: its own calls use references.
 _verifying = threading.local()
-#: The verdicts of this process by file and op, because the folder may not be writable.
-_known: dict[tuple[str, str], Verdict] = {}
 
 
 def mode() -> str:
@@ -79,8 +76,6 @@ class Deviation:
 class Verdict(Deviation):
     """The result of one verification, for the example and dtype with the largest error for its budget."""
 
-    backend: str
-    sources: str
     status: Literal["compared", "raised"]
     seconds: float
     date: str
@@ -129,9 +124,15 @@ def deviation(actual: Tensor, golden: Tensor, same: Tensor, example: Example, ca
 def compare(op: Definition, device: torch.device, chosen: list[tuple[Example, torch.dtype]]) -> Deviation:
     """Run the op's kernel on a device. Return the case with the largest error relative to its allowed error."""
     deviations = []
-    with torch.no_grad(), _progress(op, device, chosen) as shown:
+    layout = "{desc}: {n_fmt} of {total_fmt}, {elapsed_s:.1f} s"
+    words = f"purify_fast verifies the kernel of {op.name}, once on this machine"
+    shown = tqdm(chosen, words, file=sys.stderr, bar_format=layout, disable=device.type not in SLOW)
+    with torch.no_grad(), shown:
         if op.kernel(device.type) == "triton":
-            _compile(op, device, chosen)
+            # The module imports Triton, so it is imported only if there are Triton kernels. All kernels are compiled
+            # in parallel.
+            ahead = importlib.import_module("purify_fast.kernels._ahead")
+            ahead.compile_together(lambda: [op.handle(*to(one.make(dtype, 0), device)) for one, dtype in chosen])
         for example, dtype in shown:
             arguments = example.make(dtype, 0)
             outputs = tensors(op.handle(*to(arguments, device)))
@@ -142,25 +143,6 @@ def compare(op: Definition, device: torch.device, chosen: list[tuple[Example, to
     if not deviations:
         raise ValueError(f"the op {op.name} has no examples with which its kernel could be verified")
     return max(deviations, key=lambda one: one.share)
-
-
-def _progress(op: Definition, device: torch.device, chosen: list) -> tqdm:
-    """Iterate over the cases. Show which op is verified, how many cases are done, and the elapsed seconds."""
-    layout = "{desc}: {n_fmt} of {total_fmt}, {elapsed_s:.1f} s"
-    words = f"purify_fast verifies the kernel of {op.name}, once on this machine"
-    return tqdm(chosen, words, file=sys.stderr, bar_format=layout, disable=device.type not in SLOW)
-
-
-def _compile(op: Definition, device: torch.device, chosen: list[tuple[Example, torch.dtype]]) -> None:
-    """Compile the Triton kernels of the cases in parallel."""
-    # The module imports Triton, so it is imported only if there are Triton kernels.
-    ahead = importlib.import_module("purify_fast.kernels._ahead")
-
-    def launch() -> None:
-        for example, dtype in chosen:
-            op.handle(*to(example.make(dtype, 0), device))
-
-    ahead.compile_together(launch)
 
 
 def _verify(op: Definition, device: torch.device) -> Verdict:
@@ -180,23 +162,22 @@ def _verify(op: Definition, device: torch.device) -> Verdict:
         status = "raised"
     return Verdict(
         **asdict(worst),
-        backend=op.kernel(device.type),
-        sources=op.code_hash(device.type),
         status=status,
         seconds=round(time.perf_counter() - began, 3),
         date=datetime.datetime.now().isoformat(timespec="seconds"),
     )
 
 
-def _warn(name: str, device: torch.device, verdict: Verdict) -> None:
+def _warn(op: Definition, device: torch.device, verdict: Verdict) -> None:
     """Warn that a kernel is not used. If a missing compiler is the reason, a single warning covers all kernels."""
-    lacking = records.missing_compiler() if verdict.backend == "triton" and verdict.status == "raised" else None
+    backend = op.kernel(device.type)
+    lacking = records.missing_compiler() if backend == "triton" and verdict.status == "raised" else None
     if lacking is not None:
         _warn_lacking(lacking)
         return
     where, what = records.machine(device)["device"], "is wrong" if verdict.status == "compared" else "cannot be run"
     warnings.warn(
-        f"purify_fast: the {verdict.backend} kernel of {name} {what} on {where}: {verdict.words()}. "
+        f"purify_fast: the {backend} kernel of {op.name} {what} on {where}: {verdict.words()}. "
         "On this machine PyTorch computes this op instead. Please report this warning with the output of "
         "`purify-fast info`",
         RuntimeWarning,
@@ -212,48 +193,31 @@ def _warn_lacking(lacking: str) -> None:
 
 # The warning is shown once per process.
 @functools.cache
-def _warn_unwritable(path: str) -> None:
-    logger.warning(
-        "%s cannot be written, so every process verifies kernels: set PURIFY_FAST_CACHE to a writable folder", path
-    )
+def _warn_unwritable(error: str) -> None:
+    logger.warning("%s. Until then, every process verifies kernels", error)
 
 
-def _holds(op: Definition, verdict: Verdict, device: torch.device) -> bool:
-    """Return True if a result of a verification (`Verdict`) is about the current source and backend of the kernel."""
-    return verdict.sources == op.code_hash(device.type) and verdict.backend == op.kernel(device.type)
-
-
-def _read(device: torch.device) -> dict[str, Verdict]:
-    """Return the verdicts of this process and those on the disk, by op."""
-    path = str(records.file_of("verified", device))
-    fields = set(Verdict.__dataclass_fields__)
-    entries = records.read("verified", device).get("ops", {}).items()
-    verdicts = {name: Verdict(**entry) for name, entry in entries if isinstance(entry, dict) and set(entry) == fields}
-    return verdicts | {name: verdict for (file, name), verdict in _known.items() if file == path}
-
-
-def known_verdicts(ops: Mapping[str, Definition], device: torch.device) -> dict[str, Verdict]:
-    """Return the saved verdicts on the current kernels of these ops, by op. Verify no kernel."""
-    return {name: one for name, one in _read(device).items() if name in ops and _holds(ops[name], one, device)}
+def known_verdict(op: Definition, device: torch.device) -> Verdict | None:
+    """Return the verdict on the op's current kernel, or None if there is none. Verify nothing."""
+    entry = records.entry_of(op.name, op.code_hash(device.type), device)
+    return Verdict(**entry["verdict"]) if "verdict" in entry else None
 
 
 def verdict_of(op: Definition, device: torch.device) -> Verdict:
     """Return the verification of an op's kernel on a device, made now if missing."""
-    key = str(records.file_of("verified", device)), op.name
-    verdict = _known.get(key) or _read(device).get(op.name)
-    if verdict is None or not _holds(op, verdict, device):
+    verdict = known_verdict(op, device)
+    if verdict is None:
         verdict = _verify(op, device)
-        logger.info("%s: %s verified in %.2f s, %s", op.name, verdict.backend, verdict.seconds, verdict)
-        # A verdict on a kernel that raised an error is not stored on the disk, because the kernel may work in the next
-        # process, for example with a compiler, with more memory or with another driver.
-        if verdict.status == "compared":
-            try:
-                records.update("verified", device, {op.name: asdict(verdict)}, {})
-            except OSError:
-                _warn_unwritable(key[0])
+        logger.info("%s: %s verified in %.2f s, %s", op.name, op.kernel(device.type), verdict.seconds, verdict)
+        try:
+            # A verdict on a kernel that raised an error is not stored on the disk, because the kernel may work in the
+            # next process, for example with a compiler, with more memory or with another driver.
+            entry = {"sources": op.code_hash(device.type), "verdict": asdict(verdict)}
+            records.update(device, {op.name: entry}, write=verdict.status == "compared")
+        except OSError as error:
+            _warn_unwritable(str(error))
         if not verdict.passed:
-            _warn(op.name, device, verdict)
-    _known[key] = verdict
+            _warn(op, device, verdict)
     return verdict
 
 

@@ -339,6 +339,12 @@ def chains_serve(device: torch.device) -> bool:
     return onednn_serves(device) or OP.may_serve(device) or BACKWARD.may_serve(device)
 
 
+def fuse_where_faster(model: nn.Module, *example: Tensor) -> None:
+    """Call `fuse_convolutions` on a device where `chains_serve`."""
+    if chains_serve(example[0].device):
+        fuse_convolutions(model, *example)
+
+
 def fuse_convolutions(model: nn.Module, *example: Tensor) -> int:
     """Rewrite a frozen network in bfloat16 in place, as the docstring of this file describes.
 

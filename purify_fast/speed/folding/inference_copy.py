@@ -22,7 +22,6 @@ from ..._tensors import first_tensor, without_autocast
 from ...models.representation import Representation, evaluation_mode, without_recorders
 from ..watch import Watch, tensors_of
 from .batchnorm import FoldedPairs, fold_batchnorm
-from .fused_networks import chains_serve, fuse_convolutions
 from .unrolled import unroll
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -33,6 +32,11 @@ SMALL_BATCH = 16
 #: The number of batch sizes that are compiled separately on a GPU: that of a full batch, and that of the last, smaller
 #: batch. torch.compile makes at most eight graphs of a function.
 STATIC_SIZES = 2
+
+
+#: Functions that rewrite a model in bfloat16 in place, called with the model and an example of its images.
+#: `purify_fast.speed` adds the rewriting to chains of convolutions.
+REWRITES: list[Callable[[nn.Module, Tensor], object]] = []
 
 
 def pad_batch(x: Tensor) -> Tensor:
@@ -182,8 +186,7 @@ def prepare_for_inference(
     """Prepare a frozen model for `autocast_to`, in place.
 
     Convolutions and linear layers get weights in ``dtype``, in channels_last if possible. All other parameters and
-    buffers become float32. `fuse_convolutions` rewrites the model for bfloat16 on a device where a kernel of the op
-    `fused_convolution` won a race.
+    buffers become float32. In bfloat16, `REWRITES` change the model further.
 
     Args:
         model: module from images ``[B, *image_shape]`` in [0, 1] to logits. No parameter may need a gradient.
@@ -215,8 +218,8 @@ def prepare_for_inference(
     for module in model.modules():
         if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) and module not in in_float32:
             module.to(dtype)
-    if dtype == torch.bfloat16 and chains_serve(device):
-        fuse_convolutions(model, example)
+    for rewrite in REWRITES if dtype == torch.bfloat16 else ():
+        rewrite(model, example)
     if dtype == torch.bfloat16 and uses_channels_last:
         unroll(model)
     return pairs, uses_channels_last

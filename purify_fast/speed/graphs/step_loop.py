@@ -12,14 +12,17 @@ import math
 import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from ...ops.dispatch.registry import forced_backends
 from ...protocols import CompilesSteps, CountsImages
-from .cuda_capture import CudaCapture
-from .step_trials import numerics
+from ..precision import float32_settings
+
+if TYPE_CHECKING:
+    from .cuda_capture import CudaCapture
 
 #: The estimated cost of a capture, in launches of its step, used until a capture was measured. For a PGD step of a
 #: ResNet-18 on an H200, a capture took as long as 13 to 15 launches in bfloat16 (50 to 59 ms), and 18 to 40 in float32
@@ -241,6 +244,21 @@ def weak_key(value: Any) -> Hashable:
         return (type(value), *parts)
     hash(value)
     return value
+
+
+def numerics(device: torch.device) -> tuple[Any, ...]:
+    """The settings of the process that affect the results of operators on a device, as a value that can be hashed."""
+    older, newer = float32_settings()
+    return (
+        older,
+        tuple(newer),
+        forced_backends(),
+        torch.is_autocast_enabled(device.type),
+        torch.get_autocast_dtype(device.type),
+        torch.backends.cudnn.benchmark,
+        torch.backends.cudnn.deterministic,
+        torch.are_deterministic_algorithms_enabled(),
+    )
 
 
 def step_key(function: StepFunction, state: State) -> Hashable:

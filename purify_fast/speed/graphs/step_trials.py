@@ -11,30 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...ops.dispatch.registry import forced_backends
 from ..memory import same_draws_again
-from ..precision import float32_settings
 
 #: Tolerances for the comparison of a replay with its step. ROUNDING: the allowed error, as a share of the largest
 #: value. OTHER_SIGNS: the share of values that may have a larger error.
 ROUNDING, OTHER_SIGNS = 1e-3, 0.05
 #: A function that compares results with the wanted results.
 Agrees = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], bool]
-
-
-def numerics(device: torch.device) -> tuple[Any, ...]:
-    """The settings of the process that affect the results of operators on a device, as a value that can be hashed."""
-    older, newer = float32_settings()
-    return (
-        older,
-        tuple(newer),
-        forced_backends(),
-        torch.is_autocast_enabled(device.type),
-        torch.get_autocast_dtype(device.type),
-        torch.backends.cudnn.benchmark,
-        torch.backends.cudnn.deterministic,
-        torch.are_deterministic_algorithms_enabled(),
-    )
 
 
 @contextlib.contextmanager

@@ -6,9 +6,9 @@ from safetensors.torch import load_file, save_file
 from small_models import with_statistics
 from torch import nn
 
-from purify_fast.methods.carso import Carso
+from purify_fast.methods.carso import Carso, load_official, save_official
 from purify_fast.methods.carso.networks import Deconvolution, published_decoder
-from purify_fast.methods.carso.official import PARTS, official_tensors
+from purify_fast.methods.carso.official import PARTS, _official_tensors
 from purify_fast.models.classifiers import SmallCNN, WideResNet
 
 STEM = "wrn_28_10_cifar_10_cui_2023"
@@ -40,7 +40,7 @@ def cifar():
 
 @pytest.fixture
 def files(cifar, tmp_path):
-    cifar.save_official(tmp_path, STEM)
+    save_official(cifar, tmp_path, STEM)
     return tmp_path
 
 
@@ -60,9 +60,9 @@ def test_the_files_hold_the_official_names(cifar, files):
 @pytest.mark.parametrize("size", [32, 64])
 def test_a_round_trip_keeps_every_tensor_and_the_function(size, tmp_path):
     made = system(size, classes=7)
-    made.save_official(tmp_path, "a")
-    loaded = Carso.from_official(made.classifier, tmp_path)
-    before, after = (official_tensors(d.condition_encoder, d.decoder) for d in (made, loaded))
+    save_official(made, tmp_path, "a")
+    loaded = load_official(made.classifier, tmp_path)
+    before, after = (_official_tensors(d) for d in (made, loaded))
     for part in PARTS:
         assert before[part].keys() == after[part].keys()
         assert all(torch.equal(before[part][name], after[part][name]) for name in before[part])
@@ -74,10 +74,10 @@ def test_a_round_trip_keeps_every_tensor_and_the_function(size, tmp_path):
 
 
 def test_one_of_several_systems_is_chosen_by_its_stem(cifar, files):
-    system(seed=1).save_official(files, "other")
+    save_official(system(seed=1), files, "other")
     with pytest.raises(ValueError, match=f"if stem is None, got other, {STEM}"):
-        Carso.from_official(cifar.classifier, files)
-    loaded = Carso.from_official(cifar.classifier, files, STEM, samples=3)
+        load_official(cifar.classifier, files)
+    loaded = load_official(cifar.classifier, files, STEM, samples=3)
     assert torch.equal(loaded.decoder.adapter.weight, cifar.decoder.adapter.weight) and loaded.samples == 3
 
 
@@ -85,12 +85,12 @@ def test_any_classifier_by_its_layers(tmp_path):
     torch.manual_seed(0)
     classifier, layers = SmallCNN(3, 4, (32, 32), 16), ["conv1", "conv2"]
     made = Carso(classifier, layers, (3, 32, 32), 6, 4, decoder=published_decoder((3, 32, 32)))
-    made.save_official(tmp_path, "small")
+    save_official(made, tmp_path, "small")
     with pytest.raises(ValueError, match="layers must be given for a SmallCNN"):
-        Carso.from_official(classifier, tmp_path)
+        load_official(classifier, tmp_path)
     with pytest.raises(ValueError, match=r"layers must have 2 paths, .*small_repr_compressors.safetensors, got 1"):
-        Carso.from_official(classifier, tmp_path, layers=layers[:1])
-    assert Carso.from_official(classifier, tmp_path, layers=layers).num_classes == 4
+        load_official(classifier, tmp_path, layers=layers[:1])
+    assert load_official(classifier, tmp_path, layers=layers).num_classes == 4
 
 
 def rewrite(path, change):
@@ -112,11 +112,11 @@ def rewrite(path, change):
 def test_files_that_do_not_fit_are_named_with_their_tensors(cifar, files, part, change, message):
     rewrite(files / f"{STEM}_{part}.safetensors", change)
     with pytest.raises(ValueError, match=message):
-        Carso.from_official(cifar.classifier, files)
+        load_official(cifar.classifier, files)
 
 
 def test_the_statistics_are_the_classifiers_own(cifar, files):
-    assert Carso.from_official(cifar.classifier, files).arguments["std"] == cifar.arguments["std"]
+    assert load_official(cifar.classifier, files).arguments["std"] == cifar.arguments["std"]
 
     class Theirs(nn.Module):  # with tensors for attributes, as RobustBench's models have them
         def __init__(self, model):
@@ -127,39 +127,39 @@ def test_the_statistics_are_the_classifiers_own(cifar, files):
             return self.model(x)
 
     layers = [f"model.{name}" for name in cifar.representation.layers]
-    theirs = Carso.from_official(Theirs(cifar.classifier), files, layers=layers)
+    theirs = load_official(Theirs(cifar.classifier), files, layers=layers)
     assert theirs.arguments["mean"] == pytest.approx([0.4] * 3) and theirs.arguments["std"] == pytest.approx([0.2] * 3)
 
 
 def test_another_classifier_is_refused_by_shape(files):
     with pytest.raises(ValueError, match=r"0\.0\.0\.weight is \[8, 16, 3, 3\], must be \[16, 32, 3, 3\]"):
-        Carso.from_official(WideResNet(28, 2), files)
+        load_official(WideResNet(28, 2), files)
 
 
 def test_missing_and_broken_files(cifar, files, tmp_path):
     with pytest.raises(ValueError, match="got none"):
-        Carso.from_official(cifar.classifier, tmp_path / "nowhere")
+        load_official(cifar.classifier, tmp_path / "nowhere")
     path = files / f"{STEM}_decoder.safetensors"
     path.write_bytes(b"half a file")
     with pytest.raises(ValueError, match=r"decoder\.safetensors contains no weights"):
-        Carso.from_official(cifar.classifier, files)
+        load_official(cifar.classifier, files)
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"decoder\.safetensors is missing"):
-        Carso.from_official(cifar.classifier, files)
+        load_official(cifar.classifier, files)
 
 
 def test_what_the_files_cannot_hold_is_refused(tmp_path):
     vectors = Carso(SmallCNN(), ["conv1", "hidden"], (1, 16, 16), 4, 2)
     with pytest.raises(ValueError, match=r"official files .*version v4 .*maps \[B, C, H, W\]"):
-        vectors.save_official(tmp_path, "a")
+        save_official(vectors, tmp_path, "a")
     classifier = WideResNet(10, 1)
     for shape in ((3, 32, 32), (3, 32, 64)):  # decoders of our own: the files do not tell strides and paddings
         made = Carso(classifier, classifier.representation_layers(), shape, 4, 2, decoder_width=2)
         with pytest.raises(ValueError, match=r"decoder must be made by .*published_decoder"):
-            made.save_official(tmp_path, "a")
+            save_official(made, tmp_path, "a")
     start, layers = published_decoder((3, 32, 32))
     layers[3:] = [Deconvolution(32, 3, 1, 0), Deconvolution(3, 2, 2, 2)]  # their tensors' shapes, and another function
     made = Carso(classifier, classifier.representation_layers(), (3, 34, 34), 4, 2, decoder=(start, layers))
     with pytest.raises(ValueError, match=r"decoder must be made by .*published_decoder"):
-        made.save_official(tmp_path, "a")
+        save_official(made, tmp_path, "a")
     assert not list(tmp_path.iterdir())

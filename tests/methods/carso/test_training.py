@@ -155,7 +155,7 @@ def test_pipeline_examples_are_made_against_the_whole_defence(monkeypatch):
     made = defence()
     pipeline_step(made, batch(), CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=0.2, steps=1)))
     published_step(made, batch(), CarsoConfig(attack=TrainingAttack(eps=0.2, steps=1)))
-    assert seen == [made, made.classifier]
+    assert seen[0].decoder is made.decoder and seen[0].samples == 1 and seen[1] is made.classifier
 
 
 def gradients(made, config):

@@ -78,14 +78,14 @@ class CandidateTask(CarsoTask):
 
     def _predictions(self, x: Tensor) -> Tensor:
         """Return the log-probabilities of each sample, ``[B K, classes]``."""
-        return self.model.classify(self.model.reconstruct(x)).flatten(0, 1).float().log_softmax(1)
+        return self.trained.classify(self.trained.reconstruct(x)).flatten(0, 1).float().log_softmax(1)
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
         if self.loss != "trades":
             return super().training_step(batch)
         labels = batch.y.repeat_interleave(self.config.train_samples)
-        with as_trained(self.model, batch, self.config):
-            moved = self._predictions(self.config.attack.run(self.model, batch, graphs=self.graphs))
+        with as_trained(self.trained, batch):
+            moved = self._predictions(self.config.attack.run(self.trained, batch, graphs=self.graphs))
             wanted = self._predictions(batch.x)
         divergence = F.kl_div(moved, wanted, reduction="batchmean", log_target=True)
         accuracy = (moved.detach().argmax(1) == labels).float().mean()
