@@ -16,7 +16,7 @@ from .robustness import alone, contests, large_images, own_data, pack_zoo
 from .robustness.broken import run_broken
 from .robustness.studies import run_study
 from .robustness.truth import run_truth
-from .speed import gradient_memory, neighbors, running
+from .speed import gradient_memory, neighbors, replaced, running
 from .speed.elsewhere import measuring as elsewhere
 from .speed.ops import registry
 
@@ -44,6 +44,7 @@ COMMANDS: dict[str, tuple[Any, str]] = {
     "gpu_train": (gpu_train, "train models of full size on CIFAR-10 within nine minutes of a GPU, and judge them"),
     "memory": (gradient_memory, "measure the memory of the gradient through a diffusion process"),
     "neighbors": (neighbors, "time gradients in one and in all threads, alone and beside busy processes"),
+    "replaced": (replaced, "time the parts that can be imported against the lines of PyTorch that they replace"),
     "ship": (
         SimpleNamespace(main=fill.ship, arguments=fill.ship_arguments),
         "put the kernel choices that purify-fast tune made on this or another machine into the package",

@@ -25,7 +25,7 @@ from ..robustness import alone, contests, large_images, own_data, pack_zoo
 from ..robustness.broken import broken_tables as broken
 from ..robustness.broken import code as code_of_broken
 from ..robustness.truth import truth_tables as truth
-from ..speed import gradient_memory, neighbors, running, sheets, shipping
+from ..speed import gradient_memory, neighbors, replaced, running, sheets, shipping
 from ..speed.elsewhere import measuring as elsewhere
 from . import front_page, gpu_tables, performance
 
@@ -75,6 +75,7 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "reading": own_data.reading_table,
     "elsewhere": elsewhere.table,
     "neighbors": neighbors.table,
+    "replaced": replaced.table,
 }
 #: A page whose sentences may contain numbers that are in no results file. `check` does not look for these numbers.
 MEASURED_PAGE = "performance.md"
