@@ -29,7 +29,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._tensors import check_floating
-
 from .dispatch.examples import ROWS, examples, normal
 from .dispatch.gradient import cpu_kernel, differentiable, needs_gradient, saves
 from .dispatch.registry import define_backward, define_op, second_argument, wide
