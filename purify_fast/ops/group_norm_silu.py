@@ -9,9 +9,9 @@ u = (h - mean) / sqrt(var + eps) and means over the group:
 
     dx = (w m - mean(w m) - u mean(w m u)) / sqrt(var + eps)       dw = sum m u       db = sum m
 
-The kernel supports a single case: bfloat16 in channels_last, with a multiple of 16 channels, of which 4, 8 or a multiple
-of 16 are in a group, on a processor with AVX512-BF16. It computes only the gradient of x. If the weights need gradients, PyTorch's operators are used. GPUs
-have no kernel, because compilers fuse the definition there.
+The kernel supports a single case: bfloat16 in channels_last, with a multiple of 16 channels, and 4, 8 or a multiple of
+16 channels per group, on a processor with AVX512-BF16. It computes only the gradient of x. If the weights need
+gradients, PyTorch's operators are used. GPUs have no kernel, because compilers fuse the definition there.
 """
 
 from __future__ import annotations
