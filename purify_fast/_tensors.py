@@ -69,10 +69,12 @@ def check_alike(**tensors: Tensor) -> None:
     shape_fits, dtype_fits = first.dim() >= 2, first.dtype in FLOATING and first.layout == torch.strided
     for other in others:
         shape_fits = shape_fits and other.shape == first.shape
-        dtype_fits = dtype_fits and other.dtype == first.dtype
+        dtype_fits = dtype_fits and other.dtype == first.dtype and other.layout == first.layout
     if not (shape_fits and dtype_fits):
+        if shape_fits:
+            check_floating(**tensors)
         *names, last = tensors
-        what = f"floating-point dtype ({_ALLOWED}) and be dense" if shape_fits else "shape [B, ...]"
+        what = "dtype" if shape_fits else "shape [B, ...]"
         kind = "dtype" if shape_fits else "shape"
         got = [getattr(tensor, kind) for tensor in tensors.values()]
         texts = ", ".join(str(one if shape_fits else list(one)) for one in got)

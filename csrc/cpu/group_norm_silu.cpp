@@ -14,11 +14,22 @@ constexpr int64_t lanes = 16;
 constexpr __mmask16 all = 0xffff;
 
 struct Sizes {
-  // `width` is the number of channels in a group, a multiple of 16.
+  // `width` is the number of channels in a group: 4, 8, or a multiple of 16.
   int64_t images, pixels, channels, width;
   float eps;
-  int64_t groups() const { return channels / width; }
+  // The channels of a block are processed together: those of one group, or of the groups in one vector.
+  int64_t block() const { return std::max(width, lanes); }
+  int64_t blocks() const { return channels / block(); }
 };
+
+// In each lane, the sum over the lanes of its group. A group has `width` lanes, or the whole vector.
+PF_PAIRS_INLINE __m512 sum_of_group(__m512 x, int64_t width) {
+  x = _mm512_add_ps(x, _mm512_shuffle_ps(x, x, 0xb1));
+  x = _mm512_add_ps(x, _mm512_shuffle_ps(x, x, 0x4e));
+  if (width > 4) x = _mm512_add_ps(x, _mm512_shuffle_f32x4(x, x, 0xb1));
+  if (width > 8) x = _mm512_add_ps(x, _mm512_shuffle_f32x4(x, x, 0x4e));
+  return x;
+}
 
 PF_PAIRS_INLINE void store_numbers(uint16_t* to, __m512 x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x));
@@ -44,14 +55,15 @@ struct Affine {
   __m512 center, scale, bias;
 };
 
-// The mean and the deviation of one group of one image.
-class Group {
+// The means and the deviations of the groups in one block of one image. Each lane has those of its own group.
+class Block {
  public:
-  PF_PAIRS Group(const Sizes& sizes, const uint16_t* first, const float* moved) : s(sizes), x(first), shift(moved) {
-    const float pixels = static_cast<float>(s.pixels), share = 1 / static_cast<float>(s.width);
-    Lines<float> means(s.width), squares(s.width);
-    mean = 0;
-    for (int64_t c = 0; c < s.width; c += lanes) {
+  PF_PAIRS Block(const Sizes& sizes, const uint16_t* first, const float* moved) : s(sizes), x(first), shift(moved) {
+    const float width = static_cast<float>(s.width);
+    const __m512 pixels = _mm512_set1_ps(static_cast<float>(s.pixels));
+    Lines<float> means(s.block()), squares(s.block());
+    __m512 total = _mm512_setzero_ps();
+    for (int64_t c = 0; c < s.block(); c += lanes) {
       // The sums use differences from the first pixel: squares of large numbers would lose the digits of the deviation.
       const __m512 pivot = at(0, c), zero = _mm512_setzero_ps();
       __m512 sums[4] = {zero, zero, zero, zero}, products[4] = {zero, zero, zero, zero};
@@ -66,27 +78,29 @@ class Group {
       const __m512 sum = _mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3]));
       const __m512 own =
           _mm512_add_ps(_mm512_add_ps(products[0], products[1]), _mm512_add_ps(products[2], products[3]));
-      const __m512 apart = _mm512_div_ps(sum, _mm512_set1_ps(pixels));
+      const __m512 apart = _mm512_div_ps(sum, pixels);
       const __m512 of_channel = _mm512_add_ps(_mm512_add_ps(pivot, apart), moved_by(c));
       _mm512_store_ps(means.get() + c, of_channel);
       _mm512_store_ps(squares.get() + c, _mm512_fnmadd_ps(sum, apart, own));
-      mean += _mm512_reduce_add_ps(of_channel) * share;
+      total = _mm512_add_ps(total, of_channel);
     }
-    float total = 0;
-    for (int64_t c = 0; c < s.width; c += lanes) {
-      const __m512 d = _mm512_sub_ps(_mm512_load_ps(means.get() + c), _mm512_set1_ps(mean));
-      const __m512 between = _mm512_mul_ps(_mm512_mul_ps(d, d), _mm512_set1_ps(pixels));
-      total += _mm512_reduce_add_ps(_mm512_add_ps(between, _mm512_load_ps(squares.get() + c)));
+    mean = _mm512_div_ps(sum_of_group(total, s.width), _mm512_set1_ps(width));
+    total = _mm512_setzero_ps();
+    for (int64_t c = 0; c < s.block(); c += lanes) {
+      const __m512 d = _mm512_sub_ps(_mm512_load_ps(means.get() + c), mean);
+      total = _mm512_add_ps(total, _mm512_fmadd_ps(_mm512_mul_ps(d, d), pixels, _mm512_load_ps(squares.get() + c)));
     }
-    inverse = 1 / std::sqrt(total / (pixels * static_cast<float>(s.width)) + s.eps);
+    const __m512 variance = _mm512_div_ps(sum_of_group(total, s.width), _mm512_mul_ps(pixels, _mm512_set1_ps(width)));
+    const __m512 deviation = _mm512_sqrt_ps(_mm512_add_ps(variance, _mm512_set1_ps(s.eps)));
+    inverse = _mm512_div_ps(_mm512_set1_ps(1.0f), deviation);
   }
   PF_PAIRS_INLINE __m512 at(int64_t pixel, int64_t c) const { return load_numbers(x + pixel * s.channels + c, all); }
   PF_PAIRS_INLINE __m512 moved_by(int64_t c) const { return shift ? _mm512_loadu_ps(shift + c) : _mm512_setzero_ps(); }
   PF_PAIRS_INLINE Affine affine(const float* weight, const float* bias, int64_t c) const {
-    return {_mm512_sub_ps(_mm512_set1_ps(mean), moved_by(c)),
-            _mm512_mul_ps(_mm512_set1_ps(inverse), _mm512_loadu_ps(weight + c)), _mm512_loadu_ps(bias + c)};
+    return {_mm512_sub_ps(mean, moved_by(c)), _mm512_mul_ps(inverse, _mm512_loadu_ps(weight + c)),
+            _mm512_loadu_ps(bias + c)};
   }
-  float mean, inverse;
+  __m512 mean, inverse;
 
  private:
   const Sizes& s;
@@ -102,37 +116,37 @@ struct Operands {
 };
 
 template <class F>
-void for_each_group(const Sizes& s, const Operands& in, int64_t begin, int64_t end, F f) {
+void for_each_block(const Sizes& s, const Operands& in, int64_t begin, int64_t end, F f) {
   for (int64_t i = begin; i < end; ++i) {
-    const int64_t image = i / s.groups(), channel = i % s.groups() * s.width;
+    const int64_t image = i / s.blocks(), channel = i % s.blocks() * s.block();
     const int64_t first = image * s.pixels * s.channels + channel;
     const float* shift = in.shift ? in.shift + (in.shift_rows > 1 ? image : 0) * s.channels + channel : nullptr;
     f(first, channel, shift);
   }
 }
 
-PF_PAIRS void forward_group(const Sizes& s, const Operands& in, int64_t first, int64_t channel, const float* shift,
+PF_PAIRS void forward_block(const Sizes& s, const Operands& in, int64_t first, int64_t channel, const float* shift,
                             uint16_t* out) {
-  const Group group(s, in.x + first, shift);
-  for (int64_t c = 0; c < s.width; c += lanes) {
-    const Affine a = group.affine(in.weight + channel, in.bias + channel, c);
+  const Block block(s, in.x + first, shift);
+  for (int64_t c = 0; c < s.block(); c += lanes) {
+    const Affine a = block.affine(in.weight + channel, in.bias + channel, c);
     for (int64_t p = 0; p < s.pixels; ++p) {
-      const __m512 n = _mm512_fmadd_ps(_mm512_sub_ps(group.at(p, c), a.center), a.scale, a.bias);
+      const __m512 n = _mm512_fmadd_ps(_mm512_sub_ps(block.at(p, c), a.center), a.scale, a.bias);
       store_numbers(out + first + p * s.channels + c, _mm512_mul_ps(n, sigmoid(n)));
     }
   }
 }
 
-PF_PAIRS void backward_group(const Sizes& s, const Operands& in, const uint16_t* grad, int64_t first, int64_t channel,
+PF_PAIRS void backward_block(const Sizes& s, const Operands& in, const uint16_t* grad, int64_t first, int64_t channel,
                              const float* shift, float* kept, uint16_t* out) {
-  const Group group(s, in.x + first, shift);
+  const Block block(s, in.x + first, shift);
   const __m512 one = _mm512_set1_ps(1.0f);
-  float plain = 0, along = 0;
-  for (int64_t c = 0; c < s.width; c += lanes) {
-    const Affine a = group.affine(in.weight + channel, in.bias + channel, c);
+  __m512 plain = _mm512_setzero_ps(), along = plain;
+  for (int64_t c = 0; c < s.block(); c += lanes) {
+    const Affine a = block.affine(in.weight + channel, in.bias + channel, c);
     __m512 sums = _mm512_setzero_ps(), products = sums;
     for (int64_t p = 0; p < s.pixels; ++p) {
-      const __m512 d = _mm512_sub_ps(group.at(p, c), a.center), n = _mm512_fmadd_ps(d, a.scale, a.bias);
+      const __m512 d = _mm512_sub_ps(block.at(p, c), a.center), n = _mm512_fmadd_ps(d, a.scale, a.bias);
       const __m512 near = sigmoid(n), far = _mm512_sub_ps(one, near);
       const __m512 slope = _mm512_mul_ps(near, _mm512_fmadd_ps(n, far, one));
       // m is the gradient of (x - center), without the parts that come through the mean and the deviation. The second
@@ -143,16 +157,17 @@ PF_PAIRS void backward_group(const Sizes& s, const Operands& in, const uint16_t*
       products = _mm512_fmadd_ps(m, d, products);
       _mm512_store_ps(kept + c * s.pixels + p * lanes, m);
     }
-    plain += _mm512_reduce_add_ps(sums);
-    along += _mm512_reduce_add_ps(products);
+    plain = _mm512_add_ps(plain, sums);
+    along = _mm512_add_ps(along, products);
   }
-  const float share = 1 / static_cast<float>(s.pixels * s.width);
-  const __m512 of_mean = _mm512_set1_ps(plain * share);
-  const __m512 of_deviation = _mm512_set1_ps(along * share * group.inverse * group.inverse);
-  for (int64_t c = 0; c < s.width; c += lanes) {
-    const __m512 center = group.affine(in.weight + channel, in.bias + channel, c).center;
+  const __m512 share = _mm512_set1_ps(1 / static_cast<float>(s.pixels * s.width));
+  const __m512 of_mean = _mm512_mul_ps(sum_of_group(plain, s.width), share);
+  const __m512 of_deviation =
+      _mm512_mul_ps(_mm512_mul_ps(sum_of_group(along, s.width), share), _mm512_mul_ps(block.inverse, block.inverse));
+  for (int64_t c = 0; c < s.block(); c += lanes) {
+    const __m512 center = block.affine(in.weight + channel, in.bias + channel, c).center;
     for (int64_t p = 0; p < s.pixels; ++p) {
-      const __m512 d = _mm512_sub_ps(group.at(p, c), center);
+      const __m512 d = _mm512_sub_ps(block.at(p, c), center);
       const __m512 m = _mm512_sub_ps(_mm512_load_ps(kept + c * s.pixels + p * lanes), of_mean);
       store_numbers(out + first + p * s.channels + c, _mm512_fnmadd_ps(d, of_deviation, m));
     }
@@ -172,9 +187,11 @@ Tensor like(const Tensor& images, const Tensor& weight, const Tensor& bias, cons
             int64_t groups, double eps, F f) {
   const Tensor x = words_of(images, "x");
   const int64_t count = x.size(0), channels = x.size(x.dim() - 1);
-  STD_TORCH_CHECK(groups > 0 && channels % (groups * lanes) == 0,
-                  "group_norm_silu: the channels per group must be a multiple of 16; there are ", channels,
-                  " channels in ", groups, " groups");
+  const int64_t width = groups > 0 && channels % groups == 0 ? channels / groups : 0;
+  STD_TORCH_CHECK(channels % lanes == 0 && width > 0 && (width % lanes == 0 || width == 4 || width == 8),
+                  "group_norm_silu: the channels must be a multiple of 16, with 4, 8 or a multiple of 16 per group; "
+                  "there are ",
+                  channels, " channels in ", groups, " groups");
   STD_TORCH_CHECK(weight.numel() == channels && bias.numel() == channels, "group_norm_silu: weight and bias must have ",
                   channels, " numbers, one per channel");
   const Tensor w = dense(weight, ScalarType::Float), b = dense(bias, ScalarType::Float);
@@ -186,7 +203,7 @@ Tensor like(const Tensor& images, const Tensor& weight, const Tensor& bias, cons
   }
   Tensor out = new_like(x);
   if (out.numel() == 0) return out;
-  const Sizes s{count, x.numel() / (count * channels), channels, channels / groups, static_cast<float>(eps)};
+  const Sizes s{count, x.numel() / (count * channels), channels, width, static_cast<float>(eps)};
   const float* by = moved.has_value() ? data<float>(*moved) : nullptr;
   f(s, Operands{words(x), data<float>(w), data<float>(b), by, moved.has_value() ? moved->size(0) : 0},
     static_cast<uint16_t*>(out.mutable_data_ptr()));
@@ -195,9 +212,9 @@ Tensor like(const Tensor& images, const Tensor& weight, const Tensor& bias, cons
 
 Tensor group_norm_silu(Tensor x, Tensor weight, Tensor bias, std::optional<Tensor> shift, int64_t groups, double eps) {
   return like(x, weight, bias, shift, groups, eps, [](const Sizes& s, const Operands& in, uint16_t* out) {
-    parallel_rows(s.images * s.groups(), s.pixels * s.width, [&](int64_t begin, int64_t end) {
-      for_each_group(s, in, begin, end, [&](int64_t first, int64_t channel, const float* moved) {
-        forward_group(s, in, first, channel, moved, out);
+    parallel_rows(s.images * s.blocks(), s.pixels * s.block(), [&](int64_t begin, int64_t end) {
+      for_each_block(s, in, begin, end, [&](int64_t first, int64_t channel, const float* moved) {
+        forward_block(s, in, first, channel, moved, out);
       });
     });
   });
@@ -208,10 +225,10 @@ Tensor group_norm_silu_backward(Tensor grad, Tensor x, Tensor weight, Tensor bia
   const Tensor g = words_of(grad, "grad");
   STD_TORCH_CHECK(g.numel() == x.numel(), "group_norm_silu_backward: grad must have the shape of x");
   return like(x, weight, bias, shift, groups, eps, [&](const Sizes& s, const Operands& in, uint16_t* out) {
-    parallel_rows(s.images * s.groups(), 2 * s.pixels * s.width, [&](int64_t begin, int64_t end) {
-      Lines<float> kept(s.pixels * s.width);
-      for_each_group(s, in, begin, end, [&](int64_t first, int64_t channel, const float* moved) {
-        backward_group(s, in, words(g), first, channel, moved, kept.get(), out);
+    parallel_rows(s.images * s.blocks(), 2 * s.pixels * s.block(), [&](int64_t begin, int64_t end) {
+      Lines<float> kept(s.pixels * s.block());
+      for_each_block(s, in, begin, end, [&](int64_t first, int64_t channel, const float* moved) {
+        backward_block(s, in, words(g), first, channel, moved, kept.get(), out);
       });
     });
   });

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from .._tensors import check_floating, check_one_device
 from .._validation import check_number
 
 #: Because of rounding, a pixel may lie outside of [clip_min, clip_max] by this share of the range's width.
@@ -31,10 +32,10 @@ def check_images(
         if not isinstance(value, Tensor):
             kind = f"{type(value).__module__}.{type(value).__qualname__}"
             raise TypeError(f"{name} must be a torch.Tensor, got {kind}: give torch.as_tensor({name})")
-    if x.device != y.device:
-        raise ValueError(f"x and y must be on one device, got x on {x.device} and y on {y.device}")
-    if x.dim() < 2 or not x.is_floating_point():
-        raise ValueError(f"x must be floating point [B, ...], got {x.dtype} {list(x.shape)}")
+    check_one_device(x=x, y=y)
+    check_floating(x=x)
+    if x.dim() < 2:
+        raise ValueError(f"x must be [B, ...], got {list(x.shape)}")
     if not labels and (y.dim() == 0 or len(y) != len(x)):
         raise ValueError(f"y must have a row for each of the {len(x)} images, got {list(y.shape)}")
     if labels and (y.shape != (x.shape[0],) or y.dtype != torch.int64):

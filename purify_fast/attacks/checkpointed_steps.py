@@ -20,6 +20,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from ..ops.dispatch.gradient import first_order
+from ..ops.dispatch.registry import forced_backends, use_backend
 from ..speed.memory import free_memory
 
 Step = Callable[..., Tensor]
@@ -176,7 +177,7 @@ class _Steps(torch.autograd.Function):
             x = _applied(applied, x, i, others[:count])
         ctx.step, ctx.first, ctx.steps, ctx.count = step, first, n, count
         ctx.save_for_backward(*states, *others)
-        kind = x.device.type
+        kind, ctx.backends = x.device.type, ",".join(forced_backends()) or None
         ctx.autocast = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
         return x
 
@@ -202,7 +203,7 @@ def _gradients_of_step(ctx: Any, i: int, grad: Tensor) -> list[Tensor | None]:
     autocast = torch.autocast(x.device.type, cache_enabled=False, **ctx.autocast)
     draws = [_drawing_from(states, x.device) for states in ctx.generators[i : i + 1]]
     with contextlib.ExitStack() as stack:
-        for block in (torch.enable_grad(), autocast, *draws, *ctx.modes):
+        for block in (torch.enable_grad(), autocast, use_backend(ctx.backends), *draws, *ctx.modes):
             stack.enter_context(block)
         result = ctx.step(leaves[0], ctx.first + i, *leaves[1:])
     if not result.requires_grad:

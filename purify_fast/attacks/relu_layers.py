@@ -109,7 +109,7 @@ def _read(model: nn.Module, shape: Sequence[int], widths: Sequence[int]) -> list
     """
     parts = []
     for first in range(0, max(widths) + 1, AT_ONCE):
-        basis = torch.arange(first, min(first + AT_ONCE, max(widths) + 1))
+        basis = torch.arange(first, min(first + AT_ONCE, max(widths) + 1), device="cpu")
         reading = _Reading(basis)
         x = reading.vectors(widths[0]).view(-1, *shape)
         with reading:
@@ -139,7 +139,7 @@ class _Reading(EagerDispatchMode):
     def vectors(self, width: int) -> Tensor:
         """The vectors of a basis, ``[B, width]``; a vector whose index is at least ``width`` is 0."""
         assert self.basis is not None
-        return (self.basis[:, None] == torch.arange(width)).double()
+        return (self.basis[:, None] == torch.arange(width, device=self.basis.device)).double()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__

@@ -359,7 +359,7 @@ def pattern(edge: int, norm: str, device: torch.device) -> Tensor:
     """Return two patterns of norm 1, float32 ``[2, edge, edge]``, each with two pyramids of opposite signs."""
     # The patterns are cached for each device, because a copy to the GPU in every query would wait for the GPU.
     power, decay = SHAPES[norm]
-    half = torch.zeros(edge, edge)
+    half = torch.zeros(edge, edge, device="cpu")
     for first, rows, sign in ((0, edge // 2, 1.0), (edge // 2, edge - edge // 2, -1.0)):
         middle = (rows // 2, edge // 2)
         for ring in range(max(rows // 2, edge // 2) + 1):

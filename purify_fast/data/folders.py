@@ -126,7 +126,7 @@ def _by_class(folder: Path, classes: list[str], every: bool) -> Split:
     listed = make_dataset(folder, numbered, SUFFIXES, allow_empty=True)
     # Sort by path within a class. torchvision would list the files of a folder before the files of its subfolders.
     samples = sorted((label, Path(path)) for path, label in listed if not os.path.basename(path).startswith("."))
-    labels = torch.tensor([label for label, _ in samples], dtype=torch.int64)
+    labels = torch.tensor([label for label, _ in samples], dtype=torch.int64, device="cpu")
     empty = [name for label, name in enumerate(classes) if label not in labels]
     if every and empty:
         raise ValueError(f"{folder / empty[0]} contains no image ({', '.join(SUFFIXES)})")
@@ -144,7 +144,8 @@ def _annotated(path: Path, classes: list[str]) -> Split:
     if not rows:
         raise ValueError(f"{path} contains no image names")
     return Split(
-        [path.parent / "images" / row[0] for row in rows], torch.tensor([classes.index(row[1]) for row in rows])
+        [path.parent / "images" / row[0] for row in rows],
+        torch.tensor([classes.index(row[1]) for row in rows], device="cpu"),
     )
 
 
@@ -349,7 +350,7 @@ class EncodedImages(StreamedImages):
         self.digest = f"{digest} at {size[0]} x {size[1]}"
 
     def read(self, ids: Tensor, out: Tensor | None = None) -> Tensor:
-        images = torch.empty((len(ids), *self.shape[1:]), dtype=torch.uint8) if out is None else out
+        images = torch.empty((len(ids), *self.shape[1:]), dtype=torch.uint8, device="cpu") if out is None else out
         files = [self.files[number] for number in ids.tolist()]
         for row, image in enumerate(_decoded(files, self.size, resize=self.resize, workers=self.workers)):
             if isinstance(image, str):

@@ -53,11 +53,11 @@ def statistics(x: Tensor | StreamedImages) -> tuple[list[float], list[float]]:
     """
     if x.dtype != torch.uint8 or len(x.shape) != 4 or 0 in x.shape:
         raise ValueError(f"x must be uint8 [N, C, H, W] with at least one image, got {x.dtype} {list(x.shape)}")
-    counts = torch.zeros(x.shape[1], 256, dtype=torch.float64)
+    counts = torch.zeros(x.shape[1], 256, dtype=torch.float64, device="cpu")
     for first in range(0, len(x), _PART):
         for total, channel in zip(counts, x[first : first + _PART].unbind(1), strict=True):
             total += torch.bincount(channel.flatten(), minlength=256).cpu()
-    values = torch.arange(256, dtype=torch.float64) / 255
+    values = torch.arange(256, dtype=torch.float64, device="cpu") / 255
     share = counts / counts.sum(1, keepdim=True)
     mean = share @ values
     variance = (share * (values - mean[:, None]).square()).sum(1)

@@ -74,7 +74,7 @@ class StreamedImages:
             TypeError: the index is neither a slice nor such a tensor.
         """
         if isinstance(index, slice):
-            index = torch.arange(len(self))[index]
+            index = torch.arange(len(self), device="cpu")[index]
         if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.dim() != 1:
             raise TypeError(f"the index of streamed images must be a slice or an int64 tensor [B], got {index!r}")
         return self.read(index.cpu()).to(self.device)
@@ -159,7 +159,7 @@ def read_ahead(x: Tensor | StreamedImages, order: Sequence[Tensor]) -> Iterator[
     with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
         for k in range(len(order) + AHEAD):
             if k < len(order):
-                out = torch.empty((len(rows[k]), *x.shape[1:]), dtype=x.dtype, pin_memory=cuda)
+                out = torch.empty((len(rows[k]), *x.shape[1:]), dtype=x.dtype, device="cpu", pin_memory=cuda)
                 reading.append(pool.submit(x.read, rows[k], out))
             if k >= AHEAD:
                 yield order[k - AHEAD], reading.popleft().result().to(x.device, non_blocking=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .._compiler import is_compiled
 from .._processor import fast_bfloat16
-from .._tensors import dtype_of, first_tensor, write_stamp
+from .._tensors import check_floating, dtype_of, first_tensor, write_stamp
 from ..models.representation import Representation
 from ..ops.aggregate import aggregate
 from ..speed.folding.inference_copy import Accelerated, autocast_to, convert_to_channels_last
@@ -182,9 +182,9 @@ class Defence(StochasticDefence):
         Args:
             x: the tensor to check.
         """
-        if x.dim() != 4 or tuple(x.shape[1:]) != self.image_shape or not x.is_floating_point():
-            want = ", ".join(map(str, self.image_shape))
-            raise ValueError(f"x must be floating point [B, {want}], got {x.dtype} {list(x.shape)}")
+        check_floating(x=x)
+        if x.dim() != 4 or tuple(x.shape[1:]) != self.image_shape:
+            raise ValueError(f"x must be [B, {', '.join(map(str, self.image_shape))}], got {list(x.shape)}")
         if self.fast is not None and can_read_values(x.device) and self.fast.outdated():
             self.refresh()
 

@@ -91,7 +91,7 @@ class Suspicion:
         subject = self.measure.subject
         if probes.points is None or not fallen:
             return None
-        index = torch.tensor(fallen, dtype=torch.int64)
+        index = torch.tensor(fallen, dtype=torch.int64, device="cpu")
         points = probes.points[index].to(subject.x.device)
         chosen, judged = (subject.judge(points, "random", phase, index=index) for phase in ("choose", "judge"))
         return Worst(chosen.wrong, chosen.margins, judged.right.sum(0))

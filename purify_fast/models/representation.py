@@ -100,6 +100,19 @@ def _instead(name: str, modules: Iterable[str]) -> str:
     return f"some of its modules: {', '.join(outer[:12])}"
 
 
+def _reentrant(logits: Tensor) -> bool:
+    """Tell whether a part of the model that computed the logits ran inside a reentrant checkpoint."""
+    nodes, seen = [logits.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            if node.name() == "CheckpointFunctionBackward":
+                return True
+            seen.add(node)
+            nodes += [following for following, _ in node.next_functions]
+    return False
+
+
 class Representation:
     """Returns the outputs of chosen layers of a model, from a single forward pass. Several threads may use it together.
 
@@ -184,6 +197,9 @@ class Representation:
 
         Args:
             x: images ``[B, C, H, W]``.
+
+        Raises:
+            ValueError: a gradient is recorded, and a layer runs inside a reentrant checkpoint, so it gets none.
         """
         outputs: list[Any] = [None] * len(self.layers)
         if torch.compiler.is_compiling():
@@ -194,7 +210,15 @@ class Representation:
         thread = threading.get_ident()
         self.outputs[thread] = outputs
         try:
-            return self.model(x), outputs
+            logits = self.model(x)
+            read = zip(self.layers, outputs, strict=True)
+            cut = [name for name, output in read if output is not None and not output.requires_grad]
+            if cut and _reentrant(logits):
+                raise ValueError(
+                    f"layers: {cut[0]!r} runs inside torch.utils.checkpoint with use_reentrant=True, so its output has "
+                    "no gradient: write use_reentrant=False in the classifier, or choose another layer"
+                )
+            return logits, outputs
         finally:
             # Remove the outputs also after an error. Otherwise their memory and their graph would not be freed.
             del self.outputs[thread]

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._tensors import check_floating
 from .dispatch.examples import ROWS, examples, normal
 from .dispatch.gradient import cpu_kernel, differentiable, needs_gradient, saves
 from .dispatch.registry import define_backward, define_op, second_argument, wide
@@ -189,8 +190,9 @@ def aggregate(logits: Tensor, method: str = "lse", dim: int = 1) -> Tensor:
     ``vote`` has gradient 0. The op has first-order gradients only and is deterministic. The kernels do not support
     ``vmap``.
     """
-    if logits.dim() != 3 or not logits.is_floating_point():
-        raise ValueError(f"logits must be floating point [B, K, C], got {logits.dtype} {list(logits.shape)}")
+    check_floating(logits=logits)
+    if logits.dim() != 3:
+        raise ValueError(f"logits must be [B, K, C], got {list(logits.shape)}")
     if not -3 <= dim <= 2:
         raise ValueError(f"dim must be from -3 to 2, got {dim}")
     if dim not in (1, -2):

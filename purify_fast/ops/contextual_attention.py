@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._tensors import check_one_device, last_channels, without_autocast
+from .._tensors import check_floating, check_one_device, last_channels, without_autocast
 from .dispatch.examples import ROWS, examples, normal, uniform, wide_dtype
 from .dispatch.gradient import SAVING_KERNELS, cpu_kernel, differentiable, may_save, needs_gradient
 from .dispatch.registry import define_backward, define_op, wide
@@ -264,8 +264,9 @@ def contextual_attention(features: Tensor, valid: Tensor, scale: float = 10.0) -
     are stored until the backward. The op has first-order gradients only and is deterministic. A sample's result does
     not depend on the other samples, apart from the rounding of the matrix products.
     """
-    if features.dim() != 4 or not features.is_floating_point():
-        raise ValueError(f"features must be floating point [B, C, H, W], got {features.dtype} {list(features.shape)}")
+    check_floating(features=features)
+    if features.dim() != 4:
+        raise ValueError(f"features must be [B, C, H, W], got {list(features.shape)}")
     batch, channels, rows, columns = features.shape
     if rows % 2 or columns % 2 or rows == 0 or columns == 0:
         raise ValueError(f"features must have even H and W, at least 2, got [B, C, H, W] = {list(features.shape)}")

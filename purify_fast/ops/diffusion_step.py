@@ -43,7 +43,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._tensors import per_image, without_autocast
+from .._tensors import check_floating, per_image, without_autocast
 from .dispatch.examples import ROWS, examples, laid_out, normal, stream, wide_dtype
 from .dispatch.gradient import differentiable, needs_gradient
 from .dispatch.registry import define_backward, define_op
@@ -192,6 +192,7 @@ _diffusion_step = differentiable(OP.handle, _backward)
 
 def _check(x: Tensor, prediction: Tensor, coefficients: Tensor) -> None:
     """Raise ValueError if the shapes or dtypes do not match."""
+    check_floating(x=x, prediction=prediction, coefficients=coefficients)
     if x.dim() < 2 or x.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"x must be float32 or float64 [B, C, ...], got {x.dtype} {list(x.shape)}")
     batch, channels, *rest = x.shape

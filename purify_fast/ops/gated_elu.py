@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._tensors import last_channels
+from .._tensors import check_floating, last_channels
 from .dispatch.examples import ROWS, examples, normal
 from .dispatch.gradient import differentiable, needs_gradient
 from .dispatch.registry import define_backward, define_op, wide
@@ -86,8 +86,9 @@ def gated_elu(features: Tensor) -> Tensor:
 
     The op has first-order gradients only and is deterministic. The kernels do not support ``vmap``.
     """
-    if features.dim() < 2 or not features.is_floating_point():
-        raise ValueError(f"features must be floating point [B, 2C, ...], got {features.dtype} {list(features.shape)}")
+    check_floating(features=features)
+    if features.dim() < 2:
+        raise ValueError(f"features must be [B, 2C, ...], got {list(features.shape)}")
     if features.shape[1] % 2:
         raise ValueError(f"features must have an even number of channels, 2C, got {features.shape[1]}")
     if OP.uses_reference(features.device, features.dtype, features.numel()):

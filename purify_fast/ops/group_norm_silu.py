@@ -9,9 +9,9 @@ u = (h - mean) / sqrt(var + eps) and means over the group:
 
     dx = (w m - mean(w m) - u mean(w m u)) / sqrt(var + eps)       dw = sum m u       db = sum m
 
-The kernel supports a single case: bfloat16 in channels_last, with a multiple of 16 channels per group, on a processor
-with AVX512-BF16. It computes only the gradient of x. If the weights need gradients, PyTorch's operators are used. GPUs
-have no kernel, because compilers fuse the definition there.
+The kernel supports a single case: bfloat16 in channels_last, with a multiple of 16 channels, and 4, 8 or a multiple of
+16 channels per group, on a processor with AVX512-BF16. It computes only the gradient of x. If the weights need
+gradients, PyTorch's operators are used. GPUs have no kernel, because compilers fuse the definition there.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from .dispatch.examples import ROWS, examples, normal, wide_dtype
 from .dispatch.gradient import first_order, needs_gradient, transformed
 from .dispatch.registry import define_backward, define_op, second_argument, wide
 
-#: The number of channels that the kernel processes together. They must belong to one group.
-LANES = 16
+#: The number of channels that the kernel processes together, and the sizes of groups of which it processes several.
+LANES, SEVERAL = 16, (4, 8)
 #: The types of devices on which `torch.group_norm` accepts images of 16 bits with weights in float32. CUDA does not.
 MIXED_DTYPES = ("cpu", "meta")
 
@@ -84,6 +84,8 @@ EXAMPLES = (
     ((ROWS, 7, 6, 32), 2, 1),
     ((ROWS, 5, 4, 96), 2, ROWS),
     ((ROWS, 9, 1, 16), 1, 0),
+    ((ROWS, 3, 5, 32), 8, ROWS),
+    ((ROWS, 5, 4, 48), 6, 1),
 )
 #: Feature maps of `purify_fast.models.UNet` with width 32.
 RACED = (((ROWS, 16, 16, 32), 2, 1), ((ROWS, 8, 8, 192), 12, 0), ((ROWS, 4, 4, 128), 8, 1))
@@ -163,7 +165,8 @@ def group_norm_silu(
     """Compute SiLU of the group normalization of ``x + shift``.
 
     Args:
-        x: images ``[B, C, ...]``, floating point. A kernel accepts ``[B, C, H, W]`` in bfloat16 and channels_last.
+        x: images ``[B, C, ...]``, floating point. A kernel accepts ``[B, C, H, W]`` in bfloat16 and channels_last,
+            if C is a multiple of 16 and C / groups is 4, 8 or a multiple of 16.
         groups: number of groups of channels.
         weight: ``[C]``, in float32 or x's dtype.
         bias: ``[C]``, in weight's dtype.
@@ -185,7 +188,8 @@ def group_norm_silu(
     numbers = (weight, bias) if shift is None else (weight, bias, shift)
     if (
         x.dtype != torch.bfloat16
-        or x.shape[1] % (LANES * groups)
+        or x.shape[1] % LANES
+        or (x.shape[1] // groups % LANES and x.shape[1] // groups not in SEVERAL)
         or not last_channels(x)
         or transformed()
         or needs_gradient(*numbers)

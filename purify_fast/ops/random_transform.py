@@ -25,13 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._tensors import check_one_device, memory_format, without_autocast
+from .._tensors import FLOATING, check_floating, check_one_device, memory_format, without_autocast
 from .dispatch.examples import LAYOUTS, ROWS, examples, laid_out, stream, uniform
 from .dispatch.gradient import differentiable, needs_gradient
 from .dispatch.registry import define_backward, define_op, wide
 from .philox import Stream, default_stream, philox
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 #: The owner of a block is stored as one byte.
 MOST_PASSES = 255
 
@@ -242,8 +241,9 @@ def random_transform(
     ``vmap``.
     """
     dtype = x.dtype if dtype is None else dtype
-    if x.dim() != 4 or x.dtype not in DTYPES:
-        raise ValueError(f"x must be floating point [B, C, H, W], got {x.dtype} {list(x.shape)}")
+    check_floating(x=x)
+    if x.dim() != 4:
+        raise ValueError(f"x must be [B, C, H, W], got {list(x.shape)}")
     seed, sample_ids = default_stream(seed, sample_ids, x.shape[0], x=x)
     height, width = x.shape[2:]
     block = block if mask is None else 1
@@ -259,7 +259,7 @@ def random_transform(
         raise ValueError(f"num_passes must be 1 to {most} and divide the {blocks} blocks of an image, got {num_passes}")
     if samples < 1 or (isinstance(samples, int) and samples >= 2**63):
         raise ValueError(f"samples must be at least 1 and below 2^63, got {samples}")
-    if dtype not in DTYPES:
+    if dtype not in FLOATING:
         raise ValueError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
     if mask is not None:
         owners = _owners(mask, x, num_passes, samples)

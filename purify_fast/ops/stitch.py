@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._tensors import check_one_device, last_channels, memory_format
+from .._tensors import check_floating, check_one_device, last_channels, memory_format
 from .dispatch.examples import LAYOUTS, ROWS, examples, laid_out, normal
 from .dispatch.gradient import differentiable, needs_gradient
 from .dispatch.registry import define_backward, define_op
-from .random_transform import DTYPES, on_pixels
+from .random_transform import on_pixels
 
 
 def layout(images: Tensor) -> torch.memory_format:
@@ -115,8 +115,9 @@ def stitch(images: Tensor, owners: Tensor) -> Tensor:
     A block is read only in the pass that owns it, so it may have NaN in other passes. The op has first-order gradients
     only and is deterministic. The kernels do not support ``vmap``.
     """
-    if images.dim() != 4 or images.dtype not in DTYPES:
-        raise ValueError(f"images must be floating point [S * B * N, C, H, W], got {images.dtype} {list(images.shape)}")
+    check_floating(images=images)
+    if images.dim() != 4:
+        raise ValueError(f"images must be [S * B * N, C, H, W], got {list(images.shape)}")
     if owners.dim() != 4 or owners.dtype != torch.uint8:
         raise ValueError(f"owners must be uint8 [S, B, rows, columns], got {owners.dtype} {list(owners.shape)}")
     check_one_device(images=images, owners=owners)

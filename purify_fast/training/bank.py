@@ -253,7 +253,7 @@ class BankedStep:
         bank, n, kind = self.bank, len(x), kinds.tolist()
         at = self.entries[rows].tolist()
         # each image has two numbers: the first decides if it is attacked again, and the second which variant is read
-        draws = philox(torch.tensor([self.seed]), self.entries[rows], 2, stream=Stream.BANK)[:, 0].numpy()
+        draws = philox(torch.tensor([self.seed], device="cpu"), self.entries[rows], 2, stream=Stream.BANK)[:, 0].numpy()
         found = [bank.find(at[i], kind[i], self.seed, draws[i, 1]) for i in range(n)]
         missing, own = (np.array(each) for each in zip(*((record is None, own) for record, own in found), strict=True))
         anew = draws[:, 0] < (bank.config.refresh * bank.period if self.step % bank.period == 0 else 0.0)
@@ -276,7 +276,7 @@ class BankedStep:
                 bank.keep(at[i], kind[i], self.seed, steps[i], scale[i])
             if bank.config.refresh == 1:
                 return made
-        eps = torch.tensor([one.eps for one in bank.attacks.attacks])[kinds]
+        eps = torch.tensor([one.eps for one in bank.attacks.attacks], device="cpu")[kinds]
         ball = Ball(eps.to(x.device), bank.attacks.norm)
         return restored(x, torch.from_numpy(steps).to(x.device), torch.from_numpy(scale).to(x.device), ball)
 

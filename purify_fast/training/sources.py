@@ -178,7 +178,7 @@ class Loader:
                 ) from None
             images, labels, *rest = batch
             images, labels = _as_tensor(images, self.device), _as_labels(_as_tensor(labels, self.device))
-            ids = rest[0] if rest else torch.arange(seen, seen + len(images))
+            ids = rest[0] if rest else torch.arange(seen, seen + len(images), device="cpu")
             seen += len(images)
             if k >= first:
                 _check_batch(images, labels, ids)

@@ -3,15 +3,20 @@
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
-from purify_fast.ops import REGISTRY, pgd_step, philox, use_backend
+from purify_fast import _library
+from purify_fast.attacks import checkpointed_steps
+from purify_fast.ops import REGISTRY, aggregate, gated_elu, pgd_step, philox, use_backend
 from purify_fast.ops.dispatch.op import BACKENDS, Call
-from purify_fast.ops.dispatch.registry import _narrow
+from purify_fast.ops.dispatch.registry import Op, _narrow, forced_backends
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+needs_extension = pytest.mark.skipif(not _library.loaded(), reason="the CPU's kernels are the extension's")
 
 
 def test_every_op_has_its_reference_everywhere():
@@ -82,6 +87,66 @@ def test_use_backend_nests_and_restores():
         use_backend("tritom"),
     ):
         pass
+
+
+def test_use_backend_concerns_its_own_thread():
+    entered, left, inside = threading.Event(), threading.Event(), []
+
+    def first():
+        with use_backend("reference"):
+            entered.set()
+            left.wait(60)
+            inside.append(forced_backends())
+
+    before, thread = forced_backends(), threading.Thread(target=first)
+    thread.start()
+    entered.wait(60)
+    with use_backend("cpp"):
+        left.set()
+        thread.join()
+        assert forced_backends() == ("cpp",)
+    assert inside == [("reference",)] and forced_backends() == before
+
+
+@needs_extension
+def test_a_backward_pass_in_another_thread_has_the_backend_of_the_forward(monkeypatch):
+    chosen, backward = [], REGISTRY["gated_elu_backward"]
+    serving = type(backward).serving
+
+    def watch(op: Op, call: Call) -> str:
+        chosen.append((op.name, backend := serving(op, call)))
+        return backend
+
+    monkeypatch.setattr(type(backward), "serving", watch)
+    x = torch.rand(2, 4, 3, 3, requires_grad=True)
+    monkeypatch.setitem(backward.served, Call(CPU, "", torch.float32, 0), "reference")
+    with use_backend("cpp"):
+        gated = gated_elu(x)
+        repeated = checkpointed_steps(lambda x, i: gated_elu(torch.cat([x, x], 1)), x, 2, keep=0)
+    for result in (gated, repeated):
+        chosen.clear()
+        thread = threading.Thread(target=result.sum().backward)
+        thread.start()
+        thread.join()
+        assert {one for one in chosen if "gated_elu" in one[0]} >= {("gated_elu_backward", "cpp")}
+        assert all(backend == "cpp" for _, backend in chosen)
+
+
+def test_compiled_code_follows_use_backend():
+    """Dynamo compiles once for each choice, and traces a block within the compiled function."""
+    torch._dynamo.reset()
+    counter, x = CompileCounter(), torch.rand(3, 8, 10)
+    compiled = torch.compile(aggregate, backend=counter, fullgraph=True)
+    for name in (None, "reference", "cpp" if _library.loaded() else None, None):
+        with use_backend(name):
+            compiled(x)
+    assert counter.frame_count == 2 + _library.loaded()
+
+    def inside(x: torch.Tensor) -> torch.Tensor:
+        with use_backend("reference"):
+            return aggregate(x)
+
+    assert torch.equal(torch.compile(inside, backend="eager", fullgraph=True)(x), inside(x))
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess:

@@ -13,8 +13,9 @@ from purify_fast.ops import group_norm_silu, use_backend
 op = import_module("purify_fast.ops.group_norm_silu")
 LAST, HALF = torch.channels_last, torch.bfloat16
 #: batch, channels, height, width, groups; one pixel more and less than the kernel's rounds of four, groups of two
-#: vectors, groups that no kernel takes, no image
-SHAPES = ((2, 16, 1, 2, 1), (3, 32, 5, 5, 2), (2, 96, 4, 7, 3), (1, 192, 8, 8, 12), (2, 24, 4, 4, 2), (0, 16, 4, 4, 1))
+#: vectors, several groups in a vector; groups that no kernel takes, no image
+FITS = ((2, 16, 1, 2, 1), (3, 32, 5, 5, 2), (2, 96, 4, 7, 3), (1, 192, 8, 8, 12), (3, 48, 5, 3, 12), (2, 64, 3, 6, 8))
+SHAPES = (*FITS, (2, 24, 4, 4, 2), (2, 32, 4, 4, 16), (0, 16, 4, 4, 1))
 
 
 @pytest.fixture(params=["reference", "as on CUDA", "cpp"])
@@ -49,18 +50,20 @@ def errors(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> list[float]
 
 @pytest.mark.parametrize("rows", [0, 1, "each"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_values_and_gradients(kernels, poisoned, shape, rows):
+def test_values_and_gradients(kernels, poisoned, monkeypatch, shape, rows):
     *size, groups = shape
     batch, channels = size[:2]
     x = normal(*size).to(memory_format=LAST).requires_grad_()
     weight, bias = (normal(channels, seed=seed, dtype=torch.float32) for seed in (1, 2))
     shift = normal(batch if rows == "each" else rows, channels, seed=3) if rows else None
     grad = normal(*size, seed=4)
+    once = kernels == "cpp" and shape in FITS
+    if once:
+        monkeypatch.setattr(op, "_composed", None)
     out = group_norm_silu(x, groups, weight, bias, shift)
     assert out.dtype == HALF and out.shape == x.shape
     found = out.detach(), torch.autograd.grad(out, x, grad)[0]
     # a rounding to bfloat16 errs by 0.17 %; PyTorch's operators round more than once
-    once = kernels == "cpp" and channels % (op.LANES * groups) == 0
     assert max(errors(found, truth(x, grad, groups, weight, bias, shift))) < (0.003 if once else 0.01)
     with torch.no_grad():
         assert torch.equal(group_norm_silu(x, groups, weight, bias, shift), out)

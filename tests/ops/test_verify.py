@@ -247,6 +247,16 @@ def test_a_folder_that_cannot_be_written(make, folder, caplog):
     assert sum("cannot be written" in record.message for record in caplog.records) == 1
 
 
+def test_a_user_without_account_and_home(make, caplog, monkeypatch):
+    """The kernels are verified in this process, as with a folder that cannot be written."""
+    for name in ("HOME", "XDG_CACHE_HOME", "PURIFY_FAST_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    pwd = pytest.importorskip("pwd")
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: {}[uid])
+    assert make(lambda x: x + x).serving(Call(CPU)) == "cpp"
+    assert "set PURIFY_FAST_CACHE to a writable folder" in caplog.text and "cannot be read" not in caplog.text
+
+
 def test_verification_can_be_switched_off(make, folder, monkeypatch):
     monkeypatch.setenv("PURIFY_FAST_VERIFY", "off")
     assert make(lambda x: 3 * x).serving(Call(CPU)) == "cpp" and not folder.exists()

@@ -64,11 +64,11 @@ class PaceMonitor:
     def __init__(self, checks: Iterable[int], steps: int, times: float, gains: Gains | None = None):
         self.checks, self.steps, self.times, self.gains = sorted(set(checks)), steps, times, gains
         #: The step after which gains are measured, and the distance of each row from its border at that step, ``[R]``.
-        self.early_step, self.early = round(EARLY_SHARE * steps), torch.tensor(torch.nan)
+        self.early_step, self.early = round(EARLY_SHARE * steps), torch.tensor(torch.nan, device="cpu")
         #: A dict from the step of a check to the earlier step at which distances were noted, and these distances.
         self.notes: dict[int, tuple[int, Tensor]] = {}
         #: True for rows whose pace was above 0 at the last check, and for all rows at the end of the early steps.
-        self.came_nearer = torch.tensor(False)
+        self.came_nearer = torch.tensor(False, device="cpu")
         self.last_step = 0
 
     def due(self, step: int) -> bool:

@@ -348,7 +348,7 @@ class Subject:
 
         def predict() -> Judgement:
             self.reseed(phase)
-            right, named, leads, nonfinite = [], [], torch.zeros(len(x)), 0
+            right, named, leads, nonfinite = [], [], torch.zeros(len(x), device="cpu"), 0
             with self.variant(variant):
                 for _ in range(draws):
                     parts = x.split(self.batch_size)

@@ -34,7 +34,7 @@ def make_room(subject: Subject, models: Iterable[Classifier], memory: int | str 
         objective = Objective(model, "ce")
 
         def gradient(count: int, objective: Objective = objective) -> object:
-            some = torch.arange(count) % len(subject.x)
+            some = torch.arange(count, device="cpu") % len(subject.x)
             x, y = subject.x[some.to(subject.x.device)], subject.y[some.to(subject.y.device)]
             return objective.gradient(x.to(device), y.to(device))
 

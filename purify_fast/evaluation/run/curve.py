@@ -140,7 +140,7 @@ class Curve:
 
         def make() -> Row:
             alive, health, seconds = standing.copy(), Counter[str](), 0.0
-            best, lead = subject.x.clone(), torch.full((len(alive),), torch.inf)
+            best, lead = subject.x.clone(), torch.full((len(alive),), torch.inf, device="cpu")
             wrong = np.zeros(len(alive))
             for spec in at_radius:
                 if not alive.any():

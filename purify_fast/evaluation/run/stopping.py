@@ -45,7 +45,7 @@ def by_margin(index: Tensor, margins: np.ndarray) -> Tensor:
 def nearest_first(index: Tensor, margins: np.ndarray, seed: int) -> Tensor:
     """Sort images into the order in which they are attacked."""
     near = by_margin(index, margins)
-    place = torch.arange(len(near)) / max(1, len(near))
+    place = torch.arange(len(near), device="cpu") / max(1, len(near))
     lots = philox(philox_key(seed, near.device), near, 1, stream=Stream.LOTS, distribution="uniform")
     return near[torch.minimum(place, BY_LOT * lots.flatten()).argsort(stable=True)]
 

@@ -65,7 +65,7 @@ def attacked(defence: Atop, batch: Batch, config: AtopConfig, graphs: StepGraphs
 
     if batch.bank is not None and not pipeline:
         count = len(batch.x)
-        return batch.bank.images(batch.x, slice(count), torch.zeros(count, dtype=torch.int64), make)
+        return batch.bank.images(batch.x, slice(count), torch.zeros(count, dtype=torch.int64, device="cpu"), make)
     with noise_of(defence, batch) if pipeline else contextlib.nullcontext():
         return make(None)
 

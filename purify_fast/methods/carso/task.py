@@ -117,7 +117,7 @@ def balanced_batch(
     if batch.bank is None:
         adversarial = make(None)
     else:
-        adversarial = batch.bank.images(clean, attacked, torch.arange(4).repeat_interleave(atom), make)
+        adversarial = batch.bank.images(clean, attacked, torch.arange(4, device="cpu").repeat_interleave(atom), make)
     return torch.cat([x[: attacked.start], adversarial])
 
 

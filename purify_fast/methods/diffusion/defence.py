@@ -140,7 +140,7 @@ class DiffusionPurifier(Defence):
             )
         table, self.begins = self.process.table()
         self.adds_noise: list[bool] = (table.coefficients[:, COEFFICIENTS.index("noise")] != 0).tolist()
-        rows = {"_rows": torch.arange(2 * len(self.begins))}
+        rows = {"_rows": torch.arange(2 * len(self.begins), device="cpu")}
         # each float64 number is stored as an int64 number with the same bits, because floats would be rounded when a
         # user converts the defence to another dtype
         rows |= {f"_{name}": numbers.view(torch.int64) for name, numbers in table._asdict().items()}

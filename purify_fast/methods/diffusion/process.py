@@ -181,7 +181,7 @@ class Process:
                 # each step multiplies the weight by the variance that the denoiser predicts
                 variances = torch.ones_like(variances)
             weights = variances * self.guidance_scale * forward[:, 5] / forward[:, 4]
-            blank = torch.zeros(1, dtype=torch.float64)
+            blank = torch.zeros(1, dtype=torch.float64, device="cpu")
             rows.append(Table(forward[:1], forward[:1], blank, blank))
             rows.append(Table(steps, forward, told, weights))
             begins += [True] + [False] * len(steps)

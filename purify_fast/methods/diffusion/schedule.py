@@ -44,7 +44,7 @@ Beta = Annotated[float, Range(0, 1, above=True, below=True)]
 def _products(schedule: Schedule, device: torch.device) -> Tensor:
     """Return alpha_bar at the time 0, where it is 1, and at the times of all training steps, float64 ``[N + 1]``."""
     with torch.inference_mode(False):
-        return torch.cat([torch.ones(1, dtype=torch.float64), (1 - schedule.betas).cumprod(0)]).to(device)
+        return torch.cat([torch.ones(1, dtype=torch.float64, device="cpu"), (1 - schedule.betas).cumprod(0)]).to(device)
 
 
 @dataclass(frozen=True)
@@ -99,11 +99,11 @@ class Schedule:
     def betas(self) -> Tensor:
         """The variances that the training steps of linear and cosine add, float64 ``[N]``."""
         if self.kind == "cosine":
-            t = torch.arange(self.steps + 1, dtype=torch.float64) / self.steps
+            t = torch.arange(self.steps + 1, dtype=torch.float64, device="cpu") / self.steps
             kept = torch.cos(pi / 2 * (t + 0.008) / 1.008).square()
             return (1 - kept[1:] / kept[:-1]).clamp(max=LARGEST_BETA)
         scale = USUAL_STEPS / self.steps
-        return scale * torch.linspace(self.first_beta, self.last_beta, self.steps, dtype=torch.float64)
+        return scale * torch.linspace(self.first_beta, self.last_beta, self.steps, dtype=torch.float64, device="cpu")
 
     def alpha_bar(self, t: Tensor) -> Tensor:
         """Return alpha_bar, the squared factor of the image, float64.
@@ -161,7 +161,7 @@ class Schedule:
         if steps > MOST_STEPS:
             raise ValueError(f"steps must be at most {MOST_STEPS}, got {steps}")
         if self.is_continuous:
-            times = torch.linspace(start, 0, steps + 1, dtype=torch.float64)
+            times = torch.linspace(start, 0, steps + 1, dtype=torch.float64, device="cpu")
             times[-1] = END
             return times
         if steps > first:
@@ -169,7 +169,7 @@ class Schedule:
                 f"steps must be at most {first}, got {steps}: t_star = {start} is training step {first}, and a "
                 "training step cannot be divided"
             )
-        return torch.linspace(first, 0, steps + 1, dtype=torch.float64).round() / self.steps
+        return torch.linspace(first, 0, steps + 1, dtype=torch.float64, device="cpu").round() / self.steps
 
     def told(self, t: Tensor, times: Times) -> Tensor:
         """Convert times of this schedule to a denoiser's units, float64.
@@ -197,7 +197,7 @@ class Schedule:
         Raises:
             ValueError: sigma is not above 0, or no time has so much noise.
         """
-        t = torch.arange(1, self.steps + 1, dtype=torch.float64) / self.steps
+        t = torch.arange(1, self.steps + 1, dtype=torch.float64, device="cpu") / self.steps
         kept = self.alpha_bar(t)
         enough = ((1 - kept) / kept).sqrt() >= 2 * sigma
         if not sigma > 0 or not bool(enough.any()):

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
 from ... import _library
-from .registry import Op
+from .registry import Op, forced_backends, use_backend
 
 
 def needs_gradient(*tensors: Tensor) -> bool:
@@ -77,13 +77,17 @@ def differentiable(
             values = saved(inputs, outputs)
             ctx.save_for_backward(*[value for value in values if isinstance(value, Tensor)])
             ctx.settings = [value for value in values if not isinstance(value, Tensor)]
-            ctx.inputs = len(inputs)
+            ctx.inputs, ctx.backends = len(inputs), forced_backends()
 
         @staticmethod
         @first_order
         def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
             if grads[0] is None:
                 return (None,) * ctx.inputs
+            # PyTorch may run a backward in a thread of its own, which does not have the choice of the forward.
+            if ctx.backends != forced_backends():
+                with use_backend(",".join(ctx.backends) or None):
+                    return Function.backward(ctx, *grads)
             result = backward(*grads[: len(grads) - constants], *ctx.saved_tensors, *ctx.settings)
             result = result if isinstance(result, tuple) else (result,)
             return *result, *[None] * (ctx.inputs - len(result))

@@ -38,10 +38,18 @@ def folder() -> Path:
     if os.environ.get("PURIFY_FAST_CACHE"):
         return Path(os.environ["PURIFY_FAST_CACHE"])
     if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local") / "purify_fast/Cache"
+        return Path(os.environ.get("LOCALAPPDATA") or _home() / "AppData/Local") / "purify_fast/Cache"
     if sys.platform == "darwin":
-        return Path.home() / "Library/Caches/purify_fast"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "purify_fast"
+        return _home() / "Library/Caches/purify_fast"
+    return Path(os.environ.get("XDG_CACHE_HOME") or _home() / ".cache") / "purify_fast"
+
+
+def _home() -> Path:
+    """The user's home folder, or a path below which nobody can write, if the user has no account and no HOME."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return Path(os.devnull)
 
 
 def processor() -> str:

@@ -13,7 +13,7 @@ reference must also be one that compilers do not fuse. In every case, the kernel
 The backends are ``reference`` (PyTorch, any device), ``cpp`` (C++, CPU) and ``triton`` (GPU). ``PURIFY_FAST_BACKEND``,
 which is read once at import, forces one or several backends, such as ``cpp,triton``. Each op uses the first of these
 that it has for the device of its tensors, and raises an error if it has none of them. `use_backend` does the same for a
-block.
+block in one thread.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import functools
 import importlib
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, cast
@@ -47,12 +48,23 @@ def _checked(names: str | None) -> tuple[Backend, ...]:
     return cast("tuple[Backend, ...]", chosen)
 
 
-_forced: tuple[Backend, ...] = _checked(os.environ.get("PURIFY_FAST_BACKEND"))
+class _Forced(threading.local):
+    """The backends that are forced in a thread. `torch.compile` can trace a change of them, not of a ContextVar."""
+
+    # Each thread calls this once. If the attribute were the class's, the compiler would not notice a later change.
+    def __init__(self, names: tuple[Backend, ...]) -> None:
+        self.names = names
+
+
+_forced = _Forced(_checked(os.environ.get("PURIFY_FAST_BACKEND")))
 
 
 @contextlib.contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Force the backend of the ops within the block.
+    """Force the backend of the ops within the block, and of their backward passes.
+
+    The block concerns only its own thread. Threads that start within the block choose their backends themselves, and
+    asyncio tasks of one thread share the choice, so do not await within the block.
 
     Args:
         name: ``reference``, ``cpp`` (on CPUs) or ``triton`` (on GPUs), or several of them separated by commas. An op
@@ -62,17 +74,16 @@ def use_backend(name: str | None) -> Iterator[None]:
     Raises:
         ValueError: if a name is unknown. An op that has none of the backends raises RuntimeError when it is called.
     """
-    global _forced
-    before, _forced = _forced, _checked(name)
+    before, _forced.names = _forced.names, _checked(name)
     try:
         yield
     finally:
-        _forced = before
+        _forced.names = before
 
 
-def forced_backends() -> tuple[str, ...]:
-    """Return the backends that `use_backend` or the environment forces now; empty if none is forced."""
-    return _forced
+def forced_backends() -> tuple[Backend, ...]:
+    """Return the backends that `use_backend` or the environment forces here; empty if none is forced."""
+    return _forced.names
 
 
 def second_argument(_, x: torch.Tensor, *__) -> tuple[torch.dtype, int]:
@@ -104,12 +115,12 @@ class Op(Definition):
         # A traced call may have another size later, so the backend must not depend on the size.
         bits = 0 if compiling or type(size) is not int else size.bit_length()
         # Every eager call runs this line, so it must be fast. A tuple finds the `Call` with the same values.
-        backend = None if compiling or _forced else self.served.get((device, variant, dtype, bits, "eager"))  # type: ignore[call-overload]
+        backend = None if compiling or _forced.names else self.served.get((device, variant, dtype, bits, "eager"))  # type: ignore[call-overload]
         return (backend or self.serving(Call(device, variant, dtype, bits))) == "reference"
 
     def serving(self, call: Call) -> Backend:
         """Return the backend that computes a call. A kernel is used only after it was verified."""
-        forced = self.forced(call.device.type) if _forced else None
+        forced = self.forced(call.device.type) if _forced.names else None
         if forced is not None:
             return forced
         if torch.compiler.is_compiling():
@@ -154,16 +165,16 @@ class Op(Definition):
 
     def forced(self, kind: str) -> Backend | None:
         """Return the backend that is forced for a type of device, or None."""
-        there = self.available.get(kind, ("reference",))
-        for name in _forced:
+        there, wanted = self.available.get(kind, ("reference",)), _forced.names
+        for name in wanted:
             if name in there:
                 return name
-        if not _forced:
+        if not wanted:
             return None
-        missing = " or ".join(map(repr, _forced))
+        missing = " or ".join(map(repr, wanted))
         raise RuntimeError(
             f"{self.name}: the forced backend {missing} has no kernel for tensors on {kind}, allowed are: "
-            f"{', '.join(there)}. Add one of these, as in use_backend('{','.join(_forced)},reference')"
+            f"{', '.join(there)}. Add one of these, as in use_backend('{','.join(wanted)},reference')"
         )
 
 
@@ -188,7 +199,7 @@ def kernels_now(device: torch.device) -> str:
         for name, op in REGISTRY.items()
         if op.kernel(device.type) != "reference" and not all(example.exact for example in op.examples)
     }
-    return text_hash(json.dumps([device.type, _forced, chosen], sort_keys=True)).hexdigest()
+    return text_hash(json.dumps([device.type, _forced.names, chosen], sort_keys=True)).hexdigest()
 
 
 def forget_choices() -> None:

@@ -282,7 +282,7 @@ def test_what_does_not_fit_is_refused_at_once():
     ):
         with pytest.raises(ValueError, match=rf"the classifier must map .*{said}"):
             defence(classifier=classifier)
-    with pytest.raises(ValueError, match=r"x must be floating point \[B, 1, 16, 16\]"):
+    with pytest.raises(ValueError, match=r"x must be \[B, 1, 16, 16\]"):
         defence()(torch.rand(2, 3, 16, 16))
 
 

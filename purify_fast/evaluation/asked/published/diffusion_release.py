@@ -136,7 +136,7 @@ class _Adjoint(torch.autograd.Function):
             (grad,) = torch.autograd.grad(ahead, leaf, grad)
             y = 2 * leaf.detach() - ahead.detach()
         # alpha x + sigma z is computed before the SDE, and its gradient has the factor alpha
-        return None, grad * schedule.alpha_bar(torch.tensor(start)).sqrt().to(grad), None, None
+        return None, grad * schedule.alpha_bar(torch.tensor(start, device="cpu")).sqrt().to(grad), None, None
 
 
 def authors_attacks(defence: Any, eps: float) -> list[AttackSpec]:
