@@ -37,7 +37,7 @@ from .loss_watch import Diverged, LossWatch
 from .optimizers import fuse, set_learning_rate, weights_of
 from .run import Run
 from .sources import HeldOut, Images, Loader, make_sources, step_seed
-from .task import Batch, Metrics, Task
+from .task import Batch, Metrics, Task, frozen_parts
 
 logger = logging.getLogger("purify_fast")
 
@@ -115,8 +115,9 @@ def fit(
     folder = None if folder is None else Path(folder)
     source, held_out = make_sources(task, x, y, config, validation)
     run = Run(task, config, source, held_out, folder, bank=bank)
+    task.frozen = frozen_parts(task.model)
     if processes()[1] > 1:
-        task.model.train()
+        task.train()
         _check_batchnorm(task.model)
     first = processes()[0] == 0
     # The caller may be within torch.no_grad() or torch.inference_mode().
@@ -242,7 +243,7 @@ def _state(run: Run, images: int, metrics: dict[str, Any], epoch: int, images_pe
 
 def train_step(task: Task, batch: Batch) -> Metrics:
     """Take a training step with all of its updates, with the model in training mode."""
-    task.model.train()
+    task.train()
 
     def take() -> Metrics:
         measured: Metrics = {}
@@ -278,7 +279,7 @@ def choose_threads(run: Run, batch: Batch) -> None:
     # With another number of cores, the sums of the beginning cannot be repeated anyway.
     if run.threads is None or run.threads[0] != run.given_threads:
         with _undone(task.model, batch.x.device):
-            task.model.train()
+            task.train()
             run.threads = [run.given_threads, fastest_threads(step)]
     torch.set_num_threads(run.threads[1])
 

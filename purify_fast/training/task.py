@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -106,6 +106,7 @@ class Task:
         acts_from_step: result of `terms` for the run; `fit` sets it.
         bank: settings of the adversarial bank, which are written into the saved model; `fit` sets them. Empty without a
             bank.
+        frozen: parts of the model that remain in evaluation mode; `fit` sets them by `frozen_parts`.
     """
 
     model: nn.Module
@@ -114,6 +115,7 @@ class Task:
     graphs: StepGraphs | None = None
     acts_from_step: Mapping[str, int] = MappingProxyType({})
     bank: Mapping[str, Any] = MappingProxyType({})
+    frozen: Sequence[nn.Module] = ()
 
     @property
     def result(self) -> nn.Module:
@@ -191,6 +193,12 @@ class Task:
         loss, metrics = self.training_step(batch)
         yield Update("model", loss, metrics)
 
+    def train(self) -> None:
+        """Put the model into training mode, except the parts that the user froze."""
+        self.model.train()
+        for part in self.frozen:
+            part.training = False
+
     def before_step(self) -> None:
         """Run by `fit` after the gradients are computed, and before the optimizer changes the weights."""
 
@@ -230,6 +238,31 @@ class Task:
         with torch.no_grad():
             loss, metrics = self.training_step(batch)
         return {"loss": loss.detach(), **metrics}
+
+
+def frozen_parts(model: nn.Module) -> list[nn.Module]:
+    """Return the modules in evaluation mode that belong to a part without a weight to train.
+
+    Other modules may be in evaluation mode only because they were loaded, so a training changes their mode. So does a
+    part without any weights, such as a dropout, unless the module around it is in training mode.
+    """
+    frozen = dict[nn.Module, None]()
+    for whole in model.modules():
+        for part in whole.children():
+            weights = list(part.parameters())
+            if not any(weight.requires_grad for weight in weights) and (weights or whole.training):
+                frozen |= dict.fromkeys(inner for inner in part.modules() if not inner.training)
+    norms = nn.modules.batchnorm._NormBase
+    loose = {name: part for name, part in model.named_modules() if isinstance(part, norms) and not part.training}
+    changed = [name for name, part in loose.items() if model.training and part not in frozen]
+    if changed:
+        logger.warning(
+            "%d BatchNorms of the model are in evaluation mode, but their weights are trained, so they are put into "
+            "training mode: %s. To keep their mode, freeze their weights by requires_grad_(False)",
+            len(changed),
+            ", ".join(changed[:3]),
+        )
+    return list(frozen)
 
 
 @torch.no_grad()
