@@ -215,6 +215,8 @@ def _train_epoch(run: Run, listeners: Sequence[Callback], watch: LossWatch, stop
 
 def _diverged(run: Run, watch: LossWatch, error: Diverged) -> Diverged:
     """Return an error that names the epoch and the step if it is known, and says which settings to change."""
+    if isinstance(run.source, Loader):
+        run.source.check_values()
     step = watch.first_bad() if error.step is None else error.step
     epoch = (run.step - 1 if step is None else step) // run.steps
     where = "a weight is not finite" if step is None else f"the loss of step {step} is not finite"

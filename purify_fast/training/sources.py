@@ -13,10 +13,11 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from .._process import processes
 from .._tensors import digest
-from ..attacks.arguments import ROUNDING, advice_for_range
 from ..data import StreamedImages, batches, read_ahead
 from .bank import BankedImages
+from .batches import check_range, read_batch, seed_generators
 from .config import FitConfig
+from .loss_watch import INTERVAL
 from .task import Task
 
 #: An iterable of batches, where a batch is (images, labels) or (images, labels, indices). Every epoch must have the
@@ -120,14 +121,15 @@ def _cut_off(steps: int, config: FitConfig) -> int:
 class Loader:
     """Returns batches of a DataLoader, of another iterable, or of a function of the epoch, on the model's device.
 
-    torch's global generator is seeded before each epoch and before each batch. A DataLoader's own generator is seeded
-    before each epoch. So the DataLoader's random draws, such as the order and the seeds of its workers, depend only on
-    the seed and the epoch. A sampler with ``set_epoch``, such as a DistributedSampler, gets the number of the epoch.
+    torch's global generator is seeded before each epoch and before each batch. The generators that a loader, its
+    sampler or its data set own are seeded before each epoch. So the random draws, such as the order and the seeds of workers,
+    depend only on the seed and the epoch. A part with ``set_epoch``, such as a DistributedSampler, gets the epoch.
 
     Args:
         x: the batches. Each process has its own share.
         config: settings of the training, with the seed.
         device: device to which the images are moved.
+        name: name of the argument in errors.
 
     Raises:
         TypeError: ``x`` is not an iterable or a function of the epoch, or has no length.
@@ -137,9 +139,11 @@ class Loader:
     # 0 means that the sizes are not known before the batches arrive
     batch_size, images = 0, 0
 
-    def __init__(self, x: Batches | Callable[[int], Batches], config: FitConfig, device: torch.device):
+    def __init__(self, x: Batches | Callable[[int], Batches], config: FitConfig, device: torch.device, name: str = "x"):
         self.reproducible = callable(x)
-        self.x, self.seed, self.device = x, config.seed, device
+        self.x, self.seed, self.device, self.name = x, config.seed, device, name
+        #: The names of the batches whose values are not checked yet, and their least and greatest values.
+        self._extremes: list[tuple[str, Tensor]] = []
         first: Any = x(0) if callable(x) else x
         if not (isinstance(first, Iterable) and isinstance(first, Sized)):
             # the learning rates depend on the length of the run, and an iterator would be exhausted after one epoch
@@ -159,37 +163,41 @@ class Loader:
             if kept and x.persistent_workers and x._iterator is None:
                 # The first iterator of persistent workers draws other numbers than the next ones.
                 iter(x)
-            if x.generator is not None:
-                x.generator.manual_seed(step_seed(self.seed, epoch * self.steps))
-            samplers: list[Any] = [x.sampler, x.batch_sampler, getattr(x.batch_sampler, "sampler", None)]
-            for sampler in samplers:
-                set_epoch = getattr(sampler, "set_epoch", None)
-                if set_epoch is not None:
-                    set_epoch(epoch)
+        seed_generators(x, step_seed(self.seed, epoch * self.steps), epoch)
         torch.manual_seed(step_seed(self.seed, epoch * self.steps))
-        given, seen, clamped = iter(x), 0, False
+        given, seen = iter(x), 0
         for k in range(self.steps):
             torch.manual_seed(step_seed(self.seed, epoch * self.steps + k))
             try:
                 batch = next(given)
             except StopIteration:
                 raise ValueError(
-                    f"x must give {self.steps} batches, which is its length; it gave {k} in epoch {epoch}"
+                    f"{self.name} must give {self.steps} batches, which is its length; it gave {k} in epoch {epoch}"
                 ) from None
-            images, labels, *rest = batch
-            images, labels = _as_tensor(images, self.device), _as_labels(_as_tensor(labels, self.device))
-            ids = rest[0] if rest else torch.arange(seen, seen + len(images))
+            name = f"batch {k} of {self.name}"
+            images, labels, indices = read_batch(batch, name)
+            labels, indices = _as_labels(labels), _as_labels(_as_tensor(indices, self.device))
+            known = isinstance(indices, Tensor) and indices.dtype == torch.int64 and indices.shape == (len(images),)
+            ids = indices if known else torch.arange(seen, seen + len(images))
             seen += len(images)
             if k >= first:
-                _check_batch(images, labels, ids)
-                if k == first and images.is_floating_point():
-                    # this check runs once in an epoch, because it waits for the images' device
-                    clamped = _outside_by_rounding(images)
-                if clamped:
-                    images = images.clamp(0, 1)
+                _check_batch(images, labels, name)
+                images, labels, ids = (part.to(self.device, non_blocking=True) for part in (images, labels, ids))
                 if images.is_floating_point():
                     images = images.float()
-                yield tuple(part.to(self.device, non_blocking=True) for part in (images, labels, ids))  # type: ignore[misc]
+                    self._extremes.append((name, torch.stack(images.aminmax())))
+                    # on a GPU, each check waits for the images
+                    if images.device.type == "cpu" or k == first or len(self._extremes) == INTERVAL:
+                        self.check_values()
+                    images = images.clamp(0, 1)
+                yield images, labels, ids
+        self.check_values()
+
+    def check_values(self) -> None:
+        """Raise ValueError if images that were given since the last check are outside [0, 1] or contain NaN."""
+        extremes, self._extremes = self._extremes, []
+        for name, (low, high) in extremes:
+            check_range(f"the images of {name}", float(low), float(high), "undo this, and normalize in the model")
 
     def banked_images(self) -> BankedImages:
         raise ValueError("bank needs x as a tensor or file, because the images of a loader are not known in advance")
@@ -238,7 +246,7 @@ def make_sources(
             raise ValueError(f"validation: {error}") from error
         return source, second
     if validation is not None:
-        return source, Loader(validation, at_once, device)
+        return source, Loader(validation, at_once, device, "validation")
     if config.keep_best != "off":
         raise ValueError(f"keep_best {config.keep_best!r} needs held-out images: pass validation_share or validation")
     return source, None
@@ -276,27 +284,16 @@ def _check_images(x: Tensor | StreamedImages, y: Tensor | None) -> None:
         raise ValueError(f"y must hold labels of at least 0, got {int(y.min())}")
 
 
-def _check_batch(images: Tensor, labels: Tensor, ids: Tensor) -> None:
-    """Raise ValueError for a loader's batch of a wrong shape or type. The values of the images are not checked."""
-    if images.dim() != 4 or not (images.is_floating_point() or images.dtype == torch.uint8):
+def _check_batch(images: Tensor, labels: Tensor, name: str) -> None:
+    """Raise ValueError for a loader's batch of a wrong shape or type, or with labels below 0 on the CPU."""
+    if images.dim() != 4 or not images.numel() or not (images.is_floating_point() or images.dtype == torch.uint8):
         got = f"{images.dtype} {list(images.shape)}"
-        raise ValueError(f"x: images must be float in [0, 1] or uint8, [B, C, H, W], got {got}")
-    for name, part in (("labels", labels), ("indices", ids)):
-        if part.dtype != torch.int64 or part.shape != (len(images),):
-            raise ValueError(f"x: {name} must be int64 [B] = [{len(images)}], got {part.dtype} {list(part.shape)}")
-
-
-def _outside_by_rounding(images: Tensor) -> bool:
-    """Tell whether some values are outside [0, 1], but only by rounding; ValueError for other values outside."""
-    low, high = (float(value) for value in images.aminmax())
-    # the condition is negated so that NaN is refused too
-    if not (low >= -ROUNDING and high <= 1 + ROUNDING):
-        normalized = "; if they are normalized, undo this, and normalize in the model"
-        raise ValueError(
-            f"x: images must be in [0, 1] without NaN, got values in [{low:.5g}, {high:.5g}]"
-            f"{normalized if low < 0 else advice_for_range(low, high)}"
-        )
-    return low < 0 or high > 1
+        raise ValueError(f"the images of {name} must be float in [0, 1] or uint8, [B, C, H, W], got {got}")
+    if labels.dtype != torch.int64 or labels.shape != (len(images),):
+        got = f"{labels.dtype} {list(labels.shape)}"
+        raise ValueError(f"the labels of {name} must be int64 [B] = [{len(images)}], got {got}")
+    if labels.device.type == "cpu" and len(labels) and int(labels.min()) < 0:
+        raise ValueError(f"the labels of {name} must be at least 0, got {int(labels.min())}")
 
 
 def held_out(n: int, share: float, seed: int) -> tuple[Tensor, Tensor]:

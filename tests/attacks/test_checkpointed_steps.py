@@ -101,7 +101,7 @@ def test_steps_that_draw_draw_the_same_again():
             assert torch.equal(want, got)
     # without the states the noise is another when it is drawn again, and so would be the gradient
     out = checkpointed_steps(lambda x, i: dropped(x), x, 4, preserve_rng_state=False)
-    with pytest.raises(RuntimeError, match="step must return the same result .*, but step 3 does not"):
+    with pytest.raises(RuntimeError, match=r"step must return the same result .*, but step 3 does not"):
         out.sum().backward()
 
 
