@@ -149,14 +149,22 @@ def _train(run: Run, listeners: Sequence[Callback], stop: Stop) -> None:
     if run.step < run.total:
         # a keep_best whose metric the task does not measure is refused before the training starts
         run.check_best()
-    while run.step < run.total:
-        watch = LossWatch()
-        try:
-            state = _train_epoch(run, listeners, watch, stop)
-        except Diverged as error:
-            raise _diverged(run, watch, error) from error
-        ended = state.epoch + 1
-        if run.held_out is not None and (ended % run.config.validation_every == 0 or ended == run.config.epochs):
+    while len(run.rows) < run.config.epochs:
+        epoch = len(run.rows)
+        last = epoch + 1 == run.config.epochs
+        due = run.held_out is not None and (last or (epoch + 1) % run.config.validation_every == 0)
+        # After a kill in a validation, the epoch's steps have all been taken.
+        state = _state(run, 0, run.last, epoch)
+        if run.epoch == epoch:
+            watch = LossWatch()
+            try:
+                state = _train_epoch(run, listeners, watch, stop)
+            except Diverged as error:
+                raise _diverged(run, watch, error) from error
+            if due:
+                # The memory may end in a validation.
+                run.save()
+        if due:
             run.validate()
             state = replace(state, metrics=run.last)
         run.add_row(state.epoch, state.learning_rate, state.images_per_second)
@@ -252,7 +260,7 @@ def train_step(task: Task, batch: Batch) -> Metrics:
         for update in task.updates(batch):
             optimizer = task.optimizers[update.optimizer]
             optimizer.zero_grad(set_to_none=True)
-            update.loss.backward()
+            backward(update.loss)
             measured = {"loss": update.loss.detach(), **update.metrics}
             gradients = [weight.grad for weight in weights_of(optimizer) if weight.grad is not None]
             average_([*gradients, *measured.values()])
@@ -267,6 +275,16 @@ def train_step(task: Task, batch: Batch) -> Metrics:
     return task.graphs.retry_without_graphs(take, batch.x.device)
 
 
+def backward(loss: torch.Tensor) -> None:
+    """Compute the gradients of a loss; ValueError if it depends on no weight that can be trained."""
+    if not loss.requires_grad:
+        raise ValueError(
+            "the loss depends on no weight that can be trained: call requires_grad_(True) on the weights to train, and "
+            "do not call the model's parts within torch.no_grad() or on detached outputs"
+        )
+    loss.backward()
+
+
 def choose_threads(run: Run, batch: Batch) -> None:
     """Set the number of threads for the steps of a run: that of the run's beginning, or else the fastest."""
     task = run.task
@@ -274,7 +292,7 @@ def choose_threads(run: Run, batch: Batch) -> None:
     def step() -> None:
         for update in task.updates(replace(batch, bank=None)):
             task.optimizers[update.optimizer].zero_grad(set_to_none=True)
-            update.loss.backward()
+            backward(update.loss)
 
     if not may_choose(batch.x.device):
         return

@@ -32,9 +32,6 @@ Images: TypeAlias = "Tensor | StreamedImages | Batches | Callable[[int], Batches
 #: Held-out images in `fit`: a pair of images and labels, or batches or a function, as in `Images`.
 HeldOut: TypeAlias = "tuple[Tensor | StreamedImages, Tensor] | Images"
 
-#: Number of images in a validation batch, if the held-out images are not given as batches.
-VALIDATION_BATCH = 250
-
 
 def step_seed(seed: int, step: int) -> int:
     """Return a seed for a step: ``seed`` and ``step``, mixed into the 32 bits that torch's CPU generator reads."""
@@ -122,8 +119,9 @@ class Loader:
     """Returns batches of a DataLoader, of another iterable, or of a function of the epoch, on the model's device.
 
     torch's global generator is seeded before each epoch and before each batch. The generators that a loader, its
-    sampler or its data set own are seeded before each epoch. So the random draws, such as the order and the seeds of workers,
-    depend only on the seed and the epoch. A part with ``set_epoch``, such as a DistributedSampler, gets the epoch.
+    sampler or its data set own are seeded before each epoch. So the random draws, such as the order and the seeds of
+    workers, depend only on the seed and the epoch. A part with ``set_epoch``, such as a DistributedSampler, gets the
+    epoch.
 
     Args:
         x: the batches. Each process has its own share.
@@ -236,7 +234,9 @@ def make_sources(
         )
     if isinstance(validation, (Tensor, StreamedImages)):
         raise ValueError("validation must be (images, labels) or batches, got images without labels")
-    at_once = replace(config, batch_size=VALIDATION_BATCH, drop_last=False, steps_per_epoch=None)
+    # Each process validates with all held-out images, and has the memory for its share of a batch.
+    share_of_batch = max(1, config.batch_size // processes()[1])
+    at_once = replace(config, batch_size=share_of_batch, drop_last=False, steps_per_epoch=None)
     if held is not None or isinstance(validation, tuple):
         images, labels = cast(Any, validation if held is None else (x, y))
         second = InMemory(images, labels, at_once, 0, 1, ids=held)
