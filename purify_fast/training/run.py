@@ -91,6 +91,8 @@ class Run:
     ):
         self.task, self.config, self.source, self.held_out, self.folder = task, config, source, held_out, folder
         self.bank: AdversarialBank | None = None
+        if bank is not None and config.accumulate:
+            raise ValueError(f"bank needs whole batches: leave out accumulate, got accumulate={config.accumulate}")
         if bank is not None:
             self.bank = AdversarialBank(bank, task.frozen_attacks(), source.banked_images(), source.batch_size)
         check_extra_state(task.model.state_dict())
@@ -117,6 +119,13 @@ class Run:
     def epoch(self) -> int:
         """The epoch of the next step."""
         return self.step // self.steps
+
+    @property
+    def ended(self) -> bool:
+        """Tell whether no epoch follows: all are done, or the last validations were not better than one before."""
+        config, done = self.config, len(self.rows)
+        since = done * self.steps - self.best["step"] if config.patience and self.best else 0
+        return done == config.epochs or 0 < (config.patience or 0) * config.validation_every * self.steps <= since
 
     @property
     def seconds(self) -> float:

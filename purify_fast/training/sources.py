@@ -33,6 +33,10 @@ Images: TypeAlias = "Tensor | StreamedImages | Batches | Callable[[int], Batches
 HeldOut: TypeAlias = "tuple[Tensor | StreamedImages, Tensor] | Images"
 
 
+#: The end of an error for a task that also takes probabilities.
+OR_SOFT = ", or probabilities, float32 [N, classes], whose sums are 1"
+
+
 def step_seed(seed: int, step: int) -> int:
     """Return a seed for a step: ``seed`` and ``step``, mixed into the 32 bits that torch's CPU generator reads."""
     return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
@@ -56,6 +60,7 @@ class InMemory:
         rank: number of this process.
         world: number of processes.
         ids: indices of the images to use, int64; None for all.
+        soft: whether the labels may be probabilities, float32 ``[N, classes]``.
 
     Raises:
         ValueError: images or labels have a wrong type or number; there are fewer images than a batch has;
@@ -66,9 +71,16 @@ class InMemory:
     reproducible: bool = True
 
     def __init__(
-        self, x: Tensor | StreamedImages, y: Tensor, config: FitConfig, rank: int, world: int, ids: Tensor | None = None
+        self,
+        x: Tensor | StreamedImages,
+        y: Tensor,
+        config: FitConfig,
+        rank: int,
+        world: int,
+        ids: Tensor | None = None,
+        soft: bool = False,
     ):
-        _check_images(x, y)
+        _check_images(x, y, soft)
         self.x, self.y, self.config, self.rank, self.world, self.device = x, y, config, rank, world, x.device
         self.ids = torch.arange(len(x), device=x.device) if ids is None else ids.to(x.device)
         n, self.batch_size = len(self.ids), config.batch_size
@@ -128,6 +140,7 @@ class Loader:
         config: settings of the training, with the seed.
         device: device to which the images are moved.
         name: name of the argument in errors.
+        soft: whether the labels may be probabilities, float32 ``[B, classes]``.
 
     Raises:
         TypeError: ``x`` is not an iterable or a function of the epoch, or has no length.
@@ -137,7 +150,15 @@ class Loader:
     # 0 means that the sizes are not known before the batches arrive
     batch_size, images = 0, 0
 
-    def __init__(self, x: Batches | Callable[[int], Batches], config: FitConfig, device: torch.device, name: str = "x"):
+    def __init__(
+        self,
+        x: Batches | Callable[[int], Batches],
+        config: FitConfig,
+        device: torch.device,
+        name: str = "x",
+        soft: bool = False,
+    ):
+        self.soft = soft
         self.reproducible = callable(x)
         self.x, self.seed, self.device, self.name = x, config.seed, device, name
         #: The names of the batches whose values are not checked yet, and their least and greatest values.
@@ -179,7 +200,7 @@ class Loader:
             ids = indices if known else torch.arange(seen, seen + len(images))
             seen += len(images)
             if k >= first:
-                _check_batch(images, labels, name)
+                _check_batch(images, labels, name, self.soft)
                 images, labels, ids = (part.to(self.device, non_blocking=True) for part in (images, labels, ids))
                 if images.is_floating_point():
                     images = images.float()
@@ -216,8 +237,8 @@ def make_sources(
     source: Source
     if isinstance(x, (Tensor, StreamedImages)):
         kept, held = held_out(len(x), share, config.seed) if share > 0 else (None, None)
-        source = InMemory(x, y, config, *processes(), kept)
-        task.check(tuple(x.shape[1:]), int(source.y.max()) + 1)
+        source = InMemory(x, y, config, *processes(), kept, task.soft_labels)
+        task.check(tuple(x.shape[1:]), classes_of(source.y))
     elif y is not None:
         raise ValueError("y must be None if x is a loader or a function, because their batches contain the labels")
     elif share > 0:
@@ -226,7 +247,7 @@ def make_sources(
             "validation"
         )
     else:
-        source = Loader(x, config, device)
+        source = Loader(x, config, device, soft=task.soft_labels)
     if validation is not None and share > 0:
         raise ValueError(
             f"validation must be None if validation_share is above 0, got validation_share={share} and validation "
@@ -239,14 +260,14 @@ def make_sources(
     at_once = replace(config, batch_size=share_of_batch, drop_last=False, steps_per_epoch=None)
     if held is not None or isinstance(validation, tuple):
         images, labels = cast(Any, validation if held is None else (x, y))
-        second = InMemory(images, labels, at_once, 0, 1, ids=held)
+        second = InMemory(images, labels, at_once, 0, 1, held, task.soft_labels)
         try:
-            task.check(tuple(images.shape[1:]), int(labels.max()) + 1)
+            task.check(tuple(images.shape[1:]), classes_of(labels))
         except ValueError as error:
             raise ValueError(f"validation: {error}") from error
         return source, second
     if validation is not None:
-        return source, Loader(validation, at_once, device, "validation")
+        return source, Loader(validation, at_once, device, "validation", task.soft_labels)
     if config.keep_best != "off":
         raise ValueError(f"keep_best {config.keep_best!r} needs held-out images: pass validation_share or validation")
     return source, None
@@ -266,7 +287,19 @@ def _as_labels(y: Any) -> Any:
     return y.long() if isinstance(y, Tensor) and y.dtype in integers else y
 
 
-def _check_images(x: Tensor | StreamedImages, y: Tensor | None) -> None:
+def classes_of(y: Tensor) -> int:
+    """Return the largest label plus one, or the number of classes of labels that are probabilities."""
+    return y.shape[1] if y.is_floating_point() else int(y.max()) + 1
+
+
+def _are_probabilities(y: Any, images: int) -> bool:
+    """Tell whether labels are probabilities, float32 ``[N, classes]``. On a GPU, the values are not checked."""
+    if not isinstance(y, Tensor) or y.dtype != torch.float32 or y.dim() != 2 or len(y) != images or y.shape[1] < 2:
+        return False
+    return y.device.type != "cpu" or bool((y >= 0).all() and (y.sum(1) - 1).abs().max() < 1e-3)
+
+
+def _check_images(x: Tensor | StreamedImages, y: Tensor | None, soft: bool) -> None:
     """Raise ValueError for images and labels that cannot be trained on; the message says what is required."""
     if x.dtype != torch.uint8 or len(x.shape) != 4:
         advice = (
@@ -275,23 +308,26 @@ def _check_images(x: Tensor | StreamedImages, y: Tensor | None) -> None:
             else ""
         )
         raise ValueError(f"x must be uint8 [N, C, H, W], got {x.dtype} {list(x.shape)}{advice}")
-    if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.shape != (len(x),):
+    probabilities = soft and _are_probabilities(y, len(x))
+    if not isinstance(y, Tensor) or not (probabilities or (y.dtype == torch.int64 and y.shape == (len(x),))):
         got = f"{y.dtype} {list(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
-        raise ValueError(f"y must be int64 [N] = [{len(x)}], got {got}")
+        raise ValueError(f"y must be int64 [N] = [{len(x)}]{OR_SOFT if soft else ''}, got {got}")
     if y.device != x.device:
         raise ValueError(f"x and y must be on one device, got {x.device} and {y.device}")
-    if len(y) and int(y.min()) < 0:
+    if len(y) and not probabilities and int(y.min()) < 0:
         raise ValueError(f"y must hold labels of at least 0, got {int(y.min())}")
 
 
-def _check_batch(images: Tensor, labels: Tensor, name: str) -> None:
+def _check_batch(images: Tensor, labels: Tensor, name: str, soft: bool) -> None:
     """Raise ValueError for a loader's batch of a wrong shape or type, or with labels below 0 on the CPU."""
     if images.dim() != 4 or not images.numel() or not (images.is_floating_point() or images.dtype == torch.uint8):
         got = f"{images.dtype} {list(images.shape)}"
         raise ValueError(f"the images of {name} must be float in [0, 1] or uint8, [B, C, H, W], got {got}")
+    if soft and _are_probabilities(labels, len(images)):
+        return
     if labels.dtype != torch.int64 or labels.shape != (len(images),):
-        got = f"{labels.dtype} {list(labels.shape)}"
-        raise ValueError(f"the labels of {name} must be int64 [B] = [{len(images)}], got {got}")
+        allowed = f"int64 [B] = [{len(images)}]{OR_SOFT if soft else ''}"
+        raise ValueError(f"the labels of {name} must be {allowed}, got {labels.dtype} {list(labels.shape)}")
     if labels.device.type == "cpu" and len(labels) and int(labels.min()) < 0:
         raise ValueError(f"the labels of {name} must be at least 0, got {int(labels.min())}")
 

@@ -35,7 +35,7 @@ class Batch:
 
     Args:
         x: images ``[B, C, H, W]`` in [0, 1].
-        y: labels, int64 ``[B]``.
+        y: labels, int64 ``[B]``; for a task with `Task.soft_labels`, also probabilities ``[B, classes]``.
         sample_ids: index of each image in the whole data set, int64 ``[B]``.
         seed: seed of this step's randomness, the same for all processes.
         epoch: the epoch, from 0.
@@ -101,6 +101,7 @@ class Task:
         optimizer: the optimizer of the model.
         tf32: whether a GPU may round the factors of float32 convolutions and matrix products to ten bits of mantissa
             while `fit` trains; if False, float32 has the precision of IEEE.
+        soft_labels: whether the labels may be probabilities ``[N, classes]``.
         graphs: captures the steps of the training's attacks in CUDA graphs, if the task passes this object to its
             attacks; `fit` sets it on a CUDA device.
         acts_from_step: result of `terms` for the run; `fit` sets it.
@@ -112,6 +113,7 @@ class Task:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     tf32: bool = False
+    soft_labels: bool = False
     graphs: StepGraphs | None = None
     acts_from_step: Mapping[str, int] = MappingProxyType({})
     bank: Mapping[str, Any] = MappingProxyType({})
