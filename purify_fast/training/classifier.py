@@ -35,14 +35,10 @@ class ClassifierTask(Task):
     def __init__(self, model: nn.Module, config: ClassifierConfig):
         self.model = model
         self.config = config = with_known_precision(config, first_tensor(model).device)
-        self.tf32 = config.precision == "tf32"
+        self.tf32, self.soft_labels = config.precision == "tf32", config.objective != "mart"
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, foreach=True
         )
-
-    @property
-    def soft_labels(self) -> bool:
-        return self.config.objective != "mart"
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
         config = self.config

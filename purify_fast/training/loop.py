@@ -289,8 +289,8 @@ def train_step(task: Task, batch: Batch, accumulate: int = 1, clip: float | None
 def parts_of(batch: Batch, number: int) -> list[Batch]:
     """Return a batch in parts of nearly equal size, or alone if it is to have one part."""
     rows = torch.arange(len(batch.x), device=batch.x.device).tensor_split(number) if number > 1 else []
-    fields = [{"x": batch.x[i], "y": batch.y[i], "sample_ids": batch.sample_ids[i]} for i in rows if len(i)]
-    return [replace(batch, **part) for part in fields] or [batch]
+    parts = [(batch.x[i], batch.y[i], batch.sample_ids[i]) for i in rows if len(i)]
+    return [replace(batch, x=x, y=y, sample_ids=ids) for x, y, ids in parts] or [batch]
 
 
 def backward(loss: torch.Tensor) -> None:

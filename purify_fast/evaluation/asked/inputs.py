@@ -33,7 +33,8 @@ def images_and_labels(x: Tensor | Iterable[Any], y: Tensor | None) -> tuple[Tens
     for i, batch in enumerate(x):
         part, of_part, _ = read_batch(batch, f"batch {i}")
         if part.is_floating_point() and part.numel():
-            check_range(f"the images of batch {i}", *(float(value) for value in part.detach().aminmax()))
+            low, high = part.detach().aminmax()
+            check_range(f"the images of batch {i}", float(low), float(high))
         images.append(part)
         labels.append(of_part)
     kinds = list(dict.fromkeys((str(part.dtype), *part.shape[1:]) for part in images))
