@@ -97,7 +97,7 @@ def checkpointed_steps(
     if again:
         # Autograd functions take no keyword arguments.
         drawn = [*(_generators(x.device) if preserve_rng_state else []), *generators]
-        x = _Steps.apply(step, first, again, drawn, len(inputs), x, *inputs, *parameters)
+        x = _Steps.apply((step, first, again, drawn, len(inputs)), x, *inputs, *parameters)
     for i in range(first + again, n):
         x = _applied(step, x, i, inputs)
     return x
@@ -172,16 +172,8 @@ def draws_numbers(function: Callable[[], object], device: torch.device) -> bool:
 
 class _Steps(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        step: Step,
-        first: int,
-        n: int,
-        generators: list[torch.Generator],
-        count: int,
-        x: Tensor,
-        *others: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, loop: tuple[Any, ...], x: Tensor, *others: Tensor) -> Tensor:
+        step, first, n, generators, count = loop
         states: list[Tensor] = []
         ctx.generators, ctx.drawing, ctx.modes = generators, [], _function_modes()
         applied = partial(_recorded, step) if ctx.modes else step
@@ -198,18 +190,18 @@ class _Steps(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        sums: list[Tensor | None] = [None] * (len(ctx.needs_input_grad) - 6)
+        sums: list[Tensor | None] = [None] * (len(ctx.needs_input_grad) - 2)
         for i in reversed(range(ctx.steps)):
             to_x, *parts = _gradients_of_step(ctx, i, grad)
             grad = grad if to_x is None else to_x
             sums = [b if a is None else a if b is None else a + b for a, b in zip(sums, parts, strict=True)]
-        return *[None] * 5, grad if ctx.needs_input_grad[5] else None, *sums
+        return None, grad if ctx.needs_input_grad[1] else None, *sums
 
 
 def _gradients_of_step(ctx: Any, i: int, grad: Tensor) -> list[Tensor | None]:
     """Return the gradients of step i with respect to its x and the other tensors; None where no gradient is needed."""
     (x, before), others = ctx.saved_tensors[i : i + 2], ctx.saved_tensors[ctx.steps + 1 :]
-    needed = [i > 0 or ctx.needs_input_grad[5], *ctx.needs_input_grad[6:]]
+    needed = [i > 0 or ctx.needs_input_grad[1], *ctx.needs_input_grad[2:]]
     # The step does not take its parameters as arguments, so they cannot be replaced by leaves.
     given = [x, *others[: ctx.count]]
     leaves = [tensor.detach().requires_grad_(need) for tensor, need in zip(given, needed, strict=False)]

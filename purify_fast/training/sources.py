@@ -15,7 +15,7 @@ from .._process import processes
 from .._tensors import digest
 from ..data import StreamedImages, batches, read_ahead
 from .bank import BankedImages
-from .batches import check_range, read_batch, seed_generators
+from .batches import as_tensor, check_range, read_batch, seed_generators
 from .config import FitConfig
 from .loss_watch import INTERVAL
 from .task import Task
@@ -23,12 +23,13 @@ from .task import Task
 #: An iterable of batches, where a batch is (images, labels) or (images, labels, indices). Every epoch must have the
 #: same number of batches.
 Batches: TypeAlias = Iterable[Any]
+Given: TypeAlias = "Batches | Callable[[int], Batches]"
 #: A batch as a source returns it: images, uint8 or float ``[B, C, H, W]``; labels, int64 ``[B]``; and the indices of
 #: the images, int64 ``[B]``.
 RawBatch: TypeAlias = tuple[Tensor, Tensor, Tensor]
 #: The forms in which `fit` accepts images: a tensor or file of all images, which `fit` divides into batches; an
 #: iterable of batches; or a function that returns the batches of an epoch.
-Images: TypeAlias = "Tensor | StreamedImages | Batches | Callable[[int], Batches]"
+Images: TypeAlias = "Tensor | StreamedImages | Given"
 #: Held-out images in `fit`: a pair of images and labels, or batches or a function, as in `Images`.
 HeldOut: TypeAlias = "tuple[Tensor | StreamedImages, Tensor] | Images"
 
@@ -60,10 +61,9 @@ class InMemory:
         rank: number of this process.
         world: number of processes.
         ids: indices of the images to use, int64; None for all.
-        soft: whether the labels may be probabilities, float32 ``[N, classes]``.
 
     Raises:
-        ValueError: images or labels have a wrong type or number; there are fewer images than a batch has;
+        ValueError: there are fewer images than a batch has;
             steps_per_epoch is more than a pass over the images has; or the processes cannot share the last batch
             evenly.
     """
@@ -71,16 +71,8 @@ class InMemory:
     reproducible: bool = True
 
     def __init__(
-        self,
-        x: Tensor | StreamedImages,
-        y: Tensor,
-        config: FitConfig,
-        rank: int,
-        world: int,
-        ids: Tensor | None = None,
-        soft: bool = False,
+        self, x: Tensor | StreamedImages, y: Tensor, config: FitConfig, rank: int, world: int, ids: Tensor | None = None
     ):
-        _check_images(x, y, soft)
         self.x, self.y, self.config, self.rank, self.world, self.device = x, y, config, rank, world, x.device
         self.ids = torch.arange(len(x), device=x.device) if ids is None else ids.to(x.device)
         n, self.batch_size = len(self.ids), config.batch_size
@@ -150,17 +142,9 @@ class Loader:
     # 0 means that the sizes are not known before the batches arrive
     batch_size, images = 0, 0
 
-    def __init__(
-        self,
-        x: Batches | Callable[[int], Batches],
-        config: FitConfig,
-        device: torch.device,
-        name: str = "x",
-        soft: bool = False,
-    ):
-        self.soft = soft
+    def __init__(self, x: Given, config: FitConfig, device: torch.device, name: str = "x", soft: bool = False):
         self.reproducible = callable(x)
-        self.x, self.seed, self.device, self.name = x, config.seed, device, name
+        self.x, self.seed, self.device, self.name, self.soft = x, config.seed, device, name, soft
         #: The names of the batches whose values are not checked yet, and their least and greatest values.
         self._extremes: list[tuple[str, Tensor]] = []
         first: Any = x(0) if callable(x) else x
@@ -237,7 +221,7 @@ def make_sources(
     source: Source
     if isinstance(x, (Tensor, StreamedImages)):
         kept, held = held_out(len(x), share, config.seed) if share > 0 else (None, None)
-        source = InMemory(x, y, config, *processes(), kept, task.soft_labels)
+        source = InMemory(x, _checked_labels(x, y, task.soft_labels), config, *processes(), kept)
         task.check(tuple(x.shape[1:]), classes_of(source.y))
     elif y is not None:
         raise ValueError("y must be None if x is a loader or a function, because their batches contain the labels")
@@ -260,7 +244,7 @@ def make_sources(
     at_once = replace(config, batch_size=share_of_batch, drop_last=False, steps_per_epoch=None)
     if held is not None or isinstance(validation, tuple):
         images, labels = cast(Any, validation if held is None else (x, y))
-        second = InMemory(images, labels, at_once, 0, 1, held, task.soft_labels)
+        second = InMemory(images, _checked_labels(images, labels, task.soft_labels), at_once, 0, 1, held)
         try:
             task.check(tuple(images.shape[1:]), classes_of(labels))
         except ValueError as error:
@@ -275,10 +259,8 @@ def make_sources(
 
 def _as_tensor(values: Any, device: torch.device) -> Any:
     """Return an array as a tensor on a device, and anything else unchanged."""
-    if not isinstance(values, np.ndarray) or values.dtype.kind not in "iuf":
-        return values
-    # PyTorch refuses another byte order than the machine's, and warns about read-only arrays. Such arrays are copied.
-    return torch.from_numpy(np.require(values, values.dtype.newbyteorder("="), ["C", "W"])).to(device)
+    numbers = isinstance(values, np.ndarray) and values.dtype.kind in "iuf"
+    return as_tensor("x", values).to(device) if numbers else values
 
 
 def _as_labels(y: Any) -> Any:
@@ -299,8 +281,8 @@ def _are_probabilities(y: Any, images: int) -> bool:
     return y.device.type != "cpu" or bool((y >= 0).all() and (y.sum(1) - 1).abs().max() < 1e-3)
 
 
-def _check_images(x: Tensor | StreamedImages, y: Tensor | None, soft: bool) -> None:
-    """Raise ValueError for images and labels that cannot be trained on; the message says what is required."""
+def _checked_labels(x: Tensor | StreamedImages, y: Any, soft: bool) -> Tensor:
+    """Return the labels; ValueError if images or labels cannot be trained on, which says what is required."""
     if x.dtype != torch.uint8 or len(x.shape) != 4:
         advice = (
             ": give (255 * x).round().byte(), or x.round().byte() if x is in 0..255"
@@ -316,6 +298,7 @@ def _check_images(x: Tensor | StreamedImages, y: Tensor | None, soft: bool) -> N
         raise ValueError(f"x and y must be on one device, got {x.device} and {y.device}")
     if len(y) and not probabilities and int(y.min()) < 0:
         raise ValueError(f"y must hold labels of at least 0, got {int(y.min())}")
+    return y
 
 
 def _check_batch(images: Tensor, labels: Tensor, name: str, soft: bool) -> None:
