@@ -244,7 +244,7 @@ def make_sources(
     at_once = replace(config, batch_size=share_of_batch, drop_last=False, steps_per_epoch=None)
     if held is not None or isinstance(validation, tuple):
         images, labels = cast(Any, validation if held is None else (x, y))
-        second = InMemory(images, _checked_labels(images, labels, task.soft_labels), at_once, 0, 1, held)
+        second = InMemory(images, _checked_labels(images, labels, task.soft_labels), at_once, 0, 1, ids=held)
         try:
             task.check(tuple(images.shape[1:]), classes_of(labels))
         except ValueError as error:
