@@ -176,14 +176,18 @@ def weights_fingerprint(module: nn.Module) -> str:
     # Saved models and checkpoints contain this hash, so its computation must not change.
     content = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
-        content.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        content.update(_bytes(tensor))
+        if isinstance(tensor, Tensor):
+            content.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            content.update(_bytes(tensor))
+        else:
+            # A module's get_extra_state may return any value.
+            content.update(f"{name} {tensor!r}".encode())
     return content.hexdigest()[:16]
 
 
 def structure_fingerprint(module: nn.Module) -> str:
     """A short hash of the names and shapes of a module's parameters and buffers. Checkpoints contain this hash."""
-    shapes = [(name, list(tensor.shape)) for name, tensor in module.state_dict().items()]
+    shapes = [(name, list(getattr(tensor, "shape", []))) for name, tensor in module.state_dict().items()]
     return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
 
 

@@ -30,6 +30,9 @@ Keep = int | Literal["auto"]
 SHARE = 0.25
 #: "auto" measures the activations of the last of this many steps: the first may keep less than the others.
 MEASURED = 3
+#: A result that is computed again may differ by this share of the step's change, and by this many units of rounding of
+#: the largest value. A network in bfloat16 that is computed by another kernel differs by less, other draws by more.
+DIFFERENT, ROUNDED = 0.05, 64
 
 
 def checkpointed_steps(
@@ -40,6 +43,7 @@ def checkpointed_steps(
     inputs: Sequence[Tensor] = (),
     parameters: Sequence[Tensor] = (),
     preserve_rng_state: bool = True,
+    generators: Sequence[torch.Generator] = (),
     keep: Keep = 0,
 ) -> Tensor:
     """Apply ``step`` n times. The gradient of the result needs only the memory of one step or of a few steps.
@@ -56,6 +60,8 @@ def checkpointed_steps(
             ``list(denoiser.parameters())``. A tensor in neither list gets no gradient.
         preserve_rng_state: whether a step that is computed again draws the same numbers from PyTorch's generators. It
             may be False if the steps draw no numbers. Draws from other sources, such as NumPy, are never repeated.
+        generators: generators of your own from which the steps draw. Their draws are repeated like those of PyTorch's
+            generators.
         keep: the number of last steps whose activations are kept, so that they are not computed again; at least 0.
             "auto" keeps as many as fit into a quarter of the memory that is free now. To find this number, "auto"
             measures the activations of the third step. "auto" also keeps the activations of the first three steps.
@@ -65,7 +71,9 @@ def checkpointed_steps(
 
     Raises:
         ValueError: n or keep is negative, or keep is neither a number nor "auto".
-        RuntimeError: ``step`` writes into its x; or, in the backward pass, ``step`` records no gradient.
+        RuntimeError: ``step`` writes into its x; or, in the backward pass, ``step`` records no gradient, or a step that
+            is computed again has another result than before. On a GPU the host would have to wait for this comparison,
+            so there the gradient is NaN instead.
 
     When a step is computed again, autocast and PyTorch's function modes are the same as the first time, because a
     function mode may change the gradient of a step. Inside ``torch.compile`` the loop is a plain loop.
@@ -89,7 +97,8 @@ def checkpointed_steps(
     again = max(0, n - first - keep)
     if again:
         # Autograd functions take no keyword arguments.
-        x = _Steps.apply(step, first, again, preserve_rng_state, len(inputs), x, *inputs, *parameters)
+        drawn = [*(_generators(x.device) if preserve_rng_state else []), *generators]
+        x = _Steps.apply((step, first, again, drawn, len(inputs)), x, *inputs, *parameters)
     for i in range(first + again, n):
         x = _applied(step, x, i, inputs)
     return x
@@ -157,26 +166,24 @@ def draws_numbers(function: Callable[[], object], device: torch.device) -> bool:
         device: the device on which the function computes.
     """
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        before = _generators(device)
+        before = _states(_generators(device))
         function()
-        return not all(map(torch.equal, before, _generators(device)))
+        return not all(map(torch.equal, before, _states(_generators(device))))
 
 
 class _Steps(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, step: Step, first: int, n: int, keep_rng: bool, count: int, x: Tensor, *others: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, loop: tuple[Any, ...], x: Tensor, *others: Tensor) -> Tensor:
+        step, first, n, generators, count = loop
         states: list[Tensor] = []
-        ctx.generators, ctx.modes = [], _function_modes()
+        ctx.generators, ctx.drawing, ctx.modes = generators, [], _function_modes()
         applied = partial(_recorded, step) if ctx.modes else step
         for i in range(first, first + n):
             states.append(x)
-            if keep_rng:
-                ctx.generators.append(_generators(x.device))
+            ctx.drawing.append(_states(generators))
             x = _applied(applied, x, i, others[:count])
         ctx.step, ctx.first, ctx.steps, ctx.count = step, first, n, count
-        ctx.save_for_backward(*states, *others)
+        ctx.save_for_backward(*states, x, *others)
         kind, ctx.backends = x.device.type, ",".join(forced_backends()) or None
         ctx.autocast = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
         return x
@@ -184,28 +191,34 @@ class _Steps(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        sums: list[Tensor | None] = [None] * (len(ctx.needs_input_grad) - 6)
+        sums: list[Tensor | None] = [None] * (len(ctx.needs_input_grad) - 2)
         for i in reversed(range(ctx.steps)):
             to_x, *parts = _gradients_of_step(ctx, i, grad)
             grad = grad if to_x is None else to_x
             sums = [b if a is None else a if b is None else a + b for a, b in zip(sums, parts, strict=True)]
-        return *[None] * 5, grad if ctx.needs_input_grad[5] else None, *sums
+        return None, grad if ctx.needs_input_grad[1] else None, *sums
 
 
 def _gradients_of_step(ctx: Any, i: int, grad: Tensor) -> list[Tensor | None]:
     """Return the gradients of step i with respect to its x and the other tensors; None where no gradient is needed."""
-    x, others = ctx.saved_tensors[i], ctx.saved_tensors[ctx.steps :]
-    needed = [i > 0 or ctx.needs_input_grad[5], *ctx.needs_input_grad[6:]]
+    (x, before), others = ctx.saved_tensors[i : i + 2], ctx.saved_tensors[ctx.steps + 1 :]
+    needed = [i > 0 or ctx.needs_input_grad[1], *ctx.needs_input_grad[2:]]
     # The step does not take its parameters as arguments, so they cannot be replaced by leaves.
     given = [x, *others[: ctx.count]]
     leaves = [tensor.detach().requires_grad_(need) for tensor, need in zip(given, needed, strict=False)]
     # Autocast's cache is not used, because it may contain weights that were cast while no gradients were recorded.
     autocast = torch.autocast(x.device.type, cache_enabled=False, **ctx.autocast)
-    draws = [_drawing_from(states, x.device) for states in ctx.generators[i : i + 1]]
     with contextlib.ExitStack() as stack:
-        for block in (torch.enable_grad(), autocast, use_backend(ctx.backends), *draws, *ctx.modes):
+        drawing = _drawing_from(ctx.generators, ctx.drawing[i])
+        for block in (torch.enable_grad(), autocast, use_backend(ctx.backends), drawing, *ctx.modes):
             stack.enter_context(block)
         result = ctx.step(leaves[0], ctx.first + i, *leaves[1:])
+    differs = _differs(result.detach(), before, x)
+    if not differs.is_cuda and differs:
+        raise RuntimeError(
+            f"step must return the same result when it is computed again, but step {ctx.first + i} does not: does it "
+            "draw from a generator of its own (pass it in generators), or from NumPy? keep=n computes no step again"
+        )
     if not result.requires_grad:
         if needed[0]:
             raise RuntimeError(
@@ -218,7 +231,18 @@ def _gradients_of_step(ctx: Any, i: int, grad: Tensor) -> list[Tensor | None]:
     gradients = [next(found) if need else None for need in needed]
     if needed[0] and gradients[0] is None:
         gradients[0] = torch.zeros_like(x)
+    if differs.is_cuda:
+        gradients = [None if one is None else one.masked_fill(differs, torch.nan) for one in gradients]
     return gradients
+
+
+def _differs(again: Tensor, before: Tensor, x: Tensor) -> Tensor:
+    """Tell whether a repeated result differs from the first by more than rounding, measured by the step's change."""
+    if again.shape != before.shape or not before.numel():
+        return torch.tensor(again.shape != before.shape)
+    change = (before - x if before.shape == x.shape else before).abs().amax()
+    rounding = torch.finfo(before.dtype).eps * before.abs().amax()
+    return (again - before).abs().amax() > DIFFERENT * change + ROUNDED * rounding
 
 
 def _function_modes() -> list[Any]:
@@ -245,16 +269,23 @@ def _recorded(step: Step, x: Tensor, i: int, *others: Tensor) -> Tensor:
         return following.detach()
 
 
-def _generators(device: torch.device) -> list[Tensor]:
-    """The states of the generators from which a step may draw: the CPU's, and on a GPU also the GPU's."""
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+def _generators(device: torch.device) -> list[torch.Generator]:
+    """PyTorch's generators from which a step may draw: the CPU's, and on a GPU also the GPU's."""
+    return [torch.default_generator, *([torch.cuda.default_generators[device.index]] if device.type == "cuda" else [])]
+
+
+def _states(generators: Sequence[torch.Generator]) -> list[Tensor]:
+    return [generator.get_state() for generator in generators]
 
 
 @contextlib.contextmanager
-def _drawing_from(states: Sequence[Tensor], device: torch.device) -> Iterator[None]:
+def _drawing_from(generators: Sequence[torch.Generator], states: Sequence[Tensor]) -> Iterator[None]:
     """A context in which the generators have the given states; at its end they are restored."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.set_rng_state(states[0])
-        for state in states[1:]:
-            torch.cuda.set_rng_state(state, device)
+    before = _states(generators)
+    for generator, state in zip(generators, states, strict=True):
+        generator.set_state(state)
+    try:
         yield
+    finally:
+        for generator, state in zip(generators, before, strict=True):
+            generator.set_state(state)

@@ -24,8 +24,13 @@ CHECKPOINT, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensor
 #: The file name of a saved model.
 MODEL = "model.safetensors"
 
+#: The key of a saved model's values of ``get_extra_state`` that are no tensors.
+_EXTRA = "extra_state"
+
 #: In a checkpoint's JSON, an object with this single key stands for a tensor.
 _TENSOR = "tensor of purify_fast"
+#: The mark before a key of a checkpoint's JSON that is a text, although it looks like something else.
+_QUOTE = "'"
 
 
 # -- checkpoints ------------------------------------------------------------------------------------------------------
@@ -33,14 +38,7 @@ _TENSOR = "tensor of purify_fast"
 
 def write_tree(path: Path, tree: Any, previous: Path | None = None) -> None:
     """Write nested dicts and lists of tensors, numbers, strings and None as one file, atomically."""
-    tensors: dict[str, Tensor] = {}
-
-    def reference(tensor: Tensor) -> dict[str, str]:
-        number = str(len(tensors))
-        tensors[number] = tensor
-        return {_TENSOR: number}
-
-    write_sealed(path, json.loads(json.dumps(tree, default=reference)), tensors, previous)
+    write_sealed(path, *_encoded(tree), previous)
 
 
 def read_tree(path: Path) -> Any:
@@ -50,17 +48,66 @@ def read_tree(path: Path) -> Any:
     except ValueError as error:
         raise ValueError(f"{path} is not a checkpoint of this package, or is damaged: {error}") from error
 
-    def restored(value: Any) -> Any:
-        if isinstance(value, list):
-            return [restored(item) for item in value]
+    return _decoded(tree, tensors)
+
+
+def _encoded(tree: Any) -> tuple[Any, dict[str, Tensor]]:
+    """Return a tree as a JSON value with references to tensors, and the tensors; TypeError if it has other values."""
+    tensors: dict[str, Tensor] = {}
+
+    def reference(tensor: Any) -> dict[str, str]:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"a {type(tensor).__name__} cannot be written")
+        number = str(len(tensors))
+        tensors[number] = tensor
+        return {_TENSOR: number}
+
+    def quoted(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [quoted(item) for item in value]
         if not isinstance(value, dict):
             return value
-        if value.keys() == {_TENSOR}:
-            return tensors[value[_TENSOR]]
-        # optimizers use numbers as keys, but JSON turns these into strings
-        return {int(key) if key.isdecimal() else key: restored(item) for key, item in value.items()}
+        return {_QUOTE + key if _needs_quote(key) else key: quoted(item) for key, item in value.items()}
 
-    return restored(tree)
+    return json.loads(json.dumps(quoted(tree), default=reference)), tensors
+
+
+def _needs_quote(key: Any) -> bool:
+    """Tell whether a key would be read as a number, as those of optimizers, or as a reference or a mark."""
+    return isinstance(key, str) and (key.isdecimal() or key == _TENSOR or key.startswith(_QUOTE))
+
+
+def _decoded(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """Return the tree that `_encoded` turned into a JSON value and tensors."""
+    if isinstance(value, list):
+        return [_decoded(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {_TENSOR}:
+        return tensors[value[_TENSOR]]
+    keys = [int(key) if key.isdecimal() else key.removeprefix(_QUOTE) for key in value]
+    return dict(zip(keys, (_decoded(item, tensors) for item in value.values()), strict=True))
+
+
+def check_extra_state(state: dict[str, Any]) -> None:
+    """Refuse a model whose state has values that a checkpoint cannot give back.
+
+    Args:
+        state: the model's ``state_dict()``. A value of ``get_extra_state`` may be any object.
+
+    Raises:
+        ValueError: a value is neither a tensor nor made of what JSON gives back.
+    """
+    for name, value in state.items():
+        try:
+            kept = isinstance(value, Tensor) or _decoded(_encoded(value)[0], {}) == value
+        except (TypeError, ValueError, KeyError):
+            kept = False
+        if not kept:
+            raise ValueError(
+                f"the model's get_extra_state must return tensors, or dicts and lists of numbers and strings, because "
+                f"checkpoints store it as JSON, got {name} = {value!r:.100}"
+            )
 
 
 def save_checkpoint(folder: Path, tree: Any) -> None:
@@ -103,8 +150,11 @@ def save_model(
 ) -> None:
     """Write ``model.safetensors``, with the weights, and with a description of the model in the file's metadata."""
     path = Path(folder) / MODEL
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    if others := {name: value for name, value in state.items() if name not in tensors}:
+        extra = {**extra, _EXTRA: _encoded(others)[0]}
     facts = {"kind": kind, "arguments": arguments, **extra, "version": __version__}
-    with_room(lambda: write_sealed(path, facts, state), path)
+    with_room(lambda: write_sealed(path, facts, tensors), path)
 
 
 def read_model(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -118,4 +168,4 @@ def read_model(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise ValueError("the file's metadata has no kind of model")
     except ValueError as error:
         raise ValueError(f"{folder} holds a model that cannot be loaded: {path}: {error}") from error
-    return facts, state
+    return facts, state | _decoded(facts.pop(_EXTRA, {}), {})

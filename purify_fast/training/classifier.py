@@ -1,8 +1,9 @@
-"""Trains classifiers on clean images, or on PGD examples (Madry et al., ICLR 2018)."""
+"""Trains classifiers on clean images, on PGD examples (Madry et al., ICLR 2018), by TRADES or by MART."""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,17 @@ from .._processor import with_known_precision
 from .._tensors import first_tensor, structure_fingerprint, torch_defaults
 from ..models.classifiers import CLASSIFIERS
 from ..models.foreign import ForeignClassifier
+from ..models.representation import evaluation_mode
 from ..speed.folding.inference_copy import autocast_to
 from .checkpoint import read_model, save_model
-from .config import ClassifierConfig, TrainingAttack, settings
+from .config import ClassifierConfig, Objective, TrainingAttack, hard_labels, settings
+from .objectives import BETA, TRADES_START, divergence, mart, trades
 from .schedules import one_cycle
 from .task import Batch, Metrics, Task, check_classifier
 
 
 class ClassifierTask(Task):
-    """The training of a classifier with cross-entropy, on clean or adversarial images.
+    """The training of a classifier on clean or adversarial images, with cross-entropy or the loss of TRADES or MART.
 
     Args:
         model: the classifier, which maps images ``[B, C, H, W]`` in [0, 1] to logits ``[B, classes]``.
@@ -32,26 +35,40 @@ class ClassifierTask(Task):
     def __init__(self, model: nn.Module, config: ClassifierConfig):
         self.model = model
         self.config = config = with_known_precision(config, first_tensor(model).device)
-        self.tf32 = config.precision == "tf32"
+        self.tf32, self.soft_labels = config.precision == "tf32", config.objective != "mart"
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, foreach=True
         )
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        return self._loss(batch, self.config.attack)
+        config = self.config
+        return self._loss(batch, config.attack, config.objective, config.label_smoothing or 0.0)
 
     @torch.no_grad()
     def validate(self, batch: Batch) -> Metrics:
         loss, metrics = self._loss(batch, self.config.attack.of_validations())
         return {"loss": loss, **metrics}
 
-    def _loss(self, batch: Batch, attack: TrainingAttack) -> tuple[Tensor, Metrics]:
+    def _loss(
+        self, batch: Batch, attack: TrainingAttack, objective: Objective | None = None, smoothing: float = 0.0
+    ) -> tuple[Tensor, Metrics]:
         x, rounded = batch.x, self.config.precision == "bfloat16"
         with autocast_to(x.device, torch.bfloat16) if rounded else nullcontext():
-            if attack.eps > 0:
+            if objective == "trades":
+                with evaluation_mode(self.model), torch.no_grad():
+                    p = F.softmax(self.model(x), 1)
+                if attack.start_std is None and attack.random_start:
+                    attack = replace(attack, start_std=TRADES_START)
+                x = attack.run(self.model, batch, graphs=self.graphs, loss=divergence, target=p)
+            elif attack.eps > 0:
                 x = attack.run(self.model, batch, graphs=self.graphs)
-            logits = self.model(x)
-            return F.cross_entropy(logits, batch.y), {"accuracy": (logits.detach().argmax(1) == batch.y).float().mean()}
+            clean = None if objective is None else self.model(batch.x)
+            logits, hard = self.model(x), hard_labels(batch.y)
+            metrics = {"accuracy": (logits.detach().argmax(1) == hard).float().mean()}
+            if objective is None or clean is None:
+                return F.cross_entropy(logits, batch.y, label_smoothing=smoothing), metrics
+            beta = BETA[objective] if self.config.beta is None else self.config.beta
+            return {"trades": trades, "mart": mart}[objective](clean, logits, batch.y, beta, smoothing), metrics
 
     def learning_rate(self, progress: float, epoch: int, epochs: int) -> float:
         return one_cycle(progress, self.config.learning_rate)

@@ -25,11 +25,14 @@ from .schedules import rising
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..attacks.context import LossFunction
     from ..protocols import Classifier
     from ..speed.graphs.step_graphs import StepGraphs
     from .task import Batch
 
 Radius = TypeVar("Radius", float, "Tensor")
+#: The objectives of a classifier's adversarial training besides cross-entropy.
+Objective = Literal["trades", "mart"]
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,8 @@ class TrainingAttack:
         *,
         graphs: StepGraphs | None = None,
         rows: Tensor | None = None,
+        loss: LossFunction | Literal["ce"] = "ce",
+        target: Tensor | None = None,
     ) -> Tensor:
         """Attack a batch by PGD with the settings of the batch's epoch.
 
@@ -106,6 +111,8 @@ class TrainingAttack:
             batch: the images, and the seed and sample ids of their random starts.
             graphs: captures the attack's step in a CUDA graph; None captures nothing.
             rows: indices of the images to attack, int64 ``[A]``; None for all.
+            loss: the loss that is maximized, "ce" or a function ``(logits, target) -> [A]``.
+            target: the second argument of this function; None for the labels.
 
         Returns:
             The adversarial images ``[A, C, H, W]``.
@@ -114,13 +121,15 @@ class TrainingAttack:
         from ..attacks import pgd
 
         now = self.at_epoch(batch.epoch, batch.epochs)
-        x, y, ids = (part if rows is None else part[rows] for part in (batch.x, batch.y, batch.sample_ids))
+        y = hard_labels(batch.y) if target is None else target
+        x, y, ids = (part if rows is None else part[rows] for part in (batch.x, y, batch.sample_ids))
         return pgd(
             model,
             x,
             y,
             eps=now.eps,
             alpha=now.step_size(now.eps),
+            loss=loss,
             steps=now.steps,
             norm=now.norm,
             random_start=now.random_start,
@@ -150,6 +159,15 @@ class TrainingAttack:
             alpha if it is given, for any radius; otherwise relative_alpha * eps / steps, a number or ``[B]`` like eps.
         """
         return self.relative_alpha * eps / self.steps if self.alpha is None else self.alpha
+
+
+def hard_labels(y: Tensor) -> Tensor:
+    """Return labels, int64 ``[B]``; of probabilities ``[B, classes]``, the most probable class.
+
+    Args:
+        y: labels or probabilities.
+    """
+    return y.argmax(1) if y.is_floating_point() else y
 
 
 def settings(config: Any) -> dict[str, Any]:
@@ -191,6 +209,13 @@ class FitConfig:
         keep_best: the weights that the run returns. "off": those at the end of the run. "loss" and "accuracy": those of
             the validation with the lowest loss or the highest accuracy. A validation uses the training's own attack at
             its full eps. For classifiers whose training attack has fewer than 10 steps, it uses PGD-10.
+        patience: number of validations in a row without a better result, by keep_best, after which the run ends early.
+            None never ends it early. The learning rates are those of a run of all epochs.
+        accumulate: number of parts in which a step computes the gradients of its batch one after the other, which takes
+            less memory. The weights change once for each batch. They are those of the whole batch up to rounding,
+            except that BatchNorms take the statistics of each part. None means 1.
+        clip_gradients: largest L2 norm of the gradients of an optimizer's weights; longer gradients are shortened to
+            it. None does not shorten them.
         cuda_graphs: whether a step of the training's attack is captured as a CUDA graph, on a CUDA device. "auto"
             captures the step once its kernel launches have taken as much time as a capture takes, and keeps the graph
             if a replay saves at least a tenth of the time. "always" captures the step wherever possible. "off" never
@@ -218,6 +243,9 @@ class FitConfig:
     validation_share: ShareBelow1 = 0.0
     validation_every: Count = 1
     keep_best: Literal["off", "loss", "accuracy"] = "off"
+    patience: Count | None = None
+    accumulate: Count | None = None
+    clip_gradients: Positive | None = None
     cuda_graphs: CudaGraphs = "auto"
     cudnn_benchmark: CudnnBenchmark = "auto"
     fused_optimizers: Literal["auto", "off"] = "auto"
@@ -228,6 +256,10 @@ class FitConfig:
             raise ValueError(
                 f"padding must be 0 with a resized_crop, which crops too, got padding={self.padding} and "
                 f"resized_crop={self.resized_crop}"
+            )
+        if self.patience is not None and self.keep_best == "off":
+            raise ValueError(
+                f"patience needs keep_best loss or accuracy, got patience={self.patience} and keep_best=off"
             )
 
     @property
@@ -247,6 +279,12 @@ class ClassifierConfig:
         precision: "float32", which has the precision of IEEE on a GPU too; "tf32", which on a GPU rounds the factors of
             products to ten bits of mantissa while `purify_fast.training.fit` trains; or "bfloat16" for matrix products.
             Weights and their updates remain in float32.
+        objective: loss of an adversarial training. None: cross-entropy on the attacked images. "trades" adds to the
+            cross-entropy on the clean images the divergence between both predictions, which its attack maximizes.
+            "mart" weights this divergence by how wrong the clean prediction is.
+        beta: weight of the divergence. None takes that of the paper: 6 for TRADES, 5 for MART.
+        label_smoothing: share of the label that is spread over all classes in the training's cross-entropy. None means
+            0.
 
     Raises:
         ValueError: a setting is out of range; the message names it.
@@ -256,6 +294,13 @@ class ClassifierConfig:
     learning_rate: Positive = 3e-3
     weight_decay: Annotated[float, Range(0, below=True)] = 5e-4
     precision: Precision = "float32"
+    objective: Objective | None = None
+    beta: Positive | None = None
+    label_smoothing: ShareBelow1 | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
+        if self.objective is not None and not self.attack.eps > 0:
+            raise ValueError(f"objective {self.objective!r} needs attacked images: eps must be above 0, got 0")
+        if self.beta is not None and self.objective is None:
+            raise ValueError(f"beta needs the objective trades or mart, got beta={self.beta} without an objective")

@@ -36,8 +36,8 @@ from .distributed import average_, from_first
 from .loss_watch import Diverged, LossWatch
 from .optimizers import fuse, set_learning_rate, weights_of
 from .run import Run
-from .sources import HeldOut, Images, Loader, make_sources, step_seed
-from .task import Batch, Metrics, Task
+from .sources import HeldOut, Images, Loader, classes_of, make_sources, step_seed
+from .task import Batch, Metrics, Task, frozen_parts
 
 logger = logging.getLogger("purify_fast")
 
@@ -115,8 +115,9 @@ def fit(
     folder = None if folder is None else Path(folder)
     source, held_out = make_sources(task, x, y, config, validation)
     run = Run(task, config, source, held_out, folder, bank=bank)
+    task.frozen = frozen_parts(task.model)
     if processes()[1] > 1:
-        task.model.train()
+        task.train()
         _check_batchnorm(task.model)
     first = processes()[0] == 0
     # The caller may be within torch.no_grad() or torch.inference_mode().
@@ -139,7 +140,7 @@ def fit(
             task.model.load_state_dict(run.best["model"])
         task.model.eval()
         for listener in listeners:
-            listener.on_end(_state(run, 0, run.last, config.epochs - 1))
+            listener.on_end(_state(run, 0, run.last, len(run.rows) - 1))
         return run.last
 
 
@@ -148,21 +149,29 @@ def _train(run: Run, listeners: Sequence[Callback], stop: Stop) -> None:
     if run.step < run.total:
         # a keep_best whose metric the task does not measure is refused before the training starts
         run.check_best()
-    while run.step < run.total:
-        watch = LossWatch()
-        try:
-            state = _train_epoch(run, listeners, watch, stop)
-        except Diverged as error:
-            raise _diverged(run, watch, error) from error
-        ended = state.epoch + 1
-        if run.held_out is not None and (ended % run.config.validation_every == 0 or ended == run.config.epochs):
+    while not run.ended:
+        epoch = len(run.rows)
+        last = epoch + 1 == run.config.epochs
+        due = run.held_out is not None and (last or (epoch + 1) % run.config.validation_every == 0)
+        # After a kill in a validation, the epoch's steps have all been taken.
+        state = _state(run, 0, run.last, epoch)
+        if run.epoch == epoch:
+            watch = LossWatch()
+            try:
+                state = _train_epoch(run, listeners, watch, stop)
+            except Diverged as error:
+                raise _diverged(run, watch, error) from error
+            if due:
+                # The memory may end in a validation.
+                run.save()
+        if due:
             run.validate()
             state = replace(state, metrics=run.last)
         run.add_row(state.epoch, state.learning_rate, state.images_per_second)
         for listener in listeners:
             listener.on_epoch(state)
         run.save()
-        if run.step < run.total:
+        if not run.ended:
             _end_if_asked(run, stop)
 
 
@@ -182,7 +191,7 @@ def _train_epoch(run: Run, listeners: Sequence[Callback], watch: LossWatch, stop
     for raw in run.source.epoch(epoch, run.step % run.steps):
         # the shape and the labels of a loader's images are not known before; a GPU would wait for each batch's labels
         if isinstance(run.source, Loader) and (not images or raw[1].device.type == "cpu"):
-            classes = int(raw[1].max()) + 1
+            classes = classes_of(raw[1])
             if classes > checked:
                 task.check(tuple(raw[0].shape[1:]), classes)
                 checked = classes
@@ -193,7 +202,7 @@ def _train_epoch(run: Run, listeners: Sequence[Callback], watch: LossWatch, stop
             choose_threads(run, batch)
         rate = task.learning_rate(run.step / run.total, epoch, config.epochs)
         set_learning_rate(task.optimizers.values(), rate)
-        measured = train_step(task, batch)
+        measured = train_step(task, batch, config.accumulate or 1, config.clip_gradients)
         run.add(measured)
         watch.add(run.step, measured["loss"])
         run.step += 1
@@ -214,6 +223,8 @@ def _train_epoch(run: Run, listeners: Sequence[Callback], watch: LossWatch, stop
 
 def _diverged(run: Run, watch: LossWatch, error: Diverged) -> Diverged:
     """Return an error that names the epoch and the step if it is known, and says which settings to change."""
+    if isinstance(run.source, Loader):
+        run.source.check_values()
     step = watch.first_bad() if error.step is None else error.step
     epoch = (run.step - 1 if step is None else step) // run.steps
     where = "a weight is not finite" if step is None else f"the loss of step {step} is not finite"
@@ -240,23 +251,34 @@ def _state(run: Run, images: int, metrics: dict[str, Any], epoch: int, images_pe
 # -- a step -----------------------------------------------------------------------------------------------------------
 
 
-def train_step(task: Task, batch: Batch) -> Metrics:
+def train_step(task: Task, batch: Batch, accumulate: int = 1, clip: float | None = None) -> Metrics:
     """Take a training step with all of its updates, with the model in training mode."""
-    task.model.train()
+    task.train()
 
     def take() -> Metrics:
         measured: Metrics = {}
-        for update in task.updates(batch):
-            optimizer = task.optimizers[update.optimizer]
-            optimizer.zero_grad(set_to_none=True)
-            update.loss.backward()
-            measured = {"loss": update.loss.detach(), **update.metrics}
+        running = [(task.updates(part), len(part.x) / len(batch.x)) for part in parts_of(batch, accumulate)]
+        while True:
+            of_parts = list[Metrics]()
+            for updates, share in running:
+                if (update := next(updates, None)) is None:
+                    continue
+                optimizer = task.optimizers[update.optimizer]
+                if not of_parts:
+                    optimizer.zero_grad(set_to_none=True)
+                backward(update.loss if share == 1 else share * update.loss)
+                shown = {"loss": update.loss.detach(), **update.metrics}
+                of_parts.append(shown if share == 1 else {name: share * value for name, value in shown.items()})
+            if not of_parts:
+                return measured
+            measured = {name: sum((part[name] for part in of_parts[1:]), of_parts[0][name]) for name in of_parts[0]}
             gradients = [weight.grad for weight in weights_of(optimizer) if weight.grad is not None]
             average_([*gradients, *measured.values()])
+            if clip is not None:
+                nn.utils.clip_grad_norm_(weights_of(optimizer), clip)
             task.before_step()
             optimizer.step()
             task.after_step()
-        return measured
 
     if task.graphs is None or processes()[1] > 1:
         # with several processes a step must not be repeated, because the other processes would not repeat the exchanges
@@ -264,21 +286,38 @@ def train_step(task: Task, batch: Batch) -> Metrics:
     return task.graphs.retry_without_graphs(take, batch.x.device)
 
 
+def parts_of(batch: Batch, number: int) -> list[Batch]:
+    """Return a batch in parts of nearly equal size, or alone if it is to have one part."""
+    rows = torch.arange(len(batch.x), device=batch.x.device).tensor_split(number) if number > 1 else []
+    parts = [(batch.x[i], batch.y[i], batch.sample_ids[i]) for i in rows if len(i)]
+    return [replace(batch, x=x, y=y, sample_ids=ids) for x, y, ids in parts] or [batch]
+
+
+def backward(loss: torch.Tensor) -> None:
+    """Compute the gradients of a loss; ValueError if it depends on no weight that can be trained."""
+    if not loss.requires_grad:
+        raise ValueError(
+            "the loss depends on no weight that can be trained: call requires_grad_(True) on the weights to train, and "
+            "do not call the model's parts within torch.no_grad() or on detached outputs"
+        )
+    loss.backward()
+
+
 def choose_threads(run: Run, batch: Batch) -> None:
     """Set the number of threads for the steps of a run: that of the run's beginning, or else the fastest."""
     task = run.task
 
     def step() -> None:
-        for update in task.updates(replace(batch, bank=None)):
+        for update in task.updates(parts_of(replace(batch, bank=None), run.config.accumulate or 1)[0]):
             task.optimizers[update.optimizer].zero_grad(set_to_none=True)
-            update.loss.backward()
+            backward(update.loss)
 
     if not may_choose(batch.x.device):
         return
     # With another number of cores, the sums of the beginning cannot be repeated anyway.
     if run.threads is None or run.threads[0] != run.given_threads:
         with _undone(task.model, batch.x.device):
-            task.model.train()
+            task.train()
             run.threads = [run.given_threads, fastest_threads(step)]
     torch.set_num_threads(run.threads[1])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import logging
 import math
@@ -21,9 +22,10 @@ from .._files import with_room, write_text
 from .._process import processes
 from .._tensors import weights_fingerprint
 from ..data import crop_flip, mirrored, resized_crop, to_float
+from ..model_state import network_hash
 from ..speed.memory import peak_so_far
 from .bank import AdversarialBank, BankConfig
-from .checkpoint import CHECKPOINT, last_checkpoint, save_checkpoint
+from .checkpoint import CHECKPOINT, check_extra_state, last_checkpoint, save_checkpoint
 from .config import FitConfig
 from .distributed import from_first
 from .loss_watch import Diverged
@@ -89,8 +91,11 @@ class Run:
     ):
         self.task, self.config, self.source, self.held_out, self.folder = task, config, source, held_out, folder
         self.bank: AdversarialBank | None = None
+        if bank is not None and config.accumulate:
+            raise ValueError(f"bank needs whole batches: leave out accumulate, got accumulate={config.accumulate}")
         if bank is not None:
             self.bank = AdversarialBank(bank, task.frozen_attacks(), source.banked_images(), source.batch_size)
+        check_extra_state(task.model.state_dict())
         self.steps = source.steps
         self.facts = {"data": source.description, **loop_facts(config), **task.describe()}
         if held_out is not None:
@@ -107,12 +112,20 @@ class Run:
         self.threads: list[int] | None = None
         self._began, self._spent = time.monotonic(), 0.0
         # Only the first process reads the checkpoint, and warns.
-        self.initial = "" if folder is None or processes()[0] > 0 else first_weights(task, folder)
+        first = folder is not None and processes()[0] == 0
+        self.initial, self.network = first_weights(task, folder) if folder and first else ("", "")
 
     @property
     def epoch(self) -> int:
         """The epoch of the next step."""
         return self.step // self.steps
+
+    @property
+    def ended(self) -> bool:
+        """Tell whether no epoch follows: all are done, or the last validations were not better than one before."""
+        config, done = self.config, len(self.rows)
+        since = done * self.steps - self.best["step"] if config.patience and self.best else 0
+        return done == config.epochs or 0 < (config.patience or 0) * config.validation_every * self.steps <= since
 
     @property
     def seconds(self) -> float:
@@ -164,7 +177,9 @@ class Run:
     def state(self) -> dict[str, Any]:
         """Return the content of a checkpoint."""
         optimizers = {name: optimizer.state_dict() for name, optimizer in self.task.optimizers.items()}
-        progress = {name: getattr(self, name) for name in (*_PROGRESS, "facts", "sums", "seconds", "initial")}
+        progress = {
+            name: getattr(self, name) for name in (*_PROGRESS, "facts", "sums", "seconds", "initial", "network")
+        }
         return {"model": self.task.model.state_dict(), "optimizers": optimizers, **progress}
 
     def resume(self) -> None:
@@ -184,11 +199,20 @@ class Run:
                 "checkpoint. For a new run from the model's present weights, choose another folder",
                 self.folder,
             )
+        # Checkpoints of earlier versions have no hash.
+        if processes()[0] == 0 and saved.get("network", self.network) != self.network:
+            logger.warning(
+                "the code or the structure of the network in %s has changed since the run began, such as the code of a "
+                "class, the rate of a dropout or the version of a library. The weights were trained for the network as "
+                "it was. For a new run with the present network, choose another folder",
+                self.folder,
+            )
         self.task.model.load_state_dict(saved["model"])
         for name, optimizer in self.task.optimizers.items():
             optimizer.load_state_dict(saved["optimizers"][name])
         for name in (*_PROGRESS, "initial"):
             setattr(self, name, saved[name])
+        self.network = saved.get("network", self.network)
         self.sums = {key: value.to(self.source.device) for key, value in saved["sums"].items()}
         self._spent = saved["seconds"]
 
@@ -260,7 +284,7 @@ class Run:
     @contextlib.contextmanager
     def finished(self) -> Iterator[None]:
         """Within the block, the model is as after `Task.finish`, in evaluation mode. Then its tensors are restored."""
-        state = {name: value.clone() for name, value in self.task.model.state_dict().items()}
+        state = copy.deepcopy(self.task.model.state_dict())
         self.task.finish()
         self.task.model.eval()
         try:
@@ -305,14 +329,18 @@ class Run:
                 return
             score = -means["loss"] if chosen == "loss" else means[chosen]
             if not math.isnan(score) and (not self.best or score > self.best["score"]):
-                state = {name: value.to("cpu", copy=True) for name, value in self.task.model.state_dict().items()}
-                self.best = {"score": score, "step": self.step, "model": state}
+                state = self.task.model.state_dict()
+                best = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in state.items()}
+                self.best = {"score": score, "step": self.step, "model": copy.deepcopy(best)}
 
 
-def first_weights(task: Task, folder: Path) -> str:
-    """Return the fingerprint of the weights with which a task's first run in a folder began, also in later runs."""
-    known: dict[str, str] = vars(task).setdefault("_first_weights", {})
-    return known.get(str(folder)) or known.setdefault(str(folder), weights_fingerprint(task.model))
+def first_weights(task: Task, folder: Path) -> tuple[str, str]:
+    """Return the hashes of weights and network with which a task's first run in a folder began, also in later runs."""
+    known: dict[str, tuple[str, str]] = vars(task).setdefault("_first_weights", {})
+    if str(folder) not in known:
+        network = network_hash((type(task), task.model, task.result))
+        known[str(folder)] = weights_fingerprint(task.model), network
+    return known[str(folder)]
 
 
 def loop_facts(config: FitConfig) -> dict[str, Any]:

@@ -13,26 +13,29 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from .._process import processes
 from .._tensors import digest
-from ..attacks.arguments import ROUNDING, advice_for_range
 from ..data import StreamedImages, batches, read_ahead
 from .bank import BankedImages
+from .batches import as_tensor, check_range, read_batch, seed_generators
 from .config import FitConfig
+from .loss_watch import INTERVAL
 from .task import Task
 
 #: An iterable of batches, where a batch is (images, labels) or (images, labels, indices). Every epoch must have the
 #: same number of batches.
 Batches: TypeAlias = Iterable[Any]
+Given: TypeAlias = "Batches | Callable[[int], Batches]"
 #: A batch as a source returns it: images, uint8 or float ``[B, C, H, W]``; labels, int64 ``[B]``; and the indices of
 #: the images, int64 ``[B]``.
 RawBatch: TypeAlias = tuple[Tensor, Tensor, Tensor]
 #: The forms in which `fit` accepts images: a tensor or file of all images, which `fit` divides into batches; an
 #: iterable of batches; or a function that returns the batches of an epoch.
-Images: TypeAlias = "Tensor | StreamedImages | Batches | Callable[[int], Batches]"
+Images: TypeAlias = "Tensor | StreamedImages | Given"
 #: Held-out images in `fit`: a pair of images and labels, or batches or a function, as in `Images`.
 HeldOut: TypeAlias = "tuple[Tensor | StreamedImages, Tensor] | Images"
 
-#: Number of images in a validation batch, if the held-out images are not given as batches.
-VALIDATION_BATCH = 250
+
+#: The end of an error for a task that also takes probabilities.
+OR_SOFT = ", or probabilities, float32 [N, classes], whose sums are 1"
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -60,7 +63,7 @@ class InMemory:
         ids: indices of the images to use, int64; None for all.
 
     Raises:
-        ValueError: images or labels have a wrong type or number; there are fewer images than a batch has;
+        ValueError: there are fewer images than a batch has;
             steps_per_epoch is more than a pass over the images has; or the processes cannot share the last batch
             evenly.
     """
@@ -70,7 +73,6 @@ class InMemory:
     def __init__(
         self, x: Tensor | StreamedImages, y: Tensor, config: FitConfig, rank: int, world: int, ids: Tensor | None = None
     ):
-        _check_images(x, y)
         self.x, self.y, self.config, self.rank, self.world, self.device = x, y, config, rank, world, x.device
         self.ids = torch.arange(len(x), device=x.device) if ids is None else ids.to(x.device)
         n, self.batch_size = len(self.ids), config.batch_size
@@ -120,14 +122,17 @@ def _cut_off(steps: int, config: FitConfig) -> int:
 class Loader:
     """Returns batches of a DataLoader, of another iterable, or of a function of the epoch, on the model's device.
 
-    torch's global generator is seeded before each epoch and before each batch. A DataLoader's own generator is seeded
-    before each epoch. So the DataLoader's random draws, such as the order and the seeds of its workers, depend only on
-    the seed and the epoch. A sampler with ``set_epoch``, such as a DistributedSampler, gets the number of the epoch.
+    torch's global generator is seeded before each epoch and before each batch. The generators that a loader, its
+    sampler or its data set own are seeded before each epoch. So the random draws, such as the order and the seeds of
+    workers, depend only on the seed and the epoch. A part with ``set_epoch``, such as a DistributedSampler, gets the
+    epoch.
 
     Args:
         x: the batches. Each process has its own share.
         config: settings of the training, with the seed.
         device: device to which the images are moved.
+        name: name of the argument in errors.
+        soft: whether the labels may be probabilities, float32 ``[B, classes]``.
 
     Raises:
         TypeError: ``x`` is not an iterable or a function of the epoch, or has no length.
@@ -137,9 +142,11 @@ class Loader:
     # 0 means that the sizes are not known before the batches arrive
     batch_size, images = 0, 0
 
-    def __init__(self, x: Batches | Callable[[int], Batches], config: FitConfig, device: torch.device):
+    def __init__(self, x: Given, config: FitConfig, device: torch.device, name: str = "x", soft: bool = False):
         self.reproducible = callable(x)
-        self.x, self.seed, self.device = x, config.seed, device
+        self.x, self.seed, self.device, self.name, self.soft = x, config.seed, device, name, soft
+        #: The names of the batches whose values are not checked yet, and their least and greatest values.
+        self._extremes: list[tuple[str, Tensor]] = []
         first: Any = x(0) if callable(x) else x
         if not (isinstance(first, Iterable) and isinstance(first, Sized)):
             # the learning rates depend on the length of the run, and an iterator would be exhausted after one epoch
@@ -159,37 +166,41 @@ class Loader:
             if kept and x.persistent_workers and x._iterator is None:
                 # The first iterator of persistent workers draws other numbers than the next ones.
                 iter(x)
-            if x.generator is not None:
-                x.generator.manual_seed(step_seed(self.seed, epoch * self.steps))
-            samplers: list[Any] = [x.sampler, x.batch_sampler, getattr(x.batch_sampler, "sampler", None)]
-            for sampler in samplers:
-                set_epoch = getattr(sampler, "set_epoch", None)
-                if set_epoch is not None:
-                    set_epoch(epoch)
+        seed_generators(x, step_seed(self.seed, epoch * self.steps), epoch)
         torch.manual_seed(step_seed(self.seed, epoch * self.steps))
-        given, seen, clamped = iter(x), 0, False
+        given, seen = iter(x), 0
         for k in range(self.steps):
             torch.manual_seed(step_seed(self.seed, epoch * self.steps + k))
             try:
                 batch = next(given)
             except StopIteration:
                 raise ValueError(
-                    f"x must give {self.steps} batches, which is its length; it gave {k} in epoch {epoch}"
+                    f"{self.name} must give {self.steps} batches, which is its length; it gave {k} in epoch {epoch}"
                 ) from None
-            images, labels, *rest = batch
-            images, labels = _as_tensor(images, self.device), _as_labels(_as_tensor(labels, self.device))
-            ids = rest[0] if rest else torch.arange(seen, seen + len(images), device="cpu")
+            name = f"batch {k} of {self.name}"
+            images, labels, indices = read_batch(batch, name)
+            labels, indices = _as_labels(labels), _as_labels(_as_tensor(indices, self.device))
+            known = isinstance(indices, Tensor) and indices.dtype == torch.int64 and indices.shape == (len(images),)
+            ids = indices if known else torch.arange(seen, seen + len(images), device="cpu")
             seen += len(images)
             if k >= first:
-                _check_batch(images, labels, ids)
-                if k == first and images.is_floating_point():
-                    # this check runs once in an epoch, because it waits for the images' device
-                    clamped = _outside_by_rounding(images)
-                if clamped:
-                    images = images.clamp(0, 1)
+                _check_batch(images, labels, name, self.soft)
+                images, labels, ids = (part.to(self.device, non_blocking=True) for part in (images, labels, ids))
                 if images.is_floating_point():
                     images = images.float()
-                yield tuple(part.to(self.device, non_blocking=True) for part in (images, labels, ids))  # type: ignore[misc]
+                    self._extremes.append((name, torch.stack(images.aminmax())))
+                    # on a GPU, each check waits for the images
+                    if images.device.type == "cpu" or k == first or len(self._extremes) == INTERVAL:
+                        self.check_values()
+                    images = images.clamp(0, 1)
+                yield images, labels, ids
+        self.check_values()
+
+    def check_values(self) -> None:
+        """Raise ValueError if images that were given since the last check are outside [0, 1] or contain NaN."""
+        extremes, self._extremes = self._extremes, []
+        for name, (low, high) in extremes:
+            check_range(f"the images of {name}", float(low), float(high), "undo this, and normalize in the model")
 
     def banked_images(self) -> BankedImages:
         raise ValueError("bank needs x as a tensor or file, because the images of a loader are not known in advance")
@@ -210,8 +221,8 @@ def make_sources(
     source: Source
     if isinstance(x, (Tensor, StreamedImages)):
         kept, held = held_out(len(x), share, config.seed) if share > 0 else (None, None)
-        source = InMemory(x, y, config, *processes(), kept)
-        task.check(tuple(x.shape[1:]), int(source.y.max()) + 1)
+        source = InMemory(x, _checked_labels(x, y, task.soft_labels), config, *processes(), kept)
+        task.check(tuple(x.shape[1:]), classes_of(source.y))
     elif y is not None:
         raise ValueError("y must be None if x is a loader or a function, because their batches contain the labels")
     elif share > 0:
@@ -220,7 +231,7 @@ def make_sources(
             "validation"
         )
     else:
-        source = Loader(x, config, device)
+        source = Loader(x, config, device, soft=task.soft_labels)
     if validation is not None and share > 0:
         raise ValueError(
             f"validation must be None if validation_share is above 0, got validation_share={share} and validation "
@@ -228,17 +239,19 @@ def make_sources(
         )
     if isinstance(validation, (Tensor, StreamedImages)):
         raise ValueError("validation must be (images, labels) or batches, got images without labels")
-    at_once = replace(config, batch_size=VALIDATION_BATCH, drop_last=False, steps_per_epoch=None)
+    # Each process validates with all held-out images, and has the memory for its share of a batch.
+    share_of_batch = max(1, config.batch_size // processes()[1])
+    at_once = replace(config, batch_size=share_of_batch, drop_last=False, steps_per_epoch=None)
     if held is not None or isinstance(validation, tuple):
         images, labels = cast(Any, validation if held is None else (x, y))
-        second = InMemory(images, labels, at_once, 0, 1, ids=held)
+        second = InMemory(images, _checked_labels(images, labels, task.soft_labels), at_once, 0, 1, ids=held)
         try:
-            task.check(tuple(images.shape[1:]), int(labels.max()) + 1)
+            task.check(tuple(images.shape[1:]), classes_of(labels))
         except ValueError as error:
             raise ValueError(f"validation: {error}") from error
         return source, second
     if validation is not None:
-        return source, Loader(validation, at_once, device)
+        return source, Loader(validation, at_once, device, "validation", task.soft_labels)
     if config.keep_best != "off":
         raise ValueError(f"keep_best {config.keep_best!r} needs held-out images: pass validation_share or validation")
     return source, None
@@ -246,10 +259,8 @@ def make_sources(
 
 def _as_tensor(values: Any, device: torch.device) -> Any:
     """Return an array as a tensor on a device, and anything else unchanged."""
-    if not isinstance(values, np.ndarray) or values.dtype.kind not in "iuf":
-        return values
-    # PyTorch refuses another byte order than the machine's, and warns about read-only arrays. Such arrays are copied.
-    return torch.from_numpy(np.require(values, values.dtype.newbyteorder("="), ["C", "W"])).to(device)
+    numbers = isinstance(values, np.ndarray) and values.dtype.kind in "iuf"
+    return as_tensor("x", values).to(device) if numbers else values
 
 
 def _as_labels(y: Any) -> Any:
@@ -258,8 +269,20 @@ def _as_labels(y: Any) -> Any:
     return y.long() if isinstance(y, Tensor) and y.dtype in integers else y
 
 
-def _check_images(x: Tensor | StreamedImages, y: Tensor | None) -> None:
-    """Raise ValueError for images and labels that cannot be trained on; the message says what is required."""
+def classes_of(y: Tensor) -> int:
+    """Return the largest label plus one, or the number of classes of labels that are probabilities."""
+    return y.shape[1] if y.is_floating_point() else int(y.max()) + 1
+
+
+def _are_probabilities(y: Any, images: int) -> bool:
+    """Tell whether labels are probabilities, float32 ``[N, classes]``. On a GPU, the values are not checked."""
+    if not isinstance(y, Tensor) or y.dtype != torch.float32 or y.dim() != 2 or len(y) != images or y.shape[1] < 2:
+        return False
+    return y.device.type != "cpu" or bool((y >= 0).all() and (y.sum(1) - 1).abs().max() < 1e-3)
+
+
+def _checked_labels(x: Tensor | StreamedImages, y: Any, soft: bool) -> Tensor:
+    """Return the labels; ValueError if images or labels cannot be trained on, which says what is required."""
     if x.dtype != torch.uint8 or len(x.shape) != 4:
         advice = (
             ": give (255 * x).round().byte(), or x.round().byte() if x is in 0..255"
@@ -267,36 +290,29 @@ def _check_images(x: Tensor | StreamedImages, y: Tensor | None) -> None:
             else ""
         )
         raise ValueError(f"x must be uint8 [N, C, H, W], got {x.dtype} {list(x.shape)}{advice}")
-    if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.shape != (len(x),):
+    probabilities = soft and _are_probabilities(y, len(x))
+    if not isinstance(y, Tensor) or not (probabilities or (y.dtype == torch.int64 and y.shape == (len(x),))):
         got = f"{y.dtype} {list(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
-        raise ValueError(f"y must be int64 [N] = [{len(x)}], got {got}")
+        raise ValueError(f"y must be int64 [N] = [{len(x)}]{OR_SOFT if soft else ''}, got {got}")
     if y.device != x.device:
         raise ValueError(f"x and y must be on one device, got {x.device} and {y.device}")
-    if len(y) and int(y.min()) < 0:
+    if len(y) and not probabilities and int(y.min()) < 0:
         raise ValueError(f"y must hold labels of at least 0, got {int(y.min())}")
+    return y
 
 
-def _check_batch(images: Tensor, labels: Tensor, ids: Tensor) -> None:
-    """Raise ValueError for a loader's batch of a wrong shape or type. The values of the images are not checked."""
-    if images.dim() != 4 or not (images.is_floating_point() or images.dtype == torch.uint8):
+def _check_batch(images: Tensor, labels: Tensor, name: str, soft: bool) -> None:
+    """Raise ValueError for a loader's batch of a wrong shape or type, or with labels below 0 on the CPU."""
+    if images.dim() != 4 or not images.numel() or not (images.is_floating_point() or images.dtype == torch.uint8):
         got = f"{images.dtype} {list(images.shape)}"
-        raise ValueError(f"x: images must be float in [0, 1] or uint8, [B, C, H, W], got {got}")
-    for name, part in (("labels", labels), ("indices", ids)):
-        if part.dtype != torch.int64 or part.shape != (len(images),):
-            raise ValueError(f"x: {name} must be int64 [B] = [{len(images)}], got {part.dtype} {list(part.shape)}")
-
-
-def _outside_by_rounding(images: Tensor) -> bool:
-    """Tell whether some values are outside [0, 1], but only by rounding; ValueError for other values outside."""
-    low, high = (float(value) for value in images.aminmax())
-    # the condition is negated so that NaN is refused too
-    if not (low >= -ROUNDING and high <= 1 + ROUNDING):
-        normalized = "; if they are normalized, undo this, and normalize in the model"
-        raise ValueError(
-            f"x: images must be in [0, 1] without NaN, got values in [{low:.5g}, {high:.5g}]"
-            f"{normalized if low < 0 else advice_for_range(low, high)}"
-        )
-    return low < 0 or high > 1
+        raise ValueError(f"the images of {name} must be float in [0, 1] or uint8, [B, C, H, W], got {got}")
+    if soft and _are_probabilities(labels, len(images)):
+        return
+    if labels.dtype != torch.int64 or labels.shape != (len(images),):
+        allowed = f"int64 [B] = [{len(images)}]{OR_SOFT if soft else ''}"
+        raise ValueError(f"the labels of {name} must be {allowed}, got {labels.dtype} {list(labels.shape)}")
+    if labels.device.type == "cpu" and len(labels) and int(labels.min()) < 0:
+        raise ValueError(f"the labels of {name} must be at least 0, got {int(labels.min())}")
 
 
 def held_out(n: int, share: float, seed: int) -> tuple[Tensor, Tensor]:

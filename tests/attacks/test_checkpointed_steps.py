@@ -1,9 +1,11 @@
 """A loop that is computed again step by step: its gradients, its draws, its memory."""
 
 import gc
+import itertools
 import sys
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -97,10 +99,37 @@ def test_steps_that_draw_draw_the_same_again():
     for again in results[1:]:
         for want, got in zip(results[0], again, strict=True):
             assert torch.equal(want, got)
-    # without the states the noise is another when it is drawn again, and so is the gradient
-    torch.manual_seed(3)
+    # without the states the noise is another when it is drawn again, and so would be the gradient
     out = checkpointed_steps(lambda x, i: dropped(x), x, 4, preserve_rng_state=False)
-    assert not torch.equal(torch.autograd.grad(out.square().sum(), x)[0], results[0][1])
+    with pytest.raises(RuntimeError, match=r"step must return the same result .*, but step 3 does not"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("keep", [0, 2])
+@pytest.mark.parametrize("size", [1.0, 1e-2])
+@pytest.mark.parametrize("source", ["generator", "numpy", "count"])
+def test_a_step_that_draws_other_numbers_again_is_refused_and_a_given_generator_is_repeated(source, size, keep):
+    def gradient(run, **options):
+        own, count = torch.Generator().manual_seed(1), itertools.count()
+        numbers = np.random.default_rng(1)
+
+        def step(x, i):
+            if source == "generator":
+                noise = torch.randn(x.shape, dtype=x.dtype, generator=own)
+            else:
+                noise = torch.from_numpy(numbers.normal(size=x.shape)) if source == "numpy" else 0.1 * next(count)
+            return torch.sin(x + size * noise) + 0.1 * x
+
+        x = torch.linspace(0, 1, 30, dtype=torch.float64).view(2, 15).requires_grad_()
+        options |= {"generators": [own]} if options.pop("given", False) else {}
+        return torch.autograd.grad(run(step, x, 6, **options).sum(), x)[0]
+
+    wanted = gradient(plain)
+    with pytest.raises(RuntimeError, match=r"pass it in generators.*keep=n computes no step again"):
+        gradient(checkpointed_steps, keep=keep)
+    assert torch.equal(gradient(checkpointed_steps, keep=6), wanted)
+    if source == "generator":
+        torch.testing.assert_close(gradient(checkpointed_steps, keep=keep, given=True), wanted, rtol=1e-12, atol=0)
 
 
 def test_autocast_is_the_same_when_a_step_is_computed_again():

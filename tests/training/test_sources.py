@@ -1,10 +1,24 @@
 """What `fit` takes as images: what is wrong with them is said at the door, and loaders are read as they come."""
 
+import random
+from functools import partial
+
+import numpy as np
 import pytest
 import torch
 from small_runs import StopAt, Stopped, images, same, task
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    RandomSampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
@@ -23,10 +37,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
     [
         (lambda x, y: (x / 255, y), r"x must be uint8 \[N, C, H, W\], got torch.float32 .*255 \* x"),
         (lambda x, y: (x[:, 0], y), r"x must be uint8 \[N, C, H, W\], got torch.uint8 \[64, 8, 8\]"),
-        (lambda x, y: (x, y.float()), r"y must be int64 \[N\] = \[64\], got torch.float32"),
-        (lambda x, y: (x, y[:9]), r"y must be int64 \[N\] = \[64\], got torch.int64 \[9\]"),
-        (lambda x, y: (x, y.tolist()), r"y must be int64 \[N\] = \[64\], got list"),
-        (lambda x, y: (x, None), r"y must be int64 \[N\] = \[64\], got NoneType"),
+        (lambda x, y: (x, y.float()), r"y must be int64 \[N\] = \[64\], .*got torch.float32"),
+        (lambda x, y: (x, y[:9]), r"y must be int64 \[N\] = \[64\], .*got torch.int64 \[9\]"),
+        (lambda x, y: (x, y.tolist()), r"y must be int64 \[N\] = \[64\], .*got list"),
+        (lambda x, y: (x, None), r"y must be int64 \[N\] = \[64\], .*got NoneType"),
         (lambda x, y: (x, y - 1), "y must hold labels of at least 0, got -1"),
         (lambda x, y: (x, y + 1), "y: the largest label is 2, but the model has 2 classes, 0 to 1"),
         (lambda x, y: (x.expand(-1, 3, -1, -1), y), r"the classifier must map images \[B, 3, 8, 8\] to logits"),
@@ -248,13 +262,140 @@ def test_loaders_that_cannot_be_used_are_refused():
     for wrong, message in (
         ([], "x must have at least 1 batch, got 0"),
         (Short([(x, y)]), "x must give 2 batches, .* it gave 1 in epoch 0"),
-        ([(x, y.float())], r"x: labels must be int64 \[B\] = \[64\], got torch.float32"),
-        ([(x.long(), y)], r"x: images must be float in \[0, 1\] or uint8"),
+        ([(x, y.float())], r"the labels of batch 0 of x must be int64 \[B\] = \[64\], .*got torch.float32"),
+        ([(x.long(), y)], r"the images of batch 0 of x must be float in \[0, 1\] or uint8"),
     ):
         with pytest.raises(ValueError, match=message):
             fit(task(), wrong, None, FitConfig(1), progress=False)
     with pytest.raises(ValueError, match="y must be None if x is a loader"):
         fit(task(), [(x, y)], y, FitConfig(1))
+
+
+def with_nan(images, labels):
+    images[3, 0, 5, 5] = torch.nan
+    return images, labels
+
+
+WRONG = {
+    "dictionary": (
+        lambda x, y: {"label": y, "image": x},
+        r"got a dictionary with the keys 'label', 'image': give \(batch\[",
+    ),
+    "lists": (lambda x, y: (list(x), y), "the images of batch 2 of x must be a torch.Tensor or a NumPy array"),
+    "labels in lists": (lambda x, y: (x, y.tolist()), "the labels of batch 2 of x must be a torch.Tensor"),
+    "one part": (lambda x, y: x, r"batch 2 of x must be \(images, labels\)"),
+    "0..255": (lambda x, y: (255 * x, y), "the images of batch 2 of x .* to 255; x is in 0..255: divide by 255"),
+    "normalized": (lambda x, y: (2 * x - 1, y), "batch 2 .* values from -.* if they are normalized, undo this"),
+    "NaN": (with_nan, "the images of batch 2 of x must be in .* free of NaN, got values from nan"),
+    "infinity": (lambda x, y: (x / 0, y), "the images of batch 2 of x must be in"),
+    "label -1": (lambda x, y: (x, y - 1), "the labels of batch 2 of x must be at least 0, got -1"),
+    "no image": (lambda x, y: (x[:0], y[:0]), "the images of batch 2 of x must be"),
+}
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_batch_is_named_wherever_it_comes(case, held_out):
+    change, message = WRONG[case]
+    good = [(x / 255, y) for x, y in of_16(64)]
+    bad = [change(x.clone(), y) if k == 2 else (x, y) for k, (x, y) in enumerate(good)]
+    given = {"x": good, "validation": bad} if held_out else {"x": bad}
+    with pytest.raises((TypeError, ValueError), match=message.replace("of x", "of validation" if held_out else "of x")):
+        fit(task(), y=None, config=FitConfig(1), progress=False, **given)
+
+
+def test_a_batch_with_nan_on_a_gpu_is_found_when_the_loss_is_nan(monkeypatch):
+    """There, values are checked at intervals, so a loss that is not finite may be seen first."""
+    good = [(x / 255, y) for x, y in of_16(64)]
+    good[2] = with_nan(good[2][0], good[2][1])
+    check, seen = sources.Loader.check_values, []
+
+    def later(self):
+        if len(seen.append(0) or seen) > 3:
+            check(self)
+
+    monkeypatch.setattr(sources.Loader, "check_values", later)
+    monkeypatch.setattr("purify_fast.training.loss_watch.INTERVAL", 3)
+    with pytest.raises(ValueError, match=r"the images of batch 2 of x must be in .* free of NaN"):
+        fit(task(), good, None, FitConfig(1), progress=False)
+    assert len(seen) == 4
+
+
+@pytest.mark.parametrize("more", [(["a.png"] * 16,), (torch.rand(16),), (torch.arange(16), "more"), (None, 1, 2)])
+def test_further_parts_of_a_batch_change_nothing(more):
+    usual, other = task(), task()
+    fit(usual, of_16(64), None, FitConfig(1), progress=False)
+    fit(other, [(*pair, *more) for pair in of_16(64)], None, FitConfig(1), progress=False)
+    assert same(usual, other)
+
+
+class Noisy(Dataset):
+    """Images with noise, from a generator of the data set's own or of its transform."""
+
+    def __init__(self, source):
+        self.x, self.y = images(40)
+        own = torch.Generator().manual_seed(5)
+        self.draws = {
+            "torch": own,
+            "numpy": np.random.default_rng(5),
+            "legacy": np.random.RandomState(5),
+            "python": random.Random(5),
+            "function": lambda: torch.randint(0, 9, (), generator=own),
+            "partial": partial(torch.randint, 0, 9, (), generator=own),
+        }[source]
+
+    def __len__(self):
+        return 40
+
+    def noise(self):
+        if isinstance(self.draws, torch.Generator):
+            return torch.randint(0, 9, (), generator=self.draws)
+        if isinstance(self.draws, np.random.Generator):
+            return self.draws.integers(0, 9)
+        return self.draws() if callable(self.draws) else self.draws.randint(0, 8)
+
+    def __getitem__(self, i):
+        return (self.x[i] // 2 + int(self.noise())).byte(), self.y[i]
+
+
+def own():
+    return torch.Generator().manual_seed(5)
+
+
+OWNED = {
+    "weighted": lambda: loaded(40, batch_size=8, sampler=WeightedRandomSampler(torch.ones(40), 40, generator=own())),
+    "random": lambda: loaded(40, batch_size=8, sampler=RandomSampler(range(40), generator=own())),
+    "subset": lambda: loaded(40, batch_size=8, sampler=SubsetRandomSampler(range(40), generator=own())),
+    "batches": lambda: loaded(
+        40, batch_sampler=BatchSampler(SubsetRandomSampler(range(40), generator=own()), 8, drop_last=False)
+    ),
+    "both": lambda: loaded(
+        40, batch_size=8, generator=own(), sampler=SubsetRandomSampler(range(40), generator=own().manual_seed(6))
+    ),
+    "subset of a data set": lambda: DataLoader(Subset(Noisy("torch"), range(40)), 8),
+    **{name: partial(lambda name: DataLoader(Noisy(name), 8), name) for name in ("torch", "numpy", "legacy", "python")},
+    **{name: partial(lambda name: DataLoader(Noisy(name), 8), name) for name in ("function", "partial")},
+}
+
+
+@pytest.mark.parametrize("name", OWNED)
+def test_generators_that_a_user_owns_draw_the_same_after_a_kill(name, tmp_path):
+    whole, resumed = task(), task()
+    fit(whole, OWNED[name](), None, FitConfig(3), progress=False)
+    with pytest.raises(Stopped):
+        fit(task(), OWNED[name](), None, FitConfig(3), tmp_path, progress=False, callbacks=[StopAt(12)])
+    fit(resumed, OWNED[name](), None, FitConfig(3), tmp_path, progress=False)
+    assert same(whole, resumed)
+
+
+def test_the_epochs_and_two_generators_of_a_loader_draw_different_numbers():
+    loader = DataLoader(TensorDataset(torch.zeros(40, 1, 8, 8), torch.arange(40)), 8)
+    loader.both = [own(), own()]
+    found = []
+    for epoch in (0, 1, 0):
+        order(loader, epoch)
+        found.append([int(torch.randint(2**40, (), generator=one)) for one in loader.both])
+    assert found[0] == found[2] and len({*found[0], *found[1]}) == 4
 
 
 class Sizes:

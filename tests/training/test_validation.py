@@ -53,8 +53,9 @@ def test_held_out_images_are_validated_with_and_not_trained_on(tmp_path):
     config = FitConfig(3, 16, flip=True, validation_share=0.3, validation_every=2)
     last = fit(made, x, y, config, tmp_path, progress=False)
     seen = set(torch.cat([batch.sample_ids for batch in trained]).tolist())
-    held = [set(batch.sample_ids.tolist()) for batch, _ in validated]
-    assert len(held) == 2 and held[0] == held[1] and len(held[0]) == 30 and not seen & held[0]
+    ids = [batch.sample_ids.tolist() for batch, _ in validated]
+    held = [{*ids[0], *ids[1]}, {*ids[2], *ids[3]}]
+    assert len(ids) == 4 and held[0] == held[1] and len(held[0]) == 30 and not seen & held[0]
     # unaugmented, in evaluation mode, as of the last epoch, with the same draws every time
     for batch, training in validated:
         assert not training and batch.epoch == 2 and batch.seed == validated[0][0].seed
@@ -87,13 +88,13 @@ NAN = float("nan")
 def test_the_best_weights_are_what_remains(tmp_path, scores, best, on_disk):
     """A score that is no number is never the best; without any, the last weights remain."""
     made = Worse(scores)
-    config = FitConfig(4, 16, validation_share=0.2, keep_best="loss")
+    config = FitConfig(4, 16, validation_share=0.16, keep_best="loss")
     fit(made, *images(100), config, tmp_path if on_disk else None, progress=False)
     assert same(made.model.state_dict(), made.seen[best])
 
 
 def test_the_best_weights_survive_an_interruption(tmp_path):
-    config = FitConfig(4, 16, validation_share=0.2, keep_best="loss", checkpoint_seconds=0)
+    config = FitConfig(4, 16, validation_share=0.16, keep_best="loss", checkpoint_seconds=0)
 
     first = Worse()
     with pytest.raises(Stopped):
@@ -158,8 +159,49 @@ def test_a_best_by_what_is_not_measured_is_refused():
         fit(Silent(SmallCNN(1, 2, (8, 8), 4), ClassifierConfig()), *images(100), config, progress=False)
 
 
-def test_carso_is_validated_with_a_last_batch_too_small_to_attack(monkeypatch, tmp_path):
-    monkeypatch.setattr("purify_fast.training.sources.VALIDATION_BATCH", 16)
+class OutOfMemory(Exception):
+    pass
+
+
+@pytest.mark.parametrize("form", ["share", "pair"])
+def test_validations_have_batches_of_the_trainings_size(form):
+    x, y = images(100)
+    made, _, validated = watched(task())
+    given = {"validation": (x[:20], y[:20])} if form == "pair" else {}
+    fit(made, x, y, FitConfig(1, 8, validation_share=0 if given else 0.2), progress=False, **given)
+    assert [len(batch.x) for batch, _ in validated] == [8, 8, 4]
+
+
+def test_an_epoch_is_not_lost_if_its_validation_fails(tmp_path):
+    """The next start begins with the validation, and ends as if the first had not failed."""
+    config = FitConfig(3, 16, validation_share=0.2, keep_best="accuracy", checkpoint_seconds=1000)
+
+    def run(folder, fails=False):
+        made, trained, _ = watched(task())
+        validate = made.validate
+
+        def failing(batch):
+            if fails and len(trained) == 10:  # after the second epoch
+                raise OutOfMemory
+            return validate(batch)
+
+        made.validate = failing
+        try:
+            fit(made, *images(100), config, tmp_path / folder, progress=False)
+        except OutOfMemory:
+            return made, [batch.step for batch in trained], None
+        rows = [json.loads(line) for line in (tmp_path / folder / "log.jsonl").read_text().splitlines()]
+        measured = [{name: row[name] for name in row if "loss" in name or "accuracy" in name} for row in rows]
+        return made, [batch.step for batch in trained], measured
+
+    whole, steps, wanted = run("whole")
+    assert steps == list(range(15)) and len(wanted) == 3
+    assert run("cut", fails=True)[1] == list(range(10))
+    resumed, steps, found = run("cut")
+    assert steps == list(range(10, 15)) and found == wanted and same(whole, resumed)
+
+
+def test_carso_is_validated_with_a_last_batch_too_small_to_attack(tmp_path):
     digits = data.load_dataset("digits")
     x, y = digits.x_train[:53], digits.y_train[:53]
     found = []

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ..._validation import Norm
 from ...attacks import Attack, AutoAttack
-from ...attacks.arguments import ROUNDING, advice_for_range, check_eps
+from ...attacks.arguments import check_eps
 from ...attacks.original_autoattack import implementation
 from ...protocols import Classifier
+from ...training.batches import as_tensor, check_range, read_batch
 from .config import EvaluateConfig
 from .specs import AttackFunction, AttackSpec, as_specs
 
@@ -30,10 +31,12 @@ def images_and_labels(x: Tensor | Iterable[Any], y: Tensor | None) -> tuple[Tens
         raise TypeError(f"without y, x must be an iterable of batches (images, labels), got {type(x).__name__}")
     images, labels = list[Tensor](), list[Tensor]()
     for i, batch in enumerate(x):
-        if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
-            raise TypeError(f"batch {i} must be (images, labels) or (images, labels, indices), got {type(batch)}")
-        images.append(_as_tensor(f"the images of batch {i}", batch[0]))
-        labels.append(_as_tensor(f"the labels of batch {i}", batch[1]))
+        part, of_part, _ = read_batch(batch, f"batch {i}")
+        if part.is_floating_point() and part.numel():
+            low, high = part.detach().aminmax()
+            check_range(f"the images of batch {i}", float(low), float(high))
+        images.append(part)
+        labels.append(of_part)
     kinds = list(dict.fromkeys((str(part.dtype), *part.shape[1:]) for part in images))
     if len(kinds) != 1:
         raise ValueError(f"x must yield batches of one dtype and one size [C, H, W], at least one, got {kinds}")
@@ -42,7 +45,7 @@ def images_and_labels(x: Tensor | Iterable[Any], y: Tensor | None) -> tuple[Tens
 
 def collect(x: Any, y: Any) -> tuple[Tensor, Tensor, list[str]]:
     """Check and convert images and labels."""
-    x, y = _as_tensor("x", x), _as_tensor("y", y)
+    x, y = as_tensor("x", x), as_tensor("y", y)
     if x.dim() != 4 or len(x) == 0:
         raise ValueError(f"x must be [N, C, H, W] with at least one image, got {list(x.shape)}")
     if y.shape != (len(x),) or y.dtype not in INTEGERS:
@@ -55,25 +58,13 @@ def collect(x: Any, y: Any) -> tuple[Tensor, Tensor, list[str]]:
         raise ValueError(f"x must be uint8 or floating point, got {x.dtype}: if x is in 0..255, give x.byte()")
     x = x.float()
     least, most = (float(value) for value in x.detach().aminmax())
-    # The condition is negated so that NaN is refused too.
-    if not (least >= -ROUNDING and most <= 1 + ROUNDING):
-        values = f"values from {least:.5g} to {most:.5g}{advice_for_range(least, most)}"
-        raise ValueError(f"x must be in [0, 1] and free of NaN, got {values}")
+    check_range("x", least, most)
     x, notes = x.clone() if x.is_inference() else x.detach(), list[str]()
     if least < 0 or most > 1:
         beyond = max(-least, most - 1)
         notes.append(f"values of the images outside [0, 1] by rounding, by at most {beyond:.1g}, were clamped")
         x = x.clamp(0, 1)
     return x, y.to(torch.int64), notes
-
-
-def _as_tensor(name: str, value: Any) -> Tensor:
-    if isinstance(value, np.ndarray) and value.dtype.kind in "iuf":
-        # PyTorch refuses negative strides and foreign byte orders, and warns about read-only arrays.
-        value = torch.from_numpy(np.require(value, value.dtype.newbyteorder("="), ["C", "W"]))
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor or a NumPy array of numbers, got {type(value).__name__}")
-    return value
 
 
 def as_classifier(model: Any) -> Classifier:

@@ -1,0 +1,83 @@
+"""TRADES and MART against plain loops, written from the papers; and what trainers expect of `fit`."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from purify_fast import data
+from purify_fast.attacks.ball import ball_around, normal_in_ball, sample_in_ball
+from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, TrainingAttack, fit
+from purify_fast.training.sources import InMemory, step_seed
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+EPS, ALPHA = 0.1, 0.03
+ATTACK = TrainingAttack(EPS, 3, alpha=ALPHA)
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, 2, bias=False), nn.BatchNorm2d(4), nn.SiLU(), nn.Flatten(), nn.Linear(4 * 49, 10)
+    )
+
+
+def plain(objective, x, y, config, beta, dtype):
+    """The weights after a plain loop."""
+    model = network().to(dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=5e-4)
+    source, task = InMemory(x, y, config, 0, 1), ClassifierTask(network(), ClassifierConfig())
+    kl = nn.KLDivLoss(reduction="none")
+    for step in range(config.epochs * source.steps):
+        raw, labels, ids = list(source.epoch(step // source.steps, 0))[step % source.steps]
+        clean, seeds = raw.to(dtype) / 255, {"seed": step_seed(config.seed, step), "sample_ids": ids}
+        ball = ball_around(clean.float(), EPS)
+        model.eval()
+        with torch.no_grad():
+            natural = F.softmax(model(clean), 1)
+        if objective == "trades":
+            point = normal_in_ball(clean.float(), ball, 0.001, **seeds).to(dtype)
+        else:
+            point = sample_in_ball(clean.float(), ball, **seeds).to(dtype)
+        for _ in range(3):
+            point.requires_grad_()
+            if objective == "trades":
+                loss = kl(F.log_softmax(model(point), 1), natural).sum()
+            else:
+                loss = F.cross_entropy(model(point), labels)
+            (gradient,) = torch.autograd.grad(loss, point)
+            point = point.detach() + ALPHA * gradient.sign()
+            point = torch.min(torch.max(point, clean - EPS), clean + EPS).clamp(0, 1)
+        model.train()
+        logits, attacked = model(clean), model(point)
+        p, q = F.softmax(logits, 1), F.softmax(attacked, 1)
+        divergence = (p * (p.log() - q.log())).sum(1)
+        if objective == "trades":
+            loss = F.cross_entropy(logits, labels) + beta * divergence.mean()
+        else:
+            rows = torch.arange(len(labels))
+            others = q.clone()
+            others[rows, labels] = 0
+            boosted = -q[rows, labels].log() - (1 - others.max(1).values).log()
+            loss = (boosted + beta * divergence * (1 - p[rows, labels])).mean()
+        optimizer.param_groups[0]["lr"] = task.learning_rate(step / (config.epochs * source.steps), 0, 1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model
+
+
+@pytest.mark.parametrize(("objective", "beta"), [("trades", 6.0), ("mart", 5.0)])
+def test_fifty_steps_have_the_weights_of_a_plain_loop_of_the_paper(objective, beta):
+    digits = data.load_dataset("digits")
+    x, y, config = digits.x_train[:160], digits.y_train[:160], FitConfig(10, 32)
+    exact, usual = (plain(objective, x, y, config, beta, dtype) for dtype in (torch.float64, torch.float32))
+    made = ClassifierTask(network(), ClassifierConfig(attack=ATTACK, objective=objective))
+    fit(made, x, y, config, progress=False)
+    start, *ends = (
+        nn.utils.parameters_to_vector(one.parameters()).double() for one in (network(), exact, usual, made.model)
+    )
+    wanted, rounded, found = (end - start for end in ends)
+    rounding = (rounded - wanted).norm()
+    assert rounding < 5e-3 * wanted.norm()
+    assert (found - wanted).norm() < 4 * rounding
