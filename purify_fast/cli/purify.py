@@ -56,8 +56,7 @@ class Purify(ProcessOptions, Command):
         files = self.files()
         defence = self.defence()
         if all((self.source / part).is_dir() for part in ("train", "val")):
-            names = classes_in(self.source / "train")
-            refuse_other_classes(defence, names, str(self.source), f"the model in {self.model}")
+            refuse_other_classes(defence, classes_in(self.source / "train"), self.source, f"the model in {self.model}")
         for path in files:
             # Read every image before the first is purified, so that a refusal comes before any work.
             of_shape(path, defence.image_shape)

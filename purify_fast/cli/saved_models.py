@@ -65,33 +65,26 @@ def own_model(spec: str, images: DataSet) -> Classifier:
 def named_classifier(
     spec: str, weights: str | None, images: DataSet, mean: Sequence[float] = (), std: Sequence[float] = ()
 ) -> nn.Module:
-    """Make a network by its name: with random weights and the statistics of the images, or with given weights."""
+    """Make a network by its name. With random weights, a library's network gets the statistics of the images."""
     from ..data import statistics
-    from ..models.foreign import build_foreign
+    from ..models.foreign import LIBRARIES, build_foreign
 
-    how: Any = statistics(images.x_train) if weights is None else (mean or 0.0, std or 1.0)
+    fresh = weights is None and spec.partition(":")[0] in LIBRARIES
+    how: Any = statistics(images.x_train) if fresh else (mean or 0.0, std or 1.0)
     model = build_foreign(spec, images.image_shape[0], images.num_classes, mean=how[0], std=how[1], weights=weights)
     return on_images(model, spec, images)
 
 
 def trained_classifier(
-    classifier: str | Path,
-    weights: str | None,
-    images: DataSet,
-    mean: Sequence[float] = (),
-    std: Sequence[float] = (),
+    classifier: str | Path, weights: str | None, images: DataSet, mean: Sequence[float] = (), std: Sequence[float] = ()
 ) -> nn.Module:
     """Load a trained classifier to the device of the images."""
-    from ..models.foreign import LIBRARIES, is_file_of_weights
+    from ..models.foreign import is_file_of_weights
     from ..training import load_classifier
 
     text = str(classifier)
-    normalized = text.partition(":")[0] in LIBRARIES and weights is not None and is_file_of_weights(text, weights)
-    if (mean or std) and not normalized:
-        raise ValueError(
-            f"--mean and --std are the normalization of a network of {' or '.join(LIBRARIES)} with weights of a file, "
-            f"got the classifier {classifier} with the weights {weights}: leave them out"
-        )
+    if (mean or std) and not is_file_of_weights(text, weights or ""):
+        raise ValueError(f"--mean and --std are only for weights of a file, got {weights} of {text}: leave them out")
     if not is_named(text):
         if weights is not None:
             raise ValueError(
@@ -162,7 +155,7 @@ def refuse_other_images(model: nn.Module, images: DataSet, what: str) -> None:
     refuse_other_classes(model, images.classes, images.name, what)
 
 
-def refuse_other_classes(model: nn.Module, names: Sequence[str] | None, data: str, what: str) -> None:
+def refuse_other_classes(model: nn.Module, names: Sequence[str] | None, data: str | Path, what: str) -> None:
     """Raise a ValueError if a label means another class in the training of a model than in a data set."""
     known = getattr(getattr(model, "classifier", model), "classes", None)
     for label, (own, other) in enumerate(zip(known or (), names or (), strict=False)):

@@ -70,8 +70,7 @@ class ResultsInClassifier(Training):
         from ..training import save_classifier
 
         save_classifier(trained, self.out, images.classes)
-        clean = accuracy_text(trained, images.x_test, images.y_test, self.loop.batch_size)
-        print(f"accuracy without an attack: {clean}")
+        print("accuracy without an attack:", accuracy_text(trained, images.x_test, images.y_test, self.loop.batch_size))
 
 
 @dataclass(frozen=True)

@@ -144,8 +144,8 @@ class FollowsRecipe(Training):
         print("\n- ".join(["Not reproduced in any training by this recipe:", *recipe.not_reproduced]))
 
     def ignored_beside(self) -> dict[tuple[str, ...], str]:
-        alone = {("official_code",): "--official-code needs --recipe NAME"} if self.recipe is None else {}
-        return super().ignored_beside() | alone
+        message = "--official-code needs --recipe NAME"
+        return super().ignored_beside() | ({("official_code",): message} if self.recipe is None else {})
 
 
 @dataclass(frozen=True)
@@ -159,9 +159,9 @@ class OnClassifier(Training):
             tensors are read. Or the library's name for weights that it has downloaded before, such as IMAGENET1K_V1 of
             torchvision or pretrained of timm. From a checkpoint, the moving average of the weights is taken, if there
             is one.
-        mean: With a file of weights of torchvision:NAME or timm:NAME: mean by which the images in [0, 1] were
-            normalized in the training of these weights; a number, or one for each channel, such as 0.485 0.456 0.406.
-            Default: 0. The library's own weights have their own mean and standard deviation.
+        mean: With a file of weights: mean by which the images in [0, 1] were normalized in the training of these
+            weights; a number, or one for each channel, such as 0.485 0.456 0.406. Default: 0. The library's own weights
+            have their own mean and standard deviation.
         std: With --mean: standard deviation by which the images were then divided. Default: 1.
     """
 
@@ -175,12 +175,11 @@ class OnClassifier(Training):
         from .._process import processes
         from ..data import balanced_subset
 
-        assert self.classifier is not None
-        model = trained_classifier(self.classifier, self.classifier_weights, images, self.mean, self.std)
+        model = trained_classifier(str(self.classifier), self.classifier_weights, images, self.mean, self.std)
         if processes()[0] == 0:
             facts: dict[str, Any] = model.arguments  # type: ignore[assignment]
             mean, std = (" ".join(f"{value:.4g}" for value in facts.get(name, ())) for name in ("mean", "std"))
-            how = f"mean {mean}, std {std}" if mean else "by its own code, if any"
+            how = f"mean {mean}, std {std}" if mean else "by its own code"
             some = balanced_subset(images.x_test, images.y_test, 1000, seed=0, num_classes=images.num_classes)
             print(f"classifier {self.starts()['start.classifier']}: normalization of images in [0, 1]: {how}")
             print(

@@ -174,14 +174,13 @@ def load_dataset(
     if stream or decode == "each_time" or broken == "skip":
         what = "stream=True" if stream else "decode='each_time'" if decode == "each_time" else "broken='skip'"
         raise ValueError(f"{what} needs an image folder, but {name} is not an image folder")
-    named: tuple[str, ...] | None
     if place is None:
-        tensors, classes, named = _digits(), chosen_classes(10, num_classes), tuple("0123456789")
+        tensors, classes, texts = _digits(), chosen_classes(10, num_classes), np.array(list("0123456789"))
     else:
         arrays = read_npz(place, train) if isinstance(place, Path) else place
         tensors, classes = check_arrays(arrays, num_classes)
         texts = arrays.get("classes", np.zeros(1))
-        named = tuple(map(str, texts)) if texts.ndim == 1 and texts.dtype.kind == "U" else None
+    named = tuple(texts.tolist()) if texts.ndim == 1 and texts.dtype.kind == "U" else None
     if not train:
         tensors |= {"x_train": tensors["x_test"][:0], "y_train": tensors["y_test"][:0]}
     title = place.stem if isinstance(place, Path) else name

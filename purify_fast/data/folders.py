@@ -85,8 +85,8 @@ def read_folder(
         streamed = stream or needed > memory
         memory -= 0 if streamed else needed
         x[part] = images[part] if streamed else images[part][:]
-    none = {"train": torch.empty(0, dtype=torch.int64)}
-    return x, none | {part: split.labels for part, split in splits.items()}, classes
+    y = {part: splits[part].labels if part in splits else torch.empty(0, dtype=torch.int64) for part in x}
+    return x, y, classes
 
 
 # ---- the files of an image folder

@@ -43,18 +43,16 @@ COUNT = "num_batches_tracked"
 class ForeignClassifier(nn.Module):
     """A classifier from outside this package. It is made by its name, so that it can be saved and loaded."""
 
-    def __init__(self, spec: str, in_channels: int, num_classes: int, mean: Statistic = 0.5, std: Statistic = 0.5):
+    def __init__(self, spec: str, in_channels: int, num_classes: int, mean: Statistic = 0.0, std: Statistic = 1.0):
         super().__init__()
         library, _, name = spec.partition(":")
         self.spec = spec
         self.arguments: dict[str, Any] = {"spec": spec, "in_channels": in_channels, "num_classes": num_classes}
-        self.repeated = 1
-        self.normalize: Normalize | nn.Identity = nn.Identity()
+        self.repeated = 3 if library == "torchvision" and in_channels == 1 else 1
+        self.normalize = Normalize(mean, std, in_channels * self.repeated)
+        self.arguments |= self.normalize.arguments
         if library in LIBRARIES:
             check_library_name(spec)
-            self.repeated = 3 // in_channels if library == "torchvision" and in_channels in (1, 3) else 1
-            self.normalize = Normalize(mean, std, in_channels * self.repeated)
-            self.arguments |= self.normalize.arguments
         if library == "torchvision":
             # The import takes 1.7 seconds, and most classifiers do not need torchvision.
             from torchvision import models
@@ -122,8 +120,9 @@ def load_weights(model: nn.Module, path: str | Path, what: str | None = None) ->
     """Load the weights of a file, or their moving average if the file has one."""
     tree = _read(path)
     load_state(model, _state_of(tree, path), what or str(path))
-    entries = tree.values() if isinstance(tree, dict) else ()
-    averages = [entry["shadow_params"] for entry in entries if isinstance(entry, dict) and "shadow_params" in entry]
+    averages = [
+        entry["shadow_params"] for entry in tree.values() if isinstance(entry, dict) and "shadow_params" in entry
+    ]
     if not averages:
         return
     # score-SDE and torch_ema store the moving average without names, in the order of the trained parameters.

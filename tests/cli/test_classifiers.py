@@ -70,6 +70,15 @@ def test_a_network_by_import_path_is_defended_and_loaded_again(run, bars, mine):
     assert weights_fingerprint(load_classifier(mine / "arrest")) != weights_fingerprint(defence.classifier)
 
 
+def test_weights_for_a_function_run_with_a_given_normalization(mine):
+    network = ForeignClassifier("my_networks:trained", 1, 2).model
+    torch.save({"net": prefixed(network.state_dict(), "module.")}, mine / "w.pth")
+    x = torch.rand(2, 1, 8, 8)
+    for mean, std in ((0.0, 1.0), (0.3, 0.2)):
+        made = build_foreign("my_networks:trained", 1, 2, mean, std, weights="w.pth")
+        assert torch.equal(made(x), network((x - mean) / std))
+
+
 def test_what_an_import_path_may_not_name(run, bars, mine):
     for spec, message in (
         ("my_networks:missing", "has no function or class 'missing'"),
@@ -251,7 +260,7 @@ def test_weights_of_a_file_run_with_the_normalization_of_their_training(run, bar
         (["train", "carso", *given, "--mean", "0.5", "0.5"], "mean needs 1 or 3 numbers, got 2"),
         (
             ["train", "carso", *given[:3], "IMAGENET1K_V1", *options],
-            "--mean and --std are the normalization of a network",
+            "--mean and --std are only for weights of a file, got IMAGENET1K_V1",
         ),
         (["train", "arrest", "--classifier", tmp_path / "x", *options], "leave out --mean, --std, or give the weights"),
     ):
