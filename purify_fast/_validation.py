@@ -164,13 +164,14 @@ def usable_device(name: str) -> str:
 
 def check_shapes(what: str, shapes: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]]) -> None:
     """Raise an error if tensors are missing, unknown or have a wrong shape."""
-    problems = [f"{name} is missing" for name in sorted(wanted.keys() - shapes.keys())]
-    problems += [f"{name} is unknown" for name in sorted(shapes.keys() - wanted.keys())]
-    problems += [
+    missing = [f"{name} is missing" for name in sorted(wanted.keys() - shapes.keys())]
+    unknown = [f"{name} is unknown" for name in sorted(shapes.keys() - wanted.keys())]
+    other = [
         f"{name} is {list(shapes[name])}, must be {list(wanted[name])}"
         for name in sorted(wanted.keys() & shapes.keys())
         if tuple(shapes[name]) != tuple(wanted[name])
     ]
-    if problems:
-        more = f", and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise ValueError(f"{what}: {'; '.join(problems[:4])}{more}")
+    first = [problem for problems in (missing, unknown, other) for problem in problems[:3]]
+    if first:
+        count = len(missing + unknown + other) - len(first)
+        raise ValueError(f"{what}: {'; '.join(first)}{f', and {count} more' if count else ''}")

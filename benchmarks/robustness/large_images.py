@@ -51,7 +51,7 @@ STEPS = 2
 def classifier(name: str, classes: int) -> nn.Module:
     """Return a network of `NETWORKS` with random weights."""
     torch.manual_seed(0)
-    return ForeignClassifier(NETWORKS[name][0], 3, classes).eval()
+    return ForeignClassifier(NETWORKS[name][0], 3, classes, 0.5, 0.5).eval()
 
 
 def images(count: int, side: int) -> torch.Tensor:

@@ -68,7 +68,7 @@ def _loader(folder: Path, workers: int) -> Measured:
 def _step(_: Path) -> Measured:
     """Train a ResNet-18 of torchvision on clean images. The first step is not measured."""
     torch.manual_seed(0)
-    task = ClassifierTask(ForeignClassifier("torchvision:resnet18", 3, 10), ClassifierConfig())
+    task = ClassifierTask(ForeignClassifier("torchvision:resnet18", 3, 10, 0.5, 0.5), ClassifierConfig())
     batch = Batch(torch.rand(BATCH, 3, SIDE, SIDE), torch.arange(BATCH), torch.arange(BATCH), 0)
     train_step(task, batch)
     return _timed(BATCH for _ in range(4) if train_step(task, batch))

@@ -74,6 +74,5 @@ def images_of(witnesses: Witnesses, device: str) -> DataSet:
     from ..data import DataSet
 
     images = (witnesses.clean * 255).round().byte()
-    labels = witnesses.labels
-    arrays = {"x_train": images, "y_train": labels, "x_test": images, "y_test": labels}
-    return DataSet(**arrays, name="this report", num_classes=witnesses.about["classes"]).to(device)
+    parts = (images, witnesses.labels) * 2
+    return DataSet(*parts, name="this report", num_classes=witnesses.about["classes"]).to(device)

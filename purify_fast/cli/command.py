@@ -91,13 +91,13 @@ class DataCommand(Command):
     cache: Path | None = None
     device: str = "auto"
 
-    def load_data(self) -> DataSet:
-        """Load the images to the device."""
+    def load_data(self, train: bool = True) -> DataSet:
+        """Load the images to the device, without training images unless ``train`` is True."""
         from ..data import load_dataset
 
         device = usable_device(self.device)
         names = ("download", "stream", "decode", "broken", "cache")
-        options: dict[str, Any] = {name: getattr(self, name) for name in names}
+        options: dict[str, Any] = {name: getattr(self, name) for name in names} | {"train": train}
         size: Any = self.size * 2 if self.size is not None and len(self.size) == 1 else self.size
         return load_dataset(self.data, self.data_root, self.num_classes, image_size=size, **options).to(device)
 

@@ -238,7 +238,7 @@ class Evaluate(ProcessOptions, DataCommand):
         with contextlib.ExitStack() as stack:
             # Only the first of several processes writes and locks the folder. If this fails, all processes end.
             from_first(lambda: stack.enter_context(folder_lock(self.report_folder())))
-            self.judge(self.load_data())
+            self.judge(self.load_data(train=False))
 
     def judge(self, images: DataSet) -> None:
         """Attack the model, print the report, and write it."""

@@ -12,10 +12,10 @@ import tyro
 from .._files import atomic
 from .._validation import Count, check_folder, usable_device
 from .command import Command, ProcessOptions
-from .saved_models import is_named, saved_folder
+from .saved_models import is_named, refuse_other_classes, saved_folder
 
 if TYPE_CHECKING:
-    import numpy as np
+    from torch import Tensor
 
     from ..defences.base import Defence
 
@@ -48,20 +48,23 @@ class Purify(ProcessOptions, Command):
     device: str = "auto"
 
     def run(self) -> None:
-        import numpy as np
         import torch
         from PIL import Image
 
+        from ..data.folders import classes_in
+
         files = self.files()
         defence = self.defence()
+        if all((self.source / part).is_dir() for part in ("train", "val")):
+            refuse_other_classes(defence, classes_in(self.source / "train"), self.source, f"the model in {self.model}")
         for path in files:
             # Read every image before the first is purified, so that a refusal comes before any work.
-            read_image(path, defence.image_shape)
+            of_shape(path, defence.image_shape)
         several, waiting = 1, iter(files.items())
         with torch.inference_mode(), defence.fixed_noise(self.seed):
             while part := dict(islice(waiting, self.batch_size)):
-                levels = np.stack([read_image(path, defence.image_shape) for path in part])
-                images = torch.from_numpy(levels).to(usable_device(self.device)).float() / 255
+                levels = torch.stack([of_shape(path, defence.image_shape) for path in part])
+                images = levels.to(usable_device(self.device)).float() / 255
                 purified = defence.purify(images)
                 several = purified.shape[1]
                 # Some diffusion processes do not clip their images.
@@ -74,7 +77,7 @@ class Purify(ProcessOptions, Command):
 
     def files(self) -> dict[Path, Path]:
         """The images to read, each with the file to write."""
-        from ..data.folders import SUFFIXES
+        from ..data.folders import SUFFIXES, is_hidden
 
         if self.source.is_file():
             if self.target.is_dir() or self.target.suffix.lower() != ".png":
@@ -82,7 +85,8 @@ class Purify(ProcessOptions, Command):
             files = {self.source: self.target}
         else:
             check_folder("TARGET", self.target)
-            images = sorted(path for path in self.source.rglob("*") if path.suffix.lower() in SUFFIXES)
+            shown = (path for path in self.source.rglob("*") if not is_hidden(path, self.source))
+            images = sorted(path for path in shown if path.suffix.lower() in SUFFIXES)
             if not images:
                 raise FileNotFoundError(f"SOURCE must be an image, or a folder of images, got {self.source}")
             files = {path: self.target / path.relative_to(self.source).with_suffix(".png") for path in images}
@@ -111,21 +115,11 @@ class Purify(ProcessOptions, Command):
         return load_defence(folder, base, process=self.process()).to(usable_device(self.device))
 
 
-def read_image(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
+def of_shape(path: Path, shape: tuple[int, int, int]) -> Tensor:
     """Decode an image, uint8 ``[C, H, W]``. Transparency and the orientation in the metadata of a photo are ignored."""
-    import numpy as np
-    from PIL import Image
+    from ..data import read_image
 
-    from ..data.folders import MODES
-
-    try:
-        with Image.open(path) as file:
-            mode, image = file.mode, np.asarray(file.convert("RGB")).transpose(2, 0, 1)
-    # A damaged file may raise any error.
-    except Exception as error:
-        raise ValueError(f"{path} cannot be decoded: {error}") from error
-    if mode not in MODES:
-        raise ValueError(f"{path} must have a mode of Pillow with 8 bits, such as L or RGB, got the mode {mode}")
+    image = read_image(path)
     image = image[:1] if shape[0] == 1 and (image == image[:1]).all() else image
     if image.shape != tuple(shape):
         got, wanted = ("x".join(map(str, sizes)) for sizes in (image.shape, shape))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
-    from ..data import DataSet
+    from ..data import DataSet, StreamedImages
     from ..protocols import Classifier
 
 Model = TypeVar("Model", bound="Classifier")
@@ -61,21 +62,29 @@ def own_model(spec: str, images: DataSet) -> Classifier:
     return on_images(model, spec, images)
 
 
-def named_classifier(spec: str, weights: str | None, images: DataSet) -> nn.Module:
-    """Make a network by its name, with random or given weights."""
+def named_classifier(
+    spec: str, weights: str | None, images: DataSet, mean: Sequence[float] = (), std: Sequence[float] = ()
+) -> nn.Module:
+    """Make a network by its name. With random weights, a library's network gets the statistics of the images."""
     from ..data import statistics
-    from ..models.foreign import build_foreign
+    from ..models.foreign import LIBRARIES, build_foreign
 
-    mean, std = statistics(images.x_train)
-    model = build_foreign(spec, images.image_shape[0], images.num_classes, mean=mean, std=std, weights=weights)
+    fresh = weights is None and spec.partition(":")[0] in LIBRARIES
+    how: Any = statistics(images.x_train) if fresh else (mean or 0.0, std or 1.0)
+    model = build_foreign(spec, images.image_shape[0], images.num_classes, mean=how[0], std=how[1], weights=weights)
     return on_images(model, spec, images)
 
 
-def trained_classifier(classifier: str | Path, weights: str | None, images: DataSet) -> nn.Module:
+def trained_classifier(
+    classifier: str | Path, weights: str | None, images: DataSet, mean: Sequence[float] = (), std: Sequence[float] = ()
+) -> nn.Module:
     """Load a trained classifier to the device of the images."""
+    from ..models.foreign import is_file_of_weights
     from ..training import load_classifier
 
     text = str(classifier)
+    if (mean or std) and not is_file_of_weights(text, weights or ""):
+        raise ValueError(f"--mean and --std are only for weights of a file, got {weights} of {text}: leave them out")
     if not is_named(text):
         if weights is not None:
             raise ValueError(
@@ -87,7 +96,20 @@ def trained_classifier(classifier: str | Path, weights: str | None, images: Data
         return saved
     if weights is None:
         refuse_fresh_weights(text, "give trained weights with --classifier-weights")
-    return named_classifier(text, weights, images).eval()
+    return named_classifier(text, weights, images, mean, std).eval()
+
+
+def accuracy_text(model: nn.Module, x: Tensor | StreamedImages, y: Tensor, batch_size: int) -> str:
+    """The share of images that a classifier classifies correctly, such as ``91.6 ± 1.2 % of 500 held-out images``."""
+    import torch
+
+    from ..data import to_float
+    from ..models.representation import evaluation_mode
+
+    parts = [slice(k, k + batch_size) for k in range(0, len(y), batch_size)]
+    with evaluation_mode(model), torch.no_grad():
+        share = sum(int((model(to_float(x[part])).argmax(1) == y[part]).sum()) for part in parts) / len(y)
+    return f"{100 * share:.1f} ± {100 * (share * (1 - share) / len(y)) ** 0.5:.1f} % of {len(y)} held-out images"
 
 
 def on_images(model: Model, spec: str, images: DataSet) -> Model:
@@ -113,7 +135,7 @@ def on_images(model: Model, spec: str, images: DataSet) -> Model:
 
 
 def refuse_other_images(model: nn.Module, images: DataSet, what: str) -> None:
-    """Raise a ValueError if a model was trained on images of another size, or on fewer classes than these images."""
+    """Raise a ValueError if a model was trained on images of another size, on fewer classes or on other classes."""
     from ..attacks.outputs import image_shape_of
     from ..defences.base import Defence
 
@@ -130,6 +152,18 @@ def refuse_other_images(model: nn.Module, images: DataSet, what: str) -> None:
         )
     if images.num_classes > classes:
         raise ValueError(f"images have {images.num_classes} classes, but {what} has only {classes}")
+    refuse_other_classes(model, images.classes, images.name, what)
+
+
+def refuse_other_classes(model: nn.Module, names: Sequence[str] | None, data: str | Path, what: str) -> None:
+    """Raise a ValueError if a label means another class in the training of a model than in a data set."""
+    known = getattr(getattr(model, "classifier", model), "classes", None)
+    for label, (own, other) in enumerate(zip(known or (), names or (), strict=False)):
+        if own != other:
+            raise ValueError(
+                f"label {label} of the classes is {own!r} for {what}, but {other!r} in {data}: give images of the "
+                "same classes, with the same names"
+            )
 
 
 def _size(size: Any) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from ..methods.arrest import ArrestConfig
 from ..training import ClassifierConfig, FitConfig
 from .command import DataCommand
-from .saved_models import is_named, named_classifier, trained_classifier
+from .saved_models import accuracy_text, is_named, named_classifier
 from .training import FollowsRecipe, OnClassifier, Training
 
 if TYPE_CHECKING:
@@ -67,17 +67,10 @@ class ResultsInClassifier(Training):
 
     def save(self, trained: Any, images: DataSet) -> None:
         """Save the classifier, and print its accuracy on the held-out images, which are not attacked."""
-        from ..evaluation import EvaluateConfig, evaluate
         from ..training import save_classifier
 
-        save_classifier(trained, self.out)
-        x, y, name = images.x_test[:], images.y_test, self.called.split()[-1]
-        # Only the first of several processes calls this method, so it evaluates without the others.
-        alone = EvaluateConfig(together=False)
-        report = evaluate(trained, x, y, eps=self.method.attack.eps, config=alone, attacks=[], name=name)
-        clean = report.row("clean")
-        share = f"{100 * clean.accuracy:.1f} ± {100 * clean.standard_error:.1f} %"
-        print(f"accuracy without an attack: {share} of {clean.n} held-out images")
+        save_classifier(trained, self.out, images.classes)
+        print("accuracy without an attack:", accuracy_text(trained, images.x_test, images.y_test, self.loop.batch_size))
 
 
 @dataclass(frozen=True)
@@ -168,7 +161,7 @@ class TrainArrest(FollowsRecipe, OnClassifier, ResultsInClassifier, FreshClassif
         from ..training import ClassifierTask, fit, save_classifier
 
         if self.classifier is not None:
-            return trained_classifier(self.classifier, self.classifier_weights, images)
+            return self.given_classifier(images)
         self.refuse_another_run()
         torch.manual_seed(self.loop.seed)
         model, folder = self.fresh(images), self.out / "standard"
@@ -177,7 +170,7 @@ class TrainArrest(FollowsRecipe, OnClassifier, ResultsInClassifier, FreshClassif
         task, loop = ClassifierTask(model, ClassifierConfig()), replace(self.loop, epochs=self.standard_epochs)
         fit(task, images.x_train, images.y_train, loop, folder=folder, title="standard")
         if processes()[0] == 0:
-            save_classifier(model, folder)
+            save_classifier(model, folder, images.classes)
         return model
 
     def refuse_another_run(self) -> None:

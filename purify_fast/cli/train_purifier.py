@@ -11,7 +11,6 @@ from .._validation import Count, Share
 from ..methods.atop import AtopConfig
 from ..methods.carso import CarsoConfig
 from ..training import FitConfig
-from .saved_models import trained_classifier
 from .training import FollowsRecipe, OnClassifier, Training
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ class TrainPurifier(OnClassifier):
     def task(self, images: DataSet) -> PurifierTask[Any]:
         import torch
 
-        classifier = trained_classifier(self.classifier, self.classifier_weights, images)
+        classifier = self.given_classifier(images)
         torch.manual_seed(self.loop.seed)
         task = self.task_on(classifier, images)
         if images.image_shape != task.defence.image_shape:
@@ -57,7 +56,7 @@ class TrainPurifier(OnClassifier):
         from ..training import save_classifier
 
         trained.save(self.out)
-        save_classifier(trained.classifier, self.out / "classifier")
+        save_classifier(trained.classifier, self.out / "classifier", images.classes)
         print("the trained weights were not tested on the held-out images of the data set")
 
 

@@ -8,11 +8,14 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from .._validation import Share
 from ..training import FitConfig
 from .command import DataCommand
 from .run_file import values, write_run_file
+from .saved_models import accuracy_text, trained_classifier
 
 if TYPE_CHECKING:
+    from torch import nn
     from typing_extensions import Self
 
     from ..data import DataSet
@@ -141,7 +144,8 @@ class FollowsRecipe(Training):
         print("\n- ".join(["Not reproduced in any training by this recipe:", *recipe.not_reproduced]))
 
     def ignored_beside(self) -> dict[tuple[str, ...], str]:
-        return {("official_code",): "--official-code needs --recipe NAME"} if self.recipe is None else {}
+        message = "--official-code needs --recipe NAME"
+        return super().ignored_beside() | ({("official_code",): message} if self.recipe is None else {})
 
 
 @dataclass(frozen=True)
@@ -153,11 +157,42 @@ class OnClassifier(Training):
             such as torchvision:resnet18, timm:resnet18 or package.module:function (your function).
         classifier_weights: Weights of a classifier that is given by name: a .safetensors or .pth file, from which only
             tensors are read. Or the library's name for weights that it has downloaded before, such as IMAGENET1K_V1 of
-            torchvision or pretrained of timm.
+            torchvision or pretrained of timm. From a checkpoint, the moving average of the weights is taken, if there
+            is one.
+        mean: With a file of weights: mean by which the images in [0, 1] were normalized in the training of these
+            weights; a number, or one for each channel, such as 0.485 0.456 0.406. Default: 0. The library's own weights
+            have their own mean and standard deviation.
+        std: With --mean: standard deviation by which the images were then divided. Default: 1.
     """
 
     classifier: str | None = None
     classifier_weights: str | None = None
+    mean: tuple[Share, ...] = ()
+    std: tuple[Share, ...] = ()
+
+    def given_classifier(self, images: DataSet) -> nn.Module:
+        """Load the classifier, and print how it normalizes images, and its accuracy on at most 1,000 images."""
+        from .._process import processes
+        from ..data import balanced_subset
+
+        model = trained_classifier(str(self.classifier), self.classifier_weights, images, self.mean, self.std)
+        if processes()[0] == 0:
+            facts: dict[str, Any] = model.arguments  # type: ignore[assignment]
+            mean, std = (" ".join(f"{value:.4g}" for value in facts.get(name, ())) for name in ("mean", "std"))
+            how = f"mean {mean}, std {std}" if mean else "by its own code"
+            some = balanced_subset(images.x_test, images.y_test, 1000, seed=0, num_classes=images.num_classes)
+            print(f"classifier {self.starts()['start.classifier']}: normalization of images in [0, 1]: {how}")
+            print(
+                f"its accuracy without an attack: {accuracy_text(model, some.x, some.y, self.loop.batch_size)}",
+                flush=True,
+            )
+        return model
+
+    def ignored_beside(self) -> dict[tuple[str, ...], str]:
+        if self.classifier_weights is not None:
+            return super().ignored_beside()
+        message = "leave out {given}, or give the weights that need this normalization by --classifier-weights FILE"
+        return super().ignored_beside() | {("mean", "std"): message}
 
     def starts(self) -> dict[str, str]:
         return {"start.classifier": " with ".join(filter(None, (self.classifier, self.classifier_weights)))}

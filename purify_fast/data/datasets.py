@@ -44,6 +44,7 @@ class DataSet:
         y_test: labels of the held-out images.
         name: name of the data set, for reports.
         num_classes: number of classes, at least 2.
+        classes: names of the classes, in the order of their labels; None if they are not known.
     """
 
     x_train: Tensor | StreamedImages
@@ -52,6 +53,7 @@ class DataSet:
     y_test: Tensor
     name: str
     num_classes: int
+    classes: tuple[str, ...] | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -78,6 +80,7 @@ def load_dataset(
     root: str | Path | None = None,
     num_classes: int | None = None,
     *,
+    train: bool = True,
     download: bool = False,
     image_size: tuple[int, int] | None = None,
     stream: bool = False,
@@ -95,14 +98,19 @@ def load_dataset(
             else from the official files under root, in torchvision's folders.
             An ``.npz`` file has the arrays ``x_train``, ``y_train``, ``x_test`` and ``y_test``. Images are uint8. Their
             shape is ``[N, H, W]``, ``[N, H, W, C]`` or ``[N, C, H, W]`` with C = 1 or 3. Labels are integers ``[N]`` or
-            ``[N, 1]``, and every number from 0 to the largest label must occur, unless ``num_classes`` is given.
+            ``[N, 1]``, and every number from 0 to the largest label must occur, unless ``num_classes`` is given. It may
+            have the names of the classes as ``classes``, an array of texts.
             An image folder has ``train/<class>/*.jpg|png``, and ``val/`` or ``test/`` in the same form, or it is
-            tiny-imagenet-200. The classes are the sorted folder names. Images are read as RGB.
+            tiny-imagenet-200. The classes are the folder names, sorted as texts. Images are read as RGB. Files and
+            folders whose names begin with a dot do not count.
         root: folder of the data sets. If ``name_or_path`` is one of the names, None means the current folder. A
             relative path is looked up as it is and in root, where the ending ``.npz`` may be left out
             (``load_dataset("set", "data")``).
         num_classes: number of classes. Give it if some labels do not occur in the data set. None means the largest
             label plus 1.
+        train: whether to read the training images. If False, ``x_train`` and ``y_train`` are empty. The files of the
+            training images are then neither needed nor looked at. The folders in ``train`` still number the classes;
+            without ``train``, those of the held-out images do.
         download: whether torchvision may download the official files to root if they are missing.
         image_size: height and width. An image is resized until it just covers this size, and its center is cropped.
             None keeps the sizes; all images of a folder must then have the same size. ``imagenette`` needs an
@@ -144,37 +152,44 @@ def load_dataset(
         # The import of torchvision takes about a second, and digits and .npz files do not need it.
         from .torchvision_sets import find_official
 
-        place = find_official(name, Path("." if root is None else root), download, image_size)
+        place = find_official(name, Path("." if root is None else root), download, image_size, train)
     elif name != "digits":
         place = _find(Path(name_or_path), None if root is None else Path(root))
     if isinstance(place, Path) and place.is_dir():
         from .folders import read_folder
 
-        x, y, present = read_folder(
+        x, y, names = read_folder(
             place,
             image_size,
+            train=train,
             stream=stream,
             decode_once=decode == "once",
             skip_broken=broken == "skip",
             workers=workers,
             cache=None if cache is None else Path(cache),
         )
-        classes = chosen_classes(present, num_classes)
+        classes = chosen_classes(len(names), num_classes)
         title = name if name in NAMES else place.resolve().name
-        return DataSet(x["train"], y["train"], x["test"], y["test"], name=title, num_classes=classes)
+        return DataSet(x["train"], y["train"], x["test"], y["test"], title, classes, tuple(names))
     if stream or decode == "each_time" or broken == "skip":
         what = "stream=True" if stream else "decode='each_time'" if decode == "each_time" else "broken='skip'"
         raise ValueError(f"{what} needs an image folder, but {name} is not an image folder")
     if place is None:
-        tensors, classes = _digits(), chosen_classes(10, num_classes)
+        tensors, classes, texts = _digits(), chosen_classes(10, num_classes), np.array(list("0123456789"))
     else:
-        tensors, classes = check_arrays(read_npz(place) if isinstance(place, Path) else place, num_classes)
-    loaded = DataSet(**tensors, name=place.stem if isinstance(place, Path) else name, num_classes=classes)
+        arrays = read_npz(place, train) if isinstance(place, Path) else place
+        tensors, classes = check_arrays(arrays, num_classes)
+        texts = arrays.get("classes", np.zeros(1))
+    named = tuple(texts.tolist()) if texts.ndim == 1 and texts.dtype.kind == "U" else None
+    if not train:
+        tensors |= {"x_train": tensors["x_test"][:0], "y_train": tensors["y_test"][:0]}
+    title = place.stem if isinstance(place, Path) else name
+    loaded = DataSet(**tensors, name=title, num_classes=classes, classes=named)
     if image_size is None or tuple(image_size) == loaded.image_shape[1:]:
         return loaded
     height, width = image_size
-    train, test = (ResizedImages(images[:], (height, width)) for images in (loaded.x_train, loaded.x_test))
-    return dataclasses.replace(loaded, x_train=train, x_test=test)
+    x_train, x_test = (ResizedImages(images[:], (height, width)) for images in (loaded.x_train, loaded.x_test))
+    return dataclasses.replace(loaded, x_train=x_train, x_test=x_test)
 
 
 def small_digits() -> tuple[Tensor, Tensor]:
@@ -217,34 +232,37 @@ def _find(path: Path, root: Path | None) -> Path:
 # ---- arrays are checked, and converted to uint8 images [N, C, H, W] and int64 labels
 
 
-def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """Read the four `ARRAYS` of an ``.npz`` file. Other arrays of the file are ignored."""
+def read_npz(path: Path, train: bool = True) -> dict[str, np.ndarray]:
+    """Read the `ARRAYS` of an ``.npz`` file and ``classes``, without ``x_train`` if ``train`` is False."""
+    needed = ARRAYS if train else ARRAYS[2:]
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ARRAYS if name in file}
+            arrays = {name: file[name] for name in (*needed, "y_train", "classes") if name in file}
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is damaged, or not a file that numpy.savez wrote from arrays without Python objects: {error}"
         ) from error
-    missing = [name for name in ARRAYS if name not in arrays]
+    missing = [name for name in needed if name not in arrays]
     if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}: it must have {', '.join(ARRAYS)}")
+        raise ValueError(f"{path} lacks {', '.join(missing)}: it must have {', '.join(needed)}")
     return arrays
 
 
 def check_arrays(arrays: dict[str, np.ndarray], num_classes: int | None) -> tuple[dict[str, Tensor], int]:
     """Convert images to uint8 ``[N, C, H, W]`` and labels to int64 ``[N]``, and count the classes."""
-    checked = {name: (_images if name[0] == "x" else _labels)(name, arrays[name]) for name in ARRAYS}
-    shapes = [list(checked[name].shape[1:]) for name in ("x_train", "x_test")]
-    if shapes[0] != shapes[1]:
-        raise ValueError(f"x_test must have images of the shape {shapes[0]}, like x_train, got {shapes[1]}")
-    for part in ("train", "test"):
-        x, y = checked[f"x_{part}"], checked[f"y_{part}"]
-        if len(x) != len(y):
-            raise ValueError(f"y_{part} must have a label for each of the {len(x)} images of x_{part}, got {len(y)}")
+    checked = {name: (_images if name[0] == "x" else _labels)(name, arrays[name]) for name in ARRAYS if name in arrays}
+    shapes = {name: list(array.shape[1:]) for name, array in checked.items() if name[0] == "x"}
+    if shapes.get("x_train", shapes["x_test"]) != shapes["x_test"]:
+        raise ValueError(
+            f"x_test must have images of the shape {shapes['x_train']}, like x_train, got {shapes['x_test']}"
+        )
+    labels = {name: array for name, array in checked.items() if name[0] == "y"}
+    for name, y in labels.items():
+        if (x := checked.get(f"x{name[1:]}")) is not None and len(x) != len(y):
+            raise ValueError(f"{name} must have a label for each of the {len(x)} images of x{name[1:]}, got {len(y)}")
         if num_classes is not None:
-            _refuse(f"y_{part}", y, y >= num_classes, f"labels of 0 .. {num_classes - 1}")
-    present = np.union1d(checked["y_train"], checked["y_test"])
+            _refuse(name, y, y >= num_classes, f"labels of 0 .. {num_classes - 1}")
+    present = np.unique(np.concatenate(list(labels.values())))
     classes = 1 + int(present[-1])
     if num_classes is None and len(present) < classes:
         gap = int((present != np.arange(len(present))).argmax())
@@ -273,7 +291,9 @@ def _refuse(name: str, array: np.ndarray, bad: np.ndarray, allowed: str) -> None
 def _images(name: str, array: np.ndarray) -> np.ndarray:
     """Convert images to contiguous uint8 ``[N, C, H, W]``."""
     if array.dtype != np.uint8:
-        raise ValueError(f"{name} must be uint8, got {array.dtype}")
+        raise ValueError(
+            f"{name} must be uint8, got {array.dtype}: for images in [0, 1], save (255 * x).round().astype('uint8')"
+        )
     if array.ndim not in (3, 4):
         raise ValueError(f"{name} must be [N, H, W], [N, H, W, C] or [N, C, H, W], got {list(array.shape)}")
     if 0 in array.shape:
@@ -283,7 +303,10 @@ def _images(name: str, array: np.ndarray) -> np.ndarray:
     first, last = array.shape[1] in (1, 3), array.shape[3] in (1, 3)
     if first == last:
         why = "the second and the last dimension are both" if first else "neither the second nor the last dimension is"
-        raise ValueError(f"{name} has the shape {list(array.shape)}: no channels found, because {why} 1 or 3")
+        raise ValueError(
+            f"{name} has the shape {list(array.shape)}: no channels found, because {why} 1 or 3; the last "
+            "dimension of images with transparency can be cut by x[..., :3]"
+        )
     return np.ascontiguousarray(array.transpose(0, 3, 1, 2) if last else array)
 
 
@@ -291,10 +314,10 @@ def _labels(name: str, array: np.ndarray) -> np.ndarray:
     """Convert labels to int64 ``[N]``."""
     if array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
-    if array.dtype.kind not in "iu":
-        raise ValueError(f"{name} must be integers, got {array.dtype}")
     if array.ndim != 1:
-        raise ValueError(f"{name} must be [N] or [N, 1], got {list(array.shape)}")
+        raise ValueError(f"{name} must be [N] or [N, 1], got {list(array.shape)}: save y.argmax(1) of one-hot labels")
+    if array.dtype.kind not in "iu":
+        raise ValueError(f"{name} must be integers, got {array.dtype}: save y.astype('int64')")
     if len(array) == 0:
         raise ValueError(f"{name} is empty")
     # A larger label would overflow int64 or the count of classes.

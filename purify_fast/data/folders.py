@@ -45,7 +45,7 @@ FORM = (
 class Split(NamedTuple):
     """The paths of N images, and their labels, int64 ``[N]``."""
 
-    files: Sequence[Path]
+    files: list[Path]
     labels: Tensor
 
 
@@ -53,147 +53,152 @@ def read_folder(
     folder: Path,
     image_size: tuple[int, int] | None,
     *,
+    train: bool,
     stream: bool,
     decode_once: bool,
     skip_broken: bool,
     cache: Path | None,
     workers: int | None,
-) -> tuple[dict[str, Tensor | StreamedImages], dict[str, Tensor], int]:
-    """Read the images of an image folder."""
+) -> tuple[dict[str, Tensor | StreamedImages], dict[str, Tensor], list[str]]:
+    """Read the images of an image folder, their labels, and the names of the classes."""
     root = folder / CACHE if cache is None else cache / folder.resolve().name
-    splits, classes = _listed(folder)
+    splits, classes = _listed(folder, train)
     # On Linux this is the number of CPUs that this process may use.
     cpus = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     count = cpus if workers is None else max(workers, 1)
     if skip_broken:
-        splits = _without(splits, _broken(folder, root, splits, workers=count), classes)
-    source = _fingerprint(folder, splits, classes)
-    absent = [name for label, name in enumerate(classes) if label not in splits["test"].labels]
-    if absent:
-        warnings.warn(
-            f"{len(absent)} of the {len(classes)} classes of {folder} have no held-out image ({_some(absent)}): "
-            "accuracies on held-out images say nothing about them",
-            stacklevel=3,
-        )
-    size = first_size(splits["train"].files) if image_size is None else image_size
+        splits = _without_broken(root, splits, classes, workers=count)
+    _warn_of_classes(folder, classes, splits["test"].labels)
+    size = first_size(next(iter(splits.values())).files) if image_size is None else image_size
     how: dict[str, Any] = {"resize": image_size is not None, "workers": count}
     images: dict[str, StreamedImages]
     if decode_once:
         place = root / ("native" if image_size is None else f"{size[0]}x{size[1]}")
-        images = _cached(place, source, splits, size, **how)
+        images = _cached(place, splits, size, **how)
     else:
-        images = {
-            part: EncodedImages(split.files, size, f"{part} of {source}", **how) for part, split in splits.items()
-        }
+        images = {part: EncodedImages(split.files, size, _source(split.files), **how) for part, split in splits.items()}
     memory = available_memory() // 2
-    x: dict[str, Tensor | StreamedImages] = {}
+    x: dict[str, Tensor | StreamedImages] = {"train": torch.empty((0, 3, *size), dtype=torch.uint8)}
     # Begin with the held-out images, because an evaluation needs all of them in memory.
-    for part in ("test", "train"):
+    for part in reversed(splits):
         needed = images[part].shape.numel()
         streamed = stream or needed > memory
         memory -= 0 if streamed else needed
         x[part] = images[part] if streamed else images[part][:]
-    return x, {part: split.labels for part, split in splits.items()}, len(classes)
+    y = {part: splits[part].labels if part in splits else torch.empty(0, dtype=torch.int64) for part in x}
+    return x, y, classes
 
 
 # ---- the files of an image folder
 
 
-def _classes_in(folder: Path) -> list[str]:
+def is_hidden(path: str | Path, folder: Path) -> bool:
+    """Tell whether a name below ``folder`` in a path begins with a dot, or is that of Synology's small copies."""
+    return any(name.startswith((".", "@eaDir")) for name in Path(path).relative_to(folder).parts)
+
+
+def classes_in(folder: Path) -> list[str]:
+    """The names of the classes of a folder, in the order of their labels."""
     # torchvision's find_classes would treat a hidden folder, such as the folder of an editor, as a class.
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not is_hidden(path, folder))
 
 
-def _listed(folder: Path) -> tuple[dict[str, Split], list[str]]:
-    """The two splits and the names of the classes."""
+def _listed(folder: Path, train: bool) -> tuple[dict[str, Split], list[str]]:
+    """The splits and the names of the classes. Without ``train``, only the names of the folders in train/ are read."""
     held_out = next((folder / name for name in ("val", "test") if (folder / name).is_dir()), None)
-    if held_out is None or not (folder / "train").is_dir():
+    trained = folder / "train"
+    if held_out is None or (train and not trained.is_dir()):
         lacks = "train/" if held_out is not None else "val/ and test/"
         raise FileNotFoundError(f"{folder} is not an image folder: it lacks {lacks}. It must contain {FORM}")
-    classes = _classes_in(folder / "train")
+    if (annotations := held_out / "val_annotations.txt").is_file():
+        # In each line of this file of tiny-imagenet-200, tabs separate a file name, a class and a box.
+        rows = [[*line.split("\t"), ""] for line in annotations.read_text().splitlines()]
+        listed = {"test": [(row[1], held_out / "images" / row[0]) for row in rows]}
+        classes = sorted({row[1] for row in rows})
+    else:
+        listed, classes = {"test": _by_class(held_out)}, classes_in(held_out)
+    classes = classes_in(trained) if trained.is_dir() else classes
     if len(classes) < 2:
-        raise ValueError(f"{folder / 'train'} must contain a folder for each of at least 2 classes, got {classes}")
-    annotations = held_out / "val_annotations.txt"
-    test = _annotated(annotations, classes) if annotations.is_file() else _by_class(held_out, classes, every=False)
-    return {"train": _by_class(folder / "train", classes, every=True), "test": test}, classes
+        raise ValueError(f"{trained} must contain a folder for each of at least 2 classes, got {classes}")
+    listed = ({"train": _by_class(trained)} if train else {}) | listed
+    found = {part: {name for name, _ in images} for part, images in listed.items()}
+    if unknown := sorted(found["test"] - set(classes)):
+        raise ValueError(f"{held_out} has the classes {_some(unknown)}, which the folder train/ lacks")
+    empty = [trained / name for name in classes if train and name not in found["train"]]
+    if empty or not found["test"]:
+        raise ValueError(f"{[*empty, held_out][0]} contains no image of a class ({', '.join(SUFFIXES)})")
+    label = {name: number for number, name in enumerate(classes)}
+    splits = {
+        part: Split([path for _, path in images], torch.tensor([label[name] for name, _ in images], device="cpu"))
+        for part, images in listed.items()
+    }
+    return splits, classes
 
 
-def _by_class(folder: Path, classes: list[str], every: bool) -> Split:
-    unknown = sorted(set(_classes_in(folder)) - set(classes))
-    if unknown:
-        raise ValueError(f"{folder} has the classes {_some(unknown)}, which the folder train/ lacks")
-    numbered = {name: label for label, name in enumerate(classes)}
-    listed = make_dataset(folder, numbered, SUFFIXES, allow_empty=True)
+def _by_class(folder: Path) -> list[tuple[str, Path]]:
+    """The images in the folders of classes, each with the name of its class."""
+    names = classes_in(folder)
+    numbered = {name: number for number, name in enumerate(names)}
+    listed = make_dataset(folder, numbered, SUFFIXES, allow_empty=True) if names else []
     # Sort by path within a class. torchvision would list the files of a folder before the files of its subfolders.
-    samples = sorted((label, Path(path)) for path, label in listed if not os.path.basename(path).startswith("."))
-    labels = torch.tensor([label for label, _ in samples], dtype=torch.int64, device="cpu")
-    empty = [name for label, name in enumerate(classes) if label not in labels]
-    if every and empty:
-        raise ValueError(f"{folder / empty[0]} contains no image ({', '.join(SUFFIXES)})")
-    if not samples:
-        raise ValueError(f"{folder} contains no image ({', '.join(SUFFIXES)}) in a folder of its class")
-    return Split([path for _, path in samples], labels)
+    shown = sorted((number, Path(path)) for path, number in listed if not is_hidden(path, folder))
+    return [(names[number], path) for number, path in shown]
 
 
-def _annotated(path: Path, classes: list[str]) -> Split:
-    """Read tiny-imagenet-200's list of held-out images: in each line, tabs separate a file name, a class and a box."""
-    rows = [line.split("\t") for line in path.read_text().splitlines()]
-    for number, row in enumerate(rows, 1):
-        if len(row) < 2 or row[1] not in classes:
-            raise ValueError(f"{path}, line {number}: expected a file name, a tab and a class of train, got {row}")
-    if not rows:
-        raise ValueError(f"{path} contains no image names")
-    return Split(
-        [path.parent / "images" / row[0] for row in rows],
-        torch.tensor([classes.index(row[1]) for row in rows], device="cpu"),
-    )
+def _warn_of_classes(folder: Path, classes: list[str], held_out: Tensor) -> None:
+    absent = [name for label, name in enumerate(classes) if label not in held_out]
+    if absent:
+        warnings.warn(
+            f"{len(absent)} of the {len(classes)} classes of {folder} have no held-out image ({_some(absent)}): "
+            "accuracies on held-out images say nothing about them",
+            stacklevel=4,
+        )
+    numbers = [(name, label) for label, name in enumerate(classes) if name.isdecimal() and int(name) != label]
+    if numbers:
+        warnings.warn(
+            f"labels are places in the sorted names of the folders, not the numbers that these names are: {folder} has "
+            f"{_some(f'the folder {name} with the label {label}' for name, label in numbers)}. For a model that was "
+            "trained with the numbers as labels, count the folders from 0, with zeros in front (00, 01, ..., 10)",
+            stacklevel=4,
+        )
 
 
-def _fingerprint(folder: Path, splits: dict[str, Split], classes: list[str]) -> str:
-    """A hash of the names, sizes, modification times and labels of the files, and of the names of the classes."""
-    content = text_hash(json.dumps(classes))
-    for part, split in splits.items():
-        for path, label in zip(split.files, split.labels.tolist(), strict=True):
-            facts, name = path.stat(), path.relative_to(folder).as_posix()
-            content.update(json.dumps([part, name, facts.st_size, facts.st_mtime_ns, label]).encode())
+def _source(files: Sequence[Path]) -> str:
+    """A hash of the names, sizes and modification times of files."""
+    content, shared = text_hash(), len(os.path.commonpath(files))
+    for path in files:
+        try:
+            facts = path.stat()
+            known = [facts.st_size, facts.st_mtime_ns]
+        except OSError:
+            # A link to a missing file is an image that cannot be decoded.
+            known = []
+        content.update(json.dumps([str(path)[shared:], *known]).encode())
     return content.hexdigest()
 
 
-# ---- images that cannot be decoded
-
-
-def _broken(folder: Path, root: Path, splits: dict[str, Split], workers: int) -> dict[str, str]:
-    """The errors of the images that cannot be decoded, by path. They are found once, and kept in ``broken.json``."""
-    place, known, errors = root / "broken.json", dict[str, Any](), dict[str, str]()
-    files = [path for split in splits.values() for path in split.files]
-    source = text_hash(json.dumps([[str(path), path.stat().st_mtime_ns] for path in files])).hexdigest()
-    with contextlib.suppress(OSError, ValueError):
-        known = json.loads(place.read_text())
-    if known.get("source") == source:
-        return dict(known["broken"])
-    images = _decoded(files, None, resize=False, workers=workers)
-    for path, image in zip(files, _bar(images, len(files), "check images"), strict=True):
-        if isinstance(image, str):
-            errors[str(path)] = image
-    root.mkdir(parents=True, exist_ok=True)
-    write_text(place, json.dumps({"source": source, "broken": errors}))
-    return errors
-
-
-def _without(splits: dict[str, Split], broken: dict[str, str], classes: list[str]) -> dict[str, Split]:
-    """Leave out images, with a warning that names them. Raise a ValueError if a class of ``train`` would be empty."""
-    if not broken:
-        return splits
-    total = sum(len(split.files) for split in splits.values())
-    warnings.warn(f"{len(broken)} of {total} images are left out: {_some(broken.values())}", stacklevel=4)
-    kept = {}
-    for part, split in splits.items():
-        ids = [number for number, path in enumerate(split.files) if str(path) not in broken]
-        kept[part] = Split([split.files[number] for number in ids], split.labels[ids])
-    empty = [name for label, name in enumerate(classes) if label not in kept["train"].labels]
+def _without_broken(root: Path, splits: dict[str, Split], classes: list[str], workers: int) -> dict[str, Split]:
+    """Leave out the images that cannot be decoded, with a warning. They are found once, and kept in a file."""
+    kept, errors = dict[str, Split](), list[str]()
+    for part, (files, labels) in splits.items():
+        place, broken = root / f"broken_{part}-{_source(files)[:16]}.json", None
+        with contextlib.suppress(OSError, ValueError):
+            broken = dict[int, str](json.loads(place.read_text()))
+        if broken is None:
+            images = _bar(_decoded(files, None, resize=False, workers=workers), len(files), f"check {part} images")
+            broken = {number: image for number, image in enumerate(images) if isinstance(image, str)}
+            root.mkdir(parents=True, exist_ok=True)
+            write_text(place, json.dumps(list(broken.items())))
+        ids = [number for number in range(len(files)) if number not in broken]
+        kept[part] = Split([files[number] for number in ids], labels[ids])
+        errors += broken.values()
+    if errors:
+        total = sum(len(split.files) for split in splits.values())
+        warnings.warn(f"{len(errors)} of {total} images are left out: {_some(errors)}", stacklevel=4)
+    empty = [name for label, name in enumerate(classes) if "train" in kept and label not in kept["train"].labels]
     if empty or not kept["test"].files:
         what = f"the class {empty[0]} of train" if empty else "the held-out images"
-        raise ValueError(f"no image of {what} can be decoded: replace them. The errors are: {_some(broken.values())}")
+        raise ValueError(f"no image of {what} can be decoded: replace them. The errors are: {_some(errors)}")
     return kept
 
 
@@ -203,52 +208,46 @@ def _some(texts: Iterable[str]) -> str:
     return "; ".join(first[:NAMED]) + ("; ..." if len(first) > NAMED else "")
 
 
-# ---- the cache: x_train-<hash>.npy and x_test-<hash>.npy, with the hash of `_fingerprint`, and set.json, written last
+# ---- the cache: for each part, x_<part>-<hash of `_source`>-<hash of the pixels>.npy
 
 
 def _cached(
-    place: Path, source: str, splits: dict[str, Split], size: tuple[int, int], *, resize: bool, workers: int
+    place: Path, splits: dict[str, Split], size: tuple[int, int], *, resize: bool, workers: int
 ) -> dict[str, StreamedImages]:
     """Open the decoded images of exactly these files. If they are missing, decode them first."""
-    paths = {part: place / f"x_{part}-{source[:16]}.npy" for part in splits}
     try:
         place.mkdir(parents=True, exist_ok=True)
         lock = FileLock(place / ".lock").acquire()
     except OSError as error:
         raise OSError(f"decoded images cannot be kept in {place} ({error}): give another folder as cache") from error
+    images, failed = dict[str, StreamedImages](), list[str]()
     # The process that has the lock writes the cache, and the others wait for it.
     with lock:
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            digests = json.loads((place / "set.json").read_text())[source]
-            images = {part: StreamedImages(path, digests[part]) for part, path in paths.items()}
-            if all(len(images[part]) == len(split.files) for part, split in splits.items()):
-                return images
-        # Remove the arrays of an earlier cache, and the temporary files of killed processes.
-        for old in [place / "set.json", *place.glob("x_*.npy"), *place.glob(".x_*.npy")]:
-            old.unlink(missing_ok=True)
-        failed = dict[str, str]()
-        for part, split in splits.items():
-            with atomic(paths[part]) as temporary:
+        for part, (files, _) in splits.items():
+            whole = place / f"x_{part}-{_source(files)[:16]}.npy"
+            for path in place.glob(f"{whole.stem}-*.npy"):
+                with contextlib.suppress(OSError, ValueError):
+                    images[part] = StreamedImages(path, path.stem.rpartition("-")[2])
+            if part in images:
+                continue
+            # Remove the arrays of an earlier cache, and the temporary files of killed processes.
+            for old in place.glob(f"*x_{part}-*.npy"):
+                old.unlink()
+            with atomic(whole) as temporary:
                 title = f"decode {part} images"
-                failed |= decode(split.files, size, resize=resize, out=temporary, workers=workers, title=title)
-        if failed:
-            for path in paths.values():
-                path.unlink()
-            total = sum(len(split.files) for split in splits.values())
-            raise ValueError(
-                f"{len(failed)} of {total} images cannot be decoded: replace or remove them, or leave them out by "
-                f"broken='skip' (--broken skip). The errors are: {_some(failed.values())}"
-            )
-        made = {part: StreamedImages(path, _digest(path)) for part, path in paths.items()}
-        write_text(place / "set.json", json.dumps({source: {part: one.digest for part, one in made.items()}}))
-        return made
-
-
-def _digest(path: Path) -> str:
-    array = np.load(path, mmap_mode="r")
-    content = content_hash(torch.uint8, array.shape)
-    content.update(array.data)
-    return content.hexdigest()
+                pixels, errors = decode(files, size, resize=resize, out=temporary, workers=workers, title=title)
+            if errors:
+                whole.unlink()
+                failed += errors
+                continue
+            images[part] = StreamedImages(whole.rename(place / f"{whole.stem}-{pixels}.npy"), pixels)
+    if failed:
+        total = sum(len(split.files) for split in splits.values())
+        raise ValueError(
+            f"{len(failed)} of {total} images cannot be decoded: replace or remove them, or leave them out by "
+            f"broken='skip' (--broken skip). The errors are: {_some(failed)}"
+        )
+    return images
 
 
 # ---- decoding
@@ -260,25 +259,28 @@ def first_size(files: Sequence[Path]) -> tuple[int, int]:
         image = _image(path, None)
         if not isinstance(image, str):
             return image.shape[1], image.shape[2]
-    raise ValueError(f"none of the {len(files)} training images can be decoded, the first is {files[0]}")
+    raise ValueError(f"none of {len(files)} images can be decoded, the first is {files[0]}")
 
 
 def decode(
     files: Sequence[Path], size: tuple[int, int], *, resize: bool, out: Path, workers: int, title: str
-) -> dict[str, str]:
-    """Decode images into an ``.npy`` file, uint8 ``[N, 3, H, W]``. Only a part of the images is in memory at a time."""
-    failed: dict[str, str] = {}
+) -> tuple[str, list[str]]:
+    """Decode images into an ``.npy`` file, uint8 ``[N, 3, H, W]``, and return the hash of the pixels, and errors.
+
+    Only a part of the images is in memory at a time.
+    """
+    shape, failed = (len(files), 3, *size), list[str]()
+    content = content_hash(torch.uint8, shape)
     # The images are written one after another: a full disk ends a write with an OSError, but a memory map with SIGBUS.
     with out.open("wb") as file:
-        header = {"descr": "|u1", "fortran_order": False, "shape": (len(files), 3, *size)}
-        np.lib.format.write_array_header_1_0(file, header)
-        images = _decoded(files, size, resize=resize, workers=workers)
-        for path, image in zip(files, _bar(images, len(files), title), strict=True):
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        for image in _bar(_decoded(files, size, resize=resize, workers=workers), len(files), title):
             if isinstance(image, str):
-                failed[str(path)] = image
+                failed.append(image)
             elif not failed:
-                file.write(image.tobytes())
-    return failed
+                content.update(image.data)
+                file.write(image.data)
+    return content.hexdigest(), failed
 
 
 def _bar(images: Iterator[np.ndarray | str], total: int, title: str) -> Iterator[np.ndarray | str]:

@@ -28,7 +28,7 @@ TINY = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 
 
 def find_official(
-    name: str, root: Path, download: bool, image_size: tuple[int, int] | None
+    name: str, root: Path, download: bool, image_size: tuple[int, int] | None, train: bool
 ) -> Path | dict[str, np.ndarray]:
     """Find a well-known data set: the path of its ``.npz`` or image folder, or its arrays."""
     npz = root / f"{name}.npz"
@@ -44,7 +44,7 @@ def find_official(
     try:
         with lock:
             if name in READERS:
-                return _arrays(name, root, download)
+                return _arrays(name, root, download, ("train", "test") if train else ("test",))
             folder = _imagenette(root, download, image_size) if name == "imagenette" else root / "tiny-imagenet-200"
             if not folder.is_dir():
                 raise FileNotFoundError(f"{root} has no folder {folder.name}")
@@ -77,12 +77,15 @@ def _imagenette(root: Path, download: bool, image_size: tuple[int, int] | None) 
     return folder
 
 
-def _arrays(name: str, root: Path, download: bool) -> dict[str, np.ndarray]:
+def _arrays(name: str, root: Path, download: bool, parts: tuple[str, ...]) -> dict[str, np.ndarray]:
     arrays: dict[str, np.ndarray] = {}
-    for part in ("train", "test"):
+    for part in parts:
         # torchvision's class for SVHN has other names for the parts and the labels.
         split = {"split": part} if name == "svhn" else {"train": part == "train"}
         loaded = READERS[name](root, download=download, **split)
         arrays |= {f"x_{part}": np.asarray(loaded.data)}
         arrays |= {f"y_{part}": np.asarray(loaded.labels if name == "svhn" else loaded.targets)}
+        # torchvision calls MNIST's classes "0 - zero" and so on, and has no names of SVHN's, which are the digits.
+        names = getattr(loaded, "classes", map(str, range(10)))
+        arrays["classes"] = np.array([text.partition(" - ")[0] for text in names])
     return arrays

@@ -8,15 +8,17 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import importlib
 import importlib.util
 import os
 import pickle
+import re
 import sys
 import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,22 +32,27 @@ from ..model_state import is_installed
 from .layers import Normalize, Statistic
 
 LIBRARIES = ("torchvision", "timm")
+#: The keys under which programs save a state dict in a checkpoint.
+KEYS = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "module", "params", "weights", "G")
+#: Words in the key of a state dict, or before the names of its tensors, for an average of the weights.
+AVERAGE = {"ema", "swa", "avg", "average", "averaged"}
+#: The last part of the name of BatchNorm's count, which is not needed for predictions and which old files lack.
+COUNT = "num_batches_tracked"
 
 
 class ForeignClassifier(nn.Module):
     """A classifier from outside this package. It is made by its name, so that it can be saved and loaded."""
 
-    def __init__(self, spec: str, in_channels: int, num_classes: int, mean: Statistic = 0.5, std: Statistic = 0.5):
+    def __init__(self, spec: str, in_channels: int, num_classes: int, mean: Statistic = 0.0, std: Statistic = 1.0):
         super().__init__()
         library, _, name = spec.partition(":")
         self.spec = spec
         self.arguments: dict[str, Any] = {"spec": spec, "in_channels": in_channels, "num_classes": num_classes}
-        self.repeated = 1
-        self.normalize: Normalize | nn.Identity = nn.Identity()
+        self.repeated = 3 if library == "torchvision" and in_channels == 1 else 1
+        self.normalize = Normalize(mean, std, in_channels * self.repeated)
+        self.arguments |= self.normalize.arguments
         if library in LIBRARIES:
             check_library_name(spec)
-            self.normalize = Normalize(mean, std, in_channels)
-            self.arguments |= self.normalize.arguments
         if library == "torchvision":
             # The import takes 1.7 seconds, and most classifiers do not need torchvision.
             from torchvision import models
@@ -53,7 +60,6 @@ class ForeignClassifier(nn.Module):
             self.model: nn.Module = models.get_model(name, weights=None, num_classes=num_classes)
             if in_channels not in (1, 3):
                 raise ValueError(f"images must have 1 or 3 channels for {spec}, got {in_channels}")
-            self.repeated = 3 // in_channels
         elif library == "timm":
             timm = importlib.import_module("timm")
             self.model = timm.create_model(name, pretrained=False, num_classes=num_classes, in_chans=in_channels)
@@ -70,8 +76,7 @@ class ForeignClassifier(nn.Module):
             self.model = model
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.normalize(x)
-        return self.model(x if self.repeated == 1 else x.expand(-1, self.repeated, -1, -1))
+        return self.model(self.normalize(x if self.repeated == 1 else x.expand(-1, self.repeated, -1, -1)))
 
 
 def build_foreign(
@@ -82,7 +87,7 @@ def build_foreign(
         return ForeignClassifier(spec, in_channels, num_classes, mean, std)
     library, _, name = spec.partition(":")
     path = Path(weights)
-    if path.suffix or path.exists() or library not in LIBRARIES:
+    if is_file_of_weights(spec, weights):
         classifier = ForeignClassifier(spec, in_channels, num_classes, mean, std)
     else:
         find = _torchvision_weights if library == "torchvision" else _timm_weights
@@ -98,32 +103,75 @@ def build_foreign(
                 "means class 0 of the weights, and so on. If the data have other classes, train a classifier on them",
                 stacklevel=2,
             )
-        if in_channels != len(own_mean):
-            # Images with a single channel are normalized before the channel is repeated, so average the statistics.
-            own_mean, own_std = (sum(own_mean) / len(own_mean),), (sum(own_std) / len(own_std),)
+        if library == "timm" and in_channels != len(own_mean):
+            raise ValueError(f"images must have {len(own_mean)} channels for {weights} of {spec}, got {in_channels}")
+        num_classes = classes
         classifier = ForeignClassifier(spec, in_channels, classes, own_mean, own_std)
-    load_state(classifier.model, read_weights(path), str(path))
+    load_weights(classifier.model, path, f"{path} does not fit {spec} with {num_classes} classes (--num-classes)")
     return classifier
 
 
-def load_state(model: nn.Module, state: Mapping[str, Tensor], what: str, *, drop_prefix: bool = False) -> None:
-    """Load a state dict, whose names and shapes must be equal to the model's."""
-    own = model.state_dict()
-    if drop_prefix:
-        first = next(iter(own))
-        prefix = next((name.removesuffix(first) for name in state if name.endswith(first)), "")
-        state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-    check_shapes(what, {name: value.shape for name, value in state.items()}, {n: v.shape for n, v in own.items()})
-    model.load_state_dict(state)
+def is_file_of_weights(spec: str, weights: str) -> bool:
+    """Tell whether given weights are a file, and not the library's name of weights."""
+    return bool(Path(weights).suffix) or Path(weights).exists() or spec.partition(":")[0] not in LIBRARIES
+
+
+def load_weights(model: nn.Module, path: str | Path, what: str | None = None) -> None:
+    """Load the weights of a file, or their moving average if the file has one."""
+    tree = _read(path)
+    load_state(model, _state_of(tree, path), what or str(path))
+    averages = [
+        entry["shadow_params"] for entry in tree.values() if isinstance(entry, dict) and "shadow_params" in entry
+    ]
+    if not averages:
+        return
+    # score-SDE and torch_ema store the moving average without names, in the order of the trained parameters.
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if [tensor.shape for tensor in averages[0]] != [parameter.shape for parameter in trained]:
+        raise ValueError(
+            f"{path} must have a moving average of the network's {len(trained)} trained parameters; it has "
+            f"{len(averages[0])} tensors of other shapes"
+        )
+    with torch.no_grad():
+        for parameter, tensor in zip(trained, averages[0], strict=True):
+            parameter.copy_(tensor)
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor], what: str, *, only_model: bool = False) -> None:
+    """Load a state dict, whose names and shapes must be equal to the model's.
+
+    The names may have a prefix, such as "model.", and counts of BatchNorm's batches may be missing. Tensors without the
+    prefix are refused, unless ``only_model`` is True or the prefix is that of an average, as "model_ema.".
+    """
+    own, given = model.state_dict(), _short_names(state)
+    names = _short_names(own)
+    first = next(iter(names), "")
+    prefixes = {name.removesuffix(first) for name in given if name.endswith(first)}
+    whole = [p for p in prefixes if all(p + name in given or name.endswith(COUNT) for name in names)]
+    prefix = min(whole, key=lambda prefix: (not _is_average(prefix), len(prefix)), default="")
+    rest = not (only_model or _is_average(prefix))
+    found = {n.removeprefix(prefix): state[full] for n, full in given.items() if rest or n.startswith(prefix)}
+    found = {name: own[full] for name, full in names.items() if name.endswith(COUNT)} | found
+    check_shapes(what, {n: v.shape for n, v in found.items()}, {n: own[full].shape for n, full in names.items()})
+    model.load_state_dict(own | {full: found[name] for name, full in names.items()})
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Read a state dict from a file. Only tensors are read."""
+    """Read a state dict from a file: the average of the weights, if the file has one. Only tensors are read."""
+    state = _state_of(_read(path), path)
+    return {name: state[full] for name, full in _short_names(state).items()}
+
+
+def _read(path: str | Path) -> Any:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: give the path of a file of weights")
     try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        # Training scripts, such as timm's, save their options beside the weights.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, "cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # PyTorch's message would advise to load the file unsafely.
         raise ValueError(
@@ -134,12 +182,38 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     # A file that is not a pickle may raise any kind of error.
     except Exception as error:
         raise ValueError(f"{path} contains no weights: {error}".splitlines()[0]) from error
-    for key in ("state_dict", "model_state_dict", "model", "G"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} contains no state dict, which is a dictionary of tensors: save model.state_dict()")
-    return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+def _state_of(tree: Any, path: str | Path) -> dict[str, Tensor]:
+    if (state := _state_in(tree)) is None:
+        keys = f"the keys {', '.join(map(repr, list(tree)[:8]))}" if isinstance(tree, dict) else type(tree).__name__
+        raise ValueError(
+            f"{path} contains no state dict, which is a dictionary of tensors, alone or under one of the keys "
+            f"{', '.join(KEYS)}; it has {keys}: save model.state_dict()"
+        )
+    return state
+
+
+def _state_in(tree: Any) -> dict[str, Tensor] | None:
+    """Find a state dict in the nested dictionaries of a checkpoint: an average of the weights, or else the weights."""
+    if not isinstance(tree, dict):
+        return None
+    if tree and all(isinstance(value, Tensor) for value in tree.values()):
+        return tree
+    averages = [key for key in tree if isinstance(key, str) and _is_average(key)]
+    return next((state for key in (*averages, *KEYS) if (state := _state_in(tree.get(key)))), None)
+
+
+def _is_average(name: str) -> bool:
+    return not AVERAGE.isdisjoint(re.split(r"[\W_]+", name.lower()))
+
+
+def _short_names(names: Iterable[str]) -> dict[str, str]:
+    """The names of tensors, by their names without wrappers: compiled modules, DataParallel and AveragedModel."""
+    short = {name.replace("_orig_mod.", ""): name for name in names if not name.endswith("n_averaged")}
+    while short and all(name.startswith("module.") for name in short):
+        short = {name.removeprefix("module."): full for name, full in short.items()}
+    return short
 
 
 def check_library_name(spec: str) -> None:

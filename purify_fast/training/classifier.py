@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -83,12 +84,14 @@ class ClassifierTask(Task):
 _KINDS: dict[str, type[nn.Module]] = {kind.__name__: kind for kind in (*CLASSIFIERS.values(), ForeignClassifier)}
 
 
-def save_classifier(model: nn.Module, folder: str | Path) -> None:
+def save_classifier(model: nn.Module, folder: str | Path, classes: Sequence[str] | None = None) -> None:
     """Write a classifier to ``model.safetensors``.
 
     Args:
         model: a classifier of this package, or a `purify_fast.models.foreign.ForeignClassifier`.
         folder: the folder to write to.
+        classes: the names of the classes, such as `purify_fast.data.DataSet.classes`; None keeps those that the model
+            has as an attribute ``classes``, if it was loaded.
 
     Raises:
         ValueError: the model is of another class.
@@ -97,6 +100,8 @@ def save_classifier(model: nn.Module, folder: str | Path) -> None:
     if type(model) is not _KINDS.get(kind):
         raise ValueError(f"model must be one of {', '.join(_KINDS)}, got {kind}: save its state_dict() with torch.save")
     facts = {"acts_from_step": acts} if (acts := getattr(model, "acts_from_step", None)) else {}
+    if names := getattr(model, "classes", None) if classes is None else classes:
+        facts["classes"] = list(names)
     save_model(folder, kind, model.arguments, model.state_dict(), **facts)  # type: ignore[arg-type]
 
 
@@ -117,6 +122,8 @@ def is_classifier(folder: str | Path) -> bool:
 def load_classifier(folder: str | Path) -> nn.Module:
     """Read a classifier that `save_classifier` wrote, in evaluation mode.
 
+    The names of its classes are its attribute ``classes``, a tuple, or None if the file does not have them.
+
     Args:
         folder: folder of the saved classifier. If it holds a `purify_fast.models.foreign.ForeignClassifier` that a
             user's function made, this imports and calls that function: load such a folder only if you trust it.
@@ -134,4 +141,5 @@ def load_classifier(folder: str | Path) -> nn.Module:
         model.load_state_dict(state)
     except (TypeError, RuntimeError) as error:
         raise ValueError(f"{folder} holds a model that cannot be loaded: {' '.join(str(error).split())}") from error
+    vars(model)["classes"] = tuple(facts["classes"]) if "classes" in facts else None
     return model.eval()

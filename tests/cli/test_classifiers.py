@@ -1,5 +1,6 @@
 """Classifiers by name: of torchvision, of timm, by import path; trained, saved, loaded, built upon."""
 
+import argparse
 import importlib.util
 import sys
 
@@ -67,6 +68,15 @@ def test_a_network_by_import_path_is_defended_and_loaded_again(run, bars, mine):
     arrest = ["--layers", "model.first", "--eps", "0.1", "--steps", "1", "--out", mine / "arrest"]
     assert run("train", "arrest", "--classifier", "my_networks:trained", *arrest, *few)[0] == 0
     assert weights_fingerprint(load_classifier(mine / "arrest")) != weights_fingerprint(defence.classifier)
+
+
+def test_weights_for_a_function_run_with_a_given_normalization(mine):
+    network = ForeignClassifier("my_networks:trained", 1, 2).model
+    torch.save({"net": prefixed(network.state_dict(), "module.")}, mine / "w.pth")
+    x = torch.rand(2, 1, 8, 8)
+    for mean, std in ((0.0, 1.0), (0.3, 0.2)):
+        made = build_foreign("my_networks:trained", 1, 2, mean, std, weights="w.pth")
+        assert torch.equal(made(x), network((x - mean) / std))
 
 
 def test_what_an_import_path_may_not_name(run, bars, mine):
@@ -139,6 +149,123 @@ def test_given_weights(tmp_path, ending):
     assert torch.equal(load_classifier(tmp_path / "saved")(x), made(x))
     with pytest.raises(ValueError, match=r"weights.* fc.bias is \[4\], must be \[5\]"):
         build_foreign("torchvision:resnet18", 3, 5, (0.5,) * 3, (0.5,) * 3, weights=str(path))
+
+
+def prefixed(state, prefix):
+    return {f"{prefix}{name}": value for name, value in state.items()}
+
+
+def without_counts(state):
+    return {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
+
+
+#: Files of which the average, or else the only weights, must be taken: functions of the weights and of other weights.
+FILES = {
+    "timm": lambda s, o: {"state_dict": o, "state_dict_ema": s, "args": argparse.Namespace(lr=0.1), "epoch": 3},
+    "DeiT": lambda s, o: {"model": o, "model_ema": s},
+    "ema": lambda s, o: {"model": o, "ema": s, "optimizer": {"state": {0: {"exp_avg": torch.zeros(1)}}}},
+    "nested": lambda s, o: {"state_dict": {"net": o, "ema_net": prefixed(s, "module.")}},
+    "no average": lambda s, o: {"state_dict": s, "state_dict_ema": None},
+    "net": lambda s, o: {"net": prefixed(s, "module."), "acc": 90.0},
+    "compiled": lambda s, o: prefixed(s, "_orig_mod.module."),
+    "Lightning": lambda s, o: {"state_dict": prefixed(s, "model."), "hyper_parameters": {"lr": 0.1}},
+    "compiled in Lightning": lambda s, o: {"state_dict": prefixed(s, "net._orig_mod.")},
+    "average beside": lambda s, o: prefixed(o, "model.") | prefixed(s, "model_ema."),
+    "in Sequential": lambda s, o: prefixed(without_counts(s), "1."),
+    "AveragedModel": lambda s, o: {
+        "swa_state_dict": prefixed(s, "module.") | {"n_averaged": torch.tensor(7)},
+        "net": o,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_files_of_other_programs(tmp_path, kind):
+    torch.manual_seed(1)
+    network, other = (torchvision.models.shufflenet_v2_x0_5(num_classes=4) for _ in range(2))
+    torch.save(FILES[kind](network.state_dict(), other.state_dict()), tmp_path / "weights.pth.tar")
+    made = build_foreign("torchvision:shufflenet_v2_x0_5", 3, 4, 0.0, 1.0, weights=str(tmp_path / "weights.pth.tar"))
+    assert weights_fingerprint(made.model) == weights_fingerprint(network)
+
+
+def test_an_average_without_names_is_that_of_the_trained_parameters(tmp_path):
+    torch.manual_seed(1)
+    network, other = (torchvision.models.shufflenet_v2_x0_5(num_classes=4) for _ in range(2))
+    averages = {"shadow_params": [parameter.detach() for parameter in network.parameters()], "decay": 0.9}
+    torch.save({"model": other.state_dict(), "ema": averages}, tmp_path / "w.pth")
+    made = build_foreign("torchvision:shufflenet_v2_x0_5", 3, 4, 0.0, 1.0, weights=str(tmp_path / "w.pth"))
+    assert torch.equal(made.model.fc.weight, network.fc.weight)
+    averages["shadow_params"].pop()
+    torch.save({"model": other.state_dict(), "ema": averages}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"moving average .* trained parameters; it has \d+ tensors"):
+        build_foreign("torchvision:shufflenet_v2_x0_5", 3, 4, 0.0, 1.0, weights=str(tmp_path / "w.pth"))
+
+
+def test_the_error_names_what_is_missing_and_what_is_there(tmp_path):
+    network = torchvision.models.shufflenet_v2_x0_5(num_classes=4)
+    state, path = network.state_dict(), tmp_path / "w.pth"
+    for content, message in (
+        ({"0.mean": torch.zeros(3)} | prefixed(state, "1."), r"0\.mean is unknown$"),
+        (
+            torchvision.models.resnet18(num_classes=4).state_dict(),
+            r"conv1\.0\.weight is missing; .*bn1\.bias is unknown",
+        ),
+        ({"student": state, "teacher": state}, r"no state dict, .*it has the keys 'student', 'teacher'"),
+        (
+            torchvision.models.shufflenet_v2_x0_5().state_dict(),
+            r"4 classes \(--num-classes\): fc\.bias is \[1000\], .*\[4\]",
+        ),
+    ):
+        torch.save(content, path)
+        with pytest.raises(ValueError, match=message):
+            build_foreign("torchvision:shufflenet_v2_x0_5", 3, 4, 0.0, 1.0, weights=str(path))
+
+
+def test_weights_of_a_file_run_with_the_normalization_of_their_training(run, bars, tmp_path):
+    torch.manual_seed(0)
+    network = torchvision.models.shufflenet_v2_x0_5(num_classes=2).eval()
+    torch.save(network.state_dict(), tmp_path / "w.pth")
+    given = ["--classifier", "torchvision:shufflenet_v2_x0_5", "--classifier-weights", tmp_path / "w.pth"]
+    carso = ["--layers", "model.stage2", "--cond-dim", "4", "--latent-dim", "2", "--decoder-width", "2", "--steps", "1"]
+    few = [
+        "--data",
+        bars,
+        "--device",
+        "cpu",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "16",
+        "--kl-delay",
+        "0",
+        "--samples",
+        "2",
+    ]
+    x = torch.rand(4, 1, 16, 16).expand(-1, 3, -1, -1)
+    for normalization, told, images in (
+        ([], "mean 0, std 1", x),
+        (["--mean", "0.5", "0.4", "0.3", "--std", "0.25"], "mean 0.5 0.4 0.3, std 0.25", None),
+    ):
+        images = (x - torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)) / 0.25 if images is None else images
+        out = tmp_path / told[:8]
+        code, printed = run("train", "carso", *given, *normalization, *carso, *few, "--out", out)
+        assert code == 0 and f"normalization of images in [0, 1]: {told} its accuracy without an attack: " in printed
+        assert "% of 8 held-out images" in printed
+        with torch.no_grad():
+            assert torch.equal(load_classifier(out / "classifier")(x[:, :1]), network(images))
+    options = ["--mean", "0.5", "--std", "0.5"]
+    for words, message in (
+        (["train", "carso", *given, "--mean", "123.7"], "each of mean must be in [0, 1], got 123.7"),
+        (["train", "carso", *given, "--std", "0"], "std must be above 0, got [0.0]"),
+        (["train", "carso", *given, "--mean", "0.5", "0.5"], "mean needs 1 or 3 numbers, got 2"),
+        (
+            ["train", "carso", *given[:3], "IMAGENET1K_V1", *options],
+            "--mean and --std are only for weights of a file, got IMAGENET1K_V1",
+        ),
+        (["train", "arrest", "--classifier", tmp_path / "x", *options], "leave out --mean, --std, or give the weights"),
+    ):
+        code, printed = run(*words, "--data", bars, "--device", "cpu")
+        assert code == 2 and message in printed, printed
 
 
 def test_grey_images_are_given_three_times():

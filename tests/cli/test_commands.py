@@ -85,7 +85,7 @@ def test_a_folder_of_pictures_streamed_from_the_data_root(tmp_path, capsys, monk
     assert cli.main(["train", "classifier", "--out", out, *train]) == 0
     said = capsys.readouterr().out
     assert "accuracy without an attack: 100.0 ± 0.0 % of 8 held-out images\n" in said and "Robustness" not in said
-    assert (tmp_path / "c" / "set" / "12x8" / "set.json").is_file()
+    assert (tmp_path / "c" / "set" / "12x8" / ".lock").is_file()
     few = ["--images", "8", "--steps", "2", "--eot-iter", "1", "--protocol", "fast", "--eps", "0.01"]
     assert cli.main(["evaluate", out, *common, *few]) == 0
     assert Report.from_json((tmp_path / "out" / "evaluation" / "report.json").read_text()).row("clean").robust.all()

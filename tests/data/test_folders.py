@@ -1,6 +1,7 @@
 """Image folders: layouts, resizing, the cache and what a kill leaves of it."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -77,7 +78,7 @@ def test_tiny_imagenet(tmp_path):
         assert np.array_equal(d.x_test.numpy(), np.stack([held_out[i] for i in (2, 0, 1)]))
         assert d.y_test.tolist() == [2, 1, 0] and d.num_classes == 3
     (tmp_path / "tiny-imagenet-200" / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn9\n")
-    with pytest.raises(ValueError, match=r"val_annotations\.txt, line 1: .*n9"):
+    with pytest.raises(ValueError, match=r"val has the classes n9, which"):
         data.load_dataset("tiny_imagenet", tmp_path)
 
 
@@ -94,12 +95,77 @@ def test_squares_are_resized_and_cropped_as_by_torchvision(tmp_path, side):
 def test_files_in_folders_inside_a_class_are_sorted_by_their_whole_path(tmp_path):
     names = ("b.png", "a/x.png", "a/deeper/0.png", "c/x.PNG", ".hidden/y.png", "a/.hidden.png")
     made = {name: picture(tmp_path / "train" / "cat" / name, i) for i, name in enumerate(names)}
-    for name in ("train/dog/0.png", "val/cat/0.png", "train/.ipynb_checkpoints/0.png"):
+    hidden = ("train/.ipynb_checkpoints/0.png", "val/cat/a/@eaDir/0.png", "val/.cat/0.png")
+    for name in ("train/dog/0.png", "val/cat/0.png", *hidden):
         picture(tmp_path / name, 7)
     d = data.load_dataset(tmp_path)
-    want = [".hidden/y.png", "a/deeper/0.png", "a/x.png", "b.png", "c/x.PNG"]
-    assert np.array_equal(d.x_train[:5].numpy(), np.stack([made[name] for name in want]))
-    assert d.y_train.tolist() == [0] * 5 + [1] and d.num_classes == 2
+    want = ["a/deeper/0.png", "a/x.png", "b.png", "c/x.PNG"]
+    assert np.array_equal(d.x_train[:4].numpy(), np.stack([made[name] for name in want]))
+    assert d.y_train.tolist() == [0] * 4 + [1] and d.num_classes == 2 and d.y_test.tolist() == [0]
+
+
+def test_the_names_of_the_classes(tmp_path):
+    folder(tmp_path / "pets")
+    assert data.load_dataset(tmp_path / "pets").to("cpu").classes == ("cat", "dog")
+    assert data.load_dataset("digits").classes == tuple("0123456789")
+    x, y = np.zeros((2, 8, 8), np.uint8), np.arange(2)
+    for classes, want in ((["no", "yes"], ("no", "yes")), (2, None), ([0, 1], None)):
+        np.savez(tmp_path / "own.npz", x_train=x, y_train=y, x_test=x, y_test=y, classes=classes)
+        assert data.load_dataset(tmp_path / "own.npz").classes == want
+
+
+def test_folders_that_are_numbers_are_told_if_their_labels_are_other_numbers(tmp_path):
+    for width in (1, 2):
+        for part in ("train", "val"):
+            for number in range(11):
+                picture(tmp_path / f"{width}" / part / f"{number:0{width}}" / "0.png", number)
+    with pytest.warns(UserWarning, match=r"the folder 10 with the label 2; the folder 2 with the label 3; .*00, 01"):
+        assert data.load_dataset(tmp_path / "1").classes[2] == "10"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert data.load_dataset(tmp_path / "2").classes[2] == "02"
+
+
+@pytest.mark.parametrize("decode", ["once", "each_time"])
+def test_held_out_images_alone(tmp_path, decode):
+    made = folder(tmp_path / "pets")
+    both = data.load_dataset(tmp_path / "pets", decode=decode)
+    (tmp_path / "pets" / "train" / "bee").mkdir()  # an empty folder counts as a class, for which no image is needed
+    for path in (tmp_path / "pets" / "train").rglob("*.png"):
+        path.write_text("no image")
+    with pytest.warns(UserWarning, match="have no held-out image"):
+        alone = data.load_dataset(tmp_path / "pets", train=False, decode=decode)
+    assert alone.classes == ("bee", "cat", "dog") and alone.y_test.tolist() == [1, 1, 2, 2]
+    assert np.array_equal(alone.x_test[:].numpy(), made["test"]) and torch.equal(alone.x_test[:], both.x_test[:])
+    assert alone.image_shape == both.image_shape and len(alone.x_train) == len(alone.y_train) == 0
+    shutil.rmtree(tmp_path / "pets" / "train")
+    assert data.load_dataset(tmp_path / "pets", train=False).classes == ("cat", "dog")
+    with pytest.raises(FileNotFoundError, match="it lacks train/"):
+        data.load_dataset(tmp_path / "pets")
+    tiny(tmp_path / "tiny-imagenet-200")
+    shutil.rmtree(tmp_path / "tiny-imagenet-200" / "train")
+    assert data.load_dataset("tiny_imagenet", tmp_path, train=False).y_test.tolist() == [2, 1, 0]
+
+
+def test_held_out_images_of_an_npz_alone(tmp_path):
+    x, y = np.zeros((3, 8, 8), np.uint8), np.arange(3)
+    np.savez(tmp_path / "own.npz", x_test=x, y_test=y)
+    alone = data.load_dataset(tmp_path / "own.npz", train=False)
+    assert alone.num_classes == 3 and len(alone.x_test) == 3 and alone.x_train.shape == (0, 1, 8, 8)
+    with pytest.raises(ValueError, match="lacks x_train, y_train"):
+        data.load_dataset(tmp_path / "own.npz")
+    resized = data.load_dataset("digits", train=False, image_size=(8, 8))
+    assert resized.image_shape == (1, 8, 8) and (len(resized.x_train), len(resized.x_test)) == (0, 500)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows lets few make links")
+def test_a_link_to_a_missing_file_is_an_image_that_cannot_be_decoded(tmp_path):
+    folder(tmp_path / "pets")
+    (tmp_path / "pets" / "train" / "cat" / "link.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(ValueError, match=r"1 of 15 images cannot be decoded: .*link\.png"):
+        data.load_dataset(tmp_path / "pets")
+    with pytest.warns(UserWarning, match=r"1 of 15 images are left out: .*link\.png"):
+        assert len(data.load_dataset(tmp_path / "pets", broken="skip").x_train) == 10
 
 
 def test_other_shapes_cover_the_target_and_are_centred(tmp_path):
@@ -212,7 +278,7 @@ def test_processes_decode_in_order(tmp_path):
     made = folder(tmp_path, train=110)
     d = data.load_dataset(tmp_path, workers=3, cache=tmp_path / "cache")
     assert np.array_equal(d.x_train.numpy(), np.stack(made["train"]))
-    assert (tmp_path / "cache" / tmp_path.name / "native" / "set.json").is_file()
+    assert (tmp_path / "cache" / tmp_path.name / "native" / ".lock").is_file()
     assert not (tmp_path / ".purify_fast").exists()
 
 
@@ -241,8 +307,6 @@ def test_a_cut_cache_is_decoded_again(tmp_path):
     data.load_dataset(tmp_path)
     (path,) = (tmp_path / ".purify_fast" / "native").glob("x_train-*.npy")
     path.write_bytes(path.read_bytes()[:-1])
-    assert np.array_equal(data.load_dataset(tmp_path).x_train.numpy(), np.stack(made["train"]))
-    (tmp_path / ".purify_fast" / "native" / "set.json").write_text("{")
     assert np.array_equal(data.load_dataset(tmp_path).x_train.numpy(), np.stack(made["train"]))
 
 
@@ -281,7 +345,7 @@ def test_a_kill_leaves_nothing_that_is_read_later(tmp_path, workers):
     assert process.returncode == -signal.SIGKILL and list(place.glob(".x_*.npy"))  # killed while it wrote
     assert np.array_equal(data.load_dataset(tmp_path).x_train.numpy(), np.stack(made["train"]))
     left = sorted(path.name.split("-")[0] for path in place.iterdir())
-    assert left == [".lock", "set.json", "x_test", "x_train"]
+    assert left == [".lock", "x_test", "x_train"]
 
 
 def test_of_two_writers_at_once_one_waits_and_reads(tmp_path, monkeypatch):
@@ -320,11 +384,11 @@ def test_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"is not an image folder: it lacks val/ and test/.* train/"):
         data.load_dataset(tmp_path)
     folder(tmp_path / "a")
-    (tmp_path / "a" / "val" / "cow").mkdir()
+    picture(tmp_path / "a" / "val" / "cow" / "0.png", 0)
     with pytest.raises(ValueError, match="the classes cow, which the folder train/ lacks"):
         data.load_dataset(tmp_path / "a")
     (tmp_path / "a" / "train" / "cow").mkdir()
-    with pytest.raises(ValueError, match=r"cow contains no image \(\.jpg"):
+    with pytest.raises(ValueError, match=r"cow contains no image of a class \(\.jpg"):
         data.load_dataset(tmp_path / "a")
     picture(tmp_path / "b" / "train" / "only" / "0.png", 0)
     picture(tmp_path / "b" / "val" / "only" / "0.png", 0)
@@ -337,7 +401,7 @@ def test_refused(tmp_path):
     for path in (tmp_path / "c" / "train").rglob("*.png"):
         path.write_text("no image")
     picture(tmp_path / "c" / "val" / "cat" / "0.png", 0)
-    with pytest.raises(ValueError, match="none of the 10 training images can be decoded"):
+    with pytest.raises(ValueError, match="none of 10 images can be decoded"):
         data.load_dataset(tmp_path / "c")
     folder(tmp_path / "d")
     (tmp_path / "file").write_text("")

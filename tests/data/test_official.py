@@ -61,7 +61,11 @@ def same(d, arrays, name):
 @pytest.mark.parametrize(("name", "place"), [("mnist", "MNIST/raw"), ("fashion_mnist", "FashionMNIST/raw")])
 def test_idx(tmp_path, monkeypatch, name, place):
     arrays = write_idx(tmp_path / place)
-    same(data.load_dataset(name, tmp_path), arrays, name)
+    d = data.load_dataset(name, tmp_path)
+    same(d, arrays, name)
+    assert d.classes[:2] == {"mnist": ("0", "1"), "fashion_mnist": ("T-shirt/top", "Trouser")}[name]
+    alone = data.load_dataset(name, tmp_path, train=False)
+    assert len(alone.x_train) == 0 and torch.equal(alone.x_test, d.x_test)
     # the current folder is the default
     monkeypatch.chdir(tmp_path)
     same(data.load_dataset(name), arrays, name)

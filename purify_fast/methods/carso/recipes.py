@@ -124,7 +124,7 @@ class CarsoRecipe(Recipe):
         classifier = self.build_classifier()
         path = Path(classifier_weights or self._classifier_file(folder))
         load_state(
-            classifier, read_weights(path), f"{path} does not hold the classifier of this system", drop_prefix=True
+            classifier, read_weights(path), f"{path} does not hold the classifier of this system", only_model=True
         )
         defence = load_official(classifier, folder, samples=self["defence.samples"])
         if defence.image_shape != self.image_shape:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._tensors import first_tensor
-from ...models.foreign import load_state, read_weights
+from ...models.foreign import load_weights
 from ...models.layers import Conv2d
 from ...models.unet import TimeLayer, UNet
 from ...speed.folding.fused_networks import fuse_where_faster
@@ -125,7 +125,7 @@ def load_denoiser(denoiser: nn.Module, path: str | Path) -> nn.Module:
         denoiser: the network; it is changed in place.
         path: a file with a state dict, such as a file of guided-diffusion; or a checkpoint of score-SDE, which has the
             network as ``model`` and a moving average of its weights as ``ema`` (models/ema.py of
-            yang-song/score_sde_pytorch). The moving average is then used. Only tensors are read.
+            yang-song/score_sde_pytorch). The moving average is used if there is one. Only tensors are read.
 
     Returns:
         The same network.
@@ -134,21 +134,7 @@ def load_denoiser(denoiser: nn.Module, path: str | Path) -> nn.Module:
         FileNotFoundError: the file is missing.
         ValueError: the file holds no weights, or the weights of another network.
     """
-    load_state(denoiser, read_weights(path), str(path))
-    whole = {} if Path(path).suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    if not isinstance(whole.get("ema"), dict):
-        return denoiser
-    averaged = whole["ema"].get("shadow_params", [])
-    # score-SDE stores the moving average in the order of the trained parameters
-    trained = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
-    if [tensor.shape for tensor in averaged] != [parameter.shape for parameter in trained]:
-        raise ValueError(
-            f"{path} must have a moving average of the network's {len(trained)} trained parameters; it has "
-            f"{len(averaged)} tensors of other shapes"
-        )
-    with torch.no_grad():
-        for parameter, tensor in zip(trained, averaged, strict=True):
-            parameter.copy_(tensor)
+    load_weights(denoiser, path)
     return denoiser
 
 

@@ -1,0 +1,85 @@
+"""The names of classes: saved with a classifier, and compared with those of other images."""
+
+import shutil
+
+import pytest
+import torch
+from pictures import picture
+
+import purify_fast
+from purify_fast.training import load_classifier, save_classifier
+
+pytestmark = pytest.mark.usefixtures("one_thread", "short_signs")
+
+FEW = ["--device", "cpu", "--batch-size", "12", "--epochs", "1"]
+CARSO = ["--cond-dim", "4", "--latent-dim", "2", "--decoder-width", "2", "--samples", "2", "--steps", "1"]
+JUDGED = ["--images", "2", "--steps", "1", "--protocol", "fast", "--eps", "0.01", "--device", "cpu"]
+
+
+def animals(folder, names):
+    for part in ("train", "val"):
+        for label, name in enumerate(names):
+            for i in range(4):
+                picture(folder / part / name / f"{i}.png", 10 * label + i, (12, 12))
+    return folder
+
+
+@pytest.fixture
+def trained(run, tmp_path):
+    folder = animals(tmp_path / "animals", ["ant", "bee", "fox"])
+    words = ["--model", "small_cnn", "--width", "2", "--out", tmp_path / "run"]
+    code, printed = run("train", "classifier", "--data", folder, *words, *FEW)
+    assert code == 0, printed
+    return folder
+
+
+def test_labels_of_other_classes_are_refused(run, trained, tmp_path):
+    model = load_classifier(tmp_path / "run")
+    assert model.classes == ("ant", "bee", "fox")
+    save_classifier(model, tmp_path / "again")
+    assert load_classifier(tmp_path / "again").classes == ("ant", "bee", "fox")
+    carso = ["train", "carso", "--classifier", tmp_path / "run", "--kl-delay", "0", *CARSO, *FEW]
+    code, printed = run(*carso, "--data", trained, "--out", tmp_path / "carso")
+    assert code == 0, printed
+    assert purify_fast.load_defence(tmp_path / "carso").classifier.classes == ("ant", "bee", "fox")
+    other = animals(tmp_path / "others", ["ant", "asp", "bee"])
+    refused = "label 1 of the classes is 'bee' for the {} in {}, but 'asp' in {}"
+    for words, what in (
+        (["evaluate", tmp_path / "run", "--data", other, *JUDGED], "model"),
+        (["evaluate", tmp_path / "carso", "--data", other, *JUDGED], "model"),
+        ([*carso, "--data", other, "--out", tmp_path / "second"], "classifier"),
+        (["train", "arrest", "--classifier", tmp_path / "run", "--data", other, "--out", tmp_path / "a"], "classifier"),
+        (["purify", tmp_path / "carso", other, tmp_path / "purified"], "model"),
+    ):
+        place = tmp_path / ("carso" if tmp_path / "carso" in words else "run")
+        code, printed = run(*words)
+        assert code == 2 and refused.format(what, place, other.name) in printed.replace(f"{tmp_path}/others", "others")
+    assert not (tmp_path / "second").exists() or not list((tmp_path / "second").glob("*.safetensors"))
+    # fewer classes, in the same order
+    assert run("evaluate", tmp_path / "run", "--data", animals(tmp_path / "two", ["ant", "bee"]), *JUDGED)[0] == 0
+    shutil.rmtree(trained / "val" / "fox")
+    assert run("purify", tmp_path / "carso", trained, tmp_path / "purified")[0] == 0
+
+
+def test_an_evaluation_needs_no_training_image(run, trained, tmp_path):
+    for path in (trained / "train").rglob("*.png"):
+        path.write_text("no image")
+    shutil.rmtree(trained / ".purify_fast")
+    assert run("evaluate", tmp_path / "run", "--data", trained, *JUDGED)[0] == 0
+    shutil.rmtree(trained / "train")
+    assert run("evaluate", tmp_path / "run", "--data", trained, *JUDGED)[0] == 0
+
+
+def test_hidden_images_are_not_purified(run, trained, tmp_path):
+    carso = ["train", "carso", "--classifier", tmp_path / "run", "--kl-delay", "0", *CARSO, *FEW]
+    assert run(*carso, "--data", trained, "--out", tmp_path / "carso")[0] == 0
+    picture(tmp_path / "photos" / "0.png", 0, (12, 12))
+    picture(tmp_path / "photos" / ".ipynb_checkpoints" / "0-checkpoint.png", 0, (12, 12))
+    assert run("purify", tmp_path / "carso", tmp_path / "photos", tmp_path / "purified")[0] == 0
+    assert [path.name for path in (tmp_path / "purified").rglob("*.png")] == ["0.png"]
+
+
+def test_names_are_optional(tmp_path):
+    torch.manual_seed(0)
+    save_classifier(purify_fast.zoo.load("digits-standard"), tmp_path / "without")
+    assert load_classifier(tmp_path / "without").classes is None
