@@ -34,7 +34,8 @@ class CosineDistance(nn.Module):
     """Computes 1 - cos of each sample's features, over all dimensions after the first, by `representation_distance`.
 
     ``forward(student [B, ...], teacher [B, ...]) -> [B]``, or ``[B, L]`` for sequences of L layers. Only the student
-    gets a gradient, so a teacher that requires one is refused: detach it. The distance of a zero vector from every vector is 1, and no eps is added.
+    gets a gradient, so a teacher that requires one is refused: detach it. The distance of a zero vector from every
+    vector is 1, and no eps is added.
 
     Args:
         kind: ``cosine``, ``abs_cosine`` (1 - \\|cos\\|), ``angular`` or ``l2``.

@@ -134,20 +134,20 @@ def test_the_module_is_otherwise_unchanged():
     assert seen == [1]
     handle.remove()
     # Hooks that change something do so once, whether they were there before the copy was made or not.
-    for model in (model, accelerate(net())):
+    for other in (model, accelerate(net())):
         handles = [
-            model.register_forward_pre_hook(lambda _, given: (2 * given[0],)),
-            model.register_forward_hook(lambda _, given, out: out / 2),
-            model.register_full_backward_hook(lambda _, grads, __: (3 * grads[0],)),
+            other.register_forward_pre_hook(lambda _, given: (2 * given[0],)),
+            other.register_forward_hook(lambda _, given, out: out / 2),
+            other.register_full_backward_hook(lambda _, grads, __: (3 * grads[0],)),
         ]
         x, y = images(seed=5), torch.arange(4)
-        hooked = restore(copy.deepcopy(model))
-        torch.testing.assert_close(model(x), hooked(x), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(gradient(model, x, y), gradient(hooked, x, y), rtol=1e-3, atol=1e-6)
+        hooked = restore(copy.deepcopy(other))
+        torch.testing.assert_close(other(x), hooked(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(gradient(other, x, y), gradient(hooked, x, y), rtol=1e-3, atol=1e-6)
         for handle in handles:
             handle.remove()
-        torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)
-        assert accelerated(model).copy is not None
+        torch.testing.assert_close(other(x), plain(x), rtol=1e-4, atol=1e-5)
+        assert accelerated(other).copy is not None
     inner = []
     model.body.register_forward_hook(lambda *_: inner.append(1))
     assert torch.equal(model(images(seed=3)), restore(copy.deepcopy(model))(images(seed=3))) and inner
@@ -360,7 +360,7 @@ def test_a_training_loop_with_pgd_follows_the_weights(monkeypatch):
 
 
 def test_images_only_restores_what_the_user_had():
-    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got function"), images_only(net):
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got function"), images_only(net):
         pass
     model = net().train()
     model.head.bias.requires_grad_(False)
