@@ -743,7 +743,7 @@ def test_what_does_not_fit_is_refused(name):
 @pytest.mark.parametrize("name", sorted({*REFUSALS} - {"key_validity", "philox"}))
 @pytest.mark.parametrize("kind", ["float8", "sparse", "mkldnn"])
 def test_tensors_that_no_kernel_reads_are_refused(name, kind):
-    """Of other dtypes and layouts, in place of the op's images, logits or features."""
+    """The op gets another dtype or layout in place of its images, logits or features."""
     arguments, _ = REFUSALS[name]
     change = {"float8": lambda x: x.to(torch.float8_e4m3fn), "sparse": Tensor.to_sparse, "mkldnn": Tensor.to_mkldnn}
     first = next(one for one, x in arguments.items() if isinstance(x, Tensor) and x.is_floating_point())
