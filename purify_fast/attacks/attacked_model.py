@@ -17,20 +17,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .._memory import ran_out_of_memory
-from .._tensors import repeat_batch
-from ..model_state import hidden_modules, switch_to_evaluation
+from .._tensors import dtype_of, repeat_batch
+from ..model_state import hidden_modules, switch_to_evaluation, used_modules
 from ..protocols import Classifier, CountsImages, SharesDraws, draws_for_each_image, supports
-from .outputs import (
-    INSTEAD_OF_PROBABILITIES,
-    ONE_VALUE,
-    LogitsOf,
-    are_probabilities,
-    checked_logits,
-    dtype_of_weights,
-    reason_of,
-    resized,
-    runs_on,
-)
+from .outputs import INSTEAD_OF_PROBABILITIES, LogitsOf, are_probabilities, checked_logits
 
 Answer = TypeVar("Answer")
 
@@ -115,11 +105,6 @@ def ask(model: Callable[[Tensor], Answer], x: Tensor) -> Answer:
         # The parameters are frozen, so only the images can be a leaf that requires a gradient.
         if "leaf Variable that requires grad is being used in an in-place operation" in str(error):
             raise WritesToItsInput from error
-        if "Inference tensors cannot be saved for backward" in str(error):
-            raise ValueError(
-                "the model's weights were made within torch.inference_mode(), so the model has no gradient: give "
-                "copy.deepcopy(model), made outside of torch.inference_mode()"
-            ) from error
         raise
     if x._version != writes:
         raise WritesToItsInput
@@ -146,20 +131,15 @@ def logits_of(model: Classifier, x: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def called_directly(model: Classifier, x: Tensor) -> Iterator[None]:
+def called_directly() -> Iterator[None]:
     """The context of an attack without an evaluation, which would have tested the model before.
 
-    Errors of the model are explained (`explained_errors`). If its first logits contain NaN or are probabilities, Python
-    warns. To save time, this is tested on a CPU only.
-
-    Args:
-        model: the model that is attacked.
-        x: the images ``[B, ...]``.
+    If the model's first logits contain NaN or are probabilities, Python warns. To save time, this is tested on a CPU
+    only.
     """
     token = _first_output.set(True)
     try:
-        with explained_errors(model, x):
-            yield
+        yield
     finally:
         _first_output.reset(token)
 
@@ -178,38 +158,13 @@ def _warn_of_values(logits: Tensor) -> None:
         warnings.warn(f"the model returns probabilities, not logits: {INSTEAD_OF_PROBABILITIES}", stacklevel=2)
 
 
-@contextlib.contextmanager
-def explained_errors(model: Classifier, x: Tensor) -> Iterator[None]:
-    """A context in which an error of a model is replaced by an error with its reason, if the reason is known.
-
-    Args:
-        model: any callable.
-        x: the images ``[B, ...]`` on which the model is called.
-
-    Raises:
-        ValueError: the model has failed for a known reason, see `purify_fast.attacks.outputs.reason_of`.
-    """
-    try:
-        yield
-    # Errors of other types come from this package, or from a model that explains its errors.
-    except (RuntimeError, AssertionError, IndexError, ValueError) as error:
-        if isinstance(error, ValueError) and ONE_VALUE not in str(error):
-            raise
-        with frozen(model):
-            reason = reason_of(error, model, x)
-        if reason is None:
-            raise
-        raise reason from error
-
-
 @torch.no_grad()
-def returning_logits(model: Classifier, some: Tensor) -> tuple[Classifier, int]:
+def check_model(model: Classifier, some: Tensor) -> tuple[Classifier, int]:
     """Call a model on several images and on a single image, check its outputs, and count its classes.
 
     Args:
-        model: any callable; a module is in evaluation mode.
-        some: a few images ``[B, C, H, W]``. A single image is doubled for the first call, because a model may fail only
-            on a batch of one, and that error would not show the reason.
+        model: any callable; a module is in evaluation mode. Its own errors are not changed.
+        some: a few images ``[B, C, H, W]``.
 
     Returns:
         The model and its number of classes. The model is wrapped in `LogitsOf` if its output is an object or a mapping
@@ -217,24 +172,29 @@ def returning_logits(model: Classifier, some: Tensor) -> tuple[Classifier, int]:
 
     Raises:
         TypeError: the output is neither a tensor nor an object or mapping with a tensor ``logits``.
-        ValueError: the output is not logits, or the model does not accept these images or this number of images.
+        ValueError: the output is not logits, or the number of classes depends on the number of images.
     """
-    some, dtype = resized(some, max(2, len(some))), None
-    with explained_errors(model, some):
-        try:
-            output = model(some)
-        except RuntimeError as error:
-            dtype = dtype_of_weights(model)
-            if ran_out_of_memory(error) or dtype == some.dtype or not runs_on(model, some.to(dtype)):
-                raise
-            output = model(some.to(dtype))
-        classes = checked_logits(output, len(some)).shape[1]
-        if dtype is not None or not isinstance(output, Tensor):
-            model = LogitsOf(model, dtype)
-        alone = checked_logits(model(some[:1]), 1)
-    if alone.shape[1] != classes:
-        raise ValueError(f"the model must return {classes} logits for each image, got {alone.shape[1]} for 1 image")
+    dtype = None
+    try:
+        output = model(some)
+    except RuntimeError as error:
+        whole = model if isinstance(model, nn.Module) else next((module for _, module in used_modules(model)), None)
+        dtype = some.dtype if whole is None else dtype_of(whole)
+        if ran_out_of_memory(error) or dtype == some.dtype:
+            raise
+        output = model(some.to(dtype))
+    classes = checked_logits(output, len(some)).shape[1]
+    if dtype is not None or not isinstance(output, Tensor):
+        model = LogitsOf(model, dtype)
+    check_classes(checked_logits(model(some[:1]), 1), classes)
     return model, classes
+
+
+def check_classes(logits: Tensor, classes: int) -> Tensor:
+    """Return logits ``[B, classes]``; ValueError for another number of classes than in the first call."""
+    if logits.shape[1] != classes:
+        raise ValueError(f"the model must return {classes} logits for each image, got {logits.shape[1]}")
+    return logits
 
 
 def gradient_to(leaf: Tensor, value: Tensor) -> Tensor | None:

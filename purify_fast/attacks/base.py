@@ -228,7 +228,7 @@ class Attack(abc.ABC):
         context = AttackContext.from_options(**{"seed": drawn_seed(), **options})
         if "eps" not in options and self.threat_model(context).eps == 0:
             raise ValueError(f"eps must be given: call {type(self).__name__}(...)(model, x, y, eps=8 / 255)")
-        with called_directly(model, x):
+        with called_directly():
             return self.search(self.target(model), x, y, context)
 
     def revision(self) -> str | None:

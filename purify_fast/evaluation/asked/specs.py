@@ -14,7 +14,7 @@ from torch import Tensor
 from ..._validation import NormName, check_literal
 from ...attacks import BPDA, PGD, Attack, AttackContext, AttackResult, LeavingPGD, frozen
 from ...attacks.arguments import check_at_least_one, check_eps, check_not_negative
-from ...attacks.attacked_model import returning_logits
+from ...attacks.attacked_model import check_model
 from ...attacks.base import NORMS, ThreatModel
 from ...attacks.bpda import Aggregation
 from ...attacks.gradient_copy import COMPARED
@@ -122,7 +122,7 @@ class FunctionAttack(Attack):
         if not context.num_classes:
             # No evaluation has tested the model, and the function may not accept an output with ``logits``.
             with frozen(target):
-                target, _ = returning_logits(target, x[:COMPARED])
+                target, _ = check_model(target, x[:COMPARED])
         # `frozen` restores modes and gradient flags, which the function may change.
         with torch.enable_grad(), frozen(target):
             images = self.function(target, x.clone(), y.clone())

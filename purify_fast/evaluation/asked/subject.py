@@ -17,14 +17,14 @@ from ...attacks.attacked_model import (
     SAME_SIZE,
     TRIED_CALLS,
     TRIED_ROWS,
+    check_classes,
     check_leaves_images,
+    check_model,
     differ,
     drawn_once_per_call,
     draws_elsewhere,
-    explained_errors,
     logits_of,
     predicts_otherwise,
-    returning_logits,
 )
 from ...attacks.base import ThreatModel
 from ...attacks.losses import margin
@@ -181,7 +181,7 @@ class Subject:
         self.room = Room(None, self.device)
         self.data = digest(x, y)
         torch.manual_seed(seed)
-        self.model, self.num_classes = returning_logits(model, self.sample_images())
+        self.model, self.num_classes = check_model(model, self.sample_images())
         check_leaves_images(self.model, self.sample_images()[:1])
         one, other = self.logits(self.model, self.sample_images()), self.logits(self.model, self.sample_images())
         self.is_random = differ(one, other) or self.answers_vary(self.model, elsewhere=True) or draws
@@ -209,11 +209,7 @@ class Subject:
 
     def logits(self, model: Classifier, x: Tensor) -> Tensor:
         """The model's logits ``[B, classes]``. Raises a ValueError if they have another shape."""
-        with explained_errors(model, x):
-            logits = logits_of(model, x)
-        if logits.shape[1] != self.num_classes:
-            raise ValueError(f"the model must return {self.num_classes} logits for each image, got {logits.shape[1]}")
-        return logits
+        return check_classes(logits_of(model, x), self.num_classes)
 
     def _check_labels(self) -> None:
         bad = (self.y < 0) | (self.y >= self.num_classes)
@@ -250,8 +246,7 @@ class Subject:
     def _draws_elsewhere(self, model: Classifier) -> bool:
         some = self.x[:TRIED].to(self.device)
         try:
-            with explained_errors(model, some):
-                return draws_elsewhere(model, some, self.batch_size)
+            return draws_elsewhere(model, some, self.batch_size)
         except Exception as error:
             if not ran_out_of_memory(error):
                 raise
