@@ -44,20 +44,17 @@ from .asked.module_checks import note_of_modes, refresh_stale_copies
 from .asked.naming import beside_fixed, feasible, row_name, threat_name
 from .asked.specs import AttackFunction, AttackSpec
 from .asked.subject import DrawsUnderAttack, Subject, Variant, device_of
-from .results.rows import CURVE, Row
-from .results.witnesses import gathered, model_marks
-from .results.worst_rows import worst_rows
-from .run.auto_batch import make_room
+from .results.rows import CURVE, Row, worst_rows
 from .run.cache import RowCache
 from .run.curve import Curve, attacks_of_curve, radii_of
-from .run.measure import Measure
+from .run.measure import Measure, settings_of
 from .run.progress import Progress
+from .run.resources import choose_threads, make_room
 from .run.row_judge import EXAMPLES
 from .run.shards import Shards
-from .run.specified import settings_of
 from .run.stopping import notes_of_proofs, notes_of_unsearched
-from .run.thread_choice import choose_threads
 from .show.report import Report
+from .show.witnesses import gathered, model_marks
 from .suspicion import Suspicion
 
 logger = logging.getLogger("purify_fast")

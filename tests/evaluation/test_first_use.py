@@ -228,9 +228,6 @@ def test_protocol_batch_size_and_seed_are_arguments_too(trio):
             purify_fast.evaluate(model, x, y, eps=0.01, config=by_config, progress=False, **{name: value})
     with pytest.raises(ValueError, match=r"protocol must be one of .*, got 'quick'"):
         purify_fast.evaluate(model, x, y, eps=0.01, protocol="quick")
-    for name in ("autoattack", "AutoAttack", "auto-attack"):
-        with pytest.raises(ValueError, match=rf"'{name}': standard runs this .*official runs AutoAttack itself"):
-            purify_fast.evaluate(model, x, y, eps=0.01, protocol=name)
     with pytest.raises(TypeError, match="unexpected keyword argument 'epsilon'"):
         purify_fast.evaluate(model, x, y, eps=0.01, epsilon=20)
     with pytest.raises(ValueError, match="protocol and attacks exclude each other"):

@@ -26,8 +26,7 @@ from ...attacks.engine.judge import has_fallen
 from ..asked.naming import ball_name, clean_name, row_name, short, threat_name
 from ..asked.specs import AttackSpec, FunctionAttack
 from ..results.rows import Row, Worst, by_worst_points
-from .measure import Measure
-from .specified import settings_of
+from .measure import Measure, settings_of
 
 
 def radii_of(curve: Sequence[float], eps: float, largest: float) -> list[float]:

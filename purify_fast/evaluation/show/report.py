@@ -19,10 +19,10 @@ from ...protocols import Classifier
 from ..alarms import Finding
 from ..results.claims import ClaimTest, tested_claim
 from ..results.rows import CURVE, Paired, Row
-from ..results.witnesses import FILE, Witnesses
 from .page import html_page
 from .tables import color_is_welcome, comparison, markdown_table
 from .text import render
+from .witnesses import FILE, Witnesses
 
 logger = logging.getLogger("purify_fast")
 
