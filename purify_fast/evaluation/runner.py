@@ -192,21 +192,11 @@ def evaluate(
                 context = replace(context, resources=replace(context.resources, max_forward_batch=at_once))
             choose_threads(subject, cache)
             shards.progress = Progress(name, progress and shards.rank == 0)
-            measure = Measure(
-                subject,
-                context,
-                name,
-                cache=cache,
-                progress=shards.progress,
-                shards=shards,
-                keep_all=config.keep == "all",
-            )
-            witnessed = None
-            if config.keep == "all":
-                about_model = {"model": model_marks(subject.base_model, mark), "classes": subject.num_classes}
-                witnessed = about_model | {"random": subject.is_random} | judging
-            known: dict[str, Any] = {"before": before, "mark": mark, "compares": config.probes is None}
-            return _Evaluation(report, measure, plan, radii=radii, stack=stack, **known).fill(witnessed)
+            measure = Measure(subject, context, name, cache, shards.progress, shards, config.keep == "all")
+            about = {"model": model_marks(subject.base_model, mark), "classes": subject.num_classes}
+            about |= {"random": subject.is_random} | judging
+            suspicion = Suspicion(report, measure, before, config.probes is None)
+            return _Evaluation(report, measure, plan, radii, suspicion, mark, stack).fill(about)
 
     # The second run is outside of the block, so that the first has freed its memory.
     with contextlib.suppress(DrawsUnderAttack):
@@ -250,10 +240,10 @@ def _admit(
     for model in others:
         stack.enter_context(frozen(model))
         check_leaves_images(model, subject.sample_images()[:1])
-    for model in others if cache.folder is not None else ():
-        torch.manual_seed(subject.seed)
-        model(subject.sample_images())
-        cache.know(model, fingerprint(model, cache.revision))
+        if cache.folder is not None:
+            torch.manual_seed(subject.seed)
+            model(subject.sample_images())
+            cache.know(model, fingerprint(model, cache.revision))
     return others
 
 
@@ -266,22 +256,20 @@ class _Evaluation:
         measure: makes the rows.
         asked_for: the requested attacks, some of which the model may not allow.
         radii: further radii of the curve.
-        before: predictions of the model before the attacks; None without probes.
+        suspicion: the probes and the alarms.
         mark: the model's fingerprint.
         stack: the stack of contexts in which models are frozen.
-        compares: see `Suspicion`.
     """
 
     report: Report
     measure: Measure
     asked_for: Sequence[AttackSpec]
     radii: Sequence[float]
-    before: Before | None
+    suspicion: Suspicion
     mark: str | None
     stack: contextlib.ExitStack
-    compares: bool
 
-    def fill(self, witnessed: dict[str, Any] | None) -> Report:
+    def fill(self, about: dict[str, Any]) -> Report:
         """Run the evaluation and return the report; all other processes return the report of the first process."""
         report, measure = self.report, self.measure
         context, shards, name = measure.context, measure.shards, measure.name
@@ -296,17 +284,20 @@ class _Evaluation:
                 "attacks": [[row_name(spec, context), settings_of(spec, subject, context)] for spec in measure.attacks],
             }
         )
-        suspicion = Suspicion(report, measure, self.before, self.compares)
-        asked = None if self.before is None else suspicion.ask_before(self.before, self.costs())
+        before = self.suspicion.before
+        asked = None if before is None else self.suspicion.ask_before(before, self.costs())
         if asked is not None:
             self.act_on(signs_of_masking(asked, subject.is_random))
         if shards.rank > 0:
             return Report.from_json(measure.follow())
         report.rows = self.rows()
-        if witnessed is not None:
-            self.gather_witnesses(witnessed)
+        if measure.keep_all:
+            report.witnesses = gathered(report.rows, about)
+            # Each row then keeps only a few images, for the pictures.
+            for row in report.rows:
+                row.examples = None if row.examples is None else row.examples.first(EXAMPLES)
         report.rows += worst_rows(report.rows)
-        suspicion.conclude(asked)
+        self.suspicion.conclude(asked)
         if self.radii:
             report.curves.setdefault(name, {})[CURVE] = self.curve.points(report.rows, float(context.eps))
         report.notes += notes_of_unsearched(report.rows) + notes_of_proofs(report.rows)
@@ -403,9 +394,3 @@ class _Evaluation:
                 progress.finished(f"{row.attack}: {100 * row.accuracy:.1f} % of {row.n} images{source}")
         of_all = [row for row in deployed.get(None, []) if row.n == n and row.settings["max_images"] is None]
         return all_rows + self.curve.rows(measure, of_all)
-
-    def gather_witnesses(self, about: dict[str, Any]) -> None:
-        """Gather the report's witnesses from the rows; each row then keeps only a few images for the pictures."""
-        self.report.witnesses = gathered(self.report.rows, about)
-        for row in self.report.rows:
-            row.examples = None if row.examples is None else row.examples.first(EXAMPLES)

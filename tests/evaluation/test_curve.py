@@ -45,7 +45,7 @@ def test_the_curve_is_that_of_the_model_and_is_kept(linear, tmp_path):
     parts = judged(linear, zip(linear[1].split(9), linear[2].split(9), strict=True), batch_size=4)
     assert kept.curve == parts.curve == Report.from_json(report.to_json()).curve == report.curve
     assert report.headline.attack == "worst" and "Accuracy over the radius" in report.to_html()
-    with pytest.raises(ValueError, match="exactly one model that has a curve, got 2"):
+    with pytest.raises(ValueError, match="curve needs one model that was evaluated with a curve, got 2"):
         merge([report, judged(linear, name="other")]).curve  # noqa: B018
 
 

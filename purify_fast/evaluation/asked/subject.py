@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..._memory import ran_out_of_memory
 from ..._tensors import digest
 from ...attacks.attacked_model import (
     SAME_SIZE,
@@ -215,9 +216,17 @@ class Subject:
         with self._forked_generators():
             if any(differ(one, model(self.sample_images())) for _ in range(TRIED_CALLS - 2)):
                 return True
-            # So many images fit into memory, because they were just predicted together.
-            most, some = len(self.sample_images()), self.x[:TRIED].to(self.device)
-            return elsewhere and draws_elsewhere(model, some, most)
+            return elsewhere and self._draws_elsewhere(model)
+
+    def _draws_elsewhere(self, model: Classifier) -> bool:
+        some = self.x[:TRIED].to(self.device)
+        try:
+            return draws_elsewhere(model, some, self.batch_size)
+        except Exception as error:
+            if not ran_out_of_memory(error):
+                raise
+        # So many images fit into memory, because they were just predicted together.
+        return draws_elsewhere(model, some, len(self.sample_images()))
 
     def check_repeats(self, x: Tensor, variant: Variant) -> None:
         """Raise DrawsUnderAttack if the model, which was taken as deterministic, predicts images differently again."""

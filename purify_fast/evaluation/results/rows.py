@@ -259,20 +259,23 @@ class Row:
 
     def describe_health(self) -> str:
         """The shares of non-finite gradients, of zero gradients and of unmoved images, as a short text."""
-        if self.health is None:
-            return "-"
-        h = self.health
-        text = f"{_share(h['nonfinite'], h['gradients'])} / {_share(h['zero'], h['gradients'])}"
-        return f"{text} / {_share(h['unmoved'], h['images'])}" if h["images"] else f"{text} / -"
+        return "-" if self.health is None else " / ".join(self._shares())
 
     def health_in_words(self) -> str:
         """The shares of `describe_health` in words."""
         if self.health is None:
             return "the gradients were not counted"
-        h = self.health
-        nonfinite, zero = _share(h["nonfinite"], h["gradients"]), _share(h["zero"], h["gradients"])
-        moves = f", and {_share(h['unmoved'], h['images'])} of the images did not move" if h["images"] else ""
+        nonfinite, zero, unmoved = self._shares()
+        moves = f", and {unmoved} of the images did not move" if unmoved != "-" else ""
         return f"{nonfinite} of the gradients are not finite, {zero} are zero{moves}"
+
+    def _shares(self) -> list[str]:
+        """The three shares of `describe_health`, each as a text."""
+        h, shares = self.health or {}, list[str]()
+        for part, whole in (("nonfinite", "gradients"), ("zero", "gradients"), ("unmoved", "images")):
+            share = 100 * h[part] / max(1, h[whole])
+            shares.append(f"{share:.2g} %" if 0 < share < 1 else f"{share:.0f} %")
+        return shares if h["images"] else [*shares[:2], "-"]
 
 
 @dataclass(frozen=True)
@@ -336,11 +339,6 @@ def by_worst_points(rows: Sequence[Row], n: int) -> Worst:
     for row in rows[1:]:
         worst = worst.or_worse(Worst.of_row(row, n))
     return worst
-
-
-def _share(part: int, whole: int) -> str:
-    share = 100 * part / max(1, whole)
-    return f"{share:.2g} %" if 0 < share < 1 else f"{share:.0f} %"
 
 
 def worst_rows(rows: Sequence[Row]) -> list[Row]:

@@ -141,20 +141,16 @@ def gathered(rows: Sequence[Row], about: Mapping[str, Any]) -> Witnesses | None:
         return None
     numbered = {id(row): number for number, row in enumerate(found)}
     ordered = sorted(((numbered[id(row)], at, row) for row, at in places.values()), key=lambda place: place[:2])
-    parts = [_witness(row, at, number) for number, at, row in ordered]
-    joined = (torch.from_numpy(np.stack(values)) for values in zip(*parts, strict=True))
+    witnesses = list[tuple[Any, ...]]()
+    for number, at, row in ordered:
+        kept = row.examples
+        assert kept is not None and kept.index is not None
+        image = int(kept.index[at])
+        margin = np.float32(0 if row.margins is None else row.margins[image])
+        witnesses.append((kept.clean[at], kept.adversarial[at], kept.labels[at], np.int64(image), margin, number))
+    joined = (torch.from_numpy(np.stack(values)) for values in zip(*witnesses, strict=True))
     attacks = [{"attack": row.attack, "norm": row.settings["norm"], "eps": row.settings["eps"]} for row in found]
     return Witnesses(**dict(zip(TENSORS, joined, strict=True)), about={**about, "attacks": attacks})
-
-
-def _witness(row: Row, at: int, attack: int) -> tuple[np.ndarray, ...]:
-    """The entries of a witness in the tensors of `TENSORS`: an image among a row's examples, and its attack's index."""
-    kept = row.examples
-    assert kept is not None and kept.index is not None
-    number = int(kept.index[at])
-    margin = np.float32(0 if row.margins is None else row.margins[number])
-    entries = (kept.clean[at], kept.adversarial[at], kept.labels[at], np.int64(number), margin, np.int64(attack))
-    return tuple(np.asarray(entry) for entry in entries)
 
 
 def load_witnesses(report: str | Path) -> tuple[Witnesses, list[bool]]:
@@ -283,6 +279,6 @@ def _compared(report: Mapping[str, str | None], now: Mapping[str, str | None]) -
         return f"the model has other weights ({now['weights']}) than the report's model ({report['weights']})", False
     if None in (report["fingerprint"], now["fingerprint"]):
         return "the model has the weights of the report's model; nothing else can be compared", None
-    same = report["fingerprint"] == now["fingerprint"]
-    other = "has the weights of the report's model, but other settings, other code or another version of PyTorch"
-    return "the model is the report's model" if same else f"the model {other}", same
+    if report["fingerprint"] == now["fingerprint"]:
+        return "the model is the report's model", True
+    return "the model has the weights of the report's model, but other settings or other code", False
