@@ -159,10 +159,7 @@ class Attack(abc.ABC):
         known = read_norm(norm)
         if known not in self.norms:
             allowed = " or ".join(self.norms)
-            raise ValueError(
-                f"norm must be {allowed} for {type(self).__name__}, got {norm}: give the attack a ball of its own, "
-                f'such as {type(self).__name__}(norm="{self.norms[0]}", eps=0.5)'
-            )
+            raise ValueError(f"norm must be {allowed} for {type(self).__name__}, got {norm}: give it norm and eps")
         return known
 
     def draws(self, context: AttackContext) -> int:

@@ -136,7 +136,9 @@ def gradient_copy(
     # A model may draw random numbers while it is copied. These draws must not change the random numbers of the attack.
     with _same_draws(x.device):
         if copies is None and not supports(model, Accelerates):
-            return _followed(model, x)
+            follower = _alone.setdefault(model, _Compared())
+            follower.follow(model, x)
+            return model if follower.copy is None else follower.copy
         duplicate = _made(model, x) if copies is None else copies.of(model, x.shape[1:], lambda: _made(model, x))
     # A kept copy is compared again for two reasons. Some changes of a user's model cannot be detected. And the choice
     # must not depend on when, and on which images, the copy was first compared.
@@ -153,12 +155,6 @@ class _Compared(Follower):
 
 #: The copies of models that are attacked by direct calls, as in a training loop of a user.
 _alone: weakref.WeakKeyDictionary[nn.Module, _Compared] = weakref.WeakKeyDictionary()
-
-
-def _followed(model: nn.Module, x: Tensor) -> Classifier:
-    follower = _alone.setdefault(model, _Compared())
-    follower.follow(model, x)
-    return model if follower.copy is None else follower.copy
 
 
 def _inside(wrapper: PassesOn, x: Tensor, precision: GradientPrecision, copies: KeepsCopies | None) -> Classifier:

@@ -65,6 +65,5 @@ def check_names(what: str, given: Iterable[str], allowed: Iterable[str]) -> None
     allowed = sorted(allowed)
     for name in given:
         if name not in allowed:
-            near = difflib.get_close_matches(name, allowed)
-            hint = f"the nearest names are {', '.join(near)}" if near else f"allowed are {', '.join(allowed)}"
-            raise TypeError(f"{what} has no option {name!r}: {hint}")
+            near = difflib.get_close_matches(name, allowed) or allowed
+            raise TypeError(f"{what} has no option {name!r}: try {', '.join(near)}")
