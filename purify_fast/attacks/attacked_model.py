@@ -91,9 +91,6 @@ def ask(model: Callable[[Tensor], Answer], x: Tensor) -> Answer:
     The check compares PyTorch's count of the writes to x before and after the call. Writes through ``x.data``, or
     through a NumPy array with the same memory, are not counted. After an error the images may have been changed, so a
     caller that still needs them must pass a copy.
-
-    Raises:
-        WritesToItsInput: the model wrote to the images, or tried to write to them while gradients were recorded.
     """
     # torch.compile cannot trace the count of writes, and inference tensors have no such count.
     if torch.compiler.is_compiling() or x.is_inference():
@@ -116,11 +113,7 @@ _first_output: ContextVar[bool] = ContextVar("first_output", default=False)
 
 
 def logits_of(model: Classifier, x: Tensor) -> Tensor:
-    """The logits of images, ``[B, classes]``; a model that writes to them (`ask`) is refused.
-
-    Raises:
-        TypeError, ValueError: the model's output is not logits (`checked_logits`).
-    """
+    """The logits of images, ``[B, classes]``; a model that writes to them (`ask`) is refused."""
     if torch.compiler.is_compiling():
         return checked_logits(model(x), len(x))
     logits = checked_logits(ask(model, x), len(x))
@@ -217,11 +210,7 @@ def gradient_to(leaf: Tensor, value: Tensor) -> Tensor | None:
 
 
 def check_leaves_images(model: Callable[[Tensor], object], x: Tensor) -> None:
-    """Refuse a model that writes to its input in any way; the model is called on copies, with and without gradients.
-
-    Raises:
-        WritesToItsInput: the model wrote to its input.
-    """
+    """Refuse a model that writes to its input in any way; the model is called on copies, with and without gradients."""
     for recorded in (False, True):
         images = x.detach().clone().requires_grad_(recorded)
         with torch.set_grad_enabled(recorded):
@@ -265,11 +254,6 @@ def draws_elsewhere(model: Classifier, x: Tensor, most: int) -> bool:
 
     Some defences draw only for images that are not on the grid of 8 bits, or of whose class they are not sure. The
     random generators are not restored.
-
-    Args:
-        model: images to logits.
-        x: images ``[B, C, H, W]`` in [0, 1].
-        most: largest number of images in a forward pass.
     """
     noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(x) - 0.5
     tried = (x, (x + noise / 16).clamp(0, 1), (x + x.roll(1, 0).flip(-1)) / 2)
@@ -294,14 +278,6 @@ def drawn_once_per_call(model: Classifier, x: Tensor, draws: int, most: int | No
     The result is True if in every call all draws of an image are equal, but two calls differ. The comparison within the
     calls that differ also recognizes a model whose draws for each image are rarely different. The random generators are
     restored afterwards. The comparison waits for the device.
-
-    Args:
-        model: images to logits; frozen, see `frozen`.
-        x: images ``[B, ...]``; only the first few are tested.
-        draws: the number of draws that an attack will take. With a single draw the model is not called, and the result
-            is False. A model whose class promises a draw for each image is not called either
-            (`purify_fast.protocols.draws_for_each_image`), so that a training does not repeat the test in every step.
-        most: the largest number of images in one forward pass; None: no limit.
     """
     rows = min(TRIED_ROWS, len(x) * draws, TRIED_ROWS if most is None else most)
     if draws == 1 or rows < 2 or draws_for_each_image(model):

@@ -288,13 +288,6 @@ def worst_of_runs(
     The best point is misclassified by the most draws; among points with the same number, it has the largest margin. A
     prediction with NaN is a misclassification with a margin larger than any other. So a further run never replaces a
     success by a failure.
-
-    Args:
-        attack: an attack with ``restarts``. Without ``precision``, its steps run on the model itself.
-        one_run: a function of the objective, the number of the run from 0, and the `GradientHealth` that counts the
-            gradients (None: nothing is counted). It returns the points of the run.
-        batch: the attacked model, the images and their labels.
-        context: the settings besides the attack's own options.
     """
     model, x, y = batch
     resources = context.resources

@@ -100,25 +100,7 @@ class GradientCopies:
 def gradient_copy(
     model: Classifier, x: Tensor, precision: GradientPrecision, copies: KeepsCopies | None = None
 ) -> Classifier:
-    """The model from which an attack takes its gradients: a fast copy of the attacked model, or this model itself.
-
-    Args:
-        model: the attacked model, images to logits.
-        x: a few of the images ``[B, C, H, W]``, on which the copy is compared with the model.
-        precision: "float32" takes the model itself. "bfloat16" takes a copy that multiplies in bfloat16, if possible.
-            "auto" takes such a copy if the device multiplies faster in bfloat16 and the model is large enough. An
-            accelerated model has its own copy, which serves unless the precision is "float32".
-        copies: an object that keeps copies for the next attack; None: the copy is not kept.
-
-    Returns:
-        The copy, or the model itself if no copy is used. No copy is used for a plain function, for a model that cannot
-        be copied or folded, or if logits, purified images or input gradients of the copy differ too much from the
-        model's. The copy and the model draw the same noise during this comparison.
-
-    Raises:
-        TypeError: the model's output is neither a tensor nor an object or mapping with ``logits``.
-        ValueError: the model's logits do not have a row for each image and a column for each of several classes.
-    """
+    """The model from which an attack takes its gradients: a fast copy of the attacked model, or this model itself."""
     forward = accelerated(model)
     if forward is not None and precision != "float32":
         forward.follow(forward.model, x)

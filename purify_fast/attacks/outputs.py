@@ -54,11 +54,7 @@ class LogitsOf(nn.Module):
 
 
 def logits_in(output: Any) -> Tensor:
-    """The output itself if it is a tensor, or else the tensor ``logits`` in an object or a mapping.
-
-    Raises:
-        TypeError: there is no such tensor.
-    """
+    """The output itself if it is a tensor, or else the tensor ``logits`` in an object or a mapping."""
     if isinstance(output, Tensor):
         return output
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
@@ -71,17 +67,7 @@ def logits_in(output: Any) -> Tensor:
 
 
 def checked_logits(output: Any, images: int) -> Tensor:
-    """The logits in a model's output, ``[B, classes]``; only types and shapes are checked, which takes no time.
-
-    Args:
-        output: the output.
-        images: the number of images B.
-
-    Raises:
-        TypeError: the output is neither a tensor nor an object or mapping with a tensor ``logits``.
-        ValueError: the logits do not have the shape ``[B, classes]`` with at least two classes, or are not floating
-            point.
-    """
+    """The logits in a model's output, ``[B, classes]``; only types and shapes are checked, which takes no time."""
     logits = logits_in(output)
     good = logits.dim() == 2 and logits.shape[0] == images and logits.shape[1] > 1 and logits.is_floating_point()
     if not good:
@@ -93,20 +79,12 @@ def checked_logits(output: Any, images: int) -> Tensor:
 
 
 def are_one_hot(logits: Tensor) -> bool:
-    """Tell whether every row is a single 1 among zeros.
-
-    Args:
-        logits: output of a model, ``[B, classes]``.
-    """
+    """Tell whether every row is a single 1 among zeros."""
     return bool((((logits == 0) | (logits == 1)).all(1) & (logits.sum(1) == 1)).all())
 
 
 def are_probabilities(logits: Tensor) -> bool:
-    """Tell whether every row of the output consists of probabilities: numbers in [0, 1] whose sum is 1.
-
-    Args:
-        logits: output of a model, ``[B, classes]``.
-    """
+    """Tell whether every row of the output consists of probabilities: numbers in [0, 1] whose sum is 1."""
     # The tolerance is for rounding: the sum has many rounded terms, and half precision has only three or four digits.
     room = 1e-3 if logits.dtype in (torch.float32, torch.float64) else 2e-2
     values = logits.double()
