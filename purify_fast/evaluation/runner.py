@@ -192,11 +192,12 @@ def evaluate(
                 context = replace(context, resources=replace(context.resources, max_forward_batch=at_once))
             choose_threads(subject, cache)
             shards.progress = Progress(name, progress and shards.rank == 0)
-            measure = Measure(subject, context, name, cache, shards.progress, shards, config.keep == "all")
+            shared: dict[str, Any] = {"progress": shards.progress, "shards": shards, "keep_all": config.keep == "all"}
+            measure = Measure(subject, context, name, cache, **shared)
             about = {"model": model_marks(subject.base_model, mark), "classes": subject.num_classes}
             about |= {"random": subject.is_random} | judging
             suspicion = Suspicion(report, measure, before, config.probes is None)
-            return _Evaluation(report, measure, plan, radii, suspicion, mark, stack).fill(about)
+            return _Evaluation(report, measure, plan, radii, suspicion, mark=mark, stack=stack).fill(about)
 
     # The second run is outside of the block, so that the first has freed its memory.
     with contextlib.suppress(DrawsUnderAttack):

@@ -92,7 +92,11 @@ class Probes:
     sets_seed: bool = False
 
     def fallen(self, *masks: Sequence[int]) -> list[int]:
-        """The indices of the images that withstood every attack of the report, but fell to a probe in the same ball."""
+        """The indices of the images that withstood every attack of the report, but fell to a probe in the same ball.
+
+        Args:
+            *masks: the results of some probes, each a list like ``fell``. Without masks, all probes are used.
+        """
         found = masks or (self.fell, *self.copies.values())
         return [image for image, stands in enumerate(self.left) if stands and any(mask[image] for mask in found)]
 
@@ -162,7 +166,14 @@ def asked_before(before: Before, context: AttackContext, measured: Sequence[Any]
 
 
 def probe(before: Before, context: AttackContext, asked: Probes, left: Sequence[bool]) -> Probes:
-    """Make the measurements after the attacks."""
+    """Make the measurements after the attacks.
+
+    Args:
+        before: the model's predictions before the attacks.
+        context: the settings of the attacks.
+        asked: the measurements before the attacks.
+        left: for each of the first images, whether it withstood every attack of the report.
+    """
     subject, x, y = before.subject, before.x, before.y
     # The seed is set, because the state of the generator depends on whether the attacks were run or read from a cache.
     torch.manual_seed(context.seed)

@@ -137,6 +137,9 @@ def findings(evidence: Evidence) -> list[Finding]:
 
     A robust accuracy of 0 cannot be too high, even if an attack has failed. So if every image has fallen, "unreliable"
     becomes "noted". But if an "unreliable" finding is about missing or inconsistent predictions, no verdict changes.
+
+    Args:
+        evidence: rows and probes of one model.
     """
     every: list[Finding] = []
     tried = evidence.tried()
@@ -406,7 +409,12 @@ MOST_WITHOUT = 0.05
 
 
 def signs_of_masking(asked: Probes, is_random: bool) -> list[str]:
-    """Describe the signs that a model's gradients do not lead to its adversarial images; the list may be empty."""
+    """Describe the signs that a model's gradients do not lead to its adversarial images; the list may be empty.
+
+    Args:
+        asked: the probes' measurements before the attacks.
+        is_random: whether two predictions of the model on the same images differ.
+    """
     n, signs = asked.n, []
     if _surely_above(MOST_WITHOUT, asked.without_gradient, n):
         signs.append(f"{100 * asked.without_gradient:.0f} % of the images have no usable gradient")
