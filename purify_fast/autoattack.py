@@ -29,7 +29,7 @@ from torch import Tensor
 from ._validation import NormName, check_literal, read_norm
 from .attacks import APGD, FABT, Attack, AttackContext, Resources, Square, frozen
 from .attacks.arguments import check_at_least_one, check_eps
-from .attacks.attacked_model import TRIED_CALLS, differ, draws_elsewhere, returning_logits
+from .attacks.attacked_model import TRIED_CALLS, check_model, differ, draws_elsewhere
 from .attacks.gradient_copy import GradientCopies
 from .attacks.sequence import FEW, AttackSequence
 from .evaluation.asked.inputs import collect
@@ -257,7 +257,7 @@ class AutoAttack:
         device = device_of(self.model, x) if self.device is None else self.device
         with torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []), frozen(self.model):
             torch.manual_seed(seed)
-            model, classes = returning_logits(self.model, x[:FEW].to(device, copy=True))
+            model, classes = check_model(self.model, x[:FEW].to(device, copy=True))
             draws = max(attack.eot_iter or 1 for attack in attacks.values())
             is_random = self._is_random(model, x[:FEW].to(device))
             is_random = is_random or draws_elsewhere(model, x[:TRIED].to(device), FEW)
@@ -315,7 +315,7 @@ class AutoAttack:
         """The predicted classes of the images, on the device of the images."""
         device = device_of(self.model, x) if self.device is None else self.device
         with frozen(self.model):
-            model, _ = returning_logits(self.model, x[:FEW].to(device, copy=True))
+            model, _ = check_model(self.model, x[:FEW].to(device, copy=True))
             return torch.cat([model(part.to(device)).argmax(1).to(x.device) for part in x.split(size)])
 
     @staticmethod

@@ -67,16 +67,7 @@ def check_images(
 
 
 def advice_for_range(least: float, most: float, or_give: str = "uint8") -> str:
-    """The end of an error message about images that are not in [0, 1]: the likely reason, and the remedy.
-
-    Args:
-        least: the smallest value of all images.
-        most: the largest value of all images.
-        or_give: the other remedy for images in 0..255.
-
-    Returns:
-        The advice; empty if no range is likely.
-    """
+    """The end of an error message about images that are not in [0, 1]: the likely reason, and the remedy."""
     if least >= 0 and 16 < most <= 255:
         return f"; x is in 0..255: divide by 255, or give {or_give}"
     wide = most - least > 1 + ROUNDING
@@ -123,19 +114,7 @@ def largest_distance(norm: str, pixels: int, width: float = 1.0) -> float:
 def check_eps(
     eps: float | Tensor, norm: str | None, largest: float = 1.0, *, per_image: bool = False, pixels: int = 0
 ) -> None:
-    """Refuse a radius that is not allowed.
-
-    Args:
-        eps: the radius in image units.
-        norm: norm of the ball, a result of `read_norm`; None if it is not known.
-        largest: the width of the pixels' range.
-        per_image: whether a tensor ``[B]`` is allowed, with a radius for each image.
-        pixels: the number of values of an image; 0 if it is not known, then only L-inf has a largest radius.
-
-    Raises:
-        TypeError: eps is not a number.
-        ValueError: a negative radius, NaN, or a radius above the largest distance between two images.
-    """
+    """Refuse a radius that is not allowed."""
     if per_image and isinstance(eps, Tensor):
         return
     check_number("eps", eps)

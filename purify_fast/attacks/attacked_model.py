@@ -17,20 +17,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .._memory import ran_out_of_memory
-from .._tensors import repeat_batch
-from ..model_state import hidden_modules, switch_to_evaluation
+from .._tensors import dtype_of, repeat_batch
+from ..model_state import hidden_modules, switch_to_evaluation, used_modules
 from ..protocols import Classifier, CountsImages, SharesDraws, draws_for_each_image, supports
-from .outputs import (
-    INSTEAD_OF_PROBABILITIES,
-    ONE_VALUE,
-    LogitsOf,
-    are_probabilities,
-    checked_logits,
-    dtype_of_weights,
-    reason_of,
-    resized,
-    runs_on,
-)
+from .outputs import INSTEAD_OF_PROBABILITIES, LogitsOf, are_probabilities, checked_logits
 
 Answer = TypeVar("Answer")
 
@@ -101,9 +91,6 @@ def ask(model: Callable[[Tensor], Answer], x: Tensor) -> Answer:
     The check compares PyTorch's count of the writes to x before and after the call. Writes through ``x.data``, or
     through a NumPy array with the same memory, are not counted. After an error the images may have been changed, so a
     caller that still needs them must pass a copy.
-
-    Raises:
-        WritesToItsInput: the model wrote to the images, or tried to write to them while gradients were recorded.
     """
     # torch.compile cannot trace the count of writes, and inference tensors have no such count.
     if torch.compiler.is_compiling() or x.is_inference():
@@ -115,11 +102,6 @@ def ask(model: Callable[[Tensor], Answer], x: Tensor) -> Answer:
         # The parameters are frozen, so only the images can be a leaf that requires a gradient.
         if "leaf Variable that requires grad is being used in an in-place operation" in str(error):
             raise WritesToItsInput from error
-        if "Inference tensors cannot be saved for backward" in str(error):
-            raise ValueError(
-                "the model's weights were made within torch.inference_mode(), so the model has no gradient: give "
-                "copy.deepcopy(model), made outside of torch.inference_mode()"
-            ) from error
         raise
     if x._version != writes:
         raise WritesToItsInput
@@ -131,11 +113,7 @@ _first_output: ContextVar[bool] = ContextVar("first_output", default=False)
 
 
 def logits_of(model: Classifier, x: Tensor) -> Tensor:
-    """The logits of images, ``[B, classes]``; a model that writes to them (`ask`) is refused.
-
-    Raises:
-        TypeError, ValueError: the model's output is not logits (`checked_logits`).
-    """
+    """The logits of images, ``[B, classes]``; a model that writes to them (`ask`) is refused."""
     if torch.compiler.is_compiling():
         return checked_logits(model(x), len(x))
     logits = checked_logits(ask(model, x), len(x))
@@ -146,20 +124,15 @@ def logits_of(model: Classifier, x: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def called_directly(model: Classifier, x: Tensor) -> Iterator[None]:
+def called_directly() -> Iterator[None]:
     """The context of an attack without an evaluation, which would have tested the model before.
 
-    Errors of the model are explained (`explained_errors`). If its first logits contain NaN or are probabilities, Python
-    warns. To save time, this is tested on a CPU only.
-
-    Args:
-        model: the model that is attacked.
-        x: the images ``[B, ...]``.
+    If the model's first logits contain NaN or are probabilities, Python warns. To save time, this is tested on a CPU
+    only.
     """
     token = _first_output.set(True)
     try:
-        with explained_errors(model, x):
-            yield
+        yield
     finally:
         _first_output.reset(token)
 
@@ -178,38 +151,13 @@ def _warn_of_values(logits: Tensor) -> None:
         warnings.warn(f"the model returns probabilities, not logits: {INSTEAD_OF_PROBABILITIES}", stacklevel=2)
 
 
-@contextlib.contextmanager
-def explained_errors(model: Classifier, x: Tensor) -> Iterator[None]:
-    """A context in which an error of a model is replaced by an error with its reason, if the reason is known.
-
-    Args:
-        model: any callable.
-        x: the images ``[B, ...]`` on which the model is called.
-
-    Raises:
-        ValueError: the model has failed for a known reason, see `purify_fast.attacks.outputs.reason_of`.
-    """
-    try:
-        yield
-    # Errors of other types come from this package, or from a model that explains its errors.
-    except (RuntimeError, AssertionError, IndexError, ValueError) as error:
-        if isinstance(error, ValueError) and ONE_VALUE not in str(error):
-            raise
-        with frozen(model):
-            reason = reason_of(error, model, x)
-        if reason is None:
-            raise
-        raise reason from error
-
-
 @torch.no_grad()
-def returning_logits(model: Classifier, some: Tensor) -> tuple[Classifier, int]:
+def check_model(model: Classifier, some: Tensor) -> tuple[Classifier, int]:
     """Call a model on several images and on a single image, check its outputs, and count its classes.
 
     Args:
-        model: any callable; a module is in evaluation mode.
-        some: a few images ``[B, C, H, W]``. A single image is doubled for the first call, because a model may fail only
-            on a batch of one, and that error would not show the reason.
+        model: any callable; a module is in evaluation mode. Its own errors are not changed.
+        some: a few images ``[B, C, H, W]``.
 
     Returns:
         The model and its number of classes. The model is wrapped in `LogitsOf` if its output is an object or a mapping
@@ -217,24 +165,29 @@ def returning_logits(model: Classifier, some: Tensor) -> tuple[Classifier, int]:
 
     Raises:
         TypeError: the output is neither a tensor nor an object or mapping with a tensor ``logits``.
-        ValueError: the output is not logits, or the model does not accept these images or this number of images.
+        ValueError: the output is not logits, or the number of classes depends on the number of images.
     """
-    some, dtype = resized(some, max(2, len(some))), None
-    with explained_errors(model, some):
-        try:
-            output = model(some)
-        except RuntimeError as error:
-            dtype = dtype_of_weights(model)
-            if ran_out_of_memory(error) or dtype == some.dtype or not runs_on(model, some.to(dtype)):
-                raise
-            output = model(some.to(dtype))
-        classes = checked_logits(output, len(some)).shape[1]
-        if dtype is not None or not isinstance(output, Tensor):
-            model = LogitsOf(model, dtype)
-        alone = checked_logits(model(some[:1]), 1)
-    if alone.shape[1] != classes:
-        raise ValueError(f"the model must return {classes} logits for each image, got {alone.shape[1]} for 1 image")
+    dtype = None
+    try:
+        output = model(some)
+    except RuntimeError as error:
+        whole = model if isinstance(model, nn.Module) else next((module for _, module in used_modules(model)), None)
+        dtype = some.dtype if whole is None else dtype_of(whole)
+        if ran_out_of_memory(error) or dtype == some.dtype:
+            raise
+        output = model(some.to(dtype))
+    classes = checked_logits(output, len(some)).shape[1]
+    if dtype is not None or not isinstance(output, Tensor):
+        model = LogitsOf(model, dtype)
+    check_classes(checked_logits(model(some[:1]), 1), classes)
     return model, classes
+
+
+def check_classes(logits: Tensor, classes: int) -> Tensor:
+    """Return logits ``[B, classes]``; ValueError for another number of classes than in the first call."""
+    if logits.shape[1] != classes:
+        raise ValueError(f"the model must return {classes} logits for each image, got {logits.shape[1]}")
+    return logits
 
 
 def gradient_to(leaf: Tensor, value: Tensor) -> Tensor | None:
@@ -257,11 +210,7 @@ def gradient_to(leaf: Tensor, value: Tensor) -> Tensor | None:
 
 
 def check_leaves_images(model: Callable[[Tensor], object], x: Tensor) -> None:
-    """Refuse a model that writes to its input in any way; the model is called on copies, with and without gradients.
-
-    Raises:
-        WritesToItsInput: the model wrote to its input.
-    """
+    """Refuse a model that writes to its input in any way; the model is called on copies, with and without gradients."""
     for recorded in (False, True):
         images = x.detach().clone().requires_grad_(recorded)
         with torch.set_grad_enabled(recorded):
@@ -305,11 +254,6 @@ def draws_elsewhere(model: Classifier, x: Tensor, most: int) -> bool:
 
     Some defences draw only for images that are not on the grid of 8 bits, or of whose class they are not sure. The
     random generators are not restored.
-
-    Args:
-        model: images to logits.
-        x: images ``[B, C, H, W]`` in [0, 1].
-        most: largest number of images in a forward pass.
     """
     noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(x) - 0.5
     tried = (x, (x + noise / 16).clamp(0, 1), (x + x.roll(1, 0).flip(-1)) / 2)
@@ -334,14 +278,6 @@ def drawn_once_per_call(model: Classifier, x: Tensor, draws: int, most: int | No
     The result is True if in every call all draws of an image are equal, but two calls differ. The comparison within the
     calls that differ also recognizes a model whose draws for each image are rarely different. The random generators are
     restored afterwards. The comparison waits for the device.
-
-    Args:
-        model: images to logits; frozen, see `frozen`.
-        x: images ``[B, ...]``; only the first few are tested.
-        draws: the number of draws that an attack will take. With a single draw the model is not called, and the result
-            is False. A model whose class promises a draw for each image is not called either
-            (`purify_fast.protocols.draws_for_each_image`), so that a training does not repeat the test in every step.
-        most: the largest number of images in one forward pass; None: no limit.
     """
     rows = min(TRIED_ROWS, len(x) * draws, TRIED_ROWS if most is None else most)
     if draws == 1 or rows < 2 or draws_for_each_image(model):

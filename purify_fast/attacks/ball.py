@@ -38,11 +38,7 @@ class Ball:
         return {"norm": self.norm, "lo": self.clip_min, "hi": self.clip_max}
 
     def take(self, index: Tensor | slice) -> Ball:
-        """Return the balls of some of the images.
-
-        Args:
-            index: an index or a slice of the images.
-        """
+        """Return the balls of some of the images."""
         return replace(self, eps=self.eps[index])
 
 
@@ -53,15 +49,7 @@ def ball_around(
     clip_min: float | Tensor = 0.0,
     clip_max: float | Tensor = 1.0,
 ) -> Ball:
-    """Check the radius ``eps``, see `Radius`, and the norm (see `read_norm`), and make the balls around images.
-
-    Returns:
-        The ball. Its eps is on x's device, with the dtype float32, or float64 if x is float64.
-
-    Raises:
-        TypeError: a radius that is neither a number nor a tensor.
-        ValueError: an unknown norm, or a radius of a wrong shape or size.
-    """
+    """Check the radius ``eps``, see `Radius`, and the norm (see `read_norm`), and make the balls around images."""
     known = read_norm(norm)
     width = clip_max - clip_min
     # A radius beside a range of each pixel is a tensor too, which is not compared with it.
@@ -107,17 +95,7 @@ def normal_in_ball(x: Tensor, ball: Ball, std: float, *, seed: int = 0, sample_i
 
 
 def sample_in_ball(x: Tensor, ball: Ball, *, seed: int = 0, sample_ids: Tensor | None = None) -> Tensor:
-    """Draw a point uniformly from the ball around each image, and clamp it to the box.
-
-    Args:
-        x: images ``[B, ...]``.
-        ball: the ball around each image.
-        seed: seed of the draw, which uses Philox's stream ATTACK_START.
-        sample_ids: int64 ``[B]``; an image's point depends only on the seed and its id. None: 0 .. B - 1.
-
-    Returns:
-        The points, shape and dtype of x.
-    """
+    """Draw a point uniformly from the ball around each image, and clamp it to the box."""
     draw, size = _numbers(x, seed, sample_ids), x[0].numel()
     if ball.norm == "linf":
         noise = 2 * draw(size) - 1

@@ -159,10 +159,7 @@ class Attack(abc.ABC):
         known = read_norm(norm)
         if known not in self.norms:
             allowed = " or ".join(self.norms)
-            raise ValueError(
-                f"norm must be {allowed} for {type(self).__name__}, got {norm}: give the attack a ball of its own, "
-                f'such as {type(self).__name__}(norm="{self.norms[0]}", eps=0.5)'
-            )
+            raise ValueError(f"norm must be {allowed} for {type(self).__name__}, got {norm}: give it norm and eps")
         return known
 
     def draws(self, context: AttackContext) -> int:
@@ -228,7 +225,7 @@ class Attack(abc.ABC):
         context = AttackContext.from_options(**{"seed": drawn_seed(), **options})
         if "eps" not in options and self.threat_model(context).eps == 0:
             raise ValueError(f"eps must be given: call {type(self).__name__}(...)(model, x, y, eps=8 / 255)")
-        with called_directly(model, x):
+        with called_directly():
             return self.search(self.target(model), x, y, context)
 
     def revision(self) -> str | None:
@@ -291,13 +288,6 @@ def worst_of_runs(
     The best point is misclassified by the most draws; among points with the same number, it has the largest margin. A
     prediction with NaN is a misclassification with a margin larger than any other. So a further run never replaces a
     success by a failure.
-
-    Args:
-        attack: an attack with ``restarts``. Without ``precision``, its steps run on the model itself.
-        one_run: a function of the objective, the number of the run from 0, and the `GradientHealth` that counts the
-            gradients (None: nothing is counted). It returns the points of the run.
-        batch: the attacked model, the images and their labels.
-        context: the settings besides the attack's own options.
     """
     model, x, y = batch
     resources = context.resources

@@ -259,21 +259,7 @@ class _Search:
     def least(
         self, boxes: _Boxes, functions: Affine, slopes: Tensor, prices: Tensor | None = None
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Compute lower bounds of linear functions of the outputs of a layer's ReLUs, by CROWN's backward pass.
-
-        Args:
-            boxes: the boxes up to this layer.
-            functions: weights ``[B, F, units of the layer]`` and constants ``[B, F]``. The dimension B may be missing
-                if all nodes have the same functions.
-            slopes: the slopes of the lines below those ReLUs whose inputs can be negative or positive, ``[B, units]``
-                over all layers of ``boxes``.
-            prices: the multiples of the ReLUs' inputs that are subtracted from the functions, ``[B, units]``; None:
-                nothing is subtracted.
-
-        Returns:
-            The bounds ``[B, F]``; the weights with which the relaxed functions depend on the pixels; and the weights
-            with which they depend on the outputs of each layer's ReLUs.
-        """
+        """Compute lower bounds of linear functions of the outputs of a layer's ReLUs, by CROWN's backward pass."""
         (weight, constant), weights = functions, []
         ends = slopes.shape[1]
         for (low, high), layer in zip(reversed(boxes[1:]), reversed(self.layers[: len(boxes) - 1]), strict=True):
@@ -293,12 +279,7 @@ class _Search:
         return bound, weight, weights[::-1]
 
     def raised(self, nodes: _Nodes, boxes: _Boxes) -> tuple[_Nodes, Tensor, Tensor]:
-        """Raise the bounds of nodes by steps in their slopes and in their prices (the multipliers of their splits).
-
-        Returns:
-            The nodes; the minimizer of the relaxation at each step, ``[steps, B, pixels]``; and the derivatives of the
-            relaxed lead with respect to the ReLUs' outputs, ``[B, units]``.
-        """
+        """Raise the bounds of nodes by steps in their slopes and in their prices (the multipliers of their splits)."""
         (weight, bias), y, rival, signs = self.layers[-1], self.y[nodes.owner], nodes.rival, nodes.signs
         lead = Affine((weight[y] - weight[rival])[:, None], (bias[y] - bias[rival])[:, None])
         slopes = torch.where(nodes.slopes < 0, _smallest_areas(boxes), nodes.slopes.double())

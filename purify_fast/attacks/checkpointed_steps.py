@@ -122,11 +122,7 @@ def _room(device: torch.device) -> int:
 
 
 def check_keep(keep: object) -> None:
-    """Raise ValueError if ``keep`` is neither "auto" nor a number of steps.
-
-    Args:
-        keep: the value to check.
-    """
+    """Raise ValueError if ``keep`` is neither "auto" nor a number of steps."""
     if keep != "auto" and (not isinstance(keep, int) or isinstance(keep, bool) or keep < 0):
         raise ValueError(f'keep must be "auto" or a number of steps, at least 0, got {keep!r}')
 
@@ -159,12 +155,7 @@ class _Kept(torch.autograd.graph.saved_tensors_hooks):
 
 
 def draws_numbers(function: Callable[[], object], device: torch.device) -> bool:
-    """Tell whether a call draws numbers from PyTorch's generators; the generators are restored afterwards.
-
-    Args:
-        function: the function, which is called once.
-        device: the device on which the function computes.
-    """
+    """Tell whether a call draws numbers from PyTorch's generators; the generators are restored afterwards."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         before = _states(_generators(device))
         function()

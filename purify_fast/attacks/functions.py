@@ -59,7 +59,7 @@ def run_alone(
     y = _with_loss(attack, x, y, own, options)
     chosen = attack(**{name: options.pop(name) for name in own.keys() & options.keys()})
     context = AttackContext.from_options(**options, counts_health=health is not None)
-    with called_directly(model, x):
+    with called_directly():
         result = chosen.search(model, x, y, context)
     if health is not None and result.health is not None:
         health.add(**result.health.counts)

@@ -100,25 +100,7 @@ class GradientCopies:
 def gradient_copy(
     model: Classifier, x: Tensor, precision: GradientPrecision, copies: KeepsCopies | None = None
 ) -> Classifier:
-    """The model from which an attack takes its gradients: a fast copy of the attacked model, or this model itself.
-
-    Args:
-        model: the attacked model, images to logits.
-        x: a few of the images ``[B, C, H, W]``, on which the copy is compared with the model.
-        precision: "float32" takes the model itself. "bfloat16" takes a copy that multiplies in bfloat16, if possible.
-            "auto" takes such a copy if the device multiplies faster in bfloat16 and the model is large enough. An
-            accelerated model has its own copy, which serves unless the precision is "float32".
-        copies: an object that keeps copies for the next attack; None: the copy is not kept.
-
-    Returns:
-        The copy, or the model itself if no copy is used. No copy is used for a plain function, for a model that cannot
-        be copied or folded, or if logits, purified images or input gradients of the copy differ too much from the
-        model's. The copy and the model draw the same noise during this comparison.
-
-    Raises:
-        TypeError: the model's output is neither a tensor nor an object or mapping with ``logits``.
-        ValueError: the model's logits do not have a row for each image and a column for each of several classes.
-    """
+    """The model from which an attack takes its gradients: a fast copy of the attacked model, or this model itself."""
     forward = accelerated(model)
     if forward is not None and precision != "float32":
         forward.follow(forward.model, x)
@@ -136,7 +118,9 @@ def gradient_copy(
     # A model may draw random numbers while it is copied. These draws must not change the random numbers of the attack.
     with _same_draws(x.device):
         if copies is None and not supports(model, Accelerates):
-            return _followed(model, x)
+            follower = _alone.setdefault(model, _Compared())
+            follower.follow(model, x)
+            return model if follower.copy is None else follower.copy
         duplicate = _made(model, x) if copies is None else copies.of(model, x.shape[1:], lambda: _made(model, x))
     # A kept copy is compared again for two reasons. Some changes of a user's model cannot be detected. And the choice
     # must not depend on when, and on which images, the copy was first compared.
@@ -153,12 +137,6 @@ class _Compared(Follower):
 
 #: The copies of models that are attacked by direct calls, as in a training loop of a user.
 _alone: weakref.WeakKeyDictionary[nn.Module, _Compared] = weakref.WeakKeyDictionary()
-
-
-def _followed(model: nn.Module, x: Tensor) -> Classifier:
-    follower = _alone.setdefault(model, _Compared())
-    follower.follow(model, x)
-    return model if follower.copy is None else follower.copy
 
 
 def _inside(wrapper: PassesOn, x: Tensor, precision: GradientPrecision, copies: KeepsCopies | None) -> Classifier:

@@ -164,10 +164,5 @@ def check_classes(loss: str, classes: int) -> None:
 
 
 def usable_loss(loss: ApgdLoss, num_classes: int) -> ApgdLoss:
-    """The loss itself, or "margin" if the loss needs more than ``num_classes`` classes.
-
-    Args:
-        loss: a name of `LOSSES` or `TARGETED`.
-        num_classes: number of the model's classes; 0 if it is not known. With 0 the loss itself is returned.
-    """
+    """The loss itself, or "margin" if the loss needs more than ``num_classes`` classes."""
     return "margin" if 0 < num_classes < FEWEST_CLASSES.get(loss, 2) else loss

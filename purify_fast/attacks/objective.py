@@ -64,9 +64,6 @@ class Objective:
         """The gradient with respect to images ``[B, ...]``, and their score.
 
         The labels are int64 ``[B]``. A targeted loss takes labels and targets, ``[B, 2]``.
-
-        Raises:
-            RuntimeError: the call is within ``torch.inference_mode()``.
         """
         image, loss, wrong = self._over_passes(self._differentiate, x, y)
         return Gradient(image, self._mean(loss), self._mean(wrong))

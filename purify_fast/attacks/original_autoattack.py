@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from .._validation import Count, NormName
 from ..protocols import Classifier
-from .attacked_model import frozen, gradient_to, returning_logits
+from .attacked_model import check_model, frozen, gradient_to
 from .ball import ball_around, projected
 from .base import NORMS, Attack, AttackResult, Decided
 from .context import AttackContext
@@ -129,7 +129,7 @@ class AutoAttack(Attack):
             return AttackResult(x.clone())
         if not context.num_classes:
             with frozen(target):
-                target, classes = returning_logits(target, x[:COMPARED])
+                target, classes = check_model(target, x[:COMPARED])
             context = replace(context, num_classes=classes)
         threat, warnings = self.threat_model(context), list[str]()
         health = GradientHealth() if context.resources.counts_health else None

@@ -83,21 +83,7 @@ def ascend(
     end: int | None = None,
     density: float | None = None,
 ) -> State:
-    """Take the steps of PGD.
-
-    Args:
-        objective: the loss that is maximized; its graphs capture the step.
-        ball: the ball around each image.
-        state: the first state of `Ascent`, without eps. If it has no ``alpha``, the length of a step falls
-            geometrically from eps to eps / 100.
-        steps: the number of steps of the whole attack.
-        first: the number of the first step to take, from 0.
-        end: the number of the first step that is not taken; None: ``steps``.
-        density: the share of the coordinates that a step in "l1" moves; None: the share falls from step to step.
-
-    Returns:
-        The state after the last step that was taken.
-    """
+    """Take the steps of PGD."""
     end = steps if end is None else end
     share = density_at(ball.norm, first, steps) if density is None else density
     changes = ball.norm == "l1" and density is None and steps - first > 1

@@ -43,19 +43,7 @@ class Affine(NamedTuple):
 
 
 def affine_layers(model: Classifier, shape: Sequence[int], most: int | None = None) -> list[Affine]:
-    """Read the affine layers of a network with ReLUs between them.
-
-    Args:
-        model: affine layers and ReLUs in turn; it is not changed.
-        shape: the shape of an image, ``[C, H, W]``.
-        most: the largest number of ReLUs; if it is given, `MOST_WEIGHTS` limits the weights too. None: no limits.
-
-    Returns:
-        The layers, with the model's weights in float64, on the CPU.
-
-    Raises:
-        ValueError: the model is not such a network, or is too large.
-    """
+    """Read the affine layers of a network with ReLUs between them."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a module of affine layers and ReLUs, got {type(model).__name__}")
     if most is not None and (weights := sum(weight.numel() for weight in model.parameters())) > MOST_WEIGHTS:
@@ -100,13 +88,7 @@ def _refused(model: nn.Module, why: str) -> ValueError:
 
 
 def _read(model: nn.Module, shape: Sequence[int], widths: Sequence[int]) -> list[Affine]:
-    """Read the layers from the model's outputs for each vector of a basis, and for 0.
-
-    Args:
-        model: the model in float64.
-        shape: the shape of an image.
-        widths: the number of pixels, and then the number of inputs of each layer of ReLUs.
-    """
+    """Read the layers from the model's outputs for each vector of a basis, and for 0."""
     parts = []
     for first in range(0, max(widths) + 1, AT_ONCE):
         basis = torch.arange(first, min(first + AT_ONCE, max(widths) + 1), device="cpu")

@@ -52,19 +52,9 @@ def docstring(summary: str, **sections: Iterable[str]) -> str:
 
 
 def check_names(what: str, given: Iterable[str], allowed: Iterable[str]) -> None:
-    """Refuse options with unknown names.
-
-    Args:
-        what: the name of the class or function that takes the options.
-        given: the names of the options that a caller gave.
-        allowed: the names that exist.
-
-    Raises:
-        TypeError: an unknown name. The message lists similar allowed names, or all names if none is similar.
-    """
+    """Refuse options with unknown names."""
     allowed = sorted(allowed)
     for name in given:
         if name not in allowed:
-            near = difflib.get_close_matches(name, allowed)
-            hint = f"the nearest names are {', '.join(near)}" if near else f"allowed are {', '.join(allowed)}"
-            raise TypeError(f"{what} has no option {name!r}: {hint}")
+            near = difflib.get_close_matches(name, allowed) or allowed
+            raise TypeError(f"{what} has no option {name!r}: try {', '.join(near)}")

@@ -42,14 +42,6 @@ def warp(x: Tensor, flow: Tensor) -> Tensor:
     """Shift the pixels of x: sample every pixel bilinearly at the point to which its flow points.
 
     At zero flow the result is exactly x. The values of the result never leave the range of x.
-
-    Args:
-        x: images, floating point ``[B, C, H, W]``.
-        flow: ``[B, 2, H, W]``, to the right and down, in units of half the image.
-
-    Returns:
-        The shifted images, shape and dtype of x. They are differentiable with respect to the flow. If the flow points
-        to the middle of a pixel, the derivative is one-sided.
     """
     height, width = x.shape[2:]
 

@@ -16,7 +16,7 @@ from .run_file import RUN_FILE, report_file
 
 if TYPE_CHECKING:
     from ..data import DataSet
-    from ..evaluation.results.witnesses import Witnesses
+    from ..evaluation.show.witnesses import Witnesses
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,7 @@ class Check(Command):
     device: str = "auto"
 
     def run(self) -> int:
-        from ..evaluation.results.witnesses import load_witnesses
-        from ..evaluation.show.checked_witnesses import check_witnesses
+        from ..evaluation.show.witnesses import check_witnesses, load_witnesses
         from ..speed.precision import float32_products
 
         folder = report_file(self.report, "report.json").parent

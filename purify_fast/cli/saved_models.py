@@ -116,7 +116,7 @@ def on_images(model: Model, spec: str, images: DataSet) -> Model:
     """Move a module to the device of the images, and try the model on two images."""
     from torch import nn
 
-    from ..attacks.attacked_model import frozen, returning_logits
+    from ..attacks.attacked_model import check_model, frozen
     from ..data import to_float
     from ..models.foreign import described
 
@@ -125,7 +125,7 @@ def on_images(model: Model, spec: str, images: DataSet) -> Model:
     some = to_float(images.x_test[:2])
     try:
         with frozen(model):
-            classes = returning_logits(model, some)[1]
+            classes = check_model(model, some)[1]
     except Exception as error:
         shape = _size(some.shape[1:])
         raise ValueError(f"{spec} does not run on images {shape} of {images.name}: {described(error)}") from error
@@ -136,13 +136,15 @@ def on_images(model: Model, spec: str, images: DataSet) -> Model:
 
 def refuse_other_images(model: nn.Module, images: DataSet, what: str) -> None:
     """Raise a ValueError if a model was trained on images of another size, on fewer classes or on other classes."""
-    from ..attacks.outputs import image_shape_of
     from ..defences.base import Defence
 
     # Every loaded classifier has the attribute `arguments`.
     facts: dict[str, Any] = model.arguments  # type: ignore[assignment]
     classes = model.num_classes if isinstance(model, Defence) else facts["num_classes"]
-    shape = image_shape_of(model, images.image_shape) or images.image_shape
+    channels, *size = images.image_shape
+    # A model without a fixed size accepts the size of these images.
+    usual = (facts.get("in_channels", channels), *facts.get("image_size", size))
+    shape: tuple[int, ...] = getattr(model, "image_shape", usual)
     if tuple(shape) != images.image_shape:
         fits = shape[0] == images.image_shape[0]
         hint = f", or resize these images by --size {shape[1]} {shape[2]}" if fits else ""

@@ -24,7 +24,7 @@ from .._process import processes
 from .._validation import NormName, check_folder, read_norm
 from ..attacks import Attack, AttackContext, frozen
 from ..attacks.arguments import check_eps, largest_distance
-from ..attacks.attacked_model import check_leaves_images, explained_errors
+from ..attacks.attacked_model import check_leaves_images
 from ..attacks.base import ThreatModel
 from ..attacks.gradient_copy import GradientCopies
 from ..model_state import fingerprint, fingerprint_or_reason
@@ -44,20 +44,17 @@ from .asked.module_checks import note_of_modes, refresh_stale_copies
 from .asked.naming import beside_fixed, feasible, row_name, threat_name
 from .asked.specs import AttackFunction, AttackSpec
 from .asked.subject import DrawsUnderAttack, Subject, Variant, device_of
-from .results.rows import CURVE, Row
-from .results.witnesses import gathered, model_marks
-from .results.worst_rows import worst_rows
-from .run.auto_batch import make_room
+from .results.rows import CURVE, Row, worst_rows
 from .run.cache import RowCache
 from .run.curve import Curve, attacks_of_curve, radii_of
-from .run.measure import Measure
+from .run.measure import Measure, settings_of
 from .run.progress import Progress
+from .run.resources import choose_threads, make_room
 from .run.row_judge import EXAMPLES
 from .run.shards import Shards
-from .run.specified import settings_of
 from .run.stopping import notes_of_proofs, notes_of_unsearched
-from .run.thread_choice import choose_threads
 from .show.report import Report
+from .show.witnesses import gathered, model_marks
 from .suspicion import Suspicion
 
 logger = logging.getLogger("purify_fast")
@@ -195,21 +192,12 @@ def evaluate(
                 context = replace(context, resources=replace(context.resources, max_forward_batch=at_once))
             choose_threads(subject, cache)
             shards.progress = Progress(name, progress and shards.rank == 0)
-            measure = Measure(
-                subject,
-                context,
-                name,
-                cache=cache,
-                progress=shards.progress,
-                shards=shards,
-                keep_all=config.keep == "all",
-            )
-            witnessed = None
-            if config.keep == "all":
-                about_model = {"model": model_marks(subject.base_model, mark), "classes": subject.num_classes}
-                witnessed = about_model | {"random": subject.is_random} | judging
-            known: dict[str, Any] = {"before": before, "mark": mark, "compares": config.probes is None}
-            return _Evaluation(report, measure, plan, radii=radii, stack=stack, **known).fill(witnessed)
+            shared: dict[str, Any] = {"progress": shards.progress, "shards": shards, "keep_all": config.keep == "all"}
+            measure = Measure(subject, context, name, cache, **shared)
+            about = {"model": model_marks(subject.base_model, mark), "classes": subject.num_classes}
+            about |= {"random": subject.is_random} | judging
+            suspicion = Suspicion(report, measure, before, config.probes is None)
+            return _Evaluation(report, measure, plan, radii, suspicion, mark=mark, stack=stack).fill(about)
 
     # The second run is outside of the block, so that the first has freed its memory.
     with contextlib.suppress(DrawsUnderAttack):
@@ -252,12 +240,11 @@ def _admit(
     others = list({id(model): model for model in models if model is not None}.values())
     for model in others:
         stack.enter_context(frozen(model))
-        with explained_errors(model, subject.sample_images()):
-            check_leaves_images(model, subject.sample_images()[:1])
-    for model in others if cache.folder is not None else ():
-        torch.manual_seed(subject.seed)
-        model(subject.sample_images())
-        cache.know(model, fingerprint(model, cache.revision))
+        check_leaves_images(model, subject.sample_images()[:1])
+        if cache.folder is not None:
+            torch.manual_seed(subject.seed)
+            model(subject.sample_images())
+            cache.know(model, fingerprint(model, cache.revision))
     return others
 
 
@@ -270,22 +257,20 @@ class _Evaluation:
         measure: makes the rows.
         asked_for: the requested attacks, some of which the model may not allow.
         radii: further radii of the curve.
-        before: predictions of the model before the attacks; None without probes.
+        suspicion: the probes and the alarms.
         mark: the model's fingerprint.
         stack: the stack of contexts in which models are frozen.
-        compares: see `Suspicion`.
     """
 
     report: Report
     measure: Measure
     asked_for: Sequence[AttackSpec]
     radii: Sequence[float]
-    before: Before | None
+    suspicion: Suspicion
     mark: str | None
     stack: contextlib.ExitStack
-    compares: bool
 
-    def fill(self, witnessed: dict[str, Any] | None) -> Report:
+    def fill(self, about: dict[str, Any]) -> Report:
         """Run the evaluation and return the report; all other processes return the report of the first process."""
         report, measure = self.report, self.measure
         context, shards, name = measure.context, measure.shards, measure.name
@@ -300,17 +285,20 @@ class _Evaluation:
                 "attacks": [[row_name(spec, context), settings_of(spec, subject, context)] for spec in measure.attacks],
             }
         )
-        suspicion = Suspicion(report, measure, self.before, self.compares)
-        asked = None if self.before is None else suspicion.ask_before(self.before, self.costs())
+        before = self.suspicion.before
+        asked = None if before is None else self.suspicion.ask_before(before, self.costs())
         if asked is not None:
             self.act_on(signs_of_masking(asked, subject.is_random))
         if shards.rank > 0:
             return Report.from_json(measure.follow())
         report.rows = self.rows()
-        if witnessed is not None:
-            self.gather_witnesses(witnessed)
+        if measure.keep_all:
+            report.witnesses = gathered(report.rows, about)
+            # Each row then keeps only a few images, for the pictures.
+            for row in report.rows:
+                row.examples = None if row.examples is None else row.examples.first(EXAMPLES)
         report.rows += worst_rows(report.rows)
-        suspicion.conclude(asked)
+        self.suspicion.conclude(asked)
         if self.radii:
             report.curves.setdefault(name, {})[CURVE] = self.curve.points(report.rows, float(context.eps))
         report.notes += notes_of_unsearched(report.rows) + notes_of_proofs(report.rows)
@@ -407,9 +395,3 @@ class _Evaluation:
                 progress.finished(f"{row.attack}: {100 * row.accuracy:.1f} % of {row.n} images{source}")
         of_all = [row for row in deployed.get(None, []) if row.n == n and row.settings["max_images"] is None]
         return all_rows + self.curve.rows(measure, of_all)
-
-    def gather_witnesses(self, about: dict[str, Any]) -> None:
-        """Gather the report's witnesses from the rows; each row then keeps only a few images for the pictures."""
-        self.report.witnesses = gathered(self.report.rows, about)
-        for row in self.report.rows:
-            row.examples = None if row.examples is None else row.examples.first(EXAMPLES)

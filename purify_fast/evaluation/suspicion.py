@@ -16,8 +16,7 @@ from .alarms.answers import ALONE, PROBED, Before, Missing, differences, has_no_
 from .alarms.evidence import IDENTITIES
 from .alarms.probes import asked_before, near, probes_before
 from .alarms.probes import cost as cost_of_probes
-from .results.rows import Worst
-from .results.worst_rows import count_fallen
+from .results.rows import Worst, count_fallen
 from .run.measure import Measure
 from .run.progress import counted_model
 from .show.report import Report

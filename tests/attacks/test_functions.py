@@ -64,9 +64,9 @@ def test_the_docstring_has_the_texts_of_the_fields():
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("epsilon", r"PGD has no option 'epsilon': the nearest names are .*\beps\b"),
-        ("step", r"PGD has no option 'step': the nearest names are steps"),
-        ("zzzzz", r"PGD has no option 'zzzzz': allowed are alpha, .*, eps, .*, steps, "),
+        ("epsilon", r"PGD has no option 'epsilon': try .*\beps\b"),
+        ("step", r"PGD has no option 'step': try steps"),
+        ("zzzzz", r"PGD has no option 'zzzzz': try alpha, .*, eps, .*, steps, "),
     ],
 )
 def test_a_wrong_name_is_refused_with_the_nearest(model, option, message):

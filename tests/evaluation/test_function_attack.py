@@ -219,7 +219,7 @@ class Moves(Attack):
         return AttackResult(self.move(x))
 
 
-OUTSIDE = "the attack 'moves' returned values from .* outside the allowed range"
+OUTSIDE = "the attack 'moves' returned values from .* must be numbers in"
 
 
 @pytest.mark.parametrize("norm", [None, "linf", "l2", "l1", "flow"])
@@ -228,7 +228,7 @@ OUTSIDE = "the attack 'moves' returned values from .* outside the allowed range"
     [
         (lambda x: (x + 2 * torch.rand_like(x) - 1) * 3, ValueError, OUTSIDE),
         (lambda x: x - 1, ValueError, OUTSIDE),
-        (lambda x: torch.where(x > 0.5, torch.nan, x), ValueError, "the attack 'moves' returned .* not finite"),
+        (lambda x: torch.where(x > 0.5, torch.nan, x), ValueError, "the attack 'moves' returned values from nan"),
         (lambda x: x[:2], ValueError, r"the attack 'moves' must return torch.float32 images \[40, 3, 8, 8\] on cpu"),
         (lambda x: x.double(), ValueError, "got torch.float64"),
         (lambda x: x.numpy(), TypeError, "the attack 'moves' must return a torch.Tensor, got ndarray"),

@@ -13,7 +13,7 @@ from purify_fast.attacks import APGD, PGD
 from purify_fast.cli.evaluate import Evaluate
 from purify_fast.cli.parsing import parse
 from purify_fast.evaluation import AttackSpec
-from purify_fast.evaluation.run import auto_batch
+from purify_fast.evaluation.run import resources
 from purify_fast.speed.memory import Room, images_that_fit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -116,7 +116,7 @@ def test_a_random_model_goes_on_with_the_number_of_the_first_run(tmp_path, monke
     model = Greedy(1000, noise=0.3)
     x, y = images(model)
     found = iter([16, 512, 4])
-    monkeypatch.setattr(auto_batch, "images_that_fit", lambda *_: next(found))
+    monkeypatch.setattr(resources, "images_that_fit", lambda *_: next(found))
     reports = []
     for made in (True, False, True):
         made_rows.clear()

@@ -308,28 +308,10 @@ def test_models_that_return_other_things_than_logits():
     ]
     assert np.array_equal(rows[0], rows[1]) and np.array_equal(rows[0], rows[2])
     for model, error, message in (
-        (
-            lambda z: (net(z), z),
-            TypeError,
-            r"a torch.Tensor of logits \[B, classes\], or an object or mapping .* the name logits, got a tuple of "
-            r"torch.Tensor torch.float32 \[8, 10\], torch.Tensor torch.float32 \[8, 1, .*\. If the logits are member "
-            r"0, give lambda x: model\(x\)\[0\]",
-        ),
-        (
-            lambda z: net(z).detach().numpy(),
-            TypeError,
-            r"got numpy.ndarray float32 \[8, 10\]\. torch.from_numpy\(output\) makes a tensor, but attacks then",
-        ),
-        (lambda z: None, TypeError, "the name logits, got NoneType$"),
-        (
-            lambda z: net(z)[:, 0],
-            ValueError,
-            r"a single number for each image, \[8\].*at least two classes.*torch.stack",
-        ),
-        (lambda z: net(z)[:, :1], ValueError, "a single number for each image.*torch.cat"),
-        (lambda z: net(z).mean(0, keepdim=True), ValueError, r"got \[1, 10\] for 8 images: does it mix or drop"),
-        (lambda z: net(z[:9]), ValueError, r"logits \[B, classes\], got \[9, 10\] for 12 images: does it mix"),
-        (lambda z: net(z)[:, :, None], ValueError, r"must return logits \[B, classes\], got \[8, 10, 1\]"),
+        (lambda z: (net(z), z), TypeError, "the name logits, got tuple$"),
+        (lambda z: net(z).detach().numpy(), TypeError, "the name logits, got ndarray$"),
+        (lambda z: net(z)[:, 0], ValueError, r"at least two classes .* got torch.float32 \[8\] for B = 8"),
+        (lambda z: net(z[:9]), ValueError, r"got torch.float32 \[9, 10\] for B = 12"),
         (nn.Linear, TypeError, "the model must be a module or a function .*, got <class .*Linear"),
         ("resnet18", TypeError, "the model must be a module or a function from images to logits, got 'resnet18'"),
     ):

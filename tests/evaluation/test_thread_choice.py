@@ -7,7 +7,7 @@ from torch import nn
 from purify_fast.attacks import Square
 from purify_fast.data import load_dataset
 from purify_fast.evaluation import evaluate
-from purify_fast.evaluation.run import thread_choice
+from purify_fast.evaluation.run import resources
 from purify_fast.models import SmallCNN
 
 
@@ -29,7 +29,7 @@ class Seeing(nn.Module):
 @pytest.fixture
 def found(found_threads):
     """The numbers of threads that measurements find, one after the other."""
-    return found_threads(thread_choice)
+    return found_threads(resources)
 
 
 @pytest.fixture

@@ -77,20 +77,20 @@ def judged(model, attacks, n=12, **more):
 
 
 @pytest.mark.parametrize(
-    ("seeds", "wrong", "advice"),
+    ("seeds", "wrong"),
     [
-        ("block", "two calls give different logits", "start the generator from the seed in every call"),
-        ("place", "the logits of an image depend on its place in the batch", "give every image the same noise"),
+        ("block", "two calls give different logits"),
+        ("place", "the logits of an image depend on its place in the batch"),
     ],
 )
 @pytest.mark.parametrize("n", [1, 12])
-def test_noise_that_is_not_fixed_is_not_attacked_as_fixed(seeds, wrong, advice, n, caplog):
+def test_noise_that_is_not_fixed_is_not_attacked_as_fixed(seeds, wrong, n, caplog):
     with caplog.at_level(logging.WARNING, "purify_fast"):
         report = judged(Noisy(seeds), [PGD(), AttackSpec(PGD(), "fixed")], n)
     assert report.attacks == ["clean", "PGD-5 ce", "worst"]
     (note,) = report.notes
     assert note.startswith("m: PGD-5 ce, fixed noise was left out: within a block of fixed_noise(seed), ")
-    assert wrong in note and advice in note and note in caplog.messages
+    assert wrong in note and note in caplog.messages
 
 
 def test_a_mode_without_noise_that_draws_is_not_attacked():

@@ -15,7 +15,7 @@ from torch import nn
 from purify_fast import cli
 from purify_fast.attacks import APGD, PGD
 from purify_fast.evaluation import check_witnesses
-from purify_fast.evaluation.results.witnesses import FILE, Witnesses
+from purify_fast.evaluation.show.witnesses import FILE, Witnesses
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

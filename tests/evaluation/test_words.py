@@ -16,7 +16,7 @@ from purify_fast import __version__
 from purify_fast.attacks import BPDA, PGD, AutoAttack
 from purify_fast.evaluation import AttackSpec, Examples, Report, Row, lee_kim_2023, merge
 from purify_fast.evaluation.alarms import Finding
-from purify_fast.evaluation.results.worst_rows import worst_rows
+from purify_fast.evaluation.results.rows import worst_rows
 from purify_fast.evaluation.show.page import html_page, picture_lines
 
 pytestmark = pytest.mark.usefixtures("one_thread")

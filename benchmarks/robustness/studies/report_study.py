@@ -14,7 +14,7 @@ from torch import nn
 
 from purify_fast import data, load_defence
 from purify_fast.evaluation import AttackSpec, EvaluateConfig, Report, evaluate, merge
-from purify_fast.evaluation.results.worst_rows import worst_rows
+from purify_fast.evaluation.results.rows import worst_rows
 from purify_fast.evaluation.show.tables import draws, percent, single_predictions
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import (

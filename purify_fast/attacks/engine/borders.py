@@ -39,14 +39,6 @@ def nearest_borders(active: ActiveSet, objective: Objective, count: int | None) 
     MALT orders target classes by this distance (Melamed, Yehudai & Shamir, NeurIPS 2024, arXiv 2407.02240). Here the
     norm is the dual of the ball's norm. The distance is computed for the `CANDIDATES` wrong classes of highest logit,
     or for ``count`` classes if that is more.
-
-    Args:
-        active: the images.
-        objective: an objective with the model that gives the gradients; its loss is not used.
-        count: the number of classes to return; None: all.
-
-    Returns:
-        The nearest class of each image, then the second nearest, and so on, each int64 ``[N]``.
     """
     left, by_margin = active.left(), replace(objective, loss="margin_targeted")
     x, y = active.x[left], active.y[left]

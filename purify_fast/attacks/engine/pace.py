@@ -79,11 +79,6 @@ class PaceMonitor:
         """Tell which rows are out of reach of their borders, bool ``[R]``; None if nothing is decided at this step.
 
         A row whose distance is NaN or infinite is never out of reach.
-
-        Args:
-            step: the number of steps that were taken; it must grow from call to call.
-            missing: the smallest distance so far of each row from its border, in the unit of the loss or distance,
-                ``[R]``. At 0 or below, the row has crossed its border.
         """
         lost = self._beyond_gains(step, missing)
         for check in self.checks:

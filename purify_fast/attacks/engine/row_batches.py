@@ -61,13 +61,7 @@ class Rows:
 
 
 def take_rows(state: object, index: Tensor, by_column: Sequence[str] = ()) -> None:
-    """Continue a search with some of its rows.
-
-    Args:
-        state: the search. Its attributes of the types Tensor, `Ball`, `Rows` and `PaceMonitor` have an entry per row.
-        index: the rows, int64.
-        by_column: the names of the tensors of shape ``[n, R]``; all other tensors have the shape ``[R, ...]``.
-    """
+    """Continue a search with some of its rows."""
     for name, value in vars(state).items():
         if isinstance(value, Tensor):
             setattr(state, name, value[:, index] if name in by_column else value[index])
@@ -137,15 +131,6 @@ class ActiveSet:
         """Let the judge check the rows whose search claims a success.
 
         This waits for the device once. It waits again if there are claims, and once more if an image has fallen.
-
-        Args:
-            owner: the index of each row's image, int64 ``[R]``.
-            points: the points ``[R, ...]``.
-            share: the share of the search's draws that misclassify each point, ``[R]``.
-            run: the number of each row's run, int64 ``[R]``; None: all rows belong to run 0.
-
-        Returns:
-            The shares ``[R]``, in which the shares of the judge replace the claims; and whether an image has fallen.
         """
         claims = (has_fallen(share, self.judge.enough) & ~self.fallen[owner]).nonzero()[:, 0]
         if len(claims) == 0:
@@ -164,18 +149,7 @@ class ActiveSet:
         return share, True
 
     def rows_to_keep(self, owner: Tensor, lost: Tensor | None = None) -> Tensor | None:
-        """Choose the rows with which the search continues. This waits for the device once.
-
-        Args:
-            owner: the index of each row's image, int64 ``[R]``.
-            lost: True for rows that are given up, bool ``[R]``; None: no row is given up.
-
-        Returns:
-            Indices of the rows, int64; None if the batch keeps its size. If ``lost`` is None: first the rows of images
-            that have not fallen, then rows of fallen images up to the size of `bucket`. Otherwise: only rows that are
-            not given up and whose images have not fallen. On a GPU, the first of these rows are repeated up to the size
-            of `bucket`.
-        """
+        """Choose the rows with which the search continues. This waits for the device once."""
         if lost is not None:
             stays = (~(self.fallen[owner] | lost)).nonzero()[:, 0]
             if takes_every_size(owner.device) or len(stays) == 0:
@@ -189,13 +163,7 @@ class ActiveSet:
         return gone.to(torch.int8).argsort(stable=True)[:size]
 
     def keep_best(self, owner: Tensor, points: Tensor, score: Tensor) -> None:
-        """For each image that has not fallen, store the point of its best row if it is better than the stored point.
-
-        Args:
-            owner: the index of each row's image, int64 ``[R]``.
-            points: the points ``[R, ...]``.
-            score: the share of misclassified draws and the loss of each point, ``[2, R]``.
-        """
+        """For each image that has not fallen, store the point of its best row if it is better than the stored point."""
         rank = torch.empty_like(owner)
         by_loss = score[1].nan_to_num(nan=-torch.inf).argsort(stable=True)
         rank[by_loss[score[0][by_loss].argsort(stable=True)]] = torch.arange(len(owner), device=owner.device)
@@ -219,15 +187,6 @@ def waves(
     fall to any run. A later wave has as many rows as fit into a batch. On a CPU a wave consists of complete runs. On a
     GPU a wave may have a part of a run, and copies of its first rows fill it up to the size of `bucket`, so that most
     waves have the same size.
-
-    Args:
-        active: the images.
-        goals: the target class of each run for all images, int64 ``[N]``; None for a run without a target.
-        restarts: how often the runs for all goals are made.
-        context: the settings of the attack. The seed of a run's random starts is the context's seed plus the number of
-            the run. The ``batch_size`` of the resources is the largest number of rows at once. If the context has
-            ``begin``, the first run begins there, except with ``at_image``.
-        at_image: whether the first run for each target begins at the images themselves.
     """
     x, y, count, begin = active.x, active.y, len(active.x), context.begin
     padded = not takes_every_size(x.device)
@@ -311,15 +270,7 @@ class RowSearch:
             self.health.add(gradients=len(index) * left, nonfinite=nonfinite, zero=zero)
 
     def out_of_reach(self, step: int, missing: Tensor) -> Tensor | None:
-        """Tell which rows are given up.
-
-        Args:
-            step: the number of steps that were taken.
-            missing: the smallest distance so far of each row from its border, ``[R]``, see `PaceMonitor.lost`.
-
-        Returns:
-            bool ``[R]``; None if no row is given up.
-        """
+        """Tell which rows are given up."""
         lost = None if self.monitor is None else self.monitor.lost(step, missing)
         lost = None if lost is None else some_of(lost & self.may_end() & ~self.active.fallen[self.rows.owner])
         if lost is not None and self.monitor is not None:

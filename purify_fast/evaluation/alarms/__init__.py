@@ -5,9 +5,8 @@ The verdict of an alarm is "passed" (there is no sign), "noted" (there is a sign
 """
 
 from .evidence import STATES, Evidence, Finding, Verdict
-from .masking import signs_of_masking
 from .probes import Probes, probe
-from .signs import findings
+from .signs import findings, signs_of_masking
 
 __all__ = [
     "STATES",

@@ -172,7 +172,7 @@ def _differences(subject: Subject, x: Tensor, y: Tensor) -> tuple[float | Missin
     with subject.variant(quiet(subject)):
         with torch.enable_grad():
             leaf = x.clone().requires_grad_()
-            gradient = gradient_to(leaf, _margin(subject, leaf, y).sum())
+            gradient = gradient_to(leaf, margin(_seeded(subject, leaf), y).sum())
         reason: Missing = "zero gradient" if gradient is not None else "no gradient"
         gradient = torch.zeros_like(x) if gradient is None else gradient
         flat = gradient.flatten(1)
@@ -183,7 +183,7 @@ def _differences(subject: Subject, x: Tensor, y: Tensor) -> tuple[float | Missin
             # The model may not accept images outside of [0, 1].
             ends = [((x + step).clamp(0, 1), (x - step).clamp(0, 1)) for step in steps]
             promised = [(gradient * (right - left)).flatten(1).sum(1) for right, left in ends]
-            measured = [_margin(subject, right, y) - _margin(subject, left, y) for right, left in ends]
+            measured = [margin(_seeded(subject, a), y) - margin(_seeded(subject, b), y) for a, b in ends]
             a, b = torch.cat(promised).double(), torch.cat(measured).double()
             if not bool(a.isfinite().all() and b.isfinite().all()):
                 return "not finite", without
@@ -197,10 +197,6 @@ def _signs(x: Tensor, seed: int) -> Tensor:
     """Random signs for each image, shape of x."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 2, x.shape, generator=generator, device="cpu").to(x) * 2 - 1
-
-
-def _margin(subject: Subject, x: Tensor, y: Tensor) -> Tensor:
-    return margin(_seeded(subject, x), y)
 
 
 def _seeded(subject: Subject, x: Tensor) -> Tensor:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from ..._memory import bytes_of
 from ..._validation import Count, CudaGraphs, CudnnBenchmark, check_counts, check_number, check_types
@@ -107,18 +106,17 @@ class EvaluateConfig:
     together: bool = True
 
     def __post_init__(self) -> None:
-        check_claim(self.claim)
-        if self.batch_size == "auto":
-            if self.memory is not None:
-                bytes_of(self.memory)
-        elif isinstance(self.batch_size, str):
+        if self.claim is not None:
+            check_number("claim", self.claim)
+            if not (self.claim == 0 or 1 < self.claim <= 100):
+                raise ValueError(f"claim must be 0, or a percentage above 1 and at most 100, got {self.claim!r}")
+        if isinstance(self.batch_size, str) and self.batch_size != "auto":
             raise ValueError(f'batch_size must be a number or "auto", got {self.batch_size!r}')
-        elif self.memory is not None:
-            raise ValueError(
-                f'memory={self.memory!r} needs batch_size="auto", got batch_size={self.batch_size}: give '
-                'batch_size="auto", or leave memory out'
-            )
-        elif self.batch_size is not None:
+        if self.memory is not None:
+            if self.batch_size != "auto":
+                raise ValueError(f'memory={self.memory!r} needs batch_size="auto", got batch_size={self.batch_size!r}')
+            bytes_of(self.memory)
+        if self.batch_size not in (None, "auto"):
             check_counts(batch_size=self.batch_size)
         if isinstance(self.curve, str) or not isinstance(self.curve, Iterable):
             raise ValueError(f"curve must be a tuple of radii, got {self.curve!r}: write a single radius as (0.05,)")
@@ -126,12 +124,6 @@ class EvaluateConfig:
             check_number("each of curve", radius)
         # A frozen dataclass does not allow a plain assignment.
         object.__setattr__(self, "curve", tuple(self.curve))
-        if isinstance(self.protocol, str) and re.sub("[-_ ]", "", self.protocol.lower()) == "autoattack":
-            raise ValueError(
-                f"protocol must be one of {', '.join(get_args(ProtocolName))}, got {self.protocol!r}: standard runs "
-                "this package's versions of AutoAttack's four attacks, and official runs AutoAttack itself, from the "
-                "package pyautoattack"
-            )
         check_types(self)
 
     def __repr__(self) -> str:
@@ -153,18 +145,3 @@ class EvaluateConfig:
         if self.probes is not None:
             return self.probes
         return attacks is None and self.protocol != "authors"
-
-
-def check_claim(claim: Any) -> None:
-    """Check a claimed robust accuracy."""
-    if claim is None:
-        return
-    if isinstance(claim, bool) or not isinstance(claim, (int, float)):
-        raise TypeError(f"claim must be a percentage from 0 to 100, got {claim!r}: give a number, such as claim=70")
-    if not 0 <= claim <= 100:
-        raise ValueError(f"claim must be from 0 to 100, got {claim!r}: give a robust accuracy in percent, such as 70")
-    if 0 < claim <= 1:
-        raise ValueError(
-            f"claim must be in percent, got {claim!r}: write a claim of {100 * claim:g} % as claim={100 * claim:g}. "
-            "Claims above 0 % and up to 1 % cannot be tested"
-        )

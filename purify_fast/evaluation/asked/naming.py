@@ -59,10 +59,7 @@ def feasible(
     names = [row_name(spec, context) for spec in plan]
     double = [label for label in dict.fromkeys(names) if names.count(label) > 1]
     if double:
-        raise ValueError(
-            f"attacks must have different labels, got several with the label {', '.join(double)}: give each attack "
-            "a label of its own by AttackSpec(..., label=...)"
-        )
+        raise ValueError(f"attacks must have different labels, got twice {', '.join(double)}: AttackSpec(label=...)")
     return plan, notes
 
 

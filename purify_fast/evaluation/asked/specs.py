@@ -14,7 +14,7 @@ from torch import Tensor
 from ..._validation import NormName, check_literal
 from ...attacks import BPDA, PGD, Attack, AttackContext, AttackResult, LeavingPGD, frozen
 from ...attacks.arguments import check_at_least_one, check_eps, check_not_negative
-from ...attacks.attacked_model import returning_logits
+from ...attacks.attacked_model import check_model
 from ...attacks.base import NORMS, ThreatModel
 from ...attacks.bpda import Aggregation
 from ...attacks.gradient_copy import COMPARED
@@ -122,7 +122,7 @@ class FunctionAttack(Attack):
         if not context.num_classes:
             # No evaluation has tested the model, and the function may not accept an output with ``logits``.
             with frozen(target):
-                target, _ = returning_logits(target, x[:COMPARED])
+                target, _ = check_model(target, x[:COMPARED])
         # `frozen` restores modes and gradient flags, which the function may change.
         with torch.enable_grad(), frozen(target):
             images = self.function(target, x.clone(), y.clone())
@@ -142,16 +142,11 @@ def check_adversarial(name: str, images: object, x: Tensor, threat: ThreatModel)
             f"got {images.dtype} {list(images.shape)} on {images.device}"
         )
     images = images.detach()
-    if not bool(images.isfinite().all()):
+    # The condition is negated so that NaN is refused too.
+    if len(images) and not bool(((images >= -ROUNDING) & (images <= 1 + ROUNDING)).all()):
         raise ValueError(
-            f"the attack {name!r} returned {int((~images.isfinite()).sum())} values that are not finite: all values "
-            "must be numbers in [0, 1]"
-        )
-    beyond = float(torch.maximum(-images.amin(), images.amax() - 1)) if images.numel() else 0.0
-    if beyond > ROUNDING:
-        raise ValueError(
-            f"the attack {name!r} returned values from {float(images.amin()):.6g} to {float(images.amax()):.6g}: "
-            f"the values are up to {beyond:.3g} outside the allowed range [0, 1]"
+            f"the attack {name!r} returned values from {float(images.amin()):.6g} to {float(images.amax()):.6g}: all "
+            "values must be numbers in [0, 1]"
         )
     how_far = moved(images, x, threat)
     if how_far is not None and len(images) and (length := float(how_far[0].amax())) > how_far[1]:
@@ -242,29 +237,17 @@ class AttackSpec:
         if self.aggregation is not None:
             check_literal("aggregation", self.aggregation, Aggregation)
         given = [each for each in ("target", "aggregation", "gradients_from") if getattr(self, each) is not None]
-        judged = self.judge is not None
+        judged, follows = self.judge is not None, self.resolved.follows_gradients
         beside = self.survivors_only or given not in ([], ["target"]) or callable(self.target)
-        conflicts = [
-            (len(given) > 1, f"at most one of {', '.join(given)} may be given for an attack"),
-            (
-                self.gradients_from is not None and not self.resolved.follows_gradients,
-                "gradients_from needs an attack that can use the gradients of another model, such as APGD",
-            ),
-            (
-                judged and beside,
-                f"judge allows no target except {CLASSIFIER!r}, no aggregation, gradients_from or survivors_only",
-            ),
-            (
-                judged and not (self.label or "").startswith("as "),
-                "with a judge, label must begin with 'as ' and name the authors of the repeated evaluation",
-            ),
-            (
-                isinstance(self.attack, BPDA) and given in (["target"], ["aggregation"]),
-                "target and aggregation must be None for BPDA, which attacks the defence itself: BPDA(aggregation=...)",
-            ),
-        ]
-        for stands, text in conflicts:
-            if stands:
+        named, within = (self.label or "").startswith("as "), isinstance(self.attack, BPDA) and given != []
+        for text, conflict in {
+            f"at most one of {', '.join(given)} may be given for an attack": len(given) > 1,
+            "gradients_from needs an attack such as APGD": "gradients_from" in given and not follows,
+            "judge allows no target except 'classifier', no aggregation and no survivors_only": judged and beside,
+            "with a judge, label must begin with 'as ' and name the authors": judged and not named,
+            "target and aggregation must be None for BPDA: BPDA(aggregation=...)": within,
+        }.items():
+            if conflict:
                 raise ValueError(text)
 
     @property

@@ -17,14 +17,14 @@ from ...attacks.attacked_model import (
     SAME_SIZE,
     TRIED_CALLS,
     TRIED_ROWS,
+    check_classes,
     check_leaves_images,
+    check_model,
     differ,
     drawn_once_per_call,
     draws_elsewhere,
-    explained_errors,
     logits_of,
     predicts_otherwise,
-    returning_logits,
 )
 from ...attacks.base import ThreatModel
 from ...attacks.losses import margin
@@ -66,7 +66,7 @@ class Fault:
     """The reason why a variant cannot be attacked.
 
     Args:
-        reason: a sentence with the problem and the advice.
+        reason: the problem, in words.
         repeats: whether a repeated call gives the same logits. If it does, the fault shows only in other batches, or
             when the variant's context is entered again.
     """
@@ -75,22 +75,8 @@ class Fault:
     repeats: bool
 
 
-#: By variant: the code of its context, and the advice for three faults: two calls in the same context differ; calls in
-#: two contexts with the same seed differ; or the logits of an image depend on the batch.
-ADVICE = {
-    "fixed": (
-        "fixed_noise(seed)",
-        "start the generator from the seed in every call, not once when the block begins",
-        "make the noise from the seed alone",
-        "give every image the same noise, for example torch.randn(x.shape[1:], generator=generator)",
-    ),
-    "deterministic": (
-        "deterministic()",
-        "turn off everything that is drawn",
-        "turn off everything that is drawn",
-        "let the logits of an image depend on that image alone",
-    ),
-}
+#: By variant: the code of its context.
+BLOCKS = {"fixed": "fixed_noise(seed)", "deterministic": "deterministic()"}
 
 
 def device_of(model: Classifier, x: Tensor) -> torch.device:
@@ -181,7 +167,10 @@ class Subject:
         self.room = Room(None, self.device)
         self.data = digest(x, y)
         torch.manual_seed(seed)
-        self.model, self.num_classes = returning_logits(model, self.sample_images())
+        self.model, self.num_classes = check_model(model, self.sample_images())
+        for i, label in enumerate(y.tolist()):
+            if not 0 <= label < self.num_classes:
+                raise ValueError(f"y[{i}] is {label}, but the model has {self.num_classes} classes, from 0 on")
         check_leaves_images(self.model, self.sample_images()[:1])
         one, other = self.logits(self.model, self.sample_images()), self.logits(self.model, self.sample_images())
         self.is_random = differ(one, other) or self.answers_vary(self.model, elsewhere=True) or draws
@@ -189,13 +178,8 @@ class Subject:
         self.has_probabilities = are_probabilities(one) and are_probabilities(other)
         self.has_one_hot = self.has_probabilities and are_one_hot(one) and are_one_hot(other)
         self._faults: dict[Variant, Fault | None] = {}
-        self._check_labels()
         if predict is not None and not self.is_random:
-            raise ValueError(
-                f"predict={predict!r} needs a random model, but this model predicts clean images, and images near "
-                "them, always the same: leave predict out. If it draws for attacked images only, it is then judged as "
-                "a random model by the default rule"
-            )
+            raise ValueError(f"predict={predict!r} needs a random model: leave predict out")
         self.base_model = self.model
         #: The number of predictions that choose between two points of an image.
         self.choosing = {None: CHOOSING, "worst_of": max(CHOOSING, n_eval), "votes": CHOOSING // 2}[predict]
@@ -209,20 +193,7 @@ class Subject:
 
     def logits(self, model: Classifier, x: Tensor) -> Tensor:
         """The model's logits ``[B, classes]``. Raises a ValueError if they have another shape."""
-        with explained_errors(model, x):
-            logits = logits_of(model, x)
-        if logits.shape[1] != self.num_classes:
-            raise ValueError(f"the model must return {self.num_classes} logits for each image, got {logits.shape[1]}")
-        return logits
-
-    def _check_labels(self) -> None:
-        bad = (self.y < 0) | (self.y >= self.num_classes)
-        if bool(bad.any()):
-            wrong = int(bad.int().argmax())
-            raise ValueError(
-                f"y[{wrong}] is {int(self.y[wrong])}, but the model has {self.num_classes} classes: labels must be "
-                f"from 0 to {self.num_classes - 1}"
-            )
+        return check_classes(logits_of(model, x), self.num_classes)
 
     def judged_model(self, variant: Variant) -> Classifier:
         """The model whose predictions count in a variant; a variant without randomness needs no vote over draws."""
@@ -250,8 +221,7 @@ class Subject:
     def _draws_elsewhere(self, model: Classifier) -> bool:
         some = self.x[:TRIED].to(self.device)
         try:
-            with explained_errors(model, some):
-                return draws_elsewhere(model, some, self.batch_size)
+            return draws_elsewhere(model, some, self.batch_size)
         except Exception as error:
             if not ran_out_of_memory(error):
                 raise
@@ -289,7 +259,6 @@ class Subject:
 
     def _find_fault(self, variant: Variant) -> Fault | None:
         """Test whether a variant of a random model really is without randomness; return the first fault, or None."""
-        call, for_calls, for_blocks, for_batches = ADVICE[variant]
         model, x = self.base_model, self.sample_images()
         # The test needs two positions in a batch, so a single image is doubled.
         x = x if len(x) > 1 else torch.cat([x, x])
@@ -299,19 +268,15 @@ class Subject:
             parts = torch.cat([model(x[:1]), model(x[1:])])
         with self.variant(variant):
             anew = model(x)
-        for what, other, tolerance, what_to_do in (
-            ("two calls give different logits", again, SAME_SHAPE, for_calls),
-            ("the logits differ when the block is entered again", anew, SAME_SHAPE, for_blocks),
-            ("the logits of an image depend on its place in the batch", moved, SAME_SHAPE, for_batches),
-            ("the logits of an image depend on how the batch is split", parts, OTHER_SHAPE, for_batches),
+        for what, other, tolerance in (
+            ("two calls give different logits", again, SAME_SHAPE),
+            ("the logits differ when the block is entered again", anew, SAME_SHAPE),
+            ("the logits of an image depend on its place in the batch", moved, SAME_SHAPE),
+            ("the logits of an image depend on how the batch is split", parts, OTHER_SHAPE),
         ):
             count = int(_apart(first, other, tolerance).sum())
             if count > FEW * len(x):
-                reason = (
-                    f"within a block of {call}, {what} (for {count} of {len(x)} images, by more than "
-                    f"{100 * tolerance:.0f} % of the logits' spread), so an accuracy in such a block would mean "
-                    f"nothing: {what_to_do}"
-                )
+                reason = f"within a block of {BLOCKS[variant]}, {what}, for {count} of {len(x)} images"
                 return Fault(reason, repeats=other is not again)
         return None
 

@@ -26,8 +26,7 @@ from ...attacks.engine.judge import has_fallen
 from ..asked.naming import ball_name, clean_name, row_name, short, threat_name
 from ..asked.specs import AttackSpec, FunctionAttack
 from ..results.rows import Row, Worst, by_worst_points
-from .measure import Measure
-from .specified import settings_of
+from .measure import Measure, settings_of
 
 
 def radii_of(curve: Sequence[float], eps: float, largest: float) -> list[float]:
@@ -39,10 +38,7 @@ def radii_of(curve: Sequence[float], eps: float, largest: float) -> list[float]:
     radii = sorted({float(eps), *map(float, curve)})
     for one, other in itertools.pairwise(radii):
         if short(one) == short(other):
-            raise ValueError(
-                f"curve must have radii with different names, got {one} and {other}, which both have the name "
-                f"{short(one)} in a report: leave one of the two out"
-            )
+            raise ValueError(f"curve must have radii with different names, got {one} and {other}, both {short(one)}")
     radii.remove(float(eps))
     return radii
 
@@ -51,18 +47,11 @@ def attacks_of_curve(plan: Sequence[AttackSpec], context: AttackContext, radii: 
     """Select the attacks on the deployed model that can be run at any radius, and that have no ``max_images``."""
     chosen = [spec for spec in plan if _fits(spec)]
     if radii and not chosen:
-        raise ValueError(
-            "curve needs an attack that can run at every radius, and none of the given attacks can: add an attack of "
-            "purify_fast.attacks that sets no eps, variant, judge or max_images, such as APGD(), or give the protocol "
-            "fast, standard, rand or strong"
-        )
+        raise ValueError("curve needs an attack without eps, variant, judge and max_images, such as APGD()")
     names = {ball_name(context.norm, radius) for radius in radii}
     for spec in plan:
         if (threat := threat_name(spec, context)) in names:
-            raise ValueError(
-                f"curve must not contain {threat}, because the attack {row_name(spec, context)} already has this norm "
-                "and radius: leave this radius out of the curve"
-            )
+            raise ValueError(f"curve must not contain {threat}, which {row_name(spec, context)} already has")
     return chosen
 
 

@@ -19,10 +19,10 @@ from ...protocols import Classifier
 from ..alarms import Finding
 from ..results.claims import ClaimTest, tested_claim
 from ..results.rows import CURVE, Paired, Row
-from ..results.witnesses import FILE, Witnesses
 from .page import html_page
 from .tables import color_is_welcome, comparison, markdown_table
 from .text import render
+from .witnesses import FILE, Witnesses
 
 logger = logging.getLogger("purify_fast")
 
@@ -86,10 +86,7 @@ class Report:
         rows = [row for row in self.rows if row.attack == attack and model in (None, row.model)]
         if len(rows) != 1:
             have = ", ".join(f"{row.model}: {row.attack}" for row in self.rows)
-            raise KeyError(
-                f"attack={attack!r} and model={model!r} must name exactly one row, but {len(rows)} rows have these "
-                f"names; the report has {have}"
-            )
+            raise KeyError(f"{attack!r} of {model!r} must name one row, and names {len(rows)}; the report has {have}")
         return rows[0]
 
     @property
@@ -140,13 +137,11 @@ class Report:
     def headline(self) -> Row:
         """The attack row of lowest accuracy of the only model; ValueError for several models or without an attack."""
         rows = list(self.headlines.values())
-        if not rows:
+        if len(rows) != 1:
             raise ValueError(
-                "headline needs an attack on the deployed model, and the report has none: the accuracy without an "
-                "attack is row('clean').accuracy"
+                f"headline needs attacks on one deployed model, got {', '.join(self.headlines) or 'none'}: use "
+                "headlines, or row('clean')"
             )
-        if len(rows) > 1:
-            raise ValueError(f"headline needs a report on one model, got {', '.join(self.headlines)}: use headlines")
         return rows[0]
 
     def attacks_like(self, row: Row) -> list[Row]:
@@ -184,10 +179,7 @@ class Report:
         """
         known = [curves[CURVE] for curves in self.curves.values() if CURVE in curves]
         if len(known) != 1:
-            raise ValueError(
-                f"curve needs a report with exactly one model that has a curve, got {len(known)}. If there is none, "
-                "call evaluate with config=EvaluateConfig(curve=...). If there are several, use curves"
-            )
+            raise ValueError(f"curve needs one model that was evaluated with a curve, got {len(known)}: use curves")
         return known[0]
 
     def paired(self, other: Report, row: str = "worst", other_row: str | None = None) -> Paired:
@@ -208,24 +200,14 @@ class Report:
         """
         mine, theirs = self.row(row), other.row(row if other_row is None else other_row)
         if mine.data != theirs.data:
-            raise ValueError(
-                f"paired needs rows on the same images, but {mine.model} and {theirs.model} were evaluated on "
-                "different images: evaluate both models on the same images"
-            )
-        within = self._threat_of(mine), other._threat_of(theirs)
+            raise ValueError(f"paired needs the same images, but those of {mine.model} and {theirs.model} differ")
+        within = [each.threat or report.about.get("threat") for each, report in ((mine, self), (theirs, other))]
         # A report without a threat model is assumed to have the threat model of the other report.
         if "clean" not in (mine.kind, theirs.kind) and None not in within and within[0] != within[1]:
-            raise ValueError(
-                f"paired needs rows of the same threat model, but {mine.model} was attacked within {within[0]}, and "
-                f"{theirs.model} within {within[1]}: attack both models with the same norm and radius"
-            )
+            raise ValueError(f"paired needs the same threat model, got {within[0]} and {within[1]}")
         n = min(mine.n, theirs.n)
         d = mine.robust[:n].astype(float) - theirs.robust[:n].astype(float)
         return Paired(float(d.mean()), float(d.std() / math.sqrt(n)), n)
-
-    def _threat_of(self, row: Row) -> str | None:
-        """The threat model of a row; None if unknown."""
-        return row.threat or self.about.get("threat")
 
     def to_json(self) -> str:
         """The report as JSON, with all rows and the headline of each model."""
@@ -247,10 +229,7 @@ class Report:
         """Read a report from the result of `to_json`; ValueError for another format."""
         content = json.loads(text)
         if content.get("format") != FORMAT:
-            raise ValueError(
-                f"the report has format {content.get('format')!r}, but this version of purify_fast reads format "
-                f"{FORMAT}: evaluate the model again"
-            )
+            raise ValueError(f"the report must have format {FORMAT}, got {content.get('format')!r}: evaluate again")
         return cls(
             rows=[Row.from_dict(values) for values in content["rows"]],
             findings=[Finding(**values) for values in content.get("findings", [])],
@@ -273,10 +252,7 @@ class Report:
             ValueError: a single defence for several models.
         """
         if callable(defence) and len(self.models) > 1:
-            raise ValueError(
-                "defence must be a mapping from the names of the models, got one defence for several models: "
-                f"{', '.join(self.models)}"
-            )
+            raise ValueError(f"defence must be a mapping from {', '.join(self.models)} to models, got a single one")
         return html_page(self, defence)
 
     @property
@@ -313,7 +289,10 @@ class Report:
         names = itertools.chain([name], (f"{name}, {number}" for number in itertools.count(2)))
         place = next(folder / each for each in names if not (folder / each).exists())
         place.mkdir()
-        for path in [*folder.glob("report.*"), *_options_of_report(folder)]:
+        options = folder / OPTIONS
+        # A training may have written the folder's file of options.
+        mine = options.exists() and b"command: evaluate" in options.read_bytes().splitlines()
+        for path in [*folder.glob("report.*"), *([options] if mine else [])]:
             path.replace(place / path.name)
         note = f"the earlier report of this folder, which has other contents or settings, is now in {place}"
         self.notes.append(note)
@@ -371,9 +350,7 @@ def merge(reports: Iterable[Report]) -> Report:
     facts["threat"].discard(None)
     differing = [what for what, values in facts.items() if len(values) > 1]
     if differing:
-        raise ValueError(
-            f"merged reports must have the same {' and '.join(differing)}, got different ones: keep these reports apart"
-        )
+        raise ValueError(f"merged reports must have the same {' and '.join(differing)}, got different ones")
     for report in together:
         merged.rows += report.rows
         merged.findings += report.findings
@@ -389,21 +366,8 @@ def merge(reports: Iterable[Report]) -> Report:
     counts = Counter((row.model, row.attack) for row in merged.rows)
     double = [f"{model}: {attack}" for (model, attack), count in counts.items() if count > 1]
     if double:
-        raise ValueError(
-            f"merged rows must differ in model or attack, got several rows {', '.join(double)}: give the models "
-            "different names by evaluate(..., name=...), or on the command line by the names of their folders or files"
-        )
+        raise ValueError(f"merged rows must differ in model or attack, got {', '.join(double)}: give each a name")
     return merged
-
-
-def _options_of_report(folder: Path) -> list[Path]:
-    """Return a list with the folder's file of options, if an evaluation wrote this file; otherwise an empty list."""
-    path = folder / OPTIONS
-    try:
-        written = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return []
-    return [path] if "command: evaluate" in written.splitlines() else []
 
 
 def _identity(content: Mapping[str, Any]) -> Any:

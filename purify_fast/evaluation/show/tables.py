@@ -112,16 +112,6 @@ def percent(row: Row) -> str:
     return f"{100 * row.accuracy:.1f} ± {100 * row.standard_error:.1f}"
 
 
-def images(row: Row) -> str:
-    """The number of a row's images; for an attack on survivors also the number of images that it got."""
-    return f"{row.n} ({row.attacked})" if row.of_survivors else str(row.n)
-
-
-def draws(row: Row) -> str:
-    """The number of draws that the attack averaged per step."""
-    return str(row.settings.get("eot_iter", "-"))
-
-
 def single_predictions(row: Row) -> str:
     """The share of correct single predictions in percent; of several draws also its standard error."""
     share = f"{100 * row.mean:.1f}"
@@ -140,8 +130,9 @@ _CELLS: dict[str, Callable[[Row], str | Cell]] = {
     "model": lambda row: row.model,
     "attack": lambda row: row.attack,
     "variant": lambda row: row.describe_variant(),
-    "EOT": lambda row: draws(row),
-    "n": lambda row: images(row),
+    "EOT": lambda row: str(row.settings.get("eot_iter", "-")),
+    # An attack on survivors also has the number of images that it got.
+    "n": lambda row: f"{row.n} ({row.attacked})" if row.of_survivors else str(row.n),
     "accuracy": percent,
     "one draw": single_predictions,
     "draws": lambda row: str(row.n_eval),

@@ -28,11 +28,7 @@ LOW = f"APGD by gradients of low frequencies, EOT {DRAWS}"
 
 
 def low_frequencies(image: Tensor) -> Tensor:
-    """Remove the high frequencies of images. The result has the same shape and dtype.
-
-    Args:
-        image: ``[..., H, W]``.
-    """
+    """Remove the high frequencies of images. The result has the same shape and dtype."""
     height, width = image.shape[-2:]
     wide = torch.promote_types(image.dtype, torch.float32)
     rows = torch.fft.fftfreq(height, device=image.device).abs() <= KEPT / 2

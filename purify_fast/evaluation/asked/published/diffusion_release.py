@@ -90,11 +90,7 @@ class TenPaths(nn.Module):
         return self.paths(x)
 
     def purify(self, x: Tensor) -> Tensor:
-        """Purify each image once, ``[B, 1, C, H, W]``.
-
-        Args:
-            x: images ``[B, C, H, W]`` in [0, 1].
-        """
+        """Purify each image once, ``[B, 1, C, H, W]``."""
         return self.path.purify(x)
 
 
