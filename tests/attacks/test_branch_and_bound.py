@@ -3,12 +3,12 @@
 import copy
 from itertools import pairwise
 
+import exact_balls
 import pytest
 import torch
 from evaluating import evaluate
 from torch import nn
 
-from benchmarks.robustness.truth import exact
 from purify_fast.attacks import BranchAndBound, branch_and_bound, pgd
 from purify_fast.attacks.base import ThreatModel
 from purify_fast.attacks.relu_layers import MOST_WEIGHTS, affine_layers, forward
@@ -82,11 +82,11 @@ def test_its_decisions_are_those_of_the_integer_program():
         for eps in (0.08, 0.2):
             for image, label in zip(x, y, strict=True):
                 found = BranchAndBound().run(model, image[None], label[None], eps=eps)
-                verdict = exact.decide(layers, image, int(label), eps).verdict
+                falls = exact_balls.falls(layers, image, int(label), eps)
                 fell = bool(model(found.images).argmax(1) != label)
-                assert (fell, found.proved) == (verdict == exact.FALLS, int(verdict == exact.ROBUST))
-                seen.append(verdict)
-    assert min(seen.count(exact.FALLS), seen.count(exact.ROBUST)) >= 5
+                assert (fell, found.proved) == (falls, int(not falls))
+                seen.append(falls)
+    assert min(seen.count(True), seen.count(False)) >= 5
 
 
 class Normalized(nn.Module):
@@ -117,10 +117,10 @@ def test_a_network_is_read_as_matrices_whatever_its_words():
     torch.testing.assert_close(forward(layers, x.flatten(1).double()).float(), model(x))
     y = model(x).argmax(1)
     found = BranchAndBound().run(model, x, y, eps=0.05)
-    verdicts = [exact.decide(layers, a, int(b), 0.05).verdict for a, b in zip(x, y, strict=True)]
-    assert (model(found.images).argmax(1) != y).tolist() == [verdict == exact.FALLS for verdict in verdicts]
-    assert found.proved == verdicts.count(exact.ROBUST)
-    assert len(set(verdicts)) == 2
+    falls = [exact_balls.falls(layers, a, int(b), 0.05) for a, b in zip(x, y, strict=True)]
+    assert (model(found.images).argmax(1) != y).tolist() == falls
+    assert found.proved == falls.count(False)
+    assert len(set(falls)) == 2
 
 
 class Residual(nn.Module):

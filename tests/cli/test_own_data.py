@@ -4,13 +4,13 @@ import os
 import signal
 
 import numpy as np
+import own_loader
 import pytest
 import torch
 from forks import together
 from pictures import picture
 
 import purify_fast
-from benchmarks.robustness import own_loader
 from purify_fast import cli
 from purify_fast.evaluation import Report
 from purify_fast.training import load_classifier, loop
