@@ -6,7 +6,7 @@ import math
 import statistics
 from pathlib import Path
 
-from ..gpu.gpu_sections import CAPTURE_COST, STANDARD, VERDICTS
+from ..gpu.gpu_sections import CAPTURE_COST, STANDARD
 from ..speed import limits, sheets
 
 #: The name of the file with the forms of an attack by PGD. It has a row for each form.
@@ -20,18 +20,6 @@ STYLES = {"eager": "eager calls", "replay": "replays"}
 def ours(name: str) -> str:
     """Return the name of a compared implementation for a page: that of this package is in bold letters."""
     return f"**purify_fast{name.removeprefix('ours')}**" if name.startswith("ours") else name
-
-
-def verdicts(folder: Path) -> list[str]:
-    """Return the table of each kernel's error, compared with its definition in float64."""
-    body = []
-    for row in sheets.rows_of(folder / VERDICTS):
-        error, budget = float(row["error"]), float(row["budget"])
-        # A kernel that only moves numbers may have no error at all.
-        share = f"{100 * error / budget:.0f} %" if budget else "-" if error else "exact"
-        right = "right" if row["passed"] == "True" else "**wrong**"
-        body.append([row["op"], right, f"{error:.1e}", f"{budget:.1e}", share, row["case"]])
-    return sheets.table(["op", "verdict", "error", "allowed", "share", "case"], body)
 
 
 def captures(folder: Path) -> list[str]:
@@ -121,5 +109,5 @@ def summary(raced: dict) -> str:
 
 def tables(folder: Path) -> dict[str, list[str]]:
     """Return the tables of a GPU's chapter by their names. A table is empty if the GPU's folder has no such results."""
-    every = {VERDICTS: verdicts, CAPTURE_COST: captures, STANDARD: evaluations, PGD: pgd}
+    every = {CAPTURE_COST: captures, STANDARD: evaluations, PGD: pgd}
     return {table.__name__: table(folder) if (folder / file).exists() else [] for file, table in every.items()}
