@@ -94,7 +94,12 @@ class Loaded(Own):
 
 @pytest.fixture(
     scope="module",
-    params=["three classes", "npz", "loader", pytest.param("ten classes at 224", marks=pytest.mark.slow)],
+    params=[
+        "npz",
+        "loader",
+        pytest.param("three classes", marks=pytest.mark.slow),
+        pytest.param("ten classes at 224", marks=pytest.mark.slow),
+    ],
 )
 def own(request, tmp_path_factory):
     place = tmp_path_factory.mktemp("own")
