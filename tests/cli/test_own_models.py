@@ -183,24 +183,6 @@ def test_files_of_one_name_have_reports_of_their_own(mine):
     assert Evaluate(folder=mine.parent / "a/../b/model.py:make").report_folder() == written["b/model.py:make"]
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("import argparse\nargparse.ArgumentParser().parse_args(['--width'])", "ends.py, line 2)"),
-        ("def make(width):\n    return width", "missing 1 required positional argument: 'width'"),
-        ("\n\ndef make():\n    return {}['key']", "ends.py, line 4)"),
-        ("def make():\n    raise SystemExit(3)", "but it failed: SystemExit: 3"),
-        ("import sys\nsys.path.pop(0)\ndef make():\n    {}['real']", "it failed: KeyError: 'real'"),
-    ],
-)
-def test_what_a_file_does_to_the_program_is_told(run, bars, mine, text, message):
-    (mine / "ends.py").write_text(text + "\n")
-    path = list(sys.path)
-    code, printed = run("evaluate", "code/ends.py:make", "--data", bars, "--device", "cpu", "--eps", "0.1")
-    assert code == 2 and "purify-fast: code/ends.py:make" in printed and message in printed, printed
-    assert sys.path == path
-
-
 def test_a_file_beside_is_found_when_the_model_runs(run, bars, mine):
     (mine / "lazy.py").write_text(AROUND.format(helper="helps"))
     (mine / "helps.py").write_text(
