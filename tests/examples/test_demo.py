@@ -34,6 +34,7 @@ def test_a_sum_is_over_the_images_of_autoattack():
     assert all(part in each for each in lines[:4] for part in (*parts, "its sum is 125.0 and its NRR 60.0."))
 
 
+@pytest.mark.slow
 def test_arrests_models_are_compared_under_the_same_attacks(tmp_path):
     pytest.importorskip("pyautoattack")
     few = {"images": 20, "standard_epochs": 2, "steps": 2, "eot": 2}
