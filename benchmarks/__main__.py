@@ -12,7 +12,7 @@ from purify_fast._files import FolderInUse
 
 from .gpu import gpu_check, gpu_train
 from .pages import fill
-from .robustness import alone, contests, large_images, own_data, pack_zoo
+from .robustness import alone, contests, large_images, pack_zoo
 from .robustness.broken import run_broken
 from .robustness.studies import run_study
 from .robustness.truth import run_truth
@@ -35,10 +35,6 @@ COMMANDS: dict[str, tuple[Any, str]] = {
     "broken": (run_broken, "evaluate rebuilt defences that were broken, and models that are robust as claimed"),
     "truth": (run_truth, "count the adversarial examples that each protocol misses, on exactly solved networks"),
     "large_images": (large_images, "measure evaluations and training steps at 224 x 224 with 1,000 classes"),
-    "own_data": (
-        own_data,
-        "kill and resume trainings on made-up images, and measure how fast images are read",
-    ),
     "study": (run_study, "run a study of robustness, which trains and attacks models"),
     "gpu_check": (gpu_check, "run the checks that need a GPU, in two calls of 150 s and of nine minutes"),
     "gpu_train": (gpu_train, "train models of full size on CIFAR-10 within nine minutes of a GPU, and judge them"),

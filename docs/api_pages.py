@@ -18,14 +18,11 @@ import purify_fast
 #: Modules without ``__all__`` that people are told to use: everything that they define is public.
 MODULES = ("purify_fast.protocols", "purify_fast.speed.precision")
 ROOT = Path(__file__).parents[1]
-#: Tables of the results that pages lead to: those of every measured device, and the report of the soak.
-RESULTS = (
-    *(
-        path.relative_to(ROOT).with_suffix("").as_posix()
-        for name in ("ops", "pipelines")
-        for path in sorted(ROOT.glob(f"benchmarks/results/*/{name}.md"))
-    ),
-    "benchmarks/results/soak",
+#: Tables of the results that pages lead to: those of every measured device.
+RESULTS = tuple(
+    path.relative_to(ROOT).with_suffix("").as_posix()
+    for name in ("ops", "pipelines")
+    for path in sorted(ROOT.glob(f"benchmarks/results/*/{name}.md"))
 )
 #: Files at the root of the repository that are pages of the site too.
 PROJECT = ("CONTRIBUTING", "CHANGELOG")

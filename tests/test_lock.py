@@ -108,7 +108,7 @@ def test_two_runs_of_the_command_line(tmp_path, holder, capsys):
         assert "is in use by another run" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["study", "carso_digits", "--quick"], ["gpu_check", "correct", "--rehearse"]])
+@pytest.mark.parametrize("words", [["study", "carso_mnist", "--quick"], ["gpu_check", "correct", "--rehearse"]])
 def test_the_studies_and_the_check_of_a_gpu_lock_their_folders(tmp_path, holder, words):
     from benchmarks.__main__ import main
 

@@ -21,13 +21,13 @@ from purify_fast._files import write_text
 
 from .. import RESULTS, options
 from ..prose import wrapped
-from ..robustness import alone, contests, large_images, own_data, pack_zoo
+from ..robustness import alone, contests, large_images, pack_zoo
 from ..robustness.broken import broken_tables as broken
 from ..robustness.broken import code as code_of_broken
 from ..robustness.truth import truth_tables as truth
 from ..speed import gradient_memory, neighbors, replaced, running, sheets, shipping
 from ..speed.elsewhere import measuring as elsewhere
-from . import front_page, gpu_tables, performance
+from . import front_page, performance
 
 ROOT = RESULTS.parents[1]
 
@@ -64,15 +64,12 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "pipelines_attack": lambda results: performance.attack(results / "cpu"),
     "front_attacks": front_page.judges_sentences,
     "zoo": lambda _: pack_zoo.table([packed.card(name) for name in packed.list()]),
-    "gpu_evaluation": lambda results: gpu_tables.evaluations(results / front_page.GPU),
     "performance_devices": performance.devices,
     "measured": performance.chapters,
     "broken": broken.table,
     "truth": truth.table,
     "memory": gradient_memory.table,
     "large_images": large_images.table,
-    "own_data": own_data.table,
-    "reading": own_data.reading_table,
     "elsewhere": elsewhere.table,
     "neighbors": neighbors.table,
     "replaced": replaced.table,
@@ -229,7 +226,7 @@ def typed_numbers(page: Path, results: Path) -> list[str]:
 
     A number has a source if it is in a generated table of the page, or in results that the page names. Only numbers
     with decimals are checked, and only outside of code, generated tables and generated values. A page names results in
-    the comment ``<!-- numbers from: carso_mnist, atop_digits -->``. Numbers that this package did not measure, such as
+    the comment ``<!-- numbers from: carso_mnist, cifar10 -->``. Numbers that this package did not measure, such as
     settings, versions and figures of papers, need no source. They are listed in the comment
     ``<!-- not measured here: 0.25, 1.1 -->``.
 
@@ -278,7 +275,7 @@ def check(results: Path) -> list[str]:
         found += broken_links(page)
         if page.name not in (MEASURED_PAGE, "CHANGELOG.md"):
             found += typed_numbers(page, results)
-    parts = (contests, alone, truth, code_of_broken)
+    parts = (contests, alone, code_of_broken)
     return found + [line for part in parts for line in part.outdated(results)]
 
 

@@ -23,19 +23,17 @@ from . import gpu_tables, performance
 INK, OURS, PLAIN, ALARM, GRID = "#1b1f24", "#1f6f4a", "#9aa4ae", "#c62828", "#dde2e7"
 #: The name of a report's row for the worst case over all attacks, image by image.
 WORST = "worst"
-#: The row of the worst case in the study of ARREST: each attack gets only images that earlier attacks did not break.
-LAST = "then AutoAttack standard, first 300"
 PAPER = "CARSO with the paper's objective, attacked through"
 #: The end of the names of the rows of CARSO without its randomness.
 CALM = ", deterministic"
-#: The lines of the table of results: the title, the study, the model's name in its report, and the row that is shown.
+#: The study whose report the table of results and the picture show.
+STUDY = "carso_mnist"
+#: The lines of the table of results: the title, the model's name in the report, and the row that is shown.
 MODELS = [
-    ("adversarially trained classifier, no defence added", "carso_mnist", "classifier", WORST),
-    (f"{PAPER} its own output", "carso_mnist", "CARSO, paper's objective, through PeeL", WORST + CALM),
-    (f"{PAPER} exact gradients", "carso_mnist", "CARSO, paper's objective", WORST + CALM),
-    ("CARSO trained through the pipeline", "carso_mnist", "CARSO pipeline", WORST + CALM),
-    ("adversarial training from scratch", "arrest_mnist", "AT from scratch", LAST),
-    ("ARREST", "arrest_mnist", "ARREST", LAST),
+    ("adversarially trained classifier, no defence added", "classifier", WORST),
+    (f"{PAPER} its own output", "CARSO, paper's objective, through PeeL", WORST + CALM),
+    (f"{PAPER} exact gradients", "CARSO, paper's objective", WORST + CALM),
+    ("CARSO trained through the pipeline", "CARSO pipeline", WORST + CALM),
 ]
 #: The folders of the devices in the table of speeds, and their names there.
 CPU, GPU = "cpu", "nvidia-h200"
@@ -56,8 +54,8 @@ CASES = [
 IMAGES = "256"
 
 
-def _row(results: Path, study: str, model: str, attack: str) -> Row:
-    report = Report.from_json((results / "studies" / study / "report.json").read_text())
+def _row(results: Path, model: str, attack: str) -> Row:
+    report = Report.from_json((results / "studies" / STUDY / "report.json").read_text())
     (found,) = [row for row in report.rows if (row.model, row.attack) == (model, attack)]
     return found
 
@@ -69,9 +67,9 @@ def results_table(results: Path) -> list[str]:
         results: folder of the committed results.
     """
     body = []
-    for title, study, model, attack in MODELS:
+    for title, model, attack in MODELS:
         calm = CALM if attack.endswith(CALM) else ""
-        clean, attacked = (_row(results, study, model, name) for name in (f"clean{calm}", attack))
+        clean, attacked = (_row(results, model, name) for name in (f"clean{calm}", attack))
         verdict = "usable" if attacked.reliable else "**ALARM**: not usable"
         body.append([title, percent(clean), percent(attacked), f"{attacked.n:,}", verdict])
     head = ["model", "clean, %", "under attack, %", "attacked images", "gradients"]
@@ -290,8 +288,8 @@ def picture(results: Path, path: Path) -> None:
         ("the classifier alone,\ntrained adversarially", "classifier", PLAIN),
         ("CARSO trained by purify_fast\nthrough the whole defence", "CARSO pipeline", OURS),
     ]
-    shown = {model: attack for _, study, model, attack in MODELS if study == "carso_mnist"}
-    rows = [_row(results, "carso_mnist", model, shown[model]) for _, model, _ in bars]
+    shown = {model: attack for _, model, attack in MODELS}
+    rows = [_row(results, model, shown[model]) for _, model, _ in bars]
     texts = [f"{percent(row)} %" + ("" if row.reliable else "\nALARM: no gradients") for row in rows]
     axes = figure.add_subplot()
     titles, _, colors = (list(column) for column in zip(*bars, strict=True))

@@ -116,7 +116,7 @@ class Sizes(nn.Module):
         return self.layers(x)
 
 
-@pytest.mark.parametrize("norm", SIZES)
+@pytest.mark.parametrize("norm", [pytest.param(norm, marks=[pytest.mark.slow] * (norm != "linf")) for norm in SIZES])
 def test_few_graphs_serve_a_whole_search_by_squares(graphs, rerun, monkeypatch, norm):
     """Rows that fill a batch change no result, and a graph serves for all edges and blocks of random numbers."""
     x, model = torch.rand(75, 1, 8, 8, generator=torch.Generator().manual_seed(2)), Sizes()

@@ -201,7 +201,10 @@ def test_what_draws_share_is_computed_once():
 # -- FAB-T ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("norm, eps", [("linf", 0.12), ("l2", 0.5), ("l1", 1.0)])
+@pytest.mark.parametrize(
+    "norm, eps",
+    [("linf", 0.12), pytest.param("l2", 0.5, marks=pytest.mark.slow), pytest.param("l1", 1.0, marks=pytest.mark.slow)],
+)
 def test_fab_beside_the_authors(digits, norm, eps):
     theirs = pytest.importorskip("pyautoattack.fab_pt")
     net, x, y = digits[0], digits[1][:150], digits[2][:150]
@@ -232,7 +235,10 @@ def test_the_squares_are_those_of_the_paper():
         assert torch.allclose(both[0], both[1].T) and both.min() < 0 < both.max()
 
 
-@pytest.mark.parametrize("norm, eps", [("linf", 0.12), ("l2", 0.7), ("l1", 4.0)])
+@pytest.mark.parametrize(
+    "norm, eps",
+    [("linf", 0.12), pytest.param("l2", 0.7, marks=pytest.mark.slow), pytest.param("l1", 4.0, marks=pytest.mark.slow)],
+)
 def test_square_beside_the_authors(digits, norm, eps):
     theirs = pytest.importorskip("pyautoattack.square")
     net, x, y = digits[0], digits[1][:200], digits[2][:200]

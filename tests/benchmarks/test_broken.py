@@ -142,7 +142,6 @@ def test_results_are_kept_and_a_method_that_flags_alone_is_named(judging, tmp_pa
         "missed",
     ] in rows
     assert ["a linear classifier", "4", "100", "25", "25", "25", "25"] in rows
-    assert ["EMPIR", "batch size", "none"] in rows
     # of the two defences EMPIR is flagged, which AutoAttack overestimates
     assert ["signs of `standard`", "1 of 2", "1 of 1", "0 of 1", "0 of 0", "EMPIR"] in rows
     assert ["indicators (Pintor et al.)", "0 of 2", "0 of 1", "0 of 1", "0 of 0", "-"] in rows

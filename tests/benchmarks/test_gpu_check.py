@@ -334,6 +334,7 @@ def test_forms_of_pgd_have_rows_and_a_weaker_form_is_seen(rehearsal, monkeypatch
     assert outcome.details["errors"] == {f"8 images, {name}": "wrong" for name in FORMS if "ours" in name}
 
 
+@pytest.mark.slow
 def test_the_longest_kernels_of_a_step_are_listed(rehearsal, monkeypatch):
     for name in ("FASTEST", "EXPERT"):
         # these would be compiled

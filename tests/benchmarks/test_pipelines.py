@@ -109,6 +109,7 @@ def test_a_frozen_copy_folds_every_batchnorm_and_follows_the_training():
         copy.refresh()
 
 
+@pytest.mark.slow
 def test_the_expert_compiles_a_whole_step_of_its_attack(monkeypatch):
     """The step and the gradient are in one graph without autograd, and it computes what the eager form does."""
     network = carso_inference.classifier()
@@ -250,6 +251,7 @@ def test_a_run_in_one_thread_is_measured_in_processor_time(threads, monkeypatch)
     assert done and (spent < 0.2 if threads == 1 else spent >= 0.3)
 
 
+@pytest.mark.slow
 def test_a_fine_tuning_step_that_is_wrong_is_seen(monkeypatch):
     """Weights of a fresh generator would paint grey, and a step without its gates would agree with what is right."""
     chosen = registry()["atop_finetune"](True)["fine-tuning step"]

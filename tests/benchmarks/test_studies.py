@@ -1,6 +1,5 @@
 """The studies' runner resumes, refuses what it cannot run before any work, and the tables say what the results say."""
 
-import json
 import os
 import signal
 import subprocess
@@ -18,12 +17,10 @@ from study_work import work
 from torch.nn import functional as F
 
 from benchmarks import __main__ as program
-from benchmarks.robustness.studies import RESULT, Job, arrest_mnist, atop, digits, over_seeds, run, run_study
+from benchmarks.robustness.studies import RESULT, Job, run, run_study
 from benchmarks.speed import pipelines, race, running, sheets
 from purify_fast import data
 from purify_fast.evaluation import Report
-from purify_fast.methods.atop import Atop, SmallGenerator
-from purify_fast.models.classifiers import SmallCNN
 
 ROOT = Path(__file__).parents[2]
 
@@ -92,63 +89,6 @@ def lines_of(text: str) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in rows if row[0] != "---"}
 
 
-def test_differences_are_to_the_base_of_the_same_seed(tmp_path):
-    accuracies = [("base", 0, 0.3), ("base", 1, 0.2), ("pipeline", 1, 0.25)]
-    accuracies += [("base, L2", 1, 0.4), ("pipeline, L2", 1, 0.45)]
-    results = [{"name": name, "seed": seed, "clean": 0.5, "autoattack": robust} for name, seed, robust in accuracies]
-    results[2] |= {"gradients": "BAD"}
-    rows = lines_of(run_study.STUDIES["carso_digits"].write_table(results, tmp_path, False).read_text())
-    assert rows["base"][2:4] == ["25.0 ± 5.0", "-"] and rows["base"][-1] == "2" and over_seeds([0.1]) == "10.0"
-    assert rows["pipeline (gradients unhealthy)"][2:] == ["25.0", "5.0", "-", "-", "-", "-", "1"]
-    assert rows["base, L2"][3] == "-" and rows["pipeline, L2"][3] == "5.0"
-
-
-@pytest.mark.parametrize("name", ["carso_digits", "atop_digits"])
-def test_the_committed_tables_are_those_of_the_committed_numbers(name, tmp_path):
-    results = json.loads((run_study.RESULTS / f"{name}.json").read_text())
-    page = run_study.STUDIES[name].write_table(results, tmp_path, False).read_text()
-    committed = (run_study.RESULTS / f"{name}.md").read_text()
-    assert lines_of(page) == lines_of(committed) and page.partition("|")[0] == committed.partition("|")[0]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "study, chain, cell",  # and a cell that only some rows have
-    [
-        ("carso_digits", ["base", "paper's objective"], 6),
-        ("atop_digits", ["base", "pipeline", "pipeline, S = 4 when it predicts"], 5),
-    ],
-)
-def test_digits_end_to_end(study, chain, cell, tmp_path, capsys, monkeypatch, forking, short_signs):
-    pytest.importorskip("pyautoattack")
-    monkeypatch.setattr(run_study, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(digits, "SEEDS", 1)
-    table, row = digits.settings_of(study), chain[-1]
-    for part, rows in list(table.items()):
-        monkeypatch.setitem(table, part, {name: settings for name, settings in rows.items() if name in chain})
-    options = ["--workers", "1", "--out", str(tmp_path / "runs")]
-    arguments = ["study", study, "--quick", *options]
-    program.main(arguments)
-    rows = lines_of(capsys.readouterr().out)
-    assert {"base", row} < set(rows) and float(rows[row][0]) >= 0 and rows[row][cell] != "-"
-    first = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob(f"*/{RESULT}")}
-    program.main(arguments)
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob(f"*/{RESULT}")} == first
-    assert lines_of(capsys.readouterr().out) == rows and not (tmp_path / "results").exists()
-    with pytest.raises(ValueError, match=r"'base' with other settings \(quick: True there, False now"):
-        program.main([*arguments[:2], *options])
-
-
-@pytest.mark.parametrize("sigma, mask_ratio, row", [(0.0, 0.0, "clean"), (0.0, 0.25, "clean, deterministic")])
-def test_atop_without_noise_and_masks_is_attacked_as_a_deterministic_model(sigma, mask_ratio, row, monkeypatch):
-    asked = []
-    monkeypatch.setattr(atop, "attacked", lambda *given: asked.append(given[3]) or {"gradients": "healthy"})
-    generator = SmallGenerator(1, residual=True)
-    defence = Atop(SmallCNN(), generator, (1, 16, 16), sigma=sigma, mask_ratio=mask_ratio)
-    job = Job("pipeline", 0, atop.train_on_digits, settings={"quick": True, "autoattack": False})
-    assert atop._attacked(defence, job) == {"gradients": "healthy"} and asked[1]["clean_zero"] == row
-
-
 def chosen(*words: str):
     parser = program.argparse.ArgumentParser()
     run_study.arguments(parser)
@@ -158,8 +98,7 @@ def chosen(*words: str):
 @pytest.mark.parametrize(
     "options, root, committed",
     [
-        ("carso_digits", "carso_digits", True),
-        ("carso_digits --quick", "carso_digits-quick", False),
+        ("carso_mnist", "carso_mnist", True),
         ("carso_mnist --full", "carso_mnist-full", False),
         ("cifar10 --full", "cifar10-full", False),
         ("cifar10", "cifar10", True),
@@ -168,13 +107,6 @@ def chosen(*words: str):
 def test_other_budgets_leave_the_committed_table_alone(options, root, committed):
     runs = Path("runs/studies") / root
     assert run_study.places(chosen(*options.split())) == (runs, run_study.RESULTS if committed else runs)
-
-
-def test_the_digits_have_no_full_budget(capsys, monkeypatch):
-    monkeypatch.setattr(run_study, "main", lambda chosen: pytest.fail("it was run"))
-    with pytest.raises(SystemExit, match="2"):
-        program.main(["study", "carso_digits", "--full"])
-    assert "unrecognized arguments: --full" in capsys.readouterr().err
 
 
 def test_a_device_that_does_not_exist_is_refused(tmp_path):
@@ -188,78 +120,41 @@ def test_without_autoattack_nothing_is_trained(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(run_study, "run", lambda jobs, *rest: asked.append(jobs[0].work))
     with pytest.raises(ModuleNotFoundError, match="AutoAttack is not"):
-        program.main(["study", "carso_digits", "--out", str(tmp_path)])
+        program.main(["study", "carso_mnist", "--out", str(tmp_path)])
     assert not asked
-    # AToP on MNIST does not use it
-    with pytest.raises(FileNotFoundError):  # the results of the jobs, none of which was run
-        program.main(["study", "atop_mnist", "--out", str(tmp_path)])
-    assert asked
 
 
-@pytest.fixture
-def quick(tmp_path, capsys, monkeypatch, forking, short_signs):
-    """Runs a study of MNIST, for which digits stand in: the rows of its page's tables, and its text and report."""
+@pytest.mark.slow
+def test_carso_on_mnist_end_to_end(tmp_path, capsys, monkeypatch, forking, short_signs):
+    """Digits stand in for MNIST."""
+    pytest.importorskip("pyautoattack")
     digits = data.load_dataset("digits")
     arrays = {name: getattr(digits, name) for name in ("x_train", "y_train", "x_test", "y_test")}
     wide = {name: F.pad(a, (6, 6, 6, 6)) if a.dim() == 4 else a for name, a in arrays.items()}
     np.savez(tmp_path / "mnist.npz", **{name: a.numpy() for name, a in wide.items()})
     monkeypatch.setattr(run_study, "RESULTS", tmp_path / "results")
-
-    def outcome(name: str) -> tuple[dict[str, list[str]], str, Report]:
-        runs = tmp_path / "runs"
-        program.main(["study", name, "--quick", "--data", str(tmp_path), "--workers", "1", "--out", str(runs)])
-        text = capsys.readouterr().out
-        report = Report.from_json((runs / name / "report.json").read_text())
-        attacks = [job for job in run_study.STUDIES[name].jobs(chosen(name, "--quick")) if "group" in job.settings]
-        for job in attacks:  # the table is what the jobs found
-            for label, accuracy in job.result(runs).items():
-                if label in report.attacks and not label.startswith("worst"):
-                    assert report.row(label, job.settings["model"]).accuracy == accuracy
-        return lines_of(text), text, report
-
-    return outcome
-
-
-@pytest.mark.slow
-def test_atop_on_mnist_end_to_end(quick):
-    rows, text, report = quick("atop_mnist")
-    assert all(len(rows[label]) == len(atop.BASES) for label in ("clean", "then PGD-2 dlr, EOT 2", "worst"))
-    weak = next(label for label in rows if label.startswith("weak protocol"))
-    assert "not adaptive" in weak and [cell == "-" for cell in rows[weak]] == [
-        name == base for name, base in atop.BASES.items()
-    ]
-    assert f"| {atop.PIPELINE} | then PGD-2 ce, EOT 2 | 2 | " in text and "/20 |" in text
-    assert text.count("(n = 20, paired)") == 3
-    for name in report.models:  # each attack goes on from where the one before it ended
-        taken = [report.row(label, name).accuracy for label in report.attacks if label.startswith(("PGD", "then PGD"))]
-        assert taken == sorted(taken, reverse=True) and report.row("worst", name).accuracy == taken[-1]
-
-
-@pytest.mark.slow
-def test_carso_on_mnist_end_to_end(quick):
-    pytest.importorskip("pyautoattack")
-    rows, _, report = quick("carso_mnist")
+    runs = tmp_path / "runs"
+    words = ["study", "carso_mnist", "--quick", "--data", str(tmp_path), "--workers", "1", "--out", str(runs)]
+    program.main(words)
+    rows = lines_of(capsys.readouterr().out)
+    first = {path: path.stat().st_mtime_ns for path in runs.glob(f"*/{RESULT}")}
+    program.main(words)
+    assert {path: path.stat().st_mtime_ns for path in runs.glob(f"*/{RESULT}")} == first
+    assert lines_of(capsys.readouterr().out) == rows and not (tmp_path / "results").exists()
+    report = Report.from_json((runs / "carso_mnist" / "report.json").read_text())
+    attacks = [job for job in run_study.STUDIES["carso_mnist"].jobs(chosen(*words[1:])) if "group" in job.settings]
+    # The table has what the jobs found.
+    for job in attacks:
+        for label, accuracy in job.result(runs).items():
+            if label in report.attacks and not label.startswith("worst"):
+                assert report.row(label, job.settings["model"]).accuracy == accuracy
     labels = ("PGD-2 ce + dlr, EOT 2", "APGD ce + APGD-T, z = 0", "AutoAttack rand (classifier: standard), first 4")
     assert all(len(rows[label]) == 4 for label in labels)
     for name in report.models:  # groups that were attacked apart have one worst
         withstood = report.row(labels[0], name).robust & report.row(labels[1], name).robust
         assert report.row("worst", name).robust.tolist() == withstood.tolist()
-
-
-@pytest.mark.slow
-def test_arrest_on_mnist_end_to_end(quick):
-    pytest.importorskip("pyautoattack")
-    rows, text, report = quick("arrest_mnist")
-    labels = ("clean", "PGD-2 ce", "then PGD-2 dlr", "then AutoAttack standard, first 4", "worst")
-    assert all(len(rows[label]) == 4 for label in labels)
-    assert text.count("(n = 20, paired)") == text.count("(n = 4, paired)") == 2
-    for name in report.models:
-        clean, worst = (100 * report.row(row, name).accuracy for row in ("clean", "worst"))
-        assert f"| {name} | {clean + worst:.1f} | " in text
-    budget = run_study.STUDIES["arrest_mnist"].budget(chosen("arrest_mnist"))
-    for name, whole in ((arrest_mnist.FINETUNED, False), (arrest_mnist.ARREST, True)):
-        config = arrest_mnist.config(budget, name)
-        assert (config.distillation_weight > 0, config.replay) == (whole, whole)
+    with pytest.raises(ValueError, match=r"'classifier' with other settings"):
+        program.main([word for word in words if word != "--quick"])
 
 
 def test_an_interrupted_race_keeps_what_other_cases_had(tmp_path, monkeypatch):

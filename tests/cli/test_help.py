@@ -4,15 +4,12 @@ import argparse
 import dataclasses
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
-import pytest
 import tyro
 
 from purify_fast import cli
 from purify_fast.cli.parsing import MARKERS, option_types
-from purify_fast.data import folders
 from purify_fast.evaluation import EvaluateConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,20 +20,6 @@ def options(kind):
     """The options of a command, as argparse holds them."""
     parser = tyro.extras.get_parser(kind, config=MARKERS, registry=option_types())
     return [action for action in parser._actions if not isinstance(action, argparse._HelpAction)]
-
-
-def test_a_warning_of_this_package_is_one_line(monkeypatch):
-    """A warning of other code keeps its place, and after the command all warnings do."""
-    written = []
-
-    def warn(self):
-        for place in (folders.__file__, "/elsewhere/other.py"):
-            written.append(warnings.formatwarning("2 images", UserWarning, place, 9, "call()"))
-
-    monkeypatch.setattr(cli._KINDS["zoo"], "run", warn)
-    before = warnings.formatwarning
-    assert cli.main(["zoo"]) == 0 and warnings.formatwarning is before
-    assert written == ["purify-fast: 2 images\n", "/elsewhere/other.py:9: UserWarning: 2 images\n  call()\n"]
 
 
 def test_help_comes_without_pytorch():
@@ -56,18 +39,6 @@ for name in {[*NAMES, "", "train"]!r}:
     assert done.returncode == 0, done.stderr
     for name in (*NAMES, "", "train"):
         assert f"usage: purify-fast {name}".strip() in done.stdout
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_every_option_is_explained_in_its_own_words(name):
-    found = options(cli._KINDS[name])
-    assert found
-    helps = {}
-    for action in found:
-        text = str(action.help).split("(default")[0].strip()
-        assert len(text) > 8, (name, action.dest, text)
-        assert text not in helps, (name, action.dest, helps[text])
-        helps[text] = action.dest
 
 
 def test_evaluate_takes_every_setting_of_an_evaluation():

@@ -4,13 +4,13 @@ import os
 import signal
 
 import numpy as np
+import own_loader
 import pytest
 import torch
 from forks import together
 from pictures import picture
 
 import purify_fast
-from benchmarks.robustness import own_loader
 from purify_fast import cli
 from purify_fast.evaluation import Report
 from purify_fast.training import load_classifier, loop
@@ -94,7 +94,12 @@ class Loaded(Own):
 
 @pytest.fixture(
     scope="module",
-    params=["three classes", "npz", "loader", pytest.param("ten classes at 224", marks=pytest.mark.slow)],
+    params=[
+        "npz",
+        "loader",
+        pytest.param("three classes", marks=pytest.mark.slow),
+        pytest.param("ten classes at 224", marks=pytest.mark.slow),
+    ],
 )
 def own(request, tmp_path_factory):
     place = tmp_path_factory.mktemp("own")

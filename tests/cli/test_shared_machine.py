@@ -44,6 +44,7 @@ def test_waiting_is_passive_before_torch_is_loaded(start):
     assert told(start).endswith("{'OMP_WAIT_POLICY': 'PASSIVE', 'GOMP_SPINCOUNT': None}")
 
 
+@pytest.mark.slow
 def test_the_users_own_setting_wins():
     assert told(STARTS[0], OMP_WAIT_POLICY="ACTIVE").endswith("{'OMP_WAIT_POLICY': 'ACTIVE', 'GOMP_SPINCOUNT': None}")
     assert told(STARTS[0], GOMP_SPINCOUNT="9").endswith("{'OMP_WAIT_POLICY': None, 'GOMP_SPINCOUNT': '9'}")

@@ -52,7 +52,7 @@ def test_files_of_the_repository_are_pages_with_links_of_the_site(tmp_path):
     api_pages.write_project(place)
     assert (place / "contributing.md").read_text() == "[a](../extend.md) [b](changelog.md)\n"
     # each device has a page of its own
-    for page in ("cpu-ops", "cpu-pipelines", "nvidia-h200-pipelines", "soak"):
+    for page in ("cpu-ops", "cpu-pipelines", "nvidia-h200-pipelines"):
         assert (place / f"{page}.md").read_text().endswith(f"/{page.replace('cpu-', 'cpu/').replace('200-', '200/')}\n")
 
 

@@ -194,25 +194,6 @@ def test_every_sign_that_can_fail_says_what_to_do():
     assert not any(finding.advice for finding in findings(healthy))
 
 
-@pytest.mark.parametrize(
-    ("more", "protocol", "told", "silent"),
-    [
-        ({}, None, "attack by BPDA, which needs a defence with purify and classifier, or run the", "written for"),
-        ({}, "fast", "run the protocol strong", "written for"),
-        ({}, "strong", "attack by BPDA", "run the protocol"),
-        ({"kind": "bpda"}, None, "where it falls; run the protocol strong", "BPDA"),
-        ({"settings": {"gradients_from": "BpdaModel"}}, "standard", "where it falls; run the protocol strong", "BPDA"),
-        ({"kind": "bpda"}, "strong", "only an attack that is written for this defence", "run the protocol"),
-    ],
-)
-def test_advice_names_only_what_was_not_tried(more, protocol, told, silent):
-    rows = [row("clean", [1] * 40, kind="clean"), row("A", [1] * 40, **more)]
-    rows.append(row("Square", [0] * 20 + [1] * 20, kind="square", health=None))
-    said = findings(Evidence(rows, protocol=protocol))
-    found = next(each for each in said if each.alarm == "missed images")
-    assert found.verdict == "unreliable" and told in found.advice and silent not in found.advice
-
-
 @pytest.mark.parametrize(("found", "told"), [("fell", "a short attack found"), ("copies", "the model's own gradients")])
 def test_the_advice_follows_what_found_the_images(found, told):
     rows = [row("clean", [1] * 8, kind="clean"), row("A", [1] * 8)]

@@ -12,9 +12,8 @@ from reports import drawn, forms, row
 from torch import nn
 
 import purify_fast
-from purify_fast import __version__
 from purify_fast.attacks import BPDA, PGD, AutoAttack
-from purify_fast.evaluation import AttackSpec, Examples, Report, Row, lee_kim_2023, merge
+from purify_fast.evaluation import AttackSpec, Examples, Report, lee_kim_2023
 from purify_fast.evaluation.alarms import Finding
 from purify_fast.evaluation.results.rows import worst_rows
 from purify_fast.evaluation.show.page import html_page, picture_lines
@@ -37,41 +36,6 @@ def joined(text):
 # -- words --------------------------------------------------------------------------------------------------------
 
 
-def test_a_deterministic_model_is_not_called_random(digits, tmp_path):
-    model, x, y = digits
-    report = evaluate(model, x, y, **QUIET, out=tmp_path)
-    # kept rows too, by a version that did not yet say so
-    kept = evaluate(model, x, y, **QUIET, out=tmp_path)
-    for found in (report, kept, Report.from_json(report.to_json())):
-        assert [row.describe_variant() for row in found.rows] == ["deterministic"] * 3
-    for text in forms(report)[1:]:
-        assert "deterministic" in text and "| random |" not in text and "<td>random</td>" not in text
-    assert "random" not in joined(report.to_text()).replace("random start", "")
-    # the settings of every row are written out on the page
-    assert "variant <code>deterministic</code>" in forms(report)[2]
-    assert "<code>random</code>" not in forms(report)[2]
-
-
-def test_the_terminal_says_where_more_is_and_that_rows_of_a_random_model_differ_by_chance(tmp_path):
-    report = Report([row("clean", kind="clean"), row("PGD")])
-    assert "; more: report.save(FOLDER) writes report.md" in joined(report.to_text())
-    report.save(tmp_path)
-    assert "; more: the saved report.md" in joined(report.to_text())
-    assert "chance" not in report.to_text()
-    report = Report([drawn("clean", [5], [0], kind="clean"), drawn("PGD", [5], [0])])
-    assert "rows differ by chance, and a later row may be higher;" in joined(report.to_text())
-
-
-def test_a_random_model_is_called_so_and_its_modes_are_named():
-    model = purify_fast.zoo.load("digits-carso-objective").eval()
-    images = purify_fast.load_dataset("digits")
-    attacks = [AttackSpec(PGD(steps=1), variant=variant) for variant in ("random", "fixed", "deterministic")]
-    settings = QUIET | {"attacks": attacks, "eot_iter": 1, "n_eval": 2}
-    report = evaluate(model, images.x_test[:4], images.y_test[:4], **settings)
-    words = {row.variant: row.describe_variant() for row in report.rows}
-    assert words == {"random": "random", "fixed": "fixed noise", "deterministic": "noise off"}
-
-
 def test_a_number_of_images_that_there_are_not_is_in_no_name(digits):
     pytest.importorskip("pyautoattack")
     model, x, y = digits
@@ -85,39 +49,6 @@ def test_a_number_of_images_that_there_are_not_is_in_no_name(digits):
 
 
 # -- columns ------------------------------------------------------------------------------------------------------
-
-
-def test_every_column_is_explained_on_the_page():
-    survivors = row(attack="second", settings={"survivors_only": True}, attacked=3)
-    report = Report([row("clean", kind="clean"), row(), survivors, row("worst", kind="worst")])
-    assert all("4 (3)" in text for text in forms(report))
-    for text in forms(report)[1:]:
-        text = " ".join(text.split())
-        for meaning in ("n: images;", "accuracy: %", "one draw: %", "draws: how", "EOT: draws", "The row worst counts"):
-            assert meaning in text
-    for text in forms(Report([row("clean", kind="clean")])):
-        assert "The row worst" not in text
-
-
-def test_a_terminal_shows_what_differs_in_100_columns():
-    """Long names are wrapped, columns that say the same of every row are left to the saved report."""
-    name = "APGD-100 margin_targeted towards 9 classes from 2 starts, tried on the deployed defence"
-    rows = [
-        row("clean", kind="clean"),
-        row(name, nonfinite_predictions=1234, reliable=False),
-        row(attack="worst", kind="worst"),
-    ]
-    text = Report(rows, ["a note " * 40]).to_text(color=False)
-    head = text.splitlines()[0].split()
-    assert max(map(len, text.splitlines())) <= 100 and head == ["attack", "images", "accuracy", "gradients"]
-    cells = [line[: text.index("  images")].strip() for line in text.splitlines()]
-    assert name in " ".join(cells) and "1234 predictions" in text
-    assert len([line for line in text.splitlines() if line.startswith("accuracy: ")]) == 1
-    many = [row(name, model=f"a model of a long name, number {i}", reliable=False) for i in range(5)]
-    assert max(map(len, Report(many).to_text(color=False).splitlines())) <= 100
-    drawn = [row("clean", kind="clean", n_eval=5), row(n_eval=5), row("PGD, fixed", variant="fixed")]
-    heads = Report(drawn).to_text().splitlines()[0].split()
-    assert heads == ["attack", "variant", "images", "accuracy", "one", "draw", "gradients"]
 
 
 def test_the_columns_are_what_is_said_of_them():
@@ -257,33 +188,6 @@ def test_the_pictures_are_of_images_that_fell(digits, tmp_path):
     assert picture_lines(attacked.examples, None)[0][1][1] == lines[0][1][1]
 
 
-@pytest.mark.parametrize(
-    ("fallen", "said"),
-    [
-        (9, "8 of the 9 images that fell to this attack."),
-        (8, "All 8 images that fell to this attack."),
-        (1, "The only image that fell to this attack."),
-        (0, "No image fell to this attack. The 8 shown withstood it."),
-    ],
-)
-def test_the_page_says_which_images_it_shows(fallen, said):
-    x, y = torch.full((12, 1, 3, 3), 0.5), torch.zeros(12).long()
-    x[:fallen] = 0.05
-
-    def away(model, x, y):
-        # changes the class of dark images
-        return torch.where(x < 0.1, x + 0.1, x)
-
-    def classify(x):
-        return torch.cat([torch.ones(len(x), 1), (((x - 0.15).abs() < 0.01).float().mean((1, 2, 3)) * 2)[:, None]], 1)
-
-    report = evaluate(classify, x, y, eps=0.1, attacks=[away], progress=False)
-    assert report.row("away").robust.sum() == 12 - fallen
-    page = " ".join(html_page(report, classify).split())
-    assert said in page
-    assert page.count(">true class 0, predicted 0<") == (min(fallen, 8) or 8)
-
-
 def test_the_picture_shows_what_the_attack_was_judged_by():
     """A random model that is asked again may classify an image that fell correctly."""
     images = np.full((3, 1, 4, 4), 0.5, dtype=np.float32)
@@ -346,40 +250,3 @@ def test_nothing_to_attack_is_not_unreliable():
         assert "nothing to attack" in text and "unreliable" not in text and "may be lower" not in text
     right = evaluate(model, x, (wrong - 1) % 3, **SHORT)
     assert "nothing to attack" not in right.to_text()
-
-
-def test_colors_are_for_terminals(monkeypatch, capsys):
-    robust = np.array([True, False])
-    row = Row("m", "PGD", "pgd", "random", robust, 1, 0, 0.0, "d", reliable=False)
-    report = Report([row])
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    assert "\033" not in report.to_text()  # pytest reads what is printed: no terminal
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    assert "\033[31munreliable" in report.to_text()
-    assert "\033" not in report.to_text(color=False)
-    monkeypatch.setenv("NO_COLOR", "1")
-    assert "\033" not in report.to_text() and "\033" in report.to_text(color=True)
-
-
-def test_the_title_names_what_the_numbers_are_about():
-    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
-    x, y = torch.rand(6, 1, 4, 4), torch.zeros(6).long()
-    report = evaluate(model, x, y, dataset_name="mnist", name="a", **SHORT)
-    title = report.to_markdown().split("\n")[0]
-    assert title == f"# Robustness, L-inf 8/255, mnist, purify_fast {__version__}"
-    assert Report.from_json(report.to_json()).about == report.about
-    # the title of a merged report has only the facts that are equal in all of its reports
-    other = evaluate(model, x, y, **SHORT, name="b")
-    merged = merge([report, other]).to_markdown()
-    assert merged.startswith(f"# Robustness, L-inf 8/255, purify_fast {__version__}\n")
-    other = evaluate(model, x, y, **SHORT | {"eps": 0.5}, norm="l2")
-    assert other.to_markdown().startswith(f"# Robustness, L2 0.5, purify_fast {__version__}\n")
-    assert merge([]).about == {}
-
-
-def test_representations_are_short():
-    robust = np.arange(5000) % 2 == 0
-    row = Row("m", "PGD", "pgd", "random", robust, 1, 0, 0.0, "d", settings={"over": ["a"] * 500})
-    assert repr(row) == "Row('m', 'PGD', 50.0 ± 0.7 %, n = 5000)"
-    assert repr(Report([row])) == "Report(1 rows of 1 models; lowest: m: 50.0 % under PGD)"
-    assert repr(Report()) == "Report(0 rows of 0 models; lowest: no attack)"

@@ -5,12 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from examples import demo
 from examples.demo import methods, sentences
 from examples.demo.methods import ARREST_MODELS, AUTOATTACK, BASE, FOLDERS, STANDARD
 from examples.demo.setting import LAYERS, QUICK, Budget, Workspace
 from purify_fast.evaluation import Report, Row
-from purify_fast.evaluation.alarms import Finding
 from purify_fast.methods.carso import Carso
 from purify_fast.training import save_classifier
 
@@ -27,24 +25,6 @@ def report(model: str, **rows: int | list[int]) -> Report:
     return result
 
 
-def test_carsos_sentences_follow_the_numbers():
-    def reports(base: tuple[int, int], pipeline: tuple[int, int], reliable: bool) -> dict[str, Report]:
-        numbers = {BASE: base, methods.CARSO_OBJECTIVE: (1, 0), methods.CARSO_PIPELINE: pipeline}
-        result = {
-            name: report(name, worst=worst, **{AUTOATTACK: auto, methods.PEEL: 7})
-            for name, (worst, auto) in numbers.items()
-        }
-        result[methods.CARSO_OBJECTIVE].row(methods.PEEL).reliable = reliable
-        return result
-
-    text = sentences("CARSO", reports((3, 2), (7, 1), False), Budget())
-    assert "seems to classify 87.5 ± 11.7 % of 8 images correctly" in text and "unreliable" in text
-    assert "87.5 ± 11.7 %: +50.0 ± 17.7 points against its base (n = 8, paired), significantly better." in text
-    assert "12.5 ± 11.7 %: -12.5 ± 11.7 points against its base (n = 8, paired), not significant." in text
-    text = sentences("CARSO", reports((8, 8), (0, 0), True), Budget())
-    assert "against its base (n = 8, paired), significantly worse." in text and "believable" in text
-
-
 def test_a_sum_is_over_the_images_of_autoattack():
     # a sum needs one set of images: clean accuracy on all of them is another number
     few = {"clean": [1, 1, 1, 0, 1, 1, 1, 1], "worst": 2, AUTOATTACK: [1, 1, 0, 0]}
@@ -54,6 +34,7 @@ def test_a_sum_is_over_the_images_of_autoattack():
     assert all(part in each for each in lines[:4] for part in (*parts, "its sum is 125.0 and its NRR 60.0."))
 
 
+@pytest.mark.slow
 def test_arrests_models_are_compared_under_the_same_attacks(tmp_path):
     pytest.importorskip("pyautoattack")
     few = {"images": 20, "standard_epochs": 2, "steps": 2, "eot": 2}
@@ -83,24 +64,3 @@ def test_arrests_models_are_compared_under_the_same_attacks(tmp_path):
     row = reports[methods.CARSO_ON_ARREST].row("PGD-2 ce")
     assert row.variant == "random" and row.settings["target"] == "defence" and row.n == 20
     assert "PGD-2 ce" in reports[methods.CARSO_ON_ARREST].row("worst").settings["over"]
-
-
-def believed(right=3, n=200, reliable=True, **finding):
-    """The summary's words about a model of whose n images so many withstood, with this finding about it."""
-    made = Report()
-    for attack, share in {"clean": n, "worst": right}.items():
-        robust = np.arange(n) < share
-        made.rows.append(Row("net", attack, attack, "random", robust, 1, 0, 0.0, "d", reliable=reliable))
-    made.findings = [Finding(measured="", model="net", **finding)] if finding else []
-    return demo.signs(made, "net")
-
-
-def test_the_summary_says_what_speaks_against_a_number():
-    """It said "yes" to eight images, and to a model that guesses."""
-    assert believed() == believed(alarm="logits", verdict="passed") == "none"
-    assert believed(reliable=False) == "**ALARM**: the attack lacked gradients"
-    assert believed(alarm="logits", verdict="unreliable") == "**ALARM**: logits"
-    assert believed(n=8) == "none on 8 images, which are few"
-    guessing = {"alarm": "better than guessing", "verdict": "noted", "prominent": True}
-    assert believed(**guessing) == "none; fails *better than guessing*"
-    assert believed(**guessing | {"prominent": False}) == "none"

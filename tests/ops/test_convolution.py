@@ -273,6 +273,7 @@ def test_kernels_refuse_what_does_not_fit():
             wrong()
 
 
+@pytest.mark.slow
 def test_compiles(kernels, compiles):
     def make(size: int) -> tuple:
         return (normal(size, 6, 8, 10, seed=size, dtype=torch.float32).requires_grad_(),)

@@ -55,7 +55,7 @@ def different(got: Tensor, want: Tensor) -> float:
     return float(((got - want).abs() > 1e-6).float().mean())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 def test_a_step_is_compiled_once_for_each_batch_size_when_it_begins_again(dtype):
     model = inference_copy(dtype)
     wanted = attack(inference_copy(dtype, compile=False))
@@ -69,6 +69,7 @@ def test_a_step_is_compiled_once_for_each_batch_size_when_it_begins_again(dtype)
     assert steps == before and attack(inference_copy(compile=False)) is not None
 
 
+@pytest.mark.slow
 def test_sizes_beyond_the_limit_are_not_compiled(monkeypatch):
     monkeypatch.setattr(compiling, "MOST_STEPS", 1)
     model = inference_copy()
@@ -125,6 +126,7 @@ class Timed(Rerun):
         return super().record(run, device)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [1e-3, 3e-3])
 def test_of_both_forms_the_faster_is_captured(compiled, monkeypatch):
     """With a compiled copy, and with so many coming steps that the compilation pays."""

@@ -14,10 +14,11 @@ def found(found_threads):
     return found_threads(loop)
 
 
-KINDS = ("classifier", "convolutional", "diffusion", "atop", "atop pipeline", "pipeline", "carso")
+KINDS = ("classifier", "carso", "pipeline")
+SLOW = ("convolutional", "diffusion", "atop", "atop pipeline", "arrest")
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "arrest"])
+@pytest.mark.parametrize("kind", [*KINDS, *(pytest.param(kind, marks=pytest.mark.slow) for kind in SLOW)])
 def test_the_trial_steps_change_nothing(found, monkeypatch, kind):
     def train():
         made = arrest_task(awp_gamma=0.01) if kind == "arrest" else small_task(kind)

@@ -136,11 +136,6 @@ def markdown(results: Sequence[Result]) -> list[str]:
     says = [f"{judge} says" for judge in (STANDARD, STRONG)]
     lines = markdown_table(["defence", "adaptive attack", "published, %", *head, *says], body)
     lines += _score(broken)
-    body = []
-    for name, each in every.items():
-        body.append([name, *(", ".join(each[j]["unreliable"]) or "none" if j in each else "-" for j in WAYS)])
-    lines += ["", "The findings of each method on each model:"]
-    lines += ["", *markdown_table(["model", *WAYS.values()], body)]
     lines += ["", "The number of models that each method flags, and the models that only this method flags:"]
     lines += ["", *_who_notices(every)]
     for title, honest, why in (("honest model", True, []), ("model with a fault", False, ["why"])):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -233,11 +232,3 @@ def write_page(folder: Path, name: str, functions: Sequence[Callable] = (), **va
     text = rendered(Path(__file__).with_name("pages") / f"{name}.md.jinja", functions, **values)
     write_text(folder / f"{name}.md", text)
     return folder / f"{name}.md"
-
-
-def over_seeds(values: Sequence[float]) -> str:
-    """Return the mean of shares in percent. If there are at least two seeds, add the standard error over the seeds."""
-    mean = 100 * statistics.fmean(values)
-    if len(values) < 2:
-        return f"{mean:.1f}"
-    return f"{mean:.1f} ± {100 * statistics.stdev(values) / len(values) ** 0.5:.1f}"

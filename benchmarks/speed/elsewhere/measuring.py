@@ -194,37 +194,29 @@ def main(chosen: argparse.Namespace) -> str:
             kept[name] = measured(name, rows[name], chosen.quick)
             sheets.write_csv(path, [kept[each] for each in rows if each in kept])
     torch.set_num_threads(threads)
-    return "\n".join(_tables(sheets.rows_of(path)))
+    return "\n".join(_table(sheets.rows_of(path)))
 
 
 def _complete(row: dict[str, Any]) -> bool:
     return bool(row) and all(row[f"{who}_ms"] for who in CONTESTANTS)
 
 
-def _numbers(row: dict[str, str], key: str) -> str:
-    """Return the cell of a difference: our number, and the expert's in brackets if there is one."""
-    expert = row[f"{key}_expert"]
-    return (row[f"{key}_ours"] or "-") + (f" ({expert})" if expert else "")
-
-
-def _tables(rows: list[dict[str, str]]) -> list[str]:
+def _table(rows: list[dict[str, str]]) -> list[str]:
     def ratio(row: dict[str, str], who: str) -> str:
         return f"{float(row[who]) / float(row['ours_ms']):.2f}" if row[who] and row["ours_ms"] else "-"
 
-    body, apart = [], []
+    body = []
     for row in rows:
         times = [f"{float(row[f'{who}_ms']):,.0f}" if row[f"{who}_ms"] else "-" for who in CONTESTANTS]
         ratios = [f"**{ratio(row, 'theirs_ms')}**", ratio(row, "expert_ms")]
         body.append([row["row"], row["images"], *times, *ratios, row["lines_ours"], row["lines_expert"], row["rounds"]])
-        apart.append([row["row"], *(_numbers(row, key) for key in (*COMPARED, *LATE))])
     head = ["loop", "images", "theirs, ms", "expert, ms", "purify_fast, ms", "theirs compiled, ms"]
     head += ["theirs / purify_fast", "expert / purify_fast", "changed lines", "lines of the expert", "rounds"]
-    later = (f"weights after {LATER} steps", f"loss after {LATER} steps")
-    return [*sheets.table(head, body), "", *sheets.table(["loop", *COMPARED, *later], apart)]
+    return sheets.table(head, body)
 
 
 def table(results: Path) -> list[str]:
-    """Return the tables of docs/speed.md, one pair for each kind of processor.
+    """Return the tables of docs/speed.md, one for each kind of processor.
 
     Args:
         results: the folder ``benchmarks/results``.
@@ -234,5 +226,5 @@ def table(results: Path) -> list[str]:
         if rows := sheets.rows_of(results / "cpu" / file):
             with_or_without = "with" if rows[0]["bfloat16"] == "True" else "without"
             kind = f"{with_or_without} instructions for bfloat16; the expert computes in {rows[0]['expert_dtype']}"
-            lines += [f"{sheets.measured_on(rows, 'row').removesuffix('.')}, {kind}.", "", *_tables(rows), ""]
+            lines += [f"{sheets.measured_on(rows, 'row').removesuffix('.')}, {kind}.", "", *_table(rows), ""]
     return lines[:-1] or ["Nothing has been measured yet."]

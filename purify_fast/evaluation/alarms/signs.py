@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ...attacks import search
 from ...attacks.outputs import INSTEAD_OF_PROBABILITIES, ONE_HOT
 from ..results.rows import GRADIENT_FREE, followed
 from .evidence import MISSING, Evidence, Finding, Verdict
@@ -403,11 +404,6 @@ def same_answer_again(evidence: Evidence, probes: Probes) -> Outcome:
     return Outcome("passed", "the predictions on clean images are the same as before the attacks", row)
 
 
-#: The gradients of a model are taken as masked if more than this share of the images has no usable gradient.
-#: `purify_fast.attacks.GradientHealth` has the same limit for zero gradients of an attack.
-MOST_WITHOUT = 0.05
-
-
 def signs_of_masking(asked: Probes, is_random: bool) -> list[str]:
     """Describe the signs that a model's gradients do not lead to its adversarial images; the list may be empty.
 
@@ -416,7 +412,7 @@ def signs_of_masking(asked: Probes, is_random: bool) -> list[str]:
         is_random: whether two predictions of the model on the same images differ.
     """
     n, signs = asked.n, []
-    if _surely_above(MOST_WITHOUT, asked.without_gradient, n):
+    if _surely_above(search.MAX_ZERO, asked.without_gradient, n):
         signs.append(f"{100 * asked.without_gradient:.0f} % of the images have no usable gradient")
     elif isinstance(asked.cosine, str):
         signs.append("gradients are missing or not finite")

@@ -88,7 +88,7 @@ def plot(lines: dict[str, dict[str, Any]], budget: Budget, path: Path) -> None:
     for clean, robust in (points[name][:2] for name in names):
         # A curve can have only one point at each clean accuracy. Use the point with the highest robust accuracy.
         curve[clean] = max(robust, curve.get(clean, 0.0))
-    line = sorted(curve.items()) if len(curve) > 1 else None
     # The generator is only a stage of other models; the base without moving average would cover that of the base.
     shown = {name: value for name, value in points.items() if name not in (study.GENERATOR, study.NO_EMA)}
-    plot_tradeoff(path, shown, line, reference_name="trained at shares of eps", title="CIFAR-10, L-inf 8/255")
+    line, title = sorted(curve.items()), "CIFAR-10, L-inf 8/255"
+    plot_tradeoff(path, shown, line, reference_name="trained at shares of eps", title=title)

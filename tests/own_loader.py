@@ -5,13 +5,15 @@ The networks, the attack and the training are small. ``purify-fast evaluate`` at
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
 
 from purify_fast.methods.arrest import ArrestTask
 from purify_fast.methods.atop import AtopTask, DeepFillGenerator
@@ -22,7 +24,7 @@ from purify_fast.models.unet import UNet
 from purify_fast.training import FitConfig, fit, load_classifier, save_classifier
 from purify_fast.training.task import Task
 
-from ..speed.reading import BATCH, loader
+BATCH = 8
 
 #: For each method with a recipe of a training, the name of the recipe, and settings that a short training needs.
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -73,21 +75,19 @@ def train(method: str, data: Path, classifier: Path, out: Path, side: int = 64) 
         side: height and width of the images.
     """
     torch.manual_seed(0)
-    batches, model, shape = loader(data / "train", side), load_classifier(classifier), (3, side, side)
-    task, loop = task_of(method, model, shape, len(batches.dataset.classes))  # type: ignore[attr-defined]
+    crop = transforms.Compose([transforms.RandomResizedCrop(side, (0.5, 1)), transforms.ToTensor()])
+    images = ImageFolder(str(data / "train"), crop)
+    batches, model, shape = (
+        DataLoader(images, BATCH, shuffle=True, drop_last=True),
+        load_classifier(classifier),
+        (3, side, side),
+    )
+    task, loop = task_of(method, model, shape, len(images.classes))
     fit(task, batches, None, replace(loop, epochs=3, steps_per_epoch=2), out)
     if method == "diffusion":
         save_denoiser(task.result, out, shape, {"schedule": "linear", "prediction": "noise"})
     elif method == "arrest":
         save_classifier(task.result, out)
     else:
-        task.result.save(out)  # type: ignore[operator]
+        task.result.save(out)
         save_classifier(model, out / "classifier")
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("method", choices=[*RECIPES, "diffusion"])
-    for name in ("data", "classifier", "out"):
-        parser.add_argument(f"--{name}", type=Path, required=True)
-    train(**vars(parser.parse_args()))

@@ -1,0 +1,176 @@
+"""The study of CARSO on MNIST at the radius eps = 0.3, attacked as its authors do and with exact gradients.
+
+The table has four columns:
+
+1. an adversarially trained classifier;
+2. CARSO with the paper's objective, attacked through PeeL, which is the output that CARSO's authors attack;
+3. the same CARSO, attacked with exact gradients;
+4. CARSO that was fine-tuned through the whole pipeline.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from purify_fast import data, load_defence
+from purify_fast._tensors import weights_fingerprint
+from purify_fast.attacks import APGD, PGD, AutoAttack
+from purify_fast.evaluation import AttackSpec, EvaluateConfig, Report, evaluate, merge
+from purify_fast.evaluation.results.rows import worst_rows
+from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
+from purify_fast.models.classifiers import SmallCNN
+from purify_fast.training import (
+    ClassifierConfig,
+    ClassifierTask,
+    FitConfig,
+    TrainingAttack,
+    fit,
+    load_classifier,
+    save_classifier,
+)
+
+from . import Job, Study, settings_of, write_page
+
+EPS = 0.3
+LAYERS = ("conv2", "conv4", "hidden")
+CLASSIFIER, EXACT, PIPELINE = "classifier", "CARSO, paper's objective", "CARSO pipeline"
+#: The column of the model `EXACT` under attacks through PeeL.
+PEEL = f"{EXACT}, through PeeL"
+#: For each column of the table, the name of the job that trains the attacked model.
+MODELS = {CLASSIFIER: CLASSIFIER, PEEL: EXACT, EXACT: EXACT, PIPELINE: PIPELINE}
+
+
+def images_of(job: Job) -> data.DataSet:
+    """Return a data set with the first training images, and the first test images, that the budget allows."""
+    whole, budget = data.load_dataset("mnist", job.settings["data"]), job.settings["budget"]
+    n, m = budget.train_images, budget.images
+    return replace(
+        whole, x_train=whole.x_train[:n], y_train=whole.y_train[:n], x_test=whole.x_test[:m], y_test=whole.y_test[:m]
+    )
+
+
+def train_classifier(job: Job, folder: Path, root: Path) -> dict:
+    """Train a classifier with PGD."""
+    budget, images = job.settings["budget"], images_of(job)
+    torch.manual_seed(job.seed)
+    model = SmallCNN(1, 10, (28, 28), budget.width)
+    attack = TrainingAttack(eps=EPS, steps=7, relative_alpha=2.0, eps_warmup=0.5)
+    task = ClassifierTask(model, ClassifierConfig(attack=attack, learning_rate=1e-2, weight_decay=1e-3))
+    last = fit(task, images.x_train, images.y_train, FitConfig(budget.base_epochs, 128, job.seed), folder)
+    save_classifier(model, folder)
+    return last
+
+
+def train_purifier(job: Job, folder: Path, root: Path) -> dict:
+    """Train a purifier with the paper's objective, or continue its training through the pipeline."""
+    budget, images, start = job.settings["budget"], images_of(job), job.name == EXACT
+    torch.manual_seed(job.seed)
+    classifier = load_classifier(job.folder(root, CLASSIFIER))
+    if start:
+        defence = Carso(classifier, LAYERS, images.image_shape, **budget.defence)
+    else:
+        defence = load_defence(job.folder(root, EXACT), classifier)
+    options = dict(budget.objective if start else budget.pipeline)
+    fitting = FitConfig(options.pop("epochs"), options.pop("batch_size"), job.seed)
+    attack = TrainingAttack(eps=EPS, steps=options.pop("steps"))
+    task = CarsoTask(
+        defence, CarsoConfig(attack=attack, **options), "scratch" if start else weights_fingerprint(defence)
+    )
+    last = fit(task, images.x_train, images.y_train, fitting, folder)
+    defence.save(folder)
+    return last
+
+
+def attacks_of(name: str, budget: SimpleNamespace) -> dict[str, list[AttackSpec]]:
+    """Return the attacks on a model, in groups that run separately. The labels are the same for all models."""
+    b, head = budget, {"aggregation": "peel_reference" if name == PEEL else None}
+    # AutoAttack's version "rand" is only for random models. The classifier is deterministic.
+    version = "standard" if name == CLASSIFIER else "rand"
+    auto = AutoAttack(version=version, steps=b.apgd_steps, eot_iter=b.autoattack_eot, n_queries=b.queries)
+    auto_label = f"AutoAttack rand (classifier: standard), first {b.autoattack}"
+    # Attack CARSO by APGD with the latent z = 0 in place of a random latent.
+    zero = {"variant": "random" if name == CLASSIFIER else "deterministic"} | head
+    both = {"survivors_only": True}
+    targeted = APGD(loss="dlr_targeted", steps=b.apgd_steps)
+    return {
+        "PGD": [
+            AttackSpec(PGD(loss="ce"), label=f"PGD-{b.steps} ce, EOT {b.eot}", **head),
+            AttackSpec(PGD(loss="dlr"), label=f"PGD-{b.steps} ce + dlr, EOT {b.eot}", **both, **head),
+        ],
+        "APGD": [
+            AttackSpec(APGD(loss="ce", steps=b.apgd_steps), label="APGD ce, z = 0", **zero),
+            AttackSpec(targeted, label="APGD ce + APGD-T, z = 0", **both, **zero),
+        ],
+        "AutoAttack": [AttackSpec(auto, max_images=b.autoattack, label=auto_label, **head)],
+    }
+
+
+def attack(job: Job, folder: Path, root: Path) -> dict:
+    """Run a group of attacks on a model. Write the report into the job's folder, and return the accuracies."""
+    name, budget, images = job.settings["model"], job.settings["budget"], images_of(job)
+    classifier = load_classifier(job.folder(root, CLASSIFIER))
+    model = classifier if name == CLASSIFIER else load_defence(job.folder(root, MODELS[name]), classifier)
+    amount: dict[str, Any] = {"steps": budget.steps, "eot_iter": budget.eot}
+    config = EvaluateConfig(seed=job.seed, dataset_name=images.name, batch_size=250, max_forward_batch=1000, **amount)
+    attacks = attacks_of(name, budget)[job.settings["group"]]
+    how: dict[str, Any] = {"out": folder, "name": name, "progress": False}
+    report = evaluate(model, images.x_test, images.y_test, eps=EPS, config=config, attacks=attacks, **how)
+    report.save(folder, model)
+    return {row.attack: row.accuracy for row in report.rows}
+
+
+class CarsoMnist(Study):
+    """The study of CARSO on MNIST, attacked as its authors do and with exact gradients."""
+
+    name = "carso_mnist"
+
+    def budget(self, chosen: argparse.Namespace) -> SimpleNamespace:
+        return SimpleNamespace(**settings_of(self.name)[chosen.amount])
+
+    def jobs(self, chosen: argparse.Namespace) -> list[Job]:
+        budget = self.budget(chosen)
+
+        def job(name: str, work: Callable, *needs: str, **more: Any) -> Job:
+            return Job(name, 0, work, needs, {"data": chosen.data, "budget": budget, **more})
+
+        return [
+            job(CLASSIFIER, train_classifier),
+            job(EXACT, train_purifier, CLASSIFIER),
+            job(PIPELINE, train_purifier, CLASSIFIER, EXACT),
+            *(
+                job(f"{name} {group}", attack, trained, model=name, group=group)
+                for name, trained in MODELS.items()
+                for group in attacks_of(name, budget)
+            ),
+        ]
+
+    def report(self, root: Path, name: str, budget: SimpleNamespace) -> Report:
+        """Return the report of a model, with the rows of all groups of attacks, and the worst case over all of them.
+
+        The groups ran separately, so that all models face the same attacks. In a single list of attacks, APGD on a
+        classifier would skip the images that PGD has broken. APGD on a defence would not skip such images, because it
+        attacks the defence without its randomness.
+        """
+        folders = [Job(f"{name} {group}", 0, attack).folder(root) for group in attacks_of(name, budget)]
+        parts = [Report.from_json((folder / "report.json").read_text()) for folder in folders]
+        # Every group has the row of the clean accuracy. The dictionary contains this row only once.
+        rows = {row.attack: row for part in parts for row in part.rows if row.kind != "worst"}
+        notes = dict.fromkeys(note for part in parts for note in part.notes)
+        # The parts have the same settings, so most facts about the first part are facts about all of them.
+        about = {key: value for key, value in parts[0].about.items() if key not in ("command", "date")}
+        return Report([*rows.values(), *worst_rows(list(rows.values()))], list(notes), about)
+
+    def write(self, root: Path, folder: Path, chosen: argparse.Namespace) -> Path:
+        budget = self.budget(chosen)
+        whole = merge(self.report(root, name, budget) for name in MODELS)
+        # Remove the report of an earlier run, because Git keeps it. Otherwise `save` would move it into a subfolder.
+        (folder / self.name / "report.json").unlink(missing_ok=True)
+        whole.save(folder / self.name)
+        return write_page(folder, self.name, whole=whole, b=budget)
