@@ -64,7 +64,7 @@ def _gated(features: Tensor) -> Tensor:
 
 
 def _masked(x: Tensor) -> tuple[Tensor, Tensor]:
-    noisy = x + 0.25 * torch.randn_like(x)
+    noisy = 2 * (x + 0.25 * torch.randn_like(x)).clamp(0, 1) - 1
     rows, columns = x.shape[2] // 4, x.shape[3] // 4
     hidden = torch.rand(len(x), rows * columns).argsort(1).argsort(1) < rows * columns // 4
     mask = hidden.view(-1, 1, rows, columns).repeat_interleave(4, 2).repeat_interleave(4, 3).to(x.dtype)
