@@ -28,13 +28,14 @@ def test_random_parts_have_the_same_distribution(name):
 
 def test_a_run_is_one_row_of_the_table(monkeypatch, tmp_path):
     part = replaced.PARTS["ops.pgd_step"]._replace(shapes=[((2, 3, 4, 4),) * 3])
-    monkeypatch.setattr(replaced, "PARTS", {"ops.pgd_step": part, "learns": part._replace(learns=True)})
+    learning = replaced.PARTS["nn.Aggregate, mean"]._replace(shapes=[((2, 3, 4),)])
+    monkeypatch.setattr(replaced, "PARTS", {"ops.pgd_step": part, "learning": learning})
     monkeypatch.setattr(replaced, "RESULTS", tmp_path)
     monkeypatch.setattr(replaced, "SECONDS", 1e-4)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     (tmp_path / "cpu").mkdir()
     threads = torch.get_num_threads()
     assert replaced.main(None).exists() and torch.get_num_threads() == threads
-    *_, plain, learning = replaced.table(tmp_path)
+    *_, plain, learned = replaced.table(tmp_path)
     assert plain.startswith("| ops.pgd_step | [2, 3, 4, 4] | ") and plain.endswith("| - | - |")
-    assert all(float(cell) > 0 for cell in learning.split("|")[3:7])
+    assert all(float(cell) > 0 for cell in learned.split("|")[3:7])
