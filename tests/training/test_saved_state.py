@@ -73,7 +73,11 @@ def test_a_run_continues_whatever_the_names_in_its_state_are(name, tmp_path):
         assert str(resumed[1].value) == str(MODELS[name]()[1].value)
 
 
-@pytest.mark.parametrize("value", [{1, 2}, b"packed", {"a": torch.zeros(2)}, {-1: 2}, (1, 2), object()], ids=str)
+@pytest.mark.parametrize(
+    "value",
+    [{1, 2}, b"packed", {"a": torch.zeros(2)}, {-1: 2}, (1, 2), object()],
+    ids=lambda value: type(value).__name__,
+)
 def test_extra_state_that_would_not_come_back_is_refused_before_any_step(value, tmp_path):
     with pytest.raises(ValueError, match=r"get_extra_state must return tensors, or dicts .*1\._extra_state = "):
         run(extra(value), tmp_path / "run")
