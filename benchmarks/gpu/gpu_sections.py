@@ -32,7 +32,7 @@ from purify_fast.data import DataSet, load_dataset, to_float
 from purify_fast.evaluation import EvaluateConfig, evaluate
 from purify_fast.models.classifiers import PreActResNet18
 from purify_fast.ops import REGISTRY
-from purify_fast.ops.dispatch import racing, records, verify
+from purify_fast.ops.dispatch import racing, verify
 from purify_fast.ops.dispatch.registry import Op
 from purify_fast.speed import retain_freed_memory
 from purify_fast.speed.graphs.cuda_capture import CudaCapture
@@ -60,7 +60,7 @@ SOURCES = (
     "setup.py",
 )
 CAPTURE_COST, VERDICTS, STANDARD = "capture_cost.csv", "kernel_verdicts.csv", "standard.csv"
-OFFICIAL, PGD, PROFILE, FORMS = "autoattack.csv", "pgd.csv", "profile.csv", "forms.json"
+OFFICIAL, PGD, PROFILE = "autoattack.csv", "pgd.csv", "profile.csv"
 #: The pipelines that are measured, the most important first. The form of AToP in plain PyTorch takes long on a GPU.
 PIPELINES = ("arrest_step", "carso_training", "carso_inference", "diffusion", "atop_finetune")
 #: The number of images that are attacked by `standard` and AutoAttack.
@@ -332,11 +332,7 @@ def _forms_of_pgd(context: Context, count: int) -> list[dict]:
 def forms_of_pgd(context: Context) -> Outcome:
     """Time PGD as a user writes it, as an expert writes it, and by this package (see `pgd_forms`)."""
     counts = pgd_forms.sizes(context.rehearsal)
-    outcome = measured(context, PGD, {f"{count} images": partial(_forms_of_pgd, context, count) for count in counts})
-    chosen = records.file_of("formed", context.device)
-    if chosen.exists():
-        shutil.copy(chosen, context.out / FORMS)
-    return outcome
+    return measured(context, PGD, {f"{count} images": partial(_forms_of_pgd, context, count) for count in counts})
 
 
 def _longest_kernels(context: Context, count: int, form: str) -> list[dict]:
@@ -526,7 +522,7 @@ SECTIONS = {
     "limits": Section("measured", measured_limits, (25, 10), 9),
     "captures": Section("measured", capture_cost, (40, 26), 17, (CAPTURE_COST,)),
     "races": Section("measured", races, (150, 26), 110, (shipping.FILE,)),
-    "pgd": Section("measured", forms_of_pgd, (190, 45), 140, (PGD, FORMS), True),
+    "pgd": Section("measured", forms_of_pgd, (190, 45), 140, (PGD,), True),
     "profile": Section("measured", profiled, (80, 40), 40, (PROFILE,), True),
     # The measured seconds are half of those for 1,000 images.
     "standard": Section("measured", standard, (60, 25), 35, (STANDARD,)),

@@ -6,8 +6,10 @@ import math
 import statistics
 from pathlib import Path
 
-from ..gpu.gpu_sections import CAPTURE_COST, STANDARD
-from ..speed import limits, sheets
+from purify_fast.ops.dispatch.racing import LEVEL
+
+from ..gpu.gpu_sections import CAPTURE_COST, STANDARD, VERDICTS
+from ..speed import limits, sheets, shipping
 
 #: The name of the file with the forms of an attack by PGD. It has a row for each form.
 PGD = "pgd.csv"
@@ -20,6 +22,18 @@ STYLES = {"eager": "eager calls", "replay": "replays"}
 def ours(name: str) -> str:
     """Return the name of a compared implementation for a page: that of this package is in bold letters."""
     return f"**purify_fast{name.removeprefix('ours')}**" if name.startswith("ours") else name
+
+
+def verdicts(folder: Path) -> list[str]:
+    """Return the table of each kernel's error, compared with its definition in float64."""
+    body = []
+    for row in sheets.rows_of(folder / VERDICTS):
+        error, budget = float(row["error"]), float(row["budget"])
+        # A kernel that only moves numbers may have no error at all.
+        share = f"{100 * error / budget:.0f} %" if budget else "-" if error else "exact"
+        right = "right" if row["passed"] == "True" else "**wrong**"
+        body.append([row["op"], right, f"{error:.1e}", f"{budget:.1e}", share, row["case"]])
+    return sheets.table(["op", "verdict", "error", "allowed", "share", "case"], body)
 
 
 def captures(folder: Path) -> list[str]:
@@ -96,6 +110,25 @@ def _ratio(row: dict) -> float:
     return row["reference_us"] / row["kernel_us"]
 
 
+def behind(folder: Path) -> list[str]:
+    """Return the table of the races that a kernel lost, with the times in the layout in which it was slowest."""
+    cases: dict[tuple[str, str], dict[str, list[dict]]] = {}
+    for op, entry in shipping.read(folder)["ops"].items():
+        for row in entry["rows"]:
+            name = " ".join(filter(None, (row["variant"], row["dtype"], row["size"])))
+            cases.setdefault((op, name), {}).setdefault(row["style"], []).append(row)
+    body = []
+    for (op, name), styles in cases.items():
+        slowest = {style: min(rows, key=_ratio) for style, rows in styles.items()}
+        if min(map(_ratio, slowest.values())) < LEVEL:
+            times = {
+                s: f"{r['kernel_us']:,.0f} / {r['reference_us']:,.0f} ({_ratio(r):.2f})" for s, r in slowest.items()
+            }
+            body.append([op, name, *(times.get(style, "-") for style in STYLES)])
+    heads = [f"{words}: kernel / reference, us (speedup)" for words in STYLES.values()]
+    return sheets.table(["op", "case", *heads], body)
+
+
 def summary(raced: dict) -> str:
     """Return a sentence about all races of a GPU: how many the kernels won, and their mean speedups."""
     rows = [row for entry in raced["ops"].values() for row in entry["rows"]]
@@ -109,5 +142,5 @@ def summary(raced: dict) -> str:
 
 def tables(folder: Path) -> dict[str, list[str]]:
     """Return the tables of a GPU's chapter by their names. A table is empty if the GPU's folder has no such results."""
-    every = {CAPTURE_COST: captures, STANDARD: evaluations, PGD: pgd}
+    every = {VERDICTS: verdicts, CAPTURE_COST: captures, STANDARD: evaluations, PGD: pgd, shipping.FILE: behind}
     return {table.__name__: table(folder) if (folder / file).exists() else [] for file, table in every.items()}

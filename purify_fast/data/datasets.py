@@ -170,7 +170,8 @@ def load_dataset(
         )
         classes = chosen_classes(len(names), num_classes)
         title = name if name in NAMES else place.resolve().name
-        return DataSet(x["train"], y["train"], x["test"], y["test"], title, classes, tuple(names))
+        parts = x["train"], y["train"], x["test"], y["test"]
+        return DataSet(*parts, name=title, num_classes=classes, classes=tuple(names))
     if stream or decode == "each_time" or broken == "skip":
         what = "stream=True" if stream else "decode='each_time'" if decode == "each_time" else "broken='skip'"
         raise ValueError(f"{what} needs an image folder, but {name} is not an image folder")

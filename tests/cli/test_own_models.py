@@ -126,7 +126,7 @@ def test_every_form_is_found(bars, mine, monkeypatch, spec):
         ("code/needs.py:make", "No module named 'no_such_package'"),
         ("code/my_defence.py:mak", "code/my_defence.py has no function or class 'mak'"),
         ("code/my_defence.py:nothing", "or a function from images to logits; it returned the type int"),
-        ("code/my_defence.py:of_colors", "of_colors does not run on images 1x16x16 of bars: ValueError: "),
+        ("code/my_defence.py:of_colors", "of_colors does not run on images 1x16x16 of bars: RuntimeError: "),
         ("code/my_defence.py:fails", "fails does not run on images 1x16x16 of bars: KeyError: 'mask' (/"),
         ("code/my_defence.py:fails", f"code/my_defence.py, line {line_of('mask')})"),
         ("code/my_defence.py:explained", f"code/my_defence.py, line {line_of('reshape')})"),

@@ -260,7 +260,7 @@ def test_a_list_with_an_attack_twice_says_that_it_ran_once():
     # attacks that differ in anything else, or in their images, are two: their names are the user's to choose
     for other in (APGD(loss="margin", steps=3, rho=0.5), AttackSpec(margin, seed=1), AttackSpec(margin, nearest=None)):
         both = [AttackSpec(dlr, survivors_only=True), other]
-        with pytest.raises(ValueError, match="several with the label APGD-3 margin: give each attack a label"):
+        with pytest.raises(ValueError, match="different labels, got twice APGD-3 margin"):
             evaluate(model, x, y, attacks=both, **QUIET)
     named = [AttackSpec(dlr, label="one"), AttackSpec(margin, label="two")]
     assert evaluate(model, x, y, attacks=named, **QUIET).attacks == ["clean", "one", "two", "worst"]

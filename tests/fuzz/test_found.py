@@ -59,5 +59,5 @@ def test_numbers_that_are_none_in_configurations():
 def test_labels_on_another_device():
     """The model was run first, and PyTorch's message named no argument."""
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))
-    with pytest.raises(ValueError, match="x and y must be on one device, got x on cpu and y on meta"):
+    with pytest.raises(ValueError, match="must be on one device, got x on cpu, y on meta"):
         attacks.pgd(model, torch.rand(2, 1, 2, 2), torch.arange(2, device="meta"), eps=0.1, alpha=0.1, steps=1)
