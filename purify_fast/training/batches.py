@@ -38,7 +38,9 @@ def read_batch(batch: Any, name: str) -> tuple[Tensor, Tensor, Any]:
         images = next((key for key in keys if key != labels), "images") if images is None else images
         raise TypeError(
             f"{name} must be (images, labels), got a dictionary with the keys {', '.join(map(repr, keys))}: give "
-            f"(batch[{images!r}], batch[{labels!r}]), for example by the collate_fn of a DataLoader"
+            f"(batch[{images!r}], batch[{labels!r}]). If a row is such a dictionary of tensors: DataLoader(..., "
+            f"collate_fn=lambda rows: (torch.stack([row[{images!r}] for row in rows]), "
+            f"torch.tensor([row[{labels!r}] for row in rows])))"
         )
     if not isinstance(batch, (tuple, list)) or len(batch) < 2:
         raise TypeError(f"{name} must be (images, labels) or (images, labels, indices), got {type(batch)}")

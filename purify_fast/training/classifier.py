@@ -65,6 +65,9 @@ class ClassifierTask(Task):
                 x = attack.run(self.model, batch, graphs=self.graphs)
             clean = None if objective is None else self.model(batch.x)
             logits, hard = self.model(x), hard_labels(batch.y)
+            if batch.y.is_floating_point() and batch.y.shape != logits.shape:
+                columns = f"a column for each of the model's {logits.shape[1]} classes"
+                raise ValueError(f"y must have {columns}, got {list(batch.y.shape)}")
             metrics = {"accuracy": (logits.detach().argmax(1) == hard).float().mean()}
             if objective is None or clean is None:
                 return F.cross_entropy(logits, batch.y, label_smoothing=smoothing), metrics

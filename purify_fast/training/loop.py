@@ -173,6 +173,9 @@ def _train(run: Run, listeners: Sequence[Callback], stop: Stop) -> None:
         run.save()
         if not run.ended:
             _end_if_asked(run, stop)
+        elif not last:
+            text = "the training ended after %d of %d epochs (patience); its best weights are of epoch %d"
+            logger.warning(text, epoch + 1, run.config.epochs, run.best["step"] // run.steps)
 
 
 def _end_if_asked(run: Run, stop: Stop) -> None:

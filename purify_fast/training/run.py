@@ -199,22 +199,29 @@ class Run:
                 "checkpoint. For a new run from the model's present weights, choose another folder",
                 self.folder,
             )
-        # Checkpoints of earlier versions have no hash.
-        if processes()[0] == 0 and saved.get("network", self.network) != self.network:
-            logger.warning(
-                "the code or the structure of the network in %s has changed since the run began, such as the code of a "
-                "class, the rate of a dropout or the version of a library. The weights were trained for the network as "
-                "it was. For a new run with the present network, choose another folder",
-                self.folder,
-            )
         self.task.model.load_state_dict(saved["model"])
         for name, optimizer in self.task.optimizers.items():
             optimizer.load_state_dict(saved["optimizers"][name])
         for name in (*_PROGRESS, "initial"):
             setattr(self, name, saved[name])
-        self.network = saved.get("network", self.network)
+        self._compare(saved["network"])
         self.sums = {key: value.to(self.source.device) for key, value in saved["sums"].items()}
         self._spent = saved["seconds"]
+
+    def _compare(self, network: str) -> None:
+        """Compare the network with that of the checkpoint: a finished run is kept, and a run that continues warns."""
+        first, self.network, changed = processes()[0] == 0, network, network != self.network
+        if not (first and changed):
+            return
+        what = (
+            f"the code or the structure of the network in {self.folder} has changed since the run began, such as the "
+            "normalization of its images, the code of a class, the rate of a dropout or the version of a library. The "
+            "weights were trained for the network as it was. For a new run with the present network, choose another "
+            "folder"
+        )
+        if self.ended:
+            raise ValueError(f"the run is finished, and {what}")
+        logger.warning(what)
 
     def _read(self) -> dict[str, Any] | None:
         saved = None

@@ -12,10 +12,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 ATTACK = TrainingAttack(0.1, 2)
 
 
-def task(**options):
+def task(classes=2, **options):
     torch.manual_seed(0)
     return ClassifierTask(
-        nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.SiLU(), nn.Linear(8, 2)), ClassifierConfig(**options)
+        nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.SiLU(), nn.Linear(8, classes)), ClassifierConfig(**options)
     )
 
 
@@ -151,6 +151,8 @@ def test_what_cannot_be_combined_is_refused_before_any_step(tmp_path):
         fit(task(attack=ATTACK, objective="mart"), x, soft, FitConfig(1, 16), **options)
     with pytest.raises(ValueError, match=r"the labels of batch 0 of x must be int64 \[B\] = \[64\], or prob"):
         fit(task(), [(x, -soft)], None, FitConfig(1), **options)
+    with pytest.raises(ValueError, match=r"y must have a column for each of the model's 3 classes, got \[16, 2\]"):
+        fit(task(classes=3), x, soft, FitConfig(1, 16), **options)
     with pytest.raises(ValueError, match=r"the model has 2 classes"):
         fit(task(), x, F.one_hot(y, 3).float(), FitConfig(1, 16), **options)
 
