@@ -21,7 +21,7 @@ from purify_fast._files import write_text
 
 from .. import RESULTS, options
 from ..prose import wrapped
-from ..robustness import alone, contests, large_images, pack_zoo
+from ..robustness import alone, answer, contests, large_images, pack_zoo
 from ..robustness.broken import broken_tables as broken
 from ..robustness.broken import code as code_of_broken
 from ..robustness.truth import truth_tables as truth
@@ -56,6 +56,7 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "pipelines_atop": lambda results: performance.pipelines(results / "cpu", "atop_finetune"),
     "pipelines_diffusion": lambda results: performance.pipelines(results / "cpu", "diffusion"),
     "pipelines_arrest": lambda results: performance.pipelines(results / "cpu", "arrest_step"),
+    "answer": lambda results: answer.markdown(answer.read(results / "studies")),
     "front_results": front_page.results_table,
     "front_speed": front_page.speed_table,
     "speed_claim": front_page.claim,
@@ -275,7 +276,7 @@ def check(results: Path) -> list[str]:
         found += broken_links(page)
         if page.name not in (MEASURED_PAGE, "CHANGELOG.md"):
             found += typed_numbers(page, results)
-    parts = (contests, alone, code_of_broken)
+    parts = (contests, alone, answer, truth, code_of_broken)
     return found + [line for part in parts for line in part.outdated(results)]
 
 

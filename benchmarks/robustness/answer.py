@@ -101,12 +101,9 @@ def markdown(rows: Sequence[Row]) -> list[str]:
     head = ["network", "images", "attack", "left", "forward passes per image", "gradients per image"]
     body = []
     for name in NETWORKS:
-        images = max((row["last"] for row in rows if row["network"] == name), default=0)
-        for count in dict.fromkeys(min(count, images) for count in COUNTS):
-            sums = {
-                who: _sum([r for r in rows if (r["network"], r["contestant"]) == (name, who)], count)
-                for who in CONTESTANTS
-            }
+        own = [row for row in rows if row["network"] == name]
+        for count in sorted({row["last"] for row in own if row["contestant"] == OURS}):
+            sums = {who: _sum([row for row in own if row["contestant"] == who], count) for who in CONTESTANTS}
             by_expert = sums[EXPERT]
             for who, row in sums.items():
                 if row is None:
