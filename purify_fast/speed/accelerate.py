@@ -26,8 +26,9 @@ from .._processor import fast_bfloat16
 from ..model_state import HOOKS
 from ..ops.dispatch.gradient import transformed
 from .agreement import same_direction, same_logits
+from .asked_weights import with_weights
 from .folding.inference_copy import DTYPES, InferenceCopy
-from .watch import FEWEST_WEIGHTS, Watch, can_read_values, matrix_weights, tensors_of
+from .watch import FEWEST_WEIGHTS, Watch, can_read_values, facts_of, matrix_weights, tensors_of
 
 logger = logging.getLogger("purify_fast")
 
@@ -41,10 +42,6 @@ ERROR, COSINE = 1e-3, 0.999
 #: The number of times that a copy is made for a model whose parts change. A model that counts its own calls in an
 #: attribute would otherwise get a new copy for each count.
 MOST_COPIES = 8
-#: Attributes of these types are compared by their values.
-_PLAIN = (bool, int, float, str, type(None))
-#: The attributes that every module has, such as its hooks.
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 def accelerate(model: Model, *, dtype: Dtype = "auto", compile: bool = False) -> Model:
@@ -210,7 +207,7 @@ class Follower(abc.ABC):
         Returns:
             True if the weights or the parts were other ones.
         """
-        facts, tensors = _facts(model), [one for _, one in tensors_of(model)]
+        facts, tensors = facts_of(model), [one for _, one in tensors_of(model)]
         reads = can_read_values(x.device)
         new = facts != self._facts or (self.copy is not None and self.copy.device != x.device)
         # A copy pays more for a larger batch.
@@ -221,7 +218,7 @@ class Follower(abc.ABC):
             self._tried, self._copies = min(TRIED, len(x)), self._copies + 1
             self.copy = self.make(model, x[:TRIED].detach(), len(x)) if self._copies <= MOST_COPIES else None
             # The trial of the copy may itself change attributes, such as a counter of calls.
-            self._facts = _facts(model)
+            self._facts = facts_of(model)
         elif self.copy is not None and not new:
             self.copy.refresh(model)
         return True
@@ -280,6 +277,10 @@ class _Forward(Follower):
         """Run the module itself."""
         return type(self.model).forward(self.model, *given, **named) if self.own is None else self.own(*given, **named)
 
+    def running_plainly(self) -> contextlib.AbstractContextManager[None]:
+        """A block in which the module and its parts run as they are."""
+        return plainly(self.model)
+
     def __call__(self, *given: Any, **named: Any) -> Any:
         if torch.compiler.is_compiling() or self.off or named or len(given) != 1 or not _is_batch(given[0]):
             return self.plain(*given, **named)
@@ -301,7 +302,7 @@ class _Forward(Follower):
             return self._of_constant(x, weights)
         if self.copy is None:
             return self.plain(x)
-        return _with_weights(self, x, weights, None) if weights else self.copy(x)
+        return with_weights(self, x, weights, None) if weights else self.copy(x)
 
     def _takes(self, x: Tensor) -> bool:
         """Tell whether the copy can stand for the module: for these images, in its present mode and context."""
@@ -352,7 +353,7 @@ class _Forward(Follower):
             for _ in range(2):
                 begin = time.process_time()
                 self._takes(x)
-                _facts(model)
+                facts_of(model)
                 watch.changed([one for _, one in tensors_of(model)])
                 extra = time.process_time() - begin
             # A look at the modules and their weights takes as long for a larger batch.
@@ -371,7 +372,7 @@ class _Forward(Follower):
         if self._constant is not None:
             batch, values, logits = self._constant
             if batch() is x and can_read_values(x.device) and torch.equal(values, x):
-                return _with_weights(self, x, weights, logits) if weights else logits.clone()
+                return with_weights(self, x, weights, logits) if weights else logits.clone()
         self._constant = None
         out = self.plain(x) if weights or self.copy is None else self.copy(x)
         if type(out) is Tensor and not (self._draws or out.is_inference()) and can_read_values(x.device):
@@ -397,37 +398,6 @@ def _line(error: Exception) -> str:
 def _is_special(part: nn.Module) -> bool:
     """Tell whether an inner module is in training mode or has hooks, which a copy would not call."""
     return part.training or any(getattr(part, name) for name in HOOKS)
-
-
-class _Same:
-    """Equal only for the same object, and for a tensor only if PyTorch has counted no write to it since."""
-
-    def __init__(self, value: object):
-        self.value, self.version = value, value._version if isinstance(value, Tensor) else 0
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.value is other.value and self.version == other.version
-
-
-def _facts(model: nn.Module) -> list[Any]:
-    """The modules of a model, and their attributes, such as strides and temperatures."""
-    facts: list[Any] = []
-    for part in model.modules():
-        # A weak reference lets the model go, and is equal to another one only for the same object.
-        facts.append(weakref.ref(part))
-        facts += [(name, _fact(value)) for name, value in vars(part).items() if name not in _OF_EVERY_MODULE]
-    return facts
-
-
-def _fact(value: Any) -> Any:
-    """Return something that is equal for an equal value of an attribute. It does not look into other objects."""
-    if isinstance(value, _PLAIN):
-        return value
-    if isinstance(value, (list, tuple)):
-        return [_fact(each) for each in value]
-    if isinstance(value, dict):
-        return [(_fact(key), _fact(each)) for key, each in value.items()]
-    return weakref.ref(value) if isinstance(value, nn.Module) else _Same(value)
 
 
 def _answers(model: Callable[[Tensor], Tensor], x: Tensor) -> tuple[tuple[Tensor, Tensor], float]:
@@ -459,86 +429,3 @@ def _agree(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor], dtype: torch
     error, cosine = (ERROR, COSINE) if dtype == torch.float32 else (50 * ERROR, 0.8)
     close = bool((got[0] - want[0]).abs().max() <= error * want[0].abs().max())
     return close and same_direction(got[1], want[1], cosine)
-
-
-# -- gradients of weights, if a backward pass asks for them ------------------------------------------------------------
-
-
-class _Asked:
-    """The gradients of weights between the two functions of a call."""
-
-    node: Any = None
-    weights: tuple[nn.Parameter, ...] = ()
-    gradients: tuple[Tensor | None, ...] = ()
-
-
-class _Weights(torch.autograd.Function):
-    """A number that depends on all weights. Its backward passes the gradients on that `_Call` has computed."""
-
-    @staticmethod
-    def forward(ctx: Any, asked: _Asked, *weights: Tensor) -> Tensor:
-        ctx.asked, ctx.number = asked, len(weights)
-        return weights[0].new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return None, *(ctx.asked.gradients or (None,) * ctx.number)
-
-
-class _Call(torch.autograd.Function):
-    """A call of the copy, or its known result. The gradient of the images is that of the copy.
-
-    If the backward pass asks for gradients of weights, or for a second derivative, the module itself is called.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, owner: _Forward, asked: _Asked, known: Tensor | None, x: Tensor, *weights: Tensor) -> Tensor:
-        ctx.owner, ctx.asked = owner, asked
-        # Autograd raises an error if a weight was changed between forward and backward.
-        ctx.save_for_backward(x, *weights[1:])
-        if known is not None:
-            return known.clone()
-        assert owner.copy is not None
-        with torch.enable_grad():
-            ctx.leaf = x.detach().requires_grad_()
-            ctx.out = owner.copy(ctx.leaf)
-        return ctx.out.detach()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        # The weights are saved only so that autograd checks them.
-        x, *saved = ctx.saved_tensors
-        owner, asked, images = ctx.owner, ctx.asked, ctx.needs_input_grad[3]
-        wanted = torch._C._will_engine_execute_node(asked.node)
-        of_images, nothing = None, (None,) * len(saved)
-        if not wanted and not torch.is_grad_enabled():
-            of_images = torch.autograd.grad(ctx.out, ctx.leaf, grad, retain_graph=True)[0]
-            return None, None, None, of_images, None, *nothing
-        if wanted and not owner.asked:
-            owner.asked = True
-            warnings.warn(
-                f"a backward pass asked for gradients of the weights of {type(owner.model).__name__} in evaluation "
-                "mode, so the model itself runs from now on: in an attack, use torch.autograd.grad or "
-                "purify_fast.images_only",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-        again = torch.is_grad_enabled()
-        with torch.enable_grad(), plainly(owner.model):
-            leaf = x if again else x.detach().requires_grad_(images)
-            out = owner.plain(leaf)
-            inputs = ([leaf] if images else []) + (list(asked.weights) if wanted else [])
-            found = torch.autograd.grad(out, inputs, grad, create_graph=again, allow_unused=True)
-        of_images = found[0] if images else None
-        asked.gradients = found[1:] if images else found
-        return None, None, None, of_images, grad.new_zeros(()), *nothing
-
-
-def _with_weights(owner: _Forward, x: Tensor, weights: list[nn.Parameter], known: Tensor | None) -> Tensor:
-    """Return the logits of images as a function of the images and of the weights."""
-    asked = _Asked()
-    asked.weights = tuple(weights)
-    number = _Weights.apply(asked, *weights)
-    asked.node = number.grad_fn
-    result: Tensor = _Call.apply(owner, asked, known, x, number, *(one.detach() for one in weights))
-    return result
