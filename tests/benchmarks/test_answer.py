@@ -11,10 +11,9 @@ NETWORK = answer.NETWORKS[1]
 
 
 def row(who, first, last, seconds, left):
-    return {
-        "network": NETWORK, "contestant": who, "first": first, "last": last, "cpu_seconds": seconds, "left": left,
-        "forwards": 100 * (last - first), "gradients": 10 * (last - first), "device": "D", "threads": 1, "code": [],
-    }  # fmt: skip
+    made = {"network": NETWORK, "contestant": who, "first": first, "last": last, "cpu_seconds": seconds, "left": left}
+    made |= {"forwards": 100 * (last - first), "gradients": 10 * (last - first)}
+    return made | {"device": "D", "threads": 1, "code": []}
 
 
 def test_the_parts_of_autoattack_are_added_and_incomplete_contestants_are_left_out():

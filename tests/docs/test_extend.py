@@ -226,7 +226,7 @@ class TrainBlurred(TrainPurifier):
     "pyproject.toml": "",
     "tests/methods/blurred/test_training.py": "",
 }
-TRIED = """
+OF_ALL = """
 import torch
 from purify_fast import cli, evaluate, load_defence, save_classifier
 from purify_fast.attacks import Corners
@@ -257,4 +257,4 @@ def test_few_files_add_an_op_an_attack_and_a_method(tmp_path):
         file: Path = tmp_path / path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(added(file.read_text() if file.exists() else "", text))
-    run(tmp_path, "-c", TRIED)
+    run(tmp_path, "-c", OF_ALL)
