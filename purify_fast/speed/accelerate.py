@@ -27,8 +27,9 @@ from ..model_state import HOOKS
 from ..ops.dispatch.gradient import transformed
 from .agreement import same_direction, same_logits
 from .asked_weights import with_weights
+from .attributes import facts_of
 from .folding.inference_copy import DTYPES, InferenceCopy
-from .watch import FEWEST_WEIGHTS, Watch, can_read_values, facts_of, matrix_weights, tensors_of
+from .watch import FEWEST_WEIGHTS, Watch, can_read_values, matrix_weights, tensors_of
 
 logger = logging.getLogger("purify_fast")
 
