@@ -5,10 +5,11 @@ import pytest
 import torch
 from op_cases import cases
 
+from purify_fast._tensors import FLOATING
 from purify_fast.ops import Stream, philox, random_transform
 
 op = import_module("purify_fast.ops.random_transform")
-DTYPES = op.DTYPES
+DTYPES = FLOATING
 SEED = torch.tensor([987654321])
 PLAIN, NHWC = torch.contiguous_format, torch.channels_last
 #: batch, channels, height, width, block: planes that are no multiple of 4, several strips of a plane, one pixel, blocks
