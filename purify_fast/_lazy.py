@@ -19,7 +19,7 @@ def lazy_exports(package: str) -> tuple[list[str], Callable[[str], Any], Callabl
     module = sys.modules[package]
     source = module.__spec__.loader.get_source(package)  # type: ignore[union-attr]
     if source is None or not os.path.isfile(str(module.__file__)):
-        place = f"its sources, as files in a folder: {module.__file__} is of a zip archive or has no source"
+        place = f"its sources, as files in a folder: {module.__file__} lies in a zip archive or has no source"
         raise ImportError(f"purify_fast must be installed with {place}. Install it by pip", name=package)
     blocks = [node for node in ast.parse(source).body if isinstance(node, ast.If)]
     imports = [node for block in blocks for node in block.body if isinstance(node, ast.ImportFrom)]

@@ -106,9 +106,7 @@ def table(results: Path) -> list[str]:
     Raises:
         FileNotFoundError: there are no results.
     """
-    rows = kept.rows_of(results / FILE)
-    if not rows:
-        raise FileNotFoundError(results / FILE)
+    rows = kept.existing(results / FILE)
     body = []
     for network, beside in product(NETWORKS, sorted({row["busy"] for row in rows})):
         own = [row for row in rows if row["busy"] == beside]

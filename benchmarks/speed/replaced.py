@@ -164,9 +164,7 @@ def table(results: Path) -> list[str]:
     Raises:
         FileNotFoundError: there are no results.
     """
-    rows = kept.rows_of(results / FILE)
-    if not rows:
-        raise FileNotFoundError(results / FILE)
+    rows = kept.existing(results / FILE)
     body = []
     for row in rows:
         line = [row["part"], json.dumps(row["shape"])]

@@ -35,7 +35,7 @@ def load_defence(
 ) -> Any:
     """Load a saved defence with its classifier, in evaluation mode on the classifier's device.
 
-    The result is of the class that was saved, such as `Carso`.
+    The result has the class of the saved defence, such as `Carso`.
 
     A denoiser that `purify_fast.methods.diffusion.save_denoiser` saved is loaded as a `DiffusionPurifier`.
 

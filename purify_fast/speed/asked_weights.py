@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from .folding.inference_copy import InferenceCopy
 
 
-class Accelerated(Protocol):
-    """What a call needs of an accelerated module's forward (`purify_fast.speed.accelerate`)."""
+class Owner(Protocol):
+    """The forward of an accelerated module (`purify_fast.speed.accelerate`), as far as a call uses it."""
 
     model: nn.Module
     copy: InferenceCopy | None
@@ -54,9 +54,7 @@ class _Call(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, owner: Accelerated, asked: _Asked, known: Tensor | None, x: Tensor, *weights: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, owner: Owner, asked: _Asked, known: Tensor | None, x: Tensor, *weights: Tensor) -> Tensor:
         ctx.owner, ctx.asked = owner, asked
         # Autograd raises an error if a weight was changed between forward and backward.
         ctx.save_for_backward(x, *weights[1:])
@@ -98,7 +96,7 @@ class _Call(torch.autograd.Function):
         return None, None, None, of_images, grad.new_zeros(()), *nothing
 
 
-def with_weights(owner: Accelerated, x: Tensor, weights: list[nn.Parameter], known: Tensor | None) -> Tensor:
+def with_weights(owner: Owner, x: Tensor, weights: list[nn.Parameter], known: Tensor | None) -> Tensor:
     """Return the logits of images as a function of the images and of the weights."""
     asked = _Asked()
     asked.weights = tuple(weights)

@@ -204,7 +204,8 @@ class Run:
             optimizer.load_state_dict(saved["optimizers"][name])
         for name in (*_PROGRESS, "initial"):
             setattr(self, name, saved[name])
-        self._compare(saved["network"])
+        # Checkpoints of earlier versions have no hash.
+        self._compare(saved.get("network", self.network))
         self.sums = {key: value.to(self.source.device) for key, value in saved["sums"].items()}
         self._spent = saved["seconds"]
 

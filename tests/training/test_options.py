@@ -1,4 +1,4 @@
-"""What trainers expect of `fit`: accumulation, clipping, smoothing, early stopping, soft labels."""
+"""`fit` accumulates and clips gradients, smooths labels, stops early and takes soft labels."""
 
 import pytest
 import torch

@@ -49,7 +49,7 @@ class Other(ClassifierTask):
 
 
 def told(folder, make, caplog, task=ClassifierTask):
-    """Whether the continued run is told that its network is another."""
+    """Continue a run with another network; return True if a warning says that the network has changed."""
     config = FitConfig(2, 16, checkpoint_seconds=0)
     with pytest.raises(Stopped):
         fit(ClassifierTask(Net(), ClassifierConfig()), *images(), config, folder, progress=False, callbacks=[StopAt(2)])

@@ -1,4 +1,4 @@
-"""What a checkpoint gives back: names that are numbers, and the values of get_extra_state."""
+"""A checkpoint gives back names that are numbers, and the values of get_extra_state."""
 
 import pytest
 import torch
