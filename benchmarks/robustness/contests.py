@@ -119,31 +119,33 @@ class Subject:
 Contestant = Callable[[Subject, Amount], Tensor]
 
 
-def official(version: str) -> Contestant:
-    """Return a contestant that runs the official AutoAttack as its documentation says.
+def found_by_autoattack(subject: Subject, amount: Amount, version: str = "standard") -> Tensor:
+    """Run the official AutoAttack as its documentation says, and return its images ``[N, C, H, W]``.
 
     Args:
+        subject: attacked model and images.
+        amount: numbers of steps and queries.
         version: "standard", or "rand" for random models.
     """
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.getLogger("auto-attack").setLevel(logging.ERROR)
+        adversary = implementation()(subject.model, norm="Linf", eps=subject.eps, seed=0, version=version)
+        parts = adversary.apgd, adversary.apgd_targeted
+        for part in parts:
+            part.n_iter = part.n_iter_orig = amount.steps
+            part.n_iter_2, part.n_iter_min, part.size_decr = (
+                max(int(share * amount.steps), 1) for share in (0.22, 0.06, 0.03)
+            )
+        adversary.fab.n_iter, adversary.square.n_queries = amount.steps, amount.queries
+        if version == "rand":
+            adversary.apgd.eot_iter = amount.draws
+        return adversary.run_standard_evaluation(subject.x, subject.y, batch_size=BATCH)[0]
 
-    def attack(subject: Subject, amount: Amount) -> Tensor:
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            logging.getLogger("auto-attack").setLevel(logging.ERROR)
-            adversary = implementation()(subject.model, norm="Linf", eps=subject.eps, seed=0, version=version)
-            parts = adversary.apgd, adversary.apgd_targeted
-            for part in parts:
-                part.n_iter = part.n_iter_orig = amount.steps
-                part.n_iter_2, part.n_iter_min, part.size_decr = (
-                    max(int(share * amount.steps), 1) for share in (0.22, 0.06, 0.03)
-                )
-            adversary.fab.n_iter, adversary.square.n_queries = amount.steps, amount.queries
-            if version == "rand":
-                adversary.apgd.eot_iter = amount.draws
-            found = adversary.run_standard_evaluation(subject.x, subject.y, batch_size=BATCH)[0]
-        return misclassified(subject, found)
 
-    return attack
+def official(version: str) -> Contestant:
+    """Return a contestant that runs the official AutoAttack, see `found_by_autoattack`."""
+    return lambda subject, amount: misclassified(subject, found_by_autoattack(subject, amount, version))
 
 
 @dataclass(frozen=True)
