@@ -101,7 +101,8 @@ def markdown(rows: Sequence[Row]) -> list[str]:
     head = ["network", "images", "attack", "left", "forward passes per image", "gradients per image"]
     body = []
     for name in NETWORKS:
-        for count in COUNTS:
+        images = max((row["last"] for row in rows if row["network"] == name), default=0)
+        for count in dict.fromkeys(min(count, images) for count in COUNTS):
             sums = {
                 who: _sum([r for r in rows if (r["network"], r["contestant"]) == (name, who)], count)
                 for who in CONTESTANTS

@@ -52,7 +52,7 @@ from .run.progress import Progress
 from .run.resources import choose_threads, make_room
 from .run.row_judge import EXAMPLES
 from .run.shards import Shards
-from .run.stopping import notes_of_proofs, notes_of_unsearched
+from .run.stopping import notes_of_proofs, notes_of_size, notes_of_unsearched
 from .show.report import Report
 from .show.witnesses import gathered, model_marks
 from .suspicion import Suspicion
@@ -302,6 +302,8 @@ class _Evaluation:
         if self.radii:
             report.curves.setdefault(name, {})[CURVE] = self.curve.points(report.rows, float(context.eps))
         report.notes += notes_of_unsearched(report.rows) + notes_of_proofs(report.rows)
+        if name in report.headlines:
+            report.notes += notes_of_size(report.headlines[name])
         if name in report.headlines and (test := report.claim_test(report.headlines[name])) is not None:
             report.about["claim_test"] = test.verdict
         report.about["seconds"] = measure.progress.told()

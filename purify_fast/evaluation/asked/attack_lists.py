@@ -41,8 +41,8 @@ FAST_STEPS = 60
 #: An attack of "fast" or "standard" stops early when hardly any of the images that it has not reached can still fall,
 #: namely at most this share of all images.
 FAST_SHARE, STANDARD_SHARE = 0.01, 0.002
-#: The most images with the smallest margins that are attacked again, because they decide the accuracy. They are attacked
-#: in groups, which end where evidence ends (`NearestRule`). A random model has no such groups, and all are attacked.
+#: The most images with the smallest margins that are attacked again, because they decide the accuracy. They are
+#: attacked in groups, which end where the evidence ends (`NearestRule`). A random model has no such groups: all are attacked.
 NEAREST, RANDOM_NEAREST = 40, 10
 #: Square's number of queries per image in "fast", and in the first of two runs of Square in "standard".
 SHORT_QUERIES = 1000

@@ -40,6 +40,8 @@ BY_LOT = 4
 #: The number of images in a group of the nearest images. On digits at the radius 0.2, an image fell to Square whose
 #: margin was the fourth smallest, while the search came no nearer to the border for the first three.
 GROUP = 5
+#: A report with a larger standard error says so, in points.
+LARGE_ERROR = 2.0
 
 
 def by_margin(index: Tensor, margins: np.ndarray) -> Tensor:
@@ -138,26 +140,38 @@ def notes_of_proofs(rows: Sequence[Row]) -> list[str]:
 
 
 def notes_of_unsearched(rows: Sequence[Row]) -> list[str]:
-    """The note of a report on images that attacks did not reach; empty if every attack reached all of its images."""
-    own = [row for row in rows if row.threat is None and row.unsearched]
-    near = [f"{row.attack}: {row.attacked - row.unsearched}" for row in own if row.settings.get("nearest")]
-    notes = [
-        "some attacks began with the images to which earlier attacks came nearest, and ended when the next image was "
-        f"farther from misclassification than they had brought any image nearer. Images that they tried: "
-        f"{'; '.join(near)}. The protocol strong searches every image"
-    ]
+    """The notes of a report on images that attacks did not reach; empty if every attack reached all of its images."""
+    own, notes = [row for row in rows if row.threat is None and row.unsearched], []
+    near = [row for row in own if row.settings.get("nearest")]
     stopped = [row for row in own if not row.settings.get("nearest")]
-    if not stopped:
-        return notes[: len(near)]
-    each = "; ".join(
-        f"{row.attack}: {row.unsearched} of {row.attacked} images, at most {100 * row.may_hold / row.n:.2f} points"
-        for row in stopped
-    )
-    points = sum(100 * row.may_hold / row.n for row in stopped)
+    if stopped:
+        each = "; ".join(
+            f"{row.attack}: {row.unsearched} of {row.attacked} images, at most {100 * row.may_hold / row.n:.2f} points"
+            for row in stopped
+        )
+        points = sum(100 * row.may_hold / row.n for row in stopped)
+        notes.append(
+            f"the searches that ended early missed at most {points:.2f} points, at 95 % confidence for each attack. "
+            "An attack begins with the images to which earlier attacks came nearest. It stops when so many images in a "
+            "row have withstood the attack that hardly any other image can fall, if the others fall no more often than "
+            f"these. Images that were not searched: {each}. The protocol strong searches every image"
+        )
+    if near:
+        each = "; ".join(f"{row.attack}: {row.attacked - row.unsearched}" for row in near)
+        notes.append(
+            "attacks on the nearest images began with the image to which earlier attacks came nearest. They ended when "
+            "the next image was farther from misclassification than they had brought any image nearer. Images that "
+            f"they tried: {each}. The protocol strong searches every image"
+        )
+    return notes
+
+
+def notes_of_size(row: Row) -> list[str]:
+    """The note of a report on what its number of images can show; empty if the standard error is small."""
+    error = 100 * row.standard_error
+    if error < LARGE_ERROR:
+        return []
     return [
-        f"the searches that ended early missed at most {points:.2f} points, at 95 % confidence for each attack. "
-        "An attack begins with the images to which earlier attacks came nearest. It stops when so many images in a row "
-        "have withstood the attack that hardly any other image can fall, if the others fall no more often than these. "
-        "Images that were not searched: "
-        f"{each}. The protocol strong searches every image"
-    ] + notes[: len(near)]
+        f"few images: with {row.n} images, the standard error of this accuracy is {error:.1f} points. Another model on "
+        f"other images would have to differ by {2 * 2**0.5 * error:.0f} points to be surely better or worse"
+    ]
