@@ -52,7 +52,7 @@ from .run.progress import Progress
 from .run.resources import choose_threads, make_room
 from .run.row_judge import EXAMPLES
 from .run.shards import Shards
-from .run.stopping import notes_of_proofs, notes_of_size, notes_of_unsearched
+from .run.stopping import most_nearest, notes_of_proofs, notes_of_size, notes_of_unsearched
 from .show.report import Report
 from .show.witnesses import gathered, model_marks
 from .suspicion import Suspicion
@@ -348,7 +348,8 @@ class _Evaluation:
 
         def images(spec: AttackSpec) -> int:
             stand = left.get((spec.variant, threat_name(spec, context))) if spec.survivors_only else None
-            return min(n if stand is None else int(stand.sum()), spec.nearest or n)
+            near = n if spec.nearest is None else most_nearest(spec.nearest, self.measure.subject.is_random)
+            return min(n if stand is None else int(stand.sum()), near)
 
         asked = [(spec.resolved.cost(context), images(spec)) for spec in self.plan]
         asked += [(cost, n) for cost in self.curve.costs(context)]

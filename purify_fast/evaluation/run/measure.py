@@ -28,7 +28,7 @@ from .progress import CountedModel, Progress, counted_model
 from .row_judge import RowJudge
 from .shards import Shards
 from .stopping import REVISION as STOPPING
-from .stopping import NearestRule, StoppingRule, by_margin, nearest_first
+from .stopping import NearestRule, StoppingRule, by_margin, most_nearest, nearest_first
 
 
 class Task(NamedTuple):
@@ -165,7 +165,7 @@ class Measure:
     def in_order(self, spec: AttackSpec, index: Tensor, margins: np.ndarray) -> Tensor:
         """Return the indices of the images that an attack gets, int64, in the order in which they are attacked."""
         if spec.nearest is not None:
-            return by_margin(index, margins)[: spec.nearest]
+            return by_margin(index, margins)[: most_nearest(spec.nearest, self.subject.is_random)]
         if spec.until is not None:
             return nearest_first(index, margins, self.subject.seed + spec.seed)
         return index
@@ -269,7 +269,7 @@ class Measure:
             counted = self._targets.setdefault(id(target), counted_model(target, self.progress))
             rule: StoppingRule | NearestRule | None = None
             if not context.draws_differ and task.margins is not None:
-                rule = NearestRule(task.margins)
+                rule = NearestRule(task.margins, spec.nearest or 1)
             elif not context.draws_differ and spec.until is not None:
                 rule = StoppingRule(spec.until, len(task.images), len(subject.y))
             yield AttackRun(spec, counted, task.images, subject, context, folder=folder, rule=rule)

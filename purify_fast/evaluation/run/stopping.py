@@ -37,9 +37,8 @@ ROUNDS, SMALLEST = 8, 32
 #: uniform between 0 and BY_LOT times the number of images. With this value, about a fifth of the images in the first
 #: round are there because of their random positions.
 BY_LOT = 4
-#: The number of images in a group of the nearest images. On digits at the radius 0.2, an image fell to Square whose
-#: margin was the fourth smallest, while the search came no nearer to the border for the first three.
-GROUP = 5
+#: The most groups of nearest images.
+GROUPS = 4
 #: A report with a larger standard error says so, in points.
 LARGE_ERROR = 2.0
 
@@ -48,6 +47,11 @@ def by_margin(index: Tensor, margins: np.ndarray) -> Tensor:
     """Sort the indices of images, int64 ``[n]``, by the images' margins, ``[N]``; images without a margin come last."""
     reached = torch.from_numpy(margins)[index].nan_to_num(nan=math.inf)
     return index[reached.argsort(stable=True)]
+
+
+def most_nearest(group: int, is_random: bool) -> int:
+    """The most images of an attack on the nearest images. A random model has a single group."""
+    return group if is_random else GROUPS * group
 
 
 def nearest_first(index: Tensor, margins: np.ndarray, seed: int) -> Tensor:
@@ -101,17 +105,18 @@ class NearestRule:
 
     Args:
         margins: the margins of the images before the attack, in ascending order.
+        group: the number of images in a group.
 
     Attributes:
         gain: the largest amount by which the attack has lowered a margin; at most the margin itself.
     """
 
-    may_hold, round = 0.0, GROUP
+    may_hold = 0.0
 
-    def __init__(self, margins: Sequence[float]):
+    def __init__(self, margins: Sequence[float], group: int):
         # An image that no attack has reached comes last, and its distance is unknown.
         self.margins = [math.inf if math.isnan(each) else each for each in margins]
-        self.searched, self.gain = 0, 0.0
+        self.round, self.searched, self.gain = group, 0, 0.0
 
     @property
     def unsearched(self) -> int:
