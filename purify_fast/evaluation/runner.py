@@ -52,7 +52,7 @@ from .run.progress import Progress
 from .run.resources import choose_threads, make_room
 from .run.row_judge import EXAMPLES
 from .run.shards import Shards
-from .run.stopping import most_nearest, notes_of_proofs, notes_of_size, notes_of_unsearched
+from .run.stopping import gain_of, notes_of_proofs, notes_of_size, notes_of_unsearched
 from .show.report import Report
 from .show.witnesses import gathered, model_marks
 from .suspicion import Suspicion
@@ -348,8 +348,7 @@ class _Evaluation:
 
         def images(spec: AttackSpec) -> int:
             stand = left.get((spec.variant, threat_name(spec, context))) if spec.survivors_only else None
-            near = n if spec.nearest is None else most_nearest(spec.nearest, self.measure.subject.is_random)
-            return min(n if stand is None else int(stand.sum()), near)
+            return min(n if stand is None else int(stand.sum()), spec.nearest or n)
 
         asked = [(spec.resolved.cost(context), images(spec)) for spec in self.plan]
         asked += [(cost, n) for cost in self.curve.costs(context)]
@@ -366,6 +365,8 @@ class _Evaluation:
         left: dict[tuple[str, str | None], np.ndarray] = {}
         # The smallest margin that any attack has reached on each image, by variant and threat model.
         margins: dict[tuple[str, str | None], np.ndarray] = {}
+        # The margins after the first attack.
+        first: dict[tuple[str, str | None], np.ndarray] = {}
         # The rows of the deployed model, by threat model.
         deployed: dict[str | None, list[Row]] = {}
         for number, spec in enumerate(self.plan, 1):
@@ -376,7 +377,9 @@ class _Evaluation:
             earlier = (
                 [each for each in deployed.setdefault(threat, []) if each.n >= images] if subject.is_random else []
             )
-            rows = [measure.attacked(spec, before, reached, earlier)]
+            rows = [
+                measure.attacked(spec, before, reached, earlier, gain_of(first.get((variant, threat)), reached, before))
+            ]
             source = measure.cache.source
             if variant != "random" and rows[0].is_attack:
                 rows.append(measure.retest_on_deployed(spec, before, earlier))
@@ -387,6 +390,7 @@ class _Evaluation:
                 known = left.setdefault((name, threat), measure.judge.withstood(measure.clean(name)).copy())
                 known[: row.n] &= measure.judge.withstood(row)
                 if row.margins is not None:
+                    first.setdefault((name, threat), row.margins)
                     nearest = margins.setdefault((name, threat), np.full(n, np.inf))
                     nearest[: row.n] = np.fmin(nearest[: row.n], row.margins)
                 if row.deployed:

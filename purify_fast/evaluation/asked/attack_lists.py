@@ -41,11 +41,9 @@ FAST_STEPS = 60
 #: An attack of "fast" or "standard" stops early when hardly any of the images that it has not reached can still fall,
 #: namely at most this share of all images.
 FAST_SHARE, STANDARD_SHARE = 0.01, 0.002
-#: The images with the smallest margins decide the accuracy, so they are attacked again. These are the sizes of a group
-#: (`NearestRule`) in "fast" and in "standard", and the number of these images of a random model, which has no groups.
-#: On digits at the radius 0.2, the image of the fourth smallest margin fell to Square, and those before it did not come
-#: nearer to their borders. Groups of 5 in "fast" left up to 2 images more of mnist_cnn_a_adv than groups of 10.
-FAST_GROUP, GROUP, RANDOM_NEAREST = 10, 5, 10
+#: The images with the smallest margins decide the accuracy, so they are attacked again, at most so many of them, and in
+#: groups (`NearestRule`). NEAREST: for FAB-T of "standard". FEWEST_NEAREST: for the slower attacks, and for "fast".
+NEAREST, FEWEST_NEAREST = 20, 10
 #: Square's number of queries per image in "fast", and in the first of two runs of Square in "standard".
 SHORT_QUERIES = 1000
 #: The number of draws that "rand" averages per step, as AutoAttack's version "rand" does.
@@ -80,9 +78,9 @@ def _left(attack: Attack, label: str | None = None, **options: Any) -> AttackSpe
     return AttackSpec(attack, label=label, survivors_only=True, **options)
 
 
-def _nearest(group: int, *attacks: Attack) -> list[AttackSpec]:
-    """Specify attacks on the few images with the smallest margins, from another random start."""
-    return [_left(attack, nearest=group, seed=1) for attack in attacks]
+def _nearest(attack: Attack, images: int = FEWEST_NEAREST) -> AttackSpec:
+    """Specify an attack on the few images with the smallest margins, from another random start."""
+    return _left(attack, nearest=images, seed=1)
 
 
 def _fast(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
@@ -92,12 +90,9 @@ def _fast(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
     return [
         first,
         _left(APGD(loss="margin_targeted", steps=FAST_STEPS, give_up=True), until=FAST_SHARE),
-        *_nearest(
-            FAST_GROUP,
-            APGD(loss="dlr_targeted", give_up=True),
-            APGD(steps=30, restarts=10),
-            Square(n_queries=SHORT_QUERIES, give_up=True),
-        ),
+        _nearest(APGD(loss="dlr_targeted", give_up=True)),
+        _nearest(APGD(steps=30, restarts=10)),
+        _nearest(Square(n_queries=SHORT_QUERIES, give_up=True)),
     ]
 
 
@@ -106,12 +101,12 @@ def _standard(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
     searches = [*(APGD(loss=loss, give_up=True) for loss in losses), Square(n_queries=SHORT_QUERIES, give_up=True)]
     every = APGD(loss="margin_targeted", n_target_classes=None, precision="float32", restarts=2, give_up=True)
     again = APGD(steps=50, precision="float32", restarts=20, give_up=True)
-    group = RANDOM_NEAREST if subject.is_random else GROUP
     return [
         _left(APGD(loss="margin", steps=FIRST_STEPS)),
         *(_left(attack, until=STANDARD_SHARE) for attack in searches),
         *_without_noise(subject, ball),
-        *_nearest(group, FABT(n_target_classes=None, give_up=True), every, again, Square(give_up=True)),
+        _nearest(FABT(n_target_classes=None, give_up=True), NEAREST),
+        *map(_nearest, (every, again, Square(give_up=True))),
     ]
 
 

@@ -163,7 +163,7 @@ def _own_name(spec: AttackSpec, context: AttackContext) -> str:
     standard = isinstance(spec.resolved, AutoAttack) and spec.resolved.version == "standard"
     if not (standard and spec.variant == "fixed"):
         name += _VARIANTS[spec.variant]
-    name += "" if spec.nearest is None else ", nearest first"
+    name += "" if spec.nearest is None else f", {spec.nearest} nearest"
     return name + ("" if spec.max_images is None else f", first {spec.max_images}")
 
 

@@ -7,8 +7,8 @@ confidence ``1 - a`` (for ``a = 0.05`` this is the rule of three, ``3 / w``). Be
 round, ``a`` is 0.05 divided by the number of rounds. The attack stops when this probability, times the number of
 unsearched images, is at most a given share of all images. The report states this bound.
 
-A slow attack gets only the images with the smallest margins, in groups (`NearestRule`). A group follows only if the
-attack has lowered the margin of some image by as much as the nearest image of that group would need.
+A slow attack gets only the images with the smallest margins, in groups (`NearestRule`). A group follows only if a
+search has lowered the margin of some image by as much as the nearest image of that group would need.
 
 The order may be wrong, for example if gradients are masked, so some images of each round are drawn at random. An image
 that withstood does not count for ``w`` if its search came no nearer to the decision boundary, or had no gradients.
@@ -37,8 +37,8 @@ ROUNDS, SMALLEST = 8, 32
 #: uniform between 0 and BY_LOT times the number of images. With this value, about a fifth of the images in the first
 #: round are there because of their random positions.
 BY_LOT = 4
-#: The most groups of nearest images.
-GROUPS = 4
+#: The number of images in a group of the nearest images.
+GROUP = 5
 #: A report with a larger standard error says so, in points.
 LARGE_ERROR = 2.0
 
@@ -49,9 +49,12 @@ def by_margin(index: Tensor, margins: np.ndarray) -> Tensor:
     return index[reached.argsort(stable=True)]
 
 
-def most_nearest(group: int, is_random: bool) -> int:
-    """The most images of an attack on the nearest images. A random model has a single group."""
-    return group if is_random else GROUPS * group
+def gain_of(first: np.ndarray | None, margins: np.ndarray, left: np.ndarray) -> float:
+    """The largest amount by which attacks have lowered a margin of the images ``left`` below that after the first."""
+    if first is None:
+        return 0.0
+    known = left[: len(first)] & np.isfinite(first) & np.isfinite(margins[: len(first)])
+    return float((first - margins[: len(first)])[known].max(initial=0.0))
 
 
 def nearest_first(index: Tensor, margins: np.ndarray, seed: int) -> Tensor:
@@ -105,18 +108,18 @@ class NearestRule:
 
     Args:
         margins: the margins of the images before the attack, in ascending order.
-        group: the number of images in a group.
+        gain: the largest amount by which earlier searches have lowered the margin of an image after the first attack.
 
     Attributes:
-        gain: the largest amount by which the attack has lowered a margin; at most the margin itself.
+        gain: the same, also of this attack; an image that falls has gained its whole margin.
     """
 
-    may_hold = 0.0
+    may_hold, round = 0.0, GROUP
 
-    def __init__(self, margins: Sequence[float], group: int):
+    def __init__(self, margins: Sequence[float], gain: float = 0.0):
         # An image that no attack has reached comes last, and its distance is unknown.
         self.margins = [math.inf if math.isnan(each) else each for each in margins]
-        self.round, self.searched, self.gain = group, 0, 0.0
+        self.searched, self.gain = 0, gain
 
     @property
     def unsearched(self) -> int:
@@ -165,8 +168,8 @@ def notes_of_unsearched(rows: Sequence[Row]) -> list[str]:
         each = "; ".join(f"{row.attack}: {row.attacked - row.unsearched}" for row in near)
         notes.append(
             "attacks on the nearest images began with the image to which earlier attacks came nearest. They ended when "
-            "the next image was farther from misclassification than they had brought any image nearer. Images that "
-            f"they tried: {each}. The protocol strong searches every image"
+            "the next image was farther from misclassification than any search had brought an image nearer after the "
+            f"first attack. Images that they tried: {each}. The protocol strong searches every image"
         )
     return notes
 
