@@ -65,7 +65,7 @@ def of_attacks(specs: Iterable[AttackSpec]) -> list[str]:
     for spec in specs:
         attack = spec.resolved
         until = "" if spec.until is None else f" until {spec.until} by rule {stopping.REVISION}"
-        nearest = "" if spec.nearest is None else f" {spec.nearest} nearest"
+        nearest = "" if spec.nearest is None else f" {spec.nearest} nearest by rule {stopping.REVISION}"
         words.append(f"{spec.label or ''} {attack!r} {attack.revision()}{until}{nearest}".strip())
     return words
 

@@ -52,7 +52,7 @@ from .run.progress import Progress
 from .run.resources import choose_threads, make_room
 from .run.row_judge import EXAMPLES
 from .run.shards import Shards
-from .run.stopping import notes_of_proofs, notes_of_unsearched
+from .run.stopping import gain_of, notes_of_proofs, notes_of_size, notes_of_unsearched
 from .show.report import Report
 from .show.witnesses import gathered, model_marks
 from .suspicion import Suspicion
@@ -302,6 +302,8 @@ class _Evaluation:
         if self.radii:
             report.curves.setdefault(name, {})[CURVE] = self.curve.points(report.rows, float(context.eps))
         report.notes += notes_of_unsearched(report.rows) + notes_of_proofs(report.rows)
+        if name in report.headlines:
+            report.notes += notes_of_size(report.headlines[name])
         if name in report.headlines and (test := report.claim_test(report.headlines[name])) is not None:
             report.about["claim_test"] = test.verdict
         report.about["seconds"] = measure.progress.told()
@@ -363,6 +365,8 @@ class _Evaluation:
         left: dict[tuple[str, str | None], np.ndarray] = {}
         # The smallest margin that any attack has reached on each image, by variant and threat model.
         margins: dict[tuple[str, str | None], np.ndarray] = {}
+        # The margins after the first attack.
+        first: dict[tuple[str, str | None], np.ndarray] = {}
         # The rows of the deployed model, by threat model.
         deployed: dict[str | None, list[Row]] = {}
         for number, spec in enumerate(self.plan, 1):
@@ -373,7 +377,9 @@ class _Evaluation:
             earlier = (
                 [each for each in deployed.setdefault(threat, []) if each.n >= images] if subject.is_random else []
             )
-            rows = [measure.attacked(spec, before, reached, earlier)]
+            rows = [
+                measure.attacked(spec, before, reached, earlier, gain_of(first.get((variant, threat)), reached, before))
+            ]
             source = measure.cache.source
             if variant != "random" and rows[0].is_attack:
                 rows.append(measure.retest_on_deployed(spec, before, earlier))
@@ -384,6 +390,7 @@ class _Evaluation:
                 known = left.setdefault((name, threat), measure.judge.withstood(measure.clean(name)).copy())
                 known[: row.n] &= measure.judge.withstood(row)
                 if row.margins is not None:
+                    first.setdefault((name, threat), row.margins)
                     nearest = margins.setdefault((name, threat), np.full(n, np.inf))
                     nearest[: row.n] = np.fmin(nearest[: row.n], row.margins)
                 if row.deployed:

@@ -209,7 +209,7 @@ def test_fast_and_standard_agree_on_an_honest_model():
     _, _, x, y = digits()
     fast, standard_rows = (evaluate(robust(), x, y, protocol=name, steps=20, **QUIET) for name in ("fast", "standard"))
     assert [row.kind for row in fast.rows] == ["clean", *["apgd"] * 4, "square", "worst"]
-    first, nearest = ["clean", *["apgd"] * 4, "square", "fab"], ["apgd", "apgd", "fab", "square"]
+    first, nearest = ["clean", *["apgd"] * 4, "square"], ["fab", "apgd", "apgd", "square"]
     assert [row.kind for row in standard_rows.rows] == [*first, *nearest, "worst"]
     assert 0.4 < standard_rows.headline.accuracy <= fast.headline.accuracy + 0.005
     assert fast.headline.accuracy - standard_rows.headline.accuracy <= 0.02

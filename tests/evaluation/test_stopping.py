@@ -9,24 +9,25 @@ from torch import nn
 from purify_fast.attacks import APGD, FGSM, Square
 from purify_fast.evaluation import AttackSpec
 from purify_fast.evaluation.run import stopping
-from purify_fast.evaluation.run.stopping import StoppingRule, nearest_first
+from purify_fast.evaluation.run.stopping import NearestRule, StoppingRule, nearest_first
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_the_bound_is_the_exact_one_for_images_of_which_none_fell():
+    fell, stood = -0.1, 0.1
     rule = StoppingRule(0.01, 300, 1000)
-    assert rule.may_hold == 300 and not rule.record([True] * 40, 0)
+    assert rule.may_hold == 300 and not rule.record([fell] * 40, 0)
     assert rule.may_hold == rule.unsearched == 260
-    assert not rule.record([False] * 10 + [True] + [False] * 29, 0)
+    assert not rule.record([stood] * 10 + [fell] + [stood] * 29, 0)
     # 29 withstood since the last one fell
     chance = rule.may_hold / rule.unsearched
     assert rule.unsearched == 220 and (1 - chance) ** 29 == pytest.approx(0.05 / 8)
-    stops = rule.record([False] * 40, 0)
+    stops = rule.record([stood] * 40, 0)
     assert rule.may_hold == pytest.approx((220 - 40) * (1 - (0.05 / 8) ** (1 / 69))) and not stops
     # where no search moved an image, nothing is known
     blind = StoppingRule(0.01, 300, 1000)
-    assert not any(blind.record([False] * 50, 50) for _ in range(5)) and blind.may_hold == blind.unsearched == 50
+    assert not any(blind.record([stood] * 50, 50) for _ in range(5)) and blind.may_hold == blind.unsearched == 50
 
 
 @pytest.mark.parametrize("rate", [0.02, 0.1])
@@ -36,10 +37,10 @@ def test_the_bound_holds_in_95_of_100_cases(rate):
     for _ in range(trials):
         fell = generator.random(400) < rate
         rule, searched = StoppingRule(0.02, 400, 1000), 0
-        while searched < 400:
-            part = fell[searched : searched + rule.round]
+        for size in rule.rounds:
+            part = fell[searched : searched + size]
             searched += len(part)
-            if rule.record(list(part), 0):
+            if rule.record([-1.0 if each else 1.0 for each in part], 0):
                 break
         within += fell[searched:].sum() <= np.ceil(rule.may_hold)
     assert within / trials >= 0.95
@@ -89,14 +90,41 @@ def test_an_attack_stops_and_the_report_states_what_the_rest_may_hold(monkeypatc
 
 def test_the_few_nearest_are_those_of_least_margin():
     model, x, y = _far_and_near()
-    attacks = [FGSM(), AttackSpec(Square(n_queries=30), survivors_only=True, nearest=5)]
+    attacks = [FGSM(), AttackSpec(Square(n_queries=30), survivors_only=True, nearest=20)]
     report = evaluate(model, x, y, eps=0.02, attacks=attacks, progress=False)
-    first, row = report.rows[1], report.row("Square, 30 queries, 5 nearest")
-    assert row.attacked == 5
+    first, row = report.rows[1], report.row("Square, 30 queries, 20 nearest")
+    assert row.attacked == 20 and 5 <= row.attacked - row.unsearched <= 20
     left = first.margins[first.robust]
     fell = first.robust & ~row.robust
-    assert np.isin(first.margins[fell], np.sort(left)[:5]).all()
+    assert np.isin(first.margins[fell], np.sort(left)[: row.attacked - row.unsearched]).all()
     assert not row.robust[~first.robust].any()
+
+
+def test_a_group_of_the_nearest_follows_while_the_next_image_is_within_the_gain():
+    before = [0.1, 0.2, 0.3, 0.4, 0.5, 0.55, 0.8, 0.9, 1.0, 1.1, 1.2, float("nan")]
+    # The third image came nearer by 0.25, which is less than the sixth would need.
+    rule = NearestRule(before)
+    assert rule.record([0.1, 0.2, 0.05, 0.6, 0.5], 0) and rule.unsearched == 7
+    # The fifth fell: its whole margin was within reach, and so is the next. Then no image comes that far again.
+    rule = NearestRule([*before[:5], 0.5, *before[6:]])
+    assert not rule.record([0.1, 0.2, 0.3, 0.4, -0.3], 0) and rule.gain == 0.5
+    assert rule.record([0.5, 0.8, 0.9, 1.0, 1.1], 0) and rule.unsearched == 2
+    # What earlier searches gained is within reach of this attack too, so the first group has all of these images.
+    rule = NearestRule(before, gain=0.6)
+    assert rule.rounds == [6, 5, 1] and rule.record([0.1, 0.2, 0.3, 0.4, 0.5, 0.55], 0)
+    # The distance of an image that no attack has reached is unknown, so it is not nearer than any gain.
+    rule = NearestRule([float("nan")] * 12)
+    assert not rule.record([0.5] * 5, 0) and not rule.record([0.5] * 5, 0)
+    assert not rule.record([0.5] * 2, 0) and rule.unsearched == 0
+
+
+def test_the_report_says_how_many_of_the_nearest_were_tried():
+    model, x, y = _far_and_near()
+    attacks = [FGSM(), AttackSpec(Square(n_queries=30), survivors_only=True, nearest=20)]
+    report = evaluate(model, x, y, eps=0.02, attacks=attacks, progress=False)
+    row = report.row("Square, 30 queries, 20 nearest")
+    assert row.attacked == 20 and 0 < row.unsearched <= 15
+    assert any(f"20 nearest: {20 - row.unsearched}" in note for note in report.notes)
 
 
 @pytest.mark.parametrize(("option", "value"), [("until", 0.0), ("until", 1.5), ("nearest", 0)])

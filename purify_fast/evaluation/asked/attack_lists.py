@@ -41,10 +41,9 @@ FAST_STEPS = 60
 #: An attack of "fast" or "standard" stops early when hardly any of the images that it has not reached can still fall,
 #: namely at most this share of all images.
 FAST_SHARE, STANDARD_SHARE = 0.01, 0.002
-#: The numbers of images with the smallest margins that are attacked again, because they decide the accuracy. NEAREST:
-#: for FAB-T of "standard". FAST_NEAREST: for the further attacks of "fast". FEWEST_NEAREST: for the slowest attacks of
-#: both protocols.
-NEAREST, FAST_NEAREST, FEWEST_NEAREST = 24, 16, 10
+#: The images with the smallest margins decide the accuracy, so they are attacked again, at most so many of them, and in
+#: groups (`NearestRule`). NEAREST: for FAB-T of "standard". FEWEST_NEAREST: for the slower attacks, and for "fast".
+NEAREST, FEWEST_NEAREST = 20, 10
 #: Square's number of queries per image in "fast", and in the first of two runs of Square in "standard".
 SHORT_QUERIES = 1000
 #: The number of draws that "rand" averages per step, as AutoAttack's version "rand" does.
@@ -79,9 +78,9 @@ def _left(attack: Attack, label: str | None = None, **options: Any) -> AttackSpe
     return AttackSpec(attack, label=label, survivors_only=True, **options)
 
 
-def _nearest(attack: Attack, images: int, **options: Any) -> AttackSpec:
+def _nearest(attack: Attack, images: int = FEWEST_NEAREST) -> AttackSpec:
     """Specify an attack on the few images with the smallest margins, from another random start."""
-    return _left(attack, nearest=images, seed=1, **options)
+    return _left(attack, nearest=images, seed=1)
 
 
 def _fast(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
@@ -91,25 +90,23 @@ def _fast(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
     return [
         first,
         _left(APGD(loss="margin_targeted", steps=FAST_STEPS, give_up=True), until=FAST_SHARE),
-        _nearest(APGD(loss="dlr_targeted", give_up=True), FAST_NEAREST),
-        _nearest(APGD(steps=30, restarts=10), FAST_NEAREST),
-        _nearest(Square(n_queries=SHORT_QUERIES, give_up=True), FEWEST_NEAREST),
+        _nearest(APGD(loss="dlr_targeted", give_up=True)),
+        _nearest(APGD(steps=30, restarts=10)),
+        _nearest(Square(n_queries=SHORT_QUERIES, give_up=True)),
     ]
 
 
 def _standard(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
     losses: tuple[ApgdLoss, ...] = ("margin_targeted", "ce", "dlr_targeted")
     searches = [*(APGD(loss=loss, give_up=True) for loss in losses), Square(n_queries=SHORT_QUERIES, give_up=True)]
-    every = APGD(loss="margin_targeted", n_target_classes=None, precision="float32", restarts=2)
-    again = APGD(steps=50, precision="float32", restarts=20)
+    every = APGD(loss="margin_targeted", n_target_classes=None, precision="float32", restarts=2, give_up=True)
+    again = APGD(steps=50, precision="float32", restarts=20, give_up=True)
     return [
         _left(APGD(loss="margin", steps=FIRST_STEPS)),
         *(_left(attack, until=STANDARD_SHARE) for attack in searches),
         *_without_noise(subject, ball),
-        _nearest(FABT(give_up=True), NEAREST),
-        # The images with the smallest margins decide the accuracy, so they are attacked from many starts.
-        *(_nearest(attack, FEWEST_NEAREST) for attack in (every, again, FABT(n_target_classes=None))),
-        _nearest(Square(give_up=True), FEWEST_NEAREST),
+        _nearest(FABT(n_target_classes=None, give_up=True), NEAREST),
+        *map(_nearest, (every, again, Square(give_up=True))),
     ]
 
 

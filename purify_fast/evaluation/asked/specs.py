@@ -199,8 +199,10 @@ class AttackSpec:
         until: a share of all images. The attack begins with the images of the smallest margins. It stops when at most
             this share of all images can still fall, at 95 % confidence (`purify_fast.evaluation.run.stopping`). With
             None, or on a random model, every image is attacked.
-        nearest: number of images to attack: the images with the smallest margins after the earlier attacks. With None,
-            all images are attacked.
+        nearest: the most images to attack: those with the smallest margins after the earlier attacks. They are attacked
+            in groups, and another group follows only while a search has lowered a margin by as much as the next image
+            would need (`purify_fast.evaluation.run.stopping`). A random model has no groups. With None, all images are
+            attacked.
         published: the publication of this attack, if its rule for a robust image differs from that of this package. The
             report then says so.
 

@@ -17,14 +17,15 @@ from torch import Tensor
 from ..._sealed import write_sealed
 from ..._tensors import digest, text_hash
 from ...attacks import AttackContext, AttackResult, GradientHealth
-from ...attacks.engine.judge import Judge, has_fallen
+from ...attacks.engine.judge import Judge
+from ...attacks.losses import margin
 from ...protocols import Classifier
 from ..asked.config import USUAL_BATCH
 from ..asked.specs import AttackSpec, check_adversarial
 from ..asked.subject import Subject
 from .cache import read_file
 from .shards import Shards
-from .stopping import StoppingRule
+from .stopping import NearestRule, StoppingRule
 
 #: The names of the counts that `GradientHealth` keeps.
 COUNTS = ("gradients", "nonfinite", "zero", "images", "unmoved")
@@ -41,8 +42,8 @@ class AttackedBatch:
         warnings: warnings of the attack.
         fallen: a dict from the name of a run, such as "target 2, restart 1", to the number of images on which this run
             succeeded.
-        fell: for each image in order, 1 if the attacked model misclassifies the attacked image, otherwise 0. Empty if
-            no `StoppingRule` needs it.
+        leads: for each image in order, the margin of the attacked model on the attacked image: the true logit minus the
+            largest other logit. Empty if no rule needs it.
         stood_still: number of images that no search brought nearer to a decision boundary.
         proved: number of images for which a complete search proved that no point of the ball fools the attacked model.
     """
@@ -52,7 +53,7 @@ class AttackedBatch:
     seconds: float
     warnings: list[str] = field(default_factory=list)
     fallen: dict[str, int] = field(default_factory=dict)
-    fell: list[int] = field(default_factory=list)
+    leads: list[float] = field(default_factory=list)
     stood_still: int = 0
     proved: int = 0
 
@@ -86,7 +87,7 @@ class AttackRun:
     subject: Subject
     context: AttackContext
     folder: Path | None
-    rule: StoppingRule | None = None
+    rule: StoppingRule | NearestRule | None = None
 
     def __post_init__(self) -> None:
         most = self.context.resources.batch_size or max(1, len(self.index))
@@ -94,7 +95,7 @@ class AttackRun:
             # An attack on the nearest images makes many runs from each, so it is divided in the usual ratio.
             most = min(most, max(1, self.spec.nearest * most // USUAL_BATCH))
         self.parts, self.rounds = list[Tensor](), list[range]()
-        for images in self.index.split(self.rule.round if self.rule else max(1, len(self.index))):
+        for images in self.index.split(self.rule.rounds if self.rule else [len(self.index)]):
             if len(images):
                 parts = images.chunk(math.ceil(len(images) / most)) if self.rule else images.split(most)
                 self.rounds.append(range(len(self.parts), len(self.parts) + len(parts)))
@@ -124,7 +125,7 @@ class AttackRun:
         self._seed(number)
         batch = self._attacked(part)
         if self.rule is not None:
-            batch.fell = self.subject.room.within(lambda: self._fallen(part, batch.images))
+            batch.leads = self.subject.room.within(lambda: self._leads(part, batch.images))
         return batch
 
     def obtain(self, number: int, shards: Shards) -> AttackedBatch:
@@ -183,19 +184,18 @@ class AttackRun:
             proved=int(result.proved),
         )
 
-    def _fallen(self, part: Tensor, images: Tensor) -> list[int]:
-        """Return a number for each attacked image: 1 if the attacked model misclassifies it, otherwise 0."""
-        subject, resources = self.subject, self.context.resources
-        most = subject.room.limit(resources.max_forward_batch)
-        judge = Judge(self.target, max_forward_batch=most, graphs=resources.graphs)
-        return has_fallen(judge.shares(images.to(subject.device), subject.y[part].to(subject.device))).int().tolist()
+    def _leads(self, part: Tensor, images: Tensor) -> list[float]:
+        """Return the margin of the attacked model on each attacked image."""
+        subject, most = self.subject, self.subject.room.limit(self.context.resources.max_forward_batch)
+        logits = Judge(self.target, max_forward_batch=most).logits(images.to(subject.device))
+        return (-margin(logits.double(), subject.y[part].to(logits.device))).tolist()
 
     def sums(self, shards: Shards) -> AttackedBatch:
         """Obtain all batches from the processes, and sum up their results."""
         sums = AttackedBatch(self.subject.x.clone(), {}, 0.0)
         health, fallen = Counter(dict.fromkeys(COUNTS, 0)), Counter[str]()
         for numbers in self.rounds:
-            fell, no_evidence = list[bool](), 0
+            leads, no_evidence = list[float](), 0
             for number in numbers:
                 batch = self.obtain(number, shards)
                 sums.images[self.parts[number]] = batch.images.to(self.subject.x.device)
@@ -206,9 +206,9 @@ class AttackRun:
                 sums.warnings += [text for text in batch.warnings if text not in sums.warnings]
                 # A search that stood still or lacked gradients says nothing about other images.
                 usable = not batch.health["gradients"] or GradientHealth(dict(batch.health)).reliable
-                no_evidence += batch.stood_still if usable else len(batch.fell)
-                fell += map(bool, batch.fell)
-            if self.rule is not None and self.rule.record(fell, no_evidence):
+                no_evidence += batch.stood_still if usable else len(batch.leads)
+                leads += batch.leads
+            if self.rule is not None and self.rule.record(leads, no_evidence):
                 break
         sums.health, sums.fallen = dict(health), dict(fallen)
         return sums

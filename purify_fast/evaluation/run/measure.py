@@ -28,7 +28,7 @@ from .progress import CountedModel, Progress, counted_model
 from .row_judge import RowJudge
 from .shards import Shards
 from .stopping import REVISION as STOPPING
-from .stopping import StoppingRule, by_margin, nearest_first
+from .stopping import NearestRule, StoppingRule, by_margin, nearest_first
 
 
 class Task(NamedTuple):
@@ -37,12 +37,14 @@ class Task(NamedTuple):
     Args:
         attack: the number of the attack in the evaluation.
         images: indices of the attacked images, int64, in the order in which they are attacked.
+        nearest: the arguments of the `NearestRule`; None: the attack has no such rule.
         begin: first points of the search, ``[N, C, H, W]``; None: the attack's usual first points.
         draws_differ: whether the attacked model is random; None lets a test decide.
     """
 
     attack: int
     images: Tensor
+    nearest: tuple[list[float], float] | None = None
     begin: Tensor | None = None
     draws_differ: bool | None = None
 
@@ -107,7 +109,9 @@ class Measure:
             self._clean[variant] = self.load_or_make(settings, [], make)
         return self._clean[variant]
 
-    def attacked(self, spec: AttackSpec, left: np.ndarray, margins: np.ndarray, earlier: Sequence[Row] = ()) -> Row:
+    def attacked(
+        self, spec: AttackSpec, left: np.ndarray, margins: np.ndarray, earlier: Sequence[Row] = (), gain: float = 0.0
+    ) -> Row:
         """The row of an attack."""
         alive = self._alive(spec, spec.variant, left)
         if spec.judge is not None:
@@ -118,7 +122,8 @@ class Measure:
         images = {"alive": digest(torch.from_numpy(alive)), "order": digest(index)} | self._known(spec, earlier)
 
         def make() -> Row:
-            run, sums = self.attack(spec, index, self.folder(spec))
+            near = None if spec.nearest is None else (margins[index.numpy()].tolist(), gain)
+            run, sums = self.attack(spec, index, self.folder(spec), nearest=near)
             self._search = None if spec.variant == "random" else (run, sums)
             # On a deterministic model, images outside `alive` are misclassified or have fallen, and count as fallen.
             row = self.judge.judged(run, sums, settings, alive, [self.clean("random"), *earlier])
@@ -217,10 +222,15 @@ class Measure:
         return self.cache.key(whole, *models) if named else None
 
     def attack(
-        self, spec: AttackSpec, index: Tensor, folder: Path | None, begin: Tensor | None = None
+        self,
+        spec: AttackSpec,
+        index: Tensor,
+        folder: Path | None,
+        begin: Tensor | None = None,
+        nearest: tuple[list[float], float] | None = None,
     ) -> tuple[AttackRun, AttackedBatch]:
         """Run an attack on some of the images."""
-        task = Task(self.attacks.index(spec), index, begin)
+        task = Task(self.attacks.index(spec), index, nearest, begin)
         with self._run(task, folder) as run:
             self.shards.from_first(lambda: task._replace(draws_differ=run.context.draws_differ))
             cost = spec.resolved.cost(run.context)
@@ -259,8 +269,10 @@ class Measure:
                 begin=task.begin,
             )
             counted = self._targets.setdefault(id(target), counted_model(target, self.progress))
-            rule = None
-            if spec.until is not None and not context.draws_differ:
+            rule: StoppingRule | NearestRule | None = None
+            if not context.draws_differ and task.nearest is not None:
+                rule = NearestRule(*task.nearest)
+            elif not context.draws_differ and spec.until is not None:
                 rule = StoppingRule(spec.until, len(task.images), len(subject.y))
             yield AttackRun(spec, counted, task.images, subject, context, folder=folder, rule=rule)
 
@@ -297,7 +309,7 @@ def settings_of(spec: AttackSpec, subject: Subject, context: AttackContext) -> d
         "judge": None if spec.judge is None else type(spec.judge).__name__,
         "published": spec.published,
         "until": None if spec.until is None else [spec.until, STOPPING],
-        "nearest": spec.nearest,
+        "nearest": None if spec.nearest is None else [spec.nearest, STOPPING],
     }
     return spec.resolved.settings(context) | {
         "variant": spec.variant,

@@ -7,6 +7,9 @@ confidence ``1 - a`` (for ``a = 0.05`` this is the rule of three, ``3 / w``). Be
 round, ``a`` is 0.05 divided by the number of rounds. The attack stops when this probability, times the number of
 unsearched images, is at most a given share of all images. The report states this bound.
 
+A slow attack gets only the images with the smallest margins (`NearestRule`): all that are as near as a search has come
+nearer to any image, and at least GROUP.
+
 The order may be wrong, for example if gradients are masked, so some images of each round are drawn at random. An image
 that withstood does not count for ``w`` if its search came no nearer to the decision boundary, or had no gradients.
 """
@@ -25,7 +28,7 @@ from ...ops.philox import Stream, philox
 from ..results.rows import Row
 
 #: Increase this number whenever the same attack reaches other images: cached rows are then made again.
-REVISION = 1
+REVISION = 2
 #: The confidence of the bound on the images that may still fall, over all rounds together.
 CONFIDENCE = 0.95
 #: The most rounds of an attack, and the fewest images of a round: fewer take about the same time.
@@ -34,12 +37,29 @@ ROUNDS, SMALLEST = 8, 32
 #: uniform between 0 and BY_LOT times the number of images. With this value, about a fifth of the images in the first
 #: round are there because of their random positions.
 BY_LOT = 4
+#: The number of images in a group of the nearest images, and the fewest in the first.
+GROUP = 5
+#: A report with a larger standard error says so, in points.
+LARGE_ERROR = 2.0
 
 
 def by_margin(index: Tensor, margins: np.ndarray) -> Tensor:
     """Sort the indices of images, int64 ``[n]``, by the images' margins, ``[N]``; images without a margin come last."""
     reached = torch.from_numpy(margins)[index].nan_to_num(nan=math.inf)
     return index[reached.argsort(stable=True)]
+
+
+def gain_of(first: np.ndarray | None, margins: np.ndarray, left: np.ndarray) -> float:
+    """The largest amount by which attacks have lowered a margin of the images ``left`` below that after the first."""
+    if first is None:
+        return 0.0
+    known = left[: len(first)] & np.isfinite(first) & np.isfinite(margins[: len(first)])
+    return float((first - margins[: len(first)])[known].max(initial=0.0))
+
+
+def rounds_of(images: int, size: int) -> list[int]:
+    """The sizes of the rounds in which a number of images is attacked."""
+    return [min(size, images - begin) for begin in range(0, images, size)]
 
 
 def nearest_first(index: Tensor, margins: np.ndarray, seed: int) -> Tensor:
@@ -67,9 +87,10 @@ class StoppingRule:
 
     def __init__(self, share: float, images: int, total: int):
         self.allowed, self.unsearched, self.misses = share * total, images, 0
-        #: The number of images in a round.
-        self.round = max(SMALLEST, math.ceil(images / ROUNDS))
-        self._error = (1 - CONFIDENCE) / max(1, math.ceil(images / self.round))
+        round_size = max(SMALLEST, math.ceil(images / ROUNDS))
+        #: The number of images in each round.
+        self.rounds = rounds_of(images, round_size)
+        self._error = (1 - CONFIDENCE) / max(1, len(self.rounds))
 
     @property
     def may_hold(self) -> float:
@@ -78,13 +99,48 @@ class StoppingRule:
             return float(self.unsearched)
         return self.unsearched * (1 - self._error ** (1 / self.misses))
 
-    def record(self, fell: Sequence[bool], no_evidence: int) -> bool:
-        """Record a round."""
+    def record(self, leads: Sequence[float], no_evidence: int) -> bool:
+        """Record a round: the margins of its images after the attack, and how many searches are no evidence."""
+        fell = [not lead > 0 for lead in leads]
         self.unsearched -= len(fell)
         since = next((number for number, has in enumerate(reversed(fell)) if has), len(fell))
         before = self.misses if since == len(fell) else 0
         self.misses = before + max(0, since - no_evidence)
         return self.may_hold <= self.allowed
+
+
+class NearestRule:
+    """Decides after each group of the nearest images whether the next group is attacked.
+
+    Args:
+        margins: the margins of the images before the attack, in ascending order.
+        gain: the largest amount by which earlier searches have lowered the margin of an image after the first attack.
+
+    Attributes:
+        gain: the same, also of this attack; an image that falls has gained its whole margin.
+        rounds: the number of images in each group. The first has all images whose margin is at most the gain.
+    """
+
+    may_hold = 0.0
+
+    def __init__(self, margins: Sequence[float], gain: float = 0.0):
+        # An image that no attack has reached comes last, and its distance is unknown.
+        self.margins = [math.inf if math.isnan(each) else each for each in margins]
+        self.searched, self.gain = 0, gain
+        first = min(len(margins), max(GROUP, sum(each <= gain for each in self.margins)))
+        self.rounds = [first, *rounds_of(len(margins) - first, GROUP)]
+
+    @property
+    def unsearched(self) -> int:
+        return len(self.margins) - self.searched
+
+    def record(self, leads: Sequence[float], no_evidence: int) -> bool:
+        """Record a group, see `StoppingRule.record`."""
+        before = self.margins[self.searched : self.searched + len(leads)]
+        self.searched += len(leads)
+        gains = [was - max(lead, 0.0) if lead > 0 else was for was, lead in zip(before, leads, strict=True)]
+        self.gain = max(self.gain, *gains)
+        return self.unsearched > 0 and not self.margins[self.searched] <= self.gain
 
 
 def notes_of_proofs(rows: Sequence[Row]) -> list[str]:
@@ -101,19 +157,38 @@ def notes_of_proofs(rows: Sequence[Row]) -> list[str]:
 
 
 def notes_of_unsearched(rows: Sequence[Row]) -> list[str]:
-    """The note of a report on images that attacks did not reach; empty if every attack reached all of its images."""
-    stopped = [row for row in rows if row.threat is None and row.unsearched]
-    if not stopped:
+    """The notes of a report on images that attacks did not reach; empty if every attack reached all of its images."""
+    own, notes = [row for row in rows if row.threat is None and row.unsearched], []
+    near = [row for row in own if row.settings.get("nearest")]
+    stopped = [row for row in own if not row.settings.get("nearest")]
+    if stopped:
+        each = "; ".join(
+            f"{row.attack}: {row.unsearched} of {row.attacked} images, at most {100 * row.may_hold / row.n:.2f} points"
+            for row in stopped
+        )
+        points = sum(100 * row.may_hold / row.n for row in stopped)
+        notes.append(
+            f"the searches that ended early missed at most {points:.2f} points, at 95 % confidence for each attack. "
+            "An attack begins with the images to which earlier attacks came nearest. It stops when so many images in a "
+            "row have withstood the attack that hardly any other image can fall, if the others fall no more often than "
+            f"these. Images that were not searched: {each}. The protocol strong searches every image"
+        )
+    if near:
+        each = "; ".join(f"{row.attack}: {row.attacked - row.unsearched}" for row in near)
+        notes.append(
+            "attacks on the nearest images began with the image to which earlier attacks came nearest. They ended when "
+            "the next image was farther from misclassification than any search had brought an image nearer after the "
+            f"first attack. Images that they tried: {each}. The protocol strong searches every image"
+        )
+    return notes
+
+
+def notes_of_size(row: Row) -> list[str]:
+    """The note of a report on what its number of images can show; empty if the standard error is small."""
+    error = 100 * row.standard_error
+    if error < LARGE_ERROR:
         return []
-    each = "; ".join(
-        f"{row.attack}: {row.unsearched} of {row.attacked} images, at most {100 * row.may_hold / row.n:.2f} points"
-        for row in stopped
-    )
-    points = sum(100 * row.may_hold / row.n for row in stopped)
     return [
-        f"the searches that ended early missed at most {points:.2f} points, at 95 % confidence for each attack. "
-        "An attack begins with the images to which earlier attacks came nearest. It stops when so many images in a row "
-        "have withstood the attack that hardly any other image can fall, if the others fall no more often than these. "
-        "Images that were not searched: "
-        f"{each}. The protocol strong searches every image"
+        f"few images: with {row.n} images, the standard error of this accuracy is {error:.1f} points. Another model on "
+        f"other images would have to differ by {2 * 2**0.5 * error:.0f} points to be surely better or worse"
     ]
