@@ -32,8 +32,8 @@ from .attacks.arguments import check_at_least_one, check_eps
 from .attacks.attacked_model import TRIED_CALLS, check_model, differ, draws_elsewhere
 from .attacks.gradient_copy import GradientCopies
 from .attacks.sequence import FEW, AttackSequence
-from .evaluation.asked.inputs import collect
-from .evaluation.asked.subject import TRIED, device_of
+from .evaluation.request.inputs import collect
+from .evaluation.request.subject import TRIED, device_of
 from .protocols import Classifier
 from .speed.precision import whole_float32_by_default
 

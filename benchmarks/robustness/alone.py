@@ -21,8 +21,8 @@ from purify_fast._files import write_text
 from purify_fast._tensors import weights_fingerprint
 from purify_fast.attacks.base import ThreatModel
 from purify_fast.evaluation import AttackSpec, EvaluateConfig, evaluate
-from purify_fast.evaluation.asked import subject as evaluated
-from purify_fast.evaluation.asked.attack_lists import protocol_attacks
+from purify_fast.evaluation.request import subject as evaluated
+from purify_fast.evaluation.request.attack_lists import protocol_attacks
 from purify_fast.evaluation.show.tables import markdown_table
 
 from .. import kept, options

@@ -45,8 +45,8 @@ from purify_fast.attacks.sequence import AttackSequence
 from purify_fast.data import load_dataset, to_float
 from purify_fast.defences import StochasticDefence, WithAggregation
 from purify_fast.evaluation import AttackSpec, EvaluateConfig, evaluate
-from purify_fast.evaluation.asked import subject as evaluated
-from purify_fast.evaluation.asked.attack_lists import protocol_attacks
+from purify_fast.evaluation.request import subject as evaluated
+from purify_fast.evaluation.request.attack_lists import protocol_attacks
 from purify_fast.evaluation.show.tables import markdown_table
 from purify_fast.ops.pgd_step import pgd_step
 from purify_fast.training import load_classifier
@@ -516,10 +516,8 @@ def robust_markdown(rows: list[Row]) -> list[str]:
             compared += f" of {common}" if common < len(left) else ""
         costs = [f"{row[what] / len(left):,.0f}" for what in ("forwards", "gradients")]
         who = row["contestant"] if row["contestant"] == OFFICIAL else f"**{row['contestant']}**"
-        body.append(
-            [*about, who, str(len(left)), str(left.count("1")), compared, *costs, f"{sum(row['cpu_seconds']):,.0f}"]
-        )
-    head += ["forward passes per image", "gradients per image", "CPU seconds"]
+        body.append([*about, who, str(len(left)), str(left.count("1")), compared, *costs])
+    head += ["forward passes per image", "gradients per image"]
     return [f"Measured on: {kept.machines(rows)}.", "", *markdown_table(head, body)]
 
 
@@ -529,24 +527,15 @@ def markdown(rows: list[Row]) -> list[str]:
     Args:
         rows: rows of `run_contest`.
     """
-    compared = ["difference, points", "seconds", "times faster", "times less CPU time"]
-    head = ["model", "images", "clean, %", "attack", "robust accuracy, %", *compared]
+    head = ["model", "images", "clean, %", "attack", "robust accuracy, %", "difference, points"]
     body = []
     for row in rows:
         first = next(r for r in rows if r["contest"] == row["contest"])
-        seconds, work = row["seconds"][0], row["cpu_seconds"][0]
-        error = f" ± {row['error']:.1f}" if row["error"] else ""
-        robust, spent = f"{row['robust']:.1f}{error}", f"{seconds:,.1f}"
+        robust = f"{row['robust']:.1f}" + (f" ± {row['error']:.1f}" if row["error"] else "")
         if row is first:
-            model = [row["contest"], str(row["images"]), f"{row['clean']:.1f}", row["contestant"]]
-            body.append([*model, robust, "", spent, "", ""])
+            body.append([row["contest"], str(row["images"]), f"{row['clean']:.1f}", row["contestant"], robust, ""])
         else:
-            faster = [f"{first['seconds'][0] / seconds:.1f}", f"{first['cpu_seconds'][0] / work:.1f}"]
-            if row["device"] != first["device"]:
-                # Times on different machines cannot be compared.
-                faster = ["", ""]
-            lead = f"{row['robust'] - first['robust']:+.1f}"
-            body.append(["", "", "", f"**{row['contestant']}**", robust, lead, spent, *faster])
+            body.append(["", "", "", f"**{row['contestant']}**", robust, f"{row['robust'] - first['robust']:+.1f}"])
     return [f"Measured on: {kept.machines(rows)}.", "", *markdown_table(head, body)]
 
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from purify_fast.attacks.base import ThreatModel
-from purify_fast.evaluation.asked.attack_lists import protocol_attacks
-from purify_fast.evaluation.asked.published.diffusion_attacks import strong_attacks
-from purify_fast.evaluation.asked.specs import AttackSpec
-from purify_fast.evaluation.asked.subject import Subject
+from purify_fast.evaluation.request.attack_lists import protocol_attacks
+from purify_fast.evaluation.request.published.diffusion_attacks import strong_attacks
+from purify_fast.evaluation.request.specs import AttackSpec
+from purify_fast.evaluation.request.subject import Subject
 from purify_fast.evaluation.run import stopping
 
 #: The versions of the rule for random models, and of the surrogates. Increase a number if results change by it.

@@ -20,7 +20,7 @@ from .._tensors import per_image
 from .._validation import Count, Share
 from ..ops.apgd_step import apgd_step
 from .ball import projected
-from .base import USUAL_TARGETS, Decided, EngineAttack, targets_and_times, times
+from .base import USUAL_TARGETS, EngineAttack, Resolved, targets_and_times, times
 from .context import AttackContext
 from .engine.borders import cost_of_borders, nearest_borders
 from .engine.row_batches import ActiveSet, Rows, RowSearch, waves
@@ -76,18 +76,18 @@ class APGD(EngineAttack):
     leave_when_fallen: bool = True
 
     def name(self, context: AttackContext) -> str:
-        steps, _, loss, targets = self.decided(context)
+        steps, _, loss, targets = self.resolved_for(context)
         if targets is None:
             return f"APGD-{steps} {loss}" + times(self.restarts)
         margin = "" if loss == "dlr_targeted" else " margin"
         return f"APGD-T {steps}{margin}" + targets_and_times(self.n_target_classes, self.restarts)
 
-    def decided(self, context: AttackContext) -> Decided:
-        decided = super().decided(context)
-        return decided if decided.loss in TARGETED else decided._replace(n_target_classes=None)
+    def resolved_for(self, context: AttackContext) -> Resolved:
+        resolved = super().resolved_for(context)
+        return resolved if resolved.loss in TARGETED else resolved._replace(n_target_classes=None)
 
     def cost(self, context: AttackContext) -> int:
-        steps, draws, loss, targets = self.decided(context)
+        steps, draws, loss, targets = self.resolved_for(context)
         runs = self.restarts * (targets or 1)
         at_the_end = draws * (2 if draws > 1 else 1)
         # Before the runs the clean image is judged. Some losses need one more prediction, for the number of classes.
@@ -101,7 +101,7 @@ class APGD(EngineAttack):
         return super().may_end_early(context) and self.threat_model(context).norm != "l1"
 
     def explore(self, active: ActiveSet, objective: Objective, context: AttackContext) -> None:
-        steps, loss = self.decided(context).steps, objective.loss
+        steps, loss = self.resolved_for(context).steps, objective.loss
         if loss in FEWEST_CLASSES:
             check_classes(loss, active.logits.shape[1])
         # A loss without targets needs no target classes, so the only element of `goals` is None.

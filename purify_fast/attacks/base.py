@@ -69,8 +69,8 @@ class AttackResult:
     proved: int | Tensor = 0
 
 
-class Decided(NamedTuple):
-    """The values with which an attack runs, after `Attack.decided` has replaced every option that is None."""
+class Resolved(NamedTuple):
+    """The values with which an attack runs, after `Attack.resolved_for` has replaced every option that is None."""
 
     steps: int
     eot_iter: int
@@ -166,13 +166,13 @@ class Attack(abc.ABC):
         """The number of predictions that a step averages; 1 if the model predicts the same every time."""
         return context.predictions(self.eot_iter or context.eot_iter) if context.draws_differ else 1
 
-    def decided(self, context: AttackContext) -> Decided:
+    def resolved_for(self, context: AttackContext) -> Resolved:
         """Replace each option that is None, and choose "margin" if the model has too few classes for the loss."""
         steps = getattr(self, "steps", None) or self.usual_steps or context.steps
         loss: Any = getattr(self, "loss", "ce")
         targets = getattr(self, "n_target_classes", None) or context.num_classes
         loss, targets = usable_loss(loss, context.num_classes), min(targets, context.num_classes - 1)
-        return Decided(steps, self.draws(context), loss, targets)
+        return Resolved(steps, self.draws(context), loss, targets)
 
     def cost(self, context: AttackContext) -> int | None:
         """The largest number of forward passes per image; None if it is not known before the attack."""
@@ -246,8 +246,8 @@ class Attack(abc.ABC):
     def settings(self, context: AttackContext) -> dict[str, Any]:
         """The options as plain values; the context's value replaces an option that is None."""
         options = asdict(self)
-        decided = {name: value for name, value in self.decided(context)._asdict().items() if name in options}
-        return options | decided | self.threat_model(context)._asdict()
+        resolved = {name: value for name, value in self.resolved_for(context)._asdict().items() if name in options}
+        return options | resolved | self.threat_model(context)._asdict()
 
 
 def times(restarts: int) -> str:
@@ -270,7 +270,7 @@ def _source(model: Classifier, x: Tensor, precision: GradientPrecision, copies: 
 
 def cost_of_ascents(attack: Any, context: AttackContext) -> int:
     """Return the number of forward passes per image that `worst_of_runs` makes."""
-    steps, draws, *_ = attack.decided(context)
+    steps, draws, *_ = attack.resolved_for(context)
     # Each run scores its last point, with several draws also its best; unmoved images need a clean prediction.
     at_the_end = draws * (2 if draws > 1 else 1) + 1
     comparison = draws if attack.restarts > 1 else 0
@@ -292,7 +292,7 @@ def worst_of_runs(
     model, x, y = batch
     resources = context.resources
     health = GradientHealth() if resources.counts_health else None
-    _, draws, loss, _ = attack.decided(context)
+    _, draws, loss, _ = attack.resolved_for(context)
     precision: GradientPrecision = "float32" if context.keep_mode else getattr(attack, "precision", "float32")
     with frozen(model, keep_mode=context.keep_mode), contextlib.ExitStack() as stack:
         apart = drawn_once_per_call(model, x, draws, resources.max_forward_batch)
@@ -364,7 +364,7 @@ class EngineAttack(Attack):
             return AttackResult(x.clone())
         x = x.detach().clone()
         ids = torch.arange(len(x), device=x.device) if context.sample_ids is None else context.sample_ids
-        _, draws, loss, _ = self.decided(context)
+        _, draws, loss, _ = self.resolved_for(context)
         judges, resources = context.judges(draws), context.resources
         most = resources.max_forward_batch
         source = context.gradients_from if self.follows_gradients else None
@@ -386,7 +386,7 @@ class EngineAttack(Attack):
         return AttackResult(active.best, active.health, fell_to=active.fell_to, stood_still=stood_still)
 
     def may_end_early(self, context: AttackContext) -> bool:
-        return self.give_up and self.decided(context).steps >= FEWEST_STEPS
+        return self.give_up and self.resolved_for(context).steps >= FEWEST_STEPS
 
     @abc.abstractmethod
     def explore(self, active: ActiveSet, objective: Objective, context: AttackContext) -> None:

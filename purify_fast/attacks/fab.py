@@ -62,18 +62,18 @@ class FABT(EngineAttack):
     n_target_classes: Count | None = USUAL_TARGETS
 
     def name(self, context: AttackContext) -> str:
-        return f"FAB-T {self.decided(context).steps}" + targets_and_times(self.n_target_classes, self.restarts)
+        return f"FAB-T {self.resolved_for(context).steps}" + targets_and_times(self.n_target_classes, self.restarts)
 
     def cost(self, context: AttackContext) -> int:
         # At its end a run scores its last point and its nearest point. The model also judges the nearest point.
-        steps, draws, _, targets = self.decided(context)
+        steps, draws, _, targets = self.resolved_for(context)
         runs, judges = self.restarts * (targets or 1), context.judges(draws)
         order = cost_of_borders(self.n_target_classes, context.num_classes, draws)
         return runs * ((steps + 2) * draws + judges) + judges + order
 
     def explore(self, active: ActiveSet, objective: Objective, context: AttackContext) -> None:
         goals = nearest_borders(active, objective, self.n_target_classes)
-        steps = self.decided(context).steps
+        steps = self.resolved_for(context).steps
         for rows in waves(active, goals, self.restarts, context, at_image=True):
             _FabSearch(objective, active, rows, steps, give_up=self.give_up).run()
 

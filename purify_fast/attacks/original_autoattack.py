@@ -24,7 +24,7 @@ from .._validation import Count, NormName
 from ..protocols import Classifier
 from .attacked_model import check_model, frozen, gradient_to
 from .ball import ball_around, projected
-from .base import NORMS, Attack, AttackResult, Decided
+from .base import NORMS, Attack, AttackResult, Resolved
 from .context import AttackContext
 from .gradient_copy import COMPARED
 from .search import GradientHealth
@@ -100,14 +100,14 @@ class AutoAttack(Attack):
     def settings(self, context: AttackContext) -> dict[str, Any]:
         return super().settings(context) | {"attacks": ATTACKS[self.version]}
 
-    def decided(self, context: AttackContext) -> Decided:
+    def resolved_for(self, context: AttackContext) -> Resolved:
         classes, fewest = context.num_classes, FEWEST_CLASSES[self.version]
         if 0 < classes < fewest:
             raise ValueError(
                 f"AutoAttack {self.version} needs at least {fewest} classes, got a model with {classes}: use protocol "
                 "standard, whose attacks allow any number of classes"
             )
-        return super().decided(context)
+        return super().resolved_for(context)
 
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> AttackResult:
         """Attack the model batch by batch.
@@ -146,7 +146,7 @@ class AutoAttack(Attack):
     def _packaged(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
         """The images that the installed package finds."""
         norm, eps = self.threat_model(context)
-        steps, draws, *_ = self.decided(context)
+        steps, draws, *_ = self.resolved_for(context)
         adversary = implementation()(
             target, norm=norm.capitalize(), eps=eps, seed=context.seed, version=self.version, device=x.device
         )

@@ -163,14 +163,14 @@ class PGD(Attack):
         super().__post_init__()
 
     def name(self, context: AttackContext) -> str:
-        decided = self.decided(context)
-        return f"{self.label}-{decided.steps} {decided.loss}{times(self.restarts)}"
+        resolved = self.resolved_for(context)
+        return f"{self.label}-{resolved.steps} {resolved.loss}{times(self.restarts)}"
 
     def cost(self, context: AttackContext) -> int:
         return cost_of_ascents(self, context)
 
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> AttackResult:
-        ball, steps = self.ball(x, y, context), self.decided(context).steps
+        ball, steps = self.ball(x, y, context), self.resolved_for(context).steps
         if len(x) == 0:
             return AttackResult(x.clone())
         x = x.detach().clone()
@@ -282,7 +282,7 @@ class FGSM(Attack):
     precision: GradientPrecision = "auto"
 
     def name(self, context: AttackContext) -> str:
-        return f"FGSM {self.decided(context).loss}"
+        return f"FGSM {self.resolved_for(context).loss}"
 
     def cost(self, context: AttackContext) -> int:
         # The gradient takes all draws. The count of unmoved images takes one prediction of the clean image.

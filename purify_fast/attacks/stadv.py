@@ -130,8 +130,8 @@ class StAdv(Attack):
         check_types(self)
 
     def name(self, context: AttackContext) -> str:
-        decided = self.decided(context)
-        return f"StAdv-{decided.steps} {decided.loss}{times(self.restarts)}"
+        resolved = self.resolved_for(context)
+        return f"StAdv-{resolved.steps} {resolved.loss}{times(self.restarts)}"
 
     def cost(self, context: AttackContext) -> int:
         return cost_of_ascents(self, context)
@@ -145,7 +145,7 @@ class StAdv(Attack):
             raise ValueError(f"x must be images [B, C, H, W], got {list(x.shape)}")
         if len(x) == 0:
             return AttackResult(x.clone())
-        x, steps = x.detach().clone(), self.decided(context).steps
+        x, steps = x.detach().clone(), self.resolved_for(context).steps
         room = Ball(per_sample("eps", self.eps, x), "linf", -torch.inf, torch.inf)
         bound = per_image(room.eps, x)
 

@@ -15,7 +15,7 @@ import tyro
 
 from .._files import folder_lock
 from .._validation import Count, Norm, Precision, read_norm
-from ..evaluation.asked.config import EvaluateConfig
+from ..evaluation.request.config import EvaluateConfig
 from .command import DataCommand, ProcessOptions
 from .run_file import EVALUATION, ball_of_run, write_run_file
 from .saved_models import is_named, own_model, refuse_other_images, saved_folder, trained_classifier, zoo_name

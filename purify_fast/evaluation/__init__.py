@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 from .._lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from .asked.config import EvaluateConfig as EvaluateConfig
-    from .asked.specs import AttackSpec as AttackSpec
-    from .asked.specs import as_attack as as_attack
-    from .asked.specs import lee_kim_2023 as lee_kim_2023
+    from .request.config import EvaluateConfig as EvaluateConfig
+    from .request.specs import AttackSpec as AttackSpec
+    from .request.specs import as_attack as as_attack
+    from .request.specs import lee_kim_2023 as lee_kim_2023
     from .results.rows import Examples as Examples
     from .results.rows import Paired as Paired
     from .results.rows import Row as Row

@@ -36,14 +36,14 @@ from ..speed.precision import raced_convolutions, whole_float32_by_default
 from ..speed.threads import restored_threads
 from .alarms import signs_of_masking
 from .alarms.answers import Before
-from .asked.attack_lists import SEARCHES, protocol_attacks, to_the_end
-from .asked.config import BatchSize, EvaluateConfig, ProtocolName
-from .asked.first_facts import facts, first_notes
-from .asked.inputs import as_classifier, images_and_labels, read_attacks, with_arguments
-from .asked.module_checks import note_of_modes, refresh_stale_copies
-from .asked.naming import beside_fixed, feasible, row_name, threat_name
-from .asked.specs import AttackFunction, AttackSpec
-from .asked.subject import DrawsUnderAttack, Subject, Variant, device_of
+from .request.attack_lists import SEARCHES, protocol_attacks, without_early_stops
+from .request.config import BatchSize, EvaluateConfig, ProtocolName
+from .request.first_facts import facts, first_notes
+from .request.inputs import as_classifier, images_and_labels, read_attacks, with_arguments
+from .request.module_checks import note_of_modes, refresh_stale_copies
+from .request.naming import beside_fixed, feasible, row_name, threat_name
+from .request.specs import AttackFunction, AttackSpec
+from .request.subject import DrawsUnderAttack, Subject, Variant, device_of
 from .results.rows import CURVE, Row, worst_rows
 from .run.cache import RowCache
 from .run.curve import Curve, attacks_of_curve, radii_of
@@ -327,7 +327,7 @@ class _Evaluation:
         if not signs or self.report.about.get("protocol") not in SEARCHES:
             return
         subject, context = self.measure.subject, self.measure.context
-        further = to_the_end(self.asked_for, subject, ThreatModel(context.norm, float(context.eps)))
+        further = without_early_stops(self.asked_for, subject, ThreatModel(context.norm, float(context.eps)))
         if further == list(self.asked_for):
             return
         _admit([spec.other_model for spec in further], subject, self.measure.cache, self.stack)

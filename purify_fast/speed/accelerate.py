@@ -26,9 +26,9 @@ from .._processor import fast_bfloat16
 from ..model_state import HOOKS
 from ..ops.dispatch.gradient import transformed
 from .agreement import same_direction, same_logits
-from .asked_weights import with_weights
 from .attributes import facts_of
 from .folding.inference_copy import DTYPES, InferenceCopy
+from .needed_weights import with_weights
 from .watch import FEWEST_WEIGHTS, Watch, can_read_values, matrix_weights, tensors_of
 
 logger = logging.getLogger("purify_fast")

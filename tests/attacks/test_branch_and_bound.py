@@ -12,8 +12,8 @@ from benchmarks.robustness.truth import exact
 from purify_fast.attacks import BranchAndBound, branch_and_bound, pgd
 from purify_fast.attacks.base import ThreatModel
 from purify_fast.attacks.relu_layers import MOST_WEIGHTS, affine_layers, forward
-from purify_fast.evaluation.asked.attack_lists import protocol_attacks
-from purify_fast.evaluation.asked.subject import Subject
+from purify_fast.evaluation.request.attack_lists import protocol_attacks
+from purify_fast.evaluation.request.subject import Subject
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from benchmarks import kept
 from benchmarks.robustness import alone
 from benchmarks.robustness.contests import Subject
-from purify_fast.evaluation.asked.specs import AttackSpec, as_attack
+from purify_fast.evaluation.request.specs import AttackSpec, as_attack
 
 
 class Weak(nn.Module):

@@ -8,7 +8,7 @@ from torch import nn
 
 from purify_fast.attacks import BPDA, PGD, AutoAttack
 from purify_fast.evaluation import AttackSpec, Report
-from purify_fast.evaluation.asked.attack_lists import AS_A_CLASSIFIER
+from purify_fast.evaluation.request.attack_lists import AS_A_CLASSIFIER
 from purify_fast.evaluation.show.page import html_page
 
 pytestmark = pytest.mark.usefixtures("one_thread")

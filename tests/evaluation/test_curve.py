@@ -10,7 +10,7 @@ from small_models import labelled
 
 from purify_fast.attacks import APGD, PGD, AttackResult, StAdv, apgd
 from purify_fast.evaluation import AttackSpec, Report, merge
-from purify_fast.evaluation.asked.subject import Subject
+from purify_fast.evaluation.request.subject import Subject
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

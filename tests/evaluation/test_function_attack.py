@@ -15,7 +15,7 @@ from torch import nn
 from purify_fast.attacks import APGD, FGSM, PGD, Attack, AttackResult
 from purify_fast.attacks.base import ThreatModel
 from purify_fast.evaluation import AttackSpec, as_attack
-from purify_fast.evaluation.asked.specs import check_adversarial
+from purify_fast.evaluation.request.specs import check_adversarial
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

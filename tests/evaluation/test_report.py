@@ -11,7 +11,7 @@ from purify_fast import zoo
 from purify_fast.attacks import PGD
 from purify_fast.defences import WithAggregation
 from purify_fast.evaluation import Examples, Report, Row, merge
-from purify_fast.evaluation.asked.subject import precision_name
+from purify_fast.evaluation.request.subject import precision_name
 from purify_fast.speed.precision import float32_products
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -17,7 +17,7 @@ from purify_fast.attacks import PGD
 from purify_fast.defences import NoisyEnsemble
 from purify_fast.evaluation import AttackSpec, Report
 from purify_fast.evaluation.alarms import Evidence, Finding, Probes, findings
-from purify_fast.evaluation.asked.subject import Subject
+from purify_fast.evaluation.request.subject import Subject
 from purify_fast.evaluation.results.rows import by_worst_points
 from purify_fast.evaluation.show.page import html_page
 

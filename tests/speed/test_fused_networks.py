@@ -48,7 +48,7 @@ def tiles(no_tiles, monkeypatch):
     if not onednn_takes_bfloat16():
         pytest.skip("oneDNN takes no bfloat16 without AVX512-BF16")
     monkeypatch.setattr("purify_fast.speed.folding.convolution_chains.has_tiles", lambda: True)
-    monkeypatch.setattr("purify_fast.speed.folding.convolution_chains.pays", lambda *_: False)
+    monkeypatch.setattr("purify_fast.speed.folding.convolution_chains.is_faster", lambda *_: False)
     monkeypatch.setattr("purify_fast.speed.folding.unrolled.has_tiles", lambda: False)
 
 

@@ -109,20 +109,20 @@ def test_the_gradient_is_a_product_for_small_maps_of_wide_layers_alone():
         (512, 4, 1, False),
     ):
         weight, grad = torch.rand(outputs, 512, kernel, kernel).to(BF16), torch.rand(1, outputs, side, side).to(BF16)
-        assert unrolled.gradient_pays(grad, weight) == product
+        assert unrolled.gradient_is_faster(grad, weight) == product
 
 
 def test_it_serves_small_maps_of_wide_layers_alone():
     x, weight = torch.zeros(2, 512, 4, 4, dtype=BF16), torch.zeros(512, 512, 3, 3, dtype=BF16)
     ones = (1, 1)
-    assert unrolled.pays(x, weight, ones, ones)
-    assert not unrolled.pays(torch.zeros(2, 512, 5, 5, dtype=BF16), weight, ones, ones)
-    assert unrolled.pays(torch.zeros(2, 512, 8, 8, dtype=BF16), weight, (2, 2), ones)
-    assert not unrolled.pays(x[:, :64], weight[:64, :64], ones, ones)
-    assert not unrolled.pays(x, weight[:, :, :1, :1], ones, (0, 0))
-    assert not unrolled.pays(x.float(), weight.float(), ones, ones)
+    assert unrolled.is_faster(x, weight, ones, ones)
+    assert not unrolled.is_faster(torch.zeros(2, 512, 5, 5, dtype=BF16), weight, ones, ones)
+    assert unrolled.is_faster(torch.zeros(2, 512, 8, 8, dtype=BF16), weight, (2, 2), ones)
+    assert not unrolled.is_faster(x[:, :64], weight[:64, :64], ones, ones)
+    assert not unrolled.is_faster(x, weight[:, :, :1, :1], ones, (0, 0))
+    assert not unrolled.is_faster(x.float(), weight.float(), ones, ones)
     with torch.autocast("cpu", BF16):
-        assert unrolled.pays(x.float(), weight.float(), ones, ones)
+        assert unrolled.is_faster(x.float(), weight.float(), ones, ones)
 
 
 class _Net(nn.Module):

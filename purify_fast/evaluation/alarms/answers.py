@@ -15,7 +15,7 @@ from ...attacks.attacked_model import differ, gradient_to
 from ...attacks.losses import margin
 from ...model_state import state_hash
 from ...protocols import Classifier, FixedNoise, supports
-from ..asked.subject import Subject, Variant
+from ..request.subject import Subject, Variant
 
 #: The reasons why a model's gradients cannot be compared with the measured changes of its output.
 Missing = Literal["not finite", "no gradient", "zero gradient"]

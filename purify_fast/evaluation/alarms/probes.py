@@ -19,7 +19,7 @@ from ...attacks import AttackContext, apgd
 from ...attacks.base import ThreatModel
 from ...attacks.losses import usable_loss
 from ...protocols import Classifier
-from ..asked.subject import Subject
+from ..request.subject import Subject
 from . import answers
 from .answers import Before, in_parts
 

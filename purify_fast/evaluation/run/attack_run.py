@@ -20,9 +20,9 @@ from ...attacks import AttackContext, AttackResult, GradientHealth
 from ...attacks.engine.judge import Judge
 from ...attacks.losses import margin
 from ...protocols import Classifier
-from ..asked.config import USUAL_BATCH
-from ..asked.specs import AttackSpec, check_adversarial
-from ..asked.subject import Subject
+from ..request.config import USUAL_BATCH
+from ..request.specs import AttackSpec, check_adversarial
+from ..request.subject import Subject
 from .cache import read_file
 from .shards import Shards
 from .stopping import NearestRule, StoppingRule

@@ -23,8 +23,8 @@ from torch import Tensor
 from ..._tensors import digest
 from ...attacks import AttackContext, GradientHealth
 from ...attacks.engine.judge import has_fallen
-from ..asked.naming import ball_name, clean_name, row_name, short, threat_name
-from ..asked.specs import AttackSpec, FunctionAttack
+from ..request.naming import ball_name, clean_name, row_name, short, threat_name
+from ..request.specs import AttackSpec, FunctionAttack
 from ..results.rows import Row, Worst, by_worst_points
 from .measure import Measure, settings_of
 

@@ -18,9 +18,9 @@ from ...attacks import AttackContext, AttackersHead, frozen
 from ...attacks.bpda import classifier_of
 from ...defences.stochastic import WithAggregation
 from ...protocols import Classifier, has_classifier
-from ..asked.naming import ALONE, clean_name, row_name, threat_name
-from ..asked.specs import CLASSIFIER, AttackSpec
-from ..asked.subject import Subject, Variant
+from ..request.naming import ALONE, clean_name, row_name, threat_name
+from ..request.specs import CLASSIFIER, AttackSpec
+from ..request.subject import Subject, Variant
 from ..results.rows import VARIANTS_APART, Row, by_worst_points
 from .attack_run import AttackedBatch, AttackRun
 from .cache import RowCache, remove_batches

@@ -17,7 +17,7 @@ from ...attacks.objective import Objective
 from ...protocols import Classifier
 from ...speed.memory import Room, free_memory, images_that_fit
 from ...speed.threads import fastest_threads, may_choose
-from ..asked.subject import Subject
+from ..request.subject import Subject
 from .cache import RowCache
 
 logger = logging.getLogger("purify_fast")

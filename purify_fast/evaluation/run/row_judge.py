@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ...attacks import AttackContext, GradientHealth
 from ...attacks.engine.judge import has_fallen
-from ..asked.naming import row_name
-from ..asked.subject import Judgement, Subject, Variant
+from ..request.naming import row_name
+from ..request.subject import Judgement, Subject, Variant
 from ..results.rows import AUTHORS, Examples, Row, Worst, by_worst_points
 from .attack_run import AttackedBatch, AttackRun
 

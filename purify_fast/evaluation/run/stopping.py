@@ -34,9 +34,9 @@ CONFIDENCE = 0.95
 #: The most rounds of an attack, and the fewest images of a round: fewer take about the same time.
 ROUNDS, SMALLEST = 8, 32
 #: Images are ordered by their margin, but a random position may put an image further forward. The random positions are
-#: uniform between 0 and BY_LOT times the number of images. With this value, about a fifth of the images in the first
-#: round are there because of their random positions.
-BY_LOT = 4
+#: uniform between 0 and RANDOM_SHARE times the number of images. With this value, about a fifth of the images in the
+#: first round are there because of their random positions.
+RANDOM_SHARE = 4
 #: The number of images in a group of the nearest images, and the fewest in the first.
 GROUP = 5
 #: A report with a larger standard error says so, in points.
@@ -67,7 +67,7 @@ def nearest_first(index: Tensor, margins: np.ndarray, seed: int) -> Tensor:
     near = by_margin(index, margins)
     place = torch.arange(len(near), device="cpu") / max(1, len(near))
     lots = philox(philox_key(seed, near.device), near, 1, stream=Stream.LOTS, distribution="uniform")
-    return near[torch.minimum(place, BY_LOT * lots.flatten()).argsort(stable=True)]
+    return near[torch.minimum(place, RANDOM_SHARE * lots.flatten()).argsort(stable=True)]
 
 
 class StoppingRule:
@@ -174,7 +174,7 @@ def notes_of_unsearched(rows: Sequence[Row]) -> list[str]:
             f"these. Images that were not searched: {each}. The protocol strong searches every image"
         )
     if near:
-        each = "; ".join(f"{row.attack}: {row.attacked - row.unsearched}" for row in near)
+        each = "; ".join(f"{row.attack}: {(row.attacked or 0) - row.unsearched}" for row in near)
         notes.append(
             "attacks on the nearest images began with the image to which earlier attacks came nearest. They ended when "
             "the next image was farther from misclassification than any search had brought an image nearer after the "

@@ -18,7 +18,7 @@ from ...attacks import frozen
 from ...protocols import Classifier, FixedNoise, Purifies, Reconstructs, SampleLogits, ShowsTransform, supports
 from ..alarms import Evidence
 from ..alarms.answers import PROBED
-from ..asked.subject import device_of
+from ..request.subject import device_of
 from ..results.rows import CURVE, Examples, Row
 from .text import render
 

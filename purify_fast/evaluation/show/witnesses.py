@@ -25,11 +25,11 @@ from ...attacks.outputs import LogitsOf
 from ...model_state import fingerprint
 from ...protocols import Classifier
 from ...speed.precision import whole_float32_by_default
-from ..asked.config import Predict
-from ..asked.inputs import as_classifier
-from ..asked.naming import ball_name
-from ..asked.specs import ROUNDING, moved
-from ..asked.subject import Subject
+from ..request.config import Predict
+from ..request.inputs import as_classifier
+from ..request.naming import ball_name
+from ..request.specs import ROUNDING, moved
+from ..request.subject import Subject
 from ..results.rows import Row, by_worst_points
 from .text import render
 

@@ -31,7 +31,7 @@ from ...ops.convolution import channels_first, channels_last
 from ...ops.dispatch.gradient import first_order, needs_gradient
 from ...ops.fused_convolution import ACTIVATIONS, BACKWARD, NONE, OP, RELU, SILU, kind, output_size, through_activation
 from .kept_layouts import convolved, matrix, packed, packed_gradient
-from .unrolled import gradient_pays, input_gradient, patches, pays, product
+from .unrolled import gradient_is_faster, input_gradient, is_faster, patches, product
 
 #: In a `Formula`, the shape ``(B, C, H, W)`` of the map that is convolved.
 SHAPE = "shape"
@@ -124,7 +124,7 @@ class Step:
         if self.norm is not None or (top, left) != (bottom, right) or (added is not None and self.activation == SILU):
             return None
         images, name = channels_first(x), _NAMES[self.activation]
-        if pays(images, layer.weight, layer.stride, (top, left)):
+        if is_faster(images, layer.weight, layer.stride, (top, left)):
             rows = patches(images, layer.kernel_size, layer.stride, (top, left))
             return product(rows, layer.weight, matrix, layer.bias, added=added, name=name)
         weight = packed(layer.weight, x.shape[1:3], layer.stride, (top, left))
@@ -154,13 +154,13 @@ class Step:
             return None
         given, padding = (channels_first(grad), layer.weight), (top, left)
         around = [taps - 1 - zeros for taps, zeros in zip(layer.kernel_size, padding, strict=True)]
-        if stride == [1, 1] and min(around) >= 0 and not gradient_pays(*given):
+        if stride == [1, 1] and min(around) >= 0 and not gradient_is_faster(*given):
             weight = packed_gradient(layer.weight, grad.shape[1:3], around)
             other = None if earlier is None else channels_first(earlier)
             found = channels_last(convolved(given[0], weight, None, (around, stride), added=other))
         else:
             shape = torch.Size((len(grad), layer.in_channels, *size))
-            computed = input_gradient if gradient_pays(*given) else conv2d_gradient
+            computed = input_gradient if gradient_is_faster(*given) else conv2d_gradient
             found = channels_last(computed(*given, shape, tuple(stride), padding)).contiguous()
             if earlier is not None:
                 found.add_(earlier)

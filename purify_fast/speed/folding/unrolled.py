@@ -102,7 +102,7 @@ class _Unrolled(torch.autograd.Function):
         return of_input, of_weight, of_bias, None, None
 
 
-def pays(x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: tuple[int, ...]) -> bool:
+def is_faster(x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: tuple[int, ...]) -> bool:
     """Tell whether a convolution is faster as a product of matrices.
 
     Compiled code keeps PyTorch's convolutions, because the compiler makes slow code of the patches.
@@ -124,7 +124,7 @@ def pays(x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: tuple[int,
     return min(sides) > 0 and sides[0] * sides[1] <= PIXELS
 
 
-def gradient_pays(grad: Tensor, weight: Tensor) -> bool:
+def gradient_is_faster(grad: Tensor, weight: Tensor) -> bool:
     """Tell whether the gradient of the images of a convolution in bfloat16 on a CPU is faster as a product of matrices.
 
     Args:
@@ -166,7 +166,7 @@ def input_gradient(
 def unrolled(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...], padding: tuple[int, ...]
 ) -> Tensor:
-    """Compute a convolution in bfloat16 as a product of matrices, with the arguments of `pays` and a bias ``[O]``."""
+    """Compute a convolution in bfloat16 as a product of matrices; see `is_faster`."""
     half = torch.bfloat16
     shift = None if bias is None else bias.to(half)
     # An attribute of a module has the type of a tuple of any length, which torch.compile treats as constants.
@@ -182,7 +182,7 @@ class _Unrolling(TorchFunctionMode):
         if func is torch.conv2d and len(args) == 7 and not kwargs:
             x, weight, bias, stride, padding, dilation, groups = args
             plain = groups == 1 and not isinstance(padding, str) and tuple(dilation) == (1, 1)
-            if plain and not transformed() and pays(x, weight, stride, padding):
+            if plain and not transformed() and is_faster(x, weight, stride, padding):
                 return unrolled(x, weight, bias, stride, padding)
         return func(*args, **(kwargs or {}))
 
@@ -203,7 +203,7 @@ class _UnrolledConv2d(nn.Conv2d):
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         padding: Any = self.padding
-        if not transformed() and pays(input, weight, self.stride, padding):
+        if not transformed() and is_faster(input, weight, self.stride, padding):
             return unrolled(input, weight, bias, self.stride, padding)
         return super()._conv_forward(input, weight, bias)
 

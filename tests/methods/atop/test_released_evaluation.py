@@ -6,8 +6,8 @@ from evaluating import evaluate
 from small_models import Linear
 from torch import nn
 
-from purify_fast.evaluation.asked.published import authors_attacks
-from purify_fast.evaluation.asked.published.atop_release import ReleasedEvaluation
+from purify_fast.evaluation.request.published import authors_attacks
+from purify_fast.evaluation.request.published.atop_release import ReleasedEvaluation
 from purify_fast.methods.atop import Atop
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -13,8 +13,8 @@ import purify_fast
 from purify_fast.attacks import AutoAttack
 from purify_fast.attacks.base import ThreatModel
 from purify_fast.attacks.losses import LOSSES
-from purify_fast.evaluation.asked.attack_lists import protocol_attacks
-from purify_fast.evaluation.asked.subject import Subject
+from purify_fast.evaluation.request.attack_lists import protocol_attacks
+from purify_fast.evaluation.request.subject import Subject
 from purify_fast.methods.carso import Carso, WithAggregation
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops import aggregate

@@ -83,7 +83,7 @@ def _replaced_loss(spec: AttackSpec, context: AttackContext) -> str | None:
 def _as_it_runs(attack: Attack, context: AttackContext) -> Attack:
     """The attack with the options with which it runs on this model."""
     own = {each.name for each in dataclasses.fields(attack)}
-    options = {option: value for option, value in attack.decided(context)._asdict().items() if option in own}
+    options = {option: value for option, value in attack.resolved_for(context)._asdict().items() if option in own}
     if "give_up" in own:
         options["give_up"] = attack.may_end_early(context)
     return dataclasses.replace(attack, **options)

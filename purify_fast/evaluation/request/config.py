@@ -31,7 +31,7 @@ class EvaluateConfig:
             with surrogate models, restarts and every target class. "official": AutoAttack itself. "authors": the
             evaluation of the defence's authors, for a comparison with their numbers; its rows do not count for the
             robust accuracy. "official" and "authors" need the package pyautoattack. With None, the attacks are the list
-            ``attacks`` of `evaluate`, or else "standard". See `purify_fast.evaluation.asked.attack_lists`.
+            ``attacks`` of `evaluate`, or else "standard". See `purify_fast.evaluation.request.attack_lists`.
         steps: number of steps of PGD and APGD, for attacks that set no number of steps. This number also limits the
             steps of a protocol's attacks, but not of its first attack if that has ten steps. FAB-T takes 100 steps, as
             in its authors' code.

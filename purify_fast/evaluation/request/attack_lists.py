@@ -161,7 +161,7 @@ def _of_its_kind(subject: Subject, ball: ThreatModel) -> Sequence[AttackSpec]:
     return [lee_kim_2023(ball.eps, leave=True)] if bare and subject.is_random and ball.norm == "linf" else []
 
 
-def to_the_end(attacks: Sequence[AttackSpec], subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
+def without_early_stops(attacks: Sequence[AttackSpec], subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
     """Give every attack all remaining images and all of its steps, and add attacks with the gradients of surrogates."""
     whole = [_whole(spec) for spec in attacks]
     named = {spec.label for spec in whole}
@@ -231,7 +231,7 @@ def notes_of_protocol(name: str | None, model: Classifier) -> list[str]:
     ]
 
 
-#: The protocols that `to_the_end` changes if probes find signs of masked gradients before the attacks.
+#: The protocols that `without_early_stops` changes if probes find signs of masked gradients before the attacks.
 SEARCHES = ("fast", "standard", "rand", "strong")
 #: The protocols by name.
 PROTOCOLS: dict[str, Callable[[Subject, ThreatModel], list[AttackSpec]]] = {
