@@ -59,9 +59,11 @@ def ball_around(
     return Ball(per_pixel("eps", eps, x), known, clip_min, clip_max)
 
 
-def philox_key(seed: int, device: torch.device) -> Tensor:
+def philox_key(seed: int | Tensor, device: torch.device) -> Tensor:
     """The key of Philox for a seed, int64 ``[1]``; ValueError for a seed outside the range of int64."""
-    if isinstance(seed, int) and not -(2**63) <= seed < 2**63:
+    if isinstance(seed, Tensor):
+        return seed
+    if not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed must be in [-2^63, 2^63), got {seed}")
     # The tensor is made on the device, because a copy to the device would wait for the device.
     return torch.full((1,), seed, dtype=torch.int64, device=device)

@@ -216,10 +216,10 @@ class FitConfig:
             except that BatchNorms take the statistics of each part. None means 1.
         clip_gradients: largest L2 norm of the gradients of an optimizer's weights; longer gradients are shortened to
             it. None does not shorten them.
-        cuda_graphs: whether a step of the training's attack is captured as a CUDA graph, on a CUDA device. "auto"
-            captures the step once its kernel launches have taken as much time as a capture takes, and keeps the graph
-            if a replay saves at least a tenth of the time. "always" captures the step wherever possible. "off" never
-            does. A graph needs the memory of one attack step for itself. Choose "off" for a model that changes settings
+        cuda_graphs: whether steps are captured as CUDA graphs, on a CUDA device: the steps of attacks, and with one
+            process whole training steps up to the gradients. "auto" captures a step once its kernel launches have taken
+            as much time as a capture takes. "always" captures steps wherever possible. "off" never does. A graph needs
+            the memory of one step for itself. Choose "off" for a model that changes settings
             in an object other than a module, dataclass or namespace, because a captured step ignores the change.
         cudnn_benchmark: whether cuDNN, on a CUDA device, times its algorithms once for each shape and uses the fastest.
             "auto" does this unless the process requires deterministic algorithms; "on" always does; "off" leaves

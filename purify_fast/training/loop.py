@@ -31,6 +31,7 @@ from ..speed.precision import float32_products, raced_convolutions, whole_float3
 from ..speed.threads import fastest_threads, may_choose, restored_threads
 from .bank import BankConfig
 from .callbacks import Callback, ProgressBar, TrainingState
+from .captured_step import captured, undone
 from .config import FitConfig
 from .distributed import average_, from_first
 from .loss_watch import Diverged, LossWatch
@@ -132,8 +133,7 @@ def fit(
         bar = ProgressBar(title, run, progress and first)
         listeners = [bar, *callbacks] if first else []
         devices = [source.device] if source.device.type == "cuda" else []
-        coming = run.total - run.step
-        with bar.bar, torch.random.fork_rng(devices), step_settings(task, config, source.device, coming):
+        with bar.bar, torch.random.fork_rng(devices), step_settings(task, config, source.device):
             _train(run, listeners, stop)
         task.finish()
         if run.best:
@@ -260,33 +260,44 @@ def train_step(task: Task, batch: Batch, accumulate: int = 1, clip: float | None
 
     def take() -> Metrics:
         measured: Metrics = {}
-        running = [(task.updates(part), len(part.x) / len(batch.x)) for part in parts_of(batch, accumulate)]
-        while True:
-            of_parts = list[Metrics]()
-            for updates, share in running:
-                if (update := next(updates, None)) is None:
-                    continue
-                optimizer = task.optimizers[update.optimizer]
-                if not of_parts:
-                    optimizer.zero_grad(set_to_none=True)
-                backward(update.loss if share == 1 else share * update.loss)
-                shown = {"loss": update.loss.detach(), **update.metrics}
-                of_parts.append(shown if share == 1 else {name: share * value for name, value in shown.items()})
-            if not of_parts:
-                return measured
-            measured = {name: sum((part[name] for part in of_parts[1:]), of_parts[0][name]) for name in of_parts[0]}
-            gradients = [weight.grad for weight in weights_of(optimizer) if weight.grad is not None]
-            average_([*gradients, *measured.values()])
+        step = captured(task, batch, gradients) if accumulate == 1 else None
+        for name, measured in step.run(batch) if step else gradients(task, batch, accumulate):
+            optimizer = task.optimizers[name]
+            average_([*(one.grad for one in weights_of(optimizer) if one.grad is not None), *measured.values()])
             if clip is not None:
                 nn.utils.clip_grad_norm_(weights_of(optimizer), clip)
             task.before_step()
             optimizer.step()
             task.after_step()
+        return measured
 
     if task.graphs is None or processes()[1] > 1:
         # with several processes a step must not be repeated, because the other processes would not repeat the exchanges
         return take()
     return task.graphs.retry_without_graphs(take, batch.x.device)
+
+
+def gradients(task: Task, batch: Batch, accumulate: int = 1) -> Iterator[tuple[str, Metrics]]:
+    """Compute the gradients of each update of a step.
+
+    Yields:
+        The name of the optimizer, and the loss and the metrics. The caller takes the optimizer's step.
+    """
+    running = [(task.updates(part), len(part.x) / len(batch.x)) for part in parts_of(batch, accumulate)]
+    while True:
+        name, of_parts = "", list[Metrics]()
+        for updates, share in running:
+            if (update := next(updates, None)) is None:
+                continue
+            if not of_parts:
+                name = update.optimizer
+                task.optimizers[name].zero_grad(set_to_none=True)
+            backward(update.loss if share == 1 else share * update.loss)
+            shown = {"loss": update.loss.detach(), **update.metrics}
+            of_parts.append(shown if share == 1 else {name: share * value for name, value in shown.items()})
+        if not of_parts:
+            return
+        yield name, {key: sum((part[key] for part in of_parts[1:]), of_parts[0][key]) for key in of_parts[0]}
 
 
 def parts_of(batch: Batch, number: int) -> list[Batch]:
@@ -319,14 +330,14 @@ def choose_threads(run: Run, batch: Batch) -> None:
         return
     # With another number of cores, the sums of the beginning cannot be repeated anyway.
     if run.threads is None or run.threads[0] != run.given_threads:
-        with _undone(task.model, batch.x.device):
+        with undone(task.model, batch.x.device):
             task.train()
             run.threads = [run.given_threads, fastest_threads(step)]
     torch.set_num_threads(run.threads[1])
 
 
 @contextlib.contextmanager
-def step_settings(task: Task, config: FitConfig, device: torch.device, coming: int = 0) -> Iterator[None]:
+def step_settings(task: Task, config: FitConfig, device: torch.device) -> Iterator[None]:
     """Within the block, use CUDA graphs, cuDNN's benchmark and fused optimizers, which make steps on a GPU faster."""
     for optimizer in task.optimizers.values():
         fuse(optimizer, config.fused_optimizers == "auto" and device.type == "cuda")
@@ -335,31 +346,12 @@ def step_settings(task: Task, config: FitConfig, device: torch.device, coming: i
         task.graphs = None
     elif task.graphs is None and device.type == "cuda":
         task.graphs = StepGraphs(config.cuda_graphs)
-        attack = getattr(getattr(task, "config", None), "attack", None)
-        task.graphs.coming = coming * getattr(attack, "steps", 1)
     try:
         with raced_convolutions(config.cudnn_benchmark, device), restored_threads():
             yield
     finally:
         # without a reference to the graphs, their memory is freed
         task.graphs = before
-
-
-@contextlib.contextmanager
-def _undone(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """After the block, restore the random generators, and a model's modes, weights, buffers and gradients."""
-    modes = [(module, module.training) for module in model.modules()]
-    tensors = [(tensor, tensor.detach().clone(), tensor.grad) for tensor in (*model.parameters(), *model.buffers())]
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        with torch.no_grad():
-            for tensor, before, gradient in tensors:
-                tensor.copy_(before)
-                tensor.grad = gradient
 
 
 def _check_batchnorm(model: nn.Module) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from ..._tensors import structure_fingerprint, weights_fingerprint
 from ...attacks import frozen
+from ...attacks.ball import philox_key
 from ...data import StreamedImages, to_float
 from ...models.representation import Representation, representation_before_pooling
 from ...ops.noisy_replay import noisy_replay
@@ -151,7 +152,7 @@ class ArrestTask(MethodTask):
             # the host waits for the device here: it must know whether any image is left to attack
             rows = torch.nonzero(~replayed)[:, 0]
             adversarial = self.attack(batch, attack, rows) if len(rows) else batch.x
-        seed = torch.full((1,), batch.seed, dtype=torch.int64, device=batch.x.device)
+        seed = philox_key(batch.seed, batch.x.device)
         x = noisy_replay(batch.x, adversarial, drift, tau, attack.eps, seed=seed, sample_ids=batch.sample_ids)
         return x, replayed.float().mean()
 
@@ -177,6 +178,13 @@ class ArrestTask(MethodTask):
         distance = self.distance(features, of_teacher).mean()
         metrics["distance"] = distance.detach()
         return cross_entropy + self.config.distillation_weight * distance, metrics
+
+    def captures(self, batch: Batch) -> Hashable | None:
+        config, teacher = self.config, self.teacher
+        # The host removes a perturbation of the weights, and checks stored outputs at the beginning of an epoch.
+        if config.awp_gamma > 0 or (teacher is not None and teacher.checks_next(batch)):
+            return None
+        return config.attack.at_epoch(batch.epoch, batch.epochs), config.replays(batch.epoch, batch.epochs)
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
         # The loop may add up gradients of several batches before a step: remove the perturbation of the previous batch.
@@ -312,12 +320,16 @@ class Teacher:
         # maps are stored with channels last, so the maps that a step selects have the layout channels_last
         self._stored = [f.permute(0, 2, 3, 1).contiguous() if f.dim() == 4 else f for f in layers]
 
+    def checks_next(self, batch: Batch) -> bool:
+        """Tell whether the next call checks the stored outputs."""
+        return self._stored is not None and self._checked != batch.epoch
+
     def __call__(self, batch: Batch) -> list[Tensor]:
         if self._stored is None:
             return self.read(batch.x)
         features = [f[batch.sample_ids] for f in self._stored]
         features = [f.permute(0, 3, 1, 2) if f.dim() == 4 else f for f in features]
-        if self._checked != batch.epoch:
+        if self.checks_next(batch):
             self._checked = batch.epoch
             for stored, now in zip(features, self.read(batch.x), strict=True):
                 apart = (stored.float() - now.float()).norm()

@@ -17,7 +17,7 @@ code, the gradient of L_G never reaches g.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...attacks import fgsm
+from ...attacks.ball import philox_key
 from ...training.bank import FrozenAttack, FrozenAttacks
 from ...training.schedules import RunLength
 from ...training.task import Batch, Metrics, Update
@@ -127,7 +128,7 @@ def inputs(defence: Atop, batch: Batch, config: AtopConfig, graphs: StepGraphs |
     classifies_others = weight > 0 and config.attack_method != "none" and rebuilds_clean
     adversarial = attacked(defence, batch, config, graphs) if classifies_others or not rebuilds_clean else batch.x
     rebuild = batch.x if rebuilds_clean else adversarial
-    seed = torch.full((1,), batch.seed, dtype=torch.int64, device=batch.x.device)
+    seed = philox_key(batch.seed, batch.x.device)
     packed, owners = defence.draw(rebuild, noise=(seed, batch.sample_ids))
     count = len(packed)
     if classifies_others:
@@ -288,6 +289,10 @@ class AtopTask(PurifierTask[Atop]):
     @property
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         return self._optimizers
+
+    def captures(self, batch: Batch) -> Hashable:
+        delayed = batch.progress_in(self.config.cls_delay_unit) < self.config.cls_delay
+        return self.config.attack.at_epoch(batch.epoch, batch.epochs), delayed
 
     def updates(self, batch: Batch) -> Iterator[Update]:
         one_pass, judged = passes(self.defence, batch, self.config, self.graphs), {}

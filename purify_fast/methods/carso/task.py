@@ -17,7 +17,7 @@ w is the setting reconstruction_weight. The classifier is frozen, or is trained 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import replace
 from math import ceil
 from typing import TYPE_CHECKING, ClassVar
@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..._process import processes
+from ...attacks.ball import philox_key
 from ...attacks.pgd import fgsm, pgd
 from ...defences.stochastic import with_samples
 from ...models.representation import evaluation_mode
@@ -139,7 +140,7 @@ def published_step(
     perturbed = balanced_batch(defence.frozen_classifier, batch, config, graphs)
     condition = defence.condition(perturbed)
     mean, log_variance = defence.posterior(perturbed, condition)
-    seed = torch.full((1,), batch.seed, dtype=torch.int64, device=batch.x.device)
+    seed = philox_key(batch.seed, batch.x.device)
     z, kl = sample_latent(mean, log_variance, seed, batch.sample_ids)
     reconstruction = reconstruction_loss(defence.decode(z[:, None], condition)[:, 0], batch.x).mean()
     kl = kl.mean()
@@ -268,6 +269,11 @@ class CarsoTask(PurifierTask[Carso]):
         rate, decay = config.learning_rate, config.weight_decay
         inner = torch.optim.RAdam(trainable, rate, weight_decay=decay, decoupled_weight_decay=True, foreach=True)
         self.optimizer = Lookahead(inner, config.lookahead_steps, config.lookahead_alpha)
+
+    def captures(self, batch: Batch) -> Hashable:
+        delay, unit = self.config.kl_delay_of(batch.epochs)
+        weight = kl_weight(batch.progress_in(unit), delay)
+        return self.config.attack.at_epoch(batch.epoch, batch.epochs), weight
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
         return STEPS[self.config.attack_target](self.trained, batch, self.config, self.graphs)

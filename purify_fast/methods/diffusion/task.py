@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from ..._tensors import first_tensor, structure_fingerprint
 from ..._validation import Precision
+from ...attacks.ball import philox_key
 from ...ops.philox import Stream, philox
 from ...speed.folding.inference_copy import autocast_to
 from ...training.schedules import RunLength
@@ -53,7 +54,7 @@ def training_times(schedule: Schedule, uniform: Tensor, last: float = 1.0) -> Te
 
 def drawn_for(batch: Batch) -> tuple[Tensor, Tensor]:
     """Return normal numbers in the shape of the images, and uniform numbers in [0, 1), ``[B]``."""
-    seed = torch.full((1,), batch.seed, dtype=torch.int64, device=batch.x.device)
+    seed = philox_key(batch.seed, batch.x.device)
     stream = Stream.DIFFUSION_TRAINING
     noise = philox(seed, batch.sample_ids, batch.x[0].numel(), stream=stream, distribution="normal")
     uniform = philox(seed, batch.sample_ids, 1, stream=stream, first_draw=1)
@@ -123,6 +124,9 @@ class DiffusionTask(MethodTask):
             batch: the images.
         """
         return denoising_loss(denoiser, batch, self.process, self.config)
+
+    def captures(self, batch: Batch) -> Hashable:
+        return ()
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
         return self.loss(self.denoiser, batch), {}

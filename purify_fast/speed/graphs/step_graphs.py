@@ -11,8 +11,8 @@ capture would take. With this rule, which is known from the ski rental problem, 
 the best choice in hindsight. Launches are counted separately for each step and batch size. If a replay saves less than
 a tenth of the time, the graph is deleted, and the step is not captured again at this batch size.
 
-On a device, a step whose copy the user has chosen to compile is captured in its compiled form (`compiled_step`). If the
-number of coming steps is known to be large enough, every step is tried in this form, and the faster form is captured.
+On a device, a step whose copy the user has chosen to compile is captured in its compiled form (`compiled_step`) if that
+is faster.
 """
 
 from __future__ import annotations
@@ -63,9 +63,6 @@ TIMINGS = 3
 MOST_GRAPHS = 32
 #: The number of steps without a graph whose launch costs are remembered.
 REMEMBERED = 64
-#: The seconds that the compilation of a step of a ResNet-18 takes on a slow host, and the share of a captured step that
-#: it saves: the compiler fuses its elementwise operators.
-COMPILE_SECONDS, COMPILE_SAVES = 60.0, 0.1
 
 
 class _Step(NamedTuple):
@@ -107,7 +104,6 @@ class StepGraphs:
         capture: object that makes graphs. None means CUDA graphs, on CUDA devices.
 
     Attributes:
-        coming: the expected number of steps of the whole run, which decides whether steps are compiled; 0 if unknown.
         refusal: reason why the step of the last loop cannot be captured; None if the step is captured or may still be
             captured. The capture is tried again after `RETRIED_AFTER` steps, except if a replay saves too little time.
 
@@ -120,8 +116,9 @@ class StepGraphs:
         self.mode = mode
         self.capture = CudaCapture() if capture is None else capture
         self.refusal: str | None = None
-        self.coming = 0.0
         self._costs: list[float] = []
+        #: The captured steps of whole trainings, and counts of those that are not captured (`training.captured_step`).
+        self.whole_steps: dict[Hashable, Any] = {}
         self._captured: dict[Hashable, Captured] = {}
         self._launched: dict[Hashable, LaunchCost] = {}
         self._told: set[str] = set()
@@ -148,11 +145,15 @@ class StepGraphs:
         Returns:
             The loop. If the step is already captured, even the first step is a replay.
         """
-        off = self.mode == "off" or next(iter(state.values())).device.type != self.capture.kind
+        off = not self.may_capture(next(iter(state.values())).device)
         nothing = any(value.numel() == 0 for value in state.values())
         if off or nothing or torch.compiler.is_compiling():
             return begin_steps(None, function, state)
         return Steps(function, state, self)
+
+    def may_capture(self, device: torch.device) -> bool:
+        """Tell whether steps on a device may be captured."""
+        return self.mode != "off" and device.type == self.capture.kind
 
     def may_replay(self, device: torch.device) -> bool:
         """Tell whether loops on a device are or may still be captured.
@@ -160,7 +161,7 @@ class StepGraphs:
         Args:
             device: device of the loops' states.
         """
-        return self.mode != "off" and device.type == self.capture.kind and self.refusal is None
+        return self.may_capture(device) and self.refusal is None
 
     def retry_without_graphs(self, work: Callable[[], Result], device: torch.device) -> Result:
         """Call a function. If memory runs out and there are graphs, delete the graphs and call the function again.
@@ -172,12 +173,14 @@ class StepGraphs:
         Raises:
             torch.OutOfMemoryError: memory ran out without graphs.
         """
-        return retry_when_memory_ends(work, device, lambda: self._give_up if self._captured else None)
+        graphs = (self._captured, self.whole_steps)
+        return retry_when_memory_ends(work, device, lambda: self._give_up if any(graphs) else None)
 
     def _give_up(self) -> None:
         logger.warning("memory ran out: the CUDA graphs of attacks are dropped, and the work is repeated without them")
         self.mode = "off"
         self._captured.clear()
+        self.whole_steps.clear()
         self.capture.release()
 
     def find(self, function: StepFunction, state: State) -> Captured | LaunchCost | None:
@@ -263,8 +266,7 @@ class StepGraphs:
                 draws = device_generator(device) != drawn
                 counts = [counter.counted() - start for counter, start in zip(counters, tried, strict=True)]
                 eager = self._timed(lambda: function(buffers), device)
-                wanted = any(part.region is not None for part in copies_in(function.model))
-                compiles = wanted or self.coming * eager * COMPILE_SAVES > COMPILE_SECONDS
+                compiles = any(part.region is not None for part in copies_in(function.model))
                 compiled = compiled_step(function, buffers) if compiles and not draws else None
                 right = [one for run in (compiled, function) if run and (one := self._record(run, step, buffers))]
                 if not right:
@@ -334,6 +336,17 @@ class StepGraphs:
                     f"the step changes {name} from {old.dtype} {list(old.shape)} to {value.dtype} {list(value.shape)}"
                 )
         return None
+
+
+class InlineSteps(StepGraphs):
+    """Takes all steps directly, because a graph of the whole training step is being captured around them."""
+
+    def __init__(self, capture: CudaCapture):
+        super().__init__("always", capture)
+
+    def begin(self, function: StepFunction, state: State) -> Steps:
+        """Begin a loop without a graph of its own."""
+        return begin_steps(None, function, state)
 
 
 def remember(table: dict[Any, Result], key: Hashable, value: Result, most: int) -> Result:
