@@ -62,8 +62,10 @@ def test_replayed_pgd_and_fgsm(graphs, norm, precision):
     model, (x, y) = InferenceCopy(classifier(), SHAPE, precision), images()
     eps = SIZES[norm]
     attacks: list[Callable[[StepGraphs | None], Tensor]] = [
-        lambda g: pgd(model, x, y, eps=eps, norm=norm, steps=20, graphs=g),
-        lambda g: pgd(model, x, y, eps=eps, norm=norm, steps=20, alpha=eps / 4, keep_best=True, eot_iter=2, graphs=g),
+        lambda g: pgd(model, x, y, eps=eps, norm=norm, steps=20, seed=0, graphs=g),
+        lambda g: pgd(
+            model, x, y, eps=eps, norm=norm, steps=20, seed=0, alpha=eps / 4, keep_best=True, eot_iter=2, graphs=g
+        ),
         lambda g: fgsm(model, x, y, eps=eps, norm=norm, graphs=g),
     ]
     for run in attacks:
@@ -79,9 +81,9 @@ def test_new_weights_and_the_last_batch(graphs):
     view, other = InferenceCopy(classifier(), SHAPE, torch.float32), classifier(1)
     for n in (12, 5, 12, 5):
         x, y = images(n, n)
-        close(pgd(view, x, y, eps=0.1, steps=20, graphs=graphs), pgd(view, x, y, eps=0.1, steps=20))
+        close(pgd(view, x, y, eps=0.1, steps=20, seed=0, graphs=graphs), pgd(view, x, y, eps=0.1, steps=20, seed=0))
         view.refresh(other)
-        close(pgd(view, x, y, eps=0.1, steps=20, graphs=graphs), pgd(view, x, y, eps=0.1, steps=20))
+        close(pgd(view, x, y, eps=0.1, steps=20, seed=0, graphs=graphs), pgd(view, x, y, eps=0.1, steps=20, seed=0))
     assert len(graphs) == 2 and graphs.refusal is None
 
 
@@ -90,7 +92,7 @@ def test_draws_go_on_as_without_graphs(graphs):
 
     def run(chosen: StepGraphs | None, seed: int) -> tuple[Tensor, Tensor]:
         torch.manual_seed(seed)
-        return pgd(defence, x, y, eps=0.1, steps=20, graphs=chosen), torch.rand(4, device=DEVICE)
+        return pgd(defence, x, y, eps=0.1, steps=20, seed=0, graphs=chosen), torch.rand(4, device=DEVICE)
 
     for seed in (1, 2):
         (wanted, after), (found, then) = run(None, seed), run(graphs, seed)
@@ -128,7 +130,7 @@ def test_what_cannot_be_captured_runs_eagerly_and_leaves_the_device_usable(graph
     def run(chosen: StepGraphs | None) -> Tensor:
         if kind is OwnGenerator:
             model.generator.manual_seed(5)
-        return pgd(model, x, y, eps=0.1, steps=20, graphs=chosen)
+        return pgd(model, x, y, eps=0.1, steps=20, seed=0, graphs=chosen)
 
     wanted = run(None)
     found = run(graphs)
@@ -137,7 +139,7 @@ def test_what_cannot_be_captured_runs_eagerly_and_leaves_the_device_usable(graph
     # the generator of the device draws, and another model is captured
     assert torch.rand(3, device=DEVICE).isfinite().all() and torch.randn(3, device=DEVICE).isfinite().all()
     plain = classifier()
-    close(pgd(plain, x, y, eps=0.1, steps=20, graphs=graphs), pgd(plain, x, y, eps=0.1, steps=20))
+    close(pgd(plain, x, y, eps=0.1, steps=20, seed=0, graphs=graphs), pgd(plain, x, y, eps=0.1, steps=20, seed=0))
     assert graphs.refusal is None
 
 
@@ -178,7 +180,7 @@ def test_memory_does_not_grow(monkeypatch):
     def attacks() -> int:
         for n in (8, 12, 16, 20):
             x, y = images(n)
-            pgd(model, x, y, eps=0.1, steps=20, graphs=graphs)
+            pgd(model, x, y, eps=0.1, steps=20, seed=0, graphs=graphs)
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         return torch.cuda.memory_reserved()
@@ -205,7 +207,8 @@ def test_apgd(graphs):
     model, (x, y) = classifier(), images()
     y = model(x).argmax(1)
     wanted, found = (
-        apgd(model, x, y, eps=0.01, steps=40, leave_when_fallen=False, graphs=chosen) for chosen in (None, graphs)
+        apgd(model, x, y, eps=0.01, steps=40, seed=0, leave_when_fallen=False, graphs=chosen)
+        for chosen in (None, graphs)
     )
     assert len(graphs) >= 1
     close(found, wanted)
