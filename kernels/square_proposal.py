@@ -28,7 +28,6 @@ TILE, FEWEST = 2048, 32
 @triton.jit
 def _first(place, edge, size):
     """Return the first pixel of a window along one axis."""
-    # A size of 1 is a constant of the compiler, which has no `to`.
     return (place * tl.cast(size - edge + 1, tl.float32)).to(tl.int32)
 
 
@@ -43,13 +42,13 @@ def _linf(
     nat_ptr,
     eps_ptr,
     numbers_ptr,
+    edge_ptr,
     out_ptr,
     rows,
     images,
     size,
     height,
     width,
-    edge,
     of_image,
     of_draw,
     lo,
@@ -59,6 +58,7 @@ def _linf(
     row, block = program(rows)
     image = (row % images).to(tl.int64)
     numbers_ptr += image * of_image + (row // images).to(tl.int64) * of_draw
+    edge = tl.load(edge_ptr).to(tl.int32)
     top, left = _first(tl.load(numbers_ptr), edge, height), _first(tl.load(numbers_ptr + 1), edge, width)
 
     element = first_of(block, size, WIDTH) + tl.arange(0, WIDTH)
@@ -93,14 +93,14 @@ def _pixels(images, first, channel, shape, windows, WIDTH: tl.constexpr):
     in the image; a mask of the positions that exist; and, for pixels in W, their positions in the pattern of Square.
     """
     x_ptr, nat_ptr = images
-    channels, height, width, edge = shape
+    channels, height, width, edge, side = shape
     top, left, other_top, other_left = windows
     pixel = first + tl.arange(0, WIDTH)[None, :]
     at, inside = channel * (height * width) + pixel, (channel < channels) & (pixel < height * width)
     nat = _load(nat_ptr, at, inside)
     line = pixel // width
     column = pixel - line * width
-    index = (line - top) * edge + (column - left)
+    index = (line - top) * side + (column - left)
     one, two = _within(line - top, column - left, edge), _within(line - other_top, column - other_left, edge)
     return nat, _load(x_ptr, at, inside) - nat, one, two, at, inside, index
 
@@ -139,7 +139,7 @@ def _l1_spread(
 ):
     """Return the l1 norm of the offsets after each is shortened by ``shift``, and the largest offset before that."""
     left, largest = tl.zeros((CHANNELS, WIDTH), tl.float32), tl.zeros((CHANNELS, WIDTH), tl.float32)
-    _channels, height, width, _edge = shape
+    _channels, height, width, _edge, _side = shape
     for first in range(0, height * width, WIDTH):
         nat, moved, _at, _inside = _moved(
             images, pattern_ptr, first, channel=channel, shape=shape, windows=windows, factors=factors, WIDTH=WIDTH
@@ -215,7 +215,7 @@ def _factors(
     WIDTH: tl.constexpr,
 ):
     """Return the signs of the channels, the old lengths in the window W, and the scale of the new content of W."""
-    channels, height, width, _edge = shape
+    channels, height, width, _edge, _side = shape
     total, old = tl.zeros((CHANNELS, WIDTH), tl.float32), tl.zeros((CHANNELS, WIDTH), tl.float32)
     both, new = tl.zeros((CHANNELS, WIDTH), tl.float32), tl.zeros((CHANNELS, WIDTH), tl.float32)
     for first in range(0, height * width, WIDTH):
@@ -244,13 +244,14 @@ def _mass_moved(
     nat_ptr,
     eps_ptr,
     numbers_ptr,
+    edge_ptr,
     pattern_ptr,
     out_ptr,
     rows,
     channels,
     height,
     width,
-    edge,
+    side,
     of_image,
     of_draw,
     lo,
@@ -262,7 +263,8 @@ def _mass_moved(
     row = tl.program_id(0).to(tl.int64)
     image, pixels = row % rows, height * width
     size = channels * pixels
-    images, shape = (x_ptr + image * size, nat_ptr + image * size), (channels, height, width, edge)
+    edge = tl.load(edge_ptr).to(tl.int32)
+    images, shape = (x_ptr + image * size, nat_ptr + image * size), (channels, height, width, edge, side)
     numbers_ptr += image * of_image + row // rows * of_draw
     lo, hi, eps = tl.cast(lo, tl.float32), tl.cast(hi, tl.float32), tl.load(eps_ptr + image).to(tl.float32)
     windows = (
@@ -271,7 +273,7 @@ def _mass_moved(
         _first(tl.load(numbers_ptr + 2), edge, height),
         _first(tl.load(numbers_ptr + 3), edge, width),
     )
-    pattern_ptr += tl.where(tl.load(numbers_ptr + 4) < 0.5, edge * edge, 0)
+    pattern_ptr += tl.where(tl.load(numbers_ptr + 4) < 0.5, side * side, 0)
     channel = tl.arange(0, CHANNELS)[:, None]
     number = tl.load(numbers_ptr + PLACES + channel, mask=channel < channels, other=0.0)
     # The sign is 0 for channels that do not exist.
@@ -336,7 +338,7 @@ def forward(
     eps: Tensor,
     numbers: Tensor,
     pattern: Tensor | None,
-    edge: int,
+    edge: Tensor,
     norm: int,
     lo: float,
     hi: float,
@@ -348,8 +350,8 @@ def forward(
         return out
     _, channels, height, width = x.shape
     numbers = numbers if numbers.stride(2) == 1 else numbers.contiguous()
-    given = x.contiguous(), x_nat.contiguous(), eps.contiguous(), numbers
-    shape, settings = (height, width, edge, *numbers.stride()[:2]), (float(lo), float(hi))
+    given = x.contiguous(), x_nat.contiguous(), eps.contiguous(), numbers, edge
+    settings = *numbers.stride()[:2], float(lo), float(hi)
     if pattern is None:
         size = channels * height * width
         block, several = tile(size, x)
@@ -361,7 +363,8 @@ def forward(
             draws * images,
             images,
             size,
-            *shape,
+            height,
+            width,
             *settings,
             WIDTH=block,
             num_warps=several,
@@ -377,7 +380,9 @@ def forward(
             out,
             images,
             channels,
-            *shape,
+            height,
+            width,
+            pattern.shape[-1],
             *settings,
             L1=norm == 2,
             **layout(channels, height * width),

@@ -28,6 +28,7 @@ import contextlib
 import dataclasses
 import datetime
 import json
+import logging
 import multiprocessing
 import os
 import shutil
@@ -76,7 +77,8 @@ class Call(NamedTuple):
     together: bool
 
 
-CALLS = {"correct": Call((150, 68), True), "measured": Call((540, 170), False)}
+CALLS = {"correct": Call((150, 240), True), "measured": Call((540, 680), False)}
+_packing = threading.Lock()
 
 
 def _rehearse(out: Path) -> None:
@@ -104,6 +106,8 @@ def _work(name: str, context: Context, path: Path, parent: int) -> None:
     with (context.out / "gpu_check" / f"{name}.log").open("w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
+    # The log says why a step was not captured or compiled.
+    logging.basicConfig(level=logging.INFO)
     try:
         outcome = SECTIONS[name].run(context)
     except Exception as error:
@@ -268,6 +272,9 @@ class _Run:
         result = run_section(name, dataclasses.replace(self.context, seconds=limit))
         self.results[name] = result | {"fingerprint": self.mark, "date": date}
         write_text(self._path(name), json.dumps(self.results[name], indent=1) + "\n")
+        with _packing:
+            # A machine may be taken at any time.
+            pack(self.context.out, self.call)
         print(f"{name}: {result['state']} after {result['seconds']:.0f} s; {result['summary']}", flush=True)
 
     def go(self) -> bool:

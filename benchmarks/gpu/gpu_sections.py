@@ -317,10 +317,9 @@ def autoattack(context: Context) -> Outcome:
 def _forms_of_pgd(context: Context, count: int) -> list[dict]:
     """Time PGD in all forms, each in a separate process. Return a row for each form."""
     name, steps = f"{count} images", pgd_forms.STEPS
-    left = context.left / (1 if count == pgd_forms.sizes(context.rehearsal)[-1] else 2)
     case = pgd_forms.cases(context.rehearsal)[name]
     rows = []
-    for row in race.race("pgd_forms", name, case, context.device, context.rehearsal, left):
+    for row in race.race("pgd_forms", name, case, context.device, context.rehearsal, context.left):
         seconds = float(row["ms"] or "nan") / 1e3
         rates = {"images_per_s": f"{count / seconds:.0f}", "TFLOP_per_s": f"{float(row['GFLOP']) / seconds / 1e3:.1f}"}
         rates = rates if row["ms"] else dict.fromkeys(rates, "")
@@ -375,7 +374,7 @@ def profiled(context: Context) -> Outcome:
     work = {
         f"{count} images, {form}": partial(_longest_kernels, context, count, form)
         for count in pgd_forms.sizes(context.rehearsal)
-        for form in (pgd_forms.CAPTURED, pgd_forms.FASTEST, pgd_forms.EXPERT)
+        for form in (pgd_forms.FASTEST, pgd_forms.EXPERT, pgd_forms.CAPTURED)
     }
     return measured(context, PROFILE, work)
 
@@ -516,17 +515,17 @@ class Section:
 
 
 SECTIONS = {
-    "verdicts": Section("correct", verdicts, (140, 60), 47, (VERDICTS,)),
-    "sanitizer": Section("correct", sanitizer, (140, 60), 53),
-    "tests": Section("correct", tests, (140, 70), 68),
-    "limits": Section("measured", measured_limits, (25, 10), 9),
-    "captures": Section("measured", capture_cost, (40, 26), 17, (CAPTURE_COST,)),
-    "races": Section("measured", races, (150, 26), 110, (shipping.FILE,)),
-    "pgd": Section("measured", forms_of_pgd, (190, 45), 140, (PGD,), True),
-    "profile": Section("measured", profiled, (80, 40), 40, (PROFILE,), True),
+    "verdicts": Section("correct", verdicts, (140, 180), 47, (VERDICTS,)),
+    "sanitizer": Section("correct", sanitizer, (140, 180), 53),
+    "tests": Section("correct", tests, (140, 230), 68),
+    "limits": Section("measured", measured_limits, (25, 30), 9),
+    "pgd": Section("measured", forms_of_pgd, (190, 120), 140, (PGD,), True),
+    "profile": Section("measured", profiled, (80, 60), 40, (PROFILE,), True),
     # The measured seconds are half of those for 1,000 images.
-    "standard": Section("measured", standard, (60, 25), 35, (STANDARD,)),
-    "autoattack": Section("measured", autoattack, (80, 15), 55, (OFFICIAL,), True),
-    # This section takes the rest of the time. The number is for seven cases without the compiled plain forms.
-    "pipelines": Section("measured", raced_pipelines, (400, 90), 115, (sheets.PIPELINES,), True),
+    "standard": Section("measured", standard, (60, 60), 35, (STANDARD,)),
+    # This section carries most claims, so the sections after it get what it leaves, or a call of their own (--only).
+    "pipelines": Section("measured", raced_pipelines, (400, 240), 115, (sheets.PIPELINES,), True),
+    "captures": Section("measured", capture_cost, (40, 60), 17, (CAPTURE_COST,)),
+    "races": Section("measured", races, (150, 60), 110, (shipping.FILE,)),
+    "autoattack": Section("measured", autoattack, (80, 30), 55, (OFFICIAL,), True),
 }

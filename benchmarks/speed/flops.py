@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-# This import registers the ops that are counted below.
-import purify_fast.ops.convolution  # noqa: F401
+from purify_fast.ops import use_backend
 
 
 class _NoModules(SimpleNamespace):
@@ -22,21 +21,6 @@ class _NoModules(SimpleNamespace):
 
     def __exit__(self, *error: object) -> None:
         pass
-
-
-def _forward(input: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
-    # The arguments are shapes. The weight is [O, K, L, C] for O output channels, C input channels and kernels of K x L.
-    # The result is [B, H, W, O]. Each pair of a number of the weight and a pixel of the result needs a multiplication
-    # and an addition.
-    return 2 * math.prod(weight) * math.prod(out_shape[:3])
-
-
-def _input_gradient(grad: Any, weight: Any, *_: Any, **__: Any) -> int:
-    return 2 * math.prod(weight) * math.prod(grad[:3])
-
-
-def _weight_gradient(grad: Any, input: Any, kernel: Any, *_: Any, **__: Any) -> int:
-    return 2 * math.prod(grad) * math.prod(kernel) * input[3]
 
 
 def _by_onednn(images: Any, second: Any, third: Any, *_: Any, out_shape: Any, **__: Any) -> int:
@@ -52,20 +36,13 @@ class Flops(FlopCounterMode):
     """
 
     def __init__(self) -> None:
-        # This package's convolutions have tensors with the channels last.
-        ops = torch.ops.purify_fast
-        formulas = {
-            ops.convolution: _forward,
-            ops.convolution_input_gradient: _input_gradient,
-            ops.convolution_weight_gradient: _weight_gradient,
-            torch.ops.mkldnn._convolution_pointwise: _by_onednn,
-        }
-        super().__init__(display=False, custom_mapping=formulas)
+        super().__init__(display=False, custom_mapping={torch.ops.mkldnn._convolution_pointwise: _by_onednn})
         self.mod_tracker = _NoModules(parents={"Global"})
 
 
 def flop_of(run: Callable[[], object]) -> int:
     """Call a function, and return the FLOP of its matrix products and convolutions."""
-    with Flops() as counter:
+    # The references of this package's ops consist of operators that PyTorch counts.
+    with use_backend("reference"), Flops() as counter:
         run()
     return counter.get_total_flops()

@@ -178,7 +178,9 @@ def kind(inputs: int, outputs: int, kernel: Sequence[int], stride: Sequence[int]
     """Return the group of a layer. All layers of a group use the same backend at the same size."""
     if min(inputs, outputs) < FEW:
         return "few channels"
-    return "x".join(map(str, kernel)) + (" strided" if max(stride) > 1 else "")
+    strided = max(stride) > 1
+    wide = tuple(kernel) == (3, 3) and not strided and min(inputs, outputs) >= 128
+    return "x".join(map(str, kernel)) + " strided" * strided + " wide" * wide
 
 
 def output_size(size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> list[int]:
@@ -216,7 +218,7 @@ def _fake_backward(grad: Tensor, weight: Tensor, height: int, width: int, *_: An
 #: the map ``earlier`` of the gradient), ``n`` the normalization, ``k`` the kept z (or the map ``beside``).
 EXAMPLES = {
     ((ROWS, 9, 8, 32), 64, (3, 3), (1, 1), (1, 1, 1, 1), RELU, "ba"): "b",
-    ((ROWS, 7, 10, 64), 160, (3, 3), (1, 1), (1, 1, 1, 1), SILU, "bank"): "b",
+    ((ROWS, 5, 6, 128), 160, (3, 3), (1, 1), (1, 1, 1, 1), SILU, "bank"): "b",
     ((ROWS, 9, 12, 24), 48, (3, 3), (2, 2), (1, 1, 1, 1), RELU, "bnk"): "b",
     ((ROWS, 8, 10, 32), 40, (3, 3), (2, 2), (0, 1, 0, 1), SILU, "bk"): "b",
     ((ROWS, 5, 6, 16), 128, (1, 1), (1, 1), (0, 0, 0, 0), NONE, "ba"): "b",

@@ -73,7 +73,7 @@ def window(place: Tensor, edge: int | Tensor, height: int, width: int) -> Tensor
     return both.view(torch.bool)
 
 
-def _placed(pattern: Tensor, numbers: Tensor, edge: int | Tensor, height: int, width: int) -> Tensor:
+def _placed(pattern: Tensor, numbers: Tensor, edge: Tensor, height: int, width: int) -> Tensor:
     """Return the pattern, placed in the window W: [..., 1, height, width]. Values outside W are arbitrary."""
     last = pattern.shape[1] - 1
     rows = from_border(numbers[..., 0], edge, height).clamp(0, last)
@@ -82,9 +82,7 @@ def _placed(pattern: Tensor, numbers: Tensor, edge: int | Tensor, height: int, w
     return pattern[way[..., None, None], rows[..., :, None], columns[..., None, :]].unsqueeze(-3)
 
 
-def _moved_mass(
-    offset: Tensor, radius: Tensor, numbers: Tensor, pattern: Tensor, edge: int | Tensor, power: int
-) -> Tensor:
+def _moved_mass(offset: Tensor, radius: Tensor, numbers: Tensor, pattern: Tensor, edge: Tensor, power: int) -> Tensor:
     """Return the proposals' new offsets d in l2 or l1, by the formula in the module's docstring.
 
     The offsets are [B, C, H, W], radius is [B, 1, 1, 1], numbers is [T, B, 5 + C], and the result is [T, B, C, H, W].
@@ -112,7 +110,7 @@ def reference(
     eps: Tensor,
     numbers: Tensor,
     pattern: Tensor | None,
-    edge: int | Tensor,
+    edge: Tensor,
     norm: int,
     *box: float,
 ) -> Tensor:
@@ -165,13 +163,14 @@ def _arguments(
     pattern = pattern / pattern.norm(p=power, dim=(1, 2), keepdim=True)
     images = (clean + offset).to(dtype), clean.to(dtype), radius.to(wide_dtype(dtype))
     numbers = uniform(seed + 200, shape[0], draws, PLACES + shape[1]).float()
-    # The pattern is a parameter, because a race repeats the rows of all tensors that are not parameters.
-    return *images, numbers, Parameter(pattern.float(), False) if index else None, edge, index, 0.1, 0.9
+    # Pattern and edge are parameters, because a race repeats the rows of all tensors that are not parameters.
+    shapes = Parameter(pattern.float(), False) if index else None, Parameter(torch.tensor(edge), False)
+    return *images, numbers, *shapes, index, 0.1, 0.9
 
 
 OP = define_op(
     "square_proposal",
-    "(Tensor x, Tensor x_nat, Tensor eps, Tensor numbers, Tensor? pattern, SymInt edge, int norm, float lo, float hi) "
+    "(Tensor x, Tensor x_nat, Tensor eps, Tensor numbers, Tensor? pattern, Tensor edge, int norm, float lo, float hi) "
     "-> Tensor",
     reference=reference,
     fake=lambda x, x_nat, eps, numbers, *_: x.new_empty((numbers.shape[1] * x.shape[0], *x.shape[1:])),
@@ -233,8 +232,7 @@ def square_proposal(
             windows (two numbers each), the orientation of the pattern, and the signs of the channels. ``linf`` uses
             only the first place and the signs.
         edge: side of the windows, in pixels, from 1 to the smaller side of the images. It may be an int64 tensor ``[]``
-            on x's device, so that a captured step serves for every edge. The op then runs on its reference, and nobody
-            checks the range of the edge.
+            on x's device, so that a captured step serves for every edge. Nobody then checks the range of the edge.
         norm: ``linf``, ``l2`` or ``l1``.
         lo: lower end of the box of the images.
         hi: upper end of the box, at least lo.
@@ -256,7 +254,5 @@ def square_proposal(
     _check(x, numbers, edge, norm, pattern)
     with torch.no_grad():
         radii, index = per_sample("eps", eps, x), NORMS.index(norm)
-        if isinstance(edge, Tensor):
-            # The arguments are positional because the op takes them in this order too.
-            return reference(x, x_nat, radii, numbers, pattern, edge, index, float(lo), float(hi))
-        return OP(x, x_nat, radii, numbers, pattern, edge, index, float(lo), float(hi), variant=norm)
+        side = edge if isinstance(edge, Tensor) else torch.full((), edge, dtype=torch.int64, device=x.device)
+        return OP(x, x_nat, radii, numbers, pattern, side, index, float(lo), float(hi), variant=norm)

@@ -136,18 +136,19 @@ def test_a_call_ends_in_time_whatever_its_sections_do(call, tmp_path, monkeypatc
 
 
 def test_the_limits_of_the_calls():
-    """150 s and nine minutes on a card, by the measured seconds; both rehearsals end in less than four minutes."""
+    """150 s and nine minutes on a card, by the measured seconds; no section of a rehearsal is killed on a busy host."""
     assert {name: call.seconds[0] for name, call in gpu_check.CALLS.items()} == {"correct": 150, "measured": 540}
-    assert sum(call.seconds[1] for call in gpu_check.CALLS.values()) < 240
     for name, call in gpu_check.CALLS.items():
         own = [section for section in gpu_check.SECTIONS.values() if section.call == name]
         whole = (max if call.together else sum)(section.card for section in own)
         assert whole + gpu_check.CLOSING[0] <= call.seconds[0]
         for section in own:
             assert section.card + gpu_check.GRACE[0] <= section.limits[0] <= call.seconds[0]
+        whole = (max if call.together else sum)(section.limits[1] for section in own)
+        assert whole + gpu_check.CLOSING[1] <= call.seconds[1]
     # what must not be missing comes before what may
     order = [name for name, section in gpu_check.SECTIONS.items() if section.call == "measured"]
-    assert order[-1] == "pipelines" and order.index("standard") < order.index("autoattack")
+    assert order[:5] == ["limits", "pgd", "profile", "standard", "pipelines"]
 
 
 def test_an_archive_is_small_enough(tmp_path, monkeypatch):

@@ -28,7 +28,8 @@ def inputs(shape: tuple, draws: int, edge: int, norm: int, dtype=torch.float32, 
     pattern = torch.randn(2, edge, edge, generator=generator)
     pattern = pattern / pattern.flatten(1).norm(p=power, dim=1)[:, None, None] if norm else None
     numbers = torch.rand(shape[0], draws, 5 + shape[1], generator=generator)
-    return [(clean + offset).to(dtype), clean.to(dtype), eps.float(), numbers, pattern, edge, norm, 0.1, 0.9]
+    images = (clean + offset).to(dtype), clean.to(dtype)
+    return [*images, eps.float(), numbers, pattern, torch.tensor(edge), norm, 0.1, 0.9]
 
 
 def double(arguments: list) -> list:
@@ -45,3 +46,7 @@ def test_values(within_budget, poisoned, norm, shape, draws, edge, dtype):
     if norm == 0 and dtype != torch.bfloat16:
         assert torch.equal(got, same)
     within_budget(got, op.reference(*double(arguments)), same)
+    if norm:
+        # Only the first rows and columns of a larger pattern are used.
+        arguments[4] = torch.nn.functional.pad(arguments[4], (0, 3, 0, 3), value=9.0)
+        assert torch.equal(kernel.forward(*arguments), got)

@@ -15,8 +15,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from purify_fast.speed import StepGraphs
 from purify_fast.speed.precision import float32_products, raced_convolutions
 from purify_fast.training import Batch, Task
+from purify_fast.training.loop import train_step
+from purify_fast.training.optimizers import fuse
 
 #: The beginning of the names of the expert's forms.
 EXPERT = "expert"
@@ -101,8 +104,8 @@ def columns(
     They are plain in float32, the compiled form of plain under autocast to bfloat16, the expert, and ours in bfloat16,
     the last two each also compiled.
 
-    On a machine with a GPU there are two further contestants: plain in TF32, which is PyTorch's default for
-    convolutions, and ours with the step of its attack captured as a CUDA graph.
+    On a machine with a GPU there are further contestants: plain in TF32, which is PyTorch's default for convolutions,
+    and ours with steps that are captured as CUDA graphs, also compiled.
 
     Args:
         plain: function that makes a job of plain PyTorch. With the keyword ``compiled=True``, the job is compiled.
@@ -122,9 +125,15 @@ def columns(
         "torch.compile of plain, bfloat16": Contestant(partial(autocast, of(plain, compiled=True)), True),
         EXPERT: Contestant(of(expert), True, tf32=True, raced=True),
         f"{EXPERT}, compiled": Contestant(of(expert, compiled=True), True, tf32=True, raced=True),
-        "ours": Contestant(of(ours), True),
-        "ours, compiled": Contestant(of(ours, compiled=True), True),
-        **({"ours, captured": Contestant(of(ours, captured=True), True)} if gpu and captured else {}),
+        "ours": Contestant(of(ours), True, raced=True),
+        "ours, compiled": Contestant(of(ours, compiled=True), True, raced=True),
+        **{
+            f"ours, {'compiled and ' * compiled}captured": Contestant(
+                of(ours, captured=True, compiled=compiled), True, raced=True
+            )
+            for compiled in (False, True)
+            if gpu and captured
+        },
     }
 
 
@@ -135,13 +144,12 @@ def random_batch(device: torch.device, size: int, side: int, epochs: int) -> Bat
     return Batch(x.to(device), y.to(device), torch.arange(size, device=device), 7, 5, epochs)
 
 
-def optimizer_step(task: Task, batch: Batch) -> Tensor:
-    """Do one training step with the first optimizer of a task, and return the loss."""
-    loss, optimizer = task.training_step(batch)[0], next(iter(task.optimizers.values()))
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
-    return loss.detach()
+def training_step(task: Task, batch: Batch, captured: bool) -> Callable[[], Tensor]:
+    """Return a function that does one training step as `fit` does it on this device, and returns the loss."""
+    task.graphs = StepGraphs("always") if captured else None
+    for optimizer in task.optimizers.values():
+        fuse(optimizer, batch.x.device.type == "cuda")
+    return lambda: train_step(task, batch)["loss"]
 
 
 def registry() -> dict[str, Callable[[bool], dict[str, Case]]]:

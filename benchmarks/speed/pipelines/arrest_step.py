@@ -15,11 +15,10 @@ from torch.nn import functional as F
 
 from purify_fast.methods.arrest import ArrestConfig, ArrestTask
 from purify_fast.models.classifiers import PreActResNet18
-from purify_fast.speed import StepGraphs
 from purify_fast.training import Batch
 from purify_fast.training.config import TrainingAttack
 
-from . import Case, Job, columns, expert, optimizer_step, random_batch
+from . import Case, Job, columns, expert, random_batch, training_step
 from .carso_inference import classifier
 from .carso_training import attack, start_of
 
@@ -165,14 +164,14 @@ def _ours(device: torch.device, quick: bool, compiled: bool = False, captured: b
     now, start, layers = networks(device, quick)
     config = setting(quick, "bfloat16")
     task, batch = ArrestTask(now, config, (3, 32, 32), layers, start, compile=compiled), batch_of(device, quick)
-    task.graphs = StepGraphs("always") if captured else None
+    run = training_step(task, batch, captured)
     now.train()
 
     def result() -> Tensor:
         metrics = task.training_step(batch)[1]
         return torch.stack([metrics["cross_entropy"], metrics["distance"]])
 
-    return Job(lambda: optimizer_step(task, batch), result)
+    return Job(run, result)
 
 
 def cases(quick: bool) -> dict[str, Case]:

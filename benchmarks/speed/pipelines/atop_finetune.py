@@ -24,11 +24,10 @@ from purify_fast.methods.atop.task import hinge, passes
 from purify_fast.models.layers import Conv2d
 from purify_fast.ops import use_backend
 from purify_fast.ops.contextual_attention import key_validity
-from purify_fast.speed import StepGraphs
 from purify_fast.training import Batch
 from purify_fast.training.config import TrainingAttack
 
-from . import Case, Job, autocast, columns, expert, optimizer_step, random_batch
+from . import Case, Job, autocast, columns, expert, random_batch, training_step
 from .carso_training import attack
 
 BATCH, SIDE, EPS, SIGMA, WEIGHT = 4, 128, 8 / 255, 0.25, 0.05
@@ -300,7 +299,7 @@ def _expert(device: torch.device, quick: bool, compiled: bool = False) -> Job:
 def _ours(device: torch.device, quick: bool, compiled: bool = False, captured: bool = False) -> Job:
     made, batch = defence(device, quick), batch_of(device, quick)
     task = AtopTask(made, setting("bfloat16"))
-    task.graphs = StepGraphs("always") if captured else None
+    run = training_step(task, batch, captured)
     made.accelerate(compile=compiled)
     made.train()
 
@@ -308,7 +307,7 @@ def _ours(device: torch.device, quick: bool, compiled: bool = False, captured: b
         done = passes(made, batch, task.config)
         return compared(done.metrics["reconstruction"], done.metrics["cross_entropy"], done.refined)
 
-    return Job(lambda: optimizer_step(task, batch), result)
+    return Job(run, result)
 
 
 def cases(quick: bool) -> dict[str, Case]:

@@ -16,11 +16,10 @@ from purify_fast.attacks.ball import Ball, sample_in_ball
 from purify_fast.methods.carso import CarsoConfig, CarsoTask
 from purify_fast.methods.carso.task import kl_weight
 from purify_fast.ops.sample_latent import sample_latent
-from purify_fast.speed import StepGraphs
 from purify_fast.training import Batch
 from purify_fast.training.config import TrainingAttack
 
-from . import Case, Job, columns, expert, optimizer_step
+from . import Case, Job, columns, expert, training_step
 from .carso_inference import FrozenCarso, Plain, defence, images
 
 BATCH, OBJECTIVE_STEPS, PIPELINE_STEPS = 64, 40, 10
@@ -224,12 +223,8 @@ def _ours(device: torch.device, quick: bool, target: str, compiled: bool = False
     made = defence(device, quick, samples=1)
     batch = batch_of(made, device, quick)
     task = CarsoTask(made, setting(target, quick, "bfloat16"))
-    task.graphs = StepGraphs("always") if captured else None
+    run = training_step(task, batch, captured)
     made.accelerate(compile=compiled)
-
-    def run() -> Tensor:
-        made.train()
-        return optimizer_step(task, batch)
 
     def result() -> Tensor:
         made.train()

@@ -165,15 +165,16 @@ def compiled(function: Callable, device: torch.device, enabled: bool, kind: str 
         device: device that computes.
         enabled: False returns ``function``.
         kind: "attack" for a step that is repeated with frozen weights: on a GPU, CUDA graphs replay it. "inference" for
-            a function without gradients by autograd, whose weights become constants. "training" for everything else.
+            a function without gradients by autograd, whose weights become constants. "training" for everything else:
+            max-autotune would tune every convolution for minutes.
     """
     if not enabled:
         return function
     options: dict[str, Any] = {}
     if kind == "inference" and device.type == "cpu":
         options = {"options": {"freezing": True}}
-    elif device.type == "cuda":
-        options = {"mode": "max-autotune-no-cudagraphs" if kind == "training" else "reduce-overhead"}
+    elif device.type == "cuda" and kind != "training":
+        options = {"mode": "reduce-overhead"}
     return torch.compile(function, dynamic=False, **options)
 
 

@@ -31,8 +31,8 @@ CAPTURED, FASTEST = "ours, captured", "ours, compiled and captured"
 
 
 def sizes(quick: bool) -> tuple[int, ...]:
-    """Return the numbers of images in a batch."""
-    return (8,) if quick else (64, 256, 1024) if torch.cuda.is_available() else (32,)
+    """Return the numbers of images in a batch, the most important first."""
+    return (8,) if quick else (256, 64, 1024) if torch.cuda.is_available() else (32,)
 
 
 def _network(quick: bool) -> nn.Module:
@@ -151,7 +151,7 @@ def forms(count: int) -> dict[str, Contestant]:
         EXPERT: theirs(partial(by_expert, count=count, compiled=True)),
         PRODUCTS: theirs(partial(by_expert, count=count, products=True)),
         f"{PRODUCTS}, compiled": theirs(partial(by_expert, count=count, compiled=True, products=True)),
-        **{name: Contestant(partial(ours, count=count, **how), True) for name, how in own.items()},
+        **{name: Contestant(partial(ours, count=count, **how), True, raced=True) for name, how in own.items()},
     }
 
 

@@ -37,9 +37,11 @@ class CudaCapture:
         """Within the block, use the stream of captures. It and the caller's stream wait for each other."""
         stream, caller = self._place(device)[0], torch.cuda.current_stream(device)
         stream.wait_stream(caller)
-        with torch.cuda.stream(stream):
-            yield
-        caller.wait_stream(stream)
+        try:
+            with torch.cuda.stream(stream):
+                yield
+        finally:
+            caller.wait_stream(stream)
 
     def timed(self, run: Callable[[], object], device: torch.device) -> tuple[float, float]:
         """The seconds until the host has launched all operators of a function, and until the device has finished.
@@ -108,7 +110,8 @@ class CudaCapture:
         # Before torch 2.13, the allocator behaves as if the failed capture had not ended, and would never return freed
         # memory to the device. Newer versions have already ended the capture, and raise an error here.
         with contextlib.suppress(RuntimeError):
-            torch._C._cuda_endAllocateToPool(device.index, pool)
+            index = torch.cuda.current_device() if device.index is None else device.index
+            torch._C._cuda_endAllocateToPool(index, pool)
         with contextlib.suppress(RuntimeError), torch.cuda.stream(stream):
             spare = torch.zeros(1, device=device)
             with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local"):
