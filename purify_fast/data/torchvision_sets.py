@@ -1,8 +1,6 @@
 """Read and download the official files of data sets with torchvision.
 
-torchvision compares the files of CIFAR and SVHN with the checksums of the official files before it reads them. This is
-important for CIFAR, because its files are pickles, and a pickle can run code. The files of MNIST and Fashion-MNIST are
-not compared, because torchvision has only the checksums of the compressed files.
+It compares the checksums of CIFAR and SVHN, which matters for CIFAR's pickles, but not those of MNIST and FashionMNIST.
 """
 
 from __future__ import annotations

@@ -21,10 +21,7 @@ from ..training.task import Task
 class MethodTask(Task):
     """The base class of the methods' trainings, with precision, learning rates and a moving average of the weights.
 
-    Args:
-        config: settings, a dataclass with ``precision``, ``learning_rate`` and ``weight_decay``; ``schedule`` is
-            optional.
-        model: the trained model, on the device of the training.
+    ``config`` is a dataclass with ``precision``, ``learning_rate`` and ``weight_decay``; ``schedule`` is optional.
     """
 
     #: The method's name in checkpoints.
@@ -41,12 +38,9 @@ class MethodTask(Task):
         self.tf32 = config.precision == "tf32"
 
     def keep_average(self, name: str, decay: float, warm_up: bool = False) -> None:
-        """Make a moving average of the model's weights, update it after every step, and add it to the checkpoints.
+        """Update a moving average of the weights after every step, and add it to the checkpoints as "average".
 
-        Args:
-            name: name of the model in checkpoints. The average has the name "average" there.
-            decay: as in `purify_fast.models.moving_average.moving_average`; 0 for no average.
-            warm_up: as in `purify_fast.models.moving_average.moving_average`.
+        ``decay`` and ``warm_up`` are those of `purify_fast.models.moving_average.moving_average`.
         """
         self.averaged = self.model
         if decay > 0:

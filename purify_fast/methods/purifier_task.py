@@ -48,14 +48,7 @@ class PurifierTask(MethodTask, Generic[D]):
         return {**super().describe(), "defence": self.defence.arguments, "classifier": self.classifier}
 
     def attack_facts(self, attack: TrainingAttack) -> dict[str, Any]:
-        """Return the facts, except the radius, that determine the images of an attack on the frozen classifier.
-
-        Args:
-            attack: the attack.
-
-        Raises:
-            ValueError: the radius rises from epoch to epoch.
-        """
+        """Return the facts, except the radius, that determine the images of an attack on the frozen classifier."""
         if attack.eps_warmup:
             raise ValueError(
                 f"bank needs one radius for all epochs, but eps_warmup {attack.eps_warmup:g} changes the radius in the "

@@ -11,14 +11,10 @@ the box in the direction of the move. Then
     l2:    m = min(t |w|, room)
     l1:    m = room where |w| > t, the same fraction of room where |w| = t, and 0 elsewhere
 
-The progress of a row towards the plane is a monotone function of t. It is piecewise linear (linf, l2) or a step
-function (l1). The reference sorts the breakpoints, and finds the piece that contains the solution. For linf and l2 the
-function is concave, so Newton's method approaches t from below. Each iteration passes at least one breakpoint, and the
-last iteration gives t exactly. For l1 the kernels bisect the bits of t.
-
-If the plane does not intersect the box, d leads to the corner of the box nearest to the plane. Non-finite elements of w
-count as 0, and a row with NaN in x or b does not move. w and b are scaled by a power of two first, so that the squares
-of tiny elements of w do not underflow.
+The progress towards the plane is a monotone function of t, piecewise linear (linf, l2) or a step function (l1). The
+reference sorts the breakpoints. For linf and l2, the kernels use Newton's method from below: the function is concave,
+so each iteration passes a breakpoint, and the last gives t exactly. For l1 they bisect the bits of t. w and b are
+scaled by a power of two first, so that the squares of tiny elements of w do not underflow.
 """
 
 from __future__ import annotations
@@ -150,7 +146,7 @@ def hyperplane_projection(
         there. There is no gradient.
 
     Raises:
-        ValueError: if shapes, dtypes or devices do not match, if the norm is unknown, or if lo > hi.
+        ValueError: shapes, dtypes or devices do not match, the norm is unknown, or lo > hi.
 
     The op is deterministic.
     """

@@ -77,20 +77,16 @@ class Definition:
         name: name without the name space.
         handle: the op as PyTorch dispatches it.
         reference: the definition, in PyTorch.
-        available: the backends that exist in this installation, by device type. If there is a kernel, its backend is
-            the last.
+        available: the backends of this installation, by device type. If there is a kernel, its backend is the last.
         examples: inputs that verify its kernels.
-        raced: inputs with which its kernels are raced. They have realistic shapes, but only a few samples.
+        raced: inputs with which its kernels are raced.
         launch: function that starts its Triton kernel, or None.
         few_launches: variants whose reference has fewer than a dozen launches, forward and backward together. Without
             races, a GPU uses the reference for these variants, and the kernel for all other variants.
         compiler_fuses: further variants, whose reference a compiler can fuse; ``""`` stands for an op without variants.
             Inside compiled graphs, the reference is used for these variants.
-        size_key: function that returns, from the kernel's arguments, the dtype and the number of elements by which
-            races distinguish calls.
-        differentiable: whether the public function has gradients, by a ``torch.autograd.Function`` around the op. The
-            op itself never records gradients. If False, the public function has no gradients either, and its
-            documentation says this.
+        size_key: function that returns, from the kernel's arguments, dtype and size by which races distinguish calls.
+        differentiable: whether the public function has gradients. The op itself never records gradients.
         served: the backend that was chosen for each call so far.
     """
 
