@@ -1,7 +1,4 @@
-"""Choose the batches of an epoch, or a balanced subset of a data set, from a seed.
-
-NumPy promises never to change the random numbers of RandomState, so an interrupted run can continue at any batch.
-"""
+"""Choose batches, or a balanced subset, from a seed, by NumPy's RandomState, whose numbers never change."""
 
 from __future__ import annotations
 

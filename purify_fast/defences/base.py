@@ -158,10 +158,7 @@ class Defence(StochasticDefence):
         return autocast_to(device, self.fast.dtype)
 
     def _run_part(self, part: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """Call a method in its compiled form, if there is one, except in training mode.
-
-        The compiled form pads its inputs, which would change the statistics of BatchNorms in training mode.
-        """
+        """Call a method in its compiled form, if any, except in training mode: its padding would change BatchNorms."""
         if self.fast is None or self.training:
             return part(*inputs)
         return self.fast.run(part, *inputs)

@@ -30,13 +30,9 @@ Grade = Literal["code", "paper", "second-hand", "inferred"]
 
 @dataclass(frozen=True)
 class Fact:
-    """A number or choice of a published system.
+    """A published number or choice: ``value``, as the paper states or means it, or ``official``, if the code differs.
 
-    Args:
-        value: the value that the paper states, or that the authors' code is clearly meant to have.
-        grade: the kind of source.
-        source: file and line of the authors' code, or section of the paper.
-        official: the value in the authors' code, if it differs from ``value``; otherwise None.
+    ``grade`` is the kind of source, and ``source`` is file and line of the authors' code, or section of the paper.
     """
 
     value: Any
@@ -221,10 +217,7 @@ def _text(value: Any) -> str:
 
 
 def read_recipes(kind: type[R], method: str) -> dict[str, R]:
-    """Read ``recipes.json`` of a method. The keys of the result are the recipes' names without the method's name.
-
-    A fact is a list of value, grade, source and, if it differs, the value in the authors' code. A fraction is a text.
-    """
+    """Read ``recipes.json`` of a method. The keys of the result are the recipes' names without the method's name."""
     systems = json.loads((Path(__file__).parent / method / "recipes.json").read_text(encoding="utf-8"))
     recipes = {}
     for name, system in systems.items():

@@ -19,13 +19,7 @@ D = TypeVar("D", bound=Defence)
 
 
 class PurifierTask(MethodTask, Generic[D]):
-    """Trains the purifier of a defence. The classifier is frozen, unless a setting of the method makes it trainable.
-
-    Args:
-        defence: the defence to train.
-        config: settings of the training. With the precision "bfloat16", the defence is accelerated.
-        origin: name of the purifier's initial weights. A run is resumed only with the same name.
-    """
+    """Trains the purifier of a defence. The classifier is frozen, unless a setting of the method makes it trainable."""
 
     def __init__(self, defence: D, config: Any, origin: str):
         super().__init__(config, defence)

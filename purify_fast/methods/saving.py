@@ -35,11 +35,7 @@ def description(module: nn.Module, kinds: Mapping[str, type[nn.Module]]) -> dict
 def rebuilt(
     facts: Mapping[str, Any], given: nn.Module | None, kinds: Mapping[str, type[nn.Module]], folder: str | Path
 ) -> nn.Module:
-    """Make the module of a saved `description`, or return the given module if it has that description.
-
-    Raises:
-        ValueError: the saved module is the user's own, and none is given; or the given module has another description.
-    """
+    """Make the module of a saved `description`, or return the user's ``given`` module, if it has that description."""
     if given is None:
         if facts["kind"] not in kinds:
             raise ValueError(
@@ -54,10 +50,7 @@ def rebuilt(
 
 
 def save_defence(defence: Defence, folder: str | Path) -> None:
-    """Write a defence to ``model.safetensors``, which `purify_fast.load_defence` reads, atomically.
-
-    The file has the trained weights. A frozen classifier is represented by a fingerprint of its weights.
-    """
+    """Write a defence to ``model.safetensors``: the trained weights, and the fingerprint of a frozen classifier."""
     facts = {"classifier": weights_fingerprint(defence.classifier), "own_classifier": defence.own_classifier}
     facts |= {"acts_from_step": defence.acts_from_step, **({"bank": defence.bank} if defence.bank else {})}
     save_model(folder, type(defence).__name__, defence.arguments, trained_tensors(defence), **facts)

@@ -1,8 +1,6 @@
 """Classifiers that can be built, saved and loaded by their names.
 
-The published CARSO systems have wide residual networks in DeepMind's form (Zagoruyko, Komodakis: BMVC 2016; Gowal et
-al., arXiv 2010.03593). `WideResNet` has the parameter names of RobustBench's ``DMWideResNet``, so its state dicts can
-be loaded with ``strict=True``.
+`WideResNet` (BMVC 2016; Gowal et al., arXiv 2010.03593) has the parameter names of RobustBench's ``DMWideResNet``.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Layers that several networks use.
 
-`LeakyReLU` and the BatchNorms are torch's layers with slope, eps and momentum as constants in the code, because
-``torch.compile(dynamic=True)`` treats a number in an attribute as variable, and starts again where an operator needs a
-constant. In training mode with several processes, BatchNorm uses the statistics of the images of all processes, each of
-which must have at least one image. On CUDA it calls the functions of torch.nn.SyncBatchNorm.
+`LeakyReLU` and the BatchNorms have slope, eps and momentum as constants in the code, because dynamic compilation treats
+a number in an attribute as variable. In training mode with several processes, BatchNorm uses the statistics of the
+images of all processes, each of which must have an image. On CUDA it calls the functions of torch.nn.SyncBatchNorm.
 """
 
 from __future__ import annotations

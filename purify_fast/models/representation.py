@@ -187,10 +187,7 @@ class Representation:
         return self.with_logits(x)[1]
 
     def with_logits(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The logits of the model and the outputs of the layers, from one forward pass.
-
-        A ValueError is raised if a gradient is recorded and a layer runs inside a reentrant checkpoint.
-        """
+        """Return logits and outputs of the layers. Gradients within reentrant checkpoints are refused."""
         outputs: list[Any] = [None] * len(self.layers)
         if torch.compiler.is_compiling():
             self.traced = outputs

@@ -45,10 +45,7 @@ def _active(norm: nn.GroupNorm, h: Tensor, shift: Tensor | None = None) -> Tenso
 
 
 class TimeLayer(nn.Linear):
-    """A linear layer of the embedded time, which remains in float32 in a bfloat16 copy of the network.
-
-    The times of a batch are often equal. The layer then computes a single row, which is slow in bfloat16 on a CPU.
-    """
+    """A linear layer of the embedded time, in float32 also in a bfloat16 copy. Equal times take a single row."""
 
 
 class _Block(nn.Module):

@@ -76,11 +76,7 @@ def _grids(x: Tensor, height: int, width: int) -> Tensor:
 def reference(
     correlation: Tensor, inverse: Tensor, keep: Tensor, height: int, width: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Compute, in plain PyTorch, U ``[B, 4, L, L]`` (second index 2 a + b) and A ``[B, L, L]`` (rows are queries).
-
-    ``correlation`` is G ``[B, L, L]``, L = height * width, and ``inverse`` has 1 / norms of the keys, ``[B, L]``, both
-    in the dtype of the arithmetic. ``keep`` is v ``[B, L]`` in the dtype of U.
-    """
+    """Return U ``[B, 4, L, L]`` (second index 2 a + b) and A ``[B, L, L]`` (rows are queries), in plain PyTorch."""
     v = keep.to(correlation.dtype)[:, None]
     scores = _patches(correlation, height, width) * inverse[:, None]
     # The inner call of _both is the first pass of "fuse", with positions in row-major order.

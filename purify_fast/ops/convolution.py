@@ -5,10 +5,10 @@
 with stride s, zero padding p and dilation d. The kernels support a single case: bfloat16, channels_last, one group, on
 a processor with AVX512-BF16 and without AMX. Sums and the gradients of weight and bias are float32.
 
-Convolutions with 3 x 3 taps, stride 1 and enough channels and pixels use Winograd's algorithm F(2 x 2, 3 x 3) (Lavin
-and Gray, CVPR 2016), which needs half the products. It multiplies sums of four pixels with sums of nine weights, and
-rounds these sums to bfloat16. For normally distributed numbers, the result has a relative error of 0.4 %. An infinity
-or a NaN also affects neighboring pixels, and infinities become NaN. Sums near the largest bfloat16 number can overflow.
+3 x 3 convolutions with stride 1 and enough channels and pixels use Winograd's algorithm F(2 x 2, 3 x 3) (Lavin and
+Gray, CVPR 2016) with half the products. It rounds sums of four pixels and of nine weights to bfloat16: the relative
+error is 0.4 % for normal numbers, infinities and NaN affect neighboring pixels, and sums near the largest number can
+overflow.
 """
 
 from __future__ import annotations

@@ -36,9 +36,9 @@ def _pack(weight: Tensor, columns: int) -> Tensor:
 def pack(first: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Pack a decoder's weights for the op, into a vector of weights and a vector of biases, both padded with zeros.
 
-    ``first`` is ``[C, H, W, latent_dim]``, the latent's half of the linear layer that computes the first feature map.
-    The transposed convolutions have ``weights`` ``[channels in, channels out, k, k]`` and ``biases``. The transposed
-    weights for the gradients, from the last layer to the first, follow the weights.
+    ``first`` is ``[C, H, W, latent_dim]``, the latent's half of the linear layer, and ``weights`` are
+    ``[channels in, channels out, k, k]``. The transposed weights for the gradients, last layer first, follow the
+    weights.
     """
     channels, h, w, dim = first.shape
     parts = [_pack(first.permute(1, 2, 3, 0).reshape(h * w, dim, channels), tiles.padded(channels, tiles.CHANNEL_TILE))]
@@ -110,10 +110,7 @@ def images(logits: Tensor, squash: bool, channels_last: bool, dtype: torch.dtype
 def reference(
     condition: Tensor, seed: Tensor, ids: Tensor, packed: Tensor, biases: Tensor, numbers: list[int], *settings: Any
 ) -> Tensor:
-    """Compute the images, [B * K, C, H, W], by PyTorch in the precision of ``packed``. ``numbers`` are the sizes.
-
-    ``condition`` is [B, H * W * C] for a first feature map [C, H, W], ordered by pixel and then by channel.
-    """
+    """Compute the images ``[B * K, C, H, W]`` by PyTorch in the precision of ``packed``; ``numbers`` are the sizes."""
     samples, slope, squash, channels_last, dtype = settings
     geometry = tiles.Geometry.of(numbers)
     weights = unpack(packed, biases, geometry)

@@ -8,13 +8,13 @@ x is the state, and m the network's prediction. A solver is defined by its eight
 = Q = A = 0, B = alpha, s = sigma; x is then also passed as the prediction.
 
 With learned variances (Nichol & Dhariwal, ICML 2021, arXiv 2102.09672), the prediction has twice as many channels as x:
-m, and v, which interpolates between the logarithms lo and hi of two variances. In this case s is either 1 or 0:
+m, and v, which interpolates between the logarithms lo and hi of two variances. s is either 1 or 0 (no noise, even for a
+NaN v):
 
     out = A x0 + B x + s d z,   d = exp(((1 + v) / 2 hi + (1 - v) / 2 lo) / 2)
 
-If s = 0 there is no noise, even if v is NaN. The noise of a row depends on its sample id and on the low 32 bits of the
-index 2^16 draw + step. With learned variances, the backward draws z again. Let g be the gradient of out, and g0 = A g
-where -c <= P x + Q m <= c, and 0 elsewhere. Then
+The noise depends on the row's sample id and the index 2^16 draw + step. The backward draws z again. With the gradient g
+of out, and g0 = A g where -c <= P x + Q m <= c, and 0 elsewhere,
 
     dx = P g0 + B g,   dm = Q g0,   dv = g s d z (hi - lo) / 4
 """

@@ -4,18 +4,15 @@
                     + sum over i, j, c of input[b, y s + i - p, x s + j - p, c] weight[o, i, j, c]
     out           = a(n(z)),   n(z) = (z - mean) gamma / sqrt(var + eps) + beta
 
-with stride s, zero padding p, an activation a (none, ReLU or SiLU), and a BatchNorm n in evaluation mode, which cannot
-be folded in networks with pre-activation (He et al., ECCV 2016) because z itself is used, too. The backward computes
-only the gradient of z of the images, which are themselves the result of an activation and are used in other places,
-too:
+with stride s, zero padding p, an activation a (none, ReLU or SiLU), and a BatchNorm n in evaluation mode, for networks
+with pre-activation (He et al., ECCV 2016), in which z itself is used, too. The backward computes only the gradient of
+the z of the images, which are themselves the result a(n(z)) of another layer:
 
     dx = (dz * w + earlier) a'(n(x)) gamma / sqrt(var + eps) + beside
 
-Here dz * w is the transposed convolution of the gradient dz of z, and ``earlier`` is the gradient of the images from
-their other uses. a and n made the images, and ``beside`` is the gradient of their z from its uses without activation.
-a' is computed from ``entered``: the images themselves for ReLU, and their z for SiLU.
-
-The kernel serves bfloat16 in channels_last with one group, only where it won a race on the user's own device.
+Here dz * w is the transposed convolution of the gradient dz of z, ``earlier`` is the gradient of the images from their
+other uses, and ``beside`` that of their z from its uses without activation. a' is computed from ``entered``: the images
+themselves for ReLU, and their z for SiLU. The kernel serves bfloat16 in channels_last with one group.
 """
 
 from __future__ import annotations
@@ -84,11 +81,7 @@ def reference(
     stride: Sequence[int],
     padding: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """Compute the op in plain PyTorch for input ``[B, H, W, C]`` and weight ``[O, K, L, C]``.
-
-    The results are out ``[B, H', W', O]``, and z if ``keep``, or else an empty tensor; without normalization and
-    activation, out is z. ``norm`` has mean, variance, weight and bias of a BatchNorm, each ``[O]``, or is empty.
-    """
+    """Compute the op in plain PyTorch, channels last: out, and z if ``keep``, or else an empty tensor."""
     top, bottom, left, right = padding
     x, at_ends = channels_first(input), (top, left)
     if (top, left) != (bottom, right):

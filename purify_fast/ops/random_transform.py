@@ -63,10 +63,7 @@ def _hidden(owners: Tensor, num_passes: int, height: int, width: int) -> Tensor:
 
 
 def reference(x: Tensor, seed: Tensor, sample_ids: Tensor, sigma: float, *settings: Any) -> tuple[Tensor, Tensor]:
-    """Compute the op by PyTorch in float32 (float64 for float64), with the settings of the schema.
-
-    num_passes = 0 stands for RT1 and RT2: a single pass, in which 1 owns ``masked_blocks`` blocks, and 0 the others.
-    """
+    """Compute the op by PyTorch. RT1 and RT2 have num_passes = 0, and 1 owns ``masked_blocks`` blocks, 0 the others."""
     block, masked_blocks, num_passes, samples, shared_mask, dtype, channels_last = settings
     height, width = x.shape[2:]
     grid = height // block, width // block

@@ -1,6 +1,6 @@
 """Composes images from the blocks of several passes: the last step of AToP's RT3 (arXiv 2401.16352).
 
-    out[s, b, :, h, w] = images[s, b, owners[s, b, h // bh, w // bw], :, h, w],   bh x bw the size of a block
+With blocks of bh x bw pixels, out[s, b, :, h, w] = images[s, b, owners[s, b, h // bh, w // bw], :, h, w].
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The published trainings of ARREST. ``recipes.json`` has every number and its source.
-
-"FAT" is a re-implementation by readers of the paper (sgmath12/FAT). Its statements about the paper are second-hand.
-"""
+"""The published trainings of ARREST. ``recipes.json`` has every number and its source, mostly sgmath12/FAT ("FAT")."""
 
 from __future__ import annotations
 

@@ -25,10 +25,7 @@ FIRST, CONSTANT = "stage1.conv1.conv.weight", "stage2.contextual_attention.fuse_
 
 
 class GatedConv(nn.Module):
-    """A gated convolution with zero padding, ``[B, inputs, H, W] -> [B, outputs, H / stride, W / stride]``.
-
-    Its result is ``ELU(a) sigmoid(b)``, or ``ReLU(a) sigmoid(b)``, of the halves a and b of a convolution's channels.
-    """
+    """A convolution with zero padding whose output's halves a and b become ``ELU(a) sigmoid(b)`` (or ReLU(a))."""
 
     def __init__(
         self, inputs: int, outputs: int, kernel: int = 3, stride: int = 1, dilation: int = 1, *, relu: bool = False

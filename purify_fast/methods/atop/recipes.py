@@ -1,8 +1,7 @@
 """The published trainings of AToP. ``recipes.json`` has every number and its source.
 
-Nearly all facts are from the released notebooks (glin2022/atop, commit 9fa1e91), because the paper's sections on the
-method could not be read first-hand. A line number counts the lines of all code cells of a notebook. The repository has
-no license, so none of its code is copied here.
+Nearly all facts are from the released notebooks (glin2022/atop, commit 9fa1e91), not from the paper. A line number
+counts the lines of all code cells. The repository has no license, so none of its code is copied here.
 """
 
 from __future__ import annotations

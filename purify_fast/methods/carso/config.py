@@ -129,11 +129,7 @@ def config_in_epoch(config: CarsoConfig, std: tuple[float, ...], epoch: int = 0,
 
 
 def atom_size(batch_size: int, adversarial_fraction: float, allow_none: bool = False) -> int:
-    """Return the number of images for each of the four attacks: int(batch_size * adversarial_fraction // 4).
-
-    Raises:
-        ValueError: the result is 0, and ``allow_none`` is False.
-    """
+    """Return the number of images for each of the four attacks: int(batch_size * adversarial_fraction // 4)."""
     atom = int(batch_size * adversarial_fraction // 4)
     if atom == 0 and not allow_none:
         raise ValueError(
@@ -159,10 +155,7 @@ def carso_published(epoch: int, epochs: int, peak: float) -> float:
 
 
 def carso_v1_published(epoch: int, epochs: int, peak: float) -> float:
-    """Return the learning rate of CARSO's first version in ``epoch``, counted from 0.
-
-    The rate rises linearly from 5e-9 to ``peak`` over int(epochs / 3) epochs, and then falls linearly to 5e-9 again.
-    """
+    """Return the rate of CARSO's first version: 5e-9 to ``peak`` in int(epochs / 3) epochs, and back, linearly."""
     rise = max(1, int(epochs / 3))
     position = epoch / rise if epoch <= rise else (epochs - epoch) / max(1, epochs - rise)
     return 5e-9 + (peak - 5e-9) * position

@@ -1,10 +1,7 @@
 """Defines the networks of CARSO's conditional variational autoencoder (arXiv 2306.06081, section 4.2).
 
-The sizes for images other than those of CIFAR-10 and TinyImageNet are this package's own choice. The classes with V1 in
-their names are the networks of the paper's versions 1 and 2 (2023) for MNIST and FashionMNIST.
-
-The class attribute ``runs_in_order`` states that every nn.Sequential of a class is called as a whole, as the folding of
-BatchNorm requires (`purify_fast.speed.folding.batchnorm.fold_sequential`).
+V1 marks the networks of the paper's versions 1 and 2 for 28 x 28 images. ``runs_in_order`` states that a class calls
+every nn.Sequential as a whole, as the folding of BatchNorm requires.
 """
 
 from __future__ import annotations
@@ -246,11 +243,7 @@ def _linear_blocks(*sizes: int) -> list[nn.Module]:
 
 
 class ConditionEncoderV1(nn.Module):
-    """Maps the representation's tensors to the condition ``c [B, cond_dim]`` in (0, 1), in the first version of CARSO.
-
-    Two linear blocks, with hidden size ``2 cond_dim`` (published: 290 -> 260 -> 130), and a sigmoid follow the joined
-    vectors. ``depth`` has no effect.
-    """
+    """Maps the representation to ``c [B, cond_dim]`` in (0, 1), in the first version. ``depth`` has no effect."""
 
     runs_in_order = True
 

@@ -44,11 +44,7 @@ class CarsoRecipe(Recipe):
         return WideResNet(depth, width, in_channels=channels, num_classes=classes, mean=mean, std=std)
 
     def config(self, official_code: bool = False) -> CarsoConfig:
-        """Return the settings of the training.
-
-        With ``official_code``, eps is scaled as in the authors' code (`CarsoConfig.eps_mode`). And each process rounds
-        its number of attacked images down, so TinyImageNet is trained without any adversarial example.
-        """
+        """Return the settings. ``official_code`` scales eps, and trains TinyImageNet without adversarial examples."""
         config: CarsoConfig = super().config(official_code)
         if not official_code:
             return config

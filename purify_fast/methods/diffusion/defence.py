@@ -147,10 +147,7 @@ class DiffusionPurifier(Defence):
     # -- a prediction: noise -> denoise -> classify -> aggregate -------------------------------------------------------
 
     def purify(self, x: Tensor, draws: int = 1) -> Tensor:
-        """Return purified images ``[B, draws * K, C, H, W]``, in [0, 1] if the process clips. ``x`` gets a gradient.
-
-        At most 65,536 draws are possible.
-        """
+        """Return images ``[B, draws * K, C, H, W]``, in [0, 1] if the process clips, from at most 65,536 draws."""
         self.check_images(x)
         if draws * self.samples > STEPS:
             raise ValueError(f"draws must be at most {STEPS // self.samples} with {self.samples} samples, got {draws}")

@@ -138,8 +138,7 @@ class Denoiser(nn.Module):
     """Gives all denoisers one interface: a function ``(x_t, t) -> prediction``.
 
     ``module(x [B, C, H, W], t [B])`` returns a tensor, or an object with a tensor ``sample``, as models of diffusers
-    do: ``[B, C, H, W]``, or ``[B, 2C, H, W]`` with learned variances. With ``whole_times``, t is int64. A ValueError is
-    raised if the module fails on two images or returns something else.
+    do: ``[B, C, H, W]``, or ``[B, 2C, H, W]`` with learned variances. With ``whole_times``, t is int64.
     """
 
     def __init__(self, module: nn.Module, image_shape: tuple[int, int, int], whole_times: bool):

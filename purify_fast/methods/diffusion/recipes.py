@@ -30,10 +30,7 @@ class DiffusionRecipe(Recipe):
         return Process(schedule=schedule, **fields)
 
     def defence(self, denoiser: nn.Module, classifier: nn.Module, **changes: Any) -> DiffusionPurifier:
-        """Build the defence. ``changes`` are arguments of `DiffusionPurifier` that replace those of the recipe.
-
-        The denoiser is for images of the recipe's size in [-1, 1]. The authors' classifier was trained on clean images.
-        """
+        """Build the defence with a denoiser for images of the recipe's size in [-1, 1]."""
         options = {"image_shape": self.image_shape, "process": self.process(), **self.part("defence"), **changes}
         return DiffusionPurifier(denoiser, classifier, **options)
 

@@ -127,10 +127,7 @@ class Schedule:
         return (t * self.steps).round().long()
 
     def times(self, start: float, steps: int | None = None) -> Tensor:
-        """Return evenly spaced times from ``start`` in (0, 1] to the end, float64 ``[steps + 1]``.
-
-        None means every training step. A ValueError is raised if there are fewer than ``steps`` training steps.
-        """
+        """Return evenly spaced times from ``start`` in (0, 1], float64 ``[steps + 1]``; None: every training step."""
         first = round(start * self.steps) if 0 < start <= 1 else 0
         if first < 1:
             raise ValueError(

@@ -38,11 +38,9 @@ class Example:
         slack: allowed error in addition to rounding, in units of float32's eps times the largest output.
         variant: setting for which the op's backend is chosen separately; empty if the op has no such setting.
         summed: whether the results are sums over the samples.
-        jumps: whether rounding can change the sign of a number at which the result jumps. Then the root mean square of
-            the error is compared, and a tenth of that of the result is allowed in addition.
-        gpu: dtypes in which the example verifies the op's kernel on a GPU: ``f`` for float32, ``b`` for bfloat16, ``h``
-            for float16. The examples of an op cover every kernel in float32 and in a 16-bit dtype, and every setting,
-            layout and access width of a thread in at least one dtype.
+        jumps: whether rounding can make the result jump. Then only the root mean square of the error is bounded.
+        gpu: dtypes that verify the kernel on a GPU: ``f`` for float32, ``b`` for bfloat16, ``h`` for float16. The
+            examples of an op cover every kernel in float32 and in a 16-bit dtype, and every layout at least once.
     """
 
     name: str
@@ -133,11 +131,7 @@ def properties_of(setting: tuple, properties: Mapping) -> dict:
 def examples(
     arguments: Callable[..., tuple], settings: Mapping[tuple, str] | Iterable[tuple], **properties
 ) -> list[Example]:
-    """Make an example of each setting, by ``arguments(*setting, dtype, seed)``.
-
-    In a mapping, the value of a setting is the attribute `gpu` of its example. ``properties`` are other attributes,
-    each a value or a function of the setting.
-    """
+    """Make an example of each setting (with `gpu` if a mapping). A property may be a function of the setting."""
     gpu = settings if isinstance(settings, Mapping) else {}
 
     def word(part) -> str:

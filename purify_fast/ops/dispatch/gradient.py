@@ -1,8 +1,7 @@
 """Give ops their gradients: autograd functions around kernels, and CPU kernels that save values for the backward.
 
-Without a gradient, the kernel is called directly, because an ``autograd.Function`` takes several times as long as a
-small kernel. An op's own backward computes everything from the op's inputs, because on a GPU arithmetic is cheaper than
-memory accesses. On a CPU it is not, so some ops have `cpu_kernel`s that save values, for eager calls on a CPU.
+An op's own backward computes everything from the op's inputs, because on a GPU arithmetic is cheaper than memory
+accesses. On a CPU it is not, so some ops have `cpu_kernel`s that save values, for eager calls on a CPU.
 """
 
 from __future__ import annotations

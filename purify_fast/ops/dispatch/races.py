@@ -1,9 +1,8 @@
 """The results of races: which backend was measured to be faster, for eager calls and inside compiled graphs.
 
-This machine's file (`records`), into which `racing.tune` writes, has priority. Then come the results in ``races.json``
-of a machine with the same device, or with the same instruction set; then, on a CPU, those of the first CPU. The
-``cells`` of an op's entry give the fastest backend for variant, dtype and size, for a variant, or for the whole op (an
-empty name). A call uses the most specific cell that matches it.
+This machine's file (`records`) has priority over ``races.json``, where a machine with the same device or instruction
+set counts, or the first CPU. A call uses the most specific of the ``cells``: variant, dtype and size; variant; or whole
+op.
 """
 
 from __future__ import annotations

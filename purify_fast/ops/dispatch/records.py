@@ -1,8 +1,4 @@
-"""Identifies this machine, and stores which of its kernels are correct, and which are faster, in a cache folder.
-
-A machine has one JSON file with the device, the versions that determine what a kernel computes, and for each op the
-hash of its sources, the verdict of its verification (`verify`), and the choices of its races (`races`).
-"""
+"""Identifies this machine, and stores in a JSON file which of its kernels are correct and which are faster."""
 
 from __future__ import annotations
 

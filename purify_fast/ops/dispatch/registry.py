@@ -1,14 +1,12 @@
 """Registers ops, and chooses the backend that computes each call of an op (the backend that serves the call).
 
-``torch.compile`` cannot fuse an op with neighboring operations, so the backend is chosen separately for eager calls and
-for compiled graphs. If no kernel is used, the public function calls the reference directly, which can be fused.
-
 A kernel is used if it was verified on this machine (`verify`) and measured to be faster for the dtype and the size of
 the call (`races`). Without a measurement, a GPU uses the kernel for eager calls if the reference has at least a dozen
-launches, forward and backward together; inside compiled graphs, compilers must also not fuse the reference.
+launches, forward and backward together; inside compiled graphs, compilers must also not fuse the reference. The choices
+for eager calls and for graphs are separate. The public function calls the reference directly, so that it can be fused.
 
 The backends are ``reference`` (PyTorch, any device), ``cpp`` (C++, CPU) and ``triton`` (GPU). ``PURIFY_FAST_BACKEND``,
-read once at import, forces backends, such as ``cpp,triton``, as `use_backend` does for a block in one thread.
+read once at import, forces backends, such as ``cpp,triton``.
 """
 
 from __future__ import annotations
@@ -220,8 +218,8 @@ def define_op(
 ) -> Op:
     """Register the op ``purify_fast::name``, with the kernels that are found by its name.
 
-    The Triton kernels are started by ``forward`` and ``backward`` of ``kernels/<name>.py``, which have the signature of
-    the op or of its backward, and never get float64.
+    The functions ``forward`` and ``backward`` of ``kernels/<name>.py`` start the Triton kernels, which never get
+    float64.
 
     Args:
         name: name of the op, without the name space.
@@ -276,11 +274,7 @@ def define_backward(
     constants: int = 0,
     changes: dict[str, Any] | None = None,
 ) -> Op:
-    """Register the backward of an op. It is verified, raced and chosen in the same way as the op.
-
-    ``saved`` makes, from the inputs and outputs of the op, the arguments that follow the gradients. The last
-    ``constants`` outputs have no gradient. ``changes`` are properties in which the backward's examples differ.
-    """
+    """Register the backward of an op. ``saved`` makes the arguments that follow the gradients."""
 
     def derived(example: Example) -> Example:
         def make(dtype: torch.dtype, seed: int) -> tuple:

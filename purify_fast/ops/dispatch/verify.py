@@ -1,8 +1,7 @@
 """Verifies kernels on the machine on which they run: each kernel is compared once with its definition in float64.
 
-A kernel that fails is not used on this machine. ``PURIFY_FAST_VERIFY=off`` allows every kernel. The allowed error is
-twice the error of the definition in the same dtype, plus two units in the last place of the largest number, or 0 if a
-kernel must have the same bits. An example can allow another error (`Example.slack`, `Example.jumps`).
+The allowed error is twice the error of the definition in the same dtype, plus two units in the last place of the
+largest number, or 0 if a kernel must have the same bits (see also `Example.slack` and `Example.jumps`).
 """
 
 from __future__ import annotations
