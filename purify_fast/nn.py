@@ -50,7 +50,10 @@ class CosineDistance(nn.Module):
 
 
 class SampleLatent(nn.Module):
-    """Draws from a posterior by `sample_latent`: ``forward(mu [..., D], logvar [..., D]) -> z [..., D], kl [...]``."""
+    """Draws from a variational autoencoder's posterior, by `sample_latent`.
+
+    ``forward(mu [..., D], logvar [..., D]) -> z [..., D], kl [...]``. A ``seed`` and ``sample_ids`` may follow.
+    """
 
     def forward(self, mu: Tensor, logvar: Tensor, **stream: Tensor) -> tuple[Tensor, Tensor]:
         return ops.sample_latent(mu, logvar, **stream)

@@ -1,6 +1,7 @@
 """Read and download the official files of data sets with torchvision.
 
-It compares the checksums of CIFAR and SVHN, which matters for CIFAR's pickles, but not those of MNIST and FashionMNIST.
+torchvision compares the official checksums of CIFAR and SVHN, but not those of MNIST and Fashion-MNIST. This matters
+for CIFAR, because its files are pickles, and a pickle can run code.
 """
 
 from __future__ import annotations

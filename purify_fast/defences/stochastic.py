@@ -151,7 +151,7 @@ class StochasticDefence(nn.Module):
         return self.sample_logits(repeat_batch(x, draws)).unflatten(0, (draws, -1))
 
     def draw_logits(self, x: Tensor, draws: int) -> Tensor:
-        """Compute ``draws`` independent results of `forward` together, for attacks by EOT: ``[draws, B, classes]``."""
+        """Compute ``draws`` independent results of `forward` together, for EOT attacks: ``[draws, B, classes]``."""
         return self.aggregate(self.draw_sample_logits(x, draws).flatten(0, 1)).unflatten(0, (draws, -1))
 
 
@@ -172,8 +172,8 @@ class WithAggregation(nn.Module):
 
     Args:
         defence: module with a method ``sample_logits(x) -> [B, K, classes]``, such as a `StochasticDefence`. If
-            deterministic is True, it also needs a method ``deterministic()``. A method ``draw_sample_logits`` is used
-            if there is one.
+            deterministic is True, it also needs a method ``deterministic()``. Its method ``draw_sample_logits``, if
+            any, is used.
         aggregation: a method of `purify_fast.ops.aggregate`.
         deterministic: whether to run the defence without noise.
     """

@@ -41,8 +41,8 @@ class MajorityVote(nn.Module):
     """Predicts with the `majority` of several draws of a random model.
 
     Args:
-        model: function or module from images ``[B, C, H, W]`` to logits ``[B, classes]``. A method ``draw_logits`` is
-            used if the model has one.
+        model: function or module from images ``[B, C, H, W]`` to logits ``[B, classes]``. If the model has a method
+            ``draw_logits``, this method is used.
         draws: number of draws, at least 1.
     """
 

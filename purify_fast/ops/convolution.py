@@ -6,9 +6,8 @@ with stride s, zero padding p and dilation d. The kernels support a single case:
 a processor with AVX512-BF16 and without AMX. Sums and the gradients of weight and bias are float32.
 
 3 x 3 convolutions with stride 1 and enough channels and pixels use Winograd's algorithm F(2 x 2, 3 x 3) (Lavin and
-Gray, CVPR 2016) with half the products. It rounds sums of four pixels and of nine weights to bfloat16: the relative
-error is 0.4 % for normal numbers, infinities and NaN affect neighboring pixels, and sums near the largest number can
-overflow.
+Gray, CVPR 2016) with half the products. It rounds sums of four pixels and of nine weights to bfloat16. The relative
+error is 0.4 % for normal numbers. Infinities and NaN affect neighboring pixels, and sums of huge numbers overflow.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 
 This is CARSO's inference (arXiv 2306.06081, section 4.4). c_b is the product of the condition with its half of the
 first layer's weights, plus the bias. BatchNorms are folded into the weights, which are packed (`pack`). The kernels
-(kernels/decode_samples.py) multiply numbers in the weights' dtype, also of the activations, and add in float32.
+(kernels/decode_samples.py) multiply and store activations in the weights' dtype, and add in float32.
 """
 
 from __future__ import annotations
@@ -37,8 +37,7 @@ def pack(first: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> 
     """Pack a decoder's weights for the op, into a vector of weights and a vector of biases, both padded with zeros.
 
     ``first`` is ``[C, H, W, latent_dim]``, the latent's half of the linear layer, and ``weights`` are
-    ``[channels in, channels out, k, k]``. The transposed weights for the gradients, last layer first, follow the
-    weights.
+    ``[channels in, channels out, k, k]``. Then come the transposed weights for the gradients, last layer first.
     """
     channels, h, w, dim = first.shape
     parts = [_pack(first.permute(1, 2, 3, 0).reshape(h * w, dim, channels), tiles.padded(channels, tiles.CHANNEL_TILE))]

@@ -4,17 +4,17 @@
     out = A x0 + B x + s z,   z ~ N(0, 1) from the Philox stream DIFFUSION
 
 x is the state, and m the network's prediction. A solver is defined by its eight numbers (P, Q, c, A, B, s, lo, hi);
-`purify_fast.methods.diffusion.process` has them. c = inf means no clipping. The forward process alpha x + sigma z is P
-= Q = A = 0, B = alpha, s = sigma; x is then also passed as the prediction.
+`purify_fast.methods.diffusion.process` has them. c = inf means no clipping. The forward process alpha x + sigma z has B
+= alpha, s = sigma, and P, Q and A are 0; x is then also passed as the prediction.
 
 With learned variances (Nichol & Dhariwal, ICML 2021, arXiv 2102.09672), the prediction has twice as many channels as x:
-m, and v, which interpolates between the logarithms lo and hi of two variances. s is either 1 or 0 (no noise, even for a
-NaN v):
+m, and v, which interpolates between the logarithms lo and hi of two variances. s is 1 or 0 (no noise, even if v is
+NaN):
 
     out = A x0 + B x + s d z,   d = exp(((1 + v) / 2 hi + (1 - v) / 2 lo) / 2)
 
-The noise depends on the row's sample id and the index 2^16 draw + step. The backward draws z again. With the gradient g
-of out, and g0 = A g where -c <= P x + Q m <= c, and 0 elsewhere,
+The noise depends on the row's sample id and the index 2^16 draw + step. The backward draws z again. Let g be the
+gradient of out, and g0 = A g where -c <= P x + Q m <= c, and 0 elsewhere. Then
 
     dx = P g0 + B g,   dm = Q g0,   dv = g s d z (hi - lo) / 4
 """

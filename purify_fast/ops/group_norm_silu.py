@@ -1,14 +1,13 @@
 """Group normalization (Wu & He, ECCV 2018, arXiv 1803.08494) and SiLU in one pass, as before a denoiser's convolutions.
 
-    y = n s(n),   n = w (h - mean) / sqrt(var + eps) + b,   h = x + shift,   s the sigmoid
+    y = n s(n),   n = w u + b,   u = (h - mean) / sqrt(var + eps),   h = x + shift,   s the sigmoid
 
-The mean and the variance of h are over the pixels and channels of one group of one image. With the gradient g of y, m =
-g s(n) (1 + n s(-n)), u = (h - mean) / sqrt(var + eps) and means over the group, the backward is
+The mean and the variance of h are over the pixels and channels of one group of one image. The backward, with the
+gradient g of y, m = g s(n) (1 + n s(-n)) and means over the group, is
 
     dx = (w m - mean(w m) - u mean(w m u)) / sqrt(var + eps)       dw = sum m u       db = sum m
 
-The kernel is for a processor with AVX512-BF16, and computes only the gradient of x. GPUs have no kernel, because
-compilers fuse the definition there.
+The kernel needs AVX512-BF16, and computes only the gradient of x. On GPUs, compilers fuse the definition.
 """
 
 from __future__ import annotations

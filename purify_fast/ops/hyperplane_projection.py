@@ -3,8 +3,7 @@
     d = argmin |d|_p,   <w, x + d> = b,   lo <= x + d <= hi
 
 This is FAB's projection (Croce & Hein, "Fast Adaptive Boundary Attack", ICML 2020). No coordinate moves away from the
-plane, so each row has a single unknown number t. With g = b - <w, x>, and room to the border in the direction of the
-move,
+plane, so each row has a single unknown number t. Let g = b - <w, x>, and let room be the distance to the border. Then
 
     d = sign(g w) m,   0 <= m <= room,   sum of |w| m = |g|
     linf:  m = min(t, room)
@@ -12,9 +11,8 @@ move,
     l1:    m = room where |w| > t, the same fraction of room where |w| = t, and 0 elsewhere
 
 The progress towards the plane is a monotone function of t, piecewise linear (linf, l2) or a step function (l1). The
-reference sorts the breakpoints. The kernels use Newton's method from below for linf and l2: the function is concave, so
-each iteration passes a breakpoint. For l1 they bisect the bits of t. w and b are scaled by a power of two against
-underflow.
+reference sorts the breakpoints. For linf and l2, the kernels use Newton's method from below: the function is concave,
+so each iteration passes a breakpoint. For l1 they bisect t's bits. w and b are scaled against underflow.
 """
 
 from __future__ import annotations

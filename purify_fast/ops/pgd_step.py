@@ -7,8 +7,8 @@
 
 Sources: Madry et al., ICLR 2018 (linf and l2). In l1, s is the sparse direction of SLIDE (Tramer & Boneh, NeurIPS 2019,
 arXiv 1904.13000): sign(g) for the coordinates with the largest |g| (ties included), and 0 for the others and those that
-cannot move into the box. The projection is that of Croce & Hein ("Mind the box", ICML 2021, arXiv 2103.01208). With d =
-y - x_nat and room, the distance from x_nat in the box to its border in the direction of d,
+cannot move into the box. The projection is that of Croce & Hein ("Mind the box", ICML 2021, arXiv 2103.01208). Let d be
+y - x_nat, and let room be the distance from x_nat in the box to its border in the direction of d. Then
 
     z = x_nat + sign(d) clamp(|d| - shift, 0, room),   the least shift >= 0 with |z - x_nat|_1 <= eps
 
@@ -38,7 +38,7 @@ HALVINGS = {torch.float32: 24, torch.float64: 53}
 
 
 def direction(grad: Tensor, norm: int) -> Tensor:
-    """Return the unit step along ``grad``, [B, ...]: its sign (linf), or grad / |grad| (l2); 0 if it is not finite."""
+    """Return the unit step along ``grad``, [B, ...]: its sign (linf), or grad / |grad| (l2); 0 if not finite."""
     if NORMS[norm] == "linf":
         return torch.sign(torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0))
     if grad.numel() == 0:

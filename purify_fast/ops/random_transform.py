@@ -5,9 +5,8 @@
     dx = sum over draws and passes of 2 (1 - m) [0 <= x + sigma n <= 1] dt,   where the backward draws n again
 
 Source: AToP (arXiv 2401.16352), section 3. RT1 has sigma = 0, and RT2 has sigma > 0. RT3 makes N passes over one noisy
-image; pass i hides the i-th of N equal sets of blocks. Own: each of the G blocks gets a 32-bit key from the stream
-MASK, and is ranked by key, then index. RT1 and RT2 hide the lowest ranks. In RT3, pass rank // (G / N) owns (hides) a
-block.
+image; pass i hides the i-th of N equal sets of blocks. In this package, each of the G blocks gets a 32-bit key from the
+stream MASK, and a rank by key, then index. RT1 and RT2 hide the lowest ranks. RT3's pass rank // (G / N) owns a block.
 """
 
 from __future__ import annotations
@@ -199,13 +198,12 @@ def random_transform(
         sigma: standard deviation of the noise in the unit of x, at least 0. RT1 has sigma = 0.
         block: side of a block in pixels. It must divide H and W. An image has G = (H / block) (W / block) blocks.
         mask_ratio: fraction of the blocks that RT1 and RT2 hide, in [0, 1). The number of hidden blocks is
-            int(mask_ratio G). RT3 ignores it. Under torch.compile, a new value causes a new compilation; a new value of
-            block, num_passes or samples may cause one, but not one of sigma.
+            int(mask_ratio G). RT3 ignores it. Under torch.compile, a new value causes a new compilation.
         num_passes: number N of passes of RT3, a divisor of G from 1 to min(G, 255). With N = 1, the only pass hides
             everything. None stands for RT1 and RT2, which have a single pass.
         samples: S, the number of independent draws of noise and mask for every image.
         shared_mask: True to use the same mask for all images of a batch, as in the official code.
-        mask: your own mask in place of a random one, bool or a number, ``[H, W]``, ``[1, 1, H, W]`` or
+        mask: your own mask in place of a random mask, bool or a number, ``[H, W]``, ``[1, 1, H, W]`` or
             ``[B, 1, H, W]``. Pixels that are not 0 are hidden, in every draw. block, mask_ratio and shared_mask then
             have no effect. PyTorch's operators compute this form.
         dtype: dtype of the output, x's by default. t is rounded to it at the end.

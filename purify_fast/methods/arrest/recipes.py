@@ -1,4 +1,7 @@
-"""The published trainings of ARREST. ``recipes.json`` has every number and its source, mostly sgmath12/FAT ("FAT")."""
+"""The published trainings of ARREST. ``recipes.json`` has every number and its source.
+
+"FAT" is a re-implementation by readers of the paper (sgmath12/FAT). Its statements about the paper are second-hand.
+"""
 
 from __future__ import annotations
 

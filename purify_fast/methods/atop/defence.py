@@ -42,9 +42,9 @@ class Atop(Defence):
     Args:
         classifier: any module from images ``[B, C, H, W]`` in [0, 1] to logits ``[B, classes]``. The defence uses a
             frozen copy in evaluation mode.
-        purifier: `DeepFillGenerator`, `SmallGenerator`, or your own module ``g(transformed [B, C, H, W], mask
-            [B, 1, H, W]) -> image [B, C, H, W]``. Images are in [-1, 1], and the mask is 1 where an image is hidden.
-            The defence uses a copy, which the training changes.
+        purifier: `DeepFillGenerator`, `SmallGenerator`, or your own module
+            ``g(transformed [B, C, H, W], mask [B, 1, H, W]) -> image [B, C, H, W]``. Images are in [-1, 1], and the
+            mask is 1 where an image is hidden. The defence uses a copy, which the training changes.
         image_shape: (C, H, W).
         transform: ``rt1``, ``rt2`` (the paper's best) or ``rt3``.
         sigma: standard deviation of the noise of rt2 and rt3, in image units (paper: 0.25).
@@ -137,10 +137,11 @@ class Atop(Defence):
     # -- the parts of a prediction ------------------------------------------------------------------------------------
 
     def draw(self, x: Tensor, draws: int = 1, noise: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """Transform ``draws`` times S times in the noise mode, or by the given ``noise`` (seed, sample ids).
+        """Transform each image ``draws`` times S times, in the current noise mode. The gradient reaches x.
 
-        The result is ``packed [T, C + 2, H, W]`` and ``owners [draws * S, B, H / block, W / block]``
-        (`random_transform`). T is draws * S * B, or N times this number with rt3. The gradient reaches x.
+        ``noise`` (seed, sample ids) replaces the mode's. The result is ``packed [T, C + 2, H, W]`` and
+        ``owners [draws * S, B, H / block, W / block]`` (`random_transform`). T is draws * S * B, or N times this number
+        with rt3.
         """
         self.check_images(x)
         sigma, samples = self.sigma, draws * self.samples

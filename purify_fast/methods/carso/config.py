@@ -155,7 +155,7 @@ def carso_published(epoch: int, epochs: int, peak: float) -> float:
 
 
 def carso_v1_published(epoch: int, epochs: int, peak: float) -> float:
-    """Return the rate of CARSO's first version: 5e-9 to ``peak`` in int(epochs / 3) epochs, and back, linearly."""
+    """Return version 1's rate: linear from 5e-9 to ``peak`` in int(epochs / 3) epochs, and linear back to 5e-9."""
     rise = max(1, int(epochs / 3))
     position = epoch / rise if epoch <= rise else (epochs - epoch) / max(1, epochs - rise)
     return 5e-9 + (peak - 5e-9) * position

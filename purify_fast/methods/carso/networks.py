@@ -257,7 +257,7 @@ class ConditionEncoderV1(nn.Module):
 
 
 class PosteriorEncoderV1(PosteriorEncoder):
-    """Maps image and c to mean and log-variance of q(z | x, c), in the first version. Hidden: ``1.5 latent_dim``."""
+    """Maps image, c and ``1.5 latent_dim`` features to mean and log-variance of q(z | x, c), in the first version."""
 
     def _layers(self, image_shape: Shape, cond_dim: int, latent_dim: int) -> tuple[nn.Module, nn.Module, int]:
         channels, h, w = image_shape

@@ -61,7 +61,7 @@ def balanced_batch(
 
     The order is [clean | PGD weak | PGD strong | FGSM weak | FGSM strong], where the weak attacks have half of eps.
     Every process balances its own share of the batch, like the official code. So several processes attack fewer images
-    than one, unless their number divides `atom_size` of the whole batch.
+    than a single process, unless their number divides `atom_size` of the whole batch.
     """
     x, attack = batch.x, config.attack
     atom = atom_size(len(x), config.adversarial_fraction, config.allow_no_adversarial)

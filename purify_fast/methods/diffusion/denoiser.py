@@ -124,7 +124,7 @@ def load_denoiser(denoiser: nn.Module, path: str | Path) -> nn.Module:
     Args:
         denoiser: the network; it is changed in place.
         path: a file with a state dict, such as a file of guided-diffusion; or a checkpoint of score-SDE, whose moving
-            average ``ema`` is used if there is one. Only tensors are read.
+            average ``ema`` is used, if any. Only tensors are read.
 
     Raises:
         FileNotFoundError: the file is missing.

@@ -6,8 +6,8 @@ to the earlier time s is
     x0 = clip(P x + Q m, -c, c),   x_s = A x0 + B x + d z          (`purify_fast.ops.diffusion_step`)
 
 Here x is x_t, m is the denoiser's prediction at t, and z ~ N(0, I). c is 1, or infinite if `Process.clip` is False. P
-and Q depend on the predicted quantity, and A, B and d on the solver. alpha and sigma belong to t, alpha' and sigma' to
-s:
+and Q depend on the predicted quantity, and A, B and d on the solver. alpha and sigma are those of t, alpha' and sigma'
+of s:
 
     noise   P = 1 / alpha,  Q = -sigma / alpha
     x0      P = 0,          Q = 1

@@ -30,7 +30,7 @@ class DiffusionRecipe(Recipe):
         return Process(schedule=schedule, **fields)
 
     def defence(self, denoiser: nn.Module, classifier: nn.Module, **changes: Any) -> DiffusionPurifier:
-        """Build the defence with a denoiser for images of the recipe's size in [-1, 1]."""
+        """Build the defence with a denoiser for images in [-1, 1]. ``changes`` replace the recipe's arguments."""
         options = {"image_shape": self.image_shape, "process": self.process(), **self.part("defence"), **changes}
         return DiffusionPurifier(denoiser, classifier, **options)
 

@@ -113,7 +113,7 @@ class DiffusionTask(MethodTask):
         return self.loss(self.denoiser, batch), {}
 
     def validate(self, batch: Batch) -> Metrics:
-        """Return the loss of the result, which is the moving average if there is one."""
+        """Return the loss of the result, which is the moving average, if any."""
         with torch.no_grad():
             return {"loss": self.loss(self.result, batch)}
 

@@ -1,8 +1,7 @@
 """The results of races: which backend was measured to be faster, for eager calls and inside compiled graphs.
 
 This machine's file (`records`) has priority over ``races.json``, where a machine with the same device or instruction
-set counts, or the first CPU. A call uses the most specific of the ``cells``: variant, dtype and size; variant; or whole
-op.
+set counts, or the first CPU. A call uses the most specific cell: variant, dtype and size; variant; or whole op.
 """
 
 from __future__ import annotations

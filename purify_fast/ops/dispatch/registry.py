@@ -2,8 +2,8 @@
 
 A kernel is used if it was verified on this machine (`verify`) and measured to be faster for the dtype and the size of
 the call (`races`). Without a measurement, a GPU uses the kernel for eager calls if the reference has at least a dozen
-launches, forward and backward together; inside compiled graphs, compilers must also not fuse the reference. The choices
-for eager calls and for graphs are separate. The public function calls the reference directly, so that it can be fused.
+launches, forward and backward together; inside compiled graphs, compilers must also not fuse the reference. If no
+kernel is used, the public function calls the reference directly, which ``torch.compile`` can fuse.
 
 The backends are ``reference`` (PyTorch, any device), ``cpp`` (C++, CPU) and ``triton`` (GPU). ``PURIFY_FAST_BACKEND``,
 read once at import, forces backends, such as ``cpp,triton``.
