@@ -1,11 +1,8 @@
 """A replacement for the original class AutoAttack, which runs this package's attacks.
 
-Code that uses the original class needs only another import: ``from purify_fast.autoattack import AutoAttack``. The
-arguments have the names, defaults and order of the original (Croce & Hein, ICML 2020; the package autoattack, which
+The arguments have the names, defaults and order of the original (Croce & Hein, ICML 2020; the package autoattack, which
 RobustBench calls). An argument that this class does not support raises an error. To run the original implementation,
-use `purify_fast.attacks.AutoAttack` or the protocol "official".
-
-Four things differ from the original:
+use `purify_fast.attacks.AutoAttack` or the protocol "official". Four things differ from the original:
 
 - The search for an adversarial image ends early if it can hardly succeed any more.
 - An image of a random model is attacked until several new draws all misclassify it, as many as a step of the attack
@@ -175,15 +172,13 @@ class AutoAttack:
             y_orig: labels, integers ``[N]``.
             bs: number of images that are attacked together.
             return_labels: whether to return also the classes that are predicted for the returned images.
-            state_path: must be None, because this class cannot resume a run. Use `purify_fast.evaluate` with ``out``
-                for a run that can be resumed.
+            state_path: must be None. Use `purify_fast.evaluate` with ``out`` for a run that can be resumed.
             batch_size: the name of ``bs`` in pyautoattack. If both are given, ``bs`` is ignored.
 
         Returns:
             Images ``[N, C, H, W]``, float32 on the device of x_orig: for each image its adversarial image, or the
             original image if the attacks found none. For a random model, the adversarial image is the point that the
-            largest number of draws misclassify; the printed accuracy comes from other draws. With ``return_labels``
-            also the predicted classes, int64 ``[N]``.
+            largest number of draws misclassify. With ``return_labels`` also the predicted classes, int64 ``[N]``.
 
         Raises:
             ValueError: images, labels, names or counts are not allowed, or ``state_path`` is not None.
@@ -206,32 +201,15 @@ class AutoAttack:
     ) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
         """Run every attack by itself on all images.
 
-        Args:
-            x_orig: images ``[N, C, H, W]``, uint8 or floating point in [0, 1].
-            y_orig: labels, integers ``[N]``.
-            bs: number of images that are attacked together.
-            return_labels: whether to return also the classes that are predicted for the returned images.
-            batch_size: the name of ``bs`` in pyautoattack. If both are given, ``bs`` is ignored.
-
-        Returns:
-            For each attack, by its name, the result that `run_standard_evaluation` would return for this attack alone.
-
-        Raises:
-            ValueError: images, labels, names or counts are not allowed.
+        The arguments are those of `run_standard_evaluation`, and so is the result for each attack, by its name.
         """
         size = batch_size or bs
         return {name: self._run(x_orig, y_orig, [name], size, return_labels) for name in self._chosen()}
 
     def clean_accuracy(self, x_orig: Tensor, y_orig: Tensor, bs: int = 250) -> float:
-        """The share of images that are classified correctly, with one prediction of each image.
+        """The share of images that are classified correctly, with one prediction of each image, clean or adversarial.
 
-        Args:
-            x_orig: clean or adversarial images ``[N, C, H, W]``, uint8 or floating point in [0, 1].
-            y_orig: labels, integers ``[N]``.
-            bs: number of images in one forward pass.
-
-        Raises:
-            ValueError: images, labels or counts are not allowed.
+        The arguments are those of `run_standard_evaluation`.
         """
         check_at_least_one(bs=bs)
         x, y, _ = collect(x_orig, y_orig)

@@ -1,7 +1,4 @@
-"""The ops as modules, under the names that other code has for them, and a moving average of a model's weights.
-
-A module only stores the settings of an op and calls it. [The ops](docs/ops.md) explains shapes, kernels and exactness.
-"""
+"""The ops as modules, under the names that other code has for them, and a moving average of a model's weights."""
 
 from __future__ import annotations
 
@@ -98,10 +95,7 @@ class Aggregate(nn.Module):
 
 
 class GatedELU(nn.Module):
-    """Computes ELU of the first half of the channels times the sigmoid of the second half, by `gated_elu`.
-
-    ``forward(features [B, 2C, ...]) -> [B, C, ...]``
-    """
+    """Computes ELU(a) sigmoid(b) by `gated_elu`: ``forward(features [B, 2C, ...]) -> [B, C, ...]``; a is first."""
 
     def forward(self, features: Tensor) -> Tensor:
         return ops.gated_elu(features)
@@ -147,7 +141,7 @@ class RandomMask(nn.Module):
 
 
 class Stitch(nn.Module):
-    """Composes each image from its N passes, by `stitch`.
+    """Composes images by `stitch`.
 
     ``forward(images [S B N, C, H, W], owners [S, B, rows, columns]) -> [S B, C, H, W]``
     """
@@ -159,8 +153,8 @@ class Stitch(nn.Module):
 class EMA(nn.Module):
     """A copy of a model whose weights and floating-point buffers are moving averages of the model's.
 
-    ``forward`` runs the copy. Call ``update(model)`` after each step of the optimizer. The copy has the training mode
-    that the model had, until you call ``eval``.
+    ``forward`` runs the copy. Call ``update(model)`` after each step of the optimizer. The copy keeps the model's
+    training mode until you call ``eval``.
 
     Args:
         model: the model. The average begins with its weights.

@@ -1,7 +1,6 @@
 """Let code that calls AutoAttack, torchattacks or RobustBench run this package's attacks, without a change in the code.
 
-Methods of the other packages' classes are replaced in place. So every import of these classes is affected, also an
-earlier one, and so are objects that exist already. The constructors and all other methods remain theirs.
+Methods of the other packages' classes are replaced in place, so earlier imports and existing objects change too.
 """
 
 from __future__ import annotations
@@ -69,11 +68,9 @@ def patch(package: PackageName) -> Patch:
       "official" and `purify_fast.attacks.AutoAttack` still run theirs.
     - "robustbench": the same for the class that ``robustbench.eval.benchmark`` calls.
     - "torchattacks": ``FGSM``, ``BIM``, ``FFGSM``, ``PGD``, ``EOTPGD`` and ``PGDL2`` run `purify_fast.attacks.pgd`, in
-      ``MultiAttack`` as well. Random starts come from torch's generator. Those of ``PGDL2`` are uniform in the ball,
+      ``MultiAttack`` as well. Random starts come from torch's generator; those of ``PGDL2`` are uniform in the ball,
       while theirs have a uniform distance from the image. Theirs run with ``set_normalization_used``,
       ``set_model_training_mode`` or no steps, with a radius that is a tensor, and with a ``get_logits`` of the user.
-
-    Images and radii that our attacks refuse raise our errors.
 
     Args:
         package: "autoattack", "torchattacks" or "robustbench".

@@ -1,10 +1,7 @@
-"""Protocols for methods that a user's model may have. The package uses those that the model has.
+"""Protocols for methods that a user's model may have. The package uses those that the model has, without inheritance.
 
-A class satisfies a protocol by its methods, without inheriting from it.
-
-A classifier is any callable from images ``[B, C, H, W]`` in [0, 1] to logits ``[B, classes]``. `supports` tells by an
-object's type which other methods it has. So the methods of a model inside a wrapper, such as a compiled module, do not
-count as methods of the wrapper, because a call of such a method would bypass the wrapper.
+A classifier is any callable from images ``[B, C, H, W]`` in [0, 1] to logits ``[B, classes]``. `supports` looks at an
+object's type. So methods of a model inside a wrapper, such as a compiled module, do not count as the wrapper's.
 """
 
 from __future__ import annotations
@@ -101,10 +98,7 @@ class DrawsSampleLogits(Protocol):
 
 @runtime_checkable
 class SharesDraws(Protocol):
-    """Computes several independent predictions together, in less time than separate calls.
-
-    A class with this method promises that the results are distributed like those of its ``forward``.
-    """
+    """Computes several independent predictions, distributed like those of ``forward``, together in less time."""
 
     def draw_logits(self, x: Tensor, draws: int) -> Tensor:
         """The logits of ``draws`` independent calls, ``[draws, B, classes]``."""
@@ -131,10 +125,7 @@ class AuthorsEvaluation(Protocol):
     """Has the attacks with which the authors of the defence evaluated it."""
 
     def authors_attacks(self, eps: float) -> Sequence[Any]:
-        """The authors' attacks at radius ``eps``, as `purify_fast.evaluation.AttackSpec` objects.
-
-        The ``judge`` of each is the authors' model, which classifies the attacked images.
-        """
+        """The authors' attacks at radius ``eps``: `AttackSpec` objects, whose ``judge`` is the authors' model."""
 
 
 @runtime_checkable
@@ -212,10 +203,10 @@ def supports(model: object, protocol: type) -> bool:
 
 
 def draws_for_each_image(model: object) -> bool:
-    """Tell whether the class of ``model`` has the attribute ``draws_for_each_image = True``.
+    """Tell whether the class of ``model`` has itself the attribute ``draws_for_each_image = True``.
 
-    With this attribute, a class promises that its random draws differ from image to image, and attacks do not test
-    this. A subclass does not inherit the promise, because it may draw in another way.
+    It promises that random draws differ from image to image, and attacks do not test this. Subclasses do not inherit
+    it.
     """
     return bool(vars(type(model)).get("draws_for_each_image", False))
 

@@ -1,7 +1,4 @@
-"""Load data sets by name or path as uint8 images ``[N, C, H, W]``.
-
-The images come from this package (the digits), an ``.npz`` file, official files of a data set, or an image folder.
-"""
+"""Load data sets by name or path as uint8 images ``[N, C, H, W]``."""
 
 from __future__ import annotations
 
@@ -34,7 +31,7 @@ Broken = Literal["refuse", "skip"]
 class DataSet:
     """Training images and held-out images, with their labels.
 
-    Images that do not fit into memory are `StreamedImages`. `purify_fast.training.fit` accepts them. For other uses,
+    Images that do not fit into memory are `StreamedImages`, which `purify_fast.training.fit` accepts. For other uses,
     take a slice, which is a tensor: ``x_test[:500]`` or ``x_test[:]``.
 
     Args:
@@ -67,11 +64,7 @@ class DataSet:
         return f"DataSet({self.name!r}, {images} of {size}, {self.num_classes} classes, on {self.y_train.device})"
 
     def to(self, device: torch.device | str) -> DataSet:
-        """Move the data to another device. Streamed images remain in their file, and are read to that device.
-
-        Args:
-            device: device of the images and labels.
-        """
+        """Move the data to another device. Streamed images remain in their file, and are read to that device."""
         return dataclasses.replace(self, **{name: getattr(self, name).to(device) for name in ARRAYS})
 
 
@@ -96,31 +89,29 @@ def load_dataset(
             The names are ``digits``, ``mnist``, ``fashion_mnist``, ``cifar10``, ``cifar100``, ``svhn``, ``imagenette``
             and ``tiny_imagenet``. All except ``digits`` are read from ``<root>/<name>.npz`` if that file exists, or
             else from the official files under root, in torchvision's folders.
-            An ``.npz`` file has the arrays ``x_train``, ``y_train``, ``x_test`` and ``y_test``. Images are uint8. Their
-            shape is ``[N, H, W]``, ``[N, H, W, C]`` or ``[N, C, H, W]`` with C = 1 or 3. Labels are integers ``[N]`` or
-            ``[N, 1]``, and every number from 0 to the largest label must occur, unless ``num_classes`` is given. It may
-            have the names of the classes as ``classes``, an array of texts.
+            An ``.npz`` file has the arrays ``x_train``, ``y_train``, ``x_test`` and ``y_test``. Images are uint8
+            ``[N, H, W]``, ``[N, H, W, C]`` or ``[N, C, H, W]`` with C = 1 or 3. Labels are integers ``[N]`` or
+            ``[N, 1]``, and every number from 0 to the largest label must occur, unless ``num_classes`` is given. An
+            array of texts ``classes`` may name the classes.
             An image folder has ``train/<class>/*.jpg|png``, and ``val/`` or ``test/`` in the same form, or it is
             tiny-imagenet-200. The classes are the folder names, sorted as texts. Images are read as RGB. Files and
             folders whose names begin with a dot do not count.
-        root: folder of the data sets. If ``name_or_path`` is one of the names, None means the current folder. A
-            relative path is looked up as it is and in root, where the ending ``.npz`` may be left out
-            (``load_dataset("set", "data")``).
+        root: folder of the data sets; None means the current folder. A relative path is looked up as it is and in root,
+            where the ending ``.npz`` may be left out (``load_dataset("set", "data")``).
         num_classes: number of classes. Give it if some labels do not occur in the data set. None means the largest
             label plus 1.
-        train: whether to read the training images. If False, ``x_train`` and ``y_train`` are empty. The files of the
-            training images are then neither needed nor looked at. The folders in ``train`` still number the classes;
-            without ``train``, those of the held-out images do.
+        train: whether to read the training images. If False, ``x_train`` and ``y_train`` are empty, and their files are
+            not needed. The folders in ``train`` still number the classes; without ``train``, those of the held-out
+            images do.
         download: whether torchvision may download the official files to root if they are missing.
         image_size: height and width. An image is resized until it just covers this size, and its center is cropped.
             None keeps the sizes; all images of a folder must then have the same size. ``imagenette`` needs an
-            image_size. Images that are not from a folder are resized whenever they are read
-            (`purify_fast.data.streaming.ResizedImages`).
+            image_size. Images that are not from a folder are resized whenever they are read.
         stream: whether to read a folder's decoded images batch by batch even if they fit into memory. Images that need
             more than half of the available memory are always read batch by batch.
-        decode: when the images of a folder are decoded. "once": before the first use, into ``cache``. "each_time":
-            whenever an image is read; this needs no space on the disk, but an image that cannot be decoded is found
-            only when it is read. Both give the same pixels.
+        decode: when the images of a folder are decoded, with the same pixels. "once": before the first use, into
+            ``cache``. "each_time": whenever an image is read; this needs no space on the disk, but an image that cannot
+            be decoded is found only then.
         broken: what to do with the images of a folder that cannot be decoded. "refuse": raise an error that names them,
             before the first use if ``decode`` is "once". "skip": leave them out, with a warning that names them. They
             are found by decoding all images once; a file in ``cache`` keeps their names.
@@ -131,12 +122,10 @@ def load_dataset(
         A `DataSet` on the CPU.
 
     Raises:
-        FileNotFoundError: there is no such data set. The message says where the program looked, and how to get the data
-            set.
+        FileNotFoundError: there is no such data set. The message says how to get it.
         OSError: the cache cannot be written.
         ModuleNotFoundError: ``svhn`` needs scipy, which is not installed.
-        ValueError: an argument does not fit the data set, or the content of the files is not allowed. The message names
-            the array with the first wrong index and value, or the images that cannot be decoded.
+        ValueError: an argument does not fit the data set, or the content of the files is not allowed.
     """
     name = str(name_or_path)
     check_literal("decode", decode, Decode)

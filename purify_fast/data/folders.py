@@ -265,10 +265,7 @@ def first_size(files: Sequence[Path]) -> tuple[int, int]:
 def decode(
     files: Sequence[Path], size: tuple[int, int], *, resize: bool, out: Path, workers: int, title: str
 ) -> tuple[str, list[str]]:
-    """Decode images into an ``.npy`` file, uint8 ``[N, 3, H, W]``, and return the hash of the pixels, and errors.
-
-    Only a part of the images is in memory at a time.
-    """
+    """Decode images in parts to an ``.npy`` file, uint8 ``[N, 3, H, W]``; return the hash of the pixels, and errors."""
     shape, failed = (len(files), 3, *size), list[str]()
     content = content_hash(torch.uint8, shape)
     # The images are written one after another: a full disk ends a write with an OSError, but a memory map with SIGBUS.
@@ -321,16 +318,12 @@ def _image(path: Path, size: tuple[int, int] | None) -> np.ndarray | str:
 
 
 def read_image(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
-    """Decode an image file, with the pixels that `purify_fast.data.load_dataset` reads from an image folder.
+    """Decode an image file to RGB, uint8 ``[3, H, W]``, as `purify_fast.data.load_dataset` does for an image folder.
 
     Args:
-        path: a JPEG, PNG or another file of an image. Transparency and the orientation in the metadata of a photo are
-            ignored.
+        path: a JPEG, PNG or another file of an image. Transparency and the orientation in the metadata are ignored.
         size: height and width. The image is resized until it just covers this size, and its center is cropped. None
             keeps the size of the image.
-
-    Returns:
-        The image, RGB, uint8 ``[3, H, W]``.
 
     Raises:
         ValueError: the file cannot be decoded.

@@ -1,7 +1,6 @@
-"""Convert images to numbers in [0, 1], compute their statistics, and augment them.
+"""Convert images to numbers in [0, 1], compute their statistics, and augment them on their device.
 
-A batch is augmented on its device. The augmentation of an image depends only on the seed, the epoch and the image's
-index in the data set, not on the other images of the batch.
+The augmentation of an image depends only on the seed, the epoch and the image's index in the data set.
 """
 
 from __future__ import annotations
@@ -21,16 +20,10 @@ _PART = 8192
 
 
 def to_float(x: Tensor) -> Tensor:
-    """Convert images from uint8 to floating-point numbers in [0, 1].
+    """Convert images from uint8 to float32 in [0, 1].
 
     Args:
-        x: images, uint8 of any shape.
-
-    Returns:
-        Images of the same shape, float32 in [0, 1].
-
-    Raises:
-        ValueError: ``x`` is not uint8.
+        x: images, uint8 of any shape. Another dtype raises a ValueError.
     """
     if x.dtype != torch.uint8:
         raise ValueError(f"images must be uint8, got {x.dtype}")
@@ -40,16 +33,12 @@ def to_float(x: Tensor) -> Tensor:
 def statistics(x: Tensor | StreamedImages) -> tuple[list[float], list[float]]:
     """Compute the mean and standard deviation of each channel, for the normalization in a network.
 
-    Both are computed exactly, from histograms. The standard deviation is at least 1 / 255, so that it can be a divisor.
-
     Args:
-        x: images, uint8 ``[N, C, H, W]``.
+        x: images, uint8 ``[N, C, H, W]``, N at least 1.
 
     Returns:
-        The means and the standard deviations, C numbers each, in image units ([0, 1]).
-
-    Raises:
-        ValueError: the dtype or the shape is wrong, or there is no image.
+        The exact means and standard deviations, C numbers each, in image units ([0, 1]). The standard deviations are at
+        least 1 / 255, so that they can be divisors.
     """
     if x.dtype != torch.uint8 or len(x.shape) != 4 or 0 in x.shape:
         raise ValueError(f"x must be uint8 [N, C, H, W] with at least one image, got {x.dtype} {list(x.shape)}")
@@ -73,16 +62,12 @@ def crop_flip(
         x: images ``[B, C, H, W]``, any dtype.
         seed: seed of the random draws.
         sample_ids: indices of the images in the data set, int64 ``[B]`` on the device of ``x``.
-        padding: number of zero pixels on each side. 0 means no crop.
+        padding: number of zero pixels on each side, at least 0. 0 means no crop.
         flip: whether to mirror left and right.
-        epoch: number of the epoch. Each epoch has other draws, because the epoch is the draw index of the Philox stream
-            AUGMENTATION.
+        epoch: number of the epoch. Each epoch has other draws.
 
     Returns:
         A new tensor of the shape and dtype of ``x``.
-
-    Raises:
-        ValueError: a shape is wrong, or the padding is negative.
     """
     _check_batch(x, sample_ids)
     Range(0).check("padding", padding)
@@ -121,9 +106,6 @@ def resized_crop(
 
     Returns:
         A new tensor of the shape and dtype of ``x``.
-
-    Raises:
-        ValueError: the dtype or a shape is wrong, or ``smallest`` is out of range.
     """
     _check_batch(x, sample_ids)
     Range(0, 1, above=True).check("smallest", smallest)
@@ -150,15 +132,12 @@ def resized_crop(
 
 
 def mirrored(seed: int, sample_ids: Tensor, epoch: int = 0) -> Tensor:
-    """Tell which images `crop_flip` mirrors.
+    """Tell which images `crop_flip` mirrors: bool ``[B]``.
 
     Args:
         seed: the seed of `crop_flip`.
         sample_ids: the sample ids of `crop_flip`, int64 ``[B]``.
         epoch: the epoch of `crop_flip`.
-
-    Returns:
-        True for each mirrored image, bool ``[B]``.
     """
     return _draws(seed, sample_ids, epoch)[:, 2] < 0.5
 

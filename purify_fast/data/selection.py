@@ -1,8 +1,4 @@
-"""Choose the batches of an epoch, or a balanced subset of a data set.
-
-The choice depends only on a seed. It uses NumPy's RandomState, whose random numbers NumPy promises never to change. So
-an interrupted run can continue at any batch.
-"""
+"""Choose batches, or a balanced subset, from a seed, by NumPy's RandomState, whose numbers never change."""
 
 from __future__ import annotations
 
@@ -41,7 +37,7 @@ def batches(
         drop_last: whether to leave out an incomplete last batch. Otherwise some processes may get one image more of
             that batch than others.
         rank: number of this process. The process gets every ``world``-th index of a batch, beginning with index
-            ``rank``. So if a method attacks only a part of a batch, every process gets its share of this part.
+            ``rank``.
         world: number of processes.
         device: device of the indices. None means the CPU.
 
@@ -81,9 +77,8 @@ def balanced_subset(
 ) -> Subset:
     """Choose images such that the numbers of images of the classes differ by at most one.
 
-    If a class has too few images, all of them are chosen. The first images of an image folder would all be of the same
-    class, because a folder is sorted by class. The first images of the result are balanced too: a class gets its second
-    image only after every class has got its first.
+    If a class has too few images, all of them are chosen. The first images of the result are balanced too: a class gets
+    its second image only after every class has got its first. The data set itself may be sorted by class.
 
     Args:
         x: images ``[N, C, H, W]``, any dtype.
@@ -93,13 +88,10 @@ def balanced_subset(
         num_classes: number of classes. None means the largest label plus 1.
 
     Returns:
-        The images, their labels and their indices, on the device of ``y``.
+        The images, their labels and their indices, on the device of ``y``. A class without images causes a warning.
 
     Raises:
         ValueError: there is no image, the count is below 1, or a label is not allowed.
-
-    Warns:
-        UserWarning: the result has no image of a class.
     """
     if len(x) != len(y) or len(y) == 0:
         raise ValueError(f"x and y must have equally many images and labels, at least 1, got {len(x)} and {len(y)}")

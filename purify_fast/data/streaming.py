@@ -61,18 +61,7 @@ class StreamedImages:
         return self.shape[0]
 
     def __getitem__(self, index: Tensor | slice) -> Tensor:
-        """Read some of the images.
-
-        Args:
-            index: indices from 0 to N - 1, int64 ``[B]``, or a slice.
-
-        Returns:
-            Images ``[B, C, H, W]``, uint8 on ``device``.
-
-        Raises:
-            IndexError: an index is out of range.
-            TypeError: the index is neither a slice nor such a tensor.
-        """
+        """Read images by int64 indices ``[B]`` from 0 to N - 1, or by a slice: uint8 ``[B, C, H, W]`` on ``device``."""
         if isinstance(index, slice):
             index = torch.arange(len(self), device="cpu")[index]
         if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.dim() != 1:
@@ -80,12 +69,7 @@ class StreamedImages:
         return self.read(index.cpu()).to(self.device)
 
     def read(self, ids: Tensor, out: Tensor | None = None) -> Tensor:
-        """Read some of the images to the CPU. Other Python threads can run at the same time.
-
-        Args:
-            ids: indices of the images, int64 ``[B]`` on the CPU.
-            out: tensor for the images, uint8 ``[B, C, H, W]`` on the CPU; None: a new tensor.
-        """
+        """Read images to the CPU (into ``out``), by int64 ``ids``. Other Python threads can run at the same time."""
         now = self._look()
         # If another file has replaced this file (another inode), the open file is unchanged, so this is no error.
         if now is not None and self._state is not None and now != self._state and now[0] == self._state[0]:
@@ -101,11 +85,7 @@ class StreamedImages:
         return facts.st_ino, facts.st_size, facts.st_mtime_ns
 
     def to(self, device: torch.device | str) -> Self:
-        """Make a copy that reads the same images to another device.
-
-        Args:
-            device: device of the images that are read.
-        """
+        """Make a copy that reads the same images to another device."""
         images = copy.copy(self)
         images.device = torch.empty(0, device=device).device
         return images
@@ -137,8 +117,7 @@ def read_ahead(x: Tensor | StreamedImages, order: Sequence[Tensor]) -> Iterator[
     """Yield the batches of an epoch, as pairs of indices and images.
 
     For streamed images, a thread reads the next `AHEAD` batches while the caller works with a batch. For a CUDA device,
-    the thread reads the images into pinned memory, so that their copy to the device does not block. No other batches
-    are in memory.
+    it reads into pinned memory, so that the copy to the device does not block.
 
     Args:
         x: images, uint8 ``[N, C, H, W]``.

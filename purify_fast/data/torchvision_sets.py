@@ -1,8 +1,7 @@
 """Read and download the official files of data sets with torchvision.
 
-torchvision compares the files of CIFAR and SVHN with the checksums of the official files before it reads them. This is
-important for CIFAR, because its files are pickles, and a pickle can run code. The files of MNIST and Fashion-MNIST are
-not compared, because torchvision has only the checksums of the compressed files.
+torchvision compares the official checksums of CIFAR and SVHN, but not those of MNIST and Fashion-MNIST. This matters
+for CIFAR, because its files are pickles, and a pickle can run code.
 """
 
 from __future__ import annotations

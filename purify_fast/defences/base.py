@@ -33,16 +33,14 @@ class Defence(StochasticDefence):
     """A purifier in front of a frozen copy of a classifier. Subclasses add the purifier.
 
     A new defence is in evaluation mode, in which predictions do not change its state. A training sets training mode
-    itself. Several threads may predict at the same time. For several GPUs, run a process for each GPU;
-    ``nn.DataParallel`` is not supported.
+    itself. Several threads may predict at the same time. For several GPUs, run a process for each GPU.
 
     A subclass sets ``num_classes`` and ``arguments``, the arguments of its constructor as JSON values. If its samples
     are not aggregated by logsumexp, it also sets ``aggregation``. It defines `purifier_dtype`, and calls `_ready` at
     the end of its constructor.
 
     Args:
-        classifier: any module from images ``[B, C, H, W]`` in [0, 1] to logits ``[B, classes]``. It is copied, and the
-            original is not changed.
+        classifier: any module from images ``[B, C, H, W]`` in [0, 1] to logits ``[B, classes]``. It is copied.
         image_shape: shape (C, H, W) of an image.
 
     Attributes:
@@ -87,14 +85,7 @@ class Defence(StochasticDefence):
     def rebuild(
         cls, classifier: nn.Module, arguments: dict[str, Any], purifier: nn.Module | None, folder: str | Path
     ) -> Self:
-        """Make a saved defence with fresh weights.
-
-        Args:
-            classifier: its classifier.
-            arguments: its ``arguments``.
-            purifier: a module of the user's own with the architecture of the saved purifier, or None.
-            folder: folder of the saved defence, for messages.
-        """
+        """Make a saved defence with fresh weights. ``purifier`` is a module of the user's own, or None."""
         return cls(classifier, **arguments)
 
     def _ready(self) -> None:
@@ -123,29 +114,14 @@ class Defence(StochasticDefence):
         return self.classifier if self.classifier_dtype == torch.float32 else _Float32Borders(self.classifier)
 
     def classify(self, images: Tensor) -> Tensor:
-        """Classify purified images in a single batch.
-
-        Args:
-            images: purified images ``[B, K, C, H, W]``.
-
-        Returns:
-            Logits ``[B, K, classes]``, float32.
-        """
+        """Classify purified images ``[B, K, C, H, W]`` in a single batch: logits ``[B, K, classes]``, float32."""
         flat = images.flatten(0, 1)
         flat = flat if self.classifier_uses_channels_last else flat.contiguous()
         logits = self.classifier(flat.to(self.classifier_dtype)) if self.fast is None else self.fast.classify(flat)
         return logits.float().unflatten(0, images.shape[:2])
 
     def purify(self, x: Tensor, draws: int = 1) -> Tensor:
-        """Purify images. The result can be differentiated with respect to ``x``.
-
-        Args:
-            x: images ``[B, C, H, W]`` in [0, 1].
-            draws: number of independent sets of K samples.
-
-        Returns:
-            Purified images in [0, 1], ``[B, draws * K, C, H, W]``.
-        """
+        """Return ``draws`` sets of K purified images in [0, 1], ``[B, draws * K, C, H, W]``. ``x`` gets a gradient."""
         raise NotImplementedError
 
     def sample_logits(self, x: Tensor) -> Tensor:
@@ -158,14 +134,7 @@ class Defence(StochasticDefence):
         return self.classify(self.purify(x, draws)).unflatten(1, (draws, -1)).transpose(0, 1)
 
     def aggregate(self, logits: Tensor) -> Tensor:
-        """Aggregate the logits of the samples by the method ``self.aggregation``.
-
-        Args:
-            logits: logits of the samples, ``[B, K, classes]``.
-
-        Returns:
-            Logits ``[B, classes]``, float32.
-        """
+        """Aggregate logits ``[B, K, classes]`` by the method ``self.aggregation``: ``[B, classes]``, float32."""
         if logits.shape[1] == 1 and self.aggregation != "lse":
             return logits[:, 0]
         if self.aggregation == "vote":
@@ -175,13 +144,7 @@ class Defence(StochasticDefence):
         return aggregate(logits, self.aggregation)
 
     def check_images(self, x: Tensor) -> None:
-        """Raise a ValueError unless ``x`` is a tensor of floating-point images of the defence's shape.
-
-        Every prediction begins here, so the copies of an accelerated defence get changed weights here.
-
-        Args:
-            x: the tensor to check.
-        """
+        """Refuse an ``x`` that has no floating-point images of the defence's shape, and update the copies."""
         check_floating(x=x)
         if x.dim() != 4 or tuple(x.shape[1:]) != self.image_shape:
             raise ValueError(f"x must be [B, {', '.join(map(str, self.image_shape))}], got {list(x.shape)}")
@@ -195,11 +158,7 @@ class Defence(StochasticDefence):
         return autocast_to(device, self.fast.dtype)
 
     def _run_part(self, part: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """Call a method, in its compiled form if the method is in ``compiled_parts`` and was compiled.
-
-        In training mode, the compiled form is not called, because the padding of its inputs would change the statistics
-        of BatchNorms.
-        """
+        """Call a method in its compiled form, if any, except in training mode: its padding would change BatchNorms."""
         if self.fast is None or self.training:
             return part(*inputs)
         return self.fast.run(part, *inputs)
@@ -214,15 +173,14 @@ class Defence(StochasticDefence):
     def accelerate(
         self, dtype: torch.dtype | Literal["auto"] | None = "auto", *, fold: bool = True, compile: bool = False
     ) -> Self:
-        """Make predictions, attacks and trainings of the defence faster.
+        """Make predictions, attacks and trainings of the defence faster, and return the defence itself.
 
-        The classifier is replaced by inference copies: BatchNorms are folded, the weights are channels_last, and
-        products are computed in ``dtype``. The purifier computes its products in ``dtype``. Its weights, BatchNorm
-        statistics and losses remain float32. Images, condition, latents and logits are float32 between the parts. With
-        bfloat16, layers round the images to the 8 significant bits of bfloat16.
+        The classifier is replaced by inference copies, whose BatchNorms are folded and whose products are computed in
+        ``dtype``. The purifier also computes its products in ``dtype``. Its weights, BatchNorm statistics and losses
+        remain float32. Between the parts, images, condition, latents and logits are float32. With bfloat16, layers
+        round the images to the 8 significant bits of bfloat16.
 
-        The copies follow the weights of the classifier. Only writes through ``.data`` need a call of `refresh`, which
-        `purify_fast.evaluation.evaluate` makes itself.
+        The copies follow the weights of the classifier. Only writes through ``.data`` need a call of `refresh`.
 
         Args:
             dtype: ``torch.bfloat16``, or ``torch.float32`` to fold BatchNorms only, or None to end the acceleration.
@@ -230,9 +188,6 @@ class Defence(StochasticDefence):
             fold: whether to fold BatchNorms into the layers before them.
             compile: whether to compile the classifier and the parts of the purifier with `torch.compile`, each once for
                 all batch sizes. In training mode, the purifier's compiled parts are not used.
-
-        Returns:
-            The defence itself.
 
         Raises:
             ValueError: the dtype is not allowed, or `purify_fast.speed.fold_batchnorm` refuses the classifier.
@@ -252,11 +207,7 @@ class Defence(StochasticDefence):
             self.fast = self._make_copies(self.acceleration)
 
     def uncompiled_copies(self) -> Accelerated:
-        """Make inference copies from the current weights without compiling them, to compare them with `fast`.
-
-        Raises:
-            ValueError: the defence is not accelerated.
-        """
+        """Make inference copies of the current weights without compiling them, to compare them with `fast`."""
         if self.acceleration is None:
             raise ValueError("uncompiled_copies needs an accelerated defence: call accelerate() first")
         return self._make_copies({**self.acceleration, "compile": False})
@@ -268,9 +219,7 @@ class Defence(StochasticDefence):
         return fast
 
     def prepare_replay(self) -> None:
-        """If weights that are packed for a kernel have changed, pack them again into the same memory
-        (`PreparesReplay`).
-        """
+        """If weights that are packed for a kernel have changed, pack them again into the same memory."""
         if self.fast is not None:
             self._update_packed(self.fast)
 
@@ -291,11 +240,7 @@ class Defence(StochasticDefence):
             fast.packed_from = write_stamp(weight)
 
     def _weight_to_pack(self) -> Tensor | None:
-        """A weight of the part that `_pack` packs for a kernel; None if no part of the defence can be packed now.
-
-        If the weights of the part change, this weight changes too. In training no part is packed, because packed
-        weights are frozen.
-        """
+        """A weight of the part that `_pack` packs for a kernel; None if no part can be packed, as in training."""
         return None
 
     def _pack(self) -> Any:
@@ -312,22 +257,14 @@ class Defence(StochasticDefence):
         return self
 
     def release_classifier(self) -> None:
-        """Allow a training to change the defence's copy of the classifier, which is then saved with the purifier.
-
-        Raises:
-            ValueError: the defence is accelerated.
-        """
+        """Allow a training to change the copied classifier, which is then saved. Refused if accelerated."""
         if self.fast is not None:
             raise ValueError("an accelerated defence cannot train its classifier: call accelerate(None) first")
         self.classifier.requires_grad_(True)
         self.own_classifier = True
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode of the purifier. The classifier always remains in evaluation mode.
-
-        Args:
-            mode: True for training.
-        """
+        """Set the mode of the purifier. The classifier always remains in evaluation mode."""
         super().train(mode)
         self.classifier.eval()
         if mode and self.fast is not None:

@@ -1,8 +1,4 @@
-"""The base class of random defences. It aggregates the logits of K samples, and controls the random noise.
-
-`NoisyEnsemble` is a baseline for purifiers. It has the same classifier and aggregation as a purifier, but adds only
-noise.
-"""
+"""The base class of random defences. It aggregates the logits of K samples, and controls the random noise."""
 
 from __future__ import annotations
 
@@ -26,9 +22,7 @@ M = TypeVar("M", bound=nn.Module)
 class StochasticDefence(nn.Module):
     """A defence that draws noise for each of ``samples`` predictions. Subclasses define `sample_logits`.
 
-    Every call draws a new seed from PyTorch's global generator. Within `fixed_noise`, the caller gives the seed.
-    Within `deterministic`, nothing is drawn.
-
+    Every call draws a new seed from PyTorch's global generator, except within `fixed_noise` and `deterministic`.
     Several threads may call a defence at the same time. But while a thread is inside `fixed_noise`, `deterministic` or
     `noise_ids`, a call from another thread raises a RuntimeError.
     """
@@ -60,16 +54,7 @@ class StochasticDefence(nn.Module):
 
     @contextlib.contextmanager
     def fixed_noise(self, seed: int) -> Iterator[StochasticDefence]:
-        """Within the block, every image gets the same K draws, which depend only on ``seed``.
-
-        So the logits of an image do not depend on the other images of its batch.
-
-        Args:
-            seed: seed of the draws, in [0, 2^63).
-
-        Raises:
-            ValueError: the seed is out of range.
-        """
+        """Within the block, all images get the same K draws, which depend only on ``seed``, in [0, 2^63)."""
         if not 0 <= seed < 2**63:
             raise ValueError(f"seed must be in [0, 2^63), got {seed}")
         with self._control(_noise="fixed"):
@@ -112,13 +97,7 @@ class StochasticDefence(nn.Module):
 
     @contextlib.contextmanager
     def noise_ids(self, ids: Tensor) -> Iterator[StochasticDefence]:
-        """Within the block, image i of a batch gets the noise of image ``ids[i]`` of a larger batch.
-
-        This is for parts of a batch that are computed separately, for example by several processes.
-
-        Args:
-            ids: indices in the larger batch, int64 ``[B]``.
-        """
+        """Within the block, image i gets the noise of image ``ids[i]`` (int64 ``[B]``) of a larger batch."""
         self._refuse_other_threads()
         memory = ids.clone()
         if self._noise_ids is None:
@@ -128,18 +107,7 @@ class StochasticDefence(nn.Module):
             yield self
 
     def noise(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The seed and the sample ids that decide the draws of a call.
-
-        Args:
-            batch: number of images.
-            device: device of the results.
-
-        Returns:
-            The seed, int64 ``[1]``, and the sample ids: int64 ``[batch]``, or ``[1]`` if all images get the same draws.
-
-        Raises:
-            ValueError: the ids of `noise_ids` are for another number of images.
-        """
+        """Return seed, int64 ``[1]``, and sample ids: int64 ``[batch]``, or ``[1]`` if all images share the draws."""
         self._refuse_other_threads()
         if self._noise == "fixed":
             # Copy the seed, because a backward pass after the block still needs it. Every image has sample id 0.
@@ -167,51 +135,23 @@ class StochasticDefence(nn.Module):
     # -- predictions --------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute the logits of the K samples and aggregate them to ``[B, classes]``, float32.
-
-        Args:
-            x: images ``[B, C, H, W]`` in [0, 1].
-        """
+        """Aggregate the logits of the K samples of images ``[B, C, H, W]`` in [0, 1]: ``[B, classes]``, float32."""
         return self.aggregate(self.sample_logits(x))
 
     def sample_logits(self, x: Tensor) -> Tensor:
-        """Compute the logits of the K samples, ``[B, K, classes]``.
-
-        Args:
-            x: images ``[B, C, H, W]`` in [0, 1].
-        """
+        """Compute the logits of the K samples of images ``[B, C, H, W]`` in [0, 1]: ``[B, K, classes]``."""
         raise NotImplementedError
 
     def aggregate(self, logits: Tensor) -> Tensor:
-        """Aggregate by the logsumexp over the samples, which has the same decisions as PeeL, CARSO's aggregation.
-
-        Args:
-            logits: logits of the samples, ``[B, K, classes]``.
-
-        Returns:
-            Logits ``[B, classes]``, float32.
-        """
+        """Apply logsumexp over K, which decides like CARSO's PeeL: ``[B, K, classes] -> [B, classes]``, float32."""
         return aggregate(logits, "lse")
 
     def draw_sample_logits(self, x: Tensor, draws: int) -> Tensor:
-        """Compute the results of ``draws`` independent calls of `sample_logits`, ``[draws, B, K, classes]``.
-
-        Args:
-            x: images ``[B, C, H, W]`` in [0, 1].
-            draws: number of calls.
-        """
+        """Compute ``draws`` independent results of `sample_logits` together, ``[draws, B, K, classes]``."""
         return self.sample_logits(repeat_batch(x, draws)).unflatten(0, (draws, -1))
 
     def draw_logits(self, x: Tensor, draws: int) -> Tensor:
-        """Compute the results of ``draws`` independent calls of `forward` together, for attacks with EOT.
-
-        Args:
-            x: images ``[B, C, H, W]`` in [0, 1].
-            draws: number of calls.
-
-        Returns:
-            Logits ``[draws, B, classes]``.
-        """
+        """Compute ``draws`` independent results of `forward` together, for EOT attacks: ``[draws, B, classes]``."""
         return self.aggregate(self.draw_sample_logits(x, draws).flatten(0, 1)).unflatten(0, (draws, -1))
 
 
@@ -221,12 +161,7 @@ def _repeated_forward(defence: nn.Module, x: Tensor, draws: int) -> Tensor:
 
 
 def with_samples(defence: M, samples: int) -> M:
-    """Return a copy of a defence that predicts from another number of samples. It shares the parts and their weights.
-
-    Args:
-        defence: module with an attribute ``samples``.
-        samples: the number K of samples of the copy.
-    """
+    """Return a copy of a defence that predicts from ``samples`` samples. It shares the parts and their weights."""
     other: Any = copy.copy(defence)
     other.samples = samples
     return other
@@ -236,9 +171,9 @@ class WithAggregation(nn.Module):
     """Calls a defence with another aggregation, with or without noise, for attacks and comparisons.
 
     Args:
-        defence: module with the method ``sample_logits(x) -> [B, K, classes]``. If ``deterministic`` is True, the
-            module also needs a method ``deterministic()``. If it has a method ``draw_sample_logits``, this method is
-            used. A `StochasticDefence` has these three methods.
+        defence: module with a method ``sample_logits(x) -> [B, K, classes]``, such as a `StochasticDefence`. If
+            deterministic is True, it also needs a method ``deterministic()``. Its method ``draw_sample_logits``, if
+            any, is used.
         aggregation: a method of `purify_fast.ops.aggregate`.
         deterministic: whether to run the defence without noise.
     """
@@ -248,21 +183,12 @@ class WithAggregation(nn.Module):
         self.defence, self.aggregation, self.without_noise = defence, aggregation, deterministic
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute logits ``[B, classes]``.
-
-        Args:
-            x: images ``[B, C, H, W]``.
-        """
+        """Compute logits ``[B, classes]`` of images ``[B, C, H, W]``."""
         with self._mode():
             return aggregate(self.defence.sample_logits(x), self.aggregation)  # type: ignore[operator]
 
     def draw_logits(self, x: Tensor, draws: int) -> Tensor:
-        """Compute the logits of ``draws`` independent calls, ``[draws, B, classes]``, together, for attacks with EOT.
-
-        Args:
-            x: images ``[B, C, H, W]``.
-            draws: number of calls.
-        """
+        """Compute the logits of ``draws`` independent calls together, ``[draws, B, classes]``, for attacks with EOT."""
         if not isinstance(self.defence, DrawsSampleLogits):
             return self(repeat_batch(x, draws)).unflatten(0, (draws, -1))
         with self._mode():
@@ -270,11 +196,7 @@ class WithAggregation(nn.Module):
             return aggregate(logits.flatten(0, 1), self.aggregation).unflatten(0, (draws, -1))
 
     def around(self, replace: Callable[[Classifier], Classifier]) -> WithAggregation:
-        """Make a copy of this object that calls another defence.
-
-        Args:
-            replace: function that makes the other defence from the current defence.
-        """
+        """Make a copy of this object that calls ``replace(defence)``."""
         # Copy this object instead of making a new object. It may have hooks, and its class may be a subclass.
         other = copy.copy(self)
         other._modules = {**self._modules, "defence": cast(nn.Module, replace(self.defence))}
@@ -285,12 +207,11 @@ class WithAggregation(nn.Module):
 
 
 class NoisyEnsemble(StochasticDefence):
-    """Classifies K noisy copies of an image, and aggregates their logits as CARSO does for its K reconstructions.
+    """Classifies K noisy copies of an image, and aggregates their logits as CARSO does: a baseline for purifiers.
 
         x_k = clamp(x + sigma n_k, 0, 1),  n_k ~ N(0, I);   logits_i = logsumexp_k classifier(x_k)_i
 
-    The noise is from the Philox stream TRANSFORM_NOISE, with draw index k. Within `deterministic`, the image itself is
-    classified.
+    Within `deterministic`, the image itself is classified.
 
     Args:
         classifier: any module from images ``[B, C, H, W]`` in [0, 1] to logits. It is copied and frozen.
@@ -306,21 +227,13 @@ class NoisyEnsemble(StochasticDefence):
         self.sigma, self.samples = float(sigma), samples
 
     def train(self, mode: bool = True) -> NoisyEnsemble:
-        """Set the mode. The classifier always remains in evaluation mode.
-
-        Args:
-            mode: True for training.
-        """
+        """Set the mode. The classifier always remains in evaluation mode."""
         super().train(mode)
         self.classifier.eval()
         return self
 
     def sample_logits(self, x: Tensor) -> Tensor:
-        """Compute the logits of the K copies, ``[B, K, classes]``. Without noise, K is 1.
-
-        Args:
-            x: images ``[B, C, H, W]`` in [0, 1].
-        """
+        """Compute the logits of the K copies of ``x``, ``[B, K, classes]``. Without noise, K is 1."""
         copies = x[:, None]
         if not self.noise_is_off:
             seed, ids = self.noise(len(x), x.device)

@@ -44,9 +44,6 @@ class MajorityVote(nn.Module):
         model: function or module from images ``[B, C, H, W]`` to logits ``[B, classes]``. If the model has a method
             ``draw_logits``, this method is used.
         draws: number of draws, at least 1.
-
-    Raises:
-        ValueError: draws is below 1.
     """
 
     def __init__(self, model: Classifier, draws: int):
@@ -56,11 +53,7 @@ class MajorityVote(nn.Module):
         self.model, self.draws = model, draws
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute logits ``[B, classes]``, in float32, or in float64 if the model computes in float64.
-
-        Args:
-            x: images ``[B, C, H, W]``.
-        """
+        """Compute logits ``[B, classes]``, in float32, or in float64 if the model computes in float64."""
         if supports(self.model, SharesDraws):
             logits = cast(SharesDraws, self.model).draw_logits(x, self.draws)
         else:
@@ -69,11 +62,7 @@ class MajorityVote(nn.Module):
         return majority(logits)
 
     def around(self, replace: Callable[[Classifier], Classifier]) -> MajorityVote:
-        """Make a copy of this object that calls another model.
-
-        Args:
-            replace: function that makes the other model from the current model.
-        """
+        """Make a copy of this object that calls ``replace(model)``."""
         # Copy this object instead of making a new object. It may have hooks, and its class may be a subclass.
         other = copy.copy(self)
         other._modules = dict(self._modules)

@@ -19,13 +19,7 @@ from ..training.task import Task
 
 
 class MethodTask(Task):
-    """The base class of the methods' trainings, with precision, learning rates and a moving average of the weights.
-
-    Args:
-        config: settings, a dataclass with ``precision``, ``learning_rate`` and ``weight_decay``; ``schedule`` is
-            optional.
-        model: the trained model, on the device of the training.
-    """
+    """The base class of the methods' trainings, with precision, learning rates and a moving average of the weights."""
 
     #: The method's name in checkpoints.
     name: ClassVar[str]
@@ -41,13 +35,7 @@ class MethodTask(Task):
         self.tf32 = config.precision == "tf32"
 
     def keep_average(self, name: str, decay: float, warm_up: bool = False) -> None:
-        """Make a moving average of the model's weights, update it after every step, and add it to the checkpoints.
-
-        Args:
-            name: name of the model in checkpoints. The average has the name "average" there.
-            decay: as in `purify_fast.models.moving_average.moving_average`; 0 for no average.
-            warm_up: as in `purify_fast.models.moving_average.moving_average`.
-        """
+        """Update a moving average of the weights after every step; it is "average" in the checkpoints."""
         self.averaged = self.model
         if decay > 0:
             self.average = moving_average(self.averaged, decay, warm_up)

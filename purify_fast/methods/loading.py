@@ -33,9 +33,7 @@ def load_defence(
     process: Mapping[str, Any] | None = None,
     check: bool = True,
 ) -> Any:
-    """Load a saved defence with its classifier, in evaluation mode on the classifier's device.
-
-    The result has the class of the saved defence, such as `Carso`.
+    """Load a saved defence, such as a `Carso`, with its classifier, in evaluation mode on the classifier's device.
 
     A denoiser that `purify_fast.methods.diffusion.save_denoiser` saved is loaded as a `DiffusionPurifier`.
 
@@ -54,8 +52,7 @@ def load_defence(
     Raises:
         FileNotFoundError: a file is missing, or the classifier is neither given nor in the folder.
         TypeError: the classifier is not a module.
-        ValueError: the file is damaged or holds no defence; the classifier has other weights; a purifier is required
-            but not given; or the denoiser was not trained for the process.
+        ValueError: the file is damaged or holds no defence, or an argument does not fit it or is missing.
     """
     facts, state = read_model(folder)
     kind, arguments = facts["kind"], dict[str, Any](facts["arguments"])

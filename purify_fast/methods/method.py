@@ -26,10 +26,7 @@ from .publication import Recipe
 
 
 class Method(NamedTuple):
-    """The parts of a method: its training, the settings of the training, its published systems, and its defence.
-
-    A method without a defence trains a classifier. `Defence.rebuild` makes a saved defence again.
-    """
+    """A method: training, settings, published systems, and the defence (without it, the method trains a classifier)."""
 
     task: type[Task]
     config: type[Any]

@@ -30,13 +30,9 @@ Grade = Literal["code", "paper", "second-hand", "inferred"]
 
 @dataclass(frozen=True)
 class Fact:
-    """A number or choice of a published system.
+    """A published number or choice: ``value``, as the paper states or means it, or ``official``, if the code differs.
 
-    Args:
-        value: the value that the paper states, or that the authors' code is clearly meant to have.
-        grade: the kind of source.
-        source: file and line of the authors' code, or section of the paper.
-        official: the value in the authors' code, if it differs from ``value``; otherwise None.
+    ``grade`` is the kind of source, and ``source`` is file and line of the authors' code, or section of the paper.
     """
 
     value: Any
@@ -51,12 +47,12 @@ class Fact:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The facts of a published system. A subclass for each method builds the system and its training from the facts.
+    """The facts of a published system, from which a subclass for each method builds the system and its training.
 
-    The key of a fact begins with the part of the system that it describes, such as ``data.``, ``classifier.`` or
-    ``defence.``. Facts with ``method.`` are fields of the method's config, facts with ``attack.`` are fields of
-    `purify_fast.training.TrainingAttack`, and facts with ``loop.`` are fields of `purify_fast.training.FitConfig`. Most
-    facts with ``start.``, ``run.`` and ``evaluation.`` are descriptions in words.
+    The prefix of a fact's key is a part of the system. Facts with ``method.`` are fields of the method's config, facts
+    with ``attack.`` are fields of `purify_fast.training.TrainingAttack`, and facts with ``loop.`` are fields of
+    `purify_fast.training.FitConfig`. Most facts with ``start.``, ``run.`` and ``evaluation.`` are descriptions in
+    words.
 
     Args:
         name: name in `purify_fast.methods.recipes.recipe`, such as "carso/cifar10".
@@ -85,12 +81,7 @@ class Recipe:
         return self["data.image_shape"]
 
     def part(self, prefix: str, official_code: bool = False) -> dict[str, Any]:
-        """Return the facts whose keys begin with a prefix. The result has the keys without the prefix.
-
-        Args:
-            prefix: prefix of the keys, such as "loop".
-            official_code: use the value in the authors' code where it differs.
-        """
+        """Return the facts whose keys begin with a prefix such as "loop", by their keys without the prefix."""
         return {
             key.removeprefix(f"{prefix}."): self.own.get(key, fact.of(official_code))
             for key, fact in self.facts.items()
@@ -98,20 +89,12 @@ class Recipe:
         }
 
     def config(self, official_code: bool = False) -> Any:
-        """Return the settings of the training, as an object of the method's config.
-
-        Args:
-            official_code: use the value in the authors' code where it differs.
-        """
+        """Return the settings of the training. ``official_code`` prefers the values in the authors' code."""
         attack = replace(self.settings.attack, **self.part("attack", official_code))
         return self.settings(attack=attack, **self.part("method", official_code))
 
     def loop(self, official_code: bool = False) -> FitConfig:
-        """Return the settings of the training loop, such as epochs, batches and augmentation.
-
-        Args:
-            official_code: use the value in the authors' code where it differs.
-        """
+        """Return the settings of the training loop. ``official_code`` prefers the values in the authors' code."""
         return FitConfig(**self.part("loop", official_code))
 
     # -- the user's own data -------------------------------------------------------------------------------------------
@@ -126,8 +109,6 @@ class Recipe:
         std: Sequence[float] | None = None,
     ) -> Self:
         """Return this recipe for other data, with the authors' optimizer, schedule, attack and weights of the loss.
-
-        `deviations` still compares a training with the publication.
 
         Args:
             image_shape: (C, H, W) of the images.
@@ -144,11 +125,7 @@ class Recipe:
         return replace(self, own={**self.own, **own})
 
     def for_batch(self, batch_size: int) -> Self:
-        """Return this recipe for another number of images per step. CARSO's learning rate changes in proportion.
-
-        Args:
-            batch_size: images per step, of all processes together.
-        """
+        """Return this recipe for ``batch_size`` images per step of all processes. CARSO's learning rate is scaled."""
         return replace(self, own={**self.own, "loop.batch_size": batch_size})
 
     def implied(self) -> dict[str, Any]:
@@ -156,11 +133,7 @@ class Recipe:
         return {}
 
     def of_training(self, task: Any) -> dict[str, Any]:
-        """Return the values of a training that are not settings, by the keys of facts: of its data and networks.
-
-        Args:
-            task: the training, as ``task`` of the recipe makes it.
-        """
+        """Return the values of a training's data and networks by the keys of facts."""
         return {key: self[key] for key in self.facts if key.startswith("data.")}
 
     def deviations(
@@ -174,8 +147,8 @@ class Recipe:
     ) -> list[str]:
         """Return the points in which a training is not as published, one line each.
 
-        All facts and all settings of the training are compared. A fact in words, such as the classifier's weights, is
-        listed unless ``given`` has the same words. What this package does not reproduce is in ``not_reproduced``.
+        All facts and settings are compared. A fact in words is listed unless ``given`` has the same words. What this
+        package does not reproduce is in ``not_reproduced``.
 
         Args:
             task: the training, as ``task`` of the recipe makes it.
@@ -244,13 +217,7 @@ def _text(value: Any) -> str:
 
 
 def read_recipes(kind: type[R], method: str) -> dict[str, R]:
-    """Read the recipes of a method. The keys of the result are the recipes' names without the method's name.
-
-    Args:
-        kind: the method's class of recipes.
-        method: name of the method's folder, which has ``recipes.json``. A fact in this file is a list of value, grade,
-            source and, if it differs, the value in the authors' code. A fraction is a text such as "8/255".
-    """
+    """Read ``recipes.json`` of a method. The keys of the result are the recipes' names without the method's name."""
     systems = json.loads((Path(__file__).parent / method / "recipes.json").read_text(encoding="utf-8"))
     recipes = {}
     for name, system in systems.items():

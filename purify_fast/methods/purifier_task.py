@@ -19,13 +19,7 @@ D = TypeVar("D", bound=Defence)
 
 
 class PurifierTask(MethodTask, Generic[D]):
-    """Trains the purifier of a defence. The classifier is frozen, unless a setting of the method makes it trainable.
-
-    Args:
-        defence: the defence to train.
-        config: settings of the training. With the precision "bfloat16", the defence is accelerated.
-        origin: name of the purifier's initial weights. A run is resumed only with the same name.
-    """
+    """Trains the purifier of a defence. The classifier is frozen, unless a setting of the method makes it trainable."""
 
     def __init__(self, defence: D, config: Any, origin: str):
         super().__init__(config, defence)
@@ -48,14 +42,7 @@ class PurifierTask(MethodTask, Generic[D]):
         return {**super().describe(), "defence": self.defence.arguments, "classifier": self.classifier}
 
     def attack_facts(self, attack: TrainingAttack) -> dict[str, Any]:
-        """Return the facts, except the radius, that determine the images of an attack on the frozen classifier.
-
-        Args:
-            attack: the attack.
-
-        Raises:
-            ValueError: the radius rises from epoch to epoch.
-        """
+        """Return the facts, except the radius, that determine the images of an attack on the frozen classifier."""
         if attack.eps_warmup:
             raise ValueError(
                 f"bank needs one radius for all epochs, but eps_warmup {attack.eps_warmup:g} changes the radius in the "

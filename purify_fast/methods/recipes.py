@@ -12,9 +12,7 @@ RECIPES: dict[str, Recipe] = {recipe.name: recipe for method in METHODS.values()
 
 
 def recipe(name: str, method: str | None = None) -> Any:
-    """Return the recipe of a published system.
-
-    This is a `CarsoRecipe`, `AtopRecipe`, `ArrestRecipe` or `DiffusionRecipe`. A `DiffusionRecipe` has no training.
+    """Return the recipe of a published system: a `CarsoRecipe`, `AtopRecipe`, `ArrestRecipe` or `DiffusionRecipe`.
 
     Args:
         name: name of the method and the system, such as "carso/cifar10".

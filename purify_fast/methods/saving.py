@@ -16,17 +16,7 @@ from ..training.checkpoint import save_model
 
 
 def answer_of(argument: str, module: nn.Module, given: str, call: Callable[[], Any]) -> Any:
-    """Call a user's module in evaluation mode, and return the result.
-
-    Args:
-        argument: name of the argument that is the module, for the message.
-        module: the module.
-        given: description of the module's inputs, for the message.
-        call: function that calls the module.
-
-    Raises:
-        ValueError: the call raised an error.
-    """
+    """Call a user's module in evaluation mode. If the call fails, a ValueError names the argument and its inputs."""
     try:
         with evaluation_mode(module), torch.no_grad():
             return call()
@@ -35,12 +25,7 @@ def answer_of(argument: str, module: nn.Module, given: str, call: Callable[[], A
 
 
 def description(module: nn.Module, kinds: Mapping[str, type[nn.Module]]) -> dict[str, Any]:
-    """Describe a module by JSON values for `rebuilt`, and a module of the user's own only by its class's name.
-
-    Args:
-        module: the module.
-        kinds: this package's classes, by the names that are saved.
-    """
+    """Describe a module by JSON values for `rebuilt`, and a module of the user's own only by its class's name."""
     for name, kind in kinds.items():
         if type(module) is kind:
             return {"kind": name, "arguments": module.arguments}
@@ -50,17 +35,7 @@ def description(module: nn.Module, kinds: Mapping[str, type[nn.Module]]) -> dict
 def rebuilt(
     facts: Mapping[str, Any], given: nn.Module | None, kinds: Mapping[str, type[nn.Module]], folder: str | Path
 ) -> nn.Module:
-    """Make the module of a saved `description`, or return the given module if it has that description.
-
-    Args:
-        facts: the description.
-        given: a module of the user's own, which is checked and returned. If None, the module is made.
-        kinds: this package's classes, by the names that are saved.
-        folder: folder of the saved description, for the message.
-
-    Raises:
-        ValueError: the saved module is the user's own, and none is given; or the given module has another description.
-    """
+    """Make the module of a saved `description`, or return the user's ``given`` module, if it has that description."""
     if given is None:
         if facts["kind"] not in kinds:
             raise ValueError(
@@ -75,15 +50,7 @@ def rebuilt(
 
 
 def save_defence(defence: Defence, folder: str | Path) -> None:
-    """Write a defence to ``model.safetensors``, which `purify_fast.load_defence` reads.
-
-    The file has the weights of the purifier, and those of the classifier if it was trained too. A frozen classifier is
-    represented by a fingerprint of its weights. The file appears whole or not at all.
-
-    Args:
-        defence: the defence to write.
-        folder: folder for ``model.safetensors``.
-    """
+    """Write a defence to ``model.safetensors``: the trained weights, and the fingerprint of a frozen classifier."""
     facts = {"classifier": weights_fingerprint(defence.classifier), "own_classifier": defence.own_classifier}
     facts |= {"acts_from_step": defence.acts_from_step, **({"bank": defence.bank} if defence.bank else {})}
     save_model(folder, type(defence).__name__, defence.arguments, trained_tensors(defence), **facts)

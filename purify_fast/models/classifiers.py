@@ -1,11 +1,6 @@
 """Classifiers that can be built, saved and loaded by their names.
 
-The package also accepts any other module from images in [0, 1] to logits.
-
-The published CARSO systems have wide residual networks as classifiers, in DeepMind's form (Zagoruyko, Komodakis: BMVC
-2016; Gowal et al., arXiv 2010.03593): SiLU, pre-activation, "SAME" padding, and a normalization of the images as first
-layer. `WideResNet` has the parameter names of RobustBench's ``DMWideResNet``, so its state dicts can be loaded with
-``strict=True``.
+`WideResNet` (BMVC 2016; Gowal et al., arXiv 2010.03593) has the parameter names of RobustBench's ``DMWideResNet``.
 """
 
 from __future__ import annotations
@@ -32,14 +27,14 @@ CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
 class SmallCNN(nn.Module):
     """A small network of this package: four convolutions and two linear layers, with SiLU and a fixed normalization.
 
+    ``forward``: images ``[B, in_channels, H, W]`` in [0, 1] -> logits ``[B, num_classes]``. The layers are ``conv1`` to
+    ``conv4`` and ``hidden``.
+
     Args:
         in_channels: number of channels of the images.
         num_classes: number of classes, at least 2.
         image_size: height and width of the images, at least 8 each.
         width: number of channels of the first two convolutions; the other two have twice as many.
-
-    ``forward(x)``: images ``[B, in_channels, H, W]`` in [0, 1] -> logits ``[B, num_classes]``. The layers ``conv1`` to
-    ``conv4`` and ``hidden`` can be named as layers of a representation.
     """
 
     # This network has no pooling, so its representation is the output of its penultimate layer.
@@ -83,6 +78,10 @@ class _Dropout(nn.Module):
 class FullyConnected(nn.Module):
     """The MNIST classifier of CARSO's first version. Mish, BatchNorm and dropout (0.15) follow each hidden layer.
 
+    ``forward``: images ``[B, in_channels, H, W]`` in [0, 1] -> log-probabilities ``[B, num_classes]``. A Mish and a
+    log-softmax follow the last layer. With the default sizes, CARSO's representation is ``body.1``, ``body.5`` and
+    ``body.9`` (290 numbers).
+
     Args:
         in_channels: number of channels of the images.
         num_classes: number of classes, at least 2.
@@ -90,13 +89,6 @@ class FullyConnected(nn.Module):
         hidden: sizes of the hidden layers; the published network has 200 and 80.
         mean: mean of the images: a number, or a number for each channel. The default is the mean of MNIST.
         std: standard deviation of the images, in the same form. The default is that of MNIST.
-
-    ``forward(x)``: images ``[B, in_channels, H, W]`` in [0, 1] -> log-probabilities ``[B, num_classes]``. A Mish and a
-    log-softmax follow the last linear layer, as in the recipe carso/mnist_v1. With the default sizes, CARSO uses the
-    outputs of ``body.1``, ``body.5`` and ``body.9`` (the three Mish) as representation, 290 numbers in all.
-
-    Raises:
-        ValueError: there is no hidden layer, there are fewer than 2 classes, or another size is below 1.
     """
 
     def __init__(
@@ -144,18 +136,15 @@ class _Block(nn.Module):
 class PreActResNet18(nn.Module):
     """ResNet-18 with pre-activation (He et al., ECCV 2016) for small images, with the normalization as first layer.
 
+    ``forward``: images ``[B, in_channels, H, W]`` in [0, 1], of any size -> logits ``[B, num_classes]``. The blocks are
+    ``stages.i.j`` with i from 0 to 3 and j from 0 to 1. The map before pooling is the output of ``act``.
+
     Args:
         num_classes: number of classes, at least 2.
         in_channels: number of channels of the images.
         mean: mean of the images: a number, or a number for each channel.
         std: standard deviation of the images, in the same form.
         width: number of channels of the first stage (64 in He et al.).
-
-    ``forward(x)``: images ``[B, in_channels, H, W]`` in [0, 1], of any size -> logits ``[B, num_classes]``. The blocks
-    are ``stages.i.j`` with i from 0 to 3 and j from 0 to 1. The map before pooling is the output of ``act``.
-
-    Raises:
-        ValueError: there are fewer than 2 classes, or another size is below 1.
     """
 
     before_pooling = "act"
@@ -206,9 +195,10 @@ class _WideBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """The wide residual network WRN-depth-width.
+    """The wide residual network WRN-depth-width. WRN-28-10 with SiLU is CARSO's classifier on CIFAR and TinyImageNet.
 
-    WRN-28-10 with SiLU is CARSO's classifier on CIFAR-10, CIFAR-100 and TinyImageNet.
+    ``forward``: images ``[B, in_channels, H, W]`` in [0, 1], of any size -> logits ``[B, num_classes]``. The output of
+    ``relu`` is the map before pooling.
 
     Args:
         depth: number of layers: 6 n + 4, where n is the number of blocks in each of the three groups.
@@ -218,12 +208,6 @@ class WideResNet(nn.Module):
         std: standard deviation of the images, in the same form. The default is that of CIFAR-10.
         in_channels: number of channels of the images.
         activation: "silu" as in RobustBench's ``DMWideResNet``, or "relu" as in the paper of Zagoruyko and Komodakis.
-
-    ``forward(x)``: images ``[B, in_channels, H, W]`` in [0, 1], of any size -> logits ``[B, num_classes]``. The output
-    of ``relu`` is the map before pooling.
-
-    Raises:
-        ValueError: depth is not 6 n + 4, there are fewer than 2 classes, or another size is below 1.
     """
 
     before_pooling = "relu"
@@ -265,13 +249,9 @@ class WideResNet(nn.Module):
         return self.logits(out.mean((2, 3)))
 
     def representation_layers(self) -> list[str]:
-        """The layers that CARSO uses as representation, in the order of execution.
+        """The names of the layers that CARSO uses as representation, in the order of execution; 26 for depth 28.
 
-        These are the two convolutions of every block, and the strided shortcuts. The shortcut of the first group, the
-        first convolution and the logits are left out.
-
-        Returns:
-            The names of the layers, as in ``named_modules()``; 26 names for depth 28.
+        They are the two convolutions of every block, and the strided shortcuts except that of the first group.
         """
         return [
             f"layer.{g}.block.{b}.{part}"

@@ -1,15 +1,8 @@
 """Layers that several networks use.
 
-`LeakyReLU` and the BatchNorms are torch's layers with slope, eps and momentum as constants in the code:
-``torch.compile(dynamic=True)`` first treats a number in an attribute as variable, and starts again when it finds that
-an operator needs a constant.
-
-In training mode with several processes, BatchNorm uses the statistics of the images of all processes. Every process
-must then run the same layers, and must have at least one image. There are two implementations.
-
-- The implementation for CUDA calls the functions of PyTorch that torch.nn.SyncBatchNorm uses
-  (torch/nn/modules/_functions.py): five operators forward and four backward.
-- On other devices, where these functions do not exist and SyncBatchNorm refuses tensors, more operators do the same.
+`LeakyReLU` and the BatchNorms have slope, eps and momentum as constants in the code, because dynamic compilation treats
+a number in an attribute as variable. In training mode with several processes, BatchNorm uses the statistics of the
+images of all processes, each of which must have an image. On CUDA it calls the functions of torch.nn.SyncBatchNorm.
 """
 
 from __future__ import annotations
@@ -34,10 +27,7 @@ Statistic: TypeAlias = float | Sequence[float] | Tensor | np.ndarray
 
 
 class Conv2d(nn.Conv2d):
-    """torch's Conv2d, which calls `purify_fast.ops.conv2d` where that op has a kernel (AVX512-BF16 without AMX).
-
-    The op computes only convolutions with one group that pad with zeros. torch computes all other convolutions.
-    """
+    """torch's Conv2d, which calls `purify_fast.ops.conv2d` where that has a kernel, for one group and zero padding."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         # Where no kernel exists, as on GPUs and on CPUs with AMX, the checks of `conv2d` would only take time.
@@ -105,17 +95,12 @@ def normalization(mean: Statistic, std: Statistic, channels: int) -> dict[str, l
 
 
 class Normalize(nn.Module):
-    """Normalizes images ``[B, C, H, W]``: (x - mean) / std for each channel.
-
-    The state dict contains neither the mean nor the standard deviation.
+    """Normalizes images ``[B, C, H, W]``: (x - mean) / std for each channel. Neither is in the state dict.
 
     Args:
         mean: a number, or a number for each channel, in image units.
         std: the standard deviation in the same form; above 0.
         channels: number of channels of the images.
-
-    Attributes:
-        arguments: ``mean`` and ``std`` as lists.
     """
 
     mean: Tensor
@@ -170,10 +155,7 @@ def moments_everywhere(x: Tensor, world: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _Normalize(torch.autograd.Function):
-    """BatchNorm with the mean and the variance that `moments_everywhere` returns.
-
-    They depend on the images of all processes. So the backward pass, too, needs sums over all processes.
-    """
+    """BatchNorm with the mean and variance of `moments_everywhere`, whose backward also sums over all processes."""
 
     @staticmethod
     def forward(

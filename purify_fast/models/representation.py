@@ -1,8 +1,7 @@
-"""Read the internal representation of a classifier: the outputs of layers that are given by name.
+"""Read the internal representation of a classifier: the outputs of layers that are given by name, by forward hooks.
 
-Forward hooks read the outputs. They are registered once, because new hooks would make `torch.compile` compile again.
-A first pass finds the layers whose output is later overwritten in place, such as by ``x += shortcut``. The version
-counter of such an output is higher after the pass than in the hook. Only the outputs of these layers are cloned.
+They are registered once, because new hooks would make `torch.compile` compile again. In a first pass, the version
+counter of an output tells whether it is later overwritten in place, such as by ``x += shortcut``, and must be cloned.
 """
 
 from __future__ import annotations
@@ -122,16 +121,15 @@ class Representation:
         image_shape: shape (C, H, W) of the images, for a first pass.
 
     Attributes:
-        outputs: for each thread with a pass in progress, the outputs that the hooks have read so far. If another thread
-            calls the classifier itself at the same time, the outputs of that call are not read.
+        outputs: for each thread with a pass in progress, the outputs that the hooks have read so far.
         traced: the outputs that the hooks have read while a graph is traced; None at other times.
         shapes: for each layer, the shape of its output without the batch dimension.
         overwritten: for each layer, whether its output is cloned because the model overwrites the output later.
         num_classes: the number of classes of the model.
 
     Raises:
-        ValueError: a layer is unknown, is named twice, or does not run exactly once in a forward pass. Or the output of
-            a layer is not a tensor [B, C, H, W], [B, T, D] or [B, F].
+        ValueError: a layer is unknown, is named twice, or does not run exactly once in a forward pass. Or its output is
+            not a tensor [B, C, H, W], [B, T, D] or [B, F].
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[str], image_shape: tuple[int, int, int]):
@@ -185,22 +183,11 @@ class Representation:
         return shapes, classes
 
     def __call__(self, x: Tensor) -> list[Tensor]:
-        """The outputs of the layers, in the order of ``layers``. They can be differentiated.
-
-        Args:
-            x: images ``[B, C, H, W]``.
-        """
+        """The outputs of the layers for images ``[B, C, H, W]``, in the order of ``layers``, with gradients."""
         return self.with_logits(x)[1]
 
     def with_logits(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The logits of the model and the outputs of the layers, from one forward pass.
-
-        Args:
-            x: images ``[B, C, H, W]``.
-
-        Raises:
-            ValueError: a gradient is recorded, and a layer runs inside a reentrant checkpoint, so it gets none.
-        """
+        """Return logits and outputs of the layers. Gradients within reentrant checkpoints are refused."""
         outputs: list[Any] = [None] * len(self.layers)
         if torch.compiler.is_compiling():
             self.traced = outputs

@@ -5,9 +5,7 @@
              the numbers of channels differ
     path   : width channels at full size, 2 width at half size, 4 width at a quarter, and back up with skips
 
-This is a small form of the network in Ho, Jain, Abbeel: "Denoising Diffusion Probabilistic Models", NeurIPS 2020,
-appendix B. The small form has three levels, one block per level and direction, resizing without weights, and one
-attention at the lowest level.
+This is a small form of the network in Ho, Jain, Abbeel: "Denoising Diffusion Probabilistic Models", NeurIPS 2020.
 """
 
 from __future__ import annotations
@@ -47,11 +45,7 @@ def _active(norm: nn.GroupNorm, h: Tensor, shift: Tensor | None = None) -> Tenso
 
 
 class TimeLayer(nn.Linear):
-    """A linear layer of the embedded time. In a bfloat16 copy of the network, this layer remains in float32.
-
-    The times of a batch are often equal, and the layer then computes a single row. On a CPU, such a product takes five
-    times as long in bfloat16.
-    """
+    """A linear layer of the embedded time, in float32 also in a bfloat16 copy. Equal times take a single row."""
 
 
 class _Block(nn.Module):
@@ -89,25 +83,20 @@ class _Attention(nn.Module):
 class UNet(nn.Module):
     """A denoiser for small images.
 
-    Args:
-        channels: number of channels C of the images.
-        width: number of channels at full size: a multiple of 16, or an even number below 16. There are 2 times as
-            many at half size, and 4 times as many at a quarter of the size.
-        patch: side of the squares of pixels that are turned into channels before the first layer, and back into pixels
-            after the last layer. With patch 2, the network computes a quarter of the operations that it computes with
-            patch 1.
-        attention: whether the lowest level has attention over its positions.
-
-    ``forward(x, t)``: images x ``[B, C, H, W]``, floating point; H and W are multiples of ``patch``, at least
-    3 ``patch``. Times t ``[B]`` or ``[]``, on the scale from 0 to 1,000, with or without fractions. The result is
+    ``forward(x, t)``: images x ``[B, C, H, W]``, floating point; H and W are multiples of ``patch``, at least 3
+    ``patch``. Times t ``[B]`` or ``[]``, on the scale from 0 to 1,000, with or without fractions. The result is
     ``[B, C, H, W]`` in the dtype of the convolutions.
 
-    With patch 1 and width 32, the forward pass of an image 3 x 32 x 32 has 310 million floating-point operations, with
-    a multiply-add counted as two. This number grows with the number of pixels and with the square of the width. The
-    network has about 930 ``width ** 2`` weights.
+    With patch 1 and width 32, a forward pass of an image 3 x 32 x 32 has 310 million floating-point operations. The
+    number grows with the square of the width. The network has about 930 ``width ** 2`` weights.
 
-    Raises:
-        ValueError: a size does not fit. The constructor or `forward` raises this error.
+    Args:
+        channels: number of channels C of the images.
+        width: number of channels at full size: a multiple of 16, or an even number below 16. There are 2 times as many
+            at half size, and 4 times as many at a quarter of the size.
+        patch: side of the squares of pixels that are turned into channels before the first layer, and back after the
+            last layer. With patch 2, the network computes a quarter of the operations.
+        attention: whether the lowest level has attention over its positions.
     """
 
     frequencies: Tensor
@@ -134,14 +123,7 @@ class UNet(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def embed(self, t: Tensor) -> Tensor:
-        """Embed the time for the blocks.
-
-        Args:
-            t: the time, as in `forward`.
-
-        Returns:
-            The embedding, ``[B, 4 width]``.
-        """
+        """Embed the time, given as in `forward`, for the blocks: ``[B, 4 width]``."""
         angles = t.reshape(-1, 1).to(self.frequencies.dtype) * self.frequencies
         embedded: Tensor = self.time(torch.cat([angles.sin(), angles.cos()], 1))
         return embedded
@@ -180,11 +162,7 @@ def _halved(h: Tensor) -> Tensor:
 
 
 class _Doubled(torch.autograd.Function):
-    """Doubles the size of a map: each pixel becomes a square of 2 x 2 pixels.
-
-    The gradient of a pixel is the sum of the gradients in its square. PyTorch's gradient takes ten times as long on a
-    CPU, in bfloat16 and channels_last.
-    """
+    """Makes each pixel a square of 2 x 2 pixels, with a gradient that is faster than PyTorch's on a CPU."""
 
     @staticmethod
     def forward(ctx: Any, h: Tensor) -> Tensor:

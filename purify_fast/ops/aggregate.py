@@ -1,23 +1,17 @@
 """Combines the logits l [B, K, C] of K samples into one prediction, in the log domain.
 
     lse             q_i = logsumexp_k l_ki
-    peel            log P_i = S_i - logsumexp_j S_j,   S = exp(q)
+    peel            log P_i = S_i - logsumexp_j S_j,   S = exp(q), continued above q = 70 along its tangent
     mean            mean_k l_ki
     mean_sigmoid    logit(mean_k sigmoid(l_ki))
     vote            the number of samples whose largest logit is l_ki
     peel_reference  logit(softmax_i(sum_k exp(l_ki)))
     vote_reference  sum_k floor(l_ki / max_j l_kj)
 
-``lse`` is the default. It predicts the same class as ``peel``, and is always finite. ``peel`` is the logarithm of
-CARSO's P (arXiv 2306.06081, section 4.5). ``mean_sigmoid`` is the aggregation "prob" in CARSO's code. ``vote`` has no
-gradient, so attack ``lse`` in its place.
-
-The last two formulas are for study only. ``peel_reference`` is the form of ``peel`` in CARSO's code. With K = 8 and all
-other logits 0, it is infinite if the top logit is above about 1.2. Its gradients are then NaN, so an attack on it gives
-a meaningless result. ``vote_reference`` is the aggregation "count" in CARSO's code. It is wrong for negative logits.
-
-Above q = 70, exp(q) is continued along its tangent. So S is finite (for logits up to 1e8 in float32), and the order of
-the classes is preserved.
+``lse`` predicts the same class as ``peel``, and is always finite. ``peel`` is the logarithm of CARSO's P (arXiv
+2306.06081, section 4.5). The last two formulas are those of CARSO's code, for study only. ``peel_reference`` is often
+infinite (with K = 8 and all other logits 0, above a top logit of 1.2), with NaN gradients, so an attack on it gives a
+meaningless result. ``vote_reference`` ("count" there) is wrong for negative logits. ``mean_sigmoid`` is "prob" there.
 """
 
 from __future__ import annotations
@@ -84,19 +78,13 @@ def reference_backward(grad: Tensor, logits: Tensor, method: int) -> Tensor:
 
 
 def peel_reference(logits: Tensor) -> Tensor:
-    """Compute ``peel`` as CARSO's code does: map logits [B, K, C] to [B, C]. This is for study only.
-
-    Where the result saturates, it is infinite and has no gradient.
-    """
+    """Compute ``peel`` as CARSO's code does, [B, K, C] to [B, C]. It can be infinite, and then has no gradient."""
     p = torch.softmax(torch.exp(wide(logits)).sum(1), 1)
     return torch.log(p / (1 - p))
 
 
 def vote_reference(logits: Tensor) -> Tensor:
-    """Compute "count" as CARSO's code does: map logits [B, K, C] to [B, C]. This is for study only.
-
-    The result is wrong for negative logits, and its gradient is 0.
-    """
+    """Compute CARSO's "count", [B, K, C] to [B, C]. It is wrong for negative logits, and its gradient is 0."""
     x = wide(logits)
     return torch.floor(x / x.amax(2, keepdim=True)).sum(1)
 
@@ -173,22 +161,20 @@ def aggregate(logits: Tensor, method: str = "lse", dim: int = 1) -> Tensor:
 
     Args:
         logits: ``[B, K, C]``, K >= 1, C >= 2; float16, bfloat16, float32 or float64.
-        method: ``lse``, ``peel`` (log-probabilities), ``mean``, ``mean_sigmoid`` or ``vote``. ``peel_reference`` and
-            ``vote_reference`` are CARSO's published forms. Attacks on them give meaningless results, as the module's
-            docstring explains.
+        method: ``lse``, ``peel`` (log-probabilities), ``mean``, ``mean_sigmoid`` or ``vote``, which has gradient 0:
+            attack ``lse`` in its place. ``peel_reference`` and ``vote_reference`` are CARSO's published forms, on which
+            attacks give meaningless results.
         dim: dimension of the K samples. The others are the batch and, last, the classes. So logits is ``[B, C, K]`` for
             dim = -1 and ``[K, B, C]`` for dim = 0.
 
     Returns:
         ``[B, C]``, float32 (float64 for float64 inputs), also under autocast. Finite for logits up to 1e8, except for
-        the two published forms. ``lse``, ``peel`` and ``peel_reference`` (where finite) have the same argmax.
+        the published forms. ``lse``, ``peel`` and ``peel_reference`` (where finite) have the same argmax.
 
     Raises:
-        ValueError: if logits is not floating point with three dimensions, K >= 1 and C >= 2, or if the method or dim is
-            unknown.
+        ValueError: a shape, a dtype, the method or dim is wrong.
 
-    ``vote`` has gradient 0. The op has first-order gradients only and is deterministic. The kernels do not support
-    ``vmap``.
+    The op has first-order gradients only and is deterministic. The kernels do not support ``vmap``.
     """
     check_floating(logits=logits)
     if logits.dim() != 3:

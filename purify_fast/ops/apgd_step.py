@@ -3,10 +3,8 @@
     z      = P(x + alpha dir(g))
     x_new  = P(x + a (z - x) + (1 - a) (x - previous))
 
-Source: Croce & Hein, ICML 2020, algorithm 1. a is 0.75, and 1 in the first step. P and dir are those of `pgd_step`: P
-projects onto the ball, and then onto the box; dir is sign(g) (linf) or g / |g| (l2). If g is zero or not finite, dir is
-0, and only the momentum moves the element (linf) or the sample (l2). NaN in x, x_nat or previous propagates. Each
-sample has its own step length alpha and its own radius eps of the ball.
+Source: Croce & Hein, ICML 2020, algorithm 1. a is 0.75, and 1 in the first step. P and dir are those of `pgd_step`. If
+g is zero or not finite, dir is 0, and only the momentum moves the element (linf) or the sample (l2).
 """
 
 from __future__ import annotations
@@ -71,8 +69,8 @@ def apgd_step(
     Args:
         x: current images of the attack, ``[B, ...]``; float16, bfloat16, float32 or float64; image units.
         grad: gradient of the attacker's loss at x, with x's shape, dtype and device.
-        x_nat: attacked images, the centers of the balls, with x's shape, dtype and device.
-        previous: value of x before its last step, with x's shape, dtype and device.
+        x_nat: attacked images, the centers of the balls, in the same form.
+        previous: value of x before its last step, in the same form.
         alpha: length of the step in image units, a number or ``[B]``.
         eps: radius of the ball in image units, a number or ``[B]``.
         momentum: weight a of the new step, in [0, 1]. The last move has the weight 1 - a.
@@ -81,11 +79,10 @@ def apgd_step(
         hi: upper end of the box, at least lo.
 
     Returns:
-        The new x, with the same shape and dtype, contiguous. There is no gradient.
+        The new x, with the same shape and dtype, contiguous. There is no gradient. NaN in an image propagates.
 
     Raises:
-        ValueError: if shapes, dtypes or devices do not match, if the norm is unknown, if eps is a number and negative
-            or NaN, if momentum is outside [0, 1], or if lo > hi.
+        ValueError: a shape, dtype, device or setting is wrong.
 
     The op is deterministic, and ``linf`` is bit-exact across backends.
     """

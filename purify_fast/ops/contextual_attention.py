@@ -5,25 +5,21 @@ the grid h x w = H/2 x W/2, is a query q and a key p. Positions are numbered in 
 
     R[q, p]   inner product of two 3x3 patches of P: the patch around q, and the patch K_p around p
     X[q, p]   R[q, p] / max(|K_p|, 1e-4)
-    S[q, p]   X after two passes of X[q, p] <- X[q, p] + X[q-1, p-1] + X[q+1, p+1]
-    A[q, p]   v_p softmax_p(scale v_p S[q, p])
+    S[q, p]   X after two passes of X[q, p] <- X[q, p] + X[q-1, p-1] + X[q+1, p+1] ("fuse"; the second column-major)
+    A[q, p]   v_p softmax_p(scale v_p S[q, p]), where v_p is 1 for a valid key and 0 for an invalid key
     y         1/4 of the sum of overlapping 4x4 patches: the patch at q is the sum over p of A[q, p] (F's patch at p)
 
-The 4x4 patches have stride 2 and padding 1. Everything outside the grid or the image is zero. The two passes are called
-"fuse". In the second pass, positions are numbered in column-major order. v_p is 1 for a valid key and 0 for an invalid
-key. So an invalid key has the logit 0 in the softmax, and the weight 0 in A.
+The 4x4 patches have stride 2 and padding 1. Everything outside the grid or the image is zero.
 
-Source: DeepFillv2 (Yu et al., CVPR 2018, ICCV 2019), as in the generator of AToP (arXiv 2401.16352), except that every
-sample has its own keys. The patches are never built. Let G = P'P, where P' is the transpose of P. In the
-following sums, the same offset o shifts both positions of G or A, and numbers outside the grid are zero:
+Source: DeepFillv2 (Yu et al., CVPR 2018, ICCV 2019), as in AToP (arXiv 2401.16352), except that every sample has its
+own keys. The patches are never built. Let G = P'P, and let the offset o shift both positions of G or A:
 
     R[q, p] = sum over the 9 offsets o in {-1, 0, 1} x {-1, 0, 1} of G[q+o, p+o]
     y_ab = U_ab F_ab,   U_ab[q, p] = 1/4 sum over o in {0, a'} x {0, b'} of A[q+o, p+o]
 
-where F_ab, a, b in {0, 1}, holds the pixels (2i + a, 2j + b), a' = 2a - 1 and b' = 2b - 1. The first line needs a ninth
-of the products that patches would need, and the second a quarter. PyTorch computes the matrix products. The op computes
-the part between them, from G to U. The sums of R and of the two passes are symmetric, so the backward uses the same
-sums. In the backward of U, the offsets are -o.
+where F_ab, a, b in {0, 1}, holds the pixels (2i + a, 2j + b), a' = 2a - 1 and b' = 2b - 1. PyTorch computes the matrix
+products; the op computes the part between them, from G to U. The sums of R and of the two passes are symmetric, so the
+backward uses the same sums. In the backward of U, the offsets are -o.
 """
 
 from __future__ import annotations
@@ -43,11 +39,7 @@ _SMALLEST_NORM = 1e-4
 
 
 def _moved(x: Tensor, step: int, dim: int) -> Tensor:
-    """Shift x by one position, along dimension ``dim`` of the queries and the same dimension of the keys.
-
-    The result at position i is the value of x at i + step, where step is 1 or -1. x is [B, queries, keys]; each
-    of the two has one dimension (L) or two (h, w).
-    """
+    """Shift both positions of x [B, queries, keys] along ``dim``: the result at i is x at i + step (1 or -1)."""
     groups, size = x.dim() // 2, x.shape[dim]
     padding = [0] * (2 * x.dim())
     for d in (dim, dim + groups):
@@ -84,20 +76,7 @@ def _grids(x: Tensor, height: int, width: int) -> Tensor:
 def reference(
     correlation: Tensor, inverse: Tensor, keep: Tensor, height: int, width: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Compute, in plain PyTorch, the part between the matrix products.
-
-    Args:
-        correlation: G ``[B, L, L]``, L = height * width; float32 or float64, which is the dtype of the arithmetic.
-        inverse: 1 / norms of the keys, ``[B, L]``, in the correlation's dtype.
-        keep: v ``[B, L]``, 0 or 1, in the dtype of the result U.
-        height: h, the height of the grid of keys.
-        width: w, the width of the grid of keys.
-        scale: factor of the scores before the softmax.
-
-    Returns:
-        U ``[B, 4, L, L]``, where the second index is 2 a + b; and A ``[B, L, L]``, which the backward needs. Queries
-        are rows and keys are columns.
-    """
+    """Return U ``[B, 4, L, L]`` (second index 2 a + b) and A ``[B, L, L]`` (rows are queries), in plain PyTorch."""
     v = keep.to(correlation.dtype)[:, None]
     scores = _patches(correlation, height, width) * inverse[:, None]
     # The inner call of _both is the first pass of "fuse", with positions in row-major order.
@@ -243,26 +222,24 @@ _whole = differentiable(_attend, _attend_backward, lambda inputs, outputs: (*out
 
 
 def contextual_attention(features: Tensor, valid: Tensor, scale: float = 10.0) -> Tensor:
-    """Rebuild a feature map from its valid patches, weighted by similarity (see the module's docstring).
+    """Rebuild a feature map from its valid patches, weighted by similarity.
 
     Args:
         features: ``[B, C, H, W]``, H and W even; float16, bfloat16, float32 or float64. They get a gradient.
-        valid: bool ``[B, (H/2) * (W/2)]``, the keys that each sample may use, in row-major order. `key_validity`
-            returns it.
+        valid: bool ``[B, (H/2) * (W/2)]``, the keys that each sample may use, in row-major order (`key_validity`).
         scale: factor of the scores before the softmax.
 
     Returns:
         ``[B, C, H, W]``, the features' dtype, also under autocast; contiguous, or channels_last if the features are.
-        Scores and softmax are float32 (float64 for float64). The sums of the weights are rounded to the features'
-        dtype. The matrix products follow ``torch.set_float32_matmul_precision``.
+        Scores and softmax are float32 (float64 for float64). The matrix products follow
+        ``torch.set_float32_matmul_precision``.
 
     Raises:
-        ValueError: if features is not floating point with four dimensions and even, positive H and W, or if valid is
-            not bool or has a wrong shape or device.
+        ValueError: a shape, dtype or device is wrong.
 
-    Memory: six [H*W/4, H*W/4] matrices per sample, which is 24 MiB in float32 at 64x64. If a gradient is recorded, they
-    are stored until the backward. The op has first-order gradients only and is deterministic. A sample's result does
-    not depend on the other samples, apart from the rounding of the matrix products.
+    Memory: six [H*W/4, H*W/4] matrices per sample (24 MiB in float32 at 64x64), which a gradient stores until the
+    backward. The op has first-order gradients only and is deterministic. A sample's result does not depend on the other
+    samples, apart from the rounding of the matrix products.
     """
     check_floating(features=features)
     if features.dim() != 4:
@@ -313,12 +290,11 @@ def key_validity(mask: Tensor, size: tuple[int, int]) -> Tensor:
 
     Returns:
         bool ``[B, h * w]``, row-major. A cell of the grid is missing if any pixel of the mask inside the cell is
-        nonzero. For 256 px images with blocks of 32 px, the result is that of the published code, which reads every
-        eighth pixel. At smaller sizes, reading every eighth pixel would miss blocks. Cells outside the grid do not
-        count as missing. There is no gradient.
+        nonzero. The published code reads every eighth pixel, with the same result for 256 px images with blocks of 32
+        px. Cells outside the grid do not count as missing. There is no gradient.
 
     Raises:
-        ValueError: if mask is not [B, 1, H0, W0] or is empty, or if h or w is below 1.
+        ValueError: mask is not [B, 1, H0, W0] or is empty, or h or w is below 1.
     """
     if mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2] < 1 or mask.shape[3] < 1:
         raise ValueError(f"mask must be [B, 1, H0, W0], got {list(mask.shape)}")

@@ -2,18 +2,12 @@
 
     out[b, y, x, o] = bias[o] + sum over i, j, c of input[b, y s + i d - p, x s + j d - p, c] weight[o, i, j, c]
 
-with stride s, zero padding p and dilation d. The reference is ``torch.nn.functional.conv2d``, for any floating dtype
-and device. The kernels support a single case: bfloat16, channels_last, one group, on a processor that multiplies pairs
-of bfloat16 numbers (AVX512-BF16) and has no matrix tiles (AMX). The op `fused_convolution` has a kernel for GPUs.
+with stride s, zero padding p and dilation d. The kernels support a single case: bfloat16, channels_last, one group, on
+a processor with AVX512-BF16 and without AMX. Sums and the gradients of weight and bias are float32.
 
-Sums are in float32. The gradients of weight and bias are not rounded to bfloat16, unlike PyTorch's.
-
-Convolutions with 3 x 3 taps, stride 1 and enough channels and pixels use Winograd's algorithm F(2 x 2, 3 x 3) (Lavin
-and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016), which needs half the products. It multiplies
-sums of four pixels with sums of nine weights, and rounds these sums to bfloat16. For normally distributed numbers, the
-result has a relative error of 0.4 %. An infinity or a NaN also affects neighboring pixels, and infinities become NaN.
-Sums of numbers near the largest bfloat16 number can overflow. Even without Winograd's algorithm, a non-finite weight or
-gradient may affect pixels at the border that it does not affect in PyTorch.
+3 x 3 convolutions with stride 1 and enough channels and pixels use Winograd's algorithm F(2 x 2, 3 x 3) (Lavin and
+Gray, CVPR 2016) with half the products. It rounds sums of four pixels and of nine weights to bfloat16. The relative
+error is 0.4 % for normal numbers. Infinities and NaN affect neighboring pixels, and sums of huge numbers overflow.
 """
 
 from __future__ import annotations
@@ -49,10 +43,7 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def reference(input: Tensor, weight: Tensor, bias: Tensor | None, *settings: Sequence[int]) -> Tensor:
-    """Compute the op in plain PyTorch.
-
-    Maps input [B, H, W, C], weight [O, K, L, C] in input's dtype and bias [O] or None to [B, H', W', O].
-    """
+    """Compute [B, H', W', O] in plain PyTorch: input [B, H, W, C], weight [O, K, L, C], bias [O] or None."""
     shift = None if bias is None else bias.to(input.dtype)
     stride, padding, dilation = settings
     out = F.conv2d(channels_first(input), channels_first(weight), shift, stride, padding=padding, dilation=dilation)
@@ -302,10 +293,8 @@ def conv2d(
     """Compute ``torch.nn.functional.conv2d`` with one group, by a kernel of this package if that is faster.
 
     Args:
-        input: images ``[B, C, H, W]``, floating point, H and W at least 1. A kernel needs bfloat16, or autocast to
-            bfloat16.
-        weight: ``[O, C, K, L]`` in input's dtype, or in any dtype under autocast. The gradient of weight has weight's
-            dtype.
+        input: images ``[B, C, H, W]``, floating point, H and W at least 1. A kernel needs bfloat16 (or autocast to it).
+        weight: ``[O, C, K, L]`` in input's dtype, or in any dtype under autocast. Its gradient has weight's dtype.
         bias: ``[O]``, with the same dtypes as weight, or None.
         stride: stride of rows and columns, or one number for both.
         padding: number of zeros added on each side, or two numbers for rows and columns.
@@ -315,13 +304,13 @@ def conv2d(
         ``[B, O, H', W']`` in the dtype that PyTorch returns. A kernel always returns channels_last.
 
     Raises:
-        TypeError: if input, weight or bias is not a tensor.
-        ValueError: if shapes, dtypes, devices or settings do not match.
+        TypeError: input, weight or bias is not a tensor.
+        ValueError: shapes, dtypes, devices or settings do not match.
 
     Inside transforms of ``torch.func``, PyTorch's convolution is used. A kernel has first-order gradients only:
     ``create_graph=True`` is refused, except within ``use_backend("reference")``. The result does not depend on the
-    number of threads, and the result of an image does not depend on the other images. The choice between kernel and
-    PyTorch depends on the batch size. Numbers below float32's normal range count as zero.
+    number of threads, nor that of an image on the other images. But the choice between kernel and PyTorch depends on
+    the batch size. Numbers below float32's normal range count as zero.
     """
     _check(input, weight, bias)
     settings = pair_of("stride", stride, 1), pair_of("padding", padding, 0), pair_of("dilation", dilation, 1)

@@ -1,19 +1,11 @@
 """Makes K reconstructions of each image: a decoder maps K latents from the prior and the image's condition to images.
 
-    z_bk ~ N(0, I) from the Philox stream LATENT, draw index k;   out_bk = decoder(z_bk, c_b)
+    z_bk ~ N(0, I) from the Philox stream LATENT, draw index k;   a_bk = z_bk W_z + c_b
+    a <- conv_transpose2d(leaky_relu(a)) + bias, layer by layer;   image = sigmoid(a), or a
 
-This is CARSO's inference (arXiv 2306.06081, section 4.4). The latents of all images form one batch, and the condition
-is processed once per image. `decode_prior` is a single op with Triton kernels. Its decoder is a linear layer and
-transposed convolutions. BatchNorms are folded into their weights, and the weights are packed (`pack`):
-
-        a_bk = z_bk W_z + c_b
-        a <- conv_transpose2d(leaky_relu(a)) + bias, layer by layer;   image = sigmoid(a), or a
-
-Here, c_b is the product of the condition with its half of the first layer's weights, plus the bias, computed once per
-image.
-
-The kernels (kernels/decode_samples.py) multiply numbers in the weights' dtype and add in float32. The activations
-between layers have the weights' dtype.
+This is CARSO's inference (arXiv 2306.06081, section 4.4). c_b is the product of the condition with its half of the
+first layer's weights, plus the bias. BatchNorms are folded into the weights, which are packed (`pack`). The kernels
+(kernels/decode_samples.py) multiply and store activations in the weights' dtype, and add in float32.
 """
 
 from __future__ import annotations
@@ -42,17 +34,10 @@ def _pack(weight: Tensor, columns: int) -> Tensor:
 
 
 def pack(first: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Pack a decoder's weights for the op.
+    """Pack a decoder's weights for the op, into a vector of weights and a vector of biases, both padded with zeros.
 
-    Args:
-        first: ``[C, H, W, latent_dim]``, the latent's half of the linear layer that computes the first feature map.
-        weights: ``[channels in, channels out, k, k]`` of every transposed convolution.
-        biases: ``[channels out]`` of every transposed convolution.
-
-    Returns:
-        A vector of weights and a vector of biases, both padded with zeros. The first vector has the weights of the
-        layers, and then the transposed weights for the gradients, from the last layer to the first. The second vector
-        has the biases of the transposed convolutions.
+    ``first`` is ``[C, H, W, latent_dim]``, the latent's half of the linear layer, and ``weights`` are
+    ``[channels in, channels out, k, k]``. Then come the transposed weights for the gradients, last layer first.
     """
     channels, h, w, dim = first.shape
     parts = [_pack(first.permute(1, 2, 3, 0).reshape(h * w, dim, channels), tiles.padded(channels, tiles.CHANNEL_TILE))]
@@ -68,13 +53,7 @@ def pack(first: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> 
 
 
 class Weights(NamedTuple):
-    """The unpacked weights of a decoder.
-
-    Args:
-        first: ``[pixels, latent_dim, channels]`` of the first feature map.
-        layers: ``[channels in, channels out, k, k]`` of every transposed convolution.
-        biases: ``[channels out]`` of every transposed convolution.
-    """
+    """The unpacked weights: ``first`` is ``[pixels, latent_dim, channels]``; ``layers`` and ``biases`` as in `pack`."""
 
     first: Tensor
     layers: tuple[Tensor, ...]
@@ -82,16 +61,7 @@ class Weights(NamedTuple):
 
 
 def unpack(packed: Tensor, biases: Tensor, geometry: tiles.Geometry) -> Weights:
-    """Undo `pack`: return the weights and biases of the layers, in the packed weights' dtype.
-
-    Args:
-        packed: the vector of weights from `pack`, in any dtype.
-        biases: the vector of biases from `pack`.
-        geometry: the decoder's sizes.
-
-    Returns:
-        The weights and biases of every layer, without padding.
-    """
+    """Undo `pack`: return the weights and biases of the layers without padding, in the packed weights' dtype."""
     products = geometry.products()
     sizes = [taps * inputs * columns for taps, inputs, columns in products]
     parts = packed[: sum(sizes)].split(sizes)
@@ -107,27 +77,14 @@ def unpack(packed: Tensor, biases: Tensor, geometry: tiles.Geometry) -> Weights:
 
 
 def latents(seed: Tensor, sample_ids: Tensor, samples: int, latent_dim: int) -> Tensor:
-    """Draw latents from the prior. Sample k of an image has draw index k.
-
-    Args:
-        seed: int64 ``[1]``.
-        sample_ids: int64 ``[B]``, the global index of each image (see `philox`).
-        samples: K, the number of latents per image.
-        latent_dim: number of elements of a latent.
-
-    Returns:
-        ``[B, samples, latent_dim]``, float32.
-    """
+    """Draw latents ``[B, samples, latent_dim]``, float32, from the prior. Sample k of an image has draw index k."""
     return philox(seed, sample_ids, latent_dim, stream=Stream.LATENT, distribution="normal", draws=samples)
 
 
 def maps(
     condition: Tensor, seed: Tensor, ids: Tensor, weights: Weights, geometry: tiles.Geometry, samples: int, slope: float
 ) -> list[Tensor]:
-    """Return the feature maps of the decoder: the inputs of all LeakyReLUs and, last, the logits of the images.
-
-    Each map is [B * K, C, H, W] with its own C, H and W, in the dtype of the weights.
-    """
+    """Return the inputs of all LeakyReLUs and, last, the logits of the images: [B * K, C, H, W] of several sizes."""
     channels, h, w = geometry.start
     dtype = weights.first.dtype
     z = latents(seed, ids, samples, geometry.latent_dim).to(dtype)
@@ -152,11 +109,7 @@ def images(logits: Tensor, squash: bool, channels_last: bool, dtype: torch.dtype
 def reference(
     condition: Tensor, seed: Tensor, ids: Tensor, packed: Tensor, biases: Tensor, numbers: list[int], *settings: Any
 ) -> Tensor:
-    """Compute the op by PyTorch in the precision of ``packed``. `Geometry.numbers` returns ``numbers``, the sizes.
-
-    ``condition`` is [B, H * W * C] for a first feature map [C, H, W], ordered by pixel and then by channel. It is
-    float32 (float64 for float64 weights). Returns the images, [B * K, C, H, W].
-    """
+    """Compute the images ``[B * K, C, H, W]`` by PyTorch in the precision of ``packed``; ``numbers`` are the sizes."""
     samples, slope, squash, channels_last, dtype = settings
     geometry = tiles.Geometry.of(numbers)
     weights = unpack(packed, biases, geometry)
@@ -284,8 +237,8 @@ def decode_prior(
             float64 weights). Only this argument gets a gradient.
         seed: int64 ``[1]``, on the condition's device. None: a new seed from PyTorch's generator of this device.
         sample_ids: int64 ``[B]``, the global index of each image (see `philox`). None: 0 to B - 1.
-        packed: weights from `pack`. Their dtype, bfloat16, float32 or float64, is the precision of the products. On a
-            GPU, the kernel uses the matrix units for bfloat16 only, so float32 is many times slower.
+        packed: weights from `pack`. Their dtype, bfloat16, float32 or float64, is the precision of the products. A
+            GPU's kernel uses the matrix units for bfloat16 only, so float32 is many times slower.
         biases: biases from `pack`, in the condition's dtype.
         geometry: sizes of the decoder.
         samples: K, at least 1.
@@ -293,15 +246,14 @@ def decode_prior(
         squash: True to map the images to (0, 1) by a sigmoid. If False, the op returns their logits.
         channels_last: True to return the images in the memory format channels_last.
         dtype: dtype of the images, float32 (default) or bfloat16; float64 with float64 weights.
-        weights: the result of ``unpack(packed, biases, geometry)``, if the caller has already computed it. Only the
-            reference uses it. By default the reference unpacks the weights itself.
+        weights: the result of ``unpack(packed, biases, geometry)``, if the caller has it. Only the reference uses it.
 
     Returns:
         Images ``[B, K, C, H, W]``. Sample k of an image has draw index k, for every K and every batch.
 
     Raises:
-        TypeError: if seed or sample_ids is neither None nor a tensor.
-        ValueError: if a shape, dtype, device or setting is wrong.
+        TypeError: seed or sample_ids is neither None nor a tensor.
+        ValueError: a shape, dtype, device or setting is wrong.
 
     The op is deterministic and has first-order gradients only. It does not support ``vmap``.
     """

@@ -3,34 +3,18 @@
     x0  = clip(P x + Q m, -c, c)
     out = A x0 + B x + s z,   z ~ N(0, 1) from the Philox stream DIFFUSION
 
-x is the state, and m the network's prediction. A solver is defined by its eight numbers (P, Q, c, A, B, s, lo, hi). If
-the forward process is x = alpha x_0 + sigma z, the network's type of prediction determines P and Q:
+x is the state, and m the network's prediction. A solver is defined by its eight numbers (P, Q, c, A, B, s, lo, hi);
+`purify_fast.methods.diffusion.process` has them. c = inf means no clipping. The forward process alpha x + sigma z has B
+= alpha, s = sigma, and P, Q and A are 0; x is then also passed as the prediction.
 
-    the noise:   P = 1 / alpha,  Q = -sigma / alpha   (DDPM, Ho et al., NeurIPS 2020, arXiv 2006.11239)
-    the image:   P = 0,          Q = 1
-    v:           P = alpha,      Q = -sigma           (Salimans & Ho, ICLR 2022, arXiv 2202.00512)
-
-c = inf means no clipping. A, B and s can be those of
-
-    DDPM's ancestral sampling;
-    DDIM with any eta (Song et al., ICLR 2021, arXiv 2010.02502);
-    the Euler-Maruyama step of the reverse SDE (Song et al., ICLR 2021, arXiv 2011.13456);
-    the Euler step of the probability-flow ODE of this SDE;
-    a single step to the end: A = 1, B = 0;
-    the forward process alpha x + sigma z: P = Q = A = 0, B = alpha, s = sigma. Here x is also passed as the prediction.
-
-With learned variances (Nichol & Dhariwal, ICML 2021, arXiv 2102.09672), the prediction has twice as many channels as x.
-The first half of the prediction is m. The second half, which is called v below, interpolates between the logarithms lo
-and hi of two variances. In this case s is either 1 or 0:
+With learned variances (Nichol & Dhariwal, ICML 2021, arXiv 2102.09672), the prediction has twice as many channels as x:
+m, and v, which interpolates between the logarithms lo and hi of two variances. s is 1 or 0 (no noise, even if v is
+NaN):
 
     out = A x0 + B x + s d z,   d = exp(((1 + v) / 2 hi + (1 - v) / 2 lo) / 2)
 
-If s = 0 there is no noise, even if v is NaN. A row is one entry of the batch. The elements of a row are numbered as in
-a contiguous tensor. The noise of a row depends on its sample id and on the low 32 bits of the index 2^16 draw + step.
-So it does not depend on the row's place in the batch, and every step and every draw has its own noise.
-
-With learned variances, the backward draws z again from the seed. Only the inputs are stored. Let g be the gradient of
-out. Let g0 = A g where -c <= P x + Q m <= c, and 0 elsewhere. Then
+The noise depends on the row's sample id and the index 2^16 draw + step. The backward draws z again. Let g be the
+gradient of out, and g0 = A g where -c <= P x + Q m <= c, and 0 elsewhere. Then
 
     dx = P g0 + B g,   dm = Q g0,   dv = g s d z (hi - lo) / 4
 """
@@ -232,28 +216,26 @@ def diffusion_step(
     """Take a step of a diffusion sampler, or of the forward process.
 
     Args:
-        x: state, ``[B, C, ...]``; float32 or float64; in the units of the process, in which images are usually in [-1,
-            1]. Several rows of a batch may be draws of the same image.
+        x: state, ``[B, C, ...]``; float32 or float64; in the units of the process, in which images are usually in
+            [-1, 1]. Several rows of a batch may be draws of the same image.
         prediction: output of the network for x, ``[B, C, ...]``, or ``[B, 2C, ...]`` with learned variances; float16,
             bfloat16 or float32 (float64 for a float64 x); contiguous or channels_last (other layouts are copied).
         coefficients: numbers named in `COEFFICIENTS`, ``[8]`` for the whole batch or ``[B, 8]``, with x's dtype and
-            device. A schedule is a table of coefficients, and a step uses a row of it. The host never reads the values
-            of the coefficients. Without learned variances the last two are ignored. The coefficients get no gradient.
+            device, which the host never reads. Without learned variances the last two are ignored. They get no
+            gradient.
         seed: int64 ``[1]``, on x's device. None: a new seed from PyTorch's generator of this device.
         sample_ids: int64 ``[B]``, the global index of each row's image (see `philox`). None: 0 to B - 1.
         draws: int64 ``[B]``, the index of each row among the draws of its image, from 0 to 65,535. None: 0.
         step: int64 ``[1]``, the index of the step, from 0 to 65,535. For a given seed, each time noise is added to a
-            row, the index must be different, also for the forward process. It may be None only without a seed, because
-            every call then has a new seed.
-        noisy: True to add noise. With False, as in solvers without noise, nothing is drawn, and the coefficient of the
-            noise is ignored.
+            row, the index must be different, also for the forward process. It may be None only without a seed.
+        noisy: True to add noise. With False, nothing is drawn, and the coefficient of the noise is ignored.
 
     Returns:
         The next state, in x's shape and dtype, contiguous, also under autocast.
 
     Raises:
-        TypeError: if seed or sample_ids is neither None nor a tensor.
-        ValueError: if shapes, dtypes or devices do not match, or if noise is added with a seed but without a step.
+        TypeError: seed or sample_ids is neither None nor a tensor.
+        ValueError: shapes, dtypes or devices do not match, or noise is added with a seed but without a step.
 
     x and the prediction have first-order gradients. Both ends of the clip pass the gradient. NaN propagates, except
     from v where the coefficient of the noise is 0. For a given seed the op is deterministic, for every split and order

@@ -4,22 +4,15 @@
                     + sum over i, j, c of input[b, y s + i - p, x s + j - p, c] weight[o, i, j, c]
     out           = a(n(z)),   n(z) = (z - mean) gamma / sqrt(var + eps) + beta
 
-with stride s, zero padding p, and an activation a: none, ReLU or SiLU. The normalization n is a BatchNorm in evaluation
-mode. Networks with pre-activation (He et al., ECCV 2016) have one that cannot be folded, because z itself is used, too.
-Bias, added map and normalization are optional. The op can also return z.
-
-The backward computes only the gradient of the images. In a network they are themselves the result of an activation, and
-are used in other places, too. So the backward applies what precedes the convolution to its sum:
+with stride s, zero padding p, an activation a (none, ReLU or SiLU), and a BatchNorm n in evaluation mode, for networks
+with pre-activation (He et al., ECCV 2016), in which z itself is used, too. The backward computes only the gradient of
+the z of the images, which are themselves the result a(n(z)) of another layer:
 
     dx = (dz * w + earlier) a'(n(x)) gamma / sqrt(var + eps) + beside
 
-Here dz * w is the transposed convolution of the gradient dz of z, and ``earlier`` is the gradient of the images from
-their other uses. a and n are the activation and normalization that made the images, and ``beside`` is the gradient of
-their z from its uses without activation. a' is computed from ``entered``: the images themselves for ReLU, and their z
-for SiLU.
-
-PyTorch reads and writes a map for each of these operations. The kernel serves bfloat16 in channels_last with one group,
-and only where it won a race against the definition on the user's own device.
+Here dz * w is the transposed convolution of the gradient dz of z, ``earlier`` is the gradient of the images from their
+other uses, and ``beside`` that of their z from its uses without activation. a' is computed from ``entered``: the images
+themselves for ReLU, and their z for SiLU. The kernel serves bfloat16 in channels_last with one group.
 """
 
 from __future__ import annotations
@@ -60,15 +53,7 @@ def activated(x: Tensor, activation: int) -> Tensor:
 
 
 def through_activation(grad: Tensor, entered: Tensor | None, norm: list[Tensor], eps: float, activation: int) -> Tensor:
-    """Return the gradient of z from the gradient of a(n(z)). All maps are ``[B, C, H, W]``.
-
-    Args:
-        grad: gradient of the result.
-        entered: for ReLU the result of the activation; for SiLU z.
-        norm: mean, variance, weight and bias of the BatchNorm n, or an empty list.
-        eps: number added to the variance.
-        activation: number of the activation in `ACTIVATIONS`.
-    """
+    """Return the gradient of z from that of a(n(z)). ``entered`` is the result of ReLU, or the z of SiLU."""
     if activation:
         assert entered is not None, "an activation needs the map that entered"
         if activation == RELU:
@@ -96,23 +81,7 @@ def reference(
     stride: Sequence[int],
     padding: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """Compute the op in plain PyTorch, by the operators that a network without the op runs.
-
-    Args:
-        input: images ``[B, H, W, C]``.
-        weight: ``[O, K, L, C]`` in input's dtype.
-        bias: ``[O]``, or None.
-        added: ``[B, H', W', O]`` in input's dtype, or None.
-        norm: mean, variance, weight and bias of a BatchNorm, each ``[O]``; or an empty list.
-        eps: number added to the variance.
-        activation: number of the activation in `ACTIVATIONS`.
-        keep: whether the second result is z. Without normalization and activation, z is the first result.
-        stride: stride of rows and columns.
-        padding: number of zeros above, below, on the left and on the right.
-
-    Returns:
-        The result ``[B, H', W', O]``, and z in the same shape, or an empty tensor.
-    """
+    """Compute the op in plain PyTorch, channels last: out, and z if ``keep``, or else an empty tensor."""
     top, bottom, left, right = padding
     x, at_ends = channels_first(input), (top, left)
     if (top, left) != (bottom, right):
@@ -141,22 +110,7 @@ def reference_backward(
     stride: Sequence[int],
     padding: Sequence[int],
 ) -> Tensor:
-    """Return the gradient of the images' z ``[B, H, W, C]``, in the notation of the module's docstring.
-
-    Args:
-        grad: gradient of z ``[B, H', W', O]``.
-        weight: ``[O, K, L, C]``, as in `reference`.
-        height: height H of the images.
-        width: width W of the images.
-        earlier: ``[B, H, W, C]``, or None.
-        entered: ``[B, H, W, C]``, needed for an activation. A normalization without activation needs none.
-        norm: the BatchNorm that made the images, as in `reference`.
-        eps: number added to the variance.
-        beside: ``[B, H, W, C]``, or None.
-        activation: number of the activation that made the images.
-        stride: stride of rows and columns.
-        padding: number of zeros above, below, on the left and on the right.
-    """
+    """Return the gradient of the images' z ``[B, H, W, C]``, in the notation of the module's docstring."""
     top, bottom, left, right = padding
     size = grad.shape[0], weight.shape[3]
     given = list(stride), channels_first(weight), channels_first(grad)
@@ -400,8 +354,8 @@ def fused_convolution(
         ``[B, O, H', W']`` in input's dtype. A kernel returns channels_last, and rounds only once.
 
     Raises:
-        TypeError: if input, weight, bias or added is not a tensor.
-        ValueError: if shapes, dtypes, devices or settings do not match.
+        TypeError: input, weight, bias or added is not a tensor.
+        ValueError: shapes, dtypes, devices or settings do not match.
 
     Inside transforms of ``torch.func``, PyTorch's operators are used. A kernel has first-order gradients only, of input
     and added. The result of an image does not depend on the other images.

@@ -1,11 +1,8 @@
 """The gated unit after a convolution: ELU of the first half a of the channels, times a gate from the second half b.
 
-    y = ELU(a) s(b),   ELU(a) = a for a > 0, exp(a) - 1 else,   s the sigmoid
+    y = ELU(a) s(b),   da = g s(b) (1 for a > 0, exp(a) else),   db = g ELU(a) s(b) s(-b),   s the sigmoid
 
-Source: DeepFillv2 (Yu et al., ICCV 2019), the generator of AToP (arXiv 2401.16352). The backward needs only the
-features and g, the gradient of y:
-
-    da = g s(b) (1 for a > 0, exp(a) else)        db = g ELU(a) s(b) s(-b)
+Source: DeepFillv2 (Yu et al., ICCV 2019), the generator of AToP (arXiv 2401.16352). g is the gradient of y.
 """
 
 from __future__ import annotations
@@ -21,9 +18,7 @@ from .dispatch.registry import define_backward, define_op, wide
 
 
 def reference(features: Tensor, dim: int) -> Tensor:
-    """Compute the op in plain PyTorch, with halves of ``dim``, in float32 (float64 for float64) and the features'
-    dtype.
-    """
+    """Compute the op in plain PyTorch, with halves of ``dim``, in float32 (float64 for float64)."""
     a, b = wide(features).chunk(2, dim)
     return (F.elu(a) * torch.sigmoid(b)).to(features.dtype)
 
@@ -74,15 +69,11 @@ def gated_elu(features: Tensor) -> Tensor:
     """Compute ELU of the first half of the channels, times the sigmoid of the second half.
 
     Args:
-        features: ``[B, 2C, ...]``, with any number of dimensions after the channels; float16, bfloat16, float32 or
-            float64.
+        features: ``[B, 2C, ...]``, float16, bfloat16, float32 or float64. Another shape or dtype raises a ValueError.
 
     Returns:
         ``[B, C, ...]``, the features' dtype, also under autocast; computed in float32 (float64 for float64).
         Contiguous, or channels_last if the features are.
-
-    Raises:
-        ValueError: if features is not floating point, has fewer than 2 dimensions, or has an odd number of channels.
 
     The op has first-order gradients only and is deterministic. The kernels do not support ``vmap``.
     """

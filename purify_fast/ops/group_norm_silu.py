@@ -1,17 +1,13 @@
-"""Group normalization and SiLU in one pass. A denoiser applies both before its convolutions.
+"""Group normalization (Wu & He, ECCV 2018, arXiv 1803.08494) and SiLU in one pass, as before a denoiser's convolutions.
 
-    y = n s(n),   n = w (h - mean) / sqrt(var + eps) + b,   h = x + shift,   s the sigmoid
+    y = n s(n),   n = w u + b,   u = (h - mean) / sqrt(var + eps),   h = x + shift,   s the sigmoid
 
-The mean and the variance of h are over the pixels and channels of one group of one image (Wu & He, "Group
-Normalization", ECCV 2018, arXiv 1803.08494). The shift is a number per channel, such as the embedded time of a
-diffusion model. The backward needs only the inputs and g, the gradient of y. With m = g s(n) (1 + n s(-n)),
-u = (h - mean) / sqrt(var + eps) and means over the group:
+The mean and the variance of h are over the pixels and channels of one group of one image. The backward, with the
+gradient g of y, m = g s(n) (1 + n s(-n)) and means over the group, is
 
     dx = (w m - mean(w m) - u mean(w m u)) / sqrt(var + eps)       dw = sum m u       db = sum m
 
-The kernel supports a single case: bfloat16 in channels_last, with a multiple of 16 channels, and 4, 8 or a multiple of
-16 channels per group, on a processor with AVX512-BF16. It computes only the gradient of x. If the weights need
-gradients, PyTorch's operators are used. GPUs have no kernel, because compilers fuse the definition there.
+The kernel needs AVX512-BF16, and computes only the gradient of x. On GPUs, compilers fuse the definition.
 """
 
 from __future__ import annotations
@@ -35,10 +31,7 @@ MIXED_DTYPES = ("cpu", "meta")
 
 
 def group_norm(images: Tensor, groups: int, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor:
-    """Compute a group normalization by PyTorch, on every device also for weights in float32 and images of 16 bits.
-
-    The result has the dtype of the images, except under autocast, which decides the dtypes of the operator.
-    """
+    """Compute a group normalization by PyTorch, also for 16-bit images with float32 weights, in the images' dtype."""
     device, dtype = images.device.type, images.dtype
     if weight.dtype != dtype and device not in MIXED_DTYPES and not torch.is_autocast_enabled(device):
         return torch.group_norm(images.to(weight.dtype), groups, weight, bias, eps).to(dtype)
@@ -165,24 +158,23 @@ def group_norm_silu(
     """Compute SiLU of the group normalization of ``x + shift``.
 
     Args:
-        x: images ``[B, C, ...]``, floating point. A kernel accepts ``[B, C, H, W]`` in bfloat16 and channels_last,
-            if C is a multiple of 16 and C / groups is 4, 8 or a multiple of 16.
+        x: images ``[B, C, ...]``, floating point. A kernel accepts ``[B, C, H, W]`` in bfloat16 and channels_last, if C
+            is a multiple of 16 and C / groups is 4, 8 or a multiple of 16.
         groups: number of groups of channels.
         weight: ``[C]``, in float32 or x's dtype.
         bias: ``[C]``, in weight's dtype.
-        shift: ``[B, C]``, or ``[1, C]`` for all images. It is added to every pixel before the normalization. By default
-            nothing is added.
+        shift: ``[B, C]``, or ``[1, C]`` for all images, added to every pixel before the normalization. None: nothing.
         eps: number added to the variances, at least 0.
 
     Returns:
         ``x``'s shape, in the dtype that PyTorch's operators return. A kernel returns bfloat16 in channels_last.
 
     Raises:
-        TypeError: if x, weight, bias or shift is not a tensor.
-        ValueError: if shapes, dtypes or devices do not match.
+        TypeError: x, weight, bias or shift is not a tensor.
+        ValueError: shapes, dtypes or devices do not match.
 
-    The kernel has first-order gradients of x only. PyTorch's operators are used if another tensor needs a gradient, and
-    inside transforms of ``torch.func``. The kernel computes the statistics and all intermediate results in float32.
+    The kernel computes in float32, and has first-order gradients of x only. PyTorch's operators are used if another
+    tensor needs a gradient, and inside transforms of ``torch.func``.
     """
     _check(x, groups, weight, bias, shift, eps=eps)
     numbers = (weight, bias) if shift is None else (weight, bias, shift)

@@ -3,22 +3,16 @@
     d = argmin |d|_p,   <w, x + d> = b,   lo <= x + d <= hi
 
 This is FAB's projection (Croce & Hein, "Fast Adaptive Boundary Attack", ICML 2020). No coordinate moves away from the
-plane, so each row has a single unknown number t. Let g = b - <w, x>. Let room be the distance from x to the border of
-the box in the direction of the move. Then
+plane, so each row has a single unknown number t. Let g = b - <w, x>, and let room be the distance to the border. Then
 
     d = sign(g w) m,   0 <= m <= room,   sum of |w| m = |g|
     linf:  m = min(t, room)
     l2:    m = min(t |w|, room)
     l1:    m = room where |w| > t, the same fraction of room where |w| = t, and 0 elsewhere
 
-The progress of a row towards the plane is a monotone function of t. It is piecewise linear (linf, l2) or a step
-function (l1). The reference sorts the breakpoints, and finds the piece that contains the solution. For linf and l2 the
-function is concave, so Newton's method approaches t from below. Each iteration passes at least one breakpoint, and the
-last iteration gives t exactly. For l1 the kernels bisect the bits of t.
-
-If the plane does not intersect the box, d leads to the corner of the box nearest to the plane. Non-finite elements of w
-count as 0, and a row with NaN in x or b does not move. w and b are scaled by a power of two first, so that the squares
-of tiny elements of w do not underflow.
+The progress towards the plane is a monotone function of t, piecewise linear (linf, l2) or a step function (l1). The
+reference sorts the breakpoints. For linf and l2, the kernels use Newton's method from below: the function is concave,
+so each iteration passes a breakpoint. For l1 they bisect t's bits. w and b are scaled against underflow.
 """
 
 from __future__ import annotations
@@ -150,7 +144,7 @@ def hyperplane_projection(
         there. There is no gradient.
 
     Raises:
-        ValueError: if shapes, dtypes or devices do not match, if the norm is unknown, or if lo > hi.
+        ValueError: shapes, dtypes or devices do not match, the norm is unknown, or lo > hi.
 
     The op is deterministic.
     """

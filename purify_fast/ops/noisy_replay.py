@@ -3,10 +3,8 @@
     out_b = clamp(x_b + u, lo, hi)   if drift_b > tau,    u = eps_b (2 r - 1), uniform in [-eps_b, eps_b)
             x_adv_b                  otherwise
 
-r in [0, 1) comes from the Philox stream REPLAY_NOISE, draw 0. The elements of a sample are numbered as in a contiguous
-tensor. Source: ARREST (arXiv 2308.16454). Its threshold of 30 degrees is tau = 1 - cos(30 deg) = 0.1339746 for the
-drift that `representation_distance` returns. Rounding is monotonic, so the noisy sample is between the rounded x - eps
-and the rounded x + eps.
+r in [0, 1) comes from the Philox stream REPLAY_NOISE, draw 0. Source: ARREST (arXiv 2308.16454). Its threshold of 30
+degrees is tau = 1 - cos(30 deg) = 0.1339746 for the drift that `representation_distance` returns.
 """
 
 from __future__ import annotations
@@ -74,10 +72,8 @@ def noisy_replay(
 
     Args:
         x: clean images, ``[B, ...]``; float16, bfloat16, float32 or float64; image units.
-        x_adv: adversarial examples, with x's shape, dtype and device. The examples of replayed samples are not read, so
-            they may contain anything.
-        drift: ``[B]``, floating point, the distance of each clean sample's representation from its representation in
-            the teacher.
+        x_adv: adversarial examples, with x's shape, dtype and device. Those of replayed samples are not read.
+        drift: ``[B]``, floating point, the distance of each clean sample's representation from that in the teacher.
         tau: threshold, a number or a tensor ``[]``. A sample is replayed if its drift is above tau, compared in drift's
             precision (at least float32). A NaN drift is not above tau.
         eps: radius of the noise in image units, a number or ``[B]``.
@@ -90,8 +86,8 @@ def noisy_replay(
         The training inputs, with the shape and dtype of x, contiguous. There is no gradient.
 
     Raises:
-        TypeError: if seed or sample_ids is neither None nor a tensor.
-        ValueError: if shapes, dtypes or devices do not match, if eps is a number and negative or NaN, or if lo > hi.
+        TypeError: seed or sample_ids is neither None nor a tensor.
+        ValueError: shapes, dtypes or devices do not match, eps is a number and negative or NaN, or lo > hi.
 
     For a given seed, the op is deterministic and has the same bits in every backend, for every batch split. NaN in x or
     in a tensor eps propagates.

@@ -5,20 +5,15 @@
     both:  x <- clamp(x, lo, hi)
     l1:    x <- argmin |z - y|_2,   |z - x_nat|_1 <= eps,  lo <= z <= hi,   y = x + alpha s / |s|_1
 
-Sources: linf and l2 are from Madry et al., ICLR 2018. In l1, s is the sparse direction of SLIDE (Tramer & Boneh,
-NeurIPS 2019, arXiv 1904.13000): sign(g) for the coordinates with the largest |g|, and 0 for the others. Coordinates at
-the border of the box whose g points outwards are excluded, as in SLIDE's implementations. Coordinates with the same |g|
-as the last selected coordinate are selected too. The projection is that of Croce & Hein ("Mind the box", ICML 2021,
-arXiv 2103.01208), onto the intersection of ball and box. Let d = y - x_nat. Let room be the distance from x_nat to the
-border of the box in the direction of d. Then
+Sources: Madry et al., ICLR 2018 (linf and l2). In l1, s is the sparse direction of SLIDE (Tramer & Boneh, NeurIPS 2019,
+arXiv 1904.13000): sign(g) for the coordinates with the largest |g| (ties included), and 0 for the others and those that
+cannot move into the box. The projection is that of Croce & Hein ("Mind the box", ICML 2021, arXiv 2103.01208). Let d be
+y - x_nat, and let room be the distance from x_nat in the box to its border in the direction of d. Then
 
     z = x_nat + sign(d) clamp(|d| - shift, 0, room),   the least shift >= 0 with |z - x_nat|_1 <= eps
 
-if x_nat is in the box.
-
-sign(0) = 0. A non-finite gradient does not move its element (linf) or its sample (l2, l1). NaN in x or x_nat
-propagates. For l2, the gradient is divided by max |g| before its norm is computed, so that the tiny gradients of a
-saturated loss still have a direction.
+A zero or non-finite gradient does not move its element (linf) or its sample (l2, l1). NaN in x or x_nat propagates. For
+l2, the gradient is divided by max |g| first, so that tiny gradients still have a direction.
 """
 
 from __future__ import annotations
@@ -43,10 +38,7 @@ HALVINGS = {torch.float32: 24, torch.float64: 53}
 
 
 def direction(grad: Tensor, norm: int) -> Tensor:
-    """Return the unit step along ``grad``, [B, ...]: the sign of grad (linf), or grad / |grad| of each sample (l2).
-
-    The step of an element (linf) or of a sample (l2) is 0 if its gradient is zero or not finite.
-    """
+    """Return the unit step along ``grad``, [B, ...]: its sign (linf), or grad / |grad| (l2); 0 if not finite."""
     if NORMS[norm] == "linf":
         return torch.sign(torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0))
     if grad.numel() == 0:
@@ -66,10 +58,7 @@ def chosen(size: int, density: float) -> int:
 
 
 def sparse_direction(x: Tensor, grad: Tensor, lo: float, hi: float, density: float = DENSITY) -> Tensor:
-    """Return the step with l1 norm 1 in the coordinates that have the largest |grad| and can move, [B, ...].
-
-    A coordinate at the border of the box can move only inwards. If no coordinate can move, the step is 0.
-    """
+    """Return the step with l1 norm 1 in the coordinates with the largest |grad| that can move in the box, or 0."""
     if grad.numel() == 0:
         return grad
     position, g = x.flatten(1), grad.flatten(1)
@@ -185,11 +174,7 @@ def per_pixel(name: str, value: float | Tensor, x: Tensor) -> Tensor:
 
 
 def spread(name: str, value: Any, x: Tensor) -> Any:
-    """Return a number or a tensor that can be broadcast over the images ``x``: ``[B]`` becomes ``[B, 1, ...]``.
-
-    Raises:
-        ValueError: if the shape can be neither.
-    """
+    """Return a number or a tensor that can be broadcast over the images ``x``: ``[B]`` becomes ``[B, 1, ...]``."""
     if not isinstance(value, Tensor) or value.dim() == 0:
         return value
     if value.shape == x.shape[:1]:
@@ -228,11 +213,7 @@ def _pixelwise_step(images: tuple[Tensor, Tensor, Tensor], norm: Norm, **given: 
 
 
 def check(images: dict[str, Tensor], norm: str, lo: Any, hi: Any, norms: Sequence[str] = NORMS) -> Norm:
-    """Check the images of a step (by name), its norm and its box. Raise ValueError if they do not match.
-
-    Returns:
-        The norm, in this package's spelling.
-    """
+    """Check the images of a step (by name), its norm and its box, and return the norm in this package's spelling."""
     check_alike(**images)
     if not (isinstance(lo, Tensor) or isinstance(hi, Tensor) or lo <= hi):
         raise ValueError(f"lo must be at most hi, got lo = {lo} and hi = {hi}")
@@ -255,24 +236,21 @@ def pgd_step(
     Args:
         x: current images of the attack, ``[B, ...]``; float16, bfloat16, float32 or float64; image units.
         grad: gradient of the attacker's loss at x, with x's shape, dtype and device.
-        x_nat: attacked images, the centers of the balls, with x's shape, dtype and device.
+        x_nat: attacked images, the centers of the balls, in the same form.
         alpha: length of the step, measured in ``norm`` and image units, a number or ``[B]``. For ``linf`` also any
-            tensor that can be broadcast over x, such as ``[C, 1, 1]`` for normalized images. PyTorch's operators then
-            compute the step.
+            tensor that can be broadcast over x, such as ``[C, 1, 1]`` for normalized images, for PyTorch's operators.
         eps: radius of the ball, as alpha.
         norm: ``linf``, ``l2`` or ``l1``.
         lo: lower end of the box of the images, a number, or for ``linf`` a tensor that can be broadcast over x.
         hi: upper end of the box, at least lo, as lo.
         density: fraction of the coordinates that an ``l1`` step moves, in (0, 1]. These coordinates have the largest
-            |grad|. Their number is rounded, and at least 1. SLIDE's percentile is 1 - density. Other norms ignore
-            density.
+            |grad|. Their number is rounded, and at least 1. SLIDE's percentile is 1 - density.
 
     Returns:
         The new x, with the same shape and dtype, contiguous. There is no gradient.
 
     Raises:
-        ValueError: if shapes, dtypes or devices do not match, if the norm is unknown, if eps is a number and negative
-            or NaN, if lo > hi, or if density is outside (0, 1].
+        ValueError: a shape, dtype, device or setting is wrong.
 
     The op is deterministic, and ``linf`` is bit-exact across backends.
     """

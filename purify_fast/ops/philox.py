@@ -6,9 +6,8 @@
     normal, by Box-Muller over the word pairs (0, 1) and (2, 3), u = ((w + 256) >> 8) 2^-24 in (0, 1]:
         sqrt(-2 ln u_0) cos(2 pi v_1)  and  sqrt(-2 ln u_0) sin(2 pi v_1),  v = (w >> 8) 2^-24
 
-The same seed gives the same bits in every backend, for every batch split, chunk and rank. Only normal numbers differ
-between backends, by a few ulp at most. Every purpose has its own stream, because numbers with equal counters would be
-correlated.
+Only normal numbers differ between backends, by a few ulp at most. Numbers with equal counters would be correlated, so
+every purpose has its own stream.
 """
 
 from __future__ import annotations
@@ -136,14 +135,7 @@ OP = define_op(
 
 
 def check_stream(seed: Tensor, sample_ids: Tensor, batch: int | None = None, **others: Tensor) -> None:
-    """Raise an error unless seed is int64 [1] and sample_ids int64 [B], both on the device of the other tensors.
-
-    ``batch`` is B. If it is None, any B is allowed.
-
-    Raises:
-        TypeError: if seed or sample_ids is not a tensor.
-        ValueError: if a dtype, shape or device is wrong.
-    """
+    """Raise an error unless seed is int64 [1] and sample_ids int64 [B], on the device of the other tensors."""
     for name, value, shape in (("seed", seed, "[1]"), ("sample_ids", sample_ids, "[B]")):
         if isinstance(value, Tensor):
             continue
@@ -162,18 +154,7 @@ def check_stream(seed: Tensor, sample_ids: Tensor, batch: int | None = None, **o
 def default_stream(
     seed: Tensor | None, sample_ids: Tensor | None, batch: int, **others: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Replace a missing seed by a new one from PyTorch's generator, and missing ids by 0 to B - 1; check given ones.
-
-    Args:
-        seed: int64 ``[1]``, or None. A new seed comes from the default generator of the other tensors' device.
-        sample_ids: int64 ``[B]``, or None.
-        batch: B.
-        **others: the other tensors of the call by their names, at least one.
-
-    Raises:
-        TypeError: if seed or sample_ids is neither None nor a tensor.
-        ValueError: if a dtype, shape or device is wrong.
-    """
+    """Replace a missing seed by a new one from PyTorch's generator, and missing ids by 0 to B - 1; check given ones."""
     device = next(iter(others.values())).device
     if seed is None:
         seed = torch.randint(2**62, (1,), device=device)
@@ -203,15 +184,14 @@ def philox(
         stream: purpose of the numbers, a `Stream`.
         distribution: ``bits`` (int32), ``uniform`` (float32 in [0, 1)) or ``normal`` (float32).
         draws: number of draws per sample, at least 1.
-        first_draw: index of the first draw, at least 0. The other draws have the next indices. The low 32 bits of an
-            index are used.
+        first_draw: index of the first draw, at least 0. The other draws have the next indices (their low 32 bits).
 
     Returns:
         ``[B, draws, numel]`` on the seed's device. There is no gradient.
 
     Raises:
-        TypeError: if seed or sample_ids is not a tensor.
-        ValueError: if a dtype, shape, device or distribution is wrong, or if a count is too small or too large.
+        TypeError: seed or sample_ids is not a tensor.
+        ValueError: a shape, dtype, device or distribution is wrong, or a count is too small or too large.
     """
     check_stream(seed, sample_ids)
     if distribution not in DISTRIBUTIONS:

@@ -1,20 +1,12 @@
 """AToP's random transforms add noise, clip, scale to [-1, 1], hide blocks, and append two planes for the generator.
 
     z = clip(x + sigma n, 0, 1),   n ~ N(0, 1) from the Philox stream TRANSFORM_NOISE, element (c H + h) W + w
-    t = (1 - m) (2 z - 1),         m = 1 where hidden, constant on blocks
-    packed = [t, 1, m]             along the channels
+    t = (1 - m) (2 z - 1),         m = 1 where hidden, constant on blocks;    packed = [t, 1, m] along the channels
+    dx = sum over draws and passes of 2 (1 - m) [0 <= x + sigma n <= 1] dt,   where the backward draws n again
 
-RT1 has sigma = 0, and RT2 has sigma > 0. RT3 makes N passes over one noisy image. The blocks of the image are divided
-into N equal sets, and pass i hides set i. Source: AToP (arXiv 2401.16352), section 3. The defaults are those of its
-official code.
-
-The way a mask is drawn is specific to this package. Each of the G blocks gets a 32-bit key from the stream MASK. The
-keys are ranked, and blocks with equal keys are ranked by their index. RT1 and RT2 hide the blocks with the lowest
-ranks. In RT3, a block is hidden by the pass with the index rank // (G / N), which is called the owner of the block.
-
-The backward draws n again from the seed, so only the inputs and the owners of the blocks are stored. The gradient is
-
-    dx = sum over draws and passes of 2 (1 - m) [0 <= x + sigma n <= 1] dt
+Source: AToP (arXiv 2401.16352), section 3. RT1 has sigma = 0, and RT2 has sigma > 0. RT3 makes N passes over one noisy
+image; pass i hides the i-th of N equal sets of blocks. In this package, each of the G blocks gets a 32-bit key from the
+stream MASK, and a rank by key, then index. RT1 and RT2 hide the lowest ranks. RT3's pass rank // (G / N) owns a block.
 """
 
 from __future__ import annotations
@@ -70,12 +62,7 @@ def _hidden(owners: Tensor, num_passes: int, height: int, width: int) -> Tensor:
 
 
 def reference(x: Tensor, seed: Tensor, sample_ids: Tensor, sigma: float, *settings: Any) -> tuple[Tensor, Tensor]:
-    """Compute the op by PyTorch in float32 (float64 for float64).
-
-    The settings are those of the schema. They have the meaning of `random_transform`'s arguments, except for the mask:
-    num_passes = 0 stands for RT1 and RT2. Then there is a single pass, which hides ``masked_blocks`` blocks. The owner
-    of these blocks is 1, and the owner of the others is 0.
-    """
+    """Compute the op by PyTorch. RT1 and RT2 have num_passes = 0, and 1 owns ``masked_blocks`` blocks, 0 the others."""
     block, masked_blocks, num_passes, samples, shared_mask, dtype, channels_last = settings
     height, width = x.shape[2:]
     grid = height // block, width // block
@@ -211,34 +198,31 @@ def random_transform(
         sigma: standard deviation of the noise in the unit of x, at least 0. RT1 has sigma = 0.
         block: side of a block in pixels. It must divide H and W. An image has G = (H / block) (W / block) blocks.
         mask_ratio: fraction of the blocks that RT1 and RT2 hide, in [0, 1). The number of hidden blocks is
-            int(mask_ratio G). RT3 ignores it. Under torch.compile, a new value of mask_ratio causes a new compilation.
-            A new value of block, num_passes or samples may also cause one. A new value of sigma does not.
+            int(mask_ratio G). RT3 ignores it. Under torch.compile, a new value causes a new compilation.
         num_passes: number N of passes of RT3, a divisor of G from 1 to min(G, 255). With N = 1, the only pass hides
-            everything. The default, None, stands for RT1 and RT2, which have a single pass.
+            everything. None stands for RT1 and RT2, which have a single pass.
         samples: S, the number of independent draws of noise and mask for every image.
-        shared_mask: True to use the same mask for all images of a batch, as in the official code. If False, each image
-            has its own mask.
-        mask: your own mask in place of a random one, bool or a number, ``[H, W]``, ``[1, 1, H, W]`` or ``[B, 1, H,
-            W]``. Pixels that are not 0 are hidden, in every draw. The arguments block, mask_ratio and shared_mask then
+        shared_mask: True to use the same mask for all images of a batch, as in the official code.
+        mask: your own mask in place of a random mask, bool or a number, ``[H, W]``, ``[1, 1, H, W]`` or
+            ``[B, 1, H, W]``. Pixels that are not 0 are hidden, in every draw. block, mask_ratio and shared_mask then
             have no effect. PyTorch's operators compute this form.
         dtype: dtype of the output, x's by default. t is rounded to it at the end.
         channels_last: True to return the output in the memory format channels_last.
 
     Returns:
         ``packed [S B N, C + 2, H, W]`` and ``owners``. In packed, the pass varies fastest, then the image, then the
-        draw (N = 1 for RT1 and RT2). The channels of packed are t, which is in [-1, 1] and 0 where hidden; a plane of
-        ones; and the mask m, which is 1 where hidden and 0 elsewhere. owners is uint8 ``[S, B, H / block, W / block]``.
-        For RT1 and RT2, it is 1 for a hidden block and 0 for the others. For RT3, it is the index of the pass that
-        hides the block (see `stitch`). With your own mask, each pixel is a block.
+        draw (N = 1 for RT1 and RT2). Its channels are t, which is in [-1, 1] and 0 where hidden; a plane of ones; and
+        the mask m, which is 1 where hidden and 0 elsewhere. owners is uint8 ``[S, B, H / block, W / block]``: for RT1
+        and RT2, 1 for a hidden block and 0 for the others; for RT3, the index of the pass that hides the block (see
+        `stitch`). With your own mask, each pixel is a block.
 
     Raises:
-        TypeError: if seed or sample_ids is neither None nor a tensor.
-        ValueError: if a shape, dtype, device or setting is wrong.
+        TypeError: seed or sample_ids is neither None nor a tensor.
+        ValueError: a shape, dtype, device or setting is wrong.
 
-    A visible NaN remains NaN. Hidden pixels are 0, even if x is NaN there. Only x has a gradient, of first order. Both
-    ends of the clip pass the gradient. Masks have the same bits in every backend, and noise differs by a few ulp at
-    most. For a given seed the op is deterministic. Autocast does not change its dtypes. The kernels do not support
-    ``vmap``.
+    A visible NaN remains NaN. Hidden pixels are 0. Only x has a gradient, of first order. Both ends of the clip pass
+    the gradient. Masks have the same bits in every backend, and noise differs by a few ulp at most. For a given seed
+    the op is deterministic. Autocast does not change its dtypes. The kernels do not support ``vmap``.
     """
     dtype = x.dtype if dtype is None else dtype
     check_floating(x=x)

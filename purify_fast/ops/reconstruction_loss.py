@@ -2,10 +2,7 @@
 
     loss_b = sum_p  max(l, 0) - l t + log(1 + exp(-|l|)) = sum_p -[ t log s + (1 - t) log(1 - s) ],   s = sigmoid(l)
 
-This is CARSO's reconstruction term (arXiv 2306.06081, section 4.3). It is computed from the logits, because
-log(sigmoid(l)) is inaccurate for large |l|. Only the logits have a gradient:
-
-    dloss/dl = s - t
+This is CARSO's reconstruction term (arXiv 2306.06081, section 4.3). Only the logits have a gradient, s - t.
 """
 
 from __future__ import annotations
@@ -79,10 +76,7 @@ def _bce(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def _plain(reconstruction: Tensor, target: Tensor, kind: tuple[str, bool]) -> Tensor:
-    """Compute one of the `KINDS` by PyTorch, summed over all dimensions of the target after the first.
-
-    The target [B, ...] may lack the dimension K of the reconstruction [B, K, ...]. It is broadcast, and not copied.
-    """
+    """Compute one of the `KINDS` by PyTorch, summed over the target's dimensions, for one or K reconstructions."""
     x, t = wide(reconstruction), wide(target)
     leading = 1 + x.dim() - t.dim()
     t = (t if leading == 1 else t[:, None]).to(x.dtype).expand_as(x)
@@ -113,8 +107,8 @@ def reconstruction_loss(
         target: target images ``[B, ...]``, on the device of the reconstruction, in any of these dtypes; in [0, 1] for
             ``bce``. It gets no gradient.
         kind: ``bce`` (binary cross-entropy) or ``mse`` (squared differences of the numbers as they are).
-        from_logits: False if the reconstructions are probabilities in [0, 1]. Only ``bce`` uses it. Logits are more
-            exact. For probabilities, the logarithm is at least -100.
+        from_logits: False if the reconstructions are probabilities in [0, 1], whose logarithm is at least -100. Only
+            ``bce`` uses it. Logits are more exact.
         reduction: ``none``; ``mean`` or ``sum`` over the reconstructions.
 
     Returns:
@@ -122,9 +116,8 @@ def reconstruction_loss(
         float64 reconstruction), also under autocast.
 
     Raises:
-        RuntimeError: if a probability is outside [0, 1] (on a CPU).
-        ValueError: if shapes or devices do not match, if there are fewer than 2 dimensions, if a dtype is not floating
-            point, or if kind or reduction is unknown.
+        RuntimeError: a probability is outside [0, 1] (on a CPU).
+        ValueError: a shape, dtype, device, kind or reduction is wrong.
 
     Kernels serve logits of the target's shape, for ``bce``. PyTorch's operators serve the other forms. The op is
     deterministic. The kernels have first-order gradients only and do not support ``vmap``.

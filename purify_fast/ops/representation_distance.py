@@ -1,22 +1,14 @@
 """Computes the distance between two flattened representations, u of a student and v of a frozen teacher.
 
-Each sample and each layer has a distance:
-
-    c = u . v / (|u| |v|)
+    c = u . v / (|u| |v|)                 dd/du = dd/dc (v - (u . v / |u|^2) u) / (|u| |v|)
     abs_cosine    d = 1 - |c|             dd/dc = -sign(c)
     cosine        d = 1 - c               dd/dc = -1
     angular       d = arccos(c) / pi      dd/dc = -1 / (pi sqrt(max(1 - c^2, 1e-4)))
     l2            d = |u - v|             dd/du = (u - v) / d, 0 at u = v
 
-``abs_cosine`` is ARREST's distance (arXiv 2308.16454), from Mao et al. (NeurIPS 2019). Only the student has a gradient.
-In the following form it is exactly 0 at u = v, where fine-tuning starts:
-
-    dd/du = dd/dc (v - (u . v / |u|^2) u) / (|u| |v|)
-
-At parallel vectors, the slope of arccos is infinite and the direction of the gradient is undefined. The bound 1e-4
-limits the slope. If the sine of the angle is at least 0.01 (0.57 degrees), the gradient is exact and has the length
-1 / (pi |u|). At smaller angles its length decreases linearly to 0. If |u| |v| < 1e-30, as for zero vectors, c and its
-gradient are 0.
+``abs_cosine`` is ARREST's distance (arXiv 2308.16454), from Mao et al. (NeurIPS 2019). In this form, the gradient is
+exactly 0 at u = v, where fine-tuning starts. The bound 1e-4 limits the infinite slope of arccos: below an angle of 0.57
+degrees, the length of the gradient decreases linearly to 0. If |u| |v| < 1e-30, c and its gradient are 0.
 """
 
 from __future__ import annotations
@@ -40,10 +32,7 @@ LEAST_SQUARE_SINE = 1e-4
 
 
 def _measure(student: Tensor, teacher: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (d, scale, along) of one layer, [B] each, with dd/du = scale (v - along u).
-
-    The sums over a layer have the student's wide dtype. All later steps use float64, so that c is exactly 1 at u = v.
-    """
+    """Return (d, scale, along) of one layer, [B] each, with dd/du = scale (v - along u), so that c is 1 at u = v."""
     u = wide(student)
     v, dims = teacher.to(u.dtype), list(range(1, u.dim()))
     if kind == "l2":
@@ -73,11 +62,7 @@ def _result_dtype(layers: Sequence[Tensor]) -> torch.dtype:
 
 
 def reference(student: list[Tensor], teacher: list[Tensor], kind: int) -> tuple[Tensor, Tensor]:
-    """Compute the op in plain PyTorch: map layers [B, ...] to distances [B, L] and slopes [B, L, 2].
-
-    Both are float32, or float64 if a layer is. The arithmetic of 16-bit layers is float32. The slopes are (scale,
-    along) for the backward, where dd/du = scale (v - along u).
-    """
+    """Map layers [B, ...] to distances [B, L] and slopes [B, L, 2]: (scale, along) in dd/du = scale (v - along u)."""
     measured = [_measure(u, v, KINDS[kind]) for u, v in zip(student, teacher, strict=True)]
     dtype = _result_dtype(student)
     slopes = torch.stack([torch.stack(rest, 1) for _, *rest in measured], 1).detach()
@@ -223,14 +208,12 @@ def representation_distance(
         is 1 (``angular``: 0.5), with gradient 0.
 
     Raises:
-        ValueError: if shapes, batch sizes, devices or numbers of layers differ, if there are fewer than 2 dimensions,
-            if a dtype is not floating point, or if the kind is unknown.
+        ValueError: shapes, dtypes, devices or numbers of layers do not match, or the kind is unknown.
 
-    NaN or infinity in a representation gives NaN (for ``l2``, infinity gives infinity). In float32 this also happens if
-    squares overflow, which norms above 1.8e19 cause. Below norms of 1e-15 the result is inaccurate. Near 0 and 1,
-    ``angular`` has an error of up to 2e-4, because the rounding of the cosine changes the angle. Every memory format is
-    supported: the gradient has the student's format, and two channels_last feature maps are not copied. The op has
-    first-order gradients only and is deterministic. It does not support ``vmap``.
+    NaN, infinity or norms above 1.8e19 in float32 give NaN (for ``l2``, infinity gives infinity). Below norms of 1e-15
+    the result is inaccurate. Near 0 and 1, ``angular`` has an error of up to 2e-4. Every memory format is supported:
+    the gradient has the student's format. The op has first-order gradients only and is deterministic. It does not
+    support ``vmap``.
     """
     single = isinstance(student, Tensor)
     if single != isinstance(teacher, Tensor):

@@ -1,11 +1,10 @@
 """Draws a sample from a variational autoencoder's posterior, and computes the posterior's divergence from the prior.
 
-    z = mu + e exp(logvar / 2),   e ~ N(0, 1) from the Philox stream LATENT
+    z = mu + e exp(logvar / 2),   e ~ N(0, 1) from the Philox stream LATENT, drawn again in the backward
     kl_b = 1/2 sum_d (mu^2 + exp(logvar) - logvar - 1)
-
-Source: Kingma & Welling, ICLR 2014; CARSO (arXiv 2306.06081), section 4.3. The backward draws e again from the seed:
-
     dmu = dz + dkl mu,   dlogvar = dz e exp(logvar / 2) / 2 + dkl (exp(logvar) - 1) / 2
+
+Source: Kingma & Welling, ICLR 2014; CARSO (arXiv 2306.06081), section 4.3.
 """
 
 from __future__ import annotations
@@ -88,16 +87,14 @@ def sample_latent(
         mu: means, ``[..., D]``, at least two dimensions; float16, bfloat16, float32 or float64.
         logvar: logarithms of the variances, with mu's shape, dtype and device.
         seed: int64 ``[1]``, on mu's device. None: a new seed from PyTorch's generator of this device.
-        sample_ids: int64 ``[N]``, the global index of each of the N vectors of mu, in order (see `philox`). None: 0 to
-            N - 1.
+        sample_ids: int64 ``[N]``, the global index of each of the N vectors of mu (see `philox`). None: 0 to N - 1.
 
     Returns:
-        ``z [..., D]`` in mu's dtype and ``kl [...]`` in nats; float32 (float64 for float64 inputs), also under
-        autocast.
+        ``z [..., D]`` in mu's dtype and ``kl [...]`` in nats; float32 (float64 for float64), also under autocast.
 
     Raises:
-        TypeError: if seed or sample_ids is neither None nor a tensor.
-        ValueError: if shapes, dtypes or devices do not match.
+        TypeError: seed or sample_ids is neither None nor a tensor.
+        ValueError: shapes, dtypes or devices do not match.
 
     The op has first-order gradients only. For a given seed it is deterministic. The kernels do not support ``vmap``.
     """

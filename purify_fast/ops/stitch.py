@@ -1,10 +1,6 @@
-"""Composes images from the blocks of several passes. Each block is copied from the pass that owns it.
+"""Composes images from the blocks of several passes: the last step of AToP's RT3 (arXiv 2401.16352).
 
-    out[s, b, :, h, w] = images[s, b, owners[s, b, h // bh, w // bw], :, h, w]
-
-bh and bw are the height and the width of a block. The op is the last step of AToP's RT3 (arXiv 2401.16352): sum_i m_i
-g(t_i, m_i) with masks m_i that tile the image. The backward gives the gradient of every block to its pass, and 0 to the
-other passes.
+With blocks of bh x bw pixels, out[s, b, :, h, w] = images[s, b, owners[s, b, h // bh, w // bw], :, h, w].
 """
 
 from __future__ import annotations
@@ -98,7 +94,7 @@ _stitch = differentiable(
 
 
 def stitch(images: Tensor, owners: Tensor) -> Tensor:
-    """Compose each image from N passes.
+    """Compose each image from N passes. Each block is copied unchanged from the pass that owns it.
 
     Args:
         images: ``[S * B * N, C, H, W]``, where the N passes of an image are adjacent; float16, bfloat16, float32 or
@@ -107,13 +103,13 @@ def stitch(images: Tensor, owners: Tensor) -> Tensor:
             them. rows divides H, and columns divides W. A block whose owner is N or more becomes 0.
 
     Returns:
-        ``[S * B, C, H, W]`` in images' dtype and memory format. Every element is copied unchanged.
+        ``[S * B, C, H, W]`` in images' dtype and memory format.
 
     Raises:
-        ValueError: if a shape, dtype or device is wrong.
+        ValueError: a shape, dtype or device is wrong.
 
-    A block is read only in the pass that owns it, so it may have NaN in other passes. The op has first-order gradients
-    only and is deterministic. The kernels do not support ``vmap``.
+    A block may have NaN in passes that do not own it. The op has first-order gradients only and is deterministic. The
+    kernels do not support ``vmap``.
     """
     check_floating(images=images)
     if images.dim() != 4:

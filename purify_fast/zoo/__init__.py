@@ -6,8 +6,7 @@
     model = zoo.load("digits-carso-pipeline")   # a module from images in [0, 1] to logits, in evaluation mode
     print(zoo.card("digits-carso-pipeline"))    # the model's training, and its accuracy under attack
 
-A model's card has the accuracy under each protocol (a named list of attacks), and the number of images. If you find an
-attack that lowers an accuracy, please report the attack.
+If you find an attack that lowers an accuracy, please report the attack.
 """
 
 from .cards import Accuracy, Card, card, classifier_folder, folder, list, load

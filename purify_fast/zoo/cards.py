@@ -124,10 +124,7 @@ def card(name: str) -> Card:
     """The description of a model in the zoo.
 
     Args:
-        name: a name in `list`.
-
-    Raises:
-        ValueError: the zoo has no such model. The message names the models of the zoo.
+        name: a name in `list`. Another name raises a ValueError, which names the models of the zoo.
     """
     return read_card(folder(name))
 
@@ -138,16 +135,12 @@ def list() -> builtins.list[str]:
 
 
 def folder(name: str) -> Path:
-    """The folder of a model. Do not write there, because the folder belongs to the installed package.
+    """The folder of a model, which belongs to the installed package: do not write there.
 
-    The folder of a defence does not contain its classifier. `classifier_folder` is the classifier's folder. `load`
-    reads both folders.
+    The folder of a defence does not contain its classifier, which is in `classifier_folder`.
 
     Args:
-        name: a name in `list`.
-
-    Raises:
-        ValueError: the zoo has no such model. The message names the models of the zoo.
+        name: a name in `list`. Another name raises a ValueError, which names the models of the zoo.
     """
     if name not in list():
         raise ValueError(f"name must be a model of the zoo, got {name!r}: the models are {', '.join(list())}")
@@ -158,10 +151,7 @@ def classifier_folder(name: str) -> Path:
     """The folder of the classifier of a defence in the zoo.
 
     Args:
-        name: the name of a defence in `list`.
-
-    Raises:
-        ValueError: the zoo has no such model, or the model is itself a classifier.
+        name: the name of a defence in `list`. A classifier's name raises a ValueError.
     """
     behind = card(name).classifier
     if behind is None:
@@ -173,14 +163,11 @@ def load(name: str) -> nn.Module:
     """Load a trained model in evaluation mode, on the CPU.
 
     Args:
-        name: a name in `list`.
+        name: a name in `list`. Another name raises a ValueError, which names the models of the zoo.
 
     Returns:
         A module from images ``[B, C, H, W]``, float32 in [0, 1], to logits ``[B, classes]``. A defence contains its
         classifier.
-
-    Raises:
-        ValueError: the zoo has no such model. The message names the models of the zoo.
     """
     if card(name).classifier is None:
         return load_classifier(folder(name))

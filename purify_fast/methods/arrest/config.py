@@ -16,8 +16,7 @@ class ArrestConfig:
 
     "Paper" is the abstract of arXiv 2308.16454, or a text that quotes the paper. "Port" is a re-implementation by
     readers of the paper (sgmath12/FAT). "Own" is this package's choice. With ``distillation_weight=0, replay=False``,
-    the training is plain adversarial finetuning. If, in addition, the classifier is untrained, this is
-    PGD adversarial training.
+    the training is plain adversarial finetuning, or PGD adversarial training of an untrained classifier.
 
     Args:
         attack: PGD on the cross-entropy (paper: linf, eps 8/255; paper and port: 10 steps of 2/255; own: the random
@@ -27,11 +26,10 @@ class ArrestConfig:
         distance: d, distance of two representations: "abs_cosine" (port; the paper calls it angular), "cosine",
             "angular" or "l2".
         pooled: whether maps and tokens are averaged over all positions before they are compared (port). The paper
-            compares the maps before pooling (according to the port). ``pooled`` must be False if all layers return
-            vectors.
-        replay: whether to use noisy replay: an image whose drift is above tau gets noise in place of an attack. The
-            drift is the distance between the image's representations in the classifier and in the teacher (the
-            classifier before the training).
+            compares the maps before pooling (according to the port). It must be False if all layers return vectors.
+        replay: whether to use noisy replay: an image gets noise in place of an attack if its drift is above tau. The
+            drift is the distance between its representations in the classifier and in the teacher (the classifier
+            before the training).
         angle: phi, threshold of the replay as an angle in degrees (port: 30). tau is then the distance of two vectors
             with this angle between them.
         tau: threshold of the replay as a distance, in place of ``angle``; required for the distance "l2". None means
@@ -45,13 +43,11 @@ class ArrestConfig:
         weight_decay: weight decay of the optimizer (port: 5e-4).
         schedule: schedule of the learning rate: "published" (port; `arrest_published`), or "one_cycle" or "constant"
             (own).
-        ema_decay: decay of a moving average of the weights, which is then the result (an extra, not part of ARREST). 0
-            means no moving average.
-        awp_gamma: gamma of adversarial weight perturbation, Wu et al., NeurIPS 2020 (an extra, not part of ARREST). 0
-            means no perturbation.
-        precision: "float32", with full IEEE precision on a GPU too; "tf32" (own), which on a GPU rounds the
-            factors of products to ten bits of mantissa while `purify_fast.training.fit` trains; or "bfloat16" for
-            matrix products (own).
+        ema_decay: decay of a moving average of the weights, which is then the result (not part of ARREST). 0 means
+            none.
+        awp_gamma: gamma of adversarial weight perturbation, Wu et al., NeurIPS 2020 (not part of ARREST). 0 means none.
+        precision: "float32", with full IEEE precision on a GPU too; "tf32" (own), which on a GPU rounds the factors of
+            products to ten bits of mantissa during the training; or "bfloat16" for matrix products (own).
 
     Raises:
         ValueError: a setting is out of range; the message names it.
@@ -109,15 +105,10 @@ class ArrestConfig:
 
 
 def arrest_published(epoch: int, epochs: int, peak: float) -> float:
-    """Return ARREST's learning rate, which is constant within an epoch (arXiv 2308.16454, according to sgmath12/FAT).
+    """Return ARREST's learning rate in ``epoch``, counted from 0 (arXiv 2308.16454, according to sgmath12/FAT).
 
     With 20 epochs, the rate is ``peak`` in the first 11 epochs and 0.8 ``peak`` in the next two. Then it halves every
     two epochs: a peak of 0.025 falls to 0.00125. With another number of epochs, the schedule is stretched.
-
-    Args:
-        epoch: the epoch, in 0 .. epochs - 1.
-        epochs: epochs of the whole run.
-        peak: highest learning rate.
     """
     place = epoch * 20 // epochs
     return peak if place < 11 else 0.8 * peak * 0.5 ** ((place - 11) // 2)

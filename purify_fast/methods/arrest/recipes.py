@@ -1,7 +1,6 @@
 """The published trainings of ARREST. ``recipes.json`` has every number and its source.
 
-ARREST has no official code. "FAT" is a re-implementation by readers of the paper (sgmath12/FAT): ``methods.py``,
-``main.py`` and ``arrest_20ep.yaml``. Its statements about the paper are second-hand.
+"FAT" is a re-implementation by readers of the paper (sgmath12/FAT). Its statements about the paper are second-hand.
 """
 
 from __future__ import annotations
@@ -29,11 +28,7 @@ class ArrestRecipe(Recipe):
     settings = ArrestConfig
 
     def build_classifier(self, width: int | None = None) -> nn.Module:
-        """Build the recipe's network with fresh weights. Before ARREST, train this network on clean images.
-
-        Args:
-            width: width of the network, as in `purify_fast.models.build_classifier`. None means the recipe's width.
-        """
+        """Build the network with fresh weights, to be trained on clean images first. None means the recipe's width."""
         options: dict[str, Any] = self.part("classifier") | ({} if width is None else {"width": width})
         name = options.pop("name")
         shape, classes = self.image_shape, self["data.num_classes"]
@@ -52,13 +47,7 @@ class ArrestRecipe(Recipe):
     def task(
         self, classifier: nn.Module, official_code: bool = False, layers: Sequence[str] | None = None
     ) -> ArrestTask:
-        """Return the finetuning of a classifier, for `purify_fast.training.fit`. The classifier is changed in place.
-
-        Args:
-            classifier: classifier that was trained on clean images.
-            official_code: train as the re-implementation does, as in `config`.
-            layers: as in `ArrestTask`.
-        """
+        """Return the finetuning of a ``classifier`` trained on clean images, which is changed in place, for `fit`."""
         return ArrestTask(classifier, self.config(official_code), self.image_shape, layers)
 
 

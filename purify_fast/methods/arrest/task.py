@@ -50,8 +50,7 @@ class ArrestTask(MethodTask):
 
     Args:
         model: the classifier to train in place, images ``[B, *image_shape]`` in [0, 1] to logits. For ARREST it must
-            have been trained on clean images. With fresh weights, and without distillation and replay, the training is
-            PGD adversarial training.
+            have been trained on clean images.
         config: settings of the training.
         image_shape: (C, H, W).
         layers: paths of the modules whose outputs are the representation. The distances of several layers are averaged.
@@ -61,12 +60,11 @@ class ArrestTask(MethodTask):
         compile: whether to compile the attacked copy of the classifier with `torch.compile`, once for all batch sizes.
 
     Attributes:
-        teacher: the `Teacher`. If images are not augmented, call ``task.teacher.keep(x)`` before the training. Then
-            the teacher runs only on the first batch of each epoch, to check the stored outputs.
+        teacher: the `Teacher`. If images are not augmented, call ``task.teacher.keep(x)`` before the training. Then the
+            teacher runs only on the first batch of each epoch, to check the stored outputs.
 
     Raises:
-        ValueError: layers are unknown, or are required but not given; or ``pooled`` is True and all layers return
-            vectors.
+        ValueError: layers are unknown or missing; or ``pooled`` is True and all layers return vectors.
     """
 
     name = "arrest"
@@ -157,15 +155,7 @@ class ArrestTask(MethodTask):
         return x, replayed.float().mean()
 
     def attacks_all_rows(self, device: torch.device) -> bool:
-        """Tell whether the replayed images are attacked too, although the result is not used.
-
-        A CUDA graph has a fixed number of images. To run the graph takes less time than to launch the kernels for fewer
-        images. If the last attack could not be captured, or its graph saved too little time, replayed images are not
-        attacked.
-
-        Args:
-            device: device of the images.
-        """
+        """Tell whether replayed images are attacked too, because a replay of the captured attack takes less time."""
         return self.graphs is not None and self.graphs.may_replay(device)
 
     def loss(self, x: Tensor, y: Tensor, of_teacher: list[Tensor]) -> tuple[Tensor, Metrics]:
@@ -238,11 +228,7 @@ class ArrestTask(MethodTask):
         check_classifier(self.classifier, shape, classes, self.config.precision)
 
     def validate(self, batch: Batch) -> Metrics:
-        """Return cross-entropy and accuracy under the training's attack, or under PGD-10 if the attack has fewer steps.
-
-        Args:
-            batch: held-out images.
-        """
+        """Return cross-entropy and accuracy under the training's attack, or PGD-10 if it has fewer steps."""
         x = self.config.attack.of_validations().run(self.result, batch, graphs=self.graphs)
         with torch.no_grad():
             logits = self.result(x).float()
@@ -251,11 +237,7 @@ class ArrestTask(MethodTask):
 
 
 def pool(features: list[Tensor]) -> list[Tensor]:
-    """Average maps and tokens over their positions. Vectors are not changed.
-
-    Args:
-        features: outputs of layers, ``[B, C, H, W]``, ``[B, T, D]`` or ``[B, F]``.
-    """
+    """Average maps ``[B, C, H, W]`` and tokens ``[B, T, D]`` over their positions. Vectors are not changed."""
     return [f.mean((2, 3)) if f.dim() == 4 else f.mean(1) if f.dim() == 3 else f for f in features]
 
 
@@ -266,14 +248,12 @@ class Teacher:
     called, it returns the stored outputs, and checks them on the first batch of each epoch.
 
     Args:
-        classifier: images ``[B, *image_shape]`` in [0, 1] to logits. It is copied, and not changed.
+        classifier: images ``[B, *image_shape]`` in [0, 1] to logits. It is copied.
         layers: paths of the modules whose outputs are the representation.
         image_shape: (C, H, W).
-        pooled: whether maps and tokens are averaged over their positions.
+        pooled: whether maps and tokens are averaged over their positions. It must be False if all layers return
+            vectors.
         dtype: dtype of the computation; bfloat16 makes the copy faster.
-
-    Raises:
-        ValueError: layers are unknown, or ``pooled`` is True and all layers return vectors.
     """
 
     def __init__(
@@ -295,11 +275,7 @@ class Teacher:
 
     @torch.no_grad()
     def read(self, x: Tensor) -> list[Tensor]:
-        """Return the outputs of the layers.
-
-        Args:
-            x: images ``[B, C, H, W]`` in [0, 1].
-        """
+        """Return the outputs of the layers for images ``[B, C, H, W]`` in [0, 1]."""
         with autocast_to(x.device, self.dtype):
             features = self.reader(x)
         return pool(features) if self.pooled else features
@@ -307,12 +283,8 @@ class Teacher:
     def keep(self, x: Tensor | StreamedImages, batch_size: int = 256, progress: bool = True) -> None:
         """Store the outputs for all training images, so that most steps need no forward pass of the teacher.
 
-        Do not use this if the training augments its images.
-
-        Args:
-            x: the training images, uint8 ``[N, C, H, W]``. All outputs are held in the memory of the device of ``x``.
-            batch_size: number of images per forward pass.
-            progress: whether to show a progress bar.
+        Do not use this if the training augments its images. ``x`` has the training images, uint8 ``[N, C, H, W]``. All
+        outputs are held in the memory of its device.
         """
         bar = tqdm(range(0, len(x), batch_size), desc="teacher", unit="batch", disable=not progress)
         parts = [self.read(to_float(x[i : i + batch_size])) for i in bar]

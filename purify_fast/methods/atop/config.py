@@ -22,10 +22,9 @@ class AtopConfig:
             gradients (own).
         attack: the attack. Its norm, eps and eps_warmup set the ball (official: linf, eps 8/255). Its other settings
             are for PGD, and must have their defaults if attack_method is not "pgd".
-        reconstruction_target: the image that the purifier is trained to rebuild. "adversarial": the adversarial image,
-            from the transformed adversarial image (released notebooks; one pass of the purifier). "clean": the clean
-            image, from the transformed clean image (the authors' logged run). The cross-entropy then uses a second
-            pass, over the adversarial image with the same noise and mask.
+        reconstruction_target: image that the purifier learns to rebuild. "adversarial": the adversarial image, from its
+            transform (released notebooks; one pass). "clean": the clean image, from its transform (the authors' logged
+            run). The cross-entropy then needs a second pass, over the adversarial image with the same noise and mask.
         cls_weight: weight lambda of the classifier's cross-entropy (official: 0.05; 0.1 on ImageNette).
         cls_delay: length of the first part of the training, in which the cross-entropy has weight 0 (official: 2
             epochs; the notebooks end an epoch after 625 steps of 8 images each).
@@ -35,13 +34,13 @@ class AtopConfig:
         reconstruction_weight: weight of the L1 terms (official: 1).
         gan_weight: weight of the purifier's GAN term, L_G (official: 1).
         discriminator_width: channels of the discriminator's first layer (official: 64).
-        gan_grad: whether L_G trains the purifier, as in the paper's formula. In the official code the gradient of L_G
-            is cut off, so the discriminator has no effect. With False, there is no discriminator.
+        gan_grad: whether L_G trains the purifier, as in the paper's formula. The official code cuts off L_G's gradient,
+            so the discriminator has no effect. With False, there is no discriminator.
         gan_fake: fake images in the discriminator's loss. "refined": the refined images (fine-tuning). "pasted": the
             refined images in the hidden blocks, and the transformed images elsewhere (pre-training).
-        precision: "float32" (official), with full IEEE precision on a GPU too; "tf32" (own), which on a GPU
-            rounds the factors of products to ten bits of mantissa while `purify_fast.training.fit` trains; or
-            "bfloat16", which trains the accelerated defence (own).
+        precision: "float32" (official), with full IEEE precision on a GPU too; "tf32" (own), which on a GPU rounds the
+            factors of products to ten bits of mantissa during the training; or "bfloat16", which trains the accelerated
+            defence (own).
         schedule: schedule of the learning rate: "constant" (official) or "one_cycle" (own).
         learning_rate: learning rate of Adam (official: 1e-4).
         betas: betas of Adam (official: 0.5, 0.999).
@@ -93,13 +92,10 @@ class AtopConfig:
 
     @classmethod
     def pretraining(cls, **changes: Any) -> AtopConfig:
-        """Return settings for the pre-training of a generator on clean images, with a hinge GAN loss and an L1 loss.
+        """Return settings for the pre-training of a generator on clean images, with changed fields ``changes``.
 
-        Both losses have weight 1, and there is no cross-entropy. This is DeepFillv2's training in AToP's repository
-        (code: `train see in Finetuning-AToP.py`, `configs/train.yaml`), but with the defence's transform.
-
-        Args:
-            changes: fields with other values.
+        It has a hinge GAN loss and an L1 loss with weight 1, and no cross-entropy, as DeepFillv2's training in AToP's
+        repository (`train see in Finetuning-AToP.py`, `configs/train.yaml`), but with the defence's transform.
         """
         settings = {"attack_method": "none", "reconstruction_target": "clean", "cls_weight": 0.0, "gan_grad": True}
         return cls(**{**settings, "gan_fake": "pasted", **changes})

@@ -1,8 +1,6 @@
-"""The discriminator of DeepFillv2's training, SN-PatchGAN.
+"""The discriminator of DeepFillv2's training, SN-PatchGAN (Yu et al., ICCV 2019; Miyato et al., ICLR 2018).
 
-The source is Yu et al., ICCV 2019, in the implementation nipponjo/deepfillv2-pytorch. The discriminator's tensors have
-the names that this implementation uses. Spectral normalization is defined as in Miyato et al., ICLR 2018. AToP begins
-with a DeepFillv2 generator that was trained in this way on Places2.
+Its tensors have the names of the implementation nipponjo/deepfillv2-pytorch.
 """
 
 from __future__ import annotations
@@ -22,22 +20,12 @@ WIDTHS = (1, 2, 4, 4, 4, 4)
 
 
 class SpectralConv(nn.Conv2d):
-    """A convolution with ``weight / sigma``, where sigma is the largest singular value of the weight's matrix W.
+    """A convolution with ``weight / sigma``; sigma is the largest singular value of W ``[outputs, inputs * kernel^2]``.
 
-    W has the shape [outputs, inputs * kernel^2]. sigma is u' W v with v = W' u / |W' u|, differentiated with constant u
-    and v. In training mode, a forward pass first makes one step of power iteration, u <- W v / |W v|; in evaluation
-    mode, the output depends only on the input. torch's ``spectral_norm`` does the same, but also stores v. Here u is
-    the only buffer, ``weight_u [outputs, 1]``, which begins with fifteen steps of power iteration.
-
-    deepfillv2-pytorch divides the stored weight itself in every forward pass: there, scoring an image changes the
-    weights without the optimizer, and sigma has no gradient. A weight that was saved there has a sigma near 1.
-
-    Args:
-        inputs: channels of the input.
-        outputs: channels of the output.
-        kernel: side of the kernel.
-        stride: stride of the convolution.
-        padding: zeros on each side.
+    sigma is u' W v with v = W' u / |W' u|, differentiated with constant u and v. In training mode, each forward pass
+    makes a step of power iteration. The buffer ``weight_u [outputs, 1]``, which is u, begins with fifteen steps.
+    deepfillv2-pytorch divides the stored weight itself in every forward pass, so a weight that was saved there has a
+    sigma near 1.
     """
 
     weight_u: Tensor
@@ -81,16 +69,12 @@ class PatchDiscriminator(nn.Module):
     """The discriminator of SN-PatchGAN: spectrally normalized 5 x 5 convolutions of stride 2, each with LeakyReLU(0.2).
 
     ``forward(images and masks [B, C + 1, H, W])`` returns logits ``[B, N]``; N is 4,096 for 256 x 256. The images are
-    in [-1, 1], and the masks are 1 where hidden. LeakyReLU also follows the last layer. The published size has
-    5,946,816 parameters.
+    in [-1, 1], and the masks are 1 where hidden. LeakyReLU also follows the last layer.
 
     Args:
         in_channels: C + 1, where C is the number of channels of the image.
         width: channels of the first layer (published: 64). The layers have 1, 2, 4, 4, 4 and 4 times this number.
         depth: number of layers, 1 to 6 (published: 6); `patch_depth` returns a depth for an image size.
-
-    Raises:
-        ValueError: a size is below 1, or the depth is out of range.
     """
 
     def __init__(self, in_channels: int = 4, width: int = 64, depth: int = 6):

@@ -2,12 +2,9 @@
 
     t = random transform of x,   xhat = (g(t, m) + 1) / 2,   logits = f(xhat)
 
-RT1 hides blocks of the image. RT2 first adds noise, and then hides blocks. RT3 adds noise and makes N passes. Each
-block is hidden in one of the passes, and xhat has the block from this pass.
-
 Lin, Li, Zhang, Tanaka, Zhao: "Adversarial Training on Purification (AToP): Advancing Both Robustness and
-Generalization", arXiv 2401.16352 (ICLR 2024), section 3. The paper predicts from one draw; predictions from S draws are
-this package's addition.
+Generalization", arXiv 2401.16352 (ICLR 2024), section 3. The paper predicts from one draw; S draws are this package's
+addition.
 """
 
 from __future__ import annotations
@@ -36,13 +33,15 @@ Aggregation = Literal["mean", "mean_softmax"]
 class Atop(Defence):
     """A classifier behind AToP's random transform and purifier. The module maps images in [0, 1] to finite logits.
 
+    The transform rt1 hides blocks of the image. rt2 first adds noise. rt3 adds noise and makes N passes; each block is
+    hidden in one of the passes, and is taken from this pass.
+
     Every call draws a fresh seed from torch's global generator. Within `fixed_noise` the seed is the caller's. Within
-    `deterministic` there is no noise, and the same blocks are hidden in every image: those of seed 0. Several threads
-    may predict at the same time. For several GPUs, run a process for each GPU; ``nn.DataParallel`` is not supported.
+    `deterministic` there is no noise, and the hidden blocks of every image are those of seed 0.
 
     Args:
         classifier: any module from images ``[B, C, H, W]`` in [0, 1] to logits ``[B, classes]``. The defence uses a
-            frozen copy in evaluation mode; the given module is not changed.
+            frozen copy in evaluation mode.
         purifier: `DeepFillGenerator`, `SmallGenerator`, or your own module
             ``g(transformed [B, C, H, W], mask [B, 1, H, W]) -> image [B, C, H, W]``. Images are in [-1, 1], and the
             mask is 1 where an image is hidden. The defence uses a copy, which the training changes.
@@ -50,15 +49,13 @@ class Atop(Defence):
         transform: ``rt1``, ``rt2`` (the paper's best) or ``rt3``.
         sigma: standard deviation of the noise of rt2 and rt3, in image units (paper: 0.25).
         block: side of a hidden block in pixels (paper: 32 for images of 256 x 256). None means the common divisor of
-            height and width that is nearest to an eighth of the height, which is 4 for images of 32 x 32 and of
-            28 x 28.
+            height and width that is nearest to an eighth of the height, such as 4 for 32 x 32.
         mask_ratio: share of the blocks that rt1 and rt2 hide; the number of blocks is rounded down (paper: 0.25).
         num_passes: N, number of passes of rt3, which must divide the number of blocks (paper: 4).
         samples: S, draws of noise and mask per prediction (paper: 1).
         aggregation: aggregation of the S predictions: ``mean`` of the logits, or ``mean_softmax``, the log of the mean
             softmax.
-        shared_mask: whether all images of a batch have the same mask, as in the official code; otherwise each image has
-            its own mask.
+        shared_mask: whether all images of a batch have the same mask, as in the official code.
 
     Raises:
         ValueError: a setting is out of range, or the classifier or the purifier is wrapped or does not accept images of
@@ -133,32 +130,18 @@ class Atop(Defence):
     # -- a prediction: transform -> repair -> join -> classify -> aggregate --------------------------------------------
 
     def purify(self, x: Tensor, draws: int = 1) -> Tensor:
-        """Return purified images in [0, 1], ``[B, draws * S, C, H, W]``. The gradient reaches x.
-
-        Args:
-            x: images ``[B, C, H, W]`` in [0, 1].
-            draws: number of sets of S draws.
-        """
+        """Return purified images in [0, 1], ``[B, draws * S, C, H, W]``. The gradient reaches x."""
         packed, owners = self.draw(x, draws)
         return self.join(self._run_part(self._refine, packed), owners).transpose(0, 1)
 
     # -- the parts of a prediction ------------------------------------------------------------------------------------
 
     def draw(self, x: Tensor, draws: int = 1, noise: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """Transform images at random, in the current noise mode.
+        """Transform each image ``draws`` times S times, in the current noise mode. The gradient reaches x.
 
-        Args:
-            x: images ``[B, C, H, W]`` in [0, 1].
-            draws: number of sets of S draws.
-            noise: a seed, int64 ``[1]``, and sample ids, int64 ``[B]``. With None, the defence chooses both.
-
-        Returns:
-            ``(packed [T, C + 2, H, W], owners [draws * S, B, H / block, W / block])``, see `random_transform`. T is
-            draws * S * B; with rt3 it is N times this number. The owner of a block is the pass that hides it. The
-            gradient reaches x.
-
-        Raises:
-            ValueError: the images have a wrong shape.
+        ``noise`` (seed, sample ids) replaces the mode's. The result is ``packed [T, C + 2, H, W]`` and
+        ``owners [draws * S, B, H / block, W / block]`` (`random_transform`). T is draws * S * B, or N times this number
+        with rt3.
         """
         self.check_images(x)
         sigma, samples = self.sigma, draws * self.samples
@@ -184,11 +167,7 @@ class Atop(Defence):
         )
 
     def stages(self, packed: Tensor) -> tuple[Tensor, ...]:
-        """Return the images of the purifier's stages, each ``[T, C, H, W]`` in [-1, 1]. The last is the purified image.
-
-        Args:
-            packed: the images from `draw`, ``[T, C + 2, H, W]``.
-        """
+        """Return the images of the stages, each ``[T, C, H, W]`` in [-1, 1]. The last is the purified image."""
         with self._autocast(packed.device):
             return tuple(image.to(self.purifier_dtype) for image in self.purifier(packed))
 
@@ -196,24 +175,13 @@ class Atop(Defence):
         return self.stages(packed)[-1]
 
     def join(self, images: Tensor, owners: Tensor) -> Tensor:
-        """Convert purified images to [0, 1], ``[S, B, C, H, W]``. With rt3, each is stitched from its N passes.
-
-        Args:
-            images: images of the last stage, ``[T, C, H, W]`` in [-1, 1].
-            owners: the tensor ``owners`` from `draw`, ``[S, B, H / block, W / block]``.
-        """
+        """Convert the last stage's images to [0, 1], ``[S, B, C, H, W]``. With rt3, each is stitched from N passes."""
         whole = stitch(images, owners) if self.num_passes is not None else images
         return (whole.unflatten(0, owners.shape[:2]) + 1) / 2
 
     @torch.no_grad()
     def transformed(self, x: Tensor) -> Tensor:
-        """Return the purifier's input, scaled to [0, 1], ``[B, S, C, H, W]``. Hidden blocks are gray.
-
-        With rt3, only the input of the first pass is returned.
-
-        Args:
-            x: images ``[B, C, H, W]`` in [0, 1].
-        """
+        """Return the (first) input of the purifier in [0, 1], ``[B, S, C, H, W]``. Hidden blocks are gray."""
         packed, owners = self.draw(x)
         # the purifier's inputs, [S, B, N, C + 2, H, W]
         passes = packed.unflatten(0, (*owners.shape[:2], -1))

@@ -1,12 +1,7 @@
 """Inpainting generators of gated convolutions, which return a coarse and a refined image.
 
-`DeepFillGenerator` is AToP's GAN purifier: Yu et al., "Free-Form Image Inpainting with Gated Convolution", ICCV 2019,
-in the implementation nipponjo/deepfillv2-pytorch, which AToP (arXiv 2401.16352) fine-tunes. The tensors have the names
-and shapes of that implementation, so its checkpoints can be loaded.
-
-`SmallGenerator` is this package's own small network with the same ideas, for images of 16 x 16 to 32 x 32.
-
-The generators have no normalization and no dropout, so training and evaluation mode are the same function.
+`DeepFillGenerator` is AToP's GAN purifier: Yu et al., "Free-Form Image Inpainting with Gated Convolution", ICCV 2019.
+Its tensors have the names and shapes of nipponjo/deepfillv2-pytorch, which AToP (arXiv 2401.16352) fine-tunes.
 """
 
 from __future__ import annotations
@@ -30,19 +25,7 @@ FIRST, CONSTANT = "stage1.conv1.conv.weight", "stage2.contextual_attention.fuse_
 
 
 class GatedConv(nn.Module):
-    """A gated convolution, ``[B, inputs, H, W] -> [B, outputs, H / stride, W / stride]``.
-
-    A convolution with zero padding and twice as many output channels returns a and b. The result is
-    ``ELU(a) sigmoid(b)``. Weights are initialized by kaiming_uniform with fan_out, and biases are 0.
-
-    Args:
-        inputs: channels of the input.
-        outputs: channels of the output.
-        kernel: side of the convolution's kernel, odd.
-        stride: stride of the convolution.
-        dilation: dilation of the convolution.
-        relu: whether to use ReLU(a) in place of ELU(a).
-    """
+    """A convolution with zero padding whose output's halves a and b become ``ELU(a) sigmoid(b)`` (or ReLU(a))."""
 
     def __init__(
         self, inputs: int, outputs: int, kernel: int = 3, stride: int = 1, dilation: int = 1, *, relu: bool = False
@@ -86,10 +69,7 @@ def _up(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
 
 
 class _Attention(nn.Module):
-    """Contextual attention on a map whose sides are a quarter of the image's.
-
-    ``fuse_weight`` is not used. It is here because published checkpoints contain it.
-    """
+    """Contextual attention on a quarter-size map. Published checkpoints contain ``fuse_weight``, which is not used."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -158,7 +138,7 @@ def _check_packed(packed: Tensor, mask: Tensor, channels: int, multiple: int) ->
 
 
 class DeepFillGenerator(nn.Module):
-    """The generator of DeepFillv2.
+    """The generator of DeepFillv2, for images of 256 x 256; for images below 128, use `SmallGenerator`.
 
     ``forward(packed, mask) -> (coarse, refined)``:
 
@@ -166,15 +146,10 @@ class DeepFillGenerator(nn.Module):
         mask: ``[B, 1, H, W]``, 1 where hidden, 0 elsewhere.
         coarse, refined: whole images ``[B, C, H, W]`` in [-1, 1]; refined is the purified image.
 
-    H and W are multiples of 8. The input of the second stage is ``coarse * mask + transformed * (1 - mask)``. The
-    attention uses the mask of each image; the published code uses the first image's mask for the whole batch. The
-    published size has 4,052,478 parameters, of which 1,631,151 are in the coarse stage. With the published
-    initialization, the signal fades from layer to layer, so a fresh generator returns mid-gray images (within 1e-6 at
-    32 x 32).
-
-    The generator is made for images of 256 x 256; for images below 128, use `SmallGenerator`. The attention copies only
-    from keys (patches of its map) without hidden pixels. If blocks have an eighth of the image's side and a quarter of
-    the blocks is hidden, it can use 57 % of the keys at 256, 36 % at 128, 11 % at 64 and almost none at 32.
+    H and W are multiples of 8. The attention uses the mask of each image; the published code uses the first image's
+    mask for the whole batch. It copies only from patches without hidden pixels. If blocks have an eighth of the image's
+    side and a quarter of them is hidden, it can use 57 % of the patches at 256, 36 % at 128, 11 % at 64 and almost none
+    at 32. A fresh generator returns mid-gray images.
 
     Args:
         in_channels: C + 2, where C is the number of channels of the image.
@@ -208,19 +183,17 @@ class DeepFillGenerator(nn.Module):
 
     @classmethod
     def from_official(cls, path: str | Path) -> DeepFillGenerator:
-        """Load a generator from a checkpoint of deepfillv2-pytorch or AToP, in evaluation mode.
+        """Load a checkpoint of deepfillv2-pytorch or AToP, in evaluation mode. All sizes are taken from the file.
 
-        All sizes are taken from the file. Only tensors and plain containers are unpickled. Checkpoints that were
-        converted from TensorFlow (``networks_tf.py``) are refused, because their names and padding differ.
+        Only tensors and plain containers are unpickled. Checkpoints that were converted from TensorFlow
+        (``networks_tf.py``) are refused, because their names and padding differ.
 
         Args:
-            path: a ``.pth`` file that is the state dict or has it under the key ``G``, or a ``.safetensors`` file of
-                the state dict.
+            path: a ``.pth`` file that is the state dict or has it under the key ``G``, or a ``.safetensors`` file.
 
         Raises:
             FileNotFoundError: the file is missing.
-            ValueError: the file is damaged, contains other objects or no such state dict; or tensors are missing,
-                unknown or have a wrong shape, and the message names them.
+            ValueError: the file is damaged, has no such state dict, or its tensors do not fit; the message names them.
         """
         state = read_weights(path)
         if FIRST not in state or state[FIRST].dim() != 4:
@@ -236,14 +209,7 @@ class DeepFillGenerator(nn.Module):
         return generator.eval()
 
     def save_official(self, path: str | Path) -> None:
-        """Write ``{"G": state dict}`` for `from_official`, atomically.
-
-        Args:
-            path: path of the file, such as ``mine.pth``.
-
-        Raises:
-            ValueError: the path ends in .safetensors, which is not the format of the official files.
-        """
+        """Write ``{"G": state dict}`` to a ``.pth`` file for `from_official`, atomically."""
         if Path(path).suffix == ".safetensors":
             raise ValueError(f"path must not end in .safetensors, because torch.save writes the file, got {path}")
         with atomic(Path(path)) as temporary:
@@ -255,10 +221,7 @@ KEPT = 0.95
 
 
 class _SmallAttention(nn.Module):
-    """Contextual attention on a map whose sides are half of the image's.
-
-    A key stands for 4 x 4 pixels of the image, and is valid if none of them is hidden.
-    """
+    """Contextual attention on a half-size map. A key is valid if none of its 4 x 4 pixels of the image is hidden."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -314,10 +277,9 @@ class _SmallRefined(nn.Module):
 
 
 class SmallGenerator(nn.Module):
-    """A generator of gated convolutions for small images.
+    """This package's own generator of gated convolutions for images of 16 x 16 to 32 x 32.
 
-    ``forward(packed, mask) -> (coarse, refined)`` is as in `DeepFillGenerator`, but H and W are multiples of 4. The
-    input of the refined stage is the coarse image, the transformed image and the mask.
+    ``forward(packed, mask) -> (coarse, refined)`` is as in `DeepFillGenerator`, but H and W are multiples of 4.
 
     Args:
         channels: channels C of the images.

@@ -30,20 +30,19 @@ def build_purifier(name: str, channels: int, *, width: int | None = None, residu
 class PurifierAdapter(nn.Module):
     """Gives all purifiers one interface: ``forward(packed [N, C + 2, H, W])`` returns a tuple of ``[N, C, H, W]``.
 
-    ``packed`` has the transformed image, a plane of ones, and the mask. The results have the dtype of ``packed``, and
-    the last is the purified image. At construction, the module is tried on two images in evaluation mode.
+    ``packed`` has the transformed image, a plane of ones, and the mask. The last result is the purified image. The
+    results have the dtype of ``packed``. At construction, the module is tried on two images in evaluation mode.
 
     Args:
         module: the network that repairs images; it is not copied. It is called as ``module(transformed, mask)``, with
             transformed ``[N, C, H, W]`` in [-1, 1], 0 where hidden, and mask ``[N, 1, H, W]``, 1 where hidden. If it
             has the attribute ``takes_packed = True``, it is called as ``module(packed, mask)``. It returns the purified
-            image ``[N, C, H, W]``, or a tuple of such images whose last is the purified image (DeepFillv2: coarse,
-            refined). **Range: [-1, 1]**, like its input; other values are not clipped.
+            image ``[N, C, H, W]``, or a tuple of such images whose last is the purified image. **Range: [-1, 1]**, like
+            its input; other values are not clipped.
         image_shape: (C, H, W).
 
     Raises:
-        ValueError: the module does not run on two images, or returns something else; the message names the module, its
-            result and what is allowed.
+        ValueError: the module fails on two images, or returns something else; the message says what is allowed.
     """
 
     def __init__(self, module: nn.Module, image_shape: tuple[int, int, int]):

@@ -1,8 +1,7 @@
 """The published trainings of AToP. ``recipes.json`` has every number and its source.
 
-The paper's sections on the method could not be read first-hand. So nearly all facts are from the released notebooks
-(glin2022/atop, commit 9fa1e91). A line number of a notebook counts the lines of all its code cells. "train.yaml" is
-``configs/train.yaml`` of the same repository. The repository has no license, so none of its code is copied here.
+Nearly all facts are from the released notebooks (glin2022/atop, commit 9fa1e91), not from the paper. A line number
+counts the lines of all code cells. The repository has no license, so none of its code is copied here.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ class AtopRecipe(Recipe):
 
         Args:
             classifier: classifier for images of the recipe's size. The authors' classifier was trained on clean images.
-            purifier: the purifier to train, with its initial weights. None means a `DeepFillGenerator` of the authors'
-                size with fresh weights. The authors begin with a generator that was trained on Places2.
+            purifier: the purifier to train. None means a fresh `DeepFillGenerator` of the authors' size. The authors
+                begin with a generator that was trained on Places2.
             official_code: use one mask for all images of a batch, as in the authors' code.
             changes: arguments of `Atop` that replace those of the recipe.
         """
@@ -64,12 +63,7 @@ class AtopRecipe(Recipe):
         }
 
     def task(self, defence: Atop, official_code: bool = False) -> AtopTask:
-        """Return the training of a defence, for `purify_fast.training.fit`.
-
-        Args:
-            defence: the defence to train.
-            official_code: reproduce the authors' code, as in `config`.
-        """
+        """Return the training of a defence, for `purify_fast.training.fit`. ``official_code`` is as in `config`."""
         return AtopTask(defence, self.config(official_code))
 
 

@@ -1,17 +1,14 @@
 """Trains AToP's purifier: in pre-training, by the paper's objective, or against attacks on the whole pipeline.
 
 Let x' be the adversarial image, t a random transform of x' (in [-1, 1]) with the mask m, and (x1, x2) = g(t, m) the
-coarse and the refined image of the purifier g. Its loss, with a frozen classifier f and weights w_adv, w and lambda, is
+coarse and the refined image of the purifier g. The losses of g, with a frozen classifier f, and of the discriminator D
+are
 
-    L = w_adv L_G + w (mean |s - x1| + mean |s - x2|) + lambda CE(f((x2 + 1) / 2), y),   L_G = -mean D(x2, m)
-
-and the loss of the discriminator D, which is that of a hinge GAN, is
-
+    L   = w_adv L_G + w (mean |s - x1| + mean |s - x2|) + lambda CE(f((x2 + 1) / 2), y),   L_G = -mean D(x2, m)
     L_D = mean relu(1 - D(s, m)) / 2 + mean relu(1 + D(x2, m)) / 2
 
-Sources: arXiv 2401.16352, section 3, and the official code. The target s of the reconstruction is x' in the released
-notebooks. In the authors' logged run, s is the clean x, and the L1 terms are from a separate pass on x. In the official
-code, the gradient of L_G never reaches g.
+Sources: arXiv 2401.16352, section 3, and the official code. The target s is x' in the released notebooks. In the
+authors' logged run, s is the clean x, and the L1 terms are from a separate pass on x.
 """
 
 from __future__ import annotations
@@ -41,17 +38,7 @@ if TYPE_CHECKING:
 
 
 def attacked(defence: Atop, batch: Batch, config: AtopConfig, graphs: StepGraphs | None = None) -> Tensor:
-    """Return the adversarial images x' of a batch; without an attack, the images themselves.
-
-    Args:
-        defence: the defence. The attack targets the defence or its classifier.
-        batch: the images.
-        config: the attack and its target.
-        graphs: captures the attack's step in a CUDA graph; None captures nothing.
-
-    Returns:
-        Images with the shape and dtype of the batch's images.
-    """
+    """Return the adversarial images x' of a batch; without an attack, the images themselves."""
     if config.attack_method == "none":
         return batch.x
     pipeline = config.attack_target == "pipeline"
@@ -73,16 +60,7 @@ def attacked(defence: Atop, batch: Batch, config: AtopConfig, graphs: StepGraphs
 
 @dataclass(frozen=True)
 class Passes:
-    """The results of the purifier for a batch.
-
-    Args:
-        loss: the purifier's loss without the GAN term.
-        metrics: detached scalars.
-        target: for each of the T inputs, the image to rebuild, in [-1, 1], ``[T, C, H, W]``.
-        refined: the refined images of the purifier, with gradients, ``[T, C, H, W]``.
-        packed: the purifier's inputs ``[T, C + 2, H, W]``: the transformed images t, a plane of ones, and the mask,
-            which is 1 where an image was hidden.
-    """
+    """The purifier's T inputs ``packed``, the images to rebuild ``target`` and the ``refined`` images, in [-1, 1]."""
 
     loss: Tensor
     metrics: Metrics
@@ -93,16 +71,7 @@ class Passes:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The inputs of the purifier in a step.
-
-    Args:
-        rebuild: the images that the purifier should rebuild, ``[B, C, H, W]`` in [0, 1].
-        packed: the purifier's inputs: T inputs for the reconstruction, and T further inputs for the cross-entropy if
-            it needs other images.
-        count: the number T.
-        owners: the tensor ``owners`` that `Atop.draw` returns.
-        cls_weight: lambda; 0 during cls_delay.
-    """
+    """The purifier's inputs: T = ``count`` for the reconstruction, and T more if the cross-entropy needs others."""
 
     rebuild: Tensor
     packed: Tensor
@@ -112,17 +81,7 @@ class Inputs:
 
 
 def inputs(defence: Atop, batch: Batch, config: AtopConfig, graphs: StepGraphs | None = None) -> Inputs:
-    """Attack and transform the images of a batch.
-
-    The L1 terms and the cross-entropy may need different images. Then the purifier has twice as many inputs. While
-    lambda is 0, the inputs that only the cross-entropy needs are not computed.
-
-    Args:
-        defence: the defence whose purifier is trained.
-        batch: the images.
-        config: the settings of the training.
-        graphs: captures the attack's step in a CUDA graph; None captures nothing.
-    """
+    """Attack and transform a batch. While lambda is 0, inputs that only the cross-entropy needs are left out."""
     weight = config.cls_weight if batch.progress_in(config.cls_delay_unit) >= config.cls_delay else 0.0
     rebuilds_clean = config.reconstruction_target == "clean"
     classifies_others = weight > 0 and config.attack_method != "none" and rebuilds_clean
@@ -138,15 +97,7 @@ def inputs(defence: Atop, batch: Batch, config: AtopConfig, graphs: StepGraphs |
 
 
 def losses(defence: Atop, batch: Batch, config: AtopConfig, given: Inputs, images: tuple[Tensor, ...]) -> Passes:
-    """Compute the losses of the purifier's images.
-
-    Args:
-        defence: the defence whose purifier is trained.
-        batch: the images.
-        config: the settings of the training.
-        given: the purifier's inputs.
-        images: the images of each stage of the purifier.
-    """
+    """Compute the losses of the images of each stage of the purifier."""
     count, samples = given.count, len(given.owners)
     target = (2 * given.rebuild - 1).to(images[-1].dtype)
     # the inputs are ordered by sample, then by image, then by pass
@@ -168,14 +119,7 @@ def losses(defence: Atop, batch: Batch, config: AtopConfig, given: Inputs, image
 
 
 def passes(defence: Atop, batch: Batch, config: AtopConfig, graphs: StepGraphs | None = None) -> Passes:
-    """Run the attack, the transform and the purifier on a batch.
-
-    Args:
-        defence: the defence whose purifier is trained.
-        batch: the images.
-        config: the settings of the training.
-        graphs: captures the attack's step in a CUDA graph; None captures nothing.
-    """
+    """Run the attack, the transform and the purifier on a batch."""
     given = inputs(defence, batch, config, graphs)
     return losses(defence, batch, config, given, defence.stages(given.packed))
 
@@ -214,13 +158,7 @@ def training_loss(
 
 
 def discriminator_loss(discriminator: nn.Module, one_pass: Passes, gan_fake: str) -> Tensor:
-    """Return the discriminator's loss L_D. The targets are the real images, and no gradient reaches the purifier.
-
-    Args:
-        discriminator: images and masks to scores.
-        one_pass: results of the purifier.
-        gan_fake: kind of fake images, as in `AtopConfig`.
-    """
+    """Return the discriminator's loss L_D. The targets are the real images, and no gradient reaches the purifier."""
     fake = one_pass.refined.detach()
     mask = one_pass.packed[:, -1:]
     if gan_fake == "pasted":
@@ -230,12 +168,7 @@ def discriminator_loss(discriminator: nn.Module, one_pass: Passes, gan_fake: str
 
 
 def generator_loss(discriminator: nn.Module, one_pass: Passes) -> Tensor:
-    """Return the GAN term L_G = -mean D(x2, m) of the refined images x2. No gradient reaches the discriminator.
-
-    Args:
-        discriminator: images and masks to scores.
-        one_pass: results of the purifier.
-    """
+    """Return the GAN term L_G = -mean D(x2, m) of the refined images x2. No gradient reaches the discriminator."""
     discriminator.requires_grad_(False)
     try:
         return -discriminator(torch.cat([one_pass.refined, one_pass.packed[:, -1:]], 1)).mean()
@@ -244,21 +177,15 @@ def generator_loss(discriminator: nn.Module, one_pass: Passes) -> Tensor:
 
 
 def hinge(real: Tensor, fake: Tensor) -> Tensor:
-    """Return the hinge loss of a discriminator: mean relu(1 - real) / 2 + mean relu(1 + fake) / 2.
-
-    Args:
-        real: scores of real images.
-        fake: scores of fake images.
-    """
+    """Return the hinge loss of a discriminator: mean relu(1 - real) / 2 + mean relu(1 + fake) / 2."""
     return 0.5 * F.relu(1 - real).mean() + 0.5 * F.relu(1 + fake).mean()
 
 
 class AtopTask(PurifierTask[Atop]):
     """The training of a defence's purifier with a frozen classifier, for `purify_fast.training.fit`.
 
-    With ``gan_grad``, there is also a discriminator, whose initial weights are drawn from torch's global generator.
-    Each step first trains the discriminator, and then the purifier. Checkpoints contain the discriminator, but the
-    saved defence does not.
+    With ``gan_grad``, each step first trains a discriminator, whose initial weights are drawn from torch's global
+    generator. Checkpoints contain the discriminator, but the saved defence does not.
 
     Args:
         defence: the defence to train.
@@ -305,11 +232,7 @@ class AtopTask(PurifierTask[Atop]):
         yield Update("purifier", loss, {**metrics, **judged})
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        """Return the purifier's loss and metrics, without a step of the discriminator.
-
-        Args:
-            batch: the images.
-        """
+        """Return the purifier's loss and metrics, without a step of the discriminator."""
         return self._with_discriminator(passes(self.defence, batch, self.config, self.graphs))
 
     def _with_discriminator(self, one_pass: Passes) -> tuple[Tensor, Metrics]:

@@ -23,42 +23,39 @@ class CarsoConfig:
         attack_target: target of the attacks on training examples: "classifier" (paper), or "pipeline", the whole
             defence with exact gradients (own).
         attack: the attack. Paper: linf, eps 8/255 for color images and 0.3 for MNIST, 40 steps of length 0.01 (chosen
-            for eps 8/255). The default alpha=None is this package's choice. In the training with "classifier", half of
-            the attacked images have half of eps (paper). If alpha is given, it is the same for all attacked images.
+            for eps 8/255). The default alpha=None is own. With "classifier", half of the attacked images have half of
+            eps (paper); a given alpha is the same for all attacked images.
         eps_mode: "paper" uses eps unchanged. "official_code" divides eps by the mean of the defence's std, because the
             official code attacks unnormalized images with the radius for normalized images.
         adversarial_fraction: share of each batch that is attacked, divided evenly among four attacks (paper: 0.5, on
             CIFAR-10).
-        allow_no_adversarial: whether to train even if adversarial_fraction of a batch is less than four images, so
-            that no image is attacked. This happens in the official TinyImageNet run.
+        allow_no_adversarial: whether to train even if adversarial_fraction of a batch is less than four images, so that
+            no image is attacked. This happens in the official TinyImageNet run.
         kl_delay: length of the first part of the run, in which the KL term has weight 0 (paper: 0.125 of the epochs).
-            Afterwards its weight rises linearly, for a third of this length. Both lengths are rounded up to whole
-            units. The rise begins at 0, so the weight is also 0 in the first unit after the delay. For example, a delay
-            of 1 epoch has a rise of 1 epoch: the weight is 0 in epochs 1 and 2, and full from epoch 3. With kl_delay 0,
-            the weight is full from the first step.
+            Afterwards its weight rises linearly, for a third of this length. Both are rounded up to whole units. The
+            rise begins at 0: with a delay of 1 epoch, the weight is 0 in epochs 1 and 2, and full from epoch 3. With
+            kl_delay 0, the weight is full from the first step.
         kl_delay_unit: unit of kl_delay: "share" of the epochs (paper), "epochs", "steps" or "images".
         beta: final weight of the KL term (paper: 1).
         free_bits: lower bound, in nats, for the mean KL of a batch. A smaller mean has no gradient, so that the decoder
-            does not learn to ignore the latent (paper: 0; Kingma et al., NeurIPS 2016, with the whole latent as one
-            group).
+            does not learn to ignore the latent (paper: 0; Kingma et al., NeurIPS 2016).
         train_samples: K, reconstructions per image in the training through the pipeline.
         targets: targets for the K predictions of an attacked image in the training through the pipeline. "labels" uses
             cross-entropy (own). "classifier" uses the divergence from the frozen classifier's probabilities for the
-            clean image (adversarially robust distillation, Goldblum et al., AAAI 2020, arXiv 1905.09747).
+            clean image (Goldblum et al., AAAI 2020, arXiv 1905.09747).
         reconstruction_weight: weight of the reconstruction term in the training through the pipeline (own: 0.02).
-        joint: whether the defence's copy of the classifier is trained too, in the training through the pipeline (own;
-            the paper's classifier is frozen).
+        joint: whether the training through the pipeline also trains the defence's copy of the classifier (own; the
+            paper's classifier is frozen).
         reduction: reduction of the loss over the batch, "mean" (own) or "sum" (paper).
-        optimizer: "adamw" (own), or "radam_lookahead", RAdam within Lookahead (paper). With Lookahead, the trained
-            weights are its slow weights.
+        optimizer: "adamw" (own), or "radam_lookahead", RAdam within Lookahead (paper), whose slow weights are the
+            trained weights.
         lookahead_steps: fast steps per slow step of Lookahead (paper: 6).
         lookahead_alpha: length of Lookahead's slow step (paper: 0.8).
-        schedule: schedule of the learning rate: "one_cycle" (own), "published" or "published_v1"; see
-            `carso_published` and `carso_v1_published`.
-        precision: "float32", with full IEEE precision on a GPU too (in the official code, cuDNN's convolutions
-            round to TF32 by PyTorch's default); "tf32" (own), which on a GPU rounds the factors of products to ten bits
-            of mantissa while `purify_fast.training.fit` trains; or "bfloat16", which trains the accelerated defence
-            (own).
+        schedule: schedule of the learning rate: "one_cycle" (own), "published" or "published_v1"; see `carso_published`
+            and `carso_v1_published`.
+        precision: "float32", with full IEEE precision on a GPU too (the official code's convolutions use TF32 there);
+            "tf32" (own), which on a GPU rounds the factors of products to ten bits of mantissa during the training; or
+            "bfloat16", which trains the accelerated defence (own).
         learning_rate: highest learning rate of the schedule (paper: 1e-4 times the batch size of one process, for the
             reduction "sum").
         weight_decay: decoupled weight decay.
@@ -116,11 +113,7 @@ class CarsoConfig:
             raise ValueError(f"kl_delay must be in [0, 1) as a share of the epochs, got {self.kl_delay}")
 
     def kl_delay_of(self, epochs: int) -> tuple[float, DelayUnit]:
-        """Return kl_delay and its unit; a share is converted to epochs.
-
-        Args:
-            epochs: epochs of the whole run.
-        """
+        """Return kl_delay and its unit in a run of ``epochs`` epochs; a share is converted to epochs."""
         if self.kl_delay_unit == "share":
             return self.kl_delay * epochs, "epochs"
         return self.kl_delay, self.kl_delay_unit
@@ -129,30 +122,14 @@ class CarsoConfig:
 # The result is cached, because all steps of an epoch have the same settings.
 @functools.lru_cache(maxsize=8)
 def config_in_epoch(config: CarsoConfig, std: tuple[float, ...], epoch: int = 0, epochs: int = 1) -> CarsoConfig:
-    """Return the settings of one epoch, with eps in image units.
-
-    Args:
-        config: the settings of the training.
-        std: the standard deviations that normalize the images, one per channel.
-        epoch: the epoch, from 0.
-        epochs: epochs of the whole run.
-    """
+    """Return the settings of an epoch, counted from 0, with eps in image units. ``std`` normalizes the images."""
     attack = config.attack.at_epoch(epoch, epochs)
     scale = len(std) / sum(std) if config.eps_mode == "official_code" else 1.0
     return replace(config, attack=replace(attack, eps=attack.eps * scale), eps_mode="paper")
 
 
 def atom_size(batch_size: int, adversarial_fraction: float, allow_none: bool = False) -> int:
-    """Return the number of images for each of the four attacks: int(batch_size * adversarial_fraction // 4).
-
-    Args:
-        batch_size: images of the batch, or of a process's share of the batch.
-        adversarial_fraction: share of the images that are attacked.
-        allow_none: whether the result may be 0, as in the official TinyImageNet run.
-
-    Raises:
-        ValueError: the result is 0, and ``allow_none`` is False.
-    """
+    """Return the number of images for each of the four attacks: int(batch_size * adversarial_fraction // 4)."""
     atom = int(batch_size * adversarial_fraction // 4)
     if atom == 0 and not allow_none:
         raise ValueError(
@@ -164,16 +141,11 @@ def atom_size(batch_size: int, adversarial_fraction: float, allow_none: bool = F
 
 
 def carso_published(epoch: int, epochs: int, peak: float) -> float:
-    """Return CARSO's learning rate, which is constant within an epoch (arXiv 2306.06081, official code).
+    """Return CARSO's learning rate in ``epoch``, counted from 0 (arXiv 2306.06081, official code).
 
     The rate rises linearly from 5e-9 to ``peak`` over int(epochs / 8) epochs, but at least 3. It remains at ``peak``
     for int(epochs / 8) epochs, but at least 1. Then it falls linearly to 1.25e-4 ``peak`` over the remaining epochs,
     but at least 3. The official peak is 1e-4 times the batch size of one process.
-
-    Args:
-        epoch: the epoch, in 0 .. epochs - 1.
-        epochs: epochs of the whole run.
-        peak: highest learning rate.
     """
     rise, flat = max(3, int(epochs / 8)), max(1, int(epochs / 8))
     fall = max(3, epochs - 2 * int(epochs / 8))
@@ -183,15 +155,7 @@ def carso_published(epoch: int, epochs: int, peak: float) -> float:
 
 
 def carso_v1_published(epoch: int, epochs: int, peak: float) -> float:
-    """Return the learning rate of CARSO's first version.
-
-    The rate rises linearly from 5e-9 to ``peak`` over int(epochs / 3) epochs, and then falls linearly to 5e-9 again.
-
-    Args:
-        epoch: the epoch, from 0.
-        epochs: epochs of the whole run.
-        peak: highest learning rate.
-    """
+    """Return version 1's rate: linear from 5e-9 to ``peak`` in int(epochs / 3) epochs, and linear back to 5e-9."""
     rise = max(1, int(epochs / 3))
     position = epoch / rise if epoch <= rise else (epochs - epoch) / max(1, epochs - rise)
     return 5e-9 + (peak - 5e-9) * position

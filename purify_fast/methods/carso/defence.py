@@ -4,9 +4,8 @@
     logits_i = logsumexp_k classify(x_k)_i
 
 Ballarin, Ansuini, Bortolussi: "Blending adversarial training and representation-conditional purification via
-aggregation improves adversarial robustness", arXiv 2306.06081. The paper's aggregation (PeeL) can return +-inf, and its
-gradients can be NaN, which stops attacks that follow gradients. Here, logsumexp makes the same decisions with finite
-logits and usable gradients.
+aggregation improves adversarial robustness", arXiv 2306.06081. logsumexp makes the same decisions as the paper's
+aggregation (PeeL), whose logits can be infinite and whose gradients can be NaN.
 """
 
 from __future__ import annotations
@@ -44,16 +43,13 @@ DecoderPlan = tuple[Sequence[int], Sequence[Deconvolution | Mapping[str, Any]]]
 class Carso(Defence):
     """A classifier behind CARSO's purifier. The module maps images in [0, 1] to finite logits.
 
-    `purify_fast.methods.recipes` builds the published systems, and `purify_fast.methods.carso.load_official` reads the
-    published files.
-
-    Every call draws a fresh seed from torch's global generator. Within `fixed_noise` the seed is the caller's, and
-    within `deterministic` z is 0. Several threads may predict at the same time. For several GPUs, run a process for
-    each GPU; ``nn.DataParallel`` is not supported.
+    `purify_fast.methods.recipes` builds the published systems, and `load_official` reads the published files. Every
+    call draws a fresh seed from torch's global generator. Within `fixed_noise` the seed is the caller's, and within
+    `deterministic` z is 0.
 
     Args:
         classifier: any module from images ``[B, C, H, W]`` in [0, 1] to logits ``[B, classes]``. The defence uses a
-            frozen copy in evaluation mode; the given module is not changed.
+            frozen copy in evaluation mode.
         layers: paths of the modules whose outputs form the representation: maps ``[B, C, H, W]``, tokens ``[B, T, D]``
             or vectors ``[B, F]``.
         image_shape: (C, H, W).
@@ -64,16 +60,15 @@ class Carso(Defence):
             up to eight times this number. No effect on ``v1``.
         encoder_depth: blocks per pre-encoder. No effect on ``v1``.
         mean: mean by which the posterior encoder normalizes its input, a number or a list with a number per channel.
-        std: standard deviation by which the posterior encoder normalizes its input, in the same form, above 0.
+        std: standard deviation in the same form, above 0.
         decoder: (start, layers): the shape (C, h, w) of the decoder's first map, and the decoder's layers, each as a
             `Deconvolution` or as a dictionary of its fields. None means `decoder_plan` for image_shape and
-            decoder_width, or for ``v1`` the decoder of the first version. `published_decoder` returns the decoders of
-            the paper.
+            decoder_width, or for ``v1`` the decoder of the first version. `published_decoder` returns the paper's
+            decoders.
         version: ``v4`` for versions 4 to 6 of the paper, or ``v1`` for the first version, for 28 x 28 images.
 
     Raises:
-        ValueError: a size is below 1, std is not above 0, a layer is unknown, or the classifier does not accept images
-            of image_shape.
+        ValueError: a setting is out of range, a layer is unknown, or the classifier does not accept the images.
     """
 
     draws_for_each_image = True
@@ -143,12 +138,7 @@ class Carso(Defence):
     # -- a prediction: condition -> decode -> classify -> aggregate ----------------------------------------------------
 
     def sample_logits(self, x: Tensor, z: Tensor | None = None) -> Tensor:
-        """Return the logits of the K reconstructions, ``[B, K, classes]``.
-
-        Args:
-            x: images ``[B, C, H, W]`` in [0, 1].
-            z: latents as in `reconstruct`; None draws them.
-        """
+        """Return the logits of the K reconstructions, ``[B, K, classes]``. None draws ``z`` (see `reconstruct`)."""
         batch = x.shape[0]
         if torch.compiler.is_compiling() and x.device.type == "cpu" and z is None:
             x = pad_batch(x)
@@ -160,13 +150,8 @@ class Carso(Defence):
     def reconstruct(self, x: Tensor, z: Tensor | None = None, draws: int = 1) -> Tensor:
         """Return purified images in (0, 1), ``[B, draws * K, C, H, W]``. The gradient reaches x.
 
-        Args:
-            x: images ``[B, C, H, W]`` in [0, 1].
-            z: latents ``[B, K, latent_dim]`` or ``[1, K, latent_dim]``; None draws them from the prior.
-            draws: number of sets of K latents to draw, if ``z`` is None.
-
-        Raises:
-            ValueError: images or latents have a wrong shape.
+        ``z`` is ``[B, K, latent_dim]`` or ``[1, K, latent_dim]``; None draws ``draws`` sets of K latents from the
+        prior.
         """
         self.check_images(x)
         condition = self._run_part(self.condition, x)
@@ -184,21 +169,13 @@ class Carso(Defence):
     # -- the parts of a prediction ------------------------------------------------------------------------------------
 
     def condition(self, x: Tensor) -> Tensor:
-        """Return the condition c(x), ``[B, cond_dim]``. The gradient reaches x.
-
-        Args:
-            x: images ``[B, C, H, W]`` in [0, 1].
-        """
+        """Return the condition c(x), ``[B, cond_dim]``, of images in [0, 1]. The gradient reaches x."""
         representation = self.read(x)
         with self._autocast(x.device):
             return self.condition_encoder(representation).to(self.purifier_dtype)
 
     def read(self, x: Tensor) -> list[Tensor]:
-        """Return the outputs of the classifier's ``layers``, in the purifier's dtype.
-
-        Args:
-            x: images ``[B, C, H, W]`` in [0, 1].
-        """
+        """Return the outputs of the classifier's ``layers`` for images in [0, 1], in the purifier's dtype."""
         x = x if self.classifier_uses_channels_last else x.contiguous()
         if self.fast is None:
             layers = self.representation(x.to(self.classifier_dtype))
@@ -210,24 +187,13 @@ class Carso(Defence):
         return [layer.to(self.purifier_dtype) for layer in layers]
 
     def prior_latents(self, n: int, k: int, device: torch.device) -> Tensor:
-        """Draw latents ``[n, k, latent_dim]`` in the current noise mode; without noise, k is 1 and z is 0.
-
-        Args:
-            n: number of images.
-            k: latents per image.
-            device: device of the latents.
-        """
+        """Draw latents ``[n, k, latent_dim]`` in the current noise mode; without noise, k is 1 and z is 0."""
         if self.noise_is_off:
             return torch.zeros((n, 1, self.latent_dim), device=device)
         return latents(*self.noise(n, device), k, self.latent_dim).expand(n, -1, -1)
 
     def decode(self, z: Tensor, condition: Tensor) -> Tensor:
-        """Return the images before the sigmoid, ``[B, K, C, H, W]``.
-
-        Args:
-            z: latents ``[B, K, latent_dim]``.
-            condition: ``[B, cond_dim]``.
-        """
+        """Return the images before the sigmoid, ``[B, K, C, H, W]``, of latents ``[B, K, latent_dim]``."""
         with self._autocast(z.device):
             images = self.decoder(z.to(condition.dtype), condition)
         return images.unflatten(0, z.shape[:2]).to(self.purifier_dtype)
@@ -239,12 +205,7 @@ class Carso(Defence):
         return not (torch.is_grad_enabled() and any(weight.requires_grad for weight in self.decoder.parameters()))
 
     def posterior(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and log-variance of the posterior q(z | x, c), each ``[B, latent_dim]``, for the training.
-
-        Args:
-            x: images ``[B, C, H, W]`` in [0, 1].
-            condition: ``[B, cond_dim]``.
-        """
+        """Return mean and log-variance of q(z | x, c), each ``[B, latent_dim]``, for the training."""
         normalized = (x.to(self.purifier_dtype) - self.mean) / self.std
         with self._autocast(x.device):
             mean, log_variance = self.posterior_encoder(normalized, condition)

@@ -1,14 +1,7 @@
-"""Defines the networks of CARSO's conditional variational autoencoder, for any image size and any classifier layers.
+"""Defines the networks of CARSO's conditional variational autoencoder (arXiv 2306.06081, section 4.2).
 
-The source is arXiv 2306.06081, section 4.2. The networks include those of the paper's CIFAR-10 and TinyImageNet
-systems; the sizes for other images are this package's own choice.
-
-The classes with V1 in their names are the networks of the paper's versions 1 and 2 (2023), whose code has them for
-MNIST and FashionMNIST. They flatten the representation, and their linear encoders have LeakyReLU(0.01) before
-BatchNorm. Their decoder starts at one pixel and has no BatchNorm.
-
-The class attribute ``runs_in_order`` states that every nn.Sequential of a class is called as a whole. The folding of
-BatchNorm requires this (`purify_fast.speed.folding.batchnorm.fold_sequential`).
+V1 marks the networks of the paper's versions 1 and 2 for 28 x 28 images. ``runs_in_order`` states that a class calls
+every nn.Sequential as a whole, as the folding of BatchNorm requires.
 """
 
 from __future__ import annotations
@@ -121,22 +114,13 @@ class Deconvolution:
 
     @classmethod
     def of(cls, layer: nn.ConvTranspose2d) -> Deconvolution:
-        """Return the settings of a layer.
-
-        Args:
-            layer: a layer whose kernel, stride and padding are the same in both directions.
-        """
+        """Return the settings of a layer whose kernel, stride and padding are the same in both directions."""
         more_h, more_w = layer.output_padding
         kernel, stride, padding = layer.kernel_size[0], layer.stride[0], int(layer.padding[0])
         return cls(layer.out_channels, kernel, stride, padding, (more_h, more_w))
 
     def size(self, h: int, w: int) -> tuple[int, int]:
-        """Return the height and width of the layer's output.
-
-        Args:
-            h: height of its input.
-            w: width of its input.
-        """
+        """Return the height and width of the output for an input of height ``h`` and width ``w``."""
         return (
             (h - 1) * self.stride - 2 * self.padding + self.kernel + self.output_padding[0],
             (w - 1) * self.stride - 2 * self.padding + self.kernel + self.output_padding[1],
@@ -146,9 +130,8 @@ class Deconvolution:
 def decoder_plan(image_shape: Shape, width: int = 32) -> Plan:
     """Return the shape of the first map and the layers of a decoder that is similar to the paper's two decoders.
 
-    The sizes are computed from the image back to the first map. Each layer on this way halves height and width (rounded
-    up), until both are at most 4, and doubles the channels, from ``width`` to at most ``8 width``. The last layer is 3
-    x 3 with stride 1.
+    From the image back to the first map, each layer halves height and width (rounded up) until both are at most 4, and
+    doubles the channels, to at most ``8 width``. The last layer is 3 x 3 with stride 1.
 
     Args:
         image_shape: (C, H, W).
@@ -172,10 +155,7 @@ def published_decoder(image_shape: Shape) -> Plan:
     """Return the first map's shape and the layers of the paper's decoder for CIFAR or TinyImageNet.
 
     Args:
-        image_shape: (C, H, W).
-
-    Raises:
-        ValueError: no decoder was published for image_shape; use `decoder_plan`.
+        image_shape: (C, H, W). Other shapes raise a ValueError; use `decoder_plan` for them.
     """
     channels, h, w = image_shape
     if (channels, h, w) not in PUBLISHED:
@@ -218,10 +198,7 @@ class Decoder(nn.Module):
         cond_dim: size of the condition.
         image_shape: (C, H, W) of the images.
         start: (C, h, w) of the adapter's output.
-        layers: the transposed convolutions, in order.
-
-    Raises:
-        ValueError: the output of the layers does not have image_shape.
+        layers: the transposed convolutions, in order. Their output must have image_shape.
     """
 
     runs_in_order = True
@@ -266,11 +243,7 @@ def _linear_blocks(*sizes: int) -> list[nn.Module]:
 
 
 class ConditionEncoderV1(nn.Module):
-    """Maps the representation's tensors to the condition ``c [B, cond_dim]`` in (0, 1), in the first version of CARSO.
-
-    The tensors are flattened and joined. Two linear blocks and a sigmoid follow. The hidden size is ``2 cond_dim``
-    (published: 290 -> 260 -> 130). ``depth`` has no effect.
-    """
+    """Maps the representation to ``c [B, cond_dim]`` in (0, 1), in the first version. ``depth`` has no effect."""
 
     runs_in_order = True
 
@@ -284,10 +257,7 @@ class ConditionEncoderV1(nn.Module):
 
 
 class PosteriorEncoderV1(PosteriorEncoder):
-    """Maps an image and the condition c to mean and log-variance of q(z | x, c), in the first version of CARSO.
-
-    The second block has ``1.5 latent_dim`` outputs (published: 96 for 64).
-    """
+    """Maps image, c and ``1.5 latent_dim`` features to mean and log-variance of q(z | x, c), in the first version."""
 
     def _layers(self, image_shape: Shape, cond_dim: int, latent_dim: int) -> tuple[nn.Module, nn.Module, int]:
         channels, h, w = image_shape
@@ -312,13 +282,7 @@ def decoder_plan_v1(channels: int, inputs: int) -> Plan:
 
 
 class DecoderV1(Decoder):
-    """Maps latents and the condition to images before the sigmoid, in the first version of CARSO.
-
-    ``forward(z [B, K, latent_dim], c [B, cond_dim]) -> [B * K, C, H, W]``
-
-    Raises:
-        ValueError: the output of the layers does not have image_shape.
-    """
+    """Maps latents ``[B, K, latent_dim]`` and the condition to images before the sigmoid, in the first version."""
 
     normalizes = False
 

@@ -81,8 +81,7 @@ def load_official(
 ) -> Carso:
     """Load a system from the three safetensors files of the official code, in evaluation mode.
 
-    All sizes are taken from the files. The files have no posterior encoder, so it has fresh weights; only the training
-    uses it.
+    All sizes are taken from the files. The posterior encoder, which only the training uses, has fresh weights.
 
     Args:
         classifier: the classifier for which the files were trained.
@@ -137,12 +136,9 @@ def save_official(defence: Carso, directory: str | Path, stem: str) -> None:
     """Write the three files that `load_official` reads, each atomically.
 
     Args:
-        defence: the system.
+        defence: the system. A ValueError is raised if the files cannot represent it.
         directory: folder for the files.
         stem: common name of the files.
-
-    Raises:
-        ValueError: the files cannot represent this defence.
     """
     if defence.arguments["version"] != "v4" or any(len(shape) != 3 for shape in defence.representation.shapes):
         shapes = ", ".join("[" + ", ".join(map(str, ("B", *shape))) + "]" for shape in defence.representation.shapes)

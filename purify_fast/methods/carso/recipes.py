@@ -1,8 +1,7 @@
 """The published systems of CARSO. ``recipes.json`` has every number and its source.
 
-A source that is only a file and a line is in the official repository (emaballarin/CARSO, commit 307b873). "ebtorch" is
-the library that this repository uses (emaballarin/ebtorch, commit e9f8d99). The first version of the method, mnist_v1,
-is in earlier commits of the repository (8dadfc8, 5f65f97).
+A source that is only a file and a line is in emaballarin/CARSO, commit 307b873 (mnist_v1: 8dadfc8, 5f65f97). "ebtorch"
+is its library emaballarin/ebtorch, commit e9f8d99.
 """
 
 from __future__ import annotations
@@ -45,13 +44,7 @@ class CarsoRecipe(Recipe):
         return WideResNet(depth, width, in_channels=channels, num_classes=classes, mean=mean, std=std)
 
     def config(self, official_code: bool = False) -> CarsoConfig:
-        """Return the settings of the training.
-
-        Args:
-            official_code: reproduce the authors' code in two respects. The code scales eps (`CarsoConfig.eps_mode`).
-                And in the code, each process rounds its number of attacked images down, so TinyImageNet is trained
-                without any adversarial example.
-        """
+        """Return the settings. ``official_code`` scales eps, and trains TinyImageNet without adversarial examples."""
         config: CarsoConfig = super().config(official_code)
         if not official_code:
             return config
@@ -65,9 +58,6 @@ class CarsoRecipe(Recipe):
         Args:
             classifier: a trained network. If it is not a `WideResNet`, name its ``layers``.
             changes: arguments of `Carso` that replace those of the recipe.
-
-        Raises:
-            ValueError: the classifier lacks a layer, or the version v1 gets images that are not 28 x 28.
         """
         data = {"image_shape": self.image_shape, "mean": self["data.mean"], "std": self["data.std"]}
         options = {**self.part("defence"), **data, **changes}
@@ -107,15 +97,15 @@ class CarsoRecipe(Recipe):
         """Load the system with its authors' weights, in evaluation mode.
 
         Args:
-            directory: folder with the three safetensors files of the purifier. If ``classifier_weights`` is None, it
-                must also have the file of the classifier.
+            directory: folder with the three safetensors files of the purifier, and the classifier's file if
+                ``classifier_weights`` is None.
             classifier_weights: file of the classifier's weights. None means the only other file of weights in
                 ``directory``, or, if there are several, the file with the authors' name.
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: no weights were published for this system, or the files are those of another system; the message
-                says what differs.
+            ValueError: no weights were published, or the files are those of another system; the message says what
+                differs.
         """
         if self["defence.version"] != "v4":
             published = ", ".join(name for name, recipe in RECIPES.items() if recipe["defence.version"] == "v4")
@@ -147,12 +137,7 @@ class CarsoRecipe(Recipe):
         return chosen[0]
 
     def task(self, defence: Carso, official_code: bool = False) -> CarsoTask:
-        """Return the training of a defence, for `purify_fast.training.fit`.
-
-        Args:
-            defence: the defence to train.
-            official_code: reproduce the authors' code, as in `config`.
-        """
+        """Return the training of a defence, for `purify_fast.training.fit`. ``official_code`` is as in `config`."""
         return CarsoTask(defence, self.config(official_code))
 
 

@@ -47,13 +47,9 @@ if TYPE_CHECKING:
 
 
 def kl_weight(position: float, delay: float) -> float:
-    """Return the weight of the KL term, as a share of its final weight.
+    """Return the share of the KL term's final weight at ``position``, in the unit of ``delay`` (paper: epochs).
 
     The weight is 0 during the delay, and then rises linearly for a third of the delay. Both lengths are rounded up.
-
-    Args:
-        position: position in the run, in the unit of ``delay``. The paper counts epochs.
-        delay: length of the delay. In the paper, this is an eighth of the epochs.
     """
     start, rise = ceil(delay), ceil(delay / 3)
     return 1.0 if position >= start + rise else max(0.0, (position - start) / rise)
@@ -62,26 +58,11 @@ def kl_weight(position: float, delay: float) -> float:
 def balanced_batch(
     classifier: Callable[[Tensor], Tensor], batch: Batch, config: CarsoConfig, graphs: StepGraphs | None = None
 ) -> Tensor:
-    """Return the balanced batch: clean images, and images that PGD and FGSM made on a classifier.
+    """Return clean images and images that PGD and FGSM made on a classifier, with the shape of the batch's images.
 
     The order is [clean | PGD weak | PGD strong | FGSM weak | FGSM strong], where the weak attacks have half of eps.
-    With an adversarial bank, attacked images are read from the bank, and only images that the bank lacks or refreshes
-    are attacked.
-
-    Every process balances its own share of the batch, like the official code. Unless the number of processes divides
-    `atom_size` of the whole batch, they attack fewer images than one process.
-
-    Args:
-        classifier: the attacked classifier, images to logits.
-        batch: the images, and the seed of the random starts.
-        config: the attack, and the share of the images that are attacked.
-        graphs: captures the attack's steps in CUDA graphs; None captures nothing.
-
-    Returns:
-        Images with the shape and dtype of the batch's images.
-
-    Raises:
-        ValueError: the batch is too small for the four attacks.
+    Every process balances its own share of the batch, like the official code. So several processes attack fewer images
+    than a single process, unless their number divides `atom_size` of the whole batch.
     """
     x, attack = batch.x, config.attack
     atom = atom_size(len(x), config.adversarial_fraction, config.allow_no_adversarial)
@@ -125,17 +106,7 @@ def balanced_batch(
 def published_step(
     defence: Carso, batch: Batch, config: CarsoConfig, graphs: StepGraphs | None = None
 ) -> tuple[Tensor, Metrics]:
-    """Return the loss of a batch with the paper's objective, where only the classifier is attacked.
-
-    Args:
-        defence: the defence whose purifier is trained.
-        batch: the images.
-        config: the settings of the training.
-        graphs: captures the attacks' steps in CUDA graphs; None captures nothing.
-
-    Returns:
-        The loss, and its two terms as means over the images.
-    """
+    """Return the loss of a batch with the paper's objective, and the means of its two terms."""
     config = config_in_epoch(config, tuple(defence.arguments["std"]), batch.epoch, batch.epochs)
     perturbed = balanced_batch(defence.frozen_classifier, batch, config, graphs)
     condition = defence.condition(perturbed)
@@ -158,14 +129,7 @@ def published_step(
 
 @contextlib.contextmanager
 def as_trained(defence: Carso, batch: Batch) -> Iterator[None]:
-    """Within the block, the defence has the noise of `noise_of` and is in evaluation mode.
-
-    So BatchNorm uses its running statistics, and the attack and the loss see the same function.
-
-    Args:
-        defence: the defence to train.
-        batch: the images.
-    """
+    """Within the block, the defence has the noise of `noise_of` and is in evaluation mode, also under attack."""
     with evaluation_mode(defence), noise_of(defence, batch):
         yield
 
@@ -173,20 +137,7 @@ def as_trained(defence: Carso, batch: Batch) -> Iterator[None]:
 def pipeline_step(
     defence: Carso, batch: Batch, config: CarsoConfig, graphs: StepGraphs | None = None
 ) -> tuple[Tensor, Metrics]:
-    """Attack a batch by PGD through the whole defence, and return this package's own loss of the result.
-
-    Args:
-        defence: the defence whose purifier is trained, and with ``joint`` also its classifier.
-        batch: the images.
-        config: the settings of the training.
-        graphs: captures the attack's step in a CUDA graph; None captures nothing.
-
-    Returns:
-        The loss, and metrics.
-
-    Raises:
-        ValueError: ``joint`` is True, and the defence is accelerated or its classifier is frozen.
-    """
+    """Attack a batch by PGD through the whole defence, and return this package's own loss of it, and metrics."""
     if config.joint and (defence.fast is not None or not any(p.requires_grad for p in defence.classifier.parameters())):
         raise ValueError(
             "joint=True needs a defence that is not accelerated and whose classifier is not frozen: call "
@@ -226,9 +177,9 @@ def training_loss(
 
     Args:
         defence: the defence to train.
-        batch: the images. If its epoch and epochs are not set, it counts as a batch of the first epoch, in which the KL
-            term has weight 0 by the default kl_delay.
-        config: the settings; attack_target chooses `published_step` or `pipeline_step`. None means the defaults.
+        batch: the images. Without epoch and epochs, it counts as a batch of the first epoch, in which the KL term has
+            weight 0 by the default kl_delay.
+        config: the settings. None means the defaults.
         graphs: captures the attack's step in a CUDA graph on a CUDA device; pass the same object for every batch. None
             captures nothing. A step through the pipeline is captured if the defence has train_samples samples.
 
@@ -246,9 +197,6 @@ class CarsoTask(PurifierTask[Carso]):
         defence: the defence to train.
         config: settings of the training. With the precision "bfloat16", the defence is accelerated.
         origin: name of the purifier's initial weights. A run is resumed only with the same name.
-
-    Raises:
-        ValueError: `training_step` raises this if a batch is too small for the attacks.
     """
 
     name = "carso"
@@ -321,11 +269,7 @@ class CarsoTask(PurifierTask[Carso]):
                 raise ValueError(f"drop_last=False trains on a last batch of {images} images: {error}") from error
 
     def validate(self, batch: Batch) -> Metrics:
-        """Return the training's loss per image, and its metrics.
-
-        Args:
-            batch: held-out images.
-        """
+        """Return the training's loss per held-out image, and its metrics."""
         # The last batch may be too small for the attacks. The mean over the batches weights each batch by its number of
         # images, so the loss of a batch must be a mean too.
         config = replace(self.config, allow_no_adversarial=True, reduction="mean")

@@ -12,10 +12,9 @@ from ..._validation import Positive, Precision, Range, ShareBelow1, check_types
 class DiffusionConfig:
     """The settings of a denoiser's training.
 
-    "Paper" is Ho et al., NeurIPS 2020, arXiv 2006.11239; "own" is this package's choice. Two trainings share these
-    settings. Without intervals, the denoiser learns to predict the noise that the diffusion added to clean images
-    (paper). With intervals, a trained denoiser is distilled into a denoiser that needs only one evaluation
-    (`purify_fast.methods.diffusion.ConsistencyTask`).
+    "Paper" is Ho et al., NeurIPS 2020, arXiv 2006.11239; "own" is this package's choice. Without intervals, the
+    denoiser learns to predict the noise that was added to clean images (paper). With intervals, a trained denoiser is
+    distilled into a denoiser that needs only one evaluation (`ConsistencyTask`).
 
     Args:
         intervals: number of intervals into which the distillation divides the process up to ``last_time``. 0 selects
@@ -29,9 +28,8 @@ class DiffusionConfig:
             average. The decay is at most (1 + n) / (10 + n) after n steps (own).
         learning_rate: highest learning rate of a one-cycle schedule (own; paper: 2e-4, constant).
         weight_decay: weight decay of AdamW (own; paper: Adam without weight decay).
-        precision: "float32", with full IEEE precision on a GPU too; "tf32" (own), which on a GPU rounds the
-            factors of products to ten bits of mantissa while `purify_fast.training.fit` trains; or "bfloat16" for
-            matrix products (own).
+        precision: "float32", with full IEEE precision on a GPU too; "tf32" (own), which on a GPU rounds the factors of
+            products to ten bits of mantissa during the training; or "bfloat16" for matrix products (own).
 
     Raises:
         ValueError: a setting is out of range; the message names the setting.

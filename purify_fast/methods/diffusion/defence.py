@@ -4,14 +4,11 @@
     x_s = step(x_t, denoiser(x_t, t), z_t) - w grad   reverse process, from t* to the image; w grad is the guidance
     logits = classifier(x_0)                          aggregated over K such purifications
 
-With one round and no guidance, this is DiffPure (Nie et al., "Diffusion Models for Adversarial Purification", ICML
-2022, arXiv 2205.07460). With guidance, it is GDMP (Wang et al., arXiv 2205.14969). With several rounds of increasing
-t*, it is the gradual noise of Lee & Kim (ICCV 2023, arXiv 2303.09051). With a single step, it is the one-shot denoising
-of Carlini et al. (ICLR 2023, arXiv 2206.10550).
+One round without guidance is DiffPure (Nie et al., ICML 2022, arXiv 2205.07460). Guidance gives GDMP (Wang et al.,
+arXiv 2205.14969), rounds of increasing t* give the gradual noise of Lee & Kim (ICCV 2023, arXiv 2303.09051), and a
+single step gives one-shot denoising (Carlini et al., ICLR 2023, arXiv 2206.10550).
 
-The gradient is exact for any number of steps. The activations of a single step are stored, or of more steps if they fit
-into the memory. The other steps are computed again in the backward pass, with the same noise, which is drawn from a
-seed and never stored (`purify_fast.attacks.checkpointed_steps`).
+The gradient is exact. The backward pass computes steps again, with the same noise (`checkpointed_steps`).
 """
 
 from __future__ import annotations
@@ -52,10 +49,9 @@ class DiffusionPurifier(Defence):
     Args:
         denoiser: any module ``(x_t [B, C, H, W], t [B]) -> prediction``, with x_t in [-1, 1] apart from the noise. The
             prediction may have twice the channels (learned variances), or be an object with a tensor ``sample``, as in
-            diffusers' ``UNet2DModel``. The defence uses a frozen copy; ``defence.denoiser.requires_grad_(True)`` makes
-            it trainable through the whole process.
+            diffusers. The defence uses a frozen copy; ``defence.denoiser.requires_grad_(True)`` makes it trainable.
         classifier: any module from images ``[B, C, H, W]`` in [0, 1] to logits ``[B, classes]``. The defence uses a
-            frozen copy in evaluation mode; the given module is not changed.
+            frozen copy in evaluation mode.
         image_shape: (C, H, W).
         process: a `Process` or its fields, the settings by which images are noised and denoised.
         samples: K, number of purifications per prediction.
@@ -65,8 +61,7 @@ class DiffusionPurifier(Defence):
             limit.
         last_time: last time for which the denoiser was trained, as a share of the process.
         keep: number of steps, counted back from the last step, whose activations are stored for the gradient and not
-            computed again. "auto" stores as many as fit into a quarter of the free memory. The number changes no
-            result, and is not saved.
+            computed again. "auto" stores as many as fit into a quarter of the free memory. It changes no result.
 
     Raises:
         ValueError: a setting is out of range, t_star is after ``last_time``, or the denoiser or the classifier is
@@ -152,17 +147,7 @@ class DiffusionPurifier(Defence):
     # -- a prediction: noise -> denoise -> classify -> aggregate -------------------------------------------------------
 
     def purify(self, x: Tensor, draws: int = 1) -> Tensor:
-        """Return purified images, ``[B, draws * K, C, H, W]``. The gradient reaches x.
-
-        The images are in [0, 1] if the process clips.
-
-        Args:
-            x: images ``[B, C, H, W]`` in [0, 1].
-            draws: number of sets of K draws; at most 65,536 draws in all.
-
-        Raises:
-            ValueError: the images have a wrong shape, or there are too many draws.
-        """
+        """Return images ``[B, draws * K, C, H, W]``, in [0, 1] if the process clips, from at most 65,536 draws."""
         self.check_images(x)
         if draws * self.samples > STEPS:
             raise ValueError(f"draws must be at most {STEPS // self.samples} with {self.samples} samples, got {draws}")
@@ -237,11 +222,7 @@ class DiffusionPurifier(Defence):
         return prediction if self.process.learns_variances else prediction[:, : x.shape[1]]
 
     def with_process(self, process: Process) -> DiffusionPurifier:
-        """Return a defence with another process. It shares this denoiser and classifier, and is not accelerated.
-
-        Args:
-            process: the other process, such as one with fewer steps.
-        """
+        """Return a defence with another process. It shares denoiser and classifier, and is not accelerated."""
         other = copy.copy(self)
         other._modules, other._buffers, other._kept_ids = dict(self._modules), dict(self._buffers), {}
         other.fast = other.acceleration = None
@@ -252,12 +233,7 @@ class DiffusionPurifier(Defence):
     # -- attacks ------------------------------------------------------------------------------------------------------
 
     def attack_surrogates(self) -> list[tuple[str, DiffusionPurifier]]:
-        """Return purifiers whose gradients may be better than those of this defence
-        (`purify_fast.protocols.OwnSurrogates`).
-
-        A gradient through many steps is a product of many derivatives, and such a product may be useless. So Lee & Kim,
-        ICCV 2023, arXiv 2303.09051, section 4.2, attack through a process with fewer steps.
-        """
+        """Return purifiers with fewer steps, whose gradients may be better (Lee & Kim, arXiv 2303.09051, 4.2)."""
         ends = [j for j, begins in enumerate(self.begins) if begins] + [len(self.begins)]
         counts = [after - before - 1 for before, after in pairwise(ends)]
         if max(counts) == 1:

@@ -119,16 +119,12 @@ def read_pretrained(folder: str | Path) -> tuple[nn.Module, tuple[int, int, int]
 
 
 def load_denoiser(denoiser: nn.Module, path: str | Path) -> nn.Module:
-    """Load published weights into a network that the authors' code has built.
+    """Load published weights into a network that the authors' code has built, and return this network.
 
     Args:
         denoiser: the network; it is changed in place.
-        path: a file with a state dict, such as a file of guided-diffusion; or a checkpoint of score-SDE, which has the
-            network as ``model`` and a moving average of its weights as ``ema`` (models/ema.py of
-            yang-song/score_sde_pytorch). The moving average is used if there is one. Only tensors are read.
-
-    Returns:
-        The same network.
+        path: a file with a state dict, such as a file of guided-diffusion; or a checkpoint of score-SDE, whose moving
+            average ``ema`` is used, if any. Only tensors are read.
 
     Raises:
         FileNotFoundError: the file is missing.
@@ -141,19 +137,8 @@ def load_denoiser(denoiser: nn.Module, path: str | Path) -> nn.Module:
 class Denoiser(nn.Module):
     """Gives all denoisers one interface: a function ``(x_t, t) -> prediction``.
 
-    Args:
-        module: the denoiser; it is not copied. ``module(x, t)`` with x ``[B, C, H, W]`` and t ``[B]`` returns a tensor,
-            or an object with a tensor ``sample``, as models of diffusers do. The tensor is ``[B, C, H, W]``. With
-            learned variances it is ``[B, 2C, H, W]``, as in models of guided-diffusion.
-        image_shape: (C, H, W).
-        whole_times: whether the module gets t as int64.
-
-    Attributes:
-        learns_variances: whether the module returns twice as many channels as the images have.
-
-    Raises:
-        ValueError: the module fails on two images, or returns something else; the message names the module, its result
-            and what is allowed.
+    ``module(x [B, C, H, W], t [B])`` returns a tensor, or an object with a tensor ``sample``, as models of diffusers
+    do: ``[B, C, H, W]``, or ``[B, 2C, H, W]`` with learned variances. With ``whole_times``, t is int64.
     """
 
     def __init__(self, module: nn.Module, image_shape: tuple[int, int, int], whole_times: bool):

@@ -3,8 +3,7 @@
     x_s = step(x_t) - w dD(x_t, y_t) / dx_t,   y_t = alpha y + sigma z',   w = variance g sigma / alpha
 
 Here y is the input image, y_t is the input with fresh noise z' up to the time t, g is `Process.guidance_scale`, and
-"variance" is the variance of the step's noise. A learned variance differs from pixel to pixel, as in guided-diffusion,
-whose guidance also moves the mean of the step (Dhariwal & Nichol, NeurIPS 2021, arXiv 2105.05233, algorithm 1).
+"variance" is the variance of the step's noise, which may differ from pixel to pixel.
 
 D is the mean squared difference, or 1 - SSIM (Wang, Bovik, Sheikh & Simoncelli, IEEE TIP 2004, equation 13). With the
 local means E under a Gaussian window, m = E[x] and n = E[y]:
@@ -12,10 +11,8 @@ local means E under a Gaussian window, m = E[x] and n = E[y]:
     SSIM = mean of S,  S = [(2 m n + C1) / (m^2 + n^2 + C1)] [(2 cov + C2) / (var + C2)],
     cov = E[x y] - m n,   var = E[x^2] - m^2 + E[y^2] - n^2
 
-The gradients are explicit formulas, so autograd can differentiate the guided process. The authors' code
-(JinyiW/GuidedDiffusionPur, commit 6ee8b1a) has the guidance in purification/diff_purify.py:15-31 and
-pytorch_diffusion/diffusion.py:80-82 and 269-271. Here, each image has its own D instead of a mean over the batch, so
-images do not influence each other.
+The gradients are explicit formulas, so autograd can differentiate the guided process. In the authors' code
+(JinyiW/GuidedDiffusionPur, commit 6ee8b1a), D is a mean over the batch; here each image has its own D.
 """
 
 from __future__ import annotations

@@ -1,15 +1,13 @@
-"""The settings of a purification by diffusion, and the table of its steps.
+"""The settings of a purification by diffusion, and the table of its steps (`Table`).
 
-The coefficients of each step are a row of a table (`Table`) on the device, so the host does not wait for any value. In
-each round, the first row adds noise up to t*, and each further row is a step of the solver.
-
-A step from the time t to the earlier time s is
+In each round, the first row adds noise up to t*, and each further row is a step of the solver. A step from the time t
+to the earlier time s is
 
     x0 = clip(P x + Q m, -c, c),   x_s = A x0 + B x + d z          (`purify_fast.ops.diffusion_step`)
 
 Here x is x_t, m is the denoiser's prediction at t, and z ~ N(0, I). c is 1, or infinite if `Process.clip` is False. P
-and Q depend on the predicted quantity, and A, B and d depend on the solver. Below, alpha and sigma belong to the time
-t, and alpha' and sigma' belong to the time s:
+and Q depend on the predicted quantity, and A, B and d on the solver. alpha and sigma are those of t, alpha' and sigma'
+of s:
 
     noise   P = 1 / alpha,  Q = -sigma / alpha
     x0      P = 0,          Q = 1
@@ -25,8 +23,7 @@ t, and alpha' and sigma' belong to the time s:
     ode       A = r alpha / (2 sigma^2),  B = 1 + r / 2 - r / (2 sigma^2),  d = 0       ibid., equation 13, by Euler
     one_shot  A = 1,  B = 0,  d = 0                         Carlini et al., arXiv 2206.10550, section 3
 
-A and B of vp_sde and ode follow from the score of x_t, (alpha x0 - x) / sigma^2. beta(t) is `Schedule.rate`. DDPM's
-last step adds no noise.
+The score of x_t is (alpha x0 - x) / sigma^2. beta(t) is `Schedule.rate`. DDPM's last step adds no noise.
 """
 
 from __future__ import annotations
@@ -82,9 +79,8 @@ class Process:
         variance: variance of ddpm's noise: ``small`` or ``large``, the two bounds of Ho et al., or ``learned``.
         clip: whether each step's estimate of the image is clipped to [-1, 1], and the purified image to [0, 1]. If
             False, purified images may have values slightly outside [0, 1].
-        denoise_last: whether the last step of vp_sde adds no noise, like score-SDE's sampler when it returns its mean
-            (``denoise`` in sampling.py of yang-song/score_sde_pytorch). The last step of other solvers never adds
-            noise.
+        denoise_last: whether the last step of vp_sde adds no noise (``denoise`` in sampling.py of
+            yang-song/score_sde_pytorch). The last step of other solvers never adds noise.
         guidance: distance from the noised input, ``mse`` or ``ssim``, whose gradient guides each step. None means no
             guidance.
         guidance_scale: g, a factor of the guidance, in addition to the step's variance and sigma / alpha.
@@ -135,11 +131,7 @@ class Process:
 
     @classmethod
     def of(cls, given: Process | Mapping[str, Any]) -> Process:
-        """Make a process from its fields, such as those in a saved model.
-
-        Args:
-            given: a process, which is returned unchanged; or its fields by name, with a schedule as in `Schedule.of`.
-        """
+        """Make a process from its fields by name. A process is returned unchanged."""
         if isinstance(given, Process):
             return given
         return cls(**{**given, "schedule": Schedule.of(given.get("schedule", "linear"))})
@@ -188,15 +180,10 @@ class Process:
         return Table(*(torch.cat(column) for column in zip(*rows, strict=True))), begins
 
     def denoising(self, times: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the coefficients of the steps of a reverse process, and the variances for the guidance.
+        """Return a step for each interval of the descending ``times``, and the variances of the steps for the guidance.
 
-        Args:
-            times: times, float64 ``[n + 1]``, in descending order.
-
-        Returns:
-            The coefficients for `purify_fast.ops.diffusion_step`, float64 ``[n, 8]``, and the variances ``[n]`` of the
-            noise. The last step of ddpm adds no noise. Its variance is the small variance of the step before, as in
-            DDPM's code.
+        The steps are coefficients of `purify_fast.ops.diffusion_step`, float64 ``[n, 8]``. The last step of ddpm adds
+        no noise; its variance is the small variance of the step before, as in DDPM's code.
         """
         t, s = times[:-1], times[1:]
         kept, kept_s = self.schedule.alpha_bar(t), self.schedule.alpha_bar(s)

@@ -1,9 +1,8 @@
 """The published purifications by diffusion. ``recipes.json`` has every number and its source.
 
-A source is a file and its lines in one of the repositories NVlabs/DiffPure at commit 985703f, JinyiW/GuidedDiffusionPur
-at 6ee8b1a, ml-postech/robust-evaluation-of-diffusion-based-purification at 3b98b01 or
-ethz-spylab/diffusion_denoised_smoothing at 699e7a5. None of their code is copied here. The authors did not train the
-denoisers themselves, so these recipes have no training.
+A source is a file and its lines in NVlabs/DiffPure at commit 985703f, JinyiW/GuidedDiffusionPur at 6ee8b1a,
+ml-postech/robust-evaluation-of-diffusion-based-purification at 3b98b01 or ethz-spylab/diffusion_denoised_smoothing at
+699e7a5. The authors did not train the denoisers themselves, so these recipes have no training.
 """
 
 from __future__ import annotations
@@ -31,13 +30,7 @@ class DiffusionRecipe(Recipe):
         return Process(schedule=schedule, **fields)
 
     def defence(self, denoiser: nn.Module, classifier: nn.Module, **changes: Any) -> DiffusionPurifier:
-        """Build the defence.
-
-        Args:
-            denoiser: denoiser for images of the recipe's size in [-1, 1].
-            classifier: classifier for images of the recipe's size. The authors' classifier was trained on clean images.
-            changes: arguments of `DiffusionPurifier` that replace those of the recipe.
-        """
+        """Build the defence with a denoiser for images in [-1, 1]. ``changes`` replace the recipe's arguments."""
         options = {"image_shape": self.image_shape, "process": self.process(), **self.part("defence"), **changes}
         return DiffusionPurifier(denoiser, classifier, **options)
 

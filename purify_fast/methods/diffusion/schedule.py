@@ -53,8 +53,8 @@ class Schedule:
 
     Args:
         kind: ``linear``, ``cosine`` or ``vp``; the module's docstring has the formulas.
-        steps: N, number of the denoiser's training steps. The times of vp are continuous; `told` can round them
-            to N indices.
+        steps: N, number of the denoiser's training steps. The times of vp are continuous; `told` can round them to N
+            indices.
         first_beta: variance that the first of 1,000 steps adds, for linear and vp; no effect on cosine.
         last_beta: variance that the last of 1,000 steps adds, for linear and vp; no effect on cosine.
 
@@ -76,11 +76,7 @@ class Schedule:
 
     @classmethod
     def of(cls, given: Schedule | Mapping[str, Any] | str) -> Schedule:
-        """Make a schedule from its kind or from its fields, such as those in a saved model.
-
-        Args:
-            given: a schedule, which is returned unchanged; its fields by name; or its kind.
-        """
+        """Make a schedule from its kind or from its fields by name. A schedule is returned unchanged."""
         if isinstance(given, Schedule):
             return given
         return cls(given) if isinstance(given, str) else cls(**given)  # type: ignore[arg-type]
@@ -106,11 +102,7 @@ class Schedule:
         return scale * torch.linspace(self.first_beta, self.last_beta, self.steps, dtype=torch.float64, device="cpu")
 
     def alpha_bar(self, t: Tensor) -> Tensor:
-        """Return alpha_bar, the squared factor of the image, float64.
-
-        Args:
-            t: times in [0, 1], any shape; linear and cosine round them to the nearest training step.
-        """
+        """Return alpha_bar at times in [0, 1], float64. linear and cosine round to the nearest training step."""
         t = t.double()
         if self.is_continuous:
             low, high = USUAL_STEPS * self.first_beta, USUAL_STEPS * self.last_beta
@@ -118,22 +110,14 @@ class Schedule:
         return _products(self, t.device)[self._step(t)]
 
     def noising(self, t: Tensor) -> Tensor:
-        """Return the coefficients with which `diffusion_step` computes alpha x + sigma z, float64 ``[..., 8]``.
-
-        Args:
-            t: times, any shape.
-        """
+        """Return the coefficients with which `diffusion_step` computes alpha x + sigma z, float64 ``[..., 8]``."""
         kept = self.alpha_bar(t)
         zero = torch.zeros_like(kept)
         columns = [zero, zero, zero + inf, zero, kept.sqrt(), (1 - kept).sqrt(), zero, zero]
         return torch.stack(columns, -1)
 
     def rate(self, t: Tensor) -> Tensor:
-        """Return beta(t) of the SDE dx = -beta x / 2 dt + sqrt(beta) dw, float64. Discrete steps have the length 1 / N.
-
-        Args:
-            t: times in (0, 1], any shape.
-        """
+        """Return beta(t) of dx = -beta x / 2 dt + sqrt(beta) dw, float64. Discrete steps have the length 1 / N."""
         t = t.double()
         if self.is_continuous:
             return USUAL_STEPS * (self.first_beta + t * (self.last_beta - self.first_beta))
@@ -143,15 +127,7 @@ class Schedule:
         return (t * self.steps).round().long()
 
     def times(self, start: float, steps: int | None = None) -> Tensor:
-        """Return the evenly spaced times of a reverse process, from ``start`` to the end, float64 ``[steps + 1]``.
-
-        Args:
-            start: t*, in (0, 1].
-            steps: number of steps, at least 1. None means every training step.
-
-        Raises:
-            ValueError: ``start`` is outside (0, 1], or there are fewer than ``steps`` training steps up to ``start``.
-        """
+        """Return evenly spaced times from ``start`` in (0, 1], float64 ``[steps + 1]``; None: every training step."""
         first = round(start * self.steps) if 0 < start <= 1 else 0
         if first < 1:
             raise ValueError(
@@ -172,12 +148,10 @@ class Schedule:
         return torch.linspace(first, 0, steps + 1, dtype=torch.float64, device="cpu").round() / self.steps
 
     def told(self, t: Tensor, times: Times) -> Tensor:
-        """Convert times of this schedule to a denoiser's units, float64.
+        """Convert times in (0, 1] to a denoiser's units, float64.
 
-        Args:
-            t: times in (0, 1].
-            times: the units. ``index``: index of the training step, from 0 to N - 1. ``rescaled``: the index multiplied
-                by 1,000 / N, as in guided-diffusion's ``rescale_timesteps``. ``continuous``: 999 t, as in score-SDE.
+        ``index``: index of the training step, from 0 to N - 1. ``rescaled``: the index multiplied by 1,000 / N, as in
+        guided-diffusion's ``rescale_timesteps``. ``continuous``: 999 t, as in score-SDE.
         """
         if times == "continuous":
             return 999 * t.double()
@@ -186,16 +160,10 @@ class Schedule:
         return index.double() * (USUAL_STEPS / self.steps if times == "rescaled" else 1)
 
     def time_of(self, sigma: float) -> float:
-        """Return the time of the first training step with at least this noise.
+        """Return the time of the first training step with at least this noise (arXiv 2206.10550, section 3).
 
-        The conversion is from Carlini et al., arXiv 2206.10550, section 3.
-
-        Args:
-            sigma: standard deviation of noise that is added to images in [0, 1], without scaling the images. The images
-                of the process are in [-1, 1], where the noise is 2 sigma.
-
-        Raises:
-            ValueError: sigma is not above 0, or no time has so much noise.
+        ``sigma`` is the standard deviation of noise for unscaled images in [0, 1]. In the process, images are in
+        [-1, 1], and the noise is 2 sigma. A ValueError is raised if no time has so much noise.
         """
         t = torch.arange(1, self.steps + 1, dtype=torch.float64, device="cpu") / self.steps
         kept = self.alpha_bar(t)

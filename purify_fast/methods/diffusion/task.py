@@ -7,18 +7,15 @@ On clean images, the loss of an image x in [-1, 1] is
 Here t is uniform over the schedule's times, z ~ N(0, I), and the denoiser D predicts the noise (Ho et al., NeurIPS
 2020, arXiv 2006.11239, equation 14), the image, or v (Salimans & Ho, ICLR 2022, arXiv 2202.00512, section 4).
 
-Distillation trains a denoiser that predicts the result of the reverse process in one evaluation. The process up to the
-last time is divided into intervals. For an image x in [-1, 1], z ~ N(0, I) and a random interval from the time t to the
-earlier time s, the loss is
+Distillation trains a denoiser that predicts the result of the reverse process in one evaluation (Song, Dhariwal, Chen &
+Sutskever, ICML 2023, arXiv 2303.01469, algorithm 2). For a random interval from the time t to the earlier time s, the
+loss is
 
     x_t = alpha x + sigma z,   x_s = the teacher's DDIM step from x_t,
     L = mean (F(x_t, t) - G(x_s, s))^2,   G(x_s, s) = x_s if s is the end of the process
 
 Here F is the image that the denoiser predicts. G is the image that the moving average of the denoiser's weights
-predicts, without a gradient and clipped to [-1, 1]. So all states on a trajectory of the teacher's probability flow are
-mapped to the image at the end of this trajectory. The method is from Song, Dhariwal, Chen & Sutskever, ICML 2023, arXiv
-2303.01469, algorithm 2. In that paper, the intervals are those of another schedule, and the distance for large images
-is LPIPS.
+predicts, without a gradient and clipped to [-1, 1].
 """
 
 from __future__ import annotations
@@ -89,11 +86,8 @@ class DiffusionTask(MethodTask):
         denoiser: `purify_fast.models.UNet`, or any module from x_t ``[B, C, H, W]`` and times ``[B]`` to a prediction
             with the shape of x_t. It is trained in place. The times are indices of training steps, 0 to 999; with the
             schedule "vp" they are 999 t.
-        config: settings of the training.
+        config: settings of the training, without intervals.
         origin: name of the denoiser's initial weights. A run is resumed only with the same name.
-
-    Raises:
-        ValueError: ``config`` has intervals.
     """
 
     name = "diffusion"
@@ -108,21 +102,12 @@ class DiffusionTask(MethodTask):
         self.keep_average("denoiser", config.ema_decay, warm_up=True)
 
     def refuse(self, config: DiffusionConfig) -> None:
-        """Raise ValueError if the settings select another training.
-
-        Args:
-            config: the settings.
-        """
+        """Raise ValueError if the settings select another training."""
         if config.intervals:
             raise ValueError(f"intervals must be 0 for a training on clean images, got {config.intervals}")
 
     def loss(self, denoiser: nn.Module, batch: Batch) -> Tensor:
-        """Return the loss of one batch, float32.
-
-        Args:
-            denoiser: the denoiser, or the moving average of its weights.
-            batch: the images.
-        """
+        """Return the loss of one batch, float32, of the denoiser or of the moving average of its weights."""
         return denoising_loss(denoiser, batch, self.process, self.config)
 
     def captures(self, batch: Batch) -> Hashable:
@@ -132,11 +117,7 @@ class DiffusionTask(MethodTask):
         return self.loss(self.denoiser, batch), {}
 
     def validate(self, batch: Batch) -> Metrics:
-        """Return the loss of the result, which is the moving average if there is one.
-
-        Args:
-            batch: held-out images.
-        """
+        """Return the loss of the result, which is the moving average, if any."""
         with torch.no_grad():
             return {"loss": self.loss(self.result, batch)}
 
@@ -165,13 +146,10 @@ class ConsistencyTask(DiffusionTask):
     Args:
         denoiser: trained denoiser, as in `DiffusionTask`. It is trained in place, and a copy with its initial weights
             is the teacher.
-        config: settings of the training, with intervals.
+        config: settings of the training, with intervals, but not more than the schedule has steps.
         origin: name of the denoiser's initial weights. A run is resumed only with the same name.
         process: process for which the denoiser was trained, or its fields. Its schedule, predicted quantity and units
             of time are used. None means those of ``config``.
-
-    Raises:
-        ValueError: ``config`` has no intervals, or too many for the schedule.
     """
 
     name = "consistency"
@@ -190,21 +168,12 @@ class ConsistencyTask(DiffusionTask):
         self.teacher = copy.deepcopy(denoiser).eval().requires_grad_(False)
 
     def refuse(self, config: DiffusionConfig) -> None:
-        """Raise ValueError if the settings select another training.
-
-        Args:
-            config: the settings.
-        """
+        """Raise ValueError if the settings select another training."""
         if not config.intervals:
             raise ValueError("intervals must be at least 1 to distill a denoiser, got 0")
 
     def loss(self, denoiser: nn.Module, batch: Batch) -> Tensor:
-        """Return the loss of one batch, float32.
-
-        Args:
-            denoiser: the denoiser, or the moving average of its weights.
-            batch: the images.
-        """
+        """Return the loss of one batch, float32, of the denoiser or of the moving average of its weights."""
         clean, schedule, intervals = 2 * batch.x - 1, self.process.schedule, self.config.intervals
         noise, uniform = drawn_for(batch)
         times = schedule.times(self.config.last_time, intervals)

@@ -1,7 +1,4 @@
-"""Small inputs of each op, in the form that its kernel accepts. They are used to verify, test and time kernels.
-
-The module of each op defines its examples. ``python -m benchmarks.gpu.every_op`` runs every op once.
-"""
+"""Small inputs of each op, in the form that its kernel accepts. They are used to verify, test and time kernels."""
 
 from __future__ import annotations
 
@@ -34,22 +31,16 @@ class Example:
 
     Attributes:
         name: name of the example, unique within its op.
-        make: function that makes the kernel's arguments on the CPU from a dtype and a seed. Shapes and settings do not
-            depend on the seed.
+        make: function that makes the kernel's arguments on the CPU from a dtype and a seed.
         setting: the values in which this example differs from the other examples of its op.
         dtypes: dtypes that the op supports.
         exact: whether every backend must have the same bits as the reference.
-        slack: error that is allowed in addition to rounding, in units of float32's eps times the largest output. Random
-            numbers from a normal distribution, for example, differ between backends by a few ulp.
+        slack: allowed error in addition to rounding, in units of float32's eps times the largest output.
         variant: setting for which the op's backend is chosen separately; empty if the op has no such setting.
         summed: whether the results are sums over the samples.
-        jumps: whether the result jumps (is not continuous) where a number changes its sign. Rounding can change the
-            sign of some numbers, so the error of a single number has no bound. If True, the root mean square of the
-            error is compared, and a tenth of the root mean square of the result is allowed in addition to rounding.
-        gpu: dtypes in which the example verifies the op's kernel on a GPU, where kernels are compiled for each dtype
-            and setting: ``f`` for float32, ``b`` for bfloat16, ``h`` for float16. The examples of an op cover all of
-            its dtypes. They cover every kernel in float32 and in a 16-bit dtype. They cover every setting, layout and
-            access width of a thread in at least one dtype.
+        jumps: whether rounding can make the result jump. Then only the root mean square of the error is bounded.
+        gpu: dtypes that verify the kernel on a GPU: ``f`` for float32, ``b`` for bfloat16, ``h`` for float16. The
+            examples of an op cover every kernel in float32 and in a 16-bit dtype, and every layout at least once.
     """
 
     name: str
@@ -140,14 +131,7 @@ def properties_of(setting: tuple, properties: Mapping) -> dict:
 def examples(
     arguments: Callable[..., tuple], settings: Mapping[tuple, str] | Iterable[tuple], **properties
 ) -> list[Example]:
-    """Make an example of each setting.
-
-    Args:
-        arguments: function that makes the arguments of the kernel, called as ``arguments(*setting, dtype, seed)``.
-        settings: the setting of each example, from which its name is made. In a mapping, the value of a setting is the
-            attribute `gpu` of its example.
-        **properties: other attributes of the examples, each a value or a function of the setting.
-    """
+    """Make an example of each setting (with `gpu` if a mapping). A property may be a function of the setting."""
     gpu = settings if isinstance(settings, Mapping) else {}
 
     def word(part) -> str:

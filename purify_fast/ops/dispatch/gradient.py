@@ -1,13 +1,7 @@
 """Give ops their gradients: autograd functions around kernels, and CPU kernels that save values for the backward.
 
-A call that cannot have a gradient uses the kernel directly, because an ``autograd.Function`` takes several times as
-long as a small kernel; docs/performance.md has a table.
-
 An op's own backward computes everything from the op's inputs, because on a GPU arithmetic is cheaper than memory
-accesses. On a CPU, memory accesses are cheaper: saving a sigmoid, a normal number or a difference needs one store and
-one load. So some ops have `cpu_kernel`s that save them, for eager calls on a CPU. These kernels have the same results
-as the op and its backward, up to the last one or two bits. They are used if the op's own kernels would be used both
-forward and backward.
+accesses. On a CPU it is not, so some ops have `cpu_kernel`s that save values, for eager calls on a CPU.
 """
 
 from __future__ import annotations

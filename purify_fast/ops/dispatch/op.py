@@ -28,12 +28,9 @@ SIZES = {"small": 17, "medium": 21, "large": 1000}
 class Call(NamedTuple):
     """The facts of a call that determine which backend computes it.
 
-    Attributes:
-        device: device of its tensors.
-        variant: setting of the op that is raced separately; empty for an op without such a setting.
-        dtype: dtype of the tensor that `Definition.size_key` chooses; None for calls of every dtype.
-        bits: bit length of that tensor's number of elements; 0 for calls of every size.
-        style: an eager call, or a call inside a compiled graph.
+    ``variant`` is a setting of the op that is raced separately, or empty. ``dtype`` and ``bits``, the bit length of the
+    number of elements, belong to the tensor that `Definition.size_key` chooses; None and 0 stand for every call.
+    ``style`` is an eager call, or a call inside a compiled graph.
     """
 
     device: torch.device
@@ -77,20 +74,16 @@ class Definition:
         name: name without the name space.
         handle: the op as PyTorch dispatches it.
         reference: the definition, in PyTorch.
-        available: the backends that exist in this installation, by device type. If there is a kernel, its backend is
-            the last.
+        available: the backends of this installation, by device type. If there is a kernel, its backend is the last.
         examples: inputs that verify its kernels.
-        raced: inputs with which its kernels are raced. They have realistic shapes, but only a few samples.
+        raced: inputs with which its kernels are raced.
         launch: function that starts its Triton kernel, or None.
         few_launches: variants whose reference has fewer than a dozen launches, forward and backward together. Without
-            races, a GPU uses the reference for these variants, and the kernel for all other variants.
-        compiler_fuses: further variants, whose reference a compiler can fuse; ``""`` stands for an op without variants.
-            Inside compiled graphs, the reference is used for these variants.
-        size_key: function that returns, from the kernel's arguments, the dtype and the number of elements by which
-            races distinguish calls.
-        differentiable: whether the public function has gradients, by a ``torch.autograd.Function`` around the op. The
-            op itself never records gradients. If False, the public function has no gradients either, and its
-            documentation says this.
+            races, a GPU uses the reference for these variants, and the kernel for all others.
+        compiler_fuses: further variants, whose reference is used inside compiled graphs; ``""``: an op without
+            variants.
+        size_key: function that returns, from the kernel's arguments, dtype and size by which races distinguish calls.
+        differentiable: whether the public function has gradients. The op itself never records gradients.
         served: the backend that was chosen for each call so far.
     """
 

@@ -1,13 +1,7 @@
 """The results of races: which backend was measured to be faster, for eager calls and inside compiled graphs.
 
-They are in two places: the file of this machine (`records`), into which `racing.tune` writes and which has priority,
-and the package's ``races.json``, for machines that were measured with the benchmarks. There the results of a machine
-with the same device are used, or else with the same instruction set. If there is none, a GPU uses no results, and a CPU
-uses the results of the first CPU, because a kernel that was faster on one CPU is faster on most.
-
-The ``cells`` of an op's entry give the fastest backend for eager calls and for calls inside graphs: for each measured
-combination of variant, dtype and size; for each variant; and, under an empty name, for the whole op. A call uses the
-most specific cell that matches it.
+This machine's file (`records`) has priority over ``races.json``, where a machine with the same device or instruction
+set counts, or the first CPU. A call uses the most specific cell: variant, dtype and size; variant; or whole op.
 """
 
 from __future__ import annotations

@@ -1,11 +1,7 @@
 """Races kernels against their references on a device of this machine, for ``purify-fast tune``.
 
-Each op is raced by variant, memory layout, dtype and size, separately for forward and backward: by eager calls and, on
-a GPU, also by replays of a CUDA graph, which have no launch overhead on the host.
-
-A kernel is used for eager calls of a variant, dtype and size if it is faster in every layout and, on a GPU, in the
-replay too. A kernel that is already in use may be five percent slower, so that two races on a machine have the same
-result.
+A kernel is used for eager calls of a variant, dtype and size if it is faster in every memory layout and, on a GPU, also
+in a replay of a CUDA graph. A kernel in use may be five percent slower, so that two races have the same result.
 """
 
 from __future__ import annotations

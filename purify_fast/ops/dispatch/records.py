@@ -1,10 +1,4 @@
-"""Identifies this machine, and stores which of its kernels are correct, and which are faster, in a cache folder.
-
-A machine has one JSON file with the device, the versions that determine what a kernel computes, and an entry for each
-op: the hash of its sources, the verdict of its verification (`verify`), and the choices of its races (`races`).
-
-The folder is ``PURIFY_FAST_CACHE``, or the platform's cache folder. Files are always replaced as a whole.
-"""
+"""Identifies this machine, and stores in a JSON file which of its kernels are correct and which are faster."""
 
 from __future__ import annotations
 
@@ -176,14 +170,7 @@ def entry_of(op: str, sources: str, device: torch.device) -> dict[str, Any]:
 
 
 def update(device: torch.device, ops: dict[str, Any], write: bool = True, **facts: Any) -> None:
-    """Add to the entries of ops, and begin the entry of an op anew if its sources have changed. Other entries stay.
-
-    Args:
-        device: the device.
-        ops: the additions by op, each with the hash of the op's ``sources``.
-        write: False adds for this process only.
-        facts: further facts about the machine's file.
-    """
+    """Add to the entries of ops; begin an entry anew if the op's ``sources`` changed. ``write`` stores the file."""
     # Another process may have written in the meantime. Of two processes at once, the last writer wins.
     for content in (read(device), stored := _stored(device)):
         for op, entry in ops.items():

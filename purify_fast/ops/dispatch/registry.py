@@ -1,19 +1,12 @@
 """Registers ops, and chooses the backend that computes each call of an op (the backend that serves the call).
 
-``torch.compile`` cannot fuse an op with neighboring operations, so the backend is chosen separately for eager calls and
-for calls inside compiled graphs. If no kernel is used, the public function calls the reference directly, which
-``torch.compile`` can fuse.
-
-A kernel is used if it was measured to be faster for the dtype and the size of the call: on the user's machine, or on a
-similar machine that was measured for the package (`races`). Without a measurement, a GPU uses the kernel for eager
-calls if the reference has at least a dozen launches, forward and backward together. Inside compiled graphs, the
-reference must also be one that compilers do not fuse. In every case, the kernel must have been verified on this machine
-(`verify`).
+A kernel is used if it was verified on this machine (`verify`) and measured to be faster for the dtype and the size of
+the call (`races`). Without a measurement, a GPU uses the kernel for eager calls if the reference has at least a dozen
+launches, forward and backward together; inside compiled graphs, compilers must also not fuse the reference. If no
+kernel is used, the public function calls the reference directly, which ``torch.compile`` can fuse.
 
 The backends are ``reference`` (PyTorch, any device), ``cpp`` (C++, CPU) and ``triton`` (GPU). ``PURIFY_FAST_BACKEND``,
-which is read once at import, forces one or several backends, such as ``cpp,triton``. Each op uses the first of these
-that it has for the device of its tensors, and raises an error if it has none of them. `use_backend` does the same for a
-block in one thread.
+read once at import, forces backends, such as ``cpp,triton``.
 """
 
 from __future__ import annotations
@@ -61,10 +54,9 @@ _forced = _Forced(_checked(os.environ.get("PURIFY_FAST_BACKEND")))
 
 @contextlib.contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Force the backend of the ops within the block, and of their backward passes.
+    """Force the backend of the ops within the block, and of their backward passes, in the current thread only.
 
-    The block concerns only its own thread. Threads that start within the block choose their backends themselves, and
-    asyncio tasks of one thread share the choice, so do not await within the block.
+    The asyncio tasks of a thread share the choice, so do not await within the block.
 
     Args:
         name: ``reference``, ``cpp`` (on CPUs) or ``triton`` (on GPUs), or several of them separated by commas. An op
@@ -72,7 +64,7 @@ def use_backend(name: str | None) -> Iterator[None]:
             itself, as without `use_backend`.
 
     Raises:
-        ValueError: if a name is unknown. An op that has none of the backends raises RuntimeError when it is called.
+        ValueError: a name is unknown. An op that has none of the backends raises RuntimeError when it is called.
     """
     before, _forced.names = _forced.names, _checked(name)
     try:
@@ -224,21 +216,18 @@ def define_op(
     size_key: Callable[..., tuple[torch.dtype, int]] = first_argument,
     differentiable: bool = True,
 ) -> Op:
-    """Register the op ``purify_fast::name``.
+    """Register the op ``purify_fast::name``, with the kernels that are found by its name.
 
-    The op's kernels are found by its name. The CPU kernel is in the compiled extension. The Triton kernels are started
-    by the functions ``forward`` and ``backward`` of ``kernels/<name>.py``, which have the signature of the op or of its
-    backward, and never get float64.
+    The functions ``forward`` and ``backward`` of ``kernels/<name>.py`` start the Triton kernels, which never get
+    float64.
 
     Args:
         name: name of the op, without the name space.
         schema: signature of the op, as ``torch.library.define`` accepts it.
         reference: definition, in PyTorch. The op runs it under ``no_grad``.
-        fake: function that returns outputs with the right shapes and dtypes. The default output is like the first
-            argument, but contiguous.
+        fake: function that returns outputs with the right shapes and dtypes. None: like the first argument, contiguous.
         examples: small inputs that verify and test kernels.
-        raced: inputs with realistic shapes, but only a few samples, with which kernels are raced; by default, the
-            examples.
+        raced: inputs with realistic shapes, but only a few samples, with which kernels are raced; None: the examples.
         few_launches: variants for which the reference is only a few launches; see `Definition`.
         compiler_fuses: further variants, whose reference a compiler can fuse; see `Definition`.
         size_key: function that returns the dtype and the size by which races distinguish calls.
@@ -285,20 +274,7 @@ def define_backward(
     constants: int = 0,
     changes: dict[str, Any] | None = None,
 ) -> Op:
-    """Register the backward of an op. It is verified, raced and chosen in the same way as the op.
-
-    Args:
-        op: the op.
-        schema: signature of the backward.
-        reference: definition of the backward, in PyTorch.
-        fake: function that returns gradients with the right shapes and dtypes. The default gradient is like the second
-            argument, but contiguous.
-        size_key: function that returns the dtype and the size by which races distinguish calls.
-        saved: function from the inputs and outputs of the op to the arguments of the backward that follow the
-            gradients; see `differentiable`.
-        constants: number of outputs without a gradient. These are the last outputs.
-        changes: properties in which the examples of the backward differ from those of the op, as in `examples`.
-    """
+    """Register the backward of an op. ``saved`` makes the arguments that follow the gradients."""
 
     def derived(example: Example) -> Example:
         def make(dtype: torch.dtype, seed: int) -> tuple:

@@ -1,11 +1,7 @@
 """Verifies kernels on the machine on which they run: each kernel is compared once with its definition in float64.
 
-Before its first use, a kernel is compared on the examples of its op, and the verdict is stored on disk (`records`). A
-kernel that fails is not used on this machine. ``PURIFY_FAST_VERIFY=off`` allows every kernel without verification.
-
-The allowed error is that of the tests: twice the error of the definition in the same dtype, plus two units in the last
-place of the largest number, or 0 if a kernel must have the same bits. An example can define another allowed error
-(`Example.slack`, `Example.jumps`).
+The allowed error is twice the error of the definition in the same dtype, plus two units in the last place of the
+largest number, or 0 if a kernel must have the same bits (see also `Example.slack` and `Example.jumps`).
 """
 
 from __future__ import annotations
@@ -99,9 +95,7 @@ def cases(op: Definition, device: torch.device) -> list[tuple[Example, torch.dty
 
 
 def deviation(actual: Tensor, golden: Tensor, same: Tensor, example: Example, case: str) -> Deviation:
-    """Compare a kernel's output on the CPU with the definition's: ``golden`` in float64, ``same`` in the output's
-    dtype.
-    """
+    """Compare a kernel's output on the CPU with the definition's, in float64 (``golden``) and its dtype (``same``)."""
     if actual.shape != same.shape or actual.dtype != same.dtype:
         return Deviation(math.inf, 0.0, f"{case}: {actual.dtype} {list(actual.shape)}")
     ok = same.isfinite() & golden.isfinite()
