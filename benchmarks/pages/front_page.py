@@ -10,7 +10,7 @@ from purify_fast.evaluation import Report, Row
 from purify_fast.evaluation.show.tables import markdown_table, percent
 
 from ..kept import rows_of
-from ..robustness import contests
+from ..robustness import answer, contests
 from ..robustness.broken import broken_tables
 from ..robustness.studies import diffusion
 from ..robustness.truth import truth_tables as truth
@@ -134,13 +134,23 @@ def _range(gains: list[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
+def answer_row(results: Path) -> list[str]:
+    """Return the first row of README's table of speeds: the time until a user knows the robust accuracy."""
+    network, count = answer.NETWORKS[0], answer.COUNTS[0]
+    sums = answer.sums_of([row for row in answer.read(results / "studies") if row["network"] == network], count)
+    expert, own, plain = (sums[who]["cpu_seconds"] for who in (answer.EXPERT, contests.OURS, contests.OFFICIAL))
+    what = f"robust accuracy of {network.partition(',')[0]}, {count} images; expert: AutoAttack"
+    times = f"{expert:.0f} s", f"**{own:.0f} s**", f"{expert / own:.2f}", f"{plain:.0f} s", f"{plain / own:.1f}"
+    return ["one CPU core, no AMX", what, *times, "-"]
+
+
 def speed_table(results: Path) -> list[str]:
     """Return the table of the times of predictions, training steps and attacks, and a sentence if there are losses.
 
     Args:
         results: folder of the committed results.
     """
-    body, measured = [], speeds(results)
+    body, measured = [answer_row(results)], speeds(results)
     for one in measured:
         plain = ["-", "-"] if one.plain is None else [f"{one.plain:,.0f} ms", f"{one.plain / one.own:.1f}"]
         # A small gain or a loss has two digits.

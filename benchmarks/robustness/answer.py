@@ -103,7 +103,7 @@ def markdown(rows: Sequence[Row]) -> list[str]:
     for name in NETWORKS:
         own = [row for row in rows if row["network"] == name]
         for count in sorted({row["last"] for row in own if row["contestant"] == OURS}):
-            sums = {who: _sum([row for row in own if row["contestant"] == who], count) for who in CONTESTANTS}
+            sums = sums_of(own, count)
             by_expert = sums[EXPERT]
             for who, row in sums.items():
                 if row is None:
@@ -115,6 +115,11 @@ def markdown(rows: Sequence[Row]) -> list[str]:
                 body.append([name.partition(",")[0], str(count), title, str(row["left"]), *passes, *cost])
     table = markdown_table([*head, "CPU seconds", "share of the expert's"], body)
     return [f"Measured on: {kept.machines(rows)}.", "", *table] if rows else []
+
+
+def sums_of(rows: Sequence[Row], count: int) -> dict[str, Row | None]:
+    """Return the sums of each contestant for the first images of a network; None if some parts are missing."""
+    return {who: _sum([row for row in rows if row["contestant"] == who], count) for who in CONTESTANTS}
 
 
 def _sum(rows: Sequence[Row], count: int) -> Row | None:
