@@ -74,11 +74,11 @@ def _cases() -> dict[str, tuple]:
         shapes = {"": (3, 128, 128)} | {f"-whole-{size}": (size,) for size in whole}
         for kind, shape in shapes.items():
             cases[f"pgd_step-{name}{kind}"] = (*[x(4, *shape)] * 3, rows, rows, norm, 0.0, 1.0, 0.05)
-        pattern = one(2, 10, 10) if norm else None
-        cases[f"square_proposal-{name}"] = (image, image, rows, one(4, 8, 8), pattern, 10, norm, 0.0, 1.0)
+        pattern, edge = one(2, 10, 10) if norm else None, torch.empty((), dtype=torch.int64)
+        cases[f"square_proposal-{name}"] = (image, image, rows, one(4, 8, 8), pattern, edge, norm, 0.0, 1.0)
         # The compiler makes constants of arguments that are 1.
         flat, pattern = x(4, 3, 1, 64), one(2, 1, 1) if norm else None
-        cases[f"square_proposal-{name}-flat"] = (flat, flat, rows, one(4, 8, 8), pattern, 1, norm, 0.0, 1.0)
+        cases[f"square_proposal-{name}-flat"] = (flat, flat, rows, one(4, 8, 8), pattern, edge, norm, 0.0, 1.0)
         cases[f"hyperplane_projection-{name}"] = (image, image, rows, norm, 0.0, 1.0)
         if name in APGD_NORMS:
             cases[f"apgd_step-{name}"] = (*[image] * 4, rows, rows, 0.75, norm, 0.0, 1.0)
