@@ -1,9 +1,4 @@
-"""Compile every Triton kernel ahead of time, without a GPU, and read its machine code.
-
-A case has the arguments of a launcher. The launcher is called, and the kernels that it launches are compiled instead of
-run, with the same block sizes, warps and types of arguments. All sizes and pointers are multiples of 16, as they are
-for large tensors.
-"""
+"""Compile every Triton kernel ahead of time, without a GPU, and read its machine code."""
 
 from __future__ import annotations
 
@@ -211,10 +206,7 @@ CASES = _cases()
 
 
 class Device:
-    """A replacement for the GPU driver, with the facts that the compiler needs.
-
-    The architecture serves as the device's number, so that kernels for different architectures are cached separately.
-    """
+    """A replacement for the GPU driver, with the facts that the compiler needs."""
 
     def __init__(self, architecture: int):
         self.architecture = architecture
@@ -230,14 +222,7 @@ class Device:
 
 
 def run(case: str, dtype: str, architecture: int, start: Callable) -> list:
-    """Call the launcher of a case. ``start`` replaces every launch of a kernel. Return the results of ``start``.
-
-    Args:
-        case: name of a case in `CASES`.
-        dtype: name of a dtype in `DTYPES`.
-        architecture: compute capability of the device that the launcher finds, such as 90.
-        start: function that is called with the arguments of each launch.
-    """
+    """Call the launcher of a case. ``start`` replaces every launch of a kernel. Return the results of ``start``."""
     results: list = []
     op = case.partition("-")[0] + ("_backward" if "-backward" in case else "")
     with recorded(architecture, lambda *args, **kwargs: results.append(start(*args, **kwargs))):
@@ -267,14 +252,7 @@ def name_of(function: triton.JITFunction) -> str:
 
 @dataclass(frozen=True)
 class Code:
-    """The machine code of a kernel, its loops, and the resources that it needs.
-
-    Attributes:
-        instructions: SASS instructions in order, without addresses and without the padding at the end.
-        loops: begin and end of each loop, as indices of instructions. A loop ends at a branch that leads back.
-        registers: number of registers of a thread.
-        threads: number of threads of a program.
-    """
+    """The machine code of a kernel, its loops, and the resources that it needs."""
 
     instructions: tuple[str, ...]
     loops: tuple[tuple[int, int], ...]
@@ -282,11 +260,7 @@ class Code:
     threads: int
 
     def executed(self, *trips: int) -> int:
-        """Return the number of instructions that a thread executes if no branch skips instructions.
-
-        Args:
-            trips: numbers of iterations of the loops, from the outermost inward. Deeper loops count once.
-        """
+        """Return the number of instructions that a thread executes if no branch skips instructions."""
         depth = [sum(first <= at < end for first, end in self.loops) for at in range(len(self.instructions))]
         return sum(math.prod(trips[:nested]) for nested in depth)
 

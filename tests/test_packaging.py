@@ -144,9 +144,6 @@ def test_the_source_distribution_has_what_a_build_reads_and_no_more(tmp_path):
     assert names - made == wanted
 
 
-# setup.py
-
-
 @pytest.fixture(scope="module")
 def setup_py():
     spec = importlib.util.spec_from_file_location("purify_fast_setup", ROOT / "setup.py")

@@ -19,12 +19,7 @@ DONE = [0]
 
 
 def fuzzed(test, share=1.0):
-    """A test of many examples, which it draws from its argument ``data``; FUZZ_EXAMPLES says how many.
-
-    Args:
-        test: the test.
-        share: of those; less where an example takes long.
-    """
+    """A test of many examples, which it draws from its argument ``data``; FUZZ_EXAMPLES says how many."""
     chosen = settings(
         max_examples=max(2, int(share * EXAMPLES)),
         deadline=None,

@@ -1,7 +1,4 @@
-"""Every public op with arguments of any kind: a result that is the definition's, or a refusal that names an argument.
-
-``make fuzz`` runs many more examples; FUZZ_EXAMPLES says how many for each test.
-"""
+"""Every public op with arguments of any kind: the definition's result, or a refusal that names an argument."""
 
 import functools
 import re

@@ -22,17 +22,7 @@ needs_kernels = pytest.mark.skipif(not _library.loaded(), reason="the kernels ar
 
 @dataclass(frozen=True)
 class Function:
-    """A public function at one setting.
-
-    Attributes:
-        call: the function of its tensors.
-        make: the tensors, of so many samples, in a dtype.
-        gradients: how many of the first tensors have a gradient.
-        exact: every backend, layout and compiler gives the same bits.
-        compiler: the backend of ``torch.compile``; inductor takes seconds.
-        sizes: batches that are compiled.
-        batch_only: whether only the batch may change without another compilation.
-    """
+    """A public function at one setting."""
 
     call: Callable[..., Tensor | tuple[Tensor, ...]]
     make: Callable[..., tuple[Tensor, ...]]

@@ -44,9 +44,6 @@ def noise(shape: tuple[int, ...], name: dict[str, Tensor]) -> Tensor:
     return torch.cat(rows).view(shape) if rows else torch.empty(shape)
 
 
-# the noise
-
-
 def test_the_noise_is_the_named_stream(backend):
     shape, name = (4, 3, 5, 7), named(4)
     zero = torch.zeros(shape)
@@ -82,9 +79,6 @@ def test_one_tensor_in_two_places_compiles(backend):
     assert torch.equal(torch.autograd.grad(compiled.sum(), x)[0], torch.full_like(x, 0.8))
 
 
-# the solvers: a state whose noise is predicted exactly is led to where the closed form says
-
-
 @pytest.mark.parametrize("kind", ["noise", "image", "v"])
 def test_an_exact_prediction_gives_the_image_in_one_step(backend, kind):
     image, z = numbers(2, 3, 8, 8).clamp(-1, 1).float(), numbers(2, 3, 8, 8, seed=1).float()
@@ -112,9 +106,6 @@ def test_learned_variances_lie_between_the_two(backend):
         m = torch.cat([zero, torch.full(shape, v)], dim=1)
         out = diffusion_step(zero, m, coefficients(noise=1.0), **name)
         torch.testing.assert_close(out, math.exp(log / 2) * noise(shape, name))
-
-
-# values
 
 
 @pytest.mark.parametrize("noisy", [True, False], ids=["noisy", "noiseless"])

@@ -1,8 +1,4 @@
-"""Gradients pass through every op as they pass through its definition, unless the op is declared to have none.
-
-`define_op` registers no gradient: an op whose public function returns what the op gives has outputs that seem to
-require a gradient, and a backward that reaches nothing.
-"""
+"""Gradients pass through every op as they pass through its definition, unless the op is declared to have none."""
 
 import math
 import sys

@@ -22,9 +22,6 @@ def inputs(*shape: int, dtype=torch.float32, seed: int = 0) -> tuple:
     return x, adv, drift, torch.arange(shape[0]) * 3 - 1
 
 
-# the method's numbers: specification facts 7, 8 and 10
-
-
 @pytest.mark.parametrize("tau", [0.1339746, torch.tensor(0.1339746)], ids=["number", "tensor"])
 def test_published_mask(backend, tau):
     drift = torch.tensor([0, 0.10, 0.1339, 0.1340, 0.5])
@@ -77,9 +74,6 @@ def test_noise_is_the_named_stream(backend):
     out = noisy_replay(x, adv, torch.ones(3), 0.5, 0.1, SEED, ids)
     assert torch.equal(out, (x + torch.tensor(0.1) * (2 * r - 1)).clamp(0, 1))
     assert not torch.equal(out, noisy_replay(x, adv, torch.ones(3), 0.5, 0.1, SEED + 1, ids))
-
-
-# bits
 
 
 @pytest.mark.parametrize(("shape", "dtype"), cases(SHAPES, (3, 3, 33, 31), (3, 2047)), ids=str)

@@ -57,10 +57,7 @@ def test_l2_and_l1(backend, within_budget, poisoned, norm, shape, dtype):
 
 
 def projection_gap(z: torch.Tensor, y: torch.Tensor, nat: torch.Tensor, eps: float, lo: float, hi: float) -> float:
-    """max over w of (y - z) . (w - z), w in ball and box: 0 where z projects y on them, above 0 elsewhere.
-
-    The largest product with a given vector has its largest entries use up their room, until eps is spent.
-    """
+    """max over w of (y - z) . (w - z), w in ball and box: 0 where z projects y on them, above 0 elsewhere."""
     slope = y - z
     order = slope.abs().argsort(descending=True)
     room = torch.where(slope > 0, hi - nat, nat - lo)[order]

@@ -330,16 +330,7 @@ def test_a_second_derivative_and_changed_weights_are_errors(served):
 
 
 class Passes(TorchDispatchMode):
-    """Counts launches on a GPU, and the bytes of maps that they read and write beside those of the products.
-
-    A product reads the map that it convolves and writes its result. On a GPU, the bias of a convolution is added by a
-    launch of its own, which reads and writes the result. Copies of maps to channels_last before a product are not
-    counted, because PyTorch makes them inside the operator of a convolution.
-
-    Attributes:
-        launches: number of launches, those of the products included.
-        bytes: number of bytes of maps ``[B, C, H, W]`` beside the products.
-    """
+    """Counts launches on a GPU, and the bytes of maps that they read and write beside those of the products."""
 
     def __init__(self) -> None:
         super().__init__()

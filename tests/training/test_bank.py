@@ -66,9 +66,6 @@ class Calls:
         return counted
 
 
-# -- the training -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", TASKS)
 def test_with_all_made_anew_it_is_the_plain_training_to_the_bit(tmp_path, kind):
     plain = train(TASKS[kind](), tmp_path / "plain")
@@ -189,9 +186,6 @@ def test_the_command_keeps_a_bank_and_its_options_begin_the_same_again(tmp_path)
     assert len(list((tmp_path / "banks").glob("*.npy"))) == 1
 
 
-# -- kills ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", ["carso", "atop, random starts"])
 @pytest.mark.parametrize("stops", [(1, 2), (6, 11, 15)])
 def test_a_killed_run_goes_on_to_the_weights_of_one_that_was_not(tmp_path, kind, stops):
@@ -302,9 +296,6 @@ def test_damage_beside_the_place_that_is_written_counts_as_empty(tmp_path):
     assert bank.damaged == 2
 
 
-# -- the key ----------------------------------------------------------------------------------------------------------
-
-
 def test_other_weights_data_attacks_or_variants_start_with_an_empty_bank(tmp_path):
     def made(task, x=None, **options):
         data = images()
@@ -336,9 +327,6 @@ def test_other_weights_data_attacks_or_variants_start_with_an_empty_bank(tmp_pat
     assert made(TASKS["carso"](), variants=5) == 32
     # what does not decide what an attack makes is no part of the key
     assert made(TASKS["carso"](learning_rate=1e-4, beta=0.3)) == 0
-
-
-# -- what is kept -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("norm", "eps"), [("linf", 8 / 255), ("l2", 0.5), ("l1", 12.0)])
@@ -439,9 +427,6 @@ def test_mirrored_images_are_images_of_their_own(tmp_path, monkeypatch):
     assert rows(tmp_path / "straight")[-1]["made"] == 64 and len(list(other.parent.glob("*.npy"))) == 2
 
 
-# -- its size ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the system cannot reserve room on a disk")
 def test_the_file_has_its_whole_size_at_once(tmp_path):
     """A disk that fills up later ends no training."""
@@ -457,9 +442,6 @@ def test_a_full_disk_is_told_before_any_work(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"No space left on device: .*\.npy cannot be written.*lower variants"):
         small_bank(tmp_path)
     assert not list(tmp_path.glob("*.npy"))
-
-
-# -- refusals ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -497,9 +479,6 @@ def test_a_loader_is_refused(tmp_path):
 def test_settings_are_checked(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         BankConfig(**wrong)
-
-
-# -- several processes ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -29,9 +29,6 @@ from purify_fast.training.sources import InMemory, held_out
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-# -- images at the door -----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -115,9 +112,6 @@ def loaded(n, **options):
     return DataLoader(TensorDataset(*images(n)), **options)
 
 
-# -- what a model returns ---------------------------------------------------------------------------------------------
-
-
 def test_a_model_that_returns_probabilities_is_told_so(caplog):
     layers = nn.Flatten(), nn.Linear(64, 2)
     fit(ClassifierTask(nn.Sequential(*layers, nn.Softmax(1)), ClassifierConfig()), *images(), FitConfig(1, 16))
@@ -130,9 +124,6 @@ def test_a_model_that_returns_probabilities_is_told_so(caplog):
 def test_something_else_than_a_task_is_refused():
     with pytest.raises(TypeError, match=r"task must be a purify_fast\.training\.Task, got SmallCNN"):
         fit(SmallCNN(), *images(), FitConfig(1, 16))
-
-
-# -- loaders ----------------------------------------------------------------------------------------------------------
 
 
 class Indexed(Dataset):
@@ -430,9 +421,6 @@ def test_other_batches_of_a_loader_are_trained_on_as_they_come():
     assert sizes([(x[:16], y[:16]), (x[16:20], y[16:20]), (x[20:36], y[20:36])]) == [16, 4, 16]
     assert sizes(loaded(10, batch_size=16)) == [10]
     assert sizes(Sizes(of_16(40))) == [16, 16, 8]
-
-
-# -- held-out images --------------------------------------------------------------------------------------------------
 
 
 def test_held_out_images_are_a_function_of_the_seed_and_are_not_trained_on():
