@@ -9,8 +9,8 @@ import torch
 class Rerun:
     """Stands for CUDA graphs on a CPU: a replay runs the captured function again, on its buffers.
 
-    ``times`` are the seconds of launching a step and of all of it, as `CudaCapture.timed` measures them; each reading of
-    the clock is a launched step later. ``error`` is raised in place of a capture, if given.
+    ``times`` are the seconds of launching a step and of all of it, as `CudaCapture.timed` measures them; each reading
+    of the clock is a launched step later. ``error`` is raised in place of a capture, if given.
     """
 
     kind = "cpu"

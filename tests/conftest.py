@@ -16,6 +16,7 @@ from torch import Tensor
 
 # what several folders share
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(1, str(Path(__file__).parent / "training"))
 # verdicts on the kernels under test do not mix with those of the user's own work
 os.environ.setdefault("PURIFY_FAST_CACHE", str(Path(__file__).resolve().parents[1] / "build" / "verdicts"))
 # torch.compile starts processes that compile for it and import PyTorch: that costs tests more than it saves
