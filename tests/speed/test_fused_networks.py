@@ -1,24 +1,18 @@
 """Networks whose convolutions compute what follows them: the same function in fewer passes over the maps."""
 
 import copy
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cuda_launches import NO_LAUNCH, CudaLaunches
+from small_models import with_random_norms as trained
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import resnet18
 from torchvision.models.resnet import BasicBlock
-
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from cuda_launches import NO_LAUNCH, CudaLaunches
-from test_folding import trained
 
 from purify_fast._processor import onednn_takes_bfloat16
 from purify_fast.methods.diffusion import DiffusionPurifier
@@ -402,12 +396,6 @@ def test_launches_and_passes_of_a_gradient(served, name):
     after = counted(model, given)
     assert (before.launches, after.launches) == launches
     assert tuple(round(one.bytes / 4e3) for one in (before, after)) == kilobytes
-
-
-def test_the_page_has_these_counts():
-    page = (Path(__file__).parents[2] / "docs" / "speed.md").read_text()
-    for _, launches, kilobytes in COUNTS.values():
-        assert f"| {launches[0]} | {launches[1]} | {kilobytes[0]} | {kilobytes[1]} |" in page
 
 
 @pytest.mark.parametrize("name", ["resnet18", "small_cnn", "in place", "two normalizations"])
