@@ -1,4 +1,4 @@
-"""The examples that verify kernels on a GPU, in the interpreter: what comes close to a budget exceeds it on some card."""
+"""The examples that verify kernels, in the interpreter: what comes close to a budget here exceeds it on some card."""
 
 from collections.abc import Callable
 from dataclasses import replace

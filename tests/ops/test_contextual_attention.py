@@ -2,6 +2,7 @@ from importlib import import_module
 
 import pytest
 import torch
+from op_cases import by_threads
 from torch.nn import functional as F
 
 from purify_fast.ops import contextual_attention, key_validity, use_backend
@@ -142,21 +143,15 @@ needs_whole = pytest.mark.skipif(not op.WHOLE, reason="the kernels of the whole 
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 def test_threads_change_nothing_in_the_whole_function(last):
     """Many small samples, which threads share; and few large ones, whose rows they do."""
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            for shape in ((24, 16, 8, 8), (2, 16, 36, 28)):
-                for dtype in (torch.float32, torch.bfloat16):
-                    features, valid = inputs(*shape, dtype=dtype)
-                    grad = inputs(*shape, dtype=dtype, seed=1)[0]
-                    if last:
-                        features = features.to(memory_format=torch.channels_last)
-                    with use_backend("cpp"):
-                        results.append(whole(features, valid, grad))
-    finally:
-        torch.set_num_threads(before)
-    for one, two, three in zip(results[:4], results[4:8], results[8:], strict=True):
+
+    def made(shape, dtype):
+        features, valid = inputs(*shape, dtype=dtype)
+        features = features.to(memory_format=torch.channels_last if last else torch.contiguous_format)
+        with use_backend("cpp"):
+            return whole(features, valid, inputs(*shape, dtype=dtype, seed=1)[0])
+
+    every = [(s, d) for s in ((24, 16, 8, 8), (2, 16, 36, 28)) for d in (torch.float32, torch.bfloat16)]
+    for one, two, three in zip(*by_threads(lambda: [made(*each) for each in every]), strict=True):
         assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(one, two, three, strict=True))
 
 

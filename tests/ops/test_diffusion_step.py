@@ -58,13 +58,6 @@ def test_the_noise_is_the_named_stream(backend):
     assert torch.equal(a, b)
 
 
-def test_a_row_has_its_noise_wherever_it_stands(backend):
-    x, m, name = numbers(6, 3, 4, 4).float(), numbers(6, 6, 4, 4, seed=1).float(), named(6)
-    whole, order = diffusion_step(x, m, coefficients(), **name), torch.tensor([4, 0, 5, 1, 3, 2])
-    moved = name | {key: name[key][order] for key in ("sample_ids", "draws")}
-    assert torch.equal(diffusion_step(x[order], m[order], coefficients(), **moved), whole[order])
-
-
 def test_one_tensor_in_two_places_compiles(backend):
     """The forward process gives the image as the prediction too, and a seed may be a step."""
     x = numbers(2, 1, 4, 4).float().requires_grad_()
