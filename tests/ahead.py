@@ -113,15 +113,8 @@ def _cases() -> dict[str, tuple]:
         for mask, masked_blocks, num_passes in (("masked", 16, 0), ("passes", 0, 4)):
             mask_of, out = (8, masked_blocks, num_passes, 1, num_passes > 0), (lambda dtype: dtype, last)
             cases[f"random_transform-forward-{mask}{layout}"] = (one(4, 3, 64, 64), SEED, IDS, 0.25, *mask_of, *out)
-        cases[f"random_transform-backward{layout}"] = (
-            x(4, 5, 64, 64, last=last),
-            one(4, 3, 64, 64),
-            owners,
-            SEED,
-            IDS,
-            0.25,
-            0,
-        )
+        grad, images = x(4, 5, 64, 64, last=last), one(4, 3, 64, 64)
+        cases[f"random_transform-backward{layout}"] = (grad, images, owners, SEED, IDS, 0.25, 0)
         cases[f"stitch-forward{layout}"] = (x(16, 3, 64, 64, last=last), quarters, 4)
         cases[f"stitch-backward{layout}"] = (x(4, 3, 64, 64, last=last), quarters, 4)
 

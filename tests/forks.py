@@ -47,10 +47,6 @@ class Processes:
         """Until these have ended."""
         until(lambda: all(map(self._ended, ranks)))
 
-    def wait_for_stop(self, rank: int) -> None:
-        """Until a process is stopped by a signal."""
-        until(lambda: self._ended(rank) or os.WIFSTOPPED(os.waitpid(self.pids[rank], os.WNOHANG | os.WUNTRACED)[1]))
-
     def kill(self) -> None:
         """End those that are still there."""
         for rank, pid in enumerate(self.pids):

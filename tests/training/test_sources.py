@@ -1,6 +1,7 @@
 """What `fit` takes as images: what is wrong with them is said at the door, and loaders are read as they come."""
 
 import random
+from collections import UserList
 from functools import partial
 
 import numpy as np
@@ -389,19 +390,6 @@ def test_the_epochs_and_two_generators_of_a_loader_draw_different_numbers():
     assert found[0] == found[2] and len({*found[0], *found[1]}) == 4
 
 
-class Sizes:
-    """Batches whose sizes are known only when they are read, because they are no list and no DataLoader."""
-
-    def __init__(self, batches):
-        self.batches = batches
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __iter__(self):
-        return iter(self.batches)
-
-
 def of_16(n):
     x, y = images(n)
     return [(x[k : k + 16], y[k : k + 16]) for k in range(0, n, 16)]
@@ -420,7 +408,7 @@ def test_other_batches_of_a_loader_are_trained_on_as_they_come():
     # the smaller batch is not the last, is the only one, or is not known beforehand
     assert sizes([(x[:16], y[:16]), (x[16:20], y[16:20]), (x[20:36], y[20:36])]) == [16, 4, 16]
     assert sizes(loaded(10, batch_size=16)) == [10]
-    assert sizes(Sizes(of_16(40))) == [16, 16, 8]
+    assert sizes(UserList(of_16(40))) == [16, 16, 8]
 
 
 def test_held_out_images_are_a_function_of_the_seed_and_are_not_trained_on():
