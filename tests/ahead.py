@@ -247,10 +247,10 @@ def name_of(function: triton.JITFunction) -> str:
 class Code:
     """The machine code of a kernel, its loops, and the resources that it needs."""
 
-    instructions: tuple[str, ...]
-    loops: tuple[tuple[int, int], ...]
-    registers: int
-    threads: int
+    instructions: tuple[str, ...]  # SASS, without addresses and without the padding at the end
+    loops: tuple[tuple[int, int], ...]  # begin and end, at a branch back, as indices of instructions
+    registers: int  # of a thread
+    threads: int  # of a program
 
     def executed(self, *trips: int) -> int:
         """Return the number of instructions that a thread executes if no branch skips instructions."""

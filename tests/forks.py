@@ -24,9 +24,9 @@ Store = Literal["file", "first", "torchrun"] | None
 class Ended(NamedTuple):
     """The ends of processes, in their order."""
 
-    codes: list[int]
-    errors: list[str]
-    results: list[Any]
+    codes: list[int]  # exit statuses; a signal as a negative number
+    errors: list[str]  # what they wrote to stderr and stdout
+    results: list[Any]  # None where their work did not return
 
 
 class Processes:

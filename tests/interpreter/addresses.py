@@ -49,11 +49,11 @@ def span(tensor: Tensor) -> tuple[int, int]:
 class Place:
     """Tensors that overlap, or one alone, and where they lie during a launch."""
 
-    named: dict[str, Tensor]
-    source: Tensor
+    named: dict[str, Tensor]  # by argument, the tensor as the launch was given it
+    source: Tensor  # its bytes
     pages: Tensor
-    copy: Tensor
-    owned: np.ndarray | None
+    copy: Tensor  # those bytes in the pages
+    owned: np.ndarray | None  # whether a byte belongs to an element; None if every one does
 
     def __post_init__(self) -> None:
         self.begin = self.copy.data_ptr()

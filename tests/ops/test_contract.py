@@ -26,11 +26,11 @@ class Function:
 
     call: Callable[..., Tensor | tuple[Tensor, ...]]
     make: Callable[..., tuple[Tensor, ...]]
-    gradients: int = 0
-    exact: bool = False
-    compiler: str = "aot_eager"
-    sizes: tuple[int, ...] = (5, 8, 13)
-    batch_only: bool = False
+    gradients: int = 0  # of the first tensors, so many have a gradient
+    exact: bool = False  # every backend, layout and compiler gives the same bits
+    compiler: str = "aot_eager"  # inductor takes seconds
+    sizes: tuple[int, ...] = (5, 8, 13)  # batches that are compiled
+    batch_only: bool = False  # only the batch may change without another compilation
 
 
 def images(count: int, *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -666,6 +666,7 @@ REFUSALS: dict[str, tuple[dict, list[tuple[dict, str]]]] = {
             ({"numbers": torch.zeros(2, 1, 8).double()}, "numbers must be float32"),
             ({"numbers": torch.zeros(2, 1, 8, device="meta")}, DEVICES),
             ({"edge": 9}, "edge must be from 1 to 8 in images of 8 x 8, got 9"),
+            *(({"edge": torch.tensor(n)}, r"edge must be a number or an int64 tensor \[\], got") for n in (5.0, [5])),
             ({"pattern": torch.zeros(2, 3, 3)}, "pattern must be None.*linf"),
             ({"norm": "l2"}, r"pattern must be float32 \[2, edge, edge\] = \[2, 3, 3\] for l2, got None"),
             ({"norm": "l1", "pattern": torch.zeros(2, 9)}, r"for l1, got torch.float32 \[2, 9\]"),

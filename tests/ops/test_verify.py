@@ -189,15 +189,6 @@ def test_what_triton_lacks_is_told_with_the_way_to_mend_it(no_compiler, monkeypa
     assert records.missing_compiler() is None
 
 
-def test_what_takes_seconds_shows_its_progress(make, monkeypatch, capsys):
-    op = make(lambda x: x + x)
-    assert op.serving(Call(CPU)) == "cpp" and not capsys.readouterr().err
-    monkeypatch.setattr(verify, "SLOW", {"cpu"})
-    op = make(lambda x: x + x)
-    assert op.serving(Call(CPU)) == "cpp"
-    assert f"verifies the kernel of {op.name}, once on this machine: 3 of 3, 0.0 s" in capsys.readouterr().err
-
-
 def test_a_stale_verdict_counts_for_nothing(make, folder):
     kernel = counted(lambda x: x + x)
     op = make(kernel)
