@@ -14,7 +14,7 @@ import pytest
 import torch
 from pictures import folder, picture
 from PIL import Image
-from small_runs import Listener
+from small_runs import on_step
 
 from purify_fast import cli, data
 from purify_fast.cli.show import Info
@@ -96,8 +96,7 @@ def test_images_are_deleted_under_a_run(pets, tmp_path):
     images = load(pets)
     fit(whole, images.x_train, images.y_train, FitConfig(2, 4), progress=False)
     streamed = load(pets, stream=True)
-    listener = Listener()
-    listener.on_step = lambda state: shutil.rmtree(pets, ignore_errors=True)
+    listener = on_step(lambda state: shutil.rmtree(pets, ignore_errors=True))
     fit(cut, streamed.x_train, streamed.y_train, FitConfig(2, 4), progress=False, callbacks=[listener])
     assert all(torch.equal(p, q) for p, q in zip(whole.model.parameters(), cut.model.parameters(), strict=True))
 

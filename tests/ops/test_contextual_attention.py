@@ -210,8 +210,8 @@ def test_validity_at_any_resolution(pixels, side, size):
     assert valid.dtype == torch.bool and valid.shape == (20, size[0] * size[1])
     assert torch.equal(valid, by_hand(mask, size)) and 0 < valid.float().mean() < 1
     assert torch.equal(key_validity(mask.bool(), size), valid)
+    assert torch.equal(key_validity(mask.bfloat16(), size), valid)
     # half of each side is missing: the published number
     mask = torch.zeros(1, 1, 256, 256)
     mask[:, :, :128, :128] = 1
     assert key_validity(mask, (32, 32)).sum() == 735
-    assert torch.equal(key_validity(mask.bfloat16(), size), valid)

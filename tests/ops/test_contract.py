@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from op_cases import compiles, registered
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -249,7 +250,7 @@ def function(backend, name) -> Function:
 
 
 @pytest.mark.parametrize("name", REGISTRY)
-def test_the_schema_the_fake_and_the_registrations(registered, name):
+def test_the_schema_the_fake_and_the_registrations(name):
     for example in smallest(name).values():
         one = example.make(example.dtypes[0], 0)
         registered(REGISTRY[name].handle, one, example.make(example.dtypes[-1], 0))
@@ -262,7 +263,7 @@ def test_the_schema_the_fake_and_the_registrations(registered, name):
 @pytest.mark.parametrize(
     "name", [name for name in FUNCTIONS if name not in ("square_proposal l1", "random_transform None")]
 )
-def test_compiles_to_one_graph(function, backend, compiles, name, request):
+def test_compiles_to_one_graph(function, backend, name, request):
     drawn = ("noisy_replay", "diffusion_step learned", "philox uniform", "sample_latent")
     if name in drawn and backend == "reference" and torch.__version__ < "2.12":
         reason = "torch 2.11: an id that is negative gets other noise in a CPU graph"

@@ -5,7 +5,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from op_cases import by_threads
+from op_cases import by_threads, compiles
 from torch.nn import functional as F
 
 from purify_fast import _library
@@ -269,7 +269,7 @@ def test_kernels_refuse_what_does_not_fit():
 
 
 @pytest.mark.slow
-def test_compiles(kernels, compiles):
+def test_compiles(kernels):
     def make(size: int) -> tuple:
         return (normal(size, 6, 8, 10, seed=size, dtype=torch.float32).requires_grad_(),)
 

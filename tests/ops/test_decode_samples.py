@@ -2,6 +2,7 @@ from importlib import import_module
 
 import pytest
 import torch
+from op_cases import compiles
 
 from purify_fast.kernels.decoder_sizes import COLUMN_TILE, Geometry, Layer
 from purify_fast.ops import Stream, decode_prior, philox
@@ -69,7 +70,7 @@ def test_white_pixels_keep_their_gradient(monkeypatch):
 
 
 @pytest.mark.slow
-def test_decode_prior_compiles(compiles):
+def test_decode_prior_compiles():
     def make(size: int) -> tuple:
         condition, _, ids, *_ = packed_arguments(size, torch.float32)
         return condition.requires_grad_(), ids

@@ -93,6 +93,13 @@ class Listener:
         pass
 
 
+def on_step(call):
+    """A listener that calls a function after each step."""
+    made = Listener()
+    made.on_step = call
+    return made
+
+
 class Stopped(Exception):
     pass
 

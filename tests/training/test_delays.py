@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from small_runs import Listener, StopAt, Stopped, carso_task
+from small_runs import StopAt, Stopped, carso_task, on_step
 
 from purify_fast import load_defence
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
@@ -90,15 +90,10 @@ def test_a_metric_is_the_mean_over_the_steps_that_measure_it_also_after_a_resume
     """The term acts from the second of three steps on: its mean is over two."""
     x, y = images()
     seen = []
-
-    class Watch(Listener):
-        def on_step(self, state):
-            if "cross_entropy" in state.metrics:
-                seen.append(float(state.metrics["cross_entropy"]))
-
     settings = {"cls_delay": 1, "cls_delay_unit": "steps"}
-    last = fit(atop(**settings), x, y, FitConfig(1, 4), progress=False, callbacks=[Watch()])
-    assert len(seen) == 2 and last["cross_entropy"] == pytest.approx(sum(seen) / 2)
+    watch = on_step(lambda state: seen.append(state.metrics.get("cross_entropy")))
+    last = fit(atop(**settings), x, y, FitConfig(1, 4), progress=False, callbacks=[watch])
+    assert seen[0] is None and last["cross_entropy"] == pytest.approx(float(sum(seen[1:])) / 2) and len(seen) == 3
 
     config = FitConfig(1, 4, checkpoint_seconds=0)
     with pytest.raises(Stopped):
