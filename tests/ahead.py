@@ -1,9 +1,4 @@
-"""Compile every Triton kernel ahead of time, without a GPU, and read its machine code.
-
-A case has the arguments of a launcher. The launcher is called, and the kernels that it launches are compiled instead of
-run, with the same block sizes, warps and types of arguments. All sizes and pointers are multiples of 16, as they are
-for large tensors.
-"""
+"""Compile every Triton kernel ahead of time, without a GPU, and read its machine code."""
 
 from __future__ import annotations
 
@@ -118,15 +113,8 @@ def _cases() -> dict[str, tuple]:
         for mask, masked_blocks, num_passes in (("masked", 16, 0), ("passes", 0, 4)):
             mask_of, out = (8, masked_blocks, num_passes, 1, num_passes > 0), (lambda dtype: dtype, last)
             cases[f"random_transform-forward-{mask}{layout}"] = (one(4, 3, 64, 64), SEED, IDS, 0.25, *mask_of, *out)
-        cases[f"random_transform-backward{layout}"] = (
-            x(4, 5, 64, 64, last=last),
-            one(4, 3, 64, 64),
-            owners,
-            SEED,
-            IDS,
-            0.25,
-            0,
-        )
+        grad, images = x(4, 5, 64, 64, last=last), one(4, 3, 64, 64)
+        cases[f"random_transform-backward{layout}"] = (grad, images, owners, SEED, IDS, 0.25, 0)
         cases[f"stitch-forward{layout}"] = (x(16, 3, 64, 64, last=last), quarters, 4)
         cases[f"stitch-backward{layout}"] = (x(4, 3, 64, 64, last=last), quarters, 4)
 
@@ -211,10 +199,7 @@ CASES = _cases()
 
 
 class Device:
-    """A replacement for the GPU driver, with the facts that the compiler needs.
-
-    The architecture serves as the device's number, so that kernels for different architectures are cached separately.
-    """
+    """A replacement for the GPU driver, with the facts that the compiler needs."""
 
     def __init__(self, architecture: int):
         self.architecture = architecture
@@ -230,14 +215,7 @@ class Device:
 
 
 def run(case: str, dtype: str, architecture: int, start: Callable) -> list:
-    """Call the launcher of a case. ``start`` replaces every launch of a kernel. Return the results of ``start``.
-
-    Args:
-        case: name of a case in `CASES`.
-        dtype: name of a dtype in `DTYPES`.
-        architecture: compute capability of the device that the launcher finds, such as 90.
-        start: function that is called with the arguments of each launch.
-    """
+    """Call the launcher of a case. ``start`` replaces every launch of a kernel. Return the results of ``start``."""
     results: list = []
     op = case.partition("-")[0] + ("_backward" if "-backward" in case else "")
     with recorded(architecture, lambda *args, **kwargs: results.append(start(*args, **kwargs))):
@@ -267,26 +245,15 @@ def name_of(function: triton.JITFunction) -> str:
 
 @dataclass(frozen=True)
 class Code:
-    """The machine code of a kernel, its loops, and the resources that it needs.
+    """The machine code of a kernel, its loops, and the resources that it needs."""
 
-    Attributes:
-        instructions: SASS instructions in order, without addresses and without the padding at the end.
-        loops: begin and end of each loop, as indices of instructions. A loop ends at a branch that leads back.
-        registers: number of registers of a thread.
-        threads: number of threads of a program.
-    """
-
-    instructions: tuple[str, ...]
-    loops: tuple[tuple[int, int], ...]
-    registers: int
-    threads: int
+    instructions: tuple[str, ...]  # SASS, without addresses and without the padding at the end
+    loops: tuple[tuple[int, int], ...]  # begin and end, at a branch back, as indices of instructions
+    registers: int  # of a thread
+    threads: int  # of a program
 
     def executed(self, *trips: int) -> int:
-        """Return the number of instructions that a thread executes if no branch skips instructions.
-
-        Args:
-            trips: numbers of iterations of the loops, from the outermost inward. Deeper loops count once.
-        """
+        """Return the number of instructions that a thread executes if no branch skips instructions."""
         depth = [sum(first <= at < end for first, end in self.loops) for at in range(len(self.instructions))]
         return sum(math.prod(trips[:nested]) for nested in depth)
 

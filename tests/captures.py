@@ -7,18 +7,10 @@ import torch
 
 
 class Rerun:
-    """Stands for CUDA graphs on a CPU: a replay runs the captured function again, on the buffers it was captured with.
+    """Stands for CUDA graphs on a CPU: a replay runs the captured function again, on its buffers.
 
-    Attributes:
-        recorded: how many functions were captured.
-        replayed: how often one was replayed.
-        replaying: whether one is being replayed.
-        times: seconds of launching a step and of all of it, as `CudaCapture.timed` measures them.
-        replay_time: seconds of a replay.
-        cost: seconds that a capture takes.
-        readings: how often the clock was read; each reading is a launched step later than the one before.
-        released: how often memory was given back.
-        error: raised in place of a capture, if given.
+    ``times`` are the seconds of launching a step and of all of it, as `CudaCapture.timed` measures them; each reading
+    of the clock is a launched step later. ``error`` is raised in place of a capture, if given.
     """
 
     kind = "cpu"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 # what several folders share
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(1, str(Path(__file__).parent / "training"))
 # verdicts on the kernels under test do not mix with those of the user's own work
 os.environ.setdefault("PURIFY_FAST_CACHE", str(Path(__file__).resolve().parents[1] / "build" / "verdicts"))
 # torch.compile starts processes that compile for it and import PyTorch: that costs tests more than it saves
@@ -169,11 +170,8 @@ def core():
 
 @pytest.fixture
 def forking(monkeypatch) -> Iterator[None]:
-    """Worker processes are forks of this one where there are any: none imports PyTorch again.
-
-    A fork has none of OpenMP's threads that this process may have started, and would wait for them for ever: it
-    computes in one thread, even if it asks for more.
-    """
+    """Worker processes are forks of this one where there are any: none imports PyTorch again."""
+    # A fork would wait for ever for threads of OpenMP that this process started: it computes in one thread.
     before, set_threads = torch.get_num_threads(), torch.set_num_threads
     if "fork" in multiprocessing.get_all_start_methods():
         context = multiprocessing.get_context("fork")

@@ -12,12 +12,7 @@ NO_LAUNCH = {"empty", "new_empty", "empty_like", "device", "_record_function_ent
 
 
 def launches_over_many(name: str, lists: list[list[Tensor]]) -> int:
-    """Of an operator over many tensors: few where all have one dtype and lie in memory alike, else one for each tensor.
-
-    Args:
-        name: of the operator; the copy alone may be from one dtype to another.
-        lists: the lists of tensors that it takes.
-    """
+    """Of an operator over many tensors: few where all have one dtype and lie alike, else one for each tensor."""
     alike = all(
         one.shape == other.shape and one.stride() == other.stride()
         for rest in lists[1:]

@@ -140,13 +140,7 @@ class _Autocast(TorchFunctionMode):
 
 @contextlib.contextmanager
 def cuda_rules() -> Iterator[None]:
-    """Within the block, raise `RefusedOnCUDA` for what PyTorch computes on a CPU and refuses on CUDA.
-
-    The kinds of refusals, with their sources, are `ONE_DTYPE`, `MISSING`, `NOT_DETERMINISTIC`, operators without a
-    kernel for CUDA in this build of PyTorch (if it was built for CUDA), and `torch.nn.functional.binary_cross_entropy`
-    under autocast (PyTorch's documentation of torch.amp). Autocast has CUDA's dtypes (`IN_FLOAT32`). Tensors on two
-    devices cannot be seen, because all are on the CPU.
-    """
+    """Within the block, raise `RefusedOnCUDA` for what PyTorch computes on a CPU and refuses on CUDA."""
 
     def refused(message: str) -> None:
         raise RefusedOnCUDA(message)

@@ -1,8 +1,4 @@
-"""Processes that test something together: forks of this one, which begin at once, since none imports PyTorch again.
-
-They have what the test has: its functions, its monkeypatches, its variables. The outcome does not depend on how busy
-the machine is: the system chooses the port of their store, and a process is taken for lost only after it fell silent.
-"""
+"""Processes that test something together: forks of this one, which begin at once, since none imports PyTorch again."""
 
 import contextlib
 import os
@@ -26,26 +22,15 @@ Store = Literal["file", "first", "torchrun"] | None
 
 
 class Ended(NamedTuple):
-    """The ends of processes, in their order.
+    """The ends of processes, in their order."""
 
-    Args:
-        codes: exit statuses; a signal that ended a process as a negative number.
-        errors: what they wrote to stderr and stdout.
-        results: what their work returned; None where it did not.
-    """
-
-    codes: list[int]
-    errors: list[str]
-    results: list[Any]
+    codes: list[int]  # exit statuses; a signal as a negative number
+    errors: list[str]  # what they wrote to stderr and stdout
+    results: list[Any]  # None where their work did not return
 
 
 class Processes:
-    """Forks that are at work.
-
-    Args:
-        folder: for their results.
-        pids: of the forks, in their order.
-    """
+    """Forks that are at work."""
 
     def __init__(self, folder: Path, pids: Sequence[int]):
         self.folder, self.pids = folder, pids
@@ -61,10 +46,6 @@ class Processes:
     def wait(self, *ranks: int) -> None:
         """Until these have ended."""
         until(lambda: all(map(self._ended, ranks)))
-
-    def wait_for_stop(self, rank: int) -> None:
-        """Until a process is stopped by a signal."""
-        until(lambda: self._ended(rank) or os.WIFSTOPPED(os.waitpid(self.pids[rank], os.WNOHANG | os.WUNTRACED)[1]))
 
     def kill(self) -> None:
         """End those that are still there."""
@@ -93,14 +74,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 @contextlib.contextmanager
 def processes(folder: Path, world: int, work: Callable[[], Any], store: Store = "file") -> Iterator[Processes]:
-    """Forks in a process group; those that are still there at the end of the block are killed.
-
-    Args:
-        folder: a subfolder of it has their results.
-        world: how many there are.
-        work: what each does.
-        store: where they meet; torchrun's have its environment, and join a group by themselves.
-    """
+    """Forks in a process group; those that are still there at the end of the block are killed."""
     number = 0
     while (own := folder / f"forks-{number}").exists():
         number += 1
@@ -127,15 +101,7 @@ def together(
     store: Store = "file",
     meanwhile: Callable[[Processes], object] = lambda _: None,
 ) -> Ended:
-    """The ends of processes that all end by themselves.
-
-    Args:
-        folder: as in `processes`.
-        world: as in `processes`.
-        work: as in `processes`.
-        store: as in `processes`.
-        meanwhile: called in this process while they are at work.
-    """
+    """The ends of processes that all end by themselves."""
     with processes(folder, world, work, store) as made:
         meanwhile(made)
         made.wait(*range(world))

@@ -1,7 +1,4 @@
-"""Says which versions `make compat` runs with; fails unless they are those asked for and the extension is loaded.
-
-The arguments are requirements such as ``torch==2.11.0``.
-"""
+"""Says which versions `make compat` runs with; fails unless they are those asked for and the extension is loaded."""
 
 import importlib
 import sys

@@ -1,7 +1,4 @@
-"""Train a method on the images of a DataLoader, by a paper's recipe, as a user's own script does.
-
-The networks, the attack and the training are small. ``purify-fast evaluate`` attacks the result.
-"""
+"""Train a method on the images of a DataLoader, by a paper's recipe, as a user's own script does."""
 
 from __future__ import annotations
 
@@ -35,14 +32,7 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def task_of(method: str, classifier: nn.Module, shape: tuple[int, int, int], classes: int) -> tuple[Task, FitConfig]:
-    """Return the training of a method and the settings of its loop.
-
-    Args:
-        method: a method of `RECIPES`, or ``diffusion``, for whose training no recipe was published.
-        classifier: the classifier to defend. ARREST changes it in place.
-        shape: (C, H, W) of the images.
-        classes: number of classes.
-    """
+    """Return the training of a method and the settings of its loop."""
     if method == "diffusion":
         return DiffusionTask(UNet(shape[0], 8, patch=4), DiffusionConfig()), FitConfig(epochs=1)
     name, changes = RECIPES[method]
@@ -65,15 +55,7 @@ def task_of(method: str, classifier: nn.Module, shape: tuple[int, int, int], cla
 
 
 def train(method: str, data: Path, classifier: Path, out: Path, side: int = 64) -> None:
-    """Train a method for three epochs of two steps, and save it. A killed training continues.
-
-    Args:
-        method: ``carso``, ``atop``, ``arrest`` or ``diffusion``.
-        data: image folder with ``train/<class>/``.
-        classifier: folder of a trained classifier.
-        out: folder of the run.
-        side: height and width of the images.
-    """
+    """Train a method for three epochs of two steps, and save it. A killed training continues."""
     torch.manual_seed(0)
     crop = transforms.Compose([transforms.RandomResizedCrop(side, (0.5, 1)), transforms.ToTensor()])
     images = ImageFolder(str(data / "train"), crop)

@@ -6,17 +6,7 @@ import pytest
 
 
 def of_other_shares(items: list[pytest.Item], share: str) -> set[pytest.Item]:
-    """Return the slow tests that are not in a share.
-
-    The name of a test decides its share, so all processes of a run agree about it.
-
-    Args:
-        items: all tests.
-        share: "K/N" with 0 <= K < N.
-
-    Raises:
-        pytest.UsageError: ``share`` has another form.
-    """
+    """Return the slow tests that are not in a share."""
     number, _, count = share.partition("/")
     if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
         raise pytest.UsageError(f"--slow-share must be K/N with 0 <= K < N, got {share!r}")

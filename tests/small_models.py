@@ -64,14 +64,12 @@ def with_statistics(model, mean=0.0):
 
 
 def with_random_norms(model):
-    """BatchNorms whose weights, biases and statistics are all random."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias)
-            nn.init.normal_(module.running_mean)
-            nn.init.uniform_(module.running_var, 0.5, 2)
-    return model
+    """In evaluation mode, with BatchNorms whose weights, biases and statistics are all random."""
+    for module in with_statistics(model, 0.5).modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
+            nn.init.uniform_(module.weight, -1.5, 1.5)
+            nn.init.uniform_(module.bias, -0.5, 0.5)
+    return model.eval()
 
 
 def lively(model, gain):
@@ -92,9 +90,7 @@ def labelled(images, classes=10, low=0.0):
     """A linear model, so many random images ``[n, 3, 4, 4]`` in [low, 1 - low], and the classes that it gives them."""
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
-        model, x = (
-            nn.Sequential(nn.Flatten(), nn.Linear(48, classes)),
-            low + (1 - 2 * low) * torch.rand(images, 3, 4, 4),
-        )
+        model = nn.Sequential(nn.Flatten(), nn.Linear(48, classes))
+        x = low + (1 - 2 * low) * torch.rand(images, 3, 4, 4)
     with torch.no_grad():
         return model, x, model(x).argmax(1)

@@ -1,9 +1,6 @@
 """AutoAttack's class by this engine: the names of the original, what it refuses, and RobustBench, which calls it."""
 
 import copy
-import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +9,6 @@ from small_models import labelled
 from purify_fast.autoattack import RUN, AutoAttack
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-#: Where `make test` puts the last setuptools that has pkg_resources, which RobustBench imports.
-PKG_RESOURCES = Path(sys.prefix) / "setuptools-80"
 
 
 @pytest.fixture(scope="module")
@@ -155,23 +150,3 @@ def test_what_cannot_be_honoured_is_refused(plain, options, run, message):
         AutoAttack(model, **{"eps": 0.1} | options).run_standard_evaluation(x, y, **run)
     with pytest.raises(AttributeError):
         AutoAttack(model).apgd.use_largereps = True
-
-
-def test_robustbench_runs_it(plain, monkeypatch):
-    # RobustBench imports the original by a name that PyPI does not have
-    for name in ("autoattack", "autoattack.state"):
-        monkeypatch.setitem(sys.modules, name, sys.modules.get(name, pytest.importorskip(f"py{name}")))
-    if importlib.util.find_spec("robustbench") is None or not PKG_RESOURCES.is_dir():
-        pytest.skip("robustbench is not installed with a setuptools that has pkg_resources")
-    monkeypatch.setattr(sys, "path", [*sys.path, str(PKG_RESOURCES)])
-    evaluation = importlib.import_module("robustbench.eval")
-    if not hasattr(evaluation, "benchmark"):
-        pytest.skip("torchattacks' wheel replaced files of robustbench: install robustbench after torchattacks")
-    model, x, y = plain
-    monkeypatch.setattr(evaluation, "AutoAttack", Short)
-    monkeypatch.setattr(evaluation, "load_clean_dataset", lambda *args: (x, y))
-    clean, robust = evaluation.benchmark(model.eval(), n_examples=len(x), eps=0.1, batch_size=8)
-    assert (clean, robust) == (
-        1,
-        pytest.approx(Short(model).clean_accuracy(Short(model).run_standard_evaluation(x, y), y)),
-    )

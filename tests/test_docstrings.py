@@ -1,8 +1,4 @@
-"""Every parameter of every public function, and every field of every configuration, has an entry of its own.
-
-An "Args:" section (or "Attributes:", of a class) holds one entry ``name: text`` for each parameter. Tools read these
-entries: the documentation, editors, and the command line's ``--help``.
-"""
+"""Every parameter of every public function, and every field of every configuration, has an entry of its own."""
 
 import ast
 import dataclasses

@@ -1,8 +1,4 @@
-"""The shape of the sources: functions of at most 100 lines, calls that name their arguments.
-
-A comment directly above an exception gives the reason: ``# This function is long because ...`` above a function, and
-``# The arguments are positional because ...`` above a call.
-"""
+"""The shape of the sources: functions of at most 100 lines, calls that name their arguments."""
 
 import ast
 import re

@@ -1,10 +1,4 @@
-"""Instructions that each Triton kernel's machine code must and must not hold.
-
-tests/ahead.py needs no GPU for it.
-
-Without PURIFY_FAST_TEST_ARCHITECTURES=all, kernels are compiled for sm_90 in float32 and bfloat16 and for sm_120 in
-bfloat16, and their machine code is read in bfloat16.
-"""
+"""Instructions that each Triton kernel's machine code must and must not hold."""
 
 import inspect
 import os
@@ -38,6 +32,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from purify_fast.ops import REGISTRY  # noqa: E402
 
+#: Otherwise: sm_90 in float32 and bfloat16, sm_120 in bfloat16, and machine code in bfloat16.
 ALL = os.environ.get("PURIFY_FAST_TEST_ARCHITECTURES") == "all"
 
 

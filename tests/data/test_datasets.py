@@ -27,12 +27,6 @@ def test_digits():
     assert d.x_train.shape == (1297, 1, 16, 16) and d.x_test.shape == (500, 1, 16, 16)
     assert d.x_train.dtype == torch.uint8 and d.y_train.dtype == torch.int64
     assert (d.name, d.num_classes, d.image_shape) == ("digits", 10, (1, 16, 16))
-    assert int(d.x_train.min()) == 0 and int(d.x_train.max()) == 255
-    # a fixed split: every image once, and always the same ones
-    assert torch.equal(data.load_dataset("digits").x_test, d.x_test)
-    # how many images each digit has, as the file's source says
-    both = torch.cat([d.y_train, d.y_test]).bincount()
-    assert both.tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
 
 
 def test_the_digits_are_the_same_bits_and_need_no_other_package():
@@ -112,26 +106,19 @@ def test_refused(tmp_path, case):
         data.load_dataset(path)
 
 
-def test_refused_with_num_classes(tmp_path):
+def test_missing_arrays_and_other_files(tmp_path):
+    path = saved(tmp_path, x_train=X, y_train=Y)
+    with pytest.raises(ValueError, match="lacks x_test, y_test"):
+        data.load_dataset(path)
     path = saved(tmp_path, **arrays())
     with pytest.raises(ValueError, match=r"y_train\[2\] is 2: .*0 \.\. 1"):
         data.load_dataset(path, num_classes=2)
     path = saved(tmp_path, **arrays(classes=1))
     with pytest.raises(ValueError, match=r"y_train and y_test must .* two classes.* 0$"):
         data.load_dataset(path)
-
-
-def test_an_npz_that_is_to_be_streamed_is_refused_unread(tmp_path):
-    (tmp_path / "set.npz").write_bytes(b"never opened")
-    with pytest.raises(ValueError, match=r"stream=True needs an image folder, but .*set\.npz"):
-        data.load_dataset(tmp_path / "set.npz", stream=True)
-
-
-def test_missing_arrays_and_other_files(tmp_path):
-    path = saved(tmp_path, x_train=X, y_train=Y)
-    with pytest.raises(ValueError, match="lacks x_test, y_test"):
-        data.load_dataset(path)
     (tmp_path / "text.npz").write_text("not a zip file")
+    with pytest.raises(ValueError, match=r"stream=True needs an image folder, but .*text\.npz"):
+        data.load_dataset(tmp_path / "text.npz", stream=True)
     with pytest.raises(ValueError, match=r"text\.npz"):
         data.load_dataset(tmp_path / "text.npz")
     np.save(tmp_path / "one.npy", X)

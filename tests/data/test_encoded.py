@@ -1,8 +1,9 @@
 """Images that stay JPEG or PNG files: the same pixels, labels and runs as decoded ones."""
 
+import pictures
 import pytest
 import torch
-from pictures import picture
+from small_runs import StopAt, Stopped, same
 
 from purify_fast import data
 from purify_fast.cli import main
@@ -13,11 +14,8 @@ from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fi
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def folder(root, train=8, held_out=3, ending="jpg"):
-    for part, count in (("train", train), ("val", held_out)):
-        for label, name in enumerate(("cat", "dog")):
-            for i in range(count):
-                picture(root / part / name / f"{i:03d}.{ending}", 100 * label + i, (12 + i, 20 - i))
+def folder(root):
+    pictures.folder(root, 8, 3, [(12 + i, 20 - i) for i in range(8)], ending="jpg")
     return root
 
 
@@ -35,10 +33,10 @@ def test_images_decoded_each_time_have_the_pixels_of_those_decoded_once(tmp_path
     assert torch.equal(data.load_dataset(root, image_size=(12, 10), decode="each_time").x_train, once.x_train)
 
 
-def trained(x, y, folder, epochs=3, **options):
+def trained(x, y, folder, callbacks=(), **options):
     torch.manual_seed(0)
     task = ClassifierTask(SmallCNN(3, 2, (12, 12), 2), ClassifierConfig())
-    fit(task, x, y, FitConfig(epochs, 4, **options), folder, progress=False)
+    fit(task, x, y, FitConfig(3, 4, padding=1, **options), folder, progress=False, callbacks=callbacks)
     return task.model.state_dict()
 
 
@@ -48,26 +46,12 @@ def test_a_training_has_the_weights_of_one_in_memory_and_goes_on(tmp_path):
     options = {"image_size": (12, 12), "cache": tmp_path / "cache"}
     whole = data.load_dataset(root, **options)
     each = data.load_dataset(root, decode="each_time", stream=True, workers=2, **options)
-    expected = trained(whole.x_train, whole.y_train, None, padding=1)
-    got = trained(each.x_train, each.y_train, tmp_path / "run", padding=1)
-    assert all(torch.equal(value, got[name]) for name, value in expected.items())
-
-    class Ended(Exception):
-        pass
-
-    class Task(ClassifierTask):
-        def training_step(self, batch):
-            if batch.step == 6:
-                raise Ended
-            return super().training_step(batch)
-
-    torch.manual_seed(0)
-    task = Task(SmallCNN(3, 2, (12, 12), 2), ClassifierConfig())
-    config = FitConfig(3, 4, padding=1, checkpoint_seconds=0)
-    with pytest.raises(Ended):
-        fit(task, each.x_train, each.y_train, config, tmp_path / "killed", progress=False)
-    resumed = trained(each.x_train, each.y_train, tmp_path / "killed", padding=1, checkpoint_seconds=0)
-    assert all(torch.equal(value, resumed[name]) for name, value in expected.items())
+    expected = trained(whole.x_train, whole.y_train, None)
+    run = each.x_train, each.y_train, tmp_path / "run"
+    with pytest.raises(Stopped):
+        trained(*run, [StopAt(7)], checkpoint_seconds=0)
+    assert same(trained(*run, checkpoint_seconds=0), expected)
+    assert same(trained(each.x_train, each.y_train, None), expected)
 
 
 def test_a_file_that_cannot_be_decoded_is_named_when_it_is_read(tmp_path):
@@ -78,7 +62,7 @@ def test_a_file_that_cannot_be_decoded_is_named_when_it_is_read(tmp_path):
     with pytest.raises(ValueError, match=r"cannot be decoded: .*dog/003\.jpg: "):
         images[8:]
     with pytest.raises(ValueError, match=r"001\.jpg has 13 x 19 .* 12 x 20.* image_size=\(H, W\)"):
-        data.load_dataset(folder(tmp_path / "others", ending="jpg"), decode="each_time")
+        data.load_dataset(folder(tmp_path / "others"), decode="each_time")
     with pytest.raises(ValueError, match="decode='each_time' needs an image folder, but digits"):
         data.load_dataset("digits", decode="each_time")
 

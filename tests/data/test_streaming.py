@@ -7,8 +7,9 @@ import time
 import numpy as np
 import pytest
 import torch
+from small_runs import StopAt, Stopped
 
-from purify_fast._tensors import digest
+from purify_fast._tensors import content_hash, digest
 from purify_fast.data import StreamedImages, batches, read_ahead
 from purify_fast.data.streaming import AHEAD
 from purify_fast.models.classifiers import SmallCNN
@@ -28,8 +29,6 @@ def streamed(tmp_path):
 
 def digest_of(x):
     """The cache keeps the hash that a tensor brings to `digest`."""
-    from purify_fast._tensors import content_hash
-
     content = content_hash(x.dtype, x.shape)
     content.update(x.numpy().tobytes())
     return content.hexdigest()
@@ -108,28 +107,8 @@ def test_what_fails_in_the_thread_is_raised_and_the_thread_ends(streamed):
 
 def task():
     torch.manual_seed(0)
-    return ClassifierTask(
-        SmallCNN(1, 2, (8, 8), 4),
-        ClassifierConfig(attack=TrainingAttack(eps=0.05, steps=1, relative_alpha=2.0, eps_warmup=0.2)),
-    )
-
-
-class Stop(Exception):
-    pass
-
-
-def stopping(after):
-    """A task that raises at a step."""
-    made, steps = task(), iter(range(after))
-    original = made.training_step
-
-    def step(batch):
-        if next(steps, None) is None:
-            raise Stop
-        return original(batch)
-
-    made.training_step = step
-    return made
+    attack = TrainingAttack(eps=0.05, steps=1, relative_alpha=2.0, eps_warmup=0.2)
+    return ClassifierTask(SmallCNN(1, 2, (8, 8), 4), ClassifierConfig(attack=attack))
 
 
 def test_training_from_a_file_is_the_same_to_the_bit_whichever_form_resumes(streamed, tmp_path):
@@ -137,8 +116,8 @@ def test_training_from_a_file_is_the_same_to_the_bit_whichever_form_resumes(stre
     runs = {"memory": [X], "file": [streamed], "file, memory": [streamed, X], "memory, file": [X, streamed]}
     for name, forms in runs.items():
         if len(forms) == 2:
-            with pytest.raises(Stop):
-                fit(stopping(6), forms[0], Y, config, tmp_path / name)
+            with pytest.raises(Stopped):
+                fit(task(), forms[0], Y, config, tmp_path / name, callbacks=[StopAt(7)])
         fit(task(), forms[-1], Y, config, tmp_path / name)
     want = read_tree(tmp_path / "memory" / "checkpoint.safetensors")
     assert want["step"] == 12

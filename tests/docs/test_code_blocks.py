@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from pictures import picture
+from small_models import Halved, Linear, smaller
 from torch import nn
 
+import benchmarks.__main__ as benchmarks
 import purify_fast
 from purify_fast import cli
 from purify_fast.methods.atop import DeepFillGenerator
@@ -22,13 +25,6 @@ from purify_fast.training.schedules import RunLength
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
-
-from pictures import picture  # noqa: E402
-from small_models import Halved, Linear, smaller  # noqa: E402
-
-import benchmarks.__main__ as benchmarks  # noqa: E402
-
 BLOCKS = {
     page.relative_to(ROOT).as_posix(): re.findall(r"^```([\w{}:-]*)\n(.*?)^```", page.read_text(), re.S | re.M)
     for page in (*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")))
@@ -115,15 +111,11 @@ def scope(tmp_path, monkeypatch):
         "x_uint8": (255 * x).byte(),
         "loader": [(x[:8], y[:8]), (x[8:], y[8:])],
         # what the front page's readers bring
-        "defence": Layers().eval(),
-        "model": Layers().eval(),
-        "mean": torch.rand(4, 8),
-        "log_variance": torch.rand(4, 8),
-        "sample_ids": torch.arange(4),
-        "seed": torch.zeros(1, dtype=torch.int64),
+        **{name: Layers().eval() for name in ("defence", "model")},
+        **{name: torch.rand(4, 8) for name in ("mean", "log_variance")},
+        **{name: [torch.rand(4, 8), torch.rand(4, 2, 5, 5)] for name in ("features", "teacher_features")},
+        **{"sample_ids": torch.arange(4), "seed": torch.zeros(1, dtype=torch.int64)},
         "sample_logits": torch.rand(4, 3, 10),
-        "features": [torch.rand(4, 8), torch.rand(4, 2, 5, 5)],
-        "teacher_features": [torch.rand(4, 8), torch.rand(4, 2, 5, 5)],
     }
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -20,15 +19,6 @@ def first_commands():
 
 def page(install: str, judge: str) -> str:
     return f"<!-- ci: install -->\n```\n{install}```\n\ntext\n\n<!-- ci: judge -->\n```bash\n{judge}```\n"
-
-
-def test_readmes_lines_are_typed_as_they_stand(first_commands):
-    script = first_commands.typed(README, Path("/there/purify_fast"))
-    assert "git clone --quiet '/there/purify_fast'" in script
-    lines = [line for line in script.splitlines() if line != "[ $? = 0 ] || exit 1"]
-    assert len(lines) >= 4 and all(line in README for line in lines if "git clone" not in line)
-    for word in ("torch", "'setuptools>=77'", "ninja", "purify-fast evaluate zoo:digits-pgd-at"):
-        assert word in script
 
 
 def test_the_script_ends_at_the_first_line_that_fails(first_commands, tmp_path):

@@ -1,7 +1,4 @@
-"""The page for users of other packages: RobustBench's lines run, with a model and images that need no download.
-
-The blocks of the other packages run in test_code_blocks.py.
-"""
+"""The page for users of other packages: RobustBench's lines run, with a model and images that need no download."""
 
 import importlib
 import importlib.util

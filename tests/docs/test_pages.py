@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from benchmarks.pages import fill
 from benchmarks.prose import WIDTH, wrapped
@@ -85,13 +84,3 @@ def test_the_page_of_the_installation_lists_every_environment_variable():
     read = {name for path in sources for name in re.findall(r"\bPURIFY_FAST_[A-Z_]*[A-Z]\b", path.read_text())}
     listed = re.findall(r"^\| `(PURIFY_FAST_[A-Z_]+)", (ROOT / "docs" / "installation.md").read_text(), re.MULTILINE)
     assert read == set(listed) and listed == sorted(listed)
-
-
-def test_the_picture_of_a_report_is_of_a_run_that_a_reader_can_repeat():
-    """The command that draws it photographs the page that the guide's block of code saves, in the picture's size."""
-    command = (ROOT / "docs" / "development.md").read_text()
-    told = re.search(r"--window-size=(\d+),(\d+) --screenshot=report\.png (\S+)/report\.html`", command)
-    guide = (ROOT / "docs" / "judge.md").read_text()
-    assert told is not None and f'report.save("{told[3]}", defence)' in guide and "(pictures/report.png)" in guide
-    with Image.open(ROOT / "docs" / "pictures" / "report.png") as picture:
-        assert picture.size == (int(told[1]), int(told[2]))

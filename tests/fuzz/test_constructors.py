@@ -26,26 +26,12 @@ from purify_fast.training import ClassifierConfig, FitConfig
 from purify_fast.training.config import TrainingAttack
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+OF_ATTACKS = "PGD APGD FGSM BPDA StAdv Square FABT AutoAttack BranchAndBound"
 CONFIGS = {
     kind.__name__: kind
     for kind in (
-        ArrestConfig,
-        AtopConfig,
-        CarsoConfig,
-        ClassifierConfig,
-        FitConfig,
-        TrainingAttack,
-        attacks.PGD,
-        attacks.APGD,
-        attacks.FGSM,
-        attacks.BPDA,
-        attacks.StAdv,
-        attacks.Square,
-        attacks.FABT,
-        attacks.AutoAttack,
-        attacks.BranchAndBound,
-        Process,
-        Schedule,
+        *(ArrestConfig, AtopConfig, CarsoConfig, ClassifierConfig, FitConfig, TrainingAttack, Process, Schedule),
+        *(getattr(attacks, name) for name in OF_ATTACKS.split()),
     )
 }
 NEEDED = {"FitConfig": {"epochs": 2}, "TrainingAttack": {"eps": 0.1, "steps": 2}}
@@ -101,34 +87,16 @@ def test_a_configuration(name, data):
 
 @fuzzed
 def test_carso(data):
-    good = {
-        "layers": ["conv2", "hidden"],
-        "image_shape": (1, 8, 8),
-        "cond_dim": 3,
-        "latent_dim": 2,
-        "samples": 2,
-        "decoder_width": 1,
-        "encoder_depth": 1,
-        "version": "v4",
-    }
+    good = {"layers": ["conv2", "hidden"], "image_shape": (1, 8, 8), "cond_dim": 3, "latent_dim": 2, "samples": 2}
+    good |= {"decoder_width": 1, "encoder_depth": 1, "version": "v4"}
     refused_or_right(data.draw, Carso, good, (SmallCNN(1, 4, (8, 8), 2),))
 
 
 @fuzzed
 def test_atop(data):
-    good = {
-        "image_shape": (1, 8, 8),
-        "transform": "rt2",
-        "sigma": 0.25,
-        "block": 2,
-        "mask_ratio": 0.25,
-        "num_passes": 2,
-        "samples": 1,
-        "aggregation": "mean",
-        "shared_mask": False,
-    }
-    parts = (SmallCNN(1, 4, (8, 8), 2), SmallGenerator(1, width=2))
-    refused_or_right(data.draw, Atop, good, parts)
+    good = {"image_shape": (1, 8, 8), "transform": "rt2", "sigma": 0.25, "block": 2, "mask_ratio": 0.25}
+    good |= {"num_passes": 2, "samples": 1, "aggregation": "mean", "shared_mask": False}
+    refused_or_right(data.draw, Atop, good, (SmallCNN(1, 4, (8, 8), 2), SmallGenerator(1, width=2)))
 
 
 SMALL = (0, 1, -1, 2, 3, 5, 0.5, math.nan, math.inf, -(2**63) - 1, True)

@@ -1,9 +1,7 @@
 """Checks every address that a Triton kernel reads or writes in the interpreter.
 
-A GPU reads what lies beside a tensor without an error, unless the memory of the process ends there. So before a launch
-each tensor is copied to pages of its own, between two pages that can be neither read nor written. The launches of a
-kernel take turns: in the first, a tensor ends where its pages end, and in the second, it begins where they begin. Every
-address must be that of an element. Between two rows of a view there are addresses that belong to no element.
+Before a launch each tensor is copied to pages between two pages that can be neither read nor written: in every second
+launch of a kernel to their end, else to their beginning. Between two rows of a view no address is an element's.
 """
 
 from __future__ import annotations
@@ -49,21 +47,13 @@ def span(tensor: Tensor) -> tuple[int, int]:
 
 @dataclass
 class Place:
-    """Tensors that overlap, or one alone, and where they lie during a launch.
+    """Tensors that overlap, or one alone, and where they lie during a launch."""
 
-    Attributes:
-        named: by argument, the tensor as the launch was given it.
-        source: bytes of the launch's tensors, uint8.
-        pages: the pages to which they are copied.
-        copy: those bytes there.
-        owned: whether a byte belongs to an element; None if every one does.
-    """
-
-    named: dict[str, Tensor]
-    source: Tensor
+    named: dict[str, Tensor]  # by argument, the tensor as the launch was given it
+    source: Tensor  # its bytes
     pages: Tensor
-    copy: Tensor
-    owned: np.ndarray | None
+    copy: Tensor  # those bytes in the pages
+    owned: np.ndarray | None  # whether a byte belongs to an element; None if every one does
 
     def __post_init__(self) -> None:
         self.begin = self.copy.data_ptr()
@@ -111,11 +101,7 @@ class AddressError(Exception):
 
 
 class Watch:
-    """Places the tensors of each launch, and checks the addresses of its accesses.
-
-    Attributes:
-        launches: by kernel, how many were watched.
-    """
+    """Places the tensors of each launch, and checks the addresses of its accesses."""
 
     def __init__(self) -> None:
         self.launches = Counter[str]()

@@ -1,8 +1,4 @@
-"""The Triton kernels on CPU tensors, in Triton's interpreter: `TRITON_INTERPRET=1 pytest tests/interpreter`.
-
-The interpreter rounds float32 to bfloat16 by truncation; the budgets here allow it (two eps). Tests that need more use
-the fixture `bfloat16_of_a_gpu`.
-"""
+"""The Triton kernels on CPU tensors, in Triton's interpreter: `TRITON_INTERPRET=1 pytest tests/interpreter`."""
 
 import os
 import sys
@@ -31,10 +27,7 @@ def interpreter():
 
 @pytest.fixture(autouse=True, scope="session")
 def language_replaced_once(interpreter):
-    """A launch replaces the functions of Triton's language once.
-
-    Triton does it again at each call from one jitted function to another. That took most of the time of these tests.
-    """
+    """A launch replaces the functions of Triton's language once."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -94,14 +87,8 @@ def addresses(interpreter):
 
 @pytest.fixture
 def bfloat16_of_a_gpu(monkeypatch):
-    """Rounds to bfloat16 as a GPU does, and multiplies its numbers.
-
-    The interpreter keeps bfloat16 as integers of 16 bits. Its tl.dot multiplies those as they are.
-
-    A GPU sums every element of a product in the same order, wherever the element lies in its tile. NumPy's BLAS does
-    not on every CPU. The products are therefore summed in float64, where another order changes a sum so little that it
-    rounds to the same float32, but for very rare cases.
-    """
+    """Rounds to bfloat16 as a GPU does, and multiplies its numbers."""
+    # Sums are made in float64, because NumPy's BLAS may sum in another order for every element of a product.
     import numpy as np
     import triton.language as tl
     from triton.runtime import interpreter

@@ -2,6 +2,7 @@ from importlib import import_module
 
 import pytest
 import torch
+from op_cases import doubled
 
 from purify_fast.kernels import contextual_attention as kernel
 
@@ -17,10 +18,6 @@ def inputs(batch: int, height: int, width: int, dtype=torch.float32) -> tuple:
     pixels = torch.randn(batch, height * width, 5, generator=generator) * 0.4
     keep = (torch.rand(batch, height * width, generator=generator) > 0.3).to(dtype)
     return pixels @ pixels.mT, op._inverse_norms(pixels, height, width), keep, height, width, 1.0
-
-
-def doubled(arguments: tuple) -> list:
-    return [x.double() if isinstance(x, torch.Tensor) else x for x in arguments]
 
 
 @pytest.mark.parametrize(("grid", "dtype"), CASES, ids=str)

@@ -4,6 +4,7 @@ from importlib import import_module
 
 import pytest
 import torch
+from op_cases import doubled
 
 from purify_fast.kernels import decode_samples as kernel
 from purify_fast.kernels.decoder_sizes import Geometry, Layer
@@ -77,10 +78,6 @@ def arguments(name: str, dtype: torch.dtype, images: int = 2, samples: int = 2, 
     condition = normal(images, h * w * sizes.start[0]).float()
     ids = torch.arange(images) * 5 + 2**33
     return condition, SEED, ids, packed.to(dtype), shifts.float(), sizes.numbers(), samples, slope
-
-
-def doubled(given: tuple) -> list:
-    return [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in given]
 
 
 def together(name: str, given: tuple) -> bool:

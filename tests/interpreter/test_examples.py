@@ -1,7 +1,4 @@
-"""The examples that kernels are verified with on a GPU, in the interpreter: a right kernel stays clear of its budget.
-
-A GPU adds in another order than the interpreter, so what comes close to a budget here would exceed it on some card.
-"""
+"""The examples that verify kernels, in the interpreter: what comes close to a budget here exceeds it on some card."""
 
 from collections.abc import Callable
 from dataclasses import replace

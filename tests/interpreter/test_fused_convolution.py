@@ -5,6 +5,7 @@ from importlib import import_module
 
 import pytest
 import torch
+from op_cases import doubled
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -35,17 +36,6 @@ def tiles(monkeypatch):
     monkeypatch.setattr(
         kernel, "tiles", lambda columns, channels, _, most: own(columns, channels, torch.bfloat16, most)
     )
-
-
-def doubled(given: tuple) -> list:
-    return [
-        [x.double() for x in one]
-        if isinstance(one, list) and one and isinstance(one[0], Tensor)
-        else one.double()
-        if isinstance(one, Tensor)
-        else one
-        for one in given
-    ]
 
 
 def error(got: Tensor, golden: Tensor) -> float:

@@ -2,6 +2,7 @@ from importlib import import_module
 
 import pytest
 import torch
+from op_cases import doubled
 
 from purify_fast.kernels import square_proposal as kernel
 
@@ -32,10 +33,6 @@ def inputs(shape: tuple, draws: int, edge: int, norm: int, dtype=torch.float32, 
     return [*images, eps.float(), numbers, pattern, torch.tensor(edge), norm, 0.1, 0.9]
 
 
-def double(arguments: list) -> list:
-    return [one.double() if isinstance(one, torch.Tensor) else one for one in arguments]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("shape", "draws", "edge"), SHAPES, ids=str)
 @pytest.mark.parametrize("norm", [0, 1, 2], ids=NORMS)
@@ -45,7 +42,7 @@ def test_values(within_budget, poisoned, norm, shape, draws, edge, dtype):
     assert got.is_contiguous() and not torch.equal(got, arguments[0].repeat(draws, 1, 1, 1))
     if norm == 0 and dtype != torch.bfloat16:
         assert torch.equal(got, same)
-    within_budget(got, op.reference(*double(arguments)), same)
+    within_budget(got, op.reference(*doubled(arguments)), same)
     if norm:
         # Only the first rows and columns of a larger pattern are used.
         arguments[4] = torch.nn.functional.pad(arguments[4], (0, 3, 0, 3), value=9.0)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small_models import with_random_norms
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -22,18 +23,6 @@ def digest(state):
 
 def parameters(module):
     return sum(p.numel() for p in module.parameters())
-
-
-def with_statistics(model):
-    """BatchNorm as a trained network has it."""
-    generator = torch.Generator().manual_seed(1)
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            nn.init.uniform_(module.weight, 0.5, 1.5, generator=generator)
-            nn.init.uniform_(module.bias, -0.5, 0.5, generator=generator)
-            nn.init.uniform_(module.running_mean, -0.5, 0.5, generator=generator)
-            nn.init.uniform_(module.running_var, 0.5, 2.0, generator=generator)
-    return model.eval()
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +63,7 @@ def test_logits_equal_robustbenchs(robustbench, depth, width, size):
     """RobustBench pools 8 x 8 positions; at 64 pixels the same features are pooled over all of them."""
     torch.manual_seed(0)
     theirs = robustbench.DMWideResNet(7, depth, width, nn.SiLU, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
-    with_statistics(theirs)
+    with_random_norms(theirs)
     ours = WideResNet(depth, width, 7, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3)).eval()
     ours.load_state_dict(theirs.state_dict(), strict=True)
     x = torch.rand(2, 3, size, size)
@@ -140,7 +129,7 @@ def test_preact_resnet18_is_he_et_als():
 def test_compiled_equals_eager_with_two_graphs(name):
     torch._dynamo.reset()
     torch.manual_seed(0)
-    model = with_statistics(MAKERS[name](3, (16, 16)))
+    model = with_random_norms(MAKERS[name](3, (16, 16)))
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
     with torch.no_grad():
@@ -152,7 +141,7 @@ def test_compiled_equals_eager_with_two_graphs(name):
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_every_classifier_is_saved_and_loaded(name, tmp_path):
-    model = with_statistics(MAKERS[name](1, (12, 20)))
+    model = with_random_norms(MAKERS[name](1, (12, 20)))
     save_classifier(model, tmp_path)
     loaded, x = load_classifier(tmp_path), torch.rand(2, 1, 12, 20)
     assert type(loaded) is CLASSIFIERS[name] and loaded.arguments == model.arguments and not loaded.training

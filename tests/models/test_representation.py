@@ -132,11 +132,9 @@ def test_a_layer_without_what_stands_before_it_is_found(name, message):
     wrapped.model = resnet18(num_classes=2)
     with pytest.raises(ValueError, match=message):
         Representation(wrapped, [name], (3, 32, 32))
-
-
-def test_without_a_similar_name_the_outer_layers_are_named():
-    message = r"no module 'layer1'; some of its modules: .*stages, .*stages\.0, stages\.1, stages\.2, stages\.3,"
-    with pytest.raises(ValueError, match=message):
+    # without a similar name the outer layers are named
+    others = r"no module 'layer1'; some of its modules: .*stages, .*stages\.0, stages\.1, stages\.2, stages\.3,"
+    with pytest.raises(ValueError, match=others):
         Representation(PreActResNet18(width=4), ["layer1"], (3, 32, 32))
 
 

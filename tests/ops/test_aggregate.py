@@ -23,9 +23,6 @@ def with_margin(samples: int, margin: float, classes: int = 10, batch: int = 3) 
     return logits.requires_grad_()
 
 
-# the method's numbers: specification facts 9 and 10
-
-
 def test_published_example(backend):
     logits = torch.tensor([[[1.0, 0.0, -1.0], [0.5, 0.2, -0.3]]], dtype=torch.float64)
 
@@ -140,9 +137,6 @@ def test_vote_is_counted_by_what_may_serve(gradient, monkeypatch):
     with use_backend("reference"):
         votes = aggregate(logits, "vote")
     assert torch.equal(votes.sum(1), torch.full((2,), 3.0)) and votes.requires_grad == gradient
-
-
-# numbers, every backend and dtype
 
 
 @pytest.mark.parametrize(("shape", "dtype"), cases(SHAPES, (2, 5, 101), (2, 3, 1300)), ids=str)

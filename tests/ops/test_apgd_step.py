@@ -2,31 +2,14 @@ from importlib import import_module
 
 import pytest
 import torch
-from op_cases import cases
+from op_cases import cases, radii
+from op_cases import points as inputs
 
 from purify_fast.ops import apgd_step, pgd_step
 
 op = import_module("purify_fast.ops.apgd_step")
 NORMS = op.NORMS
 SHAPES = ((1, 1), (3, 1, 16, 16), (2, 3, 33, 31), (4, 5001), (0, 3, 4, 4))
-
-
-def inputs(*shape: int, dtype=torch.float32, seed: int = 0) -> tuple:
-    """x and previous a little outside the ball around x_nat, so that every branch is taken."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def uniform():
-        return torch.rand(shape, generator=generator, dtype=torch.float64)
-
-    nat = uniform()
-    x, previous = ((nat + 0.2 * (uniform() - 0.5)).clamp(0, 1) for _ in range(2))
-    grad = torch.randn(shape, generator=generator, dtype=torch.float64)
-    grad[torch.rand(shape, generator=generator) < 0.1] = 0
-    return tuple(t.to(dtype) for t in (x, grad, nat, previous))
-
-
-def radii(batch: int) -> tuple:
-    return torch.linspace(0.01, 0.05, batch), torch.linspace(0.02, 0.12, batch)
 
 
 def by_reference(images, alpha, eps, momentum, norm, lo=0.0, hi=1.0):

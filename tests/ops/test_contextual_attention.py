@@ -2,6 +2,7 @@ from importlib import import_module
 
 import pytest
 import torch
+from op_cases import by_threads
 from torch.nn import functional as F
 
 from purify_fast.ops import contextual_attention, key_validity, use_backend
@@ -99,18 +100,6 @@ def test_half_types_have_wide_scores(backend, dtype):
     assert (out - wanted).abs().max() <= 4 * torch.finfo(dtype).eps * wanted.abs().max()
 
 
-def test_invalid_keys_give_nothing_and_take_their_share(backend):
-    """At scale 0 the weights are 1/L, and only the valid ones count: no renormalisation."""
-    features, _ = inputs(1, 3, 8, 8, dtype=torch.float64)
-    valid = torch.zeros(1, 16, dtype=torch.bool)
-    assert (contextual_attention(features, valid) == 0).all()
-    valid[0, 5] = True  # the cell (1, 1), with its patch: rows and columns 1 to 4
-    out = contextual_attention(features, valid, 0.0)
-    patch = features[:, :, 1:5, 1:5] / 16 / 4
-    middle = sum(patch[:, :, y : y + 2, x : x + 2] for y in (0, 2) for x in (0, 2))
-    torch.testing.assert_close(out[:, :, 2:4, 2:4], middle.flip(2, 3))  # even pixels are covered by odd ones of it
-
-
 def test_zero_features_have_zero_gradients(backend):
     leaf = torch.zeros(2, 3, 8, 8, requires_grad=True)
     out = contextual_attention(leaf, torch.ones(2, 16, dtype=torch.bool))
@@ -142,21 +131,15 @@ needs_whole = pytest.mark.skipif(not op.WHOLE, reason="the kernels of the whole 
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 def test_threads_change_nothing_in_the_whole_function(last):
     """Many small samples, which threads share; and few large ones, whose rows they do."""
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            for shape in ((24, 16, 8, 8), (2, 16, 36, 28)):
-                for dtype in (torch.float32, torch.bfloat16):
-                    features, valid = inputs(*shape, dtype=dtype)
-                    grad = inputs(*shape, dtype=dtype, seed=1)[0]
-                    if last:
-                        features = features.to(memory_format=torch.channels_last)
-                    with use_backend("cpp"):
-                        results.append(whole(features, valid, grad))
-    finally:
-        torch.set_num_threads(before)
-    for one, two, three in zip(results[:4], results[4:8], results[8:], strict=True):
+
+    def made(shape, dtype):
+        features, valid = inputs(*shape, dtype=dtype)
+        features = features.to(memory_format=torch.channels_last if last else torch.contiguous_format)
+        with use_backend("cpp"):
+            return whole(features, valid, inputs(*shape, dtype=dtype, seed=1)[0])
+
+    every = [(s, d) for s in ((24, 16, 8, 8), (2, 16, 36, 28)) for d in (torch.float32, torch.bfloat16)]
+    for one, two, three in zip(*by_threads(lambda: [made(*each) for each in every]), strict=True):
         assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(one, two, three, strict=True))
 
 
@@ -195,21 +178,6 @@ def test_backward_under_autocast_computes_in_the_features_dtype():
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-def blocks(*missing: tuple[int, int], side: int = 32, size: int = 256) -> torch.Tensor:
-    mask = torch.zeros(1, 1, size, size)
-    for row, column in missing:
-        mask[:, :, row * side : (row + 1) * side, column * side : (column + 1) * side] = 1
-    return mask
-
-
-def test_validity_of_the_published_masks():
-    quarter = [(row, column) for row in range(4) for column in range(4)]
-    for missing, count in ((quarter, 735), ([(0, 0)], 999), ([(1, 1)], 988), ([], 1024)):
-        assert key_validity(blocks(*missing), (32, 32)).sum() == count
-    masks = torch.cat([blocks(*quarter), blocks((1, 1))])
-    assert key_validity(masks, (32, 32)).sum(1).tolist() == [735, 988]
-
-
 def by_hand(mask: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Cell by cell: whether any pixel of its 3x3 cells is missing."""
     (h, w), (rows, columns) = size, mask.shape[2:]
@@ -243,3 +211,7 @@ def test_validity_at_any_resolution(pixels, side, size):
     assert torch.equal(valid, by_hand(mask, size)) and 0 < valid.float().mean() < 1
     assert torch.equal(key_validity(mask.bool(), size), valid)
     assert torch.equal(key_validity(mask.bfloat16(), size), valid)
+    # half of each side is missing: the published number
+    mask = torch.zeros(1, 1, 256, 256)
+    mask[:, :, :128, :128] = 1
+    assert key_validity(mask, (32, 32)).sum() == 735

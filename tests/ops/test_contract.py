@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from op_cases import compiles, registered
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -22,25 +23,15 @@ needs_kernels = pytest.mark.skipif(not _library.loaded(), reason="the kernels ar
 
 @dataclass(frozen=True)
 class Function:
-    """A public function at one setting.
-
-    Attributes:
-        call: the function of its tensors.
-        make: the tensors, of so many samples, in a dtype.
-        gradients: how many of the first tensors have a gradient.
-        exact: every backend, layout and compiler gives the same bits.
-        compiler: the backend of ``torch.compile``; inductor takes seconds.
-        sizes: batches that are compiled.
-        batch_only: whether only the batch may change without another compilation.
-    """
+    """A public function at one setting."""
 
     call: Callable[..., Tensor | tuple[Tensor, ...]]
     make: Callable[..., tuple[Tensor, ...]]
-    gradients: int = 0
-    exact: bool = False
-    compiler: str = "aot_eager"
-    sizes: tuple[int, ...] = (5, 8, 13)
-    batch_only: bool = False
+    gradients: int = 0  # of the first tensors, so many have a gradient
+    exact: bool = False  # every backend, layout and compiler gives the same bits
+    compiler: str = "aot_eager"  # inductor takes seconds
+    sizes: tuple[int, ...] = (5, 8, 13)  # batches that are compiled
+    batch_only: bool = False  # only the batch may change without another compilation
 
 
 def images(count: int, *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -259,7 +250,7 @@ def function(backend, name) -> Function:
 
 
 @pytest.mark.parametrize("name", REGISTRY)
-def test_the_schema_the_fake_and_the_registrations(registered, name):
+def test_the_schema_the_fake_and_the_registrations(name):
     for example in smallest(name).values():
         one = example.make(example.dtypes[0], 0)
         registered(REGISTRY[name].handle, one, example.make(example.dtypes[-1], 0))
@@ -272,7 +263,7 @@ def test_the_schema_the_fake_and_the_registrations(registered, name):
 @pytest.mark.parametrize(
     "name", [name for name in FUNCTIONS if name not in ("square_proposal l1", "random_transform None")]
 )
-def test_compiles_to_one_graph(function, backend, compiles, name, request):
+def test_compiles_to_one_graph(function, backend, name, request):
     drawn = ("noisy_replay", "diffusion_step learned", "philox uniform", "sample_latent")
     if name in drawn and backend == "reference" and torch.__version__ < "2.12":
         reason = "torch 2.11: an id that is negative gets other noise in a CPU graph"
@@ -445,9 +436,7 @@ NAMED = [
     ({"seed": 7}, r"seed must .* shape \[1\], got the number 7: write torch\.tensor\(\[7\]\)"),
     ({"sample_ids": [0, 1, 2]}, r"sample_ids must be an int64 tensor of shape \[B\], got list"),
     ({"seed": torch.tensor(1)}, r"seed must be an int64 tensor of shape \[1\]"),
-    ({"seed": SEED.int()}, "seed must be an int64"),
     ({"sample_ids": IDS.float()}, r"sample_ids must be an int64 tensor \[B\]"),
-    ({"sample_ids": IDS[None]}, "sample_ids must be an int64"),
     ({"sample_ids": IDS.to(META)}, "must be on one device, got .*sample_ids on meta"),
 ]
 ONE_PER_SAMPLE = [({"sample_ids": torch.arange(2)}, "sample_ids must .* 3, but it has 2")]
@@ -490,9 +479,7 @@ REFUSALS: dict[str, tuple[dict, list[tuple[dict, str]]]] = {
             ({"features": torch.zeros(2, 3, 4)}, r"features must be \[B, C, H, W\], got \[2, 3, 4\]"),
             ({"features": torch.zeros(2, 3, 4, 4).int()}, "got torch.int32"),
             ({"features": torch.zeros(2, 3, 5, 4)}, r"even H and W, at least 2, got \[B, C, H, W\] = \[2, 3, 5, 4\]"),
-            ({"features": torch.zeros(2, 3, 0, 4)}, "even H and W"),
             ({"valid": VALID[:, :5]}, r"bool \[B, \(H/2\) \* \(W/2\)\] = \[2, 6\], got torch.bool \[2, 5\]"),
-            ({"valid": VALID.float()}, "got torch.float32"),
             ({"valid": VALID.to(META)}, DEVICES),
         ],
     ),
@@ -500,7 +487,6 @@ REFUSALS: dict[str, tuple[dict, list[tuple[dict, str]]]] = {
         {"mask": torch.zeros(2, 1, 8, 8), "size": (4, 4)},
         [
             ({"mask": torch.zeros(2, 3, 8, 8)}, r"mask must be \[B, 1, H0, W0\], got \[2, 3, 8, 8\]"),
-            ({"mask": torch.zeros(8, 8)}, r"got \[8, 8\]"),
             ({"mask": torch.zeros(1, 1, 0, 8)}, r"got \[1, 1, 0, 8\]"),
             ({"size": (0, 4)}, r"size must be .* got \(0, 4\)"),
         ],
@@ -508,18 +494,11 @@ REFUSALS: dict[str, tuple[dict, list[tuple[dict, str]]]] = {
     "conv2d": (
         {"input": torch.zeros(2, 6, 9, 8), "weight": torch.zeros(10, 6, 3, 3), "bias": torch.zeros(10)},
         [
-            (
-                {"input": torch.zeros(2, 4, 9, 8)},
-                r"input must be \[B, C, H, W\] and weight \[O, C, K, L\] .*2, 4, 9, 8",
-            ),
-            ({"input": torch.zeros(9, 8)}, r"got \[9, 8\] and \[10, 6, 3, 3\]"),
+            ({"input": torch.zeros(2, 4, 9, 8)}, r"input must be \[B, C, H, W\] and weight .*2, 4, 9, 8"),
             ({"input": torch.zeros(2, 6, 9, 8).long()}, "input must be floating point, got torch.int64"),
             ({"weight": None}, "weight must be a tensor, got NoneType"),
             ({"bias": torch.zeros(9)}, r"bias must be \[O\] = \[10\], got \[9\]"),
-            (
-                {"bias": torch.zeros(10).double()},
-                "outside autocast, bias must have input's dtype torch.float32, got torch.float64",
-            ),
+            ({"bias": torch.zeros(10).double()}, "outside autocast, bias must have input's dtype torch.float32, got"),
             ({"stride": 0}, "stride must be one or two whole numbers of at least 1, got 0"),
             ({"padding": (1, -1)}, r"padding must be one or two whole numbers of at least 0, got \(1, -1\)"),
             ({"dilation": 1.5}, "dilation must be one or two whole numbers of at least 1, got 1.5"),
@@ -540,28 +519,20 @@ REFUSALS: dict[str, tuple[dict, list[tuple[dict, str]]]] = {
             *NAMED,
             *ONE_PER_SAMPLE,
             ({"x": ROW.half()}, r"x must be float32 or float64 \[B, C, ...\], got torch.float16 \[3, 4\]"),
-            ({"x": ROW[0]}, r"got torch.float32 \[4\]"),
             ({"prediction": torch.zeros(3, 5)}, r"= \[3, 4\] or \[B, 2C, ...\], got \[3, 5\]"),
             ({"prediction": ROW.double()}, "one of float16, bfloat16, float32 where x is torch.float32, got .*64"),
-            ({"x": ROW.double()}, "prediction must be one of float64 where x is torch.float64, got torch.float32"),
             ({"coefficients": torch.zeros(6)}, r"torch.float32 \[8\] or \[B, 8\] = \[3, 8\], got .* \[6\]"),
-            ({"coefficients": torch.zeros(2, 8)}, r"got torch.float32 \[2, 8\]"),
             ({"coefficients": torch.zeros(8).double()}, r"got torch.float64 \[8\]"),
             ({"coefficients": torch.zeros(8, device=META)}, DEVICES),
             ({"draws": IDS[:2]}, r"draws must be an int64 tensor \[3\], got torch.int64 \[2\]"),
-            ({"draws": IDS.int()}, r"draws must be an int64 tensor \[3\], got torch.int32 \[3\]"),
             ({"step": IDS}, r"step must be an int64 tensor \[1\], got torch.int64 \[3\]"),
             ({"step": None}, "step must be given with a seed, .* got None"),
-            ({"step": 3}, r"step must be an int64 tensor \[1\], got 3"),
         ],
     ),
     "fused_convolution": (
         {"input": torch.zeros(2, 6, 9, 8), "weight": torch.zeros(10, 6, 3, 3), "bias": torch.zeros(10)},
         [
-            (
-                {"input": torch.zeros(2, 4, 9, 8)},
-                r"input must be \[B, C, H, W\] and weight \[O, C, K, L\] .*2, 4, 9, 8",
-            ),
+            ({"input": torch.zeros(2, 4, 9, 8)}, r"input must be \[B, C, H, W\] and weight .*2, 4, 9, 8"),
             ({"input": torch.zeros(2, 6, 9, 8).long()}, "input must be floating point, got torch.int64"),
             ({"weight": None}, "weight must be a tensor, got NoneType"),
             ({"bias": torch.zeros(9)}, r"bias must be \[O\] = \[10\], got \[9\]"),
@@ -588,12 +559,8 @@ REFUSALS: dict[str, tuple[dict, list[tuple[dict, str]]]] = {
             ({"x": torch.zeros(2, 6, 0, 8)}, r"x must have at least one pixel, got \[2, 6, 0, 8\]"),
             ({"x": torch.zeros(2, 6, 9, 8).long()}, "x must be floating point, got torch.int64"),
             ({"groups": 4}, "groups must be a whole number, at least 1, that divides the 6 channels, got 4"),
-            ({"groups": 0}, "got 0"),
-            ({"groups": "3"}, "groups .* got '3'"),
             ({"eps": -1.0}, "eps .* at least 0, got -1.0"),
-            ({"eps": "1e-5"}, "eps .* got '1e-5'"),
             ({"weight": torch.ones(5)}, r"weight and bias must be \[C\] = \[6\], got \[5\] and \[6\]"),
-            ({"bias": torch.ones(6, 1)}, r"got \[6\] and \[6, 1\]"),
             ({"shift": torch.ones(3, 6)}, r"shift must be \[B, C\] = \[2, 6\] or \[1, C\], got \[3, 6\]"),
         ],
     ),
@@ -616,7 +583,6 @@ REFUSALS: dict[str, tuple[dict, list[tuple[dict, str]]]] = {
             ({"x": torch.zeros(3, 5)}, r"x and x_adv must have the same shape \[B, ...\], got \[3, 5\], \[3, 4\]"),
             ({"x_adv": ROW.half()}, "must have the same dtype, .*torch.float32, torch.float16"),
             ({"drift": torch.zeros(2)}, r"drift must be a floating-point .* = \[3\], got torch.float32 \[2\]"),
-            ({"drift": IDS}, r"drift must be .* got torch.int64 \[3\]"),
             ({"tau": torch.zeros(3)}, r"tau must be a number or a tensor \[\], got \[3\]"),
             ({"eps": torch.zeros(3, 1)}, r"eps must be a number or a tensor \[B\] = \[3\], got \[3, 1\]"),
             ({"drift": ROW[:, 0].to(META)}, DEVICES),
@@ -644,8 +610,6 @@ REFUSALS: dict[str, tuple[dict, list[tuple[dict, str]]]] = {
             ({"x": BLOCKED.to(META)}, DEVICES),
             ({"block": 0}, "block must be at least 1 and divide the image, got block = 0 for 64 x 96"),
             ({"block": 64}, "got block = 64 for 64 x 96"),
-            ({"x": BLOCKED[:, :, :60]}, "got block = 32 for 60 x 96"),
-            ({"x": BLOCKED[:, :, :0]}, "got block = 32 for 0 x 96"),
             *(({"sigma": s}, f"sigma must be finite and not negative, got {s}") for s in (-0.1, math.inf, math.nan)),
             *(({"mask_ratio": r}, rf"mask_ratio must be in \[0, 1\), got {r}") for r in (1.0, -0.1, math.nan)),
             *(({"num_passes": n}, f"must be 1 to 6 and divide the 6 blocks of an image, got {n}") for n in (0, 4, 7)),
@@ -678,7 +642,6 @@ REFUSALS: dict[str, tuple[dict, list[tuple[dict, str]]]] = {
             ({"teacher": ROW.to(META)}, DEVICES),
             ({"student": [ROW, ROW.to(META)], "teacher": [ROW, ROW.to(META)]}, DEVICES),
             ({"kind": "arccos"}, "kind must be one of abs_cosine, cosine, angular, l2, got 'arccos'"),
-            ({"student": [], "teacher": []}, "student and teacher must .* got 0 and 0"),
             ({"student": [ROW], "teacher": [ROW, ROW]}, "student and teacher must .* got 1 and 2"),
             ({"teacher": [ROW]}, "must both be tensors, or both sequences of tensors"),
             ({"student": [ROW, ROW[:2]], "teacher": [ROW, ROW[:2]]}, r"layers .* got \[2, 4\]"),
@@ -704,7 +667,7 @@ REFUSALS: dict[str, tuple[dict, list[tuple[dict, str]]]] = {
             ({"numbers": torch.zeros(2, 1, 8).double()}, "numbers must be float32"),
             ({"numbers": torch.zeros(2, 1, 8, device="meta")}, DEVICES),
             ({"edge": 9}, "edge must be from 1 to 8 in images of 8 x 8, got 9"),
-            ({"edge": 0}, "edge must be from 1 to 8"),
+            *(({"edge": torch.tensor(n)}, r"edge must be a number or an int64 tensor \[\], got") for n in (5.0, [5])),
             ({"pattern": torch.zeros(2, 3, 3)}, "pattern must be None.*linf"),
             ({"norm": "l2"}, r"pattern must be float32 \[2, edge, edge\] = \[2, 3, 3\] for l2, got None"),
             ({"norm": "l1", "pattern": torch.zeros(2, 9)}, r"for l1, got torch.float32 \[2, 9\]"),
@@ -718,14 +681,10 @@ REFUSALS: dict[str, tuple[dict, list[tuple[dict, str]]]] = {
         {"images": torch.zeros(6, 3, 8, 8), "owners": torch.zeros(1, 2, 4, 4).byte()},
         [
             ({"images": torch.zeros(3, 8, 8)}, r"images must be .* got \[3, 8, 8\]"),
-            ({"images": torch.zeros(6, 3, 8, 8).int()}, r"images must be .* got torch.int32"),
             ({"owners": torch.zeros(1, 2, 4, 4)}, r"owners must be uint8 .* got torch.float32 \[1, 2, 4, 4\]"),
-            ({"owners": torch.zeros(2, 4, 4).byte()}, r"owners must be uint8 .* got torch.uint8 \[2, 4, 4\]"),
             ({"owners": torch.zeros(1, 2, 4, 4, device="meta").byte()}, DEVICES),
             ({"owners": torch.zeros(1, 2, 3, 4).byte()}, "owners.* 8 x 8.* 3 x 4"),
-            ({"owners": torch.zeros(1, 2, 0, 4).byte()}, "owners.* 8 x 8.* 0 x 4"),
             ({"owners": torch.zeros(1, 4, 4, 4).byte()}, r"images.* 1 \* 4.* got 6"),
-            ({"owners": torch.zeros(1, 0, 4, 4).byte()}, r"images.* 1 \* 0.* got 6"),
             ({"images": torch.zeros(0, 3, 8, 8)}, r"images.* 1 \* 2.* got 0"),
         ],
     ),

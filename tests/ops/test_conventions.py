@@ -140,9 +140,3 @@ def test_a_mask_of_the_caller(backend, shape, dtype):
     assert torch.equal(owners.bool(), hidden[None, :, 0].expand(2, 3, 8, 8))
     slopes = [torch.autograd.grad(value.square().sum(), x, retain_graph=True)[0] for value in (packed[:, :3], expected)]
     torch.testing.assert_close(*slopes)
-
-
-def test_the_mask_of_a_random_transform_gives_its_result_again():
-    packed = ops.random_transform(IMAGE, torch.tensor([2]), block=4)[0]
-    again, _ = ops.random_transform(IMAGE, torch.tensor([2]), mask=packed[:, 4:])
-    torch.testing.assert_close(again, packed)

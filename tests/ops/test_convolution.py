@@ -5,6 +5,7 @@ from importlib import import_module
 
 import pytest
 import torch
+from op_cases import by_threads, compiles
 from torch.nn import functional as F
 
 from purify_fast import _library
@@ -169,13 +170,7 @@ def test_one_image_does_not_depend_on_the_others(kernels, shape):
 
 
 def test_threads_change_nothing(kernels):
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append([gradients(*operands(shape)) for shape in SHARED])
-    finally:
-        torch.set_num_threads(before)
+    results = by_threads(lambda: [gradients(*operands(shape)) for shape in SHARED])
     if kernels == "cpp":
         for one, two, three in zip(*results, strict=True):
             assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(one, two, three, strict=True))
@@ -274,7 +269,7 @@ def test_kernels_refuse_what_does_not_fit():
 
 
 @pytest.mark.slow
-def test_compiles(kernels, compiles):
+def test_compiles(kernels):
     def make(size: int) -> tuple:
         return (normal(size, 6, 8, 10, seed=size, dtype=torch.float32).requires_grad_(),)
 

@@ -2,6 +2,7 @@ from importlib import import_module
 
 import pytest
 import torch
+from op_cases import compiles
 
 from purify_fast.kernels.decoder_sizes import COLUMN_TILE, Geometry, Layer
 from purify_fast.ops import Stream, decode_prior, philox
@@ -69,7 +70,7 @@ def test_white_pixels_keep_their_gradient(monkeypatch):
 
 
 @pytest.mark.slow
-def test_decode_prior_compiles(compiles):
+def test_decode_prior_compiles():
     def make(size: int) -> tuple:
         condition, _, ids, *_ = packed_arguments(size, torch.float32)
         return condition.requires_grad_(), ids
@@ -92,16 +93,13 @@ def test_decode_prior_compiles(compiles):
         ({"packed": torch.zeros(9, dtype=torch.float16)}, "packed must be bfloat16, float32 or float64, got torch.flo"),
         ({"packed": torch.zeros(9)}, r"packed must be contiguous .*\[\d+\] for Geometry.*, got \[9\]"),
         ({"biases": torch.zeros(1)}, r"biases must be contiguous .*\[48\] for Geometry.*, got \[1\]"),
-        ({"biases": torch.zeros(96)[::2]}, "biases must be contiguous"),
         ({"seed": torch.zeros(0, dtype=torch.int64)}, r"seed must be .* of shape \[1\], got torch.int64 \[0\]"),
         ({"condition": torch.zeros(2, 23)}, r"condition must be \[B, 24\] and torch.float32, got \[2, 23\]"),
         ({"condition": torch.zeros(2, 24).half()}, r"condition must be .* got \[2, 24\] and torch.float16"),
         ({"biases": torch.zeros(48).double()}, "biases must be torch.float32, got torch.float64"),
         ({"dtype": torch.float16}, "dtype must be float32 or bfloat16"),
         ({"sample_ids": torch.arange(3)}, "sample_ids must .* 2, but it has 3"),
-        ({"seed": torch.tensor([1.0])}, r"seed must be an int64 tensor of shape \[1\], got torch.float32"),
         ({"seed": 7}, r"seed must .*, got the number 7: write torch\.tensor\(\[7\]\)"),
-        ({"samples": 0}, r"samples must be .* got samples = 0"),
         ({"slope": -0.1}, "got samples = 3 and slope = -0.1"),
         ({"slope": float("nan")}, "slope = nan"),
         *(({"samples": count}, rf"samples must be .* got samples = {count} and") for count in (2.5, 2**63, -1)),

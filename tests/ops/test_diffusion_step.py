@@ -44,9 +44,6 @@ def noise(shape: tuple[int, ...], name: dict[str, Tensor]) -> Tensor:
     return torch.cat(rows).view(shape) if rows else torch.empty(shape)
 
 
-# the noise
-
-
 def test_the_noise_is_the_named_stream(backend):
     shape, name = (4, 3, 5, 7), named(4)
     zero = torch.zeros(shape)
@@ -61,13 +58,6 @@ def test_the_noise_is_the_named_stream(backend):
     assert torch.equal(a, b)
 
 
-def test_a_row_has_its_noise_wherever_it_stands(backend):
-    x, m, name = numbers(6, 3, 4, 4).float(), numbers(6, 6, 4, 4, seed=1).float(), named(6)
-    whole, order = diffusion_step(x, m, coefficients(), **name), torch.tensor([4, 0, 5, 1, 3, 2])
-    moved = name | {key: name[key][order] for key in ("sample_ids", "draws")}
-    assert torch.equal(diffusion_step(x[order], m[order], coefficients(), **moved), whole[order])
-
-
 def test_one_tensor_in_two_places_compiles(backend):
     """The forward process gives the image as the prediction too, and a seed may be a step."""
     x = numbers(2, 1, 4, 4).float().requires_grad_()
@@ -80,9 +70,6 @@ def test_one_tensor_in_two_places_compiles(backend):
     compiled = torch.compile(noised, backend="aot_eager", fullgraph=True)(x)
     torch.testing.assert_close(compiled, noised(x))
     assert torch.equal(torch.autograd.grad(compiled.sum(), x)[0], torch.full_like(x, 0.8))
-
-
-# the solvers: a state whose noise is predicted exactly is led to where the closed form says
 
 
 @pytest.mark.parametrize("kind", ["noise", "image", "v"])
@@ -112,9 +99,6 @@ def test_learned_variances_lie_between_the_two(backend):
         m = torch.cat([zero, torch.full(shape, v)], dim=1)
         out = diffusion_step(zero, m, coefficients(noise=1.0), **name)
         torch.testing.assert_close(out, math.exp(log / 2) * noise(shape, name))
-
-
-# values
 
 
 @pytest.mark.parametrize("noisy", [True, False], ids=["noisy", "noiseless"])

@@ -1,11 +1,6 @@
-"""Gradients pass through every op as they pass through its definition, unless the op is declared to have none.
-
-`define_op` registers no gradient: an op whose public function returns what the op gives has outputs that seem to
-require a gradient, and a backward that reaches nothing.
-"""
+"""Gradients pass through every op as they pass through its definition, unless the op is declared to have none."""
 
 import math
-import sys
 from dataclasses import replace
 
 import pytest
@@ -15,8 +10,7 @@ from torch import Tensor
 from benchmarks.speed.ops import Case, normal, registry
 from purify_fast import ops
 from purify_fast.ops import REGISTRY
-from purify_fast.ops.dispatch import registry as ops_registry
-from purify_fast.ops.dispatch.registry import Op, define_op
+from purify_fast.ops.dispatch.registry import Op
 
 #: An op that is not registered under the name of its function, and that has no benchmark of its own.
 CONVOLUTION = Case(
@@ -67,32 +61,3 @@ def test_gradients_pass_through_the_op_as_through_its_definition(name, monkeypat
             assert op.abs().max() > 0
             error = (op.double() - definition.double()).norm() / definition.double().norm()
             assert error < (0.02 if case.dtype == torch.bfloat16 or name == "convolution" else 1e-4)
-
-
-def broken(form: str):
-    """An op as one writes it who does not know that `define_op` registers no gradient; its name and its function."""
-    name = f"no_gradient_{form}"
-    op = define_op(name, "(Tensor x) -> Tensor", reference=lambda x: x.exp(), fake=torch.empty_like, examples=[])
-
-    def always(x: Tensor) -> Tensor:
-        return op.handle(x)
-
-    def where_a_kernel_serves(x: Tensor) -> Tensor:
-        return torch.exp(x) if op.uses_reference(x.device, x.dtype, x.numel()) else op.handle(x)
-
-    return name, {"always": always, "kernel": where_a_kernel_serves}[form]
-
-
-@pytest.mark.filterwarnings("ignore:.*autograd kernel was not registered")
-@pytest.mark.parametrize(
-    "form, message", [("always", "put a torch.autograd.Function"), ("kernel", "gradients are lost")]
-)
-def test_an_op_without_its_autograd_function_is_refused(form, message, monkeypatch):
-    monkeypatch.setattr(ops_registry, "REGISTRY", dict(REGISTRY))
-    name, function = broken(form)
-    monkeypatch.setitem(REGISTRY, name, ops_registry.REGISTRY[name])
-    monkeypatch.setattr(ops, name, function, raising=False)
-    case = Case(lambda: (torch.ones(3),), function, {})
-    monkeypatch.setattr(sys.modules[__name__], "smallest", lambda _: case)
-    with pytest.raises(AssertionError, match=message):
-        test_gradients_pass_through_the_op_as_through_its_definition(name, monkeypatch)

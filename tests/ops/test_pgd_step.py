@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import DTYPES, cases
+from op_cases import DTYPES, cases, points, radii
 
 from purify_fast import _library
 from purify_fast.ops import pgd_step, use_backend
@@ -15,17 +15,7 @@ SHAPES = ((1, 1), (3, 1, 16, 16), (2, 3, 33, 31), (4, 5001), (0, 3, 4, 4))
 
 
 def inputs(*shape: int, dtype=torch.float32, seed: int = 0) -> tuple:
-    """x a little outside the ball around x_nat, so that every branch is taken."""
-    generator = torch.Generator().manual_seed(seed)
-    nat = torch.rand(shape, generator=generator, dtype=torch.float64)
-    x = (nat + 0.2 * (torch.rand(shape, generator=generator, dtype=torch.float64) - 0.5)).clamp(0, 1)
-    grad = torch.randn(shape, generator=generator, dtype=torch.float64)
-    grad[torch.rand(shape, generator=generator) < 0.1] = 0
-    return x.to(dtype), grad.to(dtype), nat.to(dtype)
-
-
-def radii(batch: int) -> tuple:
-    return torch.linspace(0.01, 0.05, batch), torch.linspace(0.02, 0.12, batch)
+    return points(*shape, dtype=dtype, seed=seed)[:3]
 
 
 @pytest.mark.parametrize(("shape", "dtype"), cases(SHAPES, (2, 3, 33, 31), (4, 5001)), ids=str)
@@ -57,10 +47,7 @@ def test_l2_and_l1(backend, within_budget, poisoned, norm, shape, dtype):
 
 
 def projection_gap(z: torch.Tensor, y: torch.Tensor, nat: torch.Tensor, eps: float, lo: float, hi: float) -> float:
-    """max over w of (y - z) . (w - z), w in ball and box: 0 where z projects y on them, above 0 elsewhere.
-
-    The largest product with a given vector has its largest entries use up their room, until eps is spent.
-    """
+    """max over w of (y - z) . (w - z), w in ball and box: 0 where z projects y on them, above 0 elsewhere."""
     slope = y - z
     order = slope.abs().argsort(descending=True)
     room = torch.where(slope > 0, hi - nat, nat - lo)[order]

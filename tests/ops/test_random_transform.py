@@ -142,17 +142,8 @@ def test_values_and_gradients(backend, within_budget, poisoned, own_noise, shape
         (None, 1, False, torch.float16, True),
     ):
         leaf = x.clone().requires_grad_()
-        packed, owners = random_transform(
-            leaf,
-            SEED,
-            ids,
-            block=shape[4],
-            num_passes=num_passes,
-            samples=samples,
-            shared_mask=shared,
-            dtype=out,
-            channels_last=last,
-        )
+        mask = {"block": shape[4], "num_passes": num_passes, "samples": samples, "shared_mask": shared}
+        packed, owners = random_transform(leaf, SEED, ids, **mask, dtype=out, channels_last=last)
         arguments = (x, SEED, ids, 0.25, shape[4], count // 4, num_passes or 0, samples, shared, out, last)
         same = op.reference(*arguments)
         assert torch.equal(packed, same[0]) and torch.equal(owners, same[1])
@@ -172,21 +163,12 @@ def test_values_and_gradients(backend, within_budget, poisoned, own_noise, shape
 def test_ties_go_by_index(backend):
     """Blocks of one key, with the cut between them."""
     for sample, blocks, rank in TIES:
-        keys = philox(
-            torch.tensor([0]), torch.tensor([sample]), 1024, stream=Stream.MASK, distribution="bits"
-        ).flatten()
-        assert (
-            keys[blocks[0]] == keys[blocks[1]]
-            and ((keys.long() & 0xFFFFFFFF) < (keys[blocks[0]].long() & 0xFFFFFFFF)).sum() == rank
-        )
+        named = torch.tensor([0]), torch.tensor([sample])
+        keys = philox(*named, 1024, stream=Stream.MASK, distribution="bits").flatten().long() & 0xFFFFFFFF
+        assert keys[blocks[0]] == keys[blocks[1]] and (keys < keys[blocks[0]]).sum() == rank
         for masked_blocks, hidden in ((rank, [0, 0]), (rank + 1, [1, 0]), (rank + 2, [1, 1])):
-            _, owners = random_transform(
-                torch.zeros(1, 1, 32, 32),
-                torch.tensor([0]),
-                torch.tensor([sample]),
-                block=1,
-                mask_ratio=(masked_blocks + 0.5) / 1024,
-            )
+            ratio = (masked_blocks + 0.5) / 1024
+            _, owners = random_transform(torch.zeros(1, 1, 32, 32), *named, block=1, mask_ratio=ratio)
             assert owners.flatten()[blocks].tolist() == hidden and owners.sum() == masked_blocks
 
 

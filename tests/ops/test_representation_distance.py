@@ -28,8 +28,6 @@ def rows(*pairs: tuple) -> tuple[torch.Tensor, torch.Tensor]:
     return tuple(torch.tensor(side, dtype=torch.float64) for side in zip(*pairs, strict=True))
 
 
-# the method's numbers: specification facts 1, 2, 3, 5, 6, 8
-
 PAIRS = (
     (((1, 0), (1, 0)), 0, 0),
     (((1, 0), (0, 1)), 1, 0.5),
@@ -108,9 +106,6 @@ def test_never_negative_near_the_teacher(backend, kind):
         assert (d - exact).abs().max() < (2e-4 if kind == "angular" else 2e-7)
 
 
-# values and gradients against float64
-
-
 @pytest.mark.parametrize(("shape", "dtype"), cases(SHAPES, (2, 3, 33, 31), (4, 20001)), ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_and_gradients(backend, within_budget, poisoned, kind, shape, dtype):
@@ -163,9 +158,6 @@ def test_layers_of_several_precisions(backend):
     assert [g.dtype for g in torch.autograd.grad(got.sum(), leaves)] == [x.dtype for x in student]
 
 
-# the gradient
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_angular_gradient_is_bounded(backend, dtype):
     """Of length 1 / (pi |u|) at any angle but the smallest ones, where it falls to 0 with the sine."""
@@ -197,9 +189,6 @@ def test_teacher_of_any_dtype(backend, dtype, teacher_dtype):
     assert out.dtype == torch.promote_types(dtype, torch.float32)
     torch.testing.assert_close(out.double(), representation_distance(u.double(), v.double()), rtol=1e-6, atol=1e-6)
     assert torch.autograd.grad(out.sum(), leaf)[0].dtype == dtype
-
-
-# special values
 
 
 def assert_orthogonal(distance, kind, backend):
@@ -248,9 +237,6 @@ def test_from_the_smallest_to_the_largest_norms(backend, kind):
         assert torch.autograd.grad(d.sum(), leaf)[0].isfinite().all()
     assert representation_distance(1e25 * u, v, kind).isnan().all()  # not orthogonal: squares overflowed
     assert_orthogonal(representation_distance(1e-35 * u, v, kind), kind, backend)
-
-
-# layout, batch, modes
 
 
 def test_channels_last_maps_are_not_copied(backend):

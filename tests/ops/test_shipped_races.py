@@ -65,17 +65,6 @@ def test_the_races_of_the_h200_decide_on_its_architecture(op, name, card):
         assert level or winner.backend == ("triton" if min(own) > 1 else "reference"), (call, own)
 
 
-def test_a_card_of_the_same_architecture_is_told_whose_races_it_uses(card):
-    card("NVIDIA GH200", 9)
-    lines = installation.info(True).splitlines()
-    (timings,) = [line for line in lines if line.strip().startswith("cuda: ")]
-    assert f"no kernel was timed on this machine, but on NVIDIA H200 on {RACED['date']}" in timings
-    place = next(index for index, line in enumerate(lines) if line.startswith("op "))
-    rows = [line for line in lines[place:] if " cuda " in line and "triton" in line]
-    named = ["raced on NVIDIA H200" in line for line in rows]
-    assert named.count(True) == len(RACED["ops"]) and named.count(False) == len(UNRACED)
-
-
 def test_a_card_of_another_architecture_begins_without_races(card):
     card("NVIDIA A100", 8)
     assert races.nearest(records.machine(CARD)) is None

@@ -97,10 +97,3 @@ def test_an_edge_in_a_tensor_gives_the_same_bits(norm, dtype):
             square_proposal(x, clean, eps, numbers, torch.tensor(number), *rest, larger) for number in (edge, edge - 1)
         )
     assert torch.equal(found, wanted) and not torch.equal(other, wanted)
-
-
-def test_an_edge_in_a_tensor_is_a_whole_number():
-    x, clean, eps, numbers, _edge, *rest = inputs("linf")
-    for edge in (torch.tensor(5.0), torch.tensor([5])):
-        with pytest.raises(ValueError, match=r"edge must be a number or an int64 tensor \[\], got torch"):
-            square_proposal(x, clean, eps, numbers, edge, *rest)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from op_cases import cases
 
-from purify_fast.ops import random_transform, stitch
+from purify_fast.ops import stitch
 
 op = import_module("purify_fast.ops.stitch")
 PLAIN, NHWC = torch.contiguous_format, torch.channels_last
@@ -61,23 +61,6 @@ def test_values_and_gradients(backend, poisoned, shape, dtype, memory_format):
         wanted = grad * (owner == i)[:, None]
         assert torch.equal(got.unflatten(0, (-1, passes))[:, i] if len(out) else got, wanted)
     assert got.dtype == dtype and got.is_contiguous(memory_format=memory_format)
-
-
-def test_stitch_of_the_paper(backend):
-    """RT3: every block from the pass that hides it; the gradient of pass i is its mask."""
-    packed, owners = random_transform(torch.rand(2, 3, 256, 256), torch.tensor([5]), torch.arange(2), num_passes=4)
-    constants = torch.tensor([0.5, -1.0, 0.25, 2.0])
-    passes = constants.repeat(2)[:, None, None, None].expand(8, 3, 256, 256).clone().requires_grad_()
-    out = stitch(passes, owners)
-    assert torch.equal(out.mean((1, 2, 3)), constants.mean().expand(2))
-    for image in out:
-        blocks = image.unflatten(2, (8, 32)).unflatten(1, (8, 32))
-        assert torch.equal(blocks, blocks[:1, :, :1, :, :1].expand_as(blocks))
-        assert [int((blocks[0, :, 0, :, 0] == c).sum()) for c in constants] == [16] * 4
-    (grad,) = torch.autograd.grad(out.sum(), passes)
-    assert torch.equal(grad, packed[:, 4:].expand_as(grad))
-    whole, owners = random_transform(torch.rand(2, 3, 64, 64), torch.tensor([5]), torch.arange(2), num_passes=1)
-    assert torch.equal(stitch(whole, owners), whole)
 
 
 def test_only_the_owner_is_read(backend):

@@ -256,13 +256,6 @@ def test_a_random_model_draws_anew_in_each_call():
         assert not torch.equal(model(x), model(x))
 
 
-class Unstable(Net):
-    """Multiplies differently for double images, with which BatchNorms are folded."""
-
-    def forward(self, x):
-        return super().forward(x) * (1 if x.requires_grad or not torch.is_grad_enabled() else 2)
-
-
 class Sure(Net):
     """Its logits differ from each other by less than bfloat16 can tell."""
 

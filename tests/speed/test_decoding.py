@@ -194,9 +194,6 @@ def test_refusals(change, message):
 def test_a_decoder_that_cannot_be_packed_gets_the_reason(decoder, message):
     with pytest.raises(ValueError, match=message):
         PackedDecoder(decoder.eval(), latent_dim=LATENT)
-
-
-def test_a_sequential_is_packed_only_with_the_size_of_a_latent():
     with pytest.raises(ValueError, match="latent_dim must be given for a decoder of type Sequential, got None"):
         PackedDecoder(make("published"))
     with pytest.raises(ValueError, match="decoder must be in evaluation mode"):

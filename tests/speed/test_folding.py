@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from small_models import with_random_norms as trained
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
@@ -13,18 +14,6 @@ from purify_fast.models.classifiers import SmallCNN
 from purify_fast.models.representation import Representation
 from purify_fast.speed.folding.batchnorm import fold_batchnorm, fold_sequential
 from purify_fast.speed.folding.inference_copy import InferenceCopy
-
-
-def trained(model):
-    """Statistics and affine parameters that a trained model would have."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            nn.init.uniform_(module.running_mean, -0.5, 0.5)
-            nn.init.uniform_(module.running_var, 0.5, 2)
-            if module.affine:
-                nn.init.uniform_(module.weight, -1.5, 1.5)
-                nn.init.uniform_(module.bias, -0.5, 0.5)
-    return model.eval()
 
 
 def norms(model):

@@ -1,24 +1,18 @@
 """Networks whose convolutions compute what follows them: the same function in fewer passes over the maps."""
 
 import copy
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cuda_launches import NO_LAUNCH, CudaLaunches
+from small_models import with_random_norms as trained
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import resnet18
 from torchvision.models.resnet import BasicBlock
-
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from cuda_launches import NO_LAUNCH, CudaLaunches
-from test_folding import trained
 
 from purify_fast._processor import onednn_takes_bfloat16
 from purify_fast.methods.diffusion import DiffusionPurifier
@@ -330,16 +324,7 @@ def test_a_second_derivative_and_changed_weights_are_errors(served):
 
 
 class Passes(TorchDispatchMode):
-    """Counts launches on a GPU, and the bytes of maps that they read and write beside those of the products.
-
-    A product reads the map that it convolves and writes its result. On a GPU, the bias of a convolution is added by a
-    launch of its own, which reads and writes the result. Copies of maps to channels_last before a product are not
-    counted, because PyTorch makes them inside the operator of a convolution.
-
-    Attributes:
-        launches: number of launches, those of the products included.
-        bytes: number of bytes of maps ``[B, C, H, W]`` beside the products.
-    """
+    """Counts launches on a GPU, and the bytes of maps that they read and write beside those of the products."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -411,12 +396,6 @@ def test_launches_and_passes_of_a_gradient(served, name):
     after = counted(model, given)
     assert (before.launches, after.launches) == launches
     assert tuple(round(one.bytes / 4e3) for one in (before, after)) == kilobytes
-
-
-def test_the_page_has_these_counts():
-    page = (Path(__file__).parents[2] / "docs" / "speed.md").read_text()
-    for _, launches, kilobytes in COUNTS.values():
-        assert f"| {launches[0]} | {launches[1]} | {kilobytes[0]} | {kilobytes[1]} |" in page
 
 
 @pytest.mark.parametrize("name", ["resnet18", "small_cnn", "in place", "two normalizations"])

@@ -1,18 +1,13 @@
 """A view of a classifier in training: after `refresh` it is the classifier of now, in evaluation mode."""
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torchvision
+from cuda_launches import CudaLaunches
 from torch import nn
 from torch.nn import functional as F
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from cuda_launches import CudaLaunches
 
 from purify_fast.models.classifiers import PreActResNet18, SmallCNN, build_classifier
 from purify_fast.models.representation import Representation

@@ -12,14 +12,20 @@ def settings() -> tuple[bool, bool]:
     return torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision() != "highest"
 
 
-def test_products_are_ieee_unless_tf32_is_asked_for():
-    before = settings()
-    with float32_products():
-        assert settings() == (False, False)
-        with float32_products(tf32=True):
-            assert settings() == (True, True)
-        assert settings() == (False, False)
-    assert settings() == before
+@pytest.mark.parametrize("products", ["highest", "high", "medium"])
+def test_products_are_ieee_unless_tf32_is_asked_for_and_the_settings_are_restored(products):
+    own = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(products)
+        before = settings()
+        with float32_products():
+            assert settings() == (False, False)
+            with float32_products(tf32=True):
+                assert settings() == (True, True)
+            assert settings() == (False, False)
+        assert settings() == before and torch.get_float32_matmul_precision() == products
+    finally:
+        torch.set_float32_matmul_precision(own)
 
 
 def test_settings_made_by_the_newer_names_are_restored():
@@ -32,18 +38,6 @@ def test_settings_made_by_the_newer_names_are_restored():
         assert setting.fp32_precision == "ieee"
     finally:
         setting.fp32_precision = before
-
-
-@pytest.mark.parametrize("products", ["highest", "high", "medium"])
-def test_the_precision_of_matrix_products_is_restored(products):
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision(products)
-        with float32_products():
-            assert torch.get_float32_matmul_precision() == "highest"
-        assert torch.get_float32_matmul_precision() == products
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def test_training_and_evaluation_use_whole_float32_unless_the_caller_chose():

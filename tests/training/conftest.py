@@ -1,12 +1,5 @@
-"""The files of this folder import from each other."""
-
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture

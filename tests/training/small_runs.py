@@ -35,8 +35,6 @@ def train(folder, epochs=3, **options):
     return made.model.state_dict()
 
 
-# -- one task of each method, on images of 16 x 16 ---------------------------------------------------------------------
-
 SHAPE, EPS = (1, 16, 16), 0.1
 
 
@@ -93,6 +91,13 @@ class Listener:
 
     def on_end(self, state):
         pass
+
+
+def on_step(call):
+    """A listener that calls a function after each step."""
+    made = Listener()
+    made.on_step = call
+    return made
 
 
 class Stopped(Exception):

@@ -1,8 +1,8 @@
 """The adversarial bank: what it keeps and how exactly, which attacks it saves, kills, sharing, and what it refuses."""
 
+import itertools
 import json
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -66,9 +66,6 @@ class Calls:
         return counted
 
 
-# -- the training -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", TASKS)
 def test_with_all_made_anew_it_is_the_plain_training_to_the_bit(tmp_path, kind):
     plain = train(TASKS[kind](), tmp_path / "plain")
@@ -76,12 +73,8 @@ def test_with_all_made_anew_it_is_the_plain_training_to_the_bit(tmp_path, kind):
     assert same(plain, banked)
     assert all(row["read"] == 0 for row in rows(tmp_path / "banked"))
     # what it kept serves a run that reads
-    assert rows(train_and_folder(TASKS[kind](), tmp_path))[-1]["read"] > 0
-
-
-def train_and_folder(task, tmp_path):
-    train(task, tmp_path / "later", banks=tmp_path / "banks", refresh=0.0)
-    return tmp_path / "later"
+    train(TASKS[kind](), tmp_path / "later", banks=tmp_path / "banks", refresh=0.0)
+    assert rows(tmp_path / "later")[-1]["read"] > 0
 
 
 def test_without_refreshing_a_full_bank_is_read_and_nothing_is_attacked(tmp_path, monkeypatch):
@@ -189,9 +182,6 @@ def test_the_command_keeps_a_bank_and_its_options_begin_the_same_again(tmp_path)
     assert len(list((tmp_path / "banks").glob("*.npy"))) == 1
 
 
-# -- kills ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", ["carso", "atop, random starts"])
 @pytest.mark.parametrize("stops", [(1, 2), (6, 11, 15)])
 def test_a_killed_run_goes_on_to_the_weights_of_one_that_was_not(tmp_path, kind, stops):
@@ -237,15 +227,7 @@ def test_a_step_that_is_taken_again_makes_all_that_it_made_or_nothing(tmp_path):
     bank, x = small_bank(tmp_path), torch.rand(4, *SHAPE)
 
     def asked(seed):
-        calls = []
-        step = bank.at_step(0, seed, torch.arange(4))
-        step.images(
-            x,
-            slice(4),
-            torch.zeros(4, dtype=torch.int64),
-            lambda rows: calls.append(rows) or (x if rows is None else x[rows]),
-        )
-        return calls
+        return ask(bank, seed, x, x)[0]
 
     assert asked(1) == [None] and asked(2) == [None] and asked(2) == asked(3) == []
     bank.records["scale"][1, 1] = 7.0
@@ -302,26 +284,13 @@ def test_damage_beside_the_place_that_is_written_counts_as_empty(tmp_path):
     assert bank.damaged == 2
 
 
-# -- the key ----------------------------------------------------------------------------------------------------------
-
-
 def test_other_weights_data_attacks_or_variants_start_with_an_empty_bank(tmp_path):
     def made(task, x=None, **options):
-        data = images()
-        bank = BankConfig(folder=tmp_path / "banks", refresh=0.0, **options)
-        fit(
-            task,
-            data[0] if x is None else x,
-            data[1],
-            FitConfig(1, 16),
-            tmp_path / str(len(seen)),
-            progress=False,
-            bank=bank,
-        )
-        seen.append(rows(tmp_path / str(len(seen)))[-1]["made"])
-        return seen[-1]
+        bank, run = BankConfig(folder=tmp_path / "banks", refresh=0.0, **options), tmp_path / str(next(number))
+        fit(task, images()[0] if x is None else x, images()[1], FitConfig(1, 16), run, progress=False, bank=bank)
+        return rows(run)[-1]["made"]
 
-    seen = []
+    number = itertools.count()
     assert made(TASKS["carso"]()) == 32 and made(TASKS["carso"]()) == 0
     other = TASKS["carso"]()
     with torch.no_grad():
@@ -336,9 +305,6 @@ def test_other_weights_data_attacks_or_variants_start_with_an_empty_bank(tmp_pat
     assert made(TASKS["carso"](), variants=5) == 32
     # what does not decide what an attack makes is no part of the key
     assert made(TASKS["carso"](learning_rate=1e-4, beta=0.3)) == 0
-
-
-# -- what is kept -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("norm", "eps"), [("linf", 8 / 255), ("l2", 0.5), ("l1", 12.0)])
@@ -369,14 +335,7 @@ def test_an_image_that_no_attack_moves_stays_and_one_that_is_no_number_is_not_ke
     x = torch.rand(3, *SHAPE)
     broken = torch.stack([x[0], x[1], torch.full(SHAPE, float("nan"))])
     for seed, made in ((1, 3), (2, 1)):
-        asked = []
-        step = bank.at_step(0, seed, torch.arange(3))
-        got = step.images(
-            x,
-            slice(3),
-            torch.zeros(3, dtype=torch.int64),
-            lambda rows, a=asked: a.append(rows) or (broken if rows is None else broken[rows]),
-        )
+        asked, got = ask(bank, seed, x, broken)
         assert torch.equal(got[:2], x[:2]) and got[2].isnan().all()
         assert [3 if rows is None else len(rows) for rows in asked] == [made]
 
@@ -385,6 +344,14 @@ def small_bank(folder, variants=2, random=True):
     attacks = FrozenAttacks((FrozenAttack(0.1, random, 1.0),), "linf", {"model": "some"})
     settings = BankConfig(variants, 0.0, folder)
     return AdversarialBank(settings, attacks, BankedImages(10, SHAPE, "data"), 4)
+
+
+def ask(bank, seed, x, found):
+    """The rows that a step asks for, of which an attack makes those of ``found``, and the step's images."""
+    asked, kinds = [], torch.zeros(len(x), dtype=torch.int64)
+    step = bank.at_step(0, seed, torch.arange(len(x)))
+    made = lambda rows: asked.append(rows) or (found if rows is None else found[rows])  # noqa: E731
+    return asked, step.images(x, slice(len(x)), kinds, made)
 
 
 def filled(bank):
@@ -404,10 +371,11 @@ def test_the_oldest_variant_gives_way(tmp_path):
     assert read == {12, 13, 14}
 
 
-def test_few_images_are_gathered_from_several_steps_and_many_are_not():
+def test_few_images_are_gathered_from_several_steps_and_many_are_not(tmp_path):
     def period(refresh, batch, share):
         attacks = FrozenAttacks((FrozenAttack(0.1, True, share),), "linf", {})
-        return _period(refresh, batch, attacks)
+        settings, images = BankConfig(1, refresh, tmp_path / str(batch)), BankedImages(3, SHAPE, "data")
+        return AdversarialBank(settings, attacks, images, batch).period
 
     # 32 images, of which 0.05 are fewer than two: every twentieth step makes all of its images
     assert period(0.05, 64, 0.5) == 20
@@ -415,14 +383,6 @@ def test_few_images_are_gathered_from_several_steps_and_many_are_not():
     assert period(0.05, 5120, 0.5) == 1
     assert period(0.5, 4, 0.5) == 2
     assert period(0.0, 64, 0.5) == period(1.0, 64, 0.5) == 1
-
-
-def _period(refresh, batch, attacks):
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        images = BankedImages(3, SHAPE, "data")
-        return AdversarialBank(BankConfig(1, refresh, Path(folder)), attacks, images, batch).period
 
 
 def test_mirrored_images_are_images_of_their_own(tmp_path, monkeypatch):
@@ -437,9 +397,6 @@ def test_mirrored_images_are_images_of_their_own(tmp_path, monkeypatch):
     other = next((tmp_path / "banks").glob("*.npy"))
     train(TASKS["atop"](), tmp_path / "straight", banks=tmp_path / "banks", refresh=0.0)
     assert rows(tmp_path / "straight")[-1]["made"] == 64 and len(list(other.parent.glob("*.npy"))) == 2
-
-
-# -- its size ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the system cannot reserve room on a disk")
@@ -459,9 +416,6 @@ def test_a_full_disk_is_told_before_any_work(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.npy"))
 
 
-# -- refusals ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("make", "settings", "options", "message"),
     [
@@ -470,36 +424,19 @@ def test_a_full_disk_is_told_before_any_work(tmp_path, monkeypatch):
         (classifier_task, {}, {}, "bank must be None"),
         (TASKS["carso"], {"padding": 1}, {}, r"cropped at random \(padding 1, resized_crop 0\): train without crops"),
         (TASKS["carso"], {"resized_crop": 0.5}, {}, r"cropped at random \(padding 0, resized_crop 0.5\): train"),
-        (
-            TASKS["carso"],
-            {},
-            {"variants": 3},
-            "variants must be at least 4, one for each attack of the training, got 3",
-        ),
+        (TASKS["carso"], {}, {"variants": 3}, "variants must be at least 4, one for each attack .* got 3"),
+        (TASKS["carso"], {}, {"variants": 0}, "variants must be"),
+        (TASKS["carso"], {}, {"refresh": 1.5}, "refresh must be"),
+        (TASKS["carso"], {"accumulate": 2}, {}, "bank needs whole batches: leave out accumulate, got accumulate=2"),
         (lambda: TASKS["carso"](attack=attack(eps_warmup=0.5)), {}, {}, "eps_warmup 0.5"),
     ],
-    ids=["carso", "atop", "classifier", "padding", "resized crop", "variants", "warm-up"],
 )
 def test_what_cannot_be_kept_is_refused(tmp_path, make, settings, options, message):
     with pytest.raises(ValueError, match=message):
         train(make(), tmp_path / "a", banks=tmp_path / "banks", loop=settings, **options)
     assert not (tmp_path / "banks").exists() or not list((tmp_path / "banks").iterdir())
-
-
-def test_a_loader_is_refused(tmp_path):
-    x, y = images()
-    batches = [(x[:16], y[:16])]
     with pytest.raises(ValueError, match=r"bank needs x .*loader"):
-        fit(TASKS["carso"](), batches, None, FitConfig(1), bank=BankConfig(folder=tmp_path))
-
-
-@pytest.mark.parametrize("wrong", [{"variants": 0}, {"refresh": 1.5}])
-def test_settings_are_checked(wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        BankConfig(**wrong)
-
-
-# -- several processes ------------------------------------------------------------------------------------------------
+        fit(TASKS["carso"](), [images()], None, FitConfig(1), bank=BankConfig(folder=tmp_path))
 
 
 @pytest.mark.slow

@@ -1,14 +1,13 @@
 """Listeners to a training: foreign loggers, JSONL, TensorBoard, the bar."""
 
 import json
-import math
 import sys
 import types
 
 import pytest
-from small_runs import Listener, StopAt, Stopped, images, task
+from small_runs import StopAt, Stopped, images, on_step, task
 
-from purify_fast.training import FitConfig, TensorBoardLog, TrainingState, fit, summary
+from purify_fast.training import FitConfig, TensorBoardLog, TrainingState, fit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -54,25 +53,22 @@ def test_the_log_has_the_time_and_the_memory_and_what_was_expected(tmp_path, mon
     clock = [0.0]
     monkeypatch.setattr("purify_fast.training.run.time.monotonic", lambda: clock[0])
 
-    class Slow(Listener):
-        """Each step takes a second, those of the second epoch two, and those of the third epoch three."""
-
-        def on_step(self, state):
-            clock[0] += state.epoch + 1
+    # each step takes a second, those of the second epoch two, and those of the third epoch three
+    slow = on_step(lambda state: clock.__setitem__(0, clock[0] + state.epoch + 1))
 
     def rows():
         return [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
 
     with pytest.raises(Stopped):
-        fit(task(), *images(), FitConfig(3, 16), tmp_path, progress=False, callbacks=[Slow(), StopAt(7)])
+        fit(task(), *images(), FitConfig(3, 16), tmp_path, progress=False, callbacks=[slow, StopAt(7)])
     assert [(row["seconds"], row["expected_seconds"]) for row in rows()] == [(4, 9)]
     clock[0] += 1000
     # The steps since the last checkpoint are taken again, and the time between the runs does not count.
-    fit(task(), *images(), FitConfig(3, 16), tmp_path, progress=False, callbacks=[Slow()])
+    fit(task(), *images(), FitConfig(3, 16), tmp_path, progress=False, callbacks=[slow])
     assert [(row["seconds"], row["expected_seconds"]) for row in rows()] == [(4, 9), (12, 9), (24, 9)]
     assert all(10**7 < row["peak_memory"] < 10**11 for row in rows())
     monkeypatch.setattr("purify_fast.training.run.EXPECT_AFTER", 2.0)
-    fit(task(), *images(), FitConfig(2, 16), tmp_path / "soon", progress=False, callbacks=[Slow()])
+    fit(task(), *images(), FitConfig(2, 16), tmp_path / "soon", progress=False, callbacks=[slow])
     logged = json.loads((tmp_path / "soon" / "log.jsonl").read_text().splitlines()[0])
     # After three steps, two seconds have passed.
     assert logged["expected_seconds"] == round(2 * 8 / 3, 1)
@@ -107,28 +103,3 @@ def test_tensorboard_hides_what_a_killed_run_wrote_of_later_epochs(tmp_path, mon
         (name, 4) for name in ("loss", "accuracy", "learning_rate", "images_per_second")
     ]
     assert ("loss", last["loss"], 8) in written
-
-
-def test_the_bar_counts_images_and_goes_at_an_error(capsys):
-    with pytest.raises(Stopped):
-        fit(task(), *images(), FitConfig(2, 16), title="mine", callbacks=[StopAt(5)])
-    shown = capsys.readouterr().err
-    assert "mine" in shown and "/128" in shown and "img/s" in shown
-
-
-def test_a_resumed_run_says_where_it_continues(tmp_path, capsys):
-    config = FitConfig(2, 16, checkpoint_seconds=0)
-    with pytest.raises(Stopped):
-        fit(task(), *images(), config, tmp_path, title="mine", callbacks=[StopAt(6)])
-    assert "continues" not in capsys.readouterr().err
-    fit(task(), *images(), config, tmp_path, title="mine")
-    # the checkpoint is that of step 5, and an epoch has four steps
-    assert capsys.readouterr().err.startswith("mine: continues at step 5 (epoch 1)\n")
-    fit(task(), *images(), config, tmp_path)
-    assert "continues" not in capsys.readouterr().err
-
-
-def test_a_summary_is_a_line_to_read():
-    text = summary({"loss": 0.4321987, "accuracy": 0.9125, "validation_accuracy": 0.5, "cross_entropy": math.pi})
-    assert text == "last epoch: loss 0.4322, accuracy 0.9125, validation accuracy 0.5, cross entropy 3.142"
-    assert summary({}) == "nothing was trained"

@@ -34,23 +34,8 @@ def flipped(path, bit):
     path.write_bytes(data)
 
 
-def refused(read, path, count):
-    """How many of ``count`` single-bit changes anywhere in the file are refused."""
-    whole, draw, number = path.read_bytes(), random.Random(0), 0
-    for _ in range(count):
-        flipped(path, draw.randrange(8 * len(whole)))
-        try:
-            read()
-        except ValueError:
-            number += 1
-        path.write_bytes(whole)
-    read()
-    return number
-
-
 def test_of_200_changed_bits_of_a_checkpoint_all_are_seen_and_the_one_before_it_is_taken(tmp_path, caplog):
     train(tmp_path, epochs=2)
-    assert refused(lambda: read_tree(tmp_path / CHECKPOINT), tmp_path / CHECKPOINT, 200) == 200
     whole, draw, taken = (tmp_path / CHECKPOINT).read_bytes(), random.Random(1), 0
     with caplog.at_level(logging.WARNING, "purify_fast"):
         for _ in range(200):
@@ -63,7 +48,14 @@ def test_of_200_changed_bits_of_a_checkpoint_all_are_seen_and_the_one_before_it_
 
 def test_every_changed_bit_of_a_saved_model_is_seen(tmp_path):
     save_classifier(SmallCNN(1, 2, (8, 8), 2), tmp_path)
-    assert refused(lambda: load_classifier(tmp_path), tmp_path / "model.safetensors", 60) == 60
+    path, draw = tmp_path / "model.safetensors", random.Random(0)
+    whole = path.read_bytes()
+    for _ in range(60):
+        flipped(path, draw.randrange(8 * len(whole)))
+        with pytest.raises(ValueError):
+            load_classifier(tmp_path)
+        path.write_bytes(whole)
+    load_classifier(tmp_path)
 
 
 def test_every_bit_of_a_header(tmp_path):

@@ -1,9 +1,4 @@
-"""How far `torch.compile` gets through one whole training step of each method.
-
-What is compiled are the models and their losses: they have no graph break, as `fullgraph=True` shows. The step around
-them breaks where an attack freezes its model and asks for a gradient to the images, and where ARREST picks the images
-to attack: these breaks are counted, and none may be elsewhere.
-"""
+"""How far `torch.compile` gets through one whole training step of each method."""
 
 from pathlib import Path
 

@@ -1,8 +1,4 @@
-"""The waits of a training step and its attack: on a GPU, each of these operators stops the host until it is done.
-
-The operators are counted on the CPU as PyTorch dispatches them. A tensor made of Python numbers counts too, because it
-is copied to the device, which waits.
-"""
+"""The waits of a training step and its attack: on a GPU, each of these operators stops the host until it is done."""
 
 from collections import Counter
 

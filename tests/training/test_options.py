@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from small_runs import StopAt, Stopped, atop_task, images, same
+from small_runs import Listener, StopAt, Stopped, atop_task, images, same
 from torch import nn
 from torch.nn import functional as F
 
-from purify_fast.training import BankConfig, ClassifierConfig, ClassifierTask, FitConfig, TrainingAttack, fit
+from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, TrainingAttack, fit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ATTACK = TrainingAttack(0.1, 2)
@@ -79,12 +79,8 @@ class Scored(ClassifierTask):
     scores = (3.0, 1.0, 2.0, 2.5, 0.5, 0.4)
 
     def validate(self, batch):
-        return {"loss": torch.tensor(self.scores[batch_epoch(self)])}
-
-
-def batch_epoch(made):
-    made.count = getattr(made, "count", -1) + 1
-    return made.count
+        self.count = getattr(self, "count", -1) + 1
+        return {"loss": torch.tensor(self.scores[self.count])}
 
 
 @pytest.mark.parametrize(("patience", "every", "epochs"), [(1, 1, 3), (2, 1, 4), (3, 1, 6), (1, 2, 6), (None, 1, 6)])
@@ -92,12 +88,9 @@ def test_a_run_ends_after_validations_that_are_not_better(patience, every, epoch
     config = FitConfig(6, 16, validation_share=0.25, validation_every=every, keep_best="loss", patience=patience)
     made, state = task(), []
     made.__class__ = Scored
-    callback = type(
-        "Ends",
-        (),
-        {"on_step": lambda *_: None, "on_epoch": lambda *_: None, "on_end": lambda _, end: state.append(end)},
-    )
-    fit(made, *images(), config, tmp_path, progress=False, callbacks=[callback()])
+    callback = Listener()
+    callback.on_end = state.append
+    fit(made, *images(), config, tmp_path, progress=False, callbacks=[callback])
     assert state[0].step == 3 * epochs and state[0].epoch == epochs - 1
     # a finished run does not go on
     again = task()
@@ -155,12 +148,3 @@ def test_what_cannot_be_combined_is_refused_before_any_step(tmp_path):
         fit(task(classes=3), x, soft, FitConfig(1, 16), **options)
     with pytest.raises(ValueError, match=r"the model has 2 classes"):
         fit(task(), x, F.one_hot(y, 3).float(), FitConfig(1, 16), **options)
-
-
-def test_a_bank_needs_whole_batches(tmp_path):
-    from small_runs import carso_task
-
-    x, y = torch.randint(0, 256, (32, 1, 16, 16), dtype=torch.uint8), torch.arange(32) % 10
-    bank = BankConfig(4, folder=tmp_path)
-    with pytest.raises(ValueError, match="bank needs whole batches: leave out accumulate, got accumulate=2"):
-        fit(carso_task(kl_delay=0.0), x, y, FitConfig(1, 16, accumulate=2), progress=False, bank=bank)

@@ -4,7 +4,6 @@ import pytest
 import torch
 from small_runs import (
     SHAPE,
-    Listener,
     arrest_task,
     atop_task,
     attack,
@@ -12,6 +11,7 @@ from small_runs import (
     carso_task,
     classifier_task,
     diffusion_task,
+    on_step,
 )
 from torch import nn
 
@@ -21,14 +21,8 @@ from purify_fast.training import FitConfig, fit
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-class Settings(Listener):
-    """Notes what float32 means in each step."""
-
-    def __init__(self):
-        self.noted = set()
-
-    def on_step(self, state):
-        self.noted.add((torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()))
+def float32_settings():
+    return torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
 
 
 def carso(precision):
@@ -38,13 +32,14 @@ def carso(precision):
 @pytest.mark.parametrize("make", [arrest_task, carso, atop_task, classifier_task, diffusion_task])
 def test_products_are_rounded_while_it_is_trained_if_asked(make):
     x = torch.randint(256, (16, *SHAPE), dtype=torch.uint8)
-    before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    before = float32_settings()
     for precision, expected in (("float32", (False, "highest")), ("tf32", (True, "high"))):
-        heard = Settings()
+        noted = set()
+        heard = on_step(lambda _, noted=noted: noted.add(float32_settings()))
         task, config = make(precision=precision), FitConfig(epochs=1, batch_size=8)
         fit(task, x, torch.arange(16) % 10, config, callbacks=[heard], progress=False)
-        assert heard.noted == {expected}
-        assert (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()) == before
+        assert noted == {expected}
+        assert float32_settings() == before
 
 
 def test_joint_training_takes_it():

@@ -109,14 +109,8 @@ def test_the_methods_continue_without_a_word(make, tmp_path, caplog):
 def test_a_checkpoint_without_the_networks_hash_is_continued(tmp_path, caplog):
     config = FitConfig(2, 16, checkpoint_seconds=0)
     with pytest.raises(Stopped):
-        fit(
-            ClassifierTask(Net(), ClassifierConfig()),
-            *images(),
-            config,
-            tmp_path,
-            progress=False,
-            callbacks=[StopAt(2)],
-        )
+        made = ClassifierTask(Net(), ClassifierConfig())
+        fit(made, *images(), config, tmp_path, progress=False, callbacks=[StopAt(2)])
     saved = last_checkpoint(tmp_path)
     del saved["network"]
     save_checkpoint(tmp_path, saved)

@@ -65,10 +65,8 @@ def test_a_run_continues_whatever_the_names_in_its_state_are(name, tmp_path):
     resumed = MODELS[name]()
     if name.startswith("extra"):
         resumed[1].value = None if name == "extra" else torch.zeros(3)
-    assert all(
-        torch.equal(one, other)
-        for one, other in zip(whole.model.parameters(), run(resumed, tmp_path / "cut").model.parameters(), strict=True)
-    )
+    run(resumed, tmp_path / "cut")
+    assert all(map(torch.equal, whole.model.parameters(), resumed.parameters()))
     if name.startswith("extra"):
         assert str(resumed[1].value) == str(MODELS[name]()[1].value)
 

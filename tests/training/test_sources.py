@@ -1,6 +1,7 @@
 """What `fit` takes as images: what is wrong with them is said at the door, and loaders are read as they come."""
 
 import random
+from collections import UserList
 from functools import partial
 
 import numpy as np
@@ -27,9 +28,6 @@ from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fi
 from purify_fast.training.sources import InMemory, held_out
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-# -- images at the door -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -115,9 +113,6 @@ def loaded(n, **options):
     return DataLoader(TensorDataset(*images(n)), **options)
 
 
-# -- what a model returns ---------------------------------------------------------------------------------------------
-
-
 def test_a_model_that_returns_probabilities_is_told_so(caplog):
     layers = nn.Flatten(), nn.Linear(64, 2)
     fit(ClassifierTask(nn.Sequential(*layers, nn.Softmax(1)), ClassifierConfig()), *images(), FitConfig(1, 16))
@@ -130,9 +125,6 @@ def test_a_model_that_returns_probabilities_is_told_so(caplog):
 def test_something_else_than_a_task_is_refused():
     with pytest.raises(TypeError, match=r"task must be a purify_fast\.training\.Task, got SmallCNN"):
         fit(SmallCNN(), *images(), FitConfig(1, 16))
-
-
-# -- loaders ----------------------------------------------------------------------------------------------------------
 
 
 class Indexed(Dataset):
@@ -398,19 +390,6 @@ def test_the_epochs_and_two_generators_of_a_loader_draw_different_numbers():
     assert found[0] == found[2] and len({*found[0], *found[1]}) == 4
 
 
-class Sizes:
-    """Batches whose sizes are known only when they are read, because they are no list and no DataLoader."""
-
-    def __init__(self, batches):
-        self.batches = batches
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __iter__(self):
-        return iter(self.batches)
-
-
 def of_16(n):
     x, y = images(n)
     return [(x[k : k + 16], y[k : k + 16]) for k in range(0, n, 16)]
@@ -429,10 +408,7 @@ def test_other_batches_of_a_loader_are_trained_on_as_they_come():
     # the smaller batch is not the last, is the only one, or is not known beforehand
     assert sizes([(x[:16], y[:16]), (x[16:20], y[16:20]), (x[20:36], y[20:36])]) == [16, 4, 16]
     assert sizes(loaded(10, batch_size=16)) == [10]
-    assert sizes(Sizes(of_16(40))) == [16, 16, 8]
-
-
-# -- held-out images --------------------------------------------------------------------------------------------------
+    assert sizes(UserList(of_16(40))) == [16, 16, 8]
 
 
 def test_held_out_images_are_a_function_of_the_seed_and_are_not_trained_on():

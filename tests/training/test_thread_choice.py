@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_runs import Listener, StopAt, Stopped, arrest_task, images, same, task
+from small_runs import StopAt, Stopped, arrest_task, images, on_step, same, task
 from trainings import small_set, small_task
 
 from purify_fast.training import FitConfig, fit, loop
@@ -32,16 +32,9 @@ def test_the_trial_steps_change_nothing(found, monkeypatch, kind):
     assert not found and same(made, plain) and metrics == expected
 
 
-class Threads(Listener):
-    def __init__(self):
-        self.seen = []
-
-    def on_step(self, state):
-        self.seen.append(torch.get_num_threads())
-
-
 def test_the_number_holds_inside_and_a_resumed_run_takes_it_again(found, tmp_path):
-    threads, (x, y) = Threads(), images()
+    seen, (x, y) = [], images()
+    threads = on_step(lambda _: seen.append(torch.get_num_threads()))
 
     def train(*listeners):
         made = task()
@@ -52,16 +45,17 @@ def test_the_number_holds_inside_and_a_resumed_run_takes_it_again(found, tmp_pat
     found += [1]
     with pytest.raises(Stopped):
         train(StopAt(6))
-    assert torch.get_num_threads() == 2 and threads.seen == [1] * 6
+    assert torch.get_num_threads() == 2 and seen == [1] * 6
     train()
-    assert torch.get_num_threads() == 2 and set(threads.seen) == {1} and len(threads.seen) > 12
+    assert torch.get_num_threads() == 2 and set(seen) == {1} and len(seen) > 12
 
 
 def test_with_another_number_of_cores_a_resumed_run_measures_again(found, tmp_path):
-    threads, (x, y) = Threads(), images()
+    seen, (x, y) = [], images()
+    threads = on_step(lambda _: seen.append(torch.get_num_threads()))
     found += [1, 3]
     with pytest.raises(Stopped):
         fit(task(), x, y, FitConfig(3, 16), tmp_path, progress=False, callbacks=(StopAt(6),))
     torch.set_num_threads(3)
     fit(task(), x, y, FitConfig(3, 16), tmp_path, progress=False, callbacks=(threads,))
-    assert not found and set(threads.seen) == {3}
+    assert not found and set(seen) == {3}

@@ -159,10 +159,6 @@ def test_a_best_by_what_is_not_measured_is_refused():
         fit(Silent(SmallCNN(1, 2, (8, 8), 4), ClassifierConfig()), *images(100), config, progress=False)
 
 
-class OutOfMemory(Exception):
-    pass
-
-
 @pytest.mark.parametrize("form", ["share", "pair"])
 def test_validations_have_batches_of_the_trainings_size(form):
     x, y = images(100)
@@ -182,13 +178,13 @@ def test_an_epoch_is_not_lost_if_its_validation_fails(tmp_path):
 
         def failing(batch):
             if fails and len(trained) == 10:  # after the second epoch
-                raise OutOfMemory
+                raise Stopped
             return validate(batch)
 
         made.validate = failing
         try:
             fit(made, *images(100), config, tmp_path / folder, progress=False)
-        except OutOfMemory:
+        except Stopped:
             return made, [batch.step for batch in trained], None
         rows = [json.loads(line) for line in (tmp_path / folder / "log.jsonl").read_text().splitlines()]
         measured = [{name: row[name] for name in row if "loss" in name or "accuracy" in name} for row in rows]

@@ -60,11 +60,6 @@ FUNCTIONS = {
 
 
 def register(library, key):
-    """Let PyTorch's functions be these.
-
-    Args:
-        library: of ``torch.library``, for implementations in ``aten``; they last as long as it does.
-        key: ``CPU``, or ``Meta`` for fake tensors.
-    """
+    """Let PyTorch's functions be these."""
     for name, function in FUNCTIONS.items():
         library.impl(f"batch_norm_{name}", function, key)
