@@ -519,13 +519,13 @@ SECTIONS = {
     "sanitizer": Section("correct", sanitizer, (140, 180), 53),
     "tests": Section("correct", tests, (140, 230), 68),
     "limits": Section("measured", measured_limits, (25, 30), 9),
-    "pgd": Section("measured", forms_of_pgd, (190, 120), 140, (PGD,), True),
-    "profile": Section("measured", profiled, (80, 60), 40, (PROFILE,), True),
+    "pgd": Section("measured", forms_of_pgd, (190, 360), 140, (PGD,), True),
+    "profile": Section("measured", profiled, (80, 200), 40, (PROFILE,), True),
     # The measured seconds are half of those for 1,000 images.
     "standard": Section("measured", standard, (60, 60), 35, (STANDARD,)),
     # This section carries most claims, so the sections after it get what it leaves, or a call of their own (--only).
-    "pipelines": Section("measured", raced_pipelines, (400, 240), 115, (sheets.PIPELINES,), True),
-    "captures": Section("measured", capture_cost, (40, 60), 17, (CAPTURE_COST,)),
-    "races": Section("measured", races, (150, 60), 110, (shipping.FILE,)),
+    "pipelines": Section("measured", raced_pipelines, (400, 480), 115, (sheets.PIPELINES,), True),
+    "captures": Section("measured", capture_cost, (40, 120), 17, (CAPTURE_COST,)),
+    "races": Section("measured", races, (150, 120), 110, (shipping.FILE,)),
     "autoattack": Section("measured", autoattack, (80, 30), 55, (OFFICIAL,), True),
 }
