@@ -77,7 +77,7 @@ class Call(NamedTuple):
     together: bool
 
 
-CALLS = {"correct": Call((150, 240), True), "measured": Call((540, 1400), False)}
+CALLS = {"correct": Call((150, 240), True), "measured": Call((540, 1450), False)}
 _packing = threading.Lock()
 
 
