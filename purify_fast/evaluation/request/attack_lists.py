@@ -99,8 +99,10 @@ def _fast(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
 def _standard(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
     losses: tuple[ApgdLoss, ...] = ("margin_targeted", "ce", "dlr_targeted")
     searches = [*(APGD(loss=loss, give_up=True) for loss in losses), Square(n_queries=SHORT_QUERIES, give_up=True)]
-    every = APGD(loss="margin_targeted", n_target_classes=None, precision="float32", restarts=2, give_up=True)
-    again = APGD(steps=50, precision="float32", restarts=20, give_up=True)
+    # On a random model, every image is searched to the end.
+    ends = not subject.is_random
+    every = APGD(loss="margin_targeted", n_target_classes=None, precision="float32", restarts=2, give_up=ends)
+    again = APGD(steps=50, precision="float32", restarts=20, give_up=ends)
     return [
         _left(APGD(loss="margin", steps=FIRST_STEPS)),
         *(_left(attack, until=STANDARD_SHARE) for attack in searches),
