@@ -279,8 +279,7 @@ class AutoPgd(RowSearch):
 
 
 class AutoPgdL1(AutoPgd):
-    """One run of Auto-PGD in the l1 ball. The first steps move a share of the coordinates: ``share [R]``, or a fifth.
-    """
+    """One run of Auto-PGD in the l1 ball. The first steps move a share of the coordinates: ``share``, or a fifth."""
 
     def __init__(self, *given: Any, share: Tensor | None = None, **options: Any):
         super().__init__(*given, **options)
