@@ -51,14 +51,11 @@ class APGD(EngineAttack):
             nearest decision boundaries, by the model's linear approximation at the image. None takes all wrong classes.
         loss: a name of `purify_fast.attacks.losses.LOSSES`, or of `TARGETED` for a targeted attack. If the model has
             too few classes, "margin" replaces "dlr" (fewer than 3) and "dlr_targeted" (fewer than 4).
-        rho: a checkpoint halves the step size of an image if at most this share of the steps since the last checkpoint
+        rho: a checkpoint halves an image's step size if at most this share of the steps since the last checkpoint
             raised the loss.
         leave_when_fallen: whether the attack of an image ends at a misclassified point that the model itself has
             confirmed. If not, every run takes all of its steps, and a further run leaves out an image only if all draws
             misclassify its best point.
-
-    Raises:
-        ValueError: a setting that is not allowed; the message names it.
     """
 
     kind: ClassVar[str] = "apgd"
@@ -119,7 +116,7 @@ apgd = as_function(
 
 
 def checkpoints(steps: int) -> dict[int, int]:
-    """Return the number of steps since the checkpoint before, by the step of each checkpoint, rounded as by the
+    """Return, for the step of each checkpoint, the number of steps since the checkpoint before, rounded as by the
     authors.
 
     The first interval has 22 % of the steps. Each further interval is shorter by 3 % of the steps, down to 6 %.
@@ -148,8 +145,7 @@ class AutoPgd(RowSearch):
     """One run of Auto-PGD.
 
     A checkpoint halves an image's step size if at most a share ``rho`` of the steps since the last checkpoint raised
-    the
-    loss, or if the last checkpoint did not halve it and the highest loss has not risen since.
+    the loss, or if the last checkpoint did not halve it and the highest loss has not risen since.
     """
 
     def __init__(self, *given: Any, rho: float = 0.0, claims: bool = True, **options: Any):

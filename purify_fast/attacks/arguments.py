@@ -24,8 +24,7 @@ def check_images(
     """Refuse images or labels that are not allowed, with TypeError or ValueError.
 
     The values of tensors are checked only on a CPU, because on a GPU the check would have to wait for the device. They
-    are
-    not checked while a compiler or a dispatch mode is active.
+    are not checked while a compiler or a dispatch mode is active.
     """
     for name, value in (("x", x), ("y", y)):
         if not isinstance(value, Tensor):

@@ -115,7 +115,7 @@ def logits_of(model: Classifier, x: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def called_directly() -> Iterator[None]:
-    """The context of an attack without an evaluation; on a CPU it warns of wrong logits at the first call."""
+    """The context of an attack without an evaluation; on a CPU it warns of NaN or probabilities as logits."""
     token = _first_output.set(True)
     try:
         yield
@@ -139,9 +139,7 @@ def _warn_of_values(logits: Tensor) -> None:
 
 @torch.no_grad()
 def check_model(model: Classifier, some: Tensor) -> tuple[Classifier, int]:
-    """Check a model's outputs on a few images and on one; return the model, if needed in `LogitsOf`, and its class
-    count.
-    """
+    """Check a model's outputs on several images and on a single image; return the model and its number of classes."""
     dtype = None
     try:
         output = model(some)

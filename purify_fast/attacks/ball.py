@@ -17,9 +17,7 @@ from .arguments import check_eps
 
 @dataclass(frozen=True)
 class Ball:
-    """A ball of radius ``eps``, ``[B]`` or one for each pixel, around each image of a batch, within [clip_min,
-    clip_max].
-    """
+    """A ball of radius ``eps``, ``[B]`` or of the images' shape, around each image, within [clip_min, clip_max]."""
 
     #: Not compared: a captured step takes eps as an input, so it can be replayed for every radius.
     eps: Tensor = field(compare=False)

@@ -79,11 +79,11 @@ class Resolved(NamedTuple):
 class Attack(abc.ABC):
     """The base class of attacks; every attack is a frozen dataclass of its options.
 
-    A subclass with `norms` searches a ball. Its fields ``eps`` and ``norm`` override the ball of the evaluation.
+    A subclass with `norms` searches a ball; its ``eps`` and ``norm`` override the evaluation's. A setting that is not
+    allowed raises ValueError, and the message names it.
 
     Args:
-        eot_iter: number of draws of a random model that each step averages. None takes the evaluation's number, or 1
-            without an evaluation.
+        eot_iter: number of draws of a random model that each step averages. None takes the evaluation's number, or 1.
     """
 
     #: The attack's name in saved results: "pgd", "apgd", ...
@@ -121,11 +121,7 @@ class Attack(abc.ABC):
         """A short label of the attack with its options, such as "PGD-100 ce"."""
 
     def threat_model(self, context: AttackContext) -> ThreatModel:
-        """Return the norm and the radius of the ball; the context gives those that the attack does not set.
-
-        Raises:
-            ValueError: a norm or a radius that is not allowed.
-        """
+        """Return the norm and the radius of the ball; the context gives those that the attack does not set."""
         norm, eps = self._norm_and_radius(context)
         check_eps(eps, norm)
         return ThreatModel(norm, float(eps))
@@ -273,8 +269,7 @@ def worst_of_runs(
     batch: tuple[Classifier, Tensor, Tensor],
     context: AttackContext,
 ) -> AttackResult:
-    """Make all runs of an attack, and return for each image the point with the most wrong draws, then the largest
-    margin.
+    """Make all runs of an attack, and return each image's point with the most wrong draws and the largest margin.
 
     A prediction with NaN is a misclassification with an infinite margin. So no run replaces a success by a failure.
     """
@@ -329,9 +324,6 @@ class EngineAttack(Attack):
             15 % of the steps they also stop if the distance to the boundary is much larger than the largest progress of
             earlier searches after their first 15 %. Square checks the pace from query 500 on. Auto-PGD ignores the
             option in the l1 ball and with ``leave_when_fallen=False``. Square ignores it with several draws.
-
-    Raises:
-        ValueError: a setting that is not allowed; the message names it.
     """
 
     norms: ClassVar[tuple[str, ...]] = NORMS
@@ -376,9 +368,7 @@ class EngineAttack(Attack):
 
     @abc.abstractmethod
     def explore(self, active: ActiveSet, objective: Objective, context: AttackContext) -> None:
-        """Search for an adversarial image of each clean image in ``active``, by the loss ``objective`` that is
-        maximized.
-        """
+        """Search for an adversarial image of each clean image in ``active``, by the loss ``objective``."""
 
 
 def targets_and_times(n_target_classes: int | None, restarts: int) -> str:

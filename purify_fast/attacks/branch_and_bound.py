@@ -7,9 +7,8 @@ is at least or at most 0 (Bunel et al., JMLR 2020, arXiv 1909.06588). A Lagrange
 into the bound (beta-CROWN, Wang et al., NeurIPS 2021, arXiv 2103.06624).
 
 Three things are not in these papers. Polyak's steps optimize the multipliers and the slopes of the lower lines.
-Polyak's
-steps on the lead and the violations of the splits also search each node for a misclassified point. Some of the next
-nodes are chosen for the most splits, where misclassified points are found first.
+Polyak's steps on the lead and the violations of the splits also search each node for a misclassified point. Some of the
+next nodes are chosen for the most splits, where misclassified points are found first.
 """
 
 from __future__ import annotations
@@ -67,9 +66,6 @@ class BranchAndBound(Attack):
         norm: norm of the ball, which can only be "linf" and needs an eps beside it. None takes the evaluation's norm.
         nodes: approximate limit of nodes (subproblems) per image. An image that needs more is not proved robust.
         relus: the largest number of ReLUs that a network may have.
-
-    Raises:
-        ValueError: a setting that is not allowed; the message names it.
     """
 
     kind: ClassVar[str] = "branch_and_bound"
@@ -136,9 +132,8 @@ class _Nodes(NamedTuple):
     """Subproblems ("nodes"); every field has an entry per node: ``[B]``, or ``[B, units]`` with a column for each ReLU.
 
     ``signs`` are 1 or -1 for split ReLUs, else 0. ``slopes`` are those of the lines below the ReLUs, negative before
-    they are
-    chosen. ``prices`` are the multipliers of the splits. ``least`` bounds the lead. ``unit`` is the ReLU to split next,
-    or -1.
+    they are chosen. ``prices`` are the multipliers of the splits. ``least`` bounds the lead. ``unit`` is the ReLU to
+    split next, or -1.
     """
 
     owner: Tensor

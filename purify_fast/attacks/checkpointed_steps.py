@@ -46,16 +46,15 @@ def checkpointed_steps(
 ) -> Tensor:
     """Apply ``step`` n times. The gradient of the result needs only the memory of one step or of a few steps.
 
-    function mode may change the gradient of a step. Inside ``torch.compile`` the loop is a plain loop.
+    Autocast and PyTorch's function modes are the same when a step is computed again. Inside ``torch.compile`` the loop
+    is a plain loop.
 
     Args:
         step: a function ``step(x, i, *inputs) -> Tensor`` of the previous result x and of i from 0 to n - 1. With the
-            same x and the same state of PyTorch's random generators it must return the same result. It must not write
-            into x.
+            same x and random state it must return the same result. It must not write into x.
         x: the first x, such as images ``[B, C, H, W]``; any floating-point dtype.
         n: the number of steps, at least 0.
-        inputs: tensors that every step takes besides x, and whose gradients are wanted, such as an image that guides
-            the steps.
+        inputs: tensors that every step takes besides x, and whose gradients are wanted, such as an image as a guide.
         parameters: other tensors that ``step`` uses and whose gradients are wanted, such as
             ``list(denoiser.parameters())``. A tensor in neither list gets no gradient.
         preserve_rng_state: whether a step that is computed again draws the same numbers from PyTorch's generators. It
@@ -71,8 +70,6 @@ def checkpointed_steps(
         ValueError: n or keep is negative, or keep is neither a number nor "auto".
         RuntimeError: ``step`` writes into its x; or, in the backward pass, ``step`` records no gradient, or has another
             result than before. On a GPU the gradient is then NaN instead of this last error.
-
-    When a step is computed again, autocast and PyTorch's function modes are the same as the first time, because a
     """
     if n < 0:
         raise ValueError(f"n must be at least 0, got {n}")
@@ -124,9 +121,7 @@ def check_keep(keep: object) -> None:
 
 
 class _Kept(torch.autograd.graph.saved_tensors_hooks):
-    """A context that counts the bytes that autograd keeps for its computations, each storage once; ``last``: the last
-    block's.
-    """
+    """A context that counts the bytes that autograd keeps, each storage once; ``last``: those of the last block."""
 
     def __init__(self) -> None:
         super().__init__(self._count, lambda kept: kept)

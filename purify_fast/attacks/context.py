@@ -34,13 +34,11 @@ class Resources:
     """Settings that concern the time, the memory and the counts of an attack.
 
     Args:
-        max_forward_batch: the largest number of images in one forward pass; the limit changes no result. None: no
-            limit.
+        max_forward_batch: the largest number of images in one forward pass, which changes no result. None: no limit.
         batch_size: the largest number of images in one batch of a search; a search with another target or restart takes
             the place of an image. None stands for 64, or for the number of images if that is larger.
         counts_health: whether the attack counts faulty gradients and unmoved images.
-        graphs: captures the steps of attacks as CUDA graphs, see `purify_fast.speed.StepGraphs`; None: nothing is
-            captured.
+        graphs: captures the steps of attacks as CUDA graphs, see `purify_fast.speed.StepGraphs`; None: no captures.
         copies: keeps the model's fast copies for the next attack; None: they are not kept.
 
     Raises:
@@ -62,8 +60,7 @@ class AttackContext:
     """The settings of an attack besides its own options.
 
     Args:
-        eps: radius of the ball in image units, see `Radius`; usual on CIFAR-10: 8/255 for "linf", 0.5 for "l2", 12 for
-            "l1".
+        eps: radius of the ball in image units, see `Radius`; usual on CIFAR-10: linf 8/255, l2 0.5, l1 12.
         norm: norm of the ball: "linf", "l2" or "l1".
         clip_min: the smallest value of a pixel.
         clip_max: the largest value of a pixel.

@@ -44,9 +44,6 @@ class FABT(EngineAttack):
         steps: steps of a run. None stands for 100, as in the authors' code, even if an `EvaluateConfig` sets ``steps``.
         n_target_classes: number of target classes, each with a run of its own: the classes with the nearest decision
             boundaries, by the model's linear approximation at the image. None takes all wrong classes.
-
-    Raises:
-        ValueError: a setting that is not allowed; the message names it.
     """
 
     kind: ClassVar[str] = "fab"
@@ -203,9 +200,7 @@ def _length(ball: Ball, moved: Tensor) -> Tensor:
 
 
 def _step(ball: Ball, x: Tensor, origin: Tensor, point: Tensor, at_point: Gradient) -> Tensor:
-    """Mix two steps to the linearized border: from ``origin`` (``point``, moved back), and a little from the clean
-    image.
-    """
+    """Mix two steps to the linearized border: from ``origin``, and a little from the clean image."""
     bounds = ball.bounds
     # The border of the linearized model is the hyperplane with this normal and this offset.
     gradient = at_point.image.to(point.dtype)

@@ -31,8 +31,7 @@ def run_alone(
     """Run an attack without an evaluation.
 
     If attack and context have an option of the same name, it sets the attack's field; but ``eps`` and ``norm`` of an
-    attack
-    in a ball set the context's fields.
+    attack in a ball set the context's fields.
     """
     own, shared = _options_of_call(attack)
     health: GradientHealth | None = options.pop("health", None)

@@ -1,6 +1,7 @@
 """Makes a fast copy of a model for the gradients of attacks; the copy folds BatchNorms and computes in bfloat16.
 
-No measured time and no random draw decides anything, so the same model is attacked in the same way every time.
+No measured time decides whether a copy is used, and making a copy does not change the state of the random generators.
+So the same model is attacked in the same way, also in a resumed evaluation.
 """
 
 from __future__ import annotations
@@ -67,9 +68,7 @@ class GradientCopies:
         self._around: dict[int, tuple[PassesOn, Classifier, Classifier]] = {}
 
     def same_around(self, wrapper: PassesOn, inner: Classifier, around: Classifier) -> Classifier:
-        """Return ``around``, a wrapper of the copy ``inner``, or an earlier equal one, with which CUDA graphs were
-        captured.
-        """
+        """Return ``around``, a wrapper of ``inner``, or an equal wrapper, with which CUDA graphs were captured."""
         known = self._around.get(id(wrapper))
         if known is None or known[0] is not wrapper or known[1] is not inner:
             known = remember(self._around, id(wrapper), (wrapper, inner, around), WRAPPERS)

@@ -60,20 +60,11 @@ class AttackersHead(nn.Module):
         self.defence, self.head = defence, head
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits ``[B, classes]``.
-
-        Args:
-            x: images ``[B, C, H, W]``.
-        """
+        """Logits ``[B, classes]`` of images ``x [B, C, H, W]``."""
         return head_logits(self.defence.sample_logits(x), self.head)
 
     def draw_logits(self, x: Tensor, draws: int) -> Tensor:
-        """Logits of ``draws`` independent draws, ``[draws, B, classes]``; attacks with several draws call this method.
-
-        Args:
-            x: images ``[B, C, H, W]``.
-            draws: number of draws.
-        """
+        """Logits ``[draws, B, classes]`` of independent draws of images ``x``, for attacks with several draws."""
         if not supports(self.defence, DrawsSampleLogits):
             return self(repeat_batch(x, draws)).unflatten(0, (draws, -1))
         samples = cast(DrawsSampleLogits, self.defence).draw_sample_logits(x, draws)

@@ -26,12 +26,9 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """-log softmax(logits)_y, [B], in float32 or float64, with a gradient also where the model is sure.
 
     There the usual formula rounds p_y to 1, and its gradient lacks the true class. Below a loss of 1/256 (float64:
-    7e-12)
-    this function uses log(1 + exp z), where z is the logsumexp of the other logits minus l_y. The gradient is s =
-    sigmoid(z)
-    times the softmax over the other classes, and -s for the true class. Elsewhere losses and gradients are those of
-    PyTorch,
-    to the bit. Where s underflows (float32: z < -61), the loss continues along its tangent in z.
+    7e-12) this function uses log(1 + exp z), where z is the logsumexp of the other logits minus l_y. The gradient is s
+    = sigmoid(z) times the softmax over the other classes, and -s for the true class. Elsewhere losses and gradients are
+    those of PyTorch, to the bit. Where s underflows (float32: z < -61), the loss continues along its tangent in z.
     """
     wide = logits if logits.dtype == torch.float64 else logits.float()
     usual = F.cross_entropy(wide, y, reduction="none")

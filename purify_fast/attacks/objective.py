@@ -132,8 +132,7 @@ class Objective:
         """Sums over the draws, ``[B]``: the losses, and the number of misclassified draws.
 
         A draw with NaN among its logits counts as misclassified. With the loss "margin", so does a draw in which the
-        true class
-        is only one of several classes with an infinite logit, because the margin is then NaN.
+        true class is only one of several classes with an infinite logit, because the margin is then NaN.
         """
         if callable(self.loss):
             return _summed(losses, draws), torch.zeros_like(_summed(losses, draws))

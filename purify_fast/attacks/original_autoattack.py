@@ -55,8 +55,7 @@ class AutoAttack(Attack):
     Args:
         eps: radius of the ball in image units. None takes the evaluation's radius.
         norm: norm of the ball, "linf", "l2" or "l1"; a norm needs an eps beside it. None takes the evaluation's norm.
-        version: "standard" for a model that predicts the same every time, or "rand", which averages gradients over
-            draws.
+        version: "standard" for a model that predicts the same every time, or "rand", which averages over draws.
         steps: number of steps of its APGD and FAB. None stands for 100, as in the authors' code.
         n_queries: number of queries of its Square; the authors' code has 5000.
         eot_iter: number of draws averaged per step of the version "rand". None stands for 20, as in the authors' code.

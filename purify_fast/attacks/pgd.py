@@ -35,8 +35,7 @@ class Ascent(ObjectiveStep):
     """One step of PGD as a function of tensors; no branch depends on their values, so a CUDA graph can capture it.
 
     If ``density`` is None, the share of the coordinates that a step in "l1" moves changes from step to step. The result
-    then
-    has the gradient, and the caller takes the step by `move`.
+    then has the gradient, and the caller takes the step by `move`.
     """
 
     ball: Ball
@@ -119,11 +118,8 @@ class PGD(Attack):
         start_std: standard deviation, in image units, of a normal random start that is projected onto the ball. With
             None, the start is uniform in the ball.
         precision: precision of the steps: "float32" is that of the model itself, "bfloat16" takes a copy that
-            multiplies in bfloat16, and "auto" takes such a copy if the device is faster in bfloat16 and the model is
-            large enough.
-
-    Raises:
-        ValueError: a setting that is not allowed; the message names it.
+            multiplies in bfloat16, and "auto" takes such a copy if the device is faster with it and the model is large
+            enough.
     """
 
     kind: ClassVar[str] = "pgd"
@@ -190,9 +186,6 @@ class LeavingPGD(PGD):
 
     Args:
         look_every: the number of steps between two checks for misclassified images.
-
-    Raises:
-        ValueError: a setting that is not allowed; the message names it.
     """
 
     code_version: ClassVar[str] = "4, leaving 1"
@@ -251,9 +244,6 @@ class FGSM(Attack):
         norm: norm of the ball, "linf", "l2" or "l1"; a norm needs an eps beside it. None takes the evaluation's norm.
         loss: "ce", "margin", "scaled_margin" or "dlr". With fewer than 3 classes "margin" replaces "dlr".
         precision: precision of the step, see `PGD`.
-
-    Raises:
-        ValueError: a setting that is not allowed; the message names it.
     """
 
     kind: ClassVar[str] = "fgsm"

@@ -30,10 +30,8 @@ class GradientHealth:
     """The counts that show whether an attack had usable gradients.
 
     A gradient is non-finite if any of its elements is, and zero if all are zero; for some losses, misclassified images
-    are
-    exempt. An image is unmoved if the clean image is classified correctly and the run ends at its first point. The
-    counts
-    remain on the device until a property is read.
+    are exempt. An image is unmoved if the clean image is classified correctly and the run ends at its first point. The
+    counts remain on the device until a property is read.
 
     Args:
         counts: a dict from the names that `count` accepts to numbers or tensors of shape []; empty at first.

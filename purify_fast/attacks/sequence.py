@@ -21,8 +21,7 @@ class AttackSequence:
     """Runs attacks one after the other, and remembers the best point of each image.
 
     ``share`` is the share of the draws that chose the best point, and misclassify it, ``[N]``. For a random model it is
-    too
-    high, because these draws made the choice: `accuracy` takes other draws.
+    too high, because these draws made the choice: `accuracy` takes other draws.
     """
 
     def __init__(

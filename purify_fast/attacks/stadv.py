@@ -4,11 +4,9 @@
     flow_loss(f) = sum over pixels p and their up to four neighbors q of |f(p) - f(q)|_2
 
 The flow is in units in which the image spans [-1, 1]. The bound, the optimizer (Adam instead of the paper's L-BFGS),
-its
-rate and its 20 steps are those of Laidlaw et al., "Perceptual adversarial robustness", ICLR 2021. Both papers have
+its rate and its 20 steps are those of Laidlaw et al., "Perceptual adversarial robustness", ICLR 2021. Both papers have
 tau = 0.05, but Xiao et al. measure the flow in pixels. Two things are not in the papers: edge pixels are repeated
-outside
-the image, and Adam's epsilon is smaller, so that a saturated loss still changes the flow.
+outside the image, and Adam's epsilon is smaller, so that a saturated loss still changes the flow.
 """
 
 from __future__ import annotations
@@ -101,13 +99,9 @@ class StAdv(Attack):
         random_start: whether the first run begins with a random flow within ``eps``, as every further run does.
         keep_best: whether a run returns its best point instead of its last point, see `purify_fast.attacks.PGD`.
         restarts: number of runs; each image keeps the best point of all runs.
-        eps: the largest flow along each axis, in units of half the image, a number or ``[B]``; 0.05 is 0.8 of 32
-            pixels.
+        eps: the largest flow along each axis, in units of half the image, a number or ``[B]``.
         rate: Adam's learning rate, in the unit of eps.
         smoothness: the paper's tau. With 0 the attack is strongest, but edges in the images become ragged.
-
-    Raises:
-        ValueError: a setting that is not allowed; the message names it.
     """
 
     kind: ClassVar[str] = "stadv"

@@ -58,10 +58,9 @@ class DataCommand(Command):
 
     Args:
         data: Data set: digits, mnist, fashion_mnist, cifar10, cifar100, svhn, imagenette, tiny_imagenet; or an .npz
-            file with x_train, y_train, x_test and y_test; or a folder with train/<class>/*.jpg|png, and val/ or test/
-            in the same form.
-        data_root: Folder of the data sets, also for downloads. Default: the variable PURIFY_FAST_DATA, or else the
-            current folder.
+            file with x_train, y_train, x_test and y_test; or a folder with train/<class>/*.jpg|png, and val/ or test/.
+        data_root: Folder of the data sets, also for downloads. Default: the variable PURIFY_FAST_DATA, or the current
+            folder.
         download: Let torchvision download the official files of a data set if they are missing.
         size: Height and width to which images are resized and cropped before any attack. A single number sets both.
         num_classes: Number of classes, if some labels do not occur in the data. Default: the largest label plus 1.

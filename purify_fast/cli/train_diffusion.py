@@ -29,7 +29,7 @@ class TrainDiffusion(Training):
     Args:
         init: Folder that this command wrote before, or zoo:NAME. Its denoiser is distilled.
         width: Number of channels of the U-Net at full size: a multiple of 16, or an even number below 16.
-        patch: Side of the squares of pixels that the U-Net turns into channels. 2 takes a quarter of the operations of
+        patch: Side of the squares of pixels that become channels of the U-Net. 2 takes a quarter of the operations of
             1.
         attention: Use attention over all positions at the lowest level of the U-Net.
     """

@@ -90,8 +90,7 @@ class FollowsRecipe(Training):
     Args:
         recipe: Name of a published training of this method (see `purify-fast recipe`), whose settings become the
             defaults of this command. The command prints in which points the training is not as published.
-        official_code: With --recipe: repeat also the known mistakes of the authors' code, see `purify-fast recipe
-            NAME`.
+        official_code: With --recipe: repeat also the known mistakes of the authors' code (`purify-fast recipe NAME`).
     """
 
     #: The name of the method, with which the names of its recipes begin.

@@ -1,4 +1,4 @@
-"""Evaluates the robustness of any model from images in [0, 1] to logits: attacks, and a report with alarms."""
+"""Evaluates the robustness of any model from images in [0, 1] to logits, and writes a report with alarms."""
 
 from __future__ import annotations
 

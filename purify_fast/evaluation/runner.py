@@ -106,8 +106,7 @@ def evaluate(
         base: an undefended classifier, whose adversarial images are tried on the model.
         attacks: a list of attacks that replaces a protocol: attacks of `purify_fast.attacks`, such as ``PGD()``;
             functions ``(model, x, y) -> x_adv``, see `as_attack`; or an `AttackSpec`. An empty list measures only the
-            accuracy on clean images. An attack on a variant that the model lacks, or whose test fails, is left out,
-            with a note.
+            clean accuracy. An attack on a variant that the model lacks, or whose test fails, is left out, with a note.
         out: a folder. Finished rows are cached in ``out/rows``, and used again if settings, weights, data and the
             source code of the model's classes are the same. If nothing would show a change of the model, as for a plain
             function, its rows are not cached, with a warning.

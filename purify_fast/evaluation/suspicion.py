@@ -24,9 +24,7 @@ from .show.report import Report
 
 @dataclass
 class Suspicion:
-    """The probes and the alarms of an evaluation; ``compares``: compare gradients with finite differences without
-    probes.
-    """
+    """The probes and the alarms of an evaluation; ``compares``: compare gradients even without probes."""
 
     report: Report
     measure: Measure

@@ -54,7 +54,7 @@ def accelerate(model: Model, *, dtype: Dtype = "auto", compile: bool = False) ->
 
     Args:
         model: module from images ``[B, C, H, W]`` to logits ``[B, classes]``. A defence of this package is accelerated
-            by its own method of this name, and a ``DistributedDataParallel`` inside.
+            by its own method of this name. For ``DistributedDataParallel`` the module inside is accelerated.
         dtype: dtype of the products, ``torch.float32`` or ``torch.bfloat16``. "auto" is bfloat16 where the device
             multiplies faster in it and the model is not tiny, or else float32.
         compile: whether to compile the copy by `torch.compile`, and whole steps of this package's attacks on it.

@@ -27,8 +27,7 @@ _NEUTRAL = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)
 
 
 def layers_of(decoder: nn.Module) -> list[nn.Module]:
-    """Return the layers of a plain Sequential in order, with those of inner Sequentials; else only the decoder itself.
-    """
+    """Return the layers of a plain Sequential, and of Sequentials in it, in order; else only the decoder itself."""
     if type(decoder) is not nn.Sequential or hooked(decoder):
         return [decoder]
     return [layer for child in decoder for layer in layers_of(child)]
@@ -131,8 +130,8 @@ def decode_samples(
         training mode use the statistics of all B K latents.
 
     Raises:
-        TypeError: if seed or sample_ids is neither None nor a tensor.
-        ValueError: shapes, dtypes or devices do not match, ``latent_dim`` is missing, or there is not one result per
+        TypeError: seed or sample_ids is neither None nor a tensor.
+        ValueError: shapes, dtypes or devices do not match, ``latent_dim`` is missing, or results are not one per
             latent.
     """
     _check(condition, latents, samples)
@@ -219,8 +218,8 @@ class PackedDecoder(nn.Module):
             LeakyReLU or ReLU, Unflatten, and ConvTranspose2d with the same activation between them. BatchNorms may
             follow Linear and ConvTranspose2d, and Sigmoid may be last. A first layer may join (z, condition). Later
             changes of the weights have no effect.
-        dtype: dtype of the products: bfloat16 (the only fast dtype on a GPU), float32 or float64. Sums are in float32
-            or float64.
+        dtype: dtype of the products: bfloat16 (the only fast dtype on a GPU), float32 or float64. Sums are in float32,
+            or in float64 for float64.
         latent_dim: size of a latent, the first inputs of the linear layer; needed for a Sequential.
 
     Raises:

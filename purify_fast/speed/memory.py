@@ -89,7 +89,7 @@ def free_memory(device: torch.device, budget: int | str | None) -> int:
 
 
 def images_that_fit(work: Callable[[int], object], free: int, device: torch.device) -> int:
-    """Estimate how many images fit into ``free`` bytes, from passes of one and of a few: a power of two up to 1,024."""
+    """Estimate how many images fit into ``free`` bytes, a power of two up to 1,024, from passes of 1 and of a few."""
     again = same_draws_again(device)
     try:
         one = peak_memory(lambda: work(FIRST), device)
@@ -152,9 +152,7 @@ class Room:
         return self.images if wanted is None else self.at_most(wanted)
 
     def within(self, work: Callable[[], Result]) -> Result:
-        """Call a function. If memory runs out, halve the number of images, down to 1, and repeat it with the same
-        draws.
-        """
+        """Call a function. If memory runs out, halve the number of images, down to 1, and call it again."""
         return retry_when_memory_ends(
             work, self.device, lambda: self._halve if self.yields and self.images not in (None, 1) else None
         )

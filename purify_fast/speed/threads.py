@@ -35,8 +35,7 @@ def may_choose(device: torch.device) -> bool:
     """Tell whether the number of threads for work on a device is open.
 
     It is not open if OMP_NUM_THREADS is set, if several processes share the cores, or in a process that uses
-    torch.compile,
-    because compiled code is made again for each number of threads.
+    torch.compile, because compiled code is made again for each number of threads.
     """
     alone = device.type == "cpu" and torch.get_num_threads() > 1 and processes()[1] == 1
     # `torch.compile` loads this module.

@@ -42,8 +42,7 @@ class Watch:
     """Remembers the weights of a model, and tells whether they have changed.
 
     PyTorch's count of writes misses those through ``p.data``. So the values are compared too: by sums of their bits
-    over
-    blocks of 4 kB on a CPU, else by each tensor's sum and norm. A change that keeps all of these is not seen.
+    over blocks of 4 kB on a CPU, else by each tensor's sum and norm. A change that keeps all of these is not seen.
     """
 
     def __init__(self) -> None:
@@ -62,9 +61,7 @@ class Watch:
         return self._stamps is not None
 
     def changed(self, tensors: list[Tensor], values: bool = True) -> bool:
-        """Tell whether tensors differ from those of the last call, with ``values`` also by value. The first call is
-        True.
-        """
+        """Tell whether tensors, with ``values`` also their values, differ from the last call; True at first."""
         stamps = [(id(one), one.data_ptr(), -1 if one.is_inference() else one._version) for one in tensors]
         counted, self._stamps = stamps != self._stamps, stamps
         if counted or values:

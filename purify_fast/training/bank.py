@@ -7,9 +7,8 @@ Let x be an image and x' the attacked image. The bank stores
     q = round((x' - x) / s),   s = max |x' - x| / 127,   q in int8, s in float32
 
 and restores x + s q, projected onto the attack's ball and onto [0, 1]. Before the projection, the error of each value
-is
-at most s / 2 <= eps / 254, for every norm. In "linf" the projection cannot increase the error of any value. In "l2" and
-"l1" it cannot increase the L2 norm of the whole error, at most sqrt(D) eps / 254 for D values.
+is at most s / 2 <= eps / 254, for every norm. In "linf" the projection cannot increase the error of any value. In "l2"
+and "l1" it cannot increase the L2 norm of the whole error, which is at most sqrt(D) eps / 254 for D values.
 
 A step trains on restored variants, even if it has just made them, so its result depends only on the seed, the step and
 the bank, also in a resumed run. If rho is 1, each step trains on the attacked images themselves.
@@ -53,7 +52,7 @@ class BankConfig:
             attack. An attack without a random start has 1 variant.
         refresh: rho, the share of the adversarial images that is attacked again although the bank has enough variants,
             by attacks with a random start. With 1, the results are exactly those without a bank.
-        folder: folder of the bank's file, which later runs can use too. None: ``banks`` in the folder of caches
+        folder: folder of the bank's file, also for later runs. None: ``banks`` in the folder of caches
             (PURIFY_FAST_CACHE).
 
     Raises:
@@ -118,8 +117,7 @@ class AdversarialBank:
     """Stores variants of images in an array on disk, which several processes may use at the same time.
 
     A record has a checksum of its content and its place: if it is incomplete, or if two processes wrote it at once, it
-    counts
-    as missing, and its variant is made again. So no process waits for another.
+    counts as missing, and its variant is made again. So no process waits for another.
     """
 
     def __init__(self, config: BankConfig, attacks: FrozenAttacks | None, images: BankedImages, batch_size: int):

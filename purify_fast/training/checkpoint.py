@@ -1,6 +1,6 @@
-"""Reads and writes checkpoints and saved models, as safetensors with JSON in the metadata. A file appears whole or not.
+"""Reads and writes checkpoints and saved models, as safetensors with JSON in the metadata.
 
-A checksum of the content is verified at every reading.
+A file appears whole or not at all. A checksum of the content is verified at every reading.
 """
 
 from __future__ import annotations
@@ -89,9 +89,7 @@ def _decoded(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def check_extra_state(state: dict[str, Any]) -> None:
-    """Raise ValueError for a model whose state has values, as of ``get_extra_state``, that a checkpoint cannot give
-    back.
-    """
+    """Raise ValueError for a model whose ``state_dict()`` has values that a checkpoint cannot give back."""
     for name, value in state.items():
         try:
             kept = isinstance(value, Tensor) or _decoded(_encoded(value)[0], {}) == value

@@ -93,8 +93,7 @@ def save_classifier(model: nn.Module, folder: str | Path, classes: Sequence[str]
     Args:
         model: a classifier of this package, or a `purify_fast.models.foreign.ForeignClassifier`.
         folder: the folder to write to.
-        classes: the names of the classes, such as `purify_fast.data.DataSet.classes`; None keeps the model's own
-            attribute.
+        classes: the names of the classes, such as `purify_fast.data.DataSet.classes`; None: the model's own attribute.
 
     Raises:
         ValueError: the model is of another class.
@@ -123,12 +122,13 @@ def is_classifier(folder: str | Path) -> bool:
 
 @torch_defaults()
 def load_classifier(folder: str | Path) -> nn.Module:
-    """Read a classifier that `save_classifier` wrote, in evaluation mode; ``classes`` has its classes' names, or None.
+    """Read a classifier that `save_classifier` wrote, in evaluation mode.
+
+    Its attribute ``classes`` has the names of its classes, a tuple, or None if the file does not have them.
 
     Args:
-        folder: folder of the saved classifier. If a user's function made it
-            (`purify_fast.models.foreign.ForeignClassifier`), this imports and calls that function: load such a folder
-            only if you trust it.
+        folder: folder of the saved classifier. If a user's function made it (``ForeignClassifier``), this imports and
+            calls that function: load such a folder only if you trust it.
 
     Raises:
         FileNotFoundError: the file is missing.

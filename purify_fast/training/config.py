@@ -40,15 +40,13 @@ class TrainingAttack:
     """The settings of PGD in a training.
 
     Args:
-        eps: radius of the ball in image units, where pixels are in [0, 1]. 0 trains on clean images, if the method
-            allows it.
+        eps: radius of the ball in image units (pixels in [0, 1]). 0 trains on clean images, if the method allows it.
         steps: number of PGD steps.
         norm: norm of the ball: "linf", "l2" or "l1"; "Linf", "L2" and "L1" mean the same.
         alpha: length of a step in image units, at the full eps. None means relative_alpha * eps / steps.
         relative_alpha: length of all steps together, as a multiple of eps. It is used if alpha is None.
         random_start: whether PGD begins at a random point of the ball instead of the image itself.
-        start_std: standard deviation in image units of a normal random start, projected onto the ball. None: a uniform
-            start.
+        start_std: standard deviation in image units of a normal random start, projected onto the ball. None: uniform.
         eps_warmup: share of the epochs in which eps rises linearly from 0, and alpha with eps. Without a warm-up,
             adversarial training from fresh weights can collapse.
 
@@ -81,8 +79,9 @@ class TrainingAttack:
             raise ValueError(f"start_std must be above 0 and needs random_start=True, {got}")
 
     def at_epoch(self, epoch: int, epochs: int) -> TrainingAttack:
-        """Return the attack of one epoch, with eps_warmup = 0. During the warm-up, eps is smaller; alpha too, if it is
-        given.
+        """Return the attack of one epoch, with eps_warmup = 0.
+
+        During the warm-up, eps is smaller; alpha too, if it is given.
 
         Args:
             epoch: the epoch, from 0.
@@ -199,8 +198,7 @@ class FitConfig:
         patience: number of validations in a row without a better result, by keep_best, after which the run ends early.
             None never ends it early. The learning rates are those of a run of all epochs.
         accumulate: number of parts in which a step computes the gradients of its batch one after the other, to save
-            memory. The weights are those of the whole batch up to rounding, but BatchNorms take each part's statistics.
-            None means 1.
+            memory. The weights remain equal up to rounding, but BatchNorms take each part's statistics. None means 1.
         clip_gradients: largest L2 norm of the gradients of an optimizer's weights; None does not shorten them.
         cuda_graphs: whether a step of the training's attack is captured as a CUDA graph, on a CUDA device. "auto"
             captures it once its kernel launches have taken as much time as a capture takes, and keeps the graph if a
@@ -263,14 +261,12 @@ class ClassifierConfig:
         learning_rate: highest learning rate of a one-cycle schedule.
         weight_decay: weight decay of AdamW.
         precision: "float32", which has the precision of IEEE on a GPU too; "tf32", which on a GPU rounds the factors of
-            products to ten bits of mantissa; or "bfloat16" for matrix products. Weights and their updates remain in
-            float32.
+            products to ten bits of mantissa; or "bfloat16" for matrix products. Weights remain in float32.
         objective: loss of an adversarial training. None: cross-entropy on the attacked images. "trades" adds to the
             cross-entropy on the clean images the divergence between both predictions, which its attack maximizes.
             "mart" weights this divergence by how wrong the clean prediction is.
         beta: weight of the divergence. None takes that of the paper: 6 for TRADES, 5 for MART.
-        label_smoothing: share of the label that is spread over all classes in the training's cross-entropy. None means
-            0.
+        label_smoothing: share of the label that is spread over all classes in the training's cross-entropy. None: 0.
 
     Raises:
         ValueError: a setting is out of range; the message names it.

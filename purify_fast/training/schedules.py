@@ -1,8 +1,7 @@
 """Computes the length of a run, the step in which each delayed loss term begins, and the learning rate of each step.
 
 Learning rates are functions of the progress, without a state to store. torch's schedulers could not repeat published
-runs
-to the bit: OneCycleLR reaches its peak and its end one step earlier, and LambdaLR rounds differently.
+runs to the bit: OneCycleLR reaches its peak and its end one step earlier, and LambdaLR rounds differently.
 """
 
 from __future__ import annotations
@@ -39,9 +38,7 @@ class RunLength:
         return epochs * self.images_per_epoch + steps * self.batch_size
 
     def first_step(self, delay: float, unit: DelayUnit) -> int:
-        """Return the first step that begins after a delay; ValueError if it is in images, and the batch size is
-        unknown.
-        """
+        """Return the first step after a delay, or raise ValueError for images without a known batch size."""
         if delay <= 0:
             return 0
         if unit == "steps":

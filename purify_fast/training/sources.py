@@ -104,8 +104,7 @@ class Loader:
     """Returns batches of a DataLoader, of another iterable, or of a function of the epoch, on the model's device.
 
     torch's global generator is seeded before each epoch and batch, and a loader's own generators before each epoch. So
-    all
-    random draws depend only on the seed and the epoch.
+    all random draws depend only on the seed and the epoch.
     """
 
     # 0 means that the sizes are not known before the batches arrive

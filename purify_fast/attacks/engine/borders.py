@@ -36,9 +36,8 @@ def nearest_borders(active: ActiveSet, objective: Objective, count: int | None) 
     """Find the classes whose borders are nearest to each image, by the linear approximation at the clean image.
 
     The distance to a border is the difference of the two logits, divided by the dual norm of its gradient (MALT:
-    Melamed,
-    Yehudai & Shamir, NeurIPS 2024, arXiv 2407.02240). It is computed for `CANDIDATES` or ``count`` classes of highest
-    logit.
+    Melamed, Yehudai & Shamir, NeurIPS 2024, arXiv 2407.02240). It is computed for `CANDIDATES` or ``count`` classes of
+    highest logit.
     """
     left, by_margin = active.left(), replace(objective, loss="margin_targeted")
     x, y = active.x[left], active.y[left]

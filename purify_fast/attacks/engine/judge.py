@@ -32,8 +32,7 @@ def bucket(items: int, device: torch.device, costly: bool = False) -> int:
     """The smallest allowed batch size that holds ``items`` items.
 
     On a CPU every size below 8 or with ``costly`` is allowed, and else the powers of two times 1, 5/4, 6/4 and 7/4. On
-    a GPU
-    the allowed sizes are 16, 32, 64, and from 128 on the powers of two times 1 and 3/2.
+    a GPU the allowed sizes are 16, 32, 64, and from 128 on the powers of two times 1 and 3/2.
     """
     if takes_every_size(device):
         return items if costly or items <= 2 * PER_DOUBLING else _rounded_up(items, PER_DOUBLING)

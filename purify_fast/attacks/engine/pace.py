@@ -1,5 +1,4 @@
-"""The progress per step ("pace") of rows, by which rows that would not reach a decision boundary ("border") are given
-up.
+"""The progress per step ("pace") of rows, by which rows that would not reach a decision boundary are given up.
 
 The rule is empirical: a pace hardly ever rises, but a row without progress for a while might succeed later.
 """
@@ -65,9 +64,7 @@ class PaceMonitor:
         return any(self.last_step < mark <= step for check in self.checks for mark in (check // 2, check))
 
     def lost(self, step: int, missing: Tensor) -> Tensor | None:
-        """Tell which rows are out of reach of their borders, bool ``[R]``, never with NaN; None if nothing is decided
-        now.
-        """
+        """Tell which rows are out of reach of their borders, bool ``[R]``; None if nothing is decided at this step."""
         lost = self._beyond_gains(step, missing)
         for check in self.checks:
             if self.last_step < check // 2 <= step:
@@ -83,7 +80,7 @@ class PaceMonitor:
         return lost
 
     def _beyond_gains(self, step: int, missing: Tensor) -> Tensor | None:
-        """Tell which rows the earlier rows' gains give up, at the end of the early steps; later, record the gains."""
+        """Tell which rows are given up because of earlier rows' gains; after the early steps, record the gains."""
         if self.gains is None:
             return None
         if self.last_step < self.early_step <= step:

@@ -2,8 +2,7 @@
 
 A row is an image with one target class and one restart. The model itself must confirm its success, by fresh draws if it
 is random: among a hundred steps, some draw is misclassified by luck. Then all rows of the image are removed. A new
-batch
-size takes time, so a shrinking batch has only sizes from a fixed list, and rows of fallen images fill it up.
+batch size takes time, so a shrinking batch has only sizes from a fixed list, and rows of fallen images fill it up.
 """
 
 from __future__ import annotations
@@ -66,8 +65,8 @@ class ActiveSet:
 
     Without ``leave``, every image is attacked to the end, and ``fallen`` remains False. ``score`` is the share of
     misclassified draws and the loss of the best point, ``[2, N]``. ``felled_by`` is the number of the run, or -1.
-    ``tried``
-    is True for images with a complete search, or one that came nearer to the border before it was given up.
+    ``tried`` is True for images with a complete search, or a search that came nearer to the border before it was given
+    up.
     """
 
     def __init__(self, x: Tensor, y: Tensor, ball: Ball, judge: Judge, ids: Tensor):
@@ -91,8 +90,10 @@ class ActiveSet:
         return self.judge.logits(self.x)
 
     def left(self) -> Tensor:
-        """Indices of images not fallen (without ``leave``: not wrong in all draws), int64 ``[n]``. Waits for the
-        device.
+        """Indices of images that need another run, int64 ``[n]``. This waits for the device.
+
+        With ``leave`` they are the images that have not fallen, and otherwise those with a best point that some draw
+        classifies correctly.
         """
         stands = ~self.fallen if self.leave else self.score[0] < 1
         return stands.nonzero()[:, 0]
@@ -153,8 +154,7 @@ def waves(
     """Yield the rows of an attack in groups ("waves"), each with only images that have not fallen in earlier waves.
 
     The first wave has a single run, because most images fall to any run. On a CPU a wave consists of complete runs. On
-    a GPU
-    copies of its first rows fill a wave up to the size of `bucket`, so that most waves have the same size.
+    a GPU copies of its first rows fill a wave up to the size of `bucket`, so that most waves have the same size.
     """
     x, y, count, begin = active.x, active.y, len(active.x), context.begin
     padded = not takes_every_size(x.device)

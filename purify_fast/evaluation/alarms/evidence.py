@@ -45,8 +45,7 @@ class Finding:
         measured: the measurements, in words.
         row: the name of the attack, or of the probe, that shows the sign.
         model: the model's name.
-        of_answers: whether the alarm is about missing or inconsistent predictions. Then the accuracy is doubtful even
-            at 0 %.
+        of_answers: whether the alarm is about missing or inconsistent predictions, which make even 0 % doubtful.
         prominent: whether the report shows the finding next to the headline even if it is only noted.
         advice: what to do; empty if there is nothing to do.
     """
@@ -83,8 +82,7 @@ class Evidence:
         one_hot: whether the probabilities are all 0 or 1.
         protocol: name of the protocol; None for a list of attacks.
         no_gradient: whether the output is known to have no gradient with respect to the images.
-        cosine: between the changes that gradients predict and the measured changes (`differences`); None if not
-            measured.
+        cosine: between the changes that gradients predict and the measured changes; None if not measured.
     """
 
     rows: Sequence[Row]
@@ -136,9 +134,7 @@ class Evidence:
         return bool((wrong == 1).all())
 
     def blind(self) -> str:
-        """The reason why the model's gradients, missing or unusable, could not lead to a success; empty if none is
-        known.
-        """
+        """The reason why the model's gradients could not lead to a success; empty if none is known."""
         counted = self.with_counted_gradients()
         if self.probes is not None and isinstance(self.probes.cosine, str):
             return MISSING[self.probes.cosine]
@@ -146,11 +142,9 @@ class Evidence:
         return f"the attacks had no usable gradients: {counted[0].health_in_words()}" if lacked else ""
 
     def wrong(self, n: int) -> np.ndarray | None:
-        """For each of the first n images, the largest share of wrong draws after an attack, ``[n]``; None without an
-        attack.
+        """For each of the first n images, the largest share of wrong draws after an attack, ``[n]``, or None.
 
-        For a random model it is the share of the draws that choose points, because the draws that judge must stay
-        fresh.
+        The draws are those that choose a random model's points, because the draws that judge must stay fresh.
         """
         shares = [row.share_wrong[:n] for row in self.attacks() if row.n >= n]
         return np.maximum.reduce(shares) if shares else None

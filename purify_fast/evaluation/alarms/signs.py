@@ -82,8 +82,7 @@ SHORT_FOUND_MORE = Advice("a short attack found images that the attacks of the r
 
 
 class Outcome(NamedTuple):
-    """The result of an alarm's function, with the fields of `Finding`; advice None stands for the alarm's usual advice.
-    """
+    """The result of an alarm's function, see `Finding`. Without advice, the alarm's usual advice is used."""
 
     verdict: Verdict
     measured: str
@@ -122,8 +121,7 @@ def findings(evidence: Evidence) -> list[Finding]:
     """Run all alarms, and return their findings in order.
 
     If every image has fallen, "unreliable" becomes "noted", because the robust accuracy cannot be too high, unless a
-    finding
-    is about missing or inconsistent predictions.
+    finding is about missing or inconsistent predictions.
 
     Args:
         evidence: rows and probes of one model.

@@ -1,4 +1,4 @@
-"""Defines the protocols, which are functions from the model and the ball to a list of attacks, the cheap ones first.
+"""Defines the protocols, which are functions from the model and the ball to a list of attacks. Cheap attacks are first.
 
 To add a protocol, write its function and add its name to `PROTOCOLS` and `ProtocolName`.
 """

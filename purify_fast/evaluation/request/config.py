@@ -27,12 +27,11 @@ class EvaluateConfig:
         protocol: name of a list of attacks. "fast": Auto-PGD, in minutes. "standard": the four attacks of AutoAttack in
             this package's faster versions. "rand": AutoAttack's version for random models. "strong": adaptive attacks,
             with surrogate models, restarts and every target class. "official": AutoAttack itself. "authors": the
-            evaluation of the defence's authors, whose rows do not count for the robust accuracy. Both need the package
-            pyautoattack. None: the list ``attacks`` of `evaluate`, or else "standard".
+            evaluation of the defence's authors, whose rows do not count for the robust accuracy. "official" and
+            "authors" need the package pyautoattack. None: the list ``attacks`` of `evaluate`, or else "standard".
         steps: number of steps of PGD and APGD, for attacks that set none. It also limits the steps of a protocol's
             attacks, but not of a first attack with ten steps. FAB-T takes 100 steps, as in its authors' code.
-        eot_iter: number of draws averaged per step, for attacks that set none. On a deterministic model attacks take
-            one draw.
+        eot_iter: number of draws averaged per step, for attacks that set none; 1 on a deterministic model.
         n_eval: number of independent predictions on each adversarial image; 1 for a deterministic model.
         predict: rule by which the predictions of a random model decide. "worst_of": an image has fallen if any
             prediction is wrong. "votes": the prediction is the majority vote over several draws, and attacks take the
@@ -66,8 +65,7 @@ class EvaluateConfig:
             CIFAR-10), for `check_witnesses` and `purify-fast check`.
         claim: a claimed robust accuracy, in percent, such as 70. The report says whether the result refutes it, and how
             many images would be needed for a decision. A random model is tested by the accuracy of one draw.
-        dataset_name: name of the data set, for the report's title. On the command line, the default is the data set's
-            name.
+        dataset_name: name of the data set, for the report's title. On the command line, the default is that of --data.
         together: whether the processes of torch's default process group share the work. Each process calls `evaluate`
             with the same arguments; the result is that of a single process, bit by bit. Only the first process writes
             and prints; the others get the report without pictures. False: each process makes a separate evaluation.

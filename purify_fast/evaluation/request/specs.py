@@ -50,9 +50,8 @@ def as_attack(
         name: name of the attack in the report; None takes the function's name.
         eps: radius of the ball in image units. None takes the evaluation's radius.
         norm: norm of the ball, "linf", "l2" or "l1"; a norm needs an eps beside it. None takes the evaluation's norm.
-        revision: a name for the function's code, with which the results of the attack are cached; choose another name
-            after a change. None: no caching. Two functions with the same module and name, such as lambdas, need
-            different revisions.
+        revision: a name for the function's code, with which results are cached; choose another name after a change.
+            None: no caching. Functions with the same module and name, such as lambdas, need different revisions.
 
     Raises:
         TypeError: function is not callable.

@@ -98,8 +98,8 @@ class Judgement:
     """Repeated predictions on the same images.
 
     ``right`` is bool ``[draws, n]``. ``nonfinite`` predictions have no class and count as wrong. ``margins`` are
-    averaged
-    over the predictions. ``classes`` are from the first wrong prediction, or else from the first; -1 without a class.
+    averaged over the predictions. ``classes`` are from the first wrong prediction, or else from the first; -1 without a
+    class.
     """
 
     right: np.ndarray
@@ -117,8 +117,7 @@ class Subject:
     """A model with the images on which it is attacked.
 
     ``model`` is the judged model, which is ``base_model`` or the vote over its draws. ``room`` is the number of images
-    that
-    fit into memory in a pass. ``draws`` is True if the model is known to draw random numbers for some images.
+    that fit into memory in a pass. ``draws`` is True if the model is known to draw random numbers for some images.
     """
 
     def __init__(

@@ -55,10 +55,8 @@ class ClaimTest:
     """The result of the test if a row refutes a claimed robust accuracy.
 
     A random model is tested by the accuracy of one draw. The mean over several draws varies less than a single draw, so
-    the
-    binomial test of the rounded up number is cautious. ``chance`` is the probability of at most ``left`` robust images
-    if
-    the claim is true.
+    the binomial test of the rounded up number is cautious. ``chance`` is the probability of at most ``left`` robust
+    images if the claim is true.
     """
 
     verdict: Literal["refuted", "not refuted", "not tested"]

@@ -73,8 +73,7 @@ class Row:
         settings: the options of the attack and of its `AttackSpec` as plain values; for several attacks, their names.
         deterministic: whether two predictions of the model are equal; None if unknown.
         attacked: number of images that the attack got; None in a clean row.
-        fell_to: by name of a run, such as "target 2, restart 1", the number of images on which it succeeded; may be
-            empty.
+        fell_to: by name of a run, such as "target 2, restart 1", the number of images on which it succeeded.
         may_end_early: whether a search may have ended before its last step.
         unsearched: number of images that the attack got but did not reach, because it stopped before.
         may_hold: the largest number of unsearched images that would fall, with 95 % confidence.
@@ -93,10 +92,8 @@ class Row:
             draws, float32 ``[n]``. None in a ``worst`` row, and in the clean row of a deterministic model.
         right: the number of correct predictions on each image, int64 ``[n]``; None if each image has one prediction.
         wrong: for a random model as it is deployed: the share of the choosing draws that misclassify each image,
-            float64 ``[n]``. Choosing draws choose between points, and are not among the ``n_eval`` predictions.
-            Otherwise None.
-        of_draws: for a model that draws once per call: the accuracy of each of the ``n_eval`` predictions, for the
-            standard error.
+            float64 ``[n]``; otherwise None. Choosing draws choose between points, and are not among the predictions.
+        of_draws: for a model that draws once per call: the accuracy of each prediction, for the standard error.
         points: best points of the images that withstood, while a curve over the radius is made; None afterwards.
     """
 
@@ -156,8 +153,7 @@ class Row:
         """The standard error of `mean`, over images and draws.
 
         The standard deviation of the images' shares of correct predictions contains both. If the model draws once for
-        all
-        images, the variance over the draws is added.
+        all images, the variance over the draws is added.
         """
         if self.right is None:
             return self.standard_error

@@ -50,9 +50,8 @@ class AttackRun:
     """The batches of an attack, which this class makes, saves in ``folder``, reads and sums up.
 
     On a deterministic model most results do not depend on the batches. On a random model each batch has a separate
-    seed. The
-    batches depend only on the images and their order, on the batch size and on the rule. ``rounds`` are the rule's
-    rounds.
+    seed. The batches depend only on the images and their order, on the batch size and on the rule. ``rounds`` are the
+    rule's rounds.
     """
 
     spec: AttackSpec

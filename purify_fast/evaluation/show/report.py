@@ -289,11 +289,10 @@ class Report:
         logger.warning(note)
 
     def save(self, folder: str | Path, defence: Classifier | Mapping[str, Classifier] | None = None) -> None:
-        """Write ``report.html``, ``report.json`` and ``report.md``, and with ``keep="all"`` the fallen images,
-        atomically.
+        """Write ``report.html``, ``report.json`` and ``report.md``, and with ``keep="all"`` the fallen images.
 
-        If the folder has a report with other contents or settings, that report and the options of its command are moved
-        into a subfolder "earlier, ...", with a warning.
+        Each file is written atomically. If the folder has a report with other contents or settings, that report and the
+        options of its command are moved into a subfolder "earlier, ...", with a warning.
 
         Args:
             folder: folder of the report; it is made if it is missing.

@@ -50,8 +50,7 @@ class Witnesses:
     """The witnesses of an evaluation: one adversarial image for each image that fell, within each threat model.
 
     ``numbers`` are the images' indices in the data, ``attacks`` those in ``about["attacks"]``; ``margins`` are averaged
-    over
-    the draws. ``about`` also has the model's hashes and number of classes, ``random``, ``n_eval``, ``predict`` and
+    over the draws. ``about`` also has the model's hashes and number of classes, ``random``, ``n_eval``, ``predict`` and
     ``seed``.
     """
 
@@ -174,8 +173,7 @@ class CheckedWitnesses:
         draws: number of predictions that judged each witness.
         wrong: number of wrong predictions on each witness, int64 ``[W]``.
         outside: bool ``[W]``, True for witnesses that are outside the ball or [0, 1] by more than rounding.
-        changed: bool ``[W]``, True for witnesses whose image, clean image, label, index or attack differs from the
-            report.
+        changed: bool ``[W]``, True for witnesses whose images, label, index or attack differ from the report.
         margins: the true logit minus the largest other logit in the report's evaluation, float32 ``[W]``.
         balls: the balls of the attacks, in words.
         model: a sentence on whether the model is the report's model.

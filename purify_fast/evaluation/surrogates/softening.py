@@ -1,10 +1,8 @@
 """Lets gradients pass through the thresholds, masks, rounding, gates and detached parts of any model.
 
 Functions of PyTorch are replaced while the model's code runs. A comparison still returns its mask. In addition, a
-smooth
-step of the difference is stored as the mask's counterpart. Arithmetic with the mask uses the counterpart for the
-gradient.
-(An estimator that keeps the hard values is called straight-through, Bengio et al., arXiv 1308.3432.)
+smooth step of the difference is stored as the mask's counterpart. Arithmetic with the mask uses the counterpart for the
+gradient. (An estimator that keeps the hard values is called straight-through, Bengio et al., arXiv 1308.3432.)
 """
 
 from __future__ import annotations
@@ -58,8 +56,7 @@ class Softening(HoldingMode):
     """A function mode in which thresholds, rounding and similar functions have a useful gradient.
 
     ``temperature`` divides the arguments of functions that saturate; its root divides the slope of comparisons. With
-    None,
-    all values are exact, and only the gradients change.
+    None, all values are exact, and only the gradients change.
     """
 
     def __init__(self, temperature: float | None):

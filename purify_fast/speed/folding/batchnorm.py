@@ -80,8 +80,7 @@ def fold_sequential(model: nn.Module) -> None:
     """Fold every BatchNorm that follows a layer in an ``nn.Sequential``, in place, without an example.
 
     A module could call the layers in another order, so its class must have ``runs_in_order = True``, which subclasses
-    do not
-    inherit. Transposed convolutions are folded too, but no layers with hooks or several places.
+    do not inherit. Layers that are used in several places, or that have hooks, are not folded.
     """
     _check_evaluation_mode(model)
     places = Counter(id(child) for module in model.modules() for child in module._modules.values())
@@ -205,8 +204,8 @@ class FoldedPairs:
     """Computes `folded` for a model that is being trained: for all of its pairs together, in float32.
 
     On CUDA this needs eight launches for any number of pairs. PyTorch multiplies many tensors in a launch only by
-    tensors of
-    the same shapes and strides, so each channel's factor is first copied to its weights, with a table of indices.
+    tensors of the same shapes and strides, so each channel's factor is first copied to its weights, with a table of
+    indices.
     """
 
     def __init__(self, model: nn.Module, pairs: list[tuple[str, str]], layout: nn.Module):
@@ -259,9 +258,7 @@ class FoldedPairs:
         return factors
 
     def _places(self) -> Iterator[Tensor]:
-        """Yield, for each weight in the order of the memory, the number of its output channel, counted over all
-        weights.
-        """
+        """Yield each weight's output channel, counted over all weights, in the order of the memory."""
         begin = 0
         for weight in self._layouts:
             channels = torch.arange(begin, begin + len(weight), dtype=torch.int32)

@@ -98,8 +98,7 @@ class Step:
         return list(self.layer.stride), [value_of(one, shape) for one in self.padding]
 
     def by_onednn(self, x: Tensor, added: Tensor | None) -> Tensor | None:
-        """Return the result of the step by one call of oneDNN, from x ``[B, H, W, C]`` in bfloat16; None if impossible.
-        """
+        """Return the result of the step by one call of oneDNN, ``[B, H', W', O]`` in bfloat16; None if impossible."""
         layer, (_, (top, bottom, left, right)) = self.layer, self.settings(x.shape[1:3])
         if self.norm is not None or (top, left) != (bottom, right) or (added is not None and self.activation == SILU):
             return None

@@ -1,8 +1,7 @@
 """Rewrite a frozen network so that its convolutions compute what follows them, by the op `fused_convolution`.
 
 `torch.fx` traces the network to a graph, or else the largest parts that can be traced. All convolution groups between
-two
-other operations are a `Chain`. A part is rewritten only if outputs and input gradients in float64 remain equal.
+two other operations are a `Chain`. A part is rewritten only if outputs and input gradients in float64 remain equal.
 """
 
 from __future__ import annotations
@@ -328,8 +327,7 @@ def fuse_where_faster(model: nn.Module, *example: Tensor) -> None:
 
 
 def fuse_convolutions(model: nn.Module, *example: Tensor) -> int:
-    """Rewrite a frozen network in bfloat16 in place, unless it has hooks, and return the number of fused convolutions.
-    """
+    """Rewrite a frozen network in bfloat16 in place, unless it has hooks; return the number of fused layers."""
     if any(map(hooked, model.modules())):
         return 0
     try:

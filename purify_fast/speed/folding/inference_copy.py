@@ -35,8 +35,7 @@ REWRITES: list[Callable[[nn.Module, Tensor], object]] = []
 
 
 def pad_batch(x: Tensor) -> Tensor:
-    """Copy ``x [B, ...]`` and append zeros, up to at least 16 items, also for a symbolic batch size of torch.compile.
-    """
+    """Copy ``x [B, ...]`` and append zeros, up to at least 16 items, also for a symbolic batch size."""
     missing = torch.sym_max(SMALL_BATCH - x.shape[0], 0)
     # The number may be a SymInt.
     return F.pad(x, [0, 0] * (x.dim() - 1) + [0, missing])  # type: ignore[list-item]
@@ -96,7 +95,8 @@ def autocast_to(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 
 def convert_to_channels_last(model: nn.Module, image_shape: tuple[int, ...]) -> bool:
-    """Convert the convolutions' weights to channels_last in place, if the model then still runs; return if it does.
+    """Convert the convolutions' weights to channels_last in place, if the model then still runs; return True if it
+    does.
 
     A model that flattens maps or images with ``view`` does not run in channels_last.
     """
@@ -140,8 +140,7 @@ def _see_images_in_float32(model: nn.Module, image_shape: tuple[int, ...]) -> li
     """Let the layers that read the images compute in float32 under an autocast, in place; return these layers.
 
     Between 0.5 and 1, the numbers of bfloat16 are 1/256 apart, so a perturbation of 1/255 would almost be lost. Layers
-    of
-    subclasses are not changed, because they may compute something else.
+    of subclasses are not changed, because they may compute something else.
     """
     layers: list[nn.Module] = []
     for module in model.modules():
@@ -162,11 +161,10 @@ def prepare_for_inference(
     fine: bool = False,
     channels_last: bool | None = None,
 ) -> tuple[list[tuple[str, str]], bool]:
-    """Prepare a frozen model for `autocast_to`, in place; return the folded pairs, and if it is in channels_last.
+    """Prepare a frozen model for `autocast_to`, in place; return the folded pairs, and True if it is in channels_last.
 
     With ``fine``, the layers that read the images compute in float32, for small radii. ``channels_last=None`` converts
-    all
-    but models in float32 with transposed convolutions, which are slower in it. In bfloat16, `REWRITES` are applied.
+    all but models in float32 with transposed convolutions, which are slower in it. In bfloat16, `REWRITES` are applied.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
@@ -193,8 +191,8 @@ def prepare_for_inference(
 class InferenceCopy(nn.Module):
     """A copy of a classifier for inference and for attacks: images ``[B, *image_shape]`` -> float32 logits.
 
-    It has no hooks of a `Representation`, and no parameter that needs a gradient. Call `refresh` after the weights of
-    the classifier change.
+    It has no hooks of a `Representation`, and no parameter that needs a gradient. Call `refresh` after the classifier
+    changes.
 
     Args:
         classifier: module from images in [0, 1] to logits. It is copied.

@@ -20,8 +20,7 @@ BATCH = 32
 
 
 def kept_layout(weight: Tensor, name: Hashable, make: Callable[[], Tensor]) -> Tensor:
-    """Return weights in the layout ``name``, made again after a write in place. Writes to ``weight.data`` are not seen.
-    """
+    """Return weights in the layout ``name``, made again after a write in place, but not to ``weight.data``."""
     # A trace would record the kept tensor as a constant. Tensors of the inference mode have no version.
     if weight.requires_grad or weight.is_inference() or _get_current_dispatch_mode():
         return make()

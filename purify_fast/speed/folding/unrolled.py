@@ -45,8 +45,8 @@ def product(
 ) -> Tensor:
     """Multiply pixels ``[B, H, W, M]`` in bfloat16 with a matrix of weights ``[N, M]``, as a convolution of one image.
 
-    PyTorch computes such a product in a single thread if the matrix has a few hundred rows; a convolution has more
-    threads.
+    PyTorch computes such a product in a single thread if the matrix has a few hundred rows, but a convolution in
+    several.
     """
     packs = type(rows) is Tensor and rows.numel() and onednn_takes_bfloat16()
     if weight.requires_grad or not packs:
@@ -89,7 +89,7 @@ class _Unrolled(torch.autograd.Function):
 
 
 def is_faster(x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: tuple[int, ...]) -> bool:
-    """Tell whether a convolution is faster as a product of matrices; compiled code never is."""
+    """Tell whether a convolution is faster as a product of matrices; in compiled code it is not."""
     if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dim() != 4:
         return False
     if weight.shape[0] * weight.shape[1] < CHANNELS or weight.shape[2:] == (1, 1):

@@ -40,9 +40,7 @@ STEPS = 10
 
 
 class ReleasedEvaluation(nn.Module):
-    """The model that `evaluate.ipynb` attacks in its batch number ``batch``: AToP without noise, with one pass and
-    mask.
-    """
+    """The model that `evaluate.ipynb` attacks in its batch ``batch``: AToP without noise, in one pass."""
 
     def __init__(self, defence: nn.Module, batch: int):
         super().__init__()

@@ -1,9 +1,8 @@
 """Attacks on purifiers by diffusion, which the protocol "strong" runs in addition to its other attacks.
 
-Lee & Kim (ICCV 2023, arXiv 2303.09051) evaluate such purifiers by PGD with 200 steps of 20 draws each. DiffBreak
-(arXiv 2411.16598) uses the fact that noise hides low frequencies least. Here, a fixed filter is applied to the gradient
-g: F^-1 (m F g). F is the Fourier transform. m is 1 for frequencies up to a quarter of the highest in each direction,
-and
+Lee & Kim (ICCV 2023, arXiv 2303.09051) evaluate such purifiers by PGD with 200 steps of 20 draws each. DiffBreak (arXiv
+2411.16598) uses the fact that noise hides low frequencies least. Here, a fixed filter is applied to the gradient g:
+F^-1 (m F g). F is the Fourier transform. m is 1 for frequencies up to a quarter of the highest in each direction, and
 otherwise 0.
 """
 

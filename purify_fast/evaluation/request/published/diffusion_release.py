@@ -12,8 +12,7 @@ f, the diffusion g, the state y and the gradient a with respect to y, the steps 
 The authors of GDMP (JinyiW/GuidedDiffusionPur at 6ee8b1a) use PGD with 10 steps on the classifier alone (lines 25 to 28
 of attacks/clf_pgd.py, and 14 to 19 of configs/cifar10_MSE.yml), and BPDA with eps 8/255, 40 steps of 2/255 and 15 draws
 (lines 14 to 41 of attacks/bpda_strong.py, and 13 to 20 of configs/BPDA40+EOT15.yml), each of one purification. The
-final
-prediction sums the logits of ten purifications (lines 149 to 162 of runners/empirical.py, and 99 to 126 of
+final prediction sums the logits of ten purifications (lines 149 to 162 of runners/empirical.py, and 99 to 126 of
 utils/accuracy.py). None of the code of these repositories is used here.
 """
 
@@ -122,8 +121,7 @@ def authors_attacks(defence: Any, eps: float) -> list[AttackSpec]:
     """Return the attacks of the protocol "authors". A step has the length eps / 4: the authors use 2/255 for 8/255.
 
     There are three differences from the authors' attacks. PGD and BPDA return their best point, not the last. BPDA
-    averages
-    the gradients of its draws; GDMP's BPDA sums their signs. And GDMP's PGD has a radius of 8/256.
+    averages the gradients of its draws; GDMP's BPDA sums their signs. And GDMP's PGD has a radius of 8/256.
     """
     ten = TenPaths(defence)
     rows = [
