@@ -1,18 +1,16 @@
 """Evaluate, train and speed up adversarial defences of image classifiers in PyTorch.
 
 - `purify_fast.accelerate`, `restore`, `images_only`: make any module's predictions and attacks faster, in place.
-- `purify_fast.Carso`, `purify_fast.Atop`, `purify_fast.DiffusionPurifier`: defences. Each is a module that maps images
-  in [0, 1] to logits.
-- `purify_fast.load_defence`, `purify_fast.load_classifier`: functions that read a saved model.
+- `purify_fast.Carso`, `Atop`, `DiffusionPurifier`: defences, which are modules from images in [0, 1] to logits.
+- `purify_fast.load_defence`, `load_classifier`: functions that read a saved model.
 - `purify_fast.methods.carso`, `.atop`, `.arrest`, `.diffusion`: each method's networks, settings and training.
 - `purify_fast.training`: the training loop of all methods. `purify_fast.data`: data sets.
 - `purify_fast.evaluation`: adaptive evaluation and reports. `purify_fast.attacks`: the attacks.
 - `purify_fast.ops`: the fused operations. `purify_fast.nn`: the same as modules.
 - `purify_fast.speed`: faster copies of frozen models, and CUDA graphs.
 - `purify_fast.patch`: lets AutoAttack, torchattacks and RobustBench run on this package's attacks.
-- `purify_fast.zoo`: small trained models to attack.
-- `purify_fast.models`: classifiers. `purify_fast.defences`: base classes of defences.
-- `purify_fast.protocols`: optional Python methods of your own model. The package uses those that your model has.
+- `purify_fast.zoo`: small trained models. `purify_fast.models`: classifiers.
+- `purify_fast.defences`: base classes of defences. `purify_fast.protocols`: optional methods of your own model.
 
 Each name is imported when it is first used, so ``purify-fast --help`` does not wait for the import of PyTorch.
 """

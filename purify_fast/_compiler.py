@@ -1,8 +1,4 @@
-"""Mark functions for `torch.compile` without importing the compiler.
-
-The compiler is ``torch._dynamo``. Its import takes as long as the import of PyTorch, so the compiler should be imported
-only at the first ``torch.compile``.
-"""
+"""Mark functions for `torch.compile` without importing the compiler (``torch._dynamo``), whose import is slow."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 """Write files atomically, lock folders, and tell whether the extension was built from the current C++ sources.
 
-The operating system unlocks a folder's lock (`filelock`, ``.purify_fast.lock``) when the process ends, even if it is
-killed. The file is removed when the run ends.
-
 This module imports nothing of the package, because setup.py loads it alone.
 """
 

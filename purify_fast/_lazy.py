@@ -1,8 +1,4 @@
-"""Let a package import each public name when it is first used (PEP 562).
-
-The import of PyTorch takes about 1.8 seconds. The command line needs no PyTorch to print its help and to refuse wrong
-options, but it imports packages that define settings. These packages must not import PyTorch when they are imported.
-"""
+"""Let a package import each public name when it is first used (PEP 562), so ``--help`` does not import PyTorch."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Load the compiled extension when this module is imported.
-
-The package works without the extension. If the extension cannot be loaded, the reason is logged and is the value of
-`load_error`.
-"""
+"""Load the compiled extension. If that fails, the package works without it; `load_error` is the reason."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """Tells what the processor can. All code that depends on its instructions asks the functions of this file.
 
-PyTorch's variable ATEN_CPU_CAPABILITY and oneDNN's variable ONEDNN_MAX_CPU_ISA also lower these answers. So with
-``ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2``, every CPU is used as one that has AVX2 alone.
+PyTorch's variable ATEN_CPU_CAPABILITY and oneDNN's variable ONEDNN_MAX_CPU_ISA also lower these answers.
 """
 
 from __future__ import annotations

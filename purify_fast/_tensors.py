@@ -19,11 +19,7 @@ def per_image(values: Tensor, like: Tensor) -> Tensor:
 
 
 def per_sample(name: str, value: float | Tensor, x: Tensor) -> Tensor:
-    """Return ``value`` as a tensor [B] on x's device, float32 (float64 for float64).
-
-    Raises:
-        ValueError: if value has another shape, or if ``name`` is "eps" and value is a negative number or NaN.
-    """
+    """Return ``value`` as a tensor [B] on x's device, float32 (float64 for float64), or raise ValueError."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     if not isinstance(value, Tensor):
         # A negative step is a step in the other direction, but no ball has a negative radius.

@@ -138,14 +138,9 @@ def state_hash(model: Any) -> str:
 
 
 def network_hash(parts: Any) -> str:
-    """Hash the code and the structure of modules, without the values of their tensors and without their modes.
+    """Hash the code and the structure of modules, without their tensors' values and modes; "" for unreadable code.
 
-    Args:
-        parts: modules and classes, in tuples and dicts. Functions and numbers that the code of the user reads from its
-            module count too, if they are no modules.
-
-    Returns:
-        The hash; "" if the code cannot be read.
+    Functions and numbers that the code of the user reads from its module count too, if they are no modules.
     """
 
     def leaf(value: Any, inside: Inside) -> Any:

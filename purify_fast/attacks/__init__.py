@@ -1,7 +1,6 @@
 """Attacks on any model that maps images in [0, 1] to logits.
 
-A function, such as `pgd`, attacks one batch. A dataclass, such as `PGD`, describes the same attack by its options.
-`purify_fast.evaluation` runs lists of such dataclasses.
+A function, such as `pgd`, attacks one batch. A dataclass, such as `PGD`, has the same attack's options.
 """
 
 import types

@@ -1,10 +1,7 @@
 """Auto-PGD (Croce & Hein, ICML 2020): PGD with momentum and an automatic step size.
 
-At some fixed steps, the checkpoints, the step size of an image is halved if at most a share rho of the steps since the
-last checkpoint raised the loss, or if the last checkpoint did not halve it and the highest loss has not risen since.
-The search of the image then continues at its point of highest loss. The intervals (see `checkpoints`) are rounded as in
-the authors' implementation. Two things are not in the paper: the first point is uniform in the ball, and the loss of a
-random model is the mean over several draws.
+Two things are not in the paper: the first point is uniform in the ball, and the loss of a random model is the mean over
+several draws.
 """
 
 from __future__ import annotations
@@ -50,19 +47,15 @@ class APGD(EngineAttack):
 
     Args:
         steps: number of gradient steps of a run. None takes the evaluation's number, or 100 without an evaluation.
-        n_target_classes: the number of target classes of a targeted loss, each with a run of its own. They are the
-            wrong classes whose decision boundaries are nearest, by the model's linear approximation at the image. None
-            takes all wrong classes.
-        loss: a name of `purify_fast.attacks.losses.LOSSES`, or of `TARGETED` for a targeted attack. If the
-            model has too few classes, "margin" replaces "dlr" (fewer than 3) and "dlr_targeted" (fewer than 4).
-        rho: a checkpoint halves the step size of an image if at most this share of the steps since the last checkpoint
+        n_target_classes: number of target classes of a targeted loss, each with a run of its own: the classes with the
+            nearest decision boundaries, by the model's linear approximation at the image. None takes all wrong classes.
+        loss: a name of `purify_fast.attacks.losses.LOSSES`, or of `TARGETED` for a targeted attack. If the model has
+            too few classes, "margin" replaces "dlr" (fewer than 3) and "dlr_targeted" (fewer than 4).
+        rho: a checkpoint halves an image's step size if at most this share of the steps since the last checkpoint
             raised the loss.
-        leave_when_fallen: whether the attack of an image ends once the model itself has confirmed a misclassified
-            point; this point is then returned. If not, every run takes all of its steps, and a further run leaves out
-            an image only if all draws misclassify its best point.
-
-    Raises:
-        ValueError: a setting that is not allowed; the message names it.
+        leave_when_fallen: whether the attack of an image ends at a misclassified point that the model itself has
+            confirmed. If not, every run takes all of its steps, and a further run leaves out an image only if all draws
+            misclassify its best point.
     """
 
     kind: ClassVar[str] = "apgd"
@@ -123,10 +116,10 @@ apgd = as_function(
 
 
 def checkpoints(steps: int) -> dict[int, int]:
-    """Return a dict from the step of each checkpoint to the number of steps since the checkpoint before.
+    """Return, for the step of each checkpoint, the number of steps since the checkpoint before, rounded as by the
+    authors.
 
-    The first interval has 22 % of all steps. Each further interval is shorter by 3 % of all steps, but has at least 6 %
-    of all steps.
+    The first interval has 22 % of the steps. Each further interval is shorter by 3 % of the steps, down to 6 %.
     """
     length, less, least = (max(int(share * steps), 1) for share in (0.22, 0.03, 0.06))
     marks, at = {}, length
@@ -149,13 +142,10 @@ def changed_share(point: Tensor, x: Tensor) -> Tensor:
 
 
 class AutoPgd(RowSearch):
-    """One run of Auto-PGD. It takes the arguments of `RowSearch` too.
+    """One run of Auto-PGD.
 
-    Args:
-        rho: a checkpoint halves a step size if at most this share of the steps since the last checkpoint raised the
-            loss.
-        claims: whether a misclassified point counts as a success; False while the run is in a ball that is larger than
-            the given ball.
+    A checkpoint halves an image's step size if at most a share ``rho`` of the steps since the last checkpoint raised
+    the loss, or if the last checkpoint did not halve it and the highest loss has not risen since.
     """
 
     def __init__(self, *given: Any, rho: float = 0.0, claims: bool = True, **options: Any):
@@ -267,10 +257,7 @@ class AutoPgd(RowSearch):
             self.health.see_move(self.rows.begin[index], self.point[index], correct)
 
     def _finish(self, index: Tensor | slice) -> None:
-        """For some rows, compare the best point so far with the last point, and pass the better one to `keep_best`.
-
-        With ``leave`` (see `ActiveSet`), the model itself first judges the better point.
-        """
+        """Compare the best point of some rows with the last point, and pass the better one to `keep_best`."""
         owner, labels, run = self.rows.owner[index], self.rows.labels[index], self.rows.run[index]
         best, last, score = self.best[index], self.point[index], self.score[:, index]
         if self.objective.eot_iter > 1:
@@ -288,14 +275,7 @@ class AutoPgd(RowSearch):
 
 
 class AutoPgdL1(AutoPgd):
-    """One run of Auto-PGD in the l1 ball.
-
-    A step moves only a share of the coordinates. This share depends on the number of coordinates in which the point of
-    highest loss differs from the image.
-
-    Args:
-        share: the share of the coordinates that the first steps move, ``[R]``; None: a fifth.
-    """
+    """One run of Auto-PGD in the l1 ball. The first steps move a share of the coordinates: ``share``, or a fifth."""
 
     def __init__(self, *given: Any, share: Tensor | None = None, **options: Any):
         super().__init__(*given, **options)
@@ -323,10 +303,7 @@ class AutoPgdL1(AutoPgd):
 
 
 def run_from_larger(objective: Objective, active: ActiveSet, rows: Rows, steps: int) -> None:
-    """Make one run in the l1 ball: first with three times its radius, then with twice its radius, then with its radius.
-
-    The first points of the rows may lie outside of the ball. ``steps`` is the total number of steps in the three balls.
-    """
+    """Make one run in the l1 ball: in three times its radius, then twice its radius, then its radius."""
     parts = [math.ceil(part * steps) for part in LARGER_STEPS[:-1]]
     # The last ball gets at least one step.
     parts.append(max(1, steps - sum(parts)))

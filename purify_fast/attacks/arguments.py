@@ -23,10 +23,8 @@ def check_images(
 ) -> None:
     """Refuse images or labels that are not allowed, with TypeError or ValueError.
 
-    x must be floating point ``[B, ...]`` in [clip_min, clip_max]; without ``clip_min`` a pixel may have any value. y
-    must be int64 ``[B]``, at least 0, or any tensor ``[B, ...]`` without ``labels``. The values of tensors are checked
-    only on a CPU: on a GPU the check would have to wait for the device, and `evaluate` checks the values anyway. The
-    values are not checked while a compiler or a dispatch mode is active.
+    The values of tensors are checked only on a CPU, because on a GPU the check would have to wait for the device. They
+    are not checked while a compiler or a dispatch mode is active.
     """
     for name, value in (("x", x), ("y", y)):
         if not isinstance(value, Tensor):
@@ -94,10 +92,7 @@ def check_at_least_one(**counts: int | None) -> None:
 
 
 def check_not_negative(**sizes: float | Tensor | None) -> None:
-    """Refuse a negative number or NaN with ValueError, and a value that is not a number with TypeError.
-
-    None is allowed. A tensor's values are not checked, because the check would wait for the device.
-    """
+    """Refuse a negative number or NaN, or what is not a number. None and the values of tensors are not checked."""
     for name, value in sizes.items():
         if value is None or isinstance(value, Tensor):
             continue

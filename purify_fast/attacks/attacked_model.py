@@ -1,8 +1,4 @@
-"""Prepares the model under attack: it is frozen, and a model that writes to its input is refused.
-
-A model that writes to its input would change the points of an attack. `drawn_once_per_call` tests whether a random
-model draws its random numbers once for all images of a call.
-"""
+"""Prepares the model under attack: it is frozen, and a model that writes to its input is refused."""
 
 from __future__ import annotations
 
@@ -42,9 +38,8 @@ SAME_SIZE = 2e-6
 def frozen(model: Classifier, *, keep_mode: bool = False) -> Iterator[None]:
     """A context in which ``model`` is in evaluation mode, and its parameters have ``requires_grad=False``.
 
-    At the end of the context, modes and flags are restored. The parameters are frozen to save time: a compiled backward
-    pass would also compute the gradients of all parameters with ``requires_grad=True``. Modules in a plain list, in an
-    object or in a hook of the model are frozen too (`purify_fast.model_state.hidden_modules`).
+    At the end, modes and flags are restored. Modules in a plain list, in an object or in a hook of the model are frozen
+    too. Frozen parameters save time, because a compiled backward pass would compute their gradients.
 
     Args:
         model: an ``nn.Module``; any other callable is not changed. If an attack runs on a method of a module, the
@@ -86,12 +81,7 @@ class WritesToItsInput(ValueError):
 
 
 def ask(model: Callable[[Tensor], Answer], x: Tensor) -> Answer:
-    """Call a model on images, and refuse a model that writes to them; the check takes no time.
-
-    The check compares PyTorch's count of the writes to x before and after the call. Writes through ``x.data``, or
-    through a NumPy array with the same memory, are not counted. After an error the images may have been changed, so a
-    caller that still needs them must pass a copy.
-    """
+    """Call a model on images, and refuse a model that writes to them. Writes through ``x.data`` are not seen."""
     # torch.compile cannot trace the count of writes, and inference tensors have no such count.
     if torch.compiler.is_compiling() or x.is_inference():
         return model(x)
@@ -125,11 +115,7 @@ def logits_of(model: Classifier, x: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def called_directly() -> Iterator[None]:
-    """The context of an attack without an evaluation, which would have tested the model before.
-
-    If the model's first logits contain NaN or are probabilities, Python warns. To save time, this is tested on a CPU
-    only.
-    """
+    """The context of an attack without an evaluation; on a CPU it warns of NaN or probabilities as logits."""
     token = _first_output.set(True)
     try:
         yield
@@ -153,20 +139,7 @@ def _warn_of_values(logits: Tensor) -> None:
 
 @torch.no_grad()
 def check_model(model: Classifier, some: Tensor) -> tuple[Classifier, int]:
-    """Call a model on several images and on a single image, check its outputs, and count its classes.
-
-    Args:
-        model: any callable; a module is in evaluation mode. Its own errors are not changed.
-        some: a few images ``[B, C, H, W]``.
-
-    Returns:
-        The model and its number of classes. The model is wrapped in `LogitsOf` if its output is an object or a mapping
-        with ``logits``, or if its weights, and so the images that it accepts, have another dtype.
-
-    Raises:
-        TypeError: the output is neither a tensor nor an object or mapping with a tensor ``logits``.
-        ValueError: the output is not logits, or the number of classes depends on the number of images.
-    """
+    """Check a model's outputs on several images and on a single image; return the model and its number of classes."""
     dtype = None
     try:
         output = model(some)
@@ -191,11 +164,7 @@ def check_classes(logits: Tensor, classes: int) -> Tensor:
 
 
 def gradient_to(leaf: Tensor, value: Tensor) -> Tensor | None:
-    """The gradient of the number ``value`` with respect to the images ``leaf``.
-
-    The result is None if the number does not depend on the images, or if PyTorch has no derivative for an operation
-    on the way, such as ``x // 1``.
-    """
+    """The gradient of ``value`` with respect to ``leaf``; None if there is no dependence or no derivative."""
     if not value.requires_grad:
         return None
     # torch.compile cannot trace the `try` block below.
@@ -227,11 +196,7 @@ def check_leaves_images(model: Callable[[Tensor], object], x: Tensor) -> None:
 
 
 def differ(first: Tensor, second: Tensor) -> bool:
-    """Tell whether two outputs of a model, logits ``[B, classes]``, differ by more than rounding.
-
-    Rounding errors grow with the logits, and a difference matters only if it is large compared with the spread of an
-    image's logits. So the limits are relative: if all logits are multiplied by 1e-8, the result does not change.
-    """
+    """Tell whether two outputs ``[B, classes]`` differ by more than rounding, relative to the spread of the logits."""
     if first.shape != second.shape:
         return True
     a, b = first.double(), second.double()
@@ -252,8 +217,7 @@ def predicts_otherwise(model: Classifier, x: Tensor, most: int) -> bool:
 def draws_elsewhere(model: Classifier, x: Tensor, most: int) -> bool:
     """Tell whether two predictions differ on images, on noisy images, or on means of two images.
 
-    Some defences draw only for images that are not on the grid of 8 bits, or of whose class they are not sure. The
-    random generators are not restored.
+    Some defences draw only for images that are not on the grid of 8 bits, or of whose class they are not sure.
     """
     noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(x) - 0.5
     tried = (x, (x + noise / 16).clamp(0, 1), (x + x.roll(1, 0).flip(-1)) / 2)
@@ -261,10 +225,7 @@ def draws_elsewhere(model: Classifier, x: Tensor, most: int) -> bool:
 
 
 def logits_of_draws(model: Classifier, x: Tensor, draws: int) -> Tensor:
-    """Logits ``[draws * B, classes]`` of several draws of each image; the first draws of all images come first.
-
-    If the model can share work between draws (`SharesDraws`), its method ``draw_logits`` makes all draws together.
-    """
+    """Logits ``[draws * B, classes]`` of several draws of each image; the first draws of all images come first."""
     if draws > 1 and supports(model, SharesDraws):
         shares = cast(SharesDraws, model)
         return ask(lambda images: shares.draw_logits(images, draws), x).flatten(0, 1)
@@ -275,9 +236,7 @@ def logits_of_draws(model: Classifier, x: Tensor, draws: int) -> Tensor:
 def drawn_once_per_call(model: Classifier, x: Tensor, draws: int, most: int | None = None) -> bool:
     """Tell whether a random model draws once for all images of a call, like a model that picks one of two networks.
 
-    The result is True if in every call all draws of an image are equal, but two calls differ. The comparison within the
-    calls that differ also recognizes a model whose draws for each image are rarely different. The random generators are
-    restored afterwards. The comparison waits for the device.
+    The result is True if in every call all draws of an image are equal, but two calls differ.
     """
     rows = min(TRIED_ROWS, len(x) * draws, TRIED_ROWS if most is None else most)
     if draws == 1 or rows < 2 or draws_for_each_image(model):

@@ -17,14 +17,7 @@ from .arguments import check_eps
 
 @dataclass(frozen=True)
 class Ball:
-    """A ball around each image of a batch, within the box [clip_min, clip_max].
-
-    Args:
-        eps: the radius of each image's ball in image units, ``[B]``, or that of each pixel, of the images' shape.
-        norm: "linf", "l2" or "l1".
-        clip_min: the smallest value of a pixel, a number or a tensor that can be broadcast over the images.
-        clip_max: the largest value of a pixel, as clip_min.
-    """
+    """A ball of radius ``eps``, ``[B]`` or of the images' shape, around each image, within [clip_min, clip_max]."""
 
     #: Not compared: a captured step takes eps as an input, so it can be replayed for every radius.
     eps: Tensor = field(compare=False)
@@ -88,10 +81,7 @@ def projected(x: Tensor, point: Tensor, ball: Ball) -> Tensor:
 
 
 def normal_in_ball(x: Tensor, ball: Ball, std: float, *, seed: int = 0, sample_ids: Tensor | None = None) -> Tensor:
-    """Draw a point from a normal distribution around each image, and project it onto the ball and the box.
-
-    ``std`` is in image units. For ``seed`` and ``sample_ids`` see `sample_in_ball`.
-    """
+    """Draw a point from a normal distribution around each image, and project it onto the ball and the box."""
     noise = _numbers(x, seed, sample_ids)(x[0].numel(), "normal")
     return projected(x, (x + std * noise.view_as(x)).to(x.dtype), ball)
 

@@ -1,8 +1,4 @@
-"""The base classes of attacks.
-
-Each attack is defined once, as a frozen dataclass whose fields are its options. An option that is None usually takes
-its value from an `AttackContext`.
-"""
+"""The base classes of attacks, which are frozen dataclasses; an option None takes its value from an `AttackContext`."""
 
 from __future__ import annotations
 
@@ -53,12 +49,11 @@ class AttackResult:
         images: adversarial images, with the shape and dtype of the clean images.
         health: the counts of faulty gradients and unmoved images; None if nothing was counted.
         warnings: warnings for the reader of the result.
-        fell_to: a dict from the name of a run, such as "target 2, restart 1", to the number of images on which this run
-            succeeded.
-        stood_still: the number of images that survived only because every search gave up without any progress towards a
+        fell_to: by name of a run, such as "target 2, restart 1", the number of images on which this run succeeded.
+        stood_still: number of images that survived only because every search gave up without any progress towards a
             decision boundary; a number or a tensor of shape []. Their survival says nothing about the defence.
-        proved: the number of images for which a complete search has proved that no point of the ball is misclassified;
-            a number or a tensor of shape [].
+        proved: number of images for which a complete search proved that no point of the ball is misclassified; a number
+            or a tensor of shape [].
     """
 
     images: Tensor
@@ -84,12 +79,11 @@ class Resolved(NamedTuple):
 class Attack(abc.ABC):
     """The base class of attacks; every attack is a frozen dataclass of its options.
 
-    A subclass with `norms` searches a ball. Its fields ``eps`` and ``norm`` override the ball of the evaluation.
+    A subclass with `norms` searches a ball; its ``eps`` and ``norm`` override the evaluation's. A setting that is not
+    allowed raises ValueError, and the message names it.
 
     Args:
-        eot_iter: number of draws of a random model that are averaged in each step. The draws are computed in one batch,
-            or in separate calls if the model draws only once per call. None takes the evaluation's number, or 1 without
-            an evaluation.
+        eot_iter: number of draws of a random model that each step averages. None takes the evaluation's number, or 1.
     """
 
     #: The attack's name in saved results: "pgd", "apgd", ...
@@ -127,17 +121,13 @@ class Attack(abc.ABC):
         """A short label of the attack with its options, such as "PGD-100 ce"."""
 
     def threat_model(self, context: AttackContext) -> ThreatModel:
-        """Return the norm and the radius of the ball. The context gives a norm or radius that the attack does not set.
-
-        Raises:
-            ValueError: a norm or a radius that is not allowed.
-        """
+        """Return the norm and the radius of the ball; the context gives those that the attack does not set."""
         norm, eps = self._norm_and_radius(context)
         check_eps(eps, norm)
         return ThreatModel(norm, float(eps))
 
     def ball(self, x: Tensor, y: Tensor, context: AttackContext) -> Ball:
-        """Check the images, and make the balls around them with the norm and the radius of `threat_model`.
+        """Check the images, and make the balls of `threat_model` around them.
 
         Raises:
             TypeError: x or y is no tensor.
@@ -187,8 +177,8 @@ class Attack(abc.ABC):
         """Search for adversarial images of a batch of images.
 
         Args:
-            target: the model that the method `target` has returned; images to logits. Afterwards the modes and gradient
-                flags of an ``nn.Module`` are restored.
+            target: the model that the method `target` has returned; images to logits. Modes and gradient flags of an
+                ``nn.Module`` are restored.
             x: images ``[B, C, H, W]`` in [0, 1].
             y: labels, int64 ``[B]``.
             context: the settings besides the attack's own options.
@@ -208,8 +198,8 @@ class Attack(abc.ABC):
         """Attack a batch of images without an evaluation.
 
         Args:
-            model: images to logits, or to an object or mapping with ``logits``. Afterwards the modes and gradient flags
-                of an ``nn.Module`` are restored.
+            model: images to logits, or to an object or mapping with ``logits``. Modes and gradient flags of an
+                ``nn.Module`` are restored.
             x: images ``[B, C, H, W]`` in [0, 1].
             y: labels, int64 ``[B]``.
             options: fields of `AttackContext` and of its `Resources`, such as ``eps``, ``norm`` and ``seed``.
@@ -219,8 +209,7 @@ class Attack(abc.ABC):
 
         Raises:
             TypeError: an option that is a field of neither class, or an output of the model without logits.
-            ValueError: a missing radius; images, labels or options that are not allowed; or logits without a row for
-                each image or a column for each of several classes.
+            ValueError: a missing radius; images, labels, options or logits that are not allowed.
         """
         context = AttackContext.from_options(**{"seed": drawn_seed(), **options})
         if "eps" not in options and self.threat_model(context).eps == 0:
@@ -229,10 +218,7 @@ class Attack(abc.ABC):
             return self.search(self.target(model), x, y, context)
 
     def revision(self) -> str | None:
-        """The version of the attack's code; an evaluation uses a cached result only if the version is the same.
-
-        The results of an attack without a version (None) are not cached, because nothing shows when its code changes.
-        """
+        """The version of the attack's code. Cached results need the same version; with None, results are not cached."""
         return self.code_version
 
     def identity(self) -> list[str]:
@@ -283,11 +269,9 @@ def worst_of_runs(
     batch: tuple[Classifier, Tensor, Tensor],
     context: AttackContext,
 ) -> AttackResult:
-    """Make all runs of an attack, and return for each image the best point of all runs.
+    """Make all runs of an attack, and return each image's point with the most wrong draws and the largest margin.
 
-    The best point is misclassified by the most draws; among points with the same number, it has the largest margin. A
-    prediction with NaN is a misclassification with a margin larger than any other. So a further run never replaces a
-    success by a failure.
+    A prediction with NaN is a misclassification with an infinite margin. So no run replaces a success by a failure.
     """
     model, x, y = batch
     resources = context.resources
@@ -326,26 +310,20 @@ def worst_of_runs(
 class EngineAttack(Attack):
     """The options of attacks that search on a fast copy of the model, such as `apgd`, `fab_t` and `square`.
 
-    A success on the copy is only a claim. The model itself must confirm it in its own precision, and a random model
-    must confirm it by fresh draws. The image then has fallen, and is removed from the batch.
+    A success on the copy is only a claim. The model itself must confirm it in its own precision, and a random model by
+    fresh draws. The image then has fallen, and leaves the batch.
 
     Args:
         eps: radius of the ball in image units. None takes the evaluation's radius.
         norm: norm of the ball, "linf", "l2" or "l1"; a norm needs an eps beside it. None takes the evaluation's norm.
         restarts: number of runs for each target; a run attacks only the images that have not fallen yet.
-        precision: precision of the search: "float32", "bfloat16" (a copy of the model computes in bfloat16) or "auto"
-            (such a copy is used if the device is faster in bfloat16 and the model is large enough). Every success is
-            checked on the model itself.
+        precision: precision of the search: "float32", "bfloat16" (on a copy of the model) or "auto" (bfloat16 if the
+            device is faster in it and the model is large enough). Every success is checked on the model itself.
         give_up: whether the search of an image stops early if it would not reach the decision boundary even at several
-            times its recent pace (its progress per step). Attacks with gradients check the pace after 40, 60 and 80 %
-            of the steps, if there are at least 50 steps. After 15 % of the steps they also compare the distance to the
-            boundary with the progress that earlier searches made after their first 15 %. If the distance is much larger
-            than the largest such progress, the search stops. Square checks the pace from query 500 on.
-            Auto-PGD ignores the option in the l1 ball and with ``leave_when_fallen=False``. Square ignores it with
-            several draws.
-
-    Raises:
-        ValueError: a setting that is not allowed; the message names it.
+            times its recent pace. Attacks with gradients check this after 40, 60 and 80 % of at least 50 steps. After
+            15 % of the steps they also stop if the distance to the boundary is much larger than the largest progress of
+            earlier searches after their first 15 %. Square checks the pace from query 500 on. Auto-PGD ignores the
+            option in the l1 ball and with ``leave_when_fallen=False``. Square ignores it with several draws.
     """
 
     norms: ClassVar[tuple[str, ...]] = NORMS
@@ -390,11 +368,7 @@ class EngineAttack(Attack):
 
     @abc.abstractmethod
     def explore(self, active: ActiveSet, objective: Objective, context: AttackContext) -> None:
-        """Search for an adversarial image of each clean image in ``active``. The model is in evaluation mode.
-
-        The objective is the loss that the search maximizes. Its model is the attacked model, a fast copy of the
-        attacked model, or `AttackContext.gradients_from`.
-        """
+        """Search for an adversarial image of each clean image in ``active``, by the loss ``objective``."""
 
 
 def targets_and_times(n_target_classes: int | None, restarts: int) -> str:

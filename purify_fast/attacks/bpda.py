@@ -1,10 +1,4 @@
-"""BPDA (Athalye, Carlini & Wagner, ICML 2018, section 4): an attack for purifiers without a useful gradient.
-
-    forward: classifier(purify(x));   backward: as if purify(x) were x
-
-The classifier's gradient at the purified image replaces the gradient at x. This is sensible if purify(x) is near x. If
-the purifier has a useful gradient, an attack with it is stronger, and BPDA only tests whether it is useful.
-"""
+"""BPDA (Athalye, Carlini & Wagner, ICML 2018, section 4): an attack for purifiers without a useful gradient."""
 
 from __future__ import annotations
 
@@ -34,8 +28,8 @@ def classifier_of(defence: HasClassifier) -> nn.Module:
 class BpdaModel(nn.Module):
     """A model that consists of a purifier and a classifier, and gives any gradient attack the gradient of BPDA.
 
-    The forward pass is the same as that of the defence. The gradient at x is the classifier's gradient at purify(x),
-    summed over the draws.
+    The forward pass is that of the defence. The gradient at x is the classifier's gradient at purify(x), summed over
+    the draws. If the purifier has a useful gradient, an attack with it is stronger.
 
     Args:
         purify: a function from images ``[B, ...]`` to purified images of the same shape, or to K draws of each,
@@ -43,8 +37,8 @@ class BpdaModel(nn.Module):
         classifier: purified images to logits ``[B, classes]``.
         aggregation: how the logits of K draws are aggregated: a method of `purify_fast.ops.aggregate`, or a function
             ``[B, K, classes] -> [B, classes]``.
-        modules: the modules of which ``purify`` and ``classifier`` are methods. An attack puts these modules into
-            evaluation mode together with this module (`frozen`).
+        modules: the modules of which ``purify`` and ``classifier`` are methods; an attack puts them into evaluation
+            mode.
 
     Raises:
         TypeError: in the forward pass, ``purify`` returns no tensor.
@@ -70,8 +64,7 @@ class BpdaModel(nn.Module):
 
         Args:
             defence: a defence with ``purify(x)`` and ``classifier``.
-            aggregation: how the logits of several draws are aggregated; None: the defence's own aggregation, or "lse"
-                if it has none.
+            aggregation: how the logits of several draws are aggregated; None: as the defence does, or else "lse".
         """
         own = cast(Aggregates, defence).aggregate if supports(defence, Aggregates) else "lse"
         modules = [defence] if isinstance(defence, nn.Module) else []
@@ -106,9 +99,6 @@ class BPDA(PGD):
 
     Args:
         aggregation: how the logits of several draws are aggregated; None: the defence's own aggregation.
-
-    Raises:
-        ValueError: a setting that is not allowed; the message names it.
     """
 
     kind: ClassVar[str] = "bpda"

@@ -1,20 +1,14 @@
-"""Branch and bound on a small ReLU network: a complete search of an L-inf ball.
+"""Branch and bound on a small ReLU network: a complete search of an L-inf ball, which masked gradients cannot mislead.
 
-The result is a misclassified point, or a proof that the ball contains none. For each wrong class, the "lead" is the
-true class's logit minus the wrong class's logit. Over the ball the lead is bounded from below: each ReLU is replaced by
-a line above it and a line below it (CROWN, Zhang et al., NeurIPS 2018, arXiv 1811.00866). If the bound is not above 0,
-the problem is split at a ReLU into two nodes, in which the ReLU's input is at least or at most 0, so that the ReLU is
-linear (Bunel et al., JMLR 2020, arXiv 1909.06588). A Lagrange multiplier for each split puts the split's constraint
+For each wrong class, the "lead" is the true class's logit minus the wrong class's logit. Over the ball the lead is
+bounded from below: each ReLU is replaced by a line above it and a line below it (CROWN, Zhang et al., NeurIPS 2018,
+arXiv 1811.00866). If the bound is not above 0, the problem is split at a ReLU into two nodes, in which the ReLU's input
+is at least or at most 0 (Bunel et al., JMLR 2020, arXiv 1909.06588). A Lagrange multiplier puts each split's constraint
 into the bound (beta-CROWN, Wang et al., NeurIPS 2021, arXiv 2103.06624).
 
-Three things are not in these papers:
-
-- The multipliers and the slopes of the lower lines are optimized by Polyak's steps.
-- Each node is also searched for a misclassified point, from the minimizers of the bound, by Polyak's steps on the lead
-  and the violations of the splits.
-- Some of the next nodes are chosen for the most splits, where misclassified points are found first.
-
-The search does not depend on useful gradients of the network, so masked gradients cannot hide a misclassified point.
+Three things are not in these papers. Polyak's steps optimize the multipliers and the slopes of the lower lines.
+Polyak's steps on the lead and the violations of the splits also search each node for a misclassified point. Some of the
+next nodes are chosen for the most splits, where misclassified points are found first.
 """
 
 from __future__ import annotations
@@ -69,14 +63,9 @@ class BranchAndBound(Attack):
 
     Args:
         eps: radius of the ball in image units. None takes the evaluation's radius.
-        norm: norm of the ball, which can only be "linf"; a norm needs an eps beside it. None takes the evaluation's
-            norm.
-        nodes: the approximate limit of nodes (subproblems) per image. An image that needs more nodes is not proved
-            robust.
+        norm: norm of the ball, which can only be "linf" and needs an eps beside it. None takes the evaluation's norm.
+        nodes: approximate limit of nodes (subproblems) per image. An image that needs more is not proved robust.
         relus: the largest number of ReLUs that a network may have.
-
-    Raises:
-        ValueError: a setting that is not allowed; the message names it.
     """
 
     kind: ClassVar[str] = "branch_and_bound"
@@ -140,16 +129,11 @@ _Boxes = list[tuple[Tensor, Tensor]]
 
 
 class _Nodes(NamedTuple):
-    """Subproblems ("nodes"); every field has an entry per node.
+    """Subproblems ("nodes"); every field has an entry per node: ``[B]``, or ``[B, units]`` with a column for each ReLU.
 
-    Args:
-        owner: the index of the image, int64 ``[B]``.
-        rival: the class whose logit should exceed the true class's logit, int64 ``[B]``.
-        signs: the sign of each ReLU's input, 1 or -1, or 0 if the ReLU was not split; int8 ``[B, units]``.
-        slopes: the slopes of the lines below the ReLUs, float32 ``[B, units]``; negative before they are chosen.
-        prices: the multipliers of the splits, float32 ``[B, units]``.
-        least: the lower bound of the lead, float64 ``[B]``.
-        unit: the ReLU to split next, int64 ``[B]``. With -1 the node is not split, and its bound is raised again.
+    ``signs`` are 1 or -1 for split ReLUs, else 0. ``slopes`` are those of the lines below the ReLUs, negative before
+    they are chosen. ``prices`` are the multipliers of the splits. ``least`` bounds the lead. ``unit`` is the ReLU to
+    split next, or -1.
     """
 
     owner: Tensor
@@ -177,13 +161,7 @@ class _Nodes(NamedTuple):
 
 
 class _Search:
-    """Branch and bound on some of the images.
-
-    Args:
-        layers: the layers of the network.
-        active: all images of the attack.
-        part: the indices of the images that are attacked here, int64 ``[n]``.
-    """
+    """Branch and bound on the images ``part`` of ``active``."""
 
     def __init__(self, layers: Sequence[Affine], active: ActiveSet, part: Tensor):
         self.layers, self.active, self.part, self.y = layers, active, part, active.y[part]
@@ -196,11 +174,7 @@ class _Search:
         self.at_once = max(1, min(AT_ONCE, NUMBERS // (max([1, *self.widths[1:]]) * x.shape[1])))
 
     def run(self, limit: int) -> Tensor:
-        """Search until every image has fallen, is proved robust or has had ``limit`` nodes.
-
-        Returns:
-            bool ``[n]``, True for the images that are proved robust.
-        """
+        """Search until every image has fallen, is proved robust or has had ``limit`` nodes; return which are proved."""
         count, classes, device = len(self.y), len(self.layers[-1].bias), self.y.device
         owner, rival = torch.ones(count, classes, device=device).nonzero().unbind(1)
         owner, rival = (each[rival != self.y[owner]] for each in (owner, rival))
@@ -323,10 +297,7 @@ class _Search:
         return F.pad(score, (1, 0), value=-torch.inf).argmax(1) - 1
 
     def descend(self, nodes: _Nodes, boxes: _Boxes, x: Tensor) -> None:
-        """Search each node for a misclassified point, beginning at the points x, ``[B, pixels]``.
-
-        A point is in a node if the inputs of the split ReLUs have the signs of the node.
-        """
+        """Search each node for a misclassified point from x ``[B, pixels]``, with the signs of the node."""
         (low, high), y, rival, safe = boxes[0], self.y[nodes.owner], nodes.rival, self.safe[nodes.owner]
         signs = nodes.signs.double().split(self.widths, 1)
         best, smallest = x, torch.full_like(safe, torch.inf)

@@ -2,9 +2,7 @@
 
     x_{i+1} = step(x_i, i),  i = 0 .. n - 1;      g_i = (d x_{i+1} / d x_i)^T g_{i+1},  step by step from the last
 
-Here g_i is the gradient with respect to x_i. Plain autograd keeps the activations of all n steps. This module keeps the
-x_i and computes each step again, except steps whose activations fit into the memory. The gradient is exact, in contrast
-to the gradient of an adjoint equation, and to a gradient through only some of the steps.
+The x_i are kept, and each step is computed again, except steps whose activations fit into the memory.
 """
 
 from __future__ import annotations
@@ -48,35 +46,30 @@ def checkpointed_steps(
 ) -> Tensor:
     """Apply ``step`` n times. The gradient of the result needs only the memory of one step or of a few steps.
 
+    Autocast and PyTorch's function modes are the same when a step is computed again. Inside ``torch.compile`` the loop
+    is a plain loop.
+
     Args:
-        step: a function ``step(x, i, *inputs) -> Tensor`` of the previous step's result x and of i from 0 to n - 1. It
-            must return the same result when it is called again with the same x and the same state of PyTorch's random
-            generators. It must not write into x.
+        step: a function ``step(x, i, *inputs) -> Tensor`` of the previous result x and of i from 0 to n - 1. With the
+            same x and random state it must return the same result. It must not write into x.
         x: the first x, such as images ``[B, C, H, W]``; any floating-point dtype.
         n: the number of steps, at least 0.
-        inputs: tensors that every step takes besides x, and whose gradients are wanted, such as an image that guides
-            the steps.
-        parameters: tensors that ``step`` uses without taking them as arguments, and whose gradients are wanted, such as
+        inputs: tensors that every step takes besides x, and whose gradients are wanted, such as an image as a guide.
+        parameters: other tensors that ``step`` uses and whose gradients are wanted, such as
             ``list(denoiser.parameters())``. A tensor in neither list gets no gradient.
         preserve_rng_state: whether a step that is computed again draws the same numbers from PyTorch's generators. It
             may be False if the steps draw no numbers. Draws from other sources, such as NumPy, are never repeated.
-        generators: generators of your own from which the steps draw. Their draws are repeated like those of PyTorch's
-            generators.
-        keep: the number of last steps whose activations are kept, so that they are not computed again; at least 0.
-            "auto" keeps as many as fit into a quarter of the memory that is free now. To find this number, "auto"
-            measures the activations of the third step. "auto" also keeps the activations of the first three steps.
+        generators: generators of your own from which the steps draw. Their draws are repeated too.
+        keep: number of last steps whose activations are kept, at least 0. "auto" keeps as many as fit into a quarter of
+            the free memory, by the activations of the third step, and also those of the first three steps.
 
     Returns:
         The result of the last step. It has first-order gradients to x, ``inputs`` and ``parameters``.
 
     Raises:
         ValueError: n or keep is negative, or keep is neither a number nor "auto".
-        RuntimeError: ``step`` writes into its x; or, in the backward pass, ``step`` records no gradient, or a step that
-            is computed again has another result than before. On a GPU the host would have to wait for this comparison,
-            so there the gradient is NaN instead.
-
-    When a step is computed again, autocast and PyTorch's function modes are the same as the first time, because a
-    function mode may change the gradient of a step. Inside ``torch.compile`` the loop is a plain loop.
+        RuntimeError: ``step`` writes into its x; or, in the backward pass, ``step`` records no gradient, or has another
+            result than before. On a GPU the gradient is then NaN instead of this last error.
     """
     if n < 0:
         raise ValueError(f"n must be at least 0, got {n}")
@@ -128,13 +121,7 @@ def check_keep(keep: object) -> None:
 
 
 class _Kept(torch.autograd.graph.saved_tensors_hooks):
-    """A context that counts the bytes that autograd keeps for the computations in it.
-
-    A storage, such as that of a weight, is counted once, even if several tensors or several ``with`` blocks share it.
-
-    Attributes:
-        last: the bytes that autograd keeps for the last ``with`` block, without storages that an earlier block keeps.
-    """
+    """A context that counts the bytes that autograd keeps, each storage once; ``last``: those of the last block."""
 
     def __init__(self) -> None:
         super().__init__(self._count, lambda kept: kept)
@@ -242,10 +229,7 @@ def _function_modes() -> list[Any]:
 
 
 def _recorded(step: Step, x: Tensor, i: int, *others: Tensor) -> Tensor:
-    """Apply a step with gradients recorded, as the backward pass does when it computes the step again.
-
-    An active function mode (`TorchFunctionMode`) may change what a step returns if no gradients are recorded.
-    """
+    """Apply a step with gradients recorded, because a function mode may change its result if none are recorded."""
     # Modes are disabled here, because they may replace the functions that detach tensors and enable gradients.
     with torch._C.DisableTorchFunction():
         before = torch.is_grad_enabled()

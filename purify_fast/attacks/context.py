@@ -1,8 +1,4 @@
-"""The settings that an attack gets from its caller.
-
-An evaluation makes an `AttackContext` from its own settings. Without an evaluation, the context is made from the
-arguments of the call.
-"""
+"""The settings that an attack gets from its caller."""
 
 from __future__ import annotations
 
@@ -38,14 +34,11 @@ class Resources:
     """Settings that concern the time, the memory and the counts of an attack.
 
     Args:
-        max_forward_batch: the largest number of images in one forward pass; the limit changes no result. None: no
-            limit.
-        batch_size: the largest number of images in one batch of a search. If an attack searches with several targets or
-            restarts of an image together, each of these searches takes the place of an image. None stands for 64, or
-            for the number of images if that is larger.
+        max_forward_batch: the largest number of images in one forward pass, which changes no result. None: no limit.
+        batch_size: the largest number of images in one batch of a search; a search with another target or restart takes
+            the place of an image. None stands for 64, or for the number of images if that is larger.
         counts_health: whether the attack counts faulty gradients and unmoved images.
-        graphs: captures the steps of attacks as CUDA graphs, see `purify_fast.speed.StepGraphs`; None: nothing is
-            captured.
+        graphs: captures the steps of attacks as CUDA graphs, see `purify_fast.speed.StepGraphs`; None: no captures.
         copies: keeps the model's fast copies for the next attack; None: they are not kept.
 
     Raises:
@@ -67,8 +60,7 @@ class AttackContext:
     """The settings of an attack besides its own options.
 
     Args:
-        eps: radius of the ball in image units, see `Radius`; usual values on CIFAR-10 are 8/255 for "linf", 0.5 for
-            "l2" and 12 for "l1".
+        eps: radius of the ball in image units, see `Radius`; usual on CIFAR-10: linf 8/255, l2 0.5, l1 12.
         norm: norm of the ball: "linf", "l2" or "l1".
         clip_min: the smallest value of a pixel.
         clip_max: the largest value of a pixel.
@@ -76,22 +68,20 @@ class AttackContext:
         steps: number of steps of an attack whose own ``steps`` is None.
         eot_iter: number of draws averaged per step, for an attack whose own ``eot_iter`` is None.
         votes: number of draws in one prediction of the attacked model, if the prediction is a vote over draws. A step
-            then averages fewer predictions, so that its number of draws does not change.
+            then averages fewer predictions.
         draws_differ: whether two predictions of the same image may differ. If not, every attack takes one draw.
-        judge_draws: number of fresh predictions that check a success on a random model, because a single prediction
-            may be wrong by luck. None takes the number of predictions that a step averages.
+        judge_draws: number of fresh predictions that check a success on a random model. None takes the number of
+            predictions that a step averages.
         judge_share: the share of these fresh predictions that must be wrong for a success.
         seed: seed of all random numbers.
-        begin: first points ``[B, ...]`` of the first run of Auto-PGD, such as points found in a smaller ball. With
-            None, the run begins at random points.
+        begin: first points ``[B, ...]`` of the first run of Auto-PGD. With None, the run begins at random points.
         sample_ids: int64 ``[B]``, the indices of the images in their data set. The random start of an image depends
             only on the seed and its index. None: 0 .. B - 1.
-        gradients_from: another model from which the attack takes its gradients. The attacked model still checks every
-            success. Only attacks with `Attack.follows_gradients` use it. With None, the attacked model gives the
-            gradients.
+        gradients_from: another model from which attacks with `Attack.follows_gradients` take their gradients. The
+            attacked model still checks every success. With None, the attacked model gives the gradients.
         loss_function: a loss that replaces the attack's own in PGD, FGSM and Auto-PGD.
         keep_mode: whether PGD and FGSM leave the model in its mode, so that BatchNorms in training mode take the
-            statistics of the batch and update their averages. The steps are then those of the model itself.
+            statistics of the batch and update their averages.
         resources: settings that concern time and memory.
 
     Raises:

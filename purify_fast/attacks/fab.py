@@ -1,10 +1,7 @@
 """FAB-T (Croce & Hein, "Fast Adaptive Boundary Attack", ICML 2020) searches for the nearest point of a target class.
 
-Each step linearizes the model, and moves the point to the decision boundary of the target class (its "border") and a
-little towards the clean image. A point across the border is first moved back towards the clean image. The search itself
-has no radius. It succeeds when a misclassified point lies in the ball. Two things are not in the paper. A point across
-the border is moved back after its gradient is taken, which saves a forward pass per step. At the end, the nearest point
-across the border is projected onto the ball and tried.
+Two things are not in the paper. A point across the decision boundary ("border") is moved back towards the image after
+its gradient is taken, which saves a forward pass. At the end, the nearest such point is projected onto the ball.
 """
 
 from __future__ import annotations
@@ -44,13 +41,9 @@ class FABT(EngineAttack):
     Only a misclassified point inside the ball is a success.
 
     Args:
-        steps: steps of a run. None stands for 100, as in the authors' code; the ``steps`` of an `EvaluateConfig` are
-            not used.
-        n_target_classes: the number of target classes, each with a run of its own. They are the wrong classes whose
-            borders are nearest, by the model's linear approximation at the image. None takes all wrong classes.
-
-    Raises:
-        ValueError: a setting that is not allowed; the message names it.
+        steps: steps of a run. None stands for 100, as in the authors' code, even if an `EvaluateConfig` sets ``steps``.
+        n_target_classes: number of target classes, each with a run of its own: the classes with the nearest decision
+            boundaries, by the model's linear approximation at the image. None takes all wrong classes.
     """
 
     kind: ClassVar[str] = "fab"
@@ -89,12 +82,7 @@ fab_t = as_function(
 
 @dataclass(frozen=True)
 class FabStep(ObjectiveStep):
-    """A step of FAB as a step that a CUDA graph can capture.
-
-    Args:
-        objective: the difference of the target's logit and the label's logit.
-        ball: the norm and the box of the images. A comparison ignores its radius, which the step does not use.
-    """
+    """A step of FAB that a CUDA graph can capture. It does not use the ball's radius."""
 
     ball: Ball
 
@@ -125,15 +113,7 @@ def nearer(ball: Ball, state: State, across: Tensor) -> State:
 
 
 class _FabSearch(RowSearch):
-    """The search of FAB from one start. The arguments are those of `RowSearch`.
-
-    Attributes:
-        nearest: the nearest point across the border in each row, ``[R, ...]``; the first point of the row until a point
-            across the border is found.
-        distance: the distance from the image to ``nearest`` in the norm of the ball, ``[R]``; infinite until a point
-            across the border is found.
-        loop: the loop of the steps, which has the state; None: it begins with the next step.
-    """
+    """The search of FAB from one start. ``nearest`` is the nearest point across the border, or the first point."""
 
     def __init__(self, *given: Any, **options: Any):
         super().__init__(*given, **options)
@@ -220,11 +200,7 @@ def _length(ball: Ball, moved: Tensor) -> Tensor:
 
 
 def _step(ball: Ball, x: Tensor, origin: Tensor, point: Tensor, at_point: Gradient) -> Tensor:
-    """Mix two steps to the linearized border: one from ``origin``, and one of small weight from the clean image.
-
-    ``origin`` is ``point``, moved back if it is across the border. ``at_point`` is the gradient, at ``point``, of the
-    target's logit minus the label's logit.
-    """
+    """Mix two steps to the linearized border: from ``origin``, and a little from the clean image."""
     bounds = ball.bounds
     # The border of the linearized model is the hyperplane with this normal and this offset.
     gradient = at_point.image.to(point.dtype)

@@ -30,21 +30,8 @@ def run_alone(
 ) -> Tensor:
     """Run an attack without an evaluation.
 
-    Args:
-        attack: the class of the attack.
-        model: images to logits.
-        x: images ``[B, ...]``.
-        y: labels, int64 ``[B]``.
-        eps: the radius, for an attack in a ball.
-        **options: fields of the attack, of `AttackContext` or of `Resources`, and the options that `as_function` adds.
-            If attack and context have a field of the same name, the option sets the attack's field. For an attack in a
-            ball, ``eps`` and ``norm`` set the context's fields.
-
-    Returns:
-        Adversarial images, shape and dtype of x.
-
-    Raises:
-        TypeError: an unknown option, or a missing radius for an attack in a ball.
+    If attack and context have an option of the same name, it sets the attack's field; but ``eps`` and ``norm`` of an
+    attack in a ball set the context's fields.
     """
     own, shared = _options_of_call(attack)
     health: GradientHealth | None = options.pop("health", None)
@@ -115,20 +102,7 @@ def _options_of_call(attack: type[Attack]) -> tuple[dict[str, inspect.Parameter]
 
 
 def as_function(name: str, attack: type[Attack], returns: str, **defaults: Any) -> Callable[..., Tensor]:
-    """Make the function that runs an attack on one batch.
-
-    ``inspect.signature`` and ``help`` show all options of the function: the fields of the attack, of `AttackContext`
-    and of `Resources`, and those of `OF_CALLS`.
-
-    Args:
-        name: the name of the function in the attack's module.
-        attack: the class of the attack.
-        returns: the sentence about the returned images, for the docstring of the function.
-        **defaults: the default values that differ from those of the fields.
-
-    Returns:
-        The function.
-    """
+    """Make the function that runs an attack on one batch, with all options and texts of the dataclasses' fields."""
 
     # Sphinx would look for the defaults of the signature in this line if it had any.
     def call(model: Classifier, x: Tensor, *given: Any, **options: Any) -> Tensor:

@@ -1,8 +1,7 @@
 """Makes a fast copy of a model for the gradients of attacks; the copy folds BatchNorms and computes in bfloat16.
 
-No measured time decides whether a copy is used, so the same model is attacked in the same way on every machine of the
-same kind. Making a copy does not change the state of the random generators. So a resumed evaluation finds the same
-images, although it makes its copies at other moments.
+No measured time decides whether a copy is used, and making a copy does not change the state of the random generators.
+So the same model is attacked in the same way, also in a resumed evaluation.
 """
 
 from __future__ import annotations
@@ -58,10 +57,8 @@ WRAPPERS = 8
 class GradientCopies:
     """The copies of an evaluation's models; a copy is used again as long as its model has not changed.
 
-    A model's `purify_fast.model_state.identity_key` and the values of its tensors must be the same as before. For this
-    comparison the values are stored, which takes as much memory as the model. PyTorch's count of writes cannot replace
-    the comparison: it misses writes through ``.data``, and it also counts writes that change no value, such as those of
-    ``fixed_noise``.
+    The values of all tensors are compared. PyTorch's count of writes misses writes through ``.data``, and also counts
+    writes that change no value.
     """
 
     def __init__(self) -> None:
@@ -71,11 +68,7 @@ class GradientCopies:
         self._around: dict[int, tuple[PassesOn, Classifier, Classifier]] = {}
 
     def same_around(self, wrapper: PassesOn, inner: Classifier, around: Classifier) -> Classifier:
-        """Return ``around``, a wrapper around the copy ``inner``, or an equal wrapper from an earlier call.
-
-        As long as ``wrapper`` and ``inner`` are the same, the result is the same object, because a step that was
-        captured as a CUDA graph can be replayed only for the object with which it was captured.
-        """
+        """Return ``around``, a wrapper of ``inner``, or an equal wrapper, with which CUDA graphs were captured."""
         known = self._around.get(id(wrapper))
         if known is None or known[0] is not wrapper or known[1] is not inner:
             known = remember(self._around, id(wrapper), (wrapper, inner, around), WRAPPERS)

@@ -1,7 +1,6 @@
 """Other aggregations of a defence's samples, from which an attacker may take gradients.
 
-The gradient of the defence's own aggregation may be saturated, or may depend on a single sample. So an attacker may
-take the gradients from another aggregation. The unchanged defence then judges the points that are found.
+The gradient of the defence's own aggregation may be saturated, or may depend on a single sample.
 """
 
 from __future__ import annotations
@@ -42,9 +41,10 @@ def class_margins(logits: Tensor) -> Tensor:
 class AttackersHead(nn.Module):
     """A defence with another aggregation of its samples, for the argument ``gradients_from`` of an attack.
 
+    The gradient of the defence's own aggregation may be saturated. The unchanged defence judges the points.
+
     Args:
-        defence: a defence with ``sample_logits(x) -> [B, K, classes]``. If it also has ``draw_sample_logits``, this
-            method makes several draws at once.
+        defence: a defence with ``sample_logits(x) -> [B, K, classes]``, and optionally ``draw_sample_logits``.
         head: how the samples are aggregated, a name of `HEADS`.
 
     Raises:
@@ -60,20 +60,11 @@ class AttackersHead(nn.Module):
         self.defence, self.head = defence, head
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits ``[B, classes]``.
-
-        Args:
-            x: images ``[B, C, H, W]``.
-        """
+        """Logits ``[B, classes]`` of images ``x [B, C, H, W]``."""
         return head_logits(self.defence.sample_logits(x), self.head)
 
     def draw_logits(self, x: Tensor, draws: int) -> Tensor:
-        """Logits of ``draws`` independent draws, ``[draws, B, classes]``; attacks with several draws call this method.
-
-        Args:
-            x: images ``[B, C, H, W]``.
-            draws: number of draws.
-        """
+        """Logits ``[draws, B, classes]`` of independent draws of images ``x``, for attacks with several draws."""
         if not supports(self.defence, DrawsSampleLogits):
             return self(repeat_batch(x, draws)).unflatten(0, (draws, -1))
         samples = cast(DrawsSampleLogits, self.defence).draw_sample_logits(x, draws)

@@ -1,7 +1,6 @@
-"""The losses that an attack maximizes.
+"""The losses that an attack maximizes: a number per image, with first-order gradients with respect to the logits.
 
-Each loss returns a number per image, and has first-order gradients with respect to the logits. In the formulas, l_j is
-the logit of class j, y is the true class, and l_(k) is the k-th largest logit.
+l_j is the logit of class j, y is the true class, and l_(k) is the k-th largest logit.
 """
 
 from __future__ import annotations
@@ -26,17 +25,10 @@ LEAST_SLOPE = 0.7
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """-log softmax(logits)_y, [B], in float32 or float64, with a gradient also where the model is sure.
 
-    There the usual formula rounds the probability p_y to 1, so the loss is 0, and its gradient lacks the true class.
-    Below a loss of 1/256 (float64: 7e-12) this function uses log(1 + exp z) instead, where z is the logsumexp of the
-    other logits minus l_y. The exact gradient is s = sigmoid(z) times the softmax over the other classes, and -s for
-    the true class. All other losses and gradients are those of `torch.nn.functional.cross_entropy`, to the bit.
-
-    Where s is too small for the dtype of the logits (float32: z < -61), the loss continues along its tangent in z, and
-    its gradient keeps the direction.
-
-    Args:
-        logits: floating point ``[B, classes]``.
-        y: true labels, int64 ``[B]``.
+    There the usual formula rounds p_y to 1, and its gradient lacks the true class. Below a loss of 1/256 (float64:
+    7e-12) this function uses log(1 + exp z), where z is the logsumexp of the other logits minus l_y. The gradient is s
+    = sigmoid(z) times the softmax over the other classes, and -s for the true class. Elsewhere losses and gradients are
+    those of PyTorch, to the bit. Where s underflows (float32: z < -61), the loss continues along its tangent in z.
     """
     wide = logits if logits.dtype == torch.float64 else logits.float()
     usual = F.cross_entropy(wide, y, reduction="none")
@@ -52,10 +44,7 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def _against_others(logits: Tensor, true: Tensor) -> tuple[Tensor, Tensor]:
-    """The logsumexp of the other logits minus the true logit, ``[B]``, and its gradient ``[B, classes]``.
-
-    ``true`` are the labels, ``[B, 1]``.
-    """
+    """The logsumexp of the other logits minus the true logit, ``[B]``, and its gradient ``[B, classes]``."""
     others = logits.scatter(1, true, -torch.inf)
     shares = others.softmax(1)
     # The largest share is exp(top - logsumexp). The two logits are subtracted first, because both may be large.
@@ -64,10 +53,7 @@ def _against_others(logits: Tensor, true: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Mixed(torch.autograd.Function):
-    """``usual`` with its own gradient where ``kept`` is True, and ``exact`` with the given gradient elsewhere.
-
-    ``gradient`` is that of ``exact`` with respect to the logits, ``[B, classes]``; it is 0 where ``kept`` is True.
-    """
+    """``usual`` where ``kept`` is True, elsewhere ``exact`` with the given gradient ``[B, classes]``."""
 
     @staticmethod
     def forward(ctx: Any, _logits: Tensor, usual: Tensor, gradient: Tensor, exact: Tensor, kept: Tensor) -> Tensor:
@@ -82,12 +68,7 @@ class _Mixed(torch.autograd.Function):
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
-    """max_{j != y} l_j - l_y, [B]; it is positive if the image is misclassified. Carlini & Wagner, S&P 2017.
-
-    Args:
-        logits: floating point ``[B, classes]``.
-        y: true labels, int64 ``[B]``.
-    """
+    """max_{j != y} l_j - l_y, [B]; it is positive if the image is misclassified. Carlini & Wagner, S&P 2017."""
     true = logits.gather(1, y[:, None])[:, 0]
     # `one_hot` is avoided, because it checks the values of the labels and so waits for the GPU.
     others = logits.scatter(1, y[:, None], -torch.inf)
@@ -95,49 +76,24 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def scaled_margin(logits: Tensor, y: Tensor) -> Tensor:
-    """margin / std(logits), [B]. The division gives all draws the same weight when their gradients are averaged.
-
-    The standard deviation over the classes is treated as a constant. So the gradient has the direction of the margin's
-    gradient, and never saturates.
-
-    Args:
-        logits: floating point ``[B, classes]``.
-        y: true labels, int64 ``[B]``.
-    """
+    """margin / std(logits), [B], with a constant std: all draws have the same weight in an average of gradients."""
     return margin(logits, y) / (logits.detach().std(1, correction=0) + 1e-12)
 
 
 def margin_targeted(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
-    """l_t - l_y with the target t, [B]; it is defined for any number of classes.
-
-    Args:
-        logits: floating point ``[B, classes]``.
-        y: true labels, int64 ``[B]``.
-        target: target classes t, int64 ``[B]``.
-    """
+    """l_t - l_y with the target t, [B]; it is defined for any number of classes."""
     return (logits.gather(1, target[:, None]) - logits.gather(1, y[:, None]))[:, 0]
 
 
 def dlr(logits: Tensor, y: Tensor) -> Tensor:
-    """margin / (l_(1) - l_(3)), [B]: the difference of logits ratio, Croce & Hein, ICML 2020. It needs 3 classes.
-
-    Args:
-        logits: floating point ``[B, classes]``.
-        y: true labels, int64 ``[B]``.
-    """
+    """margin / (l_(1) - l_(3)), [B]: the difference of logits ratio, Croce & Hein, ICML 2020. It needs 3 classes."""
     check_classes("dlr", logits.shape[1])
     top = logits.topk(3, 1).values
     return margin(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)
 
 
 def dlr_targeted(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
-    """(l_t - l_y) / (l_(1) - (l_(3) + l_(4)) / 2) with the target t, [B]: Croce & Hein, ICML 2020. It needs 4 classes.
-
-    Args:
-        logits: floating point ``[B, classes]``.
-        y: true labels, int64 ``[B]``.
-        target: target classes t, int64 ``[B]``.
-    """
+    """(l_t - l_y) / (l_(1) - (l_(3) + l_(4)) / 2), [B], Croce & Hein, ICML 2020. It needs 4 classes."""
     check_classes("dlr_targeted", logits.shape[1])
     top = logits.topk(4, 1).values
     return margin_targeted(logits, y, target) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)

@@ -1,8 +1,7 @@
 """The loss that an attack maximizes, averaged over the draws of a random model, and its gradient.
 
-All draws of an image are computed in one batch (expectation over transformation, Athalye et al., ICML 2018). A batch is
-split if it is larger than the allowed forward pass. The split changes only the rounding of sums. If a model draws only
-once for a whole batch, each draw takes a separate pass, because all draws of one batch would be the same.
+All draws of an image are computed in one batch (expectation over transformation, Athalye et al., ICML 2018), or in
+separate passes if the model draws once for a whole batch.
 """
 
 from __future__ import annotations
@@ -40,17 +39,7 @@ class Gradient(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss that an attack maximizes.
-
-    Args:
-        model: images ``[B, ...]`` to logits ``[B, classes]``; in evaluation mode, see `purify_fast.attacks.frozen`.
-        loss: a name of `purify_fast.attacks.losses.LOSSES` or `TARGETED`, or a function of logits and y. With a
-            function, y may be any tensor ``[B, ...]``, and no draw counts as misclassified.
-        eot_iter: number of draws of a random model that are averaged.
-        max_forward_batch: the largest number of images in one forward pass; None: all draws of all images.
-        apart: whether each draw takes a separate forward pass, because the model draws only once per call.
-        graphs: captures the steps of attacks as CUDA graphs; None: nothing is captured.
-    """
+    """The loss that an attack maximizes: a name, or a function, for which no draw counts as misclassified."""
 
     model: Classifier
     loss: str | LossFunction = "ce"
@@ -61,10 +50,7 @@ class Objective:
     apart: bool = False
 
     def gradient(self, x: Tensor, y: Tensor) -> Gradient:
-        """The gradient with respect to images ``[B, ...]``, and their score.
-
-        The labels are int64 ``[B]``. A targeted loss takes labels and targets, ``[B, 2]``.
-        """
+        """The gradient with respect to ``x [B, ...]``, and the score; y is ``[B]``, or with targets ``[B, 2]``."""
         image, loss, wrong = self._over_passes(self._differentiate, x, y)
         return Gradient(image, self._mean(loss), self._mean(wrong))
 
@@ -145,9 +131,8 @@ class Objective:
     def _scored(self, logits: Tensor, labels: Tensor, losses: Tensor, draws: int) -> tuple[Tensor, Tensor]:
         """Sums over the draws, ``[B]``: the losses, and the number of misclassified draws.
 
-        A draw with NaN among its logits counts as misclassified, because it predicts no class. With the loss "margin",
-        a draw also counts as misclassified if its largest logit is infinite, and the true class is only one of several
-        classes with this logit: the margin is then NaN.
+        A draw with NaN among its logits counts as misclassified. With the loss "margin", so does a draw in which the
+        true class is only one of several classes with an infinite logit, because the margin is then NaN.
         """
         if callable(self.loss):
             return _summed(losses, draws), torch.zeros_like(_summed(losses, draws))
@@ -192,11 +177,7 @@ def _even(images: int, most: int) -> int:
 class ObjectiveStep:
     """The base of steps that compute an objective, and that a CUDA graph can capture.
 
-    `Objective` itself is not callable, because Dynamo hashes callable objects before their fields are set, and the hash
-    of a dataclass needs its fields.
-
-    Args:
-        objective: the loss that an attack maximizes, with the model that gives its gradients.
+    `Objective` itself is not callable, because Dynamo hashes callable objects before their fields are set.
     """
 
     objective: Objective
@@ -216,13 +197,7 @@ class GradientStep(ObjectiveStep):
 
 
 class Gradients:
-    """Computes the gradients of one batch at successive points, with a CUDA graph if the objective has graphs.
-
-    Args:
-        objective: the loss that is maximized.
-        like: images with the shape and dtype of the batch, ``[B, ...]``.
-        y: labels, see `Objective.gradient`.
-    """
+    """Computes the gradients of one batch at successive points, with a CUDA graph if the objective has graphs."""
 
     def __init__(self, objective: Objective, like: Tensor, y: Tensor):
         wide = torch.promote_types(like.dtype, torch.float32)

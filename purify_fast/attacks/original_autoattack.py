@@ -1,7 +1,6 @@
 """AutoAttack (Croce & Hein, ICML 2020) from the package ``pyautoattack`` or ``autoattack``.
 
-The package draws from torch's global generator, which the caller must fork. It also replaces Python's trace function,
-which this module restores.
+The package also replaces Python's trace function, which this module restores.
 """
 
 from __future__ import annotations
@@ -56,15 +55,13 @@ class AutoAttack(Attack):
     Args:
         eps: radius of the ball in image units. None takes the evaluation's radius.
         norm: norm of the ball, "linf", "l2" or "l1"; a norm needs an eps beside it. None takes the evaluation's norm.
-        version: "standard", for a model that predicts the same every time, or "rand", which averages the gradients over
-            several draws.
+        version: "standard" for a model that predicts the same every time, or "rand", which averages over draws.
         steps: number of steps of its APGD and FAB. None stands for 100, as in the authors' code.
         n_queries: number of queries of its Square; the authors' code has 5000.
         eot_iter: number of draws averaged per step of the version "rand". None stands for 20, as in the authors' code.
 
     Raises:
-        ValueError: a setting that is not allowed; the message names it. Or the model has too few classes: the version
-            "standard" needs 4, and "rand" needs 3.
+        ValueError: a setting that is not allowed; or the model has too few classes: "standard" needs 4, and "rand" 3.
     """
 
     kind: ClassVar[str] = "autoattack"

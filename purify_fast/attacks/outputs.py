@@ -1,8 +1,4 @@
-"""Checks the output of a model.
-
-A model maps images ``[B, C, H, W]`` to logits ``[B, classes]``, for every batch size B. Its output may also be an
-object or a mapping with such ``logits``.
-"""
+"""Checks the output of a model: logits ``[B, classes]``, or an object or a mapping with such ``logits``."""
 
 from __future__ import annotations
 
@@ -28,13 +24,7 @@ ONE_HOT = (
 
 
 class LogitsOf(nn.Module):
-    """A wrapper that returns only the logits of a model, and that may convert the images for the model.
-
-    Args:
-        model: the model; any callable. Its output is logits, or an object or mapping with ``logits``.
-        dtype: the dtype to which the images are converted; the logits are then at least float32. None: images and
-            logits are not converted.
-    """
+    """A wrapper that returns only the logits of a model, and converts the images to ``dtype`` if it is given."""
 
     def __init__(self, model: Classifier, dtype: torch.dtype | None = None):
         super().__init__()

@@ -1,14 +1,7 @@
-"""PGD (Madry et al., ICLR 2018): projected gradient ascent on the attack's loss; and FGSM, a single such step.
+"""PGD (Madry et al., ICLR 2018), and FGSM (Goodfellow et al., ICLR 2015), which is a single step.
 
 In the l1 ball PGD takes SLIDE's sparse steps (Tramer & Boneh, NeurIPS 2019), and projects onto the intersection of ball
-and box (Croce & Hein, ICML 2021): see `purify_fast.ops.pgd_step`. SLIDE moves a constant share of the coordinates, all
-by the same amount. So the change cannot concentrate in the few coordinates with the largest gradients. This
-implementation reduces the share from step to step. FGSM is the fast gradient sign method (Goodfellow et al., ICLR
-2015).
-
-Models map images [B, C, H, W] in [clip_min, clip_max] to logits [B, classes]. During an attack the model is in
-evaluation mode, and its parameters get no gradients; both settings are restored afterwards
-(`purify_fast.attacks.frozen`).
+and box (Croce & Hein, ICML 2021). SLIDE moves a constant share of the coordinates; here the share falls step by step.
 """
 
 from __future__ import annotations
@@ -41,15 +34,8 @@ FIRST_DENSITY = 0.1
 class Ascent(ObjectiveStep):
     """One step of PGD as a function of tensors; no branch depends on their values, so a CUDA graph can capture it.
 
-    Args:
-        objective: the loss that is maximized.
-        ball: the norm and the box of the step; the radii come from the ``eps`` of the state.
-        density: the share of the coordinates that a step in "l1" moves. With None, the share changes from step to step.
-            The result of a call then has the gradient instead of the next point, and the caller takes the step by
-            `move`.
-
-    The state has the clean images ``x`` and the points ``point``, both ``[B, ...]``; the labels ``y``; ``eps`` and
-    ``alpha``, ``[B]``; and the memory of a `Search`. If ``density`` is None, it also has ``gradient``, ``[B, ...]``.
+    If ``density`` is None, the share of the coordinates that a step in "l1" moves changes from step to step. The result
+    then has the gradient, and the caller takes the step by `move`.
     """
 
     ball: Ball
@@ -124,21 +110,16 @@ class PGD(Attack):
         loss: "ce", "margin", "scaled_margin" or "dlr". With fewer than 3 classes "margin" replaces "dlr".
         steps: number of gradient steps. None takes the evaluation's number, or 100 without an evaluation.
         random_start: whether the first run begins at a random point, as every further run does.
-        keep_best: whether a run returns its best point instead of its last point. The best point is misclassified by
-            the most draws; among several such points it has the highest mean loss. The option takes one more forward
-            pass, or two with several draws.
+        keep_best: whether a run returns its best point (misclassified by the most draws, then of the highest mean loss)
+            instead of its last point. The option takes one more forward pass, or two with several draws.
         restarts: number of runs.
         alpha: length of a step in image units, a number or ``[B]``. With None, the length falls geometrically from eps
-            to eps / 100. The attack is stronger with falling lengths than with a constant length: `make demo` shows
-            both on its base classifier.
+            to eps / 100, which makes a stronger attack than a constant length.
         start_std: standard deviation, in image units, of a normal random start that is projected onto the ball. With
             None, the start is uniform in the ball.
         precision: precision of the steps: "float32" is that of the model itself, "bfloat16" takes a copy that
-            multiplies in bfloat16, and "auto" takes such a copy if the device is faster in bfloat16 and the model is
-            large enough.
-
-    Raises:
-        ValueError: a setting that is not allowed; the message names it.
+            multiplies in bfloat16, and "auto" takes such a copy if the device is faster with it and the model is large
+            enough.
     """
 
     kind: ClassVar[str] = "pgd"
@@ -201,14 +182,10 @@ class PGD(Attack):
 class LeavingPGD(PGD):
     """PGD that takes no further steps for an image once all draws of one step have misclassified the image.
 
-    This is checked every ``look_every`` steps. The draws of a step are fresh: the point was found without them. So
-    twenty wrong draws are twenty independent wrong predictions.
+    The draws of a step are fresh, so twenty wrong draws are twenty independent wrong predictions.
 
     Args:
         look_every: the number of steps between two checks for misclassified images.
-
-    Raises:
-        ValueError: a setting that is not allowed; the message names it.
     """
 
     code_version: ClassVar[str] = "4, leaving 1"
@@ -267,9 +244,6 @@ class FGSM(Attack):
         norm: norm of the ball, "linf", "l2" or "l1"; a norm needs an eps beside it. None takes the evaluation's norm.
         loss: "ce", "margin", "scaled_margin" or "dlr". With fewer than 3 classes "margin" replaces "dlr".
         precision: precision of the step, see `PGD`.
-
-    Raises:
-        ValueError: a setting that is not allowed; the message names it.
     """
 
     kind: ClassVar[str] = "fgsm"

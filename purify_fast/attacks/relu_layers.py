@@ -1,9 +1,7 @@
 """Reads the matrices of a network whose affine layers have ReLUs between them.
 
-To read a layer's matrix, the layer gets unit vectors as its inputs: the model is called on unit vectors as images, and
-every ReLU returns unit vectors. The model may contain only ReLUs and polynomial operations. A polynomial that agrees
-with an affine layer on random images is this layer. So the matrices give the model's logits on every image, not only on
-the tried images.
+A layer gets unit vectors as its inputs. The model may contain only ReLUs and polynomial operations. A polynomial that
+agrees with an affine layer on random images is this layer. So the matrices are right on every image.
 """
 
 from __future__ import annotations
@@ -105,14 +103,7 @@ def _read(model: nn.Module, shape: Sequence[int], widths: Sequence[int]) -> list
 
 
 class _Reading(EagerDispatchMode):
-    """A mode that records the input of every ReLU, and replaces its output by vectors of a basis.
-
-    Args:
-        basis: for each row of the batch, the index of the unit vector that a ReLU returns; None: it returns its input.
-
-    Attributes:
-        seen: the flat input of each ReLU.
-    """
+    """A mode that records every ReLU's input in ``seen``, and returns the unit vectors with the indices ``basis``."""
 
     def __init__(self, basis: Tensor | None):
         super().__init__()

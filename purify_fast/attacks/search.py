@@ -18,10 +18,7 @@ MAX_NONFINITE, MAX_ZERO, MAX_UNMOVED = 0.0, 0.05, 0.01
 
 
 def faults(grad: Tensor, fooled: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Tell which gradients have a non-finite element, and which are zero, bool ``[B]``, without waiting for the device.
-
-    An image for which ``fooled``, bool ``[B]``, is True needs no gradient, so its zero gradient is not a fault.
-    """
+    """Tell which gradients are non-finite, and which are zero (unless ``fooled``), bool ``[B]``, without waiting."""
     # The largest element of a row is NaN if any element is.
     peak = torch.linalg.vector_norm(grad.detach().flatten(1), ord=torch.inf, dim=1)
     zero = peak == 0
@@ -32,9 +29,9 @@ def faults(grad: Tensor, fooled: Tensor | None = None) -> tuple[Tensor, Tensor]:
 class GradientHealth:
     """The counts that show whether an attack had usable gradients.
 
-    A gradient is non-finite if any of its elements is non-finite. It is zero if all of its elements are zero; for some
-    losses, misclassified images are exempt (`forgiven`). An image is unmoved if the clean image is classified correctly
-    and the last point of the run equals its first point. The counts remain on the device until a property is read.
+    A gradient is non-finite if any of its elements is, and zero if all are zero; for some losses, misclassified images
+    are exempt. An image is unmoved if the clean image is classified correctly and the run ends at its first point. The
+    counts remain on the device until a property is read.
 
     Args:
         counts: a dict from the names that `count` accepts to numbers or tensors of shape []; empty at first.
@@ -53,10 +50,7 @@ class GradientHealth:
         self.add(gradients=len(grad), nonfinite=nonfinite.sum(), zero=zero.sum())
 
     def see_move(self, start: Tensor, end: Tensor, correct: Tensor) -> None:
-        """Count the images where ``correct``, bool [B], is True, and those of them that did not move.
-
-        An image did not move if its first point ``start`` and its last point ``end``, [B, ...], are equal.
-        """
+        """Count the images where ``correct``, bool [B], is True, and those of them whose point did not move."""
         still = (start == end).flatten(1).all(1)
         self.add(images=correct.sum(), unmoved=(still & correct).sum())
 
@@ -86,12 +80,7 @@ class GradientHealth:
 
 
 def better_of(best: Tensor, best_score: Tensor, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
-    """The better of two points per image, and its score.
-
-    The better point is misclassified by more draws, or by the same number of draws and with a higher loss. The points
-    have the shape ``[B, ...]``; the scores have the shape ``[2, B]``, see `Gradient.score`. If the scores are equal,
-    the better point is ``best``.
-    """
+    """The better of two points per image, by wrong draws and then by loss, and its score ``[2, B]``."""
     higher = (score[0] > best_score[0]) | ((score[0] == best_score[0]) & (score[1] > best_score[1]))
     return torch.where(per_image(higher, x), x, best), torch.where(higher, score, best_score)
 
@@ -115,18 +104,7 @@ def noted(objective: Objective, memory: State, point: Tensor, gradient: Gradient
 
 
 class Search:
-    """The best point of one run of an attack, and the counts of faulty gradients. No method waits for the device.
-
-    Args:
-        objective: the loss that the attack maximizes.
-        begin: the first points of the run, ``[B, ...]``.
-        y: labels, see `Objective.gradient`.
-        keep_best: whether the run returns its best point instead of its last point.
-        health: counts faulty gradients and unmoved images; None: nothing is counted.
-
-    Attributes:
-        memory: the tensors that a step updates by `noted`; empty if ``keep_best`` is False and ``health`` is None.
-    """
+    """The best point of one run of an attack, and the counts of faulty gradients. No method waits for the device."""
 
     def __init__(self, objective: Objective, begin: Tensor, y: Tensor, keep_best: bool, health: GradientHealth | None):
         self.objective, self.begin, self.y, self.health = objective, begin, y, health
@@ -149,11 +127,7 @@ class Search:
         self.memory, self.points = {name: memory[name] for name in self.memory}, self.points + points
 
     def result(self, x: Tensor, last: Tensor) -> Tensor:
-        """The images that an attack on the clean images x returns: the last points, or the best with ``keep_best``.
-
-        The steps have not compared the last points with the best points, so this method compares them. If several draws
-        are averaged, fresh draws score both kinds of points.
-        """
+        """The images that an attack returns: last points, or with ``keep_best`` the better of last and best."""
         if self.health is not None:
             nonfinite, zero = self.memory["nonfinite"], self.memory["zero"]
             self.health.add(gradients=self.points * len(self.begin), nonfinite=nonfinite, zero=zero)

@@ -20,17 +20,8 @@ FEW = 8
 class AttackSequence:
     """Runs attacks one after the other, and remembers the best point of each image.
 
-    Args:
-        model: images to logits; an ``nn.Module`` is in evaluation mode during each attack.
-        x: images, float32 ``[N, C, H, W]`` in [0, 1].
-        y: labels, int64 ``[N]``, on any device.
-        context: the settings of the attacks; its ``sample_ids`` are not used.
-        device: the device of the model; None: the device of the images.
-
-    Attributes:
-        images: the best known point of each image, ``[N, C, H, W]``; the clean image if no point is better.
-        share: the share of the draws that chose the best known point, and misclassify it, ``[N]``. For a random model
-            it is too high, because these draws made the choice: `accuracy` takes other draws.
+    ``share`` is the share of the draws that chose the best point, and misclassify it, ``[N]``. For a random model it is
+    too high, because these draws made the choice: `accuracy` takes other draws.
     """
 
     def __init__(
@@ -52,10 +43,7 @@ class AttackSequence:
         return has_fallen(self.share)
 
     def accuracy(self, draws: int) -> float:
-        """The accuracy of a single draw on the best known points, by ``draws`` draws that did not choose them.
-
-        For a model that always predicts the same, give 1.
-        """
+        """The accuracy of a single draw on the best points, by ``draws`` fresh draws (1 for a deterministic model)."""
         if not self.context.draws_differ and draws == 1:
             return 1 - float(self.share.mean())
         most = self.context.resources.max_forward_batch

@@ -3,11 +3,10 @@
     x'(p) = x(p + f(p)), bilinear;   f maximizes  loss(x') - tau flow_loss(f),   |f| <= eps everywhere
     flow_loss(f) = sum over pixels p and their up to four neighbors q of |f(p) - f(q)|_2
 
-The flow is in units in which the image spans [-1, 1], so 0.05 shifts a pixel of a 32 x 32 image by 0.8 pixels. The
-bound, the optimizer (Adam instead of the paper's L-BFGS), its rate and its 20 steps are those of Laidlaw et al.,
-"Perceptual adversarial robustness", ICLR 2021. Both papers have tau = 0.05, but Xiao et al. measure the flow in pixels.
-Two things are not in the papers. The pixels of the image's edge are repeated outside the image. And Adam's epsilon is
-smaller, so that a saturated loss still changes the flow.
+The flow is in units in which the image spans [-1, 1]. The bound, the optimizer (Adam instead of the paper's L-BFGS),
+its rate and its 20 steps are those of Laidlaw et al., "Perceptual adversarial robustness", ICLR 2021. Both papers have
+tau = 0.05, but Xiao et al. measure the flow in pixels. Two things are not in the papers: edge pixels are repeated
+outside the image, and Adam's epsilon is smaller, so that a saturated loss still changes the flow.
 """
 
 from __future__ import annotations
@@ -39,10 +38,7 @@ CORNER = 1e-5
 
 
 def warp(x: Tensor, flow: Tensor) -> Tensor:
-    """Shift the pixels of x: sample every pixel bilinearly at the point to which its flow points.
-
-    At zero flow the result is exactly x. The values of the result never leave the range of x.
-    """
+    """Shift the pixels of x: sample bilinearly where each flow points. At zero flow the result is exactly x."""
     height, width = x.shape[2:]
 
     def split(offset: Tensor, start: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -67,10 +63,9 @@ def warp(x: Tensor, flow: Tensor) -> Tensor:
 
 
 def flow_loss(flow: Tensor) -> Tensor:
-    """The sum of the distances between the flows of neighbors, ``[B, 2, H, W]`` -> ``[B]``.
+    """The sum of the distances between the flows of neighbors, ``[B, 2, H, W]`` -> ``[B]``. Each pair counts twice.
 
-    A pair of neighbors counts twice, as in the paper. A distance |d| is computed as sqrt(|d|^2 + c^2) - c with
-    c = 1e-5, so that the gradient is 0 for a constant flow.
+    A distance |d| is computed as sqrt(|d|^2 + c^2) - c with c = 1e-5, so that the gradient is 0 for a constant flow.
     """
     across, down = (((flow.diff(dim=dim).square().sum(1) + CORNER**2).sqrt() - CORNER).sum((1, 2)) for dim in (3, 2))
     return 2 * (across + down)
@@ -99,18 +94,14 @@ class StAdv(Attack):
 
     Args:
         loss: "margin" (the paper's loss), "ce", "scaled_margin" or "dlr". If the model is confident, the gradient of
-            "ce" becomes smaller than that of the flow loss. With fewer than 3 classes "margin" replaces "dlr".
+            "ce" is smaller than that of the flow loss. With fewer than 3 classes "margin" replaces "dlr".
         steps: number of gradient steps. None takes the evaluation's number, or 100 without an evaluation.
-        random_start: whether the first run begins with a random flow within ``eps`` instead of zero flow. Every further
-            run begins with a random flow.
+        random_start: whether the first run begins with a random flow within ``eps``, as every further run does.
         keep_best: whether a run returns its best point instead of its last point, see `purify_fast.attacks.PGD`.
         restarts: number of runs; each image keeps the best point of all runs.
         eps: the largest flow along each axis, in units of half the image, a number or ``[B]``.
         rate: Adam's learning rate, in the unit of eps.
         smoothness: the paper's tau. With 0 the attack is strongest, but edges in the images become ragged.
-
-    Raises:
-        ValueError: a setting that is not allowed; the message names it.
     """
 
     kind: ClassVar[str] = "stadv"

@@ -119,9 +119,9 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: the words after the program's name; None takes the words of this process.
 
     Returns:
-        The exit status. 0: success. 1: ``check`` found an image that is classified correctly now; or there was an error
-        in this package or in the user's code, whose traceback is on stderr. 2: the input cannot be used, or there is
-        not enough memory; stderr has one line about it. 130: Ctrl-C.
+        The exit status. 0: success. 1: ``check`` found an image that is classified correctly now; or an error in this
+        package or in the user's code, with a traceback on stderr. 2: the input cannot be used, or there is not enough
+        memory; stderr has one line about it. 130: Ctrl-C.
     """
     if arguments is None:
         # A caller's process decides itself how its threads wait.

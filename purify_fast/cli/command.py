@@ -20,8 +20,7 @@ class Command(ABC):
     """A command, whose fields are its options.
 
     Args:
-        config: The run.yaml of an earlier run, which sets the defaults of this command. Options on the command line win
-            over the file.
+        config: The run.yaml of an earlier run, which sets this command's defaults. Options win over the file.
     """
 
     #: The name of the command, such as ``train carso``.
@@ -59,21 +58,18 @@ class DataCommand(Command):
 
     Args:
         data: Data set: digits, mnist, fashion_mnist, cifar10, cifar100, svhn, imagenette, tiny_imagenet; or an .npz
-            file with x_train, y_train, x_test and y_test; or a folder with train/<class>/*.jpg|png, and val/ or test/
-            in the same form.
-        data_root: Folder that contains the data sets, and to which they are downloaded. Default: the variable
-            PURIFY_FAST_DATA, or else the current folder.
+            file with x_train, y_train, x_test and y_test; or a folder with train/<class>/*.jpg|png, and val/ or test/.
+        data_root: Folder of the data sets, also for downloads. Default: the variable PURIFY_FAST_DATA, or the current
+            folder.
         download: Let torchvision download the official files of a data set if they are missing.
-        size: Height and width to which images are resized and cropped before any attack. A single number is used for
-            both.
-        num_classes: Number of classes, for a data set in which some labels do not occur. Default: the largest label
-            plus 1.
+        size: Height and width to which images are resized and cropped before any attack. A single number sets both.
+        num_classes: Number of classes, if some labels do not occur in the data. Default: the largest label plus 1.
         stream: Read the decoded images of an image folder batch by batch even if they fit into memory, for example to
             save memory of the GPU.
         decode: When the images of an image folder are decoded. once: before the first use, into a copy on the disk.
             each_time: whenever an image is read.
-        broken: What to do with images of a folder that cannot be decoded. refuse: end with an error that names them.
-            skip: leave them out, with a warning that names them.
+        broken: Images of a folder that cannot be decoded. refuse: end with an error that names them. skip: leave them
+            out, with a warning that names them.
         cache: Folder for the decoded images of an image folder. Default: .purify_fast in the image folder.
         device: Device to compute on: cpu, cuda, or another device of PyTorch. auto: a GPU if there is any.
     """

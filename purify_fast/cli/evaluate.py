@@ -38,9 +38,9 @@ class Evaluate(ProcessOptions, DataCommand):
     An interrupted evaluation continues if the same command is run again.
 
     Args:
-        folder: Model to attack: a folder that a `train` command wrote, or zoo:NAME for a model of the zoo. Or your
-            function, as path/to/file.py:function or package.module:function. The function is called without arguments,
-            and must return a module, or a function from images in [0, 1] to logits.
+        folder: Model to attack: a folder that a `train` command wrote, or zoo:NAME. Or your function, as
+            path/to/file.py:function or package.module:function. It is called without arguments, and must return a
+            module, or a function from images in [0, 1] to logits.
         official: Folder with the weights that CARSO's authors published: the three .safetensors files of the purifier,
             and the file of its classifier. This option replaces FOLDER, and needs --recipe.
         recipe: Name of the published system in the folder --official. It sets the data set, K and the radius.
@@ -48,16 +48,15 @@ class Evaluate(ProcessOptions, DataCommand):
             defences contain their classifier.
         classifier_weights: File of the classifier, if the folder --official does not contain it: a .safetensors file,
             or a .pt file, from which only tensors are read.
-        eps: Radius in image units, such as 8/255. Default: the radius at which the model was trained. For your own
-            model this option is required.
-        norm: Norm of the ball. Default: the norm with which the model was trained, or linf if --eps is given.
+        eps: Radius in image units, such as 8/255. Default: the radius of the training. Required for your own model.
+        norm: Norm of the ball. Default: the norm of the training, or linf if --eps is given.
         images: Number of held-out images to attack. The seed chooses them; the numbers per class differ by at most 1.
-            If the data set has fewer images, all are attacked, and the report says so.
+            If the data set has fewer, all are attacked, and the report says so.
         precision: Precision of the computation. tf32: a GPU rounds the factors of products to 10 bits of mantissa.
-            bfloat16: the accelerated defence is evaluated, which rounds numbers to 8 bits, so its logits differ
-            slightly. The report names the precision.
-        out: Folder of the report. Default: FOLDER/evaluation, or runs/zoo/NAME/evaluation for a model of the zoo, or
-            runs/own/MODULE.FUNCTION/evaluation for your own model, where MODULE includes the folder of the file.
+            bfloat16: the accelerated defence, whose logits differ slightly, because it rounds numbers to 8 bits. The
+            report names the precision.
+        out: Folder of the report. Default: FOLDER/evaluation, or runs/zoo/NAME/evaluation, or for your own model
+            runs/own/MODULE.FUNCTION/evaluation, where MODULE includes the folder of the file.
     """
 
     called: ClassVar[str] = "evaluate"

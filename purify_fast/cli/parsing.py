@@ -1,8 +1,6 @@
-"""Makes a command from the words of a command line.
+"""Makes a command from the words of a command line, with tyro. Numbers may be fractions: ``--eps 8/255``.
 
 A recipe and the file ``--config`` change the defaults of the options, but not options on the command line.
-
-tyro reads the values, and makes the dataclasses of the command from them. Numbers may be fractions: ``--eps 8/255``.
 """
 
 from __future__ import annotations

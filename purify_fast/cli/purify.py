@@ -28,11 +28,9 @@ class Purify(ProcessOptions, Command):
     may also have three. If the defence makes several purified images of an image, the first of them is written.
 
     Args:
-        model: Defence whose purifier is used: a folder that a `train` command wrote, or zoo:NAME for a model of the
-            zoo.
-        source: Image to purify, such as a .png or .jpg file; or a folder, whose images of all subfolders are purified.
-        target: File to write, with the suffix .png; if SOURCE is a folder, the folder to write to. A file that exists
-            is replaced.
+        model: Defence whose purifier is used: a folder that a `train` command wrote, or zoo:NAME.
+        source: Image to purify, such as a .png or .jpg file; or a folder, with all its subfolders.
+        target: File to write, with the suffix .png; if SOURCE is a folder, a folder. A file that exists is replaced.
         batch_size: Number of images that are purified at once.
         seed: Seed of the purifier's random draws. All images get the same draws.
         device: Device to compute on: cpu, cuda, or another device of PyTorch. auto: a GPU if there is any.

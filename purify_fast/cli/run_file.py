@@ -1,7 +1,6 @@
-"""Reads and writes ``run.yaml``, which contains the options of a run.
+"""Reads and writes ``run.yaml``, a flat table with the options of a run, beside the run's log.
 
-The file lies beside the run's log, and the option ``--config`` reads it. The file is a flat table of options. Its entry
-``command`` is the name of the command, and ``version`` is the release of this package that wrote the file.
+The entry ``command`` is the name of the command, and ``version`` is the release of this package that wrote the file.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Makes a command a good neighbor on a machine that others use: passive waiting, and no more threads than cores.
+"""Makes a command a good neighbor on a shared machine: passive waiting, and no more threads than cores.
 
 This module does not import PyTorch, because OpenMP reads its settings when PyTorch is loaded.
 """

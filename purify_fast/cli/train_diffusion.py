@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 class TrainDiffusion(Training):
     """Train a denoiser for a diffusion purifier: on clean images, or by distillation.
 
-    No classifier is needed: `evaluate OUT --classifier FOLDER` puts the denoiser in front of a classifier. With
-    --intervals, the denoiser of --init is distilled into a denoiser that is evaluated only once per image. An
-    interrupted training continues if the same command is run again.
+    No classifier is needed: `evaluate OUT --classifier FOLDER` combines both. With --intervals, the denoiser of --init
+    is distilled into a denoiser that is evaluated only once per image. An interrupted training continues if the same
+    command is run again.
 
     Args:
         init: Folder that this command wrote before, or zoo:NAME. Its denoiser is distilled.
         width: Number of channels of the U-Net at full size: a multiple of 16, or an even number below 16.
-        patch: Side of the squares of pixels that the U-Net turns into channels. With 2, the U-Net takes a quarter of
-            the operations that it takes with 1.
+        patch: Side of the squares of pixels that become channels of the U-Net. 2 takes a quarter of the operations of
+            1.
         attention: Use attention over all positions at the lowest level of the U-Net.
     """
 

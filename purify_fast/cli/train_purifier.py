@@ -62,16 +62,14 @@ class TrainPurifier(OnClassifier):
 
 @dataclass(frozen=True)
 class KeepsAttacks(Training):
-    """A command that can save its attacked images in a file, called adversarial bank, and train on the images again.
+    """A command that can save its attacked images in a file, called adversarial bank, and train on them again.
 
     Args:
         bank: Save up to this number of attacked versions ("variants") of each image in a file, and train on them again
-            in later epochs instead of attacking. A bank needs the paper's objective, which attacks only the classifier.
+            in later epochs instead of attacking. Needs the paper's objective, which attacks only the classifier.
             Default: attack in every step.
-        bank_refresh: With --bank: share of the adversarial images that are attacked again. The new variants replace the
-            oldest variants.
-        bank_folder: With --bank: folder of the file, which later runs can use too. Default: the folder banks in the
-            folder of caches.
+        bank_refresh: With --bank: share of the adversarial images that are attacked again, to replace the oldest.
+        bank_folder: With --bank: folder of the file, also for later runs. Default: banks in the folder of caches.
     """
 
     bank: Count | None = None
@@ -100,8 +98,7 @@ class TrainCarso(KeepsAttacks, FollowsRecipe, TrainPurifier):
     An interrupted training continues if the same command is run again.
 
     Args:
-        init: Folder of a saved CARSO from which the training starts, for example to fine-tune it through the pipeline.
-            The saved CARSO sets the sizes.
+        init: Folder of a saved CARSO from which the training starts, such as to fine-tune it. It sets the sizes.
         layers: Names of the classifier's layers whose outputs form the representation. The default is for small_cnn.
         cond_dim: Size of the condition, the vector to which the representation is compressed.
         latent_dim: Size of the random latent vector of each sample.
@@ -227,8 +224,7 @@ class TrainAtop(KeepsAttacks, FollowsRecipe, TrainGenerator):
     An interrupted training continues if the same command is run again.
 
     Args:
-        init: Folder that `train generator` or `train atop` wrote. It sets the network and the transform. None: train
-            from random weights.
+        init: Folder that `train generator` or `train atop` wrote, with its network and transform. None: random weights.
     """
 
     called: ClassVar[str] = "train atop"

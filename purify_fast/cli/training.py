@@ -88,10 +88,9 @@ class FollowsRecipe(Training):
     """A command that can train by a recipe, which is the settings of a published training.
 
     Args:
-        recipe: Name of a published training of this method; `purify-fast recipe` lists them. Its settings become the
+        recipe: Name of a published training of this method (see `purify-fast recipe`), whose settings become the
             defaults of this command. The command prints in which points the training is not as published.
-        official_code: With --recipe: repeat also the known mistakes of the authors' code, which `purify-fast recipe
-            NAME` lists.
+        official_code: With --recipe: repeat also the known mistakes of the authors' code (`purify-fast recipe NAME`).
     """
 
     #: The name of the method, with which the names of its recipes begin.
@@ -156,12 +155,10 @@ class OnClassifier(Training):
         classifier: The classifier: a folder that `train classifier` or `train arrest` wrote, or zoo:NAME, or a name
             such as torchvision:resnet18, timm:resnet18 or package.module:function (your function).
         classifier_weights: Weights of a classifier that is given by name: a .safetensors or .pth file, from which only
-            tensors are read. Or the library's name for weights that it has downloaded before, such as IMAGENET1K_V1 of
-            torchvision or pretrained of timm. From a checkpoint, the moving average of the weights is taken, if there
-            is one.
-        mean: With a file of weights: mean by which the images in [0, 1] were normalized in the training of these
-            weights; a number, or one for each channel, such as 0.485 0.456 0.406. Default: 0. The library's own weights
-            have their own mean and standard deviation.
+            tensors are read (its moving average, if there is one). Or the library's name for weights that it has
+            downloaded, such as IMAGENET1K_V1 of torchvision or pretrained of timm.
+        mean: With a file of weights: mean by which the images in [0, 1] were normalized in their training; a number, or
+            one for each channel, such as 0.485 0.456 0.406. Default: 0. The library's own weights have their own.
         std: With --mean: standard deviation by which the images were then divided. Default: 1.
     """
 

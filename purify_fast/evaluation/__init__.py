@@ -1,7 +1,4 @@
-"""Evaluates the robustness of any model from images in [0, 1] to logits: it attacks the model, and writes a report.
-
-The report also tells whether its numbers are reliable.
-"""
+"""Evaluates the robustness of any model from images in [0, 1] to logits, and writes a report with alarms."""
 
 from __future__ import annotations
 

@@ -1,9 +1,7 @@
 """Runs an evaluation: attacks on correctly classified images, fresh predictions on the attacked images, and alarms.
 
-A row of the report is one attack. The model is attacked and judged in one of three variants: ``random`` is the model as
-it is deployed, ``fixed`` is the model in the context ``model.fixed_noise(seed)``, and ``deterministic`` is the model in
-the context ``model.deterministic()``. The images of an attack on ``fixed`` or ``deterministic`` are also tried on the
-deployed model, because only the deployed model counts for the headline, the robust accuracy of the report.
+The images of an attack on the variant ``fixed`` or ``deterministic`` are also tried on the deployed model, because only
+the deployed model counts for the headline, the robust accuracy of the report.
 """
 
 from __future__ import annotations
@@ -92,52 +90,45 @@ def evaluate(
 
     Args:
         model: images ``[B, C, H, W]``, float32 in [0, 1], to logits ``[B, classes]``; any callable that does not write
-            to the images. The modes, ``requires_grad`` flags and weights of a module are restored afterwards, also for
-            modules in its plain lists, objects or hooks. The random generators are restored too. If the model is a
-            plain function, its modules are not put into evaluation mode. A warning and a note name those modules in
-            training mode that the function seems to use.
-        x: images ``[N, C, H, W]``, uint8 or floating point in [0, 1], a tensor or a NumPy array; they are converted to
-            float32, and values outside [0, 1] by at most 1e-4 are clamped. Or, without ``y``, a DataLoader or another
-            iterable of batches (images, labels) or (images, labels, indices). The iterable is read once, before the
-            attacks. Each batch is checked when it is read.
+            to the images. The state of a module and of the random generators is restored. The modules of a plain
+            function are not put into evaluation mode; a warning and a note name those in training mode.
+        x: images ``[N, C, H, W]``, uint8 or floating point in [0, 1], a tensor or a NumPy array; values outside [0, 1]
+            by at most 1e-4 are clamped. Or, without ``y``, a DataLoader or another iterable of batches (images, labels)
+            or (images, labels, indices), which is read once.
         y: labels, integers ``[N]``, a tensor or a NumPy array.
         eps: radius of the ball, in image units; above 0 if there are attacks.
-        protocol: name of the list of attacks, such as "fast". This argument and the next two are fields of
-            `EvaluateConfig`; None takes the value of ``config``.
+        protocol: name of the list of attacks, such as "fast". This and the next two are fields of `EvaluateConfig`;
+            None takes the value of ``config``.
         batch_size: number of images that are attacked together, or "auto".
         seed: seed of all random numbers.
         config: all other settings.
         norm: norm of the ball: ``linf``, ``l2`` or ``l1``.
         base: an undefended classifier, whose adversarial images are tried on the model.
         attacks: a list of attacks that replaces a protocol: attacks of `purify_fast.attacks`, such as ``PGD()``;
-            functions ``(model, x, y) -> x_adv``, such as calls of other packages, see `as_attack`; or an
-            `AttackSpec` with any of these. An empty list measures only the accuracy on clean images. An attack on a
-            variant (see `AttackSpec`) is left out, with a note, if the model has no such variant, or if the variant
-            fails its test (for example if ``fixed_noise`` does not fix the noise).
-        out: a folder. Each finished row is cached in ``out/rows``, and is used again if settings, weights, data and the
+            functions ``(model, x, y) -> x_adv``, see `as_attack`; or an `AttackSpec`. An empty list measures only the
+            clean accuracy. An attack on a variant that the model lacks, or whose test fails, is left out, with a note.
+        out: a folder. Finished rows are cached in ``out/rows``, and used again if settings, weights, data and the
             source code of the model's classes are the same. If nothing would show a change of the model, as for a plain
-            function, its rows are not cached, and a warning says so.
+            function, its rows are not cached, with a warning.
         name: name of the model in the report.
-        revision: a name for the model's code. With it, the rows of every model are cached. Choose another name after a
-            change of a function, or of code that the model's classes use from an imported module.
+        revision: a name for the model's code, with which the rows of every model are cached. Choose another name after
+            a change of a function, or of code that the model's classes import.
         progress: whether to show a progress bar for each attack, which counts forward passes of single images.
 
     Returns:
-        A `Report` with a clean row for each variant, a row for each attack, and ``worst`` rows. In the ``worst`` row an
-        image is robust only if it is robust in all rows of the deployed model, also in rows of AutoAttack and of
-        transferred images. In a row of an attack on survivors, images that fell before are not robust.
-        The images of an attack on the variant ``fixed`` or ``deterministic`` are also tried on the deployed model. This
-        second row counts for ``worst``; the first row counts only for "worst, fixed" or "worst, deterministic". Attacks
-        on the first 200 images count for "worst, first 200", together with all other attacks on these images. Another
-        threat model with several attacks has a separate ``worst`` row.
+        A `Report` with a clean row for each variant, a row for each attack, and ``worst`` rows. In ``worst``, an image
+        is robust only if it is robust in all rows of the deployed model, also in rows of AutoAttack and of transferred
+        images. In a row of an attack on survivors, images that fell before are not robust. Attacks on a variant count
+        for "worst, fixed" or "worst, deterministic"; their images are also tried on the deployed model, in a second
+        row, which counts for ``worst``. Attacks on the first 200 images count for "worst, first 200". Another threat
+        model with several attacks has a separate ``worst`` row.
 
     Raises:
         ValueError: a wrong shape, dtype, range or setting, or a setting that is given twice; a model that writes to its
             input, or does not accept every batch size; ``predict`` with a deterministic model; ``out`` is a file; or
             several processes have different arguments.
         ConnectionError: another process has ended.
-        TypeError: images or labels are neither tensors nor arrays, eps is not a number, config is not an
-            `EvaluateConfig`, base cannot be called, or an element of ``attacks`` is not an attack.
+        TypeError: images or labels are neither tensors nor arrays, or another argument has a wrong type.
         ModuleNotFoundError: an attack needs AutoAttack's package, which is not installed.
     """
     check_folder("out", out)
@@ -250,17 +241,7 @@ def _admit(
 
 @dataclass
 class _Evaluation:
-    """The run of an evaluation, after its model was frozen and its settings were checked.
-
-    Args:
-        report: the report to which rows and notes are added.
-        measure: makes the rows.
-        asked_for: the requested attacks, some of which the model may not allow.
-        radii: further radii of the curve.
-        suspicion: the probes and the alarms.
-        mark: the model's fingerprint.
-        stack: the stack of contexts in which models are frozen.
-    """
+    """The run of an evaluation, after its model was frozen and its settings were checked."""
 
     report: Report
     measure: Measure

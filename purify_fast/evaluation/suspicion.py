@@ -24,14 +24,7 @@ from .show.report import Report
 
 @dataclass
 class Suspicion:
-    """The probes and the alarms of an evaluation.
-
-    Args:
-        report: the report, to which findings are added.
-        measure: makes the rows of the report.
-        before: predictions of the model before the attacks; None without probes.
-        compares: whether the gradients are compared with finite differences if there are no probes.
-    """
+    """The probes and the alarms of an evaluation; ``compares``: compare gradients even without probes."""
 
     report: Report
     measure: Measure

@@ -1,9 +1,4 @@
-"""Make the predictions and input gradients of any module faster, in place, without changing the module otherwise.
-
-In evaluation mode, an accelerated module runs on a frozen copy of itself (`InferenceCopy`), which follows its weights.
-In training mode it runs as it is. The gradients of weights are right in both modes: if a backward pass asks for them,
-the module itself is called again.
-"""
+"""Make the predictions and input gradients of any module faster, in place, without changing the module otherwise."""
 
 from __future__ import annotations
 
@@ -48,22 +43,20 @@ MOST_COPIES = 8
 def accelerate(model: Model, *, dtype: Dtype = "auto", compile: bool = False) -> Model:
     """Make predictions and input gradients of a module faster, in place.
 
-    Calls in evaluation mode with float32 images run on a frozen copy: BatchNorms are folded, products are in ``dtype``,
-    in the memory format that is faster. The copy is made at the first such call. It follows every change of the
-    weights. A constant batch without gradient is computed once for the same weights, as long as the batch exists.
-    Everything else runs the module itself: training mode, other inputs, an autocast of the caller, hooks on inner
-    modules. A backward pass that asks for gradients of weights calls the module itself again, so they are right; an
+    In evaluation mode, calls with float32 images run on a frozen copy, which is made at the first such call and follows
+    every change of the weights. Its BatchNorms are folded, and its products are in ``dtype``. A constant batch without
+    gradient is computed once for the same weights. Everything else runs the module itself: training mode, other inputs,
+    an autocast of the caller, hooks on inner modules. Gradients of weights are right, but call the module again, so an
     attack should not ask for them (`images_only`).
 
-    If the copy disagrees with the module at the first call, or cannot be made, one warning says why, and the module
-    itself runs. If the module itself is faster, it runs too. Parameters, state dict, hooks and names do not change. A
-    copy or a pickle of the module is accelerated too.
+    If the copy disagrees with the module or cannot be made, a warning says why, and the module itself runs, as it does
+    if it is faster. Parameters, state dict, hooks and names do not change. A copy or a pickle is accelerated too.
 
     Args:
         model: module from images ``[B, C, H, W]`` to logits ``[B, classes]``. A defence of this package is accelerated
             by its own method of this name. For ``DistributedDataParallel`` the module inside is accelerated.
-        dtype: dtype of the products, ``torch.float32`` or ``torch.bfloat16``. "auto" is bfloat16 where the processor or
-            card multiplies faster in it and the model is not tiny, or else float32.
+        dtype: dtype of the products, ``torch.float32`` or ``torch.bfloat16``. "auto" is bfloat16 where the device
+            multiplies faster in it and the model is not tiny, or else float32.
         compile: whether to compile the copy by `torch.compile`, and whole steps of this package's attacks on it.
 
     Returns:
@@ -113,8 +106,8 @@ def restore(model: Model) -> Model:
 def images_only(model: nn.Module) -> Iterator[None]:
     """A block in which the parameters of a module need no gradients, for attacks on the images alone.
 
-    Use it for attacks that keep the training mode, or that call ``loss.backward()``. Afterwards ``requires_grad`` of
-    each parameter is as before. What is computed in the block gives no gradients of weights later.
+    Use it for attacks that keep the training mode, or that call ``loss.backward()``. Afterwards ``requires_grad`` is as
+    before. Computations in the block give no gradients of weights later.
 
     Args:
         model: any module.
@@ -135,11 +128,7 @@ def images_only(model: nn.Module) -> Iterator[None]:
 
 
 def unaccelerated_copy(model: Model) -> Model:
-    """Copy a module, and undo `accelerate` in the copy and its parts.
-
-    Args:
-        model: any module.
-    """
+    """Copy a module, and undo `accelerate` in the copy and its parts."""
     duplicate = copy.deepcopy(model)
     for part in duplicate.modules():
         if accelerated(part) is not None:
@@ -155,11 +144,7 @@ def accelerated(model: object) -> _Forward | None:
 
 @contextlib.contextmanager
 def plainly(*models: object) -> Iterator[None]:
-    """A block in which accelerated modules, also inside others, run as they are.
-
-    Args:
-        models: modules. Everything else is ignored.
-    """
+    """A block in which accelerated modules, also inside others, run as they are; other objects are ignored."""
     parts = [part for model in models if isinstance(model, nn.Module) for part in model.modules()]
     found = [forward for part in parts if (forward := accelerated(part)) is not None and not forward.off]
     try:
@@ -172,24 +157,14 @@ def plainly(*models: object) -> Iterator[None]:
 
 
 def auto_dtype(dtype: Dtype | None, model: nn.Module, device: torch.device) -> torch.dtype:
-    """Return the dtype that "auto" means for a model on a device; any other dtype as it is.
-
-    Args:
-        dtype: a dtype, or "auto".
-        model: the model whose products are computed.
-        device: its device.
-    """
+    """Return the dtype that "auto" means for a model on a device; any other dtype as it is."""
     if isinstance(dtype, torch.dtype):
         return dtype
     return torch.bfloat16 if fast_bfloat16(device) and matrix_weights(model) >= FEWEST_WEIGHTS else torch.float32
 
 
 class Follower(abc.ABC):
-    """A frozen copy of a model that follows the model's weights.
-
-    Attributes:
-        copy: the copy; None if the model itself should run.
-    """
+    """A frozen copy of a model that follows the model's weights; ``copy`` is None if the model itself should run."""
 
     def __init__(self) -> None:
         self.copy: InferenceCopy | None = None
@@ -199,15 +174,7 @@ class Follower(abc.ABC):
         self._tried = self._copies = 0
 
     def follow(self, model: nn.Module, x: Tensor) -> bool:
-        """Give the copy the present weights. Make it at the first call, and if the model has other parts than before.
-
-        Args:
-            model: the model, which is the same in all calls.
-            x: images, on which a new copy is compared with the model.
-
-        Returns:
-            True if the weights or the parts were other ones.
-        """
+        """Give the copy the present weights, or make it anew if the parts changed; return True if anything changed."""
         facts, tensors = facts_of(model), [one for _, one in tensors_of(model)]
         reads = can_read_values(x.device)
         new = facts != self._facts or (self.copy is not None and self.copy.device != x.device)
@@ -230,27 +197,13 @@ class Follower(abc.ABC):
 
     @abc.abstractmethod
     def make(self, model: nn.Module, x: Tensor, batch: int) -> InferenceCopy | None:
-        """Make the copy; None if the model itself should run.
-
-        Args:
-            model: the model, in evaluation mode.
-            x: a few images.
-            batch: number of images in the whole batch.
-        """
+        """Make the copy; None if the model itself should run."""
 
 
 class _Forward(Follower):
-    """The forward of an accelerated module.
+    """The forward of an accelerated module. ``own`` is the ``forward`` that the user had set, or None.
 
-    Args:
-        model: the module.
-        dtype: dtype of the copy's products, or "auto".
-        compile: whether the copy is compiled.
-
-    Attributes:
-        own: the ``forward`` that the user had set on the module itself, or None.
-        off: True within `plainly`.
-        asked: True after a backward pass that asked for gradients of weights in evaluation mode.
+    ``off`` is True within `plainly`, and ``asked`` after a backward pass that asked for gradients of weights.
     """
 
     not_dependencies = frozenset(

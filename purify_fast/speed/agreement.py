@@ -14,15 +14,7 @@ LEAST_COSINE = 0.8
 
 
 def same_logits(got: Tensor, want: Tensor) -> bool:
-    """Tell whether a copy has the logits of its model.
-
-    A constant that is added to all logits of an image changes neither the predicted class nor the softmax. So for each
-    class the comparison takes the difference between its logit and the logit of the class that the model predicts.
-
-    Args:
-        got: logits of the copy, ``[B, classes]``.
-        want: logits of the model, of the same shape.
-    """
+    """Tell whether a copy has the logits ``[B, classes]`` of its model, up to a constant for each image."""
     if want.shape != got.shape or not bool(got.isfinite().all()):
         return False
     # Measure the gap from the first to the fourth class, because targeted DLR reads the four highest logits. With fewer
@@ -36,13 +28,7 @@ def same_logits(got: Tensor, want: Tensor) -> bool:
 
 
 def same_direction(got: Tensor, want: Tensor, cosine: float = LEAST_COSINE) -> bool:
-    """Tell whether two gradients point into nearly the same direction. A gradient of 0 or NaN agrees with any other.
-
-    Args:
-        got: input gradient of the copy.
-        want: input gradient of the model, of the same shape.
-        cosine: least cosine between them.
-    """
+    """Tell whether two gradients have nearly the same direction. A gradient of 0 or NaN agrees with any other."""
     size = want.norm()
     if not (bool(size.isfinite()) and bool(size > 0)):
         return True

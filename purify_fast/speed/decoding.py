@@ -1,10 +1,7 @@
 """Decodes K latents for each condition, by any decoder: the latents as one batch, and the condition once per image.
 
-The layers of a plain ``nn.Sequential`` are known in their order, also those of inner Sequentials. So the product of the
-first linear layer with the condition is computed once per image. `PackedDecoder` makes a single op, `decode_prior`, of
-the layers that this op knows, and folds their BatchNorms. Other decoders are called as they are. BatchNorms are not
-folded without the op. They take 4 % of the time of CARSO's decoder on a CPU, where PyTorch is slow to add the bias that
-a folded transposed convolution needs.
+`PackedDecoder` makes a single op, `decode_prior`, of the layers that this op knows, and folds their BatchNorms. Without
+the op they are not folded: on a CPU, PyTorch is slow to add the bias that a folded transposed convolution needs.
 """
 
 from __future__ import annotations
@@ -30,11 +27,7 @@ _NEUTRAL = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)
 
 
 def layers_of(decoder: nn.Module) -> list[nn.Module]:
-    """Return the layers of a plain Sequential in order, with those of inner Sequentials; else only the decoder itself.
-
-    Args:
-        decoder: any module. A module with forward hooks, or of a subclass of ``nn.Sequential``, is a layer.
-    """
+    """Return the layers of a plain Sequential, and of Sequentials in it, in order; else only the decoder itself."""
     if type(decoder) is not nn.Sequential or hooked(decoder):
         return [decoder]
     return [layer for child in decoder for layer in layers_of(child)]
@@ -122,24 +115,24 @@ def decode_samples(
     """Decode K latents for each condition, as one batch.
 
     Args:
-        decoder: a module or function ``decoder(z [N, D], condition [N, C])``, or a plain ``nn.Sequential``. If the
-            Sequential begins with ``nn.Linear``, it gets ``[N, D + C]``, the latents first. If it begins with another
-            layer, it gets the pair (z, condition), which the layer joins. A `PackedDecoder` is the fastest on a GPU.
+        decoder: a module or function ``decoder(z [N, D], condition [N, C])``, or a plain ``nn.Sequential``. If it
+            begins with ``nn.Linear``, it gets ``[N, D + C]``, the latents first, else the pair (z, condition), which
+            its first layer joins. A `PackedDecoder` is the fastest on a GPU.
         condition: ``[B, C]``, floating point.
         samples: K, at least 1. Given latents decide K themselves.
-        latent_dim: D. A Sequential that begins with a linear layer, or joins before it, tells it.
+        latent_dim: D, if a Sequential does not tell it by its linear layer.
         latents: ``[B, K, D]``; None draws them from N(0, I), as `purify_fast.ops.philox` does for the stream LATENT.
         seed: int64 ``[1]``, on the condition's device. None: a new seed from PyTorch's generator of this device.
         sample_ids: int64 ``[B]``, the global index of each image (see `philox`). None: 0 to B - 1.
 
     Returns:
-        What the decoder returns, ``[B, K, ...]``. Latents, condition and weights get their gradients. BatchNorms in
+        The decoder's results, ``[B, K, ...]``. Latents, condition and weights get their gradients. BatchNorms in
         training mode use the statistics of all B K latents.
 
     Raises:
-        TypeError: if seed or sample_ids is neither None nor a tensor.
-        ValueError: if shapes, dtypes or devices do not match, if ``latent_dim`` is missing, or if the decoder does not
-            return one result for each latent.
+        TypeError: seed or sample_ids is neither None nor a tensor.
+        ValueError: shapes, dtypes or devices do not match, ``latent_dim`` is missing, or results are not one per
+            latent.
     """
     _check(condition, latents, samples)
     layers: list[Any] = layers_of(decoder) if isinstance(decoder, nn.Module) else []
@@ -194,11 +187,7 @@ def _letter(step: _Step) -> str:
 
 
 def _in_order(decoder: nn.Module, latent_dim: int) -> list[_Step]:
-    """Return the layers of a decoder that can be packed, with folded BatchNorms, from the linear layer on.
-
-    Raises:
-        ValueError: the op does not know these layers.
-    """
+    """Return a decoder's layers, with folded BatchNorms, from the linear layer on, or raise ValueError."""
     own = getattr(decoder, "in_order", None)
     steps = _steps(layers_of(decoder) if own is None else own())
     if len(steps) > 1 and type(steps[1].layer) is nn.Linear:
@@ -229,12 +218,12 @@ class PackedDecoder(nn.Module):
             LeakyReLU or ReLU, Unflatten, and ConvTranspose2d with the same activation between them. BatchNorms may
             follow Linear and ConvTranspose2d, and Sigmoid may be last. A first layer may join (z, condition). Later
             changes of the weights have no effect.
-        dtype: dtype of the products, bfloat16 (the only dtype that is fast on a GPU), float32 or float64. Sums are in
-            float32, or in float64 for float64.
+        dtype: dtype of the products: bfloat16 (the only fast dtype on a GPU), float32 or float64. Sums are in float32,
+            or in float64 for float64.
         latent_dim: size of a latent, the first inputs of the linear layer; needed for a Sequential.
 
     Raises:
-        ValueError: the decoder is in training mode, or has layers that the op does not know, or latent_dim is missing.
+        ValueError: the decoder is in training mode, or has unknown layers, or latent_dim is missing.
     """
 
     packed: Tensor
@@ -299,8 +288,7 @@ class PackedDecoder(nn.Module):
         Args:
             condition: the condition, floating point ``[B, cond_dim]``. The gradient reaches it.
             seed: seed of the latents, int64 ``[1]``, on the condition's device. None: a new seed.
-            sample_ids: numbers that decide each image's latents, int64 ``[B]``, on the condition's device.
-                None: 0 to B - 1.
+            sample_ids: numbers that decide each image's latents, int64 ``[B]``, on its device. None: 0 to B - 1.
             samples: K.
             options: ``squash``, ``channels_last`` and ``dtype`` of `purify_fast.ops.decode_prior`.
 
@@ -327,12 +315,5 @@ class PackedDecoder(nn.Module):
 
 
 def kernel_decodes(device: torch.device) -> bool:
-    """Tell whether `PackedDecoder` should be used on ``device``. If not, the decoder's own layers are run.
-
-    The layers are also run inside torch.compile, which fuses them. For some dtypes and batch sizes, `decode_prior` has
-    no kernel, and runs the layers itself.
-
-    Args:
-        device: device of the latents.
-    """
+    """Tell whether `PackedDecoder` should be used on ``device``, or else the decoder's own layers."""
     return not torch.compiler.is_compiling() and REGISTRY["decode_samples"].may_serve(device)

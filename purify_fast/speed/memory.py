@@ -32,10 +32,7 @@ Result = TypeVar("Result")
 
 
 class LiveBytes(EagerDispatchMode):
-    """Counts the bytes of existing tensors that operators have made, and their peak.
-
-    Memory that operators use only while they run, such as scratch memory of a library, is not counted.
-    """
+    """Counts the bytes of existing tensors that operators have made, and their peak, without scratch memory."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,12 +63,7 @@ class LiveBytes(EagerDispatchMode):
 
 
 def peak_memory(work: Callable[[], object], device: torch.device) -> int:
-    """Call a function, and return its peak of memory in bytes: from a GPU's allocator, or counted on a CPU.
-
-    Args:
-        work: the function.
-        device: device on which it computes.
-    """
+    """Call a function, and return its peak of memory in bytes: from a GPU's allocator, or counted on a CPU."""
     if device.type != "cuda":
         with LiveBytes() as counted:
             work()
@@ -83,24 +75,12 @@ def peak_memory(work: Callable[[], object], device: torch.device) -> int:
 
 
 def peak_so_far(device: torch.device) -> int:
-    """The largest memory of this process so far, in bytes: that of the process on a CPU, or of tensors on a GPU.
-
-    Args:
-        device: device on which it computes.
-    """
+    """The largest memory of this process so far, in bytes: that of the process on a CPU, or of tensors on a GPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident_memory()
 
 
 def free_memory(device: torch.device, budget: int | str | None) -> int:
-    """The bytes that this process may still allocate on a device.
-
-    Args:
-        device: a GPU or the CPU.
-        budget: limit of the process's memory, in bytes or as a text such as "20GB". None means no limit.
-
-    Raises:
-        ValueError: the budget is not an amount of memory.
-    """
+    """The bytes that this process may still allocate, within a budget in bytes or as "20GB" (None: no limit)."""
     if device.type == "cuda":
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         free = torch.cuda.mem_get_info(device)[0] + reserved
@@ -109,18 +89,7 @@ def free_memory(device: torch.device, budget: int | str | None) -> int:
 
 
 def images_that_fit(work: Callable[[int], object], free: int, device: torch.device) -> int:
-    """Estimate how many images fit into memory, from the memory of a pass with one image and with a few images.
-
-    The state of torch's random generators is the same afterwards.
-
-    Args:
-        work: function that makes a pass over the given number of images.
-        free: bytes that the pass may use.
-        device: device on which it computes.
-
-    Returns:
-        A power of two from 1 to 1,024. It is 1 even if a single image does not fit.
-    """
+    """Estimate how many images fit into ``free`` bytes, a power of two up to 1,024, from passes of 1 and of a few."""
     again = same_draws_again(device)
     try:
         one = peak_memory(lambda: work(FIRST), device)
@@ -152,14 +121,7 @@ def same_draws_again(device: torch.device) -> Callable[[], None]:
 def retry_when_memory_ends(
     work: Callable[[], Result], device: torch.device, frees: Callable[[], Callable[[], None] | None]
 ) -> Result:
-    """Call a function. Whenever memory runs out, free memory and call the function again.
-
-    Args:
-        work: the function. It may be called several times; each call draws the same random numbers.
-        device: device on which it computes.
-        frees: function that is called when memory runs out. It returns a function that frees memory. If it returns
-            None, nothing can be freed, and the error is raised.
-    """
+    """Call a function, and again with the same draws whenever memory runs out and ``frees`` finds something to free."""
     again = same_draws_again(device)
     while True:
         try:
@@ -176,13 +138,7 @@ def retry_when_memory_ends(
 
 
 class Room:
-    """The largest number of images in a forward pass. It can be halved whenever memory runs out.
-
-    Args:
-        images: the largest number of images. None means no limit.
-        device: device on which the model computes.
-        yields: whether to halve the number and repeat the work if memory runs out. Otherwise the error is raised.
-    """
+    """The largest number of images in a forward pass. It can be halved whenever memory runs out."""
 
     def __init__(self, images: int | None, device: torch.device, yields: bool = False):
         self.images, self.device, self.yields = images, device, yields
@@ -196,12 +152,7 @@ class Room:
         return self.images if wanted is None else self.at_most(wanted)
 
     def within(self, work: Callable[[], Result]) -> Result:
-        """Call a function. If memory runs out, halve the number of images, down to 1, and call it again.
-
-        Args:
-            work: the function, which gets the number of images from this object. It may be called several times; each
-                call draws the same random numbers.
-        """
+        """Call a function. If memory runs out, halve the number of images, down to 1, and call it again."""
         return retry_when_memory_ends(
             work, self.device, lambda: self._halve if self.yields and self.images not in (None, 1) else None
         )

@@ -48,10 +48,7 @@ class _Weights(torch.autograd.Function):
 
 
 class _Call(torch.autograd.Function):
-    """A call of the copy, or its known result. The gradient of the images is that of the copy.
-
-    If the backward pass asks for gradients of weights, or for a second derivative, the module itself is called.
-    """
+    """A call of the copy. For gradients of weights, or a second derivative, the module itself is called again."""
 
     @staticmethod
     def forward(ctx: Any, owner: Owner, asked: _Asked, known: Tensor | None, x: Tensor, *weights: Tensor) -> Tensor:

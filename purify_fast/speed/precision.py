@@ -1,7 +1,4 @@
-"""Set the precision of float32 products on a GPU, and the choice of cuDNN's algorithms.
-
-By default, PyTorch rounds the operands of convolutions on a GPU to ten bits of mantissa (TF32).
-"""
+"""Set the precision of float32 products on a GPU (by default TF32 for convolutions), and cuDNN's algorithms."""
 
 from __future__ import annotations
 
@@ -22,9 +19,8 @@ def float32_settings() -> tuple[tuple[bool, str] | None, list[str]]:
     """The current settings of float32 products.
 
     Returns:
-        Two values. The first is cuDNN's ``allow_tf32`` and the precision of float32 matrix products, or None if
-        PyTorch's older names cannot express the settings. The second is the precision of convolutions, recurrent layers
-        and matrix products in the newer settings.
+        Two values: cuDNN's ``allow_tf32`` with the precision of float32 matrix products (None if PyTorch's older names
+        cannot express the settings), and the precisions of convolutions, recurrent layers and matrix products.
     """
     # PyTorch has older and newer names for these settings. Reading an older name raises an error if only the newer
     # names can express the current values. Writing an older name overwrites the newer settings. So both are restored,
@@ -38,9 +34,7 @@ def float32_settings() -> tuple[tuple[bool, str] | None, list[str]]:
 
 @contextlib.contextmanager
 def float32_products(*, tf32: bool = False) -> Iterator[None]:
-    """Set the precision of float32 convolutions and matrix products on a GPU within the block.
-
-    The settings affect all threads of the process. They have no effect on a CPU.
+    """Set the precision of float32 convolutions and matrix products on a GPU within the block, for all threads.
 
     Args:
         tf32: whether to round the operands to ten bits of mantissa. This is several times faster, but the input
@@ -64,9 +58,9 @@ def float32_products(*, tf32: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def whole_float32_by_default() -> Iterator[None]:
-    """Compute float32 products in IEEE float32 within the block, if no block of `float32_products` surrounds it.
+    """Compute float32 products in IEEE float32 within the block, unless a block of `float32_products` surrounds it.
 
-    A surrounding block decides the precision itself. This function can also be used as a decorator.
+    This function can also be used as a decorator.
     """
     with contextlib.nullcontext() if _blocks else float32_products():
         yield
@@ -76,12 +70,12 @@ def whole_float32_by_default() -> Iterator[None]:
 def raced_convolutions(mode: CudnnBenchmark, device: torch.device) -> Iterator[None]:
     """Let cuDNN time its algorithms within the block, once for each shape of a convolution, and use the fastest.
 
-    The timing takes about a second for each network and shape, so the same shapes should occur often. The results of
-    the algorithms differ in the last bits, and the choice may differ between runs.
+    The timing takes about a second for each network and shape. The results of the algorithms differ in the last bits,
+    and the choice may differ between runs.
 
     Args:
-        mode: "auto": cuDNN times its algorithms on a CUDA device, unless deterministic algorithms are switched on in
-            PyTorch. "on": it always does so on a CUDA device. "off": cuDNN's setting is not changed.
+        mode: "on": cuDNN times its algorithms on a CUDA device. "auto": only if PyTorch does not require deterministic
+            algorithms. "off": cuDNN's setting is not changed.
         device: device of the work.
     """
     check_literal("mode", mode, CudnnBenchmark)

@@ -34,11 +34,8 @@ def restored_threads() -> Iterator[None]:
 def may_choose(device: torch.device) -> bool:
     """Tell whether the number of threads for work on a device is open.
 
-    It is not open if the user set it by OMP_NUM_THREADS, or if several processes share the cores. It is not open either
-    in a process that uses torch.compile, because compiled code is made again for each number of threads.
-
-    Args:
-        device: device of the work.
+    It is not open if OMP_NUM_THREADS is set, if several processes share the cores, or in a process that uses
+    torch.compile, because compiled code is made again for each number of threads.
     """
     alone = device.type == "cpu" and torch.get_num_threads() > 1 and processes()[1] == 1
     # `torch.compile` loads this module.
@@ -47,11 +44,7 @@ def may_choose(device: torch.device) -> bool:
 
 
 def fastest_threads(step: Callable[[], object]) -> int:
-    """Time a step with torch's present number of threads, with half of it and with one; return the fastest number.
-
-    Args:
-        step: a typical part of the work, which can be repeated.
-    """
+    """Time a step with torch's present number of threads, with half of it and with one; return the fastest number."""
     present, began = torch.get_num_threads(), time.perf_counter()
     timed = {threads: (0.0, 0) for threads in (present, max(1, present // 2), 1)}
     with restored_threads():

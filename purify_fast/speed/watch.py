@@ -20,11 +20,7 @@ FEWEST_WEIGHTS = 250_000
 
 
 def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the parameters and buffers of a model with all of their names.
-
-    Args:
-        model: any module.
-    """
+    """Yield the parameters and buffers of a model with all of their names."""
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)
 
@@ -45,10 +41,8 @@ def matrix_weights(model: nn.Module) -> int:
 class Watch:
     """Remembers the weights of a model, and tells whether they have changed.
 
-    PyTorch counts the writes to a tensor, but not those through ``p.data``. So the values are compared too: on a CPU by
-    the sums of their bits over blocks of 4 kB, and on other devices by the sum
-    and the norm of each tensor. A change that keeps all of these, such as an exchange of two numbers within a block, is
-    not seen.
+    PyTorch's count of writes misses those through ``p.data``. So the values are compared too: by sums of their bits
+    over blocks of 4 kB on a CPU, else by each tensor's sum and norm. A change that keeps all of these is not seen.
     """
 
     def __init__(self) -> None:
@@ -67,12 +61,7 @@ class Watch:
         return self._stamps is not None
 
     def changed(self, tensors: list[Tensor], values: bool = True) -> bool:
-        """Tell whether tensors differ from those of the last call. The first call returns True.
-
-        Args:
-            tensors: the tensors.
-            values: whether to compare the values too, if no counted write was found.
-        """
+        """Tell whether tensors, with ``values`` also their values, differ from the last call; True at first."""
         stamps = [(id(one), one.data_ptr(), -1 if one.is_inference() else one._version) for one in tensors]
         counted, self._stamps = stamps != self._stamps, stamps
         if counted or values:

@@ -1,22 +1,17 @@
 """The adversarial bank: a file of adversarial images, which later epochs of a training use again.
 
-A training that never changes the attacked model has adversarial images of the same distribution in every epoch. A
-*variant* of an image is the result of one of the training's attacks on it, from one random start. The bank stores up to
-M variants of each image. While the bank lacks variants of an image for an attack, each step runs this attack on the
-image; later steps read a variant. For a share rho of the adversarial images, the attack runs although the bank is full,
-and its result replaces the oldest variant.
-
-Let x be an image and x' the attacked image. The bank stores the variant as
+A *variant* of an image is the result of one of the training's attacks on it. The bank stores up to M variants of each
+image. A share rho of the adversarial images is attacked although the bank is full, and replaces the oldest variants.
+Let x be an image and x' the attacked image. The bank stores
 
     q = round((x' - x) / s),   s = max |x' - x| / 127,   q in int8, s in float32
 
-and restores x + s q, projected onto the attack's ball and onto [0, 1]. Before the projection, the error of each pixel
-value is at most s / 2 <= eps / 254, for every norm of the ball. In "linf" the projection cannot increase the error of
-any value. In "l2" and "l1" it can increase the error of single values, but not the L2 norm of the whole error. This
-norm is at most sqrt(D) eps / 254 for an image of D values.
+and restores x + s q, projected onto the attack's ball and onto [0, 1]. Before the projection, the error of each value
+is at most s / 2 <= eps / 254, for every norm. In "linf" the projection cannot increase the error of any value. In "l2"
+and "l1" it cannot increase the L2 norm of the whole error, which is at most sqrt(D) eps / 254 for D values.
 
-A step trains on the restored variants, even if it has just made them, so its result depends only on the seed, the step
-and the bank, also in a resumed run. If rho is 1, each step trains on the attacked images themselves.
+A step trains on restored variants, even if it has just made them, so its result depends only on the seed, the step and
+the bank, also in a resumed run. If rho is 1, each step trains on the attacked images themselves.
 """
 
 from __future__ import annotations
@@ -53,12 +48,11 @@ class BankConfig:
     """The settings of a training's adversarial bank.
 
     Args:
-        variants: M, the number of variants of an image that are stored, over all attacks of the training; at least 1
-            for each attack. An attack without a random start makes the same image each time, so it has 1 variant.
-        refresh: rho, the share of the adversarial images that is attacked again although the bank has enough variants.
-            Only attacks with a random start run again; other attacks would make the same image again. With refresh 1,
-            the training has exactly the results of a training without a bank.
-        folder: folder of the bank's file, which later runs can use too. None means ``banks`` in the folder of caches
+        variants: M, the number of stored variants of an image, over all attacks of the training; at least 1 for each
+            attack. An attack without a random start has 1 variant.
+        refresh: rho, the share of the adversarial images that is attacked again although the bank has enough variants,
+            by attacks with a random start. With 1, the results are exactly those without a bank.
+        folder: folder of the bank's file, also for later runs. None: ``banks`` in the folder of caches
             (PURIFY_FAST_CACHE).
 
     Raises:
@@ -80,13 +74,7 @@ class BankConfig:
 
 @dataclass(frozen=True)
 class FrozenAttack:
-    """An attack of a training on a model that the training never changes.
-
-    Args:
-        eps: radius of the ball in image units.
-        random: whether the attack begins at a random point, and so makes a different image each time.
-        share: share of the batch's images that are attacked by this attack.
-    """
+    """An attack of a training, on a share of the batch and on a model that the training never changes."""
 
     eps: float
     random: bool
@@ -95,14 +83,7 @@ class FrozenAttack:
 
 @dataclass(frozen=True)
 class FrozenAttacks:
-    """All attacks of a training, on a model that the training never changes.
-
-    Args:
-        attacks: the attacks; other functions refer to an attack by its index in this tuple.
-        norm: norm of the ball.
-        facts: everything else that decides which images the attacks make, such as the weights of the model, as JSON
-            values.
-    """
+    """All attacks of a training on a frozen model; ``facts`` are all else that decides which images they make."""
 
     attacks: tuple[FrozenAttack, ...]
     norm: Norm
@@ -111,15 +92,7 @@ class FrozenAttacks:
 
 @dataclass(frozen=True)
 class BankedImages:
-    """A description of the images whose variants a bank stores.
-
-    Args:
-        count: number of images in the whole data set; the bank is ordered by their indices.
-        shape: shape of an image, (C, H, W).
-        data: text that identifies the data set; it contains a digest of images and labels.
-        views: 2 if images are mirrored at random, because an image and its mirror image have variants of their own;
-            otherwise 1.
-    """
+    """A description of the images whose variants a bank stores; ``views`` is 2 if images are mirrored at random."""
 
     count: int
     shape: tuple[int, ...]
@@ -143,27 +116,8 @@ def restored(x: Tensor, steps: Tensor, scale: Tensor, ball: Ball) -> Tensor:
 class AdversarialBank:
     """Stores variants of images in an array on disk, which several processes may use at the same time.
 
-    The array has M places for each image. A record has a checksum of its content and its place: if it is incomplete, or
-    if two processes wrote it at once, it counts as missing, and its variant is made again. So no process waits for
-    another, and a process sees immediately what the others on the same machine wrote.
-
-    Attributes:
-        path: the file, in NumPy's format. Its name is a hash over the model, the data, the attacks and the record's
-            fields.
-        made: number of images that this process attacked.
-        read: number of images that this process read from the bank, in place of an attack.
-        damaged: number of damaged records that were made again.
-
-    Args:
-        config: M, rho, and the folder of the file.
-        attacks: the attacks of a training whose attacked classifier never changes. None, which stands for any other
-            training, is refused.
-        images: the images whose variants are stored.
-        batch_size: images of a step, of all processes together.
-
-    Raises:
-        ValueError: there are no attacks, or there are fewer variants than attacks.
-        OSError: the file cannot be created. A full disk raises this before any work.
+    A record has a checksum of its content and its place: if it is incomplete, or if two processes wrote it at once, it
+    counts as missing, and its variant is made again. So no process waits for another.
     """
 
     def __init__(self, config: BankConfig, attacks: FrozenAttacks | None, images: BankedImages, batch_size: int):
@@ -234,14 +188,7 @@ class AdversarialBank:
 
 @dataclass(frozen=True)
 class BankedStep:
-    """Returns the adversarial images of one training step, from the bank or from an attack.
-
-    Args:
-        bank: the bank.
-        step: number of the step in the run.
-        seed: seed of the step's draws.
-        entries: index of each image's entry in the bank, int64 ``[B]`` on the CPU.
-    """
+    """Returns the adversarial images of one training step, from the bank or from an attack."""
 
     bank: AdversarialBank
     step: int

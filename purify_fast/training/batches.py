@@ -22,15 +22,7 @@ SEARCHED = 100
 
 
 def read_batch(batch: Any, name: str) -> tuple[Tensor, Tensor, Any]:
-    """Return the images and the labels of a batch, and its third part, which is None if there is none.
-
-    Args:
-        batch: (images, labels), or a longer tuple or list, whose parts after the third are not used.
-        name: name of the batch in errors.
-
-    Raises:
-        TypeError: the batch has another form, such as a dictionary, or its images or labels are not numbers.
-    """
+    """Return the images and the labels of a batch, and its third part or None, or raise TypeError."""
     if isinstance(batch, Mapping):
         keys = list(batch)
         labels = next((key for key in keys if "label" in str(key) or key in ("y", "target", "targets")), "labels")
@@ -59,14 +51,7 @@ def as_tensor(name: str, value: Any) -> Tensor:
 
 
 def check_range(name: str, low: float, high: float, undo: str = "") -> None:
-    """Raise ValueError for images with values outside [0, 1], except by rounding.
-
-    Args:
-        name: name of the images in the error.
-        low: the least value.
-        high: the greatest value.
-        undo: advice for images that are normalized; without it, that of an evaluation.
-    """
+    """Raise ValueError for images with values outside [0, 1], except by rounding; ``undo`` is advice."""
     # The condition is negated so that NaN is refused too.
     if not (low >= -ROUNDING and high <= 1 + ROUNDING):
         advice = f"; if they are normalized, {undo}" if undo and low < 0 else advice_for_range(low, high)
@@ -74,13 +59,7 @@ def check_range(name: str, low: float, high: float, undo: str = "") -> None:
 
 
 def seed_generators(loader: Any, seed: int, epoch: int) -> None:
-    """Seed the random generators that a loader, its sampler or its data set own, and tell samplers the epoch.
-
-    Args:
-        loader: a DataLoader or another iterable.
-        seed: seed of the loader's own generator. The other generators have the seeds after it.
-        epoch: the epoch, for parts with ``set_epoch``.
-    """
+    """Seed the generators that a loader, its sampler or its data set own, and give the epoch to ``set_epoch``."""
     for part in _parts(loader):
         if isinstance(part, torch.Generator):
             part.manual_seed(seed)

@@ -50,27 +50,15 @@ class Callback(Protocol):
     """The base class of listeners to a training. A subclass defines methods, which only the first process calls."""
 
     def on_step(self, state: TrainingState) -> None:
-        """Run after every step. Reading the value of a metric waits for the device.
-
-        Args:
-            state: state of the training.
-        """
+        """Run after every step. Reading the value of a metric waits for the device."""
         return None
 
     def on_epoch(self, state: TrainingState) -> None:
-        """Run after every epoch and its validation, before the checkpoint is written.
-
-        Args:
-            state: state of the training.
-        """
+        """Run after every epoch and its validation, before the checkpoint is written."""
         return None
 
     def on_end(self, state: TrainingState) -> None:
-        """Run at the end, when the model holds the training's result.
-
-        Args:
-            state: state of the training, with the last epoch's metrics.
-        """
+        """Run at the end, when the model holds the training's result."""
         return None
 
 

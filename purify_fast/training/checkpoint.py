@@ -1,7 +1,6 @@
-"""Reads and writes checkpoints and saved models. A file appears whole or not at all.
+"""Reads and writes checkpoints and saved models, as safetensors with JSON in the metadata.
 
-Tensors are stored as safetensors, and everything else as JSON in the metadata of the safetensors file. The metadata
-also has a checksum of the content, which is verified at every reading: a file in which one bit changed is refused.
+A file appears whole or not at all. A checksum of the content is verified at every reading.
 """
 
 from __future__ import annotations
@@ -90,14 +89,7 @@ def _decoded(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def check_extra_state(state: dict[str, Any]) -> None:
-    """Refuse a model whose state has values that a checkpoint cannot give back.
-
-    Args:
-        state: the model's ``state_dict()``. A value of ``get_extra_state`` may be any object.
-
-    Raises:
-        ValueError: a value is neither a tensor nor made of what JSON gives back.
-    """
+    """Raise ValueError for a model whose ``state_dict()`` has values that a checkpoint cannot give back."""
     for name, value in state.items():
         try:
             kept = isinstance(value, Tensor) or _decoded(_encoded(value)[0], {}) == value

@@ -96,8 +96,7 @@ def save_classifier(model: nn.Module, folder: str | Path, classes: Sequence[str]
     Args:
         model: a classifier of this package, or a `purify_fast.models.foreign.ForeignClassifier`.
         folder: the folder to write to.
-        classes: the names of the classes, such as `purify_fast.data.DataSet.classes`; None keeps those that the model
-            has as an attribute ``classes``, if it was loaded.
+        classes: the names of the classes, such as `purify_fast.data.DataSet.classes`; None: the model's own attribute.
 
     Raises:
         ValueError: the model is of another class.
@@ -128,11 +127,11 @@ def is_classifier(folder: str | Path) -> bool:
 def load_classifier(folder: str | Path) -> nn.Module:
     """Read a classifier that `save_classifier` wrote, in evaluation mode.
 
-    The names of its classes are its attribute ``classes``, a tuple, or None if the file does not have them.
+    Its attribute ``classes`` has the names of its classes, a tuple, or None if the file does not have them.
 
     Args:
-        folder: folder of the saved classifier. If it holds a `purify_fast.models.foreign.ForeignClassifier` that a
-            user's function made, this imports and calls that function: load such a folder only if you trust it.
+        folder: folder of the saved classifier. If a user's function made it (``ForeignClassifier``), this imports and
+            calls that function: load such a folder only if you trust it.
 
     Raises:
         FileNotFoundError: the file is missing.

@@ -40,15 +40,13 @@ class TrainingAttack:
     """The settings of PGD in a training.
 
     Args:
-        eps: radius of the ball in image units, where pixels are in [0, 1]. If the method allows it, 0 trains on clean
-            images.
+        eps: radius of the ball in image units (pixels in [0, 1]). 0 trains on clean images, if the method allows it.
         steps: number of PGD steps.
         norm: norm of the ball: "linf", "l2" or "l1"; "Linf", "L2" and "L1" mean the same.
         alpha: length of a step in image units, at the full eps. None means relative_alpha * eps / steps.
         relative_alpha: length of all steps together, as a multiple of eps. It is used if alpha is None.
-        random_start: whether PGD begins at a random point of the ball; otherwise it begins at the image itself.
-        start_std: standard deviation in image units of a normal random start, which is projected onto the ball. With
-            None, the start is uniform in the ball.
+        random_start: whether PGD begins at a random point of the ball instead of the image itself.
+        start_std: standard deviation in image units of a normal random start, projected onto the ball. None: uniform.
         eps_warmup: share of the epochs in which eps rises linearly from 0, and alpha with eps. Without a warm-up,
             adversarial training from fresh weights can collapse.
 
@@ -81,14 +79,13 @@ class TrainingAttack:
             raise ValueError(f"start_std must be above 0 and needs random_start=True, {got}")
 
     def at_epoch(self, epoch: int, epochs: int) -> TrainingAttack:
-        """Return the attack of one epoch. During the warm-up, eps is smaller; alpha too, if it is given.
+        """Return the attack of one epoch, with eps_warmup = 0.
+
+        During the warm-up, eps is smaller; alpha too, if it is given.
 
         Args:
             epoch: the epoch, from 0.
             epochs: epochs of the whole run.
-
-        Returns:
-            The attack to run, with eps_warmup = 0.
         """
         eps = rising(self.eps, epoch, epochs, self.eps_warmup)
         alpha = self.alpha if self.alpha is None or eps == self.eps else self.alpha * eps / self.eps
@@ -152,8 +149,7 @@ class TrainingAttack:
         """Return the length of a step.
 
         Args:
-            eps: radius of the ball, a number or ``[B]``. It differs from this attack's eps if a batch is attacked with
-                several radii.
+            eps: radius of the ball, a number or ``[B]``; it may differ from this attack's eps.
 
         Returns:
             alpha if it is given, for any radius; otherwise relative_alpha * eps / steps, a number or ``[B]`` like eps.
@@ -162,19 +158,14 @@ class TrainingAttack:
 
 
 def hard_labels(y: Tensor) -> Tensor:
-    """Return labels, int64 ``[B]``; of probabilities ``[B, classes]``, the most probable class.
-
-    Args:
-        y: labels or probabilities.
-    """
+    """Return labels, int64 ``[B]``; of probabilities ``[B, classes]``, the most probable class."""
     return y.argmax(1) if y.is_floating_point() else y
 
 
 def settings(config: Any) -> dict[str, Any]:
-    """Return a training's configuration as one flat dict. The fields of a `TrainingAttack` replace the attack itself.
+    """Return a training's configuration as one flat dict, with the fields of a `TrainingAttack` in place of the attack.
 
-    Because the dict is flat, no field of a configuration may have the name of a field of `TrainingAttack`. Checkpoints
-    store this dict, and the error of a refused resume names its keys.
+    So no field of a configuration may have the name of a field of `TrainingAttack`. Checkpoints store this dict.
     """
     flat: dict[str, Any] = {}
     for field in fields(config):
@@ -187,40 +178,33 @@ def settings(config: Any) -> dict[str, Any]:
 class FitConfig:
     """The length and the settings of a training loop. The settings of a method are in the method's own config.
 
-    This package has chosen every default; none is from a paper.
-
     Args:
         epochs: passes over the data.
         batch_size: images per step, of all processes together.
         seed: seed of all random draws.
-        padding: width of a black border, in pixels, that is added to an image before a random crop to the old size. 0
-            means no crop.
+        padding: width in pixels of a black border that is added before a random crop to the old size. 0 means no crop.
         resized_crop: smallest share of an image's area that a random crop keeps; the crop is resized to the old size
             (`purify_fast.data.resized_crop`). Usual for images of 224 x 224 is 0.08. 0 means no such crop.
         flip: whether half of the images, drawn at random, are mirrored from left to right.
-        drop_last: whether an epoch leaves out its last batch if that batch is smaller than the others. A DataLoader has
-            its own drop_last.
+        drop_last: whether an epoch leaves out a smaller last batch. A DataLoader has its own drop_last.
         steps_per_epoch: steps of an epoch that ends before a whole pass over the data; the next epoch draws from all
             images again. With None, every epoch is a whole pass.
         checkpoint_seconds: seconds between checkpoints within an epoch. The end of an epoch always writes a checkpoint.
-        validation_share: share of the images that are held out for validation. The seed decides which images. 0 means
-            no validation.
+        validation_share: share of the images that are held out for validation, by the seed. 0 means no validation.
         validation_every: epochs from one validation to the next. The last epoch always ends with a validation.
         keep_best: the weights that the run returns. "off": those at the end of the run. "loss" and "accuracy": those of
             the validation with the lowest loss or the highest accuracy. A validation uses the training's own attack at
-            its full eps. For classifiers whose training attack has fewer than 10 steps, it uses PGD-10.
+            its full eps, or PGD-10 for a classifier whose attack has fewer steps.
         patience: number of validations in a row without a better result, by keep_best, after which the run ends early.
             None never ends it early. The learning rates are those of a run of all epochs.
-        accumulate: number of parts in which a step computes the gradients of its batch one after the other, which takes
-            less memory. The weights change once for each batch. They are those of the whole batch up to rounding,
-            except that BatchNorms take the statistics of each part. None means 1.
-        clip_gradients: largest L2 norm of the gradients of an optimizer's weights; longer gradients are shortened to
-            it. None does not shorten them.
+        accumulate: number of parts in which a step computes the gradients of its batch one after the other, to save
+            memory. The weights remain equal up to rounding, but BatchNorms take each part's statistics. None means 1.
+        clip_gradients: largest L2 norm of the gradients of an optimizer's weights; None does not shorten them.
         cuda_graphs: whether steps are captured as CUDA graphs, on a CUDA device: the steps of attacks, and with one
             process whole training steps up to the gradients. "auto" captures a step once its kernel launches have taken
-            as much time as a capture takes. "always" captures steps wherever possible. "off" never does. A graph needs
-            the memory of one step for itself. Choose "off" for a model that changes settings
-            in an object other than a module, dataclass or namespace, because a captured step ignores the change.
+            as much time as a capture takes. "always" captures wherever possible. "off" never does. A graph needs the
+            memory of one step for itself. Choose "off" for a model that changes settings in an object other than a
+            module, dataclass or namespace, because a captured step ignores the change.
         cudnn_benchmark: whether cuDNN, on a CUDA device, times its algorithms once for each shape and uses the fastest.
             "auto" does this unless the process requires deterministic algorithms; "on" always does; "off" leaves
             cuDNN's setting unchanged.
@@ -277,14 +261,12 @@ class ClassifierConfig:
         learning_rate: highest learning rate of a one-cycle schedule.
         weight_decay: weight decay of AdamW.
         precision: "float32", which has the precision of IEEE on a GPU too; "tf32", which on a GPU rounds the factors of
-            products to ten bits of mantissa while `purify_fast.training.fit` trains; or "bfloat16" for matrix products.
-            Weights and their updates remain in float32.
+            products to ten bits of mantissa; or "bfloat16" for matrix products. Weights remain in float32.
         objective: loss of an adversarial training. None: cross-entropy on the attacked images. "trades" adds to the
             cross-entropy on the clean images the divergence between both predictions, which its attack maximizes.
             "mart" weights this divergence by how wrong the clean prediction is.
         beta: weight of the divergence. None takes that of the paper: 6 for TRADES, 5 for MART.
-        label_smoothing: share of the label that is spread over all classes in the training's cross-entropy. None means
-            0.
+        label_smoothing: share of the label that is spread over all classes in the training's cross-entropy. None: 0.
 
     Raises:
         ValueError: a setting is out of range; the message names it.

@@ -1,11 +1,8 @@
 """Training with several processes: the exchanges between them, and torchrun's process group.
 
 Every process has the whole model and its share of each batch. Gradients are averaged after the whole backward pass.
-DistributedDataParallel would average them during it, but requires that a task calls only ``forward`` of its model, and
-would save little time: 92 % of CARSO's training is the attack on the frozen classifier.
-
-A process that dies ends the others: at their next exchange, or after the timeout of the process group. torchrun starts
-all of them again, and they continue from the last checkpoint.
+DistributedDataParallel would require that a task calls only ``forward``, and would save little time: 92 % of CARSO's
+training is the attack. If a process dies, the others end at their next exchange, or after the timeout.
 """
 
 from __future__ import annotations

@@ -10,11 +10,7 @@ INTERVAL = 100
 
 
 class Diverged(FloatingPointError):
-    """Raised if the loss or a weight is not finite.
-
-    Attributes:
-        step: the step whose loss is not finite, counted from 0; None if it is not known.
-    """
+    """Raised if the loss or a weight is not finite, in the step ``step``, counted from 0 (None: unknown)."""
 
     def __init__(self, text: str, step: int | None = None):
         super().__init__(text)

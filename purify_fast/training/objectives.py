@@ -18,39 +18,18 @@ TRADES_START = 1e-3
 
 
 def divergence(attacked: Tensor, clean: Tensor) -> Tensor:
-    """Return KL(clean || softmax(attacked)) of each image, ``[B]``.
-
-    Args:
-        attacked: logits of the attacked images ``[B, classes]``.
-        clean: probabilities of the clean images ``[B, classes]``.
-    """
+    """Return KL(clean || softmax(attacked)) of each image, ``[B]``."""
     return F.kl_div(F.log_softmax(attacked, 1), clean, reduction="none").sum(1)
 
 
 def trades(clean: Tensor, attacked: Tensor, y: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """Return the loss of TRADES, a mean over the images.
-
-    Args:
-        clean: logits of the clean images ``[B, classes]``.
-        attacked: logits of the attacked images ``[B, classes]``.
-        y: labels, int64 ``[B]`` or probabilities ``[B, classes]``.
-        beta: weight of the divergence.
-        label_smoothing: share of the label that is spread over all classes.
-    """
+    """Return the loss of TRADES, a mean over the images."""
     loss = F.cross_entropy(clean, y, label_smoothing=label_smoothing)
     return loss + beta * divergence(attacked, F.softmax(clean, 1)).mean()
 
 
 def mart(clean: Tensor, attacked: Tensor, y: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """Return the loss of MART, a mean over the images. log(1 - q_k) is computed without a cancellation.
-
-    Args:
-        clean: logits of the clean images ``[B, classes]``.
-        attacked: logits of the attacked images ``[B, classes]``.
-        y: labels, int64 ``[B]``.
-        beta: weight of the divergence.
-        label_smoothing: share of the label that is spread over all classes in the first term.
-    """
+    """Return the loss of MART, a mean over the images. log(1 - q_k) is computed without a cancellation."""
     attacked, label, low = attacked.float(), y[:, None], float("-inf")
     other = attacked.detach().scatter(1, label, low).argmax(1, keepdim=True)
     margin = attacked.logsumexp(1) - attacked.scatter(1, other, low).logsumexp(1)

@@ -1,9 +1,7 @@
 """Computes the length of a run, the step in which each delayed loss term begins, and the learning rate of each step.
 
-Learning rates are functions of the progress of the run, or of the epoch. A function has no state that checkpoints would
-have to store, in contrast to torch's schedulers. With them, published runs could also not be repeated to the bit:
-OneCycleLR reaches its peak and its end one step earlier than `one_cycle` here, and LambdaLR multiplies the rate by a
-factor, which rounds differently.
+Learning rates are functions of the progress, without a state to store. torch's schedulers could not repeat published
+runs to the bit: OneCycleLR reaches its peak and its end one step earlier, and LambdaLR rounds differently.
 """
 
 from __future__ import annotations
@@ -17,14 +15,7 @@ DelayUnit = Literal["epochs", "steps", "images"]
 
 @dataclass(frozen=True)
 class RunLength:
-    """The length of a run.
-
-    Args:
-        epochs: epochs of the whole run.
-        steps_per_epoch: steps of an epoch.
-        batch_size: images of a step, of all processes together; 0 for a loader, whose batch size is not known.
-        images_per_epoch: images of an epoch; 0 for a loader.
-    """
+    """The length of a run; ``batch_size`` and ``images_per_epoch`` are 0 for a loader."""
 
     epochs: int
     steps_per_epoch: int
@@ -47,15 +38,7 @@ class RunLength:
         return epochs * self.images_per_epoch + steps * self.batch_size
 
     def first_step(self, delay: float, unit: DelayUnit) -> int:
-        """Return the first step that begins after a delay.
-
-        Args:
-            delay: length of the delay.
-            unit: unit of ``delay``.
-
-        Raises:
-            ValueError: ``unit`` is "images", and the batch size is not known.
-        """
+        """Return the first step after a delay, or raise ValueError for images without a known batch size."""
         if delay <= 0:
             return 0
         if unit == "steps":
@@ -71,20 +54,7 @@ class RunLength:
         return epochs * self.steps_per_epoch - (-images // self.batch_size)
 
     def check_acts(self, step: int, *, argument: str, value: str, weight: str) -> int:
-        """Refuse a loss term whose delay is at least as long as the run.
-
-        Args:
-            step: first step in which the term acts, counted from 0.
-            argument: name of the setting with the delay.
-            value: value of this setting, with its unit.
-            weight: name and value of the setting with the term's weight.
-
-        Returns:
-            ``step``.
-
-        Raises:
-            ValueError: the run ends before ``step``.
-        """
+        """Return ``step``, or raise ValueError for a loss term whose delay is at least as long as the run."""
         if step < self.steps:
             return step
         images = f" of {self.batch_size} images" if self.batch_size else ""
@@ -97,15 +67,9 @@ class RunLength:
 
 
 def one_cycle(progress: float, peak: float, warm: float = 0.2, floor: float = 1e-3) -> float:
-    """Return the learning rate of a one-cycle schedule (Smith, 2018).
+    """Return the learning rate of a one-cycle schedule (Smith, 2018), at a share ``progress`` of the run.
 
-    The rate rises along a cosine from ``peak / 25`` to ``peak``, and then falls along a cosine to ``floor * peak``.
-
-    Args:
-        progress: share of the run's steps that have been taken, in [0, 1).
-        peak: highest learning rate.
-        warm: share of the run in which the rate rises.
-        floor: the rate at the end, as a share of ``peak``.
+    It rises along a cosine from ``peak / 25`` to ``peak``, and then falls along a cosine to ``floor * peak``.
     """
     if progress < warm:
         low, position = peak / 25, 1 - progress / warm
@@ -115,12 +79,5 @@ def one_cycle(progress: float, peak: float, warm: float = 0.2, floor: float = 1e
 
 
 def rising(value: float, epoch: int, epochs: int, share: float) -> float:
-    """Return a number that rises linearly to ``value`` in the first ``share`` of the epochs, and then is ``value``.
-
-    Args:
-        value: the final value.
-        epoch: the epoch, from 0.
-        epochs: epochs of the whole run.
-        share: share of the epochs; with 0, the number is ``value`` in every epoch.
-    """
+    """Return a number that rises linearly to ``value`` in the first ``share`` of the epochs, and then is ``value``."""
     return value if share == 0 else value * min(1.0, (epoch + 1) / (share * epochs))

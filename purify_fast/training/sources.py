@@ -46,26 +46,7 @@ def step_seed(seed: int, step: int) -> int:
 class InMemory:
     """Returns batches from tensors or streamed images, in an order that depends only on the seed and the epoch.
 
-    Attributes:
-        description: text that must be equal for a run to be resumed.
-        device: device of the images.
-        steps: batches of an epoch.
-        batch_size: images in a batch of all processes together.
-        images: images of an epoch.
-        reproducible: whether an epoch's batches can be produced again, so that a run can be resumed within an epoch.
-
-    Args:
-        x: images, uint8 ``[N, C, H, W]``.
-        y: labels, int64 ``[N]``, on the same device.
-        config: settings of the training, which determine the batches.
-        rank: number of this process.
-        world: number of processes.
-        ids: indices of the images to use, int64; None for all.
-
-    Raises:
-        ValueError: there are fewer images than a batch has;
-            steps_per_epoch is more than a pass over the images has; or the processes cannot share the last batch
-            evenly.
+    ``description`` must be equal for a run to be resumed, within an epoch only if ``reproducible``.
     """
 
     reproducible: bool = True
@@ -122,21 +103,8 @@ def _cut_off(steps: int, config: FitConfig) -> int:
 class Loader:
     """Returns batches of a DataLoader, of another iterable, or of a function of the epoch, on the model's device.
 
-    torch's global generator is seeded before each epoch and before each batch. The generators that a loader, its
-    sampler or its data set own are seeded before each epoch. So the random draws, such as the order and the seeds of
-    workers, depend only on the seed and the epoch. A part with ``set_epoch``, such as a DistributedSampler, gets the
-    epoch.
-
-    Args:
-        x: the batches. Each process has its own share.
-        config: settings of the training, with the seed.
-        device: device to which the images are moved.
-        name: name of the argument in errors.
-        soft: whether the labels may be probabilities, float32 ``[B, classes]``.
-
-    Raises:
-        TypeError: ``x`` is not an iterable or a function of the epoch, or has no length.
-        ValueError: ``x`` has no batches.
+    torch's global generator is seeded before each epoch and batch, and a loader's own generators before each epoch. So
+    all random draws depend only on the seed and the epoch.
     """
 
     # 0 means that the sizes are not known before the batches arrive

@@ -1,5 +1,1 @@
-"""Code that the strong attacks share.
-
-This code keeps the set of the images that are still attacked, checks successes, and finds the nearest decision
-boundaries.
-"""
+"""Code that the strong attacks share: the images still attacked, the checks of successes, the nearest boundaries."""

@@ -35,10 +35,9 @@ def cost_of_borders(count: int | None, classes: int, draws: int) -> int:
 def nearest_borders(active: ActiveSet, objective: Objective, count: int | None) -> tuple[Tensor, ...]:
     """Find the classes whose borders are nearest to each image, by the linear approximation at the clean image.
 
-    The distance to a border is the difference of the two logits, divided by the norm of this difference's gradient.
-    MALT orders target classes by this distance (Melamed, Yehudai & Shamir, NeurIPS 2024, arXiv 2407.02240). Here the
-    norm is the dual of the ball's norm. The distance is computed for the `CANDIDATES` wrong classes of highest logit,
-    or for ``count`` classes if that is more.
+    The distance to a border is the difference of the two logits, divided by the dual norm of its gradient (MALT:
+    Melamed, Yehudai & Shamir, NeurIPS 2024, arXiv 2407.02240). It is computed for `CANDIDATES` or ``count`` classes of
+    highest logit.
     """
     left, by_margin = active.left(), replace(objective, loss="margin_targeted")
     x, y = active.x[left], active.y[left]

@@ -1,8 +1,4 @@
-"""The model's own judgement of points, which decides whether an image has fallen; and the sizes of batches.
-
-On a GPU a judgement is captured as a CUDA graph, for the few sizes of `bucket`. Rows that are not asked about fill the
-batch up to such a size, and are ignored.
-"""
+"""The model's own judgement of points, which decides whether an image has fallen; and the sizes of batches."""
 
 from __future__ import annotations
 
@@ -33,11 +29,10 @@ def takes_every_size(device: torch.device) -> bool:
 
 
 def bucket(items: int, device: torch.device, costly: bool = False) -> int:
-    """The smallest allowed batch size that holds ``items`` items; ``items`` is at least 1.
+    """The smallest allowed batch size that holds ``items`` items.
 
-    On a CPU every size below 8 is allowed, and from 8 on the powers of two times 1, 5/4, 6/4 and 7/4. With ``costly``,
-    every size is allowed on a CPU, because one more item takes longer than the change to a new size. On a GPU the
-    allowed sizes are 16, 32, 64, and from 128 on the powers of two times 1 and 3/2.
+    On a CPU every size below 8 or with ``costly`` is allowed, and else the powers of two times 1, 5/4, 6/4 and 7/4. On
+    a GPU the allowed sizes are 16, 32, 64, and from 128 on the powers of two times 1 and 3/2.
     """
     if takes_every_size(device):
         return items if costly or items <= 2 * PER_DOUBLING else _rounded_up(items, PER_DOUBLING)
@@ -70,16 +65,7 @@ class JudgeStep(ObjectiveStep):
 
 @dataclass(frozen=True)
 class Judge:
-    """Confirms or refuses the successes that a search claims, by predictions of the model itself.
-
-    Args:
-        model: the model under attack, not a copy.
-        draws: number of fresh draws of a random model; 1 for a model that predicts the same every time.
-        max_forward_batch: the largest number of images in one forward pass; None: no limit.
-        apart: whether each draw takes a separate forward pass, because the model draws once per call.
-        enough: the share of the draws that must be misclassified for an image to fall.
-        graphs: captures the judgements of a single draw as CUDA graphs; None: nothing is captured.
-    """
+    """Confirms a search's claims: the share ``enough`` of fresh ``draws`` of the model itself must be misclassified."""
 
     model: Classifier
     draws: int = 1

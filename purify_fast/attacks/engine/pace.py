@@ -1,8 +1,6 @@
-"""The pace of rows, by which rows that would not reach a decision boundary are given up.
+"""The progress per step ("pace") of rows, by which rows that would not reach a decision boundary are given up.
 
-A strong attack spends most of its time on rows that never come near a decision boundary (a "border"), and whose
-progress per step (the "pace") hardly ever rises. So a row is given up if it would not reach its border even at several
-times its recent pace. This rule is empirical: a row that made no progress for a while might succeed later.
+The rule is empirical: a pace hardly ever rises, but a row without progress for a while might succeed later.
 """
 
 from __future__ import annotations
@@ -28,12 +26,7 @@ EARLY_SHARE, GAINS, FEWEST_GAINS = 0.15, 2.0, 16
 
 @dataclass
 class Gains:
-    """Records by how much the rows of an attack came nearer to their borders after their early steps (their gains).
-
-    Args:
-        largest: the largest gain of a row, in the unit of the loss or distance.
-        rows: the number of rows that were searched beyond the first check of their pace.
-    """
+    """Records by how much the rows of an attack came nearer to their borders after their early steps (their gains)."""
 
     largest: float = 0.0
     rows: int = 0
@@ -51,14 +44,9 @@ class Gains:
 
 
 class PaceMonitor:
-    """Watches the distance of each row from its border, and decides which rows are given up.
+    """Watches the distance of each row from its border, and decides at the steps ``checks`` which rows are given up.
 
-    Args:
-        checks: the steps after which rows may be given up. For a check at step n, the pace is measured from step n / 2
-            to step n.
-        steps: the number of steps of the whole search.
-        times: the largest factor by which the pace is assumed to rise.
-        gains: the gains of earlier rows of the same attack; None: only the pace decides.
+    At step n, the pace is measured from step n / 2 on, and is assumed to rise by at most the factor ``times``.
     """
 
     def __init__(self, checks: Iterable[int], steps: int, times: float, gains: Gains | None = None):
@@ -76,10 +64,7 @@ class PaceMonitor:
         return any(self.last_step < mark <= step for check in self.checks for mark in (check // 2, check))
 
     def lost(self, step: int, missing: Tensor) -> Tensor | None:
-        """Tell which rows are out of reach of their borders, bool ``[R]``; None if nothing is decided at this step.
-
-        A row whose distance is NaN or infinite is never out of reach.
-        """
+        """Tell which rows are out of reach of their borders, bool ``[R]``; None if nothing is decided at this step."""
         lost = self._beyond_gains(step, missing)
         for check in self.checks:
             if self.last_step < check // 2 <= step:
@@ -95,11 +80,7 @@ class PaceMonitor:
         return lost
 
     def _beyond_gains(self, step: int, missing: Tensor) -> Tensor | None:
-        """Tell which rows are given up because of the gains of earlier rows.
-
-        The decision is made once, at the end of the early steps. At later steps the gains of the present rows are
-        recorded.
-        """
+        """Tell which rows are given up because of earlier rows' gains; after the early steps, record the gains."""
         if self.gains is None:
             return None
         if self.last_step < self.early_step <= step:

@@ -1,12 +1,8 @@
 """The rows that are searched together, and the images that are still attacked.
 
-A row is an image with one target class and one restart. A success of its search is only a claim until the model itself
-has confirmed it, by fresh draws if the model is random: among a hundred steps, some draw is misclassified by luck. An
-image with a confirmed success has fallen, and all of its rows are removed.
-
-A new batch size takes time, for kernels, a compiler or a CUDA graph. So a shrinking batch takes only sizes from a fixed
-list, and rows of fallen images fill it up. On a CPU with a large model or with many draws, where a superfluous row
-takes longer, every row of a fallen image is removed.
+A row is an image with one target class and one restart. The model itself must confirm its success, by fresh draws if it
+is random: among a hundred steps, some draw is misclassified by luck. Then all rows of the image are removed. A new
+batch size takes time, so a shrinking batch has only sizes from a fixed list, and rows of fallen images fill it up.
 """
 
 from __future__ import annotations
@@ -37,13 +33,8 @@ SHRINK_AFTER, SHRINK_EVERY = (1, 2, 3, 4, 6, 8), 5
 class Rows:
     """The rows that are searched together; every field has an entry per row.
 
-    Args:
-        owner: the index of each row's image, int64 ``[R]``.
-        x: the clean image of each row, ``[R, ...]``.
-        labels: the labels, int64 ``[R]``, or labels and targets, ``[R, 2]``.
-        ball: the balls around the images.
-        begin: the first point of each row, ``[R, ...]``.
-        run: the number of the run to which each row belongs, int64 ``[R]``.
+    ``labels`` are int64 ``[R]``, or labels and targets ``[R, 2]``; ``begin`` are first points; ``owner`` the images'
+    indices.
     """
 
     owner: Tensor
@@ -72,28 +63,10 @@ def take_rows(state: object, index: Tensor, by_column: Sequence[str] = ()) -> No
 class ActiveSet:
     """The images of one attack, the best known point of each image, and the images that have fallen.
 
-    Args:
-        x: clean images ``[N, ...]``.
-        y: labels, int64 ``[N]``.
-        ball: the balls around the images.
-        judge: checks claimed successes on the model under attack.
-        ids: int64 ``[N]``; an image's random numbers depend only on a seed and its id.
-
-    Attributes:
-        leave: whether the attack stops for an image that has fallen. If not, every image is attacked to the end. The
-            best point is the point that the most draws misclassify; among several such points, it has the highest loss.
-        best: the best known point of each image, ``[N, ...]``; x at first.
-        score: the share of misclassified draws and the loss of the best point, ``[2, N]``; minus infinity at first.
-        fallen: bool ``[N]``, True for fallen images; always False if ``leave`` is False.
-        felled_by: int64 ``[N]``, the number of the run that succeeded on the image; -1 if no run has.
-        correct: bool ``[N]``, True unless enough draws of the judge misclassify the clean image, see `has_fallen`.
-        costly: whether a batch on a CPU may shrink to any size.
-        tried: bool ``[N]``, True for images with a complete search, or with a search that came nearer to the border
-            before it was given up.
-        gains: the gains of the rows after their early steps.
-        fell_to: a dict from the name of a run, such as "target 2, restart 1", to the number of images on which this run
-            succeeded.
-        health: counts faulty gradients and unmoved images in all searches; None: nothing is counted.
+    Without ``leave``, every image is attacked to the end, and ``fallen`` remains False. ``score`` is the share of
+    misclassified draws and the loss of the best point, ``[2, N]``. ``felled_by`` is the number of the run, or -1.
+    ``tried`` is True for images with a complete search, or a search that came nearer to the border before it was given
+    up.
     """
 
     def __init__(self, x: Tensor, y: Tensor, ball: Ball, judge: Judge, ids: Tensor):
@@ -117,10 +90,10 @@ class ActiveSet:
         return self.judge.logits(self.x)
 
     def left(self) -> Tensor:
-        """Indices of the images that need another run, int64 ``[n]``. This waits for the device.
+        """Indices of images that need another run, int64 ``[n]``. This waits for the device.
 
-        With ``leave`` they are the images that have not fallen. Otherwise they are the images whose best point is not
-        misclassified by all draws.
+        With ``leave`` they are the images that have not fallen, and otherwise those with a best point that some draw
+        classifies correctly.
         """
         stands = ~self.fallen if self.leave else self.score[0] < 1
         return stands.nonzero()[:, 0]
@@ -128,10 +101,7 @@ class ActiveSet:
     def confirm_successes(
         self, owner: Tensor, points: Tensor, share: Tensor, run: Tensor | None = None
     ) -> tuple[Tensor, bool]:
-        """Let the judge check the rows whose search claims a success.
-
-        This waits for the device once. It waits again if there are claims, and once more if an image has fallen.
-        """
+        """Let the judge check the rows whose search claims a success. This waits for the device once to three times."""
         claims = (has_fallen(share, self.judge.enough) & ~self.fallen[owner]).nonzero()[:, 0]
         if len(claims) == 0:
             return share, False
@@ -181,12 +151,10 @@ Goals = Sequence[Tensor | None]
 def waves(
     active: ActiveSet, goals: Goals, restarts: int, context: AttackContext, at_image: bool = False
 ) -> Iterator[Rows]:
-    """Yield the rows of an attack in groups ("waves") that are searched one after the other.
+    """Yield the rows of an attack in groups ("waves"), each with only images that have not fallen in earlier waves.
 
-    A wave has only images that have not fallen in earlier waves. The first wave has a single run, because most images
-    fall to any run. A later wave has as many rows as fit into a batch. On a CPU a wave consists of complete runs. On a
-    GPU a wave may have a part of a run, and copies of its first rows fill it up to the size of `bucket`, so that most
-    waves have the same size.
+    The first wave has a single run, because most images fall to any run. On a CPU a wave consists of complete runs. On
+    a GPU copies of its first rows fill a wave up to the size of `bucket`, so that most waves have the same size.
     """
     x, y, count, begin = active.x, active.y, len(active.x), context.begin
     padded = not takes_every_size(x.device)
@@ -230,15 +198,7 @@ def waves(
 
 
 class RowSearch:
-    """A search that moves a batch of rows along gradients, from one start.
-
-    Args:
-        objective: the loss, on the model that gives the gradients.
-        active: all images of the attack, with the best known points.
-        rows: the rows that are searched.
-        steps: the number of steps of the run.
-        give_up: whether rows that would not reach their border are given up.
-    """
+    """A search that moves a batch of rows along gradients, from one start."""
 
     def __init__(self, objective: Objective, active: ActiveSet, rows: Rows, steps: int, *, give_up: bool = False):
         self.objective, self.active, self.rows, self.steps = objective, active, rows, steps
@@ -259,11 +219,7 @@ class RowSearch:
         take_rows(self, index, by_column=("faulty", "score"))
 
     def see_given_up(self, index: Tensor) -> None:
-        """Count the gradients that the given-up rows ``index`` no longer take, without waiting for the device.
-
-        Such a row counts as if it had taken every step, with its share of faulty gradients so far. Otherwise the rows
-        that are searched to the end, such as rows without gradients, would have too large a weight.
-        """
+        """Count the gradients that given-up rows no longer take, so that other rows have no larger weight."""
         if self.health is not None:
             left = self.steps - self.counted
             nonfinite, zero = (self.faulty[:, index].sum(1) * left / self.counted).round().long()

@@ -1,7 +1,6 @@
-"""Tests whether a model's predictions are consistent.
+"""Tests whether a model's predictions are consistent: later, in other batches, and while gradients are recorded.
 
-The predictions should be the same later, in other batches and while gradients are recorded. After a small step of the
-images, the logits should change as the model's gradients predict.
+After a small step of the images, the logits should also change as the model's gradients predict.
 """
 
 from __future__ import annotations

@@ -41,13 +41,11 @@ class Finding:
 
     Args:
         alarm: name of the alarm.
-        verdict: "passed": there is no reason to doubt the robust accuracy. "noted": worth knowing, but no reason for
-            doubt. "unreliable": a reason for doubt. "not asked": nothing was measured that could raise a doubt.
+        verdict: "passed", "noted", "unreliable" or "not asked", see `purify_fast.evaluation.alarms`.
         measured: the measurements, in words.
         row: the name of the attack, or of the probe, that shows the sign.
         model: the model's name.
-        of_answers: whether the alarm is about missing or inconsistent predictions. Fallen images are then doubtful too,
-            so that the accuracy is doubtful even at 0 %.
+        of_answers: whether the alarm is about missing or inconsistent predictions, which make even 0 % doubtful.
         prominent: whether the report shows the finding next to the headline even if it is only noted.
         advice: what to do; empty if there is nothing to do.
     """
@@ -84,8 +82,7 @@ class Evidence:
         one_hot: whether the probabilities are all 0 or 1.
         protocol: name of the protocol; None for a list of attacks.
         no_gradient: whether the output is known to have no gradient with respect to the images.
-        cosine: between the changes that gradients predict and the measured changes, see `differences`, without probes;
-            None if it was not measured.
+        cosine: between the changes that gradients predict and the measured changes; None if not measured.
     """
 
     rows: Sequence[Row]
@@ -111,10 +108,7 @@ class Evidence:
         return any(row.kind != "bpda" and not row.settings.get("gradients_from") for row in counted)
 
     def tried(self) -> set[str]:
-        """The stronger attacks that ran, by their names in `purify_fast.evaluation.alarms.signs.EFFORTS`.
-
-        An attack on only the few images with the smallest margins is left out.
-        """
+        """The stronger attacks that ran on more than a few images, by their names in `signs.EFFORTS`."""
         tried = {"strong"} if self.protocol == "strong" else set[str]()
         for row in self.attacks():
             of = row.settings.get
@@ -140,9 +134,7 @@ class Evidence:
         return bool((wrong == 1).all())
 
     def blind(self) -> str:
-        """The reason why the model's gradients, missing or unusable, could not lead to a success; empty if none is
-        known.
-        """
+        """The reason why the model's gradients could not lead to a success; empty if none is known."""
         counted = self.with_counted_gradients()
         if self.probes is not None and isinstance(self.probes.cosine, str):
             return MISSING[self.probes.cosine]
@@ -150,11 +142,9 @@ class Evidence:
         return f"the attacks had no usable gradients: {counted[0].health_in_words()}" if lacked else ""
 
     def wrong(self, n: int) -> np.ndarray | None:
-        """For each of the first n images, the largest share of wrong draws after an attack, ``[n]``.
+        """For each of the first n images, the largest share of wrong draws after an attack, ``[n]``, or None.
 
-        For a deterministic model the share is 0 or 1. For a random model it is the share of the draws that choose
-        points, because the draws that judge must stay fresh. Only attacks on at least n images count; the result is
-        None without such an attack.
+        The draws are those that choose a random model's points, because the draws that judge must stay fresh.
         """
         shares = [row.share_wrong[:n] for row in self.attacks() if row.n >= n]
         return np.maximum.reduce(shares) if shares else None

@@ -1,7 +1,6 @@
 """Probes are short attacks on a few images, and tests of the model's predictions. The alarms judge their results.
 
-The short attacks run before the attacks of the report, and take gradients from the same copy of the model. They skip
-images that fell to an earlier short attack, except in the comparison of numbers of draws.
+The short attacks run before those of the report, and skip images that fell to an earlier short attack.
 """
 
 from __future__ import annotations
@@ -46,29 +45,24 @@ Probe = Callable[[AttackContext], Any]
 class Probes:
     """The measurements of the probes, as plain values. A curve is a list of pairs of a setting and an accuracy.
 
-    The fields up to ``absent`` are measured before the attacks of the report, and the fields from ``left`` on after the
-    attacks.
+    Fields up to ``absent`` are measured before the attacks of the report, fields from ``left`` on after them.
 
     Args:
         n: number of images.
         steps: curve over the steps of the attack; an image that fell with fewer steps counts as fallen.
         cosine: cosine between the predicted and the measured changes of the margin, or the reason why there is none;
             None if it cannot be measured.
-        without_gradient: share of images whose gradient is zero, not finite or missing: the larger of the shares at the
-            clean images and near them.
+        without_gradient: share of images with a zero, non-finite or missing gradient, at the clean images or near them.
         eot: curve over the number of draws averaged per step; empty for a deterministic model.
         fell: for each image, 1 if it fell to the short attacks with the model's own gradients, otherwise 0.
-        copies: by name of the surrogate, in the order of the attacks: for each image, 1 if it withstood the
-            model's own gradients and all earlier surrogates, and fell to this surrogate; otherwise 0.
+        copies: by name of the surrogate, in the order of the attacks: for each image, 1 if it first fell to this
+            surrogate, otherwise 0.
         absent: by name of a missing surrogate: the reason why it is missing.
-        points: for a random model, the last point to which each image fell, or the clean image, ``[n, C, H, W]``. None
-            for a deterministic model.
-        left: for each image, whether it withstood every attack of the report; for a random model, whether all draws
-            that chose between the attacks' points are correct.
+        points: for a random model, the last point to which each image fell, or the clean image, ``[n, C, H, W]``.
+        left: for each image, whether it withstood every attack of the report (a random model: in all choosing draws).
         batch_changes: share of the predictions that depend on the batch; None if it cannot be measured.
         varying: share of the correctly classified images whose class changes from draw to draw.
-        watched_changes: share of the images whose logits change while gradients are recorded; None if it cannot be
-            measured.
+        watched_changes: share of the images whose logits change while gradients are recorded; None if not measured.
         later_changes: share of the predictions on clean images that have changed since before the attacks.
         state_changed: whether weights, buffers or attributes have changed since before the attacks.
         sets_seed: whether the model sets the seed of torch's generator.
@@ -95,7 +89,7 @@ class Probes:
         """The indices of the images that withstood every attack of the report, but fell to a probe in the same ball.
 
         Args:
-            *masks: the results of some probes, each a list like ``fell``. Without masks, all probes are used.
+            *masks: the results of some probes, each a list like ``fell``; none means all probes.
         """
         found = masks or (self.fell, *self.copies.values())
         return [image for image, stands in enumerate(self.left) if stands and any(mask[image] for mask in found)]

@@ -1,7 +1,7 @@
 """The functions of the alarms, and the words of their findings.
 
-An alarm is a function that returns an `Outcome`, or None if the alarm does not apply to the model. To add an alarm,
-write its function in this file with an `Alarm` as its decorator. The alarms run in the order of this file.
+To add an alarm, write a function in this file with an `Alarm` as its decorator, which returns an `Outcome`, or None if
+the alarm does not apply. The alarms run in the order of this file.
 """
 
 from __future__ import annotations
@@ -52,12 +52,9 @@ WRITTEN_FOR_IT = (
 
 
 class Advice(NamedTuple):
-    """The advice for a sign that makes the robust accuracy unreliable.
+    """The advice for a sign that makes the accuracy unreliable: where to look, and the `EFFORTS` to run.
 
-    Args:
-        look: what to search for in the model's code.
-        efforts: names in `EFFORTS` of attacks to run; the advice contains only those that have not run. The last name
-            must be "strong", so that `WRITTEN_FOR_IT` appears only after the protocol strong has run.
+    The last of the efforts must be "strong", so that `WRITTEN_FOR_IT` appears only after the protocol strong has run.
     """
 
     look: str
@@ -85,14 +82,7 @@ SHORT_FOUND_MORE = Advice("a short attack found images that the attacks of the r
 
 
 class Outcome(NamedTuple):
-    """The result of an alarm's function.
-
-    Args:
-        verdict: see `Finding`.
-        measured: the measurement in words.
-        row: the name of the attack or of the probe that shows the sign.
-        advice: advice for this result; None takes the alarm's usual advice.
-    """
+    """The result of an alarm's function, see `Finding`. Without advice, the alarm's usual advice is used."""
 
     verdict: Verdict
     measured: str
@@ -107,15 +97,9 @@ Judge = Callable[..., Outcome | None]
 
 @dataclass(frozen=True)
 class Alarm:
-    """The properties of an alarm; an object of this class decorates the alarm's function.
+    """The properties of an alarm, whose object decorates the alarm's function.
 
-    Args:
-        name: name of the alarm.
-        advice: the usual advice; None for an alarm that is only noted.
-        of_probes: whether the alarm needs probes. If it does, its function also gets the probes, and the alarm is left
-            out of an evaluation without probes.
-        of_answers: see `Finding`.
-        prominent: see `Finding`.
+    With ``of_probes``, the function also gets the probes, and the alarm is left out of an evaluation without probes.
     """
 
     name: str
@@ -136,8 +120,8 @@ ALARMS: dict[Alarm, Judge] = {}
 def findings(evidence: Evidence) -> list[Finding]:
     """Run all alarms, and return their findings in order.
 
-    A robust accuracy of 0 cannot be too high, even if an attack has failed. So if every image has fallen, "unreliable"
-    becomes "noted". But if an "unreliable" finding is about missing or inconsistent predictions, no verdict changes.
+    If every image has fallen, "unreliable" becomes "noted", because the robust accuracy cannot be too high, unless a
+    finding is about missing or inconsistent predictions.
 
     Args:
         evidence: rows and probes of one model.

@@ -1,7 +1,6 @@
-"""Defines the protocols, which are functions from the model and the ball to a list of attacks.
+"""Defines the protocols, which are functions from the model and the ball to a list of attacks. Cheap attacks are first.
 
-To add a protocol, write its function and add its name to `PROTOCOLS` and `ProtocolName`. Cheap attacks come first.
-Images that fall to them are not attacked again, so the expensive attacks get few images.
+To add a protocol, write its function and add its name to `PROTOCOLS` and `ProtocolName`.
 """
 
 from __future__ import annotations

@@ -23,64 +23,52 @@ USUAL_BATCH = 250
 class EvaluateConfig:
     """The settings of an evaluation. Model, images, ball and attacks are arguments of `evaluate` itself.
 
-    Three of the settings may also be given as arguments of `evaluate`: protocol, batch_size and seed.
-
     Args:
         protocol: name of a list of attacks. "fast": Auto-PGD, in minutes. "standard": the four attacks of AutoAttack in
             this package's faster versions. "rand": AutoAttack's version for random models. "strong": adaptive attacks,
             with surrogate models, restarts and every target class. "official": AutoAttack itself. "authors": the
-            evaluation of the defence's authors, for a comparison with their numbers; its rows do not count for the
-            robust accuracy. "official" and "authors" need the package pyautoattack. With None, the attacks are the list
-            ``attacks`` of `evaluate`, or else "standard". See `purify_fast.evaluation.request.attack_lists`.
-        steps: number of steps of PGD and APGD, for attacks that set no number of steps. This number also limits the
-            steps of a protocol's attacks, but not of its first attack if that has ten steps. FAB-T takes 100 steps, as
-            in its authors' code.
-        eot_iter: number of draws averaged per step, for attacks that set no number of draws. On a deterministic model
-            attacks take one draw.
+            evaluation of the defence's authors, whose rows do not count for the robust accuracy. "official" and
+            "authors" need the package pyautoattack. None: the list ``attacks`` of `evaluate`, or else "standard".
+        steps: number of steps of PGD and APGD, for attacks that set none. It also limits the steps of a protocol's
+            attacks, but not of a first attack with ten steps. FAB-T takes 100 steps, as in its authors' code.
+        eot_iter: number of draws averaged per step, for attacks that set none; 1 on a deterministic model.
         n_eval: number of independent predictions on each adversarial image; 1 for a deterministic model.
         predict: rule by which the predictions of a random model decide. "worst_of": an image has fallen if any
             prediction is wrong. "votes": the prediction is the majority vote over several draws, and attacks take the
-            gradient of the mean probabilities. With both rules the attacks know the rule, and every attack is repeated
-            under fixed noise if the model has ``fixed_noise``. With None, an image has fallen if any prediction is
-            wrong, attacks search for images that all of five fresh draws misclassify, and no attack is repeated
-            under fixed noise.
+            gradient of the mean probabilities. With both rules the attacks know the rule, and are repeated under fixed
+            noise if the model has ``fixed_noise``. None: an image has fallen if any prediction is wrong, attacks search
+            for images that all of five fresh draws misclassify, and nothing is repeated under fixed noise.
         batch_size: number of images that are attacked together. None: 250. "auto": the same, but each pass of the model
-            has only as many images as fit into memory. The number per pass is measured on a pass of a few images, and
-            is halved when memory runs out. The number per pass does not change the result of a deterministic model, but
-            it changes the draws of a random model, as max_forward_batch and batch_size do. With "auto", attacks that
-            are functions or belong to other packages get a whole batch at once.
-        max_forward_batch: largest number of images in a forward pass of an attack. This limit changes no result of
-            a deterministic model. None: no limit.
+            has only as many images as fit into memory, measured on a pass of a few images, and halved when memory runs
+            out. This changes the draws of a random model, as every other batch size does, but not the result of a
+            deterministic model. Attacks that are functions or belong to other packages get a whole batch at once.
+        max_forward_batch: largest number of images in a forward pass of an attack, which changes no result of a
+            deterministic model. None: no limit.
         memory: with batch_size "auto": total memory that this process may use on the model's device, in bytes or as
             "20GB". None allows all free memory, on a CPU within the limits of the process and its control group.
-        cuda_graphs: use of CUDA graphs for steps of attacks. "auto": a step is captured as a graph when its repetitions
-            have taken as much time as a capture takes; the graph is used if it saves at least a tenth of the time.
-            "always": every step that can be captured is captured. "off": no step is captured. Choose "off" if the model
-            changes its settings during an attack, and stores them in an object that is not a module, dataclass or
-            namespace: a graph does not follow such changes.
+        cuda_graphs: use of CUDA graphs for steps of attacks. "auto": a step is captured when its repetitions have taken
+            as much time as a capture; the graph is used if it saves at least a tenth of the time. "always": every step
+            that can be captured is captured. "off": no step is captured. Choose "off" if the model changes settings in
+            an object that is not a module, dataclass or namespace: a graph does not follow such changes.
         cudnn_benchmark: on a CUDA device, "on" and "auto" let cuDNN measure its algorithms for each shape of a batch,
-            and use the fastest; "auto" is "off" if the process requires deterministic algorithms. The chosen algorithm,
-            and so the last bits of a gradient, may differ from run to run.
+            and use the fastest; "auto" is "off" if the process requires deterministic algorithms. The last bits of a
+            gradient may then differ from run to run.
         seed: seed of all random numbers.
-        curve: further radii, in image units, for a curve of robust accuracy over the radius. At each radius, the
-            attacks that set no radius run on the images that have not fallen at a smaller radius. The attacks begin at
-            the best points of the smaller radius. Each radius has a result, such as "worst, L-inf 2/255";
-            `Report.curve` has the results of all radii.
-        probes: whether to test if the robust accuracy is reliable: by short attacks on a few images with different
-            numbers of steps and draws, by small steps in random directions, and by repeated predictions. Default: test
-            with every protocol except "authors". With a list of attacks, only compare the gradients with small steps
-            on 16 images, which False leaves out too.
+        curve: further radii, in image units, for a curve of robust accuracy. At each radius, the attacks that set no
+            radius run on the images that have not fallen at a smaller radius, from the best points there. Each radius
+            has a result, such as "worst, L-inf 2/255"; `Report.curve` has all of them.
+        probes: whether to test if the robust accuracy is reliable, by short attacks, small steps in random directions,
+            and repeated predictions. Default: with every protocol except "authors". With a list of attacks, only
+            compare the gradients with small steps on 16 images, which False leaves out too.
         keep: the attacked images that the report keeps. "some": a few for each attack, for the pictures. "all": also
-            every fallen image, exactly as the model got it, in a file next to the report, 25 KB for each image of
-            CIFAR-10. `check_witnesses` and the command `purify-fast check` test these images again.
+            every fallen image, exactly as the model got it, in a file next to the report (25 KB for each image of
+            CIFAR-10), for `check_witnesses` and `purify-fast check`.
         claim: a claimed robust accuracy, in percent, such as 70. The report says whether the result refutes it, and how
             many images would be needed for a decision. A random model is tested by the accuracy of one draw.
-        dataset_name: name of the data set, for the report's title. On the command line, the default is the data set's
-            name.
+        dataset_name: name of the data set, for the report's title. On the command line, the default is that of --data.
         together: whether the processes of torch's default process group share the work. Each process calls `evaluate`
-            with the same arguments, and attacks some of the batches. The result is that of a single process, bit
-            by bit. Only the first process writes and prints; the other processes get the report without pictures.
-            False: each process makes a separate evaluation.
+            with the same arguments; the result is that of a single process, bit by bit. Only the first process writes
+            and prints; the others get the report without pictures. False: each process makes a separate evaluation.
 
     Raises:
         TypeError: claim, or a radius of curve, is not a number.

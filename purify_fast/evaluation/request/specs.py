@@ -45,15 +45,13 @@ def as_attack(
 
     Args:
         function: a function ``(model, x, y) -> x_adv``. ``model`` is a module from images to logits, in evaluation
-            mode. ``x`` are float32 images ``[B, C, H, W]`` in [0, 1], and ``y`` int64 labels ``[B]``, both on the
-            model's device. Gradients are enabled. The result must be images of the same shape and dtype, in [0, 1] and
-            in the ball.
+            mode. ``x`` are float32 images ``[B, C, H, W]`` in [0, 1], and ``y`` int64 labels ``[B]``, on the model's
+            device. Gradients are enabled. The result must have the same shape and dtype, in [0, 1] and in the ball.
         name: name of the attack in the report; None takes the function's name.
         eps: radius of the ball in image units. None takes the evaluation's radius.
         norm: norm of the ball, "linf", "l2" or "l1"; a norm needs an eps beside it. None takes the evaluation's norm.
-        revision: a name for the function's code. With a revision the results of the attack are cached, so choose
-            another name after a change of the function. Without a revision they are not cached. Two functions with the
-            same module and name, such as two lambdas or two results of the same function, need different revisions.
+        revision: a name for the function's code, with which results are cached; choose another name after a change.
+            None: no caching. Functions with the same module and name, such as lambdas, need different revisions.
 
     Raises:
         TypeError: function is not callable.
@@ -70,15 +68,7 @@ def as_attack(
 
 @dataclass(frozen=True, kw_only=True)
 class FunctionAttack(Attack):
-    """An attack that calls a function; `as_attack` makes it.
-
-    Args:
-        eps: radius of the ball in image units. None takes the evaluation's radius.
-        norm: norm of the ball, "linf", "l2" or "l1"; a norm needs an eps beside it. None takes the evaluation's norm.
-        function: ``(model, x, y) -> x_adv``.
-        row_name: name of the attack in the report.
-        own_revision: a name for the function's code; None: the results are not cached.
-    """
+    """An attack that calls a function; `as_attack` makes it."""
 
     kind: ClassVar[str] = "function"
     norms: ClassVar[tuple[str, ...]] = NORMS
@@ -179,32 +169,26 @@ class AttackSpec:
         variant: the variant of the model that is attacked and judged. ``random``: the model as it is deployed.
             ``fixed``: with the same noise for every image. ``deterministic``: without noise.
         target: a model that is attacked instead of the defence, for a transfer attack; the defence judges the images.
-            ``"classifier"``: the defence's own classifier. The name of the row then says that such an attack is not
-            adaptive.
-        aggregation: a method of `purify_fast.ops.aggregate`, by which the attacked defence aggregates its samples. The
-            judged defence does not change. For BPDA use its own option.
-        label: the name of the row; None makes a name from the other fields. Another threat model than the report's, and
-            the target ``"classifier"``, are added to the name.
-        max_images: the attack gets only this number of images, from the first image on. With None, it gets all images.
+            ``"classifier"``: the defence's own classifier, which the name of the row then says.
+        aggregation: a method of `purify_fast.ops.aggregate`, by which the attacked (not the judged) defence aggregates
+            its samples. For BPDA use its own option.
+        label: the name of the row; None makes a name from the other fields. Another threat model and the target
+            ``"classifier"`` are added to it.
+        max_images: the attack gets only the first images, up to this number. With None, it gets all images.
         survivors_only: whether the attack gets only images that withstood all earlier attacks on this variant and in
-            this threat model. All other images count as fallen in this row. If cheap attacks come first, later attacks
-            have little work.
+            this threat model. All other images count as fallen in this row.
         gradients_from: a surrogate model from which the gradients are taken; the defence itself checks every success.
             Only some attacks support it, such as `purify_fast.attacks.APGD`.
-        seed: a number that is added to the evaluation's seed for this attack. Another seed gives another random start.
-        judge: for a repeated evaluation by other authors: their model, which judges every image by a single prediction.
-            If there is no target, this model is also attacked. The row does not count for the headline or for
-            ``worst``, because it says nothing about the defence. The row's label must begin with "as", and name the
-            source.
-        until: a share of all images. The attack begins with the images of the smallest margins. It stops when at most
-            this share of all images can still fall, at 95 % confidence (`purify_fast.evaluation.run.stopping`). With
-            None, or on a random model, every image is attacked.
+        seed: a number that is added to the evaluation's seed for this attack, for another random start.
+        judge: for a repeated evaluation by other authors: their model, which judges every image by a single prediction,
+            and is attacked if there is no target. The row does not count for the headline or for ``worst``. Its label
+            must begin with "as", and name the source.
+        until: a share of all images. The attack begins with the smallest margins, and stops when at most this share of
+            all images can still fall, at 95 % confidence. With None, or on a random model, every image is attacked.
         nearest: the most images to attack: those with the smallest margins after the earlier attacks. They are attacked
             in groups, and another group follows only while a search has lowered a margin by as much as the next image
-            would need (`purify_fast.evaluation.run.stopping`). A random model has no groups. With None, all images are
-            attacked.
-        published: the publication of this attack, if its rule for a robust image differs from that of this package. The
-            report then says so.
+            would need (`purify_fast.evaluation.run.stopping`). A random model has no groups. None: all images.
+        published: the publication of this attack, if its rule for a robust image differs; the report then says so.
 
     Raises:
         ValueError: options that are not allowed, or that exclude each other.
@@ -282,10 +266,9 @@ def lee_kim_2023(eps: float = 8 / 255, *, leave: bool = False) -> AttackSpec:
     """The PGD + EOT of Lee & Kim, "Robust evaluation of diffusion-based adversarial purification", ICCV 2023.
 
     The attack is in L-inf, with the full gradient, without a random start. It takes 200 steps of length 0.007 at eps =
-    8/255; at another eps the length has the same proportion to eps. A step takes the sign of the mean gradient over 20
-    draws. Two things differ from the paper. The attack returns the best iterate instead of the last iterate. And an
-    image counts as robust only if all ``n_eval`` predictions after the attack are correct (by default 5 of 5), as for
-    every attack of an evaluation. The field ``mean`` of the row is the accuracy of single predictions.
+    8/255 (in proportion at another eps), by the sign of the mean gradient over 20 draws. Two things differ from the
+    paper. The attack returns the best iterate, not the last. And an image counts as robust only if all ``n_eval``
+    predictions are correct. The field ``mean`` of the row is the accuracy of single predictions.
 
     Args:
         eps: radius in image units.

@@ -63,13 +63,7 @@ class DrawsUnderAttack(Exception):
 
 @dataclass(frozen=True)
 class Fault:
-    """The reason why a variant cannot be attacked.
-
-    Args:
-        reason: the problem, in words.
-        repeats: whether a repeated call gives the same logits. If it does, the fault shows only in other batches, or
-            when the variant's context is entered again.
-    """
+    """The reason why a variant cannot be attacked. ``repeats``: the fault shows only in other batches or contexts."""
 
     reason: str
     repeats: bool
@@ -103,12 +97,9 @@ def precision_name(model: Classifier, device: torch.device) -> str | None:
 class Judgement:
     """Repeated predictions on the same images.
 
-    Args:
-        right: bool ``[draws, n]``, True for correct predictions.
-        nonfinite: number of predictions without a class because of NaN or infinite logits; they count as wrong.
-        margins: the true logit minus the largest other logit, averaged over the predictions, float32 ``[n]``.
-        classes: predicted classes, int64 ``[n]``, from the first wrong prediction, or from the first prediction if none
-            is wrong; -1 for a prediction without a class.
+    ``right`` is bool ``[draws, n]``. ``nonfinite`` predictions have no class and count as wrong. ``margins`` are
+    averaged over the predictions. ``classes`` are from the first wrong prediction, or else from the first; -1 without a
+    class.
     """
 
     right: np.ndarray
@@ -125,28 +116,8 @@ class Judgement:
 class Subject:
     """A model with the images on which it is attacked.
 
-    Args:
-        model: images to logits.
-        x: images, float32 in [0, 1].
-        y: labels, int64.
-        batch_size: the largest number of images in a forward pass.
-        n_eval: number of predictions of a random model on each image; with "votes", number of draws in a prediction.
-        seed: seed of all random numbers.
-        predict: rule by which the predictions on an image decide; None decides like "worst_of".
-        draws: True if it is known that the model draws random numbers for some images.
-
-    Attributes:
-        room: number of images that fit into memory in a pass; no limit at first.
-        model: the judged model, which is the model itself or the vote over its draws.
-        base_model: the model itself.
-        is_random: whether two predictions of the model on the same images differ.
-        draws_once_per_call: whether the model draws once for all images of a call, and not for each image.
-        has_probabilities: whether the model returns probabilities instead of logits.
-        has_one_hot: whether the probabilities are all 0 or 1.
-
-    Raises:
-        ValueError: a label is not a class of the model, the model writes to its input or does not return a row of
-            logits for each image, or ``predict`` is given for a deterministic model.
+    ``model`` is the judged model, which is ``base_model`` or the vote over its draws. ``room`` is the number of images
+    that fit into memory in a pass. ``draws`` is True if the model is known to draw random numbers for some images.
     """
 
     def __init__(

@@ -54,16 +54,9 @@ def images_to_decide(left: float, claim: float) -> int | None:
 class ClaimTest:
     """The result of the test if a row refutes a claimed robust accuracy.
 
-    A random model is tested by the accuracy of one draw, which is the number that papers report for such models. The
-    mean over several draws varies less than a single draw, so the binomial test of the rounded up number is cautious.
-
-    Args:
-        verdict: "refuted", "not refuted", or "not tested" if the model failed without an attack already.
-        claim: the claimed share of robust images, in [0, 1].
-        share: the measured share that is tested.
-        left: number of robust images; for a random model the mean number in one draw, rounded up.
-        images: number of all images.
-        chance: probability that at most ``left`` images are robust if the claim is true.
+    A random model is tested by the accuracy of one draw. The mean over several draws varies less than a single draw, so
+    the binomial test of the rounded up number is cautious. ``chance`` is the probability of at most ``left`` robust
+    images if the claim is true.
     """
 
     verdict: Literal["refuted", "not refuted", "not tested"]

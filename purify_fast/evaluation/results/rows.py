@@ -32,8 +32,7 @@ class Examples:
         adversarial: the images after the attack, float32 ``[M, C, H, W]``.
         labels: the true classes, int64 ``[M]``.
         fell: True for images that fell to the attack, bool ``[M]``.
-        predicted: the predicted classes after the attack, int64 ``[M]``; a wrong class for a fallen image, -1 for a
-            prediction without a class.
+        predicted: the predicted classes after the attack, int64 ``[M]``; wrong for a fallen image, -1 without a class.
         index: the indices of the images in the data, int64 ``[M]``, if every fallen image is kept; otherwise None.
     """
 
@@ -59,26 +58,22 @@ class Row:
         attack: the attack's name, which identifies the row together with the model's name.
         kind: ``clean``; the kind of the attack; ``worst``, for the worst outcome over several attacks; or ``authors``,
             for a repeated evaluation by other authors, on their model.
-        variant: the variant of the model that was judged. ``random``: the model as it is deployed, also if it draws no
-            random numbers. ``fixed`` (noise) or ``deterministic``: a random model without randomness.
-            `describe_variant` returns the report's words.
-        robust: bool ``[n]``. All ``n_eval`` predictions on the image of the row were correct. The image is the clean
-            image in a clean row, and in an attack's row the point that the attack handed over. In a row of an attack on
-            survivors, and in a ``worst`` row, an image is robust only if it was robust in the earlier rows too. A
-            random model has another rule for these rows, see `by_worst_points`.
+        variant: the judged variant of the model. ``random``: as it is deployed, also if it draws no random numbers.
+            ``fixed`` (noise) or ``deterministic``: a random model without randomness.
+        robust: bool ``[n]``. All ``n_eval`` predictions on the row's image (clean, or after the attack) were correct.
+            In a row of an attack on survivors, and in a ``worst`` row, an image is robust only if it was robust in the
+            earlier rows too; a random model has another rule, see `by_worst_points`.
         n_eval: number of predictions that judged each image.
         seed: seed of all random numbers.
         seconds: wall clock time.
         data: a hash of the images and labels.
         health: counts of `GradientHealth` (``gradients nonfinite zero images unmoved``); None if nothing was counted.
         reliable: whether the attack had usable gradients, or no image withstood it. If not, the true accuracy may be
-            lower. A ``worst`` row is also unreliable if an alarm has raised a doubt.
-        settings: the options of the attack and of its `AttackSpec` as plain values; in a row over several attacks, the
-            names of these attacks.
+            lower. An alarm's doubt also makes a ``worst`` row unreliable.
+        settings: the options of the attack and of its `AttackSpec` as plain values; for several attacks, their names.
         deterministic: whether two predictions of the model are equal; None if unknown.
         attacked: number of images that the attack got; None in a clean row.
-        fell_to: a dict from the name of a run, such as "target 2, restart 1", to the number of images on which this run
-            succeeded; empty for attacks without such counts.
+        fell_to: by name of a run, such as "target 2, restart 1", the number of images on which it succeeded.
         may_end_early: whether a search may have ended before its last step.
         unsearched: number of images that the attack got but did not reach, because it stopped before.
         may_hold: the largest number of unsearched images that would fall, with 95 % confidence.
@@ -86,22 +81,19 @@ class Row:
         warnings: warnings of the attack for the reader of the report.
         doubts: names of the alarms that make a ``worst`` row doubtful.
         fell_to_probes: number of images of a ``worst`` row that fell to a probe; None without probes.
-        threat: the threat model, such as ``L2 0.5``; None for the report's threat model. A row with another threat
-            model counts only for the ``worst`` row of that threat model, and never for the headline.
+        threat: the threat model, such as ``L2 0.5``; None for the report's. A row with another threat model counts only
+            for the ``worst`` row of that threat model, and never for the headline.
         transferred: whether the images were found on another model than the judged model, or with another model's
-            gradients. A model that differs only in the aggregation of its samples is not taken as another model.
+            gradients. Another aggregation of samples makes no other model.
         nonfinite_predictions: number of predictions without a class, because of NaN or of several infinite largest
             logits; they count as wrong.
         examples: some attacked images, for the pictures.
-        margins: the true logit minus the largest other logit on the attacked images, averaged over the draws, float32
-            ``[n]``; negative for misclassified images. For a random model, the average over the choosing draws. None in
-            a ``worst`` row, and in the clean row of a deterministic model.
+        margins: the true logit minus the largest other logit on the attacked images, averaged over the (choosing)
+            draws, float32 ``[n]``. None in a ``worst`` row, and in the clean row of a deterministic model.
         right: the number of correct predictions on each image, int64 ``[n]``; None if each image has one prediction.
         wrong: for a random model as it is deployed: the share of the choosing draws that misclassify each image,
-            float64 ``[n]``. Choosing draws choose between points, and decide which images have fallen. They are not
-            among the ``n_eval`` predictions. None for a row without choosing draws.
-        of_draws: for a model that draws once per call: the accuracy of each of the ``n_eval`` predictions, which is
-            needed for the standard error. Empty for other models.
+            float64 ``[n]``; otherwise None. Choosing draws choose between points, and are not among the predictions.
+        of_draws: for a model that draws once per call: the accuracy of each prediction, for the standard error.
         points: best points of the images that withstood, while a curve over the radius is made; None afterwards.
     """
 
@@ -160,8 +152,8 @@ class Row:
     def mean_error(self) -> float:
         """The standard error of `mean`, over images and draws.
 
-        The images' shares of correct predictions differ both by the image and by the draws, so their standard deviation
-        contains both. If the model draws once for all images, the variance over the draws is added.
+        The standard deviation of the images' shares of correct predictions contains both. If the model draws once for
+        all images, the variance over the draws is added.
         """
         if self.right is None:
             return self.standard_error
@@ -305,13 +297,7 @@ def followed(rows: Sequence[Row]) -> str:
 
 
 class Worst(NamedTuple):
-    """The worst known point of each image of a random model, by what is known of it; every array is ``[n]``.
-
-    Args:
-        wrong: the share of the choosing draws that misclassify the point.
-        margins: the margin of the point, averaged over the choosing draws.
-        right: the number of judging draws that classify the point correctly, int64.
-    """
+    """The worst known point of each image of a random model; every array is ``[n]``, see `Row`."""
 
     wrong: np.ndarray
     margins: np.ndarray

@@ -33,20 +33,7 @@ COUNTS = ("gradients", "nonfinite", "zero", "images", "unmoved")
 
 @dataclass
 class AttackedBatch:
-    """The outcome of an attack on one batch.
-
-    Args:
-        images: the attacked images, ``[B, C, H, W]``.
-        health: the counts of `GradientHealth`, by name.
-        seconds: duration of the attack.
-        warnings: warnings of the attack.
-        fallen: a dict from the name of a run, such as "target 2, restart 1", to the number of images on which this run
-            succeeded.
-        leads: for each image in order, the margin of the attacked model on the attacked image: the true logit minus the
-            largest other logit. Empty if no rule needs it.
-        stood_still: number of images that no search brought nearer to a decision boundary.
-        proved: number of images for which a complete search proved that no point of the ball fools the attacked model.
-    """
+    """The outcome of an attack on one batch; ``leads`` are the attacked model's margins, or empty if not needed."""
 
     images: Tensor
     health: dict[str, int]
@@ -60,25 +47,11 @@ class AttackedBatch:
 
 @dataclass
 class AttackRun:
-    """The batches of an attack, which this class makes, saves, reads and sums up.
+    """The batches of an attack, which this class makes, saves in ``folder``, reads and sums up.
 
-    On a deterministic model the result of most attacks does not depend on the batches, because the random start of an
-    image depends only on its index. On a random model each batch has a separate seed. The batches depend only on the
-    images and their order, on the batch size and on the rule.
-
-    Args:
-        spec: the attack.
-        target: the model that the attack gets and tries to fool.
-        index: indices of the images, int64.
-        subject: the evaluated model, with all clean images.
-        context: the settings of the attack.
-        folder: a folder for the finished batches, which may contain batches of an interrupted run. It is made when the
-            first batch is saved. With None, no batch is saved.
-        rule: decides after each round of images whether the attack stops. With None, every batch is attacked.
-
-    Attributes:
-        parts: the indices of the images of each batch.
-        rounds: the numbers of the batches of each round of the rule; without a rule all batches are one round.
+    On a deterministic model most results do not depend on the batches. On a random model each batch has a separate
+    seed. The batches depend only on the images and their order, on the batch size and on the rule. ``rounds`` are the
+    rule's rounds.
     """
 
     spec: AttackSpec

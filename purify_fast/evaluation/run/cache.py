@@ -1,8 +1,6 @@
-"""Caches finished rows on disk, and also the finished batches of a row that is not complete yet.
+"""Caches finished rows on disk, and the finished batches of a row that is not complete yet.
 
-A row is one attack of an evaluation. The file name of a row is a hash of everything on which the row depends. Every
-file has a checksum of its content (`purify_fast._sealed`). The content of a damaged file is computed again, with a
-warning.
+The file name of a row is a hash of everything on which the row depends. A damaged file is made again, with a warning.
 """
 
 from __future__ import annotations
@@ -52,14 +50,7 @@ def remove_batches(folder: Path | None) -> None:
 class RowCache:
     """The cache of finished rows, and of results of the probes, in ``folder/rows``.
 
-    Args:
-        folder: folder of the whole evaluation; None: nothing is cached.
-        served: a hash of the kernels that run the ops, from `purify_fast.ops.kernels_now`. Rows that were made with
-            other kernels are not used, because kernels differ in the last bits of their results.
-        revision: the user's name for the model's code, on which every row depends.
-
-    Attributes:
-        source: where the last row comes from, in words that follow its result; empty if the row was made.
+    Rows of other kernels (``served``) are not used, because kernels differ in the last bits of their results.
     """
 
     source = ""

@@ -1,12 +1,8 @@
 """The curve of robust accuracy over the radius of the ball.
 
-An image that fell at a radius counts as fallen at all larger radii, and an image that withstood at the report's radius
-counts as robust at all smaller radii. So only images that fell at the report's radius are attacked at smaller radii,
-and only images that have not fallen yet at larger radii.
-
-On a random model, where chance decides too, nothing is concluded from another radius: at each radius, every image that
-has not fallen at a smaller radius is attacked, and other draws judge the worst point that was found up to this radius
-(`purify_fast.evaluation.results.rows.by_worst_points`).
+An image that fell at a radius counts as fallen at all larger radii, and an image that withstood the report's radius as
+robust at all smaller radii. On a random model nothing is concluded from another radius: every image that has not fallen
+at a smaller radius is attacked, and other draws judge its worst point (`results.rows.by_worst_points`).
 """
 
 from __future__ import annotations
@@ -63,12 +59,7 @@ def _fits(spec: AttackSpec) -> bool:
 
 @dataclass(frozen=True)
 class Curve:
-    """The attacks of a curve and its radii.
-
-    Args:
-        specs: the attacks, in order.
-        radii: the radii in rising order, without the report's radius; empty if there is no curve.
-    """
+    """The attacks of a curve and its rising radii, without the report's radius; there may be no radii."""
 
     specs: Sequence[AttackSpec]
     radii: Sequence[float]

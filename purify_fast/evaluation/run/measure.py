@@ -32,15 +32,7 @@ from .stopping import NearestRule, StoppingRule, by_margin, nearest_first
 
 
 class Task(NamedTuple):
-    """An attack that all processes share.
-
-    Args:
-        attack: the number of the attack in the evaluation.
-        images: indices of the attacked images, int64, in the order in which they are attacked.
-        nearest: the arguments of the `NearestRule`; None: the attack has no such rule.
-        begin: first points of the search, ``[N, C, H, W]``; None: the attack's usual first points.
-        draws_differ: whether the attacked model is random; None lets a test decide.
-    """
+    """An attack that all processes share; ``images`` are in the order of the attack."""
 
     attack: int
     images: Tensor
@@ -51,21 +43,7 @@ class Task(NamedTuple):
 
 @dataclass
 class Measure:
-    """Makes the rows of one call of `evaluate`.
-
-    Args:
-        subject: the attacked model with its images.
-        context: the settings of the attacks.
-        name: name of the model.
-        cache: the cache of finished rows.
-        progress: counts images and shows the progress.
-        shards: the processes of the evaluation.
-        keep_all: whether rows contain every fallen image, and not only some for the pictures.
-
-    Attributes:
-        attacks: all attacks of the evaluation, in the same order in every process.
-        judge: judges the images of attacks, and makes the rows.
-    """
+    """Makes the rows of one call of `evaluate`. Every process has the same ``attacks`` in the same order."""
 
     subject: Subject
     context: AttackContext

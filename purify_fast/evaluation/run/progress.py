@@ -20,15 +20,8 @@ LINE_EVERY, FIRST_LINE = 30.0, 10.0
 class Progress:
     """Counts the images in the forward passes of an evaluation, and shows the progress.
 
-    Args:
-        name: name of the model.
-        shown: whether the progress is shown.
-        costs: upper limits for the number of forward passes of single images: first for the probes, then for each row;
-            None for an unknown number.
-
-    Attributes:
-        expected: the longest time of the whole evaluation in seconds, as it seemed after the first attack; None before
-            that, or if the time cannot be known.
+    ``costs`` are upper limits of these counts: for the probes, then for each row. ``expected`` is the longest time in
+    seconds.
     """
 
     def __init__(self, name: str = "", shown: bool = False, costs: Sequence[int | None] = ()):
@@ -115,12 +108,7 @@ class Progress:
 class CountedModel(nn.Module):
     """A module that wraps any callable, and counts the images of its forward passes. AutoAttack requires a module.
 
-    During an evaluation there is a single such object for each model, because the CUDA graph of a step belongs to the
-    module with which the step was captured.
-
-    Args:
-        model: the callable.
-        progress: counts the images.
+    There is a single such object for each model, because a CUDA graph belongs to the module of its capture.
     """
 
     #: Changes of these need no new CUDA graph (`purify_fast.model_state`).

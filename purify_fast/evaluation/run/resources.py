@@ -1,8 +1,6 @@
 """Chooses the number of threads, and for ``batch_size="auto"`` the number of images in each pass of the model.
 
-The batches of an attack always have the usual size, because the result of some attacks depends on the batch. The memory
-limits only the number of images, and of their draws, in a pass of the model. This limit changes no result of a
-deterministic model.
+The batches of an attack always have the usual size, because the result of some attacks depends on it.
 """
 
 from __future__ import annotations

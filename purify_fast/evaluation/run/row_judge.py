@@ -24,14 +24,7 @@ EXAMPLES = 8
 
 @dataclass(frozen=True)
 class RowJudge:
-    """Makes rows from predictions of a subject.
-
-    Args:
-        subject: the attacked model with its images.
-        context: the settings of the attacks.
-        name: name of the model.
-        keep_all: whether rows contain every fallen image, and not only some for the pictures.
-    """
+    """Makes rows from predictions of a subject."""
 
     subject: Subject
     context: AttackContext

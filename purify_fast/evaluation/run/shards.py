@@ -1,8 +1,7 @@
 """Shares an evaluation among the processes of torch's default process group.
 
-The first process runs the evaluation. For each attack it announces the images, and then a few batches at a time: each
-process attacks its share of these batches, and all results are gathered. A batch does not depend on the process that
-makes it, so the report does not depend on the number of processes.
+The first process announces a few batches at a time, each process attacks its share, and all results are gathered. A
+batch does not depend on the process that makes it, so the report does not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -26,16 +25,7 @@ PATIENCE = timedelta(days=7)
 
 
 class Shards:
-    """The processes of an evaluation. In a ``with`` block, an error in one process is raised in all of them.
-
-    Args:
-        together: whether the processes of the group share the work. If not, this process evaluates alone.
-
-    Attributes:
-        rank: the number of this process.
-        world: number of processes.
-        progress: counts the images of all processes.
-    """
+    """The processes of an evaluation. In a ``with`` block, an error in one process is raised in all of them."""
 
     def __init__(self, together: bool = True):
         self.rank, self.world = processes() if together else (0, 1)

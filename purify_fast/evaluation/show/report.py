@@ -39,15 +39,13 @@ class Report:
     Args:
         rows: the rows, in the order in which they were made.
         notes: remarks, each a sentence, for example on attacks that could not be run.
-        about: facts about all rows, if known: ``threat`` (such as ``L-inf 8/255``), ``dataset``, ``protocol``, ``seed``
-            and ``version`` (of this package); ``predict``, if this setting was given; ``precision``, if it is not
-            float32; ``claim``, the claimed robust accuracy in percent. The other facts are for a repetition of the
-            evaluation: ``date`` of the first `save`, ``command``, ``model`` (a hash of weights and code)
-            and ``processor``. ``seconds`` and ``peak_memory`` are the cost of the evaluation.
+        about: facts about all rows, if known: ``threat`` (such as ``L-inf 8/255``), ``dataset``, ``protocol``,
+            ``seed``, ``version`` (of this package), ``predict``, ``precision`` (if not float32), ``claim`` (in
+            percent), ``date`` of the first `save`, ``command``, ``model`` (a hash of weights and code), ``processor``,
+            and the costs ``seconds`` and ``peak_memory``.
         findings: the results of the alarms, which test whether the numbers are reliable.
         curves: by model, the curves of accuracy over the radius, the steps and the draws for the page; see `curve`.
-        witnesses: the images that fell, exactly as the model got them, if the evaluation had ``keep="all"``. `save`
-            writes them to a separate file. None in a report that was read from JSON or merged.
+        witnesses: the images that fell, if the evaluation had ``keep="all"``; None in a report that was read or merged.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -91,10 +89,7 @@ class Report:
 
     @property
     def headlines(self) -> dict[str, Row]:
-        """Return, for each model, the row of lowest accuracy on the deployed model, in the report's threat model.
-
-        Unreliable and non-adaptive attacks count too, because a fooled image is fooled, whatever the attack was.
-        """
+        """Return, for each model, the row of lowest accuracy on the deployed model, in the report's threat model."""
         return {model: row for (model, threat), row in self.lowest.items() if threat is None}
 
     def claim_test(self, row: Row | None = None) -> ClaimTest | None:
@@ -110,10 +105,9 @@ class Report:
 
     @property
     def lowest(self) -> dict[tuple[str, str | None], Row]:
-        """Return, for each model and threat model (None: that of the report), the attack row of lowest accuracy.
+        """Return, for each model and threat model (None: the report's), the attack row of lowest accuracy.
 
-        A row that was judged under fixed noise, or with the noise off, does not count, because nobody deploys such a
-        model.
+        Rows that were judged under fixed noise, or with the noise off, do not count.
         """
 
         def order(row: Row) -> tuple[float, bool, bool]:
@@ -159,14 +153,11 @@ class Report:
     def one_draw(self, row: Row) -> float | None:
         """The accuracy of a single draw of a random model on the points of a row: the mean over images and draws.
 
-        The row's own accuracy requires that all draws on an image are correct. `Row.mean_error` is the standard error.
-
         Args:
             row: an attack, the clean row, or the worst over all attacks, such as `headline`.
 
         Returns:
-            The mean, which is at least the row's accuracy. None if a single prediction judged each image, as for a
-            deterministic model.
+            The mean, which is at least the row's accuracy. None if a single prediction judged each image.
         """
         return None if row.n_eval == 1 else row.mean
 
@@ -195,8 +186,7 @@ class Report:
 
         Raises:
             KeyError: there is no such row, or there are several.
-            ValueError: the rows have different data, or are attacks in different threat models. Rows of clean images
-                have no threat model.
+            ValueError: the rows have different data, or are attacks in different threat models.
         """
         mine, theirs = self.row(row), other.row(row if other_row is None else other_row)
         if mine.data != theirs.data:
@@ -245,8 +235,8 @@ class Report:
         """The report as a HTML page that loads no other files.
 
         Args:
-            defence: the model, which makes predictions for the pictures, and purified images if it has ``purify``. For
-                several models, a mapping from their names to the models. A model without an entry has no such pictures.
+            defence: the model, which makes predictions and purified images for the pictures. For several models, a
+                mapping from their names to the models. A model without an entry has no such pictures.
 
         Raises:
             ValueError: a single defence for several models.
@@ -270,8 +260,7 @@ class Report:
         """Return the report as text for a terminal: title and table, or only the comparison of several models.
 
         Args:
-            color: whether unreliable numbers are red. With None, they are red if standard output is a terminal and
-                NO_COLOR is not set.
+            color: whether unreliable numbers are red. None: if standard output is a terminal and NO_COLOR is not set.
         """
         return render("report.txt.jinja", report=self, color=color_is_welcome() if color is None else color).rstrip()
 
@@ -300,13 +289,10 @@ class Report:
         logger.warning(note)
 
     def save(self, folder: str | Path, defence: Classifier | Mapping[str, Classifier] | None = None) -> None:
-        """Write ``report.html``, ``report.json`` and ``report.md``, each atomically.
+        """Write ``report.html``, ``report.json`` and ``report.md``, and with ``keep="all"`` the fallen images.
 
-        If the evaluation had ``keep="all"``, the fallen images are written to ``report.witnesses.safetensors``; see
-        `purify_fast.evaluation.check_witnesses`.
-
-        If the folder already has a report with other contents or settings, the earlier report and the options of its
-        command are moved into a subfolder "earlier, ...", with a warning.
+        Each file is written atomically. If the folder has a report with other contents or settings, that report and the
+        options of its command are moved into a subfolder "earlier, ...", with a warning.
 
         Args:
             folder: folder of the report; it is made if it is missing.

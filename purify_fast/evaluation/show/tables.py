@@ -25,14 +25,7 @@ NARROWEST = 12
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of a table, with remarks.
-
-    Args:
-        text: the main text.
-        remarks: the remarks after the main text.
-        unreliable: whether the word or mark for an unreliable number follows the remarks.
-        red: whether the cell is red.
-    """
+    """A cell of a table, with remarks after its main text."""
 
     text: str = ""
     remarks: tuple[str, ...] = ()

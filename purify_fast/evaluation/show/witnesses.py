@@ -1,8 +1,4 @@
-"""Witnesses: the adversarial images of a report, stored in a file, so that anybody can check them later.
-
-For an image that fell, the witness is the attacked image that the model misclassified. `evaluate` with ``keep="all"``
-stores the witness of every fallen image, exactly as the model got it. `check_witnesses` tests all witnesses again.
-"""
+"""Witnesses: the adversarial images of a report, exactly as the model got them, in a file, to be checked later."""
 
 from __future__ import annotations
 
@@ -53,16 +49,9 @@ def model_marks(model: Classifier, mark: str | None) -> dict[str, str | None]:
 class Witnesses:
     """The witnesses of an evaluation: one adversarial image for each image that fell, within each threat model.
 
-    Args:
-        clean: the clean image of each witness, float32 ``[W, C, H, W]`` in [0, 1].
-        adversarial: the witnesses, float32 ``[W, C, H, W]``.
-        labels: the true classes, int64 ``[W]``.
-        numbers: the index of each image in the evaluated data, int64 ``[W]``.
-        margins: the true logit minus the largest other logit, averaged over the draws, float32 ``[W]``; negative for a
-            misclassified witness.
-        attacks: the index of the attack that found each witness, in the list ``about["attacks"]``, int64 ``[W]``.
-        about: plain values: the model's hashes and number of classes, ``random``, ``n_eval``, ``predict``, ``seed``,
-            and ``attacks`` with their balls.
+    ``numbers`` are the images' indices in the data, ``attacks`` those in ``about["attacks"]``; ``margins`` are averaged
+    over the draws. ``about`` also has the model's hashes and number of classes, ``random``, ``n_eval``, ``predict`` and
+    ``seed``.
     """
 
     clean: Tensor
@@ -184,8 +173,7 @@ class CheckedWitnesses:
         draws: number of predictions that judged each witness.
         wrong: number of wrong predictions on each witness, int64 ``[W]``.
         outside: bool ``[W]``, True for witnesses that are outside the ball or [0, 1] by more than rounding.
-        changed: bool ``[W]``, True for witnesses whose image, clean image, label, index or attack differs from the
-            report.
+        changed: bool ``[W]``, True for witnesses whose images, label, index or attack differ from the report.
         margins: the true logit minus the largest other logit in the report's evaluation, float32 ``[W]``.
         balls: the balls of the attacks, in words.
         model: a sentence on whether the model is the report's model.
@@ -231,8 +219,7 @@ def check_witnesses(
         report: the folder of a report that was made with ``keep="all"``.
         model: the model of the report, or another model; it computes on its own device.
         batch_size: the largest number of images in a forward pass.
-        seed: seed of a random model's draws. None: another seed than the report's, so that the draws are fresh. The
-            draws are judged by the report's rule.
+        seed: seed of a random model's draws, which the report's rule judges. None: another seed than the report's.
 
     Returns:
         A `CheckedWitnesses`.

@@ -1,8 +1,4 @@
-"""The copies of a model from which adaptive attacks take gradients: softened copies, copies with less noise and others.
-
-A softened copy can be made of any model, because PyTorch's sharp functions, such as comparisons and rounding, are
-replaced while the model's code runs (`purify_fast.evaluation.surrogates.softening`).
-"""
+"""The copies of a model from which adaptive attacks take gradients, such as softened copies."""
 
 from __future__ import annotations
 
@@ -29,12 +25,7 @@ class _Around(nn.Module):
 
 
 class Softened(_Around):
-    """A copy of a model with useful gradients through thresholds, masks, rounding and detached parts.
-
-    Args:
-        model: any callable.
-        temperature: see `Softening`. With None, the logits are exact, and only their gradient changes.
-    """
+    """A copy of a model with useful gradients through thresholds, masks, rounding and detached parts (`Softening`)."""
 
     def __init__(self, model: Classifier, temperature: float | None):
         super().__init__(model)
@@ -54,12 +45,7 @@ class Softened(_Around):
 
 
 class IdentityBackward(_Around):
-    """A copy of a model in which some modules are the identity in the backward pass.
-
-    Args:
-        model: any callable.
-        modules: the modules inside the model whose gradient is that of the identity.
-    """
+    """A copy of a model in which some modules are the identity in the backward pass."""
 
     def __init__(self, model: Classifier, modules: Sequence[nn.Module]):
         super().__init__(model)
@@ -80,11 +66,7 @@ class _WithSameAnswer(_Around):
 
 
 class WithoutNoise(_WithSameAnswer):
-    """A random model in the context ``deterministic()``.
-
-    Args:
-        model: a model with ``deterministic()``.
-    """
+    """A random model in the context ``deterministic()``."""
 
     def forward(self, x: Tensor) -> Tensor:
         with self.model.deterministic():  # type: ignore[attr-defined]
@@ -92,11 +74,7 @@ class WithoutNoise(_WithSameAnswer):
 
 
 class WithFixedNoise(_WithSameAnswer):
-    """A random model with the same noise in every call.
-
-    Args:
-        model: a model with ``fixed_noise(seed)``.
-    """
+    """A random model with the same noise in every call."""
 
     def forward(self, x: Tensor) -> Tensor:
         with self.model.fixed_noise(0):  # type: ignore[attr-defined]
@@ -104,12 +82,7 @@ class WithFixedNoise(_WithSameAnswer):
 
 
 class FewerSamples(_Around):
-    """A defence that predicts from fewer samples.
-
-    Args:
-        model: a model with an attribute ``samples``.
-        samples: the smaller number of samples.
-    """
+    """A defence that predicts from fewer samples."""
 
     def __init__(self, model: nn.Module, samples: int):
         super().__init__(model)
@@ -125,11 +98,7 @@ class FewerSamples(_Around):
 
 
 class Together(nn.Module):
-    """A model whose logits are the mean log-probabilities of several parts of the attacked model.
-
-    Args:
-        parts: models with the same classes.
-    """
+    """A model whose logits are the mean log-probabilities of several parts of the attacked model."""
 
     def __init__(self, parts: Sequence[Classifier]):
         super().__init__()

@@ -1,8 +1,7 @@
 """Automatic BPDA: finds modules without a gradient inside a model, and gives them the identity's gradient.
 
-A module may have no gradient because it uses NumPy, a compression, a floor division or a user's own function. If the
-output of such a module has the shape and about the range of its input, the module is differentiated as the identity
-(BPDA, Athalye, Carlini & Wagner, ICML 2018, section 4).
+The output of such a module must have the shape and about the range of its input (BPDA, Athalye, Carlini & Wagner, ICML
+2018, section 4).
 """
 
 from __future__ import annotations
@@ -26,12 +25,7 @@ OUTSIDE = 0.1
 class PassedThrough(HoldingMode):
     """A context in which modules have their usual output and the gradient of the identity.
 
-    The context changes no function of PyTorch. It is a function mode nevertheless, because
-    `purify_fast.attacks.checkpointed_steps` computes some steps a second time for their gradients, and enters the same
-    function modes for this.
-
-    Args:
-        modules: modules whose first argument and output are images of the same shape.
+    It is a function mode, because `purify_fast.attacks.checkpointed_steps` enters the same function modes again.
     """
 
     def __init__(self, modules: Sequence[nn.Module]):

@@ -1,8 +1,7 @@
 """Lets gradients pass through the thresholds, masks, rounding, gates and detached parts of any model.
 
-Functions of PyTorch are replaced while the model's code runs. A comparison still returns its bool tensor, the mask. In
-addition, a counterpart of the mask is stored: a floating-point tensor that is a smooth step of the difference between
-the compared values. If the model uses the mask in arithmetic, the counterpart is used too, and gives the result a
+Functions of PyTorch are replaced while the model's code runs. A comparison still returns its mask. In addition, a
+smooth step of the difference is stored as the mask's counterpart. Arithmetic with the mask uses the counterpart for the
 gradient. (An estimator that keeps the hard values is called straight-through, Bengio et al., arXiv 1308.3432.)
 """
 
@@ -56,9 +55,8 @@ Choice = tuple[Tensor, int | None]
 class Softening(HoldingMode):
     """A function mode in which thresholds, rounding and similar functions have a useful gradient.
 
-    Args:
-        temperature: divisor of the arguments of functions that saturate; its root divides the slope of comparisons.
-            With None, all values are exact, and only the gradients change.
+    ``temperature`` divides the arguments of functions that saturate; its root divides the slope of comparisons. With
+    None, all values are exact, and only the gradients change.
     """
 
     def __init__(self, temperature: float | None):

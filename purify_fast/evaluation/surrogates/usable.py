@@ -1,8 +1,6 @@
 """Makes surrogates for adaptive attacks: a model's parts, softened copies, copies with less noise or fewer samples.
 
-The gradient through a sharp gate, a threshold, a rounding, a detached part or a saturated output may be finite and not
-zero, but useless. A surrogate is made from the attacked model, and does not have this problem. The images that are
-found with a surrogate are tried on the attacked model itself.
+A gradient may be finite and not zero, but useless. The attacked model itself judges images found with a surrogate.
 """
 
 from __future__ import annotations

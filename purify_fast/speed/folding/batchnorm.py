@@ -2,10 +2,8 @@
 
     w' = w gamma / sqrt(var + eps),   b' = (b - mean) gamma / sqrt(var + eps) + beta
 
-A forward pass finds the pairs to fold, in any module: a BatchNorm whose input is the output tensor of a convolution or
-linear layer. The pass does not show whether the output is also used elsewhere, or whether the layer of a subclass
-computes something else. So the folded model is compared with the original in float64. A pair that changes the result is
-not folded.
+A forward pass finds the pairs. It does not show whether a layer's output is used elsewhere, or whether a subclass
+computes something else. So a pair is folded only if the result is the same in float64.
 """
 
 from __future__ import annotations
@@ -79,20 +77,10 @@ def _check_evaluation_mode(model: nn.Module) -> None:
 
 
 def fold_sequential(model: nn.Module) -> None:
-    """Fold every BatchNorm that follows a layer in an ``nn.Sequential``, in place.
+    """Fold every BatchNorm that follows a layer in an ``nn.Sequential``, in place, without an example.
 
-    Unlike `fold_batchnorm`, this function needs no example, because the pairs follow from the order of the Sequential.
-    So it can fold modules with several inputs, such as a decoder. It also folds transposed convolutions.
-
-    A module could call the layers of its Sequential separately, in another order. So a Sequential is considered only if
-    the class of its module has the attribute ``runs_in_order = True``, which subclasses do not inherit. Layers that are
-    used in several places, or that have hooks, are not folded.
-
-    Args:
-        model: any module, in evaluation mode.
-
-    Raises:
-        ValueError: a module is in training mode.
+    A module could call the layers in another order, so its class must have ``runs_in_order = True``, which subclasses
+    do not inherit. Layers that are used in several places, or that have hooks, are not folded.
     """
     _check_evaluation_mode(model)
     places = Counter(id(child) for module in model.modules() for child in module._modules.values())
@@ -184,13 +172,7 @@ def _pairs(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
 
 @torch.no_grad()
 def folded(layer: Any, norm: Any, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    """Compute the weight and bias of a linear layer or a convolution with a folded BatchNorm.
-
-    Args:
-        layer: the layer. A transposed convolution must have a single group.
-        norm: the BatchNorm after the layer, used in evaluation mode.
-        dtype: dtype of the computation and of the results.
-    """
+    """Compute the weight and bias of a linear layer or a convolution with a folded BatchNorm."""
     # torch.nn.utils.fuse_conv_bn_weights does not support linear layers. It also multiplies the bias in another order,
     # which would change its last bits in float32.
     mean, variance = norm.running_mean.to(dtype), norm.running_var.to(dtype)
@@ -221,16 +203,9 @@ def _fold(model: nn.Module, layer_name: str, norm_name: str) -> None:
 class FoldedPairs:
     """Computes `folded` for a model that is being trained: for all of its pairs together, in float32.
 
-    On CUDA this needs eight launches for any number of pairs. PyTorch can multiply many tensors in a single launch only
-    by tensors of the same shapes and strides. So the factor of each channel is first copied to every weight's position
-    in this channel, with a table of indices (4 bytes for each weight). On other devices, a product for each layer is
-    faster.
-
-    Args:
-        model: the model in training.
-        pairs: the names of the pairs (layer, BatchNorm), as `fold_batchnorm` returns them; at least one pair.
-        layout: a model whose layers have the same names and shapes. Its weights should have the strides of the trained
-            weights, which is fastest.
+    On CUDA this needs eight launches for any number of pairs. PyTorch multiplies many tensors in a launch only by
+    tensors of the same shapes and strides, so each channel's factor is first copied to its weights, with a table of
+    indices.
     """
 
     def __init__(self, model: nn.Module, pairs: list[tuple[str, str]], layout: nn.Module):
@@ -249,14 +224,7 @@ class FoldedPairs:
 
     @torch.no_grad()
     def __call__(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Compute the folded weight and bias of each layer.
-
-        Args:
-            tensors: the current parameters and buffers of the model, by name.
-
-        Returns:
-            The folded weights and biases in float32, by the names of the layers' parameters.
-        """
+        """Compute the folded weights and biases in float32 from the current tensors, by name."""
         device = tensors[f"{self.norms[0]}.running_mean"].device
         self._defaults = {name: value.to(device) for name, value in self._defaults.items()}
         known = self._defaults | tensors
@@ -290,10 +258,7 @@ class FoldedPairs:
         return factors
 
     def _places(self) -> Iterator[Tensor]:
-        """Yield a tensor for each weight: the output channel of each element, in the order of the memory.
-
-        The channels of all weights are numbered consecutively.
-        """
+        """Yield each weight's output channel, counted over all weights, in the order of the memory."""
         begin = 0
         for weight in self._layouts:
             channels = torch.arange(begin, begin + len(weight), dtype=torch.int32)

@@ -1,18 +1,13 @@
 """Chains of convolutions whose gradient is one autograd function, computed by the op `fused_convolution`.
 
-A `Step` is a convolution with the sum, the BatchNorm and the activation that follow it. A `Chain` is a group of steps
-with nothing else between them, such as the residual blocks of a ResNet. The backward of a chain knows all uses of a
-map: the last step that adds to the gradient of a map also applies the derivative of the activation that made the map.
-For a residual block:
+A `Step` is a convolution with the sum, BatchNorm and activation that follow it. A `Chain` knows all uses of a map: the
+last step that adds to the gradient of a map also applies the derivative of the activation. For a residual block:
 
     forward      h = relu(conv1(x))                          x' = relu(conv2(h) + x)
     backward     dh = conv2^T(dz') [h > 0]                   dz = (conv1^T(dh) + dz') [x > 0]
 
-Here z and z' are the sums before the activations that made x and x'. Each formula is a launch. Besides the maps that
-enter and leave the convolutions themselves, the block reads x in the forward, and h, x and dz' in the backward.
-
-On a CPU with matrix tiles, a step of the forward is a single call of oneDNN. The gradient of its input is another call,
-and the sum and the derivative of the activation are computed in place.
+Here z and z' are the sums before the activations that made x and x'. Each formula is a launch. On a CPU with matrix
+tiles, a step of the forward is a single call of oneDNN, and the gradient of its input another.
 """
 
 from __future__ import annotations
@@ -56,10 +51,7 @@ _NAMES = {number: {"silu": "swish"}.get(name, name) for number, name in enumerat
 
 
 def onednn_serves(device: torch.device) -> bool:
-    """Tell whether oneDNN computes the steps of a chain in bfloat16 on a device.
-
-    This was measured on CPUs with matrix tiles only. On other CPUs, kernels of this package compute some layers.
-    """
+    """Tell whether oneDNN computes the steps of a chain in bfloat16 on a device: on CPUs with matrix tiles only."""
     return device.type == "cpu" and has_tiles() and torch.backends.mkldnn.is_available()
 
 
@@ -75,17 +67,9 @@ def conv2d_gradient(grad: Tensor, weight: Tensor, shape: torch.Size, *settings: 
 
 @dataclass(frozen=True)
 class Step:
-    """A convolution with what follows it. Maps are named by numbers: those that enter the chain, then the results.
+    """A convolution with what follows it. Maps have numbers: those that enter the chain, then the results.
 
-    Attributes:
-        layer: the convolution.
-        norm: the BatchNorm between the sum and the activation, or None.
-        activation: number of the activation in `purify_fast.ops.fused_convolution.ACTIVATIONS`.
-        input: map that is convolved.
-        added: map that is added, or None.
-        padding: number of zeros above, below, on the left and on the right.
-        total: the sum z before normalization and activation.
-        out: the result. It is z if there is no activation.
+    ``total`` is the sum z before normalization and activation; ``out`` is z without an activation.
     """
 
     layer: nn.Conv2d
@@ -114,12 +98,7 @@ class Step:
         return list(self.layer.stride), [value_of(one, shape) for one in self.padding]
 
     def by_onednn(self, x: Tensor, added: Tensor | None) -> Tensor | None:
-        """Return the result of the step by one call of oneDNN; None if oneDNN has no such call.
-
-        Args:
-            x: map that is convolved, ``[B, H, W, C]`` in bfloat16 on a CPU.
-            added: map that is added, ``[B, H', W', O]``, or None.
-        """
+        """Return the result of the step by one call of oneDNN, ``[B, H', W', O]`` in bfloat16; None if impossible."""
         layer, (_, (top, bottom, left, right)) = self.layer, self.settings(x.shape[1:3])
         if self.norm is not None or (top, left) != (bottom, right) or (added is not None and self.activation == SILU):
             return None
@@ -140,15 +119,7 @@ class Step:
         entered: Tensor | None,
         beside: Tensor | None,
     ) -> Tensor | None:
-        """Return the gradient of the convolved map, computed in place; None if the padding is not symmetric.
-
-        Args:
-            grad: gradient of the step's sum, ``[B, H', W', O]`` in bfloat16 on a CPU.
-            size: height and width of the convolved map.
-            earlier: gradient of the map from its other uses, or None.
-            entered: the map itself if a ReLU made it, or None.
-            beside: gradient of the map's sum from its uses without activation, or None.
-        """
+        """Return the gradient of the convolved map, computed in place; None if the padding is not symmetric."""
         layer, (stride, (top, bottom, left, right)) = self.layer, self.settings(size)
         if (top, left) != (bottom, right):
             return None
@@ -174,19 +145,7 @@ class Step:
 
 
 class Chain(nn.Module):
-    """Runs steps one after the other. The weights belong to the network and must not need gradients.
-
-    Args:
-        steps: the steps.
-        inputs: number of maps that enter the chain.
-        outputs: the maps that leave the chain.
-
-    Attributes:
-        has_fast_gradient: whether oneDNN computes all steps in a forward pass that keeps maps for the gradient.
-
-    ``forward(*maps)``: the maps ``[B, C, H, W]`` that enter the chain -> a tuple of the maps that leave it, in the
-    dtype of the weights.
-    """
+    """Runs steps one after the other: ``maps [B, C, H, W]`` -> a tuple of maps, in the dtype of the frozen weights."""
 
     def __init__(self, steps: Sequence[Step], inputs: int, outputs: Sequence[int]):
         super().__init__()
@@ -242,14 +201,7 @@ class Chain(nn.Module):
     def gradients(
         self, grads: dict[int, Tensor], saved: dict[int, Tensor], wanted: set[int], sizes: list[Any]
     ) -> dict[int, Tensor]:
-        """Return the gradients of the maps that enter the chain.
-
-        Args:
-            grads: gradients of maps that leave the chain, with channels last. The result is in the same dictionary.
-            saved: the maps `saved`.
-            wanted: the maps that enter the chain and need a gradient.
-            sizes: height and width of the convolved map of each step.
-        """
+        """Return the gradients of the maps that enter the chain, in the dictionary ``grads`` of those that leave it."""
         left, wanted = Counter(self.uses), set(wanted)
         for step in self.steps:
             if wanted & {step.input, step.added}:

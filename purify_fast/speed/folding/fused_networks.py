@@ -1,9 +1,7 @@
 """Rewrite a frozen network so that its convolutions compute what follows them, by the op `fused_convolution`.
 
-`torch.fx` traces the network to a graph. In the graph, a convolution is found together with the sum, the BatchNorm and
-the activation that follow it. All such groups between two other operations are a `Chain`. Everything else remains as it
-is: other operations, and modules that cannot be traced. Of a module that cannot be traced, the largest parts that can
-be are rewritten. A part is rewritten only if its outputs and input gradients in float64 equal the original's.
+`torch.fx` traces the network to a graph, or else the largest parts that can be traced. All convolution groups between
+two other operations are a `Chain`. A part is rewritten only if outputs and input gradients in float64 remain equal.
 """
 
 from __future__ import annotations
@@ -72,12 +70,7 @@ def _zeros(pad: _Node) -> bool:
 
 
 class _Finder:
-    """Finds the steps in the graph of a module.
-
-    Args:
-        module: the module.
-        graph: its graph. Nodes of ``nn.Identity`` are removed from it.
-    """
+    """Finds the steps in the graph of a module."""
 
     def __init__(self, module: nn.Module, graph: fx.Graph):
         self.modules, self.graph = dict(module.named_modules()), graph
@@ -199,10 +192,7 @@ class _Plan:
 
 
 def _planned(graph: fx.Graph, groups: list[_Group]) -> tuple[fx.Graph, list[_Plan]]:
-    """Return a graph with a node for each chain, and the chains.
-
-    A chain ends before the first other operation that reads one of its maps.
-    """
+    """Return a graph with a node for each chain, which ends before another operation reads its maps, and the chains."""
     new, known, plans = fx.Graph(), dict[Any, Any](), list[_Plan]()
     owner = {node: group for group in groups for node in group.nodes if node is not None}
     by_total = {group.total: group for group in groups}
@@ -273,16 +263,10 @@ def _assembled(module: nn.Module, graph: fx.Graph, plans: list[_Plan]) -> fx.Gra
 
 
 class FusedForward:
-    """The forward of a rewritten module.
+    """The forward of a rewritten module, which runs the chains where a kernel serves, and otherwise the old forward.
 
-    It runs the chains if a kernel of the op `fused_convolution` serves on the device of the arguments. Otherwise, and
-    inside graphs of the compiler, whose own fusions the op would prevent, it runs the module as it was.
-
-    Args:
-        module: the module, whose attribute ``forward`` this object becomes.
-        graph: the rewritten module.
-        tensors: for each argument, whether it was a tensor when the module was traced. The graph is valid only for
-            such calls, because the module may test whether an argument is None.
+    ``tensors`` tells which arguments were tensors at the trace, because the module may test whether an argument is
+    None.
     """
 
     #: Captured steps read the tensors of the module, and no others.
@@ -332,10 +316,7 @@ def _served(given: tuple[Any, ...], graph: fx.GraphModule) -> bool:
 
 
 def chains_serve(device: torch.device) -> bool:
-    """Return True if a kernel serves some steps of chains on a device.
-
-    On a GPU it is a kernel of the op `fused_convolution` or of its backward, on a CPU a call of oneDNN.
-    """
+    """Return True if a kernel, or a call of oneDNN, serves some steps of chains on a device."""
     return onednn_serves(device) or OP.may_serve(device) or BACKWARD.may_serve(device)
 
 
@@ -346,18 +327,7 @@ def fuse_where_faster(model: nn.Module, *example: Tensor) -> None:
 
 
 def fuse_convolutions(model: nn.Module, *example: Tensor) -> int:
-    """Rewrite a frozen network in bfloat16 in place, as the docstring of this file describes.
-
-    The rewritten parts get an attribute ``forward``, a `FusedForward`. Names, layers and weights remain the same. A
-    network with hooks is not rewritten, because its hooks would not see the maps inside a chain.
-
-    Args:
-        model: any module, in evaluation mode.
-        example: a few typical arguments, on the device of the model. They should be random.
-
-    Returns:
-        The number of convolutions that are parts of chains.
-    """
+    """Rewrite a frozen network in bfloat16 in place, unless it has hooks; return the number of fused layers."""
     if any(map(hooked, model.modules())):
         return 0
     try:
@@ -399,13 +369,7 @@ def _arguments(model: nn.Module, example: list[Tensor]) -> dict[nn.Module, tuple
 
 
 def _rewritten(module: nn.Module, trial: nn.Module, given: tuple[Any, ...] | None) -> fx.GraphModule | None:
-    """Return the rewritten module; None if it cannot be traced, has nothing to fuse, or is another function.
-
-    Args:
-        module: the module.
-        trial: its copy in float64.
-        given: arguments of the copy, or None if they are not known.
-    """
+    """Return the rewritten module; None if it cannot be traced, has nothing to fuse, or is another function."""
     if given is None:
         return None
     try:

@@ -1,9 +1,4 @@
-"""Make copies of frozen networks for inference.
-
-In a copy, BatchNorms are folded, the weights are channels_last, and products are computed in bfloat16. Inputs and
-outputs are float32. Parts of a copy can be compiled. On a CPU, one compilation serves all batch sizes. On a GPU, each
-of the first few sizes is compiled separately, and all further sizes share one compilation.
-"""
+"""Make copies of frozen networks for inference, with folded BatchNorms, channels_last, and products in bfloat16."""
 
 from __future__ import annotations
 
@@ -40,10 +35,7 @@ REWRITES: list[Callable[[nn.Module, Tensor], object]] = []
 
 
 def pad_batch(x: Tensor) -> Tensor:
-    """Copy ``x [B, ...]`` and append zeros to the batch, so that it has at least 16 items.
-
-    This also works for a symbolic batch size, for which torch.compile makes a single graph for all sizes.
-    """
+    """Copy ``x [B, ...]`` and append zeros, up to at least 16 items, also for a symbolic batch size."""
     missing = torch.sym_max(SMALL_BATCH - x.shape[0], 0)
     # The number may be a SymInt.
     return F.pad(x, [0, 0] * (x.dim() - 1) + [0, missing])  # type: ignore[list-item]
@@ -57,15 +49,11 @@ def keeps_sizes(device: torch.device) -> bool:
 class CompiledRegion:
     """A function of tensors ``[B, ...]`` that is compiled for any batch size.
 
-    torch.compile would make new graphs for a batch of 1, for a batch below 16, for views and for other strides. So
-    small batches are padded with zeros, and all inputs are copied to the same layout. On a CPU, a batch below 8 is
-    computed without the compiler, because the padding would make it slower by a factor of two or more, and compilation
-    saves less.
+    Small batches are padded with zeros, and inputs are copied to the same layout, because torch.compile would make new
+    graphs for them. On a CPU, a batch below 8 runs without the compiler, which is faster.
 
-    On a GPU, the first `STATIC_SIZES` batch sizes are compiled separately and without padding, so that the sizes of
-    launches and the indices are constants. All further sizes share a graph, as on a CPU.
-
-    Inside another torch.compile graph, the function is traced without these steps.
+    On a GPU, the first `STATIC_SIZES` batch sizes are compiled separately and without padding. All further sizes share
+    a graph, as on a CPU. Inside another torch.compile graph, the function is traced without these steps.
 
     Args:
         function: function from tensors ``[B, ...]`` to a tensor ``[B, ...]``. Item i of the result must depend only on
@@ -102,21 +90,15 @@ class CompiledRegion:
 
 
 def autocast_to(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """The autocast context in which accelerated parts compute: matrix products are in bfloat16 or float32.
-
-    With float32, the context switches off an autocast of the caller.
-    """
+    """The autocast context in which accelerated parts compute; float32 switches off an autocast of the caller."""
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 def convert_to_channels_last(model: nn.Module, image_shape: tuple[int, ...]) -> bool:
-    """Convert the weights of a model's convolutions to channels_last in place, if the model then still runs.
+    """Convert the convolutions' weights to channels_last in place, if the model then still runs; return True if it
+    does.
 
-    A model that flattens maps or images with ``view`` does not run in channels_last. Its weights remain contiguous, and
-    it needs contiguous images.
-
-    Returns:
-        True if the weights are channels_last now.
+    A model that flattens maps or images with ``view`` does not run in channels_last.
     """
     layers = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d))]
     for layer in layers:
@@ -155,14 +137,10 @@ class _MapsImages(_InFloat32, nn.Linear):
 
 
 def _see_images_in_float32(model: nn.Module, image_shape: tuple[int, ...]) -> list[nn.Module]:
-    """Let the layers that read the images compute in float32 under an autocast to bfloat16, in place.
+    """Let the layers that read the images compute in float32 under an autocast, in place; return these layers.
 
-    Between 0.5 and 1, the numbers of bfloat16 are 1/256 apart. If images are rounded to these numbers, a perturbation
-    of 1/255 is almost lost. Later layers read differences of pixels, for which the rounding matters less.
-
-    Returns:
-        The changed layers, whose weights must remain in float32: the convolutions with C input channels, and the linear
-        layers with C H W inputs. Layers of subclasses are not changed, because they may compute something else.
+    Between 0.5 and 1, the numbers of bfloat16 are 1/256 apart, so a perturbation of 1/255 would almost be lost. Layers
+    of subclasses are not changed, because they may compute something else.
     """
     layers: list[nn.Module] = []
     for module in model.modules():
@@ -183,25 +161,10 @@ def prepare_for_inference(
     fine: bool = False,
     channels_last: bool | None = None,
 ) -> tuple[list[tuple[str, str]], bool]:
-    """Prepare a frozen model for `autocast_to`, in place.
+    """Prepare a frozen model for `autocast_to`, in place; return the folded pairs, and True if it is in channels_last.
 
-    Convolutions and linear layers get weights in ``dtype``, in channels_last if possible. All other parameters and
-    buffers become float32. In bfloat16, `REWRITES` change the model further.
-
-    Args:
-        model: module from images ``[B, *image_shape]`` in [0, 1] to logits. No parameter may need a gradient.
-        image_shape: shape (C, H, W) of an image.
-        dtype: float32 or bfloat16.
-        fold: whether to fold BatchNorms into the layers before them. Layers with forward hooks are not folded.
-        fine: whether the layers that read the images compute in float32, for attacks with a small radius.
-        channels_last: whether to convert the weights to channels_last. None converts them, except for a model in
-            float32 with transposed convolutions, which are slower in channels_last.
-
-    Returns:
-        The names of the folded pairs (layer, BatchNorm), and the result of `convert_to_channels_last`.
-
-    Raises:
-        ValueError: the dtype is not allowed, or `purify_fast.speed.fold_batchnorm` refuses the model.
+    With ``fine``, the layers that read the images compute in float32, for small radii. ``channels_last=None`` converts
+    all but models in float32 with transposed convolutions, which are slower in it. In bfloat16, `REWRITES` are applied.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
@@ -228,8 +191,8 @@ def prepare_for_inference(
 class InferenceCopy(nn.Module):
     """A copy of a classifier for inference and for attacks: images ``[B, *image_shape]`` -> float32 logits.
 
-    The copy has none of the hooks of a `Representation`, and no parameter that needs a gradient. If the weights of the
-    classifier change, for example in a training, call `refresh` to update the copy.
+    It has no hooks of a `Representation`, and no parameter that needs a gradient. Call `refresh` after the classifier
+    changes.
 
     Args:
         classifier: module from images in [0, 1] to logits. It is copied.
@@ -238,14 +201,14 @@ class InferenceCopy(nn.Module):
         fold: whether to fold BatchNorms into the layers before them.
         compile: whether to compile the copy as a `CompiledRegion`, and whole steps of attacks on it.
         fine: whether the layers that read the images compute in float32, for attacks with a small radius.
-        channels_last: see `prepare_for_inference`.
+        channels_last: whether the weights are in channels_last. None decides by the model.
 
     Attributes:
         folded: number of folded BatchNorms.
         uses_channels_last: whether the copy accepts images in channels_last.
 
     Raises:
-        ValueError: `prepare_for_inference` refuses the arguments.
+        ValueError: the dtype is not allowed, or `fold_batchnorm` refuses the model.
     """
 
     #: Captured steps do not depend on `_folding`, which only `refresh` uses, and read the refreshed weights.
@@ -289,9 +252,7 @@ class InferenceCopy(nn.Module):
 
     @torch.no_grad()
     def refresh(self, classifier: nn.Module) -> None:
-        """Update the copy with the current parameters and buffers of the classifier.
-
-        The buffers ``num_batches_tracked`` of BatchNorms are not updated, because an evaluation does not read them.
+        """Update the copy with the current parameters and buffers of the classifier, except ``num_batches_tracked``.
 
         Args:
             classifier: the original classifier, with unchanged modules.
@@ -316,8 +277,7 @@ class InferenceCopy(nn.Module):
 class Accelerated:
     """The inference copies of a defence's frozen parts, with their current weights.
 
-    This object is not a module, so that its copies are not saved or trained with the defence. If the defence is moved
-    or its weights change, the copies do not change.
+    This object is no module, so its copies are not saved or trained with the defence, and do not follow it.
 
     Args:
         classifier: module from images ``[B, *image_shape]`` in [0, 1] to logits.
@@ -335,7 +295,7 @@ class Accelerated:
         packed_from: identifies the weights that were packed; None if they may have changed since.
 
     Raises:
-        ValueError: `prepare_for_inference` refuses the arguments.
+        ValueError: the dtype is not allowed, or `fold_batchnorm` refuses a model.
     """
 
     #: A captured step does not depend on this attribute (`purify_fast.model_state`), which changes with every training

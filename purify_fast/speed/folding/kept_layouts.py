@@ -20,14 +20,7 @@ BATCH = 32
 
 
 def kept_layout(weight: Tensor, name: Hashable, make: Callable[[], Tensor]) -> Tensor:
-    """Return weights in another layout.
-
-    Args:
-        weight: the weights.
-        name: name of the layout.
-        make: function that makes the layout. It is called again if the weights were changed in place since. Writes to
-            ``weight.data`` cannot be seen.
-    """
+    """Return weights in the layout ``name``, made again after a write in place, but not to ``weight.data``."""
     # A trace would record the kept tensor as a constant. Tensors of the inference mode have no version.
     if weight.requires_grad or weight.is_inference() or _get_current_dispatch_mode():
         return make()
@@ -60,29 +53,14 @@ def transposed(weight: Tensor) -> Tensor:
 
 
 def packed(weight: Tensor, size: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
-    """Return weights ``[O, C, K, L]`` of a convolution in bfloat16 in oneDNN's layout.
-
-    Args:
-        weight: the weights, in channels_last.
-        size: height and width of the images.
-        stride: stride of rows and columns.
-        padding: zeros on each side of rows and columns.
-    """
+    """Return weights ``[O, C, K, L]`` of a convolution in bfloat16 in oneDNN's layout."""
     given = list(padding), list(stride), [1, 1], 1, [BATCH, weight.shape[1], *size]
     pack = torch.ops.mkldnn._reorder_convolution_weight
     return kept_layout(weight, ("packed", *map(tuple, (size, stride, padding))), lambda: pack(weight.detach(), *given))
 
 
 def packed_gradient(weight: Tensor, size: Sequence[int], padding: Sequence[int]) -> Tensor:
-    """Return the weights of the convolution that computes the gradient of the images, in oneDNN's layout.
-
-    The convolution has stride 1. Its gradient is a convolution of the gradient with the taps in reverse order.
-
-    Args:
-        weight: the weights ``[O, C, K, L]`` of the convolution of the images.
-        size: height and width of the gradient of the result.
-        padding: zeros on each side of rows and columns of the gradient.
-    """
+    """Return the weights of the convolution (stride 1) that computes the images' gradient, in oneDNN's layout."""
 
     def make() -> Tensor:
         reverse = weight.detach().flip(2, 3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
@@ -92,13 +70,7 @@ def packed_gradient(weight: Tensor, size: Sequence[int], padding: Sequence[int])
 
 
 def packed_matrix(weight: Tensor, form: Callable[[Tensor], Tensor], size: Sequence[int]) -> Tensor:
-    """Return a matrix of weights ``[N, M]`` as the weights ``[N, M, 1, 1]`` of a convolution, in oneDNN's layout.
-
-    Args:
-        weight: the weights of a convolution, ``[O, C, K, L]`` in bfloat16.
-        form: `matrix`, `turned` or `transposed`.
-        size: height and width of the maps whose pixels are rows of the other matrix.
-    """
+    """Return a matrix of weights ``[N, M]`` as the weights ``[N, M, 1, 1]`` of a convolution, in oneDNN's layout."""
 
     def make() -> Tensor:
         made = form(weight.detach())[:, :, None, None].contiguous(memory_format=torch.channels_last)
@@ -117,16 +89,7 @@ def convolved(
     added: Tensor | None = None,
     name: str = "none",
 ) -> Tensor:
-    """Compute a convolution, the sum with a map and an activation in one call of oneDNN.
-
-    Args:
-        images: ``[B, C, H, W]`` in bfloat16, channels_last.
-        weight: packed weights.
-        bias: ``[O]``, or None.
-        settings: the padding, and the stride of rows and columns.
-        added: ``[B, O, H', W']``, or None.
-        name: oneDNN's name of the activation.
-    """
+    """Compute a convolution, the sum with a map and an activation in one call of oneDNN."""
     padding, stride = settings
     given = weight, bias, list(padding), list(stride), [1, 1], 1
     if added is None:

@@ -1,11 +1,8 @@
 """Convolutions of small maps as matrix products, for CPUs with matrix tiles (AMX).
 
-oneDNN's convolutions fill a tile with the pixels of one row of the result. A map of 4 x 4 pixels fills a quarter of a
-tile. A product of matrices, whose rows are the patches of all images, fills it whole. On an Intel Xeon of the fourth
-generation, a layer of 512 x 512 channels on maps of 4 x 4 then takes half the time, and the gradient of its weights a
-quarter. For larger maps or fewer channels, to make the patches takes longer than is gained.
-
-The results differ from those of `torch.nn.functional.conv2d` only by the rounding of sums.
+oneDNN's convolutions fill a tile with the pixels of one row of the result, so a map of 4 x 4 pixels fills a quarter of
+it. A product of matrices, whose rows are the patches of all images, fills it whole. For larger maps or fewer channels,
+to make the patches takes longer than is gained.
 """
 
 from __future__ import annotations
@@ -46,21 +43,10 @@ def product(
     added: Tensor | None = None,
     name: str = "none",
 ) -> Tensor:
-    """Multiply the pixels of maps with a matrix of weights.
+    """Multiply pixels ``[B, H, W, M]`` in bfloat16 with a matrix of weights ``[N, M]``, as a convolution of one image.
 
-    PyTorch computes such a product in a single thread if the matrix has a few hundred rows. A convolution of one image,
-    whose pixels are the rows, is shared among the threads.
-
-    Args:
-        rows: ``[B, H, W, M]`` in bfloat16 on a CPU, contiguous.
-        weight: weights of a convolution.
-        form: function from the weights to the matrix ``[N, M]``.
-        bias: ``[N]``, or None.
-        added: map ``[B, H, W, N]`` that is added, or None.
-        name: oneDNN's name of the activation: "none", "relu" or "swish".
-
-    Returns:
-        ``[B, H, W, N]``.
+    PyTorch computes such a product in a single thread if the matrix has a few hundred rows, but a convolution in
+    several.
     """
     packs = type(rows) is Tensor and rows.numel() and onednn_takes_bfloat16()
     if weight.requires_grad or not packs:
@@ -103,16 +89,7 @@ class _Unrolled(torch.autograd.Function):
 
 
 def is_faster(x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: tuple[int, ...]) -> bool:
-    """Tell whether a convolution is faster as a product of matrices.
-
-    Compiled code keeps PyTorch's convolutions, because the compiler makes slow code of the patches.
-
-    Args:
-        x: images ``[B, C, H, W]``.
-        weight: ``[O, C, K, L]``.
-        stride: stride of rows and columns.
-        padding: zeros on each side of rows and columns.
-    """
+    """Tell whether a convolution is faster as a product of matrices; in compiled code it is not."""
     if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dim() != 4:
         return False
     if weight.shape[0] * weight.shape[1] < CHANNELS or weight.shape[2:] == (1, 1):
@@ -125,12 +102,7 @@ def is_faster(x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: tuple
 
 
 def gradient_is_faster(grad: Tensor, weight: Tensor) -> bool:
-    """Tell whether the gradient of the images of a convolution in bfloat16 on a CPU is faster as a product of matrices.
-
-    Args:
-        grad: gradient of the result ``[B, O, H', W']``.
-        weight: ``[O, C, K, L]``.
-    """
+    """Tell whether the images' gradient of a bfloat16 convolution on a CPU is faster as a product of matrices."""
     wide = weight.shape[0] * weight.shape[1] >= CHANNELS and weight.shape[2:] != (1, 1)
     return wide and grad.shape[2] * grad.shape[3] <= PIXELS and has_tiles()
 
@@ -138,15 +110,7 @@ def gradient_is_faster(grad: Tensor, weight: Tensor) -> bool:
 def input_gradient(
     grad: Tensor, weight: Tensor, shape: torch.Size, stride: tuple[int, ...], padding: tuple[int, ...]
 ) -> Tensor:
-    """Return the gradient of images of the shape ``(B, C, H, W)`` as a product of matrices.
-
-    Args:
-        grad: gradient of the result ``[B, O, H', W']``.
-        weight: ``[O, C, K, L]``.
-        shape: shape of the images.
-        stride: stride of rows and columns.
-        padding: zeros on each side of rows and columns.
-    """
+    """Return the gradient of images of the shape ``(B, C, H, W)`` as a product of matrices."""
     (b, c, h, w), (rows, columns), (top, left) = shape, weight.shape[2:], padding
     around = rows - 1 - top, columns - 1 - left
     if stride == (1, 1) and min(around) >= 0:
@@ -188,12 +152,7 @@ class _Unrolling(TorchFunctionMode):
 
 
 def unrolling(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[object]:
-    """Return the context in which a network that is trained uses `unrolled` where that pays.
-
-    Args:
-        device: device of the network.
-        dtype: dtype of its products.
-    """
+    """Return the context in which a network that is trained uses `unrolled` where that pays."""
     used = device.type == "cpu" and dtype == torch.bfloat16 and not torch.compiler.is_compiling() and has_tiles()
     return _Unrolling() if used else contextlib.nullcontext()
 

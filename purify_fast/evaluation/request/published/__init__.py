@@ -1,7 +1,6 @@
 """The attacks that others published for a defence: those of its authors, and those on defences of its kind.
 
-A model of your own can define them by the methods of `purify_fast.protocols.AuthorsEvaluation` and
-`purify_fast.protocols.OwnAttacks`. The functions here add those of this package's methods, by the name of the class.
+A model of your own can define them by `purify_fast.protocols.AuthorsEvaluation` and `purify_fast.protocols.OwnAttacks`.
 """
 
 from __future__ import annotations
@@ -17,12 +16,7 @@ from . import diffusion_attacks
 
 
 def authors_attacks(model: Any, eps: float) -> Sequence[AttackSpec] | None:
-    """Return the attacks of the authors' evaluation of a model; None if there is none.
-
-    Args:
-        model: the attacked model.
-        eps: radius in image units.
-    """
+    """Return the attacks of the authors' evaluation of a model; None if there is none."""
     if supports(model, AuthorsEvaluation):
         return list(cast(AuthorsEvaluation, model).authors_attacks(eps))
     # no other protocol needs these modules
@@ -34,13 +28,7 @@ def authors_attacks(model: Any, eps: float) -> Sequence[AttackSpec] | None:
 
 
 def strong_attacks(model: Any, norm: str, eps: float) -> Sequence[AttackSpec] | None:
-    """Return the attacks that the protocol "strong" adds for a model; None if there are none for its kind.
-
-    Args:
-        model: the attacked model.
-        norm: norm of the ball.
-        eps: radius in image units.
-    """
+    """Return the attacks that the protocol "strong" adds for a model; None if there are none for its kind."""
     if supports(model, OwnAttacks):
         return list(cast(OwnAttacks, model).strong_attacks(norm, eps))
     return diffusion_attacks.strong_attacks(model, norm, eps) if "DiffusionPurifier" in _kinds(model) else None
@@ -54,9 +42,8 @@ def _kinds(model: Any) -> list[str]:
 def _carso(defence: Any, eps: float) -> list[AttackSpec]:
     """Return the evaluation of CARSO's authors: AutoAttack, version rand, at the radius of the report.
 
-    AutoAttack attacks the output of PeeL, whose gradients vanish if the predictions of the samples are confident.
-    Another prediction through PeeL decides if an image that the attack found fools the defence. Source: src/eval_a.py
-    of emaballarin/CARSO at 307b873, lines 88, 202, 225, 255 and 268.
+    AutoAttack attacks the output of PeeL. Another prediction through PeeL decides about the found image. Source:
+    src/eval_a.py of emaballarin/CARSO at 307b873, lines 88, 202, 225, 255 and 268.
     """
     label = f"as src/eval_a.py (emaballarin/CARSO): AutoAttack rand through PeeL, K = {defence.samples}"
     return [AttackSpec(AutoAttack(version="rand"), label=label, judge=WithAggregation(defence, "peel_reference"))]

@@ -1,22 +1,19 @@
 """The evaluation of AToP by its authors: the protocol "authors". Use it only for a comparison with their numbers.
 
 The source is `evaluate.ipynb` of glin2022/atop at 9fa1e91; numbers in brackets are lines of the cell that defines
-``Model_g``. The notebook runs AutoAttack of torchattacks, version standard, on generator and classifier together (lines
-59 to 102 and 144). Another prediction then decides if an image is robust (155 to 161). There are 64 batches of 8 images
-(29 and 163). The evaluated system differs from the trained system, and the attack has faults:
+``Model_g``. The notebook runs AutoAttack of torchattacks, version standard, on generator and classifier together (59 to
+102 and 144). Another prediction then decides (155 to 161), in 64 batches of 8 images (29 and 163). Its faults are:
 
-- No noise is added (94), although the generator was fine-tuned on noisy images.
-- The generator's input is in [0, 1] (94), although the generator was fine-tuned on [-1, 1] (line 147 of
-  Finetuning-AToP/cifar-miss-gau-adv.ipynb).
+- No noise is added, and the generator's input is in [0, 1] (94). It was fine-tuned on noisy images in [-1, 1] (line 147
+  of Finetuning-AToP/cifar-miss-gau-adv.ipynb).
 - Every prediction orders the blocks at random (77), divides them into four parts of 16 blocks, and hides part i in
   batch i (84). So no block is hidden in the last sixty batches.
-- The version standard is for deterministic models, and does not average gradients over draws (144). The repository's
-  copy of torchattacks runs 10 steps of APGD and FAB, where AutoAttack's authors run 100. The notebook imports the
-  package torchattacks, whose version it does not state.
+- The version standard does not average gradients over draws (144). The repository's copy of torchattacks runs 10 steps
+  of APGD and FAB, where AutoAttack's authors run 100; the notebook does not state the version that it imports.
 
 The training notebooks attack only the classifier, and purify the result (lines 130 to 133 and 292 to 367 of
-Finetuning-AToP/cifar-miss-gau-adv.ipynb). The authors say that tables 7 and 8 of the paper were made in the same way,
-with up to 1,000 steps of PGD (second-hand: their answers to their reviewers). None of their code is used here.
+Finetuning-AToP/cifar-miss-gau-adv.ipynb). Tables 7 and 8 of the paper were made in the same way, with up to 1,000 steps
+of PGD (second-hand: the authors' answers to their reviewers). None of their code is used here.
 """
 
 from __future__ import annotations
@@ -43,15 +40,7 @@ STEPS = 10
 
 
 class ReleasedEvaluation(nn.Module):
-    """The model that `evaluate.ipynb` attacks: AToP without noise, with the generator's input in [0, 1].
-
-    A quarter of the blocks is hidden in the notebook's first four batches, and no block in later batches. Every
-    prediction draws these blocks anew, and hides the same blocks in all images.
-
-    Args:
-        defence: an `Atop`. For every transform, there is one pass with one mask, as in the notebook.
-        batch: number of the notebook's batch, from 0.
-    """
+    """The model that `evaluate.ipynb` attacks in its batch ``batch``: AToP without noise, in one pass."""
 
     def __init__(self, defence: nn.Module, batch: int):
         super().__init__()
@@ -59,11 +48,7 @@ class ReleasedEvaluation(nn.Module):
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return logits ``[B, classes]``, float32.
-
-        Args:
-            x: images ``[B, C, H, W]`` in [0, 1].
-        """
+        """Return logits ``[B, classes]``, float32, of images ``[B, C, H, W]`` in [0, 1]."""
         defence: Any = self.defence
         x = x.to(defence.purifier_dtype)
         mask = torch.zeros_like(x[:, :1])
@@ -80,13 +65,9 @@ class ReleasedEvaluation(nn.Module):
 
 
 def authors_attacks(defence: nn.Module, eps: float) -> list[AttackSpec]:
-    """Return the attacks of the protocol "authors", which this module describes.
+    """Return the attacks of the protocol "authors". PGD returns its best point, the authors' PGD the last.
 
-    This package's PGD returns the best of its points; the authors' PGD returns the last.
-
-    Args:
-        defence: an `Atop`.
-        eps: radius in image units. The length of a PGD step is eps / 4, because the authors use 2/255 for 8/255.
+    A PGD step has the length eps / 4, because the authors use 2/255 for 8/255.
     """
     # the authors predict from one draw
     one_draw = FewerSamples(defence, 1) if defence.samples != 1 else defence

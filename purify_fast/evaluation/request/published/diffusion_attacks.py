@@ -1,13 +1,9 @@
 """Attacks on purifiers by diffusion, which the protocol "strong" runs in addition to its other attacks.
 
-Lee & Kim (ICCV 2023, arXiv 2303.09051) evaluate such purifiers by PGD with 200 steps of 20 draws each. DiffBreak's
-attack (arXiv 2411.16598) uses the fact that noise hides low frequencies least, and optimizes filters that prefer low
-frequencies. Here, a single fixed filter is applied to the gradient g:
-
-    g_low = F^-1 (m F g)
-
-F is the Fourier transform. m is 1 for frequencies up to a quarter of the highest frequency in each direction, and
-otherwise 0. The purifier itself decides if the images that this attack finds are misclassified.
+Lee & Kim (ICCV 2023, arXiv 2303.09051) evaluate such purifiers by PGD with 200 steps of 20 draws each. DiffBreak (arXiv
+2411.16598) uses the fact that noise hides low frequencies least. Here, a fixed filter is applied to the gradient g:
+F^-1 (m F g). F is the Fourier transform. m is 1 for frequencies up to a quarter of the highest in each direction, and
+otherwise 0.
 """
 
 from __future__ import annotations
@@ -38,11 +34,7 @@ def low_frequencies(image: Tensor) -> Tensor:
 
 
 class LowFrequencyGradient(nn.Module):
-    """A model whose gradient with respect to the images has only low frequencies.
-
-    Args:
-        model: any module from images ``[B, C, H, W]`` to logits.
-    """
+    """A model whose gradient with respect to the images has only low frequencies."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -50,11 +42,7 @@ class LowFrequencyGradient(nn.Module):
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the model's logits, ``[B, classes]``.
-
-        Args:
-            x: images ``[B, C, H, W]``.
-        """
+        """Return the model's logits, ``[B, classes]``."""
         seen = x.view_as(x)
         if seen.requires_grad:
             seen.register_hook(low_frequencies)
@@ -62,13 +50,7 @@ class LowFrequencyGradient(nn.Module):
 
 
 def strong_attacks(defence: Any, norm: str, eps: float) -> list[AttackSpec]:
-    """Return the additional attacks of the protocol "strong".
-
-    Args:
-        defence: a `DiffusionPurifier`.
-        norm: norm of the ball. The attack of Lee and Kim is added only for "linf".
-        eps: radius in image units.
-    """
+    """Return the additional attacks of the protocol "strong"."""
     low = APGD(loss="ce", eot_iter=DRAWS, precision="float32")
     rows = [AttackSpec(low, label=LOW, gradients_from=LowFrequencyGradient(defence))]
     return [lee_kim_2023(eps, leave=True), *rows] if norm == "linf" else rows

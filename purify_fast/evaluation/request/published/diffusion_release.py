@@ -4,18 +4,16 @@ The authors of DiffPure (NVlabs/DiffPure at 985703f) use AutoAttack, version ran
 run_scripts/cifar10/run_cifar_rand_inf.sh), with the gradient of torchsde's ``sdeint_adjoint`` (lines 233 to 238 of
 runners/diffpure_sde.py). torchsde solves the SDE again, backward in time, together with the adjoint equation
 (google-research/torchsde at eb3a00e, lines 75 to 97 of torchsde/_core/adjoint.py, 111 to 128 and 177 to 216 of
-adjoint_sde.py). The forward and the backward solve are discretized separately, so the result is not the gradient of the
-computed output. From the purified image to t*, the steps are
+adjoint_sde.py), so the result is not the gradient of the computed output. From the purified image to t*, with the drift
+f, the diffusion g, the state y and the gradient a with respect to y, the steps are
 
     y <- y - f(t, y) dt - g(t) dW,    a <- a + dt (df(t, y) / dy)^T a
 
-Here f and g are the drift and the diffusion of the SDE, y is its state, and a is the gradient with respect to y.
-
 The authors of GDMP (JinyiW/GuidedDiffusionPur at 6ee8b1a) use PGD with 10 steps on the classifier alone (lines 25 to 28
 of attacks/clf_pgd.py, and 14 to 19 of configs/cifar10_MSE.yml), and BPDA with eps 8/255, 40 steps of 2/255 and 15 draws
-(lines 14 to 41 of attacks/bpda_strong.py, and 13 to 20 of configs/BPDA40+EOT15.yml). Each draw of BPDA is one
-purification. The final prediction is from the sum of the logits of ten purifications (lines 149 to 162 of
-runners/empirical.py, and 99 to 126 of utils/accuracy.py). None of the code of these repositories is used here.
+(lines 14 to 41 of attacks/bpda_strong.py, and 13 to 20 of configs/BPDA40+EOT15.yml), each of one purification. The
+final prediction sums the logits of ten purifications (lines 149 to 162 of runners/empirical.py, and 99 to 126 of
+utils/accuracy.py). None of the code of these repositories is used here.
 """
 
 from __future__ import annotations
@@ -38,11 +36,7 @@ PATHS = 10
 
 
 class AdjointGradient(nn.Module):
-    """A purifier with one round and one draw of the reverse SDE. Its gradient is computed by the adjoint SDE.
-
-    Args:
-        defence: a `DiffusionPurifier` with the solver ``vp_sde`` and one round.
-    """
+    """A purifier with one round and one draw of the reverse SDE, whose gradient the adjoint SDE computes."""
 
     draws_for_each_image = True
 
@@ -52,11 +46,7 @@ class AdjointGradient(nn.Module):
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return logits ``[B, classes]``, float32.
-
-        Args:
-            x: images ``[B, C, H, W]`` in [0, 1].
-        """
+        """Return logits ``[B, classes]``, float32, of images ``[B, C, H, W]`` in [0, 1]."""
         defence: Any = self.defence
         images = 2 * x.to(torch.promote_types(defence.purifier_dtype, torch.float32)) - 1
         seed, ids = defence.noise(len(images), images.device)
@@ -67,11 +57,7 @@ class AdjointGradient(nn.Module):
 
 
 class TenPaths(nn.Module):
-    """A purifier that predicts from ten purifications. For BPDA, `purify` makes one purification, as in GDMP's code.
-
-    Args:
-        defence: a `DiffusionPurifier` with any number of samples.
-    """
+    """A purifier that predicts from ten purifications. For BPDA, `purify` makes one purification, as in GDMP's code."""
 
     draws_for_each_image = True
 
@@ -82,11 +68,7 @@ class TenPaths(nn.Module):
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the mean logits of ten purifications, ``[B, classes]``, float32.
-
-        Args:
-            x: images ``[B, C, H, W]`` in [0, 1].
-        """
+        """Return the mean logits of ten purifications, ``[B, classes]``, float32."""
         return self.paths(x)
 
     def purify(self, x: Tensor) -> Tensor:
@@ -136,15 +118,10 @@ class _Adjoint(torch.autograd.Function):
 
 
 def authors_attacks(defence: Any, eps: float) -> list[AttackSpec]:
-    """Return the attacks of the protocol "authors", which this module describes.
+    """Return the attacks of the protocol "authors". A step has the length eps / 4: the authors use 2/255 for 8/255.
 
-    There are three differences from the authors' attacks. This package's PGD and BPDA return their best point; the
-    authors' PGD and BPDA return the last point. This package's BPDA averages the gradients of its draws; GDMP's BPDA
-    sums the signs of the gradients. And GDMP's PGD has a radius of 8/256.
-
-    Args:
-        defence: a `DiffusionPurifier`.
-        eps: radius in image units. The length of a step is eps / 4, because the authors use 2/255 for 8/255.
+    There are three differences from the authors' attacks. PGD and BPDA return their best point, not the last. BPDA
+    averages the gradients of its draws; GDMP's BPDA sums their signs. And GDMP's PGD has a radius of 8/256.
     """
     ten = TenPaths(defence)
     rows = [
