@@ -1,15 +1,13 @@
 """The protocol "authors" repeats how others evaluate: a model of theirs is attacked and judges, in no headline."""
 
 import pytest
-import torch
 from evaluating import evaluate
-from small_models import Linear
+from small_models import Linear, labelled
 from torch import nn
 
 from purify_fast.attacks import BPDA, PGD, AutoAttack
 from purify_fast.evaluation import AttackSpec, Report
 from purify_fast.evaluation.request.attack_lists import AS_A_CLASSIFIER
-from purify_fast.evaluation.show.page import html_page
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -29,11 +27,7 @@ class Opposite(nn.Module):
 
 @pytest.fixture
 def trio():
-    torch.manual_seed(0)
-    model, x = Linear(3 * 4 * 4, classes=5).eval(), torch.rand(6, 3, 4, 4)
-    with torch.no_grad():
-        y = model(x).argmax(1)
-    return model, x, y
+    return labelled(6, classes=5)
 
 
 def test_a_judge_is_attacked_and_judges_whatever_the_defence_says(trio):
@@ -83,9 +77,6 @@ def test_its_rows_are_in_no_headline_and_no_worst(trio, tmp_path):
     assert kept.row("as somebody").seconds == report.row("as somebody").seconds
     for found in (kept, Report.from_json(kept.to_json())):
         assert found.headlines == {} and "worst" not in found.attacks
-        for text in (found.to_text(), found.to_markdown(), html_page(found, model)):
-            assert "repeat an evaluation of others" in " ".join(text.split()) and "withstand every" not in text
-    assert "Nothing attacked this model" not in html_page(kept)
 
 
 @pytest.mark.slow
@@ -98,5 +89,3 @@ def test_a_plain_classifier_is_judged_by_autoattack_alone(trio):
     row = report.row(AS_A_CLASSIFIER)
     assert 0 < own.accuracy < 1 and row.robust.tolist() == own.robust.tolist()
     assert report.about["protocol"] == "authors" and "defence" not in report.curves
-    text = " ".join(report.to_text().split())
-    assert "the model has no authors_attacks()" in text and "there is no headline" in text

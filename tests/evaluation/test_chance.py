@@ -1,8 +1,4 @@
-"""Chance is no attack: the numbers of a random model are those of its draws, however often it was asked.
-
-The draws of these models do not depend on the attack, or depend on it by a formula. So each number of a report has an
-exact value.
-"""
+"""Chance is no attack: the numbers of a random model are those of its draws, whose exact values are known."""
 
 import math
 import os
@@ -121,19 +117,6 @@ def test_over_many_seeds(p, predict, n):
     assert abs(np.mean([report.headline.accuracy for report in reports]) - whole) < 0.03
 
 
-class NoisyLinear(nn.Module):
-    """Class 1 if the sum of the pixels, with noise of standard deviation sigma, is above half of all."""
-
-    def __init__(self, sigma):
-        super().__init__()
-        self.sigma = sigma
-
-    def forward(self, x):
-        score = x.flatten(1).sum(1) - x[0].numel() / 2
-        score = score + self.sigma * torch.randn(len(x))
-        return torch.stack([-score, score], 1)
-
-
 @pytest.mark.parametrize("protocol", ["fast", "standard", "strong"])
 def test_noise_before_a_linear_classifier(protocol):
     """The best attack moves each pixel by eps, so the normal distribution gives the accuracy of one draw."""
@@ -143,7 +126,13 @@ def test_noise_before_a_linear_classifier(protocol):
     y = torch.arange(n) % 2
     x = (0.5 + offsets * (2 * y - 1))[:, None, None, None].expand(-1, 1, 4, 4).contiguous()
     options = {"eps": eps, "protocol": protocol, "steps": 12, "progress": False, "n_eval": 5, "eot_iter": 4}
-    report = evaluate(NoisyLinear(sigma), x, y, **options)
+
+    def noisy(x):
+        """Class 1 if the sum of the pixels, with noise of standard deviation sigma, is above half of all."""
+        score = x.flatten(1).sum(1) - size / 2 + sigma * torch.randn(len(x))
+        return torch.stack([-score, score], 1)
+
+    report = evaluate(noisy, x, y, **options)
 
     def chance(distance):
         return torch.special.ndtr(size * distance / sigma).numpy().astype(float)

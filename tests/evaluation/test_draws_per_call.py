@@ -257,13 +257,3 @@ def test_rare_draws_of_each_image_are_not_taken_for_draws_of_a_call():
             assert mistaken <= 1, (share, images, draws, most)
             # eight calls show a rare draw of a call now and then only
             assert together >= {0.5: 28, 0.1: 10, 0.03: 2}[share], (share, images, draws, most)
-
-
-def test_the_note_on_calls_is_not_made_for_rare_draws():
-    y = torch.arange(40) % 2
-    x = (0.2 + 0.6 * y.float())[:, None, None, None].expand(-1, 1, 4, 4).contiguous()
-    for seed in range(6):
-        options = {"eps": 0.01, "attacks": [PGD(steps=1)], "seed": seed, "progress": False}
-        assert not evaluate(RarelyTurned(0.1), x, y, **options).notes
-        (note,) = evaluate(RarelyTurned(0.5, together=True), x, y, **options).notes
-        assert "draws its randomness once per call" in note

@@ -40,7 +40,6 @@ def searched_early(report):
 def test_where_gradients_are_masked_searches_run_to_their_end_and_surrogates_join(protocol):
     report = judged(Rounded(), n=24, protocol=protocol)
     (note,) = [note for note in report.notes if "masked gradients" in note]
-    assert "no usable gradient" in note and "followed" not in note
     assert not searched_early(report) and not any(row.settings.get("give_up") for row in report.rows)
     joined = [row for row in report.rows if "by the gradients of" in row.attack]
     assert joined and f"{len(joined)} rows" in note

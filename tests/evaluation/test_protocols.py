@@ -122,6 +122,29 @@ def test_a_module_that_blocks_gradients_is_the_identity_backward():
     assert names(Behind(Floored()), x) == ["net alone", "a straight-through copy"]
 
 
+def test_a_purifier_without_gradients_is_the_identity_backward_too():
+    class Purifier(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.classifier = standard()
+
+        def purify(self, images):
+            return (images * 4).round().detach() / 4
+
+        def forward(self, images):
+            return self.classifier(self.purify(images))
+
+    _, _, x, y = digits()
+    model, x, y = Purifier(), x[:24], y[:24]
+    name = "a copy whose purifier is the identity backward"
+    with torch.no_grad():
+        copy = dict(surrogates(model, x[:4], 10, ThreatModel("linf", EPS)))[name]
+    attacks = [PGD(steps=5), AttackSpec(APGD(loss="margin", steps=10), gradients_from=copy)]
+    report = evaluate(model, x, y, attacks=attacks, **QUIET)
+    assert report.rows[1].accuracy > 0.5 > 2 * report.rows[2].accuracy and report.rows[1].health["zero"] > 0
+    assert evaluate(model, x, y, attacks=attacks[:1], **QUIET).headline.reliable is False
+
+
 def test_a_module_is_the_identity_in_a_checkpointed_loop_too():
     _, _, x, _ = digits()
 
@@ -222,7 +245,6 @@ def test_fast_and_standard_agree_on_an_honest_model():
             assert f"missed at most {100 * sum(held) / len(x):.2f} points" in text
 
 
-@pytest.mark.slow
 def few_classes(classes):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, classes)).eval()

@@ -107,7 +107,6 @@ def test_fact_14_through_the_published_head(scale, saturated):
     share = row.health["nonfinite"] / row.health["gradients"]
     assert row.accuracy == pytest.approx(saturated, abs=0.15)
     assert row.accuracy <= share + 0.1 and not row.reliable and not report.headline.reliable
-    assert "unreliable</span>" in report.to_markdown() and "\033[31m" in report.to_text(color=True)
     # judged by the same decisions, attacked through logsumexp: nothing is left
     model.method = "lse"
     attacks = [AttackSpec(PGD(), aggregation="peel_reference"), PGD()]
@@ -295,17 +294,15 @@ def test_autoattack_with_few_classes(classes, tmp_path):
             with pytest.raises(ValueError, match=f"at least 4 classes, got a model with {classes}: use protocol stand"):
                 run(**how)
         assert list((tmp_path / "rows").iterdir()) == []
-    else:
+    if classes < 3:
+        with pytest.raises(
+            ValueError, match=r"^AutoAttack rand needs at least 3 classes, got a model with 2: use prot"
+        ):
+            AutoAttack(version="rand").run(model, x, y, eps=0.1, num_classes=2)
+    if classes >= 4:
         row = run(attacks=[AutoAttack(steps=10, n_queries=50)]).rows[1]
         assert row.accuracy <= 0.1 and row.warnings == []
         assert row.settings["attacks"] == ["apgd-ce", "apgd-t", "fab-t", "square"]
-
-
-def test_autoattack_with_draws_needs_three_classes():
-    with pytest.raises(ValueError, match=r"^AutoAttack rand needs at least 3 classes, got a model with 2: use prot"):
-        AutoAttack(version="rand").run(
-            Linear(classes=2), torch.rand(1, 3, 16, 16), torch.tensor([0]), eps=0.1, num_classes=2
-        )
 
 
 def test_the_other_package(monkeypatch, toy):
@@ -376,9 +373,8 @@ def test_a_saturated_head_still_gets_its_draws():
     """A head that is infinite everywhere looks deterministic; its EOT draws are taken all the same."""
     model = Linear(32.0)
     x, y = toy_data(model, 16)
-    report = evaluate(
-        model, x, y, steps=2, eot_iter=3, attacks=[AttackSpec(PGD(), aggregation="peel_reference")], **QUIET
-    )
+    attacks = [AttackSpec(PGD(), aggregation="peel_reference")]
+    report = evaluate(model, x, y, steps=2, eot_iter=3, attacks=attacks, **QUIET)
     assert report.rows[1].settings["eot_iter"] == 3 and report.rows[1].health["nonfinite"] == 32
 
 
@@ -461,9 +457,6 @@ def test_other_threat_models_stay_out_of_the_headline_and_the_worst(unseen):
     lowest = unseen.lowest
     assert set(lowest) == {("d", None), ("d", "L2 1"), ("d", "flow 0.05")}
     assert lowest["d", "L2 1"].accuracy == of["worst, L2 1"].mean()
-    markdown = unseen.to_markdown().split("\n")
-    assert markdown[2].startswith("- **d: ") and markdown[3].startswith("- d, L2 1: ")
-    assert markdown[4].startswith("- d, flow 0.05: ")
     assert json.loads(unseen.to_json())["headlines"]["d"]["attack"] == unseen.headline.attack
 
 
@@ -527,14 +520,8 @@ def test_bpda_on_carso(toy):
 def test_the_attack_of_lee_and_kim():
     spec, other = lee_kim_2023(), lee_kim_2023(4 / 255)
     settings = spec.attack.settings(AttackContext(eps=0.1))
-    assert {name: settings[name] for name in ("steps", "eot_iter", "random_start", "norm", "eps", "loss")} == {
-        "steps": 200,
-        "eot_iter": 20,
-        "random_start": False,
-        "norm": "linf",
-        "eps": 8 / 255,
-        "loss": "ce",
-    }
+    wanted = {"steps": 200, "eot_iter": 20, "random_start": False, "norm": "linf", "eps": 8 / 255, "loss": "ce"}
+    assert settings | wanted == settings
     assert [each.attack.alpha for each in (spec, other)] == [pytest.approx(0.007), pytest.approx(0.0035)]
     assert spec.label == "PGD-200 ce + EOT (Lee & Kim 2023)" and other.attack.eps == 4 / 255
 
@@ -573,9 +560,6 @@ def test_attacks_are_kept_by_what_they_do_and_not_by_their_names(tmp_path, shatt
     assert (other["attack"], other["threat"], count) == ("PGD-2 ce", None, len(plans)) and again == other
 
 
-# -- captured steps ---------------------------------------------------------------------------------------------------
-
-
 def test_an_evaluation_hands_captured_steps_to_its_attacks(rerun, monkeypatch):
     made = []
 
@@ -590,16 +574,8 @@ def test_an_evaluation_hands_captured_steps_to_its_attacks(rerun, monkeypatch):
     y = model(x).argmax(1)
     rows = []
     for mode in ("off", "auto", "always"):
-        found = evaluate(
-            model,
-            x,
-            y,
-            eps=0.05,
-            attacks=[PGD(steps=25), APGD(steps=25)],
-            batch_size=8,
-            cuda_graphs=mode,
-            progress=False,
-        )
+        options = {"eps": 0.05, "batch_size": 8, "cuda_graphs": mode, "progress": False}
+        found = evaluate(model, x, y, attacks=[PGD(steps=25), APGD(steps=25)], **options)
         rows.append([row.robust.tolist() for row in found.rows])
         # of each attack two batches, the last one smaller; of APGD perhaps more, when images leave
         assert rerun.recorded == 0 if mode == "off" else rerun.recorded >= 3
