@@ -5,26 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.pages import front_page, gpu_tables
+from benchmarks.pages import front_page
 from benchmarks.speed import sheets
 
 ROOT = Path(__file__).parents[2]
 
 RESULTS = ROOT / "benchmarks" / "results"
-README = (ROOT / "README.md").read_text()
-
-
-def test_readme_is_short_and_its_first_snippets_too():
-    assert len(README.splitlines()) <= 120
-    first = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)[:3]
-    assert all(len([line for line in code.splitlines() if line]) <= 8 for code in first)
-
-
-def test_a_number_without_gradients_is_not_believed():
-    table = front_page.results_table(RESULTS)
-    (masked,) = [line for line in table if "through its own output" in line]
-    assert "**ALARM**" in masked
-    assert sum("**ALARM**" in line for line in table) == 1
 
 
 def test_ratios_are_those_of_the_times():
@@ -42,21 +28,7 @@ def test_ratios_are_those_of_the_times():
 
 
 def test_readme_quotes_ratios_against_the_expert(tmp_path):
-    """The faster of the expert's two forms, whose rows decide what is shown; a loss is said in words."""
-    table = front_page.speed_table(RESULTS)
-    assert "\n".join(line for line in table if line.startswith("|")) in README
-    assert table[0].index("speedup over the expert") < table[0].index("speedup over plain")
-    forms = {row["form"]: float(row["ms"]) for row in sheets.read_csv(RESULTS / "nvidia-h200" / gpu_tables.PGD)}
-    theirs, ours = (min(ms for form, ms in forms.items() if form.startswith(kind)) for kind in ("expert", "ours"))
-    (attack,) = [line for line in table if line.startswith("| NVIDIA H200 | attack")]
-    assert theirs < ours and f"| {theirs / ours:.2f} |" in attack
-    assert table[-1].startswith(
-        "**The expert is faster where the speedup over it is below 1.** With two threads, it is "
-    )
-    assert "With our matrix products, the expert's attack by PGD-10 takes 1,454 ms." in table[-1]
-    # every factor of speed outside of the generated blocks would be one against something else
-    written = re.sub(r"<!-- table: .*?<!-- end -->", "", README, flags=re.DOTALL)
-    assert not re.search(r"\d times as fast|times faster|speedup of", written)
+    """The faster of the expert's two forms, whose rows decide what is shown."""
     for device in front_page.NAMES:
         (tmp_path / device).mkdir()
         for file in (RESULTS / device).glob("*.csv"):
@@ -91,12 +63,6 @@ def test_a_gpu_is_compared_with_pytorchs_default(monkeypatch):
     (default,) = [row for row in rows if (row["pipeline"], row["contestant"]) == ("arrest_step", "plain, TF32")]
     (arrest,) = [one for one in front_page.speeds(RESULTS) if (one.device, one.title[:6]) == ("nvidia-h200", "ARREST")]
     assert arrest.plain == float(default["ms"]) and arrest.gain == 1
-
-
-def test_the_default_never_leaves_more_than_the_official_attack():
-    (sentence,) = front_page.contests_sentence(RESULTS)
-    models, most, runs, equal = map(float, re.findall(r"[0-9.]*[0-9]", sentence))
-    assert models >= 3 and most > 0 and equal < runs and "never higher" in sentence
 
 
 def test_the_picture_is_drawn(tmp_path):

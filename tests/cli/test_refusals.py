@@ -67,8 +67,7 @@ REFUSED = {
         for options, message in {
             "--block 3": "block must be at least 1 and divide the image, got block = 3 for 16 x 16",
             "--purifier gan": "invalid choice 'gan' for argument '--purifier'",
-            "--batch-size 33": "batch_size must be at most the number of images, 32, got 33: give a smaller batch_size "
-            "(--batch-size)",
+            "--batch-size 33": "batch_size must be at most the number of images, 32, got 33",
         }.items()
     },
     "recipe carso/cifar": "recipe must be one of",
