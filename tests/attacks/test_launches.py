@@ -1,7 +1,4 @@
-"""Count the launches of one `standard` run, without graphs and with them. docs/speed.md has the numbers.
-
-Functions that run again stand for CUDA graphs, and a replay counts as one launch.
-"""
+"""The launches of one `standard` run without graphs and with them, as in docs/speed.md; a replay counts as one."""
 
 import importlib
 import re
@@ -91,9 +88,8 @@ def counted(way: str, rerun, monkeypatch) -> tuple[Counter[str], Tensor]:
             patch.setattr(kind, name, of_part(part, getattr(kind, name)))
         config, (model, x, y) = EvaluateConfig(cuda_graphs=way, probes=False), subject()
         with launches:
-            report = evaluate(
-                model, x, y, eps=0.15, protocol="standard", batch_size=1000, config=config, progress=False
-            )
+            options = {"eps": 0.15, "protocol": "standard", "batch_size": 1000, "progress": False}
+            report = evaluate(model, x, y, config=config, **options)
     parts[WHOLE] = launches.count - parts["captures"]
     return parts, torch.from_numpy(report.headline.robust)
 

@@ -11,7 +11,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks import __main__ as program
-from benchmarks.pages import fill
 from benchmarks.robustness.broken import adaptive, code, entry, pintor, run_broken
 from benchmarks.robustness.broken import broken_tables as tables
 from purify_fast import zoo
@@ -179,15 +178,6 @@ def test_a_result_of_other_code_is_found_and_made_again(judging, monkeypatch, tm
         assert "adaptive of 'EMPIR' was made by other attacks" in line
         program.main(arguments)
         assert judging[10:] == [("EMPIR", tables.ADAPTIVE)] and not code.outdated(tmp_path)
-
-
-def test_a_page_takes_what_there_is(tmp_path):
-    """Without results the table says so; a model that a judge lacks has a dash."""
-    (line,) = tables.table(tmp_path)
-    assert "python -m benchmarks broken" in line and fill.table("broken", tmp_path) == line
-    (tmp_path / tables.FILE).write_text(json.dumps([result("EMPIR", tables.ADAPTIVE, "1100")]))
-    rows = lines_of("\n".join(tables.table(tmp_path)))
-    assert [row[3:] for row in rows if row[0].startswith("EMPIR (")] == [["4", "100", "50", "-", "-", "-", "-", "-"]]
 
 
 def test_the_judges_of_a_model(monkeypatch):

@@ -237,10 +237,7 @@ def test_weights_of_a_file_run_with_the_normalization_of_their_training(run, bar
         (["train", "carso", *given, "--mean", "123.7"], "each of mean must be in [0, 1], got 123.7"),
         (["train", "carso", *given, "--std", "0"], "std must be above 0, got [0.0]"),
         (["train", "carso", *given, "--mean", "0.5", "0.5"], "mean needs 1 or 3 numbers, got 2"),
-        (
-            ["train", "carso", *given[:3], "IMAGENET1K_V1", *options],
-            "only for weights of a file, got IMAGENET1K_V1",
-        ),
+        (["train", "carso", *given[:3], "IMAGENET1K_V1", *options], "only for weights of a file, got IMAGENET1K_V1"),
         (["train", "arrest", "--classifier", tmp_path / "x", *options], "leave out --mean, --std, or give the weights"),
     ):
         code, printed = run(*words, "--data", bars, "--device", "cpu")

@@ -2,8 +2,7 @@
 
 import pytest
 from evaluating import evaluate
-from small_models import Linear, labelled
-from torch import nn
+from small_models import Linear, Made, Purifying, labelled
 
 from purify_fast.attacks import BPDA, PGD, AutoAttack
 from purify_fast.evaluation import AttackSpec, Report
@@ -14,15 +13,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 QUIET = {"eps": 0.05, "progress": False}
 
 
-class Opposite(nn.Module):
+def opposite(defence):
     """Another model, which is right where the defence is wrong."""
-
-    def __init__(self, defence):
-        super().__init__()
-        self.defence = defence
-
-    def forward(self, x):
-        return -self.defence(x)
+    return Made(lambda self, x: -self.defence(x), defence=defence)
 
 
 @pytest.fixture
@@ -33,35 +26,22 @@ def trio():
 def test_a_judge_is_attacked_and_judges_whatever_the_defence_says(trio):
     model, x, _ = trio
     y = model(x).argmin(1)
-    row = AttackSpec(PGD(steps=2), label="as somebody", judge=Opposite(model))
+    row = AttackSpec(PGD(steps=2), label="as somebody", judge=opposite(model))
     report = evaluate(model, x, y, **QUIET | {"eps": 1e-6}, attacks=[row, PGD(steps=3)])
     assert report.row("clean").accuracy == report.headline.accuracy == 0
     judged = report.row("as somebody")
     assert judged.accuracy == 1 and judged.kind == "authors" and judged.attacked == 6
-    assert judged.health["gradients"] == 12 and judged.settings["judge"] == "Opposite"
+    assert judged.health["gradients"] == 12 and judged.settings["judge"] == "Made"
     strong = evaluate(model, x, y, **QUIET | {"eps": 1.0}, attacks=[row])
     assert strong.row("as somebody").accuracy == 0
 
 
-class Detached(nn.Module):
-    """A purifier without a gradient, before a classifier."""
-
-    def __init__(self, classifier):
-        super().__init__()
-        self.classifier = classifier
-
-    def purify(self, x):
-        return x.detach()
-
-    def forward(self, x):
-        return self.classifier(self.purify(x)) + 0 * x.sum()
-
-
 def test_bpda_replaces_the_gradient_of_the_judges_purifier(trio):
     model, x, y = trio
-    judge = Detached(model)
+
+    judge, deployed = (Purifying(model, lambda images: images.detach() + 0 * images) for _ in "12")
     rows = [AttackSpec(kind(steps=5), label=f"as {kind.kind}", judge=judge) for kind in (PGD, BPDA)]
-    report = evaluate(Detached(model), x, y, **QUIET | {"eps": 0.5}, attacks=rows)
+    report = evaluate(deployed, x, y, **QUIET | {"eps": 0.5}, attacks=rows)
     exact, straight = report.row("as pgd"), report.row("as bpda")
     assert exact.health["zero"] == exact.health["gradients"] and exact.accuracy > 0
     assert straight.health["zero"] == 0 and straight.accuracy == 0
@@ -69,7 +49,7 @@ def test_bpda_replaces_the_gradient_of_the_judges_purifier(trio):
 
 def test_its_rows_are_in_no_headline_and_no_worst(trio, tmp_path):
     model, x, y = trio
-    theirs = AttackSpec(PGD(steps=20), label="as somebody", judge=Opposite(model))
+    theirs = AttackSpec(PGD(steps=20), label="as somebody", judge=opposite(model))
     report = evaluate(model, x, y, **QUIET | {"eps": 1e-6}, attacks=[theirs, PGD(steps=2)], out=tmp_path)
     assert report.row("as somebody").accuracy == 0 and report.row("worst").settings["over"] == ["PGD-2 ce"]
     assert report.headline.accuracy == 1 and report.row("PGD-2 ce").attacked == 6

@@ -190,13 +190,10 @@ def test_an_attack_without_counted_gradients_is_a_reason_of_its_own(digits):
 
 @pytest.mark.parametrize(("left", "n", "share"), [(0, 20, "1/2"), (13, 20, "7/10"), (20, 20, "1/5"), (140, 200, "3/4")])
 def test_the_binomial_tail_is_exact(left, n, share):
+    assert chance_of_at_most(19, 20, 1.0) == 0 and chance_of_at_most(20, 20, 1.0) == chance_of_at_most(0, 20, 0.0) == 1
     p = Fraction(share)
     exact = sum(math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(left + 1))
     assert chance_of_at_most(left, n, float(p)) == pytest.approx(float(exact), rel=1e-9)
-
-
-def test_certain_claims_have_certain_tails():
-    assert chance_of_at_most(19, 20, 1.0) == 0 and chance_of_at_most(20, 20, 1.0) == chance_of_at_most(0, 20, 0.0) == 1
 
 
 def test_so_many_images_decide_and_one_less_do_not():
@@ -264,19 +261,11 @@ def test_a_claim_is_not_tested_by_predictions_without_a_class():
     report = evaluate(broken, x, y, eps=0.1, attacks=[PGD(steps=1)], claim=95, progress=False)
     assert report.row("clean").accuracy == 1 and report.headline.accuracy == 0
     assert report.claim_test().verdict == "not tested" and report.headline.nonfinite_predictions == 64
+    whole = evaluate(model, x, y, eps=0.1, attacks=[PGD(steps=1)], claim=99.5, progress=False)
+    assert whole.about["claim"] == "99.5" and whole.about["claim_test"] == whole.claim_test().verdict != "not tested"
     # A few of them do not save a claim that the others refute.
     attacked = row("A", [0] * 60 + [1] * 40)
     attacked.nonfinite_predictions = 5
     assert claims.tested_claim(0.95, attacked, None).verdict == "refuted"
     attacked.nonfinite_predictions = 58
     assert claims.tested_claim(0.95, attacked, None).verdict == "not tested"
-
-
-def test_evaluate_takes_a_claim():
-    x, y = torch.rand(6, 1, 4, 4), torch.zeros(6).long()
-    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
-    with torch.no_grad():
-        model[1].bias[0] = 2.0
-    report = evaluate(model, x, y, eps=0.5, attacks=[PGD(steps=2)], claim=99.5, progress=False)
-    assert report.about["claim"] == "99.5"
-    assert report.about["claim_test"] == report.claim_test().verdict != "not tested"

@@ -270,8 +270,7 @@ def test_a_report_says_what_repeats_it(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.orig_argv", ["/usr/bin/python3", "judge.py", "--fast"])
     torch.manual_seed(0)
     model, x = Purifier(), torch.rand(6, 3, 6, 6)
-    with torch.no_grad():
-        y = model(x).argmax(1)
+    y = model(x).argmax(1)
     report = evaluate(model, x, y, eps=0.5, steps=2, attacks=[PGD()], n_eval=2, seed=7, progress=False)
     assert not report.row("PGD-2 ce").robust.all()
     report.save(tmp_path, model)

@@ -102,13 +102,6 @@ def test_the_state_of_the_noise_is_part_of_a_fingerprint():
     assert fingerprint(defence) == marks[0]
 
 
-def test_rows_of_a_function_are_not_kept_and_it_is_said(tmp_path, caplog):
-    x, y = torch.rand(4, 3, 2, 2), torch.arange(4) % 2
-    evaluate(lambda x: x.flatten(1)[:, :2], x, y, eps=0.1, attacks=[], out=tmp_path, progress=False)
-    assert "are not kept, because this model is a function, whose weights cannot be compared." in caplog.text
-    assert not list((tmp_path / "rows").iterdir())
-
-
 def test_a_row_that_repeats_another_is_not_of_an_earlier_run(tmp_path, capsys):
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2))
     x = torch.rand(4, 3, 2, 2)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from evaluating import evaluate
+from small_models import Made
 from torch import nn
 
 from purify_fast import Carso
@@ -69,15 +70,9 @@ class Linear(nn.Module):
         return self._switch("zero")
 
 
-class Plain(nn.Module):
+def plain(toy):
     """The same without noise."""
-
-    def __init__(self, toy):
-        super().__init__()
-        self.toy = toy
-
-    def forward(self, x):
-        return self.toy.clean(x)
+    return Made(lambda self, x: self.toy.clean(x), toy=toy)
 
 
 EPS = 8 / 255
@@ -87,8 +82,7 @@ QUIET = {"eps": EPS, "progress": False}
 
 def toy_data(model, n=128):
     x = torch.rand(n, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        return x, model.clean(x).argmax(1)
+    return x, model.clean(x).argmax(1)
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +125,7 @@ def full(toy):
         *PGD_ROWS,
         AttackSpec(AutoAttack(steps=5, n_queries=20), variant="fixed"),
         AttackSpec(AutoAttack(version="rand", steps=5, eot_iter=2), max_images=40),
-        AttackSpec(PGD(), target=Plain(model), label="transfer from the base"),
+        AttackSpec(PGD(), target=plain(model), label="transfer from the base"),
         FGSM(),
         AttackSpec(PGD(loss="margin", restarts=2), aggregation="mean"),
     ]
@@ -203,19 +197,16 @@ def test_what_a_model_lacks_is_said(toy, caplog):
     model, x, y = toy
     attacks = [PGD(), AttackSpec(PGD(), variant="deterministic"), BPDA(), StAdv(steps=2), AutoAttack(version="rand")]
     attacks += [AttackSpec(PGD(), target="classifier"), AttackSpec(PGD(), aggregation="mean")]
-    report = evaluate(Plain(model), x, y, steps=3, eot_iter=4, n_eval=4, attacks=attacks, name="m", **QUIET)
+    report = evaluate(plain(model), x, y, steps=3, eot_iter=4, n_eval=4, attacks=attacks, name="m", **QUIET)
     assert report.attacks == ["clean", "PGD-3 ce", "worst", "StAdv-2 margin, flow 0.05"]
     assert all(row.n_eval == 1 for row in report.rows) and report.row("PGD-3 ce").settings["eot_iter"] == 1
-    assert report.row("clean").accuracy == 1 and report.notes == [
-        "m: BPDA-3 ce was left out: the model has no purify() and classifier",
-        "m: AutoAttack rand was left out: the model is deterministic",
-        "m: PGD-3 ce on the classifier alone (not adaptive) was left out: the model has no classifier",
-        "m: PGD-3 ce through mean was left out: the model has no sample_logits()",
-    ]
-    report = evaluate(Plain(model), x, y, attacks=[BPDA()], name="m", **QUIET)
+    reasons = "has no purify() and classifier", "is deterministic", "has no classifier", "has no sample_logits()"
+    assert report.row("clean").accuracy == 1 and len(report.notes) == 4
+    assert all(note.endswith(f"was left out: the model {why}") for note, why in zip(report.notes, reasons, strict=True))
+    report = evaluate(plain(model), x, y, attacks=[BPDA()], name="m", **QUIET)
     assert report.notes[1:] == ["m: no attack ran, so this report does not say how robust the model is"]
     assert report.notes[0].startswith("m: BPDA") and "no attack ran" in caplog.text
-    assert evaluate(Plain(model), x, y, attacks=[], name="m", **QUIET).notes == []
+    assert evaluate(plain(model), x, y, attacks=[], name="m", **QUIET).notes == []
     attacks = [PGD(), AttackSpec(PGD(), variant="fixed"), AttackSpec(PGD(), variant="deterministic")]
     report = evaluate(lambda z: model(z), x, y, steps=2, n_eval=2, name="f", attacks=attacks, **QUIET)
     assert report.attacks == ["clean", "PGD-2 ce", "worst"] and len(report.notes) == 2
@@ -286,7 +277,7 @@ def test_survivors(toy):
 @pytest.mark.parametrize("classes", [2, 3, 4, 5])
 def test_autoattack_with_few_classes(classes, tmp_path):
     pytest.importorskip("pyautoattack")
-    model = Plain(Linear(scale=1.0, classes=classes))
+    model = plain(Linear(scale=1.0, classes=classes))
     x, y = toy_data(model.toy, 12)
     run = functools.partial(evaluate, model, x, y, eps=0.1, progress=False, out=tmp_path)
     if classes < 4:
@@ -335,9 +326,9 @@ def test_the_other_package(monkeypatch, toy):
     for package in ("pyautoattack", "autoattack"):
         monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ModuleNotFoundError, match=r"purify-fast\[eval\]"):
-        evaluate(Plain(model), x, y, attacks=[AutoAttack()], **QUIET)
+        evaluate(plain(model), x, y, attacks=[AutoAttack()], **QUIET)
     monkeypatch.setitem(sys.modules, "autoattack", types.SimpleNamespace(AutoAttack=Other))
-    row = evaluate(Plain(model), x, y, attacks=[AutoAttack()], batch_size=33, **QUIET).rows[1]
+    row = evaluate(plain(model), x, y, attacks=[AutoAttack()], batch_size=33, **QUIET).rows[1]
     assert asked == {"bs": 33, "attacks": ["apgd-ce", "apgd-t", "fab-t", "square"], "targets": 9, "steps": 100}
     moved = row.examples.adversarial - row.examples.clean
     assert np.abs(moved).max() == pytest.approx(EPS, abs=1e-6)
@@ -403,8 +394,7 @@ class Shattered(nn.Module):
 def shattered():
     model = Shattered()
     x = torch.rand(64, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        return model, x, model.classifier(x).argmax(1)
+    return model, x, model.classifier(x).argmax(1)
 
 
 UNSEEN = [
@@ -476,7 +466,7 @@ def test_autoattack_in_a_ball_of_its_own(toy, order, eps):
     pytest.importorskip("pyautoattack")
     model, x, y = toy
     attacks = [AutoAttack(steps=5, n_queries=5, norm=f"l{order}", eps=eps)]
-    report = evaluate(Plain(model), x[:16], y[:16], attacks=attacks, **QUIET)
+    report = evaluate(plain(model), x[:16], y[:16], attacks=attacks, **QUIET)
     row = report.row(f"AutoAttack standard, 5 steps, 5 queries, L{order} {eps}")
     moved = (row.examples.adversarial - row.examples.clean).reshape(len(row.examples.clean), -1)
     assert row.threat == f"L{order} {eps}" and row.settings["norm"] == f"l{order}" and row.accuracy < 1

@@ -86,10 +86,7 @@ def test_noise_that_is_not_fixed_is_not_attacked_as_fixed(seeds, wrong, n, caplo
     (note,) = report.notes
     assert note.startswith("m: PGD-5 ce, fixed noise was left out: within a block of fixed_noise(seed), ")
     assert wrong in note and note in caplog.messages
-
-
-def test_a_mode_without_noise_that_draws_is_not_attacked():
-    report = judged(Noisy(quiet=False), [AttackSpec(PGD(), "deterministic")])
+    report = judged(Noisy(quiet=False), [AttackSpec(PGD(), "deterministic")], n)
     assert report.attacks == ["clean"] and "within a block of deterministic(), two calls" in report.notes[0]
 
 

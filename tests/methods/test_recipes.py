@@ -104,9 +104,7 @@ def length_of(made):
 def weight_of(task, step, length):
     """The weight of the delayed term at a step."""
     epoch = step // length.steps_per_epoch
-    batch = Batch(
-        torch.empty(0), torch.empty(0), torch.empty(0), 0, epoch, length.epochs, step, length.images_before(step)
-    )
+    batch = Batch(*[torch.empty(0)] * 3, 0, epoch, length.epochs, step, length.images_before(step))
     config = task.config
     if hasattr(config, "cls_weight"):
         return config.cls_weight if batch.progress_in(config.cls_delay_unit) >= config.cls_delay else 0.0
@@ -137,9 +135,8 @@ def test_rates_and_weights_over_the_whole_schedule(name):
     # the delayed term acts from the first step at which its weight is above 0, and is not refused
     acts = task.terms(length)
     last = {"kl", "cross_entropy", "distance"} & set(acts)
-    first = min(
-        step for step in range(0, length.steps, 1 if steps > 200 else steps) if weight_of(task, step, length) > 0
-    )
+    every = range(0, length.steps, 1 if steps > 200 else steps)
+    first = min(step for step in every if weight_of(task, step, length) > 0)
     assert max(acts[term] for term in last) == first
 
 
@@ -196,13 +193,8 @@ def trained(name, folder=None, **settings):
 
 
 #: The setting that weights each delayable or additional term.
-WEIGHTS = {
-    "kl": "beta",
-    "cross_entropy": "cls_weight",
-    "distance": "distillation_weight",
-    "reconstruction": "reconstruction_weight",
-    "deceived": "gan_weight",
-}
+WEIGHTS = {"kl": "beta", "cross_entropy": "cls_weight", "distance": "distillation_weight", "deceived": "gan_weight"}
+WEIGHTS["reconstruction"] = "reconstruction_weight"
 
 
 @pytest.mark.slow
@@ -330,9 +322,8 @@ def test_a_recipe_trains_on_a_loader_of_own_images(name, tmp_path):
         attack = dataclasses.replace(task.config.attack, steps=10 if name.startswith("atop") else 1, alpha=None)
         delay = {"carso": {"kl_delay": 0.0}, "atop": {"cls_delay": 0}}.get(name.partition("/")[0], {})
         task.config = dataclasses.replace(task.config, attack=attack, **delay)
-        loader = torch.utils.data.DataLoader(
-            torch.utils.data.TensorDataset(x, y), 8, shuffle=True, generator=torch.Generator()
-        )
+        images = torch.utils.data.TensorDataset(x, y)
+        loader = torch.utils.data.DataLoader(images, 8, shuffle=True, generator=torch.Generator())
         callbacks = [Stops()] if stop else []
         fit(task, loader, None, loop, folder, progress=False, callbacks=callbacks)
         return task

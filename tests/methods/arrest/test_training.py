@@ -95,9 +95,6 @@ def given(student, teacher, **options):
     return task, step
 
 
-# -- the specification's numbers -------------------------------------------------------------------------------------
-
-
 def test_fact_3_thresholds():
     for angle, tau in ((30, 0.1339745962), (10, 0.0151922470), (20, 0.0603073792), (45, 0.2928932188), (60, 0.5)):
         assert ArrestConfig(angle=angle).threshold == pytest.approx(tau, abs=1e-10)
@@ -155,9 +152,8 @@ def test_fact_8_nothing_drifts_at_the_start(make):
     assert distance == 0
     found = torch.autograd.grad(distance, list(task.model.parameters()), allow_unused=True)
     assert any(g is not None for g in found) and all(g is None or not g.any() for g in found)
-    assert (
-        (task.loss(task.attack(step, task.config.attack), step.y, of_teacher)[1]["distance"]) > 0
-    )  # of attacked images it has one
+    attacked = task.attack(step, task.config.attack)
+    assert task.loss(attacked, step.y, of_teacher)[1]["distance"] > 0
 
 
 def test_fact_9_learning_rates():
@@ -188,9 +184,6 @@ def test_fact_10_noise_and_attack_bounds(monkeypatch):
     adversarial, share = task.inputs(step, [])
     assert adversarial.min() >= 0 and adversarial.max() <= 1 and share == 0
     assert (adversarial - step.x).abs().max().item() == pytest.approx(eps, abs=1e-6)  # 20 / 255 would be further
-
-
-# -- the inputs --------------------------------------------------------------------------------------------------------
 
 
 def test_only_examples_that_are_not_replayed_are_attacked(monkeypatch):
@@ -237,9 +230,8 @@ def test_the_attack_sees_cross_entropy_alone(norm):
     for weight in (0.0, 50.0, 1e4):
         task = arrest(moved(cnn()), teacher=cnn(), distillation_weight=weight, replay=False, norm=norm)
         found.append(task.inputs(step, [])[0])
-    direct = pgd(
-        moved(cnn()), step.x, step.y, eps=EPS, alpha=0.1, steps=2, norm=norm, seed=7, sample_ids=step.sample_ids
-    )
+    options = {"eps": EPS, "alpha": 0.1, "steps": 2, "norm": norm, "seed": 7, "sample_ids": step.sample_ids}
+    direct = pgd(moved(cnn()), step.x, step.y, **options)
     assert all(torch.equal(x, direct) for x in found)
     assert not torch.equal(direct, step.x)
 
@@ -267,9 +259,6 @@ def test_the_drift_tests_mode(mode):
         assert model.norm.num_batches_tracked == before["norm.num_batches_tracked"] + 1 and drift.all()
         assert not torch.equal(model.norm.running_mean, before["norm.running_mean"])
     assert model.training and not drift.requires_grad
-
-
-# -- the loss ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_distance_is_between_the_student_on_its_input_and_the_teacher_on_the_clean_image():
@@ -371,9 +360,6 @@ def test_the_teacher_is_the_students_start_unless_one_is_given():
     assert not torch.equal(arrest(model).teacher(step)[0], want)
 
 
-# -- the teacher, read once ------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("options", [{}, {"pooled": True}, {"precision": "bfloat16"}])
 def test_a_kept_representation_gives_the_same_losses(options, monkeypatch):
     digits = data.load_dataset("digits")
@@ -401,24 +387,12 @@ def test_a_kept_representation_is_not_for_augmented_or_other_images(first, augme
         fit(task, digits.x_train[:32], digits.y_train[:32], FitConfig(1, 16, **augmentation))
 
 
-# -- the extras --------------------------------------------------------------------------------------------------------
-
-
 def test_awp_by_hand():
-    """The gradient is that at the perturbed weights, the step is from the weights as they were, and BatchNorm's
-    statistics see the batch once, at the perturbed weights."""
+    """The gradient and BatchNorm's only update are at the perturbed weights; the step is from those before."""
     gamma, rate = 0.05, 0.1
     model = moved(resnet()).train()
-    task = arrest(
-        model,
-        teacher=resnet(),
-        awp_gamma=gamma,
-        learning_rate=rate,
-        momentum=0.0,
-        weight_decay=0.0,
-        replay=False,
-        distillation_weight=2.0,
-    )
+    options = {"learning_rate": rate, "momentum": 0.0, "weight_decay": 0.0, "replay": False, "distillation_weight": 2.0}
+    task = arrest(model, teacher=resnet(), awp_gamma=gamma, **options)
     step = batch()
     before, of_teacher = states(model), task.teacher(step)
     x, _ = task.inputs(step, of_teacher)
@@ -484,9 +458,8 @@ def test_the_moving_average_by_hand():
         torch.testing.assert_close(value, average[name], rtol=1e-6, atol=1e-7)
     assert not same(states(task.result), states(model)) and task.result.norm.num_batches_tracked == 2
     assert not any(m._forward_hooks for m in task.result.modules())
-    assert not {id(p) for p in task.result.parameters()} & {
-        id(p) for group in task.optimizer.param_groups for p in group["params"]
-    }
+    trained = {id(p) for group in task.optimizer.param_groups for p in group["params"]}
+    assert not {id(p) for p in task.result.parameters()} & trained
     assert arrest(model).result is model
 
 
@@ -502,9 +475,6 @@ def test_a_run_is_resumed_with_the_same_settings_and_start_only(tmp_path):
     ):
         with pytest.raises(ValueError, match=named):
             fit(other, x, y, FitConfig(1, 16), tmp_path)
-
-
-# -- precision and compilation ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", [cnn, resnet])
@@ -555,9 +525,6 @@ def test_a_compiled_attack_is_the_attack(monkeypatch):
             step = batch(n)
             apart = (task.attack(step, task.config.attack) - plain.attack(step, plain.config.attack)).abs()
             assert apart.gt(1e-3).float().mean() < 0.01
-
-
-# -- what is refused ---------------------------------------------------------------------------------------------------
 
 
 def test_layers_that_are_none():

@@ -217,9 +217,8 @@ def test_saved_and_read_back(tmp_path):
     purifier = SmallGenerator(1, 2)
     made = defence(purifier, samples=2, transform="rt3", aggregation="mean_softmax")
     made.save(tmp_path)
-    with pytest.raises(
-        FileNotFoundError, match=f"classifier must be given, got None: {re.escape(str(tmp_path))} holds"
-    ):
+    wanted = f"classifier must be given, got None: {re.escape(str(tmp_path))} holds"
+    with pytest.raises(FileNotFoundError, match=wanted):
         purify_fast.load_defence(tmp_path)
     with pytest.raises(TypeError, match=r"classifier must be a module.* got 'zoo:digits-pgd-at'"):
         purify_fast.load_defence(tmp_path, "zoo:digits-pgd-at")
@@ -275,6 +274,9 @@ def test_what_does_not_fit_is_refused_at_once():
         Atop(SmallCNN(width=4), lambda t, m: t, (1, 16, 16))
     with pytest.raises(ValueError, match="Linear"):
         defence(nn.Linear(3, 3))
+    for wrap in (nn.DataParallel, lambda m: torch.compile(m, backend="eager")):
+        with pytest.raises(ValueError, match="purifier must not be"):
+            defence(purifier=wrap(SmallGenerator(1, width=2)))
     for classifier, said in (
         (SmallCNN(1, image_size=(8, 8)), r"\[B, 1, 16, 16\] to logits \[B, C\], but the call failed: "),
         (nn.Identity(), r"to logits \[B, C\].* \[2, 1, 16, 16\]"),
@@ -308,12 +310,6 @@ def test_a_classifier_in_bfloat16_is_attacked_and_trained_with():
     loss, _ = training_loss(made, Batch(images(4), y, torch.arange(4), 0), AtopConfig(cls_delay=0))
     loss.backward()
     assert loss.isfinite() and all(p.grad is None for p in made.classifier.parameters())
-
-
-@pytest.mark.parametrize("wrap", [torch.nn.DataParallel, lambda m: torch.compile(m, backend="eager")])
-def test_a_wrapped_purifier_is_refused(wrap):
-    with pytest.raises(ValueError, match="purifier must not be"):
-        defence(purifier=wrap(SmallGenerator(1, width=2)))
 
 
 @pytest.mark.parametrize("transform", ["rt2", "rt3"])

@@ -103,9 +103,7 @@ def test_modules_that_are_no_purifiers_are_refused(function, message):
 
 
 def test_a_network_for_other_images_is_refused():
-    with pytest.raises(
-        ValueError, match=r"SmallGenerator does not run on images \[2, 5, 16, 16\] .*must be \[B, 3, H, W\]"
-    ):
+    with pytest.raises(ValueError, match=r"SmallGenerator does not run on images \[2, 5, 16, 16\] .*must be \[B, 3, H"):
         PurifierAdapter(SmallGenerator(1), (3, 16, 16))
     with pytest.raises(ValueError, match=r"SmallGenerator does not run on images \[2, 5, 18, 16\] .*multiples of 4"):
         PurifierAdapter(SmallGenerator(3), (3, 18, 16))

@@ -212,9 +212,8 @@ def test_every_pass_has_the_target_and_the_label_of_its_own_image(transform, tar
     x = brightness * torch.rand(3, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     y, eps = torch.tensor([2, 0, 3]), 0.1
     step = Batch(x, y, torch.arange(3), 7, 5, 10, 3125, 25000)
-    metrics = passes(
-        made, step, AtopConfig(attack=TrainingAttack(eps=eps, steps=10), reconstruction_target=target)
-    ).metrics
+    config = AtopConfig(attack=TrainingAttack(eps=eps, steps=10), reconstruction_target=target)
+    metrics = passes(made, step, config).metrics
     adversarial = fgsm(Rows(), x, y, eps=eps)
     rebuilt = 2 * (x if target == "clean" else adversarial) - 1
     owners = made.draw(x, noise=(torch.tensor([7]), torch.arange(3)))[1]  # [S, B, 4, 4]

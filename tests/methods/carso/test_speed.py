@@ -158,9 +158,6 @@ def test_compiled_parts_serve_every_batch_size_with_one_graph_each(monkeypatch):
     assert made._run_part(made.decode, torch.zeros(3, 2, 4), torch.zeros(3, 16)).shape == (3, 2, *SHAPE)
 
 
-# -- draws ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("head", [None, "mean"])
 def test_draws_at_once_are_independent_calls_with_one_representation_pass(head):
     made, x = defence(samples=3), images(2)
@@ -246,9 +243,6 @@ def test_what_fails_leaves_the_defence_as_it_was(monkeypatch):
     with pytest.raises(RuntimeError, match="out of memory"):
         made.accelerate(torch.bfloat16)
     assert made.acceleration is None and torch.equal(response(made.to("cpu"), x)[0], want[0])
-
-
-# -- training ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("target", ["classifier", "pipeline"])

@@ -82,9 +82,8 @@ def test_the_loss_by_hand(kind, prediction):
         target = alpha_s * guess + sigma_s * (state - alpha * guess) / sigma
         if i < INTERVALS - 1:
             target = predicted_image(average, prediction, target, schedule, times[i + 1], told[i + 1]).clamp(-1, 1)
-        errors.append(
-            (predicted_image(student, prediction, state, schedule, times[i], told[i]) - target).square().mean()
-        )
+        found = predicted_image(student, prediction, state, schedule, times[i], told[i])
+        errors.append((found - target).square().mean())
     torch.testing.assert_close(loss, torch.stack(errors).mean(), rtol=1e-10, atol=0)
     loss.backward()
     assert student.weight.grad.abs() > 0 and average.weight.grad is None and teacher.weight.grad is None

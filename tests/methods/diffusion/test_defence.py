@@ -8,13 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 from denoisers import Tiny, defence, images
-from evaluating import evaluate
 from torch import nn
 
 import purify_fast
-from purify_fast.attacks import BPDA, PGD, BpdaModel, frozen
+from purify_fast.attacks import BpdaModel, frozen
 from purify_fast.defences import MajorityVote
-from purify_fast.evaluation import AttackSpec
 from purify_fast.methods.diffusion import DiffusionPurifier, Process, Schedule
 from purify_fast.models.classifiers import SmallCNN
 
@@ -68,11 +66,12 @@ def test_purified_images_are_images_where_the_process_clips(options):
     assert slope.isfinite().all() and slope.norm() > 0
 
 
-def test_the_last_step_of_the_sde_may_leave_its_noise_out():
-    class Nothing(nn.Module):
-        def forward(self, x, t):
-            return torch.zeros_like(x)
+class Nothing(nn.Module):
+    def forward(self, x, t):
+        return torch.zeros_like(x)
 
+
+def test_the_last_step_of_the_sde_may_leave_its_noise_out():
     x = images(3)
     noisy, clean = (
         defence(denoiser=Nothing(), process=Process(solver="vp_sde", steps=3, clip=False, denoise_last=last))
@@ -92,11 +91,6 @@ def test_the_last_step_of_the_sde_may_leave_its_noise_out():
 
 def test_every_addition_of_noise_has_its_own():
     """Draws, samples, rounds and images differ; under fixed noise every image has the same draws."""
-
-    class Nothing(nn.Module):
-        def forward(self, x, t):
-            return torch.zeros_like(x)
-
     process = Process(solver="one_shot", prediction="noise", clip=False, t_star=(0.1, 0.1))
     made = defence(denoiser=Nothing(), process=process, samples=3)
     x = torch.full((2, 3, 8, 12), 0.5)
@@ -184,9 +178,6 @@ def test_dropout_in_training_is_the_same_when_a_step_is_computed_again():
     assert (values[1] - values[2]) / 2e-6 == pytest.approx(slope, rel=1e-6)
 
 
-# -- speed ------------------------------------------------------------------------------------------------------------
-
-
 def test_accelerated_it_multiplies_in_bfloat16_and_keeps_its_state_in_float32():
     made, x = defence(denoiser=Tiny(width=16), process=FEW, samples=2), images()
     with made.fixed_noise(1):
@@ -251,16 +242,6 @@ def test_a_conversion_does_not_round_the_schedule():
     assert gradient(low, x)[1].isfinite().all()
 
 
-# -- attacks and evaluations ------------------------------------------------------------------------------------------
-
-
-def test_it_is_evaluated_like_the_others():
-    made, x = defence(process=FEW, samples=2), images()
-    attacks = [BPDA(steps=2), AttackSpec(PGD(steps=2), target="classifier"), PGD(loss="ce", steps=2)]
-    report = evaluate(made, x, torch.arange(4), eps=0.1, attacks=attacks, eot_iter=2, progress=False)
-    assert [row.kind for row in report.rows][1:4] == ["bpda", "pgd", "pgd"]
-
-
 def test_the_gradient_may_be_taken_when_the_noise_is_no_longer_fixed():
     made, x = defence(process=FEW), images().requires_grad_()
     with made.fixed_noise(0):
@@ -276,9 +257,6 @@ def test_bpda_runs_through_it():
     leaf = x.clone().requires_grad_()
     with made.fixed_noise(1):
         torch.testing.assert_close(BpdaModel.of(made)(leaf), made(x))
-
-
-# -- other people's denoisers -----------------------------------------------------------------------------------------
 
 
 def test_learned_variances_and_objects_with_a_sample():
