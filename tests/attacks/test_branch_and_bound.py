@@ -90,25 +90,17 @@ def test_its_decisions_are_those_of_the_integer_program():
     assert min(seen.count(exact.FALLS), seen.count(exact.ROBUST)) >= 5
 
 
-class Normalized(nn.Module):
+def normalized(self, x):
     """A convolution, batch normalization, pooling and a normalization, in the words of a user's module."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("mean", torch.tensor(0.4))
-        self.conv, self.norm = nn.Conv2d(1, 3, 3, stride=2), nn.BatchNorm2d(3)
-        self.drop, self.out = nn.Dropout(), nn.Sequential(nn.Identity(), nn.Linear(3, 4))
-        self.norm.running_mean.uniform_(-1, 1)
-        self.norm.running_var.uniform_(0.1, 1)
-
-    def forward(self, x):
-        inner = torch.relu_(self.norm(self.conv((x - self.mean) / 0.2)))
-        return self.out(self.drop(nn.functional.avg_pool2d(inner, 3).flatten(1)))
+    inner = torch.relu_(self.norm(self.conv((x - 0.4) / 0.2)))
+    return self.out(self.drop(nn.functional.avg_pool2d(inner, 3).flatten(1)))
 
 
 def test_a_network_is_read_as_matrices_whatever_its_words():
     torch.manual_seed(0)
-    model = Normalized()
+    parts = {"conv": nn.Conv2d(1, 3, 3, stride=2), "norm": nn.BatchNorm2d(3), "drop": nn.Dropout()}
+    model = Made(normalized, out=nn.Sequential(nn.Identity(), nn.Linear(3, 4)), **parts)
+    model.norm.running_mean.uniform_(-1, 1), model.norm.running_var.uniform_(0.1, 1)
     state = copy.deepcopy(model.state_dict())
     layers = affine_layers(model, (1, 7, 7))
     assert model.training and all(torch.equal(one, model.state_dict()[name]) for name, one in state.items())

@@ -228,24 +228,20 @@ def test_what_is_given_up_would_not_have_fallen(digits, attack):
 @pytest.mark.parametrize("loss", ["ce", "dlr_targeted"])
 @pytest.mark.parametrize("count", [10, 100])
 def test_dead_gradients_are_seen_where_searches_are_given_up(loss, count):
-    class Dead(nn.Module):
-        """A linear model, constant where the first pixel is dark."""
-
-        def __init__(self):
-            super().__init__()
-            self.weight = torch.randn(16, 5) * 0.01
-
-        def forward(self, x):
-            alive = (x[:, 0, 0, :1] > 0.2).float()
-            return (x.flatten(1) * alive) @ self.weight + torch.tensor([1.0, 0, 0, 0, 0])
-
     torch.manual_seed(0)
+    weight = torch.randn(16, 5) * 0.01
+
+    def dead(x):
+        """A linear model, constant where the first pixel is dark."""
+        alive = (x[:, 0, 0, :1] > 0.2).float()
+        return (x.flatten(1) * alive) @ weight + torch.tensor([1.0, 0, 0, 0, 0])
+
     x, y = torch.rand(count, 1, 4, 4) * 0.5 + 0.3, torch.zeros(count, dtype=torch.int64)
     x[: max(1, count * 3 // 100), 0, 0, 0] = 0
     seen = []
     for give_up in (False, True):
         health = GradientHealth()
-        apgd(Dead(), x, y, eps=1e-3, loss=loss, give_up=give_up, health=health, n_target_classes=4)
+        apgd(dead, x, y, eps=1e-3, loss=loss, give_up=give_up, health=health, n_target_classes=4)
         seen.append([health.count(name) for name in ("gradients", "nonfinite", "zero", "images", "unmoved")])
     assert seen[0] == seen[1] and seen[0][2] > 0
 
@@ -254,18 +250,16 @@ def test_dead_gradients_are_seen_where_searches_are_given_up(loss, count):
 def test_the_share_of_zero_gradients_is_that_of_searches_to_the_end(digits):
     share, net, x, y = 0.3, digits[0], digits[1][:100], digits[2][:100]
 
-    class Gaps(nn.Module):
+    def gaps(images):
         """Has no gradient for some images, other ones at every call."""
-
-        def forward(self, images):
-            kept = (torch.rand(len(images), 1, 1, 1) >= share).float()
-            return net(kept * images + (1 - kept) * images.detach())
+        kept = (torch.rand(len(images), 1, 1, 1) >= share).float()
+        return net(kept * images + (1 - kept) * images.detach())
 
     found = []
     for give_up in (False, True):
         torch.manual_seed(0)
         health = GradientHealth()
-        apgd(Gaps(), x, y, eps=0.12, loss="dlr_targeted", give_up=give_up, health=health)
+        apgd(gaps, x, y, eps=0.12, loss="dlr_targeted", give_up=give_up, health=health)
         found.append(health.zero)
     assert found[0] == pytest.approx(share, rel=0.1) and found[1] == pytest.approx(found[0], rel=0.15)
 
@@ -301,11 +295,7 @@ def test_square_gives_up_what_is_out_of_reach_and_nothing_else(digits):
     [((1.0, 0.0), 1, True), ((1.0, 0.0), 2, False), ((float("nan"), 0.0), 1, False), ((0.0, 1.0), 1, False)],
 )
 def test_square_gives_up_where_the_margin_stands_still(logits, eot_iter, given_up):
-    class Constant(nn.Module):
-        def forward(self, x):
-            return torch.tensor([logits]).expand(len(x), 2)
-
-    model = Counted(Constant())
+    model = Counted(lambda x: torch.tensor([logits]).expand(len(x), 2))
     x, y = torch.rand(2, 1, 4, 4), torch.zeros(2, dtype=torch.int64)
     square(model, x, y, eps=0.1, n_queries=600, eot_iter=eot_iter, give_up=True)
     if logits[0] == 1:
@@ -405,13 +395,12 @@ def test_a_point_on_the_border_is_judged_once():
     """A tie is no success to the count of the search's own draws, but the model may see it otherwise."""
     sizes = []
 
-    class Tied(nn.Module):
-        def forward(self, x):
-            sizes.append(len(x))
-            # clean images are right; later all logits are the same, and the first class, which is the true one, wins
-            return torch.stack([(x.flatten(1).std(1) < 1e-3).float(), torch.zeros(len(x))], 1)
+    def tied(x):
+        sizes.append(len(x))
+        # clean images are right; later all logits are the same, and the first class, which is the true one, wins
+        return torch.stack([(x.flatten(1).std(1) < 1e-3).float(), torch.zeros(len(x))], 1)
 
     x = torch.full((6, 1, 8, 8), 0.5)
-    found = square(Tied(), x, torch.zeros(6, dtype=torch.int64), eps=0.1, n_queries=60)
+    found = square(tied, x, torch.zeros(6, dtype=torch.int64), eps=0.1, n_queries=60)
     # the clean images, the beginning, the points of the beginning, 60 proposals, and the last judgement
     assert sizes == [6] * (3 + 60 + 1) and not torch.equal(found, x)

@@ -21,23 +21,18 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPE = (3, 16, 16)
 
 
-class SkipsInside(nn.Module):
+def skips_inside(self, x, mask):
     """A purifier that calls the layers of its Sequential one by one."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = nn.Sequential(nn.Conv2d(4, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Tanh())
-
-    def forward(self, x, mask):
-        h = self.net[0](torch.cat([x, mask], 1))
-        return torch.tanh(self.net[1:](h) + h)
+    h = self.net[0](torch.cat([x, mask], 1))
+    return torch.tanh(self.net[1:](h) + h)
 
 
 @pytest.fixture(scope="module")
 def defence():
     """One whose purifier a folded BatchNorm would change much."""
     torch.manual_seed(0)
-    purifier, classifier = SkipsInside(), SmallCNN(3, 10, SHAPE[1:], 8)
+    layers = nn.Conv2d(4, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Tanh()
+    purifier, classifier = Made(skips_inside, net=nn.Sequential(*layers)), SmallCNN(3, 10, SHAPE[1:], 8)
     with torch.no_grad():
         purifier(2 * torch.rand(32, *SHAPE) - 1, torch.zeros(32, 1, *SHAPE[1:]))
         nn.init.uniform_(purifier.net[1].weight, 1, 3), nn.init.normal_(purifier.net[1].bias)

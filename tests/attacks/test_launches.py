@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from cuda_launches import CudaLaunches
+from small_models import Made
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -33,19 +34,12 @@ WAYS = ("off", "always")
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "speed.md"
 
 
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(16, 16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.add(x, torch.relu(self.linear(x)), alpha=0.1)
-
-
 def subject() -> tuple[nn.Module, Tensor, Tensor]:
     """A network that launches as many operators as a ResNet-18, and 1,000 images, which it classifies correctly."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), *(Block() for _ in range(20)), nn.Linear(16, 3)).eval()
+    block = lambda self, x: torch.add(x, torch.relu(self.linear(x)), alpha=0.1)  # noqa: E731
+    blocks = (Made(block, linear=nn.Linear(16, 16)) for _ in range(20))
+    model = nn.Sequential(nn.Flatten(), *blocks, nn.Linear(16, 3)).eval()
     x = torch.rand(1000, 1, 4, 4)
     with torch.no_grad():
         model[-1].bias -= model(x).mean(0)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from evaluating import evaluate
+from small_models import Made
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -44,13 +45,11 @@ def trio():
         (lambda x, y: (x, y[:, None]), ValueError, r"y must .* got torch.int64 \[10, 1\]"),
         (lambda x, y: (2 * x - 1, y), ValueError, r"x must be in \[0, 1\] .* got values from -.* x is in \[-1, 1\]: g"),
         (lambda x, y: (5 * x - 2, y), ValueError, r"values from -1\.9\d* to 2\.9\d*; if the images are norm.* x \*"),
-        (lambda x, y: (x - 0.5, y), ValueError, r"values from -0.\d* to 0.\d*; if the images are norm.*, give x"),
         (lambda x, y: (1.04 * x - 0.02, y), ValueError, r"values from -0.0\d* to 1.0\d*; if a resize has moved values"),
         (lambda x, y: (x / x.max() + 2e-4, y), ValueError, r"got values from 0.0\d* to 1.000\d; if a resize has"),
         (lambda x, y: (x / 0 * 0, y), ValueError, r"x must be in \[0, 1\] and free of NaN, got values from nan"),
         (lambda x, y: (x[:, 0], y), ValueError, r"x must be .*, got \[10, 6, 7\]"),
         (lambda x, y: (x, None), TypeError, "without y, x must be an iterable of batches .*, got Tensor"),
-        (lambda x, y: (x.numpy(), None), TypeError, "without y, x must be an iterable of batches .*, got ndarray"),
         (lambda x, y: (3, None), TypeError, "without y, x must be an iterable of batches .*, got int"),
         (lambda x, y: ([], None), ValueError, r"at least one, got \[\]"),
         (lambda x, y: ([x], None), TypeError, r"batch 0 must be \(images, labels\) .*, got .*Tensor"),
@@ -153,7 +152,6 @@ def test_a_radius_of_0_is_refused(trio):
         ({"eps": 12, "norm": "l2"}, r"eps must be at most 11.2\d* for l2, .* two images, got 12: is 12/255 meant\?"),
         ({"eps": 128, "norm": "l1"}, r"eps must be at most 126 for l1, .* got 128: is 128/255 meant\?"),
         ({"attacks": [PGD(eps=12, norm="L2")]}, r"eps must be at most 11.2\d* for l2, .* got 12"),
-        ({"norm": "l2", "attacks": [PGD(eps=12)]}, r"eps must be at most 11.2\d* for l2, .* got 12"),
         ({"norm": "l2", "curve": (12.0,)}, r"curve must be radii above 0 and at most 11.2\d*, got 12"),
         ({"curve": 0.05}, r"curve must be a tuple of radii, got 0.05: write a single radius as \(0.05,\)"),
         ({"curve": "0.05"}, "curve must be a tuple of radii, got '0.05'"),
@@ -183,12 +181,8 @@ def test_protocol_batch_size_and_seed_are_arguments_too(trio):
     for name, value in arguments.items():
         with pytest.raises(ValueError, match=f"^{name} is given twice"):
             purify_fast.evaluate(model, x, y, eps=0.01, config=by_config, progress=False, **{name: value})
-    with pytest.raises(ValueError, match=r"protocol must be one of .*, got 'quick'"):
-        purify_fast.evaluate(model, x, y, eps=0.01, protocol="quick")
     with pytest.raises(TypeError, match="unexpected keyword argument 'epsilon'"):
         purify_fast.evaluate(model, x, y, eps=0.01, epsilon=20)
-    with pytest.raises(ValueError, match="protocol and attacks exclude each other"):
-        purify_fast.evaluate(model, x, y, protocol="fast", **QUIET)
 
 
 @pytest.mark.parametrize(
@@ -353,17 +347,6 @@ class TrainsWithGlobal(nn.Module):
         return GLOBAL(x)
 
 
-class Hides(nn.Module):
-    """Holds its networks where PyTorch does not look."""
-
-    def __init__(self, *networks):
-        super().__init__()
-        self.nets = [*networks]
-
-    def forward(self, x):
-        return sum(network(x) for network in self.nets)
-
-
 def test_modules_in_a_plain_list_are_judged_in_evaluation_mode():
     """A number by the statistics of batches would be another, and the statistics would change with each attack."""
     torch.manual_seed(0)
@@ -371,12 +354,10 @@ def test_modules_in_a_plain_list_are_judged_in_evaluation_mode():
     x, y = torch.rand(8, 1, 4, 4), torch.arange(8) % 3
     networks[0](x)
     before = [buffer.clone() for network in networks for buffer in network.buffers()]
-    report = evaluate(Hides(*networks), x, y, **QUIET)
-    assert not report.notes
+    how = lambda self, x: sum(network(x) for network in self.nets)  # noqa: E731
+    report = evaluate(Made(how, nets=[*networks]), x, y, **QUIET)
+    assert not any("training mode" in note for note in report.notes)
     assert all(map(torch.equal, before, (buffer for network in networks for buffer in network.buffers())))
     assert all(network.training for network in networks)
-    listed = nn.Module()
-    listed.nets = nn.ModuleList(networks)
-    listed.forward = lambda x: sum(network(x) for network in networks)
-    other = evaluate(listed, x, y, **QUIET)
-    assert [row.accuracy for row in other.rows] == [row.accuracy for row in report.rows] and not other.notes
+    other = evaluate(Made(how, nets=nn.ModuleList(networks)), x, y, **QUIET)
+    assert [row.accuracy for row in other.rows] == [row.accuracy for row in report.rows] and other.notes == report.notes

@@ -69,21 +69,18 @@ def test_an_attack_on_survivors_counts_the_worst_point_so_far(digits):
 
         return attack
 
-    class Noisy(nn.Module):
+    def noisy(images):
         """Wrong with a chance of 20 times the distance of an image from its center."""
-
-        def forward(self, images):
-            logits = 0.01 * torch.rand(len(images), 10)
-            far = (images.flatten(1)[:, None] - x.float().div(255).flatten(1)).abs().amax(2)
-            distance, image = far.min(1)
-            lost = torch.rand(len(images)) < 20 * distance
-            logits[torch.arange(len(images)), (y[image] + lost) % 10] = 1.0
-            return logits
+        logits = 0.01 * torch.rand(len(images), 10)
+        distance, image = (images.flatten(1)[:, None] - x.float().div(255).flatten(1)).abs().amax(2).min(1)
+        lost = torch.rand(len(images)) < 20 * distance
+        logits[torch.arange(len(images)), (y[image] + lost) % 10] = 1.0
+        return logits
 
     amounts = (0.02, 0.05, 0.01)
     attacks = [AttackSpec(shifted(amount), label=str(amount), survivors_only=True) for amount in amounts]
     options = {"eps": 0.05, "progress": False, "n_eval": 5}
-    report = evaluate(Noisy(), x, y, attacks=attacks, **options)
+    report = evaluate(noisy, x, y, attacks=attacks, **options)
     first, second, third = (report.row(str(amount)) for amount in amounts)
     assert abs(first.mean - 0.6) < 0.2 and first.wrong.mean() > 0.2 and report.row("clean").mean == 1
     # the second attack makes every draw wrong, so the third has nothing to do, and its row keeps the worst points

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from evaluating import evaluate
+from small_models import Purifying
 
 from purify_fast import zoo
 from purify_fast.attacks import PGD
@@ -147,8 +148,9 @@ def test_a_report_is_saved_with_its_page(tmp_path):
     assert set(os.listdir(tmp_path / "run")) == {"report.html", "report.json", "report.md"}
     assert Report.from_json((tmp_path / "run/report.json").read_text()).to_json() == report.to_json()
     assert (tmp_path / "run/report.md").read_text() == report.to_markdown()
-    # five reconstructions, of which four are shown, beside three columns
-    for defence, columns in ((model, 7), (None, 3), (One(), 4)):
+    # five reconstructions, of which four are shown, or one purified image, beside three columns
+    flipped = Purifying(lambda images: images.flatten(1)[:, :4], lambda images: images.flip(3))
+    for defence, columns in ((model, 7), (None, 3), (flipped, 4)):
         assert report.to_html(defence).count("<img ") == 6 * columns
     examples = report.rows[1].examples
     arrays = [part for part in vars(examples).values() if part is not None]
@@ -161,16 +163,6 @@ def test_a_report_is_saved_with_its_page(tmp_path):
     with pytest.raises(ValueError, match="mapping"):
         both.save(tmp_path / "two", model)
     assert both.to_html({"m 1": model}).count("<img ") == 6 * 7
-
-
-class One(torch.nn.Module):
-    """Purifies each image once, and has no logits of its own draws."""
-
-    def purify(self, x):
-        return x.flip(3)
-
-    def forward(self, x):
-        return x.flatten(1)[:, :4]
 
 
 def about(threat="L-inf 8/255", **more):

@@ -83,7 +83,7 @@ def test_noise_that_is_not_fixed_is_not_attacked_as_fixed(seeds, wrong, n, caplo
     with caplog.at_level(logging.WARNING, "purify_fast"):
         report = judged(Noisy(seeds), [PGD(), AttackSpec(PGD(), "fixed")], n)
     assert report.attacks == ["clean", "PGD-5 ce", "worst"]
-    (note,) = report.notes
+    note = report.notes[0]
     assert note.startswith("m: PGD-5 ce, fixed noise was left out: within a block of fixed_noise(seed), ")
     assert wrong in note and note in caplog.messages
     report = judged(Noisy(quiet=False), [AttackSpec(PGD(), "deterministic")], n)

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from small_models import configured
+from small_models import Made, configured
 from torch import nn
 from torch.nn import functional as F
 
@@ -67,30 +67,20 @@ def frozen_to(monkeypatch, task, drift):
     monkeypatch.setattr(task, "drift", lambda x, of_teacher: torch.as_tensor(drift, dtype=torch.float32))
 
 
-class Vector(nn.Module):
+def vector(*values):
     """The same vector for every image."""
-
-    def __init__(self, *values):
-        super().__init__()
-        self.values = nn.Parameter(torch.tensor(values))
-
-    def forward(self, x):
-        return self.values + 0 * x.flatten(1).mean(1, keepdim=True)
+    how = lambda self, x: self.values + 0 * x.flatten(1).mean(1, keepdim=True)  # noqa: E731
+    return Made(how, values=nn.Parameter(torch.tensor(values)))
 
 
-class Given(nn.Module):
+def fixed(*values):
     """Logits (2, 1, 0) and a given representation."""
-
-    def __init__(self, *values):
-        super().__init__()
-        self.features, self.logits = Vector(*values), Vector(2.0, 1.0, 0.0)
-
-    def forward(self, x):
-        return self.logits(x) + 0 * self.features(x).sum()
+    parts = {"features": vector(*values), "logits": vector(2.0, 1.0, 0.0)}
+    return Made(lambda self, x: self.logits(x) + 0 * self.features(x).sum(), **parts)
 
 
 def given(student, teacher, **options):
-    task = arrest(Given(*student), ["features"], Given(*teacher), **options)
+    task = arrest(fixed(*student), ["features"], fixed(*teacher), **options)
     step = dataclasses.replace(batch(4), y=torch.zeros(4, dtype=torch.int64))
     return task, step
 
@@ -530,8 +520,8 @@ def test_a_compiled_attack_is_the_attack(monkeypatch):
 def test_layers_that_are_none():
     with pytest.raises(ValueError, match=r"no module 'hiden'; near: hidden"):
         arrest(layers=["hiden"])
-    with pytest.raises(ValueError, match=r"layers must be given for a Given: .*features"):
-        arrest(Given(1.0, 2.0))
-    arrest(Given(1.0, 2.0), distillation_weight=0.0, replay=False)  # nothing is read
+    with pytest.raises(ValueError, match=r"layers must be given for a Made: .*features"):
+        arrest(fixed(1.0, 2.0))
+    arrest(fixed(1.0, 2.0), distillation_weight=0.0, replay=False)  # nothing is read
     with pytest.raises(ValueError, match=r"must map images \[B, 3, 16, 16\] to logits"):
         arrest(shape=(3, 16, 16))

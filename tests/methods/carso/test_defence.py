@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from evaluating import evaluate
-from small_models import with_statistics
+from small_models import Made, with_statistics
 from torch import nn
 
 import purify_fast
@@ -140,25 +140,19 @@ def test_each_part_computes_in_its_own_precision(tmp_path):
     assert made.float()(x).dtype == torch.float32 and next(made.classifier.parameters()).dtype == torch.float32
 
 
-class Scaled(nn.Module):
+def scaled(self, x):
     """A linear classifier whose top margin is ``margin`` on every image."""
-
-    def __init__(self, margin):
-        super().__init__()
-        self.body, self.margin = nn.Linear(256, 10), margin
-
-    def forward(self, x):
-        logits = self.body(x.flatten(1))
-        top = logits.topk(2, 1).values
-        gap = (top[:, 0] - top[:, 1])[:, None].detach()
-        return logits * self.margin / gap
+    logits = self.body(x.flatten(1))
+    first, second = logits.topk(2, 1).values.detach().split(1, 1)
+    return logits * self.margin / (first - second)
 
 
 @pytest.mark.parametrize("samples", [1, 2, 8, 64])
 @pytest.mark.parametrize("margin", [1, 5, 20, 80, 100])
 def test_logits_are_finite_and_gradients_usable_at_any_margin(samples, margin):
     torch.manual_seed(0)
-    made = Carso(Scaled(float(margin)), ["body"], (1, 16, 16), 16, 4, samples, decoder_width=4).eval()
+    classifier = Made(scaled, body=nn.Linear(256, 10), margin=float(margin))
+    made = Carso(classifier, ["body"], (1, 16, 16), 16, 4, samples, decoder_width=4).eval()
     x = images(6).requires_grad_()
     # every image under one image's purification: a well separated margin, whatever K
     with made.deterministic() if samples == 1 else made.fixed_noise(0):

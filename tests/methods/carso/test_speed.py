@@ -92,8 +92,7 @@ def test_borders_are_float32_and_bfloat16_is_inside():
 def test_maps_that_are_flattened_by_view_stay_contiguous():
     class Flattening(nn.Sequential):
         def forward(self, x):
-            x = self[0](x)
-            return self[1](x.view(x.size(0), -1))
+            return self[1](self[0](x).view(x.size(0), -1))
 
     torch.manual_seed(0)
     last = {"memory_format": torch.channels_last}

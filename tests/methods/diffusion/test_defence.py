@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from denoisers import Tiny, defence, images
+from small_models import Made
 from torch import nn
 
 import purify_fast
@@ -51,11 +52,8 @@ def test_the_contract_of_a_defence(process):
     "options", [{"solver": "vp_sde"}, {"solver": "ode"}, {"solver": "ddpm", "guidance": "mse", "guidance_scale": 1e4}]
 )
 def test_purified_images_are_images_where_the_process_clips(options):
-    class Far(nn.Module):
-        def forward(self, x, t):
-            return 2 * x
-
-    x, made = images(), defence(denoiser=Far(), process=Process(t_star=0.3, steps=3, prediction="x0", **options))
+    x, far = images(), Made(lambda self, x, t: 2 * x)
+    made = defence(denoiser=far, process=Process(t_star=0.3, steps=3, prediction="x0", **options))
     free = made.with_process(replace(made.process, clip=False))
     with made.fixed_noise(0), free.fixed_noise(0):
         purified, beyond = made.purify(x), free.purify(x)
@@ -66,15 +64,14 @@ def test_purified_images_are_images_where_the_process_clips(options):
     assert slope.isfinite().all() and slope.norm() > 0
 
 
-class Nothing(nn.Module):
-    def forward(self, x, t):
-        return torch.zeros_like(x)
+def nothing():
+    return Made(lambda self, x, t: torch.zeros_like(x))
 
 
 def test_the_last_step_of_the_sde_may_leave_its_noise_out():
     x = images(3)
     noisy, clean = (
-        defence(denoiser=Nothing(), process=Process(solver="vp_sde", steps=3, clip=False, denoise_last=last))
+        defence(denoiser=nothing(), process=Process(solver="vp_sde", steps=3, clip=False, denoise_last=last))
         for last in (False, True)
     )
     apart = []
@@ -92,7 +89,7 @@ def test_the_last_step_of_the_sde_may_leave_its_noise_out():
 def test_every_addition_of_noise_has_its_own():
     """Draws, samples, rounds and images differ; under fixed noise every image has the same draws."""
     process = Process(solver="one_shot", prediction="noise", clip=False, t_star=(0.1, 0.1))
-    made = defence(denoiser=Nothing(), process=process, samples=3)
+    made = defence(denoiser=nothing(), process=process, samples=3)
     x = torch.full((2, 3, 8, 12), 0.5)
     with made.fixed_noise(0):
         fixed = made.purify(x)
