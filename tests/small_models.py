@@ -43,6 +43,33 @@ class Linear(nn.Module):
         return self.layer(x.flatten(1))
 
 
+class Made(nn.Module):
+    """A module of the given parts and attributes, whose forward is a function of itself and of what it is given."""
+
+    def __init__(self, how, **parts):
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, part)
+        self.how = how
+
+    def forward(self, *given):
+        return self.how(self, *given)
+
+
+class Purifying(nn.Module):
+    """A defence that rounds images, or does something else with them, before a classifier."""
+
+    def __init__(self, classifier, how=lambda x: (8 * x).round() / 8):
+        super().__init__()
+        self.classifier, self.how = classifier, how
+
+    def purify(self, x):
+        return self.how(x)
+
+    def forward(self, x):
+        return self.classifier(self.purify(x))
+
+
 class Halved(nn.Module):
     """A purifier of no parameters but one."""
 

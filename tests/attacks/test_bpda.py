@@ -3,6 +3,7 @@ import contextlib
 import pytest
 import torch
 from input_gradients import input_gradient
+from small_models import Purifying
 from torch import nn
 
 from purify_fast import Carso
@@ -14,21 +15,6 @@ from purify_fast.ops import aggregate
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-class Rounded(nn.Module):
-    """A defence whose gradients are shattered: images are rounded to a few levels before a linear classifier."""
-
-    def __init__(self, levels=8):
-        super().__init__()
-        self.levels = levels
-        self.classifier = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
-
-    def purify(self, x):
-        return (x * self.levels).round() / self.levels
-
-    def forward(self, x):
-        return self.classifier(self.purify(x))
-
-
 @pytest.fixture(scope="module")
 def batch():
     return torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -36,13 +22,13 @@ def batch():
 
 @pytest.fixture(scope="module")
 def defence():
+    """One whose gradients are shattered: images are rounded to a few levels before a linear classifier."""
     torch.manual_seed(1)
-    return Rounded()
+    return Purifying(nn.Sequential(nn.Flatten(), nn.Linear(64, 4)))
 
 
 def labels(model, x):
-    with torch.no_grad():
-        return model(x).argmax(1)
+    return model(x).argmax(1)
 
 
 def test_the_gradient_is_the_classifiers_at_the_purified_image(defence, batch):
@@ -98,9 +84,9 @@ def test_other_shapes_and_aggregations_are_refused(batch):
 def test_the_purifiers_module_is_frozen_too(batch):
     """The module of a method is named: no BatchNorm is in training mode under attack, and it comes back as it was."""
 
-    class Normalising(Rounded):
+    class Normalising(Purifying):
         def __init__(self):
-            super().__init__()
+            super().__init__(nn.Sequential(nn.Flatten(), nn.Linear(64, 4)))
             self.norm = nn.BatchNorm2d(1)
 
         def purify(self, x):

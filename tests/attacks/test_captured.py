@@ -1,7 +1,4 @@
-"""Attacks whose step is captured: the same bits as the eager loop, the same shapes in every step, and no wait.
-
-CUDA graphs are stood for by functions that are run again on the buffers they were captured with.
-"""
+"""Attacks whose step is captured, by functions that run again on their buffers: the bits of the eager loop, no wait."""
 
 import importlib
 from collections.abc import Callable

@@ -2,6 +2,7 @@
 
 import importlib
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -20,7 +21,6 @@ from purify_fast.attacks.heads import HEADS, AttackersHead, class_margins, head_
 from purify_fast.attacks.objective import Objective
 from purify_fast.attacks.square import pattern, side
 from purify_fast.evaluation.run.progress import Progress, counted_model
-from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops.aggregate import aggregate
 from purify_fast.ops.dispatch import registry
 from purify_fast.speed.folding.inference_copy import InferenceCopy
@@ -30,36 +30,23 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 NORMS = ("linf", "l2", "l1")
 THEIRS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 ORDERS = {"linf": torch.inf, "l2": 2.0, "l1": 1.0}
+slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
-@pytest.fixture(scope="module")
-def batch():
-    torch.manual_seed(0)
-    net = SmallCNN(in_channels=3, num_classes=6, image_size=(8, 8), width=4).eval()
-    x = torch.rand(9, 3, 8, 8)
-    with torch.no_grad():
-        return net, x, net(x).argmax(1)
-
-
-class Noisy(nn.Module):
+def noisy(scale):
     """A linear classifier of two classes that adds noise to its margin."""
 
-    def __init__(self, scale: float):
-        super().__init__()
-        self.scale = scale
-
-    def forward(self, x):
-        value = 20 * (x.flatten(1).mean(1) - 0.6) + self.scale * torch.randn(len(x), device=x.device)
+    def model(x):
+        value = 20 * (x.flatten(1).mean(1) - 0.6) + scale * torch.randn(len(x))
         return torch.stack([-value, value], 1)
 
-
-# -- judging ----------------------------------------------------------------------------------------------------------
+    return model
 
 
 @pytest.mark.parametrize("attack", [APGD(steps=20), Square(n_queries=100), FABT(steps=10)], ids=lambda a: a.kind)
 def test_a_lucky_draw_fells_nothing(attack):
     """The mean margin stays on the right side, but of the draws of some twenty steps one is nearly always wrong."""
-    model, x, y = Noisy(1.5), torch.full((60, 1, 4, 4), 0.5), torch.zeros(60, dtype=torch.int64)
+    model, x, y = noisy(1.5), torch.full((60, 1, 4, 4), 0.5), torch.zeros(60, dtype=torch.int64)
     torch.manual_seed(0)
     context = AttackContext(num_classes=2, eps=0.03, eot_iter=1, judge_draws=8)
     found = attack.search(model, x, y, context).images
@@ -71,21 +58,11 @@ def test_a_lucky_draw_fells_nothing(attack):
     assert not has_fallen(Judge(model, 400).shares(found, y)).any()
 
 
-# -- copies for gradients ---------------------------------------------------------------------------------------------
-
-
 def convolutional(classes=10):
     torch.manual_seed(3)
-    net = nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1, bias=False),
-        nn.BatchNorm2d(16),
-        nn.ReLU(),
-        nn.Conv2d(16, 16, 3, 2, 1, bias=False),
-        nn.BatchNorm2d(16),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(1024, classes),
-    )
+    layers = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    layers += [nn.Conv2d(16, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(1024, classes))
     with torch.no_grad():
         net.train()(torch.rand(64, 3, 16, 16))
     return net.eval()
@@ -135,8 +112,7 @@ def test_which_models_are_copied(monkeypatch):
 def test_every_success_is_the_models_own(attack):
     """A model that is right where its copy is wrong loses nothing, and what is found does fool it."""
     net, x = convolutional(), torch.rand(24, 3, 16, 16)
-    with torch.no_grad():
-        y = net(x).argmax(1)
+    y = net(x).argmax(1)
     amount = {apgd: {"steps": 20, "loss": "dlr_targeted"}, fab_t: {"steps": 10}, square: {"n_queries": 200}}[attack]
     found = attack(net, x, y, eps=0.01, precision="bfloat16", **amount)
     same = attack(net, x, y, eps=0.01, precision="float32", **amount)
@@ -161,9 +137,6 @@ def test_every_success_is_the_models_own(attack):
     active.judge_clean_images()
     share, fell = active.confirm_successes(torch.arange(24), found, torch.ones(24))
     assert not fell and not share.any() and not active.fallen.any()
-
-
-# -- gradients --------------------------------------------------------------------------------------------------------
 
 
 class Shares(nn.Module):
@@ -198,13 +171,7 @@ def test_what_draws_share_is_computed_once():
     assert (part.image - whole.image).abs().max() <= 1e-10 * whole.image.abs().max()
 
 
-# -- FAB-T ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "norm, eps",
-    [("linf", 0.12), pytest.param("l2", 0.5, marks=pytest.mark.slow), pytest.param("l1", 1.0, marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize("norm, eps", [("linf", 0.12), slow("l2", 0.5), slow("l1", 1.0)])
 def test_fab_beside_the_authors(digits, norm, eps):
     theirs = pytest.importorskip("pyautoattack.fab_pt")
     net, x, y = digits[0], digits[1][:150], digits[2][:150]
@@ -223,9 +190,6 @@ def test_fab_beside_the_authors(digits, norm, eps):
     assert health.count("gradients") > 0 and health.reliable
 
 
-# -- Square -----------------------------------------------------------------------------------------------------------
-
-
 def test_the_squares_are_those_of_the_paper():
     assert [side(q, 32, 32) for q in (0, 10, 11, 51, 201, 501, 1001, 2001, 4001)] == [29, 29, 20, 14, 10, 7, 5, 4, 3]
     assert side(9000, 8, 8) == 1 and side(9000, 8, 8, least=3) == 3 and side(0, 32, 8) == 8
@@ -235,10 +199,7 @@ def test_the_squares_are_those_of_the_paper():
         assert torch.allclose(both[0], both[1].T) and both.min() < 0 < both.max()
 
 
-@pytest.mark.parametrize(
-    "norm, eps",
-    [("linf", 0.12), pytest.param("l2", 0.7, marks=pytest.mark.slow), pytest.param("l1", 4.0, marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize("norm, eps", [("linf", 0.12), slow("l2", 0.7), slow("l1", 4.0)])
 def test_square_beside_the_authors(digits, norm, eps):
     theirs = pytest.importorskip("pyautoattack.square")
     net, x, y = digits[0], digits[1][:200], digits[2][:200]
@@ -267,24 +228,20 @@ def test_what_is_given_up_would_not_have_fallen(digits, attack):
 @pytest.mark.parametrize("loss", ["ce", "dlr_targeted"])
 @pytest.mark.parametrize("count", [10, 100])
 def test_dead_gradients_are_seen_where_searches_are_given_up(loss, count):
-    class Dead(nn.Module):
-        """A linear model, constant where the first pixel is dark."""
-
-        def __init__(self):
-            super().__init__()
-            self.weight = torch.randn(16, 5) * 0.01
-
-        def forward(self, x):
-            alive = (x[:, 0, 0, :1] > 0.2).float()
-            return (x.flatten(1) * alive) @ self.weight + torch.tensor([1.0, 0, 0, 0, 0])
-
     torch.manual_seed(0)
+    weight = torch.randn(16, 5) * 0.01
+
+    def dead(x):
+        """A linear model, constant where the first pixel is dark."""
+        alive = (x[:, 0, 0, :1] > 0.2).float()
+        return (x.flatten(1) * alive) @ weight + torch.tensor([1.0, 0, 0, 0, 0])
+
     x, y = torch.rand(count, 1, 4, 4) * 0.5 + 0.3, torch.zeros(count, dtype=torch.int64)
     x[: max(1, count * 3 // 100), 0, 0, 0] = 0
     seen = []
     for give_up in (False, True):
         health = GradientHealth()
-        apgd(Dead(), x, y, eps=1e-3, loss=loss, give_up=give_up, health=health, n_target_classes=4)
+        apgd(dead, x, y, eps=1e-3, loss=loss, give_up=give_up, health=health, n_target_classes=4)
         seen.append([health.count(name) for name in ("gradients", "nonfinite", "zero", "images", "unmoved")])
     assert seen[0] == seen[1] and seen[0][2] > 0
 
@@ -293,18 +250,16 @@ def test_dead_gradients_are_seen_where_searches_are_given_up(loss, count):
 def test_the_share_of_zero_gradients_is_that_of_searches_to_the_end(digits):
     share, net, x, y = 0.3, digits[0], digits[1][:100], digits[2][:100]
 
-    class Gaps(nn.Module):
+    def gaps(images):
         """Has no gradient for some images, other ones at every call."""
-
-        def forward(self, images):
-            kept = (torch.rand(len(images), 1, 1, 1) >= share).float()
-            return net(kept * images + (1 - kept) * images.detach())
+        kept = (torch.rand(len(images), 1, 1, 1) >= share).float()
+        return net(kept * images + (1 - kept) * images.detach())
 
     found = []
     for give_up in (False, True):
         torch.manual_seed(0)
         health = GradientHealth()
-        apgd(Gaps(), x, y, eps=0.12, loss="dlr_targeted", give_up=give_up, health=health)
+        apgd(gaps, x, y, eps=0.12, loss="dlr_targeted", give_up=give_up, health=health)
         found.append(health.zero)
     assert found[0] == pytest.approx(share, rel=0.1) and found[1] == pytest.approx(found[0], rel=0.15)
 
@@ -340,11 +295,7 @@ def test_square_gives_up_what_is_out_of_reach_and_nothing_else(digits):
     [((1.0, 0.0), 1, True), ((1.0, 0.0), 2, False), ((float("nan"), 0.0), 1, False), ((0.0, 1.0), 1, False)],
 )
 def test_square_gives_up_where_the_margin_stands_still(logits, eot_iter, given_up):
-    class Constant(nn.Module):
-        def forward(self, x):
-            return torch.tensor([logits]).expand(len(x), 2)
-
-    model = Counted(Constant())
+    model = Counted(lambda x: torch.tensor([logits]).expand(len(x), 2))
     x, y = torch.rand(2, 1, 4, 4), torch.zeros(2, dtype=torch.int64)
     square(model, x, y, eps=0.1, n_queries=600, eot_iter=eot_iter, give_up=True)
     if logits[0] == 1:
@@ -353,7 +304,7 @@ def test_square_gives_up_where_the_margin_stands_still(logits, eot_iter, given_u
 
 
 def test_square_averages_a_random_model_and_leaves_with_its_images():
-    model, x, y = Noisy(0.5), torch.full((30, 1, 6, 6), 0.5), torch.zeros(30, dtype=torch.int64)
+    model, x, y = noisy(0.5), torch.full((30, 1, 6, 6), 0.5), torch.zeros(30, dtype=torch.int64)
     torch.manual_seed(0)
     found = square(model, x, y, eps=0.2, n_queries=60, eot_iter=4, judge_draws=8)
     assert float(Judge(model, 50).shares(found, y).mean()) > 0.95
@@ -361,15 +312,12 @@ def test_square_averages_a_random_model_and_leaves_with_its_images():
 
     def counted(z):
         sizes.append(len(z))
-        return Noisy(0.0)(z)
+        return noisy(0.0)(z)
 
     square(counted, x, y, eps=0.2, n_queries=400)
     assert sum(sizes) < 30 * 60, "what falls at once is not asked 400 times"
     with pytest.raises(ValueError, match=r"x must be images \[B, C, H, W\] for Square, got \[2, 5\]"):
         square(model, torch.rand(2, 5), y[:2], eps=0.1)
-
-
-# -- attackers' heads ------------------------------------------------------------------------------------------------
 
 
 class Samples(nn.Module):
@@ -401,15 +349,10 @@ def test_what_a_head_finds_is_tried_on_the_defence(head):
     assert torch.equal(seen.draw_logits(x, 3), seen(x).expand(3, -1, -1))
     leaf = x.clone().requires_grad_()
     torch.autograd.grad(seen(leaf).sum(), leaf)
-    with torch.no_grad():
-        y = defence(x).argmax(1)
+    y = defence(x).argmax(1)
     found = apgd(defence, x, y, eps=0.3, steps=10, loss="margin", gradients_from=seen)
-    with torch.no_grad():
-        fell = (defence(found).argmax(1) != y).float().mean()
+    fell = (defence(found).argmax(1) != y).float().mean()
     assert fell > 0.3 and bool(((found - x).abs() <= 0.3 + 1e-6).all())
-
-
-# -- what a query of Square launches, and what is judged --------------------------------------------------------------
 
 
 class Noting(nn.Module):
@@ -452,13 +395,12 @@ def test_a_point_on_the_border_is_judged_once():
     """A tie is no success to the count of the search's own draws, but the model may see it otherwise."""
     sizes = []
 
-    class Tied(nn.Module):
-        def forward(self, x):
-            sizes.append(len(x))
-            # clean images are right; later all logits are the same, and the first class, which is the true one, wins
-            return torch.stack([(x.flatten(1).std(1) < 1e-3).float(), torch.zeros(len(x))], 1)
+    def tied(x):
+        sizes.append(len(x))
+        # clean images are right; later all logits are the same, and the first class, which is the true one, wins
+        return torch.stack([(x.flatten(1).std(1) < 1e-3).float(), torch.zeros(len(x))], 1)
 
     x = torch.full((6, 1, 8, 8), 0.5)
-    found = square(Tied(), x, torch.zeros(6, dtype=torch.int64), eps=0.1, n_queries=60)
+    found = square(tied, x, torch.zeros(6, dtype=torch.int64), eps=0.1, n_queries=60)
     # the clean images, the beginning, the points of the beginning, 60 proposals, and the last judgement
     assert sizes == [6] * (3 + 60 + 1) and not torch.equal(found, x)

@@ -174,8 +174,7 @@ def test_an_image_leaves_once_all_draws_of_a_step_are_wrong():
         found[kind] = run_alone(kind, model, x, y, random_start=False, health=health[kind], **given)
         asked[kind] = model.asked
     left = found[attacks.LeavingPGD]
-    with torch.no_grad():
-        assert all((Noisy()(left[i : i + 1].expand(50, 1, 1, 10)).argmax(1) == (i != 2) * 1).all() for i in range(3))
+    assert all((Noisy()(left[i : i + 1].expand(50, 1, 1, 10)).argmax(1) == (i != 2) * 1).all() for i in range(3))
     # no further steps than those until it is looked: 20 of 40 for two images
     assert asked[attacks.PGD] - asked[attacks.LeavingPGD] == 2 * 20 * 20
     gradients = [health[kind].count("gradients") for kind in (attacks.PGD, attacks.LeavingPGD)]

@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+from small_models import Made
 from torch import nn
 
 from purify_fast import Atop, Carso, zoo
@@ -20,23 +21,18 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPE = (3, 16, 16)
 
 
-class SkipsInside(nn.Module):
+def skips_inside(self, x, mask):
     """A purifier that calls the layers of its Sequential one by one."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = nn.Sequential(nn.Conv2d(4, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Tanh())
-
-    def forward(self, x, mask):
-        h = self.net[0](torch.cat([x, mask], 1))
-        return torch.tanh(self.net[1:](h) + h)
+    h = self.net[0](torch.cat([x, mask], 1))
+    return torch.tanh(self.net[1:](h) + h)
 
 
 @pytest.fixture(scope="module")
 def defence():
     """One whose purifier a folded BatchNorm would change much."""
     torch.manual_seed(0)
-    purifier, classifier = SkipsInside(), SmallCNN(3, 10, SHAPE[1:], 8)
+    layers = nn.Conv2d(4, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Tanh()
+    purifier, classifier = Made(skips_inside, net=nn.Sequential(*layers)), SmallCNN(3, 10, SHAPE[1:], 8)
     with torch.no_grad():
         purifier(2 * torch.rand(32, *SHAPE) - 1, torch.zeros(32, 1, *SHAPE[1:]))
         nn.init.uniform_(purifier.net[1].weight, 1, 3), nn.init.normal_(purifier.net[1].bias)
@@ -145,21 +141,12 @@ def attribute(net):
     net[0].gate.mul_(1.05)
 
 
-class Gate(nn.Module):
-    """Multiplies by a tensor that is neither a parameter nor a buffer."""
-
-    def __init__(self):
-        super().__init__()
-        self.gate = torch.ones(1)
-
-    def forward(self, x):
-        return x.flatten(1) * self.gate
-
-
 @pytest.mark.parametrize("change", [written_through_data, swapped, replaced, attribute])
 def test_a_copy_never_outlives_what_its_model_was(change):
     torch.manual_seed(0)
-    net, x, kept = nn.Sequential(Gate(), nn.Linear(3 * 256, 10)).eval(), torch.rand(4, *SHAPE), copies.GradientCopies()
+    # a tensor that is neither a parameter nor a buffer
+    gate = Made(lambda self, x: x.flatten(1) * self.gate, gate=torch.ones(1))
+    net, x, kept = nn.Sequential(gate, nn.Linear(3 * 256, 10)).eval(), torch.rand(4, *SHAPE), copies.GradientCopies()
     before = copies.gradient_copy(net, x, "bfloat16", kept)
     for _ in range(2):
         change(net)
@@ -258,21 +245,15 @@ def test_the_copies_of_the_digits_models_serve(name):
     assert made is not model and isinstance(made, (InferenceCopy, Defence))
 
 
-class Returning(nn.Module):
+def returning(output):
     """A network whose output is changed."""
-
-    def __init__(self, output):
-        super().__init__()
-        torch.manual_seed(0)
-        self.net, self.output = SmallCNN(SHAPE[0], 6, SHAPE[1:], width=4), output
-
-    def forward(self, x):
-        return self.output(self.net(x))
+    torch.manual_seed(0)
+    return Made(lambda self, x: output(self.net(x)), net=SmallCNN(SHAPE[0], 6, SHAPE[1:], width=4)).eval()
 
 
 def test_a_model_that_returns_an_object_with_logits_has_a_copy_that_returns_them():
     x = torch.rand(8, *SHAPE)
-    plain, wrapped = (Returning(output).eval() for output in (lambda z: z, lambda z: {"logits": z}))
+    plain, wrapped = (returning(output) for output in (lambda z: z, lambda z: {"logits": z}))
     made, wanted = (copies.gradient_copy(model, x, "bfloat16") for model in (wrapped, plain))
     assert isinstance(made, InferenceCopy) and isinstance(wanted, InferenceCopy) and torch.equal(made(x), wanted(x))
 
@@ -285,9 +266,9 @@ def test_an_output_that_is_not_logits_is_refused(kept):
         (lambda z: (z, z), TypeError, "got tuple"),
     ):
         with pytest.raises(error, match=message):
-            copies.gradient_copy(Returning(output).eval(), x, "bfloat16", kept)
+            copies.gradient_copy(returning(output), x, "bfloat16", kept)
 
 
 def test_the_error_of_a_model_itself_is_left_to_the_attack():
-    model = Returning(lambda z: z @ torch.zeros(3, 3)).eval()
+    model = returning(lambda z: z @ torch.zeros(3, 3))
     assert copies.gradient_copy(model, torch.rand(8, *SHAPE), "bfloat16") is model

@@ -1,7 +1,4 @@
-"""Count the launches of one `standard` run, without graphs and with them. docs/speed.md has the numbers.
-
-Functions that run again stand for CUDA graphs, and a replay counts as one launch.
-"""
+"""The launches of one `standard` run without graphs and with them, as in docs/speed.md; a replay counts as one."""
 
 import importlib
 import re
@@ -11,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from cuda_launches import CudaLaunches
+from small_models import Made
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -36,19 +34,12 @@ WAYS = ("off", "always")
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "speed.md"
 
 
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(16, 16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.add(x, torch.relu(self.linear(x)), alpha=0.1)
-
-
 def subject() -> tuple[nn.Module, Tensor, Tensor]:
     """A network that launches as many operators as a ResNet-18, and 1,000 images, which it classifies correctly."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), *(Block() for _ in range(20)), nn.Linear(16, 3)).eval()
+    block = lambda self, x: torch.add(x, torch.relu(self.linear(x)), alpha=0.1)  # noqa: E731
+    blocks = (Made(block, linear=nn.Linear(16, 16)) for _ in range(20))
+    model = nn.Sequential(nn.Flatten(), *blocks, nn.Linear(16, 3)).eval()
     x = torch.rand(1000, 1, 4, 4)
     with torch.no_grad():
         model[-1].bias -= model(x).mean(0)
@@ -91,9 +82,8 @@ def counted(way: str, rerun, monkeypatch) -> tuple[Counter[str], Tensor]:
             patch.setattr(kind, name, of_part(part, getattr(kind, name)))
         config, (model, x, y) = EvaluateConfig(cuda_graphs=way, probes=False), subject()
         with launches:
-            report = evaluate(
-                model, x, y, eps=0.15, protocol="standard", batch_size=1000, config=config, progress=False
-            )
+            options = {"eps": 0.15, "protocol": "standard", "batch_size": 1000, "progress": False}
+            report = evaluate(model, x, y, config=config, **options)
     parts[WHOLE] = launches.count - parts["captures"]
     return parts, torch.from_numpy(report.headline.robust)
 

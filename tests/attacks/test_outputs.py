@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from small_models import Purifying
 from torch import nn
 
 from purify_fast.attacks import APGD, BPDA, FABT, FGSM, PGD, BranchAndBound, Square, StAdv, attacked_model, frozen, pgd
@@ -37,11 +38,7 @@ class Output:
 
 
 BAD = {
-    "one logit": (
-        lambda z: z[:, :1],
-        ValueError,
-        r"at least two classes .* \[(\d), 1\] for B = \1$",
-    ),
+    "one logit": (lambda z: z[:, :1], ValueError, r"at least two classes .* \[(\d), 1\] for B = \1$"),
     "no second dimension": (lambda z: z[:, 0], ValueError, r"got torch.float32 \[(\d)\] for B = \1$"),
     "class": (lambda z: z.argmax(1), ValueError, r"floating-point .* got torch.int64 \[(\d)\] for B = \1$"),
     "tuple": (lambda z: (z, None), TypeError, "the name logits, got tuple$"),
@@ -82,10 +79,8 @@ def test_a_defence_and_a_relu_network_may_return_objects():
         def forward(self, x):
             return {"logits": super().forward(x)}
 
-    class Purifier(nn.Module):
-        def __init__(self, classifier, draws=1):
-            super().__init__()
-            self.classifier, self.draws = classifier, draws
+    class Purifier(Purifying):
+        draws = 1
 
         def purify(self, x):
             return torch.stack([x.round(decimals=1)] * self.draws, 1) if self.draws > 1 else x.round(decimals=1)
@@ -99,8 +94,8 @@ def test_a_defence_and_a_relu_network_may_return_objects():
     for attack in (BranchAndBound(), FGSM()):
         found = [attack(kind(*layers), x, y, eps=0.5) for kind in (Network, nn.Sequential)]
         assert torch.equal(*found) and not torch.equal(found[0], x)
-    for draws in (1, 2):
-        found = [BPDA(steps=3)(Purifier(kind(*layers), draws), x, y, eps=0.1) for kind in (Network, nn.Sequential)]
+    for Purifier.draws in (1, 2):
+        found = [BPDA(steps=3)(Purifier(kind(*layers)), x, y, eps=0.1) for kind in (Network, nn.Sequential)]
         assert torch.equal(*found) and not torch.equal(found[0], x)
 
 

@@ -1,10 +1,12 @@
 """The attacks as rows of an evaluation: their names, costs and settings, and what they run."""
 
 import contextlib
+import re
 
 import numpy as np
 import pytest
 import torch
+from small_models import Made, Purifying
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -39,20 +41,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 EPS = 0.05
 EVERY = [PGD, APGD, FGSM, BPDA, StAdv, AutoAttack]
-
-
-class Purifying(nn.Module):
-    """A defence that rounds images."""
-
-    def __init__(self, classifier):
-        super().__init__()
-        self.classifier = classifier
-
-    def purify(self, x):
-        return (8 * x).round() / 8
-
-    def forward(self, x):
-        return self.classifier(self.purify(x))
 
 
 @pytest.fixture(scope="module")
@@ -112,15 +100,9 @@ def test_the_cost_of_a_search_is_the_most_that_is_computed(batch):
         labels = y.repeat(-(-len(z) // len(y)))[: len(z)]
         return 9 * nn.functional.one_hot(labels, 6) + z.flatten(1)[:, :6]
 
-    for attack in (
-        APGD(),
-        APGD(restarts=2),
-        APGD(loss="dlr"),
-        APGD(loss="dlr_targeted"),
-        APGD(loss="dlr_targeted", n_target_classes=2),
-        Square(n_queries=70),
-        Square(n_queries=70, restarts=2),
-    ):
+    attacks = [APGD(), APGD(restarts=2), APGD(loss="dlr"), APGD(loss="dlr_targeted")]
+    attacks += [APGD(loss="dlr_targeted", n_target_classes=2), Square(n_queries=70), Square(n_queries=70, restarts=2)]
+    for attack in attacks:
         passes.clear()
         attack.search(never_fooled, x, y, context(counts_health=True))
         assert sum(passes) == len(x) * attack.cost(context())
@@ -129,16 +111,10 @@ def test_the_cost_of_a_search_is_the_most_that_is_computed(batch):
 
 def test_of_the_restarts_each_image_keeps_its_worst(model, batch):
     x, y = batch
-    for attack, runs in (
-        (
-            PGD(random_start=False, restarts=3),
-            [pgd(model, x, y, eps=EPS, steps=5, keep_best=True, random_start=run > 0, seed=run) for run in range(3)],
-        ),
-        (
-            StAdv(restarts=3),
-            [stadv(model, x, y, steps=5, keep_best=True, random_start=run > 0, seed=run) for run in range(3)],
-        ),
-    ):
+    several = PGD(random_start=False, restarts=3), StAdv(restarts=3)
+    for attack, alone, radius in zip(several, (pgd, stadv), ({"eps": EPS}, {}), strict=True):
+        options = {"steps": 5, "keep_best": True, **radius}
+        runs = [alone(model, x, y, random_start=run > 0, seed=run, **options) for run in range(3)]
         found = attack.search(model, x, y, context()).images
         with torch.no_grad():
             got, *each = (margin(model(images), y) for images in (found, *runs))
@@ -147,19 +123,9 @@ def test_of_the_restarts_each_image_keeps_its_worst(model, batch):
 
 def test_settings_are_plain_and_say_what_was_decided():
     told = context(num_classes=3, draws_differ=True)
-    assert PGD(loss="dlr").settings(told) == {
-        "loss": "dlr",
-        "steps": 5,
-        "alpha": None,
-        "random_start": True,
-        "start_std": None,
-        "keep_best": True,
-        "restarts": 1,
-        "precision": "auto",
-        "eot_iter": 3,
-        "eps": EPS,
-        "norm": "linf",
-    }
+    wanted = {"loss": "dlr", "steps": 5, "alpha": None, "random_start": True, "start_std": None, "keep_best": True}
+    wanted |= {"restarts": 1, "precision": "auto", "eot_iter": 3, "eps": EPS, "norm": "linf"}
+    assert PGD(loss="dlr").settings(told) == wanted
     targeted = APGD(loss="dlr_targeted", eps=0.5, norm="L2").settings(told)
     assert (targeted["loss"], targeted["n_target_classes"], targeted["norm"]) == ("margin", None, "l2")
     assert APGD(loss="dlr_targeted").settings(context())["n_target_classes"] == 5
@@ -175,9 +141,8 @@ def test_a_revision_stands_for_which_images_share_a_pass(attack, revision, model
     """A random model draws once for each pass. Where other images share one, the revision has to rise as well."""
     sizes = set()
     with model.classifier.register_forward_pre_hook(lambda _, given: sizes.add(len(given[0]))):
-        attack().search(
-            attack().target(model), *batch, context(max_forward_batch=4, eot_iter=1, steps=1, draws_differ=True)
-        )
+        told = context(max_forward_batch=4, eot_iter=1, steps=1, draws_differ=True)
+        attack().search(attack().target(model), *batch, told)
     assert (attack().revision(), sizes) == (revision, {3})
 
 
@@ -208,19 +173,10 @@ def test_wrong_options(attack, options, message):
         attack(**options)
 
 
-@pytest.mark.parametrize(
-    ("eps", "message"),
-    [
-        ("8/255", r"eps must be a number, such as 8 / 255, got '8/255'"),
-        ([0.1], r"eps must be a number, such as 8 / 255, got \[0.1\]"),
-        (torch.tensor([0.1]), r"eps must be .*, got tensor\("),
-        (True, "eps must be a number, such as 8 / 255, got True"),
-    ],
-    ids=str,
-)
-def test_the_radius_of_an_attack_is_a_number(eps, message):
+@pytest.mark.parametrize("eps", ["8/255", [0.1], torch.tensor([0.1]), True], ids=str)
+def test_the_radius_of_an_attack_is_a_number(eps):
     for attack in (PGD, APGD, StAdv) if not isinstance(eps, torch.Tensor) else (PGD, APGD):
-        with pytest.raises(TypeError, match=message):
+        with pytest.raises(TypeError, match=f"eps must be a number, such as 8 / 255.*, got {re.escape(repr(eps)[:6])}"):
             attack(eps=eps)
     # one radius for each image stays allowed where it is documented
     assert PGD(eps=np.float32(0.5)).eps == 0.5 and StAdv(eps=torch.tensor([0.1]))
@@ -252,21 +208,8 @@ def test_a_strangers_mistakes(model, batch, attack):
         ({"eps": 8}, ValueError, r"eps must be at most 1 for linf, in image units, got 8: is 8/255 meant\?"),
         ({"x": x.numpy()}, TypeError, r"x must be a torch.Tensor, got numpy.ndarray: give torch.as_tensor\(x\)"),
         ({"y": np.zeros(9)}, TypeError, "y must be a torch.Tensor, got numpy.ndarray"),
-        (
-            {"y": y.int()},
-            ValueError,
-            r"y must be int64 \[B\] = \[9\], got torch.int32 \[9\]: y.long\(\) makes it int64",
-        ),
-        (
-            {"x": 255 * x},
-            ValueError,
-            r"x must be in \[clip_min, clip_max\] = \[0, 1\], got .*: divide by 255, or give clip_max=255",
-        ),
-        (
-            {"x": x - 0.5},
-            ValueError,
-            r"x must be in \[clip_min, .* = \[0, 1\], got values from -0.4\d* to 0.4\d*; if the images are normalized",
-        ),
+        ({"y": y.int()}, ValueError, r"y must be int64 \[B\] = \[9\], got torch.int32 \[9\]: y.long\(\)"),
+        ({"x": 255 * x}, ValueError, r"= \[0, 1\], got .*: divide by 255, or give clip_max=255"),
         ({"x": 5 * x - 2}, ValueError, r"to 2.9\d*; if the images are normalized, give x \* std \+ mean"),
         ({"x": 2 * x - 1}, ValueError, r"x is in \[-1, 1\]: give \(x \+ 1\) / 2"),
         ({"x": 1.04 * x}, ValueError, r"; if a resize has moved values out of \[0, 1\], give x.clamp\(0, 1\)"),
@@ -280,8 +223,6 @@ def test_a_strangers_mistakes(model, batch, attack):
         ({"eps": float("nan")}, ValueError, "must be at least 0, got nan"),
         ({"eps": torch.zeros(3)}, ValueError, r"must be a number or a tensor \[B\]"),
         ({"eps": None}, TypeError, r"eps is missing"),
-        ({"eps": [0.1]}, TypeError, r"eps must be a number, such as 8 / 255, got \[0.1\]"),
-        ({"eps": "8/255"}, TypeError, r"eps must be .*, got '8/255'"),
         ({"eps": np.zeros(9)}, TypeError, r"eps must be .*, got array"),
         ({"eot_iter": 0}, ValueError, "eot_iter must be at least 1"),
         ({"max_forward_batch": 0}, ValueError, "max_forward_batch must be at least 1"),
@@ -319,25 +260,23 @@ def test_images_inside_of_functorch():
         torch.func.grad(checked)(x[0] + 1, y[0])
 
 
-class NameslessWhereUnsure(nn.Module):
+def nameless_where_unsure(value):
     """A classifier whose output is NaN, or an infinity for every class, where the largest logit hardly leads."""
 
-    def __init__(self, value):
-        super().__init__()
-        torch.manual_seed(0)
-        self.net, self.value = nn.Sequential(nn.Flatten(), nn.Linear(64, 3, bias=False)), value
-
-    def forward(self, x):
+    def how(self, x):
         logits = 8 * self.net(x - 0.5)
         first, second = logits.topk(2, 1).values.unbind(1)
-        return torch.where(((first - second) < 0.8)[:, None], self.value, logits)
+        return torch.where(((first - second) < 0.8)[:, None], value, logits)
+
+    torch.manual_seed(0)
+    return Made(how, net=nn.Sequential(nn.Flatten(), nn.Linear(64, 3, bias=False)))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=["NaN", "infinity"])
 @pytest.mark.parametrize("attack", [PGD, StAdv])
 def test_a_further_restart_takes_no_success_away(attack, value):
     """Where a prediction names no class the attack has won, although its margin is not a number."""
-    model = NameslessWhereUnsure(value).eval()
+    model = nameless_where_unsure(value).eval()
     x = torch.rand(48, 1, 8, 8)
     with torch.no_grad():
         y = model(x).argmax(1)
@@ -355,7 +294,7 @@ def test_a_further_restart_takes_no_success_away(attack, value):
 @pytest.mark.parametrize("run", [pgd, apgd, square])
 def test_a_nameless_point_is_the_best_of_a_run(run):
     """Whatever the label: the largest of a row of NaN is the first, which may be the image's class."""
-    model = NameslessWhereUnsure(torch.nan).eval()
+    model = nameless_where_unsure(torch.nan).eval()
     x = torch.rand(200, 1, 8, 8)
     with torch.no_grad():
         logits = model(x)
@@ -372,9 +311,6 @@ def failed(model, x, y):
     with torch.no_grad():
         logits = model(x)
     return (logits.argmax(1) != y) | ~logits.isfinite().all(1)
-
-
-# -- images nearest to a border first ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("norm, dual", [("linf", 1), ("l2", 2), ("l1", torch.inf)])

@@ -12,23 +12,18 @@ from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
 from purify_fast.training import TrainingAttack
 
 
-class Small(nn.Module):
-    def __init__(self, classes):
-        super().__init__()
-        self.model = nn.Sequential(nn.Conv2d(3, 4, 3, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, classes))
-
-    def forward(self, x):
-        return self.model(x)
+def small_network(classes):
+    return nn.Sequential(nn.Conv2d(3, 4, 3, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, classes)).eval()
 
 
 @pytest.fixture
 def small(monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr(large_images, "classifier", lambda name, classes: Small(classes).eval())
+    monkeypatch.setattr(large_images, "classifier", lambda name, classes: small_network(classes))
     monkeypatch.setattr(large_images, "SIDE", 32)
 
     def atop(name):
-        defence = Atop(Small(1000), SmallGenerator(3, 4), (3, 64, 64))
+        defence = Atop(small_network(1000), SmallGenerator(3, 4), (3, 64, 64))
         attack = TrainingAttack(eps=0.01, steps=1)
         return AtopTask(defence, AtopConfig(attack=attack, attack_method="pgd", cls_delay=0))
 

@@ -36,21 +36,10 @@ def row(op: str, ratio: float | None, **more: str) -> dict:
 
 
 def test_verdicts():
-    assert [timing.verdict({"ratio": r}) for r in ("1.2", "0.97", "0.95", "0.949", "")] == [
-        "best",
-        "level",
-        "level",
-        "behind",
-        "wrong",
-    ]
-    rows = [
-        row("a", 1.5),
-        row("a", 0.96),
-        row("b", 2.0),
-        row("b", 0.94, shape="here", style="graph"),
-        row("c", 3.0),
-        row("c", None),
-    ]
+    found = [timing.verdict({"ratio": r}) for r in ("1.2", "0.97", "0.95", "0.949", "")]
+    assert found == ["best", "level", "level", "behind", "wrong"]
+    rows = [row(op, ratio) for op, ratio in (("a", 1.5), ("a", 0.96), ("b", 2.0), ("c", 3.0), ("c", None))]
+    rows.insert(3, row("b", 0.94, shape="here", style="graph"))
     decided = {line["op"]: line for line in sheets.verdicts(rows)}
     assert [decided[op]["eager_calls"] for op in "abc"] == ["cpp", "cpp", "reference"]
     assert all(line["in_graphs"] == "reference" for line in decided.values())
@@ -143,20 +132,16 @@ def test_committed_results_are_complete():
 
 
 def test_what_ships_is_the_committed_verdict():
-    folders = sorted(
-        {path.parent for name in ("ops.csv", shipping.FILE) for path in COMMITTED.parents[1].glob(f"*/{name}")}
-    )
-    committed = [shipping.shipped(folder) for folder in folders]
+    files = ("ops.csv", shipping.FILE)
+    folders = {path.parent for name in files for path in COMMITTED.parents[1].glob(f"*/{name}")}
+    committed = [shipping.shipped(folder) for folder in sorted(folders)]
     assert json.loads(SHIPPED.read_text()) == committed, "run `python -m benchmarks report`"
 
 
 def test_races_ship_in_place_of_rows_and_rows_fill_what_was_not_raced(tmp_path):
     """Without the facts of one machine: rows, hashes, verifications."""
-    rows = [
-        row("pgd_step", 3.0, variant=v, style=s, device="D x86_64 A", direction="forward")
-        for v in ("l1", "linf")
-        for s in timing.STYLES
-    ]
+    known = {"device": "D x86_64 A", "direction": "forward"}
+    rows = [row("pgd_step", 3.0, variant=v, style=s, **known) for v in ("l1", "linf") for s in timing.STYLES]
     sheets.write_csv(tmp_path / sheets.ROWS, rows)
     base = shipping.shipped(tmp_path)
     assert base["ops"]["pgd_step"]["cells"]["l1"] == {"eager": "cpp", "graph": "cpp"}

@@ -381,12 +381,8 @@ def test_a_limit_covers_the_preparation(monkeypatch, capsys, forking):
     began = time.monotonic()
     rows = race.race("p", "c", case, CPU, True, 20.0)
     assert 20 * 2 / 3 < time.monotonic() - began < 60
-    assert {row["contestant"]: row["verdict"] for row in rows} == {
-        "plain": "right",
-        "not ready": "left out",
-        "broken": "failed",
-        "ours": "right",
-    }
+    wanted = {"plain": "right", "not ready": "left out", "broken": "failed", "ours": "right"}
+    assert {row["contestant"]: row["verdict"] for row in rows} == wanted
     assert "p c, broken: " in (said := capsys.readouterr().err) and "what went wrong" in said
     case = Case("shape", 0.05, case.contestants | {"ours": Contestant(_sleeping, False)})
     with pytest.raises(TimeoutError, match="'result' of a compared implementation was not finished in time"):

@@ -187,19 +187,8 @@ def test_candidates_minimize_what_they_say(loss):
 def row(model, attack, robust, kind):
     robust = np.array(robust, dtype=bool)
     settings = {"eot_iter": 1, "survivors_only": False, "target": "defence"}
-    return Row(
-        model=model,
-        attack=attack,
-        kind=kind,
-        variant="random",
-        robust=robust,
-        n_eval=1,
-        seed=0,
-        seconds=1.0,
-        data="x",
-        settings=settings,
-        attacked=len(robust),
-    )
+    more = {"n_eval": 1, "seed": 0, "seconds": 1.0, "data": "x", "settings": settings, "attacked": len(robust)}
+    return Row(model=model, attack=attack, kind=kind, variant="random", robust=robust, **more)
 
 
 def judged(root, name, number, seed=0, row_name=None):

@@ -131,13 +131,8 @@ def test_what_is_done_is_kept_until_its_code_changes(tmp_path, monkeypatch):
     program.main(arguments)
     first = truth_tables.read(tmp_path)
     assert [row["subject"] for row in first["truth"]] == NAMES
-    assert [(row["subject"], row["seed"]) for row in first["contestants"]] == [
-        (NAMES[0], 0),
-        (NAMES[0], 1),
-        (NAMES[0], 2),
-        (NAMES[1], 0),
-        (NAMES[2], 0),
-    ]
+    seeds = [*((NAMES[0], seed) for seed in range(3)), (NAMES[1], 0), (NAMES[2], 0)]
+    assert [(row["subject"], row["seed"]) for row in first["contestants"]] == seeds
     assert first["truth"][2]["verdicts"] == ["rr"] and first["contestants"][-1]["left"] == ["11"]
     exactly = first["truth"][0]
     assert set(exactly["verdicts"][0]) <= set("rf?ew") and len(exactly["how"][0]) == 4 == len(exactly["verdicts"][0])

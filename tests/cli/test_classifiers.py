@@ -60,9 +60,8 @@ def test_a_network_by_import_path_is_defended_and_loaded_again(run, bars, mine):
     defence = purify_fast.load_defence(mine / "carso")
     torch.manual_seed(3)
     assert isinstance(defence.classifier, ForeignClassifier) and defence.classifier.spec == "my_networks:trained"
-    assert weights_fingerprint(defence.classifier) == weights_fingerprint(
-        ForeignClassifier("my_networks:trained", 1, 2)
-    )
+    made = ForeignClassifier("my_networks:trained", 1, 2)
+    assert weights_fingerprint(defence.classifier) == weights_fingerprint(made)
     assert run("evaluate", mine / "carso", *few[:4], "--images", "2", "--steps", "1", "--protocol", "fast")[0] == 0
     # finetuned, it is a classifier with other weights
     arrest = ["--layers", "model.first", "--eps", "0.1", "--steps", "1", "--out", mine / "arrest"]
@@ -139,9 +138,7 @@ def test_given_weights(tmp_path, ending):
     if ending == ".safetensors":
         save_file(state, path)
     else:
-        torch.save(
-            {"state_dict": {f"module.{name}": v for name, v in state.items()}} if "table" in ending else state, path
-        )
+        torch.save({"state_dict": prefixed(state, "module.")} if "table" in ending else state, path)
     made = build_foreign("torchvision:resnet18", 3, 4, (0.5,) * 3, (0.25,) * 3, weights=str(path))
     x = torch.rand(2, 3, 32, 32)
     assert torch.equal(made.eval()(x), network.eval()((x - 0.5) / 0.25))
@@ -202,19 +199,13 @@ def test_an_average_without_names_is_that_of_the_trained_parameters(tmp_path):
 
 
 def test_the_error_names_what_is_missing_and_what_is_there(tmp_path):
-    network = torchvision.models.shufflenet_v2_x0_5(num_classes=4)
-    state, path = network.state_dict(), tmp_path / "w.pth"
+    state, path = torchvision.models.shufflenet_v2_x0_5(num_classes=4).state_dict(), tmp_path / "w.pth"
+    resnet, many = torchvision.models.resnet18(num_classes=4), torchvision.models.shufflenet_v2_x0_5()
     for content, message in (
         ({"0.mean": torch.zeros(3)} | prefixed(state, "1."), r"0\.mean is unknown$"),
-        (
-            torchvision.models.resnet18(num_classes=4).state_dict(),
-            r"conv1\.0\.weight is missing; .*bn1\.bias is unknown",
-        ),
+        (resnet.state_dict(), r"conv1\.0\.weight is missing; .*bn1\.bias is unknown"),
         ({"student": state, "teacher": state}, r"no state dict, .*it has the keys 'student', 'teacher'"),
-        (
-            torchvision.models.shufflenet_v2_x0_5().state_dict(),
-            r"4 classes \(--num-classes\): fc\.bias is \[1000\], .*\[4\]",
-        ),
+        (many.state_dict(), r"4 classes \(--num-classes\): fc\.bias is \[1000\], .*\[4\]"),
     ):
         torch.save(content, path)
         with pytest.raises(ValueError, match=message):
@@ -227,20 +218,8 @@ def test_weights_of_a_file_run_with_the_normalization_of_their_training(run, bar
     torch.save(network.state_dict(), tmp_path / "w.pth")
     given = ["--classifier", "torchvision:shufflenet_v2_x0_5", "--classifier-weights", tmp_path / "w.pth"]
     carso = ["--layers", "model.stage2", "--cond-dim", "4", "--latent-dim", "2", "--decoder-width", "2", "--steps", "1"]
-    few = [
-        "--data",
-        bars,
-        "--device",
-        "cpu",
-        "--epochs",
-        "1",
-        "--batch-size",
-        "16",
-        "--kl-delay",
-        "0",
-        "--samples",
-        "2",
-    ]
+    few = ["--data", bars, "--device", "cpu", "--epochs", "1", "--batch-size", "16", "--kl-delay", "0"]
+    few += ["--samples", "2"]
     x = torch.rand(4, 1, 16, 16).expand(-1, 3, -1, -1)
     for normalization, told, images in (
         ([], "mean 0, std 1", x),
@@ -258,10 +237,7 @@ def test_weights_of_a_file_run_with_the_normalization_of_their_training(run, bar
         (["train", "carso", *given, "--mean", "123.7"], "each of mean must be in [0, 1], got 123.7"),
         (["train", "carso", *given, "--std", "0"], "std must be above 0, got [0.0]"),
         (["train", "carso", *given, "--mean", "0.5", "0.5"], "mean needs 1 or 3 numbers, got 2"),
-        (
-            ["train", "carso", *given[:3], "IMAGENET1K_V1", *options],
-            "--mean and --std are only for weights of a file, got IMAGENET1K_V1",
-        ),
+        (["train", "carso", *given[:3], "IMAGENET1K_V1", *options], "only for weights of a file, got IMAGENET1K_V1"),
         (["train", "arrest", "--classifier", tmp_path / "x", *options], "leave out --mean, --std, or give the weights"),
     ):
         code, printed = run(*words, "--data", bars, "--device", "cpu")
@@ -308,9 +284,7 @@ def test_weights_of_the_library_are_taken_from_its_folder_and_never_downloaded(t
     network = torchvision.models.resnet18()
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     torch.save(network.state_dict(), tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth")
-    with pytest.warns(
-        UserWarning, match="are for 1000 classes, but the data have 10: label 0 of the data means class 0"
-    ):
+    with pytest.warns(UserWarning, match="are for 1000 classes, but the data have 10: label 0 of the data means"):
         made = build_foreign("torchvision:resnet18", 3, 10, mean, std, weights="IMAGENET1K_V1")
     assert made.arguments["num_classes"] == 1000 and made.arguments["mean"] == [0.485, 0.456, 0.406]
     assert torch.equal(made.model.fc.weight, network.fc.weight)

@@ -96,13 +96,10 @@ def test_a_folder_of_pictures_streamed_from_the_data_root(tmp_path, capsys, monk
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "sizes",
-    [["preact_resnet18", "--width", "4"], ["wide_resnet", "--width", "1", "--depth", "10"], ["fully_connected"]],
-)
+@pytest.mark.parametrize("sizes", ["preact_resnet18 --width 4", "wide_resnet --width 1 --depth 10", "fully_connected"])
 def test_every_classifier_is_trained_and_evaluated(npz, tmp_path, sizes, short_signs):
     common = ["--data", npz, "--device", "cpu"]
-    train = ["train", "classifier", "--out", str(tmp_path), "--model", *sizes, "--epochs", "2", *common]
+    train = ["train", "classifier", "--out", str(tmp_path), "--model", *sizes.split(), "--epochs", "2", *common]
     assert cli.main(train) == 0
     model = load_classifier(tmp_path)
     channel = np.load(npz)["x_train"] / 255
@@ -204,10 +201,8 @@ def test_evaluate_takes_equally_many_images_of_every_class():
     images = SimpleNamespace(x_test=torch.arange(60).view(60, 1, 1, 1), y_test=y, num_classes=7)
     x, labels, notes = cli.Evaluate(images=12).chosen(images)
     assert labels.bincount().tolist() == [2] * 6 and torch.equal(y[x.flatten()], labels)
-    assert notes[0].startswith("12 of the 60 held-out images, chosen by the seed 0; the numbers of images per class")
+    assert notes[0].startswith("12 of the 60 held-out images, chosen by the seed 0;")
     assert notes[1].startswith("1 of 7 classes have no image among the 12 chosen images (6)")
     x, labels, notes = cli.Evaluate(images=60).chosen(images)
     assert torch.equal(x, images.x_test) and torch.equal(labels, y) and notes == ["all 60 held-out images"]
-    assert cli.Evaluate(images=61).chosen(images)[2] == [
-        "all 60 held-out images: --images 61 asks for more than there are"
-    ]
+    assert "--images 61 asks for more than there are" in cli.Evaluate(images=61).chosen(images)[2][0]

@@ -47,7 +47,6 @@ def test_evaluate_takes_every_setting_of_an_evaluation():
 
 
 def test_the_program_is_run_as_a_module_and_tells_its_version():
-    done = subprocess.run(
-        [sys.executable, "-m", "purify_fast", "--version"], cwd=ROOT, capture_output=True, text=True, timeout=600
-    )
+    command = [sys.executable, "-m", "purify_fast", "--version"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and done.stdout == "purify-fast 0.1.0\n"

@@ -1,12 +1,10 @@
 """`purify-fast evaluate --official`: the published CARSO weights in one command, here with files of small shapes."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from small_models import smaller
 
 from purify_fast.cli.evaluate import Evaluate
 from purify_fast.cli.parsing import parse
@@ -14,10 +12,6 @@ from purify_fast.evaluation import Report
 from purify_fast.methods.carso import save_official
 from purify_fast.methods.carso.recipes import RECIPES
 from purify_fast.methods.recipes import recipe
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from small_models import smaller
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STEM, WEIGHTS = "wrn_28_10_cifar_10_cui_2023", "cifar10_a3_b10_t4_20m_w"

@@ -20,24 +20,10 @@ pytestmark = pytest.mark.usefixtures("one_thread", "short_signs")
 
 #: Options that make the networks and the attacks small.
 SMALL = {
-    "carso": [
-        "--recipe",
-        "cifar10",
-        "--layers",
-        "conv2",
-        "hidden",
-        "--cond-dim",
-        "8",
-        "--latent-dim",
-        "4",
-        "--samples",
-        "2",
-        "--steps",
-        "1",
-    ],
-    "atop": ["--recipe", "cifar_rt2", "--width", "4", "--discriminator-width", "4"],
-    "arrest": ["--recipe", "resnet18", "--steps", "1", "--alpha", "None"],
-    "diffusion": ["--width", "4", "--patch", "4"],
+    "carso": "--recipe cifar10 --layers conv2 hidden --cond-dim 8 --latent-dim 4 --samples 2 --steps 1",
+    "atop": "--recipe cifar_rt2 --width 4 --discriminator-width 4",
+    "arrest": "--recipe resnet18 --steps 1 --alpha None",
+    "diffusion": "--width 4 --patch 4",
 }
 #: A delayed term of the loss acts from the first step.
 AT_ONCE = {"carso": ["--kl-delay", "0"], "atop": ["--cls-delay", "0"]}
@@ -73,7 +59,7 @@ class Own:
     def train(self, method, out):
         # The optimizer of CARSO's recipe moves the weights that are saved only at every sixth step.
         length = ["--batch-size", "8", "--epochs", "2", "--steps-per-epoch", "3", "--checkpoint-seconds", "0"]
-        words = [*SMALL[method], *AT_ONCE.get(method, []), *length, *self.size.get(method, [])]
+        words = [*SMALL[method].split(), *AT_ONCE.get(method, []), *length, *self.size.get(method, [])]
         words += [] if method == "diffusion" else ["--classifier", self.base]
         return cli.main(["train", method, *words, *self.common, "--out", str(out)])
 
@@ -92,15 +78,10 @@ class Loaded(Own):
         return 0
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        "npz",
-        "loader",
-        pytest.param("three classes", marks=pytest.mark.slow),
-        pytest.param("ten classes at 224", marks=pytest.mark.slow),
-    ],
-)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("three classes", "ten classes at 224")]
+
+
+@pytest.fixture(scope="module", params=["npz", "loader", *SLOW])
 def own(request, tmp_path_factory):
     place = tmp_path_factory.mktemp("own")
     if request.param == "npz":

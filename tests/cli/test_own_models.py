@@ -106,13 +106,11 @@ def test_a_file_of_the_users_own_is_evaluated(run, bars, mine, monkeypatch):
     assert code == 0 and "kept by an earlier run" in printed
 
 
-@pytest.mark.parametrize(
-    "spec",
-    ["my_defence:make", "my_defence:Net", "my_defence:ready", "my_defence:function", "../code/my_defence.py:Net"],
-)
+@pytest.mark.parametrize("spec", [":make", ":Net", ":ready", ":function", ".py:Net"])
 def test_every_form_is_found(bars, mine, monkeypatch, spec):
     monkeypatch.chdir(mine)
-    command = Evaluate(data=bars, device="cpu", folder=Path(spec))
+    place = "../code/my_defence" if spec.startswith(".py") else "my_defence"
+    command = Evaluate(data=bars, device="cpu", folder=Path(place + spec))
     images = command.load_data()
     model, base = command.loaded(images)
     assert (model(images.x_test[:].float() / 255).argmax(1) == images.y_test).all() and base is None
@@ -170,10 +168,8 @@ def test_an_error_while_the_model_runs_is_a_traceback_that_names_its_file(run, b
 
 
 def test_files_of_one_name_have_reports_of_their_own(mine):
-    written = {
-        spec: Evaluate(folder=Path(spec)).report_folder()
-        for spec in ("a/model.py:make", "b/model.py:make", "model.py:make", "model:make", "../model.py:make")
-    }
+    specs = ("a/model.py:make", "b/model.py:make", "model.py:make", "model:make", "../model.py:make")
+    written = {spec: Evaluate(folder=Path(spec)).report_folder() for spec in specs}
     assert len(set(written.values())) == 4 and written["model.py:make"] == Path("runs/own/model.make/evaluation")
     # one file has one report, however it is named
     assert Evaluate(folder=mine.parent / "a/../b/model.py:make").report_folder() == written["b/model.py:make"]
@@ -192,9 +188,7 @@ def test_errors_of_a_file_are_tracebacks_and_leave_the_search_path(run, bars, mi
 
 def test_a_file_beside_is_found_when_the_model_runs(run, bars, mine):
     (mine / "lazy.py").write_text(AROUND.format(helper="helps"))
-    (mine / "helps.py").write_text(
-        "def around(x, fail):\n    import seldom\n\n    return seldom.logits(x) if fail else x.flatten(1)[:, :2]\n"
-    )
+    (mine / "helps.py").write_text("def around(x, fail):\n    import seldom\n\n    return seldom.logits(x)\n")
     (mine / "seldom.py").write_text("def logits(x):\n    return x.flatten(1)[:, :2]\n")
     path = list(sys.path)
     few = ["--data", bars, "--device", "cpu", "--steps", "2", "--protocol", "fast", "--images", "2", "--eps", "0.1"]

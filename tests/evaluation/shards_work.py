@@ -68,8 +68,7 @@ def net():
 def images(model):
     """Images with the classes that a model gives them, but for every seventh one."""
     x = torch.rand(22, 1, 8, 8, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        y = model(x).argmax(1)
+    y = model(x).argmax(1)
     y[::7] = (y[::7] + 1) % 4
     return x, y
 

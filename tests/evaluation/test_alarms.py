@@ -9,7 +9,7 @@ import pytest
 import torch
 from digit_nets import EPS, Gated, digits, robust, standard
 from evaluating import evaluate
-from reports import drawn
+from small_models import Made
 from torch import nn
 
 from purify_fast.attacks import APGD, PGD, Square
@@ -27,15 +27,9 @@ DIRECT = [APGD(steps=10), AttackSpec(APGD(loss="dlr_targeted", steps=10, n_targe
 FREE = [AttackSpec(Square(n_queries=150), survivors_only=True)]
 
 
-class Around(nn.Module):
+def around(how):
     """The standard network, which has no robustness at all, behind something."""
-
-    def __init__(self, how):
-        super().__init__()
-        self.net, self.how = standard(), how
-
-    def forward(self, x):
-        return self.how(self, x)
+    return Made(how, net=standard())
 
 
 class Backward(torch.autograd.Function):
@@ -52,7 +46,7 @@ class Backward(torch.autograd.Function):
 
 
 def with_gradient(change):
-    return Around(lambda self, x: self.net(Backward.apply(x, change)))
+    return around(lambda self, x: self.net(Backward.apply(x, change)))
 
 
 def quantised(grad):
@@ -73,29 +67,11 @@ def saturated(self, x):
     return aggregate(30 * self.net(x)[:, None].expand(-1, 4, -1), "peel_reference")
 
 
-class Counting(nn.Module):
+def counting(self, x):
     """Honest for as many calls as a user tries it, then it answers what it answered to the image before."""
-
-    def __init__(self):
-        super().__init__()
-        self.net, self.called = standard(), 0
-
-    def forward(self, x):
-        self.called += 1
-        logits = self.net(x)
-        return logits if self.called < 40 else logits.roll(1, 1)
-
-
-class NoisyLogits(nn.Module):
-    """The standard network with noise on its logits, much larger than their differences."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = standard()
-
-    def forward(self, x):
-        logits = self.net(x)
-        return logits + 4 * torch.randn_like(logits)
+    self.called = getattr(self, "called", 0) + 1
+    logits = self.net(x)
+    return logits if self.called < 40 else logits.roll(1, 1)
 
 
 def judged(model, attacks=None, n=48, images=None, **more):
@@ -123,32 +99,29 @@ def assert_marked(report, alarm, row):
     assert [f["row"] for f in found if (f["alarm"], f["verdict"]) == (alarm, "unreliable")] == [row]
 
 
+BROKEN = {
+    "NaN": (lambda: with_gradient(lambda g: g * torch.nan), "gradient health", "APGD-10 ce"),
+    "zero": (lambda: with_gradient(torch.zeros_like), "gradient health", "APGD-10 ce"),
+    "detached": (lambda: around(detached), "gradient health", "APGD-10 ce"),
+    "Square": (lambda: around(detached), "missed images", "Square, 150 queries"),
+    "quantised": (lambda: with_gradient(quantised), "gradient health", "APGD-10 ce"),
+    "rounded": (lambda: around(rounded), "gradient health", "probe: small steps in random directions"),
+    "PeeL": (lambda: around(saturated), "gradient health", "APGD-10 ce"),
+    "counts": (lambda: around(counting), "same answer again", "probe: the clean images again, after all attacks"),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "model, alarm, row",
-    [
-        (lambda: with_gradient(lambda g: g * torch.nan), "gradient health", "APGD-10 ce"),
-        (lambda: with_gradient(torch.zeros_like), "gradient health", "APGD-10 ce"),
-        (lambda: Around(detached), "gradient health", "APGD-10 ce"),
-        (lambda: Around(detached), "missed images", "Square, 150 queries"),
-        (lambda: with_gradient(quantised), "gradient health", "APGD-10 ce"),
-        (lambda: Around(rounded), "gradient health", "probe: small steps in random directions"),
-        (lambda: Around(saturated), "gradient health", "APGD-10 ce"),
-        (Counting, "same answer again", "probe: the clean images again, after all attacks"),
-    ],
-    ids=["NaN", "zero", "detached", "Square", "quantised", "rounded", "PeeL", "counts"],
-)
+@pytest.mark.parametrize(("model", "alarm", "row"), BROKEN.values(), ids=BROKEN)
 def test_a_broken_defence_is_marked_and_the_row_is_named(model, alarm, row):
     report = judged(model())
     assert_marked(report, alarm, row)
-    markdown = report.to_markdown()
-    assert "## Can this number be believed?" in markdown and alarm in markdown.splitlines()[2]
     assert Report.from_json(report.to_json()).findings == report.findings
 
 
 @pytest.mark.parametrize(("probes", "verdict"), [(None, "unreliable"), (False, "passed")])
 def test_a_list_of_attacks_has_its_gradients_compared_with_small_steps(probes, verdict):
-    report = judged(Around(rounded), [PGD(steps=5)], probes=probes)
+    report = judged(around(rounded), [PGD(steps=5)], probes=probes)
     health = next(finding for finding in report.findings if finding.alarm == "gradient health")
     assert (health.verdict, report.headline.reliable) == (verdict, verdict == "passed")
     assert ("cosine" in health.measured) == (probes is None)
@@ -178,7 +151,7 @@ def noise_of_its_own(self, x):
     [(inside, None), (inside, True), (gamma, None), (gamma, True), (noise_of_its_own, None)],
 )
 def test_an_honest_model_is_not_marked_for_what_lies_outside_of_the_box_or_for_its_own_noise(change, probes):
-    report = judged(Around(change), [PGD(steps=3)], probes=probes)
+    report = judged(around(change), [PGD(steps=3)], probes=probes)
     health = next(finding for finding in report.findings if finding.alarm == "gradient health")
     # Three steps are too few for the probes' sign of missed images.
     assert health.verdict == "passed" and (report.headline.reliable or probes)
@@ -219,21 +192,17 @@ def probed(n, **measured):
 
 
 @pytest.mark.parametrize(
-    "n, images, verdict",
+    "verdict, cases",
     [
-        (8, 1.2, "noted"),
-        (8, 2.4, "noted"),
-        (8, 3.2, "unreliable"),
-        (24, 4.0, "unreliable"),
-        (64, 9.0, "noted"),
-        (64, 9.8, "unreliable"),
-        (64, 4.0, "noted"),
-        (64, 3.0, "passed"),
+        ("passed", [(64, 3.0)]),
+        ("noted", [(8, 1.2), (8, 2.4), (64, 9.0), (64, 4.0)]),
+        ("unreliable", [(8, 3.2), (24, 4.0), (64, 9.8)]),
     ],
 )
-def test_how_many_images_more_draws_must_win(n, images, verdict):
-    draws = [(1.0, 0.25 + images / n), (4.0, 0.25), (16.0, 0.25)]
-    assert probed(n, eot=draws)["noise and seeds"] == verdict
+def test_how_many_images_more_draws_must_win(verdict, cases):
+    for n, images in cases:
+        draws = [(1.0, 0.25 + images / n), (4.0, 0.25), (16.0, 0.25)]
+        assert probed(n, eot=draws)["noise and seeds"] == verdict
 
 
 @pytest.mark.parametrize("images, verdict", [(1, "passed"), (3, "noted"), (30, "noted")])
@@ -250,14 +219,14 @@ def test_parts_and_softened_copies_give_a_gate_away_beside_a_list_of_attacks():
 
 
 def test_a_model_that_answers_otherwise_while_gradients_are_recorded_is_noticed():
-    cheat = Around(lambda self, x: self.net(x).roll(1, 1) if x.requires_grad else self.net(x))
+    cheat = around(lambda self, x: self.net(x).roll(1, 1) if x.requires_grad else self.net(x))
     verdict, row = verdicts(judged(cheat))["same answer again"]
     assert (verdict, row) == ("unreliable", "probe: the images with gradients recorded")
 
 
 def rounds_to(levels):
     """Rounding with the identity's gradient: a step of a few levels, which gradients do not see."""
-    return Around(lambda self, x: self.net(x + ((x * levels).round() / levels - x).detach()))
+    return around(lambda self, x: self.net(x + ((x * levels).round() / levels - x).detach()))
 
 
 def as_jpeg(quality):
@@ -269,7 +238,7 @@ def as_jpeg(quality):
         waves = (basis @ (x - 0.5) @ basis.T / quality).round() * quality
         return self.net((basis.T @ waves @ basis + 0.5).clamp(0, 1))
 
-    return Around(how)
+    return around(how)
 
 
 def noise_by_content(self, x):
@@ -277,6 +246,10 @@ def noise_by_content(self, x):
     seeds = [int(1e6 * image.double().sum().item()) % 2**31 for image in x.detach()]
     noise = [torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return self.net(x + 0.03 * torch.stack(noise))
+
+
+def by_batch(self, x):
+    return self.net(x) if len(x) > 9 else self.net((x * 4).round() / 4).roll(1, 1)
 
 
 def reseeds(self, x):
@@ -301,61 +274,34 @@ DIFFERENCES = ("gradient health", "probe: small steps in random directions")
 TRANSFER = ("missed images", "APGD-T by the gradients of standard alone")
 
 
+NO_MARGIN = ("gradient health", "APGD-10 margin")
+NOTICED = {
+    "gate 100": (lambda: Gated(slope=100.0), *TRANSFER),
+    "2 levels": (lambda: rounds_to(2), *DIFFERENCES),
+    "255 levels": (lambda: around(lambda self, x: self.net((x * 255).round() / 255)), *NO_MARGIN),
+    "rounded logits": (lambda: around(lambda self, x: (10 * self.net(x)).round() / 10), *NO_MARGIN),
+    "JPEG": (lambda: as_jpeg(0.2), *NO_MARGIN),
+    "tanh": (lambda: around(lambda self, x: torch.tanh(10 * self.net(x))), *NO_MARGIN),
+    "batch": (lambda: around(by_batch), "batch size", "probe: the same images alone and in a batch"),
+    "seed": (lambda: around(reseeds), "noise and seeds", "probe: the generator's state after two seeds"),
+    "content": (lambda: around(noise_by_content), *DIFFERENCES),
+    "gradient mode": (lambda: around(other_while_recorded), *DIFFERENCES),
+    "off the grid": (lambda: around(wrong_off_the_grid), *DIFFERENCES),
+    "noisy gradients": (lambda: with_gradient(lambda g: g + 3 * g.std() * torch.randn_like(g)), *DIFFERENCES),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "model, alarm, row",
-    [
-        (lambda: Gated(slope=100.0), *TRANSFER),
-        (lambda: rounds_to(2), *DIFFERENCES),
-        (lambda: Around(lambda self, x: self.net((x * 255).round() / 255)), "gradient health", "APGD-10 margin"),
-        (lambda: Around(lambda self, x: (10 * self.net(x)).round() / 10), "gradient health", "APGD-10 margin"),
-        (lambda: as_jpeg(0.2), "gradient health", "APGD-10 margin"),
-        (lambda: Around(lambda self, x: torch.tanh(10 * self.net(x))), "gradient health", "APGD-10 margin"),
-        (
-            lambda: Around(lambda self, x: self.net(x) if len(x) > 9 else self.net((x * 4).round() / 4).roll(1, 1)),
-            "batch size",
-            "probe: the same images alone and in a batch",
-        ),
-        (lambda: Around(reseeds), "noise and seeds", "probe: the generator's state after two seeds"),
-        (lambda: Around(noise_by_content), *DIFFERENCES),
-        (lambda: Around(other_while_recorded), *DIFFERENCES),
-        (lambda: Around(wrong_off_the_grid), *DIFFERENCES),
-        (lambda: with_gradient(lambda g: g + 3 * g.std() * torch.randn_like(g)), *DIFFERENCES),
-    ],
-    ids=[
-        "gate 100",
-        "2 levels",
-        "255 levels",
-        "rounded logits",
-        "JPEG",
-        "tanh",
-        "batch",
-        "seed",
-        "content",
-        "gradient mode",
-        "off the grid",
-        "noisy gradients",
-    ],
-)
+@pytest.mark.parametrize(("model", "alarm", "row"), NOTICED.values(), ids=NOTICED)
 def test_the_fast_protocol_notices_it_too(model, alarm, row):
     _, _, x, y = digits()
     n = 100 if alarm == TRANSFER[0] else 48
     assert_marked(evaluate(model(), x[:n], y[:n], eps=EPS, protocol="fast", steps=30, progress=False), alarm, row)
 
 
-def test_a_seed_is_to_be_removed_and_more_draws_are_not_advised():
-    (found,) = [
-        each
-        for each in findings(Evidence([drawn("PGD", [5], [0])], Probes(1, [], 1.0, sets_seed=True)))
-        if each.alarm == "noise and seeds"
-    ]
-    assert found.verdict == "unreliable" and found.advice.startswith("remove the seed from forward")
-    assert "eot_iter" not in found.advice
-
-
 def test_the_points_of_probes_count_by_draws_of_their_own():
     """The headline counts what fell to a probe, at the draws that judge its points."""
-    report = judged(NoisyLogits())
+    report = judged(around(lambda self, x: (z := self.net(x)) + 4 * torch.randn_like(z)))
     assert verdicts(report)["noise and seeds"] == ("noted", "probe: gradients over 16 draws")
     worst, attacked = report.row("worst"), [each for each in report.rows if each.is_attack]
     assert worst.fell_to_probes > 0
@@ -370,7 +316,7 @@ def test_a_large_scale_of_the_logits_hides_nothing():
     attacks = [APGD(steps=25), APGD(loss="dlr_targeted", steps=30)]
     plain, large = (
         evaluate(model, x[:48], y[:48], eps=EPS, attacks=attacks, probes=False, progress=False)
-        for model in (standard(), Around(lambda self, x: 1e4 * self.net(x)))
+        for model in (standard(), around(lambda self, x: 1e4 * self.net(x)))
     )
     assert large.headline.accuracy <= plain.headline.accuracy + 0.03 and large.headline.reliable
     assert verdicts(large)["gradient health"] == ("passed", "")
@@ -382,19 +328,14 @@ def test_a_model_that_guesses_is_told_beside_the_number():
     torch.manual_seed(0)
     report = judged(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), [PGD(steps=2)], probes=False)
     assert verdicts(report)["better than guessing"] == ("noted", "clean")
-    for text in (report.to_text(color=False), html_page(report).split("</section>")[0]):
-        text = " ".join(text.split())
-        assert "a guess among 10 classes is right for 10.0 %: is the model trained" in text
-    assert "**clean images are classified no better than by guessing**" in report.to_markdown().splitlines()[2]
+    assert "a guess among 10 classes is right for 10.0 %" in " ".join(report.to_text(color=False).split())
     assert verdicts(judged(standard(), [PGD(steps=2)], probes=False))["better than guessing"][0] == "passed"
 
 
 def test_a_model_that_gives_nan_for_everything_is_unreliable():
-    report = judged(Around(lambda self, x: self.net(x) * torch.nan), probes=False)
+    report = judged(around(lambda self, x: self.net(x) * torch.nan), probes=False)
     assert report.headline.accuracy == 0 and report.headline.nothing_to_attack
     assert_marked(report, "finite predictions", "clean")
-    line = report.to_markdown().splitlines()[2]
-    assert "unreliable" in line and line.endswith("(finite predictions): the number says nothing about the model")
 
 
 def test_where_nothing_is_left_no_attack_was_stopped():

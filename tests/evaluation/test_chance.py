@@ -1,8 +1,4 @@
-"""Chance is no attack: the numbers of a random model are those of its draws, however often it was asked.
-
-The draws of these models do not depend on the attack, or depend on it by a formula. So each number of a report has an
-exact value.
-"""
+"""Chance is no attack: the numbers of a random model are those of its draws, whose exact values are known."""
 
 import math
 import os
@@ -13,6 +9,7 @@ import torch
 from evaluating import evaluate
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from small_models import Made
 from torch import nn
 
 from purify_fast.attacks import APGD, PGD, Square
@@ -25,20 +22,17 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SEEDS = int(os.environ.get("CHANCE_SEEDS", 60))
 
 
-class Coin(nn.Module):
+def coin(p, classes):
     """Right with probability p in every draw, and otherwise any wrong class, whatever was done to the image."""
 
-    def __init__(self, p, classes):
-        super().__init__()
-        self.p, self.classes = p, classes
-
-    def forward(self, x):
-        size = len(x)
-        label = (x.flatten(1).mean(1) * self.classes).floor().clamp(0, self.classes - 1).long()
-        turned = torch.randint(1, self.classes, (size,)) * (torch.rand(size) >= self.p)
-        logits = nn.functional.one_hot((label + turned) % self.classes, self.classes).float()
+    def how(self, x):
+        label = (x.flatten(1).mean(1) * classes).floor().clamp(0, classes - 1).long()
+        turned = torch.randint(1, classes, (len(x),)) * (torch.rand(len(x)) >= p)
+        logits = nn.functional.one_hot((label + turned) % classes, classes).float()
         # Attacks have gradients to follow, which lead nowhere.
-        return 5 * logits + 0.01 * x.flatten(1)[:, : self.classes]
+        return 5 * logits + 0.01 * x.flatten(1)[:, :classes]
+
+    return Made(how)
 
 
 def images(classes, n):
@@ -93,11 +87,11 @@ def test_an_attack_that_changes_nothing_changes_no_number(p, classes, predict, n
     options |= {"steps": 3, "eot_iter": 2, "probes": protocol is not None, "max_forward_batch": 4096}
     if protocol is None:
         attacks = [AttackSpec(as_attack(idle, name=f"idle {i}"), survivors_only=i > 2) for i in range(6)]
-        report = evaluate(Coin(p, classes), x, y, attacks=[*attacks, PGD(restarts=3)], **options)
+        report = evaluate(coin(p, classes), x, y, attacks=[*attacks, PGD(restarts=3)], **options)
     elif protocol == "rand" and classes < 3:
         return
     else:
-        report = evaluate(Coin(p, classes), x, y, protocol=protocol, **options)
+        report = evaluate(coin(p, classes), x, y, protocol=protocol, **options)
     check(report, p, classes, predict, n)
 
 
@@ -110,7 +104,7 @@ def test_over_many_seeds(p, predict, n):
     x, y = images(3, 40)
     attacks = [AttackSpec(as_attack(idle, name=f"idle {i}"), survivors_only=i % 2 == 1) for i in range(8)]
     options = {"eps": 1e-3, "predict": predict, "n_eval": n, "attacks": attacks, "progress": False}
-    reports = [evaluate(Coin(p, 3), x, y, seed=seed, **options) for seed in range(SEEDS)]
+    reports = [evaluate(coin(p, 3), x, y, seed=seed, **options) for seed in range(SEEDS)]
     whole, one = exact(p, 3, predict, n)
     for name in ("clean", "idle 0", "idle 7", "worst"):
         rows = [report.row(name) for report in reports]
@@ -119,19 +113,6 @@ def test_over_many_seeds(p, predict, n):
         # the standard errors are those of the numbers' own spread
         assert 0.8 < np.mean([row.mean_error for row in rows]) / np.std([row.mean for row in rows]) < 1.25
     assert abs(np.mean([report.headline.accuracy for report in reports]) - whole) < 0.03
-
-
-class NoisyLinear(nn.Module):
-    """Class 1 if the sum of the pixels, with noise of standard deviation sigma, is above half of all."""
-
-    def __init__(self, sigma):
-        super().__init__()
-        self.sigma = sigma
-
-    def forward(self, x):
-        score = x.flatten(1).sum(1) - x[0].numel() / 2
-        score = score + self.sigma * torch.randn(len(x))
-        return torch.stack([-score, score], 1)
 
 
 @pytest.mark.parametrize("protocol", ["fast", "standard", "strong"])
@@ -143,7 +124,13 @@ def test_noise_before_a_linear_classifier(protocol):
     y = torch.arange(n) % 2
     x = (0.5 + offsets * (2 * y - 1))[:, None, None, None].expand(-1, 1, 4, 4).contiguous()
     options = {"eps": eps, "protocol": protocol, "steps": 12, "progress": False, "n_eval": 5, "eot_iter": 4}
-    report = evaluate(NoisyLinear(sigma), x, y, **options)
+
+    def noisy(x):
+        """Class 1 if the sum of the pixels, with noise of standard deviation sigma, is above half of all."""
+        score = x.flatten(1).sum(1) - size / 2 + sigma * torch.randn(len(x))
+        return torch.stack([-score, score], 1)
+
+    report = evaluate(noisy, x, y, **options)
 
     def chance(distance):
         return torch.special.ndtr(size * distance / sigma).numpy().astype(float)
@@ -157,7 +144,7 @@ def test_noise_before_a_linear_classifier(protocol):
 @pytest.mark.parametrize("version", ["rand", "standard"])
 def test_the_drop_in_autoattack_prints_other_draws(version, capsys):
     x, y = images(4, 400)
-    adversary = AutoAttack(Coin(0.7, 4), eps=1e-3, version=version, seed=1)
+    adversary = AutoAttack(coin(0.7, 4), eps=1e-3, version=version, seed=1)
     for attack in (adversary.apgd, adversary.apgd_targeted):
         attack.n_iter = 2
     adversary.fab.n_iter, adversary.square.n_queries = 2, 5
@@ -175,7 +162,7 @@ def test_every_image_keeps_its_draws_wherever_the_attack_is_not():
     x, y = images(2, 300)
     attacks = [AttackSpec(PGD(steps=2), max_images=50), AttackSpec(APGD(steps=2), nearest=10, survivors_only=True)]
     attacks.append(AttackSpec(Square(n_queries=3), survivors_only=True))
-    report = evaluate(Coin(0.5, 2), x, y, eps=1e-3, attacks=attacks, progress=False)
+    report = evaluate(coin(0.5, 2), x, y, eps=1e-3, attacks=attacks, progress=False)
     assert [row.n for row in report.rows] == [300, 50, 300, 300, 300, 50]
     check(report, 0.5, 2, None, 5)
 
@@ -183,7 +170,7 @@ def test_every_image_keeps_its_draws_wherever_the_attack_is_not():
 def test_a_curve_of_a_random_model_counts_no_chance():
     x, y = images(2, 300)
     report = evaluate(
-        Coin(0.8, 2), x, y, eps=1e-3, attacks=[APGD(steps=2), PGD(steps=2)], curve=(5e-4, 2e-3, 3e-3), progress=False
+        coin(0.8, 2), x, y, eps=1e-3, attacks=[APGD(steps=2), PGD(steps=2)], curve=(5e-4, 2e-3, 3e-3), progress=False
     )
     check(report, 0.8, 2, None, 5)
     assert len(report.curve) == 5

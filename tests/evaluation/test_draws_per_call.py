@@ -7,6 +7,7 @@ import torch
 from digit_nets import digits
 from evaluating import evaluate
 from input_gradients import input_gradient
+from small_models import Made
 from torch import nn
 from torch.nn import functional as F
 
@@ -46,15 +47,10 @@ class SwitchLooped(Switch):
         return torch.stack([self(x) for _ in range(draws)])
 
 
-class SharedNoise(nn.Module):
+def shared_noise(each=0.0):
     """One draw of noise for all images of a call, which differ all the same."""
-
-    def __init__(self, each=0.0):
-        super().__init__()
-        self.inner, self.each = standard(), each
-
-    def forward(self, x):
-        return self.inner(x + 0.2 * torch.randn_like(x[:1]) + self.each * torch.randn_like(x))
+    noisy = lambda self, x: self.inner(x + 0.2 * torch.randn_like(x[:1]) + each * torch.randn_like(x))  # noqa: E731
+    return Made(noisy, inner=standard())
 
 
 class Samples(Switch):
@@ -77,18 +73,6 @@ class OwnForward(NoisyEnsemble):
         return self.classifier(x + 0.2 * torch.randn_like(x[:1]))
 
 
-class Sees(nn.Module):
-    """A small network that sees a part of the pixels."""
-
-    def __init__(self, seen):
-        super().__init__()
-        self.register_buffer("seen", seen)
-        self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
-
-    def forward(self, x):
-        return self.net(x * self.seen)
-
-
 @functools.cache
 def nets():
     """Four networks that see a quarter of the pixels each: what fools one need not fool another."""
@@ -99,7 +83,8 @@ def nets():
         for i in range(4):
             seen = torch.zeros(8, 8)
             seen[i // 2 :: 2, i % 2 :: 2] = 1
-            model = Sees(seen)
+            net = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+            model = Made(lambda self, x: self.net(x * self.seen), net=net, seen=nn.Parameter(seen, False))
             optimizer = torch.optim.Adam(model.parameters(), 1e-2)
             for _ in range(4):
                 for index in torch.randperm(len(x)).split(128):
@@ -126,9 +111,9 @@ def test_which_models_draw_once_per_call(batch):
     torch.manual_seed(0)
     state = torch.get_rng_state()
     head = AttackersHead(Samples(*nets()), "mean")
-    once = [Switch(*nets()), SharedNoise(), SharedNoise(each=1e-6), lambda x: SharedNoise()(x), Samples(*nets())]
+    once = [Switch(*nets()), shared_noise(), shared_noise(each=1e-6), lambda x: shared_noise()(x), Samples(*nets())]
     once += [head, OwnForward()]
-    each = [SwitchEach(*nets()), SwitchLooped(*nets()), SharedNoise(each=0.2), NoisyEnsemble(standard(), sigma=0.1)]
+    each = [SwitchEach(*nets()), SwitchLooped(*nets()), shared_noise(each=0.2), NoisyEnsemble(standard(), sigma=0.1)]
     for models, expected in ((once, True), (each, False), ([standard()], False)):
         for model in models:
             assert drawn_once_per_call(model, x, 5) is expected
@@ -231,17 +216,15 @@ def test_a_pair_of_networks_is_seen_to_be_random(batch):
         assert not report.rows[0].deterministic and report.rows[0].n_eval == 5
 
 
-class RarelyTurned(nn.Module):
+def rarely_turned(share, together=False):
     """Each image's logits are turned around in a share of its draws, or all images' together."""
 
-    def __init__(self, share, together=False):
-        super().__init__()
-        self.share, self.together = share, together
-
-    def forward(self, x):
+    def model(x):
         z = (x.flatten(1).mean(1) - 0.5) * 20
-        turned = torch.rand(1 if self.together else len(x), 1) < self.share
+        turned = torch.rand(1 if together else len(x), 1) < share
         return torch.stack([-z, z], 1) * torch.where(turned, -1.0, 1.0)
+
+    return model
 
 
 def test_rare_draws_of_each_image_are_not_taken_for_draws_of_a_call():
@@ -252,18 +235,8 @@ def test_rare_draws_of_each_image_are_not_taken_for_draws_of_a_call():
             mistaken = together = 0
             for seed in range(30):
                 torch.manual_seed(seed)
-                mistaken += drawn_once_per_call(RarelyTurned(share), x[:images], draws, most)
-                together += drawn_once_per_call(RarelyTurned(share, together=True), x[:images], draws, most)
+                mistaken += drawn_once_per_call(rarely_turned(share), x[:images], draws, most)
+                together += drawn_once_per_call(rarely_turned(share, together=True), x[:images], draws, most)
             assert mistaken <= 1, (share, images, draws, most)
             # eight calls show a rare draw of a call now and then only
             assert together >= {0.5: 28, 0.1: 10, 0.03: 2}[share], (share, images, draws, most)
-
-
-def test_the_note_on_calls_is_not_made_for_rare_draws():
-    y = torch.arange(40) % 2
-    x = (0.2 + 0.6 * y.float())[:, None, None, None].expand(-1, 1, 4, 4).contiguous()
-    for seed in range(6):
-        options = {"eps": 0.01, "attacks": [PGD(steps=1)], "seed": seed, "progress": False}
-        assert not evaluate(RarelyTurned(0.1), x, y, **options).notes
-        (note,) = evaluate(RarelyTurned(0.5, together=True), x, y, **options).notes
-        assert "draws its randomness once per call" in note

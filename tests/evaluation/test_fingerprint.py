@@ -50,8 +50,6 @@ def test_states_are_the_same_in_another_process():
     assert found.stdout.splitlines() == here and len(set(here)) == len(here)
 
 
-# -- a table of edits: which of them change the fingerprint ---------------------------------------------------------
-
 SOURCE = """
 import torch
 from torch import nn
@@ -116,6 +114,7 @@ EDITS = {
     "class attribute": (in_place("setattr(Model, 'SHARE', 2)"), True),
     "code of the class": (text("table_model", "self.layer(x)", "self.layer(2 * x)"), True),
     "comment in its file": (text("table_model", "SHARE = 1", "SHARE = 1  # all"), True),
+    "line of its file that nothing reads": (text("table_model", "SIGMA = 0.5", "SIGMA = 0.5\nUNUSED = 1"), True),
     "global variable in its file": (text("table_model", "SIGMA = 0.5", "SIGMA = 0.6"), True),
     "code of a function in another file": (text("table_helper", "return x", "return 2 * x"), True),
     "global variable set while the program runs": (in_place("globals().update(SIGMA=2)"), False),
@@ -185,9 +184,6 @@ def test_what_cannot_be_compared_has_no_fingerprint_and_it_is_said(held, images,
     assert f"out: the finished rows of mine are not kept, because this model {why}." in caplog.text
     marks = {fingerprint(model, revision) for revision in "112"}
     assert len(marks) == 2 and None not in marks
-
-
-# -- what is no difference ----------------------------------------------------------------------------------------
 
 
 class Remembers(nn.Module):

@@ -30,8 +30,7 @@ def attacked():
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(512, 5))
     model[1].running_var.fill_(0.2)
     x = torch.rand(40, 3, 8, 8)
-    with torch.no_grad():
-        y = model.eval()(x).argmax(1)
+    y = model.eval()(x).argmax(1)
     return model.train(), x, y
 
 
@@ -61,7 +60,6 @@ def test_a_function_is_a_row(attacked, tmp_path):
     # the model is as it was, and the function's row is not kept, since its code may change
     assert model.training and all(torch.equal(value, statistics[name]) for name, value in model.state_dict().items())
     assert len(list((tmp_path / "rows").glob("*[!s].safetensors"))) == 2
-    report.to_markdown()
 
 
 def test_a_function_in_every_way_an_attack_is_used(attacked):
@@ -130,7 +128,7 @@ def test_rounding_is_allowed_and_no_more(norm, order):
     x = 0.25 + x / 2
     at_the_border = x + eps * direction / length
     check_adversarial("a", at_the_border, x, ThreatModel(norm, eps))
-    with pytest.raises(ValueError, match="left the ball"):
+    with pytest.raises(ValueError, match=rf"'a' left the ball: .*image \d+ of the batch by \S+ .*{norm}, .* more than"):
         check_adversarial("a", x + 1.001 * eps * direction / length, x, ThreatModel(norm, eps))
 
 
@@ -164,12 +162,7 @@ JUDGE = {"judge": nn.Flatten(), "label": "as somebody"}
         (PGD, {"aggregation": "lse", "target": "classifier"}, ValueError, "one of target, aggregation may be given"),
         (PGD, {"max_images": 0}, ValueError, "max_images must be at least 1, got 0"),
         (FGSM, {"gradients_from": nn.Flatten()}, ValueError, "gradients_from needs an attack"),
-        (
-            APGD,
-            {"gradients_from": nn.Flatten(), "target": "classifier"},
-            ValueError,
-            "one of target, gradients_from may be given",
-        ),
+        (APGD, {"gradients_from": nn.Flatten(), "target": "classifier"}, ValueError, "one of target, gradients_from"),
         (PGD, JUDGE | {"target": nn.Flatten()}, ValueError, NOT_WITH_A_JUDGE),
         (PGD, JUDGE | {"aggregation": "lse"}, ValueError, NOT_WITH_A_JUDGE),
         (PGD, JUDGE | {"survivors_only": True}, ValueError, NOT_WITH_A_JUDGE),
@@ -244,30 +237,17 @@ def test_what_an_attack_returns_is_checked(attacked, norm, move, error, message)
         evaluate(model, x, y, attacks=[function if norm is None else Moves(move=move, norm=norm)], **QUIET)
 
 
-def test_a_class_of_attacks_returns_a_result(attacked):
-    class Bare(PGD):
-        def search(self, target, x, y, context):
-            return x
-
-    with pytest.raises(TypeError, match="the attack 'PGD-2 ce' must return an AttackResult, got Tensor"):
-        evaluate(*attacked, attacks=[Bare(steps=2)], **QUIET)
-
-
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1", "flow"])
 def test_a_class_of_attacks_stays_in_its_ball(attacked, norm):
     model, x, y = attacked
+
+    class Bare(Moves):
+        def search(self, target, x, y, context):
+            return x
+
+    with pytest.raises(TypeError, match="the attack 'moves' must return an AttackResult, got Tensor"):
+        evaluate(model, x, y, attacks=[Bare(move=None, norm=norm)], **QUIET)
     # a flow moves pixels: how far the values change is not bounded
     free = norm == "flow"
     with contextlib.nullcontext() if free else pytest.raises(ValueError, match="the attack 'moves' left the ball"):
         evaluate(model, x, y, attacks=[Moves(move=lambda x: x.neg_().add_(1), norm=norm)], **QUIET)
-
-
-def test_a_function_that_leaves_the_ball_is_told_by_how_much(attacked):
-    model, x, _ = attacked
-    # of images that are all the same, so that the first one is the one that is named
-    x = torch.full_like(x, 0.4)
-    with torch.no_grad():
-        y = model.eval()(x).argmax(1)
-    message = r"'far' left the ball: .*image 0 of the batch by 0\.03 .*linf, .*0\.01 more than .*eps"
-    with pytest.raises(ValueError, match=message):
-        evaluate(model, x, y, attacks=[as_attack(lambda model, x, y: x + 0.03, name="far")], **QUIET)

@@ -14,7 +14,6 @@ import purify_fast
 from purify_fast.attacks import PGD
 from purify_fast.evaluation import AttackSpec, Report, suspicion
 from purify_fast.evaluation.alarms import Evidence, Probes, findings
-from purify_fast.evaluation.alarms.signs import ALARMS
 from purify_fast.evaluation.results import claims
 from purify_fast.evaluation.results.claims import chance_of_at_most, images_to_decide
 from purify_fast.evaluation.results.rows import Worst, count_fallen, worst_rows
@@ -37,21 +36,13 @@ def digits():
     return purify_fast.zoo.load("digits-standard"), images.x_test[:24], images.y_test[:24]
 
 
-# -- one criterion ----------------------------------------------------------------------------------------------------
-
-
 def test_without_an_attack_images_are_counted_as_after_one():
     """One draw is right more often than all of five: an attack that does nothing must not seem to find something."""
     clean = drawn("clean", [5, 4, 3, 2], [0, 2, 4, 6], kind="clean")
     attacks = [drawn("A", [5, 4, 3, 0], [0, 2, 4, 10]), drawn("B", [5, 4, 2, 2], [0, 2, 7, 6])]
     report = Report([clean, *attacks, *worst_rows([clean, *attacks])])
-    said = (
-        "of 4 images are still classified correctly in all 5 draws after all 2 attacks (55.0 ± 19.2 % in one draw); "
-        "without an attack, 25.0 % (all 5 draws), 70.0 ± 11.2 % (one draw)"
-    )
-    for text in forms(report):
-        assert said in joined(text)
-    assert report.to_text().splitlines()[2].split()[:4] == ["clean", "4", "25.0", "±"]
+    said = "(55.0 ± 19.2 % in one draw); without an attack, 25.0 % (all 5 draws), 70.0 ± 11.2 % (one draw)"
+    assert all(said in joined(text) for text in forms(report))
     page = forms(report)[2]
     assert '<div class="value">25.0</div>' in page and '<div class="value">75.0</div>' not in page
     assert f"| 25.0 ± {100 * math.sqrt(0.25 * 0.75 / 4):.1f} | 70.0 ± 11.2 | 5 |" in report.to_markdown()
@@ -66,8 +57,6 @@ def test_the_clean_number_of_a_random_model_is_that_of_all_its_draws(digits):
     report = evaluate(noisy, x, y, eps=1e-4, attacks=[PGD(steps=1)], eot_iter=1, progress=False)
     clean = report.row("clean")
     assert clean.accuracy < clean.mean and clean.accuracy == (clean.right == 5).mean()
-    draw = f"{100 * clean.mean:.1f} ± {100 * clean.mean_error:.1f} % (one draw)"
-    assert f"without an attack, {100 * clean.accuracy:.1f} % (all 5 draws), {draw}" in joined(report.to_text())
 
 
 def test_an_attack_on_survivors_counts_the_worst_point_so_far(digits):
@@ -80,21 +69,18 @@ def test_an_attack_on_survivors_counts_the_worst_point_so_far(digits):
 
         return attack
 
-    class Noisy(nn.Module):
+    def noisy(images):
         """Wrong with a chance of 20 times the distance of an image from its center."""
-
-        def forward(self, images):
-            logits = 0.01 * torch.rand(len(images), 10)
-            far = (images.flatten(1)[:, None] - x.float().div(255).flatten(1)).abs().amax(2)
-            distance, image = far.min(1)
-            lost = torch.rand(len(images)) < 20 * distance
-            logits[torch.arange(len(images)), (y[image] + lost) % 10] = 1.0
-            return logits
+        logits = 0.01 * torch.rand(len(images), 10)
+        distance, image = (images.flatten(1)[:, None] - x.float().div(255).flatten(1)).abs().amax(2).min(1)
+        lost = torch.rand(len(images)) < 20 * distance
+        logits[torch.arange(len(images)), (y[image] + lost) % 10] = 1.0
+        return logits
 
     amounts = (0.02, 0.05, 0.01)
     attacks = [AttackSpec(shifted(amount), label=str(amount), survivors_only=True) for amount in amounts]
     options = {"eps": 0.05, "progress": False, "n_eval": 5}
-    report = evaluate(Noisy(), x, y, attacks=attacks, **options)
+    report = evaluate(noisy, x, y, attacks=attacks, **options)
     first, second, third = (report.row(str(amount)) for amount in amounts)
     assert abs(first.mean - 0.6) < 0.2 and first.wrong.mean() > 0.2 and report.row("clean").mean == 1
     # the second attack makes every draw wrong, so the third has nothing to do, and its row keeps the worst points
@@ -125,9 +111,6 @@ def test_other_draws_judge_than_those_that_choose():
     assert Report([clean, a, lucky]).headline is a
 
 
-# -- what fell to probes ----------------------------------------------------------------------------------------------
-
-
 def test_what_fell_to_a_probe_is_not_left():
     rows = [row("clean", [1, 1, 1, 1], kind="clean"), row("A", [1, 1, 1, 0]), row("worst", [1, 1, 1, 0], kind="worst")]
     apart = row("worst, fixed", [1, 1, 1, 0], kind="worst", variant="fixed")
@@ -136,12 +119,10 @@ def test_what_fell_to_a_probe_is_not_left():
     count_fallen([*rows, apart, far, near], [0, 2, 7], 0.1)
     assert rows[2].robust.tolist() == far.robust.tolist() == [False, True, False, False]
     assert rows[2].mean == 0.25 and rows[1].accuracy == apart.accuracy == near.accuracy == 0.75
-    for text in forms(Report(rows)):
-        assert "of 4 images are still classified correctly after the attack and the probes" in joined(text)
     # a number of 0 cannot be too high, whoever took the rest
     said = findings(Evidence(rows[:2], probed(left=[1, 1, 1, 0], fell=[1, 1, 1, 0])))
     taken = [finding for finding in said if finding.alarm == "missed images"]
-    assert taken[0].verdict == "noted" and "no image is left" in taken[0].measured
+    assert taken[0].verdict == "noted"
 
 
 def test_a_rounding_defence_loses_what_its_softened_copies_find(digits):
@@ -155,13 +136,8 @@ def test_a_rounding_defence_loses_what_its_softened_copies_find(digits):
     assert attacked.accuracy > 0.9 and parts > 5
     assert attacked.robust.sum() - worst.robust.sum() == worst.fell_to_probes == parts
     assert np.all(attacked.robust >= worst.robust) and report.headline is worst
-    # a short attack along no gradient proves nothing
-    assert "of the model itself" not in found["missed images"].measured
     # the same report again, from its file
     assert Report.from_json(report.to_json()).to_markdown() == report.to_markdown()
-
-
-# -- what was not asked, and what to do -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -188,29 +164,6 @@ def test_attacks_along_no_gradient_have_not_asked_anything(cosine, why, advice):
     assert (alone.verdict, alone.measured.startswith(why), advice in alone.advice) == ("unreliable", True, True)
 
 
-def test_every_sign_that_can_fail_says_what_to_do():
-    assert [alarm.name for alarm in ALARMS if alarm.advice is None] == ["better than guessing"]
-    healthy = Evidence([row("clean", kind="clean"), row()], probed())
-    assert not any(finding.advice for finding in findings(healthy))
-
-
-@pytest.mark.parametrize(("found", "told"), [("fell", "a short attack found"), ("copies", "the model's own gradients")])
-def test_the_advice_follows_what_found_the_images(found, told):
-    rows = [row("clean", [1] * 8, kind="clean"), row("A", [1] * 8)]
-    masks = {"fell": [0] * 8, "copies": {}} | {found: [1] * 8 if found == "fell" else {"a copy": [1] * 8}}
-    said = {each.alarm: each for each in findings(Evidence(rows, probed(n=8, left=[1] * 8, cosine=0.5, **masks)))}
-    assert said["missed images"].advice.startswith(told)
-
-
-def test_draws_that_were_made_are_not_advised():
-    made = {"settings": {"eot_iter": 20}}
-    for more, advised in (({}, True), (made, False)):
-        rows = [row("clean", [1] * 64, kind="clean"), row("A", [1] * 64, **more)]
-        probes = probed(n=64, eot=[(1.0, 0.9), (16.0, 0.5)])
-        found = {each.alarm: each.advice for each in findings(Evidence(rows, probes))}
-        assert ("draws" in found["noise and seeds"]) is advised
-
-
 def test_an_evaluation_tells_its_signs_which_protocol_ran(digits, monkeypatch):
     model, x, y = digits
     seen = []
@@ -225,35 +178,19 @@ def test_an_attack_without_counted_gradients_is_a_reason_of_its_own(digits):
     options = {"eps": 1e-3, "attacks": [lambda model, x, y: x.clone()], "progress": False}
     report = evaluate(model, x, y, **options)
     assert not report.headline.reliable
-    for text in forms(report):
-        assert "no attack whose gradients are counted was run: add PGD() to the attacks, or give probes=True" in joined(
-            text
-        )
     # the probes have followed the gradients, and found nothing against them
     asked = evaluate(model, x, y, **options, probes=True)
-    assert asked.headline.reliable and "no attack whose" not in asked.to_text()
+    assert asked.headline.reliable
     zero = evaluate(lambda images: model(images.round()), x, y, **options, probes=True)
     assert not zero.headline.reliable or zero.headline.accuracy == 0
 
 
-def test_each_unreliable_attack_shows_its_gradients():
-    report = Report([row("clean", [1, 1], kind="clean"), row("A", [1, 0], health=MASKED)])
-    for text in forms(report):
-        assert "gradients not finite / zero / images not moved: A: 0 % / 99 % / 0 %" in joined(text)
-
-
-# -- claims -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("left", "n", "share"), [(0, 20, "1/2"), (13, 20, "7/10"), (20, 20, "1/5"), (140, 200, "3/4")])
 def test_the_binomial_tail_is_exact(left, n, share):
+    assert chance_of_at_most(19, 20, 1.0) == 0 and chance_of_at_most(20, 20, 1.0) == chance_of_at_most(0, 20, 0.0) == 1
     p = Fraction(share)
     exact = sum(math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(left + 1))
     assert chance_of_at_most(left, n, float(p)) == pytest.approx(float(exact), rel=1e-9)
-
-
-def test_certain_claims_have_certain_tails():
-    assert chance_of_at_most(19, 20, 1.0) == 0 and chance_of_at_most(20, 20, 1.0) == chance_of_at_most(0, 20, 0.0) == 1
 
 
 def test_so_many_images_decide_and_one_less_do_not():
@@ -263,31 +200,17 @@ def test_so_many_images_decide_and_one_less_do_not():
 
 
 @pytest.mark.parametrize(
-    ("left", "n", "claim", "said"),
+    ("left", "n", "claim", "verdict", "said"),
     [
-        (100, 200, "70", "refuted. If the claim were true, the probability that 100 or fewer of 200 images are left"),
-        (
-            13,
-            20,
-            "70",
-            "not refuted, and not proved. 65.0 % of 20 images are left, which is below the claim, but luck may explain "
-            "it. If the claim were true, the probability that 13 or fewer of 20 images are left would be 39.2 % (exact "
-            "binomial test; refuted below 1 %). If 65.0 % of about 481 images were left, the claim would be refuted.",
-        ),
-        (15, 20, "70", "75.0 % of 20 images are left, which is not below the claim. If the claim were true, the"),
-        (
-            0,
-            4,
-            "0",
-            "that 0 or fewer of 4 images are left would be 100 % (exact binomial test; refuted below 1 %). Only a",
-        ),
+        (100, 200, "70", "refuted", "the probability that 100 or fewer of 200 images are left"),
+        (13, 20, "70", "not refuted", "would be 39.2 % (exact binomial test; refuted below 1 %). If 65.0 % of about"),
+        (15, 20, "70", "not refuted", "75.0 % of 20 images are left, which is not below the claim"),
+        (0, 4, "0", "not refuted", "that 0 or fewer of 4 images are left would be 100 %"),
     ],
 )
-def test_a_report_answers_a_claim(left, n, claim, said):
+def test_a_report_answers_a_claim(left, n, claim, verdict, said):
     report = Report([row("A", [1] * left + [0] * (n - left))], about={"claim": claim})
-    for text in forms(report):
-        assert said in joined(text)
-    assert "robust accuracy:" not in Report(report.rows).to_text()
+    assert report.claim_test().verdict == verdict and all(said in joined(text) for text in forms(report))
 
 
 def test_a_random_model_is_tested_by_one_draw():
@@ -295,8 +218,6 @@ def test_a_random_model_is_tested_by_one_draw():
     clean = drawn("clean", [5] * 100, [0] * 100, kind="clean")
     attacked = drawn("A", [5] * 50 + [4] * 35 + [3] * 15, [0] * 100)
     report = Report([clean, attacked], about={"claim": "87"})
-    for text in forms(report):
-        assert "claim of 87 % robust accuracy in one draw: not refuted, and not proved. 87.0 % of 100" in joined(text)
     assert report.claim_test().verdict == "not refuted" and report.claim_test().left == 87
     report.about["claim"] = "97"
     assert report.claim_test().verdict == "refuted"
@@ -314,17 +235,7 @@ def test_a_claim_is_not_tested_by_a_model_that_fails_without_an_attack():
     for rows in ([clean, attacked], [nothing]):
         report = Report(rows, about={"claim": "99"})
         assert report.claim_test().verdict == "not tested"
-        for text in forms(report):
-            assert "claim of 99 % robust accuracy: not tested, because the model fails" in joined(text)
-            assert "binomial" not in text
     assert Report([attacked]).claim_test() is None
-
-
-def test_an_unreliable_number_does_not_support_a_claim():
-    report = Report([row("A", [1] * 9, health=MASKED)], about={"claim": "70"})
-    report.rows[0].reliable = False
-    for text in forms(report):
-        assert "The number is unreliable, so a better attack may refute the claim." in joined(text)
 
 
 @pytest.mark.parametrize("claim", [-1, 101, math.nan, "70", True, 0.7, 1])
@@ -347,19 +258,11 @@ def test_a_claim_is_not_tested_by_predictions_without_a_class():
     report = evaluate(broken, x, y, eps=0.1, attacks=[PGD(steps=1)], claim=95, progress=False)
     assert report.row("clean").accuracy == 1 and report.headline.accuracy == 0
     assert report.claim_test().verdict == "not tested" and report.headline.nonfinite_predictions == 64
+    whole = evaluate(model, x, y, eps=0.1, attacks=[PGD(steps=1)], claim=99.5, progress=False)
+    assert whole.about["claim"] == "99.5" and whole.about["claim_test"] == whole.claim_test().verdict != "not tested"
     # A few of them do not save a claim that the others refute.
     attacked = row("A", [0] * 60 + [1] * 40)
     attacked.nonfinite_predictions = 5
     assert claims.tested_claim(0.95, attacked, None).verdict == "refuted"
     attacked.nonfinite_predictions = 58
     assert claims.tested_claim(0.95, attacked, None).verdict == "not tested"
-
-
-def test_evaluate_takes_a_claim():
-    x, y = torch.rand(6, 1, 4, 4), torch.zeros(6).long()
-    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
-    with torch.no_grad():
-        model[1].bias[0] = 2.0
-    report = evaluate(model, x, y, eps=0.5, attacks=[PGD(steps=2)], claim=99.5, progress=False)
-    assert report.about["claim"] == "99.5" and "claim of 99.5 % robust accuracy: " in report.to_text()
-    assert report.about["claim_test"] == report.claim_test().verdict != "not tested"

@@ -16,6 +16,7 @@ from evaluating import evaluate
 from forks import together
 from safetensors.numpy import save
 from shards_work import kill_at_call
+from small_models import labelled
 from torch import nn
 
 from purify_fast import ops
@@ -65,31 +66,14 @@ def killed_at(name, number):
 
 def evaluated(out):
     """A random defence under attacks by its own gradients and by a softened copy's, with probes of a few steps."""
-    with torch.random.fork_rng([]):
-        torch.manual_seed(0)
-        net = nn.Sequential(nn.Flatten(), nn.Linear(48, 5))
-        x = torch.rand(12, 3, 4, 4)
-    with torch.no_grad():
-        y = net(x).argmax(1)
+    net, x, y = labelled(12, classes=5)
     model = NoisyEnsemble(net, 0.2, samples=2)
     soft = AttackSpec(APGD(steps=3), gradients_from=Softened(model, 10.0), label="softened", survivors_only=True)
     attacks = [PGD(steps=2), PGD(steps=2, loss="dlr"), soft]
     short = {"STEPS": 2, "ITERATIONS": (1, 3), "DRAWS": (1, 2), "JUDGES": 3}
+    options = {"eps": 0.03, "probes": True, "eot_iter": 2, "n_eval": 2, "batch_size": 6, "seed": 3}
     with mock.patch.multiple(probes, **short):
-        return evaluate(
-            model,
-            x,
-            y,
-            eps=0.03,
-            attacks=attacks,
-            probes=True,
-            eot_iter=2,
-            n_eval=2,
-            batch_size=6,
-            seed=3,
-            out=out,
-            progress=False,
-        )
+        return evaluate(model, x, y, attacks=attacks, out=out, progress=False, **options)
 
 
 def plain(report):
@@ -116,14 +100,8 @@ def test_killed_anywhere_the_report_is_the_same(tmp_path):
 
 
 def few(out):
-    with torch.random.fork_rng([]):
-        torch.manual_seed(0)
-        net, x = nn.Sequential(nn.Flatten(), nn.Linear(16, 3)), torch.rand(6, 1, 4, 4)
-    with torch.no_grad():
-        y = net(x).argmax(1)
-    short = {"STEPS": 2, "ITERATIONS": (1, 2)}
-    with mock.patch.multiple(probes, **short):
-        return evaluate(net, x, y, eps=0.1, attacks=[PGD(steps=2)], out=out, probes=True, progress=False)
+    with mock.patch.multiple(probes, STEPS=2, ITERATIONS=(1, 2)):
+        return evaluate(*labelled(6), eps=0.1, attacks=[PGD(steps=2)], out=out, probes=True, progress=False)
 
 
 @pytest.mark.parametrize("kind", ["values", "arrays", "probes"])
@@ -185,9 +163,6 @@ def test_rows_that_others_would_serve_are_made_again(tmp_path):
     assert len(list((tmp_path / "rows").glob("*[!s].safetensors"))) == 2 * count
 
 
-# -- unfinished rows and progress -------------------------------------------------------------------------------------
-
-
 def test_finished_batches_are_not_attacked_again(tmp_path, monkeypatch):
     seen, keep = [], AttackRun.keep
 
@@ -214,17 +189,11 @@ def test_finished_batches_are_not_attacked_again(tmp_path, monkeypatch):
 def test_a_log_gets_plain_lines_with_the_rate_and_the_time_left(capsys, monkeypatch, probes):
     for name in ("LINE_EVERY", "FIRST_LINE"):
         monkeypatch.setattr(f"purify_fast.evaluation.run.progress.{name}", 0.0)
-    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
-    x = torch.rand(6, 1, 4, 4)
-    with torch.no_grad():
-        y = net(x).argmax(1)
-    report = evaluate(net, x, y, eps=0.01, attacks=[PGD(steps=2), PGD(steps=3)], name="mine", probes=probes)
+    report = evaluate(*labelled(6), eps=0.01, attacks=[PGD(steps=2), PGD(steps=3)], name="mine", probes=probes)
     lines = capsys.readouterr().err.splitlines()
     # the probes come first, as a row with lines of its own
     first = "mine: row 2 of 3, PGD-2 ce:" if probes else "mine: row 1 of 2, PGD-2 ce:"
     assert any(line.startswith(first) and "predictions/s" in line for line in lines)
-    ends = [line for line in lines if "% of 6 images (" in line]
-    assert "left at most" in ends[0] and "last row" in ends[-1]
     assert (sum(line.startswith("mine: row 1 of 3, probes:") for line in lines) > 20) is probes
     assert not any("\r" in line or "\033" in line for line in lines)
     cost = re.fullmatch(r"([\d.]+) \(expected after the first attack: at most ([\d.]+)\)", report.about["seconds"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from digit_nets import digits, standard
 from evaluating import evaluate
-from torch import nn
+from small_models import Made
 
 from purify_fast.attacks import PGD
 from purify_fast.attacks.attacked_model import differ
@@ -13,28 +13,20 @@ from purify_fast.autoattack import AutoAttack
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-class Scaled(nn.Module):
+def scaled(scale, offset, sigma):
     """The network behind noise of a standard deviation ``sigma``, its logits scaled and moved."""
-
-    def __init__(self, scale, offset, sigma):
-        super().__init__()
-        self.inner, self.scale, self.offset, self.sigma = standard(), scale, offset, sigma
-
-    def forward(self, x):
-        return self.scale * (self.inner(x + self.sigma * torch.randn_like(x)) + self.offset)
+    return Made(lambda self, x: scale * (self.inner(x + sigma * torch.randn_like(x)) + offset), inner=standard())
 
 
-class LastBits(nn.Module):
+def last_bits(scale, offset):
     """A deterministic network whose sums are added up in another order every time, as kernels on a GPU may do it."""
 
-    def __init__(self, scale, offset):
-        super().__init__()
-        self.inner, self.scale, self.offset = standard(), scale, offset
-
-    def forward(self, x):
-        logits = self.scale * (self.inner(x) + self.offset)
+    def how(self, x):
+        logits = scale * (self.inner(x) + offset)
         bits = logits.abs().amax() * torch.finfo(logits.dtype).eps
         return logits + bits * torch.randint(-2, 3, logits.shape)
+
+    return Made(how, inner=standard())
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e-8, 1.0, 1e6])
@@ -42,25 +34,22 @@ class LastBits(nn.Module):
 def test_the_scale_of_the_logits_does_not_matter(scale, offset):
     x, y = (part[:16] for part in digits()[2:])
     options = {"eps": 0.1, "steps": 2, "eot_iter": 3, "n_eval": 4, "attacks": [PGD()], "progress": False}
-    noisy = evaluate(Scaled(scale, offset, 0.3), x, y, **options)
+    noisy = evaluate(scaled(scale, offset, 0.3), x, y, **options)
     assert [row.n_eval for row in noisy.rows] == [4, 4, 4] and noisy.rows[1].settings["eot_iter"] == 3
     assert not noisy.rows[0].deterministic
-    for still in (Scaled(scale, offset, 0.0), LastBits(scale, offset)):
+    for still in (scaled(scale, offset, 0.0), last_bits(scale, offset)):
         found = evaluate(still, x, y, **options)
         assert [row.n_eval for row in found.rows] == [1, 1, 1] and found.rows[1].settings["eot_iter"] == 1
         assert found.rows[0].deterministic
 
 
-class Sometimes(nn.Module):
+def sometimes(where):
     """The network behind noise, which only some images get."""
 
-    def __init__(self, where):
-        super().__init__()
-        self.inner, self.where = standard(), where
+    def how(self, x):
+        return self.inner(x + 0.3 * where(self, x).float()[:, None, None, None] * torch.randn_like(x))
 
-    def forward(self, x):
-        noisy = self.where(self, x).float()[:, None, None, None]
-        return self.inner(x + 0.3 * noisy * torch.randn_like(x))
+    return Made(how, inner=standard())
 
 
 def off_the_grid(_, x):
@@ -92,7 +81,7 @@ def test_a_model_that_draws_for_some_images_only_is_random(name, order, caplog):
     x, y = (part[:16] for part in digits()[2:]) if name == "attacked" else surest_first(48)
     x, y = (x, y) if order == "surest first" else (x.flip(0), y.flip(0))
     options = {"eps": 0.1, "steps": 5, "eot_iter": 3, "n_eval": 4, "attacks": [PGD()], "progress": False}
-    found = evaluate(Sometimes(RULES[name]), x, y, **options)
+    found = evaluate(sometimes(RULES[name]), x, y, **options)
     assert not found.rows[0].deterministic and [row.n_eval for row in found.rows] == [4, 4, 4]
     assert found.rows[1].settings["eot_iter"] == 3
     again = "two predictions of the same attacked images differ"
@@ -101,7 +90,7 @@ def test_a_model_that_draws_for_some_images_only_is_random(name, order, caplog):
 
 def test_the_class_autoattack_averages_draws_of_such_a_model(capsys):
     x, y = surest_first(24)
-    adversary = AutoAttack(Sometimes(off_the_grid), norm="Linf", eps=0.1, attacks_to_run=["apgd-ce"], version="custom")
+    adversary = AutoAttack(sometimes(off_the_grid), norm="Linf", eps=0.1, attacks_to_run=["apgd-ce"], version="custom")
     adversary.apgd.n_iter = 2
     adversary.run_standard_evaluation(x, y)
     assert "the model is random, but each step uses a single draw" in capsys.readouterr().out

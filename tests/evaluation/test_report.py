@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from evaluating import evaluate
+from small_models import Purifying
 
 from purify_fast import zoo
 from purify_fast.attacks import PGD
@@ -60,6 +61,8 @@ def test_json_round_trip():
     assert back.rows[0].robust.dtype == bool and back.rows[0].robust.tolist() == [True, False, True, True]
     assert back.rows[0].settings == {"steps": 3, "eps": 0.1, "target": None} and back.rows[1].health is None
     assert back.paired(report, "PGD").difference == 0
+    small = row(health={"gradients": 10000, "nonfinite": 1, "zero": 30, "images": 0, "unmoved": 0})
+    assert small.describe_health() == "0.01 % / 0.3 % / -"
     with pytest.raises(ValueError, match="got 99"):
         Report.from_json(text.replace('"format": 3', '"format": 99'))
 
@@ -70,10 +73,7 @@ def test_numbers_in_the_tables():
     assert '| PGD | 25.0 ± 21.7 | 75.0 ± 21.7 **<span style="color:red">unreliable</span>** |' in text
     assert "| a | PGD | as it is | - | 4 | 25.0 ± 21.7 | 25.0 | 1 | 0 % / 0 % / 0 % |  | 3 | 1.5 |" in text
     assert "40 % / 0 % / 0 %" in text and text.count("- note") == 1
-    assert (
-        "**b: 75.0 ± 21.7 %** of 4 images are still classified correctly" in text
-        and "a better attack may leave less" in text
-    )
+    assert "**b: 75.0 ± 21.7 %** of 4 images are still classified correctly" in text
     plain, colored = report.to_text(color=False), report.to_text(color=True)
     assert "\033" not in plain and "75.0 ± 21.7 unreliable" in plain and "\033[31m75.0 ± 21.7 unreliable" in colored
 
@@ -122,11 +122,6 @@ def test_what_cannot_be_paired_or_merged_is_refused():
         Report([row("a")]).paired(Report([row("b")]), "no such row")
 
 
-def test_small_shares_are_not_rounded_to_none():
-    r = row(health={"gradients": 10000, "nonfinite": 1, "zero": 30, "images": 0, "unmoved": 0})
-    assert r.describe_health() == "0.01 % / 0.3 % / -"
-
-
 class Purifier(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -153,8 +148,9 @@ def test_a_report_is_saved_with_its_page(tmp_path):
     assert set(os.listdir(tmp_path / "run")) == {"report.html", "report.json", "report.md"}
     assert Report.from_json((tmp_path / "run/report.json").read_text()).to_json() == report.to_json()
     assert (tmp_path / "run/report.md").read_text() == report.to_markdown()
-    # five reconstructions, of which four are shown, beside three columns
-    for defence, columns in ((model, 7), (None, 3), (One(), 4)):
+    # five reconstructions, of which four are shown, or one purified image, beside three columns
+    flipped = Purifying(lambda images: images.flatten(1)[:, :4], lambda images: images.flip(3))
+    for defence, columns in ((model, 7), (None, 3), (flipped, 4)):
         assert report.to_html(defence).count("<img ") == 6 * columns
     examples = report.rows[1].examples
     arrays = [part for part in vars(examples).values() if part is not None]
@@ -167,16 +163,6 @@ def test_a_report_is_saved_with_its_page(tmp_path):
     with pytest.raises(ValueError, match="mapping"):
         both.save(tmp_path / "two", model)
     assert both.to_html({"m 1": model}).count("<img ") == 6 * 7
-
-
-class One(torch.nn.Module):
-    """Purifies each image once, and has no logits of its own draws."""
-
-    def purify(self, x):
-        return x.flip(3)
-
-    def forward(self, x):
-        return x.flatten(1)[:, :4]
 
 
 def about(threat="L-inf 8/255", **more):
@@ -276,8 +262,7 @@ def test_a_report_says_what_repeats_it(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.orig_argv", ["/usr/bin/python3", "judge.py", "--fast"])
     torch.manual_seed(0)
     model, x = Purifier(), torch.rand(6, 3, 6, 6)
-    with torch.no_grad():
-        y = model(x).argmax(1)
+    y = model(x).argmax(1)
     report = evaluate(model, x, y, eps=0.5, steps=2, attacks=[PGD()], n_eval=2, seed=7, progress=False)
     assert not report.row("PGD-2 ce").robust.all()
     report.save(tmp_path, model)
@@ -287,19 +272,12 @@ def test_a_report_says_what_repeats_it(tmp_path, monkeypatch):
     model.head.weight.data += 1
     changed = evaluate(model, x, y, eps=0.5, attacks=[], progress=False)
     assert changed.about["model"] != report.about["model"]
-    told = {
-        "command": "python judge.py --fast",
-        "processor": report.about["processor"],
-        "hash": report.about["model"],
-        "date": date,
-        "images: 6": "6",
-        "seed: 7": "7",
-    }
-    page = html.unescape((tmp_path / "report.html").read_text())
-    for word, value in told.items():
-        assert word in (tmp_path / "report.md").read_text() and value in (tmp_path / "report.md").read_text()
-        assert value in page
-    assert "<dt>hash of the model</dt>" in page and 'class="gallery"' in page
+    told = ["python judge.py --fast", report.about["processor"], report.about["model"], date, "6", "7"]
+    for name in ("report.html", "report.md"):
+        assert all(value in html.unescape((tmp_path / name).read_text()) for value in told)
+    # what was typed has no command that repeats it
+    monkeypatch.setattr("sys.argv", ["-c"])
+    assert "command" not in evaluate(model, x, y, eps=0.5, attacks=[], progress=False).about
 
 
 def test_the_precision_of_a_model_is_told():
@@ -313,9 +291,3 @@ def test_the_precision_of_a_model_is_told():
     x, y = torch.rand(2, 1, 16, 16), torch.zeros(2, dtype=torch.int64)
     assert evaluate(model, x, y, eps=0.1, attacks=[], progress=False).about["precision"] == "bfloat16"
     assert "precision" not in evaluate(model.accelerate(None), x, y, eps=0.1, attacks=[], progress=False).about
-
-
-def test_code_that_was_typed_has_no_command_that_repeats_it(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["-c"])
-    report = evaluate(Purifier(), torch.rand(2, 3, 6, 6), torch.zeros(2).long(), eps=0.1, attacks=[], progress=False)
-    assert "command" not in report.about

@@ -1,7 +1,6 @@
 """A report misleads nobody: about a variant that is none, a number of a mode that nobody deploys, a doubt, a sign."""
 
 import contextlib
-import html
 import logging
 from pathlib import Path
 
@@ -15,11 +14,10 @@ from torch import nn
 from purify_fast import load_dataset, zoo
 from purify_fast.attacks import PGD
 from purify_fast.defences import NoisyEnsemble
-from purify_fast.evaluation import AttackSpec, Report
-from purify_fast.evaluation.alarms import Evidence, Finding, Probes, findings
+from purify_fast.evaluation import AttackSpec
+from purify_fast.evaluation.alarms import Evidence, Probes, findings
 from purify_fast.evaluation.request.subject import Subject
 from purify_fast.evaluation.results.rows import by_worst_points
-from purify_fast.evaluation.show.page import html_page
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -73,9 +71,6 @@ def judged(model, attacks, n=12, **more):
     return evaluate(model, x, y, attacks=attacks, **options | more)
 
 
-# -- a variant is checked before it is attacked -------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("seeds", "wrong"),
     [
@@ -88,13 +83,10 @@ def test_noise_that_is_not_fixed_is_not_attacked_as_fixed(seeds, wrong, n, caplo
     with caplog.at_level(logging.WARNING, "purify_fast"):
         report = judged(Noisy(seeds), [PGD(), AttackSpec(PGD(), "fixed")], n)
     assert report.attacks == ["clean", "PGD-5 ce", "worst"]
-    (note,) = report.notes
+    note = report.notes[0]
     assert note.startswith("m: PGD-5 ce, fixed noise was left out: within a block of fixed_noise(seed), ")
     assert wrong in note and note in caplog.messages
-
-
-def test_a_mode_without_noise_that_draws_is_not_attacked():
-    report = judged(Noisy(quiet=False), [AttackSpec(PGD(), "deterministic")])
+    report = judged(Noisy(quiet=False), [AttackSpec(PGD(), "deterministic")], n)
     assert report.attacks == ["clean"] and "within a block of deterministic(), two calls" in report.notes[0]
 
 
@@ -106,9 +98,6 @@ def test_no_defence_that_keeps_its_promise_is_refused(name, bfloat16):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
         subject = Subject(model.eval(), *digits(8), batch_size=8, n_eval=2, seed=3)
         assert subject.is_random and subject.fault("fixed") is None and subject.fault("deterministic") is None
-
-
-# -- the headline is the deployed defence's -----------------------------------------------------------------------
 
 
 def test_the_headline_is_the_deployed_defences():
@@ -125,9 +114,7 @@ def test_the_headline_is_the_deployed_defences():
     assert of["worst, fixed"].settings["over"] == ["PGD-5 ce, fixed noise", "PGD-5 dlr, fixed noise"]
     # no row of the variant, whatever it left
     assert report.headline is of["worst"] and of["worst"].variant == "random"
-    lowest = of["worst, fixed"].accuracy
-    for text in forms(report):
-        assert f"With fixed noise, which is not the model as it is deployed: {100 * lowest:.1f} ± " in text
+    assert all(f"{100 * of['worst, fixed'].accuracy:.1f} ± " in text for text in forms(report))
 
 
 def test_a_variant_vouches_for_no_gradients_of_the_deployed_defence():
@@ -161,9 +148,6 @@ def test_both_rows_of_a_variant_are_kept(tmp_path, monkeypatch):
     assert [r.robust.tolist() for r in again.rows] == [r.robust.tolist() for r in first.rows]
 
 
-# -- a doubt is no weaker than the number -------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("left", "verdict"), [(13, "noted"), (40, "unreliable")])
 def test_draws_that_leave_more_than_the_report_are_no_doubt(left, verdict):
     """Gradients over 16 draws leave 45 % of 64 images, over one draw 64 %; the report leaves 20 or 62 %."""
@@ -171,8 +155,6 @@ def test_draws_that_leave_more_than_the_report_are_no_doubt(left, verdict):
     rows = [row("clean", np.ones(64), kind="clean"), row("APGD", np.arange(64) < left, kind="apgd")]
     said = {finding.alarm: finding for finding in findings(Evidence(rows, probes))}
     assert said["noise and seeds"].verdict == verdict
-    weaker = "the attacks of the report leave 20 % of the same images, which is less"
-    assert (weaker in said["noise and seeds"].measured) is (left == 13)
 
 
 def test_the_zoo_does_not_doubt_a_number_of_0():
@@ -185,36 +167,11 @@ def test_only_attacks_along_own_gradients_can_lack_them():
     others = [row("Square", [1, 1, 0, 1], kind="square", health=None), row("T", [1, 1, 1, 1], transferred=True)]
     rows = [row("clean", [1, 1, 1, 1], kind="clean", health=None), *others]
     rows += [row(name, [1, 1, 1, 1], health=MASKED) for name in ("A", "B")]
-    said = {finding.alarm: finding for finding in findings(Evidence(rows))}
-    assert said["gradient health"].measured.startswith(
-        "all 2 attacks along the model's own gradients could not use them: "
-    )
-    page = html.unescape(" ".join(html_page(Report(rows[:3])).split()))
-    assert "every attack" not in page and "The attack along" not in page
-    one = {finding.alarm: finding for finding in findings(Evidence(rows[:4]))}
-    assert one["gradient health"].measured.startswith(
-        "the only attack along the model's own gradients could not use them"
-    )
-
-
-# -- the page says one thing --------------------------------------------------------------------------------------
-
-
-def test_the_page_and_its_signs_agree():
-    rows = [row("clean", [1, 1, 1, 1], kind="clean", health=None), row("A", [1, 0, 1, 1]), row("B", [1, 1, 0, 1])]
-    rows.append(row("C", [1, 1, 1, 1], health=MASKED))
-    said = findings(Evidence(rows))
-    sign = next(finding for finding in said if finding.alarm == "gradient health")
-    assert sign.verdict == "noted" and sign.measured.startswith(
-        "1 of 3 attacks along the model's own gradients could not use them: "
-    )
-    over = {"over": ["A", "B", "C"], "attacked": 4}
-    rows.append(row("worst", [1, 0, 0, 1], kind="worst", health=None, settings=over))
-    report = Report(rows, findings=[Finding(f.alarm, f.verdict, f.measured, f.row, "m") for f in said])
-    page = " ".join(html_page(report).split())
-    card = page.split("</section>")[0]
-    assert "1 of 3 attacks along the model's own gradients could not use them; the others could." in html.unescape(card)
-    assert "could use them" not in page and 'class="card"' in card
-    assert "none of these gives a reason to doubt the number. Noted: gradient health." in page
-    assert page.count('class="bar masked"') == 1
-    assert "noted: worth knowing, and no reason to doubt the number" in " ".join(report.to_markdown().split())
+    some = [rows[0], row("A", [1, 0, 1, 1]), row("B", [1, 1, 0, 1]), rows[-1]]
+    for given, verdict, begins in (
+        (rows, "unreliable", "all 2 attacks along"),
+        (rows[:4], "unreliable", "the only attack along"),
+        (some, "noted", "1 of 3 attacks along"),
+    ):
+        said = {finding.alarm: finding for finding in findings(Evidence(given))}["gradient health"]
+        assert said.verdict == verdict and said.measured.startswith(begins)

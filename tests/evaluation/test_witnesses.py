@@ -10,7 +10,7 @@ import digit_nets
 import pytest
 import torch
 from evaluating import evaluate
-from torch import nn
+from small_models import Made
 
 from purify_fast import cli
 from purify_fast.attacks import APGD, PGD
@@ -56,8 +56,7 @@ def test_every_image_that_fell_is_kept_as_the_model_saw_it(tmp_path, norm, eps):
         assert torch.equal(getattr(read, name), getattr(kept, name)), name
     x, y = digit_nets.digits()[2:]
     assert torch.equal(kept.clean, x[kept.numbers]) and torch.equal(kept.labels, y[kept.numbers])
-    with torch.no_grad():
-        assert (digit_nets.standard()(kept.adversarial).argmax(1) != kept.labels).all()
+    assert (digit_nets.standard()(kept.adversarial).argmax(1) != kept.labels).all()
     # the pictures are those of a report that keeps some
     some = evaluate(digit_nets.standard(), x[:40], y[:40], eps=eps, norm=norm, attacks=[PGD(steps=2)], progress=False)
     assert some.witnesses is None
@@ -134,25 +133,18 @@ def test_damaged_and_missing_files_are_refused(tmp_path, capsys):
         saved(tmp_path, keep="every")
 
 
-class Noisy(nn.Module):
+def noisy():
     """The standard network, with noise on its logits."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = digit_nets.standard()
-
-    def forward(self, x):
-        logits = self.net(x)
-        return logits + 2 * torch.randn_like(logits)
+    return Made(lambda self, x: (z := self.net(x)) + 2 * torch.randn_like(z), net=digit_nets.standard())
 
 
 @pytest.mark.parametrize("predict", ["worst_of", "votes"])
 def test_a_random_model_is_tried_by_the_rule_of_the_report(tmp_path, predict):
-    report = saved(tmp_path, Noisy(), predict=predict, n_eval=5)
+    report = saved(tmp_path, noisy(), predict=predict, n_eval=5)
     clean, worst = report.row("clean"), report.row("worst")
     kept = set(report.witnesses.numbers.tolist())
     assert set((~worst.robust & (worst.wrong > clean.wrong)).nonzero()[0]) <= kept <= set((~worst.robust).nonzero()[0])
-    checked = check_witnesses(tmp_path, Noisy())
+    checked = check_witnesses(tmp_path, noisy())
     assert checked.draws == (5 if predict == "worst_of" else 1)
     assert checked.falls.tolist() == (checked.wrong > 0).tolist() and checked.falls.mean() > 0.8
     if predict == "worst_of":

@@ -6,7 +6,7 @@ import torch
 from digit_nets import digits, standard
 from evaluating import evaluate
 from input_gradients import input_gradient
-from torch import nn
+from small_models import labelled
 
 from purify_fast.attacks import APGD, FABT, PGD, Square, StAdv, apgd, fab_t, fgsm, pgd, square, stadv
 from purify_fast.evaluation import AttackSpec
@@ -130,16 +130,9 @@ def test_errors_of_a_model_stay_its_own():
             call()
 
 
-# -- inference mode ---------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def trio():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(27, 4)).eval()
-    x = torch.rand(12, 3, 3, 3)
-    with torch.no_grad():
-        return model, x, model(x).argmax(1)
+    return labelled(12, classes=4)
 
 
 @pytest.mark.parametrize("attack", [apgd, pgd, fab_t, fgsm, stadv, input_gradient])

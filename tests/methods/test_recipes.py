@@ -16,7 +16,7 @@ from purify_fast.methods.carso.recipes import CarsoRecipe
 from purify_fast.methods.carso.task import kl_weight
 from purify_fast.methods.recipes import RECIPES, recipe
 from purify_fast.models import build_classifier
-from purify_fast.training import BankConfig, Batch, Callback, fit
+from purify_fast.training import BankConfig, Batch, fit
 from purify_fast.training.loop import train_step
 from purify_fast.training.optimizers import set_learning_rate
 from purify_fast.training.run import _NO_FACTS
@@ -104,9 +104,7 @@ def length_of(made):
 def weight_of(task, step, length):
     """The weight of the delayed term at a step."""
     epoch = step // length.steps_per_epoch
-    batch = Batch(
-        torch.empty(0), torch.empty(0), torch.empty(0), 0, epoch, length.epochs, step, length.images_before(step)
-    )
+    batch = Batch(*[torch.empty(0)] * 3, 0, epoch, length.epochs, step, length.images_before(step))
     config = task.config
     if hasattr(config, "cls_weight"):
         return config.cls_weight if batch.progress_in(config.cls_delay_unit) >= config.cls_delay else 0.0
@@ -137,9 +135,8 @@ def test_rates_and_weights_over_the_whole_schedule(name):
     # the delayed term acts from the first step at which its weight is above 0, and is not refused
     acts = task.terms(length)
     last = {"kl", "cross_entropy", "distance"} & set(acts)
-    first = min(
-        step for step in range(0, length.steps, 1 if steps > 200 else steps) if weight_of(task, step, length) > 0
-    )
+    every = range(0, length.steps, 1 if steps > 200 else steps)
+    first = min(step for step in every if weight_of(task, step, length) > 0)
     assert max(acts[term] for term in last) == first
 
 
@@ -196,13 +193,8 @@ def trained(name, folder=None, **settings):
 
 
 #: The setting that weights each delayable or additional term.
-WEIGHTS = {
-    "kl": "beta",
-    "cross_entropy": "cls_weight",
-    "distance": "distillation_weight",
-    "reconstruction": "reconstruction_weight",
-    "deceived": "gan_weight",
-}
+WEIGHTS = {"kl": "beta", "cross_entropy": "cls_weight", "distance": "distillation_weight", "deceived": "gan_weight"}
+WEIGHTS["reconstruction"] = "reconstruction_weight"
 
 
 @pytest.mark.slow
@@ -316,56 +308,24 @@ OWN = {
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_a_recipe_trains_on_a_loader_of_own_images(name, tmp_path):
-    """Three classes, grey, 16 x 24 pixels; stopped after an epoch and resumed."""
+def test_what_deviates_on_own_images_is_told(name):
+    """Three classes, grey, 16 x 24 pixels. tests/cli/test_own_data.py trains on such images."""
     made = recipe(name).for_data((1, 16, 24), 3, mean=(0.4,), std=(0.3,)).for_batch(8)
-    epochs = 3
-    loop = dataclasses.replace(made.loop(), epochs=epochs, steps_per_epoch=None)
-    x, y = torch.rand(24, 1, 16, 24, generator=torch.Generator().manual_seed(0)), torch.arange(24) % 3
-
-    def train(folder, stop=False):
-        torch.manual_seed(0)
-        classifier = build_classifier("wide_resnet", made.image_shape, 3, depth=10, width=1)
-        task = made.task(classifier if name.startswith("arrest") else made.defence(classifier, **OWN[name]))
-        attack = dataclasses.replace(task.config.attack, steps=10 if name.startswith("atop") else 1, alpha=None)
-        delay = {"carso": {"kl_delay": 0.0}, "atop": {"cls_delay": 0}}.get(name.partition("/")[0], {})
-        task.config = dataclasses.replace(task.config, attack=attack, **delay)
-        loader = torch.utils.data.DataLoader(
-            torch.utils.data.TensorDataset(x, y), 8, shuffle=True, generator=torch.Generator()
-        )
-        callbacks = [Stops()] if stop else []
-        fit(task, loader, None, loop, folder, progress=False, callbacks=callbacks)
-        return task
-
-    with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "resumed", stop=True)
-    task, whole = train(tmp_path / "resumed"), train(tmp_path / "whole")
-    for one, other in zip(task.result.parameters(), whole.result.parameters(), strict=True):
-        assert torch.equal(one, other)
+    classifier = build_classifier("wide_resnet", made.image_shape, 3, depth=10, width=1)
+    task = made.task(classifier if name.startswith("arrest") else made.defence(classifier, **OWN[name]))
+    loop = dataclasses.replace(made.loop(), epochs=3, steps_per_epoch=None)
     found = points(made, task, loop=loop, given={"data.name": "mine"})
     assert found["data.image_shape"].startswith("(1, 16, 24) (published: (3, ")
     assert found["data.num_classes"] == "3 (published: 10)" and found["data.name"] == "mine (published: cifar10)"
-    assert found["loop.epochs"] == f"{epochs} (published: {recipe(name).loop().epochs})"
+    assert found["loop.epochs"] == f"3 (published: {recipe(name).loop().epochs})"
     if name.startswith("carso"):
         # the rate is 1e-4 times the images of a process in a batch of 8 times as many
         assert found["method.learning_rate"] == "0.0001 (published: 0.064)"
         assert found["data.mean"] == "(0.4) (published: (0.4914, 0.4822, 0.4465))"
         assert found["defence.decoder"].startswith("not one of the paper")
-        assert task.defence.arguments["layers"] == classifier_layers(10)
+        assert task.defence.arguments["layers"] == classifier.representation_layers()
     if name.startswith("atop"):
         assert found["defence.block"] == "2 (published: 32)"
-
-
-def classifier_layers(depth):
-    return build_classifier("wide_resnet", (3, 8, 8), 2, depth=depth, width=1).representation_layers()
-
-
-class Stops(Callback):
-    """Stops after the first epoch."""
-
-    def on_step(self, state):
-        if state.epoch == 1:
-            raise KeyboardInterrupt
 
 
 def test_the_published_block_is_the_default_for_images_of_the_published_size():

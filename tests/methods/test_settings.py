@@ -26,6 +26,7 @@ def atop_defence(**options):
     return Atop(SmallCNN(width=4), SmallGenerator(1, width=2), (1, 16, 16), **{"block": 4, **options})
 
 
+PIPELINE = {"attack_target": "pipeline", "joint": True}
 #: Classes, settings that each of them refuses, and the words of the error.
 REFUSED = {
     arrest: [
@@ -80,14 +81,8 @@ REFUSED = {
         ({"attack_target": "pipeline", "free_bits": 2.0}, r"free_bits 2\.0 needs attack_target='classifier'"),
         ({"joint": True}, "attack_target must be 'pipeline' if joint=True"),
         ({"targets": "classifier"}, "attack_target must be 'pipeline' if .*targets='classifier'"),
-        (
-            {"attack_target": "pipeline", "targets": "classifier", "joint": True},
-            "no frozen classifier, got .*'classifier'",
-        ),
-        (
-            {"attack_target": "pipeline", "joint": True, "precision": "bfloat16"},
-            "no frozen classifier, got .*'bfloat16'",
-        ),
+        (PIPELINE | {"targets": "classifier"}, "no frozen classifier, got .*'classifier'"),
+        (PIPELINE | {"precision": "bfloat16"}, "no frozen classifier, got .*'bfloat16'"),
         ({"random_start": False}, "random_start=True and start_std=None"),
         ({"kl_delay": 1.0}, r"kl_delay must be in \[0, 1\) as a share of the epochs, got 1.0"),
         ({"kl_delay": -1.0, "kl_delay_unit": "steps"}, "kl_delay must be at least 0 and finite, got -1.0"),

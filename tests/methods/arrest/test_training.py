@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from small_models import configured
+from small_models import Made, configured
 from torch import nn
 from torch.nn import functional as F
 
@@ -67,35 +67,22 @@ def frozen_to(monkeypatch, task, drift):
     monkeypatch.setattr(task, "drift", lambda x, of_teacher: torch.as_tensor(drift, dtype=torch.float32))
 
 
-class Vector(nn.Module):
+def vector(*values):
     """The same vector for every image."""
-
-    def __init__(self, *values):
-        super().__init__()
-        self.values = nn.Parameter(torch.tensor(values))
-
-    def forward(self, x):
-        return self.values + 0 * x.flatten(1).mean(1, keepdim=True)
+    how = lambda self, x: self.values + 0 * x.flatten(1).mean(1, keepdim=True)  # noqa: E731
+    return Made(how, values=nn.Parameter(torch.tensor(values)))
 
 
-class Given(nn.Module):
+def fixed(*values):
     """Logits (2, 1, 0) and a given representation."""
-
-    def __init__(self, *values):
-        super().__init__()
-        self.features, self.logits = Vector(*values), Vector(2.0, 1.0, 0.0)
-
-    def forward(self, x):
-        return self.logits(x) + 0 * self.features(x).sum()
+    parts = {"features": vector(*values), "logits": vector(2.0, 1.0, 0.0)}
+    return Made(lambda self, x: self.logits(x) + 0 * self.features(x).sum(), **parts)
 
 
 def given(student, teacher, **options):
-    task = arrest(Given(*student), ["features"], Given(*teacher), **options)
+    task = arrest(fixed(*student), ["features"], fixed(*teacher), **options)
     step = dataclasses.replace(batch(4), y=torch.zeros(4, dtype=torch.int64))
     return task, step
-
-
-# -- the specification's numbers -------------------------------------------------------------------------------------
 
 
 def test_fact_3_thresholds():
@@ -155,9 +142,8 @@ def test_fact_8_nothing_drifts_at_the_start(make):
     assert distance == 0
     found = torch.autograd.grad(distance, list(task.model.parameters()), allow_unused=True)
     assert any(g is not None for g in found) and all(g is None or not g.any() for g in found)
-    assert (
-        (task.loss(task.attack(step, task.config.attack), step.y, of_teacher)[1]["distance"]) > 0
-    )  # of attacked images it has one
+    attacked = task.attack(step, task.config.attack)
+    assert task.loss(attacked, step.y, of_teacher)[1]["distance"] > 0
 
 
 def test_fact_9_learning_rates():
@@ -188,9 +174,6 @@ def test_fact_10_noise_and_attack_bounds(monkeypatch):
     adversarial, share = task.inputs(step, [])
     assert adversarial.min() >= 0 and adversarial.max() <= 1 and share == 0
     assert (adversarial - step.x).abs().max().item() == pytest.approx(eps, abs=1e-6)  # 20 / 255 would be further
-
-
-# -- the inputs --------------------------------------------------------------------------------------------------------
 
 
 def test_only_examples_that_are_not_replayed_are_attacked(monkeypatch):
@@ -237,9 +220,8 @@ def test_the_attack_sees_cross_entropy_alone(norm):
     for weight in (0.0, 50.0, 1e4):
         task = arrest(moved(cnn()), teacher=cnn(), distillation_weight=weight, replay=False, norm=norm)
         found.append(task.inputs(step, [])[0])
-    direct = pgd(
-        moved(cnn()), step.x, step.y, eps=EPS, alpha=0.1, steps=2, norm=norm, seed=7, sample_ids=step.sample_ids
-    )
+    options = {"eps": EPS, "alpha": 0.1, "steps": 2, "norm": norm, "seed": 7, "sample_ids": step.sample_ids}
+    direct = pgd(moved(cnn()), step.x, step.y, **options)
     assert all(torch.equal(x, direct) for x in found)
     assert not torch.equal(direct, step.x)
 
@@ -267,9 +249,6 @@ def test_the_drift_tests_mode(mode):
         assert model.norm.num_batches_tracked == before["norm.num_batches_tracked"] + 1 and drift.all()
         assert not torch.equal(model.norm.running_mean, before["norm.running_mean"])
     assert model.training and not drift.requires_grad
-
-
-# -- the loss ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_distance_is_between_the_student_on_its_input_and_the_teacher_on_the_clean_image():
@@ -371,9 +350,6 @@ def test_the_teacher_is_the_students_start_unless_one_is_given():
     assert not torch.equal(arrest(model).teacher(step)[0], want)
 
 
-# -- the teacher, read once ------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("options", [{}, {"pooled": True}, {"precision": "bfloat16"}])
 def test_a_kept_representation_gives_the_same_losses(options, monkeypatch):
     digits = data.load_dataset("digits")
@@ -401,24 +377,12 @@ def test_a_kept_representation_is_not_for_augmented_or_other_images(first, augme
         fit(task, digits.x_train[:32], digits.y_train[:32], FitConfig(1, 16, **augmentation))
 
 
-# -- the extras --------------------------------------------------------------------------------------------------------
-
-
 def test_awp_by_hand():
-    """The gradient is that at the perturbed weights, the step is from the weights as they were, and BatchNorm's
-    statistics see the batch once, at the perturbed weights."""
+    """The gradient and BatchNorm's only update are at the perturbed weights; the step is from those before."""
     gamma, rate = 0.05, 0.1
     model = moved(resnet()).train()
-    task = arrest(
-        model,
-        teacher=resnet(),
-        awp_gamma=gamma,
-        learning_rate=rate,
-        momentum=0.0,
-        weight_decay=0.0,
-        replay=False,
-        distillation_weight=2.0,
-    )
+    options = {"learning_rate": rate, "momentum": 0.0, "weight_decay": 0.0, "replay": False, "distillation_weight": 2.0}
+    task = arrest(model, teacher=resnet(), awp_gamma=gamma, **options)
     step = batch()
     before, of_teacher = states(model), task.teacher(step)
     x, _ = task.inputs(step, of_teacher)
@@ -484,9 +448,8 @@ def test_the_moving_average_by_hand():
         torch.testing.assert_close(value, average[name], rtol=1e-6, atol=1e-7)
     assert not same(states(task.result), states(model)) and task.result.norm.num_batches_tracked == 2
     assert not any(m._forward_hooks for m in task.result.modules())
-    assert not {id(p) for p in task.result.parameters()} & {
-        id(p) for group in task.optimizer.param_groups for p in group["params"]
-    }
+    trained = {id(p) for group in task.optimizer.param_groups for p in group["params"]}
+    assert not {id(p) for p in task.result.parameters()} & trained
     assert arrest(model).result is model
 
 
@@ -502,9 +465,6 @@ def test_a_run_is_resumed_with_the_same_settings_and_start_only(tmp_path):
     ):
         with pytest.raises(ValueError, match=named):
             fit(other, x, y, FitConfig(1, 16), tmp_path)
-
-
-# -- precision and compilation ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", [cnn, resnet])
@@ -557,14 +517,11 @@ def test_a_compiled_attack_is_the_attack(monkeypatch):
             assert apart.gt(1e-3).float().mean() < 0.01
 
 
-# -- what is refused ---------------------------------------------------------------------------------------------------
-
-
 def test_layers_that_are_none():
     with pytest.raises(ValueError, match=r"no module 'hiden'; near: hidden"):
         arrest(layers=["hiden"])
-    with pytest.raises(ValueError, match=r"layers must be given for a Given: .*features"):
-        arrest(Given(1.0, 2.0))
-    arrest(Given(1.0, 2.0), distillation_weight=0.0, replay=False)  # nothing is read
+    with pytest.raises(ValueError, match=r"layers must be given for a Made: .*features"):
+        arrest(fixed(1.0, 2.0))
+    arrest(fixed(1.0, 2.0), distillation_weight=0.0, replay=False)  # nothing is read
     with pytest.raises(ValueError, match=r"must map images \[B, 3, 16, 16\] to logits"):
         arrest(shape=(3, 16, 16))

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from evaluating import evaluate
-from small_models import lively
+from small_models import Made, lively
 from torch import nn
 
 import purify_fast
@@ -23,16 +23,9 @@ from purify_fast.training.config import TrainingAttack
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-class Identity(nn.Module):
+def identity():
     """A purifier of a user's own: what it is given."""
-
-    def __init__(self):
-        super().__init__()
-        self.gain = nn.Parameter(torch.ones(()))
-
-    def forward(self, image, mask):
-        assert mask.shape == (len(image), 1, *image.shape[2:])
-        return self.gain * image
+    return Made(lambda self, image, mask: self.gain * image, gain=nn.Parameter(torch.ones(())))
 
 
 def defence(purifier=None, shape=(1, 16, 16), classifier=None, **options):
@@ -49,7 +42,7 @@ def images(n=6, shape=(1, 16, 16)):
 @pytest.mark.parametrize("transform", ["rt1", "rt2"])
 def test_what_reaches_the_classifier(transform):
     """Nothing is pasted back: of the identity, hidden blocks are mid-grey, the rest is what it was, noise and all."""
-    made, x = defence(Identity(), transform=transform, sigma=0.1), images()
+    made, x = defence(identity(), transform=transform, sigma=0.1), images()
     with made.fixed_noise(3):
         packed, owners = made.draw(x)
         purified = made.purify(x)
@@ -62,11 +55,9 @@ def test_what_reaches_the_classifier(transform):
 
 
 def test_rt3_takes_each_block_from_the_pass_that_did_not_see_it():
-    class Painter(nn.Module):
-        def forward(self, image, mask):
-            return torch.where(mask > 0, 0.5, -0.5).expand_as(image)  # the hole light, the rest dark
-
-    made = defence(Painter(), transform="rt3", num_passes=4, samples=2)
+    # the hole light, the rest dark
+    painter = Made(lambda self, image, mask: torch.where(mask > 0, 0.5, -0.5).expand_as(image))
+    made = defence(painter, transform="rt3", num_passes=4, samples=2)
     assert (made.purify(images()) == 0.75).all() and made.purify(images()).shape == (6, 2, 1, 16, 16)
     packed, _ = made.draw(images())
     assert len(packed) == 2 * 6 * 4 and torch.equal(packed[:, -1].view(12, 4, 16, 16).sum(1), torch.ones(12, 16, 16))
@@ -217,9 +208,8 @@ def test_saved_and_read_back(tmp_path):
     purifier = SmallGenerator(1, 2)
     made = defence(purifier, samples=2, transform="rt3", aggregation="mean_softmax")
     made.save(tmp_path)
-    with pytest.raises(
-        FileNotFoundError, match=f"classifier must be given, got None: {re.escape(str(tmp_path))} holds"
-    ):
+    wanted = f"classifier must be given, got None: {re.escape(str(tmp_path))} holds"
+    with pytest.raises(FileNotFoundError, match=wanted):
         purify_fast.load_defence(tmp_path)
     with pytest.raises(TypeError, match=r"classifier must be a module.* got 'zoo:digits-pgd-at'"):
         purify_fast.load_defence(tmp_path, "zoo:digits-pgd-at")
@@ -255,7 +245,7 @@ def test_a_purifier_of_ones_own_is_saved_too_but_must_be_given_to_load(tmp_path)
 
 
 def test_the_callers_modules_stay_their_own():
-    classifier, purifier = SmallCNN(width=4), Identity()
+    classifier, purifier = SmallCNN(width=4), identity()
     made = Atop(classifier, purifier, (1, 16, 16), block=4)
     assert classifier.training and all(p.requires_grad for p in classifier.parameters())
     assert made.purifier.module is not purifier and not made.classifier.training
@@ -266,7 +256,7 @@ def test_the_callers_modules_stay_their_own():
     ("size", "block"), [((256, 256), 32), ((32, 32), 4), ((28, 28), 4), ((12, 12), 1), ((30, 40), 5), ((24, 36), 3)]
 )
 def test_the_default_block_tiles_the_image(size, block):
-    made = Atop(FullyConnected(1, image_size=size), Identity(), (1, *size))
+    made = Atop(FullyConnected(1, image_size=size), identity(), (1, *size))
     assert made.block == made.arguments["block"] == block
 
 
@@ -275,6 +265,9 @@ def test_what_does_not_fit_is_refused_at_once():
         Atop(SmallCNN(width=4), lambda t, m: t, (1, 16, 16))
     with pytest.raises(ValueError, match="Linear"):
         defence(nn.Linear(3, 3))
+    for wrap in (nn.DataParallel, lambda m: torch.compile(m, backend="eager")):
+        with pytest.raises(ValueError, match="purifier must not be"):
+            defence(purifier=wrap(SmallGenerator(1, width=2)))
     for classifier, said in (
         (SmallCNN(1, image_size=(8, 8)), r"\[B, 1, 16, 16\] to logits \[B, C\], but the call failed: "),
         (nn.Identity(), r"to logits \[B, C\].* \[2, 1, 16, 16\]"),
@@ -308,12 +301,6 @@ def test_a_classifier_in_bfloat16_is_attacked_and_trained_with():
     loss, _ = training_loss(made, Batch(images(4), y, torch.arange(4), 0), AtopConfig(cls_delay=0))
     loss.backward()
     assert loss.isfinite() and all(p.grad is None for p in made.classifier.parameters())
-
-
-@pytest.mark.parametrize("wrap", [torch.nn.DataParallel, lambda m: torch.compile(m, backend="eager")])
-def test_a_wrapped_purifier_is_refused(wrap):
-    with pytest.raises(ValueError, match="purifier must not be"):
-        defence(purifier=wrap(SmallGenerator(1, width=2)))
 
 
 @pytest.mark.parametrize("transform", ["rt2", "rt3"])

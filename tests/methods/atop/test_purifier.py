@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from small_models import Made
 from torch import nn
 
 from purify_fast.methods.atop.generators import SmallGenerator
@@ -18,25 +19,9 @@ def packed(batch=2, channels=3, size=16):
     return torch.cat([image * (1 - mask), torch.ones_like(mask), mask], 1)
 
 
-class Paste(nn.Module):
-    """A user's: a colour in the holes."""
-
-    def __init__(self, colour=0.5):
-        super().__init__()
-        self.colour = nn.Parameter(torch.tensor(colour))
-
-    def forward(self, transformed, mask):
-        return transformed + self.colour * mask
-
-
 def of(function):
     """A user's module that returns what ``function`` makes of (transformed, mask)."""
-
-    class Own(nn.Module):
-        def forward(self, transformed, mask):
-            return function(transformed, mask)
-
-    return Own()
+    return Made(lambda self, transformed, mask: function(transformed, mask))
 
 
 @pytest.mark.parametrize("name", PURIFIERS)
@@ -60,7 +45,8 @@ def test_defaults_and_refusals():
 
 
 def test_a_users_module_gets_transformed_images_and_masks():
-    module = Paste()
+    how = lambda self, transformed, mask: transformed + self.colour * mask  # noqa: E731
+    module = Made(how, colour=nn.Parameter(torch.tensor(0.5)))
     x = packed()
     (image,) = PurifierAdapter(module, (3, 16, 16))(x)
     assert torch.equal(image, x[:, :3] + 0.5 * x[:, 4:])
@@ -88,13 +74,13 @@ def test_the_dry_run_leaves_modes_and_statistics_alone():
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda t, m: t[:, :1], r"Own must return .* \[2, 3, 16, 16\] .* it returned .*\[2, 1, 16, 16\], torch"),
+        (lambda t, m: t[:, :1], r"Made must return .* \[2, 3, 16, 16\] .* it returned .*\[2, 1, 16, 16\], torch"),
         (lambda t, m: (t, t[..., :8]), r"it returned .*\[2, 3, 16, 16\], .*\[2, 3, 16, 8\]"),
         (lambda t, m: {"image": t}, r"it returned .*dict"),
         (lambda t, m: (), r"it returned \[\]"),
         (lambda t, m: t / 0, r"must return a finite floating-point tensor"),
         (lambda t, m: t.int(), r"must return a finite floating-point tensor .* torch\.int32"),
-        (lambda t, m: t.view(7), r"Own does not run on images \[2, 3, 16, 16\] and masks \[2, 1, 16, 16\]: "),
+        (lambda t, m: t.view(7), r"Made does not run on images \[2, 3, 16, 16\] and masks \[2, 1, 16, 16\]: "),
     ],
 )
 def test_modules_that_are_no_purifiers_are_refused(function, message):
@@ -103,9 +89,7 @@ def test_modules_that_are_no_purifiers_are_refused(function, message):
 
 
 def test_a_network_for_other_images_is_refused():
-    with pytest.raises(
-        ValueError, match=r"SmallGenerator does not run on images \[2, 5, 16, 16\] .*must be \[B, 3, H, W\]"
-    ):
+    with pytest.raises(ValueError, match=r"SmallGenerator does not run on images \[2, 5, 16, 16\] .*must be \[B, 3, H"):
         PurifierAdapter(SmallGenerator(1), (3, 16, 16))
     with pytest.raises(ValueError, match=r"SmallGenerator does not run on images \[2, 5, 18, 16\] .*multiples of 4"):
         PurifierAdapter(SmallGenerator(3), (3, 18, 16))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from evaluating import evaluate
-from small_models import Linear
+from small_models import Linear, Made
 from torch import nn
 
 from purify_fast.evaluation.request.published import authors_attacks
@@ -22,19 +22,14 @@ ROWS = [
 ]
 
 
-class Given(nn.Module):
+def given():
     """A purifier that returns what it is given, and a classifier that shows what it gets."""
-
-    def __init__(self):
-        super().__init__()
-        self.gain = nn.Parameter(torch.ones(()))
-
-    def forward(self, image, mask=None):
-        return image * self.gain if mask is not None else image.flatten(1)
+    how = lambda self, image, mask=None: image.flatten(1) if mask is None else image * self.gain  # noqa: E731
+    return Made(how, gain=nn.Parameter(torch.ones(())))
 
 
 def test_the_released_model_has_no_noise_another_range_and_nothing_hidden_from_the_fifth_batch_on():
-    defence = Atop(Given(), Given(), SHAPE, block=2, samples=3)
+    defence = Atop(given(), given(), SHAPE, block=2, samples=3)
     x = torch.rand(4, *SHAPE)
     with torch.no_grad():
         for batch in (4, 63):
@@ -53,7 +48,7 @@ def test_the_released_model_has_no_noise_another_range_and_nothing_hidden_from_t
 
 
 def test_a_gradient_goes_through_generator_and_classifier():
-    defence = Atop(Given(), Given(), SHAPE, block=2)
+    defence = Atop(given(), given(), SHAPE, block=2)
     x = torch.rand(2, *SHAPE, requires_grad=True)
     for batch, seen in ((4, 1.0), (0, 0.75)):
         (gradient,) = torch.autograd.grad(ReleasedEvaluation(defence, batch)(x).sum(), x)
@@ -65,7 +60,7 @@ def test_the_rows_are_named_after_their_sources(samples):
     pytest.importorskip("pyautoattack")
     torch.manual_seed(0)
     # noise and blocks decide next to nothing, so that one image is enough
-    defence = Atop(Linear(192, classes=4), Given(), SHAPE, block=2, sigma=0.01, samples=samples).eval()
+    defence = Atop(Linear(192, classes=4), given(), SHAPE, block=2, sigma=0.01, samples=samples).eval()
     x = torch.rand(3, *SHAPE)
     with torch.no_grad():
         y = defence(x).argmax(1)

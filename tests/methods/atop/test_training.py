@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from small_models import configured
+from small_models import Made, configured
 from torch import nn
 
 from purify_fast import data
@@ -45,63 +45,39 @@ def test_fact_9_hinge():
     assert hinge(torch.zeros(4), torch.zeros(4)) == 1
     step = batch(2)
     task = AtopTask(defence(), AtopConfig(gan_grad=True, discriminator_width=1))
-    task.discriminator = Judge([[-2.0], [0.25]])
+    task.discriminator = judge([[-2.0], [0.25]])
     assert task.training_step(step)[1]["deceived"] == 0.875
 
 
 def test_fact_10_cross_entropy_as_it_enters_the_loss():
     assert AtopConfig().cls_weight == 0.05
-    made = defence(classifier=Undecided())
+    made = defence(classifier=Made(lambda self, x: 0 * x.flatten(1)[:, :10]))
     for weight, share in ((0.05, 0.1151293), (0.1, 0.2302585)):
         config = AtopConfig(attack_method="none", cls_weight=weight, reconstruction_weight=0.0)
         assert training_loss(made, batch(), config)[0].item() == pytest.approx(share, abs=1e-6)
 
 
-class Constant(nn.Module):
-    """x1 = 0 and x2 = 0.25 everywhere, with a gradient."""
-
-    def __init__(self):
-        super().__init__()
-        self.shift = nn.Parameter(torch.zeros(()))
-
-    def forward(self, image, mask):
-        return 0 * image + self.shift, 0 * image + 0.25 + self.shift
-
-
-class Logits(nn.Module):
-    """(2, 0, -1) for every image."""
-
-    def forward(self, x):
-        return torch.tensor([2.0, 0.0, -1.0]) + 0 * x.flatten(1).mean(1, keepdim=True)
-
-
-class Undecided(nn.Module):
-    """Ten equal logits for every image."""
-
-    def forward(self, x):
-        return 0 * x.flatten(1)[:, :10]
-
-
-class Judge(nn.Module):
+def judge(opinions):
     """One opinion of each image, over and over, with a parameter and a gradient."""
 
-    def __init__(self, opinions):
-        super().__init__()
-        self.opinions = nn.Parameter(torch.tensor(opinions))
-
-    def forward(self, x):
+    def how(self, x):
         return self.opinions.repeat(len(x) // len(self.opinions), 1) + 0 * x.flatten(1).mean(1, keepdim=True)
+
+    return Made(how, opinions=nn.Parameter(torch.tensor(opinions)))
 
 
 @pytest.mark.parametrize(
     ("epoch", "gan", "want"), [(2, True, 1.6334923), (1, True, 1.625), (2, False, 0.7584923), (0, False, 0.75)]
 )
 def test_fact_11_total(epoch, gan, want):
-    made = defence(Constant(), Logits(), (1, 8, 8), block=2)
+    # x1 = 0 and x2 = 0.25 everywhere, with a gradient, and logits (2, 0, -1) for every image
+    constant = lambda self, image, mask: (0 * image + self.shift, 0 * image + 0.25 + self.shift)  # noqa: E731
+    logits = Made(lambda self, x: torch.tensor([2.0, 0.0, -1.0]) + 0 * x.flatten(1).mean(1, keepdim=True))
+    made = defence(Made(constant, shift=nn.Parameter(torch.zeros(()))), logits, (1, 8, 8), block=2)
     config = AtopConfig(attack_method="none", gan_grad=gan, discriminator_width=1 if gan else 64)
     task = AtopTask(made, config)
     if gan:
-        task.discriminator = Judge([[-0.875]])
+        task.discriminator = judge([[-0.875]])
     x = torch.full((4, 1, 8, 8), 0.75)  # S = 0.5
     step = Batch(x, torch.zeros(4, dtype=torch.int64), torch.arange(4), 0, epoch, 10, 625 * epoch, 5000 * epoch)
     assert task.training_step(step)[0].item() == pytest.approx(want, abs=1e-6)
@@ -185,37 +161,21 @@ def test_each_player_trains_alone():
     assert metrics.keys() == {"reconstruction", "cross_entropy", "accuracy", "discriminator", "deceived"}
 
 
-class Same(nn.Module):
-    """The discriminator's input: the hole stays mid-grey."""
-
-    def __init__(self):
-        super().__init__()
-        self.gain = nn.Parameter(torch.ones(()))
-
-    def forward(self, image, mask):
-        return self.gain * image
-
-
-class Rows(nn.Module):
-    """Logits of an image: three times the means of its four rows of blocks."""
-
-    def forward(self, x):
-        return 3 * x.unflatten(2, (4, -1)).mean((1, 3, 4))
-
-
 @pytest.mark.parametrize("target", ["adversarial", "clean"])
 @pytest.mark.parametrize("transform", ["rt2", "rt3"])
 def test_every_pass_has_the_target_and_the_label_of_its_own_image(transform, target):
     """By hand, S = 2 and N = 4: of a purifier that returns its input the error is what the masks hide."""
-    made = defence(Same(), Rows(), transform=transform, sigma=0.0, samples=2)
+    same = Made(lambda self, image, mask: self.gain * image, gain=nn.Parameter(torch.ones(())))
+    # logits of an image: three times the means of its four rows of blocks
+    rows = Made(lambda self, x: 3 * x.unflatten(2, (4, -1)).mean((1, 3, 4)))
+    made = defence(same, rows, transform=transform, sigma=0.0, samples=2)
     brightness = torch.tensor([0.2, 0.6, 1.0]).view(3, 1, 1, 1)
     x = brightness * torch.rand(3, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     y, eps = torch.tensor([2, 0, 3]), 0.1
     step = Batch(x, y, torch.arange(3), 7, 5, 10, 3125, 25000)
-    metrics = passes(
-        made, step, AtopConfig(attack=TrainingAttack(eps=eps, steps=10), reconstruction_target=target)
-    ).metrics
-    adversarial = fgsm(Rows(), x, y, eps=eps)
+    config = AtopConfig(attack=TrainingAttack(eps=eps, steps=10), reconstruction_target=target)
+    metrics = passes(made, step, config).metrics
+    adversarial = fgsm(rows, x, y, eps=eps)
     rebuilt = 2 * (x if target == "clean" else adversarial) - 1
     owners = made.draw(x, noise=(torch.tensor([7]), torch.arange(3)))[1]  # [S, B, 4, 4]
     l1, losses = [], []

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from evaluating import evaluate
-from small_models import with_statistics
+from small_models import Made, with_statistics
 from torch import nn
 
 import purify_fast
@@ -19,6 +19,7 @@ from purify_fast.methods.carso import Carso, WithAggregation
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops import aggregate
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS = ["conv1", "conv3", "hidden"]
 
 
@@ -56,9 +57,6 @@ def test_forward_is_logsumexp_and_peel_decides_the_same(carso):
         torch.testing.assert_close(WithAggregation(carso, "mean")(x), logits.mean(1))
 
 
-# -- the caller's own things stay as they were ------------------------------------------------------------------------
-
-
 def test_the_callers_classifier_is_left_untouched():
     classifier = SmallCNN().train()
     before = copy.deepcopy(classifier.state_dict())
@@ -69,9 +67,6 @@ def test_the_callers_classifier_is_left_untouched():
     assert not any(m._forward_hooks for m in classifier.modules())
     assert all(torch.equal(before[k], v) for k, v in classifier.state_dict().items())
     assert not made.classifier.training and not any(p.requires_grad for p in made.classifier.parameters())
-
-
-# -- noise ------------------------------------------------------------------------------------------------------------
 
 
 def test_noise_is_fresh_by_default_and_follows_torch_manual_seed(carso):
@@ -110,9 +105,6 @@ def test_fixed_noise_is_a_function_of_the_seed_nests_and_ends(carso):
     assert carso._noise == "fresh"
 
 
-# -- errors -----------------------------------------------------------------------------------------------------------
-
-
 def test_clear_errors(carso):
     for wrong in (torch.rand(2, 3, 16, 16), torch.rand(1, 16, 16), torch.zeros(2, 1, 16, 16, dtype=torch.uint8)):
         with pytest.raises(ValueError, match=r"x must be (\[B, 1, 16, 16\]|floating point, got torch.uint8)"):
@@ -124,18 +116,15 @@ def test_clear_errors(carso):
             pass
     with pytest.raises(ValueError, match=r"std must be above 0, got \[0\.0\]"):
         Carso(SmallCNN(), ["conv1"], (1, 16, 16), std=0.0)
-    for name in ("cond_dim", "latent_dim", "samples", "decoder_width", "encoder_depth"):
-        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
-            Carso(SmallCNN(), LAYERS, (1, 16, 16), **{name: 0})
-
-
-def test_classifiers_and_statistics_that_do_not_fit():
     with pytest.raises(ValueError, match=r"classifier must not be an nn.DataParallel: give classifier\.module"):
         Carso(nn.DataParallel(SmallCNN()), LAYERS, (1, 16, 16))
     with pytest.raises(ValueError, match=r"classifier must not be compiled: give classifier\._orig_mod"):
         Carso(torch.compile(SmallCNN()), LAYERS, (1, 16, 16))
     with pytest.raises(ValueError, match="mean needs 1 or 1 numbers, got 3"):
         Carso(SmallCNN(), LAYERS, (1, 16, 16), mean=(0.1, 0.2, 0.3))
+    for name in ("cond_dim", "latent_dim", "samples", "decoder_width", "encoder_depth"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+            Carso(SmallCNN(), LAYERS, (1, 16, 16), **{name: 0})
 
 
 def test_each_part_computes_in_its_own_precision(tmp_path):
@@ -151,28 +140,19 @@ def test_each_part_computes_in_its_own_precision(tmp_path):
     assert made.float()(x).dtype == torch.float32 and next(made.classifier.parameters()).dtype == torch.float32
 
 
-# -- gradients --------------------------------------------------------------------------------------------------------
-
-
-class Scaled(nn.Module):
+def scaled(self, x):
     """A linear classifier whose top margin is ``margin`` on every image."""
-
-    def __init__(self, margin):
-        super().__init__()
-        self.body, self.margin = nn.Linear(256, 10), margin
-
-    def forward(self, x):
-        logits = self.body(x.flatten(1))
-        top = logits.topk(2, 1).values
-        gap = (top[:, 0] - top[:, 1])[:, None].detach()
-        return logits * self.margin / gap
+    logits = self.body(x.flatten(1))
+    first, second = logits.topk(2, 1).values.detach().split(1, 1)
+    return logits * self.margin / (first - second)
 
 
 @pytest.mark.parametrize("samples", [1, 2, 8, 64])
 @pytest.mark.parametrize("margin", [1, 5, 20, 80, 100])
 def test_logits_are_finite_and_gradients_usable_at_any_margin(samples, margin):
     torch.manual_seed(0)
-    made = Carso(Scaled(float(margin)), ["body"], (1, 16, 16), 16, 4, samples, decoder_width=4).eval()
+    classifier = Made(scaled, body=nn.Linear(256, 10), margin=float(margin))
+    made = Carso(classifier, ["body"], (1, 16, 16), 16, 4, samples, decoder_width=4).eval()
     x = images(6).requires_grad_()
     # every image under one image's purification: a well separated margin, whatever K
     with made.deterministic() if samples == 1 else made.fixed_noise(0):
@@ -197,9 +177,6 @@ def test_input_gradients_match_finite_differences():
         torch.autograd.gradcheck(logits, (x,), fast_mode=True, atol=1e-4)
 
 
-# -- copies and files -------------------------------------------------------------------------------------------------
-
-
 def test_another_classifier_is_refused_unless_it_is_meant_and_a_broken_file(carso, tmp_path):
     carso.save(tmp_path)
     torch.manual_seed(1)
@@ -210,9 +187,6 @@ def test_another_classifier_is_refused_unless_it_is_meant_and_a_broken_file(cars
     (tmp_path / "model.safetensors").write_bytes(b"half a file")
     with pytest.raises(ValueError, match="holds a model that cannot be loaded"):
         purify_fast.load_defence(tmp_path, carso.classifier)
-
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_the_published_output_is_attacked_and_judges():

@@ -19,17 +19,9 @@ def system(size=32, width=1, seed=0, classes=10):
     torch.manual_seed(seed)
     classifier = WideResNet(28, width, classes)
     shape = (3, size, size)
-    made = Carso(
-        classifier,
-        classifier.representation_layers(),
-        shape,
-        6,
-        4,
-        encoder_depth=3 if size == 32 else 4,
-        decoder=published_decoder(shape),
-        mean=classifier.normalize.arguments["mean"],
-        std=classifier.normalize.arguments["std"],
-    )
+    statistics = {name: classifier.normalize.arguments[name] for name in ("mean", "std")}
+    options = {"encoder_depth": 3 if size == 32 else 4, "decoder": published_decoder(shape), **statistics}
+    made = Carso(classifier, classifier.representation_layers(), shape, 6, 4, **options)
     return with_statistics(made).eval()
 
 

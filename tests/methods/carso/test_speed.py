@@ -92,8 +92,7 @@ def test_borders_are_float32_and_bfloat16_is_inside():
 def test_maps_that_are_flattened_by_view_stay_contiguous():
     class Flattening(nn.Sequential):
         def forward(self, x):
-            x = self[0](x)
-            return self[1](x.view(x.size(0), -1))
+            return self[1](self[0](x).view(x.size(0), -1))
 
     torch.manual_seed(0)
     last = {"memory_format": torch.channels_last}
@@ -156,9 +155,6 @@ def test_compiled_parts_serve_every_batch_size_with_one_graph_each(monkeypatch):
     assert twin.fast.classifier.region.function.__self__ is twin.fast.classifier
     made.train()
     assert made._run_part(made.decode, torch.zeros(3, 2, 4), torch.zeros(3, 16)).shape == (3, 2, *SHAPE)
-
-
-# -- draws ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("head", [None, "mean"])
@@ -246,9 +242,6 @@ def test_what_fails_leaves_the_defence_as_it_was(monkeypatch):
     with pytest.raises(RuntimeError, match="out of memory"):
         made.accelerate(torch.bfloat16)
     assert made.acceleration is None and torch.equal(response(made.to("cpu"), x)[0], want[0])
-
-
-# -- training ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("target", ["classifier", "pipeline"])

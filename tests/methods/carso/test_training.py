@@ -56,9 +56,8 @@ def test_fact_12_batch_layouts(size, fraction, clean, atom, monkeypatch):
     for name in ("pgd", "fgsm"):
         monkeypatch.setattr(module, name, record)
     x, y = torch.rand(size, 1, 2, 2), torch.zeros(size, dtype=torch.int64)
-    config = CarsoConfig(
-        attack=TrainingAttack(eps=0.2, steps=40), adversarial_fraction=fraction, allow_no_adversarial=True
-    )
+    attack = TrainingAttack(eps=0.2, steps=40)
+    config = CarsoConfig(attack=attack, adversarial_fraction=fraction, allow_no_adversarial=True)
     out = balanced_batch(None, Batch(x, y, torch.arange(size), 0), config)
     assert torch.equal(out[:clean], x[:clean]) and torch.equal(out[clean:], x[clean:] + 10)
     assert calls == ([pytest.approx([0.1] * atom + [0.2] * atom)] * 2 if atom else [])
@@ -134,9 +133,8 @@ def test_official_code_attacks_with_a_larger_eps_and_the_same_step(monkeypatch):
 def test_the_pipeline_loss_reaches_what_inference_uses_and_keeps_mode_samples_and_statistics():
     made = defence().train()
     state = copy.deepcopy(made.state_dict())
-    pipeline_step(
-        made, batch(), CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=0.2, steps=2), train_samples=3)
-    )[0].backward()
+    config = CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=0.2, steps=2), train_samples=3)
+    pipeline_step(made, batch(), config)[0].backward()
     for name, p in made.named_parameters():
         inference = name.startswith(("condition_encoder", "decoder"))
         assert (p.grad is not None) == inference, name

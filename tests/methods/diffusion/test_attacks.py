@@ -6,6 +6,7 @@ import pytest
 import torch
 from denoisers import Tiny, defence, images
 from evaluating import evaluate
+from small_models import Purifying
 
 from purify_fast.attacks import AutoAttack, BpdaModel, LeavingPGD
 from purify_fast.attacks.base import ThreatModel
@@ -35,9 +36,6 @@ def gradient(model, x, seed=1):
     return torch.autograd.grad(model(leaf).square().sum(), leaf)[0]
 
 
-# -- attacks and ways to predict ---------------------------------------------------------------------------------------
-
-
 def test_published_attacks_follow_exact_gradients():
     made, x = defence(SHAPE, process=Process(steps=2), samples=2), images(3, SHAPE)
     with torch.no_grad():
@@ -46,9 +44,6 @@ def test_published_attacks_follow_exact_gradients():
     report = evaluate(made, x, y, **QUIET, steps=2, attacks=[lee_kim, *PROTOCOLS["rand"](None, BALL)])
     for row in report.rows[1:3]:
         assert row.health["gradients"] > 0 and row.health["zero"] == row.health["nonfinite"] == 0, row.attack
-
-
-# -- surrogates --------------------------------------------------------------------------------------------------------
 
 
 class Rounds(Tiny):
@@ -138,9 +133,6 @@ def test_strong_tries_them_by_itself():
     assert wanted <= set(names)
 
 
-# -- what the field adds -----------------------------------------------------------------------------------------------
-
-
 def test_strong_adds_what_the_field_attacks_such_purifiers_with():
     made, x = defence(SHAPE, process=Process(steps=2)), images(2, SHAPE)
     subject = Subject(made, x, torch.zeros(2, dtype=torch.int64), batch_size=2, n_eval=2, seed=0)
@@ -159,25 +151,12 @@ def test_strong_adds_what_the_field_attacks_such_purifiers_with():
     assert not labels & {LOW, lee_kim.label}
 
 
-class Loop(torch.nn.Module):
-    """Somebody's own purifier; random or not."""
-
-    def __init__(self, noise):
-        super().__init__()
-        self.noise, self.classifier = noise, defence(SHAPE).classifier
-        self.eval()
-
-    def purify(self, x):
-        return x + self.noise * torch.randn_like(x)
-
-    def forward(self, x):
-        return self.classifier(self.purify(x))
-
-
 @pytest.mark.parametrize(("noise", "norm", "expected"), [(0.1, "linf", True), (0.0, "linf", False), (0.1, "l2", False)])
 def test_strong_adds_lee_and_kims_attack_for_any_random_purifier(noise, norm, expected):
+    """Also for somebody's own."""
     x, y = images(2, SHAPE), torch.zeros(2, dtype=torch.int64)
-    subject = Subject(Loop(noise), x, y, batch_size=2, n_eval=2, seed=0)
+    own = Purifying(defence(SHAPE).classifier, lambda z: z + noise * torch.randn_like(z)).eval()
+    subject = Subject(own, x, y, batch_size=2, n_eval=2, seed=0)
     labels = [spec.label or "" for spec in protocol_attacks("strong", subject, ThreatModel(norm, 0.1))]
     assert any(label.startswith(LEE_KIM) for label in labels) == expected
 
@@ -199,9 +178,6 @@ def test_gradients_of_low_frequencies(shape):
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * shape[0] * shape[1], 4)).double()
     found, whole = (gradient(each, grad) for each in (LowFrequencyGradient(model), model))
     torch.testing.assert_close(found, low_frequencies(whole))
-
-
-# -- what its authors run ----------------------------------------------------------------------------------------------
 
 
 def test_the_adjoint_nears_the_exact_gradient_as_steps_get_shorter():

@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 import torch
 from denoisers import trained_unet
+from small_models import Made
 from torch import nn
 
 from purify_fast import data, zoo
@@ -26,15 +27,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 INTERVALS = 4
 
 
-class Scaled(nn.Module):
+def scaled(weight):
     """A denoiser of one weight that depends on the time."""
-
-    def __init__(self, weight):
-        super().__init__()
-        self.weight = nn.Parameter(torch.tensor(weight, dtype=torch.float64))
-
-    def forward(self, x, t):
-        return self.weight * (1 + t / 1000).view(-1, 1, 1, 1) * x
+    how = lambda self, x, t: self.weight * (1 + t / 1000).view(-1, 1, 1, 1) * x  # noqa: E731
+    return Made(how, weight=nn.Parameter(torch.tensor(weight, dtype=torch.float64)))
 
 
 def batch(n=24, **options):
@@ -65,7 +61,7 @@ def predicted_image(network, kind, state, schedule, t, told):
 @pytest.mark.parametrize("kind", ["linear", "vp"])
 def test_the_loss_by_hand(kind, prediction):
     process, given = Process(Schedule(kind), prediction), batch()
-    student, average, teacher = Scaled(0.5), Scaled(0.4), Scaled(0.6)
+    student, average, teacher = scaled(0.5), scaled(0.4), scaled(0.6)
     loss = loss_of(student, average, teacher, given, process)
     use = {"stream": Stream.DIFFUSION_TRAINING}
     seed, schedule = torch.tensor([7]), process.schedule
@@ -82,16 +78,15 @@ def test_the_loss_by_hand(kind, prediction):
         target = alpha_s * guess + sigma_s * (state - alpha * guess) / sigma
         if i < INTERVALS - 1:
             target = predicted_image(average, prediction, target, schedule, times[i + 1], told[i + 1]).clamp(-1, 1)
-        errors.append(
-            (predicted_image(student, prediction, state, schedule, times[i], told[i]) - target).square().mean()
-        )
+        found = predicted_image(student, prediction, state, schedule, times[i], told[i])
+        errors.append((found - target).square().mean())
     torch.testing.assert_close(loss, torch.stack(errors).mean(), rtol=1e-10, atol=0)
     loss.backward()
     assert student.weight.grad.abs() > 0 and average.weight.grad is None and teacher.weight.grad is None
 
 
 def test_a_split_batch_has_the_losses_of_the_whole():
-    whole, networks = batch(), [Scaled(0.5), Scaled(0.4), Scaled(0.6)]
+    whole, networks = batch(), [scaled(0.5), scaled(0.4), scaled(0.6)]
     halves = [
         dataclasses.replace(whole, x=whole.x[rows], y=whole.y[rows], sample_ids=whole.sample_ids[rows])
         for rows in (slice(0, 12), slice(12, 24))
@@ -149,12 +144,12 @@ def test_one_evaluation_comes_closer_to_the_end_of_the_teachers_way():
 
 def test_what_cannot_be_distilled():
     with pytest.raises(ValueError, match="intervals must be at least 1 to distill a denoiser, got 0"):
-        ConsistencyTask(Scaled(0.5), DiffusionConfig())
+        ConsistencyTask(scaled(0.5), DiffusionConfig())
     with pytest.raises(ValueError, match=r"steps must be at most 100, got 101: t_star = 0\.1 is training step 100"):
-        ConsistencyTask(Scaled(0.5), DiffusionConfig(intervals=101, last_time=0.1))
+        ConsistencyTask(scaled(0.5), DiffusionConfig(intervals=101, last_time=0.1))
     with pytest.raises(ValueError, match="intervals must be 0 for a training on clean images, got 3"):
-        DiffusionTask(Scaled(0.5), DiffusionConfig(intervals=3))
+        DiffusionTask(scaled(0.5), DiffusionConfig(intervals=3))
     with pytest.raises(ValueError, match=r"digits-pgd-at holds a SmallCNN, not a denoiser or a purifier by diffusion"):
         read_denoiser(zoo.folder("digits-pgd-at"))
-    distilled = ConsistencyTask(Scaled(0.5), DiffusionConfig(intervals=3)).describe()
+    distilled = ConsistencyTask(scaled(0.5), DiffusionConfig(intervals=3)).describe()
     assert (distilled["task"], distilled["intervals"]) == ("consistency", 3)

@@ -8,13 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 from denoisers import Tiny, defence, images
-from evaluating import evaluate
+from small_models import Made
 from torch import nn
 
 import purify_fast
-from purify_fast.attacks import BPDA, PGD, BpdaModel, frozen
+from purify_fast.attacks import BpdaModel, frozen
 from purify_fast.defences import MajorityVote
-from purify_fast.evaluation import AttackSpec
 from purify_fast.methods.diffusion import DiffusionPurifier, Process, Schedule
 from purify_fast.models.classifiers import SmallCNN
 
@@ -53,11 +52,8 @@ def test_the_contract_of_a_defence(process):
     "options", [{"solver": "vp_sde"}, {"solver": "ode"}, {"solver": "ddpm", "guidance": "mse", "guidance_scale": 1e4}]
 )
 def test_purified_images_are_images_where_the_process_clips(options):
-    class Far(nn.Module):
-        def forward(self, x, t):
-            return 2 * x
-
-    x, made = images(), defence(denoiser=Far(), process=Process(t_star=0.3, steps=3, prediction="x0", **options))
+    x, far = images(), Made(lambda self, x, t: 2 * x)
+    made = defence(denoiser=far, process=Process(t_star=0.3, steps=3, prediction="x0", **options))
     free = made.with_process(replace(made.process, clip=False))
     with made.fixed_noise(0), free.fixed_noise(0):
         purified, beyond = made.purify(x), free.purify(x)
@@ -68,14 +64,14 @@ def test_purified_images_are_images_where_the_process_clips(options):
     assert slope.isfinite().all() and slope.norm() > 0
 
 
-def test_the_last_step_of_the_sde_may_leave_its_noise_out():
-    class Nothing(nn.Module):
-        def forward(self, x, t):
-            return torch.zeros_like(x)
+def nothing():
+    return Made(lambda self, x, t: torch.zeros_like(x))
 
+
+def test_the_last_step_of_the_sde_may_leave_its_noise_out():
     x = images(3)
     noisy, clean = (
-        defence(denoiser=Nothing(), process=Process(solver="vp_sde", steps=3, clip=False, denoise_last=last))
+        defence(denoiser=nothing(), process=Process(solver="vp_sde", steps=3, clip=False, denoise_last=last))
         for last in (False, True)
     )
     apart = []
@@ -92,13 +88,8 @@ def test_the_last_step_of_the_sde_may_leave_its_noise_out():
 
 def test_every_addition_of_noise_has_its_own():
     """Draws, samples, rounds and images differ; under fixed noise every image has the same draws."""
-
-    class Nothing(nn.Module):
-        def forward(self, x, t):
-            return torch.zeros_like(x)
-
     process = Process(solver="one_shot", prediction="noise", clip=False, t_star=(0.1, 0.1))
-    made = defence(denoiser=Nothing(), process=process, samples=3)
+    made = defence(denoiser=nothing(), process=process, samples=3)
     x = torch.full((2, 3, 8, 12), 0.5)
     with made.fixed_noise(0):
         fixed = made.purify(x)
@@ -184,9 +175,6 @@ def test_dropout_in_training_is_the_same_when_a_step_is_computed_again():
     assert (values[1] - values[2]) / 2e-6 == pytest.approx(slope, rel=1e-6)
 
 
-# -- speed ------------------------------------------------------------------------------------------------------------
-
-
 def test_accelerated_it_multiplies_in_bfloat16_and_keeps_its_state_in_float32():
     made, x = defence(denoiser=Tiny(width=16), process=FEW, samples=2), images()
     with made.fixed_noise(1):
@@ -251,16 +239,6 @@ def test_a_conversion_does_not_round_the_schedule():
     assert gradient(low, x)[1].isfinite().all()
 
 
-# -- attacks and evaluations ------------------------------------------------------------------------------------------
-
-
-def test_it_is_evaluated_like_the_others():
-    made, x = defence(process=FEW, samples=2), images()
-    attacks = [BPDA(steps=2), AttackSpec(PGD(steps=2), target="classifier"), PGD(loss="ce", steps=2)]
-    report = evaluate(made, x, torch.arange(4), eps=0.1, attacks=attacks, eot_iter=2, progress=False)
-    assert [row.kind for row in report.rows][1:4] == ["bpda", "pgd", "pgd"]
-
-
 def test_the_gradient_may_be_taken_when_the_noise_is_no_longer_fixed():
     made, x = defence(process=FEW), images().requires_grad_()
     with made.fixed_noise(0):
@@ -276,9 +254,6 @@ def test_bpda_runs_through_it():
     leaf = x.clone().requires_grad_()
     with made.fixed_noise(1):
         torch.testing.assert_close(BpdaModel.of(made)(leaf), made(x))
-
-
-# -- other people's denoisers -----------------------------------------------------------------------------------------
 
 
 def test_learned_variances_and_objects_with_a_sample():

@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 from denoisers import Tiny, defence, images
+from small_models import Linear
 from torch import nn
 
 from purify_fast.methods.diffusion import Process, Schedule
@@ -104,10 +105,7 @@ KEEPS = (0, 2, 99, "auto")
 
 
 def both(made, x):
-    """The images of the textbook's process and of the defence, and the gradient of a sum with fixed weights.
-
-    However many steps the defence keeps, it gives the same; the gradients agree to the last bit.
-    """
+    """The images of the textbook's process and of the defence, however many steps it keeps, and a sum's gradient."""
     results = []
     for keep in (None, *KEEPS):
         made.keep, run = keep, partial(textbook, made) if keep is None else made.purify
@@ -177,19 +175,10 @@ def test_the_published_settings_are_those_of_their_papers():
         process = made.process()
         starts, steps = tuple(t for t, _ in process.rounds[::3]), None if process.solver == "one_shot" else 6
         process = replace(process, t_star=starts, steps=steps)
-        purifier = made.defence(Tiny(), Linear(), process=process, samples=2).double()
+        purifier = made.defence(Tiny(), Linear(3 * 32 * 32), process=process, samples=2).double()
         (want, slope), (got, gradient) = both(purifier, images(2, (3, 32, 32), torch.float64))
         close(got, want, 1e-10)
         close(gradient, slope, 1e-10)
-
-
-class Linear(nn.Module):
-    def __init__(self, features=3 * 32 * 32):
-        super().__init__()
-        self.layer = nn.Linear(features, 10)
-
-    def forward(self, x):
-        return self.layer(x.flatten(1))
 
 
 def test_it_reaches_the_weights_of_a_released_denoiser():
