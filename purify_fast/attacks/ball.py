@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._validation import Norm, read_norm
 from ..ops.pgd_step import clamped, per_pixel, pgd_step, spread
-from ..ops.philox import Stream, philox
+from ..ops.philox import Stream, philox, philox_key
 from .arguments import check_eps
 
 
@@ -50,16 +50,6 @@ def ball_around(
         eps, known, max(1.0, 1.0 if isinstance(width, Tensor) else width), per_image=True, pixels=x.shape[1:].numel()
     )
     return Ball(per_pixel("eps", eps, x), known, clip_min, clip_max)
-
-
-def philox_key(seed: int | Tensor, device: torch.device) -> Tensor:
-    """The key of Philox for a seed, int64 ``[1]``; ValueError for a seed outside the range of int64."""
-    if isinstance(seed, Tensor):
-        return seed
-    if not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed must be in [-2^63, 2^63), got {seed}")
-    # The tensor is made on the device, because a copy to the device would wait for the device.
-    return torch.full((1,), seed, dtype=torch.int64, device=device)
 
 
 def _numbers(x: Tensor, seed: int, sample_ids: Tensor | None) -> Callable[..., Tensor]:

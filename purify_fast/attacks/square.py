@@ -24,10 +24,10 @@ from torch.nn import functional as F
 from .._tensors import per_image
 from .._validation import Count
 from ..ops import square_proposal
-from ..ops.philox import Stream, philox
+from ..ops.philox import Stream, philox, philox_key
 from ..ops.square_proposal import PLACES, TINY, signs
 from ..speed.graphs.step_loop import State, Steps, begin_steps
-from .ball import Ball, philox_key, projected
+from .ball import Ball, projected
 from .base import EngineAttack, times
 from .context import AttackContext
 from .engine.judge import bucket, repeated_to, takes_every_size

@@ -134,6 +134,16 @@ OP = define_op(
 )
 
 
+def philox_key(seed: int | Tensor, device: torch.device) -> Tensor:
+    """The key of Philox for a seed, int64 ``[1]``; ValueError for a seed outside the range of int64."""
+    if isinstance(seed, Tensor):
+        return seed
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must be in [-2^63, 2^63), got {seed}")
+    # The tensor is made on the device, because a copy to the device would wait for the device.
+    return torch.full((1,), seed, dtype=torch.int64, device=device)
+
+
 def check_stream(seed: Tensor, sample_ids: Tensor, batch: int | None = None, **others: Tensor) -> None:
     """Raise an error unless seed is int64 [1] and sample_ids int64 [B], on the device of the other tensors."""
     for name, value, shape in (("seed", seed, "[1]"), ("sample_ids", sample_ids, "[B]")):

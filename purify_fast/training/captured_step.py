@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from .._process import processes
-from ..attacks.ball import philox_key
 from ..model_state import identity_key
+from ..ops.philox import philox_key
 from ..speed.graphs.cuda_capture import CudaCapture
 from ..speed.graphs.host_syncs import HostSyncs
 from ..speed.graphs.step_graphs import InlineSteps, StepGraphs, remember

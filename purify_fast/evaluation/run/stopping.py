@@ -23,8 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...attacks.ball import philox_key
-from ...ops.philox import Stream, philox
+from ...ops.philox import Stream, philox, philox_key
 from ..results.rows import Row
 
 #: Increase this number whenever the same attack reaches other images: cached rows are then made again.

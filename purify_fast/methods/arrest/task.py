@@ -25,10 +25,10 @@ from tqdm import tqdm
 
 from ..._tensors import structure_fingerprint, weights_fingerprint
 from ...attacks import frozen
-from ...attacks.ball import philox_key
 from ...data import StreamedImages, to_float
 from ...models.representation import Representation, representation_before_pooling
 from ...ops.noisy_replay import noisy_replay
+from ...ops.philox import philox_key
 from ...ops.representation_distance import representation_distance
 from ...speed.folding.inference_copy import (
     InferenceCopy,

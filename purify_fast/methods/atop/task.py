@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...attacks import fgsm
-from ...attacks.ball import philox_key
+from ...ops.philox import philox_key
 from ...training.bank import FrozenAttack, FrozenAttacks
 from ...training.schedules import RunLength
 from ...training.task import Batch, Metrics, Update

@@ -27,10 +27,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..._process import processes
-from ...attacks.ball import philox_key
 from ...attacks.pgd import fgsm, pgd
 from ...defences.stochastic import with_samples
 from ...models.representation import evaluation_mode
+from ...ops.philox import philox_key
 from ...ops.reconstruction_loss import reconstruction_loss
 from ...ops.sample_latent import sample_latent
 from ...training.bank import FrozenAttack, FrozenAttacks

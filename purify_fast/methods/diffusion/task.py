@@ -30,8 +30,7 @@ from torch import Tensor, nn
 
 from ..._tensors import first_tensor, structure_fingerprint
 from ..._validation import Precision
-from ...attacks.ball import philox_key
-from ...ops.philox import Stream, philox
+from ...ops.philox import Stream, philox, philox_key
 from ...speed.folding.inference_copy import autocast_to
 from ...training.schedules import RunLength
 from ...training.task import Batch, Metrics
