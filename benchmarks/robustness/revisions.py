@@ -55,17 +55,18 @@ class AnyPurifier(AnyModel):
         return strong_attacks(self, norm, eps)
 
 
-def of_attacks(specs: Iterable[AttackSpec]) -> list[str]:
+def of_attacks(specs: Iterable[AttackSpec], random: bool = True) -> list[str]:
     """Return a description of each attack: its label, options and revision, and the rules that select its images.
 
     Args:
         specs: specifications of the attacks with their final options.
+        random: True for a random model, whose nearest images are not attacked in groups.
     """
     words = []
     for spec in specs:
         attack = spec.resolved
         until = "" if spec.until is None else f" until {spec.until} by rule {stopping.REVISION}"
-        nearest = "" if spec.nearest is None else f" {spec.nearest} nearest by rule {stopping.REVISION}"
+        nearest = "" if spec.nearest is None else f" {spec.nearest} nearest" + (" in groups" * (not random))
         words.append(f"{spec.label or ''} {attack!r} {attack.revision()}{until}{nearest}".strip())
     return words
 
@@ -88,7 +89,7 @@ def of_protocol(
         specs = protocol_attacks(name, subject, ThreatModel("linf", 0.1))
     # These protocols may attack through surrogates of the model, so the result includes the surrogates' revision.
     surrogates = name == "strong" or (name == "standard" and random)
-    return of_attacks(map(change, specs)) + ([f"surrogates {SURROGATES}"] if surrogates else [])
+    return of_attacks(map(change, specs), random) + ([f"surrogates {SURROGATES}"] if surrogates else [])
 
 
 @functools.cache

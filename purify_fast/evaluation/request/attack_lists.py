@@ -41,8 +41,9 @@ FAST_STEPS = 60
 #: namely at most this share of all images.
 FAST_SHARE, STANDARD_SHARE = 0.01, 0.002
 #: The images with the smallest margins decide the accuracy, so they are attacked again, at most so many of them, and in
-#: groups (`NearestRule`). NEAREST: for FAB-T of "standard". FEWEST_NEAREST: for the slower attacks, and for "fast".
-NEAREST, FEWEST_NEAREST = 20, 10
+#: groups (`NearestRule`). NEAREST: for FAB-T of "standard", RANDOM_NEAREST: the same on a random model, without groups.
+#: FEWEST_NEAREST: for the slower attacks, and for "fast".
+NEAREST, RANDOM_NEAREST, FEWEST_NEAREST = 20, 24, 10
 #: Square's number of queries per image in "fast", and in the first of two runs of Square in "standard".
 SHORT_QUERIES = 1000
 #: The number of draws that "rand" averages per step, as AutoAttack's version "rand" does.
@@ -98,17 +99,22 @@ def _fast(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
 def _standard(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
     losses: tuple[ApgdLoss, ...] = ("margin_targeted", "ce", "dlr_targeted")
     searches = [*(APGD(loss=loss, give_up=True) for loss in losses), Square(n_queries=SHORT_QUERIES, give_up=True)]
-    # On a random model, every image is searched to the end.
-    ends = not subject.is_random
-    every = APGD(loss="margin_targeted", n_target_classes=None, precision="float32", restarts=2, give_up=ends)
-    again = APGD(steps=50, precision="float32", restarts=20, give_up=ends)
     return [
         _left(APGD(loss="margin", steps=FIRST_STEPS)),
         *(_left(attack, until=STANDARD_SHARE) for attack in searches),
         *_without_noise(subject, ball),
-        _nearest(FABT(n_target_classes=None, give_up=True), NEAREST),
-        *map(_nearest, (every, again, Square(give_up=True))),
+        *_slow(subject.is_random),
     ]
+
+
+def _slow(random: bool) -> list[AttackSpec]:
+    """Specify the attacks of `_standard` on the nearest images. On a random model they run to the end."""
+    every = APGD(loss="margin_targeted", n_target_classes=None, precision="float32", restarts=2, give_up=not random)
+    again = APGD(steps=50, precision="float32", restarts=20, give_up=not random)
+    fab, square = FABT(n_target_classes=None, give_up=not random), Square(give_up=True)
+    if random:
+        return [_nearest(FABT(give_up=True), RANDOM_NEAREST), *map(_nearest, (every, again, fab, square))]
+    return [_nearest(fab, NEAREST), *map(_nearest, (every, again, square))]
 
 
 def _without_noise(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:

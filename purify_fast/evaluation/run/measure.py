@@ -27,8 +27,8 @@ from .cache import RowCache, remove_batches
 from .progress import CountedModel, Progress, counted_model
 from .row_judge import RowJudge
 from .shards import Shards
+from .stopping import GROUP, NearestRule, StoppingRule, by_margin, nearest_first
 from .stopping import REVISION as STOPPING
-from .stopping import NearestRule, StoppingRule, by_margin, nearest_first
 
 
 class Task(NamedTuple):
@@ -287,7 +287,7 @@ def settings_of(spec: AttackSpec, subject: Subject, context: AttackContext) -> d
         "judge": None if spec.judge is None else type(spec.judge).__name__,
         "published": spec.published,
         "until": None if spec.until is None else [spec.until, STOPPING],
-        "nearest": None if spec.nearest is None else [spec.nearest, STOPPING],
+        "nearest": None if spec.nearest is None else [spec.nearest, GROUP],
     }
     return spec.resolved.settings(context) | {
         "variant": spec.variant,
