@@ -358,12 +358,11 @@ class _Evaluation:
             earlier = (
                 [each for each in deployed.setdefault(threat, []) if each.n >= images] if subject.is_random else []
             )
-            rows = [
-                measure.attacked(spec, before, reached, earlier, gain_of(first.get((variant, threat)), reached, before))
-            ]
+            gain = gain_of(first.get((variant, threat)), reached, before)
+            rows = [measure.attacked(spec, before, reached, earlier, gain)]
             source = measure.cache.source
             if variant != "random" and rows[0].is_attack:
-                rows.append(measure.retest_on_deployed(spec, before, earlier))
+                rows.append(measure.retest_on_deployed(spec, before, reached, earlier, gain))
             for row, name in zip(rows, dict.fromkeys([variant, "random"]), strict=False):
                 all_rows.append(row)
                 if not row.is_attack:

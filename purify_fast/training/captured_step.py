@@ -7,12 +7,15 @@ and moving averages need no form of their own. Replays read the images, labels, 
 from __future__ import annotations
 
 import logging
+import random
+import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -33,7 +36,7 @@ logger = logging.getLogger("purify_fast")
 #: A function that computes the gradients of each update of a step, and yields the optimizer's name and the metrics.
 Gradients = Callable[[Task, Batch], Iterator[tuple[str, Metrics]]]
 #: The largest number of kinds of steps that are remembered. Their graphs share memory.
-MOST_STEPS = 16
+MOST_STEPS = 8
 #: The first replay is compared with other weights than those of the capture, because a graph might use stale copies of
 #: weights: all weights are multiplied by this number.
 OTHER_WEIGHTS = 1.1
@@ -85,7 +88,7 @@ class CapturedStep:
         if blocking or host_generators(device) != drawn:
             raise RuntimeError(f"it waits for the device: {blocking[0]}" if blocking else "it draws on the host")
         # A copy of the weights is made again only if their version has changed, and the graph must make it.
-        change_weights(task.model, 1.0)
+        change_weights(task, 1.0)
         running: Iterator[tuple[str, Metrics]] = iter(())
         for number, (name, metrics) in enumerate(known):
             values = torch.zeros(len(metrics), device=device)
@@ -101,11 +104,13 @@ class CapturedStep:
             replay = capture.record(advance, device)
             written = [(weight, weight.grad) for weight in weights_of(task.optimizers[name])]
             self.updates.append(_Update(name, list(metrics), values, written, replay))
+        # The graph also writes to the gradients of weights that no optimizer changes.
+        self.objects += [weight.grad for weight in task.model.parameters()]
 
     def _compare(self, task: Task, gradients: Gradients) -> None:
         """Raise RuntimeError if the first replay has other results than the step, with weights of its own."""
         device = self.given.x.device
-        change_weights(task.model, OTHER_WEIGHTS)
+        change_weights(task, OTHER_WEIGHTS)
         again = same_draws_again(device)
         results = list[list[Tensor]]()
         for run in (partial(gradients, task), self.run):
@@ -143,14 +148,20 @@ def captured(task: Task, batch: Batch, gradients: Gradients) -> CapturedStep | N
     graphs, facts = task.graphs, task.captures(batch)
     if graphs is None or facts is None or batch.bank is not None or processes()[1] > 1:
         return None
-    if not graphs.may_capture(batch.x.device):
+    # A subclass may read other values of a batch, so it defines the method too.
+    if not graphs.may_capture(batch.x.device) or "captures" not in {*vars(task), *vars(type(task))}:
         return None
     tensors = (batch.x, batch.y, batch.sample_ids)
     shapes = tuple((one.shape, one.stride(), one.dtype, one.device) for one in tensors)
     try:
         values, objects, _ = identity_key(task.model)
-        key: Hashable = weak_key((facts, shapes, numerics(batch.x.device), values))
+        trained = tuple(weight.requires_grad for weight in task.model.parameters())
+        own = weakref.ref(task), weak_key(getattr(task, "config", None)), trained
+        key: Hashable = weak_key((own, facts, shapes, numerics(batch.x.device), values))
     except TypeError:
+        return None
+    # A graph would not advance the generator of a model.
+    if any(isinstance(one, (torch.Generator, random.Random, np.random.Generator)) for one in objects):
         return None
     # The number of such batches so far, the captured step, or None if it cannot be captured.
     found = remember(graphs.whole_steps, key, graphs.whole_steps.get(key, 0), MOST_STEPS)
@@ -179,10 +190,10 @@ def inline(task: Task) -> Iterator[None]:
 
 
 @torch.no_grad()
-def change_weights(model: nn.Module, factor: float) -> None:
-    """Multiply all weights in place, which also changes their version."""
-    for weight in model.parameters():
-        weight.mul_(factor)
+def change_weights(task: Task, factor: float) -> None:
+    """Multiply all trained weights in place, which also changes their version."""
+    for optimizer in task.optimizers.values():
+        torch._foreach_mul_(weights_of(optimizer), factor)
 
 
 @contextmanager
@@ -198,5 +209,7 @@ def undone(model: nn.Module, device: torch.device) -> Iterator[None]:
             module.training = training
         with torch.no_grad():
             for tensor, before, gradient in tensors:
-                tensor.copy_(before)
+                # A change of its version would make copies of a frozen classifier again.
+                if not tensor.equal(before):
+                    tensor.copy_(before)
                 tensor.grad = gradient

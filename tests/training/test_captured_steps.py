@@ -5,15 +5,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from captures import Rerun
+from captures import Tape
 from cuda_launches import CudaLaunches
 from small_runs import SHAPE, arrest_task, atop_task, attack, batch, carso_task, classifier_task, diffusion_task
 
 from purify_fast import _library
+from purify_fast.models import SmallCNN
 from purify_fast.ops import use_backend
 from purify_fast.speed import StepGraphs
 from purify_fast.speed.graphs.step_loop import CAPTURE_STEPS
-from purify_fast.training import Batch, FitConfig, Task, fit
+from purify_fast.training import Batch, ClassifierConfig, ClassifierTask, FitConfig, Task, fit
 from purify_fast.training.captured_step import CapturedStep
 from purify_fast.training.loop import step_settings, train_step
 from purify_fast.training.optimizers import fuse
@@ -45,6 +46,9 @@ TASKS = {
     "AToP": (lambda: atop_task("classifier"), 1),
     "AToP, pipeline": (lambda: atop_task("pipeline", 3), 1),
     "AToP, GAN": (lambda: atop_task("classifier", gan_grad=True), 2),
+    "AToP, bfloat16": (lambda: atop_task("classifier", precision="bfloat16"), 1),
+    "AToP, pipeline, bfloat16": (lambda: atop_task("pipeline", 3, precision="bfloat16"), 1),
+    "CARSO, pipeline, bfloat16": (lambda: carso("pipeline", "bfloat16"), 1),
     "diffusion": (diffusion_task, 1),
 }
 
@@ -58,16 +62,16 @@ def trained(task: Task, graphs: StepGraphs | None, batches: list[Batch]) -> tupl
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_captured_steps_train_the_same_weights(rerun, name):
+def test_captured_steps_train_the_same_weights(tape, name):
     make, updates = TASKS[name]
     batches = [batch(1), batch(2), batch(3)]
-    wanted, found = trained(make(), None, batches), trained(make(), StepGraphs("always", capture=rerun), batches)
+    wanted, found = trained(make(), None, batches), trained(make(), StepGraphs("always", capture=tape), batches)
     assert wanted[0] == found[0]
     assert all(torch.equal(value, found[1][key]) for key, value in wanted[1].items())
-    assert rerun.recorded == updates and rerun.replayed == 3 * updates
+    assert tape.recorded == updates and tape.replayed == 3 * updates
 
 
-class Stale(Rerun):
+class Stale(Tape):
     """A replay computes, and then one weight has another gradient than the step."""
 
     def record(self, run, device):
@@ -81,7 +85,7 @@ class Stale(Rerun):
 
 
 @pytest.mark.parametrize("why", ["own task", "weights are perturbed", "no capture", "wrong replay", "bank"])
-def test_steps_that_are_not_captured_train_the_same_weights(rerun, why):
+def test_steps_that_are_not_captured_train_the_same_weights(tape, why):
     options = {"awp_gamma": 0.01} if why == "weights are perturbed" else {}
     batches = [batch(1), batch(2)]
     if why == "bank":
@@ -90,11 +94,11 @@ def test_steps_that_are_not_captured_train_the_same_weights(rerun, why):
     if why == "own task":
         task.captures = lambda batch: None
     if why == "wrong replay":
-        rerun = Stale()
-        rerun.weight = task.classifier.conv1.weight
+        tape = Stale()
+        tape.weight = task.classifier.conv1.weight
     if why == "no capture":
-        rerun.error = RuntimeError("no memory")
-    found = trained(task, StepGraphs("always", capture=rerun), batches)
+        tape.error = RuntimeError("no memory")
+    found = trained(task, StepGraphs("always", capture=tape), batches)
     assert wanted[0] == found[0] and all(torch.equal(value, found[1][key]) for key, value in wanted[1].items())
     assert not any(isinstance(step, CapturedStep) for step in task.graphs.whole_steps.values())
 
@@ -109,6 +113,46 @@ def test_a_step_is_captured_when_many_like_it_have_occurred_and_again_with_anoth
             train_step(task, replace(batch(seed), epoch=epoch))
         steps = [step for step in task.graphs.whole_steps.values() if isinstance(step, CapturedStep)]
         assert len(steps) == 1 + (epoch > 0)
+
+
+class Doubled(ClassifierTask):
+    """Reads the epoch in its step, and does not say so."""
+
+    def training_step(self, batch):
+        loss, metrics = super().training_step(batch)
+        return loss * (1 + batch.epoch), metrics
+
+
+def _doubled() -> Task:
+    torch.manual_seed(0)
+    return Doubled(SmallCNN(width=4), ClassifierConfig(attack=attack()))
+
+
+def _frozen(task: Task, number: int) -> None:
+    for weight in task.model.conv1.parameters():
+        weight.requires_grad_(number != 1)
+
+
+def _smoothed(task: Task, number: int) -> None:
+    task.config = replace(task.config, label_smoothing=0.5 * (number == 1))
+
+
+@pytest.mark.parametrize(
+    ("make", "change"),
+    [(_doubled, None), (classifier, _frozen), (classifier, _smoothed)],
+    ids=["own step", "frozen weights", "another loss"],
+)
+def test_a_change_of_the_task_is_noticed(tape, make, change):
+    weights = []
+    for graphs in (None, StepGraphs("always", capture=tape)):
+        task = make()
+        task.graphs = graphs
+        for number in range(3):
+            if change is not None:
+                change(task, number)
+            train_step(task, replace(batch(number), epoch=number, epochs=3))
+        weights.append(task.model.state_dict())
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
 #: Launches of a training step, eager and beside captured steps, where kernels serve and optimizers are fused. Another

@@ -95,12 +95,11 @@ class Measure:
         if spec.judge is not None:
             # All images: the judge (the authors' model) may classify images correctly that the defence misclassifies.
             alive = np.ones_like(alive)
-        index = self.in_order(spec, torch.from_numpy(alive.copy()).nonzero()[:, 0], margins)
+        index, near, images = self._chosen(spec, alive, margins, gain)
+        images |= self._known(spec, earlier)
         settings = settings_of(spec, self.subject, self.context)
-        images = {"alive": digest(torch.from_numpy(alive)), "order": digest(index)} | self._known(spec, earlier)
 
         def make() -> Row:
-            near = None if spec.nearest is None else (margins[index.numpy()].tolist(), gain)
             run, sums = self.attack(spec, index, self.folder(spec), nearest=near)
             self._search = None if spec.variant == "random" else (run, sums)
             # On a deterministic model, images outside `alive` are misclassified or have fallen, and count as fallen.
@@ -118,7 +117,9 @@ class Measure:
         self.progress.next_row()
         return row
 
-    def retest_on_deployed(self, spec: AttackSpec, left: np.ndarray, earlier: Sequence[Row]) -> Row:
+    def retest_on_deployed(
+        self, spec: AttackSpec, left: np.ndarray, margins: np.ndarray, earlier: Sequence[Row], gain: float
+    ) -> Row:
         """The row in which the deployed model judges, with fresh draws, the images of an attack on another variant."""
         alive = self._alive(spec, spec.variant, left)
         attacked = settings_of(spec, self.subject, self.context)
@@ -127,13 +128,14 @@ class Measure:
             "n_eval": self.subject.judges("random"),
             "target": f"{attacked['target']}, {VARIANTS_APART[spec.variant]}",
         }
-        images = {"alive": digest(torch.from_numpy(alive))} | self._known(spec, earlier)
+        index, near, images = self._chosen(spec, alive, margins, gain)
+        images |= self._known(spec, earlier)
 
         def make() -> Row:
             # If the attack's row was read from the cache, its images are not in memory, and the attack must run again.
             search, self._search = self._search, None
             if search is None or search[0].spec is not spec:
-                search = self.attack(spec, torch.from_numpy(alive).nonzero()[:, 0], self.folder(spec))
+                search = self.attack(spec, index, self.folder(spec), nearest=near)
             row = self.judge.judged(*search, settings, alive, [self.clean("random"), *earlier])
             row.transferred = True
             return row
@@ -149,6 +151,15 @@ class Measure:
         if spec.until is not None:
             return nearest_first(index, margins, self.subject.seed + spec.seed)
         return index
+
+    def _chosen(
+        self, spec: AttackSpec, alive: np.ndarray, margins: np.ndarray, gain: float
+    ) -> tuple[Tensor, tuple[list[float], float] | None, dict[str, Any]]:
+        """The images that an attack gets, in their order; the arguments of its `NearestRule`; and a key of both."""
+        index = self.in_order(spec, torch.from_numpy(alive.copy()).nonzero()[:, 0], margins)
+        near = None if spec.nearest is None else (margins[index.numpy()].tolist(), gain)
+        key = {"alive": digest(torch.from_numpy(alive)), "order": digest(index)}
+        return index, near, key if near is None else {**key, "near": near}
 
     def _alive(self, spec: AttackSpec, variant: Variant, left: np.ndarray) -> np.ndarray:
         """Return the images for an attack, bool ``[n]``: ``left``, or all that have not fallen without an attack."""

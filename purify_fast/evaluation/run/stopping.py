@@ -49,7 +49,7 @@ def by_margin(index: Tensor, margins: np.ndarray) -> Tensor:
 
 
 def gain_of(first: np.ndarray | None, margins: np.ndarray, left: np.ndarray) -> float:
-    """The largest amount by which attacks have lowered a margin of the images ``left`` below that after the first."""
+    """The largest amount by which attacks lowered the margin of an image that still stands, after the first attack."""
     if first is None:
         return 0.0
     known = left[: len(first)] & np.isfinite(first) & np.isfinite(margins[: len(first)])
@@ -176,8 +176,8 @@ def notes_of_unsearched(rows: Sequence[Row]) -> list[str]:
         each = "; ".join(f"{row.attack}: {(row.attacked or 0) - row.unsearched}" for row in near)
         notes.append(
             "attacks on the nearest images began with the image to which earlier attacks came nearest. They ended when "
-            "the next image was farther from misclassification than any search had brought an image nearer after the "
-            f"first attack. Images that they tried: {each}. The protocol strong searches every image"
+            "the next image was farther from misclassification than any search had brought an image nearer that still "
+            f"stands, after the first attack. Images that they tried: {each}. The protocol strong searches every image"
         )
     return notes
 

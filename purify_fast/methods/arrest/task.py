@@ -174,7 +174,8 @@ class ArrestTask(MethodTask):
         # The host removes a perturbation of the weights, and checks stored outputs at the beginning of an epoch.
         if config.awp_gamma > 0 or (teacher is not None and teacher.checks_next(batch)):
             return None
-        return config.attack.at_epoch(batch.epoch, batch.epochs), config.replays(batch.epoch, batch.epochs)
+        stored = None if teacher is None else id(teacher._stored)
+        return config.attack.at_epoch(batch.epoch, batch.epochs), config.replays(batch.epoch, batch.epochs), stored
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
         # The loop may add up gradients of several batches before a step: remove the perturbation of the previous batch.

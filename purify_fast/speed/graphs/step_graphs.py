@@ -173,8 +173,12 @@ class StepGraphs:
         Raises:
             torch.OutOfMemoryError: memory ran out without graphs.
         """
-        graphs = (self._captured, self.whole_steps)
-        return retry_when_memory_ends(work, device, lambda: self._give_up if any(graphs) else None)
+
+        def remedy() -> Callable[[], None] | None:
+            whole = any(step is not None and not isinstance(step, int) for step in self.whole_steps.values())
+            return self._give_up if self._captured or whole else None
+
+        return retry_when_memory_ends(work, device, remedy)
 
     def _give_up(self) -> None:
         logger.warning("memory ran out: the CUDA graphs of attacks are dropped, and the work is repeated without them")
