@@ -6,7 +6,9 @@ import torch
 from evaluating import evaluate
 from torch import nn
 
-from purify_fast.attacks import APGD, FGSM, Square
+from purify_fast._sealed import read_sealed
+from purify_fast.attacks import APGD, FGSM, PGD, Square
+from purify_fast.defences import NoisyEnsemble
 from purify_fast.evaluation import AttackSpec
 from purify_fast.evaluation.run import stopping
 from purify_fast.evaluation.run.stopping import NearestRule, StoppingRule, nearest_first
@@ -117,6 +119,48 @@ def test_a_group_of_the_nearest_follows_while_the_next_image_is_within_the_gain(
     rule = NearestRule([float("nan")] * 12)
     assert not rule.record([0.5] * 5, 0) and not rule.record([0.5] * 5, 0)
     assert not rule.record([0.5] * 2, 0) and rule.unsearched == 0
+
+
+def _rough():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 5))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(3)
+    x = 0.3 + 0.4 * torch.rand(96, 3, 2, 2)
+    return model, x, model(x).argmax(1)
+
+
+def test_a_kept_row_of_the_nearest_images_is_made_again_for_another_gain(tmp_path):
+    model, x, y = _rough()
+    weak = AttackSpec(PGD(steps=1, random_start=False, alpha=1e-4), survivors_only=True)
+    attacks = [
+        AttackSpec(FGSM(), survivors_only=True),
+        AttackSpec(Square(n_queries=30), survivors_only=True, nearest=40),
+    ]
+    how = {"eps": 0.02, "progress": False}
+    tried = []
+    for chosen, out in ((attacks, tmp_path), ([weak, *attacks], tmp_path), ([weak, *attacks], None)):
+        row = evaluate(model, x, y, attacks=chosen, out=out, **how).row("Square, 30 queries, 40 nearest")
+        tried.append(row.attacked - row.unsearched)
+    assert tried[0] < tried[1] == tried[2]
+
+
+def test_a_resumed_attack_on_a_fixed_variant_tries_the_same_images(tmp_path):
+    classifier, x, y = _rough()
+    model = NoisyEnsemble(classifier, sigma=0.01, samples=2)
+    attacks = [AttackSpec(FGSM(), "fixed", survivors_only=True)]
+    attacks.append(AttackSpec(Square(n_queries=30), "fixed", survivors_only=True, nearest=20))
+    how = {"eps": 0.02, "attacks": attacks, "progress": False, "n_eval": 2, "eot_iter": 1, "out": tmp_path}
+    counts = []
+    for _ in range(2):
+        rows = [row for row in evaluate(model, x, y, **how).rows if "Square" in row.attack]
+        counts.append([(row.attack, row.attacked, row.unsearched) for row in rows])
+        for path in (tmp_path / "rows").glob("*.safetensors"):
+            settings = read_sealed(path)[0].get("settings", {})
+            if settings.get("nearest") and "fixed" in str(settings["target"]):
+                path.unlink()
+    assert counts[0] == counts[1] and len(counts[0]) == 2
 
 
 @pytest.mark.parametrize(("option", "value"), [("until", 0.0), ("until", 1.5), ("nearest", 0)])
