@@ -66,15 +66,14 @@ def cells(lines: list[str]) -> list[list[str]]:
 def test_the_page_has_every_table_of_the_h200():
     tables = gpu_tables.tables(H200)
     assert {name: len(cells(lines)) for name, lines in tables.items()} == {
-        "verdicts": 26,
+        "verdicts": 0,
         "captures": 6,
         "evaluations": 12,
         "pgd": 8,
-        "behind": 23,
+        "behind": 4,
     }
     page = PAGE.read_text()
     assert all(line in page for lines in tables.values() for line in lines if line.startswith("|"))
-    assert {row[1] for row in cells(tables["verdicts"])} == {"right"}
     assert cells(tables["evaluations"])[-1] == ["all attacks", "35.37", "18.42", "1.92", "318", "0"]
     assert "In 862 of 902 measurements, the kernel was faster." in " ".join(page.split())
     assert all(f"`{pipeline}`: NVIDIA H200, 16 threads." in page for pipeline in ("carso_training", "arrest_step"))
@@ -85,16 +84,16 @@ def test_losses_of_the_h200_are_said():
     assert said.startswith("**The fastest form is not ours:**") and "is 1.32 times as fast as our fastest form." in said
     lost = {(op, case): times for op, case, *times in cells(gpu_tables.behind(H200))}
     assert lost["aggregate", "mean float32 large"] == ["267 / 43 (0.16)", "255 / 42 (0.16)"]
-    # only starting the kernel takes longer
-    assert lost["gated_elu", "float32 medium"] == ["92 / 53 (0.57)", "5 / 6 (1.34)"]
+    assert ("gated_elu", "float32 medium") not in lost  # only starting the kernel takes longer
     assert ("aggregate", "vote float32 medium") not in lost  # 4 % slower, which is level
 
 
 def test_a_wrong_kernel_and_a_form_that_wins_are_said(tmp_path):
     """And where an evaluation was not finished, there is no speedup."""
     verdict = {"op": "stitch", "error": "2.0", "budget": "1.0", "case": "here", "passed": "False"}
-    sheets.write_csv(tmp_path / gpu_sections.VERDICTS, [verdict, {**verdict, "budget": "0.0"}])
-    told = ["stitch", "**wrong**", "2.0e+00"]
+    kernels = [verdict, {**verdict, "budget": "0.0"}, {**verdict, "op": "philox", "passed": "True"}]
+    sheets.write_csv(tmp_path / gpu_sections.VERDICTS, kernels)
+    told = ["stitch", "2.0e+00"]
     wrong = [[*told, "1.0e+00", "200 %", "here"], [*told, "0.0e+00", "-", "here"]]
     assert cells(gpu_tables.verdicts(tmp_path)) == wrong
     sheets.write_csv(tmp_path / limits.FILE, [{"limit": limits.PRODUCT, "median": "1000.0", "device": "G"}])
