@@ -25,15 +25,15 @@ def ours(name: str) -> str:
 
 
 def verdicts(folder: Path) -> list[str]:
-    """Return the table of each kernel's error, compared with its definition in float64."""
+    """Return the table of wrong kernels, compared with their definitions in float64, or nothing if all are right."""
     body = []
     for row in sheets.rows_of(folder / VERDICTS):
+        if row["passed"] == "True":
+            continue
         error, budget = float(row["error"]), float(row["budget"])
-        # A kernel that only moves numbers may have no error at all.
-        share = f"{100 * error / budget:.0f} %" if budget else "-" if error else "exact"
-        right = "right" if row["passed"] == "True" else "**wrong**"
-        body.append([row["op"], right, f"{error:.1e}", f"{budget:.1e}", share, row["case"]])
-    return sheets.table(["op", "verdict", "error", "allowed", "share", "case"], body)
+        share = f"{100 * error / budget:.0f} %" if budget else "-"
+        body.append([row["op"], f"{error:.1e}", f"{budget:.1e}", share, row["case"]])
+    return sheets.table(["op", "error", "allowed", "share", "case"], body) if body else []
 
 
 def captures(folder: Path) -> list[str]:
@@ -111,7 +111,7 @@ def _ratio(row: dict) -> float:
 
 
 def behind(folder: Path) -> list[str]:
-    """Return the table of the races that a kernel lost, with the times in the layout in which it was slowest."""
+    """Return the table of the races that a kernel lost in replays, with the times in its slowest layout."""
     cases: dict[tuple[str, str], dict[str, list[dict]]] = {}
     for op, entry in shipping.read(folder)["ops"].items():
         for row in entry["rows"]:
@@ -120,7 +120,7 @@ def behind(folder: Path) -> list[str]:
     body = []
     for (op, name), styles in cases.items():
         slowest = {style: min(rows, key=_ratio) for style, rows in styles.items()}
-        if min(map(_ratio, slowest.values())) < LEVEL:
+        if "replay" in slowest and _ratio(slowest["replay"]) < LEVEL:
             times = {
                 s: f"{r['kernel_us']:,.0f} / {r['reference_us']:,.0f} ({_ratio(r):.2f})" for s, r in slowest.items()
             }

@@ -497,28 +497,33 @@ def run_contest(
 
 
 def robust_markdown(rows: list[Row]) -> list[str]:
-    """Return the table of the contests on robust networks.
+    """Return the table of the contests on robust networks. A line has a number for each seed of an attack.
 
     Args:
         rows: rows of `run_contest`. A contestant that is not finished has fewer images, and is compared on these images
             only.
     """
     head = ["model, images", "eps", "clean, %", "attack", "attacked", "left", "difference"]
-    body = []
+    body: dict[tuple[str, str], list[list[str]]] = {}
     for row in rows:
-        left, same = row["left"], [other for other in rows if other["contest"] == row["contest"]]
-        about = [row["contest"], f"{row['eps']:.3g}", f"{row['clean']:.1f}"] if row is same[0] else [""] * 3
+        left, first = row["left"], next(other for other in rows if other["contest"] == row["contest"])
         compared = ""
-        if row is not same[0] and same[0]["contestant"] == OFFICIAL:
-            theirs = same[0]["left"]
+        if row is not first and first["contestant"] == OFFICIAL:
+            theirs = first["left"]
             common = min(len(left), len(theirs))
             compared = f"{left[:common].count('1') - theirs[:common].count('1'):+d}"
             compared += f" of {common}" if common < len(left) else ""
         costs = [f"{row[what] / len(left):,.0f}" for what in ("forwards", "gradients")]
-        who = row["contestant"] if row["contestant"] == OFFICIAL else f"**{row['contestant']}**"
-        body.append([*about, who, str(len(left)), str(left.count("1")), compared, *costs])
+        name = row["contestant"].partition(", seed ")[0]
+        about = [row["contest"], f"{row['eps']:.3g}", f"{row['clean']:.1f}"] if row is first else [""] * 3
+        about += [name if name == OFFICIAL else f"**{name}**", str(len(left))]
+        body.setdefault((row["contest"], name), []).append([*about, str(left.count("1")), compared, *costs])
     head += ["forward passes per image", "gradients per image"]
-    return [f"Measured on: {kept.machines(rows)}.", "", *markdown_table(head, body)]
+    lines = [
+        [*runs[0][:5], *("; ".join(cells) for cells in zip(*(run[5:] for run in runs), strict=True))]
+        for runs in body.values()
+    ]
+    return [f"Measured on: {kept.machines(rows)}.", "", *markdown_table(head, lines)]
 
 
 def markdown(rows: list[Row]) -> list[str]:
