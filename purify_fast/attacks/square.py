@@ -127,8 +127,8 @@ class SquareRound(ObjectiveStep):
         objective: the margin; its model scores the proposals.
         ball: the norm and the box of the images. The radius is in the state.
         together: the number of proposals for each image.
-        edge: the edge of the squares. None: the state has the edge, and the numbers of a whole block, so that one graph
-            serves for all edges and blocks.
+        edge: the edge of the squares. None: the state has the numbers of a whole block, so that one graph serves for all
+            edges and blocks.
     """
 
     ball: Ball
@@ -137,8 +137,8 @@ class SquareRound(ObjectiveStep):
 
     def __call__(self, state: State) -> State:
         """Try some proposals for each image, and accept the best if its margin is higher than the present margin."""
-        numbers, edge, new = state["numbers"], self.edge, State()
-        if edge is None:
+        numbers, new = state["numbers"], State()
+        if self.edge is None:
             at = state["at"]
             # A trial of the graph may go beyond the end of a block.
             numbers, new["at"] = numbers.index_select(1, at), (at + self.together) % BLOCK
@@ -148,7 +148,7 @@ class SquareRound(ObjectiveStep):
             state["x"],
             state["eps"],
             numbers,
-            state["edge"] if edge is None else edge,
+            state["edge"],
             **self.ball.bounds,
             pattern=state.get("pattern"),
         )
@@ -291,11 +291,8 @@ class _SquareSearch:
             loop = begin_steps(graphs, function, state | {"numbers": self.numbers, "at": at} | self._window(edge))
             if loop.graphs is not None and graphs.refusal is None:
                 return function, loop
-        # Without a graph, a kernel makes the proposals, and needs to know the edge.
-        if self.ball.norm != "linf":
-            state["pattern"] = pattern(edge, self.ball.norm, device)
         function = replace(function, edge=edge)
-        return function, begin_steps(None, function, state)
+        return function, begin_steps(None, function, state | self._window(edge))
 
     def _side(self, query: int) -> int:
         height, width = self.x.shape[2:]

@@ -60,7 +60,8 @@ def through_activation(grad: Tensor, entered: Tensor | None, norm: list[Tensor],
             grad = torch.ops.aten.threshold_backward(grad, entered, 0)
         else:
             grad = torch.ops.aten.silu_backward(grad, _normalized(entered, norm, eps))
-    if norm:
+    # PyTorch's operator divides by 0 for an empty batch, which ends the process.
+    if norm and grad.numel():
         mean, variance, weight, _ = norm
         # In evaluation mode, this operator does not read the values of its second argument.
         backward = torch.ops.aten.native_batch_norm_backward
