@@ -127,8 +127,8 @@ class SquareRound(ObjectiveStep):
         objective: the margin; its model scores the proposals.
         ball: the norm and the box of the images. The radius is in the state.
         together: the number of proposals for each image.
-        edge: the edge of the squares. None: the state has the numbers of a whole block, so that one graph serves for all
-            edges and blocks.
+        edge: the edge of the squares. None: the state has the numbers of a whole block, so that one graph serves for
+            all edges and blocks.
     """
 
     ball: Ball

@@ -18,10 +18,9 @@ STANDARD = [
     "APGD-30 ce",
     "APGD-T 30",
     "Square, 1000 queries",
-    "FAB-T 100, 24 nearest",
+    "FAB-T 100, all targets, 20 nearest",
     "APGD-T 30 margin, all targets x2, 10 nearest",
     "APGD-30 ce x20, 10 nearest",
-    "FAB-T 100, all targets, 10 nearest",
     "Square, 10 nearest",
 ]
 
