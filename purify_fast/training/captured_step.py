@@ -23,10 +23,9 @@ from .._process import processes
 from ..model_state import identity_key
 from ..ops.philox import philox_key
 from ..speed.graphs.cuda_capture import CudaCapture
-from ..speed.graphs.host_syncs import HostSyncs
 from ..speed.graphs.step_graphs import InlineSteps, StepGraphs, remember
 from ..speed.graphs.step_loop import CAPTURE_STEPS, numerics, weak_key
-from ..speed.graphs.step_trials import alike, host_generators, no_trace
+from ..speed.graphs.step_trials import alike, no_trace, refusal_of
 from ..speed.memory import same_draws_again
 from .optimizers import weights_of
 from .task import Batch, Metrics, Task
@@ -81,12 +80,9 @@ class CapturedStep:
         with capture.aside(device), inline(task):
             # The first call verifies kernels and chooses algorithms, and may wait for the device.
             list(gradients(task, self.given))
-            drawn = host_generators(device)
-            with HostSyncs() as waits:
-                known = list(gradients(task, self.given))
-        blocking = [wait for wait in waits.counts if wait.operator != "lift_fresh"]
-        if blocking or host_generators(device) != drawn:
-            raise RuntimeError(f"it waits for the device: {blocking[0]}" if blocking else "it draws on the host")
+            known, reason = refusal_of(lambda: list(gradients(task, self.given)), device, "the step")
+        if reason is not None:
+            raise RuntimeError(reason)
         # A copy of the weights is made again only if their version has changed, and the graph must make it.
         change_weights(task, 1.0)
         running: Iterator[tuple[str, Metrics]] = iter(())

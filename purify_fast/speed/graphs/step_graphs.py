@@ -35,7 +35,6 @@ from ..memory import retry_when_memory_ends
 from ..precision import raced_convolutions
 from .compiled_step import agrees, compiled_step, copies_in
 from .cuda_capture import CudaCapture
-from .host_syncs import HostSyncs
 from .step_loop import (
     RETRIED_AFTER,
     Captured,
@@ -48,7 +47,7 @@ from .step_loop import (
     step_key,
     weak_key,
 )
-from .step_trials import all_alike, device_generator, first_replay_agrees, host_generators, no_trace
+from .step_trials import all_alike, device_generator, first_replay_agrees, no_trace, refusal_of
 
 logger = logging.getLogger("purify_fast")
 
@@ -322,17 +321,10 @@ class StepGraphs:
 
     def _trial(self, function: StepFunction, buffers: State, device: torch.device) -> str | None:
         """Run the step once, and return the reason why it cannot be captured; None if there is no reason."""
-        before = host_generators(device)
-        with self.capture.aside(device), HostSyncs() as waits:
-            results = function(buffers)
-        if host_generators(device) != before:
-            return f"{_name(function.model)} draws random numbers on the host, which every replay would repeat"
-        # `lift_fresh`, as in torch.tensor(1.0), waits only if the tensor is on the device. It is not refused here,
-        # because in this case the capture fails anyway.
-        blocking = [wait for wait in waits.counts if wait.operator != "lift_fresh"]
-        if blocking:
-            operator, file, name = blocking[0]
-            return f"the step waits for the device in operator {operator}, called by {name or 'a function'} ({file})"
+        with self.capture.aside(device):
+            results, reason = refusal_of(lambda: function(buffers), device, _name(function.model))
+        if reason is not None:
+            return reason
         for name, value in results.items():
             old = buffers[name]
             if (value.shape, value.dtype, value.device) != (old.shape, old.dtype, old.device):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..memory import same_draws_again
+from .host_syncs import HostSyncs
 
 #: Tolerances for the comparison of a replay with its step. ROUNDING: the allowed error, as a share of the largest
 #: value. OTHER_SIGNS: the share of values that may have a larger error.
@@ -38,6 +39,25 @@ def no_trace(device: torch.device) -> Iterator[None]:
         torch.set_autocast_cache_enabled(cached)
         random.setstate(python)
         np.random.set_state(array)
+
+
+def refusal_of(run: Callable[[], Any], device: torch.device, name: str) -> tuple[Any, str | None]:
+    """Run a step, and return its result and the reason why it cannot be captured; None if there is no reason."""
+    before = host_generators(device)
+    with HostSyncs() as waits:
+        result = run()
+    if host_generators(device) != before:
+        return result, f"{name} draws random numbers on the host, which every replay would repeat"
+    # `lift_fresh`, as in torch.tensor(1.0), waits only if the tensor is on the device. It is not refused here,
+    # because in this case the capture fails anyway.
+    blocking = [wait for wait in waits.counts if wait.operator != "lift_fresh"]
+    if not blocking:
+        return result, None
+    operator, file, function = blocking[0]
+    return (
+        result,
+        f"the step waits for the device in operator {operator}, called by {function or 'a function'} ({file})",
+    )
 
 
 def host_generators(device: torch.device) -> tuple[Any, ...]:
