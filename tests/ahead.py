@@ -249,8 +249,9 @@ class Code:
 
     instructions: tuple[str, ...]  # SASS, without addresses and without the padding at the end
     loops: tuple[tuple[int, int], ...]  # begin and end, at a branch back, as indices of instructions
-    registers: int  # of a thread
-    threads: int  # of a program
+    # The registers of a thread, and the threads of a program.
+    registers: int
+    threads: int
 
     def executed(self, *trips: int) -> int:
         """Return the number of instructions that a thread executes if no branch skips instructions."""

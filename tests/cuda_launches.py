@@ -12,7 +12,7 @@ NO_LAUNCH = {"empty", "new_empty", "empty_like", "device", "_record_function_ent
 
 
 def launches_over_many(name: str, lists: list[list[Tensor]]) -> int:
-    """Of an operator over many tensors: few where all have one dtype and lie alike, else one for each tensor."""
+    """Count the launches of an operator over many tensors: few for tensors of one dtype and layout, else one for each."""
     alike = all(
         one.shape == other.shape and one.stride() == other.stride()
         for rest in lists[1:]

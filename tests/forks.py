@@ -25,7 +25,8 @@ class Ended(NamedTuple):
     """The ends of processes, in their order."""
 
     codes: list[int]  # exit statuses; a signal as a negative number
-    errors: list[str]  # what they wrote to stderr and stdout
+    # The output of each process.
+    errors: list[str]
     results: list[Any]  # None where their work did not return
 
 

@@ -26,7 +26,7 @@ def cases(shapes, *ragged):
 
 
 def by_threads(call):
-    """What a function returns with one thread, two and three."""
+    """Return the results of a function with one thread, two and three."""
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
@@ -78,7 +78,7 @@ def compiles(
     compiler: str = "inductor",
     batch_only: bool = False,
 ) -> None:
-    """One graph for every batch size, equal to eager in outputs and gradients; batch_only: all else is constant."""
+    """Check that one graph serves every batch size and equals eager; batch_only: all else is constant."""
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, dynamic=None if batch_only else True, backend=compiler)
     tolerance = {"rtol": 0, "atol": 0} if exact else {}

@@ -22,7 +22,7 @@ def batch():
 
 @pytest.fixture(scope="module")
 def defence():
-    """One whose gradients are shattered: images are rounded to a few levels before a linear classifier."""
+    """Rounds images to a few levels before a linear classifier, so its gradients are 0."""
     torch.manual_seed(1)
     return Purifying(nn.Sequential(nn.Flatten(), nn.Linear(64, 4)))
 

@@ -275,7 +275,7 @@ def test_a_report_says_what_repeats_it(tmp_path, monkeypatch):
     told = ["python judge.py --fast", report.about["processor"], report.about["model"], date, "6", "7"]
     for name in ("report.html", "report.md"):
         assert all(value in html.unescape((tmp_path / name).read_text()) for value in told)
-    # what was typed has no command that repeats it
+    # No command repeats an evaluation that was typed.
     monkeypatch.setattr("sys.argv", ["-c"])
     assert "command" not in evaluate(model, x, y, eps=0.5, attacks=[], progress=False).about
 

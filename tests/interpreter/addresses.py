@@ -53,7 +53,8 @@ class Place:
     source: Tensor  # its bytes
     pages: Tensor
     copy: Tensor  # those bytes in the pages
-    owned: np.ndarray | None  # whether a byte belongs to an element; None if every one does
+    # True for bytes that belong to an element; None if all do.
+    owned: np.ndarray | None
 
     def __post_init__(self) -> None:
         self.begin = self.copy.data_ptr()

@@ -27,7 +27,8 @@ class Function:
 
     call: Callable[..., Tensor | tuple[Tensor, ...]]
     make: Callable[..., tuple[Tensor, ...]]
-    gradients: int = 0  # of the first tensors, so many have a gradient
+    # The number of first tensors that have a gradient.
+    gradients: int = 0
     exact: bool = False  # every backend, layout and compiler gives the same bits
     compiler: str = "aot_eager"  # inductor takes seconds
     sizes: tuple[int, ...] = (5, 8, 13)  # batches that are compiled
