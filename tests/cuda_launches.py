@@ -12,7 +12,7 @@ NO_LAUNCH = {"empty", "new_empty", "empty_like", "device", "_record_function_ent
 
 
 def launches_over_many(name: str, lists: list[list[Tensor]]) -> int:
-    """Count the launches of an operator over many tensors: few for tensors of one dtype and layout, else one for each."""
+    """Count the launches of an operator over many tensors: few for one dtype and layout, else one for each tensor."""
     alike = all(
         one.shape == other.shape and one.stride() == other.stride()
         for rest in lists[1:]
