@@ -16,12 +16,14 @@ from torch import Tensor
 from .._tensors import per_image
 from .._validation import Count, Share
 from ..ops.apgd_step import apgd_step
+from ..protocols import Classifier
 from .ball import projected
-from .base import USUAL_TARGETS, EngineAttack, Resolved, targets_and_times, times
-from .context import AttackContext
+from .base import Resolved, times
+from .context import AttackContext, Radius
 from .engine.borders import cost_of_borders, nearest_borders
+from .engine.engine_attack import USUAL_TARGETS, EngineAttack, targets_and_times
 from .engine.row_batches import ActiveSet, Rows, RowSearch, waves
-from .functions import as_function
+from .functions import run_alone
 from .losses import FEWEST_CLASSES, TARGETED, ApgdLoss, check_classes
 from .objective import Gradients, Objective
 from .search import better_of, faults, forgiven
@@ -107,12 +109,25 @@ class APGD(EngineAttack):
                 AutoPgd(objective, active, rows, steps, rho=self.rho, give_up=by_pace).run()
 
 
-apgd = as_function(
-    "apgd",
-    APGD,
-    "Per image the point that the most draws misclassify; among equal points, the point of highest loss.",
-    precision="float32",
-)
+def apgd(model: Classifier, x: Tensor, y: Any = None, eps: Radius | None = None, **options: Any) -> Tensor:
+    """Run `APGD` on a batch, by default in the model's own precision.
+
+    Args:
+        model: images ``[B, ...]`` to logits ``[B, classes]``, as for `purify_fast.attacks.pgd`.
+        x: images, floating point ``[B, ...]`` in [clip_min, clip_max].
+        y: true labels, int64 ``[B]``.
+        eps: radius of the ball in image units, a number or ``[B]``.
+        **options: see `purify_fast.attacks.pgd`, with the fields of `APGD`.
+
+    Returns:
+        Per image the point that the most draws misclassify; among equal points, the point of highest loss. Shape and
+        dtype are those of x.
+
+    Raises:
+        TypeError: see `purify_fast.attacks.pgd`.
+        ValueError: see `purify_fast.attacks.pgd`.
+    """
+    return run_alone(APGD, model, x, y, eps, **{"precision": "float32", **options})
 
 
 def checkpoints(steps: int) -> dict[int, int]:

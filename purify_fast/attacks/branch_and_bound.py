@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,10 +26,10 @@ from ..protocols import Classifier
 from .attacked_model import frozen
 from .ball import projected
 from .base import Attack, AttackResult
-from .context import AttackContext
+from .context import AttackContext, Radius
 from .engine.judge import Judge
 from .engine.row_batches import ActiveSet
-from .functions import as_function
+from .functions import run_alone
 from .relu_layers import Affine, affine_layers, forward
 
 #: The steps for each node that raise its lower bound, and that search for a misclassified point from two points.
@@ -118,9 +118,24 @@ class BranchAndBound(Attack):
         return AttackResult(active.best, proved=proved.sum())
 
 
-branch_and_bound = as_function(
-    "branch_and_bound", BranchAndBound, "Per image the misclassified point that was found, otherwise the image."
-)
+def branch_and_bound(model: Classifier, x: Tensor, y: Any = None, eps: Radius | None = None, **options: Any) -> Tensor:
+    """Run `BranchAndBound` on a batch.
+
+    Args:
+        model: images ``[B, ...]`` to logits ``[B, classes]``, as for `purify_fast.attacks.pgd`.
+        x: images, floating point ``[B, ...]`` in [clip_min, clip_max].
+        y: true labels, int64 ``[B]``.
+        eps: radius of the ball in image units, a number or ``[B]``.
+        **options: see `purify_fast.attacks.pgd`, with the fields of `BranchAndBound`.
+
+    Returns:
+        Per image the misclassified point that was found, otherwise the image. Shape and dtype are those of x.
+
+    Raises:
+        TypeError: see `purify_fast.attacks.pgd`.
+        ValueError: see `purify_fast.attacks.pgd`.
+    """
+    return run_alone(BranchAndBound, model, x, y, eps, **options)
 
 
 #: Pairs of the smallest and the largest values in each node. The first pair bounds the pixels, ``[B, pixels]``. Each

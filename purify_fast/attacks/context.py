@@ -13,7 +13,6 @@ from .._validation import Count, NormName, check_types
 from ..protocols import Classifier, KeepsCopies
 from ..speed.graphs.step_loop import CapturesSteps
 from .arguments import check_at_least_one
-from .signatures import check_names
 
 #: A radius in image units: a number for all images, or ``[B]``, a number for each image. In "linf" also a tensor that
 #: can be broadcast over the images, such as ``[C, 1, 1]`` for normalized images.
@@ -121,9 +120,8 @@ class AttackContext:
             TypeError: an option that is a field of neither class.
             ValueError: a name or a count that is not allowed.
         """
-        own, shared = ({each.name for each in fields(kind)} for kind in (cls, Resources))
-        check_names(cls.__name__, options, own | shared)
-        resources = Resources(**{name: options.pop(name) for name in shared & options.keys()})
+        of_resources = {each.name for each in fields(Resources)} & options.keys()
+        resources = Resources(**{name: options.pop(name) for name in of_resources})
         return cls(**{"resources": resources} | options)
 
     def predictions(self, draws: int) -> int:

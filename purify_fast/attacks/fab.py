@@ -15,14 +15,15 @@ from torch import Tensor
 from .._tensors import per_image
 from .._validation import Count
 from ..ops.hyperplane_projection import hyperplane_projection
+from ..protocols import Classifier
 from ..speed.graphs.step_loop import State, Steps, begin_steps
 from .ball import Ball, projected
-from .base import USUAL_TARGETS, EngineAttack, targets_and_times
-from .context import AttackContext
+from .context import AttackContext, Radius
 from .engine.borders import cost_of_borders, nearest_borders
+from .engine.engine_attack import USUAL_TARGETS, EngineAttack, targets_and_times
 from .engine.judge import has_fallen
 from .engine.row_batches import ActiveSet, Rows, RowSearch, waves
-from .functions import as_function
+from .functions import run_alone
 from .objective import Gradient, Objective, ObjectiveStep
 from .search import faults
 
@@ -71,13 +72,25 @@ class FABT(EngineAttack):
             _FabSearch(objective, active, rows, steps, give_up=self.give_up).run()
 
 
-fab_t = as_function(
-    "fab_t",
-    FABT,
-    "Per image the misclassified point in the ball that was found; otherwise the nearest misclassified point, "
-    "projected onto the ball, or the image itself.",
-    precision="float32",
-)
+def fab_t(model: Classifier, x: Tensor, y: Any = None, eps: Radius | None = None, **options: Any) -> Tensor:
+    """Run `FABT` on a batch, by default in the model's own precision.
+
+    Args:
+        model: images ``[B, ...]`` to logits ``[B, classes]``, as for `purify_fast.attacks.pgd`.
+        x: images, floating point ``[B, ...]`` in [clip_min, clip_max].
+        y: true labels, int64 ``[B]``.
+        eps: radius of the ball in image units, a number or ``[B]``.
+        **options: see `purify_fast.attacks.pgd`, with the fields of `FABT`.
+
+    Returns:
+        Per image the misclassified point in the ball that was found; otherwise the nearest misclassified point,
+        projected onto the ball, or the image itself. Shape and dtype are those of x.
+
+    Raises:
+        TypeError: see `purify_fast.attacks.pgd`.
+        ValueError: see `purify_fast.attacks.pgd`.
+    """
+    return run_alone(FABT, model, x, y, eps, **{"precision": "float32", **options})
 
 
 @dataclass(frozen=True)

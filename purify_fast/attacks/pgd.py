@@ -6,7 +6,6 @@ and box (Croce & Hein, ICML 2021). SLIDE moves a constant share of the coordinat
 
 from __future__ import annotations
 
-import functools
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -20,8 +19,8 @@ from ..speed.graphs.step_loop import State, begin_steps
 from .arguments import check_not_negative
 from .ball import Ball, normal_in_ball, sample_in_ball
 from .base import NORMS, Attack, AttackResult, cost_of_ascents, times, worst_of_runs
-from .context import AttackContext
-from .functions import as_function, run_alone
+from .context import AttackContext, Radius
+from .functions import run_alone
 from .losses import Loss
 from .objective import Objective, ObjectiveStep
 from .search import GradientHealth, Search, noted
@@ -220,19 +219,50 @@ class LeavingPGD(PGD):
         return whole
 
 
-_pgd = as_function(
-    "pgd", PGD, "Per image the last point, or the best point with ``keep_best``.", steps=40, keep_best=False
-)
+def pgd(
+    model: Classifier,
+    x: Tensor,
+    y: Any = None,
+    eps: Radius | None = None,
+    *,
+    stop_when_fallen: bool = False,
+    **options: Any,
+) -> Tensor:
+    """Run `PGD` on a batch, by default with 40 steps.
 
+    Args:
+        model: images ``[B, ...]`` to logits ``[B, classes]``, or to an object or mapping with such ``logits``; a module
+            is in evaluation mode during the attack.
+        x: images, floating point ``[B, ...]`` in [clip_min, clip_max].
+        y: true labels, int64 ``[B]``. With a function as loss, y is what the function gets, ``[B, ...]`` or None.
+        eps: radius of the ball in image units: a number, ``[B]``, or for PGD and FGSM in linf a tensor that can be
+            broadcast over the images, such as ``[C, 1, 1]`` for normalized images. alpha, clip_min and clip_max may be
+            such tensors too.
+        stop_when_fallen: whether an image takes no further steps after a step that misclassifies it.
+        **options: fields of `PGD`, `AttackContext` and `Resources`, of which three differ here, and four others.
+            ``loss`` is a name, or for PGD, FGSM and Auto-PGD a function ``(logits, y) -> [B]`` that is maximized.
+            ``seed`` is drawn if it is None, and ``keep_best`` is False if it is not given. ``targeted`` are target
+            classes, int64 ``[B]``: the attack lowers the loss of these classes, and reads no y. ``mode`` is "eval", or
+            for PGD and FGSM "keep", which leaves the model in its mode: BatchNorms in training mode then take the
+            statistics of the batch, and update their averages in each step. ``generator`` draws the seed; with None it
+            is torch's generator of the CPU. To ``health``, a `GradientHealth`, the counts of faulty gradients and
+            unmoved images are added.
 
-@functools.wraps(_pgd)
-def pgd(model: Classifier, x: Tensor, *given: Any, **options: Any) -> Tensor:
-    # Images leave as soon as a step misclassifies them.
-    if not options.pop("stop_when_fallen", False):
-        return _pgd(model, x, *given, **options)
+    Returns:
+        Per image the last point, or the best point with ``keep_best=True`` or ``stop_when_fallen``. Shape and dtype are
+        those of x. Up to the rounding of this dtype, the images lie within the radius and within [clip_min, clip_max].
+
+    Raises:
+        TypeError: x or y is no tensor, there is no such option, a radius is missing, or the model returns no logits.
+        RuntimeError: an attack with gradients is called within ``torch.inference_mode()``.
+        ValueError: a shape, dtype, name, count or range that is not allowed, also of the model's output; or a model
+            that writes to its input.
+    """
+    if not stop_when_fallen:
+        return run_alone(PGD, model, x, y, eps, **{"steps": 40, "keep_best": False, **options})
     if callable(options.get("loss")) or options.get("targeted") is not None:
         raise ValueError("stop_when_fallen must be False with a function as loss or with targeted, got True")
-    return run_alone(LeavingPGD, model, x, *given, **{"steps": 40, "look_every": 1, **options, "keep_best": True})
+    return run_alone(LeavingPGD, model, x, y, eps, **{"steps": 40, "look_every": 1, **options, "keep_best": True})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,11 +293,27 @@ class FGSM(Attack):
         return self.draws(context) + 1
 
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> AttackResult:
-        step = context.eps if self.eps is None else self.eps
-        check_not_negative(eps=step)
-        one = PGD(steps=1, alpha=step, random_start=False, keep_best=False, **asdict(self))
+        # The length of the first step is eps.
+        one = PGD(steps=1, random_start=False, keep_best=False, **asdict(self))
         return one.search(target, x, y, context)
 
 
-# FGSM has no random numbers, so a call draws no seed.
-fgsm = as_function("fgsm", FGSM, "Per image the point after the step.", seed=0)
+def fgsm(model: Classifier, x: Tensor, y: Any = None, eps: Radius | None = None, **options: Any) -> Tensor:
+    """Run `FGSM` on a batch.
+
+    Args:
+        model: images ``[B, ...]`` to logits ``[B, classes]``, as for `purify_fast.attacks.pgd`.
+        x: images, floating point ``[B, ...]`` in [clip_min, clip_max].
+        y: true labels, int64 ``[B]``.
+        eps: radius of the ball in image units, as for `pgd`.
+        **options: see `purify_fast.attacks.pgd`, with the fields of `FGSM`.
+
+    Returns:
+        Per image the point after the step. Shape and dtype are those of x.
+
+    Raises:
+        TypeError: see `purify_fast.attacks.pgd`.
+        ValueError: see `purify_fast.attacks.pgd`.
+    """
+    # FGSM has no random numbers, so a call draws no seed.
+    return run_alone(FGSM, model, x, y, eps, **{"seed": 0, **options})

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,14 +26,16 @@ from .._validation import Count
 from ..ops import square_proposal
 from ..ops.philox import Stream, philox, philox_key
 from ..ops.square_proposal import PLACES, TINY, signs
+from ..protocols import Classifier
 from ..speed.graphs.step_loop import State, Steps, begin_steps
 from .ball import Ball, projected
-from .base import EngineAttack, times
-from .context import AttackContext
+from .base import times
+from .context import AttackContext, Radius
+from .engine.engine_attack import EngineAttack
 from .engine.judge import bucket, repeated_to, takes_every_size
 from .engine.pace import PaceMonitor, some_of
 from .engine.row_batches import ActiveSet, take_rows
-from .functions import as_function
+from .functions import run_alone
 from .objective import Objective, ObjectiveStep
 
 #: The number of queries in the authors' code.
@@ -111,12 +113,25 @@ class Square(EngineAttack):
             del search
 
 
-square = as_function(
-    "square",
-    Square,
-    "Per image the misclassified point that was found, otherwise the point of the highest margin.",
-    precision="float32",
-)
+def square(model: Classifier, x: Tensor, y: Any = None, eps: Radius | None = None, **options: Any) -> Tensor:
+    """Run `Square` on a batch, by default in the model's own precision.
+
+    Args:
+        model: images ``[B, ...]`` to logits ``[B, classes]``, as for `purify_fast.attacks.pgd`.
+        x: images, floating point ``[B, ...]`` in [clip_min, clip_max].
+        y: true labels, int64 ``[B]``.
+        eps: radius of the ball in image units, a number or ``[B]``.
+        **options: see `purify_fast.attacks.pgd`, with the fields of `Square`.
+
+    Returns:
+        Per image the misclassified point that was found, otherwise the point of the highest margin. Shape
+        and dtype are those of x.
+
+    Raises:
+        TypeError: see `purify_fast.attacks.pgd`.
+        ValueError: see `purify_fast.attacks.pgd`.
+    """
+    return run_alone(Square, model, x, y, eps, **{"precision": "float32", **options})
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ outside the image, and Adam's epsilon is smaller, so that a saturated loss still
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,8 +23,8 @@ from ..protocols import Classifier
 from .arguments import check_eps, check_images
 from .ball import Ball, sample_in_ball
 from .base import Attack, AttackResult, ThreatModel, cost_of_ascents, times, worst_of_runs
-from .context import AttackContext
-from .functions import as_function
+from .context import AttackContext, Radius
+from .functions import run_alone
 from .losses import Loss
 from .objective import Gradients, Objective
 from .search import GradientHealth, Search
@@ -164,6 +164,21 @@ class StAdv(Attack):
         return worst_of_runs(self, attack, (target, x, y), context)
 
 
-stadv = as_function(
-    "stadv", StAdv, "Per image the last point, or the best point with ``keep_best``.", steps=20, keep_best=False
-)
+def stadv(model: Classifier, x: Tensor, y: Any = None, eps: Radius | None = None, **options: Any) -> Tensor:
+    """Run `StAdv` on a batch, by default with 20 steps.
+
+    Args:
+        model: images ``[B, ...]`` to logits ``[B, classes]``, as for `purify_fast.attacks.pgd`.
+        x: images, floating point ``[B, ...]`` in [clip_min, clip_max].
+        y: true labels, int64 ``[B]``.
+        eps: the largest flow along each axis, see `StAdv`; None stands for 0.05.
+        **options: see `purify_fast.attacks.pgd`, with the fields of `StAdv`.
+
+    Returns:
+        Per image the last point, or the best point with ``keep_best=True``. Shape and dtype are those of x.
+
+    Raises:
+        TypeError: see `purify_fast.attacks.pgd`.
+        ValueError: see `purify_fast.attacks.pgd`.
+    """
+    return run_alone(StAdv, model, x, y, eps, **{"steps": 20, "keep_best": False, **options})

@@ -180,5 +180,3 @@ def test_missing_and_wrong_arguments_are_named(network, x):
         pgd(network, x, torch.zeros(3, 5), EPS, loss=lambda logits, y: logits[:, 0])
     with pytest.raises(ValueError, match="targeted needs a loss among"):
         pgd(network, x, None, EPS, targeted=Y, loss="nonsense")
-    with pytest.raises(TypeError, match="no option 'targetted'"):
-        pgd(network, x, Y, EPS, targetted=Y)

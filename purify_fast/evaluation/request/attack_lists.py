@@ -13,7 +13,8 @@ import torch
 
 from ..._validation import check_literal
 from ...attacks import APGD, FABT, PGD, Attack, AutoAttack, BranchAndBound, Square
-from ...attacks.base import EngineAttack, ThreatModel
+from ...attacks.base import ThreatModel
+from ...attacks.engine.engine_attack import EngineAttack
 from ...attacks.heads import HEADS, AttackersHead
 from ...attacks.losses import ApgdLoss
 from ...protocols import (

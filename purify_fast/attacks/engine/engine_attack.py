@@ -1,0 +1,95 @@
+"""The base of attacks that search on a copy of the model, and check every success on the model itself."""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..._validation import Count, GradientPrecision, NormName
+from ...protocols import Classifier
+from ..attacked_model import drawn_once_per_call, frozen
+from ..base import NORMS, Attack, AttackResult, source_of, times
+from ..context import AttackContext
+from ..objective import Objective
+from ..search import GradientHealth
+from .judge import Judge
+from .pace import FEWEST_STEPS
+from .row_batches import ActiveSet
+
+#: The number of wrong classes that AutoAttack's targeted attacks try.
+USUAL_TARGETS = 9
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineAttack(Attack):
+    """The options of attacks that search on a fast copy of the model, such as `apgd`, `fab_t` and `square`.
+
+    A success on the copy is only a claim. The model itself must confirm it in its own precision, and a random model by
+    fresh draws. The image then has fallen, and leaves the batch.
+
+    Args:
+        eps: radius of the ball in image units. None takes the evaluation's radius.
+        norm: norm of the ball, "linf", "l2" or "l1"; a norm needs an eps beside it. None takes the evaluation's norm.
+        restarts: number of runs for each target; a run attacks only the images that have not fallen yet.
+        precision: precision of the search: "float32", "bfloat16" (on a copy of the model) or "auto" (bfloat16 if the
+            device is faster in it and the model is large enough). Every success is checked on the model itself.
+        give_up: whether the search of an image stops early if it would not reach the decision boundary even at several
+            times its recent pace. Attacks with gradients check this after 40, 60 and 80 % of at least 50 steps. After
+            15 % of the steps they also stop if the distance to the boundary is much larger than the largest progress of
+            earlier searches after their first 15 %. Square checks the pace from query 500 on. Auto-PGD ignores the
+            option in the l1 ball and with ``leave_when_fallen=False``. Square ignores it with several draws.
+    """
+
+    norms: ClassVar[tuple[str, ...]] = NORMS
+
+    eps: float | None = None
+    norm: NormName | None = None
+    restarts: Count = 1
+    precision: GradientPrecision = "auto"
+    give_up: bool = False
+
+    def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> AttackResult:
+        ball = self.ball(x, y, context)
+        if ball.eps.dim() > 1 or isinstance(ball.clip_min, Tensor) or isinstance(ball.clip_max, Tensor):
+            raise ValueError(f"eps, clip_min and clip_max must be numbers, or eps [B], for {type(self).__name__}")
+        if len(x) == 0:
+            return AttackResult(x.clone())
+        x = x.detach().clone()
+        ids = torch.arange(len(x), device=x.device) if context.sample_ids is None else context.sample_ids
+        _, draws, loss, _ = self.resolved_for(context)
+        judges, resources = context.judges(draws), context.resources
+        most = resources.max_forward_batch
+        source = context.gradients_from if self.follows_gradients else None
+        with frozen(target):
+            apart = drawn_once_per_call(target, x, max(judges, draws), most)
+            judge = Judge(target, judges, most, apart, context.judge_share, graphs=resources.graphs)
+            active = ActiveSet(x, y, ball, judge, ids)
+            active.health = GradientHealth() if resources.counts_health else None
+            if source is None:
+                source = source_of(target, x, self.precision, resources.copies)
+            with frozen(source):
+                if source is context.gradients_from:
+                    apart = drawn_once_per_call(source, x, draws, most)
+                loss = context.loss_function or loss
+                objective = Objective(source, loss, draws, most, resources.graphs, apart=apart)
+                active.judge_clean_images(leave=getattr(self, "leave_when_fallen", True))
+                self.explore(active, objective, context)
+        stood_still = (~active.fallen & ~active.tried).sum()
+        return AttackResult(active.best, active.health, fell_to=active.fell_to, stood_still=stood_still)
+
+    def may_end_early(self, context: AttackContext) -> bool:
+        return self.give_up and self.resolved_for(context).steps >= FEWEST_STEPS
+
+    @abc.abstractmethod
+    def explore(self, active: ActiveSet, objective: Objective, context: AttackContext) -> None:
+        """Search for an adversarial image of each clean image in ``active``, by the loss ``objective``."""
+
+
+def targets_and_times(n_target_classes: int | None, restarts: int) -> str:
+    """Return the end of an attack's name: the number of targets if it is not the usual number, and the restarts."""
+    count = "all" if n_target_classes is None else n_target_classes
+    return (f", {count} targets" if count != USUAL_TARGETS else "") + times(restarts)
