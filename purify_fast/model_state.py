@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ._compiler import is_compiled, outside_graphs
+from ._compiler import is_compiled
 from ._tensors import digest, text_hash
 
 #: The attributes that every ``nn.Module`` has, and those that PyTorch adds to a module that it compiled or traced.
@@ -240,16 +240,6 @@ def is_installed(file: str) -> bool:
         or "site-packages" in file
         or "dist-packages" in file
     )
-
-
-@outside_graphs
-def switch_to_evaluation(module: nn.Module) -> None:
-    """Put a module into evaluation mode, also if it refuses ``eval()``, as a module from ``torch.export`` does."""
-    try:
-        module.eval()
-    except NotImplementedError:
-        for part in module.modules():
-            part.training = False
 
 
 def hidden_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:

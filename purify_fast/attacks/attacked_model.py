@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from .._memory import ran_out_of_memory
-from .._tensors import dtype_of, repeat_batch
-from ..model_state import hidden_modules, switch_to_evaluation, used_modules
+from .._compiler import outside_graphs
+from .._tensors import repeat_batch
 from ..protocols import Classifier, CountsImages, SharesDraws, draws_for_each_image, supports
-from .outputs import INSTEAD_OF_PROBABILITIES, LogitsOf, are_probabilities, checked_logits
+from .outputs import INSTEAD_OF_PROBABILITIES, are_probabilities, checked_logits
 
 Answer = TypeVar("Answer")
 
@@ -38,8 +37,8 @@ SAME_SIZE = 2e-6
 def frozen(model: Classifier, *, keep_mode: bool = False) -> Iterator[None]:
     """A context in which ``model`` is in evaluation mode, and its parameters have ``requires_grad=False``.
 
-    At the end, modes and flags are restored. Modules in a plain list, in an object or in a hook of the model are frozen
-    too. Frozen parameters save time, because a compiled backward pass would compute their gradients.
+    At the end, modes and flags are restored. Frozen parameters save time, because a compiled backward pass would
+    compute their gradients.
 
     Args:
         model: an ``nn.Module``; any other callable is not changed. If an attack runs on a method of a module, the
@@ -49,25 +48,34 @@ def frozen(model: Classifier, *, keep_mode: bool = False) -> Iterator[None]:
     if not isinstance(model, nn.Module):
         yield
         return
-    wholes = [model, *(module for _, module in hidden_modules(model))]
-    modes = [(module, module.training) for whole in wholes for module in whole.modules()]
+    modes = [(module, module.training) for module in model.modules()]
     # The flag of a tensor that was made in inference mode could not be restored.
-    trainable = [p for whole in wholes for p in whole.parameters() if p.requires_grad and not p.is_inference()]
+    trainable = [p for p in model.parameters() if p.requires_grad and not p.is_inference()]
     try:
-        for whole in wholes if not keep_mode else ():
-            switch_to_evaluation(whole)
+        if not keep_mode:
+            switch_to_evaluation(model)
         for parameter in trainable:
             parameter.requires_grad_(False)
         # The model itself judges. An attack takes its gradients from the copy of an accelerated model.
         from ..speed.accelerate import plainly
 
-        with plainly(*wholes):
+        with plainly(model):
             yield
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
         for module, mode in modes:
             module.training = mode
+
+
+@outside_graphs
+def switch_to_evaluation(module: nn.Module) -> None:
+    """Put a module into evaluation mode, also if it refuses ``eval()``, as a module from ``torch.export`` does."""
+    try:
+        module.eval()
+    except NotImplementedError:
+        for part in module.modules():
+            part.training = False
 
 
 class WritesToItsInput(ValueError):
@@ -86,13 +94,7 @@ def ask(model: Callable[[Tensor], Answer], x: Tensor) -> Answer:
     if torch.compiler.is_compiling() or x.is_inference():
         return model(x)
     writes = x._version
-    try:
-        answer = model(x)
-    except RuntimeError as error:
-        # The parameters are frozen, so only the images can be a leaf that requires a gradient.
-        if "leaf Variable that requires grad is being used in an in-place operation" in str(error):
-            raise WritesToItsInput from error
-        raise
+    answer = model(x)
     if x._version != writes:
         raise WritesToItsInput
     return answer
@@ -104,10 +106,8 @@ _first_output: ContextVar[bool] = ContextVar("first_output", default=False)
 
 def logits_of(model: Classifier, x: Tensor) -> Tensor:
     """The logits of images, ``[B, classes]``; a model that writes to them (`ask`) is refused."""
-    if torch.compiler.is_compiling():
-        return checked_logits(model(x), len(x))
     logits = checked_logits(ask(model, x), len(x))
-    if _first_output.get():
+    if not torch.compiler.is_compiling() and _first_output.get():
         _first_output.set(False)
         _warn_of_values(logits)
     return logits
@@ -137,32 +137,6 @@ def _warn_of_values(logits: Tensor) -> None:
         warnings.warn(f"the model returns probabilities, not logits: {INSTEAD_OF_PROBABILITIES}", stacklevel=2)
 
 
-@torch.no_grad()
-def check_model(model: Classifier, some: Tensor) -> tuple[Classifier, int]:
-    """Check a model's outputs on several images and on a single image; return the model and its number of classes."""
-    dtype = None
-    try:
-        output = model(some)
-    except RuntimeError as error:
-        whole = model if isinstance(model, nn.Module) else next((module for _, module in used_modules(model)), None)
-        dtype = some.dtype if whole is None else dtype_of(whole)
-        if ran_out_of_memory(error) or dtype == some.dtype:
-            raise
-        output = model(some.to(dtype))
-    classes = checked_logits(output, len(some)).shape[1]
-    if dtype is not None or not isinstance(output, Tensor):
-        model = LogitsOf(model, dtype)
-    check_classes(checked_logits(model(some[:1]), 1), classes)
-    return model, classes
-
-
-def check_classes(logits: Tensor, classes: int) -> Tensor:
-    """Return logits ``[B, classes]``; ValueError for another number of classes than in the first call."""
-    if logits.shape[1] != classes:
-        raise ValueError(f"the model must return {classes} logits for each image, got {logits.shape[1]}")
-    return logits
-
-
 def gradient_to(leaf: Tensor, value: Tensor) -> Tensor | None:
     """The gradient of ``value`` with respect to ``leaf``; None if there is no dependence or no derivative."""
     if not value.requires_grad:
@@ -178,23 +152,6 @@ def gradient_to(leaf: Tensor, value: Tensor) -> Tensor | None:
         raise
 
 
-def check_leaves_images(model: Callable[[Tensor], object], x: Tensor) -> None:
-    """Refuse a model that writes to its input in any way; the model is called on copies, with and without gradients."""
-    for recorded in (False, True):
-        images = x.detach().clone().requires_grad_(recorded)
-        with torch.set_grad_enabled(recorded):
-            try:
-                ask(model, images)
-            except WritesToItsInput:
-                raise
-            except Exception:
-                # A model that fails only while gradients are recorded can be evaluated, so the error is ignored.
-                if not recorded:
-                    raise
-        if not torch.equal(images.detach(), x.detach()):
-            raise WritesToItsInput
-
-
 def differ(first: Tensor, second: Tensor) -> bool:
     """Tell whether two outputs ``[B, classes]`` differ by more than rounding, relative to the spread of the logits."""
     if first.shape != second.shape:
@@ -207,21 +164,6 @@ def differ(first: Tensor, second: Tensor) -> bool:
     spread = (a.where(finite, -torch.inf).amax(1) - a.where(finite, torch.inf).amin(1)).max().clamp(min=0)
     size = a.where(finite, 0.0).abs().max()
     return bool(apart > SAME_SPREAD * spread + SAME_SIZE * size)
-
-
-def predicts_otherwise(model: Classifier, x: Tensor, most: int) -> bool:
-    """Tell whether two predictions of the same images ``x`` differ, in passes of at most ``most`` images."""
-    return any(differ(model(part.clone()), model(part.clone())) for part in x.split(most))
-
-
-def draws_elsewhere(model: Classifier, x: Tensor, most: int) -> bool:
-    """Tell whether two predictions differ on images, on noisy images, or on means of two images.
-
-    Some defences draw only for images that are not on the grid of 8 bits, or of whose class they are not sure.
-    """
-    noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(x) - 0.5
-    tried = (x, (x + noise / 16).clamp(0, 1), (x + x.roll(1, 0).flip(-1)) / 2)
-    return any(predicts_otherwise(model, images, most) for images in tried)
 
 
 def logits_of_draws(model: Classifier, x: Tensor, draws: int) -> Tensor:

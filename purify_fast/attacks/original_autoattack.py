@@ -21,9 +21,10 @@ from torch.nn import functional as F
 
 from .._validation import Count, NormName
 from ..protocols import Classifier
-from .attacked_model import check_model, frozen, gradient_to
+from .attacked_model import frozen, gradient_to
 from .ball import ball_around, projected
 from .base import NORMS, Attack, AttackResult, Resolved
+from .checked_model import check_model
 from .context import AttackContext
 from .gradient_copy import COMPARED
 from .search import GradientHealth

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model_state import switch_to_evaluation
 from ..protocols import Classifier
 
 #: Advice for a model that returns probabilities instead of logits.
@@ -29,7 +28,7 @@ class LogitsOf(nn.Module):
     def __init__(self, model: Classifier, dtype: torch.dtype | None = None):
         super().__init__()
         self.model, self.dtype = model, dtype
-        switch_to_evaluation(self)
+        self.training = False
 
     @property
     def fingerprinted(self) -> Classifier:

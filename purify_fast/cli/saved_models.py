@@ -116,7 +116,8 @@ def on_images(model: Model, spec: str, images: DataSet) -> Model:
     """Move a module to the device of the images, and try the model on two images."""
     from torch import nn
 
-    from ..attacks.attacked_model import check_model, frozen
+    from ..attacks.attacked_model import frozen
+    from ..attacks.checked_model import check_model
     from ..data import to_float
     from ..models.foreign import described
 

@@ -22,8 +22,8 @@ from .._process import processes
 from .._validation import NormName, check_folder, read_norm
 from ..attacks import Attack, AttackContext, frozen
 from ..attacks.arguments import check_eps, largest_distance
-from ..attacks.attacked_model import check_leaves_images
 from ..attacks.base import ThreatModel
+from ..attacks.checked_model import check_leaves_images
 from ..attacks.gradient_copy import GradientCopies
 from ..model_state import fingerprint, fingerprint_or_reason
 from ..ops import kernels_now

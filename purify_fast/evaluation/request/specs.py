@@ -14,9 +14,9 @@ from torch import Tensor
 from ..._validation import NormName, check_literal
 from ...attacks import BPDA, PGD, Attack, AttackContext, AttackResult, LeavingPGD, frozen
 from ...attacks.arguments import check_at_least_one, check_eps, check_not_negative
-from ...attacks.attacked_model import check_model
 from ...attacks.base import NORMS, ThreatModel
 from ...attacks.bpda import Aggregation
+from ...attacks.checked_model import check_model
 from ...attacks.gradient_copy import COMPARED
 from ...ops.pgd_step import pgd_step
 from ...protocols import Classifier

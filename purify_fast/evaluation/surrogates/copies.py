@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...model_state import switch_to_evaluation
+from ...attacks.attacked_model import switch_to_evaluation
 from ...protocols import Classifier
 from .identity_backward import PassedThrough
 from .softening import Softening
