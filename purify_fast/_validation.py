@@ -69,9 +69,9 @@ ShareBelow1 = Annotated[float, Range(0, 1, below=True)]
 
 
 def check_counts(**counts: Any) -> None:
-    """Raise a ValueError unless every argument, named by its keyword, is a whole number of at least 1."""
+    """Raise a ValueError unless every argument, named by its keyword, is a whole number of at least 1, or None."""
     for name, value in counts.items():
-        _check_type(name, value, Count)
+        _check_type(name, value, Count | None)
 
 
 def check_number(name: str, value: Any) -> None:

@@ -23,9 +23,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ._validation import NormName, check_literal, read_norm
+from ._validation import NormName, check_counts, check_literal, read_norm
 from .attacks import APGD, FABT, Attack, AttackContext, Resources, Square, frozen
-from .attacks.arguments import check_at_least_one, check_eps
+from .attacks.arguments import check_eps
 from .attacks.attacked_model import TRIED_CALLS, differ
 from .attacks.checked_model import check_model, draws_elsewhere
 from .attacks.gradient_copy import GradientCopies
@@ -212,7 +212,7 @@ class AutoAttack:
 
         The arguments are those of `run_standard_evaluation`.
         """
-        check_at_least_one(bs=bs)
+        check_counts(bs=bs)
         x, y, _ = collect(x_orig, y_orig)
         return float((self._predicted(x, bs) == y.to(x.device)).float().mean())
 
@@ -228,7 +228,7 @@ class AutoAttack:
     def _run(
         self, x: Tensor, y: Tensor, names: Sequence[str], size: int, return_labels: bool
     ) -> Tensor | tuple[Tensor, Tensor]:
-        check_at_least_one(bs=size)
+        check_counts(bs=size)
         attacks = {name: self._attack(name) for name in names}
         x, y, notes = collect(x, y)
         check_eps(self.epsilon, read_norm(self.norm), pixels=x[0].numel())

@@ -42,14 +42,13 @@ def ball_around(
     clip_min: float | Tensor = 0.0,
     clip_max: float | Tensor = 1.0,
 ) -> Ball:
-    """Check the radius ``eps``, see `Radius`, and the norm (see `read_norm`), and make the balls around images."""
-    known = read_norm(norm)
+    """Check the radius ``eps``, see `Radius`, and make the balls around images."""
     width = clip_max - clip_min
-    # A radius beside a range of each pixel is a tensor too, which is not compared with it.
-    check_eps(
-        eps, known, max(1.0, 1.0 if isinstance(width, Tensor) else width), per_image=True, pixels=x.shape[1:].numel()
-    )
-    return Ball(per_pixel("eps", eps, x), known, clip_min, clip_max)
+    if not isinstance(eps, Tensor):
+        # A range of each pixel is a tensor too, and is not compared with the radius.
+        largest = 1.0 if isinstance(width, Tensor) else max(1.0, width)
+        check_eps(eps, norm, largest, pixels=x.shape[1:].numel())
+    return Ball(per_pixel("eps", eps, x), read_norm(norm), clip_min, clip_max)
 
 
 def _numbers(x: Tensor, seed: int, sample_ids: Tensor | None) -> Callable[..., Tensor]:

@@ -102,7 +102,7 @@ class Attack(abc.ABC):
     def __post_init__(self) -> None:
         if self.norms:
             own: Any = self
-            norm = None if own.norm is None else self._known(own.norm)
+            norm = None if own.norm is None else read_norm(own.norm, self.norms)
             if norm is not None and own.eps is None:
                 raise ValueError(f"eps must be given with norm={norm!r}: the ball needs a radius, such as eps=0.5")
             if own.eps is not None:
@@ -118,7 +118,6 @@ class Attack(abc.ABC):
     def threat_model(self, context: AttackContext) -> ThreatModel:
         """Return the norm and the radius of the ball; the context gives those that the attack does not set."""
         norm, eps = self._norm_and_radius(context)
-        check_eps(eps, norm)
         return ThreatModel(norm, float(eps))
 
     def ball(self, x: Tensor, y: Tensor, context: AttackContext) -> Ball:
@@ -134,18 +133,8 @@ class Attack(abc.ABC):
 
     def _norm_and_radius(self, context: AttackContext) -> tuple[Norm, Any]:
         """Return the norm and the radius. The context gives a norm or radius that the attack does not set."""
-        if not self.norms:
-            raise NotImplementedError(f"{type(self).__name__} must define threat_model(context)")
         own: Any = self
-        return self._known(own.norm or context.norm), context.eps if own.eps is None else own.eps
-
-    def _known(self, norm: str) -> Norm:
-        """A norm's name as this package writes it; ValueError for a norm that the attack does not support."""
-        known = read_norm(norm)
-        if known not in self.norms:
-            allowed = " or ".join(self.norms)
-            raise ValueError(f"norm must be {allowed} for {type(self).__name__}, got {norm}: give it norm and eps")
-        return known
+        return read_norm(own.norm or context.norm, self.norms), context.eps if own.eps is None else own.eps
 
     def draws(self, context: AttackContext) -> int:
         """The number of predictions that a step averages; 1 if the model predicts the same every time."""

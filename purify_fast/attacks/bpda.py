@@ -41,7 +41,6 @@ class BpdaModel(nn.Module):
             mode.
 
     Raises:
-        TypeError: in the forward pass, ``purify`` returns no tensor.
         ValueError: an unknown aggregation; in the forward pass, purified images of another shape.
     """
 
@@ -74,10 +73,7 @@ class BpdaModel(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Images ``[B, ...]`` to logits ``[B, classes]``."""
         with torch.no_grad():
-            purified = self.purify(x)
-        if not isinstance(purified, Tensor):
-            raise TypeError(f"purify must return a tensor of images, got the type {type(purified).__name__}")
-        purified = purified.detach()
+            purified = self.purify(x).detach()
         several = purified.dim() == x.dim() + 1
         if (purified[:, 0] if several else purified).shape != x.shape:
             raise ValueError(

@@ -197,11 +197,7 @@ def _gradients_of_step(ctx: Any, i: int, grad: Tensor) -> list[Tensor | None]:
             f"step must return the same result when it is computed again, but step {ctx.first + i} does not: does it "
             "draw from a generator of its own (pass it in generators), or from NumPy? keep=n computes no step again"
         )
-    if not result.requires_grad:
-        if needed[0]:
-            raise RuntimeError(
-                f"step must record gradients, but step {ctx.first + i} does not: remove its detach() or torch.no_grad()"
-            )
+    if not result.requires_grad and not needed[0]:
         return [None] * len(needed)
     tensors = [*leaves, *others[ctx.count :]]
     wanted = [tensor for tensor, need in zip(tensors, needed, strict=True) if need]

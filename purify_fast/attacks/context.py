@@ -9,10 +9,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from .._validation import Count, NormName, check_types
+from .._validation import Count, NormName, check_counts, check_types
 from ..protocols import Classifier, KeepsCopies
 from ..speed.graphs.step_loop import CapturesSteps
-from .arguments import check_at_least_one
 
 #: A radius in image units: a number for all images, or ``[B]``, a number for each image. In "linf" also a tensor that
 #: can be broadcast over the images, such as ``[C, 1, 1]`` for normalized images.
@@ -107,7 +106,7 @@ class AttackContext:
     resources: Resources = Resources()
 
     def __post_init__(self) -> None:
-        check_at_least_one(judge_draws=self.judge_draws)
+        check_counts(judge_draws=self.judge_draws)
 
     @classmethod
     def from_options(cls, **options: Any) -> AttackContext:

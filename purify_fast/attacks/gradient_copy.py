@@ -18,14 +18,11 @@ from torch import Tensor, nn
 
 from .._processor import fast_bfloat16
 from .._validation import GradientPrecision
-from ..defences.stochastic import StochasticDefence
 from ..model_state import identity_key
 from ..protocols import (
     Accelerates,
     Classifier,
     CountsImages,
-    DeterministicMode,
-    FixedNoise,
     KeepsCopies,
     PassesOn,
     Purifies,
@@ -40,7 +37,7 @@ from ..speed.folding.inference_copy import InferenceCopy
 from ..speed.graphs.step_graphs import remember
 from ..speed.watch import FEWEST_WEIGHTS, matrix_weights
 from .attacked_model import gradient_to
-from .outputs import LogitsOf, checked_logits, logits_in
+from .outputs import LogitsOf, logits_in
 
 #: The number of images on which a copy is compared with its model.
 COMPARED = 8
@@ -159,13 +156,14 @@ def _made(model: nn.Module, x: Tensor) -> Classifier | None:
     accelerates = supports(model, Accelerates)
     if isinstance(model, InferenceCopy) or (not accelerates and (supports(model, SampleLogits) or is_purifier(model))):
         return None
-    plain = model if accelerates else _returning_tensors(model, x)
     try:
         if accelerates:
             duplicate = copy.deepcopy(model).accelerate(torch.bfloat16)  # type: ignore[operator]
             # The copy is never trained, so the BatchNorms of its purifier can be folded too.
             fold_sequential(duplicate)
             return cast(Classifier, duplicate)
+        with torch.no_grad():
+            plain = model if isinstance(model(x), Tensor) else LogitsOf(model)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return InferenceCopy(unaccelerated_copy(plain), tuple(x.shape[1:]), torch.bfloat16, fine=True).eval()
@@ -174,40 +172,16 @@ def _made(model: nn.Module, x: Tensor) -> Classifier | None:
         return None
 
 
-@torch.no_grad()
-def _returning_tensors(model: nn.Module, x: Tensor) -> nn.Module:
-    """The model itself, or a wrapper around it if its output is an object or a mapping with ``logits``."""
-    try:
-        output = model(x)
-    except Exception:
-        # An attack on the model will raise this error.
-        return model
-    checked_logits(output, len(x))
-    return model if isinstance(output, Tensor) else LogitsOf(model)
-
-
 def _same_draws(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """A context that restores the random generators at its end, so that two computations draw the same numbers."""
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
-
-
-def _without_noise(model: object) -> contextlib.AbstractContextManager[Any]:
-    """A context in which a model repeats its random numbers, even if they do not come from PyTorch's generators."""
-    # A StochasticDefence draws its seeds from PyTorch's generators, so it needs no such context. The context would also
-    # refuse calls of the defence from other threads.
-    if not isinstance(model, StochasticDefence):
-        if supports(model, FixedNoise):
-            return cast(FixedNoise, model).fixed_noise(0)
-        if supports(model, DeterministicMode):
-            return cast(DeterministicMode, model).deterministic()
-    return contextlib.nullcontext()
 
 
 def _fits(duplicate: Classifier, model: nn.Module, x: Tensor) -> bool:
     """Tell whether a copy computes the same as its model; both draw the same noise for the comparison."""
     try:
         with torch.no_grad():
-            got, want = _logits(duplicate, x), _logits(model, x)
+            got, want = _run(duplicate, x), _run(model, x)
         return same_logits(got, want) and _same_direction(duplicate, model, x)
     except Exception:
         # An error of the copy must not end the attack. An error of the model itself will be raised by the attack.
@@ -218,32 +192,23 @@ def _same_direction(duplicate: Classifier, model: nn.Module, x: Tensor) -> bool:
     """Tell whether a copy has the purified images and the input gradients of its model."""
     if isinstance(model, Purifies) and isinstance(duplicate, Purifies):
         with torch.no_grad():
-            before, after = (_run(each, x, each.purify) for each in (model, duplicate))
+            before, after = (_run(each.purify, x) for each in (model, duplicate))
         if not bool((before - after).abs().mean() <= PURIFIED_TOLERANCE):
             return False
     # Leave inference mode, because nothing can be differentiated in it.
     with torch.inference_mode(False), torch.enable_grad():
-        try:
-            want = _input_gradient(model, x.detach().clone())
-        except Exception:
-            # The model has no gradient, for example because its weights were made in inference mode. The copy may have
-            # a gradient. The copy is allowed, because the model itself checks the points that an attack finds.
-            return True
-        return same_direction(_input_gradient(duplicate, x.detach().clone()), want)
+        got, want = (_input_gradient(each, x.detach().clone()) for each in (duplicate, model))
+        return same_direction(got, want)
 
 
-def _run(model: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    with _same_draws(x.device), _without_noise(model):
-        return function(x).float()
-
-
-def _logits(model: Classifier, x: Tensor) -> Tensor:
-    return _run(model, x, lambda images: logits_in(model(images)))
+def _run(function: Callable[[Tensor], Any], x: Tensor) -> Tensor:
+    with _same_draws(x.device):
+        return logits_in(function(x)).float()
 
 
 def _input_gradient(model: Classifier, leaf: Tensor) -> Tensor:
     """The flat gradient of the largest minus the second largest logit, summed over the images; 0 without a gradient."""
     leaf.requires_grad_()
-    first, second = _logits(model, leaf).topk(2, 1).values.unbind(1)
+    first, second = _run(model, leaf).topk(2, 1).values.unbind(1)
     gradient = gradient_to(leaf, (first - second).sum())
     return torch.zeros_like(leaf).flatten() if gradient is None else gradient.flatten()

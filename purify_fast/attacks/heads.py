@@ -27,15 +27,10 @@ def head_logits(samples: Tensor, head: Head) -> Tensor:
     if head == "one_sample":
         return samples[:, 0]
     if head == "margins":
-        return class_margins(samples).mean(1)
+        two = samples.topk(2, -1)
+        best = F.one_hot(two.indices[..., 0], samples.shape[-1]).bool()
+        return (samples - torch.where(best, two.values[..., 1:], two.values[..., :1])).mean(1)
     return aggregate(samples, head)
-
-
-def class_margins(logits: Tensor) -> Tensor:
-    """The logit of every class minus the largest other logit, ``[..., classes]``, for at least two classes."""
-    two = logits.topk(2, -1)
-    best = F.one_hot(two.indices[..., 0], logits.shape[-1]).bool()
-    return logits - torch.where(best, two.values[..., 1:], two.values[..., :1])
 
 
 class AttackersHead(nn.Module):

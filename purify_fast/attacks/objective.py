@@ -6,7 +6,7 @@ separate passes if the model draws once for a whole batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -126,7 +126,7 @@ class Objective:
             return self.loss(logits, y), logits, y
         columns = y.view(len(y), -1)
         labels = (columns.repeat(draws, 1) if draws > 1 else columns).unbind(1)
-        return self._loss_of(logits, labels), logits, labels[0]
+        return (LOSSES | TARGETED)[str(self.loss)](logits, *labels), logits, labels[0]
 
     def _scored(self, logits: Tensor, labels: Tensor, losses: Tensor, draws: int) -> tuple[Tensor, Tensor]:
         """Sums over the draws, ``[B]``: the losses, and the number of misclassified draws.
@@ -140,26 +140,6 @@ class Objective:
         nameless = losses if self.loss == "margin" else top
         wrong = ((decided != labels) | nameless.isnan()).float()
         return _summed(losses, draws), _summed(wrong, draws)
-
-    def _loss_of(self, logits: Tensor, labels: Sequence[Tensor]) -> Tensor:
-        """The loss of every row of logits; ValueError for a label outside the model's classes."""
-        formula = (LOSSES | TARGETED)[str(self.loss)]
-        # A compiler cannot trace the `try` block below.
-        if torch.compiler.is_compiling():
-            return formula(logits, *labels)
-        try:
-            return formula(logits, *labels)
-        except (IndexError, RuntimeError) as error:
-            y, classes = labels[0], logits.shape[1]
-            if y.device.type != "cpu":
-                raise
-            # The usual reason is a label outside the classes. To save time, the labels are read only after a failure.
-            bad = ((y < 0) | (y >= classes)).nonzero()[:, 0]
-            if len(bad) == 0:
-                raise
-            raise ValueError(
-                f"y must be from 0 to {classes - 1}, the model's classes, got y[{int(bad[0])}] = {int(y[bad[0]])}"
-            ) from error
 
 
 def _summed(values: Tensor, draws: int) -> Tensor:

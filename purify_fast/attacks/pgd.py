@@ -12,11 +12,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .._validation import AtLeast0, Count, GradientPrecision, NormName
+from .._validation import AtLeast0, Count, GradientPrecision, NormName, Range
 from ..ops.pgd_step import per_pixel, pgd_step
 from ..protocols import Classifier
 from ..speed.graphs.step_loop import State, begin_steps
-from .arguments import check_not_negative
 from .ball import Ball, normal_in_ball, sample_in_ball
 from .base import NORMS, Attack, AttackResult, cost_of_ascents, times, worst_of_runs
 from .context import AttackContext, Radius
@@ -139,7 +138,8 @@ class PGD(Attack):
     precision: GradientPrecision = "auto"
 
     def __post_init__(self) -> None:
-        check_not_negative(alpha=self.alpha)
+        if self.alpha is not None and not isinstance(self.alpha, Tensor):
+            Range(0).check("alpha", self.alpha)
         super().__post_init__()
 
     def name(self, context: AttackContext) -> str:

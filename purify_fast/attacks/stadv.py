@@ -117,7 +117,8 @@ class StAdv(Attack):
     smoothness: AtLeast0 = TAU
 
     def __post_init__(self) -> None:
-        check_eps(self.eps, None, per_image=True)
+        if not isinstance(self.eps, Tensor):
+            check_eps(self.eps, None)
         check_types(self)
 
     def name(self, context: AttackContext) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-from ..attacks.arguments import ROUNDING, advice_for_range
+from ..attacks.arguments import INTO_RANGE, ROUNDING
 from ..model_state import is_installed
 
 #: A list with more entries, such as that of a data set's files, is not searched for generators.
@@ -54,8 +54,8 @@ def check_range(name: str, low: float, high: float, undo: str = "") -> None:
     """Raise ValueError for images with values outside [0, 1], except by rounding; ``undo`` is advice."""
     # The condition is negated so that NaN is refused too.
     if not (low >= -ROUNDING and high <= 1 + ROUNDING):
-        advice = f"; if they are normalized, {undo}" if undo and low < 0 else advice_for_range(low, high)
-        raise ValueError(f"{name} must be in [0, 1] and free of NaN, got values from {low:.5g} to {high:.5g}{advice}")
+        advice = f"if they are normalized, {undo}" if undo and low < 0 else INTO_RANGE
+        raise ValueError(f"{name} must be in [0, 1] and free of NaN, got values from {low:.5g} to {high:.5g}: {advice}")
 
 
 def seed_generators(loader: Any, seed: int, epoch: int) -> None:

@@ -11,9 +11,9 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor
 
-from ..._validation import NormName, check_literal
+from ..._validation import NormName, Range, check_counts, check_literal
 from ...attacks import BPDA, PGD, Attack, AttackContext, AttackResult, LeavingPGD, frozen
-from ...attacks.arguments import check_at_least_one, check_eps, check_not_negative
+from ...attacks.arguments import check_eps
 from ...attacks.base import NORMS, ThreatModel
 from ...attacks.bpda import Aggregation
 from ...attacks.checked_model import check_model
@@ -213,10 +213,10 @@ class AttackSpec:
         if not isinstance(self.attack, Attack):
             object.__setattr__(self, "attack", as_attack(self.attack))
         check_literal("variant", self.variant, Variant)
-        check_at_least_one(max_images=self.max_images, nearest=self.nearest)
+        check_counts(max_images=self.max_images, nearest=self.nearest)
         if self.until is not None and not 0 < self.until < 1:
             raise ValueError(f"until must be a share of the images between 0 and 1, such as 0.002, got {self.until!r}")
-        check_not_negative(seed=self.seed)
+        Range(0).check("seed", self.seed)
         for model in (None if self.target == CLASSIFIER else self.target, self.judge):
             if model is not None and not callable(model):
                 raise TypeError(f"target and judge must be models, or target {CLASSIFIER!r}, got {model!r}")

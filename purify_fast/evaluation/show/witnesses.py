@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ..._sealed import read_sealed, write_sealed
 from ..._tensors import digest, weights_fingerprint
+from ..._validation import Range, check_counts
 from ...attacks import frozen
-from ...attacks.arguments import check_at_least_one, check_not_negative
 from ...attacks.base import ThreatModel
 from ...attacks.outputs import LogitsOf
 from ...model_state import fingerprint
@@ -229,11 +229,11 @@ def check_witnesses(
         ValueError: the file is damaged, the report has no witnesses, or the model does not accept the images.
         TypeError: model is not callable.
     """
-    check_at_least_one(batch_size=batch_size)
+    check_counts(batch_size=batch_size)
     witnesses, changed = load_witnesses(report)
     about = witnesses.about
     seed = about["seed"] + 1 if seed is None else seed
-    check_not_negative(seed=seed)
+    Range(0).check("seed", seed)
     model = as_classifier(model)
     predict: Predict | None = about["predict"]
     with torch.random.fork_rng(), torch.no_grad(), frozen(model):
