@@ -1,4 +1,4 @@
-"""Child processes that end with their parent, a clean end at SIGTERM, and the rank of this process."""
+"""Child processes that end with their parent, and the rank of this process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import pickle
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
 
@@ -37,33 +37,6 @@ def end_workers() -> None:
     """Terminate the children of this process. A shutdown of their pool would wait until their work is finished."""
     for process in multiprocessing.active_children():
         process.terminate()
-
-
-class Stop:
-    """Tells whether this process was asked to end."""
-
-    asked: bool = False
-
-
-@contextlib.contextmanager
-def stop_on_sigterm() -> Iterator[Stop]:
-    """Record a first SIGTERM within the block, so that the work can end cleanly. A second SIGTERM ends the process."""
-    stop = Stop()
-    main = threading.current_thread() is threading.main_thread()
-    alone = processes()[1] == 1 and multiprocessing.parent_process() is None
-    if not main or not alone or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield stop
-        return
-
-    def ask(number: int, frame: object) -> None:
-        stop.asked = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    signal.signal(signal.SIGTERM, ask)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def processes() -> tuple[int, int]:

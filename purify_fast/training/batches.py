@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import random
-from collections.abc import Iterator, Mapping
-from types import FunctionType, MethodType, ModuleType
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from ..attacks.arguments import INTO_RANGE, ROUNDING
-from ..model_state import is_installed
-
-#: A list with more entries, such as that of a data set's files, is not searched for generators.
-SEARCHED = 100
 
 
 def read_batch(batch: Any, name: str) -> tuple[Tensor, Tensor, Any]:
     """Return the images and the labels of a batch, and its third part or None, or raise TypeError."""
-    if isinstance(batch, Mapping):
-        keys = list(batch)
-        labels = next((key for key in keys if "label" in str(key) or key in ("y", "target", "targets")), "labels")
-        images = next((key for key in keys if key != labels and getattr(batch[key], "ndim", 0) == 4), None)
-        images = next((key for key in keys if key != labels), "images") if images is None else images
-        raise TypeError(
-            f"{name} must be (images, labels), got a dictionary with the keys {', '.join(map(repr, keys))}: give "
-            f"(batch[{images!r}], batch[{labels!r}]). If a row is such a dictionary of tensors: DataLoader(..., "
-            f"collate_fn=lambda rows: (torch.stack([row[{images!r}] for row in rows]), "
-            f"torch.tensor([row[{labels!r}] for row in rows])))"
-        )
     if not isinstance(batch, (tuple, list)) or len(batch) < 2:
         raise TypeError(f"{name} must be (images, labels) or (images, labels, indices), got {type(batch)}")
     images, labels = (as_tensor(f"the {part} of {name}", batch[i]) for i, part in enumerate(("images", "labels")))
@@ -59,39 +40,29 @@ def check_range(name: str, low: float, high: float, undo: str = "") -> None:
 
 
 def seed_generators(loader: Any, seed: int, epoch: int) -> None:
-    """Seed the generators that a loader, its sampler or its data set own, and give the epoch to ``set_epoch``."""
+    """Seed the generators that are attributes of a loader, its data set or its samplers; call their ``set_epoch``."""
+    seen = set[int]()
     for part in _parts(loader):
-        if isinstance(part, torch.Generator):
-            part.manual_seed(seed)
-        elif isinstance(part, (random.Random, np.random.RandomState)):
-            part.seed(seed)
-        elif isinstance(part, np.random.Generator):
-            part.bit_generator.state = type(part.bit_generator)(seed).state
-        else:
-            if callable(getattr(type(part), "set_epoch", None)):
-                part.set_epoch(epoch)
-            continue
-        seed = (seed + 1) % 2**32
+        if callable(getattr(type(part), "set_epoch", None)):
+            part.set_epoch(epoch)
+        for value in getattr(part, "__dict__", {}).values():
+            if id(value) in seen:
+                continue
+            if isinstance(value, torch.Generator):
+                value.manual_seed(seed)
+            elif isinstance(value, (random.Random, np.random.RandomState)):
+                value.seed(seed)
+            elif isinstance(value, np.random.Generator):
+                value.bit_generator.state = type(value.bit_generator)(seed).state
+            else:
+                continue
+            seen.add(id(value))
+            seed = (seed + 1) % 2**32
 
 
-def _parts(value: Any) -> Iterator[Any]:
-    """Yield an object and the objects in its attributes and in the variables of its functions, the nearest first."""
-    waiting, seen = [value], set[int]()
-    for part in waiting:
-        if id(part) in seen or isinstance(part, (Tensor, np.ndarray, str, type, ModuleType, _BaseDataLoaderIter)):
-            continue
-        seen.add(id(part))
-        yield part
-        if isinstance(part, (list, tuple, Mapping)):
-            inside = part.values() if isinstance(part, Mapping) else part
-            waiting += inside if len(part) <= SEARCHED else ()
-        elif isinstance(part, FunctionType):
-            if not is_installed(part.__code__.co_filename):
-                read = inspect.getclosurevars(part)
-                waiting += [*read.nonlocals.values(), *read.globals.values()]
-        elif isinstance(part, MethodType):
-            waiting += [part.__self__, part.__func__]
-        elif isinstance(part, functools.partial):
-            waiting += [part.func, part.args, part.keywords]
-        else:
-            waiting += getattr(part, "__dict__", {}).values()
+def _parts(loader: Any) -> Iterator[Any]:
+    """Yield a loader, its data set and its samplers, and those inside them."""
+    yield loader
+    for name in ("dataset", "sampler", "batch_sampler"):
+        if (part := getattr(loader, name, None)) is not None:
+            yield from _parts(part)

@@ -28,8 +28,6 @@ _EXTRA = "extra_state"
 
 #: In a checkpoint's JSON, an object with this single key stands for a tensor.
 _TENSOR = "tensor of purify_fast"
-#: The mark before a key of a checkpoint's JSON that is a text, although it looks like something else.
-_QUOTE = "'"
 
 
 # -- checkpoints ------------------------------------------------------------------------------------------------------
@@ -61,19 +59,7 @@ def _encoded(tree: Any) -> tuple[Any, dict[str, Tensor]]:
         tensors[number] = tensor
         return {_TENSOR: number}
 
-    def quoted(value: Any) -> Any:
-        if isinstance(value, (list, tuple)):
-            return [quoted(item) for item in value]
-        if not isinstance(value, dict):
-            return value
-        return {_QUOTE + key if _needs_quote(key) else key: quoted(item) for key, item in value.items()}
-
-    return json.loads(json.dumps(quoted(tree), default=reference)), tensors
-
-
-def _needs_quote(key: Any) -> bool:
-    """Tell whether a key would be read as a number, as those of optimizers, or as a reference or a mark."""
-    return isinstance(key, str) and (key.isdecimal() or key == _TENSOR or key.startswith(_QUOTE))
+    return json.loads(json.dumps(tree, default=reference)), tensors
 
 
 def _decoded(value: Any, tensors: dict[str, Tensor]) -> Any:
@@ -84,22 +70,8 @@ def _decoded(value: Any, tensors: dict[str, Tensor]) -> Any:
         return value
     if value.keys() == {_TENSOR}:
         return tensors[value[_TENSOR]]
-    keys = [int(key) if key.isdecimal() else key.removeprefix(_QUOTE) for key in value]
-    return dict(zip(keys, (_decoded(item, tensors) for item in value.values()), strict=True))
-
-
-def check_extra_state(state: dict[str, Any]) -> None:
-    """Raise ValueError for a model whose ``state_dict()`` has values that a checkpoint cannot give back."""
-    for name, value in state.items():
-        try:
-            kept = isinstance(value, Tensor) or _decoded(_encoded(value)[0], {}) == value
-        except (TypeError, ValueError, KeyError):
-            kept = False
-        if not kept:
-            raise ValueError(
-                f"the model's get_extra_state must return tensors, or dicts and lists of numbers and strings, because "
-                f"checkpoints store it as JSON, got {name} = {value!r:.100}"
-            )
+    # JSON turns the numbers by which an optimizer names its weights into texts.
+    return {int(key) if key.isdecimal() else key: _decoded(item, tensors) for key, item in value.items()}
 
 
 def save_checkpoint(folder: Path, tree: Any) -> None:
@@ -109,9 +81,9 @@ def save_checkpoint(folder: Path, tree: Any) -> None:
     with_room(lambda: write_tree(path, tree, folder / PREVIOUS), path, remark)
 
 
-def last_checkpoint(folder: Path, set_aside: bool = False) -> Any:
-    """Read a run's last whole checkpoint."""
-    damaged: dict[Path, str] = {}
+def last_checkpoint(folder: Path) -> Any:
+    """Read a run's last whole checkpoint; None if there is none."""
+    damaged: list[str] = []
     for path in (folder / CHECKPOINT, folder / PREVIOUS):
         # Do not ask first whether the file exists: another process may rename it between the question and the answer.
         try:
@@ -119,18 +91,13 @@ def last_checkpoint(folder: Path, set_aside: bool = False) -> Any:
         except FileNotFoundError:
             continue
         except ValueError as error:
-            damaged[path] = str(error)
+            damaged.append(str(error))
             continue
-        for bad, why in damaged.items():
-            place = ""
-            if set_aside:
-                moved = bad.replace(bad.with_name(f"{bad.stem}.damaged{bad.suffix}"))
-                place = f"the file was renamed to {moved}, and "
-            logger.warning("%s; %sthe checkpoint before it, of step %s, is used", why, place, tree.get("step"))
+        if damaged:
+            logger.warning("%s; the checkpoint before it, of step %s, is used", damaged[0], tree.get("step"))
         return tree
     if damaged:
-        files = "this file" if len(damaged) == 1 else "these files"
-        raise ValueError(f"{'; '.join(damaged.values())}. There is no other checkpoint: remove {files} to start anew")
+        raise ValueError(f"{'; '.join(damaged)}. There is no other checkpoint: remove these files to start anew")
     return None
 
 

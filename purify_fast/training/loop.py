@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import signal
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -24,7 +23,7 @@ import torch
 from torch import nn
 
 from .._files import folder_lock
-from .._process import Stop, processes, stop_on_sigterm
+from .._process import processes
 from ..models.layers import BatchNorm1d, BatchNorm2d
 from ..speed.graphs.step_graphs import StepGraphs
 from ..speed.precision import float32_products, raced_convolutions, whole_float32_by_default
@@ -34,7 +33,6 @@ from .callbacks import Callback, ProgressBar, TrainingState
 from .captured_step import captured, undone
 from .config import FitConfig
 from .distributed import average_, from_first
-from .loss_watch import Diverged, LossWatch
 from .optimizers import fuse, set_learning_rate, weights_of
 from .run import Run
 from .sources import HeldOut, Images, Loader, classes_of, make_sources, step_seed
@@ -42,9 +40,8 @@ from .task import Batch, Metrics, Task, frozen_parts
 
 logger = logging.getLogger("purify_fast")
 
-#: If an epoch has fewer steps, the error of a divergence also advises smaller batches: RAdam does not adapt its first
-#: five steps, and CARSO's schedule keeps the learning rate low only in the first epoch.
-FEW = 6
+#: The losses and weights are checked after every INTERVAL steps, because a check waits for the device.
+INTERVAL = 100
 
 
 @whole_float32_by_default()
@@ -108,8 +105,6 @@ def fit(
         FloatingPointError: the loss or the weights are not finite. The last checkpoint is kept.
         FolderInUse: another run writes into the folder.
         RuntimeError: with several processes, another process ended, or did not answer within the group's timeout.
-        SystemExit: the process received SIGTERM. Before the exit, a checkpoint of the last step is written. With a
-            loader, whose order is not known, the last checkpoint is that of the epoch before.
     """
     if not isinstance(task, Task):
         raise TypeError(f"task must be a purify_fast.training.Task, got {type(task).__name__}")
@@ -122,7 +117,7 @@ def fit(
         _check_batchnorm(task.model)
     first = processes()[0] == 0
     # The caller may be within torch.no_grad() or torch.inference_mode().
-    with contextlib.ExitStack() as stack, stop_on_sigterm() as stop, torch.inference_mode(False), torch.enable_grad():
+    with contextlib.ExitStack() as stack, torch.inference_mode(False), torch.enable_grad():
         # if the folder is locked, all processes raise the error
         from_first(lambda: stack.enter_context(folder_lock(folder)))
         run.resume()
@@ -134,7 +129,7 @@ def fit(
         listeners = [bar, *callbacks] if first else []
         devices = [source.device] if source.device.type == "cuda" else []
         with bar.bar, torch.random.fork_rng(devices), step_settings(task, config, source.device):
-            _train(run, listeners, stop)
+            _train(run, listeners)
         task.finish()
         if run.best:
             task.model.load_state_dict(run.best["model"])
@@ -144,11 +139,8 @@ def fit(
         return run.last
 
 
-def _train(run: Run, listeners: Sequence[Callback], stop: Stop) -> None:
+def _train(run: Run, listeners: Sequence[Callback]) -> None:
     """Train the remaining epochs of a run."""
-    if run.step < run.total:
-        # a keep_best whose metric the task does not measure is refused before the training starts
-        run.check_best()
     while not run.ended:
         epoch = len(run.rows)
         last = epoch + 1 == run.config.epochs
@@ -156,11 +148,7 @@ def _train(run: Run, listeners: Sequence[Callback], stop: Stop) -> None:
         # After a kill in a validation, the epoch's steps have all been taken.
         state = _state(run, 0, run.last, epoch)
         if run.epoch == epoch:
-            watch = LossWatch()
-            try:
-                state = _train_epoch(run, listeners, watch, stop)
-            except Diverged as error:
-                raise _diverged(run, watch, error) from error
+            state = _train_epoch(run, listeners)
             if due:
                 # The memory may end in a validation.
                 run.save()
@@ -171,33 +159,19 @@ def _train(run: Run, listeners: Sequence[Callback], stop: Stop) -> None:
         for listener in listeners:
             listener.on_epoch(state)
         run.save()
-        if not run.ended:
-            _end_if_asked(run, stop)
-        elif not last:
+        if run.ended and not last:
             text = "the training ended after %d of %d epochs (patience); its best weights are of epoch %d"
             logger.warning(text, epoch + 1, run.config.epochs, run.best["step"] // run.steps)
 
 
-def _end_if_asked(run: Run, stop: Stop) -> None:
-    """Raise SystemExit if the process received SIGTERM. The checkpoint must have been written before."""
-    if stop.asked:
-        then = f". Start the same run again to continue from the last checkpoint in {run.folder}" if run.folder else ""
-        logger.warning("the training was ended by SIGTERM after step %d of %d%s", run.step, run.total, then)
-        # the exit status is 143, which a shell also reports for a process that SIGTERM ended
-        raise SystemExit(128 + signal.SIGTERM)
-
-
-def _train_epoch(run: Run, listeners: Sequence[Callback], watch: LossWatch, stop: Stop) -> TrainingState:
+def _train_epoch(run: Run, listeners: Sequence[Callback]) -> TrainingState:
     """Train the rest of the run's epoch, with checkpoints in between, and put the epoch's means into ``run.last``."""
     task, config, epoch = run.task, run.config, run.epoch
-    began, images, checked, world = time.monotonic(), 0, 0, processes()[1]
+    began, images, world = time.monotonic(), 0, processes()[1]
     for raw in run.source.epoch(epoch, run.step % run.steps):
-        # the shape and the labels of a loader's images are not known before; a GPU would wait for each batch's labels
-        if isinstance(run.source, Loader) and (not images or raw[1].device.type == "cpu"):
-            classes = classes_of(raw[1])
-            if classes > checked:
-                task.check(tuple(raw[0].shape[1:]), classes)
-                checked = classes
+        if isinstance(run.source, Loader) and not images:
+            # the shape and the labels of a loader's images are not known before
+            task.check(tuple(raw[0].shape[1:]), classes_of(raw[1]))
         seed = step_seed(config.seed, run.step)
         torch.manual_seed(seed)
         batch = run.batch(raw, run.step, seed)
@@ -207,33 +181,20 @@ def _train_epoch(run: Run, listeners: Sequence[Callback], watch: LossWatch, stop
         set_learning_rate(task.optimizers.values(), rate)
         measured = train_step(task, batch, config.accumulate or 1, config.clip_gradients)
         run.add(measured)
-        watch.add(run.step, measured["loss"])
         run.step += 1
         run.expect()
+        if run.step % INTERVAL == 0:
+            run.check_finite()
         count = len(batch.x) * world
         images += count
         for listener in listeners:
             listener.on_step(_state(run, count, measured, epoch))
         if run.step % run.steps:
-            run.save_if_due(now=stop.asked)
-            _end_if_asked(run, stop)
+            run.save_if_due()
+    run.check_finite()
     run.last = run.means()
-    if not run.is_finite():
-        raise Diverged("the loss or a weight is not finite")
     run.sums, run.counts = {}, {}
     return _state(run, images, run.last, epoch, images / max(time.monotonic() - began, 1e-9))
-
-
-def _diverged(run: Run, watch: LossWatch, error: Diverged) -> Diverged:
-    """Return an error that names the epoch and the step if it is known, and says which settings to change."""
-    if isinstance(run.source, Loader):
-        run.source.check_values()
-    step = watch.first_bad() if error.step is None else error.step
-    epoch = (run.step - 1 if step is None else step) // run.steps
-    where = "a weight is not finite" if step is None else f"the loss of step {step} is not finite"
-    few = f", or choose a batch size that gives at least {FEW} steps an epoch" if run.steps < FEW else ""
-    advice = "Lower the learning rate, raise eps_warmup, or use the precision float32 if it is bfloat16"
-    return Diverged(f"epoch {epoch}: training diverged, {where}. {advice}{few}", step)
 
 
 def _state(run: Run, images: int, metrics: dict[str, Any], epoch: int, images_per_second: float = 0.0) -> TrainingState:
@@ -292,7 +253,7 @@ def gradients(task: Task, batch: Batch, accumulate: int = 1) -> Iterator[tuple[s
             if not of_parts:
                 name = update.optimizer
                 task.optimizers[name].zero_grad(set_to_none=True)
-            backward(update.loss if share == 1 else share * update.loss)
+            (update.loss if share == 1 else share * update.loss).backward()
             shown = {"loss": update.loss.detach(), **update.metrics}
             of_parts.append(shown if share == 1 else {name: share * value for name, value in shown.items()})
         if not of_parts:
@@ -307,16 +268,6 @@ def parts_of(batch: Batch, number: int) -> list[Batch]:
     return [replace(batch, x=x, y=y, sample_ids=ids) for x, y, ids in parts] or [batch]
 
 
-def backward(loss: torch.Tensor) -> None:
-    """Compute the gradients of a loss; ValueError if it depends on no weight that can be trained."""
-    if not loss.requires_grad:
-        raise ValueError(
-            "the loss depends on no weight that can be trained: call requires_grad_(True) on the weights to train, and "
-            "do not call the model's parts within torch.no_grad() or on detached outputs"
-        )
-    loss.backward()
-
-
 def choose_threads(run: Run, batch: Batch) -> None:
     """Set the number of threads for the steps of a run: that of the run's beginning, or else the fastest."""
     task = run.task
@@ -324,7 +275,7 @@ def choose_threads(run: Run, batch: Batch) -> None:
     def step() -> None:
         for update in task.updates(parts_of(replace(batch, bank=None), run.config.accumulate or 1)[0]):
             task.optimizers[update.optimizer].zero_grad(set_to_none=True)
-            backward(update.loss)
+            update.loss.backward()
 
     if not may_choose(batch.x.device):
         return

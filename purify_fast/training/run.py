@@ -20,15 +20,13 @@ from torch import Tensor
 from .. import ops
 from .._files import with_room, write_text
 from .._process import processes
-from .._tensors import weights_fingerprint
 from ..data import crop_flip, mirrored, resized_crop, to_float
 from ..model_state import network_hash
 from ..speed.memory import peak_so_far
 from .bank import AdversarialBank, BankConfig
-from .checkpoint import CHECKPOINT, check_extra_state, last_checkpoint, save_checkpoint
+from .checkpoint import CHECKPOINT, last_checkpoint, save_checkpoint
 from .config import FitConfig
 from .distributed import from_first
-from .loss_watch import Diverged
 from .optimizers import weights_of
 from .schedules import RunLength
 from .sources import RawBatch, Source, step_seed
@@ -47,8 +45,6 @@ KERNELS = "kernels.json"
 
 #: A run predicts its whole time after this number of seconds, or at the end of its first epoch.
 EXPECT_AFTER = 10.0
-#: If keep_best is "accuracy", the task first measures this number of images, to check that it has this metric.
-LOOK = 8
 
 
 class Run:
@@ -95,15 +91,17 @@ class Run:
             raise ValueError(f"bank needs whole batches: leave out accumulate, got accumulate={config.accumulate}")
         if bank is not None:
             self.bank = AdversarialBank(bank, task.frozen_attacks(), source.banked_images(), source.batch_size)
-        check_extra_state(task.model.state_dict())
         self.steps = source.steps
         self.facts = {"data": source.description, **loop_facts(config), **task.describe()}
         if held_out is not None:
             self.facts["validation"] = held_out.description
         if bank is not None:
-            self.facts["bank"] = task.bank = bank.facts
+            self.facts["bank"] = task.result.bank = bank.facts  # type: ignore[assignment]
         self.length = RunLength(config.epochs, source.steps, source.batch_size, source.images)
-        self.terms = task.acts_from_step = task.terms(self.length)
+        self.terms = task.terms(self.length)
+        if self.terms:
+            # A saved model contains the attributes of the result.
+            task.result.acts_from_step = dict(self.terms)  # type: ignore[assignment]
         self.total, self.step, self.saved_at = self.length.steps, 0, time.monotonic()
         self.sums, self.counts = dict[str, Tensor](), dict[str, int]()
         self.last, self.best, self.rows = dict[str, float](), dict[str, Any](), list[dict[str, Any]]()
@@ -111,9 +109,7 @@ class Run:
         self.given_threads = torch.get_num_threads()
         self.threads: list[int] | None = None
         self._began, self._spent = time.monotonic(), 0.0
-        # Only the first process reads the checkpoint, and warns.
-        first = folder is not None and processes()[0] == 0
-        self.initial, self.network = first_weights(task, folder) if folder and first else ("", "")
+        self.network = network_hash((type(task), task.model, task.result)) if folder else ""
 
     @property
     def epoch(self) -> int:
@@ -163,9 +159,18 @@ class Run:
         """Return the mean of each loss and metric over the epoch's steps that measured it. This waits for the GPU."""
         return {key: float(value) / self.counts[key] for key, value in self.sums.items()}
 
+    def check_finite(self) -> None:
+        """Raise FloatingPointError if a loss of the epoch or a weight is not finite. This waits for the device."""
+        if not self.is_finite():
+            raise FloatingPointError(
+                f"epoch {(self.step - 1) // self.steps}: training diverged before step {self.step}, a loss or a weight "
+                "is not finite. Lower the learning rate, raise eps_warmup, or use the precision float32 if it is "
+                "bfloat16"
+            )
+
     @torch.no_grad()
     def is_finite(self) -> bool:
-        """Tell whether this epoch's losses so far and the weights are finite. This waits for the device once."""
+        """Tell whether this epoch's losses so far and the weights are finite."""
         weights = [weight for optimizer in self.task.optimizers.values() for weight in weights_of(optimizer)]
         running = ("running_mean", "running_var")
         statistics = [buffer for name, buffer in self.task.model.named_buffers() if name.endswith(running)]
@@ -177,9 +182,7 @@ class Run:
     def state(self) -> dict[str, Any]:
         """Return the content of a checkpoint."""
         optimizers = {name: optimizer.state_dict() for name, optimizer in self.task.optimizers.items()}
-        progress = {
-            name: getattr(self, name) for name in (*_PROGRESS, "facts", "sums", "seconds", "initial", "network")
-        }
+        progress = {name: getattr(self, name) for name in (*_PROGRESS, "facts", "sums", "seconds", "network")}
         return {"model": self.task.model.state_dict(), "optimizers": optimizers, **progress}
 
     def resume(self) -> None:
@@ -193,36 +196,20 @@ class Run:
         for rank, difference in enumerate(by_process):
             if difference:
                 raise ValueError(f"process {rank} trains on other data or settings than the first ({difference})")
-        if saved["initial"] != self.initial and processes()[0] == 0:
-            logger.warning(
-                "the run in %s began from other weights than those that the model has now. It continues from its "
-                "checkpoint. For a new run from the model's present weights, choose another folder",
-                self.folder,
-            )
         self.task.model.load_state_dict(saved["model"])
         for name, optimizer in self.task.optimizers.items():
             optimizer.load_state_dict(saved["optimizers"][name])
-        for name in (*_PROGRESS, "initial"):
+        for name in _PROGRESS:
             setattr(self, name, saved[name])
-        # Checkpoints of earlier versions have no hash.
-        self._compare(saved.get("network", self.network))
+        if saved["network"] != self.network:
+            what = f"the code or the structure of the network in {self.folder} has changed since the run began"
+            if self.ended:
+                raise ValueError(f"the run is finished, and {what}: choose another folder for a new run")
+            logger.warning(what)
+        # The weights were trained for the network as it was, so later checkpoints have its hash.
+        self.network = saved["network"]
         self.sums = {key: value.to(self.source.device) for key, value in saved["sums"].items()}
         self._spent = saved["seconds"]
-
-    def _compare(self, network: str) -> None:
-        """Compare the network with that of the checkpoint: a finished run is kept, and a run that continues warns."""
-        first, self.network, changed = processes()[0] == 0, network, network != self.network
-        if not (first and changed):
-            return
-        what = (
-            f"the code or the structure of the network in {self.folder} has changed since the run began, such as the "
-            "normalization of its images, the code of a class, the rate of a dropout or the version of a library. The "
-            "weights were trained for the network as it was. For a new run with the present network, choose another "
-            "folder"
-        )
-        if self.ended:
-            raise ValueError(f"the run is finished, and {what}")
-        logger.warning(what)
 
     def _read(self) -> dict[str, Any] | None:
         saved = None
@@ -231,7 +218,7 @@ class Run:
             for stem in _WRITTEN:
                 for stale in self.folder.glob(f".{stem}-*"):
                     stale.unlink()
-            saved = last_checkpoint(self.folder, set_aside=True)
+            saved = last_checkpoint(self.folder)
         if self.folder is None or saved is None:
             return None if processes()[1] == 1 else self.state()
         refuse_another(self.folder, saved["facts"], self.facts)
@@ -247,16 +234,12 @@ class Run:
             save_checkpoint(self.folder, self.state())
         self.saved_at = time.monotonic()
 
-    def save_if_due(self, now: bool = False) -> None:
-        """Write a checkpoint within an epoch if ``now`` is True, or if the last is checkpoint_seconds old."""
-        due = now or time.monotonic() - self.saved_at >= self.config.checkpoint_seconds
-        if self.folder is None or not due or not self.source.reproducible:
-            return
-        if self.is_finite():
+    def save_if_due(self) -> None:
+        """Write a checkpoint within an epoch if the last is checkpoint_seconds old, and all values are finite."""
+        due = time.monotonic() - self.saved_at >= self.config.checkpoint_seconds
+        # If a value is not finite, `check_finite` raises the error later, in all processes at the same step.
+        if self.folder is not None and due and self.source.reproducible and self.is_finite():
             self.save()
-        elif processes()[1] == 1:
-            # Several processes do not raise here, because they check at different moments. `LossWatch` raises in all.
-            raise Diverged("the loss or a weight is not finite")
 
     def add_row(self, epoch: int, learning_rate: float, images_per_second: float) -> None:
         """Add a line for the epoch that has ended to ``log.jsonl``."""
@@ -306,19 +289,6 @@ class Run:
         torch.manual_seed(seed)
         return self.task.validate(self.batch(raw, self.total - 1, seed, augment=False))
 
-    def check_best(self) -> None:
-        """Refuse a keep_best that needs a metric which the task does not measure."""
-        chosen = self.config.keep_best
-        if self.held_out is None or chosen in ("off", "loss"):
-            return
-        images, labels, ids = next(self.held_out.epoch(0, 0))
-        with self.finished():
-            measured = self.measure((images[:LOOK], labels[:LOOK], ids[:LOOK]))
-        if chosen not in measured:
-            raise ValueError(
-                f"keep_best {chosen!r} needs the metric {chosen}; this training measures {', '.join(measured)}"
-            )
-
     def validate(self) -> None:
         """Add the means over the held-out images to ``last``, and keep the weights if they are the best so far."""
         assert self.held_out is not None
@@ -335,20 +305,13 @@ class Run:
             chosen = self.config.keep_best
             if chosen == "off":
                 return
+            if chosen not in means:
+                raise ValueError(f"keep_best must be one of off, {', '.join(means)} for this training, got {chosen!r}")
             score = -means["loss"] if chosen == "loss" else means[chosen]
             if not math.isnan(score) and (not self.best or score > self.best["score"]):
                 state = self.task.model.state_dict()
                 best = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in state.items()}
                 self.best = {"score": score, "step": self.step, "model": copy.deepcopy(best)}
-
-
-def first_weights(task: Task, folder: Path) -> tuple[str, str]:
-    """Return the hashes of weights and network with which a task's first run in a folder began, also in later runs."""
-    known: dict[str, tuple[str, str]] = vars(task).setdefault("_first_weights", {})
-    if str(folder) not in known:
-        network = network_hash((type(task), task.model, task.result))
-        known[str(folder)] = weights_fingerprint(task.model), network
-    return known[str(folder)]
 
 
 def loop_facts(config: FitConfig) -> dict[str, Any]:

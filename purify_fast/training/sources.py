@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Sized
 from dataclasses import replace
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -17,7 +17,6 @@ from ..data import StreamedImages, batches, read_ahead
 from .bank import BankedImages
 from .batches import as_tensor, check_range, read_batch, seed_generators
 from .config import FitConfig
-from .loss_watch import INTERVAL
 from .task import Task
 
 #: An iterable of batches, where a batch is (images, labels) or (images, labels, indices). Every epoch must have the
@@ -32,10 +31,6 @@ RawBatch: TypeAlias = tuple[Tensor, Tensor, Tensor]
 Images: TypeAlias = "Tensor | StreamedImages | Given"
 #: Held-out images in `fit`: a pair of images and labels, or batches or a function, as in `Images`.
 HeldOut: TypeAlias = "tuple[Tensor | StreamedImages, Tensor] | Images"
-
-
-#: The end of an error for a task that also takes probabilities.
-OR_SOFT = ", or probabilities, float32 [N, classes], whose sums are 1"
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -113,62 +108,47 @@ class Loader:
     def __init__(self, x: Given, config: FitConfig, device: torch.device, name: str = "x", soft: bool = False):
         self.reproducible = callable(x)
         self.x, self.seed, self.device, self.name, self.soft = x, config.seed, device, name, soft
-        #: The names of the batches whose values are not checked yet, and their least and greatest values.
-        self._extremes: list[tuple[str, Tensor]] = []
         first: Any = x(0) if callable(x) else x
-        if not (isinstance(first, Iterable) and isinstance(first, Sized)):
+        if not (isinstance(first, Iterable) and isinstance(first, Sized) and len(first)):
             # the learning rates depend on the length of the run, and an iterator would be exhausted after one epoch
             raise TypeError(
-                "x must be a tensor of images, an iterable of batches that has a length (such as a DataLoader or a "
+                "x must be a tensor of images, an iterable of batches with a length above 0 (such as a DataLoader or a "
                 f"list), or a function of the epoch that returns such an iterable, got {type(first).__name__}"
             )
-        if len(first) == 0:
-            raise ValueError("x must have at least 1 batch, got 0")
         self.steps = _cut_off(len(first), config)
         self.description = f"batches, {self.steps} an epoch"
 
     def epoch(self, epoch: int, first: int) -> Generator[RawBatch]:
         x: Any = self.x(epoch) if callable(self.x) else self.x
-        if isinstance(x, DataLoader):
-            kept = x is self.x and not isinstance(x.dataset, IterableDataset)
-            if kept and x.persistent_workers and x._iterator is None:
-                # The first iterator of persistent workers draws other numbers than the next ones.
-                iter(x)
+        kept = x is self.x and isinstance(x, DataLoader) and not isinstance(x.dataset, IterableDataset)
+        if kept and x.persistent_workers and x._iterator is None:
+            # The first iterator of persistent workers draws other numbers than the next ones.
+            iter(x)
         seed_generators(x, step_seed(self.seed, epoch * self.steps), epoch)
         torch.manual_seed(step_seed(self.seed, epoch * self.steps))
         given, seen = iter(x), 0
         for k in range(self.steps):
             torch.manual_seed(step_seed(self.seed, epoch * self.steps + k))
-            try:
-                batch = next(given)
-            except StopIteration:
-                raise ValueError(
-                    f"{self.name} must give {self.steps} batches, which is its length; it gave {k} in epoch {epoch}"
-                ) from None
+            if (batch := next(given, None)) is None:
+                raise ValueError(f"{self.name} has the length {self.steps}, but gave {k} batches in epoch {epoch}")
             name = f"batch {k} of {self.name}"
             images, labels, indices = read_batch(batch, name)
             labels, indices = _as_labels(labels), _as_labels(_as_tensor(indices, self.device))
             known = isinstance(indices, Tensor) and indices.dtype == torch.int64 and indices.shape == (len(images),)
             ids = indices if known else torch.arange(seen, seen + len(images), device="cpu")
             seen += len(images)
-            if k >= first:
-                _check_batch(images, labels, name, self.soft)
-                images, labels, ids = (part.to(self.device, non_blocking=True) for part in (images, labels, ids))
-                if images.is_floating_point():
-                    images = images.float()
-                    self._extremes.append((name, torch.stack(images.aminmax())))
-                    # on a GPU, each check waits for the images
-                    if images.device.type == "cpu" or k == first or len(self._extremes) == INTERVAL:
-                        self.check_values()
-                    images = images.clamp(0, 1)
-                yield images, labels, ids
-        self.check_values()
-
-    def check_values(self) -> None:
-        """Raise ValueError if images that were given since the last check are outside [0, 1] or contain NaN."""
-        extremes, self._extremes = self._extremes, []
-        for name, (low, high) in extremes:
-            check_range(f"the images of {name}", float(low), float(high), "undo this, and normalize in the model")
+            if k < first:
+                continue
+            _check(images, labels, self.soft, f"the images of {name}", f"the labels of {name}", floats=True)
+            images, labels, ids = (part.to(self.device, non_blocking=True) for part in (images, labels, ids))
+            if images.is_floating_point():
+                images = images.float()
+                # on a GPU, each check waits for the images
+                if images.device.type == "cpu" or k == first:
+                    low, high = map(float, images.aminmax())
+                    check_range(f"the images of {name}", low, high, "undo this, and normalize in the model")
+                images = images.clamp(0, 1)
+            yield images, labels, ids
 
     def banked_images(self) -> BankedImages:
         raise ValueError("bank needs x as a tensor or file, because the images of a loader are not known in advance")
@@ -181,48 +161,37 @@ def make_sources(
     task: Task, x: Images, y: Tensor | None, config: FitConfig, validation: HeldOut | None
 ) -> tuple[Source, Source | None]:
     """Check a run's images, and return the source of the training images and that of the held-out images."""
-    device, share = next(task.model.parameters()).device, config.validation_share
+    device, share, held = next(task.model.parameters()).device, config.validation_share, None
     x, y = _as_tensor(x, device), _as_labels(_as_tensor(y, device))
-    if isinstance(validation, tuple):
-        validation = _as_tensor(validation[0], device), _as_labels(_as_tensor(validation[1], device))
-    held: Tensor | None = None
+    if validation is not None and share > 0:
+        raise ValueError(f"validation must be None if validation_share is above 0, got validation_share={share}")
     source: Source
     if isinstance(x, (Tensor, StreamedImages)):
-        kept, held = held_out(len(x), share, config.seed) if share > 0 else (None, None)
-        source = InMemory(x, _checked_labels(x, y, task.soft_labels), config, *processes(), kept)
+        kept = None
+        if share > 0:
+            (kept, held), validation = held_out(len(x), share, config.seed), (x, y)
+        source = InMemory(x, _check(x, y, task.soft_labels), config, *processes(), kept)
         task.check(tuple(x.shape[1:]), classes_of(source.y))
-    elif y is not None:
-        raise ValueError("y must be None if x is a loader or a function, because their batches contain the labels")
-    elif share > 0:
+    elif y is not None or share > 0:
         raise ValueError(
-            f"validation_share must be 0 if x is a loader or a function, got {share}: pass the held-out images as "
-            "validation"
+            "if x is a loader or a function, y must be None, because the batches contain the labels, and "
+            "validation_share must be 0: pass the held-out images as validation"
         )
     else:
         source = Loader(x, config, device, soft=task.soft_labels)
-    if validation is not None and share > 0:
-        raise ValueError(
-            f"validation must be None if validation_share is above 0, got validation_share={share} and validation "
-            "images: leave out one of them"
-        )
-    if isinstance(validation, (Tensor, StreamedImages)):
-        raise ValueError("validation must be (images, labels) or batches, got images without labels")
+    if validation is None and config.keep_best != "off":
+        raise ValueError(f"keep_best {config.keep_best!r} needs held-out images: pass validation_share or validation")
+    if validation is None:
+        return source, None
     # Each process validates with all held-out images, and has the memory for its share of a batch.
     share_of_batch = max(1, config.batch_size // processes()[1])
     at_once = replace(config, batch_size=share_of_batch, drop_last=False, steps_per_epoch=None)
-    if held is not None or isinstance(validation, tuple):
-        images, labels = cast(Any, validation if held is None else (x, y))
-        second = InMemory(images, _checked_labels(images, labels, task.soft_labels), at_once, 0, 1, ids=held)
-        try:
-            task.check(tuple(images.shape[1:]), classes_of(labels))
-        except ValueError as error:
-            raise ValueError(f"validation: {error}") from error
-        return source, second
-    if validation is not None:
+    if not isinstance(validation, tuple):
         return source, Loader(validation, at_once, device, "validation", task.soft_labels)
-    if config.keep_best != "off":
-        raise ValueError(f"keep_best {config.keep_best!r} needs held-out images: pass validation_share or validation")
-    return source, None
+    images, labels = _as_tensor(validation[0], device), _as_labels(_as_tensor(validation[1], device))
+    second = InMemory(images, _check(images, labels, task.soft_labels), at_once, 0, 1, ids=held)
+    task.check(tuple(images.shape[1:]), classes_of(labels))
+    return source, second
 
 
 def _as_tensor(values: Any, device: torch.device) -> Any:
@@ -249,38 +218,23 @@ def _are_probabilities(y: Any, images: int) -> bool:
     return y.device.type != "cpu" or bool((y >= 0).all() and (y.sum(1) - 1).abs().max() < 1e-3)
 
 
-def _checked_labels(x: Tensor | StreamedImages, y: Any, soft: bool) -> Tensor:
-    """Return the labels; ValueError if images or labels cannot be trained on, which says what is required."""
-    if x.dtype != torch.uint8 or len(x.shape) != 4:
-        advice = (
-            ": give (255 * x).round().byte(), or x.round().byte() if x is in 0..255"
-            if x.dtype.is_floating_point
-            else ""
-        )
-        raise ValueError(f"x must be uint8 [N, C, H, W], got {x.dtype} {list(x.shape)}{advice}")
-    probabilities = soft and _are_probabilities(y, len(x))
-    if not isinstance(y, Tensor) or not (probabilities or (y.dtype == torch.int64 and y.shape == (len(x),))):
+def _check(
+    x: Tensor | StreamedImages, y: Any, soft: bool, of_x: str = "x", of_y: str = "y", floats: bool = False
+) -> Tensor:
+    """Return the labels; ValueError if images or labels have a wrong shape or type, or a label is below 0."""
+    if len(x.shape) != 4 or not len(x) or not (x.dtype == torch.uint8 or (floats and x.dtype.is_floating_point)):
+        kinds = "uint8 or float in [0, 1]" if floats else "uint8"
+        raise ValueError(f"{of_x} must be {kinds}, [N, C, H, W], got {x.dtype} {list(x.shape)}")
+    if soft and _are_probabilities(y, len(x)):
+        return y
+    if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.shape != (len(x),):
         got = f"{y.dtype} {list(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
-        raise ValueError(f"y must be int64 [N] = [{len(x)}]{OR_SOFT if soft else ''}, got {got}")
-    if y.device != x.device:
-        raise ValueError(f"x and y must be on one device, got {x.device} and {y.device}")
-    if len(y) and not probabilities and int(y.min()) < 0:
-        raise ValueError(f"y must hold labels of at least 0, got {int(y.min())}")
+        or_soft = ", or probabilities, float32 [N, classes], whose sums are 1" if soft else ""
+        raise ValueError(f"{of_y} must be int64 [N] = [{len(x)}]{or_soft}, got {got}")
+    # a GPU would wait for the labels of each batch
+    if not (floats and y.device.type == "cuda") and int(y.min()) < 0:
+        raise ValueError(f"{of_y} must be at least 0, got {int(y.min())}")
     return y
-
-
-def _check_batch(images: Tensor, labels: Tensor, name: str, soft: bool) -> None:
-    """Raise ValueError for a loader's batch of a wrong shape or type, or with labels below 0 on the CPU."""
-    if images.dim() != 4 or not images.numel() or not (images.is_floating_point() or images.dtype == torch.uint8):
-        got = f"{images.dtype} {list(images.shape)}"
-        raise ValueError(f"the images of {name} must be float in [0, 1] or uint8, [B, C, H, W], got {got}")
-    if soft and _are_probabilities(labels, len(images)):
-        return
-    if labels.dtype != torch.int64 or labels.shape != (len(images),):
-        allowed = f"int64 [B] = [{len(images)}]{OR_SOFT if soft else ''}"
-        raise ValueError(f"the labels of {name} must be {allowed}, got {labels.dtype} {list(labels.shape)}")
-    if labels.device.type == "cpu" and len(labels) and int(labels.min()) < 0:
-        raise ValueError(f"the labels of {name} must be at least 0, got {int(labels.min())}")
 
 
 def held_out(n: int, share: float, seed: int) -> tuple[Tensor, Tensor]:

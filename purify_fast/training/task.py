@@ -6,7 +6,6 @@ import logging
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -104,9 +103,6 @@ class Task:
         soft_labels: whether the labels may be probabilities ``[N, classes]``.
         graphs: captures the steps of the training's attacks in CUDA graphs, if the task passes this object to its
             attacks; `fit` sets it on a CUDA device.
-        acts_from_step: result of `terms` for the run; `fit` sets it.
-        bank: settings of the adversarial bank, which are written into the saved model; `fit` sets them. Empty without a
-            bank.
         frozen: parts of the model that remain in evaluation mode; `fit` sets them by `frozen_parts`.
     """
 
@@ -115,8 +111,6 @@ class Task:
     tf32: bool = False
     soft_labels: bool = False
     graphs: StepGraphs | None = None
-    acts_from_step: Mapping[str, int] = MappingProxyType({})
-    bank: Mapping[str, Any] = MappingProxyType({})
     frozen: Sequence[nn.Module] = ()
 
     @property
@@ -222,11 +216,6 @@ class Task:
         for optimizer in self.optimizers.values():
             if isinstance(optimizer, Lookahead):
                 optimizer.load_slow()
-        if self.acts_from_step:
-            # these values are saved with the model
-            self.result.acts_from_step = dict(self.acts_from_step)  # type: ignore[assignment]
-        if self.bank:
-            self.result.bank = dict(self.bank)  # type: ignore[assignment]
 
     def check(self, shape: tuple[int, ...], classes: int) -> None:
         """Refuse images or labels that the model does not accept, before any step.

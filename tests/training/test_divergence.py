@@ -9,7 +9,7 @@ from small_runs import images
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fit
 from purify_fast.training.checkpoint import CHECKPOINT, read_tree
-from purify_fast.training.loss_watch import INTERVAL, Diverged, LossWatch
+from purify_fast.training.loop import INTERVAL
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -32,32 +32,12 @@ class Fragile(ClassifierTask):
         return (loss * math.nan if self.how == "loss" else loss + (weight - weight.detach()).abs().sqrt()), metrics
 
 
-def test_the_step_is_found(tmp_path):
-    task, (x, y) = Fragile(5), images()
-    with pytest.raises(Diverged, match=r"the loss of step 5 is not finite") as told:
-        fit(task, x, y, FitConfig(3, 16, padding=1), tmp_path, progress=False)
-    assert "Lower the learning rate, raise eps_warmup" in str(told.value)
-    # an epoch of 64 images has four steps of 16, but 32 of two
-    assert str(told.value).endswith("choose a batch size that gives at least 6 steps an epoch")
-    with pytest.raises(Diverged) as told:
-        fit(Fragile(5), x, y, FitConfig(1, 2), progress=False)
-    assert "An epoch has only" not in str(told.value)
-
-
 def test_it_is_seen_at_the_next_look_without_a_checkpoint():
     """An epoch of 1,000 steps and no folder: nothing else would wait for the device before its end."""
     task = Fragile(30)
-    with pytest.raises(Diverged, match=r"the loss of step 30 is not finite"):
+    with pytest.raises(FloatingPointError, match=r"epoch 0: training diverged before step 100, a loss or a weight"):
         fit(task, *images(2000), FitConfig(1, 2), progress=False)
     assert len(task.seen) == INTERVAL
-
-
-def test_the_first_of_several_is_named_after_many_looks():
-    watch = LossWatch()
-    with pytest.raises(Diverged) as raised:
-        for step in range(3 * INTERVAL):
-            watch.add(step, torch.tensor(math.inf if step >= INTERVAL + 3 else 1.0))
-    assert step == 2 * INTERVAL - 1 and raised.value.step == watch.first_bad() == INTERVAL + 3
 
 
 def test_statistics_that_are_not_finite_never_enter_a_checkpoint(tmp_path):
@@ -69,7 +49,7 @@ def test_statistics_that_are_not_finite_never_enter_a_checkpoint(tmp_path):
 
     task = Overflowing(999)
     task.model.norm = torch.nn.BatchNorm1d(2)
-    with pytest.raises(Diverged, match="a weight is not finite"):
+    with pytest.raises(FloatingPointError, match="a weight is not finite"):
         fit(task, *images(), FitConfig(1, 16), tmp_path, progress=False)
     assert not (tmp_path / CHECKPOINT).is_file()
 
@@ -77,7 +57,6 @@ def test_statistics_that_are_not_finite_never_enter_a_checkpoint(tmp_path):
 @pytest.mark.parametrize("how", ["loss", "gradient"])
 @pytest.mark.parametrize("at", [1, 5])
 def test_what_is_not_finite_never_enters_a_checkpoint(tmp_path, how, at):
-    """A timed checkpoint in the middle of an epoch once kept it, after which every resume failed for good."""
     config = FitConfig(3, 16, checkpoint_seconds=0)
     with pytest.raises(FloatingPointError, match=r"training diverged"):
         fit(Fragile(at, how=how), *images(), config, tmp_path, progress=False)

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from purify_fast import data
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fit
-from purify_fast.training.checkpoint import last_checkpoint, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MEAN = 0.5
@@ -104,15 +103,3 @@ def test_the_methods_continue_without_a_word(make, tmp_path, caplog):
     for task in (make(), finished, finished):
         fit(task, x, y, config, tmp_path, progress=False)
     assert "network" not in caplog.text
-
-
-def test_a_checkpoint_without_the_networks_hash_is_continued(tmp_path, caplog):
-    config = FitConfig(2, 16, checkpoint_seconds=0)
-    with pytest.raises(Stopped):
-        made = ClassifierTask(Net(), ClassifierConfig())
-        fit(made, *images(), config, tmp_path, progress=False, callbacks=[StopAt(2)])
-    saved = last_checkpoint(tmp_path)
-    del saved["network"]
-    save_checkpoint(tmp_path, saved)
-    fit(ClassifierTask(Net(), ClassifierConfig()), *images(), config, tmp_path, progress=False)
-    assert "network" not in caplog.text and last_checkpoint(tmp_path)["network"]
