@@ -51,28 +51,18 @@ def load_defence(
 
     Raises:
         FileNotFoundError: a file is missing, or the classifier is neither given nor in the folder.
-        TypeError: the classifier is not a module.
         ValueError: the file is damaged or holds no defence, or an argument does not fit it or is missing.
     """
     facts, state = read_model(folder)
     kind, arguments = facts["kind"], dict[str, Any](facts["arguments"])
     if kind not in (*_DEFENCES, ALONE):
         raise ValueError(f"{folder} holds a classifier ({kind}), not a defence: use load_classifier to load it")
-    if purifier is not None and not {"purifier", "denoiser"} & arguments.keys():
-        raise ValueError(f"purifier must be None, got a module: {folder} holds a {kind!r}, which includes its purifier")
     if process is not None:
-        if "process" not in arguments:
-            raise ValueError(f"process must be None, got {process!r}: {folder} holds a {kind!r}, which has no process")
         arguments["process"] = {**arguments["process"], **process}
     if classifier is None:
         if not (Path(folder) / "classifier").is_dir():
-            raise FileNotFoundError(
-                f"classifier must be given, got None: {folder} holds a defence without its classifier "
-                f"({Path(folder) / 'classifier'} is missing). Give the classifier that the defence was trained for"
-            )
+            raise FileNotFoundError(f"classifier must be given: {Path(folder) / 'classifier'} is missing")
         classifier = load_classifier(Path(folder) / "classifier")
-    elif not isinstance(classifier, nn.Module):
-        raise TypeError(f"classifier must be a module, such as load_classifier(folder) returns, got {classifier!r}")
     if kind == ALONE:
         # the denoiser was trained without a classifier, so it fits any classifier
         check, kind, state = False, "DiffusionPurifier", {f"denoiser.module.{name}": state[name] for name in state}
@@ -85,14 +75,8 @@ def load_defence(
     defence = _DEFENCES[kind].rebuild(classifier, arguments, purifier, folder)
     defence.own_classifier = own_classifier
     defence.acts_from_step, defence.bank = facts.get("acts_from_step", {}), facts.get("bank", {})
-    wanted = trained_tensors(defence)
-    odd = wanted.keys() ^ state.keys() or {name for name in state if wanted[name].shape != state[name].shape}
-    if odd:
-        names = ", ".join(sorted(odd)[:4])
-        raise ValueError(
-            f"{folder} holds a model whose tensors do not fit its settings and the given module, such as {names}: the "
-            "files are of different runs, or the module is another one"
-        )
-    # the state has no tensors of a frozen classifier; all other tensors were checked above
+    if odd := trained_tensors(defence).keys() ^ state.keys():
+        raise ValueError(f"{folder} holds a model with other tensors, such as {', '.join(sorted(odd)[:4])}")
+    # the state has no tensors of a frozen classifier
     defence.load_state_dict(state, strict=False)
     return defence.eval()

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .._tensors import weights_fingerprint
 from ..defences.base import Defence
-from ..models.representation import evaluation_mode
 from ..training.checkpoint import save_model
-
-
-def answer_of(argument: str, module: nn.Module, given: str, call: Callable[[], Any]) -> Any:
-    """Call a user's module in evaluation mode. If the call fails, a ValueError names the argument and its inputs."""
-    try:
-        with evaluation_mode(module), torch.no_grad():
-            return call()
-    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{argument}: {type(module).__name__} does not run on {given}: {error}") from error
 
 
 def description(module: nn.Module, kinds: Mapping[str, type[nn.Module]]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The adversarial bank: a file of adversarial images, which later epochs of a training use again.
+"""The adversarial bank: an array of adversarial images on disk, which later epochs of a training use again.
 
 A *variant* of an image is the result of one of the training's attacks on it. The bank stores up to M variants of each
 image. A share rho of the adversarial images is attacked although the bank is full, and replaces the oldest variants.
@@ -19,7 +19,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
@@ -73,31 +72,18 @@ class BankConfig:
 
 
 @dataclass(frozen=True)
-class FrozenAttack:
-    """An attack of a training, on a share of the batch and on a model that the training never changes."""
-
-    eps: float
-    random: bool
-    share: float
-
-
-@dataclass(frozen=True)
 class FrozenAttacks:
-    """All attacks of a training on a frozen model; ``facts`` are all else that decides which images they make."""
+    """The attacks of a training on a model that the training never changes, in the order of their variants.
 
-    attacks: tuple[FrozenAttack, ...]
+    ``eps`` and ``random`` have the radius of each attack, and whether it has a random start. ``share`` is the share of
+    a batch that the attacks with a random start attack. ``facts`` are all else that decides which images they make.
+    """
+
+    eps: tuple[float, ...]
+    random: tuple[bool, ...]
+    share: float
     norm: Norm
     facts: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class BankedImages:
-    """A description of the images whose variants a bank stores; ``views`` is 2 if images are mirrored at random."""
-
-    count: int
-    shape: tuple[int, ...]
-    data: str
-    views: int = 1
 
 
 def quantized(x: Tensor, attacked: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,72 +100,70 @@ def restored(x: Tensor, steps: Tensor, scale: Tensor, ball: Ball) -> Tensor:
 
 
 class AdversarialBank:
-    """Stores variants of images in an array on disk, which several processes may use at the same time.
+    """Stores variants of images in an array on disk. The first process of a run locks its folder.
 
-    A record has a checksum of its content and its place: if it is incomplete, or if two processes wrote it at once, it
-    counts as missing, and its variant is made again. So no process waits for another.
+    ``shape`` is [N, C, H, W] of the images, ``data`` identifies them; ``views`` is 2 if they are mirrored at random.
     """
 
-    def __init__(self, config: BankConfig, attacks: FrozenAttacks | None, images: BankedImages, batch_size: int):
+    def __init__(
+        self,
+        config: BankConfig,
+        attacks: FrozenAttacks | None,
+        shape: tuple[int, ...],
+        data: str,
+        views: int,
+        batch_size: int,
+    ):
         if attacks is None:
             frozen = "attacks on a frozen classifier, as of CARSO or AToP with attack_target='classifier'"
             raise ValueError(f"bank must be None for this training; a bank needs {frozen}")
-        self.config, self.attacks, self.images = config, attacks, images
-        self.slots = _slots(config.variants, attacks)
-        self.made = self.read = self.damaged = 0
-        head = [("check", "<u4"), ("number", "<u4"), ("draw", "<i8"), ("scale", "<f4")]
-        kind = np.dtype([*head, ("steps", "i1", (math.prod(images.shape),))])
-        shape = (images.count * images.views, self.slots[-1].stop)
-        facts = [attacks.facts, attacks.norm, [one.eps for one in attacks.attacks], images.data, images.shape]
-        text = json.dumps([*facts, images.views, shape, kind.descr], sort_keys=True)
+        self.config, self.attacks, self.views = config, attacks, views
+        self.slots = _slots(config.variants, attacks.random)
+        self.made = self.read = 0
+        head = [("number", "<u4"), ("draw", "<i8"), ("scale", "<f4")]
+        kind = np.dtype([*head, ("steps", "i1", (math.prod(shape[1:]),))])
+        size = (shape[0] * views, self.slots[-1].stop)
+        facts = [attacks.facts, attacks.norm, attacks.eps, data, shape, views, size, kind.descr]
         folder = cache_folder() / "banks" if config.folder is None else Path(config.folder)
-        self.path = folder / f"{text_hash(text).hexdigest()}.npy"
-        from_first(lambda: with_room(lambda: _reserve(self.path, kind, shape), self.path, ", or lower variants"))
+        self.path = folder / text_hash(json.dumps(facts, sort_keys=True)).hexdigest() / "variants.npy"
+        from_first(lambda: with_room(lambda: _reserve(self.path, kind, size), self.path, ", or lower variants"))
         self._map = np.lib.format.open_memmap(self.path, "r+")
         # indexing a memory map takes several times as long as indexing an array
         self.records: np.ndarray = np.asarray(self._map)
-        anew = config.refresh * batch_size * sum(one.share for one in attacks.attacks if one.random)
+        anew = config.refresh * batch_size * attacks.share
         most = int(1 / config.refresh + 1e-9) if 0 < config.refresh < 1 else 1
         self.period = max(1, min(math.ceil(TOGETHER / max(anew, 1e-9)), most))
 
     @property
     def facts(self) -> dict[str, Any]:
-        """M, rho, and this process's counts ``made``, ``read`` and ``damaged``. The log of the run records them."""
-        return {**self.config.facts, "made": self.made, "read": self.read, "damaged": self.damaged}
+        """M, rho, and this process's counts ``made`` and ``read``. The log of the run records them."""
+        return {**self.config.facts, "made": self.made, "read": self.read}
 
     def at_step(self, step: int, seed: int, sample_ids: Tensor, mirrored: Tensor | None = None) -> BankedStep:
         """Return the object through which one training step uses the bank."""
-        entries = sample_ids.cpu() * self.images.views
+        entries = sample_ids.cpu() * self.views
         return BankedStep(self, step, seed, entries if mirrored is None else entries + mirrored.cpu())
 
     def find(self, entry: int, kind: int, seed: int, draw: float) -> tuple[np.void | None, bool]:
         """Return a variant by ``draw`` in [0, 1), or None if a place is empty; and whether this step made it before."""
-        records, whole = self._variants(entry, self.slots[kind])
-        own = whole & (records["draw"] == seed)
+        records = self.records[entry, self.slots[kind]]
+        filled = records["number"] > 0
+        own = filled & (records["draw"] == seed)
         if own.any():
             return records[own.argmax()], True
-        return (records[min(int(draw * len(records)), len(records) - 1)] if whole.all() else None), False
+        return (records[min(int(draw * len(records)), len(records) - 1)] if filled.all() else None), False
 
     def keep(self, entry: int, kind: int, seed: int, steps: np.ndarray, scale: float) -> None:
-        """Write a variant into an empty or damaged place of its image, or over the image's oldest variant."""
-        places = self.slots[kind]
-        records, whole = self._variants(entry, places)
-        if not np.isfinite(scale) or (whole & (records["draw"] == seed)).any():
+        """Write a variant into an empty place of its image, or over the image's oldest variant."""
+        records = self.records[entry, self.slots[kind]]
+        numbers = records["number"]
+        if not np.isfinite(scale) or ((numbers > 0) & (records["draw"] == seed)).any():
             return
-        numbers = np.where(whole, records["number"], 0)
-        place = int(numbers.argmin())
-        self.damaged += bool(records["number"][place]) and not whole[place]
-        record, at = records[place], (entry, places.start + place)
-        record["number"], record["draw"], record["scale"], record["steps"] = numbers.max() + 1, seed, scale, steps
-        record["check"] = _record_checksum(record, at)
-        self.records[at] = record
-
-    def _variants(self, entry: int, places: slice) -> tuple[np.ndarray, np.ndarray]:
-        """Return a copy of the records at some places of an image's entry, and which of them have a whole variant."""
-        # another process may overwrite the records at any moment
-        records = self.records[entry, places].copy()
-        checks = [_record_checksum(record, (entry, place)) for place, record in enumerate(records, places.start)]
-        return records, (records["number"] > 0) & (records["check"] == np.array(checks))
+        place, number = numbers.argmin(), numbers.max() + 1
+        # If the process is killed in between, the place counts as empty.
+        numbers[place] = 0
+        records["draw"][place], records["scale"][place], records["steps"][place] = seed, scale, steps
+        numbers[place] = number
 
     def flush(self) -> None:
         """Write the variants to the disk. A power failure loses others; a process that is killed loses none."""
@@ -205,7 +189,7 @@ class BankedStep:
         missing, own = (np.array(each) for each in zip(*((record is None, own) for record, own in found), strict=True))
         anew = draws[:, 0] < (bank.config.refresh * bank.period if self.step % bank.period == 0 else 0.0)
         # an attack without a random start would make the same image again
-        random = np.array([bank.attacks.attacks[k].random for k in kind])
+        random = np.array([bank.attacks.random[k] for k in kind])
         due = missing | (anew & random & ~own) | (bank.config.refresh == 1)
         # Also attack the images again that this step attacked before the run was resumed. So the attacked batch has
         # its earlier size, on which the last bits of the model's output may depend.
@@ -223,14 +207,13 @@ class BankedStep:
                 bank.keep(at[i], kind[i], self.seed, steps[i], scale[i])
             if bank.config.refresh == 1:
                 return made
-        eps = torch.tensor([one.eps for one in bank.attacks.attacks], device="cpu")[kinds]
+        eps = torch.tensor(bank.attacks.eps, device="cpu")[kinds]
         ball = Ball(eps.to(x.device), bank.attacks.norm)
         return restored(x, torch.from_numpy(steps).to(x.device), torch.from_numpy(scale).to(x.device), ball)
 
 
-def _slots(variants: int, attacks: FrozenAttacks) -> list[slice]:
+def _slots(variants: int, random: tuple[bool, ...]) -> list[slice]:
     """Return the places of each attack in an image's entry; raise ValueError if there are fewer places than attacks."""
-    random = [one.random for one in attacks.attacks]
     if variants < len(random):
         raise ValueError(
             f"variants must be at least {len(random)}, one for each attack of the training, got {variants}"
@@ -241,11 +224,6 @@ def _slots(variants: int, attacks: FrozenAttacks) -> list[slice]:
         counts.append(-(-left // others) if one else 1)
         left, others = left - counts[-1] * one, others - one
     return [slice(end - count, end) for count, end in zip(counts, accumulate(counts), strict=True)]
-
-
-def _record_checksum(record: Any, place: tuple[int, int]) -> int:
-    """Return the checksum of a record's place and of the record without its first field, which is the checksum."""
-    return zlib.crc32(record.tobytes()[4:], zlib.crc32(f"{place[0]} {place[1]}".encode()))
 
 
 def _reserve(path: Path, kind: np.dtype[Any], shape: tuple[int, ...]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,8 +55,8 @@ class ClassifierTask(Task):
     def _loss(
         self, batch: Batch, attack: TrainingAttack, objective: Objective | None = None, smoothing: float = 0.0
     ) -> tuple[Tensor, Metrics]:
-        x, rounded = batch.x, self.config.precision == "bfloat16"
-        with autocast_to(x.device, torch.bfloat16) if rounded else nullcontext():
+        x, dtype = batch.x, torch.bfloat16 if self.config.precision == "bfloat16" else torch.float32
+        with autocast_to(x.device, dtype):
             if objective == "trades":
                 with evaluation_mode(self.model), torch.no_grad():
                     p = F.softmax(self.model(x), 1)
@@ -68,9 +67,6 @@ class ClassifierTask(Task):
                 x = attack.run(self.model, batch, graphs=self.graphs)
             clean = None if objective is None else self.model(batch.x)
             logits, hard = self.model(x), hard_labels(batch.y)
-            if batch.y.is_floating_point() and batch.y.shape != logits.shape:
-                columns = f"a column for each of the model's {logits.shape[1]} classes"
-                raise ValueError(f"y must have {columns}, got {list(batch.y.shape)}")
             metrics = {"accuracy": (logits.detach().argmax(1) == hard).float().mean()}
             if objective is None or clean is None:
                 return F.cross_entropy(logits, batch.y, label_smoothing=smoothing), metrics

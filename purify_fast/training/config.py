@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -57,10 +57,10 @@ class TrainingAttack:
     eps: AtLeast0
     steps: Count
     norm: Norm = "linf"
-    alpha: float | None = None
+    alpha: Positive | None = None
     relative_alpha: Positive = 2.5
     random_start: bool = True
-    start_std: float | None = None
+    start_std: Positive | None = None
     eps_warmup: Share = 0.0
 
     def __post_init__(self) -> None:
@@ -72,11 +72,8 @@ class TrainingAttack:
             raise ValueError(
                 f"eps must be at most 1 for linf, in image units, got {self.eps}: is {self.eps:g}/255 meant?"
             )
-        if self.alpha is not None and (math.isnan(self.alpha) or (self.eps > 0 and not self.alpha > 0)):
-            raise ValueError(f"alpha must be above 0, got {self.alpha}: the attack would not change the images")
-        if self.start_std is not None and not (self.random_start and self.start_std > 0):
-            got = f"got start_std={self.start_std} and random_start={self.random_start}"
-            raise ValueError(f"start_std must be above 0 and needs random_start=True, {got}")
+        if self.start_std is not None and not self.random_start:
+            raise ValueError(f"start_std needs random_start=True, got start_std={self.start_std}")
 
     def at_epoch(self, epoch: int, epochs: int) -> TrainingAttack:
         """Return the attack of one epoch, with eps_warmup = 0.
@@ -155,6 +152,13 @@ class TrainingAttack:
             alpha if it is given, for any radius; otherwise relative_alpha * eps / steps, a number or ``[B]`` like eps.
         """
         return self.relative_alpha * eps / self.steps if self.alpha is None else self.alpha
+
+
+def check_unused(given: Any, default: Any, names: Sequence[str], needs: str) -> None:
+    """Raise ValueError if a setting differs from its default, although it has no effect without ``needs``."""
+    for name in names:
+        if (value := getattr(given, name)) != getattr(default, name):
+            raise ValueError(f"{name} needs {needs}, got {name}={value!r}")
 
 
 def hard_labels(y: Tensor) -> Tensor:

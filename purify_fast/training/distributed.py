@@ -126,15 +126,7 @@ def _own_store(whole: Store, rank: int, world: int) -> tuple[Store, int]:
 
 def own_device(device: str) -> str:
     """Return the device of this process."""
-    if processes()[1] == 1 or device == "cpu":
+    if processes()[1] == 1 or device != "cuda":
         return device
-    if device != "cuda":
-        raise ValueError(f"device must be cuda or cpu for several processes, got {device!r}")
-    local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-    if local >= gpus:
-        raise ValueError(
-            f"device cuda needs one GPU for each process of a machine, got {gpus} GPUs for at least {local + 1} "
-            "processes: start fewer processes"
-        )
-    torch.cuda.set_device(local)
+    torch.cuda.set_device(local := int(os.environ["LOCAL_RANK"]))
     return f"cuda:{local}"

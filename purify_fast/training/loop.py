@@ -16,6 +16,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +119,9 @@ def fit(
     first = processes()[0] == 0
     # The caller may be within torch.no_grad() or torch.inference_mode().
     with contextlib.ExitStack() as stack, torch.inference_mode(False), torch.enable_grad():
-        # if the folder is locked, all processes raise the error
-        from_first(lambda: stack.enter_context(folder_lock(folder)))
+        # if a folder is locked, all processes raise the error
+        for place in (folder, None if run.bank is None else run.bank.path.parent):
+            from_first(partial(stack.enter_context, folder_lock(place)))
         run.resume()
         run.write_log()
         if task.tf32:
@@ -309,8 +311,4 @@ def _check_batchnorm(model: nn.Module) -> None:
     for name, module in model.named_modules():
         everywhere = isinstance(module, (BatchNorm1d, BatchNorm2d, nn.SyncBatchNorm))
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training and not everywhere:
-            raise ValueError(
-                f"the model's module {name} is a BatchNorm over the images of one process, but must use those of all "
-                "processes: convert it with torch.nn.SyncBatchNorm.convert_sync_batchnorm (GPUs only), or use "
-                "purify_fast.models.layers.BatchNorm2d"
-            )
+            raise ValueError(f"the model's module {name} is a BatchNorm over one process: use torch.nn.SyncBatchNorm")

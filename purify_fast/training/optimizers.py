@@ -21,26 +21,20 @@ def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], rate: float) 
             group["lr"] = rate
 
 
-def fuse(optimizer: torch.optim.Optimizer, fused: bool) -> bool:
+def fuse(optimizer: torch.optim.Optimizer, fused: bool) -> None:
     """Let an optimizer update all of its weights in one kernel if ``fused``; otherwise use its constructor's setting.
 
     The setting in a checkpoint is ignored, because the checkpoint may come from a run on another device. An optimizer
     without a fused kernel is not changed.
-
-    Returns:
-        True if the optimizer now updates its weights in one kernel.
     """
     defaults = optimizer.defaults
-    special = isinstance(optimizer, Lookahead) or defaults.get("capturable") or defaults.get("differentiable")
-    if "fused" not in defaults or special:
-        return False
-    fused = fused and all(weight.is_floating_point() for weight in weights_of(optimizer))
+    if "fused" not in defaults or isinstance(optimizer, Lookahead):
+        return
     state = optimizer.state_dict()
     for group in state["param_groups"]:
         group["fused"], group["foreach"] = (True, False) if fused else (defaults["fused"], defaults["foreach"])
     # loading the state also moves the counts of steps to the device on which the kernel reads them
     optimizer.load_state_dict(state)
-    return fused
 
 
 class Lookahead(torch.optim.Optimizer):
@@ -91,10 +85,6 @@ class Lookahead(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the inner optimizer's state, the slow weights and the count of steps."""
         return {"inner": self.inner.state_dict(), "slow": list(self._slow), "steps": self.steps}
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return the state for copies and pickles. torch's own method would omit the attributes of this class."""
-        return vars(self)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

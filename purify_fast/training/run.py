@@ -29,7 +29,7 @@ from .config import FitConfig
 from .distributed import from_first
 from .optimizers import weights_of
 from .schedules import RunLength
-from .sources import RawBatch, Source, step_seed
+from .sources import InMemory, RawBatch, Source, step_seed
 from .task import Batch, Metrics, Task
 
 logger = logging.getLogger("purify_fast")
@@ -87,10 +87,16 @@ class Run:
     ):
         self.task, self.config, self.source, self.held_out, self.folder = task, config, source, held_out, folder
         self.bank: AdversarialBank | None = None
-        if bank is not None and config.accumulate:
-            raise ValueError(f"bank needs whole batches: leave out accumulate, got accumulate={config.accumulate}")
         if bank is not None:
-            self.bank = AdversarialBank(bank, task.frozen_attacks(), source.banked_images(), source.batch_size)
+            if config.accumulate or config.crops or not isinstance(source, InMemory):
+                raise ValueError(
+                    "bank needs x as a tensor or file, and whole batches of images that are the same in every epoch: "
+                    "leave out accumulate, padding and resized_crop"
+                )
+            views = 2 if config.flip else 1
+            # the description has a digest of the images and of the labels, on which the attacks depend
+            data, shape = source.description, tuple(source.x.shape)
+            self.bank = AdversarialBank(bank, task.frozen_attacks(), shape, data, views, source.batch_size)
         self.steps = source.steps
         self.facts = {"data": source.description, **loop_facts(config), **task.describe()}
         if held_out is not None:

@@ -46,24 +46,18 @@ class RunLength:
         if unit == "epochs":
             return -int(-delay // 1) * self.steps_per_epoch
         if not self.batch_size:
-            raise ValueError(
-                f"the delay {delay:g} cannot have the unit 'images' with a loader, whose batch size is not known: give "
-                "the delay in steps"
-            )
+            raise ValueError("a loader's batch size is not known: give the delay in steps in place of images")
         epochs, images = divmod(-int(-delay // 1), self.images_per_epoch)
         return epochs * self.steps_per_epoch - (-images // self.batch_size)
 
-    def check_acts(self, step: int, *, argument: str, value: str, weight: str) -> int:
+    def check_acts(self, step: int, argument: str) -> int:
         """Return ``step``, or raise ValueError for a loss term whose delay is at least as long as the run."""
-        if step < self.steps:
-            return step
-        images = f" of {self.batch_size} images" if self.batch_size else ""
-        epochs = f"{self.epochs} epoch{'s' if self.epochs > 1 else ''}"
-        raise ValueError(
-            f"{argument} is {value}, so the loss term with {weight} would begin in step {step + 1}; but the training "
-            f"ends after step {self.steps} ({epochs} of {self.steps_per_epoch} steps{images}). Train longer, lower "
-            f"{argument}, or set {weight.split()[0]} to 0 to train without the term"
-        )
+        if step >= self.steps:
+            raise ValueError(
+                f"{argument} is too long: its loss term would begin in step {step + 1}, but the training ends after "
+                f"step {self.steps}"
+            )
+        return step
 
 
 def one_cycle(progress: float, peak: float, warm: float = 0.2, floor: float = 1e-3) -> float:

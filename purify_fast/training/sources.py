@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader, IterableDataset
 from .._process import processes
 from .._tensors import digest
 from ..data import StreamedImages, batches, read_ahead
-from .bank import BankedImages
 from .batches import as_tensor, check_range, read_batch, seed_generators
 from .config import FitConfig
 from .task import Task
@@ -73,18 +72,6 @@ class InMemory:
         """Yield this process's share of the epoch's batches, beginning with batch number ``first``."""
         for ids, images in read_ahead(self.x, [self.ids[rows] for rows in self._order(epoch)[first : self.steps]]):
             yield images, self.y[ids], ids
-
-    def banked_images(self) -> BankedImages:
-        """Return what a bank must know about the images. Raise ValueError if they differ from epoch to epoch."""
-        if self.config.crops:
-            raise ValueError(
-                f"bank needs images that are the same in every epoch, but they are cropped at random (padding "
-                f"{self.config.padding}, resized_crop {self.config.resized_crop:g}): train without crops or without a "
-                "bank"
-            )
-        # the description has a digest of the images and also of the labels, because the attacks depend on the labels
-        views = 2 if self.config.flip else 1
-        return BankedImages(len(self.x), tuple(self.x.shape[1:]), self.description, views)
 
 
 def _cut_off(steps: int, config: FitConfig) -> int:
@@ -150,9 +137,6 @@ class Loader:
                 images = images.clamp(0, 1)
             yield images, labels, ids
 
-    def banked_images(self) -> BankedImages:
-        raise ValueError("bank needs x as a tensor or file, because the images of a loader are not known in advance")
-
 
 Source: TypeAlias = InMemory | Loader
 
@@ -187,7 +171,7 @@ def make_sources(
     share_of_batch = max(1, config.batch_size // processes()[1])
     at_once = replace(config, batch_size=share_of_batch, drop_last=False, steps_per_epoch=None)
     if not isinstance(validation, tuple):
-        return source, Loader(validation, at_once, device, "validation", task.soft_labels)
+        return source, Loader(validation, at_once, device, "validation", task.soft_labels)  # type: ignore[arg-type]
     images, labels = _as_tensor(validation[0], device), _as_labels(_as_tensor(validation[1], device))
     second = InMemory(images, _check(images, labels, task.soft_labels), at_once, 0, 1, ids=held)
     task.check(tuple(images.shape[1:]), classes_of(labels))

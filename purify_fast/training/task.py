@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -253,50 +252,19 @@ def frozen_parts(model: nn.Module) -> list[nn.Module]:
             weights = list(part.parameters())
             if not any(weight.requires_grad for weight in weights) and (weights or whole.training):
                 frozen |= dict.fromkeys(inner for inner in part.modules() if not inner.training)
-    norms = nn.modules.batchnorm._NormBase
-    loose = {name: part for name, part in model.named_modules() if isinstance(part, norms) and not part.training}
-    changed = [name for name, part in loose.items() if model.training and part not in frozen]
-    if changed:
-        logger.warning(
-            "%d BatchNorms of the model are in evaluation mode, but their weights are trained, so they are put into "
-            "training mode: %s. To keep their mode, freeze their weights by requires_grad_(False)",
-            len(changed),
-            ", ".join(changed[:3]),
-        )
     return list(frozen)
 
 
 @torch.no_grad()
 def check_classifier(model: nn.Module, shape: tuple[int, ...], classes: int, precision: Precision = "float32") -> None:
-    """Run a classifier on two black images and on one, and refuse what a training of the classifier does not accept."""
-    weight = first_tensor(model)
-    if any(parameter.is_inference() for parameter in model.parameters()):
-        raise ValueError(
-            "the model's weights were made within torch.inference_mode(), so they cannot be trained: give "
-            "copy.deepcopy(model), made outside of torch.inference_mode()"
-        )
-    images = torch.zeros((2, *shape), device=weight.device)
-    rounded = precision == "bfloat16"
-    try:
-        with evaluation_mode(model), autocast_to(weight.device, torch.bfloat16) if rounded else nullcontext():
-            # A model may fail only on a single image, and that error alone would not show the reason.
-            known = count_classes(lambda: model(images), shape, 2)
-            count_classes(lambda: model(images[:1]), shape, 1)
-            output = model(images)
-    except NotImplementedError as error:
-        raise ValueError(
-            f"the model must have the modes of training and evaluation, but it refuses eval() ({error}): train the "
-            "module from which it was exported"
-        ) from error
-    except ValueError as error:
-        if weight.dtype != torch.float32 and isinstance(error.__cause__, RuntimeError):
-            raise ValueError(
-                f"the model's weights must be float32, got {weight.dtype}: give model.float(). With the precision "
-                f'"bfloat16", a training still computes in bfloat16 ({error.__cause__})'
-            ) from error
-        raise ValueError(f"x: {error}") from error
+    """Run a classifier on two black images, and refuse images or labels that it does not accept."""
+    device = first_tensor(model).device
+    images = torch.zeros((2, *shape), device=device)
+    with evaluation_mode(model), autocast_to(device, torch.bfloat16 if precision == "bfloat16" else torch.float32):
+        known = count_classes(lambda: model(images), shape, 2)
+        output = model(images)
     check_labels(classes, known)
-    if isinstance(output, Tensor) and are_probabilities(output):
+    if are_probabilities(output):
         kind = ONE_HOT if are_one_hot(output) else f"returns probabilities, not logits: {INSTEAD_OF_PROBABILITIES}"
         logger.warning("the model %s. The loss of the training takes logits, so it will be wrong", kind)
 

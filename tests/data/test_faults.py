@@ -1,6 +1,5 @@
 """Data that are damaged, too large, elsewhere, or change under a run."""
 
-import copy
 import io
 import os
 import shutil
@@ -136,7 +135,6 @@ class Odd(torch.nn.Module):
         (lambda logits: SimpleNamespace(logits=logits), r"SimpleNamespace for B = 2: wrap it .*\.logits"),
         (lambda logits: {"logits": logits}, "a dict for B = 2"),
         (torch.flatten, r"\[4\] for B = 2"),
-        (torch.squeeze, r"\[2\] for B = 1"),
     ],
 )
 def test_a_model_whose_output_is_no_tensor_of_logits(change, text):
@@ -144,39 +142,6 @@ def test_a_model_whose_output_is_no_tensor_of_logits(change, text):
     for images, labels in ((x, y), ([(x, y)], None)):
         with pytest.raises(ValueError, match=rf"must map images \[B, 3, 8, 8\] to logits \[B, C\], .*{text}"):
             fit(ClassifierTask(Odd(change), ClassifierConfig()), images, labels, FitConfig(1, 4), progress=False)
-
-
-def test_weights_that_cannot_be_trained_are_refused_before_the_first_step():
-    """The weights of `.half()`, those made in inference mode, and those of an exported module."""
-    x, y = torch.zeros(8, 3, 8, 8, dtype=torch.uint8), torch.arange(8) % 2
-    net = SmallCNN(3, 2, (8, 8), 2)
-    with torch.inference_mode():
-        frozen = SmallCNN(3, 2, (8, 8), 2)
-    made = {
-        r"weights must be float32, got torch.float16: give model.float\(\)\. .*\(Input type": copy.deepcopy(net).half(),
-        r"weights must be float32, got torch.bfloat16": copy.deepcopy(net).bfloat16(),
-        r"weights must be float32, got torch.float64": copy.deepcopy(net).double(),
-        r"refuses eval\(\) .*: train the module from which it was exported": torch.export.export(
-            net.eval(), (x.float(),), dynamic_shapes=({0: torch.export.Dim("b", min=1, max=99)},)
-        ).module(),
-        r"made within torch.inference_mode\(\), .* give copy.deepcopy\(model\)": frozen,
-    }
-    for message, model in made.items():
-        for images, labels in ((x, y), ([(x, y)], None)):
-            with pytest.raises(ValueError, match=message):
-                fit(ClassifierTask(model, ClassifierConfig()), images, labels, FitConfig(1, 4), progress=False)
-    fit(ClassifierTask(copy.deepcopy(frozen), ClassifierConfig()), x, y, FitConfig(1, 4), progress=False)
-    # its weights are cast by autocast
-    rounded = ClassifierConfig(precision="bfloat16")
-    fit(ClassifierTask(copy.deepcopy(net).bfloat16(), rounded), x, y, FitConfig(1, 4), progress=False)
-    # a model that converts its images itself
-    double = torch.nn.Sequential(ToDouble(), copy.deepcopy(net).double())
-    fit(ClassifierTask(double, ClassifierConfig()), x, y, FitConfig(1, 4), progress=False)
-
-
-class ToDouble(torch.nn.Module):
-    def forward(self, x):
-        return x.double()
 
 
 def test_values_outside_of_0_to_1_by_rounding_are_clamped():

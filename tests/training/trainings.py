@@ -140,7 +140,6 @@ def refusals():
 
     own = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(392, 10))
     return {
-        "batch": said(small_task("convolutional"), loop=FitConfig(1, 33)),
         "batchnorm": said(ClassifierTask(own, ClassifierConfig())),
         "data": said(small_task("convolutional"), x + rank),
         "an image each": said(small_task("classifier"), loop=FitConfig(1, 2, steps_per_epoch=2)),

@@ -74,22 +74,14 @@ class ArrestConfig:
     def __post_init__(self) -> None:
         check_types(self)
         if self.replay and self.attack.norm != "linf":
-            raise ValueError(
-                f"replay needs norm 'linf', because replay draws noise in this ball, got {self.attack.norm!r}"
-            )
+            raise ValueError(f"replay draws noise in a ball of norm 'linf', got {self.attack.norm!r}")
         if self.replay and self.tau is None and self.distance == "l2":
-            raise ValueError("tau must be given for distance='l2', got None: angle sets tau only for other distances")
-
+            raise ValueError("tau must be given for distance='l2': angle sets tau only for other distances")
         eps, steps = self.attack.eps, self.attack.steps
         if not eps > 0:
             raise ValueError(f"eps must be above 0, got {eps}")
-        alpha = self.attack.step_size(eps)
-        reach = steps * alpha
-        if reach < eps * (1 - 1e-6):
-            raise ValueError(
-                f"alpha must be at least eps / steps = {eps / steps:.4g}, got {alpha:.4g}: {steps} steps would only "
-                f"reach {reach:.4g} of eps {eps:.4g}. The usual alpha is 2.5 eps / steps = {2.5 * eps / steps:.4g}"
-            )
+        if (alpha := self.attack.step_size(eps)) * steps < eps * (1 - 1e-6):
+            raise ValueError(f"alpha must be at least eps / steps = {eps / steps:.4g}, got {alpha:.4g}")
 
     @property
     def threshold(self) -> float:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from ..._validation import AtLeast0, Count, Precision, Range, ShareBelow1, check_types
-from ...training.config import TrainingAttack
+from ...training.config import TrainingAttack, check_unused
 from ...training.schedules import DelayUnit
 
 
@@ -69,26 +69,15 @@ class AtopConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        gan = ("gan_weight", "discriminator_width", "gan_fake")
-        if not self.gan_grad and (odd := [name for name in gan if getattr(self, name) != getattr(type(self), name)]):
-            raise ValueError(
-                f"{odd[0]} needs gan_grad=True, which trains a discriminator, got {odd[0]}="
-                f"{getattr(self, odd[0])!r} and gan_grad=False"
-            )
-
-        attack, default = self.attack, type(self).attack
-        if self.attack_method != "none" and not attack.eps > 0:
-            raise ValueError(
-                f"eps must be above 0, got {attack.eps}: to train without attacks, set attack_method='none'"
-            )
-        if self.attack_method == "none" and self.attack_target == "pipeline":
-            raise ValueError(
-                "attack_target='pipeline' needs an attack, got attack_method='none': choose 'fgsm' or 'pgd'"
-            )
-        for name in ("steps", "alpha", "relative_alpha", "random_start", "start_std"):
-            if self.attack_method != "pgd" and getattr(attack, name) != getattr(default, name):
-                value = getattr(attack, name)
-                raise ValueError(f"{name}={value} needs attack_method='pgd', got attack_method={self.attack_method!r}")
+        if not self.gan_grad:
+            check_unused(self, type(self), ("gan_weight", "discriminator_width", "gan_fake"), "gan_grad=True")
+        if self.attack_method != "pgd":
+            of_pgd = ("steps", "alpha", "relative_alpha", "random_start", "start_std")
+            check_unused(self.attack, type(self).attack, of_pgd, "attack_method='pgd'")
+        if self.attack_method == "none":
+            check_unused(self, type(self), ("attack_target",), "an attack_method")
+        elif not self.attack.eps > 0:
+            raise ValueError("eps must be above 0, got 0: to train without attacks, set attack_method='none'")
 
     @classmethod
     def pretraining(cls, **changes: Any) -> AtopConfig:

@@ -127,16 +127,6 @@ class _Refined(nn.Module):
         return torch.tanh(self.conv_to_rgb(self.up_block2(self.up_block1(x))))
 
 
-def _check_packed(packed: Tensor, mask: Tensor, channels: int, multiple: int) -> None:
-    """Raise ValueError if the shapes of a packed input and its mask do not fit a generator."""
-    b, inputs, h, w = packed.shape
-    if inputs != channels + 2 or tuple(mask.shape) != (b, 1, h, w) or h % multiple or w % multiple:
-        raise ValueError(
-            f"packed must be [B, {channels + 2}, H, W] and mask [B, 1, H, W], H and W multiples of {multiple}, got "
-            f"{list(packed.shape)} and {list(mask.shape)}"
-        )
-
-
 class DeepFillGenerator(nn.Module):
     """The generator of DeepFillv2, for images of 256 x 256; for images below 128, use `SmallGenerator`.
 
@@ -156,7 +146,7 @@ class DeepFillGenerator(nn.Module):
         width: width of the network, a multiple of 4 (authors' notebooks: 48). The first layer has width / 2 channels.
 
     Raises:
-        ValueError: sizes do not fit, at construction or at a call.
+        ValueError: sizes do not fit.
     """
 
     takes_packed = True
@@ -166,17 +156,13 @@ class DeepFillGenerator(nn.Module):
     def __init__(self, in_channels: int = 5, width: int = 48):
         super().__init__()
         if in_channels < 3 or width < 4 or width % 4:
-            raise ValueError(
-                f"in_channels must be at least 3 and width a multiple of 4 above 0, got in_channels={in_channels} and "
-                f"width={width}"
-            )
+            raise ValueError(f"in_channels must be at least 3 and width a multiple of 4, got {in_channels} and {width}")
         self.arguments = {"in_channels": in_channels, "width": width}
         self.channels = in_channels - 2
         self.stage1 = _coarse_stage(in_channels, self.channels, width)
         self.stage2 = _Refined(self.channels, width)
 
     def forward(self, packed: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        _check_packed(packed, mask, self.channels, self.multiple)
         coarse = torch.tanh(self.stage1(packed))
         hidden = mask.to(packed.dtype)
         return coarse, self.stage2(coarse * hidden + packed[:, : self.channels] * (1 - hidden), mask)
@@ -210,8 +196,6 @@ class DeepFillGenerator(nn.Module):
 
     def save_official(self, path: str | Path) -> None:
         """Write ``{"G": state dict}`` to a ``.pth`` file for `from_official`, atomically."""
-        if Path(path).suffix == ".safetensors":
-            raise ValueError(f"path must not end in .safetensors, because torch.save writes the file, got {path}")
         with atomic(Path(path)) as temporary:
             torch.save({"G": self.state_dict()}, temporary)
 
@@ -309,7 +293,6 @@ class SmallGenerator(nn.Module):
                 nn.init.zeros_(head.get_parameter("conv.weight"))
 
     def forward(self, packed: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        _check_packed(packed, mask, self.channels, self.multiple)
         image, mask = packed[:, : self.channels], mask.to(packed.dtype)
         coarse = self._finish(self.coarse(packed), image)
         refined = self.refined(torch.cat([coarse, image, mask], 1), mask)

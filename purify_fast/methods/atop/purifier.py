@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._tensors import first_tensor
-from ..saving import answer_of
+from ...models.representation import evaluation_mode
 from .generators import DeepFillGenerator, SmallGenerator
 
 PURIFIERS: dict[str, type[nn.Module]] = {
@@ -60,19 +60,13 @@ class PurifierAdapter(nn.Module):
         packed = torch.zeros((2, channels + 2, h, w), device=first.device, dtype=first.dtype)
         packed[:, channels] = 1
         packed[1, channels + 1, : (h + 1) // 2] = 1
-        name = type(self.module).__name__
-        given = f"[2, {channels + 2 if self.takes_packed else channels}, {h}, {w}] and masks [2, 1, {h}, {w}]"
         version = packed._version
-        images = answer_of("purifier", self.module, f"images {given}", lambda: self._run(packed))
+        with evaluation_mode(self.module), torch.no_grad():
+            images = self._run(packed)
         self._overwrites = packed._version != version
-        want = [2, channels, h, w]
-        actual = [(list(image.shape), image.dtype) if isinstance(image, Tensor) else type(image) for image in images]
-        shaped = all(isinstance(image, Tensor) and list(image.shape) == want for image in images)
-        if not images or not shaped or not all(i.is_floating_point() and i.isfinite().all() for i in images):
-            raise ValueError(
-                f"purifier: {name} must return a finite floating-point tensor {want} for the images {given}, or a "
-                f"tuple of such tensors, the last of which is the purified image; it returned {actual}"
-            )
+        shapes, want = [list(image.shape) for image in images], [2, channels, h, w]
+        if any(shape != want for shape in shapes) or not all(image.isfinite().all() for image in images):
+            raise ValueError(f"purifier must return a finite tensor {want}, or a tuple of such tensors, got {shapes}")
 
     def _run(self, packed: Tensor) -> tuple[Tensor, ...]:
         channels = self.image_shape[0]

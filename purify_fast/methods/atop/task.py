@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from ...attacks import fgsm
 from ...ops.philox import philox_key
-from ...training.bank import FrozenAttack, FrozenAttacks
+from ...training.bank import FrozenAttacks
 from ...training.schedules import RunLength
 from ...training.task import Batch, Metrics, Update
 from ..base import cross_entropy_of
@@ -69,37 +69,21 @@ class Passes:
     packed: Tensor
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """The purifier's inputs: T = ``count`` for the reconstruction, and T more if the cross-entropy needs others."""
-
-    rebuild: Tensor
-    packed: Tensor
-    count: int
-    owners: Tensor
-    cls_weight: float
-
-
-def inputs(defence: Atop, batch: Batch, config: AtopConfig, graphs: StepGraphs | None = None) -> Inputs:
-    """Attack and transform a batch. While lambda is 0, inputs that only the cross-entropy needs are left out."""
-    weight = config.cls_weight if batch.progress_in(config.cls_delay_unit) >= config.cls_delay else 0.0
+def passes(defence: Atop, batch: Batch, config: AtopConfig, graphs: StepGraphs | None = None) -> Passes:
+    """Attack, transform and purify a batch, and compute the losses. While lambda is 0, no cross-entropy is computed."""
+    cls_weight = config.cls_weight if batch.progress_in(config.cls_delay_unit) >= config.cls_delay else 0.0
     rebuilds_clean = config.reconstruction_target == "clean"
-    classifies_others = weight > 0 and config.attack_method != "none" and rebuilds_clean
+    classifies_others = cls_weight > 0 and config.attack_method != "none" and rebuilds_clean
     adversarial = attacked(defence, batch, config, graphs) if classifies_others or not rebuilds_clean else batch.x
     rebuild = batch.x if rebuilds_clean else adversarial
-    seed = philox_key(batch.seed, batch.x.device)
-    packed, owners = defence.draw(rebuild, noise=(seed, batch.sample_ids))
-    count = len(packed)
+    noise = philox_key(batch.seed, batch.x.device), batch.sample_ids
+    packed, owners = defence.draw(rebuild, noise=noise)
+    count, samples = len(packed), len(owners)
     if classifies_others:
         # these inputs are for the cross-entropy, and have the noise and the mask of the inputs above
-        packed = torch.cat([packed, defence.draw(adversarial, noise=(seed, batch.sample_ids))[0]])
-    return Inputs(rebuild, packed, count, owners, weight)
-
-
-def losses(defence: Atop, batch: Batch, config: AtopConfig, given: Inputs, images: tuple[Tensor, ...]) -> Passes:
-    """Compute the losses of the images of each stage of the purifier."""
-    count, samples = given.count, len(given.owners)
-    target = (2 * given.rebuild - 1).to(images[-1].dtype)
+        packed = torch.cat([packed, defence.draw(adversarial, noise=noise)[0]])
+    images = defence.stages(packed)
+    target = (2 * rebuild - 1).to(images[-1].dtype)
     # the inputs are ordered by sample, then by image, then by pass
     target = target.repeat_interleave(count // (samples * len(target)), 0).repeat(samples, 1, 1, 1)
     # DeepFillv2's loss: the mean absolute difference, summed over the stages
@@ -107,21 +91,15 @@ def losses(defence: Atop, batch: Batch, config: AtopConfig, given: Inputs, image
     reconstruction = sum(apart, target.new_zeros(len(target))).mean()
     loss = config.reconstruction_weight * reconstruction
     metrics = {"reconstruction": reconstruction.detach()}
-    if given.cls_weight > 0:
+    if cls_weight > 0:
         # `purified` is [S, B, C, H, W]
-        purified = defence.join(images[-1][-count:], given.owners)
+        purified = defence.join(images[-1][-count:], owners)
         if config.classifier_range == "doubled":
             purified = 2 * purified - 1
         cross_entropy, accuracy = cross_entropy_of(defence.classify(purified).flatten(0, 1), batch.y.repeat(samples))
-        loss = loss + given.cls_weight * cross_entropy
+        loss = loss + cls_weight * cross_entropy
         metrics |= {"cross_entropy": cross_entropy.detach(), "accuracy": accuracy}
-    return Passes(loss, metrics, target, refined=images[-1][:count], packed=given.packed[:count])
-
-
-def passes(defence: Atop, batch: Batch, config: AtopConfig, graphs: StepGraphs | None = None) -> Passes:
-    """Run the attack, the transform and the purifier on a batch."""
-    given = inputs(defence, batch, config, graphs)
-    return losses(defence, batch, config, given, defence.stages(given.packed))
+    return Passes(loss, metrics, target, refined=images[-1][:count], packed=packed[:count])
 
 
 def training_loss(
@@ -249,18 +227,14 @@ class AtopTask(PurifierTask[Atop]):
             return None
         random = config.attack_method == "pgd" and attack.random_start
         facts = {**self.attack_facts(attack), "attack_method": config.attack_method}
-        return FrozenAttacks((FrozenAttack(attack.eps, random, share=1.0),), attack.norm, facts)
+        return FrozenAttacks((attack.eps,), (random,), 1.0 if random else 0.0, attack.norm, facts)
 
     def terms(self, length: RunLength) -> dict[str, int]:
         config = self.config
         acts = {"reconstruction": 0} if config.reconstruction_weight > 0 else {}
         if config.cls_weight > 0:
-            acts["cross_entropy"] = length.check_acts(
-                length.first_step(config.cls_delay, config.cls_delay_unit),
-                argument="cls_delay",
-                value=f"{config.cls_delay} {config.cls_delay_unit}",
-                weight=f"cls_weight {config.cls_weight:g}",
-            )
+            first = length.first_step(config.cls_delay, config.cls_delay_unit)
+            acts["cross_entropy"] = length.check_acts(first, argument="cls_delay")
         if self.discriminator is not None and config.gan_weight > 0:
             acts["deceived"] = 0
         return acts

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from ..._validation import AtLeast0, Count, Precision, Range, Share, check_types
-from ...training.config import TrainingAttack
+from ...training.config import TrainingAttack, check_unused
 from ...training.schedules import DelayUnit
 
 
@@ -88,26 +88,16 @@ class CarsoConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        pipeline, attack = self.attack_target == "pipeline", self.attack
-        for name, default in (("reduction", "mean"), ("eps_mode", "paper"), ("free_bits", 0.0)):
-            if pipeline and getattr(self, name) != default:
-                raise ValueError(f"{name} {getattr(self, name)!r} needs attack_target='classifier', got 'pipeline'")
-        if not attack.eps > 0:
-            raise ValueError(f"eps must be above 0, got {attack.eps}: the purifier is always trained on attacks")
-        if not pipeline and not (attack.random_start and attack.start_std is None):
-            raise ValueError(
-                "attack_target='classifier' needs random_start=True and start_std=None, got random_start="
-                f"{attack.random_start} and start_std={attack.start_std}: its PGD always starts uniformly in the ball"
-            )
-        if not pipeline and (self.joint or self.targets == "classifier"):
-            raise ValueError(
-                "attack_target must be 'pipeline' if joint=True or targets='classifier', got 'classifier': only a "
-                "training through the pipeline has the loss of the predictions, which both options need"
-            )
+        if self.attack_target == "pipeline":
+            check_unused(self, type(self), ("reduction", "eps_mode", "free_bits"), "attack_target='classifier'")
+        else:
+            check_unused(self, type(self), ("joint", "targets"), "attack_target='pipeline'")
+            check_unused(self.attack, type(self).attack, ("random_start", "start_std"), "attack_target='pipeline'")
+        if not self.attack.eps > 0:
+            raise ValueError("eps must be above 0, got 0: the purifier is always trained on attacks")
         if self.joint and (self.targets == "classifier" or self.precision in ("bfloat16", "auto")):
             raise ValueError(
-                "joint=True needs targets='labels' and precision 'float32' or 'tf32', because it leaves no frozen "
-                f"classifier, got targets={self.targets!r} and precision={self.precision!r}"
+                "joint=True leaves no frozen classifier, so it needs targets='labels' and precision 'float32' or 'tf32'"
             )
         if self.kl_delay_unit == "share" and self.kl_delay >= 1:
             raise ValueError(f"kl_delay must be in [0, 1) as a share of the epochs, got {self.kl_delay}")

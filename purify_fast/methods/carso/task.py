@@ -33,7 +33,7 @@ from ...models.representation import evaluation_mode
 from ...ops.philox import philox_key
 from ...ops.reconstruction_loss import reconstruction_loss
 from ...ops.sample_latent import sample_latent
-from ...training.bank import FrozenAttack, FrozenAttacks
+from ...training.bank import FrozenAttacks
 from ...training.distributed import average_
 from ...training.optimizers import Lookahead
 from ...training.schedules import RunLength
@@ -79,20 +79,9 @@ def balanced_batch(
         fast: slice | Tensor = slice(2 * atom, None)
         if rows is not None:
             slow, fast = rows[rows < 2 * atom], rows[rows >= 2 * atom]
-        by_pgd = pgd(
-            classifier,
-            clean[slow],
-            y[slow],
-            eps=eps[slow],
-            alpha=attack.step_size(eps[slow]),
-            steps=attack.steps,
-            norm=attack.norm,
-            seed=batch.seed,
-            sample_ids=ids[slow],
-            graphs=graphs,
-            precision="float32",
-        )
         how = {"norm": attack.norm, "graphs": graphs, "precision": "float32"}
+        steps = {"alpha": attack.step_size(eps[slow]), "steps": attack.steps, "seed": batch.seed}
+        by_pgd = pgd(classifier, clean[slow], y[slow], eps=eps[slow], sample_ids=ids[slow], **steps, **how)
         by_fgsm = fgsm(classifier, clean[fast], y[fast], eps=eps[fast], **how)
         return torch.cat([by_pgd, by_fgsm])
 
@@ -234,39 +223,24 @@ class CarsoTask(PurifierTask[Carso]):
         facts = self.attack_facts(config.attack)
         config = config_in_epoch(config, tuple(self.defence.arguments["std"]))
         # the attacks have the same order as in `balanced_batch`
-        attacks = tuple(
-            FrozenAttack(eps, random, share=config.adversarial_fraction / 4)
-            for random in (True, False)
-            for eps in (config.attack.eps / 2, config.attack.eps)
-        )
-        return FrozenAttacks(attacks, config.attack.norm, facts)
+        radii = (config.attack.eps / 2, config.attack.eps)
+        random = (True, True, False, False)
+        return FrozenAttacks(2 * radii, random, config.adversarial_fraction / 2, config.attack.norm, facts)
 
     def terms(self, length: RunLength) -> dict[str, int]:
         config = self.config
-        self._check_last_batch(length)
+        if config.attack_target == "classifier" and length.batch_size:
+            # The last batch of an epoch may be too small for the attacks.
+            atom_size(length.last_batch // processes()[1], config.adversarial_fraction, config.allow_no_adversarial)
         if config.attack_target == "pipeline":
             acts = {"cross_entropy" if config.targets == "labels" else "divergence": 0}
             return acts | ({"reconstruction": 0} if config.reconstruction_weight > 0 else {})
         if config.beta == 0:
             return {"reconstruction": 0}
         delay, unit = config.kl_delay_of(length.epochs)
-        kl = length.check_acts(
-            # in the first unit after the delay, the weight is still 0, because it rises from 0
-            length.first_step(ceil(delay) + 1 if delay > 0 else 0, unit),
-            argument="kl_delay",
-            value=f"{config.kl_delay:g} ({'share of the epochs' if config.kl_delay_unit == 'share' else unit})",
-            weight=f"beta {config.beta:g}",
-        )
-        return {"reconstruction": 0, "kl": kl}
-
-    def _check_last_batch(self, length: RunLength) -> None:
-        """Raise ValueError if an epoch has a smaller last batch that is too small for the attacks."""
-        config, images = self.config, length.last_batch
-        if config.attack_target == "classifier" and images != length.batch_size:
-            try:
-                atom_size(images // processes()[1], config.adversarial_fraction, config.allow_no_adversarial)
-            except ValueError as error:
-                raise ValueError(f"drop_last=False trains on a last batch of {images} images: {error}") from error
+        # in the first unit after the delay, the weight is still 0, because it rises from 0
+        first = length.first_step(ceil(delay) + 1 if delay > 0 else 0, unit)
+        return {"reconstruction": 0, "kl": length.check_acts(first, argument="kl_delay")}
 
     def validate(self, batch: Batch) -> Metrics:
         """Return the training's loss per held-out image, and its metrics."""

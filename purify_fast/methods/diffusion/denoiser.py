@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from ..._tensors import first_tensor
 from ...models.foreign import load_weights
 from ...models.layers import Conv2d
+from ...models.representation import evaluation_mode
 from ...models.unet import TimeLayer, UNet
 from ...speed.folding.fused_networks import fuse_where_faster
 from ...training.checkpoint import read_model, save_model
-from ..saving import answer_of, description, rebuilt
+from ..saving import description, rebuilt
 
 #: The denoisers of this package, by the names of their classes. Each has the attribute ``arguments``.
 DENOISERS: dict[str, type[nn.Module]] = {"UNet": UNet}
@@ -147,13 +148,11 @@ class Denoiser(nn.Module):
         channels, h, w = image_shape
         first = first_tensor(module)
         images = torch.zeros((2, *image_shape), device=first.device, dtype=first.dtype)
-        name, given = type(module).__name__, f"images {list(images.shape)} and times [2]"
-        times = torch.ones(2, device=first.device, dtype=torch.float64)
-        result = answer_of("denoiser", module, given, lambda: self(images, times))
+        with evaluation_mode(module), torch.no_grad():
+            result = self(images, torch.ones(2, device=first.device, dtype=torch.float64))
         shapes = [[2, channels, h, w], [2, 2 * channels, h, w]]
-        if not isinstance(result, Tensor) or list(result.shape) not in shapes or not result.is_floating_point():
-            got = (list(result.shape), result.dtype) if isinstance(result, Tensor) else type(result).__name__
-            raise ValueError(f"denoiser: {name} must return floating point {shapes[0]} or {shapes[1]}, got {got}")
+        if list(result.shape) not in shapes:
+            raise ValueError(f"denoiser must return {shapes[0]} or {shapes[1]}, got {list(result.shape)}")
         self.learns_variances = result.shape[1] == 2 * channels
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:

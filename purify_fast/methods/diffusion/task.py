@@ -30,12 +30,12 @@ from torch import Tensor, nn
 
 from ..._tensors import first_tensor, structure_fingerprint
 from ..._validation import Precision
+from ...models.representation import evaluation_mode
 from ...ops.philox import Stream, philox, philox_key
 from ...speed.folding.inference_copy import autocast_to
 from ...training.schedules import RunLength
 from ...training.task import Batch, Metrics
 from ..base import MethodTask
-from ..saving import answer_of
 from .config import DiffusionConfig
 from .process import Process
 from .schedule import END, Schedule
@@ -90,20 +90,18 @@ class DiffusionTask(MethodTask):
     """
 
     name = "diffusion"
+    distills = False
 
     def __init__(self, denoiser: nn.Module, config: DiffusionConfig, origin: str = "scratch"):
-        self.refuse(config)
+        if bool(config.intervals) != self.distills:
+            wanted = "above 0 for a distillation" if self.distills else "0 for a training on clean images"
+            raise ValueError(f"intervals must be {wanted}, got {config.intervals}")
         super().__init__(config, denoiser)
         self.denoiser, self.origin = denoiser, origin
         self.process = Process(Schedule(config.noise_schedule), config.prediction)
         self.optimizer = self.adamw(denoiser.parameters())
         self.model: nn.Module = denoiser
         self.keep_average("denoiser", config.ema_decay, warm_up=True)
-
-    def refuse(self, config: DiffusionConfig) -> None:
-        """Raise ValueError if the settings select another training."""
-        if config.intervals:
-            raise ValueError(f"intervals must be 0 for a training on clean images, got {config.intervals}")
 
     def loss(self, denoiser: nn.Module, batch: Batch) -> Tensor:
         """Return the loss of one batch, float32, of the denoiser or of the moving average of its weights."""
@@ -129,8 +127,8 @@ class DiffusionTask(MethodTask):
     def check(self, shape: tuple[int, ...], classes: int) -> None:
         weight = first_tensor(self.denoiser)
         image = torch.zeros((1, *shape), device=weight.device, dtype=weight.dtype)
-        given = f"images {list(shape)}"
-        predicted = answer_of("x", self.denoiser, given, lambda: self.denoiser(image, image.new_zeros(1)))
+        with evaluation_mode(self.denoiser), torch.no_grad():
+            predicted = self.denoiser(image, image.new_zeros(1))
         if predicted.shape != image.shape:
             raise ValueError(
                 f"x: the denoiser must return the shape of its images, {list(image.shape)}, got {list(predicted.shape)}"
@@ -152,6 +150,7 @@ class ConsistencyTask(DiffusionTask):
     """
 
     name = "consistency"
+    distills = True
 
     def __init__(
         self,
@@ -165,11 +164,6 @@ class ConsistencyTask(DiffusionTask):
         self.process = Process(known.schedule, known.prediction, known.times, solver="ddim")
         self.process.schedule.times(config.last_time, config.intervals)
         self.teacher = copy.deepcopy(denoiser).eval().requires_grad_(False)
-
-    def refuse(self, config: DiffusionConfig) -> None:
-        """Raise ValueError if the settings select another training."""
-        if not config.intervals:
-            raise ValueError("intervals must be at least 1 to distill a denoiser, got 0")
 
     def loss(self, denoiser: nn.Module, batch: Batch) -> Tensor:
         """Return the loss of one batch, float32, of the denoiser or of the moving average of its weights."""

@@ -1,7 +1,6 @@
-"""AToP's defence: the transforms as it uses them, its contract as a module, files."""
+"""AToP's defence: the transforms as it uses them, aggregation, gradients, files."""
 
 import copy
-import re
 
 import pytest
 import torch
@@ -61,42 +60,6 @@ def test_rt3_takes_each_block_from_the_pass_that_did_not_see_it():
     assert (made.purify(images()) == 0.75).all() and made.purify(images()).shape == (6, 2, 1, 16, 16)
     packed, _ = made.draw(images())
     assert len(packed) == 2 * 6 * 4 and torch.equal(packed[:, -1].view(12, 4, 16, 16).sum(1), torch.ones(12, 16, 16))
-
-
-@pytest.mark.parametrize(("transform", "shape"), [("rt1", (1, 16, 16)), ("rt2", (3, 8, 16)), ("rt3", (1, 16, 16))])
-def test_the_contract_of_a_defence(transform, shape):
-    made, x = defence(shape=shape, transform=transform, samples=2), images(5, shape)
-    before, weights = x.clone(), copy.deepcopy(made.state_dict())
-    leaf = x.clone().requires_grad_()
-    logits = made(leaf)
-    gradient = torch.autograd.grad(logits.square().sum(), leaf)[0]
-    assert logits.shape == (5, 10) and logits.dtype == torch.float32 and logits.isfinite().all()
-    assert gradient.isfinite().all() and (gradient.flatten(1).norm(dim=1) > 0).all()
-    assert torch.equal(x, before) and all(torch.equal(v, weights[k]) for k, v in made.state_dict().items())
-    assert made(x[:0]).shape == (0, 10)
-    with made.fixed_noise(1):
-        whole, order = made(x), torch.tensor([4, 2, 0, 1, 3])
-        torch.testing.assert_close(made(x[order]), whole[order])
-        torch.testing.assert_close(torch.cat([made(x[:2]), made(x[2:])]), whole)
-    with made.deterministic():
-        torch.testing.assert_close(made(x), made(x))
-        torch.testing.assert_close(made(x[order]), made(x)[order])
-    assert not torch.equal(made(x), made(x))
-
-
-def test_draws_of_one_call_are_those_of_several():
-    """One read of x for all draws: the same distribution, the same shape, different draws."""
-    made, x = defence(samples=2, sigma=0.3), images()
-    many = made.draw_sample_logits(x, 3)
-    assert many.shape == (3, 6, 2, 10) and not torch.allclose(many[0], many[1])
-    torch.manual_seed(5)
-    together = made.draw_sample_logits(x, 3)
-    torch.manual_seed(5)
-    six = copy.deepcopy(made)
-    six.samples = 6
-    torch.testing.assert_close(together, six.sample_logits(x).unflatten(1, (3, 2)).transpose(0, 1))
-    with made.fixed_noise(0):
-        torch.testing.assert_close(made.draw_logits(x, 3), made(x).expand(3, -1, -1))
 
 
 def test_aggregation():
@@ -208,11 +171,8 @@ def test_saved_and_read_back(tmp_path):
     purifier = SmallGenerator(1, 2)
     made = defence(purifier, samples=2, transform="rt3", aggregation="mean_softmax")
     made.save(tmp_path)
-    wanted = f"classifier must be given, got None: {re.escape(str(tmp_path))} holds"
-    with pytest.raises(FileNotFoundError, match=wanted):
+    with pytest.raises(FileNotFoundError, match="classifier must be given"):
         purify_fast.load_defence(tmp_path)
-    with pytest.raises(TypeError, match=r"classifier must be a module.* got 'zoo:digits-pgd-at'"):
-        purify_fast.load_defence(tmp_path, "zoo:digits-pgd-at")
     loaded = purify_fast.load_defence(tmp_path, made.classifier)
     assert isinstance(loaded, Atop) and loaded.arguments == made.arguments and not loaded.training
     with made.fixed_noise(1), loaded.fixed_noise(1):
@@ -240,8 +200,6 @@ def test_a_purifier_of_ones_own_is_saved_too_but_must_be_given_to_load(tmp_path)
     assert torch.equal(loaded.purifier.module.weight, made.purifier.module.weight)
     with pytest.raises(ValueError, match=r"holds {'kind': 'Convolution', .*}, got {'kind': 'small_generator'"):
         purify_fast.load_defence(tmp_path, made.classifier, purifier=SmallGenerator(1, 2))
-    with pytest.raises(ValueError, match=r"tensors do not fit its settings and the given module"):
-        purify_fast.load_defence(tmp_path, made.classifier, purifier=Convolution(1, 1, 5, padding=2))
 
 
 def test_the_callers_modules_stay_their_own():
@@ -258,38 +216,6 @@ def test_the_callers_modules_stay_their_own():
 def test_the_default_block_tiles_the_image(size, block):
     made = Atop(FullyConnected(1, image_size=size), identity(), (1, *size))
     assert made.block == made.arguments["block"] == block
-
-
-def test_what_does_not_fit_is_refused_at_once():
-    with pytest.raises(ValueError, match=r"purifier must be a torch\.nn\.Module, got function"):
-        Atop(SmallCNN(width=4), lambda t, m: t, (1, 16, 16))
-    with pytest.raises(ValueError, match="Linear"):
-        defence(nn.Linear(3, 3))
-    for wrap in (nn.DataParallel, lambda m: torch.compile(m, backend="eager")):
-        with pytest.raises(ValueError, match="purifier must not be"):
-            defence(purifier=wrap(SmallGenerator(1, width=2)))
-    for classifier, said in (
-        (SmallCNN(1, image_size=(8, 8)), r"\[B, 1, 16, 16\] to logits \[B, C\], but the call failed: "),
-        (nn.Identity(), r"to logits \[B, C\].* \[2, 1, 16, 16\]"),
-        (nn.MaxPool2d(2, return_indices=True), r"to logits \[B, C\], but the call failed: "),
-    ):
-        with pytest.raises(ValueError, match=rf"the classifier must map .*{said}"):
-            defence(classifier=classifier)
-    with pytest.raises(ValueError, match=r"x must be \[B, 1, 16, 16\]"):
-        defence()(torch.rand(2, 3, 16, 16))
-
-
-def test_the_gradient_may_be_taken_when_the_noise_is_no_longer_fixed():
-    made, x = defence(), images(4).requires_grad_()
-    with made.fixed_noise(0):
-        (within,) = torch.autograd.grad(made(x).sum(), x)
-        first = made(x).sum()
-    with made.fixed_noise(1):
-        second = made(x).sum()
-        (other,) = torch.autograd.grad(made(x).sum(), x)
-    (after,) = torch.autograd.grad(first + second, x)
-    assert within.abs().sum() > 0 and not torch.equal(within, other)
-    torch.testing.assert_close(after, within + other)
 
 
 def test_a_classifier_in_bfloat16_is_attacked_and_trained_with():

@@ -6,12 +6,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 import purify_fast.methods.atop.generators as module
 from purify_fast.methods.atop.generators import KEPT, DeepFillGenerator, GatedConv, SmallGenerator
 from purify_fast.models.layers import Conv2d
-from purify_fast.ops import use_backend
 from purify_fast.ops.contextual_attention import contextual_attention, key_validity
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -128,10 +126,9 @@ def test_bfloat16_inside_stays_close(network, layout):
     [
         (deepfill, 3, 8, 24),
         (lambda: deepfill(1), 1, 16, 16),
-        (lambda: DeepFillGenerator(), 3, 256, 256),
         *(
             (lambda c=c, o=o: small(c, width=4, **o), c, h, w)
-            for c, h, w in ((1, 16, 16), (1, 28, 28), (3, 32, 32), (3, 16, 24), (2, 4, 8))
+            for c, h, w in ((1, 28, 28), (3, 16, 24), (2, 4, 8))
             for o in ({"attention": False}, {"residual": True})
         ),
     ],
@@ -142,24 +139,10 @@ def test_images_of_every_shape_keep_it_and_their_range(make, channels, height, w
             assert image.shape == (2, channels, height, width) and image.isfinite().all() and image.abs().max() <= 1
 
 
-@pytest.mark.parametrize(
-    ("make", "packed", "mask", "message"),
-    [
-        (deepfill, (1, 5, 30, 32), (1, 1, 30, 32), r"multiples of 8, got \[1, 5, 30, 32\]"),
-        (deepfill, (1, 4, 32, 32), (1, 1, 32, 32), r"packed must be \[B, 5, H, W\] .* got \[1, 4, 32, 32\]"),
-        (deepfill, (2, 5, 32, 32), (1, 1, 32, 32), r"got \[2, 5, 32, 32\] and \[1, 1, 32, 32\]"),
-        (small, (1, 3, 30, 32), (1, 1, 30, 32), r"multiples of 4, got \[1, 3, 30, 32\]"),
-    ],
-)
-def test_inputs_that_do_not_fit_are_refused(make, packed, mask, message):
-    with pytest.raises(ValueError, match=message):
-        make()(torch.zeros(packed), torch.zeros(mask))
-
-
 def test_sizes_that_do_not_fit_are_refused():
     for make, sizes, message in (
-        (DeepFillGenerator, (2, 48), "in_channels must be at least 3 .* got in_channels=2"),
-        (DeepFillGenerator, (5, 6), "width a multiple of 4 .* and width=6"),
+        (DeepFillGenerator, (2, 48), "in_channels must be at least 3 .* got 2 and 48"),
+        (DeepFillGenerator, (5, 6), "width a multiple of 4, got 5 and 6"),
         (SmallGenerator, (0,), "channels must be at least 1, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -276,17 +259,6 @@ def test_every_layer_is_the_published_one(height, width):
     for image, want in zip(images, published(made.state_dict(), packed, mask), strict=True):
         assert image.shape == (2, 3, height, width)
         torch.testing.assert_close(image, want, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("channels", "size", "mflops"), [(1, 16, (9.7, 7.9)), (1, 28, (30.0, 24.2)), (3, 32, (41.6, 33.9))]
-)
-def test_its_cost_is_the_stated_one_with_and_without_attention(channels, size, mflops):
-    packed, mask = example(1, channels, size, size)
-    for attention, mflop in zip((True, False), mflops, strict=True):
-        with use_backend("reference"), FlopCounterMode(display=False) as counter, torch.no_grad():
-            SmallGenerator(channels, attention=attention)(packed, mask)
-        assert counter.get_total_flops() / 1e6 == pytest.approx(mflop, abs=0.05)
 
 
 def test_a_fresh_residual_generator_gives_its_input_back():

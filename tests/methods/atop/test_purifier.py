@@ -74,22 +74,10 @@ def test_the_dry_run_leaves_modes_and_statistics_alone():
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda t, m: t[:, :1], r"Made must return .* \[2, 3, 16, 16\] .* it returned .*\[2, 1, 16, 16\], torch"),
-        (lambda t, m: (t, t[..., :8]), r"it returned .*\[2, 3, 16, 16\], .*\[2, 3, 16, 8\]"),
-        (lambda t, m: {"image": t}, r"it returned .*dict"),
-        (lambda t, m: (), r"it returned \[\]"),
-        (lambda t, m: t / 0, r"must return a finite floating-point tensor"),
-        (lambda t, m: t.int(), r"must return a finite floating-point tensor .* torch\.int32"),
-        (lambda t, m: t.view(7), r"Made does not run on images \[2, 3, 16, 16\] and masks \[2, 1, 16, 16\]: "),
+        (lambda t, m: t[:, :1], r"must return a finite tensor \[2, 3, 16, 16\], .* got \[\[2, 1, 16, 16\]\]"),
+        (lambda t, m: t / 0, "must return a finite tensor"),
     ],
 )
 def test_modules_that_are_no_purifiers_are_refused(function, message):
     with pytest.raises(ValueError, match=message):
         PurifierAdapter(of(function), (3, 16, 16))
-
-
-def test_a_network_for_other_images_is_refused():
-    with pytest.raises(ValueError, match=r"SmallGenerator does not run on images \[2, 5, 16, 16\] .*must be \[B, 3, H"):
-        PurifierAdapter(SmallGenerator(1), (3, 16, 16))
-    with pytest.raises(ValueError, match=r"SmallGenerator does not run on images \[2, 5, 18, 16\] .*multiples of 4"):
-        PurifierAdapter(SmallGenerator(3), (3, 18, 16))

@@ -38,18 +38,11 @@ def images(n, seed=1):
     return torch.rand(n, 1, 16, 16, generator=torch.Generator().manual_seed(seed))
 
 
-def test_shapes_and_ranges(carso):
-    x = images(5)
-    assert carso(x).shape == (5, 10) and carso(x).dtype == torch.float32
-    assert carso.condition(x).shape == (5, 16)
-    reconstructions = carso.reconstruct(x)
-    assert reconstructions.shape == (5, 8, 1, 16, 16)
-    assert reconstructions.min() > 0 and reconstructions.max() < 1
-    assert carso.reconstruct(x, torch.zeros(1, 3, 4)).shape == (5, 3, 1, 16, 16)
-
-
 def test_forward_is_logsumexp_and_peel_decides_the_same(carso):
     x = images(6)
+    reconstructions = carso.reconstruct(x)
+    assert reconstructions.shape == (6, 8, 1, 16, 16) and reconstructions.min() > 0 and reconstructions.max() < 1
+    assert carso.reconstruct(x, torch.zeros(1, 3, 4)).shape == (6, 3, 1, 16, 16)
     with carso.fixed_noise(3):
         logits = carso.sample_logits(x)
         torch.testing.assert_close(carso(x), torch.logsumexp(logits, 1))
@@ -69,27 +62,6 @@ def test_the_callers_classifier_is_left_untouched():
     assert not made.classifier.training and not any(p.requires_grad for p in made.classifier.parameters())
 
 
-def test_noise_is_fresh_by_default_and_follows_torch_manual_seed(carso):
-    x = images(4)
-    assert not torch.equal(carso(x), carso(x))
-    torch.manual_seed(5)
-    first = carso(x)
-    torch.manual_seed(5)
-    assert torch.equal(first, carso(x))
-
-
-@pytest.mark.parametrize("mode", ["fixed", "deterministic"])
-def test_permuting_or_splitting_a_batch_permutes_or_splits_the_logits(carso, mode):
-    x = images(33)
-    order = torch.randperm(33, generator=torch.Generator().manual_seed(2))
-    with torch.no_grad(), carso.fixed_noise(11) if mode == "fixed" else carso.deterministic():
-        whole = carso(x)
-        torch.testing.assert_close(carso(x[order]), whole[order], rtol=1e-5, atol=1e-5)
-        for sizes in ([1] * 33, [2, 30, 1], [17, 16]):
-            parts = torch.cat([carso(part) for part in x.split(sizes)])
-            torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)
-
-
 def test_fixed_noise_is_a_function_of_the_seed_nests_and_ends(carso):
     x = images(3)
     with carso.fixed_noise(1):
@@ -106,9 +78,6 @@ def test_fixed_noise_is_a_function_of_the_seed_nests_and_ends(carso):
 
 
 def test_clear_errors(carso):
-    for wrong in (torch.rand(2, 3, 16, 16), torch.rand(1, 16, 16), torch.zeros(2, 1, 16, 16, dtype=torch.uint8)):
-        with pytest.raises(ValueError, match=r"x must be (\[B, 1, 16, 16\]|floating point, got torch.uint8)"):
-            carso(wrong)
     with pytest.raises(ValueError, match=r"z must be \[B, K, 4\] with B = 2 or 1"):
         carso.reconstruct(images(2), torch.zeros(2, 3, 5))
     for seed in (-1, 2**63):
@@ -122,9 +91,6 @@ def test_clear_errors(carso):
         Carso(torch.compile(SmallCNN()), LAYERS, (1, 16, 16))
     with pytest.raises(ValueError, match="mean needs 1 or 1 numbers, got 3"):
         Carso(SmallCNN(), LAYERS, (1, 16, 16), mean=(0.1, 0.2, 0.3))
-    for name in ("cond_dim", "latent_dim", "samples", "decoder_width", "encoder_depth"):
-        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
-            Carso(SmallCNN(), LAYERS, (1, 16, 16), **{name: 0})
 
 
 def test_each_part_computes_in_its_own_precision(tmp_path):
@@ -147,8 +113,8 @@ def scaled(self, x):
     return logits * self.margin / (first - second)
 
 
-@pytest.mark.parametrize("samples", [1, 2, 8, 64])
-@pytest.mark.parametrize("margin", [1, 5, 20, 80, 100])
+@pytest.mark.parametrize("samples", [1, 2, 64])
+@pytest.mark.parametrize("margin", [1, 80, 100])
 def test_logits_are_finite_and_gradients_usable_at_any_margin(samples, margin):
     torch.manual_seed(0)
     classifier = Made(scaled, body=nn.Linear(256, 10), margin=float(margin))

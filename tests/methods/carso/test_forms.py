@@ -27,21 +27,6 @@ def transformer():
     return model
 
 
-class Flattening(nn.Module):
-    """What channels_last weights break: a map flattened by ``view``, parameters of four and five dimensions."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(3, 6, 3, 2, 1), nn.BatchNorm2d(6)
-        self.position = nn.Parameter(torch.randn(1, 6, 5, 4))
-        self.bias = nn.Parameter(torch.randn(1, 1, 6, 5, 4))
-        self.head = nn.Linear(120, 4)
-
-    def forward(self, x):
-        x = torch.relu(self.norm(self.conv(x)) + self.bias[0])
-        return self.head(x.view(x.size(0), -1) + self.position.view(1, -1))
-
-
 TRANSFORMER_LAYERS = ["conv_proj", "encoder.layers.encoder_layer_0", "encoder.layers.encoder_layer_1.mlp", "encoder.ln"]
 MISHES, DECODER = ["body.1", "body.5", "body.9"], ([6, 4, 6], [{"channels": 3, "kernel": 4}])
 CASES = {
@@ -49,7 +34,6 @@ CASES = {
     "wide": lambda: Carso(
         WideResNet(10, 1, 4), ["layer.0.block.0.conv_1", "layer.2"], (3, 24, 40), 8, 4, 2, decoder_width=4
     ),
-    "flattening": lambda: Carso(Flattening(), ["conv"], (3, 10, 8), 8, 4, 2, decoder_width=4),
     "odd": lambda: Carso(SmallCNN(1, 4, (17, 30), 4), ["conv1", "conv3", "hidden"], (1, 17, 30), 8, 4, 2),
     "v1": lambda: Carso(FullyConnected(num_classes=4, hidden=(12, 6)), MISHES, (1, 28, 28), 10, 6, 2, version="v1"),
     # sixteen channels, of which the condition keeps two: a 1x1 convolution of one channel before a normalization has a

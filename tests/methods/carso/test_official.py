@@ -95,9 +95,7 @@ def rewrite(path, change):
     ("part", "change", "message"),
     [
         ("repr_compressors", lambda t: t.pop("3.1.1.bias"), r"does not fit .*: 3\.1\.1\.bias is missing"),
-        ("decoder", lambda t: t.update({"6.weight": torch.zeros(1)}), r"does not fit .*: 6\.weight is unknown"),
         ("decoder", lambda t: t.update({"3.1.bias": torch.zeros(9)}), r"3\.1\.bias is \[9\], must be \[64\]"),
-        ("repr_fcn_compressor", lambda t: t.pop("1.0.weight"), "must hold the three files"),
         ("decoder", lambda t: t.update({"0.1.weight": torch.zeros(9, 10)}), "must hold the three files"),
     ],
 )
@@ -121,11 +119,6 @@ def test_the_statistics_are_the_classifiers_own(cifar, files):
     layers = [f"model.{name}" for name in cifar.representation.layers]
     theirs = load_official(Theirs(cifar.classifier), files, layers=layers)
     assert theirs.arguments["mean"] == pytest.approx([0.4] * 3) and theirs.arguments["std"] == pytest.approx([0.2] * 3)
-
-
-def test_another_classifier_is_refused_by_shape(files):
-    with pytest.raises(ValueError, match=r"0\.0\.0\.weight is \[8, 16, 3, 3\], must be \[16, 32, 3, 3\]"):
-        load_official(WideResNet(28, 2), files)
 
 
 def test_missing_and_broken_files(cifar, files, tmp_path):

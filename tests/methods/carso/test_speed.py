@@ -229,21 +229,6 @@ def test_attacks_use_the_draws_and_their_gradient_is_that_of_the_calls(chunk):
     assert asked == {None: [(3, 4)], 6: [(1, 4)] * 3, 1: []}[chunk]
 
 
-def test_what_fails_leaves_the_defence_as_it_was(monkeypatch):
-    made, x = defence(), images(2)
-    want = response(made, x)
-    with pytest.raises(ValueError, match=r"dtype must be one of torch\.float32, torch\.bfloat16, got torch\.float16"):
-        made.accelerate(torch.float16)
-
-    def fail(*args, **options):
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr("purify_fast.speed.folding.inference_copy.InferenceCopy", fail)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        made.accelerate(torch.bfloat16)
-    assert made.acceleration is None and torch.equal(response(made.to("cpu"), x)[0], want[0])
-
-
 @pytest.mark.parametrize("target", ["classifier", "pipeline"])
 def test_loss_and_gradients_are_close_to_float32s(target):
     """The loss within 2 %, all weights' gradient within 15 % (relative L2): the adversarial images differ as well."""

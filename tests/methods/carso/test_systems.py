@@ -9,8 +9,7 @@ from torch import nn
 from purify_fast.methods.carso.config import atom_size
 from purify_fast.methods.carso.official import _official_tensors
 from purify_fast.methods.carso.recipes import RECIPES
-from purify_fast.methods.recipes import recipe
-from purify_fast.models.classifiers import FullyConnected, SmallCNN, WideResNet
+from purify_fast.models.classifiers import FullyConnected
 
 
 def parameters(*modules):
@@ -111,16 +110,3 @@ def test_the_optimizer_is_radam_within_lookahead():
     task = RECIPES["mnist_v1"].task(RECIPES["mnist_v1"].defence(FullyConnected()))
     assert task.optimizer.k == 5 and task.optimizer.alpha == 0.8
     assert isinstance(task.optimizer.inner, torch.optim.RAdam)
-
-
-def test_unknown_names_and_other_classifiers_are_refused():
-    with pytest.raises(ValueError, match="one of cifar10, cifar100, tiny_imagenet, mnist_v1, got 'imagenet'"):
-        recipe("imagenet", "carso")
-    with pytest.raises(ValueError, match="no module 'layer"):
-        recipe("cifar10", "carso").defence(SmallCNN(3, 10, (32, 32)))
-
-
-def test_changes_take_the_place_of_the_recipes():
-    made = recipe("cifar10", "carso").defence(WideResNet(28, 1), samples=2, cond_dim=6, latent_dim=4)
-    assert made.samples == 2 and made.latent_dim == 4
-    assert made.arguments["decoder"][0] == [256, 3, 3] and made.arguments["mean"] == [0.4914, 0.4822, 0.4465]

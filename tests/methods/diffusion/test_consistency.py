@@ -143,7 +143,7 @@ def test_one_evaluation_comes_closer_to_the_end_of_the_teachers_way():
 
 
 def test_what_cannot_be_distilled():
-    with pytest.raises(ValueError, match="intervals must be at least 1 to distill a denoiser, got 0"):
+    with pytest.raises(ValueError, match="intervals must be above 0 for a distillation, got 0"):
         ConsistencyTask(scaled(0.5), DiffusionConfig())
     with pytest.raises(ValueError, match=r"steps must be at most 100, got 101: t_star = 0\.1 is training step 100"):
         ConsistencyTask(scaled(0.5), DiffusionConfig(intervals=101, last_time=0.1))

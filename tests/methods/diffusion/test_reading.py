@@ -78,7 +78,7 @@ def test_files_of_other_networks_are_refused(tmp_path):
         load_denoiser(Tiny(), tmp_path / "none.pt")
 
 
-KINDS = {"fixed_small": "small", "fixed_small_log": "small", "fixed_large": "large", "learned_range": "learned"}
+KINDS = {"fixed_large": "large", "learned_range": "learned"}
 
 
 @pytest.mark.parametrize(("kind", "variance"), KINDS.items())
