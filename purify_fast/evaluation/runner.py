@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,12 +43,12 @@ from .request.subject import DrawsUnderAttack, Subject, Variant, device_of
 from .results.rows import CURVE, Row, worst_rows
 from .run.cache import RowCache
 from .run.curve import Curve, attacks_of_curve, radii_of
-from .run.measure import Measure, settings_of
+from .run.measure import Measure, Standing, settings_of
 from .run.progress import Progress
 from .run.resources import choose_threads, make_room
 from .run.row_judge import EXAMPLES
 from .run.shards import Shards
-from .run.stopping import gain_of, notes_of_proofs, notes_of_size, notes_of_unsearched
+from .run.stopping import notes_of_proofs, notes_of_size, notes_of_unsearched
 from .show.report import Report
 from .show.witnesses import gathered, model_marks
 from .suspicion import Suspicion
@@ -250,6 +248,8 @@ class _Evaluation:
     suspicion: Suspicion
     mark: str | None
     stack: contextlib.ExitStack
+    #: By variant and threat model.
+    standings: dict[tuple[Variant, str | None], Standing] = field(default_factory=dict)
 
     def fill(self, about: dict[str, Any]) -> Report:
         """Run the evaluation and return the report; all other processes return the report of the first process."""
@@ -287,7 +287,7 @@ class _Evaluation:
             report.notes += notes_of_size(report.headlines[name])
         if name in report.headlines and (test := report.claim_test(report.headlines[name])) is not None:
             report.about["claim_test"] = test.verdict
-        report.about["seconds"] = measure.progress.told()
+        report.about["seconds"] = f"{measure.progress.seconds:.1f}"
         report.about["peak_memory"] = f"{peak_so_far(subject.device) / 1e9:.2f} GB"
         shards.end(report.to_json)
         return report
@@ -323,17 +323,22 @@ class _Evaluation:
 
     # -- the rows -----------------------------------------------------------------------------------------------------
 
-    def costs(self, left: Mapping[tuple[str, str | None], np.ndarray] = MappingProxyType({})) -> list[int | None]:
+    def costs(self) -> list[int | None]:
         """Return the largest number of forward passes of single images for each row; None if a number is unknown."""
         context, n = self.measure.context, len(self.measure.subject.y)
 
         def images(spec: AttackSpec) -> int:
-            stand = left.get((spec.variant, threat_name(spec, context))) if spec.survivors_only else None
-            return min(n if stand is None else int(stand.sum()), spec.nearest or n)
+            stands = self.standings.get((spec.variant, threat_name(spec, context)))
+            left = int(stands.left.sum()) if stands is not None and spec.survivors_only else n
+            return min(left, spec.nearest or n)
 
         asked = [(spec.resolved.cost(context), images(spec)) for spec in self.plan]
         asked += [(cost, n) for cost in self.curve.costs(context)]
         return [None if cost is None else cost * images for cost, images in asked]
+
+    def standing(self, variant: Variant, threat: str | None) -> Standing:
+        """What the attacks so far have left."""
+        return self.standings.setdefault((variant, threat), self.measure.standing(variant))
 
     def rows(self) -> list[Row]:
         """Make the rows of the clean images for each variant, the rows of the attacks, and the rows of the curve."""
@@ -342,43 +347,19 @@ class _Evaluation:
         n = len(subject.y)
         progress.costs[progress.rows :] = self.costs()
         all_rows = [measure.clean(variant) for variant in variants]
-        # The images that withstood, by variant and threat model.
-        left: dict[tuple[str, str | None], np.ndarray] = {}
-        # The smallest margin that any attack has reached on each image, by variant and threat model.
-        margins: dict[tuple[str, str | None], np.ndarray] = {}
-        # The margins after the first attack.
-        first: dict[tuple[str, str | None], np.ndarray] = {}
-        # The rows of the deployed model, by threat model.
-        deployed: dict[str | None, list[Row]] = {}
         for number, spec in enumerate(self.plan, 1):
-            threat, variant = threat_name(spec, measure.context), spec.variant
-            before = left.get((variant, threat), measure.judge.withstood(measure.clean(variant)))
-            reached = margins.setdefault((variant, threat), np.full(n, np.inf))
-            images = spec.max_images or n
-            earlier = (
-                [each for each in deployed.setdefault(threat, []) if each.n >= images] if subject.is_random else []
-            )
-            gain = gain_of(first.get((variant, threat)), reached, before)
-            rows = [measure.attacked(spec, before, reached, earlier, gain)]
+            threat = threat_name(spec, measure.context)
+            deployed = self.standing("random", threat).rows if subject.is_random else []
+            earlier = [row for row in deployed if row.n >= (spec.max_images or n)]
+            rows = measure.attacked(spec, self.standing(spec.variant, threat), earlier)
             source = measure.cache.source
-            if variant != "random" and rows[0].is_attack:
-                rows.append(measure.retest_on_deployed(spec, before, reached, earlier, gain))
-            for row, name in zip(rows, dict.fromkeys([variant, "random"]), strict=False):
+            for row, variant in zip(rows, dict.fromkeys([spec.variant, "random"]), strict=False):
                 all_rows.append(row)
-                if not row.is_attack:
-                    continue
-                known = left.setdefault((name, threat), measure.judge.withstood(measure.clean(name)).copy())
-                known[: row.n] &= measure.judge.withstood(row)
-                if row.margins is not None:
-                    first.setdefault((name, threat), row.margins)
-                    nearest = margins.setdefault((name, threat), np.full(n, np.inf))
-                    nearest[: row.n] = np.fmin(nearest[: row.n], row.margins)
-                if row.deployed:
-                    deployed.setdefault(threat, []).append(row)
-            progress.costs[progress.rows :] = self.costs(left)[number:]
-            if number == 1:
-                progress.expect()
+                if row.is_attack:
+                    self.standing(variant, threat).add(row, measure.judge.withstood(row))
+            progress.costs[progress.rows :] = self.costs()[number:]
             for row in rows:
                 progress.finished(f"{row.attack}: {100 * row.accuracy:.1f} % of {row.n} images{source}")
-        of_all = [row for row in deployed.get(None, []) if row.n == n and row.settings["max_images"] is None]
+        own = self.standing("random", None).rows
+        of_all = [row for row in own if row.n == n and row.settings["max_images"] is None]
         return all_rows + self.curve.rows(measure, of_all)

@@ -103,7 +103,7 @@ def test_a_file_of_the_users_own_is_evaluated(run, bars, mine, monkeypatch):
     assert printed.startswith(f"purify-fast: {said}") and said in report["notes"]
     # the same command by its file, in which finished rows are used again
     code, printed = run("evaluate", "--config", out / "run.yaml")
-    assert code == 0 and "kept by an earlier run" in printed
+    assert code == 0 and "from the cache" in printed
 
 
 @pytest.mark.parametrize("spec", [":make", ":Net", ":ready", ":function", ".py:Net"])

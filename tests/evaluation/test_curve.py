@@ -95,8 +95,6 @@ def test_a_radius_begins_at_the_points_of_the_one_before_however_sure_the_model_
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"curve": [0.05, 0.05001]}, r"curve .*got 0\.05 and 0\.05001, both 0\.05"),
-        ({"curve": [0.070001]}, r"curve .*got 0\.07 and 0\.070001"),
         ({"curve": [0.0]}, "curve must be radii above 0 and at most 1, got 0"),
         ({"curve": [8]}, "curve must be radii above 0 and at most 1, got 8"),
         ({"curve": ["8/255"]}, "each of curve must be a number, .* got '8/255'"),

@@ -16,7 +16,6 @@ from purify_fast._files import folder_lock
 from purify_fast._validation import check_folder
 from purify_fast.attacks import PGD
 from purify_fast.defences import NoisyEnsemble
-from purify_fast.evaluation import AttackSpec
 from purify_fast.evaluation.run import cache
 from purify_fast.model_state import fingerprint
 from purify_fast.ops import use_backend
@@ -100,19 +99,6 @@ def test_the_state_of_the_noise_is_part_of_a_fingerprint():
             marks.append(fingerprint(nn.Sequential(defence)[0]))
     assert len(set(marks)) == 4
     assert fingerprint(defence) == marks[0]
-
-
-def test_a_row_that_repeats_another_is_not_of_an_earlier_run(tmp_path, capsys):
-    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2))
-    x = torch.rand(4, 3, 2, 2)
-    attacks = [AttackSpec(PGD(steps=2)), AttackSpec(PGD(steps=2), label="again")]
-    told = []
-    for _ in range(2):
-        evaluate(net, x, net(x).argmax(1), eps=1e-6, attacks=attacks, out=tmp_path)
-        told.append([line for line in capsys.readouterr().err.splitlines() if " of 4 images" in line])
-    (first, second), again = told
-    assert "earlier" not in first and ", as in an earlier row with the same settings (" in second
-    assert all(", kept by an earlier run (" in line for line in again) and len(again) == 2
 
 
 def test_a_file_in_place_of_the_folder_is_refused_by_name(tmp_path):

@@ -1,21 +1,18 @@
-"""Runs an attack on its images, batch by batch. The batches are independent; each is saved when it is finished."""
+"""Runs an attack on its images, batch by batch. The batches are independent, so processes can share them."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import math
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..._sealed import write_sealed
-from ..._tensors import digest, text_hash
+from ..._tensors import text_hash
 from ...attacks import AttackContext, AttackResult, GradientHealth
 from ...attacks.engine.judge import Judge
 from ...attacks.losses import margin
@@ -23,7 +20,6 @@ from ...protocols import Classifier
 from ..request.config import USUAL_BATCH
 from ..request.specs import AttackSpec, check_adversarial
 from ..request.subject import Subject
-from .cache import read_file
 from .shards import Shards
 from .stopping import NearestRule, StoppingRule
 
@@ -31,12 +27,17 @@ from .stopping import NearestRule, StoppingRule
 COUNTS = ("gradients", "nonfinite", "zero", "images", "unmoved")
 
 
+def counts_of(health: GradientHealth) -> dict[str, int] | None:
+    """The counts by name; None if no gradient was counted."""
+    return {name: health.count(name) for name in COUNTS} if health.count("gradients") else None
+
+
 @dataclass
 class AttackedBatch:
     """The outcome of an attack on one batch; ``leads`` are the attacked model's margins, or empty if not needed."""
 
     images: Tensor
-    health: dict[str, int]
+    health: GradientHealth
     seconds: float
     warnings: list[str] = field(default_factory=list)
     fallen: dict[str, int] = field(default_factory=dict)
@@ -47,7 +48,7 @@ class AttackedBatch:
 
 @dataclass
 class AttackRun:
-    """The batches of an attack, which this class makes, saves in ``folder``, reads and sums up.
+    """The batches of an attack, which this class makes and sums up.
 
     On a deterministic model most results do not depend on the batches. On a random model each batch has a separate
     seed. The batches depend only on the images and their order, on the batch size and on the rule. ``rounds`` are the
@@ -59,7 +60,6 @@ class AttackRun:
     index: Tensor
     subject: Subject
     context: AttackContext
-    folder: Path | None
     rule: StoppingRule | NearestRule | None = None
 
     def __post_init__(self) -> None:
@@ -76,22 +76,6 @@ class AttackRun:
         self._made = dict[int, AttackedBatch]()
         self._generators = self.subject.generators()
 
-    def read(self, number: int) -> AttackedBatch | None:
-        """Read a batch; None if it is not finished or its file is damaged."""
-        content = read_file(self._path(number))
-        return None if content is None else AttackedBatch(content[1]["images"], **content[0])
-
-    def keep(self, number: int, batch: AttackedBatch) -> None:
-        """Save a finished batch."""
-        path, values = self._path(number), dict(vars(batch))
-        images = values.pop("images")
-        if path is not None:
-            write_sealed(path, values, {"images": images})
-
-    def _path(self, number: int) -> Path | None:
-        name = f"{number}-{digest(self.parts[number].cpu())}.safetensors"
-        return None if self.folder is None else self.folder / name
-
     def make(self, number: int) -> AttackedBatch:
         """Attack the images of a batch."""
         part = self.parts[number]
@@ -102,20 +86,11 @@ class AttackRun:
         return batch
 
     def obtain(self, number: int, shards: Shards) -> AttackedBatch:
-        """Read or make a batch. If it is made, each further process makes one of the following missing batches."""
+        """Return a batch. If it is not made yet, each further process makes one of the following batches."""
         if number not in self._made:
-            if (found := self.read(number)) is not None:
-                return found
-            later = (other for other in range(number + 1, len(self.parts)) if not self._is_kept(other))
-            numbers = [number, *itertools.islice(later, shards.world - 1)]
-            for each, batch in zip(numbers, shards.share(numbers, self.make), strict=True):
-                self.keep(each, batch)
-                self._made[each] = batch
+            numbers = range(number, len(self.parts))[: shards.world]
+            self._made |= zip(numbers, shards.share(numbers, self.make), strict=True)
         return self._made.pop(number)
-
-    def _is_kept(self, number: int) -> bool:
-        path = self._path(number)
-        return path is not None and path.exists()
 
     def _seed(self, number: int) -> None:
         """Set the random generators for a batch, so that any process would make the same batch at any time."""
@@ -141,15 +116,12 @@ class AttackRun:
         graphs = context.resources.graphs
         assert graphs is not None
         result = subject.room.within(functools.partial(graphs.retry_without_graphs, search, subject.device))
-        if not isinstance(result, AttackResult):
-            got = type(result).__name__
-            raise TypeError(f"the attack {attack.name(context)!r} must return an AttackResult, got {got}")
         check_adversarial(attack.name(context), result.images, x, attack.threat_model(context))
         health = result.health or GradientHealth()
         return AttackedBatch(
             # The transfer to the CPU waits until the device has finished, so that the duration below is complete.
             images=result.images.detach().cpu(),
-            health={name: health.count(name) for name in COUNTS},
+            health=GradientHealth({name: health.count(name) for name in COUNTS}),
             seconds=time.perf_counter() - begin,
             warnings=result.warnings,
             fallen=result.fell_to,
@@ -165,23 +137,23 @@ class AttackRun:
 
     def sums(self, shards: Shards) -> AttackedBatch:
         """Obtain all batches from the processes, and sum up their results."""
-        sums = AttackedBatch(self.subject.x.clone(), {}, 0.0)
-        health, fallen = Counter(dict.fromkeys(COUNTS, 0)), Counter[str]()
+        sums = AttackedBatch(self.subject.x.clone(), GradientHealth(dict.fromkeys(COUNTS, 0)), 0.0)
+        fallen = Counter[str]()
         for numbers in self.rounds:
             leads, no_evidence = list[float](), 0
             for number in numbers:
                 batch = self.obtain(number, shards)
                 sums.images[self.parts[number]] = batch.images.to(self.subject.x.device)
                 sums.seconds += batch.seconds
-                health.update(batch.health)
+                sums.health.add(**batch.health.counts)
                 fallen.update(batch.fallen)
                 sums.proved += batch.proved
                 sums.warnings += [text for text in batch.warnings if text not in sums.warnings]
                 # A search that stood still or lacked gradients says nothing about other images.
-                usable = not batch.health["gradients"] or GradientHealth(dict(batch.health)).reliable
+                usable = not batch.health.count("gradients") or batch.health.reliable
                 no_evidence += batch.stood_still if usable else len(batch.leads)
                 leads += batch.leads
             if self.rule is not None and self.rule.record(leads, no_evidence):
                 break
-        sums.health, sums.fallen = dict(health), dict(fallen)
+        sums.fallen = dict(fallen)
         return sums

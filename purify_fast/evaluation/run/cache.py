@@ -1,4 +1,4 @@
-"""Caches finished rows on disk, and the finished batches of a row that is not complete yet.
+"""Caches finished rows on disk, and the measurements of the probes.
 
 The file name of a row is a hash of everything on which the row depends. A damaged file is made again, with a warning.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,12 +40,6 @@ def read_file(path: Path | None) -> tuple[dict[str, Any], dict[str, Tensor]] | N
     return None
 
 
-def remove_batches(folder: Path | None) -> None:
-    """Remove the folder with the batches of a finished row, if there is a folder."""
-    if folder is not None:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 class RowCache:
     """The cache of finished rows, and of results of the probes, in ``folder/rows``.
 
@@ -58,8 +51,6 @@ class RowCache:
     def __init__(self, folder: Path | None, served: str = "", revision: str | None = None):
         self.folder = None if folder is None else folder / "rows"
         self.served, self.revision = served, revision
-        # The names of the rows that this object has made.
-        self._made = set[str | None]()
         # The fingerprint of each model, by its id, and the model itself, so that no other object can get this id.
         self._marks: dict[int, tuple[object, str | None]] = {id(None): (None, "")}
         if self.folder is not None:
@@ -82,29 +73,19 @@ class RowCache:
         """Set the model's mark, a `fingerprint`, for the names of its rows; with None its rows are not cached."""
         self._marks[id(model)] = model, mark
 
-    def row(self, key: str | None, make: Callable[[], Row], batches: Path | None = None) -> Row:
+    def row(self, key: str | None, make: Callable[[], Row]) -> Row:
         """Read a row from the cache, or make the row and cache it."""
         path = self._path(key)
         content = read_file(path)
-        if content is None:
-            row = make()
-            self._made.add(key)
-            if path is not None:
-                arrays = {name: array for name, array in row.arrays().items() if array is not None}
-                write_sealed(path, row.to_dict(), {name: torch.from_numpy(array) for name, array in arrays.items()})
-        else:
+        self.source = "" if content is None else ", from the cache"
+        if content is not None:
             values, tensors = content
-            row = Row.from_dict(values, {name: tensor.numpy() for name, tensor in tensors.items()})
-        # An attack may run with the settings of an earlier attack, because a model has few classes.
-        kept = ", as in an earlier row with the same settings" if key in self._made else ", kept by an earlier run"
-        self.source = "" if content is None else kept
-        # The batches are always removed, because a run may have been interrupted after it wrote the row.
-        remove_batches(batches)
+            return Row.from_dict(values, {name: tensor.numpy() for name, tensor in tensors.items()})
+        row = make()
+        if path is not None:
+            arrays = {name: array for name, array in row.arrays().items() if array is not None}
+            write_sealed(path, row.to_dict(), {name: torch.from_numpy(array) for name, array in arrays.items()})
         return row
-
-    def batches(self, key: str | None) -> Path | None:
-        """The folder for the batches of an attack, in which there may be batches of an interrupted run."""
-        return self._path(key, ".batches")
 
     def values(self, key: str | None, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Read plain values and tensors from the cache, or make the values and cache them."""

@@ -8,7 +8,6 @@ at a smaller radius is attacked, and other draws judge its worst point (`results
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -19,9 +18,10 @@ from torch import Tensor
 from ..._tensors import digest
 from ...attacks import AttackContext, GradientHealth
 from ...attacks.engine.judge import has_fallen
-from ..request.naming import ball_name, clean_name, row_name, short, threat_name
+from ..request.naming import ball_name, clean_name, row_name, threat_name
 from ..request.specs import AttackSpec, FunctionAttack
 from ..results.rows import Row, Worst, by_worst_points
+from .attack_run import counts_of
 from .measure import Measure, settings_of
 
 
@@ -31,12 +31,7 @@ def radii_of(curve: Sequence[float], eps: float, largest: float) -> list[float]:
         # The comparison is negated so that NaN is refused too.
         if not 0 < radius <= largest:
             raise ValueError(f"curve must be radii above 0 and at most {largest:g}, got {radius}")
-    radii = sorted({float(eps), *map(float, curve)})
-    for one, other in itertools.pairwise(radii):
-        if short(one) == short(other):
-            raise ValueError(f"curve must have radii with different names, got {one} and {other}, both {short(one)}")
-    radii.remove(float(eps))
-    return radii
+    return sorted({*map(float, curve)} - {float(eps)})
 
 
 def attacks_of_curve(plan: Sequence[AttackSpec], context: AttackContext, radii: Sequence[float]) -> list[AttackSpec]:
@@ -119,7 +114,7 @@ class Curve:
         known = by_worst_points(smaller, len(standing)) if chooses else None
 
         def make() -> Row:
-            alive, health, seconds = standing.copy(), Counter[str](), 0.0
+            alive, health, seconds = standing.copy(), GradientHealth(), 0.0
             best, lead = subject.x.clone(), torch.full((len(alive),), torch.inf, device="cpu")
             wrong = np.zeros(len(alive))
             for spec in at_radius:
@@ -127,7 +122,7 @@ class Curve:
                     break
                 index = torch.from_numpy(alive).nonzero()[:, 0]
                 order = measure.in_order(spec, index, lead.numpy())
-                sums = measure.attack(spec, order, None, begin)[1]
+                sums = measure.attack(spec, order, begin=begin)[1]
                 judged = subject.judge(sums.images[index], "random", "choose" if chooses else "judge", index=index)
                 # For each image the point with the smallest margin is kept. A margin of NaN is replaced by the largest
                 # number, so that such a point is kept only if the image has no other point.
@@ -142,7 +137,7 @@ class Curve:
                 lead[closer] = margins[better]
                 wrong[closer.numpy()] = judged.wrong[better.numpy()]
                 alive[index] = ~has_fallen(torch.from_numpy(judged.wrong), measure.context.judge_share).numpy()
-                health.update(sums.health)
+                health.add(**sums.health.counts)
                 seconds += sums.seconds
             row = measure.judge.new_row(
                 (alive | safe)[None],
@@ -151,8 +146,8 @@ class Curve:
                 variant="random",
                 n_eval=n_eval,
                 seconds=seconds,
-                health=dict(health) if health["gradients"] else None,
-                reliable=GradientHealth(dict(health)).reliable,
+                health=counts_of(health),
+                reliable=health.reliable,
                 settings=settings,
                 attacked=int(measure.judge.withstood(measure.clean("random")).sum()),
                 points=best[torch.from_numpy(alive)].cpu().numpy(),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,12 +22,12 @@ from ..request.naming import ALONE, clean_name, row_name, threat_name
 from ..request.specs import CLASSIFIER, AttackSpec
 from ..request.subject import Subject, Variant
 from ..results.rows import VARIANTS_APART, Row, by_worst_points
-from .attack_run import AttackedBatch, AttackRun
-from .cache import RowCache, remove_batches
+from .attack_run import AttackedBatch, AttackRun, counts_of
+from .cache import RowCache
 from .progress import CountedModel, Progress, counted_model
 from .row_judge import RowJudge
 from .shards import Shards
-from .stopping import GROUP, NearestRule, StoppingRule, by_margin, nearest_first
+from .stopping import GROUP, NearestRule, StoppingRule, by_margin, gain_of, nearest_first
 from .stopping import REVISION as STOPPING
 
 
@@ -36,9 +36,31 @@ class Task(NamedTuple):
 
     attack: int
     images: Tensor
-    nearest: tuple[list[float], float] | None = None
-    begin: Tensor | None = None
+    rule: StoppingRule | NearestRule | None
+    begin: Tensor | None
     draws_differ: bool | None = None
+
+
+@dataclass
+class Standing:
+    """What the attacks on a variant in a threat model have left: ``rows`` of attacks, and arrays of ``[n]`` images.
+
+    ``left`` are the images that withstood every attack, ``margins`` the smallest margins that any attack has reached,
+    and ``first`` the margins after the first attack.
+    """
+
+    left: np.ndarray
+    margins: np.ndarray
+    first: np.ndarray | None = None
+    rows: list[Row] = field(default_factory=list)
+
+    def add(self, row: Row, withstood: np.ndarray) -> None:
+        """Add the row of another attack."""
+        self.rows.append(row)
+        self.left[: row.n] &= withstood
+        if row.margins is not None:
+            self.first = row.margins if self.first is None else self.first
+            self.margins[: row.n] = np.fmin(self.margins[: row.n], row.margins)
 
 
 @dataclass
@@ -56,8 +78,6 @@ class Measure:
     judge: RowJudge = field(init=False)
     _clean: dict[Variant, Row] = field(default_factory=dict, init=False)
     _targets: dict[int, CountedModel] = field(default_factory=dict, init=False)
-    # The last attack on a variant other than "random", and its outcome: the deployed model judges its images too.
-    _search: tuple[AttackRun, AttackedBatch] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.judge = RowJudge(self.subject, self.context, self.name, self.keep_all)
@@ -87,24 +107,39 @@ class Measure:
             self._clean[variant] = self.load_or_make(settings, [], make)
         return self._clean[variant]
 
-    def attacked(
-        self, spec: AttackSpec, left: np.ndarray, margins: np.ndarray, earlier: Sequence[Row] = (), gain: float = 0.0
-    ) -> Row:
-        """The row of an attack."""
-        alive = self._alive(spec, spec.variant, left)
-        if spec.judge is not None:
-            # All images: the judge (the authors' model) may classify images correctly that the defence misclassifies.
-            alive = np.ones_like(alive)
-        index, near, images = self._chosen(spec, alive, margins, gain)
-        images |= self._known(spec, earlier)
-        settings = settings_of(spec, self.subject, self.context)
+    def standing(self, variant: Variant) -> Standing:
+        """What is left of a variant before any attack."""
+        left = self.judge.withstood(self.clean(variant)).copy()
+        return Standing(left, np.full(len(left), np.inf))
+
+    def attacked(self, spec: AttackSpec, standing: Standing, earlier: Sequence[Row]) -> list[Row]:
+        """The row of an attack, and if it is not on the deployed model, a row that tries its images on that model.
+
+        On a random model, ``earlier`` are the rows of earlier attacks on the deployed model.
+        """
+        left = standing.left if spec.survivors_only else self.judge.withstood(self.clean(spec.variant))
+        # With a judge all images: the judge (the authors' model) may be right where the defence is wrong.
+        alive = (left if spec.judge is None else np.ones_like(left))[: spec.max_images]
+        index = self.in_order(spec, torch.from_numpy(alive.copy()).nonzero()[:, 0], standing.margins)
+        images: dict[str, Any] = {"alive": digest(torch.from_numpy(alive)), "order": digest(index)}
+        near = None
+        if spec.nearest is not None:
+            gain = gain_of(standing.first, standing.margins, standing.left)
+            near = NearestRule(standing.margins[index.numpy()].tolist(), gain)
+            images["near"] = near.margins, gain
+        if earlier and (spec.survivors_only or self.keep_all):
+            known = by_worst_points(earlier, min(row.n for row in earlier))
+            images["known"] = digest(*map(torch.from_numpy, known))
+        settings, name = settings_of(spec, self.subject, self.context), row_name(spec, self.context)
+        points = [self.clean("random"), *earlier]
+        # The attack runs once for both rows, or not at all if both are in the cache.
+        search = functools.cache(functools.partial(self.attack, spec, index, near))
 
         def make() -> Row:
-            run, sums = self.attack(spec, index, self.folder(spec), nearest=near)
-            self._search = None if spec.variant == "random" else (run, sums)
+            run, sums = search()
             # On a deterministic model, images outside `alive` are misclassified or have fallen, and count as fallen.
-            row = self.judge.judged(run, sums, settings, alive, [self.clean("random"), *earlier])
-            row.health = sums.health if sums.health["gradients"] else None
+            row = self.judge.judged(run, sums, settings, alive, points)
+            row.health = counts_of(sums.health)
             target = spec.other_model if spec.target is None else spec.target
             # A model that differs only in the aggregation of its samples is not taken as another model.
             row.transferred = target is not None and not isinstance(target, (WithAggregation, AttackersHead))
@@ -113,36 +148,22 @@ class Measure:
 
         row = self.load_or_make(settings | images, [spec], make)
         # The key of a cached row does not contain the row's name, so the row may have been made under another name.
-        row.attack = row_name(spec, self.context)
-        self.progress.next_row()
-        return row
+        row.attack = name
+        if spec.variant == "random" or not row.is_attack:
+            self.progress.next_row()
+            return [row]
+        on = f"{settings['target']}, {VARIANTS_APART[spec.variant]}"
+        deployed = settings | {"variant": "random", "n_eval": self.subject.judges("random"), "target": on}
 
-    def retest_on_deployed(
-        self, spec: AttackSpec, left: np.ndarray, margins: np.ndarray, earlier: Sequence[Row], gain: float
-    ) -> Row:
-        """The row in which the deployed model judges, with fresh draws, the images of an attack on another variant."""
-        alive = self._alive(spec, spec.variant, left)
-        attacked = settings_of(spec, self.subject, self.context)
-        settings = attacked | {
-            "variant": "random",
-            "n_eval": self.subject.judges("random"),
-            "target": f"{attacked['target']}, {VARIANTS_APART[spec.variant]}",
-        }
-        index, near, images = self._chosen(spec, alive, margins, gain)
-        images |= self._known(spec, earlier)
-
-        def make() -> Row:
-            # If the attack's row was read from the cache, its images are not in memory, and the attack must run again.
-            search, self._search = self._search, None
-            if search is None or search[0].spec is not spec:
-                search = self.attack(spec, index, self.folder(spec), nearest=near)
-            row = self.judge.judged(*search, settings, alive, [self.clean("random"), *earlier])
+        def retest() -> Row:
+            row = self.judge.judged(*search(), deployed, alive, points)
             row.transferred = True
             return row
 
-        row = self.load_or_make(settings | images, [spec], make)
-        row.attack = f"{row_name(spec, self.context)}, tried on the deployed defence"
-        return row
+        other = self.load_or_make(deployed | images, [spec], retest)
+        other.attack = f"{name}, tried on the deployed defence"
+        self.progress.next_row()
+        return [row, other]
 
     def in_order(self, spec: AttackSpec, index: Tensor, margins: np.ndarray) -> Tensor:
         """Return the indices of the images that an attack gets, int64, in the order in which they are attacked."""
@@ -152,30 +173,9 @@ class Measure:
             return nearest_first(index, margins, self.subject.seed + spec.seed)
         return index
 
-    def _chosen(
-        self, spec: AttackSpec, alive: np.ndarray, margins: np.ndarray, gain: float
-    ) -> tuple[Tensor, tuple[list[float], float] | None, dict[str, Any]]:
-        """The images that an attack gets, in their order; the arguments of its `NearestRule`; and a key of both."""
-        index = self.in_order(spec, torch.from_numpy(alive.copy()).nonzero()[:, 0], margins)
-        near = None if spec.nearest is None else (margins[index.numpy()].tolist(), gain)
-        key = {"alive": digest(torch.from_numpy(alive)), "order": digest(index)}
-        return index, near, key if near is None else {**key, "near": near}
-
-    def _alive(self, spec: AttackSpec, variant: Variant, left: np.ndarray) -> np.ndarray:
-        """Return the images for an attack, bool ``[n]``: ``left``, or all that have not fallen without an attack."""
-        return (left if spec.survivors_only else self.judge.withstood(self.clean(variant)))[: spec.max_images]
-
-    def _known(self, spec: AttackSpec, earlier: Sequence[Row]) -> dict[str, str]:
-        """A hash of the earlier points on which the row of a random model depends; empty if there are none."""
-        if not earlier or not (spec.survivors_only or self.keep_all):
-            return {}
-        known = by_worst_points(earlier, min(row.n for row in earlier))
-        return {"known": digest(*map(torch.from_numpy, known))}
-
     def load_or_make(self, settings: dict[str, Any], specs: Sequence[AttackSpec], make: Callable[[], Row]) -> Row:
         """Read the row with these settings from the cache, or make the row and cache it."""
-        folder = self.folder(specs[0]) if len(specs) == 1 else None
-        row = self.cache.row(self._key(settings, specs), make, folder)
+        row = self.cache.row(self._key(settings, specs), make)
         # The following fields are not a part of the key, so they are also set for a cached row.
         row.model = self.name
         row.threat = threat_name(specs[0], self.context) if specs else None
@@ -183,10 +183,6 @@ class Measure:
         # Missing gradients are no reason for doubt if every image fell.
         row.reliable = row.reliable or bool((row.share_wrong == 1).all())
         return row
-
-    def folder(self, spec: AttackSpec) -> Path | None:
-        """The folder of an attack's batches in the cache; None if the batches are not cached."""
-        return self.cache.batches(self._key(settings_of(spec, self.subject, self.context), [spec]))
 
     def _key(self, settings: dict[str, Any], specs: Sequence[AttackSpec]) -> str | None:
         """The name in the cache of a row with these settings and attacks; None if the row is not cached."""
@@ -198,47 +194,42 @@ class Measure:
             "classes": subject.num_classes,
             # The draws of a random model for an image depend on how the images are divided into batches.
             "batches": [context.resources.batch_size, context.resources.max_forward_batch] if subject.is_random else [],
-            "judges": [context.judge_draws, context.judge_share],
+            "judges": [context.judge_draws, context.judge_share, subject.choosing],
             "attacks": attacks,
             "settings": settings,
             "keep": self.keep_all and bool(specs),
         }
-        if subject.is_random:
-            whole["choosing"] = subject.choosing
         # The row of an attack without a revision is not cached, because nothing would show a change of the attack.
         named = all(revision is not None for _, revision, *_ in attacks)
         models = [subject.model, *([spec.other_model for spec in specs] or [None])]
         return self.cache.key(whole, *models) if named else None
 
     def attack(
-        self,
-        spec: AttackSpec,
-        index: Tensor,
-        folder: Path | None,
-        begin: Tensor | None = None,
-        nearest: tuple[list[float], float] | None = None,
+        self, spec: AttackSpec, index: Tensor, nearest: NearestRule | None = None, begin: Tensor | None = None
     ) -> tuple[AttackRun, AttackedBatch]:
         """Run an attack on some of the images."""
-        task = Task(self.attacks.index(spec), index, nearest, begin)
-        with self._run(task, folder) as run:
+        rule: StoppingRule | NearestRule | None = nearest
+        if nearest is None and spec.until is not None:
+            rule = StoppingRule(spec.until, len(index), len(self.subject.y))
+        task = Task(self.attacks.index(spec), index, rule, begin)
+        with self._run(task) as run:
             self.shards.from_first(lambda: task._replace(draws_differ=run.context.draws_differ))
             cost = spec.resolved.cost(run.context)
             with self.progress.row(row_name(spec, self.context), None if cost is None else cost * len(index)):
                 sums = run.sums(self.shards)
-        remove_batches(folder)
         sums.images = sums.images[: spec.max_images]
         return run, sums
 
     def follow(self) -> str:
         """In another process than the first: make a part of all batches; return the report of the first process."""
-        task = self.shards.from_first(_no_task)
+        task = self.shards.follow()
         while isinstance(task, Task):
             with self._run(task) as run:
                 task = self.shards.follow(run.make)
         return str(task)
 
     @contextlib.contextmanager
-    def _run(self, task: Task, folder: Path | None = None) -> Iterator[AttackRun]:
+    def _run(self, task: Task) -> Iterator[AttackRun]:
         """A context with the run of an attack, in which the model is in the attack's variant."""
         spec, subject = self.attacks[task.attack], self.subject
         subject.reseed("attack")
@@ -258,16 +249,8 @@ class Measure:
                 begin=task.begin,
             )
             counted = self._targets.setdefault(id(target), counted_model(target, self.progress))
-            rule: StoppingRule | NearestRule | None = None
-            if not context.draws_differ and task.nearest is not None:
-                rule = NearestRule(*task.nearest)
-            elif not context.draws_differ and spec.until is not None:
-                rule = StoppingRule(spec.until, len(task.images), len(subject.y))
-            yield AttackRun(spec, counted, task.images, subject, context, folder=folder, rule=rule)
-
-
-def _no_task() -> None:
-    """Not called, because only the first process calls it, which runs the attacks itself."""
+            rule = None if context.draws_differ else task.rule
+            yield AttackRun(spec, counted, task.images, subject, context, rule)
 
 
 def target_of(spec: AttackSpec, subject: Subject) -> Classifier:

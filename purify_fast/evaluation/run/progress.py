@@ -20,8 +20,7 @@ LINE_EVERY, FIRST_LINE = 30.0, 10.0
 class Progress:
     """Counts the images in the forward passes of an evaluation, and shows the progress.
 
-    ``costs`` are upper limits of these counts: for the probes, then for each row. ``expected`` is the longest time in
-    seconds.
+    ``costs`` are upper limits of these counts: for the probes, then for each row.
     """
 
     def __init__(self, name: str = "", shown: bool = False, costs: Sequence[int | None] = ()):
@@ -30,7 +29,6 @@ class Progress:
         self.costs = list(costs)
         self.rows, self.images, self.in_row = 0, 0, 0
         self.label, self.bar = "", None
-        self.expected: float | None = None
         self.began = time.monotonic()
         self.last_line = self.began + min(FIRST_LINE, LINE_EVERY) - LINE_EVERY
 
@@ -80,29 +78,16 @@ class Progress:
         self.last_line = time.monotonic()
         print(f"{self.name}: {text}", file=sys.stderr, flush=True)
 
-    def seconds_left(self) -> float | None:
-        """The longest time that the remaining rows may take, in seconds; None if it is unknown."""
-        known = [cost for cost in self.costs[self.rows :] if cost is not None]
-        if len(known) < len(self.costs[self.rows :]) or not self.images:
-            return None
-        return (sum(known) - min(self.in_row, *known[:1], sum(known))) / self.rate
-
     def left(self) -> str:
         """The longest time that the remaining rows may take, in words."""
-        if not self.costs[self.rows :]:
+        costs = self.costs[self.rows :]
+        if not costs:
             return "the last row"
-        seconds = self.seconds_left()
-        return "time left not known" if seconds is None else f"{tqdm.format_interval(seconds)} left at most"
-
-    def expect(self) -> None:
-        """Remember how long the whole evaluation may take, after its first attack."""
-        left = self.seconds_left()
-        self.expected = None if left is None else self.seconds + left
-
-    def told(self) -> str:
-        """The time since this object was made, and the time that was expected, in words."""
-        expected = "" if self.expected is None else f" (expected after the first attack: at most {self.expected:.1f})"
-        return f"{self.seconds:.1f}{expected}"
+        known = [cost for cost in costs if cost is not None]
+        if len(known) < len(costs) or not self.images:
+            return "time left not known"
+        seconds = (sum(known) - min(self.in_row, known[0])) / self.rate
+        return f"{tqdm.format_interval(seconds)} left at most"
 
 
 class CountedModel(nn.Module):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...attacks import AttackContext, GradientHealth
+from ...attacks import AttackContext
 from ...attacks.engine.judge import has_fallen
 from ..request.naming import row_name
 from ..request.subject import Judgement, Subject, Variant
@@ -75,7 +75,7 @@ class RowJudge:
             attack=row_name(spec, self.context),
             kind=spec.resolved.kind if spec.judge is None else AUTHORS,
             variant=variant,
-            reliable=GradientHealth(dict(sums.health)).reliable,
+            reliable=sums.health.reliable,
             settings=settings | draws,
             attacked=len(run.index),
             warnings=sums.warnings,

@@ -24,6 +24,10 @@ logger = logging.getLogger("purify_fast")
 PATIENCE = timedelta(days=7)
 
 
+def _nothing(_: object) -> bool:
+    return False
+
+
 class Shards:
     """The processes of an evaluation. In a ``with`` block, an error in one process is raised in all of them."""
 
@@ -52,16 +56,16 @@ class Shards:
             if error is not None and self.rank == 0 and not self._over:
                 self._announce("error", sendable(error))
             while error is not None and self.rank > 0 and not self._over:
-                self.follow(_nothing)
+                self.follow()
             if self._finished:
                 # A process that ends closes its connections, from which others may still read.
                 dist.barrier(self._group)
                 dist.destroy_process_group(self._group)
 
-    def from_first(self, make: Callable[[], Any], part: Callable[[int], Any] | None = None) -> Any:
+    def from_first(self, make: Callable[[], Any], part: Callable[[int], Any] = _nothing) -> Any:
         """Call ``make`` in the first process, and return its result in all processes."""
         if self.rank > 0:
-            return self.follow(part or _nothing)
+            return self.follow(part)
         value = make()
         if self.world > 1:
             self._announce("value", value)
@@ -84,7 +88,7 @@ class Shards:
         self._announce("share", list(numbers))
         return self._shared(numbers, make)
 
-    def follow(self, make: Callable[[int], Any]) -> Any:
+    def follow(self, make: Callable[[int], Any] = _nothing) -> Any:
         """In another process: do its part of each `share` until the first process sends a value; return the value."""
         while True:
             kind, content = self._announce()
@@ -134,7 +138,3 @@ class Shards:
                 f"process {self.rank} of {self.world} does not reach the others ({str(error).splitlines()[0]}): start "
                 "the same command again to continue after the finished attacks (torchrun --max-restarts does this)"
             ) from error
-
-
-def _nothing(_: object) -> bool:
-    return False
