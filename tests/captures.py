@@ -11,33 +11,17 @@ from torch.utils._pytree import tree_leaves
 class Rerun:
     """Stands for CUDA graphs on a CPU: a replay runs the captured function again, on its buffers.
 
-    ``times`` are the seconds of launching a step and of all of it, as `CudaCapture.timed` measures them; each reading
-    of the clock is a launched step later. ``error`` is raised in place of a capture, if given.
+    ``error`` is raised in place of a capture, if given.
     """
 
     kind = "cpu"
 
     def __init__(self) -> None:
-        self.recorded, self.replayed, self.replaying = 0, 0, False
-        self.times, self.replay_time, self.cost = (1.0, 1.0), 0.1, 10.0
-        self.readings = self.released = 0
+        self.recorded, self.replayed, self.released, self.replaying = 0, 0, 0, False
         self.error: Exception | None = None
 
     def aside(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
-
-    def timed(self, run: Callable[[], None], device: torch.device) -> tuple[float, float]:
-        before = self.replayed
-        run()
-        replays, self.replayed = self.replayed - before, before
-        return (self.replay_time,) * 2 if replays else self.times
-
-    def clock(self) -> float:
-        self.readings += 1
-        return self.readings * self.times[0]
-
-    def now(self, device: torch.device) -> float:
-        return self.recorded * self.cost
 
     def release(self) -> None:
         self.released += 1

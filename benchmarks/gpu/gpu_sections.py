@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -201,11 +202,20 @@ def _one_capture(context: Context, images: int, precision: Any) -> dict:
     step, state = _SignStep(source), {"point": x, "label": torch.arange(images, device=device) % 10}
     capture, on_gpu = CudaCapture(), device.type == "cuda"
     graphs = StepGraphs("always", capture=capture)
-    # On a CPU nothing is launched, and nothing is captured.
-    now = partial(capture.now, device) if on_gpu else time.perf_counter
+
+    def now() -> float:
+        """Wait until the device has finished all work, and return the time in seconds."""
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
 
     def timed(run: Callable[[], object]) -> tuple[float, float]:
-        return capture.timed(run, device) if on_gpu else 2 * (timing.seconds([run], device),)
+        """The seconds until the host has launched all operators of a function, and until the device has finished."""
+        with capture.aside(device) if on_gpu else contextlib.nullcontext():
+            begin = now()
+            run()
+            launched = time.perf_counter()
+            return launched - begin, now() - begin
 
     for _ in range(3):
         step(state)

@@ -205,8 +205,8 @@ class FitConfig:
             memory. The weights remain equal up to rounding, but BatchNorms take each part's statistics. None means 1.
         clip_gradients: largest L2 norm of the gradients of an optimizer's weights; None does not shorten them.
         cuda_graphs: whether steps are captured as CUDA graphs, on a CUDA device: the steps of attacks, and with one
-            process whole training steps up to the gradients. "auto" captures a step once its kernel launches have taken
-            as much time as a capture takes. "always" captures wherever possible. "off" never does. A graph needs the
+            process whole training steps up to the gradients. "auto" captures a step after 15 launches.
+            "always" captures wherever possible. "off" never does. A graph needs the
             memory of one step for itself. Choose "off" for a model that changes settings in an object other than a
             module, dataclass or namespace, because a captured step ignores the change.
         cudnn_benchmark: whether cuDNN, on a CUDA device, times its algorithms once for each shape and uses the fastest.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from purify_fast.model_state import identity_key
-from purify_fast.speed.graphs import step_graphs, step_loop
+from purify_fast.speed.graphs import step_graphs
 from purify_fast.speed.graphs.step_graphs import StepGraphs
 from purify_fast.speed.graphs.step_loop import RETRIED_AFTER, State, begin_steps
 
@@ -62,7 +62,7 @@ def same(a: State, b: State) -> bool:
 
 @pytest.fixture
 def graphs(rerun) -> StepGraphs:
-    """Captures at once; tests/speed/test_capture_rule.py is about the rule of the mode "auto"."""
+    """Captures at once."""
     return StepGraphs("always", capture=rerun)
 
 
@@ -88,7 +88,7 @@ class Turned(Scale):
 
 
 def test_a_loop_is_captured_midway_and_gives_what_the_eager_loop_gives(rerun, monkeypatch):
-    monkeypatch.setattr(step_loop, "CAPTURE_STEPS", 2)
+    monkeypatch.setattr(step_graphs, "CAPTURE_STEPS", 2)
     graphs, model = StepGraphs(capture=rerun), Turned()
     state = {"x": torch.arange(6.0).view(2, 3), "before": torch.zeros(2, 3)}
     for replayed in (3, 8):
@@ -114,7 +114,6 @@ def test_graphs_go_with_their_model_and_no_key_keeps_one_alive(graphs, rerun, mo
     models = [Scale() for _ in range(4)]
     gone = [weakref.ref(model) for model in models]
     graphs.mode = "auto"
-    monkeypatch.setattr(step_graphs, "LEAST_SAVING", 0.0)
     for model in models:
         run(graphs, model, STEPS)
         # this is launched, and remembered
@@ -282,15 +281,6 @@ def test_a_capture_that_fails_leaves_the_eager_loop(graphs, rerun, caplog):
     run(graphs, model, RETRIED_AFTER)
     run(graphs, model, STEPS)
     assert rerun.recorded == 1 and graphs.refusal is None
-
-
-def test_one_slow_timing_decides_nothing(rerun, monkeypatch):
-    monkeypatch.setattr(step_loop, "CAPTURE_STEPS", 2)
-    for eager, replays, captured in (([1.0, 9.0, 9.0], [9.0, 0.95, 9.0], 0), ([9.0, 1.0, 9.0], [9.0, 9.0, 0.8], 1)):
-        graphs, times = StepGraphs(capture=rerun), iter([*eager, *replays])
-        rerun.timed = lambda run, device, times=times: (next(times),) * 2
-        run(graphs, Scale(), 3)
-        assert len(graphs) == captured and next(times, None) is None
 
 
 def test_a_function_and_another_device_run_eagerly(graphs, rerun):

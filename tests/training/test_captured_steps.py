@@ -199,10 +199,10 @@ def test_a_packed_decoder_that_is_trained_is_read_as_it_is_now(rerun, monkeypatc
 
 
 def test_arrest_attacks_all_images_only_while_its_step_is_captured(rerun, monkeypatch):
-    monkeypatch.setattr("purify_fast.speed.graphs.step_loop.CAPTURE_STEPS", 2)
+    monkeypatch.setattr("purify_fast.speed.graphs.step_graphs.CAPTURE_STEPS", 2)
     attacked = []
-    for replay_time, all_rows in ((0.1, True), (1.0, False)):
-        rerun.replay_time = replay_time
+    for error, all_rows in ((None, True), (RuntimeError("operation not permitted"), False)):
+        rerun.error = error
         # no image drifts so far, and all rows are those that are attacked
         task = arrest(tau=10.0)
         task.captures = lambda batch: None

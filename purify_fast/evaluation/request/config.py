@@ -46,10 +46,9 @@ class EvaluateConfig:
             deterministic model. None: no limit.
         memory: with batch_size "auto": total memory that this process may use on the model's device, in bytes or as
             "20GB". None allows all free memory, on a CPU within the limits of the process and its control group.
-        cuda_graphs: use of CUDA graphs for steps of attacks. "auto": a step is captured when its repetitions have taken
-            as much time as a capture; the graph is used if it saves at least a tenth of the time. "always": every step
-            that can be captured is captured. "off": no step is captured. Choose "off" if the model changes settings in
-            an object that is not a module, dataclass or namespace: a graph does not follow such changes.
+        cuda_graphs: use of CUDA graphs for steps of attacks. "auto": a step is captured after 15 launches. "always":
+            every step that can be captured is captured. "off": no step is captured. Choose "off" if the model changes
+            settings in an object that is not a module, dataclass or namespace: a graph does not follow such changes.
         cudnn_benchmark: on a CUDA device, "on" and "auto" let cuDNN measure its algorithms for each shape of a batch,
             and use the fastest; "auto" is "off" if the process requires deterministic algorithms. The last bits of a
             gradient may then differ from run to run.

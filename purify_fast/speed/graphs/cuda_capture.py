@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,8 +19,6 @@ class CudaCapture:
 
     #: The type of the devices on which functions can be captured.
     kind = "cuda"
-    #: The time of the host in seconds. This function does not wait for the device.
-    clock = staticmethod(time.perf_counter)
 
     def __init__(self) -> None:
         self._places: dict[torch.device, tuple[torch.cuda.Stream, Any]] = {}
@@ -42,24 +39,6 @@ class CudaCapture:
                 yield
         finally:
             caller.wait_stream(stream)
-
-    def timed(self, run: Callable[[], object], device: torch.device) -> tuple[float, float]:
-        """The seconds until the host has launched all operators of a function, and until the device has finished.
-
-        Call the function once before, so that memory is allocated and algorithms are chosen.
-        """
-        with self.aside(device):
-            torch.cuda.synchronize(device)
-            begin = time.perf_counter()
-            run()
-            launched = time.perf_counter()
-            torch.cuda.synchronize(device)
-            return launched - begin, time.perf_counter() - begin
-
-    def now(self, device: torch.device) -> float:
-        """Wait until the device has finished all work, and return the time in seconds."""
-        torch.cuda.synchronize(device)
-        return time.perf_counter()
 
     def release(self) -> None:
         """Return the memory of deleted graphs to the device."""

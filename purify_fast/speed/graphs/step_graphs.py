@@ -6,24 +6,19 @@ parts are the same objects (`purify_fast.model_state.identity_key`). Weights may
 the new values. Random draws from torch's generator of the device are the same as without a graph.
 
 A capture takes the time of a dozen steps or more, and the number of future steps is unknown, because an image leaves
-the batch when the attack has succeeded on it. So a step is captured when its launches have taken as much time as a
-capture would take. With this rule, which is known from the ski rental problem, the total time is at most twice that of
-the best choice in hindsight. Launches are counted separately for each step and batch size. If a replay saves less than
-a tenth of the time, the graph is deleted, and the step is not captured again at this batch size.
+the batch when the attack has succeeded on it. So a step is captured after about as many launches as a capture costs.
+With this rule, which is known from the ski rental problem, the total time is at most twice that of the best choice in
+hindsight. Launches are counted separately for each step and batch size.
 
-On a device, a step whose copy the user has chosen to compile is captured in its compiled form (`compiled_step`) if that
-is faster.
+A step whose copy the user has chosen to compile is captured in its compiled form (`compiled_step`).
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import weakref
 from collections.abc import Callable, Hashable
-from functools import partial
-from operator import itemgetter
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -33,12 +28,13 @@ from ...model_state import identity_key
 from ...protocols import CountsImages, PreparesReplay
 from ..memory import retry_when_memory_ends
 from ..precision import raced_convolutions
-from .compiled_step import agrees, compiled_step, copies_in
+from .compiled_step import compiled_step, copies_in
 from .cuda_capture import CudaCapture
 from .step_loop import (
+    CAPTURE_STEPS,
     RETRIED_AFTER,
     Captured,
-    LaunchCost,
+    Launches,
     State,
     StepFunction,
     Steps,
@@ -47,31 +43,16 @@ from .step_loop import (
     step_key,
     weak_key,
 )
-from .step_trials import all_alike, device_generator, first_replay_agrees, no_trace, refusal_of
+from .step_trials import device_generator, first_replay_agrees, no_trace, refusal_of
 
 logger = logging.getLogger("purify_fast")
 
 Result = TypeVar("Result")
 
-#: The share of a step's time that a replay must save. Otherwise the step is not captured again.
-LEAST_SAVING = 0.1
-SAVES_TOO_LITTLE = "a replay saves less than a tenth of the step"
-#: The number of timings of a step. The smallest time is used, because other work on the machine makes steps slower.
-TIMINGS = 3
 #: The largest number of graphs.
 MOST_GRAPHS = 32
-#: The number of steps without a graph whose launch costs are remembered.
+#: The number of steps without a graph whose launches are remembered.
 REMEMBERED = 64
-
-
-class _Step(NamedTuple):
-    """A step to capture: the function, its state, its key without the model's settings, and what it depends on."""
-
-    function: StepFunction
-    state: State
-    base: Hashable
-    objects: list[Any]
-    device: torch.device
 
 
 def write(values: State, buffers: State) -> None:
@@ -98,13 +79,13 @@ class StepGraphs:
     may run at a time, so this object is not for several threads.
 
     Args:
-        mode: "auto": a step is captured when its launches have taken as much time as a capture would take. "always": a
-            step is captured at its first use. "off": no step is captured.
+        mode: "auto": a step is captured after `CAPTURE_STEPS` launches. "always": a step is captured at its first use.
+            "off": no step is captured.
         capture: object that makes graphs. None means CUDA graphs, on CUDA devices.
 
     Attributes:
         refusal: reason why the step of the last loop cannot be captured; None if the step is captured or may still be
-            captured. The capture is tried again after `RETRIED_AFTER` steps, except if a replay saves too little time.
+            captured. The capture is tried again after `RETRIED_AFTER` steps.
 
     Raises:
         ValueError: the mode is unknown.
@@ -115,20 +96,14 @@ class StepGraphs:
         self.mode = mode
         self.capture = CudaCapture() if capture is None else capture
         self.refusal: str | None = None
-        self._costs: list[float] = []
         #: The captured steps of whole trainings, and counts of those that are not captured (`training.captured_step`).
         self.whole_steps: dict[Hashable, Any] = {}
         self._captured: dict[Hashable, Captured] = {}
-        self._launched: dict[Hashable, LaunchCost] = {}
+        self._launched: dict[Hashable, Launches] = {}
         self._told: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._captured)
-
-    @property
-    def cost(self) -> float | None:
-        """The seconds of a capture: the smallest measured time, or None if there is no measurement."""
-        return min(self._costs, default=None)
 
     def __deepcopy__(self, memo: Any) -> StepGraphs:
         # A copy of the trained or attacked model needs its own captures.
@@ -186,17 +161,16 @@ class StepGraphs:
         self.whole_steps.clear()
         self.capture.release()
 
-    def find(self, function: StepFunction, state: State) -> Captured | LaunchCost | None:
-        """Find the graph of a step, or capture the step now if its launches have taken enough time.
+    def find(self, function: StepFunction, state: State) -> Captured | Launches | None:
+        """Find the graph of a step, or capture the step now if it was launched often enough.
 
         Args:
             function: the step.
             state: the state: tensors by name, on the same device.
 
         Returns:
-            The captured step. If there is none, the cost of the step's launches, or None if they need not be counted.
+            The captured step. If there is none, the count of its launches, or None if they need not be counted.
         """
-        device = next(iter(state.values())).device
         for key in [key for key, one in self._captured.items() if one.model() is None]:
             del self._captured[key]
         model = function.model
@@ -207,7 +181,7 @@ class StepGraphs:
         except TypeError:
             return self._refuse(None, f"{_name(model)} cannot be hashed")
         refused = self._launched.get(base)
-        if refused is not None and refused.steps < refused.retried_after:
+        if refused is not None and not refused.enough:
             self.refusal = refused.refusal
             return refused
         self.refusal = None
@@ -220,42 +194,37 @@ class StepGraphs:
             return self._refuse(base, f"{_name(model)}: {error}")
         if any(isinstance(one, torch.Generator) for one in objects):
             return self._refuse(base, f"{_name(model)} has its own torch.Generator, which a graph would not advance")
-        step = _Step(function, state, base, objects, device)
         if key in self._captured:
             return remember(self._captured, key, self._captured[key], MOST_GRAPHS)
-        launched = remember(self._launched, key, self._launched.get(key) or LaunchCost(), REMEMBERED)
-        if self.mode != "always" and not launched.pays(self.cost):
+        launched = remember(self._launched, key, self._launched.get(key) or Launches(CAPTURE_STEPS), REMEMBERED)
+        if self.mode != "always" and not launched.enough:
             return launched
         # Forget the launches. If the graph is deleted later, the step is captured again only after as many launches.
         del self._launched[key]
-        captured = self._make(step)
+        captured = self._make(function, state, base, objects)
         if isinstance(captured, Captured):
             remember(self._captured, key, captured, MOST_GRAPHS)
         return captured
 
-    def _refuse(self, base: Hashable | None, reason: str, retried_after: float = RETRIED_AFTER) -> LaunchCost | None:
+    def _refuse(self, base: Hashable | None, reason: str) -> Launches | None:
         """Record that a step is not captured. Each reason is logged once."""
         self.refusal = reason
         if reason not in self._told:
             self._told.add(reason)
             logger.info("an attack runs without a CUDA graph: %s", reason)
-        launched = LaunchCost(refusal=reason, retried_after=retried_after)
-        return None if base is None else remember(self._launched, base, launched, REMEMBERED)
+        return None if base is None else remember(self._launched, base, Launches(RETRIED_AFTER, reason), REMEMBERED)
 
-    def _make(self, step: _Step) -> Captured | LaunchCost | None:
-        """Capture a step. If this fails, return the launch cost with the reason.
-
-        Args:
-            step: the step.
-        """
-        function, state, base, objects, device = step
+    def _make(
+        self, function: StepFunction, state: State, base: Hashable, objects: list[Any]
+    ) -> Captured | Launches | None:
+        """Capture a step, which depends on ``objects``. If this fails, return the count of launches with the reason."""
+        device = next(iter(state.values())).device
         buffers = {name: value.detach().clone() for name, value in state.items()}
         counters: list[CountsImages] = parts_of(function.model, CountsImages)
         before = [counter.counted() for counter in counters]
         try:
             # cuDNN times its algorithms in the first call, and the graph keeps the fastest.
             with no_trace(device), raced_convolutions("auto", device):
-                begun = self.capture.now(device)
                 with self.capture.aside(device):
                     # The first call compiles, verifies kernels and chooses algorithms, and may wait for the device. So
                     # it precedes the trial, which refuses steps that wait.
@@ -268,18 +237,15 @@ class StepGraphs:
                 # Compiled code draws other random numbers.
                 draws = device_generator(device) != drawn
                 counts = [counter.counted() - start for counter, start in zip(counters, tried, strict=True)]
-                eager = self._timed(lambda: function(buffers), device)
                 compiles = any(part.region is not None for part in copies_in(function.model))
                 compiled = compiled_step(function, buffers) if compiles and not draws else None
-                right = [one for run in (compiled, function) if run and (one := self._record(run, step, buffers))]
-                if not right:
+                run: Any = function if compiled is None else compiled
+                with self.capture.aside(device):
+                    run(buffers)
+                # Only replays of the graph write to the buffers. Each loop first copies its state to the buffers.
+                replay = self.capture.record(lambda: write(run(buffers), buffers), device)
+                if not first_replay_agrees(lambda: run(buffers), buffers, replay):
                     return self._refuse(base, "a replay gives another result than the step")
-                # The graph calls compiled code, which must stay alive.
-                replay, seconds = min(right, key=itemgetter(1))
-                self._costs.append(self.capture.now(device) - begun)
-                if self.mode != "always" and eager - seconds < LEAST_SAVING * eager:
-                    logger.debug("a replay takes %.3g ms, the step alone %.3g ms", seconds * 1e3, eager * 1e3)
-                    return self._refuse(base, SAVES_TOO_LITTLE, retried_after=math.inf)
         except Exception as error:
             # A user's model may raise any error. The attack then runs without a graph.
             first = (str(error).strip().splitlines() or [""])[0]
@@ -288,36 +254,8 @@ class StepGraphs:
             # Restore the counts of images, because the steps of a trial and a capture are not steps of the attack.
             for counter, start in zip(counters, before, strict=True):
                 counter.count(start - counter.counted())
+        # The graph calls compiled code, which must stay alive.
         return Captured(weakref.ref(function.model), buffers, replay, counts, objects=[*objects, compiled])
-
-    def _record(self, run: Any, step: _Step, buffers: State) -> tuple[Callable[[], None], float] | None:
-        """Record a form of a step. Return its replay and the seconds of a replay, or None if its result is wrong.
-
-        Args:
-            run: the step itself, or its compiled form.
-            step: the step.
-            buffers: the buffers of the graph.
-        """
-        function, device = step.function, step.device
-        # The timing of an earlier form has changed the buffers.
-        write(step.state, buffers)
-        if run is not function:
-            with self.capture.aside(device):
-                run(buffers)
-
-        def advance() -> None:
-            write(run(buffers), buffers)
-
-        # Only replays of the graph write to the buffers. Each loop first copies its state to the buffers.
-        replay = self.capture.record(advance, device)
-        compared = all_alike if run is function else partial(agrees, before=step.state)
-        if not first_replay_agrees(lambda: function(buffers), buffers, replay, compared):
-            return None
-        return replay, self._timed(replay, device)
-
-    def _timed(self, run: Callable[[], object], device: torch.device) -> float:
-        """The seconds until the device has finished a step. This is the smallest of several timings."""
-        return min(self.capture.timed(run, device)[1] for _ in range(TIMINGS))
 
     def _trial(self, function: StepFunction, buffers: State, device: torch.device) -> str | None:
         """Run the step once, and return the reason why it cannot be captured; None if there is no reason."""

@@ -8,11 +8,10 @@ is written only once.
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, fields, is_dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +20,8 @@ from ...ops.dispatch.registry import forced_backends
 from ...protocols import CompilesSteps, CountsImages
 from ..precision import float32_settings
 
-if TYPE_CHECKING:
-    from .cuda_capture import CudaCapture
-
-#: The estimated cost of a capture, in launches of its step, used until a capture was measured. For a PGD step of a
-#: ResNet-18 on an H200, a capture took as long as 13 to 15 launches in bfloat16 (50 to 59 ms), and 18 to 40 in float32
-#: (104 to 291 ms), where cuDNN also chose algorithms. A number of seconds would be wrong for hosts that launch faster.
+#: A step is captured after this many launches. For a PGD step of a ResNet-18 on an H200, a capture took as long as 13
+#: to 15 launches in bfloat16 (50 to 59 ms), and 18 to 40 in float32 (104 to 291 ms), where cuDNN also chose algorithms.
 CAPTURE_STEPS = 15
 #: A step that could not be captured is tried again after this many launched steps.
 RETRIED_AFTER = 1000
@@ -51,52 +46,28 @@ class StepFunction(Protocol):
 
 
 @dataclass
-class LaunchCost:
-    """The cost of a step without a graph, at one batch size.
+class Launches:
+    """Counts the launches of a step without a graph, at one batch size.
 
     Args:
-        steps: number of launches of the step so far.
-        fastest: seconds of the host for the fastest launch. Other launches may include compilation, or other work of
-            the machine.
+        tried_after: number of launches after which a capture is tried.
         refusal: reason why the step is not captured; "" if there is none.
-        retried_after: number of launches after which the capture of a refused step is tried again.
     """
 
-    steps: int = 0
-    fastest: float = math.inf
+    tried_after: int
     refusal: str = ""
-    retried_after: float = RETRIED_AFTER
+    count: int = 0
 
-    def count(self, seconds: float) -> None:
-        """Count a launch of the step.
-
-        Args:
-            seconds: time of the host for the launch.
-        """
-        self.steps += 1
-        self.fastest = min(self.fastest, seconds)
-
-    def pays(self, cost: float | None) -> bool:
-        """Tell whether the launches have taken as much time as a capture would take.
-
-        Args:
-            cost: seconds of a capture. None means that no capture was measured: `CAPTURE_STEPS` launches are estimated.
-        """
-        if cost is None:
-            return not self.refusal and self.steps >= CAPTURE_STEPS
-        # The first launch may include a compilation, so a single launch is not enough.
-        return not self.refusal and self.steps > 1 and self.steps * self.fastest >= cost
+    @property
+    def enough(self) -> bool:
+        """Tell whether a capture should be tried."""
+        return self.count >= self.tried_after
 
 
 class CapturesSteps(Protocol):
-    """Begins loops of steps, and captures a step when this saves time, as `StepGraphs` does."""
+    """Begins loops of steps, and captures steps, as `StepGraphs` does."""
 
-    capture: CudaCapture
     refusal: str | None
-
-    @property
-    def cost(self) -> float | None:
-        """The seconds of a capture; None if no capture was measured."""
 
     def begin(self, function: StepFunction, state: State) -> Steps:
         """Begin a loop of a step from the initial state."""
@@ -107,8 +78,8 @@ class CapturesSteps(Protocol):
     def retry_without_graphs(self, work: Callable[[], Result], device: torch.device) -> Result:
         """Call a function. If memory runs out and there are graphs, delete the graphs and call the function again."""
 
-    def find(self, function: StepFunction, state: State) -> Captured | LaunchCost | None:
-        """Return the captured step, or the cost of its launches, or None if launches need not be counted."""
+    def find(self, function: StepFunction, state: State) -> Captured | Launches | None:
+        """Return the captured step, or the count of its launches, or None if launches need not be counted."""
 
 
 class Steps:
@@ -129,7 +100,7 @@ class Steps:
         # Graphs are found by the strides of the initial tensors, because the results of a step may have other strides.
         self._first = dict(state)
         self.captured: Captured | None = None
-        self.launched: LaunchCost | None = None
+        self.launched: Launches | None = None
         if graphs is not None:
             self._ask(graphs)
 
@@ -140,18 +111,16 @@ class Steps:
 
     def take(self) -> None:
         """Do a step, eagerly or as a replay."""
-        if self.graphs is not None and self.launched is not None and self.launched.pays(self.graphs.cost):
+        if self.graphs is not None and self.launched is not None and self.launched.enough:
             self._ask(self.graphs)
         if self.captured is not None:
             self.captured.replay()
             for counter, images in self.counters:
                 counter.count(images)
-        elif self.graphs is not None and self.launched is not None:
-            begun = self.graphs.capture.clock()
-            self.state |= self.function(self.state)
-            self.launched.count(self.graphs.capture.clock() - begun)
-        else:
-            self.state |= self.function(self.state)
+            return
+        self.state |= self.function(self.state)
+        if self.launched is not None:
+            self.launched.count += 1
 
     def put(self, **values: Tensor) -> None:
         """Replace tensors of the state.

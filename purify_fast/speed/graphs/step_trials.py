@@ -17,8 +17,6 @@ from .host_syncs import HostSyncs
 #: Tolerances for the comparison of a replay with its step. ROUNDING: the allowed error, as a share of the largest
 #: value. OTHER_SIGNS: the share of values that may have a larger error.
 ROUNDING, OTHER_SIGNS = 1e-3, 0.05
-#: A function that compares results with the wanted results.
-Agrees = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], bool]
 
 
 @contextlib.contextmanager
@@ -74,16 +72,8 @@ def device_generator(device: torch.device) -> bytes:
     return state.numpy().tobytes()
 
 
-def all_alike(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> bool:
-    """Tell whether all results in floating point are `alike`."""
-    return all(alike(got[name], value) for name, value in wanted.items() if value.is_floating_point())
-
-
 def first_replay_agrees(
-    step: Callable[[], Mapping[str, Tensor]],
-    buffers: Mapping[str, Tensor],
-    replay: Callable[[], None],
-    agrees: Agrees = all_alike,
+    step: Callable[[], Mapping[str, Tensor]], buffers: Mapping[str, Tensor], replay: Callable[[], None]
 ) -> bool:
     """Tell whether a replay has the same results as the step, from the same state and with the same random draws.
 
@@ -93,14 +83,13 @@ def first_replay_agrees(
         step: function that returns new values of some of the buffers, and does not write to the buffers.
         buffers: the buffers of the state, by name. They contain the results of the replay afterwards.
         replay: function that launches the captured step.
-        agrees: function that compares the results.
     """
     again = same_draws_again(next(iter(buffers.values())).device)
     # Clone the results, because a result may be a buffer itself, which the replay overwrites.
     wanted = {name: value.clone() for name, value in step().items()}
     again()
     replay()
-    return agrees(buffers, wanted)
+    return all(alike(buffers[name], value) for name, value in wanted.items() if value.is_floating_point())
 
 
 def alike(got: Tensor, wanted: Tensor) -> bool:
