@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 from purify_fast._files import FolderInUse
@@ -18,17 +16,12 @@ from .robustness.studies import run_study
 from .robustness.truth import run_truth
 from .speed import gradient_memory, neighbors, replaced, running
 from .speed.elsewhere import measuring as elsewhere
-from .speed.ops import registry
 
-_ops = SimpleNamespace(main=running.ops_command, arguments=partial(running.arguments, known=list(registry("cuda"))))
 #: For each command, a module and the help text. The module's ``main`` runs the command: a text or a path that it
 #: returns is printed, and False means failure. Its ``arguments``, if there, adds options to a parser.
 COMMANDS: dict[str, tuple[Any, str]] = {
-    "ops": (_ops, "measure the speed of the ops, compared with their references in PyTorch"),
-    "pipelines": (
-        SimpleNamespace(main=running.pipelines_command, arguments=running.pipelines_arguments),
-        "measure the speed of whole predictions and training steps, compared with a plain implementation",
-    ),
+    "ops": (running.OPS, "measure the speed of the ops, compared with their references in PyTorch"),
+    "pipelines": (running.PIPELINES, "measure whole predictions and training steps, compared with plain code"),
     "elsewhere": (elsewhere, "measure loops of other papers and packages: theirs, an expert's, and with this package"),
     "evaluation": (contests, "compare our attacks with the official AutoAttack, by strength and time"),
     "answer": (answer, "measure what the robust accuracy of a network costs, beside AutoAttack as an expert runs it"),
@@ -42,10 +35,7 @@ COMMANDS: dict[str, tuple[Any, str]] = {
     "memory": (gradient_memory, "measure the memory of the gradient through a diffusion process"),
     "neighbors": (neighbors, "time gradients in one and in all threads, alone and beside busy processes"),
     "replaced": (replaced, "time the parts that can be imported against the lines of PyTorch that they replace"),
-    "ship": (
-        SimpleNamespace(main=fill.ship, arguments=fill.ship_arguments),
-        "put the kernel choices that purify-fast tune made on this or another machine into the package",
-    ),
+    "ship": (fill.SHIP, "put the kernel choices of purify-fast tune, on this or another machine, into the package"),
     "zoo": (pack_zoo, "pack trained models into the zoo, and write their cards"),
     "report": (fill, "write all tables and pictures again from the results files"),
 }

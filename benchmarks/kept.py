@@ -13,55 +13,30 @@ Row = dict[str, Any]
 
 
 def rows_of(path: Path) -> list[Row]:
-    """Return the rows of a file, or an empty list if there is no file.
-
-    Args:
-        path: path of the JSON file.
-    """
+    """Return the rows of a file, or an empty list if there is no file."""
     return json.loads(path.read_text()) if path.is_file() else []
 
 
 def existing(path: Path) -> list[Row]:
-    """Return the rows of a file; FileNotFoundError if there are none.
-
-    Args:
-        path: path of the JSON file.
-    """
+    """Return the rows of a file; FileNotFoundError if there are none."""
     if not (rows := rows_of(path)):
         raise FileNotFoundError(path)
     return rows
 
 
 def put(path: Path, row: Row, key: Callable[[Row], Any], keep: Callable[[Row], bool] = lambda row: True) -> None:
-    """Write a row into a file, in place of a row with the same key. Another process may have added rows to the file.
-
-    Args:
-        path: path of the JSON file.
-        row: the new row.
-        key: function that returns the key of a row. No two rows of the file have the same key.
-        keep: function that returns True for each other row that stays in the file. By default all other rows stay.
-    """
+    """Write a row into a file, in place of a row with the same key. Another process may have added rows to the file."""
     others = [one for one in rows_of(path) if key(one) != key(row) and keep(one)]
     write_text(path, json.dumps(sorted([*others, row], key=key), indent=1) + "\n")
 
 
 def machines(rows: Iterable[Row]) -> str:
-    """Return a text that names the machines on which rows were measured.
-
-    Args:
-        rows: rows with the columns ``device`` and ``threads``.
-    """
+    """Return a text that names the machines on which rows were measured."""
     each = (f"{row['device']}, {row['threads']} thread{'s' if str(row['threads']) != '1' else ''}" for row in rows)
     return "; ".join(dict.fromkeys(each))
 
 
 def outdated(file: str, words: str, command: str) -> str:
-    """Return a message about an outdated row. The attacks or the model have changed since the row was made.
-
-    Args:
-        file: name of the results file.
-        words: description of the row.
-        command: name and options of the command of ``python -m benchmarks`` that measures the row again.
-    """
+    """Return a message about an outdated row. The attacks or the model have changed since the row was made."""
     made = "was made by other attacks or models than the package has"
     return f"{file}: {words} {made}; run `python -m benchmarks {command}`"

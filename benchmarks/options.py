@@ -53,11 +53,6 @@ def out_of(chosen: Namespace, trial: bool, name: str) -> Path:
     """Return the folder for the results: the folder of ``--out``, or else a folder in benchmarks/results.
 
     Without ``--out``, a trial writes into runs/benchmarks, so that it does not overwrite committed results.
-
-    Args:
-        chosen: options of a command. They include those that `add_out` adds.
-        trial: True for a trial, whose numbers mean nothing.
-        name: name of the folder inside benchmarks/results or runs/benchmarks.
     """
     return chosen.out or (Path("runs/benchmarks") if trial else RESULTS) / name
 

@@ -35,13 +35,7 @@ def wrapped(text: str) -> str:
 
 
 def rendered(template: Path, functions: Sequence[Callable] = (), **values: Any) -> str:
-    """Fill a template, and return the page. Consecutive blank lines become one blank line.
-
-    Args:
-        template: path of the template.
-        functions: functions that the template calls by their names.
-        values: variables of the template. A missing variable raises an error.
-    """
+    """Fill a template, and return the page. Consecutive blank lines become one blank line."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(template.parent),
         undefined=jinja2.StrictUndefined,

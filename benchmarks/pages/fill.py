@@ -15,6 +15,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 from purify_fast import zoo as packed
 from purify_fast._files import write_text
@@ -80,12 +81,7 @@ MEASURED_PAGE = "performance.md"
 
 
 def table(name: str, results: Path) -> str | None:
-    """Return the text of a table, or None if its results file is missing.
-
-    Args:
-        name: name of the table in `TABLES`, or name of a study, whose table is in ``studies/NAME.md``.
-        results: the folder ``benchmarks/results``.
-    """
+    """Return the text of a table, or None if its results file is missing."""
     try:
         if name in TABLES:
             return wrapped("\n".join(TABLES[name](results)))
@@ -95,18 +91,7 @@ def table(name: str, results: Path) -> str | None:
 
 
 def value(study: str, model: str, key: str, results: Path) -> str:
-    """Return a number for a page: a study's accuracy in percent, the mean over the seeds, or a pipeline's speedup.
-
-    Args:
-        study: name of the study, or of a device's folder for a speedup, such as ``cpu``.
-        model: name of the model in the study's table. For a speedup, the names of pipeline and case: "pipeline, case".
-        key: name of the attack. For a study with a file ``studies/STUDY.json``, a key of this file's rows. For a
-            speedup, the name of the implementation.
-        results: the folder ``benchmarks/results``.
-
-    Raises:
-        ValueError: the results contain no such number.
-    """
+    """Return a number for a page: a study's accuracy in percent, the mean over the seeds, or a pipeline's speedup."""
     place = f"{study}/{sheets.PIPELINES}"
     if speed := (results / place).is_file():
         own = [row for row in sheets.read_csv(results / place) if f"{row['pipeline']}, {row['case']}" == model]
@@ -120,33 +105,18 @@ def value(study: str, model: str, key: str, results: Path) -> str:
         rows = json.loads((results / place).read_text())["rows"]
         found = [row["accuracy"] for row in rows if (row["model"], row["attack"]) == (model, key)]
     if not found:
-        comment = f"<!-- value: {study}/{model}/{key} -->"
-        raise ValueError(f"{comment} names no number in results/{place}: correct the comment, or run the study again")
+        raise ValueError(f"{study}/{model}/{key} names no number in results/{place}")
     mean = statistics.fmean(found)
     return f"{mean:.2f}" if speed else f"{100 * mean:.1f}"
 
 
 def filled(text: str, results: Path) -> tuple[str, list[str]]:
-    """Update the tables and values in the text of a page.
-
-    Args:
-        text: text of the page.
-        results: the folder ``benchmarks/results``.
-
-    Returns:
-        The new text, and the names of the tables whose results are missing.
-
-    Raises:
-        ValueError: a block has no name or no end, or the results do not contain a number that the page names.
-    """
+    """Update the tables and values in the text of a page."""
     missing: list[str] = []
     complete = {block.start() for pattern in (_TABLE, _VALUE) for block in pattern.finditer(text)}
     for begin in _BEGIN.finditer(text):
         if begin.start() not in complete:
-            raise ValueError(
-                f"{begin[0]!r} must be <!-- table: NAME --> or <!-- value: STUDY/MODEL/ATTACK -->, followed by an "
-                "<!-- end --> of its own"
-            )
+            raise ValueError(f"{begin[0]!r} must have a name, and an <!-- end --> of its own")
 
     def of_table(found: re.Match[str]) -> str:
         body = table(found["name"], results)
@@ -162,12 +132,7 @@ def filled(text: str, results: Path) -> tuple[str, list[str]]:
 
 
 def fill(page: Path, results: Path) -> list[str]:
-    """Write the tables and values of a page again. Return the names of the tables whose results are missing.
-
-    Args:
-        page: path of the page.
-        results: the folder ``benchmarks/results``.
-    """
+    """Write the tables and values of a page again. Return the names of the tables whose results are missing."""
     text, missing = filled(page.read_text(), results)
     if text != page.read_text():
         write_text(page, text)
@@ -189,35 +154,26 @@ def broken_links(page: Path) -> list[str]:
     """Return a message for each broken local link of a page.
 
     A link to a page of the API reference is valid if the module of this page exists.
-
-    Args:
-        page: path of the page.
     """
     found = []
     for target in _LINK.findall(_CODE.sub("", page.read_text())):
-        path, _, anchor = target.partition("#")
         if target.startswith(("http://", "https://", "mailto:")):
             continue
+        path, _, anchor = target.partition("#")
         place = (page.parent / path) if path else page
         if place.parent == ROOT / "docs" / "api":
             # The API pages are not in the repository. The build of the site writes a page for each public module.
-            module = place.stem.removeprefix("purify_fast").replace(".", "/")
-            home = ROOT / f"purify_fast{module}"
-            if not (home.with_suffix(".py").is_file() or (home / "__init__.py").is_file()):
-                found.append(f"{page.name}: the link {target} is not the API page of a module of purify_fast")
-        elif not place.exists():
-            found.append(f"{page.name}: the link {target} leads to a file that does not exist")
-        elif anchor and anchor not in anchors(place):
-            found.append(f"{page.name}: the link {target} names a heading that {place.name} does not have")
+            module = ROOT / f"purify_fast{place.stem.removeprefix('purify_fast').replace('.', '/')}"
+            valid = module.with_suffix(".py").is_file() or (module / "__init__.py").is_file()
+        else:
+            valid = place.exists() and (not anchor or anchor in anchors(place))
+        if not valid:
+            found.append(f"{page.name}: the link {target} names no file, no heading or no module of purify_fast")
     return found
 
 
 def anchors(page: Path) -> set[str]:
-    """Return the anchors of a page's headings, as GitHub makes them.
-
-    Args:
-        page: path of the page.
-    """
+    """Return the anchors of a page's headings, as GitHub makes them."""
     heads = re.findall(r"^#+ (.+)$", _CODE.sub("", page.read_text()), re.M)
     return {re.sub(r"[^\w\- ]", "", head.strip().lower()).replace(" ", "-") for head in heads}
 
@@ -230,10 +186,6 @@ def typed_numbers(page: Path, results: Path) -> list[str]:
     the comment ``<!-- numbers from: carso_mnist, cifar10 -->``. Numbers that this package did not measure, such as
     settings, versions and figures of papers, need no source. They are listed in the comment
     ``<!-- not measured here: 0.25, 1.1 -->``.
-
-    Args:
-        page: path of the page.
-        results: the folder ``benchmarks/results``.
     """
     text = page.read_text()
     named = [name for names in _NAMED.findall(text) for name in re.split(r"[,\s]+", names)]
@@ -243,11 +195,8 @@ def typed_numbers(page: Path, results: Path) -> list[str]:
     for pattern in (_CODE, _TABLE, _VALUE, _COMMENT, _SPAN, _LINK, _ADDRESS, _VERSION):
         text = pattern.sub(" ", text)
     numbers = dict.fromkeys(number.replace(",", "") for number in _NUMBER.findall(text))
-    return [
-        f"{page.name}: the number {number} is not in the results that the page names"
-        for number in numbers
-        if number not in known
-    ]
+    unknown = (number for number in numbers if number not in known)
+    return [f"{page.name}: the number {number} is not in the results that the page names" for number in unknown]
 
 
 @functools.cache
@@ -262,11 +211,7 @@ def _measured(name: str, results: Path) -> frozenset[str]:
 
 
 def check(results: Path) -> list[str]:
-    """Return a message for each fault of README and docs.
-
-    Args:
-        results: the folder ``benchmarks/results``.
-    """
+    """Return a message for each fault of README and docs."""
     found = []
     for page in every_page():
         text, missing = filled(page.read_text(), results)
@@ -282,9 +227,7 @@ def check(results: Path) -> list[str]:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``python -m benchmarks report``."""
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; check that README and docs agree with the results"
-    )
+    parser.add_argument("--check", action="store_true", help="write nothing; compare README and docs with the results")
 
 
 def main(chosen: argparse.Namespace) -> bool | None:
@@ -311,19 +254,19 @@ def publish() -> None:
 def ship_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``python -m benchmarks ship``."""
     options.add_device(parser)
-    parser.add_argument(
-        "--file", type=Path, help="a raced.json that purify-fast tune wrote on another machine; --device is then unused"
-    )
-    parser.add_argument(
-        "--without", nargs="+", default=[], metavar="OP", help="ops that are left out, for example changed kernels"
-    )
+    file = "a raced.json that purify-fast tune wrote on another machine; --device is then unused"
+    parser.add_argument("--file", type=Path, help=file)
+    parser.add_argument("--without", nargs="+", default=[], metavar="OP", help="ops that are left out")
 
 
 def ship(chosen: argparse.Namespace) -> Path:
     """Run ``python -m benchmarks ship``: put the choices of `purify-fast tune` into the package and the pages."""
     raced = shipping.of_device(chosen.device) if chosen.file is None else shipping.of_file(chosen.file)
-    machine = raced["machine"]
-    folder = "cpu" if machine["kind"] == "cpu" else running.folder_of(machine["device"])
+    folder = "cpu" if raced["machine"]["kind"] == "cpu" else running.folder_of(raced["machine"]["device"])
     path = shipping.put(raced, RESULTS / folder, chosen.without)
     publish()
     return path
+
+
+#: The command, whose functions have the names that all commands have.
+SHIP = SimpleNamespace(main=ship, arguments=ship_arguments)

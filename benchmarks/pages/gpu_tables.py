@@ -38,18 +38,13 @@ def verdicts(folder: Path) -> list[str]:
 
 def captures(folder: Path) -> list[str]:
     """Return the table of the times of a gradient step: launched, captured in a CUDA graph, and replayed."""
-    body = [
-        [
-            row["images"],
-            row["precision"],
-            *(f"{float(row[f'{name}_ms']):.2f}" for name in ("eager_host", "eager", "graph", "device", "capture")),
-            f"{float(row['eager_ms']) / float(row['graph_ms']):.2f}",
-            row["pays_after"],
-        ]
-        for row in sheets.rows_of(folder / CAPTURE_COST)
-    ]
-    times = ["launching, ms", "launched step, ms", "replayed step, ms", "on the device, ms", "capture, ms"]
-    return sheets.table(["images", "precision", *times, "speedup by replays", "steps that pay for a capture"], body)
+    body = []
+    for row in sheets.rows_of(folder / CAPTURE_COST):
+        times = (f"{float(row[f'{name}_ms']):.2f}" for name in ("eager_host", "eager", "graph", "device", "capture"))
+        speedup = f"{float(row['eager_ms']) / float(row['graph_ms']):.2f}"
+        body.append([row["images"], row["precision"], *times, speedup, row["pays_after"]])
+    heads = ["launching, ms", "launched step, ms", "replayed step, ms", "on the device, ms", "capture, ms"]
+    return sheets.table(["images", "precision", *heads, "speedup by replays", "steps that pay for a capture"], body)
 
 
 def evaluations(folder: Path) -> list[str]:

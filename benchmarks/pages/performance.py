@@ -26,12 +26,7 @@ def _measured_on(rows: list[dict]) -> str:
 
 
 def pipelines(folder: Path, *wanted: str) -> list[str]:
-    """Return the table of some pipelines, with a line for each implementation and a column for each case.
-
-    Args:
-        folder: folder of a device's results.
-        wanted: names of pipelines.
-    """
+    """Return the table of some pipelines, with a line for each implementation and a column for each case."""
 
     def memory(row: Mapping[str, str]) -> str:
         if not row["peak_MB"]:
@@ -44,17 +39,16 @@ def pipelines(folder: Path, *wanted: str) -> list[str]:
     times = {(row["pipeline"], row["case"], row["contestant"]): row for row in rows}
     groups = {at[:2]: group for at, group in sheets.by_case(rows).items()}
     by_expert = all(sheets.fastest(group, sheets.EXPERT) for group in groups.values())
-    body = []
-    for contestant in dict.fromkeys(row["contestant"] for row in rows):
-        line = [gpu_tables.ours(contestant)]
-        for pipeline, case, _ in cases:
-            row = times.get((pipeline, case, contestant))
-            if row and row["ms"]:
-                speed = sheets.times_the_expert(row, groups[pipeline, case]) if by_expert else row["speed_up"]
-                line.append(f"{float(row['ms']):,.0f} ({speed}){memory(row)}")
-            else:
-                line.append("-")
-        body.append(line)
+
+    def cell(pipeline: str, case: str, contestant: str) -> str:
+        row = times.get((pipeline, case, contestant))
+        if not (row and row["ms"]):
+            return "-"
+        speed = sheets.times_the_expert(row, groups[pipeline, case]) if by_expert else row["speed_up"]
+        return f"{float(row['ms']):,.0f} ({speed}){memory(row)}"
+
+    contestants = dict.fromkeys(row["contestant"] for row in rows)
+    body = [[gpu_tables.ours(name), *(cell(*case[:2], name) for case in cases)] for name in contestants]
     # The text after the semicolon explains the name of the case, as the page does too.
     heads = [f"{case}: {shape.partition(';')[0]}" for _, case, shape in cases]
     more = ", peak memory minus that of the loaded networks, share of the processor's matrix rate"
@@ -67,11 +61,8 @@ def pipelines(folder: Path, *wanted: str) -> list[str]:
 ROWS = {
     "plain": "PyTorch in float32 with contiguous memory, as introductions teach it. No BatchNorm is folded, and the "
     "attacks also compute the gradients of the weights.",
-    "plain, allocator raised": "*plain* after `retain_freed_memory()`. All rows below it run after this call.",
     "plain, bfloat16": "like *plain*, under `torch.autocast`.",
-    "torch.compile of plain": "PyTorch's compiler runs on the networks of *plain*, without this package.",
     "torch.compile of plain, bfloat16": "the compiled networks of *plain* under `torch.autocast`.",
-    "lean plain": "plain PyTorch without AToP's needless work.",
     "plain, checkpointed": "plain PyTorch that computes each step of a diffusion again (`torch.utils.checkpoint`).",
     "expert": "the fastest code that we could write by published advice on PyTorch. Attacks compute only the gradient "
     "of the images, on a frozen copy of the network in bfloat16 and channels_last with folded BatchNorms. Training "
@@ -87,21 +78,13 @@ ROWS = {
 
 
 def rows(folder: Path) -> list[str]:
-    """Return a list that explains the rows of a device's tables of pipelines.
-
-    Args:
-        folder: folder of the device's results.
-    """
+    """Return a list that explains the rows of a device's tables of pipelines."""
     names = {row["contestant"] for row in sheets.read_csv(folder / sheets.PIPELINES)}
     return [f"- *{gpu_tables.ours(name).strip('*')}*: {text}" for name, text in ROWS.items() if name in names]
 
 
 def attack(folder: Path) -> list[str]:
-    """Return the section about the attack by PGD alone, or nothing if it was not measured on a device.
-
-    Args:
-        folder: folder of the device's results.
-    """
+    """Return the section about the attack by PGD alone, or nothing if it was not measured on a device."""
     if not any(row["pipeline"] == "pgd_forms" for row in sheets.read_csv(folder / sheets.PIPELINES)):
         return []
     text = "The attack PGD-10 on a ResNet-18, without a random start. Every form takes the same steps."
@@ -109,11 +92,7 @@ def attack(folder: Path) -> list[str]:
 
 
 def against_the_expert(folder: Path) -> list[list[str]]:
-    """Return a line for each race with a form of the expert: its threads, the times, and speedups by p20 and median.
-
-    Args:
-        folder: folder of a CPU's results.
-    """
+    """Return a line for each race with a form of the expert: its threads, the times, and speedups by p20 and median."""
     body = []
     for (pipeline, case, threads), group in sheets.by_case(sheets.read_csv(folder / sheets.PIPELINES)).items():
         expert, own = ([sheets.fastest(group, kind, value=by) for by in ("p20", "ms")] for kind in KINDS)
@@ -126,8 +105,8 @@ def against_the_expert(folder: Path) -> list[list[str]]:
 def expert_table(folder: Path) -> list[str]:
     """Return the table of `against_the_expert`, and the machine."""
     head = ["pipeline", "threads", "expert, ms", "purify_fast, ms", "speedup, by p20", "speedup, by medians"]
-    measured_on = machines(sheets.read_csv(folder / sheets.PIPELINES))
-    return [f"{measured_on}.", "", *table(head, against_the_expert(folder))]
+    where = machines(sheets.read_csv(folder / sheets.PIPELINES))
+    return [f"{where}.", "", *table(head, against_the_expert(folder))]
 
 
 def measured_races(raced: dict) -> list[str]:
@@ -139,11 +118,8 @@ def measured_races(raced: dict) -> list[str]:
             ratios = sorted(row["reference_us"] / row["kernel_us"] for row in entry["rows"] if row["style"] == style)
             mean = statistics.geometric_mean(ratios) if ratios else 0.0
             cells.append(f"{mean:.1f} ({ratios[0]:.2g} to {ratios[-1]:,.2g})" if ratios else "-")
-        behind = [
-            name
-            for name, who in entry["cells"].items()
-            if name.endswith(tuple(SIZES)) and who.get("eager") == "reference"
-        ]
+        eager = {name: who.get("eager") for name, who in entry["cells"].items() if name.endswith(tuple(SIZES))}
+        behind = [name for name, who in eager.items() if who == "reference"]
         body.append([op, *cells, ", ".join(behind) or "-"])
     styles = ["eager calls", "replayed in a CUDA graph", "inside compiled graphs"]
     return table(["op", *styles, "cases that run the reference"], body)

@@ -35,7 +35,6 @@ MEASURED = [
     for steps in STEPS
     if form != PLAIN or steps == STEPS[0]
 ]
-GIGABYTE = 1e9
 
 
 def network(name: str) -> nn.Module:
@@ -58,13 +57,7 @@ def network(name: str) -> nn.Module:
 
 
 def plain(made: DiffusionPurifier, x: Tensor, kept: bool) -> Tensor:
-    """Return the logits of a plain loop over the steps of DDPM, with noise from `torch.randn_like`.
-
-    Args:
-        made: defence whose networks and coefficients are used.
-        x: images ``[B, C, H, W]`` in [0, 1].
-        kept: True to store all activations. False to compute each step again in the backward pass.
-    """
+    """Return the logits of a plain loop over the steps of DDPM, with noise from `torch.randn_like`."""
     table, noises = made.process.table()
     numbers, times = table.coefficients.tolist(), table.times.long().tolist()
 
@@ -83,36 +76,19 @@ def measured(name: str, form: str, steps: int) -> dict[str, Any]:
     """Measure how much the gradient raises the peak memory of this process. Return one row of the results file.
 
     The memory of the networks themselves is not included.
-
-    Args:
-        name: name of the network.
-        form: form of the gradient, one of `PLAIN`, `CHECKPOINTED`, `OURS` and `OURS_BFLOAT16`.
-        steps: number of steps of the diffusion process.
     """
-    made = DiffusionPurifier(
-        network(name),
-        PreActResNet18(width=16),
-        (3, 32, 32),
-        {"t_star": T_STAR, "steps": steps, "solver": "ddpm"},
-        keep=0,
-    ).eval()
+    process = {"t_star": T_STAR, "steps": steps, "solver": "ddpm"}
+    made = DiffusionPurifier(network(name), PreActResNet18(width=16), (3, 32, 32), process, keep=0).eval()
     if form == OURS_BFLOAT16:
         made.accelerate()
     x = torch.rand(IMAGES, 3, 32, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
     run = partial(plain, made, kept=form == PLAIN) if form in (PLAIN, CHECKPOINTED) else made
-    before = peak_resident_memory() / GIGABYTE
+    before = peak_resident_memory() / 1e9
     torch.autograd.grad(loss(run(x).float()), x)
-    peak = peak_resident_memory() / GIGABYTE
-    return {
-        "network": name,
-        "parameters": sum(p.numel() for p in made.denoiser.parameters()),
-        "images": IMAGES,
-        "form": form,
-        "steps": steps,
-        "gigabytes": round(peak - before, 3),
-        "of_process": round(peak, 3),
-        **timing.environment(torch.device("cpu")),
-    }
+    peak = peak_resident_memory() / 1e9
+    row = {"network": name, "parameters": sum(p.numel() for p in made.denoiser.parameters()), "images": IMAGES}
+    row |= {"form": form, "steps": steps, "gigabytes": round(peak - before, 3), "of_process": round(peak, 3)}
+    return row | timing.environment(torch.device("cpu"))
 
 
 def main(_: object) -> Path:
@@ -129,11 +105,7 @@ def main(_: object) -> Path:
 
 
 def table(results: Path) -> list[str]:
-    """Return the table of docs/diffusion.md, with the memory of each network and form of the gradient.
-
-    Args:
-        results: the folder ``benchmarks/results``.
-    """
+    """Return the table of docs/diffusion.md, with the memory of each network and form of the gradient."""
     cells = {(row["network"], row["form"], row["steps"]): row for row in sheets.read_csv(results / FILE)}
     body = []
     for name in (SMALL, LARGE):

@@ -98,14 +98,7 @@ def main(chosen: argparse.Namespace) -> Path:
 
 
 def table(results: Path) -> list[str]:
-    """Return the table of docs/speed.md: the milliseconds of a gradient, by network and number of busy processes.
-
-    Args:
-        results: the folder ``benchmarks/results``.
-
-    Raises:
-        FileNotFoundError: there are no results.
-    """
+    """Return the table of docs/speed.md: the milliseconds of a gradient, by network and number of busy processes."""
     rows = kept.existing(results / FILE)
     body = []
     for network, beside in product(NETWORKS, sorted({row["busy"] for row in rows})):

@@ -1,10 +1,7 @@
 """Compare the speed of several implementations of a pipeline (a race). Each compared implementation is a contestant.
 
-Every contestant has a separate process, because some contestants raise the thresholds of the memory allocator, and a
-process cannot restore these thresholds. The contestants are timed in turn, so that only one of them runs at a time.
-There is a pause between two runs, in which the threads of the previous process stop spinning.
-
-In one thread on a CPU, a time is processor time, which other programs change less. All other times are wall times.
+Every contestant has a separate process, because the thresholds of the memory allocator cannot be restored. They take
+turns, with pauses in which threads stop spinning. In one thread on a CPU, a time is processor time.
 """
 
 from __future__ import annotations
@@ -98,19 +95,15 @@ class _Process:
         self.process.start()
         theirs.close()
 
-    def order(self, command: str) -> None:
+    def order(self, *commands: str | None) -> None:
         """Send a command. `answer` waits for the command's result."""
         # Ignore a process that has ended, because `answer` reports it.
         with contextlib.suppress(OSError):
-            self.pipe.send(command)
+            for command in commands:
+                self.pipe.send(command)
 
     def answer(self, command: str, seconds: float = math.inf):
-        """Return the result of a command.
-
-        Raises:
-            RuntimeError: the command failed, or the process ended. The message has the traceback or the exit status.
-            TimeoutError: there is no result within the given seconds.
-        """
+        """Return the result of a command."""
         try:
             if seconds < math.inf and not self.pipe.poll(max(0.0, seconds)):
                 raise TimeoutError(f"the command {command!r} of a compared implementation was not finished in time")
@@ -127,30 +120,19 @@ class _Process:
         return self.answer(command, seconds)
 
     def end(self, at_once: bool = False) -> None:
-        # Ignore an error here, because the process may have ended already.
-        with contextlib.suppress(OSError):
-            self.pipe.send(None)
+        self.order(None)
         if at_once:
             self.process.kill()
         self.process.join()
 
 
 def race(
-    pipeline: str,
-    name: str,
-    case: Case,
-    device: torch.device,
-    quick: bool,
-    limit: float = math.inf,
+    pipeline: str, name: str, case: Case, device: torch.device, quick: bool, limit: float = math.inf
 ) -> list[dict]:
     """Time all contestants of a case, and return one row of the results file for each contestant.
 
     The row of a contestant whose result is wrong has no times. With a time limit, a contestant that is not ready after
     about three quarters of ``limit`` seconds is not timed, and its row has the verdict "left out".
-
-    Raises:
-        RuntimeError: a contestant raised an error. With a time limit, only the first contestant and ours matter.
-        TimeoutError: the first contestant or ours was not ready, or a run did not end within ``limit`` seconds.
     """
     effort, threads, began = QUICK if quick else Effort(), torch.get_num_threads(), time.monotonic()
     together = device.type == "cuda"
@@ -167,8 +149,7 @@ def race(
 
     def prepare(label: str) -> None:
         processes[label] = _Process(pipeline, name, label, device.type, quick, threads)
-        for command in ("result", "time"):
-            processes[label].order(command)
+        processes[label].order("result", "time")
 
     try:
         truth, first = None, next(iter(case.contestants))
@@ -226,18 +207,13 @@ def race(
     for label in case.contestants:
         runs = times.get(label, [math.nan])
         median = statistics.median(runs)
-        numbers = {
-            "ms": f"{1e3 * median:.2f}",
-            "p20": f"{1e3 * quantile(runs, 1):.2f}",
-            "p80": f"{1e3 * quantile(runs, 4):.2f}",
-            "speed_up": f"{slowest / median:.2f}",
-            "share_of_matrix_rate": f"{flops / median / rate:.3f}",
-        }
+        spent = {"ms": median, "p20": quantile(runs, 1), "p80": quantile(runs, 4)}
+        numbers = {name: f"{1e3 * seconds:.2f}" for name, seconds in spent.items()}
+        numbers |= {"speed_up": f"{slowest / median:.2f}", "share_of_matrix_rate": f"{flops / median / rate:.3f}"}
         row = {"pipeline": pipeline, "case": name, "shape": case.shape, "contestant": label}
         right = verdicts[label] == "right"
         row |= numbers if right else dict.fromkeys(numbers, "")
         row |= {"verdict": verdicts[label], "peak_MB": f"{most[label] / 1e6:.0f}" if right else ""}
         row |= {"GFLOP": f"{flops / 1e9:.1f}", "matrix_GFLOP_per_s": f"{rate / 1e9:.1f}"}
-        row["runs"] = len(times.get(label, []))
-        rows.append(row | environment(device))
+        rows.append(row | {"runs": len(times.get(label, []))} | environment(device))
     return rows

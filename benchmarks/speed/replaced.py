@@ -32,20 +32,15 @@ EPS, ALPHA = 8 / 255, 2 / 255
 
 
 class Part(NamedTuple):
-    """A part of the package.
-
-    Args:
-        ours: the part.
-        theirs: the lines that it replaces, with the same arguments.
-        shapes: for each size, the shapes of the arguments.
-        learns: whether the first argument gets a gradient.
-        makes: makes the arguments of a size; None: each is drawn from the normal distribution.
-    """
+    """A part of the package, and the lines that it replaces."""
 
     ours: Callable[..., Any]
     theirs: Callable[..., Any]
+    #: For each size, the shapes of the arguments.
     shapes: list[tuple[tuple[int, ...], ...]]
+    #: True if the first argument gets a gradient.
     learns: bool = True
+    #: Makes the arguments of a size. By default each is drawn from the normal distribution.
     makes: Callable[..., tuple[Tensor, ...]] | None = None
 
 
@@ -156,14 +151,7 @@ def main(chosen: argparse.Namespace) -> Path:
 
 
 def table(results: Path) -> list[str]:
-    """Return the table of docs/import.md: how many times as fast as the replaced lines each part is.
-
-    Args:
-        results: the folder ``benchmarks/results``.
-
-    Raises:
-        FileNotFoundError: there are no results.
-    """
+    """Return the table of docs/import.md: how many times as fast as the replaced lines each part is."""
     rows = kept.existing(results / FILE)
     body = []
     for row in rows:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
@@ -92,7 +93,7 @@ def _rows(ops: dict[str, Callable[[], list[Case]]], names: list[str], quick: boo
         if quick:
             # Keep only the first case of each variant.
             cases = list({case.variant: case for case in reversed(cases)}.values())
-        rows += [(i, name, c, d, s) for i, c in enumerate(cases) for d in c.directions for s in timing.STYLES]
+        rows += [(name, case, d, style) for case in cases for d in case.directions for style in timing.STYLES]
     return rows
 
 
@@ -100,37 +101,18 @@ def key(op: str, case: Case, direction: str, style: str) -> tuple[str, ...]:
     return op, *case.named.values(), direction, style
 
 
-def run_ops(names: list[str], device: torch.device, quick: bool, out: Path, budget: Budget) -> None:
-    """Measure ops, and write ops.csv after every row. Existing rows of other ops are kept.
-
-    Args:
-        names: names of the ops.
-        device: device on which the ops run.
-        quick: True to measure only the first case of each variant.
-        out: folder of the results.
-        budget: time limit.
-    """
+def run_ops(names: list[str], device: torch.device, quick: bool, out: Path) -> None:
+    """Measure ops, and write ops.csv after every row. Existing rows of other ops are kept."""
     effort = timing.QUICK if quick else timing.Effort()
     # On a GPU, a quick run uses the cases for a CPU if the op has such cases, because these cases are smaller.
     ops = registry(device.type) | (registry("cpu") if quick else {})
     path = out / sheets.ROWS
-    kept = {tuple(row[k] for k in KEY): row for row in sheets.rows_of(path)}
-    if not budget.resume:
-        kept = {at: row for at, row in kept.items() if at[0] not in names}
-    order = {key(*row[1:]): i for i, row in enumerate(_rows(ops, list(ops), False))}
-    work = [row for row in _rows(ops, names, quick) if key(*row[1:]) not in kept]
-    # Measure the first case of every op first, and eager calls before graphs, because a time limit may end the run.
-    work.sort(key=lambda row: (row[0], timing.STYLES.index(row[4]), row[3] == "backward"))
-
-    def run(*row) -> None:
-        kept[key(*row)] = timing.measure(*row, device, effort)
-        sheets.write_csv(path, [kept[at] for at in sorted(kept, key=lambda at: order.get(at, len(order)))])
-
-    try:
-        budget.go([(" ".join(filter(None, key(*row[1:]))), lambda row=row: run(*row[1:])) for row in work], "row")
-    finally:
-        if kept:
-            sheets.report(out)
+    rows = {tuple(row[k] for k in KEY): row for row in sheets.rows_of(path) if row["op"] not in names}
+    order = {key(*row): i for i, row in enumerate(_rows(ops, list(ops), False))}
+    for row in tqdm(_rows(ops, names, quick), unit=" rows", disable=None):
+        rows[key(*row)] = timing.measure(*row, device, effort)
+        sheets.write_csv(path, [rows[at] for at in sorted(rows, key=lambda at: order.get(at, len(order)))])
+    sheets.report(out)
 
 
 def run_pipelines(
@@ -140,15 +122,6 @@ def run_pipelines(
 
     Most of the time goes into the compilation of the plain forms. So a run with little time first measures all cases
     without these forms, and then measures cases again with them.
-
-    Args:
-        names: names of the pipelines, in the order of the measurements.
-        device: device on which the pipelines run.
-        quick: True to measure small cases.
-        out: folder of the results.
-        budget: time limit. Without the compiled plain forms, the cases have equal shares of the time that is left, but
-            at least `LEAST_SHARE` seconds. With these forms, each case may use all of it.
-        compiled: False to leave out the contestants that compile the plain form.
     """
     path = out / sheets.PIPELINES
     kept = sheets.rows_of(path)
@@ -191,14 +164,8 @@ def _right(rows: Iterable[dict]) -> int:
 
 
 def arguments(parser: argparse.ArgumentParser, known: list[str]) -> None:
-    """Add the options of ``python -m benchmarks ops`` and ``python -m benchmarks pipelines``.
-
-    Args:
-        parser: parser of the command.
-        known: names of the ops or pipelines that can be measured.
-    """
-    which = f"names to measure; default: all. Names: {', '.join(known)}"
-    parser.add_argument("names", nargs="*", metavar="NAME", type=options.one_of(known), help=which)
+    """Add the options of ``python -m benchmarks ops`` and ``python -m benchmarks pipelines``."""
+    options.add_names(parser, known, what="what is measured")
     options.add_device(parser)
     options.add_out(parser, "/<device>")
 
@@ -212,12 +179,8 @@ def pipelines_arguments(parser: argparse.ArgumentParser) -> None:
 def ops_command(chosen: argparse.Namespace) -> str:
     """Measure ops. Return the table of the implementations that the package uses, and the path of the full page."""
     device, out = chosen.device, options.out_of(chosen, chosen.quick, device_class(chosen.device))
-    measurable = registry(device.type)
-    if unknown := [name for name in chosen.names if name not in measurable]:
-        named = ", ".join(unknown)
-        raise ValueError(f"the kernel of {named} is only for a GPU: name other ops, or give --device cuda")
     retain_freed_memory()
-    run_ops(chosen.names or list(measurable), device, chosen.quick, out, Budget())
+    run_ops([name for name in chosen.names if name in registry(device.type)], device, chosen.quick, out)
     rows = sheets.read_csv(out / sheets.ROWS)
     return "\n".join([*sheets.verdicts_table(rows), "", str(out / sheets.TABLE)])
 
@@ -225,6 +188,10 @@ def ops_command(chosen: argparse.Namespace) -> str:
 def pipelines_command(chosen: argparse.Namespace) -> str:
     """Measure pipelines, and return the page of the results."""
     out = options.out_of(chosen, chosen.quick, device_class(chosen.device))
-    names, budget = chosen.names or list(pipelines.registry()), Budget(resume=chosen.resume)
-    run_pipelines(names, chosen.device, chosen.quick, out, budget)
+    run_pipelines(chosen.names, chosen.device, chosen.quick, out, Budget(resume=chosen.resume))
     return (out / sheets.PIPELINES_TABLE).read_text()
+
+
+#: The commands, whose functions have the names that all commands have.
+OPS = SimpleNamespace(main=ops_command, arguments=partial(arguments, known=list(registry("cuda"))))
+PIPELINES = SimpleNamespace(main=pipelines_command, arguments=pipelines_arguments)

@@ -65,33 +65,22 @@ def verdicts(rows: list[dict]) -> list[dict]:
     Otherwise they use the reference in PyTorch. A compiled graph uses our kernel if it is at least `IN_GRAPHS` times as
     fast as the best other implementation in every row, and if the reference needs many launches that compilers do not
     fuse.
-
-    Args:
-        rows: rows of ops.csv.
-
-    Returns:
-        A dictionary for each op, direction and kernel, with the choices and the reasons for them.
     """
     decided = []
     for op, direction, backend in dict.fromkeys((row["op"], row["direction"], row["backend"]) for row in rows):
         own = [row for row in rows if (row["op"], row["direction"], row["backend"]) == (op, direction, backend)]
         eager, graph = ([row for row in own if row["style"] == style] for style in STYLES)
-        # Without rows of eager calls there is nothing to decide. A time limit may have excluded these rows.
-        if not eager:
-            continue
-        behind, behind_in_graphs = (
-            sum(row["verdict"] in ("behind", "wrong") for row in rows) for rows in (eager, graph)
-        )
+        lost, lost_in_graphs = (sum(row["verdict"] in ("behind", "wrong") for row in each) for each in (eager, graph))
         worst = min(eager, key=lambda row: float(row["ratio"] or 0))
         gains = [float(row["eager_us"]) / float(row["ours_us"]) for row in eager if row["ratio"]]
         decided.append(
             {
                 "op": op,
                 "direction": direction,
-                "eager_calls": "reference" if behind else backend,
+                "eager_calls": "reference" if lost else backend,
                 "in_graphs": backend if _ahead(graph) else "reference",
-                "behind_eager": f"{behind}/{len(eager)}",
-                "behind_graph": f"{behind_in_graphs}/{len(graph)}",
+                "behind_eager": f"{lost}/{len(eager)}",
+                "behind_graph": f"{lost_in_graphs}/{len(graph)}",
                 "gain_on_eager": f"{statistics.geometric_mean(gains) if gains else 0:.2f}",
                 "worst_ratio": worst["ratio"],
                 "worst_row": " ".join(filter(None, (worst["variant"], worst["shape"], worst["dtype"]))),
@@ -117,9 +106,6 @@ def races(rows: list[dict]) -> dict:
     """Return an entry of the package's races.json: the implementation of each op and variant, and the machine.
 
     If ops were measured on several machines, the result names the machine with the most rows.
-
-    Args:
-        rows: rows of ops.csv.
     """
     usual = statistics.mode(row["device"] for row in rows)
     first = next(row for row in rows if row["device"] == usual)
@@ -145,12 +131,7 @@ def _winners(rows: list[dict]) -> dict[str, str]:
 
 
 def measured_on(rows: list[dict], kind: str) -> str:
-    """Return a sentence about the machine on which rows were measured.
-
-    Args:
-        rows: rows of ops.csv or pipelines.csv.
-        kind: name of a column. If there were several machines, the sentence lists this column's values by machine.
-    """
+    """Return a sentence about the machine on which rows were measured."""
     found: dict[str, list[str]] = {}
     for row in rows:
         where = f"{machines([row])}, torch {row['torch']}, triton {row['triton'] or 'absent'}"
@@ -181,11 +162,7 @@ def markdown(rows: list[dict]) -> str:
 
 
 def report(folder: Path) -> None:
-    """Write the pages of ops.csv and pipelines.csv into the folder of these files.
-
-    Args:
-        folder: folder of a device's results.
-    """
+    """Write the pages of ops.csv and pipelines.csv into the folder of these files."""
     if ops := rows_of(folder / ROWS):
         write_text(folder / TABLE, markdown(ops))
     if raced := rows_of(folder / PIPELINES):
@@ -193,20 +170,10 @@ def report(folder: Path) -> None:
 
 
 def ops_speedups(path: Path) -> tuple[int, float, float]:
-    """Return the mean speedups of the C++ kernels in eager calls.
-
-    Args:
-        path: path of the ops.csv of a CPU, which has at least one row of style "eager".
-
-    Returns:
-        The number of rows with eager calls, and the geometric means of the speedups over torch.compile and over the
-        uncompiled reference.
-    """
+    """Return the mean speedups of the C++ kernels in eager calls."""
     rows = [row for row in read_csv(path) if row["style"] == "eager" and row["ratio"]]
-    compiled, eager = (
-        statistics.geometric_mean(float(row[f"{kind}_us"]) / float(row["ours_us"]) for row in rows)
-        for kind in ("compile", "eager")
-    )
+    gains = ([float(row[kind]) / float(row["ours_us"]) for row in rows] for kind in ("compile_us", "eager_us"))
+    compiled, eager = map(statistics.geometric_mean, gains)
     return len(rows), compiled, eager
 
 
@@ -229,14 +196,7 @@ def fewest_threads(rows: list[dict]) -> list[dict]:
 def fastest(
     rows: Iterable[Mapping[str, str]], kind: str, column: str = "contestant", value: str = "ms"
 ) -> float | None:
-    """Return the milliseconds of the fastest form of a kind, or None if no such form has a time.
-
-    Args:
-        rows: rows of a case.
-        kind: beginning of the names of the forms, such as `EXPERT`.
-        column: name of the column with the names of the forms.
-        value: name of the column with the milliseconds.
-    """
+    """Return the milliseconds of the fastest form of a kind, or None if no such form has a time."""
     return min((float(row[value]) for row in rows if row[column].startswith(kind) and row[value]), default=None)
 
 
@@ -247,9 +207,5 @@ def times_the_expert(row: Mapping[str, str], group: list[dict]) -> str:
 
 
 def pipelines_markdown(rows: list[dict]) -> str:
-    """Return the page of the pipelines.
-
-    Args:
-        rows: rows of pipelines.csv.
-    """
+    """Return the page of the pipelines."""
     return rendered(PAGES / "pipelines.md.jinja", (measured_on, by_case, times_the_expert), rows=rows)

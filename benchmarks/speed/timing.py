@@ -1,14 +1,7 @@
 """Measure one row of ops.csv: compare the results of several implementations of an op, then time them in turn.
 
-The compared implementations are called contestants. ``eager`` is the reference in PyTorch. ``compile`` is torch.compile
-of the reference. ``ours`` is the C++, Triton or CUDA kernel.
-
-There are two styles of calls. In the style ``eager``, the op is called from Python. In the style ``graph``, the op is
-compiled together with a multiplication before it and a sum after it. The compiler can fuse the op's reference with
-these two operations, but it cannot fuse our kernel.
-
-On a GPU the time is measured by CUDA events. Small inputs would stay in the GPU's cache, so several sets of inputs take
-turns.
+``eager`` is the reference in PyTorch, ``compile`` its compiled form, and ``ours`` the kernel. In the style ``graph``,
+the op is compiled between a multiplication and a sum, which the compiler can fuse with the reference only.
 """
 
 from __future__ import annotations
@@ -66,15 +59,8 @@ QUICK = Effort(runs=3, seconds=2e-4, attempts=1)
 
 
 def backend_of(op: str, device: torch.device) -> str:
-    """Return the name of our kernel's backend for an op on a device.
-
-    Raises:
-        RuntimeError: only the reference is available.
-    """
-    ours = [name for name in REGISTRY[op].available[device.type] if name != "reference"]
-    if not ours:
-        raise RuntimeError(f"the op {op} has no kernel on {device.type}: build the extension first")
-    return ours[-1]
+    """Return the name of our kernel's backend for an op on a device."""
+    return [name for name in REGISTRY[op].available[device.type] if name != "reference"][-1]
 
 
 def environment(device: torch.device) -> dict[str, str | int]:
@@ -91,13 +77,11 @@ def environment(device: torch.device) -> dict[str, str | int]:
 
 def _function(case: Case, style: str) -> Callable:
     call = case.call
-    if style == "eager":
-        return lambda *inputs: call(*inputs)
 
     def graph(first, *rest):
         return sum(out.sum() for out in tensors(call(2 * first, *rest)))
 
-    return graph
+    return graph if style == "graph" else lambda *inputs: call(*inputs)
 
 
 def _own_code(function: Callable, name: str) -> Callable:
@@ -136,15 +120,7 @@ class Contestant:
 def agree(
     actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], dtype: torch.dtype, style: str, slack: float = 1.0
 ) -> bool:
-    """Tell whether two results agree within the rounding of a dtype.
-
-    Args:
-        actual: tensors of the tested implementation.
-        expected: tensors of the reference.
-        dtype: dtype of the op's inputs.
-        style: style of the calls. The tolerance is 20 times as large for "graph", which sums over all elements.
-        slack: further factor on the tolerance.
-    """
+    """Tell whether two results agree within the rounding of a dtype."""
     wide = slack * (20 if style == "graph" else 1)
     rtol = wide * (1e-5 if dtype not in (torch.float16, torch.bfloat16) else 2e-2)
     for a, b in zip(actual, expected, strict=True):
@@ -154,16 +130,8 @@ def agree(
     return True
 
 
-def seconds(
-    calls: list[Callable[[], object]], device: torch.device, clock: Callable[[], float] = time.perf_counter
-) -> float:
-    """Run calls one after the other, and return the sum of their seconds.
-
-    Args:
-        calls: functions to run.
-        device: device of the work. On a GPU, CUDA events measure the time.
-        clock: function that returns the seconds of a clock, which measures the time on a CPU.
-    """
+def seconds(calls: list[Callable], device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Run calls one after the other, and return the sum of their seconds."""
     if device.type == "cuda":
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
@@ -182,12 +150,7 @@ def seconds(
 
 
 def allocated(work: Callable[[], object], device: torch.device) -> int:
-    """Return the peak bytes of tensors that a function allocates, including allocations in compiled code.
-
-    Args:
-        work: measured function, which is called once.
-        device: device of the tensors.
-    """
+    """Return the peak bytes of tensors that a function allocates, including allocations in compiled code."""
     if device.type == "cuda":
         return peak_memory(work, device)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
@@ -240,24 +203,8 @@ def _sets(case: Case, direction: str, device: torch.device) -> list[tuple[Tensor
 
 #: Forbid donated buffers: the backward pass runs several times, so it must not overwrite its saved buffers.
 @functorch_config.patch(donated_buffer=False)
-def measure(
-    op: str,
-    case: Case,
-    direction: str,
-    style: str,
-    device: torch.device,
-    effort: Effort,
-) -> dict:
-    """Measure one row of ops.csv. A contestant whose result differs from that of the reference gets no time.
-
-    Args:
-        op: name of the op.
-        case: inputs and function of the op.
-        direction: "forward" or "backward".
-        style: "eager" or "graph".
-        device: device of the inputs.
-        effort: number and length of the runs.
-    """
+def measure(op: str, case: Case, direction: str, style: str, device: torch.device, effort: Effort) -> dict:
+    """Measure one row of ops.csv. A contestant whose result differs from that of the reference gets no time."""
     torch._dynamo.reset()
     sets = _sets(case, direction, device)
     entries = {kind: Contestant(case, style, direction, kind, op, sets) for kind in CONTESTANTS}

@@ -379,25 +379,6 @@ def test_a_budget_names_what_it_leaves_out():
         running.Budget().go([("bad", lambda: 1 / 0)], "row")
 
 
-def test_rows_that_are_there_are_not_measured_again(tmp_path, monkeypatch):
-    measured: list[tuple] = []
-
-    def fake(op, case, direction, style, *rest):
-        measured.append((op, case.variant, style))
-        columns = dict.fromkeys(("runs", "device", "threads", "torch", "triton", "GB_per_s"), "1")
-        times = dict.fromkeys((f"{kind}_us" for kind in timing.CONTESTANTS), "1")
-        row = dict(zip(running.KEY, running.key(op, case, direction, style), strict=True))
-        return row | times | columns | {"backend": "cpp", "ratio": "1.000", "verdict": "best"}
-
-    monkeypatch.setattr(timing, "measure", fake)
-    running.run_ops(["apgd_step"], CPU, True, tmp_path, running.Budget())
-    running.run_ops(["apgd_step", "noisy_replay"], CPU, True, tmp_path, running.Budget(resume=True))
-    assert [op for op, *_ in measured] == 4 * ["apgd_step"] + 4 * ["noisy_replay"]
-    running.run_ops(["apgd_step"], CPU, True, tmp_path, running.Budget())
-    rows = sheets.read_csv(tmp_path / sheets.ROWS)
-    assert len(measured) == 12 and len(rows) == 8
-
-
 def test_limits_are_rates_of_random_data(tmp_path):
     data = limits.operands(CPU, 64, 64)
     assert data.dtype == torch.bfloat16 and data.unique().numel() > 100

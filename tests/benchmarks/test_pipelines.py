@@ -315,7 +315,7 @@ class _Fake:
     def __init__(self, pipeline, case, label, *rest):
         self.label, self.slower = label, 0
 
-    def order(self, command):
+    def order(self, *commands):
         pass
 
     def answer(self, command, seconds):

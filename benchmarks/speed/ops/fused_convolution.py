@@ -40,10 +40,7 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, _: str = "") -> Case:
         lambda x, weight, bias, added: fused_convolution(
             x, weight, bias, added, "relu", stride=stride, padding=taps // 2
         ),
-        {
-            "forward": f"({images} + {weights} + 2*{results})*s",
-            "backward": f"({images} + {weights} + 3*{results})*s",
-        },
+        {"forward": f"({images} + {weights} + 2*{results})*s", "backward": f"({images} + {weights} + 3*{results})*s"},
         (0, 3),
     )
 

@@ -32,12 +32,7 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Case:
         student = teacher + 0.5 * teacher.flip(0)
         return tuple(arranged(x.to(dtype), layout) for x in (student, teacher))
 
-    return Case(
-        inputs,
-        distance,
-        {"forward": "2*n*s", "backward": "3*n*s"},
-        differentiable=(0,),
-    )
+    return Case(inputs, distance, {"forward": "2*n*s", "backward": "3*n*s"}, differentiable=(0,))
 
 
 def chosen(shapes: tuple) -> list[tuple]:

@@ -24,9 +24,5 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Case:
         return images, random_transform(x, seed, ids, sigma=0.0, block=shape[2] // 8, num_passes=PASSES)[1]
 
     return Case(
-        inputs,
-        stitch,
-        {"forward": "2*n*s", "backward": "(1 + N)*n*s"},
-        differentiable=(0,),
-        symbols={"N": PASSES},
+        inputs, stitch, {"forward": "2*n*s", "backward": "(1 + N)*n*s"}, differentiable=(0,), symbols={"N": PASSES}
     )

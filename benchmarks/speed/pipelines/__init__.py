@@ -99,41 +99,27 @@ def _made(make: Make, device: torch.device, quick: bool) -> Job:
 def columns(
     plain: Callable[..., Job], expert: Callable[..., Job], ours: Callable[..., Job], captured: bool = True
 ) -> dict[str, Contestant]:
-    """Return the usual contestants.
-
-    They are plain in float32, the compiled form of plain under autocast to bfloat16, the expert, and ours in bfloat16,
-    the last two each also compiled.
+    """Return the usual contestants: plain, the expert and ours, each also compiled.
 
     On a machine with a GPU there are further contestants: plain in TF32, which is PyTorch's default for convolutions,
-    and ours with steps that are captured as CUDA graphs, also compiled.
-
-    Args:
-        plain: function that makes a job of plain PyTorch. With the keyword ``compiled=True``, the job is compiled.
-        expert: function that makes a job of the best code in PyTorch alone (see `expert`), with the same keyword.
-        ours: function that makes a job of this package, with the same keyword. With ``captured=True``, the step of the
-            attack is captured as a CUDA graph.
-        captured: True if ``ours`` accepts the keyword ``captured``.
+    and ours with steps that are captured as CUDA graphs, also compiled, if ``ours`` accepts the keyword ``captured``.
     """
 
     def of(make: Callable[..., Job], **options: bool) -> Make:
         return partial(_made, partial(make, **options))
 
     gpu = torch.cuda.is_available()
+    own = {"ours": {}, "ours, compiled": {"compiled": True}}
+    if gpu and captured:
+        own["ours, captured"] = {"captured": True}
+        own["ours, compiled and captured"] = {"compiled": True, "captured": True}
     return {
         "plain": Contestant(of(plain), False),
         **({"plain, TF32": Contestant(of(plain), True, tf32=True)} if gpu else {}),
         "torch.compile of plain, bfloat16": Contestant(partial(autocast, of(plain, compiled=True)), True),
         EXPERT: Contestant(of(expert), True, tf32=True, raced=True),
         f"{EXPERT}, compiled": Contestant(of(expert, compiled=True), True, tf32=True, raced=True),
-        "ours": Contestant(of(ours), True, raced=True),
-        "ours, compiled": Contestant(of(ours, compiled=True), True, raced=True),
-        **{
-            f"ours, {'compiled and ' * compiled}captured": Contestant(
-                of(ours, captured=True, compiled=compiled), True, raced=True
-            )
-            for compiled in (False, True)
-            if gpu and captured
-        },
+        **{name: Contestant(of(ours, **how), True, raced=True) for name, how in own.items()},
     }
 
 
@@ -142,6 +128,13 @@ def random_batch(device: torch.device, size: int, side: int, epochs: int) -> Bat
     source = torch.Generator().manual_seed(1)
     x, y = torch.rand(size, 3, side, side, generator=source), torch.randint(10, (size,), generator=source)
     return Batch(x.to(device), y.to(device), torch.arange(size, device=device), 7, 5, epochs)
+
+
+def update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """Move the weights by the gradient of a loss."""
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
 
 
 def training_step(task: Task, batch: Batch, captured: bool) -> Callable[[], Tensor]:

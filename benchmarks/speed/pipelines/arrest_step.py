@@ -8,6 +8,7 @@ too far from the teacher's. The student is the trained network, and the teacher 
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from purify_fast.models.classifiers import PreActResNet18
 from purify_fast.training import Batch
 from purify_fast.training.config import TrainingAttack
 
-from . import Case, Job, columns, expert, random_batch, training_step
+from . import Case, Job, columns, expert, random_batch, training_step, update
 from .carso_inference import classifier
 from .carso_training import attack, start_of
 
@@ -77,7 +78,18 @@ class _Split(nn.Module):
         return m.fc(features.mean((2, 3))), flattened(features)
 
 
-class PlainStep:
+class Step:
+    """The step in PyTorch alone."""
+
+    def job(self) -> Job:
+        return Job(self.run, lambda: torch.stack(self.losses(fixed=True)).detach())
+
+    def run(self) -> None:
+        cross_entropy, distance = self.losses(fixed=False)
+        update(self.optimizer, cross_entropy + self.config.distillation_weight * distance)
+
+
+class PlainStep(Step):
     """The step in plain PyTorch, with contiguous float32 tensors. PGD attacks every image, and calls ``backward()``."""
 
     def __init__(self, device: torch.device, quick: bool, compiled: bool):
@@ -90,7 +102,7 @@ class PlainStep:
         if compiled:
             self.f, self.g = (torch.compile(part, dynamic=False) for part in (self.f, self.g))
 
-    def losses(self) -> tuple[Tensor, Tensor]:
+    def losses(self, fixed: bool) -> tuple[Tensor, Tensor]:
         b, a = self.batch, self.config.attack
         with torch.no_grad():
             of_teacher = self.g(b.x)[1]
@@ -100,17 +112,8 @@ class PlainStep:
         logits, features = self.f(x)
         return F.cross_entropy(logits, b.y), (1 - F.cosine_similarity(features, of_teacher).abs()).mean()
 
-    def run(self) -> None:
-        cross_entropy, distance = self.losses()
-        self.optimizer.zero_grad()
-        (cross_entropy + self.config.distillation_weight * distance).backward()
-        self.optimizer.step()
 
-    def result(self) -> Tensor:
-        return torch.stack(self.losses()).detach()
-
-
-class ExpertStep:
+class ExpertStep(Step):
     """The step as an expert writes it (see `expert`). The attack runs on a frozen copy of the student."""
 
     def __init__(self, device: torch.device, quick: bool, compiled: bool):
@@ -131,8 +134,9 @@ class ExpertStep:
         distance = 1 - F.cosine_similarity(features.float(), of_teacher.float()).abs()
         return F.cross_entropy(logits.float(), y), distance.mean()
 
-    def losses(self, start: Tensor) -> tuple[Tensor, Tensor]:
+    def losses(self, fixed: bool) -> tuple[Tensor, Tensor]:
         b, a = self.batch, self.config.attack
+        start = start_of(b, a.eps) if fixed else expert.random_start(b.x, a.eps)
         with torch.no_grad():
             of_teacher = self.teacher(expert.half(b.x))[1].clone()
         self.attacked.refresh()
@@ -140,24 +144,9 @@ class ExpertStep:
         self.student.train()
         return self.loss(x.contiguous(memory_format=expert.LAST), b.y, of_teacher)
 
-    def run(self) -> None:
-        cross_entropy, distance = self.losses(expert.random_start(self.batch.x, self.config.attack.eps))
-        self.optimizer.zero_grad()
-        (cross_entropy + self.config.distillation_weight * distance).backward()
-        self.optimizer.step()
 
-    def result(self) -> Tensor:
-        return torch.stack(self.losses(start_of(self.batch, self.config.attack.eps))).detach()
-
-
-def _plain(device: torch.device, quick: bool, compiled: bool = False) -> Job:
-    step = PlainStep(device, quick, compiled)
-    return Job(step.run, step.result)
-
-
-def _expert(device: torch.device, quick: bool, compiled: bool = False) -> Job:
-    step = ExpertStep(device, quick, compiled)
-    return Job(step.run, step.result)
+def _job(form: type[PlainStep] | type[ExpertStep], device: torch.device, quick: bool, compiled: bool = False) -> Job:
+    return form(device, quick, compiled).job()
 
 
 def _ours(device: torch.device, quick: bool, compiled: bool = False, captured: bool = False) -> Job:
@@ -176,4 +165,4 @@ def _ours(device: torch.device, quick: bool, compiled: bool = False, captured: b
 
 def cases(quick: bool) -> dict[str, Case]:
     shape = f"{16 if quick else BATCH} images, PGD-{setting(quick).attack.steps}, the map before pooling; all attacked"
-    return {"all attacked": Case(shape, 0.05, columns(_plain, _expert, _ours))}
+    return {"all attacked": Case(shape, 0.05, columns(partial(_job, PlainStep), partial(_job, ExpertStep), _ours))}

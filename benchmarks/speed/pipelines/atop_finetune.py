@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,10 +28,11 @@ from purify_fast.ops.contextual_attention import key_validity
 from purify_fast.training import Batch
 from purify_fast.training.config import TrainingAttack
 
-from . import Case, Job, autocast, columns, expert, random_batch, training_step
+from . import Case, Job, autocast, columns, expert, random_batch, training_step, update
 from .carso_training import attack
 
 BATCH, SIDE, EPS, SIGMA, WEIGHT = 4, 128, 8 / 255, 0.25, 0.05
+ADAM: dict[str, Any] = {"lr": 1e-4, "betas": (0.5, 0.999)}
 #: The largest allowed distance between two results. Rounding to bfloat16 alone makes a distance of 0.01 to 0.02, partly
 #: because it changes signs of gradients in the attack.
 TOLERANCE = 0.04
@@ -105,12 +107,6 @@ def weights(scores: Tensor, valid: Tensor, h: int, w: int) -> Tensor:
     """Compute the weights of the attention by a softmax over the keys.
 
     Before the softmax, two convolutions add the scores of neighboring keys and queries, as DeepFillv2 does.
-
-    Args:
-        scores: scores ``[N, keys, queries]``. The result has the same shape.
-        valid: 1 for keys that the attention may use and 0 for other keys, ``[N, keys]``.
-        h: height of the grid of keys.
-        w: width of the grid of keys.
     """
     n, keys = len(scores), h * w
     diagonal = torch.eye(3, device=scores.device, dtype=scores.dtype)[None, None]
@@ -156,6 +152,8 @@ class PlainStep:
     """The step in plain PyTorch, with only the work that its gradients need."""
 
     attention: type[nn.Module] = PlainAttention
+    #: True if each of the two losses has a separate pass of the generator.
+    twice = False
 
     def __init__(self, device: torch.device, quick: bool, compiled: bool):
         made = defence(device, quick)
@@ -171,14 +169,11 @@ class PlainStep:
                 # The plain implementation uses PyTorch's layers. The new class keeps the layer's weights.
                 layer.__class__ = nn.Conv2d
         self.classifier = copy.deepcopy(made.classifier).to(memory_format=torch.contiguous_format)
-        self.optimizer = self.adam(self.generator)
+        self.optimizer = torch.optim.Adam(self.generator.parameters(), **ADAM)
         self.g: Callable = self.generator
         self.f: Callable = self.classifier
         if compiled:
             self.g, self.f = (torch.compile(part, dynamic=False) for part in (self.g, self.f))
-
-    def adam(self, model: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.Adam(model.parameters(), lr=1e-4, betas=(0.5, 0.999))
 
     def adversarial(self) -> Tensor:
         return attack(self.f, self.batch.x, self.batch.y, EPS, EPS, 1, None, None)
@@ -198,24 +193,18 @@ class PlainStep:
         mask = mask.expand(len(x), 1, -1, -1)
         return torch.cat([visible, torch.ones_like(mask), mask], 1), mask
 
-    def reconstruction(self, x: Tensor, coarse: Tensor, refined: Tensor) -> Tensor:
-        target = 2 * x - 1
-        return (target - coarse).abs().mean() + (target - refined).abs().mean()
-
-    def cross_entropy(self, refined: Tensor) -> Tensor:
-        return F.cross_entropy(self.f((refined + 1) / 2), self.batch.y)
-
     def losses(self, x: Tensor, packed: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the reconstruction loss, the cross-entropy, and the refined image."""
         coarse, refined = self.g(packed, mask)
-        return self.reconstruction(x, coarse, refined), self.cross_entropy(refined), refined
+        target = 2 * x - 1
+        reconstruction = (target - coarse).abs().mean() + (target - refined).abs().mean()
+        classified = self.g(packed, mask)[1] if self.twice else refined
+        return reconstruction, F.cross_entropy(self.f((classified + 1) / 2), self.batch.y), refined
 
     def run(self) -> None:
         x = self.adversarial()
         reconstruction, cross_entropy, _ = self.losses(x, *self.transform(x))
-        self.optimizer.zero_grad()
-        (reconstruction + WEIGHT * cross_entropy).backward()
-        self.optimizer.step()
+        update(self.optimizer, reconstruction + WEIGHT * cross_entropy)
 
     def result(self) -> Tensor:
         """Compute the compared result, with the noise and the masks that our implementation draws."""
@@ -232,12 +221,13 @@ class ReleasedStep(PlainStep):
     """
 
     attention = ReleasedAttention
+    twice = True
 
     def __init__(self, device: torch.device, quick: bool, compiled: bool):
         super().__init__(device, quick, compiled)
         width = 8 if quick else 64
         self.discriminator = PatchDiscriminator(4, width, patch_depth((self.side, self.side))).to(device)
-        self.judge = self.adam(self.discriminator)
+        self.judge = torch.optim.Adam(self.discriminator.parameters(), **ADAM)
         self.d: Callable = torch.compile(self.discriminator, dynamic=False) if compiled else self.discriminator
 
     def mask(self, device: torch.device) -> Tensor:
@@ -249,24 +239,13 @@ class ReleasedStep(PlainStep):
     def noise(self, x: Tensor) -> Tensor:
         return torch.normal(0.0, 1.0, x.shape).to(x.device)
 
-    def losses(self, x: Tensor, packed: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the same values as `PlainStep.losses`. Each of the two losses has a separate pass of the generator."""
-        coarse, refined = self.g(packed, mask)
-        return self.reconstruction(x, coarse, refined), self.cross_entropy(self.g(packed, mask)[1]), refined
-
     def run(self) -> None:
         x = self.adversarial()
         packed, mask = self.transform(x)
         reconstruction, cross_entropy, refined = self.losses(x, packed, mask)
         real, fake = (torch.cat([image, mask], 1) for image in (2 * x - 1, refined.detach()))
-        judged = hinge(self.d(real), self.d(fake))
-        self.judge.zero_grad()
-        judged.backward()
-        self.judge.step()
-        loss = reconstruction + WEIGHT * cross_entropy - self.d(fake).mean()
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
+        update(self.judge, hinge(self.d(real), self.d(fake)))
+        update(self.optimizer, reconstruction + WEIGHT * cross_entropy - self.d(fake).mean())
 
 
 class ExpertStep(PlainStep):
@@ -276,7 +255,7 @@ class ExpertStep(PlainStep):
         super().__init__(device, quick, compiled=False)
         self.generator.to(memory_format=expert.LAST)
         judge = expert.FrozenCopy(self.classifier).model
-        self.optimizer = torch.optim.Adam(self.generator.parameters(), lr=1e-4, betas=(0.5, 0.999), fused=True)
+        self.optimizer = torch.optim.Adam(self.generator.parameters(), **ADAM, fused=True)
         self.ascent = expert.ascent(expert.loss_of(judge), device, compiled, constant=True)
         self.g = expert.compiled(self.generator, device, compiled)
         self.f = expert.compiled(lambda x: judge(expert.half(x)).float(), device, compiled)
@@ -288,7 +267,6 @@ class ExpertStep(PlainStep):
 def _plain(device: torch.device, quick: bool, form: type[PlainStep], compiled: bool = False) -> Job:
     with use_backend("reference"):
         step = form(device, quick, compiled)
-
     return Job(use_backend("reference")(step.run), use_backend("reference")(step.result))
 
 
@@ -314,7 +292,6 @@ def cases(quick: bool) -> dict[str, Case]:
     n, side, _ = sizes(quick)
     made = columns(partial(_plain, form=ReleasedStep), _expert, _ours)
     contestants = {label.replace("plain", "plain as released"): one for label, one in made.items()}
-    shape = (
-        f"{n} images of {side} x {side}, RT2, FGSM; as released: two passes, a discriminator; expert and ours: neither"
-    )
-    return {"fine-tuning step": Case(shape, TOLERANCE, contestants)}
+    shape = f"{n} images of {side} x {side}, RT2, FGSM"
+    more = "as released: two passes, a discriminator; expert and ours: neither"
+    return {"fine-tuning step": Case(f"{shape}; {more}", TOLERANCE, contestants)}

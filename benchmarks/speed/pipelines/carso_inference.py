@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -51,10 +52,6 @@ class Plain(nn.Module):
     """CARSO in plain PyTorch, with contiguous float32 tensors. The samples are a part of the batch.
 
     No BatchNorm is folded.
-
-    Args:
-        made: the defence.
-        copied: False uses the networks of ``made`` as they are, in their present layout.
     """
 
     def __init__(self, made: Carso, copied: bool = True):
@@ -71,12 +68,7 @@ class Plain(nn.Module):
         return decoder.stack(h.unflatten(1, decoder.start))
 
     def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the image logits ``[K, B, C, H, W]`` and the logits ``[K, B, classes]`` of all samples.
-
-        Args:
-            x: images ``[B, C, H, W]``.
-            z: latents ``[K, B, latent_dim]``.
-        """
+        """Return the image logits ``[K, B, C, H, W]`` and the logits ``[K, B, classes]`` of all samples."""
         condition = self.made.condition_encoder(self.made.representation(x))
         image = self.reconstruct(z.flatten(0, 1), condition.repeat(len(z), 1))
         logits = self.made.classifier(torch.sigmoid(image))
@@ -84,11 +76,7 @@ class Plain(nn.Module):
 
 
 class FrozenCarso(nn.Module):
-    """CARSO as an expert runs it without training: a `expert.FrozenCopy` of all networks.
-
-    Args:
-        made: the defence, which is copied.
-    """
+    """CARSO as an expert runs it without training: a `expert.FrozenCopy` of all networks."""
 
     def __init__(self, made: Carso):
         super().__init__()
@@ -112,38 +100,22 @@ def size(quick: bool) -> int:
     return 4 if quick else BATCH
 
 
+def _job(call: Callable, made: Carso, batch: int, device: torch.device, without_gradients: Callable) -> Job:
+    x, fixed = images(batch, made, device), latents(made, batch, device)
+    run = without_gradients(lambda: torch.logsumexp(call(x, torch.randn_like(fixed))[1], 0))
+    return Job(run, without_gradients(lambda: call(x, fixed)[1].transpose(0, 1)))
+
+
 def _plain(device: torch.device, quick: bool, compiled: bool = False) -> Job:
     made = defence(device, quick)
-    model, batch = Plain(made), size(quick)
-    call = torch.compile(model, dynamic=False) if compiled else model
-    x, fixed = images(batch, made, device), latents(made, batch, device)
-
-    @torch.no_grad()
-    def run() -> Tensor:
-        z = torch.randn(made.samples, batch, made.latent_dim, device=device)
-        return torch.logsumexp(call(x, z)[1], 0)
-
-    @torch.no_grad()
-    def result() -> Tensor:
-        return call(x, fixed)[1].transpose(0, 1)
-
-    return Job(run, result)
+    call = torch.compile(Plain(made), dynamic=False, disable=not compiled)
+    return _job(call, made, size(quick), device, torch.no_grad())
 
 
 def _expert(device: torch.device, quick: bool, compiled: bool = False) -> Job:
-    made, batch = defence(device, quick), size(quick)
+    made = defence(device, quick)
     call = expert.compiled(FrozenCarso(made), device, compiled, "inference")
-    x, fixed = images(batch, made, device), latents(made, batch, device)
-
-    @torch.inference_mode()
-    def run() -> Tensor:
-        return torch.logsumexp(call(x, torch.randn_like(fixed))[1], 0)
-
-    @torch.inference_mode()
-    def result() -> Tensor:
-        return call(x, fixed)[1].transpose(0, 1)
-
-    return Job(run, result)
+    return _job(call, made, size(quick), device, torch.inference_mode())
 
 
 def _ours(device: torch.device, quick: bool, compiled: bool = False) -> Job:

@@ -19,7 +19,7 @@ from purify_fast.ops.sample_latent import sample_latent
 from purify_fast.training import Batch
 from purify_fast.training.config import TrainingAttack
 
-from . import Case, Job, columns, expert, training_step
+from . import Case, Job, columns, expert, training_step, update
 from .carso_inference import FrozenCarso, Plain, defence, images
 
 BATCH, OBJECTIVE_STEPS, PIPELINE_STEPS = 64, 40, 10
@@ -117,12 +117,12 @@ class PlainTraining:
         reconstruction = F.binary_cross_entropy_with_logits(image, b.x, reduction="none").flatten(1).sum(1).mean()
         return F.cross_entropy(predictions, b.y) + self.config.reconstruction_weight * reconstruction
 
-    def run(self) -> Tensor:
+    def run(self) -> None:
         loss = self.step()
+        # The attacks have left gradients in the classifier too, which the optimizer does not know.
         self.model.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
-        return loss.detach()
 
 
 class ExpertTraining:
@@ -201,12 +201,8 @@ class ExpertTraining:
             representation = [layer.clone() for layer in self.read(expert.half(x))]
         return self.predict(representation, self.latents()[0])
 
-    def run(self) -> Tensor:
-        loss = self.step(fixed=False)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        return loss.detach()
+    def run(self) -> None:
+        update(self.optimizer, self.step(fixed=False))
 
 
 def _plain(device: torch.device, quick: bool, target: str, compiled: bool = False) -> Job:

@@ -47,12 +47,7 @@ def denoiser(width: int) -> UNet:
 
 
 def defence(device: torch.device, quick: bool) -> DiffusionPurifier:
-    """Return a purifier for images of 32 x 32, with a U-Net as denoiser and a ResNet-18 as classifier.
-
-    Args:
-        device: device of the networks.
-        quick: True for small networks and images.
-    """
+    """Return a purifier for images of 32 x 32, with a U-Net as denoiser and a ResNet-18 as classifier."""
     side, width, samples, steps = (8, 4, 2, 3) if quick else (32, 32, SAMPLES, STEPS)
     network = denoiser(width)
     judge = SmallCNN(3, 10, (side, side), 4) if quick else classifier()
@@ -75,12 +70,7 @@ def loss(logits: Tensor) -> Tensor:
 class Plain:
     """The defence in plain PyTorch: a loop over the steps of the process, followed by the classifier.
 
-    Args:
-        device: device of the networks.
-        quick: True for small networks and images.
-        compiled: True to compile the denoiser and the classifier.
-        keep: 1 if autograd stores all activations. 0 if `torch.utils.checkpoint` computes each step again in
-            the backward pass.
+    With ``keep``, autograd stores all activations. Otherwise the backward pass computes each step again.
     """
 
     def __init__(self, device: torch.device, quick: bool, compiled: bool, keep: int):
@@ -92,24 +82,13 @@ class Plain:
         self.denoise, self.classify = compile(self.made.denoiser.module), compile(self.made.classifier)
 
     def step(self, x: Tensor, z: Tensor, i: int) -> Tensor:
-        """Return the state after step ``i``.
-
-        Args:
-            x: state before the step.
-            z: noise of the step.
-            i: number of the step.
-        """
+        """Return the state after step ``i``."""
         p, q, limit, image, state, noise, _, _ = self.numbers[i]
         predicted = self.denoise(x, torch.full((len(x),), self.times[i], device=x.device))
         return image * (p * x + q * predicted).clamp(-limit, limit) + state * x + noise * z
 
     def __call__(self, x: Tensor, noise: Callable[[Tensor, int], Tensor]) -> Tensor:
-        """Return the mean of the logits over the K samples.
-
-        Args:
-            x: images ``[B, C, H, W]`` in [0, 1].
-            noise: function that returns the noise, from the state and the number of the step.
-        """
+        """Return the mean of the logits over the K samples."""
         x = (2 * x - 1).repeat_interleave(self.made.samples, 0)
         x = self.numbers[0][4] * x + self.numbers[0][5] * noise(x, 0)
         for i in range(1, self.count + 1):
@@ -133,15 +112,7 @@ class Plain:
 
 
 class Expert(Plain):
-    """The defence as an expert writes it (see `expert`). The state of the process remains in float32.
-
-    Args:
-        device: device of the networks.
-        quick: True for small networks and images.
-        compiled: True to compile a step of the process, and the classifier.
-        keep: as for `Plain`.
-        gradient: True if the gradient of the images is computed.
-    """
+    """The defence as an expert writes it (see `expert`). The state of the process remains in float32."""
 
     def __init__(self, device: torch.device, quick: bool, compiled: bool, keep: int, gradient: bool):
         super().__init__(device, quick, False, keep)

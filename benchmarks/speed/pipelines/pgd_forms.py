@@ -63,14 +63,7 @@ def _images(device: torch.device, quick: bool, count: int) -> tuple[Tensor, Tens
 
 
 def plain(device: torch.device, quick: bool, *, count: int, compiled: bool = False) -> Job:
-    """Return the attack in plain PyTorch: the network as a user has it, which also computes gradients of its weights.
-
-    Args:
-        device: device that computes.
-        quick: True for a small network and small images.
-        count: number of images.
-        compiled: True to compile the network.
-    """
+    """Return the attack in plain PyTorch on the network as a user has it, with gradients of its weights too."""
     x, y = _images(device, quick, count)
     network, attacked = _network(quick).to(device), _network(quick).to(device)
     called = torch.compile(attacked, dynamic=False, disable=not compiled)
@@ -97,23 +90,8 @@ def by_expert(device: torch.device, quick: bool, *, count: int, compiled: bool =
     return _job(lambda: expert.attack(step, x, y, EPS, ALPHA, STEPS), network, x, y)
 
 
-def ours(
-    device: torch.device,
-    quick: bool,
-    *,
-    count: int,
-    compiled: bool = False,
-    captured: bool = False,
-) -> Job:
-    """Return the attack by this package, with an inference copy in the dtype that is faster.
-
-    Args:
-        device: device that computes.
-        quick: True for a small network and small images.
-        count: number of images.
-        compiled: True to compile the inference copy.
-        captured: True to capture the step of the attack as a CUDA graph.
-    """
+def ours(device: torch.device, quick: bool, *, count: int, compiled: bool = False, captured: bool = False) -> Job:
+    """Return the attack by this package, with an inference copy in the dtype that is faster."""
     x, y = _images(device, quick, count)
     graphs = StepGraphs("always") if captured else None
     network = _network(quick).to(device)
@@ -156,12 +134,9 @@ def forms(count: int) -> dict[str, Contestant]:
 
 
 def cases(quick: bool) -> dict[str, Case]:
-    made = {}
+    on_gpu, made = quick or torch.cuda.is_available(), {}
     for count in sizes(quick):
-        every = forms(count)
-        if not (quick or torch.cuda.is_available()):
-            every = {name: form for name, form in every.items() if "captured" not in name}
-        if quick or torch.cuda.is_available():
-            every = {name: form for name, form in every.items() if not name.startswith(PRODUCTS)}
+        absent = PRODUCTS if on_gpu else "captured"
+        every = {name: form for name, form in forms(count).items() if absent not in name}
         made[f"{count} images"] = Case(f"{count} images, PGD-{STEPS}", 0.05, every)
     return made
