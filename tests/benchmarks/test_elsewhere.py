@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from benchmarks.speed import elsewhere, sheets
-from benchmarks.speed.elsewhere import measuring
-from benchmarks.speed.elsewhere.expert_changes import Frozen
-from benchmarks.speed.elsewhere.installed_attacks import PKG_RESOURCES
+from benchmarks.speed.elsewhere import Frozen, measuring
+from benchmarks.speed.elsewhere.loops import PKG_RESOURCES
 
 #: These rows need no further package.
 OWN = [name for name, row in elsewhere.registry().items() if not row.package]

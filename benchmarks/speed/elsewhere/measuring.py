@@ -26,8 +26,7 @@ from purify_fast.speed import retain_freed_memory
 
 from ... import options
 from .. import sheets, timing
-from . import Batches, Dtype, Row, changed_lines, registry
-from .expert_changes import fastest
+from . import Batches, Dtype, Row, changed_lines, fastest, registry
 
 CONTESTANTS = ("theirs", "expert", "ours", "compiled")
 #: The contestants whose lines and results are compared with theirs.
@@ -42,14 +41,7 @@ LATER = 20
 
 
 class Contest:
-    """A contestant of a row, which has its own copy of the model.
-
-    Args:
-        row: the row.
-        who: name of the contestant.
-        dtype: dtype of frozen copies.
-        small: True for a small network and small images.
-    """
+    """A contestant of a row, which has its own copy of the model."""
 
     def __init__(self, row: Row, who: str, dtype: Dtype, small: bool):
         self.row, self.who, self.model, self.original = row, who, row.network(small), row.network(small)
@@ -117,13 +109,7 @@ def difference(one: Tensor, theirs: Tensor) -> str:
 
 
 def measured(name: str, row: Row, quick: bool) -> dict[str, Any]:
-    """Measure a row, and return its line of the results file. A contestant that fails has no numbers.
-
-    Args:
-        name: name of the row.
-        row: the row.
-        quick: True for one round of small networks, in float32 and without compilation.
-    """
+    """Measure a row, and return its line of the results file. A contestant that fails has no numbers."""
     # The networks of all rows share code, of which PyTorch keeps few compiled forms.
     torch.compiler.reset()
     contests, firsts = dict[str, Contest](), dict[str, dict[str, Tensor]]()
@@ -182,7 +168,8 @@ def main(chosen: argparse.Namespace) -> str:
     path = options.out_of(chosen, chosen.quick, "cpu") / FILES[limited]
     kept = {row["row"]: row for row in sheets.rows_of(path)}
     rows = registry()
-    left = [name for name in rows if name in chosen.names and not (chosen.resume and _complete(kept.get(name, {})))]
+    done = {name for name, row in kept.items() if chosen.resume and all(row[f"{who}_ms"] for who in CONTESTANTS)}
+    left = [name for name in rows if name in chosen.names and name not in done]
     # PyTorch asks the processor for these, even if PyTorch is limited to AVX2.
     absent = {f"_is_{name}_supported": lambda: False for name in ("avx512_bf16", "amx_tile")}
     processor = mock.patch.multiple(torch.cpu, create=True, **absent) if limited else contextlib.nullcontext()
@@ -195,10 +182,6 @@ def main(chosen: argparse.Namespace) -> str:
             sheets.write_csv(path, [kept[each] for each in rows if each in kept])
     torch.set_num_threads(threads)
     return "\n".join(_table(sheets.rows_of(path)))
-
-
-def _complete(row: dict[str, Any]) -> bool:
-    return bool(row) and all(row[f"{who}_ms"] for who in CONTESTANTS)
 
 
 def _table(rows: list[dict[str, str]]) -> list[str]:
@@ -216,11 +199,7 @@ def _table(rows: list[dict[str, str]]) -> list[str]:
 
 
 def table(results: Path) -> list[str]:
-    """Return the tables of docs/speed.md, one for each kind of processor.
-
-    Args:
-        results: the folder ``benchmarks/results``.
-    """
+    """Return the tables of docs/speed.md, one for each kind of processor."""
     lines: list[str] = []
     for file in FILES:
         if rows := sheets.rows_of(results / "cpu" / file):
