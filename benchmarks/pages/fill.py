@@ -23,8 +23,7 @@ from purify_fast._files import write_text
 from .. import RESULTS, options
 from ..prose import wrapped
 from ..robustness import alone, answer, contests, large_images, pack_zoo
-from ..robustness.broken import broken_tables as broken
-from ..robustness.broken import code as code_of_broken
+from ..robustness.broken import run_broken as broken
 from ..robustness.truth import truth_tables as truth
 from ..speed import gradient_memory, neighbors, replaced, running, sheets, shipping
 from ..speed.elsewhere import measuring as elsewhere
@@ -221,7 +220,7 @@ def check(results: Path) -> list[str]:
         found += broken_links(page)
         if page.name not in (MEASURED_PAGE, "CHANGELOG.md"):
             found += typed_numbers(page, results)
-    parts = (contests, alone, answer, truth, code_of_broken)
+    parts = (contests, alone, answer, truth, broken)
     return found + [line for part in parts for line in part.outdated(results)]
 
 

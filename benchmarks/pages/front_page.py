@@ -11,7 +11,7 @@ from purify_fast.evaluation.show.tables import markdown_table, percent
 
 from ..kept import rows_of
 from ..robustness import answer, contests
-from ..robustness.broken import broken_tables
+from ..robustness.broken import run_broken
 from ..robustness.studies import diffusion
 from ..robustness.truth import truth_tables as truth
 from ..speed import sheets
@@ -265,11 +265,11 @@ def broken_sentence(results: Path) -> list[str]:
     Args:
         results: folder of the committed results.
     """
-    rows = rows_of(results / broken_tables.FILE)
-    names = [name for name, entry in broken_tables.ENTRIES.items() if entry.paper]
-    said = [broken_tables.verdicts({row["judge"]: row for row in rows if row["model"] == name}) for name in names]
-    both = [each for each in said if "-" not in (each[broken_tables.OFFICIAL], each[broken_tables.STANDARD])]
-    official, default = ([each[judge] for each in both] for judge in (broken_tables.OFFICIAL, broken_tables.STANDARD))
+    rows = rows_of(results / run_broken.FILE)
+    names = [name for name, entry in run_broken.ENTRIES.items() if entry.paper]
+    said = [run_broken.verdicts({row["judge"]: row for row in rows if row["model"] == name}) for name in names]
+    both = [each for each in said if "-" not in (each[run_broken.OFFICIAL], each[run_broken.STANDARD])]
+    official, default = ([each[judge] for each in both] for judge in (run_broken.OFFICIAL, run_broken.STANDARD))
     flagged, above = default.count("flagged"), default.count("flagged") + default.count("missed")
     return [
         "| rebuilt defences that [adaptive attacks](judge_reference.md#defences-that-were-broken) have broken | "

@@ -63,11 +63,7 @@ def found(subject: Subject) -> Iterator[tuple[str, int, int]]:
 
 
 def markdown(rows: list[Row]) -> list[str]:
-    """Return the table: a row for each attack, with the sums over all contests.
-
-    Args:
-        rows: a row for each contest, with the attacks in their order.
-    """
+    """Return the table: a row for each attack, with the sums over all contests."""
     names = list(dict.fromkeys(name for row in rows for name in row["attacks"]))
     body = []
     for name in names:
@@ -80,26 +76,16 @@ def markdown(rows: list[Row]) -> list[str]:
     return [f"Contests: {contests}.", "", *markdown_table(head, body)]
 
 
-def read(out: Path) -> list[Row]:
-    """Return the rows in a folder of results, or an empty list if there is no results file."""
-    return kept.rows_of(out / FILE)
-
-
 def outdated(results: Path) -> list[str]:
-    """Return a message for each row that was made with other attacks than the protocol has now.
-
-    Args:
-        results: the folder ``benchmarks/results``.
-    """
+    """Return a message for each row that was made with other attacks than the protocol has now."""
     now = revisions.short(OURS, random=False)
-    rows = [row for row in read(results / "studies") if row.get("revision") != now]
+    rows = [row for row in kept.rows_of(results / "studies" / FILE) if row.get("revision") != now]
     return [kept.outdated(FILE, repr(row["contest"]), f"alone '{row['contest']}'") for row in rows]
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``python -m benchmarks alone``."""
-    names = f"contests to run; default: all. Names: {'; '.join(ALL)}"
-    parser.add_argument("names", nargs="*", metavar="NAME", type=options.one_of(list(ALL)), help=names)
+    options.add_names(parser, ALL, what="contests to run")
     parser.add_argument("--data", type=Path, help="folder with cifar10.npz and mnist.npz, or with the official files")
     parser.add_argument("--images", type=int, help="largest number of images of a contest; default: all images")
     options.add_out(parser, "/studies")
@@ -109,7 +95,7 @@ def main(chosen: argparse.Namespace) -> str:
     """Run contests, and return the table."""
     out = options.out_of(chosen, chosen.quick, "studies")
     most = 4 if chosen.quick else chosen.images
-    for name in chosen.names or ALL:
+    for name in chosen.names:
         subject = ALL[name].make(chosen.data)
         subject = replace(subject, x=subject.x[:most], y=subject.y[:most])
         row: Row = {"contest": name, "images": len(subject.x), "weights": weights_fingerprint(subject.model)}
@@ -118,5 +104,5 @@ def main(chosen: argparse.Namespace) -> str:
         row |= timing.environment(torch.device("cpu"))
         kept.put(out / FILE, row, lambda one: list(ALL).index(one["contest"]))
         print(json.dumps(row["attacks"]), flush=True)
-        write_text(out / TABLE, "\n".join(markdown(read(out))) + "\n")
+        write_text(out / TABLE, "\n".join(markdown(kept.rows_of(out / FILE))) + "\n")
     return (out / TABLE).read_text()

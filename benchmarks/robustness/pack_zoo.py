@@ -1,11 +1,7 @@
 """Evaluate trained models, and put them into `purify_fast.zoo`.
 
-The argument NAME=FOLDER packs the model in FOLDER under the name NAME. FOLDER is the folder that a training wrote, with
-a saved classifier or defence. A new model needs a ``card.json`` in FOLDER, which describes the model. The evaluation
-replaces the numbers of this card. The argument NAME evaluates a model that is already in the zoo, and writes the
-model's card again.
-
-The classifier of a defence must be in the zoo too. If an evaluation was interrupted, the same command continues it.
+NAME=FOLDER packs the model that a training wrote into FOLDER; a new model needs a ``card.json`` there. NAME evaluates a
+model of the zoo again. The classifier of a defence must be in the zoo too. The same command continues a stopped run.
 """
 
 from __future__ import annotations
@@ -51,28 +47,17 @@ DIFFUSION = "diffusion"
 
 
 def card_of(name: str, source: Path) -> Card:
-    """Return the card that a model has before the evaluation.
-
-    Raises:
-        ValueError: neither the zoo nor the folder has a card for the model.
-    """
+    """Return the card that a model has before the evaluation."""
     for folder in (MODELS / name, source):
         if (folder / FILE).is_file():
             return replace(read_card(folder), name=name)
-    raise ValueError(
-        f"the zoo has no model {name!r}. Its models are {', '.join(packed.list())}. For a new model give NAME=FOLDER, "
-        f"and put a {FILE} into FOLDER."
-    )
+    raise ValueError(f"{name!r} has no {FILE} in {source}, and is no model of the zoo: {', '.join(packed.list())}")
 
 
 def prepare(source: Path, out: Path) -> Path:
     """Write a model in the form in which the zoo stores it, and return its new folder.
 
     A model that is too large in float32 is stored in bfloat16. The evaluation uses the stored model.
-
-    Args:
-        source: folder that a training wrote.
-        out: folder for the stored model.
     """
     out.mkdir(parents=True, exist_ok=True)
     if (source / MODEL).stat().st_size <= LARGEST:
@@ -85,44 +70,15 @@ def prepare(source: Path, out: Path) -> Path:
     return out
 
 
-def pack(source: Path, card: Card, models: Path) -> None:
-    """Put a model and its card into the zoo.
-
-    Args:
-        source: folder that `prepare` wrote, or the model's folder in the zoo.
-        card: card of the model.
-        models: folder of the zoo.
-    """
-    folder = models / card.name
-    folder.mkdir(parents=True, exist_ok=True)
-    if source != folder:
-        shutil.copyfile(source / MODEL, folder / MODEL)
-    write_card(card, folder)
-
-
 def clean_accuracy(model: torch.nn.Module, data: DataSet) -> Accuracy:
-    """Measure the accuracy on the first `CLEAN` test images.
-
-    Args:
-        model: classifier or defence, images to logits.
-        data: data set with the test images.
-    """
+    """Measure the accuracy on the first `CLEAN` test images."""
     x = data.x_test[:CLEAN]
     torch.manual_seed(0)
     return Accuracy(share_correct(model, x, data.y_test), len(x))
 
 
 def loaded(card: Card, folders: dict[str, Path], models: Path) -> torch.nn.Module:
-    """Load a model in evaluation mode. A defence is loaded together with its classifier.
-
-    Args:
-        card: card of the model.
-        folders: folders of the models that are being packed, by name.
-        models: folder of the zoo.
-
-    Raises:
-        ValueError: a defence does not fit the classifier that its card names.
-    """
+    """Load a model in evaluation mode. A defence is loaded together with its classifier."""
     folder = folders.get(card.name, models / card.name)
     if card.classifier is None:
         return load_classifier(folder)
@@ -134,35 +90,18 @@ def loaded(card: Card, folders: dict[str, Path], models: Path) -> torch.nn.Modul
 
 
 def protocols_of(card: Card) -> dict[str, float]:
-    """Return the protocols by which a model is evaluated, each with the share of the images that it attacks.
-
-    Args:
-        card: card of the model.
-    """
+    """Return the protocols by which a model is evaluated, each with the share of the images that it attacks."""
     return DIFFUSION_PROTOCOLS if card.method == DIFFUSION else PROTOCOLS
 
 
 def attacks_of(card: Card, protocol: str) -> str:
-    """Return a short hash of the attacks that a protocol runs on a model.
-
-    Args:
-        card: card of the model.
-        protocol: one of the protocols in `protocols_of`.
-    """
+    """Return a short hash of the attacks that a protocol runs on a model."""
     random, name = card.method not in ("classifier", "ARREST"), "rand" if protocol == "votes" else protocol
     return revisions.short(name, random, card.method == DIFFUSION)
 
 
 def judge(card: Card, model: torch.nn.Module, images: int, data: DataSet, out: Path) -> Card:
-    """Evaluate a model, and return its new card.
-
-    Args:
-        card: card of the model.
-        model: model in evaluation mode.
-        images: number of held-out images. Each protocol attacks its share in `protocols_of`.
-        data: data set on which the model was trained.
-        out: folder for the reports. An interrupted evaluation continues from the files in this folder.
-    """
+    """Evaluate a model, and return its new card."""
     name, attacked = card.name, {}
     for protocol, share in protocols_of(card).items():
         count = max(1, round(share * images))
@@ -177,11 +116,10 @@ def judge(card: Card, model: torch.nn.Module, images: int, data: DataSet, out: P
         lowest = report.headlines[name]
         print(f"{name}, {protocol}: {lowest}")
         attacked[protocol] = Accuracy(lowest.accuracy, lowest.n, lowest.reliable, report.one_draw(lowest))
-    command = f"python -m benchmarks zoo {name} --images {images}"
     return replace(
         card,
         image_shape=data.image_shape,
-        judged=command,
+        judged=f"python -m benchmarks zoo {name} --images {images}",
         version=__version__,
         clean=clean_accuracy(model, data),
         attacked=attacked,
@@ -190,25 +128,17 @@ def judge(card: Card, model: torch.nn.Module, images: int, data: DataSet, out: P
 
 
 def table(models: Sequence[Card]) -> list[str]:
-    """Return the table of the models of the zoo.
-
-    Args:
-        models: cards of the models.
-    """
+    """Return the table of the models of the zoo."""
     protocols = list(dict.fromkeys(protocol for card in models for protocol in card.attacked))
     body = []
     for card in models:
         eps = f"{round(255 * card.eps)}/255" if card.data == "cifar10" else f"{card.eps:g}"
-        body.append(
-            [f"`{card.name}`", card.title, eps, _cell(card.clean), *(_attacked(card, name) for name in protocols)]
-        )
+        cells = (_attacked(card, name) for name in protocols)
+        body.append([f"`{card.name}`", card.title, eps, _cell(card.clean), *cells])
     head = ["model", "what it is", "eps", "clean", *(f"`{name}`" for name in protocols)]
     lines = markdown_table(head, body)
     if any(OLDER in line for line in lines):
-        lines += [
-            "",
-            f"{OLDER} This number was measured with attacks of an earlier or unknown version.",
-        ]
+        lines += ["", f"{OLDER} This number was measured with attacks of an earlier or unknown version."]
     return lines
 
 
@@ -238,32 +168,25 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(chosen: argparse.Namespace, models: Path = MODELS) -> str:
-    """Evaluate and pack models, and return their cards.
-
-    Args:
-        chosen: options of the command.
-        models: folder of the zoo.
-
-    Raises:
-        ValueError: a name is unknown, or a defence does not fit its classifier in the zoo.
-    """
+    """Evaluate and pack models, and return their cards."""
     split = (model.partition("=") for model in chosen.models)
     sources = {name: Path(source) if equals else models / name for name, equals, source in split}
     cards = {name: card_of(name, source) for name, source in sources.items()}
-    folders = {
-        name: source if source == models / name else prepare(source, chosen.out / name / "model")
-        for name, source in sources.items()
-    }
+    new = {name: source for name, source in sources.items() if source != models / name}
+    folders = sources | {name: prepare(source, chosen.out / name / "model") for name, source in new.items()}
     ready = {name: loaded(card, folders, models) for name, card in cards.items()}
     for card in map(read_card, (path.parent for path in models.glob(f"*/{FILE}"))):
         if card.name not in cards and card.classifier in cards:
             # A defence that stays in the zoo must fit the classifier that is replaced.
             loaded(card, folders, models)
-    judged = [
-        judge(card, ready[name], chosen.images, load_dataset(card.data, chosen.data), chosen.out)
-        for name, card in cards.items()
-    ]
+    judged = []
+    for name, card in cards.items():
+        judged.append(judge(card, ready[name], chosen.images, load_dataset(card.data, chosen.data), chosen.out))
     # Pack all models at the end, so that the zoo is inconsistent only for a short time.
     for card in judged:
-        pack(folders[card.name], card, models)
+        folder = models / card.name
+        folder.mkdir(parents=True, exist_ok=True)
+        if folders[card.name] != folder:
+            shutil.copyfile(folders[card.name] / MODEL, folder / MODEL)
+        write_card(card, folder)
     return "\n".join(map(str, judged))

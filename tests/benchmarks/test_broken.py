@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks import __main__ as program
-from benchmarks.robustness.broken import adaptive, code, entry, pintor, run_broken
-from benchmarks.robustness.broken import broken_tables as tables
+from benchmarks.robustness.broken import adaptive, entry, pintor
+from benchmarks.robustness.broken import run_broken as tables
 from purify_fast import zoo
 from purify_fast.data import load_dataset, to_float
 
@@ -100,10 +100,10 @@ def judging(monkeypatch):
         missed = name == "EMPIR" and judge in tables.ATTACKERS
         alarms = ["batch size"] if (name, judge) == ("EMPIR", tables.STANDARD) else []
         made = result(name, judge, "1111" if missed else "1000", unreliable=alarms)
-        made |= {"settings": settings, "code": code.code(name, judge)}
+        made |= {"settings": settings, "code": tables.code(name, judge)}
         return made
 
-    monkeypatch.setattr(run_broken, "judged", judged)
+    monkeypatch.setattr(tables, "judged", judged)
     return done
 
 
@@ -132,15 +132,15 @@ def test_results_are_kept_and_a_method_that_flags_alone_is_named(judging, tmp_pa
 
 
 def test_strong_judges_only_where_standard_found_or_flagged(judging, monkeypatch, tmp_path):
-    whole = run_broken.judged
-    monkeypatch.setattr(run_broken, "judged", lambda name, *rest: whole(name, *rest) | {"unreliable": []})
+    whole = tables.judged
+    monkeypatch.setattr(tables, "judged", lambda name, *rest: whole(name, *rest) | {"unreliable": []})
     program.main(["broken", "--quick", "--out", str(tmp_path), "--only", "EMPIR", "a linear classifier"])
     assert [name for name, judge in judging if judge == tables.STRONG] == ["a linear classifier"]
     options = argparse.ArgumentParser()
-    run_broken.arguments(options)
+    tables.arguments(options)
     most = {("EMPIR", tables.STRONG): 50, ("`mnist-arrest`", tables.STANDARD): 200, ("ME-Net", tables.STANDARD): 40}
     for at, images in most.items():
-        assert run_broken.settings_of(*at, options.parse_args([])) == {"images": images, "steps": 100}
+        assert tables.settings_of(*at, options.parse_args([])) == {"images": images, "steps": 100}
 
 
 #: The sign that alone notices each mistake.
@@ -158,7 +158,7 @@ MISTAKES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MISTAKES)
 def test_each_mistake_is_noticed_by_its_sign(name):
-    found = run_broken.judged(name, "fast", {"images": 100, "steps": 10}, "data")
+    found = tables.judged(name, "fast", {"images": 100, "steps": 10}, "data")
     assert MISTAKES[name] in found["unreliable"]
 
 
@@ -166,18 +166,18 @@ def test_a_result_of_other_code_is_found_and_made_again(judging, monkeypatch, tm
     """A changed defence, other options of its adaptive attack and another limit of a sign outdate what they made."""
     arguments = ["broken", "--quick", "--out", str(tmp_path), "--only", "EMPIR", "bit-depth reduction"]
     program.main(arguments)
-    assert code.outdated(tmp_path) == [] and len(judging) == 10
+    assert tables.outdated(tmp_path) == [] and len(judging) == 10
     with monkeypatch.context() as changed:
-        changed.setattr(code.signs, "MOST_MISSED", 0.5)
-        found = code.outdated(tmp_path)
+        changed.setattr(tables.signs, "MOST_MISSED", 0.5)
+        found = tables.outdated(tmp_path)
         assert len(found) == 4 and all(" standard of " in line or " strong of " in line for line in found)
     with monkeypatch.context() as changed:
         longer = dataclasses.replace(entry.ENTRIES["EMPIR"], chain=adaptive.long(1))
         changed.setitem(entry.ENTRIES, "EMPIR", longer)
-        (line,) = code.outdated(tmp_path)
+        (line,) = tables.outdated(tmp_path)
         assert "adaptive of 'EMPIR' was made by other attacks" in line
         program.main(arguments)
-        assert judging[10:] == [("EMPIR", tables.ADAPTIVE)] and not code.outdated(tmp_path)
+        assert judging[10:] == [("EMPIR", tables.ADAPTIVE)] and not tables.outdated(tmp_path)
 
 
 def test_the_judges_of_a_model(monkeypatch):
@@ -186,10 +186,10 @@ def test_the_judges_of_a_model(monkeypatch):
     rounding, through = (nn.Sequential(entry.Step(step), nn.Flatten(), layer) for step in steps)
     one = entry.Entry(lambda x, y: (entry.train(rounding, x, y), through), "a paper", "BPDA", adaptive.long(1))
     monkeypatch.setitem(entry.ENTRIES, "rounds", one)
-    run_broken.built.cache_clear()
+    tables.built.cache_clear()
     kept = {}
     for judge in tables.JUDGES[:4]:
-        kept[judge] = run_broken.judged("rounds", judge, {"images": 8, "steps": 3}, "data")
+        kept[judge] = tables.judged("rounds", judge, {"images": 8, "steps": 3}, "data")
         assert "cpu_seconds" in kept[judge] and kept[judge]["code"].keys() == {"model", "judge"}
     assert tables.left(kept[tables.ADAPTIVE]) < kept[tables.ADAPTIVE]["clean"]
     assert kept[tables.STANDARD]["unreliable"] or tables.left(kept[tables.STANDARD]) == 0

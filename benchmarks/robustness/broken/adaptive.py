@@ -22,40 +22,19 @@ DRAWS, MANY_DRAWS = 20, 40
 
 
 def every_class(follows: int = 1, *, steps: int = 200, restarts: int = 2, classes: int = 9, **more: Any) -> Search:
-    """Return a search towards each wrong class in turn. The loss is the margin, whose gradient does not vanish.
-
-    Args:
-        follows: index of the model whose gradients are used, as in `Search`.
-        steps: number of steps of each run.
-        restarts: number of random starts for each class.
-        classes: number of wrong classes. The classes with the highest logits come first.
-        more: further options of `APGD`.
-    """
+    """Return a search towards each wrong class in turn. The loss is the margin, whose gradient does not vanish."""
     return Search(
         APGD(loss="margin_targeted", steps=steps, restarts=restarts, n_target_classes=classes, **more), follows
     )
 
 
 def away(follows: int = 1, *, steps: int = 200, restarts: int = 5, loss: Any = "ce", **more: Any) -> Search:
-    """Return a search away from the true class, from several random starts.
-
-    Args:
-        follows: index of the model whose gradients are used, as in `Search`.
-        steps: number of steps of each run.
-        restarts: number of random starts.
-        loss: name of the loss.
-        more: further options of `APGD`.
-    """
+    """Return a search away from the true class, from several random starts."""
     return Search(APGD(loss=loss, steps=steps, restarts=restarts, **more), follows)
 
 
 def long(*follow: int, steps: int = 200) -> tuple[Search, ...]:
-    """Return searches for a deterministic model: cross-entropy from five starts, and each wrong class from two starts.
-
-    Args:
-        follow: indices of the models whose gradients are used, as in `Search`.
-        steps: number of steps of each run.
-    """
+    """Return searches for a deterministic model: from five starts away from the class, from two to each other class."""
     return tuple(part for one in follow for part in (away(one, steps=steps), every_class(one, steps=steps)))
 
 
@@ -64,12 +43,6 @@ def drawn(*follow: int, draws: int = DRAWS, steps: int = 100, classes: int = 4) 
 
     The loss of the first search divides the margin of each prediction by the spread of the prediction's logits, so that
     all predictions have equal weight.
-
-    Args:
-        follow: indices of the models whose gradients are used, as in `Search`.
-        draws: number of random predictions that each step averages.
-        steps: number of steps of each run.
-        classes: number of wrong classes. The classes with the highest logits come first.
     """
     return tuple(
         part
@@ -91,13 +64,7 @@ def chain(entry: Entry) -> tuple[Search, ...]:
 
 
 def specs(entry: Entry, followed: Sequence[nn.Module | None]) -> list[AttackSpec]:
-    """Return the adaptive attack on an entry's model as a list of attacks, one for each search.
-
-    Args:
-        entry: entry of the table.
-        followed: models that the entry's ``build`` returned. Their gradients are used. None stands for the first
-            model, which is the attacked model.
-    """
+    """Return the adaptive attack on an entry's model as a list of attacks, one for each search."""
     return [
         AttackSpec(part.attack, label=f"part {i + 1}", gradients_from=followed[part.follows], survivors_only=True)
         for i, part in enumerate(chain(entry))

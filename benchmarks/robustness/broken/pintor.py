@@ -1,9 +1,7 @@
 """Compute the indicators of Pintor et al., "Indicators of attack failure", NeurIPS 2022 (arXiv 2106.09947).
 
-The indicators are computed as in the code of the paper's authors. The attack is PGD on the cross-entropy, and its
-result is the last point. The indicator "transfer failure" is left out, because it is only for attacks that were
-computed on another model. An indicator fires if it is true for more than a tenth of the images. The indicator "unstable
-predictions" is a number, and fires if its mean over the images is above 0.1, the paper's threshold.
+They are computed as in the authors' code, by PGD on the cross-entropy. "Transfer failure" is left out, because no
+attack here comes from another model.
 """
 
 from __future__ import annotations
@@ -51,19 +49,7 @@ def gradient(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Te
 
 
 def run(model: nn.Module, x: Tensor, y: Tensor, eps: float, length: float) -> tuple[Tensor, Tensor]:
-    """Run PGD once.
-
-    Args:
-        model: classifier, images to logits.
-        x: images ``[B, C, H, W]`` in [0, 1].
-        y: labels, int64 ``[B]``.
-        eps: L-inf radius on images in [0, 1].
-        length: length of a step, in image units.
-
-    Returns:
-        The losses, and the masks of misclassified images. Both are ``[STEPS + 1, B]``: before the first step, and after
-        each step.
-    """
+    """Run PGD once."""
     point, every, fallen = x, [], []
     for _ in range(STEPS):
         slope, loss, wrong = gradient(model, point, y)
@@ -75,11 +61,7 @@ def run(model: nn.Module, x: Tensor, y: Tensor, eps: float, length: float) -> tu
 
 
 def still_rising(loss: Tensor) -> Tensor:
-    """Tell for each image whether the loss is still rising in the last steps.
-
-    Args:
-        loss: losses of the images before the first step and after each step, ``[steps + 1, B]``.
-    """
+    """Tell for each image whether the loss is still rising in the last steps."""
     best = loss.nan_to_num().cummax(0).values
     least, most = loss.nan_to_num().amin(0), best[-1]
     return (most - best[-LAST]) > FALLS * (most - least).clamp_min(1e-12)
@@ -96,14 +78,7 @@ def unstable(model: nn.Module, x: Tensor, y: Tensor) -> float:
 
 
 def indicators(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> dict[str, float]:
-    """Return the value of each indicator: the share of images for which it is true, or the mean of a number.
-
-    Args:
-        model: classifier, images to logits.
-        x: images ``[N, C, H, W]`` in [0, 1].
-        y: labels, int64 ``[N]``.
-        eps: L-inf radius on images in [0, 1].
-    """
+    """Return the value of each indicator: the share of images for which it is true, or the mean of a number."""
     torch.manual_seed(0)
     with torch.no_grad(), frozen(model):
         missing = ~gradient(model, x, y)[0].flatten(1).any(1)
@@ -117,9 +92,5 @@ def indicators(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> dict[str, 
 
 
 def fired(values: dict[str, float]) -> list[str]:
-    """Return the names of the indicators that fired.
-
-    Args:
-        values: result of `indicators`.
-    """
+    """Return the names of the indicators that fired."""
     return [name for name, value in values.items() if value > PASSES]

@@ -9,23 +9,166 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import statistics
 import time
+from collections.abc import Sequence
 from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from purify_fast import zoo
+from purify_fast._tensors import text_hash, weights_fingerprint
 from purify_fast.attacks import AutoAttack
 from purify_fast.data import load_dataset, to_float
 from purify_fast.evaluation import AttackSpec, EvaluateConfig, evaluate
+from purify_fast.evaluation.alarms import signs
+from purify_fast.evaluation.show.tables import UNRELIABLE, markdown_table
 
-from ... import options
-from ...kept import put, rows_of
+from ... import kept, options
+from ...kept import Row, put, rows_of
 from ...speed.running import Budget
-from . import adaptive, broken_tables, pintor
-from .broken_tables import ADAPTIVE, ENTRIES, FILE, JUDGES, OFFICIAL, PINTOR, STRONG, Result, verdicts
-from .code import code
+from .. import revisions
+from . import adaptive, pintor
+from . import honest as _honest  # noqa: F401
+from . import mistakes as _mistakes  # noqa: F401
+from .entry import ENTRIES as ENTRIES
+from .entry import Entry
+
+FILE = "broken.json"
+ADAPTIVE, OFFICIAL, STANDARD, STRONG = "adaptive", "AutoAttack", "standard", "strong"
+PINTOR = "indicators"
+#: The judges, in the order in which they evaluate a model.
+JUDGES = (ADAPTIVE, STANDARD, OFFICIAL, PINTOR, STRONG)
+#: The judges that are compared with the adaptive attack.
+ATTACKERS = (OFFICIAL, STANDARD, STRONG)
+#: The number of steps of an attack that does not set a number itself.
+STEPS = 100
+#: A judge that exceeds the adaptive attack by at most this share has found the weakness; 1e-9 is for rounding.
+CLOSE = 0.02 + 1e-9
+
+#: The type of a result, which is a row of the results file.
+Result = Row
+
+
+def left(result: Result, images: int | None = None) -> float:
+    """Return the robust accuracy in a result."""
+    return statistics.fmean(image == "1" for image in result["robust"][:images])
+
+
+def overestimated(each: dict[str, Result], judge: str) -> float | None:
+    """Return a judge's robust accuracy minus the adaptive attack's, on the images of both; None without results."""
+    if not {judge, ADAPTIVE} <= each.keys():
+        return None
+    common = min(len(each[judge]["robust"]), len(each[ADAPTIVE]["robust"]))
+    return left(each[judge], common) - left(each[ADAPTIVE], common)
+
+
+def verdicts(each: dict[str, Result]) -> dict[str, str]:
+    """Compare the judges in `ATTACKERS` with the adaptive attack on a model. Return a verdict for each judge.
+
+    It is "found" if the judge's robust accuracy is close to that of the adaptive attack, "flagged" if this accuracy is
+    higher but the judge calls it unreliable, "missed" otherwise, and "-" if one of the two has no result.
+    """
+    said = {}
+    for judge in ATTACKERS:
+        more = overestimated(each, judge)
+        flagged = "flagged" if judge in each and each[judge]["unreliable"] else "missed"
+        said[judge] = "-" if more is None else "found" if more <= CLOSE else flagged
+    return said
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f}"
+
+
+def _numbers(each: dict[str, Result]) -> list[str]:
+    """Return a model's cells: the number of images, the clean accuracy and each judge's robust accuracy, in percent."""
+    first = next(each[judge] for judge in (ADAPTIVE, STANDARD, OFFICIAL) if judge in each)
+    row = [str(len(first["robust"])), _percent(first["clean"])]
+    for judge in (ADAPTIVE, *ATTACKERS):
+        if judge not in each:
+            row.append("-")
+            continue
+        one = each[judge]
+        fewer = f" (of {len(one['robust'])})" if len(one["robust"]) < len(first["robust"]) else ""
+        row.append(_percent(left(one)) + fewer + (f" **{UNRELIABLE}**" if one["unreliable"] else ""))
+    return row
+
+
+def _score(broken: dict[str, dict[str, Result]]) -> list[str]:
+    """Return sentences that count the verdicts of each judge, and the defences that AutoAttack overestimates."""
+    lines = []
+    for judge in ATTACKERS:
+        said = [verdicts(each)[judge] for each in broken.values()]
+        if asked := len(said) - said.count("-"):
+            found, flagged, missed = map(said.count, ("found", "flagged", "missed"))
+            words = f"`{judge}` judged {asked} defences: it found {found} weaknesses"
+            lines += ["", f"{words}, flagged {flagged} defences, and missed {missed} weaknesses."]
+    gaps = {name: overestimated(each, OFFICIAL) or 0 for name, each in broken.items()}
+    more = {name: gap for name, gap in gaps.items() if gap > CLOSE}
+    if more:
+        worst = max(more, key=more.__getitem__)
+        words = f"AutoAttack overestimates the robust accuracy of {len(more)} defences by more than 2 points"
+        lines += ["", f"{words}. The largest overestimate is {_percent(more[worst])} points, for {worst}."]
+    return lines
+
+
+def markdown(results: Sequence[Result]) -> list[str]:
+    """Return all tables for docs/judge_reference.md."""
+    every = {name: {one["judge"]: one for one in results if one["model"] == name} for name in ENTRIES}
+    every = {name: each for name, each in every.items() if {ADAPTIVE, STANDARD, OFFICIAL} & each.keys()}
+    broken = {name: each for name, each in every.items() if ENTRIES[name].paper}
+    head = ["images", "clean, %", "truth, %", *ATTACKERS]
+    if not every:
+        return ["There are no results yet. Run `python -m benchmarks broken`."]
+    body = []
+    for name, each in broken.items():
+        entry, said = ENTRIES[name], verdicts(each)
+        words = [said[STANDARD], said[STRONG]]
+        body.append([f"{name} ({entry.paper})", entry.attack, entry.published, *_numbers(each), *words])
+    says = [f"{judge} says" for judge in (STANDARD, STRONG)]
+    lines = markdown_table(["defence", "adaptive attack", "published, %", *head, *says], body)
+    lines += _score(broken)
+    lines += ["", "The number of models that each method flags, and the models that only this method flags:"]
+    lines += ["", *_who_notices(every)]
+    for title, honest, why in (("honest model", True, []), ("model with a fault", False, ["why"])):
+        rows = [
+            [name, *_numbers(each), *([ENTRIES[name].why] if why else [])]
+            for name, each in every.items()
+            if not ENTRIES[name].paper and ENTRIES[name].honest == honest
+        ]
+        if rows:
+            lines += ["", *markdown_table([title, *head, *why], rows)]
+    return lines
+
+
+#: The methods that detect failed attacks, with their names in tables.
+WAYS = {STANDARD: "signs of `standard`", PINTOR: "indicators (Pintor et al.)"}
+
+
+def _who_notices(every: dict[str, dict[str, Result]]) -> list[str]:
+    """Return a table that compares the methods that detect failed attacks, by the models that each method flags."""
+    asked = {judge: {name for name, each in every.items() if judge in each} for judge in WAYS}
+    flagged = {judge: {name for name in names if every[name][judge]["unreliable"]} for judge, names in asked.items()}
+    kinds = {name: (ENTRIES[name].paper, ENTRIES[name].honest, ENTRIES[name].why) for name in every}
+    defences, *others = ({name for name, kind in kinds.items() if kind[i]} for i in range(3))
+    groups = [defences, {name for name in defences if (overestimated(every[name], OFFICIAL) or 0) > CLOSE}, *others]
+    body = []
+    for judge, words in WAYS.items():
+        counts = [f"{len(flagged[judge] & group)} of {len(asked[judge] & group)}" for group in groups]
+        elsewhere = set[str]().union(*(names for other, names in flagged.items() if other != judge))
+        body.append([words, *counts, "; ".join(name for name in every if name in flagged[judge] - elsewhere) or "-"])
+    heads = ["defences", "defences that AutoAttack overestimates", "honest models", "models with a fault"]
+    return markdown_table(["method", *heads, "only by this method"], body)
+
+
+def table(results: Path) -> list[str]:
+    """Return all tables of the committed results."""
+    return markdown(rows_of(results / FILE))
+
 
 #: The largest number of images on which a defence is trained.
 TRAINING_IMAGES = 6_000
@@ -45,14 +188,7 @@ def built(name: str, data: str) -> tuple[tuple[nn.Module, ...], Tensor, Tensor]:
 
 
 def judged(name: str, judge: str, settings: dict[str, int], data: str) -> Result:
-    """Let a judge evaluate a model, and return the result.
-
-    Args:
-        name: name of the model in `ENTRIES`.
-        judge: name of the judge in `JUDGES`.
-        settings: the largest number of images, under the key "images", and the largest number of steps, under "steps".
-        data: folder of the images.
-    """
+    """Let a judge evaluate a model, and return the result."""
     entry, (models, x, y) = ENTRIES[name], built(name, data)
     n, begin = settings["images"], time.process_time()
     result: Result = {"model": name, "judge": judge, "settings": settings}
@@ -74,7 +210,11 @@ def _attacked(name: str, judge: str, settings: dict[str, int], data: str) -> Res
     if judge == OFFICIAL:
         how = {"attacks": [AutoAttack(version="rand" if entry.random else "standard", steps=steps)]}
     elif judge == ADAPTIVE:
-        how = {"attacks": [_shortened(spec, steps) for spec in adaptive.specs(entry, (None, *models[1:]))]}
+        specs = adaptive.specs(entry, (None, *models[1:]))
+        if steps < STEPS:
+            short = {"steps": steps, "restarts": 1}
+            specs = [dataclasses.replace(spec, attack=dataclasses.replace(spec.attack, **short)) for spec in specs]
+        how = {"attacks": specs}
         config = dataclasses.replace(shared, eot_iter=DRAWS)
     else:
         config = dataclasses.replace(shared, protocol=judge)
@@ -87,51 +227,75 @@ def _attacked(name: str, judge: str, settings: dict[str, int], data: str) -> Res
     }
 
 
-def _shortened(spec: AttackSpec, steps: int) -> AttackSpec:
-    """Shorten an attack for a trial. If ``steps`` is the usual number, return the attack unchanged."""
-    attack: Any = spec.resolved
-    if steps >= broken_tables.STEPS:
-        return spec
-    return dataclasses.replace(spec, attack=dataclasses.replace(attack, steps=min(steps, attack.steps), restarts=1))
-
-
 def settings_of(name: str, judge: str, chosen: argparse.Namespace) -> dict[str, int]:
-    """Return the largest numbers of images and steps with which a judge evaluates a model.
-
-    Args:
-        name: name of the model.
-        judge: name of the judge.
-        chosen: options of the command.
-    """
+    """Return the largest numbers of images and steps with which a judge evaluates a model."""
     most = min(ENTRIES[name].images, STRONG_IMAGES) if judge == STRONG else ENTRIES[name].images
-    return {"images": min(4, most), "steps": 2} if chosen.quick else {"images": most, "steps": broken_tables.STEPS}
+    return {"images": min(4, most), "steps": 2} if chosen.quick else {"images": most, "steps": STEPS}
 
 
 def order(work: tuple[str, str]) -> tuple[bool, int, int]:
-    """Return the sort key of a result. Deterministic models of digits come first, and the judge `STRONG` comes last.
-
-    Args:
-        work: names of the model and of the judge.
-    """
+    """Return the sort key of a result. Deterministic models of digits come first, and the judge `STRONG` comes last."""
     name, judge = work
     entry = ENTRIES[name]
     return judge == STRONG, entry.random + 2 * (entry.data != "digits"), JUDGES.index(judge)
 
 
-def is_asked(name: str, judge: str, results: list[Result]) -> bool:
-    """Tell whether a judge evaluates a model.
+#: Increase this number if a change in this folder changes results: older saved results are then computed again.
+REVISION = 1
+#: The files that make the models: any change of them, also of a comment, outdates the results of all models.
+SOURCES = ("defences.py", "entry.py", "honest.py", "mistakes.py")
 
-    The judge `STRONG` evaluates a model only if the verdict of ``standard`` on this model is "found" or "flagged".
 
-    Args:
-        name: name of the model.
-        judge: name of the judge.
-        results: the results so far.
-    """
-    if judge != STRONG:
-        return True
-    each = {one["judge"]: one for one in results if one["model"] == name}
-    return verdicts(each)[broken_tables.STANDARD] in ("found", "flagged")
+def code(name: str, judge: str) -> dict[str, str]:
+    """Return short hashes of the code that makes a result."""
+    entry = ENTRIES[name]
+    # The indicators do not evaluate the model.
+    rule = [] if judge == PINTOR else revisions.of_rule(entry.random)
+    return {"model": _of_models(), "judge": _short("\n".join([f"{REVISION}", *_of_judge(entry, judge), *rule]))}
+
+
+def _short(text: str) -> str:
+    return text_hash(text).hexdigest()[:12]
+
+
+def _of_judge(entry: Entry, judge: str) -> list[str]:
+    if judge == PINTOR:
+        return [f"indicators {pintor.REVISION}"]
+    if judge == OFFICIAL:
+        spec = AttackSpec(AutoAttack(version="rand" if entry.random else "standard"))
+        return revisions.of_attacks([spec])
+    if judge == ADAPTIVE:
+        specs = adaptive.specs(entry, [None] * 10)
+        follows = [str(part.follows) for part in adaptive.chain(entry)]
+        return [*revisions.of_attacks(specs), *follows]
+    # A protocol that finds signs of masked gradients also attacks surrogates, so include their revision and the limits.
+    return [*revisions.of_protocol(judge, entry.random), f"surrogates {revisions.SURROGATES}", *_of_signs()]
+
+
+def _of_signs() -> list[str]:
+    """Return the names of the report's signs, and the constants that decide whether a sign fails."""
+    values = {name: value for name, value in vars(signs).items() if name.isupper()}
+    limits = [f"{name} {value}" for name, value in values.items() if isinstance(value, int | float)]
+    return [*(alarm.name for alarm in signs.ALARMS), *sorted(limits)]
+
+
+@functools.cache
+def _of_models() -> str:
+    """Return a hash of the source files that make the models, and of the weights of the zoo's models that they name."""
+    text = "\n".join(Path(__file__).with_name(file).read_text() for file in SOURCES)
+    words = set(text.replace("'", '"').split('"'))
+    with torch.random.fork_rng([]):
+        weights = [f"{name} {weights_fingerprint(zoo.load(name))}" for name in zoo.list() if name in words]
+    return _short("\n".join([text, *weights]))
+
+
+def outdated(results: Path) -> list[str]:
+    """Return a message for each result whose code has changed since it was computed."""
+    return [
+        kept.outdated(FILE, f"{one['judge']} of {one['model']!r}", "broken")
+        for one in rows_of(results / FILE)
+        if one["model"] not in ENTRIES or one["code"] != code(one["model"], one["judge"])
+    ]
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -144,20 +308,22 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def main(chosen: argparse.Namespace) -> str:
     """Compute the results that are missing or outdated, and return the tables."""
     out = options.out_of(chosen, chosen.quick, "")
-    kept = {(one["model"], one["judge"]): one for one in rows_of(out / FILE)}
+    known = {(one["model"], one["judge"]): one for one in rows_of(out / FILE)}
 
     def is_done(name: str, judge: str) -> bool:
-        known = kept.get((name, judge), {})
-        as_asked = known.get("settings") == settings_of(name, judge, chosen)
-        return as_asked and known.get("code") == code(name, judge)
+        old = known.get((name, judge), {})
+        as_asked = old.get("settings") == settings_of(name, judge, chosen)
+        return as_asked and old.get("code") == code(name, judge)
 
     asked = [(name, judge) for judge in JUDGES for name in chosen.only]
     work = sorted((at for at in asked if not is_done(*at)), key=order)
 
     def run(name: str, judge: str) -> None:
-        if is_asked(name, judge, rows_of(out / FILE)):
+        each = {one["judge"]: one for one in rows_of(out / FILE) if one["model"] == name}
+        # `STRONG` evaluates a model only if ``standard`` found its weakness or flagged it.
+        if judge != STRONG or verdicts(each)[STANDARD] in ("found", "flagged"):
             result = judged(name, judge, settings_of(name, judge, chosen), chosen.data)
             put(out / FILE, result, key=itemgetter("model", "judge"))
 
     Budget().go([(f"{name}, {judge}", functools.partial(run, name, judge)) for name, judge in work], "result")
-    return "\n".join(broken_tables.markdown(rows_of(out / FILE)))
+    return "\n".join(markdown(rows_of(out / FILE)))
