@@ -24,7 +24,7 @@ from .. import RESULTS, options
 from ..prose import wrapped
 from ..robustness import alone, answer, contests, large_images, pack_zoo
 from ..robustness.broken import run_broken as broken
-from ..robustness.truth import truth_tables as truth
+from ..robustness.truth import run_truth as truth
 from ..speed import gradient_memory, neighbors, replaced, running, sheets, shipping
 from ..speed.elsewhere import measuring as elsewhere
 from . import front_page, performance

@@ -13,7 +13,7 @@ from ..kept import rows_of
 from ..robustness import answer, contests
 from ..robustness.broken import run_broken
 from ..robustness.studies import diffusion
-from ..robustness.truth import truth_tables as truth
+from ..robustness.truth import run_truth as truth
 from ..speed import sheets
 from ..speed.pipelines.pgd_forms import PRODUCTS
 from ..speed.sheets import PIPELINES, ROWS, fastest, ops_speedups, read_csv

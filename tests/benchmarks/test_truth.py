@@ -9,7 +9,7 @@ from torch import nn
 
 from benchmarks import __main__ as program
 from benchmarks.pages import fill
-from benchmarks.robustness.truth import exact, planted, run_truth, subjects, truth_tables
+from benchmarks.robustness.truth import exact, planted, run_truth, subjects
 from benchmarks.robustness.truth import exact_networks as networks
 from purify_fast.attacks.relu_layers import affine_layers
 
@@ -129,7 +129,7 @@ def test_what_is_done_is_kept_until_its_code_changes(tmp_path, monkeypatch):
     tmp_path = tmp_path / "cpu"
     arguments = ["truth", "--quick", "--out", str(tmp_path), *NAMES, "--contestants", "fast"]
     program.main(arguments)
-    first = truth_tables.read(tmp_path)
+    first = run_truth.read(tmp_path)
     assert [row["subject"] for row in first["truth"]] == NAMES
     seeds = [*((NAMES[0], seed) for seed in range(3)), (NAMES[1], 0), (NAMES[2], 0)]
     assert [(row["subject"], row["seed"]) for row in first["contestants"]] == seeds
@@ -151,18 +151,18 @@ def test_what_is_done_is_kept_until_its_code_changes(tmp_path, monkeypatch):
     subjects.hidden.cache_clear()
     monkeypatch.setattr(planted, "train", None)
     program.main(arguments)
-    assert not asked and truth_tables.read(tmp_path) == first
+    assert not asked and run_truth.read(tmp_path) == first
     # a row of older code, and one that was interrupted
-    changed = json.loads((tmp_path / truth_tables.FILE).read_text())
+    changed = json.loads((tmp_path / run_truth.FILE).read_text())
     changed["contestants"][0]["code"]["attacks"][-1] += " of an older revision"
     changed["contestants"][0]["left"] = ["0000"]
     changed["contestants"][-1]["left"] = []
-    (tmp_path / truth_tables.FILE).write_text(json.dumps(changed))
-    (old,) = truth_tables.outdated(tmp_path.parent)
+    (tmp_path / run_truth.FILE).write_text(json.dumps(changed))
+    (old,) = run_truth.outdated(tmp_path.parent)
     assert f"fast on {NAMES[0]!r} was made by other attacks" in old
     program.main(arguments)
-    assert not truth_tables.outdated(tmp_path.parent)
-    again = truth_tables.read(tmp_path)
+    assert not run_truth.outdated(tmp_path.parent)
+    again = run_truth.read(tmp_path)
     assert asked == ["fast", "fast"]
     assert [row["left"] for row in again["contestants"]] == [row["left"] for row in first["contestants"]]
     assert again["contestants"][0]["code"] == first["contestants"][0]["code"]
@@ -179,7 +179,7 @@ def rows():
     ]
     left = {names[0][0]: ["111011"], names[0][1]: ["00"], names[1][0]: ["10", "00"], subjects.CONSTRUCTED: ["11"]}
     made = []
-    for who, (_, seeds) in truth_tables.CONTESTANTS.items():
+    for who, (_, seeds) in run_truth.CONTESTANTS.items():
         for name, stood in left.items():
             for seed in range(seeds if name in networks.NETWORKS else 1):
                 costs = {"forwards": 80, "gradients": 8, "cpu_seconds": 1.0}
@@ -198,7 +198,7 @@ def test_the_tables_count_what_was_missed(tmp_path):
         if (row["contestant"], row["subject"]) == ("strong", other):
             results["contestants"].remove(row)
     (tmp_path / "cpu").mkdir()
-    (tmp_path / "cpu" / truth_tables.FILE).write_text(json.dumps(results))
+    (tmp_path / "cpu" / run_truth.FILE).write_text(json.dumps(results))
     text = fill.table("truth", tmp_path)
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
     by_name = {line[0]: line[1:] for line in cells}
@@ -207,7 +207,7 @@ def test_the_tables_count_what_was_missed(tmp_path):
     assert by_name["0.25"] == ["2", "2", "1", "1", "1", "1", "1"]
     assert "proved robust: 7 on" in text and "not in float32: 1." in text
     with pytest.raises(FileNotFoundError):
-        truth_tables.front(tmp_path)
-    (tmp_path / "cpu" / truth_tables.FILE).write_text(json.dumps(rows()))
-    (front,) = truth_tables.front(tmp_path)
+        run_truth.front(tmp_path)
+    (tmp_path / "cpu" / run_truth.FILE).write_text(json.dumps(rows()))
+    (front,) = run_truth.front(tmp_path)
     assert "AutoAttack 2, fast 2, standard 2, strong 2" in front and "AutoAttack 50 %" in front

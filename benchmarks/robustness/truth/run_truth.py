@@ -11,8 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -20,8 +23,10 @@ from purify_fast._files import write_text
 from purify_fast.attacks.ball import ball_around, projected
 from purify_fast.attacks.relu_layers import affine_layers
 from purify_fast.evaluation import EvaluateConfig, evaluate
+from purify_fast.evaluation.show.tables import markdown_table
 
-from ... import options
+from ... import kept, options
+from ...kept import Row
 from ...speed import timing
 from ...speed.running import Budget
 from .. import revisions
@@ -29,20 +34,169 @@ from ..counted_model import CountedModel
 from . import exact
 from .exact_networks import NETWORKS
 from .subjects import CONSTRUCTED, HIDDEN, QUICK, SUBJECTS, Part, Setting, hidden, identity, parts_of
-from .truth_tables import CONTESTANTS, FALLS, FALLS_IN_FLOAT64, FILE, ROBUST, UNDECIDED, WRONG, Row, key, markdown, read
 
+FILE = "truth.json"
+#: The protocol of each contestant, and the number of seeds with which it attacks the exactly decided networks.
+CONTESTANTS = {"AutoAttack": ("official", 1), "fast": ("fast", 3), "standard": ("standard", 3), "strong": ("strong", 1)}
+#: The letters for the truth about an image. An image falls if its ball contains an adversarial example. A score
+#: includes only robust images and images that fall. The other images are those that fall only in float64, undecided
+#: images, misclassified images, and images with a planted corner for which PGD finds an adversarial example.
+ROBUST, FALLS, FALLS_IN_FLOAT64, UNDECIDED, WRONG, FOUND_BY_PGD = "rfe?wp"
 #: The number of images in a batch, which is the default of AutoAttack.
 BATCH = 250
 LETTERS = {exact.ROBUST: ROBUST, exact.FALLS: FALLS, exact.UNDECIDED: UNDECIDED}
 
+Results = dict[str, list[Row]]
+
+
+def read(out: Path) -> Results:
+    """Read the rows of the truth and of the contestants. Both lists are empty if there is no results file."""
+    path = out / FILE
+    return json.loads(path.read_text()) if path.exists() else {"truth": [], "contestants": []}
+
+
+def key(row: Row) -> tuple[int, int, int]:
+    """Return the sort key of a row. No other row of the same kind has this key."""
+    who = list(CONTESTANTS).index(row["contestant"]) if "contestant" in row else 0
+    return SUBJECTS.index(row["subject"]), who, row.get("seed", 0)
+
+
+def outdated(results: Path) -> list[str]:
+    """Return a message for each row whose attacks or networks have changed since the row was computed."""
+    rows = read(results / "cpu")
+    networks = {row["subject"]: row["networks"] for row in rows["truth"]}
+    found = []
+    for row in rows["contestants"]:
+        attacks = revisions.of_protocol(CONTESTANTS[row["contestant"]][0], random=False)
+        if row["code"] != {"networks": networks[row["subject"]], "attacks": attacks}:
+            found.append(kept.outdated(FILE, f"{row['contestant']} on {row['subject']!r}", "truth"))
+    return found
+
+
+class Score(NamedTuple):
+    """The score of a contestant."""
+
+    falls: int = 0
+    missed: int = 0
+    contradicted: int = 0
+
+
+def score(truths: Iterable[Row], rows: Sequence[Row]) -> Score:
+    """Compute the score of a contestant over several subjects."""
+    left = {row["subject"]: "".join(row["left"]) for row in rows}
+    pairs = Counter(
+        pair
+        for truth in truths
+        for pair in zip("".join(truth["verdicts"]), left.get(truth["subject"], ""), strict=False)
+    )
+    missed = pairs[FALLS, "1"]
+    return Score(pairs[FALLS, "0"] + missed, missed, pairs[ROBUST, "0"])
+
+
+def scores(results: Results, names: Iterable[str]) -> dict[str, list[Score]]:
+    """Return the scores of each contestant: one for each seed with which the contestant has attacked all subjects."""
+    truths = [row for row in results["truth"] if row["subject"] in names]
+    whole = {row["subject"]: len(row["verdicts"]) for row in truths}
+    found: dict[str, list[Score]] = {who: [] for who in CONTESTANTS}
+    for who, (_, seeds) in CONTESTANTS.items():
+        for seed in range(seeds):
+            rows = [row for row in results["contestants"] if (row["contestant"], row["seed"]) == (who, seed)]
+            rows = [row for row in rows if whole.get(row["subject"]) == len(row["left"])]
+            if truths and len(rows) == len(truths):
+                found[who].append(score(truths, rows))
+    return found
+
+
+def _counts(rows: Iterable[Row], column: str, letters: str) -> list[str]:
+    """Return, for each of the letters, the number of its occurrences in a column, as table cells."""
+    text = "".join("".join(row.get(column, ())) for row in rows)
+    return [f"{text.count(letter):,}" for letter in letters]
+
+
+def _groups(results: Results, names: Iterable[str]) -> Iterator[tuple[str, list[Row], list[str]]]:
+    """Yield a title, the rows of the truth, and the numbers of missed images, for each subject and for all together."""
+    truths = {row["subject"]: row for row in results["truth"] if row["subject"] in names}
+    for title, group in (*((name, [name]) for name in names if name in truths), ("all", list(truths))):
+        every = scores(results, group).values()
+        missed = [", ".join(str(score.missed) for score in seeds) or "-" for seeds in every]
+        yield title, [truths[name] for name in group], missed
+
+
+def markdown(results: Results) -> list[str]:
+    """Return the table of the exactly decided networks, and that of the networks that hide an adversarial example."""
+    missed = [f"missed by {who}" for who in CONTESTANTS]
+    body = []
+    for title, rows, cells in _groups(results, NETWORKS):
+        eps = f"{rows[0]['eps']:g}" if title != "all" else ""
+        counts = [*_counts(rows, "verdicts", ROBUST + FALLS + UNDECIDED), *_counts(rows, "how", "bpm")]
+        body.append([title, eps, *counts, *cells])
+    head = ["network", "eps", "robust", "falls", "undecided", "by a bound", "by a point", "by a program", *missed]
+    lines = markdown_table(head, body)
+    body = []
+    for title, rows, cells in _groups(results, HIDDEN):
+        count = str(sum(len(row["verdicts"]) for row in rows))
+        body.append([title.removeprefix("gap "), count, *_counts(rows, "verdicts", FALLS + FOUND_BY_PGD), *cells])
+    head = ["gap, logits", "networks", "hidden from PGD", "found by PGD", *missed]
+    return [*lines, "", *markdown_table(head, body), "", *_sentences(results)]
+
+
+def _sentences(results: Results) -> list[str]:
+    """Return sentences about contradictions to the truth, the work of each contestant, and the machines."""
+    truths = {row["subject"]: row for row in results["truth"]}
+    alone = sum("".join(row["verdicts"]).count(FALLS_IN_FLOAT64) for row in truths.values())
+    built = [row for row in results["contestants"] if row["subject"] == CONSTRUCTED]
+    false = sum(score([truths[CONSTRUCTED]], [row]).contradicted for row in built)
+    rows = [row for row in results["contestants"] if row["subject"] in NETWORKS and row["subject"] in truths]
+    wrong = sum(score([truths[row["subject"]]], [row]).contradicted for row in rows)
+    costs = []
+    for who in CONTESTANTS:
+        own = [row for row in rows if row["contestant"] == who]
+        if images := sum(len(part) for row in own for part in row["left"]):
+            forwards, gradients = (sum(row[what] for row in own) / images for what in ("forwards", "gradients"))
+            costs.append(f"{who} {forwards:,.0f} and {gradients:,.0f}")
+    networks = len(truths[CONSTRUCTED]["verdicts"]) if CONSTRUCTED in truths else 0
+    return [
+        f"Images that a contestant has broken although they are proved robust: {wrong} on the networks of the first "
+        f"of these two tables, and {false} on {networks} networks that are robust by construction. Images that fall in "
+        f"float64 and not in float32: {alone}.",
+        "",
+        f"Forward passes and gradients for each image of the first of these two tables: {'; '.join(costs)}.",
+        "",
+        f"Measured on: {kept.machines(row for kind in results.values() for row in kind)}.",
+    ]
+
+
+def table(results: Path) -> list[str]:
+    """Return the tables for docs/evaluation.md."""
+    found = read(results / "cpu")
+    if not found["truth"]:
+        raise FileNotFoundError(f"{results / 'cpu' / FILE} has no results: run python -m benchmarks truth")
+    return markdown(found)
+
+
+def front(results: Path) -> list[str]:
+    """Return the lines of README's table about the adversarial examples that each contestant misses."""
+    found = read(results / "cpu")
+    exact, hidden = (scores(found, names) for names in (NETWORKS, HIDDEN))
+    if not all([*exact.values(), *hidden.values()]):
+        raise FileNotFoundError(f"{results / 'cpu' / FILE} is incomplete: run python -m benchmarks truth")
+    worst = {who: max(one.missed for one in seeds) for who, seeds in exact.items()}
+    recall = {who: 100 - 100 * seeds[0].missed / seeds[0].falls for who, seeds in hidden.items()}
+    decided = sum(int(count.replace(",", "")) for count in _counts(found["truth"], "how", "bpm"))
+    missed = ", ".join(f"{who} {count}" for who, count in worst.items())
+    shares = ", ".join(f"{who} {share:.0f} %" for who, share in recall.items())
+    falls, planted = (every["standard"][0].falls for every in (exact, hidden))
+    return [
+        f"| {decided:,} images of {len(NETWORKS)} small networks; for each image it is proved whether an adversarial "
+        f"example exists | An adversarial example exists for {falls:,} images. Number of these images that an attack "
+        f"misses with its worst seed: {missed}. |\n"
+        f"| {planted} adversarial examples that were hidden from PGD by training | Share of these examples that an "
+        f"attack finds: {shares}. |"
+    ]
+
 
 def decided(part: Part, seconds: float) -> Row:
-    """Decide the images of a network. Return, for each image, a letter for the verdict and a letter for the last step.
-
-    Args:
-        part: network and its images.
-        seconds: approximate time limit for an image, in seconds.
-    """
+    """Decide the images of a network. Return for each image a letter for the verdict, and one for the last step."""
     layers = affine_layers(part.model, part.x.shape[1:])
     verdicts, how = "", ""
     for x, y, predicted in zip(part.x, part.y.tolist(), part.model(part.x).argmax(1).tolist(), strict=True):
@@ -59,13 +213,7 @@ def decided(part: Part, seconds: float) -> Row:
 
 
 def write(out: Path, kind: str, row: Row) -> None:
-    """Write a row into the results file. If the file has a row with the same key, the new row replaces it.
-
-    Args:
-        out: folder of the results.
-        kind: "truth" or "contestants".
-        row: the new row.
-    """
+    """Write a row into the results file. If the file has a row with the same key, the new row replaces it."""
     # Read the file here, because another process may have written rows into it.
     results = read(out)
     others = [one for one in results[kind] if key(one) != key(row)]
@@ -74,12 +222,7 @@ def write(out: Path, kind: str, row: Row) -> None:
 
 
 def find(setting: Setting, name: str) -> None:
-    """Compute the truth about a subject. Do nothing if the truth about its networks is already known.
-
-    Args:
-        setting: folders and amounts.
-        name: name of the subject in `SUBJECTS`.
-    """
+    """Compute the truth about a subject. Do nothing if the truth about its networks is already known."""
     parts, begin = parts_of(setting, name), time.process_time()
     row = {"subject": name, "networks": identity(parts), "eps": parts[0].eps}
     if any(row.items() <= known.items() for known in read(setting.out)["truth"]):
@@ -95,14 +238,7 @@ def find(setting: Setting, name: str) -> None:
 
 
 def attack(setting: Setting, name: str, who: str, seed: int) -> None:
-    """Let a contestant attack the networks of a subject. Networks with a result of the same attacks are skipped.
-
-    Args:
-        setting: folders and amounts.
-        name: name of the subject in `SUBJECTS`.
-        who: name of the contestant in `CONTESTANTS`.
-        seed: seed of the evaluation.
-    """
+    """Let a contestant attack the networks of a subject. Networks with a result of the same attacks are skipped."""
     parts, protocol = parts_of(setting, name), CONTESTANTS[who][0]
     code = {"networks": identity(parts), "attacks": revisions.of_protocol(protocol, random=False)}
     row = {"subject": name, "contestant": who, "seed": seed, "code": code, "left": []}
