@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from purify_fast.kernels.decoder_sizes import Geometry
+from purify_fast.ops.decode_samples import pack
 from purify_fast.ops.dispatch.examples import tensors
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -35,6 +38,17 @@ def by_threads(call):
     finally:
         torch.set_num_threads(before)
     return results
+
+
+def decoder() -> dict[str, Any]:
+    """The arguments of `decode_prior` for two images and a small decoder."""
+    geometry = Geometry.of([6, 4, 2, 2, 3, 3, 2, 1, 3, 3])
+    generator = torch.Generator().manual_seed(0)
+    first = torch.rand(*geometry.start, geometry.latent_dim, generator=generator)
+    packed, biases = pack(first, [torch.rand(4, 3, 3, 3, generator=generator)], [torch.rand(3, generator=generator)])
+    stream = {"seed": torch.tensor([1]), "sample_ids": torch.arange(2)}
+    sizes = {"packed": packed.float(), "biases": biases.float(), "geometry": geometry}
+    return {"condition": torch.rand(2, math.prod(geometry.start), generator=generator), **stream, **sizes}
 
 
 def points(*shape, dtype=torch.float32, seed=0):

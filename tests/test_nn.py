@@ -1,4 +1,4 @@
-"""The modules of purify_fast.nn compute what their ops compute, and fit PyTorch's own forms."""
+"""The modules of purify_fast.nn compute what PyTorch's functions and their ops compute."""
 
 import copy
 
@@ -10,47 +10,45 @@ from torch.nn import functional as F
 import purify_fast
 from purify_fast import ops
 
-X = torch.rand(3, 3, 8, 8)
+X, SEED = torch.rand(3, 3, 8, 8), torch.tensor([1])
+MU, LOGVAR, LOGITS, MANY = torch.randn(3, 2, 5), torch.randn(3, 2, 5), torch.randn(3, 10, 4), torch.rand(3, 4, 3, 8, 8)
+STUDENT, TEACHER, FEATURES = *torch.randn(2, 4, 6, 5, dtype=torch.float64), torch.randn(2, 4, 8, 8)
+HIDDEN = F.pad(torch.ones(2, 1, 8, 8), (0, 56, 0, 56))
+MODULES, DISTANCE = purify_fast.nn, 1 - F.cosine_similarity(STUDENT.flatten(1), TEACHER.flatten(1))
+#: A module, what it is given, and the result.
+CASES = [
+    (MODULES.CosineDistance(), (STUDENT, TEACHER), DISTANCE),
+    (MODULES.CosineDistance(), ([STUDENT] * 2, [TEACHER] * 2), torch.stack([DISTANCE] * 2, 1)),
+    (lambda *given: MODULES.SampleLatent()(*given, seed=SEED), (MU, LOGVAR), ops.sample_latent(MU, LOGVAR, SEED)),
+    (
+        MODULES.ReconstructionLoss("mse", reduction="mean"),
+        (MANY, X),
+        (MANY - X[:, None]).square().sum((2, 3, 4)).mean(),
+    ),
+    (
+        MODULES.ReconstructionLoss(from_logits=False, reduction="sum"),
+        (X, X),
+        F.binary_cross_entropy(X, X, reduction="sum"),
+    ),
+    (MODULES.Aggregate(dim=-1), (LOGITS,), LOGITS.logsumexp(-1)),
+    (MODULES.GatedELU(), (X[:, :2],), F.elu(X[:, :1]) * X[:, 1:2].sigmoid()),
+    (
+        MODULES.ContextualAttention(),
+        (FEATURES, HIDDEN),
+        ops.contextual_attention(FEATURES, ops.key_validity(HIDDEN, (4, 4))),
+    ),
+]
 
 
-@pytest.mark.parametrize("shape", [(4, 6), (4, 6, 5, 5)])
-def test_the_cosine_distance_is_that_of_pytorch(shape):
-    student = torch.randn(shape, dtype=torch.float64).requires_grad_()
-    teacher = torch.randn(shape, dtype=torch.float64)
-    got = purify_fast.nn.CosineDistance()(student, teacher)
-    wanted = 1 - F.cosine_similarity(student.flatten(1), teacher.flatten(1))
-    torch.testing.assert_close(got, wanted)
-    slopes = [torch.autograd.grad(value.sum(), student, retain_graph=True)[0] for value in (got, wanted)]
-    torch.testing.assert_close(*slopes)
+@pytest.mark.parametrize("number", range(len(CASES)))
+def test_what_a_module_computes(number):
+    module, given, wanted = CASES[number]
+    torch.testing.assert_close(module(*given), wanted)
+
+
+def test_a_teacher_with_a_gradient_is_refused():
     with pytest.raises(ValueError, match=r"teacher must not require a gradient.*teacher.detach"):
-        purify_fast.nn.CosineDistance()(student, teacher.clone().requires_grad_())
-    layers = purify_fast.nn.CosineDistance("abs_cosine")([student, student[:, :2]], [teacher, teacher[:, :2]])
-    assert layers.shape == (4, 2)
-
-
-def test_the_parts_of_an_autoencoder():
-    mu, logvar, seed = torch.randn(3, 2, 5), torch.randn(3, 2, 5), torch.tensor([1])
-    z, kl = purify_fast.nn.SampleLatent()(mu, logvar, seed=seed)
-    assert torch.equal(z, ops.sample_latent(mu, logvar, seed)[0]) and kl.shape == (3, 2)
-    many = torch.rand(3, 4, 3, 8, 8)
-    loss = purify_fast.nn.ReconstructionLoss("mse", reduction="mean")(many, X)
-    torch.testing.assert_close(loss, (many - X[:, None]).square().sum((2, 3, 4)).mean())
-    bce = purify_fast.nn.ReconstructionLoss(from_logits=False, reduction="sum")(X, X)
-    torch.testing.assert_close(bce, F.binary_cross_entropy(X, X, reduction="sum"))
-
-
-def test_aggregate_and_gated_elu():
-    logits = torch.randn(3, 10, 4)
-    torch.testing.assert_close(purify_fast.nn.Aggregate(dim=-1)(logits), logits.logsumexp(-1))
-    a, b = X[:, :1], X[:, 1:2]
-    torch.testing.assert_close(purify_fast.nn.GatedELU()(X[:, :2]), F.elu(a) * torch.sigmoid(b))
-
-
-def test_contextual_attention_finds_its_keys_from_a_mask():
-    features, mask = torch.randn(2, 4, 8, 8), torch.zeros(2, 1, 64, 64)
-    mask[:, :, :8, :8] = 1
-    wanted = ops.contextual_attention(features, ops.key_validity(mask, (4, 4)))
-    assert torch.equal(purify_fast.nn.ContextualAttention()(features, mask), wanted)
+        MODULES.CosineDistance()(STUDENT, TEACHER.clone().requires_grad_())
 
 
 def test_a_random_mask_hides_and_stitch_puts_together():

@@ -16,7 +16,6 @@ from purify_fast import attacks
 from purify_fast.cli import _KINDS
 from purify_fast.cli.parsing import parse
 from purify_fast.cli.run_file import run_file, values
-from purify_fast.evaluation import AttackSpec
 from purify_fast.methods.arrest import ArrestConfig
 from purify_fast.methods.atop import Atop, AtopConfig, SmallGenerator
 from purify_fast.methods.carso import Carso, CarsoConfig
@@ -167,8 +166,3 @@ def test_a_command_line(command, data):
             assert stop.code in (0, 2), words
             return
     assert re.match(r"# purify-fast ", run_file(made))
-
-
-def test_specs_are_refused_by_name():
-    with pytest.raises((ValueError, TypeError), match="attack"):
-        AttackSpec(3)

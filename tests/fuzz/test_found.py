@@ -5,23 +5,11 @@ import math
 
 import pytest
 import torch
+from op_cases import decoder
 
 from purify_fast import attacks, ops
-from purify_fast.kernels.decoder_sizes import Geometry
 from purify_fast.methods.carso import CarsoConfig
-from purify_fast.ops.decode_samples import pack
 from purify_fast.training import ClassifierConfig, FitConfig, TrainingAttack
-
-STREAM = {"seed": torch.tensor([1]), "sample_ids": torch.arange(2)}
-
-
-def decoder():
-    """The arguments of `decode_prior` for a small decoder."""
-    geometry = Geometry.of([6, 4, 2, 2, 3, 3, 2, 1, 3, 3])
-    first = torch.rand(*geometry.start, geometry.latent_dim)
-    packed, biases = pack(first, [torch.rand(geometry.start[0], 3, 3, 3)], [torch.rand(3)])
-    sizes = {"packed": packed.float(), "biases": biases.float(), "geometry": geometry}
-    return {"condition": torch.rand(2, math.prod(geometry.start)), **STREAM, **sizes}
 
 
 @pytest.mark.parametrize("context", [contextlib.nullcontext, lambda: torch.autocast("cpu", torch.bfloat16)])

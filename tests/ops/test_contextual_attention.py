@@ -78,18 +78,6 @@ def test_another_scale(backend):
         torch.testing.assert_close(contextual_attention(features, valid, scale), literal(features, valid, scale))
 
 
-def test_backward_is_the_derivative():
-    """The derivative of the written-out gradient, by autograd through the reference."""
-    for shape in ((2, 3, 6, 10), (1, 3, 8, 4)):
-        correlation, inverse, keep, *rest = between(*shape, dtype=torch.float64)
-        correlation.requires_grad_(), inverse.requires_grad_()
-        spread, weights = op.reference(correlation, inverse, keep, *rest)
-        grad = torch.randn(spread.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        wanted = torch.autograd.grad(spread, (correlation, inverse), grad)
-        got = op.reference_backward(grad, correlation.detach(), inverse.detach(), weights.detach(), *rest)
-        torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-12)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_types_have_wide_scores(backend, dtype):
     """The error is that of rounding the weights' sums and the result, whatever the size of the scores."""

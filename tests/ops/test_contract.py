@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from op_cases import compiles, registered
+from op_cases import compiles, decoder, registered
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -420,291 +420,219 @@ def test_a_norm_is_read_as_others_write_it(norm):
 
 SEED, IDS, META = torch.tensor([5]), torch.arange(3), torch.device("meta")
 ROW, PICTURE, BLOCKED = torch.zeros(3, 4), torch.zeros(2, 3, 8, 8), torch.zeros(3, 3, 64, 96)
-VALID = torch.ones(2, 6, dtype=torch.bool)
-DEVICES = "tensors must be on one device, got .* on (cpu|meta), .* on (cpu|meta)"
-BALL = [
-    ({"x": torch.zeros(3, 5)}, r"must have the same shape \[B, ...\], got .*\[3, 5\]"),
-    ({"x": ROW.half()}, "must have the same dtype, .*torch.float16"),
-    ({"x_nat": ROW.to(META)}, DEVICES),
-    ({"norm": "l3"}, "norm must be one of linf, l2.*, got 'l3'"),
-    ({"lo": 1.0, "hi": 0.5}, "lo must be .*lo = 1.0 and hi = 0.5"),
-    ({"lo": math.nan}, "lo = nan and hi = 1.0"),
-    ({"alpha": torch.zeros(2)}, r"alpha must be a number or a tensor \[B\] = \[3\], got \[2\]"),
-    ({"eps": -0.1}, "eps must be at least 0, got -0.1"),
-    ({"eps": math.nan}, "eps must be at least 0, got nan"),
-]
-NAMED = [
-    ({"seed": 7}, r"seed must .* shape \[1\], got the number 7: write torch\.tensor\(\[7\]\)"),
-    ({"sample_ids": [0, 1, 2]}, r"sample_ids must be an int64 tensor of shape \[B\], got list"),
-    ({"seed": torch.tensor(1)}, r"seed must be an int64 tensor of shape \[1\]"),
-    ({"sample_ids": IDS.float()}, r"sample_ids must be an int64 tensor \[B\]"),
-    ({"sample_ids": IDS.to(META)}, "must be on one device, got .*sample_ids on meta"),
-]
-ONE_PER_SAMPLE = [({"sample_ids": torch.arange(2)}, "sample_ids must .* 3, but it has 2")]
-#: By function: arguments that it takes, and changes of them that it refuses, each with what the error says.
-REFUSALS: dict[str, tuple[dict, list[tuple[dict, str]]]] = {
+VALID, OWNERS = torch.ones(2, 6, dtype=torch.bool), torch.zeros(1, 2, 4, 4).byte()
+BALL = {
+    "x": (torch.zeros(3, 5), ROW.half()),
+    "x_nat": (ROW.to(META),),
+    "norm": ("l3",),
+    "lo": (1.5, math.nan),
+    "alpha": (torch.zeros(2),),
+    "eps": (-0.1, math.nan),
+}
+NAMED = {"seed": (7, torch.tensor(1)), "sample_ids": ([0, 1, 2], IDS.float(), IDS.to(META))}
+ONE_PER_SAMPLE = {**NAMED, "sample_ids": (*NAMED["sample_ids"], torch.arange(2))}
+LAYER = {"input": torch.zeros(2, 6, 9, 8), "weight": torch.zeros(10, 6, 3, 3), "bias": torch.zeros(10)}
+#: Values that both convolutions refuse.
+OF_LAYERS = {
+    "input": (torch.zeros(2, 4, 9, 8), torch.zeros(2, 6, 9, 8).long(), torch.zeros(2, 6, 2, 8)),
+    "weight": (None,),
+    "bias": (torch.zeros(9), torch.zeros(10).double()),
+    "stride": (0,),
+    "padding": ((1, -1),),
+}
+#: By function: arguments that it takes, values of single arguments that it refuses, and what it refuses together.
+REFUSALS: dict[str, tuple[dict, dict[str, tuple], list[dict]]] = {
     "aggregate": (
         {"logits": torch.zeros(3, 4, 5)},
-        [
-            ({"logits": torch.zeros(3, 4)}, r"logits must be \[B, K, C\], got \[3, 4\]"),
-            ({"logits": torch.zeros(3, 4, 5).long()}, "logits must be floating point"),
-            ({"logits": torch.zeros(3, 0, 5)}, "K >= 1 samples and C >= 2 classes"),
-            ({"logits": torch.zeros(3, 4, 1)}, r"got \[B, K, C\] = \[3, 4, 1\]"),
-            ({"dim": 3}, "dim must be from -3 to 2, got 3"),
-            ({"method": "median"}, "method must be one of lse, peel, .*vote_reference, got 'median'"),
-        ],
+        {
+            "logits": (ROW, torch.zeros(3, 4, 5).long(), torch.zeros(3, 0, 5), torch.zeros(3, 4, 1)),
+            "dim": (3,),
+            "method": ("median",),
+        },
+        [],
     ),
     "pgd_step": (
         {"x": ROW, "grad": ROW, "x_nat": ROW, "alpha": 0.1, "eps": 0.1},
-        [
-            *BALL,
-            (dict.fromkeys(("x", "grad", "x_nat"), torch.zeros(3)), "must have the same shape"),
-            ({"density": 0.0}, r"density must be in \(0, 1\], got 0.0"),
-            ({"density": math.nan}, r"density must be in \(0, 1\], got nan"),
-        ],
+        {**BALL, "density": (0.0, math.nan)},
+        [dict.fromkeys(("x", "grad", "x_nat"), torch.zeros(3))],
     ),
     "apgd_step": (
         {"x": ROW, "grad": ROW, "x_nat": ROW, "previous": ROW, "alpha": 0.1, "eps": 0.1},
-        [
-            *BALL,
-            ({"eps": torch.zeros(3, 1)}, r"eps must be a number or a tensor \[B\] = \[3\], got \[3, 1\]"),
-            ({"previous": torch.zeros(3, 5)}, r"x, grad, x_nat and previous must have the same shape \[B, ...\]"),
-            ({"norm": "l1"}, "norm must be one of linf, l2, got 'l1'"),
-            ({"momentum": 1.5}, r"momentum must be in \[0, 1\], got 1.5"),
-            ({"momentum": math.nan}, r"momentum must be in \[0, 1\], got nan"),
-        ],
+        {**BALL, "previous": (torch.zeros(3, 5),), "norm": ("l1",), "momentum": (1.5, math.nan)},
+        [{"eps": torch.zeros(3, 1)}],
     ),
     "contextual_attention": (
         {"features": torch.zeros(2, 3, 4, 6), "valid": VALID},
-        [
-            ({"features": torch.zeros(2, 3, 4)}, r"features must be \[B, C, H, W\], got \[2, 3, 4\]"),
-            ({"features": torch.zeros(2, 3, 4, 4).int()}, "got torch.int32"),
-            ({"features": torch.zeros(2, 3, 5, 4)}, r"even H and W, at least 2, got \[B, C, H, W\] = \[2, 3, 5, 4\]"),
-            ({"valid": VALID[:, :5]}, r"bool \[B, \(H/2\) \* \(W/2\)\] = \[2, 6\], got torch.bool \[2, 5\]"),
-            ({"valid": VALID.to(META)}, DEVICES),
-        ],
+        {
+            "features": (torch.zeros(2, 3, 4), torch.zeros(2, 3, 4, 4).int(), torch.zeros(2, 3, 5, 4)),
+            "valid": (VALID[:, :5], VALID.to(META)),
+        },
+        [],
     ),
     "key_validity": (
         {"mask": torch.zeros(2, 1, 8, 8), "size": (4, 4)},
-        [
-            ({"mask": torch.zeros(2, 3, 8, 8)}, r"mask must be \[B, 1, H0, W0\], got \[2, 3, 8, 8\]"),
-            ({"mask": torch.zeros(1, 1, 0, 8)}, r"got \[1, 1, 0, 8\]"),
-            ({"size": (0, 4)}, r"size must be .* got \(0, 4\)"),
-        ],
+        {"mask": (torch.zeros(2, 3, 8, 8), torch.zeros(1, 1, 0, 8)), "size": ((0, 4),)},
+        [],
     ),
-    "conv2d": (
-        {"input": torch.zeros(2, 6, 9, 8), "weight": torch.zeros(10, 6, 3, 3), "bias": torch.zeros(10)},
-        [
-            ({"input": torch.zeros(2, 4, 9, 8)}, r"input must be \[B, C, H, W\] and weight .*2, 4, 9, 8"),
-            ({"input": torch.zeros(2, 6, 9, 8).long()}, "input must be floating point, got torch.int64"),
-            ({"weight": None}, "weight must be a tensor, got NoneType"),
-            ({"bias": torch.zeros(9)}, r"bias must be \[O\] = \[10\], got \[9\]"),
-            ({"bias": torch.zeros(10).double()}, "outside autocast, bias must have input's dtype torch.float32, got"),
-            ({"stride": 0}, "stride must be one or two whole numbers of at least 1, got 0"),
-            ({"padding": (1, -1)}, r"padding must be one or two whole numbers of at least 0, got \(1, -1\)"),
-            ({"dilation": 1.5}, "dilation must be one or two whole numbers of at least 1, got 1.5"),
-            ({"dilation": 9}, "input with its padding must be at least as large as the kernel"),
-        ],
+    "conv2d": (LAYER, {**OF_LAYERS, "dilation": (1.5,)}, [{"input": LAYER["input"], "dilation": 9}]),
+    "decode_prior": (
+        {**decoder(), "samples": 3},
+        {
+            "packed": (torch.zeros(9, dtype=torch.float16), torch.zeros(9)),
+            "biases": (torch.zeros(1), decoder()["biases"].double()),
+            "condition": (torch.zeros(2, 23), decoder()["condition"].half(), decoder()["condition"].to(META)),
+            "dtype": (torch.float16,),
+            "seed": (7, torch.zeros(0, dtype=torch.int64)),
+            "sample_ids": (torch.arange(3),),
+            "slope": (-0.1, math.nan),
+            "samples": (2.5, 2**63, -1),
+        },
+        [],
     ),
     "diffusion_step": (
         {
-            "x": ROW,
-            "prediction": ROW,
-            "coefficients": torch.zeros(8),
-            "seed": SEED,
-            "sample_ids": IDS,
-            "draws": IDS,
-            "step": SEED,
+            **{"x": ROW, "prediction": ROW, "coefficients": torch.zeros(8)},
+            **{"seed": SEED, "sample_ids": IDS, "draws": IDS, "step": SEED},
         },
-        [
-            *NAMED,
-            *ONE_PER_SAMPLE,
-            ({"x": ROW.half()}, r"x must be float32 or float64 \[B, C, ...\], got torch.float16 \[3, 4\]"),
-            ({"prediction": torch.zeros(3, 5)}, r"= \[3, 4\] or \[B, 2C, ...\], got \[3, 5\]"),
-            ({"prediction": ROW.double()}, "one of float16, bfloat16, float32 where x is torch.float32, got .*64"),
-            ({"coefficients": torch.zeros(6)}, r"torch.float32 \[8\] or \[B, 8\] = \[3, 8\], got .* \[6\]"),
-            ({"coefficients": torch.zeros(8).double()}, r"got torch.float64 \[8\]"),
-            ({"coefficients": torch.zeros(8, device=META)}, DEVICES),
-            ({"draws": IDS[:2]}, r"draws must be an int64 tensor \[3\], got torch.int64 \[2\]"),
-            ({"step": IDS}, r"step must be an int64 tensor \[1\], got torch.int64 \[3\]"),
-            ({"step": None}, "step must be given with a seed, .* got None"),
-        ],
+        {
+            **ONE_PER_SAMPLE,
+            "x": (ROW.half(),),
+            "prediction": (torch.zeros(3, 5), ROW.double()),
+            "coefficients": (torch.zeros(6), torch.zeros(8).double(), torch.zeros(8, device=META)),
+            "draws": (IDS[:2],),
+            "step": (IDS, None),
+        },
+        [],
     ),
-    "fused_convolution": (
-        {"input": torch.zeros(2, 6, 9, 8), "weight": torch.zeros(10, 6, 3, 3), "bias": torch.zeros(10)},
-        [
-            ({"input": torch.zeros(2, 4, 9, 8)}, r"input must be \[B, C, H, W\] and weight .*2, 4, 9, 8"),
-            ({"input": torch.zeros(2, 6, 9, 8).long()}, "input must be floating point, got torch.int64"),
-            ({"weight": None}, "weight must be a tensor, got NoneType"),
-            ({"bias": torch.zeros(9)}, r"bias must be \[O\] = \[10\], got \[9\]"),
-            ({"bias": torch.zeros(10).double()}, "bias must have input's dtype torch.float32, got torch.float64"),
-            ({"added": torch.zeros(2, 10, 7, 5)}, r"added must be \[B, O, H', W'\] = \[2, 10, 7, 6\], got .*7, 5"),
-            ({"activation": "tanh"}, "activation must be one of none, relu, silu, got 'tanh'"),
-            ({"stride": 0}, "stride must be one or two whole numbers of at least 1, got 0"),
-            ({"padding": (1, -1)}, r"padding must be one or two whole numbers of at least 0, got \(1, -1\)"),
-            ({"input": torch.zeros(2, 6, 2, 8)}, "input with its padding must be at least as large as the kernel"),
-        ],
-    ),
-    "gated_elu": (
-        {"features": ROW},
-        [
-            ({"features": torch.zeros(4)}, r"features must be \[B, 2C, ...\], got \[4\]"),
-            ({"features": ROW.byte()}, "got torch.uint8"),
-            ({"features": torch.zeros(3, 5, 4, 4)}, "features must.*got 5"),
-        ],
-    ),
+    "fused_convolution": (LAYER, {**OF_LAYERS, "added": (torch.zeros(2, 10, 7, 5),), "activation": ("tanh",)}, []),
+    "gated_elu": ({"features": ROW}, {"features": (torch.zeros(4), ROW.byte(), torch.zeros(3, 5, 4, 4))}, []),
     "group_norm_silu": (
         {"x": torch.zeros(2, 6, 9, 8), "groups": 3, "weight": torch.ones(6), "bias": torch.ones(6)},
-        [
-            ({"x": torch.zeros(6)}, r"x must be \[B, C, ...\], got \[6\]"),
-            ({"x": torch.zeros(2, 6, 0, 8)}, r"x must have at least one pixel, got \[2, 6, 0, 8\]"),
-            ({"x": torch.zeros(2, 6, 9, 8).long()}, "x must be floating point, got torch.int64"),
-            ({"groups": 4}, "groups must be a whole number, at least 1, that divides the 6 channels, got 4"),
-            ({"eps": -1.0}, "eps .* at least 0, got -1.0"),
-            ({"weight": torch.ones(5)}, r"weight and bias must be \[C\] = \[6\], got \[5\] and \[6\]"),
-            ({"shift": torch.ones(3, 6)}, r"shift must be \[B, C\] = \[2, 6\] or \[1, C\], got \[3, 6\]"),
-        ],
+        {
+            "x": (torch.zeros(6), torch.zeros(2, 6, 0, 8), torch.zeros(2, 6, 9, 8).long()),
+            "groups": (4,),
+            "eps": (-1.0,),
+            "weight": (torch.ones(5),),
+            "shift": (torch.ones(3, 6),),
+        },
+        [],
     ),
     "hyperplane_projection": (
         {"x": ROW, "w": ROW, "b": 0.0},
-        [
-            ({"w": torch.zeros(3, 5)}, r"x and w must have the same shape \[B, ...\], got \[3, 4\], \[3, 5\]"),
-            ({"w": ROW.half()}, "must have the same dtype, .*torch.float32, torch.float16"),
-            ({"w": ROW.to(META)}, DEVICES),
-            ({"b": torch.zeros(2)}, r"b must be a number or a tensor \[B\] = \[3\], got \[2\]"),
-            ({"norm": "l3"}, "norm must be one of linf, l2, l1, got 'l3'"),
-            ({"lo": 1.0, "hi": 0.5}, "lo must be .*lo = 1.0 and hi = 0.5"),
-        ],
+        {
+            "w": (torch.zeros(3, 5), ROW.half(), ROW.to(META)),
+            "b": (torch.zeros(2),),
+            "norm": ("l3",),
+            "lo": (1.5,),
+        },
+        [],
     ),
     "noisy_replay": (
         {"x": ROW, "x_adv": ROW, "drift": ROW[:, 0], "tau": 0.1, "eps": 0.1, "seed": SEED, "sample_ids": IDS},
-        [
-            *NAMED,
-            *ONE_PER_SAMPLE,
-            ({"x": torch.zeros(3, 5)}, r"x and x_adv must have the same shape \[B, ...\], got \[3, 5\], \[3, 4\]"),
-            ({"x_adv": ROW.half()}, "must have the same dtype, .*torch.float32, torch.float16"),
-            ({"drift": torch.zeros(2)}, r"drift must be a floating-point .* = \[3\], got torch.float32 \[2\]"),
-            ({"tau": torch.zeros(3)}, r"tau must be a number or a tensor \[\], got \[3\]"),
-            ({"eps": torch.zeros(3, 1)}, r"eps must be a number or a tensor \[B\] = \[3\], got \[3, 1\]"),
-            ({"drift": ROW[:, 0].to(META)}, DEVICES),
-            ({"hi": math.nan}, "lo = 0.0 and hi = nan"),
-        ],
+        {
+            **ONE_PER_SAMPLE,
+            "x": (torch.zeros(3, 5),),
+            "x_adv": (ROW.half(),),
+            "drift": (torch.zeros(2), ROW[:, 0].to(META)),
+            "tau": (torch.zeros(3),),
+            "eps": (torch.zeros(3, 1),),
+            "hi": (math.nan,),
+        },
+        [],
     ),
     "philox": (
         {"seed": SEED, "sample_ids": IDS, "numel": 3, "stream": Stream.MASK},
-        [
-            *NAMED,
-            ({"distribution": "cauchy"}, "distribution must be one of bits, uniform, normal, got 'cauchy'"),
-            ({"numel": -1}, "numel must be at least 0, got -1"),
-            ({"draws": 0}, "draws must be at least 1, got 0"),
-            ({"first_draw": -2}, "first_draw must be at least 0, got -2"),
-            *(({name: 2**63}, rf"{name} must be below 2\^63") for name in ("numel", "draws", "first_draw")),
-        ],
+        {
+            **NAMED,
+            "distribution": ("cauchy",),
+            "numel": (-1, 2**63),
+            "draws": (0, 2**63),
+            "first_draw": (-2, 2**63),
+        },
+        [],
     ),
     "random_transform": (
         {"x": BLOCKED, "seed": SEED, "sample_ids": IDS},
-        [
-            *NAMED,
-            *ONE_PER_SAMPLE,
-            ({"x": BLOCKED[0]}, r"x must be \[B, C, H, W\], got \[3, 64, 96\]"),
-            ({"x": BLOCKED.byte()}, r"x must be .*, got torch.uint8"),
-            ({"x": BLOCKED.to(META)}, DEVICES),
-            ({"block": 0}, "block must be at least 1 and divide the image, got block = 0 for 64 x 96"),
-            ({"block": 64}, "got block = 64 for 64 x 96"),
-            *(({"sigma": s}, f"sigma must be finite and not negative, got {s}") for s in (-0.1, math.inf, math.nan)),
-            *(({"mask_ratio": r}, rf"mask_ratio must be in \[0, 1\), got {r}") for r in (1.0, -0.1, math.nan)),
-            *(({"num_passes": n}, f"must be 1 to 6 and divide the 6 blocks of an image, got {n}") for n in (0, 4, 7)),
-            ({"block": 2, "num_passes": 256}, "must be 1 to 255 and divide the 1536 blocks of an image, got 256"),
-            *(({"samples": n}, rf"samples must be at least 1 and below 2\^63, got {n}") for n in (0, 2**63)),
-            ({"mask": BLOCKED[:, :2, 0, 0]}, r"mask must be \[H, W\] = \[64, 96\], .* got \[3, 2\]"),
-            ({"mask": BLOCKED[:, :1], "num_passes": 2}, r"num_passes None, got \[3, 1, 64, 96\] and num_passes = 2"),
-            ({"mask": BLOCKED[:, :1].to(META)}, DEVICES),
-            ({"dtype": torch.int8}, "dtype must be float16, bfloat16, float32 or float64, got torch.int8"),
-        ],
+        {
+            **ONE_PER_SAMPLE,
+            "x": (BLOCKED[0], BLOCKED.byte(), BLOCKED.to(META)),
+            "block": (0, 64),
+            "sigma": (-0.1, math.inf, math.nan),
+            "mask_ratio": (1.0, -0.1, math.nan),
+            "num_passes": (0, 4, 7),
+            "samples": (0, 2**63),
+            "mask": (BLOCKED[:, :2, 0, 0], BLOCKED[:, :1].to(META)),
+            "dtype": (torch.int8,),
+        },
+        [{"block": 2, "num_passes": 256}, {"mask": BLOCKED[:, :1], "num_passes": 2}],
     ),
     "reconstruction_loss": (
         {"reconstruction": ROW, "target": ROW},
-        [
-            ({"target": torch.zeros(3, 5)}, r"reconstruction must have target's shape .*, got \[3, 4\] and \[3, 5\]"),
-            ({"reconstruction": torch.zeros(2, 5, 4)}, r"or be \[B, K, ...\], got \[2, 5, 4\] and \[3, 4\]"),
-            ({"reconstruction": IDS.float(), "target": IDS.float()}, r"got \[3\] and \[3\]"),
-            ({"kind": "l1"}, "kind must be bce or mse, got 'l1'"),
-            ({"reduction": "batchmean"}, "reduction must be none, mean or sum, got 'batchmean'"),
-            ({"target": ROW.byte()}, "target must be floating point, got torch.uint8"),
-            ({"target": ROW.to(META)}, DEVICES),
-        ],
+        {
+            "target": (torch.zeros(3, 5), ROW.byte(), ROW.to(META)),
+            "reconstruction": (torch.zeros(2, 5, 4),),
+            "kind": ("l1",),
+            "reduction": ("batchmean",),
+        },
+        [{"reconstruction": IDS.float(), "target": IDS.float()}],
     ),
     "representation_distance": (
         {"student": ROW, "teacher": ROW},
+        {"teacher": (torch.zeros(3, 5), ROW.byte(), ROW.to(META), [ROW]), "kind": ("arccos",)},
         [
-            ({"teacher": torch.zeros(3, 5)}, r"student and teacher must have .*, got \[3, 4\], \[3, 5\]"),
-            ({"student": IDS.float(), "teacher": IDS.float()}, r"got \[3\], \[3\]"),
-            ({"teacher": ROW.byte()}, "teacher must be floating point, got torch.uint8"),
-            ({"teacher": ROW.to(META)}, DEVICES),
-            ({"student": [ROW, ROW.to(META)], "teacher": [ROW, ROW.to(META)]}, DEVICES),
-            ({"kind": "arccos"}, "kind must be one of abs_cosine, cosine, angular, l2, got 'arccos'"),
-            ({"student": [ROW], "teacher": [ROW, ROW]}, "student and teacher must .* got 1 and 2"),
-            ({"teacher": [ROW]}, "must both be tensors, or both sequences of tensors"),
-            ({"student": [ROW, ROW[:2]], "teacher": [ROW, ROW[:2]]}, r"layers .* got \[2, 4\]"),
+            {"student": IDS.float(), "teacher": IDS.float()},
+            {"student": [ROW, ROW.to(META)], "teacher": [ROW, ROW.to(META)]},
+            {"student": [ROW], "teacher": [ROW, ROW]},
+            {"student": [ROW, ROW[:2]], "teacher": [ROW, ROW[:2]]},
         ],
     ),
     "sample_latent": (
         {"mu": ROW, "logvar": ROW, "seed": SEED, "sample_ids": IDS},
-        [
-            *NAMED,
-            *ONE_PER_SAMPLE,
-            ({"mu": torch.zeros(3, 4, 2), "logvar": torch.zeros(3, 4, 2)}, "sample_ids must .* 12, but it has 3"),
-            ({"mu": torch.zeros(3, 5)}, r"mu and logvar must have the same shape .*\[3, 5\], \[3, 4\]"),
-            ({"logvar": ROW.half()}, "torch.float32, torch.float16"),
-            ({"logvar": ROW.to(META)}, DEVICES),
-        ],
+        {**ONE_PER_SAMPLE, "mu": (torch.zeros(3, 5),), "logvar": (ROW.half(), ROW.to(META))},
+        [{"sample_ids": IDS, "mu": torch.zeros(3, 4, 2), "logvar": torch.zeros(3, 4, 2)}],
     ),
     "square_proposal": (
         {"x": PICTURE, "x_nat": PICTURE, "eps": 0.1, "numbers": torch.zeros(2, 1, 8), "edge": 3},
+        {
+            "x_nat": (torch.zeros(2, 3, 8, 9),),
+            "numbers": (torch.zeros(2, 8), torch.zeros(2, 1, 8).double(), torch.zeros(2, 1, 8, device=META)),
+            "edge": (9, torch.tensor(5.0), torch.tensor([5])),
+            "pattern": (torch.zeros(2, 3, 3),),
+            "norm": ("l3",),
+            "lo": (1.5,),
+            "eps": (torch.zeros(3),),
+        },
         [
-            ({"x": PICTURE[0], "x_nat": PICTURE[0]}, r"x must be images \[B, C, H, W\], got"),
-            ({"x_nat": torch.zeros(2, 3, 8, 9)}, r"x and x_nat must have the same shape \[B, ...\]"),
-            ({"numbers": torch.zeros(2, 8)}, r"\[B, T, 5 \+ C\] = \[2, T, 8\], got torch.float32 \[2, 8\]"),
-            ({"numbers": torch.zeros(2, 1, 8).double()}, "numbers must be float32"),
-            ({"numbers": torch.zeros(2, 1, 8, device="meta")}, DEVICES),
-            ({"edge": 9}, "edge must be from 1 to 8 in images of 8 x 8, got 9"),
-            *(({"edge": torch.tensor(n)}, r"edge must be a number or an int64 tensor \[\], got") for n in (5.0, [5])),
-            ({"pattern": torch.zeros(2, 3, 3)}, "pattern must be None.*linf"),
-            ({"norm": "l2"}, r"pattern must be float32 \[2, edge, edge\] = \[2, 3, 3\] for l2, got None"),
-            ({"norm": "l1", "pattern": torch.zeros(2, 9)}, r"for l1, got torch.float32 \[2, 9\]"),
-            ({"norm": "l1", "pattern": torch.zeros(2, 3, 3, device="meta")}, DEVICES),
-            ({"norm": "l3"}, "norm must be one of linf, l2, l1, got 'l3'"),
-            ({"lo": 1.0, "hi": 0.5}, "lo must be .*lo = 1.0 and hi = 0.5"),
-            ({"eps": torch.zeros(3)}, r"eps must be a number or a tensor \[B\] = \[2\], got \[3\]"),
+            {"x": PICTURE[0], "x_nat": PICTURE[0]},
+            {"norm": "l2", "pattern": None},
+            {"norm": "l1", "pattern": torch.zeros(2, 9)},
+            {"norm": "l1", "pattern": torch.zeros(2, 3, 3, device=META)},
         ],
     ),
     "stitch": (
-        {"images": torch.zeros(6, 3, 8, 8), "owners": torch.zeros(1, 2, 4, 4).byte()},
-        [
-            ({"images": torch.zeros(3, 8, 8)}, r"images must be .* got \[3, 8, 8\]"),
-            ({"owners": torch.zeros(1, 2, 4, 4)}, r"owners must be uint8 .* got torch.float32 \[1, 2, 4, 4\]"),
-            ({"owners": torch.zeros(1, 2, 4, 4, device="meta").byte()}, DEVICES),
-            ({"owners": torch.zeros(1, 2, 3, 4).byte()}, "owners.* 8 x 8.* 3 x 4"),
-            ({"owners": torch.zeros(1, 4, 4, 4).byte()}, r"images.* 1 \* 4.* got 6"),
-            ({"images": torch.zeros(0, 3, 8, 8)}, r"images.* 1 \* 2.* got 0"),
-        ],
+        {"images": torch.zeros(6, 3, 8, 8), "owners": OWNERS},
+        {
+            "images": (torch.zeros(3, 8, 8), torch.zeros(0, 3, 8, 8)),
+            "owners": (OWNERS.float(), OWNERS.to(META), OWNERS[:, :, :3], OWNERS.repeat(1, 2, 1, 1)),
+        },
+        [],
     ),
 }
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_what_does_not_fit_is_refused(name):
-    arguments, changes = REFUSALS[name]
-    for change, message in changes:
-        with pytest.raises((ValueError, TypeError), match=message):
-            getattr(ops, name)(**(arguments | change))
+def test_what_does_not_fit_is_refused_by_its_name(name):
+    given, alone, together = REFUSALS[name]
+    for change in [*({argument: value} for argument, values in alone.items() for value in values), *together]:
+        with pytest.raises((ValueError, TypeError), match=rf"\b({'|'.join(change)})\b"):
+            getattr(ops, name)(**(given | change))
 
 
-@pytest.mark.parametrize("name", sorted({*REFUSALS} - {"key_validity", "philox"}))
+@pytest.mark.parametrize("name", sorted({*REFUSALS} - {"key_validity", "philox", "decode_prior"}))
 @pytest.mark.parametrize("kind", ["float8", "sparse", "mkldnn"])
 def test_tensors_that_no_kernel_reads_are_refused(name, kind):
     """The op gets another dtype or layout in place of its images, logits or features."""
-    arguments, _ = REFUSALS[name]
+    arguments = REFUSALS[name][0]
     change = {"float8": lambda x: x.to(torch.float8_e4m3fn), "sparse": Tensor.to_sparse, "mkldnn": Tensor.to_mkldnn}
     first = next(one for one, x in arguments.items() if isinstance(x, Tensor) and x.is_floating_point())
     alike = [one for one, x in arguments.items() if isinstance(x, Tensor) and x.shape == arguments[first].shape]

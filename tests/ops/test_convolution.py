@@ -15,28 +15,6 @@ from purify_fast.ops import conv2d, use_backend
 
 op = import_module("purify_fast.ops.convolution")
 LAST, HALF = torch.channels_last, torch.bfloat16
-#: batch, inputs, height, width, outputs, kernel, stride, padding, dilation
-SHAPES = (
-    (1, 1, 1, 1, 1, 1, 1, 0, 1),
-    (2, 3, 7, 5, 5, 3, 1, 1, 1),
-    (2, 5, 9, 9, 48, 5, 1, 2, 1),
-    (1, 24, 9, 8, 24, 3, 2, 1, 1),
-    (2, 24, 10, 7, 3, 3, 1, 1, 1),
-    (1, 17, 6, 6, 40, 3, 1, 4, 4),
-    (3, 1, 5, 6, 7, 1, 2, 0, 1),
-    (2, 20, 11, 13, 70, 3, 2, 0, 1),
-    (1, 9, 8, 8, 9, 3, 3, 2, 2),
-    (1, 16, 16, 16, 64, 3, 1, 8, 8),
-    (1, 130, 4, 3, 136, 2, 1, 1, 1),
-    (1, 4, 20, 37, 8, 4, 3, 5, 2),
-    (1, 48, 70, 66, 16, 3, 1, 1, 1),
-    (0, 4, 6, 6, 4, 3, 1, 1, 1),
-    # by tiles, whose sides are odd, whose channels are no multiple of 16, whose padding is none or more than the kernel
-    (2, 32, 17, 16, 32, 3, 1, 1, 1),
-    (1, 40, 21, 23, 56, 3, 1, 0, 1),
-    (2, 72, 16, 17, 33, 3, 1, 2, 2),
-    (1, 33, 18, 19, 100, 3, 1, 4, 3),
-)
 #: Shapes whose images and rows threads share.
 SHARED = ((3, 17, 33, 31, 40, 3, 1, 1, 1), (2, 96, 16, 16, 96, 3, 2, 2, 2), (3, 40, 33, 31, 96, 3, 1, 2, 2))
 TILED = (2, 32, 17, 16, 48, 3, 1, 1, 1)
@@ -68,23 +46,6 @@ def gradients(x, weight, bias, settings, grad=None):
     out = conv2d(*leaves, *settings)
     grad = normal(*out.shape, seed=3, dtype=torch.float32) if grad is None else grad
     return out, *torch.autograd.grad(out, leaves, grad.to(out.dtype))
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_values_and_gradients(kernels, within_budget, poisoned, shape):
-    x, weight, bias, settings = operands(shape)
-    got = gradients(x, weight, bias, settings)
-    with use_backend("reference"):
-        same = gradients(x, weight, bias, settings)
-        golden = gradients(
-            x.double(),
-            weight.double(),
-            bias.double(),
-            settings,
-            got[0].detach() * 0 + normal(*got[0].shape, seed=3, dtype=torch.float32).to(HALF),
-        )
-    for one, exact, like in zip(got, golden, same, strict=True):
-        within_budget(one, exact, like)
 
 
 @pytest.mark.parametrize("shape", [(2, 24, 12, 12, 16, 3, 1, 1, 1), TILED], ids=str)
@@ -252,7 +213,7 @@ def test_kernels_refuse_what_does_not_fit():
     """They are called by the op alone, but read memory by these numbers."""
     if op.OP.kernel("cpu") == "reference":
         pytest.skip("no kernel")
-    (x, weight, bias, *settings), (grad, *_), _ = op_arguments(SHAPES[1])
+    (x, weight, bias, *settings), (grad, *_), _ = op_arguments((2, 3, 7, 5, 5, 3, 1, 1, 1))
     for wrong in (
         lambda: op.OP.handle(x.float(), weight, bias, *settings),
         lambda: op.OP.handle(x[..., :2], weight, bias, *settings),

@@ -1,9 +1,11 @@
 """Kernels that save what backward needs: the results of the ops, and who serves when."""
 
+from collections.abc import Callable
 from importlib import import_module
 
 import pytest
 import torch
+from op_cases import DTYPES
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from purify_fast.ops import (
@@ -14,7 +16,9 @@ from purify_fast.ops import (
     sample_latent,
     use_backend,
 )
+from purify_fast.ops.dispatch.examples import tensors
 from purify_fast.ops.dispatch.gradient import SAVING_KERNELS
+from purify_fast.ops.dispatch.registry import Op
 
 loss_op, latent_op, distance_op, aggregate_op = (
     import_module(f"purify_fast.ops.{name}")
@@ -32,24 +36,53 @@ def served_by_saving(out: torch.Tensor) -> bool:
     return getattr(out.grad_fn, "_forward_cls", None) in functions
 
 
+SEED, IDS = torch.tensor([5]), torch.arange(3)
+#: Functions of two tensors, of which the first has a gradient.
+CALLS = {
+    **{f"aggregate {name}": lambda x, _, name=name: aggregate(x, name) for name in ("lse", "peel")},
+    "reconstruction_loss": lambda x, y: reconstruction_loss(x, y.abs().clamp(max=1)),
+    "sample_latent": lambda x, y: sample_latent(x.flatten(1), y.flatten(1), SEED, IDS),
+    **{
+        f"representation_distance {kind}": lambda x, y, kind=kind: representation_distance(x, y, kind)
+        for kind in distance_op.KINDS
+    },
+}
+
+
 @needs_kernels
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda x: aggregate(x, "peel"),
-        lambda x: reconstruction_loss(x, x.detach().sigmoid()),
-        lambda x: sample_latent(x[:, 0], x[:, 0].detach(), torch.tensor([5]), torch.arange(3))[0],
-        lambda x: representation_distance(x, 2 * x.detach() + 1),
-    ],
-    ids=["aggregate", "reconstruction_loss", "sample_latent", "representation_distance"],
-)
-def test_tensors_without_data_are_served_by_the_op_itself(call):
+@pytest.mark.parametrize("name", CALLS)
+def test_tensors_without_data_are_served_by_the_op_itself(name):
+    x, y = normal(2, 3, 5, 1300)
     with use_backend("cpp"):
-        assert served_by_saving(call(normal(3, 5, 20).requires_grad_()))
+        assert served_by_saving(tensors(CALLS[name](x.clone().requires_grad_(), y))[0])
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            out = call(mode.from_tensor(normal(3, 5, 20)).requires_grad_())
+            out = tensors(CALLS[name](mode.from_tensor(x).requires_grad_(), mode.from_tensor(y)))[0]
             assert not served_by_saving(out)
             out.sum().backward()
+
+
+def results(call: Callable, x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
+    """Outputs, and the gradient of a sum with weights that every dtype has."""
+    leaf = x.clone().requires_grad_()
+    outputs = tensors(call(leaf, y))
+    total = sum((out * (torch.arange(out.numel()) % 7 - 3).to(out.dtype).view_as(out) / 4).sum() for out in outputs)
+    return [*(out.detach() for out in outputs), torch.autograd.grad(total, leaf)[0]]
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CALLS)
+def test_values_and_gradients(within_budget, poisoned, monkeypatch, name, dtype):
+    """What is saved rounds no more than the definition: both beside the definition in float64."""
+    for size, scale in ((20, 1.0), (101, 20.0), (1300, 1.0)):
+        x, y = scale * normal(2, 3, 5, size, dtype=dtype)
+        with use_backend("cpp"), monkeypatch.context() as patch:
+            found = results(CALLS[name], x, y)
+            # the definition with the kernel's normals, which differ by a few units in the last place
+            patch.setattr(Op, "uses_reference", lambda op, *_: op.name != "philox")
+            golden, same = results(CALLS[name], x.double(), y.double()), results(CALLS[name], x, y)
+        for triple in zip(found, golden, same, strict=True):
+            within_budget(*triple)
 
 
 @needs_kernels

@@ -85,30 +85,3 @@ def test_decode_prior_compiles():
             return call(condition, seed, ids, packed, biases, numbers, 3, 0.2, True, False, torch.float32)
 
         compiles(run, make, (6, 8, 13), compiler="aot_eager")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"packed": torch.zeros(9, dtype=torch.float16)}, "packed must be bfloat16, float32 or float64, got torch.flo"),
-        ({"packed": torch.zeros(9)}, r"packed must be contiguous .*\[\d+\] for Geometry.*, got \[9\]"),
-        ({"biases": torch.zeros(1)}, r"biases must be contiguous .*\[48\] for Geometry.*, got \[1\]"),
-        ({"seed": torch.zeros(0, dtype=torch.int64)}, r"seed must be .* of shape \[1\], got torch.int64 \[0\]"),
-        ({"condition": torch.zeros(2, 23)}, r"condition must be \[B, 24\] and torch.float32, got \[2, 23\]"),
-        ({"condition": torch.zeros(2, 24).half()}, r"condition must be .* got \[2, 24\] and torch.float16"),
-        ({"biases": torch.zeros(48).double()}, "biases must be torch.float32, got torch.float64"),
-        ({"dtype": torch.float16}, "dtype must be float32 or bfloat16"),
-        ({"sample_ids": torch.arange(3)}, "sample_ids must .* 2, but it has 3"),
-        ({"seed": 7}, r"seed must .*, got the number 7: write torch\.tensor\(\[7\]\)"),
-        ({"slope": -0.1}, "got samples = 3 and slope = -0.1"),
-        ({"slope": float("nan")}, "slope = nan"),
-        *(({"samples": count}, rf"samples must be .* got samples = {count} and") for count in (2.5, 2**63, -1)),
-        ({"condition": torch.zeros(2, 24, device="meta")}, "condition on meta, packed on cpu"),
-    ],
-)
-def test_refusals_of_decode_prior(change, message):
-    names = "condition", "seed", "sample_ids", "packed", "biases"
-    arguments = dict(zip(names, packed_arguments(2, torch.float32), strict=True))
-    arguments |= {"geometry": GEOMETRY, "samples": 3}
-    with pytest.raises((ValueError, TypeError), match=message):
-        decode_prior(**(arguments | change))

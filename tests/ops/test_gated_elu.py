@@ -1,16 +1,12 @@
 import math
 from importlib import import_module
 
-import pytest
 import torch
-from op_cases import cases
 
 from purify_fast.ops import gated_elu
 from purify_fast.ops.dispatch.op import Call
 
 op = import_module("purify_fast.ops.gated_elu")
-# one element, no further dimension, less and more than a tile, rows longer than a tile, a volume, nothing
-SHAPES = ((1, 2), (3, 10), (2, 24, 7, 5), (2, 6, 40, 33), (1, 2, 60, 50), (2, 4, 3, 4, 5), (0, 4, 3, 3), (2, 0, 3))
 
 
 def inputs(*shape: int, dtype=torch.float32, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
@@ -18,33 +14,9 @@ def inputs(*shape: int, dtype=torch.float32, seed: int = 0, scale: float = 3.0) 
     return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
 
 
-def upstream(features: torch.Tensor) -> torch.Tensor:
-    half = features.chunk(2, 1)[0]
-    return torch.linspace(-1, 2, half.numel(), dtype=torch.float64).view(half.shape).to(features.dtype)
-
-
 def test_published_values(backend):
     features = torch.tensor([[1.0, 1.0], [-1.0, 0.0]])
     torch.testing.assert_close(gated_elu(features), torch.tensor([[0.7310586], [-0.3160603]]), rtol=0, atol=1e-7)
-
-
-@pytest.mark.parametrize(("shape", "dtype"), cases(SHAPES, (2, 6, 40, 33), (1, 2, 60, 50)), ids=str)
-def test_values_and_gradients(backend, within_budget, poisoned, shape, dtype):
-    for scale in (0.1, 3.0, 40.0):
-        features = inputs(*shape, dtype=dtype, scale=scale)
-        grad = upstream(features)
-        leaf = features.clone().requires_grad_()
-        out = gated_elu(leaf)
-        assert out.is_contiguous()
-        within_budget(out, op.reference(features.double(), 1), op.reference(features, 1))
-        (got,) = torch.autograd.grad(out, leaf, grad)
-        golden = op.reference_backward(grad.double(), features.double(), 1)
-        if backend == "cpp":
-            within_budget(got, golden, op.reference_backward(grad, features, 1))
-        else:  # autograd's own: it forms 1 - s(b)
-            size = (features.abs().max() * grad.abs().max()).item() if grad.numel() else 0
-            tolerance = 2 * torch.finfo(dtype).eps * max(size, 1)
-            torch.testing.assert_close(got.double(), golden, rtol=torch.finfo(dtype).eps, atol=tolerance)
 
 
 def test_far_out_nothing_is_lost(backend):

@@ -114,16 +114,6 @@ def test_the_gradients_of_weights_in_float32(kernels):
     assert max(errors(found, wanted)) < 0.02
 
 
-def test_the_backward_s_definition_is_the_derivative():
-    x = normal(2, 3, 5, 6, dtype=torch.float64).requires_grad_()
-    numbers = normal(6, seed=1, dtype=torch.float64), normal(6, seed=2, dtype=torch.float64)
-    for shift in (None, normal(2, 6, seed=3, dtype=torch.float64)):
-        grad = normal(2, 3, 5, 6, seed=4, dtype=torch.float64)
-        (wanted,) = torch.autograd.grad(op.reference(x, *numbers, shift, 3, 1e-5), x, grad)
-        found = op.reference_backward(grad, x.detach(), *numbers, shift, 3, 1e-5)
-        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
-
-
 def test_the_result_depends_on_no_other_image_and_on_no_threads(kernels):
     x = normal(70, 32, 16, 16).to(memory_format=LAST)
     numbers = torch.ones(32), torch.zeros(32)

@@ -2,14 +2,12 @@ from importlib import import_module
 
 import pytest
 import torch
-from op_cases import cases
 from torch import Tensor
 
 from purify_fast.ops import hyperplane_projection
 
 op = import_module("purify_fast.ops.hyperplane_projection")
 NORMS = op.NORMS
-SHAPES = ((1, 1), (3, 1, 16, 16), (4, 5001), (0, 3, 4, 4), (2, 0))
 
 
 def inputs(*shape: int, dtype=torch.float32, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,18 +82,6 @@ def test_ten_thousand_rows_by_bisection(backend, norm):
     meets = (b - (w * x).sum(1)).abs() <= most
     assert 4000 < meets.sum() < 8000
     assert ((w * (x + got)).sum(1) - b)[meets].abs().max() <= 1e-9
-
-
-@pytest.mark.parametrize(("shape", "dtype"), cases(SHAPES, (1, 1), (4, 5001)), ids=str)
-@pytest.mark.parametrize("norm", NORMS)
-def test_dtypes(backend, poisoned, norm, shape, dtype):
-    x, w, b = inputs(*shape, dtype=dtype)
-    got = hyperplane_projection(x, w, b, norm)
-    golden = op.reference(x.double(), w.double(), b.double(), NORMS.index(norm), 0.0, 1.0)
-    assert got.dtype == dtype and got.shape == shape and got.is_contiguous()
-    # in l1 one coordinate takes the rounding of the sum over all
-    wide = 1e-12 if dtype == torch.float64 else 1e-3 if norm == "l1" else 1e-4
-    torch.testing.assert_close(got.double(), golden, rtol=torch.finfo(dtype).eps, atol=wide)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -3,14 +3,13 @@ from importlib import import_module
 
 import pytest
 import torch
-from op_cases import DTYPES, cases
+from op_cases import DTYPES
 from torch.nn import functional as F
 
 from purify_fast.ops import representation_distance
 
 op = import_module("purify_fast.ops.representation_distance")
 KINDS = op.KINDS
-SHAPES = ((1, 1), (3, 512), (2, 3, 33, 31), (4, 20001), (5, 64, 4, 4), (0, 3, 4, 4))
 NHWC = torch.channels_last
 
 
@@ -106,37 +105,20 @@ def test_never_negative_near_the_teacher(backend, kind):
         assert (d - exact).abs().max() < (2e-4 if kind == "angular" else 2e-7)
 
 
-@pytest.mark.parametrize(("shape", "dtype"), cases(SHAPES, (2, 3, 33, 31), (4, 20001)), ids=str)
-@pytest.mark.parametrize("kind", KINDS)
-def test_values_and_gradients(backend, within_budget, poisoned, kind, shape, dtype):
-    index = KINDS.index(kind)
-    for near in (None, 0.5):
-        u, v = inputs(*shape, dtype=dtype, near=near)
-        grad = torch.linspace(-1, 2, shape[0], dtype=torch.promote_types(dtype, torch.float32))
-        leaf = u.clone().requires_grad_()
-        out = representation_distance(leaf, v, kind)
-        assert out.shape == shape[:1]
-        golden, exact_slopes = op.reference([u.double()], [v.double()], index)
-        same, slopes = op.reference([u], [v], index)
-        within_budget(out, golden[:, 0], same[:, 0])
-        (got,) = torch.autograd.grad(out, leaf, grad)
-        (golden,) = op.reference_backward(grad.double()[:, None], [u.double()], [v.double()], exact_slopes)
-        if shape != (1, 1) or kind == "l2":  # one number has no direction of its own: its gradient is rounding
-            (same,) = op.reference_backward(grad[:, None], [u], [v], slopes)
-            within_budget(got, golden, same)
-        else:
-            torch.testing.assert_close(got.double(), golden, rtol=0, atol=1e-4 if kind == "angular" else 1e-6)
-
-
 def test_layers_are_as_one_by_one(backend):
-    pairs = [inputs(4, 64, 8, 8), inputs(4, 128, 4, 4, seed=1), inputs(4, 512, seed=2)]
+    """More of them than one launch of the Triton kernel takes, some of which fill no chunk."""
+    pairs = [
+        inputs(4, 64, 8, 8),
+        inputs(4, 128, 4, 4, seed=1),
+        *(inputs(4, 3 * seed, seed=seed) for seed in range(2, 18)),
+    ]
     student, teacher = zip(*pairs, strict=True)
     for kind in KINDS:
         leaves = [x.clone().requires_grad_() for x in student]
         together = representation_distance(leaves, list(teacher), kind)
-        weight = torch.linspace(0.5, 2, 12).view(4, 3)
+        weight = torch.linspace(0.5, 2, 4 * len(pairs)).view(4, -1)
         grads = torch.autograd.grad((together * weight).sum(), leaves)
-        assert together.shape == (4, 3) and together.is_contiguous()
+        assert together.shape == (4, len(pairs)) and together.is_contiguous()
         for layer, (u, v) in enumerate(pairs):
             leaf = u.clone().requires_grad_()
             alone = representation_distance(leaf, v, kind)
@@ -246,11 +228,3 @@ def test_channels_last_maps_are_not_copied(backend):
     out = representation_distance([leaf], [v])
     given = [x for x in out.grad_fn.saved_tensors if x.dim() == 4]
     assert [x.data_ptr() for x in given] == [u.data_ptr(), v.data_ptr()] and all(x.is_contiguous() for x in given)
-
-
-def test_compiled_at_the_teacher_has_no_gradient(backend):
-    _, v = inputs(3, 8, 4, 4)
-    torch._dynamo.reset()
-    leaf = v.clone().requires_grad_()
-    out = torch.compile(representation_distance, fullgraph=True)(leaf, v)
-    assert torch.equal(out, torch.zeros(3)) and (torch.autograd.grad(out.sum(), leaf)[0] == 0).all()

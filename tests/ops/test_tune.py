@@ -1,14 +1,11 @@
 """Kernels are raced on the machine they run on, and who was ahead serves: `purify-fast tune` and the file it writes."""
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_map_only
 
 from purify_fast import _library, cli
 from purify_fast.cli import installation
@@ -16,7 +13,6 @@ from purify_fast.cli import tune as command
 from purify_fast.ops import REGISTRY, aggregate, pgd_step, sample_latent
 from purify_fast.ops.dispatch import examples, racing, records, verify
 from purify_fast.ops.dispatch.op import Call, size_of
-from purify_fast.speed.memory import LiveBytes
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(not _library.loaded(), reason="the CPU's kernels are the extension's")
@@ -181,21 +177,6 @@ def test_replays_are_captured_by_what_recovers(rerun):
     assert set(found.failed.values()) == {"RuntimeError: cannot be captured"}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("op", [name for name, op in REGISTRY.items() if op.launch is not None])
-def test_the_races_of_a_gpu_take_24_gigabytes_at_most(op, monkeypatch):
-    """The reference's tensors, once for eager calls and once for its graph, counted with tensors that hold nothing."""
-    monkeypatch.setattr(racing, "ELEMENTS", ELEMENTS)
-    large = [race for race in racing.races_of(REGISTRY[op], torch.device("cuda")) if race.size == "large"]
-    assert large
-    for race in large:
-        made = race.example.make(race.dtype, 0)
-        with FakeTensorMode(allow_non_fake_inputs=True) as fake, LiveBytes() as memory, torch.no_grad():
-            given = tree_map_only(torch.Tensor, fake.from_tensor, made)
-            REGISTRY[op].reference(*examples.tile(given, race.times))
-        assert 0 < 2 * memory.most <= 24e9, (race.words(), memory.most)
-
-
 def test_a_folder_that_cannot_be_written_is_refused_before_any_race(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("PURIFY_FAST_CACHE", str(tmp_path / "file" / "below"))  # root may write anywhere else
@@ -215,24 +196,6 @@ def test_a_folder_that_cannot_be_written_is_refused_before_any_race(tmp_path, mo
 def test_what_cannot_be_raced_is_refused(arguments, message, capsys):
     assert cli.main(["tune", *(["--device", "cpu"] if "--device" not in arguments else []), *arguments]) == 2
     assert message in capsys.readouterr().err
-
-
-def test_a_look_up_is_one_dictionary_look_up():
-    """Counted in place of timed: after the first call of its kind, nothing of this package runs but the look-up."""
-    op = REGISTRY["pgd_step"]
-    given = CPU, torch.float32, 1000, "linf"
-    op.uses_reference(*given)
-    made: list[str] = []
-
-    def listen(frame, event, argument):
-        if event in ("call", "c_call"):
-            made.append(frame.f_code.co_name if event == "call" else argument.__name__)
-
-    sys.setprofile(listen)
-    op.uses_reference(*given)
-    sys.setprofile(None)
-    assert made[0] == "uses_reference" and made.count("get") == 1 and "_choose" not in made
-    assert len(made) <= 16, made  # uses_reference, serving, is_compiling twice, Call, get, setprofile
 
 
 def test_a_call_has_the_size_key_of_its_race():

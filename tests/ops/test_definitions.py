@@ -1,0 +1,114 @@
+"""The examples of every op: a kernel has the numbers of the definition, and a backward is the derivative."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from purify_fast.ops import REGISTRY, use_backend
+from purify_fast.ops.dispatch.examples import ROWS, Example, double, tensors
+from purify_fast.ops.dispatch.verify import compare
+
+CPU = torch.device("cpu")
+KERNELS = [name for name, op in REGISTRY.items() if op.kernel("cpu") == "cpp"]
+#: Those that are not here keep rounded results for their backward, or change what enters the op: their files test them.
+BACKWARDS = [name for name in REGISTRY if name.endswith("_backward") and not name.startswith(("decode", "fused"))]
+#: Their normals are float32 numbers, which differ by a few units in the last place.
+DRAWN = ("philox", "diffusion_step", "random_transform", "sample_latent")
+ONE, LONG = ((ROWS, 1),), ((ROWS, 20001),)
+#: Height, width and channels, then the number of outputs, the kernel, the stride, the padding and the dilation.
+LAYERS = (
+    ((1, 1, 1), 1, 1, 1, 0, 1),
+    ((7, 5, 3), 5, 3, 1, 1, 1),
+    ((9, 9, 5), 48, 5, 1, 2, 1),
+    ((9, 8, 24), 24, 3, 2, 1, 1),
+    ((6, 6, 17), 40, 3, 1, 4, 4),
+    ((11, 13, 20), 70, 3, 2, 0, 1),
+    ((8, 8, 9), 9, 3, 3, 2, 2),
+    ((4, 3, 130), 136, 2, 1, 1, 1),
+    ((20, 37, 4), 8, 4, 3, 5, 2),
+)
+#: Settings of further examples: a single number, other ends of vectors and of tiles, and blocks of several sizes.
+FURTHER = {
+    "apgd_step": [(norm, "", (ROWS, 1)) for norm in ("linf", "l2")],
+    **{
+        name: [
+            ((ROWS, *size), outputs, (kernel, kernel), (stride, stride), (padding, padding), (dilation, dilation))
+            for size, outputs, kernel, stride, padding, dilation in LAYERS
+        ]
+        for name in ("convolution", "convolution_input_gradient", "convolution_weight_gradient")
+    },
+    "gated_elu": [((ROWS, 2), 1), ((ROWS, 4, 3, 4, 5), 1), ((ROWS, 6, 40, 33), 1)],
+    "hyperplane_projection": [(norm, (ROWS, 5001)) for norm in ("linf", "l2", "l1")],
+    "noisy_replay": [ONE, ((ROWS, 2047),)],
+    "pgd_step": [(norm, "", (ROWS, 1)) for norm in ("linf", "l2", "l1")],
+    "random_transform": [
+        ((ROWS, *shape), block, passes, 0.25, 2, layout)
+        for shape, block, passes in (
+            ((1, 1, 1), 1, 0),
+            ((2, 64, 96), 32, 3),
+            ((1, 40, 200), 20, 5),
+            ((2, 36, 54), 18, 1),
+        )
+        for layout in ("", "channels_last")
+    ],
+    "reconstruction_loss": [ONE, LONG],
+    "sample_latent": [ONE, ((ROWS, 1026),)],
+    "square_proposal": [
+        (norm, (ROWS, *shape), 2, edge)
+        for norm in ("linf", "l2", "l1")
+        for shape, edge in (((1, 1, 1), 1), ((40, 12, 11), 3), ((2, 60, 40), 11))
+    ],
+    "stitch": [((ROWS, *shape), grid, 3, "") for shape, grid in (((1, 1, 1), (1, 1)), ((3, 128, 96), (4, 3)))],
+}
+
+
+def examples(name: str) -> list[Example]:
+    """The examples of an op, and the further ones, each with the properties of an example of its variant."""
+    own = REGISTRY[name].examples
+
+    def further(setting: tuple) -> Example:
+        like = next((example for example in own if example.variant == setting[0]), own[0])
+        return replace(like, name=str(setting), make=partial(like.make.func, *setting, **like.make.keywords))
+
+    return [*own, *map(further, FURTHER.get(name, ()))]
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_kernel_has_the_numbers_of_the_definition(poisoned, name):
+    """In its dtypes it is as near to float64 as the definition; in float64 it differs in the last digits at most."""
+    op, every = REGISTRY[name], examples(name)
+    with use_backend("reference"):
+        found = compare(op, CPU, [(example, dtype) for example in every for dtype in example.dtypes])
+    assert found.passed, found
+    tolerance = 1e-6 if name.startswith(DRAWN) else 1e-10
+    for example in every if torch.float32 in every[0].dtypes else ():
+        given = double(example.make(torch.float32, 0))
+        results = (tensors(function(*given)) for function in (op.handle, torch.no_grad()(op.reference)))
+        for kernel, definition in zip(*results, strict=True):
+            torch.testing.assert_close(kernel, definition, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", BACKWARDS)
+def test_the_definition_of_a_backward_is_the_derivative(name):
+    op, backward = REGISTRY[name.removesuffix("_backward")], REGISTRY[name]
+    grads = sum(argument.name.startswith("grad") for argument in backward.handle._schema.arguments)
+    for example, of_backward in zip(op.examples, backward.examples, strict=True):
+        given = tree_map_only(
+            Tensor,
+            lambda x: x.requires_grad_() if x.is_floating_point() else x,
+            double(example.make(torch.float64, 0)),
+        )
+        leaves = [x for x in tree_leaves(given) if isinstance(x, Tensor) and x.requires_grad]
+        saved = double(of_backward.make(torch.float64, 0))
+        found = tensors(backward.reference(*saved))
+        outputs = tensors(op.reference(*given))[:grads]
+        if example.variant == "vote":
+            assert not outputs[0].requires_grad and not found[0].any()
+            continue
+        wanted = torch.autograd.grad(outputs, leaves[: len(found)], saved[:grads])
+        for got, derivative in zip(found, wanted, strict=True):
+            torch.testing.assert_close(got, derivative, rtol=1e-9, atol=1e-9 * float(derivative.abs().max()))
