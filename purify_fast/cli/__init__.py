@@ -11,7 +11,6 @@ import sys
 import traceback
 import warnings
 from dataclasses import make_dataclass, replace
-from pathlib import Path
 from typing import Annotated, Any, Union
 
 import tyro
@@ -20,12 +19,10 @@ from .._files import folder_lock
 from .._memory import ran_out_of_memory
 from .._validation import usable_device
 from .._version import __version__
-from . import check, purify, show, train_classifier, train_diffusion, train_purifier, tune  # noqa: F401
-from .command import Command
-from .evaluate import Evaluate
+from . import check, evaluate, purify, show, train_classifier, train_diffusion, train_purifier, tune  # noqa: F401
+from .command import Command, DataCommand
 from .parsing import cli, early_options, parse
 from .shared_machine import allowed_cores, wait_passively
-from .training import Training
 
 __all__ = ["main"]
 
@@ -58,18 +55,6 @@ def _read(arguments: list[str]) -> Command:
     return cli(_any_of(top), arguments, prog="purify-fast", description=described)
 
 
-_PLACED_WARNING = warnings.formatwarning
-
-
-def _warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
-) -> str:
-    """Format a warning of this package as a line without a place in the source; other warnings keep their place."""
-    if Path(__file__).parents[1] in Path(filename).parents:
-        return f"purify-fast: {message}\n"
-    return _PLACED_WARNING(message, category, filename, lineno, line)
-
-
 def _run(arguments: list[str]) -> int:
     # torchrun sets this variable.
     several = int(os.environ.get("WORLD_SIZE") or 1)
@@ -77,17 +62,13 @@ def _run(arguments: list[str]) -> int:
         # Loading a user's model adds the folder of its code to `sys.path`. Restore `sys.path` when the command ends.
         stack.callback(sys.path.__setitem__, slice(None), list(sys.path))
         stack.callback(setattr, warnings, "formatwarning", warnings.formatwarning)
-        warnings.formatwarning = _warning
+        # A line without a place in the source.
+        warnings.formatwarning = lambda message, category, *place: f"{category.__name__}: {message}\n"
         if several > 1:
             from ..training.distributed import torchrun_group
 
             stack.enter_context(torchrun_group())
         command = _read(arguments)
-        if several > 1 and not isinstance(command, (Training, Evaluate)):
-            raise ValueError(
-                f"only train and evaluate can run in several processes, got `{command.called}` in {several} "
-                "processes: run it in one process"
-            )
         import torch
 
         from ..speed import retain_freed_memory
@@ -98,7 +79,7 @@ def _run(arguments: list[str]) -> int:
         stack.enter_context(restored_threads())
         if not os.environ.get("OMP_NUM_THREADS"):
             torch.set_num_threads(min(torch.get_num_threads(), allowed_cores()))
-        if isinstance(command, (Training, Evaluate)):
+        if isinstance(command, DataCommand):
             command = replace(command, device=own_device(usable_device(command.device)))
         # `typed` is no field, so run.yaml does not contain it. A frozen dataclass refuses a plain assignment.
         object.__setattr__(command, "typed", tuple(arguments))

@@ -57,18 +57,11 @@ class Check(Command):
 
     def evaluated(self, folder: Path) -> Evaluate:
         """The `evaluate` command that wrote the report in a folder, with MODEL if given."""
-        if self.model is not None:
-            words = [self.model]
-        elif (path := folder / RUN_FILE).is_file():
-            words = ["--config", str(path)]
-        else:
-            raise FileNotFoundError(f"{folder} contains no {RUN_FILE} that names the model: give also MODEL")
-        return parse(Evaluate, words)
+        return parse(Evaluate, ["--config", str(folder / RUN_FILE)] if self.model is None else [self.model])
 
 
 def images_of(witnesses: Witnesses, device: str) -> DataSet:
     """The clean images of a report as a data set, so that the original data set need not be on this machine."""
-
     from ..data import DataSet
 
     images = (witnesses.clean * 255).round().byte()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from .._validation import check_types, usable_device
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from ..data import DataSet
 
 
@@ -39,6 +40,11 @@ class Command(ABC):
     def __post_init__(self) -> None:
         check_types(self)
 
+    @classmethod
+    def of_recipe(cls, name: str, official_code: bool, batch_size: int | None = None) -> Self:
+        """Make this command with the settings of a recipe, if the command has the option --recipe."""
+        return cls()
+
     @abstractmethod
     def run(self) -> int | None:
         """Run the command, and return the exit status; None means 0."""
@@ -47,8 +53,8 @@ class Command(ABC):
         """The folder that the command writes to and that is locked during the run; None if there is none."""
         return getattr(self, "out", None)
 
-    def ignored_beside(self) -> dict[tuple[str, ...], str]:
-        """Options that have no effect beside this command's other options, with the message that refuses them."""
+    def without_effect(self) -> dict[str, tuple[str, ...]]:
+        """The options without effect, by the reason: another option that is given, or that is missing."""
         return {}
 
 
@@ -96,17 +102,6 @@ class DataCommand(Command):
         options: dict[str, Any] = {name: getattr(self, name) for name in names} | {"train": train}
         size: Any = self.size * 2 if self.size is not None and len(self.size) == 1 else self.size
         return load_dataset(self.data, self.data_root, self.num_classes, image_size=size, **options).to(device)
-
-    def attacked_by(self, folder: Path) -> str:
-        """The text that names the command which attacks the trained model on the same data set."""
-        words = ["purify-fast", "evaluate", str(folder), "--data", self.data]
-        for name in ("data_root", "size", "num_classes"):
-            value = getattr(self, name)
-            if value is not None:
-                words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else (value,))]
-        if self.broken == "skip":
-            words += ["--broken", "skip"]
-        return f"saved to {folder}; attack it with: {shlex.join(words)}"
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
-import sys
 import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import tyro
 
@@ -22,9 +21,9 @@ from .saved_models import is_named, own_model, refuse_other_images, saved_folder
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from typing_extensions import Self
 
     from ..data import DataSet
-    from ..methods.carso import Carso
     from ..protocols import Classifier
 
 
@@ -73,20 +72,25 @@ class Evaluate(ProcessOptions, DataCommand):
     out: Path | None = None
     settings: EvaluateConfig = field(default_factory=EvaluateConfig)
 
+    @classmethod
+    def of_recipe(cls, name: str, official_code: bool, batch_size: int | None = None) -> Self:
+        # The default data set is that of the published system.
+        return cls(data=name)
+
     def __post_init__(self) -> None:
-        if self.norm is not None:
-            # A frozen dataclass refuses a plain assignment.
-            object.__setattr__(self, "norm", read_norm(self.norm))
         super().__post_init__()
         if self.own is None and self.folder.suffix == ".py":
             raise ValueError(f"{self.folder}: give also the function that returns the model, as {self.folder}:function")
         if (self.official is None) != (self.recipe is None):
-            only, names = "--recipe" if self.official is None else "--official", ", ".join(get_args(Published))
-            raise ValueError(
-                f"--official FOLDER and --recipe need each other, got only {only}: give both; recipe is one of {names}"
-            )
-        if self.classifier_weights is not None and self.official is None:
-            raise ValueError("--classifier-weights needs a published system: give --official FOLDER and --recipe too")
+            raise ValueError("--official FOLDER and --recipe need each other: give both")
+
+    def without_effect(self) -> dict[str, tuple[str, ...]]:
+        unused: dict[str, tuple[str, ...]] = {}
+        if self.official is None:
+            unused["without --official FOLDER"] = ("classifier_weights",)
+        if self.own is not None or self.official is not None:
+            unused["without a saved defence"] = ("classifier", "t_star", "denoising_steps", "solver")
+        return unused
 
     @property
     def own(self) -> str | None:
@@ -128,16 +132,11 @@ class Evaluate(ProcessOptions, DataCommand):
         """The radius and the norm of the attacks."""
         if self.eps is not None:
             return self.eps, self.norm or "linf"
-        if self.own is not None:
-            raise ValueError(f"--eps must be given, such as --eps 8/255: {self.own} does not say its radius")
-        where, ball = self.official or self.folder, self.trained_ball()
+        ball = self.trained_ball()
         if ball is None:
-            raise ValueError(
-                f"--eps must be given, such as --eps 8/255: {where} does not say its radius of training, or was "
-                "trained on clean images"
-            )
+            raise ValueError(f"--eps must be given, such as --eps 8/255: {self.folder} was not trained with a radius")
         if self.norm not in (None, ball[1]):
-            raise ValueError(f"--norm {self.norm} needs --eps too: {where} was trained at {ball[1]} {ball[0]:g}")
+            raise ValueError(f"--norm {self.norm} needs --eps too: the training had {ball[1]} {ball[0]:g}")
         return ball
 
     def trained_ball(self) -> tuple[float, str] | None:
@@ -151,7 +150,7 @@ class Evaluate(ProcessOptions, DataCommand):
 
             card = zoo.card(self.of_zoo)
             return card.eps, card.norm
-        return ball_of_run(self.folder)
+        return None if self.own else ball_of_run(self.folder)
 
     def loaded(self, images: DataSet) -> tuple[Classifier, nn.Module | None]:
         """Load the attacked model, and its base (the classifier without the defence) if the model is a defence."""
@@ -160,27 +159,22 @@ class Evaluate(ProcessOptions, DataCommand):
         from ..training import is_classifier, load_classifier
 
         device = images.y_test.device
-        saved = self.own is None and self.recipe is None
-        if saved and not is_classifier(folder := saved_folder(self.folder)):
-            base = self.behind(folder, images)
-            model: nn.Module = load_defence(folder, base, process=self.process())
-            refuse_other_images(model, images, f"the model in {self.folder}")
-            return model, base
-        if self.classifier is not None or self.process() is not None:
-            options = "--classifier, --t-star, --denoising-steps and --solver"
-            raise ValueError(
-                f"{options} are only for a saved denoiser or diffusion purifier, got "
-                f"{self.own or self.official or self.folder}: leave them out"
-            )
+        base: nn.Module | None = None
         if self.own is not None:
             return own_model(self.own, images), None
         if self.recipe is not None:
-            system: Carso = recipe(self.recipe, "carso").load(self.official, self.classifier_weights).to(device)
-            refuse_other_images(system, images, f"the system in {self.official}")
-            return system, system.classifier
-        model = load_classifier(folder).to(device)
-        refuse_other_images(model, images, f"the model in {self.folder}")
-        return model, None
+            model: Any = recipe(self.recipe, "carso").load(self.official, self.classifier_weights).to(device)
+            base = model.classifier
+        elif is_classifier(folder := saved_folder(self.folder)):
+            if self.classifier is not None or self.process() is not None:
+                options = "--classifier, --t-star, --denoising-steps and --solver"
+                raise ValueError(f"{options} are only for a saved denoiser or diffusion purifier, got {self.folder}")
+            model = load_classifier(folder).to(device)
+        else:
+            base = self.behind(folder, images)
+            model = load_defence(folder, base, process=self.process())
+        refuse_other_images(model, images, f"the model in {self.official or self.folder}")
+        return model, base
 
     def prepared(self, images: DataSet) -> tuple[Classifier, nn.Module | None]:
         """Load the models, accelerated if --precision asks for it."""
@@ -191,10 +185,7 @@ class Evaluate(ProcessOptions, DataCommand):
         model, base = self.loaded(images)
         if self.precision in ("bfloat16", "auto"):
             if not isinstance(model, Defence):
-                raise ValueError(
-                    f"--precision {self.precision} is only for defences of this package, got {self.folder}: leave it "
-                    "out"
-                )
+                raise ValueError(f"--precision {self.precision} is only for defences of this package")
             model.accelerate(torch.bfloat16 if self.precision == "bfloat16" else "auto")
         return model, base
 
@@ -227,13 +218,8 @@ class Evaluate(ProcessOptions, DataCommand):
         return subset.x, subset.y, notes + [str(warning.message) for warning in caught]
 
     def run(self) -> None:
-        from .._validation import check_folder
-        from ..attacks.arguments import check_eps
         from ..training.distributed import from_first
 
-        check_folder("--out" if self.out is not None else "the report's folder", self.report_folder())
-        if self.eps is not None:
-            check_eps(self.eps, self.norm or "linf")
         with contextlib.ExitStack() as stack:
             # Only the first of several processes writes and locks the folder. If this fails, all processes end.
             from_first(lambda: stack.enter_context(folder_lock(self.report_folder())))
@@ -248,9 +234,6 @@ class Evaluate(ProcessOptions, DataCommand):
         model, base = self.prepared(images)
         out, (eps, norm) = self.report_folder(), self.ball()
         x, y, notes = self.chosen(images)
-        if self.images > len(y):
-            # Print this note before the evaluation, which may take hours. The report contains the note, too.
-            print(f"purify-fast: {notes[0]}", file=sys.stderr)
         with float32_products(tf32=self.precision == "tf32"):
             report = evaluate(
                 model,

@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -20,7 +19,10 @@ from ..ops import REGISTRY
 from ..ops.dispatch import races, records
 from ..ops.dispatch.op import Call, Style
 from ..ops.dispatch.registry import Op, forced_backends
-from ..ops.dispatch.verify import Verdict, known_verdict, mode
+from ..ops.dispatch.verify import known_verdict, mode
+
+#: The words for a kernel that failed its verification.
+WRONG = "WRONG here"
 
 
 def facts(extension: str | Path | None) -> dict[str, str | None]:
@@ -54,14 +56,12 @@ def _who(op: Op, style: Style, device: torch.device) -> tuple[str, str]:
     calls = calls or [
         Call(device, variant, style=style) for variant in dict.fromkeys((*op.serves_unraced("eager"), ""))
     ]
-    winners = [(call.cell or "others", op.wanted(call)) for call in calls]
-    counts = Counter(one.backend for _, one in winners)
-    rare = [f"{one.backend} for {cell}" for cell, one in winners if one.backend != max(counts, key=counts.__getitem__)]
-    reasons = dict.fromkeys(f"{one.why}, kernel {one.gain}" if one.gain else one.why for _, one in winners)
-    return " or ".join(counts), "; ".join([*reasons, *rare])
+    winners = [op.wanted(call) for call in calls]
+    reasons = dict.fromkeys(f"{one.why}, kernel {one.gain}" if one.gain else one.why for one in winners)
+    return " or ".join(dict.fromkeys(one.backend for one in winners)), "; ".join(reasons)
 
 
-def _state(op: Op, kind: str, verdict: Verdict | None) -> tuple[str, str, str]:
+def _state(op: Op, kind: str) -> tuple[str, str, str]:
     """Three texts: the backends of an op in eager calls, those in compiled graphs, and why. No kernel is verified."""
     try:
         forced = op.forced(kind)
@@ -72,31 +72,14 @@ def _state(op: Op, kind: str, verdict: Verdict | None) -> tuple[str, str, str]:
     if op.kernel(kind) == "reference":
         missing = "there is no kernel" if _library.loaded() else "the extension is not loaded"
         return "reference", "reference", missing
+    present = _devices().get(kind)
+    verdict = None if present is None else known_verdict(op, present)
     if verdict is not None and not verdict.passed:
-        why = f"the {op.kernel(kind)} kernel is WRONG here: {verdict.words()}; please report it"
-        return "reference", "reference", why
-    device = _devices().get(kind, torch.device(kind))
+        return "reference", "reference", f"the {op.kernel(kind)} kernel is {WRONG}: {verdict.words()}; please report it"
+    device = torch.device(kind) if present is None else present
     (eager, why), (graph, inside) = _who(op, "eager", device), _who(op, "graph", device)
     words = [f"eager calls: {why}", f"graphs: {inside}", verdict.words() if verdict else "verified at first use"]
     return eager, graph, "; ".join(words)
-
-
-def _verdicts(kind: str) -> dict[str, Verdict]:
-    """For each op, by its name, the stored result of the verification of its kernel on this machine's CPU or GPU."""
-    device = _devices().get(kind)
-    known = {} if device is None else {name: known_verdict(op, device) for name, op in REGISTRY.items()}
-    return {name: verdict for name, verdict in known.items() if verdict is not None}
-
-
-def _served(kind: str) -> str:
-    """A sentence that counts the ops that kernels compute in eager calls, and names the kernels that are wrong."""
-    verdicts = _verdicts(kind)
-    eager = [_state(op, kind, verdicts.get(name))[0] for name, op in REGISTRY.items()]
-    served = sum(backends not in ("reference", "nothing") for backends in eager)
-    forced = f"; {','.join(forced_backends())} is forced" if forced_backends() else ""
-    wrong = ", ".join(name for name, verdict in verdicts.items() if not verdict.passed)
-    told = f"; WRONG here, and therefore not used: {wrong}; please report it" if wrong else ""
-    return f"on {kind}, kernels compute {served} of {len(eager)} ops, and plain PyTorch the others{forced}{told}"
 
 
 def _raced(kind: str) -> str:
@@ -113,9 +96,9 @@ def _raced(kind: str) -> str:
 
 def info(everything: bool) -> str:
     """The text of the command ``info``: versions, devices, how many ops kernels compute, and wrong kernels."""
-    verdicts = {kind: _verdicts(kind) for kind in ("cpu", "cuda")}
+    states = {kind: {name: _state(op, kind) for name, op in REGISTRY.items()} for kind in ("cpu", "cuda")}
     body = [
-        (name if kind == "cpu" else "", kind, ", ".join(exists), *_state(op, kind, verdicts[kind].get(name)))
+        (name if kind == "cpu" else "", kind, ", ".join(exists), *states[kind][name])
         for name, op in REGISTRY.items()
         for kind, exists in op.available.items()
     ]
@@ -132,7 +115,9 @@ def info(everything: bool) -> str:
         gpus=[torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())],
         library=_library,
         build=facts(_library.path),
-        served=map(_served, _devices()),
+        states={kind: states[kind] for kind in _devices()},
+        wrong=WRONG,
+        forced=forced_backends(),
         verdicts=records.folder(),
         mode=mode(),
         raced=_raced,

@@ -14,9 +14,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from .._version import __version__
 from .command import Command
-from .evaluate import Evaluate
 from .run_file import number, options_of, with_options
-from .training import FollowsRecipe
 
 C = TypeVar("C", bound=Command)
 
@@ -31,20 +29,18 @@ def _fractions(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
         metavar="FLOAT",
         instance_from_str=lambda words: number(words[0]),
         is_instance=lambda value: isinstance(value, (int, float)) and not isinstance(value, bool),
-        str_from_instance=lambda value: [f"{value:.6g}" if value == float(f"{value:.6g}") else str(value)],
+        str_from_instance=lambda value: [str(value)],
     )
 
 
-def option_types() -> ConstructorRegistry:
-    """The rules of this module, for ``tyro.cli(registry=...)``."""
-    registry = ConstructorRegistry()
-    registry.primitive_rule(_fractions)
-    return registry
+#: The rules of this module, for ``tyro.cli(registry=...)``.
+OPTION_TYPES = ConstructorRegistry()
+OPTION_TYPES.primitive_rule(_fractions)
 
 
 def cli(kind: Any, arguments: list[str], **options: Any) -> Any:
     """Call ``tyro.cli`` with the rules of this module, for the class of a command or a union of classes."""
-    return tyro.cli(kind, args=arguments, config=MARKERS, registry=option_types(), **options)
+    return tyro.cli(kind, args=arguments, config=MARKERS, registry=OPTION_TYPES, **options)
 
 
 def early_options() -> argparse.ArgumentParser:
@@ -64,32 +60,21 @@ def _names(arguments: list[str]) -> set[str]:
     return flags | {name.removeprefix("no_") for name in flags}
 
 
-def _refuse_ignored(command: Command, given: set[str]) -> None:
-    """Raise a ValueError if an option was given that has no effect together with the other options of the command."""
-    for names, message in command.ignored_beside().items():
-        if odd := [name for name in names if name in given]:
-            raise ValueError(message.format(given=", ".join(f"--{name.replace('_', '-')}" for name in odd)))
-
-
 def parse(kind: type[C], arguments: list[str]) -> C:
     """Make a command of a class from the words after the command's name."""
     early, given = early_options().parse_known_args(arguments)[0], _names(arguments)
     in_file = {} if early.config is None else options_of(early.config, kind)
-    default, options = kind(), in_file
     # The values of the file win over those of the recipe, and the command line wins over both.
     chosen = {**in_file, **{name: value for name, value in vars(early).items() if value is not None}}
-    if (recipe := chosen.get("recipe")) not in (None, "None"):
-        if issubclass(kind, FollowsRecipe):
-            size = str(chosen.get("batch_size", ""))
-            # The configuration refuses any other text.
-            batch_size = int(size) if size.isdecimal() and int(size) > 0 else None
-            default = kind.of_recipe(recipe, bool(chosen.get("official_code")), batch_size)
-        elif kind is Evaluate and "data" not in given:
-            # The default data set is that of the published system.
-            options = {"data": recipe, **in_file}
-    if options:
-        default = with_options(default, options)
-        _refuse_ignored(default, set(in_file))
-    command: C = cli(kind, arguments, prog=f"purify-fast {kind.called}", default=default)
-    _refuse_ignored(command, given)
+    if chosen.get("recipe") in (None, "None"):
+        default = kind()
+    else:
+        size = str(chosen.get("batch_size"))
+        # The configuration refuses any other text.
+        batch_size = int(size) if size.isdecimal() and int(size) > 0 else None
+        default = kind.of_recipe(chosen["recipe"], bool(chosen.get("official_code")), batch_size)
+    command: C = cli(kind, arguments, prog=f"purify-fast {kind.called}", default=with_options(default, in_file))
+    for reason, names in command.without_effect().items():
+        if odd := [f"--{name.replace('_', '-')}" for name in names if name in given]:
+            raise ValueError(f"{', '.join(odd)} has no effect {reason}")
     return command

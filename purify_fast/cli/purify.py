@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 import tyro
 
 from .._files import atomic
-from .._validation import Count, check_folder, usable_device
+from .._validation import Count, usable_device
 from .command import Command, ProcessOptions
-from .saved_models import is_named, refuse_other_classes, saved_folder
+from .saved_models import saved_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,15 +49,8 @@ class Purify(ProcessOptions, Command):
         import torch
         from PIL import Image
 
-        from ..data.folders import classes_in
-
         files = self.files()
         defence = self.defence()
-        if all((self.source / part).is_dir() for part in ("train", "val")):
-            refuse_other_classes(defence, classes_in(self.source / "train"), self.source, f"the model in {self.model}")
-        for path in files:
-            # Read every image before the first is purified, so that a refusal comes before any work.
-            of_shape(path, defence.image_shape)
         several, waiting = 1, iter(files.items())
         with torch.inference_mode(), defence.fixed_noise(self.seed):
             while part := dict(islice(waiting, self.batch_size)):
@@ -78,11 +71,10 @@ class Purify(ProcessOptions, Command):
         from ..data.folders import SUFFIXES, is_hidden
 
         if self.source.is_file():
-            if self.target.is_dir() or self.target.suffix.lower() != ".png":
+            if self.target.suffix.lower() != ".png":
                 raise ValueError(f"TARGET must be a .png file, because SOURCE is a file, got {self.target}")
             files = {self.source: self.target}
         else:
-            check_folder("TARGET", self.target)
             shown = (path for path in self.source.rglob("*") if not is_hidden(path, self.source))
             images = sorted(path for path in shown if path.suffix.lower() in SUFFIXES)
             if not images:
@@ -98,16 +90,9 @@ class Purify(ProcessOptions, Command):
         from torch import nn
 
         from ..methods.loading import is_denoiser, load_defence
-        from ..training import is_classifier, load_classifier
+        from ..training import load_classifier
 
-        if is_named(str(self.model)):
-            raise ValueError(f"MODEL must be a folder or zoo:NAME, got {self.model}")
         folder = saved_folder(self.model)
-        if is_classifier(folder):
-            raise ValueError(
-                f"MODEL must be a defence with a purifier, got {self.model}, which is a classifier; `purify-fast zoo` "
-                "lists models"
-            )
         # Purification by a denoiser needs no classifier, so any module that returns logits will do.
         base = nn.Flatten() if is_denoiser(folder) else load_classifier(saved_folder(self.model, classifier=True))
         return load_defence(folder, base, process=self.process()).to(usable_device(self.device))
@@ -121,8 +106,5 @@ def of_shape(path: Path, shape: tuple[int, int, int]) -> Tensor:
     image = image[:1] if shape[0] == 1 and (image == image[:1]).all() else image
     if image.shape != tuple(shape):
         got, wanted = ("x".join(map(str, sizes)) for sizes in (image.shape, shape))
-        raise ValueError(
-            f"{path} must be {wanted} (channels x height x width), like the images on which the defence was trained, "
-            f"got {got}: convert the image first"
-        )
+        raise ValueError(f"{path} must be {wanted} (channels x height x width), as in the training, got {got}")
     return image

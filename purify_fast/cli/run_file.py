@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from .._files import write_text
 from .._version import __version__
 from .command import Command
 
@@ -47,7 +48,7 @@ def values(command: Any) -> dict[str, Any]:
 
 def run_file(command: Command) -> str:
     """The text of ``run.yaml`` for a command."""
-    left_out = {name for names in command.ignored_beside() for name in names}
+    left_out = {name for names in command.without_effect().values() for name in names}
     options = {name: value for name, value in values(command).items() if name not in left_out}
     facts = {"command": command.called, "version": __version__}
     head = f"# purify-fast {command.called} --config {RUN_FILE} repeats this run. Options on the command line win.\n"
@@ -56,8 +57,6 @@ def run_file(command: Command) -> str:
 
 def write_run_file(command: Command, folder: Path) -> None:
     """Write ``run.yaml`` to the folder of a run."""
-    from .._files import write_text
-
     write_text(folder / RUN_FILE, run_file(command))
 
 
@@ -70,43 +69,29 @@ def ball_of_run(folder: Path) -> tuple[float, str] | None:
         from ..training.checkpoint import last_checkpoint
 
         options = (last_checkpoint(folder) or {"facts": {}})["facts"]
-    text = str(options.get("eps", 0))
-    try:
-        eps = number(text)
-    except ValueError as error:
-        raise ValueError(
-            f"eps in {folder} must be a number or a fraction such as 8/255, got {text!r}: give the radius by --eps"
-        ) from error
+    eps = number(str(options.get("eps", 0)))
     return (eps, str(options.get("norm", "linf"))) if eps > 0 else None
 
 
 def read_run_file(path: Path) -> dict[str, Any]:
-    """Read a table of options from a YAML file. Raises a ValueError if there is no such file, YAML or table."""
+    """Read a table of options from a YAML file. Raises a ValueError if the file contains no table."""
     try:
         table = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise ValueError(
-            f"there is no file {path}: give the path of a run.yaml, which every run writes to its folder"
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    table = {} if table is None else table
-    if not isinstance(table, dict) or not all(isinstance(key, str) for key in table):
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(table, dict):
         raise ValueError(f"{path} must contain a table of options, with lines such as `eps: 0.3`")
     return table
 
 
 def options_of(path: Path, kind: type[Command]) -> dict[str, Any]:
     """Read the options of a command from a file."""
-    name = kind.called
-    options = {key.replace("-", "_"): value for key, value in read_run_file(path).items()}
+    options = {str(key).replace("-", "_"): value for key, value in read_run_file(path).items()}
     options.pop("version", None)
-    command = options.pop("command", name)
-    if command != name:
-        raise ValueError(f"--config must be a file of `purify-fast {name}`, got {path} of `purify-fast {command}`")
+    if (command := options.pop("command", kind.called)) != kind.called:
+        raise ValueError(f"--config {path} is a file of `{command}`, not of `{kind.called}`")
     if unknown := options.keys() - values(kind()).keys():
-        named = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(unknown))
-        raise ValueError(f"--config {path} must contain only options of `purify-fast {name}`, got {named}")
+        raise ValueError(f"--config {path} has options that `{kind.called}` has not: {', '.join(sorted(unknown))}")
     return options
 
 
@@ -140,7 +125,4 @@ def report_file(folder: Path, name: str) -> Path:
     for path in (folder / name, folder / EVALUATION / name):
         if path.is_file():
             return path
-    raise FileNotFoundError(
-        f"{folder} contains no {name}: give the folder of the report, which the last line of `purify-fast evaluate` "
-        "names"
-    )
+    raise FileNotFoundError(f"{folder} contains no {name}: give the folder of a report")

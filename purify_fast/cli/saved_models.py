@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ..data import DataSet, StreamedImages
     from ..protocols import Classifier
-
-Model = TypeVar("Model", bound="Classifier")
 
 #: The prefix of the name of a model in `purify_fast.zoo`. Without it, a text is the path of a folder.
 ZOO = "zoo:"
@@ -39,27 +37,14 @@ def is_named(classifier: str) -> bool:
     return ":" in classifier and zoo_name(classifier) is None and not Path(classifier).exists()
 
 
-def refuse_fresh_weights(spec: str, instead: str) -> None:
-    """Raise a ValueError for the name of a network of torchvision or timm, because the network has random weights."""
-    from ..models.foreign import LIBRARIES, check_library_name
-
-    if spec.partition(":")[0] in LIBRARIES:
-        check_library_name(spec)
-        raise ValueError(f"{spec} has random weights: {instead}, or train it with `train classifier --model {spec}`")
-
-
 def own_model(spec: str, images: DataSet) -> Classifier:
     """Call a function of the user and return its result, which is a module or a function from images to logits."""
+    from torch import nn
+
     from ..models.foreign import called_by
 
-    refuse_fresh_weights(spec, "name a folder, or your function that loads weights, as module:function")
-    model = called_by(spec)
-    if not callable(model) or isinstance(model, type):
-        raise ValueError(
-            f"{spec} must return a torch.nn.Module or a function from images to logits; it returned the type "
-            f"{type(model).__name__}"
-        )
-    return on_images(model, spec, images)
+    model: Classifier = called_by(spec)
+    return model.to(images.y_test.device) if isinstance(model, nn.Module) else model
 
 
 def named_classifier(
@@ -72,14 +57,14 @@ def named_classifier(
     fresh = weights is None and spec.partition(":")[0] in LIBRARIES
     how: Any = statistics(images.x_train) if fresh else (mean or 0.0, std or 1.0)
     model = build_foreign(spec, images.image_shape[0], images.num_classes, mean=how[0], std=how[1], weights=weights)
-    return on_images(model, spec, images)
+    return model.to(images.y_test.device)
 
 
 def trained_classifier(
     classifier: str | Path, weights: str | None, images: DataSet, mean: Sequence[float] = (), std: Sequence[float] = ()
 ) -> nn.Module:
     """Load a trained classifier to the device of the images."""
-    from ..models.foreign import is_file_of_weights
+    from ..models.foreign import LIBRARIES, is_file_of_weights
     from ..training import load_classifier
 
     text = str(classifier)
@@ -87,15 +72,12 @@ def trained_classifier(
         raise ValueError(f"--mean and --std are only for weights of a file, got {weights} of {text}: leave them out")
     if not is_named(text):
         if weights is not None:
-            raise ValueError(
-                f"--classifier-weights is only for a classifier that --classifier names, got {weights}: leave the "
-                f"option out, because the folder {classifier} contains the weights"
-            )
+            raise ValueError(f"--classifier-weights is only for a classifier by name, not for the folder {classifier}")
         saved = load_classifier(saved_folder(classifier)).to(images.y_train.device)
         refuse_other_images(saved, images, f"the classifier in {classifier}")
         return saved
-    if weights is None:
-        refuse_fresh_weights(text, "give trained weights with --classifier-weights")
+    if weights is None and text.partition(":")[0] in LIBRARIES:
+        raise ValueError(f"{text} has random weights: give trained weights with --classifier-weights")
     return named_classifier(text, weights, images, mean, std).eval()
 
 
@@ -112,29 +94,6 @@ def accuracy_text(model: nn.Module, x: Tensor | StreamedImages, y: Tensor, batch
     return f"{100 * share:.1f} ± {100 * (share * (1 - share) / len(y)) ** 0.5:.1f} % of {len(y)} held-out images"
 
 
-def on_images(model: Model, spec: str, images: DataSet) -> Model:
-    """Move a module to the device of the images, and try the model on two images."""
-    from torch import nn
-
-    from ..attacks.attacked_model import frozen
-    from ..attacks.checked_model import check_model
-    from ..data import to_float
-    from ..models.foreign import described
-
-    if isinstance(model, nn.Module):
-        model.to(images.y_test.device)
-    some = to_float(images.x_test[:2])
-    try:
-        with frozen(model):
-            classes = check_model(model, some)[1]
-    except Exception as error:
-        shape = _size(some.shape[1:])
-        raise ValueError(f"{spec} does not run on images {shape} of {images.name}: {described(error)}") from error
-    if classes < images.num_classes:
-        raise ValueError(f"{spec} must map images to logits [B, {images.num_classes}], got [B, {classes}]")
-    return model
-
-
 def refuse_other_images(model: nn.Module, images: DataSet, what: str) -> None:
     """Raise a ValueError if a model was trained on images of another size, on fewer classes or on other classes."""
     from ..defences.base import Defence
@@ -147,27 +106,11 @@ def refuse_other_images(model: nn.Module, images: DataSet, what: str) -> None:
     usual = (facts.get("in_channels", channels), *facts.get("image_size", size))
     shape: tuple[int, ...] = getattr(model, "image_shape", usual)
     if tuple(shape) != images.image_shape:
-        fits = shape[0] == images.image_shape[0]
-        hint = f", or resize these images by --size {shape[1]} {shape[2]}" if fits else ""
-        raise ValueError(
-            f"images of {images.name} are {_size(images.image_shape)}, but {what} was trained on {_size(shape)}: "
-            f"use --data to choose the data set of its training{hint}"
-        )
+        own, other = ("x".join(map(str, sizes)) for sizes in (images.image_shape, shape))
+        raise ValueError(f"images of {images.name} are {own}, but {what} was trained on {other} (--data, --size)")
     if images.num_classes > classes:
         raise ValueError(f"images have {images.num_classes} classes, but {what} has only {classes}")
-    refuse_other_classes(model, images.classes, images.name, what)
-
-
-def refuse_other_classes(model: nn.Module, names: Sequence[str] | None, data: str | Path, what: str) -> None:
-    """Raise a ValueError if a label means another class in the training of a model than in a data set."""
     known = getattr(getattr(model, "classifier", model), "classes", None)
-    for label, (own, other) in enumerate(zip(known or (), names or (), strict=False)):
+    for label, (own, other) in enumerate(zip(known or (), images.classes or (), strict=False)):
         if own != other:
-            raise ValueError(
-                f"label {label} of the classes is {own!r} for {what}, but {other!r} in {data}: give images of the "
-                "same classes, with the same names"
-            )
-
-
-def _size(size: Any) -> str:
-    return "x".join(map(str, size))
+            raise ValueError(f"label {label} of the classes is {own!r} for {what}, but {other!r} in {images.name}")

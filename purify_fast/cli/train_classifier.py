@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..methods.arrest import ArrestConfig
 from ..training import ClassifierConfig, FitConfig
-from .command import DataCommand
 from .saved_models import accuracy_text, is_named, named_classifier
 from .training import FollowsRecipe, OnClassifier, Training
 
@@ -19,10 +18,13 @@ if TYPE_CHECKING:
     from ..methods.publication import Recipe
     from ..training import Task
 
+#: The options of a network's size.
+SIZES = ("width", "depth", "activation")
+
 
 @dataclass(frozen=True)
-class FreshClassifier(DataCommand):
-    """A command that makes a classifier with random weights.
+class FreshClassifier(Training):
+    """A command that makes a classifier with random weights, and trains it.
 
     Args:
         model: Network of the classifier: small_cnn, preact_resnet18, wide_resnet, fully_connected, torchvision:NAME,
@@ -39,31 +41,19 @@ class FreshClassifier(DataCommand):
     activation: Literal["silu", "relu"] | None = None
 
     def fresh(self, images: DataSet) -> nn.Module:
-        """Make the classifier on the device of the images. Raises a ValueError if its name or a size is not allowed."""
+        """Make the classifier on the device of the images."""
         from ..data import statistics
-        from ..models.classifiers import CLASSIFIERS, build_classifier
+        from ..models.classifiers import build_classifier
 
-        sizes: dict[str, Any] = {name: getattr(self, name) for name in ("width", "depth", "activation")}
         if is_named(self.model):
-            for name, value in sizes.items():
-                if value is not None:
-                    raise ValueError(
-                        f"--{name} is only for networks of this package, got {value}: leave it out for {self.model}"
-                    )
             return named_classifier(self.model, None, images)
-        if self.model not in CLASSIFIERS:
-            raise ValueError(
-                f"--model must be one of {', '.join(CLASSIFIERS)}, or torchvision:NAME, timm:NAME or "
-                f"package.module:function, got {self.model!r}"
-            )
         mean, std = statistics(images.x_train)
+        sizes: dict[str, Any] = {name: getattr(self, name) for name in SIZES}
         model = build_classifier(self.model, images.image_shape, images.num_classes, mean=mean, std=std, **sizes)
         return model.to(images.y_train.device)
 
-
-@dataclass(frozen=True)
-class ResultsInClassifier(Training):
-    """A command that trains a classifier."""
+    def without_effect(self) -> dict[str, tuple[str, ...]]:
+        return super().without_effect() | ({f"beside --model {self.model}": SIZES} if is_named(self.model) else {})
 
     def save(self, trained: Any, images: DataSet) -> None:
         """Save the classifier, and print its accuracy on the held-out images, which are not attacked."""
@@ -74,7 +64,7 @@ class ResultsInClassifier(Training):
 
 
 @dataclass(frozen=True)
-class TrainClassifier(ResultsInClassifier, FreshClassifier):
+class TrainClassifier(FreshClassifier):
     """Train a classifier: on clean images (eps 0), or adversarially with PGD.
 
     An interrupted training continues if the same command is run again.
@@ -96,7 +86,7 @@ class TrainClassifier(ResultsInClassifier, FreshClassifier):
 
 
 @dataclass(frozen=True)
-class TrainArrest(FollowsRecipe, OnClassifier, ResultsInClassifier, FreshClassifier):
+class TrainArrest(FollowsRecipe, OnClassifier, FreshClassifier):
     """Finetune a standard classifier adversarially by ARREST, so that its representation changes little.
 
     Without --classifier, a standard classifier is trained first, and saved to OUT/standard. The result is a classifier,
@@ -120,22 +110,15 @@ class TrainArrest(FollowsRecipe, OnClassifier, ResultsInClassifier, FreshClassif
     method: ArrestConfig = field(default_factory=ArrestConfig)
     loop: FitConfig = field(default_factory=lambda: FitConfig(epochs=20))
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.keep_teacher and (self.loop.crops or self.loop.flip):
-            names = "--padding, --resized-crop and --flip"
-            raise ValueError(f"--keep-teacher needs images that are not augmented: leave out {names}")
-
     @staticmethod
     def sizes_of(recipe: Recipe, official_code: bool) -> dict[str, Any]:
         network = recipe.part("classifier")
         return {"model": network.pop("name"), **network}
 
-    def ignored_beside(self) -> dict[tuple[str, ...], str]:
+    def without_effect(self) -> dict[str, tuple[str, ...]]:
         if self.classifier is None:
-            return super().ignored_beside()
-        message = f"--classifier {self.classifier} is already trained: leave out {{given}}"
-        return super().ignored_beside() | {("model", "width", "depth", "activation", "standard_epochs"): message}
+            return super().without_effect()
+        return super().without_effect() | {"beside --classifier": ("model", *SIZES, "standard_epochs")}
 
     def starts(self) -> dict[str, str]:
         if self.classifier is not None:
@@ -162,7 +145,6 @@ class TrainArrest(FollowsRecipe, OnClassifier, ResultsInClassifier, FreshClassif
 
         if self.classifier is not None:
             return self.given_classifier(images)
-        self.refuse_another_run()
         torch.manual_seed(self.loop.seed)
         model, folder = self.fresh(images), self.out / "standard"
         # This raises an error for wrong layers before anything is trained.
@@ -172,17 +154,3 @@ class TrainArrest(FollowsRecipe, OnClassifier, ResultsInClassifier, FreshClassif
         if processes()[0] == 0:
             save_classifier(model, folder, images.classes)
         return model
-
-    def refuse_another_run(self) -> None:
-        """Raise a ValueError if OUT contains another run. The check comes before any training."""
-        from ..training.checkpoint import last_checkpoint
-        from ..training.config import settings
-        from ..training.run import loop_facts, refuse_another
-
-        checkpoint, attack = last_checkpoint(self.out), self.method.attack
-        if checkpoint is None:
-            return
-        wanted = {"task": "arrest", **settings(self.method), **loop_facts(self.loop)}
-        wanted["alpha"] = attack.step_size(attack.eps)
-        facts = checkpoint["facts"]
-        refuse_another(self.out, {name: facts[name] for name in wanted if name in facts}, wanted)

@@ -44,16 +44,10 @@ class TrainDiffusion(Training):
     method: DiffusionConfig = field(default_factory=DiffusionConfig)
     loop: FitConfig = field(default_factory=lambda: FitConfig(epochs=100, batch_size=64))
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.method.intervals and self.init is None:
-            raise ValueError(f"--intervals {self.method.intervals} distills a denoiser: give the denoiser by --init")
-
-    def ignored_beside(self) -> dict[tuple[str, ...], str]:
+    def without_effect(self) -> dict[str, tuple[str, ...]]:
         if self.method.intervals:
-            names = ("width", "patch", "attention", "noise_schedule", "prediction")
-            return {names: f"--init {self.init} sets the network: leave out {{given}}"}
-        return {("init",): "leave out {given}, or give an --intervals above 0"}
+            return {f"beside --init {self.init}": ("width", "patch", "attention", "noise_schedule", "prediction")}
+        return {"without --intervals above 0": ("init",)}
 
     def task(self, images: DataSet) -> Task:
         import torch
@@ -76,7 +70,7 @@ class TrainDiffusion(Training):
         if self.method.last_time > saved["last_time"]:
             raise ValueError(
                 f"--last-time must be at most {saved['last_time']}, because the denoiser of {self.init} was not "
-                f"trained for later times, got {self.method.last_time}: give --last-time {saved['last_time']}"
+                f"trained for later times, got {self.method.last_time}"
             )
         origin = weights_fingerprint(denoiser)
         return ConsistencyTask(denoiser.to(images.y_train.device), self.method, origin, process=saved["process"])
@@ -85,8 +79,8 @@ class TrainDiffusion(Training):
         """Load the denoiser of --init and its saved settings."""
         from ..methods.diffusion.denoiser import read_denoiser
 
-        # `__post_init__` has checked that the user gave --init.
-        assert self.init is not None
+        if self.init is None:
+            raise ValueError(f"--intervals {self.method.intervals} distills a denoiser: give the denoiser by --init")
         return read_denoiser(saved_folder(self.init))
 
     def save(self, trained: Any, images: DataSet) -> None:

@@ -11,6 +11,7 @@ from .._validation import Count, Share
 from ..methods.atop import AtopConfig
 from ..methods.carso import CarsoConfig
 from ..training import FitConfig
+from .saved_models import refuse_other_images
 from .training import FollowsRecipe, OnClassifier, Training
 
 if TYPE_CHECKING:
@@ -45,11 +46,7 @@ class TrainPurifier(OnClassifier):
         classifier = self.given_classifier(images)
         torch.manual_seed(self.loop.seed)
         task = self.task_on(classifier, images)
-        if images.image_shape != task.defence.image_shape:
-            raise ValueError(
-                f"the purifier needs images of shape {task.defence.image_shape}, but --data {self.data} has images of "
-                f"{images.image_shape}"
-            )
+        refuse_other_images(task.defence, images, "the purifier")
         return task
 
     def save(self, trained: Any, images: DataSet) -> None:
@@ -76,19 +73,14 @@ class KeepsAttacks(Training):
     bank_refresh: Share = 0.05
     bank_folder: Path | None = None
 
-    def ignored_beside(self) -> dict[tuple[str, ...], str]:
-        if self.bank is not None:
-            return super().ignored_beside()
-        names = ("bank_refresh", "bank_folder")
-        message = "leave out {given}, or give --bank N, the number of variants to save per image"
-        return super().ignored_beside() | {names: message}
+    def without_effect(self) -> dict[str, tuple[str, ...]]:
+        of_bank = {"without --bank N": ("bank_refresh", "bank_folder")} if self.bank is None else {}
+        return super().without_effect() | of_bank
 
     def bank_config(self) -> BankConfig | None:
         from ..training import BankConfig
 
-        if self.bank is None:
-            return None
-        return BankConfig(self.bank, self.bank_refresh, self.bank_folder)
+        return None if self.bank is None else BankConfig(self.bank, self.bank_refresh, self.bank_folder)
 
 
 @dataclass(frozen=True)
@@ -123,13 +115,10 @@ class TrainCarso(KeepsAttacks, FollowsRecipe, TrainPurifier):
     def sizes_of(recipe: Recipe, official_code: bool) -> dict[str, Any]:
         return {name: recipe[f"defence.{name}"] for name in _SIZES if name != "decoder_width"}
 
-    def ignored_beside(self) -> dict[tuple[str, ...], str]:
+    def without_effect(self) -> dict[str, tuple[str, ...]]:
         if self.recipe is not None:
-            message = "--recipe sets the purifier: leave out --init and --decoder-width"
-            return super().ignored_beside() | {("init", "decoder_width"): message}
-        if self.init is not None:
-            return super().ignored_beside() | {_SIZES: f"--init {self.init} sets the sizes: leave out {{given}}"}
-        return super().ignored_beside()
+            return super().without_effect() | {"beside --recipe": ("init", "decoder_width")}
+        return super().without_effect() | ({} if self.init is None else {f"beside --init {self.init}": _SIZES})
 
     def task_on(self, classifier: nn.Module, images: DataSet) -> CarsoTask:
         from .._tensors import weights_fingerprint
@@ -142,15 +131,7 @@ class TrainCarso(KeepsAttacks, FollowsRecipe, TrainPurifier):
         if self.recipe is None:
             return CarsoTask(Carso(classifier, image_shape=images.image_shape, **sizes), self.method)
         del sizes["decoder_width"]
-        try:
-            return CarsoTask(self.adapted(images).defence(classifier, **sizes), self.method)
-        except ValueError as error:
-            if self.layers != self.published()["defence.layers"]:
-                raise
-            raise ValueError(
-                f"{error}. --recipe {self.recipe} names layers of the paper's classifier: name layers of your "
-                "classifier with --layers"
-            ) from error
+        return CarsoTask(self.adapted(images).defence(classifier, **sizes), self.method)
 
 
 @dataclass(frozen=True)
@@ -164,7 +145,8 @@ class TrainGenerator(TrainPurifier):
             multiples of 8. For sides below 128, use small_generator: deepfill's attention then has few keys.
         width: Width of the purifier's network. Default: 8 for small_generator, 48 for deepfill.
         residual: Let a small_generator predict a correction of the image instead of a new image.
-        weights: Checkpoint of deepfillv2-pytorch from which a deepfill starts. Only tensors are read from it.
+        weights: Checkpoint of deepfillv2-pytorch from which a deepfill starts, whatever --purifier names. Only tensors
+            are read from it.
         transform: Random transform before the purifier. rt1 hides blocks. rt2 adds noise and hides blocks. rt3 adds
             noise and makes several passes, so that every block is hidden once.
         sigma: Standard deviation of the noise, in image units.
@@ -201,16 +183,13 @@ class TrainGenerator(TrainPurifier):
 
         if self.weights is None:
             purifier = build_purifier(self.purifier, images.image_shape[0], width=self.width, residual=self.residual)
-        elif self.purifier != "deepfill" or self.width is not None or self.residual:
-            raise ValueError(
-                f"--weights {self.weights} needs --purifier deepfill without --width and --residual, got purifier "
-                f"{self.purifier}, width {self.width} and residual {self.residual}"
-            )
         else:
             purifier = DeepFillGenerator.from_official(self.weights)
-        check_size(purifier, images)
         origin = "scratch" if self.weights is None else weights_fingerprint(purifier)
         return AtopTask(Atop(classifier, purifier, images.image_shape, **self.transform_options()), self.method, origin)
+
+    def without_effect(self) -> dict[str, tuple[str, ...]]:
+        return super().without_effect() | ({} if self.weights is None else {"beside --weights": ("width", "residual")})
 
     def transform_options(self) -> dict[str, Any]:
         """The options of the transform, by their names in `Atop`."""
@@ -245,14 +224,10 @@ class TrainAtop(KeepsAttacks, FollowsRecipe, TrainGenerator):
         start = self.weights if self.init is None else self.init
         return super().starts() | ({} if start is None else {"start.purifier": str(start)})
 
-    def ignored_beside(self) -> dict[tuple[str, ...], str]:
+    def without_effect(self) -> dict[str, tuple[str, ...]]:
         if self.init is None:
-            return super().ignored_beside()
-        message = (
-            f"--init {self.init} sets the network and the transform: leave out {{given}}, or start from scratch with "
-            "--init None"
-        )
-        return super().ignored_beside() | {_NETWORK + _TRANSFORM: message}
+            return super().without_effect()
+        return super().without_effect() | {f"beside --init {self.init} (--init None: none)": _NETWORK + _TRANSFORM}
 
     def task_on(self, classifier: nn.Module, images: DataSet) -> AtopTask:
         from .._tensors import weights_fingerprint
@@ -264,19 +239,8 @@ class TrainAtop(KeepsAttacks, FollowsRecipe, TrainGenerator):
         defence = saved_start(self.init, Atop, classifier, check=False)
         if self.recipe is not None:
             # The recipe sets the transform. Only the purifier is taken from the folder.
-            check_size(defence.purifier.module, images)
             defence = Atop(classifier, defence.purifier.module, images.image_shape, **self.transform_options())
         return AtopTask(defence, self.method, weights_fingerprint(defence.purifier))
-
-
-def check_size(purifier: nn.Module, images: DataSet) -> None:
-    """Raise a ValueError if a generator of this package does not accept the size of the images."""
-    sides, multiple = images.image_shape[1:], getattr(purifier, "multiple", 1)
-    if any(side % multiple for side in sides):
-        raise ValueError(
-            f"--size must have sides that are multiples of {multiple} for a {type(purifier).__name__}, got images of "
-            f"{sides[0]} x {sides[1]}"
-        )
 
 
 def saved_start(folder: Path, kind: type[Defence], classifier: nn.Module, **options: Any) -> Any:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from abc import abstractmethod
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -56,31 +56,20 @@ class Training(DataCommand):
 
     def run(self) -> None:
         from .._process import processes
-        from ..training import Callback, TrainingState, fit, summary
-
-        @cache
-        def write_once() -> None:
-            write_run_file(self, self.out)
-
-        class Begun(Callback):
-            """Writes run.yaml after the first step, because until then a check may refuse the options."""
-
-            def on_step(self, state: TrainingState) -> None:
-                write_once()
-
-            # If an earlier run has already finished the training, there is no step.
-            on_end = on_step
+        from ..training import fit, summary
 
         images, title = self.load_data(), self.called.split()[-1]
         task = self.task(images)
         if processes()[0] == 0:
             self.before_training(task, images)
-        options: dict[str, Any] = {"folder": self.out, "title": title, "callbacks": [Begun()]}
-        last = fit(task, images.x_train, images.y_train, self.loop, bank=self.bank_config(), **options)
+        bank = self.bank_config()
+        last = fit(task, images.x_train, images.y_train, self.loop, folder=self.out, title=title, bank=bank)
         if processes()[0] == 0:
             print(summary(last))
             self.save(task.result, images)
-            print(self.attacked_by(self.out) if values(self).get("eps", 0) > 0 else f"saved to {self.out}")
+            write_run_file(self, self.out)
+            attack = shlex.join(["purify-fast", "evaluate", str(self.out), "--data", self.data])
+            print(f"saved to {self.out}" + (f"; attack it with: {attack}" if values(self).get("eps", 0) > 0 else ""))
 
 
 @dataclass(frozen=True)
@@ -101,7 +90,6 @@ class FollowsRecipe(Training):
 
     @classmethod
     def of_recipe(cls, name: str, official_code: bool, batch_size: int | None = None) -> Self:
-        """Make this command with the settings of a recipe."""
         from ..methods.recipes import recipe
 
         published = recipe(name, cls.of)
@@ -116,19 +104,14 @@ class FollowsRecipe(Training):
     def sizes_of(recipe: Recipe, official_code: bool) -> dict[str, Any]:
         """The options of this command that a recipe sets, in addition to the fields `method` and `loop`."""
 
-    def published(self) -> Any:
-        """The recipe; None if no recipe is named."""
-        from ..methods.recipes import recipe
-
-        return None if self.recipe is None else recipe(self.recipe, self.of)
-
     def adapted(self, images: DataSet) -> Any:
         """The recipe for the images; None if no recipe is named."""
         from ..data import statistics
+        from ..methods.recipes import recipe
 
-        published = self.published()
-        if published is None:
+        if self.recipe is None:
             return None
+        published = recipe(self.recipe, self.of)
         same = images.name == published["data.name"] and images.image_shape[0] == published.image_shape[0]
         mean, std = (None, None) if same else statistics(images.x_train)
         return published.for_data(images.image_shape, images.num_classes, name=images.name, mean=mean, std=std)
@@ -142,9 +125,8 @@ class FollowsRecipe(Training):
         print("\n- ".join([f"{recipe.name} on {images.name}: not as published in {len(points)} points", *points]))
         print("\n- ".join(["Not reproduced in any training by this recipe:", *recipe.not_reproduced]))
 
-    def ignored_beside(self) -> dict[tuple[str, ...], str]:
-        message = "--official-code needs --recipe NAME"
-        return super().ignored_beside() | ({("official_code",): message} if self.recipe is None else {})
+    def without_effect(self) -> dict[str, tuple[str, ...]]:
+        return super().without_effect() | ({"without --recipe NAME": ("official_code",)} if self.recipe is None else {})
 
 
 @dataclass(frozen=True)
@@ -178,18 +160,14 @@ class OnClassifier(Training):
             mean, std = (" ".join(f"{value:.4g}" for value in facts.get(name, ())) for name in ("mean", "std"))
             how = f"mean {mean}, std {std}" if mean else "by its own code"
             some = balanced_subset(images.x_test, images.y_test, 1000, seed=0, num_classes=images.num_classes)
+            share = accuracy_text(model, some.x, some.y, self.loop.batch_size)
             print(f"classifier {self.starts()['start.classifier']}: normalization of images in [0, 1]: {how}")
-            print(
-                f"its accuracy without an attack: {accuracy_text(model, some.x, some.y, self.loop.batch_size)}",
-                flush=True,
-            )
+            print(f"its accuracy without an attack: {share}", flush=True)
         return model
 
-    def ignored_beside(self) -> dict[tuple[str, ...], str]:
-        if self.classifier_weights is not None:
-            return super().ignored_beside()
-        message = "leave out {given}, or give the weights that need this normalization by --classifier-weights FILE"
-        return super().ignored_beside() | {("mean", "std"): message}
+    def without_effect(self) -> dict[str, tuple[str, ...]]:
+        normalization = {} if self.classifier_weights else {"without --classifier-weights FILE": ("mean", "std")}
+        return super().without_effect() | normalization
 
     def starts(self) -> dict[str, str]:
         return {"start.classifier": " with ".join(filter(None, (self.classifier, self.classifier_weights)))}

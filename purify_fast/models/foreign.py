@@ -16,7 +16,6 @@ import os
 import pickle
 import re
 import sys
-import traceback
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -28,7 +27,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .._validation import check_shapes
-from ..model_state import is_installed
 from .layers import Normalize, Statistic
 
 LIBRARIES = ("torchvision", "timm")
@@ -294,11 +292,3 @@ def _imported(spec: str, place: str) -> ModuleType:
     sys.modules[name] = module = importlib.util.module_from_spec(found)
     found.loader.exec_module(module)
     return module
-
-
-def described(error: BaseException) -> str:
-    """Describe an error in one line, with the file and the number of the last line of the user's code that ran."""
-    every = [place for one in (error.__cause__, error) if one for place in traceback.extract_tb(one.__traceback__)]
-    places = [place for place in every if not is_installed(place.filename)]
-    at = "".join(f" ({place.filename}, line {place.lineno})" for place in places[-1:])
-    return f"{type(error).__name__}: {error}{at}"

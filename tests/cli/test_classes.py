@@ -49,7 +49,6 @@ def test_labels_of_other_classes_are_refused(run, trained, tmp_path):
         (["evaluate", tmp_path / "carso", "--data", other, *JUDGED], "model"),
         ([*carso, "--data", other, "--out", tmp_path / "second"], "classifier"),
         (["train", "arrest", "--classifier", tmp_path / "run", "--data", other, "--out", tmp_path / "a"], "classifier"),
-        (["purify", tmp_path / "carso", other, tmp_path / "purified"], "model"),
     ):
         place = tmp_path / ("carso" if tmp_path / "carso" in words else "run")
         code, printed = run(*words)
@@ -57,8 +56,6 @@ def test_labels_of_other_classes_are_refused(run, trained, tmp_path):
     assert not (tmp_path / "second").exists() or not list((tmp_path / "second").glob("*.safetensors"))
     # fewer classes, in the same order
     assert run("evaluate", tmp_path / "run", "--data", animals(tmp_path / "two", ["ant", "bee"]), *JUDGED)[0] == 0
-    shutil.rmtree(trained / "val" / "fox")
-    assert run("purify", tmp_path / "carso", trained, tmp_path / "purified")[0] == 0
 
 
 def test_an_evaluation_needs_no_training_image(run, trained, tmp_path):

@@ -82,22 +82,17 @@ def test_what_an_import_path_may_not_name(run, bars, mine):
     for spec, message in (
         ("my_networks:missing", "has no function or class 'missing'"),
         ("my_networks:nothing", "my_networks:nothing must return a torch.nn.Module; it returned the type int"),
-        ("no_such_module:make", "No module named 'no_such_module'"),
-        (":make", "the name of a model must be package.module:function"),
         ("torchvision:resnet18", "has random weights: give trained weights with --classifier-weights"),
-        ("torchvision:resnett18", "torchvision has no classifier 'resnett18', near: resnet18"),
     ):
         code, printed = run("train", "carso", "--data", bars, "--device", "cpu", "--classifier", spec)
         assert code == 2 and message in printed and "Traceback" not in printed
 
 
-def test_classifiers_of_one_name_share_no_weights(run, bars, mine):
+def test_classifiers_of_one_name_share_no_weights(mine):
     with (mine / "my_networks.py").open("a") as file:
         file.write("\n\nready = trained()\n")
     with pytest.raises(ValueError, match=r"spec must name a function .*got 'my_networks:ready'"):
         ForeignClassifier("my_networks:ready", 1, 2)
-    code, printed = run("train", "classifier", "--data", bars, "--device", "cpu", "--model", "my_networks:ready")
-    assert code == 2 and "must name a function" in printed
 
 
 def test_a_saved_classifier_runs_no_file_by_its_path(mine):
@@ -119,15 +114,7 @@ def test_a_network_of_torchvision_is_trained_and_used(run, bars, tmp_path, short
     assert model.arguments["num_classes"] == 2 and model.arguments["mean"] != [0.5]
     assert run("evaluate", out, *few[:4], "--eps", "0.1", "--images", "2", "--steps", "1", "--protocol", "fast")[0] == 0
     code, printed = run("train", "classifier", "--model", "torchvision:shufflenet_v2_x0_5", "--width", "3", *few)
-    assert code == 2 and "--width " in printed and "for torchvision:shufflenet_v2_x0_5" in printed
-    for model, message in (
-        ("resnet", "torchvision has no classifier 'resnet'"),
-        ("squeezenet1_1", "torchvision:squeezenet1_1 does not run on images 1x16x16 of bars: "),
-    ):
-        code, printed = run("train", "classifier", "--model", f"torchvision:{model}", *few)
-        assert code == 2 and message in printed
-    code, printed = run("train", "carso", "--classifier", out, "--classifier-weights", "x.pth", *few)
-    assert code == 2 and "--classifier-weights is only for a classifier that --classifier names, got x.pth" in printed
+    assert code == 2 and "--width has no effect beside --model" in printed
 
 
 @pytest.mark.parametrize("ending", [".safetensors", ".pth", "table.pth"])
@@ -232,15 +219,12 @@ def test_weights_of_a_file_run_with_the_normalization_of_their_training(run, bar
         assert "% of 8 held-out images" in printed
         with torch.no_grad():
             assert torch.equal(load_classifier(out / "classifier")(x[:, :1]), network(images))
-    options = ["--mean", "0.5", "--std", "0.5"]
     for words, message in (
-        (["train", "carso", *given, "--mean", "123.7"], "each of mean must be in [0, 1], got 123.7"),
-        (["train", "carso", *given, "--std", "0"], "std must be above 0, got [0.0]"),
-        (["train", "carso", *given, "--mean", "0.5", "0.5"], "mean needs 1 or 3 numbers, got 2"),
-        (["train", "carso", *given[:3], "IMAGENET1K_V1", *options], "only for weights of a file, got IMAGENET1K_V1"),
-        (["train", "arrest", "--classifier", tmp_path / "x", *options], "leave out --mean, --std, or give the weights"),
+        (["--mean", "123.7"], "each of mean must be in [0, 1], got 123.7"),
+        (["--std", "0"], "std must be above 0, got [0.0]"),
+        (["--mean", "0.5", "0.5"], "mean needs 1 or 3 numbers, got 2"),
     ):
-        code, printed = run(*words, "--data", bars, "--device", "cpu")
+        code, printed = run("train", "carso", *given, *words, "--data", bars, "--device", "cpu")
         assert code == 2 and message in printed, printed
 
 
@@ -263,14 +247,6 @@ def test_only_tensors_are_read(tmp_path, capsys):
     with pytest.raises(ValueError, match=r"bad\.pth contains Python objects"):
         read_weights(tmp_path / "bad.pth")
     assert "executed" not in capsys.readouterr().out
-    torch.save([1], tmp_path / "list.pth")
-    with pytest.raises(ValueError, match=r"list\.pth contains no state dict"):
-        read_weights(tmp_path / "list.pth")
-    (tmp_path / "empty.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"empty\.safetensors contains no weights"):
-        read_weights(tmp_path / "empty.safetensors")
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth is missing"):
-        read_weights(tmp_path / "nowhere.pth")
 
 
 def test_weights_of_the_library_are_taken_from_its_folder_and_never_downloaded(tmp_path, monkeypatch):

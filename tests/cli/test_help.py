@@ -9,7 +9,8 @@ from pathlib import Path
 import tyro
 
 from purify_fast import cli
-from purify_fast.cli.parsing import MARKERS, option_types
+from purify_fast.cli.evaluate import Evaluate
+from purify_fast.cli.parsing import MARKERS, OPTION_TYPES
 from purify_fast.evaluation import EvaluateConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,7 +19,7 @@ NAMES = list(cli._KINDS)
 
 def options(kind):
     """The options of a command, as argparse holds them."""
-    parser = tyro.extras.get_parser(kind, config=MARKERS, registry=option_types())
+    parser = tyro.extras.get_parser(kind, config=MARKERS, registry=OPTION_TYPES)
     return [action for action in parser._actions if not isinstance(action, argparse._HelpAction)]
 
 
@@ -42,7 +43,7 @@ for name in {[*NAMES, "", "train"]!r}:
 
 
 def test_evaluate_takes_every_setting_of_an_evaluation():
-    found = {action.dest for action in options(cli.Evaluate)}
+    found = {action.dest for action in options(Evaluate)}
     assert {f"settings.{field.name.replace('_', '-')}" for field in dataclasses.fields(EvaluateConfig)} <= found
 
 

@@ -91,18 +91,3 @@ def test_the_teacher_is_kept_if_asked(standard, tmp_path, monkeypatch):
     assert run(tmp_path / "b", "--classifier", str(standard), "--keep-teacher") == 0 and kept == [1297]
     bare = ["--classifier", str(standard), "--keep-teacher", "--distillation-weight", "0", "--no-replay"]
     assert run(tmp_path / "c", *bare) == 0 and kept == [1297]  # there is no teacher
-
-
-def test_a_folder_with_another_run_is_refused_before_anything_is_trained(standard, tmp_path, capsys):
-    out = tmp_path / "out"
-    assert run(out, "--classifier", str(standard)) == 0
-    before = sorted(path.name for path in out.iterdir())
-    capsys.readouterr()
-    assert run(out, "--width", "4", "--standard-epochs", "1", "--distillation-weight", "4") == 2
-    assert "holds a run with other images or settings (distillation_weight: 50.0, now 4.0)" in said(capsys)
-    other = tmp_path / "classifier"
-    assert run(other, "--width", "4", what="classifier") == 0
-    capsys.readouterr()
-    assert run(other, "--width", "4", "--standard-epochs", "1") == 2
-    assert "task: 'classifier', now 'arrest'" in said(capsys)
-    assert sorted(path.name for path in out.iterdir()) == before and not (other / "standard").exists()
