@@ -20,7 +20,7 @@ import contextlib
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import replace
 from math import ceil
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -79,8 +79,8 @@ def balanced_batch(
         fast: slice | Tensor = slice(2 * atom, None)
         if rows is not None:
             slow, fast = rows[rows < 2 * atom], rows[rows >= 2 * atom]
-        how = {"norm": attack.norm, "graphs": graphs, "precision": "float32"}
-        steps = {"alpha": attack.step_size(eps[slow]), "steps": attack.steps, "seed": batch.seed}
+        how: dict[str, Any] = {"norm": attack.norm, "graphs": graphs, "precision": "float32"}
+        steps: dict[str, Any] = {"alpha": attack.step_size(eps[slow]), "steps": attack.steps, "seed": batch.seed}
         by_pgd = pgd(classifier, clean[slow], y[slow], eps=eps[slow], sample_ids=ids[slow], **steps, **how)
         by_fgsm = fgsm(classifier, clean[fast], y[fast], eps=eps[fast], **how)
         return torch.cat([by_pgd, by_fgsm])
