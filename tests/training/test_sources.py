@@ -241,7 +241,7 @@ def with_nan(images, labels):
 WRONG = {
     "dictionary": (lambda x, y: {"label": y, "image": x}, r"batch 2 of x must be \(images, labels\)"),
     "lists": (lambda x, y: (list(x), y), "the images of batch 2 of x must be a torch.Tensor or a NumPy array"),
-    "0..255": (lambda x, y: (255 * x, y), "the images of batch 2 of x .* to 255; x is in 0..255: divide by 255"),
+    "0..255": (lambda x, y: (255 * x, y), "the images of batch 2 of x .* to 255: divide images in 0..255 by 255"),
     "normalized": (lambda x, y: (2 * x - 1, y), "batch 2 .* values from -.* if they are normalized, undo this"),
     "NaN": (with_nan, "the images of batch 2 of x must be in .* free of NaN, got values from nan"),
     "label -1": (lambda x, y: (x, y - 1), "the labels of batch 2 of x must be at least 0, got -1"),

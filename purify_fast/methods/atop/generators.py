@@ -127,6 +127,11 @@ class _Refined(nn.Module):
         return torch.tanh(self.conv_to_rgb(self.up_block2(self.up_block1(x))))
 
 
+def _check_sides(packed: Tensor, multiple: int) -> None:
+    if any(side % multiple for side in packed.shape[2:]):
+        raise ValueError(f"sides of images must be multiples of {multiple}, got {list(packed.shape[2:])}")
+
+
 class DeepFillGenerator(nn.Module):
     """The generator of DeepFillv2, for images of 256 x 256; for images below 128, use `SmallGenerator`.
 
@@ -146,7 +151,7 @@ class DeepFillGenerator(nn.Module):
         width: width of the network, a multiple of 4 (authors' notebooks: 48). The first layer has width / 2 channels.
 
     Raises:
-        ValueError: sizes do not fit.
+        ValueError: sizes do not fit, at construction or at a call.
     """
 
     takes_packed = True
@@ -163,6 +168,7 @@ class DeepFillGenerator(nn.Module):
         self.stage2 = _Refined(self.channels, width)
 
     def forward(self, packed: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        _check_sides(packed, self.multiple)
         coarse = torch.tanh(self.stage1(packed))
         hidden = mask.to(packed.dtype)
         return coarse, self.stage2(coarse * hidden + packed[:, : self.channels] * (1 - hidden), mask)
@@ -293,6 +299,7 @@ class SmallGenerator(nn.Module):
                 nn.init.zeros_(head.get_parameter("conv.weight"))
 
     def forward(self, packed: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        _check_sides(packed, self.multiple)
         image, mask = packed[:, : self.channels], mask.to(packed.dtype)
         coarse = self._finish(self.coarse(packed), image)
         refined = self.refined(torch.cat([coarse, image, mask], 1), mask)
