@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._validation import Range, check_literal
+from .._validation import check_literal
 from .streaming import ResizedImages, StreamedImages
 
 #: Names of the data sets that can be read from official files or from ``<root>/<name>.npz``.
@@ -80,7 +78,6 @@ def load_dataset(
     decode: Decode = "once",
     broken: Broken = "refuse",
     cache: str | Path | None = None,
-    workers: int | None = None,
 ) -> DataSet:
     """Load a data set.
 
@@ -108,15 +105,15 @@ def load_dataset(
             None keeps the sizes; all images of a folder must then have the same size. ``imagenette`` needs an
             image_size. Images that are not from a folder are resized whenever they are read.
         stream: whether to read a folder's decoded images batch by batch even if they fit into memory. Images that need
-            more than half of the available memory are always read batch by batch.
+            more than half of the available memory are always read batch by batch. This argument and those that follow
+            have no effect on data sets that are not folders.
         decode: when the images of a folder are decoded, with the same pixels. "once": before the first use, into
             ``cache``. "each_time": whenever an image is read; this needs no space on the disk, but an image that cannot
             be decoded is found only then.
-        broken: what to do with the images of a folder that cannot be decoded. "refuse": raise an error that names them,
-            before the first use if ``decode`` is "once". "skip": leave them out, with a warning that names them. They
-            are found by decoding all images once; a file in ``cache`` keeps their names.
+        broken: what to do with the images of a folder that cannot be decoded. "refuse": raise an error that names the
+            first, before the first use if ``decode`` is "once". "skip": leave them out, with a warning that names them.
+            They are found by decoding all images once; a file in ``cache`` keeps their names.
         cache: folder for the decoded images of an image folder; None: ``.purify_fast`` in the image folder.
-        workers: number of threads that decode the images of a folder; 0 counts as 1; None: the number of CPUs.
 
     Returns:
         A `DataSet` on the CPU.
@@ -130,50 +127,38 @@ def load_dataset(
     name = str(name_or_path)
     check_literal("decode", decode, Decode)
     check_literal("broken", broken, Broken)
-    if workers is not None:
-        Range(0).check("workers", workers)
     if image_size is not None and (len(image_size) != 2 or min(image_size) < 1):
         raise ValueError(f"image_size must be (H, W), both at least 1, got {image_size}")
-    if download and name not in NAMES:
-        raise ValueError(f"download=True is only for the data sets {', '.join(NAMES)}, got {name!r}")
-    place: Path | dict[str, np.ndarray] | None = None
+    found: Path | dict[str, np.ndarray]
     if name in NAMES:
         # The import of torchvision takes about a second, and digits and .npz files do not need it.
         from .torchvision_sets import find_official
 
-        place = find_official(name, Path("." if root is None else root), download, image_size, train)
-    elif name != "digits":
-        place = _find(Path(name_or_path), None if root is None else Path(root))
-    if isinstance(place, Path) and place.is_dir():
+        found = find_official(name, Path("." if root is None else root), download, image_size, train)
+    else:
+        found = _digits() if name == "digits" else _find(Path(name_or_path), None if root is None else Path(root))
+    if isinstance(found, Path) and found.is_dir():
         from .folders import read_folder
 
         x, y, names = read_folder(
-            place,
+            found,
             image_size,
             train=train,
             stream=stream,
             decode_once=decode == "once",
             skip_broken=broken == "skip",
-            workers=workers,
             cache=None if cache is None else Path(cache),
         )
-        classes = chosen_classes(len(names), num_classes)
-        title = name if name in NAMES else place.resolve().name
-        parts = x["train"], y["train"], x["test"], y["test"]
-        return DataSet(*parts, name=title, num_classes=classes, classes=tuple(names))
-    if stream or decode == "each_time" or broken == "skip":
-        what = "stream=True" if stream else "decode='each_time'" if decode == "each_time" else "broken='skip'"
-        raise ValueError(f"{what} needs an image folder, but {name} is not an image folder")
-    if place is None:
-        tensors, classes, texts = _digits(), chosen_classes(10, num_classes), np.array(list("0123456789"))
-    else:
-        arrays = read_npz(place, train) if isinstance(place, Path) else place
-        tensors, classes = check_arrays(arrays, num_classes)
-        texts = arrays.get("classes", np.zeros(1))
-    named = tuple(texts.tolist()) if texts.ndim == 1 and texts.dtype.kind == "U" else None
+        title = name if name in NAMES else found.resolve().name
+        classes = _number_of_classes(len(names), num_classes)
+        return DataSet(x["train"], y["train"], x["test"], y["test"], title, classes, tuple(names))
+    arrays = _read_npz(found, train) if isinstance(found, Path) else found
+    tensors, classes = _checked(arrays, num_classes)
     if not train:
         tensors |= {"x_train": tensors["x_test"][:0], "y_train": tensors["y_test"][:0]}
-    title = place.stem if isinstance(place, Path) else name
+    texts = arrays.get("classes", np.zeros(1))
+    named = tuple(texts.tolist()) if texts.ndim == 1 and texts.dtype.kind == "U" else None
+    title = found.stem if isinstance(found, Path) else name
     loaded = DataSet(**tensors, name=title, num_classes=classes, classes=named)
     if image_size is None or tuple(image_size) == loaded.image_shape[1:]:
         return loaded
@@ -188,26 +173,24 @@ def small_digits() -> tuple[Tensor, Tensor]:
         return torch.from_numpy(file["images"])[:, None], torch.from_numpy(file["labels"]).long()
 
 
-def _digits() -> dict[str, Tensor]:
+def _digits() -> dict[str, np.ndarray]:
     """Enlarge the digits from 8 x 8 to 16 x 16 pixels, bilinearly, and split them by a fixed permutation."""
     small, y = small_digits()
     # In float64 only the last step rounds, so the bits are the same on every machine.
     images = small.double() / 16
     images = F.interpolate(images, size=(16, 16), mode="bilinear", align_corners=False)
-    x = (images * 255).round().to(torch.uint8)
+    x = (images * 255).round().to(torch.uint8).numpy()
     # NumPy promises that the random numbers of RandomState never change.
-    order = torch.from_numpy(np.random.RandomState(0).permutation(len(y)))
+    order = np.random.RandomState(0).permutation(len(y))
     test, train = order[:DIGITS_TEST], order[DIGITS_TEST:]
-    return {"x_train": x[train], "y_train": y[train], "x_test": x[test], "y_test": y[test]}
+    labels, classes = y.numpy(), np.array(list("0123456789"))
+    arrays = {"x_train": x[train], "y_train": labels[train], "x_test": x[test], "y_test": labels[test]}
+    return arrays | {"classes": classes}
 
 
 def _find(path: Path, root: Path | None) -> Path:
     """Find an .npz file or a folder."""
-    candidates = [path]
-    if root is not None and not path.is_absolute():
-        candidates.append(root / path)
-        if path.suffix != ".npz":
-            candidates.append(root / f"{path}.npz")
+    candidates = [path] if root is None else [path, root / path, root / f"{path}.npz"]
     existing = [path for exists in (Path.is_file, Path.is_dir) for path in candidates if exists(path)]
     if existing:
         return existing[0]
@@ -222,94 +205,74 @@ def _find(path: Path, root: Path | None) -> Path:
 # ---- arrays are checked, and converted to uint8 images [N, C, H, W] and int64 labels
 
 
-def read_npz(path: Path, train: bool = True) -> dict[str, np.ndarray]:
+def _read_npz(path: Path, train: bool) -> dict[str, np.ndarray]:
     """Read the `ARRAYS` of an ``.npz`` file and ``classes``, without ``x_train`` if ``train`` is False."""
     needed = ARRAYS if train else ARRAYS[2:]
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in (*needed, "y_train", "classes") if name in file}
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is damaged, or not a file that numpy.savez wrote from arrays without Python objects: {error}"
-        ) from error
+    # A file that is damaged, or that is none of `numpy.savez`, may raise any error.
+    except Exception as error:
+        raise ValueError(f"{path} is damaged, or not a file that numpy.savez wrote from arrays: {error}") from error
     missing = [name for name in needed if name not in arrays]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}: it must have {', '.join(needed)}")
     return arrays
 
 
-def check_arrays(arrays: dict[str, np.ndarray], num_classes: int | None) -> tuple[dict[str, Tensor], int]:
+def _checked(arrays: dict[str, np.ndarray], num_classes: int | None) -> tuple[dict[str, Tensor], int]:
     """Convert images to uint8 ``[N, C, H, W]`` and labels to int64 ``[N]``, and count the classes."""
     checked = {name: (_images if name[0] == "x" else _labels)(name, arrays[name]) for name in ARRAYS if name in arrays}
-    shapes = {name: list(array.shape[1:]) for name, array in checked.items() if name[0] == "x"}
-    if shapes.get("x_train", shapes["x_test"]) != shapes["x_test"]:
-        raise ValueError(
-            f"x_test must have images of the shape {shapes['x_train']}, like x_train, got {shapes['x_test']}"
-        )
-    labels = {name: array for name, array in checked.items() if name[0] == "y"}
-    for name, y in labels.items():
-        if (x := checked.get(f"x{name[1:]}")) is not None and len(x) != len(y):
-            raise ValueError(f"{name} must have a label for each of the {len(x)} images of x{name[1:]}, got {len(y)}")
-        if num_classes is not None:
-            _refuse(name, y, y >= num_classes, f"labels of 0 .. {num_classes - 1}")
-    present = np.unique(np.concatenate(list(labels.values())))
+    train, test = checked.get("x_train", checked["x_test"]).shape[1:], checked["x_test"].shape[1:]
+    if train != test:
+        raise ValueError(f"x_test must have images of the shape {list(train)}, like x_train, got {list(test)}")
+    for part in ("train", "test"):
+        images, labels = checked.get(f"x_{part}"), checked.get(f"y_{part}")
+        if images is not None and labels is not None and len(images) != len(labels):
+            raise ValueError(f"y_{part} must have a label for each of the {len(images)} images, got {len(labels)}")
+    present = np.unique(np.concatenate([array for name, array in checked.items() if name[0] == "y"]))
     classes = 1 + int(present[-1])
-    if num_classes is None and len(present) < classes:
-        gap = int((present != np.arange(len(present))).argmax())
+    if num_classes is None and (len(present) < classes or classes < 2):
         raise ValueError(
-            f"the labels go up to {classes - 1}, but no image has label {gap}: pass num_classes if this is intended"
+            f"every label from 0 to the largest, at least 1, must occur, got {len(present)} labels up to "
+            f"{classes - 1}: pass num_classes if this is intended"
         )
-    if num_classes is None and classes < 2:
-        raise ValueError("y_train and y_test must have at least two classes; every label is 0")
-    return {name: torch.from_numpy(array) for name, array in checked.items()}, chosen_classes(classes, num_classes)
+    tensors = {name: torch.from_numpy(array) for name, array in checked.items()}
+    return tensors, _number_of_classes(classes, num_classes)
 
 
-def chosen_classes(present: int, asked: int | None) -> int:
-    """The number of classes: ``asked``, or ``present`` if ``asked`` is None."""
-    if asked is not None and asked < present:
-        raise ValueError(f"num_classes is {asked}, but the labels go up to {present - 1}: pass at least {present}")
-    return present if asked is None else asked
-
-
-def _refuse(name: str, array: np.ndarray, bad: np.ndarray, allowed: str) -> None:
-    """Raise a ValueError that names the first element that is bad, if there is any."""
-    if bad.any():
-        index = tuple(int(i) for i in np.unravel_index(int(bad.argmax()), bad.shape))
-        raise ValueError(f"{name}[{', '.join(map(str, index))}] is {array[index]}: {name} must contain {allowed}")
+def _number_of_classes(present: int, given: int | None) -> int:
+    """The number of classes: ``given``, or ``present`` if ``given`` is None."""
+    if given is not None and given < present:
+        raise ValueError(f"num_classes is {given}, but the labels go up to {present - 1}: pass at least {present}")
+    return present if given is None else given
 
 
 def _images(name: str, array: np.ndarray) -> np.ndarray:
     """Convert images to contiguous uint8 ``[N, C, H, W]``."""
-    if array.dtype != np.uint8:
+    if array.dtype != np.uint8 or array.ndim not in (3, 4) or 0 in array.shape:
         raise ValueError(
-            f"{name} must be uint8, got {array.dtype}: for images in [0, 1], save (255 * x).round().astype('uint8')"
+            f"{name} must be uint8 [N, H, W], [N, H, W, C] or [N, C, H, W] with at least one image, got {array.dtype} "
+            f"{list(array.shape)}: for images in [0, 1], save (255 * x).round().astype('uint8')"
         )
-    if array.ndim not in (3, 4):
-        raise ValueError(f"{name} must be [N, H, W], [N, H, W, C] or [N, C, H, W], got {list(array.shape)}")
-    if 0 in array.shape:
-        raise ValueError(f"{name} is empty: its shape is {list(array.shape)}")
     if array.ndim == 3:
         return np.ascontiguousarray(array[:, None])
     first, last = array.shape[1] in (1, 3), array.shape[3] in (1, 3)
     if first == last:
-        why = "the second and the last dimension are both" if first else "neither the second nor the last dimension is"
+        which = "both" if first else "neither"
         raise ValueError(
-            f"{name} has the shape {list(array.shape)}: no channels found, because {why} 1 or 3; the last "
-            "dimension of images with transparency can be cut by x[..., :3]"
+            f"{name} must have 1 or 3 channels, in its second or in its last dimension, got {which} in the shape "
+            f"{list(array.shape)}"
         )
     return np.ascontiguousarray(array.transpose(0, 3, 1, 2) if last else array)
 
 
 def _labels(name: str, array: np.ndarray) -> np.ndarray:
     """Convert labels to int64 ``[N]``."""
-    if array.ndim == 2 and array.shape[1] == 1:
-        array = array[:, 0]
-    if array.ndim != 1:
-        raise ValueError(f"{name} must be [N] or [N, 1], got {list(array.shape)}: save y.argmax(1) of one-hot labels")
-    if array.dtype.kind not in "iu":
-        raise ValueError(f"{name} must be integers, got {array.dtype}: save y.astype('int64')")
-    if len(array) == 0:
-        raise ValueError(f"{name} is empty")
+    column = array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
+    if column.ndim != 1 or column.dtype.kind not in "iu" or len(column) == 0:
+        raise ValueError(f"{name} must be integers [N] or [N, 1], N at least 1, got {array.dtype} {list(array.shape)}")
     # A larger label would overflow int64 or the count of classes.
-    _refuse(name, array, (array < 0) | (array > 2**31 - 1), "labels of at least 0 and below 2^31")
-    return array.astype(np.int64)
+    if column.min() < 0 or column.max() >= 2**31:
+        raise ValueError(f"{name} must have labels from 0 to 2^31 - 1, got {column.min()} to {column.max()}")
+    return column.astype(np.int64)

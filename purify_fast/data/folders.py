@@ -5,20 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice, repeat
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from filelock import FileLock
 from PIL import Image
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension, make_dataset
 from torchvision.transforms.v2 import functional
 from tqdm import tqdm
 
@@ -30,12 +28,12 @@ from .streaming import GIVE_SIZE, StreamedImages
 #: The endings of image files, as in torchvision's ImageFolder.
 SUFFIXES = IMG_EXTENSIONS
 CACHE = ".purify_fast"
-#: The largest number of files or classes that a message names.
+#: The largest number of files or folders that a warning names.
 NAMED = 10
 #: Modes of Pillow with 8 bits or less per channel.
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
-#: Number of images per thread that are decoded ahead of their use. They remain in memory until then.
-CHUNK = 32
+#: Number of images that are decoded before they are written to the cache.
+CHUNK = 64
 FORM = (
     "train/<class>/*.jpg (or .png, .webp and others), and the held-out images: val/ or test/ in the same form, or "
     "val/images and val/val_annotations.txt as in tiny-imagenet-200"
@@ -58,34 +56,29 @@ def read_folder(
     decode_once: bool,
     skip_broken: bool,
     cache: Path | None,
-    workers: int | None,
 ) -> tuple[dict[str, Tensor | StreamedImages], dict[str, Tensor], list[str]]:
     """Read the images of an image folder, their labels, and the names of the classes."""
     root = folder / CACHE if cache is None else cache / folder.resolve().name
     splits, classes = _listed(folder, train)
-    # On Linux this is the number of CPUs that this process may use.
-    cpus = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    count = cpus if workers is None else max(workers, 1)
+    _warn_of_numbers(folder, classes)
     if skip_broken:
-        splits = _without_broken(root, splits, classes, workers=count)
-    _warn_of_classes(folder, classes, splits["test"].labels)
-    size = first_size(next(iter(splits.values())).files) if image_size is None else image_size
-    how: dict[str, Any] = {"resize": image_size is not None, "workers": count}
-    images: dict[str, StreamedImages]
-    if decode_once:
-        place = root / ("native" if image_size is None else f"{size[0]}x{size[1]}")
-        images = _cached(place, splits, size, **how)
-    else:
-        images = {part: EncodedImages(split.files, size, _source(split.files), **how) for part, split in splits.items()}
+        splits = {part: _without_broken(root, part, split) for part, split in splits.items()}
+    size = read_image(next(iter(splits.values())).files[0]).shape[1:] if image_size is None else image_size
     memory = available_memory() // 2
     x: dict[str, Tensor | StreamedImages] = {"train": torch.empty((0, 3, *size), dtype=torch.uint8)}
+    y = {"train": torch.empty(0, dtype=torch.int64)} | {part: split.labels for part, split in splits.items()}
     # Begin with the held-out images, because an evaluation needs all of them in memory.
     for part in reversed(splits):
-        needed = images[part].shape.numel()
+        files = splits[part].files
+        source = _source(files)
+        images: StreamedImages = EncodedImages(files, (size[0], size[1]), source, resize=image_size is not None)
+        if decode_once:
+            place = root / ("native" if image_size is None else f"{size[0]}x{size[1]}")
+            images = _cached(place / f"x_{part}-{source[:16]}.npy", images)
+        needed = images.shape.numel()
         streamed = stream or needed > memory
         memory -= 0 if streamed else needed
-        x[part] = images[part] if streamed else images[part][:]
-    y = {part: splits[part].labels if part in splits else torch.empty(0, dtype=torch.int64) for part in x}
+        x[part] = images if streamed else images[:]
     return x, y, classes
 
 
@@ -110,54 +103,44 @@ def _listed(folder: Path, train: bool) -> tuple[dict[str, Split], list[str]]:
     if held_out is None or (train and not trained.is_dir()):
         lacks = "train/" if held_out is not None else "val/ and test/"
         raise FileNotFoundError(f"{folder} is not an image folder: it lacks {lacks}. It must contain {FORM}")
-    if (annotations := held_out / "val_annotations.txt").is_file():
-        # In each line of this file of tiny-imagenet-200, tabs separate a file name, a class and a box.
-        rows = [[*line.split("\t"), ""] for line in annotations.read_text().splitlines()]
-        listed = {"test": [(row[1], held_out / "images" / row[0]) for row in rows]}
-        classes = sorted({row[1] for row in rows})
-    else:
-        listed, classes = {"test": _by_class(held_out)}, classes_in(held_out)
-    classes = classes_in(trained) if trained.is_dir() else classes
+    annotations = held_out / "val_annotations.txt"
+    # In each line of this file of tiny-imagenet-200, tabs separate a file name, a class and a box.
+    rows = [line.split("\t") for line in annotations.read_text().splitlines()] if annotations.is_file() else []
+    shown = sorted({row[1] for row in rows}) if rows else classes_in(held_out)
+    classes = classes_in(trained) if trained.is_dir() else shown
     if len(classes) < 2:
         raise ValueError(f"{trained} must contain a folder for each of at least 2 classes, got {classes}")
-    listed = ({"train": _by_class(trained)} if train else {}) | listed
-    found = {part: {name for name, _ in images} for part, images in listed.items()}
-    if unknown := sorted(found["test"] - set(classes)):
-        raise ValueError(f"{held_out} has the classes {_some(unknown)}, which the folder train/ lacks")
-    empty = [trained / name for name in classes if train and name not in found["train"]]
-    if empty or not found["test"]:
-        raise ValueError(f"{[*empty, held_out][0]} contains no image of a class ({', '.join(SUFFIXES)})")
-    label = {name: number for number, name in enumerate(classes)}
-    splits = {
-        part: Split([path for _, path in images], torch.tensor([label[name] for name, _ in images], device="cpu"))
-        for part, images in listed.items()
-    }
-    return splits, classes
+    if unknown := set(shown) - set(classes):
+        raise ValueError(f"{held_out} has the classes {_some(sorted(unknown))}, which the folder train/ lacks")
+    if rows:
+        labels = torch.tensor([classes.index(row[1]) for row in rows], device="cpu")
+        test = Split([held_out / "images" / row[0] for row in rows], labels)
+    else:
+        test = _by_class(held_out, classes, allow_empty=True)
+    if not test.files:
+        raise ValueError(f"{held_out} contains no image ({', '.join(SUFFIXES)})")
+    return ({"train": _by_class(trained, classes)} if train else {}) | {"test": test}, classes
 
 
-def _by_class(folder: Path) -> list[tuple[str, Path]]:
-    """The images in the folders of classes, each with the name of its class."""
-    names = classes_in(folder)
-    numbered = {name: number for number, name in enumerate(names)}
-    listed = make_dataset(folder, numbered, SUFFIXES, allow_empty=True) if names else []
+def _by_class(folder: Path, classes: Sequence[str], allow_empty: bool = False) -> Split:
+    """The images in the folders of classes. An error names classes without images, unless ``allow_empty`` is True."""
+
+    def is_valid(path: str) -> bool:
+        return has_file_allowed_extension(path, SUFFIXES) and not is_hidden(path, folder)
+
+    labels = {name: label for label, name in enumerate(classes)}
+    listed = make_dataset(folder, labels, is_valid_file=is_valid, allow_empty=allow_empty)
     # Sort by path within a class. torchvision would list the files of a folder before the files of its subfolders.
-    shown = sorted((number, Path(path)) for path, number in listed if not is_hidden(path, folder))
-    return [(names[number], path) for number, path in shown]
+    shown = sorted((label, Path(path)) for path, label in listed)
+    return Split([path for _, path in shown], torch.tensor([label for label, _ in shown], device="cpu"))
 
 
-def _warn_of_classes(folder: Path, classes: list[str], held_out: Tensor) -> None:
-    absent = [name for label, name in enumerate(classes) if label not in held_out]
-    if absent:
-        warnings.warn(
-            f"{len(absent)} of the {len(classes)} classes of {folder} have no held-out image ({_some(absent)}): "
-            "accuracies on held-out images say nothing about them",
-            stacklevel=4,
-        )
+def _warn_of_numbers(folder: Path, classes: Sequence[str]) -> None:
     numbers = [(name, label) for label, name in enumerate(classes) if name.isdecimal() and int(name) != label]
     if numbers:
         warnings.warn(
             f"labels are places in the sorted names of the folders, not the numbers that these names are: {folder} has "
-            f"{_some(f'the folder {name} with the label {label}' for name, label in numbers)}. For a model that was "
+            f"{_some([f'the folder {name} with the label {label}' for name, label in numbers])}. For a model that was "
             "trained with the numbers as labels, count the folders from 0, with zeros in front (00, 01, ..., 10)",
             stacklevel=4,
         )
@@ -167,154 +150,43 @@ def _source(files: Sequence[Path]) -> str:
     """A hash of the names, sizes and modification times of files."""
     content, shared = text_hash(), len(os.path.commonpath(files))
     for path in files:
-        try:
-            facts = path.stat()
-            known = [facts.st_size, facts.st_mtime_ns]
-        except OSError:
-            # A link to a missing file is an image that cannot be decoded.
-            known = []
-        content.update(json.dumps([str(path)[shared:], *known]).encode())
+        facts = path.stat()
+        content.update(json.dumps([str(path)[shared:], facts.st_size, facts.st_mtime_ns]).encode())
     return content.hexdigest()
 
 
-def _without_broken(root: Path, splits: dict[str, Split], classes: list[str], workers: int) -> dict[str, Split]:
+def _without_broken(root: Path, part: str, split: Split) -> Split:
     """Leave out the images that cannot be decoded, with a warning. They are found once, and kept in a file."""
-    kept, errors = dict[str, Split](), list[str]()
-    for part, (files, labels) in splits.items():
-        place, broken = root / f"broken_{part}-{_source(files)[:16]}.json", None
-        with contextlib.suppress(OSError, ValueError):
-            broken = dict[int, str](json.loads(place.read_text()))
-        if broken is None:
-            images = _bar(_decoded(files, None, resize=False, workers=workers), len(files), f"check {part} images")
-            broken = {number: image for number, image in enumerate(images) if isinstance(image, str)}
-            root.mkdir(parents=True, exist_ok=True)
-            write_text(place, json.dumps(list(broken.items())))
-        ids = [number for number in range(len(files)) if number not in broken]
-        kept[part] = Split([files[number] for number in ids], labels[ids])
-        errors += broken.values()
-    if errors:
-        total = sum(len(split.files) for split in splits.values())
-        warnings.warn(f"{len(errors)} of {total} images are left out: {_some(errors)}", stacklevel=4)
-    empty = [name for label, name in enumerate(classes) if "train" in kept and label not in kept["train"].labels]
-    if empty or not kept["test"].files:
-        what = f"the class {empty[0]} of train" if empty else "the held-out images"
-        raise ValueError(f"no image of {what} can be decoded: replace them. The errors are: {_some(errors)}")
-    return kept
+    path = root / f"broken_{part}-{_source(split.files)[:16]}.json"
+    if not path.is_file():
+        with ThreadPoolExecutor() as pool:
+            reasons = list(tqdm(pool.map(_why_broken, split.files), f"check {part} images", len(split.files)))
+        write_text(path, json.dumps([(number, why) for number, why in enumerate(reasons) if why]))
+    broken = dict(json.loads(path.read_text()))
+    if broken:
+        texts = _some(list(broken.values()))
+        warnings.warn(f"{len(broken)} of {len(split.files)} {part} images are left out: {texts}", stacklevel=4)
+    kept = [number for number in range(len(split.files)) if number not in broken]
+    if not kept:
+        raise ValueError(f"no {part} image can be decoded: replace the images")
+    return Split([split.files[number] for number in kept], split.labels[kept])
 
 
-def _some(texts: Iterable[str]) -> str:
-    """The first texts."""
-    first = list(islice(texts, NAMED + 1))
-    return "; ".join(first[:NAMED]) + ("; ..." if len(first) > NAMED else "")
-
-
-# ---- the cache: for each part, x_<part>-<hash of `_source`>-<hash of the pixels>.npy
-
-
-def _cached(
-    place: Path, splits: dict[str, Split], size: tuple[int, int], *, resize: bool, workers: int
-) -> dict[str, StreamedImages]:
-    """Open the decoded images of exactly these files. If they are missing, decode them first."""
+def _why_broken(path: Path) -> str:
+    """The reason why an image cannot be decoded; "" for a good image."""
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(place / ".lock").acquire()
-    except OSError as error:
-        raise OSError(f"decoded images cannot be kept in {place} ({error}): give another folder as cache") from error
-    images, failed = dict[str, StreamedImages](), list[str]()
-    # The process that has the lock writes the cache, and the others wait for it.
-    with lock:
-        for part, (files, _) in splits.items():
-            whole = place / f"x_{part}-{_source(files)[:16]}.npy"
-            for path in place.glob(f"{whole.stem}-*.npy"):
-                with contextlib.suppress(OSError, ValueError):
-                    images[part] = StreamedImages(path, path.stem.rpartition("-")[2])
-            if part in images:
-                continue
-            # Remove the arrays of an earlier cache, and the temporary files of killed processes.
-            for old in place.glob(f"*x_{part}-*.npy"):
-                old.unlink()
-            with atomic(whole) as temporary:
-                title = f"decode {part} images"
-                pixels, errors = decode(files, size, resize=resize, out=temporary, workers=workers, title=title)
-            if errors:
-                whole.unlink()
-                failed += errors
-                continue
-            images[part] = StreamedImages(whole.rename(place / f"{whole.stem}-{pixels}.npy"), pixels)
-    if failed:
-        total = sum(len(split.files) for split in splits.values())
-        raise ValueError(
-            f"{len(failed)} of {total} images cannot be decoded: replace or remove them, or leave them out by "
-            f"broken='skip' (--broken skip). The errors are: {_some(failed)}"
-        )
-    return images
+        read_image(path)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _some(texts: Sequence[str]) -> str:
+    """The first texts."""
+    return "; ".join(texts[:NAMED]) + ("; ..." if len(texts) > NAMED else "")
 
 
 # ---- decoding
-
-
-def first_size(files: Sequence[Path]) -> tuple[int, int]:
-    """The height and width of the first image that can be decoded. Raises a ValueError if there is none."""
-    for path in files:
-        image = _image(path, None)
-        if not isinstance(image, str):
-            return image.shape[1], image.shape[2]
-    raise ValueError(f"none of {len(files)} images can be decoded, the first is {files[0]}")
-
-
-def decode(
-    files: Sequence[Path], size: tuple[int, int], *, resize: bool, out: Path, workers: int, title: str
-) -> tuple[str, list[str]]:
-    """Decode images in parts to an ``.npy`` file, uint8 ``[N, 3, H, W]``; return the hash of the pixels, and errors."""
-    shape, failed = (len(files), 3, *size), list[str]()
-    content = content_hash(torch.uint8, shape)
-    # The images are written one after another: a full disk ends a write with an OSError, but a memory map with SIGBUS.
-    with out.open("wb") as file:
-        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        for image in _bar(_decoded(files, size, resize=resize, workers=workers), len(files), title):
-            if isinstance(image, str):
-                failed.append(image)
-            elif not failed:
-                content.update(image.data)
-                file.write(image.data)
-    return content.hexdigest(), failed
-
-
-def _bar(images: Iterator[np.ndarray | str], total: int, title: str) -> Iterator[np.ndarray | str]:
-    return iter(tqdm(images, title, total, unit="img", mininterval=0.1 if sys.stderr.isatty() else 10))
-
-
-def _decoded(
-    files: Sequence[Path], size: tuple[int, int] | None, *, resize: bool, workers: int
-) -> Iterator[np.ndarray | str]:
-    """Yield the image or the error of each file, in order, with a limited number of images decoded ahead."""
-    with ThreadPoolExecutor(workers) as pool:
-        for first in range(0, len(files), CHUNK * workers):
-            part = files[first : first + CHUNK * workers]
-            for path, image in zip(part, pool.map(_image, part, repeat(size if resize else None)), strict=True):
-                if size is not None and not isinstance(image, str) and image.shape[1:] != size:
-                    got = " x ".join(map(str, image.shape[1:]))
-                    raise ValueError(f"{path} has {got} pixels, but others have {size[0]} x {size[1]}: {GIVE_SIZE}")
-                yield image
-
-
-def _image(path: Path, size: tuple[int, int] | None) -> np.ndarray | str:
-    """Decode an image to RGB, uint8 ``[3, H, W]``, or return an error text that names the file."""
-    try:
-        with Image.open(path) as file:
-            if file.mode not in MODES:
-                return f"{path}: its mode is {file.mode}, not one of {', '.join(MODES)}"
-            image = file.convert("RGB")
-    # A damaged file may raise any error.
-    except Exception as error:
-        return f"{path}: {error}"
-    if size is not None:
-        # torchvision's Resize with the length of the shorter side would not always cover a target that is not square.
-        (height, width), sides = size, (image.height, image.width)
-        wide = height * sides[1] < width * sides[0]
-        covering = [sides[0] * width // sides[1], width] if wide else [height, sides[1] * height // sides[0]]
-        image = functional.center_crop(functional.resize(image, covering), list(size))
-    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
 def read_image(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
@@ -328,10 +200,21 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
     Raises:
         ValueError: the file cannot be decoded.
     """
-    image = _image(Path(path), size)
-    if isinstance(image, str):
-        raise ValueError(f"the image cannot be decoded: {image}")
-    return torch.from_numpy(image)
+    try:
+        with Image.open(path) as file:
+            if file.mode not in MODES:
+                raise ValueError(f"its mode is {file.mode}, not one of {', '.join(MODES)}")
+            image = file.convert("RGB")
+    # A damaged file may raise any error.
+    except Exception as error:
+        raise ValueError(f"the image cannot be decoded: {path}: {error}") from error
+    if size is not None:
+        # torchvision's Resize with the length of the shorter side would not always cover a target that is not square.
+        (height, width), sides = size, (image.height, image.width)
+        wide = height * sides[1] < width * sides[0]
+        covering = [sides[0] * width // sides[1], width] if wide else [height, sides[1] * height // sides[0]]
+        image = functional.center_crop(functional.resize(image, covering), list(size))
+    return functional.pil_to_tensor(image).contiguous()
 
 
 class EncodedImages(StreamedImages):
@@ -339,16 +222,53 @@ class EncodedImages(StreamedImages):
 
     device = torch.device("cpu")
 
-    def __init__(self, files: Sequence[Path], size: tuple[int, int], digest: str, *, resize: bool, workers: int):
-        self.files, self.size, self.resize, self.workers = files, size, resize, workers
+    def __init__(self, files: Sequence[Path], size: tuple[int, int], source: str, *, resize: bool):
+        self.files, self.size, self.resize = files, size, resize
         self.shape = torch.Size((len(files), 3, *size))
-        self.digest = f"{digest} at {size[0]} x {size[1]}"
+        self.digest = f"{source} at {size[0]} x {size[1]}"
 
     def read(self, ids: Tensor, out: Tensor | None = None) -> Tensor:
         images = torch.empty((len(ids), *self.shape[1:]), dtype=torch.uint8, device="cpu") if out is None else out
-        files = [self.files[number] for number in ids.tolist()]
-        for row, image in enumerate(_decoded(files, self.size, resize=self.resize, workers=self.workers)):
-            if isinstance(image, str):
-                raise ValueError(f"an image cannot be decoded: {image}; replace it, or remove it and start again")
-            images[row] = torch.from_numpy(image)
+
+        def decode(row: int, number: int) -> None:
+            image = read_image(self.files[number], self.size if self.resize else None)
+            if image.shape != self.shape[1:]:
+                got, wanted = (" x ".join(map(str, shape[1:])) for shape in (image.shape, self.shape[1:]))
+                raise ValueError(f"{self.files[number]} has {got} pixels, but others have {wanted}: {GIVE_SIZE}")
+            images[row] = image
+
+        with ThreadPoolExecutor() as pool:
+            # The list raises the first error of the threads.
+            list(pool.map(decode, range(len(ids)), ids.tolist()))
         return images
+
+
+def _cached(whole: Path, images: StreamedImages) -> StreamedImages:
+    """Open the decoded images, a file named by ``whole`` and the hash of the pixels. Decode them if it is missing."""
+    place, (part, _) = whole.parent, whole.stem.split("-")
+    place.mkdir(parents=True, exist_ok=True)
+    # The process that has the lock writes the file, and the others wait for it.
+    with FileLock(place / ".lock"):
+        for path in place.glob(f"{whole.stem}-*.npy"):
+            with contextlib.suppress(OSError, EOFError, ValueError):
+                return StreamedImages(path, path.stem.rpartition("-")[2])
+        # Remove the arrays of an earlier cache, and the temporary files of killed processes.
+        for old in place.glob(f"*{part}-*.npy"):
+            old.unlink()
+        with atomic(whole) as temporary:
+            pixels = write_images(images, temporary)
+        return StreamedImages(whole.rename(place / f"{whole.stem}-{pixels}.npy"), pixels)
+
+
+def write_images(images: StreamedImages, out: Path) -> str:
+    """Write images to an ``.npy`` file, uint8 ``[N, C, H, W]``, and return the hash of the pixels."""
+    content = content_hash(torch.uint8, images.shape)
+    # Write from front to back: a full disk ends a write with an OSError, but a memory map with SIGBUS.
+    with out.open("wb") as file:
+        shape = tuple(images.shape)
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        for first in tqdm(range(0, len(images), CHUNK), "decode images", unit=f"{CHUNK} images"):
+            pixels = images[first : first + CHUNK].numpy().data
+            content.update(pixels)
+            file.write(pixels)
+    return content.hexdigest()

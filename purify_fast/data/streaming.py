@@ -29,33 +29,29 @@ class StreamedImages:
     """Images in an ``.npy`` file, uint8 ``[N, C, H, W]``. Indexing reads only the chosen images.
 
     Args:
-        path: path of the file. If the file is changed, the next read raises an error.
+        path: path of the file, which must not change.
         digest: hash of the images, which `purify_fast._tensors.digest` uses in place of the images.
         device: device of the images that are read.
 
     Raises:
-        FileNotFoundError: the file does not exist.
+        OSError: the file cannot be read.
         ValueError: the file is cut off, or does not contain such images.
     """
 
     dtype = torch.uint8
 
     def __init__(self, path: str | Path, digest: str, device: torch.device | str = "cpu"):
-        self.path, self.digest = Path(path), digest
+        self.digest = digest
         # Make a tensor, because its device has an index, such as cuda:0, even if ``device`` is "cuda".
         self.device = torch.empty(0, device=device).device
-        try:
-            array = np.load(self.path, mmap_mode="r")
-        except (EOFError, ValueError) as error:
-            raise ValueError(f"{self.path} is not a whole .npy file: {error}") from error
-        if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or array.ndim != 4:
-            raise ValueError(f"{self.path} must contain a single uint8 array [N, C, H, W]")
+        array = np.load(path, mmap_mode="r")
+        if array.dtype != np.uint8 or array.ndim != 4:
+            raise ValueError(f"{path} must contain a uint8 array [N, C, H, W]")
         with warnings.catch_warnings():
             # PyTorch warns that this array must not be written to. Ignore the warning, because the array is only read.
             warnings.simplefilter("ignore")
             self._rows = torch.from_numpy(array)
         self.shape = self._rows.shape
-        self._state = self._look()
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -64,25 +60,11 @@ class StreamedImages:
         """Read images by int64 indices ``[B]`` from 0 to N - 1, or by a slice: uint8 ``[B, C, H, W]`` on ``device``."""
         if isinstance(index, slice):
             index = torch.arange(len(self), device="cpu")[index]
-        if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.dim() != 1:
-            raise TypeError(f"the index of streamed images must be a slice or an int64 tensor [B], got {index!r}")
         return self.read(index.cpu()).to(self.device)
 
     def read(self, ids: Tensor, out: Tensor | None = None) -> Tensor:
         """Read images to the CPU (into ``out``), by int64 ``ids``. Other Python threads can run at the same time."""
-        now = self._look()
-        # If another file has replaced this file (another inode), the open file is unchanged, so this is no error.
-        if now is not None and self._state is not None and now != self._state and now[0] == self._state[0]:
-            raise OSError(f"{self.path} changed while its images were read: run the same command again to decode anew")
         return torch.index_select(self._rows, 0, ids, out=out)
-
-    def _look(self) -> tuple[int, int, int] | None:
-        """The file's inode, size and modification time; None if the file was removed, and so cannot change any more."""
-        try:
-            facts = self.path.stat()
-        except FileNotFoundError:
-            return None
-        return facts.st_ino, facts.st_size, facts.st_mtime_ns
 
     def to(self, device: torch.device | str) -> Self:
         """Make a copy that reads the same images to another device."""

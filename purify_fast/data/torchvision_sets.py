@@ -52,14 +52,10 @@ def find_official(
         raise
     # A damaged file may raise any error.
     except Exception as error:
-        size = "" if name != "imagenette" else f", image_size={image_size}"
-        call = f"from purify_fast.data import load_dataset; load_dataset({name!r}, {str(root)!r}, download=True{size})"
-        how = f'give download=True (--download), or get it with: python -c "{call}"'
+        how = "give download=True (--download), or remove damaged files"
         if name == "tiny_imagenet":
             archive = Path(TINY).name
             how = f"get it with: curl -LO {TINY} && unzip -q {archive} -d {root}; torchvision cannot download it"
-        elif download:
-            how = "the download has failed; remove damaged files, and try again"
         raise FileNotFoundError(
             f"no data set {name!r}: {how}. Looked for {npz.absolute()} (x_train, y_train, x_test, y_test), and for the "
             f"official files in {root.absolute()} as torchvision lays them out: {str(error) or repr(error)}"

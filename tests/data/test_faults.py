@@ -1,24 +1,16 @@
-"""Data that are damaged, too large, elsewhere, or change under a run."""
+"""Data that disappear or change under a run, and models and images that cannot be trained on."""
 
-import io
-import os
 import shutil
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from pictures import folder, picture
-from PIL import Image
+from pictures import folder
 from small_runs import on_step
 
 from purify_fast import cli, data
 from purify_fast.cli.show import Info
-from purify_fast.data import StreamedImages
-from purify_fast.data.folders import decode
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fit
 
@@ -31,59 +23,6 @@ def pets(tmp_path):
     return tmp_path / "pets"
 
 
-def load(folder, **options):
-    return data.load_dataset(folder, workers=0, **options)
-
-
-def test_an_image_of_200_megapixels_is_refused_by_name(pets):
-    """Its header alone says so: nothing of that size is ever in memory."""
-    path = pets / "train" / "cat" / "001.png"
-    Image.new("1", (20_000, 10_000)).save(path)
-    with pytest.raises(ValueError, match=r"1\.png: Image size \(200000000 pixels\) exceeds limit"):
-        load(pets, image_size=(8, 8))
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows lets few make links")
-def test_links_are_followed(pets, tmp_path):
-    outside = tmp_path / "outside"
-    picture(outside / "more.png", 1, (8, 8))
-    (pets / "train" / "cat" / "link.png").symlink_to(outside / "more.png")
-    (pets / "train" / "cat" / "more").symlink_to(outside)
-    (tmp_path / "link").symlink_to(pets)
-    assert len(load(tmp_path / "link").x_train) == 14
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="/dev/full is a device of Linux")
-def test_images_are_written_from_front_to_back(pets, tmp_path):
-    """So a full disk makes a write fail. With a memory map of a sparse file, it would end the process by SIGBUS."""
-    files, pipe = sorted(pets.glob("train/*/*.png")), tmp_path / "pipe"
-    how = {"resize": False, "workers": 1, "title": ""}
-    with pytest.raises(OSError, match="No space left"):
-        decode(files, (8, 8), out=Path("/dev/full"), **how)
-    os.mkfifo(pipe)
-    with ThreadPoolExecutor(1) as pool:
-        read = pool.submit(pipe.read_bytes)
-        assert decode(files, (8, 8), out=pipe, **how)[1] == []
-    assert np.array_equal(np.load(io.BytesIO(read.result())), load(pets).x_train.numpy())
-
-
-def test_a_file_that_changes_while_it_is_streamed(pets):
-    images = load(pets, stream=True).x_train
-    assert isinstance(images, StreamedImages)
-    first = images[torch.arange(3)]
-    copy = images.path.with_suffix(".copy")
-    shutil.copy(images.path, copy)
-    os.replace(copy, images.path)
-    # another file of its name leaves the open one as it is
-    assert torch.equal(images[torch.arange(3)], first)
-    other = load(pets, stream=True).x_train
-    with other.path.open("r+b") as file:
-        file.truncate(200)
-    for read in (lambda: other[torch.arange(3)], lambda: other[:2]):
-        with pytest.raises(OSError, match=r"x_train.*\.npy changed while its images were read"):
-            read()
-
-
 def task():
     torch.manual_seed(0)
     return ClassifierTask(SmallCNN(3, 2, (8, 8), 2), ClassifierConfig())
@@ -92,9 +31,9 @@ def task():
 def test_images_are_deleted_under_a_run(pets, tmp_path):
     """Decoded files stay open: the run ends as one whose files stayed."""
     whole, cut = task(), task()
-    images = load(pets)
+    images = data.load_dataset(pets)
     fit(whole, images.x_train, images.y_train, FitConfig(2, 4), progress=False)
-    streamed = load(pets, stream=True)
+    streamed = data.load_dataset(pets, stream=True)
     listener = on_step(lambda state: shutil.rmtree(pets, ignore_errors=True))
     fit(cut, streamed.x_train, streamed.y_train, FitConfig(2, 4), progress=False, callbacks=[listener])
     assert all(torch.equal(p, q) for p, q in zip(whole.model.parameters(), cut.model.parameters(), strict=True))
