@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import ast
 import importlib
-import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
 def lazy_exports(package: str) -> tuple[list[str], Callable[[str], Any], Callable[[], list[str]]]:
     """Make ``__all__``, ``__getattr__`` and ``__dir__`` of a package whose names are imported at their first use."""
     module = sys.modules[package]
-    source = module.__spec__.loader.get_source(package)  # type: ignore[union-attr]
-    if source is None or not os.path.isfile(str(module.__file__)):
-        place = f"its sources, as files in a folder: {module.__file__} lies in a zip archive or has no source"
-        raise ImportError(f"purify_fast must be installed with {place}. Install it by pip", name=package)
+    source = Path(str(module.__file__)).read_text(encoding="utf-8")
     blocks = [node for node in ast.parse(source).body if isinstance(node, ast.If)]
     imports = [node for block in blocks for node in block.body if isinstance(node, ast.ImportFrom)]
     homes = {alias.name: "." * node.level + (node.module or "") for node in imports for alias in node.names}

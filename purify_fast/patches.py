@@ -22,12 +22,6 @@ from .attacks import original_autoattack, pgd
 from .autoattack import AutoAttack
 
 PackageName = Literal["autoattack", "torchattacks", "robustbench"]
-#: The commands that install what `patch` needs.
-INSTALL = {
-    "autoattack": "pip install pyautoattack",
-    "torchattacks": "pip install torchattacks",
-    "robustbench": "pip install robustbench git+https://github.com/fra31/auto-attack 'setuptools<81'",
-}
 #: The classes of torchattacks that are forms of PGD with the cross-entropy, and their norms.
 TORCHATTACKS = {"FGSM": "linf", "BIM": "linf", "FFGSM": "linf", "PGD": "linf", "EOTPGD": "linf", "PGDL2": "l2"}
 #: The original's settings that this package's attacks do not have, and the only value with which ours replace it.
@@ -79,16 +73,12 @@ def patch(package: PackageName) -> Patch:
         A context manager. The end of its ``with`` block, its method ``undo`` and a call of it each restore theirs.
 
     Raises:
-        ImportError: the package cannot be imported. The message names the reason and the command that installs it.
+        ImportError: the package cannot be imported.
         ValueError: another name.
     """
     check_literal("package", package, PackageName)
-    try:
-        classes = _classes(package)
-    except ImportError as error:
-        raise ImportError(f"patch({package!r}) needs the package: {error}. Run {INSTALL[package]}") from error
     undo = Patch()
-    for theirs in classes:
+    for theirs in _classes(package):
         if package == "torchattacks":
             undo.replace(theirs, "forward", functools.partial(_forward, norm=TORCHATTACKS[theirs.__name__]))
             continue
@@ -103,18 +93,14 @@ def _classes(package: PackageName) -> list[type]:
     if package == "torchattacks":
         return [getattr(importlib.import_module(package), name) for name in TORCHATTACKS]
     if package == "robustbench":
-        evaluation = importlib.import_module("robustbench.eval")
-        try:
-            return [evaluation.AutoAttack]
-        except AttributeError:
-            reason = "torchattacks' wheel has replaced files of robustbench, so install robustbench after torchattacks"
-            raise ImportError(reason) from None
+        # torchattacks' wheel replaces files of robustbench, so robustbench must be installed after torchattacks.
+        return [importlib.import_module("robustbench.eval").AutoAttack]
     found = []
     for name in ("pyautoattack", "autoattack"):
         with contextlib.suppress(ModuleNotFoundError):
             found.append(importlib.import_module(name).AutoAttack)
     if not found:
-        raise ImportError("neither pyautoattack nor autoattack is installed")
+        raise ImportError("neither pyautoattack nor autoattack is installed: pip install pyautoattack")
     return found
 
 
@@ -135,11 +121,8 @@ def _evaluation(theirs: Callable[..., Any]) -> Callable[..., Any]:
         if given.get("state_path") is not None or not _has_our_settings(self):
             return theirs(self, *args, **kwargs)
         ours = AutoAttack(self.model, self.norm, self.epsilon, self.seed, self.verbose, version="custom")
-        ours.attacks_to_run, ours.version, ours.device = (
-            list(self.attacks_to_run),
-            self.version,
-            torch.device(self.device),
-        )
+        ours.attacks_to_run, ours.version = list(self.attacks_to_run), self.version
+        ours.device = torch.device(self.device)
         ours.log_path = getattr(self.logger, "log_path", None)
         for name in FIXED:
             part = getattr(ours, name)

@@ -2,10 +2,8 @@
 
 import importlib
 import os
-import py_compile
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -78,19 +76,3 @@ def test_judging_takes_little_longer_to_import_than_pytorch():
     pytorch, own = map(min, zip(*times, strict=True))
     # 0.4 seconds where PyTorch takes 1.5
     assert own < max(0.4, 0.27 * pytorch), times
-
-
-def test_a_package_without_its_sources_in_a_folder_is_refused(tmp_path):
-    """In a zip archive, and with .pyc files alone."""
-    archive, compiled = tmp_path / "one.zip", tmp_path / "compiled" / "purify_fast"
-    with zipfile.ZipFile(archive, "w") as file:
-        for one in PACKAGE.glob("*.py"):
-            file.write(one, f"purify_fast/{one.name}")
-    compiled.mkdir(parents=True)
-    for one in PACKAGE.glob("*.py"):
-        py_compile.compile(str(one), str(compiled / f"{one.name}c"))
-    for place in (archive, compiled.parent):
-        environment = os.environ | {"PYTHONPATH": str(place)}
-        command = [sys.executable, "-c", "import purify_fast"]
-        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-        assert "ImportError: purify_fast must be installed with its sources, as files in a folder" in done.stderr

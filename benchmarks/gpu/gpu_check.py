@@ -45,7 +45,6 @@ from typing import NamedTuple
 import torch
 
 from purify_fast._files import folder_lock, write_text
-from purify_fast._process import end_workers
 from purify_fast.ops.dispatch import racing, records
 
 from .. import RESULTS, options
@@ -285,7 +284,8 @@ class _Run:
                 list(pool.map(self._one, wanted))
             except BaseException:
                 # Otherwise an interrupted run would wait until the sections end.
-                end_workers()
+                for process in multiprocessing.active_children():
+                    process.terminate()
                 raise
         written = [out / f"{self.call}.md"]
         write_text(written[0], page(self.results, self.mark))

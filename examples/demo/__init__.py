@@ -19,13 +19,13 @@ from typing import Any
 import jinja2
 import torch
 
-from purify_fast._process import end_with_parent, end_workers, worker_pool
 from purify_fast.evaluation import Report, Row, merge
 from purify_fast.speed import retain_freed_memory
 
 from . import methods
 from .methods import ARREST_MODELS, ATOP_MODELS, AUTOATTACK, CARSO_MODELS, METHODS, STANDARD, attack, model, train
 from .setting import EPS, QUICK, Budget, Workspace, digits
+from .workers import end_with_parent, end_workers, worker_pool
 
 #: With fewer images than this, the standard error of an accuracy may be above five percentage points.
 FEW = 100

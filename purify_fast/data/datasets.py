@@ -151,7 +151,8 @@ def load_dataset(
         )
         title = name if name in NAMES else found.resolve().name
         classes = _number_of_classes(len(names), num_classes)
-        return DataSet(x["train"], y["train"], x["test"], y["test"], title, classes, tuple(names))
+        parts = x["train"], y["train"], x["test"], y["test"]
+        return DataSet(*parts, name=title, num_classes=classes, classes=tuple(names))
     arrays = _read_npz(found, train) if isinstance(found, Path) else found
     tensors, classes = _checked(arrays, num_classes)
     if not train:

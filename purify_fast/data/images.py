@@ -109,8 +109,6 @@ def resized_crop(
     """
     _check_batch(x, sample_ids)
     Range(0, 1, above=True).check("smallest", smallest)
-    if not x.is_floating_point():
-        raise ValueError(f"x must be floating point, got {x.dtype}")
     u = _draws(seed, sample_ids, epoch, 5)
     area, ratio = smallest + (1 - smallest) * u[:, 3], (4 / 3) ** (2 * u[:, 4] - 1)
     places = []

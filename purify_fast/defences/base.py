@@ -208,8 +208,7 @@ class Defence(StochasticDefence):
 
     def uncompiled_copies(self) -> Accelerated:
         """Make inference copies of the current weights without compiling them, to compare them with `fast`."""
-        if self.acceleration is None:
-            raise ValueError("uncompiled_copies needs an accelerated defence: call accelerate() first")
+        assert self.acceleration is not None
         return self._make_copies({**self.acceleration, "compile": False})
 
     def _make_copies(self, settings: Mapping[str, Any]) -> Accelerated:

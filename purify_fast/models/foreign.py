@@ -9,11 +9,9 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import importlib.util
 import os
-import pickle
 import re
 import sys
 import warnings
@@ -49,15 +47,13 @@ class ForeignClassifier(nn.Module):
         self.repeated = 3 if library == "torchvision" and in_channels == 1 else 1
         self.normalize = Normalize(mean, std, in_channels * self.repeated)
         self.arguments |= self.normalize.arguments
-        if library in LIBRARIES:
-            check_library_name(spec)
         if library == "torchvision":
             # The import takes 1.7 seconds, and most classifiers do not need torchvision.
             from torchvision import models
 
-            self.model: nn.Module = models.get_model(name, weights=None, num_classes=num_classes)
             if in_channels not in (1, 3):
                 raise ValueError(f"images must have 1 or 3 channels for {spec}, got {in_channels}")
+            self.model: nn.Module = models.get_model(name, weights=None, num_classes=num_classes)
         elif library == "timm":
             timm = importlib.import_module("timm")
             self.model = timm.create_model(name, pretrained=False, num_classes=num_classes, in_chans=in_channels)
@@ -90,19 +86,12 @@ def build_foreign(
     else:
         find = _torchvision_weights if library == "torchvision" else _timm_weights
         path, classes, own_mean, own_std = find(name, weights)
-        if num_classes > classes:
-            raise ValueError(
-                f"weights must be for the {num_classes} classes of the data, got {weights} of {spec} for {classes} "
-                "classes"
-            )
         if num_classes < classes:
             warnings.warn(
                 f"{weights} of {spec} are for {classes} classes, but the data have {num_classes}: label 0 of the data "
                 "means class 0 of the weights, and so on. If the data have other classes, train a classifier on them",
                 stacklevel=2,
             )
-        if library == "timm" and in_channels != len(own_mean):
-            raise ValueError(f"images must have {len(own_mean)} channels for {weights} of {spec}, got {in_channels}")
         num_classes = classes
         classifier = ForeignClassifier(spec, in_channels, classes, own_mean, own_std)
     load_weights(classifier.model, path, f"{path} does not fit {spec} with {num_classes} classes (--num-classes)")
@@ -162,33 +151,24 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 def _read(path: str | Path) -> Any:
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: give the path of a file of weights")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         # Training scripts, such as timm's, save their options beside the weights.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, "cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        # PyTorch's message would advise to load the file unsafely.
-        raise ValueError(
-            f"{path} contains Python objects, but only tensors are read: save the model's state dict"
-        ) from error
     except OSError:
         raise
-    # A file that is not a pickle may raise any kind of error.
+    # A file that is not a pickle of tensors may raise any kind of error.
     except Exception as error:
-        raise ValueError(f"{path} contains no weights: {error}".splitlines()[0]) from error
+        # PyTorch's message would advise to load the file unsafely.
+        raise ValueError(f"{path} has no weights that can be read as tensors alone: save model.state_dict()") from error
 
 
 def _state_of(tree: Any, path: str | Path) -> dict[str, Tensor]:
     if (state := _state_in(tree)) is None:
-        keys = f"the keys {', '.join(map(repr, list(tree)[:8]))}" if isinstance(tree, dict) else type(tree).__name__
-        raise ValueError(
-            f"{path} contains no state dict, which is a dictionary of tensors, alone or under one of the keys "
-            f"{', '.join(KEYS)}; it has {keys}: save model.state_dict()"
-        )
+        keys = ", ".join(map(repr, tree)) if isinstance(tree, dict) else type(tree).__name__
+        raise ValueError(f"{path} has no state dict, alone or under one of the keys {', '.join(KEYS)}; it has {keys}")
     return state
 
 
@@ -214,18 +194,6 @@ def _short_names(names: Iterable[str]) -> dict[str, str]:
     return short
 
 
-def check_library_name(spec: str) -> None:
-    """Raise an error if a library has no classifier of a name."""
-    library, _, name = spec.partition(":")
-    try:
-        known = importlib.import_module("torchvision.models" if library == "torchvision" else "timm").list_models()
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(f"{spec}: timm is not installed, run pip install timm") from None
-    if name not in known:
-        near = ", ".join(difflib.get_close_matches(name, known, 3))
-        raise ValueError(f"{library} has no classifier {name!r}, near: {near or 'none'}")
-
-
 def _torchvision_weights(name: str, weights: str) -> tuple[Path, int, tuple[float, ...], tuple[float, ...]]:
     from torchvision.models import get_model_weights
 
@@ -248,8 +216,8 @@ def _timm_weights(name: str, weights: str) -> tuple[Path, int, tuple[float, ...]
     path = cache(config.hf_hub_id, "model.safetensors") if config.hf_hub_id else None
     if not isinstance(path, str):
         raise FileNotFoundError(
-            f"the weights of timm:{name} are not on this machine, and nothing is downloaded here: get "
-            f"model.safetensors from huggingface.co/{config.hf_hub_id}"
+            f"the weights of timm:{name} are missing, and nothing is downloaded here: get model.safetensors from "
+            f"huggingface.co/{config.hf_hub_id}"
         )
     return Path(path), config.num_classes, tuple(config.mean), tuple(config.std)
 
@@ -268,7 +236,7 @@ def called_by(spec: str, *, fresh: bool = False) -> Any:
     folder = str(Path(place).resolve().parent) if place.endswith(".py") else os.getcwd()
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    module = _imported(spec, place)
+    module = _imported(place)
     if name not in vars(module):
         raise ValueError(f"{spec}: {module.__file__} has no function or class {name!r}")
     factory = vars(module)[name]
@@ -279,11 +247,9 @@ def called_by(spec: str, *, fresh: bool = False) -> Any:
     return factory()
 
 
-def _imported(spec: str, place: str) -> ModuleType:
+def _imported(place: str) -> ModuleType:
     if not place.endswith(".py"):
         return importlib.import_module(place)
-    if not Path(place).is_file():
-        raise FileNotFoundError(f"{spec}: there is no file {place}")
     # With this name the module does not hide another module.
     name = f"own_{Path(place).stem}"
     found = importlib.util.spec_from_file_location(name, Path(place).resolve())

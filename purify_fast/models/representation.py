@@ -7,9 +7,8 @@ counter of an output tells whether it is later overwritten in place, such as by 
 from __future__ import annotations
 
 import contextlib
-import difflib
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -74,42 +73,10 @@ def count_classes(classify: Callable[[], Any], image_shape: Sequence[int], batch
         raise ValueError(f"{want}, but the call failed: {error}") from error
     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != batch:
         got = list(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-        holds_logits = isinstance(getattr(logits, "logits", None), Tensor)
-        wrap = ": wrap it in a module that returns the object's .logits" if holds_logits else ""
-        raise ValueError(f"{want}, but it returned {got} for B = {batch}{wrap}")
+        raise ValueError(f"{want}, but it returned {got} for B = {batch}")
     if logits.shape[1] < 2:
-        raise ValueError(
-            "the classifier must return a logit for each of at least two classes; it returned a single logit. If this "
-            "is the logit z of the second class, wrap it in a module that returns torch.cat([-z, z], 1) / 2"
-        )
+        raise ValueError("the classifier must return logits of at least two classes, such as torch.cat([-z, z], 1) / 2")
     return logits.shape[1]
-
-
-def _instead(name: str, modules: Iterable[str]) -> str:
-    """Suggest layers for an unknown name: layers whose full name ends with the name, or similar names, or others."""
-    depth = name.count(".") + 1
-    ends = {path: ".".join(path.split(".")[-depth:]) for path in modules if path}
-    if whole := [path for path, end in ends.items() if end == name]:
-        return f"give its full path: {' or '.join(whole[:5])}"
-    close = difflib.get_close_matches(name, {*ends, *ends.values()}, 4)
-    if near := [path for path, end in ends.items() if path in close or end in close]:
-        return f"near: {', '.join(near[:5])}"
-    # the outer layers come first, because a representation is usually read at the end of a stage
-    outer = sorted((path for path in modules if path), key=lambda path: path.count("."))
-    return f"some of its modules: {', '.join(outer[:12])}"
-
-
-def _reentrant(logits: Tensor) -> bool:
-    """Tell whether a part of the model that computed the logits ran inside a reentrant checkpoint."""
-    nodes, seen = [logits.grad_fn], set()
-    while nodes:
-        node = nodes.pop()
-        if node is not None and node not in seen:
-            if node.name() == "CheckpointFunctionBackward":
-                return True
-            seen.add(node)
-            nodes += [following for following, _ in node.next_functions]
-    return False
 
 
 class Representation:
@@ -140,7 +107,8 @@ class Representation:
             raise ValueError(f"layers must name at least one module, each once, got {list(layers)}")
         for name in layers:
             if name not in modules or name == "":
-                raise ValueError(f"layers: the classifier has no module {name!r}; {_instead(name, modules)}")
+                names = ", ".join(path for path in modules if path)[:400]
+                raise ValueError(f"layers: the classifier has no module {name!r}, its modules are {names}")
         self.model, self.layers = model, tuple(layers)
         self.traced: list[Tensor | None] | None = None
         self.outputs: dict[int, list[Tensor | None]] = {}
@@ -187,7 +155,7 @@ class Representation:
         return self.with_logits(x)[1]
 
     def with_logits(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return logits and outputs of the layers. Gradients within reentrant checkpoints are refused."""
+        """Return logits and outputs of the layers. A layer without a gradient is refused if the logits have one."""
         outputs: list[Any] = [None] * len(self.layers)
         if torch.compiler.is_compiling():
             self.traced = outputs
@@ -200,10 +168,10 @@ class Representation:
             logits = self.model(x)
             read = zip(self.layers, outputs, strict=True)
             cut = [name for name, output in read if output is not None and not output.requires_grad]
-            if cut and _reentrant(logits):
+            if cut and x.requires_grad and logits.requires_grad:
                 raise ValueError(
-                    f"layers: {cut[0]!r} runs inside torch.utils.checkpoint with use_reentrant=True, so its output has "
-                    "no gradient: write use_reentrant=False in the classifier, or choose another layer"
+                    f"layers: the output of {cut[0]!r} has no gradient, though the logits have one: choose another "
+                    "layer, or write use_reentrant=False in the classifier's calls of torch.utils.checkpoint"
                 )
             return logits, outputs
         finally:

@@ -191,7 +191,7 @@ def test_the_error_names_what_is_missing_and_what_is_there(tmp_path):
     for content, message in (
         ({"0.mean": torch.zeros(3)} | prefixed(state, "1."), r"0\.mean is unknown$"),
         (resnet.state_dict(), r"conv1\.0\.weight is missing; .*bn1\.bias is unknown"),
-        ({"student": state, "teacher": state}, r"no state dict, .*it has the keys 'student', 'teacher'"),
+        ({"student": state, "teacher": state}, r"no state dict, .*it has 'student', 'teacher'"),
         (many.state_dict(), r"4 classes \(--num-classes\): fc\.bias is \[1000\], .*\[4\]"),
     ):
         torch.save(content, path)
@@ -244,9 +244,12 @@ class Executed:
 
 def test_only_tensors_are_read(tmp_path, capsys):
     torch.save({"weight": Executed()}, tmp_path / "bad.pth")
-    with pytest.raises(ValueError, match=r"bad\.pth contains Python objects"):
+    with pytest.raises(ValueError, match=r"bad\.pth has no weights"):
         read_weights(tmp_path / "bad.pth")
     assert "executed" not in capsys.readouterr().out
+    torch.save([1], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match=r"list\.pth has no state dict"):
+        read_weights(tmp_path / "list.pth")
 
 
 def test_weights_of_the_library_are_taken_from_its_folder_and_never_downloaded(tmp_path, monkeypatch):
@@ -264,8 +267,6 @@ def test_weights_of_the_library_are_taken_from_its_folder_and_never_downloaded(t
         made = build_foreign("torchvision:resnet18", 3, 10, mean, std, weights="IMAGENET1K_V1")
     assert made.arguments["num_classes"] == 1000 and made.arguments["mean"] == [0.485, 0.456, 0.406]
     assert torch.equal(made.model.fc.weight, network.fc.weight)
-    with pytest.raises(ValueError, match=r"weights must .* 2000 classes .* IMAGENET1K_V1 .* 1000 classes"):
-        build_foreign("torchvision:resnet18", 3, 2000, mean, std, weights="IMAGENET1K_V1")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
@@ -275,8 +276,6 @@ def test_a_network_of_timm(tmp_path):
     save_classifier(made, tmp_path)
     x = torch.rand(2, 1, 32, 32)
     assert made(x).shape == (2, 4) and torch.equal(load_classifier(tmp_path)(x), made(x))
-    with pytest.raises(ValueError, match="timm has no classifier 'resnet'"):
-        ForeignClassifier("timm:resnet", 1, 4)
     with pytest.raises(ValueError, match="must be a file or 'pretrained', got 'best'"):
         build_foreign("timm:resnet18", 3, 4, (0.5,), (0.5,), weights="best")
 

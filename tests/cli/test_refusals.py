@@ -47,10 +47,10 @@ REFUSED = {
         f"{TRAIN.format('arrest')}--classifier {{fits}} {options}": message
         for options, message in {
             "--pooled": "pooled must be False for layers that return vectors, got True for hidden",
-            "--layers hiden": "no module 'hiden'; near: hidden",
+            "--layers hiden": "no module 'hiden', its modules are ",
         }.items()
     },
-    f"{TRAIN.format('arrest')}--width 4 --standard-epochs 1 --layers hiden": "no module 'hiden'; near: hidden",
+    f"{TRAIN.format('arrest')}--width 4 --standard-epochs 1 --layers hiden": "no module 'hiden', its modules are ",
     f"{TRAIN.format('generator')}--classifier {{fits}} --block 3": "block must be at least 1 and divide the image",
     f"{TRAIN.format('generator')}--classifier {{fits}} --purifier gan": "invalid choice 'gan' for argument",
     f"{TRAIN.format('atop')}--classifier {{fits}} --init None --batch-size 33": "at most the number of images, 32",
@@ -103,7 +103,7 @@ def test_a_class_without_images(run, tmp_path):
     np.savez(tmp_path / "gap.npz", x_train=x, y_train=y, x_test=x, y_test=y)
     words = ["--data", tmp_path / "gap.npz", "--device", "cpu", "--epochs", "1", "--batch-size", "8", "--width", "2"]
     code, printed = run("train", "classifier", *words, "--out", tmp_path / "out")
-    assert code == 2 and "no image has label 1: pass num_classes" in printed
+    assert code == 2 and "every label from 0 to the largest" in printed
     code, printed = run("train", "classifier", *words, "--out", tmp_path / "out", "--num-classes", "3")
     assert code == 0 and load_classifier(tmp_path / "out").arguments["num_classes"] == 3
 

@@ -104,8 +104,3 @@ def test_packed_weights_are_packed_again(images):
         after = defence(images[0])
         defence.refresh()
         assert torch.equal(after, defence(images[0])) and not torch.equal(before, after)
-
-
-def test_a_defence_that_is_not_accelerated_has_no_copies():
-    with pytest.raises(ValueError, match="uncompiled_copies needs an accelerated defence"):
-        zoo.load("digits-carso-pipeline").uncompiled_copies()

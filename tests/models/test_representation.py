@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet18
 
 from purify_fast import Carso
-from purify_fast.models.classifiers import PreActResNet18, SmallCNN
+from purify_fast.models.classifiers import SmallCNN
 from purify_fast.models.representation import Representation
 
 
@@ -69,7 +69,7 @@ def test_layers_inside_a_reentrant_checkpoint_are_refused():
     """PyTorch runs them without gradients. Without gradients, and outside, nothing is lost."""
     x = torch.rand(3, 1, 2, 2, requires_grad=True)
     reader = Representation(Checkpointed(True), ["head", "block.0"], (1, 2, 2))
-    with pytest.raises(ValueError, match=r"layers: 'block.0' .* use_reentrant=True"):
+    with pytest.raises(ValueError, match=r"layers: the output of 'block.0' has no gradient.* use_reentrant=False"):
         reader(x)
     with torch.no_grad():
         assert len(reader(x)) == 2
@@ -105,7 +105,7 @@ class Twice(nn.Module):
     [
         ([], "at least one"),
         (["conv", "conv"], "each once"),
-        (["convv"], "no module 'convv'; near: conv"),
+        (["convv"], "no module 'convv', its modules are conv, unused"),
         (["conv"], "'conv' must run once.* 2 times"),
         (["unused"], "'unused' must run once.* 0 times"),
         (["pair"], "output of 'pair' must be"),
@@ -118,26 +118,6 @@ def test_layers_that_cannot_be_read(layers, message):
         Representation(Twice(), layers, (1, 16, 16))
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("layer1", "no module 'layer1'; give its full path: model.layer1$"),
-        ("1.conv2", "no module '1.conv2'; give its full path: model.layer1.1.conv2 or model.layer2.1.conv2"),
-        ("layer9", "no module 'layer9'; near: model.layer1, model.layer2, model.layer3, model.layer4$"),
-        ("model.layer9", "no module 'model.layer9'; near: model.layer1, model.layer2, model.layer3, model.layer4$"),
-    ],
-)
-def test_a_layer_without_what_stands_before_it_is_found(name, message):
-    wrapped = nn.Module()
-    wrapped.model = resnet18(num_classes=2)
-    with pytest.raises(ValueError, match=message):
-        Representation(wrapped, [name], (3, 32, 32))
-    # without a similar name the outer layers are named
-    others = r"no module 'layer1'; some of its modules: .*stages, .*stages\.0, stages\.1, stages\.2, stages\.3,"
-    with pytest.raises(ValueError, match=others):
-        Representation(PreActResNet18(width=4), ["layer1"], (3, 32, 32))
-
-
 def test_layers_as_a_text_and_a_single_logit_are_refused():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.LazyLinear(1))
     net(torch.zeros(1, 3, 8, 8))
@@ -145,5 +125,5 @@ def test_layers_as_a_text_and_a_single_logit_are_refused():
         Representation(net, "layer1", (3, 8, 8))
     with pytest.raises(ValueError, match=r"layers must be .* '0': write \['0'\]"):
         Carso(net, "0", (3, 8, 8))
-    with pytest.raises(ValueError, match=r"classifier .* at least two classes.* single logit"):
+    with pytest.raises(ValueError, match="at least two classes"):
         Representation(net, ["0"], (3, 8, 8))

@@ -21,8 +21,8 @@ from typing import Any, ClassVar
 import torch
 import yaml
 
+from examples.demo.workers import end_workers, worker_pool
 from purify_fast._files import write_text
-from purify_fast._process import end_workers, worker_pool
 from purify_fast.speed import retain_freed_memory
 
 from ...prose import rendered
