@@ -234,7 +234,7 @@ class Defence(StochasticDefence):
                     fast.packed = packed
                 else:
                     # Captured steps read the memory of the earlier packed part, so it gets the new weights.
-                    for old, new in zip(fast.packed.tensors(), packed.tensors(), strict=True):
+                    for old, new in zip(fast.packed.buffers(), packed.buffers(), strict=True):
                         old.copy_(new)
             fast.packed_from = write_stamp(weight)
 
@@ -243,7 +243,7 @@ class Defence(StochasticDefence):
         return None
 
     def _pack(self) -> Any:
-        """Pack a part with its current weights. The result has a method ``tensors()``, which lists its tensors."""
+        """Pack a part with its current weights: a module whose buffers are the packed weights."""
         raise NotImplementedError
 
     # -- moves, files, modes ------------------------------------------------------------------------------------------

@@ -4,13 +4,11 @@ import ctypes
 import sys
 
 from .folding.batchnorm import fold_batchnorm
-from .folding.fused_networks import fuse_where_faster
-from .folding.inference_copy import REWRITES, Accelerated, CompiledRegion, InferenceCopy
+from .folding.inference_copy import Accelerated, CompiledRegion, InferenceCopy
 from .graphs.step_graphs import StepGraphs
 
 __all__ = ["Accelerated", "CompiledRegion", "InferenceCopy", "StepGraphs", "fold_batchnorm", "retain_freed_memory"]
 
-REWRITES.append(fuse_where_faster)
 #: The numbers of two settings of glibc's allocator (malloc.h).
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 

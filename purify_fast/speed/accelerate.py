@@ -10,6 +10,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -21,9 +22,7 @@ from .._processor import fast_bfloat16
 from ..model_state import HOOKS
 from ..ops.dispatch.gradient import transformed
 from .agreement import same_direction, same_logits
-from .attributes import facts_of
 from .folding.inference_copy import DTYPES, InferenceCopy
-from .needed_weights import with_weights
 from .watch import FEWEST_WEIGHTS, Watch, can_read_values, matrix_weights, tensors_of
 
 logger = logging.getLogger("purify_fast")
@@ -38,6 +37,10 @@ ERROR, COSINE = 1e-3, 0.999
 #: The number of times that a copy is made for a model whose parts change. A model that counts its own calls in an
 #: attribute would otherwise get a new copy for each count.
 MOST_COPIES = 8
+#: Attributes of these types are compared by their values.
+_PLAIN = (bool, int, float, str, type(None))
+#: The attributes that every module has, such as its hooks.
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 def accelerate(model: Model, *, dtype: Dtype = "auto", compile: bool = False) -> Model:
@@ -111,12 +114,7 @@ def images_only(model: nn.Module) -> Iterator[None]:
 
     Args:
         model: any module.
-
-    Raises:
-        TypeError: the model is no module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for parameter in learning:
@@ -175,7 +173,7 @@ class Follower(abc.ABC):
 
     def follow(self, model: nn.Module, x: Tensor) -> bool:
         """Give the copy the present weights, or make it anew if the parts changed; return True if anything changed."""
-        facts, tensors = facts_of(model), [one for _, one in tensors_of(model)]
+        facts, tensors = _facts_of(model), [one for _, one in tensors_of(model)]
         reads = can_read_values(x.device)
         new = facts != self._facts or (self.copy is not None and self.copy.device != x.device)
         # A copy pays more for a larger batch.
@@ -186,7 +184,7 @@ class Follower(abc.ABC):
             self._tried, self._copies = min(TRIED, len(x)), self._copies + 1
             self.copy = self.make(model, x[:TRIED].detach(), len(x)) if self._copies <= MOST_COPIES else None
             # The trial of the copy may itself change attributes, such as a counter of calls.
-            self._facts = facts_of(model)
+            self._facts = _facts_of(model)
         elif self.copy is not None and not new:
             self.copy.refresh(model)
         return True
@@ -222,18 +220,9 @@ class _Forward(Follower):
     def __reduce__(self) -> tuple[Any, ...]:
         return _Forward, (self.model, self.dtype, self.compile), {"own": self.own}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Forward:
-        made = _Forward(copy.deepcopy(self.model, memo), self.dtype, self.compile)
-        made.own = copy.deepcopy(self.own, memo)
-        return made
-
     def plain(self, *given: Any, **named: Any) -> Any:
         """Run the module itself."""
         return type(self.model).forward(self.model, *given, **named) if self.own is None else self.own(*given, **named)
-
-    def running_plainly(self) -> contextlib.AbstractContextManager[None]:
-        """A block in which the module and its parts run as they are."""
-        return plainly(self.model)
 
     def __call__(self, *given: Any, **named: Any) -> Any:
         if torch.compiler.is_compiling() or self.off or named or len(given) != 1 or not _is_batch(given[0]):
@@ -256,7 +245,7 @@ class _Forward(Follower):
             return self._of_constant(x, weights)
         if self.copy is None:
             return self.plain(x)
-        return with_weights(self, x, weights, None) if weights else self.copy(x)
+        return _with_weights(self, x, weights, None) if weights else self.copy(x)
 
     def _takes(self, x: Tensor) -> bool:
         """Tell whether the copy can stand for the module: for these images, in its present mode and context."""
@@ -307,7 +296,7 @@ class _Forward(Follower):
             for _ in range(2):
                 begin = time.process_time()
                 self._takes(x)
-                facts_of(model)
+                _facts_of(model)
                 watch.changed([one for _, one in tensors_of(model)])
                 extra = time.process_time() - begin
             # A look at the modules and their weights takes as long for a larger batch.
@@ -326,7 +315,7 @@ class _Forward(Follower):
         if self._constant is not None:
             batch, values, logits = self._constant
             if batch() is x and can_read_values(x.device) and torch.equal(values, x):
-                return with_weights(self, x, weights, logits) if weights else logits.clone()
+                return _with_weights(self, x, weights, logits) if weights else logits.clone()
         self._constant = None
         out = self.plain(x) if weights or self.copy is None else self.copy(x)
         if type(out) is Tensor and not (self._draws or out.is_inference()) and can_read_values(x.device):
@@ -339,6 +328,114 @@ class _Forward(Follower):
 
             self._constant = weakref.ref(x, forget), x.detach().clone(), out.detach().clone()
         return out
+
+
+@dataclass
+class _Asked:
+    """The gradients of weights between the two functions of a call."""
+
+    weights: tuple[nn.Parameter, ...]
+    gradients: tuple[Tensor | None, ...] = ()
+    node: Any = None
+
+
+class _Weights(torch.autograd.Function):
+    """A number that depends on all weights. Its backward passes the gradients on that `_Call` has computed."""
+
+    @staticmethod
+    def forward(ctx: Any, asked: _Asked, *weights: Tensor) -> Tensor:
+        ctx.asked, ctx.number = asked, len(weights)
+        return weights[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return None, *(ctx.asked.gradients or (None,) * ctx.number)
+
+
+class _Call(torch.autograd.Function):
+    """A call of the copy. For gradients of weights, or a second derivative, the module itself is called again."""
+
+    @staticmethod
+    def forward(ctx: Any, owner: _Forward, asked: _Asked, known: Tensor | None, x: Tensor, *weights: Tensor) -> Tensor:
+        ctx.owner, ctx.asked = owner, asked
+        # Autograd raises an error if a weight was changed between forward and backward.
+        ctx.save_for_backward(x, *weights[1:])
+        if known is not None:
+            return known.clone()
+        assert owner.copy is not None
+        with torch.enable_grad():
+            ctx.leaf = x.detach().requires_grad_()
+            ctx.out = owner.copy(ctx.leaf)
+        return ctx.out.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        # The weights are saved only so that autograd checks them.
+        x, *saved = ctx.saved_tensors
+        owner, asked, images = ctx.owner, ctx.asked, ctx.needs_input_grad[3]
+        wanted = torch._C._will_engine_execute_node(asked.node)
+        of_images, nothing = None, (None,) * len(saved)
+        if not wanted and not torch.is_grad_enabled():
+            of_images = torch.autograd.grad(ctx.out, ctx.leaf, grad, retain_graph=True)[0]
+            return None, None, None, of_images, None, *nothing
+        if wanted and not owner.asked:
+            owner.asked = True
+            warnings.warn(
+                f"a backward pass asked for gradients of the weights of {type(owner.model).__name__} in evaluation "
+                "mode, so the model itself runs from now on: in an attack, use torch.autograd.grad or "
+                "purify_fast.images_only",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        again = torch.is_grad_enabled()
+        with torch.enable_grad(), plainly(owner.model):
+            leaf = x if again else x.detach().requires_grad_(images)
+            out = owner.plain(leaf)
+            inputs = ([leaf] if images else []) + (list(asked.weights) if wanted else [])
+            found = torch.autograd.grad(out, inputs, grad, create_graph=again, allow_unused=True)
+        of_images = found[0] if images else None
+        asked.gradients = found[1:] if images else found
+        return None, None, None, of_images, grad.new_zeros(()), *nothing
+
+
+def _with_weights(owner: _Forward, x: Tensor, weights: list[nn.Parameter], known: Tensor | None) -> Tensor:
+    """Return the logits of images as a function of the images and of the weights."""
+    asked = _Asked(tuple(weights))
+    number = _Weights.apply(asked, *weights)
+    asked.node = number.grad_fn
+    result: Tensor = _Call.apply(owner, asked, known, x, number, *(one.detach() for one in weights))
+    return result
+
+
+class _Same:
+    """Equal only for the same object, and for a tensor only if PyTorch has counted no write to it since."""
+
+    def __init__(self, value: object):
+        self.value, self.version = value, value._version if isinstance(value, Tensor) else 0
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value and self.version == other.version
+
+
+def _facts_of(model: nn.Module) -> list[Any]:
+    """The modules of a model, and their attributes, such as strides and temperatures."""
+    facts: list[Any] = []
+    for part in model.modules():
+        # A weak reference lets the model go, and is equal to another one only for the same object.
+        facts.append(weakref.ref(part))
+        facts += [(name, _fact(value)) for name, value in vars(part).items() if name not in _OF_EVERY_MODULE]
+    return facts
+
+
+def _fact(value: Any) -> Any:
+    """Return something that is equal for an equal value of an attribute. It does not look into other objects."""
+    if isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_fact(each) for each in value]
+    if isinstance(value, dict):
+        return [(_fact(key), _fact(each)) for key, each in value.items()]
+    return weakref.ref(value) if isinstance(value, nn.Module) else _Same(value)
 
 
 def _is_batch(x: Any) -> bool:

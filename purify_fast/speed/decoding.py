@@ -6,23 +6,24 @@ the op they are not folded: on a CPU, PyTorch is slow to add the bias that a fol
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._tensors import check_floating, without_autocast
+from .._tensors import without_autocast
 from ..kernels.decoder_sizes import Geometry, Layer
 from ..ops import REGISTRY
-from ..ops.decode_samples import Weights, decode_prior, pack, unpack
+from ..ops.decode_samples import decode_prior, pack
 from ..ops.decode_samples import latents as prior
 from ..ops.philox import default_stream
-from .folding.batchnorm import folded, hooked
+from .folding.batchnorm import fold, foldable, hooked
 
-_LINEAR = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
 _NEUTRAL = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)
 
 
@@ -33,50 +34,11 @@ def layers_of(decoder: nn.Module) -> list[nn.Module]:
     return [layer for child in decoder for layer in layers_of(child)]
 
 
-def _folds(layer: nn.Module, norm: nn.Module) -> bool:
-    """Tell whether ``norm`` is a BatchNorm that can be folded into the layer before it."""
-    if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.training or norm.running_mean is None:
-        return False
-    fits = type(layer) in _LINEAR and (not isinstance(layer, nn.ConvTranspose2d) or layer.groups == 1)
-    return fits and not hooked(layer) and not hooked(norm)
-
-
-class _Step(NamedTuple):
-    """A layer; with a folded BatchNorm also the new weight and bias."""
-
-    layer: Any
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-
-    def numbers(self) -> tuple[Tensor, Tensor]:
-        """Return the weight and the bias."""
-        weight = self.layer.weight if self.weight is None else self.weight
-        bias = self.layer.bias if self.weight is None else self.bias
-        outputs = weight.shape[isinstance(self.layer, nn.ConvTranspose2d)]
-        return weight, weight.new_zeros(outputs) if bias is None else bias
-
-
-def _steps(layers: list[nn.Module]) -> list[_Step]:
-    """Fold BatchNorms into the layers before them in float64, and leave out neutral layers."""
-    steps: list[_Step] = []
-    for layer in layers:
-        before = steps[-1].layer if steps and steps[-1].weight is None else None
-        if before is not None and _folds(before, layer):
-            steps[-1] = _Step(before, *folded(before, layer))
-        elif layer.training or hooked(layer) or not isinstance(layer, _NEUTRAL):
-            steps.append(_Step(layer))
-    return steps
-
-
 def _first_linear(layers: list[Any], latents: Tensor, condition: Tensor) -> int | None:
     """Return the index of a linear layer that gets latents and condition joined, if the layers begin with it."""
     at = next((i for i, layer in enumerate(layers[:2]) if type(layer) is nn.Linear and not hooked(layer)), None)
     if at is None or (at == 1 and not _joins(layers[0], latents, condition)):
         return None
-    together = latents.shape[1] + condition.shape[1]
-    if layers[at].in_features != together:
-        got = f"{latents.shape[1]} + {condition.shape[1]} = {together}"
-        raise ValueError(f"latents and condition must have {layers[at].in_features} numbers together, got {got}")
     return at
 
 
@@ -87,19 +49,6 @@ def _joins(layer: nn.Module, z: Tensor, condition: Tensor) -> bool:
     row = z[:1].detach(), condition[:1].detach()
     joined = layer(row)
     return isinstance(joined, Tensor) and torch.equal(joined, torch.cat(row, 1))
-
-
-def _check(condition: Tensor, latents: Tensor | None, samples: int) -> None:
-    """Raise ValueError if the arguments of `decode_samples` do not match."""
-    check_floating(condition=condition)
-    if condition.dim() != 2:
-        raise ValueError(f"condition must be [B, C], got {list(condition.shape)}")
-    if samples < 1:
-        raise ValueError(f"samples must be at least 1, got {samples}")
-    if latents is not None:
-        check_floating(condition=condition, latents=latents)
-        if latents.dim() != 3 or len(latents) != len(condition):
-            raise ValueError(f"latents must be [B, K, D] with B = {len(condition)}, got {list(latents.shape)}")
 
 
 def decode_samples(
@@ -131,10 +80,8 @@ def decode_samples(
 
     Raises:
         TypeError: seed or sample_ids is neither None nor a tensor.
-        ValueError: shapes, dtypes or devices do not match, ``latent_dim`` is missing, or results are not one per
-            latent.
+        ValueError: ``latent_dim`` is missing, or samples is below 1.
     """
-    _check(condition, latents, samples)
     layers: list[Any] = layers_of(decoder) if isinstance(decoder, nn.Module) else []
     if latents is None:
         if isinstance(decoder, PackedDecoder):
@@ -159,8 +106,6 @@ def decode_samples(
         out, layers = (pair, layers) if len(layers) > 1 else (decoder(*pair), [])
     for layer in layers:
         out = layer(out)
-    if len(out) != batch * samples:
-        raise ValueError(f"decoder must return {batch * samples} results, one for each latent, got {list(out.shape)}")
     return out.unflatten(0, (batch, samples))
 
 
@@ -168,42 +113,58 @@ def decode_samples(
 PATTERN = re.compile("L(UA|AU)(TA)*TS?")
 
 
-def _slope(step: _Step) -> float | None:
+def _bias(layer: Any) -> Tensor:
+    """Return the bias of a layer, or zeros."""
+    outputs = layer.weight.shape[isinstance(layer, nn.ConvTranspose2d)]
+    zeros: Tensor = layer.weight.new_zeros(outputs)
+    return zeros if layer.bias is None else layer.bias
+
+
+def _slope(layer: nn.Module) -> float | None:
     """Return the slope of a LeakyReLU or ReLU for negative numbers; None for other layers."""
-    return 0.0 if isinstance(step.layer, nn.ReLU) else getattr(step.layer, "negative_slope", None)
+    return 0.0 if isinstance(layer, nn.ReLU) else getattr(layer, "negative_slope", None)
 
 
-def _letter(step: _Step) -> str:
+def _letter(layer: nn.Module) -> str:
     """Return a letter for the kind of a layer, or its name if it is of another kind."""
-    layer = step.layer
     if isinstance(layer, nn.ConvTranspose2d):
         square = all(len({*side}) == 1 for side in (layer.kernel_size, layer.stride, layer.padding))
         if not square or layer.groups != 1 or layer.dilation != (1, 1):
             return type(layer).__name__
-    if _slope(step) is not None:
+    if _slope(layer) is not None:
         return "A"
     kinds = {nn.Linear: "L", nn.Unflatten: "U", nn.ConvTranspose2d: "T", nn.Sigmoid: "S"}
     return next((letter for kind, letter in kinds.items() if type(layer) is kind), type(layer).__name__)
 
 
-def _in_order(decoder: nn.Module, latent_dim: int) -> list[_Step]:
+def _folded(layers: list[nn.Module]) -> list[Any]:
+    """Copy layers in float64, fold BatchNorms into the layers before them, and leave out neutral layers."""
+    active = [layer for layer in layers if layer.training or hooked(layer) or not isinstance(layer, _NEUTRAL)]
+    copies = [copy.deepcopy(layer).double() for layer in active]
+    pairs = [(layer, norm) for layer, norm in pairwise(copies) if foldable(layer, norm)]
+    for layer, norm in pairs:
+        fold(layer, norm)
+    return [layer for layer in copies if layer not in [norm for _, norm in pairs]]
+
+
+def _in_order(decoder: nn.Module, latent_dim: int) -> list[Any]:
     """Return a decoder's layers, with folded BatchNorms, from the linear layer on, or raise ValueError."""
     own = getattr(decoder, "in_order", None)
-    steps = _steps(layers_of(decoder) if own is None else own())
-    if len(steps) > 1 and type(steps[1].layer) is nn.Linear:
-        inputs = steps[1].layer.in_features
+    layers = _folded(layers_of(decoder) if own is None else own())
+    if len(layers) > 1 and type(layers[1]) is nn.Linear:
+        inputs = layers[1].in_features
         rows = torch.randn(1, inputs).split([latent_dim, inputs - latent_dim], 1)
-        steps = steps[1:] if _joins(steps[0].layer, *rows) else steps
-    letters = [_letter(step) for step in steps]
-    if PATTERN.fullmatch("".join(letters)) is None or len({_slope(step) for step in steps} - {None}) != 1:
-        names = ", ".join(type(step.layer).__name__ for step in steps)
+        layers = layers[1:] if _joins(layers[0], *rows) else layers
+    slopes = {_slope(layer) for layer in layers} - {None}
+    if PATTERN.fullmatch("".join(map(_letter, layers))) is None or len(slopes) != 1:
+        names = ", ".join(type(layer).__name__ for layer in layers)
         raise ValueError(
             "decoder must be an nn.Sequential of Linear, LeakyReLU or ReLU, Unflatten, and ConvTranspose2d with the "
             "same activation between them. BatchNorms in evaluation mode may follow Linear and ConvTranspose2d, and "
             "Sigmoid may be last. The convolutions must have square kernels, one group and no dilation. Got "
             f"{names}: use decode_samples, which runs any decoder"
         )
-    return steps
+    return layers
 
 
 class PackedDecoder(nn.Module):
@@ -239,46 +200,29 @@ class PackedDecoder(nn.Module):
         dim = getattr(decoder, "latent_dim", latent_dim)
         if not isinstance(dim, int):
             raise ValueError(f"latent_dim must be given for a decoder of type {type(decoder).__name__}, got {dim}")
-        linear, *steps = _in_order(decoder, dim)
-        start: Any = next(step.layer.unflattened_size for step in steps if isinstance(step.layer, nn.Unflatten))
+        linear, *layers = _in_order(decoder, dim)
+        start: Any = next(layer.unflattened_size for layer in layers if isinstance(layer, nn.Unflatten))
         # `joint` is [C, h, w, latent_dim + cond_dim]
-        joint, shift = (value.double().unflatten(0, start) for value in linear.numbers())
-        self.slope = next(slope for slope in map(_slope, steps) if slope is not None)
-        self.squash = not isinstance(decoder, nn.Sequential) or isinstance(steps[-1].layer, nn.Sigmoid)
-        weights, shifts, sizes = [], [], []
-        h, w = start[1:]
-        for step in steps:
-            layer = step.layer
-            if not isinstance(layer, nn.ConvTranspose2d):
-                continue
-            weight, bias = step.numbers()
-            weights.append(weight.double())
-            shifts.append(bias.double())
+        joint, shift = linear.weight.unflatten(0, start), _bias(linear).unflatten(0, start)
+        self.slope = next(slope for slope in map(_slope, layers) if slope is not None)
+        self.squash = not isinstance(decoder, nn.Sequential) or isinstance(layers[-1], nn.Sigmoid)
+        convolutions = [layer for layer in layers if isinstance(layer, nn.ConvTranspose2d)]
+        sizes, (h, w) = list[Layer](), start[1:]
+        for layer in convolutions:
             kernel, stride, padding = layer.kernel_size[0], layer.stride[0], int(layer.padding[0])
-            more_h, more_w = layer.output_padding
-            h, w = ((side - 1) * stride - 2 * padding + kernel for side in (h, w))
-            h, w = h + more_h, w + more_w
+            h, w = (
+                (side - 1) * stride - 2 * padding + kernel + more
+                for side, more in zip((h, w), layer.output_padding, strict=True)
+            )
             sizes.append(Layer(layer.out_channels, kernel, stride, padding, height=h, width=w))
         self.geometry = Geometry(dim, tuple(start), tuple(sizes))
-        packed, biases = pack(joint[..., :dim], weights, shifts)
+        packed, biases = pack(joint[..., :dim], [layer.weight for layer in convolutions], [*map(_bias, convolutions)])
         real = torch.float64 if dtype == torch.float64 else torch.float32
         by_pixel = joint[..., dim:].permute(1, 2, 0, 3).flatten(0, 2)
         shift = shift.permute(1, 2, 0).flatten()
         for name, value in {"packed": packed, "biases": biases, "weight": by_pixel, "bias": shift}.items():
             value = value.to(dtype if name == "packed" else real).contiguous()
             self.register_buffer(name, value, persistent=False)
-        self._layers = self._unpacked()
-
-    def _unpacked(self) -> Weights:
-        """Return the weights of the layers, which are used if there is no kernel."""
-        weights = unpack(self.packed, self.biases, self.geometry)
-        layers = tuple(weight.contiguous(memory_format=torch.channels_last) for weight in weights.layers)
-        return Weights(weights.first.contiguous(), layers, weights.biases)
-
-    def tensors(self) -> list[Tensor]:
-        """Return all tensors that ``forward`` uses."""
-        layers = self._layers
-        return [*self.buffers(), layers.first, *layers.layers, *layers.biases]
 
     def forward(
         self, condition: Tensor, seed: Tensor | None, sample_ids: Tensor | None, samples: int, **options: Any
@@ -297,9 +241,6 @@ class PackedDecoder(nn.Module):
         """
         with without_autocast(condition.device):
             first = F.linear(condition.to(self.weight.dtype), self.weight, self.bias)
-        if (self._layers.first.device, self._layers.first.dtype) != (self.packed.device, self.packed.dtype):
-            # the module was moved or converted after the weights were unpacked
-            self._layers = self._unpacked()
         return decode_prior(
             first,
             seed,
@@ -309,7 +250,6 @@ class PackedDecoder(nn.Module):
             geometry=self.geometry,
             samples=samples,
             slope=self.slope,
-            weights=self._layers,
             **({"squash": self.squash} | options),
         )
 

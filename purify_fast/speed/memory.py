@@ -10,13 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from .._compiler import EagerDispatchMode
-from .._memory import (
-    available_memory,
-    bytes_of,
-    peak_resident_memory,
-    ran_out_of_memory,
-    resident_memory,
-)
+from .._memory import available_memory, bytes_of, peak_resident_memory, ran_out_of_memory, resident_memory
 
 logger = logging.getLogger("purify_fast")
 

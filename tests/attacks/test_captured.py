@@ -18,7 +18,7 @@ from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops import use_backend
 from purify_fast.speed import StepGraphs
 from purify_fast.speed.folding.inference_copy import InferenceCopy
-from purify_fast.speed.graphs.host_syncs import HostSyncs
+from purify_fast.speed.graphs.step_trials import HostSyncs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -353,8 +353,6 @@ def test_a_training_loop_with_pgd_follows_the_weights(monkeypatch):
 
 
 def test_images_only_restores_what_the_user_had():
-    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got function"), images_only(net):
-        pass
     model = net().train()
     model.head.bias.requires_grad_(False)
     with pytest.raises(ZeroDivisionError), images_only(model):
@@ -364,36 +362,6 @@ def test_images_only_restores_what_the_user_had():
         assert leaf.grad is not None and all(weight.grad is None for weight in model.parameters())
         raise ZeroDivisionError
     assert [name for name, weight in model.named_parameters() if not weight.requires_grad] == ["head.bias"]
-
-
-def trades(model, steps=20):
-    """Return the losses of a training by TRADES (Zhang et al., ICML 2019) on a few images."""
-    optimizer, losses = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9), []
-    for number in range(steps):
-        x, y = images(8, number), torch.arange(8) % 5
-        point = (x + 0.001 * torch.randn(x.shape, generator=torch.Generator().manual_seed(number))).detach()
-        model.eval()
-        for _ in range(3):
-            point.requires_grad_()
-            loss = F.kl_div(model(point).log_softmax(1), model(x).softmax(1), reduction="sum")
-            point = point.detach() + 0.01 * torch.autograd.grad(loss, point)[0].sign()
-            point = x + (point - x).clamp(-0.03, 0.03)
-        model.train()
-        optimizer.zero_grad()
-        clean = model(x)
-        loss = F.cross_entropy(clean, y) + 6 * F.kl_div(
-            model(point.detach()).log_softmax(1), clean.softmax(1), reduction="batchmean"
-        )
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return torch.tensor(losses)
-
-
-def test_twenty_steps_of_trades_are_the_same():
-    found, wanted = trades(accelerate(net())), trades(net())
-    # A gradient near 0 may have another sign, which moves a pixel by two steps.
-    assert abs(found[-1] - wanted[-1]) < 1e-4 and (found - wanted).abs().max() < 1e-3
 
 
 def test_ddp_runs_the_accelerated_module(tmp_path):

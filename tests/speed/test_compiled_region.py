@@ -4,18 +4,13 @@ import threading
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func
 from torch import Tensor
-from torch._dynamo.backends.common import aot_autograd
 from torch.utils import _python_dispatch
 
 from purify_fast._compiler import outside_graphs
-from purify_fast.attacks import pgd
-from purify_fast.models.classifiers import SmallCNN
-from purify_fast.speed import InferenceCopy, StepGraphs
 from purify_fast.speed.folding import inference_copy
 from purify_fast.speed.folding.inference_copy import STATIC_SIZES, CompiledRegion
-from purify_fast.speed.graphs.host_syncs import HostSyncs
+from purify_fast.speed.graphs.step_trials import HostSyncs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -68,47 +63,6 @@ def test_on_a_gpu_the_first_sizes_have_graphs_of_their_own(graphs, monkeypatch):
         assert torch.equal(made(x), x * x + 1)
     # further sizes share one more, in which the size is a symbol
     assert len(graphs) == 3
-
-
-def test_what_is_captured_is_what_was_compiled(monkeypatch, rerun):
-    """A captured step must run the compiled graphs, forward and backward, with all of their operators."""
-    monkeypatch.setattr(inference_copy, "keeps_sizes", lambda device: True)
-    compile, compiled, ran = torch.compile, dict[str, int](), list[tuple[str, int]]()
-
-    def compiler(kind: str):
-        def made(graph, inputs):
-            nodes = compiled[kind] = sum(node.op == "call_function" for node in graph.graph.nodes)
-
-            def run(*given):
-                ran.append((kind, nodes))
-                return graph(*given)
-
-            return make_boxed_func(run)
-
-        return made
-
-    backend = aot_autograd(fw_compiler=compiler("forward"), bw_compiler=compiler("backward"))
-    monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, backend=backend, **options))
-    torch._dynamo.reset()
-    record, captured = rerun.record, list[tuple[str, int]]()
-
-    def recorded(run, device):
-        ran.clear()
-        # A capture runs the function once.
-        run()
-        captured.extend(ran)
-        return record(run, device)
-
-    monkeypatch.setattr(rerun, "record", recorded)
-    torch.manual_seed(0)
-    network = InferenceCopy(SmallCNN(3, 10, (8, 8), 4).eval(), (3, 8, 8), torch.bfloat16, compile=True)
-    x, y = torch.rand(16, 3, 8, 8), torch.arange(16) % 10
-    graphs = StepGraphs("always", capture=rerun)
-    pgd(network, x, y, eps=8 / 255, alpha=2 / 255, steps=3, random_start=False, graphs=graphs)
-    torch._dynamo.reset()
-    assert graphs.refusal is None and rerun.recorded == 1
-    assert captured == [("forward", compiled["forward"]), ("backward", compiled["backward"])]
-    assert min(compiled.values()) > 5
 
 
 def test_modes_that_overlap_in_threads_leave_the_compiler_on(graphs, monkeypatch):

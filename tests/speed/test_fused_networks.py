@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import resnet18
-from torchvision.models.resnet import BasicBlock
 
 from purify_fast._processor import onednn_takes_bfloat16
 from purify_fast.methods.diffusion import DiffusionPurifier
@@ -359,28 +358,13 @@ def counted(model: nn.Module, given: list[Tensor]) -> Passes:
     return passes
 
 
-def test_a_block_of_a_resnet_reads_and_writes_its_maps_four_times(served):
-    """Beside the products: 20 times by PyTorch's operators; all but the products are single launches there."""
-    images, found = torch.rand(8, 64, 8, 8).to(HALF), {}
-    for fused in (False, True):
-        totals = []
-        for blocks in (2, 3):
-            model = nn.Sequential(*(prepared(BasicBlock(64, 64), (64, 8, 8)) for _ in range(blocks)))
-            if fused:
-                assert fuse_convolutions(model, images) == 2 * blocks
-            totals.append(counted(model, [images]))
-        passes = (totals[1].bytes - totals[0].bytes) / (images.numel() * images.element_size())
-        found[fused] = passes, totals[1].launches - totals[0].launches
-    assert found == {False: (20, 12), True: (4, 4)}
-
-
 #: Launches, and passes over maps beside the products in kilobytes for an image: before and after, as in docs/speed.md.
 #: The maps are those of images of 32 x 32 pixels.
 COUNTS = {
     "resnet18": (cifar_resnet18, (116, 50), (11372, 2297)),
     "preact_resnet18": (PreActResNet18, (125, 51), (13046, 2757)),
     "wrn-28-10": (WideResNet, (180, 68), (55171, 14635)),
-    "unet": (lambda: unet(32), (191, 166), (12733, 10898)),
+    "unet": (lambda: unet(32), (178, 153), (12733, 10898)),
 }
 
 
@@ -398,7 +382,7 @@ def test_launches_and_passes_of_a_gradient(served, name):
     assert tuple(round(one.bytes / 4e3) for one in (before, after)) == kilobytes
 
 
-@pytest.mark.parametrize("name", ["resnet18", "small_cnn", "in place", "two normalizations"])
+@pytest.mark.parametrize("name", ["resnet18", "two normalizations"])
 def test_on_a_cpu_with_tiles_a_prediction_takes_one_call_of_onednn_for_a_convolution(name, tiles):
     model = prepared(NETWORKS[name][0]())
     given = [one.to(HALF) for one in example(model)]
@@ -460,17 +444,6 @@ def test_packed_weights_follow_the_weights(tiles):
         kept = dict(layouts)
         answers(view, [images[:3]])
         assert len(layouts) == 2 and all(layouts[name] is kept[name] for name in kept)
-
-
-def test_a_chain_without_gradients_frees_its_maps(tiles):
-    model = prepared(cifar_resnet18())
-    given = [one.to(HALF) for one in example(model)]
-    fuse_convolutions(model, *given)
-    (chain,) = chains(model)
-    with torch.no_grad():
-        values = chain.run([torch.rand(4, 3, 16, 16).to(HALF)], saving=False)
-    # The last step's sum is not made, and all other maps were read for the last time.
-    assert set(values) == set(chain.outputs)
 
 
 class Broadcast(nn.Module):

@@ -4,8 +4,6 @@ import copy
 
 import pytest
 import torch
-import torchvision
-from cuda_launches import CudaLaunches
 from torch import nn
 from torch.nn import functional as F
 
@@ -155,11 +153,9 @@ def test_layouts_and_dtypes_stay_through_a_refresh():
     assert view(torch.rand(2, *SHAPE)).dtype == torch.float32
 
 
-@pytest.mark.parametrize("at_once", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_pairs_folded_together_are_those_folded_alone(monkeypatch, at_once, bias):
+def test_pairs_folded_together_are_those_folded_alone(bias):
     """To the bit, in every layout, but for the bias, whose sum a processor may round once or twice."""
-    monkeypatch.setattr(folding, "SPREAD_ON", ("cpu",) if at_once else ("cuda",))
     torch.manual_seed(0)
     convolutions = nn.Conv2d(3, 8, 3, bias=bias), nn.Conv2d(8, 6, 1, bias=bias), nn.Conv2d(6, 4, 3, groups=2, bias=bias)
     norms = nn.BatchNorm2d(8), nn.BatchNorm2d(6, affine=False), nn.BatchNorm2d(4, eps=0.1)
@@ -170,8 +166,7 @@ def test_pairs_folded_together_are_those_folded_alone(monkeypatch, at_once, bias
     model[4].to(memory_format=torch.channels_last)
     train(model)
     pairs = [("0", "1"), ("2", "3"), ("4", "5"), ("7", "8")]
-    # the layout that was expected is not that of every weight
-    together = folding.FoldedPairs(model, pairs, copy.deepcopy(model).to(memory_format=torch.channels_last))
+    together = folding.FoldedPairs(model, pairs)
     for _ in range(2):
         found = together(dict(model.named_parameters()) | dict(model.named_buffers()))
         for layer, norm in pairs:
@@ -179,24 +174,3 @@ def test_pairs_folded_together_are_those_folded_alone(monkeypatch, at_once, bias
             assert torch.equal(found[f"{layer}.weight"], weight)
             torch.testing.assert_close(found[f"{layer}.bias"], shift, rtol=1e-6, atol=1e-6)
         train(model)
-
-
-LARGE = {
-    "preact_resnet18": (lambda: PreActResNet18(width=64), 8, 10),
-    "resnet18": (lambda: torchvision.models.resnet18(num_classes=10), 20, 9),
-}
-
-
-@pytest.mark.parametrize("name", LARGE)
-def test_a_refresh_on_cuda_is_at_most_ten_launches(monkeypatch, name):
-    """In place of 73 and 181, where the copy computes in bfloat16."""
-    monkeypatch.setattr(folding, "SPREAD_ON", ("cpu",))
-    build, pairs, launches = LARGE[name]
-    model = build()
-    convert_to_channels_last(model, SHAPE)
-    view = InferenceCopy(model, SHAPE)
-    # makes the table once
-    view.refresh(model)
-    with CudaLaunches() as counted:
-        view.refresh(model)
-    assert view.folded == pairs and counted.count == launches, counted.by_name

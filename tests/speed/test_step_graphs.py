@@ -368,11 +368,6 @@ class Opaque:
     factor = 1.0
 
 
-def test_settings_are_checked():
-    with pytest.raises(ValueError, match="mode must be one of auto, always, off, got 'on'"):
-        StepGraphs("on")
-
-
 def grow(settings):
     settings.factor = 2.0
 

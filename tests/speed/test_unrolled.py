@@ -101,17 +101,6 @@ def test_empty_batches_and_fake_tensors():
         assert unrolled.unrolled(*fakes, None, (1, 1), (1, 1)).shape == (2, 512, 4, 4)
 
 
-def test_the_gradient_is_a_product_for_small_maps_of_wide_layers_alone():
-    for outputs, side, kernel, product in (
-        (512, 4, 3, True),
-        (64, 4, 3, False),
-        (512, 8, 3, False),
-        (512, 4, 1, False),
-    ):
-        weight, grad = torch.rand(outputs, 512, kernel, kernel).to(BF16), torch.rand(1, outputs, side, side).to(BF16)
-        assert unrolled.gradient_is_faster(grad, weight) == product
-
-
 def test_it_serves_small_maps_of_wide_layers_alone():
     x, weight = torch.zeros(2, 512, 4, 4, dtype=BF16), torch.zeros(512, 512, 3, 3, dtype=BF16)
     ones = (1, 1)

@@ -11,7 +11,7 @@ from purify_fast.data import crop_flip
 from purify_fast.methods.carso import Carso
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.speed import StepGraphs
-from purify_fast.speed.graphs.host_syncs import HostSyncs
+from purify_fast.speed.graphs.step_trials import HostSyncs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,21 +11,17 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..._tensors import in_memory_order, laid_out_like
-
 _Norm = nn.modules.batchnorm._BatchNorm
 _FOLDABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 #: The largest allowed difference from the original in float64, as a share of the largest value.
 TOLERANCE = 1e-9
-#: The types of devices on which `FoldedPairs` multiplies the weights of all layers together.
-SPREAD_ON = ("cuda",)
 
 
 def fold_batchnorm(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
@@ -88,11 +84,7 @@ def fold_sequential(model: nn.Module) -> None:
     for parent in list(_in_order(model)):
         for name, following in pairwise(list(parent._modules)):
             layer, norm = parent._modules[name], parent._modules[following]
-            foldable = isinstance(layer, _FOLDABLE) or (isinstance(layer, nn.ConvTranspose2d) and layer.groups == 1)
-            if not (foldable and isinstance(norm, _Norm) and norm.running_mean is not None):
-                continue
-            alone = places[id(layer)] == places[id(norm)] == owners[id(layer.weight)] == 1
-            if alone and not hooked(layer) and not hooked(norm):
+            if foldable(layer, norm) and places[id(layer)] == places[id(norm)] == owners[id(layer.weight)] == 1:
                 _fold(parent, name, following)
 
 
@@ -108,6 +100,13 @@ def _in_order(model: nn.Module) -> Iterator[nn.Sequential]:
                 yield part
 
 
+def foldable(layer: Any, norm: Any) -> bool:
+    """Tell whether ``norm`` is a BatchNorm that can be folded into a layer, if it follows this layer."""
+    fits = isinstance(layer, _FOLDABLE) or (isinstance(layer, nn.ConvTranspose2d) and layer.groups == 1)
+    follows = isinstance(norm, _Norm) and not norm.training and norm.running_mean is not None
+    return fits and follows and not hooked(layer) and not hooked(norm)
+
+
 def hooked(module: nn.Module) -> bool:
     """Tell whether a module has a forward hook or a forward pre-hook."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
@@ -121,15 +120,24 @@ def _response(model: nn.Module, example: Tensor) -> list[Tensor]:
         if isinstance(output, Tensor):
             seen.append(output.detach().clone())
 
-    with contextlib.ExitStack() as stack, torch.enable_grad():
+    with contextlib.ExitStack() as stack:
         for module in [module for module in model.modules() if hooked(module)]:
             stack.enter_context(module.register_forward_hook(see, prepend=True))
-        leaf = example.detach().clone().requires_grad_()
-        output = model(leaf)
-        generator = torch.Generator().manual_seed(0)
-        weight = torch.randn(output.shape, generator=generator, device="cpu", dtype=output.dtype).to(output.device)
-        gradient = torch.autograd.grad((output * weight).sum(), leaf)[0]
-    return [output.detach(), gradient, *seen]
+        return [*answers(model, (example,)), *seen]
+
+
+def answers(function: Callable[..., Any], given: tuple[Any, ...]) -> list[Tensor]:
+    """Return the output, and the gradients of a random weighted sum of it with respect to floating-point tensors."""
+    leaves = [
+        one.detach().clone().requires_grad_() if isinstance(one, Tensor) and one.is_floating_point() else one
+        for one in given
+    ]
+    with torch.enable_grad():
+        output = function(*leaves)
+        weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(0), device="cpu", dtype=output.dtype)
+        total = (output * weight.to(output.device)).sum()
+        floating = [one for one in leaves if isinstance(one, Tensor) and one.requires_grad]
+        return [output.detach(), *torch.autograd.grad(total, floating, materialize_grads=True)]
 
 
 def close(a: Tensor, b: Tensor) -> bool:
@@ -186,14 +194,18 @@ def folded(layer: Any, norm: Any, dtype: torch.dtype = torch.float64) -> tuple[T
 
 
 @torch.no_grad()
-def _fold(model: nn.Module, layer_name: str, norm_name: str) -> None:
-    layer: Any = model.get_submodule(layer_name)
-    norm: Any = model.get_submodule(norm_name)
+def fold(layer: Any, norm: nn.Module) -> None:
+    """Fold a BatchNorm into the layer before it, in place."""
     old = layer.weight
     # The computation is in float64, so that the values are rounded only here.
     weight, bias = (value.to(old.dtype) for value in folded(layer, norm))
     layer.weight = nn.Parameter(weight, old.requires_grad)
     layer.bias = nn.Parameter(bias, old.requires_grad)
+
+
+def _fold(model: nn.Module, layer_name: str, norm_name: str) -> None:
+    norm = model.get_submodule(norm_name)
+    fold(model.get_submodule(layer_name), norm)
     for parent in model.modules():
         for name, child in parent.named_children():
             if child is norm:
@@ -201,14 +213,9 @@ def _fold(model: nn.Module, layer_name: str, norm_name: str) -> None:
 
 
 class FoldedPairs:
-    """Computes `folded` for a model that is being trained: for all of its pairs together, in float32.
+    """Computes `folded` for a model that is being trained: for all of its pairs together, in float32."""
 
-    On CUDA this needs eight launches for any number of pairs. PyTorch multiplies many tensors in a launch only by
-    tensors of the same shapes and strides, so each channel's factor is first copied to its weights, with a table of
-    indices.
-    """
-
-    def __init__(self, model: nn.Module, pairs: list[tuple[str, str]], layout: nn.Module):
+    def __init__(self, model: nn.Module, pairs: list[tuple[str, str]]):
         self.layers, self.norms = [layer for layer, _ in pairs], [norm for _, norm in pairs]
         norms: list[Any] = [model.get_submodule(name) for name in self.norms]
         self._eps = [norm.eps for norm in norms]
@@ -218,9 +225,6 @@ class FoldedPairs:
         }
         #: Default values, by name, for parameters that a module does not have.
         self._defaults = ones | zeros
-        weights = [layout.get_parameter(f"{name}.weight") for name in self.layers]
-        self._layouts = [torch.empty_strided(w.shape, w.stride(), device="meta") for w in weights]
-        self._tables: dict[torch.device, Tensor] = {}
 
     @torch.no_grad()
     def __call__(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -237,32 +241,8 @@ class FoldedPairs:
         torch._foreach_mul_(scales, each(self.norms, "weight"))
         centered = torch._foreach_sub(each(self.layers, "bias"), each(self.norms, "running_mean"))
         biases = torch._foreach_addcmul(each(self.norms, "bias"), centered, scales)
-        weights = self._scaled(each(self.layers, "weight"), scales)
+        weights = each(self.layers, "weight")
+        shaped = [one.view(-1, *[1] * (weight.dim() - 1)) for one, weight in zip(scales, weights, strict=True)]
+        weights = list(torch._foreach_mul(weights, shaped))
         names = [f"{name}.{part}" for part in ("weight", "bias") for name in self.layers]
         return dict(zip(names, [*weights, *biases], strict=True))
-
-    def _scaled(self, weights: list[Tensor], scales: list[Tensor]) -> list[Tensor]:
-        """Multiply each weight by the factors ``[C]`` of its output channels."""
-        device = scales[0].device
-        if device.type not in SPREAD_ON:
-            shaped = [one.view(-1, *[1] * (weight.dim() - 1)) for one, weight in zip(scales, weights, strict=True)]
-            return list(torch._foreach_mul(weights, shaped))
-        if device not in self._tables:
-            self._tables[device] = torch.cat(list(self._places())).to(device)
-        spread = torch.cat(scales).index_select(0, self._tables[device])
-        parts = spread.split([weight.numel() for weight in self._layouts])
-        factors = [laid_out_like(part, weight) for part, weight in zip(parts, self._layouts, strict=True)]
-        # Write the result to the factors, whose strides are known. If a dimension is 1, a new tensor may have other
-        # strides.
-        torch._foreach_mul_(factors, weights)
-        return factors
-
-    def _places(self) -> Iterator[Tensor]:
-        """Yield each weight's output channel, counted over all weights, in the order of the memory."""
-        begin = 0
-        for weight in self._layouts:
-            channels = torch.arange(begin, begin + len(weight), dtype=torch.int32)
-            whole = torch.empty_strided(weight.shape, weight.stride(), dtype=torch.int32)
-            whole.copy_(channels.view(-1, *[1] * (weight.dim() - 1)))
-            yield in_memory_order(whole).flatten()
-            begin += len(weight)

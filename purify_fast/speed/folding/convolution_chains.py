@@ -112,12 +112,7 @@ class Step:
         return channels_last(convolved(images, weight, layer.bias, settings, added=beside, name=name))
 
     def backward_by_onednn(
-        self,
-        grad: Tensor,
-        size: Sequence[int],
-        earlier: Tensor | None,
-        entered: Tensor | None,
-        beside: Tensor | None,
+        self, grad: Tensor, size: Sequence[int], earlier: Tensor | None, entered: Tensor | None, beside: Tensor | None
     ) -> Tensor | None:
         """Return the gradient of the convolved map, computed in place; None if the padding is not symmetric."""
         layer, (stride, (top, bottom, left, right)) = self.layer, self.settings(size)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -22,7 +22,7 @@ from ...models.layers import BatchNorm2d, Conv2d
 from ...ops.dispatch.gradient import needs_gradient, transformed
 from ...ops.fused_convolution import BACKWARD, NONE, OP, RELU, SILU, VARIANTS, kind
 from ...ops.group_norm_silu import group_norm, group_norm_silu
-from .batchnorm import close, hooked
+from .batchnorm import answers, close, hooked
 from .convolution_chains import SHAPE, Chain, Formula, Step, onednn_serves
 
 _Norm = nn.modules.batchnorm._BatchNorm
@@ -297,11 +297,6 @@ def without_fusion() -> Iterator[None]:
         _off = before
 
 
-def has_fused_parts(model: nn.Module) -> bool:
-    """Tell whether a model has rewritten modules."""
-    return any(isinstance(part.__dict__.get("forward"), FusedForward) for part in model.modules())
-
-
 def _served(given: tuple[Any, ...], graph: fx.GraphModule) -> bool:
     if transformed() or forward_ad._current_level >= 0:
         return False
@@ -379,7 +374,7 @@ def _rewritten(module: nn.Module, trial: nn.Module, given: tuple[Any, ...] | Non
         if not any(group.out is not group.layer or _bias_of(module, group) for group in groups):
             return None
         new, plans = _planned(graph, groups)
-        got, want = _answers(_assembled(trial, new, plans), given), _answers(trial, given)
+        got, want = answers(_assembled(trial, new, plans), given), answers(trial, given)
         return _assembled(module, new, plans) if all(map(close, got, want)) else None
     except Exception:
         # Tracing fails for many modules, each with another error.
@@ -388,16 +383,3 @@ def _rewritten(module: nn.Module, trial: nn.Module, given: tuple[Any, ...] | Non
 
 def _bias_of(module: nn.Module, group: _Group) -> bool:
     return module.get_submodule(group.layer.target).bias is not None
-
-
-def _answers(function: Callable[..., Any], given: tuple[Any, ...]) -> list[Tensor]:
-    """Return the output, and the gradients of a random weighted sum of it."""
-    leaves = [
-        one.clone().requires_grad_() if isinstance(one, Tensor) and one.is_floating_point() else one for one in given
-    ]
-    with torch.enable_grad():
-        output = function(*leaves)
-        weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(0), device="cpu", dtype=output.dtype)
-        total = (output * weight.to(output.device)).sum()
-        floating = [one for one in leaves if isinstance(one, Tensor) and one.requires_grad]
-        return [output.detach(), *torch.autograd.grad(total, floating, materialize_grads=True)]

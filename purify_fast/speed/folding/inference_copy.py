@@ -29,11 +29,6 @@ SMALL_BATCH = 16
 STATIC_SIZES = 2
 
 
-#: Functions that rewrite a model in bfloat16 in place, called with the model and an example of its images.
-#: `purify_fast.speed` adds the rewriting to chains of convolutions.
-REWRITES: list[Callable[[nn.Module, Tensor], object]] = []
-
-
 def pad_batch(x: Tensor) -> Tensor:
     """Copy ``x [B, ...]`` and append zeros, up to at least 16 items, also for a symbolic batch size."""
     missing = torch.sym_max(SMALL_BATCH - x.shape[0], 0)
@@ -164,7 +159,7 @@ def prepare_for_inference(
     """Prepare a frozen model for `autocast_to`, in place; return the folded pairs, and True if it is in channels_last.
 
     With ``fine``, the layers that read the images compute in float32, for small radii. ``channels_last=None`` converts
-    all but models in float32 with transposed convolutions, which are slower in it. In bfloat16, `REWRITES` are applied.
+    all but models in float32 with transposed convolutions, which are slower in it.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
@@ -181,10 +176,13 @@ def prepare_for_inference(
     for module in model.modules():
         if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) and module not in in_float32:
             module.to(dtype)
-    for rewrite in REWRITES if dtype == torch.bfloat16 else ():
-        rewrite(model, example)
-    if dtype == torch.bfloat16 and uses_channels_last:
-        unroll(model)
+    if dtype == torch.bfloat16:
+        # Copies in float32 do not need this module.
+        from .fused_networks import fuse_where_faster
+
+        fuse_where_faster(model, example)
+        if uses_channels_last:
+            unroll(model)
     return pairs, uses_channels_last
 
 
@@ -261,7 +259,7 @@ class InferenceCopy(nn.Module):
         parameters = classifier.named_parameters(remove_duplicate=False)
         theirs = {**dict(parameters), **dict(classifier.named_buffers(remove_duplicate=False))}
         if self._pairs:
-            self._folding = self._folding or FoldedPairs(classifier, self._pairs, self.classifier)
+            self._folding = self._folding or FoldedPairs(classifier, self._pairs)
             theirs |= self._folding(theirs)
         # Group the tensors by dtypes. On CUDA, a group is copied in a single launch.
         copies = defaultdict[tuple[torch.dtype, torch.dtype], tuple[list[Tensor], list[Tensor]]](lambda: ([], []))
@@ -324,7 +322,6 @@ class Accelerated:
         # In a tuple and not registered, the classifier is no part of this object.
         self._source, self._watch = (classifier,), Watch()
         self.outdated()
-        self.device = first_tensor(self.classifier).device
 
     def outdated(self) -> bool:
         """Tell whether a counted write has changed the classifier since the last call, of which there was one."""
@@ -333,7 +330,6 @@ class Accelerated:
 
     def to(self, device: torch.device) -> None:
         """Move the copies."""
-        self.device = device
         self.classifier.to(device)
         if self.reader is not None:
             self.reader.model.to(device)
@@ -343,23 +339,14 @@ class Accelerated:
 
     def classify(self, x: Tensor) -> Tensor:
         """The logits of the classifier's copy, float32 ``[B, classes]``."""
-        self._check_device(x)
         return self.classifier(x)
 
     def read(self, x: Tensor) -> list[Tensor]:
         """The representation of images: a tensor for each layer."""
         assert self.reader is not None, "this defence has no representation"
-        self._check_device(x)
         with autocast_to(x.device, self.dtype):
             return self.reader(x.float())
 
     def run(self, part: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """Call ``part``, a method of the defence, on tensors ``[B, ...]``. Use its compiled form if there is any."""
         return self.regions.get(part.__name__, part)(*inputs)
-
-    def _check_device(self, x: Tensor) -> None:
-        if x.device != self.device:
-            raise RuntimeError(
-                f"x must be on the device of the accelerated copies, {self.device}, got {x.device}: move the images, "
-                "or call the defence's refresh() if the defence was moved as a part of another module"
-            )

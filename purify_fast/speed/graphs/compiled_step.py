@@ -165,18 +165,17 @@ def agrees(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], before: Mapp
 
 
 def _close(got: Tensor, wanted: Tensor, before: Tensor) -> bool:
-    if got.shape != wanted.shape or got.dtype != wanted.dtype or not torch.equal(got.isnan(), wanted.isnan()):
+    if got.shape != wanted.shape or got.dtype != wanted.dtype:
         return False
-    # Infinite numbers, such as the loss of a point that was never judged, must be equal.
-    rest = wanted.isfinite()
-    if not torch.equal(got[~rest & ~wanted.isnan()], wanted[~rest & ~wanted.isnan()]):
+    # NaN and infinite numbers, such as the loss of a point that was never judged, must be equal.
+    finite = wanted.isfinite()
+    if not torch.allclose(got[~finite], wanted[~finite], equal_nan=True):
         return False
-    zeros = torch.zeros_like(wanted)
-    one, other = (torch.where(rest, value, zeros).double() for value in (got, wanted))
+    one, other = got[finite].double(), wanted[finite].double()
     if wanted.dim() < 2:
-        return bool((one - other).abs().mean() <= LARGEST_ERROR * other.abs().amax())
-    old = torch.where(rest & before.isfinite(), before, zeros).double()
-    moved, target = (one - old).flatten(), (other - old).flatten()
+        return not len(other) or bool((one - other).abs().mean() <= LARGEST_ERROR * other.abs().amax())
+    old = before[finite].double().nan_to_num(0.0, 0.0, 0.0)
+    moved, target = one - old, other - old
     if not bool(target.any()):
         return not bool(moved.any())
     return bool(torch.dot(moved, target) >= LEAST_COSINE * moved.norm() * target.norm() > 0)

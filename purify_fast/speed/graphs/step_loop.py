@@ -261,13 +261,8 @@ def begin_steps(graphs: CapturesSteps | None, function: StepFunction, state: Sta
         parts: list[Any] = parts_of(function.model, CompilesSteps)
         known = next((steps for part in parts if (steps := part.compiled_steps()) is not None), None)
         if known is not None:
-            function = _compiled_if_repeated(function, state, known)
+            # Most attacks do not need the compiler, whose import takes seconds.
+            from .compiled_step import compiled_if_repeated
+
+            function = compiled_if_repeated(function, state, step_key(function, state), known)
     return Steps(function, state)
-
-
-def _compiled_if_repeated(function: StepFunction, state: State, known: dict[Hashable, Any]) -> StepFunction:
-    # Most attacks do not need the compiler, whose import takes seconds.
-    from .compiled_step import compiled_if_repeated
-
-    compiled: StepFunction = compiled_if_repeated(function, state, step_key(function, state), known)
-    return compiled

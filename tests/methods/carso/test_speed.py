@@ -295,11 +295,11 @@ def test_a_packed_decoder_follows_its_weights(packing):
         before = made.reconstruct(x)
         packed = made.fast.packed
         assert packing == [4]
-        places = [tensor.data_ptr() for tensor in packed.tensors()]
+        places = [tensor.data_ptr() for tensor in packed.buffers()]
         made.decoder.stack[-1].bias.add_(0.5)
         made.prepare_replay()
         # a captured attack step reads them where they lie
-        assert made.fast.packed is packed and [tensor.data_ptr() for tensor in packed.tensors()] == places
+        assert made.fast.packed is packed and [tensor.data_ptr() for tensor in packed.buffers()] == places
         after = made.reconstruct(x)
     assert relative(after, before) > 0.1
     with torch.no_grad(), made.fixed_noise(3):
@@ -328,7 +328,7 @@ def test_a_packed_decoder_follows_statistics_and_partly_frozen_weights(packing):
     assert made.reconstruct(x[:2]).requires_grad and not packing
 
 
-def test_the_copies_follow_what_is_loaded_and_moved_as_a_part_of_a_module():
+def test_the_copies_follow_what_is_loaded_as_a_part_of_a_module():
     made, x = defence().accelerate(torch.bfloat16), images(4)
     whole = nn.ModuleDict({"defence": made})
     state = {name: value.clone() for name, value in whole.state_dict().items()}
@@ -336,9 +336,3 @@ def test_the_copies_follow_what_is_loaded_and_moved_as_a_part_of_a_module():
     nn.init.zeros_(state["defence.classifier.head.weight"])
     whole.load_state_dict(state)
     assert not torch.equal(response(made, x)[0], want)
-    made.fast.device = torch.device("meta")  # as after a move of the classifier alone, which the copies do not see
-    wanted = r"x must be on the device of the accelerated copies, meta, got cpu: .* refresh\(\)"
-    with pytest.raises(RuntimeError, match=wanted):
-        made(x)
-    made.refresh()
-    assert made(x).shape == (4, 10)
