@@ -206,12 +206,7 @@ def _by_kernel(images: Tensor, rounded: Tensor, bias: Tensor | None, settings: t
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        images: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        rounded: Tensor,
-        settings: tuple[list[int], ...],
+        ctx: Any, images: Tensor, weight: Tensor, bias: Tensor | None, rounded: Tensor, settings: tuple[list[int], ...]
     ) -> Tensor:
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         ctx.size, ctx.settings = images.shape[2:], settings
@@ -244,9 +239,9 @@ def pair_of(name: str, value: int | Sequence[int], least: int) -> list[int]:
     return pair
 
 
-def _check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Raise TypeError or ValueError if a tensor of `conv2d` does not match its documentation."""
-    named = {"input": input, "weight": weight} | ({} if bias is None else {"bias": bias})
+def check_convolution(input: Tensor, weight: Tensor, **others: Tensor | None) -> None:
+    """Raise TypeError or ValueError unless the tensors fit. ``others`` are the bias and an added map."""
+    named = {"input": input, "weight": weight} | {name: one for name, one in others.items() if one is not None}
     check_floating(**named)
     for name, tensor in named.items():
         if tensor.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
@@ -254,7 +249,8 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if input.dim() != 4 or weight.dim() != 4 or input.shape[1] != weight.shape[1] or 0 in weight.shape:
         shapes = f"got {list(input.shape)} and {list(weight.shape)}"
         raise ValueError(f"input must be [B, C, H, W] and weight [O, C, K, L] without a size of 0, {shapes}")
-    if bias is not None and tuple(bias.shape) != tuple(weight.shape[:1]):
+    bias = named.get("bias")
+    if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be [O] = [{weight.shape[0]}], got {list(bias.shape)}")
 
 
@@ -272,14 +268,16 @@ def _plain(input: Tensor, elements: int, variant: str) -> bool:
     return OP.uses_reference(input.device, dtype, input.numel(), variant) and all(backwards)
 
 
-def _elements(input: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> int:
-    """Return the number of elements of the result. Raise ValueError if an image is smaller than the kernel."""
+def result_shape(
+    input: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: Sequence[int] = (1, 1)
+) -> list[int]:
+    """Return the shape ``[B, O, H', W']`` of the result. Raise ValueError if an image is smaller than the kernel."""
     size, kernel = input.shape[2:], weight.shape[2:]
     sides = output_size(size, kernel, stride, padding, dilation)
     if min(sides) < 1:
         words = f"{list(size)}, padding {padding}, kernel {list(kernel)}, dilation {dilation}"
         raise ValueError(f"input with its padding must be at least as large as the kernel, got {words}")
-    return input.shape[0] * weight.shape[0] * sides[0] * sides[1]
+    return [input.shape[0], weight.shape[0], *sides]
 
 
 def conv2d(
@@ -312,9 +310,9 @@ def conv2d(
     number of threads, nor that of an image on the other images. But the choice between kernel and PyTorch depends on
     the batch size. Numbers below float32's normal range count as zero.
     """
-    _check(input, weight, bias)
+    check_convolution(input, weight, bias=bias)
     settings = pair_of("stride", stride, 1), pair_of("padding", padding, 0), pair_of("dilation", dilation, 1)
-    elements = _elements(input, weight, *settings)
+    elements = math.prod(result_shape(input, weight, *settings))
     if (
         elements == 0
         or input.device.type != "cpu"

@@ -27,9 +27,8 @@ from torch.nn import Parameter
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
-from .._tensors import check_floating
 from .._validation import check_literal
-from .convolution import channels_first, channels_last, pair_of
+from .convolution import channels_first, channels_last, check_convolution, pair_of, result_shape
 from .dispatch.examples import ROWS, examples, normal, wide_dtype
 from .dispatch.gradient import first_order, needs_gradient, transformed
 from .dispatch.registry import define_op
@@ -303,24 +302,12 @@ class _FusedConvolution(torch.autograd.Function):
         return of_input, None, None, channels_first(grad) if ctx.needs_input_grad[3] else None, None, None
 
 
-def _check(input: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None) -> None:
-    """Raise TypeError or ValueError if a tensor of `fused_convolution` does not match its documentation."""
-    optional = {"bias": bias, "added": added}
-    named = {"input": input, "weight": weight} | {name: one for name, one in optional.items() if one is not None}
-    check_floating(**named)
-    for name, tensor in named.items():
-        if tensor.dtype != input.dtype:
-            raise ValueError(f"{name} must have input's dtype {input.dtype}, got {tensor.dtype}")
-    if input.dim() != 4 or weight.dim() != 4 or input.shape[1] != weight.shape[1] or 0 in weight.shape:
-        shapes = f"got {list(input.shape)} and {list(weight.shape)}"
-        raise ValueError(f"input must be [B, C, H, W] and weight [O, C, K, L] without a size of 0, {shapes}")
-    if bias is not None and tuple(bias.shape) != tuple(weight.shape[:1]):
-        raise ValueError(f"bias must be [O] = [{weight.shape[0]}], got {list(bias.shape)}")
-
-
 def _plain(input: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int]) -> bool:
     """Return True if PyTorch's operators compute a call."""
-    if input.dtype != torch.bfloat16 or input.numel() == 0 or transformed():
+    # Under autocast, the dtypes may differ.
+    if input.dtype != torch.bfloat16 or torch.is_autocast_enabled(input.device.type) or input.numel() == 0:
+        return True
+    if transformed():
         return True
     # The kernel has no gradient of the weights.
     if needs_gradient(*([weight] if bias is None else [weight, bias])):
@@ -361,16 +348,12 @@ def fused_convolution(
     Inside transforms of ``torch.func``, PyTorch's operators are used. A kernel has first-order gradients only, of input
     and added. The result of an image does not depend on the other images.
     """
-    _check(input, weight, bias, added)
+    check_convolution(input, weight, bias=bias, added=added)
     check_literal("activation", activation, Activation)
     steps, (y, x) = pair_of("stride", stride, 1), pair_of("padding", padding, 0)
-    size = output_size(input.shape[2:], weight.shape[2:], steps, [y, y, x, x])
-    if min(size) < 1:
-        words = f"{list(input.shape[2:])}, padding {[y, x]}, kernel {list(weight.shape[2:])}"
-        raise ValueError(f"input with its padding must be at least as large as the kernel, got {words}")
-    wanted = [input.shape[0], weight.shape[0], *size]
-    if added is not None and list(added.shape) != wanted:
-        raise ValueError(f"added must be [B, O, H', W'] = {wanted}, got {list(added.shape)}")
+    shape = result_shape(input, weight, steps, [y, x])
+    if added is not None and list(added.shape) != shape:
+        raise ValueError(f"added must be [B, O, H', W'] = {shape}, got {list(added.shape)}")
     number = ACTIVATIONS.index(activation)
     if _plain(input, weight, bias, steps):
         out = F.conv2d(input, weight, bias, tuple(steps), padding=(y, x))

@@ -46,10 +46,7 @@ OP = define_op(
     compiler_fuses=("",),
 )
 BACKWARD = define_backward(
-    OP,
-    "(Tensor grad, Tensor logits, Tensor target) -> Tensor",
-    reference=reference_backward,
-    size_key=second_argument,
+    OP, "(Tensor grad, Tensor logits, Tensor target) -> Tensor", reference=reference_backward, size_key=second_argument
 )
 
 

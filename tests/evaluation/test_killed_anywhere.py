@@ -133,7 +133,7 @@ def test_rows_are_kept_though_a_kernel_is_found_wrong_on_the_way(tmp_path, monke
     compare, wrong, device = verify.compare, ops.REGISTRY["aggregate"], torch.device("cpu")
     if wrong.kernel("cpu") == "reference":
         pytest.skip("the extension is not built")
-    found = verify.Deviation(1.0, 0.0, "made wrong")
+    found = verify.Verdict(1.0, 0.0, "made wrong")
     monkeypatch.setattr(verify, "compare", lambda op, *rest: found if op is wrong else compare(op, *rest))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "purify_fast: the cpp kernel of aggregate is wrong", RuntimeWarning)

@@ -17,7 +17,7 @@ import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import torch
@@ -51,12 +51,15 @@ def mode() -> str:
 
 
 @dataclass(frozen=True)
-class Deviation:
-    """The deviation of a result from the definition."""
+class Verdict:
+    """The deviation of a kernel from its definition, for the case with the largest error for its budget."""
 
     error: float
     budget: float
     case: str
+    status: Literal["compared", "raised"] = "compared"
+    seconds: float = 0.0
+    date: str = ""
 
     @property
     def passed(self) -> bool:
@@ -66,15 +69,6 @@ class Deviation:
     def share(self) -> float:
         """The error as a multiple of the allowed error."""
         return self.error / self.budget if self.budget > 0 else math.inf if self.error > 0 else 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verdict(Deviation):
-    """The result of one verification, for the example and dtype with the largest error for its budget."""
-
-    status: Literal["compared", "raised"]
-    seconds: float
-    date: str
 
     def words(self) -> str:
         """Return the verdict in words, for `purify-fast info` and for warnings."""
@@ -94,28 +88,28 @@ def cases(op: Definition, device: torch.device) -> list[tuple[Example, torch.dty
     return [(one, DTYPES[letter]) for one in op.examples for letter in one.gpu if DTYPES[letter] in one.dtypes]
 
 
-def deviation(actual: Tensor, golden: Tensor, same: Tensor, example: Example, case: str) -> Deviation:
+def deviation(actual: Tensor, golden: Tensor, same: Tensor, example: Example, case: str) -> Verdict:
     """Compare a kernel's output on the CPU with the definition's, in float64 (``golden``) and its dtype (``same``)."""
     if actual.shape != same.shape or actual.dtype != same.dtype:
-        return Deviation(math.inf, 0.0, f"{case}: {actual.dtype} {list(actual.shape)}")
+        return Verdict(math.inf, 0.0, f"{case}: {actual.dtype} {list(actual.shape)}")
     ok = same.isfinite() & golden.isfinite()
     if not torch.equal(actual[~ok].nan_to_num(), same[~ok].nan_to_num()) or not actual[ok].isfinite().all():
-        return Deviation(math.inf, 0.0, f"{case}: not finite")
+        return Verdict(math.inf, 0.0, f"{case}: not finite")
     floating, eps = actual.is_floating_point(), torch.finfo(actual.dtype).eps if actual.is_floating_point() else 0.0
     actual, same, golden = actual[ok].double(), same[ok].double(), golden[ok].double()
     if actual.numel() == 0:
-        return Deviation(0.0, 0.0, case)
+        return Verdict(0.0, 0.0, case)
     if example.exact or not floating:
-        return Deviation(float((actual - same).abs().max()), 0.0, case)
+        return Verdict(float((actual - same).abs().max()), 0.0, case)
     if example.jumps:
         error, allowed, size = (float(one.square().mean().sqrt()) for one in (actual - golden, same - golden, golden))
-        return Deviation(error, 2 * allowed + JUMPS * size, case)
+        return Verdict(error, 2 * allowed + JUMPS * size, case)
     size = float(golden.abs().max())
     error, allowed = float((actual - golden).abs().max()), 2 * float((same - golden).abs().max())
-    return Deviation(error, 2 * eps * size + (example.slack * 2.0**-23 * size if example.slack else allowed), case)
+    return Verdict(error, 2 * eps * size + (example.slack * 2.0**-23 * size if example.slack else allowed), case)
 
 
-def compare(op: Definition, device: torch.device, chosen: list[tuple[Example, torch.dtype]]) -> Deviation:
+def compare(op: Definition, device: torch.device, chosen: list[tuple[Example, torch.dtype]]) -> Verdict:
     """Run the op's kernel on a device. Return the case with the largest error relative to its allowed error."""
     deviations = []
     layout = "{desc}: {n_fmt} of {total_fmt}, {elapsed_s:.1f} s"
@@ -142,24 +136,19 @@ def compare(op: Definition, device: torch.device, chosen: list[tuple[Example, to
 def _verify(op: Definition, device: torch.device) -> Verdict:
     began = time.perf_counter()
 
-    def work() -> Deviation:
+    def work() -> Verdict:
         _verifying.active = True
         return compare(op, device, cases(op, device))
 
-    status: Literal["compared", "raised"] = "compared"
     try:
         # A new thread has none of the caller's modes: gradients, autocast, fake tensors, vmap.
         with ThreadPoolExecutor(1) as pool:
             worst = pool.submit(work).result()
     except Exception as error:
-        worst = Deviation(math.inf, 0.0, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
-        status = "raised"
-    return Verdict(
-        **asdict(worst),
-        status=status,
-        seconds=round(time.perf_counter() - began, 3),
-        date=datetime.datetime.now().isoformat(timespec="seconds"),
-    )
+        text = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        worst = Verdict(math.inf, 0.0, text, status="raised")
+    now = datetime.datetime.now().isoformat(timespec="seconds")
+    return replace(worst, seconds=round(time.perf_counter() - began, 3), date=now)
 
 
 def _warn(op: Definition, device: torch.device, verdict: Verdict) -> None:
