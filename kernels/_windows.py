@@ -101,11 +101,15 @@ def line(pointer, stride, at, inside, x, column, width, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def window(pointer, size, at, inside, y, x, row, column, height, width, VECTOR: tl.constexpr):
+def window(pointer, keys, query, sizes, VECTOR: tl.constexpr):
     """Return the sum of m[n + o, i + o] over those of the nine steps o for which query and key remain on the grid.
 
-    ``pointer`` is row n of the matrix m. The query is in row ``y`` and column ``x`` of the grid.
+    ``pointer`` is row n of the matrix m. ``keys`` are the results of `keys`. ``query`` is the row and the column of the
+    query in the grid.
     """
+    at, inside, row, column = keys
+    y, x = query
+    size, height, width = sizes
     total = line(pointer, size, at, inside=inside, x=x, column=column, width=width, VECTOR=VECTOR)
     far = width * tl.cast(size, tl.int64) + width
     above, below = inside & (y > 0) & (row > 0), inside & (y < height - 1) & (row < height - 1)

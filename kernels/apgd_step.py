@@ -41,10 +41,12 @@ def _linf(
 
 
 @triton.jit
-def _offset(x_ptr, grad_ptr, nat_ptr, previous_ptr, at, inside, peak, step, usable, shrink, momentum, rest, lo, hi):
+def _offset(pointers, at, inside, direction, factors):
     # Return the offset from the natural image, with momentum and before the second projection.
+    x_ptr, grad_ptr, nat_ptr, previous_ptr = pointers
+    shrink, momentum, rest, lo, hi = factors
     x, nat = _load(x_ptr, at, inside), _load(nat_ptr, at, inside)
-    d = _l2_moved(x_ptr, grad_ptr, at, inside=inside, peak=peak, step=step, usable=usable) - nat
+    d = _l2_moved(x_ptr, grad_ptr, at, inside, direction) - nat
     z = _clamp(nat + d * shrink, lo, hi)
     return (x + momentum * (z - x) + rest * (x - _load(previous_ptr, at, inside))) - nat
 
@@ -73,58 +75,26 @@ def _l2(
     lo, hi = tl.cast(lo, tl.float32), tl.cast(hi, tl.float32)
     momentum, rest = tl.cast(momentum, tl.float32), tl.cast(rest, tl.float32)
     peak, length, usable = _l2_direction(grad_ptr, row, lane, size, WIDTH)
-    step = alpha / length
+    direction = peak, alpha / length, usable
 
     squares = tl.zeros((WIDTH,), tl.float32)
     for first in range(0, size, WIDTH):
         at, inside = row * size + first + lane, first + lane < size
-        d = _l2_moved(x_ptr, grad_ptr, at, inside=inside, peak=peak, step=step, usable=usable) - _load(
-            nat_ptr, at, inside
-        )
+        d = _l2_moved(x_ptr, grad_ptr, at, inside, direction) - _load(nat_ptr, at, inside)
         squares += d * d
-    inner = _l2_shrink(squares, eps)
+    pointers, factors = (x_ptr, grad_ptr, nat_ptr, previous_ptr), (_l2_shrink(squares, eps), momentum, rest, lo, hi)
 
     squares = tl.zeros((WIDTH,), tl.float32)
     for first in range(0, size, WIDTH):
         at, inside = row * size + first + lane, first + lane < size
-        d = _offset(
-            x_ptr,
-            grad_ptr,
-            nat_ptr,
-            previous_ptr=previous_ptr,
-            at=at,
-            inside=inside,
-            peak=peak,
-            step=step,
-            usable=usable,
-            shrink=inner,
-            momentum=momentum,
-            rest=rest,
-            lo=lo,
-            hi=hi,
-        )
+        d = _offset(pointers, at, inside, direction, factors)
         # Masked lanes can be nonzero if the box does not contain 0.
         squares += tl.where(inside, d * d, 0.0)
     outer = _l2_shrink(squares, eps)
 
     for first in range(0, size, WIDTH):
         at, inside = row * size + first + lane, first + lane < size
-        d = _offset(
-            x_ptr,
-            grad_ptr,
-            nat_ptr,
-            previous_ptr=previous_ptr,
-            at=at,
-            inside=inside,
-            peak=peak,
-            step=step,
-            usable=usable,
-            shrink=inner,
-            momentum=momentum,
-            rest=rest,
-            lo=lo,
-            hi=hi,
-        )
+        d = _offset(pointers, at, inside, direction, factors)
         moved = _clamp(_load(nat_ptr, at, inside) + d * outer, lo, hi)
         tl.store(out_ptr + at, moved.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -150,12 +120,7 @@ def forward(
     launch(
         kernel,
         (x.shape[0] * blocks,),
-        x.contiguous(),
-        grad.contiguous(),
-        x_nat.contiguous(),
-        previous.contiguous(),
-        alpha.contiguous(),
-        eps.contiguous(),
+        *(one.contiguous() for one in (x, grad, x_nat, previous, alpha, eps)),
         out,
         size,
         blocks,

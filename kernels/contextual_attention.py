@@ -49,12 +49,16 @@ def _previous(i, size, width):
 
 
 @triton.jit
-def _fused_rows(pointer, stride, n, size, inside, at, before, after, starts, ends, VECTOR: tl.constexpr):
+def _fused_rows(matrix, n, groups, beside, exist, VECTOR: tl.constexpr):
     """Return row n of x, fused in row-major order, for the groups at ``at``. ``pointer`` is row n.
 
     ``before`` is the position of the number before a group, which exists where ``starts`` is True. ``after`` is the
     position of the number after a group, which exists where ``ends`` is True.
     """
+    pointer, stride, size = matrix
+    at, inside = groups
+    before, after = beside
+    starts, ends = exist
     lower, upper = inside & (n > 0), inside & (n < size - 1)
     total = load(pointer, at, inside, VECTOR)
     first = tl.load(pointer - stride + before, mask=lower & starts, other=0.0)
@@ -68,49 +72,21 @@ def _fused(pointer, n, at, inside, size, width, VECTOR: tl.constexpr):
     """Return row n of x, fused in row-major and then in column-major order. ``pointer`` is number 0 of row 0."""
     stride = size + 2 * width
     i = at[:, None] + tl.arange(0, VECTOR)[None, :]
-    total = _fused_rows(
-        pointer + n.to(tl.int64) * stride,
-        stride,
-        n,
-        size=size,
-        inside=inside,
-        at=at,
-        before=at - 1,
-        after=at + VECTOR,
-        starts=at > 0,
-        ends=at + VECTOR < size,
-        VECTOR=VECTOR,
-    )
+    row = pointer + n.to(tl.int64) * stride, stride, size
+    exist = at > 0, at + VECTOR < size
+    total = _fused_rows(row, n, (at, inside), (at - 1, at + VECTOR), exist, VECTOR=VECTOR)
     m = _next(n, size, width)
-    following = _fused_rows(
-        pointer + m.to(tl.int64) * stride,
-        stride,
-        m,
-        size=size,
-        inside=inside & (n < size - 1),
-        at=at + width,
-        before=tl.where(at == size - width, 0, at + width - 1),
-        after=at + width + VECTOR,
-        starts=at >= 0,
-        # The last key has no successor, so `_next` gives no position for it.
-        ends=(at + VECTOR < size) & (_next(at + VECTOR - 1, size, width) < size - 1),
-        VECTOR=VECTOR,
-    )
+    row = pointer + m.to(tl.int64) * stride, stride, size
+    beside = tl.where(at == size - width, 0, at + width - 1), at + width + VECTOR
+    # The last key has no successor, so `_next` gives no position for it.
+    exist = at >= 0, (at + VECTOR < size) & (_next(at + VECTOR - 1, size, width) < size - 1)
+    following = _fused_rows(row, m, (at + width, inside & (n < size - 1)), beside, exist, VECTOR=VECTOR)
     m = _previous(n, size, width)
-    preceding = _fused_rows(
-        pointer + m.to(tl.int64) * stride,
-        stride,
-        m,
-        size=size,
-        inside=inside & (n > 0),
-        at=at - width,
-        before=at - width - 1,
-        after=tl.where(at + VECTOR == width, size - 1, at - width + VECTOR),
-        # Likewise, the first key has no predecessor.
-        starts=(at > 0) & (_previous(at, size, width) > 0),
-        ends=at >= 0,
-        VECTOR=VECTOR,
-    )
+    row = pointer + m.to(tl.int64) * stride, stride, size
+    beside = at - width - 1, tl.where(at + VECTOR == width, size - 1, at - width + VECTOR)
+    # Likewise, the first key has no predecessor.
+    exist = (at > 0) & (_previous(at, size, width) > 0), at >= 0
+    preceding = _fused_rows(row, m, (at - width, inside & (n > 0)), beside, exist, VECTOR=VECTOR)
     return total + tl.where(i < size - 1, following, 0.0) + tl.where(i > 0, preceding, 0.0)
 
 
@@ -151,19 +127,8 @@ def _patches(
         inverse = load(inverse_ptr + sample * size, at, inside, VECTOR)
     for query in range(TOGETHER):
         n = first + query
-        total = window(
-            x_ptr + (sample * size + n) * size,
-            size,
-            at,
-            inside=inside,
-            y=y,
-            x=n - y * width,
-            row=own,
-            column=column,
-            height=height,
-            width=width,
-            VECTOR=VECTOR,
-        )
+        pointer, sizes = x_ptr + (sample * size + n) * size, (size, height, width)
+        total = window(pointer, (at, inside, own, column), (y, n - y * width), sizes, VECTOR)
         if SCALED:
             winged = out_ptr + (sample * size + n) * (size + 2 * width) + width
             store_winged(winged, at, total * inverse, inside=inside, size=size, width=width, VECTOR=VECTOR)
@@ -238,8 +203,9 @@ def _spread(
 
 
 @triton.jit
-def _half_line(pointer, stride, at, inside, x, column, width, RIGHT: tl.constexpr, VECTOR: tl.constexpr):
+def _half_line(pointer, stride, at, inside, places, RIGHT: tl.constexpr, VECTOR: tl.constexpr):
     """Return m[n, i] plus m[n + 1, i + 1] if ``RIGHT``, or plus m[n - 1, i - 1] if not, within a line of the grid."""
+    x, column, width = places
     total = load(pointer, at, inside, VECTOR)
     if RIGHT:
         total += next_pair(
@@ -279,20 +245,9 @@ def _gather(
             there = tl.where(down == 0, below, above)
             for right in tl.static_range(2):
                 pointer = grad_ptr + (sample * 4 * size + n) * size + (2 * down + right) * map_size
-                total += _half_line(
-                    pointer, size, at, inside=inside, x=x, column=column, width=width, RIGHT=right == 0, VECTOR=VECTOR
-                )
-                total += _half_line(
-                    pointer + (1 - 2 * down) * far,
-                    size,
-                    at,
-                    inside=there,
-                    x=x,
-                    column=column,
-                    width=width,
-                    RIGHT=right == 0,
-                    VECTOR=VECTOR,
-                )
+                beside = pointer + (1 - 2 * down) * far
+                total += _half_line(pointer, size, at, inside, (x, column, width), RIGHT=right == 0, VECTOR=VECTOR)
+                total += _half_line(beside, size, at, there, (x, column, width), RIGHT=right == 0, VECTOR=VECTOR)
         weights = load(weights_ptr + (sample * size + n) * size, at, inside, VECTOR)
         total *= 0.25
         slope = tl.cast(scale, tl.float32) * weights * (total - tl.sum(tl.sum(weights * total, 1), 0))
@@ -336,19 +291,8 @@ def _scaled(
         one = _column(fused, stride, n + 1, i=last, inside=upper & (last < size), size=size, width=width)
         total += moved_out(x, one, VECTOR)
         y = n // width
-        part += total * window(
-            correlation_ptr + (sample * size + n) * size,
-            size,
-            at,
-            inside=inside,
-            y=y,
-            x=n - y * width,
-            row=own,
-            column=column,
-            height=height,
-            width=width,
-            VECTOR=VECTOR,
-        )
+        pointer, sizes = correlation_ptr + (sample * size + n) * size, (size, height, width)
+        part += total * window(pointer, (at, inside, own, column), (y, n - y * width), sizes, VECTOR)
         tl.store(out_ptr + (sample * size + n) * size + i, total * inverse, mask=inside[:, None])
     tl.store(parts_ptr + (sample * blocks + block) * size + i, part, mask=inside[:, None])
 

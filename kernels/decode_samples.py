@@ -84,46 +84,42 @@ def _first_output(residue, PADDING: tl.constexpr, STRIDE: tl.constexpr):
 
 @triton.jit
 def _products(
-    in_ptr,
-    weight_ptr,
-    y,
-    x,
-    sample,
-    inside,
+    pointers,
+    rows,
     busy,
     column,
-    residue_y,
-    residue_x,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    KERNEL_H: tl.constexpr,
-    KERNEL_W: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
+    residues,
+    SIZES: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
     STEP: tl.constexpr,
-    ROWS: tl.constexpr,
-    TILE: tl.constexpr,
-    CHUNK: tl.constexpr,
+    TILES: tl.constexpr,
 ):
     """Sum over the taps of a residue and over the channels. For tap j, a row reads the input pixel at y + STEP * j.
 
     Every residue gets the same number of programs. A program that is not ``busy`` has no rows.
     """
+    in_ptr, weight_ptr = pointers
+    y, x, sample, inside = rows
+    residue_y, residue_x = residues
+    HEIGHT: tl.constexpr = SIZES[0]
+    WIDTH: tl.constexpr = SIZES[1]
+    CHANNELS: tl.constexpr = SIZES[2]
+    COLUMNS: tl.constexpr = SIZES[3]
+    CHUNK: tl.constexpr = TILES[2]
     lane = tl.arange(0, CHUNK)
     place = in_ptr + ((sample * HEIGHT + y) * WIDTH + x)[:, None] * CHANNELS + lane[None, :]
-    weight = weight_ptr + (residue_y * KERNEL_W + residue_x) * (CHANNELS * COLUMNS)
+    weight = weight_ptr + (residue_y * KERNEL[1] + residue_x) * (CHANNELS * COLUMNS)
     weight = weight + lane[:, None] * COLUMNS + column[None, :]
-    taps_x = (KERNEL_W - residue_x + STRIDE_W - 1) // STRIDE_W
-    taps = tl.where(busy, (KERNEL_H - residue_y + STRIDE_H - 1) // STRIDE_H * taps_x, 0)
-    total = tl.zeros((ROWS, TILE), tl.float32)
+    taps_x = (KERNEL[1] - residue_x + STRIDE[1] - 1) // STRIDE[1]
+    taps = tl.where(busy, (KERNEL[0] - residue_y + STRIDE[0] - 1) // STRIDE[0] * taps_x, 0)
+    total = tl.zeros((TILES[0], TILES[1]), tl.float32)
     down, right, channel = 0, 0, 0
     for _ in range(taps * (CHANNELS // CHUNK)):
         at_y, at_x = y + STEP * down, x + STEP * right
         there = inside & (at_y >= 0) & (at_y < HEIGHT) & (at_x >= 0) & (at_x < WIDTH)
         a = tl.load(place + (STEP * (down * WIDTH + right) * CHANNELS + channel), mask=there[:, None], other=0.0)
-        tap = down * (STRIDE_H * KERNEL_W) + right * STRIDE_W
+        tap = down * (STRIDE[0] * KERNEL[1]) + right * STRIDE[1]
         b = tl.load(weight + (tap * CHANNELS + channel) * COLUMNS)
         total = tl.dot(a, b, total, input_precision="ieee")
         channel += CHUNK
@@ -179,28 +175,16 @@ def _layer(
         y, x = out_y * STRIDE_H - PADDING, out_x * STRIDE_W - PADDING
         inside = sample < samples
         total = _products(
-            in_ptr,
-            weight_ptr,
-            y,
-            x,
-            sample,
-            inside=inside,
-            busy=True,
-            column=column,
-            residue_y=0,
-            residue_x=0,
-            HEIGHT=HEIGHT,
-            WIDTH=WIDTH,
-            CHANNELS=CHANNELS,
-            COLUMNS=COLUMNS,
-            KERNEL_H=KERNEL_H,
-            KERNEL_W=KERNEL_W,
-            STRIDE_H=1,
-            STRIDE_W=1,
+            (in_ptr, weight_ptr),
+            (y, x, sample, inside),
+            True,
+            column,
+            (0, 0),
+            SIZES=(HEIGHT, WIDTH, CHANNELS, COLUMNS),
+            KERNEL=(KERNEL_H, KERNEL_W),
+            STRIDE=(1, 1),
             STEP=1,
-            ROWS=ROWS,
-            TILE=TILE,
-            CHUNK=CHUNK,
+            TILES=(ROWS, TILE, CHUNK),
         )
     else:
         first_y = _first_output(residue_y, PADDING, STRIDE_H)
@@ -217,28 +201,16 @@ def _layer(
         y = own_y + (first_y + PADDING - residue_y) // STRIDE_H
         x = own_x + (first_x + PADDING - residue_x) // STRIDE_W
         total = _products(
-            in_ptr,
-            weight_ptr,
-            y,
-            x,
-            sample,
-            inside=inside,
-            busy=block * ROWS < samples * size,
-            column=column,
-            residue_y=residue_y,
-            residue_x=residue_x,
-            HEIGHT=HEIGHT,
-            WIDTH=WIDTH,
-            CHANNELS=CHANNELS,
-            COLUMNS=COLUMNS,
-            KERNEL_H=KERNEL_H,
-            KERNEL_W=KERNEL_W,
-            STRIDE_H=STRIDE_H,
-            STRIDE_W=STRIDE_W,
+            (in_ptr, weight_ptr),
+            (y, x, sample, inside),
+            block * ROWS < samples * size,
+            column,
+            (residue_y, residue_x),
+            SIZES=(HEIGHT, WIDTH, CHANNELS, COLUMNS),
+            KERNEL=(KERNEL_H, KERNEL_W),
+            STRIDE=(STRIDE_H, STRIDE_W),
             STEP=-1,
-            ROWS=ROWS,
-            TILE=TILE,
-            CHUNK=CHUNK,
+            TILES=(ROWS, TILE, CHUNK),
         )
     pixel = (sample * OUT_HEIGHT + out_y) * OUT_WIDTH + out_x
     slope = tl.cast(slope, tl.float32)

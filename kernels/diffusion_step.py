@@ -31,10 +31,9 @@ def _place(element, size, plane, channels, CHANNELS_LAST: tl.constexpr):
 
 
 @triton.jit
-def _normals(
-    seed_ptr, ids_ptr, draws_ptr, step_ptr, row, first, STREAM: tl.constexpr, GROUPS: tl.constexpr, PAIRS: tl.constexpr
-):
+def _normals(pointers, row, first, STREAM: tl.constexpr, GROUPS: tl.constexpr, PAIRS: tl.constexpr):
     """Draw normal numbers for the elements of this program. ``first`` is the index of its first group of four."""
+    seed_ptr, ids_ptr, draws_ptr, step_ptr = pointers
     draw = tl.load(draws_ptr + row) * STEPS + tl.load(step_ptr)
     return noise(
         tl.load(seed_ptr), first, draw, sample=tl.load(ids_ptr + row), stream=STREAM, GROUPS=GROUPS, PAIRS=PAIRS
@@ -85,17 +84,8 @@ def _forward(
     if NOISY:
         s = tl.load(k_ptr + 5)
         if s != 0:
-            z = _normals(
-                seed_ptr,
-                ids_ptr,
-                draws_ptr,
-                step_ptr,
-                row=image,
-                first=first_of(block, size, GROUPS),
-                STREAM=STREAM,
-                GROUPS=GROUPS,
-                PAIRS=PAIRS,
-            )
+            pointers, group = (seed_ptr, ids_ptr, draws_ptr, step_ptr), first_of(block, size, GROUPS)
+            z = _normals(pointers, image, group, STREAM=STREAM, GROUPS=GROUPS, PAIRS=PAIRS)
             if LEARNED:
                 out += _deviation(_load(m_ptr, at + behind, inside), s, tl.load(k_ptr + 6), tl.load(k_ptr + 7)) * z
             else:
@@ -150,17 +140,8 @@ def _backward(
             if s != 0:
                 lo, hi = tl.load(k_ptr + 6), tl.load(k_ptr + 7)
                 v = _load(m_ptr + of_prediction, at + behind, inside)
-                z = _normals(
-                    seed_ptr,
-                    ids_ptr,
-                    draws_ptr,
-                    step_ptr,
-                    row=image,
-                    first=first_of(block, size, GROUPS),
-                    STREAM=STREAM,
-                    GROUPS=GROUPS,
-                    PAIRS=PAIRS,
-                )
+                pointers, group = (seed_ptr, ids_ptr, draws_ptr, step_ptr), first_of(block, size, GROUPS)
+                z = _normals(pointers, image, group, STREAM=STREAM, GROUPS=GROUPS, PAIRS=PAIRS)
                 dv = grad * z * (0.25 * (hi - lo) * _deviation(v, s, lo, hi))
         tl.store(dm_ptr + at + behind, dv.to(dm_ptr.dtype.element_ty), mask=inside)
 

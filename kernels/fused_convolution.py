@@ -51,17 +51,11 @@ def _sigmoid(x):
 
 @triton.jit
 def _products(
-    in_ptr,
-    weight_ptr,
-    y,
-    x,
-    sample,
-    inside,
+    pointers,
+    rows,
     column,
-    taps,
-    taps_x,
-    height,
-    width,
+    counts,
+    size,
     CHANNELS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
@@ -80,6 +74,10 @@ def _products(
     BY_CHANNEL, and the next column BY_COLUMN. With TOGETHER, taps and channels are counted together, so that few
     channels fill a product.
     """
+    in_ptr, weight_ptr = pointers
+    y, x, sample, inside = rows
+    taps, taps_x = counts
+    height, width = size
     lane = tl.arange(0, CHUNK)
     total = tl.zeros((ROWS, TILE), tl.float32)
     place = in_ptr + ((sample * height + y) * width + x)[:, None] * CHANNELS
@@ -209,17 +207,11 @@ def _convolve(
     else:
         out_y, out_x, y, x = own_y, own_x, own_y * STRIDE_H - top, own_x * STRIDE_W - left
     total = _products(
-        in_ptr,
-        weight_ptr,
-        y,
-        x,
-        sample,
-        inside=inside,
-        column=column,
-        taps=taps,
-        taps_x=taps_x,
-        height=height,
-        width=width,
+        (in_ptr, weight_ptr),
+        (y, x, sample, inside),
+        column,
+        (taps, taps_x),
+        (height, width),
         CHANNELS=CHANNELS,
         COLUMNS=COLUMNS,
         STEP=-1 if GRADIENT else 1,

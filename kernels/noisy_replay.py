@@ -40,16 +40,8 @@ def _forward(
     at, inside = row * size + element, element < size
     if tl.load(drift_ptr + row) > tl.load(tau_ptr):
         sample = tl.load(ids_ptr + row)
-        r = noise(
-            tl.load(seed_ptr),
-            block * GROUPS,
-            sample * 0,
-            sample=sample,
-            stream=STREAM,
-            GROUPS=GROUPS,
-            PAIRS=PAIRS,
-            NORMAL=False,
-        )
+        seed, first = tl.load(seed_ptr), block * GROUPS
+        r = noise(seed, first, sample * 0, sample, STREAM, GROUPS=GROUPS, PAIRS=PAIRS, NORMAL=False)
         x = _load(x_ptr, at, inside) + tl.load(eps_ptr + row).to(tl.float32) * (2 * r - 1)
         x = _clamp(x, tl.cast(lo, tl.float32), tl.cast(hi, tl.float32))
         tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=inside)
@@ -78,13 +70,7 @@ def forward(
     launch(
         _forward,
         (x.shape[0] * blocks,),
-        x.contiguous(),
-        x_adv.contiguous(),
-        drift.contiguous(),
-        tau.contiguous(),
-        eps.contiguous(),
-        seed.contiguous(),
-        sample_ids.contiguous(),
+        *(one.contiguous() for one in (x, x_adv, drift, tau, eps, seed, sample_ids)),
         out,
         size,
         blocks,

@@ -70,7 +70,8 @@ def _l2_shrink(squares, eps):
 
 
 @triton.jit
-def _l2_moved(x_ptr, grad_ptr, at, inside, peak, step, usable):
+def _l2_moved(x_ptr, grad_ptr, at, inside, direction):
+    peak, step, usable = direction
     x, g = _load(x_ptr, at, inside), _load(grad_ptr, at, inside)
     return x + tl.where(usable, step * (g / peak), 0.0)
 
@@ -91,21 +92,19 @@ def _l2(x_ptr, grad_ptr, nat_ptr, alpha_ptr, eps_ptr, out_ptr, size, lo, hi, WID
     row, lane = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     alpha, eps = tl.load(alpha_ptr + row).to(tl.float32), tl.load(eps_ptr + row).to(tl.float32)
     peak, length, usable = _l2_direction(grad_ptr, row, lane, size, WIDTH)
-    step = alpha / length
+    direction = peak, alpha / length, usable
 
     squares = tl.zeros((WIDTH,), tl.float32)
     for first in range(0, size, WIDTH):
         at, inside = row * size + first + lane, first + lane < size
-        d = _l2_moved(x_ptr, grad_ptr, at, inside=inside, peak=peak, step=step, usable=usable) - _load(
-            nat_ptr, at, inside
-        )
+        d = _l2_moved(x_ptr, grad_ptr, at, inside, direction) - _load(nat_ptr, at, inside)
         squares += d * d
     shrink = _l2_shrink(squares, eps)
 
     for first in range(0, size, WIDTH):
         at, inside = row * size + first + lane, first + lane < size
         nat = _load(nat_ptr, at, inside)
-        d = _l2_moved(x_ptr, grad_ptr, at, inside=inside, peak=peak, step=step, usable=usable) - nat
+        d = _l2_moved(x_ptr, grad_ptr, at, inside, direction) - nat
         x = _clamp(nat + d * shrink, tl.cast(lo, tl.float32), tl.cast(hi, tl.float32))
         tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -171,19 +170,7 @@ def _l1_projected(x, nat, shift, moves, lo, hi):
 
 
 @triton.jit(do_not_specialize=["chosen"])
-def _l1_whole(
-    x_ptr,
-    grad_ptr,
-    nat_ptr,
-    alpha_ptr,
-    eps_ptr,
-    out_ptr,
-    size,
-    chosen,
-    lo,
-    hi,
-    WIDTH: tl.constexpr,
-):
+def _l1_whole(x_ptr, grad_ptr, nat_ptr, alpha_ptr, eps_ptr, out_ptr, size, chosen, lo, hi, WIDTH: tl.constexpr):
     row, lane = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     at, inside = row * size + lane, lane < size
     alpha, eps = tl.load(alpha_ptr + row).to(tl.float32), tl.load(eps_ptr + row).to(tl.float32)
@@ -217,8 +204,10 @@ def _l1_whole(
 
 
 @triton.jit
-def _reaching(x_ptr, grad_ptr, row, lane, size, lo, hi, least, WIDTH: tl.constexpr):
+def _reaching(x_ptr, grad_ptr, places, box, least, WIDTH: tl.constexpr):
     # Return how many candidates are >= ``least``. ``least`` must be at least 1, so that masked lanes do not count.
+    row, lane, size = places
+    lo, hi = box
     count = tl.zeros((WIDTH,), tl.int32)
     for first in range(0, size, WIDTH):
         at, inside = row * size + first + lane, first + lane < size
@@ -233,8 +222,12 @@ def _again(x_ptr, grad_ptr, at, inside, least, length, lo, hi):
 
 
 @triton.jit
-def _l1_spread(x_ptr, grad_ptr, nat_ptr, row, lane, size, least, length, shift, lo, hi, WIDTH: tl.constexpr):
+def _l1_spread(pointers, places, step, shift, box, WIDTH: tl.constexpr):
     # Shorten the offset's elements by ``shift``. Return the l1 norm, and the largest |element| before that.
+    x_ptr, grad_ptr, nat_ptr = pointers
+    row, lane, size = places
+    least, length = step
+    lo, hi = box
     left, largest = tl.zeros((WIDTH,), tl.float32), tl.zeros((WIDTH,), tl.float32)
     for first in range(0, size, WIDTH):
         at, inside = row * size + first + lane, first + lane < size
@@ -246,19 +239,7 @@ def _l1_spread(x_ptr, grad_ptr, nat_ptr, row, lane, size, least, length, shift, 
 
 
 @triton.jit(do_not_specialize=["chosen"])
-def _l1(
-    x_ptr,
-    grad_ptr,
-    nat_ptr,
-    alpha_ptr,
-    eps_ptr,
-    out_ptr,
-    size,
-    chosen,
-    lo,
-    hi,
-    WIDTH: tl.constexpr,
-):
+def _l1(x_ptr, grad_ptr, nat_ptr, alpha_ptr, eps_ptr, out_ptr, size, chosen, lo, hi, WIDTH: tl.constexpr):
     row, lane = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     alpha, eps = tl.load(alpha_ptr + row).to(tl.float32), tl.load(eps_ptr + row).to(tl.float32)
     lo, hi = tl.cast(lo, tl.float32), tl.cast(hi, tl.float32)
@@ -268,32 +249,16 @@ def _l1(
         bits = tl.maximum(bits, _bits(_load(grad_ptr, row * size + first + lane, first + lane < size)))
     peak = tl.max(bits, 0)
     usable = peak < INFINITE
-    low, high = 0, tl.where(usable, peak, 0) + 1
+    places, low, high = (row, lane, size), 0, tl.where(usable, peak, 0) + 1
     while high - low > 1:
-        count = _reaching(
-            x_ptr, grad_ptr, row, lane=lane, size=size, lo=lo, hi=hi, least=low + (high - low) // 2, WIDTH=WIDTH
-        )
+        count = _reaching(x_ptr, grad_ptr, places, (lo, hi), low + (high - low) // 2, WIDTH=WIDTH)
         low, high = _narrowed(low, high, count, chosen)
     least = tl.maximum(low, 1)
-    length = _length(
-        alpha, _reaching(x_ptr, grad_ptr, row, lane=lane, size=size, lo=lo, hi=hi, least=least, WIDTH=WIDTH)
-    )
+    length = _length(alpha, _reaching(x_ptr, grad_ptr, places, (lo, hi), least, WIDTH=WIDTH))
     length = tl.where(usable, length, 0.0)
 
-    total, largest = _l1_spread(
-        x_ptr,
-        grad_ptr,
-        nat_ptr,
-        row=row,
-        lane=lane,
-        size=size,
-        least=least,
-        length=length,
-        shift=0.0,
-        lo=lo,
-        hi=hi,
-        WIDTH=WIDTH,
-    )
+    pointers, step = (x_ptr, grad_ptr, nat_ptr), (least, length)
+    total, largest = _l1_spread(pointers, places, step, 0.0, (lo, hi), WIDTH=WIDTH)
     # The comparison is False for NaN.
     moves = total > eps
     outer = 0.0
@@ -301,20 +266,7 @@ def _l1(
         inner, outer = 0.0, largest
         for _ in range(HALVINGS):
             middle = (inner + outer) * 0.5
-            total, largest = _l1_spread(
-                x_ptr,
-                grad_ptr,
-                nat_ptr,
-                row=row,
-                lane=lane,
-                size=size,
-                least=least,
-                length=length,
-                shift=middle,
-                lo=lo,
-                hi=hi,
-                WIDTH=WIDTH,
-            )
+            total, largest = _l1_spread(pointers, places, step, middle, (lo, hi), WIDTH=WIDTH)
             outside = total > eps
             inner, outer = tl.where(outside, middle, inner), tl.where(outside, outer, middle)
     for first in range(0, size, WIDTH):
@@ -337,15 +289,7 @@ def whole_warps(width: int) -> int:
 
 
 def forward(
-    x: Tensor,
-    grad: Tensor,
-    x_nat: Tensor,
-    alpha: Tensor,
-    eps: Tensor,
-    norm: int,
-    lo: float,
-    hi: float,
-    density: float,
+    x: Tensor, grad: Tensor, x_nat: Tensor, alpha: Tensor, eps: Tensor, norm: int, lo: float, hi: float, density: float
 ) -> Tensor:
     """Return the new x, contiguous. ``norm`` is 0 for linf, 1 for l2 and 2 for l1."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -358,19 +302,12 @@ def forward(
         block = {"WIDTH": fitting, "num_warps": whole_warps(fitting)}
     if norm == 2:
         block["maxnreg"] = L1_REGISTERS
-    kernel, own = (
-        (_linf, (blocks,)),
-        (_l2_whole if whole else _l2, ()),
-        (_l1_whole if whole else _l1, (chosen,)),
-    )[norm]
+    kernel = (_linf, _l2_whole if whole else _l2, _l1_whole if whole else _l1)[norm]
+    own = ((blocks,), (), (chosen,))[norm]
     launch(
         kernel,
         (x.shape[0] * blocks,),
-        x.contiguous(),
-        grad.contiguous(),
-        x_nat.contiguous(),
-        alpha.contiguous(),
-        eps.contiguous(),
+        *(one.contiguous() for one in (x, grad, x_nat, alpha, eps)),
         out,
         size,
         *own,

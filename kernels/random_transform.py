@@ -92,21 +92,9 @@ def _cell(pixel, width, side, columns):
 
 
 @triton.jit
-def _owner(
-    owners_ptr,
-    block,
-    pixel,
-    inside,
-    planes,
-    plane,
-    width,
-    side,
-    columns,
-    UNIT: tl.constexpr,
-    PAIRS: tl.constexpr,
-    GROUPS: tl.constexpr,
-):
+def _owner(owners_ptr, block, pixel, inside, sizes, UNIT: tl.constexpr, PAIRS: tl.constexpr, GROUPS: tl.constexpr):
     """Return the owner of each pixel's block, read once for ``UNIT`` adjacent pixels (1, 4 or 8) of the same block."""
+    planes, plane, width, side, columns = sizes
     if UNIT == 1:
         at = _cell(pixel, width, side, columns)
         owner = tl.load(owners_ptr + at, mask=inside, other=0)
@@ -169,23 +157,11 @@ def _forward(
     x = _load(x_ptr + (image * channels + channel) * plane, pixel, inside & is_image)
     # A hidden pixel is 0 in the image. It is 1 in the two appended planes: the plane of ones and the mask.
     covered = tl.where(is_image, 0.0, 1.0)
+    sizes = planes, plane, width, side, columns
     begin, at = _place(pixel, channel, planes, plane, CHANNELS_LAST=CHANNELS_LAST)
     for draw in range(samples):
         packed = (sample * 0 + draw) * batch + image
-        owner = _owner(
-            owners_ptr + packed * blocks,
-            block,
-            pixel,
-            inside=inside,
-            planes=planes,
-            plane=plane,
-            width=width,
-            side=side,
-            columns=columns,
-            UNIT=UNIT,
-            PAIRS=PAIRS,
-            GROUPS=GROUPS,
-        )
+        owner = _owner(owners_ptr + packed * blocks, block, pixel, inside, sizes, UNIT=UNIT, PAIRS=PAIRS, GROUPS=GROUPS)
         if is_image:
             u = x
             if NOISE:
@@ -235,23 +211,10 @@ def _backward(
     own_plane = (image * channels + channel) * plane
     x = _load(x_ptr + own_plane, pixel, inside)
     begin, at = _place(pixel, channel, channels + 2, plane, CHANNELS_LAST=CHANNELS_LAST)
-    total = tl.zeros_like(x)
+    total, sizes = tl.zeros_like(x), (channels, plane, width, side, columns)
     for draw in range(samples):
         packed = (sample * 0 + draw) * batch + image
-        owner = _owner(
-            owners_ptr + packed * blocks,
-            block,
-            pixel,
-            inside=inside,
-            planes=channels,
-            plane=plane,
-            width=width,
-            side=side,
-            columns=columns,
-            UNIT=UNIT,
-            PAIRS=PAIRS,
-            GROUPS=GROUPS,
-        )
+        owner = _owner(owners_ptr + packed * blocks, block, pixel, inside, sizes, UNIT=UNIT, PAIRS=PAIRS, GROUPS=GROUPS)
         u = x
         if NOISE:
             u += sigma * noise(seed, group, sample * 0 + draw, sample=sample, stream=STREAM, GROUPS=GROUPS, PAIRS=PAIRS)

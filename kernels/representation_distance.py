@@ -85,7 +85,8 @@ def _angle(dot, uu, vv, kind):
 
 
 @triton.jit
-def _measure(dot, uu, vv, out_ptr, slopes_ptr, at, kind, DIFFERENCE: tl.constexpr):
+def _measure(sums, out_ptr, slopes_ptr, at, kind, DIFFERENCE: tl.constexpr):
+    dot, uu, vv = sums
     if DIFFERENCE:
         distance = tl.sqrt_rn(dot)
         moved = distance > 0
@@ -132,16 +133,8 @@ def _forward(
                 u_ptr, v_ptr, start, end=tl.minimum(start + LENGTH, size), DIFFERENCE=DIFFERENCE, WIDTH=WIDTH
             )
             if parts_ptr is None:
-                _measure(
-                    dot,
-                    uu,
-                    vv,
-                    out_ptr=out_ptr,
-                    slopes_ptr=slopes_ptr,
-                    at=row * layers + layer + i,
-                    kind=kind,
-                    DIFFERENCE=DIFFERENCE,
-                )
+                at = row * layers + layer + i
+                _measure((dot, uu, vv), out_ptr, slopes_ptr, at, kind, DIFFERENCE=DIFFERENCE)
             else:
                 tl.store(parts_ptr + pid * 3, dot)
                 tl.store(parts_ptr + pid * 3 + 1, uu)
@@ -151,16 +144,7 @@ def _forward(
 
 @triton.jit(do_not_specialize=["chunks", "programs", "layers", "layer", "kind"])
 def _add(
-    parts_ptr,
-    out_ptr,
-    slopes_ptr,
-    chunks,
-    programs,
-    layers,
-    layer,
-    kind,
-    DIFFERENCE: tl.constexpr,
-    WIDTH: tl.constexpr,
+    parts_ptr, out_ptr, slopes_ptr, chunks, programs, layers, layer, kind, DIFFERENCE: tl.constexpr, WIDTH: tl.constexpr
 ):
     """Add the chunks of one sample and layer. ``programs`` is the number of programs per sample in `_forward`."""
     pid = tl.program_id(0).to(tl.int64)
@@ -176,17 +160,8 @@ def _add(
         dot += _load(parts_ptr, at, inside)
         uu += _load(parts_ptr, at + 1, inside)
         vv += _load(parts_ptr, at + 2, inside)
-    at = row * layers + layer + own
-    _measure(
-        tl.sum(dot, 0),
-        tl.sum(uu, 0),
-        tl.sum(vv, 0),
-        out_ptr=out_ptr,
-        slopes_ptr=slopes_ptr,
-        at=at,
-        kind=kind,
-        DIFFERENCE=DIFFERENCE,
-    )
+    at, sums = row * layers + layer + own, (tl.sum(dot, 0), tl.sum(uu, 0), tl.sum(vv, 0))
+    _measure(sums, out_ptr, slopes_ptr, at, kind, DIFFERENCE=DIFFERENCE)
 
 
 @triton.jit(do_not_specialize=["blocks", "programs", "layers", "layer"])

@@ -117,12 +117,7 @@ def backward(
     launch(
         _backward,
         (mu.shape[0],),
-        grad_z.contiguous(),
-        grad_kl.contiguous(),
-        mu.contiguous(),
-        logvar.contiguous(),
-        seed.contiguous(),
-        sample_ids.contiguous(),
+        *(one.contiguous() for one in (grad_z, grad_kl, mu, logvar, seed, sample_ids)),
         dmu,
         dlogvar,
         mu.shape[1],

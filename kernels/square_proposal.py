@@ -86,12 +86,13 @@ def _root(mass, L1: tl.constexpr):
 
 
 @triton.jit
-def _pixels(images, first, channel, shape, windows, WIDTH: tl.constexpr):
-    """Read some pixels of an image in all channels. ``windows`` are the corners of the two windows, W and V.
+def _pixels(place, first, WIDTH: tl.constexpr):
+    """Read some pixels of an image in all channels. A place ends with the corners of the two windows, W and V.
 
     Returns the clean pixels; x minus the clean pixels; a mask of the pixels in W; a mask of those in V; the positions
     in the image; a mask of the positions that exist; and, for pixels in W, their positions in the pattern of Square.
     """
+    images, _pattern_ptr, channel, shape, windows = place
     x_ptr, nat_ptr = images
     channels, height, width, edge, side = shape
     top, left, other_top, other_left = windows
@@ -113,37 +114,21 @@ def _in_window(pattern_ptr, index, one, offset, sign, length):
 
 
 @triton.jit
-def _moved(images, pattern_ptr, first, channel, shape, windows, factors, WIDTH: tl.constexpr):
+def _moved(place, first, factors, WIDTH: tl.constexpr):
     """Return the natural pixels, their perturbations after the proposal, their positions, and which positions exist."""
     sign, length, scale = factors
-    nat, offset, one, two, at, inside, index = _pixels(
-        images, first, channel, shape=shape, windows=windows, WIDTH=WIDTH
-    )
-    new = _in_window(pattern_ptr, index, one, offset=offset, sign=sign, length=length) * scale
+    nat, offset, one, two, at, inside, index = _pixels(place, first, WIDTH)
+    new = _in_window(place[1], index, one, offset=offset, sign=sign, length=length) * scale
     return nat, tl.where(one, new, tl.where(two, 0.0, offset)), at, inside
 
 
 @triton.jit
-def _l1_spread(
-    images,
-    pattern_ptr,
-    channel,
-    shape,
-    windows,
-    factors,
-    shift,
-    lo,
-    hi,
-    CHANNELS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+def _l1_spread(place, factors, shift, lo, hi, CHANNELS: tl.constexpr, WIDTH: tl.constexpr):
     """Return the l1 norm of the offsets after each is shortened by ``shift``, and the largest offset before that."""
     left, largest = tl.zeros((CHANNELS, WIDTH), tl.float32), tl.zeros((CHANNELS, WIDTH), tl.float32)
-    _channels, height, width, _edge, _side = shape
+    _channels, height, width, _edge, _side = place[3]
     for first in range(0, height * width, WIDTH):
-        nat, moved, _at, _inside = _moved(
-            images, pattern_ptr, first, channel=channel, shape=shape, windows=windows, factors=factors, WIDTH=WIDTH
-        )
+        nat, moved, _at, _inside = _moved(place, first, factors, WIDTH)
         d = (nat + moved) - nat
         left += _clamp(tl.abs(d) - shift, 0.0, _room(d, nat, lo, hi))
         largest = tl.maximum(largest, tl.abs(d))
@@ -151,77 +136,28 @@ def _l1_spread(
 
 
 @triton.jit
-def _l1_shift(
-    images,
-    pattern_ptr,
-    channel,
-    shape,
-    windows,
-    factors,
-    eps,
-    lo,
-    hi,
-    CHANNELS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+def _l1_shift(place, factors, eps, lo, hi, CHANNELS: tl.constexpr, WIDTH: tl.constexpr):
     """Return whether the projection changes the image, and the amount by which it shortens every offset."""
-    spread, largest = _l1_spread(
-        images,
-        pattern_ptr,
-        channel,
-        shape=shape,
-        windows=windows,
-        factors=factors,
-        shift=0.0,
-        lo=lo,
-        hi=hi,
-        CHANNELS=CHANNELS,
-        WIDTH=WIDTH,
-    )
+    spread, largest = _l1_spread(place, factors, 0.0, lo, hi, CHANNELS=CHANNELS, WIDTH=WIDTH)
     moves, outer = spread > eps, 0.0
     if moves:
         inner, outer = 0.0, largest
         for _ in range(HALVINGS):
             middle = (inner + outer) * 0.5
-            spread, largest = _l1_spread(
-                images,
-                pattern_ptr,
-                channel,
-                shape=shape,
-                windows=windows,
-                factors=factors,
-                shift=middle,
-                lo=lo,
-                hi=hi,
-                CHANNELS=CHANNELS,
-                WIDTH=WIDTH,
-            )
+            spread, largest = _l1_spread(place, factors, middle, lo, hi, CHANNELS=CHANNELS, WIDTH=WIDTH)
             outside = spread > eps
             inner, outer = tl.where(outside, middle, inner), tl.where(outside, outer, middle)
     return moves, outer
 
 
 @triton.jit
-def _factors(
-    images,
-    pattern_ptr,
-    channel,
-    shape,
-    windows,
-    sign,
-    eps,
-    L1: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+def _factors(place, sign, eps, L1: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr):
     """Return the signs of the channels, the old lengths in the window W, and the scale of the new content of W."""
-    channels, height, width, _edge, _side = shape
+    channels, height, width, _edge, _side = place[3]
     total, old = tl.zeros((CHANNELS, WIDTH), tl.float32), tl.zeros((CHANNELS, WIDTH), tl.float32)
     both, new = tl.zeros((CHANNELS, WIDTH), tl.float32), tl.zeros((CHANNELS, WIDTH), tl.float32)
     for first in range(0, height * width, WIDTH):
-        _nat, offset, one, two, _at, _inside, _index = _pixels(
-            images, first, channel, shape=shape, windows=windows, WIDTH=WIDTH
-        )
+        _nat, offset, one, two, _at, _inside, _index = _pixels(place, first, WIDTH)
         mass = _mass(offset, L1)
         total += mass
         old += tl.where(one, mass, 0.0)
@@ -231,10 +167,8 @@ def _factors(
     unused = _clamp(_mass(eps, L1) - tl.sum(tl.sum(total, 1), 0), 0.0, float("inf"))
     wanted = _root(unused / channels + tl.sum(both, 1), L1)[:, None]
     for first in range(0, height * width, WIDTH):
-        _nat, offset, one, _two, _at, _inside, index = _pixels(
-            images, first, channel, shape=shape, windows=windows, WIDTH=WIDTH
-        )
-        new += _mass(_in_window(pattern_ptr, index, one, offset=offset, sign=sign, length=length), L1)
+        _nat, offset, one, _two, _at, _inside, index = _pixels(place, first, WIDTH)
+        new += _mass(_in_window(place[1], index, one, offset=offset, sign=sign, length=length), L1)
     return sign, length, wanted / (TINY + _root(tl.sum(new, 1), L1)[:, None])
 
 
@@ -278,46 +212,20 @@ def _mass_moved(
     number = tl.load(numbers_ptr + PLACES + channel, mask=channel < channels, other=0.0)
     # The sign is 0 for channels that do not exist.
     sign = tl.where(channel < channels, tl.where(number < 0.5, -1.0, 1.0), 0.0)
-    factors = _factors(
-        images,
-        pattern_ptr,
-        channel,
-        shape=shape,
-        windows=windows,
-        sign=sign,
-        eps=eps,
-        L1=L1,
-        CHANNELS=CHANNELS,
-        WIDTH=WIDTH,
-    )
+    place = images, pattern_ptr, channel, shape, windows
+    factors = _factors(place, sign, eps, L1=L1, CHANNELS=CHANNELS, WIDTH=WIDTH)
 
     if L1:
-        moves, shift = _l1_shift(
-            images,
-            pattern_ptr,
-            channel,
-            shape=shape,
-            windows=windows,
-            factors=factors,
-            eps=eps,
-            lo=lo,
-            hi=hi,
-            CHANNELS=CHANNELS,
-            WIDTH=WIDTH,
-        )
+        moves, shift = _l1_shift(place, factors, eps, lo, hi, CHANNELS=CHANNELS, WIDTH=WIDTH)
     else:
         squares = tl.zeros((CHANNELS, WIDTH), tl.float32)
         for first in range(0, pixels, WIDTH):
-            _nat, moved, _at, _inside = _moved(
-                images, pattern_ptr, first, channel=channel, shape=shape, windows=windows, factors=factors, WIDTH=WIDTH
-            )
+            _nat, moved, _at, _inside = _moved(place, first, factors, WIDTH)
             squares += moved * moved
         stretch = eps / (tl.sqrt_rn(tl.sum(tl.sum(squares, 1), 0)) + TINY)
 
     for first in range(0, pixels, WIDTH):
-        nat, moved, at, inside = _moved(
-            images, pattern_ptr, first, channel=channel, shape=shape, windows=windows, factors=factors, WIDTH=WIDTH
-        )
+        nat, moved, at, inside = _moved(place, first, factors, WIDTH)
         if L1:
             x = _l1_projected(nat + moved, nat, shift, moves=moves, lo=lo, hi=hi)
         else:

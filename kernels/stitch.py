@@ -14,13 +14,14 @@ from ._launch import launch
 
 
 @triton.jit
-def _groups(owners_ptr, groups, line, height, cell, tall, columns, CHANNELS_LAST: tl.constexpr, GROUPS: tl.constexpr):
+def _groups(owners_ptr, sizes, CHANNELS_LAST: tl.constexpr, GROUPS: tl.constexpr):
     """Return this program's groups of neighboring elements, which of them exist, and their owners: [GROUPS, 1].
 
     A line of a block of the mask consists of whole groups, so a thread divides once for all elements of its group.
     ``line`` is the number of groups in a line of the image. ``cell`` is the number of groups in a line of a block. The
     divisions are unsigned and use 32 bits.
     """
+    groups, line, height, cell, tall, columns = sizes
     group = tl.program_id(0).to(tl.uint32) * GROUPS + tl.arange(0, GROUPS)
     inside = group < tl.cast(groups, tl.uint32)
     at = group // tl.cast(line, tl.uint32)
@@ -53,17 +54,8 @@ def _forward(
 ):
     image, _block = program(images)
     image = image.to(tl.int64)
-    group, inside, owner = _groups(
-        owners_ptr + image * blocks,
-        groups,
-        line,
-        height=height,
-        cell=cell,
-        tall=tall,
-        columns=columns,
-        CHANNELS_LAST=CHANNELS_LAST,
-        GROUPS=GROUPS,
-    )
+    sizes = groups, line, height, cell, tall, columns
+    group, inside, owner = _groups(owners_ptr + image * blocks, sizes, CHANNELS_LAST=CHANNELS_LAST, GROUPS=GROUPS)
     element = group.to(tl.int64) * VECTOR + tl.arange(0, VECTOR)[None, :]
     at = (image * passes + owner) * size + element
     value = tl.load(images_ptr + at, mask=inside & (owner < passes), other=0.0)
@@ -91,17 +83,8 @@ def _backward(
 ):
     image, _block = program(images)
     image = image.to(tl.int64)
-    group, inside, owner = _groups(
-        owners_ptr + image * blocks,
-        groups,
-        line,
-        height=height,
-        cell=cell,
-        tall=tall,
-        columns=columns,
-        CHANNELS_LAST=CHANNELS_LAST,
-        GROUPS=GROUPS,
-    )
+    sizes = groups, line, height, cell, tall, columns
+    group, inside, owner = _groups(owners_ptr + image * blocks, sizes, CHANNELS_LAST=CHANNELS_LAST, GROUPS=GROUPS)
     element = group.to(tl.int64) * VECTOR + tl.arange(0, VECTOR)[None, :]
     grad = tl.load(grad_ptr + image * size + element, mask=inside, other=0.0)
     for part in range(passes):
