@@ -16,18 +16,6 @@ from purify_fast.ops.dispatch.examples import tensors
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def doubled(arguments):
-    """The arguments of an op with its floating-point tensors, also those in lists, in float64."""
-    return tree_map_only(torch.Tensor, lambda x: x.double() if x.is_floating_point() else x, list(arguments))
-
-
-def cases(shapes, *ragged):
-    """Pairs of a shape and a dtype: float32 with all shapes, the others with empty shapes and those named."""
-    assert set(ragged) <= set(shapes)
-    others = [shape for shape in shapes if shape in ragged or not math.prod(shape)]
-    return [(shape, dtype) for dtype in DTYPES for shape in (shapes if dtype == torch.float32 else others)]
-
-
 def by_threads(call):
     """Return the results of a function with one thread, two and three."""
     before, results = torch.get_num_threads(), []
@@ -59,10 +47,6 @@ def points(*shape, dtype=torch.float32, seed=0):
     grad = torch.randn(shape, generator=generator, dtype=torch.float64)
     grad[torch.rand(shape, generator=generator) < 0.1] = 0
     return tuple(t.to(dtype) for t in (x, grad, nat, previous))
-
-
-def radii(batch):
-    return torch.linspace(0.01, 0.05, batch), torch.linspace(0.02, 0.12, batch)
 
 
 def registered(handle, *inputs: tuple) -> None:

@@ -76,17 +76,10 @@ def test_importing_ops_does_not_import_triton_kernels():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("bogus", "backend must be one of reference, cpp, triton (in use_backend or PURIFY_FAST_BACKEND), got 'bogus'"),
-        ("cpp", "the forced backend 'cpp' has no kernel for tensors on cpu, allowed are: reference"),
-    ],
-)
-def test_a_backend_of_the_environment_that_is_not_there_is_refused(name, message):
+def test_a_backend_of_the_environment_that_is_not_there_is_refused():
     code = "import torch; from purify_fast.ops import aggregate; aggregate(torch.zeros(1, 2, 3))"
-    done = run(code, PURIFY_FAST_BACKEND=name, PURIFY_FAST_NO_EXTENSION="1")
-    assert done.returncode != 0 and message in done.stderr
+    done = run(code, PURIFY_FAST_BACKEND="cpp", PURIFY_FAST_NO_EXTENSION="1")
+    assert done.returncode != 0 and "the forced backend 'cpp' has no kernel for tensors on cpu" in done.stderr
 
 
 def test_the_extension_is_one_file_for_every_python():
@@ -152,29 +145,22 @@ def setup_py():
     return module
 
 
-def test_build_mode(setup_py):
+def test_what_setup_py_reads_and_refuses(setup_py):
     assert setup_py.build_mode({}) == setup_py.build_mode({"PURIFY_FAST_BUILD": ""}) == "auto"
     with pytest.raises(SystemExit, match=r"must be one of auto, none, cpu, got 'gpu'$"):
         setup_py.build_mode({"PURIFY_FAST_BUILD": "gpu"})
-
-
-def test_an_old_setuptools_is_refused_in_one_line(setup_py):
-    """It ended in forty lines about the form of pyproject.toml."""
     setup_py.check_setuptools("77.0.1")
     with pytest.raises(SystemExit, match=r"^purify_fast needs setuptools >= 77, got 65\.5\.0: in an environment"):
         setup_py.check_setuptools("65.5.0")
+    assert setup_py.compiler({"CXX": "my++ -m64"}, lambda name: name) == "my++ -m64"
+    assert setup_py.compiler({}, lambda name: name if name == "c++" else None) == "c++"
+    with pytest.raises(setup_py.Impossible, match=r"no C.. compiler found"):
+        setup_py.compiler({}, lambda name: None)
 
 
 def test_importing_setup_py_imports_no_torch():
     done = run("import runpy, sys; runpy.run_path('setup.py', run_name='x'); assert 'torch' not in sys.modules")
     assert done.returncode == 0, done.stderr
-
-
-def test_compiler(setup_py):
-    assert setup_py.compiler({"CXX": "my++ -m64"}, lambda name: name) == "my++ -m64"
-    assert setup_py.compiler({}, lambda name: name if name == "c++" else None) == "c++"
-    with pytest.raises(setup_py.Impossible, match=r"no C.. compiler found"):
-        setup_py.compiler({}, lambda name: None)
 
 
 def test_modes_when_the_build_is_impossible(setup_py, monkeypatch, capsys):

@@ -186,7 +186,7 @@ def test_a_search_waits_for_the_device_only_at_its_checkpoints(monkeypatch):
             active.health = GradientHealth()
             rows = Rows(ids, x, y, ball, begin=x, run=torch.zeros_like(y))
             kind = AutoPgdL1 if norm == "l1" else AutoPgd
-            search = kind(Objective(model, "ce", 2), active, rows, 30, rho=0.75)
+            search = kind(Objective(model, "ce", 2), active, rows, 10, rho=0.75)
             search.run()
             assert len(search.rows.owner) == 5 and search.top.shape == (5, 48)
 

@@ -360,9 +360,9 @@ def device_tests(*words: str, **environ: str) -> str:
 @pytest.mark.slow
 @pytest.mark.skipif(not _library.loaded(), reason="the rehearsal needs the compiled extension")
 def test_the_tests_of_a_device_can_be_rehearsed():
-    said = device_tests("tests/gpu", "-k", "(reconstruction_loss and not gradient) or study")
+    said = device_tests("tests/gpu", "-k", "reconstruction_loss and not gradient")
     assert " passed" in said and " failed" not in said and "has neither streams nor CUDA graphs" in said
-    late = device_tests("tests/gpu/test_study.py", PURIFY_FAST_TEST_SECONDS="0")
+    late = device_tests("tests/gpu/test_methods.py", PURIFY_FAST_TEST_SECONDS="0")
     assert "left out: the time limit of 0 s" in late
 
 

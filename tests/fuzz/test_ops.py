@@ -1,7 +1,5 @@
 """Every public op with arguments of any kind: the definition's result, or a refusal that names an argument."""
 
-import functools
-
 import pytest
 import torch
 from hypothesis import strategies as st
@@ -272,18 +270,6 @@ def test_an_op(name, data):
                 wanted, refused = called(op, arguments)
             assert refused is None, (done, context, refused)
             same(found, wanted, ordinary(arguments) and context != "autocast")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", OPS)
-@functools.partial(fuzzed, share=0.1)
-def test_an_op_in_a_compiled_graph(name, data):
-    """Traced as a whole, an op gives what an eager call gives; its arguments have every shape and dtype."""
-    op, make = OPS[name]
-    arguments = make(data.draw)
-    torch.compiler.reset()
-    found = torch.compile(lambda **given: op(**given), backend="aot_eager", fullgraph=True)(**arguments)
-    same(found, op(**arguments), rounding=True)
 
 
 #: The ops that have none.

@@ -6,19 +6,6 @@ import torch
 from purify_fast.kernels import _common
 
 
-@pytest.mark.parametrize("major", [8, 9, 10, 12, 7])
-def test_a_thread_of_an_elementwise_program_moves_whole_vectors(monkeypatch, major):
-    monkeypatch.setattr(_common, "_major", lambda device: major)
-    vectors = 2 if major == 10 else 1
-    for dtype, elements in ((torch.float32, 4), (torch.bfloat16, 8), (torch.float16, 8)):
-        x = torch.empty(0, dtype=dtype)
-        assert _common.tile(10**6, x) == (128 * vectors * elements, 4)
-        assert _common.tile(64 * elements, x) == (64 * elements, 2)
-        assert _common.tile(3, x) == (32, 1)
-    narrow = torch.empty(0, dtype=torch.bfloat16)
-    assert _common.tile(10**6, torch.empty(0), narrow) == _common.tile(10**6, narrow)
-
-
 def test_dense_starts_where_vectors_do():
     x = torch.arange(40.0)
     for view in (x[1:33], x[4:36], x[::2]):

@@ -2,9 +2,9 @@ from importlib import import_module
 
 import pytest
 import torch
-from op_cases import doubled
 
 from purify_fast.kernels import contextual_attention as kernel
+from purify_fast.ops.dispatch.examples import double
 
 op = import_module("purify_fast.ops.contextual_attention")
 #: samples, height, width; a thread has four keys where the width is a multiple of four, and there is more than one row
@@ -23,13 +23,13 @@ def inputs(batch: int, height: int, width: int, dtype=torch.float32) -> tuple:
 @pytest.mark.parametrize(("grid", "dtype"), CASES, ids=str)
 def test_values_and_gradients(within_budget, poisoned, grid, dtype):
     arguments = inputs(*grid, dtype=dtype)
-    golden, same = op.reference(*doubled(arguments)), op.reference(*arguments)
+    golden, same = op.reference(*double(arguments)), op.reference(*arguments)
     for triple in zip(kernel.forward(*arguments), golden, same, strict=True):
         within_budget(*triple)
     grad = torch.randn(golden[0].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     arguments = (grad, *arguments[:2], same[1], *arguments[3:])
     outputs, same = kernel.backward(*arguments), op.reference_backward(*arguments)
-    for triple in zip(outputs, op.reference_backward(*doubled(arguments)), same, strict=True):
+    for triple in zip(outputs, op.reference_backward(*double(arguments)), same, strict=True):
         within_budget(*triple)
 
 
@@ -40,5 +40,5 @@ def test_more_queries_than_a_program_adds(within_budget, monkeypatch):
     grad = torch.randn(1, 4, 9, 9, generator=torch.Generator().manual_seed(1))
     arguments = (grad, *arguments[:2], weights, *arguments[3:])
     outputs, same = kernel.backward(*arguments), op.reference_backward(*arguments)
-    for triple in zip(outputs, op.reference_backward(*doubled(arguments)), same, strict=True):
+    for triple in zip(outputs, op.reference_backward(*double(arguments)), same, strict=True):
         within_budget(*triple)

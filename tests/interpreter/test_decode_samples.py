@@ -4,11 +4,11 @@ from importlib import import_module
 
 import pytest
 import torch
-from op_cases import doubled
 
 from purify_fast.kernels import decode_samples as kernel
 from purify_fast.kernels.decoder_sizes import Geometry, Layer
 from purify_fast.methods.carso.networks import Deconvolution, decoder_plan, decoder_plan_v1, published_decoder
+from purify_fast.ops.dispatch.examples import double
 
 op = import_module("purify_fast.ops.decode_samples")
 SEED = torch.tensor([2**40 + 5])
@@ -94,12 +94,12 @@ def test_every_form_with_exact_products(poisoned, monkeypatch, name):
     """Float32: each sum has thousands of numbers, and nothing else rounds."""
     given = arguments(name, torch.float32, samples=1 if name in LARGE else 2)
     assert not together(name, given)
-    golden = op.reference(*doubled(given), True, False, torch.float64)
+    golden = op.reference(*double(given), True, False, torch.float64)
     assert error(kernel.forward(*given, True, False, torch.float32), golden) < 3e-7
-    logits = op.reference(*doubled(given), False, False, torch.float64)
+    logits = op.reference(*double(given), False, False, torch.float64)
     grad = torch.randn(golden.shape, generator=torch.Generator().manual_seed(1))
     for image, squash in ((golden, True), (logits, False))[: 1 if name in LARGE else 2]:
-        slopes = op.reference_backward(*doubled((grad, image, *given)), squash)
+        slopes = op.reference_backward(*double((grad, image, *given)), squash)
         assert error(kernel.backward(grad, image.float(), *given, squash), slopes) < 2e-6
     monkeypatch.setattr(kernel, "TOGETHER", (torch.float32,))
     assert together(name, given) == (name in TOGETHER)
@@ -113,13 +113,13 @@ def test_every_form_with_exact_products(poisoned, monkeypatch, name):
 def test_bfloat16(poisoned, name):
     """Against float64 the kernel errs about as far as the definition in bfloat16."""
     given = arguments(name, torch.bfloat16)
-    golden = op.reference(*doubled(given), True, False, torch.float64)
+    golden = op.reference(*double(given), True, False, torch.float64)
     same = op.reference(*given, True, False, torch.bfloat16)
     got = kernel.forward(*given, True, False, torch.bfloat16)
     assert got.dtype == torch.bfloat16 and error(got, golden) < 4 * error(same, golden)
     grad = torch.randn(golden.shape, generator=torch.Generator().manual_seed(1))
     given = grad, golden.float(), *given, True
-    golden, same = op.reference_backward(*doubled(given)), op.reference_backward(*given)
+    golden, same = op.reference_backward(*double(given)), op.reference_backward(*given)
     assert error(kernel.backward(*given), golden) < 4 * error(same, golden)
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from loading import module
 from torch.utils._pytree import tree_map_only
 
 from purify_fast.ops import REGISTRY, use_backend
@@ -19,8 +20,9 @@ SLOW = (
     "random_transform",
     "square_proposal",
 )
-#: By op with a Triton kernel.
-EXAMPLES = {name: op.examples for name, op in REGISTRY.items() if op.launch is not None}
+examples_of = module("ops", "definitions").examples
+#: The ops with a Triton kernel.
+NAMES = [name for name, op in REGISTRY.items() if op.launch is not None]
 
 
 def first_sample(make: Callable[..., tuple]) -> Callable[..., tuple]:
@@ -28,9 +30,9 @@ def first_sample(make: Callable[..., tuple]) -> Callable[..., tuple]:
     return lambda *arguments: tree_map_only(torch.Tensor, lambda x: x[:1].contiguous(), make(*arguments))
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_right_kernel_is_clear_of_its_budget(bfloat16_of_a_gpu, poisoned, name):
-    examples = EXAMPLES[name]
+    examples = examples_of(name)
     if name.startswith(SLOW):
         examples = [
             replace(one, dtypes=one.dtypes[index % len(one.dtypes) :][:1]) for index, one in enumerate(examples)

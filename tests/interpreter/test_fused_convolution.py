@@ -1,17 +1,13 @@
 """Every form of `fused_convolution` in the interpreter, against the definition in float64, with exact products."""
 
-import copy
 from importlib import import_module
 
 import pytest
 import torch
-from op_cases import doubled
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from purify_fast.kernels import fused_convolution as kernel
-from purify_fast.ops.dispatch.registry import Op
-from purify_fast.speed.folding.fused_networks import fuse_convolutions
+from purify_fast.ops.dispatch.examples import double
 
 op = import_module("purify_fast.ops.fused_convolution")
 pytestmark = pytest.mark.usefixtures("bfloat16_of_a_gpu")
@@ -46,10 +42,10 @@ def error(got: Tensor, golden: Tensor) -> float:
 @pytest.mark.parametrize("setting", LAYERS, ids=str)
 def test_every_form_with_exact_products(poisoned, setting):
     given = op._arguments(*setting, torch.float32, 0)
-    for got, golden in zip(kernel.forward(*given), op.reference(*doubled(given)), strict=True):
+    for got, golden in zip(kernel.forward(*given), op.reference(*double(given)), strict=True):
         assert error(got, golden) < 2e-6
     given = op._arguments_backward(*setting, torch.float32, 1)
-    assert error(kernel.backward(*given), op.reference_backward(*doubled(given))) < 2e-6
+    assert error(kernel.backward(*given), op.reference_backward(*double(given))) < 2e-6
 
 
 def test_one_sample_has_the_same_bits_in_every_batch_and_part(monkeypatch):
@@ -87,59 +83,6 @@ def test_layouts_and_empty_batches():
     assert torch.equal(kernel.backward(*moved), kernel.backward(*backward))
     none = [x[:0] if i in (0, 3) else x for i, x in enumerate(given)]
     assert kernel.forward(*none)[0].shape == (0, 6, 7, 48)
-
-
-class Network(nn.Module):
-    """A block with pre-activation that a strided block with ReLU follows, after a layer that sees the images."""
-
-    def __init__(self):
-        super().__init__()
-        self.enter, self.norm = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)
-        self.layers = nn.ModuleList(nn.Conv2d(16, 16, 3, padding=1) for _ in range(2))
-        self.down, self.last = nn.Conv2d(16, 24, 3, 2, 1), nn.Conv2d(24, 24, 3, 1, 1)
-        self.short = nn.Conv2d(16, 24, 1, 2)
-        nn.init.uniform_(self.norm.running_mean, -0.5, 0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.enter(x)
-        x = x + self.layers[1](F.silu(self.layers[0](F.relu(self.norm(x)))))
-        x = F.relu(x)
-        return F.relu(self.last(F.relu(self.down(x))) + self.short(x)).mean((2, 3))
-
-
-def test_a_rewritten_network_runs_by_the_kernel(monkeypatch, poisoned):
-    """In a chain every map of the forward and of the gradient comes from the kernel. It errs as PyTorch does."""
-    # A CPU with matrix tiles would call oneDNN.
-    monkeypatch.setattr("purify_fast.speed.folding.convolution_chains.has_tiles", lambda: False)
-    torch.manual_seed(0)
-    network = Network().eval().requires_grad_(False).to(torch.bfloat16)
-    plain, exact = copy.deepcopy(network), copy.deepcopy(network).double()
-    images = torch.randn(2, 3, 10, 9).to(torch.bfloat16)
-    assert fuse_convolutions(network, images) == 6
-    launched = []
-
-    def launch(function):
-        return lambda *given: launched.append(function.__name__) or function(*given)
-
-    library = torch.library.Library("purify_fast", "IMPL")
-    library.impl("fused_convolution", launch(kernel.forward), "CPU", allow_override=True)
-    library.impl("fused_convolution_backward", launch(kernel.backward), "CPU", allow_override=True)
-    monkeypatch.setattr(Op, "may_serve", lambda *_: True)
-    monkeypatch.setattr(Op, "uses_reference", lambda *_: False)
-
-    def answers(model: nn.Module, dtype: torch.dtype) -> list[Tensor]:
-        leaf = images.to(dtype).requires_grad_()
-        out = model(leaf)
-        weight = torch.linspace(-1, 1, out.numel(), dtype=dtype).view_as(out)
-        return [out.detach(), torch.autograd.grad((out * weight).sum(), leaf)[0]]
-
-    try:
-        found = answers(network, torch.bfloat16)
-    finally:
-        library._destroy()
-    assert launched == ["forward"] * 6 + ["backward"] * 6
-    for got, own, golden in zip(found, answers(plain, torch.bfloat16), answers(exact, torch.float64), strict=True):
-        assert error(got, golden) <= 1.5 * error(own, golden)
 
 
 def test_nan_is_not_hidden():

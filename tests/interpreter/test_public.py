@@ -8,8 +8,7 @@ pytestmark = pytest.mark.usefixtures("bfloat16_of_a_gpu")
 #: By file of tests/ops the tests that are run here too: those of numbers that are special, and of small examples.
 TESTS = {
     "aggregate": "peel_is_finite_and_decides_as_lse vote_is_a_majority non_finite_logits_are_not_hidden",
-    "apgd_step": "the_formula_by_hand gradients_without_a_direction_move_nothing nan_in_the_images_propagates "
-    "special_radii",
+    "apgd_step": "the_formula_by_hand the_point_before_counts",
     "diffusion_step": "the_noise_is_the_named_stream "
     "an_exact_prediction_gives_the_image_in_one_step learned_variances_lie_between_the_two "
     "the_gradient_of_the_prediction_has_its_layout both_ends_of_the_clip_pass_the_gradient nan",
@@ -20,7 +19,8 @@ TESTS = {
     "gradients_without_a_direction_move_nothing gradients_of_any_size_have_a_direction nan_in_the_image_propagates "
     "special_radii",
     "philox": "pinned_vector_of_each_stream any_split_gives_the_same_numbers",
-    "random_transform": "gradient_of_the_clip without_noise pinned_masks infinities_are_clipped_where_they_are_seen",
+    "random_transform": "gradient_of_the_clip results_of_any_dtype without_noise pinned_masks "
+    "infinities_are_clipped_where_they_are_seen",
     "reconstruction_loss": "published_values saturated_logits_are_exact target_of_any_dtype_without_a_gradient "
     "non_finite_logits_are_not_hidden",
     "representation_distance": "published_values published_gradient_and_loss where_the_student_is_the_teacher "
@@ -28,7 +28,8 @@ TESTS = {
     "from_the_smallest_to_the_largest_norms layers_are_as_one_by_one layers_of_several_precisions",
     "sample_latent": "published_divergence divergence_near_the_prior_keeps_its_gradient "
     "one_output_alone_has_a_gradient non_finite_parameters_are_not_hidden",
-    "stitch": "only_the_owner_is_read a_block_without_an_owner_is_zero",
+    "square_proposal": "an_edge_in_a_tensor_gives_the_same_bits",
+    "stitch": "every_block_is_that_of_its_owner only_the_owner_is_read a_block_without_an_owner_is_zero",
     "contract": "any_layout_and_no_mutation a_sample_does_not_depend_on_its_batch empty_batches func_grad",
 }
 

@@ -1,4 +1,3 @@
-import dataclasses
 from importlib import import_module
 
 import pytest
@@ -123,18 +122,6 @@ def test_vote_is_a_majority(backend):
     logits.requires_grad_()
     out = aggregate(logits, "vote")
     assert not out.requires_grad or not torch.autograd.grad(out.sum(), logits)[0].any()
-
-
-@pytest.mark.parametrize("gradient", [False, True])
-def test_vote_is_counted_by_what_may_serve(gradient, monkeypatch):
-    def refuses(*given):
-        raise AssertionError("the kernel was called")
-
-    monkeypatch.setattr(op, "OP", dataclasses.replace(op.OP, handle=refuses))
-    logits = random(2, 3, 5, dtype=torch.float32).requires_grad_(gradient)
-    with use_backend("reference"):
-        votes = aggregate(logits, "vote")
-    assert torch.equal(votes.sum(1), torch.full((2,), 3.0)) and votes.requires_grad == gradient
 
 
 def test_sigmoids_of_any_size_keep_their_digits_and_leave_their_neighbours_alone(backend):

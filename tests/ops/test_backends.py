@@ -1,8 +1,5 @@
 """Which backend serves an op, and what happens when a forced one is missing."""
 
-import os
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -132,27 +129,6 @@ def test_compiled_code_follows_use_backend():
             return aggregate(x)
 
     assert torch.equal(torch.compile(inside, backend="eager", fullgraph=True)(x), inside(x))
-
-
-def run(code: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, timeout=600
-    )
-
-
-@pytest.mark.slow
-def test_without_triton_and_the_extension_the_opaque_op_is_the_reference():
-    """Autograd does not trace into the op, and the op keeps its contract."""
-    code = (
-        "import sys; sys.modules['triton'] = None; import torch;"
-        "from importlib import import_module; op = import_module('purify_fast.ops.aggregate');"
-        "x = torch.randn(3, 4, 5, requires_grad=True); y = op.OP.handle(x, 0);"
-        "assert 'Logsumexp' not in y.grad_fn.name();"
-        "torch.library.opcheck(op.OP.handle, (x.detach(), 0)); op._aggregate(x, 0).sum().backward();"
-        "assert x.grad is not None; print('fine')"
-    )
-    done = run(code, PURIFY_FAST_NO_EXTENSION="1")
-    assert done.stdout.strip() == "fine", done.stderr
 
 
 def test_double_precision_passes_the_triton_kernels_by():

@@ -2,13 +2,12 @@ from importlib import import_module
 
 import pytest
 import torch
-from op_cases import by_threads
+from op_cases import DTYPES, by_threads
 from torch.nn import functional as F
 
 from purify_fast.ops import contextual_attention, key_validity, use_backend
 
 op = import_module("purify_fast.ops.contextual_attention")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # square; wider; higher; one row and one column of cells; one cell; no sample
 SHAPES = ((2, 6, 16, 16), (2, 3, 8, 14), (3, 5, 18, 6), (2, 4, 2, 12), (2, 4, 12, 2), (2, 3, 2, 2), (0, 3, 4, 6))
 

@@ -252,7 +252,7 @@ def function(backend, name) -> Function:
 
 @pytest.mark.parametrize("name", REGISTRY)
 def test_the_schema_the_fake_and_the_registrations(name):
-    for example in smallest(name).values():
+    for example in list(smallest(name).values())[:2]:
         one = example.make(example.dtypes[0], 0)
         registered(REGISTRY[name].handle, one, example.make(example.dtypes[-1], 0))
         if not name.startswith("decode"):

@@ -196,39 +196,6 @@ def test_what_is_not_for_the_kernels_is_torchs(kernels):
     assert layer(normal(6, 8, 8, dtype=torch.float32)).shape == (4, 6, 6)
 
 
-def op_arguments(shape: tuple[int, ...]) -> list[tuple]:
-    """The arguments of the three ops."""
-    x, weight, bias, settings = operands(shape)
-    x, weight = x.permute(0, 2, 3, 1).contiguous(), weight.permute(0, 2, 3, 1).contiguous()
-    lists = [[one, one] for one in settings]
-    grad = op.reference(x, weight, bias, *lists)
-    return [
-        (x, weight, bias, *lists),
-        (grad, weight, *x.shape[1:3], *lists),
-        (grad, x, list(weight.shape[1:3]), *lists),
-    ]
-
-
-def test_kernels_refuse_what_does_not_fit():
-    """They are called by the op alone, but read memory by these numbers."""
-    if op.OP.kernel("cpu") == "reference":
-        pytest.skip("no kernel")
-    (x, weight, bias, *settings), (grad, *_), _ = op_arguments((2, 3, 7, 5, 5, 3, 1, 1, 1))
-    for wrong in (
-        lambda: op.OP.handle(x.float(), weight, bias, *settings),
-        lambda: op.OP.handle(x[..., :2], weight, bias, *settings),
-        lambda: op.OP.handle(x, weight, bias[:2], *settings),
-        lambda: op.OP.handle(x, weight, bias, [0, 1], *settings[1:]),
-        lambda: op.OP.handle(x, weight, bias, [1], *settings[1:]),
-        lambda: op.OP.handle(x, weight, bias, settings[0], [0, 0], [9, 9]),
-        lambda: op.INPUT_GRADIENT.handle(grad, weight, 99, 5, *settings),
-        lambda: op.WEIGHT_GRADIENT.handle(grad, x[:1], [3, 3], *settings),
-        lambda: op.WEIGHT_GRADIENT.handle(grad, x, [3], *settings),
-    ):
-        with pytest.raises(RuntimeError, match="convolution"):
-            wrong()
-
-
 @pytest.mark.slow
 def test_compiles(kernels):
     def make(size: int) -> tuple:

@@ -49,18 +49,18 @@ FURTHER = {
         ((ROWS, *shape), block, passes, 0.25, 2, layout)
         for shape, block, passes in (
             ((1, 1, 1), 1, 0),
-            ((2, 64, 96), 32, 3),
-            ((1, 40, 200), 20, 5),
-            ((2, 36, 54), 18, 1),
+            ((2, 64, 32), 32, 2),
+            ((1, 20, 100), 20, 5),
+            ((2, 36, 18), 18, 1),
         )
         for layout in ("", "channels_last")
     ],
     "reconstruction_loss": [ONE, LONG],
     "sample_latent": [ONE, ((ROWS, 1026),)],
     "square_proposal": [
-        (norm, (ROWS, *shape), 2, edge)
+        (norm, (ROWS, *shape), 1, edge)
         for norm in ("linf", "l2", "l1")
-        for shape, edge in (((1, 1, 1), 1), ((40, 12, 11), 3), ((2, 60, 40), 11))
+        for shape, edge in (((1, 1, 1), 1), ((40, 5, 6), 3), ((2, 50, 30), 11))
     ],
     "stitch": [((ROWS, *shape), grid, 3, "") for shape, grid in (((1, 1, 1), (1, 1)), ((3, 128, 96), (4, 3)))],
 }

@@ -18,7 +18,8 @@ CONVOLUTION = Case(
     lambda x, weight: ops.conv2d(x.bfloat16(), weight.bfloat16(), None, padding=1),
     {},
 )
-PUBLIC = [name for name in REGISTRY if not name.endswith(("_backward", "_gradient"))]
+#: The gradients of a fused layer, whose benchmarks are large, have tests of their own.
+PUBLIC = [name for name in REGISTRY if not name.endswith(("_backward", "_gradient")) and name != "fused_convolution"]
 
 
 def smallest(name: str) -> Case:

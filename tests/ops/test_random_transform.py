@@ -61,16 +61,6 @@ def test_values_of_the_paper(monkeypatch):
         assert packed[0, 0, 0].tolist() == wanted
 
 
-def test_planes_of_the_paper(backend):
-    """A constant image with only the first block hidden: the sums of the channels."""
-    ids = torch.arange(400)
-    _, owners = random_transform(torch.zeros(400, 1, 8, 8), SEED, ids, block=1, mask_ratio=1 / 64)
-    chosen = ids[owners[0, :, 0, 0] == 1][:1]
-    packed, owners = random_transform(torch.full((1, 3, 256, 256), 0.75), SEED, chosen, sigma=0.0, mask_ratio=1 / 64)
-    assert owners[0, 0, 0, 0] == 1 and owners.sum() == 1  # the mask depends on the number of blocks alone
-    assert packed.sum((0, 2, 3)).tolist() == [32256, 32256, 32256, 65536, 1024]
-
-
 def test_moments_of_the_clipped_noise(backend):
     levels = torch.tensor([0.0, 0.25, 0.5, 1.0])
     x = levels.view(4, 1, 1, 1).expand(4, 3, 256, 256)
@@ -99,7 +89,7 @@ def test_results_of_any_dtype(backend, out):
     """Their dtype, and that of the images, round the numbers of float64 and no more; masks may be shared."""
     options = {"block": 4, "samples": 2, "shared_mask": True, "channels_last": True}
     for dtype in DTYPES:
-        x, ids = images(3, 3, 12, 20, dtype=dtype), names(3)
+        x, ids = images(2, 1, 8, 12, dtype=dtype), names(2)
         leaves = x.clone().requires_grad_(), x.double().requires_grad_()
         packed, owners = random_transform(leaves[0], SEED, ids, **options, dtype=out)
         golden, same_owners = random_transform(leaves[1], SEED, ids, **options, dtype=torch.float64)

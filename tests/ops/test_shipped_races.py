@@ -38,11 +38,10 @@ def card(kernel_cache, monkeypatch) -> Callable[[str, int], None]:
     records.machine.cache_clear()
 
 
-@pytest.mark.parametrize("name", ["NVIDIA H200", "some other card"])
 @pytest.mark.parametrize("op", [name for name, op in REGISTRY.items() if op.launch is not None])
-def test_the_races_of_the_h200_decide_on_its_architecture(op, name, card):
+def test_the_races_of_the_h200_decide_on_every_card_of_its_architecture(op, card):
     """The kernel serves where it was ahead in each layout, eagerly and replayed: for every variant, dtype and size."""
-    card(name, 9)
+    card("some other card", 9)
     wanted = REGISTRY[op].wanted
     every = racing.races_of(REGISTRY[op], CARD)
     if op in UNRACED:

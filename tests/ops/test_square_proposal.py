@@ -2,6 +2,7 @@ from importlib import import_module
 
 import pytest
 import torch
+from op_cases import DTYPES
 from torch import Tensor
 
 from purify_fast.attacks.square import pattern
@@ -9,7 +10,6 @@ from purify_fast.ops import square_proposal
 
 op = import_module("purify_fast.ops.square_proposal")
 NORMS = op.NORMS
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 POWERS = {"linf": torch.inf, "l2": 2.0, "l1": 1.0}
 CPU = torch.device("cpu")
 
