@@ -253,10 +253,8 @@ def function(backend, name) -> Function:
 @pytest.mark.parametrize("name", REGISTRY)
 def test_the_schema_the_fake_and_the_registrations(name):
     for example in list(smallest(name).values())[:2]:
-        one = example.make(example.dtypes[0], 0)
-        registered(REGISTRY[name].handle, one, example.make(example.dtypes[-1], 0))
-        if not name.startswith("decode"):
-            registered(REGISTRY[name].handle, tile(one, 0))
+        one, other = (example.make(example.dtypes[at], 0) for at in (0, -1))
+        registered(REGISTRY[name].handle, one, other, *([] if name.startswith("decode") else [tile(one, 0)]))
 
 
 @pytest.mark.slow
