@@ -144,7 +144,6 @@ def test_compiles_without_spills_or_doubles_and_threads_move_16_bytes(case, dtyp
 
 def check_resources(kernel, case: str, architecture: int) -> None:
     name, ptx, used = name_of(kernel.src.fn), kernel.asm["ptx"], usage(kernel.asm["cubin"])
-    assert used["REG"] <= (255 if matches(case, BFLOAT16) else 128), (name, used, architecture)
     allowed = SPILLS.get((name, architecture), 0) if triton.__version__.startswith("3.6.") else 0
     assert used["STACK"] <= allowed and used["LOCAL"] == 0, (name, used, architecture)  # spills
     assert not re.search(r"\.f64|\.local\b|__local_depot", ptx), (name, architecture)

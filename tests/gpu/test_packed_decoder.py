@@ -1,4 +1,4 @@
-"""The decoders people use, on a device, against the same layers in float64 on the CPU."""
+"""The decoders people use, on a device: a sample has the same bits in any batch."""
 
 import pytest
 import torch
@@ -6,17 +6,12 @@ from on_device import DEVICE
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from purify_fast.methods.carso.networks import (
-    Decoder,
-    decoder_plan,
-    published_decoder,
-)
+from purify_fast.methods.carso.networks import Decoder, decoder_plan, published_decoder
 from purify_fast.ops import REGISTRY, decode_prior, use_backend
 from purify_fast.speed.decoding import PackedDecoder
 
 pytestmark = pytest.mark.gpu
 BACKEND = REGISTRY["decode_samples"].available[DEVICE.type][-1]
-IMAGES = 6 if DEVICE.type == "cuda" else 2
 SEED = torch.tensor([2**40 + 5])
 
 
@@ -28,7 +23,7 @@ def oblong() -> nn.Module:
     return Decoder(10, 24, (2, 20, 31), *decoder_plan((2, 20, 31), 12))
 
 
-def made(decoder, images: int = IMAGES) -> tuple[nn.Module, Tensor, Tensor]:
+def made(decoder, images: int) -> tuple[nn.Module, Tensor, Tensor]:
     """A decoder with BatchNorms that are not the identity, conditions, and ids."""
     torch.manual_seed(0)
     model = decoder()
@@ -41,35 +36,11 @@ def made(decoder, images: int = IMAGES) -> tuple[nn.Module, Tensor, Tensor]:
     return model.eval(), torch.randn(images, width), torch.arange(images) * 3 + 1
 
 
-def answer(packed: PackedDecoder, condition: Tensor, ids: Tensor, samples: int, **options) -> tuple[Tensor, Tensor]:
-    """Images and the condition's gradient of a fixed sum of them."""
-    device, real = packed.packed.device, packed.biases.dtype
-    leaf = condition.to(device, real).requires_grad_()
-    images = packed(leaf, SEED.to(device), ids.to(device), samples, **options)
-    weight = torch.randn(images.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    (gradient,) = torch.autograd.grad((images * weight.to(device, images.dtype)).sum(), leaf)
-    return images.detach().double().cpu(), gradient.double().cpu()
-
-
 @pytest.fixture(autouse=True)
 def kernel():
     """On a GPU the layers alone would be no test: the extension has to be built for it."""
     if DEVICE.type == "cuda" and BACKEND == "reference":
         pytest.fail("decode_samples has no kernel on cuda: Triton is missing", pytrace=False)
-
-
-@pytest.mark.parametrize("decoder", [cifar, oblong])
-@pytest.mark.parametrize("squash", [True, False])
-def test_within_twice_the_layers_error(decoder, squash):
-    model, condition, ids = made(decoder)
-    exact = answer(PackedDecoder(model, torch.float64), condition, ids, 3, squash=squash)
-    packed = PackedDecoder(model)
-    layers = answer(packed, condition, ids, 3, squash=squash)
-    with use_backend(BACKEND):
-        ours = answer(packed.to(DEVICE), condition, ids, 3, squash=squash)
-    for got, same, golden in zip(ours, layers, exact, strict=True):
-        assert golden.norm() > 0
-        assert (got - golden).norm() <= 2 * (same - golden).norm() + 1e-3 * golden.norm()
 
 
 @pytest.mark.parametrize("decoder", [cifar, oblong])

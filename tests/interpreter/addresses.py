@@ -75,15 +75,6 @@ class Place:
             bad |= ~self.owned[at] | ~self.owned[np.minimum(at + size - 1, len(self.owned) - 1)]
         return bad
 
-    def words(self, address: int) -> str:
-        """Say where an address lies."""
-        tensors = " and ".join(f"{name} ({t.dtype}, {list(t.shape)})" for name, t in self.named.items())
-        if address < self.begin:
-            return f"{self.begin - address} bytes before {tensors}"
-        if address >= self.end:
-            return f"{address - self.end} bytes behind the end of {tensors}"
-        return f"{address - self.begin} bytes behind the beginning of {tensors}, between its elements"
-
 
 def owned_bytes(tensors: list[Tensor], begin: int, count: int) -> np.ndarray | None:
     """Return which of ``count`` bytes belong to an element of a tensor; None if all do."""
@@ -162,9 +153,8 @@ class Watch:
         bad = np.logical_and.reduce([place.faulty(addresses, size) for place in self._places], axis=0)
         if np.any(bad):
             address = int(np.broadcast_to(addresses, bad.shape)[bad][0]) if self._places else low
-            near = min(self._places, key=lambda place: max(place.begin - address, address - place.end, 0), default=None)
-            where = "a launch without tensors" if near is None else near.words(address)
-            raise AddressError(f"{self._kernel} {does} {size} bytes {where}")
+            places = {name: (place.begin, place.end) for place in self._places for name in place.named}
+            raise AddressError(f"{self._kernel} {does} {size} bytes at {address}, between or outside of {places}")
 
 
 def _named_tensors(name: str, argument: object) -> dict[str, Tensor]:

@@ -50,27 +50,22 @@ def rows(padding: int) -> Tensor:
     return torch.arange(64.0).as_strided((3, 5), (5 + padding, 1), 7)
 
 
-#: Where a fault of one element is: the numbers between two rows, the fault's number, and what the error says.
-FAULTS = {
-    "before": (0, -1, "4 bytes before {} "),
-    "after": (0, 15, "0 bytes behind the end of {} "),
-    "between": (2, 5, "20 bytes behind the beginning of {} .*, between its elements"),
-}
+#: Where a fault of one element is: the numbers between two rows, and the fault's number.
+FAULTS = {"before": (0, -1), "after": (0, 15), "between": (2, 5)}
 
 
 @pytest.mark.parametrize("turn", [0, 1], ids=["at the end of a page", "at the beginning of a page"])
 @pytest.mark.parametrize("does", ["reads", "writes"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_of_one_element_is_found(addresses, fault, does, turn):
-    padding, number, words = FAULTS[fault]
+    padding, number = FAULTS[fault]
     x, out = rows(padding), rows(padding)
     # The launches of a kernel take turns, and the second copies to other pages than the first.
     while addresses.launches["test_addresses._copy"] % 2 != turn:
         copy(x, out)
     before = x.clone()
-    tensor, numbers = ("x_ptr", {"read": number}) if does == "reads" else ("out_ptr", {"written": number})
-    with pytest.raises(Exception, match=f"_copy {does} 4 bytes {words.format(tensor)}"):
-        copy(x, out, **numbers)
+    with pytest.raises(Exception, match=f"_copy {does} 4 bytes at"):
+        copy(x, out, **{"read" if does == "reads" else "written": number})
     copy(x, out)
     assert torch.equal(out, before) and torch.equal(x, before)
 

@@ -125,6 +125,8 @@ def test_both_ends_of_the_clip_pass_the_gradient(backend):
         to_x, to_m = torch.autograd.grad(out.sum(), (x, m))
         assert to_x[0].tolist() == [0.25 + 0.5 * one for one in passing]
         assert to_m[0].tolist() == [1.0 * one for one in passing]
+        given = torch.ones_like(out), x.detach(), m.detach(), values, *name.values(), False
+        assert all(map(torch.equal, op.reference_backward(*given), (to_x, to_m)))
         assert out[0].isnan().tolist() == [False] * 5 + [True]
 
 

@@ -1,6 +1,5 @@
 """Kernels are raced on the machine they run on, and who was ahead serves: `purify-fast tune` and the file it writes."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from purify_fast.ops.dispatch.op import Call, size_of
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(not _library.loaded(), reason="the CPU's kernels are the extension's")
-ELEMENTS = racing.ELEMENTS
 TINY = {"cpu": {"small": 2**10, "medium": 2**17, "large": 2**20}}
 
 
@@ -147,23 +145,6 @@ def test_races_that_the_time_does_not_suffice_for_are_named_and_keep_what_they_h
     assert len(found.left_out) == len(racing.races_of(REGISTRY["noisy_replay"], CPU)) and not found.rows
     assert "not timed, because the time was used up: noisy_replay" in command.text(found)
     assert REGISTRY["noisy_replay"].wanted(Call(CPU)).why.startswith("raced on AMD")
-
-
-@pytest.mark.slow
-def test_a_real_race_in_small(folder, monkeypatch):
-    """Every row has both times, and the file has the entry."""
-    monkeypatch.setattr(racing, "ELEMENTS", {"cpu": {"small": 2**10}})
-    monkeypatch.setattr(racing, "DTYPES", (torch.float32,))
-    monkeypatch.setattr(racing.races_of, "__defaults__", ((torch.float32,),))
-    found = racing.tune(CPU, ops=["noisy_replay"])
-    rows = found.rows["noisy_replay"]
-    assert {row.style for row in rows} == {"eager"} and not found.failed
-    assert all(row.reference_us > 0 and row.kernel_us > 0 for row in rows)
-    (path,) = folder.glob("kernels-cpu-*.json")
-    kept = json.loads(path.read_text())
-    entry = kept["ops"]["noisy_replay"]
-    assert entry["sources"] == REGISTRY["noisy_replay"].code_hash("cpu")
-    assert kept["machine"]["torch"] == torch.__version__ and kept["date"]
 
 
 def test_replays_are_captured_by_what_recovers(rerun):

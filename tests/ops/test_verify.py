@@ -20,7 +20,6 @@ from purify_fast.ops.dispatch import races, records, registry, verify
 from purify_fast.ops.dispatch.examples import Example
 from purify_fast.ops.dispatch.op import Call
 
-ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 needs_extension = pytest.mark.skipif(not _library.loaded(), reason="the CPU's kernels are the extension's")
 
