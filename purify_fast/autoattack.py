@@ -140,9 +140,7 @@ class AutoAttack:
         if is_tf_model:
             raise ValueError("is_tf_model must be False, got True: models of TensorFlow are not supported")
         if version != "custom" and len(attacks_to_run) > 0:
-            raise ValueError(
-                f"attacks_to_run needs version='custom', got {list(attacks_to_run)!r} with version={version!r}"
-            )
+            raise ValueError(f"attacks_to_run needs version='custom', got version={version!r}")
         self.model, self.norm, self.epsilon, self.seed, self.verbose = model, norm, eps, seed, verbose
         self.version, self.log_path = version, log_path
         self.device = None if device is None else torch.device(device)
@@ -185,10 +183,7 @@ class AutoAttack:
             ValueError: images, labels, names or counts are not allowed, or ``state_path`` is not None.
         """
         if state_path is not None:
-            raise ValueError(
-                f"state_path must be None, got {state_path!r}: to interrupt and resume, use "
-                "purify_fast.evaluate(..., out=FOLDER)"
-            )
+            raise ValueError("state_path must be None: to resume a run, use purify_fast.evaluate(..., out=FOLDER)")
         return self._run(x_orig, y_orig, self._chosen(), batch_size or bs, return_labels)
 
     def run_standard_evaluation_individual(
@@ -212,7 +207,6 @@ class AutoAttack:
 
         The arguments are those of `run_standard_evaluation`.
         """
-        check_counts(bs=bs)
         x, y, _ = collect(x_orig, y_orig)
         return float((self._predicted(x, bs) == y.to(x.device)).float().mean())
 
@@ -233,12 +227,15 @@ class AutoAttack:
         x, y, notes = collect(x, y)
         check_eps(self.epsilon, read_norm(self.norm), pixels=x[0].numel())
         begun, seed = time.monotonic(), 0 if self.seed is None else self.seed
-        device = device_of(self.model, x) if self.device is None else self.device
+        device = self._device(x)
         with torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []), frozen(self.model):
             torch.manual_seed(seed)
             model, classes = check_model(self.model, x[:FEW].to(device, copy=True))
             draws = max(attack.eot_iter or 1 for attack in attacks.values())
-            is_random = self._is_random(model, x[:FEW].to(device))
+            some = x[:FEW].to(device)
+            with torch.no_grad():
+                one = model(some.clone())
+                is_random = any(differ(one, model(some.clone())) for _ in range(TRIED_CALLS))
             is_random = is_random or draws_elsewhere(model, x[:TRIED].to(device), FEW)
             self._tell(f"using {self.version} version including {', '.join(names)}")
             for note in notes:
@@ -292,16 +289,13 @@ class AutoAttack:
     @torch.no_grad()
     def _predicted(self, x: Tensor, size: int) -> Tensor:
         """The predicted classes of the images, on the device of the images."""
-        device = device_of(self.model, x) if self.device is None else self.device
+        device = self._device(x)
         with frozen(self.model):
             model, _ = check_model(self.model, x[:FEW].to(device, copy=True))
             return torch.cat([model(part.to(device)).argmax(1).to(x.device) for part in x.split(size)])
 
-    @staticmethod
-    @torch.no_grad()
-    def _is_random(model: Classifier, some: Tensor) -> bool:
-        one = model(some.clone())
-        return any(differ(one, model(some.clone())) for _ in range(TRIED_CALLS))
+    def _device(self, x: Tensor) -> torch.device:
+        return device_of(self.model, x) if self.device is None else self.device
 
     def _tell(self, text: str) -> None:
         if self.verbose:

@@ -48,22 +48,6 @@ class Purifier(Purifies, HasClassifier, Protocol):
 
 
 @runtime_checkable
-class Reconstructs(Protocol):
-    """Repairs images before they are classified, by a method that is called ``reconstruct`` as in CARSO."""
-
-    def reconstruct(self, x: Tensor) -> Tensor:
-        """Purified images ``[B, C, H, W]``, or K draws for each image, ``[B, K, C, H, W]``."""
-
-
-@runtime_checkable
-class ShowsTransform(Protocol):
-    """Transforms images before it repairs them, and can return the transformed images."""
-
-    def transformed(self, x: Tensor) -> Tensor:
-        """The transformed images before the repair: ``[B, C, H, W]``, or K draws for each, ``[B, K, C, H, W]``."""
-
-
-@runtime_checkable
 class FrozenClassifier(Protocol):
     """A defence that keeps a frozen copy of its classifier. Attacks on the classifier alone use this copy."""
 

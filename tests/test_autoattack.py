@@ -90,30 +90,6 @@ def test_a_random_model_falls_by_fresh_draws_alone(plain, capsys):
     assert "WARNING: the model is random" in capsys.readouterr().out
 
 
-def test_values_outside_by_rounding_are_clamped(plain, capsys):
-    model, x, y = plain
-    moved = x / x.max() + 3e-5
-    found = Short(model, version="custom", attacks_to_run=["apgd-ce"], verbose=True).run_standard_evaluation(moved, y)
-    assert "NOTE: values of the images outside [0, 1] by rounding" in capsys.readouterr().out
-    custom = Short(model, version="custom", attacks_to_run=["apgd-ce"])
-    assert torch.equal(found, custom.run_standard_evaluation(moved.clamp(0, 1), y)) and found.max() <= 1
-    assert custom.clean_accuracy(moved, y) == custom.clean_accuracy(moved.clamp(0, 1), y)
-    with pytest.raises(ValueError, match=r"x must be in \[0, 1\] .* got values from .*; x is in \[-1, 1\]"):
-        custom.run_standard_evaluation(2 * x - 1, y)
-
-
-def test_a_model_without_logits_for_every_batch_is_refused(plain):
-    model, x, y = plain
-    for change, message in (
-        (lambda z: model(z).squeeze(), r"got torch.float32 \[10\] for B = 1"),
-        (lambda z: model(z)[:, 0], r"got torch.float32 \[8\] for B = 8"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            Short(change).run_standard_evaluation(x, y)
-        with pytest.raises(ValueError, match=message):
-            Short(change).clean_accuracy(x, y)
-
-
 def test_half_and_exported_modules_are_attacked(plain):
     """The images are those that a model which converts its images loses; an exported module has no eval()."""
     model, x, y = plain
@@ -133,9 +109,7 @@ def test_half_and_exported_modules_are_attacked(plain):
     [
         ({"norm": "L0"}, {}, "norm must be .*L0.* as in Linf"),
         ({"eps": 8}, {}, "eps must be at most 1 for linf, in image units, got 8"),
-        ({"eps": 9, "norm": "L2"}, {}, r"eps must be at most 6.9\d* for l2, .* two images, got 9: is 9/255 meant"),
         ({"eps": "8/255"}, {}, "eps must be .*'8/255'"),
-        ({"version": "best"}, {}, "version must be .*best"),
         ({"is_tf_model": True}, {}, "is_tf_model must be False, got True"),
         ({"attacks_to_run": ["square"]}, {}, "attacks_to_run needs version='custom'"),
         ({"version": "custom", "attacks_to_run": ["pgd"]}, {}, "attacks_to_run must be .*pgd"),

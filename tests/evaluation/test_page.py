@@ -88,4 +88,4 @@ def test_an_evaluation_writes_the_page_and_the_command_finds_it(tmp_path, capsys
     assert cli.main(["report", str(tmp_path), "--no-open"]) == 0
     assert capsys.readouterr().out.strip() == str(path)
     assert cli.main(["report", str(tmp_path / "nothing"), "--no-open"]) == 2
-    assert "purify-fast evaluate" in capsys.readouterr().err
+    assert "give the folder of a report" in capsys.readouterr().err

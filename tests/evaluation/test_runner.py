@@ -208,6 +208,7 @@ def test_what_a_model_lacks_is_said(toy, caplog):
     assert report.notes[0].startswith("m: BPDA") and "no attack ran" in caplog.text
     assert evaluate(plain(model), x, y, attacks=[], name="m", **QUIET).notes == []
     attacks = [PGD(), AttackSpec(PGD(), variant="fixed"), AttackSpec(PGD(), variant="deterministic")]
+    model.eval()
     report = evaluate(lambda z: model(z), x, y, steps=2, n_eval=2, name="f", attacks=attacks, **QUIET)
     assert report.attacks == ["clean", "PGD-2 ce", "worst"] and len(report.notes) == 2
     assert "fixed_noise()" in report.notes[0] and "deterministic()" in report.notes[1]

@@ -116,7 +116,7 @@ def test_damaged_and_missing_files_are_refused(tmp_path, capsys):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"witnesses.*checksum"):
+    with pytest.raises(ValueError, match="checksum"):
         check_witnesses(tmp_path, digit_nets.standard())
     assert cli.main(words) == 2
     path.unlink()
@@ -129,8 +129,6 @@ def test_damaged_and_missing_files_are_refused(tmp_path, capsys):
     with pytest.raises(ValueError, match="keep"):
         check_witnesses(tmp_path, digit_nets.standard())
     assert cli.main(words) == 2 and cli.main(["check", str(tmp_path / "nowhere"), *words[2:]]) == 2
-    with pytest.raises(ValueError, match="keep must be"):
-        saved(tmp_path, keep="every")
 
 
 def noisy():

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..._memory import bytes_of
-from ..._validation import Count, CudaGraphs, CudnnBenchmark, check_counts, check_number, check_types
+from ..._validation import Count, CudaGraphs, CudnnBenchmark, check_counts, check_types
 
 ProtocolName = Literal["fast", "standard", "rand", "strong", "official", "authors"]
 #: The rule by which several predictions of a random model on an image count as correct: all of them are correct
@@ -19,7 +19,7 @@ BatchSize = int | Literal["auto"]
 USUAL_BATCH = 250
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class EvaluateConfig:
     """The settings of an evaluation. Model, images, ball and attacks are arguments of `evaluate` itself.
 
@@ -70,7 +70,7 @@ class EvaluateConfig:
             and prints; the others get the report without pictures. False: each process makes a separate evaluation.
 
     Raises:
-        TypeError: claim, or a radius of curve, is not a number.
+        TypeError: curve is not a tuple.
         ValueError: a setting that is not allowed; the message names it.
     """
 
@@ -93,10 +93,11 @@ class EvaluateConfig:
     together: bool = True
 
     def __post_init__(self) -> None:
-        if self.claim is not None:
-            check_number("claim", self.claim)
-            if not (self.claim == 0 or 1 < self.claim <= 100):
-                raise ValueError(f"claim must be 0, or a percentage above 1 and at most 100, got {self.claim!r}")
+        # A frozen dataclass does not allow a plain assignment.
+        object.__setattr__(self, "curve", tuple(self.curve))
+        check_types(self)
+        if self.claim is not None and not (self.claim == 0 or 1 < self.claim <= 100):
+            raise ValueError(f"claim must be 0, or a percentage above 1 and at most 100, got {self.claim!r}")
         if isinstance(self.batch_size, str) and self.batch_size != "auto":
             raise ValueError(f'batch_size must be a number or "auto", got {self.batch_size!r}')
         if self.memory is not None:
@@ -105,18 +106,6 @@ class EvaluateConfig:
             bytes_of(self.memory)
         if self.batch_size not in (None, "auto"):
             check_counts(batch_size=self.batch_size)
-        if isinstance(self.curve, str) or not isinstance(self.curve, Iterable):
-            raise ValueError(f"curve must be a tuple of radii, got {self.curve!r}: write a single radius as (0.05,)")
-        for radius in self.curve:
-            check_number("each of curve", radius)
-        # A frozen dataclass does not allow a plain assignment.
-        object.__setattr__(self, "curve", tuple(self.curve))
-        check_types(self)
-
-    def __repr__(self) -> str:
-        given = ((each.name, getattr(self, each.name), each.default) for each in fields(self))
-        words = (f"{name}={value!r}" for name, value, usual in given if value != usual)
-        return f"EvaluateConfig({', '.join(words)})"
 
     @property
     def images_together(self) -> int:

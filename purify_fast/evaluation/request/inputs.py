@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 
 from ..._validation import Norm
-from ...attacks import Attack, AutoAttack
+from ...attacks import Attack
 from ...attacks.arguments import check_eps
-from ...attacks.original_autoattack import implementation
-from ...protocols import Classifier
 from ...training.batches import as_tensor, check_range, read_batch
 from .config import EvaluateConfig
 from .specs import AttackFunction, AttackSpec, as_specs
@@ -32,9 +30,6 @@ def images_and_labels(x: Tensor | Iterable[Any], y: Tensor | None) -> tuple[Tens
     images, labels = list[Tensor](), list[Tensor]()
     for i, batch in enumerate(x):
         part, of_part, _ = read_batch(batch, f"batch {i}")
-        if part.is_floating_point() and part.numel():
-            low, high = part.detach().aminmax()
-            check_range(f"the images of batch {i}", float(low), float(high))
         images.append(part)
         labels.append(of_part)
     kinds = list(dict.fromkeys((str(part.dtype), *part.shape[1:]) for part in images))
@@ -67,26 +62,6 @@ def collect(x: Any, y: Any) -> tuple[Tensor, Tensor, list[str]]:
     return x, y.to(torch.int64), notes
 
 
-def as_classifier(model: Any) -> Classifier:
-    """Return the model itself; TypeError if it is a class, or cannot be called."""
-    if isinstance(model, type) or not callable(model):
-        raise TypeError(f"the model must be a module or a function from images to logits, got {model!r}")
-    return model
-
-
-def with_arguments(config: EvaluateConfig, **given: Any) -> EvaluateConfig:
-    """The config with the settings that are arguments of `evaluate`; an argument that is None changes nothing."""
-    if not isinstance(config, EvaluateConfig):
-        raise TypeError(f'config must be an EvaluateConfig, such as EvaluateConfig(protocol="fast"), got {config!r}')
-    given = {name: value for name, value in given.items() if value is not None}
-    twice = [each.name for each in fields(config) if each.name in given and getattr(config, each.name) != each.default]
-    if twice:
-        raise ValueError(
-            f"{twice[0]} is given twice, as an argument of evaluate and in config: leave one of the two out"
-        )
-    return replace(config, **given)
-
-
 def read_attacks(
     config: EvaluateConfig,
     attacks: Sequence[Attack | AttackSpec | AttackFunction] | None,
@@ -100,9 +75,6 @@ def read_attacks(
     if config.protocol is None and attacks is None:
         config = replace(config, protocol="standard")
     given = [] if attacks is None else as_specs(attacks)
-    if config.protocol in ("official", "authors") or any(isinstance(spec.resolved, AutoAttack) for spec in given):
-        # If the package is missing, its error is raised here, before any work.
-        implementation()
     if eps == 0 and (given or config.protocol or config.probes):
         raise ValueError("eps must be above 0, got 0; for the accuracy on clean images only, give attacks=[]")
     # A ball that contains every image is refused, also for an attack with a radius of its own.

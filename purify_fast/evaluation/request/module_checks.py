@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from types import CodeType
 
 from torch import nn
 
@@ -28,20 +27,9 @@ def note_of_modes(model: Classifier, name: str) -> list[str]:
     else:
         parts = [(place, part) for place, module in used_modules(model) for part in module.modules()]
         what = "stayed so, because they belong to a function; if this is not intended, call .eval() on them"
-    odd = [(place, part) for place, part in parts if part.training and _asks_for_mode(part)]
+    odd = [(place, part) for place, part in parts if part.training and not [*part.children()]]
     names = list(dict.fromkeys(f"{place} ({type(part).__name__})" for place, part in odd))
     return [f"{name} has modules in training mode, {', '.join(names[:_NAMED])}: they {what}"] if names else []
-
-
-def _asks_for_mode(module: nn.Module) -> bool:
-    """Tell whether a module computes differently in training, as dropout and batch normalization do."""
-    for kind in type(module).__mro__:
-        if kind is nn.Module:
-            return False
-        codes = (getattr(value, "__code__", None) for value in vars(kind).values())
-        if any(isinstance(code, CodeType) and "training" in code.co_names for code in codes):
-            return True
-    return False
 
 
 def refresh_stale_copies(*models: object) -> None:

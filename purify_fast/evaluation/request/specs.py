@@ -55,7 +55,7 @@ def as_attack(
 
     Raises:
         TypeError: function is not callable.
-        ValueError: name is empty, or the ball is not allowed.
+        ValueError: the ball is not allowed.
     """
     if isinstance(function, type) or not callable(function):
         raise TypeError(
@@ -78,11 +78,6 @@ class FunctionAttack(Attack):
     function: AttackFunction
     row_name: str
     own_revision: str | None = None
-
-    def __post_init__(self) -> None:
-        if not self.row_name:
-            raise ValueError(f"the name of an attack must not be empty, got {self.row_name!r}")
-        super().__post_init__()
 
     def name(self, context: AttackContext) -> str:
         return self.row_name
@@ -217,8 +212,8 @@ class AttackSpec:
         if self.until is not None and not 0 < self.until < 1:
             raise ValueError(f"until must be a share of the images between 0 and 1, such as 0.002, got {self.until!r}")
         Range(0).check("seed", self.seed)
-        for model in (None if self.target == CLASSIFIER else self.target, self.judge):
-            if model is not None and not callable(model):
+        for model in (self.target, self.judge):
+            if model not in (None, CLASSIFIER) and not callable(model):
                 raise TypeError(f"target and judge must be models, or target {CLASSIFIER!r}, got {model!r}")
         if self.aggregation is not None:
             check_literal("aggregation", self.aggregation, Aggregation)
@@ -253,13 +248,7 @@ def as_specs(attacks: Sequence[Any]) -> list[AttackSpec]:
     """Make an `AttackSpec` from each attack or function of a list; TypeError for anything else."""
     if isinstance(attacks, (str, Attack, AttackSpec)) or not isinstance(attacks, Sequence):
         raise TypeError(f"attacks must be a list, got {attacks!r}: give a single attack as [attack]")
-    specs = []
-    for i, attack in enumerate(attacks):
-        try:
-            specs.append(attack if isinstance(attack, AttackSpec) else AttackSpec(attack))
-        except TypeError as error:
-            raise TypeError(f"attacks[{i}]: {error}") from None
-    return specs
+    return [attack if isinstance(attack, AttackSpec) else AttackSpec(attack) for attack in attacks]
 
 
 def lee_kim_2023(eps: float = 8 / 255, *, leave: bool = False) -> AttackSpec:

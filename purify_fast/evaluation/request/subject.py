@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -62,10 +61,6 @@ class Fault:
 
     reason: str
     repeats: bool
-
-
-#: By variant: the code of its context.
-BLOCKS = {"fixed": "fixed_noise(seed)", "deterministic": "deterministic()"}
 
 
 def device_of(model: Classifier, x: Tensor) -> torch.device:
@@ -242,7 +237,8 @@ class Subject:
         ):
             count = int(_apart(first, other, tolerance).sum())
             if count > FEW * len(x):
-                reason = f"within a block of {BLOCKS[variant]}, {what}, for {count} of {len(x)} images"
+                block = "fixed_noise(seed)" if variant == "fixed" else "deterministic()"
+                reason = f"within a block of {block}, {what}, for {count} of {len(x)} images"
                 return Fault(reason, repeats=other is not again)
         return None
 
@@ -253,16 +249,6 @@ class Subject:
     def reseed(self, phase: Phase) -> None:
         """Seed the random generators for a phase."""
         torch.manual_seed(3 * self.seed + PHASES[phase])
-
-    def generators(self) -> list[Tensor]:
-        """The states of the random generators."""
-        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else [])]
-
-    def set_generators(self, states: Sequence[Tensor]) -> None:
-        """Set the random generators to earlier states, see `generators`."""
-        torch.set_rng_state(states[0])
-        for state in states[1:]:
-            torch.cuda.set_rng_state(state, self.device)
 
     def judge(
         self,

@@ -17,6 +17,7 @@ from ...attacks import AttackContext, AttackResult, GradientHealth
 from ...attacks.engine.judge import Judge
 from ...attacks.losses import margin
 from ...protocols import Classifier
+from ...speed.memory import same_draws_again
 from ..request.config import USUAL_BATCH
 from ..request.specs import AttackSpec, check_adversarial
 from ..request.subject import Subject
@@ -74,7 +75,7 @@ class AttackRun:
                 self.rounds.append(range(len(self.parts), len(self.parts) + len(parts)))
                 self.parts += parts
         self._made = dict[int, AttackedBatch]()
-        self._generators = self.subject.generators()
+        self._as_now = same_draws_again(self.subject.device)
 
     def make(self, number: int) -> AttackedBatch:
         """Attack the images of a batch."""
@@ -96,7 +97,7 @@ class AttackRun:
         """Set the random generators for a batch, so that any process would make the same batch at any time."""
         if number == 0:
             # The first batch needs no new seed, because the generators were seeded for the attack.
-            self.subject.set_generators(self._generators)
+            self._as_now()
         else:
             torch.manual_seed(int(text_hash(f"{self.subject.seed} 0 {number}").hexdigest()[:15], 16))
 

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from ...attacks import frozen
-from ...protocols import Classifier, FixedNoise, Purifies, Reconstructs, SampleLogits, ShowsTransform, supports
+from ...protocols import Classifier, FixedNoise, Purifies, SampleLogits, supports
 from ..alarms import Evidence
 from ..alarms.answers import PROBED
 from ..request.subject import device_of
 from ..results.rows import CURVE, Examples, Row
 from .text import render
 
-#: The largest number of purified images, and of transformed images, that are shown for each image.
+#: The largest number of purified images that are shown for each image.
 SAMPLES = 4
 
 #: An image ``[C, H, W]`` in [0, 1] with C = 1 or 3, its caption, and whether the class in the caption is the true class
@@ -128,22 +128,16 @@ def _asked(defence: Any, x: Tensor, attacked: Tensor) -> tuple[Tensor | None, li
             return call(images.to(device)).cpu()
 
     columns: list[tuple[str, Tensor, Tensor | None]] = []
-
-    def add(name: str, images: Tensor, classes: Tensor | None) -> None:
-        images = (images if images.dim() == 5 else images[:, None])[:, :SAMPLES].float()
-        for k in range(images.shape[1]):
-            columns.append((name, images[:, k], None if classes is None else classes[:, k]))
-
     devices = [device.index or 0] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), frozen(defence):
         before = fixed(defence, x).argmax(1)
-        if supports(defence, ShowsTransform):
-            add("transformed", fixed(defence.transformed, attacked), None)
-        if supports(defence, Purifies) or supports(defence, Reconstructs):
+        if supports(defence, Purifies):
             samples = supports(defence, SampleLogits)
             classes = fixed(defence.sample_logits, attacked).argmax(2) if samples else None
-            purify = defence.purify if supports(defence, Purifies) else defence.reconstruct
-            add("purified", fixed(purify, attacked), classes)
+            images = fixed(defence.purify, attacked)
+            images = (images if images.dim() == 5 else images[:, None])[:, :SAMPLES].float()
+            for k in range(images.shape[1]):
+                columns.append(("purified", images[:, k], None if classes is None else classes[:, k]))
     return before, columns
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -20,16 +18,12 @@ from ..alarms import Finding
 from ..results.claims import ClaimTest, tested_claim
 from ..results.rows import CURVE, Paired, Row
 from .page import html_page
-from .tables import color_is_welcome, comparison, markdown_table
+from .tables import color_is_welcome
 from .text import render
 from .witnesses import FILE, Witnesses
 
-logger = logging.getLogger("purify_fast")
-
 #: Format 3 has the rule for random models by which other draws judge a point than those that chose it.
 FORMAT = 3
-#: The name of the file in which the command line stores the options of an evaluation.
-OPTIONS = "run.yaml"
 
 
 @dataclass(repr=False)
@@ -252,10 +246,6 @@ class Report:
         named += [f"{what} {self.about[what]}" for what in ("protocol", "predict", "precision") if what in self.about]
         return [*named, *([self.about["version"]] if "version" in self.about else [])]
 
-    def comparison(self) -> list[str]:
-        """The lines of a Markdown table with a line for each attack and a column for each model."""
-        return markdown_table(*comparison(self))
-
     def to_text(self, color: bool | None = None) -> str:
         """Return the report as text for a terminal: title and table, or only the comparison of several models.
 
@@ -264,35 +254,10 @@ class Report:
         """
         return render("report.txt.jinja", report=self, color=color_is_welcome() if color is None else color).rstrip()
 
-    def _set_aside(self, folder: Path) -> None:
-        """Move the report that is in the folder into a subfolder, if it has other contents or settings."""
-        try:
-            there = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return
-        if _identity(there) == _identity(json.loads(self.to_json())):
-            return
-        about = there.get("about", {})
-        named = ("threat", "dataset", "protocol", "predict", "precision")
-        name = ", ".join(["earlier", *(about[each] for each in named if each in about)]).replace("/", "_")
-        names = itertools.chain([name], (f"{name}, {number}" for number in itertools.count(2)))
-        place = next(folder / each for each in names if not (folder / each).exists())
-        place.mkdir()
-        options = folder / OPTIONS
-        # A training may have written the folder's file of options.
-        mine = options.exists() and b"command: evaluate" in options.read_bytes().splitlines()
-        for path in [*folder.glob("report.*"), *([options] if mine else [])]:
-            path.replace(place / path.name)
-        note = f"the earlier report of this folder, which has other contents or settings, is now in {place}"
-        self.notes.append(note)
-        # The note is also logged, because the report with its notes may have been printed before.
-        logger.warning(note)
-
     def save(self, folder: str | Path, defence: Classifier | Mapping[str, Classifier] | None = None) -> None:
         """Write ``report.html``, ``report.json`` and ``report.md``, and with ``keep="all"`` the fallen images.
 
-        Each file is written atomically. If the folder has a report with other contents or settings, that report and the
-        options of its command are moved into a subfolder "earlier, ...", with a warning.
+        Each file is written atomically. A report that is in the folder is replaced.
 
         Args:
             folder: folder of the report; it is made if it is missing.
@@ -304,7 +269,6 @@ class Report:
         folder = Path(folder)
         check_folder("folder", folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self._set_aside(folder)
         # Before the report that names the file, so that no report is without its witnesses.
         if self.witnesses is None:
             (folder / FILE).unlink(missing_ok=True)
@@ -346,19 +310,9 @@ def merge(reports: Iterable[Report]) -> Report:
         # The merged report names no command, because several commands may have made the reports.
         shared = {key: value for key, value in together[0].about.items() if key != "command"}
         merged.about = {key: value for key, value in shared.items() if all(r.about.get(key) == value for r in together)}
-        for what in ("threat", "predict"):
-            for value in filter(None, facts[what]):
-                merged.about[what] = value
+        merged.about |= {what: value for what in ("threat", "predict") for value in facts[what] if value}
     counts = Counter((row.model, row.attack) for row in merged.rows)
     double = [f"{model}: {attack}" for (model, attack), count in counts.items() if count > 1]
     if double:
         raise ValueError(f"merged rows must differ in model or attack, got {', '.join(double)}: give each a name")
     return merged
-
-
-def _identity(content: Mapping[str, Any]) -> Any:
-    """Return the facts that identify a report's evaluation. A report overwrites only a report with equal facts."""
-    apart = ("date", "command", "version", "processor", "claim", "claim_test", "seconds", "peak_memory")
-    about = {name: value for name, value in content.get("about", {}).items() if name not in apart}
-    told = ("model", "attack", "n", "n_eval", "seed", "data")
-    return about, [[row.get(name) for name in told] for row in content.get("rows", [])]

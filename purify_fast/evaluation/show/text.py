@@ -8,24 +8,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ... import _templates
-from ..alarms import STATES, Finding
+from ..alarms import STATES, Finding  # noqa: F401
 from ..alarms.signs import ALARMS
-from ..results.claims import MOST, REFUTED
-from ..results.rows import Row, followed
-from .tables import (
-    COLUMNS,
-    RED_UNRELIABLE,
-    TERMINAL,
-    comparison,
-    markdown_table,
-    paint,
-    percent,
-    short_table,
-    table_of_findings,
-    table_of_rows,
-    terminal_table,
-    warning,
-)
+from ..results.claims import MOST, REFUTED  # noqa: F401
+from ..results.rows import Row, followed  # noqa: F401
+from . import tables
+from .tables import TERMINAL, percent
 
 if TYPE_CHECKING:
     import jinja2
@@ -52,15 +40,9 @@ def sentence(name: str, *values: Any) -> str:
 @functools.cache
 def _environment() -> jinja2.Environment:
     environment = _templates.environment(__package__)
-    functions = (
-        *(about_variants, column_legend, comparison, facts, fill, followed),
-        *(markdown_table, not_asked, paint, percent, settings_told, short_table, table_of_findings, table_of_rows),
-        *(terminal_table, told_beside, warning, without_probes),
-    )
-    environment.globals |= {function.__name__: function for function in functions}
+    # Templates may use all names of this module and of the tables.
+    environment.globals |= vars(tables) | globals()
     environment.globals |= {name: functools.partial(sentence, name) for name in SENTENCES}
-    environment.globals |= {"columns": COLUMNS, "mark": RED_UNRELIABLE, "meanings": STATES, "terminal": TERMINAL}
-    environment.globals |= {"most": MOST, "refuted": REFUTED}
     return environment
 
 

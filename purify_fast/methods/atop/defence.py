@@ -179,14 +179,6 @@ class Atop(Defence):
         whole = stitch(images, owners) if self.num_passes is not None else images
         return (whole.unflatten(0, owners.shape[:2]) + 1) / 2
 
-    @torch.no_grad()
-    def transformed(self, x: Tensor) -> Tensor:
-        """Return the (first) input of the purifier in [0, 1], ``[B, S, C, H, W]``. Hidden blocks are gray."""
-        packed, owners = self.draw(x)
-        # the purifier's inputs, [S, B, N, C + 2, H, W]
-        passes = packed.unflatten(0, (*owners.shape[:2], -1))
-        return (passes[:, :, 0, : x.shape[1]].transpose(0, 1).float() + 1) / 2
-
     # -- speed, training and files ------------------------------------------------------------------------------------
 
     @property

@@ -227,15 +227,3 @@ def test_a_classifier_in_bfloat16_is_attacked_and_trained_with():
     loss, _ = training_loss(made, Batch(images(4), y, torch.arange(4), 0), AtopConfig(cls_delay=0))
     loss.backward()
     assert loss.isfinite() and all(p.grad is None for p in made.classifier.parameters())
-
-
-@pytest.mark.parametrize("transform", ["rt2", "rt3"])
-def test_transformed_is_what_the_purifier_sees(transform):
-    made, x = defence(transform=transform, samples=2), images(4)
-    with made.fixed_noise(0):
-        seen, (packed, _) = made.transformed(x), made.draw(x)
-    assert seen.shape == (4, 2, 1, 16, 16) and not seen.requires_grad
-    per = packed.unflatten(0, (2, 4, -1))
-    assert torch.equal(2 * seen - 1, per[:, :, 0, :1].transpose(0, 1))
-    hidden = per[:, :, 0, 2].transpose(0, 1) > 0
-    assert (seen[:, :, 0][hidden] == 0.5).all() and hidden.float().mean() == 0.25
