@@ -121,19 +121,16 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"purify-fast{f', process {rank}' if rank else ''}: {error}", file=sys.stderr)
         return 2
     except Exception as error:
-        if not ran_out_of_memory(error):
-            traceback.print_exc()
-            print(
-                f"purify-fast: this is an error in purify_fast {__version__}, unless the lines above end in your own "
-                "code. Please report it with the lines above, the command line and the output of "
-                "`purify-fast info --all`.",
-                file=sys.stderr,
-            )
-            return 1
-        where = str(error).splitlines()[0] if str(error) else "of this machine"
-        advice = "give a smaller --batch-size; `evaluate` also accepts --batch-size auto"
-        print(f"purify-fast: not enough memory: {where}; {advice}", file=sys.stderr)
-        return 2
+        if ran_out_of_memory(error):
+            print(f"purify-fast: not enough memory: {error}; give a smaller --batch-size", file=sys.stderr)
+            return 2
+        traceback.print_exc()
+        print(
+            f"purify-fast: this is an error in purify_fast {__version__}, unless the lines above end in your own code. "
+            "Please report it with the lines above, the command line and the output of `purify-fast info --all`.",
+            file=sys.stderr,
+        )
+        return 1
     except KeyboardInterrupt:
         print("purify-fast: interrupted; run the same command again to continue", file=sys.stderr)
         return 130

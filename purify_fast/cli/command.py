@@ -28,6 +28,10 @@ class Command(ABC):
     called: ClassVar[str]
     #: All commands by their names.
     kinds: ClassVar[dict[str, type[Command]]] = {}
+    #: The options that have no effect without another option, and those that have none beside another option, each by
+    #: the name of the other option. The tables of base classes hold too.
+    only_with: ClassVar[dict[str, tuple[str, ...]]] = {}
+    set_by: ClassVar[dict[str, tuple[str, ...]]] = {}
     #: The words that the user has typed after the program's name.
     typed: ClassVar[tuple[str, ...]] = ()
 
@@ -52,10 +56,6 @@ class Command(ABC):
     def writes(self) -> Path | None:
         """The folder that the command writes to and that is locked during the run; None if there is none."""
         return getattr(self, "out", None)
-
-    def without_effect(self) -> dict[str, tuple[str, ...]]:
-        """The options without effect, by the reason: another option that is given, or that is missing."""
-        return {}
 
 
 @dataclass(frozen=True)

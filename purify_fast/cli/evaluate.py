@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shlex
 import warnings
@@ -12,7 +11,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import tyro
 
-from .._files import folder_lock
 from .._validation import Count, Norm, Precision, read_norm
 from ..evaluation.request.config import EvaluateConfig
 from .command import DataCommand, ProcessOptions
@@ -59,6 +57,7 @@ class Evaluate(ProcessOptions, DataCommand):
     """
 
     called: ClassVar[str] = "evaluate"
+    only_with: ClassVar = {"official": ("classifier_weights",)}
 
     folder: tyro.conf.Positional[Path] = Path("runs/carso")
     official: Path | None = None
@@ -84,14 +83,6 @@ class Evaluate(ProcessOptions, DataCommand):
         if (self.official is None) != (self.recipe is None):
             raise ValueError("--official FOLDER and --recipe need each other: give both")
 
-    def without_effect(self) -> dict[str, tuple[str, ...]]:
-        unused: dict[str, tuple[str, ...]] = {}
-        if self.official is None:
-            unused["without --official FOLDER"] = ("classifier_weights",)
-        if self.own is not None or self.official is not None:
-            unused["without a saved defence"] = ("classifier", "t_star", "denoising_steps", "solver")
-        return unused
-
     @property
     def own(self) -> str | None:
         """The name of the user's function that makes the model; None for another kind of model."""
@@ -102,11 +93,7 @@ class Evaluate(ProcessOptions, DataCommand):
         """The name of the model in the zoo; None for another kind of model."""
         return zoo_name(self.folder) if self.official is None else None
 
-    def writes(self) -> None:
-        """Return None, because `run` itself locks the folder of the report, after it has checked the options."""
-
-    def report_folder(self) -> Path:
-        """The folder of the report: --out, or the default that the help text of --out names."""
+    def writes(self) -> Path:
         if self.out is not None:
             return self.out
         if self.own is not None:
@@ -160,19 +147,20 @@ class Evaluate(ProcessOptions, DataCommand):
 
         device = images.y_test.device
         base: nn.Module | None = None
-        if self.own is not None:
+        saved = None if self.own or self.official else saved_folder(self.folder)
+        if saved is not None and not is_classifier(saved):
+            base = self.behind(saved, images)
+            model: Any = load_defence(saved, base, process=self.process())
+        elif self.classifier is not None or self.process() is not None:
+            options = "--classifier, --t-star, --denoising-steps and --solver"
+            raise ValueError(f"{options} are only for a saved denoiser or diffusion purifier, got {self.folder}")
+        elif saved is not None:
+            model = load_classifier(saved).to(device)
+        elif self.own is not None:
             return own_model(self.own, images), None
-        if self.recipe is not None:
-            model: Any = recipe(self.recipe, "carso").load(self.official, self.classifier_weights).to(device)
-            base = model.classifier
-        elif is_classifier(folder := saved_folder(self.folder)):
-            if self.classifier is not None or self.process() is not None:
-                options = "--classifier, --t-star, --denoising-steps and --solver"
-                raise ValueError(f"{options} are only for a saved denoiser or diffusion purifier, got {self.folder}")
-            model = load_classifier(folder).to(device)
         else:
-            base = self.behind(folder, images)
-            model = load_defence(folder, base, process=self.process())
+            model = recipe(str(self.recipe), "carso").load(self.official, self.classifier_weights).to(device)
+            base = model.classifier
         refuse_other_images(model, images, f"the model in {self.official or self.folder}")
         return model, base
 
@@ -218,21 +206,13 @@ class Evaluate(ProcessOptions, DataCommand):
         return subset.x, subset.y, notes + [str(warning.message) for warning in caught]
 
     def run(self) -> None:
-        from ..training.distributed import from_first
-
-        with contextlib.ExitStack() as stack:
-            # Only the first of several processes writes and locks the folder. If this fails, all processes end.
-            from_first(lambda: stack.enter_context(folder_lock(self.report_folder())))
-            self.judge(self.load_data(train=False))
-
-    def judge(self, images: DataSet) -> None:
-        """Attack the model, print the report, and write it."""
         from .._process import processes
         from ..evaluation import evaluate
         from ..speed.precision import float32_products
 
+        images = self.load_data(train=False)
         model, base = self.prepared(images)
-        out, (eps, norm) = self.report_folder(), self.ball()
+        out, (eps, norm) = self.writes(), self.ball()
         x, y, notes = self.chosen(images)
         with float32_products(tf32=self.precision == "tf32"):
             report = evaluate(

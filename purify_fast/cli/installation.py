@@ -82,18 +82,6 @@ def _state(op: Op, kind: str) -> tuple[str, str, str]:
     return eager, graph, "; ".join(words)
 
 
-def _raced(kind: str) -> str:
-    """A sentence about the saved timings of kernels on this machine's CPU or GPU."""
-    device = _devices().get(kind)
-    if device is None:
-        return "this machine has no GPU; on a GPU, kernels are verified at their first use"
-    own, near = records.read(device), races.nearest(records.machine(device))
-    if timed := sum("cells" in entry for entry in own["ops"].values()):
-        return f"{timed} ops were timed here on {own['date']}, {records.file_of(device)}"
-    where = f", but on {near['machine']['device']} on {near['date']}" if near else " or on a similar card"
-    return f"no kernel was timed on this machine{where}: run `purify-fast tune`"
-
-
 def info(everything: bool) -> str:
     """The text of the command ``info``: versions, devices, how many ops kernels compute, and wrong kernels."""
     states = {kind: {name: _state(op, kind) for name, op in REGISTRY.items()} for kind in ("cpu", "cuda")}
@@ -120,7 +108,6 @@ def info(everything: bool) -> str:
         forced=forced_backends(),
         verdicts=records.folder(),
         mode=mode(),
-        raced=_raced,
         environment=[f"{key}={value}" for key, value in sorted(os.environ.items()) if key.startswith("PURIFY_FAST_")],
         table=terminal_table(["op", "device", "available", "eager", "in graphs", "why"], body, color=False),
     )

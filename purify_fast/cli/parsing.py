@@ -14,7 +14,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from .._version import __version__
 from .command import Command
-from .run_file import number, options_of, with_options
+from .run_file import number, options_of, with_options, without_effect
 
 C = TypeVar("C", bound=Command)
 
@@ -74,7 +74,7 @@ def parse(kind: type[C], arguments: list[str]) -> C:
         batch_size = int(size) if size.isdecimal() and int(size) > 0 else None
         default = kind.of_recipe(chosen["recipe"], bool(chosen.get("official_code")), batch_size)
     command: C = cli(kind, arguments, prog=f"purify-fast {kind.called}", default=with_options(default, in_file))
-    for reason, names in command.without_effect().items():
-        if odd := [f"--{name.replace('_', '-')}" for name in names if name in given]:
-            raise ValueError(f"{', '.join(odd)} has no effect {reason}")
+    for name, reason in without_effect(command).items():
+        if name in given:
+            raise ValueError(f"--{name.replace('_', '-')} has no effect {reason}")
     return command

@@ -46,9 +46,20 @@ def values(command: Any) -> dict[str, Any]:
     return options
 
 
+def without_effect(command: Command) -> dict[str, str]:
+    """The options without effect beside the other options of a command, each with the reason."""
+    given, unused = values(command), dict[str, str]()
+    for kind in type(command).__mro__:
+        for table, word in (("only_with", "without"), ("set_by", "beside")):
+            for option, names in vars(kind).get(table, {}).items():
+                if bool(given[option]) == (word == "beside"):
+                    unused |= dict.fromkeys(names, f"{word} --{option.replace('_', '-')}")
+    return unused
+
+
 def run_file(command: Command) -> str:
     """The text of ``run.yaml`` for a command."""
-    left_out = {name for names in command.without_effect().values() for name in names}
+    left_out = without_effect(command)
     options = {name: value for name, value in values(command).items() if name not in left_out}
     facts = {"command": command.called, "version": __version__}
     head = f"# purify-fast {command.called} --config {RUN_FILE} repeats this run. Options on the command line win.\n"

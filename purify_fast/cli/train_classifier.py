@@ -45,15 +45,14 @@ class FreshClassifier(Training):
         from ..data import statistics
         from ..models.classifiers import build_classifier
 
+        sizes: dict[str, Any] = {name: getattr(self, name) for name in SIZES}
         if is_named(self.model):
+            if any(sizes.values()):
+                raise ValueError(f"--width, --depth and --activation are not for --model {self.model}")
             return named_classifier(self.model, None, images)
         mean, std = statistics(images.x_train)
-        sizes: dict[str, Any] = {name: getattr(self, name) for name in SIZES}
         model = build_classifier(self.model, images.image_shape, images.num_classes, mean=mean, std=std, **sizes)
         return model.to(images.y_train.device)
-
-    def without_effect(self) -> dict[str, tuple[str, ...]]:
-        return super().without_effect() | ({f"beside --model {self.model}": SIZES} if is_named(self.model) else {})
 
     def save(self, trained: Any, images: DataSet) -> None:
         """Save the classifier, and print its accuracy on the held-out images, which are not attacked."""
@@ -102,6 +101,7 @@ class TrainArrest(FollowsRecipe, OnClassifier, FreshClassifier):
 
     called: ClassVar[str] = "train arrest"
     of: ClassVar[str] = "arrest"
+    set_by: ClassVar = {"classifier": ("model", *SIZES, "standard_epochs")}
 
     out: Path = Path("runs/arrest")
     standard_epochs: int = 100
@@ -114,11 +114,6 @@ class TrainArrest(FollowsRecipe, OnClassifier, FreshClassifier):
     def sizes_of(recipe: Recipe, official_code: bool) -> dict[str, Any]:
         network = recipe.part("classifier")
         return {"model": network.pop("name"), **network}
-
-    def without_effect(self) -> dict[str, tuple[str, ...]]:
-        if self.classifier is None:
-            return super().without_effect()
-        return super().without_effect() | {"beside --classifier": ("model", *SIZES, "standard_epochs")}
 
     def starts(self) -> dict[str, str]:
         if self.classifier is not None:

@@ -35,6 +35,8 @@ class TrainDiffusion(Training):
     """
 
     called: ClassVar[str] = "train diffusion"
+    only_with: ClassVar = {"intervals": ("init",)}
+    set_by: ClassVar = {"intervals": ("width", "patch", "attention", "noise_schedule", "prediction")}
 
     out: Path = Path("runs/denoiser")
     init: Path | None = None
@@ -43,11 +45,6 @@ class TrainDiffusion(Training):
     attention: bool = True
     method: DiffusionConfig = field(default_factory=DiffusionConfig)
     loop: FitConfig = field(default_factory=lambda: FitConfig(epochs=100, batch_size=64))
-
-    def without_effect(self) -> dict[str, tuple[str, ...]]:
-        if self.method.intervals:
-            return {f"beside --init {self.init}": ("width", "patch", "attention", "noise_schedule", "prediction")}
-        return {"without --intervals above 0": ("init",)}
 
     def task(self, images: DataSet) -> Task:
         import torch

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..data import DataSet
-    from ..defences.base import Defence
     from ..methods.atop import AtopTask
     from ..methods.carso import CarsoTask
     from ..methods.publication import Recipe
@@ -69,13 +68,11 @@ class KeepsAttacks(Training):
         bank_folder: With --bank: folder of the file, also for later runs. Default: banks in the folder of caches.
     """
 
+    only_with: ClassVar = {"bank": ("bank_refresh", "bank_folder")}
+
     bank: Count | None = None
     bank_refresh: Share = 0.05
     bank_folder: Path | None = None
-
-    def without_effect(self) -> dict[str, tuple[str, ...]]:
-        of_bank = {"without --bank N": ("bank_refresh", "bank_folder")} if self.bank is None else {}
-        return super().without_effect() | of_bank
 
     def bank_config(self) -> BankConfig | None:
         from ..training import BankConfig
@@ -100,6 +97,7 @@ class TrainCarso(KeepsAttacks, FollowsRecipe, TrainPurifier):
 
     called: ClassVar[str] = "train carso"
     of: ClassVar[str] = "carso"
+    set_by: ClassVar = {"init": _SIZES, "recipe": ("init", "decoder_width")}
 
     out: Path = Path("runs/carso")
     init: Path | None = None
@@ -115,17 +113,12 @@ class TrainCarso(KeepsAttacks, FollowsRecipe, TrainPurifier):
     def sizes_of(recipe: Recipe, official_code: bool) -> dict[str, Any]:
         return {name: recipe[f"defence.{name}"] for name in _SIZES if name != "decoder_width"}
 
-    def without_effect(self) -> dict[str, tuple[str, ...]]:
-        if self.recipe is not None:
-            return super().without_effect() | {"beside --recipe": ("init", "decoder_width")}
-        return super().without_effect() | ({} if self.init is None else {f"beside --init {self.init}": _SIZES})
-
     def task_on(self, classifier: nn.Module, images: DataSet) -> CarsoTask:
         from .._tensors import weights_fingerprint
         from ..methods.carso import Carso, CarsoTask
 
         if self.init is not None:
-            defence = saved_start(self.init, Carso, classifier)
+            defence = self.saved_start(self.init, classifier)
             return CarsoTask(defence, self.method, weights_fingerprint(defence))
         sizes: dict[str, Any] = {name: getattr(self, name) for name in _SIZES}
         if self.recipe is None:
@@ -159,6 +152,7 @@ class TrainGenerator(TrainPurifier):
     """
 
     called: ClassVar[str] = "train generator"
+    set_by: ClassVar = {"weights": ("width", "residual")}
 
     out: Path = Path("runs/generator")
     purifier: Literal["deepfill", "small_generator"] = "small_generator"
@@ -188,9 +182,6 @@ class TrainGenerator(TrainPurifier):
         origin = "scratch" if self.weights is None else weights_fingerprint(purifier)
         return AtopTask(Atop(classifier, purifier, images.image_shape, **self.transform_options()), self.method, origin)
 
-    def without_effect(self) -> dict[str, tuple[str, ...]]:
-        return super().without_effect() | ({} if self.weights is None else {"beside --weights": ("width", "residual")})
-
     def transform_options(self) -> dict[str, Any]:
         """The options of the transform, by their names in `Atop`."""
         return {name: getattr(self, name) for name in _TRANSFORM}
@@ -208,6 +199,7 @@ class TrainAtop(KeepsAttacks, FollowsRecipe, TrainGenerator):
 
     called: ClassVar[str] = "train atop"
     of: ClassVar[str] = "atop"
+    set_by: ClassVar = {"init": _NETWORK + _TRANSFORM}
 
     out: Path = Path("runs/atop")
     init: Path | None = Path("runs/generator")
@@ -224,11 +216,6 @@ class TrainAtop(KeepsAttacks, FollowsRecipe, TrainGenerator):
         start = self.weights if self.init is None else self.init
         return super().starts() | ({} if start is None else {"start.purifier": str(start)})
 
-    def without_effect(self) -> dict[str, tuple[str, ...]]:
-        if self.init is None:
-            return super().without_effect()
-        return super().without_effect() | {f"beside --init {self.init} (--init None: none)": _NETWORK + _TRANSFORM}
-
     def task_on(self, classifier: nn.Module, images: DataSet) -> AtopTask:
         from .._tensors import weights_fingerprint
         from ..methods.atop import Atop, AtopTask
@@ -236,18 +223,8 @@ class TrainAtop(KeepsAttacks, FollowsRecipe, TrainGenerator):
         if self.init is None:
             return super().task_on(classifier, images)
         # Do not check that the classifier is the same, because the pre-training did not depend on its classifier.
-        defence = saved_start(self.init, Atop, classifier, check=False)
+        defence = self.saved_start(self.init, classifier, check=False)
         if self.recipe is not None:
             # The recipe sets the transform. Only the purifier is taken from the folder.
             defence = Atop(classifier, defence.purifier.module, images.image_shape, **self.transform_options())
         return AtopTask(defence, self.method, weights_fingerprint(defence.purifier))
-
-
-def saved_start(folder: Path, kind: type[Defence], classifier: nn.Module, **options: Any) -> Any:
-    """Load the defence from which a training starts. ``options`` are arguments of `purify_fast.load_defence`."""
-    from ..methods.loading import load_defence
-
-    defence = load_defence(folder, classifier, **options)
-    if not isinstance(defence, kind):
-        raise ValueError(f"{folder} must contain a {kind.__name__}; it contains a {type(defence).__name__}")
-    return defence

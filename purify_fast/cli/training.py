@@ -82,7 +82,8 @@ class FollowsRecipe(Training):
         official_code: With --recipe: repeat also the known mistakes of the authors' code (`purify-fast recipe NAME`).
     """
 
-    #: The name of the method, with which the names of its recipes begin.
+    only_with: ClassVar = {"recipe": ("official_code",)}
+    #: The name of the method in `purify_fast.methods.method.METHODS`.
     of: ClassVar[str]
 
     recipe: str | None = None
@@ -103,6 +104,16 @@ class FollowsRecipe(Training):
     @abstractmethod
     def sizes_of(recipe: Recipe, official_code: bool) -> dict[str, Any]:
         """The options of this command that a recipe sets, in addition to the fields `method` and `loop`."""
+
+    def saved_start(self, folder: Path, classifier: nn.Module, **options: Any) -> Any:
+        """Load a defence of this method, from which the training starts, with the options of `load_defence`."""
+        from ..methods.loading import load_defence
+        from ..methods.method import METHODS
+
+        defence, kind = load_defence(folder, classifier, **options), METHODS[self.of].defence
+        if kind is None or not isinstance(defence, kind):
+            raise ValueError(f"{folder} contains no defence of the method {self.of}, but a {type(defence).__name__}")
+        return defence
 
     def adapted(self, images: DataSet) -> Any:
         """The recipe for the images; None if no recipe is named."""
@@ -125,9 +136,6 @@ class FollowsRecipe(Training):
         print("\n- ".join([f"{recipe.name} on {images.name}: not as published in {len(points)} points", *points]))
         print("\n- ".join(["Not reproduced in any training by this recipe:", *recipe.not_reproduced]))
 
-    def without_effect(self) -> dict[str, tuple[str, ...]]:
-        return super().without_effect() | ({"without --recipe NAME": ("official_code",)} if self.recipe is None else {})
-
 
 @dataclass(frozen=True)
 class OnClassifier(Training):
@@ -143,6 +151,8 @@ class OnClassifier(Training):
             one for each channel, such as 0.485 0.456 0.406. Default: 0. The library's own weights have their own.
         std: With --mean: standard deviation by which the images were then divided. Default: 1.
     """
+
+    only_with: ClassVar = {"classifier_weights": ("mean", "std")}
 
     classifier: str | None = None
     classifier_weights: str | None = None
@@ -164,10 +174,6 @@ class OnClassifier(Training):
             print(f"classifier {self.starts()['start.classifier']}: normalization of images in [0, 1]: {how}")
             print(f"its accuracy without an attack: {share}", flush=True)
         return model
-
-    def without_effect(self) -> dict[str, tuple[str, ...]]:
-        normalization = {} if self.classifier_weights else {"without --classifier-weights FILE": ("mean", "std")}
-        return super().without_effect() | normalization
 
     def starts(self) -> dict[str, str]:
         return {"start.classifier": " with ".join(filter(None, (self.classifier, self.classifier_weights)))}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from .._validation import Positive, usable_device
 from .command import Command
@@ -27,7 +27,7 @@ class Tune(Command):
 
     called: ClassVar[str] = "tune"
 
-    device: str = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     ops: tuple[str, ...] = ()
     minutes: Positive = 4.5
 
@@ -35,19 +35,13 @@ class Tune(Command):
         import torch
 
         from ..ops.dispatch.racing import tune
-        from ..ops.dispatch.registry import forced_backends
         from ..speed.graphs.cuda_capture import CudaCapture
 
         device = torch.device(usable_device(self.device))
-        if device.type not in ("cpu", "cuda"):
-            raise ValueError(f"--device must be auto, cpu or cuda, got {self.device!r}, for which there are no kernels")
         if device.type == "cuda":
-            device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+            device = torch.device("cuda", torch.cuda.current_device())
         capture = CudaCapture() if device.type == "cuda" else None
         print(text(tune(device, seconds=60 * self.minutes, ops=self.ops, capture=capture)))
-        if forced_backends():
-            forced = ", ".join(forced_backends())
-            print(f"PURIFY_FAST_BACKEND forces {forced}: unset it, so that runs use the kernels that are faster here.")
 
 
 def text(tuned: Tuned) -> str:

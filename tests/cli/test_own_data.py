@@ -78,10 +78,7 @@ class Loaded(Own):
         return 0
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("three classes", "ten classes at 224")]
-
-
-@pytest.fixture(scope="module", params=["npz", "loader", *SLOW])
+@pytest.fixture(scope="module", params=["npz", "loader", pytest.param("folder", marks=pytest.mark.slow)])
 def own(request, tmp_path_factory):
     place = tmp_path_factory.mktemp("own")
     if request.param == "npz":
@@ -89,8 +86,7 @@ def own(request, tmp_path_factory):
     if request.param == "loader":
         images = folder(place / "own", 3, 24)
         return Loaded(images, (3, 24, 24), 3, place / "classifier", "preact_resnet18")
-    classes, side = (3, 40) if request.param == "three classes" else (10, 224)
-    return Own(folder(place / "own", classes, side), (3, side, side), classes, place / "classifier")
+    return Own(folder(place / "own", 10, 224), (3, 224, 224), 10, place / "classifier")
 
 
 def killed(own, method, out):

@@ -38,11 +38,11 @@ REFUSED = {
     "train carso --data {bars} --classifier nowhere": "nowhere is not a saved model",
     "train carso --recipe cifar": "recipe must be one of cifar10, cifar100, tiny_imagenet, mnist_v1",
     "train carso --recipe cifar10 --init x": "--init has no effect beside --recipe",
-    "train carso --official-code": "--official-code has no effect without --recipe NAME",
-    "train carso --bank-refresh 0.5": "--bank-refresh has no effect without --bank N",
+    "train carso --official-code": "--official-code has no effect without --recipe",
+    "train carso --bank-refresh 0.5": "--bank-refresh has no effect without --bank",
     "train atop --init None --bank 0": "bank must be at least 1, got 0",
-    "train arrest --classifier x --mean 0.5": "--mean has no effect without --classifier-weights FILE",
-    "train arrest --classifier x --depth 10 --standard-epochs 3": "--depth, --standard-epochs has no effect beside",
+    "train arrest --classifier x --mean 0.5": "--mean has no effect without --classifier-weights",
+    "train arrest --classifier x --depth 10": "--depth has no effect beside --classifier",
     **{
         f"{TRAIN.format('arrest')}--classifier {{fits}} {options}": message
         for options, message in {
@@ -61,7 +61,7 @@ REFUSED = {
     "evaluate zoo:digits-pgd-at --claim 70%": "Error parsing --claim",
     "evaluate zoo:digits-pgd-at --out {bars}": "must be a folder, got {bars}: {bars} is a file",
     "evaluate zoo:digits-pgd-at --images 0": "images must be at least 1, got 0",
-    "evaluate mine.py:make --t-star 0.1": "--t-star has no effect without a saved defence",
+    "evaluate mine.py:make --t-star 0.1": "are only for a saved denoiser or diffusion purifier",
     "evaluate mine.py": "mine.py: give also the function that returns the model, as mine.py:function",
 }
 
@@ -83,19 +83,11 @@ def test_a_radius_in_levels_of_255(run, line, eps):
     assert code == 2 and "at most 1 for linf, in image units, got 8" in printed and "is 8/255 meant?" in printed
 
 
-def test_images_of_more_channels_or_classes(run, bars, tmp_path):
-    for sizes, message in (
-        ({"in_channels": 3, "num_classes": 2}, " are 1x16x16, but the model in {} was trained on 3x16x16"),
-        ({"in_channels": 1, "num_classes": 3}, None),
-    ):
-        save_classifier(SmallCNN(**sizes, width=2), tmp_path / "m")
-        few = ["--images", "2", "--steps", "1", "--protocol", "fast", "--device", "cpu", "--eps", "0.1"]
-        code, printed = run("evaluate", tmp_path / "m", "--data", bars, *few)
-        assert (code, message is None or message.format(tmp_path / "m") in printed) == (2 if message else 0, True)
-    code, printed = run("evaluate", tmp_path / "m", "--data", "digits", "--device", "cpu", "--eps", "0.1")
-    assert code == 2 and f"images have 10 classes, but the model in {tmp_path / 'm'} has only 3" in printed
-    code, printed = run("train", "carso", "--classifier", tmp_path / "m", "--data", "digits", "--device", "cpu")
-    assert code == 2 and f"images have 10 classes, but the classifier in {tmp_path / 'm'} has only 3" in printed
+def test_images_of_more_classes(run, tmp_path):
+    save_classifier(SmallCNN(1, 3, width=2), tmp_path / "m")
+    for words in (["evaluate", tmp_path / "m", "--eps", "0.1"], ["train", "carso", "--classifier", tmp_path / "m"]):
+        code, printed = run(*words, "--data", "digits", "--device", "cpu")
+        assert code == 2 and "images have 10 classes, but the " in printed and "has only 3" in printed
 
 
 def test_a_class_without_images(run, tmp_path):

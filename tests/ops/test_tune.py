@@ -167,16 +167,9 @@ def test_a_folder_that_cannot_be_written_is_refused_before_any_race(tmp_path, mo
     assert REGISTRY["philox"].wanted(Call(CPU)).backend == "cpp"  # as it ships
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--ops", "nothing"], "ops must name ops with a kernel for cpu, got 'nothing': allowed are "),
-        (["--device", "meta"], "--device must be auto, cpu or cuda"),
-    ],
-)
-def test_what_cannot_be_raced_is_refused(arguments, message, capsys):
-    assert cli.main(["tune", *(["--device", "cpu"] if "--device" not in arguments else []), *arguments]) == 2
-    assert message in capsys.readouterr().err
+def test_what_cannot_be_raced_is_refused(capsys):
+    assert cli.main(["tune", "--device", "cpu", "--ops", "nothing"]) == 2
+    assert "ops must name ops with a kernel for cpu, got 'nothing': allowed are " in capsys.readouterr().err
 
 
 def test_a_call_has_the_size_key_of_its_race():

@@ -134,8 +134,7 @@ def test_an_interrupted_run_goes_on(made, generator, tmp_path, capsys, monkeypat
 def test_what_init_brings_is_not_given_again(made, generator, tmp_path, capsys):
     given = ["--purifier", "deepfill", "--width", "4", "--sigma", "0.1", "--shared-mask"]
     assert run("atop", made, tmp_path / "out", "--init", str(generator), *given) == 2
-    named = "--purifier, --width, --sigma, --shared-mask"
-    assert f"{named} has no effect beside --init {generator}" in capsys.readouterr().err
+    assert "--purifier has no effect beside --init" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -157,8 +156,10 @@ def test_folders_of_another_kind_are_refused(made, generator, tmp_path, capsys, 
         assert run(what, made, tmp_path / "out", *options) == 2 and not (tmp_path / "out").exists()
         return capsys.readouterr().err
 
-    assert f"{generator} must contain a Carso; it contains a Atop" in refused("carso", "--init", str(generator))
-    assert f"{carso} must contain a Atop; it contains a Carso" in refused("atop", "--init", str(carso))
+    assert f"{generator} contains no defence of the method carso, but a Atop" in refused(
+        "carso", "--init", str(generator)
+    )
+    assert f"{carso} contains no defence of the method atop" in refused("atop", "--init", str(carso))
     kind = f"{made / 'classifier'} holds a classifier (SmallCNN), not a defence"
     assert kind in refused("atop", "--init", str(made / "classifier"))
     for what in ("generator", "atop", "carso"):
