@@ -19,7 +19,7 @@ from .._files import folder_lock
 from .._memory import ran_out_of_memory
 from .._validation import usable_device
 from .._version import __version__
-from . import check, evaluate, purify, show, train_classifier, train_diffusion, train_purifier, tune  # noqa: F401
+from . import evaluate, purify, show, train  # noqa: F401
 from .command import Command, DataCommand
 from .parsing import cli, early_options, parse
 from .shared_machine import allowed_cores, wait_passively
@@ -49,8 +49,8 @@ def _read(arguments: list[str]) -> Command:
     listed = {name: make_dataclass("Listed", (), namespace={"__doc__": kind.__doc__}) for name, kind in _KINDS.items()}
     trains = {name.split()[1]: kind for name, kind in listed.items() if name.startswith("train ")}
     doc = {"__doc__": "Train a classifier, or a defence in front of a classifier. torchrun runs several processes."}
-    train = make_dataclass("Train", [("what", _any_of(trains))], namespace=doc)
-    top = {name: listed.get(name, train) for name in (called.split()[0] for called in _KINDS)}
+    training = make_dataclass("Train", [("what", _any_of(trains))], namespace=doc)
+    top = {name: listed.get(name, training) for name in (called.split()[0] for called in _KINDS)}
     described = "Adversarial purification: train, attack and evaluate defences of image classifiers."
     return cli(_any_of(top), arguments, prog="purify-fast", description=described)
 

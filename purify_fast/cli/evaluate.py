@@ -1,4 +1,4 @@
-"""The command ``purify-fast evaluate``, which attacks a model and writes a report."""
+"""The command ``purify-fast evaluate``, which writes a report, and ``check``, which tests its attacked images again."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import tyro
 
-from .._validation import Count, Norm, Precision, read_norm
+from .._validation import Count, Norm, Precision, read_norm, usable_device
 from ..evaluation.request.config import EvaluateConfig
-from .command import DataCommand, ProcessOptions
-from .run_file import EVALUATION, ball_of_run, write_run_file
+from .command import Command, DataCommand, ProcessOptions
+from .parsing import parse
+from .run_file import EVALUATION, RUN_FILE, ball_of_run, report_file, write_run_file
 from .saved_models import is_named, own_model, refuse_other_images, saved_folder, trained_classifier, zoo_name
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from ..data import DataSet
+    from ..evaluation.show.witnesses import Witnesses
     from ..protocols import Classifier
 
 
@@ -234,3 +236,53 @@ class Evaluate(ProcessOptions, DataCommand):
         report.save(out, model)
         write_run_file(self, out)
         print(f"written: {out}/report.html, report.md and report.json")
+
+
+@dataclass(frozen=True)
+class Check(Command):
+    """Classify again the adversarial images of a report that `evaluate --keep all` wrote.
+
+    The exit status is 1 if one of these images is classified correctly now (by a random model in all draws), has
+    changed, or lies outside its ball.
+
+    Args:
+        report: Folder of the report, or of the run that was evaluated.
+        model: Model that classifies, as in `evaluate`: a folder, zoo:NAME or your function. Default: that of run.yaml.
+        batch_size: Number of images in one forward pass.
+        seed: Seed of the draws of a random defence. Default: a seed that differs from the report's.
+        device: Device to compute on: cpu, cuda, or another device of PyTorch. auto: a GPU if there is any.
+    """
+
+    called: ClassVar[str] = "check"
+
+    report: tyro.conf.Positional[Path] = Path("runs/carso/evaluation")
+    model: tyro.conf.Positional[str | None] = None
+    batch_size: Count = 250
+    seed: int | None = None
+    device: str = "auto"
+
+    def run(self) -> int:
+        from ..evaluation.show.witnesses import check_witnesses, load_witnesses
+        from ..speed.precision import float32_products
+
+        folder = report_file(self.report, "report.json").parent
+        device, whose = usable_device(self.device), self.evaluated(folder)
+        witnesses, _ = load_witnesses(folder)
+        model, _ = whose.prepared(images_of(witnesses, device))
+        with float32_products(tf32=whose.precision == "tf32"):
+            checked = check_witnesses(folder, model, batch_size=self.batch_size, seed=self.seed)
+        print(checked.to_text())
+        return 0 if checked.confirmed else 1
+
+    def evaluated(self, folder: Path) -> Evaluate:
+        """The `evaluate` command that wrote the report in a folder, with MODEL if given."""
+        return parse(Evaluate, ["--config", str(folder / RUN_FILE)] if self.model is None else [self.model])
+
+
+def images_of(witnesses: Witnesses, device: str) -> DataSet:
+    """The clean images of a report as a data set, so that the original data set need not be on this machine."""
+    from ..data import DataSet
+
+    images = (witnesses.clean * 255).round().byte()
+    parts = (images, witnesses.labels) * 2
+    return DataSet(*parts, name="this report", num_classes=witnesses.about["classes"]).to(device)

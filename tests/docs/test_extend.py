@@ -207,7 +207,7 @@ from .blurred.task import BlurredTask
 
 METHODS["blurred"] = Method(BlurredTask, BlurredConfig, defence=Blurred)
 """,
-    "purify_fast/cli/train_purifier.py": '''
+    "purify_fast/cli/train.py": '''
 from ..methods.blurred import BlurredConfig
 
 

@@ -8,7 +8,7 @@ import torch
 
 from purify_fast import _library, cli
 from purify_fast.cli import installation
-from purify_fast.cli import tune as command
+from purify_fast.cli import show as command
 from purify_fast.ops import REGISTRY, aggregate, pgd_step, sample_latent
 from purify_fast.ops.dispatch import examples, racing, records, verify
 from purify_fast.ops.dispatch.op import Call, size_of

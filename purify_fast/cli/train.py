@@ -1,0 +1,607 @@
+"""The commands that train a classifier or the network of a method.
+
+Their settings are the dataclasses of the methods and of `fit`. `METHODS` has the class of each method's defence.
+"""
+
+from __future__ import annotations
+
+import shlex
+from abc import abstractmethod
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from .._validation import Count, Share
+from ..methods.arrest import ArrestConfig
+from ..methods.atop import AtopConfig
+from ..methods.carso import CarsoConfig
+from ..methods.diffusion.config import DiffusionConfig
+from ..training import ClassifierConfig, FitConfig
+from .command import DataCommand
+from .run_file import values, write_run_file
+from .saved_models import (
+    accuracy_text,
+    is_named,
+    named_classifier,
+    refuse_other_images,
+    saved_folder,
+    trained_classifier,
+)
+
+if TYPE_CHECKING:
+    from torch import nn
+    from typing_extensions import Self
+
+    from ..data import DataSet
+    from ..methods.atop import AtopTask
+    from ..methods.carso import CarsoTask
+    from ..methods.publication import Recipe
+    from ..methods.purifier_task import PurifierTask
+    from ..training import BankConfig, Task
+
+#: The options of a classifier, of CARSO, and of AToP's generator and transform.
+_NETWORK_SIZES = ("width", "depth", "activation")
+_CARSO_SIZES = ("layers", "cond_dim", "latent_dim", "samples", "decoder_width")
+_GENERATOR = ("purifier", "width", "residual", "weights")
+_TRANSFORM = ("transform", "sigma", "block", "mask_ratio", "num_passes", "samples", "aggregation", "shared_mask")
+
+
+@dataclass(frozen=True)
+class Training(DataCommand):
+    """A command that trains a model.
+
+    Args:
+        out: Folder of the run, for the checkpoint, the log, the options and the trained model.
+    """
+
+    out: Path = Path("runs")
+    method: Any = None
+    loop: FitConfig = field(default_factory=lambda: FitConfig(epochs=1))
+
+    @classmethod
+    def trained(cls) -> str:
+        """The last word of the command, which for a method is its name in `purify_fast.methods.method.METHODS`."""
+        return cls.called.split()[-1]
+
+    @abstractmethod
+    def task(self, images: DataSet) -> Task:
+        """Make the task of the training: the model with its initial weights, and its loss."""
+
+    @abstractmethod
+    def save(self, trained: Any, images: DataSet) -> None:
+        """Save the trained model."""
+
+    def bank_config(self) -> BankConfig | None:
+        """The settings of the bank of adversarial images; None for a training without a bank."""
+        return None
+
+    def starts(self) -> dict[str, str]:
+        """The weights from which the training starts, by the keys of a recipe's facts."""
+        return {}
+
+    def before_training(self, task: Any, images: DataSet) -> None:
+        """Print what the user should know before the first step."""
+
+    def run(self) -> None:
+        from .._process import processes
+        from ..training import fit, summary
+
+        images, title = self.load_data(), self.trained()
+        task = self.task(images)
+        if processes()[0] == 0:
+            self.before_training(task, images)
+        bank = self.bank_config()
+        last = fit(task, images.x_train, images.y_train, self.loop, folder=self.out, title=title, bank=bank)
+        if processes()[0] == 0:
+            print(summary(last))
+            self.save(task.result, images)
+            write_run_file(self, self.out)
+            attack = shlex.join(["purify-fast", "evaluate", str(self.out), "--data", self.data])
+            print(f"saved to {self.out}" + (f"; attack it with: {attack}" if values(self).get("eps", 0) > 0 else ""))
+
+
+@dataclass(frozen=True)
+class FollowsRecipe(Training):
+    """A command that can train by a recipe, which is the settings of a published training.
+
+    Args:
+        recipe: Name of a published training of this method (see `purify-fast recipe`), whose settings become the
+            defaults of this command. The command prints in which points the training is not as published.
+        official_code: With --recipe: repeat also the known mistakes of the authors' code (`purify-fast recipe NAME`).
+    """
+
+    only_with: ClassVar = {"recipe": ("official_code",)}
+
+    recipe: str | None = None
+    official_code: bool = False
+
+    @classmethod
+    def of_recipe(cls, name: str, official_code: bool, batch_size: int | None = None) -> Self:
+        from ..methods.recipes import recipe
+
+        published = recipe(name, cls.trained())
+        if batch_size is not None:
+            published = published.for_batch(batch_size)
+        options = {"method": published.config(official_code), "loop": published.loop(official_code)}
+        options |= {"recipe": published.name, "official_code": official_code, "data": published["data.name"]}
+        return cls(**options, **cls.sizes_of(published, official_code))
+
+    @staticmethod
+    @abstractmethod
+    def sizes_of(recipe: Recipe, official_code: bool) -> dict[str, Any]:
+        """The options of this command that a recipe sets, in addition to the fields `method` and `loop`."""
+
+    def saved_start(self, folder: Path, classifier: nn.Module, **options: Any) -> Any:
+        """Load a defence of this method, from which the training starts, with the options of `load_defence`."""
+        from ..methods.loading import load_defence
+        from ..methods.method import METHODS
+
+        defence, kind = load_defence(folder, classifier, **options), METHODS[self.trained()].defence
+        if kind is None or not isinstance(defence, kind):
+            raise ValueError(
+                f"{folder} contains no defence of the method {self.trained()}, but a {type(defence).__name__}"
+            )
+        return defence
+
+    def adapted(self, images: DataSet) -> Any:
+        """The recipe for the images; None if no recipe is named."""
+        from ..data import statistics
+        from ..methods.recipes import recipe
+
+        if self.recipe is None:
+            return None
+        published = recipe(self.recipe, self.trained())
+        same = images.name == published["data.name"] and images.image_shape[0] == published.image_shape[0]
+        mean, std = (None, None) if same else statistics(images.x_train)
+        return published.for_data(images.image_shape, images.num_classes, name=images.name, mean=mean, std=std)
+
+    def before_training(self, task: Any, images: DataSet) -> None:
+        """Print in which points a training by a recipe is not as published."""
+        if (recipe := self.adapted(images)) is None:
+            return
+        bank, given = self.bank_config(), self.starts()
+        points = recipe.deviations(task, self.loop, self.official_code, bank=bank, given=given)
+        print("\n- ".join([f"{recipe.name} on {images.name}: not as published in {len(points)} points", *points]))
+        print("\n- ".join(["Not reproduced in any training by this recipe:", *recipe.not_reproduced]))
+
+
+@dataclass(frozen=True)
+class OnClassifier(Training):
+    """A command whose training starts from a trained classifier.
+
+    Args:
+        classifier: The classifier: a folder that `train classifier` or `train arrest` wrote, or zoo:NAME, or a name
+            such as torchvision:resnet18, timm:resnet18 or package.module:function (your function).
+        classifier_weights: Weights of a classifier that is given by name: a .safetensors or .pth file, from which only
+            tensors are read (its moving average, if there is one). Or the library's name for weights that it has
+            downloaded, such as IMAGENET1K_V1 of torchvision or pretrained of timm.
+        mean: With a file of weights: mean by which the images in [0, 1] were normalized in their training; a number, or
+            one for each channel, such as 0.485 0.456 0.406. Default: 0. The library's own weights have their own.
+        std: With --mean: standard deviation by which the images were then divided. Default: 1.
+    """
+
+    only_with: ClassVar = {"classifier_weights": ("mean", "std")}
+
+    classifier: str | None = None
+    classifier_weights: str | None = None
+    mean: tuple[Share, ...] = ()
+    std: tuple[Share, ...] = ()
+
+    def given_classifier(self, images: DataSet) -> nn.Module:
+        """Load the classifier, and print how it normalizes images, and its accuracy on at most 1,000 images."""
+        from .._process import processes
+        from ..data import balanced_subset
+
+        model = trained_classifier(str(self.classifier), self.classifier_weights, images, self.mean, self.std)
+        if processes()[0] == 0:
+            facts: dict[str, Any] = model.arguments  # type: ignore[assignment]
+            mean, std = (" ".join(f"{value:.4g}" for value in facts.get(name, ())) for name in ("mean", "std"))
+            how = f"mean {mean}, std {std}" if mean else "by its own code"
+            some = balanced_subset(images.x_test, images.y_test, 1000, seed=0, num_classes=images.num_classes)
+            share = accuracy_text(model, some.x, some.y, self.loop.batch_size)
+            print(f"classifier {self.starts()['start.classifier']}: normalization of images in [0, 1]: {how}")
+            print(f"its accuracy without an attack: {share}", flush=True)
+        return model
+
+    def starts(self) -> dict[str, str]:
+        return {"start.classifier": " with ".join(filter(None, (self.classifier, self.classifier_weights)))}
+
+
+@dataclass(frozen=True)
+class FreshClassifier(Training):
+    """A command that makes a classifier with random weights, and trains it.
+
+    Args:
+        model: Network of the classifier: small_cnn, preact_resnet18, wide_resnet, fully_connected, torchvision:NAME,
+            timm:NAME or package.module:function.
+        width: Number of channels of the network's first stage. Default: 16 for small_cnn, 64 for preact_resnet18. For
+            wide_resnet it is the factor of all widths, by default 10.
+        depth: Number of layers of a wide_resnet. Default: 28.
+        activation: Activation of a wide_resnet. Default: silu.
+    """
+
+    model: str = "small_cnn"
+    width: int | None = None
+    depth: int | None = None
+    activation: Literal["silu", "relu"] | None = None
+
+    def fresh(self, images: DataSet) -> nn.Module:
+        """Make the classifier on the device of the images."""
+        from ..data import statistics
+        from ..models.classifiers import build_classifier
+
+        sizes: dict[str, Any] = {name: getattr(self, name) for name in _NETWORK_SIZES}
+        if is_named(self.model):
+            if any(sizes.values()):
+                raise ValueError(f"--width, --depth and --activation are not for --model {self.model}")
+            return named_classifier(self.model, None, images)
+        mean, std = statistics(images.x_train)
+        model = build_classifier(self.model, images.image_shape, images.num_classes, mean=mean, std=std, **sizes)
+        return model.to(images.y_train.device)
+
+    def save(self, trained: Any, images: DataSet) -> None:
+        """Save the classifier, and print its accuracy on the held-out images, which are not attacked."""
+        from ..training import save_classifier
+
+        save_classifier(trained, self.out, images.classes)
+        print("accuracy without an attack:", accuracy_text(trained, images.x_test, images.y_test, self.loop.batch_size))
+
+
+@dataclass(frozen=True)
+class TrainClassifier(FreshClassifier):
+    """Train a classifier: on clean images (eps 0), or adversarially with PGD.
+
+    An interrupted training continues if the same command is run again.
+    """
+
+    called: ClassVar[str] = "train classifier"
+
+    out: Path = Path("runs/classifier")
+    method: ClassifierConfig = field(default_factory=ClassifierConfig)
+    loop: FitConfig = field(default_factory=lambda: FitConfig(epochs=30))
+
+    def task(self, images: DataSet) -> Task:
+        import torch
+
+        from ..training import ClassifierTask
+
+        torch.manual_seed(self.loop.seed)
+        return ClassifierTask(self.fresh(images), self.method)
+
+
+@dataclass(frozen=True)
+class TrainArrest(FollowsRecipe, OnClassifier, FreshClassifier):
+    """Finetune a standard classifier adversarially by ARREST, so that its representation changes little.
+
+    Without --classifier, a standard classifier is trained first, and saved to OUT/standard. The result is a classifier,
+    which `evaluate` can attack, and which `train carso` and `train atop` can use. An interrupted training continues if
+    the same command is run again.
+
+    Args:
+        standard_epochs: Number of epochs for the standard classifier. A re-implementation of the paper has 100.
+        layers: Names of the layers whose outputs are the representation. Default: the last map before pooling.
+        keep_teacher: Compute the standard classifier's representation of each image only once, and keep it in memory.
+            This is not possible with augmentation.
+    """
+
+    called: ClassVar[str] = "train arrest"
+    set_by: ClassVar = {"classifier": ("model", *_NETWORK_SIZES, "standard_epochs")}
+
+    out: Path = Path("runs/arrest")
+    standard_epochs: int = 100
+    layers: tuple[str, ...] = ()
+    keep_teacher: bool = False
+    method: ArrestConfig = field(default_factory=ArrestConfig)
+    loop: FitConfig = field(default_factory=lambda: FitConfig(epochs=20))
+
+    @staticmethod
+    def sizes_of(recipe: Recipe, official_code: bool) -> dict[str, Any]:
+        network = recipe.part("classifier")
+        return {"model": network.pop("name"), **network}
+
+    def starts(self) -> dict[str, str]:
+        if self.classifier is not None:
+            return super().starts()
+        return {"start.classifier": f"trained on clean images for {self.standard_epochs} epochs"}
+
+    def task(self, images: DataSet) -> Task:
+        from .._process import processes
+        from ..methods.arrest import ArrestTask
+
+        task = ArrestTask(self.start(images), self.method, images.image_shape, self.layers or None)
+        if self.keep_teacher and task.teacher is not None:
+            task.teacher.keep(images.x_train, progress=processes()[0] == 0)
+        return task
+
+    def start(self, images: DataSet) -> nn.Module:
+        """Load or train the standard classifier."""
+        import torch
+
+        from .._process import processes
+        from ..methods.arrest import Teacher
+        from ..models.representation import representation_before_pooling
+        from ..training import ClassifierTask, fit, save_classifier
+
+        if self.classifier is not None:
+            return self.given_classifier(images)
+        torch.manual_seed(self.loop.seed)
+        model, folder = self.fresh(images), self.out / "standard"
+        # This raises an error for wrong layers before anything is trained.
+        Teacher(model, self.layers or (representation_before_pooling(model),), images.image_shape, self.method.pooled)
+        task, loop = ClassifierTask(model, ClassifierConfig()), replace(self.loop, epochs=self.standard_epochs)
+        fit(task, images.x_train, images.y_train, loop, folder=folder, title="standard")
+        if processes()[0] == 0:
+            save_classifier(model, folder, images.classes)
+        return model
+
+
+@dataclass(frozen=True)
+class TrainPurifier(OnClassifier):
+    """A command that trains a purifier for a classifier that is already trained."""
+
+    classifier: str = "runs/classifier"
+
+    @abstractmethod
+    def task_on(self, classifier: nn.Module, images: DataSet) -> PurifierTask[Any]:
+        """Make the task that trains the defence."""
+
+    def task(self, images: DataSet) -> PurifierTask[Any]:
+        import torch
+
+        classifier = self.given_classifier(images)
+        torch.manual_seed(self.loop.seed)
+        task = self.task_on(classifier, images)
+        refuse_other_images(task.defence, images, "the purifier")
+        return task
+
+    def save(self, trained: Any, images: DataSet) -> None:
+        from ..training import save_classifier
+
+        trained.save(self.out)
+        save_classifier(trained.classifier, self.out / "classifier", images.classes)
+        print("the trained weights were not tested on the held-out images of the data set")
+
+
+@dataclass(frozen=True)
+class KeepsAttacks(Training):
+    """A command that can save its attacked images in a file, called adversarial bank, and train on them again.
+
+    Args:
+        bank: Save up to this number of attacked versions ("variants") of each image in a file, and train on them again
+            in later epochs instead of attacking. Needs the paper's objective, which attacks only the classifier.
+            Default: attack in every step.
+        bank_refresh: With --bank: share of the adversarial images that are attacked again, to replace the oldest.
+        bank_folder: With --bank: folder of the file, also for later runs. Default: banks in the folder of caches.
+    """
+
+    only_with: ClassVar = {"bank": ("bank_refresh", "bank_folder")}
+
+    bank: Count | None = None
+    bank_refresh: Share = 0.05
+    bank_folder: Path | None = None
+
+    def bank_config(self) -> BankConfig | None:
+        from ..training import BankConfig
+
+        return None if self.bank is None else BankConfig(self.bank, self.bank_refresh, self.bank_folder)
+
+
+@dataclass(frozen=True)
+class TrainCarso(KeepsAttacks, FollowsRecipe, TrainPurifier):
+    """Train CARSO's purifier on a saved classifier, with the paper's objective or through the pipeline.
+
+    An interrupted training continues if the same command is run again.
+
+    Args:
+        init: Folder of a saved CARSO from which the training starts, such as to fine-tune it. It sets the sizes.
+        layers: Names of the classifier's layers whose outputs form the representation. The default is for small_cnn.
+        cond_dim: Size of the condition, the vector to which the representation is compressed.
+        latent_dim: Size of the random latent vector of each sample.
+        samples: Number of reconstructions that are classified for each image.
+        decoder_width: Number of channels in the decoder's last hidden layer. Earlier layers have up to 8 times as many.
+    """
+
+    called: ClassVar[str] = "train carso"
+    set_by: ClassVar = {"init": _CARSO_SIZES, "recipe": ("init", "decoder_width")}
+
+    out: Path = Path("runs/carso")
+    init: Path | None = None
+    layers: tuple[str, ...] = ("conv2", "conv4", "hidden")
+    cond_dim: int = 64
+    latent_dim: int = 8
+    samples: int = 8
+    decoder_width: int = 8
+    method: CarsoConfig = field(default_factory=CarsoConfig)
+    loop: FitConfig = field(default_factory=lambda: FitConfig(epochs=40, batch_size=64))
+
+    @staticmethod
+    def sizes_of(recipe: Recipe, official_code: bool) -> dict[str, Any]:
+        return {name: recipe[f"defence.{name}"] for name in _CARSO_SIZES if name != "decoder_width"}
+
+    def task_on(self, classifier: nn.Module, images: DataSet) -> CarsoTask:
+        from .._tensors import weights_fingerprint
+        from ..methods.carso import Carso, CarsoTask
+
+        if self.init is not None:
+            defence = self.saved_start(self.init, classifier)
+            return CarsoTask(defence, self.method, weights_fingerprint(defence))
+        sizes: dict[str, Any] = {name: getattr(self, name) for name in _CARSO_SIZES}
+        if self.recipe is None:
+            return CarsoTask(Carso(classifier, image_shape=images.image_shape, **sizes), self.method)
+        del sizes["decoder_width"]
+        return CarsoTask(self.adapted(images).defence(classifier, **sizes), self.method)
+
+
+@dataclass(frozen=True)
+class TrainGenerator(TrainPurifier):
+    """Pre-train AToP's purifier on clean images, with a hinge GAN loss and an L1 loss.
+
+    An interrupted training continues if the same command is run again.
+
+    Args:
+        purifier: Network of the purifier. deepfill was designed for images of 256 x 256, and needs sides that are
+            multiples of 8. For sides below 128, use small_generator: deepfill's attention then has few keys.
+        width: Width of the purifier's network. Default: 8 for small_generator, 48 for deepfill.
+        residual: Let a small_generator predict a correction of the image instead of a new image.
+        weights: Checkpoint of deepfillv2-pytorch from which a deepfill starts, whatever --purifier names. Only tensors
+            are read from it.
+        transform: Random transform before the purifier. rt1 hides blocks. rt2 adds noise and hides blocks. rt3 adds
+            noise and makes several passes, so that every block is hidden once.
+        sigma: Standard deviation of the noise, in image units.
+        block: Side of a block in pixels. Default: the divisor of the image's sides nearest to an eighth of its height.
+        mask_ratio: Share of the blocks that rt1 and rt2 hide.
+        num_passes: Number of passes of rt3.
+        samples: Number of draws of noise and mask per prediction.
+        aggregation: Combination of the draws: mean (of the logits), or mean_softmax (logarithm of the mean softmax).
+        shared_mask: Draw a single mask for the whole batch, like the official code.
+    """
+
+    called: ClassVar[str] = "train generator"
+    set_by: ClassVar = {"weights": ("width", "residual")}
+
+    out: Path = Path("runs/generator")
+    purifier: Literal["deepfill", "small_generator"] = "small_generator"
+    width: int | None = None
+    residual: bool = False
+    weights: Path | None = None
+    transform: Literal["rt1", "rt2", "rt3"] = "rt2"
+    sigma: float = 0.25
+    block: int | None = None
+    mask_ratio: float = 0.25
+    num_passes: int = 4
+    samples: int = 1
+    aggregation: Literal["mean", "mean_softmax"] = "mean"
+    shared_mask: bool = False
+    method: AtopConfig = field(default_factory=AtopConfig.pretraining)
+    loop: FitConfig = field(default_factory=lambda: FitConfig(epochs=40, batch_size=16))
+
+    def task_on(self, classifier: nn.Module, images: DataSet) -> AtopTask:
+        from .._tensors import weights_fingerprint
+        from ..methods.atop import Atop, AtopTask, DeepFillGenerator
+        from ..methods.atop.purifier import build_purifier
+
+        if self.weights is None:
+            purifier = build_purifier(self.purifier, images.image_shape[0], width=self.width, residual=self.residual)
+        else:
+            purifier = DeepFillGenerator.from_official(self.weights)
+        origin = "scratch" if self.weights is None else weights_fingerprint(purifier)
+        return AtopTask(Atop(classifier, purifier, images.image_shape, **self.transform_options()), self.method, origin)
+
+    def transform_options(self) -> dict[str, Any]:
+        """The options of the transform, by their names in `Atop`."""
+        return {name: getattr(self, name) for name in _TRANSFORM}
+
+
+@dataclass(frozen=True)
+class TrainAtop(KeepsAttacks, FollowsRecipe, TrainGenerator):
+    """Fine-tune AToP's purifier for a frozen classifier, with the paper's objective or through the pipeline.
+
+    An interrupted training continues if the same command is run again.
+
+    Args:
+        init: Folder that `train generator` or `train atop` wrote, with its network and transform. None: random weights.
+    """
+
+    called: ClassVar[str] = "train atop"
+    set_by: ClassVar = {"init": _GENERATOR + _TRANSFORM}
+
+    out: Path = Path("runs/atop")
+    init: Path | None = Path("runs/generator")
+    method: AtopConfig = field(default_factory=AtopConfig)
+
+    @staticmethod
+    def sizes_of(recipe: Recipe, official_code: bool) -> dict[str, Any]:
+        # The authors start from weights that were trained on Places2. The user passes these weights as --weights.
+        # The default side of a block is the recipe's, for images of the recipe's size.
+        options = {"size": recipe.image_shape[1:], "purifier": "deepfill", "init": None}
+        return options | recipe.part("defence", official_code) | {"block": None}
+
+    def starts(self) -> dict[str, str]:
+        start = self.weights if self.init is None else self.init
+        return super().starts() | ({} if start is None else {"start.purifier": str(start)})
+
+    def task_on(self, classifier: nn.Module, images: DataSet) -> AtopTask:
+        from .._tensors import weights_fingerprint
+        from ..methods.atop import Atop, AtopTask
+
+        if self.init is None:
+            return super().task_on(classifier, images)
+        # Do not check that the classifier is the same, because the pre-training did not depend on its classifier.
+        defence = self.saved_start(self.init, classifier, check=False)
+        if self.recipe is not None:
+            # The recipe sets the transform. Only the purifier is taken from the folder.
+            defence = Atop(classifier, defence.purifier.module, images.image_shape, **self.transform_options())
+        return AtopTask(defence, self.method, weights_fingerprint(defence.purifier))
+
+
+@dataclass(frozen=True)
+class TrainDiffusion(Training):
+    """Train a denoiser for a diffusion purifier: on clean images, or by distillation.
+
+    No classifier is needed: `evaluate OUT --classifier FOLDER` combines both. With --intervals, the denoiser of --init
+    is distilled into a denoiser that is evaluated only once per image. An interrupted training continues if the same
+    command is run again.
+
+    Args:
+        init: Folder that this command wrote before, or zoo:NAME. Its denoiser is distilled.
+        width: Number of channels of the U-Net at full size: a multiple of 16, or an even number below 16.
+        patch: Side of the squares of pixels that become channels of the U-Net. 2 takes a quarter of the operations of
+            1.
+        attention: Use attention over all positions at the lowest level of the U-Net.
+    """
+
+    called: ClassVar[str] = "train diffusion"
+    only_with: ClassVar = {"intervals": ("init",)}
+    set_by: ClassVar = {"intervals": ("width", "patch", "attention", "noise_schedule", "prediction")}
+
+    out: Path = Path("runs/denoiser")
+    init: Path | None = None
+    width: int = 32
+    patch: int = 1
+    attention: bool = True
+    method: DiffusionConfig = field(default_factory=DiffusionConfig)
+    loop: FitConfig = field(default_factory=lambda: FitConfig(epochs=100, batch_size=64))
+
+    def task(self, images: DataSet) -> Task:
+        import torch
+
+        from ..methods.diffusion import DiffusionTask
+        from ..models import UNet
+
+        torch.manual_seed(self.loop.seed)
+        if self.method.intervals:
+            return self.distillation(images)
+        network = UNet(images.image_shape[0], self.width, patch=self.patch, attention=self.attention)
+        return DiffusionTask(network.to(images.y_train.device), self.method)
+
+    def distillation(self, images: DataSet) -> Task:
+        """Make the task that distills a denoiser into a denoiser that is evaluated only once."""
+        from .._tensors import weights_fingerprint
+        from ..methods.diffusion import ConsistencyTask
+
+        denoiser, saved = self.saved_denoiser()
+        if self.method.last_time > saved["last_time"]:
+            raise ValueError(
+                f"--last-time must be at most {saved['last_time']}, because the denoiser of {self.init} was not "
+                f"trained for later times, got {self.method.last_time}"
+            )
+        origin = weights_fingerprint(denoiser)
+        return ConsistencyTask(denoiser.to(images.y_train.device), self.method, origin, process=saved["process"])
+
+    def saved_denoiser(self) -> tuple[nn.Module, dict[str, Any]]:
+        """Load the denoiser of --init and its saved settings."""
+        from ..methods.diffusion.denoiser import read_denoiser
+
+        if self.init is None:
+            raise ValueError(f"--intervals {self.method.intervals} distills a denoiser: give the denoiser by --init")
+        return read_denoiser(saved_folder(self.init))
+
+    def save(self, trained: Any, images: DataSet) -> None:
+        from ..methods.diffusion import save_denoiser
+
+        process: dict[str, Any] = {"schedule": self.method.noise_schedule, "prediction": self.method.prediction}
+        if self.method.intervals:
+            saved = self.saved_denoiser()[1]["process"]
+            process = {name: saved[name] for name in ("schedule", "prediction", "times") if name in saved}
+            process["solver"] = "one_shot"
+        save_denoiser(trained, self.out, images.image_shape, process, last_time=self.method.last_time)
