@@ -34,10 +34,9 @@ from .alarms import signs_of_masking
 from .alarms.answers import Before
 from .request.attack_lists import SEARCHES, protocol_attacks, without_early_stops
 from .request.config import BatchSize, EvaluateConfig, ProtocolName
-from .request.first_facts import facts, first_notes
 from .request.inputs import images_and_labels, read_attacks
-from .request.module_checks import note_of_modes, refresh_stale_copies
 from .request.naming import beside_fixed, feasible, row_name, threat_name
+from .request.preparation import facts, first_notes, note_of_modes, refresh_stale_copies
 from .request.specs import AttackFunction, AttackSpec
 from .request.subject import DrawsUnderAttack, Subject, Variant, device_of
 from .results.rows import CURVE, Row, worst_rows
@@ -296,8 +295,7 @@ class _Evaluation:
         """Select the attacks that the model allows, and the attacks of the curve."""
         measure, context = self.measure, self.measure.context
         self.asked_for = asked_for
-        given = self.report.about.get("protocol") is None
-        self.plan, notes = feasible(asked_for, measure.subject, context, measure.name, given)
+        self.plan, notes = feasible(asked_for, measure.subject, context, measure.name)
         self.report.notes += [note for note in notes if note not in self.report.notes]
         self.curve = Curve(attacks_of_curve(self.plan, context, self.radii), self.radii)
         at_radii = (spec for radius in self.radii for spec in self.curve.specs_at(radius, context.norm))

@@ -209,8 +209,8 @@ OUTSIDE = "the attack 'moves' returned values from .* must be numbers in"
         (lambda x: x - 1, ValueError, OUTSIDE),
         (lambda x: torch.where(x > 0.5, torch.nan, x), ValueError, "the attack 'moves' returned values from nan"),
         (lambda x: x[:2], ValueError, r"the attack 'moves' must return torch.float32 images \[40, 3, 8, 8\] on cpu"),
-        (lambda x: x.double(), ValueError, "got torch.float64"),
-        (lambda x: x.numpy(), TypeError, "the attack 'moves' must return a torch.Tensor, got ndarray"),
+        (lambda x: x.double(), ValueError, "the attack 'moves' must return torch.float32 images"),
+        (lambda x: x.numpy(), ValueError, "the attack 'moves' must return torch.float32 images"),
         # in place: the images that it was given are no witness of how far it went
         (lambda x: x.mul_(-3), ValueError, OUTSIDE),
     ],

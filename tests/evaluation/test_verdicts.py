@@ -1,7 +1,6 @@
 """A report misleads nobody: about a variant that is none, a number of a mode that nobody deploys, a doubt, a sign."""
 
 import contextlib
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -79,13 +78,12 @@ def judged(model, attacks, n=12, **more):
     ],
 )
 @pytest.mark.parametrize("n", [1, 12])
-def test_noise_that_is_not_fixed_is_not_attacked_as_fixed(seeds, wrong, n, caplog):
-    with caplog.at_level(logging.WARNING, "purify_fast"):
-        report = judged(Noisy(seeds), [PGD(), AttackSpec(PGD(), "fixed")], n)
+def test_noise_that_is_not_fixed_is_not_attacked_as_fixed(seeds, wrong, n):
+    report = judged(Noisy(seeds), [PGD(), AttackSpec(PGD(), "fixed")], n)
     assert report.attacks == ["clean", "PGD-5 ce", "worst"]
     note = report.notes[0]
     assert note.startswith("m: PGD-5 ce, fixed noise was left out: within a block of fixed_noise(seed), ")
-    assert wrong in note and note in caplog.messages
+    assert wrong in note
     report = judged(Noisy(quiet=False), [AttackSpec(PGD(), "deterministic")], n)
     assert report.attacks == ["clean"] and "within a block of deterministic(), two calls" in report.notes[0]
 

@@ -11,20 +11,12 @@ from typing import Any, cast
 
 import torch
 
-from ..._validation import check_literal
 from ...attacks import APGD, FABT, PGD, Attack, AutoAttack, BranchAndBound, Square
 from ...attacks.base import ThreatModel
 from ...attacks.engine.engine_attack import EngineAttack
 from ...attacks.heads import HEADS, AttackersHead
 from ...attacks.losses import ApgdLoss
-from ...protocols import (
-    Classifier,
-    DeterministicMode,
-    FixedNoise,
-    SampleLogits,
-    is_purifier,
-    supports,
-)
+from ...protocols import Classifier, DeterministicMode, FixedNoise, SampleLogits, is_purifier, supports
 from ..surrogates.copies import WithoutNoise
 from .config import ProtocolName
 from .published import authors_attacks, strong_attacks
@@ -54,10 +46,9 @@ RESTARTS = 2
 
 
 def protocol_attacks(
-    name: str, subject: Subject, ball: ThreatModel, base: Classifier | None = None, steps: int | None = None
+    name: ProtocolName, subject: Subject, ball: ThreatModel, base: Classifier | None = None, steps: int | None = None
 ) -> list[AttackSpec]:
     """The attacks of a protocol, in their order."""
-    check_literal("protocol", name, ProtocolName)
     attacks = PROTOCOLS[name](subject, ball)
     if steps is not None and name in SEARCHES:
         attacks = [_shortened(spec, steps) for spec in attacks]
@@ -227,16 +218,10 @@ def notes_of_protocol(name: str | None, model: Classifier) -> list[str]:
     """Return the notes of a report on its protocol. Only "authors" has a note: it says whose evaluation is repeated."""
     if name != "authors":
         return []
-    whose = (
-        "AutoAttack standard, as ARREST's paper evaluates a classifier, since the model has no authors_attacks() that "
-        "says how its own authors evaluate it"
-    )
-    if authors_attacks(model, 1.0) is not None:
-        whose = "the evaluation that its authors published"
-    return [
-        f"the protocol 'authors' repeats {whose}: its rows are for comparison with published numbers, they are no "
-        "judgement of this package, and there is no headline"
-    ]
+    whose = "the evaluation that its authors published"
+    if authors_attacks(model, 1.0) is None:
+        whose = "AutoAttack standard, as ARREST's paper evaluates it, since the model has no authors_attacks()"
+    return [f"the protocol 'authors' repeats {whose}: its rows are for comparison with published numbers"]
 
 
 #: The protocols that `without_early_stops` changes if probes find signs of masked gradients before the attacks.

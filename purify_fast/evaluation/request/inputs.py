@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ..._validation import Norm
-from ...attacks import Attack
+from ...attacks import Attack, AutoAttack
 from ...attacks.arguments import check_eps
+from ...attacks.original_autoattack import implementation
 from ...training.batches import as_tensor, check_range, read_batch
 from .config import EvaluateConfig
 from .specs import AttackFunction, AttackSpec, as_specs
@@ -75,6 +76,9 @@ def read_attacks(
     if config.protocol is None and attacks is None:
         config = replace(config, protocol="standard")
     given = [] if attacks is None else as_specs(attacks)
+    if config.protocol in ("official", "authors") or any(isinstance(spec.resolved, AutoAttack) for spec in given):
+        # If the package is missing, its error is raised here, before any work.
+        implementation()
     if eps == 0 and (given or config.protocol or config.probes):
         raise ValueError("eps must be above 0, got 0; for the accuracy on clean images only, give attacks=[]")
     # A ball that contains every image is refused, also for an attack with a radius of its own.

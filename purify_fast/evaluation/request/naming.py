@@ -22,7 +22,7 @@ _VARIANTS: dict[Variant, str] = {"random": "", "fixed": ", fixed noise", "determ
 
 
 def feasible(
-    specs: Sequence[AttackSpec], subject: Subject, context: AttackContext, name: str, given: bool = True
+    specs: Sequence[AttackSpec], subject: Subject, context: AttackContext, name: str
 ) -> tuple[list[AttackSpec], list[str]]:
     """Select the attacks that this model allows, without duplicates, and make notes on the others."""
     notes: list[str] = []
@@ -31,28 +31,14 @@ def feasible(
         if spec.max_images is not None and spec.max_images >= len(subject.y):
             # The limit excludes no image, so it is removed. The name of the row then does not mention it.
             spec = dataclasses.replace(spec, max_images=None)
-        obstacle, fault = _obstacle(spec, subject), None
-        if obstacle is None and (fault := subject.fault(spec.variant)) is not None:
-            obstacle = fault.reason
-        if obstacle is not None:
+        if (obstacle := _obstacle(spec, subject)) is not None:
             notes.append(f"{name}: {row_name(spec, context)} was left out: {obstacle}")
-            if fault is not None:
-                logger.warning(notes[-1])
             continue
         if not subject.is_random:
             spec = dataclasses.replace(spec, variant="random")
         # An attack that is already in the plan would find nothing new.
-        if spec in plan:
-            continue
-        first = next((other for other in plan if _repeats(spec, other, context)), None)
-        if first is None:
+        if spec not in plan and not any(_repeats(spec, other, context) for other in plan):
             plan.append(spec)
-        elif given:
-            lost = _replaced_loss(spec, context) or _replaced_loss(first, context)
-            notes.append(
-                f"{name}: {row_name(first, context)} was asked for twice, and ran once, because for "
-                f"{context.num_classes} classes the loss margin replaces {lost}"
-            )
     if specs and not plan:
         notes.append(f"{name}: no attack ran, so this report does not say how robust the model is")
         logger.warning(notes[-1])
@@ -65,19 +51,14 @@ def feasible(
 
 def _repeats(spec: AttackSpec, earlier: AttackSpec, context: AttackContext) -> bool:
     """Tell whether an attack repeats an earlier attack on the same or more images, after "margin" replaced losses."""
-    if not (_replaced_loss(spec, context) or _replaced_loss(earlier, context)):
+    losses: list[Any] = [getattr(each.resolved, "loss", "margin") for each in (spec, earlier)]
+    if all(usable_loss(loss, context.num_classes) == loss for loss in losses):
         return False
     if earlier.until is not None or earlier.nearest is not None or (earlier.survivors_only and not spec.survivors_only):
         return False
     whole: dict[str, Any] = {"until": None, "nearest": None, "survivors_only": earlier.survivors_only}
     one, other = (dataclasses.replace(each, attack=_as_it_runs(each.resolved, context)) for each in (spec, earlier))
     return dataclasses.replace(one, **whole) == other
-
-
-def _replaced_loss(spec: AttackSpec, context: AttackContext) -> str | None:
-    """The attack's loss if "margin" replaces it on this model, otherwise None."""
-    loss: Any = getattr(spec.resolved, "loss", "margin")
-    return None if usable_loss(loss, context.num_classes) == loss else str(loss)
 
 
 def _as_it_runs(attack: Attack, context: AttackContext) -> Attack:
@@ -118,7 +99,9 @@ def _obstacle(spec: AttackSpec, subject: Subject) -> str | None:
         (mode == "fixed" and not supports(model, FixedNoise), f"{random} fixed_noise()"),
         (mode == "deterministic" and not supports(model, DeterministicMode), f"{random} deterministic()"),
     ]
-    return next((reason for stands, reason in obstacles if stands), None)
+    lacking = next((reason for stands, reason in obstacles if stands), None)
+    fault = subject.fault(spec.variant) if lacking is None else None
+    return lacking if fault is None else fault.reason
 
 
 # -- names ------------------------------------------------------------------------------------------------------------

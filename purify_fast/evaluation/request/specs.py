@@ -6,12 +6,12 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
 
-from ..._validation import NormName, Range, check_counts, check_literal
+from ..._validation import Count, NormName, Range, check_types
 from ...attacks import BPDA, PGD, Attack, AttackContext, AttackResult, LeavingPGD, frozen
 from ...attacks.arguments import check_eps
 from ...attacks.base import NORMS, ThreatModel
@@ -119,13 +119,8 @@ class FunctionAttack(Attack):
 
 def check_adversarial(name: str, images: object, x: Tensor, threat: ThreatModel) -> None:
     """Refuse attacked images that are not allowed; x are the clean images in [0, 1]."""
-    if not isinstance(images, Tensor):
-        raise TypeError(f"the attack {name!r} must return a torch.Tensor, got {type(images).__name__}")
-    if images.shape != x.shape or images.dtype != x.dtype or images.device != x.device:
-        raise ValueError(
-            f"the attack {name!r} must return {x.dtype} images {list(x.shape)} on {x.device}, "
-            f"got {images.dtype} {list(images.shape)} on {images.device}"
-        )
+    if not isinstance(images, Tensor) or (images.shape, images.dtype, images.device) != (x.shape, x.dtype, x.device):
+        raise ValueError(f"the attack {name!r} must return {x.dtype} images {list(x.shape)} on {x.device}")
     images = images.detach()
     # The condition is negated so that NaN is refused too.
     if len(images) and not bool(((images >= -ROUNDING) & (images <= 1 + ROUNDING)).all()):
@@ -193,30 +188,24 @@ class AttackSpec:
     attack: Attack | AttackFunction
     variant: Variant = "random"
     target: Classifier | Literal["classifier"] | None = None
-    aggregation: str | None = None
+    aggregation: Aggregation | None = None
     label: str | None = None
-    max_images: int | None = None
+    max_images: Count | None = None
     survivors_only: bool = False
     gradients_from: Classifier | None = None
-    seed: int = 0
+    seed: Annotated[int, Range(0)] = 0
     judge: Classifier | None = None
-    until: float | None = None
-    nearest: int | None = None
+    until: Annotated[float, Range(0, 1, above=True, below=True)] | None = None
+    nearest: Count | None = None
     published: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.attack, Attack):
             object.__setattr__(self, "attack", as_attack(self.attack))
-        check_literal("variant", self.variant, Variant)
-        check_counts(max_images=self.max_images, nearest=self.nearest)
-        if self.until is not None and not 0 < self.until < 1:
-            raise ValueError(f"until must be a share of the images between 0 and 1, such as 0.002, got {self.until!r}")
-        Range(0).check("seed", self.seed)
+        check_types(self)
         for model in (self.target, self.judge):
             if model not in (None, CLASSIFIER) and not callable(model):
                 raise TypeError(f"target and judge must be models, or target {CLASSIFIER!r}, got {model!r}")
-        if self.aggregation is not None:
-            check_literal("aggregation", self.aggregation, Aggregation)
         given = [each for each in ("target", "aggregation", "gradients_from") if getattr(self, each) is not None]
         judged, follows = self.judge is not None, self.resolved.follows_gradients
         beside = self.survivors_only or given not in ([], ["target"]) or callable(self.target)

@@ -18,7 +18,7 @@ from ..alarms import Finding
 from ..results.claims import ClaimTest, tested_claim
 from ..results.rows import CURVE, Paired, Row
 from .page import html_page
-from .tables import color_is_welcome
+from .tables import color_is_welcome, comparison, markdown_table
 from .text import render
 from .witnesses import FILE, Witnesses
 
@@ -245,6 +245,10 @@ class Report:
         named = [self.about[what] for what in ("threat", "dataset") if what in self.about]
         named += [f"{what} {self.about[what]}" for what in ("protocol", "predict", "precision") if what in self.about]
         return [*named, *([self.about["version"]] if "version" in self.about else [])]
+
+    def comparison(self) -> list[str]:
+        """The lines of a Markdown table with a line for each attack and a column for each model."""
+        return markdown_table(*comparison(self))
 
     def to_text(self, color: bool | None = None) -> str:
         """Return the report as text for a terminal: title and table, or only the comparison of several models.
