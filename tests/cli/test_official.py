@@ -66,21 +66,6 @@ def test_the_classifier_may_lie_elsewhere(published, run, tmp_path):
     assert torch.equal(base.logits.weight, weights["module.0.logits.weight"])
 
 
-@pytest.mark.parametrize(
-    "words, message",
-    [
-        (["--recipe", "cifar10"], "--official FOLDER and --recipe need each other"),
-        (["--classifier-weights", "a.pt"], "--classifier-weights has no effect without --official"),
-        (["--official", "models", "--recipe", "mnist_v1"], "invalid choice 'mnist_v"),
-        (["--official", "nowhere", "--recipe", "cifar10"], "nowhere"),
-    ],
-)
-def test_refusals(words, message, run, tmp_path, monkeypatch, published):
-    monkeypatch.chdir(tmp_path)
-    code, said = run("evaluate", "--data-root", tmp_path, *words)
-    assert code == 2 and message in said
-
-
 def test_files_that_do_not_fit_are_named(published):
     with pytest.raises(ValueError, match=r"recipe must be one of cifar10, cifar100, tiny_imagenet, .*'carso/mnist_v1'"):
         recipe("carso/mnist_v1").load(published)

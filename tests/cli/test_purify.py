@@ -42,6 +42,8 @@ def test_a_file_is_purified_by_a_model_of_the_zoo(name, digits, tmp_path, run):
 
 
 def test_a_folder_is_purified_with_its_subfolders_whatever_the_batches(digits, tmp_path, run):
+    (tmp_path / "in/.hidden").mkdir()
+    Image.fromarray(digits[0, 0].numpy()).save(tmp_path / "in/.hidden/0.png")
     words = ["purify", "zoo:digits-carso-pipeline", tmp_path / "in"]
     assert run(*words, tmp_path / "out", "--batch-size", 2)[0] == 0
     assert run(*words, tmp_path / "other", "--batch-size", 5)[0] == 0
