@@ -118,28 +118,26 @@ class Evaluate(ProcessOptions, DataCommand):
         return f"{source}.{function}"
 
     def ball(self) -> tuple[float, str]:
-        """The radius and the norm of the attacks."""
+        """The radius and the norm of the attacks; by default of the training, or of a zoo model's evaluation."""
         if self.eps is not None:
             return self.eps, self.norm or "linf"
-        ball = self.trained_ball()
+        ball: tuple[float, str] | None = None
+        if self.recipe is not None:
+            from ..methods.recipes import recipe
+
+            ball = recipe(self.recipe, "carso")["attack.eps"], "linf"
+        elif self.of_zoo is not None:
+            from .. import zoo
+
+            card = zoo.card(self.of_zoo)
+            ball = card.eps, card.norm
+        elif self.own is None:
+            ball = ball_of_run(self.folder)
         if ball is None:
             raise ValueError(f"--eps must be given, such as --eps 8/255: {self.folder} was not trained with a radius")
         if self.norm not in (None, ball[1]):
             raise ValueError(f"--norm {self.norm} needs --eps too: the training had {ball[1]} {ball[0]:g}")
         return ball
-
-    def trained_ball(self) -> tuple[float, str] | None:
-        """The radius and the norm of a saved model's training, or of the evaluation of a model of the zoo."""
-        if self.recipe is not None:
-            from ..methods.recipes import recipe
-
-            return recipe(self.recipe, "carso")["attack.eps"], "linf"
-        if self.of_zoo is not None:
-            from .. import zoo
-
-            card = zoo.card(self.of_zoo)
-            return card.eps, card.norm
-        return None if self.own else ball_of_run(self.folder)
 
     def loaded(self, images: DataSet) -> tuple[Classifier, nn.Module | None]:
         """Load the attacked model, and its base (the classifier without the defence) if the model is a defence."""

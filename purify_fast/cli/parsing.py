@@ -14,7 +14,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from .._version import __version__
 from .command import Command
-from .run_file import number, options_of, with_options, without_effect
+from .run_file import flag, number, options_of, with_options, without_effect
 
 C = TypeVar("C", bound=Command)
 
@@ -76,5 +76,5 @@ def parse(kind: type[C], arguments: list[str]) -> C:
     command: C = cli(kind, arguments, prog=f"purify-fast {kind.called}", default=with_options(default, in_file))
     for name, reason in without_effect(command).items():
         if name in given:
-            raise ValueError(f"--{name.replace('_', '-')} has no effect {reason}")
+            raise ValueError(f"{flag(name)} has no effect {reason}")
     return command

@@ -46,14 +46,19 @@ def values(command: Any) -> dict[str, Any]:
     return options
 
 
+def flag(name: str) -> str:
+    """The option on the command line for the name of a field."""
+    return f"--{name.replace('_', '-')}"
+
+
 def without_effect(command: Command) -> dict[str, str]:
     """The options without effect beside the other options of a command, each with the reason."""
     given, unused = values(command), dict[str, str]()
     for kind in type(command).__mro__:
-        for table, word in (("only_with", "without"), ("set_by", "beside")):
-            for option, names in vars(kind).get(table, {}).items():
-                if bool(given[option]) == (word == "beside"):
-                    unused |= dict.fromkeys(names, f"{word} --{option.replace('_', '-')}")
+        for option, names in vars(kind).get("only_with", {}).items():
+            unused |= {} if given[option] else dict.fromkeys(names, f"without {flag(option)}")
+        for option, names in vars(kind).get("set_by", {}).items():
+            unused |= dict.fromkeys(names, f"beside {flag(option)}") if given[option] else {}
     return unused
 
 
