@@ -86,7 +86,7 @@ def own(request, tmp_path_factory):
     if request.param == "loader":
         images = folder(place / "own", 3, 24)
         return Loaded(images, (3, 24, 24), 3, place / "classifier", "preact_resnet18")
-    return Own(folder(place / "own", 10, 224), (3, 224, 224), 10, place / "classifier")
+    return Own(folder(place / "own", 10, 64), (3, 64, 64), 10, place / "classifier")
 
 
 def killed(own, method, out):
