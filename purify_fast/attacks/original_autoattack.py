@@ -26,7 +26,6 @@ from .ball import ball_around, projected
 from .base import NORMS, Attack, AttackResult, Resolved
 from .checked_model import check_model
 from .context import AttackContext
-from .gradient_copy import COMPARED
 from .search import GradientHealth
 
 Version = Literal["standard", "rand"]
@@ -127,7 +126,7 @@ class AutoAttack(Attack):
             return AttackResult(x.clone())
         if not context.num_classes:
             with frozen(target):
-                target, classes = check_model(target, x[:COMPARED])
+                target, classes = check_model(target, x[:8])
             context = replace(context, num_classes=classes)
         threat, warnings = self.threat_model(context), list[str]()
         health = GradientHealth() if context.resources.counts_health else None

@@ -22,11 +22,9 @@ from ..attacks import Attack, AttackContext, frozen
 from ..attacks.arguments import check_eps, largest_distance
 from ..attacks.base import ThreatModel
 from ..attacks.checked_model import check_leaves_images
-from ..attacks.gradient_copy import GradientCopies
 from ..model_state import fingerprint, fingerprint_or_reason
 from ..ops import kernels_now
 from ..protocols import Classifier
-from ..speed.graphs.step_graphs import StepGraphs
 from ..speed.memory import peak_so_far
 from ..speed.precision import raced_convolutions, whole_float32_by_default
 from ..speed.threads import restored_threads
@@ -197,6 +195,9 @@ def evaluate(
 
 def _context(config: EvaluateConfig, subject: Subject, ball: ThreatModel) -> AttackContext:
     """The settings of the attacks."""
+    # An evaluation only hands these to the attacks, which take fast copies and captured steps from them.
+        from ..speed.graphs.step_graphs import StepGraphs
+
     draws, share, votes, most = 5, 1.0, 1, config.max_forward_batch
     if config.predict == "worst_of":
         draws, share = max(draws, config.n_eval), 1 - MAX_SURVIVAL ** (1 / config.n_eval)

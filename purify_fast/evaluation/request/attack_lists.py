@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 
-from ...attacks import APGD, FABT, PGD, Attack, AutoAttack, BranchAndBound, Square
+from ...attacks import APGD, FABT, PGD, Attack, AutoAttack, Square
 from ...attacks.base import ThreatModel
 from ...attacks.engine.engine_attack import EngineAttack
 from ...attacks.heads import HEADS, AttackersHead
@@ -139,6 +139,9 @@ def _strong(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
 
 def _complete(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
     """Specify branch and bound, a complete search, for a small ReLU network in an L-inf ball."""
+    # No other protocol needs this module.
+    from ...attacks import BranchAndBound
+
     attack = BranchAndBound()
     if subject.is_random or ball.norm not in attack.norms:
         return []

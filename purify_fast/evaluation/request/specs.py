@@ -17,7 +17,6 @@ from ...attacks.arguments import check_eps
 from ...attacks.base import NORMS, ThreatModel
 from ...attacks.bpda import Aggregation
 from ...attacks.checked_model import check_model
-from ...attacks.gradient_copy import COMPARED
 from ...ops.pgd_step import pgd_step
 from ...protocols import Classifier
 from .subject import Variant
@@ -107,7 +106,7 @@ class FunctionAttack(Attack):
         if not context.num_classes:
             # No evaluation has tested the model, and the function may not accept an output with ``logits``.
             with frozen(target):
-                target, _ = check_model(target, x[:COMPARED])
+                target, _ = check_model(target, x[:8])
         # `frozen` restores modes and gradient flags, which the function may change.
         with torch.enable_grad(), frozen(target):
             images = self.function(target, x.clone(), y.clone())

@@ -23,8 +23,7 @@ from ...attacks.checked_model import (
 )
 from ...attacks.losses import margin
 from ...attacks.outputs import are_one_hot, are_probabilities
-from ...defences import Defence, MajorityVote
-from ...defences.voting import undecided
+from ...defences.voting import MajorityVote, undecided
 from ...protocols import Classifier
 from ...speed.memory import Room
 from ...speed.precision import float32_settings
@@ -74,8 +73,7 @@ def precision_name(model: Classifier, device: torch.device) -> str | None:
     if torch.is_autocast_enabled(device.type):
         return f"autocast to {str(torch.get_autocast_dtype(device.type)).removeprefix('torch.')}"
     parts = model.modules() if isinstance(model, nn.Module) else ()
-    settings = [part.acceleration for part in parts if isinstance(part, Defence)]
-    if any(each is not None and each["dtype"] == torch.bfloat16 for each in settings):
+    if any(getattr(part, "computes_in_bfloat16", False) is True for part in parts):
         return "bfloat16"
     older, values = float32_settings()
     rounds = "tf32" in values if older is None else older != (False, "highest")

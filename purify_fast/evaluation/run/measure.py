@@ -250,7 +250,7 @@ class Measure:
             )
             counted = self._targets.setdefault(id(target), counted_model(target, self.progress))
             rule = None if context.draws_differ else task.rule
-            yield AttackRun(spec, counted, task.images, subject, context, rule)
+            yield AttackRun(spec, counted, task.images, subject, context, rule=rule)
 
 
 def target_of(spec: AttackSpec, subject: Subject) -> Classifier:
