@@ -15,7 +15,6 @@ from .alarms import Evidence, Probes, findings, probe
 from .alarms.answers import ALONE, PROBED, Before, Missing, differences, has_no_gradient
 from .alarms.evidence import IDENTITIES
 from .alarms.probes import asked_before, near, probes_before
-from .alarms.probes import cost as cost_of_probes
 from .results.rows import Worst, count_fallen
 from .run.measure import Measure
 from .run.progress import counted_model
@@ -90,18 +89,16 @@ class Suspicion:
 
     def probes_key(self, more: dict[str, Any]) -> str | None:
         """Return the cache's name for the probes' results, a hash of the probes' settings and of ``more``."""
-        context, subject = self.measure.context, self.measure.subject
-        settings = {name: getattr(context, name) for name in ("eps", "norm", "eot_iter")}
-        settings |= {name: getattr(context.resources, name) for name in ("batch_size", "max_forward_batch")}
-        settings |= {"images": PROBED, "data": subject.data, "seed": subject.seed}
-        return self.measure.cache.key(settings | {"variant": subject.is_random} | more, subject.model)
+        context, subject, resources = self.measure.context, self.measure.subject, self.measure.context.resources
+        ball = [context.eps, context.norm, context.eot_iter, resources.batch_size, resources.max_forward_batch]
+        settings = {"probes": [PROBED, subject.data, subject.seed, subject.is_random, *ball]}
+        return self.measure.cache.key(settings | more, subject.model)
 
     def ask_before(self, before: Before, costs: Sequence[int | None]) -> Probes:
         """Run the probes before the attacks."""
         measure, progress = self.measure, self.measure.progress
         context, subject = measure.context, measure.subject
-        passes = cost_of_probes(subject, context)
-        progress.costs = [passes, *costs]
+        progress.costs = [None, *costs]
         probes = probes_before(before, context, counted_model(subject.model, progress))
 
         def run(number: int) -> Any:
@@ -114,7 +111,7 @@ class Suspicion:
             return subject.room.within(functools.partial(run, number))
 
         def make() -> dict[str, Any]:
-            with progress.row("probes", passes):
+            with progress.row("probes", None):
                 values = measure.shards.share(range(len(probes)), part)
                 return asdict(subject.room.within(lambda: asked_before(before, context, values)))
 

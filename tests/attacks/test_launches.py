@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from purify_fast.attacks.engine import judge, row_batches
-from purify_fast.evaluation import EvaluateConfig, evaluate, runner
+from purify_fast.evaluation import EvaluateConfig, evaluate
 from purify_fast.ops.dispatch import registry
 from purify_fast.speed import StepGraphs
 
@@ -77,7 +77,7 @@ def counted(way: str, rerun, monkeypatch) -> tuple[Counter[str], Tensor]:
         for module in (judge, row_batches, square):
             patch.setattr(module, "takes_every_size", lambda device: False)
         patch.setattr(rerun, "record", record)
-        patch.setattr(runner, "StepGraphs", lambda mode: StepGraphs(mode, capture=rerun))
+        patch.setattr("purify_fast.speed.graphs.step_graphs.StepGraphs", lambda mode: StepGraphs(mode, capture=rerun))
         for part, (kind, name) in PARTS.items():
             patch.setattr(kind, name, of_part(part, getattr(kind, name)))
         config, (model, x, y) = EvaluateConfig(cuda_graphs=way, probes=False), subject()

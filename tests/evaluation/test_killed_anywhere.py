@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import sys
-import warnings
 from dataclasses import replace
 from unittest import mock
 
@@ -14,7 +13,6 @@ import pytest
 import torch
 from evaluating import evaluate
 from forks import together
-from safetensors.numpy import save
 from shards_work import kill_at_call
 from small_models import labelled
 from torch import nn
@@ -24,10 +22,8 @@ from purify_fast.attacks import APGD, PGD
 from purify_fast.defences import NoisyEnsemble
 from purify_fast.evaluation import AttackSpec
 from purify_fast.evaluation.alarms import probes
-from purify_fast.evaluation.run.cache import read_file
 from purify_fast.evaluation.run.progress import Progress
 from purify_fast.evaluation.surrogates.copies import Softened
-from purify_fast.ops.dispatch import verify
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -115,34 +111,6 @@ def test_one_damaged_bit_of_a_kept_file_is_told_and_made_again(tmp_path, caplog,
     if kind == "probes":
         # of a row all but the time that it took
         assert path.read_bytes() == kept
-
-
-@pytest.mark.parametrize(
-    "content", [b"[]", b"", save({}), save({}, {"purify_fast": "null"}), save({}, {"purify_fast": "0 {}"})]
-)
-def test_a_file_of_another_kind_is_as_good_as_absent(tmp_path, caplog, content):
-    path = tmp_path / "kept.safetensors"
-    path.write_bytes(content)
-    with caplog.at_level(logging.WARNING, "purify_fast"):
-        assert read_file(path) is None
-    assert f"{path} is damaged" in caplog.text
-
-
-def test_rows_are_kept_though_a_kernel_is_found_wrong_on_the_way(tmp_path, monkeypatch, kernel_cache):
-    """The reference serves in the run in which it is found out, and in the next one."""
-    compare, wrong, device = verify.compare, ops.REGISTRY["aggregate"], torch.device("cpu")
-    if wrong.kernel("cpu") == "reference":
-        pytest.skip("the extension is not built")
-    found = verify.Verdict(1.0, 0.0, "made wrong")
-    monkeypatch.setattr(verify, "compare", lambda op, *rest: found if op is wrong else compare(op, *rest))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "purify_fast: the cpp kernel of aggregate is wrong", RuntimeWarning)
-        few(tmp_path)
-        count = len(list((tmp_path / "rows").glob("*[!s].safetensors")))
-        # its first use
-        assert not verify.verdict_of(wrong, device).passed
-        few(tmp_path)
-    assert len(list((tmp_path / "rows").glob("*[!s].safetensors"))) == count
 
 
 def test_rows_that_others_would_serve_are_made_again(tmp_path):

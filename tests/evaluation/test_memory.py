@@ -10,8 +10,6 @@ from evaluating import evaluate
 from torch import nn
 
 from purify_fast.attacks import APGD, PGD
-from purify_fast.cli.evaluate import Evaluate
-from purify_fast.cli.parsing import parse
 from purify_fast.evaluation import AttackSpec
 from purify_fast.evaluation.run import resources
 from purify_fast.speed.memory import Room, images_that_fit
@@ -165,24 +163,3 @@ def test_room_draws_the_same_again_and_gives_up_at_one_image():
         with pytest.raises(type(error)):
             room.within(lambda error=error: (_ for _ in ()).throw(error))
     assert Room(None, CPU).limit(7) == 7
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"batch_size": "all"}, "batch_size must be a number or \"auto\", got 'all'"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"memory": "20GB"}, "memory='20GB' needs batch_size=\"auto\", got batch_size=None"),
-        ({"batch_size": "auto", "memory": "a lot"}, "memory must be a number of bytes, or a text such as 20GB"),
-    ],
-)
-def test_refusals(change, message):
-    model = Greedy(1000)
-    with pytest.raises(ValueError, match=message):
-        evaluate(model, *images(model), **OPTIONS, **change)
-
-
-def test_the_command_takes_both():
-    given = parse(Evaluate, ["zoo:digits-standard", "--batch-size", "auto", "--memory", "20GB"])
-    assert (given.settings.batch_size, given.settings.memory) == ("auto", "20GB")
-    assert parse(Evaluate, ["--batch-size", "32"]).settings.batch_size == 32

@@ -4,7 +4,6 @@ import importlib
 import importlib.util
 import os
 import sys
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -13,11 +12,8 @@ from evaluating import evaluate
 from torch import nn
 
 from purify_fast._files import folder_lock
-from purify_fast._validation import check_folder
 from purify_fast.attacks import PGD
-from purify_fast.defences import NoisyEnsemble
 from purify_fast.evaluation.run import cache
-from purify_fast.model_state import fingerprint
 from purify_fast.ops import use_backend
 from purify_fast.speed.precision import float32_products
 
@@ -91,16 +87,6 @@ def test_versions_backends_and_precisions_have_rows_of_their_own(tmp_path, monke
     assert counted(model) == 0
 
 
-def test_the_state_of_the_noise_is_part_of_a_fingerprint():
-    defence = NoisyEnsemble(nn.Flatten(), 0.1, samples=1)
-    marks = [fingerprint(defence)]
-    for block in (defence.deterministic(), defence.fixed_noise(0), defence.fixed_noise(1)):
-        with block:
-            marks.append(fingerprint(nn.Sequential(defence)[0]))
-    assert len(set(marks)) == 4
-    assert fingerprint(defence) == marks[0]
-
-
 def test_a_file_in_place_of_the_folder_is_refused_by_name(tmp_path):
     net, x, y = nn.Flatten(), torch.rand(4, 3, 2, 2), torch.arange(4) % 2
     path = tmp_path / "file.txt"
@@ -113,17 +99,3 @@ def test_a_file_in_place_of_the_folder_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="the run's folder must be a folder"), folder_lock(path):
         pass
     assert path.read_text() == "mine"
-
-
-@pytest.mark.parametrize("question", ["exists", "is_dir"])
-def test_a_folder_that_another_process_creates_meanwhile_is_accepted(tmp_path, monkeypatch, question):
-    folder, ask = tmp_path / "run", getattr(Path, question)
-
-    def then_created(path, *args, **options):
-        answer = ask(path, *args, **options)
-        folder.mkdir(exist_ok=True)
-        return answer
-
-    monkeypatch.setattr(Path, question, then_created)
-    check_folder("out", folder)
-    assert folder.exists()

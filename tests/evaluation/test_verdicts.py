@@ -155,11 +155,6 @@ def test_draws_that_leave_more_than_the_report_are_no_doubt(left, verdict):
     assert said["noise and seeds"].verdict == verdict
 
 
-def test_the_zoo_does_not_doubt_a_number_of_0():
-    figures = [figure for name in zoo.list() for figure in zoo.card(name).attacked.values()]
-    assert {figure.reliable for figure in figures if figure.share == 0} == {True}
-
-
 def test_only_attacks_along_own_gradients_can_lack_them():
     """Square needs no gradients, and an attack along those of another model has them."""
     others = [row("Square", [1, 1, 0, 1], kind="square", health=None), row("T", [1, 1, 1, 1], transferred=True)]

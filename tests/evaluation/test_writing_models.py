@@ -91,19 +91,14 @@ def test_the_model_of_a_surrogate_is_refused_too():
     assert torch.equal(x, before)
 
 
-@pytest.mark.parametrize("model", [at_once, without_gradients_only, with_gradients_only, unrecorded])
+@pytest.mark.parametrize("model", [at_once, unrecorded])
 @pytest.mark.parametrize("attack", [pgd, apgd, fab_t, square, fgsm, stadv])
 def test_attacks_refuse_them(model, attack):
     x, y = (part[:8].clone() for part in digits()[2:])
     before, options = x.clone(), {} if attack is stadv else {"eps": 0.1}
     more = {"n_queries": 3} if attack is square else {} if attack is fgsm else {"steps": 3}
-    # what a model never sees it does not write to: Square records no gradients, these three record them always
-    harmless = with_gradients_only if attack is square else without_gradients_only
-    if model is harmless and attack in (square, pgd, fgsm, stadv):
-        assert attack(model, x, y, **options, **more).shape == x.shape
-    else:
-        with pytest.raises(ValueError, match=WRITES):
-            attack(model, x, y, **options, **more)
+    with pytest.raises(ValueError, match=WRITES):
+        attack(model, x, y, **options, **more)
     assert torch.equal(x, before)
 
 
@@ -117,17 +112,6 @@ def test_models_that_cannot_be_differentiated_are_evaluated():
 
     found, open_box = (evaluate(m, x, y, attacks=[Square(n_queries=5)], **QUIET) for m in (black_box, standard()))
     assert [row.accuracy for row in found.rows] == [row.accuracy for row in open_box.rows]
-
-
-def test_errors_of_a_model_stay_its_own():
-    x, y = (part[:8] for part in digits()[2:])
-
-    def broken(x):
-        raise RuntimeError("out of cheese")
-
-    for call in (lambda: evaluate(broken, x, y, **QUIET), lambda: pgd(broken, x, y, eps=0.1, steps=1)):
-        with pytest.raises(RuntimeError, match="out of cheese"):
-            call()
 
 
 @pytest.fixture(scope="module")

@@ -30,8 +30,6 @@ ITERATIONS = (1, 3, 10, 30)
 DRAWS = (1, 4, 16)
 #: The draws that judge an image of a random model after a short attack: one unlucky draw must not decide.
 JUDGES = 9
-#: The usual number of surrogates of a model with gates or thresholds, for the progress bar's estimate of the time.
-USUAL_SURROGATES = 3
 #: The number of target classes of each targeted short attack. On a random model, where each step takes several draws,
 #: only the nearest class is tried.
 TARGETS, TARGETS_OF_RANDOM = 2, 1
@@ -102,16 +100,6 @@ class Probes:
         """Return the curves that are not empty, by the name of the setting that varies along the curve."""
         named = {"steps": self.steps, "EOT draws": self.eot}
         return {name: [list(point) for point in curve] for name, curve in named.items() if curve}
-
-
-def cost(subject: Subject, context: AttackContext) -> int:
-    """Estimate how many forward passes of single images the probes make; the estimate tends to be too high."""
-    draws, judges, targets = _effort(subject, context)
-    passes = sum(ITERATIONS) * draws + len(ITERATIONS) * judges
-    passes += (1 + USUAL_SURROGATES) * (targets * STEPS * draws + judges)
-    if subject.is_random:
-        passes += SWEEP * sum(DRAWS) + len(DRAWS) * judges
-    return passes * min(answers.PROBED, len(subject.x))
 
 
 def _effort(subject: Subject, context: AttackContext) -> tuple[int, int, int]:

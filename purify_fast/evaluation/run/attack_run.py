@@ -80,7 +80,12 @@ class AttackRun:
     def make(self, number: int) -> AttackedBatch:
         """Attack the images of a batch."""
         part = self.parts[number]
-        self._seed(number)
+        # With a seed for each batch, any process would make the same batch at any time.
+        if number == 0:
+            # The first batch needs no new seed, because the generators were seeded for the attack.
+            self._as_now()
+        else:
+            torch.manual_seed(int(text_hash(f"{self.subject.seed} 0 {number}").hexdigest()[:15], 16))
         batch = self._attacked(part)
         if self.rule is not None:
             batch.leads = self.subject.room.within(lambda: self._leads(part, batch.images))
@@ -92,14 +97,6 @@ class AttackRun:
             numbers = range(number, len(self.parts))[: shards.world]
             self._made |= zip(numbers, shards.share(numbers, self.make), strict=True)
         return self._made.pop(number)
-
-    def _seed(self, number: int) -> None:
-        """Set the random generators for a batch, so that any process would make the same batch at any time."""
-        if number == 0:
-            # The first batch needs no new seed, because the generators were seeded for the attack.
-            self._as_now()
-        else:
-            torch.manual_seed(int(text_hash(f"{self.subject.seed} 0 {number}").hexdigest()[:15], 16))
 
     def _attacked(self, part: Tensor) -> AttackedBatch:
         """Attack some images, with fewer images per pass if memory runs out."""

@@ -20,7 +20,7 @@ LINE_EVERY, FIRST_LINE = 30.0, 10.0
 class Progress:
     """Counts the images in the forward passes of an evaluation, and shows the progress.
 
-    ``costs`` are upper limits of these counts: for the probes, then for each row.
+    ``costs`` are upper limits of these counts for each row, or None; the probes are the first row.
     """
 
     def __init__(self, name: str = "", shown: bool = False, costs: Sequence[int | None] = ()):
