@@ -201,19 +201,16 @@ class AutoPgd(RowSearch):
             del self.gradients
             self.gradients = Gradients(self.objective, self.point, self.rows.labels)
 
-    def see_gradient(self, gradient: Tensor, fooled: Tensor | None = None) -> None:
-        """Count the gradients of one step, as `GradientHealth.see_gradient` does, without waiting for the device."""
-        if self.health is not None:
-            faulty = torch.stack(faults(gradient, fooled))
-            self.faulty, self.counted = self.faulty + faulty, self.counted + 1
-            nonfinite, zero = faulty.sum(1)
-            self.health.add(gradients=len(gradient), nonfinite=nonfinite, zero=zero)
-
     def _look(self) -> None:
         """Take the gradient at the present points, and remember the points that are the best so far."""
         now = self.gradients.at(self.point)
         self.gradient, loss = now.image.to(self.point.dtype), now.loss
-        self.see_gradient(self.gradient, forgiven(self.objective, now))
+        if self.health is not None:
+            # This counts as `GradientHealth.see_gradient` does, without waiting for the device.
+            faulty = torch.stack(faults(self.gradient, forgiven(self.objective, now)))
+            self.faulty, self.counted = self.faulty + faulty, self.counted + 1
+            nonfinite, zero = faulty.sum(1)
+            self.health.add(gradients=len(self.gradient), nonfinite=nonfinite, zero=zero)
         self.best, self.score = better_of(self.best, self.score, self.point, now.score)
         higher = loss > self.top_loss
         wide = per_image(higher, self.point)

@@ -43,20 +43,16 @@ def check_images(
         raise ValueError(f"y must be int64 [B] = [{x.shape[0]}], got {y.dtype} {list(y.shape)}")
     if x.device.type != "cpu" or x.numel() == 0 or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return
-    try:
-        label = int(y.min()) if labels else 0
-        if isinstance(clip_min, Tensor) or isinstance(clip_max, Tensor):
-            # Each pixel has its own range, so the images are moved and scaled into [0, 1].
-            low, high = (torch.as_tensor(one, device=x.device) for one in (clip_min, clip_max))
-            x, clip_min, clip_max = (x - low) / (high - low), 0.0, 1.0
-        least, most = (0.0, 0.0) if clip_min is None else (float(value) for value in x.detach().aminmax())
-    except RuntimeError:
-        # Tensors inside torch.func.vmap have no values. Neither do fake tensors outside of their mode.
-        return
+    label = int(y.min()) if labels else 0
     if label < 0:
         raise ValueError(f"y must have class numbers of at least 0, got {label}")
     if clip_min is None:
         return
+    if isinstance(clip_min, Tensor) or isinstance(clip_max, Tensor):
+        # Each pixel has its own range, so the images are moved and scaled into [0, 1].
+        low, high = (torch.as_tensor(one, device=x.device) for one in (clip_min, clip_max))
+        x, clip_min, clip_max = (x - low) / (high - low), 0.0, 1.0
+    least, most = (float(value) for value in x.detach().aminmax())
     slack = ROUNDING * (clip_max - clip_min)
     # The condition is negated so that NaN is refused too.
     if not (least >= clip_min - slack and most <= clip_max + slack):

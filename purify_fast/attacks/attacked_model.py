@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .._compiler import outside_graphs
 from .._tensors import repeat_batch
+from ..model_state import hidden_modules
 from ..protocols import Classifier, CountsImages, SharesDraws, draws_for_each_image, supports
 from .outputs import INSTEAD_OF_PROBABILITIES, are_probabilities, checked_logits
 
@@ -37,8 +38,8 @@ SAME_SIZE = 2e-6
 def frozen(model: Classifier, *, keep_mode: bool = False) -> Iterator[None]:
     """A context in which ``model`` is in evaluation mode, and its parameters have ``requires_grad=False``.
 
-    At the end, modes and flags are restored. Frozen parameters save time, because a compiled backward pass would
-    compute their gradients.
+    At the end, modes and flags are restored. Modules in a plain list, in an object or in a hook of the model are frozen
+    too. Frozen parameters save time, because a compiled backward pass would compute their gradients.
 
     Args:
         model: an ``nn.Module``; any other callable is not changed. If an attack runs on a method of a module, the
@@ -48,18 +49,20 @@ def frozen(model: Classifier, *, keep_mode: bool = False) -> Iterator[None]:
     if not isinstance(model, nn.Module):
         yield
         return
-    modes = [(module, module.training) for module in model.modules()]
+    # A BatchNorm in training mode would give other numbers, and nothing would tell of it.
+    wholes = [model, *(module for _, module in hidden_modules(model))]
+    modes = [(module, module.training) for whole in wholes for module in whole.modules()]
     # The flag of a tensor that was made in inference mode could not be restored.
-    trainable = [p for p in model.parameters() if p.requires_grad and not p.is_inference()]
+    trainable = [p for whole in wholes for p in whole.parameters() if p.requires_grad and not p.is_inference()]
     try:
-        if not keep_mode:
-            switch_to_evaluation(model)
+        for whole in wholes if not keep_mode else ():
+            switch_to_evaluation(whole)
         for parameter in trainable:
             parameter.requires_grad_(False)
         # The model itself judges. An attack takes its gradients from the copy of an accelerated model.
         from ..speed.accelerate import plainly
 
-        with plainly(model):
+        with plainly(*wholes):
             yield
     finally:
         for parameter in trainable:
@@ -126,14 +129,9 @@ def called_directly() -> Iterator[None]:
 def _warn_of_values(logits: Tensor) -> None:
     if logits.device.type != "cpu" or is_in_torch_dispatch_mode() or logits.numel() == 0:
         return
-    try:
-        missing, probable = bool(logits.isnan().any()), are_probabilities(logits)
-    except RuntimeError:
-        # Tensors inside torch.func.vmap have no values. Neither do fake tensors outside of their mode.
-        return
-    if missing:
+    if bool(logits.isnan().any()):
         warnings.warn("the model returns NaN for some images: an attack cannot move them", stacklevel=2)
-    if probable:
+    if are_probabilities(logits):
         warnings.warn(f"the model returns probabilities, not logits: {INSTEAD_OF_PROBABILITIES}", stacklevel=2)
 
 

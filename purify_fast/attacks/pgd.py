@@ -65,13 +65,11 @@ def ascend(
     steps: int,
     first: int = 0,
     end: int | None = None,
-    density: float | None = None,
 ) -> State:
     """Take the steps of PGD."""
     end = steps if end is None else end
-    share = density_at(ball.norm, first, steps) if density is None else density
-    changes = ball.norm == "l1" and density is None and steps - first > 1
-    ascent = Ascent(objective, ball, None if changes else share)
+    changes = ball.norm == "l1" and steps - first > 1
+    ascent = Ascent(objective, ball, None if changes else density_at(ball.norm, first, steps))
     falls = "alpha" not in state
     state = {"alpha": ball.eps, **state, "eps": ball.eps}
     if changes:

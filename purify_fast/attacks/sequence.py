@@ -29,13 +29,8 @@ class AttackSequence:
     ):
         self.model, self.x, self.y, self.context = model, x, y.to(x.device), context
         self.device = x.device if device is None else device
-        draws, most = context.judges(context.predictions(context.eot_iter)), context.resources.max_forward_batch
-        with frozen(model):
-            apart = drawn_once_per_call(model, x[:FEW].to(self.device), draws, most)
-            self.judge = Judge(model, draws, most, apart)
-            self.images, self.share = x.clone(), torch.zeros(len(x), device=x.device)
-            for part in self._batches(torch.arange(len(x), device=x.device)):
-                self.share[part] = self._shares(x[part].to(self.device), part)
+        self.images, self.judge = x.clone(), self._judge_by(context.judges(context.predictions(context.eot_iter)))
+        self.share = self._shares_of_all(self.judge)
 
     @property
     def fallen(self) -> Tensor:
@@ -46,13 +41,7 @@ class AttackSequence:
         """The accuracy of a single draw on the best points, by ``draws`` fresh draws (1 for a deterministic model)."""
         if not self.context.draws_differ and draws == 1:
             return 1 - float(self.share.mean())
-        most = self.context.resources.max_forward_batch
-        with frozen(self.model):
-            apart = drawn_once_per_call(self.model, self.x[:FEW].to(self.device), draws, most)
-            judge = Judge(self.model, draws, most, apart)
-            parts = self._batches(torch.arange(len(self.x), device=self.x.device))
-            shares = [self._shares(self.images[part].to(self.device), part, judge) for part in parts]
-        return 1 - float(torch.cat(shares).mean())
+        return 1 - float(self._shares_of_all(self._judge_by(draws)).mean())
 
     def run(self, attack: Attack) -> None:
         """Run an attack on the images that have not fallen yet."""
@@ -61,7 +50,7 @@ class AttackSequence:
                 x, y = self.x[part].to(self.device), self.y[part].to(self.device)
                 told = replace(self.context, sample_ids=part.to(self.device))
                 points = attack.search(self.model, x, y, told).images
-                share = self._shares(points, part)
+                share = self._shares(points, part, self.judge)
                 better = share > self.share[part]
                 self.images[part[better]] = points.to(self.x.device)[better]
                 self.share[part[better]] = share[better]
@@ -69,5 +58,17 @@ class AttackSequence:
     def _batches(self, index: Tensor) -> tuple[Tensor, ...]:
         return index.split(self.context.resources.batch_size or max(1, len(index))) if len(index) else ()
 
-    def _shares(self, points: Tensor, part: Tensor, judge: Judge | None = None) -> Tensor:
-        return (judge or self.judge).shares(points, self.y[part].to(self.device)).to(self.share)
+    def _judge_by(self, draws: int) -> Judge:
+        most = self.context.resources.max_forward_batch
+        with frozen(self.model):
+            apart = drawn_once_per_call(self.model, self.x[:FEW].to(self.device), draws, most)
+        return Judge(self.model, draws, most, apart)
+
+    def _shares_of_all(self, judge: Judge) -> Tensor:
+        """The shares of the draws that misclassify the best points, ``[N]``."""
+        parts = self._batches(torch.arange(len(self.x), device=self.x.device))
+        with frozen(self.model):
+            return torch.cat([self._shares(self.images[part].to(self.device), part, judge) for part in parts])
+
+    def _shares(self, points: Tensor, part: Tensor, judge: Judge) -> Tensor:
+        return judge.shares(points, self.y[part].to(self.device)).to(self.x.device)

@@ -13,7 +13,7 @@ not depend on the batches. Three things are not in the paper:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, ClassVar
 
@@ -136,22 +136,27 @@ def square(model: Classifier, x: Tensor, y: Any = None, eps: Radius | None = Non
 
 @dataclass(frozen=True)
 class SquareRound(ObjectiveStep):
-    """A round of Square as a step that a CUDA graph can capture; one graph serves for all edges and blocks.
+    """A round of Square as a step that a CUDA graph can capture.
 
     Args:
         objective: the margin; its model scores the proposals.
         ball: the norm and the box of the images. The radius is in the state.
         together: the number of proposals for each image.
+        edge: the edge of the squares. None: the state has the numbers of a whole block, so that one graph serves for
+            all edges and blocks.
     """
 
     ball: Ball
     together: int
+    edge: int | None = None
 
     def __call__(self, state: State) -> State:
         """Try some proposals for each image, and accept the best if its margin is higher than the present margin."""
-        at = state["at"]
-        # A trial of a graph may go beyond the end of a block.
-        numbers, new = state["numbers"].index_select(1, at), State(at=(at + self.together) % BLOCK)
+        numbers, new = state["numbers"], State()
+        if self.edge is None:
+            at = state["at"]
+            # A trial of the graph may go beyond the end of a block.
+            numbers, new["at"] = numbers.index_select(1, at), (at + self.together) % BLOCK
         # The first proposals of all rows come first, then the second proposals of all rows, and so on.
         points = square_proposal(
             state["point"],
@@ -207,9 +212,10 @@ class _SquareSearch:
         # The margin that the point of each row had when the row was last judged. The first value is just below 0, so
         # that a point with margin 0, which lies on the border, is judged too.
         self.judged = torch.full_like(self.margin, -torch.finfo(self.margin.dtype).tiny)
-        # The loop of the present rounds, and the number of queries in a round and the edge of the squares in its state.
+        # The step of the present rounds, their loop, which has the state, and the edge of the squares in the state.
+        self.function: SquareRound | None = None
         self.loop: Steps | None = None
-        self.together = self.edge = 0
+        self.edge = 0
 
     def _begin(self, numbers: Tensor) -> Tensor:
         """Make the first points with stripes (linf) or a grid of patterns; the numbers ``[R, n]`` are from [0, 1)."""
@@ -235,7 +241,7 @@ class _SquareSearch:
 
     def take(self, index: Tensor) -> None:
         """Continue with some of the rows, selected by an int64 index. `_read` was called after the last round."""
-        self.loop = None
+        self.function = self.loop = None
         take_rows(self, index)
 
     def run(self, n_queries: int, give_up: bool = False) -> None:
@@ -272,27 +278,36 @@ class _SquareSearch:
     def _round(self, query: int, together: int) -> None:
         """Do the round that begins with a query, and makes ``together`` queries for each image."""
         first, edge = query % BLOCK, self._side(query)
-        if self.loop is None or self.together != together:
+        function, loop = self.function, self.loop
+        if function is None or loop is None or function.together != together or function.edge not in (None, edge):
             self._read()
             # Forget the old loop first. Otherwise it would copy its state out of the buffers of the new one.
-            self.loop = None
-            self.loop = self._begin_loop(together, first, edge)
+            self.function = self.loop = loop = None
+            function, loop = self.function, self.loop = self._begin_loop(together, first, edge=edge)
+        if function.edge is not None:
+            loop.put(numbers=self.numbers[:, first : first + together])
         else:
             if first == 0:
-                self.loop.put(numbers=self.numbers)
+                loop.put(numbers=self.numbers)
             if edge != self.edge:
-                self.loop.put(**self._window(edge))
-        self.together, self.edge = together, edge
-        self.loop.take()
+                loop.put(**self._window(edge))
+        self.edge = edge
+        loop.take()
 
-    def _begin_loop(self, together: int, first: int, edge: int) -> Steps:
+    def _begin_loop(self, together: int, first: int, edge: int) -> tuple[SquareRound, Steps]:
         """Begin rounds of ``together`` queries, with number ``first`` of the block and squares of a given edge."""
         device = self.x.device
         state = {"x": self.x, "eps": self.ball.eps, "y": self.y.repeat(together), "point": self.point}
-        state |= {"margin": self.margin, "row": torch.arange(len(self.y), device=device), "numbers": self.numbers}
-        state |= {"at": torch.arange(first, first + together, device=device)} | self._window(edge)
+        state |= {"margin": self.margin, "row": torch.arange(len(self.y), device=device)}
         state |= {} if self.share is None else {"share": self.share}
-        return begin_steps(self.objective.graphs, SquareRound(self.objective, self.ball, together), state)
+        graphs, function = self.objective.graphs, SquareRound(self.objective, self.ball, together)
+        if graphs is not None:
+            at = torch.arange(first, first + together, device=device)
+            loop = begin_steps(graphs, function, state | {"numbers": self.numbers, "at": at} | self._window(edge))
+            if loop.graphs is not None and graphs.refusal is None:
+                return function, loop
+        function = replace(function, edge=edge)
+        return function, begin_steps(None, function, state | self._window(edge))
 
     def _side(self, query: int) -> int:
         height, width = self.x.shape[2:]

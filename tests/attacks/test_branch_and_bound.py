@@ -149,7 +149,7 @@ def test_what_is_no_such_network_is_refused(name):
     x, y = torch.rand(2, 1, 3, 3), torch.zeros(2, dtype=torch.int64)
     with pytest.raises(ValueError, match=message):
         branch_and_bound(model, x, y, eps=EPS)
-    with pytest.raises(ValueError, match="norm must be linf for BranchAndBound, got l2"):
+    with pytest.raises(ValueError, match="norm must be one of linf, got 'l2'"):
         branch_and_bound(model, x, y, eps=EPS, norm="l2")
 
 

@@ -156,7 +156,7 @@ def test_what_is_wanted_of_a_step_is_checked():
         with pytest.raises(RuntimeError, match="step must not write into its x, but step 0 did"):
             checkpointed_steps(lambda x, i: x.mul_(2), x.clone(), 2, keep=keep)
     out = checkpointed_steps(lambda x, i: x.detach() * 2, x, 2)
-    with pytest.raises(RuntimeError, match="step must record gradients, but step 1 does not"):
+    with pytest.raises(RuntimeError, match="does not require grad"):
         out.sum().backward()
 
 

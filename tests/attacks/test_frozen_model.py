@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from purify_fast import zoo
 from purify_fast.attacks import apgd, frozen, pgd
 from purify_fast.model_state import hidden_modules
 
@@ -62,8 +61,3 @@ def test_registered_modules_are_not_hidden_wherever_else_they_are():
     model.again, model.methods = [model.part, model], {"forward": model.part.forward, "own": model.forward}
     model.register_forward_hook(model.part.forward)
     assert hidden_modules(model) == []
-
-
-@pytest.mark.parametrize("dtype", [None, torch.float32])
-def test_copies_of_the_packages_own_defences_are_not_hidden_modules(dtype):
-    assert hidden_modules(zoo.load("digits-carso-pipeline").accelerate(dtype)) == []

@@ -37,11 +37,15 @@ def trio():
     [
         (lambda x, y: ((255 * x).long(), y), ValueError, r"got torch.int64: if x is in 0..255, give x.byte\(\)"),
         (lambda x, y: (x, y.tolist()), TypeError, "y must be .*, got list"),
-        (lambda x, y: ((255 * x).numpy(), y), ValueError, r"got values from .* to 25\S*; x is in 0..255: divide by"),
+        (lambda x, y: ((255 * x).numpy(), y), ValueError, r"got values from .* to 25\S*: divide images in 0..255"),
         (lambda x, y: (x.numpy().astype(object), y), TypeError, "x must be .* a NumPy array of numbers, got nd"),
         (lambda x, y: (x, y > 1), ValueError, r"y must be integer labels \[N\] = \[10\], got torch.bool \[10\]"),
-        (lambda x, y: (2 * x - 1, y), ValueError, r"x must be in \[0, 1\] .* got values from -.* x is in \[-1, 1\]: g"),
-        (lambda x, y: (x / x.max() + 2e-4, y), ValueError, r"got values from 0.0\d* to 1.000\d; if a resize has"),
+        (
+            lambda x, y: (2 * x - 1, y),
+            ValueError,
+            r"x must be in \[0, 1\] .* got values from -.* for normalized images",
+        ),
+        (lambda x, y: (x / x.max() + 2e-4, y), ValueError, r"got values from 0.0\d* to 1.000\d: .* after a resize"),
         (lambda x, y: (x / 0 * 0, y), ValueError, r"x must be in \[0, 1\] and free of NaN, got values from nan"),
         (lambda x, y: (x[:, 0], y), ValueError, r"x must be .*, got \[10, 6, 7\]"),
         (lambda x, y: (x, None), TypeError, "without y, x must be an iterable of batches .*, got Tensor"),
@@ -133,7 +137,7 @@ def test_a_radius_of_0_is_refused(trio):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"eps": 12, "norm": "l2"}, r"eps must be at most 11.2\d* for l2, .* two images, got 12: is 12/255 meant\?"),
+        ({"eps": 12, "norm": "l2"}, r"eps must be at most 11.2\d* for l2, .* got 12: is 12/255 meant\?"),
         ({"eps": 128, "norm": "l1"}, r"eps must be at most 126 for l1, .* got 128: is 128/255 meant\?"),
         ({"attacks": [PGD(eps=12, norm="L2")]}, r"eps must be at most 11.2\d* for l2, .* got 12"),
         ({"norm": "l2", "curve": (12.0,)}, r"curve must be radii above 0 and at most 11.2\d*, got 12"),

@@ -92,11 +92,7 @@ class Judge:
             loop.state["x"][: len(x)].copy_(x)
             loop.state["y"][: len(x)].copy_(y)
         else:
-            asked = (
-                {"x": F.pad(x, (0, 0) * (x.dim() - 1) + (0, more)), "y": F.pad(y, (0, more))}
-                if more
-                else {"x": x, "y": y}
-            )
+            asked = {"x": F.pad(x, (0, 0) * (x.dim() - 1) + (0, more)), "y": F.pad(y, (0, more))}
             if loop is None:
                 asked["wrong"] = torch.zeros(key[0][:1], device=x.device)
                 loop = self._loops[key] = begin_steps(self.graphs, JudgeStep(objective), asked)
