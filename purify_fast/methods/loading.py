@@ -68,10 +68,7 @@ def load_defence(
         check, kind, state = False, "DiffusionPurifier", {f"denoiser.module.{name}": state[name] for name in state}
     own_classifier, weights = facts.get("own_classifier", False), weights_fingerprint(classifier)
     if check and not own_classifier and weights != facts["classifier"]:
-        raise ValueError(
-            f"classifier must have the weights that {folder} was trained for ({facts['classifier']}), got {weights}: "
-            "give the classifier of that training. In Python, load_defence(..., check=False) allows another one"
-        )
+        raise ValueError(f"classifier must have the weights that {folder} was trained for; check=False allows others")
     defence = _DEFENCES[kind].rebuild(classifier, arguments, purifier, folder)
     defence.own_classifier = own_classifier
     defence.acts_from_step, defence.bank = facts.get("acts_from_step", {}), facts.get("bank", {})

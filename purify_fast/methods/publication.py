@@ -208,6 +208,13 @@ def classifier_facts(classifier: nn.Module) -> dict[str, Any]:
     return {**{f"classifier.{key}": value for key, value in arguments.items()}, "classifier.name": name}
 
 
+def defence_facts(defence: Any) -> dict[str, Any]:
+    """Return the arguments of a defence, its data and its classifier, by the keys of facts."""
+    arguments = {f"defence.{name}": value for name, value in defence.arguments.items()}
+    data = {"data.image_shape": defence.image_shape, "data.num_classes": defence.num_classes}
+    return {**arguments, **data, **classifier_facts(defence.classifier)}
+
+
 def _text(value: Any) -> str:
     """Return the text of a value in a recipe."""
     if isinstance(value, (tuple, list)):

@@ -44,10 +44,7 @@ class PurifierTask(MethodTask, Generic[D]):
     def attack_facts(self, attack: TrainingAttack) -> dict[str, Any]:
         """Return the facts, except the radius, that determine the images of an attack on the frozen classifier."""
         if attack.eps_warmup:
-            raise ValueError(
-                f"bank needs one radius for all epochs, but eps_warmup {attack.eps_warmup:g} changes the radius in the "
-                "first epochs: set eps_warmup to 0, or train without a bank"
-            )
+            raise ValueError(f"bank needs one radius for all epochs: set eps_warmup to 0, got {attack.eps_warmup:g}")
         facts = {"classifier": self.classifier, "precision": self.config.precision, "task": self.name}
         return facts | {name: value for name, value in asdict(attack).items() if name not in ("eps", "eps_warmup")}
 

@@ -27,10 +27,7 @@ def rebuilt(
     """Make the module of a saved `description`, or return the user's ``given`` module, if it has that description."""
     if given is None:
         if facts["kind"] not in kinds:
-            raise ValueError(
-                f"purifier must be a {facts['kind']}, got None: {folder} holds the weights of this class, which is not "
-                "a part of purify_fast. Load the defence in Python, by load_defence(..., purifier=...)"
-            )
+            raise ValueError(f"purifier must be given: {folder} holds the weights of a {facts['kind']} of your own")
         return kinds[facts["kind"]](**facts["arguments"])
     found = description(given, kinds)
     if found["kind"] != facts["kind"] or found["arguments"] not in (None, facts["arguments"]):

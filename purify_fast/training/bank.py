@@ -109,6 +109,7 @@ class AdversarialBank:
         self,
         config: BankConfig,
         attacks: FrozenAttacks | None,
+        *,
         shape: tuple[int, ...],
         data: str,
         views: int,
@@ -215,9 +216,7 @@ class BankedStep:
 def _slots(variants: int, random: tuple[bool, ...]) -> list[slice]:
     """Return the places of each attack in an image's entry; raise ValueError if there are fewer places than attacks."""
     if variants < len(random):
-        raise ValueError(
-            f"variants must be at least {len(random)}, one for each attack of the training, got {variants}"
-        )
+        raise ValueError(f"variants must be at least {len(random)}, one for each attack, got {variants}")
     # Each attack without a random start gets 1 place. The others share all other places, and the first may get 1 more.
     left, others, counts = variants - random.count(False), random.count(True), list[int]()
     for one in random:

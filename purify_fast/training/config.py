@@ -241,14 +241,9 @@ class FitConfig:
     def __post_init__(self) -> None:
         check_types(self)
         if self.padding and self.resized_crop:
-            raise ValueError(
-                f"padding must be 0 with a resized_crop, which crops too, got padding={self.padding} and "
-                f"resized_crop={self.resized_crop}"
-            )
+            raise ValueError(f"padding must be 0 with a resized_crop, which crops too, got {self.padding}")
         if self.patience is not None and self.keep_best == "off":
-            raise ValueError(
-                f"patience needs keep_best loss or accuracy, got patience={self.patience} and keep_best=off"
-            )
+            raise ValueError(f"patience needs keep_best loss or accuracy, got patience={self.patience}")
 
     @property
     def crops(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import logging
@@ -30,7 +29,7 @@ from .distributed import from_first
 from .optimizers import weights_of
 from .schedules import RunLength
 from .sources import InMemory, RawBatch, Source, step_seed
-from .task import Batch, Metrics, Task
+from .task import Batch, Task
 
 logger = logging.getLogger("purify_fast")
 
@@ -89,14 +88,12 @@ class Run:
         self.bank: AdversarialBank | None = None
         if bank is not None:
             if config.accumulate or config.crops or not isinstance(source, InMemory):
-                raise ValueError(
-                    "bank needs x as a tensor or file, and whole batches of images that are the same in every epoch: "
-                    "leave out accumulate, padding and resized_crop"
-                )
-            views = 2 if config.flip else 1
+                raise ValueError("bank needs x as a tensor, without accumulate, padding and resized_crop")
             # the description has a digest of the images and of the labels, on which the attacks depend
-            data, shape = source.description, tuple(source.x.shape)
-            self.bank = AdversarialBank(bank, task.frozen_attacks(), shape, data, views, source.batch_size)
+            shape, data, views = tuple(source.x.shape), source.description, 2 if config.flip else 1
+            self.bank = AdversarialBank(
+                bank, task.frozen_attacks(), shape=shape, data=data, views=views, batch_size=source.batch_size
+            )
         self.steps = source.steps
         self.facts = {"data": source.description, **loop_facts(config), **task.describe()}
         if held_out is not None:
@@ -278,46 +275,39 @@ class Run:
 
     # -- held-out images
 
-    @contextlib.contextmanager
-    def finished(self) -> Iterator[None]:
-        """Within the block, the model is as after `Task.finish`, in evaluation mode. Then its tensors are restored."""
-        state = copy.deepcopy(self.task.model.state_dict())
-        self.task.finish()
-        self.task.model.eval()
-        try:
-            yield
-        finally:
-            self.task.model.load_state_dict(state)
-
-    def measure(self, raw: RawBatch) -> Metrics:
-        """Return the loss and metrics of held-out images, under the same draws and the attack of the last epoch."""
-        seed = step_seed(self.config.seed, 2**31)
-        torch.manual_seed(seed)
-        return self.task.validate(self.batch(raw, self.total - 1, seed, augment=False))
-
     def validate(self) -> None:
         """Add the means over the held-out images to ``last``, and keep the weights if they are the best so far."""
         assert self.held_out is not None
-        sums, count = dict[str, Tensor](), 0
-        with self.finished():
-            for raw in self.held_out.epoch(0, 0):
-                size = len(raw[0])
-                for name, value in self.measure(raw).items():
-                    sums[name] = sums.get(name, torch.zeros((), device=value.device)) + size * value
-                count += size
-            # rounding differs between processes, so all use the means of the first: they must agree on the best
-            means: dict[str, float] = from_first(lambda: {name: float(value) / count for name, value in sums.items()})
-            self.last = {**self.last, **{f"validation_{name}": value for name, value in means.items()}}
-            chosen = self.config.keep_best
-            if chosen == "off":
-                return
-            if chosen not in means:
-                raise ValueError(f"keep_best must be one of off, {', '.join(means)} for this training, got {chosen!r}")
-            score = -means["loss"] if chosen == "loss" else means[chosen]
-            if not math.isnan(score) and (not self.best or score > self.best["score"]):
-                state = self.task.model.state_dict()
-                best = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in state.items()}
-                self.best = {"score": score, "step": self.step, "model": copy.deepcopy(best)}
+        model, sums, count = self.task.model, dict[str, Any](), 0
+        before = copy.deepcopy(model.state_dict())
+        self.task.finish()
+        model.eval()
+        for raw in self.held_out.epoch(0, 0):
+            # every validation has the same draws and the attack of the last epoch
+            seed = step_seed(self.config.seed, 2**31)
+            torch.manual_seed(seed)
+            measured = self.task.validate(self.batch(raw, self.total - 1, seed, augment=False))
+            for name, value in measured.items():
+                sums[name] = sums.get(name, 0.0) + len(raw[0]) * value
+            count += len(raw[0])
+        # rounding differs between processes, so all use the means of the first: they must agree on the best
+        means: dict[str, float] = from_first(lambda: {name: float(value) / count for name, value in sums.items()})
+        self.last = {**self.last, **{f"validation_{name}": value for name, value in means.items()}}
+        self._keep_best(means)
+        model.load_state_dict(before)
+
+    def _keep_best(self, means: dict[str, float]) -> None:
+        """Keep the model's present weights if the means over the held-out images are the best so far."""
+        chosen = self.config.keep_best
+        if chosen == "off":
+            return
+        if chosen not in means:
+            raise ValueError(f"keep_best must be one of off, {', '.join(means)} for this training, got {chosen!r}")
+        score = -means["loss"] if chosen == "loss" else means[chosen]
+        if not math.isnan(score) and (not self.best or score > self.best["score"]):
+            state = self.task.model.state_dict()
+            best = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in state.items()}
+            self.best = {"score": score, "step": self.step, "model": copy.deepcopy(best)}
 
 
 def loop_facts(config: FitConfig) -> dict[str, Any]:

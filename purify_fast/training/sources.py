@@ -53,10 +53,7 @@ class InMemory:
         n, self.batch_size = len(self.ids), config.batch_size
         rest = n % config.batch_size
         if not config.drop_last and rest % world:
-            raise ValueError(
-                f"drop_last False gives a last batch of {rest} images, which {world} processes cannot share evenly: "
-                "set drop_last to True, or change batch_size"
-            )
+            raise ValueError(f"drop_last must be True: {world} processes cannot share a last batch of {rest} images")
         self.steps = _cut_off(len(self._order(0)), config)
         self.images = min(n, self.steps * config.batch_size)
         self.description = f"{len(x)} images, {digest(x, y)}"
@@ -98,10 +95,7 @@ class Loader:
         first: Any = x(0) if callable(x) else x
         if not (isinstance(first, Iterable) and isinstance(first, Sized) and len(first)):
             # the learning rates depend on the length of the run, and an iterator would be exhausted after one epoch
-            raise TypeError(
-                "x must be a tensor of images, an iterable of batches with a length above 0 (such as a DataLoader or a "
-                f"list), or a function of the epoch that returns such an iterable, got {type(first).__name__}"
-            )
+            raise TypeError(f"x must be a tensor, or batches with a length above 0, got {type(first).__name__}")
         self.steps = _cut_off(len(first), config)
         self.description = f"batches, {self.steps} an epoch"
 
@@ -157,10 +151,7 @@ def make_sources(
         source = InMemory(x, _check(x, y, task.soft_labels), config, *processes(), kept)
         task.check(tuple(x.shape[1:]), classes_of(source.y))
     elif y is not None or share > 0:
-        raise ValueError(
-            "if x is a loader or a function, y must be None, because the batches contain the labels, and "
-            "validation_share must be 0: pass the held-out images as validation"
-        )
+        raise ValueError("y and validation_share must be left out for batches: pass held-out images as validation")
     else:
         source = Loader(x, config, device, soft=task.soft_labels)
     if validation is None and config.keep_best != "off":
@@ -225,10 +216,7 @@ def held_out(n: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
     """Split ``n`` images at random by the seed."""
     k = round(share * n)
     if not 0 < k < n:
-        raise ValueError(
-            f"validation_share must leave at least 1 image for training and 1 for validation, got {share}, which "
-            f"is {k} of {n} images"
-        )
+        raise ValueError(f"validation_share must leave images for both parts, got {share}, which is {k} of {n}")
     # NumPy promises never to change the numbers of RandomState. The seed has one word more than the seeds of
     # `data.batches`, so that the two generators draw other numbers.
     order = np.random.RandomState([seed & 0xFFFFFFFF, 0, 0, 1]).permutation(n)

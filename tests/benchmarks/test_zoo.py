@@ -114,7 +114,7 @@ def test_a_defence_of_another_classifier_is_refused_before_any_work(small_zoo, m
     name = "digits-carso-pipeline"
     monkeypatch.setattr(pack_zoo, "card_of", lambda name, _: replace(packed.card(name), classifier="digits-standard"))
     shutil.copytree(packed.folder("digits-standard"), small_zoo / "digits-standard")
-    with pytest.raises(ValueError, match=r"classifier must have the weights .*, got \w+"):
+    with pytest.raises(ValueError, match="classifier must have the weights"):
         pack_zoo.main(asked(f"{name}={packed.folder(name)}"), small_zoo)
     assert not (small_zoo / name).exists()
 

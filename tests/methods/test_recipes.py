@@ -206,8 +206,8 @@ def test_every_term_with_a_weight_has_a_gradient(name):
         # the published rate is for batches of thousands
         settings["learning_rate"] = 1e-3
     weights, task = trained(name, **settings)
-    terms = set(task.acts_from_step)
-    assert terms and max(task.acts_from_step.values()) < 8
+    terms = set(task.result.acts_from_step)
+    assert terms and max(task.result.acts_from_step.values()) < 8
     checked = [term for term in terms if hasattr(task.config, WEIGHTS.get(term, "")) and f"{name}:{term}" not in ALWAYS]
     assert checked
     for term in checked:

@@ -12,13 +12,7 @@ from small_runs import same, train
 
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import load_classifier, save_classifier
-from purify_fast.training.checkpoint import (
-    CHECKPOINT,
-    PREVIOUS,
-    last_checkpoint,
-    read_tree,
-    save_checkpoint,
-)
+from purify_fast.training.checkpoint import CHECKPOINT, PREVIOUS, last_checkpoint, read_tree, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -221,15 +221,15 @@ def test_loaders_and_held_out_images_that_cannot_be_used_are_refused():
             return 2
 
     for wrong, message in (
-        (iter([(x, y)]), r"x must be a tensor of images, .* with a length above 0 .such as a DataLoader"),
-        ([], r"x must be a tensor of images, .* with a length above 0"),
+        (iter([(x, y)]), "x must be a tensor, or batches with a length above 0"),
+        ([], "x must be a tensor, or batches with a length above 0"),
         (Short([(x, y)]), "x has the length 2, but gave 1 batches in epoch 0"),
         ([(x, y.float())], r"the labels of batch 0 of x must be int64 \[N\] = \[64\], .*got torch.float32"),
         ([(x.long(), y)], r"the images of batch 0 of x must be uint8 or float in \[0, 1\]"),
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             fit(task(), wrong, None, FitConfig(1), progress=False)
-    with pytest.raises(ValueError, match="if x is a loader or a function, y must be None"):
+    with pytest.raises(ValueError, match="y and validation_share must be left out for batches"):
         fit(task(), [(x, y)], y, FitConfig(1))
 
 

@@ -29,12 +29,7 @@ from ...models.representation import Representation, evaluation_mode, representa
 from ...ops.noisy_replay import noisy_replay
 from ...ops.philox import philox_key
 from ...ops.representation_distance import representation_distance
-from ...speed.folding.inference_copy import (
-    InferenceCopy,
-    autocast_to,
-    convert_to_channels_last,
-    prepare_for_inference,
-)
+from ...speed.folding.inference_copy import InferenceCopy, autocast_to, convert_to_channels_last, prepare_for_inference
 from ...speed.folding.unrolled import unrolling
 from ...training.config import TrainingAttack
 from ...training.distributed import average_

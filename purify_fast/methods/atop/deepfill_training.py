@@ -59,10 +59,7 @@ class SpectralConv(nn.Conv2d):
 def patch_depth(image_size: Sequence[int]) -> int:
     """Return the largest depth of `PatchDiscriminator`, up to 6, whose output still has at least 2 x 2 patches."""
     # each layer halves the sides, rounded up
-    depth = min(len(WIDTHS), (min(image_size) - 1).bit_length() - 1)
-    if depth < 1:
-        raise ValueError(f"image_size must be at least 3 x 3, got {tuple(image_size)}")
-    return depth
+    return min(len(WIDTHS), (min(image_size) - 1).bit_length() - 1)
 
 
 class PatchDiscriminator(nn.Module):

@@ -11,10 +11,7 @@ from ..._tensors import first_tensor
 from ...models.representation import evaluation_mode
 from .generators import DeepFillGenerator, SmallGenerator
 
-PURIFIERS: dict[str, type[nn.Module]] = {
-    "deepfill": DeepFillGenerator,
-    "small_generator": SmallGenerator,
-}
+PURIFIERS: dict[str, type[nn.Module]] = {"deepfill": DeepFillGenerator, "small_generator": SmallGenerator}
 
 
 def build_purifier(name: str, channels: int, *, width: int | None = None, residual: bool = False) -> nn.Module:

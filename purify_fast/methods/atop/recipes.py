@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from ..publication import Recipe, classifier_facts, read_recipes
+from ..publication import Recipe, defence_facts, read_recipes
 from .config import AtopConfig
 from .defence import Atop
 from .generators import DeepFillGenerator
@@ -52,15 +52,7 @@ class AtopRecipe(Recipe):
         return {"defence.purifier": network, "defence.aggregation": "mean"}
 
     def of_training(self, task: AtopTask) -> dict[str, Any]:
-        defence = task.defence
-        return {
-            **super().of_training(task),
-            **{f"defence.{name}": value for name, value in defence.arguments.items()},
-            "data.image_shape": defence.image_shape,
-            "data.num_classes": defence.num_classes,
-            "start.purifier": task.origin,
-            **classifier_facts(defence.classifier),
-        }
+        return {**super().of_training(task), **defence_facts(task.defence), "start.purifier": task.origin}
 
     def task(self, defence: Atop, official_code: bool = False) -> AtopTask:
         """Return the training of a defence, for `purify_fast.training.fit`. ``official_code`` is as in `config`."""

@@ -126,9 +126,7 @@ def training_loss(
     config = AtopConfig() if config is None else config
     if (config.precision == "bfloat16") != defence.computes_in_bfloat16:
         dtype = "torch.bfloat16" if config.precision == "bfloat16" else "None"
-        raise ValueError(
-            f"precision must be that of the defence, got {config.precision!r}: call defence.accelerate({dtype}) first"
-        )
+        raise ValueError(f"precision must be that of the defence: call defence.accelerate({dtype}) first")
     if config.gan_grad:
         raise ValueError("gan_grad must be False in training_loss, which has no discriminator, got True: use AtopTask")
     one_pass = passes(defence, batch, config, graphs)

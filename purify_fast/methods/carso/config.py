@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
@@ -96,9 +95,7 @@ class CarsoConfig:
         if not self.attack.eps > 0:
             raise ValueError("eps must be above 0, got 0: the purifier is always trained on attacks")
         if self.joint and (self.targets == "classifier" or self.precision in ("bfloat16", "auto")):
-            raise ValueError(
-                "joint=True leaves no frozen classifier, so it needs targets='labels' and precision 'float32' or 'tf32'"
-            )
+            raise ValueError("joint=True needs targets='labels' and precision 'float32' or 'tf32'")
         if self.kl_delay_unit == "share" and self.kl_delay >= 1:
             raise ValueError(f"kl_delay must be in [0, 1) as a share of the epochs, got {self.kl_delay}")
 
@@ -109,8 +106,6 @@ class CarsoConfig:
         return self.kl_delay, self.kl_delay_unit
 
 
-# The result is cached, because all steps of an epoch have the same settings.
-@functools.lru_cache(maxsize=8)
 def config_in_epoch(config: CarsoConfig, std: tuple[float, ...], epoch: int = 0, epochs: int = 1) -> CarsoConfig:
     """Return the settings of an epoch, counted from 0, with eps in image units. ``std`` normalizes the images."""
     attack = config.attack.at_epoch(epoch, epochs)
@@ -122,11 +117,7 @@ def atom_size(batch_size: int, adversarial_fraction: float, allow_none: bool = F
     """Return the number of images for each of the four attacks: int(batch_size * adversarial_fraction // 4)."""
     atom = int(batch_size * adversarial_fraction // 4)
     if atom == 0 and not allow_none:
-        raise ValueError(
-            f"adversarial_fraction {adversarial_fraction} of a batch of {batch_size} images is not enough for four "
-            "attacks: use at least 4 / adversarial_fraction images per batch and process. If only the last batch of an "
-            "epoch is so small, leave it out with drop_last=True (--drop-last), which a DataLoader also has"
-        )
+        raise ValueError(f"adversarial_fraction {adversarial_fraction} of {batch_size} images is too few for 4 attacks")
     return atom
 
 

@@ -27,14 +27,7 @@ from ...ops.decode_samples import latents
 from ...speed.decoding import PackedDecoder, kernel_decodes
 from ...speed.folding.inference_copy import pad_batch
 from ..saving import save_defence
-from .networks import (
-    NETWORKS,
-    Decoder,
-    Deconvolution,
-    Plan,
-    decoder_plan,
-    decoder_plan_v1,
-)
+from .networks import NETWORKS, Decoder, Deconvolution, Plan, decoder_plan, decoder_plan_v1
 
 Version = Literal["v4", "v1"]
 DecoderPlan = tuple[Sequence[int], Sequence[Deconvolution | Mapping[str, Any]]]
@@ -105,11 +98,6 @@ class Carso(Defence):
             layer_list = [x if isinstance(x, Deconvolution) else Deconvolution(**x) for x in decoder[1]]
             plan: Plan = ((start, h, w), layer_list)
         elif version == "v1":
-            if self.image_shape[1:] != (28, 28):
-                raise ValueError(
-                    f"image_shape must be (C, 28, 28) for version 'v1', got {self.image_shape}: resize the images to "
-                    "28 x 28, or use version 'v4'"
-                )
             plan = decoder_plan_v1(self.image_shape[0], latent_dim + cond_dim)
         else:
             plan = decoder_plan(self.image_shape, decoder_width)
@@ -162,8 +150,6 @@ class Carso(Defence):
             return self.fast.packed(condition, seed, ids.expand(len(x)), draws * self.samples)
         if z is None:
             z = self.prior_latents(len(x), draws * self.samples, x.device)
-        elif z.dim() != 3 or z.shape[0] not in (1, x.shape[0]) or z.shape[2] != self.latent_dim:
-            raise ValueError(f"z must be [B, K, {self.latent_dim}] with B = {x.shape[0]} or 1, got {list(z.shape)}")
         return torch.sigmoid(self._run_part(self.decode, z.expand(x.shape[0], -1, -1), condition))
 
     # -- the parts of a prediction ------------------------------------------------------------------------------------

@@ -159,10 +159,7 @@ def published_decoder(image_shape: Shape) -> Plan:
     """
     channels, h, w = image_shape
     if (channels, h, w) not in PUBLISHED:
-        raise ValueError(
-            f"image_shape must be (3, 32, 32) or (3, 64, 64) for a published decoder, got {tuple(image_shape)}: use "
-            "decoder_plan for other shapes"
-        )
+        raise ValueError(f"image_shape must be one of {', '.join(map(str, PUBLISHED))}, got {tuple(image_shape)}")
     side, padding, kernel = PUBLISHED[channels, h, w]
     hidden = [Deconvolution(width, output_padding=(padding, padding)) for width in (256, 128, 64, 32)]
     return (256, side, side), [*hidden, Deconvolution(channels, kernel, stride=1)]
@@ -182,9 +179,7 @@ def deconvolution_stack(
             stack += [BatchNorm2d(layer.channels), LeakyReLU()] if batch_norm else [_LeakyReLU()]
         channels, (h, w) = layer.channels, layer.size(h, w)
     if (channels, h, w) != tuple(image_shape):
-        raise ValueError(
-            f"the decoder's layers must return images of image_shape {tuple(image_shape)}, got {(channels, h, w)}"
-        )
+        raise ValueError(f"the decoder must return images {tuple(image_shape)}, got {(channels, h, w)}")
     return nn.Sequential(*stack)
 
 
@@ -261,8 +256,6 @@ class PosteriorEncoderV1(PosteriorEncoder):
 
     def _layers(self, image_shape: Shape, cond_dim: int, latent_dim: int) -> tuple[nn.Module, nn.Module, int]:
         channels, h, w = image_shape
-        if min(h, w) < 4:
-            raise ValueError(f"image_shape must be at least 4 x 4 for version v1, got {h} x {w}")
         positions = (h - 3) * (w - 3)
         detail = ceil(channels * h * w / positions)
         image = nn.Sequential(nn.Conv2d(channels, detail, 4), nn.Flatten())

@@ -105,10 +105,7 @@ def load_official(
         raise ValueError(f"{directory} must hold the three files of a CARSO system, but its files have other tensors")
     if layers is None:
         if not isinstance(classifier, NamesRepresentation):
-            raise ValueError(
-                f"layers must be given for a {type(classifier).__name__}: the paths of the modules that the files were "
-                "trained on"
-            )
+            raise ValueError(f"layers must be given for a {type(classifier).__name__}: those of the files' training")
         layers = classifier.representation_layers()
     if len(layers) != (count := len({layer for layer, _ in blocks})):
         raise ValueError(f"layers must have {count} paths, as in {paths['repr_compressors']}, got {len(layers)}")
@@ -142,18 +139,12 @@ def save_official(defence: Carso, directory: str | Path, stem: str) -> None:
     """
     if defence.arguments["version"] != "v4" or any(len(shape) != 3 for shape in defence.representation.shapes):
         shapes = ", ".join("[" + ", ".join(map(str, ("B", *shape))) + "]" for shape in defence.representation.shapes)
-        raise ValueError(
-            "official files support only version v4 and layers that return maps [B, C, H, W], got version "
-            f"{defence.arguments['version']} and layers that return {shapes}: use `save` for this defence"
-        )
+        raise ValueError(f"official files hold only version v4 and layers of maps, got layers of {shapes}: use `save`")
     decoder = defence.decoder
     layers = [Deconvolution.of(layer) for layer in decoder.modules() if isinstance(layer, nn.ConvTranspose2d)]
     if (decoder.start, layers) not in [published_decoder(size) for size in PUBLISHED]:
         # the files have no strides and paddings, and a reader uses the published values
-        raise ValueError(
-            "decoder must be made by `purify_fast.methods.carso.published_decoder`, because official files store no "
-            "strides and paddings: use `save` for this defence"
-        )
+        raise ValueError("decoder must be a `published_decoder`, as official files have no strides: use `save`")
     paths = _paths(Path(directory), stem)
     for part, tensors in _official_tensors(defence).items():
         with atomic(paths[part]) as temporary:

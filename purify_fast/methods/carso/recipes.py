@@ -15,7 +15,7 @@ from torch import nn
 
 from ...models.classifiers import FullyConnected, WideResNet
 from ...models.foreign import load_state, read_weights
-from ..publication import Recipe, classifier_facts, read_recipes
+from ..publication import Recipe, defence_facts, read_recipes
 from .config import CarsoConfig, atom_size
 from .defence import Carso
 from .networks import PUBLISHED, published_decoder
@@ -78,14 +78,9 @@ class CarsoRecipe(Recipe):
         plan = published_decoder(shape) if shape in PUBLISHED else None
         published = None if plan is None else json.loads(json.dumps([plan[0], [asdict(layer) for layer in plan[1]]]))
         known = arguments["version"] == "v1" or arguments["decoder"] == published is not None
-        return {
-            **super().of_training(task),
-            **{f"defence.{name}": value for name, value in arguments.items()},
-            **{f"data.{name}": arguments[name] for name in ("image_shape", "mean", "std")},
-            "data.num_classes": defence.num_classes,
-            "defence.decoder": _PUBLISHED_FOR.format(shape) if known else "not one of the paper",
-            **classifier_facts(defence.classifier),
-        }
+        decoder = _PUBLISHED_FOR.format(shape) if known else "not one of the paper"
+        own = {"data.mean": arguments["mean"], "data.std": arguments["std"], "defence.decoder": decoder}
+        return {**super().of_training(task), **defence_facts(defence), **own}
 
     def for_batch(self, batch_size: int) -> Self:
         # the authors' code computes the rate from the batch
@@ -116,11 +111,7 @@ class CarsoRecipe(Recipe):
         load_state(
             classifier, read_weights(path), f"{path} does not hold the classifier of this system", only_model=True
         )
-        defence = load_official(classifier, folder, samples=self["defence.samples"])
-        if defence.image_shape != self.image_shape:
-            shapes = f"images {list(defence.image_shape)}, but {self.name} has {list(self.image_shape)}"
-            raise ValueError(f"{folder} holds a system for {shapes}")
-        return defence
+        return load_official(classifier, folder, samples=self["defence.samples"])
 
     def _classifier_file(self, folder: Path) -> Path:
         """Return the file with the weights of the classifier."""
@@ -130,9 +121,9 @@ class CarsoRecipe(Recipe):
         chosen = [path for path in files if path.stem == weights] or files
         if len(chosen) != 1:
             names = ", ".join(path.name for path in chosen) or "none"
-            raise (ValueError if chosen else FileNotFoundError)(
-                f"{folder} must hold one file ({', '.join(endings)}) with the weights of the system's classifier, "
-                f"which the authors call {weights}, got {names}: choose one by --classifier-weights FILE"
+            raise FileNotFoundError(
+                f"{folder} must hold one file with the weights of the classifier, which the authors call {weights}, "
+                f"got {names}: choose one by --classifier-weights FILE"
             )
         return chosen[0]
 

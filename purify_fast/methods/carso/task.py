@@ -128,10 +128,7 @@ def pipeline_step(
 ) -> tuple[Tensor, Metrics]:
     """Attack a batch by PGD through the whole defence, and return this package's own loss of it, and metrics."""
     if config.joint and (defence.fast is not None or not any(p.requires_grad for p in defence.classifier.parameters())):
-        raise ValueError(
-            "joint=True needs a defence that is not accelerated and whose classifier is not frozen: call "
-            "accelerate(None) and release_classifier()"
-        )
+        raise ValueError("joint=True needs a plain defence: call accelerate(None) and release_classifier()")
     k = config.train_samples
     # a copy would be captured anew in each step, so `CarsoTask` gives a defence with this K
     defence = defence if defence.samples == k else with_samples(defence, k)

@@ -97,10 +97,7 @@ class DiffusionPurifier(Defence):
         self.denoiser = Denoiser(module, self.image_shape, whole_times=self.process.told == "index")
         if self.process.learns_variances and not self.denoiser.learns_variances:
             channels = self.image_shape[0]
-            raise ValueError(
-                f"variance 'learned' needs a denoiser that returns {2 * channels} channels, twice as many as the "
-                f"images have, got {channels}: choose variance 'small' or 'large'"
-            )
+            raise ValueError(f"variance 'learned' needs a denoiser of {2 * channels} channels, got {channels}")
         self._make_table()
         self.arguments: dict[str, Any] = {
             "image_shape": list(self.image_shape),
@@ -129,10 +126,7 @@ class DiffusionPurifier(Defence):
     def _make_table(self) -> None:
         """Compute the table of the process as buffers, and let every step have a gradient of the denoiser."""
         if (latest := max(start for start, _ in self.process.rounds)) > self.last_time:
-            raise ValueError(
-                f"t_star must be at most {self.last_time}, the last time that the denoiser was trained for, "
-                f"got {latest}"
-            )
+            raise ValueError(f"t_star must be at most {self.last_time}, the last time of the training, got {latest}")
         table, self.begins = self.process.table()
         self.adds_noise: list[bool] = (table.coefficients[:, COEFFICIENTS.index("noise")] != 0).tolist()
         rows = {"_rows": torch.arange(2 * len(self.begins), device="cpu")}

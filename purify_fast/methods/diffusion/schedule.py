@@ -70,9 +70,7 @@ class Schedule:
     def __post_init__(self) -> None:
         check_types(self)
         if self.kind == "linear" and not float(self.betas.max()) < 1:
-            raise ValueError(
-                f"last_beta must be below {self.steps / USUAL_STEPS} for {self.steps} steps, got {self.last_beta}"
-            )
+            raise ValueError(f"last_beta must be below {self.steps / USUAL_STEPS}, got {self.last_beta}")
 
     @classmethod
     def of(cls, given: Schedule | Mapping[str, Any] | str) -> Schedule:
@@ -130,9 +128,7 @@ class Schedule:
         """Return evenly spaced times from ``start`` in (0, 1], float64 ``[steps + 1]``; None: every training step."""
         first = round(start * self.steps) if 0 < start <= 1 else 0
         if first < 1:
-            raise ValueError(
-                f"t_star must be in (0, 1] and cover at least one of the {self.steps} training steps, got {start}"
-            )
+            raise ValueError(f"t_star must be in (0, 1] and at least 1 / {self.steps}, got {start}")
         steps = first if steps is None else steps
         if steps > MOST_STEPS:
             raise ValueError(f"steps must be at most {MOST_STEPS}, got {steps}")
@@ -141,10 +137,7 @@ class Schedule:
             times[-1] = END
             return times
         if steps > first:
-            raise ValueError(
-                f"steps must be at most {first}, got {steps}: t_star = {start} is training step {first}, and a "
-                "training step cannot be divided"
-            )
+            raise ValueError(f"steps must be at most {first}, the training step of t_star = {start}, got {steps}")
         return torch.linspace(first, 0, steps + 1, dtype=torch.float64, device="cpu").round() / self.steps
 
     def told(self, t: Tensor, times: Times) -> Tensor:
@@ -170,7 +163,5 @@ class Schedule:
         enough = ((1 - kept) / kept).sqrt() >= 2 * sigma
         if not sigma > 0 or not bool(enough.any()):
             most = float(((1 - kept[-1]) / kept[-1]).sqrt()) / 2
-            raise ValueError(
-                f"sigma must be above 0 and at most {most:.4g}, the noise at t = 1 for images in [0, 1], got {sigma}"
-            )
+            raise ValueError(f"sigma must be above 0 and at most {most:.4g}, the noise at t = 1, got {sigma}")
         return float(t[enough.int().argmax()])

@@ -130,9 +130,7 @@ class DiffusionTask(MethodTask):
         with evaluation_mode(self.denoiser), torch.no_grad():
             predicted = self.denoiser(image, image.new_zeros(1))
         if predicted.shape != image.shape:
-            raise ValueError(
-                f"x: the denoiser must return the shape of its images, {list(image.shape)}, got {list(predicted.shape)}"
-            )
+            raise ValueError(f"the denoiser must return images {list(image.shape)}, got {list(predicted.shape)}")
 
 
 class ConsistencyTask(DiffusionTask):

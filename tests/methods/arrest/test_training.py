@@ -105,17 +105,6 @@ def test_fact_6_total_loss(distance, want):
     assert loss.item() == pytest.approx(1.4076059644, abs=1e-6)
 
 
-@pytest.mark.parametrize("epoch", [0, 9, 10, 19])
-def test_fact_7_replay_mask(monkeypatch, epoch):
-    task, step = arrest(), batch(5, epoch)
-    frozen_to(monkeypatch, task, [0, 0.10, 0.1339, 0.1340, 0.5])
-    adversarial = task.attack(step, task.config.attack)
-    x, share = task.inputs(step, [])
-    replayed = [not torch.equal(a, b) for a, b in zip(x, adversarial, strict=True)]
-    assert replayed == ([False] * 3 + [True] * 2 if epoch < 10 else [False] * 5)
-    assert share.item() == pytest.approx(0.4 if epoch < 10 else 0)
-
-
 def test_replay_only_where_the_drift_is_above_the_threshold_and_in_its_share_of_the_epochs(monkeypatch):
     task, step = arrest(tau=0.25), batch(3)
     frozen_to(monkeypatch, task, [0.25, 0.2500001, 0.2499])  # 0.25 has no rounding: strictly above
@@ -450,20 +439,6 @@ def test_the_moving_average_by_hand():
     trained = {id(p) for group in task.optimizer.param_groups for p in group["params"]}
     assert not {id(p) for p in task.result.parameters()} & trained
     assert arrest(model).result is model
-
-
-def test_a_run_is_resumed_with_the_same_settings_and_start_only(tmp_path):
-    digits = data.load_dataset("digits")
-    x, y = digits.x_train[:32], digits.y_train[:32]
-    fit(arrest(), x, y, FitConfig(1, 16), tmp_path)
-    for other, named in (
-        (arrest(distillation_weight=1.0), "distillation_weight: 50.0, now 1.0"),
-        (arrest(layers=["conv4"]), "layers: "),
-        (arrest(cnn(1)), "origin: "),
-        (arrest(teacher=cnn(1)), "origin: "),
-    ):
-        with pytest.raises(ValueError, match=named):
-            fit(other, x, y, FitConfig(1, 16), tmp_path)
 
 
 @pytest.mark.parametrize("make", [cnn, pytest.param(resnet, marks=pytest.mark.slow)])

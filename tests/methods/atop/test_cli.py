@@ -125,10 +125,6 @@ def test_an_interrupted_run_goes_on(made, generator, tmp_path, capsys, monkeypat
     assert not (tmp_path / "cut" / "model.safetensors").exists()
     assert run("atop", made, tmp_path / "cut", *options) == 0
     assert calls == [0] * 4 + [1] * 3 + [1] * 2  # the seventh step was not taken, and is the first of the second run
-    for other, named in ((["--eps", "0.01"], "eps: "), (["--init", str(tmp_path / "cut")], "origin: ")):
-        assert run("atop", made, tmp_path / "cut", *options, *other) == 2
-        said = capsys.readouterr().err
-        assert "holds a run with other images or settings" in said and named in said
 
 
 def test_what_init_brings_is_not_given_again(made, generator, tmp_path, capsys):

@@ -194,20 +194,12 @@ class Convolution(nn.Conv2d):
 def test_a_purifier_of_ones_own_is_saved_too_but_must_be_given_to_load(tmp_path):
     made = defence(Convolution(1, 1, 3, padding=1))
     made.save(tmp_path)
-    with pytest.raises(ValueError, match="purifier must be a Convolution, got None"):
+    with pytest.raises(ValueError, match=r"purifier must be given: .* of a Convolution"):
         purify_fast.load_defence(tmp_path, made.classifier)
     loaded = purify_fast.load_defence(tmp_path, made.classifier, purifier=Convolution(1, 1, 3, padding=1))
     assert torch.equal(loaded.purifier.module.weight, made.purifier.module.weight)
     with pytest.raises(ValueError, match=r"holds {'kind': 'Convolution', .*}, got {'kind': 'small_generator'"):
         purify_fast.load_defence(tmp_path, made.classifier, purifier=SmallGenerator(1, 2))
-
-
-def test_the_callers_modules_stay_their_own():
-    classifier, purifier = SmallCNN(width=4), identity()
-    made = Atop(classifier, purifier, (1, 16, 16), block=4)
-    assert classifier.training and all(p.requires_grad for p in classifier.parameters())
-    assert made.purifier.module is not purifier and not made.classifier.training
-    assert not any(p.requires_grad for p in made.classifier.parameters())
 
 
 @pytest.mark.parametrize(

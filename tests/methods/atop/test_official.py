@@ -24,9 +24,8 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("name", ["states.pth", "deep/er/states.pt"])
-def test_a_round_trip_keeps_every_tensor_under_its_official_name(generator, tmp_path, name):
-    path = tmp_path / name
+def test_a_round_trip_keeps_every_tensor_under_its_official_name(generator, tmp_path):
+    path = tmp_path / "deep" / "states.pth"
     generator.save_official(path)
     loaded = DeepFillGenerator.from_official(str(path))
     assert equal(loaded, generator) and loaded.arguments == generator.arguments and not loaded.training
@@ -52,10 +51,8 @@ def test_ways_to_hold_it(generator, tmp_path, change):
     ("change", "message"),
     [
         (lambda s: s.pop("stage1.conv_bn3.conv.bias"), r"is not .*: stage1\.conv_bn3\.conv\.bias is missing$"),
-        (lambda s: s.update(extra=torch.zeros(1)), r"is not .*: extra is unknown$"),
         (lambda s: s.update({"stage2.conv_bn7.conv.bias": torch.zeros(3)}), r"bias is \[3\], must be \[32\]$"),
         (lambda s: s.update(extra=3), "contains no state dict"),
-        (lambda s: s.update({FIRST: torch.zeros(6)}), "must hold a generator of deepfillv2-pytorch"),
         (lambda s: s.pop(FIRST), "must hold a generator of deepfillv2-pytorch, got the tensors stage1"),
     ],
 )

@@ -108,9 +108,7 @@ def test_a_transformers_tokens_are_read_as_they_are():
 def test_forms_and_decoders_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="version must be one of v4, v1, got 'v2'"):
         Carso(SmallCNN(), ["conv1"], (1, 16, 16), version="v2")
-    with pytest.raises(ValueError, match=r"must be \(C, 28, 28\) for version 'v1', got \(1, 16, 16\)"):
-        Carso(SmallCNN(), ["conv1"], (1, 16, 16), version="v1")
-    with pytest.raises(ValueError, match=r"return images of image_shape \(1, 16, 16\), got \(1, 7, 7\)"):
+    with pytest.raises(ValueError, match=r"must return images \(1, 16, 16\), got \(1, 7, 7\)"):
         Carso(SmallCNN(), ["conv1"], (1, 16, 16), decoder=((8, 4, 4), [Deconvolution(1)]))
     with pytest.raises(ValueError, match=r"image_shape must be .* got \(1, 28, 28\)"):
         published_decoder((1, 28, 28))

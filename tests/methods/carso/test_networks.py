@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from small_models import with_random_norms
 from torch import nn
 from torch.nn import functional as F
 
@@ -17,9 +16,8 @@ from purify_fast.methods.carso.networks import (
     published_decoder,
 )
 from purify_fast.ops import REGISTRY, use_backend
-from purify_fast.ops.decode_samples import latents
 from purify_fast.ops.dispatch.registry import Op
-from purify_fast.speed.decoding import PackedDecoder, kernel_decodes
+from purify_fast.speed.decoding import kernel_decodes
 
 
 @pytest.mark.parametrize(
@@ -112,8 +110,6 @@ def test_the_posterior_encoder_is_1380_738_96_64():
     assert isinstance(encoder.joint[-1], nn.Tanh)
     mean, log_variance = encoder(torch.rand(3, *MNIST), torch.rand(3, 130))
     assert mean.shape == log_variance.shape == (3, 64)
-    with pytest.raises(ValueError, match="at least 4 x 4 for version v1, got 3 x 9"):
-        PosteriorEncoderV1((1, 3, 9), 2, 2)
 
 
 def test_the_decoder_is_194_97_48_24_1_and_1_4_8_14_28():
@@ -141,49 +137,8 @@ def test_the_decoder_takes_the_latent_before_the_condition():
 
 
 def test_sizes_that_do_not_meet_are_refused():
-    with pytest.raises(ValueError, match=r"return images of image_shape \(1, 32, 32\), got \(1, 28, 28\)"):
+    with pytest.raises(ValueError, match=r"must return images \(1, 32, 32\), got \(1, 28, 28\)"):
         DecoderV1(10, 6, (1, 32, 32), *decoder_plan_v1(1, 16))
-
-
-SEED, IDS = torch.tensor([7]), torch.tensor([4, 0, 9])
-
-
-def make(form: str) -> nn.Module:
-    torch.manual_seed(0)
-    if form == "v1":
-        decoder: nn.Module = DecoderV1(8, 10, (1, 28, 28), *decoder_plan_v1(1, 18))
-    elif form == "published":
-        decoder = Decoder(16, 20, (3, 32, 32), *published_decoder((3, 32, 32)))
-    else:
-        decoder = Decoder(6, 10, (2, 13, 22), *decoder_plan((2, 13, 22), 8))
-    return with_random_norms(decoder).eval()
-
-
-def condition_of(decoder: nn.Module, dtype: torch.dtype) -> torch.Tensor:
-    size = {"DecoderV1": 10, "Decoder": 20 if decoder.start[0] == 256 else 10}[type(decoder).__name__]
-    return torch.randn(3, size, generator=torch.Generator().manual_seed(1)).to(dtype)
-
-
-@pytest.mark.parametrize("form", ["v1", "published", "general"])
-def test_the_same_images_and_gradient_as_the_layers(form):
-    decoder = make(form).double()
-    condition = condition_of(decoder, torch.float64).requires_grad_()
-    z = latents(SEED, IDS, 4, decoder.latent_dim).double()
-    logits = decoder(z, condition).unflatten(0, z.shape[:2])
-    packed = PackedDecoder(decoder, torch.float64)
-    close = {"rtol": 1e-10, "atol": 1e-10}
-    torch.testing.assert_close(packed(condition, SEED, IDS, 4, squash=False), logits, **close)
-    images = packed(condition, SEED, IDS, 4)
-    torch.testing.assert_close(images, torch.sigmoid(logits), **close)
-    weight = torch.randn_like(images)
-    got, wanted = (torch.autograd.grad((out * weight).sum(), condition)[0] for out in (images, torch.sigmoid(logits)))
-    torch.testing.assert_close(got, wanted, **close)
-
-
-def test_refusals():
-    decoder = make("general")
-    with pytest.raises(ValueError, match="decoder must be in evaluation mode"):
-        PackedDecoder(decoder.train())
 
 
 def test_a_kernel_decodes_where_it_serves_some_calls(monkeypatch):

@@ -172,13 +172,6 @@ def test_draws_at_once_are_independent_calls_with_one_representation_pass(head):
     assert ((logits.std(0) / calls.std(0)).log().abs() < 0.25).all()
 
 
-@pytest.mark.parametrize("mode", ["fixed", "deterministic"])
-def test_without_fresh_noise_all_draws_are_the_call(mode):
-    made, x = defence(), images(3)
-    with made.fixed_noise(1) if mode == "fixed" else made.deterministic():
-        assert torch.equal(made.draw_logits(x, 4), made(x).expand(4, -1, -1))
-
-
 def test_a_forward_of_ones_own_is_what_is_attacked():
     class Opposite(Carso):
         def forward(self, x):

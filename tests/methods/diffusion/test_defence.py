@@ -11,7 +11,7 @@ from small_models import Made
 from torch import nn
 
 import purify_fast
-from purify_fast.attacks import BpdaModel, frozen
+from purify_fast.attacks import frozen
 from purify_fast.defences import MajorityVote
 from purify_fast.methods.diffusion import DiffusionPurifier, Process, Schedule
 from purify_fast.models.classifiers import SmallCNN
@@ -202,13 +202,6 @@ def test_a_conversion_does_not_round_the_schedule():
     assert gradient(low, x)[1].isfinite().all()
 
 
-def test_bpda_runs_through_it():
-    made, x = defence(process=FEW, samples=2), images()
-    leaf = x.clone().requires_grad_()
-    with made.fixed_noise(1):
-        torch.testing.assert_close(BpdaModel.of(made)(leaf), made(x))
-
-
 def test_learned_variances_and_objects_with_a_sample():
     class Sample(Tiny):
         def forward(self, x, t):
@@ -332,7 +325,7 @@ def test_its_files(tmp_path):
     denoiser = Tiny()
     made = DiffusionPurifier(denoiser, classifier, (3, 8, 12), process, samples=2, aggregation="vote")
     made.save(tmp_path)
-    with pytest.raises(ValueError, match="purifier must be a Tiny, got None"):
+    with pytest.raises(ValueError, match=r"purifier must be given: .* of a Tiny"):
         purify_fast.load_defence(tmp_path, classifier)
     again = purify_fast.load_defence(tmp_path, classifier, purifier=Tiny())
     assert again.process == process and again.arguments == made.arguments
