@@ -15,12 +15,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Net(nn.Module):
-    def __init__(self, activation=None, dropout=0.1, stride=1, padding=1, scale=1.0):
+    def __init__(self, activation=None, dropout=0.1, stride=1, scale=1.0):
         super().__init__()
         torch.manual_seed(0)
         self.scale = scale
         self.layers = nn.Sequential(
-            nn.Conv2d(1, 2, 3, stride, padding), activation or nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()
+            nn.Conv2d(1, 2, 3, stride, 1), activation or nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()
         )
         self.drop, self.last = nn.Dropout(dropout), nn.Linear(8, 2)
 
@@ -61,7 +61,6 @@ EDITS = {
     "activation": lambda: Net(nn.SiLU()),
     "dropout": lambda: Net(dropout=0.5),
     "stride": lambda: Net(stride=2),
-    "padding": lambda: Net(padding=0),
     "attribute": lambda: Net(scale=2.0),
     "code": Edited,
 }

@@ -72,8 +72,8 @@ def banked(folder, banks):
     """Train with a bank; the weights, and what this process made and read."""
     opened, kind = [], run.AdversarialBank
 
-    def opening(*arguments):
-        opened.append(kind(*arguments))
+    def opening(*arguments, **images):
+        opened.append(kind(*arguments, **images))
         return opened[-1]
 
     with mock.patch.object(run, "AdversarialBank", opening):
