@@ -243,7 +243,7 @@ def diffusion_sentence(results: Path) -> list[str]:
     Args:
         results: folder of the committed results.
     """
-    name, rows = "digits-diffpure", diffusion.rows_of(results / "studies")
+    name, rows = "digits-diffpure", rows_of(results / "studies" / "diffusion.json")
     found = diffusion.Found([row for row in rows if (row["model"], row["process"]) == (name, None)])
     draws, strict, theirs = found.rule("mean"), found.rule("all"), found.authors()
     if draws is None or strict is None or not theirs:

@@ -11,12 +11,10 @@ from torch.nn import functional as F
 
 from benchmarks import RESULTS
 from benchmarks.pages import fill
-from benchmarks.robustness import studies, tradeoff
+from benchmarks.robustness import studies
 from benchmarks.robustness.studies import RESULT, Job, cifar10
-from benchmarks.robustness.studies.cifar10 import candidates, job_list, models
+from benchmarks.robustness.studies.cifar10 import candidates, models, picture
 from benchmarks.robustness.studies.cifar10 import study as names
-from benchmarks.robustness.studies.cifar10.results import Results
-from benchmarks.robustness.studies.cifar10.table import write_table
 from purify_fast.defences.stochastic import with_samples
 from purify_fast.evaluation import Report
 from purify_fast.evaluation.results.rows import Row
@@ -27,15 +25,13 @@ from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import Batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-BUDGET = replace(
-    names.budget_of("quick"), judging=names.Judging(clean=20, fast=4, strong=3, held_out=10, authors=4), seeds=2
-)
+BUDGET = replace(names.budget_of("quick"), judging=names.Judging(clean=20, fast=4, strong=3, held_out=10), seeds=2)
 
 
 @pytest.fixture(autouse=True)
 def quick_pictures(monkeypatch):
     """Names in them may cover each other."""
-    monkeypatch.setattr(tradeoff, "ROUNDS", 5)
+    monkeypatch.setattr(picture, "ROUNDS", 5)
 
 
 def fact(root, name, seed=0, **facts):
@@ -60,7 +56,6 @@ def test_every_need_comes_before_what_needs_it_and_every_row_is_judged():
     assert {(names.tried_name(name), 0) for name in candidates.CANDIDATES} < set(again.needed())
     wanted = [*names.rows(BUDGET), names.BEST]
     rows_of = {("fast", 0): wanted, ("fast", 1): names.COMPARED, ("strong", 0): wanted}
-    rows_of |= {(names.AUTHORS, 0): names.AS_AUTHORS}
     for (protocol, seed), rows in rows_of.items():
         assert all((names.judged_name(row, protocol), seed) in order for row in rows)
     # everything stands on the base, and a model is judged before the next is trained
@@ -83,7 +78,7 @@ def test_lambda_and_phi_are_chosen_on_held_out_images_with_the_first_seed(tmp_pa
     for pair, accuracy in {(1, 10): 0.3, (1, 30): 0.4, (5, 10): 0.5, (5, 30): 0.2}.items():
         fact(tmp_path, names.search_name(*pair), validation_accuracy=accuracy)
     for seed in (0, 1):
-        job = Job(names.ARREST_EMA, seed, job_list.judge, settings={"budget": training})
+        job = Job(names.ARREST_EMA, seed, cifar10.judge, settings={"budget": training})
         assert models.chosen(job, tmp_path) == (5.0, 10.0)
 
 
@@ -92,7 +87,7 @@ def test_the_best_candidate_is_chosen_on_images_that_no_model_was_trained_on(tmp
     whole = models.data.DataSet(x, torch.arange(100), x[:2], torch.arange(2), name="cifar10", num_classes=10)
     monkeypatch.setattr(models.data, "load_dataset", lambda *_: whole)
     settings = {"data": "x", "device": "cpu", "budget": BUDGET.training}
-    job = Job(names.judged_name(names.BEST, "fast"), 0, job_list.judge, settings=settings)
+    job = Job(names.judged_name(names.BEST, "fast"), 0, cifar10.judge, settings=settings)
     assert models.images_of(job).y_train.tolist() == list(range(64))
     assert models.held_out(job, 10)[1].tolist() == list(range(64, 74))
     # references are tried as well, and are no candidates
@@ -194,13 +189,12 @@ def row(model, attack, robust, kind):
 def judged(root, name, number, seed=0, row_name=None):
     """The files that judging a model leaves; its row may have another name."""
     robust = [1, 1, number % 2, 0]
-    lowest = {"share": sum(robust) / 4, "images": 4, "reliable": name != names.PEEL}
-    protocols = [names.AUTHORS] if name in names.AS_AUTHORS else BUDGET.judging.protocols(seed)
+    lowest = {"share": sum(robust) / 4, "images": 4, "reliable": name != names.CARSO}
     clean = 0.9 - number / 100
     rows = [row(name, "clean", [1, 1, 1, 1], "clean"), row(name, "APGD", robust, "apgd")]
-    for protocol in protocols:
-        last = robust if protocol in ("fast", names.AUTHORS) else [1, 0, 0]
-        worst = replace(row(name, "worst", last, "worst"), reliable=name != names.PEEL)
+    for protocol in BUDGET.judging.protocols(seed):
+        last = robust if protocol == "fast" else [1, 0, 0]
+        worst = replace(row(name, "worst", last, "worst"), reliable=name != names.CARSO)
         report = Report([*rows, worst], [], {"threat": "L-inf 8/255"})
         job = names.judged_name(row_name or name, protocol)
         folder = fact(root, job, seed, model=name, clean=clean, **{protocol: lowest})
@@ -217,7 +211,7 @@ def trained(root, name, seed=0, **more):
 
 def test_the_table_is_what_the_jobs_found(tmp_path):
     root, results = tmp_path / "runs", tmp_path / "results" / "studies"
-    for number, name in enumerate([*names.rows(BUDGET), *names.AS_AUTHORS]):
+    for number, name in enumerate(names.rows(BUDGET)):
         trained(root, name, weight=5.0, angle=10.0)
         judged(root, name, number)
     best = next(iter(candidates.CANDIDATES))
@@ -229,19 +223,13 @@ def test_the_table_is_what_the_jobs_found(tmp_path):
     trained(root, best)
     judged(root, best, 0, row_name=names.BEST)
     page = cifar10.write(root, results, BUDGET).read_text()
-    # on the same images: the attack of the authors, ours, its classifier's, and the difference
-    places = {name: number for number, name in enumerate([*names.rows(BUDGET), *names.AS_AUTHORS])}
-    shares = [50 + 25 * (places[name] % 2) for name in (names.PEEL, names.CARSO, names.BASE)]
-    whole = f"| {shares[0]:.1f} **unreliable** | {shares[1]:.1f} | {shares[2]:.1f} | {shares[1] - shares[0]:+.1f} ±"
-    assert f"| {names.PEEL} {whole}" in page
     assert "Trained with seed 1:" in page and page.count("- `CARSO pipeline` minus `PGD-AT`, under `fast`: ") == 2
     assert "| PGD-AT | 89.0 ± 7.0 | 75.0 ± 21.7 | 33.3 ± 27.2 |" in page
     assert "reference: no purifier | 70.0 ± 14.5 | 30.0 ± 26.5 |" in page
     assert "| 70.0 ± 14.5 | 30.0 ± 26.5 **unreliable** |" in page
     # pages quote single numbers; of two seeds the mean
-    quoted = {(names.PEEL, "authors"): shares[0], (names.BASE, "clean"): 89.0, (names.BASE, "strong"): 100 / 3}
-    for (name, key), number in quoted.items():
-        assert fill.value("cifar10", name, key, tmp_path / "results") == f"{number:.1f}"
+    for key, number in {"clean": 89.0, "strong": 100 / 3}.items():
+        assert fill.value("cifar10", names.BASE, key, tmp_path / "results") == f"{number:.1f}"
     assert (results / "cifar10" / "tradeoff.png").is_file()
 
 
@@ -255,5 +243,5 @@ def test_the_committed_table_is_that_of_the_committed_numbers(tmp_path):
             if of == seed and "model" in line:
                 own = [row for row in rows if row.model == line["model"]]
                 reports[row_name, seed] = Report(own, about={"threat": "L-inf 8/255"})
-    page = write_table(tmp_path, Results(lines, reports), names.budget_of("default"))
+    page = cifar10.write_table(tmp_path, cifar10.Results(lines, reports), names.budget_of("default"))
     assert page.read_text() == (folder / "cifar10.md").read_text()

@@ -8,16 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.robustness.studies import RESULT, run
+from benchmarks.robustness.studies import diffusion, run
 from benchmarks.robustness.studies.diffusion import (
     ALONE,
     GROUPS,
-    Diffusion,
     difference,
     found_by_pgd,
     images_of,
     predictions,
-    rows_of,
     share,
     told,
 )
@@ -33,7 +31,7 @@ def chosen(amount="default"):
 
 
 def jobs_of(dataset, amount="default"):
-    return [job for job in Diffusion().jobs(chosen(amount)) if job.settings["dataset"] == dataset]
+    return [job for job in diffusion.jobs_of(chosen(amount)) if job.settings["dataset"] == dataset]
 
 
 def test_each_model_meets_its_groups_of_attacks_and_the_fastest_come_first():
@@ -57,10 +55,12 @@ def test_each_model_meets_its_groups_of_attacks_and_the_fastest_come_first():
     assert (quick.images, quick.autoattack_images) == (6, 3)
 
 
-def test_the_committed_rows_are_those_of_the_command():
-    """A run on a new machine takes them all from the results, and attacks nothing again."""
-    asked = {(job.name, job.settings["dataset"]): job.asked() for job in Diffusion().jobs(chosen())}
-    assert {(row["name"], row["dataset"]): row["asked"] for row in rows_of(RESULTS)} == asked
+def test_the_committed_rows_and_tables_are_those_of_the_command(tmp_path):
+    asked = {(job.name, job.settings["dataset"]): job.asked() for job in diffusion.jobs_of(chosen())}
+    rows = json.loads((RESULTS / "diffusion.json").read_text())
+    assert {(row["name"], row["dataset"]): row["asked"] for row in rows} == asked
+    text = diffusion.write_tables(tmp_path, rows, "default").read_text()
+    assert text == (RESULTS / "diffusion.md").read_text()
 
 
 def test_the_attack_is_lee_and_kims_and_each_rule_counts_the_same_predictions():
@@ -86,32 +86,15 @@ def test_an_attack_in_bfloat16_leaves_the_model_as_it_is_and_lowers_its_accuracy
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*have no image:UserWarning")
-def test_rows_are_there_as_soon_as_they_are_made(tmp_path, forking):
-    study, asked = Diffusion(), chosen("quick")
+def test_jobs_attack_and_predict(tmp_path, forking):
     names = ("digits-diffpure exact", "digits-diffpure fixed", "digits-diffpure authors")
-    jobs = [job for job in study.jobs(asked) if job.name in names]
-    seen = []
-
-    def after_each():
-        study.after_each(tmp_path / "runs", tmp_path / "results", asked)
-        seen.append(len(rows_of(tmp_path / "results")))
-
-    results = run(jobs, tmp_path / "runs", 1, after_each)
-    assert seen == [1, 2, 3]
-    exact, fixed, authors = results
+    exact, fixed, authors = run([job for job in jobs_of("digits", "quick") if job.name in names], tmp_path, 1)
     assert all(len(bits) == 6 for bits in (*exact["clean"]["draws"], exact["attacked"]["vote"]))
     assert len(exact["attacked"]["draws"]) == 2 and len(fixed["attacked"]["draws"]) == 1
     assert [row["kind"] for row in authors["rows"]] == ["authors"] * 2
-    # with the runs gone, the results' file says what is done
-    study.begin(tmp_path / "again", tmp_path / "results", asked)
-    assert all(job.done(tmp_path / "again") for job in jobs)
-    other = chosen()
-    study.begin(tmp_path / "other", tmp_path / "results", other)
-    assert not any(job.done(tmp_path / "other") for job in study.jobs(other))
 
 
 def test_the_tables_say_what_the_jobs_found(tmp_path):
-    study, asked = Diffusion(), chosen()
     clean = {"draws": ["1111", "1110"], "vote": "1111"}
     row = {"attack": "as somebody", "kind": "authors", "robust": "1110", "n": 4}
     groups = {
@@ -119,28 +102,24 @@ def test_the_tables_say_what_the_jobs_found(tmp_path):
         "fixed": {"attacked": {"draws": ["0000"], "vote": "0000"}},
         "authors": {"rows": [row]},
     }
+    rows = []
     for job in jobs_of("digits"):
         s = job.settings
-        if s["model"] == "digits-atop-pipeline":
-            continue
         facts = {name: s[name] for name in ("dataset", "model", "group", "process", "eps")} | groups[s["group"]]
         few = s["model"] == "digits-carso-pipeline"
-        found = facts | {"name": job.name, "images": 2 if few else 4, "cpu_seconds": 8.0}
-        job.folder(tmp_path).mkdir(parents=True)
-        (job.folder(tmp_path) / RESULT).write_text(json.dumps(found))
-    study.after_each(tmp_path, tmp_path / "studies", asked)
-    lines = (tmp_path / "studies" / "diffusion.md").read_text().splitlines()
+        rows.append(facts | {"name": job.name, "images": 2 if few else 4, "cpu_seconds": 8.0})
+    lines = diffusion.write_tables(tmp_path, rows, "default").read_text().splitlines()
     assert "digits, 4 images, L-inf eps 0.1:" in lines
     split = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
     told = {name: first for name, first, *_ in split}
-    assert split[0][-1] == "`digits-carso-pipeline`, 2 images" and split[0][1] == "`digits-diffpure`"
+    assert split[0][-2] == "`digits-carso-pipeline`, 2 images" and split[0][1] == "`digits-diffpure`"
     assert told["clean: mean of the draws"] == "87.5 ± 10.8" and told["as somebody"] == "75.0 ± 21.7 (4)"
     start = "PGD-200, EOT 20, exact: "
     rules = ("one draw", "mean of the draws", "every draw right", "majority", "one draw, fixed and known")
     assert [told[start + rule].split(" ")[0] for rule in rules] == ["50.0", "37.5", "25.0", "50.0", "0.0"]
     # the mean of its draws is right in 1, 1/2, 0, 0 of four images, as that of the classifier is
     assert told[f"{start}mean, minus `digits-pgd-at` alone"] == "+0.0 ± 0.0"
-    assert told["CPU seconds of PGD-200 per image"] == "2.0" and len(split[0]) == 7
+    assert told["CPU seconds of PGD-200 per image"] == "2.0" and len(split[0]) == 8
     assert sum("t_star 0.05" in line for line in lines) == 1
 
 

@@ -7,7 +7,6 @@ in parallel. A finished job is not run again, so a stopped study can be resumed.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import sys
@@ -16,7 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import yaml
@@ -36,11 +35,7 @@ def folder_of(root: Path, name: str, seed: int) -> Path:
 
 
 def result_of(root: Path, name: str, seed: int) -> dict[str, Any]:
-    """Return the result of a row's job.
-
-    Raises:
-        FileNotFoundError: the job is not finished.
-    """
+    """Return the result of a row's job."""
     return json.loads((folder_of(root, name, seed) / RESULT).read_text())
 
 
@@ -120,34 +115,17 @@ def _check(jobs: Sequence[Job], root: Path) -> None:
     """Raise ValueError if the folder of a job in ``root`` has other settings."""
     for job in jobs:
         path, now = job.folder(root) / ASKED, job.asked()
-        there = json.loads(path.read_text()) if path.is_file() else now
-        changes = "; ".join(
-            f"{key}: {there.get(key)!r} there, {now.get(key)!r} now"
-            for key in sorted(there.keys() | now.keys())
-            if there.get(key) != now.get(key)
-        )
-        if changes:
+        if path.is_file() and (there := json.loads(path.read_text())) != now:
             raise ValueError(
-                f"the folder {path.parent} has results of {job.name!r} with other settings ({changes}): give another "
-                "folder, or remove this folder"
+                f"the folder {path.parent} has results of {job.name!r} with other settings ({there}, not {now}): give "
+                "another folder, or remove this folder"
             )
 
 
-def run(
-    jobs: Sequence[Job], root: Path, workers: int = 2, after_each: Callable[[], object] = lambda: None
-) -> list[dict]:
+def run(jobs: Sequence[Job], root: Path, workers: int = 2) -> list[dict]:
     """Run the unfinished jobs, and return all results in the order of ``jobs``. An interrupt ends all jobs.
 
     If a job fails, its error is raised after the running jobs have ended.
-
-    Args:
-        jobs: jobs of the study, in different folders, with all jobs that they need.
-        root: folder that contains the folders of the jobs.
-        workers: number of jobs that run in parallel.
-        after_each: function that is called after each finished job.
-
-    Raises:
-        ValueError: a folder has other settings. This is checked before any work.
     """
     _check(jobs, root)
     began = time.monotonic()
@@ -170,7 +148,6 @@ def run(
                 if future.exception() is not None:
                     print(f"{job.name}, seed {job.seed}, failed; its folder is {job.folder(root)}", file=sys.stderr)
                 future.result()
-                after_each()
                 left = len(waiting) + len(running)
                 minutes = (time.monotonic() - began) / 60
                 print(f"[{minutes:5.1f} min] {total - left}/{total} {job.name}, seed {job.seed}", file=sys.stderr)
@@ -181,43 +158,6 @@ def run(
 def settings_of(study: str) -> dict[str, Any]:
     """Return a study's part of settings.yaml, such as numbers of epochs and images, or the rows of the table."""
     return yaml.safe_load(Path(__file__).with_name("settings.yaml").read_text())[study]
-
-
-class Study:
-    """The base class of the studies, with the parts that the command line needs.
-
-    Attributes:
-        name: name of the study, of its part of settings.yaml, and of its page.
-        workers: default number of jobs that run in parallel.
-        amounts: names of the budgets other than the default, with their help texts.
-        uses_autoattack: True if the study needs the package with the official AutoAttack.
-    """
-
-    name: str
-    workers = 2
-    amounts: ClassVar[dict[str, str]] = {
-        "full": "use the full budget, which takes days instead of an hour",
-        "quick": "run everything in a minute or two; the numbers mean nothing",
-    }
-    uses_autoattack = True
-
-    def arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Add the options that only this study has."""
-        parser.add_argument("--data", default="data", help="folder of the images; default: data")
-
-    def jobs(self, chosen: argparse.Namespace) -> list[Job]:
-        """Return all trainings and attacks of the study."""
-        raise NotImplementedError
-
-    def begin(self, root: Path, folder: Path, chosen: argparse.Namespace) -> None:
-        """Prepare the run, for example by copying existing results from ``folder``. The default does nothing."""
-
-    def after_each(self, root: Path, folder: Path, chosen: argparse.Namespace) -> None:
-        """Do some work after each finished job, such as writing the tables so far. The default does nothing."""
-
-    def write(self, root: Path, folder: Path, chosen: argparse.Namespace) -> Path:
-        """Write the page and its numbers into ``folder``, from the results in the jobs' folders in ``root``."""
-        raise NotImplementedError
 
 
 def write_page(folder: Path, name: str, functions: Sequence[Callable] = (), **values: Any) -> Path:

@@ -1,17 +1,8 @@
-"""The study of CARSO on MNIST at the radius eps = 0.3, attacked as its authors do and with exact gradients.
-
-The table has four columns:
-
-1. an adversarially trained classifier;
-2. CARSO with the paper's objective, attacked through PeeL, which is the output that CARSO's authors attack;
-3. the same CARSO, attacked with exact gradients;
-4. CARSO that was fine-tuned through the whole pipeline.
-"""
+"""The study of CARSO on MNIST at eps = 0.3, attacked as its authors do (through PeeL) and with exact gradients."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,17 +17,10 @@ from purify_fast.evaluation import AttackSpec, EvaluateConfig, Report, evaluate,
 from purify_fast.evaluation.results.rows import worst_rows
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.models.classifiers import SmallCNN
-from purify_fast.training import (
-    ClassifierConfig,
-    ClassifierTask,
-    FitConfig,
-    TrainingAttack,
-    fit,
-    load_classifier,
-    save_classifier,
-)
+from purify_fast.training import FitConfig, TrainingAttack, fit
+from purify_fast.training.classifier import ClassifierConfig, ClassifierTask, load_classifier, save_classifier
 
-from . import Job, Study, settings_of, write_page
+from . import Job, folder_of, settings_of, write_page
 
 EPS = 0.3
 LAYERS = ("conv2", "conv4", "hidden")
@@ -117,60 +101,52 @@ def attack(job: Job, folder: Path, root: Path) -> dict:
     name, budget, images = job.settings["model"], job.settings["budget"], images_of(job)
     classifier = load_classifier(job.folder(root, CLASSIFIER))
     model = classifier if name == CLASSIFIER else load_defence(job.folder(root, MODELS[name]), classifier)
-    amount: dict[str, Any] = {"steps": budget.steps, "eot_iter": budget.eot}
-    config = EvaluateConfig(seed=job.seed, dataset_name=images.name, batch_size=250, max_forward_batch=1000, **amount)
-    attacks = attacks_of(name, budget)[job.settings["group"]]
-    how: dict[str, Any] = {"out": folder, "name": name, "progress": False}
-    report = evaluate(model, images.x_test, images.y_test, eps=EPS, config=config, attacks=attacks, **how)
+    amount: dict[str, Any] = {"steps": budget.steps, "eot_iter": budget.eot, "seed": job.seed}
+    config = EvaluateConfig(dataset_name=images.name, batch_size=250, max_forward_batch=1000, **amount)
+    how: dict[str, Any] = {"attacks": attacks_of(name, budget)[job.settings["group"]], "out": folder, "name": name}
+    report = evaluate(model, images.x_test, images.y_test, eps=EPS, config=config, progress=False, **how)
     report.save(folder, model)
     return {row.attack: row.accuracy for row in report.rows}
 
 
-class CarsoMnist(Study):
-    """The study of CARSO on MNIST, attacked as its authors do and with exact gradients."""
+def jobs_of(chosen: argparse.Namespace) -> list[Job]:
+    """Return all trainings and attacks."""
+    budget = SimpleNamespace(**settings_of("carso_mnist")[chosen.amount])
+    shared = {"data": chosen.data, "budget": budget}
+    return [
+        Job(CLASSIFIER, 0, train_classifier, (), shared),
+        Job(EXACT, 0, train_purifier, (CLASSIFIER,), shared),
+        Job(PIPELINE, 0, train_purifier, (CLASSIFIER, EXACT), shared),
+        *(
+            Job(f"{name} {group}", 0, attack, (trained,), shared | {"model": name, "group": group})
+            for name, trained in MODELS.items()
+            for group in attacks_of(name, budget)
+        ),
+    ]
 
-    name = "carso_mnist"
 
-    def budget(self, chosen: argparse.Namespace) -> SimpleNamespace:
-        return SimpleNamespace(**settings_of(self.name)[chosen.amount])
+def report(root: Path, name: str, budget: SimpleNamespace) -> Report:
+    """Return the report of a model, with the rows of all groups of attacks, and the worst case over all of them.
 
-    def jobs(self, chosen: argparse.Namespace) -> list[Job]:
-        budget = self.budget(chosen)
+    The groups ran separately, so that all models face the same attacks. In a single list of attacks, APGD on a
+    classifier would skip the images that PGD has broken. APGD on a defence would not skip such images, because it
+    attacks the defence without its randomness.
+    """
+    folders = [folder_of(root, f"{name} {group}", 0) for group in attacks_of(name, budget)]
+    parts = [Report.from_json((folder / "report.json").read_text()) for folder in folders]
+    # Every group has the row of the clean accuracy. The dictionary contains this row only once.
+    rows = {row.attack: row for part in parts for row in part.rows if row.kind != "worst"}
+    notes = dict.fromkeys(note for part in parts for note in part.notes)
+    # The parts have the same settings, so most facts about the first part are facts about all of them.
+    about = {key: value for key, value in parts[0].about.items() if key not in ("command", "date")}
+    return Report([*rows.values(), *worst_rows(list(rows.values()))], list(notes), about)
 
-        def job(name: str, work: Callable, *needs: str, **more: Any) -> Job:
-            return Job(name, 0, work, needs, {"data": chosen.data, "budget": budget, **more})
 
-        return [
-            job(CLASSIFIER, train_classifier),
-            job(EXACT, train_purifier, CLASSIFIER),
-            job(PIPELINE, train_purifier, CLASSIFIER, EXACT),
-            *(
-                job(f"{name} {group}", attack, trained, model=name, group=group)
-                for name, trained in MODELS.items()
-                for group in attacks_of(name, budget)
-            ),
-        ]
-
-    def report(self, root: Path, name: str, budget: SimpleNamespace) -> Report:
-        """Return the report of a model, with the rows of all groups of attacks, and the worst case over all of them.
-
-        The groups ran separately, so that all models face the same attacks. In a single list of attacks, APGD on a
-        classifier would skip the images that PGD has broken. APGD on a defence would not skip such images, because it
-        attacks the defence without its randomness.
-        """
-        folders = [Job(f"{name} {group}", 0, attack).folder(root) for group in attacks_of(name, budget)]
-        parts = [Report.from_json((folder / "report.json").read_text()) for folder in folders]
-        # Every group has the row of the clean accuracy. The dictionary contains this row only once.
-        rows = {row.attack: row for part in parts for row in part.rows if row.kind != "worst"}
-        notes = dict.fromkeys(note for part in parts for note in part.notes)
-        # The parts have the same settings, so most facts about the first part are facts about all of them.
-        about = {key: value for key, value in parts[0].about.items() if key not in ("command", "date")}
-        return Report([*rows.values(), *worst_rows(list(rows.values()))], list(notes), about)
-
-    def write(self, root: Path, folder: Path, chosen: argparse.Namespace) -> Path:
-        budget = self.budget(chosen)
-        whole = merge(self.report(root, name, budget) for name in MODELS)
-        # Remove the report of an earlier run, because Git keeps it. Otherwise `save` would move it into a subfolder.
-        (folder / self.name / "report.json").unlink(missing_ok=True)
-        whole.save(folder / self.name)
-        return write_page(folder, self.name, whole=whole, b=budget)
+def write_results(root: Path, folder: Path, chosen: argparse.Namespace) -> Path:
+    """Write the page and the report of all models."""
+    budget = SimpleNamespace(**settings_of("carso_mnist")[chosen.amount])
+    whole = merge(report(root, name, budget) for name in MODELS)
+    # Remove the report of an earlier run, because Git keeps it. Otherwise `save` would move it into a subfolder.
+    (folder / "carso_mnist" / "report.json").unlink(missing_ok=True)
+    whole.save(folder / "carso_mnist")
+    return write_page(folder, "carso_mnist", whole=whole, b=budget)

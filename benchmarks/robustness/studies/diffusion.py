@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -40,9 +40,9 @@ from purify_fast.evaluation.show.tables import markdown_table
 from purify_fast.protocols import Accelerates, FixedNoise, supports
 from purify_fast.training import load_classifier
 
-from ... import kept
-from . import ASKED, RESULT, Job, Study, settings_of, write_page
+from . import Job, settings_of, write_page
 
+NAME = "diffusion"
 #: The groups of attacks on a purifier (GROUPS), and on the other models (ALONE), the fastest first.
 GROUPS, ALONE = ("exact", "fixed", "authors"), ("exact",)
 #: The largest number of images times draws in a pass. CARSO classifies several reconstructions of each image.
@@ -78,36 +78,16 @@ def found_by_pgd(model: nn.Module, x: Tensor, y: Tensor, s: dict[str, Any], fixe
     """Attack images by the PGD of Lee and Kim (`lee_kim_2023`), with exact gradients. Return the attacked images.
 
     The gradients of a defence are computed in a copy in bfloat16.
-
-    Args:
-        model: attacked model.
-        x: images ``[n, C, H, W]`` in [0, 1].
-        y: labels, int64 ``[n]``.
-        s: settings of the job.
-        fixed: True if the noise of the model is fixed and known to the attack.
     """
     budget, published = s["budget"], cast(PGD, lee_kim_2023(s["eps"]).resolved)
     draws = budget.eot if supports(model, FixedNoise) and not fixed else 1
     seen: Any = copy.deepcopy(model).accelerate(torch.bfloat16) if supports(model, Accelerates) else model  # type: ignore[operator]
     torch.manual_seed(0)
     with quiet(seen, fixed):
-        parts = [
-            run_alone(
-                LeavingPGD,
-                seen,
-                part,
-                labels,
-                eps=s["eps"],
-                steps=budget.steps,
-                eot_iter=draws,
-                alpha=published.alpha,
-                random_start=False,
-                seed=number,
-                max_forward_batch=ROWS,
-            )
-            for number, (part, labels) in enumerate(zip(x.split(budget.batch), y.split(budget.batch), strict=True))
-        ]
-    return torch.cat(parts)
+        amount: dict[str, Any] = {"steps": budget.steps, "eot_iter": draws, "max_forward_batch": ROWS}
+        how = {"eps": s["eps"], "alpha": published.alpha, "random_start": False} | amount
+        batches = enumerate(zip(x.split(budget.batch), y.split(budget.batch), strict=True))
+        return torch.cat([run_alone(LeavingPGD, seen, *batch, seed=number, **how) for number, batch in batches])
 
 
 @torch.no_grad()
@@ -188,30 +168,14 @@ def bits(text: Sequence[str]) -> np.ndarray:
     return np.array([int(one) for one in text], dtype=float)
 
 
-def rows_of(folder: Path) -> Sequence[dict[str, Any]]:
-    """Return the rows of the study in a folder of results, or an empty list if there is no results file."""
-    return kept.rows_of(folder / "diffusion.json")
-
-
 class Found:
-    """The outcomes of a model under several attacks. An outcome is None if its job is not finished.
-
-    Args:
-        results: results of the jobs of the model.
-    """
+    """The outcomes of a model under several groups of attacks. An outcome is None if a group is not for the model."""
 
     def __init__(self, results: Sequence[dict[str, Any]]):
         self.groups = {result["group"]: result for result in results}
 
     def rule(self, rule: str, when: str = "attacked", group: str = "exact") -> np.ndarray | None:
-        """Return an outcome of several random predictions of each image.
-
-        Args:
-            rule: "first" is 1 if the first prediction is right, "all" if all predictions are right, and "vote" if the
-                majority is right. "mean" is the share of right predictions.
-            when: "clean" or "attacked".
-            group: group of attacks.
-        """
+        """Return an outcome of several random predictions of each image."""
         if group not in self.groups:
             return None
         of = self.groups[group][when]
@@ -225,10 +189,9 @@ class Found:
         rows = self.groups.get("authors", {"rows": []})["rows"]
         return {row["attack"]: bits(row["robust"]) for row in rows}
 
-    def seconds(self) -> float | None:
-        """Return the processor seconds of PGD for one image."""
-        exact = self.groups.get("exact")
-        return None if exact is None else exact["cpu_seconds"] / exact["images"]
+    def seconds(self) -> str:
+        """Return the processor seconds of PGD for one image, as a text."""
+        return f"{self.groups['exact']['cpu_seconds'] / self.groups['exact']['images']:.1f}"
 
 
 def share(robust: np.ndarray | None) -> str:
@@ -250,31 +213,18 @@ def difference(robust: np.ndarray | None, other: np.ndarray | None) -> str:
 
 
 def cells(found: Found, alone: Found, name: str) -> dict[str, str]:
-    """Return the table's cells for a model, by the names of the lines.
-
-    Args:
-        found: outcomes of the model.
-        alone: outcomes of the adversarially trained classifier without a purifier.
-        name: name of this classifier.
-    """
+    """Return the table's cells for a model, by the names of the lines."""
     lines = {"clean: mean of the draws": share(found.rule("mean", "clean"))}
     lines |= {label: f"{share(left)} ({len(left)})" for label, left in found.authors().items()}
     rules = {"first": "one draw", "mean": "mean of the draws", "all": "every draw right", "vote": "majority"}
     lines |= {f"{PGD_EXACT}: {words}": share(found.rule(rule)) for rule, words in rules.items()}
     lines[f"{PGD_EXACT}: mean, minus `{name}` alone"] = difference(found.rule("mean"), alone.rule("mean"))
     lines[f"{PGD_EXACT}: one draw, fixed and known"] = share(found.rule("first", group="fixed"))
-    seconds = found.seconds()
-    lines["CPU seconds of PGD-200 per image"] = "-" if seconds is None else f"{seconds:.1f}"
-    return lines
+    return lines | {"CPU seconds of PGD-200 per image": found.seconds()}
 
 
 def tables_of(part: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Return the tables of a data set. The first compares models, and a second may compare diffusion processes.
-
-    Args:
-        part: part of settings.yaml for the data set.
-        rows: results on the data set.
-    """
+    """Return the tables of a data set. The first compares models, and a second may compare diffusion processes."""
     names = [*part["purifiers"], *part["classifiers"], *part["beside"]]
     found = {name: Found([row for row in rows if row["model"] == name and row["process"] is None]) for name in names}
     alone = part["alone"]
@@ -296,20 +246,14 @@ def tables_of(part: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[list
 
 
 def of_processes(results: Sequence[dict[str, Any]], own: Found) -> list[str]:
-    """Return the table of a purifier with different diffusion processes.
-
-    Args:
-        results: results with other processes than the purifier's own process.
-        own: outcomes with the purifier's own process.
-    """
+    """Return the table of a purifier with different diffusion processes."""
     found_by_process = {"the model's own": own}
     for result in results:
         found_by_process[in_words(result["process"])] = Found([result])
     body = []
     for words, one in found_by_process.items():
-        seconds = one.seconds()
         columns = [share(one.rule("mean", "clean")), *(share(one.rule(rule)) for rule in ("mean", "all", "vote"))]
-        body.append([words, *columns, "-" if seconds is None else f"{seconds:.1f}"])
+        body.append([words, *columns, one.seconds()])
     head = ["process", "clean", "mean of the draws", "every draw right", "majority", "CPU seconds per image"]
     return [f"`{results[0]['model']}` with other processes, under {PGD_EXACT}:", "", *markdown_table(head, body)]
 
@@ -319,50 +263,37 @@ def in_words(process: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in process.items() if value is not None)
 
 
-class Diffusion(Study):
-    """The study of diffusion purifiers, under the attacks of their authors and under exact gradients."""
+def jobs_of(chosen: argparse.Namespace) -> list[Job]:
+    """Return a job for each model and each group of attacks. The fastest groups of a data set come first."""
+    settings, quick, jobs = settings_of(NAME), chosen.amount == "quick", []
+    for dataset, part in settings["data_sets"].items():
+        budget = SimpleNamespace(**part["amounts"] | settings[chosen.amount], quick=quick)
+        common = {"data": chosen.data, "dataset": dataset, "eps": part["eps"], "budget": budget}
+        groups = {"purifiers": GROUPS, "classifiers": ALONE, "beside": ALONE}
+        asked = [(name, None, group) for kind in groups for name in part[kind] for group in groups[kind]]
+        asked += [(part["processes_of"], process, "exact") for process in part.get("processes", ())]
+        for model, process, group in sorted(asked, key=lambda one: GROUPS.index(one[2])):
+            own = {"model": model, "process": process, "group": group}
+            if model in part["beside"] and "beside_images" in part:
+                own["first"] = part["beside_images"]
+            words = [model, *([in_words(process)] if process else []), group]
+            jobs.append(Job(" ".join(words), 0, attack, (), common | own))
+    return jobs
 
-    name, workers = "diffusion", 1
-    amounts: ClassVar[dict[str, str]] = {"quick": "run everything in a minute or two; the numbers mean nothing"}
 
-    def jobs(self, chosen: argparse.Namespace) -> list[Job]:
-        """Return a job for each model and each group of attacks. The fastest groups of a data set come first."""
-        settings, quick, jobs = settings_of(self.name), chosen.amount == "quick", []
-        for dataset, part in settings["data_sets"].items():
-            budget = SimpleNamespace(**part["amounts"] | settings[chosen.amount], quick=quick)
-            common = {"data": chosen.data, "dataset": dataset, "eps": part["eps"], "budget": budget}
-            groups = {"purifiers": GROUPS, "classifiers": ALONE, "beside": ALONE}
-            asked = [(name, None, group) for kind in groups for name in part[kind] for group in groups[kind]]
-            asked += [(part["processes_of"], process, "exact") for process in part.get("processes", ())]
-            for model, process, group in sorted(asked, key=lambda one: GROUPS.index(one[2])):
-                own = {"model": model, "process": process, "group": group}
-                if model in part["beside"] and "beside_images" in part:
-                    own["first"] = part["beside_images"]
-                words = [model, *([in_words(process)] if process else []), group]
-                jobs.append(Job(" ".join(words), 0, attack, (), common | own))
-        return jobs
+def write_results(root: Path, folder: Path, chosen: argparse.Namespace) -> Path:
+    """Write ``diffusion.json`` with the outcomes of all images, and the page ``diffusion.md``."""
+    rows = [job.result(root) | {"asked": job.asked()} for job in jobs_of(chosen)]
+    write_text(folder / f"{NAME}.json", json.dumps(rows) + "\n")
+    return write_tables(folder, rows, chosen.amount)
 
-    def begin(self, root: Path, folder: Path, chosen: argparse.Namespace) -> None:
-        """Copy finished results into the folders of their jobs, so that no job runs again if its folder was deleted."""
-        for job in self.jobs(chosen):
-            for row in rows_of(folder):
-                if row["name"] == job.name and row["asked"] == job.asked() and not job.done(root):
-                    write_text(job.folder(root) / ASKED, json.dumps(job.asked(), indent=1) + "\n")
-                    write_text(job.folder(root) / RESULT, json.dumps(row, indent=1) + "\n")
 
-    def after_each(self, root: Path, folder: Path, chosen: argparse.Namespace) -> None:
-        """Write the results file and the page after each job."""
-        self.write(root, folder, chosen)
-
-    def write(self, root: Path, folder: Path, chosen: argparse.Namespace) -> Path:
-        """Write ``diffusion.json`` with the outcomes of all images, and ``diffusion.md``, for the finished jobs."""
-        jobs = self.jobs(chosen)
-        rows = [job.result(root) | {"asked": job.asked()} for job in jobs if job.done(root)]
-        write_text(folder / f"{self.name}.json", json.dumps(rows) + "\n")
-        settings = settings_of(self.name)
-        parts = settings["data_sets"]
-        found = {name: [row for row in rows if row["dataset"] == name] for name in parts}
-        tables = {name: tables_of(parts[name], own) for name, own in found.items() if own}
-        counts = {name: max(row["images"] for row in found[name]) for name in tables}
-        quick, draws = chosen.amount == "quick", settings[chosen.amount]["draws"]
-        return write_page(folder, self.name, tables=tables, parts=parts, counts=counts, draws=draws, quick=quick)
+def write_tables(folder: Path, rows: Sequence[dict[str, Any]], amount: str) -> Path:
+    """Write the page with the tables of all data sets."""
+    settings = settings_of(NAME)
+    parts = settings["data_sets"]
+    found = {name: [row for row in rows if row["dataset"] == name] for name in parts}
+    tables = {name: tables_of(parts[name], own) for name, own in found.items() if own}
+    counts = {name: max(row["images"] for row in found[name]) for name in tables}
+    quick, draws = amount == "quick", settings[amount]["draws"]
+    return write_page(folder, NAME, tables=tables, parts=parts, counts=counts, draws=draws, quick=quick)

@@ -9,32 +9,31 @@ from purify_fast._files import folder_lock
 from purify_fast.attacks.original_autoattack import implementation
 
 from ... import RESULTS as ALL
-from . import Study, run
-from .carso_mnist import CarsoMnist
-from .cifar10 import Cifar10
-from .diffusion import Diffusion
+from . import carso_mnist, cifar10, diffusion, run, settings_of
 
-STUDIES: dict[str, Study] = {study.name: study() for study in (CarsoMnist, Cifar10, Diffusion)}
+STUDIES = {"carso_mnist": carso_mnist, "cifar10": cifar10, "diffusion": diffusion}
 RESULTS = ALL / "studies"
+#: The budgets other than the default, of which a study has those that settings.yaml gives it.
+AMOUNTS = {
+    "full": "use the full budget, which takes days instead of an hour",
+    "quick": "run everything in a minute or two; the numbers mean nothing",
+}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """Add a subparser for each study, with the options of this study and the common options."""
+    """Add a subparser for each study."""
     studies = parser.add_subparsers(dest="name", required=True, metavar="NAME")
     for name, study in STUDIES.items():
         options = studies.add_parser(name, help=study.__doc__)
-        options.set_defaults(data="data", amount="default")
-        study.arguments(options)
+        options.set_defaults(amount="default")
         amounts = options.add_mutually_exclusive_group()
-        for amount, text in study.amounts.items():
-            amounts.add_argument(f"--{amount}", dest="amount", action="store_const", const=amount, help=text)
-        options.add_argument(
-            "--workers",
-            type=int,
-            default=study.workers,
-            help=f"number of jobs that run in parallel; default: {study.workers}",
-        )
+        for amount in sorted(AMOUNTS.keys() & settings_of(name).keys()):
+            amounts.add_argument(f"--{amount}", dest="amount", action="store_const", const=amount, help=AMOUNTS[amount])
+        options.add_argument("--data", default="data", help="folder of the images; default: data")
+        options.add_argument("--workers", type=int, default=1, help="number of jobs that run in parallel; default: 1")
         options.add_argument("--out", type=Path, help="folder of the runs; default: runs/studies/NAME")
+        if study is cifar10:
+            options.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; default: auto")
 
 
 def main(chosen: argparse.Namespace) -> str:
@@ -42,18 +41,15 @@ def main(chosen: argparse.Namespace) -> str:
 
     The tables are written to benchmarks/results/studies if the run has the usual budget. The tables of other
     runs are written to the folder of the runs.
-
-    Raises:
-        ModuleNotFoundError: the study needs AutoAttack, which is not installed.
     """
     study = STUDIES[chosen.name]
     root, results = places(chosen)
-    if study.uses_autoattack:
+    if study is not cifar10:
+        # Without AutoAttack, nothing is trained.
         implementation()
     with folder_lock(root):
-        study.begin(root, results, chosen)
-        run(study.jobs(chosen), root, chosen.workers, lambda: study.after_each(root, results, chosen))
-        return study.write(root, results, chosen).read_text()
+        run(study.jobs_of(chosen), root, chosen.workers)
+        return study.write_results(root, results, chosen).read_text()
 
 
 def places(chosen: argparse.Namespace) -> tuple[Path, Path]:

@@ -307,11 +307,10 @@ def train_atop(job: Job, folder: Path, root: Path) -> dict:
 
 def model_of(job: Job, root: Path, name: str) -> nn.Module:
     """Load the trained model of a row, on the device of the job."""
-    trained = study.trained_as(name, job.seed)
-    folder = job.folder(root, trained)
+    folder = job.folder(root, study.trained_as(name, job.seed))
     if name in (study.NO_EMA, study.ARREST):
         model = load_classifier(folder / study.LIVE)
-    elif name in study.CARSO_ROWS or trained in study.BEHIND:
+    elif name in study.BEHIND:
         model = load_defence(folder, load_classifier(folder / "classifier"))
     else:
         model = load_classifier(folder)

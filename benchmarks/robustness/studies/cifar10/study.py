@@ -24,7 +24,6 @@ class Judging:
         standard: number of test images for the protocol standard.
         strong: number of test images for the protocol strong, which evaluates only models of the first seed.
         held_out: number of held-out training images for the clean accuracy of the candidates.
-        authors: number of test images for the attacks of the authors, on the rows of `AS_AUTHORS`.
         tried: protocol that attacks the candidates on held-out training images. The number of images is that of
             ``fast`` or ``strong``.
     """
@@ -34,7 +33,6 @@ class Judging:
     standard: int = 0
     strong: int = 50
     held_out: int = 1000
-    authors: int = 200
     tried: Literal["fast", "strong"] = "strong"
 
     def protocols(self, seed: int) -> dict[str, int]:
@@ -93,24 +91,15 @@ GENERATOR, ATOP = "AToP pre-trained only", "AToP, paper's objective"
 ATOP_PIPELINE, ATOP_ZERO = "AToP pipeline", "AToP pipeline, sigma 0"
 #: The row of AToP as in the paper, with a classifier that is not robust by itself.
 ATOP_STANDARD = "AToP, paper's objective, on standard"
-#: The row of CARSO under attacks through PeeL, the output that CARSO's authors attack.
-PEEL = "CARSO, paper's objective, through PeeL"
-#: The row of AToP under attacks on the classifier alone. The training in the authors' notebooks attacks in this way.
-ALONE = "AToP, paper's objective, on standard, classifier attacked alone"
-#: The rows under the attacks of the method's authors; in the names of their jobs, AUTHORS replaces a protocol.
-AS_AUTHORS, AUTHORS = (PEEL, ALONE), "authors"
 CLASSIFIERS = (STANDARD, BASE, NO_EMA, LONG, LARGE, AWP, TRADES, AFT, ARREST_EMA, ARREST)
-CARSO_ROWS = (CARSO, CARSO_PIPELINE, CARSO_ARREST, PEEL, *CANDIDATES)
 #: For each row that shares the training of another row, the name of this other row, whose folder has the weights.
-TRAINED_AS = {PEEL: CARSO, ALONE: ATOP_STANDARD, NO_EMA: BASE, ARREST: ARREST_EMA}
+TRAINED_AS = {NO_EMA: BASE, ARREST: ARREST_EMA}
 #: The name of the subfolder in which a training saves the weights that are not averaged.
 LIVE = "without_average"
 #: The classifier behind each defence. The defences are in the order of the table.
 BEHIND = dict.fromkeys(
     (CARSO, CARSO_PIPELINE, CARSO_ARREST, GENERATOR, ATOP, ATOP_PIPELINE, ATOP_ZERO, ATOP_STANDARD, *CANDIDATES), BASE
 ) | {CARSO_ARREST: ARREST_EMA, ATOP_STANDARD: STANDARD}
-#: The row of a report for the worst case over all attacks. It has the robust accuracy.
-WORST = "worst"
 #: The row of the best candidate, evaluated on test images.
 BEST = "best candidate"
 #: Pairs of models whose differences are shown.

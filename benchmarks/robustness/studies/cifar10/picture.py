@@ -1,14 +1,11 @@
-"""The trade-off between standard and robust accuracy of models, as numbers and as a picture.
-
-Pictures need matplotlib and adjustText, from the extra ``demo``.
-"""
+"""The trade-off between standard and robust accuracy of models as a picture, by matplotlib and adjustText."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -21,23 +18,6 @@ _GRAY = "#8a8a8a"
 ROUNDS = 300
 
 
-class Tradeoff(NamedTuple):
-    """A model's accuracies on clean and on attacked images, in percent."""
-
-    standard: float
-    robust: float
-
-    @property
-    def sum(self) -> float:
-        """The sum of standard and robust accuracy, called SUM, in points, 0 to 200."""
-        return self.standard + self.robust
-
-    @property
-    def nrr(self) -> float:
-        """The natural-robust ratio in percent, which is the harmonic mean 2 s r / (s + r); 0 if both are 0."""
-        return 2 * self.standard * self.robust / self.sum if self.sum > 0 else 0.0
-
-
 def plot_tradeoff(
     path: Path,
     points: Mapping[str, tuple[float, float, float, float]],
@@ -45,7 +25,7 @@ def plot_tradeoff(
     *,
     reference_name: str,
     title: str,
-) -> bool:
+) -> None:
     """Draw robust over standard accuracy: named models, lines of equal SUM, and a reference curve.
 
     Args:
@@ -54,17 +34,11 @@ def plot_tradeoff(
         reference: points (standard %, robust %), sorted, which are drawn with straight lines between them.
         reference_name: the curve's name in the legend.
         title: title of the picture.
-
-    Returns:
-        True if the picture was written; False, without a file, if matplotlib or adjustText is missing.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     x, y = np.array(reference).reshape(-1, 2).T
-    try:
-        import adjustText  # noqa: F401
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
     # The picture is larger if there are many names.
     side = max(1.0, len(points) / 8) ** 0.5
     # The figure is made without pyplot, so that the user's backend and open figures do not change.
@@ -92,7 +66,6 @@ def plot_tradeoff(
     _draw_points(axes, points)
     with atomic(path) as temporary:
         figure.savefig(temporary, dpi=150)
-    return True
 
 
 def _draw_reference(axes: Any, x: np.ndarray, y: np.ndarray, name: str) -> None:
