@@ -196,7 +196,8 @@ def evaluate(
 def _context(config: EvaluateConfig, subject: Subject, ball: ThreatModel) -> AttackContext:
     """The settings of the attacks."""
     # An evaluation only hands these to the attacks, which take fast copies and captured steps from them.
-        from ..speed.graphs.step_graphs import StepGraphs
+    from ..attacks.gradient_copy import GradientCopies
+    from ..speed.graphs.step_graphs import StepGraphs
 
     draws, share, votes, most = 5, 1.0, 1, config.max_forward_batch
     if config.predict == "worst_of":
