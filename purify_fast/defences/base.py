@@ -117,7 +117,7 @@ class Defence(StochasticDefence):
         """Classify purified images ``[B, K, C, H, W]`` in a single batch: logits ``[B, K, classes]``, float32."""
         flat = images.flatten(0, 1)
         flat = flat if self.classifier_uses_channels_last else flat.contiguous()
-        logits = self.classifier(flat.to(self.classifier_dtype)) if self.fast is None else self.fast.classify(flat)
+        logits = self.classifier(flat.to(self.classifier_dtype)) if self.fast is None else self.fast.classifier(flat)
         return logits.float().unflatten(0, images.shape[:2])
 
     def purify(self, x: Tensor, draws: int = 1) -> Tensor:

@@ -305,9 +305,8 @@ class _FusedConvolution(torch.autograd.Function):
 def _plain(input: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int]) -> bool:
     """Return True if PyTorch's operators compute a call."""
     # Under autocast, the dtypes may differ.
-    if input.dtype != torch.bfloat16 or torch.is_autocast_enabled(input.device.type) or input.numel() == 0:
-        return True
-    if transformed():
+    autocast = torch.is_autocast_enabled(input.device.type)
+    if input.dtype != torch.bfloat16 or autocast or input.numel() == 0 or transformed():
         return True
     # The kernel has no gradient of the weights.
     if needs_gradient(*([weight] if bias is None else [weight, bias])):

@@ -98,9 +98,8 @@ def decode_samples(
     if at is not None:
         linear, *layers = layers[at:]
         of_latents, of_condition = linear.weight.split([latents.shape[2], condition.shape[1]], 1)
-        out: Any = (F.linear(latents, of_latents) + F.linear(condition, of_condition, linear.bias)[:, None]).flatten(
-            0, 1
-        )
+        by_condition = F.linear(condition, of_condition, linear.bias)[:, None]
+        out: Any = (F.linear(latents, of_latents) + by_condition).flatten(0, 1)
     else:
         pair = latents.flatten(0, 1), condition[:, None].expand(-1, samples, -1).flatten(0, 1)
         out, layers = (pair, layers) if len(layers) > 1 else (decoder(*pair), [])
@@ -158,12 +157,8 @@ def _in_order(decoder: nn.Module, latent_dim: int) -> list[Any]:
     slopes = {_slope(layer) for layer in layers} - {None}
     if PATTERN.fullmatch("".join(map(_letter, layers))) is None or len(slopes) != 1:
         names = ", ".join(type(layer).__name__ for layer in layers)
-        raise ValueError(
-            "decoder must be an nn.Sequential of Linear, LeakyReLU or ReLU, Unflatten, and ConvTranspose2d with the "
-            "same activation between them. BatchNorms in evaluation mode may follow Linear and ConvTranspose2d, and "
-            "Sigmoid may be last. The convolutions must have square kernels, one group and no dilation. Got "
-            f"{names}: use decode_samples, which runs any decoder"
-        )
+        wanted = "Linear, Unflatten, and square ConvTranspose2d with the same activation between them"
+        raise ValueError(f"decoder must have {wanted}, got {names}: use decode_samples, which runs any decoder")
     return layers
 
 
@@ -177,8 +172,8 @@ class PackedDecoder(nn.Module):
     Args:
         decoder: in evaluation mode: a decoder of `purify_fast.methods.carso`, or an ``nn.Sequential`` of Linear,
             LeakyReLU or ReLU, Unflatten, and ConvTranspose2d with the same activation between them. BatchNorms may
-            follow Linear and ConvTranspose2d, and Sigmoid may be last. A first layer may join (z, condition). Later
-            changes of the weights have no effect.
+            follow Linear and ConvTranspose2d, and Sigmoid may be last. The convolutions must have square kernels, one
+            group and no dilation. A first layer may join (z, condition). Later changes of the weights have no effect.
         dtype: dtype of the products: bfloat16 (the only fast dtype on a GPU), float32 or float64. Sums are in float32,
             or in float64 for float64.
         latent_dim: size of a latent, the first inputs of the linear layer; needed for a Sequential.

@@ -48,20 +48,6 @@ def test_the_fastest_number_is_chosen_told_and_not_yet_set(clock, caplog, fastes
     assert f"0.5 ms with {fastest}" in line
 
 
-def test_a_long_step_is_taken_once(clock):
-    clock.seconds = {4: 30.0, 2: 20.0, 1: 10.0}
-    assert threads.fastest_threads(clock.step) == 1 and clock.steps == 3
-
-
-def test_the_first_of_several_steps_does_not_count(clock):
-    first = iter([0.9 * threads.SECONDS])
-
-    def step():
-        clock.now += next(first, 1e-3) if torch.get_num_threads() == 4 else 2e-3
-
-    assert threads.fastest_threads(step) == 4
-
-
 def test_an_error_of_a_step_or_a_block_restores_the_threads(clock):
     def step():
         clock.step()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import hashlib
 import json
@@ -64,19 +63,6 @@ def _triton_version() -> str:
     return triton.__version__
 
 
-def _driver() -> str:
-    """Return the major CUDA version that the driver supports, or ``unknown`` if the driver's library is missing."""
-    # PyTorch has no function for this version, but it has loaded the driver's library if there is a GPU.
-    try:
-        library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-        version = ctypes.c_int()
-        failed = library.cuDriverGetVersion(ctypes.byref(version))
-    except (OSError, AttributeError):
-        return "unknown"
-    # For example, 13020 means CUDA 13.2.
-    return "unknown" if failed else str(version.value // 1000)
-
-
 @functools.cache
 def machine(device: torch.device) -> dict[str, str]:
     """Return the device and the versions that determine what a kernel computes on it."""
@@ -90,7 +76,6 @@ def machine(device: torch.device) -> dict[str, str]:
         "capability": f"sm_{major}{minor}",
         "torch": torch.__version__,
         "triton": _triton_version(),
-        "driver": _driver(),
     }
 
 

@@ -128,8 +128,6 @@ def compare(op: Definition, device: torch.device, chosen: list[tuple[Example, to
             for index, (actual, exact, rounded) in enumerate(zip(outputs, golden, same, strict=True)):
                 case = f"{example.name}, {str(dtype).removeprefix('torch.')}, output {index}"
                 deviations.append(deviation(actual.cpu(), exact, rounded, example, case))
-    if not deviations:
-        raise ValueError(f"the op {op.name} has no examples with which its kernel could be verified")
     return max(deviations, key=lambda one: one.share)
 
 
@@ -152,26 +150,15 @@ def _verify(op: Definition, device: torch.device) -> Verdict:
 
 
 def _warn(op: Definition, device: torch.device, verdict: Verdict) -> None:
-    """Warn that a kernel is not used. If a missing compiler is the reason, a single warning covers all kernels."""
+    """Warn that a kernel is not used. If a missing compiler is the reason, the text is the same for all kernels."""
     backend = op.kernel(device.type)
     lacking = records.missing_compiler() if backend == "triton" and verdict.status == "raised" else None
-    if lacking is not None:
-        _warn_lacking(lacking)
-        return
     where, what = records.machine(device)["device"], "is wrong" if verdict.status == "compared" else "cannot be run"
-    warnings.warn(
-        f"purify_fast: the {backend} kernel of {op.name} {what} on {where}: {verdict.words()}. "
-        "On this machine PyTorch computes this op instead. Please report this warning with the output of "
-        "`purify-fast info`",
-        RuntimeWarning,
-        stacklevel=2,
+    text = lacking or (
+        f"the {backend} kernel of {op.name} {what} on {where}: {verdict.words()}. On this machine PyTorch computes "
+        "this op instead. Please report this warning with the output of `purify-fast info`"
     )
-
-
-# The warning is shown once per process.
-@functools.cache
-def _warn_lacking(lacking: str) -> None:
-    warnings.warn(f"purify_fast: {lacking}", RuntimeWarning, stacklevel=2)
+    warnings.warn(f"purify_fast: {text}", RuntimeWarning, stacklevel=2)
 
 
 # The warning is shown once per process.

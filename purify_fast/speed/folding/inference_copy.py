@@ -337,10 +337,6 @@ class Accelerated:
         self.packed = None
         self.outdated()
 
-    def classify(self, x: Tensor) -> Tensor:
-        """The logits of the classifier's copy, float32 ``[B, classes]``."""
-        return self.classifier(x)
-
     def read(self, x: Tensor) -> list[Tensor]:
         """The representation of images: a tensor for each layer."""
         assert self.reader is not None, "this defence has no representation"

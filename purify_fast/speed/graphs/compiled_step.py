@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import operator
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,20 +32,8 @@ MOST_STEPS = 8
 State = dict[str, Tensor]
 
 
-@dataclass(frozen=True)
-class CompiledStep:
-    """A compiled step for one shape of the state.
-
-    Attributes:
-        model: the model that the step uses.
-        run: function that computes the step.
-    """
-
-    model: Any
-    run: Callable[[Mapping[str, Tensor]], State]
-
-    def __call__(self, state: Mapping[str, Tensor]) -> State:
-        return self.run(state)
+#: A compiled step.
+Compiled = Callable[[Mapping[str, Tensor]], State]
 
 
 def copies_in(model: Any) -> list[InferenceCopy]:
@@ -68,17 +55,18 @@ def compiled_if_repeated(function: Any, state: State, key: Hashable, steps: dict
         function: the step.
         state: its state: tensors by name.
         key: a key of the step and its shapes.
-        steps: the known steps by their keys. None marks a step that has begun once. The dictionary is changed.
+        steps: the known steps by their keys: None for a step that has begun once, and False for one that is not
+            compiled. The dictionary is changed.
     """
     if key not in steps:
         steps[key] = None
     elif steps[key] is None:
-        full = sum(isinstance(step, CompiledStep) for step in steps.values()) >= MOST_STEPS
-        steps[key] = (None if full else compiled_step(function, state)) or function
+        full = sum(map(callable, steps.values())) >= MOST_STEPS
+        steps[key] = False if full else compiled_step(function, state) or False
     return steps[key] or function
 
 
-def compiled_step(function: Any, state: State) -> CompiledStep | None:
+def compiled_step(function: Any, state: State) -> Compiled | None:
     """Compile a step. The result is compared with the step, once.
 
     Args:
@@ -91,7 +79,7 @@ def compiled_step(function: Any, state: State) -> CompiledStep | None:
     # The trace would confuse two names of one tensor.
     state = {name: value.detach().clone() for name, value in state.items()}
     try:
-        made = CompiledStep(function.model, _traced(function, state))
+        made = _traced(function, state)
         if agrees(made(state), function(state), state):
             return made
         reason = "it gives another result"
@@ -102,7 +90,7 @@ def compiled_step(function: Any, state: State) -> CompiledStep | None:
     return None
 
 
-def _traced(function: Any, state: State) -> Callable[[Mapping[str, Tensor]], State]:
+def _traced(function: Any, state: State) -> Compiled:
     names, device = sorted(state), next(iter(state.values())).device
 
     def flat(*values: Tensor) -> State:
