@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -338,7 +339,8 @@ class _Evaluation:
 
     def standing(self, variant: Variant, threat: str | None) -> Standing:
         """What the attacks so far have left."""
-        return self.standings.setdefault((variant, threat), self.measure.standing(variant))
+        left = self.measure.judge.withstood(self.measure.clean(variant))
+        return self.standings.setdefault((variant, threat), Standing(left.copy(), np.full(len(left), np.inf)))
 
     def rows(self) -> list[Row]:
         """Make the rows of the clean images for each variant, the rows of the attacks, and the rows of the curve."""

@@ -29,7 +29,7 @@ def last_bits(scale, offset):
     return Made(how, inner=standard())
 
 
-@pytest.mark.parametrize("scale", [1e-12, 1e-8, 1.0, 1e6])
+@pytest.mark.parametrize("scale", [1e-12, 1e6])
 @pytest.mark.parametrize("offset", [0.0, -1e5])
 def test_the_scale_of_the_logits_does_not_matter(scale, offset):
     x, y = (part[:16] for part in digits()[2:])

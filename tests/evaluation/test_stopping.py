@@ -57,7 +57,7 @@ def test_the_order_is_by_margin_with_some_images_drawn_by_lot():
     assert 2 <= (rank >= 60).sum() <= 18 and np.isin(np.arange(25), rank).all()
 
 
-def _far_and_near(count=96, weak=12):
+def _far_and_near(count=96):
     """A linear model, its images, and radii within which only the first few can fall."""
     torch.manual_seed(0)
     linear = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))

@@ -27,7 +27,7 @@ from .cache import RowCache
 from .progress import CountedModel, Progress, counted_model
 from .row_judge import RowJudge
 from .shards import Shards
-from .stopping import GROUP, NearestRule, StoppingRule, by_margin, gain_of, nearest_first
+from .stopping import GROUP, NearestRule, StoppingRule, by_margin, nearest_first
 from .stopping import REVISION as STOPPING
 
 
@@ -53,6 +53,15 @@ class Standing:
     margins: np.ndarray
     first: np.ndarray | None = None
     rows: list[Row] = field(default_factory=list)
+
+    @property
+    def gain(self) -> float:
+        """The largest amount by which attacks after the first lowered the margin of an image that still stands."""
+        if self.first is None:
+            return 0.0
+        margins = self.margins[: len(self.first)]
+        known = self.left[: len(self.first)] & np.isfinite(self.first) & np.isfinite(margins)
+        return float((self.first - margins)[known].max(initial=0.0))
 
     def add(self, row: Row, withstood: np.ndarray) -> None:
         """Add the row of another attack."""
@@ -107,11 +116,6 @@ class Measure:
             self._clean[variant] = self.load_or_make(settings, [], make)
         return self._clean[variant]
 
-    def standing(self, variant: Variant) -> Standing:
-        """What is left of a variant before any attack."""
-        left = self.judge.withstood(self.clean(variant)).copy()
-        return Standing(left, np.full(len(left), np.inf))
-
     def attacked(self, spec: AttackSpec, standing: Standing, earlier: Sequence[Row]) -> list[Row]:
         """The row of an attack, and if it is not on the deployed model, a row that tries its images on that model.
 
@@ -124,9 +128,8 @@ class Measure:
         images: dict[str, Any] = {"alive": digest(torch.from_numpy(alive)), "order": digest(index)}
         near = None
         if spec.nearest is not None:
-            gain = gain_of(standing.first, standing.margins, standing.left)
-            near = NearestRule(standing.margins[index.numpy()].tolist(), gain)
-            images["near"] = near.margins, gain
+            near = NearestRule(standing.margins[index.numpy()].tolist(), standing.gain)
+            images["near"] = near.margins, near.gain
         if earlier and (spec.survivors_only or self.keep_all):
             known = by_worst_points(earlier, min(row.n for row in earlier))
             images["known"] = digest(*map(torch.from_numpy, known))

@@ -48,14 +48,6 @@ def by_margin(index: Tensor, margins: np.ndarray) -> Tensor:
     return index[reached.argsort(stable=True)]
 
 
-def gain_of(first: np.ndarray | None, margins: np.ndarray, left: np.ndarray) -> float:
-    """The largest amount by which attacks lowered the margin of an image that still stands, after the first attack."""
-    if first is None:
-        return 0.0
-    known = left[: len(first)] & np.isfinite(first) & np.isfinite(margins[: len(first)])
-    return float((first - margins[: len(first)])[known].max(initial=0.0))
-
-
 def rounds_of(images: int, size: int) -> list[int]:
     """The sizes of the rounds in which a number of images is attacked."""
     return [min(size, images - begin) for begin in range(0, images, size)]
