@@ -159,8 +159,9 @@ class FollowsRecipe(Training):
         """Print in which points a training by a recipe is not as published."""
         if (recipe := self.adapted(images)) is None:
             return
-        bank, given = self.bank_config(), self.starts()
-        points = recipe.deviations(task, self.loop, self.official_code, bank=bank, given=given)
+        bank = self.bank_config()
+        given = {**self.starts(), "run.bank": None if bank is None else bank.facts}
+        points = recipe.deviations(task, self.loop, self.official_code, given=given)
         print("\n- ".join([f"{recipe.name} on {images.name}: not as published in {len(points)} points", *points]))
         print("\n- ".join(["Not reproduced in any training by this recipe:", *recipe.not_reproduced]))
 

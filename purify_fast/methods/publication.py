@@ -19,8 +19,6 @@ from ..training.run import loop_facts
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from ..training.bank import BankConfig
-
 R = TypeVar("R", bound="Recipe")
 
 #: The source of a fact. "code": the authors' code. "paper": the paper. "second-hand": a text or code of other people
@@ -142,7 +140,6 @@ class Recipe:
         loop: FitConfig,
         official_code: bool = False,
         *,
-        bank: BankConfig | None = None,
         given: Mapping[str, Any] | None = None,
     ) -> list[str]:
         """Return the points in which a training is not as published, one line each.
@@ -154,9 +151,8 @@ class Recipe:
             task: the training, as ``task`` of the recipe makes it.
             loop: the settings of the training loop.
             official_code: whether to compare with the authors' code where it differs from the recipe.
-            bank: the bank of adversarial images that is passed to `purify_fast.training.fit`.
             given: values that the training does not know, by the keys of their facts, such as "start.classifier". If
-                the training reads a loader, give the loader's "loop.batch_size".
+                the training reads a loader, give the loader's "loop.batch_size"; with a bank, "run.bank".
         """
         authors = replace(self, own={})
         # other facts with "run." repeat the settings in words, and the evaluation is not a part of the training
@@ -164,7 +160,7 @@ class Recipe:
         published = {key: fact.of(official_code) for key, fact in self.facts.items() if key not in left_out}
         published |= authors.implied() | _by_key(authors.config(official_code), authors.loop(official_code))
         published["run.bank"] = None
-        run = {"run.processes": processes()[1], "run.bank": None if bank is None else bank.facts}
+        run = {"run.processes": processes()[1], "run.bank": None}
         run |= self.of_training(task) | _by_key(task.config, loop) | dict(given or {})
         if "loop.seed" not in self.facts:
             # the order of the images is drawn from other random numbers anyway

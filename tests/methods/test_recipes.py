@@ -294,7 +294,7 @@ def test_every_setting_is_compared(name):
             else:
                 assert field.name in _NO_FACTS or (key == "loop.seed" and key not in made.facts), key
     assert len(checked) > 30 and key not in points(made, task, loop=loop)
-    assert "variants" in points(made, task, bank=BankConfig(variants=4))["run.bank"]
+    assert "variants" in points(made, task, given={"run.bank": BankConfig(variants=4).facts})["run.bank"]
     official = {key for key, fact in made.facts.items() if fact.official is not None}
     assert official and official <= set(points(made, as_published(made, official_code=True)))
 

@@ -45,7 +45,6 @@ TASKS = {
     "arrest, average and perturbed weights": lambda: arrest(resnet(), ema_decay=0.9, awp_gamma=0.01),
     "arrest, bfloat16": lambda: arrest(resnet(), precision="bfloat16", drift_mode="train"),
     "arrest, AdamW": lambda: arrest(SmallCNN(width=4), **FINETUNED),
-    "adversarial training": lambda: arrest(SmallCNN(width=4), distillation_weight=0.0, replay=False, awp_gamma=0.01),
     "atop": atop,
     "atop, discriminator": lambda: atop(gan_grad=True, discriminator_width=2),
     "carso": lambda: carso(optimizer="radam_lookahead", lookahead_steps=2),

@@ -109,8 +109,7 @@ def test_an_early_end_is_the_same_after_a_kill(tmp_path):
     assert fit(resumed, *images(), config, tmp_path / "cut", progress=False) == last and same(whole, resumed)
 
 
-@pytest.mark.parametrize("objective", [None, "trades"])
-@pytest.mark.parametrize("loader", [False, True])
+@pytest.mark.parametrize(("objective", "loader"), [(None, True), ("trades", False)])
 def test_probabilities_as_labels(objective, loader):
     """Those that are certain train like the classes, and mixed labels train otherwise."""
     x, y = images()

@@ -19,7 +19,6 @@ ATTACK = TrainingAttack(eps=0.05, steps=1, eps_warmup=1.0)
 #: A training of each kind.
 TASKS = {
     "carso": lambda: carso_task(optimizer="radam_lookahead", kl_delay=0.0),
-    "pipeline": lambda: carso_task("pipeline"),
     "atop": lambda: atop_task(gan_grad=True, discriminator_width=1),
     "arrest": lambda: arrest_task(ema_decay=0.5, awp_gamma=0.01),
 }
