@@ -10,7 +10,7 @@ from cuda_launches import CudaLaunches
 from torch import Tensor, nn
 
 from purify_fast import _library
-from purify_fast.attacks import GradientHealth, apgd, fab_t, fgsm, frozen, pgd, square, stadv
+from purify_fast.attacks import GradientHealth, apgd, fab_t, frozen, pgd, square, stadv
 from purify_fast.attacks.engine import judge, row_batches
 from purify_fast.attacks.objective import Objective
 from purify_fast.defences import NoisyEnsemble
@@ -64,14 +64,6 @@ def test_captured_pgd_gives_the_bits_of_eager_pgd(model, batch, graphs, rerun, n
     assert all(torch.equal(one, wanted) for one in found) and not torch.equal(wanted, batch[0])
     counts = [[h.count(n) for n in ("gradients", "nonfinite", "zero", "images", "unmoved")] for h in healths]
     assert counts[1:] == counts[:1] * 2 and counts[0][0] == 21 * 9
-
-
-@pytest.mark.parametrize("norm", SIZES)
-def test_captured_fgsm(model, batch, graphs, rerun, norm):
-    x, y = batch
-    for recorded in (1, 1, 1):
-        assert torch.equal(fgsm(model, x, y, eps=0.1, norm=norm, graphs=graphs), fgsm(model, x, y, eps=0.1, norm=norm))
-        assert rerun.recorded == recorded
 
 
 #: Attacks of which images leave the batch, their options and by how much the radius is divided.

@@ -82,13 +82,6 @@ def test_the_cross_entropy_of_a_sure_model_is_that_of_float64(classes, dtype, lo
     assert (rises >= 0).all() and (rises > 0).float().mean() > (0.99 if dtype == torch.float32 else 0.3)
 
 
-def test_the_usual_formula_loses_the_true_class():
-    """The premise of these tests: from a margin of 17 on, float32 has no loss, and no gradient of the true class."""
-    logits, y = sure_logits(10, margins=(18, 80))
-    loss, gradient = with_gradient(usual, logits, y)
-    assert not loss.any() and not gradient.gather(1, y[:, None]).any() and gradient.any(1).all()
-
-
 @pytest.mark.parametrize("classes", [2, 10, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_other_losses_keep_their_bits(classes, dtype):
@@ -173,21 +166,6 @@ def test_an_attack_on_a_sure_model_finds_what_it_finds_in_float64(name, margin):
         leaf = x.clone().requires_grad_()
         blind = torch.autograd.grad(usual(Sure(margin)(leaf), y).sum(), leaf)[0].sign()
         assert (blind == (found - x).sign()).float().mean() < 0.9
-
-
-def test_a_sure_network_is_as_robust_in_float32_as_in_float64(digits):
-    """Its logits times 20: PGD and FGSM leave as many images as with the same logits in float64."""
-    net, x, y = digits[0], digits[1][:200], digits[2][:200]
-
-    def left(attack, convert):
-        return (net(attack(lambda images: convert(20 * net(images)), x, y)).argmax(1) == y).float().mean()
-
-    for attack in (
-        lambda model, x, y: fgsm(model, x, y, eps=0.1),
-        lambda model, x, y: pgd(model, x, y, eps=0.1, steps=5, keep_best=True),
-    ):
-        one, two = (float(left(attack, convert)) for convert in (torch.Tensor.float, torch.Tensor.double))
-        assert one == pytest.approx(two, abs=0.011) and one < 0.9
 
 
 def test_gradients_of_the_packages_autoattack_are_counted_by_its_own_formula():
