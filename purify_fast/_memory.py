@@ -29,25 +29,31 @@ def available_memory() -> int:
         free = int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
         return USUAL
-    return max(0, min([free, *_left_to_groups(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")), *_left_by_limits()]))
+    return max(0, min([free, *_left_to_groups(Path("/")), *_left_by_limits()]))
 
 
-def _left_to_groups(groups: Path, mounted: Path) -> Iterator[int]:
-    """The unused bytes of each control group (version 1 or 2) that contains this process."""
+def control_groups(kind: str, root: Path) -> Iterator[tuple[Path, int]]:
+    """The control groups that contain this process and limit the "memory" or the "cpu", each with its version."""
     with contextlib.suppress(OSError):
-        for line in groups.read_text().splitlines():
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
             _, controllers, place = line.split(":", 2)
-            if controllers and "memory" not in controllers.split(","):
+            # Version 2 has a single line, which names no controllers.
+            if controllers and kind not in controllers.split(","):
                 continue
-            top = mounted / "memory" if controllers else mounted
-            names = ("limit_in_bytes", "usage_in_bytes") if controllers else ("max", "current")
+            top = root / "sys/fs/cgroup" / (kind if controllers else "")
             inside = Path(place.lstrip("/"))
-            # Inside a container the folders of the outer groups may be missing.
-            for group in (top / part for part in (inside, *inside.parents)):
-                # The file contains "max" if there is no limit.
-                with contextlib.suppress(OSError, ValueError):
-                    most, used = (int((group / f"memory.{name}").read_text()) for name in names)
-                    yield most - used + _reclaimable(group)
+            # The limits of the outer groups hold too. Inside a container their folders may be missing.
+            yield from ((top / part, 1 if controllers else 2) for part in (inside, *inside.parents))
+
+
+def _left_to_groups(root: Path) -> Iterator[int]:
+    """The unused bytes of each control group that contains this process."""
+    for group, version in control_groups("memory", root):
+        names = ("limit_in_bytes", "usage_in_bytes") if version == 1 else ("max", "current")
+        # The file contains "max" if there is no limit.
+        with contextlib.suppress(OSError, ValueError):
+            most, used = (int((group / f"memory.{name}").read_text()) for name in names)
+            yield most - used + _reclaimable(group)
 
 
 def _reclaimable(group: Path) -> int:

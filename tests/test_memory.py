@@ -37,22 +37,23 @@ def test_control_groups_of_both_versions(tmp_path):
     """The limit may be that of any group above, and what files take is given back at once."""
 
     def group(place, **content):
-        folder = tmp_path / place
+        folder = tmp_path / "sys/fs/cgroup" / place
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in content.items():
             (folder / name.replace("__", ".")).write_text(text)
 
-    names = tmp_path / "cgroup"
+    names = tmp_path / "proc/self/cgroup"
+    names.parent.mkdir(parents=True)
     names.write_text("0::/a/b\n")
     group("a/b", memory__max="max\n", memory__current="70\n")
     group("a", memory__max="1000\n", memory__current="300\n", memory__stat="anon 1\ninactive_file 100\n")
-    assert list(_memory._left_to_groups(names, tmp_path)) == [800]
+    assert list(_memory._left_to_groups(tmp_path)) == [800]
     names.write_text("3:cpu,cpuacct:/a\n5:memory:/a\n")
     usage = {"memory__limit_in_bytes": "500\n", "memory__usage_in_bytes": "200\n"}
     group("memory/a", **usage, memory__stat="inactive_file 1\ntotal_inactive_file 50\n")
     group("memory", **usage)
-    assert list(_memory._left_to_groups(names, tmp_path)) == [350, 300]
-    assert list(_memory._left_to_groups(tmp_path / "none", tmp_path)) == []
+    assert list(_memory._left_to_groups(tmp_path)) == [350, 300]
+    assert list(_memory._left_to_groups(tmp_path / "none")) == []
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="as Linux tells it")
