@@ -117,18 +117,7 @@ def forward(
         return out
     size, blocks, block = layout(x, norm)
     kernel = _linf if norm == 0 else _l2
-    launch(
-        kernel,
-        (x.shape[0] * blocks,),
-        *(one.contiguous() for one in (x, grad, x_nat, previous, alpha, eps)),
-        out,
-        size,
-        blocks,
-        float(momentum),
-        float(1 - momentum),
-        float(lo),
-        float(hi),
-        **block,
-        enable_fp_fusion=False,
-    )
+    tensors = [one.contiguous() for one in (x, grad, x_nat, previous, alpha, eps)]
+    given = *tensors, out, size, blocks, float(momentum), float(1 - momentum), float(lo), float(hi)
+    launch(kernel, (x.shape[0] * blocks,), *given, **block, enable_fp_fusion=False)
     return out

@@ -67,19 +67,8 @@ def forward(
     size = x.numel() // x.shape[0]
     block, warps = tile(size, x)
     blocks = cdiv(size, block)
-    launch(
-        _forward,
-        (x.shape[0] * blocks,),
-        *(one.contiguous() for one in (x, x_adv, drift, tau, eps, seed, sample_ids)),
-        out,
-        size,
-        blocks,
-        float(lo),
-        float(hi),
-        STREAM=REPLAY_NOISE,
-        GROUPS=block // 4,
-        PAIRS=x.element_size() == 2,
-        num_warps=warps,
-        enable_fp_fusion=False,
-    )
+    tensors = [one.contiguous() for one in (x, x_adv, drift, tau, eps, seed, sample_ids)]
+    given = *tensors, out, size, blocks, float(lo), float(hi)
+    shape = {"GROUPS": block // 4, "PAIRS": x.element_size() == 2, "num_warps": warps}
+    launch(_forward, (x.shape[0] * blocks,), *given, STREAM=REPLAY_NOISE, **shape, enable_fp_fusion=False)
     return out

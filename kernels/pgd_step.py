@@ -304,16 +304,7 @@ def forward(
         block["maxnreg"] = L1_REGISTERS
     kernel = (_linf, _l2_whole if whole else _l2, _l1_whole if whole else _l1)[norm]
     own = ((blocks,), (), (chosen,))[norm]
-    launch(
-        kernel,
-        (x.shape[0] * blocks,),
-        *(one.contiguous() for one in (x, grad, x_nat, alpha, eps)),
-        out,
-        size,
-        *own,
-        float(lo),
-        float(hi),
-        **block,
-        enable_fp_fusion=False,
-    )
+    tensors = [one.contiguous() for one in (x, grad, x_nat, alpha, eps)]
+    given = *tensors, out, size, *own, float(lo), float(hi)
+    launch(kernel, (x.shape[0] * blocks,), *given, **block, enable_fp_fusion=False)
     return out

@@ -241,22 +241,10 @@ def _assign(
     out = torch.empty((samples, batch, *cells), dtype=torch.uint8, device=sample_ids.device)
     width = min(TILE, max(16, next_power_of_2(blocks)))
     tiles = cdiv(blocks, width)
-    launch(
-        _owners,
-        (samples * batch * tiles,),
-        seed,
-        sample_ids,
-        out,
-        batch,
-        blocks,
-        tiles,
-        blocks // num_passes if num_passes else masked_blocks,
-        PARTITION=num_passes > 0,
-        SHARED=shared_mask,
-        STREAM=MASK,
-        WIDTH=width,
-        num_warps=warps(width * width),
-    )
+    cut = blocks // num_passes if num_passes else masked_blocks
+    settings = {"PARTITION": num_passes > 0, "SHARED": shared_mask, "STREAM": MASK, "WIDTH": width}
+    given = seed, sample_ids, out, batch, blocks, tiles, cut
+    launch(_owners, (samples * batch * tiles,), *given, **settings, num_warps=warps(width * width))
     return out
 
 

@@ -60,18 +60,8 @@ def forward(logits: Tensor, target: Tensor) -> Tensor:
     (width, warps), chunks = sum_tile(size), cdiv(size, CHUNK)
     length = CHUNK if chunks > 1 else cdiv(size, width) * width
     parts = torch.empty((batch, chunks), dtype=torch.float32, device=logits.device) if chunks > 1 else out
-    launch(
-        _forward,
-        (batch * chunks,),
-        dense(logits),
-        dense(target),
-        parts,
-        size,
-        chunks,
-        LENGTH=length,
-        WIDTH=width,
-        num_warps=warps,
-    )
+    given = dense(logits), dense(target), parts, size, chunks
+    launch(_forward, (batch * chunks,), *given, LENGTH=length, WIDTH=width, num_warps=warps)
     if chunks > 1:
         launch(_add, (batch,), parts, out, chunks, WIDTH=128, num_warps=1)
     return out
@@ -85,16 +75,6 @@ def backward(grad: Tensor, logits: Tensor, target: Tensor) -> Tensor:
     size = logits.numel() // logits.shape[0]
     width, warps = tile(size, logits, target)
     blocks = cdiv(size, width)
-    launch(
-        _backward,
-        (logits.shape[0] * blocks,),
-        grad.contiguous(),
-        logits.contiguous(),
-        target.contiguous(),
-        out,
-        size,
-        blocks,
-        WIDTH=width,
-        num_warps=warps,
-    )
+    given = grad.contiguous(), logits.contiguous(), target.contiguous(), out, size, blocks
+    launch(_backward, (logits.shape[0] * blocks,), *given, WIDTH=width, num_warps=warps)
     return out

@@ -202,41 +202,12 @@ def forward(student: list[Tensor], teacher: list[Tensor], kind: int) -> tuple[Te
         programs, parts = sum(chunks), None
         if programs > len(chunks):
             parts = torch.empty((batch, programs, 3), dtype=torch.float32, device=device)
-        launch(
-            _forward,
-            (batch * programs,),
-            us,
-            vs,
-            sizes,
-            chunks,
-            parts,
-            out,
-            slopes,
-            programs,
-            layers,
-            layer,
-            kind,
-            DIFFERENCE=kind == L2,
-            LENGTH=CHUNK,
-            WIDTH=width,
-            num_warps=warps,
-        )
+        given, place = (us, vs, sizes, chunks, parts, out, slopes), (programs, layers, layer, kind)
+        shape, difference = {"LENGTH": CHUNK, "WIDTH": width, "num_warps": warps}, kind == L2
+        launch(_forward, (batch * programs,), *given, *place, DIFFERENCE=difference, **shape)
         if parts is not None:
-            launch(
-                _add,
-                (batch * len(chunks),),
-                parts,
-                out,
-                slopes,
-                chunks,
-                programs,
-                layers,
-                layer,
-                kind,
-                DIFFERENCE=kind == L2,
-                WIDTH=PARTS,
-                num_warps=1,
-            )
+            added = parts, out, slopes, chunks
+            launch(_add, (batch * len(chunks),), *added, *place, DIFFERENCE=difference, WIDTH=PARTS, num_warps=1)
     return out, slopes
 
 
@@ -254,20 +225,6 @@ def backward(grad: Tensor, student: list[Tensor], teacher: list[Tensor], slopes:
         blocks = tuple(cdiv(size, width) for size in sizes)
         programs = sum(blocks)
         if programs > 0:
-            launch(
-                _backward,
-                (batch * programs,),
-                grad,
-                us,
-                vs,
-                slopes,
-                tuple(outs[layer : layer + LAYERS]),
-                sizes,
-                blocks,
-                programs,
-                layers,
-                layer,
-                WIDTH=width,
-                num_warps=warps,
-            )
+            given = grad, us, vs, slopes, tuple(outs[layer : layer + LAYERS]), sizes, blocks, programs, layers, layer
+            launch(_backward, (batch * programs,), *given, WIDTH=width, num_warps=warps)
     return outs

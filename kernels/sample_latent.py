@@ -87,21 +87,9 @@ def forward(mu: Tensor, logvar: Tensor, seed: Tensor, sample_ids: Tensor) -> tup
     if mu.numel() == 0:
         return z, kl.zero_()
     block, warps = sum_tile(mu.shape[1])
-    launch(
-        _forward,
-        (mu.shape[0],),
-        dense(mu),
-        dense(logvar),
-        seed.contiguous(),
-        sample_ids.contiguous(),
-        z,
-        kl,
-        mu.shape[1],
-        STREAM=LATENT,
-        GROUPS=block // 4,
-        PAIRS=_pairs(mu, logvar),
-        num_warps=warps,
-    )
+    given = dense(mu), dense(logvar), seed.contiguous(), sample_ids.contiguous(), z, kl, mu.shape[1]
+    pairs = _pairs(mu, logvar)
+    launch(_forward, (mu.shape[0],), *given, STREAM=LATENT, GROUPS=block // 4, PAIRS=pairs, num_warps=warps)
     return z, kl
 
 
@@ -114,16 +102,7 @@ def backward(
     if mu.numel() == 0:
         return dmu, dlogvar
     block, warps = tile(mu.shape[1], mu, logvar)
-    launch(
-        _backward,
-        (mu.shape[0],),
-        *(one.contiguous() for one in (grad_z, grad_kl, mu, logvar, seed, sample_ids)),
-        dmu,
-        dlogvar,
-        mu.shape[1],
-        STREAM=LATENT,
-        GROUPS=block // 4,
-        PAIRS=_pairs(mu, logvar),
-        num_warps=warps,
-    )
+    inputs, pairs = (grad_z, grad_kl, mu, logvar, seed, sample_ids), _pairs(mu, logvar)
+    given = *(one.contiguous() for one in inputs), dmu, dlogvar, mu.shape[1]
+    launch(_backward, (mu.shape[0],), *given, STREAM=LATENT, GROUPS=block // 4, PAIRS=pairs, num_warps=warps)
     return dmu, dlogvar

@@ -263,38 +263,15 @@ def forward(
     if pattern is None:
         size = channels * height * width
         block, several = tile(size, x)
-        launch(
-            _linf,
-            grid(draws * images, cdiv(size, block)),
-            *given,
-            out,
-            draws * images,
-            images,
-            size,
-            height,
-            width,
-            *settings,
-            WIDTH=block,
-            num_warps=several,
-            enable_fp_fusion=False,
-        )
+        sizes = draws * images, images, size, height, width
+        programs = grid(draws * images, cdiv(size, block))
+        launch(_linf, programs, *given, out, *sizes, *settings, WIDTH=block, num_warps=several, enable_fp_fusion=False)
     else:
         own = {"maxnreg": L1_REGISTERS} if norm == 2 else {}
+        sizes = images, channels, height, width, pattern.shape[-1]
+        shape = layout(channels, height * width) | own
+        tensors = *given, pattern.contiguous(), out
         launch(
-            _mass_moved,
-            (draws * images,),
-            *given,
-            pattern.contiguous(),
-            out,
-            images,
-            channels,
-            height,
-            width,
-            pattern.shape[-1],
-            *settings,
-            L1=norm == 2,
-            **layout(channels, height * width),
-            **own,
-            enable_fp_fusion=False,
+            _mass_moved, (draws * images,), *tensors, *sizes, *settings, L1=norm == 2, **shape, enable_fp_fusion=False
         )
     return out

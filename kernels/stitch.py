@@ -105,27 +105,10 @@ def _run(kernel, x: Tensor, owners: Tensor, passes: int, images: int) -> Tensor:
     cell = line // columns
     vector = math.gcd(cell, 16 // x.element_size())
     block, warps = tile(size, x)
-    launch(
-        kernel,
-        grid(samples * batch, cdiv(size, block)),
-        x,
-        owners.contiguous(),
-        out,
-        samples * batch,
-        size,
-        size // vector,
-        line // vector,
-        height,
-        cell // vector,
-        height // rows,
-        columns,
-        rows * columns,
-        passes,
-        CHANNELS_LAST=last,
-        GROUPS=block // vector,
-        VECTOR=vector,
-        num_warps=warps,
-    )
+    sizes = size // vector, line // vector, height, cell // vector, height // rows, columns
+    given = x, owners.contiguous(), out, samples * batch, size, *sizes, rows * columns, passes
+    shape = {"CHANNELS_LAST": last, "GROUPS": block // vector, "VECTOR": vector, "num_warps": warps}
+    launch(kernel, grid(samples * batch, cdiv(size, block)), *given, **shape)
     return out
 
 
