@@ -132,7 +132,10 @@ OP = define_op(
     compiler_fuses=("peel", "mean_sigmoid", "vote"),
 )
 BACKWARD = define_backward(
-    OP, "(Tensor grad, Tensor logits, int method) -> Tensor", reference=reference_backward, size_key=second_argument
+    OP,
+    "(Tensor grad, Tensor logits, int method) -> Tensor",
+    reference=reference_backward,
+    size_key=second_argument,
 )
 
 
@@ -169,17 +172,21 @@ def aggregate(logits: Tensor, method: str = "lse", dim: int = 1) -> Tensor:
         the published forms. ``lse``, ``peel`` and ``peel_reference`` (where finite) have the same argmax.
 
     Raises:
-        ValueError: a shape, a dtype or the method is wrong.
+        ValueError: a shape, a dtype, the method or dim is wrong.
 
     The op has first-order gradients only and is deterministic. The kernels do not support ``vmap``.
     """
     check_floating(logits=logits)
     if logits.dim() != 3:
         raise ValueError(f"logits must be [B, K, C], got {list(logits.shape)}")
+    if not -3 <= dim <= 2:
+        raise ValueError(f"dim must be from -3 to 2, got {dim}")
     if dim not in (1, -2):
         logits = logits.movedim(dim, 1)
     if logits.shape[1] < 1 or logits.shape[2] < 2:
         raise ValueError(f"logits must have K >= 1 samples and C >= 2 classes, got [B, K, C] = {list(logits.shape)}")
+    if method not in (*METHODS, *UNSAFE):
+        raise ValueError(f"method must be one of {', '.join((*METHODS, *UNSAFE))}, got {method!r}")
     if method in UNSAFE:
         return UNSAFE[method](logits)
     index = METHODS.index(method)

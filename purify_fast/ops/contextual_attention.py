@@ -242,6 +242,8 @@ def contextual_attention(features: Tensor, valid: Tensor, scale: float = 10.0) -
     samples, apart from the rounding of the matrix products.
     """
     check_floating(features=features)
+    if features.dim() != 4:
+        raise ValueError(f"features must be [B, C, H, W], got {list(features.shape)}")
     batch, channels, rows, columns = features.shape
     if rows % 2 or columns % 2 or rows == 0 or columns == 0:
         raise ValueError(f"features must have even H and W, at least 2, got [B, C, H, W] = {list(features.shape)}")
@@ -290,6 +292,13 @@ def key_validity(mask: Tensor, size: tuple[int, int]) -> Tensor:
         bool ``[B, h * w]``, row-major. A cell of the grid is missing if any pixel of the mask inside the cell is
         nonzero. The published code reads every eighth pixel, with the same result for 256 px images with blocks of 32
         px. Cells outside the grid do not count as missing. There is no gradient.
+
+    Raises:
+        ValueError: mask is not [B, 1, H0, W0] or is empty, or h or w is below 1.
     """
+    if mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2] < 1 or mask.shape[3] < 1:
+        raise ValueError(f"mask must be [B, 1, H0, W0], got {list(mask.shape)}")
+    if size[0] < 1 or size[1] < 1:
+        raise ValueError(f"size must be (h, w) with h and w at least 1, got {tuple(size)}")
     missing = (mask.detach() != 0).to(torch.float32)
     return F.max_pool2d(F.adaptive_max_pool2d(missing, size), 3, 1, 1).flatten(1) == 0

@@ -55,7 +55,11 @@ OP = define_op(
     raced=examples(_arguments, RACED),
     compiler_fuses=("",),
 )
-BACKWARD = define_backward(OP, "(Tensor grad, Tensor features, int dim) -> Tensor", reference=reference_backward)
+BACKWARD = define_backward(
+    OP,
+    "(Tensor grad, Tensor features, int dim) -> Tensor",
+    reference=reference_backward,
+)
 
 
 _gated_elu = differentiable(OP.handle, lambda *given: BACKWARD(*given))
@@ -74,6 +78,8 @@ def gated_elu(features: Tensor) -> Tensor:
     The op has first-order gradients only and is deterministic. The kernels do not support ``vmap``.
     """
     check_floating(features=features)
+    if features.dim() < 2:
+        raise ValueError(f"features must be [B, 2C, ...], got {list(features.shape)}")
     if features.shape[1] % 2:
         raise ValueError(f"features must have an even number of channels, 2C, got {features.shape[1]}")
     if OP.uses_reference(features.device, features.dtype, features.numel()):

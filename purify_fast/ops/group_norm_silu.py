@@ -128,6 +128,30 @@ class _Normalized(torch.autograd.Function):
         return BACKWARD(grad.permute(0, 2, 3, 1), *given).permute(0, 3, 1, 2), None, None, None, None, None
 
 
+def _check(x: Tensor, groups: int, weight: Tensor, bias: Tensor, shift: Tensor | None, eps: float) -> None:
+    """Raise TypeError or ValueError if an argument of `group_norm_silu` does not match its documentation."""
+    named = {"x": x, "weight": weight, "bias": bias} | ({} if shift is None else {"shift": shift})
+    check_floating(**named)
+    if x.dim() < 2:
+        raise ValueError(f"x must be [B, C, ...], got {list(x.shape)}")
+    if any(size == 0 for size in x.shape[2:]):
+        raise ValueError(f"x must have at least one pixel, got {list(x.shape)}")
+    channels = x.shape[1]
+    if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1 or channels == 0 or channels % groups:
+        raise ValueError(
+            f"groups must be a whole number, at least 1, that divides the {channels} channels, got {groups!r}"
+        )
+    if weight.shape != (channels,) or bias.shape != (channels,):
+        shapes = f"{list(weight.shape)} and {list(bias.shape)}"
+        raise ValueError(f"weight and bias must be [C] = [{channels}], got {shapes}")
+    if weight.dtype != bias.dtype or weight.dtype not in (x.dtype, torch.promote_types(x.dtype, torch.float32)):
+        raise ValueError(f"weight and bias must be float32 or {x.dtype}, got {weight.dtype} and {bias.dtype}")
+    if shift is not None and shift.shape not in ((1, channels), (x.shape[0], channels)):
+        raise ValueError(f"shift must be [B, C] = {[x.shape[0], channels]} or [1, C], got {list(shift.shape)}")
+    if not isinstance(eps, (int, float, torch.SymFloat)) or not eps >= 0:
+        raise ValueError(f"eps must be a number of at least 0, got {eps!r}")
+
+
 def group_norm_silu(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, shift: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
@@ -147,21 +171,20 @@ def group_norm_silu(
 
     Raises:
         TypeError: x, weight, bias or shift is not a tensor.
-        ValueError: a tensor is not floating point, or on another device.
-        RuntimeError: shapes or dtypes do not match.
+        ValueError: shapes, dtypes or devices do not match.
 
     The kernel computes in float32, and has first-order gradients of x only. PyTorch's operators are used if another
     tensor needs a gradient, and inside transforms of ``torch.func``.
     """
-    numbers = {"weight": weight, "bias": bias} | ({} if shift is None else {"shift": shift})
-    check_floating(x=x, **numbers)
+    _check(x, groups, weight, bias, shift, eps=eps)
+    numbers = (weight, bias) if shift is None else (weight, bias, shift)
     if (
         x.dtype != torch.bfloat16
         or x.shape[1] % LANES
         or (x.shape[1] // groups % LANES and x.shape[1] // groups not in SEVERAL)
         or not last_channels(x)
         or transformed()
-        or needs_gradient(*numbers.values())
+        or needs_gradient(*numbers)
         or OP.uses_reference(x.device, x.dtype, x.numel())
     ):
         return _composed(x, (weight, bias, shift), groups, eps)

@@ -201,10 +201,14 @@ def philox(
 
     Raises:
         TypeError: seed or sample_ids is not a tensor.
-        ValueError: a shape, dtype, device or distribution is wrong, or a count is too small.
+        ValueError: a shape, dtype, device or distribution is wrong, or a count is too small or too large.
     """
     check_stream(seed, sample_ids)
+    if distribution not in DISTRIBUTIONS:
+        raise ValueError(f"distribution must be one of {', '.join(DISTRIBUTIONS)}, got {distribution!r}")
     for name, value, least in (("numel", numel, 0), ("draws", draws, 1), ("first_draw", first_draw, 0)):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
+        if isinstance(value, int) and value >= 2**63:
+            raise ValueError(f"{name} must be below 2^63, got {value}")
     return OP(seed, sample_ids, numel, int(stream), DISTRIBUTIONS.index(distribution), draws, first_draw)

@@ -226,6 +226,8 @@ def random_transform(
     """
     dtype = x.dtype if dtype is None else dtype
     check_floating(x=x)
+    if x.dim() != 4:
+        raise ValueError(f"x must be [B, C, H, W], got {list(x.shape)}")
     seed, sample_ids = default_stream(seed, sample_ids, x.shape[0], x=x)
     height, width = x.shape[2:]
     block = block if mask is None else 1
@@ -239,8 +241,8 @@ def random_transform(
     most = min(blocks, MOST_PASSES)
     if num_passes is not None and (not 1 <= num_passes <= most or blocks % num_passes):
         raise ValueError(f"num_passes must be 1 to {most} and divide the {blocks} blocks of an image, got {num_passes}")
-    if samples < 1:
-        raise ValueError(f"samples must be at least 1, got {samples}")
+    if samples < 1 or (isinstance(samples, int) and samples >= 2**63):
+        raise ValueError(f"samples must be at least 1 and below 2^63, got {samples}")
     if dtype not in FLOATING:
         raise ValueError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
     if mask is not None:

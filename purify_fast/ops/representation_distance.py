@@ -170,15 +170,21 @@ _distance = differentiable(
 )
 
 
-def _check(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> None:
+def _check(student: Sequence[Tensor], teacher: Sequence[Tensor], kind: str) -> None:
     """Raise ValueError if the layers do not match the documentation of `representation_distance`."""
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     if not student or len(student) != len(teacher):
-        got = f"{len(student)} and {len(teacher)}"
-        raise ValueError(f"student and teacher must have the same number of layers, at least one, got {got}")
+        raise ValueError(
+            "student and teacher must have the same number of layers, and at least one layer, "
+            f"got {len(student)} and {len(teacher)}"
+        )
     for u, v in zip(student, teacher, strict=True):
         if u.shape != v.shape or u.dim() < 2 or u.shape[0] != student[0].shape[0]:
             got = f"{list(u.shape)}, {list(v.shape)}"
-            raise ValueError(f"student and teacher must have equal [B, ...], and all layers one B, got {got}")
+            raise ValueError(
+                f"student and teacher must have equal shapes [B, ...], and all layers must have the same B, got {got}"
+            )
         check_floating(student=u, teacher=v)
         check_one_device(first=student[0], student=u, teacher=v)
 
@@ -210,9 +216,11 @@ def representation_distance(
     support ``vmap``.
     """
     single = isinstance(student, Tensor)
+    if single != isinstance(teacher, Tensor):
+        raise ValueError("student and teacher must both be tensors, or both sequences of tensors")
     us = [student] if isinstance(student, Tensor) else list(student)
     vs = [teacher] if isinstance(teacher, Tensor) else list(teacher)
-    _check(us, vs)
+    _check(us, vs, kind)
     for layer, (u, v) in enumerate(zip(us, vs, strict=True)):
         # The op gets contiguous rows, for every memory layout.
         if last_channels(u):

@@ -105,7 +105,14 @@ def _moved_mass(offset: Tensor, radius: Tensor, numbers: Tensor, pattern: Tensor
 
 
 def reference(
-    x: Tensor, x_nat: Tensor, eps: Tensor, numbers: Tensor, pattern: Tensor | None, edge: Tensor, norm: int, *box: float
+    x: Tensor,
+    x_nat: Tensor,
+    eps: Tensor,
+    numbers: Tensor,
+    pattern: Tensor | None,
+    edge: Tensor,
+    norm: int,
+    *box: float,
 ) -> Tensor:
     """Compute the op by PyTorch in float32 (float64 for float64) to x's dtype. eps is [B], numbers is [B, T, 5 + C]."""
     lo, hi = box
@@ -178,6 +185,8 @@ OP = define_op(
 
 def _check(x: Tensor, numbers: Tensor, edge: int | Tensor, norm: str, pattern: Tensor | None) -> None:
     """Raise ValueError if the numbers, the window or the pattern of a proposal do not match."""
+    if x.dim() != 4:
+        raise ValueError(f"x must be images [B, C, H, W], got {list(x.shape)}")
     batch, channels, height, width = x.shape
     if numbers.dtype != torch.float32 or numbers.dim() != 3 or numbers.shape[::2] != (batch, PLACES + channels):
         wanted, got = f"[{batch}, T, {PLACES + channels}]", f"{numbers.dtype} {list(numbers.shape)}"
@@ -193,6 +202,8 @@ def _check(x: Tensor, numbers: Tensor, edge: int | Tensor, norm: str, pattern: T
     else:
         side = edge
     if norm == "linf":
+        if pattern is not None:
+            raise ValueError("pattern must be None for norm='linf', which has no pattern")
         return
     if pattern is None or pattern.shape != (2, side, side) or pattern.dtype != torch.float32:
         got = "None" if pattern is None else f"{pattern.dtype} {list(pattern.shape)}"
@@ -235,13 +246,13 @@ def square_proposal(
 
     Raises:
         ValueError: if shapes, dtypes or devices do not match, if the norm is unknown, if eps is a number and negative
-            or NaN, if lo > hi, if edge is larger than an image, or if pattern is missing.
+            or NaN, if lo > hi, if edge is larger than an image, or if pattern is missing or not allowed.
 
     The op is deterministic, and ``linf`` is bit-exact across backends. Numbers outside [0, 1) give undefined results.
     """
     norm = check({"x": x, "x_nat": x_nat}, norm, lo, hi)
     _check(x, numbers, edge, norm, pattern)
     with torch.no_grad():
-        radii, index, pattern = per_sample("eps", eps, x), NORMS.index(norm), None if norm == "linf" else pattern
+        radii, index = per_sample("eps", eps, x), NORMS.index(norm)
         side = edge if isinstance(edge, Tensor) else torch.full((), edge, dtype=torch.int64, device=x.device)
         return OP(x, x_nat, radii, numbers, pattern, side, index, float(lo), float(hi), variant=norm)

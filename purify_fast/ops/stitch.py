@@ -112,8 +112,10 @@ def stitch(images: Tensor, owners: Tensor) -> Tensor:
     kernels do not support ``vmap``.
     """
     check_floating(images=images)
-    if owners.dtype != torch.uint8:
-        raise ValueError(f"owners must be uint8 [S, B, rows, columns], got {owners.dtype}")
+    if images.dim() != 4:
+        raise ValueError(f"images must be [S * B * N, C, H, W], got {list(images.shape)}")
+    if owners.dim() != 4 or owners.dtype != torch.uint8:
+        raise ValueError(f"owners must be uint8 [S, B, rows, columns], got {owners.dtype} {list(owners.shape)}")
     check_one_device(images=images, owners=owners)
     samples, batch, rows, columns = owners.shape
     height, width = images.shape[2:]

@@ -2,6 +2,7 @@
 
 import contextlib
 import enum
+import inspect
 import math
 import os
 import re
@@ -121,6 +122,10 @@ def _deterministic():
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+def names_of(function) -> list[str]:
+    return list(inspect.signature(function).parameters)
 
 
 def named(error: Exception, names: list[str]) -> bool:
