@@ -527,7 +527,6 @@ REFUSALS: dict[str, tuple[dict, dict[str, tuple]]] = {
             "x_nat": (torch.zeros(2, 3, 8, 9),),
             "numbers": (torch.zeros(2, 8), torch.zeros(2, 1, 8).double(), torch.zeros(2, 1, 8, device=META)),
             "edge": (9, torch.tensor(5.0), torch.tensor([5])),
-            "pattern": (torch.zeros(2, 3, 3),),
             "norm": ("l3",),
             "lo": (1.5,),
             "eps": (torch.zeros(3),),
@@ -556,7 +555,6 @@ TOGETHER: dict[str, list[dict]] = {
     ],
     "sample_latent": [{"sample_ids": IDS, "mu": torch.zeros(3, 4, 2), "logvar": torch.zeros(3, 4, 2)}],
     "square_proposal": [
-        {"x": PICTURE[0], "x_nat": PICTURE[0]},
         {"norm": "l2", "pattern": None},
         {"norm": "l1", "pattern": torch.zeros(2, 9)},
         {"norm": "l1", "pattern": torch.zeros(2, 3, 3, device=META)},
