@@ -11,8 +11,8 @@
 #
 # The arguments are those of `purify-fast evaluate`. The folder of the report must be visible on all machines. If a job
 # ends early, submit it again with the same arguments, on as many GPUs (with --batch-size, on any number). It then
-# continues after the finished batches. This script is tested with two processes on a single machine. It has not yet been
-# run on several machines or on GPUs.
+# continues after the last finished attack. This script is tested with two processes on a single machine. It has not yet
+# been run on several machines or on GPUs.
 set -euo pipefail
 PYTHON=${PYTHON:-python}
 

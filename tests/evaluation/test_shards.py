@@ -1,5 +1,6 @@
 """An evaluation that several processes share has the rows of one, image by image, whatever happens to them."""
 
+import functools
 import json
 import os
 import signal
@@ -24,10 +25,10 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.par
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def one():
-    """The results of one process."""
-    return reports()
+@functools.cache
+def one(kind):
+    """The result of one process."""
+    return report(kind)
 
 
 def without_margins(report):
@@ -36,16 +37,16 @@ def without_margins(report):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3])
-def test_the_rows_are_those_of_one_process(one, tmp_path, world):
+def test_the_rows_are_those_of_one_process(tmp_path, world):
     """Also on the others but for the arrays beside the report."""
     done = together(tmp_path, world, lambda: reports(tmp_path / "out"))
     assert done.codes == [0] * world, done.errors
-    assert done.results[0] == one
+    assert done.results[0] == {kind: one(kind) for kind in KINDS}
     for others in done.results[1:]:
-        assert others == {kind: without_margins(one[kind]) for kind in KINDS}
+        assert others == {kind: without_margins(one(kind)) for kind in KINDS}
     # the attacks found something, and not everything
     for kind in KINDS:
-        accuracies = {row.get("mean", row["accuracy"]) for row in one[kind]["rows"]}
+        accuracies = {row.get("mean", row["accuracy"]) for row in one(kind)["rows"]}
         assert len(accuracies) > 1 and min(accuracies) > 0.1, kind
 
 
@@ -56,17 +57,17 @@ def made_by(kind, out=None):
         return report(kind, out), len(calls)
 
 
-def test_each_process_makes_its_share_and_the_first_keeps_all(one, tmp_path):
+def test_each_process_makes_its_share_and_the_first_keeps_all(tmp_path):
     """Only the first process needs the folder, so the processes need no common one."""
     done = together(tmp_path, 2, lambda: made_by("deterministic", tmp_path / f"out-{dist.get_rank()}"))
     assert done.codes == [0, 0], done.errors
     (first, mine), (_, others) = done.results
-    assert first == one["deterministic"] and min(mine, others) > 0.3 * (mine + others)
+    assert first == one("deterministic") and min(mine, others) > 0.3 * (mine + others)
     # the batches that follow the end of an attack by the rule of stopping are made for nothing
     alone = made_by("deterministic")[1]
     assert alone <= mine + others <= alone + 3
     assert not (tmp_path / "out-1" / "rows").exists()
-    assert made_by("deterministic", tmp_path / "out-0") == (one["deterministic"], 0)
+    assert made_by("deterministic", tmp_path / "out-0") == (one("deterministic"), 0)
 
 
 MOMENTS = {"make": (AttackRun, "make"), "write": (cache, "write_sealed"), "judge": (RowJudge, "judged")}
@@ -77,7 +78,7 @@ MOMENTS = {"make": (AttackRun, "make"), "write": (cache, "write_sealed"), "judge
     ("kind", "victim", "number", "moment"),
     [("deterministic", 1, 5, "make"), ("random", 0, 6, "write"), ("deterministic", 0, 2, "judge")],
 )
-def test_a_killed_process_ends_the_others_and_three_go_on(one, tmp_path, kind, victim, number, moment):
+def test_a_killed_process_ends_the_others_and_three_go_on(tmp_path, kind, victim, number, moment):
     def work():
         if dist.get_rank() == victim:
             kill_at_call(*MOMENTS[moment], number)
@@ -89,7 +90,7 @@ def test_a_killed_process_ends_the_others_and_three_go_on(one, tmp_path, kind, v
     # finished attacks are not computed again
     kept = list((tmp_path / "out").rglob("*.safetensors"))
     done = together(tmp_path, 3, lambda: made_by(kind, tmp_path / "out"))
-    assert done.codes == [0] * 3 and done.results[0][0] == one[kind], done.errors
+    assert done.codes == [0] * 3 and done.results[0][0] == one(kind), done.errors
     whole = together(tmp_path, 3, lambda: made_by(kind, tmp_path / "other"))
     assert kept and sum(count for _, count in done.results) < sum(count for _, count in whole.results)
 
@@ -135,7 +136,7 @@ def test_a_model_that_draws_under_attack_begins_again_in_all(tmp_path):
     assert done.results[0] == plain(made("late")) and "judged as a random model" in str(done.results[0]["notes"])
 
 
-def test_each_works_alone_if_asked(one, tmp_path):
+def test_each_works_alone_if_asked(tmp_path):
     """The first process works alone, then all evaluate, each something else."""
 
     def work():
@@ -146,7 +147,7 @@ def test_each_works_alone_if_asked(one, tmp_path):
     done = together(tmp_path, 2, work)
     assert done.codes == [0, 0], done.errors
     (first, own, shared), (nothing, others, _) = done.results
-    assert shared == one["deterministic"] and nothing is None
+    assert shared == one("deterministic") and nothing is None
     assert {report["about"]["seed"] for report in (first, own, others)} == {"9", "0", "1"}
 
 
@@ -173,13 +174,13 @@ def test_the_command_by_several_processes(tmp_path):
 
 
 @pytest.mark.slow
-def test_torchrun_starts_again_what_was_killed(one, tmp_path):
+def test_torchrun_starts_again_what_was_killed(tmp_path):
     how = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
     command = [sys.executable, "-m", "torch.distributed.run", *how, str(SCRIPT), str(tmp_path)]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0 and (tmp_path / "killed").exists(), done.stderr
     # the key of the model has the files that are loaded, and torchrun's script is another program than the tests
-    found, alone = json.loads((tmp_path / "report.json").read_text()), dict(one["deterministic"])
+    found, alone = json.loads((tmp_path / "report.json").read_text()), dict(one("deterministic"))
     for each in (found, alone):
         each["about"] = {name: value for name, value in each["about"].items() if name != "model"}
     assert found == alone
