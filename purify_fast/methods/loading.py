@@ -58,6 +58,8 @@ def load_defence(
     if kind not in (*_DEFENCES, ALONE):
         raise ValueError(f"{folder} holds a classifier ({kind}), not a defence: use load_classifier to load it")
     if process is not None:
+        if "process" not in arguments:
+            raise ValueError(f"process must be None, got {process!r}: {folder} holds a {kind!r}, which has no process")
         arguments["process"] = {**arguments["process"], **process}
     if classifier is None:
         if not (Path(folder) / "classifier").is_dir():

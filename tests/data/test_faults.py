@@ -92,7 +92,7 @@ def test_values_outside_of_0_to_1_by_rounding_are_clamped():
         fit(model, [(images, y), (images, y)], None, FitConfig(1), progress=False)
         ended.append(model.model.state_dict())
     assert all(torch.equal(ended[0][name], ended[1][name]) for name in ended[0])
-    with pytest.raises(ValueError, match=r"got values from 0.0002 to 1.0002; if a resize .* x.clamp\(0, 1\)"):
+    with pytest.raises(ValueError, match=r"got values from 0.0002 to 1.0002: .* after a resize .* x.clamp\(0, 1\)"):
         fit(task(), [(x + 2e-4, y)], None, FitConfig(1), progress=False)
 
 
