@@ -120,13 +120,7 @@ Contestant = Callable[[Subject, Amount], Tensor]
 
 
 def found_by_autoattack(subject: Subject, amount: Amount, version: str = "standard") -> Tensor:
-    """Run the official AutoAttack as its documentation says, and return its images ``[N, C, H, W]``.
-
-    Args:
-        subject: attacked model and images.
-        amount: numbers of steps and queries.
-        version: "standard", or "rand" for random models.
-    """
+    """Run the official AutoAttack as its documentation says, and return its images ``[N, C, H, W]``."""
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.getLogger("auto-attack").setLevel(logging.ERROR)
@@ -170,12 +164,7 @@ class Protocol:
         return replace(spec, attack=replace(spec.resolved, **less))
 
     def code(self, random: bool, amount: Amount) -> list[str]:
-        """Return descriptions of the attacks. A row whose attacks have other descriptions is outdated.
-
-        Args:
-            random: True if two predictions of the model differ.
-            amount: numbers of steps and queries.
-        """
+        """Return descriptions of the attacks. A row whose attacks have other descriptions is outdated."""
         attacks = revisions.of_protocol(self.name, random, change=partial(self.reduced, amount=amount))
         return attacks + ([f"seed {self.seed}"] if self.seed else [])
 
@@ -215,10 +204,6 @@ def standard_error(share: float, draws: int) -> float:
 
     The result is half the width of Wilson's interval for one standard deviation, so it is above 0 even if all
     predictions agree.
-
-    Args:
-        share: share of wrong predictions, in [0, 1].
-        draws: number of independent predictions, at least 1.
     """
     return math.sqrt(share * (1 - share) / draws + 1 / (4 * draws**2)) / (1 + 1 / draws)
 
@@ -281,19 +266,8 @@ def _digits(name: str, images: int | None = None, random: bool = False) -> Conte
 
 
 def resnet18() -> nn.Module:
-    """Load the ResNet-18 of pyautoattack's examples in evaluation mode. It takes images in [0, 1], and has 10 classes.
-
-    Raises:
-        ModuleNotFoundError: pyautoattack is not installed.
-    """
-    try:
-        module = importlib.import_module("pyautoattack.examples.resnet")
-    except ModuleNotFoundError as error:
-        if not str(error.name).startswith("pyautoattack"):
-            raise
-        raise ModuleNotFoundError(
-            "the ResNet-18 is part of the package pyautoattack, which is missing: pip install 'purify-fast[eval]'"
-        ) from error
+    """Load the ResNet-18 of pyautoattack's examples in evaluation mode. It takes images in [0, 1]."""
+    module = importlib.import_module("pyautoattack.examples.resnet")
     model = module.ResNet18()
     weights = Path(str(module.__file__)).with_name("model_test.pt")
     model.load_state_dict(torch.load(weights, weights_only=True, map_location="cpu"))
@@ -306,13 +280,7 @@ def _resnet18(folder: Path | None) -> Subject:
 
 
 def _network(name: str, count: int, first: int = 0) -> Contest:
-    """Return the contest of a network of the zoo on a part of the test images.
-
-    Args:
-        name: name of the network in the zoo.
-        count: number of images.
-        first: index of the first image.
-    """
+    """Return the contest of a network of the zoo on a part of the test images."""
 
     def make(folder: Path | None) -> Subject:
         card = zoo.card(name)
@@ -336,9 +304,8 @@ def _published(folder: Path | None) -> Subject:
     alpha-beta-CROWN report on 200 images at the radius of this contest: 76.0 % of the images were proved robust, and
     76.5 % were classified correctly after the best attack.
     """
+    # Copy this file from alpha-beta-CROWN.
     path = (folder or Path("data")) / "networks" / "mnist_cnn_a_adv.model"
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist: copy this file from alpha-beta-CROWN, which distributes it")
     model = nn.Sequential(
         nn.Conv2d(1, 16, 4, 2, 1),
         nn.ReLU(),
@@ -381,12 +348,7 @@ ROBUST |= {
 
 
 def misclassified(subject: Subject, found: Tensor) -> Tensor:
-    """Return the share of wrong predictions for each returned image, which is first clipped to the ball, ``[N]``.
-
-    Args:
-        subject: attacked model and images.
-        found: images that the attack returned.
-    """
+    """Return the share of wrong predictions for each returned image, which is first clipped to the ball, ``[N]``."""
     inside = pgd_step(found.detach(), torch.zeros_like(found), subject.x, 0.0, subject.eps)
     judge = Judge(subject.model, draws=JUDGES if subject.random else 1, max_forward_batch=2 * BATCH)
     with frozen(subject.model):
@@ -395,12 +357,7 @@ def misclassified(subject: Subject, found: Tensor) -> Tensor:
 
 
 def accuracy(subject: Subject, wrong: Tensor) -> tuple[float, float]:
-    """Return the share of right predictions in percent, and its standard error over the random predictions.
-
-    Args:
-        subject: attacked model and images.
-        wrong: result of `misclassified`.
-    """
+    """Return the share of right predictions in percent, and its standard error over the random predictions."""
     errors = [standard_error(float(share), JUDGES) for share in wrong] if subject.random else [0.0]
     return 100 * float(1 - wrong.mean()), 100 * sum(e**2 for e in errors) ** 0.5 / len(errors)
 
@@ -431,12 +388,7 @@ def _run(attack: Contestant, subject: Subject, amount: Amount, row: Row, counted
 
 
 def is_current(row: Row, contest: Contest) -> bool:
-    """Tell whether a row was made with the attacks and weights that the package has now.
-
-    Args:
-        row: row of `run_contest`.
-        contest: contest of the row. If its field ``model`` is None, the weights are not compared.
-    """
+    """Tell whether a row was made with the attacks and weights that the package has now."""
     code: dict[str, Any] = row.get("code", {})
     attack = contest.contestants.get(row["contestant"])
     if isinstance(attack, Protocol) and code.get("attacks") != attack.code(contest.random, Amount(**row["amount"])):
@@ -445,11 +397,7 @@ def is_current(row: Row, contest: Contest) -> bool:
 
 
 def outdated(results: Path) -> list[str]:
-    """Return a message for each row that was made with other attacks or weights than the package has now.
-
-    Args:
-        results: the folder ``benchmarks/results``.
-    """
+    """Return a message for each row that was made with other attacks or weights than the package has now."""
     return [
         kept.outdated(file, f"{row['contestant']} of the contest {row['contest']!r}", f"evaluation{option}")
         for file, contests, option in ((FILE, CONTESTS, ""), (ROBUST_FILE, ROBUST, " --robust"))
@@ -461,16 +409,7 @@ def outdated(results: Path) -> list[str]:
 def run_contest(
     name: str, whole: Subject, contestants: dict[str, Contestant], amount: Amount, known: Sequence[Row] = ()
 ) -> Iterator[Row]:
-    """Run the contestants in turn, and yield the row of a contestant after each of its runs.
-
-    Args:
-        name: name of the contest in `CONTESTS` or `ROBUST`.
-        whole: attacked model and images.
-        contestants: compared attacks, by name.
-        amount: numbers of images and steps.
-        known: rows of an interrupted contest. A run in these rows is repeated only if the weights, the images or the
-            attacks have changed.
-    """
+    """Run the contestants in turn, and yield the row of a contestant after each of its runs."""
     counted, before, rows, runs = name in ROBUST, {row["contestant"]: row for row in known}, {}, {}
     subject = replace(whole, x=whole.x[: amount.images], y=whole.y[: amount.images])
     clean = accuracy(subject, misclassified(subject, subject.x))[0]
@@ -497,12 +436,7 @@ def run_contest(
 
 
 def robust_markdown(rows: list[Row]) -> list[str]:
-    """Return the table of the contests on robust networks. A line has a number for each seed of an attack.
-
-    Args:
-        rows: rows of `run_contest`. A contestant that is not finished has fewer images, and is compared on these images
-            only.
-    """
+    """Return the table of the contests on robust networks. A line has a number for each seed of an attack."""
     head = ["model, images", "eps", "clean, %", "attack", "attacked", "left", "difference"]
     body: dict[tuple[str, str], list[list[str]]] = {}
     for row in rows:
@@ -527,11 +461,7 @@ def robust_markdown(rows: list[Row]) -> list[str]:
 
 
 def markdown(rows: list[Row]) -> list[str]:
-    """Return the table of the contests in `CONTESTS`.
-
-    Args:
-        rows: rows of `run_contest`.
-    """
+    """Return the table of the contests in `CONTESTS`."""
     head = ["model", "images", "clean, %", "attack", "robust accuracy, %", "difference, points"]
     body = []
     for row in rows:
@@ -575,9 +505,6 @@ def main(chosen: argparse.Namespace) -> str:
         return list(contests).index(row["contest"]), RANKS.index(row["contestant"])
 
     for name in chosen.names or contests:
-        if name not in contests:
-            where = "without --robust: remove --robust" if chosen.robust else "with --robust: add --robust"
-            raise ValueError(f"the contest {name!r} exists only {where}")
         contestants = contests[name].contestants
         known = [row for row in read(out, file) if row["contest"] == name and row["amount"] == asdict(amount)]
         done = [row for row in known if is_current(row, contests[name])]

@@ -1,7 +1,6 @@
 import torch
 from torch import Tensor, nn
 
-from benchmarks import kept
 from benchmarks.robustness import alone
 from benchmarks.robustness.contests import Subject
 from purify_fast.evaluation.request.specs import AttackSpec, as_attack
@@ -42,11 +41,3 @@ def test_what_falls_to_an_attack_alone(monkeypatch):
     table = alone.markdown([row, row | {"contest": "other"}])
     assert table[0] == "Contests: weak (6 images); other (6 images)."
     assert table[-1] == "| raises pixel 1 | 4 | 4 | weak: 2; other: 2 |"
-
-
-def test_rows_of_other_attacks_are_named(tmp_path, monkeypatch):
-    kept.put(tmp_path / "studies" / alone.FILE, {"contest": "a", "revision": "of before"}, len)
-    (said,) = alone.outdated(tmp_path)
-    assert "alone.json: 'a'" in said and "benchmarks alone 'a'" in said
-    monkeypatch.setattr(alone.revisions, "short", lambda name, random: "of before")
-    assert alone.outdated(tmp_path) == []

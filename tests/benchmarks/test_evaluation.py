@@ -78,29 +78,6 @@ def test_contests_are_kept_and_the_table_says_what_was_found(made_models, tmp_pa
     assert re.search(r"plain: .* % under standard", capsys.readouterr().out)
 
 
-def test_an_interrupted_contest_goes_on_where_it_was(made_models, tmp_path, monkeypatch):
-    """Runs that are finished are kept, also of a contest that is not, and are made no second time."""
-    arguments = ["evaluation", "plain", "--quick", "--out", str(tmp_path)]
-    made, run = [], contests._run
-
-    def interrupted(*given):
-        if len(made) == 2:
-            raise KeyboardInterrupt
-        made.append(given[3]["contestant"])
-        return run(*given)
-
-    monkeypatch.setattr(contests, "_run", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        program.main(arguments)
-    kept = {row["contestant"]: row["seconds"] for row in contests.read(tmp_path)}
-    assert made == ["AutoAttack", "standard"] == list(kept)
-    monkeypatch.setattr(contests, "_run", run)
-    program.main(arguments)
-    now = {row["contestant"]: row["seconds"] for row in contests.read(tmp_path)}
-    assert {len(seconds) for seconds in now.values()} == {1} and "fast" in now
-    assert all(now[who] == seconds for who, seconds in kept.items())
-
-
 def test_our_attacks_leave_no_more_than_the_official_ones(made_models):
     """With as many steps, on a model where both find something and both leave something."""
     amount = replace(contests.QUICK, images=12, steps=8, queries=60)
@@ -186,11 +163,3 @@ def test_every_forward_and_every_gradient_is_counted_at_the_door(precision):
     followed(points[:5])[:, 0].sum().backward()
     model(x[:2])
     assert (model.counts.forwards, model.counts.gradients) == (12 + 5 + 2, 3 * 12 + 5)
-
-
-def test_mistakes(made_models, capsys):
-    with pytest.raises(SystemExit):
-        program.main(["evaluation", "digits"])
-    assert re.search("argument NAME: 'digits'.*plain; noisy", capsys.readouterr().err, re.M)
-    with pytest.raises(ValueError, match=r"'robust'.*add --robust"):
-        program.main(["evaluation", "robust"])

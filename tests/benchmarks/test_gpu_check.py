@@ -390,14 +390,6 @@ def test_limits_are_rates_of_random_data(tmp_path):
     assert found == {(name, row["limit"]): float(row["median"]) for row in rows}
 
 
-def test_wrong_arguments_are_refused(capsys, monkeypatch):
-    assert check("--only", "nothing") == 2
-    assert "argument --only: 'nothing' is unknown" in capsys.readouterr().err
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="no CUDA device is available: use --rehearse"):
-        program.main(["gpu_check"])
-
-
 @pytest.mark.skipif(not _library.loaded(), reason="the CPU's kernels are the extension's")
 def test_the_races_end_in_a_file_that_could_ship_and_in_a_chapter(tmp_path, monkeypatch, capsys):
     """The races of one op rehearsed: nothing outside of the folder is written."""

@@ -1,7 +1,5 @@
 """Rows of large images, with small stand-ins for the networks."""
 
-from argparse import Namespace
-
 import pytest
 import torch
 from torch import nn
@@ -36,17 +34,6 @@ def test_an_evaluation_and_a_step_are_measured(small, one_thread):
     # The step takes images of the defence's size.
     row = large_images.measured("ResNet-18 of torchvision", "a step of AToP", quick=True)
     assert row["images"] == large_images.BATCH and row["result"].startswith("loss ") and 50 < row["MB"] < 10_000
-
-
-def test_rows_that_are_there_are_kept(tmp_path, monkeypatch):
-    for name, what in large_images.ROWS:
-        row = {"network": name, "what": what, "images": 1, "seconds": 2.5, "MB": 3, "result": "good"}
-        row |= {"device": "a processor", "threads": 2}
-        kept.put(tmp_path / large_images.FILE, row, lambda one: large_images.ROWS.index((one["network"], one["what"])))
-    monkeypatch.setattr(large_images, "measured", lambda *_: pytest.fail("measured again"))
-    table = large_images.main(Namespace(out=tmp_path, quick=False))
-    assert "| ViT-Tiny of timm | a step of ARREST | 1 | 2.5 | 3 | good |" in table
-    assert len(large_images.ROWS) == 9
 
 
 def test_the_committed_rows_fit_this_purpose():

@@ -1,10 +1,6 @@
 """The studies' runner resumes, refuses what it cannot run before any work, and the tables say what the results say."""
 
-import os
-import signal
-import subprocess
 import sys
-import time
 from dataclasses import replace
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -12,13 +8,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from study_work import work
 from torch.nn import functional as F
 
 from benchmarks import __main__ as program
 from benchmarks.robustness.studies import RESULT, Job, run, run_study
-from benchmarks.speed import pipelines, race, running, sheets
 from purify_fast import data
 from purify_fast.evaluation import Report
 
@@ -59,30 +53,6 @@ def test_the_jobs_of_a_study_have_their_own_folders_and_all_that_they_need(name,
     assert {*TopologicalSorter(needs).static_order()} == needs.keys()
 
 
-@pytest.mark.slow
-def test_an_interrupted_study_ends_at_once(tmp_path):
-    (tmp_path / "study.py").write_text(
-        "from pathlib import Path; from benchmarks.robustness.studies import Job, run; from study_work import work\n"
-        f"if __name__ == '__main__': run([Job('long', 0, work, settings={{'wait': 600}})], Path({str(tmp_path)!r}), 1)"
-    )
-    study = subprocess.Popen(
-        [sys.executable, str(tmp_path / "study.py")],
-        env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
-        stderr=subprocess.DEVNULL,
-        # a suite started in the background ignores the signal, and so would its children
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    try:
-        until = time.monotonic() + 600
-        while not (tmp_path / "log").exists():
-            assert time.monotonic() < until and study.poll() is None
-            time.sleep(0.1)
-        study.send_signal(signal.SIGINT)
-        assert study.wait(600) != 0
-    finally:
-        study.kill()
-
-
 def lines_of(text: str) -> dict[str, list[str]]:
     """Rows of the Markdown tables by their first cell."""
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
@@ -98,20 +68,13 @@ def chosen(*words: str):
 @pytest.mark.parametrize(
     "options, root, committed",
     [
-        ("carso_mnist", "carso_mnist", True),
         ("carso_mnist --full", "carso_mnist-full", False),
-        ("cifar10 --full", "cifar10-full", False),
         ("cifar10", "cifar10", True),
     ],
 )
 def test_other_budgets_leave_the_committed_table_alone(options, root, committed):
     runs = Path("runs/studies") / root
     assert run_study.places(chosen(*options.split())) == (runs, run_study.RESULTS if committed else runs)
-
-
-def test_a_device_that_does_not_exist_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="--device gpu cannot be used here"):
-        program.main(["study", "cifar10", "--device", "gpu", "--out", str(tmp_path)])
 
 
 def test_without_autoattack_nothing_is_trained(tmp_path, monkeypatch):
@@ -155,24 +118,3 @@ def test_carso_on_mnist_end_to_end(tmp_path, capsys, monkeypatch, forking, short
         assert report.row("worst", name).robust.tolist() == withstood.tolist()
     with pytest.raises(ValueError, match=r"'classifier' with other settings"):
         program.main([word for word in words if word != "--quick"])
-
-
-def test_an_interrupted_race_keeps_what_other_cases_had(tmp_path, monkeypatch):
-    cases = dict.fromkeys(("big", "small"), pipelines.Case("", 0.0, {"plain": None}))
-    monkeypatch.setattr(pipelines, "registry", lambda: dict.fromkeys(("one", "two"), lambda quick: cases))
-    monkeypatch.setattr(sheets, "report", lambda out: None)
-    milliseconds = iter("11112")
-
-    def raced(pipeline: str, case: str, *_) -> list[dict]:
-        ms = next(milliseconds, None)
-        if ms is None:
-            raise KeyboardInterrupt
-        row = {"pipeline": pipeline, "case": case, "ms": ms, "verdict": "right"}
-        return [row | {"threads": torch.get_num_threads()}]
-
-    monkeypatch.setattr(race, "race", raced)
-    running.run_pipelines(["one", "two"], torch.device("cpu"), True, tmp_path, running.Budget())
-    with pytest.raises(KeyboardInterrupt):
-        running.run_pipelines(["one", "two"], torch.device("cpu"), True, tmp_path, running.Budget())
-    rows = {(row["pipeline"], row["case"], row["ms"]) for row in sheets.read_csv(tmp_path / sheets.PIPELINES)}
-    assert rows == {("one", "big", "2"), ("one", "small", "1"), ("two", "big", "1"), ("two", "small", "1")}

@@ -53,11 +53,6 @@ def test_a_model_is_packed_and_judged_by_both_protocols(tmp_path, monkeypatch):
     assert read_card(folder) == card
 
 
-def test_an_unknown_model_is_refused():
-    with pytest.raises(ValueError, match=r"'digits-best'.*cifar10-arrest-w16"):
-        program.main(["zoo", "digits-best"])
-
-
 @pytest.fixture
 def small_zoo(tmp_path, monkeypatch):
     """A zoo of one classifier, and protocols that take a second."""
