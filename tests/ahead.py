@@ -126,7 +126,7 @@ def _cases() -> dict[str, tuple]:
         if name in ("abs_cosine", "l2"):
             cases[f"representation_distance-{name}-chunks"] = (many, many, kind)
     slopes = one(4, 3, 2)
-    cases |= _decoders() | _convolutions()
+    cases |= _decoders()
     cases["representation_distance-backward"] = (one(4, 3), many, many, slopes)
     return cases
 
@@ -155,43 +155,6 @@ def _decoders() -> dict[str, tuple]:
         if side == 32:
             pictures = no_half(64, 3, side, side)
             cases[f"decode_samples-{name}-backward"] = (pictures, pictures, *drawn)
-    return cases
-
-
-#: The layers of the cases of `fused_convolution`: the channels of the images and of the result, taps, stride and side;
-#: the activation; and what else is applied, as in the examples of the op.
-CONVOLUTIONS = {
-    "64": (64, 64, 3, 1, 32, 1, "ba"),
-    "128-strided": (64, 128, 3, 2, 32, 1, "b"),
-    "512": (512, 512, 3, 1, 4, 1, "ba"),
-    "256-norm": (256, 256, 3, 1, 8, 1, "bank"),
-    "160-silu": (16, 160, 3, 1, 32, 2, "bk"),
-    "640-silu": (640, 640, 3, 1, 8, 2, "bank"),
-    "128-1x1-strided": (64, 128, 1, 2, 32, 0, "b"),
-    "64-1x1": (192, 64, 1, 1, 16, 0, "ba"),
-    "3-images": (3, 64, 3, 1, 32, 1, "b"),
-    "3-outputs": (32, 3, 3, 1, 16, 0, "b"),
-}
-
-
-def _convolutions() -> dict[str, tuple]:
-    """Return the cases of layers of a ResNet-18, a PreActResNet-18, a WRN-28-10 and a U-Net."""
-    cases = {}
-    for name, (channels, outputs, taps, stride, side, activation, parts) in CONVOLUTIONS.items():
-        images, results = x(4, side, side, channels), x(4, side // stride, side // stride, outputs)
-        weight, settings = x(outputs, taps, taps, channels), ([stride] * 2, [taps // 2] * 4)
-        bias = x(outputs) if "b" in parts else None
-
-        def norm(size: int, parts: str = parts) -> tuple:
-            # The kernel does not read eps without a normalization.
-            return ([one(size)] * 4, 1e-5) if "n" in parts else ([], 0)
-
-        added, earlier = (results, images) if "a" in parts else (None, None)
-        forward = images, weight, bias, added, *norm(outputs), activation, "k" in parts
-        cases[f"fused_convolution-{name}-forward"] = (*forward, *settings)
-        entered, beside = images if activation else None, images if "k" in parts else None
-        backward = results, weight, side, side, earlier, entered, *norm(channels), beside, activation
-        cases[f"fused_convolution-{name}-backward"] = (*backward, *settings)
     return cases
 
 

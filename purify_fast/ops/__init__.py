@@ -12,7 +12,6 @@ from .diffusion_step import diffusion_step as diffusion_step
 from .dispatch.registry import REGISTRY as REGISTRY
 from .dispatch.registry import kernels_now as kernels_now
 from .dispatch.registry import use_backend as use_backend
-from .fused_convolution import fused_convolution as fused_convolution
 from .gated_elu import gated_elu as gated_elu
 from .group_norm_silu import group_norm_silu as group_norm_silu
 from .hyperplane_projection import hyperplane_projection as hyperplane_projection

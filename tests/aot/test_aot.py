@@ -45,7 +45,7 @@ COMPILED = tuple(DTYPES) if ALL else ("fp32", "bf16")
 #: The cases that launch the same for every dtype.
 FLOAT32 = ("philox-*",)
 #: The cases that are compiled in bfloat16 alone, since what users call is: in float32, one test compiles them.
-BFLOAT16 = ("decode_samples-*", "fused_convolution-*")
+BFLOAT16 = ("decode_samples-*",)
 
 
 def every(chosen: Callable[[str], bool] = lambda case: True):
@@ -108,7 +108,6 @@ FIXED = (
     "aggregate-*",
     "contextual_attention-*",
     "decode_samples-*",
-    "fused_convolution-*",
     "hyperplane_projection-*",
     "reconstruction_loss-forward",
     "representation_distance-[acl]*",
@@ -130,7 +129,6 @@ SPILLS = {
     ("random_transform._backward", 100): 8,
     ("apgd_step._l2", 100): 8,
     ("square_proposal._mass_moved", 120): 8,
-    ("fused_convolution._convolve", 100): 16,
 }
 
 
@@ -165,9 +163,6 @@ NARROW = (
     ("decode_samples._layer", "ld", {8}, "biases and the condition: four columns for a thread"),
     ("decode_samples._last_two", "ld", {2, 4, 8}, "biases, and the last layer's weights, a few thousand numbers"),
     ("decode_samples._last_two", "st", {2, 4}, "an image of three channels"),
-    ("fused_convolution._convolve", "ld", {4, 8}, "biases and normalizations: two columns for a thread"),
-    ("fused_convolution-3-*", "ld", {2}, "maps of three channels, and their weights"),
-    ("fused_convolution-3-*", "st", {2}, "likewise"),
     ("*._add", "ld", {4}, "a few partial sums"),
     ("diffusion_step-*-channels_last", "ld", {2, 4}, "in the prediction, from one pixel to the next are all channels"),
     ("diffusion_step-*-channels_last", "st", {2, 4}, "likewise"),
@@ -357,7 +352,7 @@ def test_instructions(case, dtype):
 #: The kernels of which one program fills a multiprocessor of sm_90: they keep a whole sample in registers.
 ALONE = ("pgd_step-l2-whole-16384", "pgd_step-l1-whole-8192")
 #: Likewise: eight warps with 174 registers for a thread, and with 221; the matrix units have two programs' work.
-FULL = ("decode_samples._layer", "decode_samples._last_two", "fused_convolution._convolve")
+FULL = ("decode_samples._layer", "decode_samples._last_two")
 #: Where a thread moves two bytes at once, and why.
 TWO_BYTES = (
     ("contextual_attention-backward", "LDG", "of numbers of 16 bits the one that moves into a group"),
@@ -369,8 +364,6 @@ TWO_BYTES = (
     ("aggregate-*-backward-few", "STG", "likewise"),
     ("decode_samples-*-forward", "LDG", "the last layer's weights, a few thousand numbers"),
     ("decode_samples-*-forward", "STG", "an image of three channels"),
-    ("fused_convolution-3-*", "LDG", "maps of three channels, and their weights"),
-    ("fused_convolution-3-*", "STG", "likewise"),
 )
 
 
@@ -413,34 +406,6 @@ def test_the_decoder_multiplies_by_the_matrix_units(case, architecture):
         for begin, end in loops if architecture == 90 else ():
             if any("HGMMA" in one for one in found[begin:end]):
                 assert end - begin <= LOOPS[tile], (tile, end - begin)
-
-
-#: Most instructions of a warp of sm_90 for one trip of a convolution's loop, by the columns and channels of a trip. Its
-#: share of the matrix units takes 512 cycles for 128 columns and 64 channels, and 256 for 64 columns. In this time a
-#: scheduler issues as many instructions, for two of the eight warps.
-TRIPS_OF_CONVOLUTIONS = {(128, 64): 150, (64, 64): 158, (64, 32): 120, (16, 32): 154, (16, 64): 245}
-
-
-@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("fused_convolution")])
-@pytest.mark.parametrize("architecture", architectures_of("bf16"))
-def test_convolutions_multiply_by_the_matrix_units(case, architecture):
-    """Maps are copied as whole vectors into shared memory, while the matrix units multiply."""
-    (kernel,) = launched(case, "bf16", architecture)
-    assert kernel.metadata.shared <= 99 * 1024
-    found, loops = parsed(sass(kernel.asm["cubin"]))
-    assert any(PRODUCTS[architecture] in one for one in found)
-    constants = {kernel.src.fn.arg_names[at]: value for (at,), value in kernel.src.constants.items()}
-    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^\]]*\], \[[^\]]*\], (\w+)", kernel.asm["ptx"])
-    sizes = {int(size, 0) for size in copies}
-    # Small tiles of weights are less than a vector for each thread.
-    few = constants["TILE"] * constants["CHUNK"] < 8 * 32 * kernel.metadata.num_warps
-    # Nothing is copied in advance for a product of a single trip, and maps of three channels have no whole vectors.
-    single = constants["KERNEL_H"] * constants["KERNEL_W"] == 1 and constants["CHANNELS"] <= constants["CHUNK"]
-    assert 16 in sizes or single or constants["TOGETHER"]
-    assert sizes <= ({16, 8, 4} if few else {16})
-    for begin, end in loops if architecture == 90 and not constants["TOGETHER"] else ():
-        if any("HGMMA" in one for one in found[begin:end]):
-            assert end - begin <= TRIPS_OF_CONVOLUTIONS[constants["TILE"], constants["CHUNK"]], (constants, end - begin)
 
 
 #: By columns of the input and of the tile: instructions of a warp in one trip of the loop, and in all the rest.

@@ -42,10 +42,9 @@ def compiled(ops: Iterable[str]) -> set[tuple]:
     return keys
 
 
-def test_all_kernels_are_verified_by_136_compiles():
-    """Sixteen are those of convolutions, which are not used before they have won a race."""
+def test_all_kernels_are_verified_by_120_compiles():
     found = compiled(GPU_OPS)
-    assert 0 < len(found) <= 136, len(found)
+    assert 0 < len(found) <= 120, len(found)
 
 
 @pytest.fixture

@@ -149,21 +149,6 @@ def diffusion_step(draw) -> dict:
     }
 
 
-def fused_convolution(draw) -> dict:
-    batch, channels, outputs, taps, stride, padding = (draw(st.integers(least, 3)) for least in (0, 1, 1, 1, 1, 0))
-    size, dtype = [draw(st.integers(taps, 9)) for _ in range(2)], draw(st.sampled_from(FLOATS))
-    after = [(side + 2 * padding - taps) // stride + 1 for side in size]
-    return {
-        "input": normal(draw, batch, channels, *size, dtype=dtype),
-        "weight": normal(draw, outputs, channels, taps, taps, dtype=dtype),
-        "bias": normal(draw, outputs, dtype=dtype) if draw(st.booleans()) else None,
-        "added": normal(draw, batch, outputs, *after, dtype=dtype) if draw(st.booleans()) else None,
-        "activation": draw(st.sampled_from(["none", "relu", "silu"])),
-        "stride": stride,
-        "padding": padding,
-    }
-
-
 def gated_elu(draw) -> dict:
     shape = (draw(st.integers(0, 3)), 2 * draw(st.integers(1, 4)), *image_shape(draw)[:2])
     return {"features": normal(draw, *shape, dtype=draw(st.sampled_from(FLOATS)))}

@@ -18,8 +18,6 @@ CUDA_ONLY = (
     "decode_samples",
     "decode_samples_backward",
     "square_proposal",
-    "fused_convolution",
-    "fused_convolution_backward",
 )
 #: Elements of a large tensor: beyond what 32 bits count; in the rehearsal, beyond one example.
 MANY = 2**31 if DEVICE.type == "cuda" else 2**17

@@ -27,8 +27,6 @@ CASES = [
     *((name, "odd") for name in ("apgd_step", "diffusion_step", "gated_elu", "hyperplane_projection")),
     *((name, "odd") for name in ("noisy_replay", "pgd_step", "reconstruction_loss", "representation_distance")),
 ]
-#: Arguments that need no gradient, because the kernels have none: weights of a frozen network.
-FROZEN = {"fused_convolution": ("weight", "bias")}
 
 
 @triton.jit
@@ -95,7 +93,6 @@ def test_every_shape(backend, bfloat16_of_a_gpu, addresses, monkeypatch, kernel,
     def tried(data):
         arguments, done = fuzzing.mangled(data.draw, make(data.draw), data.draw(st.integers(0, 1)))
         floats = [key for key, x in arguments.items() if isinstance(x, Tensor) and x.is_floating_point()]
-        floats = [key for key in floats if key not in FROZEN.get(kernel, ())]
         given = {key: x.detach().requires_grad_() if key in floats else x for key, x in arguments.items()}
         found, refused = fuzzing.called(op, given)
         assert refused is None or done, refused

@@ -459,7 +459,6 @@ REFUSALS: dict[str, tuple[dict, dict[str, tuple]]] = {
             "step": (IDS, None),
         },
     ),
-    "fused_convolution": (LAYER, {**OF_LAYERS, "added": (torch.zeros(2, 10, 7, 5),), "activation": ("tanh",)}),
     "gated_elu": ({"features": ROW}, {"features": (ROW.byte(), torch.zeros(3, 5, 4, 4))}),
     "group_norm_silu": (
         {"x": torch.zeros(2, 6, 9, 8), "groups": 3, "weight": torch.ones(6), "bias": torch.ones(6)},

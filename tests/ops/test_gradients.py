@@ -19,7 +19,7 @@ CONVOLUTION = Case(
     {},
 )
 #: The gradients of a fused layer, whose benchmarks are large, have tests of their own.
-PUBLIC = [name for name in REGISTRY if not name.endswith(("_backward", "_gradient")) and name != "fused_convolution"]
+PUBLIC = [name for name in REGISTRY if not name.endswith(("_backward", "_gradient"))]
 
 
 def smallest(name: str) -> Case:

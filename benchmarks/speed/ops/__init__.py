@@ -39,9 +39,8 @@ OPS = (
     "square_proposal",
     "diffusion_step",
     "group_norm_silu",
-    "fused_convolution",
 )
-CUDA_ONLY = ("decode_samples", "square_proposal", "fused_convolution")
+CUDA_ONLY = ("decode_samples", "square_proposal")
 DTYPES = (torch.float32, torch.bfloat16)
 
 

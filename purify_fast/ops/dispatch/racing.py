@@ -37,9 +37,8 @@ ELEMENTS = {
     "cpu": {"small": 2**13, "medium": 2**18, "large": 2**22},
     "cuda": {"small": 2**13, "medium": 2**18, "large": 2**25},
 }
-#: The largest number of elements for these ops: the reference of the first uses a kilobyte per element, and the second
-#: has at most 1,024 images in attacks.
-MOST = {"decode_samples": 2**22, "fused_convolution": 2**23}
+#: The largest number of elements for this op, whose reference uses a kilobyte per element.
+MOST = {"decode_samples": 2**22}
 #: The shortest duration of a timed run in seconds. Shorter calls are repeated within the run.
 RUN = 1e-3
 

@@ -1,4 +1,4 @@
-"""Chains of convolutions whose gradient is one autograd function, computed by the op `fused_convolution`.
+"""Chains of convolutions whose gradient is one autograd function.
 
 A `Step` is a convolution with the sum, BatchNorm and activation that follow it. A `Chain` knows all uses of a map: the
 last step that adds to the gradient of a map also applies the derivative of the activation. For a residual block:
@@ -6,8 +6,8 @@ last step that adds to the gradient of a map also applies the derivative of the 
     forward      h = relu(conv1(x))                          x' = relu(conv2(h) + x)
     backward     dh = conv2^T(dz') [h > 0]                   dz = (conv1^T(dh) + dz') [x > 0]
 
-Here z and z' are the sums before the activations that made x and x'. Each formula is a launch. On a CPU with matrix
-tiles, a step of the forward is a single call of oneDNN, and the gradient of its input another.
+Here z and z' are the sums before the activations that made x and x'. On a CPU with matrix tiles, a step of the forward
+is a single call of oneDNN, and the gradient of its input another.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
 from ..._processor import has_tiles
 from ...ops.convolution import channels_first, channels_last
 from ...ops.dispatch.gradient import first_order, needs_gradient
-from ...ops.fused_convolution import ACTIVATIONS, BACKWARD, NONE, OP, RELU, SILU, kind, output_size, through_activation
 from .kept_layouts import convolved, matrix, packed, packed_gradient
 from .unrolled import gradient_is_faster, input_gradient, is_faster, patches, product
 
@@ -46,8 +46,9 @@ def value_of(formula: Any, shape: tuple[int, ...]) -> Any:
     return shape if formula == SHAPE else formula
 
 
-#: The activations in oneDNN, by their numbers in `ACTIVATIONS`.
-_NAMES = {number: {"silu": "swish"}.get(name, name) for number, name in enumerate(ACTIVATIONS)}
+#: The activations, and their names in oneDNN.
+NONE, RELU, SILU = range(3)
+_NAMES = ("none", "relu", "swish")
 
 
 def onednn_serves(device: torch.device) -> bool:
@@ -60,9 +61,13 @@ def _by_onednn(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and onednn_serves(x.device)
 
 
-def conv2d_gradient(grad: Tensor, weight: Tensor, shape: torch.Size, *settings: Any) -> Tensor:
-    """Return the gradient of the images by PyTorch's operator, with the arguments of `input_gradient`."""
-    return conv2d_input(shape, weight, grad, *settings)
+def output_size(size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> list[int]:
+    """Return the numbers of rows and columns of the result, from those of the images and the kernel."""
+    around = padding[0] + padding[1], padding[2] + padding[3]
+    return [
+        (pixels + zeros - taps) // step + 1
+        for pixels, zeros, taps, step in zip(size, around, kernel, stride, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -80,17 +85,6 @@ class Step:
     padding: tuple[int | Formula, ...]
     total: int
     out: int
-
-    @property
-    def entered(self) -> int:
-        """The map from which the derivative of the activation is computed."""
-        return self.out if self.activation == RELU else self.total
-
-    def numbers(self) -> tuple[list[Tensor], float]:
-        """Return the mean, variance, weight and bias of the BatchNorm, and its eps."""
-        if self.norm is None:
-            return [], 0.0
-        return [self.norm.running_mean, self.norm.running_var, self.norm.weight, self.norm.bias], self.norm.eps
 
     def settings(self, size: Sequence[int]) -> tuple[list[int], list[int]]:
         """Return stride and padding for a map of the given height and width."""
@@ -111,32 +105,55 @@ class Step:
         beside = None if added is None else channels_first(added)
         return channels_last(convolved(images, weight, layer.bias, settings, added=beside, name=name))
 
-    def backward_by_onednn(
-        self, grad: Tensor, size: Sequence[int], earlier: Tensor | None, entered: Tensor | None, beside: Tensor | None
-    ) -> Tensor | None:
-        """Return the gradient of the convolved map, computed in place; None if the padding is not symmetric."""
-        layer, (stride, (top, bottom, left, right)) = self.layer, self.settings(size)
+    def plainly(self, x: Tensor, added: Tensor | None, keep: bool) -> tuple[Tensor, Tensor | None]:
+        """Return the result of the step by PyTorch's operators, ``[B, H', W', O]``, and the sum z if ``keep``."""
+        layer, (stride, (top, bottom, left, right)) = self.layer, self.settings(x.shape[1:3])
+        images, at_ends = channels_first(x), (top, left)
         if (top, left) != (bottom, right):
-            return None
+            images, at_ends = F.pad(images, (left, right, top, bottom)), (0, 0)
+        shift = None if layer.bias is None else layer.bias.to(x.dtype)
+        out = total = F.conv2d(images, layer.weight, shift, stride, padding=at_ends)
+        if added is not None:
+            out = total = total + channels_first(added)
+        if self.norm is not None:
+            norm = self.norm
+            out = F.batch_norm(out, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+        if self.activation:
+            out = F.relu(out) if self.activation == RELU else F.silu(out)
+        return channels_last(out).contiguous(), channels_last(total).contiguous() if keep else None
+
+    def gradient(
+        self, grad: Tensor, size: Sequence[int], earlier: Tensor | None, entered: Tensor | None, beside: Tensor | None
+    ) -> Tensor:
+        """Return the gradient of the convolved map ``[B, H, W, C]``, or of its sum before a ReLU if it ``entered`` one.
+
+        ``earlier`` is the gradient of the map from its other uses, and ``beside`` that of its sum.
+        """
+        layer, (stride, (top, bottom, left, right)) = self.layer, self.settings(size)
         given, padding = (channels_first(grad), layer.weight), (top, left)
         around = [taps - 1 - zeros for taps, zeros in zip(layer.kernel_size, padding, strict=True)]
-        if stride == [1, 1] and min(around) >= 0 and not gradient_is_faster(*given):
+        even = padding == (bottom, right)
+        unrolls = even and _by_onednn(grad) and gradient_is_faster(*given)
+        if even and _by_onednn(grad) and stride == [1, 1] and min(around) >= 0 and not unrolls:
             weight = packed_gradient(layer.weight, grad.shape[1:3], around)
             other = None if earlier is None else channels_first(earlier)
             found = channels_last(convolved(given[0], weight, None, (around, stride), added=other))
         else:
-            shape = torch.Size((len(grad), layer.in_channels, *size))
-            computed = input_gradient if gradient_is_faster(*given) else conv2d_gradient
-            found = channels_last(computed(*given, shape, tuple(stride), padding)).contiguous()
+            height, width = size
+            shape = torch.Size((len(grad), layer.in_channels, height, width))
+            if unrolls:
+                of_map = input_gradient(*given, shape, tuple(stride), padding)
+            elif even:
+                of_map = conv2d_input(shape, layer.weight, given[0], stride, padding)
+            else:
+                whole = (*shape[:2], height + top + bottom, width + left + right)
+                of_map = conv2d_input(whole, layer.weight, given[0], stride)[:, :, top:, left:][:, :, :height, :width]
+            found = channels_last(of_map).contiguous()
             if earlier is not None:
                 found.add_(earlier)
         if entered is not None:
             torch.ops.aten.threshold_backward.grad_input(found, entered, 0, grad_input=found)
         return found if beside is None else found.add_(beside)
-
-    def variant(self) -> str:
-        layer = self.layer
-        return kind(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride)
 
 
 class Chain(nn.Module):
@@ -147,8 +164,8 @@ class Chain(nn.Module):
         self.steps, self.inputs, self.outputs = tuple(steps), inputs, tuple(outputs)
         self.producers = {step.out: step for step in steps if step.activation}
         self.uses = Counter(value for step in steps for value in (step.input, step.added) if value is not None)
-        self.has_fast_gradient = all(step.norm is None and step.activation != SILU for step in steps)
-        self.saved = sorted({step.entered for step in steps if step.activation})
+        self.has_gradient = all(step.norm is None and step.activation != SILU for step in steps)
+        self.saved = sorted(self.producers)
 
     def forward(self, *maps: Tensor) -> tuple[Tensor, ...]:
         dtype = self.steps[0].layer.weight.dtype
@@ -167,25 +184,16 @@ class Chain(nn.Module):
         for step in self.steps:
             x, added = values[step.input], None if step.added is None else values[step.added]
             if added is not None:
-                # A kernel reads the added map at every pixel, and networks may add a map that is broadcast.
+                # oneDNN reads the added map at every pixel, and networks may add a map that is broadcast.
                 size = output_size(x.shape[1:3], step.layer.kernel_size, *step.settings(x.shape[1:3]))
                 added = added.expand(len(x), *size, step.layer.out_channels).contiguous()
             keep = step.activation != NONE and step.total in wanted
-            fused = step.by_onednn(x, added) if not keep and _by_onednn(x) else None
-            if fused is None:
-                given = (
-                    x,
-                    channels_last(step.layer.weight),
-                    step.layer.bias,
-                    added,
-                    *step.numbers(),
-                    step.activation,
-                    keep,
-                )
-                fused, total = OP(*given, *step.settings(x.shape[1:3]), variant=step.variant())
-                if keep:
+            result = step.by_onednn(x, added) if not keep and _by_onednn(x) else None
+            if result is None:
+                result, total = step.plainly(x, added, keep)
+                if total is not None:
                     values[step.total] = total
-            values[step.out] = fused
+            values[step.out] = result
             for value in (step.input, step.added):
                 left.subtract([] if value is None else [value])
                 if value is not None and left[value] == 0 and not saving and value not in self.outputs:
@@ -212,19 +220,11 @@ class Chain(nn.Module):
                 continue
             # No other step adds to the gradient of this map, so its activation can be passed at once.
             before = self.producers.get(step.input) if left[step.input] == 0 else None
-            earlier, entered, beside, activation = grads.pop(step.input, None), None, None, NONE
-            norm: tuple[list[Tensor], float] = [], 0.0
+            earlier, entered, beside = grads.pop(step.input, None), None, None
             if before is not None:
-                entered, beside = saved[before.entered], grads.pop(before.total, None)
-                norm, activation = before.numbers(), before.activation
+                entered, beside = saved[step.input], grads.pop(before.total, None)
             target = step.input if before is None else before.total
-            found = None
-            if _by_onednn(grad) and not norm[0] and activation != SILU:
-                found = step.backward_by_onednn(grad, size, earlier, entered, beside)
-            if found is None:
-                given = grad, channels_last(step.layer.weight), *size, earlier, entered, *norm, beside, activation
-                found = BACKWARD(*given, *step.settings(size), variant=step.variant())
-            grads[target] = found
+            grads[target] = step.gradient(grad, size, earlier, entered, beside)
         return grads
 
     def _of_sum(self, step: Step, grads: dict[int, Tensor], saved: dict[int, Tensor]) -> Tensor | None:
@@ -233,8 +233,7 @@ class Chain(nn.Module):
         grad = grads.pop(step.total, None)
         if late is None:
             return grad
-        given = channels_first(late), channels_first(saved[step.entered]), *step.numbers()
-        late = channels_last(through_activation(*given, step.activation))
+        late = torch.ops.aten.threshold_backward(late, saved[step.out], 0)
         return late if grad is None else grad + late
 
 
@@ -246,6 +245,7 @@ def _add(grads: dict[int, Tensor], number: int, grad: Tensor) -> None:
 class _Chained(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, chain: Chain, *maps: Tensor) -> tuple[Tensor, ...]:
+        assert chain.has_gradient, "the gradient needs steps without SiLU and BatchNorm"
         values = chain.run(maps, saving=True)
         ctx.chain = chain
         ctx.sizes = [values[step.input].shape[1:3] for step in chain.steps]

@@ -1,4 +1,4 @@
-"""Rewrite a frozen network so that its convolutions compute what follows them, by the op `fused_convolution`.
+"""Rewrite a frozen network so that its convolutions compute what follows them, on a CPU with matrix tiles.
 
 `torch.fx` traces the network to a graph, or else the largest parts that can be traced. All convolution groups between
 two other operations are a `Chain`. A part is rewritten only if outputs and input gradients in float64 remain equal.
@@ -20,10 +20,9 @@ from torch.nn import functional as F
 
 from ...models.layers import BatchNorm2d, Conv2d
 from ...ops.dispatch.gradient import needs_gradient, transformed
-from ...ops.fused_convolution import BACKWARD, NONE, OP, RELU, SILU, VARIANTS, kind
 from ...ops.group_norm_silu import group_norm, group_norm_silu
 from .batchnorm import answers, close, hooked
-from .convolution_chains import SHAPE, Chain, Formula, Step, onednn_serves
+from .convolution_chains import NONE, RELU, SHAPE, SILU, Chain, Formula, Step, onednn_serves
 
 _Norm = nn.modules.batchnorm._BatchNorm
 #: Nodes of torch.fx, whose arguments have too many types for a type checker.
@@ -36,6 +35,8 @@ _ACTIVATIONS: dict[Any, int] = {
     **dict.fromkeys((nn.ReLU, F.relu, torch.relu, torch.relu_, F.relu_, "relu", "relu_"), RELU),
     **dict.fromkeys((nn.SiLU, F.silu), SILU),
 }
+#: A layer with fewer input or output channels is rewritten for all sizes of its kernel.
+FEW = 16
 
 
 class _Tracer(fx.Tracer):
@@ -101,9 +102,9 @@ class _Finder:
         layer = self._module(node)
         plain = layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
         parameters = [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
-        frozen = all(one.dtype == torch.bfloat16 and not one.requires_grad for one in parameters)
-        known = kind(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride) in VARIANTS
-        if not (plain and frozen and known and layer.stride[0] == layer.stride[1] and type(layer.padding) is tuple):
+        half = all(one.dtype == torch.bfloat16 for one in parameters)
+        usual = layer.kernel_size in ((1, 1), (3, 3)) or min(layer.in_channels, layer.out_channels) < FEW
+        if not (plain and half and usual and layer.stride[0] == layer.stride[1] and type(layer.padding) is tuple):
             return None
         entered, (y, x) = node.args[0], layer.padding
         padding: tuple[Any, ...] = (y, y, x, x)
@@ -151,7 +152,7 @@ class _Finder:
 
     def _usable(self, norm: Any) -> bool:
         parts = norm.running_mean, norm.running_var, norm.weight, norm.bias
-        return all(one is not None and not one.requires_grad for one in parts) and not norm.training
+        return all(one is not None for one in parts) and not norm.training
 
     def _changes_another(self, node: _Node) -> bool:
         """Return True if a node writes to a map that is also used elsewhere."""
@@ -263,7 +264,7 @@ def _assembled(module: nn.Module, graph: fx.Graph, plans: list[_Plan]) -> fx.Gra
 
 
 class FusedForward:
-    """The forward of a rewritten module, which runs the chains where a kernel serves, and otherwise the old forward.
+    """The forward of a rewritten module, which runs the chains where oneDNN serves, and otherwise the old forward.
 
     ``tensors`` tells which arguments were tensors at the trace, because the module may test whether an argument is
     None.
@@ -305,25 +306,25 @@ def _served(given: tuple[Any, ...], graph: fx.GraphModule) -> bool:
     if len(devices) != 1 or not kinds <= {Tensor, nn.Parameter, type(None)}:
         return False
     (device,) = devices
-    if onednn_serves(device) and needs_gradient(*(one for one in given if isinstance(one, Tensor))):
-        return all(chain.has_fast_gradient for chain in graph.children() if isinstance(chain, Chain))
-    return chains_serve(device)
+    if not onednn_serves(device):
+        return False
+    gradient = needs_gradient(*(one for one in given if isinstance(one, Tensor)))
+    return not gradient or _has_gradient(graph)
 
 
-def chains_serve(device: torch.device) -> bool:
-    """Return True if a kernel, or a call of oneDNN, serves some steps of chains on a device."""
-    return onednn_serves(device) or OP.may_serve(device) or BACKWARD.may_serve(device)
+def _has_gradient(graph: fx.GraphModule) -> bool:
+    return all(chain.has_gradient for chain in graph.children() if isinstance(chain, Chain))
 
 
 def fuse_where_faster(model: nn.Module, *example: Tensor) -> None:
-    """Call `fuse_convolutions` on a device where `chains_serve`."""
-    if chains_serve(example[0].device):
+    """Call `fuse_convolutions` on a device where oneDNN computes the steps of chains."""
+    if onednn_serves(example[0].device):
         fuse_convolutions(model, *example)
 
 
 def fuse_convolutions(model: nn.Module, *example: Tensor) -> int:
     """Rewrite a frozen network in bfloat16 in place, unless it has hooks; return the number of fused layers."""
-    if any(map(hooked, model.modules())):
+    if any(map(hooked, model.modules())) or any(weight.requires_grad for weight in model.parameters()):
         return 0
     try:
         trial = copy.deepcopy(model).double()
@@ -374,7 +375,12 @@ def _rewritten(module: nn.Module, trial: nn.Module, given: tuple[Any, ...] | Non
         if not any(group.out is not group.layer or _bias_of(module, group) for group in groups):
             return None
         new, plans = _planned(graph, groups)
-        got, want = answers(_assembled(trial, new, plans), given), answers(trial, given)
+        tried = _assembled(trial, new, plans)
+        if _has_gradient(tried):
+            got, want = answers(tried, given), answers(trial, given)
+        else:
+            with torch.no_grad():
+                got, want = [tried(*given)], [trial(*given)]
         return _assembled(module, new, plans) if all(map(close, got, want)) else None
     except Exception:
         # Tracing fails for many modules, each with another error.
