@@ -450,114 +450,55 @@ class Decoder:
     def first(self, condition: Tensor, z: Tensor, out: Tensor, first: int, draws: int) -> None:
         """Compute the first feature map, after the LeakyReLU, from the latent as a map of one pixel."""
         channels, h, w = self.geometry.start
-        # The arguments are positional because they are in the order of the kernel's arguments.
-        self._run(
-            z,
-            self.weights[0],
-            condition,
-            out,
-            (1, 1, z.shape[1]),
-            Layer(channels, kernel=0, stride=0, padding=0, height=h, width=w),
-            self.columns[0],
-            kind=FIRST,
-            kernel=(h, w),
-            stride=(h, w),
-            first=first,
-            draws=draws,
-        )
+        layer = Layer(channels, kernel=0, stride=0, padding=0, height=h, width=w)
+        pointers = z, self.weights[0], condition, out, out
+        size = 1, 1, z.shape[1]
+        self._run(FIRST, pointers, size, layer, self.columns[0], (h, w), (h, w), first=first, draws=draws)
 
     def forward(self, index: int, x: Tensor, out: Tensor, by_pixel: bool = False) -> None:
         """Compute the result of a layer: a feature map, after the LeakyReLU, or the image."""
         layer = self.geometry.layers[index]
-        image = index == len(self.geometry.layers) - 1
-        # The arguments are positional because they are in the order of the kernel's arguments.
-        self._run(
-            x,
-            self.weights[index + 1],
-            self.biases[index],
-            out,
-            self.inputs(index),
-            layer,
-            self.columns[index + 1],
-            kind=IMAGE if image else BETWEEN,
-            kernel=(layer.kernel,) * 2,
-            stride=(layer.stride,) * 2,
-            by_pixel=by_pixel,
-        )
+        kind = IMAGE if index == len(self.geometry.layers) - 1 else BETWEEN
+        pointers = x, self.weights[index + 1], self.biases[index], out, out
+        sides = (layer.kernel,) * 2, (layer.stride,) * 2
+        self._run(kind, pointers, self.inputs(index), layer, self.columns[index + 1], *sides, by_pixel=by_pixel)
 
     def backward(self, index: int, grad: Tensor, entered: Tensor, out: Tensor) -> None:
         """Compute the gradient of a layer's input before its LeakyReLU, from the gradient of the layer's output."""
         layer = self.geometry.layers[index]
         h, w, columns = self.inputs(index)
-        # The arguments are positional because they are in the order of the kernel's arguments.
-        self._run(
-            grad,
-            self.transposed[index],
-            self.biases[index],
-            out,
-            (layer.height, layer.width, padded(layer.channels, CHANNEL_TILE)),
-            layer._replace(channels=columns, height=h, width=w),
-            columns,
-            kind=GRADIENT,
-            kernel=(layer.kernel,) * 2,
-            stride=(layer.stride,) * 2,
-            entered=entered,
-        )
+        pointers = grad, self.transposed[index], self.biases[index], entered, out
+        size = layer.height, layer.width, padded(layer.channels, CHANNEL_TILE)
+        result = layer._replace(channels=columns, height=h, width=w)
+        self._run(GRADIENT, pointers, size, result, columns, (layer.kernel,) * 2, (layer.stride,) * 2)
 
     def _run(
         self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        out: Tensor,
+        kind: int,
+        pointers: tuple[Tensor, ...],
         size: tuple[int, int, int],
         layer: Layer,
         columns: int,
-        *,
-        kind: int,
         kernel: tuple[int, int],
         stride: tuple[int, int],
         by_pixel: bool = False,
-        entered: Tensor | None = None,
         first: int = 0,
         draws: int = 1,
     ) -> None:
-        h, w, channels = size
+        """Launch `_layer` with its pointers. ``size`` is that of the input, and ``layer`` has that of the output."""
+        (h, w, channels), samples = size, len(pointers[0])
         tile = tiles(columns, channels, self.dtype, self.device)
         steps = (1, 1) if kind == GRADIENT else stride
-        most = len(x) * -(-layer.height // steps[0]) * -(-layer.width // steps[1])
+        most = samples * -(-layer.height // steps[0]) * -(-layer.width // steps[1])
         blocks = cdiv(most, tile["ROWS"])
         parts = steps[0] * steps[1] * (columns // tile["TILE"])
-        launch(
-            _layer,
-            grid(blocks, parts),
-            x,
-            weight,
-            bias,
-            out if entered is None else entered,
-            out,
-            len(x),
-            blocks,
-            first,
-            draws,
-            self.slope,
-            KIND=kind,
-            SQUASH=self.squash and kind == IMAGE,
-            BY_PIXEL=by_pixel,
-            HEIGHT=h,
-            WIDTH=w,
-            CHANNELS=channels,
-            OUT_HEIGHT=layer.height,
-            OUT_WIDTH=layer.width,
-            OUT_CHANNELS=layer.channels,
-            COLUMNS=columns,
-            KERNEL_H=kernel[0],
-            KERNEL_W=kernel[1],
-            STRIDE_H=stride[0],
-            STRIDE_W=stride[1],
-            PADDING=layer.padding,
-            **tile,
-        )
+        given = *pointers, samples, blocks, first, draws, self.slope
+        settings = {"KIND": kind, "SQUASH": self.squash and kind == IMAGE, "BY_PIXEL": by_pixel}
+        read = {"HEIGHT": h, "WIDTH": w, "CHANNELS": channels}
+        made = {"OUT_HEIGHT": layer.height, "OUT_WIDTH": layer.width, "OUT_CHANNELS": layer.channels}
+        taps = {"KERNEL_H": kernel[0], "KERNEL_W": kernel[1], "STRIDE_H": stride[0], "STRIDE_W": stride[1]}
+        shape = {**read, **made, "COLUMNS": columns, **taps, "PADDING": layer.padding}
+        launch(_layer, grid(blocks, parts), *given, **settings, **shape, **tile)
 
     def last_two(self, x: Tensor, out: Tensor, by_pixel: bool) -> None:
         """Compute the image from the feature map that is the input of the second-last layer."""
@@ -570,43 +511,16 @@ class Decoder:
         start, end = _reach(last.kernel, before.stride, last.padding, before.stride - 1)
         own = tile["ROWS"] - (end - start) * (cells_x + 1)
         blocks = cdiv(len(x) * cells_y * cells_x, own)
-        launch(
-            _last_two,
-            grid(blocks, 1),
-            x,
-            self.weights[-2],
-            self.biases[-2],
-            self.weights[-1],
-            self.biases[-1],
-            out,
-            len(x),
-            blocks,
-            self.slope,
-            SQUASH=self.squash,
-            BY_PIXEL=by_pixel,
-            HEIGHT=h,
-            WIDTH=w,
-            CHANNELS=channels,
-            MID_HEIGHT=before.height,
-            MID_WIDTH=before.width,
-            COLUMNS=self.columns[-2],
-            KERNEL=before.kernel,
-            STRIDE=before.stride,
-            PADDING=before.padding,
-            OUT_HEIGHT=last.height,
-            OUT_WIDTH=last.width,
-            OUT_CHANNELS=last.channels,
-            LAST_COLUMNS=self.columns[-1],
-            LAST_KERNEL=last.kernel,
-            LAST_PADDING=last.padding,
-            CELLS_Y=cells_y,
-            CELLS_X=cells_x,
-            LOW=low,
-            HIGH=high,
-            FROM=start,
-            TO=end,
-            **tile,
-        )
+        given = x, self.weights[-2], self.biases[-2], self.weights[-1], self.biases[-1], out
+        settings = {"SQUASH": self.squash, "BY_PIXEL": by_pixel}
+        read = {"HEIGHT": h, "WIDTH": w, "CHANNELS": channels}
+        middle = {"MID_HEIGHT": before.height, "MID_WIDTH": before.width, "COLUMNS": self.columns[-2]}
+        made = {"OUT_HEIGHT": last.height, "OUT_WIDTH": last.width, "OUT_CHANNELS": last.channels}
+        taps = {"KERNEL": before.kernel, "STRIDE": before.stride, "PADDING": before.padding}
+        last_taps = {"LAST_COLUMNS": self.columns[-1], "LAST_KERNEL": last.kernel, "LAST_PADDING": last.padding}
+        cells = {"CELLS_Y": cells_y, "CELLS_X": cells_x, "LOW": low, "HIGH": high, "FROM": start, "TO": end}
+        shape = read | middle | made | taps | last_taps | cells
+        launch(_last_two, grid(blocks, 1), *given, len(x), blocks, self.slope, **settings, **shape, **tile)
 
 
 def draw(decoder: Decoder, seed: Tensor, sample_ids: Tensor, first: int, count: int, draws: int) -> Tensor:
@@ -615,21 +529,9 @@ def draw(decoder: Decoder, seed: Tensor, sample_ids: Tensor, first: int, count: 
     width = padded(size, CHANNEL_TILE)
     z = torch.empty((count, width), dtype=decoder.dtype, device=seed.device)
     groups = min(32, next_power_of_2(width // 4))
-    launch(
-        _latents,
-        grid(count, cdiv(width, 4 * groups)),
-        seed,
-        sample_ids,
-        z,
-        count,
-        first,
-        draws,
-        LATENT,
-        SIZE=size,
-        WIDTH=width,
-        GROUPS=groups,
-        num_warps=1,
-    )
+    sizes = {"SIZE": size, "WIDTH": width, "GROUPS": groups}
+    given = seed, sample_ids, z, count, first, draws, LATENT
+    launch(_latents, grid(count, cdiv(width, 4 * groups)), *given, **sizes, num_warps=1)
     return z
 
 
