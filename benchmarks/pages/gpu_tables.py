@@ -6,10 +6,9 @@ import math
 import statistics
 from pathlib import Path
 
-from purify_fast.ops.dispatch.racing import LEVEL
-
 from ..gpu.gpu_sections import CAPTURE_COST, STANDARD, VERDICTS
 from ..speed import limits, sheets, shipping
+from ..speed.timing import LEVEL
 
 #: The name of the file with the forms of an attack by PGD. It has a row for each form.
 PGD = "pgd.csv"

@@ -15,11 +15,10 @@ from pathlib import Path
 from purify_fast._files import write_text
 from purify_fast.evaluation.show.tables import markdown_table
 from purify_fast.ops import REGISTRY
-from purify_fast.ops.dispatch.racing import LEVEL
 
 from ..kept import machines
 from ..prose import rendered
-from .timing import CONTESTANTS, STYLES
+from .timing import CONTESTANTS, LEVEL, STYLES
 
 ROWS, TABLE = "ops.csv", "ops.md"
 PIPELINES, PIPELINES_TABLE = "pipelines.csv", "pipelines.md"

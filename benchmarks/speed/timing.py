@@ -26,12 +26,13 @@ from torch._functorch import config as functorch_config
 from purify_fast.ops import REGISTRY, use_backend
 from purify_fast.ops.dispatch import records
 from purify_fast.ops.dispatch.examples import tensors
-from purify_fast.ops.dispatch.racing import LEVEL
 from purify_fast.speed.memory import peak_memory
 
 from .ops import Case
 
 STYLES = ("eager", "graph")
+#: Two implementations are level if the slower has at least this share of the speed of the faster.
+LEVEL = 0.95
 CONTESTANTS = ("eager", "compile", "ours")
 #: The largest number of input sets that take turns. Inputs that need more are too small to be limited by memory.
 MOST_SETS = 8

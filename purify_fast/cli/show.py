@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import tyro
 
-from .._validation import Positive, usable_device
+from .._validation import usable_device
 from .command import Command
 from .run_file import report_file
 
@@ -119,7 +119,7 @@ class Info(Command):
 
 @dataclass(frozen=True)
 class Tune(Command):
-    """Time the kernels on this machine against PyTorch, in under five minutes. Later runs use the faster of the two.
+    """Time the kernels on this machine against PyTorch, in some minutes. Later runs use the faster of the two.
 
     Every kernel is verified first. The times are saved for this device and these versions, in the folder that `info`
     names. Run this command on a machine that does nothing else.
@@ -127,14 +127,12 @@ class Tune(Command):
     Args:
         device: Device whose kernels are timed: cpu or cuda. auto: a GPU if there is any.
         ops: Names of the ops to time, as `info` lists them. Default: all ops that have a kernel for this device.
-        minutes: Time limit in minutes. No timing begins later, and the missing timings are listed.
     """
 
     called: ClassVar[str] = "tune"
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     ops: tuple[str, ...] = ()
-    minutes: Positive = 4.5
 
     def run(self) -> None:
         import torch
@@ -146,7 +144,7 @@ class Tune(Command):
         if device.type == "cuda":
             device = torch.device("cuda", torch.cuda.current_device())
         capture = CudaCapture() if device.type == "cuda" else None
-        print(text(tune(device, seconds=60 * self.minutes, ops=self.ops, capture=capture)))
+        print(text(tune(device, ops=self.ops, capture=capture)))
 
 
 def text(tuned: Tuned) -> str:

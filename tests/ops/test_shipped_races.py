@@ -59,8 +59,8 @@ def test_the_races_of_the_h200_decide_on_every_card_of_its_architecture(op, card
     for call, own in ratios.items():
         winner = wanted(call)
         assert winner.why == f"raced on NVIDIA H200, {RACED['date']}" and "times as fast" in winner.gain
-        # where the two are level, whoever served before the race serves after it
-        level = racing.LEVEL <= min(own) < 1 / racing.LEVEL
+        # in these races, an implementation that was used before remained in use if it was at most 5 % slower
+        level = 0.95 <= min(own) < 1 / 0.95
         assert level or winner.backend == ("triton" if min(own) > 1 else "reference"), (call, own)
 
 

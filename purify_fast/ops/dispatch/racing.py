@@ -1,7 +1,7 @@
 """Races kernels against their references on a device of this machine, for ``purify-fast tune``.
 
 A kernel is used for eager calls of a variant, dtype and size if it is faster in every memory layout and, on a GPU, also
-in a replay of a CUDA graph. A kernel in use may be five percent slower, so that two races have the same result.
+in a replay of a CUDA graph.
 """
 
 from __future__ import annotations
@@ -30,8 +30,6 @@ from .registry import REGISTRY, Op, forget_choices, use_backend
 from .verify import verdict_of
 
 DTYPES = (torch.float32, torch.bfloat16)
-#: The backend in use remains in use if its speed is at least this fraction of the other backend's speed.
-LEVEL = 0.95
 #: The number of elements with which each size is raced: a GPU has other caches and a launch overhead.
 ELEMENTS = {
     "cpu": {"small": 2**13, "medium": 2**18, "large": 2**22},
@@ -123,11 +121,6 @@ def fastest(calls: list[Callable[[], object]], device: torch.device) -> list[flo
     return [min(each) for each in zip(*times, strict=True)]
 
 
-def level(ratio: float, serves: bool) -> bool:
-    """Return True if a kernel of this relative speed should be used. In use (``serves``), it may be a bit slower."""
-    return ratio >= (LEVEL if serves else 1 / LEVEL)
-
-
 def replayed(call: Callable[[], object], device: torch.device, capture: Any) -> Callable[[], object]:
     """Return a function that replays a CUDA graph of one call."""
     with capture.aside(device):
@@ -182,7 +175,6 @@ class Tuned:
     seconds: float
     rows: dict[str, list[Row]]
     changes: list[Change]
-    left_out: list[str]
     failed: dict[str, str]
 
 
@@ -202,7 +194,7 @@ def decide(op: Op, rows: list[Row], device: torch.device) -> tuple[dict[str, Any
     changes: list[Change] = []
     for call, own in by_call.items():
         before, kernel = op.wanted(call).backend, op.kernel(device.type)
-        after = kernel if all(level(row.ratio, before == kernel) for row in own) else "reference"
+        after = kernel if all(row.ratio >= 1 for row in own) else "reference"
         if before != after:
             changes.append(Change(op.name, call, before, after, statistics.geometric_mean(row.ratio for row in own)))
         # A call that was not raced uses the kernel only if the kernel won every race of the call's variant or, for a
@@ -218,7 +210,7 @@ def decide(op: Op, rows: list[Row], device: torch.device) -> tuple[dict[str, Any
     }, changes
 
 
-def tune(device: torch.device, *, seconds: float = 270.0, ops: Iterable[str] = (), capture: Any = None) -> Tuned:
+def tune(device: torch.device, *, ops: Iterable[str] = (), capture: Any = None) -> Tuned:
     """Verify the kernels of a device, race them, and write the results into this machine's file."""
     began = time.perf_counter()
     with_kernel = {name: op for name, op in REGISTRY.items() if op.kernel(device.type) != "reference"}
@@ -233,14 +225,9 @@ def tune(device: torch.device, *, seconds: float = 270.0, ops: Iterable[str] = (
     verdicts = {name: verdict_of(op, device) for name, op in chosen.items()}
     failed = {name: f"its kernel is WRONG here: {one.words()}" for name, one in verdicts.items() if not one.passed}
     work = [race for name, op in chosen.items() if name not in failed for race in races_of(op, device)]
-    work.sort(key=lambda race: ("medium", "large", "small").index(race.size))
     rows: defaultdict[str, list[Row]] = defaultdict(list)
-    left_out: list[str] = []
     for race in (bar := tqdm(work, file=sys.stderr, bar_format="{l_bar}{bar}| {elapsed}")):
         bar.set_description(race.words())
-        if time.perf_counter() - began > seconds:
-            left_out.append(race.words())
-            continue
         try:
             rows[race.op] += run_race(race, device, capture)
         except Exception as error:
@@ -258,6 +245,5 @@ def tune(device: torch.device, *, seconds: float = 270.0, ops: Iterable[str] = (
         seconds=time.perf_counter() - began,
         rows=raced,
         changes=[change for _, changes in decided.values() for change in changes],
-        left_out=left_out,
         failed=failed,
     )
