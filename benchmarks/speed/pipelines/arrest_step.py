@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from purify_fast.methods.arrest import ArrestConfig, ArrestTask
 from purify_fast.models.classifiers import PreActResNet18
+from purify_fast.speed.folding.inference_copy import InferenceCopy
 from purify_fast.training import Batch
 from purify_fast.training.config import TrainingAttack
 
@@ -152,7 +153,9 @@ def _job(form: type[PlainStep] | type[ExpertStep], device: torch.device, quick: 
 def _ours(device: torch.device, quick: bool, compiled: bool = False, captured: bool = False) -> Job:
     now, start, layers = networks(device, quick)
     config = setting(quick, "bfloat16")
-    task, batch = ArrestTask(now, config, (3, 32, 32), layers, start, compile=compiled), batch_of(device, quick)
+    task, batch = ArrestTask(now, config, (3, 32, 32), layers, start), batch_of(device, quick)
+    if compiled:
+        task.attacked = InferenceCopy(now, (3, 32, 32), task.dtype, compile=True)
     run = training_step(task, batch, captured)
     now.train()
 

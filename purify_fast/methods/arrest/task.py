@@ -54,7 +54,6 @@ class ArrestTask(MethodTask):
             None means the map before pooling, for a classifier of this package.
         teacher: classifier for the `Teacher`. None means ``model`` with its present weights. A run is resumed only if
             the teacher has the same weights.
-        compile: whether to compile the attacked copy of the classifier with `torch.compile`, once for all batch sizes.
 
     Attributes:
         teacher: the `Teacher`. If images are not augmented, call ``task.teacher.keep(x)`` before the training. Then the
@@ -74,7 +73,6 @@ class ArrestTask(MethodTask):
         image_shape: tuple[int, int, int],
         layers: Sequence[str] | None = None,
         teacher: nn.Module | None = None,
-        compile: bool = False,
     ):
         super().__init__(config, model)
         config = self.config
@@ -91,10 +89,10 @@ class ArrestTask(MethodTask):
             self._reader = Representation(model, self.layers, image_shape)
         if self.dtype != torch.float32:
             convert_to_channels_last(model, image_shape)
-        # in bfloat16 or with `compile`, the attacks use a copy of the model, which is faster
+        # in bfloat16, the attacks use a copy of the model, which is faster
         self.attacked = model
-        if self.dtype != torch.float32 or compile:
-            self.attacked = InferenceCopy(model, image_shape, self.dtype, compile=compile)
+        if self.dtype != torch.float32:
+            self.attacked = InferenceCopy(model, image_shape, self.dtype)
         self.model: nn.Module = model
         self.keep_average("model", config.ema_decay)
         weights = [p for p in model.parameters() if p.requires_grad]

@@ -35,9 +35,9 @@ def resnet(seed=0):
     return PreActResNet18(in_channels=1, width=4)
 
 
-def arrest(model=None, layers=None, teacher=None, shape=SHAPE, compile=False, **options):
+def arrest(model=None, layers=None, teacher=None, shape=SHAPE, **options):
     config = configured(ArrestConfig, **{"eps": EPS, "steps": 2, "alpha": 0.1, **options})
-    return ArrestTask(cnn() if model is None else model, config, shape, layers, teacher, compile)
+    return ArrestTask(cnn() if model is None else model, config, shape, layers, teacher)
 
 
 def batch(n=8, epoch=0, epochs=20):
@@ -464,29 +464,11 @@ def test_bfloat16_attacks_the_weights_of_now_and_trains_float32_ones(make):
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())
 
 
-@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_making_a_task_leaves_a_model_in_training_mode_as_it_is(compile):
+def test_making_a_task_leaves_a_model_in_training_mode_as_it_is():
     """Also its BatchNorm statistics, which two grey images would move."""
     model = resnet().train()
     before = states(model)
     model.stages[0].eval()  # a part that its owner froze
     modes = [module.training for module in model.modules()]
-    arrest(model, precision="bfloat16", compile=compile)
+    arrest(model, precision="bfloat16")
     assert same(states(model), before) and [module.training for module in model.modules()] == modes
-
-
-@pytest.mark.slow
-def test_a_compiled_attack_is_the_attack(monkeypatch):
-    """With new weights too, and batches of other sizes: the region is made once."""
-    made, compile = [], torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **o: made.append(f) or compile(f, backend="aot_eager"))
-    torch._dynamo.reset()
-    task, plain = arrest(cnn(), compile=True), arrest(cnn())
-    assert len(made) == 1 and isinstance(task.attacked, InferenceCopy) and plain.attacked is plain.classifier
-    for change in (0.0, 0.3):
-        moved(task.classifier, change)
-        moved(plain.classifier, change)
-        for n in (8, 20):
-            step = batch(n)
-            apart = (task.attack(step, task.config.attack) - plain.attack(step, plain.config.attack)).abs()
-            assert apart.gt(1e-3).float().mean() < 0.01
