@@ -231,7 +231,7 @@ class _Convolution(torch.autograd.Function):
         return of_input, of_weight, of_bias, None, None
 
 
-def pair_of(name: str, value: int | Sequence[int], least: int) -> list[int]:
+def _pair_of(name: str, value: int | Sequence[int], least: int) -> list[int]:
     """Expand ``value`` to rows and columns. Raise ValueError if it is not one or two integers that are large enough."""
     pair = [value, value] if isinstance(value, int) else list(value) if isinstance(value, (tuple, list)) else []
     if len(pair) != 2 or any(type(one) is not int or one < least for one in pair):
@@ -239,9 +239,9 @@ def pair_of(name: str, value: int | Sequence[int], least: int) -> list[int]:
     return pair
 
 
-def check_convolution(input: Tensor, weight: Tensor, **others: Tensor | None) -> None:
-    """Raise TypeError or ValueError unless the tensors fit. ``others`` are the bias and an added map."""
-    named = {"input": input, "weight": weight} | {name: one for name, one in others.items() if one is not None}
+def _check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise TypeError or ValueError unless the tensors fit."""
+    named = {"input": input, "weight": weight} | ({} if bias is None else {"bias": bias})
     check_floating(**named)
     for name, tensor in named.items():
         if tensor.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
@@ -249,7 +249,6 @@ def check_convolution(input: Tensor, weight: Tensor, **others: Tensor | None) ->
     if input.dim() != 4 or weight.dim() != 4 or input.shape[1] != weight.shape[1] or 0 in weight.shape:
         shapes = f"got {list(input.shape)} and {list(weight.shape)}"
         raise ValueError(f"input must be [B, C, H, W] and weight [O, C, K, L] without a size of 0, {shapes}")
-    bias = named.get("bias")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be [O] = [{weight.shape[0]}], got {list(bias.shape)}")
 
@@ -268,16 +267,14 @@ def _plain(input: Tensor, elements: int, variant: str) -> bool:
     return OP.uses_reference(input.device, dtype, input.numel(), variant) and all(backwards)
 
 
-def result_shape(
-    input: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: Sequence[int] = (1, 1)
-) -> list[int]:
-    """Return the shape ``[B, O, H', W']`` of the result. Raise ValueError if an image is smaller than the kernel."""
+def _elements(input: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> int:
+    """Return the number of elements of the result. Raise ValueError if an image is smaller than the kernel."""
     size, kernel = input.shape[2:], weight.shape[2:]
     sides = output_size(size, kernel, stride, padding, dilation)
     if min(sides) < 1:
         words = f"{list(size)}, padding {padding}, kernel {list(kernel)}, dilation {dilation}"
         raise ValueError(f"input with its padding must be at least as large as the kernel, got {words}")
-    return [input.shape[0], weight.shape[0], *sides]
+    return input.shape[0] * weight.shape[0] * math.prod(sides)
 
 
 def conv2d(
@@ -310,9 +307,9 @@ def conv2d(
     number of threads, nor that of an image on the other images. But the choice between kernel and PyTorch depends on
     the batch size. Numbers below float32's normal range count as zero.
     """
-    check_convolution(input, weight, bias=bias)
-    settings = pair_of("stride", stride, 1), pair_of("padding", padding, 0), pair_of("dilation", dilation, 1)
-    elements = math.prod(result_shape(input, weight, *settings))
+    _check(input, weight, bias)
+    settings = _pair_of("stride", stride, 1), _pair_of("padding", padding, 0), _pair_of("dilation", dilation, 1)
+    elements = _elements(input, weight, *settings)
     if (
         elements == 0
         or input.device.type != "cpu"

@@ -403,14 +403,6 @@ BALL = {
 NAMED = {"seed": (7, torch.tensor(1)), "sample_ids": ([0, 1, 2], IDS.float(), IDS.to(META))}
 ONE_PER_SAMPLE = {**NAMED, "sample_ids": (*NAMED["sample_ids"], torch.arange(2))}
 LAYER = {"input": torch.zeros(2, 6, 9, 8), "weight": torch.zeros(10, 6, 3, 3), "bias": torch.zeros(10)}
-#: Values that both convolutions refuse.
-OF_LAYERS = {
-    "input": (torch.zeros(2, 4, 9, 8), torch.zeros(2, 6, 9, 8).long(), torch.zeros(2, 6, 2, 8)),
-    "weight": (None,),
-    "bias": (torch.zeros(9), torch.zeros(10).double()),
-    "stride": (0,),
-    "padding": ((1, -1),),
-}
 #: By function: arguments that it takes, and values of single arguments that it refuses.
 REFUSALS: dict[str, tuple[dict, dict[str, tuple]]] = {
     "aggregate": (
@@ -432,7 +424,17 @@ REFUSALS: dict[str, tuple[dict, dict[str, tuple]]] = {
             "valid": (VALID[:, :5], VALID.to(META)),
         },
     ),
-    "conv2d": (LAYER, {**OF_LAYERS, "dilation": (1.5,)}),
+    "conv2d": (
+        LAYER,
+        {
+            "input": (torch.zeros(2, 4, 9, 8), torch.zeros(2, 6, 9, 8).long(), torch.zeros(2, 6, 2, 8)),
+            "weight": (None,),
+            "bias": (torch.zeros(9), torch.zeros(10).double()),
+            "stride": (0,),
+            "padding": ((1, -1),),
+            "dilation": (1.5,),
+        },
+    ),
     "decode_prior": (
         {**decoder(), "samples": 3},
         {
