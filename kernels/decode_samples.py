@@ -18,6 +18,7 @@ because each program also needs the cells next to its own cells.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -453,15 +454,16 @@ class Decoder:
         layer = Layer(channels, kernel=0, stride=0, padding=0, height=h, width=w)
         pointers = z, self.weights[0], condition, out, out
         size = 1, 1, z.shape[1]
-        self._run(FIRST, pointers, size, layer, self.columns[0], (h, w), (h, w), first=first, draws=draws)
+        sides: dict[str, Any] = {"kernel": (h, w), "stride": (h, w)}
+        self._run(FIRST, pointers, size, layer, self.columns[0], **sides, first=first, draws=draws)
 
     def forward(self, index: int, x: Tensor, out: Tensor, by_pixel: bool = False) -> None:
         """Compute the result of a layer: a feature map, after the LeakyReLU, or the image."""
         layer = self.geometry.layers[index]
         kind = IMAGE if index == len(self.geometry.layers) - 1 else BETWEEN
         pointers = x, self.weights[index + 1], self.biases[index], out, out
-        sides = (layer.kernel,) * 2, (layer.stride,) * 2
-        self._run(kind, pointers, self.inputs(index), layer, self.columns[index + 1], *sides, by_pixel=by_pixel)
+        sides: dict[str, Any] = {"kernel": (layer.kernel,) * 2, "stride": (layer.stride,) * 2}
+        self._run(kind, pointers, self.inputs(index), layer, self.columns[index + 1], **sides, by_pixel=by_pixel)
 
     def backward(self, index: int, grad: Tensor, entered: Tensor, out: Tensor) -> None:
         """Compute the gradient of a layer's input before its LeakyReLU, from the gradient of the layer's output."""
@@ -470,7 +472,8 @@ class Decoder:
         pointers = grad, self.transposed[index], self.biases[index], entered, out
         size = layer.height, layer.width, padded(layer.channels, CHANNEL_TILE)
         result = layer._replace(channels=columns, height=h, width=w)
-        self._run(GRADIENT, pointers, size, result, columns, (layer.kernel,) * 2, (layer.stride,) * 2)
+        sides: dict[str, Any] = {"kernel": (layer.kernel,) * 2, "stride": (layer.stride,) * 2}
+        self._run(GRADIENT, pointers, size, result, columns, **sides)
 
     def _run(
         self,
@@ -479,6 +482,7 @@ class Decoder:
         size: tuple[int, int, int],
         layer: Layer,
         columns: int,
+        *,
         kernel: tuple[int, int],
         stride: tuple[int, int],
         by_pixel: bool = False,
