@@ -17,7 +17,7 @@ from ..ops.pgd_step import per_pixel, pgd_step
 from ..protocols import Classifier
 from ..speed.graphs.step_loop import State, begin_steps
 from .ball import Ball, normal_in_ball, sample_in_ball
-from .base import NORMS, Attack, AttackResult, cost_of_ascents, times, worst_of_runs
+from .base import NORMS, Attack, AttackResult, times, worst_of_runs
 from .context import AttackContext, Radius
 from .functions import run_alone
 from .losses import Loss
@@ -143,9 +143,6 @@ class PGD(Attack):
     def name(self, context: AttackContext) -> str:
         resolved = self.resolved_for(context)
         return f"{self.label}-{resolved.steps} {resolved.loss}{times(self.restarts)}"
-
-    def cost(self, context: AttackContext) -> int:
-        return cost_of_ascents(self, context)
 
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> AttackResult:
         ball, steps = self.ball(x, y, context), self.resolved_for(context).steps
@@ -285,10 +282,6 @@ class FGSM(Attack):
 
     def name(self, context: AttackContext) -> str:
         return f"FGSM {self.resolved_for(context).loss}"
-
-    def cost(self, context: AttackContext) -> int:
-        # The gradient takes all draws. The count of unmoved images takes one prediction of the clean image.
-        return self.draws(context) + 1
 
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> AttackResult:
         # The length of the first step is eps.

@@ -109,9 +109,6 @@ class Corners(Attack):
     def name(self, context):
         return "a random corner"
 
-    def cost(self, context):
-        return 1
-
     def search(self, target, x, y, context):
         return AttackResult((x + context.eps * x.new_empty(x.shape).uniform_(-1, 1).sign()).clamp(0, 1))
 ''',

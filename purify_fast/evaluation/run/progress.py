@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,16 +18,12 @@ LINE_EVERY, FIRST_LINE = 30.0, 10.0
 
 
 class Progress:
-    """Counts the images in the forward passes of an evaluation, and shows the progress.
+    """Counts the images in the forward passes of an evaluation, and shows the progress; ``total`` is the last row."""
 
-    ``costs`` are upper limits of these counts for each row, or None; the probes are the first row.
-    """
-
-    def __init__(self, name: str = "", shown: bool = False, costs: Sequence[int | None] = ()):
+    def __init__(self, name: str = "", shown: bool = False):
         self.name, self.shown = name, shown
         self.lines = shown and not sys.stderr.isatty()
-        self.costs = list(costs)
-        self.rows, self.images, self.in_row = 0, 0, 0
+        self.rows, self.total, self.images = 0, 1, 0
         self.label, self.bar = "", None
         self.began = time.monotonic()
         self.last_line = self.began + min(FIRST_LINE, LINE_EVERY) - LINE_EVERY
@@ -37,57 +33,38 @@ class Progress:
         """The time since this object was made."""
         return time.monotonic() - self.began
 
-    @property
-    def rate(self) -> float:
-        """The number of images per second in the forward passes so far."""
-        return self.images / max(self.seconds, 1e-9)
-
     @contextlib.contextmanager
-    def row(self, label: str, total: int | None) -> Iterator[None]:
+    def row(self, label: str) -> Iterator[None]:
         """A context in which images are counted for a row."""
-        self.in_row = 0
-        place = f"{self.rows + 1} of {max(len(self.costs), self.rows + 1)}"
+        place = f"{self.rows + 1} of {self.total}"
         self.label = f"{place}, {label}"
         options: dict[str, Any] = {"unit": " predictions", "unit_scale": True, "leave": False, "dynamic_ncols": True}
         hidden = self.lines or not self.shown
-        with tqdm(total=total, desc=f"{self.name}: {label} ({place})", disable=hidden, **options) as self.bar:
+        with tqdm(desc=f"{self.name}: {label} ({place})", disable=hidden, **options) as self.bar:
             yield
         self.bar = None
 
     def next_row(self) -> None:
         """Begin with the next row, because the last row is finished or was read from the cache."""
-        self.rows, self.in_row = self.rows + 1, 0
+        self.rows += 1
 
     def count(self, images: int) -> None:
         """Count images of a forward pass, and write a line to the log if the last line is old."""
         self.images += images
-        self.in_row += images
         if self.bar is None:
             return
-        self.bar.set_postfix_str(self.left(), refresh=False)
         self.bar.update(images)
         if self.lines and time.monotonic() - self.last_line >= LINE_EVERY:
-            self._print(f"row {self.label}: {self.rate:,.0f} predictions/s, {self.left()}")
+            self._print(f"row {self.label}: {self.images / max(self.seconds, 1e-9):,.0f} predictions/s")
 
     def finished(self, result: str) -> None:
         """Write the short result of a row to the log."""
         if self.lines:
-            self._print(f"{result} ({tqdm.format_interval(self.seconds)}, {self.left()})")
+            self._print(f"{result} ({tqdm.format_interval(self.seconds)})")
 
     def _print(self, text: str) -> None:
         self.last_line = time.monotonic()
         print(f"{self.name}: {text}", file=sys.stderr, flush=True)
-
-    def left(self) -> str:
-        """The longest time that the remaining rows may take, in words."""
-        costs = self.costs[self.rows :]
-        if not costs:
-            return "the last row"
-        known = [cost for cost in costs if cost is not None]
-        if len(known) < len(costs) or not self.images:
-            return "time left not known"
-        seconds = (sum(known) - min(self.in_row, known[0])) / self.rate
-        return f"{tqdm.format_interval(seconds)} left at most"
 
 
 class CountedModel(nn.Module):
