@@ -6,16 +6,13 @@ This module imports nothing of the package, because setup.py loads it alone.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-#: The errors of a full disk: no free space, a quota that is used up, or a file above the process's size limit.
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LOCK = ".purify_fast.lock"
 #: Seconds for which the program tries to get a lock, because the run that has the lock may end within this time.
 PATIENCE = 0.2
@@ -26,17 +23,6 @@ RECORD = "_build.json"
 PARTS = ("core", "cpu")
 #: Files that only this package's ``csrc`` has. Another package may have put a ``csrc`` into ``site-packages``.
 MARKS = ("core/philox.h", "cpu/philox.cpp")
-
-
-def with_room(write: Callable[[], None], path: Path, remark: str = "") -> None:
-    """Write a file. If the disk is full, raise an error that says what to do."""
-    try:
-        write()
-    except OSError as error:
-        if error.errno not in _FULL:
-            raise
-        text = f"{error.strerror}: {path} cannot be written{remark}"
-        raise OSError(error.errno, f"{text}; make room, then run the same command again to continue") from error
 
 
 @contextlib.contextmanager

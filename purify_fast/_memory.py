@@ -32,27 +32,23 @@ def available_memory() -> int:
     return max(0, min([free, *_left_to_groups(Path("/")), *_left_by_limits()]))
 
 
-def control_groups(kind: str, root: Path) -> Iterator[tuple[Path, int]]:
-    """The control groups that contain this process and limit the "memory" or the "cpu", each with its version."""
+def control_groups(root: Path) -> Iterator[Path]:
+    """The control groups (of version 2) that contain this process."""
     with contextlib.suppress(OSError):
         for line in (root / "proc/self/cgroup").read_text().splitlines():
-            _, controllers, place = line.split(":", 2)
-            # Version 2 has a single line, which names no controllers.
-            if controllers and kind not in controllers.split(","):
-                continue
-            top = root / "sys/fs/cgroup" / (kind if controllers else "")
-            inside = Path(place.lstrip("/"))
-            # The limits of the outer groups hold too. Inside a container their folders may be missing.
-            yield from ((top / part, 1 if controllers else 2) for part in (inside, *inside.parents))
+            # Lines of version 1 name controllers between the colons.
+            if line.startswith("0::"):
+                inside = Path(line.removeprefix("0::").lstrip("/"))
+                # The limits of the outer groups hold too. Inside a container their folders may be missing.
+                yield from (root / "sys/fs/cgroup" / part for part in (inside, *inside.parents))
 
 
 def _left_to_groups(root: Path) -> Iterator[int]:
     """The unused bytes of each control group that contains this process."""
-    for group, version in control_groups("memory", root):
-        names = ("limit_in_bytes", "usage_in_bytes") if version == 1 else ("max", "current")
+    for group in control_groups(root):
         # The file contains "max" if there is no limit.
         with contextlib.suppress(OSError, ValueError):
-            most, used = (int((group / f"memory.{name}").read_text()) for name in names)
+            most, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
             yield most - used + _reclaimable(group)
 
 
@@ -60,7 +56,7 @@ def _reclaimable(group: Path) -> int:
     """The bytes of cached files in a control group, which the system frees when memory is needed."""
     with contextlib.suppress(OSError, KeyError, ValueError):
         lines = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        return int(lines.get("total_inactive_file", lines["inactive_file"]))
+        return int(lines["inactive_file"])
     return 0
 
 

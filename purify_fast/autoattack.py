@@ -26,8 +26,7 @@ from torch import Tensor
 from ._validation import NormName, check_counts, check_literal, read_norm
 from .attacks import APGD, FABT, Attack, AttackContext, Resources, Square, frozen
 from .attacks.arguments import check_eps
-from .attacks.attacked_model import TRIED_CALLS, differ
-from .attacks.checked_model import check_model, draws_elsewhere
+from .attacks.attacked_model import TRIED_CALLS, check_model, differ, draws_elsewhere
 from .attacks.gradient_copy import GradientCopies
 from .attacks.sequence import FEW, AttackSequence
 from .evaluation.request.inputs import collect

@@ -144,16 +144,6 @@ class PassesOn(Protocol):
         """Make the same wrapper around ``replace(model)``, where ``model`` is the model inside."""
 
 
-class KeepsCopies(Protocol):
-    """Keeps the fast copies of models for the next attack, as `GradientCopies` of the attacks does."""
-
-    def of(self, model: Any, shape: torch.Size, make: Callable[[], Any]) -> Any:
-        """Return the kept copy of a model for images of this shape, or that of ``make``, which may be None."""
-
-    def same_around(self, wrapper: Any, inner: Any, around: Any) -> Any:
-        """Return ``around``, or an equal wrapper around the copy ``inner`` from an earlier call."""
-
-
 @runtime_checkable
 class CompilesSteps(Protocol):
     """A frozen copy on which whole steps of attacks may be compiled."""

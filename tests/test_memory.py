@@ -33,7 +33,7 @@ def test_what_is_no_amount(amount):
         bytes_of(amount)
 
 
-def test_control_groups_of_both_versions(tmp_path):
+def test_control_groups(tmp_path):
     """The limit may be that of any group above, and what files take is given back at once."""
 
     def group(place, **content):
@@ -48,11 +48,6 @@ def test_control_groups_of_both_versions(tmp_path):
     group("a/b", memory__max="max\n", memory__current="70\n")
     group("a", memory__max="1000\n", memory__current="300\n", memory__stat="anon 1\ninactive_file 100\n")
     assert list(_memory._left_to_groups(tmp_path)) == [800]
-    names.write_text("3:cpu,cpuacct:/a\n5:memory:/a\n")
-    usage = {"memory__limit_in_bytes": "500\n", "memory__usage_in_bytes": "200\n"}
-    group("memory/a", **usage, memory__stat="inactive_file 1\ntotal_inactive_file 50\n")
-    group("memory", **usage)
-    assert list(_memory._left_to_groups(tmp_path)) == [350, 300]
     assert list(_memory._left_to_groups(tmp_path / "none")) == []
 
 

@@ -20,8 +20,7 @@ from ..protocols import Classifier
 from .ball import projected
 from .base import Resolved, times
 from .context import AttackContext, Radius
-from .engine.borders import nearest_borders
-from .engine.engine_attack import USUAL_TARGETS, EngineAttack, targets_and_times
+from .engine.engine_attack import USUAL_TARGETS, EngineAttack, nearest_borders, targets_and_times
 from .engine.row_batches import ActiveSet, Rows, RowSearch, waves
 from .functions import run_alone
 from .losses import FEWEST_CLASSES, TARGETED, ApgdLoss, check_classes

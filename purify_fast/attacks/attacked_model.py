@@ -1,4 +1,4 @@
-"""Prepares the model under attack: it is frozen, and a model that writes to its input is refused."""
+"""The model under attack: it is frozen and tested, and a model that writes to its input is refused."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .._compiler import outside_graphs
-from .._tensors import repeat_batch
-from ..model_state import hidden_modules
+from .._tensors import dtype_of, repeat_batch
+from ..model_state import hidden_modules, used_modules
 from ..protocols import Classifier, CountsImages, SharesDraws, draws_for_each_image, supports
-from .outputs import INSTEAD_OF_PROBABILITIES, are_probabilities, checked_logits
+from .outputs import INSTEAD_OF_PROBABILITIES, LogitsOf, are_probabilities, checked_logits
 
 Answer = TypeVar("Answer")
 
@@ -206,3 +206,64 @@ def drawn_once_per_call(model: Classifier, x: Tensor, draws: int, most: int | No
         # The counter should count only the images of attacks, so the images of this test are subtracted.
         cast(CountsImages, model).count(counted - cast(CountsImages, model).counted())
     return within < ALIKE * between
+
+
+# -- tests of a model before it is judged ------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def check_model(model: Classifier, some: Tensor) -> tuple[Classifier, int]:
+    """Check a model's outputs on several images and on a single image; return the model and its number of classes."""
+    dtype = None
+    try:
+        output = model(some)
+    except RuntimeError:
+        whole = model if isinstance(model, nn.Module) else next((module for _, module in used_modules(model)), None)
+        dtype = some.dtype if whole is None else dtype_of(whole)
+        if dtype == some.dtype:
+            raise
+        output = model(some.to(dtype))
+    classes = checked_logits(output, len(some)).shape[1]
+    if dtype is not None or not isinstance(output, Tensor):
+        model = LogitsOf(model, dtype)
+    check_classes(checked_logits(model(some[:1]), 1), classes)
+    return model, classes
+
+
+def check_classes(logits: Tensor, classes: int) -> Tensor:
+    """Return logits ``[B, classes]``; ValueError for another number of classes than in the first call."""
+    if logits.shape[1] != classes:
+        raise ValueError(f"the model must return {classes} logits for each image, got {logits.shape[1]}")
+    return logits
+
+
+def check_leaves_images(model: Callable[[Tensor], object], x: Tensor) -> None:
+    """Refuse a model that writes to its input in any way; the model is called on copies, with and without gradients."""
+    for recorded in (False, True):
+        images = x.detach().clone().requires_grad_(recorded)
+        with torch.set_grad_enabled(recorded):
+            try:
+                ask(model, images)
+            except WritesToItsInput:
+                raise
+            except Exception:
+                # A model that fails only while gradients are recorded can be evaluated, so the error is ignored.
+                if not recorded:
+                    raise
+        if not torch.equal(images.detach(), x.detach()):
+            raise WritesToItsInput
+
+
+def predicts_otherwise(model: Classifier, x: Tensor, most: int) -> bool:
+    """Tell whether two predictions of the same images ``x`` differ, in passes of at most ``most`` images."""
+    return any(differ(model(part.clone()), model(part.clone())) for part in x.split(most))
+
+
+def draws_elsewhere(model: Classifier, x: Tensor, most: int) -> bool:
+    """Tell whether two predictions differ on images, on noisy images, or on means of two images.
+
+    Some defences draw only for images that are not on the grid of 8 bits, or of whose class they are not sure.
+    """
+    noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(x) - 0.5
+    tried = (x, (x + noise / 16).clamp(0, 1), (x + x.roll(1, 0).flip(-1)) / 2)
+    return any(predicts_otherwise(model, images, most) for images in tried)

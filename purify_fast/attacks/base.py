@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .._compiler import outside_graphs
-from .._validation import Count, GradientPrecision, Norm, check_types, read_norm
-from ..protocols import Classifier, KeepsCopies
+from .._validation import Count, GradientPrecision, Norm, NormName, check_types, read_norm
+from ..protocols import Classifier
 from .arguments import check_eps, check_images
 from .attacked_model import called_directly, drawn_once_per_call, frozen
 from .ball import Ball, ball_around
@@ -22,9 +22,6 @@ from .context import AttackContext, drawn_seed
 from .losses import usable_loss
 from .objective import Objective
 from .search import GradientHealth, better_of
-
-#: The norms of the balls that most attacks can search.
-NORMS: tuple[str, ...] = get_args(Norm)
 
 
 class ThreatModel(NamedTuple):
@@ -216,6 +213,21 @@ class Attack(abc.ABC):
         return options | resolved | self.threat_model(context)._asdict()
 
 
+@dataclass(frozen=True, kw_only=True)
+class InBall(Attack):
+    """The base class of attacks in a ball.
+
+    Args:
+        eps: radius of the ball in image units. None takes the evaluation's radius.
+        norm: norm of the ball, "linf", "l2" or "l1"; a norm needs an eps beside it. None takes the evaluation's norm.
+    """
+
+    norms: ClassVar[tuple[str, ...]] = get_args(Norm)
+
+    eps: float | None = None
+    norm: NormName | None = None
+
+
 def times(restarts: int) -> str:
     """Return the end of an attack's name, which gives the number of restarts if there are several."""
     return f" x{restarts}" if restarts > 1 else ""
@@ -224,7 +236,7 @@ def times(restarts: int) -> str:
 # -- attacks that follow the gradient of the model itself -------------------------------------------------------------
 
 
-def source_of(model: Classifier, x: Tensor, precision: GradientPrecision, copies: KeepsCopies | None) -> Classifier:
+def source_of(model: Classifier, x: Tensor, precision: GradientPrecision, copies: Any) -> Classifier:
     """The model from which an attack takes its gradients, see `purify_fast.attacks.gradient_copy`."""
     if precision == "float32" or not len(x):
         return model

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._validation import Count, NormName
+from .._validation import Count
 from ..protocols import Classifier
 from .attacked_model import frozen
 from .ball import projected
-from .base import Attack, AttackResult
+from .base import AttackResult, InBall
 from .context import AttackContext, Radius
 from .engine.judge import Judge
 from .engine.row_batches import ActiveSet
@@ -55,7 +55,7 @@ TINY = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True)
-class BranchAndBound(Attack):
+class BranchAndBound(InBall):
     """Branch and bound in an L-inf ball, for networks of affine layers with few ReLUs between them.
 
     Linear layers, convolutions, batch normalization, average pooling and a normalization of the images are affine.
@@ -72,8 +72,6 @@ class BranchAndBound(Attack):
     code_version: ClassVar[str] = "1"
     norms: ClassVar[tuple[str, ...]] = ("linf",)
 
-    eps: float | None = None
-    norm: NormName | None = None
     nodes: Count = 20_000
     relus: Count = 300
 

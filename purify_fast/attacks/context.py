@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._validation import Count, NormName, check_counts, check_types
-from ..protocols import Classifier, KeepsCopies
+from ..protocols import Classifier
 from ..speed.graphs.step_loop import CapturesSteps
 
 #: A radius in image units: a number for all images, or ``[B]``, a number for each image. In "linf" also a tensor that
@@ -37,7 +37,7 @@ class Resources:
             the place of an image. None stands for 64, or for the number of images if that is larger.
         counts_health: whether the attack counts faulty gradients and unmoved images.
         graphs: captures the steps of attacks as CUDA graphs, see `purify_fast.speed.StepGraphs`; None: no captures.
-        copies: keeps the model's fast copies for the next attack; None: they are not kept.
+        copies: a `GradientCopies`, which keeps the model's fast copies for the next attack; None: they are not kept.
 
     Raises:
         ValueError: a count that is not allowed.
@@ -47,7 +47,7 @@ class Resources:
     batch_size: Count | None = None
     counts_health: bool = False
     graphs: CapturesSteps | None = None
-    copies: KeepsCopies | None = None
+    copies: Any = None
 
     def __post_init__(self) -> None:
         check_types(self)

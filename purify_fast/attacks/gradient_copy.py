@@ -23,7 +23,6 @@ from ..protocols import (
     Accelerates,
     Classifier,
     CountsImages,
-    KeepsCopies,
     PassesOn,
     Purifies,
     SampleLogits,
@@ -88,7 +87,7 @@ class GradientCopies:
 
 
 def gradient_copy(
-    model: Classifier, x: Tensor, precision: GradientPrecision, copies: KeepsCopies | None = None
+    model: Classifier, x: Tensor, precision: GradientPrecision, copies: GradientCopies | None = None
 ) -> Classifier:
     """The model from which an attack takes its gradients: a fast copy of the attacked model, or this model itself."""
     forward = accelerated(model)
@@ -129,7 +128,7 @@ class _Compared(Follower):
 _alone: weakref.WeakKeyDictionary[nn.Module, _Compared] = weakref.WeakKeyDictionary()
 
 
-def _inside(wrapper: PassesOn, x: Tensor, precision: GradientPrecision, copies: KeepsCopies | None) -> Classifier:
+def _inside(wrapper: PassesOn, x: Tensor, precision: GradientPrecision, copies: GradientCopies | None) -> Classifier:
     """A wrapper around a copy of the model inside ``wrapper``; ``wrapper`` itself if there is no copy."""
     copied: Classifier | None = None
 

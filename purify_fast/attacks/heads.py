@@ -8,13 +8,13 @@ from __future__ import annotations
 from typing import Literal, cast, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from .._tensors import repeat_batch
 from .._validation import check_literal
+from ..defences.stochastic import WithAggregation
 from ..ops.aggregate import aggregate
-from ..protocols import DrawsSampleLogits, SampleLogits, supports
+from ..protocols import SampleLogits, supports
 
 #: ``lse``, ``mean``, ``mean_sigmoid`` and ``peel`` are methods of `purify_fast.ops.aggregate`. ``margins``: for each
 #: class, its logit minus the largest other logit, averaged over the samples. ``one_sample``: only the first sample.
@@ -33,7 +33,7 @@ def head_logits(samples: Tensor, head: Head) -> Tensor:
     return aggregate(samples, head)
 
 
-class AttackersHead(nn.Module):
+class AttackersHead(WithAggregation):
     """A defence with another aggregation of its samples, for the argument ``gradients_from`` of an attack.
 
     The gradient of the defence's own aggregation may be saturated. The unchanged defence judges the points.
@@ -48,19 +48,10 @@ class AttackersHead(nn.Module):
     """
 
     def __init__(self, defence: SampleLogits, head: Head):
-        super().__init__()
         check_literal("head", head, Head)
         if not supports(defence, SampleLogits):
             raise TypeError(f"defence must have a method sample_logits(x), got {type(defence).__name__}")
-        self.defence, self.head = defence, head
+        super().__init__(defence, head)  # type: ignore[arg-type]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits ``[B, classes]`` of images ``x [B, C, H, W]``."""
-        return head_logits(self.defence.sample_logits(x), self.head)
-
-    def draw_logits(self, x: Tensor, draws: int) -> Tensor:
-        """Logits ``[draws, B, classes]`` of independent draws of images ``x``, for attacks with several draws."""
-        if not supports(self.defence, DrawsSampleLogits):
-            return self(repeat_batch(x, draws)).unflatten(0, (draws, -1))
-        samples = cast(DrawsSampleLogits, self.defence).draw_sample_logits(x, draws)
-        return head_logits(samples.flatten(0, 1), self.head).unflatten(0, (draws, -1))
+    def aggregate(self, logits: Tensor) -> Tensor:
+        return head_logits(logits, cast(Head, self.aggregation))

@@ -19,12 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._validation import Count, NormName
+from .._validation import Count
 from ..protocols import Classifier
-from .attacked_model import frozen, gradient_to
+from .attacked_model import check_model, frozen, gradient_to
 from .ball import ball_around, projected
-from .base import NORMS, Attack, AttackResult, Resolved
-from .checked_model import check_model
+from .base import AttackResult, InBall, Resolved
 from .context import AttackContext
 from .search import GradientHealth
 
@@ -49,12 +48,10 @@ def implementation() -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutoAttack(Attack):
+class AutoAttack(InBall):
     """AutoAttack, as its authors' package runs it. It draws from torch's global generator, which the caller must fork.
 
     Args:
-        eps: radius of the ball in image units. None takes the evaluation's radius.
-        norm: norm of the ball, "linf", "l2" or "l1"; a norm needs an eps beside it. None takes the evaluation's norm.
         version: "standard" for a model that predicts the same every time, or "rand", which averages over draws.
         steps: number of steps of its APGD and FAB. None stands for 100, as in the authors' code.
         n_queries: number of queries of its Square; the authors' code has 5000.
@@ -65,11 +62,8 @@ class AutoAttack(Attack):
     """
 
     kind: ClassVar[str] = "autoattack"
-    norms: ClassVar[tuple[str, ...]] = NORMS
     usual_steps: ClassVar[int | None] = STEPS
 
-    eps: float | None = None
-    norm: NormName | None = None
     version: Version = "standard"
     steps: Count | None = None
     n_queries: Count = QUERIES

@@ -12,12 +12,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .._validation import AtLeast0, Count, GradientPrecision, NormName, Range
+from .._validation import AtLeast0, Count, GradientPrecision, Range
 from ..ops.pgd_step import per_pixel, pgd_step
 from ..protocols import Classifier
 from ..speed.graphs.step_loop import State, begin_steps
 from .ball import Ball, normal_in_ball, sample_in_ball
-from .base import NORMS, Attack, AttackResult, times, worst_of_runs
+from .base import AttackResult, InBall, times, worst_of_runs
 from .context import AttackContext, Radius
 from .functions import run_alone
 from .losses import Loss
@@ -97,12 +97,10 @@ def density_at(norm: str, i: int, steps: int) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PGD(Attack):
+class PGD(InBall):
     """Projected gradient ascent on the attack's loss, in several runs; each image keeps the best point of all runs.
 
     Args:
-        eps: radius of the ball in image units. None takes the evaluation's radius.
-        norm: norm of the ball, "linf", "l2" or "l1"; a norm needs an eps beside it. None takes the evaluation's norm.
         loss: "ce", "margin", "scaled_margin" or "dlr". With fewer than 3 classes "margin" replaces "dlr".
         steps: number of gradient steps. None takes the evaluation's number, or 100 without an evaluation.
         random_start: whether the first run begins at a random point, as every further run does.
@@ -120,12 +118,9 @@ class PGD(Attack):
 
     kind: ClassVar[str] = "pgd"
     code_version: ClassVar[str] = "4"
-    norms: ClassVar[tuple[str, ...]] = NORMS
     #: The first word of the attack's name.
     label: ClassVar[str] = "PGD"
 
-    eps: float | None = None
-    norm: NormName | None = None
     loss: Loss = "ce"
     steps: Count | None = None
     random_start: bool = True
@@ -261,22 +256,17 @@ def pgd(
 
 
 @dataclass(frozen=True, kw_only=True)
-class FGSM(Attack):
+class FGSM(InBall):
     """One step of length eps from the image itself.
 
     Args:
-        eps: radius of the ball in image units. None takes the evaluation's radius.
-        norm: norm of the ball, "linf", "l2" or "l1"; a norm needs an eps beside it. None takes the evaluation's norm.
         loss: "ce", "margin", "scaled_margin" or "dlr". With fewer than 3 classes "margin" replaces "dlr".
         precision: precision of the step, see `PGD`.
     """
 
     kind: ClassVar[str] = "fgsm"
     code_version: ClassVar[str] = "3"
-    norms: ClassVar[tuple[str, ...]] = NORMS
 
-    eps: float | None = None
-    norm: NormName | None = None
     loss: Loss = "ce"
     precision: GradientPrecision = "auto"
 

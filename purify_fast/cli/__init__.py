@@ -11,22 +11,24 @@ import sys
 import traceback
 import warnings
 from dataclasses import make_dataclass, replace
+from pathlib import Path
 from typing import Annotated, Any, Union
 
 import tyro
 
 from .._files import folder_lock
-from .._memory import ran_out_of_memory
+from .._memory import control_groups, ran_out_of_memory
 from .._validation import usable_device
 from .._version import __version__
 from . import evaluate, purify, show, train  # noqa: F401
 from .command import Command, DataCommand
-from .parsing import cli, early_options, parse
-from .shared_machine import allowed_cores, wait_passively
+from .run_file import cli, early_options, parse
 
 __all__ = ["main"]
 
 
+#: The variables by which a user decides how OpenMP's threads wait.
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 #: All commands, which register themselves, by their names: the trainings before the others.
 _KINDS = dict(sorted(Command.kinds.items(), key=lambda item: not item[0].startswith("train ")))
 
@@ -88,6 +90,17 @@ def _run(arguments: list[str]) -> int:
         return command.run() or 0
 
 
+def allowed_cores(root: Path = Path("/")) -> int:
+    """Return how many cores this process may use, by its affinity and by the CPU quota of its container; at least 1."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    for group in control_groups(root):
+        # Without a limit, the quota is "max".
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = map(int, (group / "cpu.max").read_text().split())
+            cores = min(cores, max(1, quota // period))
+    return cores
+
+
 def _rank() -> int:
     """The rank of this process, which torchrun sets; 0 for a single process."""
     return int(os.environ.get("RANK") or 0)
@@ -104,9 +117,9 @@ def main(arguments: list[str] | None = None) -> int:
         package or in the user's code, with a traceback on stderr. 2: the input cannot be used, or there is not enough
         memory; stderr has one line about it. 130: Ctrl-C.
     """
-    if arguments is None:
-        # A caller's process decides itself how its threads wait.
-        wait_passively()
+    # A caller's process decides itself how its threads wait. OpenMP reads its settings when PyTorch is loaded.
+    if arguments is None and not any(name in os.environ for name in WAITING):
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     try:
         return _run(list(sys.argv[1:] if arguments is None else arguments))
     except BrokenPipeError:

@@ -14,8 +14,7 @@ import tyro
 from .._validation import Count, Norm, Precision, read_norm, usable_device
 from ..evaluation.request.config import EvaluateConfig
 from .command import Command, DataCommand, ProcessOptions
-from .parsing import parse
-from .run_file import EVALUATION, RUN_FILE, ball_of_run, report_file, write_run_file
+from .run_file import EVALUATION, RUN_FILE, ball_of_run, parse, report_file, write_run_file
 from .saved_models import is_named, own_model, refuse_other_images, saved_folder, trained_classifier, zoo_name
 
 if TYPE_CHECKING:

@@ -1,7 +1,6 @@
 """Base classes of defences, which control random draws, aggregate predictions, and freeze the classifier."""
 
 from .base import Defence
-from .stochastic import NoisyEnsemble, StochasticDefence, WithAggregation
-from .voting import MajorityVote
+from .stochastic import MajorityVote, NoisyEnsemble, StochasticDefence, WithAggregation
 
 __all__ = ["Defence", "MajorityVote", "NoisyEnsemble", "StochasticDefence", "WithAggregation"]

@@ -20,8 +20,7 @@ from ..models.representation import Representation
 from ..ops.aggregate import aggregate
 from ..speed.folding.inference_copy import Accelerated, autocast_to, convert_to_channels_last
 from ..speed.watch import can_read_values
-from .stochastic import StochasticDefence
-from .voting import majority
+from .stochastic import StochasticDefence, majority
 
 if TYPE_CHECKING:
     from typing_extensions import Self

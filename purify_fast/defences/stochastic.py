@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .._tensors import repeat_batch
 from ..ops.aggregate import aggregate
 from ..ops.philox import Stream, philox
-from ..protocols import Classifier, DrawsSampleLogits
+from ..protocols import Classifier, DrawsSampleLogits, SharesDraws, supports
 
 M = TypeVar("M", bound=nn.Module)
+#: If the class with the most votes does not have the largest logit, its logit is set to the largest plus this number.
+LEAD = 1e-3
+#: Logits are clamped to plus and minus this number, because a softmax of infinities is NaN.
+LARGEST = 1e30
 
 
 class StochasticDefence(nn.Module):
@@ -185,7 +191,11 @@ class WithAggregation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Compute logits ``[B, classes]`` of images ``[B, C, H, W]``."""
         with self._mode():
-            return aggregate(self.defence.sample_logits(x), self.aggregation)  # type: ignore[operator]
+            return self.aggregate(self.defence.sample_logits(x))  # type: ignore[operator]
+
+    def aggregate(self, logits: Tensor) -> Tensor:
+        """Aggregate logits ``[B, K, classes]``: ``[B, classes]``."""
+        return aggregate(logits, self.aggregation)
 
     def draw_logits(self, x: Tensor, draws: int) -> Tensor:
         """Compute the logits of ``draws`` independent calls together, ``[draws, B, classes]``, for attacks with EOT."""
@@ -193,7 +203,7 @@ class WithAggregation(nn.Module):
             return self(repeat_batch(x, draws)).unflatten(0, (draws, -1))
         with self._mode():
             logits = self.defence.draw_sample_logits(x, draws)
-            return aggregate(logits.flatten(0, 1), self.aggregation).unflatten(0, (draws, -1))
+            return self.aggregate(logits.flatten(0, 1)).unflatten(0, (draws, -1))
 
     def around(self, replace: Callable[[Classifier], Classifier]) -> WithAggregation:
         """Make a copy of this object that calls ``replace(defence)``."""
@@ -241,3 +251,57 @@ class NoisyEnsemble(StochasticDefence):
             noise = philox(seed, ids, count, stream=stream, distribution="normal", draws=self.samples)
             copies = torch.clamp(copies + self.sigma * noise.view(-1, self.samples, *x.shape[1:]), 0, 1)
         return self.classifier(copies.flatten(0, 1)).float().unflatten(0, (len(x), -1))
+
+
+# -- votes -------------------------------------------------------------------------------------------------------------
+
+
+def undecided(logits: Tensor) -> Tensor:
+    """Tell which predictions decide for no class: those with a NaN, or with several infinite largest logits."""
+    top = logits.topk(min(2, logits.shape[-1]), -1).values
+    shared = (top[..., 0] == top[..., -1]) & top[..., 0].isinf() & (logits.shape[-1] > 1)
+    return logits.isnan().any(-1) | shared
+
+
+def majority(logits: Tensor) -> Tensor:
+    """Combine the logits of several draws by a majority vote over the predicted classes."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits.masked_fill(undecided(logits)[..., None], torch.nan).clamp(-LARGEST, LARGEST)
+    soft = logits.log_softmax(2).logsumexp(0) - math.log(len(logits))
+    votes = F.one_hot(logits.argmax(2), logits.shape[2]).sum(0)
+    first = soft.detach().masked_fill(votes < votes.amax(1, keepdim=True), -torch.inf).argmax(1, keepdim=True)
+    behind = soft.detach().amax(1, keepdim=True) - soft.detach().gather(1, first)
+    return soft.scatter_add(1, first, torch.where(behind > 0, behind + LEAD, 0.0))
+
+
+class MajorityVote(nn.Module):
+    """Predicts with the `majority` of several draws of a random model.
+
+    Args:
+        model: function or module from images ``[B, C, H, W]`` to logits ``[B, classes]``. If the model has a method
+            ``draw_logits``, this method is used.
+        draws: number of draws, at least 1.
+    """
+
+    def __init__(self, model: Classifier, draws: int):
+        super().__init__()
+        if draws < 1:
+            raise ValueError(f"draws must be at least 1, got {draws}")
+        self.model, self.draws = model, draws
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute logits ``[B, classes]``, in float32, or in float64 if the model computes in float64."""
+        if supports(self.model, SharesDraws):
+            logits = cast(SharesDraws, self.model).draw_logits(x, self.draws)
+        else:
+            # Call the model separately for each draw, because it may use the same draw for all images of a call.
+            logits = torch.stack([self.model(x) for _ in range(self.draws)])
+        return majority(logits)
+
+    def around(self, replace: Callable[[Classifier], Classifier]) -> MajorityVote:
+        """Make a copy of this object that calls ``replace(model)``."""
+        # Copy this object instead of making a new object. It may have hooks, and its class may be a subclass.
+        other = copy.copy(self)
+        other._modules = dict(self._modules)
+        other.model = replace(self.model)
+        return other

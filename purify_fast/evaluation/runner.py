@@ -21,16 +21,16 @@ from .._process import processes
 from .._validation import NormName, check_folder, read_norm
 from ..attacks import Attack, AttackContext, frozen
 from ..attacks.arguments import check_eps, largest_distance
+from ..attacks.attacked_model import check_leaves_images
 from ..attacks.base import ThreatModel
-from ..attacks.checked_model import check_leaves_images
 from ..model_state import fingerprint, fingerprint_or_reason
 from ..ops import kernels_now
 from ..protocols import Classifier
 from ..speed.memory import peak_so_far
 from ..speed.precision import raced_convolutions, whole_float32_by_default
 from ..speed.threads import restored_threads
-from .alarms import signs_of_masking
 from .alarms.answers import Before
+from .alarms.signs import signs_of_masking
 from .request.attack_lists import SEARCHES, protocol_attacks, without_early_stops
 from .request.config import BatchSize, EvaluateConfig, ProtocolName
 from .request.inputs import images_and_labels, read_attacks
@@ -158,7 +158,9 @@ def evaluate(
             if mark is not None:
                 report.about["model"] = mark
             report.notes += [f"the model: {VARYING}"] * draws + first_notes(config, model, subject, name, modes)
-            before = subject.room.within(lambda: Before(subject)) if config.has_signs(attacks) else None
+            by_default = attacks is None and config.protocol != "authors"
+            probes = by_default if config.probes is None else config.probes
+            before = subject.room.within(lambda: Before(subject)) if probes else None
             ball = ThreatModel(norm, float(eps))
             plan = given
             if config.protocol is not None:

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from .._tensors import digest
-from .alarms import Evidence, Probes, findings, probe
 from .alarms.answers import ALONE, PROBED, Before, Missing, differences
-from .alarms.evidence import IDENTITIES
-from .alarms.probes import asked_before, near, probes_before
+from .alarms.evidence import IDENTITIES, Evidence
+from .alarms.probes import Probes, asked_before, near, probe, probes_before
+from .alarms.signs import findings
 from .results.rows import Worst, count_fallen
 from .run.measure import Measure
 from .run.progress import counted_model

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._files import atomic, with_room
+from .._files import atomic
 from .._tensors import per_image, text_hash
 from .._validation import Count, Norm, Share, check_types
 from ..attacks.ball import Ball, projected
@@ -127,7 +127,7 @@ class AdversarialBank:
         facts = [attacks.facts, attacks.norm, attacks.eps, data, shape, views, size, kind.descr]
         folder = cache_folder() / "banks" if config.folder is None else Path(config.folder)
         self.path = folder / text_hash(json.dumps(facts, sort_keys=True)).hexdigest() / "variants.npy"
-        from_first(lambda: with_room(lambda: _reserve(self.path, kind, size), self.path, ", or lower variants"))
+        from_first(lambda: _reserve(self.path, kind, size))
         self._map = np.lib.format.open_memmap(self.path, "r+")
         # indexing a memory map takes several times as long as indexing an array
         self.records: np.ndarray = np.asarray(self._map)

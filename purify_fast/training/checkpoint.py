@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import Tensor
 
-from .._files import with_room
 from .._sealed import read_sealed, write_sealed
 from .._version import __version__
 
@@ -76,9 +75,7 @@ def _decoded(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 def save_checkpoint(folder: Path, tree: Any) -> None:
     """Write a run's checkpoint, and keep the checkpoint before it."""
-    path = folder / CHECKPOINT
-    remark = f"; the last checkpoint is kept in {path}" if path.is_file() else ""
-    with_room(lambda: write_tree(path, tree, folder / PREVIOUS), path, remark)
+    write_tree(folder / CHECKPOINT, tree, folder / PREVIOUS)
 
 
 def last_checkpoint(folder: Path) -> Any:
@@ -108,12 +105,11 @@ def save_model(
     folder: str | Path, kind: str, arguments: dict[str, Any], state: dict[str, Tensor], **extra: Any
 ) -> None:
     """Write ``model.safetensors``, with the weights, and with a description of the model in the file's metadata."""
-    path = Path(folder) / MODEL
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     if others := {name: value for name, value in state.items() if name not in tensors}:
         extra = {**extra, _EXTRA: _encoded(others)[0]}
     facts = {"kind": kind, "arguments": arguments, **extra, "version": __version__}
-    with_room(lambda: write_sealed(path, facts, tensors), path)
+    write_sealed(Path(folder) / MODEL, facts, tensors)
 
 
 def read_model(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import ops
-from .._files import with_room, write_text
+from .._files import write_text
 from .._process import processes
 from ..data import crop_flip, mirrored, resized_crop, to_float
 from ..model_state import network_hash
@@ -260,8 +260,7 @@ class Run:
     def write_log(self) -> None:
         """Write the whole ``log.jsonl`` again, so that a kill cannot cut a line in half."""
         if self.folder is not None and processes()[0] == 0:
-            path, text = self.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows)
-            with_room(lambda: write_text(path, text), path)
+            write_text(self.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def record_kernels(self) -> None:
         """Write into the folder which kernels the run uses. Warn if a resumed run began with other kernels."""
@@ -269,7 +268,7 @@ class Run:
             return
         path, now = self.folder / KERNELS, json.dumps(ops.kernels_now(self.source.device))
         if self.step == 0 or not path.exists():
-            with_room(lambda: write_text(path, now), path)
+            write_text(path, now)
         elif path.read_text(encoding="utf-8") != now:
             logger.warning("this run began with other kernels, so it will not repeat its results exactly")
 

@@ -9,7 +9,7 @@ from small_models import Purifying
 from torch import nn
 
 from purify_fast.attacks import APGD, BPDA, FABT, FGSM, PGD, BranchAndBound, Square, StAdv, attacked_model, frozen, pgd
-from purify_fast.attacks.checked_model import check_model
+from purify_fast.attacks.attacked_model import check_model
 from purify_fast.attacks.outputs import LogitsOf
 from purify_fast.evaluation import as_attack
 

@@ -24,7 +24,7 @@ from purify_fast.attacks import (
     stadv,
 )
 from purify_fast.attacks.ball import Ball
-from purify_fast.attacks.engine.borders import nearest_borders
+from purify_fast.attacks.engine.engine_attack import nearest_borders
 from purify_fast.attacks.engine.judge import Judge
 from purify_fast.attacks.engine.row_batches import ActiveSet
 from purify_fast.attacks.losses import margin

@@ -10,7 +10,7 @@ import tyro
 
 from purify_fast import cli
 from purify_fast.cli.evaluate import Evaluate
-from purify_fast.cli.parsing import MARKERS, OPTION_TYPES
+from purify_fast.cli.run_file import MARKERS, OPTION_TYPES
 from purify_fast.evaluation import EvaluateConfig
 
 ROOT = Path(__file__).resolve().parents[2]

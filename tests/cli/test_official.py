@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from small_models import smaller
 
 from purify_fast.cli.evaluate import Evaluate
-from purify_fast.cli.parsing import parse
+from purify_fast.cli.run_file import parse
 from purify_fast.evaluation import Report
 from purify_fast.methods.carso import save_official
 from purify_fast.methods.carso.recipes import RECIPES

@@ -11,7 +11,7 @@ import yaml
 
 from purify_fast import cli
 from purify_fast.cli import run_file
-from purify_fast.cli.parsing import parse
+from purify_fast.cli.run_file import parse
 
 COMMANDS = [
     ["train classifier", "--eps", "8/255", "--norm", "l2", "--flip"],

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from purify_fast import cli
-from purify_fast.cli import shared_machine
 
 #: Tells, when PyTorch is loaded, how its threads will wait.
 LOOKING = """
@@ -26,22 +25,15 @@ sys.argv = ["purify-fast", "zoo"]
 
 
 def test_waiting_is_passive_before_torch_is_loaded():
-    kept = {name: value for name, value in os.environ.items() if name not in shared_machine.WAITING}
+    kept = {name: value for name, value in os.environ.items() if name not in cli.WAITING}
     kept["PYTHONPATH"] = str(Path(cli.__file__).parents[2])
     command = [sys.executable, "-c", f"{LOOKING}from purify_fast.cli import main; main()"]
     printed = subprocess.run(command, env=kept, capture_output=True, text=True, check=True).stdout
     assert "torch is loaded PASSIVE\n" in printed
 
 
-def test_the_users_own_setting_wins(monkeypatch):
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    monkeypatch.setenv("GOMP_SPINCOUNT", "9")
-    shared_machine.wait_passively()
-    assert "OMP_WAIT_POLICY" not in os.environ
-
-
 def test_a_caller_of_main_keeps_its_environment_and_threads(run, monkeypatch):
-    for name in (*shared_machine.WAITING, "OMP_NUM_THREADS"):
+    for name in (*cli.WAITING, "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     before, inside = torch.get_num_threads(), []
     monkeypatch.setattr(cli, "allowed_cores", lambda: 1)
@@ -67,9 +59,6 @@ def machine(root, groups, files):
     return root
 
 
-V1 = "5:memory:/docker/a\n4:cpu,cpuacct:/docker/a\n"
-
-
 @pytest.mark.parametrize(
     ("groups", "files", "cores"),
     [
@@ -78,19 +67,17 @@ V1 = "5:memory:/docker/a\n4:cpu,cpuacct:/docker/a\n"
         ("0::/\n", {"cpu.max": "250000 100000\n"}, 2),
         ("0::/\n", {"cpu.max": "50000 100000\n"}, 1),
         ("0::/a/b\n", {"a/b/cpu.max": "max 100000\n", "a/cpu.max": "300000 100000\n"}, 3),
+        ("5:memory:/a\n", {"cpu.max": "100000 100000\n"}, 8),
         ("0::/../elsewhere\n", {"cpu.max": "300000 100000\n"}, 3),
-        (V1, {"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4),
-        (V1, {"cpu/docker/a/cpu.cfs_quota_us": "-1\n", "cpu/docker/a/cpu.cfs_period_us": "100000\n"}, 8),
-        (V1, {"cpu.max": "100000 100000\n", "memory/cpu.cfs_quota_us": "1\n"}, 8),
     ],
 )
 def test_cores_by_the_quota(tmp_path, monkeypatch, groups, files, cores):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    assert shared_machine.allowed_cores(machine(tmp_path, groups, files)) == cores
+    assert cli.allowed_cores(machine(tmp_path, groups, files)) == cores
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the affinity")
 def test_cores_by_the_affinity(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 5})
-    assert shared_machine.allowed_cores(tmp_path) == 2
+    assert cli.allowed_cores(tmp_path) == 2

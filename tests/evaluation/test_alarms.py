@@ -14,7 +14,9 @@ from torch import nn
 from purify_fast.attacks import APGD, PGD, Square
 from purify_fast.defences import NoisyEnsemble
 from purify_fast.evaluation import AttackSpec, Report
-from purify_fast.evaluation.alarms import Evidence, Probes, findings
+from purify_fast.evaluation.alarms.evidence import Evidence
+from purify_fast.evaluation.alarms.probes import Probes
+from purify_fast.evaluation.alarms.signs import findings
 from purify_fast.evaluation.show.page import html_page
 from purify_fast.ops import aggregate
 

@@ -13,7 +13,9 @@ from torch import nn
 import purify_fast
 from purify_fast.attacks import PGD
 from purify_fast.evaluation import AttackSpec, Report
-from purify_fast.evaluation.alarms import Evidence, Probes, findings
+from purify_fast.evaluation.alarms.evidence import Evidence
+from purify_fast.evaluation.alarms.probes import Probes
+from purify_fast.evaluation.alarms.signs import findings
 from purify_fast.evaluation.results import claims
 from purify_fast.evaluation.results.claims import chance_of_at_most, images_to_decide
 from purify_fast.evaluation.results.rows import Worst, count_fallen, worst_rows

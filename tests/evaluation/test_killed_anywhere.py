@@ -119,8 +119,7 @@ def test_rows_that_others_would_serve_are_made_again(tmp_path):
 
 @pytest.mark.parametrize("probes", [False, True])
 def test_a_log_gets_plain_lines_with_the_rate(capsys, monkeypatch, probes):
-    for name in ("LINE_EVERY", "FIRST_LINE"):
-        monkeypatch.setattr(f"purify_fast.evaluation.run.progress.{name}", 0.0)
+    monkeypatch.setattr("purify_fast.evaluation.run.progress.LINE_EVERY", 0.0)
     report = evaluate(*labelled(6), eps=0.01, attacks=[PGD(steps=2), PGD(steps=3)], name="mine", probes=probes)
     lines = capsys.readouterr().err.splitlines()
     # the probes come first, as a row with lines of its own

@@ -8,7 +8,8 @@ from small_models import Made
 
 from purify_fast.attacks import PGD
 from purify_fast.evaluation import suspicion
-from purify_fast.evaluation.alarms import Probes, signs_of_masking
+from purify_fast.evaluation.alarms.probes import Probes
+from purify_fast.evaluation.alarms.signs import signs_of_masking
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,7 +14,9 @@ from purify_fast import load_dataset, zoo
 from purify_fast.attacks import PGD
 from purify_fast.defences import NoisyEnsemble
 from purify_fast.evaluation import AttackSpec
-from purify_fast.evaluation.alarms import Evidence, Probes, findings
+from purify_fast.evaluation.alarms.evidence import Evidence
+from purify_fast.evaluation.alarms.probes import Probes
+from purify_fast.evaluation.alarms.signs import findings
 from purify_fast.evaluation.request.subject import Subject
 from purify_fast.evaluation.results.rows import by_worst_points
 

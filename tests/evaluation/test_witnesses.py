@@ -106,7 +106,7 @@ def test_a_changed_image_is_told(tmp_path):
     checked = check_witnesses(tmp_path, digit_nets.standard())
     assert not checked.confirmed
     assert checked.changed.nonzero()[0].tolist() == checked.outside.nonzero()[0].tolist() == [3]
-    assert f"changed since the report was saved: image {checked.numbers[3]}" in checked.to_text()
+    assert f"changed since the report was saved: image {checked.witnesses.numbers[3]}" in checked.to_text()
 
 
 def test_damaged_and_missing_files_are_refused(tmp_path, capsys):

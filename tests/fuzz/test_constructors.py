@@ -14,8 +14,7 @@ from mangling import NUMBERS, fuzzed, named
 
 from purify_fast import attacks
 from purify_fast.cli import _KINDS
-from purify_fast.cli.parsing import parse
-from purify_fast.cli.run_file import run_file, values
+from purify_fast.cli.run_file import parse, run_file, values
 from purify_fast.methods.arrest import ArrestConfig
 from purify_fast.methods.atop import Atop, AtopConfig, SmallGenerator
 from purify_fast.methods.carso import Carso, CarsoConfig

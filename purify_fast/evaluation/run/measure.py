@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..._tensors import digest
-from ...attacks import AttackContext, AttackersHead, frozen
+from ...attacks import AttackContext, frozen
 from ...attacks.bpda import classifier_of
 from ...defences.stochastic import WithAggregation
 from ...protocols import Classifier, has_classifier
@@ -145,7 +145,7 @@ class Measure:
             row.health = counts_of(sums.health)
             target = spec.other_model if spec.target is None else spec.target
             # A model that differs only in the aggregation of its samples is not taken as another model.
-            row.transferred = target is not None and not isinstance(target, (WithAggregation, AttackersHead))
+            row.transferred = target is not None and not isinstance(target, WithAggregation)
             row.seconds += sums.seconds
             return row
 

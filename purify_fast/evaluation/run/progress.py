@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from ...protocols import Classifier, SharesDraws, supports
 
-#: The shortest time between two lines of a log, and the time of the first line, in seconds.
-LINE_EVERY, FIRST_LINE = 30.0, 10.0
+#: The shortest time between two lines of a log, in seconds.
+LINE_EVERY = 30.0
 
 
 class Progress:
@@ -25,8 +25,7 @@ class Progress:
         self.lines = shown and not sys.stderr.isatty()
         self.rows, self.total, self.images = 0, 1, 0
         self.label, self.bar = "", None
-        self.began = time.monotonic()
-        self.last_line = self.began + min(FIRST_LINE, LINE_EVERY) - LINE_EVERY
+        self.began = self.last_line = time.monotonic()
 
     @property
     def seconds(self) -> float:

@@ -14,7 +14,7 @@ from typing import Any
 from ..._files import write_text
 from ..._validation import check_folder
 from ...protocols import Classifier
-from ..alarms import Finding
+from ..alarms.evidence import Finding
 from ..results.claims import ClaimTest, tested_claim
 from ..results.rows import CURVE, Paired, Row
 from .page import html_page

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
-from ..alarms import Finding
+from ..alarms.evidence import Finding
 from ..results.rows import Row
 
 UNRELIABLE = "unreliable"

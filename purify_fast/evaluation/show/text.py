@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ... import _templates
-from ..alarms import STATES, Finding  # noqa: F401
+from ..alarms.evidence import (
+    STATES,  # noqa: F401
+    Finding,
+)
 from ..alarms.signs import ALARMS
 from ..results.claims import MOST, REFUTED  # noqa: F401
 from ..results.rows import Row, followed  # noqa: F401

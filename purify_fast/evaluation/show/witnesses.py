@@ -157,30 +157,30 @@ class CheckedWitnesses:
     """The result of a check of a report's witnesses.
 
     Args:
-        numbers: the index of each image in the evaluated data.
-        attacks: the name of the attack that found each witness.
-        falls: bool ``[W]``, True for witnesses that the model still misclassifies, by the rule of the report.
+        witnesses: the report's witnesses.
+        changed: bool ``[W]``, True for witnesses whose images, label, index or attack differ from the report.
         draws: number of predictions that judged each witness.
         wrong: number of wrong predictions on each witness, int64 ``[W]``.
-        outside: bool ``[W]``, True for witnesses that are outside the ball or [0, 1] by more than rounding.
-        changed: bool ``[W]``, True for witnesses whose images, label, index or attack differ from the report.
-        margins: the true logit minus the largest other logit in the report's evaluation, float32 ``[W]``.
-        balls: the balls of the attacks, in words.
         model: a sentence on whether the model is the report's model.
         same_model: whether the model is the report's model; None if they cannot be compared.
     """
 
-    numbers: np.ndarray
-    attacks: list[str]
-    falls: np.ndarray
+    witnesses: Witnesses = field(repr=False)
+    changed: np.ndarray
     draws: int
     wrong: np.ndarray
-    outside: np.ndarray
-    changed: np.ndarray
-    margins: np.ndarray = field(repr=False)
-    balls: str
-    model: str = ""
-    same_model: bool | None = None
+    model: str
+    same_model: bool | None
+
+    @property
+    def falls(self) -> np.ndarray:
+        """Tell which witnesses the model still misclassifies, by the rule of the report, bool ``[W]``."""
+        return self.wrong > 0
+
+    @property
+    def outside(self) -> np.ndarray:
+        """Tell which witnesses are outside the ball or [0, 1] by more than rounding, bool ``[W]``."""
+        return self.witnesses.outside().numpy()
 
     @property
     def confirmed(self) -> bool:
@@ -195,7 +195,10 @@ class CheckedWitnesses:
             "changed since the report was saved": self.changed,
         }
         places = {what: np.flatnonzero(which).tolist() for what, which in told.items()}
-        return render("witnesses.txt.jinja", checked=self, places=places, named=NAMED).strip()
+        attacks = self.witnesses.about["attacks"]
+        balls = ", ".join(dict.fromkeys(ball_name(each["norm"], each["eps"]) for each in attacks))
+        values = {"kept": self.witnesses, "attacks": attacks, "balls": balls, "places": places, "named": NAMED}
+        return render("witnesses.txt.jinja", checked=self, **values).strip()
 
 
 @whole_float32_by_default()
@@ -232,17 +235,7 @@ def check_witnesses(
         judged = subject.judge(witnesses.adversarial, "random", "judge")
         sentence, same = _compared(about["model"], model_marks(subject.base_model, fingerprint(subject.model)))
     return CheckedWitnesses(
-        numbers=witnesses.numbers.numpy(),
-        attacks=[about["attacks"][number]["attack"] for number in witnesses.attacks.tolist()],
-        falls=np.asarray(~judged.right.all(0)),
-        draws=len(judged.right),
-        wrong=(~judged.right).sum(0),
-        outside=witnesses.outside().numpy(),
-        changed=np.array(changed),
-        margins=witnesses.margins.numpy(),
-        balls=", ".join(dict.fromkeys(ball_name(each["norm"], each["eps"]) for each in about["attacks"])),
-        model=sentence,
-        same_model=same,
+        witnesses, np.array(changed), len(judged.right), (~judged.right).sum(0), model=sentence, same_model=same
     )
 
 
