@@ -105,29 +105,27 @@ def identity_key(model: nn.Module) -> tuple[Any, list[Any], list[Tensor]]:
 
 
 def fingerprint(model: object, revision: str | None = None) -> str | None:
-    """Hash a model by value: its state (`state_hash`), its code, and the user's name for the version of the code."""
-    return fingerprint_or_reason(model, revision)[0]
+    """Hash a model by value: its state (`state_hash`), its code, and the user's name for the version of the code.
 
-
-def fingerprint_or_reason(model: object, revision: str | None = None) -> tuple[str | None, str]:
-    """The `fingerprint` and "", or None and the reason why there is none, which completes "this model ..."."""
+    The result is None for a function or a value that cannot be compared, unless there is such a name.
+    """
     inner: Any = getattr(model, "fingerprinted", model)
     try:
         if isinstance(inner, nn.Module):
             state = state_hash(model)
         elif revision is None:
-            return None, "is a function, whose weights cannot be compared"
+            return None
         else:
             named: Any = inner if isinstance(inner, FunctionType) else type(inner)
             state = f"{named.__module__} {named.__qualname__}"
         code = _code()
     # A user's module may raise any error while its state is read.
-    except Exception as error:
+    except Exception:
         if revision is None:
-            return None, f"holds a value that cannot be compared ({type(error).__name__}: {error})"
+            return None
         state, code = type(inner).__qualname__, []
         state += digest(*inner.parameters(), *inner.buffers())
-    return text_hash(repr([state, code, revision])).hexdigest(), ""
+    return text_hash(repr([state, code, revision])).hexdigest()
 
 
 def state_hash(model: Any) -> str:

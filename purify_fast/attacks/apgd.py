@@ -18,11 +18,10 @@ from .._validation import Count, Share
 from ..ops.apgd_step import apgd_step
 from ..protocols import Classifier
 from .ball import projected
-from .base import Resolved, times
+from .base import Resolved, run_alone, times
 from .context import AttackContext, Radius
 from .engine.engine_attack import USUAL_TARGETS, EngineAttack, nearest_borders, targets_and_times
 from .engine.row_batches import ActiveSet, Rows, RowSearch, waves
-from .functions import run_alone
 from .losses import FEWEST_CLASSES, TARGETED, ApgdLoss, check_classes
 from .objective import Gradients, Objective
 from .search import better_of, faults, forgiven

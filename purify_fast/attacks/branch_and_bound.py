@@ -25,11 +25,10 @@ from .._validation import Count
 from ..protocols import Classifier
 from .attacked_model import frozen
 from .ball import projected
-from .base import AttackResult, InBall
+from .base import AttackResult, InBall, run_alone
 from .context import AttackContext, Radius
 from .engine.judge import Judge
 from .engine.row_batches import ActiveSet
-from .functions import run_alone
 from .relu_layers import Affine, affine_layers, forward
 
 #: The steps for each node that raise its lower bound, and that search for a misclassified point from two points.

@@ -17,9 +17,8 @@ from ..ops.pgd_step import per_pixel, pgd_step
 from ..protocols import Classifier
 from ..speed.graphs.step_loop import State, begin_steps
 from .ball import Ball, normal_in_ball, sample_in_ball
-from .base import AttackResult, InBall, times, worst_of_runs
+from .base import AttackResult, InBall, run_alone, times, worst_of_runs
 from .context import AttackContext, Radius
-from .functions import run_alone
 from .losses import Loss
 from .objective import Objective, ObjectiveStep
 from .search import GradientHealth, Search, noted

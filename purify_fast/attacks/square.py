@@ -29,13 +29,12 @@ from ..ops.square_proposal import PLACES, TINY, signs
 from ..protocols import Classifier
 from ..speed.graphs.step_loop import State, Steps, begin_steps
 from .ball import Ball, projected
-from .base import times
+from .base import run_alone, times
 from .context import AttackContext, Radius
 from .engine.engine_attack import EngineAttack
 from .engine.judge import bucket, repeated_to, takes_every_size
 from .engine.pace import PaceMonitor, some_of
 from .engine.row_batches import ActiveSet, take_rows
-from .functions import run_alone
 from .objective import Objective, ObjectiveStep
 
 #: The number of queries in the authors' code.

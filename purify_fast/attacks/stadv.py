@@ -22,9 +22,8 @@ from .._validation import AtLeast0, Count, check_types
 from ..protocols import Classifier
 from .arguments import check_eps, check_images
 from .ball import Ball, sample_in_ball
-from .base import Attack, AttackResult, ThreatModel, times, worst_of_runs
+from .base import Attack, AttackResult, ThreatModel, run_alone, times, worst_of_runs
 from .context import AttackContext, Radius
-from .functions import run_alone
 from .losses import Loss
 from .objective import Gradients, Objective
 from .search import GradientHealth, Search

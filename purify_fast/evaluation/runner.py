@@ -23,7 +23,7 @@ from ..attacks import Attack, AttackContext, frozen
 from ..attacks.arguments import check_eps, largest_distance
 from ..attacks.attacked_model import check_leaves_images
 from ..attacks.base import ThreatModel
-from ..model_state import fingerprint, fingerprint_or_reason
+from ..model_state import fingerprint
 from ..ops import kernels_now
 from ..protocols import Classifier
 from ..speed.memory import peak_so_far
@@ -154,7 +154,7 @@ def evaluate(
             if config.batch_size == "auto":
                 make_room(subject, [subject.model], config.memory, RowCache(None))
             # After the trial predictions, so that it is the same in every run: a model's last input may be part of it.
-            mark, reason = fingerprint_or_reason(subject.model, revision)
+            mark = fingerprint(subject.model, revision)
             if mark is not None:
                 report.about["model"] = mark
             report.notes += [f"the model: {VARYING}"] * draws + first_notes(config, model, subject, name, modes)
@@ -170,8 +170,8 @@ def evaluate(
             context = _context(config, subject, ball)
             folder = Path(out) if out is not None and shards.rank == 0 else None
             if folder is not None and mark is None:
-                why = f'because this model {reason}. In Python, evaluate(..., revision="1") keeps them'
-                logger.warning("out: the finished rows of %s are not kept, %s", name, why)
+                why = "because it is a function, or holds a value that cannot be compared. In Python, "
+                logger.warning('out: the rows of %s are not kept, %sevaluate(..., revision="1") keeps them', name, why)
             cache = RowCache(folder, kernels_now(device), revision)
             cache.know(subject.model, mark)
             others = _admit([base, *(spec.other_model for spec in plan)], subject, cache, stack)
@@ -180,9 +180,9 @@ def evaluate(
                 at_once = shards.from_first(lambda: subject.room.limit(context.resources.max_forward_batch))
                 context = replace(context, resources=replace(context.resources, max_forward_batch=at_once))
             choose_threads(subject, cache)
-            shards.progress = Progress(name, progress and shards.rank == 0)
-            shared: dict[str, Any] = {"progress": shards.progress, "shards": shards, "keep_all": config.keep == "all"}
-            measure = Measure(subject, context, name, cache, **shared)
+            shown = Progress(name, progress and shards.rank == 0)
+            every = config.keep == "all"
+            measure = Measure(subject, context, name, cache, progress=shown, shards=shards, keep_all=every)
             about = {"model": model_marks(subject.base_model, mark), "classes": subject.num_classes}
             about |= {"random": subject.is_random} | judging
             suspicion = Suspicion(report, measure, before, config.probes is None)

@@ -9,7 +9,7 @@ from torch import nn
 
 from purify_fast import attacks
 from purify_fast.attacks import GradientHealth, apgd, fab_t, frozen, pgd, square, stadv
-from purify_fast.attacks.functions import run_alone
+from purify_fast.attacks.base import run_alone
 from purify_fast.models.classifiers import SmallCNN
 
 pytestmark = pytest.mark.usefixtures("one_thread")

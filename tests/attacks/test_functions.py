@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from purify_fast import attacks
-from purify_fast.attacks.functions import run_alone
+from purify_fast.attacks.base import run_alone
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

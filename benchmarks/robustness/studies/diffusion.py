@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from purify_fast import data, load_defence, zoo
 from purify_fast._files import write_text
 from purify_fast.attacks import PGD, AutoAttack, LeavingPGD
-from purify_fast.attacks.functions import run_alone
+from purify_fast.attacks.base import run_alone
 from purify_fast.data import balanced_subset, to_float
 from purify_fast.evaluation import AttackSpec, EvaluateConfig, evaluate, lee_kim_2023
 from purify_fast.evaluation.request.published import authors_attacks

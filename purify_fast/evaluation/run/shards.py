@@ -16,7 +16,6 @@ from typing import Any
 import torch.distributed as dist
 
 from ..._process import processes, sendable
-from .progress import Progress
 
 logger = logging.getLogger("purify_fast")
 
@@ -33,7 +32,6 @@ class Shards:
 
     def __init__(self, together: bool = True):
         self.rank, self.world = processes() if together else (0, 1)
-        self.progress = Progress()
         # Whether the other processes know that the evaluation has ended, or cannot be reached.
         self._over = self._finished = False
         self._failed: BaseException | None = None
@@ -113,19 +111,18 @@ class Shards:
         return message[0]
 
     def _shared(self, numbers: Sequence[int], make: Callable[[int], Any]) -> list[Any]:
-        before, error, mine = self.progress.images, self._failed, list[Any]()
+        error, mine = self._failed, list[Any]()
         try:
             mine = [] if error else [make(number) for number in numbers[self.rank :: self.world]]
         except Exception as own:
             error = own
         every: list[Any] = [None] * self.world
-        message = (mine, self.progress.images - before, None if error is None else sendable(error))
+        message = (mine, None if error is None else sendable(error))
         with self._exchange():
             dist.all_gather_object(every, message, group=self._group)
-        if failed := [found for *_, found in every if found is not None]:
+        if failed := [found for _, found in every if found is not None]:
             self._over = True
             raise error or failed[0]
-        self.progress.count(sum(images for rank, (_, images, _) in enumerate(every) if rank != self.rank))
         return [every[place % self.world][0][place // self.world] for place in range(len(numbers))]
 
     @contextlib.contextmanager
