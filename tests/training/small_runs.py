@@ -55,9 +55,9 @@ def classifier_task(**options):
     return ClassifierTask(SmallCNN(width=4), ClassifierConfig(**options))
 
 
-def arrest_task(device="cpu", **options):
+def arrest_task(device="cpu", network=SmallCNN, **options):
     torch.manual_seed(0)
-    return ArrestTask(SmallCNN(width=4).to(device), ArrestConfig(**{"attack": attack(), **options}), SHAPE)
+    return ArrestTask(network(width=4).to(device), ArrestConfig(**{"attack": attack(), **options}), SHAPE)
 
 
 def carso_task(target="classifier", device="cpu", **options):
@@ -72,7 +72,7 @@ def atop_task(target="classifier", steps=2, device="cpu", **options):
     defence = Atop(SmallCNN(width=4).to(device), SmallGenerator(1, width=2), SHAPE, block=4, sigma=0.1)
     method, steps = ("fgsm", 10) if target == "classifier" else ("pgd", steps)
     settings = {"attack_method": method, "attack_target": target, "attack": attack(steps=steps), "cls_delay": 0}
-    return AtopTask(defence, AtopConfig(**settings, **options))
+    return AtopTask(defence, AtopConfig(**(settings | options)))
 
 
 def diffusion_task(**options):
