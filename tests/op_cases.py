@@ -39,6 +39,12 @@ def decoder() -> dict[str, Any]:
     return {"condition": torch.rand(2, math.prod(geometry.start), generator=generator), **stream, **sizes}
 
 
+def normal(*shape: int, seed: int = 0, scale: float = 1.0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Normal numbers, the same for every dtype but for their rounding."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+
+
 def points(*shape, dtype=torch.float32, seed=0):
     """x, grad, x_nat and the point before of a step: a little outside the ball, so that every branch is taken."""
     generator = torch.Generator().manual_seed(seed)

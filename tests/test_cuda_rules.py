@@ -3,8 +3,10 @@
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
+import op_cases
 import pytest
 import torch
 from cuda_rules import RefusedOnCUDA, cuda_rules
@@ -26,11 +28,8 @@ import small_runs
 pytestmark = pytest.mark.usefixtures("one_thread")
 FUNCTIONS = module("ops", "contract").FUNCTIONS
 every_attack = module("attacks", "every_attack")
-FLOAT, HALF, DOUBLE = torch.float32, torch.bfloat16, torch.float64
-
-
-def normal(*shape: int, dtype: torch.dtype = FLOAT) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+FLOAT, HALF = torch.float32, torch.bfloat16
+normal = partial(op_cases.normal, dtype=FLOAT)
 
 
 @pytest.fixture

@@ -1,16 +1,15 @@
+from functools import partial
 from importlib import import_module
 
 import pytest
 import torch
+from op_cases import normal
 
 from purify_fast.kernels import aggregate as kernel
 
 op = import_module("purify_fast.ops.aggregate")
 METHODS = range(len(op.METHODS))
-
-
-def random(*shape: int, scale: float = 3.0, seed: int = 0, dtype=torch.float32) -> torch.Tensor:
-    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale).to(dtype)
+random = partial(normal, scale=3.0, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=op.METHODS)

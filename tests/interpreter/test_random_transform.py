@@ -7,7 +7,6 @@ from purify_fast.kernels import random_transform as kernel
 
 op = import_module("purify_fast.ops.random_transform")
 SEED = torch.tensor([-987654321])
-PLAIN, NHWC = torch.contiguous_format, torch.channels_last
 
 
 @pytest.mark.parametrize("num_passes", [0, 1, 4, 16])

@@ -2,15 +2,12 @@ from importlib import import_module
 
 import pytest
 import torch
+from op_cases import normal
 from torch.nn import functional as F
 
 from purify_fast.ops import aggregate, use_backend
 
 op = import_module("purify_fast.ops.aggregate")
-
-
-def random(*shape: int, scale: float = 3.0, seed: int = 0, dtype=torch.float64) -> torch.Tensor:
-    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale).to(dtype)
 
 
 def with_margin(samples: int, margin: float, classes: int = 10, batch: int = 3) -> torch.Tensor:
@@ -86,7 +83,7 @@ def test_default_head_can_be_attacked_at_any_margin(backend, samples, loss):
             continue  # float32 ends: exp(-100) is 0
         logits = with_margin(samples, float(margin))
         with torch.no_grad():
-            logits += 0.1 * random(3, samples, 10, scale=1.0, seed=margin, dtype=torch.float32).clamp(-2, 2)
+            logits += 0.1 * normal(3, samples, 10, seed=margin, dtype=torch.float32).clamp(-2, 2)
         q = aggregate(logits)
         assert q.isfinite().all()
         (gradient,) = torch.autograd.grad(LOSSES[loss](q), logits)
@@ -96,7 +93,7 @@ def test_default_head_can_be_attacked_at_any_margin(backend, samples, loss):
 
 @pytest.mark.parametrize("scale", [1.0, 30.0, 1e2, 1e3])
 def test_peel_is_finite_and_decides_as_lse(backend, scale):
-    logits = random(64, 8, 10, scale=scale, dtype=torch.float32).requires_grad_()
+    logits = normal(64, 8, 10, scale=scale, dtype=torch.float32).requires_grad_()
     log_p, q = aggregate(logits, "peel"), aggregate(logits, "lse")
     assert log_p.isfinite().all() and (log_p <= 0).all()
     assert torch.equal(log_p.argmax(1), q.argmax(1))
@@ -112,7 +109,7 @@ def test_peel_at_the_largest_logits(backend):
 
 
 def test_vote_is_a_majority(backend):
-    logits = random(40, 9, 6, dtype=torch.float32) - 50  # all negative: where the published count fails
+    logits = normal(40, 9, 6, dtype=torch.float32, scale=3.0) - 50  # all negative: where the published count fails
     votes = aggregate(logits, "vote")
     assert torch.equal(votes.sum(1), torch.full((40,), 9.0))
     expected = torch.stack([torch.bincount(row, minlength=6) for row in logits.argmax(2)]).float()
@@ -126,7 +123,7 @@ def test_vote_is_a_majority(backend):
 
 def test_sigmoids_of_any_size_keep_their_digits_and_leave_their_neighbours_alone(backend):
     """A batch whose images need another number subtracted each; what is beside an image must not change its bits."""
-    logits = random(7, 8, 10, dtype=torch.float32)
+    logits = normal(7, 8, 10, dtype=torch.float32, scale=3.0)
     logits[1] += 300
     logits[2] -= 300
     logits[3] -= 60
@@ -153,7 +150,7 @@ def test_sigmoids_of_any_size_keep_their_digits_and_leave_their_neighbours_alone
 @pytest.mark.parametrize("classes", [5, 100])
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf])
 def test_infinite_logits_have_the_gradient_of_logsumexp(backend, value, classes):
-    logits = random(2, 4, classes, dtype=torch.float32)
+    logits = normal(2, 4, classes, dtype=torch.float32, scale=3.0)
     logits[0, 1, 2] = value
     leaves = [logits.clone().requires_grad_() for _ in range(2)]
     (aggregate(leaves[0]).sum() + torch.logsumexp(leaves[1], 1).sum()).backward()
@@ -163,7 +160,7 @@ def test_infinite_logits_have_the_gradient_of_logsumexp(backend, value, classes)
 @pytest.mark.parametrize("method", op.METHODS)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_non_finite_logits_are_not_hidden(backend, method, value):
-    logits = random(3, 4, 5, dtype=torch.float32)
+    logits = normal(3, 4, 5, dtype=torch.float32, scale=3.0)
     logits[1, 2, 3] = value
     out, expected = aggregate(logits, method), op.reference(logits, op.METHODS.index(method))
     assert torch.equal(out.isnan(), expected.isnan()) and torch.equal(out.isinf(), expected.isinf())

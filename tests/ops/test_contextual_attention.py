@@ -40,14 +40,6 @@ def literal(features: torch.Tensor, valid: torch.Tensor, scale: float = 10.0) ->
     return torch.stack(results) if results else features.clone()
 
 
-def between(*shape: int, dtype=torch.float32, seed: int = 0) -> tuple:
-    """The op's own arguments; ``dtype`` of the weights' sums. No weight is near 1, where slopes are what cancels."""
-    features, valid = inputs(*shape, dtype=torch.promote_types(dtype, torch.float32), seed=seed)
-    pixels = features[:, :, ::2, ::2].flatten(2)
-    norms = op._inverse_norms(pixels.mT, shape[2] // 2, shape[3] // 2)
-    return pixels.mT @ pixels, norms, valid.to(dtype), shape[2] // 2, shape[3] // 2, 1.0
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_the_literal_form(backend, shape):
     for dtype, tolerance, slope_tolerance in ((torch.float64, 1e-12, 1e-11), (torch.float32, 1e-6, 1e-4)):

@@ -1,8 +1,10 @@
 """Convolutions against float64, over many shapes; the reference is PyTorch's."""
 
 import sys
+from functools import partial
 from importlib import import_module
 
+import op_cases
 import pytest
 import torch
 from op_cases import by_threads, compiles
@@ -15,6 +17,7 @@ from purify_fast.ops import conv2d, use_backend
 
 op = import_module("purify_fast.ops.convolution")
 LAST, HALF = torch.channels_last, torch.bfloat16
+normal = partial(op_cases.normal, dtype=HALF)
 #: Shapes whose images and rows threads share.
 SHARED = ((3, 17, 33, 31, 40, 3, 1, 1, 1), (2, 96, 16, 16, 96, 3, 2, 2, 2), (3, 40, 33, 31, 96, 3, 1, 2, 2))
 TILED = (2, 32, 17, 16, 48, 3, 1, 1, 1)
@@ -27,10 +30,6 @@ def kernels(request):
         pytest.skip("no kernel: it needs AVX512-BF16, and no AMX")
     with use_backend(request.param):
         yield request.param
-
-
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = HALF) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def operands(shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[int, int, int]]:

@@ -1,8 +1,10 @@
 """Kernels that save what backward needs: the results of the ops, and who serves when."""
 
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 
+import op_cases
 import pytest
 import torch
 from op_cases import DTYPES
@@ -24,11 +26,8 @@ loss_op, latent_op, distance_op, aggregate_op = (
     import_module(f"purify_fast.ops.{name}")
     for name in ("reconstruction_loss", "sample_latent", "representation_distance", "aggregate")
 )
+normal = partial(op_cases.normal, dtype=torch.float32)
 needs_kernels = pytest.mark.skipif(not SAVING_KERNELS, reason="the kernels are the extension's")
-
-
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def served_by_saving(out: torch.Tensor) -> bool:

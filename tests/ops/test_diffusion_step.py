@@ -3,16 +3,13 @@ from importlib import import_module
 
 import pytest
 import torch
+from op_cases import normal
 from torch import Tensor
 
 from purify_fast.ops import Stream, diffusion_step, philox
 
 op = import_module("purify_fast.ops.diffusion_step")
 SEED, STEP = torch.tensor([0x0123456789ABCDEF]), torch.tensor([3])
-
-
-def numbers(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def named(batch: int, step: Tensor = STEP) -> dict[str, Tensor]:
@@ -58,7 +55,7 @@ def test_the_noise_is_the_named_stream(backend):
 
 def test_one_tensor_in_two_places_compiles(backend):
     """The forward process gives the image as the prediction too, and a seed may be a step."""
-    x = numbers(2, 1, 4, 4).float().requires_grad_()
+    x = normal(2, 1, 4, 4, dtype=torch.float32).requires_grad_()
     values, one = coefficients(of_state=0.0, of_prediction=0.0, image=0.0, state=0.8, noise=0.6), torch.tensor([1])
 
     def noised(x: Tensor) -> Tensor:
@@ -72,7 +69,8 @@ def test_one_tensor_in_two_places_compiles(backend):
 
 @pytest.mark.parametrize("kind", ["noise", "image", "v"])
 def test_an_exact_prediction_gives_the_image_in_one_step(backend, kind):
-    image, z = numbers(2, 3, 8, 8).clamp(-1, 1).float(), numbers(2, 3, 8, 8, seed=1).float()
+    image = normal(2, 3, 8, 8, dtype=torch.float32).clamp(-1, 1)
+    z = normal(2, 3, 8, 8, seed=1, dtype=torch.float32)
     alpha, sigma = 0.8, 0.6
     name = named(2, torch.tensor([0]))
     forward = coefficients(of_state=0.0, of_prediction=0.0, image=0.0, state=alpha, noise=sigma)
@@ -101,8 +99,8 @@ def test_learned_variances_lie_between_the_two(backend):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_the_gradient_of_the_prediction_has_its_layout(backend, dtype):
-    x, name = numbers(3, 3, 8, 6).float(), named(3)
-    m = numbers(3, 6, 8, 6, seed=1).to(dtype)
+    x, name = normal(3, 3, 8, 6, dtype=torch.float32), named(3)
+    m = normal(3, 6, 8, 6, seed=1).to(dtype)
     results = []
     for memory in (torch.contiguous_format, torch.channels_last):
         leaf = m.contiguous(memory_format=memory).requires_grad_()
@@ -133,7 +131,7 @@ def test_both_ends_of_the_clip_pass_the_gradient(backend):
 def test_nan(backend):
     """NaN stays where it is, and what chooses a variance is not seen where there is no noise."""
     name = named(2)
-    x, m = numbers(2, 1, 8).float(), numbers(2, 2, 8, seed=1).float()
+    x, m = normal(2, 1, 8, dtype=torch.float32), normal(2, 2, 8, seed=1, dtype=torch.float32)
     x[0, 0, 1], m[0, 0, 2], m[0, 1, 3], m[1, 1, 4] = (math.nan,) * 4
     each = torch.stack([coefficients(noise=1.0), coefficients(noise=0.0)])
     x.requires_grad_()

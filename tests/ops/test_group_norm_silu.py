@@ -1,7 +1,9 @@
 """Group normalization with SiLU against float64 and against PyTorch's operators."""
 
+from functools import partial
 from importlib import import_module
 
+import op_cases
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from purify_fast.ops import group_norm_silu, use_backend
 
 op = import_module("purify_fast.ops.group_norm_silu")
 LAST, HALF = torch.channels_last, torch.bfloat16
+normal = partial(op_cases.normal, dtype=HALF)
 #: batch, channels, height, width, groups; one pixel more and less than the kernel's rounds of four, groups of two
 #: vectors, several groups in a vector; groups that no kernel takes, no image
 FITS = ((2, 16, 1, 2, 1), (3, 32, 5, 5, 2), (2, 96, 4, 7, 3), (1, 192, 8, 8, 12), (3, 48, 5, 3, 12), (2, 64, 3, 6, 8))
@@ -27,10 +30,6 @@ def kernels(request, monkeypatch):
         monkeypatch.setattr(op, "MIXED_DTYPES", ())
     with use_backend("cpp" if request.param == "cpp" else "reference"):
         yield request.param
-
-
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = HALF) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def truth(x: Tensor, grad: Tensor, groups: int, *numbers: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -117,14 +116,9 @@ def test_the_gradients_of_weights_in_float32(kernels):
 def test_the_result_depends_on_no_other_image_and_on_no_threads(kernels):
     x = normal(70, 32, 16, 16).to(memory_format=LAST)
     numbers = torch.ones(32), torch.zeros(32)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        whole = group_norm_silu(x, 2, *numbers)
-    finally:
-        torch.set_num_threads(threads)
     alone = torch.cat([group_norm_silu(part, 2, *numbers) for part in x.split(7)])
-    assert torch.equal(alone, whole)
+    for whole in op_cases.by_threads(lambda: group_norm_silu(x, 2, *numbers)):
+        assert torch.equal(alone, whole)
 
 
 def test_transforms_of_torch_func_pass_through_a_network(kernels):

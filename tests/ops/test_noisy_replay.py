@@ -1,12 +1,10 @@
 import math
-from importlib import import_module
 
 import pytest
 import torch
 
 from purify_fast.ops import Stream, noisy_replay, philox
 
-op = import_module("purify_fast.ops.noisy_replay")
 SEED = torch.tensor([0x0123456789ABCDEF])
 EPS = 8 / 255
 

@@ -1,11 +1,9 @@
 import math
-from importlib import import_module
 
 import torch
 
 from purify_fast.ops import Stream, philox, sample_latent
 
-op = import_module("purify_fast.ops.sample_latent")
 SEED = torch.tensor([987654321])
 
 

@@ -21,7 +21,6 @@ from purify_fast.ops.dispatch.examples import Example
 from purify_fast.ops.dispatch.op import Call
 
 CPU = torch.device("cpu")
-needs_extension = pytest.mark.skipif(not _library.loaded(), reason="the CPU's kernels are the extension's")
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+from small_models import with_random_norms
 from torch import nn
 from torch.nn import functional as F
 
@@ -46,14 +47,9 @@ def the_copy_is_faster(monkeypatch):
     )
 
 
-def net(**options):
+def net():
     torch.manual_seed(0)
-    made = Net()
-    with torch.no_grad():
-        for buffer in made.buffers():
-            if buffer.is_floating_point():
-                buffer.uniform_(0.1, 0.5)
-    return made.eval()
+    return with_random_norms(Net())
 
 
 def images(count=4, seed=1):

@@ -4,12 +4,13 @@ import copy
 
 import pytest
 import torch
+from loading import module
+from small_models import answers
 from torch import nn
 from torch.nn import functional as F
 
 from purify_fast.models.classifiers import PreActResNet18, SmallCNN, build_classifier
 from purify_fast.models.representation import Representation
-from purify_fast.speed.folding import batchnorm as folding
 from purify_fast.speed.folding.inference_copy import InferenceCopy, convert_to_channels_last
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -54,6 +55,7 @@ MODELS = {
     "fully_connected": (lambda: build_classifier("fully_connected", SHAPE, 10), 0),
     "unfoldable": (Unfoldable, 1),
     "shared": (Shared, 1),
+    "all that folds": (module("speed", "folding").Net, 4),
 }
 
 
@@ -79,14 +81,6 @@ def train(model, steps=3):
                 buffer.add_(0.2 * torch.rand(buffer.shape, generator=generator))
 
 
-def function(model, x):
-    """Logits and input gradient."""
-    leaf = x.clone().requires_grad_()
-    logits = model(leaf)
-    weight = torch.randn(logits.shape, generator=torch.Generator().manual_seed(3))
-    return logits.detach(), torch.autograd.grad((logits * weight).sum(), leaf)[0]
-
-
 def apart(got, want):
     """Largest difference of each result, relative to its largest value."""
     return [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(got, want, strict=True)]
@@ -98,20 +92,20 @@ def test_after_training_and_refresh_the_view_is_the_classifier(name):
     exact, fast = InferenceCopy(model, SHAPE, torch.float32), InferenceCopy(model, SHAPE)
     if MODELS[name][1] is not None:
         assert exact.folded == fast.folded == MODELS[name][1]
-    first = function(exact, x)
+    first = answers(exact, x)
     train(model)
-    assert all(torch.equal(a, b) for a, b in zip(function(exact, x), first, strict=True))  # not before it is asked to
+    assert all(torch.equal(a, b) for a, b in zip(answers(exact, x), first, strict=True))  # not before it is asked to
     # a second time too it starts from the classifier, not from the folded weights
     for view in (exact, exact, fast):
         view.refresh(model)
     assert model.training
     frozen = copy.deepcopy(model).eval()
-    want = function(frozen, x)
+    want = answers(frozen, x)
     assert min(apart(first, want)) > 1e-2  # the weights are others indeed
-    assert max(apart(function(exact, x), want)) < 1e-5
-    assert apart(function(fast, x), want)[0] < 0.05
+    assert max(apart(answers(exact, x), want)) < 1e-5
+    assert apart(answers(fast, x), want)[0] < 0.05
     # one that is made now rounds in float64 before it rounds to bfloat16
-    assert apart(function(fast, x), function(InferenceCopy(frozen, SHAPE), x))[0] < 0.02
+    assert apart(answers(fast, x), answers(InferenceCopy(frozen, SHAPE), x))[0] < 0.02
 
 
 def test_the_classifier_is_left_alone():
@@ -151,26 +145,3 @@ def test_layouts_and_dtypes_stay_through_a_refresh():
     assert {p.dtype for p in view.parameters()} == {torch.float32, torch.bfloat16}
     assert view.classifier.conv.weight.is_contiguous(memory_format=torch.channels_last)
     assert view(torch.rand(2, *SHAPE)).dtype == torch.float32
-
-
-@pytest.mark.parametrize("bias", [False, True])
-def test_pairs_folded_together_are_those_folded_alone(bias):
-    """To the bit, in every layout, but for the bias, whose sum a processor may round once or twice."""
-    torch.manual_seed(0)
-    convolutions = nn.Conv2d(3, 8, 3, bias=bias), nn.Conv2d(8, 6, 1, bias=bias), nn.Conv2d(6, 4, 3, groups=2, bias=bias)
-    norms = nn.BatchNorm2d(8), nn.BatchNorm2d(6, affine=False), nn.BatchNorm2d(4, eps=0.1)
-    model = nn.Sequential(*(m for pair in zip(convolutions, norms, strict=True) for m in pair), nn.Flatten())
-    model.append(nn.Linear(576, 5)).append(nn.BatchNorm1d(5))
-    model[7].weight = nn.Parameter(model[7].weight.detach().t().contiguous().t())
-    model[2].to(memory_format=torch.channels_last)
-    model[4].to(memory_format=torch.channels_last)
-    train(model)
-    pairs = [("0", "1"), ("2", "3"), ("4", "5"), ("7", "8")]
-    together = folding.FoldedPairs(model, pairs)
-    for _ in range(2):
-        found = together(dict(model.named_parameters()) | dict(model.named_buffers()))
-        for layer, norm in pairs:
-            weight, shift = folding.folded(model.get_submodule(layer), model.get_submodule(norm), torch.float32)
-            assert torch.equal(found[f"{layer}.weight"], weight)
-            torch.testing.assert_close(found[f"{layer}.bias"], shift, rtol=1e-6, atol=1e-6)
-        train(model)

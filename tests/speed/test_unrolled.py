@@ -55,8 +55,8 @@ def test_results_and_gradients_are_those_of_the_convolution(side, kernel, stride
 def test_the_matrix_of_the_gradient_follows_the_weights():
     """It is kept for frozen weights, and made again after these change. A trace does not record it as a constant."""
     torch.manual_seed(0)
-    weight, grad = (torch.randn(shape).to(BF16) for shape in ((512, 512, 3, 3), (2, 512, 4, 4)))
-    rest = torch.Size((2, 512, 4, 4)), (1, 1), (1, 1)
+    weight, grad = (torch.randn(shape).to(BF16) for shape in ((64, 64, 3, 3), (2, 64, 4, 4)))
+    rest = torch.Size((2, 64, 4, 4)), (1, 1), (1, 1)
 
     def close(found):
         right = conv2d_input(rest[0], weight.double(), grad.double(), 1, 1)
@@ -68,7 +68,7 @@ def test_the_matrix_of_the_gradient_follows_the_weights():
     assert close(unrolled.input_gradient(grad, weight, *rest))
     kept = layout()
     assert layout() is kept
-    weight.mul_(torch.rand(512)[:, None, None, None].to(BF16))
+    weight.mul_(torch.rand(64)[:, None, None, None].to(BF16))
     assert close(unrolled.input_gradient(grad, weight, *rest)) and layout() is not kept
     traced = make_fx(lambda one, other: unrolled.input_gradient(one, other, *rest))(grad, weight)
     weight.neg_()
@@ -81,11 +81,11 @@ def test_the_matrix_of_the_gradient_follows_the_weights():
 
 @packs
 def test_layouts_are_few_and_follow_new_memory():
-    weight = torch.rand(512, 512, 3, 3).to(BF16)
+    weight = torch.rand(64, 64, 3, 3).to(BF16)
     for side in range(1, 12):
         packed_matrix(weight, turned, (side, 1))
     assert len(kept_layouts._kept[weight][1]) == kept_layouts.MOST
-    rows = torch.rand(1, 2, 2, 9 * 512).to(BF16)
+    rows = torch.rand(1, 2, 2, 9 * 64).to(BF16)
     unrolled.product(rows, weight, matrix)
     weight.data = torch.zeros_like(weight)
     assert not unrolled.product(rows, weight, matrix).any()
