@@ -31,20 +31,6 @@ def test_the_script_ends_at_the_first_line_that_fails(first_commands, tmp_path):
     assert done.returncode == 0 and done.stdout == "went on\njudged\n", done
 
 
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("```\nls\n```\n", "ci: install.* 0$"),
-        (page("git clone x\n", "ls\n").replace("judge -->\n", "judge -->\n\n"), "ci: judge.* 0$"),
-        (page("git clone x\n", "ls\n") * 2, "ci: install.* 2$"),
-        (page("ls\n", "ls\n"), "git clone.* 0 times$"),
-    ],
-)
-def test_a_page_without_the_blocks_is_refused(first_commands, text, message):
-    with pytest.raises(SystemExit, match=message):
-        first_commands.typed(text, Path("x"))
-
-
 def test_the_environment_has_what_the_package_requires_and_no_more(first_commands, tmp_path):
     names = first_commands.required("purify-fast")
     assert {"torch", "torchvision", "numpy", "tyro"} < set(names)

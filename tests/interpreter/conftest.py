@@ -26,52 +26,36 @@ def interpreter():
 
 
 @pytest.fixture(autouse=True, scope="session")
-def language_replaced_once(interpreter):
-    """A launch replaces the functions of Triton's language once."""
+def fast(interpreter):
+    """Work is left out that Triton's interpreter repeats for every launch, sum and dtype."""
+    from dataclasses import replace
+
     import triton.language as tl
     from triton.runtime import interpreter
 
-    replace = interpreter._patch_lang
+    replace_language, get_dtype = interpreter._patch_lang, interpreter._get_np_dtype
+    known: dict = {}
 
     def once(fn):
         languages = [value for value in fn.__globals__.values() if value is tl or value is tl.core]
         if languages and not any(tl.core.is_builtin(language.load) for language in languages):
             return interpreter._LangPatchScope()
-        return replace(fn)
-
-    with pytest.MonkeyPatch.context() as patch:
-        if hasattr(interpreter, "_LangPatchScope"):
-            patch.setattr(interpreter, "_patch_lang", once)
-        yield
-
-
-@pytest.fixture(autouse=True, scope="session")
-def no_search_for_overflow(interpreter):
-    """Triton computes for every sum of integers whether it overflows, and asserts it only if ``debug`` is set."""
-    from dataclasses import replace
-
-    from triton.runtime.interpreter import interpreter_builder
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter_builder, "options", replace(interpreter_builder.options, sanitize_overflow=False))
-        yield
-
-
-@pytest.fixture(autouse=True, scope="session")
-def dtypes_remembered(interpreter):
-    """Triton makes a table of all dtypes whenever it needs one dtype of NumPy. That took a tenth of the time."""
-    from triton.runtime import interpreter
-
-    known: dict = {}
-    own = interpreter._get_np_dtype
+        return replace_language(fn)
 
     def remembered(dtype):
         name = dtype.scalar.name
         if name not in known:
-            known[name] = own(dtype)
+            known[name] = get_dtype(dtype)
         return known[name]
 
     with pytest.MonkeyPatch.context() as patch:
+        # A launch replaces the functions of Triton's language once.
+        if hasattr(interpreter, "_LangPatchScope"):
+            patch.setattr(interpreter, "_patch_lang", once)
+        # Triton computes for every sum of integers whether it overflows, and asserts it only if `debug` is set.
+        builder = interpreter.interpreter_builder
+        patch.setattr(builder, "options", replace(builder.options, sanitize_overflow=False))
+        # Triton makes a table of all dtypes whenever it needs one dtype of NumPy. That took a tenth of the time.
         patch.setattr(interpreter, "_get_np_dtype", remembered)
         yield
 
