@@ -203,11 +203,6 @@ assert type(load_defence("run")).__name__ == "Blurred"
 """
 
 
-def added(before: str, text: str) -> str:
-    """A file with the text at its end, or above ``__all__`` in a file that was there."""
-    return re.sub(r"^__all__", text + "\n\n__all__", before, flags=re.M) if "__all__" in before else before + text
-
-
 def test_few_files_add_an_op_and_a_method(tmp_path):
     """The op of the page runs in test_extend.py."""
     assert len(files()) + OTHER_FILES_OF_AN_OP <= 6 and len(METHOD) <= 8
@@ -217,5 +212,6 @@ def test_few_files_add_an_op_and_a_method(tmp_path):
     for path, text in METHOD.items():
         file: Path = tmp_path / path
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(added(file.read_text() if file.exists() else "", text))
+        with file.open("a") as end:
+            end.write(text)
     run(tmp_path, "-c", OF_ALL)

@@ -22,7 +22,7 @@ def test_pages_agree_with_the_results():
 
 def test_rows_of_another_revision_than_the_package_has_are_found(monkeypatch):
     monkeypatch.setattr(APGD, "revision", lambda self: "another")
-    found = [line for line in fill.check(RESULTS) if "was made by other attacks or models" in line]
+    found = [line for line in contests.outdated(RESULTS) if "was made by other attacks or models" in line]
     ours = {row["contestant"] for row in contests.read(RESULTS / "studies")} - {"AutoAttack", "AutoAttack rand"}
     assert {who for who in ours if any(f": {who} of the contest" in line for line in found)} == ours
     assert not any(": AutoAttack" in line for line in found)

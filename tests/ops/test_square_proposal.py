@@ -74,15 +74,14 @@ def test_mass_moves_between_the_windows_and_the_rest_is_used(norm):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("norm", NORMS)
-def test_ball_and_box_and_no_mutation(norm, dtype):
+def test_ball_and_box(norm, dtype):
     x, clean, eps, numbers, edge, _, _, _, shapes = inputs(norm, dtype=dtype)
-    radius, given = 30 * eps, (x.clone(), clean.clone(), numbers.clone())
+    radius = 30 * eps
     found = square_proposal(x, clean, radius, numbers, edge, norm, 0.4, 0.6, shapes).double()
     slack = 4 * torch.finfo(dtype).eps
     assert (found >= 0.4 - slack).all() and (found <= 0.6 + slack).all()
     reach = (found.unflatten(0, (2, 4)) - clean.double()).flatten(2).norm(p=POWERS[norm], dim=2)
     assert (reach <= radius * (1 + 1e-5) + slack * 360 ** (1 / POWERS[norm])).all()
-    assert all(torch.equal(now, before) for now, before in zip((x, clean, numbers), given, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
