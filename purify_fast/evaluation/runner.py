@@ -271,7 +271,7 @@ class _Evaluation:
             }
         )
         before = self.suspicion.before
-        asked = None if before is None else self.suspicion.ask_before(before)
+        asked = None if before is None else self.suspicion.ask_before(before, self.costs())
         if asked is not None:
             self.act_on(signs_of_masking(asked, subject.is_random))
         if shards.rank > 0:
@@ -305,8 +305,6 @@ class _Evaluation:
         self.curve = Curve(attacks_of_curve(self.plan, context, self.radii), self.radii)
         at_radii = (spec for radius in self.radii for spec in self.curve.specs_at(radius, context.norm))
         measure.attacks = [*self.plan, *at_radii]
-        # The probes are a row too.
-        measure.progress.total = (self.suspicion.before is not None) + len(self.plan) + len(self.radii)
 
     def act_on(self, signs: Sequence[str]) -> None:
         """If there are signs of masked gradients, strengthen the attacks of a protocol in `SEARCHES` and add a note."""
@@ -328,6 +326,19 @@ class _Evaluation:
 
     # -- the rows -----------------------------------------------------------------------------------------------------
 
+    def costs(self) -> list[int | None]:
+        """Return the largest number of forward passes of single images for each row; None if a number is unknown."""
+        context, n = self.measure.context, len(self.measure.subject.y)
+
+        def images(spec: AttackSpec) -> int:
+            stands = self.standings.get((spec.variant, threat_name(spec, context)))
+            left = int(stands.left.sum()) if stands is not None and spec.survivors_only else n
+            return min(left, spec.nearest or n)
+
+        asked = [(spec.resolved.cost(context), images(spec)) for spec in self.plan]
+        asked += [(cost, n) for cost in self.curve.costs(context)]
+        return [None if cost is None else cost * images for cost, images in asked]
+
     def standing(self, variant: Variant, threat: str | None) -> Standing:
         """What the attacks so far have left."""
         left = self.measure.judge.withstood(self.measure.clean(variant))
@@ -338,8 +349,9 @@ class _Evaluation:
         measure, subject, progress = self.measure, self.measure.subject, self.measure.progress
         variants: list[Variant] = list(dict.fromkeys(["random", *(spec.variant for spec in self.plan)]))
         n = len(subject.y)
+        progress.costs[progress.rows :] = self.costs()
         all_rows = [measure.clean(variant) for variant in variants]
-        for spec in self.plan:
+        for number, spec in enumerate(self.plan, 1):
             threat = threat_name(spec, measure.context)
             deployed = self.standing("random", threat).rows if subject.is_random else []
             earlier = [row for row in deployed if row.n >= (spec.max_images or n)]
@@ -349,6 +361,7 @@ class _Evaluation:
                 all_rows.append(row)
                 if row.is_attack:
                     self.standing(variant, threat).add(row, measure.judge.withstood(row))
+            progress.costs[progress.rows :] = self.costs()[number:]
             for row in rows:
                 progress.finished(f"{row.attack}: {100 * row.accuracy:.1f} % of {row.n} images{source}")
         own = self.standing("random", None).rows

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from .._tensors import digest
-from .alarms.answers import ALONE, PROBED, Before, Missing, differences
+from .alarms.answers import ALONE, PROBED, Before, Missing, differences, has_no_gradient
 from .alarms.evidence import IDENTITIES, Evidence
 from .alarms.probes import Probes, asked_before, near, probe, probes_before
 from .alarms.signs import findings
@@ -38,6 +38,7 @@ class Suspicion:
             classes=subject.num_classes,
             probabilities=subject.has_probabilities,
             one_hot=subject.has_one_hot,
+            protocol=report.about.get("protocol"),
         )
         if self.before is not None and asked is not None:
             probes = self.all_probes(self.before, asked, evidence)
@@ -46,10 +47,12 @@ class Suspicion:
             fallen = probes.found() if subject.is_random else probes.fallen()
             count_fallen(report.rows, fallen, float(self.measure.context.eps), self.judged_points(probes, fallen))
             report.curves.setdefault(name, {}).update(probes.curves())
+        elif any(row.lacked_gradients for row in evidence.with_counted_gradients()):
+            # The rows only count gradients of zeros. The probes would have told why.
+            evidence = replace(evidence, no_gradient=has_no_gradient(subject))
         elif (
             self.compares
             and evidence.followed_gradients()
-            and not any(row.lacked_gradients for row in evidence.with_counted_gradients())
             # The gradients of such a model are approximations by design.
             and type(subject.base_model).__name__ not in IDENTITIES
         ):
@@ -91,10 +94,11 @@ class Suspicion:
         settings = {"probes": [PROBED, subject.data, subject.seed, subject.is_random, *ball]}
         return self.measure.cache.key(settings | more, subject.model)
 
-    def ask_before(self, before: Before) -> Probes:
+    def ask_before(self, before: Before, costs: Sequence[int | None]) -> Probes:
         """Run the probes before the attacks."""
         measure, progress = self.measure, self.measure.progress
         context, subject = measure.context, measure.subject
+        progress.costs = [None, *costs]
         probes = probes_before(before, context, counted_model(subject.model, progress))
 
         def run(number: int) -> Any:
@@ -107,7 +111,7 @@ class Suspicion:
             return subject.room.within(functools.partial(run, number))
 
         def make() -> dict[str, Any]:
-            with progress.row("probes"):
+            with progress.row("probes", None):
                 values = measure.shards.share(range(len(probes)), part)
                 return asdict(subject.room.within(lambda: asked_before(before, context, values)))
 

@@ -91,7 +91,7 @@ def test_which_models_are_copied(monkeypatch):
     odd = Stubborn()
     assert copies.gradient_copy(odd, x, "bfloat16") is odd
     progress = Progress()
-    with progress.row("attack"):
+    with progress.row("attack", None):
         counted = counted_model(net, progress)
         around = copies.gradient_copy(counted, x, "bfloat16")
         assert type(around) is type(counted) and isinstance(around.model, InferenceCopy)

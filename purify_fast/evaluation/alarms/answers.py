@@ -160,6 +160,13 @@ def differences(subject: Subject, y: Tensor, *points: Tensor) -> tuple[float | M
     return cosine, max(without for _, without in measured)
 
 
+def has_no_gradient(subject: Subject) -> bool:
+    """Tell whether a model's output has no gradient with respect to the images, not even zeros."""
+    with torch.enable_grad():
+        leaf = subject.sample_images().clone().requires_grad_()
+        return gradient_to(leaf, subject.model(leaf).float().sum()) is None
+
+
 def _differences(subject: Subject, x: Tensor, y: Tensor) -> tuple[float | Missing, float]:
     with subject.variant(quiet(subject)):
         with torch.enable_grad():

@@ -23,6 +23,8 @@ MISSING: dict[Missing, str] = {
 
 #: Class names of the models in which a purifier or another part has the gradient of the identity, as in BPDA.
 IDENTITIES = ("BpdaModel", "IdentityBackward")
+#: A report does not advise more draws per gradient if an attack has averaged at least this number of draws.
+MANY_DRAWS = 20
 
 #: The meaning of each verdict, in words for the reader of a report. "The number" is the robust accuracy.
 STATES = {
@@ -78,6 +80,8 @@ class Evidence:
         classes: number of the model's classes; None if unknown.
         probabilities: whether the model returns probabilities instead of logits; None if unknown.
         one_hot: whether the probabilities are all 0 or 1.
+        protocol: name of the protocol; None for a list of attacks.
+        no_gradient: whether the output is known to have no gradient with respect to the images.
         cosine: between the changes that gradients predict and the measured changes; None if not measured.
     """
 
@@ -86,6 +90,8 @@ class Evidence:
     classes: int | None = None
     probabilities: bool | None = None
     one_hot: bool = False
+    protocol: str | None = None
+    no_gradient: bool = False
     cosine: float | Missing | None = None
 
     def attacks(self) -> list[Row]:
@@ -100,6 +106,17 @@ class Evidence:
         """Tell whether an attack followed the model's own gradients, and not those of BPDA or of another model."""
         counted = self.with_counted_gradients()
         return any(row.kind != "bpda" and not row.settings.get("gradients_from") for row in counted)
+
+    def tried(self) -> set[str]:
+        """The stronger attacks that ran on more than a few images, by their names in `signs.EFFORTS`."""
+        tried = {"strong"} if self.protocol == "strong" else set[str]()
+        for row in self.attacks():
+            of = row.settings.get
+            if of("nearest"):
+                continue
+            tried |= {"BPDA"} if row.kind == "bpda" or of("gradients_from") in IDENTITIES else set()
+            tried |= {"draws"} if (of("eot_iter") or 1) >= MANY_DRAWS else set()
+        return tried
 
     @property
     def images(self) -> int:

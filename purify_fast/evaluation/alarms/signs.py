@@ -7,7 +7,7 @@ the alarm does not apply. The alarms run in the order of this file.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -38,19 +38,47 @@ MORE_THAN_LUCK = 3
 ITSELF = "the model itself"
 #: The report's words if no attack counted how many gradients of the model itself were usable.
 NOT_COUNTED = "no attack counted the gradients of the model itself"
-#: The advice to attack a model whose gradients are masked.
-HARDER = (
-    "attack by BPDA, which needs a defence with purify and classifier, or run the protocol strong; if both ran, only "
-    "an attack that is written for this defence, as a function (model, x, y), may find more"
+#: The stronger attacks that a report may advise. `Evidence.tried` returns those that already ran.
+EFFORTS = {
+    "BPDA": "attack by BPDA, which needs a defence with purify and classifier",
+    "draws": "average each gradient over more draws (eot_iter=20)",
+    "strong": "run the protocol strong",
+}
+#: The advice of a report if all stronger attacks already ran.
+WRITTEN_FOR_IT = (
+    "the stronger attacks of this package ran: only an attack that is written for this defence, as a function "
+    "(model, x, y), may find more"
 )
-OVERFLOW = "look for a division by 0, log(0) or an overflow of exp() in forward"
+
+
+class Advice(NamedTuple):
+    """The advice for a sign that makes the accuracy unreliable: where to look, and the `EFFORTS` to run.
+
+    The last of the efforts must be "strong", so that `WRITTEN_FOR_IT` appears only after the protocol strong has run.
+    """
+
+    look: str
+    efforts: tuple[str, ...] = ()
+
+    def written(self, tried: Collection[str]) -> str:
+        """Write the advice in words; attacks that already ran are left out."""
+        left = [EFFORTS[effort] for effort in self.efforts if effort not in tried]
+        return f"{self.look}; {', or '.join(left) or WRITTEN_FOR_IT}" if self.efforts else self.look
+
+
+OVERFLOW = Advice("look for a division by 0, log(0) or an overflow of exp() in forward")
 #: The advice for each reason why gradients are missing.
 WITHOUT_GRADIENTS = {
     "not finite": OVERFLOW,
-    "no gradient": "the output has no grad_fn: does forward use torch.no_grad(), .detach() or NumPy? A diffusion "
-    f"defence that must save memory can use checkpointed_steps; {HARDER}",
-    "zero gradient": f"look for rounding, sign, argmax, .detach() or a saturated output in forward; {HARDER}",
+    "no gradient": Advice(
+        "the output has no grad_fn: does forward use torch.no_grad(), .detach() or NumPy? A diffusion defence that "
+        "must save memory can use checkpointed_steps",
+        ("BPDA", "strong"),
+    ),
+    "zero gradient": Advice("look for rounding, sign, argmax or a saturated output in forward", ("BPDA", "strong")),
 }
+#: The advice if a short attack with the model's own gradients found images that the report's attacks did not find.
+SHORT_FOUND_MORE = Advice("a short attack found images that the attacks of the report did not find", ("strong",))
 
 
 class Outcome(NamedTuple):
@@ -59,7 +87,7 @@ class Outcome(NamedTuple):
     verdict: Verdict
     measured: str
     row: str = ""
-    advice: str = ""
+    advice: Advice | None = None
 
 
 #: The function of an alarm. Its arguments are the evidence, and the probes if `Alarm.of_probes` is True. The function
@@ -75,7 +103,7 @@ class Alarm:
     """
 
     name: str
-    advice: str = ""
+    advice: Advice | None = None
     of_probes: bool = False
     of_answers: bool = False
     prominent: bool = False
@@ -99,12 +127,14 @@ def findings(evidence: Evidence) -> list[Finding]:
         evidence: rows and probes of one model.
     """
     every: list[Finding] = []
+    tried = evidence.tried()
     for alarm, judge in ALARMS.items():
         if alarm.of_probes and evidence.probes is None:
             continue
         outcome = judge(evidence, evidence.probes) if alarm.of_probes else judge(evidence)
         if outcome is None:
             continue
+        advice = outcome.advice or alarm.advice
         finding = Finding(
             alarm.name,
             outcome.verdict,
@@ -112,7 +142,7 @@ def findings(evidence: Evidence) -> list[Finding]:
             outcome.row,
             of_answers=alarm.of_answers,
             prominent=alarm.prominent,
-            advice=(outcome.advice or alarm.advice) if outcome.verdict == "unreliable" else "",
+            advice=advice.written(tried) if advice is not None and outcome.verdict == "unreliable" else "",
         )
         every.append(finding)
     doubts = [finding for finding in every if finding.verdict == "unreliable"]
@@ -170,7 +200,7 @@ def finite_predictions(evidence: Evidence) -> Outcome:
     return Outcome("unreliable", text, worst.attack)
 
 
-@Alarm("logits", "return the logits, as they are before a softmax or argmax")
+@Alarm("logits", Advice("return the logits, as they are before a softmax or argmax"))
 def logits(evidence: Evidence) -> Outcome | None:
     """Alarm if the model returns probabilities instead of logits."""
     if evidence.probabilities is None:
@@ -186,7 +216,7 @@ def logits(evidence: Evidence) -> Outcome | None:
     return Outcome("unreliable", text)
 
 
-@Alarm("gradient health", f"look for rounding, .detach() or a custom backward in forward; {HARDER}")
+@Alarm("gradient health", Advice("look for rounding, .detach() or a custom backward in forward", ("BPDA", "strong")))
 def gradient_health(evidence: Evidence) -> Outcome:
     """Alarm if no attack had usable gradients, or if the model does not change as its gradients predict."""
     counted = _of_counted(evidence)
@@ -225,11 +255,12 @@ def _of_counted(evidence: Evidence) -> Outcome:
         some = f"{len(lacking)} of {len(counted)} attacks {along} could not use them: {shares}"
         return Outcome("noted", some, lacking[0].attack)
     finite = not any(row.health["nonfinite"] for row in lacking if row.health)
-    advice = WITHOUT_GRADIENTS["zero gradient" if finite else "not finite"]
+    zero = "no gradient" if evidence.no_gradient else "zero gradient"
+    advice = WITHOUT_GRADIENTS[zero if finite else "not finite"]
     return Outcome("unreliable", f"{every} could not use them: {shares}", lacking[0].attack, advice)
 
 
-@Alarm("missed images", f"the model's own gradients do not show where it falls; {HARDER}")
+@Alarm("missed images", Advice("the model's own gradients do not show where it falls", ("BPDA", "strong")))
 def missed_images(evidence: Evidence) -> Outcome:
     """Alarm if images withstand the attacks with the model's own gradients, but fall to other attacks or probes."""
     outcomes = [each for each in (_missed_by_rows(evidence), _missed_by_report(evidence)) if each is not None]
@@ -282,8 +313,7 @@ def _missed_by_report(evidence: Evidence) -> Outcome | None:
     text = f"{text}; {absent}" if absent else text
     verdict = _verdict(_surely_more(count, MOST_MISSED, probes.n), noted=count > 1 or bool(absent))
     row = f"probe: APGD by the gradients of {best}" if count else ""
-    more = "a short attack found images that the attacks of the report did not find; run the protocol strong"
-    return Outcome(verdict, text, row, more if best == ITSELF else "")
+    return Outcome(verdict, text, row, SHORT_FOUND_MORE if best == ITSELF else None)
 
 
 # -- alarms from probes -----------------------------------------------------------------------------------------------
@@ -291,7 +321,7 @@ def _missed_by_report(evidence: Evidence) -> Outcome | None:
 
 @Alarm(
     "batch size",
-    "let the logits of an image depend on that image alone: is a module in training mode?",
+    Advice("let the logits of an image depend on that image alone: is a module in training mode?"),
     of_probes=True,
     of_answers=True,
 )
@@ -306,15 +336,14 @@ def batch_size(evidence: Evidence, probes: Probes) -> Outcome:
 
 @Alarm(
     "noise and seeds",
-    "the noise hides from an attack where images fall; average each gradient over more draws (eot_iter=20), or run the "
-    "protocol strong",
+    Advice("the noise hides from an attack where images fall", ("draws", "strong")),
     of_probes=True,
 )
 def noise(evidence: Evidence, probes: Probes) -> Outcome | None:
     """Alarm if the model sets seeds, or if images withstand only because each gradient averages few draws."""
     if probes.sets_seed:
         text = "the model sets the seed of torch's generator itself: its noise, if it has any, is always the same"
-        remove = "remove the seed from forward: while the noise repeats, more draws per gradient change nothing"
+        remove = Advice("remove the seed from forward: while the noise repeats, more draws per gradient change nothing")
         return Outcome("unreliable", text, "probe: the generator's state after two seeds", remove)
     if not probes.eot:
         return None
@@ -338,7 +367,7 @@ def noise(evidence: Evidence, probes: Probes) -> Outcome | None:
 
 @Alarm(
     "same answer again",
-    "let forward keep no state, and compute the same whether gradients are recorded or not",
+    Advice("let forward keep no state, and compute the same whether gradients are recorded or not"),
     of_probes=True,
     of_answers=True,
 )

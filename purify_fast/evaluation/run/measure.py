@@ -217,7 +217,8 @@ class Measure:
         task = Task(self.attacks.index(spec), index, rule, begin)
         with self._run(task) as run:
             self.shards.from_first(lambda: task._replace(draws_differ=run.context.draws_differ))
-            with self.progress.row(row_name(spec, self.context)):
+            cost = spec.resolved.cost(run.context)
+            with self.progress.row(row_name(spec, self.context), None if cost is None else cost * len(index)):
                 sums = run.sums(self.shards)
         sums.images = sums.images[: spec.max_images]
         return run, sums

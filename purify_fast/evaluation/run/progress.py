@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,12 +18,16 @@ LINE_EVERY = 30.0
 
 
 class Progress:
-    """Counts the images in the forward passes of an evaluation, and shows the progress; ``total`` is the last row."""
+    """Counts the images in the forward passes of an evaluation, and shows the progress.
 
-    def __init__(self, name: str = "", shown: bool = False):
+    ``costs`` are upper limits of these counts for each row, or None; the probes are the first row.
+    """
+
+    def __init__(self, name: str = "", shown: bool = False, costs: Sequence[int | None] = ()):
         self.name, self.shown = name, shown
         self.lines = shown and not sys.stderr.isatty()
-        self.rows, self.total, self.images = 0, 1, 0
+        self.costs = list(costs)
+        self.rows, self.images, self.in_row = 0, 0, 0
         self.label, self.bar = "", None
         self.began = self.last_line = time.monotonic()
 
@@ -32,38 +36,57 @@ class Progress:
         """The time since this object was made."""
         return time.monotonic() - self.began
 
+    @property
+    def rate(self) -> float:
+        """The number of images per second in the forward passes so far."""
+        return self.images / max(self.seconds, 1e-9)
+
     @contextlib.contextmanager
-    def row(self, label: str) -> Iterator[None]:
+    def row(self, label: str, total: int | None) -> Iterator[None]:
         """A context in which images are counted for a row."""
-        place = f"{self.rows + 1} of {self.total}"
+        self.in_row = 0
+        place = f"{self.rows + 1} of {max(len(self.costs), self.rows + 1)}"
         self.label = f"{place}, {label}"
         options: dict[str, Any] = {"unit": " predictions", "unit_scale": True, "leave": False, "dynamic_ncols": True}
         hidden = self.lines or not self.shown
-        with tqdm(desc=f"{self.name}: {label} ({place})", disable=hidden, **options) as self.bar:
+        with tqdm(total=total, desc=f"{self.name}: {label} ({place})", disable=hidden, **options) as self.bar:
             yield
         self.bar = None
 
     def next_row(self) -> None:
         """Begin with the next row, because the last row is finished or was read from the cache."""
-        self.rows += 1
+        self.rows, self.in_row = self.rows + 1, 0
 
     def count(self, images: int) -> None:
         """Count images of a forward pass, and write a line to the log if the last line is old."""
         self.images += images
+        self.in_row += images
         if self.bar is None:
             return
+        self.bar.set_postfix_str(self.left(), refresh=False)
         self.bar.update(images)
         if self.lines and time.monotonic() - self.last_line >= LINE_EVERY:
-            self._print(f"row {self.label}: {self.images / max(self.seconds, 1e-9):,.0f} predictions/s")
+            self._print(f"row {self.label}: {self.rate:,.0f} predictions/s, {self.left()}")
 
     def finished(self, result: str) -> None:
         """Write the short result of a row to the log."""
         if self.lines:
-            self._print(f"{result} ({tqdm.format_interval(self.seconds)})")
+            self._print(f"{result} ({tqdm.format_interval(self.seconds)}, {self.left()})")
 
     def _print(self, text: str) -> None:
         self.last_line = time.monotonic()
         print(f"{self.name}: {text}", file=sys.stderr, flush=True)
+
+    def left(self) -> str:
+        """The longest time that the remaining rows may take, in words."""
+        costs = self.costs[self.rows :]
+        if not costs:
+            return "the last row"
+        known = [cost for cost in costs if cost is not None]
+        if len(known) < len(costs) or not self.images:
+            return "time left not known"
+        seconds = (sum(known) - min(self.in_row, known[0])) / self.rate
+        return f"{tqdm.format_interval(seconds)} left at most"
 
 
 class CountedModel(nn.Module):
