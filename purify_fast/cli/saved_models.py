@@ -44,6 +44,8 @@ def own_model(spec: str, images: DataSet) -> Classifier:
     from ..models.foreign import called_by
 
     model: Classifier = called_by(spec)
+    if not callable(model) or isinstance(model, type):
+        raise ValueError(f"{spec} must return a torch.nn.Module or a function from images to logits, got {model!r}")
     return model.to(images.y_test.device) if isinstance(model, nn.Module) else model
 
 

@@ -63,6 +63,8 @@ def read_folder(
     _warn_of_numbers(folder, classes)
     if skip_broken:
         splits = {part: _without_broken(root, part, split) for part, split in splits.items()}
+        if "train" in splits and len(splits["train"].labels.unique()) < len(classes):
+            raise ValueError(f"a class of {folder} has no training image that can be decoded: replace its images")
     size = read_image(next(iter(splits.values())).files[0]).shape[1:] if image_size is None else image_size
     memory = available_memory() // 2
     x: dict[str, Tensor | StreamedImages] = {"train": torch.empty((0, 3, *size), dtype=torch.uint8)}

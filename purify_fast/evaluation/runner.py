@@ -92,7 +92,7 @@ def evaluate(
             by at most 1e-4 are clamped. Or, without ``y``, a DataLoader or another iterable of batches (images, labels)
             or (images, labels, indices), which is read once.
         y: labels, integers ``[N]``, a tensor or a NumPy array.
-        eps: radius of the ball, in image units; above 0 if there are attacks.
+        eps: radius of the ball, in image units; above 0 if there are attacks. An attack's own eps wins.
         protocol: name of the list of attacks, such as "fast". This and the next two are fields of `EvaluateConfig`;
             None takes the value of ``config``.
         batch_size: number of images that are attacked together, or "auto".
@@ -127,6 +127,10 @@ def evaluate(
         TypeError: images or labels are neither tensors nor arrays, or another argument has a wrong type.
         ModuleNotFoundError: an attack needs AutoAttack's package, which is not installed.
     """
+    if not callable(model) or isinstance(model, type):
+        raise TypeError(f"model must be a module or a function from images to logits, got {model!r}")
+    if not isinstance(config, EvaluateConfig):
+        raise TypeError(f"config must be an EvaluateConfig, got {config!r}")
     check_folder("out", out)
     arguments: dict[str, Any] = {"protocol": protocol, "batch_size": batch_size, "seed": seed}
     config = replace(config, **{name: value for name, value in arguments.items() if value is not None})

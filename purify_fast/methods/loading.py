@@ -57,6 +57,8 @@ def load_defence(
     kind, arguments = facts["kind"], dict[str, Any](facts["arguments"])
     if kind not in (*_DEFENCES, ALONE):
         raise ValueError(f"{folder} holds a classifier ({kind}), not a defence: use load_classifier to load it")
+    if purifier is not None and not {"purifier", "denoiser"} & arguments.keys():
+        raise ValueError(f"purifier must be None, got a module: {folder} holds a {kind!r}, which includes its purifier")
     if process is not None:
         if "process" not in arguments:
             raise ValueError(f"process must be None, got {process!r}: {folder} holds a {kind!r}, which has no process")
@@ -65,6 +67,8 @@ def load_defence(
         if not (Path(folder) / "classifier").is_dir():
             raise FileNotFoundError(f"classifier must be given: {Path(folder) / 'classifier'} is missing")
         classifier = load_classifier(Path(folder) / "classifier")
+    elif not isinstance(classifier, nn.Module):
+        raise TypeError(f"classifier must be a module, such as load_classifier(folder) returns, got {classifier!r}")
     if kind == ALONE:
         # the denoiser was trained without a classifier, so it fits any classifier
         check, kind, state = False, "DiffusionPurifier", {f"denoiser.module.{name}": state[name] for name in state}

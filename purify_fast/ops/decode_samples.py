@@ -273,8 +273,8 @@ def decode_prior(
         raise ValueError(f"dtype must be float32 or bfloat16 (float64 for float64 weights), got {dtype}")
     others = {"packed": packed, "biases": biases}
     seed, sample_ids = default_stream(seed, sample_ids, len(condition), condition=condition, **others)
-    if samples < 1:
-        raise ValueError(f"samples must be at least 1, got {samples}")
+    if samples < 1 or not 0 <= slope < float("inf"):
+        raise ValueError(f"samples must be at least 1, and slope finite and at least 0, got {samples} and {slope}")
     # The backward multiplies by image * (1 - image), but bfloat16 rounds an image above 0.998 to 1.
     wanted = real if squash and condition.requires_grad and torch.is_grad_enabled() else dtype
     if OP.uses_reference(condition.device, wanted, condition.numel()):

@@ -12,6 +12,18 @@ from torch import Tensor
 
 from ..attacks.arguments import INTO_RANGE, ROUNDING
 
+#: The attributes of a loader, and of these, that may have generators.
+INSIDE = (
+    "dataset",
+    "datasets",
+    "sampler",
+    "batch_sampler",
+    "transform",
+    "transforms",
+    "target_transform",
+    "collate_fn",
+)
+
 
 def read_batch(batch: Any, name: str) -> tuple[Tensor, Tensor, Any]:
     """Return the images and the labels of a batch, and its third part or None, or raise TypeError."""
@@ -61,8 +73,12 @@ def seed_generators(loader: Any, seed: int, epoch: int) -> None:
 
 
 def _parts(loader: Any) -> Iterator[Any]:
-    """Yield a loader, its data set and its samplers, and those inside them."""
-    yield loader
-    for name in ("dataset", "sampler", "batch_sampler"):
-        if (part := getattr(loader, name, None)) is not None:
-            yield from _parts(part)
+    """Yield a loader, its data sets, samplers, transforms and collate function, and those inside them."""
+    waiting, seen = [loader], set[int]()
+    for part in waiting:
+        if part is None or id(part) in seen:
+            continue
+        seen.add(id(part))
+        yield part
+        inside = [getattr(part, name, None) for name in INSIDE]
+        waiting += [one for each in inside for one in (each if isinstance(each, (list, tuple)) else [each])]

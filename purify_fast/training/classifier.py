@@ -67,6 +67,10 @@ class ClassifierTask(Task):
                 x = attack.run(self.model, batch, graphs=self.graphs)
             clean = None if objective is None else self.model(batch.x)
             logits, hard = self.model(x), hard_labels(batch.y)
+            if batch.y.is_floating_point() and batch.y.shape != logits.shape:
+                raise ValueError(
+                    f"y must have a column for each of {logits.shape[1]} classes, got {list(batch.y.shape)}"
+                )
             metrics = {"accuracy": (logits.detach().argmax(1) == hard).float().mean()}
             if objective is None or clean is None:
                 return F.cross_entropy(logits, batch.y, label_smoothing=smoothing), metrics

@@ -30,6 +30,7 @@ def fuse(optimizer: torch.optim.Optimizer, fused: bool) -> None:
     defaults = optimizer.defaults
     if "fused" not in defaults or isinstance(optimizer, Lookahead):
         return
+    fused = fused and all(weight.is_floating_point() for weight in weights_of(optimizer))
     state = optimizer.state_dict()
     for group in state["param_groups"]:
         group["fused"], group["foreach"] = (True, False) if fused else (defaults["fused"], defaults["foreach"])
@@ -62,6 +63,10 @@ class Lookahead(torch.optim.Optimizer):
         self.inner, self.k, self.alpha, self.steps = inner, k, alpha, 0
         self.param_groups = inner.param_groups
         self._slow = [weight.detach().clone() for weight in weights_of(self)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state for copies and pickles. torch's own method would omit the attributes of this class."""
+        return vars(self)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

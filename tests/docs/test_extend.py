@@ -1,4 +1,4 @@
-"""docs/extend.md leads to an op and a method of few files, which run in a copy of the package."""
+"""docs/extend.md leads to an op, an attack and a method of few files, which run in a copy of the package."""
 
 import os
 import re
@@ -84,6 +84,37 @@ def test_the_op_of_the_page_has_gradients(tmp_path):
 #: The files of an op beside those whose text is on the page: the list of benchmarks, its tests, and the common tests.
 OTHER_FILES_OF_AN_OP = 3
 
+ATTACK = {
+    "purify_fast/attacks/corners.py": '''
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..protocols import Classifier
+from .base import Attack, AttackResult
+
+
+@dataclass(frozen=True)
+class Corners(Attack):
+    """A random corner of the ball for each image."""
+
+    kind: ClassVar[str] = "corners"
+    code_version: ClassVar[str] = "1"
+    norms: ClassVar[tuple[str, ...]] = ("linf",)
+
+    eps: float | None = None
+    norm: str | None = None
+
+    def name(self, context):
+        return "a random corner"
+
+    def search(self, target, x, y, context):
+        return AttackResult((x + context.eps * x.new_empty(x.shape).uniform_(-1, 1).sign()).clamp(0, 1))
+''',
+    "purify_fast/attacks/__init__.py": "from .corners import Corners as Corners",
+    "tests/attacks/test_corners.py": "",
+}
 METHOD = {
     "purify_fast/methods/blurred/__init__.py": """
 from typing import TYPE_CHECKING
@@ -193,25 +224,34 @@ class TrainBlurred(TrainPurifier):
     "tests/methods/blurred/test_training.py": "",
 }
 OF_ALL = """
-from purify_fast import cli, load_defence, save_classifier
+import torch
+from purify_fast import cli, evaluate, load_defence, save_classifier
+from purify_fast.attacks import Corners
 from purify_fast.models.classifiers import SmallCNN
 
 save_classifier(SmallCNN(1, 10, (16, 16), 4), "base")
 options = ["--classifier", "base", "--out", "run", "--epochs", "1", "--batch-size", "512"]
 assert cli.main(["train", "blurred", *options]) == 0
-assert type(load_defence("run")).__name__ == "Blurred"
+defence = load_defence("run")
+assert type(defence).__name__ == "Blurred"
+report = evaluate(defence, torch.rand(4, 1, 16, 16), torch.arange(4), eps=0.1, attacks=[Corners()], progress=False)
+assert "a random corner" in report.attacks
 """
 
 
-def test_few_files_add_an_op_and_a_method(tmp_path):
+def added(before: str, text: str) -> str:
+    """A file with the text at its end, or above ``__all__`` in a file that was there."""
+    return re.sub(r"^__all__", text + "\n\n__all__", before, flags=re.M) if "__all__" in before else before + text
+
+
+def test_few_files_add_an_op_an_attack_and_a_method(tmp_path):
     """The op of the page runs in test_extend.py."""
-    assert len(files()) + OTHER_FILES_OF_AN_OP <= 6 and len(METHOD) <= 8
+    assert len(files()) + OTHER_FILES_OF_AN_OP <= 6 and len(ATTACK) <= 3 and len(METHOD) <= 8
     zoo = str(ROOT / "purify_fast" / "zoo")
     for folder in ("purify_fast", "kernels"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=lambda at, names: names if at == zoo else ())
-    for path, text in METHOD.items():
+    for path, text in {**ATTACK, **METHOD}.items():
         file: Path = tmp_path / path
         file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("a") as end:
-            end.write(text)
+        file.write_text(added(file.read_text() if file.exists() else "", text))
     run(tmp_path, "-c", OF_ALL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -92,6 +93,8 @@ class EvaluateConfig:
     together: bool = True
 
     def __post_init__(self) -> None:
+        if not isinstance(self.curve, Iterable):
+            raise TypeError(f"curve must be radii such as (0.01, 0.02), got {self.curve!r}")
         # A frozen dataclass does not allow a plain assignment.
         object.__setattr__(self, "curve", tuple(self.curve))
         check_types(self)

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..._tensors import structure_fingerprint, weights_fingerprint
+from ...attacks import frozen
 from ...data import to_float
-from ...models.representation import Representation, evaluation_mode, representation_before_pooling
+from ...models.representation import Representation, representation_before_pooling
 from ...ops.noisy_replay import noisy_replay
 from ...ops.philox import philox_key
 from ...ops.representation_distance import representation_distance
@@ -122,7 +123,7 @@ class ArrestTask(MethodTask):
     @torch.no_grad()
     def drift(self, x: Tensor, of_teacher: list[Tensor]) -> Tensor:
         """Return the drift of clean images ``x``, ``[B]``, with the classifier in the mode ``drift_mode``."""
-        with contextlib.nullcontext() if self.config.drift_mode == "train" else evaluation_mode(self.classifier):
+        with contextlib.nullcontext() if self.config.drift_mode == "train" else frozen(self.classifier):
             return self.distance(self.forward(x)[1], of_teacher)
 
     def attack(self, batch: Batch, attack: TrainingAttack, rows: Tensor | None = None) -> Tensor:

@@ -62,8 +62,10 @@ class PurifierAdapter(nn.Module):
             images = self._run(packed)
         self._overwrites = packed._version != version
         shapes, want = [list(image.shape) for image in images], [2, channels, h, w]
-        if any(shape != want for shape in shapes) or not all(image.isfinite().all() for image in images):
-            raise ValueError(f"purifier must return a finite tensor {want}, or a tuple of such tensors, got {shapes}")
+        finite = all(image.is_floating_point() and image.isfinite().all() for image in images)
+        if not shapes or any(shape != want for shape in shapes) or not finite:
+            wanted = f"a finite floating-point tensor {want}, or a tuple of such tensors"
+            raise ValueError(f"purifier must return {wanted}, got {shapes}")
 
     def _run(self, packed: Tensor) -> tuple[Tensor, ...]:
         channels = self.image_shape[0]
