@@ -15,7 +15,6 @@ from ..._tensors import digest
 from ..._validation import NormName
 from ..._version import __version__
 from ...attacks.outputs import INSTEAD_OF_PROBABILITIES, ONE_HOT, LogitsOf
-from ...defences import Defence
 from ...model_state import fingerprint, hidden_modules, used_modules
 from ...ops.dispatch.records import processor
 from ...protocols import Classifier
@@ -94,6 +93,9 @@ def note_of_modes(model: Classifier, name: str) -> list[str]:
 
 def refresh_stale_copies(*models: object) -> None:
     """Renew the copies of classifiers in accelerated defences if the classifiers have changed."""
+    # The evaluation of a model that is no defence of this package needs no code of accelerated copies.
+    from ...defences import Defence
+
     modules = {id(part): part for model in models for whole in _wholes(model) for part in whole.modules()}
     for defence in modules.values():
         if not isinstance(defence, Defence) or defence.fast is None:
