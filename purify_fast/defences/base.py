@@ -19,7 +19,7 @@ from .._tensors import check_floating, dtype_of, first_tensor, write_stamp
 from ..models.representation import Representation
 from ..ops.aggregate import aggregate
 from ..speed.folding.inference_copy import Accelerated, autocast_to, convert_to_channels_last
-from ..speed.watch import can_read_values
+from ..speed.watch import can_read_values, tensors_of
 from .stochastic import StochasticDefence, majority
 
 if TYPE_CHECKING:
@@ -233,7 +233,7 @@ class Defence(StochasticDefence):
                     fast.packed = packed
                 else:
                     # Captured steps read the memory of the earlier packed part, so it gets the new weights.
-                    for old, new in zip(fast.packed.buffers(), packed.buffers(), strict=True):
+                    for (_, old), (_, new) in zip(tensors_of(fast.packed), tensors_of(packed), strict=True):
                         old.copy_(new)
             fast.packed_from = write_stamp(weight)
 
@@ -242,7 +242,7 @@ class Defence(StochasticDefence):
         return None
 
     def _pack(self) -> Any:
-        """Pack a part with its current weights: a module whose buffers are the packed weights."""
+        """Pack a part with its current weights: a module whose parameters and buffers are the packed weights."""
         raise NotImplementedError
 
     # -- moves, files, modes ------------------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from ...protocols import Classifier, SharesDraws, supports
 
-#: The shortest time between two lines of a log, in seconds.
-LINE_EVERY = 30.0
+#: The shortest time between two lines of a log, and the time of the first line, in seconds.
+LINE_EVERY, FIRST_LINE = 30.0, 10.0
 
 
 class Progress:
@@ -29,7 +29,8 @@ class Progress:
         self.costs = list(costs)
         self.rows, self.images, self.in_row = 0, 0, 0
         self.label, self.bar = "", None
-        self.began = self.last_line = time.monotonic()
+        self.began = time.monotonic()
+        self.last_line = self.began + min(FIRST_LINE, LINE_EVERY) - LINE_EVERY
 
     @property
     def seconds(self) -> float:

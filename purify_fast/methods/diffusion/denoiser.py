@@ -162,10 +162,6 @@ class Denoiser(nn.Module):
         given = self.module(x, t)
         return given if isinstance(given, Tensor) else given.sample
 
-    def tensors(self) -> list[Tensor]:
-        """Return all weights and buffers."""
-        return [*self.parameters(), *self.buffers()]
-
     def bfloat16_copy(self, image_shape: tuple[int, int, int]) -> Denoiser:
         """Return a frozen copy whose convolutions and linear layers have bfloat16 weights."""
         duplicate = copy.deepcopy(self).requires_grad_(False).eval()

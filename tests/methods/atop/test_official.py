@@ -52,7 +52,7 @@ def test_ways_to_hold_it(generator, tmp_path, change):
     [
         (lambda s: s.pop("stage1.conv_bn3.conv.bias"), r"is not .*: stage1\.conv_bn3\.conv\.bias is missing$"),
         (lambda s: s.update({"stage2.conv_bn7.conv.bias": torch.zeros(3)}), r"bias is \[3\], must be \[32\]$"),
-        (lambda s: s.update(extra=3), "contains no state dict"),
+        (lambda s: s.update(extra=3), "has no state dict"),
         (lambda s: s.pop(FIRST), "must hold a generator of deepfillv2-pytorch, got the tensors stage1"),
     ],
 )

@@ -126,7 +126,7 @@ def test_missing_and_broken_files(cifar, files, tmp_path):
         load_official(cifar.classifier, tmp_path / "nowhere")
     path = files / f"{STEM}_decoder.safetensors"
     path.write_bytes(b"half a file")
-    with pytest.raises(ValueError, match=r"decoder\.safetensors contains no weights"):
+    with pytest.raises(ValueError, match=r"decoder\.safetensors has no weights"):
         load_official(cifar.classifier, files)
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"decoder\.safetensors is missing"):
