@@ -84,7 +84,7 @@ def test_another_model_is_told_and_what_no_longer_falls(tmp_path, capsys):
     other = check_witnesses(tmp_path, digit_nets.robust())
     assert not other.confirmed and other.same_model is False and "weights" in other.model
     first = int((~other.falls).nonzero()[0][0])
-    assert f"no longer falls: image {other.numbers[first]} (PGD-5 ce" in other.to_text()
+    assert f"no longer falls: image {other.witnesses.numbers[first]} (PGD-5 ce" in other.to_text()
     # a function has nothing to compare
     assert check_witnesses(tmp_path, lambda x: digit_nets.standard()(x)).same_model is None
 
