@@ -536,6 +536,6 @@ SECTIONS = {
     # This section carries most claims, so the sections after it get what it leaves, or a call of their own (--only).
     "pipelines": Section("measured", raced_pipelines, (400, 480), 115, (sheets.PIPELINES,), True),
     "captures": Section("measured", capture_cost, (40, 120), 17, (CAPTURE_COST,)),
-    "races": Section("measured", races, (300, 200), 110, (shipping.FILE,)),
+    "races": Section("measured", races, (300, 120), 110, (shipping.FILE,)),
     "autoattack": Section("measured", autoattack, (80, 30), 55, (OFFICIAL,), True),
 }
