@@ -26,9 +26,9 @@ from torch import Tensor
 from ._validation import NormName, check_counts, check_literal, read_norm
 from .attacks import APGD, FABT, Attack, AttackContext, Resources, Square, frozen
 from .attacks.arguments import check_eps
-from .attacks.attacked_model import TRIED_CALLS, check_model, differ, draws_elsewhere
+from .attacks.attacked_model import SAMPLE, TRIED_CALLS, check_model, differ, draws_elsewhere
 from .attacks.gradient_copy import GradientCopies
-from .attacks.sequence import FEW, AttackSequence
+from .attacks.sequence import AttackSequence
 from .evaluation.request.inputs import collect
 from .evaluation.request.subject import TRIED, device_of
 from .protocols import Classifier
@@ -229,13 +229,13 @@ class AutoAttack:
         device = self._device(x)
         with torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []), frozen(self.model):
             torch.manual_seed(seed)
-            model, classes = check_model(self.model, x[:FEW].to(device, copy=True))
+            model, classes = check_model(self.model, x[:SAMPLE].to(device, copy=True))
             draws = max(attack.eot_iter or 1 for attack in attacks.values())
-            some = x[:FEW].to(device)
+            some = x[:SAMPLE].to(device)
             with torch.no_grad():
                 one = model(some.clone())
                 is_random = any(differ(one, model(some.clone())) for _ in range(TRIED_CALLS))
-            is_random = is_random or draws_elsewhere(model, x[:TRIED].to(device), FEW)
+            is_random = is_random or draws_elsewhere(model, x[:TRIED].to(device), SAMPLE)
             self._tell(f"using {self.version} version including {', '.join(names)}")
             for note in notes:
                 self._tell(f"NOTE: {note}")
@@ -290,7 +290,7 @@ class AutoAttack:
         """The predicted classes of the images, on the device of the images."""
         device = self._device(x)
         with frozen(self.model):
-            model, _ = check_model(self.model, x[:FEW].to(device, copy=True))
+            model, _ = check_model(self.model, x[:SAMPLE].to(device, copy=True))
             return torch.cat([model(part.to(device)).argmax(1).to(x.device) for part in x.split(size)])
 
     def _device(self, x: Tensor) -> torch.device:

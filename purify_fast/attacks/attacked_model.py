@@ -32,6 +32,8 @@ ALIKE = 0.01
 SAME_SPREAD = 1e-5
 #: About 16 times the rounding of float32.
 SAME_SIZE = 2e-6
+#: The number of images on which a model is tested before it is attacked.
+SAMPLE = 8
 
 
 @contextlib.contextmanager

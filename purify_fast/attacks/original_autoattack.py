@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from .._validation import Count
 from ..protocols import Classifier
-from .attacked_model import check_model, frozen, gradient_to
+from .attacked_model import SAMPLE, check_model, frozen, gradient_to
 from .ball import ball_around, projected
 from .base import AttackResult, InBall, Resolved
 from .context import AttackContext
@@ -120,7 +120,7 @@ class AutoAttack(InBall):
             return AttackResult(x.clone())
         if not context.num_classes:
             with frozen(target):
-                target, classes = check_model(target, x[:8])
+                target, classes = check_model(target, x[:SAMPLE])
             context = replace(context, num_classes=classes)
         threat, warnings = self.threat_model(context), list[str]()
         health = GradientHealth() if context.resources.counts_health else None

@@ -8,13 +8,10 @@ import torch
 from torch import Tensor
 
 from ..protocols import Classifier
-from .attacked_model import drawn_once_per_call, frozen
+from .attacked_model import SAMPLE, drawn_once_per_call, frozen
 from .base import Attack
 from .context import AttackContext
 from .engine.judge import Judge, has_fallen
-
-#: The number of images that are passed to `drawn_once_per_call`, which tests only the first few of them.
-FEW = 8
 
 
 class AttackSequence:
@@ -61,7 +58,7 @@ class AttackSequence:
     def _judge_by(self, draws: int) -> Judge:
         most = self.context.resources.max_forward_batch
         with frozen(self.model):
-            apart = drawn_once_per_call(self.model, self.x[:FEW].to(self.device), draws, most)
+            apart = drawn_once_per_call(self.model, self.x[:SAMPLE].to(self.device), draws, most)
         return Judge(self.model, draws, most, apart)
 
     def _shares_of_all(self, judge: Judge) -> Tensor:

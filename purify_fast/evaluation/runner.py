@@ -344,7 +344,7 @@ class _Evaluation:
         return [None if cost is None else cost * images for cost, images in asked]
 
     def standing(self, variant: Variant, threat: str | None) -> Standing:
-        """What the attacks so far have left."""
+        """The state of the images after the attacks so far."""
         left = self.measure.judge.withstood(self.measure.clean(variant))
         return self.standings.setdefault((variant, threat), Standing(left.copy(), np.full(len(left), np.inf)))
 

@@ -100,7 +100,7 @@ SMALL = (0, 1, -1, 2, 3, 5, 0.5, math.nan, math.inf, -(2**63) - 1, True)
 @pytest.mark.parametrize("kind", DEFENCES)
 @fuzzed
 def test_a_defence(kind, data):
-    """Of mangled arguments it is refused by name, or gives finite logits."""
+    """A constructor with mangled arguments names one of them in its error, or makes a model with finite logits."""
     draw, good = data.draw, DEFENCES[kind]
     parts = [SmallCNN(1, 4, (8, 8), 2), *([SmallGenerator(1, width=2)] if kind is Atop else [])]
     options = dict(good)

@@ -1,4 +1,4 @@
-"""What the defences of all methods promise as modules: shapes, gradients, noise, and draws."""
+"""The promises of every defence as a module: shapes, gradients, noise, and draws."""
 
 import copy
 

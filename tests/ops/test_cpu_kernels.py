@@ -72,7 +72,7 @@ def results(call: Callable, x: torch.Tensor, y: torch.Tensor) -> list[torch.Tens
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CALLS)
 def test_values_and_gradients(within_budget, poisoned, monkeypatch, name, dtype):
-    """What is saved rounds no more than the definition: both beside the definition in float64."""
+    """The saved tensors are as near to the definition in float64 as the definition in the same dtype is."""
     for size, scale in ((20, 1.0), (101, 20.0), (1300, 1.0)):
         x, y = scale * normal(2, 3, 5, size, dtype=dtype)
         with use_backend("cpp"), monkeypatch.context() as patch:

@@ -94,7 +94,7 @@ def test_never_negative_near_the_teacher(backend, kind):
 
 
 def test_layers_are_as_one_by_one(backend):
-    """Of the last kind more than one launch of the Triton kernel takes, some of which fill no chunk."""
+    """With the last kind, the layers need several launches of the Triton kernel, and some launches fill no chunk."""
     for kind in KINDS:
         pairs = [inputs(4, 64, 8, 8), *(inputs(4, 3 * i, seed=i) for i in range(2, 18 if kind == KINDS[-1] else 4))]
         student, teacher = zip(*pairs, strict=True)

@@ -14,6 +14,7 @@ from ..._memory import ran_out_of_memory
 from ..._tensors import digest
 from ...attacks.attacked_model import (
     SAME_SIZE,
+    SAMPLE,
     TRIED_CALLS,
     TRIED_ROWS,
     check_classes,
@@ -165,7 +166,7 @@ class Subject:
 
     def sample_images(self) -> Tensor:
         """A copy of a few images, for tests of models."""
-        return self.x[:8].to(self.device, copy=True)
+        return self.x[:SAMPLE].to(self.device, copy=True)
 
     def surrogates(self, ball: ThreatModel, absent: dict[str, str] | None = None) -> list[tuple[str, Classifier]]:
         """Surrogate models, which an adaptive attacker would attack instead of the model, by name."""

@@ -43,7 +43,7 @@ class Task(NamedTuple):
 
 @dataclass
 class Standing:
-    """What the attacks on a variant in a threat model have left: ``rows`` of attacks, and arrays of ``[n]`` images.
+    """The images after the attacks on a variant in a threat model, in arrays ``[n]``, and the attacks' ``rows``.
 
     ``left`` are the images that withstood every attack, ``margins`` the smallest margins that any attack has reached,
     and ``first`` the margins after the first attack.

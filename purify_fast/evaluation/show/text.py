@@ -8,13 +8,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ... import _templates
-from ..alarms.evidence import (
-    STATES,  # noqa: F401
-    Finding,
-)
+from ..alarms.evidence import STATES, Finding
 from ..alarms.signs import ALARMS
-from ..results.claims import MOST, REFUTED  # noqa: F401
-from ..results.rows import Row, followed  # noqa: F401
+from ..results.claims import MOST, REFUTED
+from ..results.rows import Row, followed
 from . import tables
 from .tables import TERMINAL, percent
 
@@ -43,9 +40,12 @@ def sentence(name: str, *values: Any) -> str:
 @functools.cache
 def _environment() -> jinja2.Environment:
     environment = _templates.environment(__package__)
-    # Templates may use all names of this module and of the tables.
-    environment.globals |= vars(tables) | globals()
+    functions = [about_variants, column_legend, facts, fill, followed, not_asked]
+    functions += [settings_told, told_beside, without_probes]
+    # Templates may also use all names of the tables.
+    environment.globals |= vars(tables) | {function.__name__: function for function in functions}
     environment.globals |= {name: functools.partial(sentence, name) for name in SENTENCES}
+    environment.globals |= {"MOST": MOST, "REFUTED": REFUTED, "STATES": STATES}
     return environment
 
 
