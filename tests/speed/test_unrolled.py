@@ -1,7 +1,5 @@
 """Convolutions of small maps as matrix products: the same numbers, only where they pay."""
 
-import contextlib
-
 import pytest
 import torch
 from torch import nn
@@ -14,8 +12,8 @@ from purify_fast._processor import onednn_takes_bfloat16
 from purify_fast.models.layers import Conv2d
 from purify_fast.ops.convolution import OP as CONVOLUTION
 from purify_fast.speed import InferenceCopy
-from purify_fast.speed.folding import convolution_chains, kept_layouts, unrolled
-from purify_fast.speed.folding.kept_layouts import matrix, packed_matrix, turned
+from purify_fast.speed.folding import unrolled
+from purify_fast.speed.folding.unrolled import matrix, packed_matrix, turned
 
 BF16, LAST = torch.bfloat16, torch.channels_last
 #: The side of the images, the side of the kernel, the stride and the padding.
@@ -36,14 +34,16 @@ def test_results_and_gradients_are_those_of_the_convolution(side, kernel, stride
     generator = torch.Generator().manual_seed(side + kernel)
     shapes = ((3, 24, side, side), (40, 24, kernel, kernel), (40,))
     given = [torch.randn(shape, generator=generator).to(BF16) for shape in shapes]
-    given = [(t.to(memory_format=layout) if t.dim() == 4 else t).requires_grad_() for t in given]
-    exact = [t.detach().double().requires_grad_() for t in given]
+    given = [t.to(memory_format=layout) if t.dim() == 4 else t for t in given]
+    exact = [t.double() for t in given]
+    for images in (given[0], exact[0]):
+        images.requires_grad_()
     right = F.conv2d(*exact, stride, padding)
     found = unrolled.unrolled(*given, (stride, stride), (padding, padding))
     assert found.dtype == BF16 and found.is_contiguous(memory_format=LAST) and found.shape == right.shape
     grad = torch.randn(right.shape, generator=generator).to(BF16)
-    wanted = [right, *torch.autograd.grad(right, exact, grad.double(), retain_graph=True)]
-    actual = [found.detach().clone(), *torch.autograd.grad(found, given, grad, retain_graph=True)]
+    wanted = [right, *torch.autograd.grad(right, exact[0], grad.double(), retain_graph=True)]
+    actual = [found.detach().clone(), *torch.autograd.grad(found, given[0], grad, retain_graph=True)]
     # the next layer may change the result in place
     actual.append(torch.autograd.grad(found.relu_(), given[0], grad)[0])
     wanted.append(torch.autograd.grad(right, exact[0], grad.double() * (found.detach() > 0))[0])
@@ -75,8 +75,6 @@ def test_the_matrix_of_the_gradient_follows_the_weights():
     assert close(traced(grad, weight))
     with torch.inference_mode():
         assert close(unrolled.input_gradient(grad, weight.clone(), *rest))
-    trained = weight.clone().requires_grad_()
-    assert close(unrolled.input_gradient(grad, trained, *rest)) and trained not in kept_layouts._kept
 
 
 @packs
@@ -84,7 +82,7 @@ def test_layouts_are_few_and_follow_new_memory():
     weight = torch.rand(64, 64, 3, 3).to(BF16)
     for side in range(1, 12):
         packed_matrix(weight, turned, (side, 1))
-    assert len(kept_layouts._kept[weight][1]) == kept_layouts.MOST
+    assert len(unrolled._layouts[weight][1]) == unrolled.MOST
     rows = torch.rand(1, 2, 2, 9 * 64).to(BF16)
     unrolled.product(rows, weight, matrix)
     weight.data = torch.zeros_like(weight)
@@ -110,6 +108,7 @@ def test_it_serves_small_maps_of_wide_layers_alone():
     assert not unrolled.is_faster(x[:, :64], weight[:64, :64], ones, ones)
     assert not unrolled.is_faster(x, weight[:, :, :1, :1], ones, (0, 0))
     assert not unrolled.is_faster(x.float(), weight.float(), ones, ones)
+    assert not unrolled.is_faster(x, weight.clone().requires_grad_(), ones, ones)
     with torch.autocast("cpu", BF16):
         assert unrolled.is_faster(x.float(), weight.float(), ones, ones)
 
@@ -129,10 +128,7 @@ class _Net(nn.Module):
 def test_an_inference_copy_takes_it_where_there_are_tiles(usable, monkeypatch):
     monkeypatch.setattr(unrolled, "has_tiles", lambda: usable)
     calls, torch_s = [], unrolled.unrolled
-    product = unrolled.product
     monkeypatch.setattr(unrolled, "unrolled", lambda *a: calls.append(len(a)) or torch_s(*a))
-    # A chain calls the product itself.
-    monkeypatch.setattr(convolution_chains, "product", lambda *a, **b: calls.append(len(a)) or product(*a, **b))
     torch.manual_seed(0)
     network = _Net().eval()
     copy = InferenceCopy(network, (3, 16, 16), BF16)
@@ -149,20 +145,3 @@ def test_an_inference_copy_takes_it_where_there_are_tiles(usable, monkeypatch):
     # transforms of torch.func take PyTorch's convolution
     torch.func.vmap(lambda one: copy.classifier.wide(one[None])[0])(torch.zeros(2, 256, 8, 8, dtype=BF16))
     assert len(calls) == (2 if usable else 0)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, BF16])
-def test_a_trained_network_takes_it_in_bfloat16(dtype, monkeypatch):
-    """The gradients of its float32 weights are those of PyTorch under autocast, up to rounding."""
-    calls, own = [], unrolled.unrolled
-    monkeypatch.setattr(unrolled, "unrolled", lambda *a: calls.append(len(a)) or own(*a))
-    torch.manual_seed(0)
-    network, x, found = _Net().train(), torch.rand(5, 3, 16, 16), []
-    weights = [weight for name, weight in network.named_parameters() if "grouped" not in name]
-    for block in (contextlib.nullcontext(), unrolled.unrolling(torch.device("cpu"), dtype)):
-        with torch.autocast("cpu", BF16), block:
-            loss = F.cross_entropy(network(x).float(), torch.arange(5))
-        found.append(torch.autograd.grad(loss, weights))
-    assert len(calls) == (dtype == BF16)
-    for wanted, actual in zip(*found, strict=True):
-        assert actual.dtype == torch.float32 and (actual - wanted).norm() <= 0.1 * wanted.norm() + 1e-4

@@ -31,7 +31,6 @@ from ...ops.noisy_replay import noisy_replay
 from ...ops.philox import philox_key
 from ...ops.representation_distance import representation_distance
 from ...speed.folding.inference_copy import InferenceCopy, autocast_to, convert_to_channels_last, prepare_for_inference
-from ...speed.folding.unrolled import unrolling
 from ...training.config import TrainingAttack
 from ...training.distributed import average_
 from ...training.schedules import RunLength
@@ -110,7 +109,7 @@ class ArrestTask(MethodTask):
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return logits ``[B, classes]`` and representation of images ``[B, C, H, W]``, in the model's present mode."""
-        with autocast_to(x.device, self.dtype), unrolling(x.device, self.dtype):
+        with autocast_to(x.device, self.dtype):
             if self._reader is None:
                 return self.classifier(x), []
             logits, features = self._reader.with_logits(x)

@@ -260,7 +260,7 @@ class DiffusionPurifier(Defence):
         return first_tensor(self.denoiser) if frozen and self.purifier_dtype == torch.float32 else None
 
     def _pack(self) -> Denoiser:
-        return self.denoiser.bfloat16_copy(self.image_shape)
+        return self.denoiser.bfloat16_copy()
 
     # -- files --------------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,6 @@ from ...models.foreign import load_weights
 from ...models.layers import Conv2d
 from ...models.representation import evaluation_mode
 from ...models.unet import TimeLayer, UNet
-from ...speed.folding.fused_networks import fuse_where_faster
 from ...training.checkpoint import read_model, save_model
 from ..saving import description, rebuilt
 
@@ -162,7 +161,7 @@ class Denoiser(nn.Module):
         given = self.module(x, t)
         return given if isinstance(given, Tensor) else given.sample
 
-    def bfloat16_copy(self, image_shape: tuple[int, int, int]) -> Denoiser:
+    def bfloat16_copy(self) -> Denoiser:
         """Return a frozen copy whose convolutions and linear layers have bfloat16 weights."""
         duplicate = copy.deepcopy(self).requires_grad_(False).eval()
         for layer in duplicate.modules():
@@ -173,8 +172,4 @@ class Denoiser(nn.Module):
                     layer.__class__ = Conv2d
             if isinstance(layer, (nn.Conv2d, nn.Linear)) and not isinstance(layer, TimeLayer):
                 layer.to(torch.bfloat16)
-        device = first_tensor(duplicate).device
-        images = torch.rand((2, *image_shape), generator=torch.Generator().manual_seed(0), device="cpu")
-        times = torch.tensor([300.0, 600.0], dtype=torch.float64, device=device)
-        fuse_where_faster(duplicate, images.to(device), times)
         return duplicate

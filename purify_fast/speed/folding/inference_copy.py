@@ -176,13 +176,8 @@ def prepare_for_inference(
     for module in model.modules():
         if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) and module not in in_float32:
             module.to(dtype)
-    if dtype == torch.bfloat16:
-        # Copies in float32 do not need this module.
-        from .fused_networks import fuse_where_faster
-
-        fuse_where_faster(model, example)
-        if uses_channels_last:
-            unroll(model)
+    if dtype == torch.bfloat16 and uses_channels_last:
+        unroll(model)
     return pairs, uses_channels_last
 
 

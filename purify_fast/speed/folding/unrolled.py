@@ -7,20 +7,26 @@ to make the patches takes longer than is gained.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..._processor import has_tiles, onednn_takes_bfloat16
 from ...models.layers import Conv2d
 from ...ops.dispatch.gradient import first_order, transformed
-from .kept_layouts import convolved, matrix, packed_matrix, transposed, turned
 
+#: For each frozen tensor of weights, its state and its layouts by name.
+_layouts = WeakTensorKeyDictionary()
+#: The largest number of layouts of a tensor. Maps of another size need another layout.
+MOST = 8
+#: oneDNN chooses a layout for a batch. It is always this batch, so that the layout, and with it the rounding of the
+#: products, never depends on which batch came first.
+BATCH = 32
 #: The largest number of pixels in a map of the result.
 PIXELS = 16
 #: The smallest product of the numbers of input and output channels.
@@ -34,63 +40,83 @@ def patches(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], padding
     return windows.permute(0, 1, 2, 4, 5, 3).flatten(3)
 
 
-def product(
-    rows: Tensor,
-    weight: Tensor,
-    form: Callable[[Tensor], Tensor],
-    bias: Tensor | None = None,
-    *,
-    added: Tensor | None = None,
-    name: str = "none",
-) -> Tensor:
+def matrix(weight: Tensor) -> Tensor:
+    """Return weights ``[O, C, K, L]`` as the matrix ``[O, K L C]`` of the patches. It is a view in channels_last."""
+    return weight.permute(0, 2, 3, 1).flatten(1)
+
+
+def turned(weight: Tensor) -> Tensor:
+    """Return weights ``[O, C, K, L]`` as the matrix ``[C, K L O]`` of the gradient, with the taps in reverse order."""
+    return weight.detach().flip(2, 3).permute(2, 3, 0, 1).flatten(0, 2).mT
+
+
+def transposed(weight: Tensor) -> Tensor:
+    """Return weights ``[O, C, K, L]`` as the matrix ``[K L C, O]``, which adds up a gradient for each tap."""
+    return matrix(weight).mT
+
+
+def packed_matrix(weight: Tensor, form: Callable[[Tensor], Tensor], size: Sequence[int]) -> Tensor:
+    """Return a matrix of weights ``[N, M]`` as the weights ``[N, M, 1, 1]`` of a convolution, in oneDNN's layout.
+
+    The layout of frozen weights is made again after a write in place, but not after a write to ``weight.data``.
+    """
+
+    def make() -> Tensor:
+        made = form(weight.detach())[:, :, None, None].contiguous(memory_format=torch.channels_last)
+        given = [0, 0], [1, 1], [1, 1], 1, [1, made.shape[1], BATCH * size[0], size[1]]
+        return torch.ops.mkldnn._reorder_convolution_weight(made, *given)
+
+    # A trace would record the layout as a constant. Tensors of the inference mode have no version.
+    if weight.is_inference() or _get_current_dispatch_mode():
+        return make()
+    state, name = (weight._version, weight.data_ptr()), (form.__name__, *size)
+    known, layouts = _layouts.get(weight, (None, {}))
+    if known != state:
+        layouts = dict[Hashable, Tensor]()
+        _layouts[weight] = state, layouts
+    if name not in layouts:
+        if len(layouts) >= MOST:
+            del layouts[next(iter(layouts))]
+        layouts[name] = make()
+    result: Tensor = layouts[name]
+    return result
+
+
+def product(rows: Tensor, weight: Tensor, form: Callable[[Tensor], Tensor], bias: Tensor | None = None) -> Tensor:
     """Multiply pixels ``[B, H, W, M]`` in bfloat16 with a matrix of weights ``[N, M]``, as a convolution of one image.
 
     PyTorch computes such a product in a single thread if the matrix has a few hundred rows, but a convolution in
     several.
     """
     packs = type(rows) is Tensor and rows.numel() and onednn_takes_bfloat16()
-    if weight.requires_grad or not packs:
-        # To pack weights that change in each step would take longer than is gained. Fake tensors cannot be packed.
-        out = F.linear(rows, form(weight), bias)
-        out = out if added is None else out.add_(added)
-        return out if name == "none" else out.relu_() if name == "relu" else F.silu(out, True)
+    if not packs:
+        # Fake tensors cannot be packed.
+        return F.linear(rows, form(weight), bias)
     b, h, w, _ = rows.shape
-    image, shape = rows.view(1, b * h, w, -1).permute(0, 3, 1, 2), (b, h, w, -1)
-    packed = packed_matrix(weight, form, (h, w))
-    beside = None if added is None else added.view(1, b * h, w, -1).permute(0, 3, 1, 2)
-    out = convolved(image, packed, bias, ((0, 0), (1, 1)), added=beside, name=name)
-    return out.permute(0, 2, 3, 1).view(shape)
+    image = rows.view(1, b * h, w, -1).permute(0, 3, 1, 2)
+    settings: tuple[Any, ...] = [0, 0], [1, 1], [1, 1], 1, "none", [], ""
+    out: Tensor = torch.ops.mkldnn._convolution_pointwise(image, packed_matrix(weight, form, (h, w)), bias, *settings)
+    return out.permute(0, 2, 3, 1).view(b, h, w, -1)
 
 
 class _Unrolled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any) -> Tensor:
-        rows = patches(x, weight.shape[2:], stride, padding)
         ctx.settings = x.shape, stride, padding
-        ctx.save_for_backward(weight, rows if ctx.needs_input_grad[1] else None)
+        ctx.save_for_backward(weight)
+        rows = patches(x, weight.shape[2:], stride, padding)
         # The next layer may change the result in place, which a view that a Function returns does not allow.
         return product(rows, weight, matrix, bias).permute(0, 3, 1, 2).data
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, rows = ctx.saved_tensors
-        of_input, of_weight, of_bias = None, None, None
-        if ctx.needs_input_grad[0]:
-            of_input = input_gradient(grad, weight, *ctx.settings)
-        grad = grad.permute(0, 2, 3, 1)
-        if rows is not None:
-            product = grad.flatten(0, 2).mT @ rows.flatten(0, 2)
-            kernel = weight.shape[2:]
-            of_weight = product.unflatten(1, (*kernel, -1)).permute(0, 3, 1, 2)
-        if ctx.needs_input_grad[2]:
-            of_bias = grad.sum((0, 1, 2))
-        return of_input, of_weight, of_bias, None, None
+        return input_gradient(grad, *ctx.saved_tensors, *ctx.settings), None, None, None, None
 
 
 def is_faster(x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: tuple[int, ...]) -> bool:
     """Tell whether a convolution is faster as a product of matrices; in compiled code it is not."""
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dim() != 4:
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dim() != 4 or weight.requires_grad:
         return False
     if weight.shape[0] * weight.shape[1] < CHANNELS or weight.shape[2:] == (1, 1):
         return False
@@ -99,12 +125,6 @@ def is_faster(x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: tuple
         return False
     sides = [(x.shape[2 + i] + 2 * padding[i] - weight.shape[2 + i]) // stride[i] + 1 for i in (0, 1)]
     return min(sides) > 0 and sides[0] * sides[1] <= PIXELS
-
-
-def gradient_is_faster(grad: Tensor, weight: Tensor) -> bool:
-    """Tell whether the images' gradient of a bfloat16 convolution on a CPU is faster as a product of matrices."""
-    wide = weight.shape[0] * weight.shape[1] >= CHANNELS and weight.shape[2:] != (1, 1)
-    return wide and grad.shape[2] * grad.shape[3] <= PIXELS and has_tiles()
 
 
 def input_gradient(
@@ -130,31 +150,12 @@ def input_gradient(
 def unrolled(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...], padding: tuple[int, ...]
 ) -> Tensor:
-    """Compute a convolution in bfloat16 as a product of matrices; see `is_faster`."""
+    """Compute a convolution with frozen weights in bfloat16 as a product of matrices; see `is_faster`."""
     half = torch.bfloat16
     shift = None if bias is None else bias.to(half)
     # An attribute of a module has the type of a tuple of any length, which torch.compile treats as constants.
     result: Tensor = _Unrolled.apply(x.to(half), weight.to(half), shift, tuple(stride), tuple(padding))
     return result
-
-
-class _Unrolling(TorchFunctionMode):
-    """Within the block, convolutions are computed by `unrolled` where that pays."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # torch.nn.Conv2d passes seven arguments.
-        if func is torch.conv2d and len(args) == 7 and not kwargs:
-            x, weight, bias, stride, padding, dilation, groups = args
-            plain = groups == 1 and not isinstance(padding, str) and tuple(dilation) == (1, 1)
-            if plain and not transformed() and is_faster(x, weight, stride, padding):
-                return unrolled(x, weight, bias, stride, padding)
-        return func(*args, **(kwargs or {}))
-
-
-def unrolling(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[object]:
-    """Return the context in which a network that is trained uses `unrolled` where that pays."""
-    used = device.type == "cpu" and dtype == torch.bfloat16 and not torch.compiler.is_compiling() and has_tiles()
-    return _Unrolling() if used else contextlib.nullcontext()
 
 
 class _UnrolledConv2d(nn.Conv2d):

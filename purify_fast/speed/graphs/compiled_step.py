@@ -16,7 +16,6 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..._tensors import without_autocast
-from ..folding.fused_networks import without_fusion
 from ..folding.inference_copy import Accelerated, InferenceCopy
 
 logger = logging.getLogger("purify_fast")
@@ -98,7 +97,7 @@ def _traced(function: Any, state: State) -> Compiled:
         return result
 
     # A backward pass in another thread would not be traced.
-    with without_fusion(), torch.autograd.set_multithreading_enabled(False):
+    with torch.autograd.set_multithreading_enabled(False):
         traced = make_fx(flat)(*[state[name] for name in names])
     graph, tensors = _with_inputs(traced)
     # The result is compared with the step, so a later trace of another shape would be wrong: `dynamic` is False.
