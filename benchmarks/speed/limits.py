@@ -41,14 +41,16 @@ def copies(device: torch.device, length: int, runs: int) -> tuple[int, list[floa
     return 2 * pairs[0][0].nbytes, times_of(calls, device, runs)
 
 
-def operands(device: torch.device, *shape: int) -> Tensor:
-    """Return a random bfloat16 tensor. It must not be constant, because a GPU multiplies constant values faster."""
-    return torch.randn(shape, device=device).to(torch.bfloat16)
+def operands(device: torch.device, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Return a random tensor. It must not be constant, because a GPU multiplies constant values faster."""
+    return torch.randn(shape, device=device).to(dtype)
 
 
-def products(device: torch.device, rows: int, runs: int) -> tuple[int, list[float]]:
+def products(
+    device: torch.device, rows: int, runs: int, dtype: torch.dtype = torch.bfloat16
+) -> tuple[int, list[float]]:
     """Return the FLOP of a product of two square matrices, and its times in seconds."""
-    a, b = (operands(device, rows, rows) for _ in range(2))
+    a, b = (operands(device, rows, rows, dtype=dtype) for _ in range(2))
     out = torch.empty_like(a)
     return 2 * rows**3, times_of([lambda: torch.mm(a, b, out=out)], device, runs)
 

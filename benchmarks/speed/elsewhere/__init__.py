@@ -9,14 +9,10 @@ from __future__ import annotations
 
 import ast
 import difflib
-import functools
 import inspect
 import textwrap
-import time
-import timeit
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import torch
@@ -125,22 +121,9 @@ def with_our_line(theirs: Form) -> Form:
     return Form(program, (accelerated, *theirs.written))
 
 
-@functools.cache
-def fastest() -> torch.dtype:
-    """Return bfloat16 if a convolution is faster in it than in float32, which not all processors with bfloat16 have."""
-    times = {}
-    for dtype in (torch.float32, torch.bfloat16)[: 1 + torch.cpu._is_avx512_bf16_supported()]:
-        x, weight = (
-            torch.rand(n, 64, side, side).to(dtype, memory_format=expert.LAST) for n, side in ((8, 32), (64, 3))
-        )
-        convolution = partial(torch.conv2d, x, weight, padding=1)
-        times[dtype] = min(timeit.repeat(convolution, timer=time.process_time, number=5, repeat=5))
-    return min(times, key=times.__getitem__)
-
-
 def best(dtype: Dtype) -> torch.dtype:
     """Return a dtype. For "auto", it is the fastest one."""
-    return dtype if isinstance(dtype, torch.dtype) else fastest()
+    return dtype if isinstance(dtype, torch.dtype) else expert.fastest()
 
 
 def cast(dtype: torch.dtype) -> torch.autocast:
@@ -169,7 +152,7 @@ class Frozen(nn.Module):
 
 
 #: What a person must write for a frozen copy.
-WRITTEN = (fastest, best, Frozen, expert.FrozenCopy, expert.pairs, expert._fused)
+WRITTEN = (expert.fastest, best, Frozen, expert.FrozenCopy, expert.pairs, expert._fused)
 
 
 def registry() -> dict[str, Row]:

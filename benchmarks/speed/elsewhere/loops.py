@@ -20,7 +20,7 @@ import purify_fast
 
 from ..pipelines import expert
 from ..pipelines.diffusion import denoiser
-from . import ALPHA, EPS, WRITTEN, Batches, Dtype, Form, Frozen, Row, best, cast, fastest, network, with_our_line
+from . import ALPHA, EPS, WRITTEN, Batches, Dtype, Form, Frozen, Row, best, cast, network, with_our_line
 
 #: Steps of the attack in trainings. CARSO takes 40 steps, of which a row measures some.
 #: The packages take up to 100 steps.
@@ -211,7 +211,11 @@ def _fast_row(images: int, **how: Any) -> Row:
         return trained(model, batches, partial(fast_by_expert, dtype=dtype, **how))
 
     return Row(
-        images, form(fast_loss), Form(by_expert, (fast_by_expert, fastest, best, cast)), form(fast_with_our_line), True
+        images,
+        form(fast_loss),
+        Form(by_expert, (fast_by_expert, expert.fastest, best, cast)),
+        form(fast_with_our_line),
+        True,
     )
 
 

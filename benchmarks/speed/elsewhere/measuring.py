@@ -26,7 +26,8 @@ from purify_fast.speed import retain_freed_memory
 
 from ... import options
 from .. import sheets, timing
-from . import Batches, Dtype, Row, changed_lines, fastest, registry
+from ..pipelines.expert import fastest
+from . import Batches, Dtype, Row, changed_lines, registry
 
 CONTESTANTS = ("theirs", "expert", "ours", "compiled")
 #: The contestants whose lines and results are compared with theirs.

@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from purify_fast._processor import fast_bfloat16
 from purify_fast.speed import StepGraphs
 from purify_fast.speed.precision import float32_products, raced_convolutions
 from purify_fast.training import Batch, Task
@@ -81,9 +82,14 @@ class Case:
     contestants: dict[str, Contestant]
 
 
+def precision(device: torch.device) -> str:
+    """Return the precision of trainings on a device, in which the expert trains too."""
+    return "bfloat16" if fast_bfloat16(device) else "float32"
+
+
 def autocast(make: Make, device: torch.device, quick: bool) -> Job:
-    """Make a job that runs under `torch.autocast` to bfloat16."""
-    job, cast = make(device, quick), torch.autocast(device.type, torch.bfloat16)
+    """Make a job that runs under `torch.autocast` to bfloat16, if that is faster on the device."""
+    job, cast = make(device, quick), torch.autocast(device.type, torch.bfloat16, enabled=fast_bfloat16(device))
     return Job(cast(job.run), cast(job.result))
 
 
@@ -116,7 +122,7 @@ def columns(
     return {
         "plain": Contestant(of(plain), False),
         **({"plain, TF32": Contestant(of(plain), True, tf32=True)} if gpu else {}),
-        "torch.compile of plain, bfloat16": Contestant(partial(autocast, of(plain, compiled=True)), True),
+        "torch.compile of plain": Contestant(partial(autocast, of(plain, compiled=True)), True),
         EXPERT: Contestant(of(expert), True, tf32=True, raced=True),
         f"{EXPERT}, compiled": Contestant(of(expert, compiled=True), True, tf32=True, raced=True),
         **{name: Contestant(of(ours, **how), True, raced=True) for name, how in own.items()},

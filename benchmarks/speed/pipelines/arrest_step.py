@@ -20,7 +20,7 @@ from purify_fast.speed.folding.inference_copy import InferenceCopy
 from purify_fast.training import Batch
 from purify_fast.training.config import TrainingAttack
 
-from . import Case, Job, columns, expert, random_batch, training_step, update
+from . import Case, Job, columns, expert, precision, random_batch, training_step, update
 from .carso_inference import classifier
 from .carso_training import attack, start_of
 
@@ -130,7 +130,7 @@ class ExpertStep(Step):
 
     def both(self, x: Tensor, y: Tensor, of_teacher: Tensor) -> tuple[Tensor, Tensor]:
         """Return the cross-entropy and the distance of the student."""
-        with torch.autocast(x.device.type, torch.bfloat16):
+        with expert.autocast(x.device):
             logits, features = self.student(x)
         distance = 1 - F.cosine_similarity(features.float(), of_teacher.float()).abs()
         return F.cross_entropy(logits.float(), y), distance.mean()
@@ -139,7 +139,7 @@ class ExpertStep(Step):
         b, a = self.batch, self.config.attack
         start = start_of(b, a.eps) if fixed else expert.random_start(b.x, a.eps)
         with torch.no_grad():
-            of_teacher = self.teacher(expert.half(b.x))[1].clone()
+            of_teacher = self.teacher(expert.entering(b.x))[1].clone()
         self.attacked.refresh()
         x = expert.attack(self.ascent, b.x, b.y, a.eps, a.step_size(a.eps), a.steps, start)
         self.student.train()
@@ -152,7 +152,7 @@ def _job(form: type[PlainStep] | type[ExpertStep], device: torch.device, quick: 
 
 def _ours(device: torch.device, quick: bool, compiled: bool = False, captured: bool = False) -> Job:
     now, start, layers = networks(device, quick)
-    config = setting(quick, "bfloat16")
+    config = setting(quick, precision(device))
     task, batch = ArrestTask(now, config, (3, 32, 32), layers, start), batch_of(device, quick)
     if compiled:
         task.attacked = InferenceCopy(now, (3, 32, 32), task.dtype, compile=True)

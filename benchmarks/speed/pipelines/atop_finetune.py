@@ -28,7 +28,7 @@ from purify_fast.ops.contextual_attention import key_validity
 from purify_fast.training import Batch
 from purify_fast.training.config import TrainingAttack
 
-from . import Case, Job, autocast, columns, expert, random_batch, training_step, update
+from . import Case, Job, autocast, columns, expert, precision, random_batch, training_step, update
 from .carso_training import attack
 
 BATCH, SIDE, EPS, SIGMA, WEIGHT = 4, 128, 8 / 255, 0.25, 0.05
@@ -258,7 +258,7 @@ class ExpertStep(PlainStep):
         self.optimizer = torch.optim.Adam(self.generator.parameters(), **ADAM, fused=True)
         self.ascent = expert.ascent(expert.loss_of(judge), device, compiled, constant=True)
         self.g = expert.compiled(self.generator, device, compiled)
-        self.f = expert.compiled(lambda x: judge(expert.half(x)).float(), device, compiled)
+        self.f = expert.compiled(lambda x: judge(expert.entering(x)).float(), device, compiled)
 
     def adversarial(self) -> Tensor:
         return expert.attack(self.ascent, self.batch.x, self.batch.y, EPS, EPS, 1)
@@ -276,7 +276,7 @@ def _expert(device: torch.device, quick: bool, compiled: bool = False) -> Job:
 
 def _ours(device: torch.device, quick: bool, compiled: bool = False, captured: bool = False) -> Job:
     made, batch = defence(device, quick), batch_of(device, quick)
-    task = AtopTask(made, setting("bfloat16"))
+    task = AtopTask(made, setting(precision(device)))
     run = training_step(task, batch, captured)
     made.accelerate(compile=compiled)
     made.train()

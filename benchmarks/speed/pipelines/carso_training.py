@@ -19,7 +19,7 @@ from purify_fast.ops.sample_latent import sample_latent
 from purify_fast.training import Batch
 from purify_fast.training.config import TrainingAttack
 
-from . import Case, Job, columns, expert, training_step, update
+from . import Case, Job, columns, expert, precision, training_step, update
 from .carso_inference import FrozenCarso, Plain, defence, images
 
 BATCH, OBJECTIVE_STEPS, PIPELINE_STEPS = 64, 40, 10
@@ -154,7 +154,7 @@ class ExpertTraining:
 
     def purifier_loss(self, representation: list[Tensor], perturbed: Tensor, noise: Tensor) -> Tensor:
         made, clean = self.made, self.batch.x
-        with torch.autocast(clean.device.type, torch.bfloat16):
+        with expert.autocast(clean.device):
             condition = made.condition_encoder(representation)
             mean, logs = (out.float() for out in made.posterior_encoder((perturbed - made.mean) / made.std, condition))
             logits = self.plain.reconstruct(mean + noise * torch.exp(0.5 * logs), condition)
@@ -176,7 +176,7 @@ class ExpertTraining:
         by_fgsm = expert.attack(self.ascent, b.x[fast], b.y[fast], eps, eps, 1)
         perturbed = torch.cat([b.x[:clean], by_pgd, by_fgsm])
         with torch.no_grad():
-            representation = [layer.clone() for layer in self.read(expert.half(perturbed))]
+            representation = [layer.clone() for layer in self.read(expert.entering(perturbed))]
         self.made.train()
         zeros, seed = b.x.new_zeros(len(b.x), self.made.latent_dim), torch.full_like(b.sample_ids[:1], b.seed)
         noise = sample_latent(zeros, zeros, seed, b.sample_ids)[0] if fixed else torch.randn_like(zeros)
@@ -184,9 +184,9 @@ class ExpertTraining:
 
     def prediction_loss(self, representation: list[Tensor], z: Tensor) -> Tensor:
         b, copy = self.batch, self.frozen.copies[0].model
-        with torch.autocast(b.x.device.type, torch.bfloat16):
+        with expert.autocast(b.x.device):
             image = self.plain.reconstruct(z, self.made.condition_encoder(representation))
-        predictions = copy.classifier(expert.half(torch.sigmoid(image))).float()
+        predictions = copy.classifier(expert.entering(torch.sigmoid(image))).float()
         reconstruction = F.binary_cross_entropy_with_logits(image.float(), b.x, reduction="sum") / len(b.x)
         return F.cross_entropy(predictions, b.y) + self.config.reconstruction_weight * reconstruction
 
@@ -195,10 +195,10 @@ class ExpertTraining:
         self.made.eval()
         self.frozen.copies[0].refresh("condition_encoder", "decoder")
         start = start_of(b, a.eps) if fixed else expert.random_start(b.x, a.eps)
-        more = lambda: (self.latents().bfloat16(),)  # noqa: E731
+        more = lambda: (self.latents().to(expert.fastest(b.x.device.type)),)  # noqa: E731
         x = expert.attack(self.ascent, b.x, b.y, a.eps, a.step_size(a.eps), a.steps, start, more)
         with torch.no_grad():
-            representation = [layer.clone() for layer in self.read(expert.half(x))]
+            representation = [layer.clone() for layer in self.read(expert.entering(x))]
         return self.predict(representation, self.latents()[0])
 
     def run(self) -> None:
@@ -218,7 +218,7 @@ def _expert(device: torch.device, quick: bool, target: str, compiled: bool = Fal
 def _ours(device: torch.device, quick: bool, target: str, compiled: bool = False, captured: bool = False) -> Job:
     made = defence(device, quick, samples=1)
     batch = batch_of(made, device, quick)
-    task = CarsoTask(made, setting(target, quick, "bfloat16"))
+    task = CarsoTask(made, setting(target, quick, precision(device)))
     run = training_step(task, batch, captured)
     made.accelerate(compile=compiled)
 

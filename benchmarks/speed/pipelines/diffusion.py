@@ -120,17 +120,17 @@ class Expert(Plain):
         for layer in self.network.modules():
             # The layers that embed the time stay in float32. They compute a single row.
             if isinstance(layer, (nn.Conv2d, nn.GroupNorm)):
-                layer.to(torch.bfloat16)
+                layer.to(expert.fastest(device.type))
         judge, kind = expert.FrozenCopy(self.made.classifier).model, "training" if gradient else "inference"
         self.table = self.made.process.table()[0].coefficients.to(device)
         self.moments = torch.tensor(self.times, device=device)
         self.advance = expert.compiled(self.moved, device, compiled, kind)
-        self.classify = expert.compiled(lambda x: judge(expert.half(x)).float(), device, compiled, kind)
+        self.classify = expert.compiled(lambda x: judge(expert.entering(x)).float(), device, compiled, kind)
 
     def moved(self, x: Tensor, z: Tensor, row: Tensor, t: Tensor) -> Tensor:
         """Return the state after a step with the coefficients ``row`` at the time ``t``."""
         p, q, limit, image, state, noise, _, _ = row.unbind()
-        predicted = self.network(expert.half(x), t).float()
+        predicted = self.network(expert.entering(x), t).float()
         return image * (p * x + q * predicted).clamp(-limit, limit) + state * x + noise * z
 
     def step(self, x: Tensor, z: Tensor, i: int) -> Tensor:
@@ -189,7 +189,7 @@ def _gradients() -> dict[str, Contestant]:
     best, ours = (EXPERT, f"{EXPERT}, compiled"), ("ours", "ours, compiled")
     return (
         {"plain, checkpointed": again["plain"]}
-        | {label: stored[label] for label in ("torch.compile of plain, bfloat16", *best)}
+        | {label: stored[label] for label in ("torch.compile of plain", *best)}
         | {f"{label}, checkpointed": again[label] for label in best}
         | {label: stored[label] for label in ours}
         | {f"{label}, each step again": again[label] for label in ours}

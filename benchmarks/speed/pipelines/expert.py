@@ -1,9 +1,10 @@
 """The parts of the contestant "expert": code as its best practitioners write it with PyTorch's public functions alone.
 
-An attack runs on a frozen copy of the network, with folded BatchNorms and weights in bfloat16 and channels_last. Only
-the gradient of the images is computed. What is trained runs under `torch.autocast`. The compiled form compiles the
-networks, each together with its loss, and a whole step of an attack. From this package the expert has only the plain
-networks and their weights, and for a comparison of results the random numbers.
+An attack runs on a frozen copy of the network in channels_last, with folded BatchNorms, in bfloat16 or in float32,
+whichever is faster on the device. Only the gradient of the images is computed. What is trained runs under
+`torch.autocast`, if bfloat16 is faster. The compiled form compiles the networks, each together with its loss, and a
+whole step of an attack. From this package the expert has only the plain networks and their weights, and for a
+comparison of results the random numbers.
 
 One more form of an attack shows what the expert gains by an idea of this package (`purify_fast.speed.folding.unrolled`)
 that no page of PyTorch names: on a CPU with matrix tiles (AMX), `WideConv` computes wide convolutions of small maps as
@@ -13,6 +14,9 @@ products of matrices.
 from __future__ import annotations
 
 import copy
+import functools
+import time
+import timeit
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -31,6 +35,24 @@ _LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 #: a Xeon with AMX, the product took half the time of PyTorch's convolution for 512 channels and 16 pixels, and twice
 #: the time for 256 channels and 64 pixels.
 WIDE, PIXELS = 256, 16
+
+
+@functools.cache
+def fastest(kind: str = "cpu") -> torch.dtype:
+    """Return bfloat16 if a convolution is faster in it than in float32, which not all processors with bfloat16 have."""
+    if kind != "cpu":
+        return torch.bfloat16
+    times = {}
+    for dtype in (torch.float32, torch.bfloat16)[: 1 + torch.cpu._is_avx512_bf16_supported()]:
+        x, weight = (torch.rand(n, 64, side, side).to(dtype, memory_format=LAST) for n, side in ((8, 32), (64, 3)))
+        convolution = functools.partial(torch.conv2d, x, weight, padding=1)
+        times[dtype] = min(timeit.repeat(convolution, timer=time.process_time, number=5, repeat=5))
+    return min(times, key=times.__getitem__)
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """Return the context in which an expert trains: autocast to bfloat16 if that is faster, or else nothing."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=fastest(device.type) == torch.bfloat16)
 
 
 def pairs(model: nn.Module) -> list[tuple[str, str]]:
@@ -117,13 +139,13 @@ class FrozenCopy:
     Args:
         source: network. It is copied, and the copy is in evaluation mode.
         products: True to use `WideConv` where it is faster.
-        dtype: dtype of the copy.
+        dtype: dtype of the copy. None is the faster one on the source's device.
 
     Attributes:
         model: the copy.
     """
 
-    def __init__(self, source: nn.Module, products: bool = False, dtype: torch.dtype = torch.bfloat16):
+    def __init__(self, source: nn.Module, products: bool = False, dtype: torch.dtype | None = None):
         self.source, self.pairs = source, pairs(source)
         self.model = copy.deepcopy(source).requires_grad_(False).eval()
         for name, norm in self.pairs:
@@ -132,7 +154,7 @@ class FrozenCopy:
             layer.weight, layer.bias = (nn.Parameter(value, requires_grad=False) for value in (weight, bias))
             parent, _, own = norm.rpartition(".")
             setattr(self.model.get_submodule(parent), own, nn.Identity())
-        self.model.to(dtype)
+        self.model.to(dtype or fastest(next(source.parameters()).device.type))
         self.model.to(memory_format=LAST)
         for layer in filter(wide, self.model.modules() if products else ()):
             layer.__class__ = WideConv
@@ -178,20 +200,20 @@ def compiled(function: Callable, device: torch.device, enabled: bool, kind: str 
     return torch.compile(function, dynamic=False, **options)
 
 
-def half(x: Tensor) -> Tensor:
-    """Convert images to bfloat16 in channels_last."""
-    return x.to(torch.bfloat16, memory_format=LAST)
+def entering(x: Tensor) -> Tensor:
+    """Convert images to the dtype of the frozen copies, in channels_last."""
+    return x.to(fastest(x.device.type), memory_format=LAST)
 
 
 def loss_of(logits: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
     """Return the summed cross-entropy of images and labels as a function, which is compiled as a whole.
 
     Args:
-        logits: function from images in bfloat16 and further arguments to logits.
+        logits: function from images in the dtype of the frozen copies, and further arguments, to logits.
     """
 
     def loss(x: Tensor, y: Tensor, *more: Tensor) -> Tensor:
-        return F.cross_entropy(logits(half(x), *more).float(), y, reduction="sum")
+        return F.cross_entropy(logits(entering(x), *more).float(), y, reduction="sum")
 
     return loss
 

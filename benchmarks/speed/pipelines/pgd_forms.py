@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from purify_fast._processor import has_tiles
 from purify_fast.attacks import pgd
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.speed import InferenceCopy, StepGraphs
@@ -113,7 +114,7 @@ def ours(device: torch.device, quick: bool, *, count: int, compiled: bool = Fals
 
 def forms(count: int) -> dict[str, Contestant]:
     """Return the forms of the attack on ``count`` images."""
-    bfloat16 = partial(autocast, partial(plain, count=count, compiled=True))
+    under_cast = partial(autocast, partial(plain, count=count, compiled=True))
     theirs = partial(Contestant, raised=True, tf32=True, raced=True)
     own: dict[str, dict[str, bool]] = {
         "ours": {},
@@ -124,7 +125,7 @@ def forms(count: int) -> dict[str, Contestant]:
     return {
         # By default, PyTorch computes convolutions of float32 in TF32.
         "plain, PyTorch defaults": Contestant(partial(plain, count=count), False, tf32=True),
-        "torch.compile of plain, bfloat16": Contestant(bfloat16, True, tf32=True),
+        "torch.compile of plain": Contestant(under_cast, True, tf32=True),
         FORM: theirs(partial(by_expert, count=count)),
         EXPERT: theirs(partial(by_expert, count=count, compiled=True)),
         PRODUCTS: theirs(partial(by_expert, count=count, products=True)),
@@ -136,7 +137,7 @@ def forms(count: int) -> dict[str, Contestant]:
 def cases(quick: bool) -> dict[str, Case]:
     on_gpu, made = quick or torch.cuda.is_available(), {}
     for count in sizes(quick):
-        absent = PRODUCTS if on_gpu else "captured"
-        every = {name: form for name, form in forms(count).items() if absent not in name}
+        absent = ("captured",) if not on_gpu and has_tiles() else (PRODUCTS,) if on_gpu else (PRODUCTS, "captured")
+        every = {name: form for name, form in forms(count).items() if not any(part in name for part in absent)}
         made[f"{count} images"] = Case(f"{count} images, PGD-{STEPS}", 0.05, every)
     return made
