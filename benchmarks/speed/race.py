@@ -22,7 +22,7 @@ from purify_fast.speed import retain_freed_memory
 from . import limits
 from .flops import flop_of
 from .pipelines import Case, registry
-from .pipelines.expert import fastest
+from .pipelines.expert import DTYPES
 from .timing import allocated, environment, quantile, seconds
 
 
@@ -52,7 +52,7 @@ QUICK = Effort(runs=2, slow_runs=2, seconds=0.0, pause=0.0, matrix=128)
 def _matrix_rate(device: torch.device, size: int) -> float:
     """Return the highest FLOP/s in three matrix products and three 3 x 3 convolutions, all of them large."""
     # The expert computes in this dtype.
-    dtype = fastest(device.type)
+    dtype = DTYPES[device.type]
     product, times = limits.products(device, size, 3, dtype)
     channels, side = min(size, 256), 16
     x = limits.operands(device, max(1, size // 32), channels, side, side, dtype=dtype)

@@ -123,7 +123,7 @@ def with_our_line(theirs: Form) -> Form:
 
 def best(dtype: Dtype) -> torch.dtype:
     """Return a dtype. For "auto", it is the fastest one."""
-    return dtype if isinstance(dtype, torch.dtype) else expert.fastest()
+    return dtype if isinstance(dtype, torch.dtype) else expert.DTYPES["cpu"]
 
 
 def cast(dtype: torch.dtype) -> torch.autocast:

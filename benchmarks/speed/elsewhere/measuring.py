@@ -26,7 +26,7 @@ from purify_fast.speed import retain_freed_memory
 
 from ... import options
 from .. import sheets, timing
-from ..pipelines.expert import fastest
+from ..pipelines.expert import DTYPES
 from . import Batches, Dtype, Row, changed_lines, registry
 
 CONTESTANTS = ("theirs", "expert", "ours", "compiled")
@@ -139,7 +139,10 @@ def measured(name: str, row: Row, quick: bool) -> dict[str, Any]:
         compared = row.trains and who in contests
         later = _later(row, who, 2 if quick else LATER) if compared else dict.fromkeys(LATE, "")
         found |= {f"{key}_{who}": value for key, value in later.items()}
-    found |= {"bfloat16": torch.cpu._is_avx512_bf16_supported(), "expert_dtype": str(fastest()).removeprefix("torch.")}
+    found |= {
+        "bfloat16": torch.cpu._is_avx512_bf16_supported(),
+        "expert_dtype": str(DTYPES["cpu"]).removeprefix("torch."),
+    }
     return found | timing.environment(torch.device("cpu"))
 
 

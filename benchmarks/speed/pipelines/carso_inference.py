@@ -86,7 +86,7 @@ class FrozenCarso(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return float32 image logits ``[K, B, C, H, W]`` and logits ``[K, B, classes]``, see `Plain`."""
-        image, logits = self.plain(expert.entering(x), z.to(expert.fastest(z.device.type)))
+        image, logits = self.plain(expert.entering(x), z.to(expert.DTYPES[z.device.type]))
         return image.float(), logits.float()
 
 

@@ -195,7 +195,7 @@ class ExpertTraining:
         self.made.eval()
         self.frozen.copies[0].refresh("condition_encoder", "decoder")
         start = start_of(b, a.eps) if fixed else expert.random_start(b.x, a.eps)
-        more = lambda: (self.latents().to(expert.fastest(b.x.device.type)),)  # noqa: E731
+        more = lambda: (self.latents().to(expert.DTYPES[b.x.device.type]),)  # noqa: E731
         x = expert.attack(self.ascent, b.x, b.y, a.eps, a.step_size(a.eps), a.steps, start, more)
         with torch.no_grad():
             representation = [layer.clone() for layer in self.read(expert.entering(x))]

@@ -120,7 +120,7 @@ class Expert(Plain):
         for layer in self.network.modules():
             # The layers that embed the time stay in float32. They compute a single row.
             if isinstance(layer, (nn.Conv2d, nn.GroupNorm)):
-                layer.to(expert.fastest(device.type))
+                layer.to(expert.DTYPES[device.type])
         judge, kind = expert.FrozenCopy(self.made.classifier).model, "training" if gradient else "inference"
         self.table = self.made.process.table()[0].coefficients.to(device)
         self.moments = torch.tensor(self.times, device=device)

@@ -14,10 +14,10 @@ products of matrices.
 from __future__ import annotations
 
 import copy
-import functools
 import time
 import timeit
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -37,22 +37,23 @@ _LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 WIDE, PIXELS = 256, 16
 
 
-@functools.cache
-def fastest(kind: str = "cpu") -> torch.dtype:
+def fastest() -> torch.dtype:
     """Return bfloat16 if a convolution is faster in it than in float32, which not all processors with bfloat16 have."""
-    if kind != "cpu":
-        return torch.bfloat16
     times = {}
     for dtype in (torch.float32, torch.bfloat16)[: 1 + torch.cpu._is_avx512_bf16_supported()]:
         x, weight = (torch.rand(n, 64, side, side).to(dtype, memory_format=LAST) for n, side in ((8, 32), (64, 3)))
-        convolution = functools.partial(torch.conv2d, x, weight, padding=1)
+        convolution = partial(torch.conv2d, x, weight, padding=1)
         times[dtype] = min(timeit.repeat(convolution, timer=time.process_time, number=5, repeat=5))
     return min(times, key=times.__getitem__)
 
 
+#: The dtypes of the frozen copies on the types of devices. Compiled code can read this table, but not time anything.
+DTYPES = {"cpu": fastest(), "cuda": torch.bfloat16}
+
+
 def autocast(device: torch.device) -> torch.autocast:
     """Return the context in which an expert trains: autocast to bfloat16 if that is faster, or else nothing."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=fastest(device.type) == torch.bfloat16)
+    return torch.autocast(device.type, torch.bfloat16, enabled=DTYPES[device.type] == torch.bfloat16)
 
 
 def pairs(model: nn.Module) -> list[tuple[str, str]]:
@@ -154,7 +155,7 @@ class FrozenCopy:
             layer.weight, layer.bias = (nn.Parameter(value, requires_grad=False) for value in (weight, bias))
             parent, _, own = norm.rpartition(".")
             setattr(self.model.get_submodule(parent), own, nn.Identity())
-        self.model.to(dtype or fastest(next(source.parameters()).device.type))
+        self.model.to(dtype or DTYPES[next(source.parameters()).device.type])
         self.model.to(memory_format=LAST)
         for layer in filter(wide, self.model.modules() if products else ()):
             layer.__class__ = WideConv
@@ -202,7 +203,7 @@ def compiled(function: Callable, device: torch.device, enabled: bool, kind: str 
 
 def entering(x: Tensor) -> Tensor:
     """Convert images to the dtype of the frozen copies, in channels_last."""
-    return x.to(fastest(x.device.type), memory_format=LAST)
+    return x.to(DTYPES[x.device.type], memory_format=LAST)
 
 
 def loss_of(logits: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:

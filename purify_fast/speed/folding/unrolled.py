@@ -66,8 +66,8 @@ def packed_matrix(weight: Tensor, form: Callable[[Tensor], Tensor], size: Sequen
         given = [0, 0], [1, 1], [1, 1], 1, [1, made.shape[1], BATCH * size[0], size[1]]
         return torch.ops.mkldnn._reorder_convolution_weight(made, *given)
 
-    # A trace would record the layout as a constant. Tensors of the inference mode have no version.
-    if weight.is_inference() or _get_current_dispatch_mode():
+    # Tensors of the inference mode have no version.
+    if weight.is_inference():
         return make()
     state, name = (weight._version, weight.data_ptr()), (form.__name__, *size)
     known, layouts = _layouts.get(weight, (None, {}))
@@ -88,9 +88,8 @@ def product(rows: Tensor, weight: Tensor, form: Callable[[Tensor], Tensor], bias
     PyTorch computes such a product in a single thread if the matrix has a few hundred rows, but a convolution in
     several.
     """
-    packs = type(rows) is Tensor and rows.numel() and onednn_takes_bfloat16()
-    if not packs:
-        # Fake tensors cannot be packed.
+    if type(rows) is not Tensor or not rows.numel() or _get_current_dispatch_mode() or not onednn_takes_bfloat16():
+        # A trace would record the packed weights as a constant, and fake tensors cannot be packed.
         return F.linear(rows, form(weight), bias)
     b, h, w, _ = rows.shape
     image = rows.view(1, b * h, w, -1).permute(0, 3, 1, 2)
