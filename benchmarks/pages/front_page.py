@@ -15,9 +15,8 @@ from ..robustness.broken import run_broken
 from ..robustness.studies import diffusion
 from ..robustness.truth import run_truth as truth
 from ..speed import sheets
-from ..speed.pipelines.pgd_forms import PRODUCTS
 from ..speed.sheets import PIPELINES, ROWS, fastest, ops_speedups, read_csv
-from . import gpu_tables, performance
+from . import gpu_tables
 
 #: The colors of README's picture. Green is this package, gray is everything else, and red is an alarm.
 INK, OURS, PLAIN, ALARM, GRID = "#1b1f24", "#1f6f4a", "#9aa4ae", "#c62828", "#dde2e7"
@@ -145,7 +144,7 @@ def answer_row(results: Path) -> list[list[str]]:
     expert, own, plain = times
     what = f"robust accuracy of {network.partition(',')[0]}, {count} images; expert: AutoAttack"
     cells = f"{expert:.0f} s", f"**{own:.0f} s**", f"{expert / own:.2f}", f"{plain:.0f} s", f"{plain / own:.1f}"
-    return [["one CPU core, no AMX", what, *cells, "-"]]
+    return [[NAMES[CPU], what, *cells, "-"]]
 
 
 def speed_table(results: Path) -> list[str]:
@@ -163,17 +162,9 @@ def speed_table(results: Path) -> list[str]:
         body.append([NAMES[one.device], one.title, *times, gain, *plain, f"{100 * one.share:.0f} %"])
     head = ["device", "computation", "expert", "purify_fast", "speedup over the expert", "plain PyTorch"]
     lines = markdown_table([*head, "speedup over plain", "share of the matrix speed"], body)
-    more = [line for line in performance.against_the_expert(results / CPU) if line[1] == "2"]
     said = []
     if any(one.gain < 1 for one in measured):
         said.append("**The expert is faster where the speedup over it is below 1.**")
-    if more:
-        gains = _range([float(speedup) for *_, speedup in more])
-        races = f"{len(more)} race{'s' * (len(more) > 1)}"
-        said.append(f"With two threads, it is {gains} in {races} ([table](docs/speed.md#how-sure-are-they)).")
-    lent = [row for row in read_csv(results / CPU / PIPELINES) if row["threads"] == "1" and row["ms"]]
-    if idea := fastest([row for row in lent if row["pipeline"] == "pgd_forms"], PRODUCTS, "contestant"):
-        said.append(f"With our matrix products, the expert's attack by PGD-10 takes {idea:,.0f} ms.")
     return [*lines, "", " ".join(said)] if said else lines
 
 

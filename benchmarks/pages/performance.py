@@ -70,9 +70,6 @@ ROWS = {
     "and training uses autocast, where a convolution is faster in bfloat16 than in float32.",
     "expert, compiled": "the expert's code under `torch.compile`: on a CPU in the default mode, on a GPU in the "
     "fastest mode. A step of an attack (forward pass, gradient and new point) is one compiled graph.",
-    "our matrix products in the expert's code": "the expert's attack, but wide convolutions of small maps are products "
-    "of matrices, an idea of this package.",
-    "our matrix products in the expert's code, compiled": "the same under `torch.compile`.",
     "ours": "this package after `accelerate()`.",
     "ours, compiled": "this package after `accelerate(compile=True)`.",
 }

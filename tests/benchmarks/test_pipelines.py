@@ -132,36 +132,6 @@ def test_the_expert_compiles_a_whole_step_of_its_attack(monkeypatch):
     assert (found == right).float().mean() > 0.99
 
 
-@pytest.mark.parametrize("side", [4, 5])
-def test_a_wide_convolution_of_small_maps_is_a_product_of_matrices(side, monkeypatch):
-    """Its result and its gradient are those of the convolution, also after new weights."""
-    monkeypatch.setattr(expert, "has_tiles", lambda: True)
-    source = torch.nn.Sequential(torch.nn.Conv2d(256, 320, 3, padding=1), torch.nn.Conv2d(320, 8, 3, padding=1))
-    assert not any(isinstance(layer, expert.WideConv) for layer in expert.FrozenCopy(source).model)
-    copy = expert.FrozenCopy(source, products=True)
-    assert [isinstance(layer, expert.WideConv) for layer in copy.model] == [True, False]
-    x = torch.rand(2, 256, side, side)
-    for _ in range(2):
-        gradients, results = [], []
-        for network, point in ((source, x), (copy.model, expert.entering(x))):
-            leaf = point.detach().requires_grad_()
-            results.append(network(leaf).float())
-            gradients.append(torch.autograd.grad(results[-1].sin().sum(), leaf)[0].float())
-        for right, found in (results, gradients):
-            assert (found - right).norm() < 0.02 * right.norm()
-        with torch.no_grad():
-            for weight in source.parameters():
-                weight.copy_(torch.randn_like(weight) / weight[0].numel() ** 0.5)
-        copy.refresh()
-    with monkeypatch.context() as patch:
-        patch.setattr(expert, "_product", None)
-        if side == 5:
-            copy.model(expert.entering(x))
-        else:
-            with pytest.raises(TypeError):
-                copy.model(expert.entering(x))
-
-
 @pytest.mark.parametrize("raced", [False, True])
 def test_cudnn_times_its_convolutions_for_the_expert_alone(raced, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)

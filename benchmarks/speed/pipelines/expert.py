@@ -5,10 +5,6 @@ whichever is faster on the device. Only the gradient of the images is computed. 
 `torch.autocast`, if bfloat16 is faster. The compiled form compiles the networks, each together with its loss, and a
 whole step of an attack. From this package the expert has only the plain networks and their weights, and for a
 comparison of results the random numbers.
-
-One more form of an attack shows what the expert gains by an idea of this package (`purify_fast.speed.folding.unrolled`)
-that no page of PyTorch names: on a CPU with matrix tiles (AMX), `WideConv` computes wide convolutions of small maps as
-products of matrices.
 """
 
 from __future__ import annotations
@@ -27,14 +23,8 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import fusion
 
-from purify_fast._processor import has_tiles
-
 LAST = torch.channels_last
 _LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
-#: The smallest number of channels and the largest number of pixels for which a convolution is a product of matrices. On
-#: a Xeon with AMX, the product took half the time of PyTorch's convolution for 512 channels and 16 pixels, and twice
-#: the time for 256 channels and 64 pixels.
-WIDE, PIXELS = 256, 16
 
 
 def fastest() -> torch.dtype:
@@ -82,71 +72,18 @@ def _fused(layer: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
     return fusion.fuse_conv_bn_weights(*weights, *statistics, transpose=isinstance(layer, nn.ConvTranspose2d))
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute a 3 x 3 convolution of stride 1 and padding 1 in channels_last as a product of matrices."""
-    n, _, h, w = x.shape
-    windows = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).unfold(1, 3, 1).unfold(2, 3, 1)
-    rows = windows.permute(0, 1, 2, 4, 5, 3).reshape(n * h * w, -1)
-    return F.linear(rows, weight.permute(0, 2, 3, 1).flatten(1), bias).view(n, h, w, -1).permute(0, 3, 1, 2)
-
-
-class _Product(torch.autograd.Function):
-    """Applies `_product`. The gradient of the images is the same product with the turned weights."""
-
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, turned: Tensor) -> Tensor:
-        # The following layer may change the result in place, which PyTorch forbids for a view. The copy takes no time.
-        return _product(x, weight, bias).clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ctx.save_for_backward(inputs[3])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _product(grad, *ctx.saved_tensors, None), None, None, None
-
-
-class WideConv(nn.Conv2d):
-    """A frozen wide convolution. For maps of at most 16 pixels it is a product of matrices.
-
-    `FrozenCopy` gives this class to the convolutions that `wide` chooses, and keeps their `turn` in ``turned``.
-    """
-
-    turned: Tensor
-
-    def turn(self) -> Tensor:
-        """Return the weights as the gradient of the images needs them."""
-        return self.weight.detach().flip(2, 3).transpose(0, 1).contiguous(memory_format=LAST)
-
-    def forward(self, input: Tensor) -> Tensor:
-        if input.shape[2] * input.shape[3] > PIXELS:
-            return super().forward(input)
-        return _Product.apply(input, self.weight, self.bias, self.turned)
-
-
-def wide(layer: nn.Module) -> bool:
-    """Tell whether `WideConv` computes what a layer computes, and faster where the maps are small."""
-    if not isinstance(layer, nn.Conv2d) or layer.weight.device.type != "cpu" or not has_tiles():
-        return False
-    same = (layer.kernel_size, layer.stride, layer.padding, layer.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
-    plain = layer.groups == 1 and layer.padding_mode == "zeros"
-    return same and plain and min(layer.in_channels, layer.out_channels) >= WIDE
-
-
 class FrozenCopy:
     """A frozen copy of a network in channels_last, with folded BatchNorms.
 
     Args:
         source: network. It is copied, and the copy is in evaluation mode.
-        products: True to use `WideConv` where it is faster.
         dtype: dtype of the copy. None is the faster one on the source's device.
 
     Attributes:
         model: the copy.
     """
 
-    def __init__(self, source: nn.Module, products: bool = False, dtype: torch.dtype | None = None):
+    def __init__(self, source: nn.Module, dtype: torch.dtype | None = None):
         self.source, self.pairs = source, pairs(source)
         self.model = copy.deepcopy(source).requires_grad_(False).eval()
         for name, norm in self.pairs:
@@ -157,9 +94,6 @@ class FrozenCopy:
             setattr(self.model.get_submodule(parent), own, nn.Identity())
         self.model.to(dtype or DTYPES[next(source.parameters()).device.type])
         self.model.to(memory_format=LAST)
-        for layer in filter(wide, self.model.modules() if products else ()):
-            layer.__class__ = WideConv
-            layer.register_buffer("turned", layer.turn(), persistent=False)
 
     @torch.no_grad()
     def refresh(self, *parts: str) -> None:
@@ -175,9 +109,6 @@ class FrozenCopy:
                 theirs |= {f"{name}.weight": fused[0], f"{name}.bias": fused[1]}
         changed = {name: mine for name, mine in self.model.named_parameters() if not parts or name.startswith(parts)}
         torch._foreach_copy_(list(changed.values()), [theirs[name] for name in changed])
-        for name, layer in self.model.named_modules():
-            if isinstance(layer, WideConv) and (not parts or name.startswith(parts)):
-                layer.turned.copy_(layer.turn())
 
 
 def compiled(function: Callable, device: torch.device, enabled: bool, kind: str = "training") -> Callable:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from purify_fast._processor import has_tiles
 from purify_fast.attacks import pgd
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.speed import InferenceCopy, StepGraphs
@@ -26,8 +25,6 @@ from .carso_inference import classifier
 
 STEPS, EPS, ALPHA = 10, 8 / 255, 2 / 255
 EXPERT = f"{FORM}, compiled"
-#: The expert's code with this package's idea, which helps on a CPU with matrix tiles only.
-PRODUCTS = "our matrix products in the expert's code"
 CAPTURED, FASTEST = "ours, captured", "ours, compiled and captured"
 
 
@@ -80,14 +77,11 @@ def plain(device: torch.device, quick: bool, *, count: int, compiled: bool = Fal
     return _job(run, network, x, y)
 
 
-def by_expert(device: torch.device, quick: bool, *, count: int, compiled: bool = False, products: bool = False) -> Job:
-    """Return the attack as an expert writes it (see `expert`), with the arguments of `plain`.
-
-    With ``products``, it has this package's idea for wide convolutions of small maps.
-    """
+def by_expert(device: torch.device, quick: bool, *, count: int, compiled: bool = False) -> Job:
+    """Return the attack as an expert writes it (see `expert`), with the arguments of `plain`."""
     x, y = _images(device, quick, count)
     network = _network(quick).to(device)
-    step = expert.ascent(expert.loss_of(expert.FrozenCopy(network, products).model), device, compiled, constant=True)
+    step = expert.ascent(expert.loss_of(expert.FrozenCopy(network).model), device, compiled, constant=True)
     return _job(lambda: expert.attack(step, x, y, EPS, ALPHA, STEPS), network, x, y)
 
 
@@ -128,8 +122,6 @@ def forms(count: int) -> dict[str, Contestant]:
         "torch.compile of plain": Contestant(under_cast, True, tf32=True),
         FORM: theirs(partial(by_expert, count=count)),
         EXPERT: theirs(partial(by_expert, count=count, compiled=True)),
-        PRODUCTS: theirs(partial(by_expert, count=count, products=True)),
-        f"{PRODUCTS}, compiled": theirs(partial(by_expert, count=count, compiled=True, products=True)),
         **{name: Contestant(partial(ours, count=count, **how), True, raced=True) for name, how in own.items()},
     }
 
@@ -137,7 +129,6 @@ def forms(count: int) -> dict[str, Contestant]:
 def cases(quick: bool) -> dict[str, Case]:
     on_gpu, made = quick or torch.cuda.is_available(), {}
     for count in sizes(quick):
-        absent = ("captured",) if not on_gpu and has_tiles() else (PRODUCTS,) if on_gpu else (PRODUCTS, "captured")
-        every = {name: form for name, form in forms(count).items() if not any(part in name for part in absent)}
+        every = {name: form for name, form in forms(count).items() if on_gpu or "captured" not in name}
         made[f"{count} images"] = Case(f"{count} images, PGD-{STEPS}", 0.05, every)
     return made
