@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 
@@ -29,8 +29,6 @@ MISSING: dict[Missing, str] = {
 
 #: Class names of the models in which a purifier or another part has the gradient of the identity, as in BPDA.
 IDENTITIES = ("BpdaModel", "IdentityBackward")
-#: A report does not advise more draws per gradient if an attack has averaged at least this number of draws.
-MANY_DRAWS = 20
 
 #: The meaning of each verdict, in words for the reader of a report. "The number" is the robust accuracy.
 STATES = {
@@ -122,6 +120,9 @@ class Evidence:
         cosine: between the changes that gradients predict and the measured changes; None if not measured.
     """
 
+    #: A report does not advise more draws per gradient if an attack has averaged at least this number of draws.
+    many_draws: ClassVar[int] = 20
+
     rows: Sequence[Row]
     probes: Probes | None = None
     classes: int | None = None
@@ -152,7 +153,7 @@ class Evidence:
             if of("nearest"):
                 continue
             tried |= {"BPDA"} if row.kind == "bpda" or of("gradients_from") in IDENTITIES else set()
-            tried |= {"draws"} if (of("eot_iter") or 1) >= MANY_DRAWS else set()
+            tried |= {"draws"} if (of("eot_iter") or 1) >= self.many_draws else set()
         return tried
 
     @property
