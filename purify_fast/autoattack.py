@@ -29,7 +29,7 @@ from .attacks.arguments import check_eps
 from .attacks.attacked_model import SAMPLE, TRIED_CALLS, check_model, differ, draws_elsewhere
 from .attacks.gradient_copy import GradientCopies
 from .attacks.sequence import AttackSequence
-from .evaluation.request.inputs import collect
+from .evaluation.request.preparation import collect
 from .evaluation.request.subject import TRIED, device_of
 from .protocols import Classifier
 from .speed.precision import whole_float32_by_default

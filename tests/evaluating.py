@@ -9,6 +9,6 @@ SETTINGS = {field.name for field in fields(EvaluateConfig)}
 
 
 def evaluate(model, x, y=None, **options):
-    """The report of an evaluation; the options are settings and arguments of `evaluate`."""
+    """The report of an evaluation without a progress bar; the options are settings and arguments of `evaluate`."""
     given = {name: options.pop(name) for name in SETTINGS & options.keys()}
-    return evaluation.evaluate(model, x, y, **options, config=EvaluateConfig(**given))
+    return evaluation.evaluate(model, x, y, **{"progress": False} | options, config=EvaluateConfig(**given))

@@ -23,7 +23,7 @@ from purify_fast.attacks.base import ThreatModel
 from purify_fast.evaluation import AttackSpec, EvaluateConfig, evaluate
 from purify_fast.evaluation.request import subject as evaluated
 from purify_fast.evaluation.request.attack_lists import protocol_attacks
-from purify_fast.evaluation.show.tables import markdown_table
+from purify_fast.evaluation.show.text import markdown_table
 
 from .. import kept, options
 from ..kept import Row

@@ -47,7 +47,7 @@ from purify_fast.defences import StochasticDefence, WithAggregation
 from purify_fast.evaluation import AttackSpec, EvaluateConfig, evaluate
 from purify_fast.evaluation.request import subject as evaluated
 from purify_fast.evaluation.request.attack_lists import protocol_attacks
-from purify_fast.evaluation.show.tables import markdown_table
+from purify_fast.evaluation.show.text import markdown_table
 from purify_fast.ops.pgd_step import pgd_step
 from purify_fast.training import load_classifier
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from purify_fast.attacks.base import ThreatModel
 from purify_fast.evaluation.request.attack_lists import protocol_attacks
-from purify_fast.evaluation.request.published.diffusion_attacks import strong_attacks
+from purify_fast.evaluation.request.published.diffusion_release import strong_attacks
 from purify_fast.evaluation.request.specs import AttackSpec
 from purify_fast.evaluation.request.subject import Subject
 from purify_fast.evaluation.run import stopping

@@ -14,7 +14,7 @@ import torch
 from .. import _library
 from .._templates import render
 from .._version import __version__
-from ..evaluation.show.tables import terminal_table
+from ..evaluation.show.text import terminal_table
 from ..ops import REGISTRY
 from ..ops.dispatch import races, records
 from ..ops.dispatch.op import Call, Style
@@ -109,5 +109,5 @@ def info(everything: bool) -> str:
         verdicts=records.folder(),
         mode=mode(),
         environment=[f"{key}={value}" for key, value in sorted(os.environ.items()) if key.startswith("PURIFY_FAST_")],
-        table=terminal_table(["op", "device", "available", "eager", "in graphs", "why"], body, color=False),
+        table=terminal_table(["op", "device", "available", "eager", "in graphs", "why"], body),
     )

@@ -81,7 +81,7 @@ class Zoo(Command):
 
     def run(self) -> None:
         from .. import zoo
-        from ..evaluation.show.tables import color_is_welcome, terminal_table
+        from ..evaluation.show.text import terminal_table
 
         if self.name is not None:
             print(zoo.card(self.name))
@@ -94,7 +94,7 @@ class Zoo(Command):
             shares = ["-" if it is None else f"{100 * it.share:.1f}{'' if it.reliable else ' ?'}" for it in figures]
             body.append([card.name, card.data, f"{card.norm} {card.eps:.3g}", *shares])
         head = ["name", "data", "attacks", "clean, %", *(f"{protocol}, %" for protocol in protocols)]
-        print(terminal_table(head, body, color_is_welcome()))
+        print(terminal_table(head, body))
         print("A number with ? is unreliable: the checks of its evaluation found a reason to doubt it.")
         print("`purify-fast zoo NAME` describes a model, and `purify-fast evaluate zoo:NAME` attacks it.")
 
@@ -150,8 +150,8 @@ class Tune(Command):
 def text(tuned: Tuned) -> str:
     """The text that the command ``tune`` prints at its end."""
     from .._templates import render
-    from ..evaluation.show.tables import terminal_table
+    from ..evaluation.show.text import terminal_table
 
     head = ["op", "calls", "used before", "used now", "kernel's speed"]
     body = [[one.op, one.call.cell, one.before, one.after, f"{one.gain:.2g} times"] for one in tuned.changes]
-    return render(__package__, "tune.txt.jinja", tuned=tuned, table=terminal_table(head, body, color=False))
+    return render(__package__, "tune.txt.jinja", tuned=tuned, table=terminal_table(head, body))

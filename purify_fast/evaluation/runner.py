@@ -29,22 +29,27 @@ from ..protocols import Classifier
 from ..speed.memory import peak_so_far
 from ..speed.precision import raced_convolutions, whole_float32_by_default
 from ..speed.threads import restored_threads
-from .alarms.answers import Before
+from .alarms.probes import Before
 from .alarms.signs import signs_of_masking
 from .request.attack_lists import SEARCHES, protocol_attacks, without_early_stops
 from .request.config import BatchSize, EvaluateConfig, ProtocolName
-from .request.inputs import images_and_labels, read_attacks
 from .request.naming import beside_fixed, feasible, row_name, threat_name
-from .request.preparation import facts, first_notes, note_of_modes, refresh_stale_copies
+from .request.preparation import (
+    facts,
+    first_notes,
+    images_and_labels,
+    note_of_modes,
+    read_attacks,
+    refresh_stale_copies,
+)
 from .request.specs import AttackFunction, AttackSpec
 from .request.subject import DrawsUnderAttack, Subject, Variant, device_of
 from .results.rows import CURVE, Row, worst_rows
 from .run.cache import RowCache
 from .run.curve import Curve, attacks_of_curve, radii_of
-from .run.measure import Measure, Standing, settings_of
+from .run.measure import EXAMPLES, Measure, Standing, settings_of
 from .run.progress import Progress
 from .run.resources import choose_threads, make_room
-from .run.row_judge import EXAMPLES
 from .run.shards import Shards
 from .run.stopping import notes_of_proofs, notes_of_size, notes_of_unsearched
 from .show.report import Report
@@ -345,7 +350,7 @@ class _Evaluation:
 
     def standing(self, variant: Variant, threat: str | None) -> Standing:
         """The state of the images after the attacks so far."""
-        left = self.measure.judge.withstood(self.measure.clean(variant))
+        left = self.measure.withstood(self.measure.clean(variant))
         return self.standings.setdefault((variant, threat), Standing(left.copy(), np.full(len(left), np.inf)))
 
     def rows(self) -> list[Row]:
@@ -364,7 +369,7 @@ class _Evaluation:
             for row, variant in zip(rows, dict.fromkeys([spec.variant, "random"]), strict=False):
                 all_rows.append(row)
                 if row.is_attack:
-                    self.standing(variant, threat).add(row, measure.judge.withstood(row))
+                    self.standing(variant, threat).add(row, measure.withstood(row))
             progress.costs[progress.rows :] = self.costs()[number:]
             for row in rows:
                 progress.finished(f"{row.attack}: {100 * row.accuracy:.1f} % of {row.n} images{source}")

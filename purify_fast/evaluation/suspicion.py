@@ -11,10 +11,8 @@ import numpy as np
 import torch
 
 from .._tensors import digest
-from .alarms.answers import ALONE, PROBED, Before, Missing, differences, has_no_gradient
-from .alarms.evidence import IDENTITIES, Evidence
-from .alarms.probes import Probes, asked_before, near, probe, probes_before
-from .alarms.signs import findings
+from .alarms.probes import PROBED, Before, Probes, asked_before, compared_gradients, has_no_gradient, probe
+from .alarms.signs import IDENTITIES, Evidence, findings
 from .results.rows import Worst, count_fallen
 from .run.measure import Measure
 from .run.progress import counted_model
@@ -56,7 +54,9 @@ class Suspicion:
             # The gradients of such a model are approximations by design.
             and type(subject.base_model).__name__ not in IDENTITIES
         ):
-            evidence = replace(evidence, cosine=subject.room.within(self.cosine))
+            evidence = replace(
+                evidence, cosine=subject.room.within(lambda: compared_gradients(subject, self.measure.context))
+            )
         report.findings = [replace(finding, model=name) for finding in findings(evidence)]
         doubts = [finding for finding in report.findings if finding.verdict == "unreliable"]
         inconsistent = any(finding.of_answers for finding in doubts)
@@ -69,13 +69,6 @@ class Suspicion:
             if headline and doubts and (row.accuracy > 0 or inconsistent):
                 row.reliable = False
                 row.doubts = [finding.alarm for finding in doubts]
-
-    def cosine(self) -> float | Missing | None:
-        """Compare the changes that the model's gradients predict with the measured ones, on and near clean images."""
-        context, subject = self.measure.context, self.measure.subject
-        some = slice(min(ALONE, subject.batch_size))
-        x, y = subject.x[some].to(subject.device), subject.y[some].to(subject.device)
-        return differences(subject, y, x, near(context, x))[0]
 
     def judged_points(self, probes: Probes, fallen: Sequence[int]) -> Worst | None:
         """Judge the points of a random model's images that fell to probes; None if there are none."""
@@ -95,28 +88,24 @@ class Suspicion:
         return self.measure.cache.key(settings | more, subject.model)
 
     def ask_before(self, before: Before, costs: Sequence[int | None]) -> Probes:
-        """Run the probes before the attacks."""
+        """Run the probes before the attacks, in the first process."""
         measure, progress = self.measure, self.measure.progress
         context, subject = measure.context, measure.subject
         progress.costs = [None, *costs]
-        probes = probes_before(before, context, counted_model(subject.model, progress))
+        model = counted_model(subject.model, progress)
 
-        def run(number: int) -> Any:
+        def ask() -> Probes:
             at_once = subject.room.limit(context.resources.max_forward_batch)
-            resources = replace(context.resources, max_forward_batch=at_once, batch_size=subject.batch_size)
-            return probes[number](replace(context, resources=resources))
-
-        def part(number: int) -> Any:
-            # If memory runs out, a probe runs again with fewer images at once.
-            return subject.room.within(functools.partial(run, number))
+            resources = replace(context.resources, max_forward_batch=at_once)
+            return asked_before(before, replace(context, resources=resources), model)
 
         def make() -> dict[str, Any]:
+            # If memory runs out, the probes run again with fewer images at once.
             with progress.row("probes", None):
-                values = measure.shards.share(range(len(probes)), part)
-                return asdict(subject.room.within(lambda: asked_before(before, context, values)))
+                return asdict(subject.room.within(ask))
 
-        cache, key = measure.cache, self.probes_key({"before": True})
-        asked = Probes(**measure.shards.from_first(lambda: cache.values(key, make), part))
+        key = self.probes_key({"before": True})
+        asked = Probes(**measure.shards.from_first(lambda: measure.cache.values(key, make)))
         progress.next_row()
         return asked
 

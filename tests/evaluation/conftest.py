@@ -5,16 +5,21 @@ from pathlib import Path
 
 import pytest
 
-from purify_fast.evaluation.run.row_judge import RowJudge
+from purify_fast.evaluation.run.measure import Measure
 
 # the helpers of this folder, and of all tests
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _(one_thread):
+    """Every test here has tiny models."""
 
 
 @pytest.fixture
 def made_rows(monkeypatch):
     """The rows that evaluations made, and did not read from a file."""
     rows = []
-    original = RowJudge.new_row
-    monkeypatch.setattr(RowJudge, "new_row", lambda *args, **values: rows.append(args) or original(*args, **values))
+    original = Measure.new_row
+    monkeypatch.setattr(Measure, "new_row", lambda *args, **values: rows.append(args) or original(*args, **values))
     return rows

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from purify_fast.attacks import pgd
+from purify_fast.data import load_dataset
 from purify_fast.data.datasets import small_digits
 
 EPS = 0.15
@@ -21,6 +22,12 @@ def digits():
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     x, y = x[order], y[order]
     return x[TESTED:], y[TESTED:], x[:TESTED], y[:TESTED]
+
+
+def zoo_digits(count):
+    """The first images of 16 x 16 pixels that the networks of the zoo have not seen, in [0, 1], and their labels."""
+    images = load_dataset("digits")
+    return images.x_test[:count].float() / 255, images.y_test[:count]
 
 
 @functools.cache

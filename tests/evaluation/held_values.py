@@ -52,21 +52,21 @@ class Linear(nn.Module):
         return self.base(x)
 
 
-def on_class(value):
-    model = type("OnClass", (Linear,), {"__module__": __name__, "_scale": value})()
-    model.forward = lambda x: model.base(x * model._scale)
-    return model
+class Traced(nn.Module):
+    """Calls a function, which a tracer records."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.call = call
+
+    def forward(self, x):
+        return self.call(x)
 
 
-def hooked(value):
-    model = Linear()
-    model.base.register_forward_pre_hook(lambda module, inputs: (inputs[0] * value,))
-    return model
-
-
-def instance_forward(value):
-    model = Linear()
-    model.forward = lambda x: model.base(x * value)
+def wrapped(value):
+    """`functools.wraps` copies the module's name, so the wrapper looks like the library's function."""
+    model = nn.Flatten()
+    model.forward = functools.wraps(inner := model.forward)(lambda x: value * inner(x))
     return model
 
 
@@ -75,20 +75,6 @@ def in_a_list(value):
     inner = Linear()
     inner.base[1].weight.data.mul_(value)
     return Linear([inner])
-
-
-def default(value):
-    def scale(x, factor=value):
-        return x * factor
-
-    return scale
-
-
-def keyword(value):
-    def scale(x, *, factor=value):
-        return x * factor
-
-    return scale
 
 
 def recursive(value):
@@ -123,18 +109,19 @@ VALUES = {
     "generator's seed": lambda v: torch.Generator().manual_seed(int(v)),
     "remembered": lambda v: (remembered, functools.partial(remembered, v)),
     "around a function": lambda v: lambda x: x * v,
-    "default": default,
-    "keyword": keyword,
+    "default": lambda v: lambda x, factor=v: x * factor,
+    "keyword": lambda v: lambda x, *, factor=v: x * factor,
+    "function of one line with another": lambda v: (lambda x: x + 1, lambda x: x - 1)[int(v)],
+    "base of a class": lambda v: type("Activation", (nn.Tanh if v else nn.Sigmoid,), {"__module__": __name__})(),
+    "traced": lambda v: torch.fx.symbolic_trace(Traced(torch.tanh if v else torch.relu)),
     "recursive": recursive,
     "partial": lambda v: functools.partial(torch.clamp, min=v),
     "function of a library": lambda v: torch.relu if v else torch.tanh,
 }
 #: By name: makes a model around a value.
 WAYS = {name: lambda v, of=of: Linear(of(v)) for name, of in VALUES.items()} | {
-    "class attribute": on_class,
-    "hook": hooked,
-    "forward of its own": instance_forward,
     "module in a list": in_a_list,
+    "forward that is named after that of a library": wrapped,
 }
 
 

@@ -1,8 +1,10 @@
-"""Rows of reports as tests write them, and a report in all of its forms."""
+"""Rows of reports and results of probes as tests write them, what alarms say of them, and all forms of a report."""
 
 import numpy as np
 
 from purify_fast.evaluation import Row
+from purify_fast.evaluation.alarms.probes import Probes
+from purify_fast.evaluation.alarms.signs import Evidence, findings
 from purify_fast.evaluation.show.page import html_page
 
 HEALTHY = {"gradients": 100, "nonfinite": 0, "zero": 0, "images": 4, "unmoved": 0}
@@ -26,5 +28,15 @@ def drawn(attack, right, wrong, n_eval=5, margins=None, **more):
     return row(attack, right == n_eval, n_eval=n_eval, right=right, wrong=wrong, margins=margins, **more)
 
 
+def probed(n=64, **measured):
+    """What probes of n images measured: nothing against the model, but for the given values."""
+    return Probes(**{"n": n, "steps": [], "cosine": 1.0, "fell": [0] * n} | measured)
+
+
+def said(rows, probes=None):
+    """The alarms' findings on rows and probes, by the name of the alarm."""
+    return {finding.alarm: finding for finding in findings(Evidence(rows, probes))}
+
+
 def forms(report):
-    return report.to_text(color=False), report.to_markdown(), html_page(report)
+    return report.to_text(), report.to_markdown(), html_page(report)

@@ -77,7 +77,7 @@ def made(kind, out=None, **more):
     """The report on a model of this kind."""
     plain = net()
     x, y = images(plain)
-    options = {"eps": 0.04, "batch_size": 4, "n_eval": 2, "eot_iter": 2, "seed": 3, "out": out, "progress": False}
+    options = {"eps": 0.04, "batch_size": 4, "n_eval": 2, "eot_iter": 2, "seed": 3, "out": out}
     options |= {"attacks": [PGD(steps=3), AttackSpec(APGD(steps=4, restarts=2), survivors_only=True, until=0.1)]}
     # attacks on single images
     nearest = [AttackSpec(APGD(steps=count), survivors_only=True, nearest=6, seed=count) for count in (5, 7)]

@@ -8,9 +8,7 @@ from purify_fast.attacks import BPDA, PGD, AutoAttack
 from purify_fast.evaluation import AttackSpec, Report
 from purify_fast.evaluation.request.attack_lists import AS_A_CLASSIFIER
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-QUIET = {"eps": 0.05, "progress": False}
+QUIET = {"eps": 0.05}
 
 
 def opposite(defence):

@@ -16,8 +16,6 @@ from purify_fast.attacks import APGD, PGD, Square
 from purify_fast.autoattack import AutoAttack
 from purify_fast.evaluation import AttackSpec, as_attack
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 #: The number of evaluations in a mean.
 SEEDS = int(os.environ.get("CHANCE_SEEDS", 60))
 
@@ -83,7 +81,7 @@ def check(report, p, classes, predict, n, seeds=1):
 )
 def test_an_attack_that_changes_nothing_changes_no_number(p, classes, predict, n, protocol, seed):
     x, y = images(classes, 240)
-    options = {"predict": predict, "n_eval": n, "seed": seed, "eps": 1e-3, "progress": False}
+    options = {"predict": predict, "n_eval": n, "seed": seed, "eps": 1e-3}
     options |= {"steps": 3, "eot_iter": 2, "probes": protocol is not None, "max_forward_batch": 4096}
     if protocol is None:
         attacks = [AttackSpec(as_attack(idle, name=f"idle {i}"), survivors_only=i > 2) for i in range(6)]
@@ -103,7 +101,7 @@ def test_over_many_seeds(p, predict, n):
     """The mean over many evaluations, which shows a bias that a single evaluation hides."""
     x, y = images(3, 40)
     attacks = [AttackSpec(as_attack(idle, name=f"idle {i}"), survivors_only=i % 2 == 1) for i in range(8)]
-    options = {"eps": 1e-3, "predict": predict, "n_eval": n, "attacks": attacks, "progress": False}
+    options = {"eps": 1e-3, "predict": predict, "n_eval": n, "attacks": attacks}
     reports = [evaluate(coin(p, 3), x, y, seed=seed, **options) for seed in range(SEEDS)]
     whole, one = exact(p, 3, predict, n)
     for name in ("clean", "idle 0", "idle 7", "worst"):
@@ -123,7 +121,7 @@ def test_noise_before_a_linear_classifier(protocol):
     offsets = 0.05 * torch.rand(n, generator=generator)
     y = torch.arange(n) % 2
     x = (0.5 + offsets * (2 * y - 1))[:, None, None, None].expand(-1, 1, 4, 4).contiguous()
-    options = {"eps": eps, "protocol": protocol, "steps": 12, "progress": False, "n_eval": 5, "eot_iter": 4}
+    options = {"eps": eps, "protocol": protocol, "steps": 12, "n_eval": 5, "eot_iter": 4}
 
     def noisy(x):
         """Class 1 if the sum of the pixels, with noise of standard deviation sigma, is above half of all."""
@@ -162,15 +160,13 @@ def test_every_image_keeps_its_draws_wherever_the_attack_is_not():
     x, y = images(2, 300)
     attacks = [AttackSpec(PGD(steps=2), max_images=50), AttackSpec(APGD(steps=2), nearest=10, survivors_only=True)]
     attacks.append(AttackSpec(Square(n_queries=3), survivors_only=True))
-    report = evaluate(coin(0.5, 2), x, y, eps=1e-3, attacks=attacks, progress=False)
+    report = evaluate(coin(0.5, 2), x, y, eps=1e-3, attacks=attacks)
     assert [row.n for row in report.rows] == [300, 50, 300, 300, 300, 50]
     check(report, 0.5, 2, None, 5)
 
 
 def test_a_curve_of_a_random_model_counts_no_chance():
     x, y = images(2, 300)
-    report = evaluate(
-        coin(0.8, 2), x, y, eps=1e-3, attacks=[APGD(steps=2), PGD(steps=2)], curve=(5e-4, 2e-3, 3e-3), progress=False
-    )
+    report = evaluate(coin(0.8, 2), x, y, eps=1e-3, attacks=[APGD(steps=2), PGD(steps=2)], curve=(5e-4, 2e-3, 3e-3))
     check(report, 0.8, 2, None, 5)
     assert len(report.curve) == 5

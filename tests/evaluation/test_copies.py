@@ -10,8 +10,7 @@ from purify_fast.attacks import PGD
 from purify_fast.evaluation import AttackSpec
 from purify_fast.evaluation.request.preparation import refresh_stale_copies
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-QUIET = {"eps": 0.1, "attacks": [], "eot_iter": 1, "n_eval": 1, "progress": False}
+QUIET = {"eps": 0.1, "attacks": [], "eot_iter": 1, "n_eval": 1}
 
 
 @pytest.fixture

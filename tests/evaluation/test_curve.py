@@ -12,8 +12,6 @@ from purify_fast.attacks import APGD, PGD, AttackResult, StAdv, apgd
 from purify_fast.evaluation import AttackSpec, Report, merge
 from purify_fast.evaluation.request.subject import Subject
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 RADII = (0.055, 0.06, 0.065, 0.08, 0.085)
 
 
@@ -29,7 +27,7 @@ def linear():
 
 def judged(linear, x=None, y=None, **options):
     specs = [AttackSpec(APGD(loss=loss, steps=10), survivors_only=True) for loss in ("ce", "margin_targeted")]
-    options = {"eps": 0.07, "attacks": specs, "progress": False, "curve": [0.07, *RADII[::-1]]} | options
+    options = {"eps": 0.07, "attacks": specs, "curve": [0.07, *RADII[::-1]]} | options
     return evaluate(linear[0], linear[1] if x is None else x, linear[2] if x is None else y, **options)
 
 
@@ -84,7 +82,7 @@ def test_a_radius_begins_at_the_points_of_the_one_before_however_sure_the_model_
     x[:3] += 0.12
     monkeypatch.setattr(Subject, "judge", lambda self, x, *a, **b: counts.append(len(x)) or judge(self, x, *a, **b))
     Noting.begun.clear()
-    report = evaluate(sure, x, y, eps=0.01, attacks=[Noting()], curve=[0.05, 0.1, 0.15, 0.25], progress=False)
+    report = evaluate(sure, x, y, eps=0.01, attacks=[Noting()], curve=[0.05, 0.1, 0.15, 0.25])
     assert [round(accuracy, 2) for _, accuracy in report.curve] == [1, 1, 1, 0.5, 0.5, 0]
     # at the report's own radius and the next one nothing is known
     assert Noting.begun[:2] == [None, None] and counts[-4:] == [6, 6, 3, 3]

@@ -3,14 +3,13 @@
 import sys
 
 import pytest
+from digit_nets import zoo_digits
 from evaluating import evaluate
 
 import purify_fast
 from purify_fast import cli
 from purify_fast.attacks import PGD, AutoAttack
 from purify_fast.evaluation import EvaluateConfig
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 STANDARD = [
     "APGD-10 margin",
@@ -31,22 +30,16 @@ def without_autoattack(monkeypatch):
         monkeypatch.setitem(sys.modules, package, None)
 
 
-@pytest.fixture
-def digits():
-    images = purify_fast.load_dataset("digits")
-    return images.x_test[:6].float() / 255, images.y_test[:6]
-
-
 @pytest.mark.slow
-def test_the_default_is_standard_with_its_signs(without_autoattack, digits):
+def test_the_default_is_standard_with_its_signs(without_autoattack):
     model, base = purify_fast.zoo.load("digits-pgd-at"), purify_fast.zoo.load("digits-standard")
-    report = evaluate(model, *digits, eps=0.1, steps=30, base=base, progress=False)
+    report = evaluate(model, *zoo_digits(6), eps=0.1, steps=30, base=base)
     assert report.attacks == ["clean", *STANDARD, "transfer from the base", "worst"]
     assert report.about["protocol"] == "standard" and sum(f.verdict != "not asked" for f in report.findings) >= 6
     # before any work
     for missing in ({"protocol": "official"}, {"protocol": "authors"}, {"attacks": [AutoAttack()]}):
         with pytest.raises(ModuleNotFoundError, match=r"AutoAttack is not installed.*purify-fast\[eval\]"):
-            evaluate(lambda x: pytest.fail("it was asked"), *digits, eps=0.1, **missing, progress=False)
+            evaluate(lambda x: pytest.fail("it was asked"), *zoo_digits(6), eps=0.1, **missing)
 
 
 def test_the_command_without_options_asks_for_the_same(without_autoattack, tmp_path, monkeypatch, capsys):

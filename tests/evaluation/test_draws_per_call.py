@@ -6,7 +6,6 @@ import pytest
 import torch
 from digit_nets import digits
 from evaluating import evaluate
-from input_gradients import input_gradient
 from small_models import Made
 from torch import nn
 from torch.nn import functional as F
@@ -17,8 +16,6 @@ from purify_fast.defences import NoisyEnsemble
 from purify_fast.methods.atop import Atop
 from purify_fast.methods.carso import Carso
 from purify_fast.methods.diffusion import DiffusionPurifier
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Switch(nn.Module):
@@ -100,7 +97,7 @@ def standard():
 
 
 @pytest.fixture(scope="module")
-def batch(one_thread):
+def batch():
     nets()
     x, y = digits()[2:]
     return x[:24], y[:24]
@@ -150,24 +147,6 @@ def test_a_class_that_promises_draws_for_each_image_is_not_asked(batch):
     assert not NoisyEnsemble.draws_for_each_image
 
 
-def test_each_draw_is_a_call_of_its_own(batch):
-    x, y = batch
-    model = Switch(*nets())
-    torch.manual_seed(0)
-    state = torch.get_rng_state()
-    for most in (None, 8, 12):
-        torch.set_rng_state(state)
-        found, loss = input_gradient(model, x, y, eot_iter=20, max_forward_batch=most)
-        torch.set_rng_state(state)
-        parts = (tensor.split(most or len(x)) for tensor in (x, y))
-        sums = []
-        for images, labels in zip(*parts, strict=True):
-            single = [input_gradient(model, images, labels) for _ in range(20)]
-            sums.append([sum(column) for column in zip(*single, strict=True)])
-        torch.testing.assert_close(found, torch.cat([gradient for gradient, _ in sums]))
-        torch.testing.assert_close(loss, torch.cat([losses for _, losses in sums]) / 20)
-
-
 ATTACKS = {
     "pgd": lambda model, x, y, **o: pgd(model, x, y, eps=0.12, steps=5, eot_iter=8, **o),
     "apgd": lambda model, x, y, **o: apgd(model, x, y, eps=0.12, steps=5, eot_iter=8, **o),
@@ -200,7 +179,7 @@ def test_a_lucky_draw_is_no_success_of_all_draws(batch):
     rows, notes = {}, {}
     for kind in (Switch, SwitchLooped, SwitchEach):
         attacks = [PGD(eot_iter=8), APGD(loss="dlr_targeted", eot_iter=8, n_target_classes=2)]
-        report = evaluate(kind(*nets()), x, y, eps=0.15, attacks=attacks, steps=10, n_eval=20, progress=False)
+        report = evaluate(kind(*nets()), x, y, eps=0.15, attacks=attacks, steps=10, n_eval=20)
         rows[kind], notes[kind] = report.rows, report.notes
     for one, looped in zip(rows[Switch], rows[SwitchLooped], strict=True):
         assert abs(one.mean - looped.mean) < 0.05
@@ -211,8 +190,8 @@ def test_a_lucky_draw_is_no_success_of_all_draws(batch):
 def test_a_pair_of_networks_is_seen_to_be_random(batch):
     """Two calls of such a model agree half of the time."""
     x, y = batch
-    for seed in range(6):
-        report = evaluate(Switch(*nets()[:2]), x, y, eps=0.1, attacks=[PGD(steps=1)], seed=seed, progress=False)
+    for seed in range(3):
+        report = evaluate(Switch(*nets()[:2]), x, y, eps=0.1, attacks=[PGD(steps=1)], seed=seed)
         assert not report.rows[0].deterministic and report.rows[0].n_eval == 5
 
 
@@ -230,8 +209,8 @@ def rarely_turned(share, together=False):
 def test_rare_draws_of_each_image_are_not_taken_for_draws_of_a_call():
     """The copies of an image in a call were equal, because its draws rarely differ, and another call differed."""
     x = torch.rand(6, 1, 4, 4)
-    for share in (0.5, 0.1, 0.03):
-        for images, draws, most in ((6, 20, None), (1, 20, None), (6, 20, 2), (1, 2, None)):
+    for share in (0.5, 0.03):
+        for images, draws, most in ((1, 20, None), (6, 20, 2), (1, 2, None)):
             mistaken = together = 0
             for seed in range(30):
                 torch.manual_seed(seed)
@@ -239,4 +218,4 @@ def test_rare_draws_of_each_image_are_not_taken_for_draws_of_a_call():
                 together += drawn_once_per_call(rarely_turned(share, together=True), x[:images], draws, most)
             assert mistaken <= 1, (share, images, draws, most)
             # eight calls show a rare draw of a call now and then only
-            assert together >= {0.5: 28, 0.1: 10, 0.03: 2}[share], (share, images, draws, most)
+            assert together >= {0.5: 28, 0.03: 2}[share], (share, images, draws, most)

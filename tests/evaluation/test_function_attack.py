@@ -17,10 +17,8 @@ from purify_fast.attacks.base import ThreatModel
 from purify_fast.evaluation import AttackSpec, as_attack
 from purify_fast.evaluation.request.specs import check_adversarial
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 EPS = 0.02
-QUIET = {"eps": EPS, "progress": False}
+QUIET = {"eps": EPS}
 
 
 @pytest.fixture
@@ -62,22 +60,14 @@ def test_a_function_is_a_row(attacked, tmp_path):
     assert len(list((tmp_path / "rows").glob("*[!s].safetensors"))) == 2
 
 
-def test_a_function_in_every_way_an_attack_is_used(attacked):
+def test_a_function_has_a_ball_of_its_own(attacked):
     model, x, y = attacked
-    weaker = as_attack(my_attack, name="half", eps=2 * EPS, norm="l2")
-    plan = [
-        AttackSpec(my_attack, label="first", max_images=20),
-        AttackSpec(as_attack(lambda model, x, y: x, name="nothing"), survivors_only=True),
-        AttackSpec(lambda model, x, y: x, target=nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), label="elsewhere"),
-        AttackSpec(as_attack(lambda model, x, y: x + 0.0, name="other ball", eps=0.5, norm="l2")),
-    ]
-    report = evaluate(model, x, y, attacks=plan, **QUIET)
-    rows = {row.attack: row for row in report.rows}
-    assert rows["first"].n == 20 and rows["elsewhere"].accuracy == 1
-    assert rows["nothing"].attacked == 20 + rows["first"].robust.sum()
-    assert rows["other ball, L2 0.5"].threat == "L2 0.5"
+    other = as_attack(lambda model, x, y: x + 0.0, name="other ball", eps=0.5, norm="l2")
+    elsewhere = AttackSpec(lambda model, x, y: x, target=nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), label="moved")
+    report = evaluate(model, x, y, attacks=[other, elsewhere], **QUIET)
+    assert report.row("other ball, L2 0.5").threat == "L2 0.5" and report.row("moved").accuracy == 1
     with pytest.raises(ValueError, match="'half' left the ball"):
-        evaluate(model, x, y, attacks=[weaker], **QUIET)
+        evaluate(model, x, y, attacks=[as_attack(my_attack, name="half", eps=2 * EPS, norm="l2")], **QUIET)
 
 
 def test_rows_are_told_apart_by_the_attack_and_its_revision(attacked, tmp_path):
@@ -149,6 +139,9 @@ JUDGE = {"judge": nn.Flatten(), "label": "as somebody"}
         (PGD, {"aggregation": "max"}, ValueError, "aggregation must be one of"),
         (PGD, {"aggregation": "lse", "target": "classifier"}, ValueError, "one of target, aggregation may be given"),
         (PGD, {"max_images": 0}, ValueError, "max_images must be at least 1, got 0"),
+        (APGD, {"nearest": 0}, ValueError, "nearest must be .*got 0"),
+        (APGD, {"until": 0.0}, ValueError, "until must be .*got 0"),
+        (APGD, {"until": 1.5}, ValueError, "until must be .*got 1.5"),
         (FGSM, {"gradients_from": nn.Flatten()}, ValueError, "gradients_from needs an attack"),
         (APGD, {"gradients_from": nn.Flatten(), "target": "classifier"}, ValueError, "one of target, gradients_from"),
         (PGD, JUDGE | {"target": nn.Flatten()}, ValueError, NOT_WITH_A_JUDGE),
@@ -172,7 +165,7 @@ def test_an_attack_cannot_put_the_model_into_training():
         model(x)
         return x
 
-    evaluate(model, torch.rand(4, 1, 8, 8), torch.arange(4) % 3, eps=0.1, attacks=[careless], progress=False)
+    evaluate(model, torch.rand(4, 1, 8, 8), torch.arange(4) % 3, eps=0.1, attacks=[careless])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()) and not model.training
 
 

@@ -6,80 +6,26 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from digit_nets import zoo_digits
 from evaluating import evaluate
-from reports import MASKED, drawn, forms, row
+from reports import MASKED, drawn, forms, probed, row, said
 from torch import nn
 
 import purify_fast
 from purify_fast.attacks import PGD
-from purify_fast.evaluation import AttackSpec, Report
-from purify_fast.evaluation.alarms.evidence import Evidence
-from purify_fast.evaluation.alarms.probes import Probes
-from purify_fast.evaluation.alarms.signs import findings
-from purify_fast.evaluation.results import claims
-from purify_fast.evaluation.results.claims import chance_of_at_most, images_to_decide
-from purify_fast.evaluation.results.rows import Worst, count_fallen, worst_rows
-
-pytestmark = pytest.mark.usefixtures("one_thread")
+from purify_fast.evaluation import Report
+from purify_fast.evaluation.results.rows import (
+    Worst,
+    chance_of_at_most,
+    count_fallen,
+    images_to_decide,
+    judge_claim,
+    worst_rows,
+)
 
 
 def joined(text):
     return " ".join(text.split())
-
-
-def probed(**measured):
-    usual = {"n": 4, "cosine": 1.0, "batch_changes": 0.0, "steps": [(30.0, 0.45), (100.0, 0.4)]}
-    return Probes(**usual | measured)
-
-
-@pytest.fixture(scope="module")
-def digits():
-    images = purify_fast.load_dataset("digits")
-    return purify_fast.zoo.load("digits-standard"), images.x_test[:24], images.y_test[:24]
-
-
-def test_without_an_attack_images_are_counted_as_after_one():
-    """One draw is right more often than all of five: an attack that does nothing must not seem to find something."""
-    clean = drawn("clean", [5, 4, 3, 2], [0, 2, 4, 6], kind="clean")
-    attacks = [drawn("A", [5, 4, 3, 0], [0, 2, 4, 10]), drawn("B", [5, 4, 2, 2], [0, 2, 7, 6])]
-    report = Report([clean, *attacks, *worst_rows([clean, *attacks])])
-    said = "(55.0 ± 19.2 % in one draw); without an attack, 25.0 % (all 5 draws), 70.0 ± 11.2 % (one draw)"
-    assert all(said in joined(text) for text in forms(report))
-    page = forms(report)[2]
-    assert '<div class="value">25.0</div>' in page and '<div class="value">75.0</div>' not in page
-    assert f"| 25.0 ± {100 * math.sqrt(0.25 * 0.75 / 4):.1f} | 70.0 ± 11.2 | 5 |" in report.to_markdown()
-
-
-def test_an_attack_on_survivors_counts_the_worst_point_so_far(digits):
-    """Each image keeps all of its draws: after the last attack at the point where the choosing draws were worst."""
-    _, x, y = digits
-
-    def shifted(amount):
-        def attack(model, x, y):
-            return (x + amount * torch.linspace(-1, 1, x[0].numel()).view(x[0].shape).sign()).clamp(0, 1)
-
-        return attack
-
-    def noisy(images):
-        """Wrong with a chance of 20 times the distance of an image from its center."""
-        logits = 0.01 * torch.rand(len(images), 10)
-        distance, image = (images.flatten(1)[:, None] - x.float().div(255).flatten(1)).abs().amax(2).min(1)
-        lost = torch.rand(len(images)) < 20 * distance
-        logits[torch.arange(len(images)), (y[image] + lost) % 10] = 1.0
-        return logits
-
-    amounts = (0.02, 0.05, 0.01)
-    attacks = [AttackSpec(shifted(amount), label=str(amount), survivors_only=True) for amount in amounts]
-    options = {"eps": 0.05, "progress": False, "n_eval": 5}
-    report = evaluate(noisy, x, y, attacks=attacks, **options)
-    first, second, third = (report.row(str(amount)) for amount in amounts)
-    assert abs(first.mean - 0.6) < 0.2 and first.wrong.mean() > 0.2 and report.row("clean").mean == 1
-    # the second attack makes every draw wrong, so the third has nothing to do, and its row keeps the worst points
-    assert second.mean == 0 and third.attacked == 0 and third.right.tolist() == second.right.tolist()
-    assert report.headline.attack == "worst" and report.one_draw(report.headline) == 0
-    assert (first.right > second.right).any() and first.attacked == len(x)
-    calm = evaluate(nn.Sequential(nn.Flatten(), nn.Linear(256, 10)), x, y, attacks=attacks, **options)
-    assert calm.one_draw(calm.headline) is None
 
 
 def test_other_draws_judge_than_those_that_choose():
@@ -111,15 +57,13 @@ def test_what_fell_to_a_probe_is_not_left():
     assert rows[2].robust.tolist() == far.robust.tolist() == [False, True, False, False]
     assert rows[2].mean == 0.25 and rows[1].accuracy == apart.accuracy == near.accuracy == 0.75
     # a number of 0 cannot be too high, whoever took the rest
-    said = findings(Evidence(rows[:2], probed(left=[1, 1, 1, 0], fell=[1, 1, 1, 0])))
-    taken = [finding for finding in said if finding.alarm == "missed images"]
-    assert taken[0].verdict == "noted"
+    assert said(rows[:2], probed(4, left=[1, 1, 1, 0], fell=[1, 1, 1, 0]))["missed images"].verdict == "noted"
 
 
-def test_a_rounding_defence_loses_what_its_softened_copies_find(digits):
+def test_a_rounding_defence_loses_what_its_softened_copies_find():
     """Its attacks have no gradients and find nothing; the probes, along other gradients, do."""
-    model, x, y = digits
-    options = {"eps": 0.1, "attacks": [PGD(steps=3)], "probes": True, "progress": False}
+    model, (x, y) = purify_fast.zoo.load("digits-standard"), zoo_digits(24)
+    options = {"eps": 0.1, "attacks": [PGD(steps=3)], "probes": True}
     report = evaluate(lambda images: model((images * 7).round() / 7), x, y, **options)
     attacked, worst = report.row("PGD-3 ce"), report.row("worst")
     found = {finding.alarm: finding for finding in report.findings}
@@ -142,22 +86,20 @@ def test_a_rounding_defence_loses_what_its_softened_copies_find(digits):
 def test_attacks_along_no_gradient_have_not_asked_anything(cosine, why, advice):
     rows = [row("clean", [1] * 8, kind="clean"), row("A", [1] * 7 + [0], health=MASKED)]
     asked = {"n": 8, "cosine": cosine, "left": [1] * 7 + [0]}
-    evidence = Evidence(rows, probed(**asked, fell=[0] * 8))
-    found = {finding.alarm: finding for finding in findings(evidence)}
+    found = said(rows, probed(**asked))
     assert found["missed images"].verdict == "not asked"
     assert found["gradient health"].verdict == "unreliable" and advice in found["gradient health"].advice
     # a short attack that found images all the same tells
-    more = {f.alarm: f.verdict for f in findings(Evidence(rows, probed(**asked, fell=[1] * 4 + [0] * 4)))}
-    assert more["missed images"] == "unreliable"
+    assert said(rows, probed(**asked, fell=[1] * 4 + [0] * 4))["missed images"].verdict == "unreliable"
     # without counted gradients this alone raises the alarm
     foreign = [rows[0], row("A", [1] * 7 + [0], health=None)]
-    alone = {f.alarm: f for f in findings(Evidence(foreign, probed(cosine=cosine)))}["gradient health"]
+    alone = said(foreign, probed(cosine=cosine))["gradient health"]
     assert (alone.verdict, alone.measured.startswith(why), advice in alone.advice) == ("unreliable", True, True)
 
 
-def test_an_attack_without_counted_gradients_is_a_reason_of_its_own(digits):
-    model, x, y = digits
-    options = {"eps": 1e-3, "attacks": [lambda model, x, y: x.clone()], "progress": False}
+def test_an_attack_without_counted_gradients_is_a_reason_of_its_own():
+    model, (x, y) = purify_fast.zoo.load("digits-standard"), zoo_digits(24)
+    options = {"eps": 1e-3, "attacks": [lambda model, x, y: x.clone()]}
     report = evaluate(model, x, y, **options)
     assert not report.headline.reliable
     # the probes have followed the gradients, and found nothing against them
@@ -182,7 +124,7 @@ def test_so_many_images_decide_and_one_less_do_not():
 
 
 @pytest.mark.parametrize(
-    ("left", "n", "claim", "verdict", "said"),
+    ("left", "n", "claim", "verdict", "told"),
     [
         (100, 200, "70", "refuted", "the probability that 100 or fewer of 200 images are left"),
         (13, 20, "70", "not refuted", "would be 39.2 % (exact binomial test; refuted below 1 %). If 65.0 % of about"),
@@ -190,9 +132,9 @@ def test_so_many_images_decide_and_one_less_do_not():
         (0, 4, "0", "not refuted", "that 0 or fewer of 4 images are left would be 100 %"),
     ],
 )
-def test_a_report_answers_a_claim(left, n, claim, verdict, said):
+def test_a_report_answers_a_claim(left, n, claim, verdict, told):
     report = Report([row("A", [1] * left + [0] * (n - left))], about={"claim": claim})
-    assert report.claim_test().verdict == verdict and all(said in joined(text) for text in forms(report))
+    assert report.claim_test().verdict == verdict and all(told in joined(text) for text in forms(report))
 
 
 def test_a_random_model_is_tested_by_one_draw():
@@ -237,14 +179,14 @@ def test_a_claim_is_not_tested_by_predictions_without_a_class():
         return model(images) + torch.where((images[:, 0, 0, 0] - 0.5).abs() < 1e-6, 0.0, torch.nan)[:, None]
 
     y = model(x).argmax(1)
-    report = evaluate(broken, x, y, eps=0.1, attacks=[PGD(steps=1)], claim=95, progress=False)
+    report = evaluate(broken, x, y, eps=0.1, attacks=[PGD(steps=1)], claim=95)
     assert report.row("clean").accuracy == 1 and report.headline.accuracy == 0
     assert report.claim_test().verdict == "not tested" and report.headline.nonfinite_predictions == 64
-    whole = evaluate(model, x, y, eps=0.1, attacks=[PGD(steps=1)], claim=99.5, progress=False)
+    whole = evaluate(model, x, y, eps=0.1, attacks=[PGD(steps=1)], claim=99.5)
     assert whole.about["claim"] == "99.5" and whole.about["claim_test"] == whole.claim_test().verdict != "not tested"
     # A few of them do not save a claim that the others refute.
     attacked = row("A", [0] * 60 + [1] * 40)
     attacked.nonfinite_predictions = 5
-    assert claims.tested_claim(0.95, attacked, None).verdict == "refuted"
+    assert judge_claim(0.95, attacked, None).verdict == "refuted"
     attacked.nonfinite_predictions = 58
-    assert claims.tested_claim(0.95, attacked, None).verdict == "not tested"
+    assert judge_claim(0.95, attacked, None).verdict == "not tested"

@@ -17,15 +17,12 @@ from shards_work import kill_at_call
 from small_models import labelled
 from torch import nn
 
-from purify_fast import ops
 from purify_fast.attacks import APGD, PGD
 from purify_fast.defences import NoisyEnsemble
 from purify_fast.evaluation import AttackSpec
 from purify_fast.evaluation.alarms import probes
 from purify_fast.evaluation.run.progress import Progress
 from purify_fast.evaluation.surrogates.copies import Softened
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 #: The function during which the process is killed, and the number of the call.
 MOMENTS = (
@@ -34,10 +31,10 @@ MOMENTS = (
     # the arrays of a row are written, the row is not
     ("purify_fast.evaluation.run.cache.write_sealed", 3),
     # the softened copy was attacked in a row of its own
-    ("purify_fast.evaluation.run.row_judge.RowJudge.judged", 3),
+    ("purify_fast.evaluation.run.measure.Measure.judged", 3),
     # the probes before the attacks, then the answers after the attacks
     ("purify_fast.evaluation.alarms.probes._Short.robust", 4),
-    ("purify_fast.evaluation.alarms.answers.sets_seed", 1),
+    ("purify_fast.evaluation.alarms.probes.sets_seed", 1),
 )
 
 
@@ -60,7 +57,7 @@ def evaluated(out):
     short = {"STEPS": 2, "ITERATIONS": (1, 3), "DRAWS": (1, 2), "JUDGES": 3}
     options = {"eps": 0.03, "probes": True, "eot_iter": 2, "n_eval": 2, "batch_size": 6, "seed": 3}
     with mock.patch.multiple(probes, **short):
-        return evaluate(model, x, y, attacks=attacks, out=out, progress=False, **options)
+        return evaluate(model, x, y, attacks=attacks, out=out, **options)
 
 
 def plain(report):
@@ -87,7 +84,7 @@ def test_killed_anywhere_the_report_is_the_same(tmp_path):
 
 def few(out):
     with mock.patch.multiple(probes, STEPS=2, ITERATIONS=(1, 2)):
-        return evaluate(*labelled(6), eps=0.1, attacks=[PGD(steps=2)], out=out, probes=True, progress=False)
+        return evaluate(*labelled(6), eps=0.1, attacks=[PGD(steps=2)], out=out, probes=True)
 
 
 @pytest.mark.parametrize("kind", ["values", "arrays", "probes"])
@@ -113,19 +110,13 @@ def test_one_damaged_bit_of_a_kept_file_is_told_and_made_again(tmp_path, caplog,
         assert path.read_bytes() == kept
 
 
-def test_rows_that_others_would_serve_are_made_again(tmp_path):
-    few(tmp_path)
-    count = len(list((tmp_path / "rows").glob("*[!s].safetensors")))
-    with ops.use_backend("reference"):
-        few(tmp_path)
-    assert len(list((tmp_path / "rows").glob("*[!s].safetensors"))) == 2 * count
-
-
 @pytest.mark.parametrize("probes", [False, True])
 def test_a_log_gets_plain_lines_with_the_rate_and_the_time_left(capsys, monkeypatch, probes):
     for name in ("LINE_EVERY", "FIRST_LINE"):
         monkeypatch.setattr(f"purify_fast.evaluation.run.progress.{name}", 0.0)
-    report = evaluate(*labelled(6), eps=0.01, attacks=[PGD(steps=2), PGD(steps=3)], name="mine", probes=probes)
+    report = evaluate(
+        *labelled(6), eps=0.01, attacks=[PGD(steps=2), PGD(steps=3)], name="mine", probes=probes, progress=True
+    )
     lines = capsys.readouterr().err.splitlines()
     # the probes come first, as a row with lines of its own
     first = "mine: row 2 of 3, PGD-2 ce:" if probes else "mine: row 1 of 2, PGD-2 ce:"
@@ -145,7 +136,7 @@ def test_only_images_that_withstood_count_for_the_time_left(monkeypatch):
     x = torch.cat([torch.full((4, 1, 2, 2), 0.5), torch.full((4, 1, 2, 2), 0.9)])
     rest = AttackSpec(PGD(steps=4), survivors_only=True)
     plan = [AttackSpec(PGD(steps=2)), rest, replace(rest, nearest=1, label="nearest"), AttackSpec(PGD(steps=3))]
-    report = evaluate(net, x, torch.zeros(8).long(), eps=0.3, attacks=plan, progress=False)
+    report = evaluate(net, x, torch.zeros(8).long(), eps=0.3, attacks=plan)
     assert report.rows[1].accuracy == 0.5
     one, every = seen[1][0], seen[2][0]
     assert 0 < one < every and seen == [[4 * one, one, every], [one, every], [every], []]
@@ -162,8 +153,5 @@ def test_the_time_left_is_of_what_is_left():
         # kept by an earlier run
         progress.next_row()
         assert progress.left() == "00:05 left at most"
-        with progress.row("last", 50):
-            progress.count(200)
-            assert progress.left() == "00:00 left at most"
         progress.next_row()
         assert progress.left() == "the last row"

@@ -2,16 +2,14 @@
 
 import numpy as np
 import pytest
-from digit_nets import EPS, Gated, digits, robust, standard
+from digit_nets import EPS, digits, robust, standard
 from evaluating import evaluate
+from reports import probed
 from small_models import Made
 
 from purify_fast.attacks import PGD
 from purify_fast.evaluation import suspicion
-from purify_fast.evaluation.alarms.probes import Probes
 from purify_fast.evaluation.alarms.signs import signs_of_masking
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def rounded():
@@ -21,7 +19,7 @@ def rounded():
 
 def judged(model, n=48, **options):
     _, _, x, y = digits()
-    return evaluate(model, x[:n], y[:n], **{"eps": EPS, "protocol": "fast", "steps": 30, "progress": False} | options)
+    return evaluate(model, x[:n], y[:n], **{"eps": EPS, "protocol": "fast", "steps": 30} | options)
 
 
 def searched_early(report):
@@ -46,13 +44,6 @@ def test_where_gradients_are_masked_searches_run_to_their_end_and_surrogates_joi
 
 
 @pytest.mark.slow
-def test_a_gate_is_broken_by_the_gradients_of_its_parts_in_fast():
-    alone, acted = judged(Gated(slope=100.0), n=64, probes=False), judged(Gated(slope=100.0), n=64)
-    assert any("withstand short attacks" in note for note in acted.notes)
-    assert acted.headline.accuracy < alone.headline.accuracy
-
-
-@pytest.mark.slow
 def test_an_honest_model_is_attacked_as_without_the_signs():
     alone, asked = (judged(robust(), n=40, protocol="standard", probes=probes) for probes in (False, True))
     assert alone.attacks == asked.attacks and searched_early(asked)
@@ -73,10 +64,6 @@ def test_kept_rows_and_signs_are_used_again(tmp_path, made_rows, monkeypatch):
     assert again.findings == once.findings and again.curves == once.curves
 
 
-def asked(n=64, **measured):
-    return Probes(**{"n": n, "steps": [], "cosine": 1.0, "fell": [0] * n} | measured)
-
-
 @pytest.mark.parametrize(
     "measured, fires",
     [
@@ -91,10 +78,10 @@ def asked(n=64, **measured):
     ],
 )
 def test_how_much_is_a_sign(measured, fires):
-    assert bool(signs_of_masking(asked(**measured), False)) is fires
+    assert bool(signs_of_masking(probed(**measured), False)) is fires
 
 
 def test_a_random_model_loses_images_to_many_attacks_by_luck():
     several = {name: [1] * 3 + [0] * 61 for name in ("one", "two", "three")}
-    assert signs_of_masking(asked(copies=several), False) and not signs_of_masking(asked(copies=several), True)
-    assert signs_of_masking(asked(copies={"one": [1] * 8 + [0] * 56}), True)
+    assert signs_of_masking(probed(copies=several), False) and not signs_of_masking(probed(copies=several), True)
+    assert signs_of_masking(probed(copies={"one": [1] * 8 + [0] * 56}), True)

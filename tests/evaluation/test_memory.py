@@ -1,8 +1,5 @@
 """``batch_size="auto"``: what goes through the model at once follows the memory, and the rows do not."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -14,55 +11,7 @@ from purify_fast.evaluation import AttackSpec
 from purify_fast.evaluation.run import resources
 from purify_fast.speed.memory import Room, images_that_fit
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
-
-#: An evaluation of 250 images, each of which takes about 3 MB in a pass, in a process that may take 200 MB more.
-LIMITED = """
-import resource
-import torch
-import torch._dynamo  # PyTorch imports it late, and cannot go on where memory ended within that
-from torch import nn
-from purify_fast.attacks import APGD, PGD
-from purify_fast.evaluation import EvaluateConfig, evaluate
-
-torch.set_num_threads(1)
-torch.manual_seed(0)
-model = nn.Sequential(
-    nn.Conv2d(3, 64, 1), nn.Tanh(), nn.Tanh(), nn.Tanh(), nn.AvgPool2d(8), nn.Flatten(), nn.Linear(1024, 10)
-)
-x = torch.rand(250, 3, 32, 32) * torch.rand(250, 3, 1, 1)
-with torch.no_grad():
-    y = torch.cat([model(part).argmax(1) for part in x.split(10)])
-options = {"eps": 0.004, "attacks": [PGD(steps=2), APGD(steps=2)], "progress": False}
-# what is loaded by the first call is not measured
-small = evaluate(model, x, y, config=EvaluateConfig(batch_size=10), **options)
-taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (taken + 200 * 2**20, resource.RLIM_INFINITY))
-try:
-    evaluate(model, x, y, **options)
-except (MemoryError, RuntimeError) as error:
-    print("fixed:", str(error).splitlines()[0])
-auto = evaluate(model, x, y, config=EvaluateConfig(batch_size="auto"), **options)
-same = [(a.attack, a.n, a.robust.tolist(), a.settings, a.mean) == (b.attack, b.n, b.robust.tolist(), b.settings, b.mean)
-        for a, b in zip(auto.rows, small.rows, strict=True)]
-print("robust:", [int(row.robust.sum()) for row in small.rows])
-print("same rows:", all(same), len(same))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="the limit on a process's memory is that of Linux")
-def test_the_rows_under_a_limit_are_those_of_a_small_batch():
-    done = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    told = done.stdout
-    # without the limit's being felt the test would prove nothing
-    assert "fixed: " in told and "memory" in told and "same rows: True 4" in told
-    # What is found out fits at once.
-    assert "memory ran out" not in done.stderr
-    fallen = [int(count) for count in told.split("robust: [")[1].split("]")[0].split(", ")]
-    assert fallen[0] == 250 > fallen[1] > 0
 
 
 class Greedy(nn.Module):
@@ -88,7 +37,7 @@ def images(model, count=40):
     return x, torch.cat([model(part).argmax(1) for part in x.split(8)])
 
 
-OPTIONS = {"eps": 0.05, "attacks": [PGD(steps=3), AttackSpec(APGD(steps=5), until=0.02)], "progress": False}
+OPTIONS = {"eps": 0.05, "attacks": [PGD(steps=3), AttackSpec(APGD(steps=5), until=0.02)]}
 
 
 @pytest.mark.parametrize("most", [8, 20])

@@ -12,11 +12,9 @@ from reports import row
 
 from purify_fast import cli
 from purify_fast.evaluation import Report, merge
-from purify_fast.evaluation.alarms.evidence import Finding
+from purify_fast.evaluation.alarms.signs import Finding
 from purify_fast.evaluation.results.rows import Examples
 from purify_fast.evaluation.show.page import html_page
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -13,12 +13,9 @@ from purify_fast.attacks.base import ThreatModel
 from purify_fast.attacks.heads import HEADS
 from purify_fast.defences import NoisyEnsemble
 from purify_fast.evaluation import AttackSpec
-from purify_fast.evaluation.surrogates.copies import Softened
-from purify_fast.evaluation.surrogates.usable import surrogates
+from purify_fast.evaluation.surrogates.copies import surrogates
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-QUIET = {"eps": EPS, "progress": False}
+QUIET = {"eps": EPS}
 
 
 def names(model, x):
@@ -53,29 +50,6 @@ def test_surrogates_are_found_in_modules_objects_and_functions():
     assert names(clamped, grey) == ["a straight-through copy"]
     # what refuses to run, or has no gradient at all, is left out
     assert names(lambda images: torch.zeros(len(images), 10), x) == []
-
-
-def test_a_softened_copy_lets_gradients_through_what_stops_them():
-    _, _, x, y = digits()
-    net = standard()
-
-    def stopped(images):
-        with torch.no_grad():
-            images = images.detach()
-        return net((images * 4).round() / 4)
-
-    x = x[:8].clone().requires_grad_()
-    assert not stopped(x).requires_grad
-    soft = Softened(stopped, 1.0)(x)
-    assert torch.equal(soft, stopped(x))
-    (gradient,) = torch.autograd.grad(soft.gather(1, y[:8, None]).sum(), x)
-    assert (gradient.flatten(1).abs().amax(1) > 0).all()
-
-
-@pytest.fixture(scope="module")
-def gated():
-    _, _, x, y = digits()
-    return evaluate(Gated(), x, y, protocol="strong", steps=30, **QUIET)
 
 
 def detour():
@@ -185,8 +159,10 @@ def test_a_function_without_a_derivative_can_be_evaluated():
 
 
 @pytest.mark.slow
-def test_strong_finds_through_surrogates_what_gradients_do_not(gated):
+def test_strong_finds_through_surrogates_what_gradients_do_not():
     """A gate as sharp as a step: no NaN, no zero gradient, and APGD-T leaves twice what is there."""
+    _, _, x, y = digits()
+    gated = evaluate(Gated(), x, y, protocol="strong", steps=30, **QUIET)
     rows = {row.attack: row for row in gated.rows}
     direct = rows["APGD-T, gradients in bfloat16"]
     assert direct.accuracy > 0.3 and all(row.reliable for row in gated.rows if row.settings.get("target") == "defence")
@@ -203,38 +179,6 @@ def test_strong_finds_through_surrogates_what_gradients_do_not(gated):
             moved = np.abs(row.examples.adversarial - row.examples.clean).max()
             assert moved <= EPS + 1e-6 and row.margins is not None
             assert ((row.margins < 0) <= ~row.robust).all()
-
-
-@pytest.mark.slow
-def test_fast_and_standard_agree_on_an_honest_model():
-    _, _, x, y = digits()
-    fast, standard_rows = (evaluate(robust(), x, y, protocol=name, steps=20, **QUIET) for name in ("fast", "standard"))
-    assert [row.kind for row in fast.rows] == ["clean", *["apgd"] * 4, "square", "worst"]
-    first, nearest = ["clean", *["apgd"] * 4, "square"], ["fab", "apgd", "apgd", "square"]
-    assert [row.kind for row in standard_rows.rows] == [*first, *nearest, "worst"]
-    assert 0.4 < standard_rows.headline.accuracy <= fast.headline.accuracy + 0.005
-    assert fast.headline.accuracy - standard_rows.headline.accuracy <= 0.02
-    assert fast.headline.reliable and standard_rows.headline.reliable
-    for report, share in ((fast, 0.01), (standard_rows, 0.002)):
-        held = [row.may_hold for row in report.rows if row.is_attack]
-        assert len(held) >= 5 and all(bound <= share * len(x) for bound in held)
-        if any(held):
-            text = " ".join(report.to_text().split())
-            assert f"missed at most {100 * sum(held) / len(x):.2f} points" in text
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("classes", [2, 3])
-@pytest.mark.parametrize("protocol", ["fast", "standard", "strong"])
-def test_two_attacks_of_a_protocol_that_become_equal_are_one(classes, protocol):
-    """With few classes the margin replaces DLR: then two attacks of "standard" with ten steps were equal."""
-    model, x, y = labelled(6, classes)
-    report = evaluate(model, x, y, eps=0.05, protocol=protocol, steps=10, probes=False, progress=False)
-    assert len(set(report.attacks)) == len(report.attacks)
-    assert report.attacks.count("APGD-10 margin") == 1
-    longer = evaluate(model, x, y, eps=0.05, protocol=protocol, steps=11, probes=False, progress=False)
-    assert len(longer.attacks) == len(report.attacks) + (protocol == "standard")
-    assert np.array_equal(report.headline.robust, longer.headline.robust)
 
 
 def test_an_attack_that_becomes_equal_to_another_runs_once():
@@ -297,14 +241,6 @@ def test_models_that_return_other_things_than_logits():
         for model in (net, lambda z: Output(net(z)), lambda z: {"logits": net(z), "loss": None})
     ]
     assert np.array_equal(rows[0], rows[1]) and np.array_equal(rows[0], rows[2])
-    for model, error, message in (
-        (lambda z: (net(z), z), TypeError, "the name logits, got tuple$"),
-        (lambda z: net(z).detach().numpy(), TypeError, "the name logits, got ndarray$"),
-        (lambda z: net(z)[:, 0], ValueError, r"at least two classes .* got torch.float32 \[8\] for B = 8"),
-        (lambda z: net(z[:9]), ValueError, r"got torch.float32 \[9, 10\] for B = 12"),
-    ):
-        with pytest.raises(error, match=message):
-            evaluate(model, x[:12], y[:12], attacks=[PGD(steps=1)], **QUIET)
 
 
 def test_a_defence_that_takes_gradients_itself_has_softened_copies():

@@ -10,8 +10,6 @@ from purify_fast.attacks import PGD
 from purify_fast.attacks.attacked_model import differ
 from purify_fast.autoattack import AutoAttack
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def scaled(scale, offset, sigma):
     """The network behind noise of a standard deviation ``sigma``, its logits scaled and moved."""
@@ -33,7 +31,7 @@ def last_bits(scale, offset):
 @pytest.mark.parametrize("offset", [0.0, -1e5])
 def test_the_scale_of_the_logits_does_not_matter(scale, offset):
     x, y = (part[:16] for part in digits()[2:])
-    options = {"eps": 0.1, "steps": 2, "eot_iter": 3, "n_eval": 4, "attacks": [PGD()], "progress": False}
+    options = {"eps": 0.1, "steps": 2, "eot_iter": 3, "n_eval": 4, "attacks": [PGD()]}
     noisy = evaluate(scaled(scale, offset, 0.3), x, y, **options)
     assert [row.n_eval for row in noisy.rows] == [4, 4, 4] and noisy.rows[1].settings["eot_iter"] == 3
     assert not noisy.rows[0].deterministic
@@ -80,7 +78,7 @@ def test_a_model_that_draws_for_some_images_only_is_random(name, order, caplog):
     """A defence may detect attacked images, and predict clean images always alike."""
     x, y = (part[:16] for part in digits()[2:]) if name == "attacked" else surest_first(48)
     x, y = (x, y) if order == "surest first" else (x.flip(0), y.flip(0))
-    options = {"eps": 0.1, "steps": 5, "eot_iter": 3, "n_eval": 4, "attacks": [PGD()], "progress": False}
+    options = {"eps": 0.1, "steps": 5, "eot_iter": 3, "n_eval": 4, "attacks": [PGD()]}
     found = evaluate(sometimes(RULES[name]), x, y, **options)
     assert not found.rows[0].deterministic and [row.n_eval for row in found.rows] == [4, 4, 4]
     assert found.rows[1].settings["eot_iter"] == 3

@@ -1,9 +1,6 @@
 """Which changes throw a finished row away, and which do not."""
 
-import importlib
-import importlib.util
 import os
-import sys
 from unittest import mock
 
 import pytest
@@ -17,24 +14,10 @@ from purify_fast.evaluation.run import cache
 from purify_fast.ops import use_backend
 from purify_fast.speed.precision import float32_products
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 
-
-def model_of(tmp_path, monkeypatch, literal=2):
-    """A model whose source is in a file of its own, as its user wrote it."""
-    path = tmp_path / "source" / f"{len(list(tmp_path.glob('source/*')))}.py"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(
-        "from torch import nn\n\n\nclass Defence(nn.Sequential):\n    def __init__(self):\n"
-        "        super().__init__(nn.Flatten(), nn.Linear(27, 4))\n\n    def forward(self, x):\n"
-        f"        return super().forward(x * {literal})\n"
-    )
-    spec = importlib.util.spec_from_file_location("my_defence", path)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "my_defence", module)
-    spec.loader.exec_module(module)
+def model():
     torch.manual_seed(0)
-    return module.Defence()
+    return nn.Sequential(nn.Flatten(), nn.Linear(27, 4))
 
 
 @pytest.fixture
@@ -42,27 +25,25 @@ def counted(tmp_path, made_rows):
     """``evaluate`` into one folder, which tells how many rows it made anew."""
     x, y = torch.rand(6, 3, 3, 3, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 4
 
-    def run(model, **change):
+    def run(model, x=x, **change):
         made_rows.clear()
-        settings = {"eps": 0.1, "attacks": [PGD(steps=2)], "out": tmp_path, "progress": False} | change
-        evaluate(model, x if "x" not in settings else settings.pop("x"), y, **settings)
+        evaluate(model, x, y, **{"eps": 0.1, "attacks": [PGD(steps=2)], "out": tmp_path} | change)
         return len(made_rows)
 
     return run
 
 
-def test_what_decides_a_row_makes_it_anew(tmp_path, monkeypatch, counted):
-    assert counted(model_of(tmp_path, monkeypatch)) == 2
-    assert counted(model_of(tmp_path, monkeypatch), eps=0.2) == 1  # the clean row stays
-    assert counted(model_of(tmp_path, monkeypatch), attacks=[PGD(steps=3)]) == 1
-    assert counted(model_of(tmp_path, monkeypatch), seed=1) == 2
-    assert counted(model_of(tmp_path, monkeypatch), x=torch.rand(6, 3, 3, 3)) == 2
-    assert counted(model_of(tmp_path, monkeypatch, literal=3)) == 2
-    changed = model_of(tmp_path, monkeypatch)
+def test_what_decides_a_row_makes_it_anew(counted):
+    assert counted(model()) == 2
+    assert counted(model(), eps=0.2) == 1  # the clean row stays
+    assert counted(model(), attacks=[PGD(steps=3)]) == 1
+    assert counted(model(), seed=1) == 2
+    assert counted(model(), x=torch.rand(6, 3, 3, 3)) == 2
+    changed = model()
     with torch.no_grad():
         changed[1].weight[0, 0] += 1
     assert counted(changed) == 2
-    assert counted(model_of(tmp_path, monkeypatch)) == 0
+    assert counted(model()) == 0
 
 
 @pytest.mark.parametrize(
@@ -78,13 +59,12 @@ def test_what_decides_a_row_makes_it_anew(tmp_path, monkeypatch, counted):
     ],
     ids=["revision of an attack", "protocol", "backend", "backend of a block", "tf32", "autocast", "float32"],
 )
-def test_versions_backends_and_precisions_have_rows_of_their_own(tmp_path, monkeypatch, counted, block, rows):
-    model = model_of(tmp_path, monkeypatch)
-    assert counted(model) == 2
+def test_versions_backends_and_precisions_have_rows_of_their_own(counted, block, rows):
+    assert counted(model()) == 2
     with block():
-        assert counted(model) == rows
-        assert counted(model) == 0
-    assert counted(model) == 0
+        assert counted(model()) == rows
+        assert counted(model()) == 0
+    assert counted(model()) == 0
 
 
 def test_a_file_in_place_of_the_folder_is_refused_by_name(tmp_path):
@@ -92,8 +72,8 @@ def test_a_file_in_place_of_the_folder_is_refused_by_name(tmp_path):
     path = tmp_path / "file.txt"
     path.write_text("mine")
     with pytest.raises(ValueError, match=r"out must be a folder, got .*file\.txt.*: .*file\.txt is a file"):
-        evaluate(net, x, y, eps=0.1, attacks=[], out=path / "deeper", progress=False)
-    report = evaluate(net, x, y, eps=0.1, attacks=[], progress=False)
+        evaluate(net, x, y, eps=0.1, attacks=[], out=path / "deeper")
+    report = evaluate(net, x, y, eps=0.1, attacks=[])
     with pytest.raises(ValueError, match="folder must be a folder"):
         report.save(path)
     with pytest.raises(ValueError, match="the run's folder must be a folder"), folder_lock(path):

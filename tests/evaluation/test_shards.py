@@ -18,11 +18,10 @@ from purify_fast import cli
 from purify_fast.evaluation import runner
 from purify_fast.evaluation.run import cache
 from purify_fast.evaluation.run.attack_run import AttackRun
-from purify_fast.evaluation.run.row_judge import RowJudge
+from purify_fast.evaluation.run.measure import Measure
 
 SCRIPT = Path(__file__).with_name("shards_work.py")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[2])}
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @functools.cache
@@ -70,7 +69,7 @@ def test_each_process_makes_its_share_and_the_first_keeps_all(tmp_path):
     assert made_by("deterministic", tmp_path / "out-0") == (one("deterministic"), 0)
 
 
-MOMENTS = {"make": (AttackRun, "make"), "write": (cache, "write_sealed"), "judge": (RowJudge, "judged")}
+MOMENTS = {"make": (AttackRun, "make"), "write": (cache, "write_sealed"), "judge": (Measure, "judged")}
 
 
 @pytest.mark.slow

@@ -6,21 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from digit_nets import zoo_digits
 from evaluating import evaluate
-from reports import MASKED, forms, row
+from reports import MASKED, forms, probed, row, said
 from torch import nn
 
-from purify_fast import load_dataset, zoo
+from purify_fast import zoo
 from purify_fast.attacks import PGD
 from purify_fast.defences import NoisyEnsemble
 from purify_fast.evaluation import AttackSpec
-from purify_fast.evaluation.alarms.evidence import Evidence
-from purify_fast.evaluation.alarms.probes import Probes
-from purify_fast.evaluation.alarms.signs import findings
 from purify_fast.evaluation.request.subject import Subject
 from purify_fast.evaluation.results.rows import by_worst_points
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Noisy(nn.Module):
@@ -61,14 +57,9 @@ class Noisy(nn.Module):
             self.off = False
 
 
-def digits(n):
-    images = load_dataset("digits")
-    return images.x_test[:n].float() / 255, images.y_test[:n]
-
-
 def judged(model, attacks, n=12, **more):
-    x, y = digits(n)
-    options = {"eps": 0.1, "steps": 5, "eot_iter": 2, "n_eval": 3, "progress": False, "name": "m"}
+    x, y = zoo_digits(n)
+    options = {"eps": 0.1, "steps": 5, "eot_iter": 2, "n_eval": 3, "name": "m"}
     return evaluate(model, x, y, attacks=attacks, **options | more)
 
 
@@ -95,7 +86,7 @@ def test_no_defence_that_keeps_its_promise_is_refused(name):
     model = NoisyEnsemble(zoo.load("digits-pgd-at"), 0.1, samples=2) if name == "noisy" else Noisy()
     model = zoo.load(name) if name.startswith("digits") else model
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        subject = Subject(model.eval(), *digits(8), batch_size=8, n_eval=2, seed=3)
+        subject = Subject(model.eval(), *zoo_digits(8), batch_size=8, n_eval=2, seed=3)
         assert subject.is_random and subject.fault("fixed") is None and subject.fault("deterministic") is None
 
 
@@ -150,10 +141,9 @@ def test_both_rows_of_a_variant_are_kept(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("left", "verdict"), [(13, "noted"), (40, "unreliable")])
 def test_draws_that_leave_more_than_the_report_are_no_doubt(left, verdict):
     """Gradients over 16 draws leave 45 % of 64 images, over one draw 64 %; the report leaves 20 or 62 %."""
-    probes = Probes(n=64, cosine=1.0, batch_changes=0.0, steps=[], eot=[(1.0, 0.64), (16.0, 0.45)])
+    probes = probed(eot=[(1.0, 0.64), (16.0, 0.45)])
     rows = [row("clean", np.ones(64), kind="clean"), row("APGD", np.arange(64) < left, kind="apgd")]
-    said = {finding.alarm: finding for finding in findings(Evidence(rows, probes))}
-    assert said["noise and seeds"].verdict == verdict
+    assert said(rows, probes)["noise and seeds"].verdict == verdict
 
 
 def test_only_attacks_along_own_gradients_can_lack_them():
@@ -167,5 +157,5 @@ def test_only_attacks_along_own_gradients_can_lack_them():
         (rows[:4], "unreliable", "the only attack along"),
         (some, "noted", "1 of 3 attacks along"),
     ):
-        said = {finding.alarm: finding for finding in findings(Evidence(given))}["gradient health"]
-        assert said.verdict == verdict and said.measured.startswith(begins)
+        health = said(given)["gradient health"]
+        assert health.verdict == verdict and health.measured.startswith(begins)

@@ -11,8 +11,6 @@ from purify_fast.attacks import APGD, PGD
 from purify_fast.defences import MajorityVote, NoisyEnsemble
 from purify_fast.evaluation import as_attack
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 P, N, COUNT = 0.2, 5, 3000
 RIGHT = {
     "worst_of": 1 - P,
@@ -35,7 +33,7 @@ def test_closed_forms(predict):
         return x
 
     x, y = torch.full((COUNT, 1, 2, 2), 0.5), torch.zeros(COUNT, dtype=torch.int64)
-    attacks, options = [as_attack(idle, name="idle")], {"eps": 0.1, "progress": False, "batch_size": COUNT}
+    attacks, options = [as_attack(idle, name="idle")], {"eps": 0.1, "batch_size": COUNT}
     report = evaluate(coin, x, y, attacks=attacks, predict=predict, n_eval=N, **options)
     once, clean, row = RIGHT[predict], *report.rows[:2]
     # every image keeps its draws, whether its clean draws were wrong or not; seen: images that have not fallen
@@ -58,9 +56,7 @@ def test_a_step_averages_over_the_draws_that_were_asked_for_in_votes():
     counts = []
     for steps in (1, 11):
         seen.clear()
-        evaluate(
-            noisy, x, y, eps=0.01, attacks=[PGD(steps=steps, eot_iter=20)], predict="votes", n_eval=N, progress=False
-        )
+        evaluate(noisy, x, y, eps=0.01, attacks=[PGD(steps=steps, eot_iter=20)], predict="votes", n_eval=N)
         counts.append(sum(seen))
     assert counts[1] - counts[0] == 10 * 20
 
@@ -72,7 +68,7 @@ def test_what_is_refused():
         (coin, "mean", "predict"),
     ):
         with pytest.raises(ValueError, match=message):
-            evaluate(model, x, y, eps=0.1, attacks=[], predict=predict, progress=False)
+            evaluate(model, x, y, eps=0.1, attacks=[], predict=predict)
     with pytest.raises(ValueError, match="draws"):
         MajorityVote(coin, 0)
 
@@ -103,7 +99,7 @@ def test_a_vote_decides_by_its_count_and_has_the_gradient_of_the_mean_probabilit
 def test_the_row_under_fixed_noise_stands_beside(predict):
     x, y = (part[:24] for part in digits()[2:])
     defence, attacks = NoisyEnsemble(standard(), 0.2, 2), [APGD(steps=8), APGD(loss="dlr", steps=8)]
-    report = evaluate(defence, x, y, eps=0.15, attacks=attacks, predict=predict, n_eval=N, eot_iter=3, progress=False)
+    report = evaluate(defence, x, y, eps=0.15, attacks=attacks, predict=predict, n_eval=N, eot_iter=3)
     for name in ("APGD-8 ce", "APGD-8 dlr"):
         assert report.row(f"{name}, fixed noise").variant == "fixed" and report.row(name).variant == "random"
     assert report.row("worst").accuracy <= report.row("clean").accuracy - 0.3

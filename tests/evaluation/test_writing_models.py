@@ -11,14 +11,14 @@ from small_models import labelled
 from purify_fast.attacks import APGD, FABT, PGD, Square, StAdv, apgd, fab_t, fgsm, pgd, square, stadv
 from purify_fast.evaluation import AttackSpec
 
-pytestmark = pytest.mark.usefixtures("one_thread", "trained")
+pytestmark = pytest.mark.usefixtures("trained")
 
-QUIET = {"eps": 0.1, "progress": False}
+QUIET = {"eps": 0.1}
 WRITES = "model must not write to its input"
 
 
 @pytest.fixture(scope="module")
-def trained(one_thread):
+def trained():
     """The network is trained before a model asks for it, which may record no gradients."""
     return standard()
 
@@ -145,7 +145,7 @@ def test_an_evaluation_finds_what_it_finds_outside(trio, form):
         images, labels = (x * 255).byte() if form == "bytes" else x.clone(), y.clone()
         given = ([(images[:5], labels[:5]), (images[5:], labels[5:])],) if form == "batches" else (images, labels)
         attacks = [APGD(), FABT(), PGD(), StAdv()]
-        report = evaluate(model, *given, eps=0.1, steps=5, attacks=attacks, progress=False)
+        report = evaluate(model, *given, eps=0.1, steps=5, attacks=attacks)
         return {row.attack: row.robust for row in report.rows}, [row.reliable for row in report.rows]
 
     outside = found()

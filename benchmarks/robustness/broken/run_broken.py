@@ -25,7 +25,7 @@ from purify_fast.attacks import AutoAttack
 from purify_fast.data import load_dataset, to_float
 from purify_fast.evaluation import AttackSpec, EvaluateConfig, evaluate
 from purify_fast.evaluation.alarms import signs
-from purify_fast.evaluation.show.tables import UNRELIABLE, markdown_table
+from purify_fast.evaluation.show.text import UNRELIABLE, markdown_table
 
 from ... import kept, options
 from ...kept import Row, put, rows_of

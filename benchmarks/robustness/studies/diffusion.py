@@ -36,7 +36,7 @@ from purify_fast.attacks.base import run_alone
 from purify_fast.data import balanced_subset, to_float
 from purify_fast.evaluation import AttackSpec, EvaluateConfig, evaluate, lee_kim_2023
 from purify_fast.evaluation.request.published import authors_attacks
-from purify_fast.evaluation.show.tables import markdown_table
+from purify_fast.evaluation.show.text import markdown_table
 from purify_fast.protocols import Accelerates, FixedNoise, supports
 from purify_fast.training import load_classifier
 

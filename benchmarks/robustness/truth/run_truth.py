@@ -23,7 +23,7 @@ from purify_fast._files import write_text
 from purify_fast.attacks.ball import ball_around, projected
 from purify_fast.attacks.relu_layers import affine_layers
 from purify_fast.evaluation import EvaluateConfig, evaluate
-from purify_fast.evaluation.show.tables import markdown_table
+from purify_fast.evaluation.show.text import markdown_table
 
 from ... import kept, options
 from ...kept import Row

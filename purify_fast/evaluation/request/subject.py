@@ -33,7 +33,7 @@ from ...defences.stochastic import MajorityVote, undecided
 from ...protocols import Classifier
 from ...speed.memory import Room
 from ...speed.precision import float32_settings
-from ..surrogates.usable import surrogates
+from ..surrogates.copies import surrogates
 from .config import Predict
 
 #: The mode in which a model is attacked and judged: as it is, within ``fixed_noise(seed)``, or within

@@ -71,9 +71,9 @@ class Curve:
     def rows(self, measure: Measure, attacks: Sequence[Row]) -> list[Row]:
         """Make a row for each radius, with the images that withstand all attacks."""
         eps, rows = float(measure.context.eps), list[Row]()
-        clean, chooses = measure.clean("random"), measure.judge.chooses("random")
-        at_start = measure.judge.withstood(clean)
-        left = np.logical_and.reduce([at_start, *(measure.judge.withstood(row) for row in attacks)])
+        clean, chooses = measure.clean("random"), measure.chooses("random")
+        at_start = measure.withstood(clean)
+        left = np.logical_and.reduce([at_start, *(measure.withstood(row) for row in attacks)])
         for below in (True, False):
             side = [radius for radius in self.radii if (radius < eps) is below]
             # An image that withstood at the report's radius counts as robust at every smaller radius. An image that
@@ -87,7 +87,7 @@ class Curve:
                 row = self._row(radius, measure, standing=standing, safe=safe, begin=begin, smaller=smaller)
                 rows.append(row)
                 smaller.append(row)
-                standing = measure.judge.withstood(row) & standing & ~safe
+                standing = measure.withstood(row) & standing & ~safe
                 if following is not None:
                     # The attacks at the next radius begin at the best points of this radius, scaled to the next radius.
                     points = x.clone()
@@ -107,7 +107,7 @@ class Curve:
         smaller: Sequence[Row],
     ) -> Row:
         """Make the row of a radius, with the best points of the images that withstand."""
-        subject, norm, chooses = measure.subject, measure.context.norm, measure.judge.chooses("random")
+        subject, norm, chooses = measure.subject, measure.context.norm, measure.chooses("random")
         at_radius = self.specs_at(radius, norm)
         over, n_eval = [row_name(spec, measure.context) for spec in at_radius], subject.judges("random")
         settings = {"over": over, "norm": norm, "eps": radius, "n_eval": n_eval}
@@ -139,7 +139,7 @@ class Curve:
                 alive[index] = ~has_fallen(torch.from_numpy(judged.wrong), measure.context.judge_share).numpy()
                 health.add(**sums.health.counts)
                 seconds += sums.seconds
-            row = measure.judge.new_row(
+            row = measure.new_row(
                 (alive | safe)[None],
                 attack="",
                 kind="worst",
@@ -149,7 +149,7 @@ class Curve:
                 health=counts_of(health),
                 reliable=health.reliable,
                 settings=settings,
-                attacked=int(measure.judge.withstood(measure.clean("random")).sum()),
+                attacked=int(measure.withstood(measure.clean("random")).sum()),
                 points=best[torch.from_numpy(alive)].cpu().numpy(),
             )
             if known is not None:
@@ -157,7 +157,7 @@ class Curve:
                 right = subject.judge(best, "random", "judge").right
                 lead = lead.nan_to_num(posinf=torch.finfo(lead.dtype).max)
                 row.count(known.or_worse(Worst(wrong, lead.numpy(), right.sum(0))))
-                row.points = best[torch.from_numpy(standing & measure.judge.withstood(row))].cpu().numpy()
+                row.points = best[torch.from_numpy(standing & measure.withstood(row))].cpu().numpy()
             return row
 
         given = [digest(torch.from_numpy(mask)) for mask in (standing, safe)]

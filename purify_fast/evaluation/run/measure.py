@@ -16,19 +16,22 @@ from torch import Tensor
 from ..._tensors import digest
 from ...attacks import AttackContext, frozen
 from ...attacks.bpda import classifier_of
+from ...attacks.engine.judge import has_fallen
 from ...defences.stochastic import WithAggregation
 from ...protocols import Classifier, has_classifier
 from ..request.naming import ALONE, clean_name, row_name, threat_name
 from ..request.specs import CLASSIFIER, AttackSpec
-from ..request.subject import Subject, Variant
-from ..results.rows import VARIANTS_APART, Row, by_worst_points
+from ..request.subject import Judgement, Subject, Variant
+from ..results.rows import AUTHORS, VARIANTS_APART, Examples, Row, Worst, by_worst_points
 from .attack_run import AttackedBatch, AttackRun, counts_of
 from .cache import RowCache
 from .progress import CountedModel, Progress, counted_model
-from .row_judge import RowJudge
 from .shards import Shards
 from .stopping import GROUP, NearestRule, StoppingRule, by_margin, nearest_first
 from .stopping import REVISION as STOPPING
+
+#: The number of attacked images that each row stores for the pictures.
+EXAMPLES = 8
 
 
 class Task(NamedTuple):
@@ -84,12 +87,8 @@ class Measure:
     shards: Shards
     keep_all: bool = False
     attacks: list[AttackSpec] = field(default_factory=list, init=False)
-    judge: RowJudge = field(init=False)
     _clean: dict[Variant, Row] = field(default_factory=dict, init=False)
     _targets: dict[int, CountedModel] = field(default_factory=dict, init=False)
-
-    def __post_init__(self) -> None:
-        self.judge = RowJudge(self.subject, self.context, self.name, self.keep_all)
 
     def clean(self, variant: Variant) -> Row:
         """The row of the clean images."""
@@ -98,10 +97,10 @@ class Measure:
             begin = time.perf_counter()
             judged = self.subject.judge(self.subject.x, variant, "judge")
             chosen: dict[str, Any] = {}
-            if self.judge.chooses(variant):
+            if self.chooses(variant):
                 by_choice = self.subject.judge(self.subject.x, variant, "choose")
                 chosen = {"wrong": by_choice.wrong, "margins": by_choice.margins}
-            return self.judge.new_row(
+            return self.new_row(
                 judged.right,
                 attack=clean_name(variant),
                 kind="clean",
@@ -121,7 +120,7 @@ class Measure:
 
         On a random model, ``earlier`` are the rows of earlier attacks on the deployed model.
         """
-        left = standing.left if spec.survivors_only else self.judge.withstood(self.clean(spec.variant))
+        left = standing.left if spec.survivors_only else self.withstood(self.clean(spec.variant))
         # With a judge all images: the judge (the authors' model) may be right where the defence is wrong.
         alive = (left if spec.judge is None else np.ones_like(left))[: spec.max_images]
         index = self.in_order(spec, torch.from_numpy(alive.copy()).nonzero()[:, 0], standing.margins)
@@ -141,7 +140,7 @@ class Measure:
         def make() -> Row:
             run, sums = search()
             # On a deterministic model, images outside `alive` are misclassified or have fallen, and count as fallen.
-            row = self.judge.judged(run, sums, settings, alive, points)
+            row = self.judged(run, sums, settings, alive, points)
             row.health = counts_of(sums.health)
             target = spec.other_model if spec.target is None else spec.target
             # A model that differs only in the aggregation of its samples is not taken as another model.
@@ -159,7 +158,7 @@ class Measure:
         deployed = settings | {"variant": "random", "n_eval": self.subject.judges("random"), "target": on}
 
         def retest() -> Row:
-            row = self.judge.judged(*search(), deployed, alive, points)
+            row = self.judged(*search(), deployed, alive, points)
             row.transferred = True
             return row
 
@@ -254,6 +253,102 @@ class Measure:
             counted = self._targets.setdefault(id(target), counted_model(target, self.progress))
             rule = None if context.draws_differ else task.rule
             yield AttackRun(spec, counted, task.images, subject, context, rule=rule)
+
+    # -- the judgement of attacked images, by new predictions ----------------------------------------------------------
+
+    def chooses(self, variant: Variant) -> bool:
+        """Tell whether points are chosen by other draws than those that judge: only for a random model as deployed."""
+        return variant == "random" and self.subject.is_random
+
+    def withstood(self, row: Row) -> np.ndarray:
+        """Tell which images have not fallen, bool ``[n]``."""
+        if row.wrong is None:
+            return row.robust
+        return ~has_fallen(torch.from_numpy(row.wrong), self.context.judge_share).numpy()
+
+    def new_row(self, right: np.ndarray, **values: Any) -> Row:
+        """Make a row from predictions."""
+        usual: dict[str, Any] = {
+            "model": self.name,
+            "robust": np.asarray(right.all(0)),
+            "right": right.sum(0) if len(right) > 1 else None,
+            "of_draws": right.mean(1).tolist() if self.subject.draws_once_per_call and len(right) > 1 else [],
+            "n_eval": len(right),
+            "seed": self.subject.seed,
+            "seconds": 0.0,
+            "data": self.subject.data,
+        }
+        return Row(**usual | values)
+
+    def judged(
+        self,
+        run: AttackRun,
+        sums: AttackedBatch,
+        settings: dict[str, Any],
+        alive: np.ndarray,
+        points: Sequence[Row],
+    ) -> Row:
+        """Judge the images of an attack, and make the row."""
+        begin, spec, variant = time.perf_counter(), run.spec, settings["variant"]
+        self.subject.check_repeats(sums.images[run.index], variant)
+        judged = self.subject.judge(sums.images, variant, "judge", spec.judge)
+        # The number of draws is recorded here, because it is 1 if the target turned out to be deterministic.
+        draws = {name: value for name, value in spec.resolved.settings(run.context).items() if name == "eot_iter"}
+        stopped = {} if run.rule is None else {"unsearched": run.rule.unsearched, "may_hold": run.rule.may_hold}
+        row = self.new_row(
+            judged.right & alive,
+            attack=row_name(spec, self.context),
+            kind=spec.resolved.kind if spec.judge is None else AUTHORS,
+            variant=variant,
+            reliable=sums.health.reliable,
+            settings=settings | draws,
+            attacked=len(run.index),
+            warnings=sums.warnings,
+            fell_to=sums.fallen,
+            proved=sums.proved,
+            may_end_early=spec.resolved.may_end_early(run.context),
+            **stopped,
+            nonfinite_predictions=judged.nonfinite,
+            margins=judged.margins,
+        )
+        fallen = run.index[torch.from_numpy(~row.robust)[run.index]]
+        if spec.judge is None and self.chooses(variant):
+            fallen = self._choose_points(row, judged, run, sums.images, points)
+        row.examples = self._examples(run.index, fallen, sums.images, judged)
+        row.seconds = time.perf_counter() - begin
+        return row
+
+    def _choose_points(
+        self, row: Row, judged: Judgement, run: AttackRun, images: Tensor, points: Sequence[Row]
+    ) -> Tensor:
+        """Choose the points that a row of a random model counts."""
+        n, index = len(images), run.index
+        clean = Worst.of_row(points[0], n)
+        own = Worst(clean.wrong.copy(), clean.margins.copy(), judged.right.sum(0))
+        if len(index):
+            chosen = self.subject.judge(images[index], "random", "choose", index=index)
+            own.wrong[index.numpy()], own.margins[index.numpy()] = chosen.wrong, chosen.margins
+        known = by_worst_points(points, n)
+        row.of_draws = judged.right.mean(1).tolist() if row.of_draws else []
+        row.count(known.or_worse(own) if run.spec.survivors_only else own)
+        found = own.is_worse(known) if self.keep_all else own.wrong > 0.5
+        return index[torch.from_numpy(found)[index]]
+
+    def _examples(self, index: Tensor, fallen: Tensor, images: Tensor, judged: Judgement) -> Examples | None:
+        """Select the images that a row stores: some or all of the fallen images, or some others if no image fell."""
+        subject = self.subject
+        fallen = fallen if self.keep_all else fallen[:EXAMPLES]
+        shown = fallen if len(fallen) else index[:EXAMPLES]
+        if len(shown) == 0:
+            return None
+        return Examples(
+            clean=subject.x[shown].cpu().numpy(),
+            adversarial=images[shown].cpu().numpy(),
+            labels=subject.y[shown.to(subject.y.device)].cpu().numpy(),
+            fell=np.full(len(shown), len(fallen) > 0),
+            predicted=judged.classes[shown.numpy()],
+            index=shown.numpy() if self.keep_all else None,
+        )
 
 
 def target_of(spec: AttackSpec, subject: Subject) -> Classifier:

@@ -60,10 +60,10 @@ class Shards:
                 dist.barrier(self._group)
                 dist.destroy_process_group(self._group)
 
-    def from_first(self, make: Callable[[], Any], part: Callable[[int], Any] = _nothing) -> Any:
+    def from_first(self, make: Callable[[], Any]) -> Any:
         """Call ``make`` in the first process, and return its result in all processes."""
         if self.rank > 0:
-            return self.follow(part)
+            return self.follow()
         value = make()
         if self.world > 1:
             self._announce("value", value)

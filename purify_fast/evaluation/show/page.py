@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ...attacks import frozen
 from ...protocols import Classifier, FixedNoise, Purifies, SampleLogits, supports
-from ..alarms.answers import PROBED
-from ..alarms.evidence import Evidence
+from ..alarms.probes import PROBED
+from ..alarms.signs import Evidence
 from ..request.subject import device_of
 from ..results.rows import CURVE, Examples, Row
 from .text import render

@@ -14,12 +14,10 @@ from typing import Any
 from ..._files import write_text
 from ..._validation import check_folder
 from ...protocols import Classifier
-from ..alarms.evidence import Finding
-from ..results.claims import ClaimTest, tested_claim
-from ..results.rows import CURVE, Paired, Row
+from ..alarms.signs import Finding
+from ..results.rows import CURVE, ClaimTest, Paired, Row, judge_claim
 from .page import html_page
-from .tables import color_is_welcome, comparison, markdown_table
-from .text import render
+from .text import comparison, markdown_table, render
 from .witnesses import FILE, Witnesses
 
 #: Format 3 has the rule for random models by which other draws judge a point than those that chose it.
@@ -95,7 +93,7 @@ class Report:
         row = self.headline if row is None else row
         clean = (one for one in self.rows if one.model == row.model and one.kind == "clean")
         claim = self.about.get("claim")
-        return None if claim is None else tested_claim(float(claim) / 100, row, next(clean, None))
+        return None if claim is None else judge_claim(float(claim) / 100, row, next(clean, None))
 
     @property
     def lowest(self) -> dict[tuple[str, str | None], Row]:
@@ -250,13 +248,9 @@ class Report:
         """The lines of a Markdown table with a line for each attack and a column for each model."""
         return markdown_table(*comparison(self))
 
-    def to_text(self, color: bool | None = None) -> str:
-        """Return the report as text for a terminal: title and table, or only the comparison of several models.
-
-        Args:
-            color: whether unreliable numbers are red. None: if standard output is a terminal and NO_COLOR is not set.
-        """
-        return render("report.txt.jinja", report=self, color=color_is_welcome() if color is None else color).rstrip()
+    def to_text(self) -> str:
+        """Return the report as text for a terminal: title and table, or only the comparison of several models."""
+        return render("report.txt.jinja", report=self).rstrip()
 
     def save(self, folder: str | Path, defence: Classifier | Mapping[str, Classifier] | None = None) -> None:
         """Write ``report.html``, ``report.json`` and ``report.md``, and with ``keep="all"`` the fallen images.

@@ -13,12 +13,18 @@ from purify_fast.attacks.base import ThreatModel
 from purify_fast.evaluation import lee_kim_2023
 from purify_fast.evaluation.request.attack_lists import PROTOCOLS, protocol_attacks
 from purify_fast.evaluation.request.published import authors_attacks, strong_attacks
-from purify_fast.evaluation.request.published.diffusion_attacks import LOW, LowFrequencyGradient, low_frequencies
-from purify_fast.evaluation.request.published.diffusion_release import ALONE, DIFFPURE, STRAIGHT, AdjointGradient
+from purify_fast.evaluation.request.published.diffusion_release import (
+    ALONE,
+    DIFFPURE,
+    LOW,
+    STRAIGHT,
+    AdjointGradient,
+    LowFrequencyGradient,
+    low_frequencies,
+)
 from purify_fast.evaluation.request.specs import LEE_KIM
 from purify_fast.evaluation.request.subject import Subject
-from purify_fast.evaluation.surrogates.copies import Softened
-from purify_fast.evaluation.surrogates.usable import surrogates
+from purify_fast.evaluation.surrogates.copies import Softened, surrogates
 from purify_fast.methods.diffusion import Process, Schedule
 from purify_fast.methods.diffusion.recipes import RECIPES
 

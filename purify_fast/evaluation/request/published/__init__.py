@@ -12,7 +12,6 @@ from ....attacks import AutoAttack
 from ....defences import WithAggregation
 from ....protocols import AuthorsEvaluation, OwnAttacks, supports
 from ..specs import AttackSpec
-from . import diffusion_attacks
 
 
 def authors_attacks(model: Any, eps: float) -> Sequence[AttackSpec] | None:
@@ -31,7 +30,11 @@ def strong_attacks(model: Any, norm: str, eps: float) -> Sequence[AttackSpec] | 
     """Return the attacks that the protocol "strong" adds for a model; None if there are none for its kind."""
     if supports(model, OwnAttacks):
         return list(cast(OwnAttacks, model).strong_attacks(norm, eps))
-    return diffusion_attacks.strong_attacks(model, norm, eps) if "DiffusionPurifier" in _kinds(model) else None
+    if "DiffusionPurifier" not in _kinds(model):
+        return None
+    from . import diffusion_release
+
+    return diffusion_release.strong_attacks(model, norm, eps)
 
 
 def _kinds(model: Any) -> list[str]:
