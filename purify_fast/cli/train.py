@@ -174,10 +174,9 @@ class OnClassifier(Training):
         classifier: The classifier: a folder that `train classifier` or `train arrest` wrote, or zoo:NAME, or a name
             such as torchvision:resnet18, timm:resnet18 or package.module:function (your function).
         classifier_weights: Weights of a classifier that is given by name: a .safetensors or .pth file, from which only
-            tensors are read (its moving average, if there is one). Or the library's name for weights that it has
-            downloaded, such as IMAGENET1K_V1 of torchvision or pretrained of timm.
-        mean: With a file of weights: mean by which the images in [0, 1] were normalized in their training; a number, or
-            one for each channel, such as 0.485 0.456 0.406. Default: 0. The library's own weights have their own.
+            tensors are read (its moving average, if there is one).
+        mean: With --classifier-weights: mean by which the images in [0, 1] were normalized in their training; a number,
+            or one for each channel, such as 0.485 0.456 0.406. Default: 0.
         std: With --mean: standard deviation by which the images were then divided. Default: 1.
     """
 

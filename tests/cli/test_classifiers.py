@@ -87,13 +87,6 @@ def test_what_an_import_path_may_not_name(run, bars, mine):
         assert code == 2 and message in printed and "Traceback" not in printed
 
 
-def test_classifiers_of_one_name_share_no_weights(mine):
-    with (mine / "my_networks.py").open("a") as file:
-        file.write("\n\nready = trained()\n")
-    with pytest.raises(ValueError, match=r"spec must name a function .*got 'my_networks:ready'"):
-        ForeignClassifier("my_networks:ready", 1, 2)
-
-
 def test_a_saved_classifier_runs_no_file_by_its_path(mine):
     (mine / "hidden.py").write_text("raise SystemError('this file was run')\n")
     made = ForeignClassifier("my_networks:trained", 1, 2)
@@ -243,23 +236,6 @@ def test_only_tensors_are_read(tmp_path, capsys):
         read_weights(tmp_path / "list.pth")
 
 
-def test_weights_of_the_library_are_taken_from_its_folder_and_never_downloaded(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    mean, std = (0.5,) * 3, (0.5,) * 3
-    with pytest.raises(FileNotFoundError, match=r"resnet18-f37072fd.pth is missing, .*https"):
-        build_foreign("torchvision:resnet18", 3, 10, mean, std, weights="IMAGENET1K_V1")
-    with pytest.raises(ValueError, match="resnet18 has no weights 'V9', only IMAGENET1K_V1"):
-        build_foreign("torchvision:resnet18", 3, 10, mean, std, weights="V9")
-    torch.manual_seed(2)
-    network = torchvision.models.resnet18()
-    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
-    torch.save(network.state_dict(), tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth")
-    with pytest.warns(UserWarning, match="are for 1000 classes, but the data have 10: label 0 of the data means"):
-        made = build_foreign("torchvision:resnet18", 3, 10, mean, std, weights="IMAGENET1K_V1")
-    assert made.arguments["num_classes"] == 1000 and made.arguments["mean"] == [0.485, 0.456, 0.406]
-    assert torch.equal(made.model.fc.weight, network.fc.weight)
-
-
 @pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
 def test_a_network_of_timm(tmp_path):
     torch.manual_seed(0)
@@ -267,5 +243,3 @@ def test_a_network_of_timm(tmp_path):
     save_classifier(made, tmp_path)
     x = torch.rand(2, 1, 32, 32)
     assert made(x).shape == (2, 4) and torch.equal(load_classifier(tmp_path)(x), made(x))
-    with pytest.raises(ValueError, match="must be a file or 'pretrained', got 'best'"):
-        build_foreign("timm:resnet18", 3, 4, (0.5,), (0.5,), weights="best")
