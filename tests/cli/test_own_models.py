@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from purify_fast.cli.evaluate import Evaluate
 
