@@ -116,12 +116,10 @@ def test_an_error_while_the_model_runs_is_a_traceback_that_names_its_file(run, b
     assert code == 1 and "helps.py" in printed and "unless the lines above end in your own code" in printed, printed
 
 
-def test_files_of_one_name_have_reports_of_their_own(mine):
-    specs = ("a/model.py:make", "b/model.py:make", "model.py:make", "model:make", "../model.py:make")
-    written = {spec: Evaluate(folder=Path(spec)).writes() for spec in specs}
-    assert len(set(written.values())) == 4 and written["model.py:make"] == Path("runs/own/model.make/evaluation")
-    # one file has one report, however it is named
-    assert Evaluate(folder=mine.parent / "a/../b/model.py:make").writes() == written["b/model.py:make"]
+def test_files_of_one_name_have_reports_of_their_own():
+    specs = ("a/model.py:make", "b/model.py:make", "model.py:make", "model:make")
+    written = [Evaluate(folder=Path(spec)).writes() for spec in specs]
+    assert len(set(written)) == 3 and written[2] == Path("runs/own/model.make/evaluation")
 
 
 def test_a_file_beside_is_found_when_the_model_runs(run, bars, mine):

@@ -59,8 +59,6 @@ REFUSED = {
     "evaluate zoo:digits-pgd-at --claim 70%": "Error parsing --claim",
     "evaluate zoo:digits-pgd-at --out {bars}": "must be a folder, got {bars}: {bars} is a file",
     "evaluate zoo:digits-pgd-at --images 0": "images must be at least 1, got 0",
-    "evaluate --recipe cifar10": "--official FOLDER and --recipe need each other",
-    "evaluate --classifier-weights a.pt": "--classifier-weights has no effect without --official",
     "evaluate mine.py:make --t-star 0.1": "are only for a saved denoiser or diffusion purifier",
     "evaluate mine.py": "mine.py: give also the function that returns the model, as mine.py:function",
 }
