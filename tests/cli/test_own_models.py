@@ -91,42 +91,34 @@ def test_what_cannot_be_evaluated(run, bars, mine, spec, message):
     assert not (mine.parent / "runs").exists()
 
 
-AROUND = """
+LAZY = """
 import torch
-from {helper} import around
 
 
-class Calls(torch.nn.Module):
+class Lazy(torch.nn.Module):
     calls = 0
 
     def forward(self, x):
+        import helps
+
         self.calls += 1
-        return around(x, self.calls > 5)
-
-
-make = Calls
+        return helps.logits(x, self.calls)
 """
 
 
-def test_an_error_while_the_model_runs_is_a_traceback_that_names_its_file(run, bars, mine):
-    (mine / "around_it.py").write_text(AROUND.format(helper="helps"))
-    (mine / "helps.py").write_text("def around(x, fail):\n    return {}['own'] if fail else x.flatten(1)[:, :2]\n")
-    few = ["--data", bars, "--device", "cpu", "--steps", "9", "--protocol", "fast", "--eps", "0.1"]
-    code, printed = run("evaluate", "code/around_it.py:make", *few)
-    assert code == 1 and "helps.py" in printed and "unless the lines above end in your own code" in printed, printed
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_file_beside_is_found_when_the_model_runs_and_named_in_a_traceback(run, bars, mine, fails):
+    (mine / "lazy.py").write_text(LAZY)
+    error = "    if calls > 5:\n        raise KeyError('own')\n" if fails else ""
+    (mine / "helps.py").write_text(f"def logits(x, calls):\n{error}    return x.flatten(1)[:, :2]\n")
+    path = list(sys.path)
+    few = ["--data", bars, "--device", "cpu", "--steps", "9", "--protocol", "fast", "--images", "2", "--eps", "0.1"]
+    code, printed = run("evaluate", "code/lazy.py:Lazy", *few)
+    assert code == fails and sys.path == path, printed
+    assert not fails or ("helps.py" in printed and "unless the lines above end in your own code" in printed)
 
 
 def test_files_of_one_name_have_reports_of_their_own():
     specs = ("a/model.py:make", "b/model.py:make", "model.py:make", "model:make")
     written = [Evaluate(folder=Path(spec)).writes() for spec in specs]
     assert len(set(written)) == 3 and written[2] == Path("runs/own/model.make/evaluation")
-
-
-def test_a_file_beside_is_found_when_the_model_runs(run, bars, mine):
-    (mine / "lazy.py").write_text(AROUND.format(helper="helps"))
-    (mine / "helps.py").write_text("def around(x, fail):\n    import seldom\n\n    return seldom.logits(x)\n")
-    (mine / "seldom.py").write_text("def logits(x):\n    return x.flatten(1)[:, :2]\n")
-    path = list(sys.path)
-    few = ["--data", bars, "--device", "cpu", "--steps", "2", "--protocol", "fast", "--images", "2", "--eps", "0.1"]
-    code, printed = run("evaluate", "code/lazy.py:make", *few)
-    assert code == 0 and sys.path == path, printed

@@ -1,10 +1,7 @@
 """run.yaml: written by every run, read by --config; options on the command line win."""
 
 import dataclasses
-import os
 import shlex
-import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import yaml
@@ -71,15 +68,6 @@ def test_what_a_file_may_not_hold(run, tmp_path):
         assert code == 2 and message in printed and "Traceback" not in printed
     code, printed = run("train", "carso", "--config", tmp_path / "none.yaml")
     assert code == 2 and "none.yaml" in printed
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no named pipes")
-def test_the_options_may_come_through_a_pipe(tmp_path):
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(pipe.write_text, "epochs: 7")
-        assert parsed(["train carso", "--config", str(pipe)]).loop.epochs == 7
 
 
 def test_every_run_writes_its_file(run, bars, tmp_path):
