@@ -103,7 +103,7 @@ class Evaluate(ProcessOptions, DataCommand):
         elif self.own is None:
             ball = ball_of_run(self.folder)
         if ball is None:
-            raise ValueError(f"--eps must be given, such as --eps 8/255: {self.folder} was not trained with a radius")
+            raise ValueError(f"--eps must be given, such as --eps 8/255: {self.folder} has no run.yaml with a radius")
         if self.norm not in (None, ball[1]):
             raise ValueError(f"--norm {self.norm} needs --eps too: the training had {ball[1]} {ball[0]:g}")
         return ball

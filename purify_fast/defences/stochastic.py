@@ -152,6 +152,14 @@ def with_samples(defence: M, samples: int) -> M:
     return other
 
 
+def _with_part(module: M, name: str, part: Any) -> M:
+    """Copy a module, which may have hooks and may be of a subclass, with another attribute."""
+    other = copy.copy(module)
+    other._modules = dict(module._modules)
+    setattr(other, name, part)
+    return other
+
+
 class WithAggregation(nn.Module):
     """Calls a defence with another aggregation, with or without noise, for attacks and comparisons.
 
@@ -186,10 +194,7 @@ class WithAggregation(nn.Module):
 
     def around(self, replace: Callable[[Classifier], Classifier]) -> WithAggregation:
         """Make a copy of this object that calls ``replace(defence)``."""
-        # Copy this object instead of making a new object. It may have hooks, and its class may be a subclass.
-        other = copy.copy(self)
-        other._modules = {**self._modules, "defence": cast(nn.Module, replace(self.defence))}
-        return other
+        return _with_part(self, "defence", replace(self.defence))
 
     def _mode(self) -> contextlib.AbstractContextManager[Any]:
         return self.defence.deterministic() if self.without_noise else contextlib.nullcontext()  # type: ignore[operator]
@@ -279,8 +284,4 @@ class MajorityVote(nn.Module):
 
     def around(self, replace: Callable[[Classifier], Classifier]) -> MajorityVote:
         """Make a copy of this object that calls ``replace(model)``."""
-        # Copy this object instead of making a new object. It may have hooks, and its class may be a subclass.
-        other = copy.copy(self)
-        other._modules = dict(self._modules)
-        other.model = replace(self.model)
-        return other
+        return _with_part(self, "model", replace(self.model))

@@ -96,26 +96,20 @@ import torch
 
 
 class Lazy(torch.nn.Module):
-    calls = 0
-
     def forward(self, x):
         import helps
 
-        self.calls += 1
-        return helps.logits(x, self.calls)
+        return helps.logits(x)
 """
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_a_file_beside_is_found_when_the_model_runs_and_named_in_a_traceback(run, bars, mine, fails):
+def test_a_file_beside_is_found_when_the_model_runs(run, bars, mine):
     (mine / "lazy.py").write_text(LAZY)
-    error = "    if calls > 5:\n        raise KeyError('own')\n" if fails else ""
-    (mine / "helps.py").write_text(f"def logits(x, calls):\n{error}    return x.flatten(1)[:, :2]\n")
+    (mine / "helps.py").write_text("def logits(x):\n    return x.flatten(1)[:, :2]\n")
     path = list(sys.path)
-    few = ["--data", bars, "--device", "cpu", "--steps", "9", "--protocol", "fast", "--images", "2", "--eps", "0.1"]
+    few = ["--data", bars, "--device", "cpu", "--steps", "2", "--protocol", "fast", "--images", "2", "--eps", "0.1"]
     code, printed = run("evaluate", "code/lazy.py:Lazy", *few)
-    assert code == fails and sys.path == path, printed
-    assert not fails or ("helps.py" in printed and "unless the lines above end in your own code" in printed)
+    assert code == 0 and sys.path == path, printed
 
 
 def test_files_of_one_name_have_reports_of_their_own():
