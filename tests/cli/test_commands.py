@@ -37,25 +37,22 @@ def test_a_carso_is_trained_on_and_judged_in_bfloat16(run, bars, tmp_path, short
     assert json.loads((out / "evaluation/report.json").read_text())["about"]["precision"] == "bfloat16"
 
 
-def test_a_folder_of_pictures_streamed_from_the_data_root(tmp_path, capsys, monkeypatch):
-    state = np.random.RandomState(0)
+def test_a_folder_of_pictures_streamed_from_the_data_root(run, tmp_path, monkeypatch):
     for part, n in (("train", 16), ("val", 4)):
         for label, name in enumerate(("dark", "light")):
             (tmp_path / "set" / part / name).mkdir(parents=True)
             for i in range(n):
-                levels = state.randint(0, 100, (20, 30, 3)) + 150 * label
-                Image.fromarray(levels.astype(np.uint8)).save(tmp_path / "set" / part / name / f"{i}.png")
+                levels = np.full((20, 30, 3), 6 * i + 150 * label, np.uint8)
+                Image.fromarray(levels).save(tmp_path / "set" / part / name / f"{i}.png")
     monkeypatch.setenv("PURIFY_FAST_DATA", str(tmp_path))
-    common = ["--data", "set", "--size", "12", "8", "--stream", "--cache", str(tmp_path / "c"), "--device", "cpu"]
+    common = ["--data", "set", "--size", "12", "8", "--stream", "--cache", tmp_path / "c", "--device", "cpu"]
     train = [*common, "--width", "4", "--epochs", "8", "--batch-size", "8"]
-    out = str(tmp_path / "out")
-    assert cli.main(["train", "classifier", "--out", out, *train]) == 0
-    said = capsys.readouterr().out
-    assert "accuracy without an attack: 100.0 ± 0.0 % of 8 held-out images\n" in said and "Robustness" not in said
+    code, said = run("train", "classifier", "--out", tmp_path / "out", *train)
+    assert code == 0 and "accuracy without an attack: 100.0 ± 0.0 % of 8 held-out images" in said
     assert (tmp_path / "c" / "set" / "12x8" / ".lock").is_file()
     few = ["--images", "8", "--steps", "2", "--eot-iter", "1", "--protocol", "fast", "--eps", "0.01"]
-    assert cli.main(["evaluate", out, *common, *few]) == 0
-    assert Report.from_json((tmp_path / "out" / "evaluation" / "report.json").read_text()).row("clean").robust.all()
+    assert run("evaluate", tmp_path / "out", *common, *few)[0] == 0
+    assert Report.from_json((tmp_path / "out/evaluation/report.json").read_text()).row("clean").robust.all()
 
 
 def test_a_recipe_gives_the_defaults_and_explicit_options_win(monkeypatch):
