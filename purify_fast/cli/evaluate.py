@@ -69,23 +69,19 @@ class Evaluate(ProcessOptions, DataCommand):
         """The name of the user's function that makes the model; None for another kind of model."""
         return str(self.folder) if is_named(str(self.folder)) else None
 
-    @property
-    def of_zoo(self) -> str | None:
-        """The name of the model in the zoo; None for another kind of model."""
-        return zoo_name(self.folder)
-
     def writes(self) -> Path:
         if self.out is not None:
             return self.out
         if self.own is not None:
             return Path("runs/own") / self.title() / EVALUATION
         # The folder of a model of the zoo belongs to the installed package, so reports are not written there.
-        return (self.folder if self.of_zoo is None else Path("runs/zoo") / self.of_zoo) / EVALUATION
+        name = zoo_name(self.folder)
+        return (self.folder if name is None else Path("runs/zoo") / name) / EVALUATION
 
     def title(self) -> str:
         """The model's name in the report."""
         if self.own is None:
-            return self.of_zoo or self.folder.name
+            return zoo_name(self.folder) or self.folder.name
         source, _, function = self.own.rpartition(":")
         parts = Path(source.removesuffix(".py")).parts
         return ".".join((*(part for part in parts if part not in ("..", os.sep)), function))
@@ -95,10 +91,10 @@ class Evaluate(ProcessOptions, DataCommand):
         if self.eps is not None:
             return self.eps, self.norm or "linf"
         ball: tuple[float, str] | None = None
-        if self.of_zoo is not None:
+        if (name := zoo_name(self.folder)) is not None:
             from .. import zoo
 
-            card = zoo.card(self.of_zoo)
+            card = zoo.card(name)
             ball = card.eps, card.norm
         elif self.own is None:
             ball = ball_of_run(self.folder)
