@@ -8,8 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import traceback
-import warnings
 from dataclasses import make_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Union
@@ -19,7 +17,6 @@ import tyro
 from .._files import folder_lock
 from .._memory import control_groups, ran_out_of_memory
 from .._validation import usable_device
-from .._version import __version__
 from . import evaluate, purify, show, train  # noqa: F401
 from .command import Command, DataCommand
 from .run_file import cli, early_options, parse
@@ -63,9 +60,6 @@ def _run(arguments: list[str]) -> int:
     with contextlib.ExitStack() as stack:
         # Loading a user's model adds the folder of its code to `sys.path`. Restore `sys.path` when the command ends.
         stack.callback(sys.path.__setitem__, slice(None), list(sys.path))
-        stack.callback(setattr, warnings, "formatwarning", warnings.formatwarning)
-        # A line without a place in the source.
-        warnings.formatwarning = lambda message, category, *place: f"{category.__name__}: {message}\n"
         if several > 1:
             from ..training.distributed import torchrun_group
 
@@ -113,9 +107,9 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: the words after the program's name; None takes the words of this process.
 
     Returns:
-        The exit status. 0: success. 1: ``check`` found an image that is classified correctly now; or an error in this
-        package or in the user's code, with a traceback on stderr. 2: the input cannot be used, or there is not enough
-        memory; stderr has one line about it. 130: Ctrl-C.
+        The exit status. 0: success. 1: ``check`` found an image that is classified correctly now. 2: the input cannot
+        be used, or there is not enough memory; stderr has one line about it. 130: Ctrl-C. Other errors, in this package
+        or in the user's code, are raised.
     """
     # A caller's process decides itself how its threads wait. OpenMP reads its settings when PyTorch is loaded.
     if arguments is None and not any(name in os.environ for name in WAITING):
@@ -137,13 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
         if ran_out_of_memory(error):
             print(f"purify-fast: not enough memory: {error}; give a smaller --batch-size", file=sys.stderr)
             return 2
-        traceback.print_exc()
-        print(
-            f"purify-fast: this is an error in purify_fast {__version__}, unless the lines above end in your own code. "
-            "Please report it with the lines above, the command line and the output of `purify-fast info --all`.",
-            file=sys.stderr,
-        )
-        return 1
+        raise
     except KeyboardInterrupt:
         print("purify-fast: interrupted; run the same command again to continue", file=sys.stderr)
         return 130

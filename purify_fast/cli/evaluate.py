@@ -7,7 +7,7 @@ import shlex
 import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import tyro
 
@@ -19,14 +19,10 @@ from .saved_models import is_named, own_model, refuse_other_images, saved_folder
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-    from typing_extensions import Self
 
     from ..data import DataSet
     from ..evaluation.show.witnesses import Witnesses
     from ..protocols import Classifier
-
-
-Published = Literal["cifar10", "cifar100", "tiny_imagenet"]
 
 
 @dataclass(frozen=True)
@@ -39,13 +35,8 @@ class Evaluate(ProcessOptions, DataCommand):
         folder: Model to attack: a folder that a `train` command wrote, or zoo:NAME. Or your function, as
             path/to/file.py:function or package.module:function. It is called without arguments, and must return a
             module, or a function from images in [0, 1] to logits.
-        official: Folder with the weights that CARSO's authors published: the three .safetensors files of the purifier,
-            and the file of its classifier. This option replaces FOLDER, and needs --recipe.
-        recipe: Name of the published system in the folder --official. It sets the data set, K and the radius.
         classifier: Classifier behind a denoiser that `train diffusion` wrote: a folder or zoo:NAME. Folders of other
             defences contain their classifier.
-        classifier_weights: File of the classifier, if the folder --official does not contain it: a .safetensors file,
-            or a .pt file, from which only tensors are read.
         eps: Radius in image units, such as 8/255. Default: the radius of the training. Required for your own model.
         norm: Norm of the ball. Default: the norm of the training, or linf if --eps is given.
         images: Number of held-out images to attack. The seed chooses them; the numbers per class differ by at most 1.
@@ -58,13 +49,9 @@ class Evaluate(ProcessOptions, DataCommand):
     """
 
     called: ClassVar[str] = "evaluate"
-    only_with: ClassVar = {"official": ("classifier_weights",)}
 
     folder: tyro.conf.Positional[Path] = Path("runs/carso")
-    official: Path | None = None
-    recipe: Published | None = None
     classifier: str | None = None
-    classifier_weights: Path | None = None
     eps: float | None = None
     norm: Norm | None = None
     images: Count = 500
@@ -72,27 +59,15 @@ class Evaluate(ProcessOptions, DataCommand):
     out: Path | None = None
     settings: EvaluateConfig = field(default_factory=EvaluateConfig)
 
-    @classmethod
-    def of_recipe(cls, name: str, official_code: bool, batch_size: int | None = None) -> Self:
-        # The default data set is that of the published system.
-        return cls(data=name)
-
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.own is None and self.folder.suffix == ".py":
             raise ValueError(f"{self.folder}: give also the function that returns the model, as {self.folder}:function")
-        if (self.official is None) != (self.recipe is None):
-            raise ValueError("--official FOLDER and --recipe need each other: give both")
 
     @property
     def own(self) -> str | None:
         """The name of the user's function that makes the model; None for another kind of model."""
-        return str(self.folder) if self.official is None and is_named(str(self.folder)) else None
-
-    @property
-    def of_zoo(self) -> str | None:
-        """The name of the model in the zoo; None for another kind of model."""
-        return zoo_name(self.folder) if self.official is None else None
+        return str(self.folder) if is_named(str(self.folder)) else None
 
     def writes(self) -> Path:
         if self.out is not None:
@@ -100,40 +75,31 @@ class Evaluate(ProcessOptions, DataCommand):
         if self.own is not None:
             return Path("runs/own") / self.title() / EVALUATION
         # The folder of a model of the zoo belongs to the installed package, so reports are not written there.
-        place = self.official or self.folder if self.of_zoo is None else Path("runs/zoo") / self.of_zoo
-        return place / EVALUATION
+        name = zoo_name(self.folder)
+        return (self.folder if name is None else Path("runs/zoo") / name) / EVALUATION
 
     def title(self) -> str:
         """The model's name in the report."""
-        if self.recipe is not None:
-            return f"CARSO, its authors' weights, {self.recipe}"
         if self.own is None:
-            return self.of_zoo or self.folder.name
+            return zoo_name(self.folder) or self.folder.name
         source, _, function = self.own.rpartition(":")
-        if source.endswith(".py"):
-            # The path is relative to the working folder, so that the title is the same if the working folder is moved.
-            file = os.path.relpath(Path(source).resolve(), Path.cwd().resolve())
-            source = file.removesuffix(".py").replace("..", "up").replace(os.sep, ".")
-        return f"{source}.{function}"
+        parts = Path(source.removesuffix(".py")).parts
+        return ".".join((*(part for part in parts if part not in ("..", os.sep)), function))
 
     def ball(self) -> tuple[float, str]:
         """The radius and the norm of the attacks; by default of the training, or of a zoo model's evaluation."""
         if self.eps is not None:
             return self.eps, self.norm or "linf"
         ball: tuple[float, str] | None = None
-        if self.recipe is not None:
-            from ..methods.recipes import recipe
-
-            ball = recipe(self.recipe, "carso")["attack.eps"], "linf"
-        elif self.of_zoo is not None:
+        if (name := zoo_name(self.folder)) is not None:
             from .. import zoo
 
-            card = zoo.card(self.of_zoo)
+            card = zoo.card(name)
             ball = card.eps, card.norm
         elif self.own is None:
             ball = ball_of_run(self.folder)
         if ball is None:
-            raise ValueError(f"--eps must be given, such as --eps 8/255: {self.folder} was not trained with a radius")
+            raise ValueError(f"--eps must be given, such as --eps 8/255: {self.folder} has no run.yaml with a radius")
         if self.norm not in (None, ball[1]):
             raise ValueError(f"--norm {self.norm} needs --eps too: the training had {ball[1]} {ball[0]:g}")
         return ball
@@ -141,26 +107,21 @@ class Evaluate(ProcessOptions, DataCommand):
     def loaded(self, images: DataSet) -> tuple[Classifier, nn.Module | None]:
         """Load the attacked model, and its base (the classifier without the defence) if the model is a defence."""
         from ..methods.loading import load_defence
-        from ..methods.recipes import recipe
         from ..training import is_classifier, load_classifier
 
-        device = images.y_test.device
         base: nn.Module | None = None
-        saved = None if self.own or self.official else saved_folder(self.folder)
+        saved = None if self.own else saved_folder(self.folder)
         if saved is not None and not is_classifier(saved):
             base = self.behind(saved, images)
             model: Any = load_defence(saved, base, process=self.process())
         elif self.classifier is not None or self.process() is not None:
             options = "--classifier, --t-star, --denoising-steps and --solver"
             raise ValueError(f"{options} are only for a saved denoiser or diffusion purifier, got {self.folder}")
-        elif saved is not None:
-            model = load_classifier(saved).to(device)
-        elif self.own is not None:
-            return own_model(self.own, images), None
+        elif saved is None:
+            return own_model(str(self.own), images), None
         else:
-            model = recipe(str(self.recipe), "carso").load(self.official, self.classifier_weights).to(device)
-            base = model.classifier
-        refuse_other_images(model, images, f"the model in {self.official or self.folder}")
+            model = load_classifier(saved).to(images.y_test.device)
+        refuse_other_images(model, images, f"the model in {self.folder}")
         return model, base
 
     def prepared(self, images: DataSet) -> tuple[Classifier, nn.Module | None]:

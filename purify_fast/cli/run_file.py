@@ -83,14 +83,8 @@ def write_run_file(command: Command, folder: Path) -> None:
 
 
 def ball_of_run(folder: Path) -> tuple[float, str] | None:
-    """The radius and the norm of a training; None if no file contains them, or if the images were not attacked."""
-    if (folder / RUN_FILE).is_file():
-        options = read_run_file(folder / RUN_FILE)
-    else:
-        # A training that was started in Python has only a checkpoint.
-        from ..training.checkpoint import last_checkpoint
-
-        options = (last_checkpoint(folder) or {"facts": {}})["facts"]
+    """The radius and the norm of a training; None without a run.yaml, or if the images were not attacked."""
+    options = read_run_file(folder / RUN_FILE) if (folder / RUN_FILE).is_file() else {}
     eps = number(str(options.get("eps", 0)))
     return (eps, str(options.get("norm", "linf"))) if eps > 0 else None
 

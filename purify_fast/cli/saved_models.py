@@ -66,12 +66,10 @@ def trained_classifier(
     classifier: str | Path, weights: str | None, images: DataSet, mean: Sequence[float] = (), std: Sequence[float] = ()
 ) -> nn.Module:
     """Load a trained classifier to the device of the images."""
-    from ..models.foreign import LIBRARIES, is_file_of_weights
+    from ..models.foreign import LIBRARIES
     from ..training import load_classifier
 
     text = str(classifier)
-    if (mean or std) and not is_file_of_weights(text, weights or ""):
-        raise ValueError(f"--mean and --std are only for weights of a file, got {weights} of {text}: leave them out")
     if not is_named(text):
         if weights is not None:
             raise ValueError(f"--classifier-weights is only for a classifier by name, not for the folder {classifier}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shlex
 from abc import abstractmethod
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -39,8 +39,7 @@ if TYPE_CHECKING:
     from ..methods.purifier_task import PurifierTask
     from ..training import BankConfig, Task
 
-#: The options of a classifier, of CARSO, and of AToP's generator and transform.
-_NETWORK_SIZES = ("width", "depth", "activation")
+#: The options of CARSO, and of AToP's generator and transform.
 _CARSO_SIZES = ("layers", "cond_dim", "latent_dim", "samples", "decoder_width")
 _GENERATOR = ("purifier", "width", "residual", "weights")
 _TRANSFORM = ("transform", "sigma", "block", "mask_ratio", "num_passes", "samples", "aggregation", "shared_mask")
@@ -67,20 +66,16 @@ class Training(DataCommand):
     def task(self, images: DataSet) -> Task:
         """Make the task of the training: the model with its initial weights, and its loss."""
 
-    @abstractmethod
     def save(self, trained: Any, images: DataSet) -> None:
-        """Save the trained model."""
+        """Save the trained classifier, and print its accuracy on the held-out images, which are not attacked."""
+        from ..training import save_classifier
+
+        save_classifier(trained, self.out, images.classes)
+        print("accuracy without an attack:", accuracy_text(trained, images.x_test, images.y_test, self.loop.batch_size))
 
     def bank_config(self) -> BankConfig | None:
         """The settings of the bank of adversarial images; None for a training without a bank."""
         return None
-
-    def starts(self) -> dict[str, str]:
-        """The weights from which the training starts, by the keys of a recipe's facts."""
-        return {}
-
-    def before_training(self, task: Any, images: DataSet) -> None:
-        """Print what the user should know before the first step."""
 
     def run(self) -> None:
         from .._process import processes
@@ -88,8 +83,6 @@ class Training(DataCommand):
 
         images, title = self.load_data(), self.trained()
         task = self.task(images)
-        if processes()[0] == 0:
-            self.before_training(task, images)
         bank = self.bank_config()
         last = fit(task, images.x_train, images.y_train, self.loop, folder=self.out, title=title, bank=bank)
         if processes()[0] == 0:
@@ -106,7 +99,7 @@ class FollowsRecipe(Training):
 
     Args:
         recipe: Name of a published training of this method (see `purify-fast recipe`), whose settings become the
-            defaults of this command. The command prints in which points the training is not as published.
+            defaults of this command.
         official_code: With --recipe: repeat also the known mistakes of the authors' code (`purify-fast recipe NAME`).
     """
 
@@ -127,9 +120,9 @@ class FollowsRecipe(Training):
         return cls(**options, **cls.sizes_of(published, official_code))
 
     @staticmethod
-    @abstractmethod
     def sizes_of(recipe: Recipe, official_code: bool) -> dict[str, Any]:
         """The options of this command that a recipe sets, in addition to the fields `method` and `loop`."""
+        return {}
 
     def saved_start(self, folder: Path, classifier: nn.Module, **options: Any) -> Any:
         """Load a defence of this method, from which the training starts, with the options of `load_defence`."""
@@ -155,16 +148,6 @@ class FollowsRecipe(Training):
         mean, std = (None, None) if same else statistics(images.x_train)
         return published.for_data(images.image_shape, images.num_classes, name=images.name, mean=mean, std=std)
 
-    def before_training(self, task: Any, images: DataSet) -> None:
-        """Print in which points a training by a recipe is not as published."""
-        if (recipe := self.adapted(images)) is None:
-            return
-        bank = self.bank_config()
-        given = {**self.starts(), "run.bank": None if bank is None else bank.facts}
-        points = recipe.deviations(task, self.loop, self.official_code, given=given)
-        print("\n- ".join([f"{recipe.name} on {images.name}: not as published in {len(points)} points", *points]))
-        print("\n- ".join(["Not reproduced in any training by this recipe:", *recipe.not_reproduced]))
-
 
 @dataclass(frozen=True)
 class OnClassifier(Training):
@@ -174,16 +157,15 @@ class OnClassifier(Training):
         classifier: The classifier: a folder that `train classifier` or `train arrest` wrote, or zoo:NAME, or a name
             such as torchvision:resnet18, timm:resnet18 or package.module:function (your function).
         classifier_weights: Weights of a classifier that is given by name: a .safetensors or .pth file, from which only
-            tensors are read (its moving average, if there is one). Or the library's name for weights that it has
-            downloaded, such as IMAGENET1K_V1 of torchvision or pretrained of timm.
-        mean: With a file of weights: mean by which the images in [0, 1] were normalized in their training; a number, or
-            one for each channel, such as 0.485 0.456 0.406. Default: 0. The library's own weights have their own.
+            tensors are read (its moving average, if there is one).
+        mean: With --classifier-weights: mean by which the images in [0, 1] were normalized in their training; a number,
+            or one for each channel, such as 0.485 0.456 0.406. Default: 0.
         std: With --mean: standard deviation by which the images were then divided. Default: 1.
     """
 
     only_with: ClassVar = {"classifier_weights": ("mean", "std")}
 
-    classifier: str | None = None
+    classifier: str = "runs/classifier"
     classifier_weights: str | None = None
     mean: tuple[Share, ...] = ()
     std: tuple[Share, ...] = ()
@@ -193,24 +175,24 @@ class OnClassifier(Training):
         from .._process import processes
         from ..data import balanced_subset
 
-        model = trained_classifier(str(self.classifier), self.classifier_weights, images, self.mean, self.std)
+        model = trained_classifier(self.classifier, self.classifier_weights, images, self.mean, self.std)
         if processes()[0] == 0:
             facts: dict[str, Any] = model.arguments  # type: ignore[assignment]
             mean, std = (" ".join(f"{value:.4g}" for value in facts.get(name, ())) for name in ("mean", "std"))
             how = f"mean {mean}, std {std}" if mean else "by its own code"
             some = balanced_subset(images.x_test, images.y_test, 1000, seed=0, num_classes=images.num_classes)
             share = accuracy_text(model, some.x, some.y, self.loop.batch_size)
-            print(f"classifier {self.starts()['start.classifier']}: normalization of images in [0, 1]: {how}")
+            name = " with ".join(filter(None, (self.classifier, self.classifier_weights)))
+            print(f"classifier {name}: normalization of images in [0, 1]: {how}")
             print(f"its accuracy without an attack: {share}", flush=True)
         return model
 
-    def starts(self) -> dict[str, str]:
-        return {"start.classifier": " with ".join(filter(None, (self.classifier, self.classifier_weights)))}
-
 
 @dataclass(frozen=True)
-class FreshClassifier(Training):
-    """A command that makes a classifier with random weights, and trains it.
+class TrainClassifier(Training):
+    """Train a classifier: on clean images (eps 0), or adversarially with PGD.
+
+    An interrupted training continues if the same command is run again.
 
     Args:
         model: Network of the classifier: small_cnn, preact_resnet18, wide_resnet, fully_connected, torchvision:NAME,
@@ -221,43 +203,13 @@ class FreshClassifier(Training):
         activation: Activation of a wide_resnet. Default: silu.
     """
 
+    called: ClassVar[str] = "train classifier"
+
+    out: Path = Path("runs/classifier")
     model: str = "small_cnn"
     width: int | None = None
     depth: int | None = None
     activation: Literal["silu", "relu"] | None = None
-
-    def fresh(self, images: DataSet) -> nn.Module:
-        """Make the classifier on the device of the images."""
-        from ..data import statistics
-        from ..models.classifiers import build_classifier
-
-        sizes: dict[str, Any] = {name: getattr(self, name) for name in _NETWORK_SIZES}
-        if is_named(self.model):
-            if any(sizes.values()):
-                raise ValueError(f"--width, --depth and --activation are not for --model {self.model}")
-            return named_classifier(self.model, None, images)
-        mean, std = statistics(images.x_train)
-        model = build_classifier(self.model, images.image_shape, images.num_classes, mean=mean, std=std, **sizes)
-        return model.to(images.y_train.device)
-
-    def save(self, trained: Any, images: DataSet) -> None:
-        """Save the classifier, and print its accuracy on the held-out images, which are not attacked."""
-        from ..training import save_classifier
-
-        save_classifier(trained, self.out, images.classes)
-        print("accuracy without an attack:", accuracy_text(trained, images.x_test, images.y_test, self.loop.batch_size))
-
-
-@dataclass(frozen=True)
-class TrainClassifier(FreshClassifier):
-    """Train a classifier: on clean images (eps 0), or adversarially with PGD.
-
-    An interrupted training continues if the same command is run again.
-    """
-
-    called: ClassVar[str] = "train classifier"
-
-    out: Path = Path("runs/classifier")
     method: ClassifierConfig = field(default_factory=ClassifierConfig)
     loop: FitConfig = field(default_factory=lambda: FitConfig(epochs=30))
 
@@ -269,78 +221,49 @@ class TrainClassifier(FreshClassifier):
         torch.manual_seed(self.loop.seed)
         return ClassifierTask(self.fresh(images), self.method)
 
+    def fresh(self, images: DataSet) -> nn.Module:
+        """Make the classifier with random weights on the device of the images."""
+        from ..data import statistics
+        from ..models.classifiers import build_classifier
+
+        sizes: dict[str, Any] = {"width": self.width, "depth": self.depth, "activation": self.activation}
+        if is_named(self.model):
+            if any(sizes.values()):
+                raise ValueError(f"--width, --depth and --activation are not for --model {self.model}")
+            return named_classifier(self.model, None, images)
+        mean, std = statistics(images.x_train)
+        model = build_classifier(self.model, images.image_shape, images.num_classes, mean=mean, std=std, **sizes)
+        return model.to(images.y_train.device)
+
 
 @dataclass(frozen=True)
-class TrainArrest(FollowsRecipe, OnClassifier, FreshClassifier):
+class TrainArrest(FollowsRecipe, OnClassifier):
     """Finetune a standard classifier adversarially by ARREST, so that its representation changes little.
 
-    Without --classifier, a standard classifier is trained first, and saved to OUT/standard. The result is a classifier,
-    which `evaluate` can attack, and which `train carso` and `train atop` can use. An interrupted training continues if
-    the same command is run again.
+    The result is a classifier, which `evaluate` can attack, and which `train carso` and `train atop` can use. An
+    interrupted training continues if the same command is run again.
 
     Args:
-        standard_epochs: Number of epochs for the standard classifier. A re-implementation of the paper has 100.
         layers: Names of the layers whose outputs are the representation. Default: the last map before pooling.
-        keep_teacher: Compute the standard classifier's representation of each image only once, and keep it in memory.
-            This is not possible with augmentation.
     """
 
     called: ClassVar[str] = "train arrest"
-    set_by: ClassVar = {"classifier": ("model", *_NETWORK_SIZES, "standard_epochs")}
 
     out: Path = Path("runs/arrest")
-    standard_epochs: int = 100
+    classifier: str = "runs/standard"
     layers: tuple[str, ...] = ()
-    keep_teacher: bool = False
     method: ArrestConfig = field(default_factory=ArrestConfig)
     loop: FitConfig = field(default_factory=lambda: FitConfig(epochs=20))
 
-    @staticmethod
-    def sizes_of(recipe: Recipe, official_code: bool) -> dict[str, Any]:
-        network = recipe.part("classifier")
-        return {"model": network.pop("name"), **network}
-
-    def starts(self) -> dict[str, str]:
-        if self.classifier is not None:
-            return super().starts()
-        return {"start.classifier": f"trained on clean images for {self.standard_epochs} epochs"}
-
     def task(self, images: DataSet) -> Task:
-        from .._process import processes
         from ..methods.arrest import ArrestTask
 
-        task = ArrestTask(self.start(images), self.method, images.image_shape, self.layers or None)
-        if self.keep_teacher and task.teacher is not None:
-            task.teacher.keep(images.x_train, progress=processes()[0] == 0)
-        return task
-
-    def start(self, images: DataSet) -> nn.Module:
-        """Load or train the standard classifier."""
-        import torch
-
-        from .._process import processes
-        from ..methods.arrest import Teacher
-        from ..models.representation import representation_before_pooling
-        from ..training import ClassifierTask, fit, save_classifier
-
-        if self.classifier is not None:
-            return self.given_classifier(images)
-        torch.manual_seed(self.loop.seed)
-        model, folder = self.fresh(images), self.out / "standard"
-        # This raises an error for wrong layers before anything is trained.
-        Teacher(model, self.layers or (representation_before_pooling(model),), images.image_shape, self.method.pooled)
-        task, loop = ClassifierTask(model, ClassifierConfig()), replace(self.loop, epochs=self.standard_epochs)
-        fit(task, images.x_train, images.y_train, loop, folder=folder, title="standard")
-        if processes()[0] == 0:
-            save_classifier(model, folder, images.classes)
-        return model
+        return ArrestTask(self.given_classifier(images), self.method, images.image_shape, self.layers or None)
 
 
 @dataclass(frozen=True)
 class TrainPurifier(OnClassifier):
     """A command that trains a purifier for a classifier that is already trained."""
-
-    classifier: str = "runs/classifier"
 
     @abstractmethod
     def task_on(self, classifier: nn.Module, images: DataSet) -> PurifierTask[Any]:
@@ -516,10 +439,6 @@ class TrainAtop(KeepsAttacks, FollowsRecipe, TrainGenerator):
         # The default side of a block is the recipe's, for images of the recipe's size.
         options = {"size": recipe.image_shape[1:], "purifier": "deepfill", "init": None}
         return options | recipe.part("defence", official_code) | {"block": None}
-
-    def starts(self) -> dict[str, str]:
-        start = self.weights if self.init is None else self.init
-        return super().starts() | ({} if start is None else {"start.purifier": str(start)})
 
     def task_on(self, classifier: nn.Module, images: DataSet) -> AtopTask:
         from .._tensors import weights_fingerprint

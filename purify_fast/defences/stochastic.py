@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, TypeVar, cast
 
@@ -29,8 +28,8 @@ class StochasticDefence(nn.Module):
     """A defence that draws noise for each of ``samples`` predictions. Subclasses define `sample_logits`.
 
     Every call draws a new seed from PyTorch's global generator, except within `fixed_noise` and `deterministic`.
-    Several threads may call a defence at the same time. But while a thread is inside `fixed_noise`, `deterministic` or
-    `noise_ids`, a call from another thread raises a RuntimeError.
+    Several threads may call a defence at the same time. But `fixed_noise`, `deterministic` and `noise_ids` hold for all
+    threads: give a thread that enters one of them a ``copy.deepcopy`` of the defence.
     """
 
     #: The class promises other draws for each image (`purify_fast.protocols.draws_for_each_image`). Not inherited.
@@ -38,15 +37,13 @@ class StochasticDefence(nn.Module):
     _noise_seed: Tensor
     samples: int
     #: Attributes that do not affect predictions (`purify_fast.model_state`). ``_kept_ids`` has tensors whose memory
-    #: `noise_ids` uses again, and ``_noise_owner`` is the id of a thread.
-    not_dependencies = frozenset({"_kept_ids", "_noise_owner"})
+    #: `noise_ids` uses again.
+    not_dependencies = frozenset({"_kept_ids"})
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("_noise_seed", torch.zeros(1, dtype=torch.int64), persistent=False)
         self._noise = "fresh"
-        # The id of the thread that is inside `fixed_noise`, `deterministic` or `noise_ids`, or None.
-        self._noise_owner: int | None = None
         self._noise_ids: Tensor | None = None
         self._kept_ids: dict[tuple[int, torch.device], Tensor] = {}
 
@@ -79,32 +76,17 @@ class StochasticDefence(nn.Module):
 
     @contextlib.contextmanager
     def _control(self, **state: Any) -> Iterator[None]:
-        """Set attributes within the block, and refuse calls from other threads."""
-        self._refuse_other_threads()
-        state["_noise_owner"] = threading.get_ident()
+        """Set attributes within the block."""
         before = {name: getattr(self, name) for name in state}
-        for name, value in state.items():
-            setattr(self, name, value)
+        vars(self).update(state)
         try:
             yield
         finally:
-            for name, value in before.items():
-                setattr(self, name, value)
-
-    def _refuse_other_threads(self) -> None:
-        if torch.compiler.is_compiling():
-            return
-        owner = self._noise_owner
-        if owner is not None and owner != threading.get_ident():
-            raise RuntimeError(
-                "another thread is inside fixed_noise(), deterministic() or noise_ids() of this defence. That block "
-                "would change this thread's draws too: give each thread a copy.deepcopy of the defence"
-            )
+            vars(self).update(before)
 
     @contextlib.contextmanager
     def noise_ids(self, ids: Tensor) -> Iterator[StochasticDefence]:
         """Within the block, image i gets the noise of image ``ids[i]`` (int64 ``[B]``) of a larger batch."""
-        self._refuse_other_threads()
         memory = ids.clone()
         if self._noise_ids is None:
             # A captured step reads the ids from the memory of its capture, so write new ids there.
@@ -114,7 +96,6 @@ class StochasticDefence(nn.Module):
 
     def noise(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return seed, int64 ``[1]``, and sample ids: int64 ``[batch]``, or ``[1]`` if all images share the draws."""
-        self._refuse_other_threads()
         if self._noise == "fixed":
             # Copy the seed, because a backward pass after the block still needs it. Every image has sample id 0.
             return self._noise_seed.clone(), torch.zeros(1, dtype=torch.int64, device=device)
@@ -129,13 +110,11 @@ class StochasticDefence(nn.Module):
     @property
     def noise_is_off(self) -> bool:
         """Tell whether the noise is off, so that nothing is drawn."""
-        self._refuse_other_threads()
         return self._noise == "off"
 
     @property
     def noise_is_fresh(self) -> bool:
         """Tell whether every call draws new noise."""
-        self._refuse_other_threads()
         return self._noise == "fresh"
 
     # -- predictions --------------------------------------------------------------------------------------------------
@@ -173,6 +152,14 @@ def with_samples(defence: M, samples: int) -> M:
     return other
 
 
+def _with_part(module: M, name: str, part: Any) -> M:
+    """Copy a module, which may have hooks and may be of a subclass, with another attribute."""
+    other = copy.copy(module)
+    other._modules = dict(module._modules)
+    setattr(other, name, part)
+    return other
+
+
 class WithAggregation(nn.Module):
     """Calls a defence with another aggregation, with or without noise, for attacks and comparisons.
 
@@ -207,10 +194,7 @@ class WithAggregation(nn.Module):
 
     def around(self, replace: Callable[[Classifier], Classifier]) -> WithAggregation:
         """Make a copy of this object that calls ``replace(defence)``."""
-        # Copy this object instead of making a new object. It may have hooks, and its class may be a subclass.
-        other = copy.copy(self)
-        other._modules = {**self._modules, "defence": cast(nn.Module, replace(self.defence))}
-        return other
+        return _with_part(self, "defence", replace(self.defence))
 
     def _mode(self) -> contextlib.AbstractContextManager[Any]:
         return self.defence.deterministic() if self.without_noise else contextlib.nullcontext()  # type: ignore[operator]
@@ -300,8 +284,4 @@ class MajorityVote(nn.Module):
 
     def around(self, replace: Callable[[Classifier], Classifier]) -> MajorityVote:
         """Make a copy of this object that calls ``replace(model)``."""
-        # Copy this object instead of making a new object. It may have hooks, and its class may be a subclass.
-        other = copy.copy(self)
-        other._modules = dict(self._modules)
-        other.model = replace(self.model)
-        return other
+        return _with_part(self, "model", replace(self.model))

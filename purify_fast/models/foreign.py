@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import os
 import re
 import sys
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -64,7 +61,7 @@ class ForeignClassifier(nn.Module):
                     f"spec must be torchvision:NAME, timm:NAME or package.module:function, such as "
                     f"{Path(spec).stem}:{name} in the folder of the file, got {spec!r}"
                 )
-            model = called_by(spec, fresh=True)
+            model = called_by(spec)
             if not isinstance(model, nn.Module):
                 raise ValueError(f"{spec} must return a torch.nn.Module; it returned the type {type(model).__name__}")
             self.model = model
@@ -76,31 +73,12 @@ class ForeignClassifier(nn.Module):
 def build_foreign(
     spec: str, in_channels: int, num_classes: int, mean: Statistic, std: Statistic, weights: str | None = None
 ) -> ForeignClassifier:
-    """Make a classifier by its name, with random or given weights. This function downloads nothing."""
-    if weights is None:
-        return ForeignClassifier(spec, in_channels, num_classes, mean, std)
-    library, _, name = spec.partition(":")
-    path = Path(weights)
-    if is_file_of_weights(spec, weights):
-        classifier = ForeignClassifier(spec, in_channels, num_classes, mean, std)
-    else:
-        find = _torchvision_weights if library == "torchvision" else _timm_weights
-        path, classes, own_mean, own_std = find(name, weights)
-        if num_classes < classes:
-            warnings.warn(
-                f"{weights} of {spec} are for {classes} classes, but the data have {num_classes}: label 0 of the data "
-                "means class 0 of the weights, and so on. If the data have other classes, train a classifier on them",
-                stacklevel=2,
-            )
-        num_classes = classes
-        classifier = ForeignClassifier(spec, in_channels, classes, own_mean, own_std)
-    load_weights(classifier.model, path, f"{path} does not fit {spec} with {num_classes} classes (--num-classes)")
+    """Make a classifier by its name, with random weights or with those of a file."""
+    classifier = ForeignClassifier(spec, in_channels, num_classes, mean, std)
+    if weights is not None:
+        what = f"{weights} does not fit {spec} with {num_classes} classes (--num-classes)"
+        load_weights(classifier.model, weights, what)
     return classifier
-
-
-def is_file_of_weights(spec: str, weights: str) -> bool:
-    """Tell whether given weights are a file, and not the library's name of weights."""
-    return bool(Path(weights).suffix) or Path(weights).exists() or spec.partition(":")[0] not in LIBRARIES
 
 
 def load_weights(model: nn.Module, path: str | Path, what: str | None = None) -> None:
@@ -194,38 +172,10 @@ def _short_names(names: Iterable[str]) -> dict[str, str]:
     return short
 
 
-def _torchvision_weights(name: str, weights: str) -> tuple[Path, int, tuple[float, ...], tuple[float, ...]]:
-    from torchvision.models import get_model_weights
-
-    known = get_model_weights(name)
-    if weights not in known.__members__:
-        raise ValueError(f"torchvision's {name} has no weights {weights!r}, only {', '.join(known.__members__)}")
-    entry = known[weights]
-    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(entry.url).name
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing, and nothing is downloaded here: get the file from {entry.url}")
-    preset = entry.transforms()
-    return path, len(entry.meta["categories"]), tuple(preset.mean), tuple(preset.std)
-
-
-def _timm_weights(name: str, weights: str) -> tuple[Path, int, tuple[float, ...], tuple[float, ...]]:
-    if weights != "pretrained":
-        raise ValueError(f"weights of timm:{name} must be a file or 'pretrained', got {weights!r}")
-    config = importlib.import_module("timm").get_pretrained_cfg(name)
-    cache = importlib.import_module("huggingface_hub").try_to_load_from_cache
-    path = cache(config.hf_hub_id, "model.safetensors") if config.hf_hub_id else None
-    if not isinstance(path, str):
-        raise FileNotFoundError(
-            f"the weights of timm:{name} are missing, and nothing is downloaded here: get model.safetensors from "
-            f"huggingface.co/{config.hf_hub_id}"
-        )
-    return Path(path), config.num_classes, tuple(config.mean), tuple(config.std)
-
-
 # -- the user's modules ------------------------------------------------------------------------------------------------
 
 
-def called_by(spec: str, *, fresh: bool = False) -> Any:
+def called_by(spec: str) -> Any:
     """Import a function or class by its name, call it without arguments, and return its result."""
     place, _, name = spec.rpartition(":")
     if not place or not name:
@@ -236,25 +186,7 @@ def called_by(spec: str, *, fresh: bool = False) -> Any:
     folder = str(Path(place).resolve().parent) if place.endswith(".py") else os.getcwd()
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    module = _imported(place)
+    module = importlib.import_module(Path(place).stem if place.endswith(".py") else place)
     if name not in vars(module):
         raise ValueError(f"{spec}: {module.__file__} has no function or class {name!r}")
-    factory = vars(module)[name]
-    if isinstance(factory, nn.Module):
-        if fresh:
-            raise ValueError(f"spec must name a function that makes a new module in each call, got {spec!r}, a module")
-        return factory
-    return factory()
-
-
-def _imported(place: str) -> ModuleType:
-    if not place.endswith(".py"):
-        return importlib.import_module(place)
-    # With this name the module does not hide another module.
-    name = f"own_{Path(place).stem}"
-    found = importlib.util.spec_from_file_location(name, Path(place).resolve())
-    assert found is not None and found.loader is not None
-    # dataclasses and pickle look up the module of a class in sys.modules.
-    sys.modules[name] = module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    return module
+    return vars(module)[name]()

@@ -2,13 +2,11 @@
 
 import dataclasses
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from pictures import write_bars
 from PIL import Image
 
 import purify_fast
@@ -21,58 +19,40 @@ from purify_fast.training import load_classifier
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def npz(tmp_path_factory):
-    return write_bars(tmp_path_factory.mktemp("data") / "bars.npz", 128, 24, 12, 8)
-
-
 @pytest.mark.slow
-def test_train_and_evaluate(npz, tmp_path, capsys, monkeypatch, short_signs):
-    monkeypatch.delenv("PURIFY_FAST_DATA", raising=False)
-    classifier, carso = str(tmp_path / "classifier"), str(tmp_path / "carso")
-    common = ["--data", npz, "--device", "cpu", "--batch-size", "32"]
-    train = ["--eps", "0.1", "--steps", "2", *common]
-    assert cli.main(["train", "classifier", "--out", classifier, "--width", "4", "--epochs", "8", *train]) == 0
-    assert "accuracy without an attack: " in capsys.readouterr().out
-    paths = ["--classifier", classifier, "--out", carso, "--layers", "conv2", "hidden"]
-    assert cli.main(["train", "carso", *paths, "--epochs", "3", *train]) == 0
-    said = capsys.readouterr().out
-    assert f"saved to {carso}; attack it with: purify-fast evaluate {carso} --data {npz}\n" in said
-    fine = [*paths[:3], carso + "-fine", "--init", carso, *["--attack-target", "pipeline", "--precision", "bfloat16"]]
-    assert cli.main(["train", "carso", *fine, "--epochs", "1", *train]) == 0
-    evaluate = ["--data", npz, "--device", "cpu", "--eps", "0.1", "--images", "4", "--steps", "2", "--eot-iter", "2"]
-    assert cli.main(["evaluate", carso + "-fine", *evaluate, "--protocol", "fast"]) == 0
-    assert "transfer from the base" in capsys.readouterr().out
-    rounded = ["--precision", "bfloat16", "--protocol", "fast"]
-    assert cli.main(["evaluate", carso, *evaluate, *rounded]) == 0
-    assert "precision bfloat16" in capsys.readouterr().out
-    for folder, precision in ((carso, "bfloat16"), (carso + "-fine", None)):
-        assert json.loads((Path(folder) / "evaluation/report.json").read_text())["about"].get("precision") == precision
-    assert cli.main(["evaluate", classifier, *evaluate, *rounded]) == 2
-    assert "--precision bfloat16 is only for defences" in capsys.readouterr().err
-    log = [json.loads(line) for line in (tmp_path / "carso" / "log.jsonl").read_text().splitlines()]
-    assert [row["epoch"] for row in log] == [0, 1, 2] and log[-1]["images_per_second"] > 0
+def test_a_carso_is_trained_on_and_judged_in_bfloat16(run, bars, tmp_path, short_signs):
+    out, common = tmp_path / "carso", ["--data", bars, "--device", "cpu", "--eps", "0.1", "--steps", "1"]
+    train = [*common, "--epochs", "1", "--batch-size", "16", "--classifier", tmp_path / "classifier"]
+    assert run("train", "classifier", "--out", tmp_path / "classifier", "--width", "4", *train[:-2])[0] == 0
+    sizes = ["--layers", "conv2", "hidden", "--cond-dim", "4", "--decoder-width", "2", "--kl-delay", "0"]
+    code, said = run("train", "carso", "--out", out, *sizes, *train)
+    assert code == 0 and said.endswith(f"saved to {out}; attack it with: purify-fast evaluate {out} --data {bars}")
+    fine = ["--init", out, "--attack-target", "pipeline", "--precision", "bfloat16", "--kl-delay", "0"]
+    assert run("train", "carso", "--out", tmp_path / "fine", *fine, *train)[0] == 0
+    judged = [*common, "--images", "4", "--eot-iter", "2", "--protocol", "fast"]
+    code, said = run("evaluate", tmp_path / "fine", *judged)
+    assert code == 0 and "transfer from the base" in said and "precision bfloat16" not in said
+    code, said = run("evaluate", out, *judged, "--precision", "bfloat16")
+    assert code == 0 and "precision bfloat16" in said
+    assert json.loads((out / "evaluation/report.json").read_text())["about"]["precision"] == "bfloat16"
 
 
-def test_a_folder_of_pictures_streamed_from_the_data_root(tmp_path, capsys, monkeypatch):
-    state = np.random.RandomState(0)
+def test_a_folder_of_pictures_streamed_from_the_data_root(run, tmp_path, monkeypatch):
     for part, n in (("train", 16), ("val", 4)):
         for label, name in enumerate(("dark", "light")):
             (tmp_path / "set" / part / name).mkdir(parents=True)
             for i in range(n):
-                levels = state.randint(0, 100, (20, 30, 3)) + 150 * label
-                Image.fromarray(levels.astype(np.uint8)).save(tmp_path / "set" / part / name / f"{i}.png")
+                levels = np.full((20, 30, 3), 6 * i + 150 * label, np.uint8)
+                Image.fromarray(levels).save(tmp_path / "set" / part / name / f"{i}.png")
     monkeypatch.setenv("PURIFY_FAST_DATA", str(tmp_path))
-    common = ["--data", "set", "--size", "12", "8", "--stream", "--cache", str(tmp_path / "c"), "--device", "cpu"]
+    common = ["--data", "set", "--size", "12", "8", "--stream", "--cache", tmp_path / "c", "--device", "cpu"]
     train = [*common, "--width", "4", "--epochs", "8", "--batch-size", "8"]
-    out = str(tmp_path / "out")
-    assert cli.main(["train", "classifier", "--out", out, *train]) == 0
-    said = capsys.readouterr().out
-    assert "accuracy without an attack: 100.0 ± 0.0 % of 8 held-out images\n" in said and "Robustness" not in said
+    code, said = run("train", "classifier", "--out", tmp_path / "out", *train)
+    assert code == 0 and "accuracy without an attack: 100.0 ± 0.0 % of 8 held-out images" in said
     assert (tmp_path / "c" / "set" / "12x8" / ".lock").is_file()
     few = ["--images", "8", "--steps", "2", "--eot-iter", "1", "--protocol", "fast", "--eps", "0.01"]
-    assert cli.main(["evaluate", out, *common, *few]) == 0
-    assert Report.from_json((tmp_path / "out" / "evaluation" / "report.json").read_text()).row("clean").robust.all()
+    assert run("evaluate", tmp_path / "out", *common, *few)[0] == 0
+    assert Report.from_json((tmp_path / "out/evaluation/report.json").read_text()).row("clean").robust.all()
 
 
 def test_a_recipe_gives_the_defaults_and_explicit_options_win(monkeypatch):
@@ -82,7 +62,10 @@ def test_a_recipe_gives_the_defaults_and_explicit_options_win(monkeypatch):
     assert cli.main(["train", "carso", "--recipe=tiny_imagenet", "--official-code", "--optimizer", "adamw"]) == 0
     assert cli.main(["train", "carso", "--alpha", "None", "--samples", "3", "--recipe", "mnist_v1"]) == 0
     assert cli.main(["train", "carso", "--recipe", "mnist_v1", "--official_code", "--recipe", "cifar10"]) == 0
-    plain, official, changed, underscored = seen
+    monkeypatch.setattr(cli._KINDS["train atop"], "run", lambda self: seen.append(self))
+    assert cli.main(["train", "atop", "--recipe", "cifar_rt2", "--width", "4"]) == 0
+    plain, official, changed, underscored, atop = seen
+    assert (atop.size, atop.width, atop.block, atop.sigma, atop.transform) == ((256, 256), 4, None, 0.25, "rt2")
     made = recipe("carso/cifar10")
     assert underscored.recipe == "cifar10" and underscored.method == made.config(official_code=True)
     assert plain.method == made.config() and plain.loop == made.loop() and plain.layers == made["defence.layers"]
@@ -105,34 +88,6 @@ def test_a_recipe_is_trained_on_the_users_data(tmp_path):
     assert cli.main([*preset, *common]) == 0
     defence = purify_fast.load_defence(tmp_path / "carso")
     assert defence.arguments["version"] == "v1" and defence.samples == 4
-    np.savez(tmp_path / "few.npz", x_train=x, y_train=y % 3, x_test=x, y_test=y % 3)
-    few = ["--data", str(tmp_path / "few.npz"), "--device", "cpu"]
-    own = ["--classifier", str(tmp_path / "three"), "--out", str(tmp_path / "own")]
-    own += ["--batch-size", "20", "--epochs", "1", "--steps", "1"]
-    assert cli.main(["train", "classifier", "--out", str(tmp_path / "three"), *own[4:], *few]) == 0
-    assert cli.main(["train", "carso", "--recipe", "mnist_v1", *own, "--layers", "conv1", *few]) == 0
-    assert purify_fast.load_defence(tmp_path / "own").num_classes == 3
-
-
-@pytest.mark.slow
-def test_atop_is_trained_by_a_recipe_at_its_size(tmp_path, capsys):
-    """The command's own images, resized to 256 x 256, and a shortened schedule; a delay of all of it is refused."""
-    x, y = np.random.RandomState(0).randint(0, 256, (12, 8, 8, 3)).astype(np.uint8), np.arange(12) % 10
-    np.savez(tmp_path / "small.npz", x_train=x, y_train=y, x_test=x, y_test=y)
-    common = ["--data", str(tmp_path / "small.npz"), "--num-classes", "10", "--device", "cpu"]
-    base = str(tmp_path / "classifier")
-    network = ["--model", "preact_resnet18", "--width", "2", "--size", "256", "--epochs", "1", "--batch-size", "4"]
-    assert cli.main(["train", "classifier", "--out", base, *network, *common]) == 0
-    short = ["--width", "4", "--steps-per-epoch", "1", "--batch-size", "2", "--out", str(tmp_path / "atop")]
-    atop = ["train", "atop", "--recipe", "cifar_rt2", "--classifier", base, *short, *common]
-    assert cli.main([*atop, "--epochs", "2"]) == 2
-    said = " ".join(capsys.readouterr().err.replace("│", " ").split())
-    assert "cls_delay is too long: its term would begin in step 3 of 2" in said
-    assert cli.main([*atop, "--epochs", "3"]) == 0
-    defence = purify_fast.load_defence(tmp_path / "atop")
-    assert defence.image_shape == (3, 256, 256)
-    assert defence.acts_from_step == {"reconstruction": 0, "cross_entropy": 2, "deceived": 0}
-    assert (defence.block, defence.sigma, defence.transform) == (32, 0.25, "rt2")
 
 
 def test_recipes_are_listed_and_printed(capsys):

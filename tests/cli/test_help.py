@@ -1,26 +1,13 @@
 """--help comes at once, without PyTorch, and explains every option in words of its own."""
 
-import argparse
-import dataclasses
 import subprocess
 import sys
 from pathlib import Path
 
-import tyro
-
 from purify_fast import cli
-from purify_fast.cli.evaluate import Evaluate
-from purify_fast.cli.run_file import MARKERS, OPTION_TYPES
-from purify_fast.evaluation import EvaluateConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = list(cli._KINDS)
-
-
-def options(kind):
-    """The options of a command, as argparse holds them."""
-    parser = tyro.extras.get_parser(kind, config=MARKERS, registry=OPTION_TYPES)
-    return [action for action in parser._actions if not isinstance(action, argparse._HelpAction)]
 
 
 def test_help_comes_without_pytorch():
@@ -40,11 +27,6 @@ for name in {[*NAMES, "", "train"]!r}:
     assert done.returncode == 0, done.stderr
     for name in (*NAMES, "", "train"):
         assert f"usage: purify-fast {name}".strip() in done.stdout
-
-
-def test_evaluate_takes_every_setting_of_an_evaluation():
-    found = {action.dest for action in options(Evaluate)}
-    assert {f"settings.{field.name.replace('_', '-')}" for field in dataclasses.fields(EvaluateConfig)} <= found
 
 
 def test_the_program_is_run_as_a_module_and_tells_its_version():

@@ -41,8 +41,7 @@ REFUSED = {
     "train carso --official-code": "--official-code has no effect without --recipe",
     "train carso --bank-refresh 0.5": "--bank-refresh has no effect without --bank",
     "train atop --init None --bank 0": "bank must be at least 1, got 0",
-    "train arrest --classifier x --mean 0.5": "--mean has no effect without --classifier-weights",
-    "train arrest --classifier x --depth 10": "--depth has no effect beside --classifier",
+    "train arrest --mean 0.5": "--mean has no effect without --classifier-weights",
     **{
         f"{TRAIN.format('arrest')}--classifier {{fits}} {options}": message
         for options, message in {
@@ -50,7 +49,6 @@ REFUSED = {
             "--layers hiden": "no module 'hiden', its modules are ",
         }.items()
     },
-    f"{TRAIN.format('arrest')}--width 4 --standard-epochs 1 --layers hiden": "no module 'hiden', its modules are ",
     f"{TRAIN.format('generator')}--classifier {{fits}} --block 3": "block must be at least 1 and divide the image",
     f"{TRAIN.format('generator')}--classifier {{fits}} --purifier gan": "invalid choice 'gan' for argument",
     f"{TRAIN.format('atop')}--classifier {{fits}} --init None --batch-size 33": "at most the number of images, 32",
@@ -60,9 +58,9 @@ REFUSED = {
     "evaluate zoo:digits-pgd-at --eps 0": "eps must be above 0, got 0",
     "evaluate zoo:digits-pgd-at --claim 70%": "Error parsing --claim",
     "evaluate zoo:digits-pgd-at --out {bars}": "must be a folder, got {bars}: {bars} is a file",
+    "evaluate zoo:digits-pgd-at --precision bfloat16": "--precision bfloat16 is only for defences",
+    "train classifier --data {bars} --model torchvision:resnet18 --width 3": "not for --model torchvision:resnet18",
     "evaluate zoo:digits-pgd-at --images 0": "images must be at least 1, got 0",
-    "evaluate --recipe cifar10": "--official FOLDER and --recipe need each other",
-    "evaluate --classifier-weights a.pt": "--classifier-weights has no effect without --official",
     "evaluate mine.py:make --t-star 0.1": "are only for a saved denoiser or diffusion purifier",
     "evaluate mine.py": "mine.py: give also the function that returns the model, as mine.py:function",
 }

@@ -96,20 +96,15 @@ def test_values_outside_of_0_to_1_by_rounding_are_clamped():
         fit(task(), [(x + 2e-4, y)], None, FitConfig(1), progress=False)
 
 
-@pytest.mark.parametrize(
-    ("error", "status", "told"),
-    [
-        (KeyError("a bug"), 1, ["KeyError: 'a bug'", "this is an error in purify_fast", "Please report it"]),
-        (torch.OutOfMemoryError("CUDA out of memory"), 2, ["not enough memory: CUDA out of memory", "--batch-size"]),
-    ],
-)
-def test_an_error_of_the_package_asks_for_a_report_and_too_little_memory_does_not(
-    monkeypatch, capsys, error, status, told
-):
+def test_an_error_of_the_package_is_raised_and_too_little_memory_is_told(monkeypatch, capsys):
+    errors = [KeyError("a bug"), torch.OutOfMemoryError("CUDA out of memory")]
+
     def broken(self):
-        raise error
+        raise errors.pop(0)
 
     monkeypatch.setattr(Info, "run", broken)
-    assert cli.main(["info"]) == status
+    with pytest.raises(KeyError, match="a bug"):
+        cli.main(["info"])
+    assert cli.main(["info"]) == 2
     printed = capsys.readouterr().err
-    assert all(text in printed for text in told) and ("Traceback" in printed) == (status == 1)
+    assert "not enough memory: CUDA out of memory" in printed and "--batch-size" in printed

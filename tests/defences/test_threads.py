@@ -1,17 +1,12 @@
-"""Defences in several threads and processes, copied and pickled; and the mode in which they start."""
+"""Defences in several threads, copied and pickled."""
 
 import copy
-import importlib
 import io
-import multiprocessing
-import sys
 import threading
-from pathlib import Path
 
 import denoisers
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from purify_fast.methods.atop import Atop, SmallGenerator
 from purify_fast.methods.carso import Carso
@@ -87,24 +82,6 @@ def test_several_threads_predict_and_differentiate_at_once(kind):
         assert all(torch.equal(result, value) for result, value in zip(results, want[i], strict=True))
 
 
-@pytest.mark.parametrize("mode", ["fixed_noise", "deterministic", "noise_ids"])
-@pytest.mark.parametrize("kind", ["CARSO", "AToP"])
-def test_a_thread_that_decides_over_the_noise_has_the_defence_for_itself(kind, mode):
-    defence, x = MADE[kind](), torch.rand(2, 1, 16, 16)
-    argument = {"fixed_noise": (1,), "deterministic": (), "noise_ids": (torch.arange(2),)}[mode]
-    with getattr(defence, mode)(*argument):
-        defence(x)
-        (other,) = in_threads(lambda i: defence(x), 1)
-        assert isinstance(other, RuntimeError) and "give each thread a copy.deepcopy of the defence" in str(other)
-        (inner,) = in_threads(lambda i: defence.fixed_noise(2).__enter__(), 1)
-        assert isinstance(inner, RuntimeError)
-        with defence.fixed_noise(2):
-            defence(x)
-        defence(x)
-    (after,) = in_threads(lambda i: defence(x), 1)
-    assert isinstance(after, torch.Tensor)
-
-
 @pytest.mark.parametrize("kind", MADE)
 @pytest.mark.parametrize("how", ["deepcopy", "torch.save"])
 def test_copies_predict_the_same_and_are_their_own(kind, how):
@@ -124,16 +101,3 @@ def test_copies_predict_the_same_and_are_their_own(kind, how):
         if made.acceleration is not None:
             made.refresh()
         assert torch.equal(defence(x), want) and not torch.equal(made(x), want)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("kind", "start"), [("CARSO", "fork"), ("AToP", "fork"), ("CARSO", "spawn")])
-def test_in_the_processes_of_a_data_loader(kind, start, monkeypatch):
-    if sys.platform == "win32" and start == "fork":
-        pytest.skip("Windows has no fork")
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    data = importlib.import_module("purified").Purified(MADE[kind]())
-    loader = DataLoader(data, 3, num_workers=2, multiprocessing_context=multiprocessing.get_context(start))
-    found = torch.cat(list(loader))
-    # another number of threads sums in another order
-    torch.testing.assert_close(found, torch.stack([data[i] for i in range(6)]), rtol=1e-4, atol=1e-4)

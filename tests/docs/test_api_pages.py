@@ -41,21 +41,6 @@ def test_pages_of_names_that_are_gone_are_removed(tmp_path):
     assert before == {page: page.stat().st_mtime_ns for page in tmp_path.glob("*.md")}
 
 
-def test_files_of_the_repository_are_pages_with_links_of_the_site(tmp_path):
-    place = tmp_path / "docs" / "generated"
-    place.parent.mkdir()
-    for name in ("CONTRIBUTING", "CHANGELOG"):
-        (tmp_path / f"{name}.md").write_text("[a](docs/extend.md) [b](CHANGELOG.md)\n")
-    for name in api_pages.RESULTS:
-        (tmp_path / f"{name}.md").parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / f"{name}.md").write_text(f"# Rows of {name}\n")
-    api_pages.write_project(place)
-    assert (place / "contributing.md").read_text() == "[a](../extend.md) [b](changelog.md)\n"
-    # each device has a page of its own
-    for page in ("cpu-ops", "cpu-pipelines", "nvidia-h200-pipelines"):
-        assert (place / f"{page}.md").read_text().endswith(f"/{page.replace('cpu-', 'cpu/').replace('200-', '200/')}\n")
-
-
 def test_markup_in_docstrings_is_escaped_outside_of_code():
     lines = ["1 - |cos| of *args, `|x|` and ``*y`` of name_ .", "Returns:", "    The new x: same shape."]
     docstrings.to_rst(None, "function", "f", None, None, lines)

@@ -128,30 +128,7 @@ if TYPE_CHECKING:
 
 __all__, __getattr__, __dir__ = lazy_exports(__name__)
 """,
-    "purify_fast/methods/blurred/config.py": '''
-from dataclasses import dataclass
-
-from ..._validation import AtLeast0, Precision, check_types
-from ...training.config import TrainingAttack
-
-
-@dataclass(frozen=True)
-class BlurredConfig:
-    """The settings.
-
-    Args:
-        attack: the attack.
-        learning_rate: the highest learning rate.
-        precision: the precision of products.
-    """
-
-    attack: TrainingAttack = TrainingAttack(eps=0.1, steps=1)
-    learning_rate: AtLeast0 = 1e-3
-    precision: Precision = "float32"
-
-    def __post_init__(self):
-        check_types(self)
-''',
+    "purify_fast/methods/blurred/config.py": "from ..atop.config import AtopConfig as BlurredConfig",
     "purify_fast/methods/blurred/defence.py": """
 import torch
 

@@ -28,24 +28,18 @@ def test_rows_of_another_revision_than_the_package_has_are_found(monkeypatch):
     assert not any(": AutoAttack" in line for line in found)
 
 
-def test_tables_are_filled_from_the_studies_files(tmp_path):
+def test_tables_are_filled_and_a_block_without_an_end_deletes_no_text(tmp_path):
     page, block = tmp_path / "page.md", "<!-- table: {} -->\n{}<!-- end -->\n"
     page.write_text("A\n" + block.format("one", "old\n") + "B\n" + block.format("two", "kept\n"))
     (tmp_path / "studies").mkdir()
     (tmp_path / "studies" / "one.md").write_text("| a \\1 |\n\n")
-    for _ in "12":
-        assert fill.fill(page, tmp_path) == ["two"]
-        assert page.read_text() == "A\n" + block.format("one", "| a \\1 |\n") + "B\n" + block.format("two", "kept\n")
-
-
-@pytest.mark.parametrize("damaged", ["<!--\nend -->", "<!-- ende -->"])
-def test_a_block_without_an_end_deletes_no_text(tmp_path, damaged):
-    page = tmp_path / "page.md"
-    text = f"<!-- table: demo -->\nold\n{damaged}\nprose\n<!-- table: demo -->\nold\n<!-- end -->\n"
-    page.write_text(text)
+    assert fill.fill(page, tmp_path) == ["two"]
+    filled = "A\n" + block.format("one", "| a \\1 |\n") + "B\n" + block.format("two", "kept\n")
+    assert page.read_text() == filled
+    page.write_text(damaged := filled.replace("<!-- end -->", "<!-- ende -->", 1))
     with pytest.raises(ValueError, match="<!-- end -->"):
-        fill.fill(page, RESULTS)
-    assert page.read_text() == text
+        fill.fill(page, tmp_path)
+    assert page.read_text() == damaged
 
 
 def test_long_lines_are_broken_where_nothing_changes_its_meaning():

@@ -67,22 +67,6 @@ def test_several_processes(tmp_path):
     assert "trained in 2 processes" in done.stdout and (tmp_path / "carso" / "run.yaml").is_file()
 
 
-@pytest.mark.slow
-def test_a_job_of_slurm(tmp_path):
-    """With a Slurm of one machine, whose `srun` runs the command once."""
-    for name, content in {"scontrol": "echo localhost", "srun": 'exec "$@"'}.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{content}\n")
-        (tmp_path / name).chmod(0o755)
-    environment = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    environment |= {"SLURM_JOB_NODELIST": "localhost", "SLURM_NNODES": "1", "SLURM_JOB_ID": str(os.getpid())}
-    environment["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
-    words = "zoo:digits-pgd-at --protocol fast --images 10 --batch-size 2 --device cpu --out report"
-    command = ["bash", str(EXAMPLES / "slurm.sh"), *words.split()]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    assert "worst" in done.stdout and (tmp_path / "report" / "report.json").is_file()
-
-
 def code_cells(notebook):
     return [cell for cell in json.loads((EXAMPLES / notebook).read_text())["cells"] if cell["cell_type"] == "code"]
 

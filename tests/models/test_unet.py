@@ -32,15 +32,11 @@ def test_images_of_any_size(channels, size, patch, attention):
     assert all(weight.grad is not None and weight.grad.any() for name, weight in model.named_parameters())
 
 
-def test_it_is_small():
-    sizes = [sum(weight.numel() for weight in UNet(3, width, patch=2).parameters()) for width in (16, 32)]
-    # in megabytes of bfloat16, of which a model of the zoo has at most 3
-    assert [round(2 * size / 1e6, 1) for size in sizes] == [0.5, 1.9]
-
-
-def test_fresh_it_predicts_nothing():
+def test_it_is_small_and_fresh_it_predicts_nothing():
     torch.manual_seed(0)
-    assert not UNet(1, 8)(torch.randn(2, 1, 8, 8), torch.tensor([3, 700])).any()
+    model = UNet(3, 32, patch=2)
+    assert sum(weight.numel() for weight in model.parameters()) < 1_000_000
+    assert not model(torch.randn(2, 3, 8, 8), torch.tensor([3, 700])).any()
 
 
 def test_attention_by_hand():
@@ -68,22 +64,6 @@ def test_bfloat16_is_near_float32():
         rounded = model(x, t)
     assert rounded.dtype == torch.bfloat16
     assert F.cosine_similarity(rounded.float().flatten(), exact.flatten(), 0) > 0.999
-
-
-@pytest.mark.slow
-def test_it_compiles_whole():
-    torch._dynamo.reset()
-    model, x, t = network(channels=1), torch.randn(2, 1, 8, 8), torch.tensor([1.0, 2.0])
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x, t), model(x, t))
-
-
-def test_the_constructor_arguments_make_it_again():
-    model = network(channels=1, width=16, patch=2, attention=False)
-    again = UNet(**model.arguments)
-    again.load_state_dict(model.state_dict())
-    x, t = torch.randn(2, 1, 8, 8), torch.tensor(5)
-    assert torch.equal(again(x, t), model(x, t))
 
 
 @pytest.mark.parametrize(

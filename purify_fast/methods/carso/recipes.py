@@ -123,7 +123,7 @@ class CarsoRecipe(Recipe):
             names = ", ".join(path.name for path in chosen) or "none"
             raise FileNotFoundError(
                 f"{folder} must hold one file with the weights of the classifier, which the authors call {weights}, "
-                f"got {names}: choose one by --classifier-weights FILE"
+                f"got {names}: choose one by classifier_weights=FILE"
             )
         return chosen[0]
 

@@ -1,4 +1,4 @@
-"""ARREST on the command line: trained from nothing and on a classifier, resumed, built upon; and what is refused."""
+"""ARREST on the command line: trained on a classifier, resumed, built upon; and what is refused."""
 
 import json
 
@@ -39,20 +39,19 @@ def standard(tmp_path_factory):
     return folder
 
 
-def test_from_nothing_to_a_defence_on_it(tmp_path, capsys, monkeypatch):
+def test_a_classifier_and_a_defence_on_it(standard, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("PURIFY_FAST_DATA", raising=False)
     out = tmp_path / "arrest"
-    options = ["--width", "4", "--standard-epochs", "1", "--distillation-weight", "3", "--tau", "0.01"]
+    options = ["--classifier", str(standard), "--distillation-weight", "3", "--tau", "0.01"]
     assert run(out, *options) == 0
     text = said(capsys)
     assert text.endswith(f"saved to {out}; attack it with: purify-fast evaluate {out} --data digits")
     logged = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
     assert logged["step"] == 5 and {"cross_entropy", "accuracy", "distance", "replayed"} <= logged.keys()
     assert logged["loss"] == pytest.approx(logged["cross_entropy"] + 3 * logged["distance"], rel=1e-4)
-    assert json.loads((out / "standard" / "log.jsonl").read_text().splitlines()[-1]).keys() >= {"loss", "accuracy"}
-    start, trained = load_classifier(out / "standard"), load_classifier(out)
-    assert type(trained) is SmallCNN and trained.arguments == start.arguments and trained.arguments["width"] == 4
-    assert weights_fingerprint(start) != weights_fingerprint(trained)
+    trained = load_classifier(out)
+    assert type(trained) is SmallCNN and trained.arguments["width"] == 4
+    assert weights_fingerprint(load_classifier(standard)) != weights_fingerprint(trained)
 
     assert run(out, *options) == 0  # it is finished
     assert weights_fingerprint(load_classifier(out)) == weights_fingerprint(trained)
@@ -71,23 +70,13 @@ def test_from_nothing_to_a_defence_on_it(tmp_path, capsys, monkeypatch):
 def test_on_a_given_classifier_with_every_setting(standard, tmp_path):
     """A learning rate of 0 keeps its weights, so that it was the start; else they move."""
     before = weights_fingerprint(load_classifier(standard))
-    options = ["--classifier", str(standard), "--layers", "conv4", "hidden", "--keep-teacher", "--pooled"]
+    options = ["--classifier", str(standard), "--layers", "conv4", "hidden", "--pooled"]
     options += ["--ema-decay", "0.5", "--awp-gamma", "0.01", "--precision", "bfloat16"]
     options += ["--distance", "cosine", "--angle", "10"]
     options += ["--optimizer", "adamw", "--schedule", "one_cycle", "--drift-mode", "train", "--eps-warmup", "0.5"]
     assert run(tmp_path / "moved", *options) == 0
     assert weights_fingerprint(load_classifier(tmp_path / "moved")) != before
-    assert not (tmp_path / "moved" / "standard").exists()
     assert run(tmp_path / "still", "--classifier", str(standard), "--learning-rate", "0", "--weight-decay", "0") == 0
     assert all(weights_fingerprint(load_classifier(folder)) == before for folder in (tmp_path / "still", standard))
     bare = ["--norm", "l2", "--no-replay", "--distillation-weight", "0"]
     assert run(tmp_path / "l2", "--classifier", str(standard), *bare) == 0
-
-
-def test_the_teacher_is_kept_if_asked(standard, tmp_path, monkeypatch):
-    kept = []
-    monkeypatch.setattr(purify_fast.methods.arrest.Teacher, "keep", lambda self, x, **options: kept.append(len(x)))
-    assert run(tmp_path / "a", "--classifier", str(standard)) == 0 and kept == []
-    assert run(tmp_path / "b", "--classifier", str(standard), "--keep-teacher") == 0 and kept == [1297]
-    bare = ["--classifier", str(standard), "--keep-teacher", "--distillation-weight", "0", "--no-replay"]
-    assert run(tmp_path / "c", *bare) == 0 and kept == [1297]  # there is no teacher
