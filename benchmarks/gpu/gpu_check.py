@@ -303,29 +303,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rehearse", action="store_true", help=rehearse)
     parser.add_argument("--out", type=Path, help="folder for the results; default: benchmarks/results/<device>")
     options.add_names(parser, SECTIONS, "--only", "sections of these calls to run")
-    add_data(parser)
-
-
-def add_data(parser: argparse.ArgumentParser) -> None:
-    """Add the option ``--data``."""
     data = "folder with CIFAR-10, or path of an .npz file; default: the current folder"
     parser.add_argument("--data", type=Path, help=data)
 
 
-def device_of(chosen: argparse.Namespace) -> torch.device:
-    """Return the GPU, or the CPU for a rehearsal.
-
-    Raises:
-        ValueError: no GPU is available, and this is no rehearsal.
-    """
-    if not chosen.rehearse and not torch.cuda.is_available():
-        raise ValueError("no CUDA device is available: use --rehearse to rehearse everything on the CPU")
-    return torch.device("cpu" if chosen.rehearse else "cuda")
-
-
 def main(chosen: argparse.Namespace) -> bool:
     """Run ``python -m benchmarks gpu_check``. Return True if all chosen sections have run, and none failed."""
-    device = device_of(chosen)
+    if not chosen.rehearse and not torch.cuda.is_available():
+        raise ValueError("no CUDA device is available: use --rehearse to rehearse everything on the CPU")
+    device = torch.device("cpu" if chosen.rehearse else "cuda")
     # Make the path absolute, because pytest runs in another folder.
     out = options.out_of(chosen, chosen.rehearse, device_class(device)).resolve()
     lacking = records.missing_compiler()

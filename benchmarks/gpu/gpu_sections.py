@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from purify_fast import __version__, zoo
 from purify_fast.attacks.gradient_copy import gradient_copy
 from purify_fast.attacks.original_autoattack import implementation
-from purify_fast.data import DataSet, load_dataset, to_float
+from purify_fast.data import load_dataset, to_float
 from purify_fast.evaluation import EvaluateConfig, evaluate
 from purify_fast.models.classifiers import PreActResNet18
 from purify_fast.ops import REGISTRY
@@ -266,14 +266,10 @@ def _subject(context: Context) -> contests.Subject:
         torch.manual_seed(0)
         model, x = PreActResNet18(width=4).eval(), torch.rand(4, 3, 16, 16)
         return contests.Subject(model, x, model(x).argmax(1), 0.01)
-    data = images_of(context.data, "cifar10")
+    place = context.data
+    data = load_dataset(place) if place is not None and place.is_file() else load_dataset("cifar10", place)
     x, y = to_float(data.x_test[:IMAGES]).to(context.device), data.y_test[:IMAGES].to(context.device)
     return contests.Subject(zoo.load("cifar10-pgd-at-w16").eval().to(context.device), x, y, 8 / 255)
-
-
-def images_of(place: Path | None, name: str) -> DataSet:
-    """Load images from an ``.npz`` file, or the data set of a name from a folder."""
-    return load_dataset(place) if place is not None and place.is_file() else load_dataset(name, place)
 
 
 def _compared(attack: str, seconds: float, robust: np.ndarray, without_graphs: np.ndarray | None) -> dict:

@@ -22,10 +22,10 @@ from purify_fast._files import write_text
 
 from .. import RESULTS, options
 from ..prose import wrapped
-from ..robustness import alone, answer, contests, large_images, pack_zoo
+from ..robustness import alone, answer, contests, pack_zoo
 from ..robustness.broken import run_broken as broken
 from ..robustness.truth import run_truth as truth
-from ..speed import gradient_memory, neighbors, replaced, running, sheets, shipping
+from ..speed import replaced, running, sheets, shipping
 from ..speed.elsewhere import measuring as elsewhere
 from . import front_page, performance
 
@@ -69,10 +69,7 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "measured": performance.chapters,
     "broken": broken.table,
     "truth": truth.table,
-    "memory": gradient_memory.table,
-    "large_images": large_images.table,
     "elsewhere": elsewhere.table,
-    "neighbors": neighbors.table,
     "replaced": replaced.table,
 }
 #: A page whose sentences may contain numbers that are in no results file. `check` does not look for these numbers.
