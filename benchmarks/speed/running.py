@@ -25,7 +25,7 @@ from purify_fast.speed import retain_freed_memory
 
 from .. import options
 from . import pipelines, race, sheets, timing
-from .ops import Case, registry
+from .op_cases import Case, registry
 
 #: The seconds that a case of a pipeline needs without the compiled plain forms.
 LEAST_SHARE = 40.0

@@ -28,7 +28,7 @@ from purify_fast.ops.dispatch import records
 from purify_fast.ops.dispatch.examples import tensors
 from purify_fast.speed.memory import peak_memory
 
-from .ops import Case
+from .op_cases import Case
 
 STYLES = ("eager", "graph")
 #: Two implementations are level if the slower has at least this share of the speed of the faster.

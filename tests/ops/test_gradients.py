@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.speed.ops import Case, normal, registry
+from benchmarks.speed.op_cases import Case, normal, registry
 from purify_fast import ops
 from purify_fast.ops import REGISTRY
 from purify_fast.ops.dispatch.registry import Op
@@ -27,7 +27,7 @@ def smallest(name: str) -> Case:
     if name == "convolution":
         return CONVOLUTION
     found = (registry("cuda") | registry("cpu")).get(name)
-    assert found is not None, f"{name} is not in benchmarks/speed/ops/__init__.py"
+    assert found is not None, f"{name} is not in benchmarks/speed/op_cases.py"
     case = min(found(), key=lambda case: math.prod(case.shape))
     # its benchmark races what one writes without the op, where no kernel serves
     return replace(case, call=ops.representation_distance) if name == "representation_distance" else case

@@ -32,7 +32,7 @@ from ...speed.running import Budget
 from .. import revisions
 from ..counted_model import CountedModel
 from . import exact
-from .networks import CONSTRUCTED, EACH, HIDDEN, NETWORKS, SUBJECTS, Part, Setting, hidden, identity, parts_of
+from .subjects import CONSTRUCTED, EACH, HIDDEN, NETWORKS, SUBJECTS, Part, Setting, hidden, identity, parts_of
 
 FILE = "truth.json"
 #: The protocol of each contestant, and the number of seeds with which it attacks the exactly decided networks.
