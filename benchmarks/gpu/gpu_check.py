@@ -12,9 +12,7 @@ DIR is the folder for the results of the device. A section writes its findings t
 its output to ``DIR/gpu_check/<section>.log``. At the end of a call, everything that should leave the machine is in one
 file, ``DIR/<call>.tar.xz``, which is smaller than 16 MB.
 
-A second run skips the sections that are complete. A section is complete if it did not fail, left out nothing, and was
-run with the same versions, sources and device. If a section was killed, the next run keeps the rows that the section
-has written and the tests that have passed.
+With ``--resume``, a section keeps the rows that an earlier call has written, for example before it was killed.
 
 After the races, a call also writes into DIR the device's chapter of docs/performance.md, and ``races.json``, which says
 for each op when the package uses the kernel and when the reference. If DIR is in benchmarks/results, the documentation
@@ -31,6 +29,7 @@ import json
 import logging
 import multiprocessing
 import os
+import platform
 import shutil
 import signal
 import sys
@@ -44,15 +43,16 @@ from typing import NamedTuple
 
 import torch
 
+from purify_fast import __version__
 from purify_fast._files import folder_lock, write_text
 from purify_fast.ops.dispatch import racing, records
 
 from .. import RESULTS, options
 from ..pages import fill, performance
 from ..prose import rendered
-from ..speed import sheets, shipping
+from ..speed import sheets, shipping, timing
 from ..speed.running import device_class
-from .gpu_sections import FAILED, SECTIONS, Context, Outcome, fingerprint
+from .gpu_sections import FAILED, SECTIONS, Context, Outcome
 
 #: A section must end this many seconds before it is killed. The first number is for a GPU, the other for a rehearsal.
 GRACE = (10.0, 3.0)
@@ -142,15 +142,6 @@ def run_section(name: str, context: Context) -> dict:
     return {"section": name, **outcome, "seconds": round(time.monotonic() - began, 1)}
 
 
-def done(path: Path, mark: dict) -> dict | None:
-    """Read the result of a section. Return None if there is no result, or if its fingerprint differs from ``mark``."""
-    try:
-        result = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return result if result.get("fingerprint") == mark else None
-
-
 def table(results: dict[str, dict | None]) -> list[str]:
     """Return a table with the outcome of each section. ``results`` has None for a section that has not run."""
     body = [
@@ -162,10 +153,11 @@ def table(results: dict[str, dict | None]) -> list[str]:
     return sheets.table(["section", "state", "seconds", ""], body)
 
 
-def page(results: dict[str, dict | None], mark: dict) -> str:
+def page(results: dict[str, dict | None], context: Context) -> str:
     """Return the report as Markdown: the table of the sections, the omitted work, and the failures."""
-    template, today = Path(__file__).with_name("gpu_check.md.jinja"), datetime.date.today().isoformat()
-    return rendered(template, mark=mark, today=today, table=table(results), results=results)
+    here = timing.environment(context.device) | {"version": __version__, "python": platform.python_version()}
+    template = Path(__file__).with_name("gpu_check.md.jinja")
+    return rendered(template, rehearsal=context.rehearsal, here=here, table=table(results), results=results)
 
 
 def forecast(call: str, rehearsal: bool = False) -> list[str]:
@@ -229,23 +221,6 @@ def pack(out: Path, call: str) -> tuple[Path, list[str]]:
         left_out.append(str(files.pop().relative_to(out)))
 
 
-def _begin(name: str, out: Path, mark: dict) -> None:
-    """Record that a section has begun, and remove its outdated results."""
-    begun = out / "gpu_check" / f"{name}.begun"
-    if not begun.exists() or json.loads(begun.read_text()) != mark:
-        for file in SECTIONS[name].files:
-            (out / file).unlink(missing_ok=True)
-        for path in (out / "gpu_check").glob(f"{name}.outcomes*"):
-            path.unlink()
-        shutil.rmtree(out / "gpu_check" / name, ignore_errors=True)
-        write_text(begun, json.dumps(mark))
-
-
-def complete(result: dict | None) -> bool:
-    """Tell whether a section has run without a failure, and has left out nothing."""
-    return result is not None and result["state"] != FAILED and not result["left_out"]
-
-
 class _Run:
     """A run of one call: the sections that it runs, and their results so far."""
 
@@ -253,32 +228,31 @@ class _Run:
         self.call, self.rehearsal = call, chosen.rehearse
         self.ends = time.monotonic() + CALLS[call].seconds[self.rehearsal] - CLOSING[self.rehearsal]
         self.context = Context(out, device, self.rehearsal, 0.0, chosen.data)
-        self.mark = fingerprint(device, self.rehearsal)
+        self.resume = chosen.resume
         own = [name for name, section in SECTIONS.items() if section.call == call]
-        self.results = {name: done(self._path(name), self.mark) for name in own}
-        self.asked = [name for name in own if name in chosen.only]
-
-    def _path(self, name: str) -> Path:
-        return self.context.out / "gpu_check" / f"{name}.json"
+        self.results: dict[str, dict | None] = dict.fromkeys(name for name in own if name in chosen.only)
 
     def _one(self, name: str) -> None:
         limit = min(SECTIONS[name].limits[self.rehearsal], self.ends - time.monotonic())
         if limit < 2 * GRACE[self.rehearsal]:
             print(f"{name}: left out, because the time limit of the call is reached", flush=True)
             return
-        _begin(name, self.context.out, self.mark)
+        if not self.resume:
+            for file in SECTIONS[name].files:
+                (self.context.out / file).unlink(missing_ok=True)
+            shutil.rmtree(self.context.out / "gpu_check" / name, ignore_errors=True)
         date = datetime.datetime.now().isoformat(timespec="seconds")
-        result = run_section(name, dataclasses.replace(self.context, seconds=limit))
-        self.results[name] = result | {"fingerprint": self.mark, "date": date}
-        write_text(self._path(name), json.dumps(self.results[name], indent=1) + "\n")
+        result = run_section(name, dataclasses.replace(self.context, seconds=limit)) | {"date": date}
+        self.results[name] = result
+        write_text(self.context.out / "gpu_check" / f"{name}.json", json.dumps(result, indent=1) + "\n")
         with _packing:
             # A machine may be taken at any time.
             pack(self.context.out, self.call)
         print(f"{name}: {result['state']} after {result['seconds']:.0f} s; {result['summary']}", flush=True)
 
     def go(self) -> bool:
-        """Run the sections that are not complete. Return True if all asked sections have run, and none failed."""
-        wanted, out = [name for name in self.asked if not complete(self.results[name])], self.context.out
+        """Run the sections. Return True if all have run, and none failed."""
+        wanted, out = list(self.results), self.context.out
         with ThreadPoolExecutor(max(1, len(wanted)) if CALLS[self.call].together else 1) as pool:
             try:
                 list(pool.map(self._one, wanted))
@@ -288,12 +262,12 @@ class _Run:
                     process.terminate()
                 raise
         written = [out / f"{self.call}.md"]
-        write_text(written[0], page(self.results, self.mark))
+        write_text(written[0], page(self.results, self.context))
         written += conclude(out, self.rehearsal)
         archive, left_out = pack(out, self.call)
         print("\n".join(table(self.results)), *written, sep="\n")
         print(f"{archive}: {archive.stat().st_size / 1e6:.1f} MB", *(f"without {name}" for name in left_out), sep="; ")
-        return all((it := self.results[name]) is not None and it["state"] != FAILED for name in self.asked)
+        return all(result is not None and result["state"] != FAILED for result in self.results.values())
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -303,6 +277,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rehearse", action="store_true", help=rehearse)
     parser.add_argument("--out", type=Path, help="folder for the results; default: benchmarks/results/<device>")
     options.add_names(parser, SECTIONS, "--only", "sections of these calls to run")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that an earlier call has written")
     data = "folder with CIFAR-10, or path of an .npz file; default: the current folder"
     parser.add_argument("--data", type=Path, help=data)
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -26,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from purify_fast import __version__, zoo
+from purify_fast import zoo
 from purify_fast.attacks.gradient_copy import gradient_copy
 from purify_fast.attacks.original_autoattack import implementation
 from purify_fast.data import load_dataset, to_float
@@ -51,15 +49,6 @@ ROOT = RESULTS.parents[1]
 EVERY_OP = ("-m", "benchmarks.gpu.every_op")
 #: The folder of the tests that pytest runs.
 TESTS = ("tests/gpu",)
-#: The files on which the results depend. A section runs again if one of these files has changed.
-SOURCES = (
-    "purify_fast/**/*.py",
-    "kernels/*.py",
-    "csrc/**/*",
-    "benchmarks/**/*.py",
-    "tests/**/*.py",
-    "setup.py",
-)
 CAPTURE_COST, VERDICTS, STANDARD = "capture_cost.csv", "kernel_verdicts.csv", "standard.csv"
 OFFICIAL, PGD, PROFILE = "autoattack.csv", "pgd.csv", "profile.csv"
 #: The pipelines that are measured, the most important first. The form of AToP in plain PyTorch takes long on a GPU.
@@ -155,18 +144,6 @@ def outcome_of(budget: Budget, summary: str, some: bool, wrong: dict[str, str]) 
     errors = failed | wrong
     summary += f", {len(wrong)} wrong, {len(failed)} with an error, {len(budget.left_out)} left out"
     return Outcome(PASSED if some and not errors else FAILED, summary, {"errors": errors}, budget.left_out)
-
-
-def fingerprint(device: torch.device, rehearsal: bool) -> dict:
-    """Return the facts that identify the results of a section: version, hash of the sources, and machine."""
-    sources = hashlib.blake2b(digest_size=16)
-    for pattern in SOURCES:
-        for path in sorted(path for path in ROOT.glob(pattern) if path.is_file()):
-            sources.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
-    here = timing.environment(device)
-    machine = {name: here[name] for name in ("device", "torch", "triton")}
-    python = platform.python_version()
-    return {"version": __version__, "sources": sources.hexdigest(), "python": python, "rehearsal": rehearsal, **machine}
 
 
 def _with_kernels(device: torch.device) -> list[Op]:
@@ -391,8 +368,9 @@ def measured_limits(context: Context) -> Outcome:
 
 
 def tests(context: Context) -> Outcome:
-    """Run tests/gpu, except the tests that passed in an earlier run."""
+    """Run tests/gpu."""
     path = context.out / "gpu_check" / "tests.outcomes"
+    path.unlink(missing_ok=True)
     # Some processors are left for the sections beside this one.
     workers = min(12, 3 * (os.cpu_count() or 1) // 4) if importlib.util.find_spec("xdist") else 0
     for mark, share, several in (("not large", 0.8, workers > 1), ("large", 1.0, False)):
