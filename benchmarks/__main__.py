@@ -10,11 +10,11 @@ from purify_fast._files import FolderInUse
 
 from .gpu import gpu_check
 from .pages import fill
-from .robustness import alone, answer, contests, pack_zoo
+from .robustness import answer, contests, pack_zoo
 from .robustness.broken import run_broken
 from .robustness.studies import run_study
 from .robustness.truth import run_truth
-from .speed import replaced, running
+from .speed import running
 from .speed.elsewhere import measuring as elsewhere
 
 #: For each command, a module and the help text. The module's ``main`` runs the command: a text or a path that it
@@ -25,12 +25,10 @@ COMMANDS: dict[str, tuple[Any, str]] = {
     "elsewhere": (elsewhere, "measure loops of other papers and packages: theirs, an expert's, and with this package"),
     "evaluation": (contests, "compare our attacks with the official AutoAttack, by strength and time"),
     "answer": (answer, "measure what the robust accuracy of a network costs, beside AutoAttack as an expert runs it"),
-    "alone": (alone, "count the images that fall to a single attack of the protocol standard"),
     "broken": (run_broken, "evaluate rebuilt defences that were broken, and models that are robust as claimed"),
     "truth": (run_truth, "count the adversarial examples that each protocol misses, on exactly solved networks"),
     "study": (run_study, "run a study of robustness, which trains and attacks models"),
     "gpu_check": (gpu_check, "run the checks that need a GPU, in two calls of 150 s and of nine minutes"),
-    "replaced": (replaced, "time the parts that can be imported against the lines of PyTorch that they replace"),
     "ship": (fill.SHIP, "put the kernel choices of purify-fast tune, on this or another machine, into the package"),
     "zoo": (pack_zoo, "pack trained models into the zoo, and write their cards"),
     "report": (fill, "write all tables and pictures again from the results files"),

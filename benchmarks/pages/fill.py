@@ -22,10 +22,10 @@ from purify_fast._files import write_text
 
 from .. import RESULTS, options
 from ..prose import wrapped
-from ..robustness import alone, answer, contests, pack_zoo
+from ..robustness import answer, contests, pack_zoo
 from ..robustness.broken import run_broken as broken
 from ..robustness.truth import run_truth as truth
-from ..speed import replaced, running, sheets, shipping
+from ..speed import running, sheets, shipping
 from ..speed.elsewhere import measuring as elsewhere
 from . import front_page, performance
 
@@ -70,7 +70,6 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "broken": broken.table,
     "truth": truth.table,
     "elsewhere": elsewhere.table,
-    "replaced": replaced.table,
 }
 #: A page whose sentences may contain numbers that are in no results file. `check` does not look for these numbers.
 MEASURED_PAGE = "performance.md"
@@ -217,7 +216,7 @@ def check(results: Path) -> list[str]:
         found += broken_links(page)
         if page.name not in (MEASURED_PAGE, "CHANGELOG.md"):
             found += typed_numbers(page, results)
-    parts = (contests, alone, answer, truth, broken)
+    parts = (contests, answer, truth, broken)
     return found + [line for part in parts for line in part.outdated(results)]
 
 
