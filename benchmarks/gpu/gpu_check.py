@@ -13,10 +13,6 @@ its output to ``DIR/gpu_check/<section>.log``. At the end of a call, everything 
 file, ``DIR/<call>.tar.xz``, which is smaller than 16 MB.
 
 With ``--resume``, a section keeps the rows that an earlier call has written, for example before it was killed.
-
-After the races, a call also writes into DIR the device's chapter of docs/performance.md, and ``races.json``, which says
-for each op when the package uses the kernel and when the reference. If DIR is in benchmarks/results, the documentation
-and the package are updated too. A rehearsal never updates them.
 """
 
 from __future__ import annotations
@@ -47,10 +43,9 @@ from purify_fast import __version__
 from purify_fast._files import folder_lock, write_text
 from purify_fast.ops.dispatch import racing, records
 
-from .. import RESULTS, options
-from ..pages import fill, performance
+from .. import options
 from ..prose import rendered
-from ..speed import sheets, shipping, timing
+from ..speed import sheets, timing
 from ..speed.running import device_class
 from .gpu_sections import FAILED, SECTIONS, Context, Outcome
 
@@ -173,30 +168,8 @@ def forecast(call: str, rehearsal: bool = False) -> list[str]:
     return [said, *sheets.table(["section", "limit, s", "on a card, s", "source"], body)]
 
 
-def conclude(out: Path, rehearsal: bool) -> list[Path]:
-    """Write a device's chapter of docs/performance.md, and the device's choices between kernels and references.
-
-    If ``out`` is in ``benchmarks/results``, the documentation and the package are updated too.
-
-    Args:
-        out: folder for the results of the device.
-        rehearsal: True after a rehearsal, which changes nothing outside of ``out``.
-
-    Returns:
-        The paths of the two files in ``out``. Without races there are no files.
-    """
-    if not shipping.read(out):
-        return []
-    written = [out / "chapter.md", out / "races.json"]
-    write_text(written[0], "\n".join(performance.chapter(out)) + "\n")
-    write_text(written[1], json.dumps([shipping.shipped(out)], indent=1) + "\n")
-    if not rehearsal and out.parent == RESULTS.resolve():
-        fill.publish()
-    return written
-
-
 def pack(out: Path, call: str) -> tuple[Path, list[str]]:
-    """Pack the results, summaries and logs of a folder into one archive of at most `MOST_BYTES`.
+    """Pack the results, summaries and logs of a folder into one archive of about `MOST_BYTES` at most.
 
     Args:
         out: folder of the results. Of its folders, only the files directly in ``gpu_check`` are packed.
@@ -205,20 +178,17 @@ def pack(out: Path, call: str) -> tuple[Path, list[str]]:
     Returns:
         The path of the archive, and the names of the files that were left out because they are the largest.
     """
-    path = out / f"{call}.tar.xz"
+    path, left_out, room = out / f"{call}.tar.xz", [], 4 * MOST_BYTES
     found = [file for folder in (out, out / "gpu_check") for file in folder.iterdir() if file.suffix in PACKED]
-    files = sorted(found, key=lambda file: file.stat().st_size)
-    # A text shrinks to less than a quarter, and a larger file would take too long to compress.
-    left_out = [str(file.relative_to(out)) for file in files if file.stat().st_size > 4 * MOST_BYTES]
-    files = files[: len(files) - len(left_out)]
-    while True:
-        # A fast preset is enough: most of the bytes are text.
-        with tarfile.open(path, "w:xz", preset=1) as archive:
-            for file in files:
+    # A fast preset is enough: most of the bytes are text, which shrinks to less than a quarter.
+    with tarfile.open(path, "w:xz", preset=1) as archive:
+        for file in sorted(found, key=lambda file: file.stat().st_size):
+            room -= file.stat().st_size
+            if room < 0:
+                left_out.append(str(file.relative_to(out)))
+            else:
                 archive.add(file, f"{out.name}/{file.relative_to(out)}")
-        if path.stat().st_size < MOST_BYTES or not files:
-            return path, left_out
-        left_out.append(str(files.pop().relative_to(out)))
+    return path, left_out
 
 
 class _Run:
@@ -261,11 +231,9 @@ class _Run:
                 for process in multiprocessing.active_children():
                     process.terminate()
                 raise
-        written = [out / f"{self.call}.md"]
-        write_text(written[0], page(self.results, self.context))
-        written += conclude(out, self.rehearsal)
+        write_text(out / f"{self.call}.md", page(self.results, self.context))
         archive, left_out = pack(out, self.call)
-        print("\n".join(table(self.results)), *written, sep="\n")
+        print("\n".join(table(self.results)), out / f"{self.call}.md", sep="\n")
         print(f"{archive}: {archive.stat().st_size / 1e6:.1f} MB", *(f"without {name}" for name in left_out), sep="; ")
         return all(result is not None and result["state"] != FAILED for result in self.results.values())
 

@@ -26,7 +26,6 @@ from torch.nn import functional as F
 
 from purify_fast import zoo
 from purify_fast.attacks.gradient_copy import gradient_copy
-from purify_fast.attacks.original_autoattack import implementation
 from purify_fast.data import load_dataset, to_float
 from purify_fast.evaluation import EvaluateConfig, evaluate
 from purify_fast.models.classifiers import PreActResNet18
@@ -50,10 +49,10 @@ EVERY_OP = ("-m", "benchmarks.gpu.every_op")
 #: The folder of the tests that pytest runs.
 TESTS = ("tests/gpu",)
 CAPTURE_COST, VERDICTS, STANDARD = "capture_cost.csv", "kernel_verdicts.csv", "standard.csv"
-OFFICIAL, PGD, PROFILE = "autoattack.csv", "pgd.csv", "profile.csv"
+PGD, PROFILE = "pgd.csv", "profile.csv"
 #: The pipelines that are measured, the most important first. The form of AToP in plain PyTorch takes long on a GPU.
 PIPELINES = ("arrest_step", "carso_training", "carso_inference", "diffusion", "atop_finetune")
-#: The number of images that are attacked by `standard` and AutoAttack.
+#: The number of images that are attacked by `standard`.
 IMAGES = 500
 #: The number of kernels in the table of the longest kernels.
 LONGEST = 20
@@ -249,13 +248,6 @@ def _subject(context: Context) -> contests.Subject:
     return contests.Subject(zoo.load("cifar10-pgd-at-w16").eval().to(context.device), x, y, 8 / 255)
 
 
-def _compared(attack: str, seconds: float, robust: np.ndarray, without_graphs: np.ndarray | None) -> dict:
-    """Return a row of the results file. It counts the images whose outcome differs without CUDA graphs."""
-    other = "" if without_graphs is None else int((robust != without_graphs).sum())
-    row = {"attack": attack, "seconds": f"{seconds:.2f}", "robust": int(robust.sum()), "images": len(robust)}
-    return row | {"other_than_off": other}
-
-
 def _evaluated(context: Context, subject: contests.Subject, mode: Any) -> list[dict]:
     """Evaluate a model. Return a row for each attack, with the difference from the evaluation without CUDA graphs."""
     folder = context.out / "gpu_check" / "standard"
@@ -266,7 +258,16 @@ def _evaluated(context: Context, subject: contests.Subject, mode: Any) -> list[d
     robust = {row.attack: np.asarray(row.robust) for row in report.rows}
     np.savez(folder / f"{mode}.npz", allow_pickle=False, **robust)
     off = np.load(folder / "off.npz")
-    return [_compared(row.attack, row.seconds, robust[row.attack], off[row.attack]) for row in report.rows]
+    return [
+        {
+            "attack": row.attack,
+            "seconds": f"{row.seconds:.2f}",
+            "robust": int(robust[row.attack].sum()),
+            "images": len(robust[row.attack]),
+            "other_than_off": int((robust[row.attack] != off[row.attack]).sum()),
+        }
+        for row in report.rows
+    ]
 
 
 def standard(context: Context) -> Outcome:
@@ -274,27 +275,6 @@ def standard(context: Context) -> Outcome:
     subject = _subject(context)
     work = {f"graphs {mode}": partial(_evaluated, context, subject, mode) for mode in ("off", "auto")}
     return measured(context, STANDARD, work)
-
-
-def _official(context: Context) -> list[dict]:
-    """Run the official AutoAttack. Return a row with the difference from our attacks without CUDA graphs."""
-    subject = _subject(context)
-    began = time.perf_counter()
-    wrong = contests.official("standard")(subject, contests.QUICK if context.rehearsal else contests.Amount())
-    seconds = time.perf_counter() - began
-    path = context.out / "gpu_check" / "standard" / "off.npz"
-    off = np.load(path) if path.is_file() else None
-    left = None if off is None else np.logical_and.reduce([off[name] for name in off.files])
-    return [_compared("AutoAttack", seconds, (wrong == 0).cpu().numpy(), left)]
-
-
-def autoattack(context: Context) -> Outcome:
-    """Attack the same model by the official AutoAttack, if its package is installed."""
-    try:
-        implementation()
-    except ModuleNotFoundError as error:
-        return Outcome(NOT_AVAILABLE, str(error))
-    return measured(context, OFFICIAL, {"AutoAttack": partial(_official, context)})
 
 
 def _forms_of_pgd(context: Context, count: int) -> list[dict]:
@@ -511,5 +491,4 @@ SECTIONS = {
     "pipelines": Section("measured", raced_pipelines, (400, 480), 115, (sheets.PIPELINES,), True),
     "captures": Section("measured", capture_cost, (40, 120), 17, (CAPTURE_COST,)),
     "races": Section("measured", races, (300, 120), 110, (shipping.FILE,)),
-    "autoattack": Section("measured", autoattack, (80, 30), 55, (OFFICIAL,), True),
 }
