@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,12 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from purify_fast import ops
-from purify_fast.attacks.square import pattern
-from purify_fast.methods.carso.networks import Decoder, published_decoder
 from purify_fast.ops import REGISTRY, Stream
 from purify_fast.ops.aggregate import METHODS
 from purify_fast.ops.pgd_step import NORMS
-from purify_fast.speed.decoding import PackedDecoder
 
 DTYPES = (torch.float32, torch.bfloat16)
 Shape = tuple[int, ...]
@@ -33,8 +29,8 @@ class Case:
     """The inputs of an op at one shape, and the bytes that the op must move.
 
     Attributes:
-        inputs: function that makes the input tensors on torch's default device. In the style "graph" (see `timing`),
-            the first input is multiplied by 2 before the call.
+        inputs: function that makes the input tensors. In the style "graph" (see `timing`), the first input is
+            multiplied by 2 before the call.
         call: public function of the op.
         moved: formula of the bytes, for "forward" and "backward". The bytes are those of reading every input once, and
             of writing every output once. A formula may use ``symbols``, the number n of elements, and the number s of
@@ -73,8 +69,8 @@ class Case:
         return int(eval(self.moved[direction], {"__builtins__": {}}, symbols))
 
 
-#: For each type of device and each op, the function that makes the cases.
-_MEASURED: dict[str, dict[str, Callable[[], list[Case]]]] = {"cpu": {}, "cuda": {}}
+#: For each op, the function that makes the cases.
+_MEASURED: dict[str, Callable[[], list[Case]]] = {}
 #: A pair of a dtype and a variant of the op.
 Kind = tuple[torch.dtype, str]
 
@@ -86,39 +82,31 @@ def kinds(*variants: str) -> tuple[Kind, ...]:
 
 def measured(
     shapes: Sequence[Shape],
-    large: Sequence[Shape] = (),
     pairs: Sequence[Kind] = kinds(""),
     fits: Callable[[Shape, str], bool] = lambda shape, variant: True,
 ) -> Callable[[Callable[[Shape, torch.dtype, str], Case]], Callable]:
     """Return a decorator for a function that makes a case.
 
     Args:
-        shapes: measured shapes. An op without them has a kernel only on a GPU.
-        large: shapes for a GPU, with the largest first. By default they are those of ``shapes``.
+        shapes: measured shapes.
         pairs: measured pairs of a dtype and a variant.
         fits: tells whether a variant is measured at a shape.
     """
 
     def decorate(make: Callable[[Shape, torch.dtype, str], Case]) -> Callable:
-        def cases(sizes: Sequence[Shape]) -> list[Case]:
-            every = [(shape, *pair) for pair in pairs for shape in sizes if fits(shape, pair[1])]
+        def cases() -> list[Case]:
+            every = [(shape, *pair) for pair in pairs for shape in shapes if fits(shape, pair[1])]
             return [replace(make(*one), shape=one[0], dtype=one[1], variant=one[2]) for one in every]
 
-        for kind, sizes in (("cpu", shapes), ("cuda", large or shapes)):
-            if sizes:
-                _MEASURED[kind][make.__name__] = partial(cases, sizes)
+        _MEASURED[make.__name__] = cases
         return make
 
     return decorate
 
 
-def registry(kind: str = "cpu") -> dict[str, Callable[[], list[Case]]]:
-    """Return, for each op, a function that makes its cases for a type of device ("cpu" or "cuda")."""
-    return dict(_MEASURED[kind])
-
-
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+def registry() -> dict[str, Callable[[], list[Case]]]:
+    """Return, for each op with a kernel on a CPU, a function that makes its cases."""
+    return dict(_MEASURED)
 
 
 def arranged(x: Tensor, layout: str) -> Tensor:
@@ -127,16 +115,15 @@ def arranged(x: Tensor, layout: str) -> Tensor:
 
 
 def normal(*shape: int, dtype: torch.dtype, scale: float = 1.0, layout: str = "") -> Tensor:
-    return arranged((torch.randn(shape, generator=_generator(0)) * scale).to(dtype), layout)
+    return arranged((torch.randn(shape, generator=torch.Generator().manual_seed(0)) * scale).to(dtype), layout)
 
 
 def uniform(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    return torch.rand(shape, generator=_generator(seed)).to(dtype)
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 @measured(
     ((256, 8, 128), (64, 1, 3072)),
-    ((1024, 8, 8192), (256, 8, 128)),
     ((torch.float32, "normal"), (torch.float32, "uniform"), (torch.int32, "bits")),
 )
 def philox(shape: Shape, dtype: torch.dtype, distribution: Any) -> Case:
@@ -150,14 +137,10 @@ def philox(shape: Shape, dtype: torch.dtype, distribution: Any) -> Case:
     )
 
 
-_LOGITS, _MANY_LOGITS = ((32, 8, 10), (256, 8, 10), (256, 8, 100), (64, 64, 10), (512, 8, 200)), (65536, 8, 100)
-
-
 @measured(
-    _LOGITS,
-    (_MANY_LOGITS, (1024, 8, 10)),
+    ((32, 8, 10), (256, 8, 10), (256, 8, 100), (64, 64, 10), (512, 8, 200)),
     (*kinds("lse"), *((torch.float32, method) for method in METHODS if method != "lse")),
-    lambda shape, method: method == "lse" or shape not in _LOGITS or shape in (_LOGITS[1], _LOGITS[4]),
+    lambda shape, method: method == "lse" or shape in ((256, 8, 10), (512, 8, 200)),
 )
 def aggregate(shape: Shape, dtype: torch.dtype, method: Any) -> Case:
     """A shape has B images, K samples of each image, and C classes."""
@@ -171,7 +154,7 @@ def aggregate(shape: Shape, dtype: torch.dtype, method: Any) -> Case:
     )
 
 
-@measured(((256, 64), (640, 128), (4096, 192)), ((262144, 192), (4096, 128)))
+@measured(((256, 64), (640, 128), (4096, 192)))
 def sample_latent(shape: Shape, dtype: torch.dtype, variant: str) -> Case:
     """A shape has the batch size and the dimension of the latent."""
     b, d = shape
@@ -189,10 +172,10 @@ def sample_latent(shape: Shape, dtype: torch.dtype, variant: str) -> Case:
     )
 
 
-_IMAGES, _LARGE_IMAGES = ((128, 1, 16, 16), (640, 3, 32, 32), (128, 3, 64, 64)), ((256, 3, 224, 224), (1024, 3, 32, 32))
+_IMAGES = ((128, 1, 16, 16), (640, 3, 32, 32), (128, 3, 64, 64))
 
 
-@measured(_IMAGES, ((4096, 3, 64, 64), (1024, 3, 32, 32)))
+@measured(_IMAGES)
 def reconstruction_loss(shape: Shape, dtype: torch.dtype, variant: str) -> Case:
     """The inputs are image logits and target images."""
     return Case(
@@ -203,7 +186,7 @@ def reconstruction_loss(shape: Shape, dtype: torch.dtype, variant: str) -> Case:
     )
 
 
-@measured(_IMAGES, _LARGE_IMAGES, kinds("linf", "l2", "l1"))
+@measured(_IMAGES, kinds("linf", "l2", "l1"))
 def pgd_step(shape: Shape, dtype: torch.dtype, norm: Any) -> Case:
     """The inputs are current images, their gradient, and clean images."""
     alpha, eps = {"linf": (2 / 255, 8 / 255), "l2": (0.1, 0.5), "l1": (1.0, 12.0)}[norm]
@@ -218,7 +201,7 @@ def pgd_step(shape: Shape, dtype: torch.dtype, norm: Any) -> Case:
     )
 
 
-@measured(_IMAGES, _LARGE_IMAGES, kinds("linf", "l2"))
+@measured(_IMAGES, kinds("linf", "l2"))
 def apgd_step(shape: Shape, dtype: torch.dtype, norm: Any) -> Case:
     """The inputs are current images, their gradient, clean images, and images of the previous step."""
     alpha, eps = (2 / 255, 8 / 255) if norm == "linf" else (0.1, 0.5)
@@ -234,10 +217,10 @@ def apgd_step(shape: Shape, dtype: torch.dtype, norm: Any) -> Case:
     )
 
 
-_ATOP_IMAGES = ((8, 3, 256, 256), (64, 3, 32, 32)), ((128, 3, 256, 256), (1024, 3, 32, 32))
+_ATOP_IMAGES = ((8, 3, 256, 256), (64, 3, 32, 32))
 
 
-@measured(*_ATOP_IMAGES, kinds("rt2", "rt3", "rt1"))
+@measured(_ATOP_IMAGES, kinds("rt2", "rt3", "rt1"))
 def random_transform(shape: Shape, dtype: torch.dtype, variant: str) -> Case:
     """The inputs are images that AToP transforms."""
     b, c, h, w = shape
@@ -262,7 +245,7 @@ def random_transform(shape: Shape, dtype: torch.dtype, variant: str) -> Case:
     )
 
 
-@measured(*_ATOP_IMAGES, ((torch.float32, "contiguous_format"), (torch.bfloat16, "channels_last")))
+@measured(_ATOP_IMAGES, ((torch.float32, "contiguous_format"), (torch.bfloat16, "channels_last")))
 def stitch(shape: Shape, dtype: torch.dtype, layout: str) -> Case:
     """The inputs are images of four passes, from whose blocks an image of the shape is assembled."""
     passes = 4
@@ -289,7 +272,6 @@ def stitch(shape: Shape, dtype: torch.dtype, layout: str) -> Case:
         (64, 48, 32, 32),
         (64, 192, 8, 8),
     ),
-    ((32, 48, 256, 256), (64, 192, 32, 32)),
     ((torch.float32, ""), *kinds("channels_last")),
 )
 def gated_elu(shape: Shape, dtype: torch.dtype, variant: str) -> Case:
@@ -306,7 +288,6 @@ def gated_elu(shape: Shape, dtype: torch.dtype, variant: str) -> Case:
 # Only two kinds are measured, because each case takes minutes to compile.
 @measured(
     ((4, 96, 64, 64), (4, 96, 32, 32), (64, 96, 8, 8)),
-    ((32, 96, 64, 64), (256, 96, 8, 8)),
     ((torch.float32, ""), (torch.bfloat16, "channels_last")),
 )
 def contextual_attention(shape: Shape, dtype: torch.dtype, variant: str) -> Case:
@@ -340,7 +321,6 @@ def _distance(student: Tensor, teacher: Tensor) -> Tensor:
 
 @measured(
     ((128, 512), (128, 512, 4, 4), (128, 640, 8, 8), (64, 128, 7, 7)),
-    ((1024, 640, 8, 8), (1024, 512)),
     kinds("", "channels_last"),
     lambda shape, layout: layout == "" or len(shape) == 4,
 )
@@ -359,7 +339,7 @@ def representation_distance(shape: Shape, dtype: torch.dtype, layout: str) -> Ca
     return Case(inputs, _distance, {"forward": "2*n*s", "backward": "3*n*s"}, differentiable=(0,))
 
 
-@measured(((128, 3, 32, 32), (128, 1, 28, 28), (256, 3, 64, 64)), _LARGE_IMAGES, kinds("quarter", "all"))
+@measured(((128, 3, 32, 32), (128, 1, 28, 28), (256, 3, 64, 64)), kinds("quarter", "all"))
 def noisy_replay(shape: Shape, dtype: torch.dtype, variant: str) -> Case:
     """The inputs are images and their adversarial examples."""
     batch = shape[0]
@@ -379,54 +359,7 @@ def noisy_replay(shape: Shape, dtype: torch.dtype, variant: str) -> Case:
     )
 
 
-#: By the side of the images: a preset of the CARSO paper, and its widths of condition and latent.
-_PRESETS = {32: ("cifar10", 512, 128), 64: ("tiny_imagenet", 768, 192)}
-
-
-@measured(
-    (),
-    ((512, 8, 3, 32, 32), (8, 8, 3, 32, 32), (64, 8, 3, 32, 32), (2048, 8, 3, 32, 32), (256, 8, 3, 64, 64)),
-    tuple((torch.bfloat16, preset) for preset, *_ in _PRESETS.values()),
-    lambda shape, preset: _PRESETS[shape[-1]][0] == preset,
-)
-def decode_samples(shape: Shape, dtype: torch.dtype, preset: str) -> Case:
-    """A shape has K samples of each of B images, which the two decoders of the CARSO paper make.
-
-    Our implementation on a GPU is one kernel. The other implementations run the decoder's layers one by one, with
-    BatchNorm folded, in bfloat16 and channels_last. They unpack the weights once.
-    """
-    batch, samples, *_, side = shape
-    _, width, latent = _PRESETS[side]
-    image, decoders = (3, side, side), list[PackedDecoder]()
-    start, layers = published_decoder(image)
-    pixels, first, channels = math.prod(image), math.prod(start), start[0]
-    weights = latent * first
-    for layer in layers:
-        weights += channels * layer.channels * layer.kernel**2
-        channels = layer.channels
-
-    def inputs() -> tuple[Tensor, ...]:
-        torch.manual_seed(0)
-        decoders[:] = [PackedDecoder(Decoder(latent, width, image, *published_decoder(image)).eval())]
-        return normal(batch, width, dtype=torch.float32), torch.tensor([7]), torch.arange(batch)
-
-    def call(condition: Tensor, seed: Tensor, ids: Tensor) -> Tensor:
-        return decoders[0](condition, seed, ids, samples, channels_last=True, dtype=dtype).flatten(0, 1)
-
-    return Case(
-        inputs,
-        call,
-        # Two bytes per element of images and weights, and four per element of the condition's part of the first map.
-        {
-            "forward": f"2*{pixels}*B*K + 2*{weights} + {4 * first}*B",
-            "backward": f"4*{pixels}*B*K + 4*{weights} + {8 * first}*B",
-        },
-        differentiable=(0,),
-        symbols={"B": batch, "K": samples},
-    )
-
-
-@measured(((128, 1, 16, 16), (640, 3, 32, 32), (128, 3, 64, 64)), _LARGE_IMAGES, kinds(*NORMS))
+@measured(_IMAGES, kinds(*NORMS))
 def hyperplane_projection(shape: Shape, dtype: torch.dtype, norm: Any) -> Case:
     """The inputs are images, gradients of a margin, and offsets of planes."""
 
@@ -446,38 +379,11 @@ def hyperplane_projection(shape: Shape, dtype: torch.dtype, norm: Any) -> Case:
     )
 
 
-@measured((), ((64, 8, 3, 224, 224), (1024, 8, 3, 32, 32), (1024, 1, 3, 32, 32)), kinds("linf", "l2", "l1"))
-def square_proposal(shape: Shape, dtype: torch.dtype, norm: Any) -> Case:
-    """The inputs are the current images of the Square attack, and the clean images.
-
-    A shape has the number of images, the number of proposals for each image, and the size of the images.
-    """
-    count, draws, *size = shape
-    eps, edge = {"linf": 8 / 255, "l2": 0.5, "l1": 12.0}[norm], size[1] // 8 + 1
-
-    def inputs() -> tuple[Tensor, ...]:
-        numbers = uniform(count, draws, 5 + size[0], dtype=torch.float32, seed=2)
-        images = uniform(count, *size, dtype=dtype), uniform(count, *size, dtype=dtype, seed=1)
-        # Make the pattern on the measured device, which need not be the default device.
-        return (*images, numbers, *([] if norm == "linf" else [pattern(edge, norm, numbers.device)]))
-
-    return Case(
-        inputs,
-        lambda x, nat, numbers, *shapes: ops.square_proposal(x, nat, eps, numbers, edge, norm, 0.0, 1.0, *shapes),
-        {"forward": "(2 + T)*n*s"},
-        symbols={"n": math.prod(shape) // draws, "T": draws},
-    )
-
-
 #: A DDPM step that clips the image. The last two are the bounds of the logarithm of a learned variance.
 _COEFFICIENTS = (1.25, -0.75, 1.0, 0.4, 0.6, 0.3, -4.0, -2.0)
 
 
-@measured(
-    ((128, 3, 32, 32), (8, 3, 256, 256)),
-    ((128, 3, 256, 256), (4096, 3, 32, 32)),
-    kinds("fixed", "learned", "noiseless"),
-)
+@measured(((128, 3, 32, 32), (8, 3, 256, 256)), kinds("fixed", "learned", "noiseless"))
 def diffusion_step(shape: Shape, dtype: torch.dtype, variant: str) -> Case:
     """The inputs are a sampler's states in float32 and a denoiser's predictions."""
     b, c, *sides = shape
@@ -510,7 +416,6 @@ def diffusion_step(shape: Shape, dtype: torch.dtype, variant: str) -> Case:
 
 @measured(
     ((32, 32, 16, 16), (32, 96, 16, 16), (32, 192, 8, 8), (32, 128, 4, 4)),
-    ((512, 96, 16, 16), (512, 128, 4, 4)),
     ((torch.bfloat16, "channels_last"),),
 )
 def group_norm_silu(shape: Shape, dtype: torch.dtype, variant: str) -> Case:

@@ -63,7 +63,7 @@ def test_a_wrong_result_has_no_number():
 def test_a_wrong_contestant_is_not_timed(monkeypatch):
     case = registry()["pgd_step"]()[0]
     monkeypatch.setattr(timing, "agree", lambda actual, expected, *_: actual is expected)
-    made = timing.measure("pgd_step", case, "forward", "eager", CPU, timing.QUICK)
+    made = timing.measure("pgd_step", case, "forward", "eager", timing.QUICK)
     assert made["eager_us"] and not made["ours_us"] and not made["ratio"] and made["verdict"] == "wrong"
 
 
@@ -73,7 +73,7 @@ def test_quick_run_writes_rows_and_tables(tmp_path, capsys, monkeypatch):
     # compiling is what takes time
     every = registry()
     few = every | {"pgd_step": lambda: [case for case in every["pgd_step"]() if case.variant != "l1"]}
-    monkeypatch.setattr(running, "registry", lambda kind: few)
+    monkeypatch.setattr(running, "registry", lambda: few)
     program.main(["ops", "pgd_step", "--quick", "--out", str(tmp_path)])
     assert "| pgd_step | forward | " in capsys.readouterr().out
     rows = sheets.read_csv(tmp_path / sheets.ROWS)
@@ -97,12 +97,9 @@ def test_every_op_with_a_kernel_is_measured():
     everything = {name for name in REGISTRY if not name.endswith("_backward")}
     # three kernels of one function, which the pipeline atop_finetune measures
     everything -= {"convolution", "convolution_input_gradient", "convolution_weight_gradient"}
-    assert set(registry("cuda")) == everything
-    # these have kernels on a GPU alone
-    assert set(registry("cpu")) == everything - {"decode_samples", "square_proposal"}
-    for cases in (*registry("cpu").values(), *registry("cuda").values()):
-        for case in cases():
-            assert set(case.directions) <= set(case.moved)
+    # these have kernels on a GPU alone, which `purify-fast tune` races
+    assert set(registry()) == everything - {"decode_samples", "square_proposal"}
+    assert all(set(case.directions) <= set(case.moved) for cases in registry().values() for case in cases())
 
 
 def test_committed_results_are_complete():
