@@ -29,7 +29,7 @@ COMMANDS: dict[str, tuple[Any, str]] = {
     "truth": (run_truth, "count the adversarial examples that each protocol misses, on exactly solved networks"),
     "study": (run_study, "run a study of robustness, which trains and attacks models"),
     "gpu_check": (gpu_check, "run the checks that need a GPU, in two calls of 150 s and of nine minutes"),
-    "ship": (fill.SHIP, "put the kernel choices of purify-fast tune, on this or another machine, into the package"),
+    "ship": (fill.SHIP, "put the kernel choices of purify-fast tune on this machine into the package"),
     "zoo": (pack_zoo, "pack trained models into the zoo, and write their cards"),
     "report": (fill, "write all tables and pictures again from the results files"),
 }

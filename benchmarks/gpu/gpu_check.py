@@ -155,19 +155,6 @@ def page(results: dict[str, dict | None], context: Context) -> str:
     return rendered(template, rehearsal=context.rehearsal, here=here, table=table(results), results=results)
 
 
-def forecast(call: str, rehearsal: bool = False) -> list[str]:
-    """Return a table with the time limits of a call's sections, and the seconds that they take on a card."""
-    own = {name: section for name, section in SECTIONS.items() if section.call == call}
-    cards = [section.card for section in own.values()]
-    kinds = {True: "estimated", False: "measured on an NVIDIA H200"}
-    body = [[name, f"{it.limits[rehearsal]:g}", f"{it.card:g}", kinds[it.estimated]] for name, it in own.items()]
-    whole = (max if CALLS[call].together else sum)(cards) + CLOSING[0]
-    limits = f"{CALLS[call].seconds[0]:g} s on a card" + f", {CALLS[call].seconds[1]:g} s in this rehearsal" * rehearsal
-    how = "side by side" if CALLS[call].together else "one after the other"
-    said = f"gpu_check {call}: the sections run {how}, about {whole:g} s on a card. The limit is {limits}."
-    return [said, *sheets.table(["section", "limit, s", "on a card, s", "source"], body)]
-
-
 def pack(out: Path, call: str) -> tuple[Path, list[str]]:
     """Pack the results, summaries and logs of a folder into one archive of about `MOST_BYTES` at most.
 
@@ -264,6 +251,5 @@ def main(chosen: argparse.Namespace) -> bool:
     with folder_lock(out):
         (out / "gpu_check").mkdir(parents=True, exist_ok=True)
         for call in chosen.calls:
-            print(*forecast(call, chosen.rehearse), sep="\n", flush=True)
             good = _Run(call, out, device, chosen).go() and good
     return good

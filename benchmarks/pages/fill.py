@@ -246,22 +246,12 @@ def publish() -> None:
             print(f"{page}: the results of the table {name} are missing, so the table was not written", file=sys.stderr)
 
 
-def ship_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``python -m benchmarks ship``."""
-    options.add_device(parser)
-    file = "a raced.json that purify-fast tune wrote on another machine; --device is then unused"
-    parser.add_argument("--file", type=Path, help=file)
-    parser.add_argument("--without", nargs="+", default=[], metavar="OP", help="ops that are left out")
-
-
 def ship(chosen: argparse.Namespace) -> Path:
     """Run ``python -m benchmarks ship``: put the choices of `purify-fast tune` into the package and the pages."""
-    raced = shipping.of_device(chosen.device) if chosen.file is None else shipping.of_file(chosen.file)
-    folder = "cpu" if raced["machine"]["kind"] == "cpu" else running.folder_of(raced["machine"]["device"])
-    path = shipping.put(raced, RESULTS / folder, chosen.without)
+    path = shipping.take(chosen.device, RESULTS / running.device_class(chosen.device))
     publish()
     return path
 
 
 #: The command, whose functions have the names that all commands have.
-SHIP = SimpleNamespace(main=ship, arguments=ship_arguments)
+SHIP = SimpleNamespace(main=ship, arguments=options.add_device)

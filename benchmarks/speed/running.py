@@ -34,13 +34,9 @@ KEY = ("op", "variant", "shape", "dtype", "direction", "style")
 
 
 def device_class(device: torch.device) -> str:
-    """Return the name of the folder for a device's results: "cpu", or the name of the GPU."""
-    return "cpu" if device.type == "cpu" else folder_of(torch.cuda.get_device_name(device))
-
-
-def folder_of(gpu: str) -> str:
-    """Return the name of the folder for a GPU's results, such as "nvidia-h200" for "NVIDIA H200"."""
-    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+    """Return the name of the folder for a device's results: "cpu", or such as "nvidia-h200" for "NVIDIA H200"."""
+    name = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 @dataclass

@@ -47,11 +47,6 @@ def test_sections_write_rows_and_keep_them_if_they_are_asked_to(tmp_path, capsys
     assert {row["captured"] for row in sheets.read_csv(tmp_path / gpu_sections.CAPTURE_COST)} == {"False"}
     said = capsys.readouterr().out
     assert "| captures | passed |" in said and "| captures | passed |" in (tmp_path / "measured.md").read_text()
-    # the forecast comes from the seconds that a card took
-    whole = sum(one.card for one in gpu_check.SECTIONS.values() if one.call == "measured") + gpu_check.CLOSING[0]
-    assert f"about {whole:g} s on a card. The limit is 540 s on a card" in said
-    races = gpu_check.SECTIONS["races"]
-    assert f"| races | {races.limits[1]} | {races.card} | measured on an NVIDIA H200 |" in said
     with tarfile.open(tmp_path / "measured.tar.xz") as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {limits.FILE, gpu_sections.CAPTURE_COST, "measured.md", "gpu_check/limits.json"} <= names
@@ -74,7 +69,7 @@ def test_a_section_that_fails_stops_no_other(tmp_path, monkeypatch, forking):
     sections = {"captures": (bad, 300.0), "limits": (lambda _: time.sleep(600), 7.0)}
     sections["races"] = (lambda _: os._exit(3), 300.0)
     for name, (run, limit) in sections.items():
-        monkeypatch.setitem(gpu_sections.SECTIONS, name, gpu_sections.Section("measured", run, (limit, limit), 1.0))
+        monkeypatch.setitem(gpu_sections.SECTIONS, name, gpu_sections.Section("measured", run, (limit, limit)))
     monkeypatch.setitem(gpu_check.CALLS, "measured", gpu_check.Call((900, 900), False))
     assert check("measured", "--rehearse", "--out", str(tmp_path), "--only", *sections) == 1
     assert states(tmp_path) == dict.fromkeys(sections, "failed")
@@ -115,14 +110,11 @@ def test_a_call_ends_in_time_whatever_its_sections_do(call, tmp_path, monkeypatc
 
 
 def test_the_limits_of_the_calls():
-    """150 s and nine minutes on a card, by the measured seconds; no section of a rehearsal is killed on a busy host."""
+    """150 s and nine minutes on a card; no section of a rehearsal is killed because others took long."""
     assert {name: call.seconds[0] for name, call in gpu_check.CALLS.items()} == {"correct": 150, "measured": 540}
     for name, call in gpu_check.CALLS.items():
         own = [section for section in gpu_check.SECTIONS.values() if section.call == name]
-        whole = (max if call.together else sum)(section.card for section in own)
-        assert whole + gpu_check.CLOSING[0] <= call.seconds[0]
-        for section in own:
-            assert section.card + gpu_check.GRACE[0] <= section.limits[0] <= call.seconds[0]
+        assert all(section.limits[0] <= call.seconds[0] for section in own)
         whole = (max if call.together else sum)(section.limits[1] for section in own)
         assert whole + gpu_check.CLOSING[1] <= call.seconds[1]
     # what must not be missing comes before what may
@@ -270,8 +262,7 @@ def test_limits_are_rates_of_random_data(tmp_path):
     data = limits.operands(CPU, 64, 64)
     assert data.dtype == torch.bfloat16 and data.unique().numel() > 100
     rows = limits.run(CPU, True, tmp_path)
-    for row in rows:
-        assert 0 < float(row["p20"]) <= float(row["median"]) <= float(row["p80"])
+    assert all(float(row["median"]) > 0 for row in rows)
     found = limits.read(tmp_path)
     name = timing.environment(CPU)["device"]
     assert found == {(name, row["limit"]): float(row["median"]) for row in rows}

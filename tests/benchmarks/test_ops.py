@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from benchmarks import __main__ as program
-from benchmarks.pages import fill
 from benchmarks.speed import running, sheets, shipping, timing
 from benchmarks.speed.op_cases import registry
 from purify_fast import _library
@@ -157,27 +156,6 @@ def test_only_races_of_this_machine_are_taken(tmp_path, monkeypatch):
     path = shipping.take(CPU, tmp_path / "results")
     assert json.loads(path.read_text())["ops"]["philox"]["cells"][""]["eager"] == "cpp"
     records.forget()
-
-
-def test_races_of_another_machine_are_taken_from_its_file(tmp_path, monkeypatch, capsys):
-    """They go into its folder of results, without the ops that are left out."""
-    cells, file = {"": {"eager": "triton"}}, tmp_path / "from afar.json"
-    raced = {"machine": {"kind": "cuda", "device": "NVIDIA H0 (1 GB)"}, "date": "2026-02-03"}
-    raced["ops"] = {op: {"cells": cells, "rows": []} for op in ("philox", "stitch")}
-    file.write_text(json.dumps(raced))
-    published: list[int] = []
-    monkeypatch.setattr(fill, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(fill, "publish", lambda: published.append(1))
-    program.main(["ship", "--file", str(file), "--without", "stitch"])
-    path = tmp_path / "results" / "nvidia-h0-1-gb" / shipping.FILE
-    assert json.loads(path.read_text()) == {**raced, "ops": {"philox": raced["ops"]["philox"]}}
-    assert str(path) in capsys.readouterr().out and published == [1]
-    # a race that was killed has rows, but no choices
-    unfinished = {**raced, "ops": {"philox": {"rows": []}}}
-    file.write_text(json.dumps(unfinished))
-    with pytest.raises(ValueError, match=r"file must be a raced.json with finished races, got '.*from afar.json'"):
-        program.main(["ship", "--file", str(file)])
-    assert published == [1]
 
 
 @needs_extension
