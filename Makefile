@@ -129,7 +129,7 @@ $(STAMPS)/package: $(STAMPS)/base pyproject.toml setup.py $(SOURCES)
 $(STAMPS)/tests: $(STAMPS)/package
 	@echo "== the packages of the tests"
 	# Tests run AutoAttack's class from RobustBench, and compare a network with RobustBench's.
-	$(PIP) pytest pytest-timeout pytest-xdist hypothesis diffusers adjustText robustbench
+	$(PIP) pytest pytest-timeout pytest-xdist hypothesis diffusers robustbench
 	# Tests run attacks in AttackBench, and PGD of torchattacks in a report. The other requirements of these two
 	# packages are not needed.
 	$(PIP) --no-deps attackbenchlib torchattacks

@@ -8,13 +8,13 @@ from typing import Any
 
 from purify_fast._files import FolderInUse
 
-from .gpu import gpu_check, gpu_train
+from .gpu import gpu_check
 from .pages import fill
-from .robustness import alone, answer, contests, large_images, pack_zoo
+from .robustness import answer, contests, pack_zoo
 from .robustness.broken import run_broken
 from .robustness.studies import run_study
 from .robustness.truth import run_truth
-from .speed import gradient_memory, neighbors, replaced, running
+from .speed import running
 from .speed.elsewhere import measuring as elsewhere
 
 #: For each command, a module and the help text. The module's ``main`` runs the command: a text or a path that it
@@ -25,17 +25,11 @@ COMMANDS: dict[str, tuple[Any, str]] = {
     "elsewhere": (elsewhere, "measure loops of other papers and packages: theirs, an expert's, and with this package"),
     "evaluation": (contests, "compare our attacks with the official AutoAttack, by strength and time"),
     "answer": (answer, "measure what the robust accuracy of a network costs, beside AutoAttack as an expert runs it"),
-    "alone": (alone, "count the images that fall to a single attack of the protocol standard"),
     "broken": (run_broken, "evaluate rebuilt defences that were broken, and models that are robust as claimed"),
     "truth": (run_truth, "count the adversarial examples that each protocol misses, on exactly solved networks"),
-    "large_images": (large_images, "measure evaluations and training steps at 224 x 224 with 1,000 classes"),
     "study": (run_study, "run a study of robustness, which trains and attacks models"),
     "gpu_check": (gpu_check, "run the checks that need a GPU, in two calls of 150 s and of nine minutes"),
-    "gpu_train": (gpu_train, "train models of full size on CIFAR-10 within nine minutes of a GPU, and judge them"),
-    "memory": (gradient_memory, "measure the memory of the gradient through a diffusion process"),
-    "neighbors": (neighbors, "time gradients in one and in all threads, alone and beside busy processes"),
-    "replaced": (replaced, "time the parts that can be imported against the lines of PyTorch that they replace"),
-    "ship": (fill.SHIP, "put the kernel choices of purify-fast tune, on this or another machine, into the package"),
+    "ship": (fill.SHIP, "put the kernel choices of purify-fast tune on this machine into the package"),
     "zoo": (pack_zoo, "pack trained models into the zoo, and write their cards"),
     "report": (fill, "write all tables and pictures again from the results files"),
 }

@@ -22,10 +22,10 @@ from purify_fast._files import write_text
 
 from .. import RESULTS, options
 from ..prose import wrapped
-from ..robustness import alone, answer, contests, large_images, pack_zoo
+from ..robustness import answer, contests, pack_zoo
 from ..robustness.broken import run_broken as broken
 from ..robustness.truth import run_truth as truth
-from ..speed import gradient_memory, neighbors, replaced, running, sheets, shipping
+from ..speed import running, sheets, shipping
 from ..speed.elsewhere import measuring as elsewhere
 from . import front_page, performance
 
@@ -69,11 +69,7 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "measured": performance.chapters,
     "broken": broken.table,
     "truth": truth.table,
-    "memory": gradient_memory.table,
-    "large_images": large_images.table,
     "elsewhere": elsewhere.table,
-    "neighbors": neighbors.table,
-    "replaced": replaced.table,
 }
 #: A page whose sentences may contain numbers that are in no results file. `check` does not look for these numbers.
 MEASURED_PAGE = "performance.md"
@@ -220,7 +216,7 @@ def check(results: Path) -> list[str]:
         found += broken_links(page)
         if page.name not in (MEASURED_PAGE, "CHANGELOG.md"):
             found += typed_numbers(page, results)
-    parts = (contests, alone, answer, truth, broken)
+    parts = (contests, answer, truth, broken)
     return found + [line for part in parts for line in part.outdated(results)]
 
 
@@ -250,22 +246,12 @@ def publish() -> None:
             print(f"{page}: the results of the table {name} are missing, so the table was not written", file=sys.stderr)
 
 
-def ship_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``python -m benchmarks ship``."""
-    options.add_device(parser)
-    file = "a raced.json that purify-fast tune wrote on another machine; --device is then unused"
-    parser.add_argument("--file", type=Path, help=file)
-    parser.add_argument("--without", nargs="+", default=[], metavar="OP", help="ops that are left out")
-
-
 def ship(chosen: argparse.Namespace) -> Path:
     """Run ``python -m benchmarks ship``: put the choices of `purify-fast tune` into the package and the pages."""
-    raced = shipping.of_device(chosen.device) if chosen.file is None else shipping.of_file(chosen.file)
-    folder = "cpu" if raced["machine"]["kind"] == "cpu" else running.folder_of(raced["machine"]["device"])
-    path = shipping.put(raced, RESULTS / folder, chosen.without)
+    path = shipping.take(chosen.device, RESULTS / running.device_class(chosen.device))
     publish()
     return path
 
 
 #: The command, whose functions have the names that all commands have.
-SHIP = SimpleNamespace(main=ship, arguments=ship_arguments)
+SHIP = SimpleNamespace(main=ship, arguments=options.add_device)

@@ -7,8 +7,7 @@ import statistics
 from pathlib import Path
 
 from ..gpu.gpu_sections import CAPTURE_COST, STANDARD, VERDICTS
-from ..speed import limits, sheets, shipping
-from ..speed.timing import LEVEL
+from ..speed import limits, sheets
 
 #: The name of the file with the forms of an attack by PGD. It has a row for each form.
 PGD = "pgd.csv"
@@ -104,25 +103,6 @@ def _ratio(row: dict) -> float:
     return row["reference_us"] / row["kernel_us"]
 
 
-def behind(folder: Path) -> list[str]:
-    """Return the table of the races that a kernel lost in replays, with the times in its slowest layout."""
-    cases: dict[tuple[str, str], dict[str, list[dict]]] = {}
-    for op, entry in shipping.read(folder)["ops"].items():
-        for row in entry["rows"]:
-            name = " ".join(filter(None, (row["variant"], row["dtype"], row["size"])))
-            cases.setdefault((op, name), {}).setdefault(row["style"], []).append(row)
-    body = []
-    for (op, name), styles in cases.items():
-        slowest = {style: min(rows, key=_ratio) for style, rows in styles.items()}
-        if "replay" in slowest and _ratio(slowest["replay"]) < LEVEL:
-            times = {
-                s: f"{r['kernel_us']:,.0f} / {r['reference_us']:,.0f} ({_ratio(r):.2f})" for s, r in slowest.items()
-            }
-            body.append([op, name, *(times.get(style, "-") for style in STYLES)])
-    heads = [f"{words}: kernel / reference, us (speedup)" for words in STYLES.values()]
-    return sheets.table(["op", "case", *heads], body)
-
-
 def summary(raced: dict) -> str:
     """Return a sentence about all races of a GPU: how many the kernels won, and their mean speedups."""
     rows = [row for entry in raced["ops"].values() for row in entry["rows"]]
@@ -136,5 +116,5 @@ def summary(raced: dict) -> str:
 
 def tables(folder: Path) -> dict[str, list[str]]:
     """Return the tables of a GPU's chapter by their names. A table is empty if the GPU's folder has no such results."""
-    every = {VERDICTS: verdicts, CAPTURE_COST: captures, STANDARD: evaluations, PGD: pgd, shipping.FILE: behind}
+    every = {VERDICTS: verdicts, CAPTURE_COST: captures, STANDARD: evaluations, PGD: pgd}
     return {table.__name__: table(folder) if (folder / file).exists() else [] for file, table in every.items()}

@@ -25,7 +25,7 @@ from purify_fast.speed import retain_freed_memory
 
 from .. import options
 from . import pipelines, race, sheets, timing
-from .ops import Case, registry
+from .op_cases import Case, registry
 
 #: The seconds that a case of a pipeline needs without the compiled plain forms.
 LEAST_SHARE = 40.0
@@ -34,13 +34,9 @@ KEY = ("op", "variant", "shape", "dtype", "direction", "style")
 
 
 def device_class(device: torch.device) -> str:
-    """Return the name of the folder for a device's results: "cpu", or the name of the GPU."""
-    return "cpu" if device.type == "cpu" else folder_of(torch.cuda.get_device_name(device))
-
-
-def folder_of(gpu: str) -> str:
-    """Return the name of the folder for a GPU's results, such as "nvidia-h200" for "NVIDIA H200"."""
-    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+    """Return the name of the folder for a device's results: "cpu", or such as "nvidia-h200" for "NVIDIA H200"."""
+    name = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 @dataclass
@@ -101,16 +97,13 @@ def key(op: str, case: Case, direction: str, style: str) -> tuple[str, ...]:
     return op, *case.named.values(), direction, style
 
 
-def run_ops(names: list[str], device: torch.device, quick: bool, out: Path) -> None:
+def run_ops(names: list[str], quick: bool, out: Path) -> None:
     """Measure ops, and write ops.csv after every row. Existing rows of other ops are kept."""
-    effort = timing.QUICK if quick else timing.Effort()
-    # On a GPU, a quick run uses the cases for a CPU if the op has such cases, because these cases are smaller.
-    ops = registry(device.type) | (registry("cpu") if quick else {})
-    path = out / sheets.ROWS
+    effort, ops, path = timing.QUICK if quick else timing.Effort(), registry(), out / sheets.ROWS
     rows = {tuple(row[k] for k in KEY): row for row in sheets.rows_of(path) if row["op"] not in names}
     order = {key(*row): i for i, row in enumerate(_rows(ops, list(ops), False))}
     for row in tqdm(_rows(ops, names, quick), unit=" rows", disable=None):
-        rows[key(*row)] = timing.measure(*row, device, effort)
+        rows[key(*row)] = timing.measure(*row, effort)
         sheets.write_csv(path, [rows[at] for at in sorted(rows, key=lambda at: order.get(at, len(order)))])
     sheets.report(out)
 
@@ -163,24 +156,26 @@ def _right(rows: Iterable[dict]) -> int:
     return sum(row["verdict"] == "right" for row in rows)
 
 
-def arguments(parser: argparse.ArgumentParser, known: list[str]) -> None:
-    """Add the options of ``python -m benchmarks ops`` and ``python -m benchmarks pipelines``."""
-    options.add_names(parser, known, what="what is measured")
-    options.add_device(parser)
-    options.add_out(parser, "/<device>")
+def ops_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``python -m benchmarks ops``."""
+    options.add_names(parser, registry(), what="what is measured")
+    parser.add_argument("--device", choices=["cpu"], default="cpu", help="cpu; on a GPU, run purify-fast tune")
+    options.add_out(parser, "/cpu")
 
 
 def pipelines_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``python -m benchmarks pipelines``."""
-    arguments(parser, list(pipelines.registry()))
+    options.add_names(parser, pipelines.registry(), what="what is measured")
+    options.add_device(parser)
+    options.add_out(parser, "/<device>")
     parser.add_argument("--resume", action="store_true", help="keep the cases that have a row for each implementation")
 
 
 def ops_command(chosen: argparse.Namespace) -> str:
     """Measure ops. Return the table of the implementations that the package uses, and the path of the full page."""
-    device, out = chosen.device, options.out_of(chosen, chosen.quick, device_class(chosen.device))
+    out = options.out_of(chosen, chosen.quick, "cpu")
     retain_freed_memory()
-    run_ops([name for name in chosen.names if name in registry(device.type)], device, chosen.quick, out)
+    run_ops(chosen.names, chosen.quick, out)
     rows = sheets.read_csv(out / sheets.ROWS)
     return "\n".join([*sheets.verdicts_table(rows), "", str(out / sheets.TABLE)])
 
@@ -193,5 +188,5 @@ def pipelines_command(chosen: argparse.Namespace) -> str:
 
 
 #: The commands, whose functions have the names that all commands have.
-OPS = SimpleNamespace(main=ops_command, arguments=partial(arguments, known=list(registry("cuda"))))
+OPS = SimpleNamespace(main=ops_command, arguments=ops_arguments)
 PIPELINES = SimpleNamespace(main=pipelines_command, arguments=pipelines_arguments)

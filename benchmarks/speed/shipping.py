@@ -8,7 +8,6 @@ written by ``python -m benchmarks ops``. It decides where raced.json has no choi
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -57,32 +56,11 @@ def write_races(results: Path) -> Path:
     return races.SHIPPED
 
 
-def of_device(device: torch.device) -> dict[str, Any]:
-    """Return the results of `purify-fast tune` on a device of this machine."""
+def take(device: torch.device, folder: Path) -> Path:
+    """Copy the results of `purify-fast tune` on a device of this machine into a folder of results."""
     known = records.read(device)
     raced = {**known, "ops": {op: entry for op, entry in known["ops"].items() if "cells" in entry}}
     if not raced["ops"]:
         raise FileNotFoundError(f"{records.file_of(device)} has no results: run `purify-fast tune` first")
-    return raced
-
-
-def of_file(file: Path) -> dict[str, Any]:
-    """Return the results of `purify-fast tune` in a raced.json that was written on another machine."""
-    raced = json.loads(file.read_text(encoding="utf-8"))
-    if not all(entry.get("cells") for entry in raced["ops"].values()):
-        raise ValueError(f"file must be a raced.json with finished races, got {str(file)!r}")
-    return raced
-
-
-def put(raced: dict[str, Any], folder: Path, without: Collection[str] = ()) -> Path:
-    """Write results of `purify-fast tune` into a folder of results, and return the path of the file."""
-    ops = dict(raced["ops"])
-    for op in without:
-        del ops[op]
-    write_text(folder / FILE, json.dumps({**raced, "ops": ops}, indent=1) + "\n")
+    write_text(folder / FILE, json.dumps(raced, indent=1) + "\n")
     return folder / FILE
-
-
-def take(device: torch.device, folder: Path) -> Path:
-    """Copy the results of `purify-fast tune` on a device of this machine into a folder of results."""
-    return put(of_device(device), folder)

@@ -28,14 +28,12 @@ from purify_fast.ops.dispatch import records
 from purify_fast.ops.dispatch.examples import tensors
 from purify_fast.speed.memory import peak_memory
 
-from .ops import Case
+from .op_cases import Case
 
 STYLES = ("eager", "graph")
 #: Two implementations are level if the slower has at least this share of the speed of the faster.
 LEVEL = 0.95
 CONTESTANTS = ("eager", "compile", "ours")
-#: The largest number of input sets that take turns. Inputs that need more are too small to be limited by memory.
-MOST_SETS = 8
 
 
 @dataclass(frozen=True)
@@ -59,9 +57,9 @@ class Effort:
 QUICK = Effort(runs=3, seconds=2e-4, attempts=1)
 
 
-def backend_of(op: str, device: torch.device) -> str:
-    """Return the name of our kernel's backend for an op on a device."""
-    return [name for name in REGISTRY[op].available[device.type] if name != "reference"][-1]
+def backend_of(op: str) -> str:
+    """Return the name of our kernel's backend for an op on a CPU."""
+    return [name for name in REGISTRY[op].available["cpu"] if name != "reference"][-1]
 
 
 def environment(device: torch.device) -> dict[str, str | int]:
@@ -92,16 +90,15 @@ def _own_code(function: Callable, name: str) -> Callable:
 
 
 class Contestant:
-    """A compared implementation. Its attribute ``calls`` has a function without arguments for each set of inputs."""
+    """A compared implementation. Its attribute ``call`` is a function without arguments."""
 
-    def __init__(self, case: Case, style: str, direction: str, kind: str, op: str, sets: list[tuple[Tensor, ...]]):
-        self.backend = backend_of(op, sets[0][0].device) if kind == "ours" else "reference"
+    def __init__(self, case: Case, style: str, direction: str, kind: str, op: str, inputs: tuple[Tensor, ...]):
+        self.backend = backend_of(op) if kind == "ours" else "reference"
         self.graph = direction == "backward"
         function = _own_code(_function(case, style), kind)
         if kind == "compile" or (kind == "ours" and style == "graph"):
-            # No mode with CUDA graphs: they would copy the inputs, and overwrite the outputs of the previous run.
             function = torch.compile(function, fullgraph=True, dynamic=False)
-        self.calls = [self._call(function, case, direction, inputs) for inputs in sets]
+        self.call = self._call(function, case, direction, inputs)
 
     def _call(self, function: Callable, case: Case, direction: str, inputs: tuple[Tensor, ...]) -> Callable:
         if direction == "forward":
@@ -109,7 +106,7 @@ class Contestant:
         leaves = [inputs[i] for i in case.differentiable]
         with self.mode():
             outputs = tensors(function(*inputs))
-        gradients = [torch.linspace(0.5, 1.5, o.numel(), device=o.device).view_as(o).to(o.dtype) for o in outputs]
+        gradients = [torch.linspace(0.5, 1.5, o.numel()).view_as(o).to(o.dtype) for o in outputs]
         return lambda: torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)
 
     @contextlib.contextmanager
@@ -161,11 +158,10 @@ def allocated(work: Callable[[], object], device: torch.device) -> int:
     return max(itertools.accumulate((event.nbytes() for event in events), initial=0))
 
 
-def _clock(contestant: Contestant, repeats: int, device: torch.device) -> float:
+def _clock(contestant: Contestant, repeats: int) -> float:
     """Make ``repeats`` calls of a contestant, and return the seconds per call."""
-    calls = [contestant.calls[i % len(contestant.calls)] for i in range(repeats)]
     with contestant.mode():
-        return seconds(calls, device) / repeats
+        return seconds([contestant.call] * repeats, torch.device("cpu")) / repeats
 
 
 def quantile(times: list[float], fifths: int) -> float:
@@ -187,41 +183,27 @@ def _steadiest(clocks: dict[str, Callable[[], float]], effort: Effort) -> dict[s
     return spreads[min(spreads)]
 
 
-def _sets(case: Case, direction: str, device: torch.device) -> list[tuple[Tensor, ...]]:
-    """Return the sets of inputs. On a GPU there are enough sets for twice the size of its cache, up to `MOST_SETS`."""
-    count = 1
-    if device.type == "cuda":
-        cache = torch.cuda.get_device_properties(device).L2_cache_size
-        count = min(MOST_SETS, math.ceil(2 * cache / case.bytes(direction)))
-    # Create the inputs on the device itself, because it would take long to copy large inputs.
-    with device:
-        sets = [[tensor.to(device) for tensor in case.inputs()]]
-    sets += [[tensor.clone() for tensor in sets[0]] for _ in range(count - 1)]
-    if direction == "backward":
-        sets = [[t.requires_grad_() if i in case.differentiable else t for i, t in enumerate(one)] for one in sets]
-    return [tuple(one) for one in sets]
-
-
 #: Forbid donated buffers: the backward pass runs several times, so it must not overwrite its saved buffers.
 @functorch_config.patch(donated_buffer=False)
-def measure(op: str, case: Case, direction: str, style: str, device: torch.device, effort: Effort) -> dict:
+def measure(op: str, case: Case, direction: str, style: str, effort: Effort) -> dict:
     """Measure one row of ops.csv. A contestant whose result differs from that of the reference gets no time."""
     torch._dynamo.reset()
-    sets = _sets(case, direction, device)
-    entries = {kind: Contestant(case, style, direction, kind, op, sets) for kind in CONTESTANTS}
+    inputs = case.inputs()
+    if direction == "backward":
+        inputs = tuple(t.requires_grad_() if i in case.differentiable else t for i, t in enumerate(inputs))
+    entries = {kind: Contestant(case, style, direction, kind, op, inputs) for kind in CONTESTANTS}
     results = {}
     for kind, entry in entries.items():
         with entry.mode():
-            results[kind] = entry.calls[0]()
+            results[kind] = entry.call()
     right = {k: agree(r, results["eager"], case.dtype, style, case.slack) for k, r in results.items()}
     del results
     clocks = {}
     for kind, entry in entries.items():
         # After three runs whose times are not saved, everything is compiled, and the allocator has reserved memory.
         for _ in range(3):
-            once = _clock(entry, len(entry.calls), device)
-        repeats = max(len(entry.calls), math.ceil(effort.seconds / once))
-        clocks[kind] = partial(_clock, entry, repeats, device)
+            once = _clock(entry, 1)
+        clocks[kind] = partial(_clock, entry, max(1, math.ceil(effort.seconds / once)))
     times = _steadiest(clocks, effort)
     row = {"op": op, **case.named, "direction": direction, "style": style, "backend": entries["ours"].backend}
     median = {}
@@ -235,7 +217,7 @@ def measure(op: str, case: Case, direction: str, style: str, device: torch.devic
     row["verdict"] = verdict(row)
     moved = case.bytes(direction) / median["ours"]
     row["GB_per_s"] = f"{moved / 1e9:.2f}" if right["ours"] else ""
-    return row | {"runs": effort.runs} | environment(device)
+    return row | {"runs": effort.runs} | environment(torch.device("cpu"))
 
 
 def verdict(row: dict) -> str:

@@ -3,8 +3,6 @@
 import functools
 import json
 import os
-import runpy
-import signal
 import subprocess
 import sys
 import tarfile
@@ -12,14 +10,13 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from forks import until
 
 from benchmarks import __main__ as program
 from benchmarks.gpu import gpu_check, gpu_sections
-from benchmarks.speed import limits, running, sheets, timing
+from benchmarks.speed import limits, running, sheets, shipping, timing
 from benchmarks.speed.pipelines import pgd_forms
 from purify_fast import _library
 from purify_fast.ops import REGISTRY
@@ -42,44 +39,24 @@ def states(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_sections_run_once_and_again_after_a_change(tmp_path, capsys, forking):
+def test_sections_write_rows_and_keep_them_if_they_are_asked_to(tmp_path, capsys, forking):
     arguments = ("measured", "--rehearse", "--out", str(tmp_path), "--only", "captures", "limits")
     assert check(*arguments) == 0
     assert states(tmp_path) == {"captures": "passed", "limits": "passed"}
     assert {row["limit"] for row in sheets.read_csv(tmp_path / limits.FILE)} == {limits.COPY, limits.PRODUCT}
     assert {row["captured"] for row in sheets.read_csv(tmp_path / gpu_sections.CAPTURE_COST)} == {"False"}
     said = capsys.readouterr().out
-    assert "| captures | passed |" in said and "| races | not run |" in (tmp_path / "measured.md").read_text()
-    # the forecast comes from the seconds that a card took
-    whole = sum(one.card for one in gpu_check.SECTIONS.values() if one.call == "measured") + gpu_check.CLOSING[0]
-    assert f"about {whole:g} s on a card. The limit is 540 s on a card" in said
-    races = gpu_check.SECTIONS["races"]
-    assert f"| races | {races.limits[1]} | {races.card} | measured on an NVIDIA H200 |" in said
+    assert "| captures | passed |" in said and "| captures | passed |" in (tmp_path / "measured.md").read_text()
     with tarfile.open(tmp_path / "measured.tar.xz") as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {limits.FILE, gpu_sections.CAPTURE_COST, "measured.md", "gpu_check/limits.json"} <= names
     assert "gpu_check/limits.outcome" not in names
-    paths = sorted((tmp_path / "gpu_check").glob("*.json"))
-    before = [path.stat().st_mtime_ns for path in paths]
-    assert check(*arguments) == 0
-    assert [path.stat().st_mtime_ns for path in paths] == before
-    changed = json.loads(paths[0].read_text())
-    changed["fingerprint"]["sources"] = "of another day"
-    paths[0].write_text(json.dumps(changed))
-    assert check(*arguments) == 0
-    assert [path.stat().st_mtime_ns > old for path, old in zip(paths, before, strict=True)] == [True, False]
-
-
-def test_the_fingerprint_follows_the_sources(tmp_path, monkeypatch):
-    first = gpu_sections.fingerprint(CPU, True)
-    assert first == gpu_sections.fingerprint(CPU, True) != gpu_sections.fingerprint(CPU, False)
-    path = tmp_path / "limits.json"
-    path.write_text(json.dumps({"state": "passed", "fingerprint": first}))
-    assert gpu_check.done(path, first) and gpu_check.done(tmp_path / "none.json", first) is None
-    (tmp_path / "benchmarks").mkdir()
-    (tmp_path / "benchmarks" / "new.py").write_text("")
-    monkeypatch.setattr(gpu_sections, "ROOT", tmp_path)
-    assert gpu_check.done(path, gpu_sections.fingerprint(CPU, True)) is None
+    # a row of which a part is missing is measured, and nothing else
+    rows = sheets.read_csv(tmp_path / gpu_sections.CAPTURE_COST)
+    sheets.write_csv(tmp_path / gpu_sections.CAPTURE_COST, rows[1:])
+    assert check(*arguments, "--resume") == 0
+    again = sheets.read_csv(tmp_path / gpu_sections.CAPTURE_COST)
+    assert again[:-1] == rows[1:] and again[-1]["part"] == rows[0]["part"]
 
 
 @pytest.mark.slow
@@ -92,7 +69,7 @@ def test_a_section_that_fails_stops_no_other(tmp_path, monkeypatch, forking):
     sections = {"captures": (bad, 300.0), "limits": (lambda _: time.sleep(600), 7.0)}
     sections["races"] = (lambda _: os._exit(3), 300.0)
     for name, (run, limit) in sections.items():
-        monkeypatch.setitem(gpu_sections.SECTIONS, name, gpu_sections.Section("measured", run, (limit, limit), 1.0))
+        monkeypatch.setitem(gpu_sections.SECTIONS, name, gpu_sections.Section("measured", run, (limit, limit)))
     monkeypatch.setitem(gpu_check.CALLS, "measured", gpu_check.Call((900, 900), False))
     assert check("measured", "--rehearse", "--out", str(tmp_path), "--only", *sections) == 1
     assert states(tmp_path) == dict.fromkeys(sections, "failed")
@@ -133,14 +110,11 @@ def test_a_call_ends_in_time_whatever_its_sections_do(call, tmp_path, monkeypatc
 
 
 def test_the_limits_of_the_calls():
-    """150 s and nine minutes on a card, by the measured seconds; no section of a rehearsal is killed on a busy host."""
+    """150 s and nine minutes on a card; no section of a rehearsal is killed because others took long."""
     assert {name: call.seconds[0] for name, call in gpu_check.CALLS.items()} == {"correct": 150, "measured": 540}
     for name, call in gpu_check.CALLS.items():
         own = [section for section in gpu_check.SECTIONS.values() if section.call == name]
-        whole = (max if call.together else sum)(section.card for section in own)
-        assert whole + gpu_check.CLOSING[0] <= call.seconds[0]
-        for section in own:
-            assert section.card + gpu_check.GRACE[0] <= section.limits[0] <= call.seconds[0]
+        assert all(section.limits[0] <= call.seconds[0] for section in own)
         whole = (max if call.together else sum)(section.limits[1] for section in own)
         assert whole + gpu_check.CLOSING[1] <= call.seconds[1]
     # what must not be missing comes before what may
@@ -152,39 +126,13 @@ def test_an_archive_is_small_enough(tmp_path, monkeypatch):
     """The largest files are left out, and named."""
     monkeypatch.setattr(gpu_check, "MOST_BYTES", 300_000)
     (tmp_path / "gpu_check" / "deeper").mkdir(parents=True)
-    files = {"races.json": 10_000, "gpu_check/tests.log": 200_000, "gpu_check/pgd.log": 500_000, "weights.bin": 10}
+    files = {"races.json": 10_000, "gpu_check/tests.log": 200_000, "gpu_check/pgd.log": 1_300_000, "weights.bin": 10}
     for name, size in (files | {"gpu_check/deeper/rows.json": 10}).items():
         (tmp_path / name).write_bytes(os.urandom(size))
     path, left_out = gpu_check.pack(tmp_path, "measured")
     assert path.stat().st_size < 300_000 and left_out == ["gpu_check/pgd.log"]
     with tarfile.open(path) as archive:
         assert set(archive.getnames()) == {f"{tmp_path.name}/{name}" for name in ("races.json", "gpu_check/tests.log")}
-
-
-#: The second of three tests waits for a file, and says which process it is in.
-WAITING = """
-import os, sys, time
-from pathlib import Path
-
-def test_one():
-    pass
-
-def test_two():
-    here = Path(__file__).parent
-    (here / "pid.new").write_text(str(os.getpid()))
-    (here / "pid.new").rename(here / "pid")
-    while not (here / "go").exists():
-        time.sleep(0.01)
-
-def test_three():
-    pass
-"""
-#: Their outcomes are written as those of tests/gpu are.
-OUTCOMES = f"""
-import runpy
-made = runpy.run_path({str(ROOT / "tests" / "gpu" / "conftest.py")!r})
-globals().update((name, value) for name, value in made.items() if name.startswith("pytest_"))
-"""
 
 
 def alive(pid: int) -> bool:
@@ -195,57 +143,6 @@ def alive(pid: int) -> bool:
     # the system keeps a process that has ended until its parent asks for its status
     stat = Path(f"/proc/{pid}/stat")
     return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] != "Z"
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
-@pytest.mark.parametrize("section", ["captures", "tests"])
-def test_what_is_killed_goes_on_where_it_was(section, tmp_path, monkeypatch, forking):
-    """Killed in its second row or test: nothing of it lives on, and nothing is done twice."""
-    out, place = tmp_path / "out", tmp_path / "tests"
-    place.mkdir()
-    (place / "test_waiting.py").write_text(WAITING)
-    (place / "conftest.py").write_text(OUTCOMES)
-    monkeypatch.setattr(gpu_sections, "TESTS", (str(place),))
-    for call, it in gpu_check.CALLS.items():
-        monkeypatch.setitem(gpu_check.CALLS, call, it._replace(seconds=(1900, 1900)))
-
-    def work(context):
-        made = runpy.run_path(str(place / "test_waiting.py"))
-        parts = {name: lambda run=run: run() or [{"of": 3}] for name, run in made.items() if name.startswith("test_")}
-        return gpu_sections.measured(context, "capture_cost.csv", parts)
-
-    long = (900.0, 900.0)
-    sections = {"captures": gpu_sections.Section("measured", work, long, 1.0, ("capture_cost.csv",))}
-    sections["tests"] = replace(gpu_sections.SECTIONS["tests"], limits=long)
-    monkeypatch.setitem(gpu_sections.SECTIONS, section, sections[section])
-
-    def lines() -> list[str]:
-        found = {"captures": out / "capture_cost.csv", "tests": out / "gpu_check" / "tests.outcomes"}[section]
-        return [line for line in found.read_text().splitlines() if not line.startswith("part,")]
-
-    def run() -> int:
-        return check("--rehearse", "--out", str(out), "--only", section)
-
-    child = os.fork()
-    if child == 0:
-        try:
-            run()
-        finally:
-            os._exit(0)
-    until(lambda: (place / "pid").exists() or os.waitpid(child, os.WNOHANG)[0] == child)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    pid = int((place / "pid").read_text())
-    until(lambda: not alive(pid))
-    before = lines()
-    assert len(before) == 1 and states(out) == {}
-    (place / "go").touch()
-    assert run() == 0
-    assert lines()[:1] == before and len(set(lines())) == len(lines()) == 3
-    assert states(out) == {section: "passed"}
-    summary = json.loads((out / "gpu_check" / f"{section}.json").read_text())["summary"]
-    assert summary.startswith({"captures": "3 of 3 parts measured", "tests": "3 passed, 0 failed"}[section])
 
 
 #: The tools of a run with every op wait for each other, because they run side by side.
@@ -288,24 +185,6 @@ def test_what_the_sanitizer_says_is_read(errors, hazards, state, tmp_path, monke
 def rehearsal(tmp_path):
     (tmp_path / "gpu_check" / "standard").mkdir(parents=True)
     return gpu_sections.Context(tmp_path, CPU, True, 600.0)
-
-
-def test_autoattack_is_compared_with_our_attacks(rehearsal, monkeypatch):
-    """What its contestant returns are the shares of wrong predictions, one an image."""
-    pytest.importorskip("pyautoattack", reason="no such package")
-    left = np.array([True, False, True, False])
-    np.savez(rehearsal.out / "gpu_check" / "standard" / "off.npz", clean=np.ones(4, bool), worst=left)
-    found = torch.tensor([0.0, 1.0, 1.0, 0.0])
-    monkeypatch.setattr(gpu_sections.contests, "official", lambda _: lambda subject, amount: found)
-    outcome = gpu_sections.autoattack(rehearsal)
-    assert outcome.state == "passed", outcome
-    (row,) = sheets.read_csv(rehearsal.out / gpu_sections.OFFICIAL)
-    assert (row["robust"], row["images"], row["other_than_off"]) == ("2", "4", "2")
-    monkeypatch.undo()
-    for package in ("pyautoattack", "autoattack"):
-        monkeypatch.setitem(sys.modules, package, None)
-    outcome = gpu_sections.autoattack(rehearsal)
-    assert outcome.state == "not available" and "purify-fast[eval]" in outcome.summary
 
 
 FORMS = [name for name in pgd_forms.forms(1) if "compile" not in name]
@@ -383,15 +262,14 @@ def test_limits_are_rates_of_random_data(tmp_path):
     data = limits.operands(CPU, 64, 64)
     assert data.dtype == torch.bfloat16 and data.unique().numel() > 100
     rows = limits.run(CPU, True, tmp_path)
-    for row in rows:
-        assert 0 < float(row["p20"]) <= float(row["median"]) <= float(row["p80"])
+    assert all(float(row["median"]) > 0 for row in rows)
     found = limits.read(tmp_path)
     name = timing.environment(CPU)["device"]
     assert found == {(name, row["limit"]): float(row["median"]) for row in rows}
 
 
 @pytest.mark.skipif(not _library.loaded(), reason="the CPU's kernels are the extension's")
-def test_the_races_end_in_a_file_that_could_ship_and_in_a_chapter(tmp_path, monkeypatch, capsys):
+def test_the_races_end_in_a_file_that_could_ship(tmp_path, monkeypatch):
     """The races of one op rehearsed: nothing outside of the folder is written."""
     monkeypatch.setenv("PURIFY_FAST_CACHE", str(tmp_path / "cache"))
     kept = {name: op for name, op in REGISTRY.items() if name == "noisy_replay"}
@@ -411,10 +289,5 @@ def test_the_races_end_in_a_file_that_could_ship_and_in_a_chapter(tmp_path, monk
     assert change == {"op": "noisy_replay", "call": f"eager {call.cell}", **served}
     raced = json.loads((out / "raced.json").read_text())["ops"]["noisy_replay"]["rows"]
     assert raced and all(row["reference_us"] > 0 < row["kernel_us"] for row in raced)
-    before = {path: path.read_bytes() for path in (ROOT / "docs/performance.md", ROOT / "purify_fast/ops/races.json")}
-    assert gpu_check.conclude(tmp_path, True) == []
-    assert [path.name for path in gpu_check.conclude(out, True)] == ["chapter.md", "races.json"]
-    assert "| noisy_replay |" in (out / "chapter.md").read_text()
-    (shipped,) = json.loads((out / "races.json").read_text())
+    shipped = shipping.shipped(out)
     assert set(shipped["ops"]) == {"noisy_replay"} and "rows" not in shipped["ops"]["noisy_replay"]
-    assert {path: path.read_bytes() for path in before} == before

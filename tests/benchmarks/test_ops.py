@@ -1,6 +1,5 @@
 """The benchmark runs, its reports say what its rows say, and the defaults of the ops are its committed verdict."""
 
-import importlib
 import json
 import math
 from pathlib import Path
@@ -9,9 +8,8 @@ import pytest
 import torch
 
 from benchmarks import __main__ as program
-from benchmarks.pages import fill
-from benchmarks.speed import ops, sheets, shipping, timing
-from benchmarks.speed.ops import registry
+from benchmarks.speed import running, sheets, shipping, timing
+from benchmarks.speed.op_cases import registry
 from purify_fast import _library
 from purify_fast.ops import REGISTRY
 from purify_fast.ops.dispatch import races, records
@@ -64,7 +62,7 @@ def test_a_wrong_result_has_no_number():
 def test_a_wrong_contestant_is_not_timed(monkeypatch):
     case = registry()["pgd_step"]()[0]
     monkeypatch.setattr(timing, "agree", lambda actual, expected, *_: actual is expected)
-    made = timing.measure("pgd_step", case, "forward", "eager", CPU, timing.QUICK)
+    made = timing.measure("pgd_step", case, "forward", "eager", timing.QUICK)
     assert made["eager_us"] and not made["ours_us"] and not made["ratio"] and made["verdict"] == "wrong"
 
 
@@ -72,7 +70,9 @@ def test_a_wrong_contestant_is_not_timed(monkeypatch):
 @needs_extension
 def test_quick_run_writes_rows_and_tables(tmp_path, capsys, monkeypatch):
     # compiling is what takes time
-    monkeypatch.setattr(importlib.import_module("benchmarks.speed.ops.pgd_step"), "KINDS", ops.kinds("linf", "l2")[::2])
+    every = registry()
+    few = every | {"pgd_step": lambda: [case for case in every["pgd_step"]() if case.variant != "l1"]}
+    monkeypatch.setattr(running, "registry", lambda: few)
     program.main(["ops", "pgd_step", "--quick", "--out", str(tmp_path)])
     assert "| pgd_step | forward | " in capsys.readouterr().out
     rows = sheets.read_csv(tmp_path / sheets.ROWS)
@@ -96,12 +96,9 @@ def test_every_op_with_a_kernel_is_measured():
     everything = {name for name in REGISTRY if not name.endswith("_backward")}
     # three kernels of one function, which the pipeline atop_finetune measures
     everything -= {"convolution", "convolution_input_gradient", "convolution_weight_gradient"}
-    assert set(registry("cuda")) == everything
-    # these have kernels on a GPU alone
-    assert set(registry("cpu")) == everything - {"decode_samples", "square_proposal"}
-    for cases in (*registry("cpu").values(), *registry("cuda").values()):
-        for case in cases():
-            assert set(case.directions) <= set(case.moved)
+    # these have kernels on a GPU alone, which `purify-fast tune` races
+    assert set(registry()) == everything - {"decode_samples", "square_proposal"}
+    assert all(set(case.directions) <= set(case.moved) for cases in registry().values() for case in cases())
 
 
 def test_committed_results_are_complete():
@@ -159,27 +156,6 @@ def test_only_races_of_this_machine_are_taken(tmp_path, monkeypatch):
     path = shipping.take(CPU, tmp_path / "results")
     assert json.loads(path.read_text())["ops"]["philox"]["cells"][""]["eager"] == "cpp"
     records.forget()
-
-
-def test_races_of_another_machine_are_taken_from_its_file(tmp_path, monkeypatch, capsys):
-    """They go into its folder of results, without the ops that are left out."""
-    cells, file = {"": {"eager": "triton"}}, tmp_path / "from afar.json"
-    raced = {"machine": {"kind": "cuda", "device": "NVIDIA H0 (1 GB)"}, "date": "2026-02-03"}
-    raced["ops"] = {op: {"cells": cells, "rows": []} for op in ("philox", "stitch")}
-    file.write_text(json.dumps(raced))
-    published: list[int] = []
-    monkeypatch.setattr(fill, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(fill, "publish", lambda: published.append(1))
-    program.main(["ship", "--file", str(file), "--without", "stitch"])
-    path = tmp_path / "results" / "nvidia-h0-1-gb" / shipping.FILE
-    assert json.loads(path.read_text()) == {**raced, "ops": {"philox": raced["ops"]["philox"]}}
-    assert str(path) in capsys.readouterr().out and published == [1]
-    # a race that was killed has rows, but no choices
-    unfinished = {**raced, "ops": {"philox": {"rows": []}}}
-    file.write_text(json.dumps(unfinished))
-    with pytest.raises(ValueError, match=r"file must be a raced.json with finished races, got '.*from afar.json'"):
-        program.main(["ship", "--file", str(file)])
-    assert published == [1]
 
 
 @needs_extension

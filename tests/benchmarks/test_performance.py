@@ -3,7 +3,7 @@
 from benchmarks.gpu import gpu_sections
 from benchmarks.pages import gpu_tables, performance
 from benchmarks.speed import limits, sheets
-from benchmarks.speed.ops import registry
+from benchmarks.speed.op_cases import registry
 from purify_fast.ops.dispatch.examples import tensors
 
 

@@ -49,7 +49,7 @@ def test_needs_come_first_a_failure_is_named_and_a_second_run_goes_on(tmp_path, 
 def test_the_jobs_of_a_study_have_their_own_folders_and_all_that_they_need(name, tmp_path):
     jobs = run_study.STUDIES[name].jobs_of(chosen(name))
     assert len({job.folder(tmp_path) for job in jobs}) == len(jobs) > 0
-    needs = {(job.name, job.seed): job.needed() for job in jobs}
+    needs = {(job.name, job.seed): [(need, job.seed) for need in job.needs] for job in jobs}
     assert {*TopologicalSorter(needs).static_order()} == needs.keys()
 
 

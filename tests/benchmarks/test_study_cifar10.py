@@ -12,26 +12,20 @@ from torch.nn import functional as F
 from benchmarks import RESULTS
 from benchmarks.pages import fill
 from benchmarks.robustness import studies
-from benchmarks.robustness.studies import RESULT, Job, cifar10
-from benchmarks.robustness.studies.cifar10 import candidates, models, picture
+from benchmarks.robustness.studies import RESULT, cifar10
+from benchmarks.robustness.studies.cifar10 import models
 from benchmarks.robustness.studies.cifar10 import study as names
 from purify_fast.defences.stochastic import with_samples
 from purify_fast.evaluation import Report
 from purify_fast.evaluation.results.rows import Row
-from purify_fast.methods.carso import Carso, CarsoConfig
+from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.methods.carso.task import as_trained
 from purify_fast.models import build_classifier
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import Batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-BUDGET = replace(names.budget_of("quick"), judging=names.Judging(clean=20, fast=4, strong=3, held_out=10), seeds=2)
-
-
-@pytest.fixture(autouse=True)
-def quick_pictures(monkeypatch):
-    """Names in them may cover each other."""
-    monkeypatch.setattr(picture, "ROUNDS", 5)
+BUDGET = replace(names.budget_of("quick"), judging=names.Judging(clean=20, fast=4, strong=3), seeds=2)
 
 
 def fact(root, name, seed=0, **facts):
@@ -46,15 +40,10 @@ def test_every_need_comes_before_what_needs_it_and_every_row_is_judged():
     # the order of a single worker: the first job whose needs are finished comes next
     order, waiting = list[tuple[str, int]](), list(jobs)
     while waiting:
-        job = next(job for job in waiting if {*job.needed()} <= {*order})
+        job = next(job for job in waiting if {(need, job.seed) for need in job.needs} <= {*order})
         order.append((job.name, job.seed))
         waiting.remove(job)
-    # the second seed takes what the first one's search chose
-    again = next(job for job in jobs if (job.name, job.seed) == (names.ARREST_EMA, 1))
-    assert (names.search_name(5.0, 30.0), 0) in again.needed()
-    again = next(job for job in jobs if (job.name, job.seed) == (names.BEST, 1))
-    assert {(names.tried_name(name), 0) for name in candidates.CANDIDATES} < set(again.needed())
-    wanted = [*names.rows(BUDGET), names.BEST]
+    wanted = names.rows(BUDGET)
     rows_of = {("fast", 0): wanted, ("fast", 1): names.COMPARED, ("strong", 0): wanted}
     for (protocol, seed), rows in rows_of.items():
         assert all((names.judged_name(row, protocol), seed) in order for row in rows)
@@ -71,36 +60,6 @@ def test_a_training_stays_the_same_job_when_more_images_are_judged():
         for listed in (cifar10.jobs("x", BUDGET), cifar10.jobs("y", more, "cuda"))
     ]
     assert asked[0] == asked[1]
-
-
-def test_lambda_and_phi_are_chosen_on_held_out_images_with_the_first_seed(tmp_path):
-    training = SimpleNamespace(weights=(1.0, 5.0), angles=(10.0, 30.0))
-    for pair, accuracy in {(1, 10): 0.3, (1, 30): 0.4, (5, 10): 0.5, (5, 30): 0.2}.items():
-        fact(tmp_path, names.search_name(*pair), validation_accuracy=accuracy)
-    for seed in (0, 1):
-        job = Job(names.ARREST_EMA, seed, cifar10.judge, settings={"budget": training})
-        assert models.chosen(job, tmp_path) == (5.0, 10.0)
-
-
-def test_the_best_candidate_is_chosen_on_images_that_no_model_was_trained_on(tmp_path, monkeypatch):
-    x = torch.arange(100, dtype=torch.uint8).view(100, 1, 1, 1)
-    whole = models.data.DataSet(x, torch.arange(100), x[:2], torch.arange(2), name="cifar10", num_classes=10)
-    monkeypatch.setattr(models.data, "load_dataset", lambda *_: whole)
-    settings = {"data": "x", "device": "cpu", "budget": BUDGET.training}
-    job = Job(names.judged_name(names.BEST, "fast"), 0, cifar10.judge, settings=settings)
-    assert models.images_of(job).y_train.tolist() == list(range(64))
-    assert models.held_out(job, 10)[1].tolist() == list(range(64, 74))
-    # references are tried as well, and are no candidates
-    for name in (names.BASE, names.CARSO_PIPELINE):
-        fact(tmp_path, names.tried_name(name), clean=0.9, tried={"share": 0.9})
-    first, second = candidates.CANDIDATES
-    # a number that cannot be believed does not count; of two that are equally robust, the more accurate one is taken
-    for first_found in ({"share": 0.6, "reliable": False}, {"share": 0.5, "reliable": True}):
-        fact(tmp_path, names.tried_name(first), clean=0.1, tried=first_found)
-        fact(tmp_path, names.tried_name(second), clean=0.2, tried={"share": 0.5, "reliable": True})
-        # with another seed the same one is trained
-        assert models.best(job, tmp_path) == models.best(replace(job, seed=1), tmp_path) == second
-    assert names.trained_as(second, 1) == names.BEST and names.trained_as(second, 0) == second
 
 
 def test_the_cost_of_a_training_step_is_counted_where_the_images_are():
@@ -142,17 +101,16 @@ def test_trades_is_its_formula():
     model = build_classifier("small_cnn", (3, 8, 8), 10, width=2)
     sharpened([model.head.weight, model.hidden.weight], 10)
     config = replace(models.adversarial(BUDGET.training), ema_decay=0.0, precision="float32")
-    task, batch = candidates.TradesTask(model, config, (3, 8, 8)), batch_of(8)
+    task, batch = models.TradesTask(model, config, (3, 8, 8)), batch_of(8)
     loss, metrics = task.training_step(batch)
     divergence = divergence_of(model(batch.x).log_softmax(1), model(task.inputs(batch, [])[0]).log_softmax(1))
-    expected = F.cross_entropy(model(batch.x), batch.y) + candidates.BETA * divergence
+    expected = F.cross_entropy(model(batch.x), batch.y) + models.BETA * divergence
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
     assert divergence > 0 and metrics["divergence"].item() == pytest.approx(divergence.item(), rel=1e-3)
 
 
-@pytest.mark.parametrize("loss", ["trades", "distilled"])
-def test_candidates_minimize_what_they_say(loss):
-    """The loss again, from the defence's predictions of the batch and of its attacked form."""
+def test_a_distilled_purifier_learns_the_probabilities_of_the_base():
+    """The loss again, from the base's predictions of the batch and the defence's of its attacked form."""
     torch.manual_seed(0)
     base = build_classifier("small_cnn", (3, 16, 16), 10, width=4)
     sharpened([base.head.weight], 30)
@@ -160,23 +118,28 @@ def test_candidates_minimize_what_they_say(loss):
     # a fresh purifier hardly looks at its image
     named = defence.named_parameters()
     sharpened([p for name, p in named if not name.startswith("classifier.") and p.dim() > 1], 10)
-    config = CarsoConfig(attack_target="pipeline", attack=models.attack_of(BUDGET.training))
-    if loss == "distilled":
-        config = replace(config, targets="classifier", reconstruction_weight=0.0)
-    task, batch = candidates.CandidateTask(defence, config, "scratch", loss), batch_of(16)
+    attack = models.attack_of(BUDGET.training)
+    config = CarsoConfig(attack_target="pipeline", attack=attack, targets="classifier", reconstruction_weight=0.0)
+    batch = batch_of(16)
     # latents are drawn by seeds from torch's generator
     torch.manual_seed(1)
-    minimized, metrics = task.training_step(batch)
+    minimized, metrics = CarsoTask(defence, config).training_step(batch)
     torch.manual_seed(1)
     defence = with_samples(defence, config.train_samples)
     with as_trained(defence, batch):
-        moved = defence.sample_logits(config.attack.run(defence, batch))[:, 0].log_softmax(1)
-        wanted = (defence.sample_logits(batch.x)[:, 0] if loss == "trades" else base(batch.x)).log_softmax(1)
-    expected = divergence = divergence_of(wanted, moved)
-    if loss == "trades":
-        expected = F.nll_loss(wanted, batch.y) + candidates.BETA * divergence
-    assert divergence > 1e-6 and minimized.item() == pytest.approx(expected.item(), rel=5e-3)
+        moved = defence.sample_logits(attack.run(defence, batch))[:, 0].log_softmax(1)
+        divergence = divergence_of(base(batch.x).log_softmax(1), moved)
+    assert divergence > 1e-6 and minimized.item() == pytest.approx(divergence.item(), rel=5e-3)
     assert metrics["divergence"].item() == pytest.approx(divergence.item(), rel=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("clean", "robust", "total", "nrr"),
+    [(90.24, 50.20, "140.4", "64.5"), (73.05, 24.32, "97.4", "36.5"), (0, 0, "0.0", "0.0"), (95, 0, "95.0", "0.0")],
+)
+def test_sum_and_nrr(clean, robust, total, nrr):
+    """The first two as ARREST published them: its specification's fact 11."""
+    assert cifar10.tradeoff(clean / 100, robust / 100) == f"{total} | {nrr}"
 
 
 def row(model, attack, robust, kind):
@@ -186,51 +149,36 @@ def row(model, attack, robust, kind):
     return Row(model=model, attack=attack, kind=kind, variant="random", robust=robust, **more)
 
 
-def judged(root, name, number, seed=0, row_name=None):
-    """The files that judging a model leaves; its row may have another name."""
+def judged(root, name, number, seed=0):
+    """The files that judging a model leaves."""
     robust = [1, 1, number % 2, 0]
-    lowest = {"share": sum(robust) / 4, "images": 4, "reliable": name != names.CARSO}
     clean = 0.9 - number / 100
     rows = [row(name, "clean", [1, 1, 1, 1], "clean"), row(name, "APGD", robust, "apgd")]
     for protocol in BUDGET.judging.protocols(seed):
         last = robust if protocol == "fast" else [1, 0, 0]
         worst = replace(row(name, "worst", last, "worst"), reliable=name != names.CARSO)
         report = Report([*rows, worst], [], {"threat": "L-inf 8/255"})
-        job = names.judged_name(row_name or name, protocol)
-        folder = fact(root, job, seed, model=name, clean=clean, **{protocol: lowest})
+        folder = fact(root, names.judged_name(name, protocol), seed, clean=clean)
         (folder / "report.json").write_text(report.to_json())
 
 
 COSTS = {"parameters": 7e5, "inference_gflop": 0.07, "training_gflop": 1.5}
 
 
-def trained(root, name, seed=0, **more):
-    """Write the files of a training that has ended."""
-    fact(root, name, seed, **COSTS, **more)
-
-
 def test_the_table_is_what_the_jobs_found(tmp_path):
     root, results = tmp_path / "runs", tmp_path / "results" / "studies"
     for number, name in enumerate(names.rows(BUDGET)):
-        trained(root, name, weight=5.0, angle=10.0)
+        fact(root, name, **COSTS)
         judged(root, name, number)
-    best = next(iter(candidates.CANDIDATES))
     for name in names.COMPARED:
-        trained(root, name, 1, weight=5.0, angle=10.0)
-        judged(root, best if name == names.BEST else name, 1, seed=1, row_name=name)
-    for name in names.TRIED:
-        fact(root, names.tried_name(name), clean=0.7, tried={"share": 0.3, "reliable": name == names.BASE})
-    trained(root, best)
-    judged(root, best, 0, row_name=names.BEST)
+        fact(root, name, 1, **COSTS)
+        judged(root, name, 1, seed=1)
     page = cifar10.write(root, results, BUDGET).read_text()
     assert "Trained with seed 1:" in page and page.count("- `CARSO pipeline` minus `PGD-AT`, under `fast`: ") == 2
     assert "| PGD-AT | 89.0 ± 7.0 | 75.0 ± 21.7 | 33.3 ± 27.2 |" in page
-    assert "reference: no purifier | 70.0 ± 14.5 | 30.0 ± 26.5 |" in page
-    assert "| 70.0 ± 14.5 | 30.0 ± 26.5 **unreliable** |" in page
     # pages quote single numbers; of two seeds the mean
     for key, number in {"clean": 89.0, "strong": 100 / 3}.items():
         assert fill.value("cifar10", names.BASE, key, tmp_path / "results") == f"{number:.1f}"
-    assert (results / "cifar10" / "tradeoff.png").is_file()
 
 
 def test_the_committed_table_is_that_of_the_committed_numbers(tmp_path):
@@ -239,9 +187,9 @@ def test_the_committed_table_is_that_of_the_committed_numbers(tmp_path):
     reports = {}
     for seed, name in enumerate(("report.json", "report-1.json")):
         rows = Report.from_json((folder / "cifar10" / name).read_text()).rows
-        for (row_name, of), line in lines.items():
-            if of == seed and "model" in line:
-                own = [row for row in rows if row.model == line["model"]]
+        for row_name, of in lines:
+            if of == seed:
+                own = [row for row in rows if row.model == row_name]
                 reports[row_name, seed] = Report(own, about={"threat": "L-inf 8/255"})
     page = cifar10.write_table(tmp_path, cifar10.Results(lines, reports), names.budget_of("default"))
     assert page.read_text() == (folder / "cifar10.md").read_text()

@@ -2,12 +2,11 @@
 
 With PURIFY_FAST_TEST_SECONDS, tests that would start later than that are skipped, and say so. PURIFY_FAST_TEST_STRIDE=N
 runs every N-th case of each test. With PURIFY_FAST_TEST_OUTCOMES, what becomes of each test is appended to that file as
-a line of JSON. A run that was killed goes on where it was: tests that passed, by the file, are not run again.
+a line of JSON.
 """
 
 import json
 import os
-import shutil
 import sys
 import time
 from collections import Counter
@@ -44,12 +43,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         cases[name] += 1
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
-    known = Path(f"{OUTCOMES}.known")
-    if OUTCOMES and known.exists():
-        lines = map(json.loads, known.read_text(encoding="utf-8").splitlines())
-        passed = {line["test"] for line in lines if line["outcome"] == "passed"}
-        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in passed])
-        items[:] = [item for item in items if item.nodeid not in passed]
 
 
 class Outcomes:
@@ -67,7 +60,4 @@ def pytest_configure(config: pytest.Config) -> None:
     # with xdist the process that collects all reports writes, and no worker does; the environment does not tell them
     # apart, since a test of this run may itself be run by a worker
     if OUTCOMES and not hasattr(config, "workerinput"):
-        if os.path.exists(OUTCOMES):
-            # a worker that is begun later than others must leave out the same tests
-            shutil.copyfile(OUTCOMES, f"{OUTCOMES}.known")
         config.pluginmanager.register(Outcomes())

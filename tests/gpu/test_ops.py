@@ -6,7 +6,7 @@ from on_device import DEVICE
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.speed.ops import Case, registry
+from benchmarks.speed.op_cases import Case, registry
 from purify_fast import _library
 from purify_fast.ops import REGISTRY, use_backend
 from purify_fast.ops.dispatch import examples

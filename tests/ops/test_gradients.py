@@ -7,27 +7,53 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.speed.ops import Case, normal, registry
+from benchmarks.speed.op_cases import Case, normal, registry
 from purify_fast import ops
+from purify_fast.methods.carso.networks import Decoder, published_decoder
 from purify_fast.ops import REGISTRY
 from purify_fast.ops.dispatch.registry import Op
+from purify_fast.speed.decoding import PackedDecoder
 
-#: An op that is not registered under the name of its function, and that has no benchmark of its own.
-CONVOLUTION = Case(
-    lambda: (normal(2, 8, 6, 6, dtype=torch.float32), normal(4, 8, 3, 3, dtype=torch.float32)),
-    lambda x, weight: ops.conv2d(x.bfloat16(), weight.bfloat16(), None, padding=1),
-    {},
-)
+SIZES = (3, 32, 32), 512, 128
+
+
+def decoded(condition: Tensor, seed: Tensor, ids: Tensor) -> Tensor:
+    """Eight samples of each image, by the decoder of the CARSO paper with the same random weights in every call."""
+    image, width, latent = SIZES
+    torch.manual_seed(0)
+    decoder = PackedDecoder(Decoder(latent, width, image, *published_decoder(image)).eval())
+    return decoder(condition, seed, ids, 8, channels_last=True, dtype=torch.bfloat16)
+
+
+#: Ops whose benchmark is no measurement of a single op on a CPU.
+OTHERS = {
+    "convolution": Case(
+        lambda: (normal(2, 8, 6, 6, dtype=torch.float32), normal(4, 8, 3, 3, dtype=torch.float32)),
+        lambda x, weight: ops.conv2d(x.bfloat16(), weight.bfloat16(), None, padding=1),
+        {},
+    ),
+    "decode_samples": Case(
+        lambda: (normal(8, SIZES[1], dtype=torch.float32), torch.tensor([7]), torch.arange(8)),
+        decoded,
+        {},
+        dtype=torch.bfloat16,
+    ),
+    "square_proposal": Case(
+        lambda: tuple(torch.rand(shape) for shape in ((16, 3, 32, 32), (16, 3, 32, 32), (16, 2, 8))),
+        lambda x, nat, numbers: ops.square_proposal(x, nat, 8 / 255, numbers, 5, "linf", 0.0, 1.0),
+        {},
+    ),
+}
 #: The gradients of a fused layer, whose benchmarks are large, have tests of their own.
 PUBLIC = [name for name in REGISTRY if not name.endswith(("_backward", "_gradient"))]
 
 
 def smallest(name: str) -> Case:
     """The smallest input of an op's benchmark."""
-    if name == "convolution":
-        return CONVOLUTION
-    found = (registry("cuda") | registry("cpu")).get(name)
-    assert found is not None, f"{name} is not in benchmarks/speed/ops/__init__.py"
+    if name in OTHERS:
+        return OTHERS[name]
+    found = registry().get(name)
+    assert found is not None, f"{name} is not in benchmarks/speed/op_cases.py"
     case = min(found(), key=lambda case: math.prod(case.shape))
     # its benchmark races what one writes without the op, where no kernel serves
     return replace(case, call=ops.representation_distance) if name == "representation_distance" else case

@@ -1,7 +1,7 @@
 """Run ``python -m benchmarks broken``: several judges evaluate broken defences and robust models.
 
-A judge is AutoAttack, a protocol of this package, an adaptive attack, or the indicators of Pintor et al. A result is
-saved as soon as it is computed, with hashes of its code, and computed again if they have changed.
+A judge is AutoAttack, a protocol of this package, or an adaptive attack. A result is saved as soon as it is computed,
+with hashes of its code, and computed again if they have changed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ... import kept, options
 from ...kept import Row, put, rows_of
 from ...speed.running import Budget
 from .. import revisions
-from . import adaptive, pintor
+from . import adaptive
 from . import honest as _honest  # noqa: F401
 from . import mistakes as _mistakes  # noqa: F401
 from .entry import ENTRIES as ENTRIES
@@ -39,9 +39,8 @@ from .entry import Entry
 
 FILE = "broken.json"
 ADAPTIVE, OFFICIAL, STANDARD, STRONG = "adaptive", "AutoAttack", "standard", "strong"
-PINTOR = "indicators"
 #: The judges, in the order in which they evaluate a model.
-JUDGES = (ADAPTIVE, STANDARD, OFFICIAL, PINTOR, STRONG)
+JUDGES = (ADAPTIVE, STANDARD, OFFICIAL, STRONG)
 #: The judges that are compared with the adaptive attack.
 ATTACKERS = (OFFICIAL, STANDARD, STRONG)
 #: The number of steps of an attack that does not set a number itself.
@@ -132,8 +131,7 @@ def markdown(results: Sequence[Result]) -> list[str]:
     says = [f"{judge} says" for judge in (STANDARD, STRONG)]
     lines = markdown_table(["defence", "adaptive attack", "published, %", *head, *says], body)
     lines += _score(broken)
-    lines += ["", "The number of models that each method flags, and the models that only this method flags:"]
-    lines += ["", *_who_notices(every)]
+    lines += ["", _signs(every)]
     for title, honest, why in (("honest model", True, []), ("model with a fault", False, ["why"])):
         rows = [
             [name, *_numbers(each), *([ENTRIES[name].why] if why else [])]
@@ -145,24 +143,20 @@ def markdown(results: Sequence[Result]) -> list[str]:
     return lines
 
 
-#: The methods that detect failed attacks, with their names in tables.
-WAYS = {STANDARD: "signs of `standard`", PINTOR: "indicators (Pintor et al.)"}
-
-
-def _who_notices(every: dict[str, dict[str, Result]]) -> list[str]:
-    """Return a table that compares the methods that detect failed attacks, by the models that each method flags."""
-    asked = {judge: {name for name, each in every.items() if judge in each} for judge in WAYS}
-    flagged = {judge: {name for name in names if every[name][judge]["unreliable"]} for judge, names in asked.items()}
-    kinds = {name: (ENTRIES[name].paper, ENTRIES[name].honest, ENTRIES[name].why) for name in every}
-    defences, *others = ({name for name, kind in kinds.items() if kind[i]} for i in range(3))
-    groups = [defences, {name for name in defences if (overestimated(every[name], OFFICIAL) or 0) > CLOSE}, *others]
-    body = []
-    for judge, words in WAYS.items():
-        counts = [f"{len(flagged[judge] & group)} of {len(asked[judge] & group)}" for group in groups]
-        elsewhere = set[str]().union(*(names for other, names in flagged.items() if other != judge))
-        body.append([words, *counts, "; ".join(name for name in every if name in flagged[judge] - elsewhere) or "-"])
-    heads = ["defences", "defences that AutoAttack overestimates", "honest models", "models with a fault"]
-    return markdown_table(["method", *heads, "only by this method"], body)
+def _signs(every: dict[str, dict[str, Result]]) -> str:
+    """Return a sentence that counts the models that the signs of the protocol ``standard`` flag."""
+    judged = {name: bool(each[STANDARD]["unreliable"]) for name, each in every.items() if STANDARD in each}
+    broken = [name for name in judged if ENTRIES[name].paper]
+    groups = {
+        "defences": broken,
+        "defences that AutoAttack overestimates": [
+            n for n in broken if (overestimated(every[n], OFFICIAL) or 0) > CLOSE
+        ],
+        "honest models": [name for name in judged if ENTRIES[name].honest],
+        "models with a fault": [name for name in judged if ENTRIES[name].why],
+    }
+    counts = [f"{sum(judged[name] for name in names)} of {len(names)} {kind}" for kind, names in groups.items()]
+    return f"The signs of `standard` flag {', '.join(counts[:-1])}, and {counts[-1]}."
 
 
 def table(results: Path) -> list[str]:
@@ -188,22 +182,9 @@ def built(name: str, data: str) -> tuple[tuple[nn.Module, ...], Tensor, Tensor]:
 
 
 def judged(name: str, judge: str, settings: dict[str, int], data: str) -> Result:
-    """Let a judge evaluate a model, and return the result."""
+    """Let a judge evaluate a model. The result has the robust images, and the signs of a failed attack."""
     entry, (models, x, y) = ENTRIES[name], built(name, data)
-    n, begin = settings["images"], time.process_time()
-    result: Result = {"model": name, "judge": judge, "settings": settings}
-    if judge == PINTOR:
-        n = min(n, pintor.IMAGES)
-        found = pintor.indicators(models[0], x[:n], y[:n], entry.eps)
-        result |= {"indicators": found, "unreliable": pintor.fired(found)}
-    else:
-        result |= _attacked(name, judge, settings, data)
-    return result | {"code": code(name, judge), "cpu_seconds": round(time.process_time() - begin, 1)}
-
-
-def _attacked(name: str, judge: str, settings: dict[str, int], data: str) -> Result:
-    """Evaluate a model. Return its clean accuracy, the robust images, and the signs of a failed attack."""
-    entry, (models, x, y) = ENTRIES[name], built(name, data)
+    begin = time.process_time()
     steps, n = settings["steps"], settings["images"]
     shared = EvaluateConfig(steps=steps, max_forward_batch=1000)
     config, how = shared, dict[str, Any]()
@@ -221,9 +202,14 @@ def _attacked(name: str, judge: str, settings: dict[str, int], data: str) -> Res
     report = evaluate(models[0], x[:n], y[:n], eps=entry.eps, config=config, progress=False, **how)
     flags = [one.alarm for one in report.findings if one.beside_headline]
     return {
+        "model": name,
+        "judge": judge,
+        "settings": settings,
         "clean": report.row("clean").accuracy,
         "robust": "".join("01"[bool(image)] for image in report.headline.robust),
         "unreliable": flags if config.protocol is not None else [],
+        "code": code(name, judge),
+        "cpu_seconds": round(time.process_time() - begin, 1),
     }
 
 
@@ -249,9 +235,8 @@ SOURCES = ("defences.py", "entry.py", "honest.py", "mistakes.py")
 def code(name: str, judge: str) -> dict[str, str]:
     """Return short hashes of the code that makes a result."""
     entry = ENTRIES[name]
-    # The indicators do not evaluate the model.
-    rule = [] if judge == PINTOR else revisions.of_rule(entry.random)
-    return {"model": _of_models(), "judge": _short("\n".join([f"{REVISION}", *_of_judge(entry, judge), *rule]))}
+    words = [f"{REVISION}", *_of_judge(entry, judge), *revisions.of_rule(entry.random)]
+    return {"model": _of_models(), "judge": _short("\n".join(words))}
 
 
 def _short(text: str) -> str:
@@ -259,8 +244,6 @@ def _short(text: str) -> str:
 
 
 def _of_judge(entry: Entry, judge: str) -> list[str]:
-    if judge == PINTOR:
-        return [f"indicators {pintor.REVISION}"]
     if judge == OFFICIAL:
         spec = AttackSpec(AutoAttack(version="rand" if entry.random else "standard"))
         return revisions.of_attacks([spec])

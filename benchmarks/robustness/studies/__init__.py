@@ -52,8 +52,7 @@ class Job:
         seed: seed of the training and of the attacks.
         work: function ``work(job, folder, root)`` that returns numbers for the table. It must be importable, because it
             runs in another process.
-        needs: rows whose jobs must be finished before this job. A row with the same seed is given by its name, and a
-            row with another seed as ``(name, seed)``.
+        needs: names of the rows with the same seed whose jobs must be finished before this job.
         settings: settings of ``work``.
         threads: number of threads. The default is 1, because small models are not faster with more threads. 0 gives
             each of the parallel jobs an equal share of the threads that PyTorch would use.
@@ -62,7 +61,7 @@ class Job:
     name: str
     seed: int
     work: Work
-    needs: tuple[str | tuple[str, int], ...] = ()
+    needs: tuple[str, ...] = ()
     settings: dict = field(default_factory=dict)
     threads: int = 1
 
@@ -70,13 +69,9 @@ class Job:
         """Return the folder of this job, or that of another row with the same seed."""
         return folder_of(root, name or self.name, self.seed)
 
-    def needed(self) -> list[tuple[str, int]]:
-        """Return the names and seeds of the rows that this job needs."""
-        return [(need, self.seed) if isinstance(need, str) else need for need in self.needs]
-
     def ready(self, root: Path) -> bool:
         """Tell whether all jobs that this job needs are finished."""
-        return all((folder_of(root, *need) / RESULT).is_file() for need in self.needed())
+        return all((self.folder(root, need) / RESULT).is_file() for need in self.needs)
 
     def done(self, root: Path) -> bool:
         """Tell whether this job is finished."""

@@ -32,8 +32,7 @@ from ...speed.running import Budget
 from .. import revisions
 from ..counted_model import CountedModel
 from . import exact
-from .exact_networks import NETWORKS
-from .subjects import CONSTRUCTED, HIDDEN, QUICK, SUBJECTS, Part, Setting, hidden, identity, parts_of
+from .subjects import CONSTRUCTED, EACH, HIDDEN, NETWORKS, SUBJECTS, Part, Setting, hidden, identity, parts_of
 
 FILE = "truth.json"
 #: The protocol of each contestant, and the number of seeds with which it attacks the exactly decided networks.
@@ -232,8 +231,8 @@ def find(setting: Setting, name: str) -> None:
     elif name == CONSTRUCTED:
         row |= {"verdicts": [ROBUST * len(part.y) for part in parts]}
     else:
-        first = list(HIDDEN).index(name) * len(parts)
-        row |= {"verdicts": hidden(setting).verdicts()[first : first + len(parts)]}
+        first = HIDDEN.index(name) * EACH
+        row |= {"verdicts": hidden().verdicts()[first : first + len(parts)]}
     write(setting.out, "truth", row | {"cpu_seconds": time.process_time() - begin})
 
 
@@ -269,7 +268,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def main(chosen: argparse.Namespace) -> str:
     """Compute the rows that are missing or outdated, and return the tables."""
     out = options.out_of(chosen, chosen.quick, "cpu")
-    setting, names = Setting(out, chosen.data, **(QUICK if chosen.quick else {})), []
+    quick = {"images": 4, "seconds": 5.0, "networks": 1} if chosen.quick else {}
+    setting, names = Setting(out, chosen.data, **quick), []
     for name in chosen.names:
         try:
             parts_of(setting, name)

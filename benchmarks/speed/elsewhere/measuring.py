@@ -36,9 +36,8 @@ CHANGED = ("expert", "ours")
 FILES = "elsewhere.csv", "elsewhere_avx2.csv"
 #: The least and the most rounds of a row, and the seconds after which no round begins that is not needed.
 LEAST, MOST, SECONDS = 5, 9, 75.0
-#: What is compared in the first step, and after some steps of a small network.
-COMPARED, LATE = ("logits", "loss", "gradients"), ("weights_later", "loss_later")
-LATER = 20
+#: What is compared in the first step.
+COMPARED = ("logits", "loss", "gradients")
 
 
 class Contest:
@@ -98,11 +97,6 @@ class Contest:
             found["gradients"] = torch.cat(weights)
         return found | {"loss": self.loss}
 
-    def weights(self) -> Tensor:
-        """Return all weights and statistics of the model."""
-        values = [value for value in self.model.state_dict().values() if value.is_floating_point()]
-        return torch.cat([value.flatten() for value in values])
-
 
 def difference(one: Tensor, theirs: Tensor) -> str:
     """Return the largest difference of two tensors, divided by the largest number of the second."""
@@ -136,24 +130,11 @@ def measured(name: str, row: Row, quick: bool) -> dict[str, Any]:
         found[f"lines_{who}"] = changed_lines(row.theirs, row.form(who))
         one, theirs = firsts.get(who, {}), firsts["theirs"]
         found |= {f"{key}_{who}": difference(one[key], theirs[key]) if key in one else "" for key in COMPARED}
-        compared = row.trains and who in contests
-        later = _later(row, who, 2 if quick else LATER) if compared else dict.fromkeys(LATE, "")
-        found |= {f"{key}_{who}": value for key, value in later.items()}
     found |= {
         "bfloat16": torch.cpu._is_avx512_bf16_supported(),
         "expert_dtype": str(DTYPES["cpu"]).removeprefix("torch."),
     }
     return found | timing.environment(torch.device("cpu"))
-
-
-def _later(row: Row, who: str, steps: int) -> dict[str, str]:
-    """Train a small network in float32 by theirs and by another form. Return the differences of weights and losses."""
-    theirs, other = (Contest(row, each, torch.float32, True) for each in ("theirs", who))
-    for contest in (theirs, other):
-        for seed in range(steps):
-            contest.step(seed)
-    pairs = ((other.weights(), theirs.weights()), (other.loss, theirs.loss))
-    return dict(zip(LATE, (difference(*pair) for pair in pairs), strict=True))
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ Networks, optimizers and budgets are those of this study, so these trainings do 
 `purify_fast.methods.recipes`. Two trainings use float32: the pre-training of AToP's generator, and AToP with the
 paper's objective. All other trainings use bfloat16.
 
-ARREST's lambda and phi are chosen by short trial trainings, on training images that these trials leave out. Nothing is
+ARREST's lambda and phi were chosen by short trial trainings, on training images that these trials left out. Nothing was
 chosen on test images.
 """
 
@@ -19,7 +19,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from purify_fast import data, load_defence
 from purify_fast._tensors import weights_fingerprint
@@ -43,25 +44,45 @@ from purify_fast.training.config import TrainingAttack
 from ....speed.flops import flop_of
 from .. import Job, settings_of
 from . import study
-from .candidates import CandidateTask, TradesTask
+
+#: The weight of the divergence in TRADES. The paper has the same weight for CIFAR-10.
+BETA = 6.0
+
+
+class TradesTask(ArrestTask):
+    """TRADES (Zhang et al., ICML 2019), the training of a single network with which the defences are compared.
+
+        L = CE(f(x), y) + beta KL(f(x) || f(x')),   x' = PGD on the cross-entropy within the ball
+
+    In the paper, the inner attack maximizes the divergence. Here it maximizes the cross-entropy, because this package's
+    PGD has the cross-entropy as a loss, but not the divergence. Gowal et al. ("Uncovering the limits of adversarial
+    training", arXiv 2010.03593) compared the two attacks. The attack, the optimizer, the schedule, the precision and
+    the moving average are those of `ArrestTask`. The config must have no distillation, no replay and no weight
+    perturbation.
+    """
+
+    def training_step(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        attacked, _ = self.inputs(batch, [])
+        # Use a single pass, so that BatchNorm computes its statistics over clean and attacked images together.
+        logits = self.forward(torch.cat([batch.x, attacked]))[0].float()
+        clean, moved = logits.chunk(2)
+        cross_entropy = F.cross_entropy(clean, batch.y)
+        divergence = F.kl_div(moved.log_softmax(1), clean.log_softmax(1), reduction="batchmean", log_target=True)
+        metrics = {
+            "cross_entropy": cross_entropy.detach(),
+            "divergence": divergence.detach(),
+            "accuracy": (moved.detach().argmax(1) == batch.y).float().mean(),
+        }
+        return cross_entropy + BETA * divergence, metrics
+
+    def describe(self) -> dict[str, object]:
+        return super().describe() | {"task": "trades", "beta": BETA}
 
 
 def images_of(job: Job) -> data.DataSet:
     """Return the training images that the budget allows, and all test images, on the device of the job."""
     whole, n = data.load_dataset("cifar10", job.settings["data"]), job.settings["budget"].train_images
     return replace(whole, x_train=whole.x_train[:n], y_train=whole.y_train[:n]).to(job.settings["device"])
-
-
-def held_out(job: Job, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return training images on which no model was trained, and their labels, on the device of the job.
-
-    Args:
-        job: job whose settings have the budget of training.
-        count: number of images.
-    """
-    whole, first = data.load_dataset("cifar10", job.settings["data"]), job.settings["budget"].train_images
-    chosen, device = slice(first, first + count), job.settings["device"]
-    return whole.x_train[chosen].to(device), whole.y_train[chosen].to(device)
 
 
 def fresh(job: Job, images: data.DataSet, width: int) -> nn.Module:
@@ -181,67 +202,21 @@ def train_base(job: Job, folder: Path, root: Path) -> dict:
     return facts
 
 
-def search_arrest(job: Job, folder: Path, root: Path) -> dict:
-    """Finetune by ARREST for a short time, with given lambda and phi. Return metrics on held-out training images."""
-    images, budget = images_of(job), job.settings["budget"]
-    model = trained_classifier(job, root, study.STANDARD)
-    config = finetuning(budget, job.settings["weight"], job.settings["angle"])
-    task = ArrestTask(model, config, images.image_shape)
-    fitting = loop(job, budget.search_epochs, validation_share=0.1)
-    last = fit(task, images.x_train, images.y_train, fitting, folder, title=job.name)
-    return {key: value for key, value in last.items() if key.startswith("validation")}
-
-
-def chosen(job: Job, root: Path) -> tuple[float, float]:
-    """Return the chosen lambda and phi: those with the highest accuracy under attack on held-out images.
-
-    The results of the first seed decide for all seeds.
-    """
-    budget = job.settings["budget"]
-    pairs = [(weight, angle) for weight in budget.weights for angle in budget.angles]
-    first = replace(job, seed=0)
-
-    def accuracy(pair: tuple[float, float]) -> float:
-        return first.result(root, study.search_name(*pair))["validation_accuracy"]
-
-    return max(pairs, key=accuracy)
-
-
 def finetune(job: Job, folder: Path, root: Path) -> dict:
-    """Finetune the standard classifier by ARREST with the chosen lambda and phi, or by AFT (see `finetuning`)."""
+    """Finetune the standard classifier by ARREST, or by AFT (see `finetuning`)."""
     images, budget = images_of(job), job.settings["budget"]
-    weight, angle = chosen(job, root) if job.name == study.ARREST_EMA else (0.0, None)
+    weight, angle = (budget.weight, budget.angle) if job.name == study.ARREST_EMA else (0.0, None)
     model = trained_classifier(job, root, study.STANDARD)
     task = ArrestTask(model, finetuning(budget, weight, angle), images.image_shape)
     facts = _fitted(job, folder, task, task.result, budget.arrest_epochs, images)
     save_classifier(task.result, folder)
     save_classifier(task.classifier, folder / study.LIVE)
-    return facts | {"weight": weight, "angle": angle}
-
-
-def best(job: Job, root: Path) -> str:
-    """Return the name of the candidate with the highest accuracy under attack on held-out training images.
-
-    Among candidates with equal accuracy under attack, the candidate with the higher clean accuracy is chosen. A
-    candidate whose accuracy under attack is unreliable is chosen only if there is no other candidate. The results of
-    the first seed decide for all seeds.
-
-    Args:
-        job: job of any seed. The candidates of the first seed must have been evaluated.
-        root: folder of the study.
-    """
-    first = replace(job, seed=0)
-
-    def merit(name: str) -> tuple[bool, float, float]:
-        result = first.result(root, study.tried_name(name))
-        return result["tried"]["reliable"], result["tried"]["share"], result["clean"]
-
-    return max(study.CANDIDATES, key=merit)
+    return facts
 
 
 def _fresh_carso(job: Job, root: Path, images: data.DataSet) -> Carso:
     """Return CARSO with random weights of the purifier from the job's seed, on the device of the job."""
-    base = load_classifier(job.folder(root, study.BASE if job.name == study.BEST else study.BEHIND[job.name]))
+    base = load_classifier(job.folder(root, study.BEHIND[job.name]))
     torch.manual_seed(job.seed)
     mean, std = data.statistics(images.x_train)
     sizes = {"cond_dim": 128, "latent_dim": 64, "samples": job.settings["budget"].samples}
@@ -259,24 +234,23 @@ def _from_objective(job: Job, root: Path, defence: Carso) -> str:
 
 def train_carso(job: Job, folder: Path, root: Path) -> dict:
     """Train CARSO with the paper's objective, or continue its training through the pipeline."""
-    name = best(job, root) if job.name == study.BEST else job.name
     images, budget = images_of(job), job.settings["budget"]
     defence = _fresh_carso(job, root, images)
-    if name == study.CARSO:
+    if job.name == study.CARSO:
         config = CarsoConfig(attack=TrainingAttack(eps=study.EPS, steps=budget.carso_steps), precision="bfloat16")
         task, epochs = CarsoTask(defence, config), budget.objective_epochs
     else:
-        loss = study.CANDIDATES.get(name, "cross_entropy")
         config = CarsoConfig(
             attack_target="pipeline", attack=attack_of(budget), learning_rate=1e-3, precision="bfloat16"
         )
-        if loss == "distilled":
+        if job.name == study.CARSO_DISTILLED:
+            # The purifier learns the probabilities that the base gives to the clean image, as in ARD (Goldblum et al.,
+            # AAAI 2020, arXiv 1905.09747).
             config = replace(config, targets="classifier", reconstruction_weight=0.0)
-        origin, epochs = _from_objective(job, root, defence), budget.pipeline_epochs
-        task = CandidateTask(defence, config, origin, loss)
+        task, epochs = CarsoTask(defence, config, _from_objective(job, root, defence)), budget.pipeline_epochs
     facts = _fitted(job, folder, task, defence, epochs, images)
     save_whole(defence, folder)
-    return facts | {"model": name}
+    return facts
 
 
 def train_atop(job: Job, folder: Path, root: Path) -> dict:
@@ -307,7 +281,7 @@ def train_atop(job: Job, folder: Path, root: Path) -> dict:
 
 def model_of(job: Job, root: Path, name: str) -> nn.Module:
     """Load the trained model of a row, on the device of the job."""
-    folder = job.folder(root, study.trained_as(name, job.seed))
+    folder = job.folder(root, study.TRAINED_AS.get(name, name))
     if name in (study.NO_EMA, study.ARREST):
         model = load_classifier(folder / study.LIVE)
     elif name in study.BEHIND:

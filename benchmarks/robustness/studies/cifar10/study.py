@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Literal
 
 from .. import settings_of
-from .candidates import CANDIDATES
 
 
 @dataclass(frozen=True)
@@ -23,27 +21,17 @@ class Judging:
         fast: number of test images for the protocol fast.
         standard: number of test images for the protocol standard.
         strong: number of test images for the protocol strong, which evaluates only models of the first seed.
-        held_out: number of held-out training images for the clean accuracy of the candidates.
-        tried: protocol that attacks the candidates on held-out training images. The number of images is that of
-            ``fast`` or ``strong``.
     """
 
     clean: int = 10000
     fast: int = 1000
     standard: int = 0
     strong: int = 50
-    held_out: int = 1000
-    tried: Literal["fast", "strong"] = "strong"
 
     def protocols(self, seed: int) -> dict[str, int]:
         """Return the protocols that evaluate the models of a seed, each with its number of images."""
         used = {self.main: getattr(self, self.main)}
         return used | ({"strong": self.strong} if seed == 0 and self.strong > 0 else {})
-
-    @property
-    def candidates(self) -> int:
-        """The number of held-out training images on which candidates are attacked."""
-        return {"fast": self.fast, "strong": self.strong}[self.tried]
 
     @property
     def main(self) -> str:
@@ -59,8 +47,7 @@ class Budget:
     Attributes:
         training: amounts of each training, which settings.yaml explains.
         judging: amounts of the evaluation of each model.
-        shares: shares of eps at which further bases are trained. In the picture these bases form a curve, together with
-            the standard classifier and the base.
+        shares: shares of eps at which further bases are trained.
         seeds: number of seeds with which the rows of `COMPARED` are trained.
     """
 
@@ -86,7 +73,7 @@ AFT, ARREST, ARREST_EMA = "AFT", "ARREST", "ARREST, moving average"
 #: In the names of rows, "the paper's objective" means that the training attacks the same part of the defence as in the
 #: paper, and has the same loss. The network, the optimizer, the schedule and the budget are those of this study.
 CARSO, CARSO_PIPELINE = "CARSO, paper's objective", "CARSO pipeline"
-CARSO_ARREST = "CARSO pipeline on ARREST"
+CARSO_ARREST, CARSO_DISTILLED = "CARSO pipeline on ARREST", "CARSO pipeline, distilled"
 GENERATOR, ATOP = "AToP pre-trained only", "AToP, paper's objective"
 ATOP_PIPELINE, ATOP_ZERO = "AToP pipeline", "AToP pipeline, sigma 0"
 #: The row of AToP as in the paper, with a classifier that is not robust by itself.
@@ -98,14 +85,13 @@ TRAINED_AS = {NO_EMA: BASE, ARREST: ARREST_EMA}
 LIVE = "without_average"
 #: The classifier behind each defence. The defences are in the order of the table.
 BEHIND = dict.fromkeys(
-    (CARSO, CARSO_PIPELINE, CARSO_ARREST, GENERATOR, ATOP, ATOP_PIPELINE, ATOP_ZERO, ATOP_STANDARD, *CANDIDATES), BASE
+    (CARSO, CARSO_PIPELINE, CARSO_ARREST, GENERATOR, ATOP, ATOP_PIPELINE, ATOP_ZERO, ATOP_STANDARD, CARSO_DISTILLED),
+    BASE,
 ) | {CARSO_ARREST: ARREST_EMA, ATOP_STANDARD: STANDARD}
-#: The row of the best candidate, evaluated on test images.
-BEST = "best candidate"
 #: Pairs of models whose differences are shown.
 PAIRS = (
-    (BEST, BASE),
-    (BEST, CARSO_PIPELINE),
+    (CARSO_DISTILLED, BASE),
+    (CARSO_DISTILLED, CARSO_PIPELINE),
     (CARSO, BASE),
     (CARSO_PIPELINE, BASE),
     (CARSO_PIPELINE, LARGE),
@@ -120,34 +106,7 @@ PAIRS = (
     *((name, BASE) for name in (NO_EMA, LONG, LARGE, AWP, TRADES)),
 )
 #: Rows that are trained and evaluated with all seeds.
-COMPARED = (BASE, CARSO, CARSO_PIPELINE, ATOP, ATOP_STANDARD, ATOP_PIPELINE, AFT, ARREST_EMA, ARREST, BEST)
-#: Rows that are compared on held-out training images: two references, and candidates with the source of their loss.
-TRIED = {
-    BASE: "reference: no purifier",
-    CARSO_PIPELINE: "reference: trained through the pipeline with cross-entropy",
-    "CARSO pipeline, TRADES": "the loss of Zhang et al., ICML 2019, arXiv 1901.08573",
-    "CARSO pipeline, distilled": "the base's probabilities as targets, as in ARD by Goldblum et al., AAAI 2020, arXiv "
-    "1905.09747",
-}
-
-
-def trained_as(name: str, seed: int) -> str:
-    """Return the name of the row in whose folder the weights of a row are.
-
-    Among the candidates, only the best is trained with a seed above 0. Its weights are in the folder of `BEST`.
-
-    Args:
-        name: name of the row.
-        seed: seed of the training.
-    """
-    if seed > 0 and name in CANDIDATES:
-        return BEST
-    return TRAINED_AS.get(name, name)
-
-
-def search_name(weight: float, angle: float) -> str:
-    """Return the name of the row for a pair of lambda and phi."""
-    return f"ARREST search, lambda {weight:g}, phi {angle:g}"
+COMPARED = (BASE, CARSO, CARSO_PIPELINE, ATOP, ATOP_STANDARD, ATOP_PIPELINE, AFT, ARREST_EMA, ARREST, CARSO_DISTILLED)
 
 
 def share_name(share: float) -> str:
@@ -157,15 +116,9 @@ def share_name(share: float) -> str:
 
 def rows(budget: Budget) -> list[str]:
     """Return the names of the table's rows, in order."""
-    defences = [name for name in BEHIND if name not in CANDIDATES]
-    return [*CLASSIFIERS, *(share_name(share) for share in budget.shares), *defences]
+    return [*CLASSIFIERS, *(share_name(share) for share in budget.shares), *BEHIND]
 
 
 def judged_name(name: str, protocol: str) -> str:
     """Return the name of the job that evaluates a model by a protocol."""
     return f"{name} by {protocol}"
-
-
-def tried_name(name: str) -> str:
-    """Return the name of the job that evaluates a candidate on held-out training images."""
-    return f"{name} tried"
