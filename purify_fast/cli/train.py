@@ -75,21 +75,12 @@ class Training(DataCommand):
         """The settings of the bank of adversarial images; None for a training without a bank."""
         return None
 
-    def starts(self) -> dict[str, str]:
-        """The weights from which the training starts, by the keys of a recipe's facts."""
-        return {}
-
-    def before_training(self, task: Any, images: DataSet) -> None:
-        """Print what the user should know before the first step."""
-
     def run(self) -> None:
         from .._process import processes
         from ..training import fit, summary
 
         images, title = self.load_data(), self.trained()
         task = self.task(images)
-        if processes()[0] == 0:
-            self.before_training(task, images)
         bank = self.bank_config()
         last = fit(task, images.x_train, images.y_train, self.loop, folder=self.out, title=title, bank=bank)
         if processes()[0] == 0:
@@ -106,7 +97,7 @@ class FollowsRecipe(Training):
 
     Args:
         recipe: Name of a published training of this method (see `purify-fast recipe`), whose settings become the
-            defaults of this command. The command prints in which points the training is not as published.
+            defaults of this command.
         official_code: With --recipe: repeat also the known mistakes of the authors' code (`purify-fast recipe NAME`).
     """
 
@@ -155,16 +146,6 @@ class FollowsRecipe(Training):
         mean, std = (None, None) if same else statistics(images.x_train)
         return published.for_data(images.image_shape, images.num_classes, name=images.name, mean=mean, std=std)
 
-    def before_training(self, task: Any, images: DataSet) -> None:
-        """Print in which points a training by a recipe is not as published."""
-        if (recipe := self.adapted(images)) is None:
-            return
-        bank = self.bank_config()
-        given = {**self.starts(), "run.bank": None if bank is None else bank.facts}
-        points = recipe.deviations(task, self.loop, self.official_code, given=given)
-        print("\n- ".join([f"{recipe.name} on {images.name}: not as published in {len(points)} points", *points]))
-        print("\n- ".join(["Not reproduced in any training by this recipe:", *recipe.not_reproduced]))
-
 
 @dataclass(frozen=True)
 class OnClassifier(Training):
@@ -200,12 +181,10 @@ class OnClassifier(Training):
             how = f"mean {mean}, std {std}" if mean else "by its own code"
             some = balanced_subset(images.x_test, images.y_test, 1000, seed=0, num_classes=images.num_classes)
             share = accuracy_text(model, some.x, some.y, self.loop.batch_size)
-            print(f"classifier {self.starts()['start.classifier']}: normalization of images in [0, 1]: {how}")
+            name = " with ".join(filter(None, (self.classifier, self.classifier_weights)))
+            print(f"classifier {name}: normalization of images in [0, 1]: {how}")
             print(f"its accuracy without an attack: {share}", flush=True)
         return model
-
-    def starts(self) -> dict[str, str]:
-        return {"start.classifier": " with ".join(filter(None, (self.classifier, self.classifier_weights)))}
 
 
 @dataclass(frozen=True)
@@ -299,11 +278,6 @@ class TrainArrest(FollowsRecipe, OnClassifier, FreshClassifier):
     def sizes_of(recipe: Recipe, official_code: bool) -> dict[str, Any]:
         network = recipe.part("classifier")
         return {"model": network.pop("name"), **network}
-
-    def starts(self) -> dict[str, str]:
-        if self.classifier is not None:
-            return super().starts()
-        return {"start.classifier": f"trained on clean images for {self.standard_epochs} epochs"}
 
     def task(self, images: DataSet) -> Task:
         from .._process import processes
@@ -516,10 +490,6 @@ class TrainAtop(KeepsAttacks, FollowsRecipe, TrainGenerator):
         # The default side of a block is the recipe's, for images of the recipe's size.
         options = {"size": recipe.image_shape[1:], "purifier": "deepfill", "init": None}
         return options | recipe.part("defence", official_code) | {"block": None}
-
-    def starts(self) -> dict[str, str]:
-        start = self.weights if self.init is None else self.init
-        return super().starts() | ({} if start is None else {"start.purifier": str(start)})
 
     def task_on(self, classifier: nn.Module, images: DataSet) -> AtopTask:
         from .._tensors import weights_fingerprint
