@@ -260,8 +260,6 @@ class TrainArrest(FollowsRecipe, OnClassifier, FreshClassifier):
     Args:
         standard_epochs: Number of epochs for the standard classifier. A re-implementation of the paper has 100.
         layers: Names of the layers whose outputs are the representation. Default: the last map before pooling.
-        keep_teacher: Compute the standard classifier's representation of each image only once, and keep it in memory.
-            This is not possible with augmentation.
     """
 
     called: ClassVar[str] = "train arrest"
@@ -270,7 +268,6 @@ class TrainArrest(FollowsRecipe, OnClassifier, FreshClassifier):
     out: Path = Path("runs/arrest")
     standard_epochs: int = 100
     layers: tuple[str, ...] = ()
-    keep_teacher: bool = False
     method: ArrestConfig = field(default_factory=ArrestConfig)
     loop: FitConfig = field(default_factory=lambda: FitConfig(epochs=20))
 
@@ -280,13 +277,9 @@ class TrainArrest(FollowsRecipe, OnClassifier, FreshClassifier):
         return {"model": network.pop("name"), **network}
 
     def task(self, images: DataSet) -> Task:
-        from .._process import processes
         from ..methods.arrest import ArrestTask
 
-        task = ArrestTask(self.start(images), self.method, images.image_shape, self.layers or None)
-        if self.keep_teacher and task.teacher is not None:
-            task.teacher.keep(images.x_train, progress=processes()[0] == 0)
-        return task
+        return ArrestTask(self.start(images), self.method, images.image_shape, self.layers or None)
 
     def start(self, images: DataSet) -> nn.Module:
         """Load or train the standard classifier."""

@@ -23,7 +23,7 @@ from ..data import crop_flip, mirrored, resized_crop, to_float
 from ..model_state import network_hash
 from ..speed.memory import peak_so_far
 from .bank import AdversarialBank, BankConfig
-from .checkpoint import CHECKPOINT, last_checkpoint, save_checkpoint
+from .checkpoint import CHECKPOINT, last_checkpoint, write_tree
 from .config import FitConfig
 from .distributed import from_first
 from .optimizers import weights_of
@@ -234,7 +234,7 @@ class Run:
             if self.bank is not None:
                 # a resumed run does not repeat the steps before the checkpoint, so their variants must be on the disk
                 self.bank.flush()
-            save_checkpoint(self.folder, self.state())
+            write_tree(self.folder / CHECKPOINT, self.state())
         self.saved_at = time.monotonic()
 
     def save_if_due(self) -> None:

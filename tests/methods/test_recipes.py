@@ -15,7 +15,7 @@ from purify_fast.methods.carso.recipes import CarsoRecipe
 from purify_fast.methods.carso.task import kl_weight
 from purify_fast.methods.recipes import RECIPES, recipe
 from purify_fast.models import build_classifier
-from purify_fast.training import Batch, fit
+from purify_fast.training import Batch
 from purify_fast.training.loop import train_step
 from purify_fast.training.optimizers import set_learning_rate
 from purify_fast.training.schedules import RunLength
@@ -176,45 +176,6 @@ def test_two_steps_at_the_recipes_size(name, official_code):
         assert all(value.isfinite() for value in measured.values()), measured
         seen |= set(measured)
     assert set(terms) <= seen
-
-
-def trained(name, folder=None, **settings):
-    """The weights after a recipe's schedule, shortened to a few steps, and the terms that its task names."""
-    # Two steps at the recipe's size are in the test above. Smaller images are enough to see that a term acts.
-    made, task = built(name, image_shape=(3, 64, 64) if name.startswith("atop") else None, **settings)
-    # as many steps as Lookahead needs to move its slow weights
-    images, epochs, steps = (2, 3, 1) if name.startswith("atop") else (8, 4, 2)
-    loop = dataclasses.replace(made.loop(), epochs=epochs, batch_size=images, steps_per_epoch=steps)
-    x = (255 * torch.rand(images * steps, *made.image_shape)).to(torch.uint8)
-    fit(task, x, torch.arange(images * steps) % 10, loop, folder, progress=False)
-    return [p.detach().clone() for p in task.result.parameters()], task
-
-
-#: The setting that weights each delayable or additional term.
-WEIGHTS = {"kl": "beta", "cross_entropy": "cls_weight", "distance": "distillation_weight", "deceived": "gan_weight"}
-WEIGHTS["reconstruction"] = "reconstruction_weight"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", TRAINED)
-def test_every_term_with_a_weight_has_a_gradient(name):
-    """Without a term's weight the same training ends elsewhere; a term that never acted would change nothing."""
-    settings = quick(name) | ({"replay": False} if name.startswith("arrest") else {})
-    if name.startswith("carso"):
-        # the published rate is for batches of thousands
-        settings["learning_rate"] = 1e-3
-    weights, task = trained(name, **settings)
-    terms = set(task.result.acts_from_step)
-    assert terms and max(task.result.acts_from_step.values()) < 8
-    checked = [term for term in terms if hasattr(task.config, WEIGHTS.get(term, "")) and f"{name}:{term}" not in ALWAYS]
-    assert checked
-    for term in checked:
-        without, _ = trained(name, **settings, **{WEIGHTS[term]: 0.0})
-        assert any(not torch.equal(one, other) for one, other in zip(weights, without, strict=True)), term
-
-
-#: CARSO's reconstruction has no weight in the published loss: it is there whenever the loss is.
-ALWAYS = {f"{name}:reconstruction" for name in RECIPES if name.startswith("carso")}
 
 
 def test_a_card_has_every_fact_and_what_is_not_reproduced():

@@ -82,22 +82,6 @@ def banked(folder, banks):
     return {"state": task.model.state_dict(), "made": opened[0].made, "read": opened[0].read}
 
 
-def disturbed(kind, folder, act, batch=32):
-    """Train, but each process does something before its fourth step; the number of steps it took."""
-    task, steps = small_task(kind), []
-    step = task.training_step
-
-    def at_the_fourth(batch):
-        steps.append(batch)
-        if len(steps) == 4:
-            act()
-        return step(batch)
-
-    task.training_step = at_the_fourth
-    fit(task, *small_set(), loop_of(batch), folder)
-    return len(steps)
-
-
 def batchnorm(layer, shape, first, mean, dtype, as_on_cuda=False):
     """One forward and backward pass, the first process with ``first`` of the images, the second with the rest."""
     if as_on_cuda:

@@ -71,7 +71,7 @@ def test_from_nothing_to_a_defence_on_it(tmp_path, capsys, monkeypatch):
 def test_on_a_given_classifier_with_every_setting(standard, tmp_path):
     """A learning rate of 0 keeps its weights, so that it was the start; else they move."""
     before = weights_fingerprint(load_classifier(standard))
-    options = ["--classifier", str(standard), "--layers", "conv4", "hidden", "--keep-teacher", "--pooled"]
+    options = ["--classifier", str(standard), "--layers", "conv4", "hidden", "--pooled"]
     options += ["--ema-decay", "0.5", "--awp-gamma", "0.01", "--precision", "bfloat16"]
     options += ["--distance", "cosine", "--angle", "10"]
     options += ["--optimizer", "adamw", "--schedule", "one_cycle", "--drift-mode", "train", "--eps-warmup", "0.5"]
@@ -82,12 +82,3 @@ def test_on_a_given_classifier_with_every_setting(standard, tmp_path):
     assert all(weights_fingerprint(load_classifier(folder)) == before for folder in (tmp_path / "still", standard))
     bare = ["--norm", "l2", "--no-replay", "--distillation-weight", "0"]
     assert run(tmp_path / "l2", "--classifier", str(standard), *bare) == 0
-
-
-def test_the_teacher_is_kept_if_asked(standard, tmp_path, monkeypatch):
-    kept = []
-    monkeypatch.setattr(purify_fast.methods.arrest.Teacher, "keep", lambda self, x, **options: kept.append(len(x)))
-    assert run(tmp_path / "a", "--classifier", str(standard)) == 0 and kept == []
-    assert run(tmp_path / "b", "--classifier", str(standard), "--keep-teacher") == 0 and kept == [1297]
-    bare = ["--classifier", str(standard), "--keep-teacher", "--distillation-weight", "0", "--no-replay"]
-    assert run(tmp_path / "c", *bare) == 0 and kept == [1297]  # there is no teacher
