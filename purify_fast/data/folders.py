@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,8 +27,6 @@ from .streaming import GIVE_SIZE, StreamedImages
 #: The endings of image files, as in torchvision's ImageFolder.
 SUFFIXES = IMG_EXTENSIONS
 CACHE = ".purify_fast"
-#: The largest number of files or folders that a warning names.
-NAMED = 10
 #: Modes of Pillow with 8 bits or less per channel.
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 #: Number of images that are decoded before they are written to the cache.
@@ -58,7 +55,6 @@ def read_folder(
     """Read the images of an image folder, their labels, and the names of the classes."""
     root = folder / CACHE if cache is None else cache / folder.resolve().name
     splits, classes = _listed(folder, train)
-    _warn_of_numbers(folder, classes)
     place = root / ("native" if image_size is None else f"{image_size[0]}x{image_size[1]}")
     size = read_image(next(iter(splits.values())).files[0]).shape[1:] if image_size is None else image_size
     memory = available_memory() // 2
@@ -103,7 +99,7 @@ def _listed(folder: Path, train: bool) -> tuple[dict[str, Split], list[str]]:
     if len(classes) < 2:
         raise ValueError(f"{trained} must contain a folder for each of at least 2 classes, got {classes}")
     if unknown := set(shown) - set(classes):
-        raise ValueError(f"{held_out} has the classes {_some(sorted(unknown))}, which the folder train/ lacks")
+        raise ValueError(f"{held_out} has the classes {', '.join(sorted(unknown))}, which the folder train/ lacks")
     if rows:
         labels = torch.tensor([classes.index(row[1]) for row in rows], device="cpu")
         test = Split([held_out / "images" / row[0] for row in rows], labels)
@@ -127,17 +123,6 @@ def _by_class(folder: Path, classes: Sequence[str], allow_empty: bool = False) -
     return Split([path for _, path in shown], torch.tensor([label for label, _ in shown], device="cpu"))
 
 
-def _warn_of_numbers(folder: Path, classes: Sequence[str]) -> None:
-    numbers = [(name, label) for label, name in enumerate(classes) if name.isdecimal() and int(name) != label]
-    if numbers:
-        warnings.warn(
-            f"labels are places in the sorted names of the folders, not the numbers that these names are: {folder} has "
-            f"{_some([f'the folder {name} with the label {label}' for name, label in numbers])}. For a model that was "
-            "trained with the numbers as labels, count the folders from 0, with zeros in front (00, 01, ..., 10)",
-            stacklevel=4,
-        )
-
-
 def _source(files: Sequence[Path]) -> str:
     """A hash of the names, sizes and modification times of files."""
     content, shared = text_hash(), len(os.path.commonpath(files))
@@ -145,11 +130,6 @@ def _source(files: Sequence[Path]) -> str:
         facts = path.stat()
         content.update(json.dumps([str(path)[shared:], facts.st_size, facts.st_mtime_ns]).encode())
     return content.hexdigest()
-
-
-def _some(texts: Sequence[str]) -> str:
-    """The first texts."""
-    return "; ".join(texts[:NAMED]) + ("; ..." if len(texts) > NAMED else "")
 
 
 # ---- decoding

@@ -97,7 +97,6 @@ class Recipe:
         image_shape: tuple[int, int, int],
         num_classes: int,
         *,
-        name: str = "own data",
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ) -> Self:
@@ -106,12 +105,11 @@ class Recipe:
         Args:
             image_shape: (C, H, W) of the images.
             num_classes: number of classes.
-            name: name of the data.
             mean: mean of each channel, with which the networks normalize images (`purify_fast.data.statistics`). None
                 means the recipe's mean, or 0.5 if the recipe has another number of channels.
             std: standard deviation of each channel, in the same form.
         """
-        own = {"data.image_shape": tuple(image_shape), "data.num_classes": num_classes, "data.name": name}
+        own = {"data.image_shape": tuple(image_shape), "data.num_classes": num_classes}
         for key, values in {"data.mean": mean, "data.std": std}.items():
             if values is not None or image_shape[0] != self.image_shape[0]:
                 own[key] = (0.5,) * image_shape[0] if values is None else tuple(values)

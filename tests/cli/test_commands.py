@@ -131,7 +131,6 @@ def test_atop_is_trained_by_a_recipe_at_its_size(tmp_path, capsys):
     assert cli.main([*atop, "--epochs", "3"]) == 0
     defence = purify_fast.load_defence(tmp_path / "atop")
     assert defence.image_shape == (3, 256, 256)
-    assert defence.acts_from_step == {"reconstruction": 0, "cross_entropy": 2, "deceived": 0}
     assert (defence.block, defence.sigma, defence.transform) == (32, 0.25, "rt2")
 
 

@@ -3,7 +3,6 @@
 import shutil
 import sys
 import time
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -85,18 +84,6 @@ def test_files_in_folders_inside_a_class_are_sorted_by_their_whole_path(tmp_path
     want = ["a/deeper/0.png", "a/x.png", "b.png", "c/x.PNG"]
     assert np.array_equal(d.x_train[:4].numpy(), np.stack([made[name] for name in want]))
     assert d.y_train.tolist() == [0] * 4 + [1] and d.num_classes == 2 and d.y_test.tolist() == [0]
-
-
-def test_folders_that_are_numbers_are_told_if_their_labels_are_other_numbers(tmp_path):
-    for width in (1, 2):
-        for part in ("train", "val"):
-            for number in range(11):
-                picture(tmp_path / f"{width}" / part / f"{number:0{width}}" / "0.png", number)
-    with pytest.warns(UserWarning, match=r"the folder 10 with the label 2; the folder 2 with the label 3; .*00, 01"):
-        assert data.load_dataset(tmp_path / "1").classes[2] == "10"
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert data.load_dataset(tmp_path / "2").classes[2] == "02"
 
 
 def test_held_out_images_alone(tmp_path):

@@ -54,7 +54,7 @@ def test_what_a_killed_writer_left_is_removed(tmp_path):
     for name in (".checkpoint-abc.safetensors", ".model-a1_.safetensors", ".log-1.jsonl"):
         (tmp_path / name).write_bytes(b"half")
     fit(task(), x, y, FitConfig(1, 16), tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint.safetensors", "kernels.json", "log.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint.safetensors", "log.jsonl"}
 
 
 def test_the_global_generator_is_left_as_it_was():
