@@ -12,16 +12,7 @@ from torch import Tensor
 from ..attacks.arguments import INTO_RANGE, ROUNDING
 
 #: The attributes of a loader, and of these, that may have generators.
-INSIDE = (
-    "dataset",
-    "datasets",
-    "sampler",
-    "batch_sampler",
-    "transform",
-    "transforms",
-    "target_transform",
-    "collate_fn",
-)
+INSIDE = ("dataset", "datasets", "sampler", "batch_sampler")
 
 
 def read_batch(batch: Any, name: str) -> tuple[Tensor, Tensor, Any]:
@@ -64,7 +55,7 @@ def seed_generators(loader: Any, seed: int, epoch: int) -> None:
 
 
 def _parts(loader: Any) -> Iterator[Any]:
-    """Yield a loader, its data sets, samplers, transforms and collate function, and those inside them."""
+    """Yield a loader, its data sets and samplers, and those inside them."""
     waiting, seen = [loader], set[int]()
     for part in waiting:
         if part is None or id(part) in seen:

@@ -9,12 +9,11 @@ from small_runs import StopAt, Stopped, carso_task, on_step
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
 from purify_fast.methods.carso import CarsoConfig
 from purify_fast.models import build_classifier
-from purify_fast.training import ClassifierConfig, FitConfig, TrainingAttack, fit
+from purify_fast.training import ClassifierConfig, FitConfig, fit
 from purify_fast.training.schedules import RunLength
 from purify_fast.training.sources import InMemory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ATTACK = TrainingAttack(eps=0.1, steps=1)
 
 
 def images(count=12):
