@@ -26,7 +26,7 @@ MARKS = ("core/philox.h", "cpu/philox.cpp")
 
 
 @contextlib.contextmanager
-def atomic(path: Path, previous: Path | None = None) -> Iterator[Path]:
+def atomic(path: Path) -> Iterator[Path]:
     """Write a file atomically: yield a temporary path, and rename it to ``path`` if the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
@@ -36,8 +36,6 @@ def atomic(path: Path, previous: Path | None = None) -> Iterator[Path]:
         with open(name, "rb") as file:
             os.fsync(file.fileno())
         os.chmod(name, 0o644)
-        if previous is not None and path.is_file():
-            os.replace(path, previous)
         os.replace(name, path)
         _sync_folder(path.parent)
     except OSError as error:

@@ -23,13 +23,13 @@ def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
     return text_hash(json.dumps([text, names, digest(*(tensors[name] for name in names))])).hexdigest()
 
 
-def write_sealed(path: Path, content: Any, tensors: Mapping[str, Tensor], previous: Path | None = None) -> None:
+def write_sealed(path: Path, content: Any, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors and a JSON value to one safetensors file, atomically."""
     # safetensors refuses tensors that share memory, so clone them.
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     text = json.dumps(content)
     data = save(copies, {_ENTRY: f"{_checksum(text, copies)} {text}"})
-    with atomic(path, previous) as temporary:
+    with atomic(path) as temporary:
         temporary.write_bytes(data)
 
 

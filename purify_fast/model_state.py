@@ -51,8 +51,8 @@ def _left_out(kind: type) -> frozenset[str]:
 class _Description:
     """Describes a value by nested tuples. ``leaf`` describes tensors, functions and objects."""
 
-    def __init__(self, leaf: Callable[[Any, Inside], Any], modes: bool = True):
-        self.leaf, self.modes = leaf, modes
+    def __init__(self, leaf: Callable[[Any, Inside], Any]):
+        self.leaf = leaf
         #: Numbers of the values so far by id, and these values, because an id is unique only while its object exists.
         self.seen: dict[int, tuple[int, Any]] = {}
 
@@ -71,7 +71,7 @@ class _Description:
             held = [item for group in groups for item in group.items()]
             hooks = [("a hook", hook) for group in HOOKS for hook in getattr(value, group).values()]
             inside = [(name, self.of(part)) for name, part in (*held, *hooks, *attributes(value))]
-            return (self.of(kind), self.modes and value.training, *inside)
+            return (self.of(kind), value.training, *inside)
         if isinstance(value, (set, frozenset)):
             return (kind.__name__, *sorted(map(self.of, value), key=repr))
         if isinstance(value, (list, deque)):
@@ -133,36 +133,6 @@ def state_hash(model: Any) -> str:
     model = model._orig_mod if is_compiled(model) else model
     # The state has what is in no attribute, such as the packed weights of quantized layers.
     return text_hash(repr(_Description(_by_value).of((model, model.state_dict(keep_vars=True))))).hexdigest()
-
-
-def network_hash(parts: Any) -> str:
-    """Hash the code and the structure of modules, without their tensors' values and modes; "" for unreadable code.
-
-    Functions and numbers that the code of the user reads from its module count too, if they are no modules.
-    """
-
-    def leaf(value: Any, inside: Inside) -> Any:
-        if isinstance(value, Tensor):
-            return (value.dtype, value.shape)
-        if isinstance(value, FunctionType) and _is_users(value.__module__):
-            read = {name: value.__globals__[name] for name in _names(value.__code__) if name in value.__globals__}
-            kinds = (*_PLAIN, tuple, list, dict, Tensor, FunctionType)
-            return (
-                _by_value(value, inside),
-                inside({name: one for name, one in read.items() if isinstance(one, kinds)}),
-            )
-        return _by_value(value, inside)
-
-    try:
-        return text_hash(repr(_Description(leaf, modes=False).of(parts))).hexdigest()
-    # A user's module may raise any error while its state is read.
-    except Exception:
-        return ""
-
-
-def _names(code: CodeType) -> list[str]:
-    """The global names that a function and the functions inside it read."""
-    return [*code.co_names, *(name for part in code.co_consts if isinstance(part, CodeType) for name in _names(part))]
 
 
 def _by_value(value: Any, inside: Inside) -> Any:

@@ -50,7 +50,6 @@ def task_of(method: str, classifier: nn.Module, shape: tuple[int, int, int], cla
         task = AtopTask(made.defence(classifier, DeepFillGenerator(shape[0] + 2, 4)), config)
     else:
         task = ArrestTask(classifier, config, shape)
-    print("\n".join(made.deviations(task, made.loop())))
     return task, made.loop()
 
 

@@ -72,10 +72,6 @@ class DataCommand(Command):
         num_classes: Number of classes, if some labels do not occur in the data. Default: the largest label plus 1.
         stream: Read the decoded images of an image folder batch by batch even if they fit into memory, for example to
             save memory of the GPU.
-        decode: When the images of an image folder are decoded. once: before the first use, into a copy on the disk.
-            each_time: whenever an image is read.
-        broken: Images of a folder that cannot be decoded. refuse: end with an error that names them. skip: leave them
-            out, with a warning that names them.
         cache: Folder for the decoded images of an image folder. Default: .purify_fast in the image folder.
         device: Device to compute on: cpu, cuda, or another device of PyTorch. auto: a GPU if there is any.
     """
@@ -88,8 +84,6 @@ class DataCommand(Command):
     size: tuple[int, ...] | None = None
     num_classes: int | None = None
     stream: bool = False
-    decode: Literal["once", "each_time"] = "once"
-    broken: Literal["refuse", "skip"] = "refuse"
     cache: Path | None = None
     device: str = "auto"
 
@@ -98,7 +92,7 @@ class DataCommand(Command):
         from ..data import load_dataset
 
         device = usable_device(self.device)
-        names = ("download", "stream", "decode", "broken", "cache")
+        names = ("download", "stream", "cache")
         options: dict[str, Any] = {name: getattr(self, name) for name in names} | {"train": train}
         size: Any = self.size * 2 if self.size is not None and len(self.size) == 1 else self.size
         return load_dataset(self.data, self.data_root, self.num_classes, image_size=size, **options).to(device)

@@ -146,7 +146,7 @@ class FollowsRecipe(Training):
         published = recipe(self.recipe, self.trained())
         same = images.name == published["data.name"] and images.image_shape[0] == published.image_shape[0]
         mean, std = (None, None) if same else statistics(images.x_train)
-        return published.for_data(images.image_shape, images.num_classes, name=images.name, mean=mean, std=std)
+        return published.for_data(images.image_shape, images.num_classes, mean=mean, std=std)
 
 
 @dataclass(frozen=True)

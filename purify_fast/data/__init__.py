@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from .folders import read_image as read_image
     from .images import crop_flip as crop_flip
     from .images import mirrored as mirrored
-    from .images import resized_crop as resized_crop
     from .images import statistics as statistics
     from .images import to_float as to_float
     from .selection import balanced_subset as balanced_subset

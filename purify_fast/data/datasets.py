@@ -5,24 +5,18 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._validation import check_literal
 from .streaming import ResizedImages, StreamedImages
 
 #: Names of the data sets that can be read from official files or from ``<root>/<name>.npz``.
 NAMES = ("mnist", "fashion_mnist", "cifar10", "cifar100", "svhn", "imagenette", "tiny_imagenet")
 DIGITS_TEST = 500
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
-#: When to decode the images of a folder: once, or each time they are read.
-Decode = Literal["once", "each_time"]
-#: What to do with the images of a folder that cannot be decoded.
-Broken = Literal["refuse", "skip"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -75,8 +69,6 @@ def load_dataset(
     download: bool = False,
     image_size: tuple[int, int] | None = None,
     stream: bool = False,
-    decode: Decode = "once",
-    broken: Broken = "refuse",
     cache: str | Path | None = None,
 ) -> DataSet:
     """Load a data set.
@@ -107,13 +99,8 @@ def load_dataset(
         stream: whether to read a folder's decoded images batch by batch even if they fit into memory. Images that need
             more than half of the available memory are always read batch by batch. This argument and those that follow
             have no effect on data sets that are not folders.
-        decode: when the images of a folder are decoded, with the same pixels. "once": before the first use, into
-            ``cache``. "each_time": whenever an image is read; this needs no space on the disk, but an image that cannot
-            be decoded is found only then.
-        broken: what to do with the images of a folder that cannot be decoded. "refuse": raise an error that names the
-            first, before the first use if ``decode`` is "once". "skip": leave them out, with a warning that names them.
-            They are found by decoding all images once; a file in ``cache`` keeps their names.
-        cache: folder for the decoded images of an image folder; None: ``.purify_fast`` in the image folder.
+        cache: folder for the decoded images of an image folder; None: ``.purify_fast`` in the image folder. They are
+            decoded before the first use. An error names an image that cannot be decoded.
 
     Returns:
         A `DataSet` on the CPU.
@@ -125,8 +112,6 @@ def load_dataset(
         ValueError: an argument does not fit the data set, or the content of the files is not allowed.
     """
     name = str(name_or_path)
-    check_literal("decode", decode, Decode)
-    check_literal("broken", broken, Broken)
     if image_size is not None and (len(image_size) != 2 or min(image_size) < 1):
         raise ValueError(f"image_size must be (H, W), both at least 1, got {image_size}")
     found: Path | dict[str, np.ndarray]
@@ -145,8 +130,6 @@ def load_dataset(
             image_size,
             train=train,
             stream=stream,
-            decode_once=decode == "once",
-            skip_broken=broken == "skip",
             cache=None if cache is None else Path(cache),
         )
         title = name if name in NAMES else found.resolve().name

@@ -1,11 +1,10 @@
-"""Read image folders. Images are decoded once, into a cache of uint8 arrays, or each time they are read."""
+"""Read image folders. Images are decoded once, into a cache of uint8 arrays."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +19,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extensi
 from torchvision.transforms.v2 import functional
 from tqdm import tqdm
 
-from .._files import atomic, write_text
+from .._files import atomic
 from .._memory import available_memory
 from .._tensors import content_hash, text_hash
 from .streaming import GIVE_SIZE, StreamedImages
@@ -28,8 +27,6 @@ from .streaming import GIVE_SIZE, StreamedImages
 #: The endings of image files, as in torchvision's ImageFolder.
 SUFFIXES = IMG_EXTENSIONS
 CACHE = ".purify_fast"
-#: The largest number of files or folders that a warning names.
-NAMED = 10
 #: Modes of Pillow with 8 bits or less per channel.
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 #: Number of images that are decoded before they are written to the cache.
@@ -53,30 +50,19 @@ def read_folder(
     *,
     train: bool,
     stream: bool,
-    decode_once: bool,
-    skip_broken: bool,
     cache: Path | None,
 ) -> tuple[dict[str, Tensor | StreamedImages], dict[str, Tensor], list[str]]:
     """Read the images of an image folder, their labels, and the names of the classes."""
     root = folder / CACHE if cache is None else cache / folder.resolve().name
     splits, classes = _listed(folder, train)
-    _warn_of_numbers(folder, classes)
-    if skip_broken:
-        splits = {part: _without_broken(root, part, split) for part, split in splits.items()}
-        if "train" in splits and len(splits["train"].labels.unique()) < len(classes):
-            raise ValueError(f"a class of {folder} has no training image that can be decoded: replace its images")
+    place = root / ("native" if image_size is None else f"{image_size[0]}x{image_size[1]}")
     size = read_image(next(iter(splits.values())).files[0]).shape[1:] if image_size is None else image_size
     memory = available_memory() // 2
     x: dict[str, Tensor | StreamedImages] = {"train": torch.empty((0, 3, *size), dtype=torch.uint8)}
     y = {"train": torch.empty(0, dtype=torch.int64)} | {part: split.labels for part, split in splits.items()}
     # Begin with the held-out images, because an evaluation needs all of them in memory.
     for part in reversed(splits):
-        files = splits[part].files
-        source = _source(files)
-        images: StreamedImages = EncodedImages(files, (size[0], size[1]), source, resize=image_size is not None)
-        if decode_once:
-            place = root / ("native" if image_size is None else f"{size[0]}x{size[1]}")
-            images = _cached(place / f"x_{part}-{source[:16]}.npy", images)
+        images = _decoded(place, part, splits[part].files, (size[0], size[1]), resize=image_size is not None)
         needed = images.shape.numel()
         streamed = stream or needed > memory
         memory -= 0 if streamed else needed
@@ -113,7 +99,7 @@ def _listed(folder: Path, train: bool) -> tuple[dict[str, Split], list[str]]:
     if len(classes) < 2:
         raise ValueError(f"{trained} must contain a folder for each of at least 2 classes, got {classes}")
     if unknown := set(shown) - set(classes):
-        raise ValueError(f"{held_out} has the classes {_some(sorted(unknown))}, which the folder train/ lacks")
+        raise ValueError(f"{held_out} has the classes {', '.join(sorted(unknown))}, which the folder train/ lacks")
     if rows:
         labels = torch.tensor([classes.index(row[1]) for row in rows], device="cpu")
         test = Split([held_out / "images" / row[0] for row in rows], labels)
@@ -137,17 +123,6 @@ def _by_class(folder: Path, classes: Sequence[str], allow_empty: bool = False) -
     return Split([path for _, path in shown], torch.tensor([label for label, _ in shown], device="cpu"))
 
 
-def _warn_of_numbers(folder: Path, classes: Sequence[str]) -> None:
-    numbers = [(name, label) for label, name in enumerate(classes) if name.isdecimal() and int(name) != label]
-    if numbers:
-        warnings.warn(
-            f"labels are places in the sorted names of the folders, not the numbers that these names are: {folder} has "
-            f"{_some([f'the folder {name} with the label {label}' for name, label in numbers])}. For a model that was "
-            "trained with the numbers as labels, count the folders from 0, with zeros in front (00, 01, ..., 10)",
-            stacklevel=4,
-        )
-
-
 def _source(files: Sequence[Path]) -> str:
     """A hash of the names, sizes and modification times of files."""
     content, shared = text_hash(), len(os.path.commonpath(files))
@@ -155,37 +130,6 @@ def _source(files: Sequence[Path]) -> str:
         facts = path.stat()
         content.update(json.dumps([str(path)[shared:], facts.st_size, facts.st_mtime_ns]).encode())
     return content.hexdigest()
-
-
-def _without_broken(root: Path, part: str, split: Split) -> Split:
-    """Leave out the images that cannot be decoded, with a warning. They are found once, and kept in a file."""
-    path = root / f"broken_{part}-{_source(split.files)[:16]}.json"
-    if not path.is_file():
-        with ThreadPoolExecutor() as pool:
-            reasons = list(tqdm(pool.map(_why_broken, split.files), f"check {part} images", len(split.files)))
-        write_text(path, json.dumps([(number, why) for number, why in enumerate(reasons) if why]))
-    broken = dict(json.loads(path.read_text()))
-    if broken:
-        texts = _some(list(broken.values()))
-        warnings.warn(f"{len(broken)} of {len(split.files)} {part} images are left out: {texts}", stacklevel=4)
-    kept = [number for number in range(len(split.files)) if number not in broken]
-    if not kept:
-        raise ValueError(f"no {part} image can be decoded: replace the images")
-    return Split([split.files[number] for number in kept], split.labels[kept])
-
-
-def _why_broken(path: Path) -> str:
-    """The reason why an image cannot be decoded; "" for a good image."""
-    try:
-        read_image(path)
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-def _some(texts: Sequence[str]) -> str:
-    """The first texts."""
-    return "; ".join(texts[:NAMED]) + ("; ..." if len(texts) > NAMED else "")
 
 
 # ---- decoding
@@ -219,35 +163,9 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
     return functional.pil_to_tensor(image).contiguous()
 
 
-class EncodedImages(StreamedImages):
-    """Files of images that several threads decode whenever they are read."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, files: Sequence[Path], size: tuple[int, int], source: str, *, resize: bool):
-        self.files, self.size, self.resize = files, size, resize
-        self.shape = torch.Size((len(files), 3, *size))
-        self.digest = f"{source} at {size[0]} x {size[1]}"
-
-    def read(self, ids: Tensor, out: Tensor | None = None) -> Tensor:
-        images = torch.empty((len(ids), *self.shape[1:]), dtype=torch.uint8, device="cpu") if out is None else out
-
-        def decode(row: int, number: int) -> None:
-            image = read_image(self.files[number], self.size if self.resize else None)
-            if image.shape != self.shape[1:]:
-                got, wanted = (" x ".join(map(str, shape[1:])) for shape in (image.shape, self.shape[1:]))
-                raise ValueError(f"{self.files[number]} has {got} pixels, but others have {wanted}: {GIVE_SIZE}")
-            images[row] = image
-
-        with ThreadPoolExecutor() as pool:
-            # The list raises the first error of the threads.
-            list(pool.map(decode, range(len(ids)), ids.tolist()))
-        return images
-
-
-def _cached(whole: Path, images: StreamedImages) -> StreamedImages:
-    """Open the decoded images, a file named by ``whole`` and the hash of the pixels. Decode them if it is missing."""
-    place, (part, _) = whole.parent, whole.stem.split("-")
+def _decoded(place: Path, part: str, files: Sequence[Path], size: tuple[int, int], *, resize: bool) -> StreamedImages:
+    """Open the decoded images of a part of the data set. Decode them if the folder ``place`` does not have them."""
+    whole = place / f"x_{part}-{_source(files)[:16]}.npy"
     place.mkdir(parents=True, exist_ok=True)
     # The process that has the lock writes the file, and the others wait for it.
     with FileLock(place / ".lock"):
@@ -255,22 +173,30 @@ def _cached(whole: Path, images: StreamedImages) -> StreamedImages:
             with contextlib.suppress(OSError, EOFError, ValueError):
                 return StreamedImages(path, path.stem.rpartition("-")[2])
         # Remove the arrays of an earlier cache, and the temporary files of killed processes.
-        for old in place.glob(f"*{part}-*.npy"):
+        for old in place.glob(f"*x_{part}-*.npy"):
             old.unlink()
         with atomic(whole) as temporary:
-            pixels = write_images(images, temporary)
+            pixels = write_images(files, size, temporary, resize=resize)
         return StreamedImages(whole.rename(place / f"{whole.stem}-{pixels}.npy"), pixels)
 
 
-def write_images(images: StreamedImages, out: Path) -> str:
-    """Write images to an ``.npy`` file, uint8 ``[N, C, H, W]``, and return the hash of the pixels."""
-    content = content_hash(torch.uint8, images.shape)
+def write_images(files: Sequence[Path], size: tuple[int, int], out: Path, *, resize: bool) -> str:
+    """Decode images into an ``.npy`` file, uint8 ``[N, 3, H, W]``, and return the hash of the pixels."""
+    shape = (len(files), 3, *size)
+    content = content_hash(torch.uint8, torch.Size(shape))
+
+    def decode(path: Path) -> memoryview:
+        image = read_image(path, size if resize else None)
+        if image.shape != shape[1:]:
+            got, wanted = (" x ".join(map(str, sides[1:])) for sides in (image.shape, shape[1:]))
+            raise ValueError(f"{path} has {got} pixels, but others have {wanted}: {GIVE_SIZE}")
+        return image.numpy().data
+
     # Write from front to back: a full disk ends a write with an OSError, but a memory map with SIGBUS.
-    with out.open("wb") as file:
-        shape = tuple(images.shape)
+    with out.open("wb") as file, ThreadPoolExecutor() as pool:
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        for first in tqdm(range(0, len(images), CHUNK), "decode images", unit=f"{CHUNK} images"):
-            pixels = images[first : first + CHUNK].numpy().data
-            content.update(pixels)
-            file.write(pixels)
+        for first in tqdm(range(0, len(files), CHUNK), "decode images", unit=f"{CHUNK} images"):
+            for pixels in pool.map(decode, files[first : first + CHUNK]):
+                content.update(pixels)
+                file.write(pixels)
     return content.hexdigest()

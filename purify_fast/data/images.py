@@ -5,11 +5,8 @@ The augmentation of an image depends only on the seed, the epoch and the image's
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .._validation import Range
 from ..ops.philox import Stream, philox
@@ -69,7 +66,10 @@ def crop_flip(
     Returns:
         A new tensor of the shape and dtype of ``x``.
     """
-    _check_batch(x, sample_ids)
+    if x.dim() != 4:
+        raise ValueError(f"x must be [B, C, H, W], got {list(x.shape)}")
+    if sample_ids.shape != (x.shape[0],):
+        raise ValueError(f"sample_ids must be [B] = [{x.shape[0]}], got {list(sample_ids.shape)}")
     Range(0).check("padding", padding)
     b, c, h, w = x.shape
     device = x.device
@@ -87,48 +87,6 @@ def crop_flip(
     return x[image, channel, rows[:, None, :, None], cols[:, None, None, :]].masked_fill(~inside, 0)
 
 
-def resized_crop(
-    x: Tensor, seed: int, sample_ids: Tensor, smallest: float = 0.08, flip: bool = True, *, epoch: int = 0
-) -> Tensor:
-    """Crop each image at random, resize the crop to the old size, and mirror it with probability 1/2.
-
-    The share of the area and the logarithm of width / height are uniform, the latter between 3/4 and 4/3, as in
-    torchvision's RandomResizedCrop. A side that would be longer than that of the image is shortened to it; torchvision
-    draws again. The resizing is bilinear.
-
-    Args:
-        x: images ``[B, C, H, W]``, floating point in [0, 1].
-        seed: seed of the random draws.
-        sample_ids: indices of the images in the data set, int64 ``[B]`` on the device of ``x``.
-        smallest: smallest share of the image's area, above 0 and at most 1.
-        flip: whether to mirror left and right. The same images are mirrored as by `crop_flip`.
-        epoch: number of the epoch, as in `crop_flip`.
-
-    Returns:
-        A new tensor of the shape and dtype of ``x``.
-    """
-    _check_batch(x, sample_ids)
-    Range(0, 1, above=True).check("smallest", smallest)
-    u = _draws(seed, sample_ids, epoch, 5)
-    area, ratio = smallest + (1 - smallest) * u[:, 3], (4 / 3) ** (2 * u[:, 4] - 1)
-    places = []
-    for size, share, draw in zip(
-        x.shape[2:], ((area / ratio).sqrt(), (area * ratio).sqrt()), (u[:, 0], u[:, 1]), strict=True
-    ):
-        # by the ratio of pixels, as in torchvision, so the shares of the sides of another form than a square differ
-        side = (share * math.sqrt(x.shape[2] * x.shape[3])).round().clamp(1, size)[:, None]
-        first = (draw[:, None] * (size - side + 1)).floor().minimum(size - side)
-        place = first + ((torch.arange(size, device=x.device) + 0.5) * side / size - 0.5).clamp(min=0).minimum(side - 1)
-        places.append(2 * place / max(size - 1, 1) - 1)
-    rows, columns = places
-    if flip:
-        columns = torch.where(u[:, 2:3] < 0.5, columns.flip(1), columns)
-    height, width = x.shape[2:]
-    grid = torch.stack([columns[:, None].expand(-1, height, -1), rows[:, :, None].expand(-1, -1, width)], 3)
-    # the result may be above 1 by rounding
-    return F.grid_sample(x, grid.to(x.dtype), padding_mode="border", align_corners=True).clamp(0, 1)
-
-
 def mirrored(seed: int, sample_ids: Tensor, epoch: int = 0) -> Tensor:
     """Tell which images `crop_flip` mirrors: bool ``[B]``.
 
@@ -140,15 +98,8 @@ def mirrored(seed: int, sample_ids: Tensor, epoch: int = 0) -> Tensor:
     return _draws(seed, sample_ids, epoch)[:, 2] < 0.5
 
 
-def _check_batch(x: Tensor, sample_ids: Tensor) -> None:
-    if x.dim() != 4:
-        raise ValueError(f"x must be [B, C, H, W], got {list(x.shape)}")
-    if sample_ids.shape != (x.shape[0],):
-        raise ValueError(f"sample_ids must be [B] = [{x.shape[0]}], got {list(sample_ids.shape)}")
-
-
-def _draws(seed: int, sample_ids: Tensor, epoch: int, count: int = 3) -> Tensor:
-    """Uniform random numbers ``[B, count]``: for the place of the rows, that of the columns, and the mirroring."""
+def _draws(seed: int, sample_ids: Tensor, epoch: int) -> Tensor:
+    """Uniform random numbers ``[B, 3]``: for the place of the rows, that of the columns, and the mirroring."""
     # A tensor from a list would be copied to the device, and the copy would wait for the device.
     key = torch.full((1,), seed, dtype=torch.int64, device=sample_ids.device)
-    return philox(key, sample_ids, count, stream=Stream.AUGMENTATION, first_draw=epoch)[:, 0]
+    return philox(key, sample_ids, 3, stream=Stream.AUGMENTATION, first_draw=epoch)[:, 0]

@@ -71,9 +71,6 @@ class Defence(StochasticDefence):
         if len(image_shape) != 3 or min(image_shape) < 1:
             raise ValueError(f"image_shape must be (C, H, W), each at least 1, got {image_shape}")
         self.image_shape = image_shape
-        self.own_classifier = False
-        #: For each term of the training loss, the first training step that used it. Empty if untrained.
-        self.acts_from_step: dict[str, int] = {}
         #: The settings of the adversarial bank (`purify_fast.training.bank`): the variants of an image, and the share
         #: of the adversarial images that is attacked again although the bank is full. Empty without a bank.
         self.bank: dict[str, Any] = {}
@@ -253,13 +250,6 @@ class Defence(StochasticDefence):
         if self.fast is not None:
             self.fast.to(first_tensor(self.classifier).device)
         return self
-
-    def release_classifier(self) -> None:
-        """Allow a training to change the copied classifier, which is then saved. Refused if accelerated."""
-        if self.fast is not None:
-            raise ValueError("an accelerated defence cannot train its classifier: call accelerate(None) first")
-        self.classifier.requires_grad_(True)
-        self.own_classifier = True
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of the purifier. The classifier always remains in evaluation mode."""

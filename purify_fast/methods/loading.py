@@ -40,8 +40,7 @@ def load_defence(
     Args:
         folder: folder of ``model.safetensors``.
         classifier: the classifier for which the defence was trained; None loads it from ``folder/classifier``, where
-            the command line saves it. If the defence was trained together with its copy of the classifier, only the
-            architecture must match.
+            the command line saves it.
         purifier: a module with the architecture of the saved purifier. It is required only if you saved an AToP with
             your own purifier, or a `DiffusionPurifier` with your own denoiser.
         process: fields of `purify_fast.methods.diffusion.Process` that replace the saved fields, such as ``t_star`` and
@@ -72,14 +71,12 @@ def load_defence(
     if kind == ALONE:
         # the denoiser was trained without a classifier, so it fits any classifier
         check, kind, state = False, "DiffusionPurifier", {f"denoiser.module.{name}": state[name] for name in state}
-    own_classifier, weights = facts.get("own_classifier", False), weights_fingerprint(classifier)
-    if check and not own_classifier and weights != facts["classifier"]:
+    if check and weights_fingerprint(classifier) != facts["classifier"]:
         raise ValueError(f"classifier must have the weights that {folder} was trained for; check=False allows others")
     defence = _DEFENCES[kind].rebuild(classifier, arguments, purifier, folder)
-    defence.own_classifier = own_classifier
-    defence.acts_from_step, defence.bank = facts.get("acts_from_step", {}), facts.get("bank", {})
+    defence.bank = facts.get("bank", {})
     if odd := trained_tensors(defence).keys() ^ state.keys():
         raise ValueError(f"{folder} holds a model with other tensors, such as {', '.join(sorted(odd)[:4])}")
-    # the state has no tensors of a frozen classifier
+    # the state has no tensors of the classifier
     defence.load_state_dict(state, strict=False)
     return defence.eval()

@@ -1,20 +1,15 @@
-"""Published systems: their facts with sources, and in which points a training differs from them."""
+"""Published systems: their facts with sources, and the trainings that they describe."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
-from torch import nn
-
-from .._process import processes
-from ..models.classifiers import CLASSIFIERS
 from ..training.config import FitConfig
-from ..training.run import loop_facts
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -102,7 +97,6 @@ class Recipe:
         image_shape: tuple[int, int, int],
         num_classes: int,
         *,
-        name: str = "own data",
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ) -> Self:
@@ -111,12 +105,11 @@ class Recipe:
         Args:
             image_shape: (C, H, W) of the images.
             num_classes: number of classes.
-            name: name of the data.
             mean: mean of each channel, with which the networks normalize images (`purify_fast.data.statistics`). None
                 means the recipe's mean, or 0.5 if the recipe has another number of channels.
             std: standard deviation of each channel, in the same form.
         """
-        own = {"data.image_shape": tuple(image_shape), "data.num_classes": num_classes, "data.name": name}
+        own = {"data.image_shape": tuple(image_shape), "data.num_classes": num_classes}
         for key, values in {"data.mean": mean, "data.std": std}.items():
             if values is not None or image_shape[0] != self.image_shape[0]:
                 own[key] = (0.5,) * image_shape[0] if values is None else tuple(values)
@@ -125,54 +118,6 @@ class Recipe:
     def for_batch(self, batch_size: int) -> Self:
         """Return this recipe for ``batch_size`` images per step of all processes. CARSO's learning rate is scaled."""
         return replace(self, own={**self.own, "loop.batch_size": batch_size})
-
-    def implied(self) -> dict[str, Any]:
-        """Return published values that follow from the facts, but that no fact states, by key."""
-        return {}
-
-    def of_training(self, task: Any) -> dict[str, Any]:
-        """Return the values of a training's data and networks by the keys of facts."""
-        return {key: self[key] for key in self.facts if key.startswith("data.")}
-
-    def deviations(
-        self,
-        task: Any,
-        loop: FitConfig,
-        official_code: bool = False,
-        *,
-        given: Mapping[str, Any] | None = None,
-    ) -> list[str]:
-        """Return the points in which a training is not as published, one line each.
-
-        All facts and settings are compared. A fact in words is listed unless ``given`` has the same words. What this
-        package does not reproduce is in ``not_reproduced``.
-
-        Args:
-            task: the training, as ``task`` of the recipe makes it.
-            loop: the settings of the training loop.
-            official_code: whether to compare with the authors' code where it differs from the recipe.
-            given: values that the training does not know, by the keys of their facts, such as "start.classifier". If
-                the training reads a loader, give the loader's "loop.batch_size"; with a bank, "run.bank".
-        """
-        authors = replace(self, own={})
-        # other facts with "run." repeat the settings in words, and the evaluation is not a part of the training
-        left_out = {key for key in self.facts if key.startswith(("run.", "evaluation."))} - {"run.processes"}
-        published = {key: fact.of(official_code) for key, fact in self.facts.items() if key not in left_out}
-        published |= authors.implied() | _by_key(authors.config(official_code), authors.loop(official_code))
-        published["run.bank"] = None
-        run = {"run.processes": processes()[1], "run.bank": None}
-        run |= self.of_training(task) | _by_key(task.config, loop) | dict(given or {})
-        if "loop.seed" not in self.facts:
-            # the order of the images is drawn from other random numbers anyway
-            del published["loop.seed"]
-        if run.get("classifier.name") != published.get("classifier.name"):
-            # the sizes of another network have other meanings
-            published = {k: v for k, v in published.items() if k == "classifier.name" or k[:11] != "classifier."}
-        return [
-            f"{key}: {_text(run.get(key, 'not known'))} (published: {_text(value)})"
-            for key, value in published.items()
-            if json.dumps(run.get(key, "not known")) != json.dumps(value)
-        ]
 
     def __str__(self) -> str:
         """Return all facts with grades and sources, and the differences of this package, as text."""
@@ -187,28 +132,6 @@ class Recipe:
         if self.not_reproduced:
             lines += ["", "Not reproduced:", *(f"- {sentence}" for sentence in self.not_reproduced)]
         return "\n".join(lines)
-
-
-def _by_key(config: Any, loop: FitConfig) -> dict[str, Any]:
-    """Return the settings of a method, of its attack and of the loop that decide the result, by the keys of facts."""
-    attack = {f"attack.{name}": value for name, value in asdict(config.attack).items()}
-    method = {f"method.{one.name}": getattr(config, one.name) for one in fields(config) if one.name != "attack"}
-    return attack | method | {f"loop.{name}": value for name, value in loop_facts(loop).items()}
-
-
-def classifier_facts(classifier: nn.Module) -> dict[str, Any]:
-    """Return the name and the sizes of a classifier, by the keys of facts."""
-    names = {kind: name for name, kind in CLASSIFIERS.items()}
-    arguments: dict[str, Any] = getattr(classifier, "arguments", {})
-    name = names.get(type(classifier), arguments.get("spec", type(classifier).__name__))
-    return {**{f"classifier.{key}": value for key, value in arguments.items()}, "classifier.name": name}
-
-
-def defence_facts(defence: Any) -> dict[str, Any]:
-    """Return the arguments of a defence, its data and its classifier, by the keys of facts."""
-    arguments = {f"defence.{name}": value for name, value in defence.arguments.items()}
-    data = {"data.image_shape": defence.image_shape, "data.num_classes": defence.num_classes}
-    return {**arguments, **data, **classifier_facts(defence.classifier)}
 
 
 def _text(value: Any) -> str:

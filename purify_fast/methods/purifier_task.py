@@ -19,19 +19,17 @@ D = TypeVar("D", bound=Defence)
 
 
 class PurifierTask(MethodTask, Generic[D]):
-    """Trains the purifier of a defence. The classifier is frozen, unless a setting of the method makes it trainable."""
+    """Trains the purifier of a defence. The classifier is frozen."""
 
     def __init__(self, defence: D, config: Any, origin: str):
         super().__init__(config, defence)
         config = self.config
         self.defence, self.origin = defence, origin
         self.model = defence
-        # the fingerprint is taken before the training, because a method may train the classifier too
         self.classifier = weights_fingerprint(defence.classifier)
         # `accelerate` would discard compiled parts, so it is not called for a defence that has this precision already
         if (config.precision == "bfloat16") != defence.computes_in_bfloat16:
             defence.accelerate(torch.bfloat16 if config.precision == "bfloat16" else None)
-        # an earlier task may have made the classifier trainable
         defence.classifier.requires_grad_(False)
 
     @property

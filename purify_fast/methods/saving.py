@@ -36,15 +36,11 @@ def rebuilt(
 
 
 def save_defence(defence: Defence, folder: str | Path) -> None:
-    """Write a defence to ``model.safetensors``: the trained weights, and the fingerprint of a frozen classifier."""
-    facts = {"classifier": weights_fingerprint(defence.classifier), "own_classifier": defence.own_classifier}
-    facts |= {"acts_from_step": defence.acts_from_step, **({"bank": defence.bank} if defence.bank else {})}
+    """Write a defence to ``model.safetensors``: the trained weights, and the fingerprint of the classifier."""
+    facts = {"classifier": weights_fingerprint(defence.classifier), **({"bank": defence.bank} if defence.bank else {})}
     save_model(folder, type(defence).__name__, defence.arguments, trained_tensors(defence), **facts)
 
 
 def trained_tensors(defence: Defence) -> dict[str, Tensor]:
-    """Return the tensors that a saved defence has: all except those of a frozen classifier."""
-    state = defence.state_dict()
-    return {
-        name: value for name, value in state.items() if defence.own_classifier or not name.startswith("classifier.")
-    }
+    """Return the tensors that a saved defence has: all except those of the classifier."""
+    return {name: value for name, value in defence.state_dict().items() if not name.startswith("classifier.")}

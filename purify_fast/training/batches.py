@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,16 +12,7 @@ from torch import Tensor
 from ..attacks.arguments import INTO_RANGE, ROUNDING
 
 #: The attributes of a loader, and of these, that may have generators.
-INSIDE = (
-    "dataset",
-    "datasets",
-    "sampler",
-    "batch_sampler",
-    "transform",
-    "transforms",
-    "target_transform",
-    "collate_fn",
-)
+INSIDE = ("dataset", "datasets", "sampler", "batch_sampler")
 
 
 def read_batch(batch: Any, name: str) -> tuple[Tensor, Tensor, Any]:
@@ -52,28 +42,20 @@ def check_range(name: str, low: float, high: float, undo: str = "") -> None:
 
 
 def seed_generators(loader: Any, seed: int, epoch: int) -> None:
-    """Seed the generators that are attributes of a loader, its data set or its samplers; call their ``set_epoch``."""
+    """Seed torch's generators that are attributes of a loader, its data set or its samplers; call ``set_epoch``."""
     seen = set[int]()
     for part in _parts(loader):
         if callable(getattr(type(part), "set_epoch", None)):
             part.set_epoch(epoch)
         for value in getattr(part, "__dict__", {}).values():
-            if id(value) in seen:
-                continue
-            if isinstance(value, torch.Generator):
+            if isinstance(value, torch.Generator) and id(value) not in seen:
                 value.manual_seed(seed)
-            elif isinstance(value, (random.Random, np.random.RandomState)):
-                value.seed(seed)
-            elif isinstance(value, np.random.Generator):
-                value.bit_generator.state = type(value.bit_generator)(seed).state
-            else:
-                continue
-            seen.add(id(value))
-            seed = (seed + 1) % 2**32
+                seen.add(id(value))
+                seed = (seed + 1) % 2**32
 
 
 def _parts(loader: Any) -> Iterator[Any]:
-    """Yield a loader, its data sets, samplers, transforms and collate function, and those inside them."""
+    """Yield a loader, its data sets and samplers, and those inside them."""
     waiting, seen = [loader], set[int]()
     for part in waiting:
         if part is None or id(part) in seen:

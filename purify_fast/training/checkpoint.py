@@ -6,7 +6,6 @@ A file appears whole or not at all. A checksum of the content is verified at eve
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,8 @@ from torch import Tensor
 from .._sealed import read_sealed, write_sealed
 from .._version import __version__
 
-logger = logging.getLogger("purify_fast")
-
-#: The file names of a run's last checkpoint and of the checkpoint before that.
-CHECKPOINT, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
+#: The file name of a run's checkpoint.
+CHECKPOINT = "checkpoint.safetensors"
 #: The file name of a saved model.
 MODEL = "model.safetensors"
 
@@ -32,9 +29,9 @@ _TENSOR = "tensor of purify_fast"
 # -- checkpoints ------------------------------------------------------------------------------------------------------
 
 
-def write_tree(path: Path, tree: Any, previous: Path | None = None) -> None:
+def write_tree(path: Path, tree: Any) -> None:
     """Write nested dicts and lists of tensors, numbers, strings and None as one file, atomically."""
-    write_sealed(path, *_encoded(tree), previous)
+    write_sealed(path, *_encoded(tree))
 
 
 def read_tree(path: Path) -> Any:
@@ -42,8 +39,8 @@ def read_tree(path: Path) -> Any:
     try:
         tree, tensors = read_sealed(path)
     except ValueError as error:
-        raise ValueError(f"{path} is not a checkpoint of this package, or is damaged: {error}") from error
-
+        start = "remove it to start anew"
+        raise ValueError(f"{path} is not a checkpoint of this package, or is damaged: {error}: {start}") from error
     return _decoded(tree, tensors)
 
 
@@ -73,29 +70,10 @@ def _decoded(value: Any, tensors: dict[str, Tensor]) -> Any:
     return {int(key) if key.isdecimal() else key: _decoded(item, tensors) for key, item in value.items()}
 
 
-def save_checkpoint(folder: Path, tree: Any) -> None:
-    """Write a run's checkpoint, and keep the checkpoint before it."""
-    write_tree(folder / CHECKPOINT, tree, folder / PREVIOUS)
-
-
 def last_checkpoint(folder: Path) -> Any:
-    """Read a run's last whole checkpoint; None if there is none."""
-    damaged: list[str] = []
-    for path in (folder / CHECKPOINT, folder / PREVIOUS):
-        # Do not ask first whether the file exists: another process may rename it between the question and the answer.
-        try:
-            tree = read_tree(path)
-        except FileNotFoundError:
-            continue
-        except ValueError as error:
-            damaged.append(str(error))
-            continue
-        if damaged:
-            logger.warning("%s; the checkpoint before it, of step %s, is used", damaged[0], tree.get("step"))
-        return tree
-    if damaged:
-        raise ValueError(f"{'; '.join(damaged)}. There is no other checkpoint: remove these files to start anew")
-    return None
+    """Read a run's checkpoint; None if there is none."""
+    path = folder / CHECKPOINT
+    return read_tree(path) if path.is_file() else None
 
 
 # -- saved models -----------------------------------------------------------------------------------------------------

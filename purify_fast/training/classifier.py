@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,9 +39,6 @@ class ClassifierTask(Task):
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, foreach=True
         )
-
-    def captures(self, batch: Batch) -> Hashable:
-        return self.config.attack.at_epoch(batch.epoch, batch.epochs)
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
         config = self.config
@@ -104,9 +101,8 @@ def save_classifier(model: nn.Module, folder: str | Path, classes: Sequence[str]
     kind = type(model).__name__
     if type(model) is not _KINDS.get(kind):
         raise ValueError(f"model must be one of {', '.join(_KINDS)}, got {kind}: save its state_dict() with torch.save")
-    facts = {"acts_from_step": acts} if (acts := getattr(model, "acts_from_step", None)) else {}
-    if names := getattr(model, "classes", None) if classes is None else classes:
-        facts["classes"] = list(names)
+    names = getattr(model, "classes", None) if classes is None else classes
+    facts = {"classes": list(names)} if names else {}
     save_model(folder, kind, model.arguments, model.state_dict(), **facts)  # type: ignore[arg-type]
 
 

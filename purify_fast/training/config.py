@@ -187,8 +187,6 @@ class FitConfig:
         batch_size: images per step, of all processes together.
         seed: seed of all random draws.
         padding: width in pixels of a black border that is added before a random crop to the old size. 0 means no crop.
-        resized_crop: smallest share of an image's area that a random crop keeps; the crop is resized to the old size
-            (`purify_fast.data.resized_crop`). Usual for images of 224 x 224 is 0.08. 0 means no such crop.
         flip: whether half of the images, drawn at random, are mirrored from left to right.
         drop_last: whether an epoch leaves out a smaller last batch. A DataLoader has its own drop_last.
         steps_per_epoch: steps of an epoch that ends before a whole pass over the data; the next epoch draws from all
@@ -204,11 +202,10 @@ class FitConfig:
         accumulate: number of parts in which a step computes the gradients of its batch one after the other, to save
             memory. The weights remain equal up to rounding, but BatchNorms take each part's statistics. None means 1.
         clip_gradients: largest L2 norm of the gradients of an optimizer's weights; None does not shorten them.
-        cuda_graphs: whether steps are captured as CUDA graphs, on a CUDA device: the steps of attacks, and with one
-            process whole training steps up to the gradients. "auto" captures a step after 15 launches.
-            "always" captures wherever possible. "off" never does. A graph needs the
-            memory of one step for itself. Choose "off" for a model that changes settings in an object other than a
-            module, dataclass or namespace, because a captured step ignores the change.
+        cuda_graphs: whether the steps of attacks are captured as CUDA graphs, on a CUDA device. "auto" captures a step
+            after 15 launches. "always" captures wherever possible. "off" never does. A graph needs the memory of one
+            step for itself. Choose "off" for a model that changes settings in an object other than a module, dataclass
+            or namespace, because a captured step ignores the change.
         cudnn_benchmark: whether cuDNN, on a CUDA device, times its algorithms once for each shape and uses the fastest.
             "auto" does this unless the process requires deterministic algorithms; "on" always does; "off" leaves
             cuDNN's setting unchanged.
@@ -223,7 +220,6 @@ class FitConfig:
     batch_size: Count = 128
     seed: Annotated[int, Range(0, 2**31, below=True)] = 0
     padding: Annotated[int, Range(0)] = 0
-    resized_crop: Share = 0.0
     flip: bool = False
     drop_last: bool = True
     steps_per_epoch: Count | None = None
@@ -240,15 +236,8 @@ class FitConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        if self.padding and self.resized_crop:
-            raise ValueError(f"padding must be 0 with a resized_crop, which crops too, got {self.padding}")
         if self.patience is not None and self.keep_best == "off":
             raise ValueError(f"patience needs keep_best loss or accuracy, got patience={self.patience}")
-
-    @property
-    def crops(self) -> bool:
-        """Tell whether images are cropped at random."""
-        return bool(self.padding or self.resized_crop)
 
 
 @dataclass(frozen=True)

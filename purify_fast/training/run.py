@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -16,14 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import ops
 from .._files import write_text
 from .._process import processes
-from ..data import crop_flip, mirrored, resized_crop, to_float
-from ..model_state import network_hash
+from ..data import crop_flip, mirrored, to_float
 from ..speed.memory import peak_so_far
 from .bank import AdversarialBank, BankConfig
-from .checkpoint import CHECKPOINT, last_checkpoint, save_checkpoint
+from .checkpoint import CHECKPOINT, last_checkpoint, write_tree
 from .config import FitConfig
 from .distributed import from_first
 from .optimizers import weights_of
@@ -31,16 +28,12 @@ from .schedules import RunLength
 from .sources import InMemory, RawBatch, Source, step_seed
 from .task import Batch, Task
 
-logger = logging.getLogger("purify_fast")
-
 #: Settings that do not change the result of a run, and may therefore differ when the run is resumed.
 _NO_FACTS = ("checkpoint_seconds", "cuda_graphs", "cudnn_benchmark", "fused_optimizers")
 #: The attributes of `Run` that a checkpoint restores as they are.
 _PROGRESS = ("step", "last", "best", "rows", "counts", "expected", "threads")
 #: The names, without suffix, of the files that a run writes. A half-written file is called ``.<name>-...``.
-_WRITTEN = (Path(CHECKPOINT).stem, "kernels", "log", "model", "run")
-#: The file with the kernels that a run used at its start, and the timings by which they were chosen.
-KERNELS = "kernels.json"
+_WRITTEN = (Path(CHECKPOINT).stem, "log", "model", "run")
 
 #: A run predicts its whole time after this number of seconds, or at the end of its first epoch.
 EXPECT_AFTER = 10.0
@@ -87,24 +80,22 @@ class Run:
         self.task, self.config, self.source, self.held_out, self.folder = task, config, source, held_out, folder
         self.bank: AdversarialBank | None = None
         if bank is not None:
-            if config.accumulate or config.crops or not isinstance(source, InMemory):
-                raise ValueError("bank needs x as a tensor, without accumulate, padding and resized_crop")
+            if config.accumulate or config.padding or not isinstance(source, InMemory):
+                raise ValueError("bank needs x as a tensor, without accumulate and padding")
             # the description has a digest of the images and of the labels, on which the attacks depend
             shape, data, views = tuple(source.x.shape), source.description, 2 if config.flip else 1
             self.bank = AdversarialBank(
                 bank, task.frozen_attacks(), shape=shape, data=data, views=views, batch_size=source.batch_size
             )
         self.steps = source.steps
-        self.facts = {"data": source.description, **loop_facts(config), **task.describe()}
+        loop = {name: value for name, value in asdict(config).items() if name not in _NO_FACTS}
+        self.facts = {"data": source.description, **loop, **task.describe()}
         if held_out is not None:
             self.facts["validation"] = held_out.description
         if bank is not None:
             self.facts["bank"] = task.result.bank = bank.facts  # type: ignore[assignment]
         self.length = RunLength(config.epochs, source.steps, source.batch_size, source.images)
         self.terms = task.terms(self.length)
-        if self.terms:
-            # A saved model contains the attributes of the result.
-            task.result.acts_from_step = dict(self.terms)  # type: ignore[assignment]
         self.total, self.step, self.saved_at = self.length.steps, 0, time.monotonic()
         self.sums, self.counts = dict[str, Tensor](), dict[str, int]()
         self.last, self.best, self.rows = dict[str, float](), dict[str, Any](), list[dict[str, Any]]()
@@ -112,7 +103,6 @@ class Run:
         self.given_threads = torch.get_num_threads()
         self.threads: list[int] | None = None
         self._began, self._spent = time.monotonic(), 0.0
-        self.network = network_hash((type(task), task.model, task.result)) if folder else ""
 
     @property
     def epoch(self) -> int:
@@ -141,9 +131,7 @@ class Run:
         images, labels, ids = raw
         config, epoch = self.config, step // self.steps
         x = to_float(images) if images.dtype == torch.uint8 else images
-        if augment and config.resized_crop:
-            x = resized_crop(x, config.seed, ids, config.resized_crop, config.flip, epoch=epoch)
-        elif augment and (config.padding or config.flip):
+        if augment and (config.padding or config.flip):
             x = crop_flip(x, config.seed, ids, config.padding, config.flip, epoch=epoch)
         banked = None
         if augment and self.bank is not None:
@@ -185,7 +173,7 @@ class Run:
     def state(self) -> dict[str, Any]:
         """Return the content of a checkpoint."""
         optimizers = {name: optimizer.state_dict() for name, optimizer in self.task.optimizers.items()}
-        progress = {name: getattr(self, name) for name in (*_PROGRESS, "facts", "sums", "seconds", "network")}
+        progress = {name: getattr(self, name) for name in (*_PROGRESS, "facts", "sums", "seconds")}
         return {"model": self.task.model.state_dict(), "optimizers": optimizers, **progress}
 
     def resume(self) -> None:
@@ -204,13 +192,6 @@ class Run:
             optimizer.load_state_dict(saved["optimizers"][name])
         for name in _PROGRESS:
             setattr(self, name, saved[name])
-        if saved["network"] != self.network:
-            what = f"the code or the structure of the network in {self.folder} has changed since the run began"
-            if self.ended:
-                raise ValueError(f"the run is finished, and {what}: choose another folder for a new run")
-            logger.warning(what)
-        # The weights were trained for the network as it was, so later checkpoints have its hash.
-        self.network = saved["network"]
         self.sums = {key: value.to(self.source.device) for key, value in saved["sums"].items()}
         self._spent = saved["seconds"]
 
@@ -224,7 +205,9 @@ class Run:
             saved = last_checkpoint(self.folder)
         if self.folder is None or saved is None:
             return None if processes()[1] == 1 else self.state()
-        refuse_another(self.folder, saved["facts"], self.facts)
+        if difference := differences(saved["facts"], self.facts):
+            advice = "pass another folder, or remove this one"
+            raise ValueError(f"{self.folder} holds a run with other images or settings ({difference}): {advice}")
         return saved
 
     def save(self) -> None:
@@ -234,7 +217,7 @@ class Run:
             if self.bank is not None:
                 # a resumed run does not repeat the steps before the checkpoint, so their variants must be on the disk
                 self.bank.flush()
-            save_checkpoint(self.folder, self.state())
+            write_tree(self.folder / CHECKPOINT, self.state())
         self.saved_at = time.monotonic()
 
     def save_if_due(self) -> None:
@@ -261,16 +244,6 @@ class Run:
         """Write the whole ``log.jsonl`` again, so that a kill cannot cut a line in half."""
         if self.folder is not None and processes()[0] == 0:
             write_text(self.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
-
-    def record_kernels(self) -> None:
-        """Write into the folder which kernels the run uses. Warn if a resumed run began with other kernels."""
-        if self.folder is None:
-            return
-        path, now = self.folder / KERNELS, json.dumps(ops.kernels_now(self.source.device))
-        if self.step == 0 or not path.exists():
-            write_text(path, now)
-        elif path.read_text(encoding="utf-8") != now:
-            logger.warning("this run began with other kernels, so it will not repeat its results exactly")
 
     # -- held-out images
 
@@ -309,11 +282,6 @@ class Run:
             self.best = {"score": score, "step": self.step, "model": copy.deepcopy(best)}
 
 
-def loop_facts(config: FitConfig) -> dict[str, Any]:
-    """Return the loop's settings that decide the result of a run."""
-    return {name: value for name, value in asdict(config).items() if name not in _NO_FACTS}
-
-
 def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> str:
     """Describe the differences between the facts of two runs, in a text that is empty if there are none."""
     # JSON turns a checkpoint's tuples into lists.
@@ -327,10 +295,3 @@ def _different(saved: Any, wanted: Any, name: str = "") -> Iterator[str]:
             yield from _different(saved.get(key), wanted.get(key), f"{name}.{key}" if name else key)
     elif saved != wanted:
         yield f"{name}: {saved!r}, now {wanted!r}"
-
-
-def refuse_another(folder: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raise ValueError if the facts ``saved`` in a folder's checkpoint differ from those of this run, ``wanted``."""
-    if difference := differences(saved, wanted):
-        advice = "pass another folder, or remove this one"
-        raise ValueError(f"{folder} holds a run with other images or settings ({difference}): {advice}")

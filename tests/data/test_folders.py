@@ -1,12 +1,8 @@
 """Image folders: layouts, resizing, the cache and what a kill leaves of it."""
 
-import os
 import shutil
-import signal
-import subprocess
 import sys
 import time
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -90,28 +86,6 @@ def test_files_in_folders_inside_a_class_are_sorted_by_their_whole_path(tmp_path
     assert d.y_train.tolist() == [0] * 4 + [1] and d.num_classes == 2 and d.y_test.tolist() == [0]
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows lets few make links")
-def test_links_are_followed(tmp_path):
-    folder(tmp_path / "pets")
-    picture(tmp_path / "outside" / "more.png", 1)
-    (tmp_path / "pets" / "train" / "cat" / "link.png").symlink_to(tmp_path / "outside" / "more.png")
-    (tmp_path / "pets" / "train" / "cat" / "more").symlink_to(tmp_path / "outside")
-    (tmp_path / "link").symlink_to(tmp_path / "pets")
-    assert len(data.load_dataset(tmp_path / "link").x_train) == 12
-
-
-def test_folders_that_are_numbers_are_told_if_their_labels_are_other_numbers(tmp_path):
-    for width in (1, 2):
-        for part in ("train", "val"):
-            for number in range(11):
-                picture(tmp_path / f"{width}" / part / f"{number:0{width}}" / "0.png", number)
-    with pytest.warns(UserWarning, match=r"the folder 10 with the label 2; the folder 2 with the label 3; .*00, 01"):
-        assert data.load_dataset(tmp_path / "1").classes[2] == "10"
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert data.load_dataset(tmp_path / "2").classes[2] == "02"
-
-
 def test_held_out_images_alone(tmp_path):
     made = folder(tmp_path)
     (tmp_path / "train" / "bee").mkdir()  # an empty folder counts as a class, for which no image is needed
@@ -161,27 +135,6 @@ def test_the_files_that_torchvision_reads_are_read(tmp_path, ending):
     assert read.y_train[:6].tolist() == [0] * 6 and read.x_train[5, :, 0, 0].tolist() == [3, 4, 5]
 
 
-@pytest.mark.parametrize("decode", ["once", "each_time"])
-def test_files_that_cannot_be_decoded_are_left_out(tmp_path, decode, monkeypatch):
-    made = folder(tmp_path / "pets")
-    (tmp_path / "pets/train/dog/003.png").write_text("no image")
-    cut = tmp_path / "pets/val/cat/001.png"
-    cut.write_bytes(cut.read_bytes()[:60])
-    given = {"broken": "skip", "decode": decode, "cache": tmp_path / "cache"}
-    with pytest.warns(UserWarning, match=r"1 of 10 train images are left out: .*003\.png: "):
-        d = data.load_dataset(tmp_path / "pets", **given)
-    rest = {"train": made["train"][:8] + made["train"][9:], "test": [made["test"][0], *made["test"][2:]]}
-    assert np.array_equal(d.x_train[:].numpy(), rest["train"]) and np.array_equal(d.x_test[:].numpy(), rest["test"])
-    assert d.y_train.tolist() == [0] * 5 + [1] * 4 and d.y_test.tolist() == [0, 1, 1]
-    # The names are kept, so a second start decodes nothing to find them.
-    monkeypatch.setattr(folders, "_why_broken", lambda path: pytest.fail("decoded again"))
-    with pytest.warns(UserWarning, match=r"1 of 4 test images are left out: .*001\.png: "):
-        assert torch.equal(data.load_dataset(tmp_path / "pets", **given).x_train, d.x_train)
-    # A later start without this option refuses the same images.
-    with pytest.raises(ValueError, match=r"cannot be decoded: .*001\.png"):
-        data.load_dataset(tmp_path / "pets", cache=tmp_path / "cache", decode=decode)
-
-
 def damaged(path):
     path.write_bytes(path.read_bytes()[:60])
 
@@ -228,51 +181,14 @@ def test_decoded_once_and_again_when_a_file_changes(tmp_path, monkeypatch):
     assert torch.equal(data.load_dataset(tmp_path / "pets", **given).x_train, again.x_train)
 
 
-LOAD = """
-import os, sys, time
-from purify_fast import data
-from purify_fast.data import folders
-original, calls = folders.read_image, []
-def slow(path, size):
-    # it does not end before it is killed
-    calls.append(path)
-    parent = os.getppid()
-    while len(calls) > 10 and os.getppid() == parent:
-        time.sleep(0.01)
-    return original(path, size)
-folders.read_image = slow
-print("ready", flush=True)
-data.load_dataset(sys.argv[1], image_size=(10, 8))
-"""
-
-
-@pytest.mark.slow
-def test_a_kill_leaves_nothing_that_is_read_later(tmp_path):
-    made = folder(tmp_path, train=200)
-    command = [sys.executable, "-c", LOAD, str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment)
-    process.stdout.readline()
-    place = tmp_path / ".purify_fast" / "10x8"
-    until = time.monotonic() + 600
-    while not list(place.glob(".x_*.npy")) and time.monotonic() < until:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=600)  # its end of the pipe: no process lives on that holds the lock
-    assert process.returncode == -signal.SIGKILL and list(place.glob(".x_*.npy"))  # killed while it wrote
-    assert np.array_equal(data.load_dataset(tmp_path, image_size=(10, 8)).x_train.numpy(), np.stack(made["train"]))
-    left = sorted(path.name.split("-")[0] for path in place.iterdir())
-    assert left == [".lock", "x_test", "x_train"]
-
-
 def test_of_two_writers_at_once_one_waits_and_reads(tmp_path, monkeypatch):
     made = folder(tmp_path)
     writers, original = [], folders.write_images
 
-    def write(*arguments):
+    def write(*arguments, **options):
         writers.append(arguments)
         time.sleep(0.3)
-        return original(*arguments)
+        return original(*arguments, **options)
 
     monkeypatch.setattr(folders, "write_images", write)
     # the lock belongs to the opened file, so it holds between threads as between processes
@@ -283,11 +199,11 @@ def test_of_two_writers_at_once_one_waits_and_reads(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/dev/full is a device of Linux")
-def test_a_full_disk_is_an_error():
+def test_a_full_disk_is_an_error(tmp_path):
     """With a memory map of a sparse file, it would end the process by SIGBUS."""
-    images = torch.zeros(300, 3, 8, 8, dtype=torch.uint8)
+    picture(tmp_path / "0.png", 0)
     with pytest.raises(OSError, match="No space left"):
-        folders.write_images(images, Path("/dev/full"))
+        folders.write_images([tmp_path / "0.png"] * 300, (10, 8), Path("/dev/full"), resize=False)
 
 
 def test_memory_decides_what_is_streamed(tmp_path, monkeypatch):

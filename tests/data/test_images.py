@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from purify_fast.data import crop_flip, resized_crop, statistics
+from purify_fast.data import crop_flip, statistics
 
 X = torch.randint(0, 256, (64, 3, 7, 9), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 IDS = torch.arange(64)
@@ -42,38 +42,6 @@ def test_a_function_of_seed_epoch_and_id():
     assert not torch.equal(crop_flip(X, 1, IDS, epoch=1), out)
     assert torch.equal(crop_flip(X.float(), 1, IDS), out.float())
     assert torch.equal(crop_flip(X, 0, IDS, 0, flip=False), X)
-
-
-def test_a_resized_crop_is_that_of_interpolation():
-    """Rows in the first channel and columns in the second say which pixels were taken."""
-    h, w, n = 12, 16, 200
-    rows, columns = torch.arange(h).float()[:, None].expand(h, w), torch.arange(w).float().expand(h, w)
-    x = (torch.stack([rows, columns]) / 16).expand(n, -1, -1, -1)
-    out = resized_crop(x, 3, torch.arange(n), 0.25)
-    flipped = 0
-    areas = []
-    for made in out:
-        top, bottom = (16 * made[0, 0, 0]).round().item(), (16 * made[0, -1, 0]).round().item()
-        left, right = sorted(round(16 * made[1, 0, end].item()) for end in (0, -1))
-        crop = x[0, :, int(top) : int(bottom) + 1, left : right + 1]
-        want = F.interpolate(crop[None], size=(h, w), mode="bilinear")[0]
-        mirrored = bool(made[1, 0, 0] > made[1, 0, -1])
-        flipped += mirrored
-        assert torch.allclose(want.flip(2) if mirrored else want, made, atol=1e-5)
-        areas.append((bottom - top + 1) * (right - left + 1) / (h * w))
-    assert 70 < flipped < 130
-    assert min(areas) > 0.18 and max(areas) == 1 and 0.5 < sum(areas) / n < 0.7
-
-
-def test_a_resized_crop_is_a_function_of_seed_epoch_and_id():
-    x = X.float() / 255
-    out = resized_crop(x, 1, IDS)
-    order = torch.randperm(64, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(resized_crop(x[order], 1, IDS[order]), out[order])
-    assert not torch.equal(resized_crop(x, 2, IDS), out) and not torch.equal(resized_crop(x, 1, IDS, epoch=1), out)
-    assert out.min() >= 0 and out.max() <= 1 and out.dtype == x.dtype
-    with pytest.raises(ValueError, match="smallest"):
-        resized_crop(x, 1, IDS, 0.0)
 
 
 @pytest.mark.parametrize(

@@ -88,3 +88,17 @@ def test_the_gradient_may_be_taken_when_the_noise_is_no_longer_fixed(made):
         (after,) = torch.autograd.grad(loss, x)
     assert within.abs().sum() > 0
     torch.testing.assert_close(within, after)
+
+
+@pytest.mark.slow
+def test_it_compiles_as_one_graph_with_its_gradient(made):
+    torch._dynamo.reset()
+    made.requires_grad_(False)
+    results = []
+    for call in (made, torch.compile(made, fullgraph=True, backend="aot_eager")):
+        leaf = images(made).requires_grad_()
+        with made.fixed_noise(2):
+            logits = call(leaf)
+        results.append((logits.detach(), torch.autograd.grad(logits.square().sum(), leaf)[0]))
+    for want, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)

@@ -1,7 +1,6 @@
 """Recipes: their numbers over the whole schedule, two steps of each, and that every term of the loss acts."""
 
 import dataclasses
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,10 +15,9 @@ from purify_fast.methods.carso.recipes import CarsoRecipe
 from purify_fast.methods.carso.task import kl_weight
 from purify_fast.methods.recipes import RECIPES, recipe
 from purify_fast.models import build_classifier
-from purify_fast.training import BankConfig, Batch, fit
+from purify_fast.training import Batch
 from purify_fast.training.loop import train_step
 from purify_fast.training.optimizers import set_learning_rate
-from purify_fast.training.run import _NO_FACTS
 from purify_fast.training.schedules import RunLength
 from purify_fast.training.sources import InMemory
 
@@ -180,45 +178,6 @@ def test_two_steps_at_the_recipes_size(name, official_code):
     assert set(terms) <= seen
 
 
-def trained(name, folder=None, **settings):
-    """The weights after a recipe's schedule, shortened to a few steps, and the terms that its task names."""
-    # Two steps at the recipe's size are in the test above. Smaller images are enough to see that a term acts.
-    made, task = built(name, image_shape=(3, 64, 64) if name.startswith("atop") else None, **settings)
-    # as many steps as Lookahead needs to move its slow weights
-    images, epochs, steps = (2, 3, 1) if name.startswith("atop") else (8, 4, 2)
-    loop = dataclasses.replace(made.loop(), epochs=epochs, batch_size=images, steps_per_epoch=steps)
-    x = (255 * torch.rand(images * steps, *made.image_shape)).to(torch.uint8)
-    fit(task, x, torch.arange(images * steps) % 10, loop, folder, progress=False)
-    return [p.detach().clone() for p in task.result.parameters()], task
-
-
-#: The setting that weights each delayable or additional term.
-WEIGHTS = {"kl": "beta", "cross_entropy": "cls_weight", "distance": "distillation_weight", "deceived": "gan_weight"}
-WEIGHTS["reconstruction"] = "reconstruction_weight"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", TRAINED)
-def test_every_term_with_a_weight_has_a_gradient(name):
-    """Without a term's weight the same training ends elsewhere; a term that never acted would change nothing."""
-    settings = quick(name) | ({"replay": False} if name.startswith("arrest") else {})
-    if name.startswith("carso"):
-        # the published rate is for batches of thousands
-        settings["learning_rate"] = 1e-3
-    weights, task = trained(name, **settings)
-    terms = set(task.result.acts_from_step)
-    assert terms and max(task.result.acts_from_step.values()) < 8
-    checked = [term for term in terms if hasattr(task.config, WEIGHTS.get(term, "")) and f"{name}:{term}" not in ALWAYS]
-    assert checked
-    for term in checked:
-        without, _ = trained(name, **settings, **{WEIGHTS[term]: 0.0})
-        assert any(not torch.equal(one, other) for one, other in zip(weights, without, strict=True)), term
-
-
-#: CARSO's reconstruction has no weight in the published loss: it is there whenever the loss is.
-ALWAYS = {f"{name}:reconstruction" for name in RECIPES if name.startswith("carso")}
-
-
 def test_a_card_has_every_fact_and_what_is_not_reproduced():
     for name, made in RECIPES.items():
         card = str(made)
@@ -240,92 +199,15 @@ def test_official_code_reproduces_the_quirks():
     assert recipe("arrest/wrn_34_10").build_classifier(width=1).arguments["activation"] == "relu"
 
 
-def points(made, task, **options):
-    """The deviations of a training by their keys."""
-    return dict(line.split(": ", 1) for line in made.deviations(task, options.pop("loop", made.loop()), **options))
-
-
-def as_published(made, official_code=False):
-    """A training with the networks and settings of the recipe, without their memory."""
-    config = made.config(official_code)
-    if isinstance(made, ArrestRecipe):
-        with torch.device("meta"):
-            network = made.build_classifier()
-        return SimpleNamespace(config=config, classifier=network, layers=[network.before_pooling])
-    if isinstance(made, CarsoRecipe):
-        with torch.device("meta"):
-            return SimpleNamespace(config=config, defence=made.defence(made.build_classifier()))
-    implied = {key.removeprefix("defence."): value for key, value in made.implied().items()}
-    facts = {"image_shape": made.image_shape, "num_classes": 10, "classifier": torch.nn.Identity()}
-    defence = SimpleNamespace(arguments=made.part("defence", official_code) | implied, **facts)
-    return SimpleNamespace(config=config, defence=defence, origin="the user's weights")
-
-
-@pytest.mark.parametrize("official_code", [False, True])
-@pytest.mark.parametrize("name", TRAINED)
-def test_a_training_as_published_deviates_only_in_words(name, official_code):
-    made = recipe(name)
-    task, loop = as_published(made, official_code), made.loop(official_code)
-    known = {"run.processes": made.part("run").get("processes", 1)}
-    found = points(made, task, loop=loop, official_code=official_code, given=known)
-    in_words = {"start.classifier", "start.purifier", *(["classifier.name"] if name.startswith("atop") else [])}
-    assert set(found) <= in_words and found
-    known |= {key: made[key] for key in found}
-    assert points(made, task, loop=loop, official_code=official_code, given=known) == {}
-
-
-@pytest.mark.parametrize("name", ["carso/tiny_imagenet", "atop/cifar_rt2", "arrest/resnet18"])
-def test_every_setting_is_compared(name):
-    """Also the settings that no fact of the recipe states."""
-    made = recipe(name)
-    task, loop = as_published(made), made.loop()
-    checked = set()
-    for part, one in {"method": task.config, "attack": task.config.attack, "loop": loop}.items():
-        for field in dataclasses.fields(one):
-            key, value = f"{part}.{field.name}", getattr(one, field.name)
-            if key == "method.attack":
-                continue
-            # the configs refuse many values
-            object.__setattr__(one, field.name, "another value")
-            found = points(made, task, loop=loop)
-            object.__setattr__(one, field.name, value)
-            if found.get(key, "").startswith("another value (published: "):
-                checked.add(key)
-            else:
-                assert field.name in _NO_FACTS or (key == "loop.seed" and key not in made.facts), key
-    assert len(checked) > 30 and key not in points(made, task, loop=loop)
-    assert "variants" in points(made, task, given={"run.bank": BankConfig(variants=4).facts})["run.bank"]
-    official = {key for key, fact in made.facts.items() if fact.official is not None}
-    assert official and official <= set(points(made, as_published(made, official_code=True)))
-
-
-#: By recipe: options of the networks for a training with small networks on grey images that are not square.
-OWN = {
-    "carso/cifar10": {"cond_dim": 6, "latent_dim": 4, "samples": 2, "decoder_width": 2},
-    "atop/cifar_rt2": {"purifier": DeepFillGenerator(3, 4)},
-    "arrest/wrn_34_10": {},
-}
-
-
-@pytest.mark.parametrize("name", OWN)
-def test_what_deviates_on_own_images_is_told(name):
+def test_a_recipe_for_images_of_ones_own():
     """Three classes, grey, 16 x 24 pixels. tests/cli/test_own_data.py trains on such images."""
-    made = recipe(name).for_data((1, 16, 24), 3, mean=(0.4,), std=(0.3,)).for_batch(8)
-    classifier = build_classifier("wide_resnet", made.image_shape, 3, depth=10, width=1)
-    task = made.task(classifier if name.startswith("arrest") else made.defence(classifier, **OWN[name]))
-    loop = dataclasses.replace(made.loop(), epochs=3, steps_per_epoch=None)
-    found = points(made, task, loop=loop, given={"data.name": "mine"})
-    assert found["data.image_shape"].startswith("(1, 16, 24) (published: (3, ")
-    assert found["data.num_classes"] == "3 (published: 10)" and found["data.name"] == "mine (published: cifar10)"
-    assert found["loop.epochs"] == f"3 (published: {recipe(name).loop().epochs})"
-    if name.startswith("carso"):
-        # the rate is 1e-4 times the images of a process in a batch of 8 times as many
-        assert found["method.learning_rate"] == "0.0001 (published: 0.064)"
-        assert found["data.mean"] == "(0.4) (published: (0.4914, 0.4822, 0.4465))"
-        assert found["defence.decoder"].startswith("not one of the paper")
-        assert task.defence.arguments["layers"] == classifier.representation_layers()
-    if name.startswith("atop"):
-        assert found["defence.block"] == "2 (published: 32)"
+    own = [recipe(name).for_data((1, 16, 24), 3).for_batch(8) for name in ("carso/cifar10", "atop/cifar_rt2")]
+    classifier = build_classifier("wide_resnet", (1, 16, 24), 3, depth=10, width=1)
+    carso = own[0].defence(classifier, cond_dim=6, latent_dim=4, samples=2, decoder_width=2)
+    # the rate is 1e-4 times the images of a process in a batch of 8 times as many
+    assert own[0].config().learning_rate == pytest.approx(1e-4) and own[0].loop().batch_size == 8
+    assert carso.arguments["mean"] == [0.5] and carso.arguments["layers"] == classifier.representation_layers()
+    assert own[1].defence(classifier, DeepFillGenerator(3, 4)).block == 2
 
 
 def test_the_published_block_is_the_default_for_images_of_the_published_size():

@@ -31,7 +31,7 @@ TASKS = {
         diffusion_task, precision="bfloat16", ema_decay=0.0, noise_schedule="vp"
     ),
     "diffusion, distilled": lambda: ConsistencyTask(UNet(1, 4), DiffusionConfig(intervals=4, ema_decay=0.5)),
-    "carso, joint": partial(carso, "pipeline", joint=True),
+    "carso, pipeline": partial(carso, "pipeline"),
 }
 
 
@@ -78,13 +78,6 @@ def test_an_interrupted_step_leaves_no_perturbation(tmp_path):
         fit(made, *run, tmp_path / ("whole" if stop_at is None else "cut"))
         results.append(made.result.state_dict())
     assert all(torch.equal(value, results[1][key]) for key, value in results[0].items())
-
-
-def test_a_delay_of_nothing_needs_no_batch_size():
-    digits = data.load_dataset("digits")
-    made = atop_task()
-    fit(made, [(digits.x_train[:16], digits.y_train[:16])] * 2, None, FitConfig(1))
-    assert made.result.acts_from_step["cross_entropy"] == 0
 
 
 def test_held_out_images_get_the_same_noise_from_any_number_of_processes(monkeypatch):

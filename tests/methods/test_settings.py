@@ -26,7 +26,6 @@ def atop_defence(**options):
     return Atop(SmallCNN(width=4), SmallGenerator(1, width=2), (1, 16, 16), **{"block": 4, **options})
 
 
-PIPELINE = {"attack_target": "pipeline", "joint": True}
 #: Classes, settings that each of them refuses, and the words of the error.
 REFUSED = {
     arrest: [
@@ -55,13 +54,9 @@ REFUSED = {
         ({"transform": "rt3", "num_passes": 3}, "num_passes must be .* 16 blocks.*got 3"),
     ],
     carso: [
-        (PIPELINE | {"joint": False, "reduction": "sum"}, "reduction needs attack_target='classifier', got .*'sum'"),
-        (PIPELINE | {"joint": False, "free_bits": 2.0}, "free_bits needs attack_target='classifier'"),
+        ({"attack_target": "pipeline", "reduction": "sum"}, "reduction needs attack_target='classifier', got .*'sum'"),
         ({"eps": 0.0}, "eps must be above 0"),
-        ({"joint": True}, "joint needs attack_target='pipeline', got joint=True"),
         ({"targets": "classifier"}, "targets needs attack_target='pipeline'"),
-        (PIPELINE | {"targets": "classifier"}, "joint=True needs targets='labels' and precision"),
-        (PIPELINE | {"precision": "bfloat16"}, "joint=True needs targets='labels' and precision"),
         ({"random_start": False}, "random_start needs attack_target='pipeline'"),
         ({"kl_delay": 1.0}, r"kl_delay must be in \[0, 1\) as a share of the epochs, got 1.0"),
     ],

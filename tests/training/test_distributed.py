@@ -1,20 +1,15 @@
 """Several processes train what one trains; BatchNorm over all of them; kills, refusals, and the command by torchrun."""
 
-import os
 import re
-import shutil
-import signal
 
 import pytest
 import torch
-import torch.distributed as dist
 from cuda_launches import CudaLaunches
 from forks import together
-from trainings import batchnorm, disturbed, first_fails, refusals, small_task, weights
+from trainings import batchnorm, first_fails, refusals, small_task, weights
 
 from purify_fast import cli
 from purify_fast.training import distributed
-from purify_fast.training.checkpoint import read_tree
 
 KINDS = ("classifier", "convolutional", "pipeline", "published", "atop pipeline", "atop gan", "diffusion")
 NORMS = {  # layer, shape, images of the first process, mean, dtype
@@ -78,24 +73,6 @@ def test_batchnorm_over_two_processes_is_torchs_over_all_images(two, name, form)
     assert {a[0].dtype, a[1].dtype} == {dtype}
     for got, want in zip(found, [y, dx, dweight, dbias, *running], strict=True):
         torch.testing.assert_close(got.double(), want, **tolerance)
-
-
-@pytest.mark.slow
-def test_a_process_is_killed_and_the_run_resumed_by_two_or_by_one(two, tmp_path):
-    kind, folder = "pipeline", tmp_path / "run"
-    kill = lambda: os.kill(os.getpid(), signal.SIGKILL) if dist.get_rank() == 1 else None  # noqa: E731
-    codes = together(tmp_path, 2, lambda: disturbed(kind, folder, kill)).codes
-    assert codes[1] == -signal.SIGKILL and codes[0] != 0
-    assert read_tree(folder / "checkpoint.safetensors")["step"] == 3
-    shutil.copytree(folder, tmp_path / "by one")
-    done = together(tmp_path, 2, lambda: weights(kind, folder))
-    assert done.codes == [0, 0], done.errors
-    (whole, _), (resumed, _) = results(two, kind), done.results
-    assert all(torch.equal(tensor, resumed["state"][name]) for name, tensor in whole["state"].items())
-    assert whole["last"] == resumed["last"] and (whole["steps"], resumed["steps"]) == (6, 3)
-    one = weights(kind, tmp_path / "by one")
-    close(one["state"], whole["state"])
-    assert one["last"] == pytest.approx(whole["last"], rel=1e-4) and one["steps"] == 3
 
 
 def test_what_cannot_be_trained_together_is_refused_in_every_process(two):

@@ -1,5 +1,7 @@
 """Precisions: "tf32" rounds float32 products on a GPU while a task is trained; "bfloat16" rounds products alone."""
 
+from functools import partial
+
 import pytest
 import torch
 from small_runs import (
@@ -15,7 +17,6 @@ from small_runs import (
 )
 from torch import nn
 
-from purify_fast.methods.carso import CarsoConfig
 from purify_fast.training import FitConfig, fit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -42,13 +43,9 @@ def test_products_are_rounded_while_it_is_trained_if_asked(make):
         assert float32_settings() == before
 
 
-def test_joint_training_takes_it():
-    assert CarsoConfig(joint=True, attack_target="pipeline", precision="tf32").precision == "tf32"
-
-
-def step(precision, eps):
-    """One step of a classifier's training: the task with its gradients, the loss, and what its convolutions put out."""
-    task, dtypes = classifier_task(attack=attack(eps=eps), precision=precision), set()
+def step(task):
+    """One step: the task with its gradients, the loss, and the dtypes that its convolutions put out."""
+    dtypes = set()
     for layer in task.model.modules():
         if isinstance(layer, nn.Conv2d):
             layer.register_forward_hook(lambda _, __, out: dtypes.add(out.dtype))
@@ -57,14 +54,23 @@ def step(precision, eps):
     return task, loss.detach(), dtypes
 
 
-@pytest.mark.parametrize("eps", [0.0, 0.1])
-def test_products_are_rounded_and_weights_are_not(eps):
-    exact, loss, dtypes = step("float32", eps)
-    task, near, rounded = step("bfloat16", eps)
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(classifier_task, attack=attack(eps=0.0)),
+        partial(classifier_task, attack=attack(eps=0.1)),
+        partial(diffusion_task, ema_decay=0.0),
+    ],
+)
+def test_products_are_rounded_and_weights_are_not(make):
+    exact, loss, dtypes = step(make(precision="float32"))
+    task, near, rounded = step(make(precision="bfloat16"))
     assert dtypes == {torch.float32} and rounded == {torch.bfloat16}
     assert near.dtype == torch.float32 and near.item() == pytest.approx(loss.item(), rel=0.01)
     for one, other in zip(task.model.parameters(), exact.model.parameters(), strict=True):
         assert one.dtype == one.grad.dtype == torch.float32
         assert torch.equal(one, other)
-        assert nn.functional.cosine_similarity(one.grad.flatten(), other.grad.flatten(), 0) > 0.9
+        # a fresh denoiser ends with zeros, which stop the gradients
+        similar = nn.functional.cosine_similarity(one.grad.flatten(), other.grad.flatten(), 0)
+        assert similar > 0.9 or not other.grad.any()
     assert task.describe() != exact.describe()

@@ -14,8 +14,8 @@ def found(found_threads):
     return found_threads(loop)
 
 
-KINDS = ("classifier", "carso", "pipeline")
-SLOW = ("convolutional", "diffusion", "atop", "atop pipeline", "arrest")
+KINDS = ("classifier", "published", "pipeline")
+SLOW = ("convolutional", "diffusion", "atop gan", "atop pipeline", "arrest")
 
 
 @pytest.mark.parametrize("kind", [*KINDS, *(pytest.param(kind, marks=pytest.mark.slow) for kind in SLOW)])

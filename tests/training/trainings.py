@@ -6,17 +6,14 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from small_runs import atop_task, attack, carso_task, classifier_task, diffusion_task
 from torch import nn
 from torch_functions import register
 
-from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
-from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
-from purify_fast.methods.diffusion import DiffusionConfig, DiffusionTask
-from purify_fast.models import UNet, layers
+from purify_fast.models import layers
 from purify_fast.models.classifiers import FullyConnected, SmallCNN
 from purify_fast.models.layers import BatchNorm1d, BatchNorm2d
 from purify_fast.training import BankConfig, ClassifierConfig, ClassifierTask, FitConfig, fit, run
-from purify_fast.training.config import TrainingAttack
 from purify_fast.training.distributed import from_first
 
 
@@ -29,31 +26,25 @@ def small_set():
     return torch.randint(0, 256, (100, 1, 16, 16), generator=generator, dtype=torch.uint8), torch.arange(100) % 10
 
 
-def small_defence():
-    return Carso(SmallCNN(width=2), ["conv2", "hidden"], (1, 16, 16), 6, 4, 2, decoder_width=2)
+# signs of gradients near 0 would differ by rounding
+ATTACK = attack(norm="l2")
+STANDARD = dataclasses.replace(ATTACK, relative_alpha=2.0, eps_warmup=0.2)
+OWN = {"attack": ATTACK, "learning_rate": 1e-3}
+TASKS = {
+    # with BatchNorm and dropout
+    "classifier": lambda: ClassifierTask(FullyConnected(1, 10, (16, 16), (12, 8)), ClassifierConfig(STANDARD)),
+    "convolutional": lambda: classifier_task(attack=STANDARD),
+    "diffusion": diffusion_task,
+    "atop pipeline": lambda: atop_task("pipeline", **OWN),
+    "atop gan": lambda: atop_task(attack_method="pgd", gan_grad=True, discriminator_width=2, **OWN),
+    "pipeline": lambda: carso_task("pipeline", train_samples=2, attack=ATTACK),
+    "published": lambda: carso_task(reduction="sum", optimizer="radam_lookahead", kl_delay=0.0, **OWN),
+}
 
 
 def small_task(kind):
     torch.manual_seed(0)
-    attack = TrainingAttack(eps=0.1, steps=2, norm="l2")  # signs of gradients near 0 would differ by rounding
-    standard = dataclasses.replace(attack, relative_alpha=2.0, eps_warmup=0.2)
-    if kind == "classifier":  # with BatchNorm and dropout
-        return ClassifierTask(FullyConnected(1, 10, (16, 16), (12, 8)), ClassifierConfig(standard))
-    if kind == "convolutional":
-        return ClassifierTask(SmallCNN(width=2), ClassifierConfig(standard))
-    if kind == "diffusion":
-        return DiffusionTask(UNet(1, 4), DiffusionConfig())
-    if kind.startswith("atop"):
-        defence = Atop(SmallCNN(width=2), SmallGenerator(1, width=2), (1, 16, 16), block=4, sigma=0.1)
-        options = {"cls_delay": 0, "learning_rate": 1e-3, "attack": attack, "attack_method": "pgd"}
-        if kind == "atop pipeline":
-            return AtopTask(defence, AtopConfig(attack_target="pipeline", **options))
-        return AtopTask(defence, AtopConfig(gan_grad=True, discriminator_width=2, **options))
-    if kind == "pipeline":
-        return CarsoTask(small_defence(), CarsoConfig(attack_target="pipeline", train_samples=2, attack=attack))
-    # the KL of the whole batch falls below its free bits in the second epoch, that of a share at other steps
-    options = {"reduction": "sum", "optimizer": "radam_lookahead", "kl_delay": 0.0, "learning_rate": 1e-3}
-    return CarsoTask(small_defence(), CarsoConfig(attack=attack, free_bits=0.7, **options))
+    return TASKS[kind]()
 
 
 def weights(kind, folder=None, batch=32):
@@ -80,22 +71,6 @@ def banked(folder, banks):
         task, config = small_task("published"), FitConfig(16, 32, flip=True)
         fit(task, *small_set(), config, folder, progress=False, bank=BankConfig(8, 0.2, Path(banks)))
     return {"state": task.model.state_dict(), "made": opened[0].made, "read": opened[0].read}
-
-
-def disturbed(kind, folder, act, batch=32):
-    """Train, but each process does something before its fourth step; the number of steps it took."""
-    task, steps = small_task(kind), []
-    step = task.training_step
-
-    def at_the_fourth(batch):
-        steps.append(batch)
-        if len(steps) == 4:
-            act()
-        return step(batch)
-
-    task.training_step = at_the_fourth
-    fit(task, *small_set(), loop_of(batch), folder)
-    return len(steps)
 
 
 def batchnorm(layer, shape, first, mean, dtype, as_on_cuda=False):

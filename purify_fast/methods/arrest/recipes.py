@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from ...models.classifiers import CLASSIFIERS, build_classifier
-from ..publication import Recipe, classifier_facts, read_recipes
+from ...models.classifiers import build_classifier
+from ..publication import Recipe, read_recipes
 from .config import ArrestConfig
 from .task import ArrestTask
 
@@ -36,13 +36,6 @@ class ArrestRecipe(Recipe):
         mean = self.own.get("data.mean", (0.4914, 0.4822, 0.4465))
         std = self.own.get("data.std", (0.2470, 0.2435, 0.2616))
         return build_classifier(name, shape, classes, mean=mean, std=std, **options)
-
-    def implied(self) -> dict[str, Any]:
-        network: Any = CLASSIFIERS[self["classifier.name"]]
-        return {"method.layers": [network.before_pooling]}
-
-    def of_training(self, task: ArrestTask) -> dict[str, Any]:
-        return {**super().of_training(task), "method.layers": task.layers, **classifier_facts(task.classifier)}
 
     def task(
         self, classifier: nn.Module, official_code: bool = False, layers: Sequence[str] | None = None

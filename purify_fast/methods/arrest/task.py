@@ -16,16 +16,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..._tensors import structure_fingerprint, weights_fingerprint
 from ...attacks import frozen
-from ...data import to_float
 from ...models.representation import Representation, representation_before_pooling
 from ...ops.noisy_replay import noisy_replay
 from ...ops.philox import philox_key
@@ -37,9 +35,6 @@ from ...training.schedules import RunLength
 from ...training.task import Batch, Metrics, check_classifier
 from ..base import MethodTask, cross_entropy_of
 from .config import ArrestConfig, arrest_published
-
-if TYPE_CHECKING:
-    from ...data import StreamedImages
 
 
 class ArrestTask(MethodTask):
@@ -56,8 +51,7 @@ class ArrestTask(MethodTask):
             the teacher has the same weights.
 
     Attributes:
-        teacher: the `Teacher`. If images are not augmented, call ``task.teacher.keep(x)`` before the training. Then the
-            teacher runs only on the first batch of each epoch, to check the stored outputs.
+        teacher: the `Teacher`; None if neither the distillation nor the replay needs one.
 
     Raises:
         ValueError: layers are unknown or missing; or ``pooled`` is True and all layers return vectors.
@@ -164,18 +158,10 @@ class ArrestTask(MethodTask):
         metrics["distance"] = distance.detach()
         return cross_entropy + self.config.distillation_weight * distance, metrics
 
-    def captures(self, batch: Batch) -> Hashable | None:
-        config, teacher = self.config, self.teacher
-        # The host removes a perturbation of the weights, and checks stored outputs at the beginning of an epoch.
-        if config.awp_gamma > 0 or (teacher is not None and teacher.checks_next(batch)):
-            return None
-        stored = None if teacher is None else id(teacher._stored)
-        return config.attack.at_epoch(batch.epoch, batch.epochs), config.replays(batch.epoch, batch.epochs), stored
-
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
         # The loop may add up gradients of several batches before a step: remove the perturbation of the previous batch.
         self.before_step()
-        of_teacher = [] if self.teacher is None else self.teacher(batch)
+        of_teacher = [] if self.teacher is None else self.teacher(batch.x)
         x, replayed = self.inputs(batch, of_teacher)
         if self.config.awp_gamma > 0:
             self._perturb(x, batch.y, of_teacher)
@@ -240,8 +226,7 @@ def pool(features: list[Tensor]) -> list[Tensor]:
 class Teacher:
     """The teacher of the distillation: a frozen copy of a classifier in evaluation mode, which returns h*.
 
-    Called with a `Batch`, it returns the outputs of ``layers`` for the batch's images, without gradients. If `keep` was
-    called, it returns the stored outputs, and checks them on the first batch of each epoch.
+    Called with images ``[B, C, H, W]`` in [0, 1], it returns the outputs of ``layers``, without gradients.
 
     Args:
         classifier: images ``[B, *image_shape]`` in [0, 1] to logits. It is copied.
@@ -266,41 +251,9 @@ class Teacher:
             raise ValueError(f"pooled must be False for layers that return vectors, got True for {', '.join(layers)}")
         if dtype != torch.float32:
             prepare_for_inference(model, image_shape, dtype)
-        self._stored: list[Tensor] | None = None
-        self._checked = -1
 
     @torch.no_grad()
-    def read(self, x: Tensor) -> list[Tensor]:
-        """Return the outputs of the layers for images ``[B, C, H, W]`` in [0, 1]."""
+    def __call__(self, x: Tensor) -> list[Tensor]:
         with autocast_to(x.device, self.dtype):
             features = self.reader(x)
         return pool(features) if self.pooled else features
-
-    def keep(self, x: Tensor | StreamedImages, batch_size: int = 256, progress: bool = True) -> None:
-        """Store the outputs for all training images, so that most steps need no forward pass of the teacher.
-
-        Do not use this if the training augments its images. ``x`` has the training images, uint8 ``[N, C, H, W]``. All
-        outputs are held in the memory of its device.
-        """
-        bar = tqdm(range(0, len(x), batch_size), desc="teacher", unit="batch", disable=not progress)
-        parts = [self.read(to_float(x[i : i + batch_size])) for i in bar]
-        layers = [torch.cat(layer) for layer in zip(*parts, strict=True)]
-        # maps are stored with channels last, so the maps that a step selects have the layout channels_last
-        self._stored = [f.permute(0, 2, 3, 1).contiguous() if f.dim() == 4 else f for f in layers]
-
-    def checks_next(self, batch: Batch) -> bool:
-        """Tell whether the next call checks the stored outputs."""
-        return self._stored is not None and self._checked != batch.epoch
-
-    def __call__(self, batch: Batch) -> list[Tensor]:
-        if self._stored is None:
-            return self.read(batch.x)
-        features = [f[batch.sample_ids] for f in self._stored]
-        features = [f.permute(0, 3, 1, 2) if f.dim() == 4 else f for f in features]
-        if self.checks_next(batch):
-            self._checked = batch.epoch
-            for stored, now in zip(features, self.read(batch.x), strict=True):
-                apart = (stored.float() - now.float()).norm()
-                if not apart <= 0.01 * now.float().norm():
-                    raise ValueError("x differs from the images given to Teacher.keep: train without augmentation")
-        return features

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from ..publication import Recipe, defence_facts, read_recipes
+from ..publication import Recipe, read_recipes
 from .config import AtopConfig
 from .defence import Atop
 from .generators import DeepFillGenerator
@@ -46,13 +46,6 @@ class AtopRecipe(Recipe):
             # 32 pixels of 256, the published side, is the default for images of 256 x 256
             del options["block"]
         return Atop(classifier, purifier, **options)
-
-    def implied(self) -> dict[str, Any]:
-        network = {"kind": "deepfill", "arguments": {"in_channels": 5, "width": 48}}
-        return {"defence.purifier": network, "defence.aggregation": "mean"}
-
-    def of_training(self, task: AtopTask) -> dict[str, Any]:
-        return {**super().of_training(task), **defence_facts(task.defence), "start.purifier": task.origin}
 
     def task(self, defence: Atop, official_code: bool = False) -> AtopTask:
         """Return the training of a defence, for `purify_fast.training.fit`. ``official_code`` is as in `config`."""

@@ -15,8 +15,8 @@ class CarsoConfig:
     """The settings of the training of CARSO's purifier. "Paper" is arXiv 2306.06081; "own" is this package's choice.
 
     attack_target chooses between two trainings. With "classifier", train_samples and reconstruction_weight have no
-    effect, and targets and joint must have their defaults. With "pipeline", kl_delay, beta and adversarial_fraction
-    have no effect, and free_bits, reduction and eps_mode must have their defaults.
+    effect, and targets must have its default. With "pipeline", kl_delay, beta and adversarial_fraction
+    have no effect, and reduction and eps_mode must have their defaults.
 
     Args:
         attack_target: target of the attacks on training examples: "classifier" (paper), or "pipeline", the whole
@@ -36,15 +36,11 @@ class CarsoConfig:
             kl_delay 0, the weight is full from the first step.
         kl_delay_unit: unit of kl_delay: "share" of the epochs (paper), "epochs", "steps" or "images".
         beta: final weight of the KL term (paper: 1).
-        free_bits: lower bound, in nats, for the mean KL of a batch. A smaller mean has no gradient, so that the decoder
-            does not learn to ignore the latent (paper: 0; Kingma et al., NeurIPS 2016).
         train_samples: K, reconstructions per image in the training through the pipeline.
         targets: targets for the K predictions of an attacked image in the training through the pipeline. "labels" uses
             cross-entropy (own). "classifier" uses the divergence from the frozen classifier's probabilities for the
             clean image (Goldblum et al., AAAI 2020, arXiv 1905.09747).
         reconstruction_weight: weight of the reconstruction term in the training through the pipeline (own: 0.02).
-        joint: whether the training through the pipeline also trains the defence's copy of the classifier (own; the
-            paper's classifier is frozen).
         reduction: reduction of the loss over the batch, "mean" (own) or "sum" (paper).
         optimizer: "adamw" (own), or "radam_lookahead", RAdam within Lookahead (paper), whose slow weights are the
             trained weights.
@@ -71,11 +67,9 @@ class CarsoConfig:
     kl_delay: Annotated[float, Range(0, below=True)] = 0.125
     kl_delay_unit: Literal["share", "epochs", "steps", "images"] = "share"
     beta: AtLeast0 = 1.0
-    free_bits: AtLeast0 = 0.0
     train_samples: Count = 1
     targets: Literal["labels", "classifier"] = "labels"
     reconstruction_weight: AtLeast0 = 0.02
-    joint: bool = False
     reduction: Literal["mean", "sum"] = "mean"
     optimizer: Literal["adamw", "radam_lookahead"] = "adamw"
     lookahead_steps: Count = 6
@@ -88,14 +82,12 @@ class CarsoConfig:
     def __post_init__(self) -> None:
         check_types(self)
         if self.attack_target == "pipeline":
-            check_unused(self, type(self), ("reduction", "eps_mode", "free_bits"), "attack_target='classifier'")
+            check_unused(self, type(self), ("reduction", "eps_mode"), "attack_target='classifier'")
         else:
-            check_unused(self, type(self), ("joint", "targets"), "attack_target='pipeline'")
+            check_unused(self, type(self), ("targets",), "attack_target='pipeline'")
             check_unused(self.attack, type(self).attack, ("random_start", "start_std"), "attack_target='pipeline'")
         if not self.attack.eps > 0:
             raise ValueError("eps must be above 0, got 0: the purifier is always trained on attacks")
-        if self.joint and (self.targets == "classifier" or self.precision in ("bfloat16", "auto")):
-            raise ValueError("joint=True needs targets='labels' and precision 'float32' or 'tf32'")
         if self.kl_delay_unit == "share" and self.kl_delay >= 1:
             raise ValueError(f"kl_delay must be in [0, 1) as a share of the epochs, got {self.kl_delay}")
 

@@ -6,8 +6,7 @@ is its library emaballarin/ebtorch, commit e9f8d99.
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ from torch import nn
 
 from ...models.classifiers import FullyConnected, WideResNet
 from ...models.foreign import load_state, read_weights
-from ..publication import Recipe, defence_facts, read_recipes
+from ..publication import Recipe, read_recipes
 from .config import CarsoConfig, atom_size
 from .defence import Carso
 from .networks import PUBLISHED, published_decoder
@@ -24,8 +23,6 @@ from .task import CarsoTask
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-_PUBLISHED_FOR = "that of the paper for images {}"
 
 
 @dataclass(frozen=True)
@@ -68,19 +65,6 @@ class CarsoRecipe(Recipe):
         if options["version"] == "v4" and shape in PUBLISHED:
             options.setdefault("decoder", published_decoder(shape))
         return Carso(classifier, **options)
-
-    def implied(self) -> dict[str, Any]:
-        return {"defence.decoder": _PUBLISHED_FOR.format(self.image_shape)}
-
-    def of_training(self, task: CarsoTask) -> dict[str, Any]:
-        defence = task.defence
-        shape, arguments = defence.image_shape, defence.arguments
-        plan = published_decoder(shape) if shape in PUBLISHED else None
-        published = None if plan is None else json.loads(json.dumps([plan[0], [asdict(layer) for layer in plan[1]]]))
-        known = arguments["version"] == "v1" or arguments["decoder"] == published is not None
-        decoder = _PUBLISHED_FOR.format(shape) if known else "not one of the paper"
-        own = {"data.mean": arguments["mean"], "data.std": arguments["std"], "defence.decoder": decoder}
-        return {**super().of_training(task), **defence_facts(defence), **own}
 
     def for_batch(self, batch_size: int) -> Self:
         # the authors' code computes the rate from the batch

@@ -11,13 +11,13 @@ The loss through the pipeline (not in the paper) is, for each image,
     loss = mean_k [CE(classifier(x_k), y) + w sum BCE(x_k, x)],   z ~ N(0, I)
 
 Here x_k are the K purified images of x~, and x~ is an adversarial image against the whole defence with exact gradients.
-w is the setting reconstruction_weight. The classifier is frozen, or is trained together with the purifier.
+w is the setting reconstruction_weight. The classifier is frozen.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from math import ceil
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -34,7 +34,6 @@ from ...ops.philox import philox_key
 from ...ops.reconstruction_loss import reconstruction_loss
 from ...ops.sample_latent import sample_latent
 from ...training.bank import FrozenAttacks
-from ...training.distributed import average_
 from ...training.optimizers import Lookahead
 from ...training.schedules import RunLength
 from ...training.task import Batch, Metrics
@@ -104,15 +103,11 @@ def published_step(
     z, kl = sample_latent(mean, log_variance, seed, batch.sample_ids)
     reconstruction = reconstruction_loss(defence.decode(z[:, None], condition)[:, 0], batch.x).mean()
     kl = kl.mean()
-    mean_kl = kl.detach().clone()
-    # the mean over all processes is used, so that every process compares the same number with free_bits
-    average_([mean_kl])
-    kl_term = torch.where(mean_kl < config.free_bits, config.free_bits, kl)
     delay, unit = config.kl_delay_of(batch.epochs)
     beta = config.beta * kl_weight(batch.progress_in(unit), delay)
     # The loss is a mean over images, and gradients are averaged over processes. This factor turns both into sums.
     images = len(batch.x) * processes()[1] if config.reduction == "sum" else 1
-    loss = (reconstruction + beta * kl_term) * images
+    loss = (reconstruction + beta * kl) * images
     return loss, {"reconstruction": reconstruction.detach(), "kl": kl.detach()}
 
 
@@ -127,8 +122,6 @@ def pipeline_step(
     defence: Carso, batch: Batch, config: CarsoConfig, graphs: StepGraphs | None = None
 ) -> tuple[Tensor, Metrics]:
     """Attack a batch by PGD through the whole defence, and return this package's own loss of it, and metrics."""
-    if config.joint and (defence.fast is not None or not any(p.requires_grad for p in defence.classifier.parameters())):
-        raise ValueError("joint=True needs a plain defence: call accelerate(None) and release_classifier()")
     k = config.train_samples
     # a copy would be captured anew in each step, so `CarsoTask` gives a defence with this K
     defence = defence if defence.samples == k else with_samples(defence, k)
@@ -192,8 +185,6 @@ class CarsoTask(PurifierTask[Carso]):
 
     def __init__(self, defence: Carso, config: CarsoConfig, origin: str = "scratch"):
         super().__init__(defence, config, origin)
-        if config.joint:
-            defence.release_classifier()
         #: For the training through the pipeline, a copy that draws as many samples as the training.
         self.trained = with_samples(defence, config.train_samples) if config.attack_target == "pipeline" else defence
         trainable = [p for p in defence.parameters() if p.requires_grad]
@@ -203,11 +194,6 @@ class CarsoTask(PurifierTask[Carso]):
         rate, decay = config.learning_rate, config.weight_decay
         inner = torch.optim.RAdam(trainable, rate, weight_decay=decay, decoupled_weight_decay=True, foreach=True)
         self.optimizer = Lookahead(inner, config.lookahead_steps, config.lookahead_alpha)
-
-    def captures(self, batch: Batch) -> Hashable:
-        delay, unit = self.config.kl_delay_of(batch.epochs)
-        weight = kl_weight(batch.progress_in(unit), delay)
-        return self.config.attack.at_epoch(batch.epoch, batch.epochs), weight
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
         return STEPS[self.config.attack_target](self.trained, batch, self.config, self.graphs)

@@ -124,7 +124,7 @@ def test_replay_only_where_the_drift_is_above_the_threshold_and_in_its_share_of_
 def test_fact_8_nothing_drifts_at_the_start(make):
     """At its start the student is the teacher: no drift, no replay, and a distillation whose gradient is exactly 0."""
     task, step = arrest(make().eval()), batch()
-    of_teacher = task.teacher(step)
+    of_teacher = task.teacher(step.x)
     assert torch.equal(task.drift(step.x, of_teacher), torch.zeros(8))
     assert task.inputs(step, of_teacher)[1] == 0
     distance = 50 * task.distance(task.forward(step.x)[1], of_teacher).sum()
@@ -231,7 +231,7 @@ def test_the_drift_tests_mode(mode):
     model = resnet().train()
     task, step = arrest(model, drift_mode=mode), batch()
     before = states(model)
-    drift = task.drift(step.x, task.teacher(step))
+    drift = task.drift(step.x, task.teacher(step.x))
     if mode == "eval":
         assert same(states(model), before) and not drift.any()
     else:
@@ -252,13 +252,13 @@ def test_the_distance_is_between_the_student_on_its_input_and_the_teacher_on_the
     u, v = seen
     distance = 1 - ((u * v).sum(1) / (u.norm(dim=1) * v.norm(dim=1))).abs()
     want = F.cross_entropy(model(x), step.y) + 3.0 * distance.mean()
-    loss, metrics = task.loss(x, step.y, task.teacher(step))
+    loss, metrics = task.loss(x, step.y, task.teacher(step.x))
     torch.testing.assert_close(loss, want)
     torch.testing.assert_close(metrics["distance"], distance.mean())
     task = arrest(model, teacher=cnn(), layers=["conv4"], tau=distance.median().item())
     whole, metrics = task.training_step(step)
-    x, share = task.inputs(step, task.teacher(step))
-    assert torch.equal(whole, task.loss(x, step.y, task.teacher(step))[0]) and metrics["replayed"] == share > 0
+    x, share = task.inputs(step, task.teacher(step.x))
+    assert torch.equal(whole, task.loss(x, step.y, task.teacher(step.x))[0]) and metrics["replayed"] == share > 0
 
 
 def test_several_layers_are_averaged_and_pooling_reads_their_means():
@@ -269,7 +269,7 @@ def test_several_layers_are_averaged_and_pooling_reads_their_means():
             if pooled and layers == ["hidden"]:
                 continue
             task = arrest(moved(cnn()), teacher=cnn(), layers=layers, pooled=pooled)
-            of_teacher = task.teacher(step)
+            of_teacher = task.teacher(step.x)
             assert [f.dim() for f in of_teacher] == [2 if pooled or name == "hidden" else 4 for name in layers]
             distances[" ".join(layers), pooled] = task.distance(task.forward(step.x)[1], of_teacher)
     for pooled in (False, True):
@@ -277,7 +277,7 @@ def test_several_layers_are_averaged_and_pooling_reads_their_means():
         torch.testing.assert_close(distances["conv2 conv4 hidden", pooled], torch.stack(three).mean(0))
     assert not torch.allclose(distances["conv4", False], distances["conv4", True], rtol=0.01)
 
-    maps = [Teacher(net, ["conv4"], SHAPE).read(step.x)[0] for net in (moved(cnn()), cnn())]
+    maps = [Teacher(net, ["conv4"], SHAPE)(step.x)[0] for net in (moved(cnn()), cnn())]
     by_hand = representation_distance(*(m.flatten(2).mean(2) for m in maps))
     torch.testing.assert_close(distances["conv4", True], by_hand)
 
@@ -285,9 +285,9 @@ def test_several_layers_are_averaged_and_pooling_reads_their_means():
 def test_by_default_the_map_before_pooling_is_read():
     assert arrest(cnn()).layers == ["hidden"]
     task = arrest(resnet())
-    (features,) = task.teacher(batch())
+    (features,) = task.teacher(batch().x)
     assert task.layers == ["act"] and features.shape == (8, 32, 2, 2) and features.min() >= 0
-    assert arrest(resnet(), pooled=True).teacher(batch())[0].shape == (8, 32)
+    assert arrest(resnet(), pooled=True).teacher(batch().x)[0].shape == (8, 32)
 
 
 def test_without_either_part_it_is_adversarial_training():
@@ -313,7 +313,7 @@ def test_without_either_part_it_is_adversarial_training():
 @pytest.mark.parametrize("make", [cnn, resnet])
 def test_every_parameter_of_the_student_is_trained_and_none_of_the_teacher(make):
     task, step = arrest(moved(make()).train(), teacher=make(), replay=False), batch()
-    of_teacher = task.teacher(step)
+    of_teacher = task.teacher(step.x)
     assert not any(f.requires_grad for f in of_teacher)
     loss, _ = task.training_step(step)
     loss.backward()
@@ -332,37 +332,11 @@ def test_every_parameter_of_the_student_is_trained_and_none_of_the_teacher(make)
 def test_the_teacher_is_the_students_start_unless_one_is_given():
     step, model = batch(), cnn()
     task = arrest(model)
-    want = Teacher(cnn(), ["hidden"], SHAPE).read(step.x)[0]
+    want = Teacher(cnn(), ["hidden"], SHAPE)(step.x)[0]
     moved(model)
-    assert torch.equal(task.teacher(step)[0], want)
-    assert torch.equal(arrest(model, teacher=cnn()).teacher(step)[0], want)
-    assert not torch.equal(arrest(model).teacher(step)[0], want)
-
-
-@pytest.mark.parametrize("options", [{}, {"pooled": True}])
-def test_a_kept_representation_gives_the_same_losses(options, monkeypatch):
-    digits = data.load_dataset("digits")
-    x, y = digits.x_train[:48], digits.y_train[:48]
-
-    def trained(keep):
-        task = arrest(moved(resnet()), teacher=resnet(), layers=["act", "stages.1"], **options)
-        reads, read = [], task.teacher.read
-        if keep:
-            task.teacher.keep(x, batch_size=20, progress=False)
-        monkeypatch.setattr(task.teacher, "read", lambda images: reads.append(len(images)) or read(images))
-        return fit(task, x, y, FitConfig(2, 16)), reads
-
-    (want, all_reads), (got, reads) = trained(False), trained(True)
-    assert got == {name: pytest.approx(value, rel=1e-4, abs=1e-4) for name, value in want.items()}
-    assert all_reads == [16] * 6 and reads == [16] * 2  # once an epoch, whether they are still the same images
-
-
-@pytest.mark.parametrize(("first", "augmentation"), [(0, {"flip": True}), (0, {"padding": 1}), (32, {})])
-def test_a_kept_representation_is_not_for_augmented_or_other_images(first, augmentation):
-    digits, task = data.load_dataset("digits"), arrest(resnet())
-    task.teacher.keep(digits.x_train[first : first + 32], progress=False)
-    with pytest.raises(ValueError, match="x differs from the images given to Teacher"):
-        fit(task, digits.x_train[:32], digits.y_train[:32], FitConfig(1, 16, **augmentation))
+    assert torch.equal(task.teacher(step.x)[0], want)
+    assert torch.equal(arrest(model, teacher=cnn()).teacher(step.x)[0], want)
+    assert not torch.equal(arrest(model).teacher(step.x)[0], want)
 
 
 def test_awp_by_hand():
@@ -372,7 +346,7 @@ def test_awp_by_hand():
     options = {"learning_rate": rate, "momentum": 0.0, "weight_decay": 0.0, "replay": False, "distillation_weight": 2.0}
     task = arrest(model, teacher=resnet(), awp_gamma=gamma, **options)
     step = batch()
-    before, of_teacher = states(model), task.teacher(step)
+    before, of_teacher = states(model), task.teacher(step.x)
     x, _ = task.inputs(step, of_teacher)
 
     def loss_of(net):

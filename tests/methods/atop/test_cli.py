@@ -1,15 +1,12 @@
 """AToP on the command line: made, trained, started from another, resumed, evaluated; and what is refused, how."""
 
-import json
-
 import pytest
 import torch
 from pictures import write_bars
 
 import purify_fast
 from purify_fast import cli
-from purify_fast.evaluation import Report
-from purify_fast.methods.atop import Atop, AtopTask, DeepFillGenerator, SmallGenerator
+from purify_fast.methods.atop import AtopTask, DeepFillGenerator, SmallGenerator
 from purify_fast.methods.carso import Carso
 from purify_fast.models.classifiers import PreActResNet18, SmallCNN
 from purify_fast.training import load_classifier, save_classifier
@@ -42,41 +39,6 @@ def generator(made):
     options = ["--width", "2", "--transform", "rt3", "--sigma", "0.1", "--block", "4", "--discriminator-width", "2"]
     assert run("generator", made, made / "generator", *options) == 0
     return made / "generator"
-
-
-@pytest.mark.slow
-def test_pretrained_fine_tuned_evaluated(made, generator, tmp_path, capsys, monkeypatch, short_signs):
-    monkeypatch.delenv("PURIFY_FAST_DATA", raising=False)
-    logged = json.loads((generator / "log.jsonl").read_text().splitlines()[-1])
-    assert logged["discriminator"] > 0 and "cross_entropy" not in logged
-    tuned, pipeline = tmp_path / "tuned", tmp_path / "pipeline"
-    published = ["--init", str(generator), "--eps", "0.05", "--cls-delay", "0"]
-    assert run("atop", made, tuned, *published) == 0
-    logged = json.loads((tuned / "log.jsonl").read_text().splitlines()[-1])
-    assert logged["cross_entropy"] > 0 and "discriminator" not in logged
-    ours = ["--init", str(tuned), "--attack-method", "pgd", "--steps", "2", "--attack-target", "pipeline"]
-    assert run("atop", made, pipeline, *published[2:], *ours, "--precision", "bfloat16") == 0
-    said = capsys.readouterr().out
-    for folder in (tuned, pipeline):
-        assert f"attack it with: purify-fast evaluate {folder} --data {made / 'bars.npz'}\n" in said
-
-    few = ["--images", "4", "--steps", "2", "--eot-iter", "2", "--protocol", "fast", "--eps", "0.05", "--device", "cpu"]
-    data = ["--data", str(made / "bars.npz")]
-    assert cli.main(["evaluate", str(pipeline), *data, *few]) == 0
-    written = pipeline / "evaluation"
-    report = Report.from_json((written / "report.json").read_text())
-    assert report.row("clean").n == 4 and (written / "report.md").is_file()
-    assert "apgd" in {row.kind for row in report.rows} and "transfer from the base" in report.attacks
-
-    weights = []
-    for folder in (generator, tuned, pipeline):
-        defence = purify_fast.load_defence(folder)  # the classifier is kept beside it
-        assert isinstance(defence, Atop) and type(defence.purifier.module) is SmallGenerator
-        assert (defence.arguments["transform"], defence.sigma, defence.block) == ("rt3", 0.1, 4)
-        weights.append(torch.cat([p.flatten() for p in defence.purifier.parameters()]))
-    assert not torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
-    classifiers = [purify_fast.load_defence(folder).classifier.state_dict() for folder in (generator, pipeline)]
-    assert all(torch.equal(value, classifiers[1][name]) for name, value in classifiers[0].items())
 
 
 def test_from_scratch_with_every_setting(made, tmp_path, capsys):

@@ -94,21 +94,6 @@ def test_every_parameter_and_the_input_get_finite_gradients(network):
     assert packed.grad.isfinite().all() and packed.grad[:, :-2].abs().amax((0, 2, 3)).min() > 0
 
 
-@pytest.mark.slow
-def test_compiled_as_one_graph_forward_and_backward(network):
-    """Inductor would take minutes for DeepFill's forty layers; the ops' own tests have it."""
-    torch._dynamo.reset()
-    model, examples = network
-    packed, mask = examples(1)
-    leaves, results = [packed.requires_grad_(), *model.parameters()], []
-    for call in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
-        images = call(packed, mask)
-        loss = sum(image.square().mean() for image in images)
-        results.append([*images, *torch.autograd.grad(loss, leaves)])
-    for value, same in zip(*results, strict=True):
-        torch.testing.assert_close(same, value, rtol=0, atol=1e-4 * value.abs().max().item())
-
-
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_bfloat16_inside_stays_close(network, layout):
     model, examples = network

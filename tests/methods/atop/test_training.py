@@ -202,23 +202,6 @@ def test_the_pipeline_is_what_is_attacked():
     assert losses["pipeline"] > losses["classifier"]
 
 
-@pytest.mark.slow
-def test_pretraining_lowers_the_reconstruction_error_in_the_hole():
-    digits = data.load_dataset("digits")
-    made = defence(SmallGenerator(1, width=4))
-    config = AtopConfig.pretraining(learning_rate=3e-3, gan_weight=0.01, discriminator_width=4)
-
-    def hole():
-        x = data.to_float(digits.x_test[:64])
-        with torch.no_grad(), made.fixed_noise(0):
-            packed, _ = made.draw(x)
-            return (made.stages(packed)[-1] - (2 * x - 1)).abs()[packed[:, -1:] > 0].mean()
-
-    before = hole()
-    fit(AtopTask(made, config), digits.x_train[:512], digits.y_train[:512], FitConfig(3, 32))
-    assert hole() < 0.6 * before
-
-
 def test_what_needs_the_task_says_so():
     with pytest.raises(ValueError, match="gan_grad must be False in training_loss"):
         training_loss(defence(), batch(), AtopConfig(gan_grad=True))

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
 from torchvision.models import VisionTransformer
 
 import purify_fast
@@ -77,22 +76,6 @@ def test_it_is_saved_and_loaded(defence, tmp_path):
     with torch.no_grad(), defence.fixed_noise(1), loaded.fixed_noise(1):
         assert torch.equal(defence(x), loaded(x))
     assert loaded.arguments == defence.arguments
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", ["transformer", "wide", "v1"])
-def test_it_compiles_as_one_graph_for_one_image_and_one_for_more(case):
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    defence = CASES[case]().eval()
-    counter = CompileCounterWithBackend("eager")
-    compiled = torch.compile(defence, fullgraph=True, dynamic=True, backend=counter)
-    with torch.no_grad():
-        for seed, n in ((1, 1), (2, 20), (3, 33)):
-            x = batch(defence, n).x
-            with defence.fixed_noise(seed):
-                torch.testing.assert_close(compiled(x), defence(x), rtol=1e-4, atol=1e-5)
-    assert counter.frame_count <= 2
 
 
 def test_a_transformers_tokens_are_read_as_they_are():

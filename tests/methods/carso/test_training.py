@@ -1,18 +1,18 @@
-"""CARSO's training: the paper's schedules and batches, the losses, free bits, and the classifier trained along."""
+"""CARSO's training: the paper's schedules and batches, and the losses."""
 
 import copy
 import dataclasses
 
 import pytest
 import torch
-from torch import nn
 
 import purify_fast
 from purify_fast import data
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
-from purify_fast.methods.carso.task import balanced_batch, kl_weight, pipeline_step, published_step, training_loss
+from purify_fast.methods.carso.task import balanced_batch, kl_weight, pipeline_step, published_step
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import Batch, FitConfig, fit
+from purify_fast.training.checkpoint import read_model
 from purify_fast.training.config import TrainingAttack
 
 
@@ -148,73 +148,14 @@ def test_pipeline_examples_are_made_against_the_whole_defence(monkeypatch):
     assert seen[0].decoder is made.decoder and seen[0].samples == 1 and seen[1] is made.classifier
 
 
-def gradients(made, config):
-    made.zero_grad()
-    loss, terms = published_step(made, batch(epoch=9), config)
-    loss.backward()
-    return loss.detach(), terms, [p.grad.clone() for p in made.posterior_encoder.log_variance.parameters()]
-
-
-def test_free_bits_charge_only_what_is_above_them():
-    made = defence()
-    plain, terms, _ = gradients(made, CarsoConfig(attack=TrainingAttack(eps=0.2, steps=2)))
-    kl = float(terms["kl"])
-    below, _, _ = gradients(made, CarsoConfig(attack=TrainingAttack(eps=0.2, steps=2), free_bits=0.5 * kl))
-    torch.testing.assert_close(below, plain)
-    above, _, _ = gradients(made, CarsoConfig(attack=TrainingAttack(eps=0.2, steps=2), free_bits=2 * kl))
-    torch.testing.assert_close(above, plain + kl, rtol=1e-4, atol=1e-3)  # a constant in place of the term
-    unpaid = gradients(made, CarsoConfig(attack=TrainingAttack(eps=0.2, steps=2), free_bits=2 * kl))[2]
-    free = gradients(made, CarsoConfig(attack=TrainingAttack(eps=0.2, steps=2), beta=0.0))[2]
-    for a, b in zip(unpaid, free, strict=True):
-        torch.testing.assert_close(a, b)
-
-
-@pytest.mark.parametrize("joint", [True, False])
-def test_saved_with_its_own_classifier_only_if_that_was_trained(tmp_path, joint):
-    torch.manual_seed(0)
-    classifier = SmallCNN(width=4)
-    before = classifier.conv1.weight.detach().clone()
-    made = Carso(classifier, ["conv2", "hidden"], (1, 16, 16), 8, 4, 2, decoder_width=2)
-    digits = data.load_dataset("digits")
-    config = CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=0.2, steps=1), joint=joint)
-    fit(CarsoTask(made, config), digits.x_train[:64], digits.y_train[:64], FitConfig(1, 32), tmp_path / "run")
-    assert torch.equal(classifier.conv1.weight, before)  # the caller's
-    assert torch.equal(made.classifier.conv1.weight, before) == (not joint) and not made.classifier.training
-    made.save(tmp_path / "saved")
-    again = purify_fast.load_defence(tmp_path / "saved", classifier)
-    x = batch(epoch=9).x
+def test_the_training_through_the_pipeline_keeps_the_classifier(tmp_path):
+    made, digits = defence(), data.load_dataset("digits")
+    before = copy.deepcopy(made.classifier.state_dict())
+    config = CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=0.2, steps=1))
+    fit(CarsoTask(made, config), digits.x_train[:64], digits.y_train[:64], FitConfig(1, 32))
+    assert all(torch.equal(value, before[name]) for name, value in made.classifier.state_dict().items())
+    made.save(tmp_path)
+    again, x = purify_fast.load_defence(tmp_path, made.classifier), batch(epoch=9).x
     with made.deterministic(), again.deterministic():
         assert torch.equal(made(x), again(x))
-    names = purify_fast.training.checkpoint.read_model(tmp_path / "saved")[1]
-    assert any(name.startswith("classifier.") for name in names) == joint
-    other = SmallCNN(width=4)
-    nn.init.normal_(other.conv1.weight)
-    if joint:  # its own weights replace whatever came
-        loaded = purify_fast.load_defence(tmp_path / "saved", other)
-        with made.deterministic(), loaded.deterministic():
-            assert torch.equal(made(x), loaded(x))
-    else:
-        with pytest.raises(ValueError, match="classifier must have the weights"):
-            purify_fast.load_defence(tmp_path / "saved", other)
-
-
-def test_a_released_classifier_is_frozen_again_by_a_task_that_is_not_joint():
-    made = defence()
-    CarsoTask(made, CarsoConfig(attack_target="pipeline", joint=True))
-    before = made.classifier.head.weight.clone()
-    task = CarsoTask(made, CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=0.2, steps=1)))
-    task.training_step(batch(epoch=9))[0].backward()
-    task.optimizer.step()
-    assert torch.equal(made.classifier.head.weight, before)
-    assert all(p.grad is None for p in made.classifier.parameters())
-
-
-def test_joint_training_that_would_not_reach_the_classifier_is_refused():
-    made, config = defence(), CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=0.2, steps=1), joint=True)
-    with pytest.raises(ValueError, match=r"joint=True needs .*release_classifier\(\)"):
-        training_loss(made, batch(epoch=9), config)
-    with pytest.raises(ValueError, match=r"accelerate\(None\) first"):
-        made.accelerate(torch.bfloat16).release_classifier()
-    made.accelerate(None).release_classifier()
-    with pytest.raises(ValueError, match="joint=True needs a plain defence"):
-        training_loss(made.accelerate(torch.bfloat16), batch(epoch=9), config)
+    assert not any(name.startswith("classifier.") for name in read_model(tmp_path)[1])

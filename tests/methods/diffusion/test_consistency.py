@@ -9,18 +9,17 @@ from denoisers import trained_unet
 from small_models import Made
 from torch import nn
 
-from purify_fast import data, zoo
+from purify_fast import zoo
 from purify_fast.methods.diffusion import (
     ConsistencyTask,
     DiffusionConfig,
-    DiffusionPurifier,
     DiffusionTask,
     Process,
     Schedule,
 )
 from purify_fast.methods.diffusion.denoiser import read_denoiser
 from purify_fast.ops import Stream, philox
-from purify_fast.training import Batch, FitConfig, fit, load_classifier
+from purify_fast.training import Batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -107,28 +106,6 @@ def test_the_teacher_stays_and_the_average_leads():
         for weight in moved.average.module.parameters():
             weight.mul_(1.5)
     assert moved.training_step(given)[0] != task.training_step(given)[0]
-
-
-@pytest.mark.slow
-def test_one_evaluation_comes_closer_to_the_end_of_the_teachers_way():
-    digits = data.load_dataset("digits")
-    teacher, saved = read_denoiser(zoo.folder("digits-diffpure"))
-    config = DiffusionConfig(intervals=5, last_time=0.4, learning_rate=5e-4, ema_decay=0.9)
-    task = ConsistencyTask(copy.deepcopy(teacher), config, process=saved["process"])
-    fit(task, digits.x_train[:640], digits.y_train[:640], FitConfig(6, 64), progress=False)
-    classifier = load_classifier(zoo.folder("digits-standard"))
-    x, ends = digits.x_test[:64] / 255, {}
-    for name, denoiser, solver, steps in (
-        ("teacher", teacher, "ddim", 5),
-        ("teacher at once", teacher, "one_shot", None),
-        ("distilled", task.result, "one_shot", None),
-    ):
-        process = saved["process"] | {"solver": solver, "steps": steps, "t_star": 0.4, "denoise_last": False}
-        defence = DiffusionPurifier(denoiser, classifier, (1, 16, 16), process)
-        with defence.fixed_noise(0), torch.no_grad():
-            ends[name] = defence.purify(x)
-    apart = {name: (ends["teacher"] - end).square().mean().item() for name, end in ends.items()}
-    assert apart["distilled"] < 0.9 * apart["teacher at once"]
 
 
 def test_what_cannot_be_distilled():

@@ -164,34 +164,6 @@ def test_accelerated_it_multiplies_in_bfloat16_and_keeps_its_state_in_float32():
     assert made.denoiser.module.first.weight.grad.norm() > 0
 
 
-@pytest.mark.slow
-def test_a_compiled_denoiser_gives_the_same():
-    torch._dynamo.reset()
-    made, x = defence(process=FEW, samples=4), images()
-    want, slope = gradient(made, x)
-    made.accelerate(torch.float32, compile=True)
-    got, fast_slope = gradient(made, x)
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(fast_slope, slope, rtol=1e-3, atol=1e-5)
-    assert made.fast.regions.keys() == {"_predict"}
-
-
-@pytest.mark.slow
-def test_the_whole_defence_is_one_graph():
-    torch._dynamo.reset()
-    guided = Process(steps=3, guidance="ssim", guidance_scale=9.0)
-    made, x = defence(process=guided, samples=2).requires_grad_(False), images()
-    compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
-    results = []
-    for call in (made, compiled):
-        leaf = x.clone().requires_grad_()
-        with made.fixed_noise(2):
-            logits = call(leaf)
-        results.append((logits.detach(), torch.autograd.grad(logits.square().sum(), leaf)[0]))
-    for want, got in zip(*results, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-
-
 def test_a_conversion_does_not_round_the_schedule():
     made, x = defence(process=Process(steps=100), denoiser=Tiny()), images()
     with made.fixed_noise(1):

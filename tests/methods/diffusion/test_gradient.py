@@ -1,8 +1,6 @@
 """The exact gradient against plain autograd through the whole process, written out as in the papers."""
 
-import gc
 import itertools
-import sys
 from dataclasses import replace
 from functools import partial
 
@@ -15,7 +13,6 @@ from torch import nn
 from purify_fast.methods.diffusion import Process, Schedule
 from purify_fast.methods.diffusion.recipes import RECIPES
 from purify_fast.ops import diffusion_step
-from purify_fast.speed.memory import LiveBytes
 
 
 def ssim_distance(x, y):
@@ -217,21 +214,3 @@ def test_parts_and_orders_of_a_batch_change_nothing(name):
     for made.max_forward_batch, made.keep in ((1, 0), (3, 2), (3, "auto"), (100, 0)):
         for got, want in zip(run(x), (logits, gradient), strict=True):
             close(got, want, 1e-5)
-
-
-@pytest.mark.slow
-def test_a_hundred_steps_take_the_memory_of_five_and_their_images(monkeypatch):
-    most = {}
-    # "auto", where nothing is free, keeps those by which it measures
-    module = sys.modules["purify_fast.attacks.checkpointed_steps"]
-    monkeypatch.setattr(module, "free_memory", lambda device, budget: 0)
-    for steps, keep in itertools.product((5, 100), (0, "auto")):
-        process = Process(steps=steps, t_star=0.1)
-        made = defence((3, 16, 16), Tiny(width=48), process, samples=2, keep=keep)
-        leaf = images(2, (3, 16, 16)).requires_grad_()
-        gc.collect()
-        with LiveBytes() as counted:
-            torch.autograd.grad(made(leaf).sum(), leaf)
-        most[steps, keep] = counted.most
-    for keep in (0, "auto"):
-        assert most[100, keep] <= 1.2 * most[5, keep] + 100 * 4 * 3 * 16 * 16 * 4

@@ -1,4 +1,4 @@
-"""Schedules and solvers against the formulas of their papers, in float64, step by step."""
+"""Schedules against the formulas of their papers; the formulas of the solvers are in test_gradient.py."""
 
 import math
 
@@ -10,23 +10,6 @@ from purify_fast.methods.diffusion.schedule import END
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 T, EPS = torch.tensor, 1e-12
-
-
-def step(schedule, solver, t, s, x, m, z, **options):
-    """One step by the table, with the noise z."""
-    process = Process(schedule, solver=solver, **{"clip": False, **options})
-    rows, _ = process.denoising(T([t, s, 0.0], dtype=torch.float64))
-    p, q, c, a, b, d, low, high = rows[0]
-    m, v = (m[:1], m[1:]) if process.variance == "learned" else (m, None)
-    if v is not None:
-        d = d * torch.exp(((1 + v) / 2 * high + (1 - v) / 2 * low) / 2)
-    return a * (p * x + q * m).clamp(-c, c) + b * x + d * z
-
-
-@pytest.fixture
-def numbers():
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(3, 1, dtype=torch.float64, generator=generator)
 
 
 def test_linear_and_cosine_are_those_of_their_papers():
@@ -72,78 +55,11 @@ def test_times():
     assert before < 0.5 <= first
 
 
-def test_ddpm(numbers):
-    """Equations 6 and 7 of Ho et al., by the names of the paper."""
-    x, m, z = numbers
-    betas = Schedule().betas
-    i = 40
-    beta, alpha, bar = betas[i], 1 - betas[i], (1 - betas)[: i + 1].prod()
-    bar_before = bar / alpha
-    x0 = (x - (1 - bar).sqrt() * m) / bar.sqrt()
-    mean = bar_before.sqrt() * beta / (1 - bar) * x0 + alpha.sqrt() * (1 - bar_before) / (1 - bar) * x
-    small = (1 - bar_before) / (1 - bar) * beta
-    at, before = (i + 1) / 1000, i / 1000
-    for variance, value in (("small", small), ("large", beta)):
-        got = step(Schedule(), "ddpm", at, before, x, m, z, variance=variance)
-        torch.testing.assert_close(got, mean + value.sqrt() * z, rtol=1e-10, atol=EPS)
-    # the mean in terms of the noise, equation 11
-    torch.testing.assert_close(mean, (x - beta / (1 - bar).sqrt() * m) / alpha.sqrt(), rtol=1e-10, atol=EPS)
-    learned = step(Schedule(), "ddpm", at, before, x, torch.cat([m, T([0.2]).double()]), z, variance="learned")
-    deviation = torch.exp(0.5 * (0.6 * beta.log() + 0.4 * small.log()))
-    torch.testing.assert_close(learned, mean + deviation * z, rtol=1e-10, atol=EPS)
-
-
-@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-def test_ddim(numbers, eta):
-    """Equations 12 and 16 of Song et al. over a jump of several steps; with eta = 1 it is ddpm."""
-    x, m, z = numbers
-    kept, kept_s = Schedule().alpha_bar(T([0.06, 0.02]))
-    sigma = eta * ((1 - kept_s) / (1 - kept)).sqrt() * (1 - kept / kept_s).sqrt()
-    want = kept_s.sqrt() * (x - (1 - kept).sqrt() * m) / kept.sqrt() + (1 - kept_s - sigma**2).sqrt() * m + sigma * z
-    torch.testing.assert_close(step(Schedule(), "ddim", 0.06, 0.02, x, m, z, eta=eta), want, rtol=1e-10, atol=EPS)
-    if eta == 1:
-        torch.testing.assert_close(step(Schedule(), "ddpm", 0.06, 0.02, x, m, z), want, rtol=1e-10, atol=EPS)
-
-
-def test_the_sde_and_its_probability_flow(numbers):
-    """One step backwards of dx = (f - g^2 score) dt + g dw, f = -beta x / 2, and half of the score without noise."""
-    x, m, z = numbers
-    t, s = 0.1, 0.099
-    vp, beta = Schedule("vp"), 0.1 + 19.9 * t
-    score = -m / (1 - vp.alpha_bar(T(t, dtype=torch.float64))).sqrt()
-    dt = t - s
-    want = x + (beta * x / 2 + beta * score) * dt + math.sqrt(beta * dt) * z
-    torch.testing.assert_close(step(vp, "vp_sde", t, s, x, m, z), want, rtol=1e-10, atol=EPS)
-    want = x + (beta * x / 2 + beta * score / 2) * dt
-    torch.testing.assert_close(step(vp, "ode", t, s, x, m, z), want, rtol=1e-10, atol=EPS)
-
-
-@pytest.mark.parametrize("solver", ["ddpm", "ddim", "vp_sde", "ode", "one_shot"])
-def test_every_solver_finds_the_image_that_the_prediction_is_of(solver):
-    """A denoiser that knows the image, in each of its three languages, ends at the image."""
-    schedule = Schedule("vp") if solver in ("vp_sde", "ode") else Schedule()
-    start, image, noise = 0.2, T([0.3], dtype=torch.float64), T([-1.1], dtype=torch.float64)
-    times = schedule.times(start, 1 if solver == "one_shot" else 200)
-    ends = []
-    for prediction in ("noise", "x0", "v"):
-        rows, _ = Process(schedule, prediction, solver=solver, clip=False).denoising(times)
-        alpha, sigma = schedule.noising(times[:1])[0, 4:6]
-        x = alpha * image + sigma * noise
-        for t, (p, q, _, a, b, *_) in zip(times[:-1], rows, strict=True):
-            alpha, sigma = schedule.noising(t)[4:6]
-            z = (x - alpha * image) / sigma
-            m = {"noise": z, "x0": image, "v": alpha * z - sigma * image}[prediction]
-            x = a * (p * x + q * m) + b * x
-        ends.append(x)
-    torch.testing.assert_close(ends[0], image, rtol=0, atol=5e-2 if solver in ("vp_sde", "ode") else 1e-8)
-    torch.testing.assert_close(torch.stack(ends), ends[0].expand(3, 1), rtol=1e-8, atol=1e-8)
-
-
 @pytest.mark.parametrize("prediction", ["noise", "x0", "v"])
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
-def test_a_step_is_that_of_the_schedulers_of_diffusers(kind, prediction, numbers):
+def test_a_step_is_that_of_the_schedulers_of_diffusers(kind, prediction):
     diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed", exc_type=ImportError)
-    x, m, _ = (number.float() for number in numbers)
+    x, m = torch.randn(2, 1, generator=torch.Generator().manual_seed(0))
     betas = {"linear": "linear", "cosine": "squaredcos_cap_v2"}[kind]
     of = {"noise": "epsilon", "x0": "sample", "v": "v_prediction"}[prediction]
     options = {"beta_schedule": betas, "beta_start": 1e-4, "prediction_type": of, "clip_sample": True}
@@ -152,9 +68,9 @@ def test_a_step_is_that_of_the_schedulers_of_diffusers(kind, prediction, numbers
     for index in (19, 79, 599):
         want = scheduler.step(m, index, x, use_clipped_model_output=True).prev_sample
         # a jump of 20 steps, the last one to the image
-        t, s = (index + 1) / 1000, (index + 1 - 20) / 1000
-        got = step(Schedule(kind), "ddim", t, s, x.double(), m.double(), 0, prediction=prediction, clip=True)
-        torch.testing.assert_close(got.float(), want, rtol=1e-4, atol=1e-5)
+        times = T([index + 1, index + 1 - 20, 0], dtype=torch.float64) / 1000
+        p, q, c, a, b, *_ = Process(Schedule(kind), prediction, solver="ddim").denoising(times)[0][0].float()
+        torch.testing.assert_close(a * (p * x + q * m).clamp(-c, c) + b * x, want, rtol=1e-4, atol=1e-5)
 
 
 REFUSED = {
