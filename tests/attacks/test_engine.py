@@ -16,6 +16,7 @@ from purify_fast.attacks import APGD, FABT, AttackContext, GradientHealth, Squar
 from purify_fast.attacks import gradient_copy as copies
 from purify_fast.attacks.ball import Ball
 from purify_fast.attacks.engine.judge import Judge, has_fallen
+from purify_fast.attacks.engine.pace import PaceMonitor
 from purify_fast.attacks.engine.row_batches import ActiveSet
 from purify_fast.attacks.heads import HEADS, AttackersHead, head_logits
 from purify_fast.attacks.objective import Objective
@@ -182,6 +183,18 @@ def test_fab_beside_the_authors(digits, norm, eps):
     reach = torch.linalg.vector_norm((found - x).flatten(1).double(), ord=ORDERS[norm], dim=1)
     assert bool((reach <= eps * (1 + 1e-5) + 1e-6).all()) and found.min() >= 0 and found.max() <= 1
     assert health.count("gradients") > 0 and health.reliable
+
+
+def test_fab_drops_fallen_images_and_measures_what_is_missing_beyond_the_ball(monkeypatch):
+    """The border is where the mean is 0.5: at a distance of 0.05 from one image, and of 0.3 from the other."""
+    missing = []
+    monkeypatch.setattr(PaceMonitor, "lost", lambda self, step, beyond: missing.append(beyond))
+    x = torch.tensor([0.45, 0.2])[:, None, None, None].expand(2, 1, 4, 4)
+    model = nn.Sequential(nn.Flatten(), nn.AvgPool1d(16), nn.Linear(1, 2))
+    model[2].load_state_dict({"weight": torch.tensor([[0.0], [8.0]]), "bias": torch.tensor([0.0, -4.0])})
+    fab_t(model, x, torch.zeros(2, dtype=torch.int64), eps=0.1, steps=50, give_up=True)
+    assert {len(each) for each in missing[2:]} == {1}
+    assert 0.2 < float(missing[-1]) < 0.22
 
 
 def test_the_squares_are_those_of_the_paper():
