@@ -33,7 +33,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import sys
 import tarfile
 import threading
 import time
@@ -45,7 +44,7 @@ from typing import NamedTuple
 import torch
 
 from purify_fast._files import folder_lock, write_text
-from purify_fast.ops.dispatch import racing, records
+from purify_fast.ops.dispatch import racing
 
 from .. import RESULTS, options
 from ..pages import fill, performance
@@ -328,9 +327,6 @@ def main(chosen: argparse.Namespace) -> bool:
     device = device_of(chosen)
     # Make the path absolute, because pytest runs in another folder.
     out = options.out_of(chosen, chosen.rehearse, device_class(device)).resolve()
-    lacking = records.missing_compiler()
-    if lacking is not None and not chosen.rehearse:
-        print(f"WARNING: {lacking}", file=sys.stderr)
     good = True
     with folder_lock(out):
         (out / "gpu_check").mkdir(parents=True, exist_ok=True)
