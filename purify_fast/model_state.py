@@ -136,33 +136,16 @@ def state_hash(model: Any) -> str:
 
 
 def network_hash(parts: Any) -> str:
-    """Hash the code and the structure of modules, without their tensors' values and modes; "" for unreadable code.
-
-    Functions and numbers that the code of the user reads from its module count too, if they are no modules.
-    """
+    """Hash the code and the structure of modules, without their tensors' values and modes; "" for unreadable code."""
 
     def leaf(value: Any, inside: Inside) -> Any:
-        if isinstance(value, Tensor):
-            return (value.dtype, value.shape)
-        if isinstance(value, FunctionType) and _is_users(value.__module__):
-            read = {name: value.__globals__[name] for name in _names(value.__code__) if name in value.__globals__}
-            kinds = (*_PLAIN, tuple, list, dict, Tensor, FunctionType)
-            return (
-                _by_value(value, inside),
-                inside({name: one for name, one in read.items() if isinstance(one, kinds)}),
-            )
-        return _by_value(value, inside)
+        return (value.dtype, value.shape) if isinstance(value, Tensor) else _by_value(value, inside)
 
     try:
         return text_hash(repr(_Description(leaf, modes=False).of(parts))).hexdigest()
     # A user's module may raise any error while its state is read.
     except Exception:
         return ""
-
-
-def _names(code: CodeType) -> list[str]:
-    """The global names that a function and the functions inside it read."""
-    return [*code.co_names, *(name for part in code.co_consts if isinstance(part, CodeType) for name in _names(part))]
 
 
 def _by_value(value: Any, inside: Inside) -> Any:
@@ -240,17 +223,6 @@ def is_installed(file: str) -> bool:
         or "site-packages" in file
         or "dist-packages" in file
     )
-
-
-def hidden_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Find modules in the attributes of a model, or in lists, tuples and dicts there, that PyTorch does not know."""
-    named = [
-        (f"{path}.{name}".lstrip("."), part)
-        for path, whole in model.named_modules()
-        for name, part in attributes(whole)
-    ]
-    known = set(map(id, model.modules()))
-    return [(name, part) for name, part in _modules(named) if id(part) not in known]
 
 
 def used_modules(function: Any) -> list[tuple[str, nn.Module]]:

@@ -1,7 +1,5 @@
 """AutoAttack's class by this engine: the names of the original, what it refuses, and RobustBench, which calls it."""
 
-import copy
-
 import pytest
 import torch
 from small_models import labelled
@@ -88,20 +86,6 @@ def test_a_random_model_falls_by_fresh_draws_alone(plain, capsys):
     assert 0 < (wrong > 0.9).sum() < len(y)
     Short(noisy, version="custom", attacks_to_run=["square"], verbose=True).run_standard_evaluation(x, y)
     assert "WARNING: the model is random" in capsys.readouterr().out
-
-
-def test_half_and_exported_modules_are_attacked(plain):
-    """The images are those that a model which converts its images loses; an exported module has no eval()."""
-    model, x, y = plain
-    half = copy.deepcopy(model).half()
-    found = Short(half).run_standard_evaluation(x, y)
-    assert found.dtype == torch.float32
-    assert torch.equal(found, Short(lambda z: half(z.half()).float()).run_standard_evaluation(x, y))
-    assert Short(half).clean_accuracy(found, y) < Short(half).clean_accuracy(x, y)
-    dynamic = ({0: torch.export.Dim("b", min=1, max=999)},)
-    exported = torch.export.export(model.eval(), (x,), dynamic_shapes=dynamic).module()
-    plainly = Short(model).run_standard_evaluation(x, y)
-    torch.testing.assert_close(Short(exported).run_standard_evaluation(x, y), plainly, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(

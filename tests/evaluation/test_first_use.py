@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from evaluating import evaluate
-from small_models import Made
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -162,30 +161,6 @@ def test_protocol_batch_size_and_seed_are_arguments_too(trio):
     assert [row.settings for row in report.rows] == [row.settings for row in wanted.rows]
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_weights_of_another_dtype_get_images_of_this_dtype(trio, dtype):
-    model, x, y = trio
-    other = copy.deepcopy(model).to(dtype)
-    report = evaluate(other, x, y, **QUIET)
-    by_hand = evaluate(lambda z: other(z.to(dtype)).to(torch.promote_types(dtype, torch.float32)), x, y, **QUIET)
-    for row, wanted in zip(report.rows, by_hand.rows, strict=True):
-        assert row.attack == wanted.attack and np.array_equal(row.robust, wanted.robust)
-        assert row.margins is None or np.array_equal(row.margins, wanted.margins)
-    note = f"the weights of defence are {dtype}, so its images were converted to this dtype"
-    assert note in report.notes and note not in by_hand.notes
-
-
-def test_an_exported_module_is_judged_as_the_module(trio):
-    """It has no eval()."""
-    model, x, y = trio
-    dynamic = ({0: torch.export.Dim("b", min=1, max=999)},)
-    exported = torch.export.export(model, (x,), dynamic_shapes=dynamic).module()
-    settings = {"eps": 0.02, "protocol": "fast", "steps": 5, "progress": False}
-    report, wanted = (evaluate(each, x, y, **settings) for each in (exported, model))
-    assert report.attacks == wanted.attacks and report.headline.reliable == wanted.headline.reliable
-    assert all(np.array_equal(*(one.robust for one in rows)) for rows in zip(report.rows, wanted.rows, strict=True))
-
-
 @pytest.fixture(scope="module")
 def digits():
     images = purify_fast.load_dataset("digits")
@@ -303,19 +278,3 @@ class TrainsWithGlobal(nn.Module):
 
     def training_step(self, x):
         return GLOBAL(x)
-
-
-def test_modules_in_a_plain_list_are_judged_in_evaluation_mode():
-    """A number by the statistics of batches would be another, and the statistics would change with each attack."""
-    torch.manual_seed(0)
-    networks = [nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(16, 3)).train() for _ in range(5)]
-    x, y = torch.rand(8, 1, 4, 4), torch.arange(8) % 3
-    networks[0](x)
-    before = [buffer.clone() for network in networks for buffer in network.buffers()]
-    how = lambda self, x: sum(network(x) for network in self.nets)  # noqa: E731
-    report = evaluate(Made(how, nets=[*networks]), x, y, **QUIET)
-    assert not any("training mode" in note for note in report.notes)
-    assert all(map(torch.equal, before, (buffer for network in networks for buffer in network.buffers())))
-    assert all(network.training for network in networks)
-    other = evaluate(Made(how, nets=nn.ModuleList(networks)), x, y, **QUIET)
-    assert [row.accuracy for row in other.rows] == [row.accuracy for row in report.rows] and other.notes == report.notes

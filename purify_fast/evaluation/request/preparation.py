@@ -14,8 +14,8 @@ from torch import nn
 from ..._tensors import digest
 from ..._validation import NormName
 from ..._version import __version__
-from ...attacks.outputs import INSTEAD_OF_PROBABILITIES, ONE_HOT, LogitsOf
-from ...model_state import fingerprint, hidden_modules, used_modules
+from ...attacks.outputs import INSTEAD_OF_PROBABILITIES, ONE_HOT
+from ...model_state import fingerprint, used_modules
 from ...ops.dispatch.records import processor
 from ...protocols import Classifier
 from .attack_lists import notes_of_protocol
@@ -63,9 +63,6 @@ def first_notes(
     notes = [*modes]
     for note in notes:
         logger.warning(note)
-    dtype = subject.base_model.dtype if isinstance(subject.base_model, LogitsOf) else None
-    if dtype is not None:
-        notes.append(f"the weights of {name} are {dtype}, so its images were converted to this dtype")
     if subject.has_probabilities:
         kind = ONE_HOT if subject.has_one_hot else f"returns probabilities, not logits: {INSTEAD_OF_PROBABILITIES}"
         logger.warning("%s %s. The report will mark its accuracy", name, kind)
@@ -115,7 +112,6 @@ def refresh_stale_copies(*models: object) -> None:
 def _wholes(model: object) -> Iterator[nn.Module]:
     if isinstance(model, nn.Module):
         yield model
-        yield from (module for _, module in hidden_modules(model))
     elif model is not None:
         yield from (module for _, module in used_modules(model))
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...attacks.attacked_model import switch_to_evaluation
 from ...protocols import Classifier
 from .identity_backward import PassedThrough
 from .softening import Softening
@@ -21,7 +20,7 @@ class _Around(nn.Module):
     def __init__(self, model: Classifier):
         super().__init__()
         self.model = model
-        switch_to_evaluation(self)
+        self.eval()
 
 
 class Softened(_Around):
@@ -105,7 +104,7 @@ class Together(nn.Module):
         self.parts = list(parts)
         # The parts are also registered as modules, so that PyTorch finds their weights.
         self.modules_inside = nn.ModuleList(part for part in parts if isinstance(part, nn.Module))
-        switch_to_evaluation(self)
+        self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.stack([part(x).float().log_softmax(1) for part in self.parts]).mean(0)
