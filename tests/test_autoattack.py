@@ -39,25 +39,6 @@ def test_what_is_returned_is_in_the_ball_and_labelled(plain, norm, order, eps):
     assert torch.equal(model(whole).argmax(1), labels)
 
 
-class Elsewhere(torch.Tensor):
-    """Labels on another device, as far as a CPU can tell: nothing can be computed before ``to``."""
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        plain = [each.as_subclass(torch.Tensor) if isinstance(each, cls) else each for each in args]
-        if func is not torch.Tensor.to and func.__name__ not in ("__get__", "is_inference", "is_floating_point"):
-            raise RuntimeError("Expected all tensors to be on the same device")
-        return func(*plain, **(kwargs or {}))
-
-
-def test_labels_may_be_on_another_device_than_the_images(plain):
-    model, x, y = plain
-    adversary, elsewhere = Short(model), y.as_subclass(Elsewhere)
-    found = adversary.run_standard_evaluation(x, elsewhere)
-    assert torch.equal(found, adversary.run_standard_evaluation(x, y))
-    assert adversary.clean_accuracy(found, elsewhere) == adversary.clean_accuracy(found, y)
-
-
 def test_settings_are_the_originals_and_the_log_tells_the_accuracy(plain, tmp_path, capsys):
     model, x, y = plain
     standard, plus, rand = (AutoAttack(model, version=version).apgd for version in RUN)
