@@ -88,14 +88,6 @@ def test_the_extension_is_one_file_for_every_python():
     assert Path(_library.path).name == "_C.abi3.so"
 
 
-def test_the_kernels_of_a_checkout_are_imported_from_its_top():
-    """A symbolic link is a text file where Git does not make links, as on Windows."""
-    links = [line for line in git("ls-files", "--stage").splitlines() if line.startswith("120000")]
-    assert not links
-    spec = importlib.util.find_spec("purify_fast.kernels.philox")
-    assert spec is not None and Path(spec.origin) == ROOT / "kernels/philox.py"
-
-
 def test_an_installed_package_has_the_kernels_inside(tmp_path):
     """setup.py puts the files of the top folder there; its own folder has only the way to them."""
     build = "import sys; sys.argv = ['setup.py', '--quiet', 'build_py', '--build-lib', sys.argv[1]]; import runpy"
