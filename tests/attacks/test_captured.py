@@ -54,16 +54,16 @@ OPTIONS = {
 @pytest.mark.parametrize("norm", SIZES)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_captured_pgd_gives_the_bits_of_eager_pgd(model, batch, graphs, rerun, norm, options):
-    options = {"eps": SIZES[norm], "norm": norm, "steps": 21, **options}
+    options = {"eps": SIZES[norm], "norm": norm, "steps": 11, **options}
     healths = [GradientHealth() for _ in range(3)]
     wanted, *found = (
         pgd(model, *batch, graphs=chosen, health=health, **options)
         for chosen, health in zip((None, graphs, graphs), healths, strict=True)
     )
-    assert rerun.recorded == 1 and rerun.replayed == 42 and graphs.refusal is None
+    assert rerun.recorded == 1 and rerun.replayed == 22 and graphs.refusal is None
     assert all(torch.equal(one, wanted) for one in found) and not torch.equal(wanted, batch[0])
     counts = [[h.count(n) for n in ("gradients", "nonfinite", "zero", "images", "unmoved")] for h in healths]
-    assert counts[1:] == counts[:1] * 2 and counts[0][0] == 21 * 9
+    assert counts[1:] == counts[:1] * 2 and counts[0][0] == 11 * 9
 
 
 #: Attacks of which images leave the batch, their options and by how much the radius is divided.

@@ -74,11 +74,11 @@ class Row:
         return Call(device, self.variant, getattr(torch, self.dtype), SIZES[self.size] - 1)
 
 
-def races_of(op: Op, device: torch.device, dtypes: Iterable[torch.dtype] = DTYPES) -> list[Race]:
+def races_of(op: Op, device: torch.device) -> list[Race]:
     """Return the races of an op on a device. Dtypes that the op does not support are left out."""
     every = []
     for example in op.raced:
-        for dtype in (one for one in dtypes if one in example.dtypes):
+        for dtype in (one for one in DTYPES if one in example.dtypes):
             _, numel = op.size_key(*example.make(dtype, 0))
             for size, wanted in ELEMENTS[device.type].items():
                 times = max(1, round(min(wanted, MOST.get(op.name, wanted)) / numel))
