@@ -60,7 +60,7 @@ test-interpreter: $(STAMPS)/tests
 	TRITON_INTERPRET=1 $(PARALLEL) -n auto --dist worksteal tests/interpreter
 
 EXAMPLES ?= 1000
-fuzz: $(STAMPS)/tests  ## run about 70 tests with random arguments, each EXAMPLES=1000 times
+fuzz: $(STAMPS)/tests  ## run the tests with random arguments, each EXAMPLES=1000 times
 	FUZZ_EXAMPLES=$(EXAMPLES) $(PARALLEL) -n auto --dist worksteal tests/fuzz $(ARGS)
 
 lint: $(STAMPS)/lint $(STAMPS)/tests  ## run ruff, clang-format, mypy and import-linter

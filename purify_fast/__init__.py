@@ -8,7 +8,7 @@
 - `purify_fast.evaluation`: adaptive evaluation and reports. `purify_fast.attacks`: the attacks.
 - `purify_fast.ops`: the fused operations. `purify_fast.nn`: the same as modules.
 - `purify_fast.speed`: faster copies of frozen models, and CUDA graphs.
-- `purify_fast.patch`: lets AutoAttack, torchattacks and RobustBench run on this package's attacks.
+- `purify_fast.patch`: lets AutoAttack and RobustBench run on this package's attacks.
 - `purify_fast.zoo`: small trained models. `purify_fast.models`: classifiers.
 - `purify_fast.defences`: base classes of defences. `purify_fast.protocols`: optional methods of your own model.
 

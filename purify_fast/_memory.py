@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,7 +28,7 @@ def available_memory() -> int:
         free = int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
         return USUAL
-    return max(0, min([free, *_left_to_groups(Path("/")), *_left_by_limits()]))
+    return max(0, min([free, *_left_to_groups(Path("/"))]))
 
 
 def control_groups(root: Path) -> Iterator[Path]:
@@ -58,20 +57,6 @@ def _reclaimable(group: Path) -> int:
         lines = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         return int(lines["inactive_file"])
     return 0
-
-
-def _left_by_limits() -> Iterator[int]:
-    """The unused bytes of the process's limits on its address space and on its data."""
-    if sys.platform != "linux":
-        return
-    import resource
-
-    page = resource.getpagesize()
-    sizes = [int(word) * page for word in Path("/proc/self/statm").read_text().split()]
-    for limit, taken in ((resource.RLIMIT_AS, sizes[0]), (resource.RLIMIT_DATA, sizes[5])):
-        soft = resource.getrlimit(limit)[0]
-        if soft != resource.RLIM_INFINITY:
-            yield soft - taken
 
 
 def resident_memory() -> int:

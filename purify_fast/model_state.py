@@ -200,16 +200,9 @@ def _is_users(name: str) -> bool:
     file = getattr(module, "__file__", None)
     if file is None:
         return module is None or name == "__main__"
-    return not is_installed(file) and name.partition(".")[0] != "purify_fast"
-
-
-def is_installed(file: str) -> bool:
-    """Tell whether a source file belongs to this package, to an installed package or to Python."""
-    return (
-        file.startswith(("<frozen ", str(Path(__file__).parent), *_LIBRARIES))
-        or "site-packages" in file
-        or "dist-packages" in file
-    )
+    not_users = ("<frozen ", str(Path(__file__).parent), *_LIBRARIES)
+    installed = file.startswith(not_users) or "site-packages" in file or "dist-packages" in file
+    return not installed and name.partition(".")[0] != "purify_fast"
 
 
 def hidden_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -1,4 +1,4 @@
-"""Let code that calls AutoAttack, torchattacks or RobustBench run this package's attacks, without a change in the code.
+"""Let code that calls AutoAttack or RobustBench run this package's attacks, without a change in the code.
 
 Methods of the other packages' classes are replaced in place, so earlier imports and existing objects change too.
 """
@@ -15,15 +15,12 @@ from types import FunctionType
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from ._validation import check_literal
-from .attacks import original_autoattack, pgd
+from .attacks import original_autoattack
 from .autoattack import AutoAttack
 
-PackageName = Literal["autoattack", "torchattacks", "robustbench"]
-#: The classes of torchattacks that are forms of PGD with the cross-entropy, and their norms.
-TORCHATTACKS = {"FGSM": "linf", "BIM": "linf", "FFGSM": "linf", "PGD": "linf", "EOTPGD": "linf", "PGDL2": "l2"}
+PackageName = Literal["autoattack", "robustbench"]
 #: The original's settings that this package's attacks do not have, and the only value with which ours replace it.
 FIXED: dict[str, dict[str, Any]] = {
     "apgd": {"topk": None},
@@ -61,13 +58,9 @@ def patch(package: PackageName) -> Patch:
       ``state_path``, with models of TensorFlow, and with changed settings that ours do not have. The protocol
       "official" and `purify_fast.attacks.AutoAttack` still run theirs.
     - "robustbench": the same for the class that ``robustbench.eval.benchmark`` calls.
-    - "torchattacks": ``FGSM``, ``BIM``, ``FFGSM``, ``PGD``, ``EOTPGD`` and ``PGDL2`` run `purify_fast.attacks.pgd`, in
-      ``MultiAttack`` as well. Random starts come from torch's generator; those of ``PGDL2`` are uniform in the ball,
-      while theirs have a uniform distance from the image. Theirs run with ``set_normalization_used``,
-      ``set_model_training_mode`` or no steps, with a radius that is a tensor, and with a ``get_logits`` of the user.
 
     Args:
-        package: "autoattack", "torchattacks" or "robustbench".
+        package: "autoattack" or "robustbench".
 
     Returns:
         A context manager. The end of its ``with`` block, its method ``undo`` and a call of it each restore theirs.
@@ -79,9 +72,6 @@ def patch(package: PackageName) -> Patch:
     check_literal("package", package, PackageName)
     undo = Patch()
     for theirs in _classes(package):
-        if package == "torchattacks":
-            undo.replace(theirs, "forward", functools.partial(_forward, norm=TORCHATTACKS[theirs.__name__]))
-            continue
         if original_autoattack.implementation() is theirs:
             undo.replace(original_autoattack, "implementation", _unpatched)
         undo.replace(theirs, "run_standard_evaluation", _evaluation)
@@ -90,8 +80,6 @@ def patch(package: PackageName) -> Patch:
 
 def _classes(package: PackageName) -> list[type]:
     """The classes whose methods are replaced; ImportError if there are none."""
-    if package == "torchattacks":
-        return [getattr(importlib.import_module(package), name) for name in TORCHATTACKS]
     if package == "robustbench":
         # torchattacks' wheel replaces files of robustbench, so robustbench must be installed after torchattacks.
         return [importlib.import_module("robustbench.eval").AutoAttack]
@@ -150,33 +138,3 @@ def _has_our_settings(theirs: Any) -> bool:
         for name, fixed in FIXED.items()
         for option, value in (fixed | ball).items()
     )
-
-
-def _forward(theirs: Callable[..., Tensor], norm: str) -> Callable[..., Tensor]:
-    """Make a form of ``forward`` of an attack of torchattacks that runs our PGD where it is the same attack."""
-    base = importlib.import_module("torchattacks.attack").Attack
-
-    @functools.wraps(theirs)
-    def forward(self: Any, images: Tensor, labels: Tensor) -> Tensor:
-        steps, plain = getattr(self, "steps", 1), type(self).get_logits is base.get_logits
-        other = self.normalization_used is not None or self._model_training or isinstance(self.eps, Tensor)
-        if other or not plain or steps < 1:
-            return theirs(self, images, labels)
-        images, labels = images.detach().to(self.device), labels.detach().to(self.device)
-        starts = getattr(self, "random_start", self.attack == "FFGSM")
-        return pgd(
-            self.model,
-            images,
-            labels,
-            self.eps,
-            norm=norm,
-            steps=steps,
-            alpha=getattr(self, "alpha", self.eps),
-            eot_iter=getattr(self, "eot_iter", 1),
-            random_start=starts,
-            targeted=self.get_target_label(images, labels) if self.targeted else None,
-            # With None a seed is drawn from torch's generator. Without a random start, theirs draw no number.
-            seed=None if starts else 0,
-        )
-
-    return forward

@@ -1,7 +1,5 @@
 """AutoAttack's class by this engine: the names of the original, what it refuses, and RobustBench, which calls it."""
 
-import copy
-
 import pytest
 import torch
 from small_models import labelled
@@ -41,25 +39,6 @@ def test_what_is_returned_is_in_the_ball_and_labelled(plain, norm, order, eps):
     assert torch.equal(model(whole).argmax(1), labels)
 
 
-class Elsewhere(torch.Tensor):
-    """Labels on another device, as far as a CPU can tell: nothing can be computed before ``to``."""
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        plain = [each.as_subclass(torch.Tensor) if isinstance(each, cls) else each for each in args]
-        if func is not torch.Tensor.to and func.__name__ not in ("__get__", "is_inference", "is_floating_point"):
-            raise RuntimeError("Expected all tensors to be on the same device")
-        return func(*plain, **(kwargs or {}))
-
-
-def test_labels_may_be_on_another_device_than_the_images(plain):
-    model, x, y = plain
-    adversary, elsewhere = Short(model), y.as_subclass(Elsewhere)
-    found = adversary.run_standard_evaluation(x, elsewhere)
-    assert torch.equal(found, adversary.run_standard_evaluation(x, y))
-    assert adversary.clean_accuracy(found, elsewhere) == adversary.clean_accuracy(found, y)
-
-
 def test_settings_are_the_originals_and_the_log_tells_the_accuracy(plain, tmp_path, capsys):
     model, x, y = plain
     standard, plus, rand = (AutoAttack(model, version=version).apgd for version in RUN)
@@ -88,20 +67,6 @@ def test_a_random_model_falls_by_fresh_draws_alone(plain, capsys):
     assert 0 < (wrong > 0.9).sum() < len(y)
     Short(noisy, version="custom", attacks_to_run=["square"], verbose=True).run_standard_evaluation(x, y)
     assert "WARNING: the model is random" in capsys.readouterr().out
-
-
-def test_half_and_exported_modules_are_attacked(plain):
-    """The images are those that a model which converts its images loses; an exported module has no eval()."""
-    model, x, y = plain
-    half = copy.deepcopy(model).half()
-    found = Short(half).run_standard_evaluation(x, y)
-    assert found.dtype == torch.float32
-    assert torch.equal(found, Short(lambda z: half(z.half()).float()).run_standard_evaluation(x, y))
-    assert Short(half).clean_accuracy(found, y) < Short(half).clean_accuracy(x, y)
-    dynamic = ({0: torch.export.Dim("b", min=1, max=999)},)
-    exported = torch.export.export(model.eval(), (x,), dynamic_shapes=dynamic).module()
-    plainly = Short(model).run_standard_evaluation(x, y)
-    torch.testing.assert_close(Short(exported).run_standard_evaluation(x, y), plainly, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(

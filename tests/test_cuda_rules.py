@@ -3,17 +3,14 @@
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
-import op_cases
 import pytest
 import torch
-from cuda_rules import RefusedOnCUDA, cuda_rules
+from cuda_rules import cuda_rules
 from denoisers import defence, trained_unet
 from loading import module
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from purify_fast.methods.atop import Atop, DeepFillGenerator, SmallGenerator
 from purify_fast.methods.carso import Carso
@@ -29,7 +26,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 FUNCTIONS = module("ops", "contract").FUNCTIONS
 every_attack = module("attacks", "every_attack")
 FLOAT, HALF = torch.float32, torch.bfloat16
-normal = partial(op_cases.normal, dtype=FLOAT)
 
 
 @pytest.fixture
@@ -44,60 +40,6 @@ def deterministic() -> Iterator[None]:
 def as_on_cuda() -> Iterator[None]:
     with cuda_rules(), use_backend("reference"):
         yield
-
-
-MAP = (2, 4, 6, 6)
-#: Calls that a CPU computes and CUDA refuses, one for each rule, and whether only deterministic algorithms are missing.
-REFUSED = {
-    "mixed dtypes": (lambda: torch.group_norm(normal(*MAP, dtype=HALF), 2, normal(4), normal(4)), False),
-    "whole numbers": (lambda: torch.ones(2, 2, dtype=torch.int64) @ torch.ones(2, 2, dtype=torch.int64), False),
-    "16 bits": (lambda: normal(9, dtype=HALF).histc(3), False),
-    "no kernel": (lambda: normal(9).histogram(3), False),
-    "autocast": (lambda: autocast(lambda: F.binary_cross_entropy(torch.ones(3), torch.ones(3))), False),
-    "a backward": (lambda: backward(F.adaptive_avg_pool2d, 3), True),
-    "a loss of maps": (lambda: F.nll_loss(normal(*MAP), torch.zeros(2, 6, 6, dtype=torch.int64)), True),
-    "bincount": (lambda: torch.bincount(torch.ones(3, dtype=torch.int64), normal(3)), True),
-    "median": (lambda: normal(3, 3).median(0), True),
-}
-
-
-def autocast(call: Callable):
-    with torch.autocast("cpu", HALF):
-        return call()
-
-
-def backward(call: Callable, *arguments) -> None:
-    call(normal(*MAP).requires_grad_(), *arguments).sum().backward()
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_a_cpu_computes_what_cuda_refuses(deterministic, name):
-    call, only_deterministic = REFUSED[name]
-    call()
-    with cuda_rules(), pytest.raises(RefusedOnCUDA, match="no deterministic algorithm" if only_deterministic else None):
-        call()
-    torch.use_deterministic_algorithms(False)
-    with cuda_rules(), contextlib.nullcontext() if only_deterministic else pytest.raises(RefusedOnCUDA):
-        call()
-
-
-@pytest.mark.skipif(torch.version.cuda is None, reason="a GPU's kernels are not in this build of PyTorch")
-def test_every_operator_that_is_named_exists():
-    """A name that PyTorch no longer has would refuse nothing."""
-    from cuda_rules import MISSING, NOT_DETERMINISTIC, ONE_DTYPE
-
-    unknown = [name for name in (*ONE_DTYPE, *MISSING, *NOT_DETERMINISTIC) if not hasattr(torch.ops.aten, name)]
-    assert not unknown
-
-
-def test_autocast_has_the_dtypes_of_cuda():
-    x = normal(4, 4, dtype=HALF)
-    with torch.autocast("cpu", HALF):
-        assert x.softmax(1).dtype == HALF
-        with cuda_rules():
-            assert x.softmax(1).dtype == FLOAT and (x @ x).dtype == HALF
-            # CUDA's autocast normalizes in float32, whatever the dtypes are
-            assert torch.group_norm(normal(*MAP, dtype=HALF), 2, normal(4), normal(4)).dtype == FLOAT
 
 
 @pytest.mark.parametrize("name", REGISTRY)

@@ -1,6 +1,5 @@
 """Other packages' classes on this package's attacks: the numbers are ours, and the undo gives theirs back."""
 
-import copy
 import importlib
 import importlib.util
 import sys
@@ -134,82 +133,11 @@ def test_robustbench(digits, ours, monkeypatch):
     assert evaluation.AutoAttack.run_standard_evaluation is theirs
 
 
-@pytest.mark.parametrize(
-    "name, options",
-    [
-        ("PGD", {"eps": EPS, "alpha": 0.03, "steps": 4}),
-        ("PGDL2", {"eps": 1.0, "alpha": 0.3, "steps": 4}),
-        ("EOTPGD", {"eps": EPS, "alpha": 0.03, "steps": 4, "eot_iter": 3}),
-        ("FFGSM", {"eps": EPS, "alpha": 0.12}),
-        ("PGD", {"eps": EPS, "alpha": 0.03, "steps": 4, "random_start": False}),
-        ("BIM", {"eps": EPS, "alpha": 0.03, "steps": 4}),
-        ("FGSM", {"eps": EPS}),
-    ],
-)
-def test_torchattacks(digits, name, options):
-    torchattacks = pytest.importorskip("torchattacks")
-    model, x, y = digits
-    theirs, attack = getattr(torchattacks, name).forward, getattr(torchattacks, name)(model, **options)
-    plain = {"steps": 1, "alpha": EPS, "random_start": name not in ("BIM", "FGSM")} | options
-    starts, plain["norm"] = plain["random_start"], "l2" if name == "PGDL2" else "linf"
-    torch.manual_seed(0)
-    direct = attacks.pgd(model, x, y, **plain)
-    torch.manual_seed(0)
-    with purify_fast.patch("torchattacks"):
-        found = attack(x, y)
-        assert torch.equal(found, direct) and accuracy(model, found, y) < accuracy(model, x, y)
-        assert type(attack).forward is not theirs
-        # another call has another start, as theirs
-        assert torch.equal(attack(x, y), found) == (not starts)
-        attack.set_mode_targeted_by_function(lambda images, labels: (labels + 1) % 10, quiet=True)
-        torch.manual_seed(0)
-        towards, state = attack(x, y), torch.get_rng_state()
-        torch.manual_seed(0)
-        assert torch.equal(towards, attacks.pgd(model, x, targeted=(y + 1) % 10, **plain))
-    assert type(attack).forward is theirs
-    if not starts:
-        # the same points as theirs, except where the gradient vanishes up to rounding, and no number is drawn
-        torch.manual_seed(0)
-        assert ((attack(x, y) - towards).abs() < 1e-5).float().mean() > 0.99
-        assert torch.equal(torch.get_rng_state(), state)
-        attack.set_mode_default()
-        assert ((attack(x, y) - found).abs() < 1e-5).float().mean() > 0.99
-
-
-def test_torchattacks_own_modes_remain_theirs(digits):
-    torchattacks = pytest.importorskip("torchattacks")
-    # training mode changes the statistics of the model
-    model, x, y = copy.deepcopy(digits)
-
-    class Scaled(torchattacks.PGD):
-        def get_logits(self, images):
-            return super().get_logits(images) / 2
-
-    def changed(kind=torchattacks.PGD, mode=None, *arguments, steps=2):
-        attack = kind(model, eps=EPS, steps=steps)
-        if mode is not None:
-            getattr(attack, mode)(*arguments)
-        return attack
-
-    for attack in (
-        changed(torchattacks.PGD, "set_normalization_used", [0.5], [0.5]),
-        changed(torchattacks.PGD, "set_model_training_mode", True, True, True),
-        changed(steps=0),
-        changed(Scaled),
-    ):
-        images = []
-        for package in (None, "torchattacks"):
-            torch.manual_seed(0)
-            with purify_fast.patch(package) if package else torch.random.fork_rng([]):
-                images.append(attack(2 * x - 1 if attack.normalization_used else x, y))
-        assert torch.equal(*images)
-
-
 def test_missing_packages_and_other_names_are_named(monkeypatch):
-    with pytest.raises(ValueError, match="package must be one of autoattack, torchattacks, robustbench, got 'foolbox'"):
+    with pytest.raises(ValueError, match="package must be one of autoattack, robustbench, got 'foolbox'"):
         purify_fast.patch("foolbox")
-    for name in ("pyautoattack", "autoattack", "torchattacks", "robustbench", "robustbench.eval"):
+    for name in ("pyautoattack", "autoattack", "robustbench", "robustbench.eval"):
         monkeypatch.setitem(sys.modules, name, None)
-    for name in ("autoattack", "torchattacks", "robustbench"):
+    for name in ("autoattack", "robustbench"):
         with pytest.raises(ImportError, match=name):
             purify_fast.patch(name)

@@ -28,7 +28,6 @@ import os
 import platform
 import shutil
 import signal
-import sys
 import tarfile
 import threading
 import time
@@ -41,7 +40,7 @@ import torch
 
 from purify_fast import __version__
 from purify_fast._files import folder_lock, write_text
-from purify_fast.ops.dispatch import racing, records
+from purify_fast.ops.dispatch import racing
 
 from .. import options
 from ..prose import rendered
@@ -244,9 +243,6 @@ def main(chosen: argparse.Namespace) -> bool:
     device = torch.device("cpu" if chosen.rehearse else "cuda")
     # Make the path absolute, because pytest runs in another folder.
     out = options.out_of(chosen, chosen.rehearse, device_class(device)).resolve()
-    lacking = records.missing_compiler()
-    if lacking is not None and not chosen.rehearse:
-        print(f"WARNING: {lacking}", file=sys.stderr)
     good = True
     with folder_lock(out):
         (out / "gpu_check").mkdir(parents=True, exist_ok=True)

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from .._compiler import outside_graphs
-from .._tensors import dtype_of, repeat_batch
-from ..model_state import hidden_modules, used_modules
+from .._tensors import repeat_batch
+from ..model_state import hidden_modules
 from ..protocols import Classifier, CountsImages, SharesDraws, draws_for_each_image, supports
 from .outputs import INSTEAD_OF_PROBABILITIES, LogitsOf, are_probabilities, checked_logits
 
@@ -58,7 +57,7 @@ def frozen(model: Classifier, *, keep_mode: bool = False) -> Iterator[None]:
     trainable = [p for whole in wholes for p in whole.parameters() if p.requires_grad and not p.is_inference()]
     try:
         for whole in wholes if not keep_mode else ():
-            switch_to_evaluation(whole)
+            whole.eval()
         for parameter in trainable:
             parameter.requires_grad_(False)
         # The model itself judges. An attack takes its gradients from the copy of an accelerated model.
@@ -71,16 +70,6 @@ def frozen(model: Classifier, *, keep_mode: bool = False) -> Iterator[None]:
             parameter.requires_grad_(True)
         for module, mode in modes:
             module.training = mode
-
-
-@outside_graphs
-def switch_to_evaluation(module: nn.Module) -> None:
-    """Put a module into evaluation mode, also if it refuses ``eval()``, as a module from ``torch.export`` does."""
-    try:
-        module.eval()
-    except NotImplementedError:
-        for part in module.modules():
-            part.training = False
 
 
 class WritesToItsInput(ValueError):
@@ -216,18 +205,10 @@ def drawn_once_per_call(model: Classifier, x: Tensor, draws: int, most: int | No
 @torch.no_grad()
 def check_model(model: Classifier, some: Tensor) -> tuple[Classifier, int]:
     """Check a model's outputs on several images and on a single image; return the model and its number of classes."""
-    dtype = None
-    try:
-        output = model(some)
-    except RuntimeError:
-        whole = model if isinstance(model, nn.Module) else next((module for _, module in used_modules(model)), None)
-        dtype = some.dtype if whole is None else dtype_of(whole)
-        if dtype == some.dtype:
-            raise
-        output = model(some.to(dtype))
+    output = model(some)
     classes = checked_logits(output, len(some)).shape[1]
-    if dtype is not None or not isinstance(output, Tensor):
-        model = LogitsOf(model, dtype)
+    if not isinstance(output, Tensor):
+        model = LogitsOf(model)
     check_classes(checked_logits(model(some[:1]), 1), classes)
     return model, classes
 

@@ -17,7 +17,7 @@ from .outputs import logits_in
 from .pgd import PGD
 
 #: The methods of `purify_fast.ops.aggregate`.
-Aggregation = Literal["lse", "peel", "mean", "mean_sigmoid", "vote", "peel_reference", "vote_reference"]
+Aggregation = Literal["lse", "peel", "mean", "mean_sigmoid", "vote", "peel_reference"]
 
 
 def classifier_of(defence: HasClassifier) -> nn.Module:

@@ -23,11 +23,11 @@ ONE_HOT = (
 
 
 class LogitsOf(nn.Module):
-    """A wrapper that returns only the logits of a model, and converts the images to ``dtype`` if it is given."""
+    """A wrapper that returns only the logits of a model."""
 
-    def __init__(self, model: Classifier, dtype: torch.dtype | None = None):
+    def __init__(self, model: Classifier):
         super().__init__()
-        self.model, self.dtype = model, dtype
+        self.model = model
         self.training = False
 
     @property
@@ -36,10 +36,7 @@ class LogitsOf(nn.Module):
         return self.model
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.dtype is None:
-            return logits_in(self.model(x))
-        logits = logits_in(self.model(x.to(self.dtype)))
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits_in(self.model(x))
 
 
 def logits_in(output: Any) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -33,15 +32,6 @@ def facts(extension: str | Path | None) -> dict[str, str | None]:
     return {}
 
 
-def _triton() -> str:
-    """Triton's version, and a warning if it has no compiler to build kernels."""
-    try:
-        version, lacking = importlib.metadata.version("triton"), records.missing_compiler()
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-    return version if lacking is None else f"{version}; WARNING: {lacking}"
-
-
 def _devices() -> dict[str, torch.device]:
     """The devices that a process on this machine would use, by their types."""
     devices = {"cpu": torch.device("cpu")}
@@ -52,11 +42,10 @@ def _devices() -> dict[str, torch.device]:
 
 def _who(op: Op, style: Style, device: torch.device) -> tuple[str, str]:
     """The names of the backends that compute an op on a device in a style of calls, and the reasons."""
-    calls = [] if device.index is None and device.type == "cuda" else races.calls(op, device, style)
-    calls = calls or [
-        Call(device, variant, style=style) for variant in dict.fromkeys((*op.serves_unraced("eager"), ""))
-    ]
-    winners = [op.wanted(call) for call in calls]
+    winners = [] if device.index is None and device.type == "cuda" else races.winners(op, device, style)
+    if not winners:
+        variants = dict.fromkeys((*op.serves_unraced("eager"), ""))
+        winners = [op.wanted(Call(device, variant, style=style)) for variant in variants]
     reasons = dict.fromkeys(f"{one.why}, kernel {one.gain}" if one.gain else one.why for one in winners)
     return " or ".join(dict.fromkeys(one.backend for one in winners)), "; ".join(reasons)
 
@@ -98,7 +87,7 @@ def info(everything: bool) -> str:
         folder=Path(__file__).parents[1],
         python=platform.python_version(),
         torch=torch,
-        triton=_triton(),
+        triton=records.triton_version() or "not installed",
         processor=records.processor(),
         gpus=[torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())],
         library=_library,

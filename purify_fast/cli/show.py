@@ -5,16 +5,13 @@ from __future__ import annotations
 import webbrowser
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import tyro
 
 from .._validation import usable_device
 from .command import Command
 from .run_file import report_file
-
-if TYPE_CHECKING:
-    from ..ops.dispatch.racing import Tuned
 
 
 @dataclass(frozen=True)
@@ -138,20 +135,15 @@ class Tune(Command):
         import torch
 
         from ..ops.dispatch.racing import tune
+        from ..ops.dispatch.records import file_of
         from ..speed.graphs.cuda_capture import CudaCapture
 
         device = torch.device(usable_device(self.device))
         if device.type == "cuda":
             device = torch.device("cuda", torch.cuda.current_device())
         capture = CudaCapture() if device.type == "cuda" else None
-        print(text(tune(device, ops=self.ops, capture=capture)))
-
-
-def text(tuned: Tuned) -> str:
-    """The text that the command ``tune`` prints at its end."""
-    from .._templates import render
-    from ..evaluation.show.text import terminal_table
-
-    head = ["op", "calls", "used before", "used now", "kernel's speed"]
-    body = [[one.op, one.call.cell, one.before, one.after, f"{one.gain:.2g} times"] for one in tuned.changes]
-    return render(__package__, "tune.txt.jinja", tuned=tuned, table=terminal_table(head, body))
+        rows, failed = tune(device, ops=self.ops, capture=capture)
+        for name, why in failed.items():
+            print(f"not timed: {name}: {why}; please report it")
+        print(f"{sum(map(len, rows.values()))} timings of {len(rows)} ops, saved in {file_of(device)}")
+        print("`purify-fast info --all` lists the implementation that each op now uses")

@@ -6,12 +6,11 @@
     mean_sigmoid    logit(mean_k sigmoid(l_ki))
     vote            the number of samples whose largest logit is l_ki
     peel_reference  logit(softmax_i(sum_k exp(l_ki)))
-    vote_reference  sum_k floor(l_ki / max_j l_kj)
 
 ``lse`` predicts the same class as ``peel``, and is always finite. ``peel`` is the logarithm of CARSO's P (arXiv
-2306.06081, section 4.5). The last two formulas are those of CARSO's code, for study only. ``peel_reference`` is often
-infinite (with K = 8 and all other logits 0, above a top logit of 1.2), with NaN gradients, so an attack on it gives a
-meaningless result. ``vote_reference`` ("count" there) is wrong for negative logits. ``mean_sigmoid`` is "prob" there.
+2306.06081, section 4.5). The last formula is that of CARSO's code, for study only. It is often infinite (with K = 8 and
+all other logits 0, above a top logit of 1.2), with NaN gradients, so an attack on it gives a meaningless result.
+``mean_sigmoid`` is "prob" there.
 """
 
 from __future__ import annotations
@@ -83,14 +82,6 @@ def peel_reference(logits: Tensor) -> Tensor:
     return torch.log(p / (1 - p))
 
 
-def vote_reference(logits: Tensor) -> Tensor:
-    """Compute CARSO's "count", [B, K, C] to [B, C]. It is wrong for negative logits, and its gradient is 0."""
-    x = wide(logits)
-    return torch.floor(x / x.amax(2, keepdim=True)).sum(1)
-
-
-#: CARSO's published forms. Attacks on them give meaningless results.
-UNSAFE = {"peel_reference": peel_reference, "vote_reference": vote_reference}
 #: By method, shape, and standard deviation of the logits; for the values see `Example.gpu`. Some shapes have few
 #: classes, and the others more than a vector has lanes. In the last example, peel uses the tangent, whose slope exp(70)
 #: is infinite in float16.
@@ -162,14 +153,14 @@ def aggregate(logits: Tensor, method: str = "lse", dim: int = 1) -> Tensor:
     Args:
         logits: ``[B, K, C]``, K >= 1, C >= 2; float16, bfloat16, float32 or float64.
         method: ``lse``, ``peel`` (log-probabilities), ``mean``, ``mean_sigmoid`` or ``vote``, which has gradient 0:
-            attack ``lse`` in its place. ``peel_reference`` and ``vote_reference`` are CARSO's published forms, on which
-            attacks give meaningless results.
+            attack ``lse`` in its place. ``peel_reference`` is CARSO's published form, on which attacks give
+            meaningless results.
         dim: dimension of the K samples. The others are the batch and, last, the classes. So logits is ``[B, C, K]`` for
             dim = -1 and ``[K, B, C]`` for dim = 0.
 
     Returns:
         ``[B, C]``, float32 (float64 for float64 inputs), also under autocast. Finite for logits up to 1e8, except for
-        the published forms. ``lse``, ``peel`` and ``peel_reference`` (where finite) have the same argmax.
+        the published form. ``lse``, ``peel`` and ``peel_reference`` (where finite) have the same argmax.
 
     Raises:
         ValueError: a shape, a dtype, the method or dim is wrong.
@@ -185,10 +176,10 @@ def aggregate(logits: Tensor, method: str = "lse", dim: int = 1) -> Tensor:
         logits = logits.movedim(dim, 1)
     if logits.shape[1] < 1 or logits.shape[2] < 2:
         raise ValueError(f"logits must have K >= 1 samples and C >= 2 classes, got [B, K, C] = {list(logits.shape)}")
-    if method not in (*METHODS, *UNSAFE):
-        raise ValueError(f"method must be one of {', '.join((*METHODS, *UNSAFE))}, got {method!r}")
-    if method in UNSAFE:
-        return UNSAFE[method](logits)
+    if method == "peel_reference":
+        return peel_reference(logits)
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, peel_reference, got {method!r}")
     index = METHODS.index(method)
     differentiated = needs_gradient(logits)
     if OP.uses_reference(logits.device, logits.dtype, logits.numel(), method) and not (

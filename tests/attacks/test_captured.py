@@ -54,16 +54,16 @@ OPTIONS = {
 @pytest.mark.parametrize("norm", SIZES)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_captured_pgd_gives_the_bits_of_eager_pgd(model, batch, graphs, rerun, norm, options):
-    options = {"eps": SIZES[norm], "norm": norm, "steps": 21, **options}
+    options = {"eps": SIZES[norm], "norm": norm, "steps": 11, **options}
     healths = [GradientHealth() for _ in range(3)]
     wanted, *found = (
         pgd(model, *batch, graphs=chosen, health=health, **options)
         for chosen, health in zip((None, graphs, graphs), healths, strict=True)
     )
-    assert rerun.recorded == 1 and rerun.replayed == 42 and graphs.refusal is None
+    assert rerun.recorded == 1 and rerun.replayed == 22 and graphs.refusal is None
     assert all(torch.equal(one, wanted) for one in found) and not torch.equal(wanted, batch[0])
     counts = [[h.count(n) for n in ("gradients", "nonfinite", "zero", "images", "unmoved")] for h in healths]
-    assert counts[1:] == counts[:1] * 2 and counts[0][0] == 21 * 9
+    assert counts[1:] == counts[:1] * 2 and counts[0][0] == 11 * 9
 
 
 #: Attacks of which images leave the batch, their options and by how much the radius is divided.
@@ -286,13 +286,13 @@ def test_what_a_step_of_fab_launches_beside_its_gradient(model, norm):
     y, counts = model(x).argmax(1), []
     options = {"eps": 1e-6, "norm": norm, "n_target_classes": 1, "give_up": True}
     with use_backend("cpp"):
-        for steps in (100, 200):
+        for steps in (60, 100):
             with CudaLaunches() as launches:
                 fab_t(model, x, y, steps=steps, health=GradientHealth(), **options)
             counts.append(launches.count)
         with frozen(model), CudaLaunches() as gradient:
             Objective(model, "margin_targeted").gradient(x, torch.stack([y, (y + 1) % 5], 1))
-    assert 20 < (counts[1] - counts[0]) / 100 - gradient.count <= 40
+    assert 20 < (counts[1] - counts[0]) / 40 - gradient.count <= 40
 
 
 def test_new_weights_other_images_and_the_last_batch(model, batch, graphs, rerun):

@@ -3,7 +3,6 @@ import importlib
 import pytest
 import torch
 from input_gradients import input_gradient
-from small_models import accuracy
 
 from purify_fast.attacks import GradientHealth, fgsm, frozen, pgd
 from purify_fast.attacks.ball import Ball, ball_around, normal_in_ball, sample_in_ball
@@ -97,22 +96,6 @@ def test_l1_on_a_linear_model_is_nearly_the_best(eps):
     assert float(share(sample_in_ball(x, Ball(torch.full((40,), eps), "l1"))).abs().max()) < 0.2
     dense = (x + eps * slope / slope.abs().sum(1, keepdim=True)).clamp(0, 1)
     assert float(share(dense).max()) < 0.7
-
-
-def test_l1_beside_noise_and_autoattack(digits):
-    """Robust accuracy of a trained network: below what noise leaves, not above the authors' APGD."""
-    base = pytest.importorskip("pyautoattack.autopgd_base")
-    net, x, y = digits
-    steps = 30
-
-    for eps in (1.0, 2.0):
-        radius = torch.full((len(x),), eps)
-        noise = sample_in_ball(x, Ball(radius, "l1"))
-        with torch.random.fork_rng([]):
-            theirs = base.APGDAttack(net, n_iter=steps, norm="L1", eps=eps, loss="ce", device="cpu").perturb(x, y)
-        found = pgd(net, x, y, eps=eps, steps=steps, norm="l1")
-        left = [accuracy(net, images, y) for images in (noise, found, theirs)]
-        assert left[0] > 90 and left[1] <= left[2] + 1
 
 
 def test_fgsm_is_one_step(batch, model):

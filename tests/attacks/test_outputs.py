@@ -1,6 +1,5 @@
 """What a model returns, where an attack is called without an evaluation; and models that refuse a batch."""
 
-import copy
 import warnings
 
 import pytest
@@ -8,9 +7,8 @@ import torch
 from small_models import Purifying
 from torch import nn
 
-from purify_fast.attacks import APGD, BPDA, FABT, FGSM, PGD, BranchAndBound, Square, StAdv, attacked_model, frozen, pgd
+from purify_fast.attacks import APGD, BPDA, FABT, FGSM, PGD, BranchAndBound, Square, StAdv, attacked_model, pgd
 from purify_fast.attacks.attacked_model import check_model
-from purify_fast.attacks.outputs import LogitsOf
 from purify_fast.evaluation import as_attack
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -137,33 +135,6 @@ def test_a_model_is_tried_on_a_single_image_too(model, batch, made, images, got)
         check_model(lambda z: made(model(z)), batch[0][:images])
     with pytest.raises(ValueError, match=r"must return 6 logits for each image, got 3"):
         check_model(lambda z: model(z)[:, : 6 if len(z) > 1 else 3], batch[0])
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_weights_of_another_dtype(model, batch, dtype):
-    """An evaluation converts the images, as this function does."""
-    x, y = batch
-    other = copy.deepcopy(model).to(dtype).eval()
-    for called in (other, lambda z: other(z)):
-        made, classes = check_model(called, x)
-        assert isinstance(made, LogitsOf) and classes == 6
-        assert made(x).dtype == torch.promote_types(dtype, torch.float32)
-    advised = (lambda z: other(z.to(dtype)).float()) if dtype != torch.float64 else (lambda z: other(z.to(dtype)))
-    assert torch.equal(APGD(steps=2)(made, x, y, eps=0.1), APGD(steps=2)(advised, x, y, eps=0.1))
-    # a model that converts the images itself is left as it is
-    assert check_model(advised, x)[0] is advised
-
-
-def test_a_module_without_modes_is_attacked_and_restored(model, batch):
-    x, y = batch
-    exported = torch.export.export(
-        model.eval(), (x,), dynamic_shapes=({0: torch.export.Dim("b", min=1, max=99)},)
-    ).module()
-    modes = [module.training for module in exported.modules()]
-    with frozen(exported):
-        assert not any(module.training for module in exported.modules())
-    assert [module.training for module in exported.modules()] == modes
-    assert torch.allclose(PGD(steps=3)(exported, x, y, eps=0.1), PGD(steps=3)(model, x, y, eps=0.1), atol=1e-6)
 
 
 def test_the_own_errors_of_a_model_stay_as_they_are(model, batch):

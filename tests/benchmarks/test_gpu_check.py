@@ -20,8 +20,6 @@ from benchmarks.speed import limits, running, sheets, shipping, timing
 from benchmarks.speed.pipelines import pgd_forms
 from purify_fast import _library
 from purify_fast.ops import REGISTRY
-from purify_fast.ops.dispatch.op import Call
-from purify_fast.ops.dispatch.racing import Change
 
 ROOT = Path(__file__).parents[2]
 
@@ -276,17 +274,10 @@ def test_the_races_end_in_a_file_that_could_ship(tmp_path, monkeypatch):
     monkeypatch.setattr("purify_fast.ops.dispatch.racing.REGISTRY", kept)
     monkeypatch.setattr(gpu_sections.racing, "RUN", 1e-5)
     monkeypatch.setitem(gpu_sections.racing.ELEMENTS, "cpu", {"small": 2**10})
-    # which calls change hands depends on the machine: one is made up
-    call = Call(CPU, "all", torch.float32, 10)
-    change, tune = Change("noisy_replay", call, "reference", "cpp", 2.0), gpu_sections.racing.tune
-    monkeypatch.setattr(gpu_sections.racing, "tune", lambda *a, **k: replace(tune(*a, **k), changes=[change]))
     out = tmp_path / "cpu"
     context = gpu_sections.Context(out, CPU, True, 60.0)
     outcome = gpu_sections.races(context)
     assert outcome.state == "passed" and not outcome.left_out, outcome
-    (change,) = json.loads(json.dumps(outcome.details))["changes"]
-    served = {"before": "reference", "after": "cpp", "gain": 2.0}
-    assert change == {"op": "noisy_replay", "call": f"eager {call.cell}", **served}
     raced = json.loads((out / "raced.json").read_text())["ops"]["noisy_replay"]["rows"]
     assert raced and all(row["reference_us"] > 0 < row["kernel_us"] for row in raced)
     shipped = shipping.shipped(out)

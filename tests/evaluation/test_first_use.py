@@ -11,7 +11,6 @@ import pytest
 import torch
 from digit_nets import zoo_digits
 from evaluating import evaluate
-from small_models import Made
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -142,30 +141,6 @@ def test_protocol_batch_size_and_seed_are_arguments_too(trio):
     cost = {name: wanted.about[name] for name in ("seconds", "peak_memory")}
     assert report.about | cost == wanted.about and report.about["seed"] == "2" and report.attacks == wanted.attacks
     assert [row.settings for row in report.rows] == [row.settings for row in wanted.rows]
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_weights_of_another_dtype_get_images_of_this_dtype(trio, dtype):
-    model, x, y = trio
-    other = copy.deepcopy(model).to(dtype)
-    report = evaluate(other, x, y, **QUIET)
-    by_hand = evaluate(lambda z: other(z.to(dtype)).to(torch.promote_types(dtype, torch.float32)), x, y, **QUIET)
-    for row, wanted in zip(report.rows, by_hand.rows, strict=True):
-        assert row.attack == wanted.attack and np.array_equal(row.robust, wanted.robust)
-        assert row.margins is None or np.array_equal(row.margins, wanted.margins)
-    note = f"the weights of defence are {dtype}, so its images were converted to this dtype"
-    assert note in report.notes and note not in by_hand.notes
-
-
-def test_an_exported_module_is_judged_as_the_module(trio):
-    """It has no eval()."""
-    model, x, y = trio
-    dynamic = ({0: torch.export.Dim("b", min=1, max=999)},)
-    exported = torch.export.export(model, (x,), dynamic_shapes=dynamic).module()
-    settings = {"eps": 0.02, "protocol": "fast", "steps": 5}
-    report, wanted = (evaluate(each, x, y, **settings) for each in (exported, model))
-    assert report.attacks == wanted.attacks and report.headline.reliable == wanted.headline.reliable
-    assert all(np.array_equal(*(one.robust for one in rows)) for rows in zip(report.rows, wanted.rows, strict=True))
 
 
 def test_a_model_that_returns_probabilities_is_told_what_to_do(caplog):

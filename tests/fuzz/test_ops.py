@@ -265,38 +265,3 @@ def test_an_op(name, data):
                 wanted, refused = called(op, arguments)
             assert refused is None, (done, context, refused)
             same(found, wanted, ordinary(arguments) and context != "autocast")
-
-
-#: The ops that have none.
-PLAIN = ("philox", "key_validity", "decode_prior", "noisy_replay", "square_proposal")
-GRADIENTS = [name for name in OPS if name not in PLAIN]
-
-
-@pytest.mark.parametrize("name", GRADIENTS)
-@fuzzed
-def test_a_gradient(name, data):
-    """The gradient of whatever an op accepts is the definition's."""
-    op, make = OPS[name]
-    arguments, done = mangled(data.draw, make(data.draw), data.draw(st.sampled_from([0, 1])))
-    floats = [key for key, value in arguments.items() if isinstance(value, Tensor) and value.is_floating_point()]
-    gradients = []
-    for backend in ("cpp,reference", "reference") if _library.loaded() else ("reference",):
-        given_ = {key: v.detach().clone().requires_grad_() if key in floats else v for key, v in arguments.items()}
-        with ops.use_backend(backend):
-            found, refused = called(op, given_)
-            if refused is not None:
-                assert named(refused, names_of(op)), (done, refused)
-                return
-            outputs = [t for t in tensors(found) if t.requires_grad]
-            if not outputs or any(t.is_meta for t in outputs):
-                return
-            total = sum(
-                (t.float() * torch.linspace(0.5, 1.5, max(t.numel(), 1))[: t.numel()].view(t.shape)).sum()
-                for t in outputs
-            )
-            wanted = [given_[key] for key in floats if given_[key].requires_grad]
-            gradients.append(torch.autograd.grad(total, wanted, allow_unused=True))
-    for one, other in zip(gradients[0], gradients[-1], strict=True):
-        assert (one is None) == (other is None), done
-        if one is not None:
-            same(one, other, ordinary(arguments))

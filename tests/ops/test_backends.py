@@ -10,20 +10,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from purify_fast import _library
 from purify_fast.attacks import checkpointed_steps
 from purify_fast.ops import REGISTRY, aggregate, gated_elu, philox, use_backend
-from purify_fast.ops.dispatch.op import BACKENDS, Call
+from purify_fast.ops.dispatch.op import Call
 from purify_fast.ops.dispatch.registry import Op, _narrow, forced_backends
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 needs_extension = pytest.mark.skipif(not _library.loaded(), reason="the CPU's kernels are the extension's")
-
-
-def test_every_op_has_its_reference_everywhere():
-    for op in REGISTRY.values():
-        for kind in ("cpu", "cuda"):
-            assert "reference" in op.available[kind]
-            for style in ("eager", "graph"):
-                assert op.wanted(Call(torch.device(kind), style=style)).backend in op.available[kind]
-            assert set(op.available[kind]) <= {name for name, kinds in BACKENDS.items() if kind in kinds}
 
 
 def test_a_forced_backend_serves_or_is_said_to_be_missing():

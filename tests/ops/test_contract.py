@@ -16,6 +16,7 @@ from purify_fast.attacks.square import pattern
 from purify_fast.ops import REGISTRY, Stream, use_backend
 from purify_fast.ops.aggregate import METHODS
 from purify_fast.ops.dispatch.examples import tensors, tile
+from purify_fast.ops.dispatch.registry import Op
 from purify_fast.ops.representation_distance import KINDS
 
 NHWC = torch.channels_last
@@ -326,6 +327,22 @@ def test_a_sample_does_not_depend_on_its_batch(function, backend, name):
     close = backend == "reference" or name == "contextual_attention"
     for index, out in enumerate(whole):
         torch.testing.assert_close(torch.cat([p[index] for p in parts]), out, rtol=0, atol=1e-6 if close else 0)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_numbers_that_are_not_finite_reach_what_they_reach_in_the_definition(function, name, monkeypatch):
+    """An infinite number has no projection onto an l1 ball."""
+    for value in (math.nan,) if name.endswith(" l1") else (math.nan, math.inf, -math.inf):
+        for number, x in enumerate(function.make(3)):
+            given = [one.clone() for one in function.make(3)]
+            if not x.is_floating_point() or x.shape[0] != 3:
+                continue
+            given[number][1].view(-1)[x[1].numel() // 2] = value
+            got = tensors(function.call(*given))
+            with monkeypatch.context() as patch:
+                patch.setattr(Op, "uses_reference", lambda *_: True)
+                wanted = tensors(function.call(*given))
+            assert all(torch.equal(a.isfinite(), b.isfinite()) for a, b in zip(got, wanted, strict=True))
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -8,7 +8,6 @@ import torch
 
 from purify_fast import _library, cli
 from purify_fast.cli import installation
-from purify_fast.cli import show as command
 from purify_fast.ops import REGISTRY, aggregate, pgd_step, sample_latent
 from purify_fast.ops.dispatch import examples, racing, verify
 from purify_fast.ops.dispatch.op import Call, size_of
@@ -49,9 +48,7 @@ def test_who_wins_serves_and_it_is_said(folder, monkeypatch, capsys):
     assert op.serving(Call(CPU, "linf", wide, 10)) == "cpp"
     timed(monkeypatch, {"reference": 1e-6, "kernel": 1e-5})
     assert cli.main(["tune", "--device", "cpu", "--ops", "pgd_step"]) == 0
-    said = capsys.readouterr().out
-    assert "pgd_step" in said and "cpp" in said and "0.1 times" in said
-    assert "linf float32 small" in said and str(folder) in said
+    assert str(folder) in capsys.readouterr().out
     assert op.serving(Call(CPU, "linf", wide, 10)) == "reference"
     x = torch.rand(2, 3, 4, 4)
     pgd_step(x, x, x, 0.1, 0.2)
@@ -61,7 +58,6 @@ def test_who_wins_serves_and_it_is_said(folder, monkeypatch, capsys):
     assert "raced on this machine" in shown and "0.1 times as fast" in shown and "raced on AMD EPYC" in shown
     timed(monkeypatch, {"reference": 1e-5, "kernel": 1e-6})
     assert cli.main(["tune", "--device", "cpu", "--ops", "pgd_step"]) == 0
-    assert "10 times" in capsys.readouterr().out
     assert op.serving(Call(CPU, "linf", wide, 10)) == "cpp"
 
 
@@ -76,8 +72,7 @@ def test_dtype_and_size_decide(monkeypatch):
         return [row(race.example.name, "", dtype, race.size, kernel_us=kernel)]
 
     monkeypatch.setattr(racing, "run_race", run_race)
-    found = racing.tune(CPU, ops=["sample_latent"])
-    assert [(one.call.cell, one.after) for one in found.changes] == [("float32 small", "reference")]
+    racing.tune(CPU, ops=["sample_latent"])
     asked = {
         (torch.float32, 10): "reference",
         (torch.float32, 18): "cpp",
@@ -99,11 +94,11 @@ def test_a_kernel_must_be_ahead_in_every_layout_and_in_the_replay(monkeypatch):
         row("a", "l2", "float32", "small", kernel_us=1 / 3.0),
         row("a", "l2", "float32", "small", style="replay", kernel_us=1 / 0.5),
     ]
-    made, _ = racing.decide(op, rows, CPU)
-    winners = {name: made["cells"][name]["eager"] for name in ("", "l2", "linf")}
+    cells = racing.decide(op, rows, CPU)["cells"]
+    winners = {name: cells[name]["eager"] for name in ("", "l2", "linf")}
     assert winners == {"": "reference", "l2": "reference", "linf": "cpp"}
     rows[1] = row("a channels_last", "linf", "float32", "small", kernel_us=1 / 0.5)
-    assert racing.decide(op, rows, CPU)[0]["cells"]["linf"]["eager"] == "reference"
+    assert racing.decide(op, rows, CPU)["cells"]["linf"]["eager"] == "reference"
 
 
 def test_a_wrong_kernel_is_not_raced_and_an_error_ends_no_other_race(monkeypatch):
@@ -120,11 +115,10 @@ def test_a_wrong_kernel_is_not_raced_and_an_error_ends_no_other_race(monkeypatch
 
     monkeypatch.setattr(racing, "verdict_of", verdict_of)
     monkeypatch.setattr(racing, "run_race", run_race)
-    found = racing.tune(CPU, ops=["philox", "stitch", "noisy_replay"])
-    assert set(found.rows) == {"noisy_replay"} | ({"stitch"} & set(found.rows))
-    assert "its kernel is WRONG here" in found.failed.pop("philox")
-    assert all("MemoryError: no room" in why for why in found.failed.values()) and found.failed
-    assert "not timed: stitch" in command.text(found)
+    rows, failed = racing.tune(CPU, ops=["philox", "stitch", "noisy_replay"])
+    assert set(rows) == {"noisy_replay"}
+    assert "its kernel is WRONG here" in failed.pop("philox")
+    assert set(failed.values()) == {"MemoryError: no room"} and all(name.startswith("stitch ") for name in failed)
 
 
 def test_replays_are_captured_by_what_recovers(rerun):
@@ -133,9 +127,9 @@ def test_replays_are_captured_by_what_recovers(rerun):
     assert [one.style for one in racing.run_race(race, CPU, capture=rerun)] == ["eager", "replay"]
     assert rerun.recorded == 2 and rerun.replayed > 2
     rerun.error = RuntimeError("cannot be captured")
-    found = racing.tune(CPU, ops=["noisy_replay"], capture=rerun)
-    assert not found.rows and len(found.failed) == len(racing.races_of(REGISTRY["noisy_replay"], CPU))
-    assert set(found.failed.values()) == {"RuntimeError: cannot be captured"}
+    rows, failed = racing.tune(CPU, ops=["noisy_replay"], capture=rerun)
+    assert not rows and len(failed) == len(racing.races_of(REGISTRY["noisy_replay"], CPU))
+    assert set(failed.values()) == {"RuntimeError: cannot be captured"}
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_any_race(tmp_path, monkeypatch, capsys):

@@ -3,7 +3,6 @@
 import itertools
 import json
 import os
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -153,14 +152,7 @@ def test_a_kernel_that_raises_does_not_serve_and_is_tried_again_by_the_next_proc
     assert not list(folder.glob("kernels-*.json"))
 
 
-@pytest.fixture
-def no_compiler(tmp_path, monkeypatch):
-    """Neither gcc nor clang can be found."""
-    monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setenv("PATH", str(tmp_path))
-
-
-def test_without_a_compiler_one_warning_stands_for_all_triton_kernels(make, no_compiler, folder):
+def test_without_a_compiler_one_warning_stands_for_all_triton_kernels(make, folder):
     def failing(x: Tensor) -> Tensor:
         raise RuntimeError("Failed to find C compiler")
 
@@ -172,7 +164,7 @@ def test_without_a_compiler_one_warning_stands_for_all_triton_kernels(make, no_c
             races.shipped()[0]["ops"][op.name] = whole("triton", "triton")
             assert op(torch.ones(2)).tolist() == [2, 2] and op.serving(Call(CPU)) == "reference"
     (only,) = caught
-    assert "there is no C compiler: neither gcc nor clang is on the PATH, and CC is not set" in str(only.message)
+    assert "Failed to find C compiler" in str(only.message) and "apt-get install gcc" in str(only.message)
     assert not list(folder.glob("kernels-*.json"))  # a later process, which may have one, tries again
 
 
@@ -249,19 +241,13 @@ def test_a_device_that_is_not_here_serves_the_reference_for_now():
     assert not [key for key in op.served if key.device.type == "cuda"]  # asked again the next time
 
 
-def test_the_folder_is_the_platforms(monkeypatch, tmp_path):
+def test_the_folder_is_that_of_the_user(monkeypatch, tmp_path):
     assert records.folder() == tmp_path / "cache"
     monkeypatch.delenv("PURIFY_FAST_CACHE")
-    monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert records.folder() == tmp_path / "purify_fast"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert records.folder() == Path.home() / ".cache/purify_fast"
-    monkeypatch.setattr(sys, "platform", "darwin")
-    assert records.folder() == Path.home() / "Library/Caches/purify_fast"
-    monkeypatch.setattr(sys, "platform", "win32")
-    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path))
-    assert records.folder() == tmp_path / "purify_fast/Cache"
 
 
 def most_launches(name: str, variant: str) -> int:

@@ -19,7 +19,7 @@ from ..._version import __version__
 from ...attacks import Attack, AutoAttack
 from ...attacks.arguments import check_eps
 from ...attacks.original_autoattack import implementation
-from ...attacks.outputs import INSTEAD_OF_PROBABILITIES, ONE_HOT, LogitsOf
+from ...attacks.outputs import INSTEAD_OF_PROBABILITIES, ONE_HOT
 from ...model_state import fingerprint, hidden_modules, used_modules
 from ...ops.dispatch.records import processor
 from ...protocols import Classifier
@@ -146,9 +146,6 @@ def first_notes(
     notes = [*modes]
     for note in notes:
         logger.warning(note)
-    dtype = subject.base_model.dtype if isinstance(subject.base_model, LogitsOf) else None
-    if dtype is not None:
-        notes.append(f"the weights of {name} are {dtype}, so its images were converted to this dtype")
     if subject.has_probabilities:
         kind = ONE_HOT if subject.has_one_hot else f"returns probabilities, not logits: {INSTEAD_OF_PROBABILITIES}"
         logger.warning("%s %s. The report will mark its accuracy", name, kind)

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from ...attacks import BpdaModel, frozen
-from ...attacks.attacked_model import switch_to_evaluation
 from ...attacks.ball import ball_around, normal_in_ball
 from ...attacks.base import ThreatModel
 from ...model_state import attributes
@@ -174,7 +173,7 @@ class _Around(nn.Module):
     def __init__(self, model: Classifier):
         super().__init__()
         self.model = model
-        switch_to_evaluation(self)
+        self.eval()
 
 
 class Softened(_Around):
@@ -258,7 +257,7 @@ class Together(nn.Module):
         self.parts = list(parts)
         # The parts are also registered as modules, so that PyTorch finds their weights.
         self.modules_inside = nn.ModuleList(part for part in parts if isinstance(part, nn.Module))
-        switch_to_evaluation(self)
+        self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.stack([part(x).float().log_softmax(1) for part in self.parts]).mean(0)

@@ -46,16 +46,6 @@ class Call(NamedTuple):
         return " ".join(filter(None, (self.variant, dtype, size_of(self.bits))))
 
 
-def call_of(name: str, device: torch.device, style: Style) -> Call:
-    """Return the call whose `Call.cell` is this name."""
-    words = name.split()
-    size = words.pop() if words and words[-1] in SIZES else ""
-    dtype = getattr(torch, words[-1], None) if words else None
-    dtype = dtype if isinstance(dtype, torch.dtype) else None
-    variant = " ".join(words[: len(words) - (dtype is not None)])
-    return Call(device, variant, dtype, SIZES[size] - 1 if size else 0, style)
-
-
 def size_of(bits: int) -> str:
     """Return the name of a call's size, from the bit length of its number of elements. For 0, return an empty text."""
     return next(name for name, end in SIZES.items() if bits < end) if bits else ""

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import records
-from .op import Backend, Call, Definition, Style, call_of
+from .op import SIZES, Backend, Call, Definition, Style
 
 SHIPPED = Path(__file__).parents[1] / "races.json"
 
@@ -62,12 +62,12 @@ def winner(op: Definition, call: Call) -> Winner | None:
     return None
 
 
-def calls(op: Definition, device: torch.device, style: Style) -> list[Call]:
-    """Return the calls of an op that were raced separately, from the first entry that names such calls."""
-    for entry, _ in entries_of(op, device):
-        cells = entry.get("cells", {})
-        raced = [call_of(name, device, style) for name in cells if name and style in cells[name]]
-        if raced:
-            # The entries for all sizes repeat the entries by size, so they are omitted for ops that are raced by size.
-            return [call for call in raced if call.bits] or raced
+def winners(op: Definition, device: torch.device, style: Style) -> list[Winner]:
+    """Return the winners of an op's races, from the first entry that distinguishes variants, dtypes or sizes."""
+    for entry, why in entries_of(op, device):
+        cells = {name: cell[style] for name, cell in entry.get("cells", {}).items() if name and style in cell}
+        # The entries for all sizes repeat the entries by size, so they are omitted for ops that are raced by size.
+        by_size = {name: backend for name, backend in cells.items() if name.split()[-1] in SIZES}
+        if cells:
+            return [Winner(one, why, entry.get("gain", {}).get(style, "")) for one in (by_size or cells).values()]
     return []

@@ -10,12 +10,10 @@ import datetime
 import math
 import statistics
 import sys
-import time
 import timeit
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,10 +49,6 @@ class Race:
     size: str
     times: int
 
-    def words(self) -> str:
-        """Return a description for the progress bar."""
-        return f"{self.op} {self.example.name} {str(self.dtype).removeprefix('torch.')} {self.size}"
-
 
 @dataclass(frozen=True)
 class Row:
@@ -80,11 +74,11 @@ class Row:
         return Call(device, self.variant, getattr(torch, self.dtype), SIZES[self.size] - 1)
 
 
-def races_of(op: Op, device: torch.device, dtypes: Iterable[torch.dtype] = DTYPES) -> list[Race]:
+def races_of(op: Op, device: torch.device) -> list[Race]:
     """Return the races of an op on a device. Dtypes that the op does not support are left out."""
     every = []
     for example in op.raced:
-        for dtype in (one for one in dtypes if one in example.dtypes):
+        for dtype in (one for one in DTYPES if one in example.dtypes):
             _, numel = op.size_key(*example.make(dtype, 0))
             for size, wanted in ELEMENTS[device.type].items():
                 times = max(1, round(min(wanted, MOST.get(op.name, wanted)) / numel))
@@ -121,14 +115,6 @@ def fastest(calls: list[Callable[[], object]], device: torch.device) -> list[flo
     return [min(each) for each in zip(*times, strict=True)]
 
 
-def replayed(call: Callable[[], object], device: torch.device, capture: Any) -> Callable[[], object]:
-    """Return a function that replays a CUDA graph of one call."""
-    with capture.aside(device):
-        call()
-    recorded: Callable[[], object] = capture.record(call, device)
-    return recorded
-
-
 @torch.no_grad()
 def run_race(race: Race, device: torch.device, capture: Any = None) -> list[Row]:
     """Run a race, and return its rows: for eager calls and, with ``capture`` (a `CudaCapture`), for replays."""
@@ -142,7 +128,10 @@ def run_race(race: Race, device: torch.device, capture: Any = None) -> list[Row]
     calls: list[Callable[[], object]] = [lambda: op.reference(*arguments), lambda: op.handle(*arguments)]
     seconds = {"eager": fastest(calls, device)}
     if capture is not None:
-        seconds["replay"] = fastest([replayed(call, device, capture) for call in calls], device)
+        for call in calls:
+            with capture.aside(device):
+                call()
+        seconds["replay"] = fastest([capture.record(call, device) for call in calls], device)
     dtype = str(race.dtype).removeprefix("torch.")
     return [
         Row(
@@ -156,28 +145,6 @@ def run_race(race: Race, device: torch.device, capture: Any = None) -> list[Row]
     ]
 
 
-@dataclass(frozen=True)
-class Change:
-    """Calls whose backend is changed by a race."""
-
-    op: str
-    call: Call
-    before: Backend
-    after: Backend
-    gain: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tuned:
-    """The results of `tune`. An op with a wrong kernel has no rows, and the reason is in ``failed``."""
-
-    path: Path
-    seconds: float
-    rows: dict[str, list[Row]]
-    changes: list[Change]
-    failed: dict[str, str]
-
-
 def _gain(rows: list[Row]) -> str:
     """Return the relative speed of the kernel, in words."""
     ratios = sorted(row.ratio for row in rows)
@@ -185,34 +152,34 @@ def _gain(rows: list[Row]) -> str:
     return f"{statistics.geometric_mean(ratios):.1f} times as fast ({least} to {most})"
 
 
-def decide(op: Op, rows: list[Row], device: torch.device) -> tuple[dict[str, Any], list[Change]]:
+def decide(op: Op, rows: list[Row], device: torch.device) -> dict[str, Any]:
     """Choose the backend for each call of an op on a device, from the rows of the op's races."""
     by_call: defaultdict[Call, list[Row]] = defaultdict(list)
     for row in rows:
         by_call[row.call(device)].append(row)
     cells: dict[str, dict[str, Backend]] = {}
-    changes: list[Change] = []
     for call, own in by_call.items():
-        before, kernel = op.wanted(call).backend, op.kernel(device.type)
-        after = kernel if all(row.ratio >= 1 for row in own) else "reference"
-        if before != after:
-            changes.append(Change(op.name, call, before, after, statistics.geometric_mean(row.ratio for row in own)))
+        winner = op.kernel(device.type) if all(row.ratio >= 1 for row in own) else "reference"
         # A call that was not raced uses the kernel only if the kernel won every race of the call's variant or, for a
         # variant that was not raced, every race of the op.
         for name in {"", call.variant, call.cell}:
             served = cells.setdefault(name, {})
-            served["eager"] = "reference" if served.get("eager") == "reference" else after
+            served["eager"] = "reference" if served.get("eager") == "reference" else winner
     return {
         "sources": op.code_hash(device.type),
         "cells": dict(sorted(cells.items())),
         "gain": {"eager": _gain(rows)},
         "rows": [asdict(row) for row in rows],
-    }, changes
+    }
 
 
-def tune(device: torch.device, *, ops: Iterable[str] = (), capture: Any = None) -> Tuned:
-    """Verify the kernels of a device, race them, and write the results into this machine's file."""
-    began = time.perf_counter()
+def tune(
+    device: torch.device, *, ops: Iterable[str] = (), capture: Any = None
+) -> tuple[dict[str, list[Row]], dict[str, str]]:
+    """Verify and race the kernels of a device, and write the results into this machine's file.
+
+    Return the rows of each op, and what went wrong: the reasons by the names of ops or races.
+    """
     with_kernel = {name: op for name, op in REGISTRY.items() if op.kernel(device.type) != "reference"}
     for name in ops:
         if name not in with_kernel:
@@ -227,23 +194,17 @@ def tune(device: torch.device, *, ops: Iterable[str] = (), capture: Any = None) 
     work = [race for name, op in chosen.items() if name not in failed for race in races_of(op, device)]
     rows: defaultdict[str, list[Row]] = defaultdict(list)
     for race in (bar := tqdm(work, file=sys.stderr, bar_format="{l_bar}{bar}| {elapsed}")):
-        bar.set_description(race.words())
+        name = f"{race.op} {race.example.name} {str(race.dtype).removeprefix('torch.')} {race.size}"
+        bar.set_description(name)
         try:
             rows[race.op] += run_race(race, device, capture)
         except Exception as error:
             # If memory runs out, or if a kernel cannot be captured, the other races still run.
-            failed[race.words()] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            failed[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
         if device.type == "cuda" and race.size == "large":
             # Free the memory of this op's reference and graphs, so that it is not added to the memory of the next ops.
             torch.cuda.empty_cache()
     raced = {name: own for name, own in rows.items() if own}
-    decided = {name: decide(chosen[name], own, device) for name, own in raced.items()}
-    records.update(device, {name: entry for name, (entry, _) in decided.items()}, **facts)
+    records.update(device, {name: decide(chosen[name], own, device) for name, own in raced.items()}, **facts)
     forget_choices()
-    return Tuned(
-        path=records.file_of(device),
-        seconds=time.perf_counter() - began,
-        rows=raced,
-        changes=[change for _, changes in decided.values() for change in changes],
-        failed=failed,
-    )
+    return raced, failed

@@ -9,9 +9,6 @@ import json
 import logging
 import os
 import platform
-import shutil
-import sys
-import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +24,9 @@ _contents: dict[Path, dict[str, Any]] = {}
 
 
 def folder() -> Path:
-    """Return the folder of the files: ``PURIFY_FAST_CACHE``, or the platform's cache folder."""
+    """Return the folder of the files: ``PURIFY_FAST_CACHE``, or ``purify_fast`` in the user's cache folder."""
     if os.environ.get("PURIFY_FAST_CACHE"):
         return Path(os.environ["PURIFY_FAST_CACHE"])
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or _home() / "AppData/Local") / "purify_fast/Cache"
-    if sys.platform == "darwin":
-        return _home() / "Library/Caches/purify_fast"
     return Path(os.environ.get("XDG_CACHE_HOME") or _home() / ".cache") / "purify_fast"
 
 
@@ -54,7 +47,8 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _triton_version() -> str:
+def triton_version() -> str:
+    """Return the version of Triton, or an empty text without Triton."""
     try:
         # PyTorch installs Triton on some platforms only.
         import triton
@@ -75,29 +69,8 @@ def machine(device: torch.device) -> dict[str, str]:
         "device": torch.cuda.get_device_name(device),
         "capability": f"sm_{major}{minor}",
         "torch": torch.__version__,
-        "triton": _triton_version(),
+        "triton": triton_version(),
     }
-
-
-def missing_compiler() -> str | None:
-    """Return a text that says what Triton lacks for kernels on a GPU and how to install it, or None."""
-    if not sys.platform.startswith("linux"):
-        # On other platforms Triton has its own compiler.
-        return None
-    consequence = "Without it Triton cannot build kernels for a GPU, so PyTorch computes every op there"
-    # Triton looks for the same compilers, in triton/runtime/build.py.
-    if not os.environ.get("CC") and not any(map(shutil.which, ("gcc", "clang"))):
-        return (
-            f"there is no C compiler: neither gcc nor clang is on the PATH, and CC is not set. {consequence}. Install "
-            "one (on Debian and Ubuntu: apt-get install gcc), or set CC to its path"
-        )
-    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
-    if not header.exists():
-        return (
-            f"{header}, the C header of Python, is missing. {consequence}. Install it (on Debian and Ubuntu: apt-get "
-            f"install python{sys.version_info[0]}.{sys.version_info[1]}-dev)"
-        )
-    return None
 
 
 def files_digest(paths: tuple[Path, ...]) -> str:

@@ -150,15 +150,21 @@ def _verify(op: Definition, device: torch.device) -> Verdict:
 
 
 def _warn(op: Definition, device: torch.device, verdict: Verdict) -> None:
-    """Warn that a kernel is not used. If a missing compiler is the reason, the text is the same for all kernels."""
-    backend = op.kernel(device.type)
-    lacking = records.missing_compiler() if backend == "triton" and verdict.status == "raised" else None
-    where, what = records.machine(device)["device"], "is wrong" if verdict.status == "compared" else "cannot be run"
-    text = lacking or (
-        f"the {backend} kernel of {op.name} {what} on {where}: {verdict.words()}. On this machine PyTorch computes "
-        "this op instead. Please report this warning with the output of `purify-fast info`"
+    """Warn that a kernel is not used."""
+    backend, where = op.kernel(device.type), records.machine(device)["device"]
+    # If Triton finds no compiler, the text is the same for all kernels, so it is shown once.
+    what = (
+        f"the {backend} kernel of {op.name} is wrong"
+        if verdict.status == "compared"
+        else f"a {backend} kernel cannot be run"
     )
-    warnings.warn(f"purify_fast: {text}", RuntimeWarning, stacklevel=2)
+    hint = "Triton needs a C compiler and Python.h (apt-get install gcc python3-dev). " if backend == "triton" else ""
+    warnings.warn(
+        f"purify_fast: {what} on {where}: {verdict.words()}. On this machine PyTorch computes its op instead. {hint}"
+        "Please report this warning with the output of `purify-fast info`",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 # The warning is shown once per process.
