@@ -21,8 +21,8 @@ INTO_RANGE = (
 def check_images(
     x: Tensor,
     y: Tensor,
-    clip_min: float | None = None,
-    clip_max: float = 1.0,
+    clip_min: float | Tensor | None = None,
+    clip_max: float | Tensor = 1.0,
     *,
     labels: bool = True,
 ) -> None:
@@ -48,6 +48,10 @@ def check_images(
         raise ValueError(f"y must have class numbers of at least 0, got {label}")
     if clip_min is None:
         return
+    if isinstance(clip_min, Tensor) or isinstance(clip_max, Tensor):
+        # Each pixel has its own range, so the images are moved and scaled into [0, 1].
+        low, high = (torch.as_tensor(one, device=x.device) for one in (clip_min, clip_max))
+        x, clip_min, clip_max = (x - low) / (high - low), 0.0, 1.0
     least, most = (float(value) for value in x.detach().aminmax())
     slack = ROUNDING * (clip_max - clip_min)
     # The condition is negated so that NaN is refused too.

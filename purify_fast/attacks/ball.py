@@ -9,22 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._tensors import per_image, per_sample
 from .._validation import Norm, read_norm
-from ..ops.pgd_step import pgd_step
+from ..ops.pgd_step import clamped, per_pixel, pgd_step, spread
 from ..ops.philox import Stream, philox, philox_key
 from .arguments import check_eps
 
 
 @dataclass(frozen=True)
 class Ball:
-    """A ball of radius ``eps``, ``[B]``, around each image, within [clip_min, clip_max]."""
+    """A ball of radius ``eps``, ``[B]`` or of the images' shape, around each image, within [clip_min, clip_max]."""
 
     #: Not compared: a captured step takes eps as an input, so it can be replayed for every radius.
     eps: Tensor = field(compare=False)
     norm: Norm = "linf"
-    clip_min: float = 0.0
-    clip_max: float = 1.0
+    clip_min: Any = 0.0
+    clip_max: Any = 1.0
 
     @property
     def bounds(self) -> dict[str, Any]:
@@ -37,12 +36,19 @@ class Ball:
 
 
 def ball_around(
-    x: Tensor, eps: float | Tensor, norm: str = "linf", clip_min: float = 0.0, clip_max: float = 1.0
+    x: Tensor,
+    eps: float | Tensor,
+    norm: str = "linf",
+    clip_min: float | Tensor = 0.0,
+    clip_max: float | Tensor = 1.0,
 ) -> Ball:
     """Check the radius ``eps``, see `Radius`, and make the balls around images."""
+    width = clip_max - clip_min
     if not isinstance(eps, Tensor):
-        check_eps(eps, norm, max(1.0, clip_max - clip_min), pixels=x.shape[1:].numel())
-    return Ball(per_sample("eps", eps, x), read_norm(norm), clip_min, clip_max)
+        # A range of each pixel is a tensor too, and is not compared with the radius.
+        largest = 1.0 if isinstance(width, Tensor) else max(1.0, width)
+        check_eps(eps, norm, largest, pixels=x.shape[1:].numel())
+    return Ball(per_pixel("eps", eps, x), read_norm(norm), clip_min, clip_max)
 
 
 def _numbers(x: Tensor, seed: int, sample_ids: Tensor | None) -> Callable[..., Tensor]:
@@ -84,5 +90,5 @@ def sample_in_ball(x: Tensor, ball: Ball, *, seed: int = 0, sample_ids: Tensor |
             noise = -middles.sign() * torch.log1p(-middles.abs())
         shrink = draw(1, first_draw=1) ** (1 / size)
         noise = noise / noise.norm(p=2 if ball.norm == "l2" else 1, dim=1, keepdim=True) * shrink
-    point = x + noise.view_as(x) * per_image(ball.eps, x)
-    return point.clamp(ball.clip_min, ball.clip_max).to(x.dtype)
+    point = x + noise.view_as(x) * spread("eps", ball.eps, x)
+    return clamped(point, ball.clip_min, ball.clip_max).to(x.dtype)

@@ -9,11 +9,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from .._validation import Count, NormName, check_counts, check_number, check_types
+from .._validation import Count, NormName, check_counts, check_types
 from ..protocols import Classifier
 from ..speed.graphs.step_loop import CapturesSteps
 
-#: A radius in image units: a number for all images, or ``[B]``, a number for each image.
+#: A radius in image units: a number for all images, or ``[B]``, a number for each image. In "linf" also a tensor that
+#: can be broadcast over the images, such as ``[C, 1, 1]`` for normalized images.
 Radius = float | Tensor
 #: A function of logits ``[B, classes]`` and of the caller's y that returns the loss of each image, ``[B]``.
 LossFunction: TypeAlias = Callable[[Tensor, Any], Tensor]
@@ -87,8 +88,8 @@ class AttackContext:
 
     eps: Radius = 0.0
     norm: NormName = "linf"
-    clip_min: float = 0.0
-    clip_max: float = 1.0
+    clip_min: float | Tensor = 0.0
+    clip_max: float | Tensor = 1.0
     num_classes: int = 0
     steps: int = 100
     eot_iter: int = 1
@@ -106,8 +107,6 @@ class AttackContext:
 
     def __post_init__(self) -> None:
         check_counts(judge_draws=self.judge_draws)
-        check_number("clip_min", self.clip_min)
-        check_number("clip_max", self.clip_max)
 
     @classmethod
     def from_options(cls, **options: Any) -> AttackContext:

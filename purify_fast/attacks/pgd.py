@@ -12,9 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .._tensors import per_sample
 from .._validation import AtLeast0, Count, GradientPrecision, Range
-from ..ops.pgd_step import pgd_step
+from ..ops.pgd_step import per_pixel, pgd_step
 from ..protocols import Classifier
 from ..speed.graphs.step_loop import State, begin_steps
 from .ball import Ball, normal_in_ball, sample_in_ball
@@ -147,7 +146,7 @@ class PGD(InBall):
         if len(x) == 0:
             return AttackResult(x.clone())
         x = x.detach().clone()
-        alpha = None if self.alpha is None else per_sample("alpha", self.alpha, x)
+        alpha = None if self.alpha is None else per_pixel("alpha", self.alpha, x)
 
         def attack(objective: Objective, run: int, health: GradientHealth | None) -> Tensor:
             seeds: dict[str, Any] = {"seed": context.seed + run, "sample_ids": context.sample_ids}
@@ -228,7 +227,9 @@ def pgd(
             is in evaluation mode during the attack.
         x: images, floating point ``[B, ...]`` in [clip_min, clip_max].
         y: true labels, int64 ``[B]``. With a function as loss, y is what the function gets, ``[B, ...]`` or None.
-        eps: radius of the ball in image units, a number or ``[B]``.
+        eps: radius of the ball in image units: a number, ``[B]``, or for PGD and FGSM in linf a tensor that can be
+            broadcast over the images, such as ``[C, 1, 1]`` for normalized images. alpha, clip_min and clip_max may be
+            such tensors too.
         stop_when_fallen: whether an image takes no further steps after a step that misclassifies it.
         **options: fields of `PGD`, `AttackContext` and `Resources`, of which three differ here, and four others.
             ``loss`` is a name, or for PGD, FGSM and Auto-PGD a function ``(logits, y) -> [B]`` that is maximized.

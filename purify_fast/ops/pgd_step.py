@@ -165,10 +165,57 @@ OP = define_op(
 )
 
 
-def check(images: dict[str, Tensor], norm: str, lo: float, hi: float, norms: Sequence[str] = NORMS) -> Norm:
+def per_pixel(name: str, value: float | Tensor, x: Tensor) -> Tensor:
+    """Do the same as `per_sample`. A tensor with more dimensions gets the shape of x."""
+    if isinstance(value, Tensor) and value.dim() > 1:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return torch.broadcast_to(spread(name, value.to(x.device, dtype), x), x.shape)
+    return per_sample(name, value, x)
+
+
+def spread(name: str, value: Any, x: Tensor) -> Any:
+    """Return a number or a tensor that can be broadcast over the images ``x``: ``[B]`` becomes ``[B, 1, ...]``."""
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return value
+    if value.shape == x.shape[:1]:
+        return per_image(value, x)
+    try:
+        fits = torch.broadcast_shapes(value.shape, x.shape) == x.shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        shapes = f"[B] or a tensor that can be broadcast over the images {list(x.shape)}"
+        raise ValueError(f"{name} must be a number, {shapes}, got {list(value.shape)}")
+    return value
+
+
+def clamped(x: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
+    """Clamp images to a range of numbers or of tensors, without a copy from the host to the device for numbers."""
+    if not (isinstance(low, Tensor) or isinstance(high, Tensor)):
+        return x.clamp(low, high)
+    return torch.minimum(torch.maximum(x, torch.as_tensor(low).to(x)), torch.as_tensor(high).to(x))
+
+
+def _of_pixels(value: float | Tensor) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 1
+
+
+def _pixelwise_step(images: tuple[Tensor, Tensor, Tensor], norm: Norm, **given: float | Tensor) -> Tensor:
+    """A step in "linf" with a radius, a length or a range of its own for each channel or pixel."""
+    if norm != "linf":
+        raise ValueError(f"norm must be linf with a radius, a step or a range for each channel or pixel, got {norm}")
+    x, grad, x_nat = images
+    alpha, eps, lo, hi = (spread(name, value, x) for name, value in given.items())
+    wide = torch.promote_types(x.dtype, torch.float32)
+    signs = torch.where(grad.isfinite(), grad.sign(), 0)
+    center, moved = x_nat.to(wide), x.to(wide) + alpha * signs.to(wide)
+    return clamped(clamped(moved, center - eps, center + eps), lo, hi).to(x.dtype)
+
+
+def check(images: dict[str, Tensor], norm: str, lo: Any, hi: Any, norms: Sequence[str] = NORMS) -> Norm:
     """Check the images of a step (by name), its norm and its box, and return the norm in this package's spelling."""
     check_alike(**images)
-    if not lo <= hi:
+    if not (isinstance(lo, Tensor) or isinstance(hi, Tensor) or lo <= hi):
         raise ValueError(f"lo must be at most hi, got lo = {lo} and hi = {hi}")
     return read_norm(norm, norms)
 
@@ -180,8 +227,8 @@ def pgd_step(
     alpha: float | Tensor,
     eps: float | Tensor,
     norm: str = "linf",
-    lo: float = 0.0,
-    hi: float = 1.0,
+    lo: float | Tensor = 0.0,
+    hi: float | Tensor = 1.0,
     density: float = DENSITY,
 ) -> Tensor:
     """Move ``x`` along ``grad``, and project it back into the ball around ``x_nat`` and the box [lo, hi].
@@ -190,11 +237,12 @@ def pgd_step(
         x: current images of the attack, ``[B, ...]``; float16, bfloat16, float32 or float64; image units.
         grad: gradient of the attacker's loss at x, with x's shape, dtype and device.
         x_nat: attacked images, the centers of the balls, in the same form.
-        alpha: length of the step, measured in ``norm`` and image units, a number or ``[B]``.
+        alpha: length of the step, measured in ``norm`` and image units, a number or ``[B]``. For ``linf`` also any
+            tensor that can be broadcast over x, such as ``[C, 1, 1]`` for normalized images, for PyTorch's operators.
         eps: radius of the ball, as alpha.
         norm: ``linf``, ``l2`` or ``l1``.
-        lo: lower end of the box of the images.
-        hi: upper end of the box, at least lo.
+        lo: lower end of the box of the images, a number, or for ``linf`` a tensor that can be broadcast over x.
+        hi: upper end of the box, at least lo, as lo.
         density: fraction of the coordinates that an ``l1`` step moves, in (0, 1]. These coordinates have the largest
             |grad|. Their number is rounded, and at least 1. SLIDE's percentile is 1 - density.
 
@@ -210,6 +258,8 @@ def pgd_step(
     if not 0 < density <= 1:
         raise ValueError(f"density must be in (0, 1], got {density}")
     with torch.no_grad():
+        if _of_pixels(alpha) or _of_pixels(eps) or isinstance(lo, Tensor) or isinstance(hi, Tensor):
+            return _pixelwise_step((x, grad, x_nat), norm, alpha=alpha, eps=eps, lo=lo, hi=hi)
         alpha, eps = per_sample("alpha", alpha, x), per_sample("eps", eps, x)
         space = float(lo), float(hi), float(density)
         return OP(x, grad, x_nat, alpha, eps, NORMS.index(norm), *space, variant=norm)

@@ -28,14 +28,15 @@ def x():
 Y = torch.tensor([0, 1, 2, 3])
 
 
-def loop(model, x, loss, start, steps=3):
+def loop(model, x, loss, start, steps=3, eps=EPS, alpha=ALPHA, low=0.0, high=1.0):
     """A plain loop in the model's mode."""
     near = start
     for _ in range(steps):
         near = near.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(loss(model(near)), near)
-        near = near.detach() + ALPHA * gradient.sign()
-        near = torch.minimum(torch.maximum(near, x - EPS), x + EPS).clamp(0, 1)
+        near = near.detach() + alpha * gradient.sign()
+        near = torch.minimum(torch.maximum(near, x - eps), x + eps)
+        near = torch.minimum(torch.maximum(near, torch.as_tensor(low).to(x)), torch.as_tensor(high).to(x))
     return near
 
 
@@ -111,12 +112,35 @@ def test_auto_pgd_takes_a_loss_function(network, x):
     assert (loss(network(found), Y) > loss(network(x), Y)).all()
 
 
-def test_radii_and_ranges_that_are_not_of_whole_images_are_refused(network, x):
-    for attack in (pgd, fgsm, apgd):
-        with pytest.raises(ValueError, match="eps must be a number"):
-            attack(network, x, Y, torch.full((3, 1, 1), EPS))
-    with pytest.raises(TypeError, match="clip_min must be a number"):
-        pgd(network, x, Y, EPS, clip_min=torch.zeros(3, 1, 1))
+@pytest.mark.parametrize("attack", [pgd, fgsm])
+def test_radii_steps_and_ranges_of_channels_equal_a_plain_loop(network, x, attack):
+    network.eval()
+    mean, std = torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1), torch.tensor([0.2, 0.3, 0.25]).view(3, 1, 1)
+    normal = ((x - mean) / std).double()
+    eps, low, high = EPS / std, (0 - mean) / std, (1 - mean) / std
+    how = {"clip_min": low, "clip_max": high}
+    plain = {"eps": eps, "alpha": eps if attack is fgsm else eps / 2, "low": low, "high": high}
+    start, steps = normal, 1
+    if attack is pgd:
+        start = pgd(network, normal, Y, eps, steps=1, alpha=torch.zeros(3, 1, 1), seed=1, **how)
+        assert ((start - normal).abs() <= eps + 1e-9).all() and ((start - normal).abs() > 0.9 * eps).any()
+        how |= {"alpha": eps / 2, "steps": 3, "seed": 1}
+        steps = 3
+    got = attack(network, normal, Y, eps, **how)
+    want = loop(network, normal, lambda logits: F.cross_entropy(logits, Y), start, steps=steps, **plain)
+    torch.testing.assert_close(got, want)
+
+
+def test_a_radius_per_pixel_and_its_errors(network, x):
+    network.eval()
+    eps = torch.rand_like(x) * EPS
+    assert ((pgd(network, x, Y, eps, steps=2) - x).abs() <= eps + 1e-9).all()
+    with pytest.raises(ValueError, match="eps must be a number"):
+        pgd(network, x, Y, torch.ones(2, 1, 1))
+    with pytest.raises(ValueError, match="norm must be linf"):
+        pgd(network, x, Y, torch.full((3, 1, 1), EPS), norm="l2", random_start=False)
+    with pytest.raises(ValueError, match="eps, clip_min and clip_max must be numbers"):
+        apgd(network, x, Y, torch.full((3, 1, 1), EPS))
 
 
 def test_a_target_is_approached(network, x):

@@ -54,6 +54,8 @@ class EngineAttack(InBall):
 
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> AttackResult:
         ball = self.ball(x, y, context)
+        if ball.eps.dim() > 1 or isinstance(ball.clip_min, Tensor) or isinstance(ball.clip_max, Tensor):
+            raise ValueError(f"eps, clip_min and clip_max must be numbers, or eps [B], for {type(self).__name__}")
         if len(x) == 0:
             return AttackResult(x.clone())
         x = x.detach().clone()
