@@ -25,7 +25,7 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 # no test measures the fastest number of threads, unless it is about that: the bits of results would depend on it
 os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
 
-from captures import Launched, Rerun
+from captures import Launched, Rerun, Tape
 from slow_shares import of_other_shares
 
 from purify_fast import _library
@@ -252,6 +252,11 @@ torch.ones((), requires_grad=True).backward()
 @pytest.fixture
 def rerun() -> Rerun:
     return Rerun()
+
+
+@pytest.fixture
+def tape() -> Tape:
+    return Tape()
 
 
 @pytest.fixture

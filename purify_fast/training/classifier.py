@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,9 @@ class ClassifierTask(Task):
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, foreach=True
         )
+
+    def captures(self, batch: Batch) -> Hashable:
+        return self.config.attack.at_epoch(batch.epoch, batch.epochs)
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
         config = self.config

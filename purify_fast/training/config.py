@@ -202,10 +202,11 @@ class FitConfig:
         accumulate: number of parts in which a step computes the gradients of its batch one after the other, to save
             memory. The weights remain equal up to rounding, but BatchNorms take each part's statistics. None means 1.
         clip_gradients: largest L2 norm of the gradients of an optimizer's weights; None does not shorten them.
-        cuda_graphs: whether the steps of attacks are captured as CUDA graphs, on a CUDA device. "auto" captures a step
-            after 15 launches. "always" captures wherever possible. "off" never does. A graph needs the memory of one
-            step for itself. Choose "off" for a model that changes settings in an object other than a module, dataclass
-            or namespace, because a captured step ignores the change.
+        cuda_graphs: whether steps are captured as CUDA graphs, on a CUDA device: the steps of attacks, and with one
+            process whole training steps up to the gradients. "auto" captures a step after 15 launches. "always"
+            captures wherever possible. "off" never does. A graph needs the memory of one step for itself. Choose "off"
+            for a model that changes settings in an object other than a module, dataclass or namespace, because a
+            captured step ignores the change.
         cudnn_benchmark: whether cuDNN, on a CUDA device, times its algorithms once for each shape and uses the fastest.
             "auto" does this unless the process requires deterministic algorithms; "on" always does; "off" leaves
             cuDNN's setting unchanged.

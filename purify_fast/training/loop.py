@@ -31,6 +31,7 @@ from ..speed.precision import float32_products, raced_convolutions, whole_float3
 from ..speed.threads import fastest_threads, may_choose, restored_threads
 from .bank import BankConfig
 from .callbacks import Callback, ProgressBar, TrainingState
+from .captured_step import captured, undone
 from .config import FitConfig
 from .distributed import average_, from_first
 from .optimizers import fuse, set_learning_rate, weights_of
@@ -221,7 +222,8 @@ def train_step(task: Task, batch: Batch, accumulate: int = 1, clip: float | None
 
     def take() -> Metrics:
         measured: Metrics = {}
-        for name, measured in gradients(task, batch, accumulate):
+        step = captured(task, batch, gradients) if accumulate == 1 else None
+        for name, measured in step.run(batch) if step else gradients(task, batch, accumulate):
             optimizer = task.optimizers[name]
             average_([*(one.grad for one in weights_of(optimizer) if one.grad is not None), *measured.values()])
             if clip is not None:
@@ -284,25 +286,6 @@ def choose_threads(run: Run, batch: Batch) -> None:
             task.train()
             run.threads = [run.given_threads, fastest_threads(step)]
     torch.set_num_threads(run.threads[1])
-
-
-@contextlib.contextmanager
-def undone(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """After the block, restore the random generators, and a model's modes, weights, buffers and gradients."""
-    modes = [(module, module.training) for module in model.modules()]
-    tensors = [(tensor, tensor.detach().clone(), tensor.grad) for tensor in (*model.parameters(), *model.buffers())]
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        with torch.no_grad():
-            for tensor, before, gradient in tensors:
-                # A change of its version would make copies of a frozen classifier again.
-                if not tensor.equal(before):
-                    tensor.copy_(before)
-                tensor.grad = gradient
 
 
 @contextlib.contextmanager

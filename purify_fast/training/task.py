@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,7 @@ class Batch:
         x: images ``[B, C, H, W]`` in [0, 1].
         y: labels, int64 ``[B]``; for a task with `Task.soft_labels`, also probabilities ``[B, classes]``.
         sample_ids: index of each image in the whole data set, int64 ``[B]``.
-        seed: seed of this step's randomness, the same for all processes.
+        seed: seed of this step's randomness, the same for all processes; in a captured step, int64 ``[1]``.
         epoch: the epoch, from 0.
         epochs: epochs of the whole run.
         step: the step, from 0, of the whole run.
@@ -50,7 +50,7 @@ class Batch:
     x: Tensor
     y: Tensor
     sample_ids: Tensor
-    seed: int
+    seed: int | Tensor
     epoch: int = 0
     epochs: int = 1
     step: int = 0
@@ -171,6 +171,16 @@ class Task:
         The key ``task`` names the kind of training.
         """
         raise NotImplementedError
+
+    def captures(self, batch: Batch) -> Hashable | None:
+        """Return all that a step reads of a batch beside its tensors and its seed, if steps can be CUDA graphs.
+
+        Steps of equal values are replays of one graph. None means that steps are not captured as a whole.
+
+        Args:
+            batch: the images to train on.
+        """
+        return None
 
     @property
     def optimizers(self) -> Mapping[str, torch.optim.Optimizer]:

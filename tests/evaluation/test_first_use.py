@@ -11,6 +11,7 @@ import pytest
 import torch
 from digit_nets import zoo_digits
 from evaluating import evaluate
+from small_models import Made
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 

@@ -15,6 +15,7 @@ from purify_fast.speed import StepGraphs
 from purify_fast.speed.folding.inference_copy import InferenceCopy
 from purify_fast.speed.graphs import step_graphs
 from purify_fast.training import FitConfig
+from purify_fast.training.captured_step import CapturedStep
 from purify_fast.training.loop import step_settings, train_step
 
 pytestmark = pytest.mark.gpu
@@ -167,7 +168,7 @@ def test_trainings_with_captured_steps(graphs, name):
             torch.manual_seed(seed)
             found.append(float(train_step(task, batch(seed, device=DEVICE))["loss"]))
         losses.append(found)
-    assert len(graphs) > 0
+    assert any(isinstance(step, CapturedStep) for step in graphs.whole_steps.values())
     assert losses[1] == pytest.approx(losses[0], rel=2e-3)
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -157,6 +157,13 @@ class ArrestTask(MethodTask):
         distance = self.distance(features, of_teacher).mean()
         metrics["distance"] = distance.detach()
         return cross_entropy + self.config.distillation_weight * distance, metrics
+
+    def captures(self, batch: Batch) -> Hashable | None:
+        config = self.config
+        # The host removes a perturbation of the weights.
+        if config.awp_gamma > 0:
+            return None
+        return config.attack.at_epoch(batch.epoch, batch.epochs), config.replays(batch.epoch, batch.epochs)
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
         # The loop may add up gradients of several batches before a step: remove the perturbation of the previous batch.

@@ -14,7 +14,7 @@ authors' logged run, s is the clean x, and the L1 terms are from a separate pass
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -192,6 +192,10 @@ class AtopTask(PurifierTask[Atop]):
     @property
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         return self._optimizers
+
+    def captures(self, batch: Batch) -> Hashable:
+        delayed = batch.progress_in(self.config.cls_delay_unit) < self.config.cls_delay
+        return self.config.attack.at_epoch(batch.epoch, batch.epochs), delayed
 
     def updates(self, batch: Batch) -> Iterator[Update]:
         one_pass, judged = passes(self.defence, batch, self.config, self.graphs), {}

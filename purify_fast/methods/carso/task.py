@@ -17,7 +17,7 @@ w is the setting reconstruction_weight. The classifier is frozen.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import replace
 from math import ceil
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -194,6 +194,11 @@ class CarsoTask(PurifierTask[Carso]):
         rate, decay = config.learning_rate, config.weight_decay
         inner = torch.optim.RAdam(trainable, rate, weight_decay=decay, decoupled_weight_decay=True, foreach=True)
         self.optimizer = Lookahead(inner, config.lookahead_steps, config.lookahead_alpha)
+
+    def captures(self, batch: Batch) -> Hashable:
+        delay, unit = self.config.kl_delay_of(batch.epochs)
+        weight = kl_weight(batch.progress_in(unit), delay)
+        return self.config.attack.at_epoch(batch.epoch, batch.epochs), weight
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
         return STEPS[self.config.attack_target](self.trained, batch, self.config, self.graphs)

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
@@ -106,6 +106,9 @@ class DiffusionTask(MethodTask):
     def loss(self, denoiser: nn.Module, batch: Batch) -> Tensor:
         """Return the loss of one batch, float32, of the denoiser or of the moving average of its weights."""
         return denoising_loss(denoiser, batch, self.process, self.config)
+
+    def captures(self, batch: Batch) -> Hashable:
+        return ()
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
         return self.loss(self.denoiser, batch), {}

@@ -96,6 +96,8 @@ class StepGraphs:
         self.mode = mode
         self.capture = CudaCapture() if capture is None else capture
         self.refusal: str | None = None
+        #: The captured steps of whole trainings, and counts of those that are not captured (`training.captured_step`).
+        self.whole_steps: dict[Hashable, Any] = {}
         self._captured: dict[Hashable, Captured] = {}
         self._launched: dict[Hashable, Launches] = {}
         self._told: set[str] = set()
@@ -147,7 +149,8 @@ class StepGraphs:
         """
 
         def remedy() -> Callable[[], None] | None:
-            return self._give_up if self._captured else None
+            whole = any(step is not None and not isinstance(step, int) for step in self.whole_steps.values())
+            return self._give_up if self._captured or whole else None
 
         return retry_when_memory_ends(work, device, remedy)
 
@@ -155,6 +158,7 @@ class StepGraphs:
         logger.warning("memory ran out: the CUDA graphs of attacks are dropped, and the work is repeated without them")
         self.mode = "off"
         self._captured.clear()
+        self.whole_steps.clear()
         self.capture.release()
 
     def find(self, function: StepFunction, state: State) -> Captured | Launches | None:
@@ -266,6 +270,17 @@ class StepGraphs:
                     f"the step changes {name} from {old.dtype} {list(old.shape)} to {value.dtype} {list(value.shape)}"
                 )
         return None
+
+
+class InlineSteps(StepGraphs):
+    """Takes all steps directly, because a graph of the whole training step is being captured around them."""
+
+    def __init__(self, capture: CudaCapture):
+        super().__init__("always", capture)
+
+    def begin(self, function: StepFunction, state: State) -> Steps:
+        """Begin a loop without a graph of its own."""
+        return begin_steps(None, function, state)
 
 
 def remember(table: dict[Any, Result], key: Hashable, value: Result, most: int) -> Result:

@@ -1,0 +1,211 @@
+"""Capture whole training steps as CUDA graphs: the attack, the forward pass, the loss and the gradients.
+
+The optimizer's step is not captured: fused optimizers launch few kernels, and so learning rates, the mean of gradients
+and moving averages need no form of their own. Replays read the images, labels, ids and the seed from fixed memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import weakref
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .._process import processes
+from ..model_state import identity_key
+from ..ops.philox import philox_key
+from ..speed.graphs.cuda_capture import CudaCapture
+from ..speed.graphs.step_graphs import InlineSteps, StepGraphs, remember
+from ..speed.graphs.step_loop import CAPTURE_STEPS, numerics, weak_key
+from ..speed.graphs.step_trials import alike, no_trace, refusal_of
+from ..speed.memory import same_draws_again
+from .optimizers import weights_of
+from .task import Batch, Metrics, Task
+
+logger = logging.getLogger("purify_fast")
+
+#: A function that computes the gradients of each update of a step, and yields the optimizer's name and the metrics.
+Gradients = Callable[[Task, Batch], Iterator[tuple[str, Metrics]]]
+#: The largest number of kinds of steps that are remembered. Their graphs share memory.
+MOST_STEPS = 8
+#: The first replay is compared with other weights than those of the capture, because a graph might use stale copies of
+#: weights: all weights are multiplied by this number.
+OTHER_WEIGHTS = 1.1
+
+
+@dataclass
+class _Update:
+    """A captured update: its optimizer, its metrics in fixed memory, the gradients that a replay writes, the replay."""
+
+    optimizer: str
+    names: list[str]
+    values: Tensor
+    gradients: list[tuple[Tensor, Tensor | None]]
+    replay: Callable[[], None]
+
+
+class CapturedStep:
+    """A captured training step for one shape of batches.
+
+    Args:
+        task: the training, in training mode. Its weights, buffers, gradients and all random generators are restored.
+        batch: a batch.
+        gradients: function that computes the gradients.
+        graphs: the graphs of the training, whose memory this step shares.
+        objects: objects whose addresses are in the step's key, so they must stay alive.
+
+    Raises:
+        RuntimeError: the step cannot be captured, or a replay gives other results.
+    """
+
+    def __init__(self, task: Task, batch: Batch, gradients: Gradients, graphs: StepGraphs, objects: list[Any]):
+        device, self.objects = batch.x.device, objects
+        x, y, ids = (part.clone() for part in (batch.x, batch.y, batch.sample_ids))
+        self.given = replace(batch, x=x, y=y, sample_ids=ids, seed=philox_key(batch.seed, device))
+        self.updates: list[_Update] = []
+        with no_trace(device), undone(task.model, device):
+            self._record(task, gradients, graphs.capture)
+            self._compare(task, gradients)
+
+    def _record(self, task: Task, gradients: Gradients, capture: CudaCapture) -> None:
+        device = self.given.x.device
+        with capture.aside(device), inline(task):
+            # The first call verifies kernels and chooses algorithms, and may wait for the device.
+            list(gradients(task, self.given))
+            known, reason = refusal_of(lambda: list(gradients(task, self.given)), device, "the step")
+        if reason is not None:
+            raise RuntimeError(reason)
+        # A copy of the weights is made again only if their version has changed, and the graph must make it.
+        change_weights(task, 1.0)
+        running: Iterator[tuple[str, Metrics]] = iter(())
+        for number, (name, metrics) in enumerate(known):
+            values = torch.zeros(len(metrics), device=device)
+
+            def advance(number: int = number, values: Tensor = values) -> None:
+                nonlocal running
+                if number == 0:
+                    running = gradients(task, self.given)
+                with inline(task):
+                    metrics = next(running)[1]
+                values.copy_(torch.stack([metric.float() for metric in metrics.values()]))
+
+            replay = capture.record(advance, device)
+            written = [(weight, weight.grad) for weight in weights_of(task.optimizers[name])]
+            self.updates.append(_Update(name, list(metrics), values, written, replay))
+        # The graph also writes to the gradients of weights that no optimizer changes.
+        self.objects += [weight.grad for weight in task.model.parameters()]
+
+    def _compare(self, task: Task, gradients: Gradients) -> None:
+        """Raise RuntimeError if the first replay has other results than the step, with weights of its own."""
+        device = self.given.x.device
+        change_weights(task, OTHER_WEIGHTS)
+        again = same_draws_again(device)
+        results = list[list[Tensor]]()
+        for run in (partial(gradients, task), self.run):
+            with undone(task.model, device), inline(task):
+                values = list[Tensor]()
+                for name, metrics in run(self.given):
+                    weights = weights_of(task.optimizers[name])
+                    values += [*metrics.values(), *(one.grad.clone() for one in weights if one.grad is not None)]
+            results.append(values)
+            again()
+        if not len(results[0]) == len(results[1]) or not all(map(alike, *reversed(results))):
+            raise RuntimeError("a replay gives another result than the step")
+
+    def run(self, batch: Batch) -> Iterator[tuple[str, Metrics]]:
+        """Replay the step on a batch. Like `Gradients`, yield after each update, which the caller then applies."""
+        given = self.given
+        if batch is not given:
+            for mine, new in ((given.x, batch.x), (given.y, batch.y), (given.sample_ids, batch.sample_ids)):
+                mine.copy_(new)
+            assert isinstance(given.seed, Tensor)
+            given.seed.fill_(batch.seed)
+        for update in self.updates:
+            for weight, gradient in update.gradients:
+                weight.grad = gradient
+            update.replay()
+            # A single copy: later replays overwrite the values.
+            yield update.optimizer, dict(zip(update.names, update.values.clone().unbind(), strict=True))
+
+
+def captured(task: Task, batch: Batch, gradients: Gradients) -> CapturedStep | None:
+    """Return the captured step of a task for batches like this, and capture it if such batches have occurred often.
+
+    A single process captures steps. With a bank, or if a task's steps depend on other values, no step is captured.
+    """
+    graphs, facts = task.graphs, task.captures(batch)
+    if graphs is None or facts is None or batch.bank is not None or processes()[1] > 1:
+        return None
+    # A subclass may read other values of a batch, so it defines the method too.
+    if not graphs.may_capture(batch.x.device) or "captures" not in {*vars(task), *vars(type(task))}:
+        return None
+    tensors = (batch.x, batch.y, batch.sample_ids)
+    shapes = tuple((one.shape, one.stride(), one.dtype, one.device) for one in tensors)
+    try:
+        values, objects, _ = identity_key(task.model)
+        trained = tuple(weight.requires_grad for weight in task.model.parameters())
+        own = weakref.ref(task), weak_key(getattr(task, "config", None)), trained
+        key: Hashable = weak_key((own, facts, shapes, numerics(batch.x.device), values))
+    except TypeError:
+        return None
+    # A graph would not advance the generator of a model.
+    if any(isinstance(one, (torch.Generator, random.Random, np.random.Generator)) for one in objects):
+        return None
+    # The number of such batches so far, the captured step, or None if it cannot be captured.
+    found = remember(graphs.whole_steps, key, graphs.whole_steps.get(key, 0), MOST_STEPS)
+    if isinstance(found, int):
+        found += 1
+        if graphs.mode == "always" or found > CAPTURE_STEPS:
+            try:
+                found = CapturedStep(task, batch, gradients, graphs, objects)
+            except Exception as error:
+                # A user's model may raise any error. The training then continues without this graph.
+                logger.info("a training step runs without a CUDA graph: %s: %s", type(error).__name__, error)
+                found = None
+        graphs.whole_steps[key] = found
+    return found if isinstance(found, CapturedStep) else None
+
+
+@contextmanager
+def inline(task: Task) -> Iterator[None]:
+    """Within the block, attacks take their steps without graphs of their own."""
+    before = task.graphs
+    task.graphs = None if before is None else InlineSteps(before.capture)
+    try:
+        yield
+    finally:
+        task.graphs = before
+
+
+@torch.no_grad()
+def change_weights(task: Task, factor: float) -> None:
+    """Multiply all trained weights in place, which also changes their version."""
+    for optimizer in task.optimizers.values():
+        torch._foreach_mul_(weights_of(optimizer), factor)
+
+
+@contextmanager
+def undone(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """After the block, restore the random generators, and a model's modes, weights, buffers and gradients."""
+    modes = [(module, module.training) for module in model.modules()]
+    tensors = [(tensor, tensor.detach().clone(), tensor.grad) for tensor in (*model.parameters(), *model.buffers())]
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        with torch.no_grad():
+            for tensor, before, gradient in tensors:
+                # A change of its version would make copies of a frozen classifier again.
+                if not tensor.equal(before):
+                    tensor.copy_(before)
+                tensor.grad = gradient
