@@ -61,7 +61,6 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "front_speed": front_page.speed_table,
     "speed_claim": front_page.claim,
     "pipelines_rows": lambda results: performance.rows(results / "cpu"),
-    "pipelines_threads": lambda results: performance.expert_table(results / "cpu"),
     "pipelines_attack": lambda results: performance.attack(results / "cpu"),
     "front_attacks": front_page.judges_sentences,
     "zoo": lambda _: pack_zoo.table([packed.card(name) for name in packed.list()]),

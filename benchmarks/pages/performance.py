@@ -17,7 +17,6 @@ from . import gpu_tables
 #: The notes of a device, written by hand. They stand at the end of a CPU's chapter, and at the beginning of a GPU's.
 NOTES = "notes.md"
 #: The beginnings of the names of the compared forms: the expert's, and ours.
-KINDS = sheets.EXPERT, sheets.OURS
 
 
 def _measured_on(rows: list[dict]) -> str:
@@ -87,24 +86,6 @@ def attack(folder: Path) -> list[str]:
         return []
     text = "The attack PGD-10 on a ResNet-18, without a random start. Every form takes the same steps."
     return ["### An attack", "", text, "", *pipelines(folder, "pgd_forms")]
-
-
-def against_the_expert(folder: Path) -> list[list[str]]:
-    """Return a line for each race with a form of the expert: its threads, the times, and speedups by p20 and median."""
-    body = []
-    for (pipeline, case, threads), group in sheets.by_case(sheets.read_csv(folder / sheets.PIPELINES)).items():
-        expert, own = ([sheets.fastest(group, kind, value=by) for by in ("p20", "ms")] for kind in KINDS)
-        if None not in (*expert, *own):
-            ratios = [f"{theirs / ours:.2f}" for theirs, ours in zip(expert, own, strict=True)]
-            body.append([f"{pipeline}: {case}", threads, f"{expert[1]:,.0f}", f"{own[1]:,.0f}", *ratios])
-    return body
-
-
-def expert_table(folder: Path) -> list[str]:
-    """Return the table of `against_the_expert`, and the machine."""
-    head = ["pipeline", "threads", "expert, ms", "purify_fast, ms", "speedup, by p20", "speedup, by medians"]
-    where = machines(sheets.read_csv(folder / sheets.PIPELINES))
-    return [f"{where}.", "", *table(head, against_the_expert(folder))]
 
 
 def measured_races(raced: dict) -> list[str]:

@@ -28,17 +28,17 @@ def test_needs_come_first_a_failure_is_named_and_a_second_run_goes_on(tmp_path, 
         Job("first/of all", 0, work, settings={"budget": SimpleNamespace(width=16), "data": "here"}),
     ]
     with pytest.raises(RuntimeError, match="no luck"):
-        run(jobs, tmp_path, workers=1)
-    assert "bad, seed 0, failed" in capfd.readouterr().err
+        run(jobs, tmp_path)
+    assert capfd.readouterr().err.strip().endswith("2/3 bad, seed 0")
     assert [job.done(tmp_path) for job in jobs] == [False, False, True]
     (tmp_path / "mended").touch()
-    got = run(jobs, tmp_path, workers=1)
+    got = run(jobs, tmp_path)
     assert [result["name"] for result in got] == [job.name for job in jobs]  # in the order of jobs
     assert got[0]["saw"] == ["first/of all", "bad"] and got[1]["seed"] == 0 and got[2]["minutes"] >= 0
     log = (tmp_path / "log").read_text()
     assert log.splitlines() == ["first/of all 0", "bad 0", "bad 0", "last 0"]
     moved = replace(jobs[2], settings={"budget": SimpleNamespace(width=16), "data": "there"})  # the same data, moved
-    assert run([*jobs[:2], moved], tmp_path, workers=1) == got and (tmp_path / "log").read_text() == log
+    assert run([*jobs[:2], moved], tmp_path) == got and (tmp_path / "log").read_text() == log
     other = replace(jobs[2], settings={"budget": SimpleNamespace(width=4)})
     with pytest.raises(ValueError, match=r"'first/of all' with other settings \(.*16.*, not .*4.*\)"):
         run([*jobs[:2], other], tmp_path)
@@ -97,7 +97,7 @@ def test_carso_on_mnist_end_to_end(tmp_path, capsys, monkeypatch, forking, short
     np.savez(tmp_path / "mnist.npz", **{name: a.numpy() for name, a in wide.items()})
     monkeypatch.setattr(run_study, "RESULTS", tmp_path / "results")
     runs = tmp_path / "runs"
-    words = ["study", "carso_mnist", "--quick", "--data", str(tmp_path), "--workers", "1", "--out", str(runs)]
+    words = ["study", "carso_mnist", "--quick", "--data", str(tmp_path), "--out", str(runs)]
     program.main(words)
     rows = lines_of(capsys.readouterr().out)
     first = {path: path.stat().st_mtime_ns for path in runs.glob(f"*/{RESULT}")}

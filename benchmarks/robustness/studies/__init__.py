@@ -12,7 +12,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from typing import Any
 import torch
 import yaml
 
-from examples.demo.workers import end_workers, worker_pool
 from purify_fast._files import write_text
 from purify_fast.speed import retain_freed_memory
 
@@ -117,35 +115,18 @@ def _check(jobs: Sequence[Job], root: Path) -> None:
             )
 
 
-def run(jobs: Sequence[Job], root: Path, workers: int = 2) -> list[dict]:
-    """Run the unfinished jobs, and return all results in the order of ``jobs``. An interrupt ends all jobs.
-
-    If a job fails, its error is raised after the running jobs have ended.
-    """
+def run(jobs: Sequence[Job], root: Path) -> list[dict]:
+    """Run the unfinished jobs one after the other, and return all results in the order of ``jobs``."""
     _check(jobs, root)
-    began = time.monotonic()
+    began, all_threads = time.monotonic(), torch.get_num_threads()
     waiting = [job for job in jobs if not job.done(root)]
-    running: dict[Future, Job] = {}
-    total, share = len(waiting), max(1, torch.get_num_threads() // workers)
-    with worker_pool(workers) as pool:
-        while waiting or running:
-            for job in list(waiting):
-                if len(running) < workers and job.ready(root):
-                    waiting.remove(job)
-                    running[pool.submit(_run, job, root, share)] = job
-            try:
-                finished, _ = wait(running, return_when=FIRST_COMPLETED)
-            except KeyboardInterrupt:
-                end_workers()
-                raise
-            for future in finished:
-                job = running.pop(future)
-                if future.exception() is not None:
-                    print(f"{job.name}, seed {job.seed}, failed; its folder is {job.folder(root)}", file=sys.stderr)
-                future.result()
-                left = len(waiting) + len(running)
-                minutes = (time.monotonic() - began) / 60
-                print(f"[{minutes:5.1f} min] {total - left}/{total} {job.name}, seed {job.seed}", file=sys.stderr)
+    total = len(waiting)
+    while waiting:
+        job = next(job for job in waiting if job.ready(root))
+        waiting.remove(job)
+        minutes = (time.monotonic() - began) / 60
+        print(f"[{minutes:5.1f} min] {total - len(waiting)}/{total} {job.name}, seed {job.seed}", file=sys.stderr)
+        _run(job, root, all_threads)
     return [job.result(root) for job in jobs]
 
 

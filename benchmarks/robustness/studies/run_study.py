@@ -30,7 +30,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         for amount in sorted(AMOUNTS.keys() & settings_of(name).keys()):
             amounts.add_argument(f"--{amount}", dest="amount", action="store_const", const=amount, help=AMOUNTS[amount])
         options.add_argument("--data", default="data", help="folder of the images; default: data")
-        options.add_argument("--workers", type=int, default=1, help="number of jobs that run in parallel; default: 1")
         options.add_argument("--out", type=Path, help="folder of the runs; default: runs/studies/NAME")
         if study is cifar10:
             options.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; default: auto")
@@ -48,7 +47,7 @@ def main(chosen: argparse.Namespace) -> str:
         # Without AutoAttack, nothing is trained.
         implementation()
     with folder_lock(root):
-        run(study.jobs_of(chosen), root, chosen.workers)
+        run(study.jobs_of(chosen), root)
         return study.write_results(root, results, chosen).read_text()
 
 
