@@ -16,7 +16,6 @@ from . import gpu_tables
 
 #: The notes of a device, written by hand. They stand at the end of a CPU's chapter, and at the beginning of a GPU's.
 NOTES = "notes.md"
-#: The beginnings of the names of the compared forms: the expert's, and ours.
 
 
 def _measured_on(rows: list[dict]) -> str:
