@@ -13,7 +13,7 @@ from benchmarks.speed.op_cases import registry
 from purify_fast import _library
 from purify_fast.ops import REGISTRY
 from purify_fast.ops.dispatch import races, records
-from purify_fast.ops.dispatch.op import call_of
+from purify_fast.ops.dispatch.op import SIZES, Call
 from purify_fast.ops.dispatch.races import SHIPPED
 
 ROOT = Path(__file__).parents[2]
@@ -164,8 +164,11 @@ def test_defaults_are_what_ships_for_this_machine(op, tmp_path, monkeypatch):
     monkeypatch.setenv("PURIFY_FAST_CACHE", str(tmp_path))
     entry = races.nearest(records.machine(CPU))["ops"][op]
     for name, winners in entry["cells"].items():
-        for style in winners:
-            found = REGISTRY[op].wanted(call_of(name, CPU, style))
+        words = name.split()
+        bits = SIZES[words.pop()] - 1 if words and words[-1] in SIZES else 0
+        dtype = getattr(torch, words.pop()) if words and hasattr(torch, words[-1]) else None
+        for style, winner in winners.items():
             # not every processor has the instructions of every kernel
-            here = winners[style] if winners[style] in REGISTRY[op].available["cpu"] else "reference"
-            assert found.backend == here, (name, style)
+            here = winner if winner in REGISTRY[op].available["cpu"] else "reference"
+            call = Call(CPU, " ".join(words), dtype, bits, style)
+            assert REGISTRY[op].wanted(call).backend == here, call
