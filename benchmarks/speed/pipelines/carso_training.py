@@ -218,9 +218,10 @@ def _expert(device: torch.device, quick: bool, target: str, compiled: bool = Fal
 def _ours(device: torch.device, quick: bool, target: str, compiled: bool = False, captured: bool = False) -> Job:
     made = defence(device, quick, samples=1)
     batch = batch_of(made, device, quick)
+    # The task copies the defence, with its fast parts.
+    made.accelerate(compile=compiled)
     task = CarsoTask(made, setting(target, quick, precision(device)))
     run = training_step(task, batch, captured)
-    made.accelerate(compile=compiled)
 
     def result() -> Tensor:
         made.train()
