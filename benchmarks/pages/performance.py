@@ -157,7 +157,7 @@ def devices(results: Path) -> list[str]:
             rates = measured.get((device, limits.COPY)), product
             cells = (f"{rate:,.0f}" if rate else "not measured" for rate in rates)
             body.append([device, *cells, _measured_on(own)])
-    return table(["device", "copy, GB/s", "bfloat16 products, GFLOP/s", "measured"], body)
+    return table(["device", "copy, GB/s", "products, GFLOP/s", "measured"], body)
 
 
 def chapters(results: Path) -> list[str]:
