@@ -84,7 +84,7 @@ class Evaluate(ProcessOptions, DataCommand):
             return zoo_name(self.folder) or self.folder.name
         source, _, function = self.own.rpartition(":")
         parts = Path(source.removesuffix(".py")).parts
-        return ".".join((*(part for part in parts if part not in ("..", os.sep)), function))
+        return ".".join((*("up" if part == ".." else part for part in parts if part != os.sep), function))
 
     def ball(self) -> tuple[float, str]:
         """The radius and the norm of the attacks; by default of the training, or of a zoo model's evaluation."""

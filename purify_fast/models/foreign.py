@@ -183,10 +183,13 @@ def called_by(spec: str) -> Any:
             f"the name of a model must be package.module:function or path/to/file.py:function, got {spec!r}"
         )
     # Like ``python -m`` and ``python file.py``, search this folder first, also for later imports inside `forward`.
-    folder = str(Path(place).resolve().parent) if place.endswith(".py") else os.getcwd()
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    module = importlib.import_module(Path(place).stem if place.endswith(".py") else place)
+    is_file, module_name = place.endswith(".py"), place
+    if is_file:
+        # Another file of this name may have been imported before, or this file before it was changed.
+        module_name = Path(place).stem
+        sys.modules.pop(module_name, None)
+    sys.path.insert(0, str(Path(place).resolve().parent) if is_file else os.getcwd())
+    module = importlib.import_module(module_name)
     if name not in vars(module):
         raise ValueError(f"{spec}: {module.__file__} has no function or class {name!r}")
     return vars(module)[name]()

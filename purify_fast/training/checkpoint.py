@@ -39,8 +39,7 @@ def read_tree(path: Path) -> Any:
     try:
         tree, tensors = read_sealed(path)
     except ValueError as error:
-        start = "remove it to start anew"
-        raise ValueError(f"{path} is not a checkpoint of this package, or is damaged: {error}: {start}") from error
+        raise ValueError(f"{path} is damaged, or no checkpoint ({error}): remove it to start anew") from error
     return _decoded(tree, tensors)
 
 

@@ -126,7 +126,7 @@ def _effort(subject: Subject, context: AttackContext) -> tuple[int, int, int]:
 
 
 def asked_before(before: Before, context: AttackContext, model: Classifier) -> Probes:
-    """Make the measurements before the attacks of the report, on parts of at most as many images as a batch."""
+    """Make the measurements before the attacks of the report."""
     subject, x, y = before.subject, before.x, before.y
     some, draws = slice(subject.batch_size), DRAWS if subject.is_random else ()
     parts = torch.arange(len(x), device=x.device).split(context.resources.batch_size or len(x))
@@ -220,7 +220,7 @@ class _Short:
         self.draws, self.judges, self.targets = _effort(before.subject, context)
         #: For each image the last point that fell, or the clean image.
         self.points = self.x.clone()
-        # The result does not depend on the process, nor on the probes that it has run before.
+        # The result does not depend on the probes that ran before.
         torch.manual_seed(context.seed)
 
     def right(self, x: Tensor, y: Tensor) -> Tensor:

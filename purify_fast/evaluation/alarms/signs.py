@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -120,9 +120,6 @@ class Evidence:
         cosine: between the changes that gradients predict and the measured changes; None if not measured.
     """
 
-    #: A report does not advise more draws per gradient if an attack has averaged at least this number of draws.
-    many_draws: ClassVar[int] = 20
-
     rows: Sequence[Row]
     probes: Probes | None = None
     classes: int | None = None
@@ -153,7 +150,7 @@ class Evidence:
             if of("nearest"):
                 continue
             tried |= {"BPDA"} if row.kind == "bpda" or of("gradients_from") in IDENTITIES else set()
-            tried |= {"draws"} if (of("eot_iter") or 1) >= self.many_draws else set()
+            tried |= {"draws"} if (of("eot_iter") or 1) >= 20 else set()
         return tried
 
     @property

@@ -181,7 +181,7 @@ def sentence(name: str, *values: Any) -> str:
 @functools.cache
 def _environment() -> jinja2.Environment:
     environment = _templates.environment(__package__)
-    # Templates may use all names of this module, and these.
+    # Templates may use all names of this module. Four of them are used only there, so they are listed.
     environment.globals |= globals() | {"MOST": MOST, "REFUTED": REFUTED, "STATES": STATES, "followed": followed}
     environment.globals |= {name: functools.partial(sentence, name) for name in SENTENCES}
     return environment

@@ -160,7 +160,7 @@ class ArrestTask(MethodTask):
 
     def captures(self, batch: Batch) -> Hashable | None:
         config = self.config
-        # The host removes a perturbation of the weights.
+        # The host removes a perturbation of the weights, outside of a graph.
         if config.awp_gamma > 0:
             return None
         return config.attack.at_epoch(batch.epoch, batch.epochs), config.replays(batch.epoch, batch.epochs)

@@ -15,8 +15,8 @@ class CarsoConfig:
     """The settings of the training of CARSO's purifier. "Paper" is arXiv 2306.06081; "own" is this package's choice.
 
     attack_target chooses between two trainings. With "classifier", train_samples and reconstruction_weight have no
-    effect, and targets must have its default. With "pipeline", kl_delay, beta and adversarial_fraction
-    have no effect, and reduction and eps_mode must have their defaults.
+    effect, and targets must have its default. With "pipeline", kl_delay, beta and adversarial_fraction have no effect,
+    and reduction and eps_mode must have their defaults.
 
     Args:
         attack_target: target of the attacks on training examples: "classifier" (paper), or "pipeline", the whole

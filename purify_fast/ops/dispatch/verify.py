@@ -160,7 +160,7 @@ def _warn(op: Definition, device: torch.device, verdict: Verdict) -> None:
     )
     hint = "Triton needs a C compiler and Python.h (apt-get install gcc python3-dev). " if backend == "triton" else ""
     warnings.warn(
-        f"purify_fast: {what} on {where}: {verdict.words()}. On this machine PyTorch computes its op instead. {hint}"
+        f"purify_fast: {what} on {where}: {verdict.words()}. On this machine PyTorch computes the op instead. {hint}"
         "Please report this warning with the output of `purify-fast info`",
         RuntimeWarning,
         stacklevel=2,

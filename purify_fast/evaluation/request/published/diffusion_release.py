@@ -15,10 +15,10 @@ of attacks/clf_pgd.py, and 14 to 19 of configs/cifar10_MSE.yml), and BPDA with e
 final prediction sums the logits of ten purifications (lines 149 to 162 of runners/empirical.py, and 99 to 126 of
 utils/accuracy.py). None of the code of these repositories is used here.
 
-In "strong", Lee & Kim (ICCV 2023, arXiv 2303.09051) use PGD with 200 steps of 20 draws each. DiffBreak (arXiv
-2411.16598) uses the fact that noise hides low frequencies least. Here, a fixed filter is applied to the gradient g:
-F^-1 (m F g). F is the Fourier transform. m is 1 for frequencies up to a quarter of the highest in each direction, and
-otherwise 0.
+The protocol "strong" adds the attack of Lee & Kim (ICCV 2023, arXiv 2303.09051), PGD with 200 steps of 20 draws each,
+and an attack of our own. As DiffBreak (arXiv 2411.16598), it uses the fact that noise hides low frequencies least: it
+filters the gradient g to F^-1 (m F g). F is the Fourier transform. m is 1 for frequencies up to a quarter of the
+highest in each direction, and otherwise 0.
 """
 
 from __future__ import annotations
