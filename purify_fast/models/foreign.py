@@ -185,6 +185,8 @@ def called_by(spec: str) -> Any:
     # Like ``python -m`` and ``python file.py``, search this folder first, also for later imports inside `forward`.
     is_file, module_name = place.endswith(".py"), place
     if is_file:
+        if not Path(place).is_file():
+            raise FileNotFoundError(f"{place} does not exist")
         # Another file of this name may have been imported before, or this file before it was changed.
         module_name = Path(place).stem
         sys.modules.pop(module_name, None)

@@ -53,7 +53,7 @@ class RunLength:
     def check_acts(self, step: int, argument: str) -> int:
         """Return ``step``, or raise ValueError for a loss term whose delay is at least as long as the run."""
         if step >= self.steps:
-            raise ValueError(f"{argument} is too long: its term would begin in step {step + 1} of {self.steps}")
+            raise ValueError(f"{argument} is too long: its term would begin in step {step + 1} of {self.steps}; give 0")
         return step
 
 

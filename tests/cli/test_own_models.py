@@ -77,7 +77,7 @@ def test_every_form_is_found(bars, mine, monkeypatch, spec):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("code/missing.py:make", "No module named 'missing'"),
+        ("code/missing.py:make", "code/missing.py does not exist"),
         ("no_such_module:make", "No module named 'no_such_module'"),
         ("code/my_defence.py:mak", "code/my_defence.py has no function or class 'mak'"),
         ("code/my_defence.py:", "must be package.module:function or path/to/file.py:function, got"),
