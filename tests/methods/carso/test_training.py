@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -86,6 +87,13 @@ def test_the_balanced_batch_is_clean_then_pgd_then_fgsm_weak_before_strong():
     for rows, bound in ((slice(24, 28), eps / 2), (slice(28, 32), eps)):  # FGSM: every free pixel moves by exactly eps
         moved, free = (x - b.x)[rows].abs(), (x[rows] > 0) & (x[rows] < 1)
         assert free.any() and torch.allclose(moved[free], torch.tensor(bound), atol=1e-6)
+
+
+def test_a_bank_that_asks_for_every_row_gets_the_balanced_batch():
+    made, b, config = defence(), batch(32), CarsoConfig(attack=TrainingAttack(eps=0.2, steps=3))
+    bank = SimpleNamespace(images=lambda clean, attacked, groups, make: make(torch.arange(len(clean))))
+    by_rows = balanced_batch(made.classifier, dataclasses.replace(b, bank=bank), config)
+    assert torch.equal(by_rows, balanced_batch(made.classifier, b, config))
 
 
 def test_published_loss_is_reconstruction_plus_weighted_kl():
