@@ -57,6 +57,8 @@ def reached(monkeypatch) -> set[str]:
         return "reference"
 
     monkeypatch.setattr(registry.Op, "serving", serving)
+    # Choices of earlier tests would be used without asking `serving`.
+    registry.forget_choices()
     return names
 
 

@@ -88,7 +88,7 @@ def test_an_attack_in_bfloat16_leaves_the_model_as_it_is_and_lowers_its_accuracy
 @pytest.mark.filterwarnings("ignore:.*have no image:UserWarning")
 def test_jobs_attack_and_predict(tmp_path, forking):
     names = ("digits-diffpure exact", "digits-diffpure fixed", "digits-diffpure authors")
-    exact, fixed, authors = run([job for job in jobs_of("digits", "quick") if job.name in names], tmp_path, 1)
+    exact, fixed, authors = run([job for job in jobs_of("digits", "quick") if job.name in names], tmp_path)
     assert all(len(bits) == 6 for bits in (*exact["clean"]["draws"], exact["attacked"]["vote"]))
     assert len(exact["attacked"]["draws"]) == 2 and len(fixed["attacked"]["draws"]) == 1
     assert [row["kind"] for row in authors["rows"]] == ["authors"] * 2
