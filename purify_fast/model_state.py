@@ -157,10 +157,8 @@ def _by_value(value: Any, inside: Inside) -> Any:
     if isinstance(value, type):
         if issubclass(value, torch.jit.ScriptModule):
             raise TypeError(f"{value.__name__} does not show its code")
-        return [
-            (_name(base), _class_code(base, inside) if _is_users(base.__module__) else ()) for base in value.__mro__
-        ]
-    return (_name(kind), inside(attributes(value)) if _is_users(kind.__module__) else getattr(value, "__name__", ""))
+        return [(_name(base), _class_code(base, inside) if is_users(base.__module__) else ()) for base in value.__mro__]
+    return (_name(kind), inside(attributes(value)) if is_users(kind.__module__) else getattr(value, "__name__", ""))
 
 
 def _content(cell: CellType) -> Any:
@@ -185,16 +183,16 @@ def _name(kind: type) -> str:
 
 def _code() -> list[Any]:
     """The hashes of the source files of the user's loaded modules, and the arguments of the user's script."""
-    users = [module for name, module in list(sys.modules.items()) if _is_users(name)]
+    users = [module for name, module in list(sys.modules.items()) if is_users(name)]
     files = {Path(str(module.__file__)) for module in users if getattr(module, "__file__", None)}
-    script = getattr(sys.modules["__main__"], "__file__", None) and _is_users("__main__")
+    script = getattr(sys.modules["__main__"], "__file__", None) and is_users("__main__")
     return [
         sorted(text_hash(file.read_bytes().hex()).hexdigest() for file in files if file.exists()),
         sys.argv[1:] if script else [],
     ]
 
 
-def _is_users(name: str) -> bool:
+def is_users(name: str) -> bool:
     """Tell whether a module belongs neither to this package, nor to an installed package, nor to Python."""
     module = sys.modules.get(name)
     file = getattr(module, "__file__", None)

@@ -119,11 +119,10 @@ class AttackContext:
             TypeError: an option that is a field of neither class.
             ValueError: a name or a count that is not allowed.
         """
-        unknown = options.keys() - {each.name for one in (cls, Resources) for each in fields(one)}
-        if unknown:
+        own, of_resources = ({each.name for each in fields(one)} for one in (cls, Resources))
+        if unknown := options.keys() - own - of_resources:
             raise TypeError(f"an attack has no option {', '.join(sorted(unknown))}")
-        of_resources = {each.name for each in fields(Resources)} & options.keys()
-        resources = Resources(**{name: options.pop(name) for name in of_resources})
+        resources = Resources(**{name: options.pop(name) for name in of_resources & options.keys()})
         return cls(**{"resources": resources} | options)
 
     def predictions(self, draws: int) -> int:

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .._validation import check_shapes
+from ..model_state import is_users
 from .layers import Normalize, Statistic
 
 LIBRARIES = ("torchvision", "timm")
@@ -187,9 +188,10 @@ def called_by(spec: str) -> Any:
     if is_file:
         if not Path(place).is_file():
             raise FileNotFoundError(f"{place} does not exist")
-        # Another file of this name may have been imported before, or this file before it was changed.
         module_name = Path(place).stem
-        sys.modules.pop(module_name, None)
+        # Another file of this name may have been imported before, or this file before it was changed.
+        if is_users(module_name):
+            sys.modules.pop(module_name, None)
     sys.path.insert(0, str(Path(place).resolve().parent) if is_file else os.getcwd())
     module = importlib.import_module(module_name)
     if name not in vars(module):

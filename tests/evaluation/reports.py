@@ -29,7 +29,7 @@ def drawn(attack, right, wrong, n_eval=5, margins=None, **more):
 
 
 def probed(n=64, **measured):
-    """What probes of n images measured: nothing against the model, but for the given values."""
+    """Return the probes of n images. Only the given values count against the model."""
     return Probes(**{"n": n, "steps": [], "cosine": 1.0, "fell": [0] * n} | measured)
 
 

@@ -44,7 +44,7 @@ def test_products_are_rounded_while_it_is_trained_if_asked(make):
 
 
 def step(task):
-    """One step: the task with its gradients, the loss, and the dtypes that its convolutions put out."""
+    """Take a step. Return the task with its gradients, the loss, and the dtypes of its convolutions' outputs."""
     dtypes = set()
     for layer in task.model.modules():
         if isinstance(layer, nn.Conv2d):

@@ -15,12 +15,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from purify_fast._processor import fast_bfloat16
 from purify_fast.speed import StepGraphs
 from purify_fast.speed.precision import float32_products, raced_convolutions
 from purify_fast.training import Batch, Task
 from purify_fast.training.loop import train_step
 from purify_fast.training.optimizers import fuse
+
+from .expert import DTYPES
+from .expert import autocast as faster_autocast
 
 #: The beginning of the names of the expert's forms.
 EXPERT = "expert"
@@ -84,12 +86,12 @@ class Case:
 
 def precision(device: torch.device) -> str:
     """Return the precision of trainings on a device, in which the expert trains too."""
-    return "bfloat16" if fast_bfloat16(device) else "float32"
+    return str(DTYPES[device.type]).removeprefix("torch.")
 
 
 def autocast(make: Make, device: torch.device, quick: bool) -> Job:
     """Make a job that runs under `torch.autocast` to bfloat16, if that is faster on the device."""
-    job, cast = make(device, quick), torch.autocast(device.type, torch.bfloat16, enabled=fast_bfloat16(device))
+    job, cast = make(device, quick), faster_autocast(device)
     return Job(cast(job.run), cast(job.result))
 
 

@@ -7,6 +7,7 @@ gradient. (An estimator that keeps the hard values is called straight-through, B
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import functools
 from collections.abc import Callable
@@ -172,16 +173,16 @@ EXACT_SLOPE, SOFT_SLOPE = 30.0, 100.0
 Choice = tuple[Tensor, int | None]
 
 
-class HoldingMode(TorchFunctionMode):
+class HoldingMode(TorchFunctionMode, abc.ABC):
     """A function mode that also enters another context, and that can be entered again inside its own block."""
 
     def __init__(self) -> None:
         super().__init__()
         self._open: list[contextlib.ExitStack] = []
 
+    @abc.abstractmethod
     def held(self, stack: contextlib.ExitStack) -> None:
         """Enter the other context."""
-        raise NotImplementedError
 
     def __enter__(self) -> Any:
         stack = contextlib.ExitStack()
