@@ -40,7 +40,7 @@ from .request.preparation import (
     images_and_labels,
     note_of_modes,
     read_attacks,
-    refresh_stale_copies,
+    refresh_copies,
 )
 from .request.specs import AttackFunction, AttackSpec
 from .request.subject import DrawsUnderAttack, Subject, Variant, device_of
@@ -157,7 +157,7 @@ def evaluate(
             stack.enter_context(restored_threads())
             modes = note_of_modes(model, name)
             stack.enter_context(frozen(model))
-            refresh_stale_copies(model, base, *(spec.other_model for spec in given))
+            refresh_copies(model, base, *(spec.other_model for spec in given))
             judging: dict[str, Any] = {each: getattr(config, each) for each in ("n_eval", "predict", "seed")}
             subject = Subject(model, images, labels, batch_size=config.images_together, draws=draws, **judging)
             if config.batch_size == "auto":

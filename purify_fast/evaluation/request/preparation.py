@@ -13,14 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..._tensors import digest
 from ..._validation import Norm, NormName
 from ..._version import __version__
 from ...attacks import Attack, AutoAttack
 from ...attacks.arguments import check_eps
 from ...attacks.original_autoattack import implementation
 from ...attacks.outputs import INSTEAD_OF_PROBABILITIES, ONE_HOT
-from ...model_state import fingerprint, hidden_modules, used_modules
+from ...model_state import hidden_modules, used_modules
 from ...ops.dispatch.records import processor
 from ...protocols import Classifier
 from ...training.batches import as_tensor, check_range, read_batch
@@ -171,25 +170,15 @@ def note_of_modes(model: Classifier, name: str) -> list[str]:
     return [f"{name} has modules in training mode, {', '.join(names[:_NAMED])}: they {what}"] if names else []
 
 
-def refresh_stale_copies(*models: object) -> None:
-    """Renew the copies of classifiers in accelerated defences if the classifiers have changed."""
+def refresh_copies(*models: object) -> None:
+    """Make the copies of classifiers in accelerated defences again, because writes through ``.data`` are not seen."""
     # The evaluation of a model that is no defence of this package needs no code of accelerated copies.
     from ...defences import Defence
 
     modules = {id(part): part for model in models for whole in _wholes(model) for part in whole.modules()}
     for defence in modules.values():
-        if not isinstance(defence, Defence) or defence.fast is None:
-            continue
-        if _contents(defence.fast) != _contents(defence.uncompiled_copies()):
-            logger.warning(
-                "the classifier of %s was changed after accelerate(): the fast copies were made again from the "
-                "classifier as it is now, as refresh() does",
-                type(defence).__name__,
-            )
+        if isinstance(defence, Defence):
             defence.refresh()
-        # Weights that were packed for a kernel may be outdated too, so they are packed again at their next use.
-        elif defence.fast.packed is not None:
-            defence.fast.packed_from = None
 
 
 def _wholes(model: object) -> Iterator[nn.Module]:
@@ -198,9 +187,3 @@ def _wholes(model: object) -> Iterator[nn.Module]:
         yield from (module for _, module in hidden_modules(model))
     elif model is not None:
         yield from (module for _, module in used_modules(model))
-
-
-def _contents(copies: Any) -> list[str]:
-    """Return a hash of each copied network: its fingerprint, or a hash of its tensors if it has no fingerprint."""
-    parts = [copies.classifier.classifier, *([] if copies.reader is None else [copies.reader.model])]
-    return [fingerprint(part) or digest(*part.parameters(), *part.buffers()) for part in parts]

@@ -5,8 +5,6 @@ A row can also refute a claimed robust accuracy.
 
 from __future__ import annotations
 
-import bisect
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,8 +27,6 @@ AUTHORS = "authors"
 #: A claim is refuted if the measured accuracy would be too improbable under it: if the claim were true, an accuracy of
 #: at most the measured accuracy would have a probability below this number.
 REFUTED = 0.01
-#: The largest number of images that a report names as necessary to refute a claim.
-MOST = 2**20
 
 
 @dataclass
@@ -431,24 +427,6 @@ def chance_of_at_most(left: int, images: int, share: float) -> float:
     return min(1.0, math.fsum(terms))
 
 
-def images_to_decide(left: float, claim: float) -> int | None:
-    """Return the number of images that would refute a claim if the measured accuracy stayed the same on them."""
-    if left >= claim:
-        return None
-
-    def refutes(images: int) -> bool:
-        return chance_of_at_most(math.floor(left * images), images, claim) < REFUTED
-
-    most = 1
-    while not refutes(most):
-        most *= 2
-        if most > MOST:
-            return None
-    # Half of `most` images do not refute the claim, so the smallest number that does is above this half.
-    least = most // 2 + 1
-    return least + bisect.bisect_left(range(least, most), True, key=refutes)
-
-
 @dataclass(frozen=True)
 class ClaimTest:
     """The result of the test if a row refutes a claimed robust accuracy.
@@ -464,11 +442,6 @@ class ClaimTest:
     left: int
     images: int
     chance: float
-
-    @functools.cached_property
-    def more(self) -> int | None:
-        """The number of images that would refute the claim, see `images_to_decide`."""
-        return images_to_decide(self.share, self.claim)
 
 
 def judge_claim(claim: float, row: Row, clean: Row | None) -> ClaimTest:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ... import _templates
 from ..alarms.signs import ALARMS, STATES, Finding
-from ..results.rows import MOST, REFUTED, Row, followed
+from ..results.rows import REFUTED, Row, followed
 
 if TYPE_CHECKING:
     import jinja2
@@ -181,8 +181,8 @@ def sentence(name: str, *values: Any) -> str:
 @functools.cache
 def _environment() -> jinja2.Environment:
     environment = _templates.environment(__package__)
-    # Templates may use all names of this module. Four of them are used only there, so they are listed.
-    environment.globals |= globals() | {"MOST": MOST, "REFUTED": REFUTED, "STATES": STATES, "followed": followed}
+    # Templates may use all names of this module. Three of them are used only there, so they are listed.
+    environment.globals |= globals() | {"REFUTED": REFUTED, "STATES": STATES, "followed": followed}
     environment.globals |= {name: functools.partial(sentence, name) for name in SENTENCES}
     return environment
 
