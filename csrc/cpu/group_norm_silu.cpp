@@ -1,17 +1,48 @@
 #include "common.h"
-#include "convolution.h"
 
-#if PF_HAS_PAIRS
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11
+#include <immintrin.h>
+
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <string_view>
+
+#define PF_PAIRS __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
+#define PF_PAIRS_INLINE __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16"), always_inline)) inline
+#define PF_UNROLL _Pragma("GCC unroll 16")
 
 namespace pf::cpu {
 namespace {
 
-using convolution::Lines;
-using convolution::load_numbers;
+// Returns true if the processor has the instructions of PF_PAIRS, and PyTorch's variable does not forbid them.
+bool has_pairs() {
+  const char* set = std::getenv("ATEN_CPU_CAPABILITY");
+  const std::string_view most = set ? set : "";
+  return most != "avx2" && most != "default" && __builtin_cpu_supports("avx512bf16") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+
+struct Free {
+  void operator()(void* at) const { std::free(at); }
+};
+using Floats = std::unique_ptr<float, Free>;
+
+// Returns uninitialized memory that is aligned to cache lines.
+Floats lines(int64_t count) {
+  void* at = std::aligned_alloc(64, (count * sizeof(float) + 63) / 64 * 64);
+  if (!at) throw std::bad_alloc();
+  return Floats(static_cast<float*>(at));
+}
+
+// Loads 16 numbers of bfloat16, and converts them to float32.
+PF_PAIRS_INLINE __m512 load_numbers(const uint16_t* from) {
+  const __m256i numbers = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16));
+}
 
 // The number of channels in a vector.
 constexpr int64_t lanes = 16;
-constexpr __mmask16 all = 0xffff;
 
 struct Sizes {
   // `width` is the number of channels in a group: 4, 8, or a multiple of 16.
@@ -61,7 +92,7 @@ class Block {
   PF_PAIRS Block(const Sizes& sizes, const uint16_t* first, const float* moved) : s(sizes), x(first), shift(moved) {
     const float width = static_cast<float>(s.width);
     const __m512 pixels = _mm512_set1_ps(static_cast<float>(s.pixels));
-    Lines<float> means(s.block()), squares(s.block());
+    const Floats means = lines(s.block()), squares = lines(s.block());
     __m512 total = _mm512_setzero_ps();
     for (int64_t c = 0; c < s.block(); c += lanes) {
       // The sums use differences from the first pixel: squares of large numbers would lose the digits of the deviation.
@@ -94,7 +125,7 @@ class Block {
     const __m512 deviation = _mm512_sqrt_ps(_mm512_add_ps(variance, _mm512_set1_ps(s.eps)));
     inverse = _mm512_div_ps(_mm512_set1_ps(1.0f), deviation);
   }
-  PF_PAIRS_INLINE __m512 at(int64_t pixel, int64_t c) const { return load_numbers(x + pixel * s.channels + c, all); }
+  PF_PAIRS_INLINE __m512 at(int64_t pixel, int64_t c) const { return load_numbers(x + pixel * s.channels + c); }
   PF_PAIRS_INLINE __m512 moved_by(int64_t c) const { return shift ? _mm512_loadu_ps(shift + c) : _mm512_setzero_ps(); }
   PF_PAIRS_INLINE Affine affine(const float* weight, const float* bias, int64_t c) const {
     return {_mm512_sub_ps(mean, moved_by(c)), _mm512_mul_ps(inverse, _mm512_loadu_ps(weight + c)),
@@ -151,7 +182,7 @@ PF_PAIRS void backward_block(const Sizes& s, const Operands& in, const uint16_t*
       const __m512 slope = _mm512_mul_ps(near, _mm512_fmadd_ps(n, far, one));
       // m is the gradient of (x - center), without the parts that come through the mean and the deviation. The second
       // loop subtracts these parts.
-      const __m512 g = load_numbers(grad + first + p * s.channels + c, all);
+      const __m512 g = load_numbers(grad + first + p * s.channels + c);
       const __m512 m = _mm512_mul_ps(_mm512_mul_ps(g, slope), a.scale);
       sums = _mm512_add_ps(sums, m);
       products = _mm512_fmadd_ps(m, d, products);
@@ -226,7 +257,7 @@ Tensor group_norm_silu_backward(Tensor grad, Tensor x, Tensor weight, Tensor bia
   STD_TORCH_CHECK(g.numel() == x.numel(), "group_norm_silu_backward: grad must have the shape of x");
   return like(x, weight, bias, shift, groups, eps, [&](const Sizes& s, const Operands& in, uint16_t* out) {
     parallel_rows(s.images * s.blocks(), 2 * s.pixels * s.block(), [&](int64_t begin, int64_t end) {
-      Lines<float> kept(s.pixels * s.block());
+      const Floats kept = lines(s.pixels * s.block());
       for_each_block(s, in, begin, end, [&](int64_t first, int64_t channel, const float* moved) {
         backward_block(s, in, words(g), first, channel, moved, kept.get(), out);
       });
@@ -239,7 +270,7 @@ Tensor group_norm_silu_backward(Tensor grad, Tensor x, Tensor weight, Tensor bia
 
 STABLE_TORCH_LIBRARY_IMPL(purify_fast, CPU, m) {
   // On other processors these ops have no kernel, and purify_fast runs their references.
-  if (pf::cpu::convolution::has_pairs()) {
+  if (pf::cpu::has_pairs()) {
     m.impl("group_norm_silu", TORCH_BOX(&pf::cpu::group_norm_silu));
     m.impl("group_norm_silu_backward", TORCH_BOX(&pf::cpu::group_norm_silu_backward));
   }

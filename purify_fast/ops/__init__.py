@@ -6,7 +6,6 @@ from .aggregate import aggregate as aggregate
 from .apgd_step import apgd_step as apgd_step
 from .contextual_attention import contextual_attention as contextual_attention
 from .contextual_attention import key_validity as key_validity
-from .convolution import conv2d as conv2d
 from .decode_samples import decode_prior as decode_prior
 from .diffusion_step import diffusion_step as diffusion_step
 from .dispatch.registry import REGISTRY as REGISTRY

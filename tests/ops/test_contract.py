@@ -419,7 +419,6 @@ BALL = {
 }
 NAMED = {"seed": (7, torch.tensor(1)), "sample_ids": ([0, 1, 2], IDS.float(), IDS.to(META))}
 ONE_PER_SAMPLE = {**NAMED, "sample_ids": (*NAMED["sample_ids"], torch.arange(2))}
-LAYER = {"input": torch.zeros(2, 6, 9, 8), "weight": torch.zeros(10, 6, 3, 3), "bias": torch.zeros(10)}
 #: By function: arguments that it takes, and values of single arguments that it refuses.
 REFUSALS: dict[str, tuple[dict, dict[str, tuple]]] = {
     "aggregate": (
@@ -439,17 +438,6 @@ REFUSALS: dict[str, tuple[dict, dict[str, tuple]]] = {
         {
             "features": (torch.zeros(2, 3, 4, 4).int(), torch.zeros(2, 3, 5, 4)),
             "valid": (VALID[:, :5], VALID.to(META)),
-        },
-    ),
-    "conv2d": (
-        LAYER,
-        {
-            "input": (torch.zeros(2, 4, 9, 8), torch.zeros(2, 6, 9, 8).long(), torch.zeros(2, 6, 2, 8)),
-            "weight": (None,),
-            "bias": (torch.zeros(9), torch.zeros(10).double()),
-            "stride": (0,),
-            "padding": ((1, -1),),
-            "dilation": (1.5,),
         },
     ),
     "decode_prior": (
@@ -562,7 +550,6 @@ REFUSALS: dict[str, tuple[dict, dict[str, tuple]]] = {
 TOGETHER: dict[str, list[dict]] = {
     "pgd_step": [dict.fromkeys(("x", "grad", "x_nat"), torch.zeros(3))],
     "apgd_step": [{"eps": torch.zeros(3, 1)}],
-    "conv2d": [{"input": LAYER["input"], "dilation": 9}],
     "random_transform": [{"block": 2, "num_passes": 256}, {"mask": BLOCKED[:, :1], "num_passes": 2}],
     "reconstruction_loss": [{"reconstruction": IDS.float(), "target": IDS.float()}],
     "representation_distance": [
