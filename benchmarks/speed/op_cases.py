@@ -412,23 +412,3 @@ def diffusion_step(shape: Shape, dtype: torch.dtype, variant: str) -> Case:
         differentiable=(0, 1),
         symbols={"N": halves},
     )
-
-
-@measured(
-    ((32, 32, 16, 16), (32, 96, 16, 16), (32, 192, 8, 8), (32, 128, 4, 4)),
-    ((torch.bfloat16, "channels_last"),),
-)
-def group_norm_silu(shape: Shape, dtype: torch.dtype, variant: str) -> Case:
-    """The inputs are feature maps of a U-Net of width 32, for 32 x 32 images in patches of 2 x 2."""
-    channels = shape[1]
-    return Case(
-        lambda: (
-            normal(*shape, dtype=dtype, layout=variant),
-            *(normal(channels, dtype=torch.float32) for _ in range(2)),
-            normal(1, channels, dtype=torch.float32),
-        ),
-        # A group has 16 channels.
-        lambda x, weight, bias, shift: ops.group_norm_silu(x, channels // 16, weight, bias, shift),
-        {"forward": "2*n*s", "backward": "3*n*s"},
-        (0,),
-    )

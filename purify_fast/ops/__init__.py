@@ -12,7 +12,6 @@ from .dispatch.registry import REGISTRY as REGISTRY
 from .dispatch.registry import kernels_now as kernels_now
 from .dispatch.registry import use_backend as use_backend
 from .gated_elu import gated_elu as gated_elu
-from .group_norm_silu import group_norm_silu as group_norm_silu
 from .hyperplane_projection import hyperplane_projection as hyperplane_projection
 from .noisy_replay import noisy_replay as noisy_replay
 from .pgd_step import pgd_step as pgd_step

@@ -467,10 +467,6 @@ REFUSALS: dict[str, tuple[dict, dict[str, tuple]]] = {
         },
     ),
     "gated_elu": ({"features": ROW}, {"features": (ROW.byte(), torch.zeros(3, 5, 4, 4))}),
-    "group_norm_silu": (
-        {"x": torch.zeros(2, 6, 9, 8), "groups": 3, "weight": torch.ones(6), "bias": torch.ones(6)},
-        {"x": (torch.zeros(2, 6, 9, 8).long(),)},
-    ),
     "hyperplane_projection": (
         {"x": ROW, "w": ROW, "b": 0.0},
         {
