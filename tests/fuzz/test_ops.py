@@ -140,7 +140,7 @@ def gated_elu(draw) -> dict:
 
 def reconstruction_loss(draw) -> dict:
     shape, dtype = (draw(st.integers(0, 4)), *image_shape(draw)), draw(st.sampled_from(FLOATS))
-    return {"reconstruction": 3 * normal(draw, *shape, dtype=dtype), "target": uniform(draw, *shape, dtype=dtype)}
+    return {"logits": 3 * normal(draw, *shape, dtype=dtype), "target": uniform(draw, *shape, dtype=dtype)}
 
 
 def sample_latent(draw) -> dict:

@@ -502,18 +502,12 @@ REFUSALS: dict[str, tuple[dict, dict[str, tuple]]] = {
             "mask_ratio": (1.0, -0.1, math.nan),
             "num_passes": (0, 4, 7),
             "samples": (0,),
-            "mask": (BLOCKED[:, :2, 0, 0], BLOCKED[:, :1].to(META)),
             "dtype": (torch.int8,),
         },
     ),
     "reconstruction_loss": (
-        {"reconstruction": ROW, "target": ROW},
-        {
-            "target": (torch.zeros(3, 5), ROW.byte(), ROW.to(META)),
-            "reconstruction": (torch.zeros(2, 5, 4),),
-            "kind": ("l1",),
-            "reduction": ("batchmean",),
-        },
+        {"logits": ROW, "target": ROW},
+        {"target": (torch.zeros(3, 5), ROW.byte(), ROW.to(META)), "logits": (torch.zeros(2, 5, 4),)},
     ),
     "representation_distance": (
         {"student": ROW, "teacher": ROW},
@@ -546,8 +540,8 @@ REFUSALS: dict[str, tuple[dict, dict[str, tuple]]] = {
 TOGETHER: dict[str, list[dict]] = {
     "pgd_step": [dict.fromkeys(("x", "grad", "x_nat"), torch.zeros(3))],
     "apgd_step": [{"eps": torch.zeros(3, 1)}],
-    "random_transform": [{"block": 2, "num_passes": 256}, {"mask": BLOCKED[:, :1], "num_passes": 2}],
-    "reconstruction_loss": [{"reconstruction": IDS.float(), "target": IDS.float()}],
+    "random_transform": [{"block": 2, "num_passes": 256}],
+    "reconstruction_loss": [{"logits": IDS.float(), "target": IDS.float()}],
     "representation_distance": [
         {"student": IDS.float(), "teacher": IDS.float()},
         {"student": [ROW, ROW.to(META)], "teacher": [ROW, ROW.to(META)]},
