@@ -1,7 +1,4 @@
-"""Tells what the processor can. All code that depends on its instructions asks the functions of this file.
-
-PyTorch's variable ATEN_CPU_CAPABILITY and oneDNN's variable ONEDNN_MAX_CPU_ISA also lower these answers.
-"""
+"""Tells whether the processor is fast in bfloat16, and chooses the precision of a training by that."""
 
 from __future__ import annotations
 
@@ -13,46 +10,30 @@ import time
 from typing import Any, TypeVar
 
 import torch
+from torch.nn.grad import conv2d_input
 
 logger = logging.getLogger("purify_fast")
 
 Config = TypeVar("Config", bound=Any)
 
-#: A CPU is fast in bfloat16 if a product of matrices takes less than this share of the time in float32. The
-#: instructions alone do not tell: on a Xeon with AVX512-BF16 and without tiles, it took 1.6 times as long.
+#: A CPU is fast in bfloat16 if a convolution takes less than this share of the time in float32. The instructions alone
+#: do not tell: on a Xeon with AVX512-BF16 and without tiles, a product of matrices took 1.6 times as long.
 FASTER = 0.8
 
 
-@functools.cache
-def cpu_features() -> frozenset[str]:
-    """Return what the CPU can do in bfloat16."""
+def _multiplies_bfloat16() -> bool:
+    """Tell whether the CPU has instructions for bfloat16, which variables of PyTorch and oneDNN can forbid."""
     most = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
     plain = os.environ.get("ATEN_CPU_CAPABILITY", "").lower() in ("default", "avx2")
-    tiles = not plain and any(name in most for name in ("AMX", "ALL", "DEFAULT"))
-    pairs = tiles or (not plain and any(name in most for name in ("BF16", "FP16", "AVX10")))
-    found = {
-        "avx512_bf16": pairs and torch.cpu._is_avx512_bf16_supported(),
-        "amx_tile": tiles and torch.cpu._is_amx_tile_supported(),
-        "onednn": torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported(),
-    }
-    return frozenset(name for name, there in found.items() if there)
+    allowed = any(name in most for name in ("AMX", "ALL", "DEFAULT", "BF16", "FP16", "AVX10"))
+    return not plain and allowed and torch.cpu._is_avx512_bf16_supported()
 
 
 def fast_bfloat16(device: torch.device) -> bool:
     """Tell whether a CPU or a GPU multiplies bfloat16 faster than float32. A CPU is timed once."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and "avx512_bf16" in cpu_features() and _measured_ratio() < FASTER
-
-
-def has_tiles() -> bool:
-    """Tell whether the processor has matrix tiles (AMX) for bfloat16."""
-    return "amx_tile" in cpu_features()
-
-
-def onednn_takes_bfloat16() -> bool:
-    """Tell whether oneDNN accepts weights in bfloat16 on this processor."""
-    return "onednn" in cpu_features()
+    return device.type == "cpu" and _multiplies_bfloat16() and _measured_ratio() < FASTER
 
 
 def with_known_precision(config: Config, device: torch.device) -> Config:
@@ -67,13 +48,15 @@ def with_known_precision(config: Config, device: torch.device) -> Config:
 @functools.cache
 @torch.inference_mode()
 def _measured_ratio() -> float:
-    """The time of a product of matrices in bfloat16, as a share of its time in float32."""
+    """The time of a small convolution and its gradient in bfloat16, as a share of their time in float32."""
+    last = torch.channels_last
     fastest = dict[torch.dtype, float]()
     for _ in range(10):
         for dtype in (torch.float32, torch.bfloat16):
             # Other work makes some runs slower, so the kinds alternate, and the fastest run of each counts.
-            a, b = torch.ones(256, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
+            x = torch.ones(8, 64, 16, 16, dtype=dtype).contiguous(memory_format=last)
+            weight = torch.ones(64, 64, 3, 3, dtype=dtype).contiguous(memory_format=last)
             begin = time.perf_counter()
-            torch.mm(a, b)
+            conv2d_input(x.shape, weight, torch.conv2d(x, weight, padding=1), padding=1)
             fastest[dtype] = min(fastest.get(dtype, float("inf")), time.perf_counter() - begin)
     return fastest[torch.bfloat16] / fastest[torch.float32]

@@ -60,22 +60,13 @@ class SampleLatent(nn.Module):
 
 
 class ReconstructionLoss(nn.Module):
-    """Computes the loss of reconstructions, summed over each of them, by `reconstruction_loss`.
+    """Computes the binary cross-entropy of reconstructions, summed over each of them, by `reconstruction_loss`.
 
-    ``forward(reconstruction [B, ...] or [B, K, ...], target [B, ...]) -> [B] or [B, K]``, or ``[]`` with a reduction.
-
-    Args:
-        kind: ``bce`` or ``mse``.
-        from_logits: False if the reconstructions are probabilities.
-        reduction: ``none``, ``mean`` or ``sum``.
+    ``forward(logits [B, ...], target [B, ...]) -> [B]``
     """
 
-    def __init__(self, kind: str = "bce", *, from_logits: bool = True, reduction: str = "none"):
-        super().__init__()
-        self.kind, self.form = kind, dict[str, Any](from_logits=from_logits, reduction=reduction)
-
-    def forward(self, reconstruction: Tensor, target: Tensor) -> Tensor:
-        return ops.reconstruction_loss(reconstruction, target, self.kind, **self.form)
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        return ops.reconstruction_loss(logits, target)
 
 
 class Aggregate(nn.Module):
@@ -83,15 +74,14 @@ class Aggregate(nn.Module):
 
     Args:
         method: ``lse``, ``peel``, ``mean``, ``mean_sigmoid`` or ``vote``.
-        dim: dimension of the samples.
     """
 
-    def __init__(self, method: str = "lse", dim: int = 1):
+    def __init__(self, method: str = "lse"):
         super().__init__()
-        self.method, self.dim = method, dim
+        self.method = method
 
     def forward(self, logits: Tensor) -> Tensor:
-        return ops.aggregate(logits, self.method, self.dim)
+        return ops.aggregate(logits, self.method)
 
 
 class GatedELU(nn.Module):
@@ -123,8 +113,7 @@ class ContextualAttention(nn.Module):
 class RandomMask(nn.Module):
     """Adds noise to images, hides random blocks and appends the mask, by `random_transform`.
 
-    ``forward(x [B, C, H, W]) -> packed [B, C + 2, H, W], owners``. Any argument of `random_transform` may follow, such
-    as your own ``mask``.
+    ``forward(x [B, C, H, W]) -> packed [B, C + 2, H, W], owners``. Any argument of `random_transform` may follow.
 
     Args:
         block: side of a block in pixels.

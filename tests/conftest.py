@@ -48,7 +48,6 @@ OF_THE_MACHINE = (
     "needs a CUDA device",
     "a GPU",
     "neither streams nor CUDA graphs",
-    "AVX512-BF16",
     "flush denormals",
     "no kernel",
     "no such kernel",

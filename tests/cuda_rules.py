@@ -146,6 +146,6 @@ def cuda_rules() -> Iterator[None]:
         raise RefusedOnCUDA(message)
 
     # The package asks for a device's type before it normalizes images of 16 bits with weights in float32.
-    no_device = mock.patch.object(import_module("purify_fast.ops.group_norm_silu"), "MIXED_DTYPES", ())
+    no_device = mock.patch.object(import_module("purify_fast.models.unet"), "MIXED_DTYPES", ())
     with no_device, _Autocast(refused), _Operators(refused):
         yield

@@ -11,7 +11,7 @@ import purify_fast
 from purify_fast import ops
 
 X, SEED = torch.rand(3, 3, 8, 8), torch.tensor([1])
-MU, LOGVAR, LOGITS, MANY = torch.randn(3, 2, 5), torch.randn(3, 2, 5), torch.randn(3, 10, 4), torch.rand(3, 4, 3, 8, 8)
+MU, LOGVAR, LOGITS, OUTPUT = torch.randn(3, 2, 5), torch.randn(3, 2, 5), torch.randn(3, 10, 4), torch.randn(3, 3, 8, 8)
 STUDENT, TEACHER, FEATURES = *torch.randn(2, 4, 6, 5, dtype=torch.float64), torch.randn(2, 4, 8, 8)
 HIDDEN = F.pad(torch.ones(2, 1, 8, 8), (0, 56, 0, 56))
 MODULES, DISTANCE = purify_fast.nn, 1 - F.cosine_similarity(STUDENT.flatten(1), TEACHER.flatten(1))
@@ -21,16 +21,11 @@ CASES = [
     (MODULES.CosineDistance(), ([STUDENT] * 2, [TEACHER] * 2), torch.stack([DISTANCE] * 2, 1)),
     (lambda *given: MODULES.SampleLatent()(*given, seed=SEED), (MU, LOGVAR), ops.sample_latent(MU, LOGVAR, SEED)),
     (
-        MODULES.ReconstructionLoss("mse", reduction="mean"),
-        (MANY, X),
-        (MANY - X[:, None]).square().sum((2, 3, 4)).mean(),
+        MODULES.ReconstructionLoss(),
+        (OUTPUT, X),
+        F.binary_cross_entropy_with_logits(OUTPUT, X, reduction="none").sum((1, 2, 3)),
     ),
-    (
-        MODULES.ReconstructionLoss(from_logits=False, reduction="sum"),
-        (X, X),
-        F.binary_cross_entropy(X, X, reduction="sum"),
-    ),
-    (MODULES.Aggregate(dim=-1), (LOGITS,), LOGITS.logsumexp(-1)),
+    (MODULES.Aggregate(), (LOGITS,), LOGITS.logsumexp(1)),
     (MODULES.GatedELU(), (X[:, :2],), F.elu(X[:, :1]) * X[:, 1:2].sigmoid()),
     (
         MODULES.ContextualAttention(),
@@ -54,8 +49,6 @@ def test_a_teacher_with_a_gradient_is_refused():
 def test_a_random_mask_hides_and_stitch_puts_together():
     packed, owners = purify_fast.nn.RandomMask(block=2, ratio=0.5)(X)
     assert (owners.sum((0, 2, 3)) == 8).all() and (packed[:, :3][packed[:, 4:].expand(-1, 3, -1, -1) == 1] == 0).all()
-    mine, _ = purify_fast.nn.RandomMask(block=2)(X, mask=packed[:, 4:])
-    torch.testing.assert_close(mine, packed)
     passes, owners = purify_fast.nn.RandomMask(block=2)(X, num_passes=4)
     assert purify_fast.nn.Stitch()(passes, owners).shape == (3, 5, 8, 8)
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
 
-import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from purify_fast.ops import use_backend
@@ -23,12 +20,6 @@ class _NoModules(SimpleNamespace):
         pass
 
 
-def _by_onednn(images: Any, second: Any, third: Any, *_: Any, out_shape: Any, **__: Any) -> int:
-    # The variant that adds a map has this map before the weight [O, C, K, L]. The result is [B, O, H, W].
-    weight = third if third is not None and len(third) == 4 else second
-    return 2 * math.prod(weight) * math.prod(out_shape) // out_shape[1]
-
-
 class Flops(FlopCounterMode):
     """PyTorch's counter of FLOP without the hooks that count for each module separately.
 
@@ -36,7 +27,7 @@ class Flops(FlopCounterMode):
     """
 
     def __init__(self) -> None:
-        super().__init__(display=False, custom_mapping={torch.ops.mkldnn._convolution_pointwise: _by_onednn})
+        super().__init__(display=False)
         self.mod_tracker = _NoModules(parents={"Global"})
 
 

@@ -242,12 +242,6 @@ PF_INLINE W sigmoid(W x) {
   return (x < 0 ? e : W(1)) / (1 + e);
 }
 
-// Returns log(sigmoid(x)), which is never above 0.
-template <class W>
-PF_INLINE W log_sigmoid(W x) {
-  return min_nan(x, W(0)) - log1p_unit(exp_unit(-abs(x)));
-}
-
 // Sets out[i] = value(i). Rounding to 16 bits has its own loop: with clamps, compilers do not vectorize it.
 template <class T, class F>
 PF_INLINE void store_all(T* __restrict__ out, int64_t n, F value) {

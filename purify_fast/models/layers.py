@@ -19,23 +19,10 @@ from torch.nn import functional as F
 from .._process import processes
 from .._tensors import last_channels
 from .._validation import check_counts
-from ..ops.convolution import OP, conv2d
 from ..ops.dispatch.gradient import first_order
 
 #: A statistic of images: a number for all channels, or one per channel.
 Statistic: TypeAlias = float | Sequence[float] | Tensor | np.ndarray
-
-
-class Conv2d(nn.Conv2d):
-    """torch's Conv2d, which calls `purify_fast.ops.conv2d` where that has a kernel, for one group and zero padding."""
-
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        # Where no kernel exists, as on GPUs and on CPUs with AMX, the checks of `conv2d` would only take time.
-        if OP.kernel(input.device.type) == "reference":
-            return super()._conv_forward(input, weight, bias)
-        if self.groups != 1 or self.padding_mode != "zeros" or isinstance(self.padding, str) or input.dim() != 4:
-            return super()._conv_forward(input, weight, bias)
-        return conv2d(input, weight, bias, stride=self.stride, padding=self.padding, dilation=self.dilation)
 
 
 class LeakyReLU(nn.Module):

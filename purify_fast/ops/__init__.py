@@ -6,14 +6,12 @@ from .aggregate import aggregate as aggregate
 from .apgd_step import apgd_step as apgd_step
 from .contextual_attention import contextual_attention as contextual_attention
 from .contextual_attention import key_validity as key_validity
-from .convolution import conv2d as conv2d
 from .decode_samples import decode_prior as decode_prior
 from .diffusion_step import diffusion_step as diffusion_step
 from .dispatch.registry import REGISTRY as REGISTRY
 from .dispatch.registry import kernels_now as kernels_now
 from .dispatch.registry import use_backend as use_backend
 from .gated_elu import gated_elu as gated_elu
-from .group_norm_silu import group_norm_silu as group_norm_silu
 from .hyperplane_projection import hyperplane_projection as hyperplane_projection
 from .noisy_replay import noisy_replay as noisy_replay
 from .pgd_step import pgd_step as pgd_step

@@ -147,7 +147,7 @@ _aggregate = differentiable(
 )
 
 
-def aggregate(logits: Tensor, method: str = "lse", dim: int = 1) -> Tensor:
+def aggregate(logits: Tensor, method: str = "lse") -> Tensor:
     """Combine the logits of K samples into one prediction per image.
 
     Args:
@@ -155,25 +155,19 @@ def aggregate(logits: Tensor, method: str = "lse", dim: int = 1) -> Tensor:
         method: ``lse``, ``peel`` (log-probabilities), ``mean``, ``mean_sigmoid`` or ``vote``, which has gradient 0:
             attack ``lse`` in its place. ``peel_reference`` is CARSO's published form, on which attacks give
             meaningless results.
-        dim: dimension of the K samples. The others are the batch and, last, the classes. So logits is ``[B, C, K]`` for
-            dim = -1 and ``[K, B, C]`` for dim = 0.
 
     Returns:
         ``[B, C]``, float32 (float64 for float64 inputs), also under autocast. Finite for logits up to 1e8, except for
         the published form. ``lse``, ``peel`` and ``peel_reference`` (where finite) have the same argmax.
 
     Raises:
-        ValueError: a shape, a dtype, the method or dim is wrong.
+        ValueError: a shape, a dtype or the method is wrong.
 
     The op has first-order gradients only and is deterministic. The kernels do not support ``vmap``.
     """
     check_floating(logits=logits)
     if logits.dim() != 3:
         raise ValueError(f"logits must be [B, K, C], got {list(logits.shape)}")
-    if not -3 <= dim <= 2:
-        raise ValueError(f"dim must be from -3 to 2, got {dim}")
-    if dim not in (1, -2):
-        logits = logits.movedim(dim, 1)
     if logits.shape[1] < 1 or logits.shape[2] < 2:
         raise ValueError(f"logits must have K >= 1 samples and C >= 2 classes, got [B, K, C] = {list(logits.shape)}")
     if method == "peel_reference":

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._tensors import FLOATING, check_floating, check_one_device, memory_format, without_autocast
+from .._tensors import FLOATING, check_floating, memory_format, without_autocast
 from .dispatch.examples import LAYOUTS, ROWS, examples, laid_out, stream, uniform
 from .dispatch.gradient import differentiable, needs_gradient
 from .dispatch.registry import define_backward, define_op, wide
@@ -163,17 +163,6 @@ BACKWARD = define_backward(
 _random_transform = differentiable(OP.handle, lambda *given: BACKWARD(*given), _saved, constants=1)
 
 
-def _owners(mask: Tensor, x: Tensor, passes: int | None, samples: int) -> Tensor:
-    """Return the owners of the pixels, [S, B, H, W], for the caller's mask."""
-    batch, _, height, width = x.shape
-    if mask.shape not in ((height, width), (1, 1, height, width), (batch, 1, height, width)) or passes is not None:
-        wanted = f"[H, W] = {[height, width]}, [1, 1, H, W] or [B, 1, H, W], and num_passes None"
-        raise ValueError(f"mask must be {wanted}, got {list(mask.shape)} and num_passes = {passes}")
-    check_one_device(x=x, mask=mask)
-    hidden = (mask != 0).to(torch.uint8).expand(batch, 1, height, width)[:, 0]
-    return hidden.expand(samples, batch, height, width).contiguous()
-
-
 def random_transform(
     x: Tensor,
     seed: Tensor | None = None,
@@ -185,7 +174,6 @@ def random_transform(
     num_passes: int | None = None,
     samples: int = 1,
     shared_mask: bool = False,
-    mask: Tensor | None = None,
     dtype: torch.dtype | None = None,
     channels_last: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -203,9 +191,6 @@ def random_transform(
             everything. None stands for RT1 and RT2, which have a single pass.
         samples: S, the number of independent draws of noise and mask for every image.
         shared_mask: True to use the same mask for all images of a batch, as in the official code.
-        mask: your own mask in place of a random mask, bool or a number, ``[H, W]``, ``[1, 1, H, W]`` or
-            ``[B, 1, H, W]``. Pixels that are not 0 are hidden, in every draw. block, mask_ratio and shared_mask then
-            have no effect. PyTorch's operators compute this form.
         dtype: dtype of the output, x's by default. t is rounded to it at the end.
         channels_last: True to return the output in the memory format channels_last.
 
@@ -214,7 +199,7 @@ def random_transform(
         draw (N = 1 for RT1 and RT2). Its channels are t, which is in [-1, 1] and 0 where hidden; a plane of ones; and
         the mask m, which is 1 where hidden and 0 elsewhere. owners is uint8 ``[S, B, H / block, W / block]``: for RT1
         and RT2, 1 for a hidden block and 0 for the others; for RT3, the index of the pass that hides the block (see
-        `stitch`). With your own mask, each pixel is a block.
+        `stitch`).
 
     Raises:
         TypeError: seed or sample_ids is neither None nor a tensor.
@@ -230,7 +215,6 @@ def random_transform(
         raise ValueError(f"x must be [B, C, H, W], got {list(x.shape)}")
     seed, sample_ids = default_stream(seed, sample_ids, x.shape[0], x=x)
     height, width = x.shape[2:]
-    block = block if mask is None else 1
     if block < 1 or height < 1 or width < 1 or height % block or width % block:
         raise ValueError(f"block must be at least 1 and divide the image, got block = {block} for {height} x {width}")
     if not 0 <= sigma < math.inf:
@@ -245,9 +229,6 @@ def random_transform(
         raise ValueError(f"samples must be at least 1 and below 2^63, got {samples}")
     if dtype not in FLOATING:
         raise ValueError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
-    if mask is not None:
-        owners = _owners(mask, x, num_passes, samples)
-        return _packed(_noisy(x, seed, sample_ids, sigma, samples), owners, 0, dtype, channels_last), owners
     # 1e-6 compensates rounding: 1/49 of 49 blocks is one block, although the floating-point product is 0.999...
     masked_blocks = min(int(mask_ratio * blocks + 1e-6), blocks - 1) if num_passes is None else 0
     kernel = _random_transform if needs_gradient(x) else OP.handle

@@ -25,7 +25,6 @@ from benchmarks.speed.pipelines import (
     registry,
 )
 from benchmarks.speed.pipelines.carso_inference import latents
-from purify_fast.ops import conv2d, use_backend
 from purify_fast.speed.precision import float32_settings
 
 CPU = torch.device("cpu")
@@ -251,16 +250,6 @@ def test_quick_run_writes_rows_and_tables(tmp_path, capsys, monkeypatch, forking
     (tmp_path / sheets.PIPELINES_TABLE).unlink()
     sheets.report(tmp_path)
     assert (tmp_path / sheets.PIPELINES_TABLE).read_text() == table
-
-
-@pytest.mark.parametrize("stride", [1, 2])
-def test_the_package_s_own_convolutions_count_as_torch_s(stride):
-    tensors = [torch.rand(shape, dtype=torch.bfloat16, requires_grad=True) for shape in ((2, 5, 9, 8), (7, 5, 3, 3))]
-    counts = []
-    for function in (torch.nn.functional.conv2d, conv2d):
-        with use_backend("cpp"):
-            counts.append(flop_of(lambda f=function: f(*tensors, stride=stride, padding=1).sum().backward()))
-    assert counts[0] == counts[1] > 0
 
 
 def test_the_memory_of_a_run_is_what_it_has_at_once():

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from denoisers import trained_unet
+from torch import nn
 from torch.nn import functional as F
 
+from purify_fast.models import unet
 from purify_fast.models.unet import UNet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -64,6 +66,33 @@ def test_bfloat16_is_near_float32():
         rounded = model(x, t)
     assert rounded.dtype == torch.bfloat16
     assert F.cosine_similarity(rounded.float().flatten(), exact.flatten(), 0) > 0.999
+
+
+@pytest.mark.parametrize("by_device", [True, False], ids=["as on a CPU", "as on CUDA"])
+def test_16_bit_images_with_float32_weights(by_device, monkeypatch):
+    if not by_device:
+        monkeypatch.setattr(unet, "MIXED_DTYPES", ())
+    norm, x = nn.GroupNorm(2, 32), torch.randn(2, 32, 4, 4).bfloat16().requires_grad_()
+    for weight in norm.parameters():
+        nn.init.normal_(weight)
+    shift, leaves = torch.randn(2, 32), [x, *norm.parameters()]
+    out = unet._active(norm, x, shift)
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    wanted = F.silu(F.group_norm(exact[0] + shift[:, :, None, None], 2, *exact[1:]))
+    assert out.dtype == torch.bfloat16 and (out - wanted).norm() < 0.01 * wanted.norm()
+    found, golden = (torch.autograd.grad(one.sum(), all_of) for one, all_of in ((out, leaves), (wanted, exact)))
+    assert [one.dtype for one in found] == [torch.bfloat16, torch.float32, torch.float32]
+    assert all((one - other).norm() < 0.02 * other.norm() for one, other in zip(found, golden, strict=True))
+
+
+def test_transforms_of_torch_func_pass_through_enlarged_maps():
+    """They refuse the functions of autograd that are made for speed."""
+    net, x, t = network(width=16).requires_grad_(False), torch.randn(2, 3, 16, 16), torch.tensor(50.0)
+    found = torch.func.grad(lambda x: net(x, t).square().sum())(x)
+    leaf = x.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(net(leaf, t).square().sum(), leaf)
+    assert wanted.any()
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -19,31 +19,11 @@ BACKWARDS = [name for name in REGISTRY if name.endswith("_backward") and not nam
 #: Their normals are float32 numbers, which differ by a few units in the last place.
 DRAWN = ("philox", "diffusion_step", "random_transform", "sample_latent")
 ONE, LONG = ((ROWS, 1),), ((ROWS, 20001),)
-#: Height, width and channels, then the number of outputs, the kernel, the stride, the padding and the dilation.
-LAYERS = (
-    ((1, 1, 1), 1, 1, 1, 0, 1),
-    ((7, 5, 3), 5, 3, 1, 1, 1),
-    ((9, 9, 5), 48, 5, 1, 2, 1),
-    ((9, 8, 24), 24, 3, 2, 1, 1),
-    ((6, 6, 17), 40, 3, 1, 4, 4),
-    ((11, 13, 20), 70, 3, 2, 0, 1),
-    ((8, 8, 9), 9, 3, 3, 2, 2),
-    ((4, 3, 130), 136, 2, 1, 1, 1),
-    ((20, 37, 4), 8, 4, 3, 5, 2),
-)
 #: Settings of further examples: a single number, other ends of vectors and of tiles, and blocks of several sizes.
 FURTHER = {
     "apgd_step": [(norm, "", (ROWS, 1)) for norm in ("linf", "l2")],
-    **{
-        name: [
-            ((ROWS, *size), outputs, (kernel, kernel), (stride, stride), (padding, padding), (dilation, dilation))
-            for size, outputs, kernel, stride, padding, dilation in LAYERS
-        ]
-        for name in ("convolution", "convolution_input_gradient", "convolution_weight_gradient")
-    },
     "gated_elu": [((ROWS, 2), 1), ((ROWS, 4, 3, 4, 5), 1), ((ROWS, 6, 40, 33), 1)],
     "hyperplane_projection": [(norm, (ROWS, 5001)) for norm in ("linf", "l2", "l1")],
-    "noisy_replay": [ONE, ((ROWS, 2047),)],
     "pgd_step": [(norm, "", (ROWS, 1)) for norm in ("linf", "l2", "l1")],
     "random_transform": [
         ((ROWS, *shape), block, passes, 0.25, 2, layout)

@@ -27,11 +27,6 @@ def decoded(condition: Tensor, seed: Tensor, ids: Tensor) -> Tensor:
 
 #: Ops whose benchmark is no measurement of a single op on a CPU.
 OTHERS = {
-    "convolution": Case(
-        lambda: (normal(2, 8, 6, 6, dtype=torch.float32), normal(4, 8, 3, 3, dtype=torch.float32)),
-        lambda x, weight: ops.conv2d(x.bfloat16(), weight.bfloat16(), None, padding=1),
-        {},
-    ),
     "decode_samples": Case(
         lambda: (normal(8, SIZES[1], dtype=torch.float32), torch.tensor([7]), torch.arange(8)),
         decoded,
@@ -45,7 +40,7 @@ OTHERS = {
     ),
 }
 #: The gradients of a fused layer, whose benchmarks are large, have tests of their own.
-PUBLIC = [name for name in REGISTRY if not name.endswith(("_backward", "_gradient"))]
+PUBLIC = [name for name in REGISTRY if not name.endswith("_backward")]
 
 
 def smallest(name: str) -> Case:
@@ -73,7 +68,7 @@ def gradients(case: Case, plain: bool, monkeypatch: pytest.MonkeyPatch) -> list[
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_gradients_pass_through_the_op_as_through_its_definition(name, monkeypatch):
-    public = {"convolution": "conv2d", "decode_samples": "decode_prior"}.get(name, name)
+    public = {"decode_samples": "decode_prior"}.get(name, name)
     assert callable(getattr(ops, public, None)), f"{public} is not exported by ops/__init__.py"
     case = smallest(name)
     by_definition, by_op = (gradients(case, plain, monkeypatch) for plain in (True, False))
@@ -87,4 +82,4 @@ def test_gradients_pass_through_the_op_as_through_its_definition(name, monkeypat
         if definition is not None:
             assert op.abs().max() > 0
             error = (op.double() - definition.double()).norm() / definition.double().norm()
-            assert error < (0.02 if case.dtype == torch.bfloat16 or name == "convolution" else 1e-4)
+            assert error < (0.02 if case.dtype == torch.bfloat16 else 1e-4)

@@ -22,7 +22,6 @@ from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, DeepFillGenerat
 from purify_fast.methods.atop.deepfill_training import patch_depth
 from purify_fast.methods.atop.generators import GatedConv
 from purify_fast.methods.atop.task import hinge, passes
-from purify_fast.models.layers import Conv2d
 from purify_fast.ops import use_backend
 from purify_fast.ops.contextual_attention import key_validity
 from purify_fast.training import Batch
@@ -164,10 +163,6 @@ class PlainStep:
             for name, layer in list(block.named_children()):
                 if isinstance(layer, GatedConv):
                     setattr(block, name, PlainGate(layer))
-        for layer in self.generator.modules():
-            if isinstance(layer, Conv2d):
-                # The plain implementation uses PyTorch's layers. The new class keeps the layer's weights.
-                layer.__class__ = nn.Conv2d
         self.classifier = copy.deepcopy(made.classifier).to(memory_format=torch.contiguous_format)
         self.optimizer = torch.optim.Adam(self.generator.parameters(), **ADAM)
         self.g: Callable = self.generator

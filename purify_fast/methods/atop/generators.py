@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from ..._files import atomic
 from ..._validation import check_counts
 from ...models.foreign import load_state, read_weights
-from ...models.layers import Conv2d
 from ...ops.contextual_attention import contextual_attention, key_validity
 from ...ops.gated_elu import gated_elu
 
@@ -32,7 +31,7 @@ class GatedConv(nn.Module):
     ):
         super().__init__()
         padding = dilation * (kernel - 1) // 2
-        self.conv = Conv2d(inputs, 2 * outputs, kernel, stride, padding=padding, dilation=dilation)
+        self.conv = nn.Conv2d(inputs, 2 * outputs, kernel, stride, padding=padding, dilation=dilation)
         self.relu = relu
         nn.init.kaiming_uniform_(self.conv.weight, mode="fan_out", nonlinearity="relu")
         nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
@@ -52,7 +51,7 @@ def _upsample(inputs: int, outputs: int) -> nn.Sequential:
 
 def _to_image(inputs: int, channels: int) -> nn.Sequential:
     """Return a convolution without a gate, for use before the tanh: ``[B, inputs, H, W] -> [B, channels, H, W]``."""
-    conv = Conv2d(inputs, channels, 3, 1, 1)
+    conv = nn.Conv2d(inputs, channels, 3, 1, 1)
     nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
     return nn.Sequential(OrderedDict(conv=conv))
 

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from ..._tensors import first_tensor
 from ...models.foreign import load_weights
-from ...models.layers import Conv2d
 from ...models.representation import evaluation_mode
 from ...models.unet import TimeLayer, UNet
 from ...training.checkpoint import read_model, save_model
@@ -167,9 +166,6 @@ class Denoiser(nn.Module):
         for layer in duplicate.modules():
             if isinstance(layer, nn.Conv2d):
                 layer.to(memory_format=torch.channels_last)
-                if type(layer) is nn.Conv2d:
-                    # on a CPU, this package's Conv2d computes the same by the op `conv2d`, where the op has a kernel
-                    layer.__class__ = Conv2d
             if isinstance(layer, (nn.Conv2d, nn.Linear)) and not isinstance(layer, TimeLayer):
                 layer.to(torch.bfloat16)
         return duplicate

@@ -37,7 +37,6 @@ class Example:
         exact: whether every backend must have the same bits as the reference.
         slack: allowed error in addition to rounding, in units of float32's eps times the largest output.
         variant: setting for which the op's backend is chosen separately; empty if the op has no such setting.
-        summed: whether the results are sums over the samples.
         jumps: whether rounding can make the result jump. Then only the root mean square of the error is bounded.
         gpu: dtypes that verify the kernel on a GPU: ``f`` for float32, ``b`` for bfloat16, ``h`` for float16. The
             examples of an op cover every kernel in float32 and in a 16-bit dtype, and every layout at least once.
@@ -50,7 +49,6 @@ class Example:
     exact: bool = False
     slack: float = 0.0
     variant: str = ""
-    summed: bool = False
     jumps: bool = False
     gpu: str = ""
 

@@ -17,7 +17,6 @@ from ..._tensors import first_tensor, without_autocast
 from ...models.representation import Representation, evaluation_mode, without_recorders
 from ..watch import Watch, tensors_of
 from .batchnorm import FoldedPairs, fold_batchnorm
-from .unrolled import unroll
 
 DTYPES = (torch.float32, torch.bfloat16)
 _TRANSPOSED = nn.modules.conv._ConvTransposeNd
@@ -176,8 +175,6 @@ def prepare_for_inference(
     for module in model.modules():
         if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) and module not in in_float32:
             module.to(dtype)
-    if dtype == torch.bfloat16 and uses_channels_last:
-        unroll(model)
     return pairs, uses_channels_last
 
 
