@@ -60,6 +60,7 @@ def _cases() -> dict[str, tuple]:
         "sample_latent-backward": (latent, rows, latent, latent, SEED, IDS),
         "reconstruction_loss-forward": (image, image),
         "reconstruction_loss-backward": (rows, image, image),
+        "noisy_replay": (image, image, rows, one(1), rows, SEED, IDS, 0.0, 1.0),
     }
     for kind, name in enumerate(("bits", "uniform", "normal")):
         cases[f"philox-{name}"] = (SEED, IDS, 4096, 2, kind)

@@ -339,6 +339,26 @@ def representation_distance(shape: Shape, dtype: torch.dtype, layout: str) -> Ca
     return Case(inputs, _distance, {"forward": "2*n*s", "backward": "3*n*s"}, differentiable=(0,))
 
 
+@measured(((128, 3, 32, 32), (128, 1, 28, 28), (256, 3, 64, 64)), kinds("quarter", "all"))
+def noisy_replay(shape: Shape, dtype: torch.dtype, variant: str) -> Case:
+    """The inputs are images and their adversarial examples."""
+    batch = shape[0]
+    # The drifts are evenly spaced in [0, 1), so about a quarter of them are above 0.75.
+    threshold = 0.75 if variant == "quarter" else -1.0
+    return Case(
+        lambda: (
+            uniform(*shape, dtype=dtype),
+            uniform(*shape, dtype=dtype, seed=1),
+            torch.arange(batch) / batch,
+            torch.tensor([1234567890123]),
+            torch.arange(batch),
+        ),
+        lambda x, adv, drift, seed, ids: ops.noisy_replay(x, adv, drift, threshold, 8 / 255, seed, ids),
+        # At each position, the op reads an element of only one of the two images.
+        {"forward": "2*n*s"},
+    )
+
+
 @measured(_IMAGES, kinds(*NORMS))
 def hyperplane_projection(shape: Shape, dtype: torch.dtype, norm: Any) -> Case:
     """The inputs are images, gradients of a margin, and offsets of planes."""

@@ -15,8 +15,46 @@ import torch
 from torch import Tensor
 
 from .._tensors import check_alike, per_image, per_sample
-from .dispatch.registry import wide
+from .dispatch.examples import IMAGES, RGB, ROWS, examples, stream, uniform, wide_dtype
+from .dispatch.registry import define_op, wide
 from .philox import Stream, default_stream, philox
+
+
+def reference(
+    x: Tensor, x_adv: Tensor, drift: Tensor, tau: Tensor, eps: Tensor, seed: Tensor, sample_ids: Tensor, *box: float
+) -> Tensor:
+    """Compute the op by PyTorch in float32 (float64 for float64) to x's dtype. drift and eps are [B], and tau is []."""
+    clean = wide(x)
+    r = philox(seed, sample_ids, math.prod(x.shape[1:]), stream=Stream.REPLAY_NOISE).view(x.shape).to(clean.dtype)
+    noisy = (clean + per_image(eps.to(clean.dtype), x) * (2 * r - 1)).clamp(*box).to(x.dtype)
+    return torch.where(per_image(drift > tau, x), noisy, x_adv).contiguous()
+
+
+def _arguments(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> tuple[Tensor | float, ...]:
+    inner = wide_dtype(dtype)
+    x, adversarial = (uniform(seed + i, *shape).to(dtype) for i in (0, 100))
+    drift, radius = torch.tensor([0.9, 0.1, 0.6], dtype=inner), torch.full((ROWS,), 8 / 255, dtype=inner)
+    return x, adversarial, drift, torch.tensor(0.5, dtype=inner), radius, *stream(seed), 0.0, 1.0
+
+
+OP = define_op(
+    "noisy_replay",
+    "(Tensor x, Tensor x_adv, Tensor drift, Tensor tau, Tensor eps, Tensor seed, Tensor sample_ids, float lo, float hi)"
+    " -> Tensor",
+    reference=reference,
+    examples=examples(_arguments, IMAGES, exact=True),
+    raced=examples(_arguments, RGB, exact=True),
+    differentiable=False,
+)
+
+
+def _threshold(tau: float | Tensor, drift: Tensor) -> Tensor:
+    """Return ``tau`` as a [] tensor with the dtype and device of ``drift``; raise ValueError for another shape."""
+    if not isinstance(tau, Tensor):
+        return torch.full((), float(tau), dtype=drift.dtype, device=drift.device)
+    if tau.dim() != 0:
+        raise ValueError(f"tau must be a number or a tensor [], got {list(tau.shape)}")
+    return tau.to(device=drift.device, dtype=drift.dtype)
 
 
 def noisy_replay(
@@ -51,8 +89,8 @@ def noisy_replay(
         TypeError: seed or sample_ids is neither None nor a tensor.
         ValueError: shapes, dtypes or devices do not match, eps is a number and negative or NaN, or lo > hi.
 
-    PyTorch's operators compute it from numbers of `philox`. For a given seed, it is deterministic and has the same bits
-    for every batch split. NaN in x or in a tensor eps propagates.
+    For a given seed, the op is deterministic and has the same bits in every backend, for every batch split. NaN in x or
+    in a tensor eps propagates.
     """
     check_alike(x=x, x_adv=x_adv)
     if drift.shape != x.shape[:1] or not drift.is_floating_point():
@@ -61,11 +99,7 @@ def noisy_replay(
     seed, sample_ids = default_stream(seed, sample_ids, x.shape[0], x=x, drift=drift)
     if not lo <= hi:
         raise ValueError(f"lo must be at most hi, got lo = {lo} and hi = {hi}")
-    if isinstance(tau, Tensor) and tau.dim() != 0:
-        raise ValueError(f"tau must be a number or a tensor [], got {list(tau.shape)}")
     with torch.no_grad():
-        clean, radius = wide(x), per_sample("eps", eps, x)
-        r = philox(seed, sample_ids, math.prod(x.shape[1:]), stream=Stream.REPLAY_NOISE).view(x.shape).to(clean.dtype)
-        noisy = (clean + per_image(radius, x) * (2 * r - 1)).clamp(float(lo), float(hi)).to(x.dtype)
-        replayed = wide(drift) > (tau if isinstance(tau, Tensor) else float(tau))
-        return torch.where(per_image(replayed, x), noisy, x_adv).contiguous()
+        drift = wide(drift)
+        limit, radius = _threshold(tau, drift), per_sample("eps", eps, x)
+        return OP(x, x_adv, drift, limit, radius, seed, sample_ids, float(lo), float(hi))

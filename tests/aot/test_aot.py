@@ -216,6 +216,7 @@ CLAMPS = {
     "aggregate-peel-*": ("min",),
     "apgd_step-*": ("max", "min"),
     "diffusion_step-forward-*": ("max", "min"),
+    "noisy_replay": ("max", "min"),
     "pgd_step-*": ("max", "min"),
     "random_transform-forward-*": ("max", "min"),
     "square_proposal-*": ("max", "min"),
@@ -267,6 +268,7 @@ EXACT = (
     "apgd_step-linf",
     "square_proposal-linf",
     "random_transform-*",
+    "noisy_replay",
     "diffusion_step-*",
 )
 #: Of these, those that draw normals; `random_transform` beside the blocks of its masks.
@@ -309,6 +311,7 @@ BUDGETS = {
     ("philox-normal", "fp32"): 210,
     ("sample_latent-forward", "fp32"): 590,
     ("sample_latent-backward", "bf16"): 660,
+    ("noisy_replay", "bf16"): 335,
     ("aggregate-lse-forward", "fp32"): 440,
     ("aggregate-lse-forward-few", "fp32"): 212,
     ("aggregate-mean-forward", "fp32"): 165,

@@ -270,7 +270,7 @@ def test_limits_are_rates_of_random_data(tmp_path):
 def test_the_races_end_in_a_file_that_could_ship(tmp_path, monkeypatch):
     """The races of one op rehearsed: nothing outside of the folder is written."""
     monkeypatch.setenv("PURIFY_FAST_CACHE", str(tmp_path / "cache"))
-    kept = {name: op for name, op in REGISTRY.items() if name == "apgd_step"}
+    kept = {name: op for name, op in REGISTRY.items() if name == "noisy_replay"}
     monkeypatch.setattr("purify_fast.ops.dispatch.racing.REGISTRY", kept)
     monkeypatch.setattr(gpu_sections.racing, "RUN", 1e-5)
     monkeypatch.setitem(gpu_sections.racing.ELEMENTS, "cpu", {"small": 2**10})
@@ -278,7 +278,7 @@ def test_the_races_end_in_a_file_that_could_ship(tmp_path, monkeypatch):
     context = gpu_sections.Context(out, CPU, True, 60.0)
     outcome = gpu_sections.races(context)
     assert outcome.state == "passed" and not outcome.left_out, outcome
-    raced = json.loads((out / "raced.json").read_text())["ops"]["apgd_step"]["rows"]
+    raced = json.loads((out / "raced.json").read_text())["ops"]["noisy_replay"]["rows"]
     assert raced and all(row["reference_us"] > 0 < row["kernel_us"] for row in raced)
     shipped = shipping.shipped(out)
-    assert set(shipped["ops"]) == {"apgd_step"} and "rows" not in shipped["ops"]["apgd_step"]
+    assert set(shipped["ops"]) == {"noisy_replay"} and "rows" not in shipped["ops"]["noisy_replay"]

@@ -21,7 +21,7 @@ KERNELS = {name: {"decode_samples": "decode_prior"}.get(name, name) for name, op
 CASES = [
     *((name, "of fuzzing") for name in KERNELS if KERNELS[name] in fuzzing.OPS),
     *((name, "odd") for name in ("apgd_step", "diffusion_step", "gated_elu", "hyperplane_projection")),
-    *((name, "odd") for name in ("pgd_step", "reconstruction_loss", "representation_distance")),
+    *((name, "odd") for name in ("noisy_replay", "pgd_step", "reconstruction_loss", "representation_distance")),
 ]
 
 

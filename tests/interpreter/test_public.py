@@ -14,6 +14,7 @@ TESTS = {
     "the_gradient_of_the_prediction_has_its_layout both_ends_of_the_clip_pass_the_gradient nan",
     "gated_elu": "published_values far_out_nothing_is_lost",
     "hyperplane_projection": "gradients_of_any_size rows_without_a_plane_do_not_move",
+    "noisy_replay": "published_mask the_test_is_strict_and_nan_does_not_replay noise_is_the_named_stream nan the_box",
     "pgd_step": "l1_moves_the_largest_gradients l1_leaves_what_is_in_the_ball_to_the_bit "
     "gradients_without_a_direction_move_nothing gradients_of_any_size_have_a_direction nan_in_the_image_propagates "
     "special_radii",

@@ -24,6 +24,7 @@ FURTHER = {
     "apgd_step": [(norm, "", (ROWS, 1)) for norm in ("linf", "l2")],
     "gated_elu": [((ROWS, 2), 1), ((ROWS, 4, 3, 4, 5), 1), ((ROWS, 6, 40, 33), 1)],
     "hyperplane_projection": [(norm, (ROWS, 5001)) for norm in ("linf", "l2", "l1")],
+    "noisy_replay": [ONE, ((ROWS, 2047),)],
     "pgd_step": [(norm, "", (ROWS, 1)) for norm in ("linf", "l2", "l1")],
     "random_transform": [
         ((ROWS, *shape), block, passes, 0.25, 2, layout)

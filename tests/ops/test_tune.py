@@ -115,20 +115,20 @@ def test_a_wrong_kernel_is_not_raced_and_an_error_ends_no_other_race(monkeypatch
 
     monkeypatch.setattr(racing, "verdict_of", verdict_of)
     monkeypatch.setattr(racing, "run_race", run_race)
-    rows, failed = racing.tune(CPU, ops=["philox", "stitch", "apgd_step"])
-    assert set(rows) == {"apgd_step"}
+    rows, failed = racing.tune(CPU, ops=["philox", "stitch", "noisy_replay"])
+    assert set(rows) == {"noisy_replay"}
     assert "its kernel is WRONG here" in failed.pop("philox")
     assert set(failed.values()) == {"MemoryError: no room"} and all(name.startswith("stitch ") for name in failed)
 
 
 def test_replays_are_captured_by_what_recovers(rerun):
     """The call runs aside before it is captured; where that fails the race is named, and the next one begins."""
-    race = racing.races_of(REGISTRY["apgd_step"], CPU)[0]
+    race = racing.races_of(REGISTRY["noisy_replay"], CPU)[0]
     assert [one.style for one in racing.run_race(race, CPU, capture=rerun)] == ["eager", "replay"]
     assert rerun.recorded == 2 and rerun.replayed > 2
     rerun.error = RuntimeError("cannot be captured")
-    rows, failed = racing.tune(CPU, ops=["apgd_step"], capture=rerun)
-    assert not rows and len(failed) == len(racing.races_of(REGISTRY["apgd_step"], CPU))
+    rows, failed = racing.tune(CPU, ops=["noisy_replay"], capture=rerun)
+    assert not rows and len(failed) == len(racing.races_of(REGISTRY["noisy_replay"], CPU))
     assert set(failed.values()) == {"RuntimeError: cannot be captured"}
 
 
