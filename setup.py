@@ -97,14 +97,6 @@ def check_setuptools(version: str) -> None:
         raise SystemExit(f"purify_fast needs setuptools >= 77, got {version}: {how(os.environ)}")
 
 
-def csrc_hash() -> str:
-    """The hash of the C++ sources. It is computed by the file _files.py, because the package may not be importable."""
-    spec = importlib.util.spec_from_file_location("_files", ROOT / "purify_fast" / "_files.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.csrc_hash(ROOT / "csrc")
-
-
 def say(line: str) -> None:
     print(f"purify_fast: {line}", file=sys.stderr, flush=True)
 
@@ -165,11 +157,10 @@ def torch_extension(mode: str) -> dict:
 
         def run(self) -> None:
             built = Path(self.get_ext_fullpath("purify_fast._C"))
-            # If compiling fails, an older extension remains in a checkout. Without its record, it is not loaded there.
             built.with_name("_build.json").unlink(missing_ok=True)
             super().run()
             if self.compiled:
-                record = {"version": self.distribution.get_version(), **facts, "sources": csrc_hash()}
+                record = {"version": self.distribution.get_version(), **facts}
                 part = built.with_name(f"_build.json.{os.getpid()}")
                 part.write_text(json.dumps(record, indent=1) + "\n")
                 part.replace(built.with_name("_build.json"))

@@ -15,8 +15,8 @@ from .._templates import render
 from .._version import __version__
 from ..evaluation.show.text import terminal_table
 from ..ops import REGISTRY
-from ..ops.dispatch import races, records
-from ..ops.dispatch.op import Call, Style
+from ..ops.dispatch import records
+from ..ops.dispatch.op import Style
 from ..ops.dispatch.registry import Op, forced_backends
 from ..ops.dispatch.verify import known_verdict, mode
 
@@ -42,12 +42,9 @@ def _devices() -> dict[str, torch.device]:
 
 def _who(op: Op, style: Style, device: torch.device) -> tuple[str, str]:
     """The names of the backends that compute an op on a device in a style of calls, and the reasons."""
-    winners = [] if device.index is None and device.type == "cuda" else races.winners(op, device, style)
-    if not winners:
-        variants = dict.fromkeys((*op.serves_unraced("eager"), ""))
-        winners = [op.wanted(Call(device, variant, style=style)) for variant in variants]
-    reasons = dict.fromkeys(f"{one.why}, kernel {one.gain}" if one.gain else one.why for one in winners)
-    return " or ".join(dict.fromkeys(one.backend for one in winners)), "; ".join(reasons)
+    winners = [op.wanted(call) for call in op.calls(device, style)]
+    backends, reasons = (dict.fromkeys(each) for each in zip(*winners, strict=True))
+    return " or ".join(backends), "; ".join(reasons)
 
 
 def _state(op: Op, kind: str) -> tuple[str, str, str]:

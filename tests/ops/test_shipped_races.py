@@ -58,7 +58,7 @@ def test_the_races_of_the_h200_decide_on_every_card_of_its_architecture(op, card
         ratios[row.call(CARD)].append(row.ratio)
     for call, own in ratios.items():
         winner = wanted(call)
-        assert winner.why == f"raced on NVIDIA H200, {RACED['date']}" and "times as fast" in winner.gain
+        assert winner.why == f"raced on NVIDIA H200, {RACED['date']}"
         # in these races, an implementation that was used before remained in use if it was at most 5 % slower
         level = 0.95 <= min(own) < 1 / 0.95
         assert level or winner.backend == ("triton" if min(own) > 1 else "reference"), (call, own)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import math
-import statistics
 import sys
 import timeit
 from collections import defaultdict
@@ -145,13 +144,6 @@ def run_race(race: Race, device: torch.device, capture: Any = None) -> list[Row]
     ]
 
 
-def _gain(rows: list[Row]) -> str:
-    """Return the relative speed of the kernel, in words."""
-    ratios = sorted(row.ratio for row in rows)
-    least, most = (f"{ratio:.2g}" if ratio < 100 else f"{ratio:,.0f}" for ratio in (ratios[0], ratios[-1]))
-    return f"{statistics.geometric_mean(ratios):.1f} times as fast ({least} to {most})"
-
-
 def decide(op: Op, rows: list[Row], device: torch.device) -> dict[str, Any]:
     """Choose the backend for each call of an op on a device, from the rows of the op's races."""
     by_call: defaultdict[Call, list[Row]] = defaultdict(list)
@@ -168,7 +160,6 @@ def decide(op: Op, rows: list[Row], device: torch.device) -> dict[str, Any]:
     return {
         "sources": op.code_hash(device.type),
         "cells": dict(sorted(cells.items())),
-        "gain": {"eager": _gain(rows)},
         "rows": [asdict(row) for row in rows],
     }
 

@@ -28,7 +28,7 @@ from ..._compiler import constant_in_graphs
 from ..._tensors import text_hash
 from . import races, verify
 from .examples import Example, normal, properties_of, tensors
-from .op import BACKENDS, KERNELS, SIZES, Backend, Call, Definition, first_argument
+from .op import BACKENDS, KERNELS, Backend, Call, Definition, first_argument
 from .races import Winner
 
 
@@ -151,9 +151,7 @@ class Op(Definition):
             return False
         if forced is not None:
             return forced != "reference"
-        kinds = {(example.variant, dtype) for example in self.examples for dtype in example.dtypes}
-        calls = (Call(device, *kind, end - 1) for kind in kinds for end in SIZES.values())
-        return any(self.serving(call) != "reference" for call in calls)
+        return any(self.serving(call) != "reference" for call in self.calls(device))
 
     def forced(self, kind: str) -> Backend | None:
         """Return the backend that is forced for a type of device, or None."""
