@@ -67,14 +67,10 @@ def check_alike(**tensors: Tensor) -> None:
         shape_fits = shape_fits and other.shape == first.shape
         dtype_fits = dtype_fits and other.dtype == first.dtype and other.layout == first.layout
     if not (shape_fits and dtype_fits):
-        if shape_fits:
-            check_floating(**tensors)
+        check_floating(**tensors)
         *names, last = tensors
-        what = "dtype" if shape_fits else "shape [B, ...]"
-        kind = "dtype" if shape_fits else "shape"
-        got = [getattr(tensor, kind) for tensor in tensors.values()]
-        texts = ", ".join(str(one if shape_fits else list(one)) for one in got)
-        raise ValueError(f"{', '.join(names)} and {last} must have the same {what}, got {texts}")
+        got = ", ".join(f"{tensor.dtype} {list(tensor.shape)}" for tensor in tensors.values())
+        raise ValueError(f"{', '.join(names)} and {last} must have the same dtype and shape [B, ...], got {got}")
     check_one_device(**tensors)
 
 

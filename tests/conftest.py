@@ -131,7 +131,6 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def kernel_cache(tmp_path, monkeypatch) -> Iterator[Path]:
     """An empty folder of verdicts and races, and a process that knows of none."""
     monkeypatch.setenv("PURIFY_FAST_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("PURIFY_FAST_VERIFY", raising=False)
     verify._warn_unwritable.cache_clear()
     records.forget()
     registry.forget_choices()

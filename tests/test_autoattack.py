@@ -41,8 +41,8 @@ def test_what_is_returned_is_in_the_ball_and_labelled(plain, norm, order, eps):
     assert 0 < fell.sum() < len(y) and length.max() <= eps * (1 + 1e-5) and 0 <= found.min() <= found.max() <= 1
     assert torch.equal(labels, model(found).argmax(1)) and torch.equal(found[~fell], x[~fell])
     assert adversary.clean_accuracy(found, y) == pytest.approx((~fell).float().mean())
-    # pyautoattack's name of the size of a batch; batches change no more than how a matrix product is rounded
-    whole = adversary.run_standard_evaluation(x, y, batch_size=30)
+    # batches change no more than how a matrix product is rounded
+    whole = adversary.run_standard_evaluation(x, y, bs=30)
     torch.testing.assert_close(whole, found, rtol=0, atol=1e-6)
     assert torch.equal(model(whole).argmax(1), labels)
 

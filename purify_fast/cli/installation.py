@@ -18,7 +18,7 @@ from ..ops import REGISTRY
 from ..ops.dispatch import records
 from ..ops.dispatch.op import Style
 from ..ops.dispatch.registry import Op, forced_backends
-from ..ops.dispatch.verify import known_verdict, mode
+from ..ops.dispatch.verify import known_verdict
 
 #: The words for a kernel that failed its verification.
 WRONG = "WRONG here"
@@ -93,7 +93,6 @@ def info(everything: bool) -> str:
         wrong=WRONG,
         forced=forced_backends(),
         verdicts=records.folder(),
-        mode=mode(),
         environment=[f"{key}={value}" for key, value in sorted(os.environ.items()) if key.startswith("PURIFY_FAST_")],
         table=terminal_table(["op", "device", "available", "eager", "in graphs", "why"], body),
     )

@@ -11,7 +11,6 @@ import functools
 import importlib
 import logging
 import math
-import os
 import sys
 import threading
 import time
@@ -30,7 +29,6 @@ from .op import Definition
 
 logger = logging.getLogger("purify_fast")
 
-MODES = ("first_use", "off")
 #: The devices whose kernels take seconds to verify, mostly for their compilation: they show progress.
 SLOW = {"cuda"}
 #: If a result is not continuous (`Example.jumps`), the root mean square of its error is compared. The allowed error is
@@ -40,14 +38,6 @@ JUMPS = 0.1
 DTYPES = {"f": torch.float32, "b": torch.bfloat16, "h": torch.float16}
 #: Has the attribute ``active`` in the thread that verifies a kernel: its own calls use references.
 _verifying = threading.local()
-
-
-def mode() -> str:
-    """Return ``PURIFY_FAST_VERIFY``: ``first_use`` (default) or ``off``. Raise ValueError for another value."""
-    value = os.environ.get("PURIFY_FAST_VERIFY") or MODES[0]
-    if value not in MODES:
-        raise ValueError(f"PURIFY_FAST_VERIFY must be one of {', '.join(MODES)}, got {value!r}")
-    return value
 
 
 @dataclass(frozen=True)
@@ -199,8 +189,6 @@ def verdict_of(op: Definition, device: torch.device) -> Verdict:
 
 def serves(op: Definition, device: torch.device) -> bool | None:
     """Return True if the op's kernel may be used on a device, False if it is wrong, None if this is not known now."""
-    if mode() == "off":
-        return True
     if getattr(_verifying, "active", False):
         return None
     if device.type == "cuda" and (not torch.cuda.is_available() or torch.cuda.is_current_stream_capturing()):
