@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import platform
 from pathlib import Path
@@ -22,14 +20,6 @@ from ..ops.dispatch.verify import known_verdict
 
 #: The words for a kernel that failed its verification.
 WRONG = "WRONG here"
-
-
-def facts(extension: str | Path | None) -> dict[str, str | None]:
-    """Read the record that setup.py wrote beside an extension. Without a record, return an empty dictionary."""
-    # Without an extension the path is None. `with_name` then raises an error, which is ignored.
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        return json.loads(Path(extension or "").with_name("_build.json").read_text())
-    return {}
 
 
 def _devices() -> dict[str, torch.device]:
@@ -88,7 +78,6 @@ def info(everything: bool) -> str:
         processor=records.processor(),
         gpus=[torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())],
         library=_library,
-        build=facts(_library.path),
         states={kind: states[kind] for kind in _devices()},
         wrong=WRONG,
         forced=forced_backends(),

@@ -27,7 +27,7 @@ def folder(kernel_cache, monkeypatch) -> Path:
 
 def row(example: str, variant: str, dtype: str, size: str, *, kernel_us: float, style: str = "eager") -> racing.Row:
     """A row of a race in which the reference took a microsecond."""
-    return racing.Row(example, variant, dtype, size, style, 1, 1.0, kernel_us)
+    return racing.Row(example, variant, dtype, size, style, 1.0, kernel_us)
 
 
 def timed(monkeypatch, seconds: dict[str, float]) -> None:
