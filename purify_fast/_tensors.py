@@ -122,16 +122,13 @@ def torch_defaults() -> Iterator[None]:
 
 def first_tensor(module: nn.Module) -> Tensor:
     """The first floating-point parameter or buffer of a module. Callers use its device and dtype as the module's."""
-    return next(_floating(module), torch.zeros(()))
+    every = itertools.chain(module.parameters(), module.buffers())
+    return next(filter(Tensor.is_floating_point, every), torch.zeros((), dtype=torch.float32))
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:
     """The dtype of `first_tensor`."""
-    return next((tensor.dtype for tensor in _floating(module)), torch.float32)
-
-
-def _floating(module: nn.Module) -> Iterator[Tensor]:
-    return filter(Tensor.is_floating_point, itertools.chain(module.parameters(), module.buffers()))
+    return first_tensor(module).dtype
 
 
 class Digested(Protocol):

@@ -43,7 +43,7 @@ class Defence(StochasticDefence):
         image_shape: shape (C, H, W) of an image.
 
     Attributes:
-        acceleration: the arguments ``dtype``, ``fold`` and ``compile`` of `accelerate`; None without acceleration.
+        acceleration: the arguments ``dtype`` and ``compile`` of `accelerate`; None without acceleration.
         fast: the inference copies of an accelerated defence; None without acceleration.
 
     Raises:
@@ -166,9 +166,7 @@ class Defence(StochasticDefence):
 
     # -- speed --------------------------------------------------------------------------------------------------------
 
-    def accelerate(
-        self, dtype: torch.dtype | Literal["auto"] | None = "auto", *, fold: bool = True, compile: bool = False
-    ) -> Self:
+    def accelerate(self, dtype: torch.dtype | Literal["auto"] | None = "auto", *, compile: bool = False) -> Self:
         """Make predictions, attacks and trainings of the defence faster, and return the defence itself.
 
         The classifier is replaced by inference copies, whose BatchNorms are folded and whose products are computed in
@@ -181,7 +179,6 @@ class Defence(StochasticDefence):
         Args:
             dtype: ``torch.bfloat16``, or ``torch.float32`` to fold BatchNorms only, or None to end the acceleration.
                 "auto" is bfloat16 where the processor or card multiplies faster in it, or else float32.
-            fold: whether to fold BatchNorms into the layers before them.
             compile: whether to compile the classifier and the parts of the purifier with `torch.compile`, each once for
                 all batch sizes. In training mode, the purifier's compiled parts are not used.
 
@@ -191,7 +188,7 @@ class Defence(StochasticDefence):
         if dtype == "auto":
             dtype = torch.bfloat16 if fast_bfloat16(first_tensor(self.classifier).device) else torch.float32
             logger.info("%s computes its products in %s", type(self).__name__, dtype)
-        settings = None if dtype is None else {"dtype": dtype, "fold": fold, "compile": compile}
+        settings = None if dtype is None else {"dtype": dtype, "compile": compile}
         # If this fails, for example because memory runs out, the earlier copies remain in use.
         self.fast = None if settings is None else self._make_copies(settings)
         self.acceleration = settings
