@@ -21,7 +21,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from . import records
 from .examples import Example, double, tensors, to
@@ -29,8 +28,6 @@ from .op import Definition
 
 logger = logging.getLogger("purify_fast")
 
-#: The devices whose kernels take seconds to verify, mostly for their compilation: they show progress.
-SLOW = {"cuda"}
 #: If a result is not continuous (`Example.jumps`), the root mean square of its error is compared. The allowed error is
 #: twice that of the definition in the same dtype, plus this multiple of the result's root mean square.
 JUMPS = 0.1
@@ -102,16 +99,14 @@ def deviation(actual: Tensor, golden: Tensor, same: Tensor, example: Example, ca
 def compare(op: Definition, device: torch.device, chosen: list[tuple[Example, torch.dtype]]) -> Verdict:
     """Run the op's kernel on a device. Return the case with the largest error relative to its allowed error."""
     deviations = []
-    layout = "{desc}: {n_fmt} of {total_fmt}, {elapsed_s:.1f} s"
-    words = f"purify_fast verifies the kernel of {op.name}, once on this machine"
-    shown = tqdm(chosen, words, file=sys.stderr, bar_format=layout, disable=device.type not in SLOW)
-    with torch.no_grad(), shown:
+    with torch.no_grad():
         if op.kernel(device.type) == "triton":
             # The module imports Triton, so it is imported only if there are Triton kernels. All kernels are compiled
-            # in parallel.
+            # in parallel, which takes seconds.
+            print(f"purify_fast verifies the kernel of {op.name}, once on this machine", file=sys.stderr)
             ahead = importlib.import_module("purify_fast.kernels._ahead")
             ahead.compile_together(lambda: [op.handle(*to(one.make(dtype, 0), device)) for one, dtype in chosen])
-        for example, dtype in shown:
+        for example, dtype in chosen:
             arguments = example.make(dtype, 0)
             outputs = tensors(op.handle(*to(arguments, device)))
             same, golden = (tensors(op.reference(*given)) for given in (arguments, double(arguments)))
