@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -270,12 +270,14 @@ class Accelerated:
     Args:
         classifier: module from images ``[B, *image_shape]`` in [0, 1] to logits.
         image_shape: shape (C, H, W) of an image.
-        settings: the arguments ``dtype``, ``fold`` and ``compile`` of `InferenceCopy`.
+        dtype: dtype of the matrix products, float32 or bfloat16.
+        compile: whether to compile the copies and the parts.
         reader: the reader of the representation, for a defence that uses a representation.
         parts: functions of tensors ``[B, ...]``, which are compiled if ``compile`` is True.
 
     Attributes:
-        dtype: dtype of the matrix products, float32 or bfloat16.
+        dtype: the given dtype.
+        compile: the given setting.
         classifier: copy of the classifier, for the purified images.
         reader: copy that returns the representation; None without a representation.
         regions: compiled functions of the defence, by name.
@@ -297,16 +299,17 @@ class Accelerated:
         self,
         classifier: nn.Module,
         image_shape: tuple[int, ...],
-        settings: Mapping[str, Any],
+        dtype: torch.dtype,
+        compile: bool,
         reader: Representation | None = None,
         parts: tuple[Callable[..., Tensor], ...] = (),
     ):
-        self.dtype: torch.dtype = settings["dtype"]
-        self.classifier = InferenceCopy(classifier, image_shape, **settings)
+        self.dtype, self.compile = dtype, compile
+        self.classifier = InferenceCopy(classifier, image_shape, dtype, compile)
         self.reader = copy.deepcopy(reader)
         if self.reader is not None:
             prepare_for_inference(self.reader.model, image_shape, self.dtype)
-        self.regions = {part.__name__: CompiledRegion(part) for part in parts} if settings["compile"] else {}
+        self.regions = {part.__name__: CompiledRegion(part) for part in parts} if compile else {}
         self.packed: Any = None
         self.packed_from: int | None = None
         # In a tuple and not registered, the classifier is no part of this object.

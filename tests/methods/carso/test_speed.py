@@ -129,7 +129,7 @@ def test_nothing_of_it_is_saved_trained_or_counted(tmp_path):
     assert [name for name, _ in made.named_parameters()] == names
     made.save(tmp_path)
     loaded = purify_fast.load_defence(tmp_path, made.classifier)
-    assert loaded.acceleration is None and set(loaded.state_dict()) == set(before)
+    assert loaded.fast is None and set(loaded.state_dict()) == set(before)
 
 
 @pytest.mark.slow
@@ -242,10 +242,10 @@ def test_loss_and_gradients_are_close_to_float32s(target):
 def test_the_task_decides_the_precision():
     made = defence()
     CarsoTask(made, CarsoConfig(precision="bfloat16"))
-    assert made.acceleration == {"dtype": torch.bfloat16, "compile": False}
+    assert (made.fast.dtype, made.fast.compile) == (torch.bfloat16, False)
     assert made.frozen_classifier is made.fast.classifier
     task = CarsoTask(made, CarsoConfig())
-    assert made.acceleration is None and made.frozen_classifier is made.classifier
+    assert made.fast is None and made.frozen_classifier is made.classifier
     assert task.describe()["precision"] == "float32"
 
 
