@@ -8,6 +8,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from ._validation import check_folder
+
 LOCK = ".purify_fast.lock"
 #: Seconds for which the program tries to get a lock, because the run that has the lock may end within this time.
 PATIENCE = 0.2
@@ -67,8 +69,6 @@ def folder_lock(folder: str | Path | None) -> Iterator[None]:
         return
     # The import of filelock takes 0.1 seconds, and ``--help`` on the command line should not wait for it.
     from filelock import FileLock, Timeout
-
-    from ._validation import check_folder
 
     check_folder("the run's folder", folder)
     folder = Path(folder)

@@ -202,7 +202,8 @@ class Defence(StochasticDefence):
 
     def _make_copies(self, dtype: torch.dtype, compile: bool) -> Accelerated:
         parts = tuple(getattr(self, name) for name in self.compiled_parts)
-        fast = Accelerated(self.classifier, self.image_shape, dtype, compile, self.representation, parts)
+        reader, shape = self.representation, self.image_shape
+        fast = Accelerated(self.classifier, shape, dtype, compile=compile, reader=reader, parts=parts)
         self._update_packed(fast)
         return fast
 
