@@ -30,13 +30,6 @@ def outside_graphs(function: Callable[_P, _R], recursive: bool = True) -> Callab
     return call
 
 
-def constant_in_graphs(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Mark a function as constant: the compiler calls it while it traces a graph, and stores the result."""
-    # `torch.compiler.assume_constant_result` only sets this attribute, in every version since PyTorch 2.0.
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
-
 def is_compiled(module: Any) -> bool:
     """Tell whether a module is the result of `torch.compile`."""
     dynamo = sys.modules.get("torch._dynamo")

@@ -24,7 +24,6 @@ from typing import Any, cast
 import torch
 
 from ... import _library
-from ..._compiler import constant_in_graphs
 from ..._tensors import text_hash
 from . import races, verify
 from .examples import Example, normal, properties_of, tensors
@@ -166,11 +165,15 @@ class Op(Definition):
 
 
 # Called while a graph is traced, and without a number of elements: a graph may run with inputs of any size.
-@constant_in_graphs
 def _in_graph(name: str, kind: str, index: int | None, variant: str, dtype: torch.dtype | None) -> Backend:
     device = torch.device(kind) if index is None else torch.device(kind, index)
     call = Call(device, variant, dtype, 0, "graph")
     return REGISTRY[name].served.get(call) or REGISTRY[name]._choose(call)
+
+
+# The compiler calls the function while it traces, and stores the result. `torch.compiler.assume_constant_result` only
+# sets this attribute, in every version since PyTorch 2.0, but its import is slow.
+_in_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def kernels_now(device: torch.device) -> str:
