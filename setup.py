@@ -9,7 +9,6 @@ build.
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import re
 import shlex
@@ -97,14 +96,6 @@ def check_setuptools(version: str) -> None:
         raise SystemExit(f"purify_fast needs setuptools >= 77, got {version}: {how(os.environ)}")
 
 
-def csrc_hash() -> str:
-    """The hash of the C++ sources. It is computed by the file _files.py, because the package may not be importable."""
-    spec = importlib.util.spec_from_file_location("_files", ROOT / "purify_fast" / "_files.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.csrc_hash(ROOT / "csrc")
-
-
 def say(line: str) -> None:
     print(f"purify_fast: {line}", file=sys.stderr, flush=True)
 
@@ -126,7 +117,6 @@ def extension(mode: str) -> dict:
 
 
 def torch_extension(mode: str) -> dict:
-    import torch
     from setuptools.errors import CompileError
     from torch.utils import cpp_extension
 
@@ -138,16 +128,9 @@ def torch_extension(mode: str) -> dict:
     module = cpp_extension.CppExtension(
         "purify_fast._C", sources, extra_compile_args=flags, py_limited_api=stable, optional=mode == "auto"
     )
-    facts = {"torch": torch.__version__, "flags": " ".join(CXX_FLAGS)}
 
     class Build(cpp_extension.BuildExtension):
-        """Builds the extension and writes its record, which `purify-fast info` reads.
-
-        If compiling fails in the mode `auto`, the pure-Python package is installed.
-        """
-
-        # This becomes True when this run has compiled the extension.
-        compiled = False
+        """Builds the extension. If compiling fails in the mode `auto`, the pure-Python package is installed."""
 
         def build_extension(self, ext) -> None:
             try:
@@ -155,24 +138,12 @@ def torch_extension(mode: str) -> dict:
                 # or setuptools could skip this build.
                 Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
                 super().build_extension(ext)
-                self.compiled = True
             except Exception as error:
                 if not ext.optional:
                     raise
                 say(f"pure-Python install, compiling the kernels failed: {error}")
                 # setuptools turns this error into a warning.
                 raise CompileError(str(error)) from error
-
-        def run(self) -> None:
-            built = Path(self.get_ext_fullpath("purify_fast._C"))
-            # If compiling fails, an older extension remains in a checkout. Without its record, it is not loaded there.
-            built.with_name("_build.json").unlink(missing_ok=True)
-            super().run()
-            if self.compiled:
-                record = {"version": self.distribution.get_version(), **facts, "sources": csrc_hash()}
-                part = built.with_name(f"_build.json.{os.getpid()}")
-                part.write_text(json.dumps(record, indent=1) + "\n")
-                part.replace(built.with_name("_build.json"))
 
     return {
         "ext_modules": [module],

@@ -8,7 +8,6 @@
 - `purify_fast.evaluation`: adaptive evaluation and reports. `purify_fast.attacks`: the attacks.
 - `purify_fast.ops`: the fused operations. `purify_fast.nn`: the same as modules.
 - `purify_fast.speed`: faster copies of frozen models, and CUDA graphs.
-- `purify_fast.patch`: lets AutoAttack and RobustBench run on this package's attacks.
 - `purify_fast.zoo`: small trained models. `purify_fast.models`: classifiers.
 - `purify_fast.defences`: base classes of defences. `purify_fast.protocols`: optional methods of your own model.
 
@@ -46,7 +45,6 @@ if TYPE_CHECKING:
     from .methods.carso import Carso as Carso
     from .methods.diffusion import DiffusionPurifier as DiffusionPurifier
     from .methods.loading import load_defence as load_defence
-    from .patches import patch as patch
     from .speed.accelerate import accelerate as accelerate
     from .speed.accelerate import images_only as images_only
     from .speed.accelerate import restore as restore

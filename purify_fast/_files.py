@@ -1,28 +1,18 @@
-"""Write files atomically, lock folders, and tell whether the extension was built from the current C++ sources.
-
-This module imports nothing of the package, because setup.py loads it alone.
-"""
+"""Write files atomically, and lock folders."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from ._validation import check_folder
+
 LOCK = ".purify_fast.lock"
 #: Seconds for which the program tries to get a lock, because the run that has the lock may end within this time.
 PATIENCE = 0.2
-
-#: The file beside the compiled extension that contains, among other facts, the hash of the extension's C++ sources.
-RECORD = "_build.json"
-#: The folders of ``csrc`` whose files are compiled into the extension.
-PARTS = ("core", "cpu")
-#: Files that only this package's ``csrc`` has. Another package may have put a ``csrc`` into ``site-packages``.
-MARKS = ("core/philox.h", "cpu/philox.cpp")
 
 
 @contextlib.contextmanager
@@ -80,8 +70,6 @@ def folder_lock(folder: str | Path | None) -> Iterator[None]:
     # The import of filelock takes 0.1 seconds, and ``--help`` on the command line should not wait for it.
     from filelock import FileLock, Timeout
 
-    from ._validation import check_folder
-
     check_folder("the run's folder", folder)
     folder = Path(folder)
     created = [place for place in (folder, *folder.parents) if not place.exists()]
@@ -106,26 +94,3 @@ def folder_lock(folder: str | Path | None) -> Iterator[None]:
         with contextlib.suppress(OSError):
             for place in created:
                 place.rmdir()
-
-
-# -- the sources of the extension --------------------------------------------------------------------------------------
-
-
-def csrc_hash(folder: Path) -> str:
-    """A hash of the names and contents of the C++ sources."""
-    content = hashlib.blake2b(digest_size=16)
-    for path in sorted(path for part in PARTS for path in (folder / part).glob("*") if path.is_file()):
-        for text in (path.relative_to(folder).as_posix().encode(), path.read_bytes()):
-            content.update(len(text).to_bytes(8, "little") + text)
-    return content.hexdigest()
-
-
-def is_stale(extension: Path, folder: Path) -> bool:
-    """Tell whether an extension was built from C++ sources that differ from those of the checkout."""
-    if not all((folder / name).is_file() for name in MARKS):
-        return False
-    try:
-        record = json.loads(extension.with_name(RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        record = None
-    return not isinstance(record, dict) or record.get("sources") != csrc_hash(folder)

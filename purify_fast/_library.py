@@ -5,11 +5,8 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from pathlib import Path
 
 import torch
-
-from ._files import is_stale
 
 logger = logging.getLogger("purify_fast")
 
@@ -24,10 +21,6 @@ BUILD_HINT = (
 )
 
 
-#: The C++ sources of a checkout.
-SOURCES = Path(__file__).parents[1] / "csrc"
-
-
 def _find() -> str | None:
     """The path in the variable PURIFY_FAST_EXTENSION, or else the path of the installed extension."""
     spec = importlib.util.find_spec("purify_fast._C")
@@ -39,8 +32,6 @@ def _load() -> None:
     path = _find()
     if path is None:
         load_error = ImportError(f"purify_fast._C is not installed: {BUILD_HINT}")
-    elif not os.environ.get("PURIFY_FAST_EXTENSION") and is_stale(Path(path), SOURCES):
-        load_error = ImportError(f"{path} was built from other C++ sources than those in {SOURCES}: {BUILD_HINT}")
     else:
         try:
             torch.ops.load_library(path)

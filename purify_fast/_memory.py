@@ -31,24 +31,20 @@ def available_memory() -> int:
     return max(0, min([free, *_left_to_groups(Path("/"))]))
 
 
-def control_groups(root: Path) -> Iterator[Path]:
-    """The control groups (of version 2) that contain this process."""
-    with contextlib.suppress(OSError):
-        for line in (root / "proc/self/cgroup").read_text().splitlines():
-            # Lines of version 1 name controllers between the colons.
-            if line.startswith("0::"):
-                inside = Path(line.removeprefix("0::").lstrip("/"))
-                # The limits of the outer groups hold too. Inside a container their folders may be missing.
-                yield from (root / "sys/fs/cgroup" / part for part in (inside, *inside.parents))
-
-
 def _left_to_groups(root: Path) -> Iterator[int]:
-    """The unused bytes of each control group that contains this process."""
-    for group in control_groups(root):
-        # The file contains "max" if there is no limit.
-        with contextlib.suppress(OSError, ValueError):
-            most, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-            yield most - used + _reclaimable(group)
+    """The unused bytes of each control group (of version 2) that contains this process."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    # Lines of version 1 name controllers between the colons.
+    for inside in (Path(line.removeprefix("0::").lstrip("/")) for line in lines if line.startswith("0::")):
+        # The limits of the outer groups hold too. Inside a container their folders may be missing.
+        for group in (root / "sys/fs/cgroup" / part for part in (inside, *inside.parents)):
+            # The file contains "max" if there is no limit.
+            with contextlib.suppress(OSError, ValueError):
+                most, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+                yield most - used + _reclaimable(group)
 
 
 def _reclaimable(group: Path) -> int:

@@ -67,14 +67,10 @@ def check_alike(**tensors: Tensor) -> None:
         shape_fits = shape_fits and other.shape == first.shape
         dtype_fits = dtype_fits and other.dtype == first.dtype and other.layout == first.layout
     if not (shape_fits and dtype_fits):
-        if shape_fits:
-            check_floating(**tensors)
+        check_floating(**tensors)
         *names, last = tensors
-        what = "dtype" if shape_fits else "shape [B, ...]"
-        kind = "dtype" if shape_fits else "shape"
-        got = [getattr(tensor, kind) for tensor in tensors.values()]
-        texts = ", ".join(str(one if shape_fits else list(one)) for one in got)
-        raise ValueError(f"{', '.join(names)} and {last} must have the same {what}, got {texts}")
+        got = ", ".join(f"{tensor.dtype} {list(tensor.shape)}" for tensor in tensors.values())
+        raise ValueError(f"{', '.join(names)} and {last} must have the same dtype and shape [B, ...], got {got}")
     check_one_device(**tensors)
 
 
@@ -126,16 +122,13 @@ def torch_defaults() -> Iterator[None]:
 
 def first_tensor(module: nn.Module) -> Tensor:
     """The first floating-point parameter or buffer of a module. Callers use its device and dtype as the module's."""
-    return next(_floating(module), torch.zeros(()))
+    every = itertools.chain(module.parameters(), module.buffers())
+    return next(filter(Tensor.is_floating_point, every), torch.zeros((), dtype=torch.float32))
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:
     """The dtype of `first_tensor`."""
-    return next((tensor.dtype for tensor in _floating(module)), torch.float32)
-
-
-def _floating(module: nn.Module) -> Iterator[Tensor]:
-    return filter(Tensor.is_floating_point, itertools.chain(module.parameters(), module.buffers()))
+    return first_tensor(module).dtype
 
 
 class Digested(Protocol):

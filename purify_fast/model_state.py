@@ -29,6 +29,8 @@ BARE = frozenset({*vars(nn.Module()), "_compiled_call_impl", "_graph", "_tracer_
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _IN_TORCH = (torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format)
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), np.generic, enum.Enum, *_IN_TORCH)
+#: The cell of a variable of a closure that has no value yet.
+EMPTY = CellType()
 _PATHS = sysconfig.get_paths()
 _LIBRARIES = tuple(_PATHS[name] for name in ("stdlib", "platstdlib", "purelib", "platlib", "scripts"))
 _SIMPLE = frozenset(_PLAIN)
@@ -152,21 +154,13 @@ def _by_value(value: Any, inside: Inside) -> Any:
     if isinstance(value, CodeType):
         return inside((value.co_code, value.co_names, value.co_consts))
     if isinstance(value, FunctionType):
-        around = tuple(map(_content, value.__closure__ or ()))
+        around = tuple(None if cell == EMPTY else cell.cell_contents for cell in value.__closure__ or ())
         return (value.__qualname__, inside((value.__code__, value.__defaults__, value.__kwdefaults__, around)))
     if isinstance(value, type):
         if issubclass(value, torch.jit.ScriptModule):
             raise TypeError(f"{value.__name__} does not show its code")
         return [(_name(base), _class_code(base, inside) if is_users(base.__module__) else ()) for base in value.__mro__]
     return (_name(kind), inside(attributes(value)) if is_users(kind.__module__) else getattr(value, "__name__", ""))
-
-
-def _content(cell: CellType) -> Any:
-    try:
-        return cell.cell_contents
-    # The variable has no value yet.
-    except ValueError:
-        return None
 
 
 def _class_code(kind: type, inside: Inside) -> Any:
@@ -217,11 +211,8 @@ def hidden_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def used_modules(function: Any) -> list[tuple[str, nn.Module]]:
     """Find the modules among the variables that a function reads, or in the attributes of a callable object."""
     if isinstance(function, functools.partial):
-        return [
-            *_modules(function.keywords.items()),
-            *_modules([("args", function.args)]),
-            *used_modules(function.func),
-        ]
+        given = {**function.keywords, "args": function.args}
+        return [*_modules(given.items()), *used_modules(function.func)]
     if isinstance(function, MethodType):
         return list(_modules([("self", function.__self__)])) or used_modules(function.__self__)
     if not isinstance(function, FunctionType):

@@ -22,9 +22,6 @@ os.environ.setdefault("PURIFY_FAST_CACHE", str(Path(__file__).resolve().parents[
 # torch.compile starts processes that compile for it and import PyTorch: that costs tests more than it saves
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
-# no test measures the fastest number of threads, unless it is about that: the bits of results would depend on it
-os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
-
 from captures import Launched, Rerun, Tape
 from slow_shares import of_other_shares
 
@@ -133,7 +130,6 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def kernel_cache(tmp_path, monkeypatch) -> Iterator[Path]:
     """An empty folder of verdicts and races, and a process that knows of none."""
     monkeypatch.setenv("PURIFY_FAST_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("PURIFY_FAST_VERIFY", raising=False)
     verify._warn_unwritable.cache_clear()
     records.forget()
     registry.forget_choices()
@@ -261,25 +257,3 @@ def tape() -> Tape:
 @pytest.fixture
 def launched() -> Launched:
     return Launched()
-
-
-@pytest.fixture
-def found_threads(monkeypatch):
-    """A function that lets a module find the given numbers of threads, one after the other, each in two steps."""
-    before = torch.get_num_threads()
-
-    def given(module):
-        numbers = []
-
-        def fastest(step):
-            step()
-            step()
-            return numbers.pop(0)
-
-        monkeypatch.setattr(module, "may_choose", lambda device: True)
-        monkeypatch.setattr(module, "fastest_threads", fastest)
-        torch.set_num_threads(2)
-        return numbers
-
-    yield given
-    torch.set_num_threads(before)

@@ -4,7 +4,6 @@ import importlib
 import sys
 
 from purify_fast import _library
-from purify_fast.cli import installation
 
 
 def main(requirements: list[str]) -> int:
@@ -17,8 +16,7 @@ def main(requirements: list[str]) -> int:
             wrong.append(f"{name} is {found}, not {wanted}")
     if not _library.loaded():
         wrong.append(f"the extension does not load: {_library.load_error}")
-    built = installation.facts(_library.path)
-    print(f"{_library.path}: built with torch {built.get('torch')}")
+    print(_library.path)
     print("\n".join(wrong))
     return 1 if wrong else 0
 

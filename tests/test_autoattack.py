@@ -1,11 +1,19 @@
 """AutoAttack's class by this engine: the names of the original, what it refuses, and RobustBench, which calls it."""
 
+import importlib
+import importlib.util
+import sys
+import types
+from pathlib import Path
+
 import pytest
 import torch
 from small_models import labelled
 
 from purify_fast.autoattack import RUN, AutoAttack
 
+#: Where `make test` puts the last setuptools that has pkg_resources, which RobustBench imports.
+PKG_RESOURCES = Path(sys.prefix) / "setuptools-80"
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -33,8 +41,8 @@ def test_what_is_returned_is_in_the_ball_and_labelled(plain, norm, order, eps):
     assert 0 < fell.sum() < len(y) and length.max() <= eps * (1 + 1e-5) and 0 <= found.min() <= found.max() <= 1
     assert torch.equal(labels, model(found).argmax(1)) and torch.equal(found[~fell], x[~fell])
     assert adversary.clean_accuracy(found, y) == pytest.approx((~fell).float().mean())
-    # pyautoattack's name of the size of a batch; batches change no more than how a matrix product is rounded
-    whole = adversary.run_standard_evaluation(x, y, batch_size=30)
+    # batches change no more than how a matrix product is rounded
+    whole = adversary.run_standard_evaluation(x, y, bs=30)
     torch.testing.assert_close(whole, found, rtol=0, atol=1e-6)
     assert torch.equal(model(whole).argmax(1), labels)
 
@@ -67,6 +75,33 @@ def test_a_random_model_falls_by_fresh_draws_alone(plain, capsys):
     assert 0 < (wrong > 0.9).sum() < len(y)
     Short(noisy, version="custom", attacks_to_run=["square"], verbose=True).run_standard_evaluation(x, y)
     assert "WARNING: the model is random" in capsys.readouterr().out
+
+
+def test_the_call_of_robustbench(plain, tmp_path):
+    """As ``robustbench.eval.benchmark`` calls the class of the authors."""
+    model, x, y = plain
+    options = {"norm": "Linf", "eps": 0.1, "version": "standard", "device": torch.device("cpu")}
+    adversary = Short(model, **options, log_path=tmp_path / "log.txt")
+    found = adversary.run_standard_evaluation(x, y, bs=8, state_path=None)
+    assert torch.is_tensor(found) and 0 < adversary.clean_accuracy(found, y) < adversary.clean_accuracy(x, y)
+
+
+def test_robustbench(plain, monkeypatch):
+    if importlib.util.find_spec("robustbench") is None or not PKG_RESOURCES.is_dir():
+        pytest.skip("robustbench is not installed with a setuptools that has pkg_resources")
+    # the package that RobustBench imports is not on PyPI
+    theirs = types.ModuleType("autoattack")
+    theirs.AutoAttack = None
+    monkeypatch.setitem(sys.modules, "autoattack", theirs)
+    monkeypatch.setitem(sys.modules, "autoattack.state", pytest.importorskip("pyautoattack.state"))
+    monkeypatch.setattr(sys, "path", [*sys.path, str(PKG_RESOURCES)])
+    monkeypatch.delitem(sys.modules, "robustbench.eval", raising=False)
+    evaluation, (model, x, y) = importlib.import_module("robustbench.eval"), plain
+    evaluation.AutoAttack = Short
+    monkeypatch.setattr(evaluation, "load_clean_dataset", lambda *args: (x, y))
+    clean, robust = evaluation.benchmark(model, n_examples=len(x), eps=0.1, batch_size=250)
+    found, right = Short(model).run_standard_evaluation(x, y), Short(model).clean_accuracy
+    assert (clean, robust) == (pytest.approx(right(x, y)), pytest.approx(right(found, y)))
 
 
 @pytest.mark.parametrize(

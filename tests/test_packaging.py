@@ -1,7 +1,6 @@
 """Importing without the optional parts, and the decisions setup.py takes."""
 
 import importlib.util
-import json
 import os
 import shutil
 import subprocess
@@ -10,9 +9,8 @@ import tarfile
 from pathlib import Path
 
 import pytest
-import torch
 
-from purify_fast import _files, _library
+from purify_fast import _library
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -150,37 +148,3 @@ def test_modes_when_the_build_is_impossible(setup_py, monkeypatch, capsys):
     assert "pure-Python install" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="PURIFY_FAST_BUILD=cpu is impossible: no compiler here"):
         setup_py.extension("cpu")
-
-
-def test_an_extension_of_other_sources_is_not_loaded(tmp_path, monkeypatch):
-    """Its ops might take other arguments: the references serve, and the message says how to build it again."""
-    csrc = tmp_path / "csrc"
-    for name in (*_files.MARKS, "core/one.h"):
-        (csrc / name).parent.mkdir(parents=True, exist_ok=True)
-        (csrc / name).write_text("1")
-    extension = tmp_path / "_C.abi3.so"
-    # another package may have installed a folder of the same name
-    (tmp_path / "theirs" / "core").mkdir(parents=True)
-    for other in ("nowhere", "theirs"):
-        assert not _files.is_stale(extension, tmp_path / other)
-    assert _files.is_stale(extension, csrc)
-    for damaged in ("[]", "null", '"sources"', "{"):
-        extension.with_name(_files.RECORD).write_text(damaged)
-        assert _files.is_stale(extension, csrc)
-    extension.with_name(_files.RECORD).write_text(json.dumps({"sources": _files.csrc_hash(csrc)}))
-    assert not _files.is_stale(extension, csrc)
-    (csrc / "core" / "one.h").write_text("2")
-    assert _files.is_stale(extension, csrc)
-
-    loaded = []
-    monkeypatch.setattr(torch.ops, "load_library", loaded.append)
-    # as good as unset
-    monkeypatch.setenv("PURIFY_FAST_EXTENSION", "")
-    for name, value in (("SOURCES", csrc), ("_find", lambda: str(extension)), ("load_error", None), ("path", None)):
-        monkeypatch.setattr(_library, name, value)
-    _library._load()
-    assert not loaded and "was built from other C++ sources" in str(_library.load_error)
-    monkeypatch.setattr(_library, "load_error", None)
-    (csrc / "core" / "one.h").write_text("1")
-    _library._load()
-    assert loaded == [str(extension)] and _library.load_error is None

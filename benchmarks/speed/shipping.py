@@ -19,8 +19,6 @@ from purify_fast.ops.dispatch import races, records
 from . import sheets
 
 FILE = "raced.json"
-#: The keys of raced.json that are put into the package. The others concern only the measured machine.
-SHIPPED = ("cells", "gain")
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -42,7 +40,7 @@ def shipped(folder: Path) -> dict[str, Any]:
     base = sheets.races(sheets.read_csv(path)) if path.exists() else {}
     if not raced:
         return base
-    kept = {op: {key: value for key, value in entry.items() if key in SHIPPED} for op, entry in raced["ops"].items()}
+    kept = {op: {"cells": entry["cells"]} for op, entry in raced["ops"].items()}
     ops = {
         op: _merged(kept.get(op, {}), base.get("ops", {}).get(op, {})) for op in sorted({*kept, *base.get("ops", {})})
     }

@@ -9,13 +9,12 @@ import contextlib
 import os
 import sys
 from dataclasses import make_dataclass, replace
-from pathlib import Path
 from typing import Annotated, Any, Union
 
 import tyro
 
 from .._files import folder_lock
-from .._memory import control_groups, ran_out_of_memory
+from .._memory import ran_out_of_memory
 from .._validation import usable_device
 from . import evaluate, purify, show, train  # noqa: F401
 from .command import Command, DataCommand
@@ -65,16 +64,10 @@ def _run(arguments: list[str]) -> int:
 
             stack.enter_context(torchrun_group())
         command = _read(arguments)
-        import torch
-
         from ..speed import retain_freed_memory
-        from ..speed.threads import restored_threads
         from ..training.distributed import own_device
 
         retain_freed_memory()
-        stack.enter_context(restored_threads())
-        if not os.environ.get("OMP_NUM_THREADS"):
-            torch.set_num_threads(min(torch.get_num_threads(), allowed_cores()))
         if isinstance(command, DataCommand):
             command = replace(command, device=own_device(usable_device(command.device)))
         # `typed` is no field, so run.yaml does not contain it. A frozen dataclass refuses a plain assignment.
@@ -82,17 +75,6 @@ def _run(arguments: list[str]) -> int:
         # Only the first of several processes writes, so only the first locks the folder.
         stack.enter_context(folder_lock(None if _rank() > 0 else command.writes()))
         return command.run() or 0
-
-
-def allowed_cores(root: Path = Path("/")) -> int:
-    """Return how many cores this process may use, by its affinity and by the CPU quota of its container; at least 1."""
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    for group in control_groups(root):
-        # Without a limit, the quota is "max".
-        with contextlib.suppress(OSError, ValueError):
-            quota, period = map(int, (group / "cpu.max").read_text().split())
-            cores = min(cores, max(1, quota // period))
-    return cores
 
 
 def _rank() -> int:

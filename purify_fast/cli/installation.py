@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import platform
 from pathlib import Path
@@ -15,21 +13,13 @@ from .._templates import render
 from .._version import __version__
 from ..evaluation.show.text import terminal_table
 from ..ops import REGISTRY
-from ..ops.dispatch import races, records
-from ..ops.dispatch.op import Call, Style
+from ..ops.dispatch import records
+from ..ops.dispatch.op import Style
 from ..ops.dispatch.registry import Op, forced_backends
-from ..ops.dispatch.verify import known_verdict, mode
+from ..ops.dispatch.verify import known_verdict
 
 #: The words for a kernel that failed its verification.
 WRONG = "WRONG here"
-
-
-def facts(extension: str | Path | None) -> dict[str, str | None]:
-    """Read the record that setup.py wrote beside an extension. Without a record, return an empty dictionary."""
-    # Without an extension the path is None. `with_name` then raises an error, which is ignored.
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        return json.loads(Path(extension or "").with_name("_build.json").read_text())
-    return {}
 
 
 def _devices() -> dict[str, torch.device]:
@@ -42,12 +32,9 @@ def _devices() -> dict[str, torch.device]:
 
 def _who(op: Op, style: Style, device: torch.device) -> tuple[str, str]:
     """The names of the backends that compute an op on a device in a style of calls, and the reasons."""
-    winners = [] if device.index is None and device.type == "cuda" else races.winners(op, device, style)
-    if not winners:
-        variants = dict.fromkeys((*op.serves_unraced("eager"), ""))
-        winners = [op.wanted(Call(device, variant, style=style)) for variant in variants]
-    reasons = dict.fromkeys(f"{one.why}, kernel {one.gain}" if one.gain else one.why for one in winners)
-    return " or ".join(dict.fromkeys(one.backend for one in winners)), "; ".join(reasons)
+    winners = [op.wanted(call) for call in op.calls(device, style)]
+    backends, reasons = (dict.fromkeys(each) for each in zip(*winners, strict=True))
+    return " or ".join(backends), "; ".join(reasons)
 
 
 def _state(op: Op, kind: str) -> tuple[str, str, str]:
@@ -91,12 +78,10 @@ def info(everything: bool) -> str:
         processor=records.processor(),
         gpus=[torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())],
         library=_library,
-        build=facts(_library.path),
         states={kind: states[kind] for kind in _devices()},
         wrong=WRONG,
         forced=forced_backends(),
         verdicts=records.folder(),
-        mode=mode(),
         environment=[f"{key}={value}" for key, value in sorted(os.environ.items()) if key.startswith("PURIFY_FAST_")],
         table=terminal_table(["op", "device", "available", "eager", "in graphs", "why"], body),
     )

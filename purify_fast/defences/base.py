@@ -6,7 +6,7 @@ import contextlib
 import copy
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -43,7 +43,6 @@ class Defence(StochasticDefence):
         image_shape: shape (C, H, W) of an image.
 
     Attributes:
-        acceleration: the arguments ``dtype``, ``fold`` and ``compile`` of `accelerate`; None without acceleration.
         fast: the inference copies of an accelerated defence; None without acceleration.
 
     Raises:
@@ -62,7 +61,6 @@ class Defence(StochasticDefence):
 
     def __init__(self, classifier: nn.Module, image_shape: tuple[int, int, int]):
         super().__init__()
-        self.acceleration: dict[str, Any] | None = None
         self.fast: Accelerated | None = None
         # A hook also runs when a larger module loads its state dict, unlike an override of `load_state_dict`.
         self.register_load_state_dict_post_hook(_make_copies_again)  # type: ignore[no-untyped-call]
@@ -166,9 +164,7 @@ class Defence(StochasticDefence):
 
     # -- speed --------------------------------------------------------------------------------------------------------
 
-    def accelerate(
-        self, dtype: torch.dtype | Literal["auto"] | None = "auto", *, fold: bool = True, compile: bool = False
-    ) -> Self:
+    def accelerate(self, dtype: torch.dtype | Literal["auto"] | None = "auto", *, compile: bool = False) -> Self:
         """Make predictions, attacks and trainings of the defence faster, and return the defence itself.
 
         The classifier is replaced by inference copies, whose BatchNorms are folded and whose products are computed in
@@ -181,7 +177,6 @@ class Defence(StochasticDefence):
         Args:
             dtype: ``torch.bfloat16``, or ``torch.float32`` to fold BatchNorms only, or None to end the acceleration.
                 "auto" is bfloat16 where the processor or card multiplies faster in it, or else float32.
-            fold: whether to fold BatchNorms into the layers before them.
             compile: whether to compile the classifier and the parts of the purifier with `torch.compile`, each once for
                 all batch sizes. In training mode, the purifier's compiled parts are not used.
 
@@ -191,25 +186,24 @@ class Defence(StochasticDefence):
         if dtype == "auto":
             dtype = torch.bfloat16 if fast_bfloat16(first_tensor(self.classifier).device) else torch.float32
             logger.info("%s computes its products in %s", type(self).__name__, dtype)
-        settings = None if dtype is None else {"dtype": dtype, "fold": fold, "compile": compile}
         # If this fails, for example because memory runs out, the earlier copies remain in use.
-        self.fast = None if settings is None else self._make_copies(settings)
-        self.acceleration = settings
+        self.fast = None if dtype is None else self._make_copies(dtype, compile)
         return self
 
     def refresh(self) -> None:
         """Make the inference copies of an accelerated defence again, from the current weights."""
-        if self.acceleration is not None:
-            self.fast = self._make_copies(self.acceleration)
+        if self.fast is not None:
+            self.fast = self._make_copies(self.fast.dtype, self.fast.compile)
 
     def uncompiled_copies(self) -> Accelerated:
         """Make inference copies of the current weights without compiling them, to compare them with `fast`."""
-        assert self.acceleration is not None
-        return self._make_copies({**self.acceleration, "compile": False})
+        assert self.fast is not None
+        return self._make_copies(self.fast.dtype, compile=False)
 
-    def _make_copies(self, settings: Mapping[str, Any]) -> Accelerated:
+    def _make_copies(self, dtype: torch.dtype, compile: bool) -> Accelerated:
         parts = tuple(getattr(self, name) for name in self.compiled_parts)
-        fast = Accelerated(self.classifier, self.image_shape, settings, self.representation, parts)
+        reader, shape = self.representation, self.image_shape
+        fast = Accelerated(self.classifier, shape, dtype, compile=compile, reader=reader, parts=parts)
         self._update_packed(fast)
         return fast
 

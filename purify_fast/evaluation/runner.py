@@ -28,7 +28,6 @@ from ..ops import kernels_now
 from ..protocols import Classifier
 from ..speed.memory import peak_so_far
 from ..speed.precision import raced_convolutions, whole_float32_by_default
-from ..speed.threads import restored_threads
 from .alarms.probes import Before
 from .alarms.signs import signs_of_masking
 from .request.attack_lists import SEARCHES, protocol_attacks, without_early_stops
@@ -49,7 +48,7 @@ from .run.cache import RowCache
 from .run.curve import Curve, attacks_of_curve, radii_of
 from .run.measure import EXAMPLES, Measure, Standing, settings_of
 from .run.progress import Progress
-from .run.resources import choose_threads, make_room
+from .run.resources import make_room
 from .run.shards import Shards
 from .run.stopping import notes_of_proofs, notes_of_size, notes_of_unsearched
 from .show.report import Report
@@ -154,7 +153,6 @@ def evaluate(
             stack.enter_context(torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []))
             stack.enter_context(torch.no_grad())
             stack.enter_context(raced_convolutions(config.cudnn_benchmark, device))
-            stack.enter_context(restored_threads())
             modes = note_of_modes(model, name)
             stack.enter_context(frozen(model))
             refresh_copies(model, base, *(spec.other_model for spec in given))
@@ -188,7 +186,6 @@ def evaluate(
                 make_room(subject, others, config.memory, cache)
                 at_once = shards.from_first(lambda: subject.room.limit(context.resources.max_forward_batch))
                 context = replace(context, resources=replace(context.resources, max_forward_batch=at_once))
-            choose_threads(subject, cache)
             shown = Progress(name, progress and shards.rank == 0)
             every = config.keep == "all"
             measure = Measure(subject, context, name, cache, progress=shown, shards=shards, keep_all=every)

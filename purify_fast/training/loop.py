@@ -3,7 +3,7 @@
 The result of a step depends only on the seed, the number of the step, and the state in the checkpoint: the order of the
 images, the random starts of attacks and torch's global generator are seeded for each step. So a run that was killed and
 resumed ends with the same weights as a run without interruption, to the bit on the same CPU. Sums in another number of
-threads are rounded otherwise, so a checkpoint also has the number that was measured to be the fastest.
+threads are rounded otherwise.
 
 Several processes (`purify_fast.training.distributed`) share each batch. They end with the weights of a single process,
 up to rounding. After the backward pass, they average all gradients and metrics in one exchange.
@@ -28,10 +28,9 @@ from .._process import processes
 from ..models.layers import BatchNorm1d, BatchNorm2d
 from ..speed.graphs.step_graphs import StepGraphs
 from ..speed.precision import float32_products, raced_convolutions, whole_float32_by_default
-from ..speed.threads import fastest_threads, may_choose, restored_threads
 from .bank import BankConfig
 from .callbacks import Callback, ProgressBar, TrainingState
-from .captured_step import captured, undone
+from .captured_step import captured
 from .config import FitConfig
 from .distributed import average_, from_first
 from .optimizers import fuse, set_learning_rate, weights_of
@@ -176,8 +175,6 @@ def _train_epoch(run: Run, listeners: Sequence[Callback]) -> TrainingState:
         seed = step_seed(config.seed, run.step)
         torch.manual_seed(seed)
         batch = run.batch(raw, run.step, seed)
-        if images == 0:
-            choose_threads(run, batch)
         rate = task.learning_rate(run.step / run.total, epoch, config.epochs)
         set_learning_rate(task.optimizers.values(), rate)
         measured = train_step(task, batch, config.accumulate or 1, config.clip_gradients)
@@ -269,25 +266,6 @@ def parts_of(batch: Batch, number: int) -> list[Batch]:
     return [replace(batch, x=x, y=y, sample_ids=ids) for x, y, ids in parts] or [batch]
 
 
-def choose_threads(run: Run, batch: Batch) -> None:
-    """Set the number of threads for the steps of a run: that of the run's beginning, or else the fastest."""
-    task = run.task
-
-    def step() -> None:
-        for update in task.updates(parts_of(replace(batch, bank=None), run.config.accumulate or 1)[0]):
-            task.optimizers[update.optimizer].zero_grad(set_to_none=True)
-            update.loss.backward()
-
-    if not may_choose(batch.x.device):
-        return
-    # With another number of cores, the sums of the beginning cannot be repeated anyway.
-    if run.threads is None or run.threads[0] != run.given_threads:
-        with undone(task.model, batch.x.device):
-            task.train()
-            run.threads = [run.given_threads, fastest_threads(step)]
-    torch.set_num_threads(run.threads[1])
-
-
 @contextlib.contextmanager
 def step_settings(task: Task, config: FitConfig, device: torch.device) -> Iterator[None]:
     """Within the block, use CUDA graphs, cuDNN's benchmark and fused optimizers, which make steps on a GPU faster."""
@@ -299,7 +277,7 @@ def step_settings(task: Task, config: FitConfig, device: torch.device) -> Iterat
     elif task.graphs is None and device.type == "cuda":
         task.graphs = StepGraphs(config.cuda_graphs)
     try:
-        with raced_convolutions(config.cudnn_benchmark, device), restored_threads():
+        with raced_convolutions(config.cudnn_benchmark, device):
             yield
     finally:
         # without a reference to the graphs, their memory is freed

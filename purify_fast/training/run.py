@@ -31,7 +31,7 @@ from .task import Batch, Task
 #: Settings that do not change the result of a run, and may therefore differ when the run is resumed.
 _NO_FACTS = ("checkpoint_seconds", "cuda_graphs", "cudnn_benchmark", "fused_optimizers")
 #: The attributes of `Run` that a checkpoint restores as they are.
-_PROGRESS = ("step", "last", "best", "rows", "counts", "expected", "threads")
+_PROGRESS = ("step", "last", "best", "rows", "counts", "expected")
 #: The names, without suffix, of the files that a run writes. A half-written file is called ``.<name>-...``.
 _WRITTEN = (Path(CHECKPOINT).stem, "log", "model", "run")
 
@@ -62,9 +62,6 @@ class Run:
         best: the best validation so far: its ``score``, its ``step`` and the ``model``'s state; empty before the first.
         rows: one entry of ``log.jsonl`` for each epoch that has ended.
         expected: the time of the whole run in seconds, as the first steps predict it; None before the prediction.
-        given_threads: torch's number of threads when this object was made.
-        threads: the given number of threads when the fastest number was measured, and the fastest number; None if it
-            was not measured.
     """
 
     def __init__(
@@ -100,8 +97,6 @@ class Run:
         self.sums, self.counts = dict[str, Tensor](), dict[str, int]()
         self.last, self.best, self.rows = dict[str, float](), dict[str, Any](), list[dict[str, Any]]()
         self.expected: float | None = None
-        self.given_threads = torch.get_num_threads()
-        self.threads: list[int] | None = None
         self._began, self._spent = time.monotonic(), 0.0
 
     @property

@@ -123,9 +123,6 @@ class Task:
         The loss must be a mean over the batch. Multiply a loss that is a sum by the number of processes, because `fit`
         averages the gradients over the processes.
 
-        On a CPU, `fit` also takes trial steps, to choose the number of threads. Then it restores the random generators
-        and the state of ``model``, so keep no other state that a step changes.
-
         Args:
             batch: the images to train on.
         """

@@ -131,7 +131,7 @@ def test_races_ship_in_place_of_rows_and_rows_fill_what_was_not_raced(tmp_path):
     assert base["ops"]["pgd_step"]["cells"]["l1"] == {"eager": "cpp", "graph": "cpp"}
     cells = {"": {"eager": "reference"}, "linf": {"eager": "reference"}, "linf float32": {"eager": "cpp"}}
     raced = {"machine": {"kind": "cpu", "device": "E"}, "date": "2026-02-03", "threads": 3}
-    raced["ops"] = {"pgd_step": {"cells": cells, "gain": {"eager": "many"}, "sources": "x", "rows": [], "verified": {}}}
+    raced["ops"] = {"pgd_step": {"cells": cells, "sources": "x", "rows": [], "verified": {}}}
     (tmp_path / shipping.FILE).write_text(json.dumps(raced))
     made = shipping.shipped(tmp_path)
     assert made["machine"] == {"kind": "cpu", "device": "E", "threads": "3"} and made["date"] == "2026-02-03"
@@ -142,7 +142,6 @@ def test_races_ship_in_place_of_rows_and_rows_fill_what_was_not_raced(tmp_path):
             "linf": {"eager": "reference", "graph": "reference"},
             "linf float32": {"eager": "cpp"},
         },
-        "gain": {"eager": "many"},
     }
 
 

@@ -27,7 +27,7 @@ def folder(kernel_cache, monkeypatch) -> Path:
 
 def row(example: str, variant: str, dtype: str, size: str, *, kernel_us: float, style: str = "eager") -> racing.Row:
     """A row of a race in which the reference took a microsecond."""
-    return racing.Row(example, variant, dtype, size, style, 1, 1.0, kernel_us)
+    return racing.Row(example, variant, dtype, size, style, 1.0, kernel_us)
 
 
 def timed(monkeypatch, seconds: dict[str, float]) -> None:
@@ -55,7 +55,7 @@ def test_who_wins_serves_and_it_is_said(folder, monkeypatch, capsys):
     assert op.served[Call(CPU, "linf", wide, (96).bit_length())] == "reference"
     assert op.serving(Call(CPU, "l1", wide, style="graph")) == "cpp"  # not raced here: as it ships
     shown = next(line for line in installation.info(True).splitlines() if line.startswith("pgd_step "))
-    assert "raced on this machine" in shown and "0.1 times as fast" in shown and "raced on AMD EPYC" in shown
+    assert "raced on this machine" in shown and "raced on AMD EPYC" in shown
     timed(monkeypatch, {"reference": 1e-5, "kernel": 1e-6})
     assert cli.main(["tune", "--device", "cpu", "--ops", "pgd_step"]) == 0
     assert op.serving(Call(CPU, "linf", wide, 10)) == "cpp"

@@ -204,14 +204,6 @@ def test_a_folder_that_cannot_be_written(make, folder, caplog):
     assert sum("cannot be written" in record.message for record in caplog.records) == 1
 
 
-def test_verification_can_be_switched_off(make, folder, monkeypatch):
-    monkeypatch.setenv("PURIFY_FAST_VERIFY", "off")
-    assert make(lambda x: 3 * x).serving(Call(CPU)) == "cpp" and not folder.exists()
-    monkeypatch.setenv("PURIFY_FAST_VERIFY", "never")
-    with pytest.raises(ValueError, match="PURIFY_FAST_VERIFY must be one of first_use, off, got 'never'"):
-        make(lambda x: x).serving(Call(CPU))
-
-
 def test_no_mode_of_the_caller_reaches_the_verification(make):
     """Neither fake tensors, nor vmap, inference, autocast, a default device or dtype."""
     with FakeTensorMode():

@@ -1,11 +1,8 @@
 """The graphs that are made of a region: one for all batch sizes on a CPU, one for each of the first two on a GPU."""
 
-import threading
-
 import pytest
 import torch
 from torch import Tensor
-from torch.utils import _python_dispatch
 
 from purify_fast._compiler import outside_graphs
 from purify_fast.speed.folding import inference_copy
@@ -65,25 +62,11 @@ def test_on_a_gpu_the_first_sizes_have_graphs_of_their_own(graphs, monkeypatch):
     assert len(graphs) == 3
 
 
-def test_modes_that_overlap_in_threads_leave_the_compiler_on(graphs, monkeypatch):
-    # After modes that overlap, PyTorch takes one for active until the process ends. Pytest then sets the flags back.
-    for flag in ("_is_in_torch_dispatch_mode", "_is_in_non_infra_torch_dispatch_mode"):
-        monkeypatch.setattr(_python_dispatch, flag, False)
-    first, second = HostSyncs(), HostSyncs()
-    begun, ended = threading.Event(), threading.Event()
-
-    def other():
-        with second:
-            begun.set()
-            ended.wait(10)
-
-    thread = threading.Thread(target=other)
-    with first:
-        thread.start()
-        begun.wait(10)
-    ended.set()
-    thread.join()
+def test_after_a_mode_the_compiler_is_on(graphs):
     function = torch.compile(lambda x: x * 2)
+    with HostSyncs():
+        function(torch.ones(3))
+    assert len(graphs) == 0
     function(torch.ones(3))
     assert len(graphs) == 1
 

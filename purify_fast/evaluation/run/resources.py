@@ -1,11 +1,10 @@
-"""Chooses the number of threads, and for ``batch_size="auto"`` the number of images in each pass of the model.
+"""Chooses the number of images in each pass of the model for ``batch_size="auto"``.
 
 The batches of an attack always have the usual size, because the result of some attacks depends on it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Iterable
 
@@ -14,7 +13,6 @@ import torch
 from ...attacks.objective import Objective
 from ...protocols import Classifier
 from ...speed.memory import Room, free_memory, images_that_fit
-from ...speed.threads import fastest_threads, may_choose
 from ..request.subject import Subject
 from .cache import RowCache
 
@@ -48,27 +46,3 @@ def make_room(subject: Subject, models: Iterable[Classifier], memory: int | str 
         images = min(images, kept)
         logger.info("each pass of the model has at most %d images", images)
     subject.room = Room(images, device, yields=True)
-
-
-#: The largest number of images on which gradients are timed. Attacks often have fewer images than a batch has.
-TIMED = 64
-
-
-def choose_threads(subject: Subject, cache: RowCache) -> None:
-    """Set torch's number of threads to the fastest for a gradient of the model."""
-    if not may_choose(subject.device):
-        return
-    count = subject.room.at_most(min(TIMED, subject.batch_size))
-    x, y, objective = subject.x[:count].to(subject.device), subject.y[:count], Objective(subject.model, "ce")
-
-    def step() -> None:
-        # If the model refuses gradients, the attacks that need them will say so.
-        with contextlib.suppress(Exception):
-            objective.gradient(x, y)
-
-    name = cache.key({"threads": [subject.data, torch.get_num_threads()]}, subject.model)
-    with torch.random.fork_rng([]):
-        chosen: int = cache.values(name, lambda: {"threads": fastest_threads(step)})["threads"]
-        # A model's last input may be a part of its fingerprint. This call makes that independent of the measurement.
-        subject.model(subject.sample_images())
-    torch.set_num_threads(chosen)

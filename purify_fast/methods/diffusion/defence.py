@@ -219,7 +219,7 @@ class DiffusionPurifier(Defence):
         """Return a defence with another process. It shares denoiser and classifier, and is not accelerated."""
         other = copy.copy(self)
         other._modules, other._buffers, other._kept_ids = dict(self._modules), dict(self._buffers), {}
-        other.fast = other.acceleration = None
+        other.fast = None
         other.process, other.arguments = process, {**self.arguments, "process": asdict(process)}
         other._make_table()
         return other

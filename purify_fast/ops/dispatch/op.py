@@ -102,6 +102,12 @@ class Definition:
             return files_digest((*sorted(definition.parent.glob("[!_]*.py")), *sorted(KERNELS.glob("*.py"))))
         return files_digest((definition, Path(_library.path)) if _library.path else (definition,))
 
+    def calls(self, device: torch.device, style: Style = "eager") -> list[Call]:
+        """Return a call of each variant, dtype and size on a device; in compiled graphs the size is not known."""
+        kinds = dict.fromkeys((example.variant, dtype) for example in self.examples for dtype in example.dtypes)
+        bits = [end - 1 for end in SIZES.values()] if style == "eager" else [0]
+        return [Call(device, *kind, one, style) for kind in kinds for one in bits]
+
     def serves_unraced(self, style: Style) -> tuple[str, ...]:
         """Return the variants whose kernel a GPU uses if nothing was raced."""
         if self.launch is None:

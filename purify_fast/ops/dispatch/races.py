@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import records
-from .op import SIZES, Backend, Call, Definition, Style
+from .op import Backend, Call, Definition
 
 SHIPPED = Path(__file__).parents[1] / "races.json"
 
@@ -24,7 +24,6 @@ class Winner(NamedTuple):
 
     backend: Backend
     why: str
-    gain: str = ""
 
 
 @functools.cache
@@ -58,16 +57,5 @@ def winner(op: Definition, call: Call) -> Winner | None:
         for name in (call.cell, call.variant, ""):
             backend = entry.get("cells", {}).get(name, {}).get(call.style)
             if backend:
-                return Winner(backend, why, entry.get("gain", {}).get(call.style, ""))
+                return Winner(backend, why)
     return None
-
-
-def winners(op: Definition, device: torch.device, style: Style) -> list[Winner]:
-    """Return the winners of an op's races, from the first entry that distinguishes variants, dtypes or sizes."""
-    for entry, why in entries_of(op, device):
-        cells = {name: cell[style] for name, cell in entry.get("cells", {}).items() if name and style in cell}
-        # The entries for all sizes repeat the entries by size, so they are omitted for ops that are raced by size.
-        by_size = {name: backend for name, backend in cells.items() if name.split()[-1] in SIZES}
-        if cells:
-            return [Winner(one, why, entry.get("gain", {}).get(style, "")) for one in (by_size or cells).values()]
-    return []

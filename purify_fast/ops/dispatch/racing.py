@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import math
-import statistics
 import sys
 import timeit
 from collections import defaultdict
@@ -17,14 +16,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from . import records
 from .examples import Example, tile, to
 from .op import SIZES, Backend, Call, size_of
-from .registry import REGISTRY, Op, forget_choices, use_backend
+from .registry import REGISTRY, Op, forget_choices
 from .verify import verdict_of
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -59,10 +56,8 @@ class Row:
     dtype: str
     size: str
     style: str
-    elements: int
     reference_us: float
     kernel_us: float
-    megabytes: float = 0.0
 
     @property
     def ratio(self) -> float:
@@ -120,11 +115,6 @@ def run_race(race: Race, device: torch.device, capture: Any = None) -> list[Row]
     """Run a race, and return its rows: for eager calls and, with ``capture`` (a `CudaCapture`), for replays."""
     op, example = REGISTRY[race.op], race.example
     arguments = to(tile(example.make(race.dtype, 0), race.times), device)
-    elements = op.size_key(*arguments)[1]
-    with use_backend("reference"):
-        results = op.reference(*arguments)
-    moved = sum(one.nbytes for one in tree_leaves((arguments, results)) if isinstance(one, Tensor))
-    del results
     calls: list[Callable[[], object]] = [lambda: op.reference(*arguments), lambda: op.handle(*arguments)]
     seconds = {"eager": fastest(calls, device)}
     if capture is not None:
@@ -132,24 +122,8 @@ def run_race(race: Race, device: torch.device, capture: Any = None) -> list[Row]
             with capture.aside(device):
                 call()
         seconds["replay"] = fastest([capture.record(call, device) for call in calls], device)
-    dtype = str(race.dtype).removeprefix("torch.")
-    return [
-        Row(
-            *(example.name, example.variant, dtype, race.size, style),
-            elements=elements,
-            reference_us=round(1e6 * reference, 3),
-            kernel_us=round(1e6 * kernel, 3),
-            megabytes=round(moved / 1e6, 3),
-        )
-        for style, (reference, kernel) in seconds.items()
-    ]
-
-
-def _gain(rows: list[Row]) -> str:
-    """Return the relative speed of the kernel, in words."""
-    ratios = sorted(row.ratio for row in rows)
-    least, most = (f"{ratio:.2g}" if ratio < 100 else f"{ratio:,.0f}" for ratio in (ratios[0], ratios[-1]))
-    return f"{statistics.geometric_mean(ratios):.1f} times as fast ({least} to {most})"
+    facts = example.name, example.variant, str(race.dtype).removeprefix("torch."), race.size
+    return [Row(*facts, style, *(round(1e6 * one, 3) for one in each)) for style, each in seconds.items()]
 
 
 def decide(op: Op, rows: list[Row], device: torch.device) -> dict[str, Any]:
@@ -168,7 +142,6 @@ def decide(op: Op, rows: list[Row], device: torch.device) -> dict[str, Any]:
     return {
         "sources": op.code_hash(device.type),
         "cells": dict(sorted(cells.items())),
-        "gain": {"eager": _gain(rows)},
         "rows": [asdict(row) for row in rows],
     }
 

@@ -24,11 +24,10 @@ from typing import Any, cast
 import torch
 
 from ... import _library
-from ..._compiler import constant_in_graphs
 from ..._tensors import text_hash
 from . import races, verify
 from .examples import Example, normal, properties_of, tensors
-from .op import BACKENDS, KERNELS, SIZES, Backend, Call, Definition, first_argument
+from .op import BACKENDS, KERNELS, Backend, Call, Definition, first_argument
 from .races import Winner
 
 
@@ -145,15 +144,10 @@ class Op(Definition):
 
     def may_serve(self, device: torch.device) -> bool:
         """Return True if some eager calls on a device use the kernel, which no forced backends exclude."""
-        try:
-            forced = self.forced(device.type)
-        except RuntimeError:
-            return False
-        if forced is not None:
-            return forced != "reference"
-        kinds = {(example.variant, dtype) for example in self.examples for dtype in example.dtypes}
-        calls = (Call(device, *kind, end - 1) for kind in kinds for end in SIZES.values())
-        return any(self.serving(call) != "reference" for call in calls)
+        # A forced backend that the op does not have raises an error.
+        with contextlib.suppress(RuntimeError):
+            return any(self.serving(call) != "reference" for call in self.calls(device))
+        return False
 
     def forced(self, kind: str) -> Backend | None:
         """Return the backend that is forced for a type of device, or None."""
@@ -171,11 +165,15 @@ class Op(Definition):
 
 
 # Called while a graph is traced, and without a number of elements: a graph may run with inputs of any size.
-@constant_in_graphs
 def _in_graph(name: str, kind: str, index: int | None, variant: str, dtype: torch.dtype | None) -> Backend:
     device = torch.device(kind) if index is None else torch.device(kind, index)
     call = Call(device, variant, dtype, 0, "graph")
     return REGISTRY[name].served.get(call) or REGISTRY[name]._choose(call)
+
+
+# The compiler calls the function while it traces, and stores the result. `torch.compiler.assume_constant_result` only
+# sets this attribute, in every version since PyTorch 2.0, but its import is slow.
+_in_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def kernels_now(device: torch.device) -> str:

@@ -11,7 +11,6 @@ import functools
 import importlib
 import logging
 import math
-import os
 import sys
 import threading
 import time
@@ -22,7 +21,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from . import records
 from .examples import Example, double, tensors, to
@@ -30,9 +28,6 @@ from .op import Definition
 
 logger = logging.getLogger("purify_fast")
 
-MODES = ("first_use", "off")
-#: The devices whose kernels take seconds to verify, mostly for their compilation: they show progress.
-SLOW = {"cuda"}
 #: If a result is not continuous (`Example.jumps`), the root mean square of its error is compared. The allowed error is
 #: twice that of the definition in the same dtype, plus this multiple of the result's root mean square.
 JUMPS = 0.1
@@ -40,14 +35,6 @@ JUMPS = 0.1
 DTYPES = {"f": torch.float32, "b": torch.bfloat16, "h": torch.float16}
 #: Has the attribute ``active`` in the thread that verifies a kernel: its own calls use references.
 _verifying = threading.local()
-
-
-def mode() -> str:
-    """Return ``PURIFY_FAST_VERIFY``: ``first_use`` (default) or ``off``. Raise ValueError for another value."""
-    value = os.environ.get("PURIFY_FAST_VERIFY") or MODES[0]
-    if value not in MODES:
-        raise ValueError(f"PURIFY_FAST_VERIFY must be one of {', '.join(MODES)}, got {value!r}")
-    return value
 
 
 @dataclass(frozen=True)
@@ -112,16 +99,14 @@ def deviation(actual: Tensor, golden: Tensor, same: Tensor, example: Example, ca
 def compare(op: Definition, device: torch.device, chosen: list[tuple[Example, torch.dtype]]) -> Verdict:
     """Run the op's kernel on a device. Return the case with the largest error relative to its allowed error."""
     deviations = []
-    layout = "{desc}: {n_fmt} of {total_fmt}, {elapsed_s:.1f} s"
-    words = f"purify_fast verifies the kernel of {op.name}, once on this machine"
-    shown = tqdm(chosen, words, file=sys.stderr, bar_format=layout, disable=device.type not in SLOW)
-    with torch.no_grad(), shown:
+    with torch.no_grad():
         if op.kernel(device.type) == "triton":
             # The module imports Triton, so it is imported only if there are Triton kernels. All kernels are compiled
-            # in parallel.
+            # in parallel, which takes seconds.
+            print(f"purify_fast verifies the kernel of {op.name}, once on this machine", file=sys.stderr)
             ahead = importlib.import_module("purify_fast.kernels._ahead")
             ahead.compile_together(lambda: [op.handle(*to(one.make(dtype, 0), device)) for one, dtype in chosen])
-        for example, dtype in shown:
+        for example, dtype in chosen:
             arguments = example.make(dtype, 0)
             outputs = tensors(op.handle(*to(arguments, device)))
             same, golden = (tensors(op.reference(*given)) for given in (arguments, double(arguments)))
@@ -199,8 +184,6 @@ def verdict_of(op: Definition, device: torch.device) -> Verdict:
 
 def serves(op: Definition, device: torch.device) -> bool | None:
     """Return True if the op's kernel may be used on a device, False if it is wrong, None if this is not known now."""
-    if mode() == "off":
-        return True
     if getattr(_verifying, "active", False):
         return None
     if device.type == "cuda" and (not torch.cuda.is_available() or torch.cuda.is_current_stream_capturing()):

@@ -45,8 +45,7 @@ def fold_batchnorm(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
         want = _response(original, example.double())
     except RuntimeError as error:
         raise ValueError(
-            f"model must run in float64, because folding is verified in float64. It failed with: {error}. Pass "
-            "fold=False to skip folding"
+            f"model must run in float64, because folding is verified in float64. It failed with: {error}"
         ) from error
 
     def same(chosen: list[tuple[str, str]]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -151,7 +151,6 @@ def prepare_for_inference(
     model: nn.Module,
     image_shape: tuple[int, ...],
     dtype: torch.dtype,
-    fold: bool = True,
     fine: bool = False,
     channels_last: bool | None = None,
 ) -> tuple[list[tuple[str, str]], bool]:
@@ -163,11 +162,9 @@ def prepare_for_inference(
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
     model.float().eval()
-    pairs: list[tuple[str, str]] = []
     device = first_tensor(model).device
     example = torch.rand((4, *image_shape), generator=torch.Generator().manual_seed(0), device="cpu").to(device)
-    if fold:
-        pairs = fold_batchnorm(model, example)
+    pairs = fold_batchnorm(model, example)
     if channels_last is None:
         channels_last = dtype != torch.float32 or not any(isinstance(one, _TRANSPOSED) for one in model.modules())
     uses_channels_last = channels_last and convert_to_channels_last(model, image_shape)
@@ -188,7 +185,6 @@ class InferenceCopy(nn.Module):
         classifier: module from images in [0, 1] to logits. It is copied.
         image_shape: shape (C, H, W) of an image.
         dtype: dtype of the matrix products, float32 or bfloat16.
-        fold: whether to fold BatchNorms into the layers before them.
         compile: whether to compile the copy as a `CompiledRegion`, and whole steps of attacks on it.
         fine: whether the layers that read the images compute in float32, for attacks with a small radius.
         channels_last: whether the weights are in channels_last. None decides by the model.
@@ -209,7 +205,6 @@ class InferenceCopy(nn.Module):
         classifier: nn.Module,
         image_shape: tuple[int, ...],
         dtype: torch.dtype = torch.bfloat16,
-        fold: bool = True,
         compile: bool = False,
         fine: bool = False,
         channels_last: bool | None = None,
@@ -218,7 +213,7 @@ class InferenceCopy(nn.Module):
         self.dtype = dtype
         self.classifier = without_recorders(copy.deepcopy(classifier)).requires_grad_(False)
         self._pairs, self.uses_channels_last = prepare_for_inference(
-            self.classifier, image_shape, dtype, fold=fold, fine=fine, channels_last=channels_last
+            self.classifier, image_shape, dtype, fine=fine, channels_last=channels_last
         )
         self.folded = len(self._pairs)
         self.region = CompiledRegion(self._logits) if compile else None
@@ -272,12 +267,14 @@ class Accelerated:
     Args:
         classifier: module from images ``[B, *image_shape]`` in [0, 1] to logits.
         image_shape: shape (C, H, W) of an image.
-        settings: the arguments ``dtype``, ``fold`` and ``compile`` of `InferenceCopy`.
+        dtype: dtype of the matrix products, float32 or bfloat16.
+        compile: whether to compile the copies and the parts.
         reader: the reader of the representation, for a defence that uses a representation.
         parts: functions of tensors ``[B, ...]``, which are compiled if ``compile`` is True.
 
     Attributes:
-        dtype: dtype of the matrix products, float32 or bfloat16.
+        dtype: the given dtype.
+        compile: the given setting.
         classifier: copy of the classifier, for the purified images.
         reader: copy that returns the representation; None without a representation.
         regions: compiled functions of the defence, by name.
@@ -299,16 +296,17 @@ class Accelerated:
         self,
         classifier: nn.Module,
         image_shape: tuple[int, ...],
-        settings: Mapping[str, Any],
+        dtype: torch.dtype,
+        compile: bool,
         reader: Representation | None = None,
         parts: tuple[Callable[..., Tensor], ...] = (),
     ):
-        self.dtype: torch.dtype = settings["dtype"]
-        self.classifier = InferenceCopy(classifier, image_shape, **settings)
+        self.dtype, self.compile = dtype, compile
+        self.classifier = InferenceCopy(classifier, image_shape, dtype, compile)
         self.reader = copy.deepcopy(reader)
         if self.reader is not None:
-            prepare_for_inference(self.reader.model, image_shape, self.dtype, settings["fold"])
-        self.regions = {part.__name__: CompiledRegion(part) for part in parts} if settings["compile"] else {}
+            prepare_for_inference(self.reader.model, image_shape, self.dtype)
+        self.regions = {part.__name__: CompiledRegion(part) for part in parts} if compile else {}
         self.packed: Any = None
         self.packed_from: int | None = None
         # In a tuple and not registered, the classifier is no part of this object.

@@ -160,7 +160,7 @@ def test_bfloat16_trains_with_a_discriminator(transform):
             task.optimizers[update.optimizer].zero_grad()
             update.loss.backward()
             task.optimizers[update.optimizer].step()
-    assert made.acceleration["dtype"] == torch.bfloat16
+    assert made.fast.dtype == torch.bfloat16
     for name, value in task.model.state_dict().items():
         assert value.isfinite().all() and value.dtype == before[name].dtype
         if name.endswith(("weight", "bias")):

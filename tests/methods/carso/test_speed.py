@@ -64,16 +64,15 @@ def response(made, x):
         return made.sample_logits(x).detach(), torch.autograd.grad(loss, leaf)[0]
 
 
-@pytest.mark.parametrize("fold", [True, False])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
-def test_the_accelerated_function_and_gradient_are_the_plain_ones(dtype, tolerance, fold):
+def test_the_accelerated_function_and_gradient_are_the_plain_ones(dtype, tolerance):
     """Relative L2 distance to the plain defence: 1e-5 folded in float32, 5 % in bfloat16."""
     made, x = defence(), images(8)
     want = response(made, x)
-    assert made.accelerate(dtype, fold=fold) is made
+    assert made.accelerate(dtype) is made
     for got, right in zip(response(made, x), want, strict=True):
         assert got.dtype == torch.float32 and relative(got, right) < tolerance
-    assert made.fast.classifier.folded == (2 if fold else 0)
+    assert made.fast.classifier.folded == 2
     made.accelerate(None)
     assert all(torch.equal(a, b) for a, b in zip(response(made, x), want, strict=True))
 
@@ -130,7 +129,7 @@ def test_nothing_of_it_is_saved_trained_or_counted(tmp_path):
     assert [name for name, _ in made.named_parameters()] == names
     made.save(tmp_path)
     loaded = purify_fast.load_defence(tmp_path, made.classifier)
-    assert loaded.acceleration is None and set(loaded.state_dict()) == set(before)
+    assert loaded.fast is None and set(loaded.state_dict()) == set(before)
 
 
 @pytest.mark.slow
@@ -243,10 +242,10 @@ def test_loss_and_gradients_are_close_to_float32s(target):
 def test_the_task_decides_the_precision():
     made = defence()
     CarsoTask(made, CarsoConfig(precision="bfloat16"))
-    assert made.acceleration == {"dtype": torch.bfloat16, "fold": True, "compile": False}
+    assert (made.fast.dtype, made.fast.compile) == (torch.bfloat16, False)
     assert made.frozen_classifier is made.fast.classifier
     task = CarsoTask(made, CarsoConfig())
-    assert made.acceleration is None and made.frozen_classifier is made.classifier
+    assert made.fast is None and made.frozen_classifier is made.classifier
     assert task.describe()["precision"] == "float32"
 
 
