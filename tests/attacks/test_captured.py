@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_launches import CudaLaunches
+from host_syncs import HostSyncs
 from torch import Tensor, nn
 
 from purify_fast import _library
@@ -18,7 +19,6 @@ from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops import use_backend
 from purify_fast.speed import StepGraphs
 from purify_fast.speed.folding.inference_copy import InferenceCopy
-from purify_fast.speed.graphs.step_trials import HostSyncs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..._validation import CudaGraphs, check_literal
 from ...model_state import identity_key
@@ -43,7 +43,7 @@ from .step_loop import (
     step_key,
     weak_key,
 )
-from .step_trials import device_generator, first_replay_agrees, no_trace, refusal_of
+from .step_trials import device_generator, first_replay_agrees, no_trace, tried
 
 logger = logging.getLogger("purify_fast")
 
@@ -226,17 +226,18 @@ class StepGraphs:
             # cuDNN times its algorithms in the first call, and the graph keeps the fastest.
             with no_trace(device), raced_convolutions("auto", device):
                 with self.capture.aside(device):
-                    # The first call compiles, verifies kernels and chooses algorithms, and may wait for the device. So
-                    # it precedes the trial, which refuses steps that wait.
+                    # The first call compiles, verifies kernels and chooses algorithms, and may wait for the device.
                     function(buffers)
                 drawn = device_generator(device)
-                tried = [counter.counted() for counter in counters]
-                reason = self._trial(function, buffers, device)
-                if reason is not None:
-                    return self._refuse(base, reason)
+                first = [counter.counted() for counter in counters]
+                with self.capture.aside(device):
+                    results = tried(lambda: function(buffers), device)
+                for name, value in results.items():
+                    if _kind(value) != _kind(buffers[name]):
+                        raise RuntimeError(f"the step changes {name} from {_kind(buffers[name])} to {_kind(value)}")
                 # Compiled code draws other random numbers.
                 draws = device_generator(device) != drawn
-                counts = [counter.counted() - start for counter, start in zip(counters, tried, strict=True)]
+                counts = [counter.counted() - start for counter, start in zip(counters, first, strict=True)]
                 compiles = any(part.region is not None for part in copies_in(function.model))
                 compiled = compiled_step(function, buffers) if compiles and not draws else None
                 run: Any = function if compiled is None else compiled
@@ -245,31 +246,17 @@ class StepGraphs:
                 # Only replays of the graph write to the buffers. Each loop first copies its state to the buffers.
                 replay = self.capture.record(lambda: write(run(buffers), buffers), device)
                 if not first_replay_agrees(lambda: run(buffers), buffers, replay):
-                    return self._refuse(base, "a replay gives another result than the step")
+                    raise RuntimeError("a replay gives another result than the step")
         except Exception as error:
             # A user's model may raise any error. The attack then runs without a graph.
-            first = (str(error).strip().splitlines() or [""])[0]
-            return self._refuse(base, f"the step cannot be captured ({type(error).__name__}: {first})")
+            line = (str(error).strip().splitlines() or [""])[0]
+            return self._refuse(base, f"the step cannot be captured ({type(error).__name__}: {line})")
         finally:
             # Restore the counts of images, because the steps of a trial and a capture are not steps of the attack.
             for counter, start in zip(counters, before, strict=True):
                 counter.count(start - counter.counted())
         # The graph calls compiled code, which must stay alive.
         return Captured(weakref.ref(function.model), buffers, replay, counts, objects=[*objects, compiled])
-
-    def _trial(self, function: StepFunction, buffers: State, device: torch.device) -> str | None:
-        """Run the step once, and return the reason why it cannot be captured; None if there is no reason."""
-        with self.capture.aside(device):
-            results, reason = refusal_of(lambda: function(buffers), device, _name(function.model))
-        if reason is not None:
-            return reason
-        for name, value in results.items():
-            old = buffers[name]
-            if (value.shape, value.dtype, value.device) != (old.shape, old.dtype, old.device):
-                return (
-                    f"the step changes {name} from {old.dtype} {list(old.shape)} to {value.dtype} {list(value.shape)}"
-                )
-        return None
 
 
 class InlineSteps(StepGraphs):
@@ -297,6 +284,10 @@ def remember(table: dict[Any, Result], key: Hashable, value: Result, most: int) 
     if len(table) > most:
         del table[next(iter(table))]
     return value
+
+
+def _kind(value: Tensor) -> tuple[Any, ...]:
+    return value.dtype, list(value.shape), value.device
 
 
 def _name(model: Any) -> str:
