@@ -196,24 +196,6 @@ def test_a_point_that_the_model_does_not_confirm_is_forgotten_by_the_loop():
     assert model.left < 0 and (model(found).argmax(1) == 1).all()
 
 
-def test_a_judgement_is_captured_in_few_sizes_and_keeps_the_images(model, graphs, rerun, monkeypatch):
-    x, y = torch.rand(40, 1, 8, 8), torch.randint(0, 5, (40,))
-    given = x.clone(), y.clone()
-    monkeypatch.setattr(judge, "takes_every_size", lambda device: False)
-    with torch.no_grad():
-        wanted = (model(x).argmax(1) != y).float()
-    for way, recorded in (("auto", 0), ("always", 3)):
-        graphs.mode = way
-        asked = judge.Judge(model, graphs=graphs)
-        parts = [slice(*ends) for ends in ((0, 16), (7, 40), (0, 40), (9, 14), (0, 40), (3, 20), (8, 9), (24, 40))]
-        kept = [(asked.shares(x[part], y[part]), wanted[part]) for part in parts]
-        assert all(torch.equal(shares, right) for shares, right in kept)
-        assert torch.equal(x, given[0]) and torch.equal(y, given[1]) and rerun.recorded == recorded
-    assert 0 < wanted.mean() < 1 and rerun.replayed == 8
-    judge.Judge(model, draws=2, graphs=graphs).shares(x, y)
-    assert rerun.recorded == 3, "a random model would draw other numbers in a larger batch"
-
-
 def test_captured_stadv_gives_the_bits_of_eager_stadv(model, batch, graphs, rerun):
     wanted, found = (stadv(model, *batch, steps=20, keep_best=True, graphs=chosen) for chosen in (None, graphs))
     assert torch.equal(wanted, found) and not torch.equal(found, batch[0]) and rerun.replayed == 20

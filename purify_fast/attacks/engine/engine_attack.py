@@ -66,7 +66,7 @@ class EngineAttack(InBall):
         source = context.gradients_from if self.follows_gradients else None
         with frozen(target):
             apart = drawn_once_per_call(target, x, max(judges, draws), most)
-            judge = Judge(target, judges, most, apart, context.judge_share, graphs=resources.graphs)
+            judge = Judge(target, judges, most, apart, context.judge_share)
             active = ActiveSet(x, y, ball, judge, ids)
             active.health = GradientHealth() if resources.counts_health else None
             if source is None:
