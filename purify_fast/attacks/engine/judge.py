@@ -67,7 +67,11 @@ class Judge:
         """The share of fresh draws that misclassify each image, ``[B]``."""
         if len(x) == 0:
             return torch.zeros_like(y, dtype=torch.float32)
-        return Objective(self.model, "margin", self.draws, self.max_forward_batch, apart=self.apart).score(x, y)[0]
+        objective, count = Objective(self.model, "margin", self.draws, self.max_forward_batch, apart=self.apart), len(x)
+        if self.draws == 1 and not takes_every_size(x.device):
+            rows = repeated_to(torch.arange(count, device=x.device), bucket(count, x.device))
+            x, y = x[rows], y[rows]
+        return objective.score(x, y)[0, :count]
 
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:
