@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ._validation import NormName, check_counts, check_literal, read_norm
-from .attacks import APGD, FABT, Attack, AttackContext, Resources, Square, frozen
+from .attacks import APGD, FABT, Attack, AttackContext, Square, frozen
 from .attacks.arguments import check_eps
 from .attacks.attacked_model import SAMPLE, TRIED_CALLS, check_model, differ, draws_elsewhere
 from .attacks.gradient_copy import GradientCopies
@@ -248,7 +248,8 @@ class AutoAttack:
                 seed=seed,
                 draws_differ=is_random and draws > 1,
                 judge_draws=draws,
-                resources=Resources(batch_size=size, copies=GradientCopies()),
+                batch_size=size,
+                copies=GradientCopies(),
             )
             attacked = AttackSequence(model, x, y, context, device)
             judges = max(draws, JUDGES) if is_random else 1

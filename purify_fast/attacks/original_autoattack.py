@@ -123,7 +123,7 @@ class AutoAttack(InBall):
                 target, classes = check_model(target, x[:SAMPLE])
             context = replace(context, num_classes=classes)
         threat, warnings = self.threat_model(context), list[str]()
-        health = GradientHealth() if context.resources.counts_health else None
+        health = GradientHealth() if context.counts_health else None
         with frozen(target):
             with _listening(warnings):
                 points = self._packaged(target, x, y, context)
@@ -131,7 +131,7 @@ class AutoAttack(InBall):
             points = projected(x, points.detach(), ball_around(x, threat.eps, threat.norm))
             if health is not None:
                 for images in (x, points):
-                    health.see_gradient(_of_cross_entropy(target, images, y, context.resources.batch_size))
+                    health.see_gradient(_of_cross_entropy(target, images, y, context.batch_size))
         return AttackResult(points, health, warnings)
 
     def _packaged(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
@@ -156,7 +156,7 @@ class AutoAttack(InBall):
         # print, names the batch size `batch_size`, and returns a tuple.
         adversary.verbose = False
         size = "batch_size" if type(adversary).__module__.startswith("pyautoattack") else "bs"
-        result = adversary.run_standard_evaluation(x, y, **{size: context.resources.batch_size or len(x)})
+        result = adversary.run_standard_evaluation(x, y, **{size: context.batch_size or len(x)})
         return result[0] if isinstance(result, tuple) else result
 
 

@@ -231,7 +231,7 @@ def pgd(
             broadcast over the images, such as ``[C, 1, 1]`` for normalized images. alpha, clip_min and clip_max may be
             such tensors too.
         stop_when_fallen: whether an image takes no further steps after a step that misclassifies it.
-        **options: fields of `PGD`, `AttackContext` and `Resources`, of which three differ here, and four others.
+        **options: fields of `PGD` and `AttackContext`, of which three differ here, and four others.
             ``loss`` is a name, or for PGD, FGSM and Auto-PGD a function ``(logits, y) -> [B]`` that is maximized.
             ``seed`` is drawn if it is None, and ``keep_best`` is False if it is not given. ``targeted`` are target
             classes, int64 ``[B]``: the attack lowers the loss of these classes, and reads no y. ``mode`` is "eval", or

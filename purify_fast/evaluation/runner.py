@@ -186,8 +186,8 @@ def evaluate(
             others = _admit([base, *(spec.other_model for spec in plan)], subject, cache, stack)
             if config.batch_size == "auto":
                 make_room(subject, others, config.memory, cache)
-                at_once = shards.from_first(lambda: subject.room.limit(context.resources.max_forward_batch))
-                context = replace(context, resources=replace(context.resources, max_forward_batch=at_once))
+                at_once = shards.from_first(lambda: subject.room.limit(context.max_forward_batch))
+                context = replace(context, max_forward_batch=at_once)
             choose_threads(subject, cache)
             shown = Progress(name, progress and shards.rank == 0)
             every = config.keep == "all"
@@ -217,7 +217,7 @@ def _context(config: EvaluateConfig, subject: Subject, ball: ThreatModel) -> Att
     if config.predict == "votes":
         votes = config.n_eval
         most = None if most is None else max(1, most // votes)
-    return AttackContext.from_options(
+    return AttackContext(
         num_classes=subject.num_classes,
         eps=ball.eps,
         norm=ball.norm,
@@ -269,13 +269,13 @@ class _Evaluation:
         report, measure = self.report, self.measure
         context, shards, name = measure.context, measure.shards, measure.name
         self.choose_attacks(self.asked_for)
-        subject, resources = measure.subject, context.resources
+        subject = measure.subject
         shards.check_same(
             {
                 "images": subject.data,
                 "models": [self.mark, subject.num_classes, subject.is_random],
                 "seed": subject.seed,
-                "batch size": [resources.batch_size, resources.max_forward_batch],
+                "batch size": [context.batch_size, context.max_forward_batch],
                 "attacks": [[row_name(spec, context), settings_of(spec, subject, context)] for spec in measure.attacks],
             }
         )

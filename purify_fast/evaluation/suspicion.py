@@ -82,8 +82,8 @@ class Suspicion:
 
     def probes_key(self, more: dict[str, Any]) -> str | None:
         """Return the cache's name for the probes' results, a hash of the probes' settings and of ``more``."""
-        context, subject, resources = self.measure.context, self.measure.subject, self.measure.context.resources
-        ball = [context.eps, context.norm, context.eot_iter, resources.batch_size, resources.max_forward_batch]
+        context, subject = self.measure.context, self.measure.subject
+        ball = [context.eps, context.norm, context.eot_iter, context.batch_size, context.max_forward_batch]
         settings = {"probes": [PROBED, subject.data, subject.seed, subject.is_random, *ball]}
         return self.measure.cache.key(settings | more, subject.model)
 
@@ -95,9 +95,8 @@ class Suspicion:
         model = counted_model(subject.model, progress)
 
         def ask() -> Probes:
-            at_once = subject.room.limit(context.resources.max_forward_batch)
-            resources = replace(context.resources, max_forward_batch=at_once)
-            return asked_before(before, replace(context, resources=resources), model)
+            at_once = subject.room.limit(context.max_forward_batch)
+            return asked_before(before, replace(context, max_forward_batch=at_once), model)
 
         def make() -> dict[str, Any]:
             # If memory runs out, the probes run again with fewer images at once.

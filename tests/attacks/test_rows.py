@@ -45,9 +45,7 @@ def model():
 
 
 def context(**options):
-    return AttackContext.from_options(
-        **{"num_classes": 6, "eps": EPS, "steps": 5, "eot_iter": 3, "draws_differ": False} | options
-    )
+    return AttackContext(**{"num_classes": 6, "eps": EPS, "steps": 5, "eot_iter": 3, "draws_differ": False} | options)
 
 
 @pytest.mark.parametrize(

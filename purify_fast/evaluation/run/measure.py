@@ -195,7 +195,7 @@ class Measure:
             "seed": subject.seed,
             "classes": subject.num_classes,
             # The draws of a random model for an image depend on how the images are divided into batches.
-            "batches": [context.resources.batch_size, context.resources.max_forward_batch] if subject.is_random else [],
+            "batches": [context.batch_size, context.max_forward_batch] if subject.is_random else [],
             "judges": [context.judge_draws, context.judge_share, subject.choosing],
             "attacks": attacks,
             "settings": settings,
