@@ -229,7 +229,7 @@ class AutoAttack:
         device = self._device(x)
         with torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []), frozen(self.model):
             torch.manual_seed(seed)
-            model, classes = check_model(self.model, x[:SAMPLE].to(device, copy=True))
+            model, classes = self.model, check_model(self.model, x[:SAMPLE].to(device, copy=True))
             draws = max(attack.eot_iter or 1 for attack in attacks.values())
             some = x[:SAMPLE].to(device)
             with torch.no_grad():
@@ -291,8 +291,8 @@ class AutoAttack:
         """The predicted classes of the images, on the device of the images."""
         device = self._device(x)
         with frozen(self.model):
-            model, _ = check_model(self.model, x[:SAMPLE].to(device, copy=True))
-            return torch.cat([model(part.to(device)).argmax(1).to(x.device) for part in x.split(size)])
+            check_model(self.model, x[:SAMPLE].to(device, copy=True))
+            return torch.cat([self.model(part.to(device)).argmax(1).to(x.device) for part in x.split(size)])
 
     def _device(self, x: Tensor) -> torch.device:
         return device_of(self.model, x) if self.device is None else self.device

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from .._tensors import repeat_batch
 from ..model_state import hidden_modules
 from ..protocols import Classifier, CountsImages, SharesDraws, draws_for_each_image, supports
-from .outputs import INSTEAD_OF_PROBABILITIES, LogitsOf, are_probabilities, checked_logits
+from .outputs import INSTEAD_OF_PROBABILITIES, are_probabilities, checked_logits
 
 Answer = TypeVar("Answer")
 
@@ -203,14 +203,11 @@ def drawn_once_per_call(model: Classifier, x: Tensor, draws: int, most: int | No
 
 
 @torch.no_grad()
-def check_model(model: Classifier, some: Tensor) -> tuple[Classifier, int]:
-    """Check a model's outputs on several images and on a single image; return the model and its number of classes."""
-    output = model(some)
-    classes = checked_logits(output, len(some)).shape[1]
-    if not isinstance(output, Tensor):
-        model = LogitsOf(model)
+def check_model(model: Classifier, some: Tensor) -> int:
+    """Check a model's outputs on several images and on a single image, and return its number of classes."""
+    classes = checked_logits(model(some), len(some)).shape[1]
     check_classes(checked_logits(model(some[:1]), 1), classes)
-    return model, classes
+    return classes
 
 
 def check_classes(logits: Tensor, classes: int) -> Tensor:

@@ -179,8 +179,7 @@ class Attack(abc.ABC):
         """Attack a batch of images without an evaluation.
 
         Args:
-            model: images to logits, or to an object or mapping with ``logits``. Modes and gradient flags of an
-                ``nn.Module`` are restored.
+            model: images to logits. Modes and gradient flags of an ``nn.Module`` are restored.
             x: images ``[B, C, H, W]`` in [0, 1].
             y: labels, int64 ``[B]``.
             options: fields of `AttackContext`, such as ``eps``, ``norm`` and ``seed``.

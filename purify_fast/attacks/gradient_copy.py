@@ -36,7 +36,6 @@ from ..speed.folding.inference_copy import InferenceCopy
 from ..speed.graphs.step_graphs import remember
 from ..speed.watch import FEWEST_WEIGHTS, matrix_weights
 from .attacked_model import gradient_to
-from .outputs import LogitsOf, logits_in
 
 #: The number of images on which a copy is compared with its model.
 COMPARED = 8
@@ -161,11 +160,9 @@ def _made(model: nn.Module, x: Tensor) -> Classifier | None:
             # The copy is never trained, so the BatchNorms of its purifier can be folded too.
             fold_sequential(duplicate)
             return cast(Classifier, duplicate)
-        with torch.no_grad():
-            plain = model if isinstance(model(x), Tensor) else LogitsOf(model)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return InferenceCopy(unaccelerated_copy(plain), tuple(x.shape[1:]), torch.bfloat16, fine=True).eval()
+            return InferenceCopy(unaccelerated_copy(model), tuple(x.shape[1:]), torch.bfloat16, fine=True).eval()
     except Exception:
         # A user's module may raise any error when it is copied, folded or run in bfloat16. Such a module has no copy.
         return None
@@ -202,7 +199,7 @@ def _same_direction(duplicate: Classifier, model: nn.Module, x: Tensor) -> bool:
 
 def _run(function: Callable[[Tensor], Any], x: Tensor) -> Tensor:
     with _same_draws(x.device):
-        return logits_in(function(x)).float()
+        return function(x).float()
 
 
 def _input_gradient(model: Classifier, leaf: Tensor) -> Tensor:

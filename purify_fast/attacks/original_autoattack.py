@@ -120,8 +120,7 @@ class AutoAttack(InBall):
             return AttackResult(x.clone())
         if not context.num_classes:
             with frozen(target):
-                target, classes = check_model(target, x[:SAMPLE])
-            context = replace(context, num_classes=classes)
+                context = replace(context, num_classes=check_model(target, x[:SAMPLE]))
         threat, warnings = self.threat_model(context), list[str]()
         health = GradientHealth() if context.counts_health else None
         with frozen(target):

@@ -223,8 +223,7 @@ def pgd(
     """Run `PGD` on a batch, by default with 40 steps.
 
     Args:
-        model: images ``[B, ...]`` to logits ``[B, classes]``, or to an object or mapping with such ``logits``; a module
-            is in evaluation mode during the attack.
+        model: images ``[B, ...]`` to logits ``[B, classes]``; a module is in evaluation mode during the attack.
         x: images, floating point ``[B, ...]`` in [clip_min, clip_max].
         y: true labels, int64 ``[B]``. With a function as loss, y is what the function gets, ``[B, ...]`` or None.
         eps: radius of the ball in image units: a number, ``[B]``, or for PGD and FGSM in linf a tensor that can be
