@@ -53,21 +53,15 @@ def frozen(model: Classifier, *, keep_mode: bool = False) -> Iterator[None]:
     # A BatchNorm in training mode would give other numbers, and nothing would tell of it.
     wholes = [model, *(module for _, module in hidden_modules(model))]
     modes = [(module, module.training) for whole in wholes for module in whole.modules()]
-    # The flag of a tensor that was made in inference mode could not be restored.
-    trainable = [p for whole in wholes for p in whole.parameters() if p.requires_grad and not p.is_inference()]
+    from ..speed.accelerate import images_only, plainly
+
     try:
         for whole in wholes if not keep_mode else ():
             whole.eval()
-        for parameter in trainable:
-            parameter.requires_grad_(False)
         # The model itself judges. An attack takes its gradients from the copy of an accelerated model.
-        from ..speed.accelerate import plainly
-
-        with plainly(*wholes):
+        with images_only(*wholes), plainly(*wholes):
             yield
     finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
         for module, mode in modes:
             module.training = mode
 
