@@ -19,7 +19,6 @@ from torch.utils._device import DeviceContext
 
 from ..ops.dispatch.gradient import first_order
 from ..ops.dispatch.registry import forced_backends, use_backend
-from ..speed.graphs.step_trials import device_generator
 from ..speed.memory import free_memory, same_draws_again
 
 Step = Callable[..., Tensor]
@@ -130,10 +129,14 @@ def check_keep(keep: object) -> None:
 
 def draws_numbers(function: Callable[[], object], device: torch.device) -> bool:
     """Tell whether a call draws numbers from PyTorch's generators; the generators are restored afterwards."""
+
+    def states() -> list[Tensor]:
+        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        before = torch.get_rng_state(), device_generator(device)
+        before = states()
         function()
-        return not torch.equal(torch.get_rng_state(), before[0]) or device_generator(device) != before[1]
+        return not all(map(torch.equal, before, states()))
 
 
 class _Repeated(torch.autograd.Function):

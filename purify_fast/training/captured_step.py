@@ -23,9 +23,8 @@ from .._process import processes
 from ..model_state import identity_key
 from ..ops.philox import philox_key
 from ..speed.graphs.cuda_capture import CudaCapture
-from ..speed.graphs.step_graphs import InlineSteps, StepGraphs, remember
+from ..speed.graphs.step_graphs import InlineSteps, StepGraphs, alike, no_trace, remember, tried
 from ..speed.graphs.step_loop import CAPTURE_STEPS, numerics, weak_key
-from ..speed.graphs.step_trials import alike, no_trace, tried
 from ..speed.memory import same_draws_again
 from .optimizers import weights_of
 from .task import Batch, Metrics, Task
