@@ -129,7 +129,7 @@ class _Compared(Follower):
 _alone: weakref.WeakKeyDictionary[nn.Module, _Compared] = weakref.WeakKeyDictionary()
 
 
-def _inside(wrapper: PassesOn, x: Tensor, precision: GradientPrecision, copies: GradientCopies | None) -> Classifier:
+def _inside(wrapper: Any, x: Tensor, precision: GradientPrecision, copies: GradientCopies | None) -> Classifier:
     """A wrapper around a copy of the model inside ``wrapper``; ``wrapper`` itself if there is no copy."""
     copied: Classifier | None = None
 
@@ -141,11 +141,9 @@ def _inside(wrapper: PassesOn, x: Tensor, precision: GradientPrecision, copies: 
 
     around = wrapper.around(replace)
     if copied is None:
-        return cast(Classifier, wrapper)
+        return wrapper
     if copies is not None:
         around = copies.same_around(wrapper, copied, around)
-    if not isinstance(wrapper, nn.Module):
-        return around
     # So far only the model inside the wrapper was compared with its copy, but the attack calls the wrapper.
     with _same_draws(x.device):
         return around if _fits(around, wrapper, x) else wrapper
@@ -174,7 +172,7 @@ def _same_draws(device: torch.device) -> contextlib.AbstractContextManager[None]
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
-def _fits(duplicate: Classifier, model: nn.Module, x: Tensor) -> bool:
+def _fits(duplicate: Classifier, model: Classifier, x: Tensor) -> bool:
     """Tell whether a copy computes the same as its model; both draw the same noise for the comparison."""
     try:
         with torch.no_grad():
@@ -185,7 +183,7 @@ def _fits(duplicate: Classifier, model: nn.Module, x: Tensor) -> bool:
         return False
 
 
-def _same_direction(duplicate: Classifier, model: nn.Module, x: Tensor) -> bool:
+def _same_direction(duplicate: Classifier, model: Classifier, x: Tensor) -> bool:
     """Tell whether a copy has the purified images and the input gradients of its model."""
     if isinstance(model, Purifies) and isinstance(duplicate, Purifies):
         with torch.no_grad():

@@ -72,9 +72,6 @@ class CapturesSteps(Protocol):
     def begin(self, function: StepFunction, state: State) -> Steps:
         """Begin a loop of a step from the initial state."""
 
-    def may_replay(self, device: torch.device) -> bool:
-        """Tell whether loops on a device are or may still be captured."""
-
     def retry_without_graphs(self, work: Callable[[], Result], device: torch.device) -> Result:
         """Call a function. If memory runs out and there are graphs, delete the graphs and call the function again."""
 
