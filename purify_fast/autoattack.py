@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ._validation import NormName, check_counts, check_literal, read_norm
-from .attacks import APGD, FABT, Attack, AttackContext, Resources, Square, frozen
+from .attacks import APGD, FABT, Attack, AttackContext, Square, frozen
 from .attacks.arguments import check_eps
 from .attacks.attacked_model import SAMPLE, TRIED_CALLS, check_model, differ, draws_elsewhere
 from .attacks.gradient_copy import GradientCopies
@@ -223,7 +223,7 @@ class AutoAttack:
         device = self._device(x)
         with torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []), frozen(self.model):
             torch.manual_seed(seed)
-            model, classes = check_model(self.model, x[:SAMPLE].to(device, copy=True))
+            model, classes = self.model, check_model(self.model, x[:SAMPLE].to(device, copy=True))
             draws = max(attack.eot_iter or 1 for attack in attacks.values())
             some = x[:SAMPLE].to(device)
             with torch.no_grad():
@@ -242,7 +242,8 @@ class AutoAttack:
                 seed=seed,
                 draws_differ=is_random and draws > 1,
                 judge_draws=draws,
-                resources=Resources(batch_size=size, copies=GradientCopies()),
+                batch_size=size,
+                copies=GradientCopies(),
             )
             attacked = AttackSequence(model, x, y, context, device)
             judges = max(draws, JUDGES) if is_random else 1
@@ -284,8 +285,8 @@ class AutoAttack:
         """The predicted classes of the images, on the device of the images."""
         device = self._device(x)
         with frozen(self.model):
-            model, _ = check_model(self.model, x[:SAMPLE].to(device, copy=True))
-            return torch.cat([model(part.to(device)).argmax(1).to(x.device) for part in x.split(size)])
+            check_model(self.model, x[:SAMPLE].to(device, copy=True))
+            return torch.cat([self.model(part.to(device)).argmax(1).to(x.device) for part in x.split(size)])
 
     def _device(self, x: Tensor) -> torch.device:
         return device_of(self.model, x) if self.device is None else self.device

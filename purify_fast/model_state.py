@@ -111,22 +111,22 @@ def fingerprint(model: object, revision: str | None = None) -> str | None:
 
     The result is None for a function or a value that cannot be compared, unless there is such a name.
     """
-    inner: Any = getattr(model, "fingerprinted", model)
     try:
-        if isinstance(inner, nn.Module):
+        if isinstance(model, nn.Module):
             state = state_hash(model)
         elif revision is None:
             return None
         else:
-            named: Any = inner if isinstance(inner, FunctionType) else type(inner)
+            named: Any = model if isinstance(model, FunctionType) else type(model)
             state = f"{named.__module__} {named.__qualname__}"
         code = _code()
     # A user's module may raise any error while its state is read.
     except Exception:
         if revision is None:
             return None
-        state, code = type(inner).__qualname__, []
-        state += digest(*inner.parameters(), *inner.buffers())
+        module: Any = model
+        state, code = type(module).__qualname__, []
+        state += digest(*module.parameters(), *module.buffers())
     return text_hash(repr([state, code, revision])).hexdigest()
 
 

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Callable
 
 import torch
+from host_syncs import HostSyncs
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -29,6 +30,11 @@ class Rerun:
     def record(self, run: Callable[[], None], device: torch.device) -> Callable[[], None]:
         if self.error is not None:
             raise self.error
+        with HostSyncs() as waits:
+            run()
+        # on a CPU a tensor that is made from numbers is not copied to another device
+        if blocking := [wait.operator for wait in waits.counts if wait.operator != "lift_fresh"]:
+            raise RuntimeError(f"the step waits for the device in operator {blocking[0]}")
         self.recorded += 1
         # the first replay of each checks it
         self.replayed -= 1

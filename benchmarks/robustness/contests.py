@@ -36,7 +36,7 @@ from examples.demo.setting import EPS, Budget, Workspace, digits
 from purify_fast import zoo
 from purify_fast._files import write_text
 from purify_fast._tensors import digest, weights_fingerprint
-from purify_fast.attacks import AttackContext, Resources, frozen
+from purify_fast.attacks import AttackContext, frozen
 from purify_fast.attacks.base import ThreatModel
 from purify_fast.attacks.engine.judge import Judge, has_fallen
 from purify_fast.attacks.gradient_copy import GradientCopies
@@ -185,11 +185,9 @@ class Protocol:
             eot_iter=amount.draws,
             judge_draws=JUDGES,
             steps=steps,
-            resources=Resources(
-                batch_size=BATCH,
-                max_forward_batch=2 * BATCH if subject.random else None,
-                copies=GradientCopies(),
-            ),
+            batch_size=BATCH,
+            max_forward_batch=2 * BATCH if subject.random else None,
+            copies=GradientCopies(),
         )
         attacked = AttackSequence(subject.model, subject.x, subject.y, context)
         for spec in specs:

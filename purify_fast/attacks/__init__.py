@@ -16,7 +16,6 @@ from .branch_and_bound import BranchAndBound as BranchAndBound
 from .branch_and_bound import branch_and_bound as branch_and_bound
 from .checkpointed_steps import checkpointed_steps as checkpointed_steps
 from .context import AttackContext as AttackContext
-from .context import Resources as Resources
 from .fab import FABT as FABT
 from .fab import fab_t as fab_t
 from .heads import AttackersHead as AttackersHead

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .._tensors import repeat_batch
 from ..model_state import hidden_modules
-from ..protocols import Classifier, CountsImages, SharesDraws, draws_for_each_image, supports
-from .outputs import INSTEAD_OF_PROBABILITIES, LogitsOf, are_probabilities, checked_logits
+from ..protocols import Classifier, SharesDraws, draws_for_each_image, supports
+from .outputs import INSTEAD_OF_PROBABILITIES, are_probabilities, checked_logits
 
 Answer = TypeVar("Answer")
 
@@ -53,23 +53,45 @@ def frozen(model: Classifier, *, keep_mode: bool = False) -> Iterator[None]:
     # A BatchNorm in training mode would give other numbers, and nothing would tell of it.
     wholes = [model, *(module for _, module in hidden_modules(model))]
     modes = [(module, module.training) for whole in wholes for module in whole.modules()]
-    # The flag of a tensor that was made in inference mode could not be restored.
-    trainable = [p for whole in wholes for p in whole.parameters() if p.requires_grad and not p.is_inference()]
+    from ..speed.accelerate import images_only, plainly
+
     try:
         for whole in wholes if not keep_mode else ():
             whole.eval()
-        for parameter in trainable:
-            parameter.requires_grad_(False)
         # The model itself judges. An attack takes its gradients from the copy of an accelerated model.
-        from ..speed.accelerate import plainly
-
-        with plainly(*wholes):
+        with images_only(*wholes), plainly(*wholes):
             yield
     finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
         for module, mode in modes:
             module.training = mode
+
+
+class AsModule(nn.Module):
+    """A module around any callable, in evaluation mode for good, because AutoAttack requires a module."""
+
+    def __init__(self, model: Classifier):
+        super().__init__()
+        self.model = model
+        self.training = False
+
+    def train(self, mode: bool = True) -> AsModule:
+        """Do nothing, so that an attack cannot change the model's mode."""
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+
+class _SharingDraws(AsModule):
+    """A module around a model with ``draw_logits``, which makes several draws together."""
+
+    def draw_logits(self, x: Tensor, draws: int) -> Tensor:
+        return cast(SharesDraws, self.model).draw_logits(x, draws)
+
+
+def as_module(model: Classifier) -> AsModule:
+    """Wrap a model in a module. A CUDA graph belongs to this module, so a caller makes one for each model."""
+    return (_SharingDraws if supports(model, SharesDraws) else AsModule)(model)
 
 
 class WritesToItsInput(ValueError):
@@ -175,7 +197,6 @@ def drawn_once_per_call(model: Classifier, x: Tensor, draws: int, most: int | No
     some = x[: min(TRIED_IMAGES, rows // 2)].detach().clone()
     times = rows // len(some)
     calls = max(TRIED_CALLS, FEWEST_DRAWS // rows)
-    counted = cast(CountsImages, model).counted() if supports(model, CountsImages) else 0
 
     def apart(a: Tensor, b: Tensor) -> float:
         return float((a - b).double().nan_to_num(nan=0.0).abs().max())
@@ -193,9 +214,6 @@ def drawn_once_per_call(model: Classifier, x: Tensor, draws: int, most: int | No
             # An image's position in a batch may change the last bits of its logits, in bfloat16 even the second digit.
             if between > 0 and within >= ALIKE * between:
                 break
-    if supports(model, CountsImages):
-        # The counter should count only the images of attacks, so the images of this test are subtracted.
-        cast(CountsImages, model).count(counted - cast(CountsImages, model).counted())
     return within < ALIKE * between
 
 
@@ -203,14 +221,11 @@ def drawn_once_per_call(model: Classifier, x: Tensor, draws: int, most: int | No
 
 
 @torch.no_grad()
-def check_model(model: Classifier, some: Tensor) -> tuple[Classifier, int]:
-    """Check a model's outputs on several images and on a single image; return the model and its number of classes."""
-    output = model(some)
-    classes = checked_logits(output, len(some)).shape[1]
-    if not isinstance(output, Tensor):
-        model = LogitsOf(model)
+def check_model(model: Classifier, some: Tensor) -> int:
+    """Check a model's outputs on several images and on a single image, and return its number of classes."""
+    classes = checked_logits(model(some), len(some)).shape[1]
     check_classes(checked_logits(model(some[:1]), 1), classes)
-    return model, classes
+    return classes
 
 
 def check_classes(logits: Tensor, classes: int) -> Tensor:

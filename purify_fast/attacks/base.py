@@ -145,10 +145,6 @@ class Attack(abc.ABC):
         loss, targets = usable_loss(loss, context.num_classes), min(targets, context.num_classes - 1)
         return Resolved(steps, self.draws(context), loss, targets)
 
-    def cost(self, context: AttackContext) -> int | None:
-        """The largest number of forward passes per image; None if it is not known before the attack."""
-        return None
-
     def may_end_early(self, context: AttackContext) -> bool:
         """Tell whether a search may stop before its last step because a success is out of reach."""
         return False
@@ -179,20 +175,19 @@ class Attack(abc.ABC):
         """Attack a batch of images without an evaluation.
 
         Args:
-            model: images to logits, or to an object or mapping with ``logits``. Modes and gradient flags of an
-                ``nn.Module`` are restored.
+            model: images to logits. Modes and gradient flags of an ``nn.Module`` are restored.
             x: images ``[B, C, H, W]`` in [0, 1].
             y: labels, int64 ``[B]``.
-            options: fields of `AttackContext` and of its `Resources`, such as ``eps``, ``norm`` and ``seed``.
+            options: fields of `AttackContext`, such as ``eps``, ``norm`` and ``seed``.
 
         Returns:
             The adversarial images, and the counts of the attack.
 
         Raises:
-            TypeError: an option that is a field of neither class, or an output of the model without logits.
+            TypeError: an option that is no field of `AttackContext`, or an output of the model without logits.
             ValueError: a missing radius; images, labels, options or logits that are not allowed.
         """
-        context = AttackContext.from_options(**{"seed": drawn_seed(), **options})
+        context = AttackContext(**{"seed": drawn_seed(), **options})
         if "eps" not in options and self.threat_model(context).eps == 0:
             raise ValueError(f"eps must be given: call {type(self).__name__}(...)(model, x, y, eps=8 / 255)")
         with called_directly():
@@ -250,15 +245,6 @@ def source_of(model: Classifier, x: Tensor, precision: GradientPrecision, copies
     return gradient_copy(model, x[:COMPARED], precision, copies)
 
 
-def cost_of_ascents(attack: Any, context: AttackContext) -> int:
-    """Return the number of forward passes per image that `worst_of_runs` makes."""
-    steps, draws, *_ = attack.resolved_for(context)
-    # Each run scores its last point, with several draws also its best; unmoved images need a clean prediction.
-    at_the_end = draws * (2 if draws > 1 else 1) + 1
-    comparison = draws if attack.restarts > 1 else 0
-    return attack.restarts * (steps * draws + at_the_end + comparison)
-
-
 def worst_of_runs(
     attack: Any,
     one_run: Callable[[Objective, int, GradientHealth | None], Tensor],
@@ -270,22 +256,21 @@ def worst_of_runs(
     A prediction with NaN is a misclassification with an infinite margin. So no run replaces a success by a failure.
     """
     model, x, y = batch
-    resources = context.resources
-    health = GradientHealth() if resources.counts_health else None
+    health = GradientHealth() if context.counts_health else None
     _, draws, loss, _ = attack.resolved_for(context)
     precision: GradientPrecision = "float32" if context.keep_mode else getattr(attack, "precision", "float32")
     with frozen(model, keep_mode=context.keep_mode), contextlib.ExitStack() as stack:
-        apart = drawn_once_per_call(model, x, draws, resources.max_forward_batch)
-        source = source_of(model, x, precision, resources.copies)
+        apart = drawn_once_per_call(model, x, draws, context.max_forward_batch)
+        source = source_of(model, x, precision, context.copies)
         if source is not model:
             stack.enter_context(frozen(source))
         loss = context.loss_function or loss
-        objective = Objective(source, loss, draws, resources.max_forward_batch, resources.graphs, apart=apart)
+        objective = Objective(source, loss, draws, context.max_forward_batch, context.graphs, apart=apart)
         best = one_run(objective, 0, health)
         if attack.restarts == 1:
             return AttackResult(best, health)
         # Each forward pass contains at most one draw of every image.
-        most = min(max(1, len(y)), resources.max_forward_batch or len(y) + 1)
+        most = min(max(1, len(y)), context.max_forward_batch or len(y) + 1)
         judge = Objective(model, "margin", draws, most, apart=apart)
 
         def score(points: Tensor) -> Tensor:
@@ -344,7 +329,7 @@ def run_alone(
     if options.get("seed") is None:
         options["seed"] = drawn_seed(generator)
     chosen = attack(**{name: options.pop(name) for name in own & options.keys()})
-    context = AttackContext.from_options(**options, keep_mode=mode == "keep", counts_health=health is not None)
+    context = AttackContext(**options, keep_mode=mode == "keep", counts_health=health is not None)
     with called_directly():
         result = chosen.search(model, x, y, context)
     if health is not None and result.health is not None:

@@ -13,7 +13,6 @@ from .._validation import check_literal
 from ..ops.aggregate import aggregate
 from ..protocols import Aggregates, Classifier, FrozenClassifier, HasClassifier, Purifier, is_purifier, supports
 from .context import AttackContext
-from .outputs import logits_in
 from .pgd import PGD
 
 #: The methods of `purify_fast.ops.aggregate`.
@@ -83,8 +82,8 @@ class BpdaModel(nn.Module):
         # The value of `change` is zero, and its gradient with respect to x is 1.
         change = (x - x.detach()).to(purified.dtype)
         if not several:
-            return logits_in(self.classifier(purified + change))
-        logits = logits_in(self.classifier((purified + change[:, None]).flatten(0, 1).contiguous()))
+            return self.classifier(purified + change)
+        logits = self.classifier((purified + change[:, None]).flatten(0, 1).contiguous())
         logits = logits.unflatten(0, purified.shape[:2])
         return aggregate(logits, self.aggregation) if isinstance(self.aggregation, str) else self.aggregation(logits)
 

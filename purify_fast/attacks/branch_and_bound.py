@@ -105,7 +105,7 @@ class BranchAndBound(InBall):
             return AttackResult(x.clone())
         x = x.detach().clone()
         with torch.no_grad(), frozen(target):
-            most = context.resources.max_forward_batch
+            most = context.max_forward_batch
             layers, judge = self.layers(target, x, most), Judge(target, max_forward_batch=most)
             active = ActiveSet(x, y, ball, judge, torch.arange(len(x), device=x.device))
             active.judge_clean_images()

@@ -8,7 +8,7 @@ The x_i are kept, and each step is computed again, except steps whose activation
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from torch.utils._device import DeviceContext
 
 from ..ops.dispatch.gradient import first_order
 from ..ops.dispatch.registry import forced_backends, use_backend
-from ..speed.memory import free_memory
+from ..speed.memory import free_memory, same_draws_again
 
 Step = Callable[..., Tensor]
 #: The number of steps whose activations are kept. "auto" keeps as many as fit into a share of the free memory.
@@ -41,7 +41,6 @@ def checkpointed_steps(
     inputs: Sequence[Tensor] = (),
     parameters: Sequence[Tensor] = (),
     preserve_rng_state: bool = True,
-    generators: Sequence[torch.Generator] = (),
     keep: Keep = 0,
 ) -> Tensor:
     """Apply ``step`` n times. The gradient of the result needs only the memory of one step or of a few steps.
@@ -58,8 +57,8 @@ def checkpointed_steps(
         parameters: other tensors that ``step`` uses and whose gradients are wanted, such as
             ``list(denoiser.parameters())``. A tensor in neither list gets no gradient.
         preserve_rng_state: whether a step that is computed again draws the same numbers from PyTorch's generators. It
-            may be False if the steps draw no numbers. Draws from other sources, such as NumPy, are never repeated.
-        generators: generators of your own from which the steps draw. Their draws are repeated too.
+            may be False if the steps draw no numbers. Draws from a generator of your own or from NumPy are never
+            repeated, so such a step is refused unless ``keep`` is n.
         keep: number of last steps whose activations are kept, at least 0. "auto" keeps as many as fit into a quarter of
             the free memory, by the activations of the third step, and also those of the first three steps.
 
@@ -75,25 +74,33 @@ def checkpointed_steps(
         raise ValueError(f"n must be at least 0, got {n}")
     check_keep(keep)
     wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *inputs, *parameters))
-    if n == 0 or not wanted or torch.compiler.is_compiling():
+    if not wanted or torch.compiler.is_compiling():
         for i in range(n):
             x = step(x, i, *inputs)
         return x
     first = 0
     if keep == "auto":
-        counted = _Kept()
+        # The bytes of each storage that autograd keeps.
+        kept: dict[int, int] = {}
+
+        def count(tensor: Tensor) -> Tensor:
+            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+            # The tensor is detached, because a node of autograd's graph that references its own result is never freed.
+            return tensor.detach()
+
+        before = 0
         while first < min(n, MEASURED):
-            with counted:
+            before = sum(kept.values())
+            with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
                 x = _applied(step, x, first, inputs)
             first += 1
-        keep = _room(x.device) // max(1, counted.last)
-    again = max(0, n - first - keep)
-    if again:
-        # Autograd functions take no keyword arguments.
-        drawn = [*(_generators(x.device) if preserve_rng_state else []), *generators]
-        x = _Steps.apply((step, first, again, drawn, len(inputs)), x, *inputs, *parameters)
-    for i in range(first + again, n):
-        x = _applied(step, x, i, inputs)
+        keep = _room(x.device) // max(1, sum(kept.values()) - before)
+    for i in range(first, n):
+        if i < n - keep:
+            # Autograd functions take no keyword arguments.
+            x = _Repeated.apply(step, i, preserve_rng_state, len(inputs), x, *inputs, *parameters)
+        else:
+            x = _applied(step, x, i, inputs)
     return x
 
 
@@ -120,94 +127,64 @@ def check_keep(keep: object) -> None:
         raise ValueError(f'keep must be "auto" or a number of steps, at least 0, got {keep!r}')
 
 
-class _Kept(torch.autograd.graph.saved_tensors_hooks):
-    """A context that counts the bytes that autograd keeps, each storage once; ``last``: those of the last block."""
-
-    def __init__(self) -> None:
-        super().__init__(self._count, lambda kept: kept)
-        self.seen: set[int] = set()
-        self.last = 0
-
-    def __enter__(self) -> None:
-        self.last = 0
-        super().__enter__()
-
-    def _count(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self.seen:
-            self.seen.add(storage._cdata)
-            self.last += storage.nbytes()
-        # The tensor is detached, because a node of autograd's graph that references its own result is never freed.
-        return tensor.detach()
-
-
 def draws_numbers(function: Callable[[], object], device: torch.device) -> bool:
     """Tell whether a call draws numbers from PyTorch's generators; the generators are restored afterwards."""
+
+    def states() -> list[Tensor]:
+        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        before = _states(_generators(device))
+        before = states()
         function()
-        return not all(map(torch.equal, before, _states(_generators(device))))
+        return not all(map(torch.equal, before, states()))
 
 
-class _Steps(torch.autograd.Function):
+class _Repeated(torch.autograd.Function):
+    """A step whose activations are not kept: the backward pass computes the step again."""
+
     @staticmethod
-    def forward(ctx: Any, loop: tuple[Any, ...], x: Tensor, *others: Tensor) -> Tensor:
-        step, first, n, generators, count = loop
-        states: list[Tensor] = []
-        ctx.generators, ctx.drawing, ctx.modes = generators, [], _function_modes()
-        applied = partial(_recorded, step) if ctx.modes else step
-        for i in range(first, first + n):
-            states.append(x)
-            ctx.drawing.append(_states(generators))
-            x = _applied(applied, x, i, others[:count])
-        ctx.step, ctx.first, ctx.steps, ctx.count = step, first, n, count
-        ctx.save_for_backward(*states, x, *others)
+    def forward(ctx: Any, step: Step, i: int, draws: bool, count: int, x: Tensor, *others: Tensor) -> Tensor:
+        ctx.step, ctx.i, ctx.count, ctx.modes = step, i, count, _function_modes()
+        ctx.draw_again = same_draws_again(x.device) if draws else None
         kind, ctx.backends = x.device.type, ",".join(forced_backends()) or None
         ctx.autocast = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
-        return x
+        following = _applied(partial(_recorded, step) if ctx.modes else step, x, i, others[:count])
+        ctx.save_for_backward(x, following, *others)
+        return following
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        sums: list[Tensor | None] = [None] * (len(ctx.needs_input_grad) - 2)
-        for i in reversed(range(ctx.steps)):
-            to_x, *parts = _gradients_of_step(ctx, i, grad)
-            grad = grad if to_x is None else to_x
-            sums = [b if a is None else a if b is None else a + b for a, b in zip(sums, parts, strict=True)]
-        return None, grad if ctx.needs_input_grad[1] else None, *sums
-
-
-def _gradients_of_step(ctx: Any, i: int, grad: Tensor) -> list[Tensor | None]:
-    """Return the gradients of step i with respect to its x and the other tensors; None where no gradient is needed."""
-    (x, before), others = ctx.saved_tensors[i : i + 2], ctx.saved_tensors[ctx.steps + 1 :]
-    needed = [i > 0 or ctx.needs_input_grad[1], *ctx.needs_input_grad[2:]]
-    # The step does not take its parameters as arguments, so they cannot be replaced by leaves.
-    given = [x, *others[: ctx.count]]
-    leaves = [tensor.detach().requires_grad_(need) for tensor, need in zip(given, needed, strict=False)]
-    # Autocast's cache is not used, because it may contain weights that were cast while no gradients were recorded.
-    autocast = torch.autocast(x.device.type, cache_enabled=False, **ctx.autocast)
-    with contextlib.ExitStack() as stack:
-        drawing = _drawing_from(ctx.generators, ctx.drawing[i])
-        for block in (torch.enable_grad(), autocast, use_backend(ctx.backends), drawing, *ctx.modes):
-            stack.enter_context(block)
-        result = ctx.step(leaves[0], ctx.first + i, *leaves[1:])
-    differs = _differs(result.detach(), before, x)
-    if not differs.is_cuda and differs:
-        raise RuntimeError(
-            f"step must return the same result when it is computed again, but step {ctx.first + i} does not: does it "
-            "draw from a generator of its own (pass it in generators), or from NumPy? keep=n computes no step again"
-        )
-    if not result.requires_grad and not needed[0]:
-        return [None] * len(needed)
-    tensors = [*leaves, *others[ctx.count :]]
-    wanted = [tensor for tensor, need in zip(tensors, needed, strict=True) if need]
-    found = iter(torch.autograd.grad(result, wanted, grad, allow_unused=True))
-    gradients = [next(found) if need else None for need in needed]
-    if needed[0] and gradients[0] is None:
-        gradients[0] = torch.zeros_like(x)
-    if differs.is_cuda:
-        gradients = [None if one is None else one.masked_fill(differs, torch.nan) for one in gradients]
-    return gradients
+        x, before, *others = ctx.saved_tensors
+        needed = ctx.needs_input_grad[4:]
+        # The step does not take its parameters as arguments, so they cannot be replaced by leaves.
+        given = [x, *others[: ctx.count]]
+        leaves = [tensor.detach().requires_grad_(need) for tensor, need in zip(given, needed, strict=False)]
+        with contextlib.ExitStack() as stack:
+            if ctx.draw_again is not None:
+                stack.enter_context(torch.random.fork_rng([x.device] if x.is_cuda else []))
+                ctx.draw_again()
+            # Autocast's cache is not used, because it may contain weights that were cast while no gradients were
+            # recorded.
+            autocast = torch.autocast(x.device.type, cache_enabled=False, **ctx.autocast)
+            for block in (torch.enable_grad(), autocast, use_backend(ctx.backends), *ctx.modes):
+                stack.enter_context(block)
+            result = ctx.step(leaves[0], ctx.i, *leaves[1:])
+        differs = _differs(result.detach(), before, x)
+        if not differs.is_cuda and differs:
+            raise RuntimeError(
+                f"step must return the same result when it is computed again, but step {ctx.i} does not: does it draw "
+                "from a generator of its own, or from NumPy? keep=n computes no step again"
+            )
+        if not result.requires_grad and not needed[0]:
+            return (None,) * (4 + len(needed))
+        tensors = [*leaves, *others[ctx.count :]]
+        wanted = [tensor for tensor, need in zip(tensors, needed, strict=True) if need]
+        found = iter(torch.autograd.grad(result, wanted, grad, allow_unused=True))
+        gradients = [next(found) if need else None for need in needed]
+        if differs.is_cuda:
+            gradients = [None if one is None else one.masked_fill(differs, torch.nan) for one in gradients]
+        return None, None, None, None, *gradients
 
 
 def _differs(again: Tensor, before: Tensor, x: Tensor) -> Tensor:
@@ -238,25 +215,3 @@ def _recorded(step: Step, x: Tensor, i: int, *others: Tensor) -> Tensor:
             torch._C._set_grad_enabled(before)
     with torch._C.DisableTorchFunction():
         return following.detach()
-
-
-def _generators(device: torch.device) -> list[torch.Generator]:
-    """PyTorch's generators from which a step may draw: the CPU's, and on a GPU also the GPU's."""
-    return [torch.default_generator, *([torch.cuda.default_generators[device.index]] if device.type == "cuda" else [])]
-
-
-def _states(generators: Sequence[torch.Generator]) -> list[Tensor]:
-    return [generator.get_state() for generator in generators]
-
-
-@contextlib.contextmanager
-def _drawing_from(generators: Sequence[torch.Generator], states: Sequence[Tensor]) -> Iterator[None]:
-    """A context in which the generators have the given states; at its end they are restored."""
-    before = _states(generators)
-    for generator, state in zip(generators, states, strict=True):
-        generator.set_state(state)
-    try:
-        yield
-    finally:
-        for generator, state in zip(generators, before, strict=True):
-            generator.set_state(state)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from .._validation import Count, NormName, check_counts, check_types
+from .._validation import NormName, check_counts
 from ..protocols import Classifier
 from ..speed.graphs.step_loop import CapturesSteps
 
@@ -25,32 +25,6 @@ def drawn_seed(generator: torch.Generator | None = None) -> int:
     device = "cpu" if generator is None else generator.device
     # A number is read from a tensor of the CPU by NumPy, because it waits for no device.
     return int(torch.randint(2**63 - 1, (), generator=generator, device=device).cpu().numpy())
-
-
-@dataclass(frozen=True, kw_only=True)
-class Resources:
-    """Settings that concern the time, the memory and the counts of an attack.
-
-    Args:
-        max_forward_batch: the largest number of images in one forward pass, which changes no result. None: no limit.
-        batch_size: the largest number of images in one batch of a search; a search with another target or restart takes
-            the place of an image. None stands for 64, or for the number of images if that is larger.
-        counts_health: whether the attack counts faulty gradients and unmoved images.
-        graphs: captures the steps of attacks as CUDA graphs, see `purify_fast.speed.StepGraphs`; None: no captures.
-        copies: a `GradientCopies`, which keeps the model's fast copies for the next attack; None: they are not kept.
-
-    Raises:
-        ValueError: a count that is not allowed.
-    """
-
-    max_forward_batch: Count | None = None
-    batch_size: Count | None = None
-    counts_health: bool = False
-    graphs: CapturesSteps | None = None
-    copies: Any = None
-
-    def __post_init__(self) -> None:
-        check_types(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +54,15 @@ class AttackContext:
         loss_function: a loss that replaces the attack's own in PGD, FGSM and Auto-PGD.
         keep_mode: whether PGD and FGSM leave the model in its mode, so that BatchNorms in training mode take the
             statistics of the batch and update their averages.
-        resources: settings that concern time and memory.
+        max_forward_batch: the largest number of images in one forward pass, which changes no result. None: no limit.
+        batch_size: the largest number of images in one batch of a search; a search with another target or restart takes
+            the place of an image. None stands for 64, or for the number of images if that is larger.
+        counts_health: whether the attack counts faulty gradients and unmoved images.
+        graphs: captures the steps of attacks as CUDA graphs, see `purify_fast.speed.StepGraphs`; None: no captures.
+        copies: a `GradientCopies`, which keeps the model's fast copies for the next attack; None: they are not kept.
 
     Raises:
-        ValueError: a name or a count that is not allowed.
+        ValueError: a count that is not allowed.
     """
 
     eps: Radius = 0.0
@@ -103,27 +82,15 @@ class AttackContext:
     gradients_from: Classifier | None = None
     loss_function: LossFunction | None = None
     keep_mode: bool = False
-    resources: Resources = Resources()
+    max_forward_batch: int | None = None
+    batch_size: int | None = None
+    counts_health: bool = False
+    graphs: CapturesSteps | None = None
+    copies: Any = None
 
     def __post_init__(self) -> None:
-        check_counts(judge_draws=self.judge_draws)
-
-    @classmethod
-    def from_options(cls, **options: Any) -> AttackContext:
-        """Make a context.
-
-        Args:
-            **options: fields of the context, and fields of its `Resources`.
-
-        Raises:
-            TypeError: an option that is a field of neither class.
-            ValueError: a name or a count that is not allowed.
-        """
-        own, of_resources = ({each.name for each in fields(one)} for one in (cls, Resources))
-        if unknown := options.keys() - own - of_resources:
-            raise TypeError(f"an attack has no option {', '.join(sorted(unknown))}")
-        resources = Resources(**{name: options.pop(name) for name in of_resources & options.keys()})
-        return cls(**{"resources": resources} | options)
+        counts = "judge_draws", "max_forward_batch", "batch_size"
+        check_counts(**{name: getattr(self, name) for name in counts})
 
     def predictions(self, draws: int) -> int:
         """Return the number of predictions that together make ``draws`` draws."""

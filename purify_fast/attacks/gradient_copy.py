@@ -22,7 +22,6 @@ from ..model_state import identity_key
 from ..protocols import (
     Accelerates,
     Classifier,
-    CountsImages,
     PassesOn,
     Purifies,
     SampleLogits,
@@ -35,8 +34,7 @@ from ..speed.folding.batchnorm import fold_sequential
 from ..speed.folding.inference_copy import InferenceCopy
 from ..speed.graphs.step_graphs import remember
 from ..speed.watch import FEWEST_WEIGHTS, matrix_weights
-from .attacked_model import gradient_to
-from .outputs import LogitsOf, logits_in
+from .attacked_model import AsModule, gradient_to
 
 #: The number of images on which a copy is compared with its model.
 COMPARED = 8
@@ -96,6 +94,9 @@ def gradient_copy(
         return model if forward.copy is None else forward.copy
     if precision == "float32" or (precision == "auto" and not fast_bfloat16(x.device)):
         return model
+    if isinstance(model, AsModule):
+        followed = gradient_copy(model.model, x, precision, copies)
+        return model if followed is model.model else followed
     if isinstance(model, PassesOn) and supports(model, PassesOn):
         return _inside(model, x, precision, copies)
     if not isinstance(model, nn.Module):
@@ -128,7 +129,7 @@ class _Compared(Follower):
 _alone: weakref.WeakKeyDictionary[nn.Module, _Compared] = weakref.WeakKeyDictionary()
 
 
-def _inside(wrapper: PassesOn, x: Tensor, precision: GradientPrecision, copies: GradientCopies | None) -> Classifier:
+def _inside(wrapper: Any, x: Tensor, precision: GradientPrecision, copies: GradientCopies | None) -> Classifier:
     """A wrapper around a copy of the model inside ``wrapper``; ``wrapper`` itself if there is no copy."""
     copied: Classifier | None = None
 
@@ -140,12 +141,9 @@ def _inside(wrapper: PassesOn, x: Tensor, precision: GradientPrecision, copies: 
 
     around = wrapper.around(replace)
     if copied is None:
-        return cast(Classifier, wrapper)
+        return wrapper
     if copies is not None:
         around = copies.same_around(wrapper, copied, around)
-    if not isinstance(wrapper, nn.Module) or supports(wrapper, CountsImages):
-        # A wrapper that counts images does not change the logits, and a comparison would add images to its count.
-        return around
     # So far only the model inside the wrapper was compared with its copy, but the attack calls the wrapper.
     with _same_draws(x.device):
         return around if _fits(around, wrapper, x) else wrapper
@@ -161,11 +159,9 @@ def _made(model: nn.Module, x: Tensor) -> Classifier | None:
             # The copy is never trained, so the BatchNorms of its purifier can be folded too.
             fold_sequential(duplicate)
             return cast(Classifier, duplicate)
-        with torch.no_grad():
-            plain = model if isinstance(model(x), Tensor) else LogitsOf(model)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return InferenceCopy(unaccelerated_copy(plain), tuple(x.shape[1:]), torch.bfloat16, fine=True).eval()
+            return InferenceCopy(unaccelerated_copy(model), tuple(x.shape[1:]), torch.bfloat16, fine=True).eval()
     except Exception:
         # A user's module may raise any error when it is copied, folded or run in bfloat16. Such a module has no copy.
         return None
@@ -176,7 +172,7 @@ def _same_draws(device: torch.device) -> contextlib.AbstractContextManager[None]
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
-def _fits(duplicate: Classifier, model: nn.Module, x: Tensor) -> bool:
+def _fits(duplicate: Classifier, model: Classifier, x: Tensor) -> bool:
     """Tell whether a copy computes the same as its model; both draw the same noise for the comparison."""
     try:
         with torch.no_grad():
@@ -187,7 +183,7 @@ def _fits(duplicate: Classifier, model: nn.Module, x: Tensor) -> bool:
         return False
 
 
-def _same_direction(duplicate: Classifier, model: nn.Module, x: Tensor) -> bool:
+def _same_direction(duplicate: Classifier, model: Classifier, x: Tensor) -> bool:
     """Tell whether a copy has the purified images and the input gradients of its model."""
     if isinstance(model, Purifies) and isinstance(duplicate, Purifies):
         with torch.no_grad():
@@ -202,7 +198,7 @@ def _same_direction(duplicate: Classifier, model: nn.Module, x: Tensor) -> bool:
 
 def _run(function: Callable[[Tensor], Any], x: Tensor) -> Tensor:
     with _same_draws(x.device):
-        return logits_in(function(x)).float()
+        return function(x).float()
 
 
 def _input_gradient(model: Classifier, leaf: Tensor) -> Tensor:

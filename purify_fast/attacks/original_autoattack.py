@@ -15,16 +15,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .._validation import Count
 from ..protocols import Classifier
-from .attacked_model import SAMPLE, check_model, frozen, gradient_to
+from .attacked_model import SAMPLE, check_model, frozen
 from .ball import ball_around, projected
 from .base import AttackResult, InBall, Resolved
 from .context import AttackContext
+from .objective import Objective
 from .search import GradientHealth
 
 Version = Literal["standard", "rand"]
@@ -120,18 +120,18 @@ class AutoAttack(InBall):
             return AttackResult(x.clone())
         if not context.num_classes:
             with frozen(target):
-                target, classes = check_model(target, x[:SAMPLE])
-            context = replace(context, num_classes=classes)
+                context = replace(context, num_classes=check_model(target, x[:SAMPLE]))
         threat, warnings = self.threat_model(context), list[str]()
-        health = GradientHealth() if context.resources.counts_health else None
+        health = GradientHealth() if context.counts_health else None
         with frozen(target):
             with _listening(warnings):
                 points = self._packaged(target, x, y, context)
             # Because of rounding, AutoAttack's points may lie slightly outside of the ball.
             points = projected(x, points.detach(), ball_around(x, threat.eps, threat.norm))
             if health is not None:
+                objective = Objective(target, _cross_entropy, max_forward_batch=context.batch_size)
                 for images in (x, points):
-                    health.see_gradient(_of_cross_entropy(target, images, y, context.resources.batch_size))
+                    health.see_gradient(objective.direction(images, y))
         return AttackResult(points, health, warnings)
 
     def _packaged(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
@@ -156,19 +156,13 @@ class AutoAttack(InBall):
         # print, names the batch size `batch_size`, and returns a tuple.
         adversary.verbose = False
         size = "batch_size" if type(adversary).__module__.startswith("pyautoattack") else "bs"
-        result = adversary.run_standard_evaluation(x, y, **{size: context.resources.batch_size or len(x)})
+        result = adversary.run_standard_evaluation(x, y, **{size: context.batch_size or len(x)})
         return result[0] if isinstance(result, tuple) else result
 
 
-def _of_cross_entropy(target: Classifier, x: Tensor, y: Tensor, most: int | None) -> Tensor:
-    """The gradients of the cross-entropy as the package computes it, shape of the images; ``most`` images at a time."""
-    gradients = []
-    for images, labels in zip(x.split(most or len(x)), y.split(most or len(x)), strict=True):
-        with torch.enable_grad():
-            leaf = images.detach().requires_grad_()
-            found = gradient_to(leaf, F.cross_entropy(target(leaf), labels, reduction="sum"))
-        gradients.append(torch.zeros_like(images) if found is None else found)
-    return torch.cat(gradients)
+def _cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """The cross-entropy as the package computes it, ``[B]``."""
+    return F.cross_entropy(logits, y, reduction="none")
 
 
 @contextlib.contextmanager

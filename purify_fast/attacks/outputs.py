@@ -1,14 +1,9 @@
-"""Checks the output of a model: logits ``[B, classes]``, or an object or a mapping with such ``logits``."""
+"""Checks the output of a model: logits ``[B, classes]``."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
-from torch import Tensor, nn
-
-from ..protocols import Classifier
+from torch import Tensor
 
 #: Advice for a model that returns probabilities instead of logits.
 INSTEAD_OF_PROBABILITIES = (
@@ -22,39 +17,14 @@ ONE_HOT = (
 )
 
 
-class LogitsOf(nn.Module):
-    """A wrapper that returns only the logits of a model."""
-
-    def __init__(self, model: Classifier):
-        super().__init__()
-        self.model = model
-        self.training = False
-
-    @property
-    def fingerprinted(self) -> Classifier:
-        """The model whose weights `purify_fast.model_state.fingerprint` reads."""
-        return self.model
-
-    def forward(self, x: Tensor) -> Tensor:
-        return logits_in(self.model(x))
-
-
-def logits_in(output: Any) -> Tensor:
-    """The output itself if it is a tensor, or else the tensor ``logits`` in an object or a mapping."""
-    if isinstance(output, Tensor):
-        return output
-    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    if not isinstance(logits, Tensor):
+def checked_logits(output: object, images: int) -> Tensor:
+    """Return a model's output, ``[B, classes]``, if it may be logits by its type and shape, which takes no time."""
+    if not isinstance(output, Tensor):
         raise TypeError(
-            "the model must return a torch.Tensor of logits [B, classes], or an object or mapping that holds such a "
-            f"tensor under the name logits, got {type(output).__name__}"
+            f"the model must return a torch.Tensor of logits [B, classes], got {type(output).__name__}: give a module "
+            "whose forward returns the logits in it"
         )
-    return logits
-
-
-def checked_logits(output: Any, images: int) -> Tensor:
-    """The logits in a model's output, ``[B, classes]``; only types and shapes are checked, which takes no time."""
-    logits = logits_in(output)
+    logits = output
     good = logits.dim() == 2 and logits.shape[0] == images and logits.shape[1] > 1 and logits.is_floating_point()
     if not good:
         raise ValueError(

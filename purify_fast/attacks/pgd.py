@@ -17,7 +17,7 @@ from ..ops.pgd_step import per_pixel, pgd_step
 from ..protocols import Classifier
 from ..speed.graphs.step_loop import State, begin_steps
 from .ball import Ball, normal_in_ball, sample_in_ball
-from .base import AttackResult, InBall, cost_of_ascents, run_alone, times, worst_of_runs
+from .base import AttackResult, InBall, run_alone, times, worst_of_runs
 from .context import AttackContext, Radius
 from .losses import Loss
 from .objective import Objective, ObjectiveStep
@@ -138,9 +138,6 @@ class PGD(InBall):
         resolved = self.resolved_for(context)
         return f"{self.label}-{resolved.steps} {resolved.loss}{times(self.restarts)}"
 
-    def cost(self, context: AttackContext) -> int:
-        return cost_of_ascents(self, context)
-
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> AttackResult:
         ball, steps = self.ball(x, y, context), self.resolved_for(context).steps
         if len(x) == 0:
@@ -223,15 +220,14 @@ def pgd(
     """Run `PGD` on a batch, by default with 40 steps.
 
     Args:
-        model: images ``[B, ...]`` to logits ``[B, classes]``, or to an object or mapping with such ``logits``; a module
-            is in evaluation mode during the attack.
+        model: images ``[B, ...]`` to logits ``[B, classes]``; a module is in evaluation mode during the attack.
         x: images, floating point ``[B, ...]`` in [clip_min, clip_max].
         y: true labels, int64 ``[B]``. With a function as loss, y is what the function gets, ``[B, ...]`` or None.
         eps: radius of the ball in image units: a number, ``[B]``, or for PGD and FGSM in linf a tensor that can be
             broadcast over the images, such as ``[C, 1, 1]`` for normalized images. alpha, clip_min and clip_max may be
             such tensors too.
         stop_when_fallen: whether an image takes no further steps after a step that misclassifies it.
-        **options: fields of `PGD`, `AttackContext` and `Resources`, of which three differ here, and four others.
+        **options: fields of `PGD` and `AttackContext`, of which three differ here, and four others.
             ``loss`` is a name, or for PGD, FGSM and Auto-PGD a function ``(logits, y) -> [B]`` that is maximized.
             ``seed`` is drawn if it is None, and ``keep_best`` is False if it is not given. ``targeted`` are target
             classes, int64 ``[B]``: the attack lowers the loss of these classes, and reads no y. ``mode`` is "eval", or
@@ -274,10 +270,6 @@ class FGSM(InBall):
 
     def name(self, context: AttackContext) -> str:
         return f"FGSM {self.resolved_for(context).loss}"
-
-    def cost(self, context: AttackContext) -> int:
-        # The gradient takes all draws. The count of unmoved images takes one prediction of the clean image.
-        return self.draws(context) + 1
 
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> AttackResult:
         # The length of the first step is eps.

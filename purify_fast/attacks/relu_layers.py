@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from .._compiler import EagerDispatchMode
 from ..protocols import Classifier
-from .outputs import logits_in
 
 #: A model with more weights than this is not read, because it would have too many ReLUs for the search.
 MOST_WEIGHTS = 4_000_000
@@ -63,7 +62,7 @@ def affine_layers(model: Classifier, shape: Sequence[int], most: int | None = No
                 x = torch.rand(
                     COMPARED, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0), device="cpu"
                 )
-                logits = logits_in(exact(x))
+                logits = exact(x)
     except Exception as error:
         raise _refused(model, f"{type(error).__name__}: {error}") from error
     if most is not None and units > most:
@@ -93,7 +92,7 @@ def _read(model: nn.Module, shape: Sequence[int], widths: Sequence[int]) -> list
         reading = _Reading(basis)
         x = reading.vectors(widths[0]).view(-1, *shape)
         with reading:
-            logits = logits_in(model(x))
+            logits = model(x)
         parts.append([*reading.seen, logits])
     layers = []
     for width, rows in zip(widths, zip(*parts, strict=True), strict=True):

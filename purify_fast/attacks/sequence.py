@@ -53,10 +53,10 @@ class AttackSequence:
                 self.share[part[better]] = share[better]
 
     def _batches(self, index: Tensor) -> tuple[Tensor, ...]:
-        return index.split(self.context.resources.batch_size or max(1, len(index))) if len(index) else ()
+        return index.split(self.context.batch_size or max(1, len(index))) if len(index) else ()
 
     def _judge_by(self, draws: int) -> Judge:
-        most = self.context.resources.max_forward_batch
+        most = self.context.max_forward_batch
         with frozen(self.model):
             apart = drawn_once_per_call(self.model, self.x[:SAMPLE].to(self.device), draws, most)
         return Judge(self.model, draws, most, apart)

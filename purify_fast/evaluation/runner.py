@@ -113,7 +113,7 @@ def evaluate(
         name: name of the model in the report.
         revision: a name for the model's code, with which the rows of every model are cached. Choose another name after
             a change of a function, or of code that the model's classes import.
-        progress: whether to show a progress bar for each attack, which counts forward passes of single images.
+        progress: whether to show a progress bar for each attack, which counts the images whose attack is finished.
 
     Returns:
         A `Report` with a clean row for each variant, a row for each attack, and ``worst`` rows. In ``worst``, an image
@@ -184,8 +184,8 @@ def evaluate(
             others = _admit([base, *(spec.other_model for spec in plan)], subject, cache, stack)
             if config.batch_size == "auto":
                 make_room(subject, others, config.memory, cache)
-                at_once = shards.from_first(lambda: subject.room.limit(context.resources.max_forward_batch))
-                context = replace(context, resources=replace(context.resources, max_forward_batch=at_once))
+                at_once = shards.from_first(lambda: subject.room.limit(context.max_forward_batch))
+                context = replace(context, max_forward_batch=at_once)
             shown = Progress(name, progress and shards.rank == 0)
             every = config.keep == "all"
             measure = Measure(subject, context, name, cache, progress=shown, shards=shards, keep_all=every)
@@ -214,10 +214,10 @@ def _context(config: EvaluateConfig, subject: Subject, ball: ThreatModel) -> Att
     if config.predict == "votes":
         votes = config.n_eval
         most = None if most is None else max(1, most // votes)
-    return AttackContext.from_options(
+    return AttackContext(
         num_classes=subject.num_classes,
         eps=ball.eps,
-        norm=ball.norm,
+        norm=read_norm(ball.norm),
         steps=config.steps,
         eot_iter=config.eot_iter,
         seed=config.seed,
@@ -266,18 +266,18 @@ class _Evaluation:
         report, measure = self.report, self.measure
         context, shards, name = measure.context, measure.shards, measure.name
         self.choose_attacks(self.asked_for)
-        subject, resources = measure.subject, context.resources
+        subject = measure.subject
         shards.check_same(
             {
                 "images": subject.data,
                 "models": [self.mark, subject.num_classes, subject.is_random],
                 "seed": subject.seed,
-                "batch size": [resources.batch_size, resources.max_forward_batch],
+                "batch size": [context.batch_size, context.max_forward_batch],
                 "attacks": [[row_name(spec, context), settings_of(spec, subject, context)] for spec in measure.attacks],
             }
         )
         before = self.suspicion.before
-        asked = None if before is None else self.suspicion.ask_before(before, self.costs())
+        asked = None if before is None else self.suspicion.ask_before(before, len(self.plan) + len(self.curve.radii))
         if asked is not None:
             self.act_on(signs_of_masking(asked, subject.is_random))
         if shards.rank > 0:
@@ -332,19 +332,6 @@ class _Evaluation:
 
     # -- the rows -----------------------------------------------------------------------------------------------------
 
-    def costs(self) -> list[int | None]:
-        """Return the largest number of forward passes of single images for each row; None if a number is unknown."""
-        context, n = self.measure.context, len(self.measure.subject.y)
-
-        def images(spec: AttackSpec) -> int:
-            stands = self.standings.get((spec.variant, threat_name(spec, context)))
-            left = int(stands.left.sum()) if stands is not None and spec.survivors_only else n
-            return min(left, spec.nearest or n)
-
-        asked = [(spec.resolved.cost(context), images(spec)) for spec in self.plan]
-        asked += [(cost, n) for cost in self.curve.costs(context)]
-        return [None if cost is None else cost * images for cost, images in asked]
-
     def standing(self, variant: Variant, threat: str | None) -> Standing:
         """The state of the images after the attacks so far."""
         left = self.measure.withstood(self.measure.clean(variant))
@@ -355,9 +342,9 @@ class _Evaluation:
         measure, subject, progress = self.measure, self.measure.subject, self.measure.progress
         variants: list[Variant] = list(dict.fromkeys(["random", *(spec.variant for spec in self.plan)]))
         n = len(subject.y)
-        progress.costs[progress.rows :] = self.costs()
+        progress.total = progress.rows + len(self.plan) + len(self.curve.radii)
         all_rows = [measure.clean(variant) for variant in variants]
-        for number, spec in enumerate(self.plan, 1):
+        for spec in self.plan:
             threat = threat_name(spec, measure.context)
             deployed = self.standing("random", threat).rows if subject.is_random else []
             earlier = [row for row in deployed if row.n >= (spec.max_images or n)]
@@ -367,7 +354,6 @@ class _Evaluation:
                 all_rows.append(row)
                 if row.is_attack:
                     self.standing(variant, threat).add(row, measure.withstood(row))
-            progress.costs[progress.rows :] = self.costs()[number:]
             for row in rows:
                 progress.finished(f"{row.attack}: {100 * row.accuracy:.1f} % of {row.n} images{source}")
         own = self.standing("random", None).rows

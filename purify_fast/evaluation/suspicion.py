@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 from .._tensors import digest
+from ..attacks.attacked_model import as_module
 from .alarms.probes import PROBED, Before, Probes, asked_before, compared_gradients, has_no_gradient, probe
 from .alarms.signs import IDENTITIES, Evidence, findings
 from .results.rows import Worst, count_fallen
 from .run.measure import Measure
-from .run.progress import counted_model
 from .show.report import Report
 
 
@@ -81,22 +81,21 @@ class Suspicion:
 
     def probes_key(self, more: dict[str, Any]) -> str | None:
         """Return the cache's name for the probes' results, a hash of the probes' settings and of ``more``."""
-        context, subject, resources = self.measure.context, self.measure.subject, self.measure.context.resources
-        ball = [context.eps, context.norm, context.eot_iter, resources.batch_size, resources.max_forward_batch]
+        context, subject = self.measure.context, self.measure.subject
+        ball = [context.eps, context.norm, context.eot_iter, context.batch_size, context.max_forward_batch]
         settings = {"probes": [PROBED, subject.data, subject.seed, subject.is_random, *ball]}
         return self.measure.cache.key(settings | more, subject.model)
 
-    def ask_before(self, before: Before, costs: Sequence[int | None]) -> Probes:
-        """Run the probes before the attacks, in the first process."""
+    def ask_before(self, before: Before, rows: int) -> Probes:
+        """Run the probes before the attacks, of which there are ``rows``, in the first process."""
         measure, progress = self.measure, self.measure.progress
         context, subject = measure.context, measure.subject
-        progress.costs = [None, *costs]
-        model = counted_model(subject.model, progress)
+        progress.total = 1 + rows
+        model = as_module(subject.model)
 
         def ask() -> Probes:
-            at_once = subject.room.limit(context.resources.max_forward_batch)
-            resources = replace(context.resources, max_forward_batch=at_once)
-            return asked_before(before, replace(context, resources=resources), model)
+            at_once = subject.room.limit(context.max_forward_batch)
+            return asked_before(before, replace(context, max_forward_batch=at_once), model)
 
         def make() -> dict[str, Any]:
             # If memory runs out, the probes run again with fewer images at once.

@@ -23,9 +23,8 @@ from .._process import processes
 from ..model_state import identity_key
 from ..ops.philox import philox_key
 from ..speed.graphs.cuda_capture import CudaCapture
-from ..speed.graphs.step_graphs import InlineSteps, StepGraphs, remember
+from ..speed.graphs.step_graphs import InlineSteps, StepGraphs, alike, no_trace, remember, tried
 from ..speed.graphs.step_loop import CAPTURE_STEPS, numerics, weak_key
-from ..speed.graphs.step_trials import alike, no_trace, refusal_of
 from ..speed.memory import same_draws_again
 from .optimizers import weights_of
 from .task import Batch, Metrics, Task
@@ -80,9 +79,7 @@ class CapturedStep:
         with capture.aside(device), inline(task):
             # The first call verifies kernels and chooses algorithms, and may wait for the device.
             list(gradients(task, self.given))
-            known, reason = refusal_of(lambda: list(gradients(task, self.given)), device, "the step")
-        if reason is not None:
-            raise RuntimeError(reason)
+            known = tried(lambda: list(gradients(task, self.given)), device)
         # A copy of the weights is made again only if their version has changed, and the graph must make it.
         change_weights(task, 1.0)
         running: Iterator[tuple[str, Metrics]] = iter(())

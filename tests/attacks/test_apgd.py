@@ -7,7 +7,7 @@ import torch
 from small_models import accuracy
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from purify_fast.attacks import AttackContext, GradientHealth, Resources, apgd
+from purify_fast.attacks import AttackContext, GradientHealth, apgd
 from purify_fast.attacks.apgd import AutoPgd, AutoPgdL1, checkpoints
 from purify_fast.attacks.ball import Ball
 from purify_fast.attacks.engine import judge as judging
@@ -155,7 +155,7 @@ def test_every_image_gets_every_run_in_waves_that_are_filled(monkeypatch, padded
     active.judge_clean_images()
     goals = tuple(torch.full_like(y, goal) for goal in (1, 2, 3, 4, 5))
     sizes, seen = [], []
-    for rows in engine_rows.waves(active, goals, 1, AttackContext(resources=Resources(batch_size=90))):
+    for rows in engine_rows.waves(active, goals, 1, AttackContext(batch_size=90)):
         sizes.append(len(rows.x))
         assert torch.equal(rows.x, x[rows.owner]) and torch.equal(rows.labels[:, 1], rows.run + 1)
         assert not active.fallen[rows.owner].any()

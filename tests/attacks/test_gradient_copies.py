@@ -240,13 +240,6 @@ def returning(output):
     return Made(lambda self, x: output(self.net(x)), net=SmallCNN(SHAPE[0], 6, SHAPE[1:], width=4)).eval()
 
 
-def test_a_model_that_returns_an_object_with_logits_has_a_copy_that_returns_them():
-    x = torch.rand(8, *SHAPE)
-    plain, wrapped = (returning(output) for output in (lambda z: z, lambda z: {"logits": z}))
-    made, wanted = (copies.gradient_copy(model, x, "bfloat16") for model in (wrapped, plain))
-    assert isinstance(made, InferenceCopy) and isinstance(wanted, InferenceCopy) and torch.equal(made(x), wanted(x))
-
-
 def test_the_error_of_a_model_itself_is_left_to_the_attack():
     model = returning(lambda z: z @ torch.zeros(3, 3))
     assert copies.gradient_copy(model, torch.rand(8, *SHAPE), "bfloat16") is model

@@ -25,7 +25,6 @@ square, fab = (importlib.import_module(f"purify_fast.attacks.{name}") for name i
 PARTS = {
     "rounds of Square": (square._SquareSearch, "run"),
     "steps of FAB": (fab._FabSearch, "run"),
-    "judging": (judge.Judge, "shares"),
     "captures": (StepGraphs, "_make"),
 }
 WHOLE = "the whole run"
@@ -93,7 +92,7 @@ def test_what_a_standard_run_launches(rerun, monkeypatch):
     (before, withstood), (after, same) = (counted(way, rerun, monkeypatch) for way in WAYS)
     assert torch.equal(withstood, same) and 0 < int(withstood.sum()) < 100
     assert before["captures"] == 0 < after["captures"] and rerun.recorded > 10 < rerun.replayed
-    for part in ("rounds of Square", "steps of FAB", "judging"):
+    for part in ("rounds of Square", "steps of FAB"):
         assert 1000 < 10 * after[part] <= before[part], part
     # What is left is Auto-PGD beside its gradients.
     assert 4 * after[WHOLE] < before[WHOLE]

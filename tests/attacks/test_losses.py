@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from purify_fast.attacks import AutoAttack, GradientHealth, apgd, fgsm, frozen, pgd
-from purify_fast.attacks.context import AttackContext, Resources
+from purify_fast.attacks.context import AttackContext
 from purify_fast.attacks.losses import LOSSES, TARGETED, cross_entropy
 from purify_fast.training import Batch, TrainingAttack
 
@@ -174,8 +174,7 @@ def test_gradients_of_the_packages_autoattack_are_counted_by_its_own_formula():
     x = 0.5 + 0.01 * torch.randn(5, 3, 4, 4, generator=torch.Generator().manual_seed(5))
     y, model = torch.zeros(5, dtype=torch.int64), Sure(150.0)
     for batch_size in (None, 2):
-        resources = Resources(batch_size=batch_size, counts_health=True)
-        context = AttackContext(eps=0.02, num_classes=4, resources=resources)
+        context = AttackContext(eps=0.02, num_classes=4, batch_size=batch_size, counts_health=True)
         health = AutoAttack(steps=2, n_queries=2).search(model, x, y, context).health
         assert health.zero == 1 and not health.reliable, batch_size
     own = GradientHealth()

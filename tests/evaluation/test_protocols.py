@@ -228,21 +228,6 @@ def test_another_seed_is_another_row():
     assert again.settings["seed"] == 1 and not np.array_equal(first.margins, again.margins)
 
 
-def test_models_that_return_other_things_than_logits():
-    _, _, x, y = digits()
-    net = standard()
-
-    class Output:
-        def __init__(self, logits):
-            self.logits = logits
-
-    rows = [
-        evaluate(model, x[:20], y[:20], attacks=[PGD(steps=2)], **QUIET).row("worst").robust
-        for model in (net, lambda z: Output(net(z)), lambda z: {"logits": net(z), "loss": None})
-    ]
-    assert np.array_equal(rows[0], rows[1]) and np.array_equal(rows[0], rows[2])
-
-
 def test_a_defence_that_takes_gradients_itself_has_softened_copies():
     """As a purification that descends an energy does; the attacks judge points without gradients."""
 

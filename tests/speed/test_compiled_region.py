@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from host_syncs import HostSyncs
 from torch import Tensor
 
 from purify_fast._compiler import outside_graphs
 from purify_fast.speed.folding import inference_copy
 from purify_fast.speed.folding.inference_copy import STATIC_SIZES, CompiledRegion
-from purify_fast.speed.graphs.step_trials import HostSyncs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

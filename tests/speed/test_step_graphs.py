@@ -117,7 +117,7 @@ def test_graphs_go_with_their_model_and_no_key_keeps_one_alive(graphs, rerun, mo
         run(graphs, model, STEPS)
         # this is launched, and remembered
         run(graphs, model, 1, start(5))
-    refused = Waiting()
+    refused = of("Widening", lambda x: x.double())()
     run(graphs, refused, STEPS)
     gone.append(weakref.ref(refused))
     assert len(graphs) == 4 and graphs.refusal is not None
@@ -214,9 +214,12 @@ class Sharded(Scale):
     [
         (Waiting, "the step waits for the device in operator _local_scalar_dense"),
         (of("Masked", lambda x: x + x[x > 1].sum()), "the step waits for the device in operator index"),
-        (of("Widening", lambda x: x.double()), r"the step changes x from torch.float32 \[3\] to torch.float64 \[3\]"),
-        (of("DrawsInPython", lambda x: x * random.random()), "DrawsInPython draws random numbers on the host"),
-        (of("DrawsInNumpy", lambda x: x * float(np.random.rand())), "DrawsInNumpy draws random numbers on the host"),
+        (
+            of("Widening", lambda x: x.double()),
+            r"the step changes x from \(torch.float32, \[3\], .*to \(torch.float64, \[3\]",
+        ),
+        (of("DrawsInPython", lambda x: x * random.random()), "the step draws random numbers on the host"),
+        (of("DrawsInNumpy", lambda x: x * float(np.random.rand())), "the step draws random numbers on the host"),
         (FailsInTheTrial, r"the step cannot be captured \(KeyError: 'the second call'\)"),
         (Sharded, "a tensor of type Shard does not say where its memory is"),
     ],
@@ -294,32 +297,12 @@ def test_warm_up_moves_no_generator(graphs, rerun):
     assert rerun.recorded == 1
 
 
-def test_counters_count_replays_and_no_warm_up(graphs, rerun):
-    class Counting(Scale):
-        images, not_dependencies = 0, frozenset({"images"})
-
-        def counted(self) -> int:
-            return self.images
-
-        def count(self, images: int) -> None:
-            self.images += images
-
-        def forward(self, x: Tensor) -> Tensor:
-            # a graph launches what this launches, and does not run it
-            self.images += 0 if rerun.replaying else len(x)
-            return super().forward(x)
-
-    eager, captured = Counting(), Counting()
-    run(None, eager, STEPS), run(graphs, captured, STEPS), run(graphs, captured, STEPS)
-    assert rerun.recorded == 1 and 2 * eager.images == captured.images == 6 * STEPS
-
-
 def test_a_replay_that_gives_something_else_is_not_used(graphs, rerun, monkeypatch):
     record = rerun.record
     monkeypatch.setattr(rerun, "record", lambda run, device: record(lambda: None, device))
     model = Scale()
     assert same(run(graphs, model, STEPS), run(None, model, STEPS))
-    assert graphs.refusal == "a replay gives another result than the step" and len(graphs) == 0
+    assert "a replay gives another result than the step" in graphs.refusal and len(graphs) == 0
 
 
 def test_two_loops_over_one_step_do_not_mix(graphs, rerun):

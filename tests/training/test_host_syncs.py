@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
+from host_syncs import HostSyncs
 from small_runs import EPS, SHAPE, arrest_task, atop_task, attack, batch, carso_task, diffusion_task
 
 from purify_fast.attacks import BpdaModel, GradientHealth, apgd, fgsm, pgd, stadv
@@ -11,7 +12,6 @@ from purify_fast.data import crop_flip
 from purify_fast.methods.carso import Carso
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.speed import StepGraphs
-from purify_fast.speed.graphs.step_trials import HostSyncs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

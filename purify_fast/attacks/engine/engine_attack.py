@@ -61,21 +61,20 @@ class EngineAttack(InBall):
         x = x.detach().clone()
         ids = torch.arange(len(x), device=x.device) if context.sample_ids is None else context.sample_ids
         _, draws, loss, _ = self.resolved_for(context)
-        judges, resources = context.judges(draws), context.resources
-        most = resources.max_forward_batch
+        judges, most = context.judges(draws), context.max_forward_batch
         source = context.gradients_from if self.follows_gradients else None
         with frozen(target):
             apart = drawn_once_per_call(target, x, max(judges, draws), most)
-            judge = Judge(target, judges, most, apart, context.judge_share, graphs=resources.graphs)
+            judge = Judge(target, judges, most, apart, context.judge_share)
             active = ActiveSet(x, y, ball, judge, ids)
-            active.health = GradientHealth() if resources.counts_health else None
+            active.health = GradientHealth() if context.counts_health else None
             if source is None:
-                source = source_of(target, x, self.precision, resources.copies)
+                source = source_of(target, x, self.precision, context.copies)
             with frozen(source):
                 if source is context.gradients_from:
                     apart = drawn_once_per_call(source, x, draws, most)
                 loss = context.loss_function or loss
-                objective = Objective(source, loss, draws, most, resources.graphs, apart=apart)
+                objective = Objective(source, loss, draws, most, context.graphs, apart=apart)
                 active.judge_clean_images(leave=getattr(self, "leave_when_fallen", True))
                 self.explore(active, objective, context)
         stood_still = (~active.fallen & ~active.tried).sum()
@@ -100,12 +99,6 @@ def likeliest_wrong(logits: Tensor, y: Tensor, count: int | None) -> tuple[Tenso
     classes = logits.shape[1]
     wrong = logits.masked_fill(F.one_hot(y, classes).bool(), -torch.inf)
     return wrong.topk(min(count or classes, classes - 1), 1).indices.unbind(1)
-
-
-def cost_of_borders(count: int | None, classes: int, draws: int) -> int:
-    """Return the number of forward passes per image that `nearest_borders` makes, for ``classes`` classes."""
-    searched = min(max(count or classes, CANDIDATES), classes - 1)
-    return 1 + (searched * draws if searched > 1 else 0)
 
 
 def nearest_borders(active: ActiveSet, objective: Objective, count: int | None) -> tuple[Tensor, ...]:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ...protocols import Classifier
-from ...speed.graphs.step_loop import CapturesSteps, State, Steps, begin_steps
 from ...speed.watch import FEWEST_WEIGHTS, matrix_weights
 from ..attacked_model import logits_of
-from ..objective import Objective, ObjectiveStep
+from ..objective import Objective
 
 #: From this number of draws on, one more row takes a CPU longer than a change of the batch size.
 MANY_DRAWS = 4
@@ -55,14 +53,6 @@ def has_fallen(share: Tensor, enough: float = 1.0) -> Tensor:
     return share >= enough - 1e-6
 
 
-class JudgeStep(ObjectiveStep):
-    """A judgement by the margin on the model under attack."""
-
-    def __call__(self, state: State) -> State:
-        """The share of draws that misclassify each image ``x`` with the label ``y``."""
-        return {"wrong": self.objective.score(state["x"], state["y"])[0]}
-
-
 @dataclass(frozen=True)
 class Judge:
     """Confirms a search's claims: the share ``enough`` of fresh ``draws`` of the model itself must be misclassified."""
@@ -72,34 +62,16 @@ class Judge:
     max_forward_batch: int | None = None
     apart: bool = False
     enough: float = 1.0
-    graphs: CapturesSteps | None = field(default=None, compare=False)
-    #: The loop of the judgements of each batch size and dtype.
-    _loops: dict[tuple[torch.Size, torch.dtype], Steps] = field(default_factory=dict, compare=False, repr=False)
 
     def shares(self, x: Tensor, y: Tensor) -> Tensor:
         """The share of fresh draws that misclassify each image, ``[B]``."""
         if len(x) == 0:
             return torch.zeros_like(y, dtype=torch.float32)
-        objective = Objective(self.model, "margin", self.draws, self.max_forward_batch, apart=self.apart)
-        # The draws of a random model would be others in a larger batch, so only a single draw is captured.
-        if self.draws > 1 or self.graphs is None or not self.graphs.may_replay(x.device):
-            return objective.score(x, y)[0]
-        more = 0 if takes_every_size(x.device) else bucket(len(x), x.device) - len(x)
-        key = (torch.Size((len(x) + more, *x.shape[1:])), x.dtype)
-        loop = self._loops.get(key)
-        if loop is not None and loop.replays:
-            # The rows behind keep what an earlier judgement has left there.
-            loop.state["x"][: len(x)].copy_(x)
-            loop.state["y"][: len(x)].copy_(y)
-        else:
-            asked = {"x": F.pad(x, (0, 0) * (x.dim() - 1) + (0, more)), "y": F.pad(y, (0, more))}
-            if loop is None:
-                asked["wrong"] = torch.zeros(key[0][:1], device=x.device)
-                loop = self._loops[key] = begin_steps(self.graphs, JudgeStep(objective), asked)
-            else:
-                loop.put(**asked)
-        loop.take()
-        return loop.state["wrong"][: len(x)].clone()
+        objective, count = Objective(self.model, "margin", self.draws, self.max_forward_batch, apart=self.apart), len(x)
+        if self.draws == 1 and not takes_every_size(x.device):
+            rows = repeated_to(torch.arange(count, device=x.device), bucket(count, x.device))
+            x, y = x[rows], y[rows]
+        return objective.score(x, y)[0, :count]
 
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:

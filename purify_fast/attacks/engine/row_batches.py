@@ -158,7 +158,7 @@ def waves(
     """
     x, y, count, begin = active.x, active.y, len(active.x), context.begin
     padded = not takes_every_size(x.device)
-    most = context.resources.batch_size or max(FEWEST_ROWS, count)
+    most = context.batch_size or max(FEWEST_ROWS, count)
     # Rows are numbered: image i in run r has the number r * count + i.
     firsts = torch.arange(restarts * len(goals), device=x.device)[:, None] * count
     is_first, following = True, 0

@@ -129,8 +129,8 @@ def asked_before(before: Before, context: AttackContext, model: Classifier) -> P
     """Make the measurements before the attacks of the report."""
     subject, x, y = before.subject, before.x, before.y
     some, draws = slice(subject.batch_size), DRAWS if subject.is_random else ()
-    parts = torch.arange(len(x), device=x.device).split(context.resources.batch_size or len(x))
-    short = replace(context, resources=replace(context.resources, batch_size=subject.batch_size))
+    parts = torch.arange(len(x), device=x.device).split(context.batch_size or len(x))
+    short = replace(context, batch_size=subject.batch_size)
     sweeps = [_sweep(before, model, part, short) for part in parts]
     curves, own, copied, missing, reached = zip(*sweeps, strict=True)
     steps = [(float(n), _share(torch.cat(each))) for n, each in zip(ITERATIONS, zip(*curves, strict=True), strict=True)]
@@ -225,7 +225,7 @@ class _Short:
 
     def right(self, x: Tensor, y: Tensor) -> Tensor:
         """Tell for which images more than half of the draws are correct, bool ``[n]``."""
-        logits = (in_parts(self.model, self.context.resources.batch_size or len(x))(x) for _ in range(self.judges))
+        logits = (in_parts(self.model, self.context.batch_size or len(x))(x) for _ in range(self.judges))
         right = [(each.argmax(1) == y) & each.isfinite().any(1) for each in logits]
         return torch.stack(right).float().mean(0) > 0.5
 
@@ -245,8 +245,8 @@ class _Short:
             judge_draws=self.judges,
             sample_ids=self.part[at],
             precision="auto",
-            copies=context.resources.copies,
-            max_forward_batch=context.resources.max_forward_batch or context.resources.batch_size,
+            copies=context.copies,
+            max_forward_batch=context.max_forward_batch or context.batch_size,
             **settings,
         )
         robust[at] = self.right(attacked, self.y[at])

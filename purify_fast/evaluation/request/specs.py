@@ -14,7 +14,6 @@ from torch import Tensor
 from ..._validation import Count, NormName, Range, check_types
 from ...attacks import BPDA, PGD, Attack, AttackContext, AttackResult, LeavingPGD, frozen
 from ...attacks.arguments import check_eps
-from ...attacks.attacked_model import SAMPLE, check_model
 from ...attacks.base import InBall, ThreatModel
 from ...attacks.bpda import Aggregation
 from ...ops.pgd_step import pgd_step
@@ -100,10 +99,6 @@ class FunctionAttack(InBall):
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> AttackResult:
         """Call the function on a batch, and check its result."""
         threat = self.threat_model(context)
-        if not context.num_classes:
-            # No evaluation has tested the model, and the function may not accept an output with ``logits``.
-            with frozen(target):
-                target, _ = check_model(target, x[:SAMPLE])
         # `frozen` restores modes and gradient flags, which the function may change.
         with torch.enable_grad(), frozen(target):
             images = self.function(target, x.clone(), y.clone())

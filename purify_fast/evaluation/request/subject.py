@@ -132,7 +132,7 @@ class Subject:
         self.room = Room(None, self.device)
         self.data = digest(x, y)
         torch.manual_seed(seed)
-        self.model, self.num_classes = check_model(model, self.sample_images())
+        self.model, self.num_classes = model, check_model(model, self.sample_images())
         for i, label in enumerate(y.tolist()):
             if not 0 <= label < self.num_classes:
                 raise ValueError(f"y[{i}] is {label}, but the model has {self.num_classes} classes, from 0 on")

@@ -21,6 +21,7 @@ from ...speed.memory import same_draws_again
 from ..request.config import USUAL_BATCH
 from ..request.specs import AttackSpec, check_adversarial
 from ..request.subject import Subject
+from .progress import Progress
 from .shards import Shards
 from .stopping import NearestRule, StoppingRule
 
@@ -64,7 +65,7 @@ class AttackRun:
     rule: StoppingRule | NearestRule | None = None
 
     def __post_init__(self) -> None:
-        most = self.context.resources.batch_size or max(1, len(self.index))
+        most = self.context.batch_size or max(1, len(self.index))
         if self.spec.nearest is not None:
             # An attack on the nearest images makes many runs from each, so it is divided in the usual ratio.
             most = min(most, max(1, self.spec.nearest * most // USUAL_BATCH))
@@ -105,13 +106,12 @@ class AttackRun:
 
         def search() -> AttackResult:
             begin = None if context.begin is None else context.begin[part].to(subject.device)
-            most = subject.room.limit(context.resources.max_forward_batch)
-            resources = dataclasses.replace(context.resources, counts_health=True, max_forward_batch=most)
-            told = dataclasses.replace(context, sample_ids=ids, begin=begin, resources=resources)
+            most = subject.room.limit(context.max_forward_batch)
+            told = dataclasses.replace(context, sample_ids=ids, begin=begin, counts_health=True, max_forward_batch=most)
             # A copy, because the later check of the radius would not see a change in place.
             return attack.search(self.target, x.clone(), y, told)
 
-        graphs = context.resources.graphs
+        graphs = context.graphs
         assert graphs is not None
         result = subject.room.within(functools.partial(graphs.retry_without_graphs, search, subject.device))
         check_adversarial(attack.name(context), result.images, x, attack.threat_model(context))
@@ -129,11 +129,11 @@ class AttackRun:
 
     def _leads(self, part: Tensor, images: Tensor) -> list[float]:
         """Return the margin of the attacked model on each attacked image."""
-        subject, most = self.subject, self.subject.room.limit(self.context.resources.max_forward_batch)
+        subject, most = self.subject, self.subject.room.limit(self.context.max_forward_batch)
         logits = Judge(self.target, max_forward_batch=most).logits(images.to(subject.device))
         return (-margin(logits.double(), subject.y[part].to(logits.device))).tolist()
 
-    def sums(self, shards: Shards) -> AttackedBatch:
+    def sums(self, shards: Shards, progress: Progress) -> AttackedBatch:
         """Obtain all batches from the processes, and sum up their results."""
         sums = AttackedBatch(self.subject.x.clone(), GradientHealth(dict.fromkeys(COUNTS, 0)), 0.0)
         fallen = Counter[str]()
@@ -141,6 +141,7 @@ class AttackRun:
             leads, no_evidence = list[float](), 0
             for number in numbers:
                 batch = self.obtain(number, shards)
+                progress.count(len(self.parts[number]))
                 sums.images[self.parts[number]] = batch.images.to(self.subject.x.device)
                 sums.seconds += batch.seconds
                 sums.health.add(**batch.health.counts)

@@ -17,7 +17,6 @@ from ..._tensors import digest, weights_fingerprint
 from ..._validation import Range, check_counts
 from ...attacks import frozen
 from ...attacks.base import ThreatModel
-from ...attacks.outputs import LogitsOf
 from ...model_state import fingerprint
 from ...protocols import Classifier
 from ...speed.precision import whole_float32_by_default
@@ -39,8 +38,7 @@ SHORT = 12
 
 def model_marks(model: Classifier, mark: str | None) -> dict[str, str | None]:
     """The hashes that identify a model: a hash of its weights, and its fingerprint."""
-    inner = model.model if isinstance(model, LogitsOf) else model
-    weights = weights_fingerprint(inner) if isinstance(inner, nn.Module) else None
+    weights = weights_fingerprint(model) if isinstance(model, nn.Module) else None
     return {"weights": weights, "fingerprint": mark}
 
 

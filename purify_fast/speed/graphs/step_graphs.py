@@ -15,18 +15,21 @@ A step whose copy the user has chosen to compile is captured in its compiled for
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import random
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..._validation import CudaGraphs, check_literal
 from ...model_state import identity_key
-from ...protocols import CountsImages, PreparesReplay
-from ..memory import retry_when_memory_ends
+from ...protocols import PreparesReplay
+from ..memory import retry_when_memory_ends, same_draws_again
 from ..precision import raced_convolutions
 from .compiled_step import compiled_step, copies_in
 from .cuda_capture import CudaCapture
@@ -43,7 +46,6 @@ from .step_loop import (
     step_key,
     weak_key,
 )
-from .step_trials import device_generator, first_replay_agrees, no_trace, refusal_of
 
 logger = logging.getLogger("purify_fast")
 
@@ -53,6 +55,9 @@ Result = TypeVar("Result")
 MOST_GRAPHS = 32
 #: The number of steps without a graph whose launches are remembered.
 REMEMBERED = 64
+#: Tolerances for the comparison of a replay with its step. ROUNDING: the allowed error, as a share of the largest
+#: value. OTHER_SIGNS: the share of values that may have a larger error.
+ROUNDING, OTHER_SIGNS = 1e-3, 0.05
 
 
 def write(values: State, buffers: State) -> None:
@@ -220,23 +225,20 @@ class StepGraphs:
         """Capture a step, which depends on ``objects``. If this fails, return the count of launches with the reason."""
         device = next(iter(state.values())).device
         buffers = {name: value.detach().clone() for name, value in state.items()}
-        counters: list[CountsImages] = parts_of(function.model, CountsImages)
-        before = [counter.counted() for counter in counters]
         try:
             # cuDNN times its algorithms in the first call, and the graph keeps the fastest.
             with no_trace(device), raced_convolutions("auto", device):
                 with self.capture.aside(device):
-                    # The first call compiles, verifies kernels and chooses algorithms, and may wait for the device. So
-                    # it precedes the trial, which refuses steps that wait.
+                    # The first call compiles, verifies kernels and chooses algorithms, and may wait for the device.
                     function(buffers)
                 drawn = device_generator(device)
-                tried = [counter.counted() for counter in counters]
-                reason = self._trial(function, buffers, device)
-                if reason is not None:
-                    return self._refuse(base, reason)
+                with self.capture.aside(device):
+                    results = tried(lambda: function(buffers), device)
+                for name, value in results.items():
+                    if _kind(value) != _kind(buffers[name]):
+                        raise RuntimeError(f"the step changes {name} from {_kind(buffers[name])} to {_kind(value)}")
                 # Compiled code draws other random numbers.
                 draws = device_generator(device) != drawn
-                counts = [counter.counted() - start for counter, start in zip(counters, tried, strict=True)]
                 compiles = any(part.region is not None for part in copies_in(function.model))
                 compiled = compiled_step(function, buffers) if compiles and not draws else None
                 run: Any = function if compiled is None else compiled
@@ -245,31 +247,13 @@ class StepGraphs:
                 # Only replays of the graph write to the buffers. Each loop first copies its state to the buffers.
                 replay = self.capture.record(lambda: write(run(buffers), buffers), device)
                 if not first_replay_agrees(lambda: run(buffers), buffers, replay):
-                    return self._refuse(base, "a replay gives another result than the step")
+                    raise RuntimeError("a replay gives another result than the step")
         except Exception as error:
             # A user's model may raise any error. The attack then runs without a graph.
-            first = (str(error).strip().splitlines() or [""])[0]
-            return self._refuse(base, f"the step cannot be captured ({type(error).__name__}: {first})")
-        finally:
-            # Restore the counts of images, because the steps of a trial and a capture are not steps of the attack.
-            for counter, start in zip(counters, before, strict=True):
-                counter.count(start - counter.counted())
+            line = (str(error).strip().splitlines() or [""])[0]
+            return self._refuse(base, f"the step cannot be captured ({type(error).__name__}: {line})")
         # The graph calls compiled code, which must stay alive.
-        return Captured(weakref.ref(function.model), buffers, replay, counts, objects=[*objects, compiled])
-
-    def _trial(self, function: StepFunction, buffers: State, device: torch.device) -> str | None:
-        """Run the step once, and return the reason why it cannot be captured; None if there is no reason."""
-        with self.capture.aside(device):
-            results, reason = refusal_of(lambda: function(buffers), device, _name(function.model))
-        if reason is not None:
-            return reason
-        for name, value in results.items():
-            old = buffers[name]
-            if (value.shape, value.dtype, value.device) != (old.shape, old.dtype, old.device):
-                return (
-                    f"the step changes {name} from {old.dtype} {list(old.shape)} to {value.dtype} {list(value.shape)}"
-                )
-        return None
+        return Captured(weakref.ref(function.model), buffers, replay, objects=[*objects, compiled])
 
 
 class InlineSteps(StepGraphs):
@@ -281,6 +265,86 @@ class InlineSteps(StepGraphs):
     def begin(self, function: StepFunction, state: State) -> Steps:
         """Begin a loop without a graph of its own."""
         return begin_steps(None, function, state)
+
+
+# -- trials of a step, and the comparison of a replay with the step ----------------------------------------------------
+
+
+@contextlib.contextmanager
+def no_trace(device: torch.device) -> Iterator[None]:
+    """A block for trials and captures of a step. It restores all random generators, and disables autocast's cache.
+
+    Autocast caches converted copies of weights until its outermost block ends. A graph would read these copies, which
+    are not updated when the weights change.
+    """
+    python, array = random.getstate(), np.random.get_state()
+    cached = torch.is_autocast_cache_enabled()
+    devices = [device] if device.type == "cuda" else []
+    try:
+        torch.set_autocast_cache_enabled(False)
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)
+        random.setstate(python)
+        np.random.set_state(array)
+
+
+def tried(run: Callable[[], Result], device: torch.device) -> Result:
+    """Run a step, and return its result; RuntimeError if the step draws random numbers on the host."""
+    before = host_generators(device)
+    result = run()
+    if host_generators(device) != before:
+        raise RuntimeError("the step draws random numbers on the host, which every replay would repeat")
+    return result
+
+
+def host_generators(device: torch.device) -> tuple[Any, ...]:
+    """The states of the random generators on the host. A graph advances only the generator of the device."""
+    array: Any = np.random.get_state()
+    # On a CPU, torch's generator of the host is the generator of the device, so it is left out.
+    host = None if device.type == "cpu" else torch.get_rng_state().numpy().tobytes()
+    return random.getstate(), host, (array[0], array[1].tobytes(), *array[2:])
+
+
+def device_generator(device: torch.device) -> bytes:
+    """The state of torch's generator of the device. On a GPU this waits for the device."""
+    state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+    return state.numpy().tobytes()
+
+
+def first_replay_agrees(
+    step: Callable[[], Mapping[str, Tensor]], buffers: Mapping[str, Tensor], replay: Callable[[], None]
+) -> bool:
+    """Tell whether a replay has the same results as the step, from the same state and with the same random draws.
+
+    This function waits for the device.
+
+    Args:
+        step: function that returns new values of some of the buffers, and does not write to the buffers.
+        buffers: the buffers of the state, by name. They contain the results of the replay afterwards.
+        replay: function that launches the captured step.
+    """
+    again = same_draws_again(next(iter(buffers.values())).device)
+    # Clone the results, because a result may be a buffer itself, which the replay overwrites.
+    wanted = {name: value.clone() for name, value in step().items()}
+    again()
+    replay()
+    return all(alike(buffers[name], value) for name, value in wanted.items() if value.is_floating_point())
+
+
+def alike(got: Tensor, wanted: Tensor) -> bool:
+    """Tell whether two results of a step are equal, up to rounding errors. This function waits for the device.
+
+    A library may add numbers in another order. If a gradient is nearly 0, its sign may then differ, and the step goes
+    in the other direction. So a small share of the values may have a large error.
+    """
+    if not wanted.numel():
+        return True
+    finite = torch.where(wanted.isfinite(), wanted, 0.0)
+    close = (got - wanted).abs() <= ROUNDING * finite.abs().amax()
+    same = (got == wanted) | (got.isnan() & wanted.isnan()) | close
+    return bool(same.float().mean() >= 1 - OTHER_SIGNS)
 
 
 def remember(table: dict[Any, Result], key: Hashable, value: Result, most: int) -> Result:
@@ -297,6 +361,10 @@ def remember(table: dict[Any, Result], key: Hashable, value: Result, most: int) 
     if len(table) > most:
         del table[next(iter(table))]
     return value
+
+
+def _kind(value: Tensor) -> tuple[Any, ...]:
+    return value.dtype, list(value.shape), value.device
 
 
 def _name(model: Any) -> str:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ...ops.dispatch.registry import forced_backends
-from ...protocols import CompilesSteps, CountsImages
+from ...protocols import CompilesSteps
 from ..precision import float32_settings
 
 #: A step is captured after this many launches. For a PGD step of a ResNet-18 on an H200, a capture took as long as 13
@@ -72,9 +72,6 @@ class CapturesSteps(Protocol):
     def begin(self, function: StepFunction, state: State) -> Steps:
         """Begin a loop of a step from the initial state."""
 
-    def may_replay(self, device: torch.device) -> bool:
-        """Tell whether loops on a device are or may still be captured."""
-
     def retry_without_graphs(self, work: Callable[[], Result], device: torch.device) -> Result:
         """Call a function. If memory runs out and there are graphs, delete the graphs and call the function again."""
 
@@ -115,8 +112,6 @@ class Steps:
             self._ask(self.graphs)
         if self.captured is not None:
             self.captured.replay()
-            for counter, images in self.counters:
-                counter.count(images)
             return
         self.state |= self.function(self.state)
         if self.launched is not None:
@@ -161,7 +156,6 @@ class Steps:
             holder.state, holder.captured = holder.values(), None
         before, self.state = self.state, found.buffers
         self.captured, self.launched = found, None
-        self.counters = list(zip(parts_of(self.function.model, CountsImages), found.counts, strict=True))
         found.loop = weakref.ref(self)
         self.put(**before)
 
@@ -174,7 +168,6 @@ class Captured:
         model: the model that the step uses. The graph is deleted when the model no longer exists.
         buffers: the tensors of the state.
         replay: function that launches the captured step.
-        counts: the numbers of images that a replay adds to the counters in the model, one number for each counter.
         objects: objects that the captured step uses, and that must therefore stay alive.
         loop: the `StepGraphs` loop that replayed this step last. Its state is in the buffers until another loop begins.
     """
@@ -182,7 +175,6 @@ class Captured:
     model: weakref.ref[nn.Module]
     buffers: State
     replay: Callable[[], None]
-    counts: list[int]
     objects: list[Any]
     loop: weakref.ref[Steps] | None = None
 
