@@ -21,7 +21,7 @@ SLOW = ("convolutional", "diffusion", "atop gan", "atop pipeline", "arrest")
 @pytest.mark.parametrize("kind", [*KINDS, *(pytest.param(kind, marks=pytest.mark.slow) for kind in SLOW)])
 def test_the_trial_steps_change_nothing(found, monkeypatch, kind):
     def train():
-        made = arrest_task(awp_gamma=0.01) if kind == "arrest" else small_task(kind)
+        made = arrest_task() if kind == "arrest" else small_task(kind)
         metrics = fit(made, *small_set(), FitConfig(2, 32, padding=1, flip=True), progress=False)
         return made, metrics
 

@@ -30,7 +30,6 @@ from ...ops.philox import philox_key
 from ...ops.representation_distance import representation_distance
 from ...speed.folding.inference_copy import InferenceCopy, autocast_to, convert_to_channels_last, prepare_for_inference
 from ...training.config import TrainingAttack
-from ...training.distributed import average_
 from ...training.schedules import RunLength
 from ...training.task import Batch, Metrics, check_classifier
 from ..base import MethodTask, cross_entropy_of
@@ -96,8 +95,6 @@ class ArrestTask(MethodTask):
             self.optimizer = torch.optim.SGD(weights, rate, config.momentum, weight_decay=decay, foreach=True)
         else:
             self.optimizer = self.adamw(weights)
-        # each perturbed weight, its values before, and the number of its changes after the perturbation
-        self._unperturbed: list[tuple[Tensor, Tensor, int]] = []
 
     # -- the parts of a step ------------------------------------------------------------------------------------------
 
@@ -158,49 +155,15 @@ class ArrestTask(MethodTask):
         metrics["distance"] = distance.detach()
         return cross_entropy + self.config.distillation_weight * distance, metrics
 
-    def captures(self, batch: Batch) -> Hashable | None:
+    def captures(self, batch: Batch) -> Hashable:
         config = self.config
-        # The host removes a perturbation of the weights, outside of a graph.
-        if config.awp_gamma > 0:
-            return None
         return config.attack.at_epoch(batch.epoch, batch.epochs), config.replays(batch.epoch, batch.epochs)
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        # The loop may add up gradients of several batches before a step: remove the perturbation of the previous batch.
-        self.before_step()
         of_teacher = [] if self.teacher is None else self.teacher(batch.x)
         x, replayed = self.inputs(batch, of_teacher)
-        if self.config.awp_gamma > 0:
-            self._perturb(x, batch.y, of_teacher)
         loss, metrics = self.loss(x, batch.y, of_teacher)
         return loss, {**metrics, "replayed": replayed} if self.config.replay else metrics
-
-    # -- adversarial weight perturbation ------------------------------------------------------------------------------
-
-    def _perturb(self, x: Tensor, y: Tensor, of_teacher: list[Tensor]) -> None:
-        """Add gamma |W| g / |g| to each weight matrix W, where g is the loss's gradient. `before_step` undoes this."""
-        buffers = [(b, b.clone()) for b in self.classifier.buffers()]
-        weights = [p for p in self.classifier.parameters() if p.requires_grad and p.dim() > 1]
-        gradients = torch.autograd.grad(self.loss(x, y, of_teacher)[0], weights, allow_unused=True)
-        used = [(weight, gradient) for weight, gradient in zip(weights, gradients, strict=True) if gradient is not None]
-        average_([gradient for _, gradient in used])
-        with torch.no_grad():
-            # undo this pass's update of BatchNorm's statistics, because the training's own pass updates them too
-            for buffer, before in buffers:
-                buffer.copy_(before)
-            for weight, gradient in used:
-                before = weight.clone()
-                weight.add_(gradient * (self.config.awp_gamma * weight.norm() / (gradient.norm() + 1e-12)))
-                self._unperturbed.append((weight, before, weight._version))
-
-    @torch.no_grad()
-    def before_step(self) -> None:
-        """Remove the perturbation, so that the optimizer changes the unperturbed weights."""
-        for weight, before, version in self._unperturbed:
-            # After an interrupted step, a checkpoint may have replaced the perturbed weights.
-            if weight._version == version:
-                weight.copy_(before)
-        self._unperturbed = []
 
     # -- methods that `fit` calls -------------------------------------------------------------------------------------
 

@@ -339,59 +339,6 @@ def test_the_teacher_is_the_students_start_unless_one_is_given():
     assert not torch.equal(arrest(model).teacher(step.x)[0], want)
 
 
-def test_awp_by_hand():
-    """The gradient and BatchNorm's only update are at the perturbed weights; the step is from those before."""
-    gamma, rate = 0.05, 0.1
-    model = moved(resnet()).train()
-    options = {"learning_rate": rate, "momentum": 0.0, "weight_decay": 0.0, "replay": False, "distillation_weight": 2.0}
-    task = arrest(model, teacher=resnet(), awp_gamma=gamma, **options)
-    step = batch()
-    before, of_teacher = states(model), task.teacher(step.x)
-    x, _ = task.inputs(step, of_teacher)
-
-    def loss_of(net):
-        helper = arrest(net, teacher=resnet(), distillation_weight=2.0)
-        return helper.loss(x, step.y, of_teacher)[0]
-
-    other = copy.deepcopy(model)
-    named = dict(other.named_parameters())
-    first = torch.autograd.grad(loss_of(other), list(named.values()))
-    other.load_state_dict(before)
-    with torch.no_grad():
-        for (name, p), g in zip(named.items(), first, strict=True):
-            if p.dim() > 1:
-                p.add_(g * (gamma * p.norm() / g.norm()))
-                assert (p - before[name]).norm().item() == pytest.approx(gamma * before[name].norm().item(), rel=1e-3)
-    want = loss_of(other)
-    second = dict(zip(named, torch.autograd.grad(want, list(named.values())), strict=True))
-
-    loss, _ = task.training_step(step)
-    torch.testing.assert_close(loss, want)
-    task.optimizer.zero_grad()
-    loss.backward()
-    task.before_step()
-    task.optimizer.step()
-    for name, value in states(model).items():
-        if name in second:
-            torch.testing.assert_close(value, before[name] - rate * second[name], rtol=1e-4, atol=1e-6)
-        else:
-            torch.testing.assert_close(value, states(other)[name], rtol=1e-4, atol=1e-6)
-    assert model.norm.num_batches_tracked == before["norm.num_batches_tracked"] + 1
-    assert not torch.allclose(torch.stack([f.norm() for f in first]), torch.stack([*map(torch.norm, second.values())]))
-
-
-def test_awp_over_several_batches_of_one_step_comes_back_to_the_weights():
-    """A user's own loop may take a step for the gradients of several batches."""
-    task = arrest(awp_gamma=0.05, learning_rate=0.0, weight_decay=0.0, replay=False)
-    before = states(task.model)
-    for seed in (7, 8):
-        task.training_step(dataclasses.replace(batch(), seed=seed))[0].backward()
-    assert not same(states(task.model), before)
-    task.before_step()
-    task.optimizer.step()
-    assert same(states(task.model), before)
-
-
 def test_the_moving_average_by_hand():
     model = resnet().train()
     task = arrest(model, ema_decay=0.8)
