@@ -34,23 +34,6 @@ def layers_of(decoder: nn.Module) -> list[nn.Module]:
     return [layer for child in decoder for layer in layers_of(child)]
 
 
-def _first_linear(layers: list[Any], latents: Tensor, condition: Tensor) -> int | None:
-    """Return the index of a linear layer that gets latents and condition joined, if the layers begin with it."""
-    at = next((i for i, layer in enumerate(layers[:2]) if type(layer) is nn.Linear and not hooked(layer)), None)
-    if at is None or (at == 1 and not _joins(layers[0], latents, condition)):
-        return None
-    return at
-
-
-def _joins(layer: nn.Module, z: Tensor, condition: Tensor) -> bool:
-    """Tell whether a layer without weights maps (z, condition) to their concatenation, by its result for a row."""
-    if any(True for _ in layer.parameters()) or hooked(layer):
-        return False
-    row = z[:1].detach(), condition[:1].detach()
-    joined = layer(row)
-    return isinstance(joined, Tensor) and torch.equal(joined, torch.cat(row, 1))
-
-
 def decode_samples(
     decoder: Callable[..., Tensor],
     condition: Tensor,
@@ -64,12 +47,11 @@ def decode_samples(
     """Decode K latents for each condition, as one batch.
 
     Args:
-        decoder: a module or function ``decoder(z [N, D], condition [N, C])``, or a plain ``nn.Sequential``. If it
-            begins with ``nn.Linear``, it gets ``[N, D + C]``, the latents first, else the pair (z, condition), which
-            its first layer joins. A `PackedDecoder` is the fastest on a GPU.
+        decoder: a module or function ``decoder(z [N, D], condition [N, C])``, or a plain ``nn.Sequential`` that begins
+            with ``nn.Linear`` and gets ``[N, D + C]``, the latents first. A `PackedDecoder` is the fastest on a GPU.
         condition: ``[B, C]``, floating point.
         samples: K, at least 1. Given latents decide K themselves.
-        latent_dim: D, if a Sequential does not tell it by its linear layer.
+        latent_dim: D, if the decoder is not such a Sequential, whose linear layer tells it.
         latents: ``[B, K, D]``; None draws them from N(0, I), as `purify_fast.ops.philox` does for the stream LATENT.
         seed: int64 ``[1]``, on the condition's device. None: a new seed from PyTorch's generator of this device.
         sample_ids: int64 ``[B]``, the global index of each image (see `philox`). None: 0 to B - 1.
@@ -83,27 +65,25 @@ def decode_samples(
         ValueError: ``latent_dim`` is missing, or samples is below 1.
     """
     layers: list[Any] = layers_of(decoder) if isinstance(decoder, nn.Module) else []
+    joined = len(layers) > 0 and type(layers[0]) is nn.Linear and not hooked(layers[0])
     if latents is None:
         if isinstance(decoder, PackedDecoder):
             return decoder(condition, seed, sample_ids, samples)
         if latent_dim is None:
-            linear = next((layer.in_features for layer in layers[:2] if type(layer) is nn.Linear), 0)
-            latent_dim = linear - condition.shape[1]
+            latent_dim = (layers[0].in_features if joined else 0) - condition.shape[1]
         if latent_dim < 1:
             raise ValueError(f"latent_dim must be given for this decoder, and be at least 1, got {latent_dim}")
         seed, sample_ids = default_stream(seed, sample_ids, len(condition), condition=condition)
         latents = prior(seed, sample_ids, samples, latent_dim).to(condition.dtype)
     batch, samples = latents.shape[:2]
-    at = _first_linear(layers, latents[:, 0], condition)
-    if at is not None:
-        linear, *layers = layers[at:]
-        of_latents, of_condition = linear.weight.split([latents.shape[2], condition.shape[1]], 1)
-        by_condition = F.linear(condition, of_condition, linear.bias)[:, None]
-        out: Any = (F.linear(latents, of_latents) + by_condition).flatten(0, 1)
-    else:
-        pair = latents.flatten(0, 1), condition[:, None].expand(-1, samples, -1).flatten(0, 1)
-        out, layers = (pair, layers) if len(layers) > 1 else (decoder(*pair), [])
-    for layer in layers:
+    if not joined:
+        repeated = condition[:, None].expand(-1, samples, -1).flatten(0, 1)
+        return decoder(latents.flatten(0, 1), repeated).unflatten(0, (batch, samples))
+    linear, *others = layers
+    of_latents, of_condition = linear.weight.split([latents.shape[2], condition.shape[1]], 1)
+    by_condition = F.linear(condition, of_condition, linear.bias)[:, None]
+    out = (F.linear(latents, of_latents) + by_condition).flatten(0, 1)
+    for layer in others:
         out = layer(out)
     return out.unflatten(0, (batch, samples))
 
@@ -146,14 +126,10 @@ def _folded(layers: list[nn.Module]) -> list[Any]:
     return [layer for layer in copies if layer not in [norm for _, norm in pairs]]
 
 
-def _in_order(decoder: nn.Module, latent_dim: int) -> list[Any]:
-    """Return a decoder's layers, with folded BatchNorms, from the linear layer on, or raise ValueError."""
+def _in_order(decoder: nn.Module) -> list[Any]:
+    """Return a decoder's layers, with folded BatchNorms, or raise ValueError."""
     own = getattr(decoder, "in_order", None)
     layers = _folded(layers_of(decoder) if own is None else own())
-    if len(layers) > 1 and type(layers[1]) is nn.Linear:
-        inputs = layers[1].in_features
-        rows = torch.randn(1, inputs).split([latent_dim, inputs - latent_dim], 1)
-        layers = layers[1:] if _joins(layers[0], *rows) else layers
     slopes = {_slope(layer) for layer in layers} - {None}
     if PATTERN.fullmatch("".join(map(_letter, layers))) is None or len(slopes) != 1:
         names = ", ".join(type(layer).__name__ for layer in layers)
@@ -173,7 +149,7 @@ class PackedDecoder(nn.Module):
         decoder: in evaluation mode: a decoder of `purify_fast.methods.carso`, or an ``nn.Sequential`` of Linear,
             LeakyReLU or ReLU, Unflatten, and ConvTranspose2d with the same activation between them. BatchNorms may
             follow Linear and ConvTranspose2d, and Sigmoid may be last. The convolutions must have square kernels, one
-            group and no dilation. A first layer may join (z, condition). Later changes of the weights have no effect.
+            group and no dilation. Later changes of the weights have no effect.
         dtype: dtype of the products: bfloat16 (the only fast dtype on a GPU), float32 or float64. Sums are in float32,
             or in float64 for float64.
         latent_dim: size of a latent, the first inputs of the linear layer; needed for a Sequential.
@@ -195,7 +171,7 @@ class PackedDecoder(nn.Module):
         dim = getattr(decoder, "latent_dim", latent_dim)
         if not isinstance(dim, int):
             raise ValueError(f"latent_dim must be given for a decoder of type {type(decoder).__name__}, got {dim}")
-        linear, *layers = _in_order(decoder, dim)
+        linear, *layers = _in_order(decoder)
         start: Any = next(layer.unflattened_size for layer in layers if isinstance(layer, nn.Unflatten))
         # `joint` is [C, h, w, latent_dim + cond_dim]
         joint, shift = linear.weight.unflatten(0, start), _bias(linear).unflatten(0, start)

@@ -18,6 +18,5 @@ if TYPE_CHECKING:
     from .official import load_official as load_official
     from .official import official_tensors as official_tensors
     from .task import CarsoTask as CarsoTask
-    from .task import training_loss as training_loss
 
 __all__, __getattr__, __dir__ = lazy_exports(__name__)

@@ -122,9 +122,7 @@ def pipeline_step(
     defence: Carso, batch: Batch, config: CarsoConfig, graphs: StepGraphs | None = None
 ) -> tuple[Tensor, Metrics]:
     """Attack a batch by PGD through the whole defence, and return this package's own loss of it, and metrics."""
-    k = config.train_samples
-    # a copy would be captured anew in each step, so `CarsoTask` gives a defence with this K
-    defence = defence if defence.samples == k else with_samples(defence, k)
+    k = defence.samples
     with as_trained(defence, batch):
         adversarial = config.attack.run(defence, batch, graphs=graphs)
         latents = defence.prior_latents(len(adversarial), k, adversarial.device)
@@ -147,26 +145,6 @@ def pipeline_step(
 
 #: The loss function of a batch for each attack_target.
 STEPS = {"classifier": published_step, "pipeline": pipeline_step}
-
-
-def training_loss(
-    defence: Carso, batch: Batch, config: CarsoConfig | None = None, graphs: StepGraphs | None = None
-) -> tuple[Tensor, Metrics]:
-    """Return the loss of one batch, for a training loop of your own, which calls backward and the optimizer's step.
-
-    Args:
-        defence: the defence to train.
-        batch: the images. Without epoch and epochs, it counts as a batch of the first epoch, in which the KL term has
-            weight 0 by the default kl_delay.
-        config: the settings. None means the defaults.
-        graphs: captures the attack's step in a CUDA graph on a CUDA device; pass the same object for every batch. None
-            captures nothing. A step through the pipeline is captured if the defence has train_samples samples.
-
-    Returns:
-        The loss to minimize, and detached metrics.
-    """
-    config = CarsoConfig() if config is None else config
-    return STEPS[config.attack_target](defence, batch, config, graphs)
 
 
 class CarsoTask(PurifierTask[Carso]):
