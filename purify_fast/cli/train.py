@@ -59,7 +59,7 @@ class Training(DataCommand):
 
     @classmethod
     def trained(cls) -> str:
-        """The last word of the command, which for a method is its name in `purify_fast.methods.method.METHODS`."""
+        """The last word of the command, which for a method is its name in `purify_fast.methods.recipes.METHODS`."""
         return cls.called.split()[-1]
 
     @abstractmethod
@@ -127,7 +127,7 @@ class FollowsRecipe(Training):
     def saved_start(self, folder: Path, classifier: nn.Module, **options: Any) -> Any:
         """Load a defence of this method, from which the training starts, with the options of `load_defence`."""
         from ..methods.loading import load_defence
-        from ..methods.method import METHODS
+        from ..methods.recipes import METHODS
 
         defence, kind = load_defence(folder, classifier, **options), METHODS[self.trained()].defence
         if kind is None or not isinstance(defence, kind):

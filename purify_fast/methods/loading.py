@@ -12,7 +12,7 @@ from .._tensors import torch_defaults, weights_fingerprint
 from ..training import load_classifier
 from ..training.checkpoint import read_model
 from .diffusion.denoiser import ALONE
-from .method import METHODS
+from .recipes import METHODS
 from .saving import trained_tensors
 
 #: The classes of defences by the kinds that files name.

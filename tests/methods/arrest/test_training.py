@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from purify_fast import data
 from purify_fast.attacks import pgd
-from purify_fast.methods.arrest import ArrestConfig, ArrestTask, Teacher
+from purify_fast.methods.arrest import ArrestConfig, ArrestTask
 from purify_fast.models.classifiers import PreActResNet18, SmallCNN
 from purify_fast.ops import representation_distance
 from purify_fast.speed.folding.inference_copy import InferenceCopy
@@ -277,7 +277,7 @@ def test_several_layers_are_averaged_and_pooling_reads_their_means():
         torch.testing.assert_close(distances["conv2 conv4 hidden", pooled], torch.stack(three).mean(0))
     assert not torch.allclose(distances["conv4", False], distances["conv4", True], rtol=0.01)
 
-    maps = [Teacher(net, ["conv4"], SHAPE)(step.x)[0] for net in (moved(cnn()), cnn())]
+    maps = [arrest(net, ["conv4"]).teacher(step.x)[0] for net in (moved(cnn()), cnn())]
     by_hand = representation_distance(*(m.flatten(2).mean(2) for m in maps))
     torch.testing.assert_close(distances["conv4", True], by_hand)
 
@@ -295,7 +295,7 @@ def test_without_either_part_it_is_adversarial_training():
     model = resnet().train()
     other = copy.deepcopy(model)
     task = arrest(model, distillation_weight=0.0, replay=False)
-    assert task.teacher is None and task.layers == []
+    assert task.teacher(batch().x) == [] and task.layers == []
     optimizer = torch.optim.SGD(other.parameters(), lr=0.025, momentum=0.9, weight_decay=5e-4)
     for seed in (7, 8):
         step = dataclasses.replace(batch(), seed=seed)
@@ -319,7 +319,7 @@ def test_every_parameter_of_the_student_is_trained_and_none_of_the_teacher(make)
     loss.backward()
     model = task.model
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
-    teacher = task.teacher.reader.model
+    teacher = task.teacher_reader.model
     assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
     assert not {id(p) for p in teacher.parameters()} & {id(p) for p in model.parameters()}
     distance = task.distance(task.forward(step.x)[1], of_teacher).sum()
@@ -332,7 +332,7 @@ def test_every_parameter_of_the_student_is_trained_and_none_of_the_teacher(make)
 def test_the_teacher_is_the_students_start_unless_one_is_given():
     step, model = batch(), cnn()
     task = arrest(model)
-    want = Teacher(cnn(), ["hidden"], SHAPE)(step.x)[0]
+    want = arrest(cnn(), ["hidden"]).teacher(step.x)[0]
     moved(model)
     assert torch.equal(task.teacher(step.x)[0], want)
     assert torch.equal(arrest(model, teacher=cnn()).teacher(step.x)[0], want)
