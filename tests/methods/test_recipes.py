@@ -59,6 +59,10 @@ ATTACKS = {
 }
 
 
+def narrow(made):
+    return smaller(made, {"classifier.width": 1})
+
+
 def built(name, official_code=False, image_shape=None, **settings):
     """The recipe with small networks, and its task."""
     torch.manual_seed(0)
@@ -77,7 +81,7 @@ def built(name, official_code=False, image_shape=None, **settings):
         task = made.task(made.defence(classifier, DeepFillGenerator(5, 4), official_code), official_code)
     else:
         network = build_classifier("preact_resnet18", made.image_shape, 10, width=2)
-        task = made.task(made.build_classifier(width=1) if "wrn" in name else network, official_code)
+        task = made.task(narrow(made).build_classifier() if "wrn" in name else network, official_code)
     if settings:
         task.config = dataclasses.replace(task.config, **settings)
     return made, task
@@ -196,7 +200,7 @@ def test_official_code_reproduces_the_quirks():
     arrest = recipe("arrest/resnet18").config(True)
     assert arrest.attack.start_std == 0.001 and arrest.pooled and arrest.drift_mode == "train"
     assert isinstance(recipe("arrest/wrn_34_10"), ArrestRecipe)
-    assert recipe("arrest/wrn_34_10").build_classifier(width=1).arguments["activation"] == "relu"
+    assert narrow(recipe("arrest/wrn_34_10")).build_classifier().arguments["activation"] == "relu"
 
 
 def test_a_recipe_for_images_of_ones_own():

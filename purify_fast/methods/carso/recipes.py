@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ...models.classifiers import FullyConnected, WideResNet
+from ...models.classifiers import WideResNet
 from ...models.foreign import load_state, read_weights
 from ..publication import Recipe, read_recipes
 from .config import CarsoConfig, atom_size
@@ -30,15 +30,6 @@ class CarsoRecipe(Recipe):
     """A published CARSO system."""
 
     settings = CarsoConfig
-
-    def build_classifier(self) -> nn.Module:
-        """Build the system's classifier with fresh weights. The published weights are not part of this package."""
-        channels, *size = self.image_shape
-        mean, std, classes = self["data.mean"], self["data.std"], self["data.num_classes"]
-        if self["classifier.name"] == "fully_connected":
-            return FullyConnected(channels, classes, mean=mean, std=std, image_size=size)
-        depth, width = self["classifier.depth"], self["classifier.width"]
-        return WideResNet(depth, width, in_channels=channels, num_classes=classes, mean=mean, std=std)
 
     def config(self, official_code: bool = False) -> CarsoConfig:
         """Return the settings. ``official_code`` scales eps, and trains TinyImageNet without adversarial examples."""
