@@ -111,8 +111,7 @@ def weight_of(task, step, length):
     if hasattr(config, "cls_weight"):
         return config.cls_weight if batch.progress_in(config.cls_delay_unit) >= config.cls_delay else 0.0
     if hasattr(config, "beta"):
-        delay, unit = config.kl_delay_of(length.epochs)
-        return config.beta * kl_weight(batch.progress_in(unit), delay)
+        return config.beta * kl_weight(batch.epoch, config.kl_delay * length.epochs)
     return config.distillation_weight
 
 

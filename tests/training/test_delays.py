@@ -53,12 +53,10 @@ def test_a_term_that_never_acts_is_refused_before_the_run(settings, epochs, mess
     [
         # an eighth of 4 epochs, rounded up; the weight is 0 in the epoch in which it begins to rise
         ({}, 4, 4),
-        ({"kl_delay": 1, "kl_delay_unit": "epochs"}, 3, 4),
         ({"kl_delay": 0.0}, 1, 0),
-        ({"kl_delay": 3, "kl_delay_unit": "steps"}, 4, 4),
-        ({"kl_delay": 16, "kl_delay_unit": "images"}, 3, 3),
+        ({"kl_delay": 0.25}, 4, 4),
         ({}, 2, None),
-        ({"kl_delay": 8, "kl_delay_unit": "steps"}, 4, None),
+        ({"kl_delay": 0.75}, 4, None),
     ],
 )
 def test_the_kl_term_acts_from_the_step_that_is_told(settings, epochs, acts):

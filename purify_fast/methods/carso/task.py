@@ -45,13 +45,13 @@ if TYPE_CHECKING:
     from ...speed.graphs.step_graphs import StepGraphs
 
 
-def kl_weight(position: float, delay: float) -> float:
-    """Return the share of the KL term's final weight at ``position``, in the unit of ``delay`` (paper: epochs).
+def kl_weight(epoch: int, delay: float) -> float:
+    """Return the share of the KL term's final weight in an epoch, counted from 0, after a delay of so many epochs.
 
     The weight is 0 during the delay, and then rises linearly for a third of the delay. Both lengths are rounded up.
     """
     start, rise = ceil(delay), ceil(delay / 3)
-    return 1.0 if position >= start + rise else max(0.0, (position - start) / rise)
+    return 1.0 if epoch >= start + rise else max(0.0, (epoch - start) / rise)
 
 
 def balanced_batch(
@@ -103,8 +103,7 @@ def published_step(
     z, kl = sample_latent(mean, log_variance, seed, batch.sample_ids)
     reconstruction = reconstruction_loss(defence.decode(z[:, None], condition)[:, 0], batch.x).mean()
     kl = kl.mean()
-    delay, unit = config.kl_delay_of(batch.epochs)
-    beta = config.beta * kl_weight(batch.progress_in(unit), delay)
+    beta = config.beta * kl_weight(batch.epoch, config.kl_delay * batch.epochs)
     # The loss is a mean over images, and gradients are averaged over processes. This factor turns both into sums.
     images = len(batch.x) * processes()[1] if config.reduction == "sum" else 1
     loss = (reconstruction + beta * kl) * images
@@ -174,8 +173,7 @@ class CarsoTask(PurifierTask[Carso]):
         self.optimizer = Lookahead(inner, config.lookahead_steps, config.lookahead_alpha)
 
     def captures(self, batch: Batch) -> Hashable:
-        delay, unit = self.config.kl_delay_of(batch.epochs)
-        weight = kl_weight(batch.progress_in(unit), delay)
+        weight = kl_weight(batch.epoch, self.config.kl_delay * batch.epochs)
         return self.config.attack.at_epoch(batch.epoch, batch.epochs), weight
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
@@ -203,9 +201,9 @@ class CarsoTask(PurifierTask[Carso]):
             return acts | ({"reconstruction": 0} if config.reconstruction_weight > 0 else {})
         if config.beta == 0:
             return {"reconstruction": 0}
-        delay, unit = config.kl_delay_of(length.epochs)
-        # in the first unit after the delay, the weight is still 0, because it rises from 0
-        first = length.first_step(ceil(delay) + 1 if delay > 0 else 0, unit)
+        # in the first epoch after the delay, the weight is still 0, because it rises from 0
+        delay = config.kl_delay * length.epochs
+        first = length.first_step(ceil(delay) + 1 if delay > 0 else 0, "epochs")
         return {"reconstruction": 0, "kl": length.check_acts(first, argument="kl_delay")}
 
     def validate(self, batch: Batch) -> Metrics:
