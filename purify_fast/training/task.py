@@ -142,7 +142,7 @@ class Task:
         raise NotImplementedError
 
     def terms(self, length: RunLength) -> dict[str, int]:
-        """Return the terms of the loss whose weight is above 0, each with the first step in which the term acts.
+        """Return the terms of the loss that may be delayed, each with the first step in which its weight is above 0.
 
         `fit` calls this before the first step, and writes the result into the run's log. The saved model also contains
         the result. The name of a term is the name of its metric.

@@ -30,7 +30,6 @@ from ...ops.philox import philox_key
 from ...ops.representation_distance import representation_distance
 from ...speed.folding.inference_copy import InferenceCopy, autocast_to, convert_to_channels_last, prepare_for_inference
 from ...training.config import TrainingAttack
-from ...training.schedules import RunLength
 from ...training.task import Batch, Metrics, check_classifier
 from ..base import MethodTask, cross_entropy_of
 from .config import ArrestConfig, arrest_published
@@ -178,9 +177,6 @@ class ArrestTask(MethodTask):
         return loss, {**metrics, "replayed": replayed} if self.config.replay else metrics
 
     # -- methods that `fit` calls -------------------------------------------------------------------------------------
-
-    def terms(self, length: RunLength) -> dict[str, int]:
-        return {"cross_entropy": 0} | ({"distance": 0} if self.config.distillation_weight > 0 else {})
 
     def describe(self) -> dict[str, Any]:
         attack = self.config.attack

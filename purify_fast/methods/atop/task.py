@@ -198,10 +198,7 @@ class AtopTask(PurifierTask[Atop]):
 
     def terms(self, length: RunLength) -> dict[str, int]:
         config = self.config
-        acts = {"reconstruction": 0} if config.reconstruction_weight > 0 else {}
-        if config.cls_weight > 0:
-            first = length.first_step(config.cls_delay, config.cls_delay_unit)
-            acts["cross_entropy"] = length.check_acts(first, argument="cls_delay")
-        if self.discriminator is not None and config.gan_weight > 0:
-            acts["deceived"] = 0
-        return acts
+        if config.cls_weight == 0:
+            return {}
+        first = length.first_step(config.cls_delay, config.cls_delay_unit)
+        return {"cross_entropy": length.check_acts(first, argument="cls_delay")}

@@ -193,18 +193,17 @@ class CarsoTask(PurifierTask[Carso]):
 
     def terms(self, length: RunLength) -> dict[str, int]:
         config = self.config
-        if config.attack_target == "classifier" and length.batch_size:
+        if config.attack_target == "pipeline":
+            return {}
+        if length.batch_size:
             # The last batch of an epoch may be too small for the attacks.
             atom_size(length.last_batch // processes()[1], config.adversarial_fraction, config.allow_no_adversarial)
-        if config.attack_target == "pipeline":
-            acts = {"cross_entropy" if config.targets == "labels" else "divergence": 0}
-            return acts | ({"reconstruction": 0} if config.reconstruction_weight > 0 else {})
         if config.beta == 0:
-            return {"reconstruction": 0}
+            return {}
         # in the first epoch after the delay, the weight is still 0, because it rises from 0
         delay = config.kl_delay * length.epochs
         first = length.first_step(ceil(delay) + 1 if delay > 0 else 0, "epochs")
-        return {"reconstruction": 0, "kl": length.check_acts(first, argument="kl_delay")}
+        return {"kl": length.check_acts(first, argument="kl_delay")}
 
     def validate(self, batch: Batch) -> Metrics:
         """Return the training's loss per held-out image, and its metrics."""
