@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from ..._validation import check_shapes
+from ...models.classifiers import WideResNet
 from ...models.foreign import read_weights
 from ...models.layers import Normalize
-from ...protocols import NamesRepresentation
 from .defence import Carso
 from .networks import PUBLISHED, published_decoder
 
@@ -107,7 +107,7 @@ def load_official(
     if not blocks or not cond_dim or shape is None or first[0].numel() <= cond_dim:
         raise ValueError(f"{directory} must hold the three files of a CARSO system, but its files have other tensors")
     if layers is None:
-        if not isinstance(classifier, NamesRepresentation):
+        if not isinstance(classifier, WideResNet):
             raise ValueError(f"layers must be given for a {type(classifier).__name__}: those of the files' training")
         layers = classifier.representation_layers()
     if len(layers) != (count := len({layer for layer, _ in blocks})):
