@@ -136,18 +136,6 @@ class FollowsRecipe(Training):
             )
         return defence
 
-    def adapted(self, images: DataSet) -> Any:
-        """The recipe for the images; None if no recipe is named."""
-        from ..data import statistics
-        from ..methods.recipes import recipe
-
-        if self.recipe is None:
-            return None
-        published = recipe(self.recipe, self.trained())
-        same = images.name == published["data.name"] and images.image_shape[0] == published.image_shape[0]
-        mean, std = (None, None) if same else statistics(images.x_train)
-        return published.for_data(images.image_shape, images.num_classes, mean=mean, std=std)
-
 
 @dataclass(frozen=True)
 class OnClassifier(Training):
@@ -344,7 +332,9 @@ class TrainCarso(KeepsAttacks, FollowsRecipe, TrainPurifier):
 
     def task_on(self, classifier: nn.Module, images: DataSet) -> CarsoTask:
         from .._tensors import weights_fingerprint
+        from ..data import statistics
         from ..methods.carso import Carso, CarsoTask
+        from ..methods.recipes import recipe
 
         if self.init is not None:
             defence = self.saved_start(self.init, classifier)
@@ -353,7 +343,11 @@ class TrainCarso(KeepsAttacks, FollowsRecipe, TrainPurifier):
         if self.recipe is None:
             return CarsoTask(Carso(classifier, image_shape=images.image_shape, **sizes), self.method)
         del sizes["decoder_width"]
-        return CarsoTask(self.adapted(images).defence(classifier, **sizes), self.method)
+        published = recipe(self.recipe, "carso")
+        same = images.name == published["data.name"] and images.image_shape[0] == published.image_shape[0]
+        mean, std = (None, None) if same else statistics(images.x_train)
+        own = published.for_data(images.image_shape, images.num_classes, mean=mean, std=std)
+        return CarsoTask(own.defence(classifier, **sizes), self.method)
 
 
 @dataclass(frozen=True)
