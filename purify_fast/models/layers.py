@@ -58,8 +58,7 @@ class _LiteralBatchNorm(nn.modules.batchnorm._BatchNorm):
             self.num_batches_tracked.add_(1)
         mean, var = self.running_mean, self.running_var
         if self.training and (world := processes()[1]) > 1:
-            running = None if mean is None or var is None else (mean, var)
-            return batch_norm_everywhere(input, self.weight, self.bias, running, world)
+            return batch_norm_everywhere(input, self, world)
         return F.batch_norm(
             input, mean, var, weight=self.weight, bias=self.bias, training=self.training, momentum=0.1, eps=1e-5
         )
@@ -121,19 +120,17 @@ BY_TORCH = ("cuda",)
 _EPS, _MOMENTUM = 1e-5, 0.1
 
 
-def batch_norm_everywhere(
-    x: Tensor, weight: Tensor, bias: Tensor, running: tuple[Tensor, Tensor] | None, world: int
-) -> Tensor:
-    """Compute BatchNorm in training mode with the statistics of all processes, and torch's default eps and momentum."""
+def batch_norm_everywhere(x: Tensor, norm: Any, world: int) -> Tensor:
+    """Compute a BatchNorm in training mode with the statistics of all processes."""
+    running_mean, running_var = norm.running_mean, norm.running_var
     if x.device.type in BY_TORCH:
-        mean, variance = (None, None) if running is None else running
-        return SyncBatchNorm.apply(x, weight, bias, mean, variance, _EPS, _MOMENTUM, dist.group.WORLD, world)
+        group = dist.group.WORLD
+        return SyncBatchNorm.apply(x, norm.weight, norm.bias, running_mean, running_var, _EPS, _MOMENTUM, group, world)
     with torch.no_grad():
         mean, variance, count = moments_everywhere(x, world)
-        if running is not None:
-            running[0].mul_(1 - _MOMENTUM).add_(mean, alpha=_MOMENTUM)
-            running[1].mul_(1 - _MOMENTUM).add_(variance * count / (count - 1), alpha=_MOMENTUM)
-    return _Normalize.apply(x, weight, bias, mean, variance, count)
+        running_mean.mul_(1 - _MOMENTUM).add_(mean, alpha=_MOMENTUM)
+        running_var.mul_(1 - _MOMENTUM).add_(variance * count / (count - 1), alpha=_MOMENTUM)
+    return _Normalize.apply(x, norm.weight, norm.bias, mean, variance, count)
 
 
 def moments_everywhere(x: Tensor, world: int) -> tuple[Tensor, Tensor, Tensor]:
