@@ -13,12 +13,13 @@ import tempfile
 
 import torch
 import tyro
+from safetensors.torch import save_file
 
 import purify_fast
 from purify_fast.attacks import PGD
 from purify_fast.data import to_float
 from purify_fast.evaluation import AttackSpec, evaluate
-from purify_fast.methods.carso import Carso, load_official, published_decoder, save_official
+from purify_fast.methods.carso import Carso, load_official, official_tensors, published_decoder
 from purify_fast.methods.recipes import recipe as recipe_named
 from purify_fast.models import WideResNet
 
@@ -32,7 +33,9 @@ def rehearsal(folder: str) -> torch.nn.Module:
     classifier = WideResNet(depth=10, width=1).eval()
     layers, shape = classifier.representation_layers(), (3, 32, 32)
     small = Carso(classifier, layers, shape, cond_dim=16, latent_dim=4, decoder=published_decoder(shape))
-    save_official(small, folder, "rehearsal")
+    for part, tensors in official_tensors(small).items():
+        own = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        save_file(own, f"{folder}/rehearsal_{part}.safetensors")
     return classifier
 
 

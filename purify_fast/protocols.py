@@ -22,14 +22,6 @@ class Classifier(Protocol):
 
 
 @runtime_checkable
-class NamesRepresentation(Protocol):
-    """A classifier that names the layers whose outputs make a good representation of an image."""
-
-    def representation_layers(self) -> list[str]:
-        """The names of the layers, as in ``named_modules()``."""
-
-
-@runtime_checkable
 class Purifies(Protocol):
     """Repairs images before they are classified."""
 

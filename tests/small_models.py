@@ -3,8 +3,10 @@
 from dataclasses import fields, replace
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
+from purify_fast.methods.carso import official_tensors
 from purify_fast.models.classifiers import WideResNet
 from purify_fast.training import TrainingAttack
 
@@ -79,6 +81,14 @@ class Halved(nn.Module):
 
     def forward(self, transformed, mask):
         return self.share * transformed
+
+
+def write_official(defence, folder, stem):
+    """Write the three official files of a CARSO system."""
+    folder.mkdir(exist_ok=True)
+    for part, tensors in official_tensors(defence).items():
+        own = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        save_file(own, folder / f"{stem}_{part}.safetensors")
 
 
 def with_statistics(model, mean=0.0):

@@ -59,7 +59,7 @@ class Training(DataCommand):
 
     @classmethod
     def trained(cls) -> str:
-        """The last word of the command, which for a method is its name in `purify_fast.methods.method.METHODS`."""
+        """The last word of the command, which for a method is its name in `purify_fast.methods.recipes.METHODS`."""
         return cls.called.split()[-1]
 
     @abstractmethod
@@ -127,7 +127,7 @@ class FollowsRecipe(Training):
     def saved_start(self, folder: Path, classifier: nn.Module, **options: Any) -> Any:
         """Load a defence of this method, from which the training starts, with the options of `load_defence`."""
         from ..methods.loading import load_defence
-        from ..methods.method import METHODS
+        from ..methods.recipes import METHODS
 
         defence, kind = load_defence(folder, classifier, **options), METHODS[self.trained()].defence
         if kind is None or not isinstance(defence, kind):
@@ -135,18 +135,6 @@ class FollowsRecipe(Training):
                 f"{folder} contains no defence of the method {self.trained()}, but a {type(defence).__name__}"
             )
         return defence
-
-    def adapted(self, images: DataSet) -> Any:
-        """The recipe for the images; None if no recipe is named."""
-        from ..data import statistics
-        from ..methods.recipes import recipe
-
-        if self.recipe is None:
-            return None
-        published = recipe(self.recipe, self.trained())
-        same = images.name == published["data.name"] and images.image_shape[0] == published.image_shape[0]
-        mean, std = (None, None) if same else statistics(images.x_train)
-        return published.for_data(images.image_shape, images.num_classes, mean=mean, std=std)
 
 
 @dataclass(frozen=True)
@@ -344,7 +332,9 @@ class TrainCarso(KeepsAttacks, FollowsRecipe, TrainPurifier):
 
     def task_on(self, classifier: nn.Module, images: DataSet) -> CarsoTask:
         from .._tensors import weights_fingerprint
+        from ..data import statistics
         from ..methods.carso import Carso, CarsoTask
+        from ..methods.recipes import recipe
 
         if self.init is not None:
             defence = self.saved_start(self.init, classifier)
@@ -353,7 +343,11 @@ class TrainCarso(KeepsAttacks, FollowsRecipe, TrainPurifier):
         if self.recipe is None:
             return CarsoTask(Carso(classifier, image_shape=images.image_shape, **sizes), self.method)
         del sizes["decoder_width"]
-        return CarsoTask(self.adapted(images).defence(classifier, **sizes), self.method)
+        published = recipe(self.recipe, "carso")
+        same = images.name == published["data.name"] and images.image_shape[0] == published.image_shape[0]
+        mean, std = (None, None) if same else statistics(images.x_train)
+        own = published.for_data(images.image_shape, images.num_classes, mean=mean, std=std)
+        return CarsoTask(own.defence(classifier, **sizes), self.method)
 
 
 @dataclass(frozen=True)

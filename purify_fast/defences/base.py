@@ -7,7 +7,6 @@ import copy
 import logging
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -74,13 +73,6 @@ class Defence(StochasticDefence):
         self.bank: dict[str, Any] = {}
         self.classifier = copy.deepcopy(classifier).requires_grad_(False).eval()
         self.classifier_uses_channels_last = False
-
-    @classmethod
-    def rebuild(
-        cls, classifier: nn.Module, arguments: dict[str, Any], purifier: nn.Module | None, folder: str | Path
-    ) -> Self:
-        """Make a saved defence with fresh weights. ``purifier`` is a module of the user's own, or None."""
-        return cls(classifier, **arguments)
 
     def _ready(self) -> None:
         """Finish the construction: move all parts to the classifier's device, and set evaluation mode."""

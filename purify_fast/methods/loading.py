@@ -11,12 +11,15 @@ from torch import nn
 from .._tensors import torch_defaults, weights_fingerprint
 from ..training import load_classifier
 from ..training.checkpoint import read_model
-from .diffusion.denoiser import ALONE
-from .method import METHODS
-from .saving import trained_tensors
+from .atop.purifier import PURIFIERS
+from .diffusion.denoiser import ALONE, rebuilt_denoiser
+from .recipes import METHODS
+from .saving import rebuilt, trained_tensors
 
 #: The classes of defences by the kinds that files name.
-_DEFENCES = {method.defence.__name__: method.defence for method in METHODS.values() if method.defence is not None}
+_DEFENCES: dict[str, Any] = {
+    method.defence.__name__: method.defence for method in METHODS.values() if method.defence is not None
+}
 
 
 def is_denoiser(folder: str | Path) -> bool:
@@ -73,7 +76,11 @@ def load_defence(
         check, kind, state = False, "DiffusionPurifier", {f"denoiser.module.{name}": state[name] for name in state}
     if check and weights_fingerprint(classifier) != facts["classifier"]:
         raise ValueError(f"classifier must have the weights that {folder} was trained for; check=False allows others")
-    defence = _DEFENCES[kind].rebuild(classifier, arguments, purifier, folder)
+    if "purifier" in arguments:
+        arguments["purifier"] = rebuilt(arguments["purifier"], purifier, PURIFIERS, folder)
+    if "denoiser" in arguments:
+        arguments["denoiser"] = rebuilt_denoiser(arguments["denoiser"], purifier, folder)
+    defence = _DEFENCES[kind](classifier=classifier, **arguments)
     defence.bank = facts.get("bank", {})
     if odd := trained_tensors(defence).keys() ^ state.keys():
         raise ValueError(f"{folder} holds a model with other tensors, such as {', '.join(sorted(odd)[:4])}")

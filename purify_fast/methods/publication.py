@@ -9,6 +9,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
+from torch import nn
+
+from ..models.classifiers import build_classifier
 from ..training.config import FitConfig
 
 if TYPE_CHECKING:
@@ -89,6 +92,16 @@ class Recipe:
     def loop(self, official_code: bool = False) -> FitConfig:
         """Return the settings of the training loop. ``official_code`` prefers the values in the authors' code."""
         return FitConfig(**self.part("loop", official_code))
+
+    def build_classifier(self) -> nn.Module:
+        """Build the system's classifier with fresh weights; no published weights are part of this package.
+
+        Raises:
+            ValueError: this package does not have the network.
+        """
+        options, data = self.part("classifier"), self.part("data")
+        name, statistics = options.pop("name"), {"mean": data["mean"], "std": data["std"]}
+        return build_classifier(name, self.image_shape, data["num_classes"], **statistics, **options)
 
     # -- the user's own data -------------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 `LeakyReLU` and the BatchNorms have slope, eps and momentum as constants in the code, because dynamic compilation treats
 a number in an attribute as variable. In training mode with several processes, BatchNorm uses the statistics of the
-images of all processes, each of which must have an image. On CUDA it calls the functions of torch.nn.SyncBatchNorm.
+images of all processes, each of which must have an image. On CUDA it calls the function of torch.nn.SyncBatchNorm.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules._functions import SyncBatchNorm
 
 from .._process import processes
-from .._tensors import last_channels
 from .._validation import check_counts
 from ..ops.dispatch.gradient import first_order
 
@@ -45,8 +45,7 @@ class _LiteralBatchNorm(nn.modules.batchnorm._BatchNorm):
             self.num_batches_tracked.add_(1)
         mean, var = self.running_mean, self.running_var
         if self.training and (world := processes()[1]) > 1:
-            running = None if mean is None or var is None else (mean, var)
-            return batch_norm_everywhere(input, self.weight, self.bias, running, world)
+            return batch_norm_everywhere(input, self, world)
         return F.batch_norm(
             input, mean, var, weight=self.weight, bias=self.bias, training=self.training, momentum=0.1, eps=1e-5
         )
@@ -103,27 +102,22 @@ class Normalize(nn.Module):
         return (x - self.mean) / self.std
 
 
-#: Types of devices for which PyTorch has functions for the statistics of several processes.
+#: Types of devices for which PyTorch has a BatchNorm over several processes.
 BY_TORCH = ("cuda",)
 _EPS, _MOMENTUM = 1e-5, 0.1
-# Use the newer name of this function: if PyTorch has both names, it warns about the older.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-def batch_norm_everywhere(
-    x: Tensor, weight: Tensor, bias: Tensor, running: tuple[Tensor, Tensor] | None, world: int
-) -> Tensor:
-    """Compute BatchNorm in training mode with the statistics of all processes, and torch's default eps and momentum."""
+def batch_norm_everywhere(x: Tensor, norm: Any, world: int) -> Tensor:
+    """Compute a BatchNorm in training mode with the statistics of all processes."""
+    running_mean, running_var = norm.running_mean, norm.running_var
     if x.device.type in BY_TORCH:
-        # The functions of torch accept only contiguous and channels_last tensors.
-        x = x if last_channels(x) else x.contiguous()
-        return _NormalizeByTorch.apply(x, weight, bias, running, world)
+        group = dist.group.WORLD
+        return SyncBatchNorm.apply(x, norm.weight, norm.bias, running_mean, running_var, _EPS, _MOMENTUM, group, world)
     with torch.no_grad():
         mean, variance, count = moments_everywhere(x, world)
-        if running is not None:
-            running[0].mul_(1 - _MOMENTUM).add_(mean, alpha=_MOMENTUM)
-            running[1].mul_(1 - _MOMENTUM).add_(variance * count / (count - 1), alpha=_MOMENTUM)
-    return _Normalize.apply(x, weight, bias, mean, variance, count)
+        running_mean.mul_(1 - _MOMENTUM).add_(mean, alpha=_MOMENTUM)
+        running_var.mul_(1 - _MOMENTUM).add_(variance * count / (count - 1), alpha=_MOMENTUM)
+    return _Normalize.apply(x, norm.weight, norm.bias, mean, variance, count)
 
 
 def moments_everywhere(x: Tensor, world: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -167,45 +161,3 @@ class _Normalize(torch.autograd.Function):
         shape = [-1, *[1] * (x.dim() - 2)]
         through = shift.view(shape) + (x - mean.view(shape)) * (slope * inverse).view(shape)
         return (direct - through).to(x.dtype), grad_weight, grad_bias, None, None, None
-
-
-class _NormalizeByTorch(torch.autograd.Function):
-    """BatchNorm over all processes with PyTorch's functions, which compute statistics in float32 or float64."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, running: tuple[Tensor, Tensor] | None, world: int
-    ) -> Tensor:
-        mean, inverse = torch.batch_norm_stats(x, _EPS)
-        own = torch.cat([mean, inverse, mean.new_full((1,), x.numel() // x.shape[1])])
-        gathered = own.new_empty(world * len(own))
-        _all_gather(gathered, own)
-        means, inverses, counts = gathered.view(world, -1).split([len(mean), len(mean), 1], 1)
-        running_mean, running_var = (None, None) if running is None else running
-        # `batch_norm_gather_stats_with_counts` reads the counts in this dtype.
-        read = counts[:, 0].to(x.dtype if running_mean is None else running_mean.dtype)
-        # The arguments are positional because the function has no names for them in Python.
-        mean, inverse = torch.batch_norm_gather_stats_with_counts(
-            x, means, inverses, running_mean, running_var, _MOMENTUM, _EPS, read
-        )
-        ctx.save_for_backward(x, weight, mean, inverse, counts)
-        # The arguments are positional because the function has no names for them in Python.
-        return torch.batch_norm_elemt(x, weight, bias, mean, inverse, _EPS)
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, inverse, counts = ctx.saved_tensors
-        grad = grad if last_channels(grad) else grad.contiguous()
-        # The arguments are positional because the function has no names for them in Python.
-        sum_dy, sum_dy_xmu, grad_weight, grad_bias = torch.batch_norm_backward_reduce(
-            grad, x, mean, inverse, weight, True, True, True
-        )
-        sums = torch.cat([sum_dy, sum_dy_xmu])
-        dist.all_reduce(sums)
-        sum_dy, sum_dy_xmu = sums.chunk(2)
-        # The arguments are positional because the function has no names for them in Python.
-        grad_x = torch.batch_norm_backward_elemt(
-            grad, x, mean, inverse, weight.to(mean.dtype), sum_dy, sum_dy_xmu, counts[:, 0].to(torch.int32)
-        )
-        return grad_x, grad_weight, grad_bias, None, None

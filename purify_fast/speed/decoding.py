@@ -1,13 +1,12 @@
 """Decodes K latents for each condition, by any decoder: the latents as one batch, and the condition once per image.
 
-`PackedDecoder` makes a single op, `decode_prior`, of the layers that this op knows, and folds their BatchNorms. Without
-the op they are not folded: on a CPU, PyTorch is slow to add the bias that a folded transposed convolution needs.
+`PackedDecoder` makes a single op, `decode_prior`, of CARSO's decoder, and folds its BatchNorms. Without the op they are
+not folded: on a CPU, PyTorch is slow to add the bias that a folded transposed convolution needs.
 """
 
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -24,31 +23,12 @@ from ..ops.decode_samples import latents as prior
 from ..ops.philox import default_stream
 from .folding.batchnorm import fold, foldable, hooked
 
-_NEUTRAL = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)
-
 
 def layers_of(decoder: nn.Module) -> list[nn.Module]:
     """Return the layers of a plain Sequential, and of Sequentials in it, in order; else only the decoder itself."""
     if type(decoder) is not nn.Sequential or hooked(decoder):
         return [decoder]
     return [layer for child in decoder for layer in layers_of(child)]
-
-
-def _first_linear(layers: list[Any], latents: Tensor, condition: Tensor) -> int | None:
-    """Return the index of a linear layer that gets latents and condition joined, if the layers begin with it."""
-    at = next((i for i, layer in enumerate(layers[:2]) if type(layer) is nn.Linear and not hooked(layer)), None)
-    if at is None or (at == 1 and not _joins(layers[0], latents, condition)):
-        return None
-    return at
-
-
-def _joins(layer: nn.Module, z: Tensor, condition: Tensor) -> bool:
-    """Tell whether a layer without weights maps (z, condition) to their concatenation, by its result for a row."""
-    if any(True for _ in layer.parameters()) or hooked(layer):
-        return False
-    row = z[:1].detach(), condition[:1].detach()
-    joined = layer(row)
-    return isinstance(joined, Tensor) and torch.equal(joined, torch.cat(row, 1))
 
 
 def decode_samples(
@@ -64,12 +44,11 @@ def decode_samples(
     """Decode K latents for each condition, as one batch.
 
     Args:
-        decoder: a module or function ``decoder(z [N, D], condition [N, C])``, or a plain ``nn.Sequential``. If it
-            begins with ``nn.Linear``, it gets ``[N, D + C]``, the latents first, else the pair (z, condition), which
-            its first layer joins. A `PackedDecoder` is the fastest on a GPU.
+        decoder: a module or function ``decoder(z [N, D], condition [N, C])``, or a plain ``nn.Sequential`` that begins
+            with ``nn.Linear`` and gets ``[N, D + C]``, the latents first. A `PackedDecoder` is the fastest on a GPU.
         condition: ``[B, C]``, floating point.
         samples: K, at least 1. Given latents decide K themselves.
-        latent_dim: D, if a Sequential does not tell it by its linear layer.
+        latent_dim: D, if the decoder is not such a Sequential, whose linear layer tells it.
         latents: ``[B, K, D]``; None draws them from N(0, I), as `purify_fast.ops.philox` does for the stream LATENT.
         seed: int64 ``[1]``, on the condition's device. None: a new seed from PyTorch's generator of this device.
         sample_ids: int64 ``[B]``, the global index of each image (see `philox`). None: 0 to B - 1.
@@ -83,83 +62,36 @@ def decode_samples(
         ValueError: ``latent_dim`` is missing, or samples is below 1.
     """
     layers: list[Any] = layers_of(decoder) if isinstance(decoder, nn.Module) else []
+    joined = len(layers) > 0 and type(layers[0]) is nn.Linear and not hooked(layers[0])
     if latents is None:
         if isinstance(decoder, PackedDecoder):
             return decoder(condition, seed, sample_ids, samples)
         if latent_dim is None:
-            linear = next((layer.in_features for layer in layers[:2] if type(layer) is nn.Linear), 0)
-            latent_dim = linear - condition.shape[1]
+            latent_dim = (layers[0].in_features if joined else 0) - condition.shape[1]
         if latent_dim < 1:
             raise ValueError(f"latent_dim must be given for this decoder, and be at least 1, got {latent_dim}")
         seed, sample_ids = default_stream(seed, sample_ids, len(condition), condition=condition)
         latents = prior(seed, sample_ids, samples, latent_dim).to(condition.dtype)
     batch, samples = latents.shape[:2]
-    at = _first_linear(layers, latents[:, 0], condition)
-    if at is not None:
-        linear, *layers = layers[at:]
-        of_latents, of_condition = linear.weight.split([latents.shape[2], condition.shape[1]], 1)
-        by_condition = F.linear(condition, of_condition, linear.bias)[:, None]
-        out: Any = (F.linear(latents, of_latents) + by_condition).flatten(0, 1)
-    else:
-        pair = latents.flatten(0, 1), condition[:, None].expand(-1, samples, -1).flatten(0, 1)
-        out, layers = (pair, layers) if len(layers) > 1 else (decoder(*pair), [])
-    for layer in layers:
+    if not joined:
+        repeated = condition[:, None].expand(-1, samples, -1).flatten(0, 1)
+        return decoder(latents.flatten(0, 1), repeated).unflatten(0, (batch, samples))
+    linear, *others = layers
+    of_latents, of_condition = linear.weight.split([latents.shape[2], condition.shape[1]], 1)
+    by_condition = F.linear(condition, of_condition, linear.bias)[:, None]
+    out = (F.linear(latents, of_latents) + by_condition).flatten(0, 1)
+    for layer in others:
         out = layer(out)
     return out.unflatten(0, (batch, samples))
 
 
-#: The layers of a decoder that can be packed, as a pattern of the letters in `_letter`.
-PATTERN = re.compile("L(UA|AU)(TA)*TS?")
-
-
-def _bias(layer: Any) -> Tensor:
-    """Return the bias of a layer, or zeros."""
-    outputs = layer.weight.shape[isinstance(layer, nn.ConvTranspose2d)]
-    zeros: Tensor = layer.weight.new_zeros(outputs)
-    return zeros if layer.bias is None else layer.bias
-
-
-def _slope(layer: nn.Module) -> float | None:
-    """Return the slope of a LeakyReLU or ReLU for negative numbers; None for other layers."""
-    return 0.0 if isinstance(layer, nn.ReLU) else getattr(layer, "negative_slope", None)
-
-
-def _letter(layer: nn.Module) -> str:
-    """Return a letter for the kind of a layer, or its name if it is of another kind."""
-    if isinstance(layer, nn.ConvTranspose2d):
-        square = all(len({*side}) == 1 for side in (layer.kernel_size, layer.stride, layer.padding))
-        if not square or layer.groups != 1 or layer.dilation != (1, 1):
-            return type(layer).__name__
-    if _slope(layer) is not None:
-        return "A"
-    kinds = {nn.Linear: "L", nn.Unflatten: "U", nn.ConvTranspose2d: "T", nn.Sigmoid: "S"}
-    return next((letter for kind, letter in kinds.items() if type(layer) is kind), type(layer).__name__)
-
-
 def _folded(layers: list[nn.Module]) -> list[Any]:
-    """Copy layers in float64, fold BatchNorms into the layers before them, and leave out neutral layers."""
-    active = [layer for layer in layers if layer.training or hooked(layer) or not isinstance(layer, _NEUTRAL)]
-    copies = [copy.deepcopy(layer).double() for layer in active]
+    """Copy layers in float64, and fold BatchNorms into the layers before them."""
+    copies = [copy.deepcopy(layer).double() for layer in layers]
     pairs = [(layer, norm) for layer, norm in pairwise(copies) if foldable(layer, norm)]
     for layer, norm in pairs:
         fold(layer, norm)
     return [layer for layer in copies if layer not in [norm for _, norm in pairs]]
-
-
-def _in_order(decoder: nn.Module, latent_dim: int) -> list[Any]:
-    """Return a decoder's layers, with folded BatchNorms, from the linear layer on, or raise ValueError."""
-    own = getattr(decoder, "in_order", None)
-    layers = _folded(layers_of(decoder) if own is None else own())
-    if len(layers) > 1 and type(layers[1]) is nn.Linear:
-        inputs = layers[1].in_features
-        rows = torch.randn(1, inputs).split([latent_dim, inputs - latent_dim], 1)
-        layers = layers[1:] if _joins(layers[0], *rows) else layers
-    slopes = {_slope(layer) for layer in layers} - {None}
-    if PATTERN.fullmatch("".join(map(_letter, layers))) is None or len(slopes) != 1:
-        names = ", ".join(type(layer).__name__ for layer in layers)
-        wanted = "Linear, Unflatten, and square ConvTranspose2d with the same activation between them"
-        raise ValueError(f"decoder must have {wanted}, got {names}: use decode_samples, which runs any decoder")
-    return layers
 
 
 class PackedDecoder(nn.Module):
@@ -170,16 +102,13 @@ class PackedDecoder(nn.Module):
     The gradient reaches only the condition.
 
     Args:
-        decoder: in evaluation mode: a decoder of `purify_fast.methods.carso`, or an ``nn.Sequential`` of Linear,
-            LeakyReLU or ReLU, Unflatten, and ConvTranspose2d with the same activation between them. BatchNorms may
-            follow Linear and ConvTranspose2d, and Sigmoid may be last. The convolutions must have square kernels, one
-            group and no dilation. A first layer may join (z, condition). Later changes of the weights have no effect.
+        decoder: a decoder of `purify_fast.methods.carso`, in evaluation mode. Later changes of its weights have no
+            effect.
         dtype: dtype of the products: bfloat16 (the only fast dtype on a GPU), float32 or float64. Sums are in float32,
             or in float64 for float64.
-        latent_dim: size of a latent, the first inputs of the linear layer; needed for a Sequential.
 
     Raises:
-        ValueError: the decoder is in training mode, or has unknown layers, or latent_dim is missing.
+        ValueError: the decoder is of another kind, in training mode, or has BatchNorms with hooks.
     """
 
     packed: Tensor
@@ -188,20 +117,22 @@ class PackedDecoder(nn.Module):
     bias: Tensor
 
     @torch.no_grad()
-    def __init__(self, decoder: nn.Module, dtype: torch.dtype = torch.bfloat16, latent_dim: int | None = None):
+    def __init__(self, decoder: Any, dtype: torch.dtype = torch.bfloat16):
         super().__init__()
-        if any(isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.training for layer in decoder.modules()):
-            raise ValueError("decoder must be in evaluation mode: a BatchNorm in training mode cannot be folded")
-        dim = getattr(decoder, "latent_dim", latent_dim)
-        if not isinstance(dim, int):
-            raise ValueError(f"latent_dim must be given for a decoder of type {type(decoder).__name__}, got {dim}")
-        linear, *layers = _in_order(decoder, dim)
+        in_order = getattr(decoder, "in_order", None)
+        if in_order is None:
+            kind = type(decoder).__name__
+            raise ValueError(f"decoder must be of purify_fast.methods.carso, got {kind}: use decode_samples")
+        linear, *layers = _folded(in_order())
+        if any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in layers):
+            raise ValueError("decoder must be in evaluation mode, without hooks: its BatchNorms must be folded")
+        dim = decoder.latent_dim
         start: Any = next(layer.unflattened_size for layer in layers if isinstance(layer, nn.Unflatten))
         # `joint` is [C, h, w, latent_dim + cond_dim]
-        joint, shift = linear.weight.unflatten(0, start), _bias(linear).unflatten(0, start)
-        self.slope = next(slope for slope in map(_slope, layers) if slope is not None)
-        self.squash = not isinstance(decoder, nn.Sequential) or isinstance(layers[-1], nn.Sigmoid)
-        convolutions = [layer for layer in layers if isinstance(layer, nn.ConvTranspose2d)]
+        joint, shift = linear.weight.unflatten(0, start), linear.bias.unflatten(0, start)
+        slopes = [getattr(layer, "negative_slope", None) for layer in layers]
+        self.slope = next(slope for slope in slopes if slope is not None)
+        convolutions: list[Any] = [layer for layer in layers if isinstance(layer, nn.ConvTranspose2d)]
         sizes, (h, w) = list[Layer](), start[1:]
         for layer in convolutions:
             kernel, stride, padding = layer.kernel_size[0], layer.stride[0], int(layer.padding[0])
@@ -211,7 +142,8 @@ class PackedDecoder(nn.Module):
             )
             sizes.append(Layer(layer.out_channels, kernel, stride, padding, height=h, width=w))
         self.geometry = Geometry(dim, tuple(start), tuple(sizes))
-        packed, biases = pack(joint[..., :dim], [layer.weight for layer in convolutions], [*map(_bias, convolutions)])
+        of_latents = joint[..., :dim]
+        packed, biases = pack(of_latents, [one.weight for one in convolutions], [one.bias for one in convolutions])
         real = torch.float64 if dtype == torch.float64 else torch.float32
         by_pixel = joint[..., dim:].permute(1, 2, 0, 3).flatten(0, 2)
         shift = shift.permute(1, 2, 0).flatten()
@@ -222,7 +154,7 @@ class PackedDecoder(nn.Module):
     def forward(
         self, condition: Tensor, seed: Tensor | None, sample_ids: Tensor | None, samples: int, **options: Any
     ) -> Tensor:
-        """Return images ``[B, K, C, H, W]``: in (0, 1) if the decoder ends with a sigmoid or is one of CARSO's.
+        """Return images in (0, 1), ``[B, K, C, H, W]``.
 
         Args:
             condition: the condition, floating point ``[B, cond_dim]``. The gradient reaches it.
@@ -245,7 +177,7 @@ class PackedDecoder(nn.Module):
             geometry=self.geometry,
             samples=samples,
             slope=self.slope,
-            **({"squash": self.squash} | options),
+            **({"squash": True} | options),
         )
 
 

@@ -225,7 +225,6 @@ def train_step(task: Task, batch: Batch, accumulate: int = 1, clip: float | None
             average_([*(one.grad for one in weights_of(optimizer) if one.grad is not None), *measured.values()])
             if clip is not None:
                 nn.utils.clip_grad_norm_(weights_of(optimizer), clip)
-            task.before_step()
             optimizer.step()
             task.after_step()
         return measured

@@ -89,7 +89,7 @@ class Task:
     """The base class of trainings; each method has a subclass. For each update of each batch, `fit` runs
 
         zero_grad, backward of the loss, mean of the gradients over the processes,
-        task.before_step(), optimizer.step(), task.after_step()
+        optimizer.step(), task.after_step()
 
     and it calls ``finish`` at the end of the run. Most tasks set ``model`` and ``optimizer``, and define
     ``training_step``, ``learning_rate`` and ``describe``.
@@ -139,7 +139,7 @@ class Task:
         raise NotImplementedError
 
     def terms(self, length: RunLength) -> dict[str, int]:
-        """Return the terms of the loss whose weight is above 0, each with the first step in which the term acts.
+        """Return the terms of the loss that may be delayed, each with the first step in which its weight is above 0.
 
         `fit` calls this before the first step, and writes the result into the run's log. The saved model also contains
         the result. The name of a term is the name of its metric.
@@ -200,9 +200,6 @@ class Task:
         self.model.train()
         for part in self.frozen:
             part.training = False
-
-    def before_step(self) -> None:
-        """Run by `fit` after the gradients are computed, and before the optimizer changes the weights."""
 
     def after_step(self) -> None:
         """Run by `fit` after the optimizer has changed the weights."""

@@ -10,14 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from pictures import picture
-from small_models import Halved, Linear, smaller
+from small_models import Halved, Linear, smaller, write_official
 from torch import nn
 
 import benchmarks.__main__ as benchmarks
 import purify_fast
 from purify_fast import cli
 from purify_fast.methods.atop import DeepFillGenerator
-from purify_fast.methods.carso import save_official
 from purify_fast.methods.carso.recipes import RECIPES
 from purify_fast.methods.recipes import RECIPES as EVERY_RECIPE
 from purify_fast.training.schedules import RunLength
@@ -92,8 +91,8 @@ def scope(tmp_path, monkeypatch):
     monkeypatch.setitem(RECIPES, "cifar10", made)
     monkeypatch.setitem(EVERY_RECIPE, made.name, made)
     torch.manual_seed(0)
-    save_official(made.defence(made.build_classifier()), "models", "wrn_28_10_cifar_10_cui_2023")
-    DeepFillGenerator(5, 4).save_official("states_pt_places2.pth")
+    write_official(made.defence(made.build_classifier()), tmp_path / "models", "wrn_28_10_cifar_10_cui_2023")
+    torch.save({"G": DeepFillGenerator(5, 4).state_dict()}, "states_pt_places2.pth")
     x, y = torch.rand(16, 3, 32, 32), torch.arange(16) % 10
     # the folder of a reader's images, and a photo
     for label in range(10):

@@ -167,7 +167,7 @@ class BlurredTask(PurifierTask):
         loss, accuracy = cross_entropy_of(self.defence(self.config.attack.run(self.defence, batch)), batch.y)
         return loss, {"accuracy": accuracy}
 """,
-    "purify_fast/methods/method.py": """
+    "purify_fast/methods/recipes.py": """
 from .blurred.config import BlurredConfig
 from .blurred.defence import Blurred
 from .blurred.task import BlurredTask

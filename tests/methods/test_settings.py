@@ -58,7 +58,7 @@ REFUSED = {
         ({"eps": 0.0}, "eps must be above 0"),
         ({"targets": "classifier"}, "targets needs attack_target='pipeline'"),
         ({"random_start": False}, "random_start needs attack_target='pipeline'"),
-        ({"kl_delay": 1.0}, r"kl_delay must be in \[0, 1\) as a share of the epochs, got 1.0"),
+        ({"kl_delay": 1.0}, r"kl_delay must be in \[0, 1\), got 1.0"),
     ],
 }
 

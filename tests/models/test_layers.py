@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch._dynamo.utils import get_compilation_metrics
 
+from purify_fast.models import layers
 from purify_fast.models.layers import BatchNorm1d, BatchNorm2d, LeakyReLU
 
 
@@ -21,6 +22,19 @@ def test_they_compute_what_torchs_do(training):
         assert all(torch.equal(literal.state_dict()[name], value) for name, value in plain.state_dict().items())
     x = torch.randn(7)
     assert torch.equal(LeakyReLU()(x), nn.LeakyReLU(0.2)(x))
+
+
+def test_on_cuda_the_statistics_of_all_processes_are_those_of_torchs_function(monkeypatch):
+    """The function has a kernel on CUDA only."""
+    layer, x, seen = BatchNorm2d(4).train(), torch.randn(2, 4, 3, 3), []
+    apply = staticmethod(lambda *given: seen.extend(given) or given[0])
+    monkeypatch.setattr(layers, "SyncBatchNorm", type("SyncBatchNorm", (), {"apply": apply}))
+    monkeypatch.setattr(layers, "BY_TORCH", ("cpu",))
+    monkeypatch.setattr(layers, "processes", lambda: (0, 2))
+    assert layer(x) is x and layer.num_batches_tracked == 1
+    wanted = x, layer.weight, layer.bias, layer.running_mean, layer.running_var
+    assert all(one is other for one, other in zip(seen[:5], wanted, strict=True))
+    assert seen[5:] == [layer.eps, layer.momentum, torch.distributed.group.WORLD, 2]
 
 
 @pytest.mark.slow

@@ -29,7 +29,6 @@ def two(tmp_path_factory):
     def work():
         made = {kind: weights(kind, folder / f"run-{kind}") for kind in KINDS}
         made |= {name: batchnorm(*arguments) for name, arguments in NORMS.items()}
-        made |= {f"{name}-as_on_cuda": batchnorm(*arguments, as_on_cuda=True) for name, arguments in NORMS.items()}
         return made | {"refusals": refusals(), "first fails": first_fails()}
 
     done = together(folder, 2, work)
@@ -59,12 +58,11 @@ def test_two_processes_end_with_the_weights_and_metrics_of_one(two, kind):
     assert len((two[0] / f"run-{kind}" / "log.jsonl").read_text().splitlines()) == 2
 
 
-@pytest.mark.parametrize("form", ["", "-as_on_cuda"])
 @pytest.mark.parametrize("name", NORMS)
-def test_batchnorm_over_two_processes_is_torchs_over_all_images(two, name, form):
+def test_batchnorm_over_two_processes_is_torchs_over_all_images(two, name):
     layer, shape, first, mean, dtype = NORMS[name]
     y, dx, dweight, dbias, *running = batchnorm(f"torch {layer}", shape, first, mean, torch.float64)
-    a, b = results(two, f"{name}{form}")
+    a, b = results(two, name)
     found = [torch.cat([a[0], b[0]]), torch.cat([a[1], b[1]]), a[2] + b[2], a[3] + b[3], *a[4:]]
     assert all(torch.equal(*pair) for pair in zip(a[4:], b[4:], strict=True))
     # float32 at a mean of 3,000 holds 4 digits of the deviations; their squares' sum would hold none

@@ -20,7 +20,7 @@ ATTACK = TrainingAttack(eps=0.05, steps=1, eps_warmup=1.0)
 TASKS = {
     "carso": lambda: carso_task(optimizer="radam_lookahead", kl_delay=0.0),
     "atop": lambda: atop_task(gan_grad=True, discriminator_width=1),
-    "arrest": lambda: arrest_task(ema_decay=0.5, awp_gamma=0.01),
+    "arrest": lambda: arrest_task(ema_decay=0.5),
 }
 
 

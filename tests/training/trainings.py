@@ -8,9 +8,7 @@ import torch
 import torch.distributed as dist
 from small_runs import atop_task, attack, carso_task, classifier_task, diffusion_task
 from torch import nn
-from torch_functions import register
 
-from purify_fast.models import layers
 from purify_fast.models.classifiers import FullyConnected, SmallCNN
 from purify_fast.models.layers import BatchNorm1d, BatchNorm2d
 from purify_fast.training import BankConfig, ClassifierConfig, ClassifierTask, FitConfig, fit, run
@@ -73,16 +71,8 @@ def banked(folder, banks):
     return {"state": task.model.state_dict(), "made": opened[0].made, "read": opened[0].read}
 
 
-def batchnorm(layer, shape, first, mean, dtype, as_on_cuda=False):
+def batchnorm(layer, shape, first, mean, dtype):
     """One forward and backward pass, the first process with ``first`` of the images, the second with the rest."""
-    if as_on_cuda:
-        # with stand-ins for PyTorch's functions, which it has on CUDA alone
-        layers.BY_TORCH = ("cpu",)
-        with torch.library._scoped_library("aten", "IMPL") as library:
-            register(library, "CPU")
-            made = batchnorm(layer, shape, first, mean, dtype)
-        layers.BY_TORCH = ("cuda",)
-        return made
     x, outer, made = batchnorm_inputs(layer, shape, mean, dtype)
     part = slice(None)
     if dist.is_initialized():

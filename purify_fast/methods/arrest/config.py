@@ -45,7 +45,6 @@ class ArrestConfig:
             (own).
         ema_decay: decay of a moving average of the weights, which is then the result (not part of ARREST). 0 means
             none.
-        awp_gamma: gamma of adversarial weight perturbation, Wu et al., NeurIPS 2020 (not part of ARREST). 0 means none.
         precision: "float32", with full IEEE precision on a GPU too; "tf32" (own), which on a GPU rounds the factors of
             products to ten bits of mantissa during the training; or "bfloat16" for matrix products (own).
 
@@ -68,7 +67,6 @@ class ArrestConfig:
     weight_decay: AtLeast0 = 5e-4
     schedule: Literal["published", "one_cycle", "constant"] = "published"
     ema_decay: ShareBelow1 = 0.0
-    awp_gamma: AtLeast0 = 0.0
     precision: Precision = "float32"
 
     def __post_init__(self) -> None:

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
-from ...models.classifiers import build_classifier
 from ..publication import Recipe, read_recipes
 from .config import ArrestConfig
 from .task import ArrestTask
@@ -26,16 +24,6 @@ class ArrestRecipe(Recipe):
     """
 
     settings = ArrestConfig
-
-    def build_classifier(self, width: int | None = None) -> nn.Module:
-        """Build the network with fresh weights, to be trained on clean images first. None means the recipe's width."""
-        options: dict[str, Any] = self.part("classifier") | ({} if width is None else {"width": width})
-        name = options.pop("name")
-        shape, classes = self.image_shape, self["data.num_classes"]
-        # the sources do not say how images are normalized, so these are the statistics of the data set
-        mean = self.own.get("data.mean", (0.4914, 0.4822, 0.4465))
-        std = self.own.get("data.std", (0.2470, 0.2435, 0.2616))
-        return build_classifier(name, shape, classes, mean=mean, std=std, **options)
 
     def task(
         self, classifier: nn.Module, official_code: bool = False, layers: Sequence[str] | None = None

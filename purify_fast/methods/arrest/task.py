@@ -30,8 +30,6 @@ from ...ops.philox import philox_key
 from ...ops.representation_distance import representation_distance
 from ...speed.folding.inference_copy import InferenceCopy, autocast_to, convert_to_channels_last, prepare_for_inference
 from ...training.config import TrainingAttack
-from ...training.distributed import average_
-from ...training.schedules import RunLength
 from ...training.task import Batch, Metrics, check_classifier
 from ..base import MethodTask, cross_entropy_of
 from .config import ArrestConfig, arrest_published
@@ -47,11 +45,8 @@ class ArrestTask(MethodTask):
         image_shape: (C, H, W).
         layers: paths of the modules whose outputs are the representation. The distances of several layers are averaged.
             None means the map before pooling, for a classifier of this package.
-        teacher: classifier for the `Teacher`. None means ``model`` with its present weights. A run is resumed only if
-            the teacher has the same weights.
-
-    Attributes:
-        teacher: the `Teacher`; None if neither the distillation nor the replay needs one.
+        teacher: classifier whose frozen copy is the teacher. None means ``model`` with its present weights. A run is
+            resumed only if the teacher has the same weights.
 
     Raises:
         ValueError: layers are unknown or missing; or ``pooled`` is True and all layers return vectors.
@@ -74,18 +69,24 @@ class ArrestTask(MethodTask):
         self.dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
         start = model if teacher is None else teacher
         self.origin = weights_fingerprint(start)
-        self.teacher: Teacher | None = None
+        #: The readers of h* and h; None if neither the distillation nor the replay needs them.
+        self.teacher_reader: Representation | None = None
         self._reader: Representation | None = None
         self.layers: list[str] = []
         if config.distillation_weight > 0 or config.replay:
-            self.layers = [representation_before_pooling(model)] if layers is None else list(layers)
-            self.teacher = Teacher(start, self.layers, image_shape, config.pooled, self.dtype)
-            self._reader = Representation(model, self.layers, image_shape)
-        if self.dtype != torch.float32:
-            convert_to_channels_last(model, image_shape)
-        # in bfloat16, the attacks use a copy of the model, which is faster
+            self.layers = names = [representation_before_pooling(model)] if layers is None else list(layers)
+            frozen_copy = copy.deepcopy(start).requires_grad_(False).eval()
+            self.teacher_reader = Representation(frozen_copy, names, image_shape)
+            if config.pooled and all(len(shape) == 1 for shape in self.teacher_reader.shapes):
+                listed = ", ".join(names)
+                raise ValueError(f"pooled must be False for layers that return vectors, got True for {listed}")
+            if self.dtype != torch.float32:
+                prepare_for_inference(frozen_copy, image_shape, self.dtype)
+            self._reader = Representation(model, names, image_shape)
         self.attacked = model
         if self.dtype != torch.float32:
+            convert_to_channels_last(model, image_shape)
+            # the attacks use a copy of the model, which is faster
             self.attacked = InferenceCopy(model, image_shape, self.dtype)
         self.model: nn.Module = model
         self.keep_average("model", config.ema_decay)
@@ -96,17 +97,24 @@ class ArrestTask(MethodTask):
             self.optimizer = torch.optim.SGD(weights, rate, config.momentum, weight_decay=decay, foreach=True)
         else:
             self.optimizer = self.adamw(weights)
-        # each perturbed weight, its values before, and the number of its changes after the perturbation
-        self._unperturbed: list[tuple[Tensor, Tensor, int]] = []
 
     # -- the parts of a step ------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return logits ``[B, classes]`` and representation of images ``[B, C, H, W]``, in the model's present mode."""
+        if self._reader is not None:
+            return self._read(self._reader, x)
         with autocast_to(x.device, self.dtype):
-            if self._reader is None:
-                return self.classifier(x), []
-            logits, features = self._reader.with_logits(x)
+            return self.classifier(x), []
+
+    @torch.no_grad()
+    def teacher(self, x: Tensor) -> list[Tensor]:
+        """Return the teacher's representation h* of images ``[B, C, H, W]``; an empty list if there is no teacher."""
+        return [] if self.teacher_reader is None else self._read(self.teacher_reader, x)[1]
+
+    def _read(self, reader: Representation, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        with autocast_to(x.device, self.dtype):
+            logits, features = reader.with_logits(x)
         return logits, pool(features) if self.config.pooled else features
 
     def distance(self, features: list[Tensor], of_teacher: list[Tensor]) -> Tensor:
@@ -158,54 +166,17 @@ class ArrestTask(MethodTask):
         metrics["distance"] = distance.detach()
         return cross_entropy + self.config.distillation_weight * distance, metrics
 
-    def captures(self, batch: Batch) -> Hashable | None:
+    def captures(self, batch: Batch) -> Hashable:
         config = self.config
-        # The host removes a perturbation of the weights, outside of a graph.
-        if config.awp_gamma > 0:
-            return None
         return config.attack.at_epoch(batch.epoch, batch.epochs), config.replays(batch.epoch, batch.epochs)
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        # The loop may add up gradients of several batches before a step: remove the perturbation of the previous batch.
-        self.before_step()
-        of_teacher = [] if self.teacher is None else self.teacher(batch.x)
+        of_teacher = self.teacher(batch.x)
         x, replayed = self.inputs(batch, of_teacher)
-        if self.config.awp_gamma > 0:
-            self._perturb(x, batch.y, of_teacher)
         loss, metrics = self.loss(x, batch.y, of_teacher)
         return loss, {**metrics, "replayed": replayed} if self.config.replay else metrics
 
-    # -- adversarial weight perturbation ------------------------------------------------------------------------------
-
-    def _perturb(self, x: Tensor, y: Tensor, of_teacher: list[Tensor]) -> None:
-        """Add gamma |W| g / |g| to each weight matrix W, where g is the loss's gradient. `before_step` undoes this."""
-        buffers = [(b, b.clone()) for b in self.classifier.buffers()]
-        weights = [p for p in self.classifier.parameters() if p.requires_grad and p.dim() > 1]
-        gradients = torch.autograd.grad(self.loss(x, y, of_teacher)[0], weights, allow_unused=True)
-        used = [(weight, gradient) for weight, gradient in zip(weights, gradients, strict=True) if gradient is not None]
-        average_([gradient for _, gradient in used])
-        with torch.no_grad():
-            # undo this pass's update of BatchNorm's statistics, because the training's own pass updates them too
-            for buffer, before in buffers:
-                buffer.copy_(before)
-            for weight, gradient in used:
-                before = weight.clone()
-                weight.add_(gradient * (self.config.awp_gamma * weight.norm() / (gradient.norm() + 1e-12)))
-                self._unperturbed.append((weight, before, weight._version))
-
-    @torch.no_grad()
-    def before_step(self) -> None:
-        """Remove the perturbation, so that the optimizer changes the unperturbed weights."""
-        for weight, before, version in self._unperturbed:
-            # After an interrupted step, a checkpoint may have replaced the perturbed weights.
-            if weight._version == version:
-                weight.copy_(before)
-        self._unperturbed = []
-
     # -- methods that `fit` calls -------------------------------------------------------------------------------------
-
-    def terms(self, length: RunLength) -> dict[str, int]:
-        return {"cross_entropy": 0} | ({"distance": 0} if self.config.distillation_weight > 0 else {})
 
     def describe(self) -> dict[str, Any]:
         attack = self.config.attack
@@ -228,39 +199,3 @@ class ArrestTask(MethodTask):
 def pool(features: list[Tensor]) -> list[Tensor]:
     """Average maps ``[B, C, H, W]`` and tokens ``[B, T, D]`` over their positions. Vectors are not changed."""
     return [f.mean((2, 3)) if f.dim() == 4 else f.mean(1) if f.dim() == 3 else f for f in features]
-
-
-class Teacher:
-    """The teacher of the distillation: a frozen copy of a classifier in evaluation mode, which returns h*.
-
-    Called with images ``[B, C, H, W]`` in [0, 1], it returns the outputs of ``layers``, without gradients.
-
-    Args:
-        classifier: images ``[B, *image_shape]`` in [0, 1] to logits. It is copied.
-        layers: paths of the modules whose outputs are the representation.
-        image_shape: (C, H, W).
-        pooled: whether maps and tokens are averaged over their positions. It must be False if all layers return
-            vectors.
-        dtype: dtype of the computation; bfloat16 makes the copy faster.
-    """
-
-    def __init__(
-        self,
-        classifier: nn.Module,
-        layers: Sequence[str],
-        image_shape: tuple[int, int, int],
-        pooled: bool = False,
-        dtype: torch.dtype = torch.float32,
-    ):
-        model = copy.deepcopy(classifier).requires_grad_(False).eval()
-        self.reader, self.pooled, self.dtype = Representation(model, tuple(layers), image_shape), pooled, dtype
-        if pooled and all(len(shape) == 1 for shape in self.reader.shapes):
-            raise ValueError(f"pooled must be False for layers that return vectors, got True for {', '.join(layers)}")
-        if dtype != torch.float32:
-            prepare_for_inference(model, image_shape, dtype)
-
-    @torch.no_grad()
-    def __call__(self, x: Tensor) -> list[Tensor]:
-        with autocast_to(x.device, self.dtype):
-            features = self.reader(x)
-        return pool(features) if self.pooled else features

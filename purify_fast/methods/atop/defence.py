@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 from math import gcd
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -23,7 +22,7 @@ from ...defences.base import Defence, refuse_wrapped
 from ...models.representation import count_classes, evaluation_mode
 from ...ops.random_transform import random_transform
 from ...ops.stitch import stitch
-from ..saving import description, rebuilt, save_defence
+from ..saving import description, save_defence
 from .purifier import PURIFIERS, PurifierAdapter
 
 Transform = Literal["rt1", "rt2", "rt3"]
@@ -109,13 +108,6 @@ class Atop(Defence):
             self.purifier.to(memory_format=torch.channels_last)
         self._ready()
         self._dry_run()
-
-    @classmethod
-    def rebuild(
-        cls, classifier: nn.Module, arguments: dict[str, Any], purifier: nn.Module | None, folder: str | Path
-    ) -> Atop:
-        own = rebuilt(arguments.pop("purifier"), purifier, PURIFIERS, folder)
-        return cls(classifier, own, **arguments)
 
     @torch.no_grad()
     def _dry_run(self) -> None:

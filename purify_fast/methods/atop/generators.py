@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..._files import atomic
 from ..._validation import check_counts
 from ...models.foreign import load_state, read_weights
 from ...ops.contextual_attention import contextual_attention, key_validity
@@ -198,11 +197,6 @@ class DeepFillGenerator(nn.Module):
             raise ValueError(f"{path}: {CONSTANT} must be {constant.tolist()}, got {state[CONSTANT].tolist()}")
         load_state(generator, state, f"{path} is not a generator of deepfillv2-pytorch")
         return generator.eval()
-
-    def save_official(self, path: str | Path) -> None:
-        """Write ``{"G": state dict}`` to a ``.pth`` file for `from_official`, atomically."""
-        with atomic(Path(path)) as temporary:
-            torch.save({"G": self.state_dict()}, temporary)
 
 
 #: A residual generator multiplies the image that it corrects by this factor, so that atanh of the image is finite.

@@ -41,11 +41,10 @@ class AtopRecipe(Recipe):
             changes: arguments of `Atop` that replace those of the recipe.
         """
         purifier = DeepFillGenerator(self.image_shape[0] + 2) if purifier is None else purifier
-        options = {"image_shape": self.image_shape, **self.part("defence", official_code), **changes}
-        if tuple(options["image_shape"])[1:] != self.facts["data.image_shape"].value[1:] and "block" not in changes:
-            # 32 pixels of 256, the published side, is the default for images of 256 x 256
-            del options["block"]
-        return Atop(classifier, purifier, **options)
+        options = {"image_shape": self.image_shape, **self.part("defence", official_code)}
+        # 32 pixels of 256, the published side, is the default for images of 256 x 256
+        del options["block"]
+        return Atop(classifier, purifier, **{**options, **changes})
 
     def task(self, defence: Atop, official_code: bool = False) -> AtopTask:
         """Return the training of a defence, for `purify_fast.training.fit`. ``official_code`` is as in `config`."""

@@ -102,37 +102,6 @@ def passes(defence: Atop, batch: Batch, config: AtopConfig, graphs: StepGraphs |
     return Passes(loss, metrics, target, refined=images[-1][:count], packed=packed[:count])
 
 
-def training_loss(
-    defence: Atop, batch: Batch, config: AtopConfig | None = None, graphs: StepGraphs | None = None
-) -> tuple[Tensor, Metrics]:
-    """Return the loss of one batch without a discriminator, for a training loop of your own.
-
-    Your loop must call backward and the optimizer's step.
-
-    Args:
-        defence: the defence whose purifier is trained.
-        batch: the images.
-        config: the settings. None means the defaults.
-        graphs: captures the attack's step in a CUDA graph on a CUDA device; pass the same object for every batch. None
-            captures nothing.
-
-    Returns:
-        The loss to minimize, and detached metrics.
-
-    Raises:
-        ValueError: ``gan_grad`` is True, which needs the discriminator of `AtopTask`; or the defence does not compute
-            in the precision of ``config``.
-    """
-    config = AtopConfig() if config is None else config
-    if (config.precision == "bfloat16") != defence.computes_in_bfloat16:
-        dtype = "torch.bfloat16" if config.precision == "bfloat16" else "None"
-        raise ValueError(f"precision must be that of the defence: call defence.accelerate({dtype}) first")
-    if config.gan_grad:
-        raise ValueError("gan_grad must be False in training_loss, which has no discriminator, got True: use AtopTask")
-    one_pass = passes(defence, batch, config, graphs)
-    return one_pass.loss, one_pass.metrics
-
-
 def discriminator_loss(discriminator: nn.Module, one_pass: Passes, gan_fake: str) -> Tensor:
     """Return the discriminator's loss L_D. The targets are the real images, and no gradient reaches the purifier."""
     fake = one_pass.refined.detach()
@@ -229,10 +198,7 @@ class AtopTask(PurifierTask[Atop]):
 
     def terms(self, length: RunLength) -> dict[str, int]:
         config = self.config
-        acts = {"reconstruction": 0} if config.reconstruction_weight > 0 else {}
-        if config.cls_weight > 0:
-            first = length.first_step(config.cls_delay, config.cls_delay_unit)
-            acts["cross_entropy"] = length.check_acts(first, argument="cls_delay")
-        if self.discriminator is not None and config.gan_weight > 0:
-            acts["deceived"] = 0
-        return acts
+        if config.cls_weight == 0:
+            return {}
+        first = length.first_step(config.cls_delay, config.cls_delay_unit)
+        return {"cross_entropy": length.check_acts(first, argument="cls_delay")}

@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from .networks import decoder_plan as decoder_plan
     from .networks import published_decoder as published_decoder
     from .official import load_official as load_official
-    from .official import save_official as save_official
+    from .official import official_tensors as official_tensors
     from .task import CarsoTask as CarsoTask
-    from .task import training_loss as training_loss
 
 __all__, __getattr__, __dir__ = lazy_exports(__name__)

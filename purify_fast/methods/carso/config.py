@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
-from ..._validation import AtLeast0, Count, Precision, Range, Share, check_types
+from ..._validation import AtLeast0, Count, Precision, Range, Share, ShareBelow1, check_types
 from ...training.config import TrainingAttack, check_unused
-from ...training.schedules import DelayUnit
 
 
 @dataclass(frozen=True)
@@ -30,11 +29,10 @@ class CarsoConfig:
             CIFAR-10).
         allow_no_adversarial: whether to train even if adversarial_fraction of a batch is less than four images, so that
             no image is attacked. This happens in the official TinyImageNet run.
-        kl_delay: length of the first part of the run, in which the KL term has weight 0 (paper: 0.125 of the epochs).
-            Afterwards its weight rises linearly, for a third of this length. Both are rounded up to whole units. The
+        kl_delay: share of the epochs, at the start of the run, in which the KL term has weight 0 (paper: 0.125).
+            Afterwards its weight rises linearly, for a third of this length. Both are rounded up to whole epochs. The
             rise begins at 0: with a delay of 1 epoch, the weight is 0 in epochs 1 and 2, and full from epoch 3. With
             kl_delay 0, the weight is full from the first step.
-        kl_delay_unit: unit of kl_delay: "share" of the epochs (paper), "epochs", "steps" or "images".
         beta: final weight of the KL term (paper: 1).
         train_samples: K, reconstructions per image in the training through the pipeline.
         targets: targets for the K predictions of an attacked image in the training through the pipeline. "labels" uses
@@ -64,8 +62,7 @@ class CarsoConfig:
     eps_mode: Literal["paper", "official_code"] = "paper"
     adversarial_fraction: Share = 0.5
     allow_no_adversarial: bool = False
-    kl_delay: Annotated[float, Range(0, below=True)] = 0.125
-    kl_delay_unit: Literal["share", "epochs", "steps", "images"] = "share"
+    kl_delay: ShareBelow1 = 0.125
     beta: AtLeast0 = 1.0
     train_samples: Count = 1
     targets: Literal["labels", "classifier"] = "labels"
@@ -88,14 +85,6 @@ class CarsoConfig:
             check_unused(self.attack, type(self).attack, ("random_start", "start_std"), "attack_target='pipeline'")
         if not self.attack.eps > 0:
             raise ValueError("eps must be above 0, got 0: the purifier is always trained on attacks")
-        if self.kl_delay_unit == "share" and self.kl_delay >= 1:
-            raise ValueError(f"kl_delay must be in [0, 1) as a share of the epochs, got {self.kl_delay}")
-
-    def kl_delay_of(self, epochs: int) -> tuple[float, DelayUnit]:
-        """Return kl_delay and its unit in a run of ``epochs`` epochs; a share is converted to epochs."""
-        if self.kl_delay_unit == "share":
-            return self.kl_delay * epochs, "epochs"
-        return self.kl_delay, self.kl_delay_unit
 
 
 def config_in_epoch(config: CarsoConfig, std: tuple[float, ...], epoch: int = 0, epochs: int = 1) -> CarsoConfig:

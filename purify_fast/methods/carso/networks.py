@@ -112,13 +112,6 @@ class Deconvolution:
     padding: int = 1
     output_padding: tuple[int, int] = (0, 0)
 
-    @classmethod
-    def of(cls, layer: nn.ConvTranspose2d) -> Deconvolution:
-        """Return the settings of a layer whose kernel, stride and padding are the same in both directions."""
-        more_h, more_w = layer.output_padding
-        kernel, stride, padding = layer.kernel_size[0], layer.stride[0], int(layer.padding[0])
-        return cls(layer.out_channels, kernel, stride, padding, (more_h, more_w))
-
     def size(self, h: int, w: int) -> tuple[int, int]:
         """Return the height and width of the output for an input of height ``h`` and width ``w``."""
         return (

@@ -1,4 +1,4 @@
-"""Reads and writes the official CARSO weights: three safetensors files per system, with the official tensor names.
+"""Reads the official CARSO weights: three safetensors files per system, with the official tensor names.
 
     {stem}_repr_compressors     i.j.0.*, i.j.1.*     layer i, block j: convolution, BatchNorm
     {stem}_repr_fcn_compressor  1.0.*, 1.1.*         the joint linear layer, BatchNorm
@@ -17,24 +17,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..._files import atomic
 from ..._validation import check_shapes
+from ...models.classifiers import WideResNet
 from ...models.foreign import read_weights
 from ...models.layers import Normalize
-from ...protocols import NamesRepresentation
 from .defence import Carso
-from .networks import PUBLISHED, Deconvolution, published_decoder
+from .networks import PUBLISHED, published_decoder
 
 PARTS = ("repr_compressors", "repr_fcn_compressor", "decoder")
 #: The tensors of each file in `PARTS`, by their official names.
 Tensors = dict[str, dict[str, Tensor]]
 
 
-def _official_tensors(defence: Carso) -> Tensors:
-    """Return the tensors of a version 4 system for each official file, by their official names. They are not copied."""
+def official_tensors(defence: Carso) -> Tensors:
+    """Return the tensors of a defence for each official file, by their official names. They are not copied.
+
+    Args:
+        defence: a system of version v4 whose representation has only maps and whose decoder is a `published_decoder`.
+            Other systems have no official files, because the files have no strides and paddings.
+    """
     state: Tensors = {
         "repr_compressors": defence.condition_encoder.get_submodule("layers").state_dict(),
         "repr_fcn_compressor": defence.condition_encoder.get_submodule("joint").state_dict(prefix="1."),
@@ -104,7 +107,7 @@ def load_official(
     if not blocks or not cond_dim or shape is None or first[0].numel() <= cond_dim:
         raise ValueError(f"{directory} must hold the three files of a CARSO system, but its files have other tensors")
     if layers is None:
-        if not isinstance(classifier, NamesRepresentation):
+        if not isinstance(classifier, WideResNet):
             raise ValueError(f"layers must be given for a {type(classifier).__name__}: those of the files' training")
         layers = classifier.representation_layers()
     if len(layers) != (count := len({layer for layer, _ in blocks})):
@@ -120,32 +123,10 @@ def load_official(
     }
     defence = Carso(classifier, samples=samples, **arguments)
     files = dict(zip(paths.values(), (encoder, joint, decoder), strict=True))
-    for own, (path, tensors) in zip(_official_tensors(defence).values(), files.items(), strict=True):
+    for own, (path, tensors) in zip(official_tensors(defence).values(), files.items(), strict=True):
         shapes = [{name: tuple(tensor.shape) for name, tensor in state.items()} for state in (tensors, own)]
         check_shapes(f"{path} does not fit this classifier and layers", *shapes)
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(tensors[name])
     return defence.eval()
-
-
-def save_official(defence: Carso, directory: str | Path, stem: str) -> None:
-    """Write the three files that `load_official` reads, each atomically.
-
-    Args:
-        defence: the system. A ValueError is raised if the files cannot represent it.
-        directory: folder for the files.
-        stem: common name of the files.
-    """
-    if defence.arguments["version"] != "v4" or any(len(shape) != 3 for shape in defence.representation.shapes):
-        shapes = ", ".join("[" + ", ".join(map(str, ("B", *shape))) + "]" for shape in defence.representation.shapes)
-        raise ValueError(f"official files hold only version v4 and layers of maps, got layers of {shapes}: use `save`")
-    decoder = defence.decoder
-    layers = [Deconvolution.of(layer) for layer in decoder.modules() if isinstance(layer, nn.ConvTranspose2d)]
-    if (decoder.start, layers) not in [published_decoder(size) for size in PUBLISHED]:
-        # the files have no strides and paddings, and a reader uses the published values
-        raise ValueError("decoder must be a `published_decoder`, as official files have no strides: use `save`")
-    paths = _paths(Path(directory), stem)
-    for part, tensors in _official_tensors(defence).items():
-        with atomic(paths[part]) as temporary:
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)

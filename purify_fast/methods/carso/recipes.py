@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ...models.classifiers import FullyConnected, WideResNet
+from ...models.classifiers import WideResNet
 from ...models.foreign import load_state, read_weights
 from ..publication import Recipe, read_recipes
 from .config import CarsoConfig, atom_size
 from .defence import Carso
 from .networks import PUBLISHED, published_decoder
-from .official import PARTS, load_official
+from .official import load_official
 from .task import CarsoTask
 
 if TYPE_CHECKING:
@@ -30,15 +30,6 @@ class CarsoRecipe(Recipe):
     """A published CARSO system."""
 
     settings = CarsoConfig
-
-    def build_classifier(self) -> nn.Module:
-        """Build the system's classifier with fresh weights. The published weights are not part of this package."""
-        channels, *size = self.image_shape
-        mean, std, classes = self["data.mean"], self["data.std"], self["data.num_classes"]
-        if self["classifier.name"] == "fully_connected":
-            return FullyConnected(channels, classes, mean=mean, std=std, image_size=size)
-        depth, width = self["classifier.depth"], self["classifier.width"]
-        return WideResNet(depth, width, in_channels=channels, num_classes=classes, mean=mean, std=std)
 
     def config(self, official_code: bool = False) -> CarsoConfig:
         """Return the settings. ``official_code`` scales eps, and trains TinyImageNet without adversarial examples."""
@@ -72,14 +63,12 @@ class CarsoRecipe(Recipe):
         recipe = super().for_batch(batch_size)
         return replace(recipe, own={**recipe.own, "method.learning_rate": rate})
 
-    def load(self, directory: str | Path, classifier_weights: str | Path | None = None) -> Carso:
+    def load(self, directory: str | Path, classifier_weights: str | Path) -> Carso:
         """Load the system with its authors' weights, in evaluation mode.
 
         Args:
-            directory: folder with the three safetensors files of the purifier, and the classifier's file if
-                ``classifier_weights`` is None.
-            classifier_weights: file of the classifier's weights. None means the only other file of weights in
-                ``directory``, or, if there are several, the file with the authors' name.
+            directory: folder with the three safetensors files of the purifier.
+            classifier_weights: file of the classifier's weights.
 
         Raises:
             FileNotFoundError: a file is missing.
@@ -89,27 +78,10 @@ class CarsoRecipe(Recipe):
         if self["defence.version"] != "v4":
             published = ", ".join(name for name, recipe in RECIPES.items() if recipe["defence.version"] == "v4")
             raise ValueError(f"recipe must be one of {published}, whose weights were published, got {self.name!r}")
-        folder = Path(directory)
         classifier = self.build_classifier()
-        path = Path(classifier_weights or self._classifier_file(folder))
-        load_state(
-            classifier, read_weights(path), f"{path} does not hold the classifier of this system", only_model=True
-        )
-        return load_official(classifier, folder, samples=self["defence.samples"])
-
-    def _classifier_file(self, folder: Path) -> Path:
-        """Return the file with the weights of the classifier."""
-        endings, purifier = (".pt", ".pth", ".safetensors"), tuple(f"_{part}.safetensors" for part in PARTS)
-        files = sorted(p for p in folder.iterdir() if p.suffix in endings and not p.name.endswith(purifier))
-        weights = self["start.classifier"].partition(":")[0]
-        chosen = [path for path in files if path.stem == weights] or files
-        if len(chosen) != 1:
-            names = ", ".join(path.name for path in chosen) or "none"
-            raise FileNotFoundError(
-                f"{folder} must hold one file with the weights of the classifier, which the authors call {weights}, "
-                f"got {names}: choose one by classifier_weights=FILE"
-            )
-        return chosen[0]
+        what = f"{classifier_weights} does not hold the classifier of this system"
+        load_state(classifier, read_weights(classifier_weights), what, only_model=True)
+        return load_official(classifier, directory, samples=self["defence.samples"])
 
     def task(self, defence: Carso, official_code: bool = False) -> CarsoTask:
         """Return the training of a defence, for `purify_fast.training.fit`. ``official_code`` is as in `config`."""

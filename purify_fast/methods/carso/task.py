@@ -45,13 +45,13 @@ if TYPE_CHECKING:
     from ...speed.graphs.step_graphs import StepGraphs
 
 
-def kl_weight(position: float, delay: float) -> float:
-    """Return the share of the KL term's final weight at ``position``, in the unit of ``delay`` (paper: epochs).
+def kl_weight(epoch: int, delay: float) -> float:
+    """Return the share of the KL term's final weight in an epoch, counted from 0, after a delay of so many epochs.
 
     The weight is 0 during the delay, and then rises linearly for a third of the delay. Both lengths are rounded up.
     """
     start, rise = ceil(delay), ceil(delay / 3)
-    return 1.0 if position >= start + rise else max(0.0, (position - start) / rise)
+    return 1.0 if epoch >= start + rise else max(0.0, (epoch - start) / rise)
 
 
 def balanced_batch(
@@ -103,8 +103,7 @@ def published_step(
     z, kl = sample_latent(mean, log_variance, seed, batch.sample_ids)
     reconstruction = reconstruction_loss(defence.decode(z[:, None], condition)[:, 0], batch.x).mean()
     kl = kl.mean()
-    delay, unit = config.kl_delay_of(batch.epochs)
-    beta = config.beta * kl_weight(batch.progress_in(unit), delay)
+    beta = config.beta * kl_weight(batch.epoch, config.kl_delay * batch.epochs)
     # The loss is a mean over images, and gradients are averaged over processes. This factor turns both into sums.
     images = len(batch.x) * processes()[1] if config.reduction == "sum" else 1
     loss = (reconstruction + beta * kl) * images
@@ -122,9 +121,7 @@ def pipeline_step(
     defence: Carso, batch: Batch, config: CarsoConfig, graphs: StepGraphs | None = None
 ) -> tuple[Tensor, Metrics]:
     """Attack a batch by PGD through the whole defence, and return this package's own loss of it, and metrics."""
-    k = config.train_samples
-    # a copy would be captured anew in each step, so `CarsoTask` gives a defence with this K
-    defence = defence if defence.samples == k else with_samples(defence, k)
+    k = defence.samples
     with as_trained(defence, batch):
         adversarial = config.attack.run(defence, batch, graphs=graphs)
         latents = defence.prior_latents(len(adversarial), k, adversarial.device)
@@ -147,26 +144,6 @@ def pipeline_step(
 
 #: The loss function of a batch for each attack_target.
 STEPS = {"classifier": published_step, "pipeline": pipeline_step}
-
-
-def training_loss(
-    defence: Carso, batch: Batch, config: CarsoConfig | None = None, graphs: StepGraphs | None = None
-) -> tuple[Tensor, Metrics]:
-    """Return the loss of one batch, for a training loop of your own, which calls backward and the optimizer's step.
-
-    Args:
-        defence: the defence to train.
-        batch: the images. Without epoch and epochs, it counts as a batch of the first epoch, in which the KL term has
-            weight 0 by the default kl_delay.
-        config: the settings. None means the defaults.
-        graphs: captures the attack's step in a CUDA graph on a CUDA device; pass the same object for every batch. None
-            captures nothing. A step through the pipeline is captured if the defence has train_samples samples.
-
-    Returns:
-        The loss to minimize, and detached metrics.
-    """
-    config = CarsoConfig() if config is None else config
-    return STEPS[config.attack_target](defence, batch, config, graphs)
 
 
 class CarsoTask(PurifierTask[Carso]):
@@ -196,8 +173,7 @@ class CarsoTask(PurifierTask[Carso]):
         self.optimizer = Lookahead(inner, config.lookahead_steps, config.lookahead_alpha)
 
     def captures(self, batch: Batch) -> Hashable:
-        delay, unit = self.config.kl_delay_of(batch.epochs)
-        weight = kl_weight(batch.progress_in(unit), delay)
+        weight = kl_weight(batch.epoch, self.config.kl_delay * batch.epochs)
         return self.config.attack.at_epoch(batch.epoch, batch.epochs), weight
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
@@ -217,18 +193,17 @@ class CarsoTask(PurifierTask[Carso]):
 
     def terms(self, length: RunLength) -> dict[str, int]:
         config = self.config
-        if config.attack_target == "classifier" and length.batch_size:
+        if config.attack_target == "pipeline":
+            return {}
+        if length.batch_size:
             # The last batch of an epoch may be too small for the attacks.
             atom_size(length.last_batch // processes()[1], config.adversarial_fraction, config.allow_no_adversarial)
-        if config.attack_target == "pipeline":
-            acts = {"cross_entropy" if config.targets == "labels" else "divergence": 0}
-            return acts | ({"reconstruction": 0} if config.reconstruction_weight > 0 else {})
         if config.beta == 0:
-            return {"reconstruction": 0}
-        delay, unit = config.kl_delay_of(length.epochs)
-        # in the first unit after the delay, the weight is still 0, because it rises from 0
-        first = length.first_step(ceil(delay) + 1 if delay > 0 else 0, unit)
-        return {"reconstruction": 0, "kl": length.check_acts(first, argument="kl_delay")}
+            return {}
+        # in the first epoch after the delay, the weight is still 0, because it rises from 0
+        delay = config.kl_delay * length.epochs
+        first = length.first_step(ceil(delay) + 1 if delay > 0 else 0, "epochs")
+        return {"kl": length.check_acts(first, argument="kl_delay")}
 
     def validate(self, batch: Batch) -> Metrics:
         """Return the training's loss per held-out image, and its metrics."""

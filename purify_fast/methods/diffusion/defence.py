@@ -31,7 +31,7 @@ from ...defences.base import Defence, refuse_wrapped
 from ...models.representation import count_classes, evaluation_mode
 from ...ops.diffusion_step import COEFFICIENTS, STEPS, diffusion_step
 from ..saving import save_defence
-from .denoiser import Denoiser, described_denoiser, read_pretrained, rebuilt_denoiser
+from .denoiser import Denoiser, described_denoiser, read_pretrained
 from .guidance import GRADIENTS
 from .process import Process, Table
 
@@ -116,12 +116,6 @@ class DiffusionPurifier(Defence):
             times = times.view(torch.float64)[-1].expand(len(blank))
             # the denoiser may draw random numbers itself, such as for dropout in evaluation mode
             self._denoiser_draws = draws_numbers(lambda: self._predict(blank[:, 0], times), blank.device)
-
-    @classmethod
-    def rebuild(
-        cls, classifier: nn.Module, arguments: dict[str, Any], purifier: nn.Module | None, folder: str | Path
-    ) -> DiffusionPurifier:
-        return cls(rebuilt_denoiser(arguments.pop("denoiser"), purifier, folder), classifier, **arguments)
 
     def _make_table(self) -> None:
         """Compute the table of the process as buffers, and let every step have a gradient of the denoiser."""

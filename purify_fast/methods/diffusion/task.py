@@ -33,7 +33,6 @@ from ..._validation import Precision
 from ...models.representation import evaluation_mode
 from ...ops.philox import Stream, philox, philox_key
 from ...speed.folding.inference_copy import autocast_to
-from ...training.schedules import RunLength
 from ...training.task import Batch, Metrics
 from ..base import MethodTask
 from .config import DiffusionConfig
@@ -117,9 +116,6 @@ class DiffusionTask(MethodTask):
         """Return the loss of the result, which is the moving average, if any."""
         with torch.no_grad():
             return {"loss": self.loss(self.result, batch)}
-
-    def terms(self, length: RunLength) -> dict[str, int]:
-        return {"loss": 0}
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "structure": structure_fingerprint(self.denoiser)}

@@ -71,7 +71,7 @@ def test_on_a_given_classifier_with_every_setting(standard, tmp_path):
     """A learning rate of 0 keeps its weights, so that it was the start; else they move."""
     before = weights_fingerprint(load_classifier(standard))
     options = ["--classifier", str(standard), "--layers", "conv4", "hidden", "--pooled"]
-    options += ["--ema-decay", "0.5", "--awp-gamma", "0.01", "--precision", "bfloat16"]
+    options += ["--ema-decay", "0.5", "--precision", "bfloat16"]
     options += ["--distance", "cosine", "--angle", "10"]
     options += ["--optimizer", "adamw", "--schedule", "one_cycle", "--drift-mode", "train", "--eps-warmup", "0.5"]
     assert run(tmp_path / "moved", *options) == 0

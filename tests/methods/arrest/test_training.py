@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from purify_fast import data
 from purify_fast.attacks import pgd
-from purify_fast.methods.arrest import ArrestConfig, ArrestTask, Teacher
+from purify_fast.methods.arrest import ArrestConfig, ArrestTask
 from purify_fast.models.classifiers import PreActResNet18, SmallCNN
 from purify_fast.ops import representation_distance
 from purify_fast.speed.folding.inference_copy import InferenceCopy
@@ -277,7 +277,7 @@ def test_several_layers_are_averaged_and_pooling_reads_their_means():
         torch.testing.assert_close(distances["conv2 conv4 hidden", pooled], torch.stack(three).mean(0))
     assert not torch.allclose(distances["conv4", False], distances["conv4", True], rtol=0.01)
 
-    maps = [Teacher(net, ["conv4"], SHAPE)(step.x)[0] for net in (moved(cnn()), cnn())]
+    maps = [arrest(net, ["conv4"]).teacher(step.x)[0] for net in (moved(cnn()), cnn())]
     by_hand = representation_distance(*(m.flatten(2).mean(2) for m in maps))
     torch.testing.assert_close(distances["conv4", True], by_hand)
 
@@ -295,7 +295,7 @@ def test_without_either_part_it_is_adversarial_training():
     model = resnet().train()
     other = copy.deepcopy(model)
     task = arrest(model, distillation_weight=0.0, replay=False)
-    assert task.teacher is None and task.layers == []
+    assert task.teacher(batch().x) == [] and task.layers == []
     optimizer = torch.optim.SGD(other.parameters(), lr=0.025, momentum=0.9, weight_decay=5e-4)
     for seed in (7, 8):
         step = dataclasses.replace(batch(), seed=seed)
@@ -319,7 +319,7 @@ def test_every_parameter_of_the_student_is_trained_and_none_of_the_teacher(make)
     loss.backward()
     model = task.model
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
-    teacher = task.teacher.reader.model
+    teacher = task.teacher_reader.model
     assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
     assert not {id(p) for p in teacher.parameters()} & {id(p) for p in model.parameters()}
     distance = task.distance(task.forward(step.x)[1], of_teacher).sum()
@@ -332,64 +332,11 @@ def test_every_parameter_of_the_student_is_trained_and_none_of_the_teacher(make)
 def test_the_teacher_is_the_students_start_unless_one_is_given():
     step, model = batch(), cnn()
     task = arrest(model)
-    want = Teacher(cnn(), ["hidden"], SHAPE)(step.x)[0]
+    want = arrest(cnn(), ["hidden"]).teacher(step.x)[0]
     moved(model)
     assert torch.equal(task.teacher(step.x)[0], want)
     assert torch.equal(arrest(model, teacher=cnn()).teacher(step.x)[0], want)
     assert not torch.equal(arrest(model).teacher(step.x)[0], want)
-
-
-def test_awp_by_hand():
-    """The gradient and BatchNorm's only update are at the perturbed weights; the step is from those before."""
-    gamma, rate = 0.05, 0.1
-    model = moved(resnet()).train()
-    options = {"learning_rate": rate, "momentum": 0.0, "weight_decay": 0.0, "replay": False, "distillation_weight": 2.0}
-    task = arrest(model, teacher=resnet(), awp_gamma=gamma, **options)
-    step = batch()
-    before, of_teacher = states(model), task.teacher(step.x)
-    x, _ = task.inputs(step, of_teacher)
-
-    def loss_of(net):
-        helper = arrest(net, teacher=resnet(), distillation_weight=2.0)
-        return helper.loss(x, step.y, of_teacher)[0]
-
-    other = copy.deepcopy(model)
-    named = dict(other.named_parameters())
-    first = torch.autograd.grad(loss_of(other), list(named.values()))
-    other.load_state_dict(before)
-    with torch.no_grad():
-        for (name, p), g in zip(named.items(), first, strict=True):
-            if p.dim() > 1:
-                p.add_(g * (gamma * p.norm() / g.norm()))
-                assert (p - before[name]).norm().item() == pytest.approx(gamma * before[name].norm().item(), rel=1e-3)
-    want = loss_of(other)
-    second = dict(zip(named, torch.autograd.grad(want, list(named.values())), strict=True))
-
-    loss, _ = task.training_step(step)
-    torch.testing.assert_close(loss, want)
-    task.optimizer.zero_grad()
-    loss.backward()
-    task.before_step()
-    task.optimizer.step()
-    for name, value in states(model).items():
-        if name in second:
-            torch.testing.assert_close(value, before[name] - rate * second[name], rtol=1e-4, atol=1e-6)
-        else:
-            torch.testing.assert_close(value, states(other)[name], rtol=1e-4, atol=1e-6)
-    assert model.norm.num_batches_tracked == before["norm.num_batches_tracked"] + 1
-    assert not torch.allclose(torch.stack([f.norm() for f in first]), torch.stack([*map(torch.norm, second.values())]))
-
-
-def test_awp_over_several_batches_of_one_step_comes_back_to_the_weights():
-    """A user's own loop may take a step for the gradients of several batches."""
-    task = arrest(awp_gamma=0.05, learning_rate=0.0, weight_decay=0.0, replay=False)
-    before = states(task.model)
-    for seed in (7, 8):
-        task.training_step(dataclasses.replace(batch(), seed=seed))[0].backward()
-    assert not same(states(task.model), before)
-    task.before_step()
-    task.optimizer.step()
-    assert same(states(task.model), before)
 
 
 def test_the_moving_average_by_hand():

@@ -59,7 +59,7 @@ def test_from_scratch_with_every_setting(made, tmp_path, capsys):
 def test_a_published_checkpoint_is_what_training_starts_from(made, tmp_path, capsys):
     torch.manual_seed(0)
     path = tmp_path / "states.pth"
-    DeepFillGenerator(3, 4).save_official(path)
+    torch.save({"G": DeepFillGenerator(3, 4).state_dict()}, path)
     options = ["--init", "None", "--purifier", "deepfill", "--weights", str(path), "--learning-rate", "0"]
     assert run("atop", made, tmp_path / "out", *options, "--cls-delay=0", "--aggregation", "mean_softmax") == 0
     loaded, wanted = purify_fast.load_defence(tmp_path / "out"), DeepFillGenerator.from_official(path).state_dict()

@@ -13,7 +13,6 @@ from purify_fast import _library
 from purify_fast.attacks import BPDA, PGD, BpdaModel
 from purify_fast.evaluation import AttackSpec
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
-from purify_fast.methods.atop.task import training_loss
 from purify_fast.models.classifiers import FullyConnected, SmallCNN
 from purify_fast.ops import use_backend
 from purify_fast.training import Batch
@@ -216,6 +215,6 @@ def test_a_classifier_in_bfloat16_is_attacked_and_trained_with():
     report = evaluate(made, images(4), y, eps=0.1, attacks=attacks, eot_iter=1, progress=False)
     assert [row.kind for row in report.rows][1:4] == ["bpda", "pgd", "pgd"]
     assert BpdaModel.of(made)(images(4)).dtype == torch.float32
-    loss, _ = training_loss(made, Batch(images(4), y, torch.arange(4), 0), AtopConfig(cls_delay=0))
+    loss, _ = AtopTask(made, AtopConfig(cls_delay=0)).training_step(Batch(images(4), y, torch.arange(4), 0))
     loss.backward()
     assert loss.isfinite() and all(p.grad is None for p in made.classifier.parameters())

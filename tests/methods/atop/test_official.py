@@ -1,4 +1,4 @@
-"""DeepFillv2 checkpoints: written and read under the official names, and what happens with files that do not fit."""
+"""DeepFillv2 checkpoints: read under the official names, and what happens with files that do not fit."""
 
 import pytest
 import torch
@@ -25,12 +25,10 @@ def equal(a, b):
 
 
 def test_a_round_trip_keeps_every_tensor_under_its_official_name(generator, tmp_path):
-    path = tmp_path / "deep" / "states.pth"
-    generator.save_official(path)
+    path = tmp_path / "states.pth"
+    torch.save({"G": generator.state_dict()}, path)
     loaded = DeepFillGenerator.from_official(str(path))
     assert equal(loaded, generator) and loaded.arguments == generator.arguments and not loaded.training
-    content = torch.load(path, weights_only=True)
-    assert list(content) == ["G"] and content["G"].keys() == generator.state_dict().keys()
 
 
 @pytest.mark.parametrize(

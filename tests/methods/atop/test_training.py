@@ -12,7 +12,7 @@ from torch import nn
 from purify_fast import data
 from purify_fast.attacks import fgsm
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
-from purify_fast.methods.atop.task import hinge, passes, training_loss
+from purify_fast.methods.atop.task import hinge, passes
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import Batch, FitConfig, fit
 from purify_fast.training.config import TrainingAttack
@@ -54,7 +54,7 @@ def test_fact_10_cross_entropy_as_it_enters_the_loss():
     made = defence(classifier=Made(lambda self, x: 0 * x.flatten(1)[:, :10]))
     for weight, share in ((0.05, 0.1151293), (0.1, 0.2302585)):
         config = AtopConfig(attack_method="none", cls_weight=weight, reconstruction_weight=0.0)
-        assert training_loss(made, batch(), config)[0].item() == pytest.approx(share, abs=1e-6)
+        assert passes(made, batch(), config).loss.item() == pytest.approx(share, abs=1e-6)
 
 
 def judge(opinions):
@@ -200,8 +200,3 @@ def test_the_pipeline_is_what_is_attacked():
         config = configured(AtopConfig, attack_method="pgd", attack_target=target, eps=0.2, cls_delay=0)
         losses[target] = float(passes(made, step, config).metrics["cross_entropy"])
     assert losses["pipeline"] > losses["classifier"]
-
-
-def test_what_needs_the_task_says_so():
-    with pytest.raises(ValueError, match="gan_grad must be False in training_loss"):
-        training_loss(defence(), batch(), AtopConfig(gan_grad=True))

@@ -7,9 +7,8 @@ from torchvision.models import VisionTransformer
 
 import purify_fast
 from purify_fast.attacks import pgd
-from purify_fast.methods.carso import Carso, CarsoConfig
+from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.methods.carso.networks import Deconvolution, published_decoder
-from purify_fast.methods.carso.task import training_loss
 from purify_fast.models.classifiers import FullyConnected, SmallCNN, WideResNet
 from purify_fast.training import Batch
 from purify_fast.training.config import TrainingAttack
@@ -57,7 +56,7 @@ def test_it_trains_and_is_attacked(defence):
     for config in (CONFIG, CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=0.1, steps=1))):
         defence.train()
         defence.zero_grad()
-        training_loss(defence, b, config)[0].backward()
+        CarsoTask(defence, config).training_step(b)[0].backward()
         used = ("condition_encoder", "decoder") + (("posterior",) if config is CONFIG else ())
         for name, p in defence.named_parameters():
             if name.startswith(used):

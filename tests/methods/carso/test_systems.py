@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from purify_fast.methods.carso.config import atom_size
-from purify_fast.methods.carso.official import _official_tensors
+from purify_fast.methods.carso.official import official_tensors
 from purify_fast.methods.carso.recipes import RECIPES
 from purify_fast.models.classifiers import FullyConnected
 
@@ -87,7 +87,7 @@ def test_the_first_version_on_mnist(systems):
     ],
 )
 def test_full_size_tensors_have_the_official_names_and_shapes(systems, part, count, want):
-    state = _official_tensors(systems["cifar10"])[part]
+    state = official_tensors(systems["cifar10"])[part]
     names = sorted((name, tuple(tensor.shape)) for name, tensor in state.items())
     assert len(names) == count
     assert hashlib.sha256(repr(names).encode()).hexdigest() == want

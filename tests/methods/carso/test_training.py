@@ -10,7 +10,7 @@ import torch
 import purify_fast
 from purify_fast import data
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
-from purify_fast.methods.carso.task import balanced_batch, kl_weight, pipeline_step, published_step
+from purify_fast.methods.carso.task import balanced_batch, kl_weight, published_step
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import Batch, FitConfig, fit
 from purify_fast.training.checkpoint import read_model
@@ -134,7 +134,7 @@ def test_the_pipeline_loss_reaches_what_inference_uses_and_keeps_mode_samples_an
     made = defence().train()
     state = copy.deepcopy(made.state_dict())
     config = CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=0.2, steps=2), train_samples=3)
-    pipeline_step(made, batch(), config)[0].backward()
+    CarsoTask(made, config).training_step(batch())[0].backward()
     for name, p in made.named_parameters():
         inference = name.startswith(("condition_encoder", "decoder"))
         assert (p.grad is not None) == inference, name
@@ -151,7 +151,8 @@ def test_pipeline_examples_are_made_against_the_whole_defence(monkeypatch):
         original = getattr(module, name)
         monkeypatch.setattr(module, name, lambda model, *a, f=original, **k: seen.append(model) or f(model, *a, **k))
     made = defence()
-    pipeline_step(made, batch(), CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=0.2, steps=1)))
+    config = CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=0.2, steps=1))
+    CarsoTask(made, config).training_step(batch())
     published_step(made, batch(), CarsoConfig(attack=TrainingAttack(eps=0.2, steps=1)))
     assert seen[0].decoder is made.decoder and seen[0].samples == 1 and seen[1] is made.classifier
 

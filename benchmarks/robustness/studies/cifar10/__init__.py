@@ -60,7 +60,6 @@ def trainings(job: MakeJob, seed: int, budget: Budget) -> list[Job]:
         job(study.ATOP_ZERO, models.train_atop, study.BASE, study.GENERATOR),
         *(job(study.share_name(share), models.train_base, how={"share": share}) for share in budget.shares),
         job(study.LARGE, models.train_base, how={"large": True}),
-        job(study.AWP, models.train_base, how={"awp": True}),
         job(study.LONG, models.train_base, study.BASE, how={"long": True}),
     ]
 

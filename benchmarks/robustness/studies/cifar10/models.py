@@ -104,9 +104,9 @@ def attack_of(budget: SimpleNamespace, share: float = 1.0) -> TrainingAttack:
     return TrainingAttack(eps=eps, steps=budget.steps, relative_alpha=2.5)
 
 
-def adversarial(budget: SimpleNamespace, share: float = 1.0, awp: bool = False) -> ArrestConfig:
+def adversarial(budget: SimpleNamespace, share: float = 1.0) -> ArrestConfig:
     """Return the settings of adversarial training with PGD."""
-    rate = {"learning_rate": 0.1, "schedule": "one_cycle", "awp_gamma": budget.awp_gamma if awp else 0.0}
+    rate = {"learning_rate": 0.1, "schedule": "one_cycle"}
     return replace(finetuning(budget, 0.0, None), attack=attack_of(budget, share), **rate)
 
 
@@ -192,7 +192,7 @@ def train_base(job: Job, folder: Path, root: Path) -> dict:
     else:
         model, epochs = fresh(job, images, budget.width), budget.base_epochs
     kind = TradesTask if how.get("trades") else ArrestTask
-    config = adversarial(budget, how.get("share", 1.0), how.get("awp", False))
+    config = adversarial(budget, how.get("share", 1.0))
     task = kind(model, config, images.image_shape)
     facts = _fitted(job, folder, task, task.result, epochs, images)
     save_classifier(task.result, folder)

@@ -67,7 +67,7 @@ def budget_of(amount: str) -> Budget:
 EPS = 8 / 255
 #: The layers of the classifier that CARSO reads: the last block of each of the classifier's last three stages.
 LAYERS = ("stages.1.1", "stages.2.1", "stages.3.1")
-STANDARD, BASE, LARGE, AWP, TRADES = "standard", "PGD-AT", "PGD-AT, larger", "PGD-AT, AWP", "TRADES"
+STANDARD, BASE, LARGE, TRADES = "standard", "PGD-AT", "PGD-AT, larger", "TRADES"
 NO_EMA, LONG = "PGD-AT, no moving average", "PGD-AT, longer"
 AFT, ARREST, ARREST_EMA = "AFT", "ARREST", "ARREST, moving average"
 #: In the names of rows, "the paper's objective" means that the training attacks the same part of the defence as in the
@@ -78,7 +78,7 @@ GENERATOR, ATOP = "AToP pre-trained only", "AToP, paper's objective"
 ATOP_PIPELINE, ATOP_ZERO = "AToP pipeline", "AToP pipeline, sigma 0"
 #: The row of AToP as in the paper, with a classifier that is not robust by itself.
 ATOP_STANDARD = "AToP, paper's objective, on standard"
-CLASSIFIERS = (STANDARD, BASE, NO_EMA, LONG, LARGE, AWP, TRADES, AFT, ARREST_EMA, ARREST)
+CLASSIFIERS = (STANDARD, BASE, NO_EMA, LONG, LARGE, TRADES, AFT, ARREST_EMA, ARREST)
 #: For each row that shares the training of another row, the name of this other row, whose folder has the weights.
 TRAINED_AS = {NO_EMA: BASE, ARREST: ARREST_EMA}
 #: The name of the subfolder in which a training saves the weights that are not averaged.
@@ -103,7 +103,7 @@ PAIRS = (
     (ARREST_EMA, AFT),
     (ARREST_EMA, BASE),
     (ARREST, ARREST_EMA),
-    *((name, BASE) for name in (NO_EMA, LONG, LARGE, AWP, TRADES)),
+    *((name, BASE) for name in (NO_EMA, LONG, LARGE, TRADES)),
 )
 #: Rows that are trained and evaluated with all seeds.
 COMPARED = (BASE, CARSO, CARSO_PIPELINE, ATOP, ATOP_STANDARD, ATOP_PIPELINE, AFT, ARREST_EMA, ARREST, CARSO_DISTILLED)
