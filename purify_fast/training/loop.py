@@ -12,7 +12,6 @@ up to rounding. After the backward pass, they average all gradients and metrics 
 from __future__ import annotations
 
 import contextlib
-import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -36,10 +35,8 @@ from .config import FitConfig
 from .distributed import average_, from_first
 from .optimizers import fuse, set_learning_rate, weights_of
 from .run import Run
-from .sources import HeldOut, Images, Loader, classes_of, make_sources, step_seed
-from .task import Batch, Metrics, Task, frozen_parts
-
-logger = logging.getLogger("purify_fast")
+from .sources import HeldOut, Images, Loader, make_sources, step_seed
+from .task import Batch, Metrics, Task
 
 #: The losses and weights are checked after every INTERVAL steps, because a check waits for the device.
 INTERVAL = 100
@@ -71,24 +68,21 @@ def fit(
 
     Args:
         task: the training: model, optimizers and step.
-        x: the images to train on, in one of three forms. **Images**: uint8 ``[N, C, H, W]`` on the device that trains
-            (a tensor or a NumPy array), or streamed from a file. All of these give the same weights to the bit, and a
-            run with one of them can be resumed with another. Every process passes all images. **A loader**: a
-            DataLoader or another iterable with a length, of (images, labels) or (images, labels, indices); the images
-            are float in [0, 1] or uint8. Every process passes its own share. `fit` does not control the order, so a run
-            can be resumed between epochs only. A resumed run repeats the order if the loader draws it from torch's
-            global generator or from the DataLoader's own generator, as with ``shuffle=True``. **A function** of the
-            epoch that returns such an iterable, and that repeats the order when it is called again for the same epoch.
-            With a function, a run can be resumed at any step: the epoch's earlier batches are read again, but not used.
-        y: labels of the images, integers ``[N]``, a tensor or a NumPy array; None with a loader or a function.
-        config: length and settings of the training. With a loader or a function, its batch_size and drop_last have no
-            effect.
+        x: the images to train on, in one of two forms. **Images**: uint8 ``[N, C, H, W]``, a tensor or a NumPy array. A
+            tensor on another device is copied batch by batch to the device that trains. Every process passes all
+            images. **A loader**: a DataLoader or another iterable with a length, of (images, labels) or (images,
+            labels, indices); the images are float in [0, 1] or uint8. Every process passes its own share. `fit` does
+            not control the order, so a run can be resumed between epochs only. A resumed run repeats the order if the
+            loader draws it from torch's global generator or from the DataLoader's own generator, as with
+            ``shuffle=True``.
+        y: labels of the images, integers ``[N]``, a tensor or a NumPy array; None with a loader.
+        config: length and settings of the training. With a loader, its batch_size and drop_last have no effect.
         folder: folder for ``checkpoint.safetensors`` and ``log.jsonl``; None writes no files.
         title: title of the progress bar.
         progress: whether to show a progress bar.
         callbacks: further listeners to the training, see `Callback`.
-        validation: held-out images, in place of the config's validation_share: (images, labels), or a loader or
-            function like ``x``. Every process passes all of them.
+        validation: held-out images, in place of the config's validation_share: (images, labels), or a loader. Every
+            process passes all of them.
         bank: settings of an adversarial bank, for a training that attacks a model which it never changes. The bank
             stores the adversarial images, and later epochs read them. None attacks in every step. A run can be resumed
             only with the same variants and refresh.
@@ -112,7 +106,6 @@ def fit(
     folder = None if folder is None else Path(folder)
     source, held_out = make_sources(task, x, y, config, validation)
     run = Run(task, config, source, held_out, folder, bank=bank)
-    task.frozen = frozen_parts(task.model)
     if processes()[1] > 1:
         task.train()
         _check_batchnorm(task.model)
@@ -142,8 +135,7 @@ def fit(
 
 def _train(run: Run, listeners: Sequence[Callback]) -> None:
     """Train the remaining epochs of a run."""
-    while not run.ended:
-        epoch = len(run.rows)
+    for epoch in range(len(run.rows), run.config.epochs):
         last = epoch + 1 == run.config.epochs
         due = run.held_out is not None and (last or (epoch + 1) % run.config.validation_every == 0)
         # After a kill in a validation, the epoch's steps have all been taken.
@@ -160,9 +152,6 @@ def _train(run: Run, listeners: Sequence[Callback]) -> None:
         for listener in listeners:
             listener.on_epoch(state)
         run.save()
-        if run.ended and not last:
-            text = "the training ended after %d of %d epochs (patience); its best weights are of epoch %d"
-            logger.warning(text, epoch + 1, run.config.epochs, run.best["step"] // run.steps)
 
 
 def _train_epoch(run: Run, listeners: Sequence[Callback]) -> TrainingState:
@@ -172,7 +161,7 @@ def _train_epoch(run: Run, listeners: Sequence[Callback]) -> TrainingState:
     for raw in run.source.epoch(epoch, run.step % run.steps):
         if isinstance(run.source, Loader) and not images:
             # the shape and the labels of a loader's images are not known before
-            task.check(tuple(raw[0].shape[1:]), classes_of(raw[1]))
+            task.check(tuple(raw[0].shape[1:]), int(raw[1].max()) + 1)
         seed = step_seed(config.seed, run.step)
         torch.manual_seed(seed)
         batch = run.batch(raw, run.step, seed)
@@ -180,10 +169,9 @@ def _train_epoch(run: Run, listeners: Sequence[Callback]) -> TrainingState:
             choose_threads(run, batch)
         rate = task.learning_rate(run.step / run.total, epoch, config.epochs)
         set_learning_rate(task.optimizers.values(), rate)
-        measured = train_step(task, batch, config.accumulate or 1, config.clip_gradients)
+        measured = train_step(task, batch)
         run.add(measured)
         run.step += 1
-        run.expect()
         if run.step % INTERVAL == 0:
             run.check_finite()
         count = len(batch.x) * world
@@ -216,18 +204,16 @@ def _state(run: Run, images: int, metrics: dict[str, Any], epoch: int, images_pe
 # -- a step -----------------------------------------------------------------------------------------------------------
 
 
-def train_step(task: Task, batch: Batch, accumulate: int = 1, clip: float | None = None) -> Metrics:
+def train_step(task: Task, batch: Batch) -> Metrics:
     """Take a training step with all of its updates, with the model in training mode."""
     task.train()
 
     def take() -> Metrics:
         measured: Metrics = {}
-        step = captured(task, batch, gradients) if accumulate == 1 else None
-        for name, measured in step.run(batch) if step else gradients(task, batch, accumulate):
+        step = captured(task, batch, gradients)
+        for name, measured in step.run(batch) if step else gradients(task, batch):
             optimizer = task.optimizers[name]
             average_([*(one.grad for one in weights_of(optimizer) if one.grad is not None), *measured.values()])
-            if clip is not None:
-                nn.utils.clip_grad_norm_(weights_of(optimizer), clip)
             task.before_step()
             optimizer.step()
             task.after_step()
@@ -239,34 +225,16 @@ def train_step(task: Task, batch: Batch, accumulate: int = 1, clip: float | None
     return task.graphs.retry_without_graphs(take, batch.x.device)
 
 
-def gradients(task: Task, batch: Batch, accumulate: int = 1) -> Iterator[tuple[str, Metrics]]:
+def gradients(task: Task, batch: Batch) -> Iterator[tuple[str, Metrics]]:
     """Compute the gradients of each update of a step.
 
     Yields:
         The name of the optimizer, and the loss and the metrics. The caller takes the optimizer's step.
     """
-    running = [(task.updates(part), len(part.x) / len(batch.x)) for part in parts_of(batch, accumulate)]
-    while True:
-        name, of_parts = "", list[Metrics]()
-        for updates, share in running:
-            if (update := next(updates, None)) is None:
-                continue
-            if not of_parts:
-                name = update.optimizer
-                task.optimizers[name].zero_grad(set_to_none=True)
-            (update.loss if share == 1 else share * update.loss).backward()
-            shown = {"loss": update.loss.detach(), **update.metrics}
-            of_parts.append(shown if share == 1 else {name: share * value for name, value in shown.items()})
-        if not of_parts:
-            return
-        yield name, {key: sum((part[key] for part in of_parts[1:]), of_parts[0][key]) for key in of_parts[0]}
-
-
-def parts_of(batch: Batch, number: int) -> list[Batch]:
-    """Return a batch in parts of nearly equal size, or alone if it is to have one part."""
-    rows = torch.arange(len(batch.x), device=batch.x.device).tensor_split(number) if number > 1 else []
-    parts = [(batch.x[i], batch.y[i], batch.sample_ids[i]) for i in rows if len(i)]
-    return [replace(batch, x=x, y=y, sample_ids=ids) for x, y, ids in parts] or [batch]
+    for update in task.updates(batch):
+        task.optimizers[update.optimizer].zero_grad(set_to_none=True)
+        update.loss.backward()
+        yield update.optimizer, {"loss": update.loss.detach(), **update.metrics}
 
 
 def choose_threads(run: Run, batch: Batch) -> None:
@@ -274,7 +242,7 @@ def choose_threads(run: Run, batch: Batch) -> None:
     task = run.task
 
     def step() -> None:
-        for update in task.updates(parts_of(replace(batch, bank=None), run.config.accumulate or 1)[0]):
+        for update in task.updates(replace(batch, bank=None)):
             task.optimizers[update.optimizer].zero_grad(set_to_none=True)
             update.loss.backward()
 
@@ -292,7 +260,7 @@ def choose_threads(run: Run, batch: Batch) -> None:
 def step_settings(task: Task, config: FitConfig, device: torch.device) -> Iterator[None]:
     """Within the block, use CUDA graphs, cuDNN's benchmark and fused optimizers, which make steps on a GPU faster."""
     for optimizer in task.optimizers.values():
-        fuse(optimizer, config.fused_optimizers == "auto" and device.type == "cuda")
+        fuse(optimizer, device.type == "cuda")
     before = task.graphs
     if config.cuda_graphs == "off":
         task.graphs = None

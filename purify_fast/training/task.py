@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,7 @@ class Batch:
 
     Args:
         x: images ``[B, C, H, W]`` in [0, 1].
-        y: labels, int64 ``[B]``; for a task with `Task.soft_labels`, also probabilities ``[B, classes]``.
+        y: labels, int64 ``[B]``.
         sample_ids: index of each image in the whole data set, int64 ``[B]``.
         seed: seed of this step's randomness, the same for all processes; in a captured step, int64 ``[1]``.
         epoch: the epoch, from 0.
@@ -99,18 +99,14 @@ class Task:
         optimizer: the optimizer of the model.
         tf32: whether a GPU may round the factors of float32 convolutions and matrix products to ten bits of mantissa
             while `fit` trains; if False, float32 has the precision of IEEE.
-        soft_labels: whether the labels may be probabilities ``[N, classes]``.
         graphs: captures the steps of the training's attacks in CUDA graphs, if the task passes this object to its
             attacks; `fit` sets it on a CUDA device.
-        frozen: parts of the model that remain in evaluation mode; `fit` sets them by `frozen_parts`.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     tf32: bool = False
-    soft_labels: bool = False
     graphs: StepGraphs | None = None
-    frozen: Sequence[nn.Module] = ()
 
     @property
     def result(self) -> nn.Module:
@@ -199,10 +195,8 @@ class Task:
         yield Update("model", loss, metrics)
 
     def train(self) -> None:
-        """Put the model into training mode, except the parts that the user froze."""
+        """Put the model into training mode."""
         self.model.train()
-        for part in self.frozen:
-            part.training = False
 
     def before_step(self) -> None:
         """Run by `fit` after the gradients are computed, and before the optimizer changes the weights."""
@@ -238,21 +232,6 @@ class Task:
         with torch.no_grad():
             loss, metrics = self.training_step(batch)
         return {"loss": loss.detach(), **metrics}
-
-
-def frozen_parts(model: nn.Module) -> list[nn.Module]:
-    """Return the modules in evaluation mode that belong to a part without a weight to train.
-
-    Other modules may be in evaluation mode only because they were loaded, so a training changes their mode. So does a
-    part without any weights, such as a dropout, unless the module around it is in training mode.
-    """
-    frozen = dict[nn.Module, None]()
-    for whole in model.modules():
-        for part in whole.children():
-            weights = list(part.parameters())
-            if not any(weight.requires_grad for weight in weights) and (weights or whole.training):
-                frozen |= dict.fromkeys(inner for inner in part.modules() if not inner.training)
-    return list(frozen)
 
 
 @torch.no_grad()

@@ -1,13 +1,11 @@
-"""Listeners to a training: foreign loggers, JSONL, TensorBoard, the bar."""
+"""Listeners to a training: foreign loggers, JSONL, the bar."""
 
 import json
-import sys
-import types
 
 import pytest
 from small_runs import StopAt, Stopped, images, on_step, task
 
-from purify_fast.training import FitConfig, TensorBoardLog, TrainingState, fit
+from purify_fast.training import FitConfig, TrainingState, fit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -43,13 +41,13 @@ def test_what_a_callback_sees():
 def test_the_jsonl_file_has_a_row_an_epoch_with_the_mean_metrics(tmp_path):
     last = fit(task(), *images(), FitConfig(2, 16), tmp_path, progress=False)
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    times = ["images_per_second", "seconds", "expected_seconds", "peak_memory"]
+    times = ["images_per_second", "seconds", "peak_memory"]
     assert [list(row) for row in rows] == [["epoch", "step", "loss", "accuracy", "learning_rate", *times]] * 2
     assert [(row["epoch"], row["step"]) for row in rows] == [(0, 4), (1, 8)]
     assert {name: rows[-1][name] for name in last} == last
 
 
-def test_the_log_has_the_time_and_the_memory_and_what_was_expected(tmp_path, monkeypatch):
+def test_the_log_has_the_time_and_the_memory(tmp_path, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr("purify_fast.training.run.time.monotonic", lambda: clock[0])
 
@@ -61,17 +59,12 @@ def test_the_log_has_the_time_and_the_memory_and_what_was_expected(tmp_path, mon
 
     with pytest.raises(Stopped):
         fit(task(), *images(), FitConfig(3, 16), tmp_path, progress=False, callbacks=[slow, StopAt(7)])
-    assert [(row["seconds"], row["expected_seconds"]) for row in rows()] == [(4, 9)]
+    assert [row["seconds"] for row in rows()] == [4]
     clock[0] += 1000
     # The steps since the last checkpoint are taken again, and the time between the runs does not count.
     fit(task(), *images(), FitConfig(3, 16), tmp_path, progress=False, callbacks=[slow])
-    assert [(row["seconds"], row["expected_seconds"]) for row in rows()] == [(4, 9), (12, 9), (24, 9)]
+    assert [row["seconds"] for row in rows()] == [4, 12, 24]
     assert all(10**7 < row["peak_memory"] < 10**11 for row in rows())
-    monkeypatch.setattr("purify_fast.training.run.EXPECT_AFTER", 2.0)
-    fit(task(), *images(), FitConfig(2, 16), tmp_path / "soon", progress=False, callbacks=[slow])
-    logged = json.loads((tmp_path / "soon" / "log.jsonl").read_text().splitlines()[0])
-    # After three steps, two seconds have passed.
-    assert logged["expected_seconds"] == round(2 * 8 / 3, 1)
 
 
 def test_a_finished_run_calls_on_end_alone(tmp_path):
@@ -79,27 +72,3 @@ def test_a_finished_run_calls_on_end_alone(tmp_path):
     seen = Structural()
     assert fit(task(), *images(), FitConfig(1, 16), tmp_path, progress=False, callbacks=[seen]) == last
     assert not seen.steps and not seen.epochs and seen.ends[0][0].metrics == last
-
-
-def test_tensorboard_hides_what_a_killed_run_wrote_of_later_epochs(tmp_path, monkeypatch):
-    """With a writer that keeps what it is given, so that tensorboard need not be there."""
-    written = []
-
-    class Writer:
-        def __init__(self, folder, purge_step):
-            written.append((folder, purge_step))
-            self.flush, self.close = (lambda: None), (lambda: written.append("closed"))
-
-        def add_scalar(self, name, value, step):
-            written.append((name, value, step))
-
-    module = types.SimpleNamespace(SummaryWriter=Writer)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    log = TensorBoardLog(tmp_path)
-    assert not written
-    last = fit(task(), *images(), FitConfig(2, 16), progress=False, callbacks=[log])
-    assert written[0] == (str(tmp_path), 4) and written[-1] == "closed"
-    assert [(name, step) for name, _, step in written[1:5]] == [
-        (name, 4) for name in ("loss", "accuracy", "learning_rate", "images_per_second")
-    ]
-    assert ("loss", last["loss"], 8) in written
