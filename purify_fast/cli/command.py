@@ -28,10 +28,8 @@ class Command(ABC):
     called: ClassVar[str]
     #: All commands by their names.
     kinds: ClassVar[dict[str, type[Command]]] = {}
-    #: The options that have no effect without another option, and those that have none beside another option, each by
-    #: the name of the other option. The tables of base classes hold too.
-    only_with: ClassVar[dict[str, tuple[str, ...]]] = {}
-    set_by: ClassVar[dict[str, tuple[str, ...]]] = {}
+    #: The options that have no effect "without" or "beside" another option. The tables of base classes hold too.
+    no_effect: ClassVar[dict[tuple[Literal["without", "beside"], str], tuple[str, ...]]] = {}
     #: The words that the user has typed after the program's name.
     typed: ClassVar[tuple[str, ...]] = ()
 
