@@ -35,7 +35,7 @@ from .config import FitConfig
 from .distributed import average_, from_first
 from .optimizers import fuse, set_learning_rate, weights_of
 from .run import Run
-from .sources import HeldOut, Images, Loader, make_sources, step_seed
+from .sources import Images, Loader, make_sources, step_seed
 from .task import Batch, Metrics, Task
 
 #: The losses and weights are checked after every INTERVAL steps, because a check waits for the device.
@@ -53,7 +53,6 @@ def fit(
     progress: bool = True,
     *,
     callbacks: Sequence[Callback] = (),
-    validation: HeldOut | None = None,
     bank: BankConfig | None = None,
 ) -> dict[str, float]:
     """Train ``task``. If ``folder`` holds a checkpoint of the same run, resume from it.
@@ -81,8 +80,6 @@ def fit(
         title: title of the progress bar.
         progress: whether to show a progress bar.
         callbacks: further listeners to the training, see `Callback`.
-        validation: held-out images, in place of the config's validation_share: (images, labels), or a loader. Every
-            process passes all of them.
         bank: settings of an adversarial bank, for a training that attacks a model which it never changes. The bank
             stores the adversarial images, and later epochs read them. None attacks in every step. A run can be resumed
             only with the same variants and refresh.
@@ -104,7 +101,7 @@ def fit(
     if not isinstance(task, Task):
         raise TypeError(f"task must be a purify_fast.training.Task, got {type(task).__name__}")
     folder = None if folder is None else Path(folder)
-    source, held_out = make_sources(task, x, y, config, validation)
+    source, held_out = make_sources(task, x, y, config)
     run = Run(task, config, source, held_out, folder, bank=bank)
     if processes()[1] > 1:
         task.train()

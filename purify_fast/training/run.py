@@ -20,7 +20,7 @@ from .._process import processes
 from ..data import crop_flip, mirrored, to_float
 from ..speed.memory import peak_so_far
 from .bank import AdversarialBank, BankConfig
-from .checkpoint import CHECKPOINT, last_checkpoint, write_tree
+from .checkpoint import CHECKPOINT, read_tree, write_tree
 from .config import FitConfig
 from .distributed import from_first
 from .optimizers import weights_of
@@ -86,8 +86,6 @@ class Run:
         self.steps = source.steps
         loop = {name: value for name, value in asdict(config).items() if name not in _NO_FACTS}
         self.facts = {"data": source.description, **loop, **task.describe()}
-        if held_out is not None:
-            self.facts["validation"] = held_out.description
         if bank is not None:
             self.facts["bank"] = task.result.bank = bank.facts  # type: ignore[assignment]
         self.length = RunLength(config.epochs, source.steps, source.batch_size, source.images)
@@ -185,7 +183,8 @@ class Run:
             for stem in _WRITTEN:
                 for stale in self.folder.glob(f".{stem}-*"):
                     stale.unlink()
-            saved = last_checkpoint(self.folder)
+            path = self.folder / CHECKPOINT
+            saved = read_tree(path) if path.is_file() else None
         if self.folder is None or saved is None:
             return None if processes()[1] == 1 else self.state()
         if difference := differences(saved["facts"], self.facts):

@@ -27,8 +27,6 @@ RawBatch: TypeAlias = tuple[Tensor, Tensor, Tensor]
 #: The forms in which `fit` accepts images: a tensor of all images, which `fit` divides into batches; or an iterable of
 #: batches.
 Images: TypeAlias = "Tensor | Batches"
-#: Held-out images in `fit`: a pair of images and labels, or batches.
-HeldOut: TypeAlias = "tuple[Tensor, Tensor] | Batches"
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -99,8 +97,8 @@ class Loader:
     # 0 means that the sizes are not known before the batches arrive
     batch_size, images = 0, 0
 
-    def __init__(self, x: Batches, config: FitConfig, device: torch.device, name: str = "x"):
-        self.x, self.seed, self.device, self.name = x, config.seed, device, name
+    def __init__(self, x: Batches, config: FitConfig, device: torch.device):
+        self.x, self.seed, self.device = x, config.seed, device
         if not (isinstance(x, Iterable) and isinstance(x, Sized) and len(x)):
             # the learning rates depend on the length of the run, and an iterator would be exhausted after one epoch
             raise TypeError(f"x must be a tensor, or batches with a length above 0, got {type(x).__name__}")
@@ -121,8 +119,8 @@ class Loader:
         for k in range(self.steps):
             torch.manual_seed(step_seed(self.seed, epoch * self.steps + k))
             if (batch := next(given, None)) is None:
-                raise ValueError(f"{self.name} has the length {self.steps}, but gave {k} batches in epoch {epoch}")
-            name = f"batch {k} of {self.name}"
+                raise ValueError(f"x has the length {self.steps}, but gave {k} batches in epoch {epoch}")
+            name = f"batch {k} of x"
             images, labels, indices = read_batch(batch, name)
             labels, indices = _as_labels(labels), _as_labels(_as_tensor(indices, self.device))
             known = isinstance(indices, Tensor) and indices.dtype == torch.int64 and indices.shape == (len(images),)
@@ -143,38 +141,25 @@ class Loader:
 Source: TypeAlias = InMemory | Loader
 
 
-def make_sources(
-    task: Task, x: Images, y: Tensor | None, config: FitConfig, validation: HeldOut | None
-) -> tuple[Source, Source | None]:
+def make_sources(task: Task, x: Images, y: Tensor | None, config: FitConfig) -> tuple[Source, InMemory | None]:
     """Check a run's images, and return the source of the training images and that of the held-out images."""
-    device, share, held = next(task.model.parameters()).device, config.validation_share, None
+    device, share = next(task.model.parameters()).device, config.validation_share
     x, y = _as_tensor(x, device), _as_labels(_as_tensor(y, device))
-    if validation is not None and share > 0:
-        raise ValueError(f"validation must be None if validation_share is above 0, got validation_share={share}")
-    source: Source
-    if isinstance(x, Tensor):
-        kept = None
-        if share > 0:
-            (kept, held), validation = held_out(len(x), share, config.seed), (x, y)
-        source = InMemory(x, _check(x, y), config, device, *processes(), kept)
-        task.check(tuple(x.shape[1:]), int(source.y.max()) + 1)
-    elif y is not None or share > 0:
-        raise ValueError("y and validation_share must be left out for batches: pass held-out images as validation")
-    else:
-        source = Loader(x, config, device)
-    if validation is None and config.keep_best != "off":
-        raise ValueError(f"keep_best {config.keep_best!r} needs held-out images: pass validation_share or validation")
-    if validation is None:
+    if config.keep_best != "off" and share == 0:
+        raise ValueError(f"keep_best {config.keep_best!r} needs held-out images: give validation_share")
+    if not isinstance(x, Tensor):
+        if y is not None or share > 0:
+            raise ValueError("y and validation_share must be left out for batches")
+        return Loader(x, config, device), None
+    kept, held = held_out(len(x), share, config.seed) if share > 0 else (None, None)
+    source = InMemory(x, _check(x, y), config, device, *processes(), kept)
+    task.check(tuple(x.shape[1:]), int(source.y.max()) + 1)
+    if held is None:
         return source, None
     # Each process validates with all held-out images, and has the memory for its share of a batch.
     share_of_batch = max(1, config.batch_size // processes()[1])
     at_once = replace(config, batch_size=share_of_batch, drop_last=False, steps_per_epoch=None)
-    if not isinstance(validation, tuple):
-        return source, Loader(validation, at_once, device, "validation")
-    images, labels = _as_tensor(validation[0], device), _as_labels(_as_tensor(validation[1], device))
-    second = InMemory(images, _check(images, labels), at_once, device, 0, 1, ids=held)
-    task.check(tuple(images.shape[1:]), int(second.y.max()) + 1)
-    return source, second
+    return source, InMemory(x, source.y, at_once, device, 0, 1, held)
 
 
 def _as_tensor(values: Any, device: torch.device) -> Any:

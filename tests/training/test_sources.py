@@ -73,12 +73,12 @@ def read_only(array):
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("form", FORMS)
 def test_arrays_and_integers_of_any_size_give_the_same_weights(form):
-    """As images, as batches, and as held-out images."""
-    (x, y), (held_x, held_y) = images(), images(24)
-    given, held = FORMS[form](x, y), FORMS[form](held_x, held_y)
+    """As images and as batches."""
+    x, y = images()
+    given = FORMS[form](x, y)
     usual, other = task(), task()
-    wanted = fit(usual, x, y, FitConfig(1, 16), progress=False, validation=(held_x, held_y))
-    assert fit(other, *given, FitConfig(1, 16), progress=False, validation=held) == wanted
+    config = FitConfig(1, 16, validation_share=0.25)
+    assert fit(other, *given, config, progress=False) == fit(usual, x, y, config, progress=False)
     assert same(usual, other)
     usual, other = task(), task()
     for made, (left, right) in ((usual, (x, y)), (other, given)):
@@ -181,10 +181,8 @@ def test_a_distributed_sampler_shuffles_each_epoch_anew():
     assert len(first) == 20 and first != second
 
 
-def test_loaders_and_held_out_images_that_cannot_be_used_are_refused():
+def test_loaders_that_cannot_be_used_are_refused():
     x, y = images()
-    with pytest.raises(ValueError, match="y: the largest label is 2, but the model has 2 classes"):
-        fit(task(), x, y, FitConfig(1, 16), progress=False, validation=(x, y + 1))
     with pytest.raises(ValueError, match="y: the largest label is 2, but the model has 2 classes"):
         fit(task(), [(x, y + 1)], None, FitConfig(1), progress=False)
 
@@ -221,15 +219,13 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("held_out", [False, True])
 @pytest.mark.parametrize("case", WRONG)
-def test_a_wrong_batch_is_named_wherever_it_comes(case, held_out):
+def test_a_wrong_batch_is_named_wherever_it_comes(case):
     change, message = WRONG[case]
     good = [(x / 255, y) for x, y in of_16(64)]
     bad = [change(x.clone(), y) if k == 2 else (x, y) for k, (x, y) in enumerate(good)]
-    given = {"x": good, "validation": bad} if held_out else {"x": bad}
-    with pytest.raises((TypeError, ValueError), match=message.replace("of x", "of validation" if held_out else "of x")):
-        fit(task(), y=None, config=FitConfig(1), progress=False, **given)
+    with pytest.raises((TypeError, ValueError), match=message):
+        fit(task(), bad, None, FitConfig(1), progress=False)
 
 
 @pytest.mark.parametrize("more", [(["a.png"] * 16,), (torch.rand(16), "more")])
