@@ -60,23 +60,6 @@ def test_the_first_process_is_killed_while_it_writes_a_checkpoint(one, tmp_path)
     close(done.results[0], one)
 
 
-@pytest.mark.parametrize(
-    ("error", "lost"),
-    [
-        (RuntimeError("Gloo connectFullMesh failed with [/a/gloo/transport/tcp/pair.cc:81] Timed out"), True),
-        (dist.DistBackendError("NCCL error in: a.cpp:1, remote process exited"), True),
-        (RuntimeError("DataLoader worker (pid 3) timed out: its peer closed the connection"), False),
-    ],
-)
-def test_only_an_exchange_that_failed_is_a_lost_process(tmp_path, error, lost):
-    def work():
-        with pytest.raises(ConnectionError if lost else RuntimeError) as told, distributed.torchrun_group():
-            raise error
-        return isinstance(told.value, ConnectionError)
-
-    assert together(tmp_path, 1, work, "torchrun").results == [lost]
-
-
 def test_a_start_does_not_read_what_an_earlier_one_wrote(monkeypatch):
     """torchrun keeps its store when it starts processes again, with the addresses and words of those that are gone."""
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
