@@ -67,14 +67,13 @@ def fit(
 
     Args:
         task: the training: model, optimizers and step.
-        x: the images to train on, in one of two forms. **Images**: uint8 ``[N, C, H, W]``, a tensor or a NumPy array. A
-            tensor on another device is copied batch by batch to the device that trains. Every process passes all
-            images. **A loader**: a DataLoader or another iterable with a length, of (images, labels) or (images,
-            labels, indices); the images are float in [0, 1] or uint8. Every process passes its own share. `fit` does
-            not control the order, so a run can be resumed between epochs only. A resumed run repeats the order if the
-            loader draws it from torch's global generator or from the DataLoader's own generator, as with
-            ``shuffle=True``.
-        y: labels of the images, integers ``[N]``, a tensor or a NumPy array; None with a loader.
+        x: the images to train on, in one of two forms. **Images**: a tensor, uint8 ``[N, C, H, W]``. Batches of a
+            tensor on another device are copied to the model's device. Every process passes all images. **A loader**: a
+            DataLoader or another iterable with a length, of (images, labels) or (images, labels, indices); the images
+            are float in [0, 1] or uint8. Every process passes its own share. `fit` does not control the order, so a run
+            can be resumed between epochs only. A resumed run repeats the order if the loader draws it from torch's
+            global generator or from the DataLoader's own generator, as with ``shuffle=True``.
+        y: labels of the images, int64 ``[N]``; None with a loader.
         config: length and settings of the training. With a loader, its batch_size and drop_last have no effect.
         folder: folder for ``checkpoint.safetensors`` and ``log.jsonl``; None writes no files.
         title: title of the progress bar.

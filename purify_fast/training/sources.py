@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from .._process import processes
 from .._tensors import digest
 from ..data import batches
-from .batches import as_tensor, check_range, read_batch, seed_generators
+from .batches import check_range, read_batch, seed_generators
 from .config import FitConfig
 from .task import Task
 
@@ -48,8 +48,9 @@ class InMemory:
         y: Tensor,
         config: FitConfig,
         device: torch.device,
-        rank: int,
-        world: int,
+        *,
+        rank: int = 0,
+        world: int = 1,
         ids: Tensor | None = None,
     ):
         self.x, self.y, self.config, self.rank, self.world, self.device = x, y.to(device), config, rank, world, device
@@ -122,7 +123,6 @@ class Loader:
                 raise ValueError(f"x has the length {self.steps}, but gave {k} batches in epoch {epoch}")
             name = f"batch {k} of x"
             images, labels, indices = read_batch(batch, name)
-            labels, indices = _as_labels(labels), _as_labels(_as_tensor(indices, self.device))
             known = isinstance(indices, Tensor) and indices.dtype == torch.int64 and indices.shape == (len(images),)
             ids = indices if known else torch.arange(seen, seen + len(images), device="cpu")
             seen += len(images)
@@ -144,34 +144,21 @@ Source: TypeAlias = InMemory | Loader
 def make_sources(task: Task, x: Images, y: Tensor | None, config: FitConfig) -> tuple[Source, InMemory | None]:
     """Check a run's images, and return the source of the training images and that of the held-out images."""
     device, share = next(task.model.parameters()).device, config.validation_share
-    x, y = _as_tensor(x, device), _as_labels(_as_tensor(y, device))
     if config.keep_best != "off" and share == 0:
         raise ValueError(f"keep_best {config.keep_best!r} needs held-out images: give validation_share")
     if not isinstance(x, Tensor):
         if y is not None or share > 0:
-            raise ValueError("y and validation_share must be left out for batches")
+            raise ValueError(f"x must be a tensor, or batches without y and validation_share, got {type(x).__name__}")
         return Loader(x, config, device), None
     kept, held = held_out(len(x), share, config.seed) if share > 0 else (None, None)
-    source = InMemory(x, _check(x, y), config, device, *processes(), kept)
+    rank, world = processes()
+    source = InMemory(x, _check(x, y), config, device, rank=rank, world=world, ids=kept)
     task.check(tuple(x.shape[1:]), int(source.y.max()) + 1)
     if held is None:
         return source, None
     # Each process validates with all held-out images, and has the memory for its share of a batch.
-    share_of_batch = max(1, config.batch_size // processes()[1])
-    at_once = replace(config, batch_size=share_of_batch, drop_last=False, steps_per_epoch=None)
-    return source, InMemory(x, source.y, at_once, device, 0, 1, held)
-
-
-def _as_tensor(values: Any, device: torch.device) -> Any:
-    """Return an array as a tensor on a device, and anything else unchanged."""
-    numbers = isinstance(values, np.ndarray) and values.dtype.kind in "iuf"
-    return as_tensor("x", values).to(device) if numbers else values
-
-
-def _as_labels(y: Any) -> Any:
-    """Return integer labels of any size as int64, and anything else unchanged."""
-    integers = (torch.int8, torch.int16, torch.int32, torch.uint8)
-    return y.long() if isinstance(y, Tensor) and y.dtype in integers else y
+    at_once = replace(config, batch_size=max(1, config.batch_size // world), drop_last=False, steps_per_epoch=None)
+    return source, InMemory(x, source.y, at_once, device, ids=held)
 
 
 def _check(x: Tensor, y: Any, of_x: str = "x", of_y: str = "y", floats: bool = False) -> Tensor:
