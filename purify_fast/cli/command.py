@@ -61,8 +61,8 @@ class DataCommand(Command):
     """A command that reads images.
 
     Args:
-        data: Data set: digits, mnist, fashion_mnist, cifar10, cifar100, svhn; or an .npz file with x_train, y_train,
-            x_test and y_test; or a folder with train/<class>/*.jpg|png, and val/ or test/.
+        data: Data set: digits, mnist, fashion_mnist, cifar10, cifar100, svhn, tiny_imagenet; or an .npz file with
+            x_train, y_train, x_test and y_test; or a folder with train/<class>/*.jpg|png, and val/ or test/.
         data_root: Folder of the data sets, also for downloads. Default: the variable PURIFY_FAST_DATA, or the current
             folder.
         download: Let torchvision download the official files of a data set if they are missing.

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 #: Names of the data sets that can be read from official files or from ``<root>/<name>.npz``.
-NAMES = ("mnist", "fashion_mnist", "cifar10", "cifar100", "svhn")
+NAMES = ("mnist", "fashion_mnist", "cifar10", "cifar100", "svhn", "tiny_imagenet")
 DIGITS_TEST = 500
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 
@@ -71,16 +71,16 @@ def load_dataset(
 
     Args:
         name_or_path: a name, the path of an ``.npz`` file, or the path of an image folder.
-            The names are ``digits``, ``mnist``, ``fashion_mnist``, ``cifar10``, ``cifar100`` and ``svhn``. All except
-            ``digits`` are read from ``<root>/<name>.npz`` if that file exists, or else from the official files under
-            root, in torchvision's folders.
+            The names are ``digits``, ``mnist``, ``fashion_mnist``, ``cifar10``, ``cifar100``, ``svhn`` and
+            ``tiny_imagenet``. All except ``digits`` are read from ``<root>/<name>.npz`` if that file exists, or else
+            from the official files under root, in torchvision's folders or in ``tiny-imagenet-200``.
             An ``.npz`` file has the arrays ``x_train``, ``y_train``, ``x_test`` and ``y_test``. Images are uint8
             ``[N, H, W]``, ``[N, H, W, C]`` or ``[N, C, H, W]`` with C = 1 or 3. Labels are integers ``[N]`` or
             ``[N, 1]``, and every number from 0 to the largest label must occur, unless ``num_classes`` is given. An
             array of texts ``classes`` may name the classes.
-            An image folder has ``train/<class>/*.jpg|png``, and ``val/`` or ``test/`` in the same form. The classes are
-            the folder names, sorted as texts. Images are read as RGB. Files and folders whose names begin with a dot do
-            not count.
+            An image folder has ``train/<class>/*.jpg|png``, and ``val/`` or ``test/`` in the same form, or it is
+            tiny-imagenet-200. The classes are the folder names, sorted as texts. Images are read as RGB. Files and
+            folders whose names begin with a dot do not count.
         root: folder of the data sets; None means the current folder. A relative path is looked up as it is and in root,
             where the ending ``.npz`` may be left out (``load_dataset("set", "data")``).
         num_classes: number of classes. Give it if some labels do not occur in the data set. None means the largest
@@ -123,9 +123,10 @@ def load_dataset(
             train=train,
             cache=None if cache is None else Path(cache),
         )
+        title = name if name in NAMES else found.resolve().name
         classes = _number_of_classes(len(names), num_classes)
         parts = x["train"], y["train"], x["test"], y["test"]
-        return DataSet(*parts, name=found.resolve().name, num_classes=classes, classes=tuple(names))
+        return DataSet(*parts, name=title, num_classes=classes, classes=tuple(names))
     arrays = _read_npz(found, train) if isinstance(found, Path) else found
     tensors, classes = _checked(arrays, num_classes)
     if not train:

@@ -29,7 +29,10 @@ CACHE = ".purify_fast"
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 #: Number of images that are decoded before they are written to the cache.
 CHUNK = 64
-FORM = "train/<class>/*.jpg (or .png, .webp and others), and the held-out images: val/ or test/ in the same form"
+FORM = (
+    "train/<class>/*.jpg (or .png, .webp and others), and the held-out images: val/ or test/ in the same form, or "
+    "val/images and val/val_annotations.txt as in tiny-imagenet-200"
+)
 
 
 class Split(NamedTuple):
@@ -79,13 +82,20 @@ def _listed(folder: Path, train: bool) -> tuple[dict[str, Split], list[str]]:
     if held_out is None or (train and not trained.is_dir()):
         lacks = "train/" if held_out is not None else "val/ and test/"
         raise FileNotFoundError(f"{folder} is not an image folder: it lacks {lacks}. It must contain {FORM}")
-    shown = classes_in(held_out)
+    annotations = held_out / "val_annotations.txt"
+    # In each line of this file of tiny-imagenet-200, tabs separate a file name, a class and a box.
+    rows = [line.split("\t") for line in annotations.read_text().splitlines()] if annotations.is_file() else []
+    shown = sorted({row[1] for row in rows}) if rows else classes_in(held_out)
     classes = classes_in(trained) if trained.is_dir() else shown
     if len(classes) < 2:
         raise ValueError(f"{trained} must contain a folder for each of at least 2 classes, got {classes}")
     if unknown := set(shown) - set(classes):
         raise ValueError(f"{held_out} has the classes {', '.join(sorted(unknown))}, which the folder train/ lacks")
-    test = _by_class(held_out, classes, allow_empty=True)
+    if rows:
+        labels = torch.tensor([classes.index(row[1]) for row in rows], device="cpu")
+        test = Split([held_out / "images" / row[0] for row in rows], labels)
+    else:
+        test = _by_class(held_out, classes, allow_empty=True)
     if not test.files:
         raise ValueError(f"{held_out} contains no image ({', '.join(SUFFIXES)})")
     return ({"train": _by_class(trained, classes)} if train else {}) | {"test": test}, classes

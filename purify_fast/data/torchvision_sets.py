@@ -21,10 +21,11 @@ READERS: dict[str, Any] = {
     "cifar100": datasets.CIFAR100,
     "svhn": datasets.SVHN,
 }
+TINY = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 
 
 def find_official(name: str, root: Path, download: bool, train: bool) -> Path | dict[str, np.ndarray]:
-    """Find a well-known data set: the path of its ``.npz``, or its arrays."""
+    """Find a well-known data set: the path of its ``.npz`` or image folder, or its arrays."""
     npz = root / f"{name}.npz"
     if npz.is_file():
         return npz
@@ -35,7 +36,14 @@ def find_official(name: str, root: Path, download: bool, train: bool) -> Path | 
         lock = FileLock(root / f".{name}.lock")
     try:
         with lock:
-            return _arrays(name, root, download, ("train", "test") if train else ("test",))
+            if name in READERS:
+                return _arrays(name, root, download, ("train", "test") if train else ("test",))
+            folder = root / "tiny-imagenet-200"
+            if not folder.is_dir():
+                raise FileNotFoundError(
+                    f"{root} has no folder {folder.name}; torchvision cannot download it from {TINY}"
+                )
+            return folder
     except ModuleNotFoundError:
         raise
     # A damaged file may raise any error.

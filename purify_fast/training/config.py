@@ -192,6 +192,8 @@ class FitConfig:
         keep_best: the weights that the run returns. "off": those at the end of the run. "loss" and "accuracy": those of
             the validation with the lowest loss or the highest accuracy. A validation uses the training's own attack at
             its full eps, or PGD-10 for a classifier whose attack has fewer steps.
+        accumulate: number of parts in which a step computes the gradients of its batch one after the other, to save
+            memory. The weights remain equal up to rounding, but BatchNorms take each part's statistics. None means 1.
         cuda_graphs: whether steps are captured as CUDA graphs, on a CUDA device: the steps of attacks, and with one
             process whole training steps up to the gradients. "auto" captures a step after 15 launches. "always"
             captures wherever possible. "off" never does. A graph needs the memory of one step for itself. Choose "off"
@@ -216,6 +218,7 @@ class FitConfig:
     validation_share: ShareBelow1 = 0.0
     validation_every: Count = 1
     keep_best: Literal["off", "loss", "accuracy"] = "off"
+    accumulate: Count | None = None
     cuda_graphs: CudaGraphs = "auto"
     cudnn_benchmark: CudnnBenchmark = "auto"
 

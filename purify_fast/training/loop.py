@@ -36,7 +36,7 @@ from .distributed import average_, from_first
 from .optimizers import fuse, set_learning_rate, weights_of
 from .run import Run
 from .sources import Images, Loader, make_sources, step_seed
-from .task import Batch, Metrics, Task
+from .task import Batch, Metrics, Task, frozen_parts
 
 #: The losses and weights are checked after every INTERVAL steps, because a check waits for the device.
 INTERVAL = 100
@@ -102,6 +102,7 @@ def fit(
     folder = None if folder is None else Path(folder)
     source, held_out = make_sources(task, x, y, config)
     run = Run(task, config, source, held_out, folder, bank=bank)
+    task.frozen = frozen_parts(task.model)
     if processes()[1] > 1:
         task.train()
         _check_batchnorm(task.model)
@@ -165,9 +166,10 @@ def _train_epoch(run: Run, listeners: Sequence[Callback]) -> TrainingState:
             choose_threads(run, batch)
         rate = task.learning_rate(run.step / run.total, epoch, config.epochs)
         set_learning_rate(task.optimizers.values(), rate)
-        measured = train_step(task, batch)
+        measured = train_step(task, batch, config.accumulate or 1)
         run.add(measured)
         run.step += 1
+        run.expect()
         if run.step % INTERVAL == 0:
             run.check_finite()
         count = len(batch.x) * world
@@ -200,14 +202,14 @@ def _state(run: Run, images: int, metrics: dict[str, Any], epoch: int, images_pe
 # -- a step -----------------------------------------------------------------------------------------------------------
 
 
-def train_step(task: Task, batch: Batch) -> Metrics:
+def train_step(task: Task, batch: Batch, accumulate: int = 1) -> Metrics:
     """Take a training step with all of its updates, with the model in training mode."""
     task.train()
 
     def take() -> Metrics:
         measured: Metrics = {}
-        step = captured(task, batch, gradients)
-        for name, measured in step.run(batch) if step else gradients(task, batch):
+        step = captured(task, batch, gradients) if accumulate == 1 else None
+        for name, measured in step.run(batch) if step else gradients(task, batch, accumulate):
             optimizer = task.optimizers[name]
             average_([*(one.grad for one in weights_of(optimizer) if one.grad is not None), *measured.values()])
             task.before_step()
@@ -221,16 +223,34 @@ def train_step(task: Task, batch: Batch) -> Metrics:
     return task.graphs.retry_without_graphs(take, batch.x.device)
 
 
-def gradients(task: Task, batch: Batch) -> Iterator[tuple[str, Metrics]]:
+def gradients(task: Task, batch: Batch, accumulate: int = 1) -> Iterator[tuple[str, Metrics]]:
     """Compute the gradients of each update of a step.
 
     Yields:
         The name of the optimizer, and the loss and the metrics. The caller takes the optimizer's step.
     """
-    for update in task.updates(batch):
-        task.optimizers[update.optimizer].zero_grad(set_to_none=True)
-        update.loss.backward()
-        yield update.optimizer, {"loss": update.loss.detach(), **update.metrics}
+    running = [(task.updates(part), len(part.x) / len(batch.x)) for part in parts_of(batch, accumulate)]
+    while True:
+        name, of_parts = "", list[Metrics]()
+        for updates, share in running:
+            if (update := next(updates, None)) is None:
+                continue
+            if not of_parts:
+                name = update.optimizer
+                task.optimizers[name].zero_grad(set_to_none=True)
+            (update.loss if share == 1 else share * update.loss).backward()
+            shown = {"loss": update.loss.detach(), **update.metrics}
+            of_parts.append(shown if share == 1 else {name: share * value for name, value in shown.items()})
+        if not of_parts:
+            return
+        yield name, {key: sum((part[key] for part in of_parts[1:]), of_parts[0][key]) for key in of_parts[0]}
+
+
+def parts_of(batch: Batch, number: int) -> list[Batch]:
+    """Return a batch in parts of nearly equal size, or alone if it is to have one part."""
+    rows = torch.arange(len(batch.x), device=batch.x.device).tensor_split(number) if number > 1 else []
+    parts = [(batch.x[i], batch.y[i], batch.sample_ids[i]) for i in rows if len(i)]
+    return [replace(batch, x=x, y=y, sample_ids=ids) for x, y, ids in parts] or [batch]
 
 
 def choose_threads(run: Run, batch: Batch) -> None:
@@ -238,7 +258,7 @@ def choose_threads(run: Run, batch: Batch) -> None:
     task = run.task
 
     def step() -> None:
-        for update in task.updates(replace(batch, bank=None)):
+        for update in task.updates(parts_of(replace(batch, bank=None), run.config.accumulate or 1)[0]):
             task.optimizers[update.optimizer].zero_grad(set_to_none=True)
             update.loss.backward()
 

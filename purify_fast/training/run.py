@@ -31,9 +31,12 @@ from .task import Batch, Task
 #: Settings that do not change the result of a run, and may therefore differ when the run is resumed.
 _NO_FACTS = ("checkpoint_seconds", "cuda_graphs", "cudnn_benchmark")
 #: The attributes of `Run` that a checkpoint restores as they are.
-_PROGRESS = ("step", "last", "best", "rows", "counts", "threads")
+_PROGRESS = ("step", "last", "best", "rows", "counts", "expected", "threads")
 #: The names, without suffix, of the files that a run writes. A half-written file is called ``.<name>-...``.
 _WRITTEN = (Path(CHECKPOINT).stem, "log", "model", "run")
+
+#: A run predicts its whole time after this number of seconds, or at the end of its first epoch.
+EXPECT_AFTER = 10.0
 
 
 class Run:
@@ -58,6 +61,7 @@ class Run:
         last: the last epoch's means.
         best: the best validation so far: its ``score``, its ``step`` and the ``model``'s state; empty before the first.
         rows: one entry of ``log.jsonl`` for each epoch that has ended.
+        expected: the time of the whole run in seconds, as the first steps predict it; None before the prediction.
         given_threads: torch's number of threads when this object was made.
         threads: the given number of threads when the fastest number was measured, and the fastest number; None if it
             was not measured.
@@ -76,8 +80,8 @@ class Run:
         self.task, self.config, self.source, self.held_out, self.folder = task, config, source, held_out, folder
         self.bank: AdversarialBank | None = None
         if bank is not None:
-            if config.padding or not isinstance(source, InMemory):
-                raise ValueError("bank needs x as a tensor, without padding")
+            if config.accumulate or config.padding or not isinstance(source, InMemory):
+                raise ValueError("bank needs x as a tensor, without accumulate and padding")
             # the description has a digest of the images and of the labels, on which the attacks depend
             shape, data, views = tuple(source.x.shape), source.description, 2 if config.flip else 1
             self.bank = AdversarialBank(
@@ -93,6 +97,7 @@ class Run:
         self.total, self.step, self.saved_at = self.length.steps, 0, time.monotonic()
         self.sums, self.counts = dict[str, Tensor](), dict[str, int]()
         self.last, self.best, self.rows = dict[str, float](), dict[str, Any](), list[dict[str, Any]]()
+        self.expected: float | None = None
         self.given_threads = torch.get_num_threads()
         self.threads: list[int] | None = None
         self._began, self._spent = time.monotonic(), 0.0
@@ -106,6 +111,11 @@ class Run:
     def seconds(self) -> float:
         """The time of the run so far. After an interruption, the time up to the last checkpoint counts."""
         return self._spent + time.monotonic() - self._began
+
+    def expect(self) -> None:
+        """Predict the time of the whole run from its first steps, if it is time to do so."""
+        if self.expected is None and (self.seconds >= EXPECT_AFTER or self.step >= self.steps):
+            self.expected = self.seconds * self.total / self.step
 
     def batch(self, raw: RawBatch, step: int, seed: int, augment: bool = True) -> Batch:
         """Make a step's input from a batch; ``augment=False`` (held-out) leaves out crops, mirroring and the bank."""
@@ -213,7 +223,8 @@ class Run:
         """Add a line for the epoch that has ended to ``log.jsonl``."""
         row: dict[str, Any] = {"epoch": epoch, "step": self.step, **self.last, "learning_rate": learning_rate}
         row["images_per_second"] = round(images_per_second, 1)
-        row |= {"seconds": round(self.seconds, 1), "peak_memory": peak_so_far(self.source.device)}
+        row |= {"seconds": round(self.seconds, 1), "expected_seconds": round(self.expected or 0.0, 1)}
+        row["peak_memory"] = peak_so_far(self.source.device)
         if self.bank is not None:
             row["bank"] = self.bank.facts
         if self.terms:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -99,6 +99,7 @@ class Task:
         optimizer: the optimizer of the model.
         tf32: whether a GPU may round the factors of float32 convolutions and matrix products to ten bits of mantissa
             while `fit` trains; if False, float32 has the precision of IEEE.
+        frozen: parts of the model that remain in evaluation mode; `fit` sets them by `frozen_parts`.
         graphs: captures the steps of the training's attacks in CUDA graphs, if the task passes this object to its
             attacks; `fit` sets it on a CUDA device.
     """
@@ -107,6 +108,7 @@ class Task:
     optimizer: torch.optim.Optimizer
     tf32: bool = False
     graphs: StepGraphs | None = None
+    frozen: Sequence[nn.Module] = ()
 
     @property
     def result(self) -> nn.Module:
@@ -195,8 +197,10 @@ class Task:
         yield Update("model", loss, metrics)
 
     def train(self) -> None:
-        """Put the model into training mode."""
+        """Put the model into training mode, except the parts that the user froze."""
         self.model.train()
+        for part in self.frozen:
+            part.training = False
 
     def before_step(self) -> None:
         """Run by `fit` after the gradients are computed, and before the optimizer changes the weights."""
@@ -232,6 +236,21 @@ class Task:
         with torch.no_grad():
             loss, metrics = self.training_step(batch)
         return {"loss": loss.detach(), **metrics}
+
+
+def frozen_parts(model: nn.Module) -> list[nn.Module]:
+    """Return the modules in evaluation mode that belong to a part without a weight to train.
+
+    Other modules may be in evaluation mode only because they were loaded, so a training changes their mode. So does a
+    part without any weights, such as a dropout, unless the module around it is in training mode.
+    """
+    frozen = dict[nn.Module, None]()
+    for whole in model.modules():
+        for part in whole.children():
+            weights = list(part.parameters())
+            if not any(weight.requires_grad for weight in weights) and (weights or whole.training):
+                frozen |= dict.fromkeys(inner for inner in part.modules() if not inner.training)
+    return list(frozen)
 
 
 @torch.no_grad()

@@ -32,6 +32,27 @@ def test_layout(tmp_path, held_out, ending):
         data.load_dataset(tmp_path / "pets", num_classes=1)
 
 
+def tiny(root):
+    pixels = [picture(root / "train" / w / "images" / f"{w}_0.JPEG", i) for i, w in enumerate(("n1", "n2", "n3"))]
+    held_out = [picture(root / "val" / "images" / f"val_{i}.JPEG", 10 + i) for i in range(3)]
+    picture(root / "test" / "images" / "test_0.JPEG", 20)
+    (root / "wnids.txt").write_text("n3\nn1\nn2\n")
+    (root / "train" / "n1" / "n1_boxes.txt").write_text("n1_0.JPEG\t0\t0\t5\t5\n")
+    lines = "".join(f"val_{i}.JPEG\tn{w}\t0\t0\t5\t5\n" for i, w in ((2, 3), (0, 2), (1, 1)))
+    (root / "val" / "val_annotations.txt").write_text(lines)
+    return pixels, held_out
+
+
+def test_tiny_imagenet(tmp_path):
+    pixels, held_out = tiny(tmp_path / "tiny-imagenet-200")
+    for d in (data.load_dataset("tiny_imagenet", tmp_path), data.load_dataset(tmp_path / "tiny-imagenet-200")):
+        assert np.array_equal(d.x_train.numpy(), np.stack(pixels)) and d.y_train.tolist() == [0, 1, 2]
+        assert np.array_equal(d.x_test.numpy(), np.stack([held_out[i] for i in (2, 0, 1)]))
+        assert d.y_test.tolist() == [2, 1, 0] and d.num_classes == 3
+    shutil.rmtree(tmp_path / "tiny-imagenet-200" / "train")
+    assert data.load_dataset("tiny_imagenet", tmp_path, train=False).y_test.tolist() == [2, 1, 0]
+
+
 @pytest.mark.parametrize("side", [8, 13, 30])
 def test_squares_are_resized_and_cropped_as_by_torchvision(tmp_path, side):
     folder(tmp_path, sizes=((10, 17), (23, 13), (16, 16), (13, 13)))

@@ -84,7 +84,7 @@ def test_a_damaged_idx_file_is_refused(tmp_path, content):
         data.load_dataset("mnist", tmp_path)
 
 
-@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10", "cifar100", "svhn"])
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10", "cifar100", "svhn", "tiny_imagenet"])
 def test_what_is_missing_is_said_and_nothing_is_downloaded(tmp_path, name):
     with pytest.raises(FileNotFoundError) as error:
         data.load_dataset(name, tmp_path)

@@ -333,7 +333,7 @@ def test_a_full_disk_is_told_before_any_work(tmp_path, monkeypatch):
     [
         (lambda: carso_task("pipeline"), {}, {}, "bank must be None"),
         (classifier_task, {}, {}, "bank must be None"),
-        (TASKS["carso"], {"padding": 1}, {}, "bank needs x as a tensor, without padding"),
+        (TASKS["carso"], {"padding": 1}, {}, "bank needs x as a tensor, without accumulate and padding"),
         (TASKS["carso"], {}, {"variants": 3}, "variants must be at least 4, one for each attack, got 3"),
         (lambda: TASKS["carso"](attack=attack(eps_warmup=0.5)), {}, {}, "set eps_warmup to 0, got 0.5"),
     ],
