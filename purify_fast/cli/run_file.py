@@ -64,18 +64,14 @@ def without_effect(command: Command) -> dict[str, str]:
     return unused
 
 
-def run_file(command: Command) -> str:
-    """The text of ``run.yaml`` for a command."""
+def write_run_file(command: Command, folder: Path) -> None:
+    """Write ``run.yaml`` to the folder of a run."""
     left_out = without_effect(command)
     options = {name: value for name, value in values(command).items() if name not in left_out}
     facts = {"command": command.called, "version": __version__}
     head = f"# purify-fast {command.called} --config {RUN_FILE} repeats this run. Options on the command line win.\n"
-    return head + yaml.safe_dump(facts | options, sort_keys=False, allow_unicode=True)
-
-
-def write_run_file(command: Command, folder: Path) -> None:
-    """Write ``run.yaml`` to the folder of a run."""
-    write_text(folder / RUN_FILE, run_file(command))
+    text = yaml.safe_dump(facts | options, sort_keys=False, allow_unicode=True)
+    write_text(folder / RUN_FILE, head + text)
 
 
 def ball_of_run(folder: Path) -> tuple[float, str] | None:

@@ -40,9 +40,7 @@ def find_official(name: str, root: Path, download: bool, train: bool) -> Path | 
                 return _arrays(name, root, download, ("train", "test") if train else ("test",))
             folder = root / "tiny-imagenet-200"
             if not folder.is_dir():
-                raise FileNotFoundError(
-                    f"{root} has no folder {folder.name}; torchvision cannot download it from {TINY}"
-                )
+                raise FileNotFoundError(f"there is no {folder.name}, which torchvision cannot download: {TINY}")
             return folder
     except ModuleNotFoundError:
         raise

@@ -65,10 +65,8 @@ class InMemory:
 
     def _order(self, epoch: int) -> list[Tensor]:
         """Return the indices of the images in each of the epoch's batches."""
-        config, shares = self.config, {"rank": self.rank, "world": self.world}
-        return batches(
-            len(self.ids), config.batch_size, config.seed, epoch, config.drop_last, device=self.x.device, **shares
-        )
+        n, size, seed, drop_last = len(self.ids), self.batch_size, self.config.seed, self.config.drop_last
+        return batches(n, size, seed, epoch, drop_last, rank=self.rank, world=self.world, device=self.x.device)
 
     def epoch(self, epoch: int, first: int) -> Generator[RawBatch]:
         """Yield this process's share of the epoch's batches, beginning with batch number ``first``."""
@@ -107,8 +105,7 @@ class Loader:
         self.description = f"batches, {self.steps} an epoch"
 
     def epoch(self, epoch: int, first: int = 0) -> Generator[RawBatch]:
-        """Yield the batches of an epoch; ``first`` is 0."""
-        assert first == 0
+        """Yield the batches of an epoch. A run is resumed only between epochs, so ``first`` is always 0."""
         x: Any = self.x
         reads_ahead = isinstance(x, DataLoader) and not isinstance(x.dataset, IterableDataset) and x.persistent_workers
         if reads_ahead and x._iterator is None:
