@@ -6,8 +6,7 @@ import contextlib
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -131,32 +130,18 @@ def dtype_of(module: nn.Module) -> torch.dtype:
     return first_tensor(module).dtype
 
 
-class Digested(Protocol):
-    """An object that `digest` accepts in place of a tensor, such as a file of images that is not read into memory."""
-
-    digest: str
-
-
 def text_hash(text: str = "") -> hashlib.blake2b:
     """The hash object of a text. Its method ``update`` can add more data."""
     return hashlib.blake2b(text.encode(), digest_size=16)
 
 
-def content_hash(dtype: torch.dtype, shape: Sequence[int]) -> hashlib.blake2b:
-    """The hash object of a tensor's dtype and shape. The caller adds the bytes of the tensor to it."""
-    return text_hash(f"{dtype} {list(shape)}")
-
-
-def digest(*tensors: Tensor | Digested) -> str:
+def digest(*tensors: Tensor) -> str:
     """A hash of the dtypes, shapes and contents of tensors."""
     whole = text_hash()
     for tensor in tensors:
-        if isinstance(tensor, Tensor):
-            content = content_hash(tensor.dtype, tensor.shape)
-            content.update(_bytes(tensor))
-            whole.update(content.hexdigest().encode())
-        else:
-            whole.update(tensor.digest.encode())
+        content = text_hash(f"{tensor.dtype} {list(tensor.shape)}")
+        content.update(_bytes(tensor))
+        whole.update(content.hexdigest().encode())
     return whole.hexdigest()
 
 

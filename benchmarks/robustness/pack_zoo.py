@@ -7,9 +7,10 @@ model of the zoo again. The classifier of a defence must be in the zoo too. The 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 
 from purify_fast import __version__
 from purify_fast import zoo as packed
+from purify_fast._files import write_text
 from purify_fast._validation import read_norm
 from purify_fast.data import DataSet, balanced_subset, load_dataset, to_float
 from purify_fast.evaluation import EvaluateConfig, evaluate
@@ -24,7 +26,7 @@ from purify_fast.evaluation.show.text import markdown_table
 from purify_fast.methods.loading import load_defence
 from purify_fast.training import load_classifier
 from purify_fast.training.checkpoint import MODEL, read_model, save_model
-from purify_fast.zoo.cards import FILE, MODELS, Accuracy, Card, read_card, write_card
+from purify_fast.zoo.cards import FILE, MODELS, Accuracy, Card, read_card
 
 from . import revisions
 from .studies.cifar10 import clean_accuracy as share_correct
@@ -185,5 +187,5 @@ def main(chosen: argparse.Namespace, models: Path = MODELS) -> str:
         folder.mkdir(parents=True, exist_ok=True)
         if folders[card.name] != folder:
             shutil.copyfile(folders[card.name] / MODEL, folder / MODEL)
-        write_card(card, folder)
+        write_text(folder / FILE, json.dumps(asdict(card), indent=1, ensure_ascii=False) + "\n")
     return "\n".join(map(str, judged))

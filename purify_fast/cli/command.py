@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -28,10 +28,8 @@ class Command(ABC):
     called: ClassVar[str]
     #: All commands by their names.
     kinds: ClassVar[dict[str, type[Command]]] = {}
-    #: The options that have no effect without another option, and those that have none beside another option, each by
-    #: the name of the other option. The tables of base classes hold too.
-    only_with: ClassVar[dict[str, tuple[str, ...]]] = {}
-    set_by: ClassVar[dict[str, tuple[str, ...]]] = {}
+    #: The options that have no effect "without" or "beside" another option. The tables of base classes hold too.
+    no_effect: ClassVar[dict[tuple[Literal["without", "beside"], str], tuple[str, ...]]] = {}
     #: The words that the user has typed after the program's name.
     typed: ClassVar[tuple[str, ...]] = ()
 
@@ -63,15 +61,14 @@ class DataCommand(Command):
     """A command that reads images.
 
     Args:
-        data: Data set: digits, mnist, fashion_mnist, cifar10, cifar100, svhn, imagenette, tiny_imagenet; or an .npz
-            file with x_train, y_train, x_test and y_test; or a folder with train/<class>/*.jpg|png, and val/ or test/.
+        data: Data set: digits, mnist, fashion_mnist, cifar10, cifar100, svhn, tiny_imagenet; or an .npz file with
+            x_train, y_train, x_test and y_test; or a folder with train/<class>/*.jpg|png, and val/ or test/.
         data_root: Folder of the data sets, also for downloads. Default: the variable PURIFY_FAST_DATA, or the current
             folder.
         download: Let torchvision download the official files of a data set if they are missing.
         size: Height and width to which images are resized and cropped before any attack. A single number sets both.
         num_classes: Number of classes, if some labels do not occur in the data. Default: the largest label plus 1.
-        stream: Read the decoded images of an image folder batch by batch even if they fit into memory, for example to
-            save memory of the GPU.
+        stream: Keep the training images in main memory, or in their file, to save memory of the GPU.
         cache: Folder for the decoded images of an image folder. Default: .purify_fast in the image folder.
         device: Device to compute on: cpu, cuda, or another device of PyTorch. auto: a GPU if there is any.
     """
@@ -92,10 +89,11 @@ class DataCommand(Command):
         from ..data import load_dataset
 
         device = usable_device(self.device)
-        names = ("download", "stream", "cache")
-        options: dict[str, Any] = {name: getattr(self, name) for name in names} | {"train": train}
         size: Any = self.size * 2 if self.size is not None and len(self.size) == 1 else self.size
-        return load_dataset(self.data, self.data_root, self.num_classes, image_size=size, **options).to(device)
+        options: dict[str, Any] = {"image_size": size, "train": train, "download": self.download, "cache": self.cache}
+        loaded = load_dataset(self.data, self.data_root, self.num_classes, **options)
+        moved = loaded.to(device)
+        return replace(moved, x_train=loaded.x_train) if self.stream else moved
 
 
 @dataclass(frozen=True)

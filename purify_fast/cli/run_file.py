@@ -8,9 +8,7 @@ defaults of the options, but not options on the command line. Numbers may be fra
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +20,6 @@ from .._files import write_text
 from .._version import __version__
 from .command import Command
 
-C = TypeVar("C")
 OfCommand = TypeVar("OfCommand", bound=Command)
 
 RUN_FILE = "run.yaml"
@@ -61,25 +58,20 @@ def without_effect(command: Command) -> dict[str, str]:
     """The options without effect beside the other options of a command, each with the reason."""
     given, unused = values(command), dict[str, str]()
     for kind in type(command).__mro__:
-        for option, names in vars(kind).get("only_with", {}).items():
-            unused |= {} if given[option] else dict.fromkeys(names, f"without {flag(option)}")
-        for option, names in vars(kind).get("set_by", {}).items():
-            unused |= dict.fromkeys(names, f"beside {flag(option)}") if given[option] else {}
+        for (word, option), names in vars(kind).get("no_effect", {}).items():
+            if bool(given[option]) == (word == "beside"):
+                unused |= dict.fromkeys(names, f"{word} {flag(option)}")
     return unused
-
-
-def run_file(command: Command) -> str:
-    """The text of ``run.yaml`` for a command."""
-    left_out = without_effect(command)
-    options = {name: value for name, value in values(command).items() if name not in left_out}
-    facts = {"command": command.called, "version": __version__}
-    head = f"# purify-fast {command.called} --config {RUN_FILE} repeats this run. Options on the command line win.\n"
-    return head + yaml.safe_dump(facts | options, sort_keys=False, allow_unicode=True)
 
 
 def write_run_file(command: Command, folder: Path) -> None:
     """Write ``run.yaml`` to the folder of a run."""
-    write_text(folder / RUN_FILE, run_file(command))
+    left_out = without_effect(command)
+    options = {name: value for name, value in values(command).items() if name not in left_out}
+    facts = {"command": command.called, "version": __version__}
+    head = f"# purify-fast {command.called} --config {RUN_FILE} repeats this run. Options on the command line win.\n"
+    text = yaml.safe_dump(facts | options, sort_keys=False, allow_unicode=True)
+    write_text(folder / RUN_FILE, head + text)
 
 
 def ball_of_run(folder: Path) -> tuple[float, str] | None:
@@ -106,34 +98,18 @@ def options_of(path: Path, kind: type[Command]) -> dict[str, Any]:
     options.pop("version", None)
     if (command := options.pop("command", kind.called)) != kind.called:
         raise ValueError(f"--config {path} is a file of `{command}`, not of `{kind.called}`")
-    if unknown := options.keys() - values(kind()).keys():
-        raise ValueError(f"--config {path} has options that `{kind.called}` has not: {', '.join(sorted(unknown))}")
     return options
 
 
-def with_options(config: C, options: dict[str, Any]) -> C:
-    """Make a copy of a command or configuration in which some options have other values."""
-    hints, changed = typing.get_type_hints(type(config)), {}
-    for field in dataclasses.fields(config):  # type: ignore[arg-type]
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            changed[field.name] = with_options(value, options)
-        elif field.name in options:
-            changed[field.name] = _as_type(options[field.name], hints[field.name])
-    return dataclasses.replace(config, **changed)  # type: ignore[type-var]
-
-
-def _as_type(value: Any, kind: Any) -> Any:
-    """Convert a value of YAML to the type of a field, or return it unchanged for the configuration to refuse."""
-    kinds = typing.get_args(kind)
-    if type(None) in kinds:
-        return None if value in (None, "None") else _as_type(value, kinds[0])
-    if isinstance(value, list):
-        return tuple(_as_type(one, kinds[0]) for one in value) if kinds else tuple(value)
-    if kind is float and isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            return number(value)
-    return Path(str(value)) if kind is Path else value
+def words_of(options: dict[str, Any], kind: type[Command]) -> list[str]:
+    """Write options as the words of a command line."""
+    defaults, words = values(kind()), list[str]()
+    for name, value in options.items():
+        if isinstance(value, bool) and isinstance(defaults.get(name), bool):
+            words.append(flag(name if value else f"no_{name}"))
+        else:
+            words += [flag(name), *map(str, value if isinstance(value, list) else [value])]
+    return words
 
 
 def report_file(folder: Path, name: str) -> Path:
@@ -190,18 +166,22 @@ def _names(arguments: list[str]) -> set[str]:
 
 def parse(kind: type[OfCommand], arguments: list[str]) -> OfCommand:
     """Make a command of a class from the words after the command's name."""
-    early, given = early_options().parse_known_args(arguments)[0], _names(arguments)
-    in_file = {} if early.config is None else options_of(early.config, kind)
-    # The values of the file win over those of the recipe, and the command line wins over both.
-    chosen = {**in_file, **{name: value for name, value in vars(early).items() if value is not None}}
-    if chosen.get("recipe") in (None, "None"):
+    file, given = early_options().parse_known_args(arguments)[0].config, _names(arguments)
+    options = {} if file is None else options_of(file, kind)
+    # The folder is not an option, but an argument without a name, of which there can be only one.
+    folder = {"folder": Path(options.pop("folder"))} if "folder" in options else {}
+    # Of two equal options the last wins, so the command line wins over the file, and both win over a recipe.
+    words = [*words_of(options, kind), *arguments]
+    early = early_options().parse_known_args(words)[0]
+    if early.recipe in (None, "None"):
         default = kind()
     else:
-        size = str(chosen.get("batch_size"))
+        size = str(early.batch_size)
         # The configuration refuses any other text.
         batch_size = int(size) if size.isdecimal() and int(size) > 0 else None
-        default = kind.of_recipe(chosen["recipe"], bool(chosen.get("official_code")), batch_size)
-    command: OfCommand = cli(kind, arguments, prog=f"purify-fast {kind.called}", default=with_options(default, in_file))
+        default = kind.of_recipe(early.recipe, bool(early.official_code), batch_size)
+    default = dataclasses.replace(default, **folder)
+    command: OfCommand = cli(kind, words, prog=f"purify-fast {kind.called}", default=default)
     for name, reason in without_effect(command).items():
         if name in given:
             raise ValueError(f"{flag(name)} has no effect {reason}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ..data import DataSet, StreamedImages
+    from ..data import DataSet
     from ..protocols import Classifier
 
 #: The prefix of the name of a model in `purify_fast.zoo`. Without it, a text is the path of a folder.
@@ -81,7 +81,7 @@ def trained_classifier(
     return named_classifier(text, weights, images, mean, std).eval()
 
 
-def accuracy_text(model: nn.Module, x: Tensor | StreamedImages, y: Tensor, batch_size: int) -> str:
+def accuracy_text(model: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> str:
     """The share of images that a classifier classifies correctly, such as ``91.6 ± 1.2 % of 500 held-out images``."""
     import torch
 

@@ -103,7 +103,7 @@ class FollowsRecipe(Training):
         official_code: With --recipe: repeat also the known mistakes of the authors' code (`purify-fast recipe NAME`).
     """
 
-    only_with: ClassVar = {"recipe": ("official_code",)}
+    no_effect: ClassVar = {("without", "recipe"): ("official_code",)}
 
     recipe: str | None = None
     official_code: bool = False
@@ -151,7 +151,7 @@ class OnClassifier(Training):
         std: With --mean: standard deviation by which the images were then divided. Default: 1.
     """
 
-    only_with: ClassVar = {"classifier_weights": ("mean", "std")}
+    no_effect: ClassVar = {("without", "classifier_weights"): ("mean", "std")}
 
     classifier: str = "runs/classifier"
     classifier_weights: str | None = None
@@ -286,7 +286,7 @@ class KeepsAttacks(Training):
         bank_folder: With --bank: folder of the file, also for later runs. Default: banks in the folder of caches.
     """
 
-    only_with: ClassVar = {"bank": ("bank_refresh", "bank_folder")}
+    no_effect: ClassVar = {("without", "bank"): ("bank_refresh", "bank_folder")}
 
     bank: Count | None = None
     bank_refresh: Share = 0.05
@@ -314,7 +314,7 @@ class TrainCarso(KeepsAttacks, FollowsRecipe, TrainPurifier):
     """
 
     called: ClassVar[str] = "train carso"
-    set_by: ClassVar = {"init": _CARSO_SIZES, "recipe": ("init", "decoder_width")}
+    no_effect: ClassVar = {("beside", "init"): _CARSO_SIZES, ("beside", "recipe"): ("init", "decoder_width")}
 
     out: Path = Path("runs/carso")
     init: Path | None = None
@@ -375,7 +375,7 @@ class TrainGenerator(TrainPurifier):
     """
 
     called: ClassVar[str] = "train generator"
-    set_by: ClassVar = {"weights": ("width", "residual")}
+    no_effect: ClassVar = {("beside", "weights"): ("width", "residual")}
 
     out: Path = Path("runs/generator")
     purifier: Literal["deepfill", "small_generator"] = "small_generator"
@@ -421,7 +421,7 @@ class TrainAtop(KeepsAttacks, FollowsRecipe, TrainGenerator):
     """
 
     called: ClassVar[str] = "train atop"
-    set_by: ClassVar = {"init": _GENERATOR + _TRANSFORM}
+    no_effect: ClassVar = {("beside", "init"): _GENERATOR + _TRANSFORM}
 
     out: Path = Path("runs/atop")
     init: Path | None = Path("runs/generator")
@@ -465,8 +465,10 @@ class TrainDiffusion(Training):
     """
 
     called: ClassVar[str] = "train diffusion"
-    only_with: ClassVar = {"intervals": ("init",)}
-    set_by: ClassVar = {"intervals": ("width", "patch", "attention", "noise_schedule", "prediction")}
+    no_effect: ClassVar = {
+        ("without", "intervals"): ("init",),
+        ("beside", "intervals"): ("width", "patch", "attention", "noise_schedule", "prediction"),
+    }
 
     out: Path = Path("runs/denoiser")
     init: Path | None = None

@@ -16,7 +16,5 @@ if TYPE_CHECKING:
     from .images import to_float as to_float
     from .selection import balanced_subset as balanced_subset
     from .selection import batches as batches
-    from .streaming import StreamedImages as StreamedImages
-    from .streaming import read_ahead as read_ahead
 
 __all__, __getattr__, __dir__ = lazy_exports(__name__)

@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .streaming import ResizedImages, StreamedImages
-
 #: Names of the data sets that can be read from official files or from ``<root>/<name>.npz``.
-NAMES = ("mnist", "fashion_mnist", "cifar10", "cifar100", "svhn", "imagenette", "tiny_imagenet")
+NAMES = ("mnist", "fashion_mnist", "cifar10", "cifar100", "svhn", "tiny_imagenet")
 DIGITS_TEST = 500
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 
@@ -23,8 +21,7 @@ ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 class DataSet:
     """Training images and held-out images, with their labels.
 
-    Images that do not fit into memory are `StreamedImages`, which `purify_fast.training.fit` accepts. For other uses,
-    take a slice, which is a tensor: ``x_test[:500]`` or ``x_test[:]``.
+    The images of an image folder are in a file that is mapped into memory, so they need not fit into memory.
 
     Args:
         x_train: training images, uint8 ``[N, C, H, W]``, from 0 (black) to 255 (white).
@@ -36,9 +33,9 @@ class DataSet:
         classes: names of the classes, in the order of their labels; None if they are not known.
     """
 
-    x_train: Tensor | StreamedImages
+    x_train: Tensor
     y_train: Tensor
-    x_test: Tensor | StreamedImages
+    x_test: Tensor
     y_test: Tensor
     name: str
     num_classes: int
@@ -56,7 +53,7 @@ class DataSet:
         return f"DataSet({self.name!r}, {images} of {size}, {self.num_classes} classes, on {self.y_train.device})"
 
     def to(self, device: torch.device | str) -> DataSet:
-        """Move the data to another device. Streamed images remain in their file, and are read to that device."""
+        """Move the data to another device."""
         return dataclasses.replace(self, **{name: getattr(self, name).to(device) for name in ARRAYS})
 
 
@@ -68,16 +65,15 @@ def load_dataset(
     train: bool = True,
     download: bool = False,
     image_size: tuple[int, int] | None = None,
-    stream: bool = False,
     cache: str | Path | None = None,
 ) -> DataSet:
     """Load a data set.
 
     Args:
         name_or_path: a name, the path of an ``.npz`` file, or the path of an image folder.
-            The names are ``digits``, ``mnist``, ``fashion_mnist``, ``cifar10``, ``cifar100``, ``svhn``, ``imagenette``
-            and ``tiny_imagenet``. All except ``digits`` are read from ``<root>/<name>.npz`` if that file exists, or
-            else from the official files under root, in torchvision's folders.
+            The names are ``digits``, ``mnist``, ``fashion_mnist``, ``cifar10``, ``cifar100``, ``svhn`` and
+            ``tiny_imagenet``. All except ``digits`` are read from ``<root>/<name>.npz`` if that file exists, or else
+            from the official files under root, in torchvision's folders or in ``tiny-imagenet-200``.
             An ``.npz`` file has the arrays ``x_train``, ``y_train``, ``x_test`` and ``y_test``. Images are uint8
             ``[N, H, W]``, ``[N, H, W, C]`` or ``[N, C, H, W]`` with C = 1 or 3. Labels are integers ``[N]`` or
             ``[N, 1]``, and every number from 0 to the largest label must occur, unless ``num_classes`` is given. An
@@ -94,11 +90,7 @@ def load_dataset(
             images do.
         download: whether torchvision may download the official files to root if they are missing.
         image_size: height and width. An image is resized until it just covers this size, and its center is cropped.
-            None keeps the sizes; all images of a folder must then have the same size. ``imagenette`` needs an
-            image_size. Images that are not from a folder are resized whenever they are read.
-        stream: whether to read a folder's decoded images batch by batch even if they fit into memory. Images that need
-            more than half of the available memory are always read batch by batch. This argument and those that follow
-            have no effect on data sets that are not folders.
+            None keeps the sizes; all images of a folder must then have the same size.
         cache: folder for the decoded images of an image folder; None: ``.purify_fast`` in the image folder. They are
             decoded before the first use. An error names an image that cannot be decoded.
 
@@ -119,7 +111,7 @@ def load_dataset(
         # The import of torchvision takes about a second, and digits and .npz files do not need it.
         from .torchvision_sets import find_official
 
-        found = find_official(name, Path("." if root is None else root), download, image_size, train)
+        found = find_official(name, Path("." if root is None else root), download, train)
     else:
         found = _digits() if name == "digits" else _find(Path(name_or_path), None if root is None else Path(root))
     if isinstance(found, Path) and found.is_dir():
@@ -129,7 +121,6 @@ def load_dataset(
             found,
             image_size,
             train=train,
-            stream=stream,
             cache=None if cache is None else Path(cache),
         )
         title = name if name in NAMES else found.resolve().name
@@ -146,9 +137,23 @@ def load_dataset(
     loaded = DataSet(**tensors, name=title, num_classes=classes, classes=named)
     if image_size is None or tuple(image_size) == loaded.image_shape[1:]:
         return loaded
-    height, width = image_size
-    x_train, x_test = (ResizedImages(images[:], (height, width)) for images in (loaded.x_train, loaded.x_test))
+    x_train, x_test = (_resized(images, image_size) for images in (loaded.x_train, loaded.x_test))
     return dataclasses.replace(loaded, x_train=x_train, x_test=x_test)
+
+
+def _resized(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize images bilinearly and crop their centers, as `load_dataset` describes."""
+    # The import of torchvision takes about a second.
+    from torchvision.transforms.v2 import functional
+
+    sides = list(zip(size, images.shape[2:], strict=True))
+    factor = max(target / side for target, side in sides)
+    covering = [max(round(factor * side), target) for target, side in sides]
+    resized = images.new_empty((*images.shape[:2], *size))
+    # Resize some images at a time, because the intermediate results need several times the memory of the images.
+    for small, out in zip(images.split(256), resized.split(256), strict=True):
+        out.copy_(functional.center_crop(functional.resize(small, covering, antialias=True), list(size)))
+    return resized
 
 
 def small_digits() -> tuple[Tensor, Tensor]:

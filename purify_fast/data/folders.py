@@ -20,9 +20,7 @@ from torchvision.transforms.v2 import functional
 from tqdm import tqdm
 
 from .._files import atomic
-from .._memory import available_memory
-from .._tensors import content_hash, text_hash
-from .streaming import GIVE_SIZE, StreamedImages
+from .._tensors import text_hash
 
 #: The endings of image files, as in torchvision's ImageFolder.
 SUFFIXES = IMG_EXTENSIONS
@@ -49,24 +47,17 @@ def read_folder(
     image_size: tuple[int, int] | None,
     *,
     train: bool,
-    stream: bool,
     cache: Path | None,
-) -> tuple[dict[str, Tensor | StreamedImages], dict[str, Tensor], list[str]]:
+) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
     """Read the images of an image folder, their labels, and the names of the classes."""
     root = folder / CACHE if cache is None else cache / folder.resolve().name
     splits, classes = _listed(folder, train)
     place = root / ("native" if image_size is None else f"{image_size[0]}x{image_size[1]}")
     size = read_image(next(iter(splits.values())).files[0]).shape[1:] if image_size is None else image_size
-    memory = available_memory() // 2
-    x: dict[str, Tensor | StreamedImages] = {"train": torch.empty((0, 3, *size), dtype=torch.uint8)}
-    y = {"train": torch.empty(0, dtype=torch.int64)} | {part: split.labels for part, split in splits.items()}
-    # Begin with the held-out images, because an evaluation needs all of them in memory.
-    for part in reversed(splits):
-        images = _decoded(place, part, splits[part].files, (size[0], size[1]), resize=image_size is not None)
-        needed = images.shape.numel()
-        streamed = stream or needed > memory
-        memory -= 0 if streamed else needed
-        x[part] = images if streamed else images[:]
+    x, y = {"train": torch.empty((0, 3, *size), dtype=torch.uint8)}, {"train": torch.empty(0, dtype=torch.int64)}
+    for part, (files, labels) in splits.items():
+        y[part] = labels
+        x[part] = _decoded(place, part, files, (size[0], size[1]), resize=image_size is not None)
     return x, y, classes
 
 
@@ -163,33 +154,37 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
     return functional.pil_to_tensor(image).contiguous()
 
 
-def _decoded(place: Path, part: str, files: Sequence[Path], size: tuple[int, int], *, resize: bool) -> StreamedImages:
+def _decoded(place: Path, part: str, files: Sequence[Path], size: tuple[int, int], *, resize: bool) -> Tensor:
     """Open the decoded images of a part of the data set. Decode them if the folder ``place`` does not have them."""
     whole = place / f"x_{part}-{_source(files)[:16]}.npy"
     place.mkdir(parents=True, exist_ok=True)
     # The process that has the lock writes the file, and the others wait for it.
     with FileLock(place / ".lock"):
-        for path in place.glob(f"{whole.stem}-*.npy"):
-            with contextlib.suppress(OSError, EOFError, ValueError):
-                return StreamedImages(path, path.stem.rpartition("-")[2])
+        with contextlib.suppress(OSError, EOFError, ValueError):
+            return _mapped(whole)
         # Remove the arrays of an earlier cache, and the temporary files of killed processes.
         for old in place.glob(f"*x_{part}-*.npy"):
             old.unlink()
         with atomic(whole) as temporary:
-            pixels = write_images(files, size, temporary, resize=resize)
-        return StreamedImages(whole.rename(place / f"{whole.stem}-{pixels}.npy"), pixels)
+            write_images(files, size, temporary, resize=resize)
+        return _mapped(whole)
 
 
-def write_images(files: Sequence[Path], size: tuple[int, int], out: Path, *, resize: bool) -> str:
-    """Decode images into an ``.npy`` file, uint8 ``[N, 3, H, W]``, and return the hash of the pixels."""
+def _mapped(path: Path) -> Tensor:
+    """Map an ``.npy`` file into memory. Its parts are read when they are used; writes do not change the file."""
+    return torch.from_numpy(np.load(path, mmap_mode="c"))
+
+
+def write_images(files: Sequence[Path], size: tuple[int, int], out: Path, *, resize: bool) -> None:
+    """Decode images into an ``.npy`` file, uint8 ``[N, 3, H, W]``."""
     shape = (len(files), 3, *size)
-    content = content_hash(torch.uint8, torch.Size(shape))
 
     def decode(path: Path) -> memoryview:
         image = read_image(path, size if resize else None)
         if image.shape != shape[1:]:
+            advice = "give image_size=(H, W), on the command line --size H W"
             got, wanted = (" x ".join(map(str, sides[1:])) for sides in (image.shape, shape[1:]))
-            raise ValueError(f"{path} has {got} pixels, but others have {wanted}: {GIVE_SIZE}")
+            raise ValueError(f"{path} has {got} pixels, but others have {wanted}: {advice}")
         return image.numpy().data
 
     # Write from front to back: a full disk ends a write with an OSError, but a memory map with SIGBUS.
@@ -197,6 +192,4 @@ def write_images(files: Sequence[Path], size: tuple[int, int], out: Path, *, res
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
         for first in tqdm(range(0, len(files), CHUNK), "decode images", unit=f"{CHUNK} images"):
             for pixels in pool.map(decode, files[first : first + CHUNK]):
-                content.update(pixels)
                 file.write(pixels)
-    return content.hexdigest()

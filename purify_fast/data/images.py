@@ -10,7 +10,6 @@ from torch import Tensor
 
 from .._validation import Range
 from ..ops.philox import Stream, philox
-from .streaming import StreamedImages
 
 #: The number of images that `statistics` reads at a time.
 _PART = 8192
@@ -27,7 +26,7 @@ def to_float(x: Tensor) -> Tensor:
     return x.float().div_(255)
 
 
-def statistics(x: Tensor | StreamedImages) -> tuple[list[float], list[float]]:
+def statistics(x: Tensor) -> tuple[list[float], list[float]]:
     """Compute the mean and standard deviation of each channel, for the normalization in a network.
 
     Args:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from .._validation import Range
-from .streaming import StreamedImages
 
 #: The largest number of missing classes that a warning names.
 NAMED = 10
@@ -72,9 +71,7 @@ class Subset(NamedTuple):
     ids: Tensor
 
 
-def balanced_subset(
-    x: Tensor | StreamedImages, y: Tensor, count: int, seed: int, *, num_classes: int | None = None
-) -> Subset:
+def balanced_subset(x: Tensor, y: Tensor, count: int, seed: int, *, num_classes: int | None = None) -> Subset:
     """Choose images such that the numbers of images of the classes differ by at most one.
 
     If a class has too few images, all of them are chosen. The first images of the result are balanced too: a class gets

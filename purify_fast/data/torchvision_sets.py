@@ -14,8 +14,6 @@ import numpy as np
 from filelock import FileLock
 from torchvision import datasets
 
-from .streaming import GIVE_SIZE
-
 READERS: dict[str, Any] = {
     "mnist": datasets.MNIST,
     "fashion_mnist": datasets.FashionMNIST,
@@ -26,15 +24,11 @@ READERS: dict[str, Any] = {
 TINY = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 
 
-def find_official(
-    name: str, root: Path, download: bool, image_size: tuple[int, int] | None, train: bool
-) -> Path | dict[str, np.ndarray]:
+def find_official(name: str, root: Path, download: bool, train: bool) -> Path | dict[str, np.ndarray]:
     """Find a well-known data set: the path of its ``.npz`` or image folder, or its arrays."""
     npz = root / f"{name}.npz"
     if npz.is_file():
         return npz
-    if name == "imagenette" and image_size is None:
-        raise ValueError(f"imagenette's images differ in size: {GIVE_SIZE}")
     lock: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if download:
         root.mkdir(parents=True, exist_ok=True)
@@ -44,32 +38,19 @@ def find_official(
         with lock:
             if name in READERS:
                 return _arrays(name, root, download, ("train", "test") if train else ("test",))
-            folder = _imagenette(root, download, image_size) if name == "imagenette" else root / "tiny-imagenet-200"
+            folder = root / "tiny-imagenet-200"
             if not folder.is_dir():
-                raise FileNotFoundError(f"{root} has no folder {folder.name}")
+                raise FileNotFoundError(f"there is no {folder.name}, which torchvision cannot download: {TINY}")
             return folder
     except ModuleNotFoundError:
         raise
     # A damaged file may raise any error.
     except Exception as error:
-        how = "give download=True (--download), or remove damaged files"
-        if name == "tiny_imagenet":
-            archive = Path(TINY).name
-            how = f"get it with: curl -LO {TINY} && unzip -q {archive} -d {root}; torchvision cannot download it"
         raise FileNotFoundError(
-            f"no data set {name!r}: {how}. Looked for {npz.absolute()} (x_train, y_train, x_test, y_test), and for the "
-            f"official files in {root.absolute()} as torchvision lays them out: {str(error) or repr(error)}"
+            f"no data set {name!r}: give download=True (--download), or remove damaged files. Looked for "
+            f"{npz.absolute()} (x_train, y_train, x_test, y_test), and for the official files in {root.absolute()} as "
+            f"torchvision lays them out: {str(error) or repr(error)}"
         ) from error
-
-
-def _imagenette(root: Path, download: bool, image_size: tuple[int, int] | None) -> Path:
-    """The folder of imagenette's smallest archive whose images are large enough."""
-    side = max(image_size or (0,))
-    size = "160px" if side <= 160 else "320px" if side <= 320 else "full"
-    folder = root / ("imagenette2" if size == "full" else f"imagenette2-{size.removesuffix('px')}")
-    if download and not folder.is_dir():
-        datasets.Imagenette(root, size=size, download=True)
-    return folder
 
 
 def _arrays(name: str, root: Path, download: bool, parts: tuple[str, ...]) -> dict[str, np.ndarray]:

@@ -9,7 +9,6 @@ from .._lazy import lazy_exports
 if TYPE_CHECKING:
     from .bank import BankConfig as BankConfig
     from .callbacks import Callback as Callback
-    from .callbacks import TensorBoardLog as TensorBoardLog
     from .callbacks import TrainingState as TrainingState
     from .callbacks import summary as summary
     from .classifier import ClassifierTask as ClassifierTask

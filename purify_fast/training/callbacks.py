@@ -1,11 +1,10 @@
-"""Listeners to a training: a log for TensorBoard, a progress bar, and `Callback`, the base class for your own."""
+"""Listeners to a training: a progress bar, and `Callback`, the base class for your own."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tqdm import tqdm
@@ -13,8 +12,6 @@ from tqdm import tqdm
 from .task import Task
 
 if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
     from .run import Run
 
 
@@ -60,37 +57,6 @@ class Callback(Protocol):
     def on_end(self, state: TrainingState) -> None:
         """Run at the end, when the model holds the training's result."""
         return None
-
-
-class TensorBoardLog(Callback):
-    """Writes event files for TensorBoard: after every epoch, the metrics, the learning rate and the speed.
-
-    Args:
-        folder: folder for the event files.
-
-    Raises:
-        ModuleNotFoundError: tensorboard is not installed.
-    """
-
-    def __init__(self, folder: str | Path):
-        # tensorboard is an optional dependency, in the extra "log"
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.folder, self._make = Path(folder), SummaryWriter
-        self._writer: SummaryWriter | None = None
-
-    def on_epoch(self, state: TrainingState) -> None:
-        if self._writer is None:
-            # purge_step hides the events that an interrupted run wrote about this epoch and later epochs
-            self._writer = self._make(str(self.folder), purge_step=state.step)
-        speed = {"learning_rate": state.learning_rate, "images_per_second": state.images_per_second}
-        for name, value in {**state.metrics, **speed}.items():
-            self._writer.add_scalar(name, value, state.step)
-        self._writer.flush()
-
-    def on_end(self, state: TrainingState) -> None:
-        if self._writer is not None:
-            self._writer.close()
 
 
 class ProgressBar(Callback):

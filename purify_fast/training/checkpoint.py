@@ -69,12 +69,6 @@ def _decoded(value: Any, tensors: dict[str, Tensor]) -> Any:
     return {int(key) if key.isdecimal() else key: _decoded(item, tensors) for key, item in value.items()}
 
 
-def last_checkpoint(folder: Path) -> Any:
-    """Read a run's checkpoint; None if there is none."""
-    path = folder / CHECKPOINT
-    return read_tree(path) if path.is_file() else None
-
-
 # -- saved models -----------------------------------------------------------------------------------------------------
 
 

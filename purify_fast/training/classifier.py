@@ -18,7 +18,7 @@ from ..models.foreign import ForeignClassifier
 from ..models.representation import evaluation_mode
 from ..speed.folding.inference_copy import autocast_to
 from .checkpoint import read_model, save_model
-from .config import ClassifierConfig, Objective, TrainingAttack, hard_labels, settings
+from .config import ClassifierConfig, Objective, TrainingAttack, settings
 from .objectives import BETA, TRADES_START, divergence, mart, trades
 from .schedules import one_cycle
 from .task import Batch, Metrics, Task, check_classifier
@@ -35,7 +35,7 @@ class ClassifierTask(Task):
     def __init__(self, model: nn.Module, config: ClassifierConfig):
         self.model = model
         self.config = config = with_known_precision(config, first_tensor(model).device)
-        self.tf32, self.soft_labels = config.precision == "tf32", config.objective != "mart"
+        self.tf32 = config.precision == "tf32"
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, foreach=True
         )
@@ -66,12 +66,8 @@ class ClassifierTask(Task):
             elif attack.eps > 0:
                 x = attack.run(self.model, batch, graphs=self.graphs)
             clean = None if objective is None else self.model(batch.x)
-            logits, hard = self.model(x), hard_labels(batch.y)
-            if batch.y.is_floating_point() and batch.y.shape != logits.shape:
-                raise ValueError(
-                    f"y must have a column for each of {logits.shape[1]} classes, got {list(batch.y.shape)}"
-                )
-            metrics = {"accuracy": (logits.detach().argmax(1) == hard).float().mean()}
+            logits = self.model(x)
+            metrics = {"accuracy": (logits.detach().argmax(1) == batch.y).float().mean()}
             if objective is None or clean is None:
                 return F.cross_entropy(logits, batch.y, label_smoothing=smoothing), metrics
             beta = BETA[objective] if self.config.beta is None else self.config.beta

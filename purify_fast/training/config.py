@@ -115,7 +115,7 @@ class TrainingAttack:
         from ..attacks import pgd
 
         now = self.at_epoch(batch.epoch, batch.epochs)
-        y = hard_labels(batch.y) if target is None else target
+        y = batch.y if target is None else target
         x, y, ids = (part if rows is None else part[rows] for part in (batch.x, y, batch.sample_ids))
         return pgd(
             model,
@@ -161,11 +161,6 @@ def check_unused(given: Any, default: Any, names: Sequence[str], needs: str) -> 
             raise ValueError(f"{name} needs {needs}, got {name}={value!r}")
 
 
-def hard_labels(y: Tensor) -> Tensor:
-    """Return labels, int64 ``[B]``; of probabilities ``[B, classes]``, the most probable class."""
-    return y.argmax(1) if y.is_floating_point() else y
-
-
 def settings(config: Any) -> dict[str, Any]:
     """Return a training's configuration as one flat dict, with the fields of a `TrainingAttack` in place of the attack.
 
@@ -197,11 +192,8 @@ class FitConfig:
         keep_best: the weights that the run returns. "off": those at the end of the run. "loss" and "accuracy": those of
             the validation with the lowest loss or the highest accuracy. A validation uses the training's own attack at
             its full eps, or PGD-10 for a classifier whose attack has fewer steps.
-        patience: number of validations in a row without a better result, by keep_best, after which the run ends early.
-            None never ends it early. The learning rates are those of a run of all epochs.
         accumulate: number of parts in which a step computes the gradients of its batch one after the other, to save
             memory. The weights remain equal up to rounding, but BatchNorms take each part's statistics. None means 1.
-        clip_gradients: largest L2 norm of the gradients of an optimizer's weights; None does not shorten them.
         cuda_graphs: whether steps are captured as CUDA graphs, on a CUDA device: the steps of attacks, and with one
             process whole training steps up to the gradients. "auto" captures a step after 15 launches. "always"
             captures wherever possible. "off" never does. A graph needs the memory of one step for itself. Choose "off"
@@ -210,8 +202,6 @@ class FitConfig:
         cudnn_benchmark: whether cuDNN, on a CUDA device, times its algorithms once for each shape and uses the fastest.
             "auto" does this unless the process requires deterministic algorithms; "on" always does; "off" leaves
             cuDNN's setting unchanged.
-        fused_optimizers: "auto" lets torch's optimizers update all weights in one kernel on a CUDA device; "off" leaves
-            the setting of their constructors unchanged.
 
     Raises:
         ValueError: a setting is out of range; the message names it.
@@ -228,17 +218,12 @@ class FitConfig:
     validation_share: ShareBelow1 = 0.0
     validation_every: Count = 1
     keep_best: Literal["off", "loss", "accuracy"] = "off"
-    patience: Count | None = None
     accumulate: Count | None = None
-    clip_gradients: Positive | None = None
     cuda_graphs: CudaGraphs = "auto"
     cudnn_benchmark: CudnnBenchmark = "auto"
-    fused_optimizers: Literal["auto", "off"] = "auto"
 
     def __post_init__(self) -> None:
         check_types(self)
-        if self.patience is not None and self.keep_best == "off":
-            raise ValueError(f"patience needs keep_best loss or accuracy, got patience={self.patience}")
 
 
 @dataclass(frozen=True)

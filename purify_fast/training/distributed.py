@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
@@ -24,9 +23,6 @@ from torch.distributed.rendezvous import rendezvous
 
 from .._process import patience, processes, sendable
 from .._tensors import in_memory_order, laid_out_like
-
-#: gloo raises plain RuntimeErrors, whose text begins with a file and a line of gloo's source code.
-_GLOO = re.compile(r"\[[^\]\s]*gloo/[^\]\s]*\.(cc|h):\d+\]")
 
 
 @torch.no_grad()
@@ -77,24 +73,15 @@ def torchrun_group() -> Iterator[None]:
     """Within the block, the process group of torchrun's environment exists."""
     whole, rank, world = next(rendezvous("env://"))
     cuda = torch.cuda.is_available() and dist.is_nccl_available()
-    try:
-        store, port = _own_store(whole, rank, world)
-        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience())
-        with contextlib.ExitStack() as silence:
-            if rank > 0:
-                nowhere = silence.enter_context(open(os.devnull, "w"))
-                silence.enter_context(contextlib.redirect_stdout(nowhere))
-                silence.enter_context(contextlib.redirect_stderr(nowhere))
-            yield
-    except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and not _GLOO.search(str(error)):
-            raise
-        reason = str(error).partition("\n")[0]
-        raise ConnectionError(
-            f"another process ended, or does not answer ({reason}). Start the same run again to continue from the last "
-            "checkpoint; torchrun --max-restarts restarts it by itself"
-        ) from error
+    store, port = _own_store(whole, rank, world)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience())
+    with contextlib.ExitStack() as silence:
+        if rank > 0:
+            nowhere = silence.enter_context(open(os.devnull, "w"))
+            silence.enter_context(contextlib.redirect_stdout(nowhere))
+            silence.enter_context(contextlib.redirect_stderr(nowhere))
+        yield
     # This may last hours, while the first process evaluates. dist.barrier would give up after half an hour.
     if rank == 0:
         whole.set(f"purify_fast done {port}", "yes")

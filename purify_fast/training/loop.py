@@ -12,7 +12,6 @@ up to rounding. After the backward pass, they average all gradients and metrics 
 from __future__ import annotations
 
 import contextlib
-import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -35,10 +34,8 @@ from .config import FitConfig
 from .distributed import average_, from_first
 from .optimizers import fuse, set_learning_rate, weights_of
 from .run import Run
-from .sources import HeldOut, Images, Loader, classes_of, make_sources, step_seed
+from .sources import Images, Loader, make_sources, step_seed
 from .task import Batch, Metrics, Task, frozen_parts
-
-logger = logging.getLogger("purify_fast")
 
 #: The losses and weights are checked after every INTERVAL steps, because a check waits for the device.
 INTERVAL = 100
@@ -55,7 +52,6 @@ def fit(
     progress: bool = True,
     *,
     callbacks: Sequence[Callback] = (),
-    validation: HeldOut | None = None,
     bank: BankConfig | None = None,
 ) -> dict[str, float]:
     """Train ``task``. If ``folder`` holds a checkpoint of the same run, resume from it.
@@ -70,24 +66,18 @@ def fit(
 
     Args:
         task: the training: model, optimizers and step.
-        x: the images to train on, in one of three forms. **Images**: uint8 ``[N, C, H, W]`` on the device that trains
-            (a tensor or a NumPy array), or streamed from a file. All of these give the same weights to the bit, and a
-            run with one of them can be resumed with another. Every process passes all images. **A loader**: a
+        x: the images to train on, in one of two forms. **Images**: a tensor, uint8 ``[N, C, H, W]``. Batches of a
+            tensor on another device are copied to the model's device. Every process passes all images. **A loader**: a
             DataLoader or another iterable with a length, of (images, labels) or (images, labels, indices); the images
             are float in [0, 1] or uint8. Every process passes its own share. `fit` does not control the order, so a run
             can be resumed between epochs only. A resumed run repeats the order if the loader draws it from torch's
-            global generator or from the DataLoader's own generator, as with ``shuffle=True``. **A function** of the
-            epoch that returns such an iterable, and that repeats the order when it is called again for the same epoch.
-            With a function, a run can be resumed at any step: the epoch's earlier batches are read again, but not used.
-        y: labels of the images, integers ``[N]``, a tensor or a NumPy array; None with a loader or a function.
-        config: length and settings of the training. With a loader or a function, its batch_size and drop_last have no
-            effect.
+            global generator or from the DataLoader's own generator, as with ``shuffle=True``.
+        y: labels of the images, int64 ``[N]``; None with a loader.
+        config: length and settings of the training. With a loader, its batch_size and drop_last have no effect.
         folder: folder for ``checkpoint.safetensors`` and ``log.jsonl``; None writes no files.
         title: title of the progress bar.
         progress: whether to show a progress bar.
         callbacks: further listeners to the training, see `Callback`.
-        validation: held-out images, in place of the config's validation_share: (images, labels), or a loader or
-            function like ``x``. Every process passes all of them.
         bank: settings of an adversarial bank, for a training that attacks a model which it never changes. The bank
             stores the adversarial images, and later epochs read them. None attacks in every step. A run can be resumed
             only with the same variants and refresh.
@@ -109,7 +99,7 @@ def fit(
     if not isinstance(task, Task):
         raise TypeError(f"task must be a purify_fast.training.Task, got {type(task).__name__}")
     folder = None if folder is None else Path(folder)
-    source, held_out = make_sources(task, x, y, config, validation)
+    source, held_out = make_sources(task, x, y, config)
     run = Run(task, config, source, held_out, folder, bank=bank)
     task.frozen = frozen_parts(task.model)
     if processes()[1] > 1:
@@ -141,8 +131,7 @@ def fit(
 
 def _train(run: Run, listeners: Sequence[Callback]) -> None:
     """Train the remaining epochs of a run."""
-    while not run.ended:
-        epoch = len(run.rows)
+    for epoch in range(len(run.rows), run.config.epochs):
         last = epoch + 1 == run.config.epochs
         due = run.held_out is not None and (last or (epoch + 1) % run.config.validation_every == 0)
         # After a kill in a validation, the epoch's steps have all been taken.
@@ -159,9 +148,6 @@ def _train(run: Run, listeners: Sequence[Callback]) -> None:
         for listener in listeners:
             listener.on_epoch(state)
         run.save()
-        if run.ended and not last:
-            text = "the training ended after %d of %d epochs (patience); its best weights are of epoch %d"
-            logger.warning(text, epoch + 1, run.config.epochs, run.best["step"] // run.steps)
 
 
 def _train_epoch(run: Run, listeners: Sequence[Callback]) -> TrainingState:
@@ -171,13 +157,13 @@ def _train_epoch(run: Run, listeners: Sequence[Callback]) -> TrainingState:
     for raw in run.source.epoch(epoch, run.step % run.steps):
         if isinstance(run.source, Loader) and not images:
             # the shape and the labels of a loader's images are not known before
-            task.check(tuple(raw[0].shape[1:]), classes_of(raw[1]))
+            task.check(tuple(raw[0].shape[1:]), int(raw[1].max()) + 1)
         seed = step_seed(config.seed, run.step)
         torch.manual_seed(seed)
         batch = run.batch(raw, run.step, seed)
         rate = task.learning_rate(run.step / run.total, epoch, config.epochs)
         set_learning_rate(task.optimizers.values(), rate)
-        measured = train_step(task, batch, config.accumulate or 1, config.clip_gradients)
+        measured = train_step(task, batch, config.accumulate or 1)
         run.add(measured)
         run.step += 1
         run.expect()
@@ -213,7 +199,7 @@ def _state(run: Run, images: int, metrics: dict[str, Any], epoch: int, images_pe
 # -- a step -----------------------------------------------------------------------------------------------------------
 
 
-def train_step(task: Task, batch: Batch, accumulate: int = 1, clip: float | None = None) -> Metrics:
+def train_step(task: Task, batch: Batch, accumulate: int = 1) -> Metrics:
     """Take a training step with all of its updates, with the model in training mode."""
     task.train()
 
@@ -223,8 +209,6 @@ def train_step(task: Task, batch: Batch, accumulate: int = 1, clip: float | None
         for name, measured in step.run(batch) if step else gradients(task, batch, accumulate):
             optimizer = task.optimizers[name]
             average_([*(one.grad for one in weights_of(optimizer) if one.grad is not None), *measured.values()])
-            if clip is not None:
-                nn.utils.clip_grad_norm_(weights_of(optimizer), clip)
             optimizer.step()
             task.after_step()
         return measured
@@ -269,7 +253,7 @@ def parts_of(batch: Batch, number: int) -> list[Batch]:
 def step_settings(task: Task, config: FitConfig, device: torch.device) -> Iterator[None]:
     """Within the block, use CUDA graphs, cuDNN's benchmark and fused optimizers, which make steps on a GPU faster."""
     for optimizer in task.optimizers.values():
-        fuse(optimizer, config.fused_optimizers == "auto" and device.type == "cuda")
+        fuse(optimizer, device.type == "cuda")
     before = task.graphs
     if config.cuda_graphs == "off":
         task.graphs = None

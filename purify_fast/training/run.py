@@ -20,7 +20,7 @@ from .._process import processes
 from ..data import crop_flip, mirrored, to_float
 from ..speed.memory import peak_so_far
 from .bank import AdversarialBank, BankConfig
-from .checkpoint import CHECKPOINT, last_checkpoint, write_tree
+from .checkpoint import CHECKPOINT, read_tree, write_tree
 from .config import FitConfig
 from .distributed import from_first
 from .optimizers import weights_of
@@ -29,7 +29,7 @@ from .sources import InMemory, RawBatch, Source, step_seed
 from .task import Batch, Task
 
 #: Settings that do not change the result of a run, and may therefore differ when the run is resumed.
-_NO_FACTS = ("checkpoint_seconds", "cuda_graphs", "cudnn_benchmark", "fused_optimizers")
+_NO_FACTS = ("checkpoint_seconds", "cuda_graphs", "cudnn_benchmark")
 #: The attributes of `Run` that a checkpoint restores as they are.
 _PROGRESS = ("step", "last", "best", "rows", "counts", "expected")
 #: The names, without suffix, of the files that a run writes. A half-written file is called ``.<name>-...``.
@@ -87,8 +87,6 @@ class Run:
         self.steps = source.steps
         loop = {name: value for name, value in asdict(config).items() if name not in _NO_FACTS}
         self.facts = {"data": source.description, **loop, **task.describe()}
-        if held_out is not None:
-            self.facts["validation"] = held_out.description
         if bank is not None:
             self.facts["bank"] = task.result.bank = bank.facts  # type: ignore[assignment]
         self.length = RunLength(config.epochs, source.steps, source.batch_size, source.images)
@@ -103,13 +101,6 @@ class Run:
     def epoch(self) -> int:
         """The epoch of the next step."""
         return self.step // self.steps
-
-    @property
-    def ended(self) -> bool:
-        """Tell whether no epoch follows: all are done, or the last validations were not better than one before."""
-        config, done = self.config, len(self.rows)
-        since = done * self.steps - self.best["step"] if config.patience and self.best else 0
-        return done == config.epochs or 0 < (config.patience or 0) * config.validation_every * self.steps <= since
 
     @property
     def seconds(self) -> float:
@@ -197,7 +188,8 @@ class Run:
             for stem in _WRITTEN:
                 for stale in self.folder.glob(f".{stem}-*"):
                     stale.unlink()
-            saved = last_checkpoint(self.folder)
+            path = self.folder / CHECKPOINT
+            saved = read_tree(path) if path.is_file() else None
         if self.folder is None or saved is None:
             return None if processes()[1] == 1 else self.state()
         if difference := differences(saved["facts"], self.facts):

@@ -1,8 +1,8 @@
-"""Sources of a training's images: tensors, a file that is streamed, a DataLoader, or any iterable of batches."""
+"""Sources of a training's images: tensors, a DataLoader, or any iterable of batches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Sized
+from collections.abc import Generator, Iterable, Sized
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -13,23 +13,20 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from .._process import processes
 from .._tensors import digest
-from ..data import StreamedImages, batches, read_ahead
-from .batches import as_tensor, check_range, read_batch, seed_generators
+from ..data import batches
+from .batches import check_range, read_batch, seed_generators
 from .config import FitConfig
 from .task import Task
 
 #: An iterable of batches, where a batch is (images, labels) or (images, labels, indices). Every epoch must have the
 #: same number of batches.
 Batches: TypeAlias = Iterable[Any]
-Given: TypeAlias = "Batches | Callable[[int], Batches]"
 #: A batch as a source returns it: images, uint8 or float ``[B, C, H, W]``; labels, int64 ``[B]``; and the indices of
 #: the images, int64 ``[B]``.
 RawBatch: TypeAlias = tuple[Tensor, Tensor, Tensor]
-#: The forms in which `fit` accepts images: a tensor or file of all images, which `fit` divides into batches; an
-#: iterable of batches; or a function that returns the batches of an epoch.
-Images: TypeAlias = "Tensor | StreamedImages | Given"
-#: Held-out images in `fit`: a pair of images and labels, or batches or a function, as in `Images`.
-HeldOut: TypeAlias = "tuple[Tensor | StreamedImages, Tensor] | Images"
+#: The forms in which `fit` accepts images: a tensor of all images, which `fit` divides into batches; or an iterable of
+#: batches.
+Images: TypeAlias = "Tensor | Batches"
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -38,7 +35,7 @@ def step_seed(seed: int, step: int) -> int:
 
 
 class InMemory:
-    """Returns batches from tensors or streamed images, in an order that depends only on the seed and the epoch.
+    """Returns batches of tensors on a device, in an order that depends only on the seed and the epoch.
 
     ``description`` must be equal for a run to be resumed, within an epoch only if ``reproducible``.
     """
@@ -46,9 +43,17 @@ class InMemory:
     reproducible: bool = True
 
     def __init__(
-        self, x: Tensor | StreamedImages, y: Tensor, config: FitConfig, rank: int, world: int, ids: Tensor | None = None
+        self,
+        x: Tensor,
+        y: Tensor,
+        config: FitConfig,
+        device: torch.device,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        ids: Tensor | None = None,
     ):
-        self.x, self.y, self.config, self.rank, self.world, self.device = x, y, config, rank, world, x.device
+        self.x, self.y, self.config, self.rank, self.world, self.device = x, y.to(device), config, rank, world, device
         self.ids = torch.arange(len(x), device=x.device) if ids is None else ids.to(x.device)
         n, self.batch_size = len(self.ids), config.batch_size
         rest = n % config.batch_size
@@ -60,15 +65,16 @@ class InMemory:
 
     def _order(self, epoch: int) -> list[Tensor]:
         """Return the indices of the images in each of the epoch's batches."""
-        config, shares = self.config, {"rank": self.rank, "world": self.world}
-        return batches(
-            len(self.ids), config.batch_size, config.seed, epoch, config.drop_last, device=self.device, **shares
-        )
+        n, size, seed, drop_last = len(self.ids), self.batch_size, self.config.seed, self.config.drop_last
+        return batches(n, size, seed, epoch, drop_last, rank=self.rank, world=self.world, device=self.x.device)
 
     def epoch(self, epoch: int, first: int) -> Generator[RawBatch]:
         """Yield this process's share of the epoch's batches, beginning with batch number ``first``."""
-        for ids, images in read_ahead(self.x, [self.ids[rows] for rows in self._order(epoch)[first : self.steps]]):
-            yield images, self.y[ids], ids
+        for rows in self._order(epoch)[first : self.steps]:
+            # On a CPU, index_select is faster than x[rows].
+            images = self.x.index_select(0, rows := self.ids[rows])
+            ids = rows.to(self.device)
+            yield images.to(self.device), self.y[ids], ids
 
 
 def _cut_off(steps: int, config: FitConfig) -> int:
@@ -80,29 +86,29 @@ def _cut_off(steps: int, config: FitConfig) -> int:
 
 
 class Loader:
-    """Returns batches of a DataLoader, of another iterable, or of a function of the epoch, on the model's device.
+    """Returns batches of a DataLoader or of another iterable, on the model's device.
 
     torch's global generator is seeded before each epoch and batch, and a loader's own generators before each epoch. So
     all random draws depend only on the seed and the epoch.
     """
 
+    reproducible: bool = False
     # 0 means that the sizes are not known before the batches arrive
     batch_size, images = 0, 0
 
-    def __init__(self, x: Given, config: FitConfig, device: torch.device, name: str = "x", soft: bool = False):
-        self.reproducible = callable(x)
-        self.x, self.seed, self.device, self.name, self.soft = x, config.seed, device, name, soft
-        first: Any = x(0) if callable(x) else x
-        if not (isinstance(first, Iterable) and isinstance(first, Sized) and len(first)):
+    def __init__(self, x: Batches, config: FitConfig, device: torch.device):
+        self.x, self.seed, self.device = x, config.seed, device
+        if not (isinstance(x, Iterable) and isinstance(x, Sized) and len(x)):
             # the learning rates depend on the length of the run, and an iterator would be exhausted after one epoch
-            raise TypeError(f"x must be a tensor, or batches with a length above 0, got {type(first).__name__}")
-        self.steps = _cut_off(len(first), config)
+            raise TypeError(f"x must be a tensor, or batches with a length above 0, got {type(x).__name__}")
+        self.steps = _cut_off(len(x), config)
         self.description = f"batches, {self.steps} an epoch"
 
-    def epoch(self, epoch: int, first: int) -> Generator[RawBatch]:
-        x: Any = self.x(epoch) if callable(self.x) else self.x
-        kept = x is self.x and isinstance(x, DataLoader) and not isinstance(x.dataset, IterableDataset)
-        if kept and x.persistent_workers and x._iterator is None:
+    def epoch(self, epoch: int, first: int = 0) -> Generator[RawBatch]:
+        """Yield the batches of an epoch. A run is resumed only between epochs, so ``first`` is always 0."""
+        x: Any = self.x
+        reads_ahead = isinstance(x, DataLoader) and not isinstance(x.dataset, IterableDataset) and x.persistent_workers
+        if reads_ahead and x._iterator is None:
             # The first iterator of persistent workers draws other numbers than the next ones.
             iter(x)
         seed_generators(x, step_seed(self.seed, epoch * self.steps), epoch)
@@ -111,21 +117,18 @@ class Loader:
         for k in range(self.steps):
             torch.manual_seed(step_seed(self.seed, epoch * self.steps + k))
             if (batch := next(given, None)) is None:
-                raise ValueError(f"{self.name} has the length {self.steps}, but gave {k} batches in epoch {epoch}")
-            name = f"batch {k} of {self.name}"
+                raise ValueError(f"x has the length {self.steps}, but gave {k} batches in epoch {epoch}")
+            name = f"batch {k} of x"
             images, labels, indices = read_batch(batch, name)
-            labels, indices = _as_labels(labels), _as_labels(_as_tensor(indices, self.device))
             known = isinstance(indices, Tensor) and indices.dtype == torch.int64 and indices.shape == (len(images),)
             ids = indices if known else torch.arange(seen, seen + len(images), device="cpu")
             seen += len(images)
-            if k < first:
-                continue
-            _check(images, labels, self.soft, f"the images of {name}", f"the labels of {name}", floats=True)
+            _check(images, labels, f"the images of {name}", f"the labels of {name}", floats=True)
             images, labels, ids = (part.to(self.device, non_blocking=True) for part in (images, labels, ids))
             if images.is_floating_point():
                 images = images.float()
                 # on a GPU, each check waits for the images
-                if images.device.type == "cpu" or k == first:
+                if images.device.type == "cpu" or k == 0:
                     low, high = map(float, images.aminmax())
                     check_range(f"the images of {name}", low, high, "undo this, and normalize in the model")
                 images = images.clamp(0, 1)
@@ -135,77 +138,34 @@ class Loader:
 Source: TypeAlias = InMemory | Loader
 
 
-def make_sources(
-    task: Task, x: Images, y: Tensor | None, config: FitConfig, validation: HeldOut | None
-) -> tuple[Source, Source | None]:
+def make_sources(task: Task, x: Images, y: Tensor | None, config: FitConfig) -> tuple[Source, InMemory | None]:
     """Check a run's images, and return the source of the training images and that of the held-out images."""
-    device, share, held = next(task.model.parameters()).device, config.validation_share, None
-    x, y = _as_tensor(x, device), _as_labels(_as_tensor(y, device))
-    if validation is not None and share > 0:
-        raise ValueError(f"validation must be None if validation_share is above 0, got validation_share={share}")
-    source: Source
-    if isinstance(x, (Tensor, StreamedImages)):
-        kept = None
-        if share > 0:
-            (kept, held), validation = held_out(len(x), share, config.seed), (x, y)
-        source = InMemory(x, _check(x, y, task.soft_labels), config, *processes(), kept)
-        task.check(tuple(x.shape[1:]), classes_of(source.y))
-    elif y is not None or share > 0:
-        raise ValueError("y and validation_share must be left out for batches: pass held-out images as validation")
-    else:
-        source = Loader(x, config, device, soft=task.soft_labels)
-    if validation is None and config.keep_best != "off":
-        raise ValueError(f"keep_best {config.keep_best!r} needs held-out images: pass validation_share or validation")
-    if validation is None:
+    device, share = next(task.model.parameters()).device, config.validation_share
+    if config.keep_best != "off" and share == 0:
+        raise ValueError(f"keep_best {config.keep_best!r} needs held-out images: give validation_share")
+    if not isinstance(x, Tensor):
+        if y is not None or share > 0:
+            raise ValueError(f"x must be a tensor, or batches without y and validation_share, got {type(x).__name__}")
+        return Loader(x, config, device), None
+    kept, held = held_out(len(x), share, config.seed) if share > 0 else (None, None)
+    rank, world = processes()
+    source = InMemory(x, _check(x, y), config, device, rank=rank, world=world, ids=kept)
+    task.check(tuple(x.shape[1:]), int(source.y.max()) + 1)
+    if held is None:
         return source, None
     # Each process validates with all held-out images, and has the memory for its share of a batch.
-    share_of_batch = max(1, config.batch_size // processes()[1])
-    at_once = replace(config, batch_size=share_of_batch, drop_last=False, steps_per_epoch=None)
-    if not isinstance(validation, tuple):
-        return source, Loader(validation, at_once, device, "validation", task.soft_labels)  # type: ignore[arg-type]
-    images, labels = _as_tensor(validation[0], device), _as_labels(_as_tensor(validation[1], device))
-    second = InMemory(images, _check(images, labels, task.soft_labels), at_once, 0, 1, ids=held)
-    task.check(tuple(images.shape[1:]), classes_of(labels))
-    return source, second
+    at_once = replace(config, batch_size=max(1, config.batch_size // world), drop_last=False, steps_per_epoch=None)
+    return source, InMemory(x, source.y, at_once, device, ids=held)
 
 
-def _as_tensor(values: Any, device: torch.device) -> Any:
-    """Return an array as a tensor on a device, and anything else unchanged."""
-    numbers = isinstance(values, np.ndarray) and values.dtype.kind in "iuf"
-    return as_tensor("x", values).to(device) if numbers else values
-
-
-def _as_labels(y: Any) -> Any:
-    """Return integer labels of any size as int64, and anything else unchanged."""
-    integers = (torch.int8, torch.int16, torch.int32, torch.uint8)
-    return y.long() if isinstance(y, Tensor) and y.dtype in integers else y
-
-
-def classes_of(y: Tensor) -> int:
-    """Return the largest label plus one, or the number of classes of labels that are probabilities."""
-    return y.shape[1] if y.is_floating_point() else int(y.max()) + 1
-
-
-def _are_probabilities(y: Any, images: int) -> bool:
-    """Tell whether labels are probabilities, float32 ``[N, classes]``. On a GPU, the values are not checked."""
-    if not isinstance(y, Tensor) or y.dtype != torch.float32 or y.dim() != 2 or len(y) != images or y.shape[1] < 2:
-        return False
-    return y.device.type != "cpu" or bool((y >= 0).all() and (y.sum(1) - 1).abs().max() < 1e-3)
-
-
-def _check(
-    x: Tensor | StreamedImages, y: Any, soft: bool, of_x: str = "x", of_y: str = "y", floats: bool = False
-) -> Tensor:
+def _check(x: Tensor, y: Any, of_x: str = "x", of_y: str = "y", floats: bool = False) -> Tensor:
     """Return the labels; ValueError if images or labels have a wrong shape or type, or a label is below 0."""
-    if len(x.shape) != 4 or not len(x) or not (x.dtype == torch.uint8 or (floats and x.dtype.is_floating_point)):
+    if x.dim() != 4 or not len(x) or not (x.dtype == torch.uint8 or (floats and x.dtype.is_floating_point)):
         kinds = "uint8 or float in [0, 1]" if floats else "uint8"
         raise ValueError(f"{of_x} must be {kinds}, [N, C, H, W], got {x.dtype} {list(x.shape)}")
-    if soft and _are_probabilities(y, len(x)):
-        return y
     if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.shape != (len(x),):
         got = f"{y.dtype} {list(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
-        or_soft = ", or probabilities, float32 [N, classes], whose sums are 1" if soft else ""
-        raise ValueError(f"{of_y} must be int64 [N] = [{len(x)}]{or_soft}, got {got}")
+        raise ValueError(f"{of_y} must be int64 [N] = [{len(x)}], got {got}")
     # a GPU would wait for the labels of each batch
     if not (floats and y.device.type == "cuda") and int(y.min()) < 0:
         raise ValueError(f"{of_y} must be at least 0, got {int(y.min())}")

@@ -33,7 +33,7 @@ class Batch:
 
     Args:
         x: images ``[B, C, H, W]`` in [0, 1].
-        y: labels, int64 ``[B]``; for a task with `Task.soft_labels`, also probabilities ``[B, classes]``.
+        y: labels, int64 ``[B]``.
         sample_ids: index of each image in the whole data set, int64 ``[B]``.
         seed: seed of this step's randomness, the same for all processes; in a captured step, int64 ``[1]``.
         epoch: the epoch, from 0.
@@ -99,16 +99,14 @@ class Task:
         optimizer: the optimizer of the model.
         tf32: whether a GPU may round the factors of float32 convolutions and matrix products to ten bits of mantissa
             while `fit` trains; if False, float32 has the precision of IEEE.
-        soft_labels: whether the labels may be probabilities ``[N, classes]``.
+        frozen: parts of the model that remain in evaluation mode; `fit` sets them by `frozen_parts`.
         graphs: captures the steps of the training's attacks in CUDA graphs, if the task passes this object to its
             attacks; `fit` sets it on a CUDA device.
-        frozen: parts of the model that remain in evaluation mode; `fit` sets them by `frozen_parts`.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     tf32: bool = False
-    soft_labels: bool = False
     graphs: StepGraphs | None = None
     frozen: Sequence[nn.Module] = ()
 

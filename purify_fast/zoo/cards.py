@@ -5,12 +5,11 @@ from __future__ import annotations
 import builtins
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import nn
 
-from .._files import write_text
 from .._templates import render
 from ..methods.loading import load_defence
 from ..training import load_classifier
@@ -93,11 +92,6 @@ class Card:
     classifier: str | None = None
     attacks: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def lowest(self) -> Accuracy | None:
-        """The lowest known accuracy under attack; None if no attack was measured."""
-        return min(self.attacked.values(), key=lambda accuracy: accuracy.share, default=None)
-
     def __str__(self) -> str:
         return render(__package__, "card.txt.jinja", card=self)
 
@@ -113,11 +107,6 @@ def read_card(folder: Path) -> Card:
             "attacked": {name: Accuracy(**accuracy) for name, accuracy in facts["attacked"].items()},
         }
     )
-
-
-def write_card(card: Card, folder: Path) -> None:
-    """Write a card to the folder of its model, atomically."""
-    write_text(folder / FILE, json.dumps(asdict(card), indent=1, ensure_ascii=False) + "\n")
 
 
 def card(name: str) -> Card:

@@ -37,7 +37,7 @@ def test_a_carso_is_trained_on_and_judged_in_bfloat16(run, bars, tmp_path, short
     assert json.loads((out / "evaluation/report.json").read_text())["about"]["precision"] == "bfloat16"
 
 
-def test_a_folder_of_pictures_streamed_from_the_data_root(run, tmp_path, monkeypatch):
+def test_a_folder_of_pictures_from_the_data_root(run, tmp_path, monkeypatch):
     for part, n in (("train", 16), ("val", 4)):
         for label, name in enumerate(("dark", "light")):
             (tmp_path / "set" / part / name).mkdir(parents=True)

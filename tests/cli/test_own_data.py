@@ -13,7 +13,7 @@ from pictures import picture
 import purify_fast
 from purify_fast import cli
 from purify_fast.training import load_classifier, loop
-from purify_fast.training.checkpoint import last_checkpoint
+from purify_fast.training.checkpoint import CHECKPOINT, read_tree
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -100,7 +100,7 @@ def killed(own, method, out):
 def test_each_method_on_own_data_is_killed_and_resumed(own, method, tmp_path):
     ended = together(tmp_path, 1, lambda: killed(own, method, tmp_path / "resumed"), None)
     assert ended.codes == [-signal.SIGKILL], ended.errors
-    assert last_checkpoint(tmp_path / "resumed")["step"] == (2 if isinstance(own, Loaded) else 3)
+    assert read_tree(tmp_path / "resumed" / CHECKPOINT)["step"] == (2 if isinstance(own, Loaded) else 3)
     assert own.train(method, tmp_path / "resumed") == 0
     assert own.train(method, tmp_path / "whole") == 0
     one, other = (loaded(own, tmp_path / name, method) for name in ("resumed", "whole"))

@@ -2,11 +2,10 @@
 
 import warnings
 
-import numpy as np
 import pytest
 import torch
 
-from purify_fast.data import StreamedImages, balanced_subset, batches
+from purify_fast.data import balanced_subset, batches
 
 
 def sorted_by_class(sizes):
@@ -53,13 +52,6 @@ def test_a_missing_class_is_told():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert balanced_subset(x, y, 30, 0).y.unique().numel() == 30
-
-
-def test_streamed_images(tmp_path):
-    x, y = sorted_by_class([5, 6])
-    np.save(tmp_path / "x.npy", x.numpy())
-    whole, streamed = (balanced_subset(z, y, 5, 0) for z in (x, StreamedImages(tmp_path / "x.npy", "")))
-    assert torch.equal(whole.x, streamed.x) and torch.equal(whole.ids, streamed.ids)
 
 
 @pytest.mark.parametrize(

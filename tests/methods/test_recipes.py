@@ -99,7 +99,7 @@ def length_of(made):
     """The whole run's length, on as many images as the data set has."""
     blank = torch.zeros(IMAGES[made["data.name"]], 1, 1, 1, dtype=torch.uint8)
     config = made.loop()
-    source = InMemory(blank, torch.zeros(len(blank), dtype=torch.int64), config, 0, 1)
+    source = InMemory(blank, torch.zeros(len(blank), dtype=torch.int64), config, blank.device)
     return RunLength(config.epochs, source.steps, source.batch_size, source.images)
 
 

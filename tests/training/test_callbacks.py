@@ -1,13 +1,11 @@
-"""Listeners to a training: foreign loggers, JSONL, TensorBoard, the bar."""
+"""Listeners to a training: foreign loggers, JSONL, the bar."""
 
 import json
-import sys
-import types
 
 import pytest
 from small_runs import StopAt, Stopped, images, on_step, task
 
-from purify_fast.training import FitConfig, TensorBoardLog, TrainingState, fit
+from purify_fast.training import FitConfig, TrainingState, fit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -79,27 +77,3 @@ def test_a_finished_run_calls_on_end_alone(tmp_path):
     seen = Structural()
     assert fit(task(), *images(), FitConfig(1, 16), tmp_path, progress=False, callbacks=[seen]) == last
     assert not seen.steps and not seen.epochs and seen.ends[0][0].metrics == last
-
-
-def test_tensorboard_hides_what_a_killed_run_wrote_of_later_epochs(tmp_path, monkeypatch):
-    """With a writer that keeps what it is given, so that tensorboard need not be there."""
-    written = []
-
-    class Writer:
-        def __init__(self, folder, purge_step):
-            written.append((folder, purge_step))
-            self.flush, self.close = (lambda: None), (lambda: written.append("closed"))
-
-        def add_scalar(self, name, value, step):
-            written.append((name, value, step))
-
-    module = types.SimpleNamespace(SummaryWriter=Writer)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    log = TensorBoardLog(tmp_path)
-    assert not written
-    last = fit(task(), *images(), FitConfig(2, 16), progress=False, callbacks=[log])
-    assert written[0] == (str(tmp_path), 4) and written[-1] == "closed"
-    assert [(name, step) for name, _, step in written[1:5]] == [
-        (name, 4) for name in ("loss", "accuracy", "learning_rate", "images_per_second")
-    ]
-    assert ("loss", last["loss"], 8) in written

@@ -95,19 +95,19 @@ def test_a_metric_is_the_mean_over_the_steps_that_measure_it_also_after_a_resume
 
 def test_the_last_batch_is_kept_if_asked_and_epochs_are_cut_off():
     x, y = images(10)
-    whole = InMemory(x, y, FitConfig(1, 4, drop_last=False), 0, 1)
+    whole = InMemory(x, y, FitConfig(1, 4, drop_last=False), x.device)
     assert (whole.steps, whole.images) == (3, 10)
     sizes = [len(ids) for _, _, ids in whole.epoch(0, 0)]
     assert sizes == [4, 4, 2]
-    cut = InMemory(x, y, FitConfig(3, 4, steps_per_epoch=1), 0, 1)
+    cut = InMemory(x, y, FitConfig(3, 4, steps_per_epoch=1), x.device)
     epochs = [torch.cat([ids for _, _, ids in cut.epoch(k, 0)]) for k in range(3)]
     assert all(len(ids) == 4 for ids in epochs) and (cut.steps, cut.images) == (1, 4)
     # every epoch draws from all images again
     assert len(set(torch.cat(epochs).tolist())) > 4
     with pytest.raises(ValueError, match=r"steps_per_epoch must be at most 2, the steps of a pass over .* got 3"):
-        InMemory(x, y, FitConfig(1, 4, steps_per_epoch=3), 0, 1)
+        InMemory(x, y, FitConfig(1, 4, steps_per_epoch=3), x.device)
     with pytest.raises(ValueError, match="4 processes cannot share a last batch of 2 images"):
-        InMemory(x, y, FitConfig(1, 4, drop_last=False), 0, 4)
+        InMemory(x, y, FitConfig(1, 4, drop_last=False), x.device, world=4)
     assert RunLength(2, 3, 4, 10).images_before(4) == 14 and RunLength(2, 3, 4, 10).last_batch == 2
 
 

@@ -9,7 +9,7 @@ from small_runs import train
 
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import load_classifier, save_classifier
-from purify_fast.training.checkpoint import CHECKPOINT, last_checkpoint, write_tree
+from purify_fast.training.checkpoint import CHECKPOINT, read_tree, write_tree
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,7 +39,7 @@ def test_a_damaged_checkpoint_is_named_and_stays(tmp_path):
     for _ in range(60):
         flipped(tmp_path / CHECKPOINT, draw.randrange(8 * len(whole)))
         with pytest.raises(ValueError):
-            last_checkpoint(tmp_path)
+            read_tree(tmp_path / CHECKPOINT)
         (tmp_path / CHECKPOINT).write_bytes(whole)
     flipped(tmp_path / CHECKPOINT, 8 * 3000)
     with pytest.raises(ValueError, match=rf"{CHECKPOINT} .*remove it to start anew"):

@@ -26,7 +26,7 @@ def plain(objective, x, y, config, beta, dtype):
     """The weights after a plain loop."""
     model = network().to(dtype)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=5e-4)
-    source, task = InMemory(x, y, config, 0, 1), ClassifierTask(network(), ClassifierConfig())
+    source, task = InMemory(x, y, config, x.device), ClassifierTask(network(), ClassifierConfig())
     kl = nn.KLDivLoss(reduction="none")
     for step in range(config.epochs * source.steps):
         raw, labels, ids = list(source.epoch(step // source.steps, 0))[step % source.steps]

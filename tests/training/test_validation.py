@@ -8,7 +8,6 @@ import torch
 from small_runs import EPS, StopAt, Stopped, arrest_task, atop_task, carso_task, images, same
 from small_runs import batch as small_batch
 from small_runs import task as small_task
-from torch.utils.data import DataLoader, TensorDataset
 
 from purify_fast import data
 from purify_fast.models.classifiers import SmallCNN
@@ -107,16 +106,6 @@ def test_the_best_weights_survive_an_interruption(tmp_path):
     assert same(third.model.state_dict(), first.seen[1]) and not third.seen
 
 
-def test_held_out_data_of_ones_own():
-    x, y = images(100)
-    held = x[:30], y[:30]
-    config = FitConfig(1, 16)
-    one = fit(task(), x, y, config, progress=False, validation=held)
-    two = fit(task(), x, y, config, progress=False, validation=DataLoader(TensorDataset(*held), 30))
-    three = fit(task(), DataLoader(TensorDataset(x, y), 16), None, config, progress=False, validation=held)
-    assert one == pytest.approx(two) and "validation_accuracy" in three
-
-
 @pytest.mark.parametrize("name", TASKS)
 def test_every_training_can_be_validated_and_goes_on_as_if_it_had_not_been(name):
     digits = data.load_dataset("digits")
@@ -128,16 +117,9 @@ def test_every_training_can_be_validated_and_goes_on_as_if_it_had_not_been(name)
     assert same(*made)
 
 
-@pytest.mark.parametrize(
-    ("options", "given", "message"),
-    [
-        ({"keep_best": "loss"}, {}, "keep_best 'loss' needs held-out images"),
-        ({"validation_share": 0.2}, {"validation": images(8)}, "validation must be None .*validation_share=0.2"),
-    ],
-)
-def test_settings_that_cannot_be_used(options, given, message):
-    with pytest.raises(ValueError, match=message):
-        fit(task(), *images(100), FitConfig(1, 16, **options), progress=False, **given)
+def test_the_best_weights_need_held_out_images():
+    with pytest.raises(ValueError, match="keep_best 'loss' needs held-out images: give validation_share"):
+        fit(task(), *images(100), FitConfig(1, 16, keep_best="loss"), progress=False)
 
 
 def test_a_best_by_what_is_not_measured_is_refused():
@@ -146,12 +128,9 @@ def test_a_best_by_what_is_not_measured_is_refused():
         fit(Worse(), *images(100), config, progress=False)
 
 
-@pytest.mark.parametrize("form", ["share", "pair"])
-def test_validations_have_batches_of_the_trainings_size(form):
-    x, y = images(100)
+def test_validations_have_batches_of_the_trainings_size():
     made, _, validated = watched(task())
-    given = {"validation": (x[:20], y[:20])} if form == "pair" else {}
-    fit(made, x, y, FitConfig(1, 8, validation_share=0 if given else 0.2), progress=False, **given)
+    fit(made, *images(100), FitConfig(1, 8, validation_share=0.2), progress=False)
     assert [len(batch.x) for batch, _ in validated] == [8, 8, 4]
 
 
@@ -190,8 +169,8 @@ def test_carso_is_validated_with_a_last_batch_too_small_to_attack(tmp_path):
     found = []
     for reduction in ("mean", "sum"):
         made = carso_task(reduction=reduction, learning_rate=0.0, kl_delay=0.0)
-        held = x[32:], y[32:]  # 16 and 5 images
-        found.append(fit(made, x[:32], y[:32], FitConfig(1, 16), tmp_path / reduction, progress=False, validation=held))
+        config = FitConfig(1, 16, validation_share=0.4)  # 16 and 5 images
+        found.append(fit(made, x, y, config, tmp_path / reduction, progress=False))
         assert (tmp_path / reduction / "checkpoint.safetensors").is_file()
     mean, total = found
     # per image, however the training's loss is reduced

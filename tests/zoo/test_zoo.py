@@ -1,6 +1,5 @@
 """The models that come with the package are what their cards say."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,6 @@ import torch
 from purify_fast import cli, zoo
 from purify_fast.attacks import frozen, pgd
 from purify_fast.data import load_dataset, to_float
-from purify_fast.zoo import cards
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 IMAGES = 100
@@ -66,8 +64,8 @@ def test_an_attack_of_a_few_steps_leaves_no_less_than_the_card_says(name, digits
         found = pgd(model, x, y, eps=card.eps, steps=5)
         attacked = (model(found).argmax(1) == y).float().mean().item()
     assert attacked < card.clean.share
-    if card.lowest is not None:
-        share = card.lowest.share
+    if card.attacked:
+        share = min(accuracy.share for accuracy in card.attacked.values())
         assert attacked >= share - 3 * (max(share * (1 - share), 0.01) / IMAGES) ** 0.5
 
 
@@ -99,10 +97,3 @@ def test_the_command_line_lists_and_evaluates(tmp_path, monkeypatch, capsys, sho
     assert (tmp_path / "runs/zoo/digits-atop-pipeline/evaluation/report.md").is_file()
     assert cli.main(["evaluate", "zoo:nothing", *small]) == 2
     assert "name must be a model of the zoo, got 'nothing'" in capsys.readouterr().err
-
-
-def test_a_card_is_read_as_it_was_written(tmp_path):
-    card = zoo.card("digits-pgd-at")
-    cards.write_card(card, tmp_path)
-    assert cards.read_card(tmp_path) == card
-    assert json.loads((tmp_path / cards.FILE).read_text())["name"] == card.name
