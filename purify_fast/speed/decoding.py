@@ -119,19 +119,17 @@ class PackedDecoder(nn.Module):
     @torch.no_grad()
     def __init__(self, decoder: Any, dtype: torch.dtype = torch.bfloat16):
         super().__init__()
-        in_order = getattr(decoder, "in_order", None)
-        if in_order is None:
+        if not hasattr(decoder, "in_order"):
             kind = type(decoder).__name__
             raise ValueError(f"decoder must be of purify_fast.methods.carso, got {kind}: use decode_samples")
-        linear, *layers = _folded(in_order())
+        linear, *layers = _folded(decoder.in_order())
         if any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in layers):
             raise ValueError("decoder must be in evaluation mode, without hooks: its BatchNorms must be folded")
         dim = decoder.latent_dim
         start: Any = next(layer.unflattened_size for layer in layers if isinstance(layer, nn.Unflatten))
         # `joint` is [C, h, w, latent_dim + cond_dim]
         joint, shift = linear.weight.unflatten(0, start), linear.bias.unflatten(0, start)
-        slopes = [getattr(layer, "negative_slope", None) for layer in layers]
-        self.slope = next(slope for slope in slopes if slope is not None)
+        self.slope: float = next(layer.negative_slope for layer in layers if hasattr(layer, "negative_slope"))
         convolutions: list[Any] = [layer for layer in layers if isinstance(layer, nn.ConvTranspose2d)]
         sizes, (h, w) = list[Layer](), start[1:]
         for layer in convolutions:
