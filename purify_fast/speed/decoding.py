@@ -1,12 +1,13 @@
 """Decodes K latents for each condition, by any decoder: the latents as one batch, and the condition once per image.
 
-`PackedDecoder` makes a single op, `decode_prior`, of CARSO's decoder, and folds its BatchNorms. Without the op they are
-not folded: on a CPU, PyTorch is slow to add the bias that a folded transposed convolution needs.
+`PackedDecoder` makes a single op, `decode_prior`, of the layers that this op knows, and folds their BatchNorms. Without
+the op they are not folded: on a CPU, PyTorch is slow to add the bias that a folded transposed convolution needs.
 """
 
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -22,6 +23,8 @@ from ..ops.decode_samples import decode_prior, pack
 from ..ops.decode_samples import latents as prior
 from ..ops.philox import default_stream
 from .folding.batchnorm import fold, foldable, hooked
+
+_NEUTRAL = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)
 
 
 def layers_of(decoder: nn.Module) -> list[nn.Module]:
@@ -85,13 +88,54 @@ def decode_samples(
     return out.unflatten(0, (batch, samples))
 
 
+#: The layers of a decoder that can be packed, as a pattern of the letters in `_letter`.
+PATTERN = re.compile("L(UA|AU)(TA)*TS?")
+
+
+def _bias(layer: Any) -> Tensor:
+    """Return the bias of a layer, or zeros."""
+    outputs = layer.weight.shape[isinstance(layer, nn.ConvTranspose2d)]
+    zeros: Tensor = layer.weight.new_zeros(outputs)
+    return zeros if layer.bias is None else layer.bias
+
+
+def _slope(layer: nn.Module) -> float | None:
+    """Return the slope of a LeakyReLU or ReLU for negative numbers; None for other layers."""
+    return 0.0 if isinstance(layer, nn.ReLU) else getattr(layer, "negative_slope", None)
+
+
+def _letter(layer: nn.Module) -> str:
+    """Return a letter for the kind of a layer, or its name if it is of another kind."""
+    if isinstance(layer, nn.ConvTranspose2d):
+        square = all(len({*side}) == 1 for side in (layer.kernel_size, layer.stride, layer.padding))
+        if not square or layer.groups != 1 or layer.dilation != (1, 1):
+            return type(layer).__name__
+    if _slope(layer) is not None:
+        return "A"
+    kinds = {nn.Linear: "L", nn.Unflatten: "U", nn.ConvTranspose2d: "T", nn.Sigmoid: "S"}
+    return next((letter for kind, letter in kinds.items() if type(layer) is kind), type(layer).__name__)
+
+
 def _folded(layers: list[nn.Module]) -> list[Any]:
-    """Copy layers in float64, and fold BatchNorms into the layers before them."""
-    copies = [copy.deepcopy(layer).double() for layer in layers]
+    """Copy layers in float64, fold BatchNorms into the layers before them, and leave out neutral layers."""
+    active = [layer for layer in layers if layer.training or hooked(layer) or not isinstance(layer, _NEUTRAL)]
+    copies = [copy.deepcopy(layer).double() for layer in active]
     pairs = [(layer, norm) for layer, norm in pairwise(copies) if foldable(layer, norm)]
     for layer, norm in pairs:
         fold(layer, norm)
     return [layer for layer in copies if layer not in [norm for _, norm in pairs]]
+
+
+def _in_order(decoder: nn.Module) -> list[Any]:
+    """Return a decoder's layers, with folded BatchNorms, or raise ValueError."""
+    own = getattr(decoder, "in_order", None)
+    layers = _folded(layers_of(decoder) if own is None else own())
+    slopes = {_slope(layer) for layer in layers} - {None}
+    if PATTERN.fullmatch("".join(map(_letter, layers))) is None or len(slopes) != 1:
+        names = ", ".join(type(layer).__name__ for layer in layers)
+        wanted = "Linear, Unflatten, and square ConvTranspose2d with the same activation between them"
+        raise ValueError(f"decoder must have {wanted}, got {names}: use decode_samples, which runs any decoder")
+    return layers
 
 
 class PackedDecoder(nn.Module):
@@ -102,13 +146,16 @@ class PackedDecoder(nn.Module):
     The gradient reaches only the condition.
 
     Args:
-        decoder: a decoder of `purify_fast.methods.carso`, in evaluation mode. Later changes of its weights have no
-            effect.
+        decoder: in evaluation mode: a decoder of `purify_fast.methods.carso`, or an ``nn.Sequential`` of Linear,
+            LeakyReLU or ReLU, Unflatten, and ConvTranspose2d with the same activation between them. BatchNorms may
+            follow Linear and ConvTranspose2d, and Sigmoid may be last. The convolutions must have square kernels, one
+            group and no dilation. Later changes of the weights have no effect.
         dtype: dtype of the products: bfloat16 (the only fast dtype on a GPU), float32 or float64. Sums are in float32,
             or in float64 for float64.
+        latent_dim: size of a latent, the first inputs of the linear layer; needed for a Sequential.
 
     Raises:
-        ValueError: the decoder is of another kind, in training mode, or has BatchNorms with hooks.
+        ValueError: the decoder is in training mode, or has unknown layers, or latent_dim is missing.
     """
 
     packed: Tensor
@@ -117,20 +164,20 @@ class PackedDecoder(nn.Module):
     bias: Tensor
 
     @torch.no_grad()
-    def __init__(self, decoder: Any, dtype: torch.dtype = torch.bfloat16):
+    def __init__(self, decoder: nn.Module, dtype: torch.dtype = torch.bfloat16, latent_dim: int | None = None):
         super().__init__()
-        if not hasattr(decoder, "in_order"):
-            kind = type(decoder).__name__
-            raise ValueError(f"decoder must be of purify_fast.methods.carso, got {kind}: use decode_samples")
-        linear, *layers = _folded(decoder.in_order())
-        if any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in layers):
-            raise ValueError("decoder must be in evaluation mode, without hooks: its BatchNorms must be folded")
-        dim = decoder.latent_dim
+        if any(isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.training for layer in decoder.modules()):
+            raise ValueError("decoder must be in evaluation mode: a BatchNorm in training mode cannot be folded")
+        dim = getattr(decoder, "latent_dim", latent_dim)
+        if not isinstance(dim, int):
+            raise ValueError(f"latent_dim must be given for a decoder of type {type(decoder).__name__}, got {dim}")
+        linear, *layers = _in_order(decoder)
         start: Any = next(layer.unflattened_size for layer in layers if isinstance(layer, nn.Unflatten))
         # `joint` is [C, h, w, latent_dim + cond_dim]
-        joint, shift = linear.weight.unflatten(0, start), linear.bias.unflatten(0, start)
-        self.slope: float = next(layer.negative_slope for layer in layers if hasattr(layer, "negative_slope"))
-        convolutions: list[Any] = [layer for layer in layers if isinstance(layer, nn.ConvTranspose2d)]
+        joint, shift = linear.weight.unflatten(0, start), _bias(linear).unflatten(0, start)
+        self.slope = next(slope for slope in map(_slope, layers) if slope is not None)
+        self.squash = not isinstance(decoder, nn.Sequential) or isinstance(layers[-1], nn.Sigmoid)
+        convolutions = [layer for layer in layers if isinstance(layer, nn.ConvTranspose2d)]
         sizes, (h, w) = list[Layer](), start[1:]
         for layer in convolutions:
             kernel, stride, padding = layer.kernel_size[0], layer.stride[0], int(layer.padding[0])
@@ -140,8 +187,7 @@ class PackedDecoder(nn.Module):
             )
             sizes.append(Layer(layer.out_channels, kernel, stride, padding, height=h, width=w))
         self.geometry = Geometry(dim, tuple(start), tuple(sizes))
-        of_latents = joint[..., :dim]
-        packed, biases = pack(of_latents, [one.weight for one in convolutions], [one.bias for one in convolutions])
+        packed, biases = pack(joint[..., :dim], [layer.weight for layer in convolutions], [*map(_bias, convolutions)])
         real = torch.float64 if dtype == torch.float64 else torch.float32
         by_pixel = joint[..., dim:].permute(1, 2, 0, 3).flatten(0, 2)
         shift = shift.permute(1, 2, 0).flatten()
@@ -152,7 +198,7 @@ class PackedDecoder(nn.Module):
     def forward(
         self, condition: Tensor, seed: Tensor | None, sample_ids: Tensor | None, samples: int, **options: Any
     ) -> Tensor:
-        """Return images in (0, 1), ``[B, K, C, H, W]``.
+        """Return images ``[B, K, C, H, W]``: in (0, 1) if the decoder ends with a sigmoid or is one of CARSO's.
 
         Args:
             condition: the condition, floating point ``[B, cond_dim]``. The gradient reaches it.
@@ -175,7 +221,7 @@ class PackedDecoder(nn.Module):
             geometry=self.geometry,
             samples=samples,
             slope=self.slope,
-            **({"squash": True} | options),
+            **({"squash": self.squash} | options),
         )
 
 

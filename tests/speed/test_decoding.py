@@ -5,7 +5,6 @@ import torch
 from small_models import with_random_norms
 from torch import Tensor, nn
 
-from purify_fast.methods.carso.networks import Decoder, decoder_plan
 from purify_fast.ops import Stream, philox
 from purify_fast.speed import decoding
 from purify_fast.speed.decoding import PackedDecoder, decode_samples
@@ -44,12 +43,6 @@ def mixed() -> nn.Sequential:
         nn.ConvTranspose2d(4, 4, 3, groups=2),
     ]
     return nn.Sequential(*parts, nn.BatchNorm2d(4), nn.Tanh())
-
-
-def carsos() -> nn.Module:
-    torch.manual_seed(0)
-    made = Decoder(LATENT, CONDITION, (3, 20, 14), *decoder_plan((3, 20, 14), 4))
-    return with_random_norms(made.double()).eval()
 
 
 DECODERS = {
@@ -96,11 +89,11 @@ def test_the_results_and_all_gradients_are_those_of_a_loop(name, inputs):
 
 
 def test_a_packed_decoder_draws_and_decodes_as_the_module(inputs):
-    decoder, condition, seed = carsos(), inputs[1], torch.tensor([5])
-    packed = PackedDecoder(decoder, torch.float64)
+    decoder, condition, seed = make("published"), inputs[1], torch.tensor([5])
+    packed = PackedDecoder(decoder, torch.float64, latent_dim=LATENT)
     got = decode_samples(packed, condition, SAMPLES, seed=seed)
     z = philox(seed, torch.arange(3), LATENT, stream=Stream.LATENT, distribution="normal", draws=SAMPLES).double()
-    wanted = decoder(z, condition).sigmoid().unflatten(0, (3, SAMPLES))
+    wanted = loop(decoder, z, condition)
     torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
     drawn = decode_samples(decoder, condition, SAMPLES, latent_dim=LATENT, seed=seed)
     torch.testing.assert_close(drawn, loop(decoder, z, condition), rtol=1e-6, atol=1e-6)
@@ -157,11 +150,18 @@ def test_refusals(change, message):
         decode_samples(**(arguments | change))
 
 
-def test_a_decoder_that_cannot_be_packed_gets_the_reason():
-    with pytest.raises(ValueError, match=r"must be of purify_fast\.methods\.carso, got Sequential: use decode_samples"):
+@pytest.mark.parametrize(
+    ("decoder", "message"),
+    [
+        (mixed(), "got Linear, GELU, Unflatten, Conv2d, SiLU, ConvTranspose2d, BatchNorm2d, Tanh: use decode_samples"),
+        (Own(), "got Own: use decode_samples"),
+        (published(slope=0.1), "ConvTranspose2d with the same activation"),
+    ],
+)
+def test_a_decoder_that_cannot_be_packed_gets_the_reason(decoder, message):
+    with pytest.raises(ValueError, match=message):
+        PackedDecoder(decoder.eval(), latent_dim=LATENT)
+    with pytest.raises(ValueError, match="latent_dim must be given for a decoder of type Sequential, got None"):
         PackedDecoder(make("published"))
-    hooked = carsos()
-    hooked.stack[1].register_forward_hook(lambda *_: None)
-    for decoder in (hooked, carsos().train()):
-        with pytest.raises(ValueError, match="decoder must be in evaluation mode, without hooks"):
-            PackedDecoder(decoder)
+    with pytest.raises(ValueError, match="decoder must be in evaluation mode"):
+        PackedDecoder(make("published").train(), latent_dim=LATENT)
