@@ -47,6 +47,7 @@ def followed(copy: Path) -> None:
         ROOT / "tests" / "conftest.py",
         ROOT / "tests" / "slow_shares.py",
         ROOT / "tests" / "captures.py",
+        ROOT / "tests" / "host_syncs.py",
     ]:
         shutil.copy(path, copy / path.relative_to(ROOT))
     for path, text in files().items():
