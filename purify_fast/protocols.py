@@ -152,6 +152,17 @@ class PreparesReplay(Protocol):
         """Update the stored values in place."""
 
 
+@runtime_checkable
+class CountsImages(Protocol):
+    """Counts the images of its forward passes. A replay of a captured step does not run the Python code that counts."""
+
+    def counted(self) -> int:
+        """The number of images so far."""
+
+    def count(self, images: int) -> None:
+        """Add a number, which may be negative, to the count."""
+
+
 def supports(model: object, protocol: type) -> bool:
     """Tell whether the type of ``model`` has the methods of ``protocol``, a protocol of this module."""
     return issubclass(type(model), protocol)

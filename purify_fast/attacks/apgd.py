@@ -20,7 +20,7 @@ from ..protocols import Classifier
 from .ball import projected
 from .base import Resolved, run_alone, times
 from .context import AttackContext, Radius
-from .engine.engine_attack import USUAL_TARGETS, EngineAttack, nearest_borders, targets_and_times
+from .engine.engine_attack import USUAL_TARGETS, EngineAttack, cost_of_borders, nearest_borders, targets_and_times
 from .engine.row_batches import ActiveSet, Rows, RowSearch, waves
 from .losses import FEWEST_CLASSES, TARGETED, ApgdLoss, check_classes
 from .objective import Gradients, Objective
@@ -78,6 +78,17 @@ class APGD(EngineAttack):
     def resolved_for(self, context: AttackContext) -> Resolved:
         resolved = super().resolved_for(context)
         return resolved if resolved.loss in TARGETED else resolved._replace(n_target_classes=None)
+
+    def cost(self, context: AttackContext) -> int:
+        steps, draws, loss, targets = self.resolved_for(context)
+        runs = self.restarts * (targets or 1)
+        at_the_end = draws * (2 if draws > 1 else 1)
+        # Before the runs the clean image is judged. Some losses need one more prediction, for the number of classes.
+        # A targeted attack needs the predictions that rank the target classes.
+        before = context.judges(draws) + (loss in FEWEST_CLASSES)
+        if targets is not None:
+            before = context.judges(draws) + cost_of_borders(self.n_target_classes, context.num_classes, draws)
+        return runs * (steps * draws + at_the_end) + before
 
     def may_end_early(self, context: AttackContext) -> bool:
         return super().may_end_early(context) and self.threat_model(context).norm != "l1"

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .._tensors import repeat_batch
 from ..model_state import hidden_modules
-from ..protocols import Classifier, SharesDraws, draws_for_each_image, supports
+from ..protocols import Classifier, CountsImages, SharesDraws, draws_for_each_image, supports
 from .outputs import INSTEAD_OF_PROBABILITIES, are_probabilities, checked_logits
 
 Answer = TypeVar("Answer")
@@ -64,34 +64,6 @@ def frozen(model: Classifier, *, keep_mode: bool = False) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-class AsModule(nn.Module):
-    """A module around any callable, in evaluation mode for good, because AutoAttack requires a module."""
-
-    def __init__(self, model: Classifier):
-        super().__init__()
-        self.model = model
-        self.training = False
-
-    def train(self, mode: bool = True) -> AsModule:
-        """Do nothing, so that an attack cannot change the model's mode."""
-        return self
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x)
-
-
-class _SharingDraws(AsModule):
-    """A module around a model with ``draw_logits``, which makes several draws together."""
-
-    def draw_logits(self, x: Tensor, draws: int) -> Tensor:
-        return cast(SharesDraws, self.model).draw_logits(x, draws)
-
-
-def as_module(model: Classifier) -> AsModule:
-    """Wrap a model in a module. A CUDA graph belongs to this module, so a caller makes one for each model."""
-    return (_SharingDraws if supports(model, SharesDraws) else AsModule)(model)
 
 
 class WritesToItsInput(ValueError):
@@ -197,6 +169,7 @@ def drawn_once_per_call(model: Classifier, x: Tensor, draws: int, most: int | No
     some = x[: min(TRIED_IMAGES, rows // 2)].detach().clone()
     times = rows // len(some)
     calls = max(TRIED_CALLS, FEWEST_DRAWS // rows)
+    counted = cast(CountsImages, model).counted() if supports(model, CountsImages) else 0
 
     def apart(a: Tensor, b: Tensor) -> float:
         return float((a - b).double().nan_to_num(nan=0.0).abs().max())
@@ -214,6 +187,9 @@ def drawn_once_per_call(model: Classifier, x: Tensor, draws: int, most: int | No
             # An image's position in a batch may change the last bits of its logits, in bfloat16 even the second digit.
             if between > 0 and within >= ALIKE * between:
                 break
+    if supports(model, CountsImages):
+        # The counter should count only the images of attacks, so the images of this test are subtracted.
+        cast(CountsImages, model).count(counted - cast(CountsImages, model).counted())
     return within < ALIKE * between
 
 

@@ -145,6 +145,10 @@ class Attack(abc.ABC):
         loss, targets = usable_loss(loss, context.num_classes), min(targets, context.num_classes - 1)
         return Resolved(steps, self.draws(context), loss, targets)
 
+    def cost(self, context: AttackContext) -> int | None:
+        """The largest number of forward passes per image; None if it is not known before the attack."""
+        return None
+
     def may_end_early(self, context: AttackContext) -> bool:
         """Tell whether a search may stop before its last step because a success is out of reach."""
         return False
@@ -243,6 +247,15 @@ def source_of(model: Classifier, x: Tensor, precision: GradientPrecision, copies
     from .gradient_copy import COMPARED, gradient_copy
 
     return gradient_copy(model, x[:COMPARED], precision, copies)
+
+
+def cost_of_ascents(attack: Any, context: AttackContext) -> int:
+    """Return the number of forward passes per image that `worst_of_runs` makes."""
+    steps, draws, *_ = attack.resolved_for(context)
+    # Each run scores its last point, with several draws also its best; unmoved images need a clean prediction.
+    at_the_end = draws * (2 if draws > 1 else 1) + 1
+    comparison = draws if attack.restarts > 1 else 0
+    return attack.restarts * (steps * draws + at_the_end + comparison)
 
 
 def worst_of_runs(

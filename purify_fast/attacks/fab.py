@@ -20,7 +20,7 @@ from ..speed.graphs.step_loop import State, Steps, begin_steps
 from .ball import Ball, projected
 from .base import run_alone
 from .context import AttackContext, Radius
-from .engine.engine_attack import USUAL_TARGETS, EngineAttack, nearest_borders, targets_and_times
+from .engine.engine_attack import USUAL_TARGETS, EngineAttack, cost_of_borders, nearest_borders, targets_and_times
 from .engine.judge import has_fallen
 from .engine.row_batches import ActiveSet, Rows, RowSearch, waves
 from .objective import Gradient, Objective, ObjectiveStep
@@ -56,6 +56,13 @@ class FABT(EngineAttack):
 
     def name(self, context: AttackContext) -> str:
         return f"FAB-T {self.resolved_for(context).steps}" + targets_and_times(self.n_target_classes, self.restarts)
+
+    def cost(self, context: AttackContext) -> int:
+        # At its end a run scores its last point and its nearest point. The model also judges the nearest point.
+        steps, draws, _, targets = self.resolved_for(context)
+        runs, judges = self.restarts * (targets or 1), context.judges(draws)
+        order = cost_of_borders(self.n_target_classes, context.num_classes, draws)
+        return runs * ((steps + 2) * draws + judges) + judges + order
 
     def explore(self, active: ActiveSet, objective: Objective, context: AttackContext) -> None:
         goals = nearest_borders(active, objective, self.n_target_classes)

@@ -22,6 +22,7 @@ from ..model_state import identity_key
 from ..protocols import (
     Accelerates,
     Classifier,
+    CountsImages,
     PassesOn,
     Purifies,
     SampleLogits,
@@ -34,7 +35,7 @@ from ..speed.folding.batchnorm import fold_sequential
 from ..speed.folding.inference_copy import InferenceCopy
 from ..speed.graphs.step_graphs import remember
 from ..speed.watch import FEWEST_WEIGHTS, matrix_weights
-from .attacked_model import AsModule, gradient_to
+from .attacked_model import gradient_to
 
 #: The number of images on which a copy is compared with its model.
 COMPARED = 8
@@ -94,9 +95,6 @@ def gradient_copy(
         return model if forward.copy is None else forward.copy
     if precision == "float32" or (precision == "auto" and not fast_bfloat16(x.device)):
         return model
-    if isinstance(model, AsModule):
-        followed = gradient_copy(model.model, x, precision, copies)
-        return model if followed is model.model else followed
     if isinstance(model, PassesOn) and supports(model, PassesOn):
         return _inside(model, x, precision, copies)
     if not isinstance(model, nn.Module):
@@ -144,6 +142,9 @@ def _inside(wrapper: Any, x: Tensor, precision: GradientPrecision, copies: Gradi
         return wrapper
     if copies is not None:
         around = copies.same_around(wrapper, copied, around)
+    if not isinstance(wrapper, nn.Module) or supports(wrapper, CountsImages):
+        # A wrapper that counts images does not change the logits, and a comparison would add images to its count.
+        return around
     # So far only the model inside the wrapper was compared with its copy, but the attack calls the wrapper.
     with _same_draws(x.device):
         return around if _fits(around, wrapper, x) else wrapper

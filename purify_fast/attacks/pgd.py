@@ -17,7 +17,7 @@ from ..ops.pgd_step import per_pixel, pgd_step
 from ..protocols import Classifier
 from ..speed.graphs.step_loop import State, begin_steps
 from .ball import Ball, normal_in_ball, sample_in_ball
-from .base import AttackResult, InBall, run_alone, times, worst_of_runs
+from .base import AttackResult, InBall, cost_of_ascents, run_alone, times, worst_of_runs
 from .context import AttackContext, Radius
 from .losses import Loss
 from .objective import Objective, ObjectiveStep
@@ -137,6 +137,9 @@ class PGD(InBall):
     def name(self, context: AttackContext) -> str:
         resolved = self.resolved_for(context)
         return f"{self.label}-{resolved.steps} {resolved.loss}{times(self.restarts)}"
+
+    def cost(self, context: AttackContext) -> int:
+        return cost_of_ascents(self, context)
 
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> AttackResult:
         ball, steps = self.ball(x, y, context), self.resolved_for(context).steps
@@ -270,6 +273,10 @@ class FGSM(InBall):
 
     def name(self, context: AttackContext) -> str:
         return f"FGSM {self.resolved_for(context).loss}"
+
+    def cost(self, context: AttackContext) -> int:
+        # The gradient takes all draws. The count of unmoved images takes one prediction of the clean image.
+        return self.draws(context) + 1
 
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> AttackResult:
         # The length of the first step is eps.

@@ -85,6 +85,12 @@ class Square(EngineAttack):
     def may_end_early(self, context: AttackContext) -> bool:
         return self.give_up and self.draws(context) == 1 and self.n_queries > GIVEN_UP_AFTER[0]
 
+    def cost(self, context: AttackContext) -> int:
+        # The clean image is judged before the runs. A run scores first point and proposals, and judges the last point.
+        draws = self.draws(context)
+        judges = context.judges(draws)
+        return judges + self.restarts * ((1 + self.n_queries) * draws + judges)
+
     def ball(self, x: Tensor, y: Tensor, context: AttackContext) -> Ball:
         ball = super().ball(x, y, context)
         if x.dim() != 4:

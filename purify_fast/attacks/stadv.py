@@ -22,7 +22,7 @@ from .._validation import AtLeast0, Count, check_types
 from ..protocols import Classifier
 from .arguments import check_eps, check_images
 from .ball import Ball, sample_in_ball
-from .base import Attack, AttackResult, ThreatModel, run_alone, times, worst_of_runs
+from .base import Attack, AttackResult, ThreatModel, cost_of_ascents, run_alone, times, worst_of_runs
 from .context import AttackContext, Radius
 from .losses import Loss
 from .objective import Gradients, Objective
@@ -123,6 +123,9 @@ class StAdv(Attack):
     def name(self, context: AttackContext) -> str:
         resolved = self.resolved_for(context)
         return f"StAdv-{resolved.steps} {resolved.loss}{times(self.restarts)}"
+
+    def cost(self, context: AttackContext) -> int:
+        return cost_of_ascents(self, context)
 
     def threat_model(self, context: AttackContext) -> ThreatModel:
         return ThreatModel("flow", float(self.eps))

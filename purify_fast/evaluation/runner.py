@@ -113,7 +113,7 @@ def evaluate(
         name: name of the model in the report.
         revision: a name for the model's code, with which the rows of every model are cached. Choose another name after
             a change of a function, or of code that the model's classes import.
-        progress: whether to show a progress bar for each attack, which counts the images whose attack is finished.
+        progress: whether to show a progress bar for each attack, which counts forward passes of single images.
 
     Returns:
         A `Report` with a clean row for each variant, a row for each attack, and ``worst`` rows. In ``worst``, an image
@@ -277,7 +277,7 @@ class _Evaluation:
             }
         )
         before = self.suspicion.before
-        asked = None if before is None else self.suspicion.ask_before(before, len(self.plan) + len(self.curve.radii))
+        asked = None if before is None else self.suspicion.ask_before(before, self.costs())
         if asked is not None:
             self.act_on(signs_of_masking(asked, subject.is_random))
         if shards.rank > 0:
@@ -332,6 +332,19 @@ class _Evaluation:
 
     # -- the rows -----------------------------------------------------------------------------------------------------
 
+    def costs(self) -> list[int | None]:
+        """Return the largest number of forward passes of single images for each row; None if a number is unknown."""
+        context, n = self.measure.context, len(self.measure.subject.y)
+
+        def images(spec: AttackSpec) -> int:
+            stands = self.standings.get((spec.variant, threat_name(spec, context)))
+            left = int(stands.left.sum()) if stands is not None and spec.survivors_only else n
+            return min(left, spec.nearest or n)
+
+        asked = [(spec.resolved.cost(context), images(spec)) for spec in self.plan]
+        asked += [(cost, n) for cost in self.curve.costs(context)]
+        return [None if cost is None else cost * images for cost, images in asked]
+
     def standing(self, variant: Variant, threat: str | None) -> Standing:
         """The state of the images after the attacks so far."""
         left = self.measure.withstood(self.measure.clean(variant))
@@ -342,9 +355,9 @@ class _Evaluation:
         measure, subject, progress = self.measure, self.measure.subject, self.measure.progress
         variants: list[Variant] = list(dict.fromkeys(["random", *(spec.variant for spec in self.plan)]))
         n = len(subject.y)
-        progress.total = progress.rows + len(self.plan) + len(self.curve.radii)
+        progress.costs[progress.rows :] = self.costs()
         all_rows = [measure.clean(variant) for variant in variants]
-        for spec in self.plan:
+        for number, spec in enumerate(self.plan, 1):
             threat = threat_name(spec, measure.context)
             deployed = self.standing("random", threat).rows if subject.is_random else []
             earlier = [row for row in deployed if row.n >= (spec.max_images or n)]
@@ -354,6 +367,7 @@ class _Evaluation:
                 all_rows.append(row)
                 if row.is_attack:
                     self.standing(variant, threat).add(row, measure.withstood(row))
+            progress.costs[progress.rows :] = self.costs()[number:]
             for row in rows:
                 progress.finished(f"{row.attack}: {100 * row.accuracy:.1f} % of {row.n} images{source}")
         own = self.standing("random", None).rows

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 from .._tensors import digest
-from ..attacks.attacked_model import as_module
 from .alarms.probes import PROBED, Before, Probes, asked_before, compared_gradients, has_no_gradient, probe
 from .alarms.signs import IDENTITIES, Evidence, findings
 from .results.rows import Worst, count_fallen
 from .run.measure import Measure
+from .run.progress import counted_model
 from .show.report import Report
 
 
@@ -86,12 +86,12 @@ class Suspicion:
         settings = {"probes": [PROBED, subject.data, subject.seed, subject.is_random, *ball]}
         return self.measure.cache.key(settings | more, subject.model)
 
-    def ask_before(self, before: Before, rows: int) -> Probes:
-        """Run the probes before the attacks, of which there are ``rows``, in the first process."""
+    def ask_before(self, before: Before, costs: Sequence[int | None]) -> Probes:
+        """Run the probes before the attacks, in the first process."""
         measure, progress = self.measure, self.measure.progress
         context, subject = measure.context, measure.subject
-        progress.total = 1 + rows
-        model = as_module(subject.model)
+        progress.costs = [None, *costs]
+        model = counted_model(subject.model, progress)
 
         def ask() -> Probes:
             at_once = subject.room.limit(context.max_forward_batch)

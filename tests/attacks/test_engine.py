@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from purify_fast.attacks import APGD, FABT, AttackContext, GradientHealth, Square, apgd, fab_t, square
 from purify_fast.attacks import gradient_copy as copies
-from purify_fast.attacks.attacked_model import as_module
 from purify_fast.attacks.ball import Ball
 from purify_fast.attacks.engine.judge import Judge, has_fallen
 from purify_fast.attacks.engine.pace import PaceMonitor
@@ -22,6 +21,7 @@ from purify_fast.attacks.engine.row_batches import ActiveSet
 from purify_fast.attacks.heads import HEADS, AttackersHead, head_logits
 from purify_fast.attacks.objective import Objective
 from purify_fast.attacks.square import pattern, side
+from purify_fast.evaluation.run.progress import Progress, counted_model
 from purify_fast.ops.aggregate import aggregate
 from purify_fast.ops.dispatch import registry
 from purify_fast.speed.folding.inference_copy import InferenceCopy
@@ -91,13 +91,16 @@ def test_which_models_are_copied(monkeypatch):
 
     odd = Stubborn()
     assert copies.gradient_copy(odd, x, "bfloat16") is odd
-    module = as_module(net)
-    assert isinstance(copies.gradient_copy(module, x, "bfloat16"), InferenceCopy)
-    assert copies.gradient_copy(module, x, "float32") is module
-    # a captured step belongs to one module: the copy is the same for every attack
-    kept = copies.GradientCopies()
-    first, again = (copies.gradient_copy(module, x, "bfloat16", kept) for _ in range(2))
-    assert first is again is not module
+    progress = Progress()
+    with progress.row("attack", None):
+        counted = counted_model(net, progress)
+        around = copies.gradient_copy(counted, x, "bfloat16")
+        assert type(around) is type(counted) and isinstance(around.model, InferenceCopy)
+        assert copies.gradient_copy(counted, x, "float32") is counted
+        # a captured step belongs to one module: the counter around a copy is the same for every attack
+        kept = copies.GradientCopies()
+        first, again = (copies.gradient_copy(counted, x, "bfloat16", kept) for _ in range(2))
+        assert first is again is not counted
 
 
 @pytest.mark.parametrize("attack", [apgd, fab_t, square])

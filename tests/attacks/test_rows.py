@@ -29,6 +29,7 @@ from purify_fast.attacks.engine.judge import Judge
 from purify_fast.attacks.engine.row_batches import ActiveSet
 from purify_fast.attacks.losses import margin
 from purify_fast.attacks.objective import Objective
+from purify_fast.evaluation.run.progress import Progress, counted_model
 from purify_fast.models.classifiers import SmallCNN
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -70,6 +71,35 @@ def context(**options):
 def test_names(attack, classes, name):
     assert attack.name(context(num_classes=classes)) == name
     assert attack.name(context(num_classes=classes, draws_differ=True, judge_draws=5)) == name
+
+
+@pytest.mark.parametrize("attack", [PGD(), PGD(restarts=3), FGSM(), BPDA(restarts=2), StAdv(), StAdv(restarts=2)])
+@pytest.mark.parametrize("draws_differ", [False, True])
+def test_the_cost_is_what_is_computed(model, batch, attack, draws_differ):
+    told, progress = context(draws_differ=draws_differ, counts_health=True), Progress()
+    with progress.row("attack", None):
+        counter = counted_model(attack.target(model), progress)
+        attack.search(counter, *batch, told)
+        assert counter.counted() == len(batch[0]) * attack.cost(told)
+
+
+def test_the_cost_of_a_search_is_the_most_that_is_computed(batch):
+    x, y = batch
+    passes = []
+
+    def never_fooled(z):
+        passes.append(len(z))
+        # several targets may stand in one batch
+        labels = y.repeat(-(-len(z) // len(y)))[: len(z)]
+        return 9 * nn.functional.one_hot(labels, 6) + z.flatten(1)[:, :6]
+
+    attacks = [APGD(), APGD(restarts=2), APGD(loss="dlr"), APGD(loss="dlr_targeted")]
+    attacks += [APGD(loss="dlr_targeted", n_target_classes=2), Square(n_queries=70), Square(n_queries=70, restarts=2)]
+    for attack in attacks:
+        passes.clear()
+        attack.search(never_fooled, x, y, context(counts_health=True))
+        assert sum(passes) == len(x) * attack.cost(context())
+    assert AutoAttack().cost(context()) is None
 
 
 def test_of_the_restarts_each_image_keeps_its_worst(model, batch):

@@ -185,6 +185,9 @@ class Moves(Attack):
     def threat_model(self, context):
         return ThreatModel(self.norm, context.eps)
 
+    def cost(self, context):
+        return None
+
     def search(self, target, x, y, context):
         return AttackResult(self.move(x))
 

@@ -6,13 +6,16 @@ import os
 import re
 import signal
 import sys
+from dataclasses import replace
 from unittest import mock
 
 import pytest
+import torch
 from evaluating import evaluate
 from forks import together
 from shards_work import kill_at_call
 from small_models import labelled
+from torch import nn
 
 from purify_fast.attacks import APGD, PGD
 from purify_fast.defences import NoisyEnsemble
@@ -108,24 +111,47 @@ def test_one_damaged_bit_of_a_kept_file_is_told_and_made_again(tmp_path, caplog,
 
 
 @pytest.mark.parametrize("probes", [False, True])
-def test_a_log_gets_plain_lines_as_each_row_begins_and_ends(capsys, probes):
+def test_a_log_gets_plain_lines_with_the_rate_and_the_time_left(capsys, monkeypatch, probes):
+    for name in ("LINE_EVERY", "FIRST_LINE"):
+        monkeypatch.setattr(f"purify_fast.evaluation.run.progress.{name}", 0.0)
     report = evaluate(
         *labelled(6), eps=0.01, attacks=[PGD(steps=2), PGD(steps=3)], name="mine", probes=probes, progress=True
     )
     lines = capsys.readouterr().err.splitlines()
-    # the probes come first, as a row of their own
-    begins = ["mine: probes (row 1 of 3)"] * probes + [f"mine: PGD-2 ce (row {1 + probes} of {2 + probes})"]
-    assert lines[: len(begins)] == begins and lines[len(begins)].startswith("mine: PGD-2 ce: ")
+    # the probes come first, as a row with lines of its own
+    first = "mine: row 2 of 3, PGD-2 ce:" if probes else "mine: row 1 of 2, PGD-2 ce:"
+    assert any(line.startswith(first) and "predictions/s" in line for line in lines)
+    assert (sum(line.startswith("mine: row 1 of 3, probes:") for line in lines) > 20) is probes
     assert not any("\r" in line or "\033" in line for line in lines)
     assert 0 <= float(report.about["seconds"]) < 600
     assert re.fullmatch(r"\d+\.\d\d GB", report.about["peak_memory"])
 
 
-def test_a_bar_counts_the_images_of_a_row(monkeypatch):
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    progress = Progress("mine", True)
-    with progress.row("first", 100):
-        progress.count(60)
-        assert progress.bar.n == 60 and "60/100" in str(progress.bar)
-    progress.count(1)
-    assert progress.bar is None
+def test_only_images_that_withstood_count_for_the_time_left(monkeypatch):
+    """Half of the images fall to the first attack. A third attack gets one of the others, and a fourth gets all."""
+    seen = []
+    monkeypatch.setattr(Progress, "finished", lambda self, result: seen.append(list(self.costs[self.rows :])))
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    net[1].weight.data, net[1].bias.data = torch.tensor([[1.0] * 4, [0] * 4]), torch.tensor([-1.2, 0])
+    x = torch.cat([torch.full((4, 1, 2, 2), 0.5), torch.full((4, 1, 2, 2), 0.9)])
+    rest = AttackSpec(PGD(steps=4), survivors_only=True)
+    plan = [AttackSpec(PGD(steps=2)), rest, replace(rest, nearest=1, label="nearest"), AttackSpec(PGD(steps=3))]
+    report = evaluate(net, x, torch.zeros(8).long(), eps=0.3, attacks=plan)
+    assert report.rows[1].accuracy == 0.5
+    one, every = seen[1][0], seen[2][0]
+    assert 0 < one < every and seen == [[4 * one, one, every], [one, every], [every], []]
+
+
+def test_the_time_left_is_of_what_is_left():
+    progress = Progress("mine", False, [100, 20, 50])
+    assert progress.left() == "time left not known"
+    with mock.patch.object(Progress, "rate", 10.0):
+        with progress.row("first", 100):
+            progress.count(60)
+            assert progress.left() == "00:11 left at most"
+        progress.next_row()
+        # kept by an earlier run
+        progress.next_row()
+        assert progress.left() == "00:05 left at most"
+        progress.next_row()
+        assert progress.left() == "the last row"

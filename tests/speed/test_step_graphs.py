@@ -297,6 +297,26 @@ def test_warm_up_moves_no_generator(graphs, rerun):
     assert rerun.recorded == 1
 
 
+def test_counters_count_replays_and_no_warm_up(graphs, rerun):
+    class Counting(Scale):
+        images, not_dependencies = 0, frozenset({"images"})
+
+        def counted(self) -> int:
+            return self.images
+
+        def count(self, images: int) -> None:
+            self.images += images
+
+        def forward(self, x: Tensor) -> Tensor:
+            # a graph launches what this launches, and does not run it
+            self.images += 0 if rerun.replaying else len(x)
+            return super().forward(x)
+
+    eager, captured = Counting(), Counting()
+    run(None, eager, STEPS), run(graphs, captured, STEPS), run(graphs, captured, STEPS)
+    assert rerun.recorded == 1 and 2 * eager.images == captured.images == 6 * STEPS
+
+
 def test_a_replay_that_gives_something_else_is_not_used(graphs, rerun, monkeypatch):
     record = rerun.record
     monkeypatch.setattr(rerun, "record", lambda run, device: record(lambda: None, device))

@@ -101,6 +101,12 @@ def likeliest_wrong(logits: Tensor, y: Tensor, count: int | None) -> tuple[Tenso
     return wrong.topk(min(count or classes, classes - 1), 1).indices.unbind(1)
 
 
+def cost_of_borders(count: int | None, classes: int, draws: int) -> int:
+    """Return the number of forward passes per image that `nearest_borders` makes, for ``classes`` classes."""
+    searched = min(max(count or classes, CANDIDATES), classes - 1)
+    return 1 + (searched * draws if searched > 1 else 0)
+
+
 def nearest_borders(active: ActiveSet, objective: Objective, count: int | None) -> tuple[Tensor, ...]:
     """Find the classes whose borders are nearest to each image, by the linear approximation at the clean image.
 

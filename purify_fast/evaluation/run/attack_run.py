@@ -21,7 +21,6 @@ from ...speed.memory import same_draws_again
 from ..request.config import USUAL_BATCH
 from ..request.specs import AttackSpec, check_adversarial
 from ..request.subject import Subject
-from .progress import Progress
 from .shards import Shards
 from .stopping import NearestRule, StoppingRule
 
@@ -133,7 +132,7 @@ class AttackRun:
         logits = Judge(self.target, max_forward_batch=most).logits(images.to(subject.device))
         return (-margin(logits.double(), subject.y[part].to(logits.device))).tolist()
 
-    def sums(self, shards: Shards, progress: Progress) -> AttackedBatch:
+    def sums(self, shards: Shards) -> AttackedBatch:
         """Obtain all batches from the processes, and sum up their results."""
         sums = AttackedBatch(self.subject.x.clone(), GradientHealth(dict.fromkeys(COUNTS, 0)), 0.0)
         fallen = Counter[str]()
@@ -141,7 +140,6 @@ class AttackRun:
             leads, no_evidence = list[float](), 0
             for number in numbers:
                 batch = self.obtain(number, shards)
-                progress.count(len(self.parts[number]))
                 sums.images[self.parts[number]] = batch.images.to(self.subject.x.device)
                 sums.seconds += batch.seconds
                 sums.health.add(**batch.health.counts)

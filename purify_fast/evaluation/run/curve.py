@@ -63,6 +63,11 @@ class Curve:
         """Return the attacks of the curve with this radius."""
         return [replace(spec, attack=replace(spec.resolved, eps=radius, norm=norm)) for spec in self.specs]  # type: ignore[call-arg]
 
+    def costs(self, context: AttackContext) -> list[int | None]:
+        """Return the largest number of forward passes per image for each radius; None if a number is unknown."""
+        costs = [spec.resolved.cost(context) for spec in self.specs]
+        return [None if None in costs else sum(cost or 0 for cost in costs)] * len(self.radii)
+
     def rows(self, measure: Measure, attacks: Sequence[Row]) -> list[Row]:
         """Make a row for each radius, with the images that withstand all attacks."""
         eps, rows = float(measure.context.eps), list[Row]()

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ..._tensors import digest
 from ...attacks import AttackContext, frozen
-from ...attacks.attacked_model import AsModule, as_module
 from ...attacks.bpda import classifier_of
 from ...attacks.engine.judge import has_fallen
 from ...defences.stochastic import WithAggregation
@@ -26,7 +25,7 @@ from ..request.subject import Judgement, Subject, Variant
 from ..results.rows import AUTHORS, VARIANTS_APART, Examples, Row, Worst, by_worst_points
 from .attack_run import AttackedBatch, AttackRun, counts_of
 from .cache import RowCache
-from .progress import Progress
+from .progress import CountedModel, Progress, counted_model
 from .shards import Shards
 from .stopping import GROUP, NearestRule, StoppingRule, by_margin, nearest_first
 from .stopping import REVISION as STOPPING
@@ -89,7 +88,7 @@ class Measure:
     keep_all: bool = False
     attacks: list[AttackSpec] = field(default_factory=list, init=False)
     _clean: dict[Variant, Row] = field(default_factory=dict, init=False)
-    _targets: dict[int, AsModule] = field(default_factory=dict, init=False)
+    _targets: dict[int, CountedModel] = field(default_factory=dict, init=False)
 
     def clean(self, variant: Variant) -> Row:
         """The row of the clean images."""
@@ -217,8 +216,9 @@ class Measure:
         task = Task(self.attacks.index(spec), index, rule, begin)
         with self._run(task) as run:
             self.shards.from_first(lambda: task._replace(draws_differ=run.context.draws_differ))
-            with self.progress.row(row_name(spec, self.context), len(index)):
-                sums = run.sums(self.shards, self.progress)
+            cost = spec.resolved.cost(run.context)
+            with self.progress.row(row_name(spec, self.context), None if cost is None else cost * len(index)):
+                sums = run.sums(self.shards)
         sums.images = sums.images[: spec.max_images]
         return run, sums
 
@@ -250,9 +250,9 @@ class Measure:
                 seed=subject.seed + spec.seed,
                 begin=task.begin,
             )
-            module = self._targets.setdefault(id(target), as_module(target))
+            counted = self._targets.setdefault(id(target), counted_model(target, self.progress))
             rule = None if context.draws_differ else task.rule
-            yield AttackRun(spec, module, task.images, subject, context, rule=rule)
+            yield AttackRun(spec, counted, task.images, subject, context, rule=rule)
 
     # -- the judgement of attacked images, by new predictions ----------------------------------------------------------
 

@@ -5,51 +5,134 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
+from torch import Tensor, nn
 from tqdm import tqdm
+
+from ...protocols import Classifier, SharesDraws, supports
+
+#: The shortest time between two lines of a log, and the time of the first line, in seconds.
+LINE_EVERY, FIRST_LINE = 30.0, 10.0
 
 
 class Progress:
-    """Shows a bar for each row, which counts attacked images, or a line at the begin and at the end of each row."""
+    """Counts the images in the forward passes of an evaluation, and shows the progress.
 
-    def __init__(self, name: str = "", shown: bool = False):
+    ``costs`` are upper limits of these counts for each row, or None; the probes are the first row.
+    """
+
+    def __init__(self, name: str = "", shown: bool = False, costs: Sequence[int | None] = ()):
         self.name, self.shown = name, shown
         self.lines = shown and not sys.stderr.isatty()
-        #: The number of rows that are finished, and of all rows; the probes are the first row.
-        self.rows = self.total = 0
-        self.bar: tqdm[None] | None = None
+        self.costs = list(costs)
+        self.rows, self.images, self.in_row = 0, 0, 0
+        self.label, self.bar = "", None
         self.began = time.monotonic()
+        self.last_line = self.began + min(FIRST_LINE, LINE_EVERY) - LINE_EVERY
 
     @property
     def seconds(self) -> float:
         """The time since this object was made."""
         return time.monotonic() - self.began
 
+    @property
+    def rate(self) -> float:
+        """The number of images per second in the forward passes so far."""
+        return self.images / max(self.seconds, 1e-9)
+
     @contextlib.contextmanager
-    def row(self, label: str, images: int | None) -> Iterator[None]:
-        """A context in which a row is made by attacks on a number of images."""
-        text = f"{label} (row {self.rows + 1} of {max(self.total, self.rows + 1)})"
-        if self.lines:
-            self._print(text)
-        hidden, name = self.lines or not self.shown, f"{self.name}: {text}"
-        with tqdm(total=images, desc=name, disable=hidden, unit=" images", leave=False, dynamic_ncols=True) as self.bar:
+    def row(self, label: str, total: int | None) -> Iterator[None]:
+        """A context in which images are counted for a row."""
+        self.in_row = 0
+        place = f"{self.rows + 1} of {max(len(self.costs), self.rows + 1)}"
+        self.label = f"{place}, {label}"
+        options: dict[str, Any] = {"unit": " predictions", "unit_scale": True, "leave": False, "dynamic_ncols": True}
+        hidden = self.lines or not self.shown
+        with tqdm(total=total, desc=f"{self.name}: {label} ({place})", disable=hidden, **options) as self.bar:
             yield
         self.bar = None
 
-    def count(self, images: int) -> None:
-        """Count images whose attack is finished."""
-        if self.bar is not None:
-            self.bar.update(images)
-
     def next_row(self) -> None:
         """Begin with the next row, because the last row is finished or was read from the cache."""
-        self.rows += 1
+        self.rows, self.in_row = self.rows + 1, 0
+
+    def count(self, images: int) -> None:
+        """Count images of a forward pass, and write a line to the log if the last line is old."""
+        self.images += images
+        self.in_row += images
+        if self.bar is None:
+            return
+        self.bar.set_postfix_str(self.left(), refresh=False)
+        self.bar.update(images)
+        if self.lines and time.monotonic() - self.last_line >= LINE_EVERY:
+            self._print(f"row {self.label}: {self.rate:,.0f} predictions/s, {self.left()}")
 
     def finished(self, result: str) -> None:
         """Write the short result of a row to the log."""
         if self.lines:
-            self._print(f"{result} ({tqdm.format_interval(self.seconds)})")
+            self._print(f"{result} ({tqdm.format_interval(self.seconds)}, {self.left()})")
 
     def _print(self, text: str) -> None:
+        self.last_line = time.monotonic()
         print(f"{self.name}: {text}", file=sys.stderr, flush=True)
+
+    def left(self) -> str:
+        """The longest time that the remaining rows may take, in words."""
+        costs = self.costs[self.rows :]
+        if not costs:
+            return "the last row"
+        known = [cost for cost in costs if cost is not None]
+        if len(known) < len(costs) or not self.images:
+            return "time left not known"
+        seconds = (sum(known) - min(self.in_row, known[0])) / self.rate
+        return f"{tqdm.format_interval(seconds)} left at most"
+
+
+class CountedModel(nn.Module):
+    """A module that wraps any callable, and counts the images of its forward passes. AutoAttack requires a module.
+
+    There is a single such object for each model, because a CUDA graph belongs to the module of its capture.
+    """
+
+    #: Changes of these need no new CUDA graph (`purify_fast.model_state`).
+    not_dependencies = frozenset({"progress"})
+
+    def __init__(self, model: Classifier, progress: Progress):
+        super().__init__()
+        self.model, self.progress = model, progress
+        self.training = False
+
+    def train(self, mode: bool = True) -> CountedModel:
+        """Do nothing, so that an attack cannot change the model's evaluation mode."""
+        return self
+
+    def around(self, replace: Callable[[Classifier], Classifier]) -> CountedModel:
+        """Return a new wrapper, which adds to the same count; its model is ``replace`` of this wrapper's model."""
+        return counted_model(replace(self.model), self.progress)
+
+    def counted(self) -> int:
+        """The number of counted images; each draw of an image counts as an image."""
+        return self.progress.images
+
+    def count(self, images: int) -> None:
+        """Add a number of images, also when a CUDA graph is replayed; a negative number takes back trial calls."""
+        self.progress.count(images)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count(len(x))
+        return self.model(x)
+
+
+class _CountedDraws(CountedModel):
+    """A counter around a model with ``draw_logits``, which makes several draws together."""
+
+    def draw_logits(self, x: Tensor, draws: int) -> Tensor:
+        self.count(draws * len(x))
+        return self.model.draw_logits(x, draws)  # type: ignore[attr-defined]
+
+
+def counted_model(model: Classifier, progress: Progress) -> CountedModel:
+    """Wrap a model in a module that counts the images of its forward passes."""
+    return (_CountedDraws if supports(model, SharesDraws) else CountedModel)(model, progress)

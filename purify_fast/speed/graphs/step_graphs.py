@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ..._validation import CudaGraphs, check_literal
 from ...model_state import identity_key
-from ...protocols import PreparesReplay
+from ...protocols import CountsImages, PreparesReplay
 from ..memory import retry_when_memory_ends, same_draws_again
 from ..precision import raced_convolutions
 from .compiled_step import compiled_step, copies_in
@@ -225,6 +225,8 @@ class StepGraphs:
         """Capture a step, which depends on ``objects``. If this fails, return the count of launches with the reason."""
         device = next(iter(state.values())).device
         buffers = {name: value.detach().clone() for name, value in state.items()}
+        counters: list[CountsImages] = parts_of(function.model, CountsImages)
+        before = [counter.counted() for counter in counters]
         try:
             # cuDNN times its algorithms in the first call, and the graph keeps the fastest.
             with no_trace(device), raced_convolutions("auto", device):
@@ -232,6 +234,7 @@ class StepGraphs:
                     # The first call compiles, verifies kernels and chooses algorithms, and may wait for the device.
                     function(buffers)
                 drawn = device_generator(device)
+                first = [counter.counted() for counter in counters]
                 with self.capture.aside(device):
                     results = tried(lambda: function(buffers), device)
                 for name, value in results.items():
@@ -239,6 +242,7 @@ class StepGraphs:
                         raise RuntimeError(f"the step changes {name} from {_kind(buffers[name])} to {_kind(value)}")
                 # Compiled code draws other random numbers.
                 draws = device_generator(device) != drawn
+                counts = [counter.counted() - start for counter, start in zip(counters, first, strict=True)]
                 compiles = any(part.region is not None for part in copies_in(function.model))
                 compiled = compiled_step(function, buffers) if compiles and not draws else None
                 run: Any = function if compiled is None else compiled
@@ -252,8 +256,12 @@ class StepGraphs:
             # A user's model may raise any error. The attack then runs without a graph.
             line = (str(error).strip().splitlines() or [""])[0]
             return self._refuse(base, f"the step cannot be captured ({type(error).__name__}: {line})")
+        finally:
+            # Restore the counts of images, because the steps of a trial and a capture are not steps of the attack.
+            for counter, start in zip(counters, before, strict=True):
+                counter.count(start - counter.counted())
         # The graph calls compiled code, which must stay alive.
-        return Captured(weakref.ref(function.model), buffers, replay, objects=[*objects, compiled])
+        return Captured(weakref.ref(function.model), buffers, replay, counts, objects=[*objects, compiled])
 
 
 class InlineSteps(StepGraphs):

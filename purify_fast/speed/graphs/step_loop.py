@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ...ops.dispatch.registry import forced_backends
-from ...protocols import CompilesSteps
+from ...protocols import CompilesSteps, CountsImages
 from ..precision import float32_settings
 
 #: A step is captured after this many launches. For a PGD step of a ResNet-18 on an H200, a capture took as long as 13
@@ -112,6 +112,8 @@ class Steps:
             self._ask(self.graphs)
         if self.captured is not None:
             self.captured.replay()
+            for counter, images in self.counters:
+                counter.count(images)
             return
         self.state |= self.function(self.state)
         if self.launched is not None:
@@ -156,6 +158,7 @@ class Steps:
             holder.state, holder.captured = holder.values(), None
         before, self.state = self.state, found.buffers
         self.captured, self.launched = found, None
+        self.counters = list(zip(parts_of(self.function.model, CountsImages), found.counts, strict=True))
         found.loop = weakref.ref(self)
         self.put(**before)
 
@@ -168,6 +171,7 @@ class Captured:
         model: the model that the step uses. The graph is deleted when the model no longer exists.
         buffers: the tensors of the state.
         replay: function that launches the captured step.
+        counts: the numbers of images that a replay adds to the counters in the model, one number for each counter.
         objects: objects that the captured step uses, and that must therefore stay alive.
         loop: the `StepGraphs` loop that replayed this step last. Its state is in the buffers until another loop begins.
     """
@@ -175,6 +179,7 @@ class Captured:
     model: weakref.ref[nn.Module]
     buffers: State
     replay: Callable[[], None]
+    counts: list[int]
     objects: list[Any]
     loop: weakref.ref[Steps] | None = None
 
