@@ -51,8 +51,8 @@ from .run.measure import EXAMPLES, Measure, Standing, settings_of
 from .run.progress import Progress
 from .run.resources import choose_threads, make_room
 from .run.shards import Shards
-from .run.stopping import notes_of_proofs, notes_of_size, notes_of_unsearched
 from .show.report import Report
+from .show.text import notes_on_rows
 from .show.witnesses import gathered, model_marks
 from .suspicion import Suspicion
 
@@ -295,10 +295,9 @@ class _Evaluation:
         self.suspicion.conclude(asked)
         if self.radii:
             report.curves.setdefault(name, {})[CURVE] = self.curve.points(report.rows, float(context.eps))
-        report.notes += notes_of_unsearched(report.rows) + notes_of_proofs(report.rows)
-        if name in report.headlines:
-            report.notes += notes_of_size(report.headlines[name])
-        if name in report.headlines and (test := report.claim_test(report.headlines[name])) is not None:
+        headline = report.headlines.get(name)
+        report.notes += notes_on_rows(report.rows, headline)
+        if headline is not None and (test := report.claim_test(headline)) is not None:
             report.about["claim_test"] = test.verdict
         report.about["seconds"] = f"{measure.progress.seconds:.1f}"
         report.about["peak_memory"] = f"{peak_so_far(subject.device) / 1e9:.2f} GB"

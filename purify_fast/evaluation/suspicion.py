@@ -36,7 +36,6 @@ class Suspicion:
             classes=subject.num_classes,
             probabilities=subject.has_probabilities,
             one_hot=subject.has_one_hot,
-            protocol=report.about.get("protocol"),
         )
         if self.before is not None and asked is not None:
             probes = self.all_probes(self.before, asked, evidence)

@@ -7,7 +7,7 @@ the alarm does not apply. The alarms run in the order of this file.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -57,17 +57,9 @@ MORE_THAN_LUCK = 3
 ITSELF = "the model itself"
 #: The report's words if no attack counted how many gradients of the model itself were usable.
 NOT_COUNTED = "no attack counted the gradients of the model itself"
-#: The stronger attacks that a report may advise. `Evidence.tried` returns those that already ran.
-EFFORTS = {
-    "BPDA": "attack by BPDA, which needs a defence with purify and classifier",
-    "draws": "average each gradient over more draws (eot_iter=20)",
-    "strong": "run the protocol strong",
-}
-#: The advice of a report if all stronger attacks already ran.
-WRITTEN_FOR_IT = (
-    "the stronger attacks of this package ran: only an attack that is written for this defence, as a function "
-    "(model, x, y), may find more"
-)
+#: The advice to attack more strongly: without and with BPDA.
+STRONGER = "run the protocol strong, or write an attack for this defence, as a function (model, x, y)"
+BY_BPDA = f"attack by BPDA, which needs a defence with purify and classifier; {STRONGER}"
 
 
 @dataclass(frozen=True)
@@ -115,7 +107,6 @@ class Evidence:
         classes: number of the model's classes; None if unknown.
         probabilities: whether the model returns probabilities instead of logits; None if unknown.
         one_hot: whether the probabilities are all 0 or 1.
-        protocol: name of the protocol; None for a list of attacks.
         no_gradient: whether the output is known to have no gradient with respect to the images.
         cosine: between the changes that gradients predict and the measured changes; None if not measured.
     """
@@ -125,7 +116,6 @@ class Evidence:
     classes: int | None = None
     probabilities: bool | None = None
     one_hot: bool = False
-    protocol: str | None = None
     no_gradient: bool = False
     cosine: float | Missing | None = None
 
@@ -141,17 +131,6 @@ class Evidence:
         """Tell whether an attack followed the model's own gradients, and not those of BPDA or of another model."""
         counted = self.with_counted_gradients()
         return any(row.kind != "bpda" and not row.settings.get("gradients_from") for row in counted)
-
-    def tried(self) -> set[str]:
-        """The stronger attacks that ran on more than a few images, by their names in `EFFORTS`."""
-        tried = {"strong"} if self.protocol == "strong" else set[str]()
-        for row in self.attacks():
-            of = row.settings.get
-            if of("nearest"):
-                continue
-            tried |= {"BPDA"} if row.kind == "bpda" or of("gradients_from") in IDENTITIES else set()
-            tried |= {"draws"} if (of("eot_iter") or 1) >= 20 else set()
-        return tried
 
     @property
     def images(self) -> int:
@@ -200,34 +179,18 @@ class Evidence:
 # -- alarms -----------------------------------------------------------------------------------------------------------
 
 
-class Advice(NamedTuple):
-    """The advice for a sign that makes the accuracy unreliable: where to look, and the `EFFORTS` to run.
-
-    The last of the efforts must be "strong", so that `WRITTEN_FOR_IT` appears only after the protocol strong has run.
-    """
-
-    look: str
-    efforts: tuple[str, ...] = ()
-
-    def written(self, tried: Collection[str]) -> str:
-        """Write the advice in words; attacks that already ran are left out."""
-        left = [EFFORTS[effort] for effort in self.efforts if effort not in tried]
-        return f"{self.look}; {', or '.join(left) or WRITTEN_FOR_IT}" if self.efforts else self.look
-
-
-OVERFLOW = Advice("look for a division by 0, log(0) or an overflow of exp() in forward")
+OVERFLOW = "look for a division by 0, log(0) or an overflow of exp() in forward"
 #: The advice for each reason why gradients are missing.
 WITHOUT_GRADIENTS = {
     "not finite": OVERFLOW,
-    "no gradient": Advice(
+    "no gradient": (
         "the output has no grad_fn: does forward use torch.no_grad(), .detach() or NumPy? A diffusion defence that "
-        "must save memory can use checkpointed_steps",
-        ("BPDA", "strong"),
+        f"must save memory can use checkpointed_steps; {BY_BPDA}"
     ),
-    "zero gradient": Advice("look for rounding, sign, argmax or a saturated output in forward", ("BPDA", "strong")),
+    "zero gradient": f"look for rounding, sign, argmax or a saturated output in forward; {BY_BPDA}",
 }
 #: The advice if a short attack with the model's own gradients found images that the report's attacks did not find.
-SHORT_FOUND_MORE = Advice("a short attack found images that the attacks of the report did not find", ("strong",))
+SHORT_FOUND_MORE = f"a short attack found images that the attacks of the report did not find; {STRONGER}"
 
 
 class Outcome(NamedTuple):
@@ -236,7 +199,7 @@ class Outcome(NamedTuple):
     verdict: Verdict
     measured: str
     row: str = ""
-    advice: Advice | None = None
+    advice: str = ""
 
 
 #: The function of an alarm. Its arguments are the evidence, and the probes if `Alarm.of_probes` is True. The function
@@ -252,7 +215,7 @@ class Alarm:
     """
 
     name: str
-    advice: Advice | None = None
+    advice: str = ""
     of_probes: bool = False
     of_answers: bool = False
     prominent: bool = False
@@ -276,24 +239,15 @@ def findings(evidence: Evidence) -> list[Finding]:
         evidence: rows and probes of one model.
     """
     every: list[Finding] = []
-    tried = evidence.tried()
     for alarm, judge in ALARMS.items():
         if alarm.of_probes and evidence.probes is None:
             continue
         outcome = judge(evidence, evidence.probes) if alarm.of_probes else judge(evidence)
         if outcome is None:
             continue
-        advice = outcome.advice or alarm.advice
-        finding = Finding(
-            alarm.name,
-            outcome.verdict,
-            outcome.measured,
-            outcome.row,
-            of_answers=alarm.of_answers,
-            prominent=alarm.prominent,
-            advice=advice.written(tried) if advice is not None and outcome.verdict == "unreliable" else "",
-        )
-        every.append(finding)
+        advice = (outcome.advice or alarm.advice) if outcome.verdict == "unreliable" else ""
+        about = {"of_answers": alarm.of_answers, "prominent": alarm.prominent, "advice": advice}
+        every.append(Finding(alarm.name, outcome.verdict, outcome.measured, outcome.row, **about))
     doubts = [finding for finding in every if finding.verdict == "unreliable"]
     if not evidence.nothing_left or any(finding.of_answers for finding in doubts):
         return every
@@ -349,7 +303,7 @@ def finite_predictions(evidence: Evidence) -> Outcome:
     return Outcome("unreliable", text, worst.attack)
 
 
-@Alarm("logits", Advice("return the logits, as they are before a softmax or argmax"))
+@Alarm("logits", "return the logits, as they are before a softmax or argmax")
 def logits(evidence: Evidence) -> Outcome | None:
     """Alarm if the model returns probabilities instead of logits."""
     if evidence.probabilities is None:
@@ -365,7 +319,7 @@ def logits(evidence: Evidence) -> Outcome | None:
     return Outcome("unreliable", text)
 
 
-@Alarm("gradient health", Advice("look for rounding, .detach() or a custom backward in forward", ("BPDA", "strong")))
+@Alarm("gradient health", f"look for rounding, .detach() or a custom backward in forward; {BY_BPDA}")
 def gradient_health(evidence: Evidence) -> Outcome:
     """Alarm if no attack had usable gradients, or if the model does not change as its gradients predict."""
     counted = _of_counted(evidence)
@@ -409,7 +363,7 @@ def _of_counted(evidence: Evidence) -> Outcome:
     return Outcome("unreliable", f"{every} could not use them: {shares}", lacking[0].attack, advice)
 
 
-@Alarm("missed images", Advice("the model's own gradients do not show where it falls", ("BPDA", "strong")))
+@Alarm("missed images", f"the model's own gradients do not show where it falls; {BY_BPDA}")
 def missed_images(evidence: Evidence) -> Outcome:
     """Alarm if images withstand the attacks with the model's own gradients, but fall to other attacks or probes."""
     outcomes = [each for each in (_missed_by_rows(evidence), _missed_by_report(evidence)) if each is not None]
@@ -462,7 +416,7 @@ def _missed_by_report(evidence: Evidence) -> Outcome | None:
     text = f"{text}; {absent}" if absent else text
     verdict = _verdict(_surely_more(count, MOST_MISSED, probes.n), noted=count > 1 or bool(absent))
     row = f"probe: APGD by the gradients of {best}" if count else ""
-    return Outcome(verdict, text, row, SHORT_FOUND_MORE if best == ITSELF else None)
+    return Outcome(verdict, text, row, SHORT_FOUND_MORE if best == ITSELF else "")
 
 
 # -- alarms from probes -----------------------------------------------------------------------------------------------
@@ -470,7 +424,7 @@ def _missed_by_report(evidence: Evidence) -> Outcome | None:
 
 @Alarm(
     "batch size",
-    Advice("let the logits of an image depend on that image alone: is a module in training mode?"),
+    "let the logits of an image depend on that image alone: is a module in training mode?",
     of_probes=True,
     of_answers=True,
 )
@@ -485,14 +439,15 @@ def batch_size(evidence: Evidence, probes: Probes) -> Outcome:
 
 @Alarm(
     "noise and seeds",
-    Advice("the noise hides from an attack where images fall", ("draws", "strong")),
+    "the noise hides from an attack where images fall; average each gradient over more draws (eot_iter=20); "
+    + STRONGER,
     of_probes=True,
 )
 def noise(evidence: Evidence, probes: Probes) -> Outcome | None:
     """Alarm if the model sets seeds, or if images withstand only because each gradient averages few draws."""
     if probes.sets_seed:
         text = "the model sets the seed of torch's generator itself: its noise, if it has any, is always the same"
-        remove = Advice("remove the seed from forward: while the noise repeats, more draws per gradient change nothing")
+        remove = "remove the seed from forward: while the noise repeats, more draws per gradient change nothing"
         return Outcome("unreliable", text, "probe: the generator's state after two seeds", remove)
     if not probes.eot:
         return None
@@ -516,7 +471,7 @@ def noise(evidence: Evidence, probes: Probes) -> Outcome | None:
 
 @Alarm(
     "same answer again",
-    Advice("let forward keep no state, and compute the same whether gradients are recorded or not"),
+    "let forward keep no state, and compute the same whether gradients are recorded or not",
     of_probes=True,
     of_answers=True,
 )

@@ -230,7 +230,24 @@ def column_legend(rows: Sequence[Row]) -> list[str]:
     early = dict.fromkeys(row.attack for row in rows if row.may_end_early)
     published = dict.fromkeys((row.attack, row.n_eval) for row in rows if row.settings.get("published"))
     told = {"early": list(early), "published": list(published)}
-    text = render("columns.jinja", rows=rows, **told)
+    return _paragraphs("columns.jinja", rows=rows, **told)
+
+
+def notes_on_rows(rows: Sequence[Row], headline: Row | None) -> list[str]:
+    """The notes of a report on images without a search, on proofs, and on a small number of images."""
+    own = [row for row in rows if row.threat is None]
+    stopped, near = list[Row](), list[Row]()
+    for row in own:
+        if row.unsearched:
+            (near if row.settings.get("nearest") else stopped).append(row)
+    proofs = (row for row in own if row.proved and row.deployed and row.settings["target"] == "defence")
+    proved = max(proofs, key=lambda row: row.proved / row.n, default=None)
+    return _paragraphs("notes.jinja", stopped=stopped, near=near, proved=proved, headline=headline)
+
+
+def _paragraphs(template: str, **values: Any) -> list[str]:
+    """The paragraphs of a rendered template, each in a single line."""
+    text = render(template, **values)
     return [" ".join(paragraph.split()) for paragraph in text.split("\n\n") if paragraph.strip()]
 
 
