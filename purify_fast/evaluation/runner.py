@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,13 +35,14 @@ from .request.attack_lists import SEARCHES, protocol_attacks, without_early_stop
 from .request.config import BatchSize, EvaluateConfig, ProtocolName
 from .request.naming import beside_fixed, feasible, row_name, threat_name
 from .request.preparation import (
+    collect,
     facts,
-    first_notes,
-    images_and_labels,
     note_of_modes,
     read_attacks,
     refresh_stale_copies,
+    warn_of_probabilities,
 )
+from .request.published import authors_attacks
 from .request.specs import AttackFunction, AttackSpec
 from .request.subject import DrawsUnderAttack, Subject, Variant, device_of
 from .results.rows import CURVE, Row, worst_rows
@@ -52,7 +53,7 @@ from .run.progress import Progress
 from .run.resources import choose_threads, make_room
 from .run.shards import Shards
 from .show.report import Report
-from .show.text import notes_on_rows
+from .show.text import notes_on_rows, paragraphs
 from .show.witnesses import gathered, model_marks
 from .suspicion import Suspicion
 
@@ -71,8 +72,8 @@ VARYING = (
 @torch.inference_mode(False)
 def evaluate(
     model: Classifier,
-    x: Tensor | Iterable[Any],
-    y: Tensor | None = None,
+    x: Tensor,
+    y: Tensor,
     *,
     eps: float,
     protocol: ProtocolName | None = None,
@@ -94,8 +95,7 @@ def evaluate(
             to the images. The state of a module and of the random generators is restored. The modules of a plain
             function are not put into evaluation mode; a warning and a note name those in training mode.
         x: images ``[N, C, H, W]``, uint8 or floating point in [0, 1], a tensor or a NumPy array; values outside [0, 1]
-            by at most 1e-4 are clamped. Or, without ``y``, a DataLoader or another iterable of batches (images, labels)
-            or (images, labels, indices), which is read once.
+            by at most 1e-4 are clamped.
         y: labels, integers ``[N]``, a tensor or a NumPy array.
         eps: radius of the ball, in image units; above 0 if there are attacks. An attack's own eps wins.
         protocol: name of the list of attacks, such as "fast". This and the next two are fields of `EvaluateConfig`;
@@ -141,7 +141,7 @@ def evaluate(
     config = replace(config, **{name: value for name, value in arguments.items() if value is not None})
     norm = read_norm(norm)
     check_eps(eps, norm)
-    images, labels, notes = images_and_labels(x, y)
+    images, labels, notes = collect(x, y)
     pixels = images[0].numel()
     config, given = read_attacks(config, attacks, norm, eps, pixels)
     radii = radii_of(config.curve, eps, largest_distance(norm, pixels))
@@ -166,7 +166,11 @@ def evaluate(
             mark = fingerprint(subject.model, revision)
             if mark is not None:
                 report.about["model"] = mark
-            report.notes += [f"the model: {VARYING}"] * draws + first_notes(config, model, subject, name, modes)
+            warn_of_probabilities(subject, name)
+            published = config.protocol == "authors" and authors_attacks(model, 1.0) is not None
+            known = {"config": config, "name": name, "modes": modes, "published": published}
+            report.notes += [f"the model: {VARYING}"] * draws
+            report.notes += paragraphs("first_notes.jinja", once_per_call=subject.draws_once_per_call, **known)
             by_default = attacks is None and config.protocol != "authors"
             probes = by_default if config.probes is None else config.probes
             before = subject.room.within(lambda: Before(subject)) if probes else None

@@ -114,11 +114,6 @@ class Report:
                 best.setdefault((row.model, row.threat), []).append(row)
         return {place: min(rows, key=order) for place, rows in best.items()}
 
-    def over_all(self, model: str, threat: str | None) -> Row | None:
-        """Return a model's ``worst`` row with the most images in a threat model; None if there is no such row."""
-        mine = [row for row in self.rows if (row.model, row.threat, row.kind) == (model, threat, "worst")]
-        return max((row for row in mine if row.deployed), key=lambda row: row.n, default=None)
-
     @property
     def headline(self) -> Row:
         """The attack row of lowest accuracy of the only model; ValueError for several models or without an attack."""

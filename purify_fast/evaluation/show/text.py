@@ -230,7 +230,7 @@ def column_legend(rows: Sequence[Row]) -> list[str]:
     early = dict.fromkeys(row.attack for row in rows if row.may_end_early)
     published = dict.fromkeys((row.attack, row.n_eval) for row in rows if row.settings.get("published"))
     told = {"early": list(early), "published": list(published)}
-    return _paragraphs("columns.jinja", rows=rows, **told)
+    return paragraphs("columns.jinja", rows=rows, **told)
 
 
 def notes_on_rows(rows: Sequence[Row], headline: Row | None) -> list[str]:
@@ -242,10 +242,10 @@ def notes_on_rows(rows: Sequence[Row], headline: Row | None) -> list[str]:
             (near if row.settings.get("nearest") else stopped).append(row)
     proofs = (row for row in own if row.proved and row.deployed and row.settings["target"] == "defence")
     proved = max(proofs, key=lambda row: row.proved / row.n, default=None)
-    return _paragraphs("notes.jinja", stopped=stopped, near=near, proved=proved, headline=headline)
+    return paragraphs("notes.jinja", stopped=stopped, near=near, proved=proved, headline=headline)
 
 
-def _paragraphs(template: str, **values: Any) -> list[str]:
+def paragraphs(template: str, **values: Any) -> list[str]:
     """The paragraphs of a rendered template, each in a single line."""
     text = render(template, **values)
     return [" ".join(paragraph.split()) for paragraph in text.split("\n\n") if paragraph.strip()]
