@@ -161,7 +161,7 @@ def evaluate(
             judging: dict[str, Any] = {each: getattr(config, each) for each in ("n_eval", "predict", "seed")}
             subject = Subject(model, images, labels, batch_size=config.images_together, draws=draws, **judging)
             if config.batch_size == "auto":
-                make_room(subject, [subject.model], config.memory, RowCache(None))
+                make_room(subject, [subject.model], RowCache(None))
             # After the trial predictions, so that it is the same in every run: a model's last input may be part of it.
             mark = fingerprint(subject.model, revision)
             if mark is not None:
@@ -189,7 +189,7 @@ def evaluate(
             cache.know(subject.model, mark)
             others = _admit([base, *(spec.other_model for spec in plan)], subject, cache, stack)
             if config.batch_size == "auto":
-                make_room(subject, others, config.memory, cache)
+                make_room(subject, others, cache)
                 at_once = shards.from_first(lambda: subject.room.limit(context.resources.max_forward_batch))
                 context = replace(context, resources=replace(context.resources, max_forward_batch=at_once))
             choose_threads(subject, cache)

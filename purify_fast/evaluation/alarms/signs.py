@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -246,7 +246,7 @@ def findings(evidence: Evidence) -> list[Finding]:
         if outcome is None:
             continue
         advice = (outcome.advice or alarm.advice) if outcome.verdict == "unreliable" else ""
-        about = {"of_answers": alarm.of_answers, "prominent": alarm.prominent, "advice": advice}
+        about: dict[str, Any] = {"of_answers": alarm.of_answers, "prominent": alarm.prominent, "advice": advice}
         every.append(Finding(alarm.name, outcome.verdict, outcome.measured, outcome.row, **about))
     doubts = [finding for finding in every if finding.verdict == "unreliable"]
     if not evidence.nothing_left or any(finding.of_answers for finding in doubts):

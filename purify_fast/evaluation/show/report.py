@@ -137,17 +137,6 @@ class Report:
         mine = [each for each in self.rows if each.is_attack and each.deployed and (each.model, each.threat) == of]
         return [each for each in mine if each.n >= row.n]
 
-    def one_draw(self, row: Row) -> float | None:
-        """The accuracy of a single draw of a random model on the points of a row: the mean over images and draws.
-
-        Args:
-            row: an attack, the clean row, or the worst over all attacks, such as `headline`.
-
-        Returns:
-            The mean, which is at least the row's accuracy. None if a single prediction judged each image.
-        """
-        return None if row.n_eval == 1 else row.mean
-
     @property
     def curve(self) -> list[list[float]]:
         """The radii from 0 on, and the accuracy of the only model after all attacks at each radius.

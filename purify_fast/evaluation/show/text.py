@@ -69,25 +69,18 @@ def _in_markdown(cell: str | Cell) -> str:
 
 
 def terminal_table(head: Sequence[str], body: Iterable[Sequence[str | Cell]], longest: float = math.inf) -> str:
-    """A table as text with columns of fixed width."""
-    table = [list(head), *body]
-    width = [max(1, *(len(str(line[i])) for line in table)) for i in range(len(head))]
-    while _length(width) > longest and max(width) > NARROWEST:
+    """A table as text with columns of fixed width; wide columns are wrapped until a line has ``longest`` characters."""
+    table, lines = [[str(cell) for cell in line] for line in (head, *body)], list[str]()
+    width = [max(1, *map(len, column)) for column in zip(*table, strict=True)]
+    while sum(width) + 2 * (len(width) - 1) > longest and max(width) > NARROWEST:
         width[width.index(max(width))] -= 1
-    blocks = [_wrapped(line, width) for line in table]
-    return "\n".join([*blocks[0], "-" * _length(width), *(line for block in blocks[1:] for line in block)])
-
-
-def _wrapped(cells: Sequence[str | Cell], width: Sequence[int]) -> list[str]:
-    """The lines of text for one line of a table, whose cells are wrapped to the widths of their columns."""
-    parts = [textwrap.wrap(str(cell), w, break_on_hyphens=False) for cell, w in zip(cells, width, strict=True)]
-    lines = itertools.zip_longest(*parts, fillvalue="")
-    return ["  ".join(text.ljust(w) for text, w in zip(line, width, strict=True)).rstrip() for line in lines]
-
-
-def _length(widths: Sequence[int]) -> int:
-    """The length of a line with columns of these widths."""
-    return sum(widths) + 2 * (len(widths) - 1)
+    for cells in table:
+        parts = [textwrap.wrap(cell, w, break_on_hyphens=False) for cell, w in zip(cells, width, strict=True)]
+        for texts in itertools.zip_longest(*parts, fillvalue=""):
+            lines.append("  ".join(text.ljust(w) for text, w in zip(texts, width, strict=True)).rstrip())
+        if cells is table[0]:
+            lines.append("-" * (sum(width) + 2 * (len(width) - 1)))
+    return "\n".join(lines)
 
 
 def percent(row: Row) -> str:
