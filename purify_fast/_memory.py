@@ -3,22 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
-#: Bytes per unit, by the lower-case prefix of the unit.
-UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12} | {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 #: Bytes that are assumed to be available if the system does not tell.
 USUAL = 8 * 2**30
-
-
-def bytes_of(amount: int | str) -> int:
-    """An amount of memory in bytes."""
-    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]?i?)b?\s*", str(amount).lower())
-    if found is None or found[2] not in UNITS or (count := int(float(found[1]) * UNITS[found[2]])) < 1:
-        raise ValueError(f"memory must be a number of bytes, or a text such as 20GB or 8GiB, got {amount!r}")
-    return count
 
 
 def available_memory() -> int:
@@ -55,24 +44,15 @@ def _reclaimable(group: Path) -> int:
     return 0
 
 
-def resident_memory() -> int:
-    """The bytes of the host's memory that this process uses; 0 if the system does not tell."""
-    return _of_process("VmRSS")
-
-
 def peak_resident_memory(process: int | str = "self") -> int:
     """The peak of a process's memory so far, in bytes; 0 if the system does not tell, or if the process has ended."""
     # The peak that getrusage or wait4 gives includes that of the process which started this process.
-    return _of_process("VmHWM", process)
-
-
-def _of_process(name: str, process: int | str = "self") -> int:
     try:
         status = Path(f"/proc/{process}/status").read_text()
     except OSError:
         return 0
     lines = dict(line.split(":", 1) for line in status.splitlines() if line)
-    return 1024 * int(lines[name].split()[0]) if name in lines else 0
+    return 1024 * int(lines["VmHWM"].split()[0]) if "VmHWM" in lines else 0
 
 
 def ran_out_of_memory(error: BaseException) -> bool:

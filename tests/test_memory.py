@@ -6,29 +6,7 @@ import sys
 import pytest
 
 from purify_fast import _memory
-from purify_fast._memory import bytes_of, peak_resident_memory, ran_out_of_memory, resident_memory
-
-
-@pytest.mark.parametrize(
-    "amount, wanted",
-    [
-        (5, 5),
-        ("7", 7),
-        ("20GB", 20 * 10**9),
-        ("1.5 GiB", 3 * 2**29),
-        ("512mb", 512 * 10**6),
-        ("2K", 2000),
-        ("3t", 3 * 10**12),
-    ],
-)
-def test_amounts(amount, wanted):
-    assert bytes_of(amount) == wanted
-
-
-@pytest.mark.parametrize("amount", ["", "GB", "-1", 0, "0.1", "20 GB RAM", "1e9", "5ib"])
-def test_what_is_no_amount(amount):
-    with pytest.raises(ValueError, match="memory must be a number of bytes"):
-        bytes_of(amount)
+from purify_fast._memory import peak_resident_memory, ran_out_of_memory
 
 
 def test_control_groups(tmp_path):
@@ -54,7 +32,6 @@ def test_the_peak_is_that_of_this_process():
     size = 600 * 10**6
     held = bytearray(size)
     before = peak_resident_memory()
-    assert resident_memory() > size
     # The peak of the process that starts another does not count for the other.
     code = "from purify_fast._memory import peak_resident_memory; print(peak_resident_memory())"
     began = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -114,7 +114,8 @@ def judge(card: Card, model: torch.nn.Module, images: int, data: DataSet, out: P
         report.save(out / name / protocol, model)
         lowest = report.headlines[name]
         print(f"{name}, {protocol}: {lowest}")
-        attacked[protocol] = Accuracy(lowest.accuracy, lowest.n, lowest.reliable, report.one_draw(lowest))
+        one_draw = None if lowest.n_eval == 1 else lowest.mean
+        attacked[protocol] = Accuracy(lowest.accuracy, lowest.n, lowest.reliable, one_draw)
     return replace(
         card,
         image_shape=data.image_shape,

@@ -118,7 +118,7 @@ def _room(device: torch.device) -> int:
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         # A CUDA graph would hold the memory for ever, and the free memory cannot be queried during a capture.
         return 0
-    return int(SHARE * free_memory(device, None))
+    return int(SHARE * free_memory(device))
 
 
 def check_keep(keep: object) -> None:

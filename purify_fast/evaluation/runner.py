@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,13 +34,14 @@ from .request.attack_lists import SEARCHES, protocol_attacks, without_early_stop
 from .request.config import BatchSize, EvaluateConfig, ProtocolName
 from .request.naming import beside_fixed, feasible, row_name, threat_name
 from .request.preparation import (
+    collect,
     facts,
-    first_notes,
-    images_and_labels,
     note_of_modes,
     read_attacks,
     refresh_copies,
+    warn_of_probabilities,
 )
+from .request.published import authors_attacks
 from .request.specs import AttackFunction, AttackSpec
 from .request.subject import DrawsUnderAttack, Subject, Variant, device_of
 from .results.rows import CURVE, Row, worst_rows
@@ -50,8 +51,8 @@ from .run.measure import EXAMPLES, Measure, Standing, settings_of
 from .run.progress import Progress
 from .run.resources import make_room
 from .run.shards import Shards
-from .run.stopping import notes_of_proofs, notes_of_size, notes_of_unsearched
 from .show.report import Report
+from .show.text import notes_on_rows, paragraphs
 from .show.witnesses import gathered, model_marks
 from .suspicion import Suspicion
 
@@ -70,8 +71,8 @@ VARYING = (
 @torch.inference_mode(False)
 def evaluate(
     model: Classifier,
-    x: Tensor | Iterable[Any],
-    y: Tensor | None = None,
+    x: Tensor,
+    y: Tensor,
     *,
     eps: float,
     protocol: ProtocolName | None = None,
@@ -93,8 +94,7 @@ def evaluate(
             to the images. The state of a module and of the random generators is restored. The modules of a plain
             function are not put into evaluation mode; a warning and a note name those in training mode.
         x: images ``[N, C, H, W]``, uint8 or floating point in [0, 1], a tensor or a NumPy array; values outside [0, 1]
-            by at most 1e-4 are clamped. Or, without ``y``, a DataLoader or another iterable of batches (images, labels)
-            or (images, labels, indices), which is read once.
+            by at most 1e-4 are clamped.
         y: labels, integers ``[N]``, a tensor or a NumPy array.
         eps: radius of the ball, in image units; above 0 if there are attacks. An attack's own eps wins.
         protocol: name of the list of attacks, such as "fast". This and the next two are fields of `EvaluateConfig`;
@@ -140,7 +140,7 @@ def evaluate(
     config = replace(config, **{name: value for name, value in arguments.items() if value is not None})
     norm = read_norm(norm)
     check_eps(eps, norm)
-    images, labels, notes = images_and_labels(x, y)
+    images, labels, notes = collect(x, y)
     pixels = images[0].numel()
     config, given = read_attacks(config, attacks, norm, eps, pixels)
     radii = radii_of(config.curve, eps, largest_distance(norm, pixels))
@@ -159,12 +159,16 @@ def evaluate(
             judging: dict[str, Any] = {each: getattr(config, each) for each in ("n_eval", "predict", "seed")}
             subject = Subject(model, images, labels, batch_size=config.images_together, draws=draws, **judging)
             if config.batch_size == "auto":
-                make_room(subject, [subject.model], config.memory, RowCache(None))
+                make_room(subject, [subject.model], RowCache(None))
             # After the trial predictions, so that it is the same in every run: a model's last input may be part of it.
             mark = fingerprint(subject.model, revision)
             if mark is not None:
                 report.about["model"] = mark
-            report.notes += [f"the model: {VARYING}"] * draws + first_notes(config, model, subject, name, modes)
+            warn_of_probabilities(subject, name)
+            published = config.protocol == "authors" and authors_attacks(model, 1.0) is not None
+            known = {"config": config, "name": name, "modes": modes, "published": published}
+            report.notes += [f"the model: {VARYING}"] * draws
+            report.notes += paragraphs("first_notes.jinja", once_per_call=subject.draws_once_per_call, **known)
             by_default = attacks is None and config.protocol != "authors"
             probes = by_default if config.probes is None else config.probes
             before = subject.room.within(lambda: Before(subject)) if probes else None
@@ -183,7 +187,7 @@ def evaluate(
             cache.know(subject.model, mark)
             others = _admit([base, *(spec.other_model for spec in plan)], subject, cache, stack)
             if config.batch_size == "auto":
-                make_room(subject, others, config.memory, cache)
+                make_room(subject, others, cache)
                 at_once = shards.from_first(lambda: subject.room.limit(context.max_forward_batch))
                 context = replace(context, max_forward_batch=at_once)
             shown = Progress(name, progress and shards.rank == 0)
@@ -292,10 +296,9 @@ class _Evaluation:
         self.suspicion.conclude(asked)
         if self.radii:
             report.curves.setdefault(name, {})[CURVE] = self.curve.points(report.rows, float(context.eps))
-        report.notes += notes_of_unsearched(report.rows) + notes_of_proofs(report.rows)
-        if name in report.headlines:
-            report.notes += notes_of_size(report.headlines[name])
-        if name in report.headlines and (test := report.claim_test(report.headlines[name])) is not None:
+        headline = report.headlines.get(name)
+        report.notes += notes_on_rows(report.rows, headline)
+        if headline is not None and (test := report.claim_test(headline)) is not None:
             report.about["claim_test"] = test.verdict
         report.about["seconds"] = f"{measure.progress.seconds:.1f}"
         report.about["peak_memory"] = f"{peak_so_far(subject.device) / 1e9:.2f} GB"

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from .._compiler import EagerDispatchMode
-from .._memory import available_memory, bytes_of, peak_resident_memory, ran_out_of_memory, resident_memory
+from .._memory import available_memory, peak_resident_memory, ran_out_of_memory
 
 logger = logging.getLogger("purify_fast")
 
@@ -73,13 +73,12 @@ def peak_so_far(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident_memory()
 
 
-def free_memory(device: torch.device, budget: int | str | None) -> int:
-    """The bytes that this process may still allocate, within a budget in bytes or as "20GB" (None: no limit)."""
+def free_memory(device: torch.device) -> int:
+    """The bytes that this process may still allocate."""
     if device.type == "cuda":
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        free = torch.cuda.mem_get_info(device)[0] + reserved
-        return free if budget is None else min(free, bytes_of(budget) - torch.cuda.memory_allocated(device))
-    return available_memory() if budget is None else bytes_of(budget) - resident_memory()
+        return torch.cuda.mem_get_info(device)[0] + reserved
+    return available_memory()
 
 
 def images_that_fit(work: Callable[[int], object], free: int, device: torch.device) -> int:

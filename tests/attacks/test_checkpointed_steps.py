@@ -184,7 +184,7 @@ def test_the_memory_is_that_of_one_step_and_an_image_for_each():
 def steps_computed_again(n, keep, free, monkeypatch):
     """How often a loop's steps are called in all, beside the n that each prediction takes; and the most bytes."""
     net, calls = network(3, 32, torch.float32), []
-    monkeypatch.setattr(MODULE, "free_memory", lambda device, budget: free)
+    monkeypatch.setattr(MODULE, "free_memory", lambda device: free)
 
     def step(x, i):
         calls.append(i)

@@ -13,7 +13,6 @@ from digit_nets import zoo_digits
 from evaluating import evaluate
 from small_models import Made
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 import purify_fast
 from purify_fast.attacks import PGD
@@ -44,9 +43,8 @@ def trio():
         ),
         (lambda x, y: (x / 0 * 0, y), ValueError, r"x must be in \[0, 1\] and free of NaN, got values from nan"),
         (lambda x, y: (x[:, 0], y), ValueError, r"x must be .*, got \[10, 6, 7\]"),
-        (lambda x, y: (x, None), TypeError, "without y, x must be an iterable of batches .*, got Tensor"),
-        (lambda x, y: ([], None), ValueError, r"at least one, got \[\]"),
-        (lambda x, y: ([(x, y), (x.double(), y)], None), ValueError, "one dtype .*torch.float64"),
+        (lambda x, y: ([(x, y)], y), TypeError, "x must be .*, got list"),
+        (lambda x, y: (x[:0], y[:0]), ValueError, "x must be .* with at least one image"),
     ],
 )
 def test_an_input_of_another_form_is_named_with_the_line_that_mends_it(trio, change, error, message):
@@ -56,17 +54,10 @@ def test_an_input_of_another_form_is_named_with_the_line_that_mends_it(trio, cha
         evaluate(model, x, y, **QUIET)
 
 
-def test_loaders_and_iterables_give_the_same_report(trio):
+def test_images_in_bytes_are_those_in_floating_point(trio):
     model, x, y = trio
-    plain = evaluate(model, x, y, **QUIET)
-    indexed = [(x[:6], y[:6], torch.arange(6)), (x[6:], y[6:], torch.arange(6, 10))]
     levels = (x * 255).round().to(torch.uint8)
-    for batches in (DataLoader(TensorDataset(x, y), batch_size=3), indexed, iter(indexed), (pair for pair in indexed)):
-        report = evaluate(model, batches, **QUIET)
-        for row, other in zip(report.rows, plain.rows, strict=True):
-            assert row.attack == other.attack and row.data == other.data and np.array_equal(row.robust, other.robust)
-    whole = evaluate(model, levels, y, **QUIET)
-    parts = evaluate(model, DataLoader(TensorDataset(levels, y), batch_size=4), **QUIET)
+    whole, parts = evaluate(model, levels, y, **QUIET), evaluate(model, levels.float() / 255, y, **QUIET)
     assert [row.data for row in whole.rows] == [row.data for row in parts.rows]
 
 
@@ -79,7 +70,7 @@ def test_values_outside_by_rounding_are_clamped_and_noted(trio):
     back = (x - 0.4465) / 0.2010 * 0.2010 + 0.4465
     back[:, 0, 0, 0] = torch.tensor([-9e-5, 1 + 9e-5]).repeat(5)
     whole = evaluate(model, back.clamp(0, 1), y, **QUIET)
-    for images, labels in ((back, y), (back.numpy(), y), ([(back[:4], y[:4]), (back[4:], y[4:])], None)):
+    for images, labels in ((back, y), (back.numpy(), y)):
         report = evaluate(model, images, labels, **QUIET)
         assert [row.data for row in report.rows] == [row.data for row in whole.rows]
         note = "values of the images outside [0, 1] by rounding, by at most 9e-05, were clamped"
@@ -87,7 +78,7 @@ def test_values_outside_by_rounding_are_clamped_and_noted(trio):
 
 
 def test_arrays_and_other_dtypes_are_converted(trio):
-    """The report is that of float32 tensors, by images as by batches."""
+    """The report is that of float32 tensors."""
     model, x, y = trio
     plain = evaluate(model, x, y, **QUIET)
     reverse = x.numpy().astype(">f4")[::-1].copy()[::-1]
@@ -95,19 +86,16 @@ def test_arrays_and_other_dtypes_are_converted(trio):
     for images, labels in ((x.double(), y.int()), (x.numpy(), y.numpy().astype(np.int16)), (reverse, y.byte())):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            reports = [evaluate(model, images, labels, **QUIET), evaluate(model, [(images, labels)], **QUIET)]
-        for report in reports:
-            assert [row.data for row in report.rows] == [row.data for row in plain.rows]
-            assert np.array_equal(report.row("worst").robust, plain.row("worst").robust)
+            report = evaluate(model, images, labels, **QUIET)
+        assert [row.data for row in report.rows] == [row.data for row in plain.rows]
+        assert np.array_equal(report.row("worst").robust, plain.row("worst").robust)
 
 
 @pytest.mark.parametrize("eps", [None, [0.1], "8/255", torch.tensor(0.1), torch.full((10,), 0.1)], ids=str)
 def test_the_radius_is_a_number(trio, eps):
     """It is refused before the images are read."""
-    batches, shown = iter([trio[1:]]), re.escape(repr(eps)[:12])
-    with pytest.raises(TypeError, match=f"eps must be a number, such as 8 / 255, got {shown}"):
-        evaluate(trio[0], batches, **QUIET | {"eps": eps})
-    assert next(batches, None) is not None
+    with pytest.raises(TypeError, match=f"eps must be a number, such as 8 / 255, got {re.escape(repr(eps)[:12])}"):
+        evaluate(trio[0], None, None, **QUIET | {"eps": eps})
 
 
 def test_a_radius_of_0_is_refused(trio):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -57,11 +57,9 @@ MORE_THAN_LUCK = 3
 ITSELF = "the model itself"
 #: The report's words if no attack counted how many gradients of the model itself were usable.
 NOT_COUNTED = "no attack counted the gradients of the model itself"
-#: The advice of a report after a look at the model.
-STRONGER = (
-    "run the protocol strong, BPDA for a defence with purify and classifier, or an attack that is written for this "
-    "defence, as a function (model, x, y)"
-)
+#: The advice to attack more strongly: without and with BPDA.
+STRONGER = "run the protocol strong, or write an attack for this defence, as a function (model, x, y)"
+BY_BPDA = f"attack by BPDA, which needs a defence with purify and classifier; {STRONGER}"
 
 
 @dataclass(frozen=True)
@@ -181,14 +179,15 @@ class Evidence:
 # -- alarms -----------------------------------------------------------------------------------------------------------
 
 
-#: Where to look if a number is not finite.
 OVERFLOW = "look for a division by 0, log(0) or an overflow of exp() in forward"
 #: The advice for each reason why gradients are missing.
 WITHOUT_GRADIENTS = {
     "not finite": OVERFLOW,
-    "no gradient": "the output has no grad_fn: does forward use torch.no_grad(), .detach() or NumPy? A diffusion "
-    f"defence that must save memory can use checkpointed_steps; {STRONGER}",
-    "zero gradient": f"look for rounding, sign, argmax or a saturated output in forward; {STRONGER}",
+    "no gradient": (
+        "the output has no grad_fn: does forward use torch.no_grad(), .detach() or NumPy? A diffusion defence that "
+        f"must save memory can use checkpointed_steps; {BY_BPDA}"
+    ),
+    "zero gradient": f"look for rounding, sign, argmax or a saturated output in forward; {BY_BPDA}",
 }
 #: The advice if a short attack with the model's own gradients found images that the report's attacks did not find.
 SHORT_FOUND_MORE = f"a short attack found images that the attacks of the report did not find; {STRONGER}"
@@ -246,17 +245,9 @@ def findings(evidence: Evidence) -> list[Finding]:
         outcome = judge(evidence, evidence.probes) if alarm.of_probes else judge(evidence)
         if outcome is None:
             continue
-        advice = outcome.advice or alarm.advice
-        finding = Finding(
-            alarm.name,
-            outcome.verdict,
-            outcome.measured,
-            outcome.row,
-            of_answers=alarm.of_answers,
-            prominent=alarm.prominent,
-            advice=advice if outcome.verdict == "unreliable" else "",
-        )
-        every.append(finding)
+        advice = (outcome.advice or alarm.advice) if outcome.verdict == "unreliable" else ""
+        about: dict[str, Any] = {"of_answers": alarm.of_answers, "prominent": alarm.prominent, "advice": advice}
+        every.append(Finding(alarm.name, outcome.verdict, outcome.measured, outcome.row, **about))
     doubts = [finding for finding in every if finding.verdict == "unreliable"]
     if not evidence.nothing_left or any(finding.of_answers for finding in doubts):
         return every
@@ -328,7 +319,7 @@ def logits(evidence: Evidence) -> Outcome | None:
     return Outcome("unreliable", text)
 
 
-@Alarm("gradient health", f"look for rounding, .detach() or a custom backward in forward; {STRONGER}")
+@Alarm("gradient health", f"look for rounding, .detach() or a custom backward in forward; {BY_BPDA}")
 def gradient_health(evidence: Evidence) -> Outcome:
     """Alarm if no attack had usable gradients, or if the model does not change as its gradients predict."""
     counted = _of_counted(evidence)
@@ -372,7 +363,7 @@ def _of_counted(evidence: Evidence) -> Outcome:
     return Outcome("unreliable", f"{every} could not use them: {shares}", lacking[0].attack, advice)
 
 
-@Alarm("missed images", f"the model's own gradients do not show where it falls; {STRONGER}")
+@Alarm("missed images", f"the model's own gradients do not show where it falls; {BY_BPDA}")
 def missed_images(evidence: Evidence) -> Outcome:
     """Alarm if images withstand the attacks with the model's own gradients, but fall to other attacks or probes."""
     outcomes = [each for each in (_missed_by_rows(evidence), _missed_by_report(evidence)) if each is not None]
@@ -448,7 +439,8 @@ def batch_size(evidence: Evidence, probes: Probes) -> Outcome:
 
 @Alarm(
     "noise and seeds",
-    f"the noise hides where images fall; average each gradient over more draws (eot_iter), or {STRONGER}",
+    "the noise hides from an attack where images fall; average each gradient over more draws (eot_iter=20); "
+    + STRONGER,
     of_probes=True,
 )
 def noise(evidence: Evidence, probes: Probes) -> Outcome | None:

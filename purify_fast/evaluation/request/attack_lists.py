@@ -217,16 +217,6 @@ def _authors(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
     return default if theirs is None else list(theirs)
 
 
-def notes_of_protocol(name: str | None, model: Classifier) -> list[str]:
-    """Return the notes of a report on its protocol. Only "authors" has a note: it says whose evaluation is repeated."""
-    if name != "authors":
-        return []
-    whose = "the evaluation that its authors published"
-    if authors_attacks(model, 1.0) is None:
-        whose = "AutoAttack standard, as ARREST's paper evaluates it, since the model has no authors_attacks()"
-    return [f"the protocol 'authors' repeats {whose}: its rows are for comparison with published numbers"]
-
-
 #: The protocols that `without_early_stops` changes if probes find signs of masked gradients before the attacks.
 SEARCHES = ("fast", "standard", "rand", "strong")
 #: The protocols by name.

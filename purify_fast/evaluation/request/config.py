@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from ..._memory import bytes_of
 from ..._validation import Count, CudaGraphs, CudnnBenchmark, check_counts, check_types
 
 ProtocolName = Literal["fast", "standard", "rand", "strong", "official", "authors"]
@@ -44,8 +43,6 @@ class EvaluateConfig:
             deterministic model. Attacks that are functions or belong to other packages get a whole batch at once.
         max_forward_batch: largest number of images in a forward pass of an attack, which changes no result of a
             deterministic model. None: no limit.
-        memory: with batch_size "auto": total memory that this process may use on the model's device, in bytes or as
-            "20GB". None allows all free memory, on a CPU within the limits of the process and its control group.
         cuda_graphs: use of CUDA graphs for steps of attacks. "auto": a step is captured after 15 launches. "always":
             every step that can be captured is captured. "off": no step is captured. Choose "off" if the model changes
             settings in an object that is not a module, dataclass or namespace: a graph does not follow such changes.
@@ -81,7 +78,6 @@ class EvaluateConfig:
     predict: Predict | None = None
     batch_size: BatchSize | None = None
     max_forward_batch: Count | None = None
-    memory: int | str | None = None
     cuda_graphs: CudaGraphs = "auto"
     cudnn_benchmark: CudnnBenchmark = "off"
     seed: int = 0
@@ -102,10 +98,6 @@ class EvaluateConfig:
             raise ValueError(f"claim must be 0, or a percentage above 1 and at most 100, got {self.claim!r}")
         if isinstance(self.batch_size, str) and self.batch_size != "auto":
             raise ValueError(f'batch_size must be a number or "auto", got {self.batch_size!r}')
-        if self.memory is not None:
-            if self.batch_size != "auto":
-                raise ValueError(f'memory={self.memory!r} needs batch_size="auto", got batch_size={self.batch_size!r}')
-            bytes_of(self.memory)
         if self.batch_size not in (None, "auto"):
             check_counts(batch_size=self.batch_size)
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,8 +21,7 @@ from ...attacks.outputs import INSTEAD_OF_PROBABILITIES, ONE_HOT
 from ...model_state import hidden_modules, used_modules
 from ...ops.dispatch.records import processor
 from ...protocols import Classifier
-from ...training.batches import as_tensor, check_range, read_batch
-from .attack_lists import notes_of_protocol
+from ...training.batches import as_tensor, check_range
 from .config import EvaluateConfig
 from .naming import ball_name
 from .specs import AttackFunction, AttackSpec, as_specs
@@ -38,23 +36,6 @@ _NAMED = 3
 
 
 # -- the arguments ----------------------------------------------------------------------------------------------------
-
-
-def images_and_labels(x: Tensor | Iterable[Any], y: Tensor | None) -> tuple[Tensor, Tensor, list[str]]:
-    """Check and convert images and labels like `collect`; without ``y``, x is an iterable of batches."""
-    if y is not None:
-        return collect(x, y)
-    if isinstance(x, (Tensor, np.ndarray)) or not isinstance(x, Iterable):
-        raise TypeError(f"without y, x must be an iterable of batches (images, labels), got {type(x).__name__}")
-    images, labels = list[Tensor](), list[Tensor]()
-    for i, batch in enumerate(x):
-        part, of_part, _ = read_batch(batch, f"batch {i}")
-        images.append(part)
-        labels.append(of_part)
-    kinds = list(dict.fromkeys((str(part.dtype), *part.shape[1:]) for part in images))
-    if len(kinds) != 1:
-        raise ValueError(f"x must yield batches of one dtype and one size [C, H, W], at least one, got {kinds}")
-    return collect(torch.cat(images), torch.cat(labels))
 
 
 def collect(x: Any, y: Any) -> tuple[Tensor, Tensor, list[str]]:
@@ -132,33 +113,15 @@ def facts(
     return {what: value for what, value in known.items() if value is not None}
 
 
-def first_notes(
-    config: EvaluateConfig, model: Classifier, subject: Subject, name: str, modes: Sequence[str] = ()
-) -> list[str]:
-    """The first notes of a report; ``modes``: see `note_of_modes`."""
-    draws = f"{config.n_eval} fresh draws of the model"
-    judged = {
-        None: [],
-        "worst_of": [f"each image was judged by the worst of {draws}: it has fallen if any of them is wrong"],
-        "votes": [f"each image was judged by one majority vote of {draws}, and the attacks attacked this vote"],
-    }
-    notes = [*modes]
-    for note in notes:
-        logger.warning(note)
+def warn_of_probabilities(subject: Subject, name: str) -> None:
+    """Log a warning if the model returns probabilities instead of logits."""
     if subject.has_probabilities:
         kind = ONE_HOT if subject.has_one_hot else f"returns probabilities, not logits: {INSTEAD_OF_PROBABILITIES}"
         logger.warning("%s %s. The report will mark its accuracy", name, kind)
-    if subject.draws_once_per_call:
-        notes.append(
-            f"{name} draws its randomness once per call, for all images of a batch, so each draw needs a separate "
-            "call: a step or a judgement by 20 draws takes 20 calls. Other random models compute several draws in one "
-            "call"
-        )
-    return judged[config.predict] + notes + notes_of_protocol(config.protocol, model)
 
 
 def note_of_modes(model: Classifier, name: str) -> list[str]:
-    """A note on modules in training mode inside a model in evaluation mode, or used by a function."""
+    """A note and a warning on modules in training mode inside a model in evaluation mode, or used by a function."""
     if isinstance(model, nn.Module):
         parts = [] if model.training else [*model.named_modules()]
         what = "were put into evaluation mode; to keep them as they are, give a function: lambda x: model(x)"
@@ -167,7 +130,10 @@ def note_of_modes(model: Classifier, name: str) -> list[str]:
         what = "stayed so, because they belong to a function; if this is not intended, call .eval() on them"
     odd = [(place, part) for place, part in parts if part.training and not [*part.children()]]
     names = list(dict.fromkeys(f"{place} ({type(part).__name__})" for place, part in odd))
-    return [f"{name} has modules in training mode, {', '.join(names[:_NAMED])}: they {what}"] if names else []
+    notes = [f"{name} has modules in training mode, {', '.join(names[:_NAMED])}: they {what}"] if names else []
+    for note in notes:
+        logger.warning(note)
+    return notes
 
 
 def refresh_copies(*models: object) -> None:

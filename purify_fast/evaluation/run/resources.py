@@ -22,7 +22,7 @@ logger = logging.getLogger("purify_fast")
 REMEMBERED = 16
 
 
-def make_room(subject: Subject, models: Iterable[Classifier], memory: int | str | None, cache: RowCache) -> None:
+def make_room(subject: Subject, models: Iterable[Classifier], cache: RowCache) -> None:
     """Measure how many images of a pass fit into memory, and store the number in ``subject.room``."""
     device = subject.device
     # An attack keeps tensors for all images of a batch, even if only a few of them are in a pass of the model.
@@ -36,7 +36,7 @@ def make_room(subject: Subject, models: Iterable[Classifier], memory: int | str 
             x, y = subject.x[some.to(subject.x.device)], subject.y[some.to(subject.y.device)]
             return objective.gradient(x.to(device), y.to(device))
 
-        fitting = images_that_fit(gradient, free_memory(device, memory) - remembered, device)
+        fitting = images_that_fit(gradient, free_memory(device) - remembered, device)
         # A model's last input may be a part of its fingerprint. This call makes that independent of the measurement.
         model(subject.sample_images())
         images = fitting if images is None else min(images, fitting)

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from ...ops.philox import Stream, philox, philox_key
-from ..results.rows import Row
 
 #: Increase this number whenever the same attack reaches other images: cached rows are then made again.
 REVISION = 1
@@ -38,8 +37,6 @@ ROUNDS, SMALLEST = 8, 32
 RANDOM_SHARE = 4
 #: The number of images in a group of the nearest images, and the fewest in the first.
 GROUP = 5
-#: A report with a larger standard error says so, in points.
-LARGE_ERROR = 2.0
 
 
 def by_margin(index: Tensor, margins: np.ndarray) -> Tensor:
@@ -132,54 +129,3 @@ class NearestRule:
         gains = [was - max(lead, 0.0) if lead > 0 else was for was, lead in zip(before, leads, strict=True)]
         self.gain = max(self.gain, *gains)
         return self.unsearched > 0 and not self.margins[self.searched] <= self.gain
-
-
-def notes_of_proofs(rows: Sequence[Row]) -> list[str]:
-    """The note of a report on the images that a complete search proved robust; empty without such a search."""
-    own = [row for row in rows if row.proved and row.threat is None and row.deployed]
-    proved = [row for row in own if row.settings["target"] == "defence"]
-    if not proved:
-        return []
-    most = max(proved, key=lambda row: row.proved / row.n)
-    return [
-        f"{most.proved} of {most.n} images are proved robust within this ball, by a complete search in float64 "
-        f"({most.attack}): no attack can lower the number below {100 * most.proved / most.n:.1f} %"
-    ]
-
-
-def notes_of_unsearched(rows: Sequence[Row]) -> list[str]:
-    """The notes of a report on images that attacks did not reach; empty if every attack reached all of its images."""
-    own, notes = [row for row in rows if row.threat is None and row.unsearched], []
-    near = [row for row in own if row.settings.get("nearest")]
-    stopped = [row for row in own if not row.settings.get("nearest")]
-    if stopped:
-        each = "; ".join(
-            f"{row.attack}: {row.unsearched} of {row.attacked} images, at most {100 * row.may_hold / row.n:.2f} points"
-            for row in stopped
-        )
-        points = sum(100 * row.may_hold / row.n for row in stopped)
-        notes.append(
-            f"the searches that ended early missed at most {points:.2f} points, at 95 % confidence for each attack. "
-            "An attack begins with the images to which earlier attacks came nearest. It stops when so many images in a "
-            "row have withstood the attack that hardly any other image can fall, if the others fall no more often than "
-            f"these. Images that were not searched: {each}. The protocol strong searches every image"
-        )
-    if near:
-        each = "; ".join(f"{row.attack}: {(row.attacked or 0) - row.unsearched}" for row in near)
-        notes.append(
-            "attacks on the nearest images began with the image to which earlier attacks came nearest. They ended when "
-            "the next image was farther from misclassification than any search had brought an image nearer that still "
-            f"stands, after the first attack. Images that they tried: {each}. The protocol strong searches every image"
-        )
-    return notes
-
-
-def notes_of_size(row: Row) -> list[str]:
-    """The note of a report on what its number of images can show; empty if the standard error is small."""
-    error = 100 * row.standard_error
-    if error < LARGE_ERROR:
-        return []
-    return [
-        f"few images: with {row.n} images, the standard error of this accuracy is {error:.1f} points. Another model on "
-        f"other images would have to differ by {2 * 2**0.5 * error:.0f} points to be surely better or worse"
-    ]

@@ -114,11 +114,6 @@ class Report:
                 best.setdefault((row.model, row.threat), []).append(row)
         return {place: min(rows, key=order) for place, rows in best.items()}
 
-    def over_all(self, model: str, threat: str | None) -> Row | None:
-        """Return a model's ``worst`` row with the most images in a threat model; None if there is no such row."""
-        mine = [row for row in self.rows if (row.model, row.threat, row.kind) == (model, threat, "worst")]
-        return max((row for row in mine if row.deployed), key=lambda row: row.n, default=None)
-
     @property
     def headline(self) -> Row:
         """The attack row of lowest accuracy of the only model; ValueError for several models or without an attack."""
@@ -141,17 +136,6 @@ class Report:
         of = (row.model, row.threat)
         mine = [each for each in self.rows if each.is_attack and each.deployed and (each.model, each.threat) == of]
         return [each for each in mine if each.n >= row.n]
-
-    def one_draw(self, row: Row) -> float | None:
-        """The accuracy of a single draw of a random model on the points of a row: the mean over images and draws.
-
-        Args:
-            row: an attack, the clean row, or the worst over all attacks, such as `headline`.
-
-        Returns:
-            The mean, which is at least the row's accuracy. None if a single prediction judged each image.
-        """
-        return None if row.n_eval == 1 else row.mean
 
     @property
     def curve(self) -> list[list[float]]:

@@ -69,25 +69,18 @@ def _in_markdown(cell: str | Cell) -> str:
 
 
 def terminal_table(head: Sequence[str], body: Iterable[Sequence[str | Cell]], longest: float = math.inf) -> str:
-    """A table as text with columns of fixed width."""
-    table = [list(head), *body]
-    width = [max(1, *(len(str(line[i])) for line in table)) for i in range(len(head))]
-    while _length(width) > longest and max(width) > NARROWEST:
+    """A table as text with columns of fixed width; wide columns are wrapped until a line has ``longest`` characters."""
+    table, lines = [[str(cell) for cell in line] for line in (head, *body)], list[str]()
+    width = [max(1, *map(len, column)) for column in zip(*table, strict=True)]
+    while sum(width) + 2 * (len(width) - 1) > longest and max(width) > NARROWEST:
         width[width.index(max(width))] -= 1
-    blocks = [_wrapped(line, width) for line in table]
-    return "\n".join([*blocks[0], "-" * _length(width), *(line for block in blocks[1:] for line in block)])
-
-
-def _wrapped(cells: Sequence[str | Cell], width: Sequence[int]) -> list[str]:
-    """The lines of text for one line of a table, whose cells are wrapped to the widths of their columns."""
-    parts = [textwrap.wrap(str(cell), w, break_on_hyphens=False) for cell, w in zip(cells, width, strict=True)]
-    lines = itertools.zip_longest(*parts, fillvalue="")
-    return ["  ".join(text.ljust(w) for text, w in zip(line, width, strict=True)).rstrip() for line in lines]
-
-
-def _length(widths: Sequence[int]) -> int:
-    """The length of a line with columns of these widths."""
-    return sum(widths) + 2 * (len(widths) - 1)
+    for cells in table:
+        parts = [textwrap.wrap(cell, w, break_on_hyphens=False) for cell, w in zip(cells, width, strict=True)]
+        for texts in itertools.zip_longest(*parts, fillvalue=""):
+            lines.append("  ".join(text.ljust(w) for text, w in zip(texts, width, strict=True)).rstrip())
+        if cells is table[0]:
+            lines.append("-" * (sum(width) + 2 * (len(width) - 1)))
+    return "\n".join(lines)
 
 
 def percent(row: Row) -> str:
@@ -230,7 +223,24 @@ def column_legend(rows: Sequence[Row]) -> list[str]:
     early = dict.fromkeys(row.attack for row in rows if row.may_end_early)
     published = dict.fromkeys((row.attack, row.n_eval) for row in rows if row.settings.get("published"))
     told = {"early": list(early), "published": list(published)}
-    text = render("columns.jinja", rows=rows, **told)
+    return paragraphs("columns.jinja", rows=rows, **told)
+
+
+def notes_on_rows(rows: Sequence[Row], headline: Row | None) -> list[str]:
+    """The notes of a report on images without a search, on proofs, and on a small number of images."""
+    own = [row for row in rows if row.threat is None]
+    stopped, near = list[Row](), list[Row]()
+    for row in own:
+        if row.unsearched:
+            (near if row.settings.get("nearest") else stopped).append(row)
+    proofs = (row for row in own if row.proved and row.deployed and row.settings["target"] == "defence")
+    proved = max(proofs, key=lambda row: row.proved / row.n, default=None)
+    return paragraphs("notes.jinja", stopped=stopped, near=near, proved=proved, headline=headline)
+
+
+def paragraphs(template: str, **values: Any) -> list[str]:
+    """The paragraphs of a rendered template, each in a single line."""
+    text = render(template, **values)
     return [" ".join(paragraph.split()) for paragraph in text.split("\n\n") if paragraph.strip()]
 
 
