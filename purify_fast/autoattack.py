@@ -160,6 +160,7 @@ class AutoAttack:
         bs: int = 250,
         return_labels: bool = False,
         state_path: None = None,
+        batch_size: int | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attack images, and return the adversarial images.
 
@@ -169,6 +170,7 @@ class AutoAttack:
             bs: number of images that are attacked together.
             return_labels: whether to return also the classes that are predicted for the returned images.
             state_path: must be None. Use `purify_fast.evaluate` with ``out`` for a run that can be resumed.
+            batch_size: the name of ``bs`` in pyautoattack. If both are given, ``bs`` is ignored.
 
         Returns:
             Images ``[N, C, H, W]``, float32 on the device of x_orig: for each image its adversarial image, or the
@@ -180,7 +182,7 @@ class AutoAttack:
         """
         if state_path is not None:
             raise ValueError("state_path must be None: to resume a run, use purify_fast.evaluate(..., out=FOLDER)")
-        return self._run(x_orig, y_orig, self._chosen(), bs, return_labels)
+        return self._run(x_orig, y_orig, self._chosen(), batch_size or bs, return_labels)
 
     def run_standard_evaluation_individual(
         self,
@@ -188,12 +190,14 @@ class AutoAttack:
         y_orig: Tensor,
         bs: int = 250,
         return_labels: bool = False,
+        batch_size: int | None = None,
     ) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
         """Run every attack by itself on all images.
 
         The arguments are those of `run_standard_evaluation`, and so is the result for each attack, by its name.
         """
-        return {name: self._run(x_orig, y_orig, [name], bs, return_labels) for name in self._chosen()}
+        size = batch_size or bs
+        return {name: self._run(x_orig, y_orig, [name], size, return_labels) for name in self._chosen()}
 
     def clean_accuracy(self, x_orig: Tensor, y_orig: Tensor, bs: int = 250) -> float:
         """The share of images that are classified correctly, with one prediction of each image, clean or adversarial.

@@ -52,6 +52,7 @@ def fit(
     progress: bool = True,
     *,
     callbacks: Sequence[Callback] = (),
+    validation: tuple[torch.Tensor, torch.Tensor] | None = None,
     bank: BankConfig | None = None,
 ) -> dict[str, float]:
     """Train ``task``. If ``folder`` holds a checkpoint of the same run, resume from it.
@@ -78,6 +79,8 @@ def fit(
         title: title of the progress bar.
         progress: whether to show a progress bar.
         callbacks: further listeners to the training, see `Callback`.
+        validation: held-out images and labels, tensors like x and y, in place of the config's validation_share. Every
+            process passes all of them.
         bank: settings of an adversarial bank, for a training that attacks a model which it never changes. The bank
             stores the adversarial images, and later epochs read them. None attacks in every step. A run can be resumed
             only with the same variants and refresh.
@@ -99,7 +102,7 @@ def fit(
     if not isinstance(task, Task):
         raise TypeError(f"task must be a purify_fast.training.Task, got {type(task).__name__}")
     folder = None if folder is None else Path(folder)
-    source, held_out = make_sources(task, x, y, config)
+    source, held_out = make_sources(task, x, y, config, validation)
     run = Run(task, config, source, held_out, folder, bank=bank)
     task.frozen = frozen_parts(task.model)
     if processes()[1] > 1:

@@ -138,24 +138,34 @@ class Loader:
 Source: TypeAlias = InMemory | Loader
 
 
-def make_sources(task: Task, x: Images, y: Tensor | None, config: FitConfig) -> tuple[Source, InMemory | None]:
+def make_sources(
+    task: Task, x: Images, y: Tensor | None, config: FitConfig, validation: tuple[Tensor, Tensor] | None = None
+) -> tuple[Source, InMemory | None]:
     """Check a run's images, and return the source of the training images and that of the held-out images."""
-    device, share = next(task.model.parameters()).device, config.validation_share
-    if config.keep_best != "off" and share == 0:
-        raise ValueError(f"keep_best {config.keep_best!r} needs held-out images: give validation_share")
-    if not isinstance(x, Tensor):
-        if y is not None or share > 0:
-            raise ValueError(f"x must be a tensor, or batches without y and validation_share, got {type(x).__name__}")
-        return Loader(x, config, device), None
-    kept, held = held_out(len(x), share, config.seed) if share > 0 else (None, None)
+    device, share, held = next(task.model.parameters()).device, config.validation_share, None
+    if validation is not None and share > 0:
+        raise ValueError(f"validation must be None if validation_share is above 0, got validation_share={share}")
+    if validation is None and config.keep_best != "off" and share == 0:
+        raise ValueError(f"keep_best {config.keep_best!r} needs held-out images: give validation_share or validation")
     rank, world = processes()
-    source = InMemory(x, _check(x, y), config, device, rank=rank, world=world, ids=kept)
-    task.check(tuple(x.shape[1:]), int(source.y.max()) + 1)
-    if held is None:
+    source: Source
+    if isinstance(x, Tensor):
+        kept, held = held_out(len(x), share, config.seed) if share > 0 else (None, None)
+        source = InMemory(x, _check(x, y), config, device, rank=rank, world=world, ids=kept)
+        task.check(tuple(x.shape[1:]), int(source.y.max()) + 1)
+        validation = validation if held is None else (x, source.y)
+    elif y is not None or share > 0:
+        raise ValueError(f"x must be a tensor, or batches without y and validation_share, got {type(x).__name__}")
+    else:
+        source = Loader(x, config, device)
+    if validation is None:
         return source, None
+    images, labels = validation
+    labels = _check(images, labels, "the images of validation", "the labels of validation")
+    task.check(tuple(images.shape[1:]), int(labels.max()) + 1)
     # Each process validates with all held-out images, and has the memory for its share of a batch.
     at_once = replace(config, batch_size=max(1, config.batch_size // world), drop_last=False, steps_per_epoch=None)
-    return source, InMemory(x, source.y, at_once, device, ids=held)
+    return source, InMemory(images, labels, at_once, device, ids=held)
 
 
 def _check(x: Tensor, y: Any, of_x: str = "x", of_y: str = "y", floats: bool = False) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from small_runs import EPS, StopAt, Stopped, arrest_task, atop_task, carso_task, images, same
 from small_runs import batch as small_batch
 from small_runs import task as small_task
+from torch.utils.data import DataLoader, TensorDataset
 
 from purify_fast import data
 from purify_fast.models.classifiers import SmallCNN
@@ -104,6 +105,16 @@ def test_the_best_weights_survive_an_interruption(tmp_path):
     third = Worse()
     fit(third, *images(100), config, tmp_path, progress=False)
     assert same(third.model.state_dict(), first.seen[1]) and not third.seen
+
+
+def test_held_out_data_of_ones_own():
+    x, y = images(100)
+    held, config = (x[:30], y[:30]), FitConfig(1, 16)
+    one = fit(task(), x, y, config, progress=False, validation=held)
+    two = fit(task(), DataLoader(TensorDataset(x, y), 16), None, config, progress=False, validation=held)
+    assert "validation_accuracy" in one and one.keys() == two.keys()
+    with pytest.raises(ValueError, match="validation must be None if validation_share is above 0"):
+        fit(task(), x, y, FitConfig(1, 16, validation_share=0.2), progress=False, validation=held)
 
 
 @pytest.mark.parametrize("name", TASKS)
