@@ -136,16 +136,15 @@ def test_square_needs_none(trio):
     assert not torch.equal(found, trio[1])
 
 
-@pytest.mark.parametrize("form", ["as they are", "bytes", "batches"])
+@pytest.mark.parametrize("form", ["as they are", "bytes"])
 def test_an_evaluation_finds_what_it_finds_outside(trio, form):
     model, x, y = trio
 
     def found():
-        # made within the block, as a data loader's batches are
+        # made within the block, as a data loader's images are
         images, labels = (x * 255).byte() if form == "bytes" else x.clone(), y.clone()
-        given = ([(images[:5], labels[:5]), (images[5:], labels[5:])],) if form == "batches" else (images, labels)
         attacks = [APGD(), FABT(), PGD(), StAdv()]
-        report = evaluate(model, *given, eps=0.1, steps=5, attacks=attacks)
+        report = evaluate(model, images, labels, eps=0.1, steps=5, attacks=attacks)
         return {row.attack: row.robust for row in report.rows}, [row.reliable for row in report.rows]
 
     outside = found()

@@ -152,6 +152,7 @@ def test_a_kernel_decodes_where_it_serves_some_calls(monkeypatch):
     assert not kernel_decodes(device)
     served.add((torch.bfloat16, True))
     assert kernel_decodes(device)
+    monkeypatch.undo()
     monkeypatch.setitem(REGISTRY["decode_samples"].available, "cuda", ("reference",))
     with use_backend("triton"):  # what is forced is missing
         assert not kernel_decodes(device)
