@@ -366,8 +366,8 @@ class _Evaluation:
             earlier = [row for row in deployed if row.n >= (spec.max_images or n)]
             rows = measure.attacked(spec, self.standing(spec.variant, threat), earlier)
             source = measure.cache.source
+            all_rows += rows
             for row, variant in zip(rows, dict.fromkeys([spec.variant, "random"]), strict=False):
-                all_rows.append(row)
                 if row.is_attack:
                     self.standing(variant, threat).add(row, measure.withstood(row))
             progress.costs[progress.rows :] = self.costs()[number:]

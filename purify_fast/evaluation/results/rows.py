@@ -110,8 +110,8 @@ class Row:
     robust: np.ndarray
     n_eval: int
     seed: int
-    seconds: float
     data: str
+    seconds: float = 0.0
     health: dict[str, int] | None = None
     reliable: bool = True
     settings: dict[str, Any] = field(default_factory=dict)

@@ -84,7 +84,7 @@ class Curve:
             smaller = [clean] if below else [clean, *rows, *attacks]
             x, begin = measure.subject.x, None
             for radius, following in itertools.zip_longest(side, side[1:]):
-                row = self._row(radius, measure, standing=standing, safe=safe, begin=begin, smaller=smaller)
+                row = self._row(radius, measure, standing, safe, begin, smaller)
                 rows.append(row)
                 smaller.append(row)
                 standing = measure.withstood(row) & standing & ~safe
@@ -100,7 +100,6 @@ class Curve:
         self,
         radius: float,
         measure: Measure,
-        *,
         standing: np.ndarray,
         safe: np.ndarray,
         begin: Tensor | None,
@@ -114,29 +113,25 @@ class Curve:
         known = by_worst_points(smaller, len(standing)) if chooses else None
 
         def make() -> Row:
-            alive, health, seconds = standing.copy(), GradientHealth(), 0.0
-            best, lead = subject.x.clone(), torch.full((len(alive),), torch.inf, device="cpu")
-            wrong = np.zeros(len(alive))
+            alive, health, seconds, best = standing.copy(), GradientHealth(), 0.0, subject.x.clone()
+            wrong, lead = np.zeros(len(alive)), np.full(len(alive), np.inf, dtype=np.float32)
+            largest = np.finfo(lead.dtype).max
             for spec in at_radius:
                 if not alive.any():
                     break
-                index = torch.from_numpy(alive).nonzero()[:, 0]
-                order = measure.in_order(spec, index, lead.numpy())
+                at = np.flatnonzero(alive)
+                index = torch.from_numpy(at)
+                order = measure.in_order(spec, index, lead)
                 sums = measure.attack(spec, order, begin=begin)[1]
                 judged = subject.judge(sums.images[index], "random", "choose" if chooses else "judge", index=index)
                 # For each image the point with the smallest margin is kept. A margin of NaN is replaced by the largest
                 # number, so that such a point is kept only if the image has no other point.
-                margins = torch.from_numpy(judged.margins).nan_to_num(torch.finfo(lead.dtype).max)
-                better = margins < lead[index]
-                if chooses:
-                    before = torch.from_numpy(wrong)[index]
-                    now = torch.from_numpy(judged.wrong)
-                    better = (now > before) | ((now == before) & better)
-                closer = index[better]
+                margins = np.nan_to_num(judged.margins, nan=largest)
+                better = (judged.wrong > wrong[at]) | ((judged.wrong == wrong[at]) & (margins < lead[at]))
+                closer = at[better]
                 best[closer] = sums.images[closer]
-                lead[closer] = margins[better]
-                wrong[closer.numpy()] = judged.wrong[better.numpy()]
-                alive[index] = ~has_fallen(torch.from_numpy(judged.wrong), measure.context.judge_share).numpy()
+                lead[closer], wrong[closer] = margins[better], judged.wrong[better]
+                alive[at] = ~has_fallen(torch.from_numpy(judged.wrong), measure.context.judge_share).numpy()
                 health.add(**sums.health.counts)
                 seconds += sums.seconds
             row = measure.new_row(
@@ -144,7 +139,6 @@ class Curve:
                 attack="",
                 kind="worst",
                 variant="random",
-                n_eval=n_eval,
                 seconds=seconds,
                 health=counts_of(health),
                 reliable=health.reliable,
@@ -152,11 +146,11 @@ class Curve:
                 attacked=int(measure.withstood(measure.clean("random")).sum()),
                 points=best[torch.from_numpy(alive)].cpu().numpy(),
             )
+            row.n_eval = n_eval
             if known is not None:
                 # Images that this radius does not attack have the largest margin, so an earlier point counts.
                 right = subject.judge(best, "random", "judge").right
-                lead = lead.nan_to_num(posinf=torch.finfo(lead.dtype).max)
-                row.count(known.or_worse(Worst(wrong, lead.numpy(), right.sum(0))))
+                row.count(known.or_worse(Worst(wrong, np.nan_to_num(lead), right.sum(0))))
                 row.points = best[torch.from_numpy(standing & measure.withstood(row))].cpu().numpy()
             return row
 

@@ -96,19 +96,13 @@ class Measure:
         def make() -> Row:
             begin = time.perf_counter()
             judged = self.subject.judge(self.subject.x, variant, "judge")
-            chosen: dict[str, Any] = {}
+            row = self.new_row(judged.right, attack=clean_name(variant), kind="clean", variant=variant)
+            row.nonfinite_predictions = judged.nonfinite
             if self.chooses(variant):
-                by_choice = self.subject.judge(self.subject.x, variant, "choose")
-                chosen = {"wrong": by_choice.wrong, "margins": by_choice.margins}
-            return self.new_row(
-                judged.right,
-                attack=clean_name(variant),
-                kind="clean",
-                variant=variant,
-                nonfinite_predictions=judged.nonfinite,
-                seconds=time.perf_counter() - begin,
-                **chosen,
-            )
+                chosen = self.subject.judge(self.subject.x, variant, "choose")
+                row.wrong, row.margins = chosen.wrong, chosen.margins
+            row.seconds = time.perf_counter() - begin
+            return row
 
         if variant not in self._clean:
             settings = {"clean": variant, "n_eval": self.subject.judges(variant)}
@@ -136,36 +130,19 @@ class Measure:
         points = [self.clean("random"), *earlier]
         # The attack runs once for both rows, or not at all if both are in the cache.
         search = functools.cache(functools.partial(self.attack, spec, index, near))
-
-        def make() -> Row:
-            run, sums = search()
-            # On a deterministic model, images outside `alive` are misclassified or have fallen, and count as fallen.
-            row = self.judged(run, sums, settings, alive, points)
-            row.health = counts_of(sums.health)
-            target = spec.other_model if spec.target is None else spec.target
-            # A model that differs only in the aggregation of its samples is not taken as another model.
-            row.transferred = target is not None and not isinstance(target, WithAggregation)
-            row.seconds += sums.seconds
-            return row
-
-        row = self.load_or_make(settings | images, [spec], make)
-        # The key of a cached row does not contain the row's name, so the row may have been made under another name.
-        row.attack = name
-        if spec.variant == "random" or not row.is_attack:
-            self.progress.next_row()
-            return [row]
-        on = f"{settings['target']}, {VARIANTS_APART[spec.variant]}"
-        deployed = settings | {"variant": "random", "n_eval": self.subject.judges("random"), "target": on}
-
-        def retest() -> Row:
-            row = self.judged(*search(), deployed, alive, points)
-            row.transferred = True
-            return row
-
-        other = self.load_or_make(deployed | images, [spec], retest)
-        other.attack = f"{name}, tried on the deployed defence"
+        rows = list[Row]()
+        for variant in dict.fromkeys([spec.variant] if spec.judge is not None else [spec.variant, "random"]):
+            if rows:
+                name += ", tried on the deployed defence"
+                on = f"{settings['target']}, {VARIANTS_APART[spec.variant]}"
+                settings = settings | {"variant": variant, "n_eval": self.subject.judges(variant), "target": on}
+            make = functools.partial(self.judged, search, settings, alive, points)
+            row = self.load_or_make(settings | images, [spec], make)
+            # The key of a cached row does not contain the row's name, so it may have been made under another name.
+            row.attack = name
+            rows.append(row)
         self.progress.next_row()
-        return [row, other]
+        return rows
 
     def in_order(self, spec: AttackSpec, index: Tensor, margins: np.ndarray) -> Tensor:
         """Return the indices of the images that an attack gets, int64, in the order in which they are attacked."""
@@ -177,17 +154,6 @@ class Measure:
 
     def load_or_make(self, settings: dict[str, Any], specs: Sequence[AttackSpec], make: Callable[[], Row]) -> Row:
         """Read the row with these settings from the cache, or make the row and cache it."""
-        row = self.cache.row(self._key(settings, specs), make)
-        # The following fields are not a part of the key, so they are also set for a cached row.
-        row.model = self.name
-        row.threat = threat_name(specs[0], self.context) if specs else None
-        row.deterministic = not self.subject.is_random
-        # Missing gradients are no reason for doubt if every image fell.
-        row.reliable = row.reliable or bool((row.share_wrong == 1).all())
-        return row
-
-    def _key(self, settings: dict[str, Any], specs: Sequence[AttackSpec]) -> str | None:
-        """The name in the cache of a row with these settings and attacks; None if the row is not cached."""
         subject, context = self.subject, self.context
         attacks = [[spec.resolved.kind, spec.resolved.revision(), *spec.resolved.identity()] for spec in specs]
         whole = {
@@ -204,7 +170,14 @@ class Measure:
         # The row of an attack without a revision is not cached, because nothing would show a change of the attack.
         named = all(revision is not None for _, revision, *_ in attacks)
         models = [subject.model, *([spec.other_model for spec in specs] or [None])]
-        return self.cache.key(whole, *models) if named else None
+        row = self.cache.row(self.cache.key(whole, *models) if named else None, make)
+        # The following fields are not a part of the key, so they are also set for a cached row.
+        row.model = self.name
+        row.threat = threat_name(specs[0], context) if specs else None
+        row.deterministic = not subject.is_random
+        # Missing gradients are no reason for doubt if every image fell.
+        row.reliable = row.reliable or bool((row.share_wrong == 1).all())
+        return row
 
     def attack(
         self, spec: AttackSpec, index: Tensor, nearest: NearestRule | None = None, begin: Tensor | None = None
@@ -268,38 +241,41 @@ class Measure:
 
     def new_row(self, right: np.ndarray, **values: Any) -> Row:
         """Make a row from predictions."""
-        usual: dict[str, Any] = {
-            "model": self.name,
-            "robust": np.asarray(right.all(0)),
-            "right": right.sum(0) if len(right) > 1 else None,
-            "of_draws": right.mean(1).tolist() if self.subject.draws_once_per_call and len(right) > 1 else [],
-            "n_eval": len(right),
-            "seed": self.subject.seed,
-            "seconds": 0.0,
-            "data": self.subject.data,
-        }
-        return Row(**usual | values)
+        subject, several = self.subject, len(right) > 1
+        return Row(
+            model=self.name,
+            robust=np.asarray(right.all(0)),
+            right=right.sum(0) if several else None,
+            of_draws=right.mean(1).tolist() if subject.draws_once_per_call and several else [],
+            n_eval=len(right),
+            seed=subject.seed,
+            data=subject.data,
+            **values,
+        )
 
     def judged(
         self,
-        run: AttackRun,
-        sums: AttackedBatch,
+        search: Callable[[], tuple[AttackRun, AttackedBatch]],
         settings: dict[str, Any],
         alive: np.ndarray,
         points: Sequence[Row],
     ) -> Row:
         """Judge the images of an attack, and make the row."""
+        run, sums = search()
         begin, spec, variant = time.perf_counter(), run.spec, settings["variant"]
+        target, retest = spec.other_model if spec.target is None else spec.target, variant != spec.variant
         self.subject.check_repeats(sums.images[run.index], variant)
         judged = self.subject.judge(sums.images, variant, "judge", spec.judge)
         # The number of draws is recorded here, because it is 1 if the target turned out to be deterministic.
         draws = {name: value for name, value in spec.resolved.settings(run.context).items() if name == "eot_iter"}
         stopped = {} if run.rule is None else {"unsearched": run.rule.unsearched, "may_hold": run.rule.may_hold}
         row = self.new_row(
+            # On a deterministic model, images outside `alive` are misclassified or have fallen, and count as fallen.
             judged.right & alive,
-            attack=row_name(spec, self.context),
+            attack="",
             kind=spec.resolved.kind if spec.judge is None else AUTHORS,
             variant=variant,
+            health=None if retest else counts_of(sums.health),
             reliable=sums.health.reliable,
             settings=settings | draws,
             attacked=len(run.index),
@@ -308,6 +284,8 @@ class Measure:
             proved=sums.proved,
             may_end_early=spec.resolved.may_end_early(run.context),
             **stopped,
+            # A model that differs only in the aggregation of its samples is not taken as another model.
+            transferred=retest or (target is not None and not isinstance(target, WithAggregation)),
             nonfinite_predictions=judged.nonfinite,
             margins=judged.margins,
         )
@@ -315,7 +293,7 @@ class Measure:
         if spec.judge is None and self.chooses(variant):
             fallen = self._choose_points(row, judged, run, sums.images, points)
         row.examples = self._examples(run.index, fallen, sums.images, judged)
-        row.seconds = time.perf_counter() - begin
+        row.seconds = time.perf_counter() - begin + (0 if retest else sums.seconds)
         return row
 
     def _choose_points(
