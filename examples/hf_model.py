@@ -63,12 +63,10 @@ def main(folder: str | None = None, size: int = 32, layer: str = "model.stage", 
         from transformers import AutoModelForImageClassification
 
         model = AutoModelForImageClassification.from_pretrained(folder, local_files_only=True)
-    # `evaluate` accepts a model that returns an object with .logits. The classifier of a purifier must return a tensor.
     classifier = Logits(model).eval()
     x = torch.rand(images, 3, size, size)
     y = classifier(x).argmax(1)
-    whole = lambda images: model((images - 0.5) / 0.5)  # noqa: E731
-    print(evaluate(whole, x, y, eps=4 / 255, attacks=[PGD(steps=5)], name="model", progress=False).to_text())
+    print(evaluate(classifier, x, y, eps=4 / 255, attacks=[PGD(steps=5)], name="model", progress=False).to_text())
     defence = purify_fast.Carso(classifier, [layer], (3, size, size), cond_dim=32, latent_dim=8, samples=2).eval()
     print(evaluate(defence, x, y, eps=4 / 255, attacks=[PGD(steps=5)], name="CARSO", progress=False).to_text())
     print("The images are random and the purifier is untrained, so these numbers mean nothing.")
