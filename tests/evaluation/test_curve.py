@@ -25,10 +25,10 @@ def linear():
     return model, x, y, distance.scatter(1, y[:, None], torch.inf).amin(1)
 
 
-def judged(linear, x=None, y=None, **options):
+def judged(linear, **options):
     specs = [AttackSpec(APGD(loss=loss, steps=10), survivors_only=True) for loss in ("ce", "margin_targeted")]
     options = {"eps": 0.07, "attacks": specs, "curve": [0.07, *RADII[::-1]]} | options
-    return evaluate(linear[0], linear[1] if x is None else x, linear[2] if x is None else y, **options)
+    return evaluate(*linear[:3], **options)
 
 
 @pytest.mark.slow
@@ -40,7 +40,7 @@ def test_the_curve_is_that_of_the_model_and_is_kept(linear, tmp_path):
     assert 1 == accuracies[0] > accuracies[1] > accuracies[-1] and report.row("worst, L-inf 0.06").n == 80
     kept = judged(linear, out=tmp_path)
     assert [row.seconds for row in kept.rows] == [row.seconds for row in report.rows]
-    parts = judged(linear, zip(linear[1].split(9), linear[2].split(9), strict=True), batch_size=4)
+    parts = judged(linear, batch_size=4)
     assert kept.curve == parts.curve == Report.from_json(report.to_json()).curve == report.curve
     assert report.headline.attack == "worst" and "Accuracy over the radius" in report.to_html()
     with pytest.raises(ValueError, match="curve needs one model that was evaluated with a curve, got 2"):
