@@ -268,9 +268,9 @@ class _Forward(Follower):
                 # PyTorch calls the hooks of the module itself, before and after the copy. So neither side calls them.
                 want, seconds = _answers(self.plain, x)
                 torch.manual_seed(0)
-                before = torch.get_rng_state()
+                before = _generators(x.device)
                 self.plain(x)
-                self._draws = not torch.equal(before, torch.get_rng_state())
+                self._draws = not all(map(torch.equal, before, _generators(x.device)))
             except Exception as error:
                 # The call of the module itself will raise this error, if it is not about the gradient or the output.
                 self._refuse(_line(error))
@@ -437,6 +437,11 @@ def _fact(value: Any) -> Any:
     if isinstance(value, dict):
         return [(_fact(key), _fact(each)) for key, each in value.items()]
     return weakref.ref(value) if isinstance(value, nn.Module) else _Same(value)
+
+
+def _generators(device: torch.device) -> list[Tensor]:
+    """The states of torch's generators of the host and of a GPU."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
 def _is_batch(x: Any) -> bool:

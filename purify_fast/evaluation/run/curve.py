@@ -84,7 +84,7 @@ class Curve:
             smaller = [clean] if below else [clean, *rows, *attacks]
             x, begin = measure.subject.x, None
             for radius, following in itertools.zip_longest(side, side[1:]):
-                row = self._row(radius, measure, standing, safe, begin, smaller)
+                row = self._row(radius, measure, standing=standing, safe=safe, begin=begin, smaller=smaller)
                 rows.append(row)
                 smaller.append(row)
                 standing = measure.withstood(row) & standing & ~safe
@@ -100,6 +100,7 @@ class Curve:
         self,
         radius: float,
         measure: Measure,
+        *,
         standing: np.ndarray,
         safe: np.ndarray,
         begin: Tensor | None,
