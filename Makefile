@@ -103,7 +103,7 @@ wheel: $(STAMPS)/base  ## build a wheel with the CPU kernels in dist/, for every
 	@ls dist/*.whl
 
 clean:  ## remove the results of builds, except .venv
-	rm -rf build dist docs/api docs/generated purify_fast/_C*.so purify_fast/_build.json $(STAMPS)/package *.egg-info
+	rm -rf build dist docs/api docs/generated purify_fast/_C*.so $(STAMPS)/package *.egg-info
 
 $(BIN)/python:
 	@echo "== $(VENV): a virtual environment of $$($(PYTHON) --version)"

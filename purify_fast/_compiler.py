@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -39,20 +40,32 @@ def is_compiled(module: Any) -> bool:
 class EagerDispatchMode(TorchDispatchMode):
     """A dispatch mode in which compiled functions run as they were written."""
 
+    #: The stance belongs to the whole process: the first of several modes sets it, and the last restores it.
+    _lock = threading.Lock()
+    _active = 0
+    _stance: contextlib.AbstractContextManager[Any] | None = None
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._stance = contextlib.ExitStack()
 
-    @outside_graphs
     def __enter__(self) -> Any:
-        # Nothing is compiled before the compiler is imported.
-        if "torch._dynamo" in sys.modules:
-            # PyTorch refuses this where a compiled function has called us. Then it compiles nothing here anyway.
-            with contextlib.suppress(RuntimeError):
-                self._stance.enter_context(torch.compiler.set_stance("force_eager"))
+        mode = EagerDispatchMode
+        with mode._lock:
+            mode._active += 1
+            # Nothing is compiled before the compiler is imported.
+            if mode._stance is None and "torch._dynamo" in sys.modules:
+                # PyTorch refuses this where a compiled function has called us. Then it compiles nothing here anyway.
+                with contextlib.suppress(RuntimeError):
+                    mode._stance = torch.compiler.set_stance("force_eager")
         return super().__enter__()  # type: ignore[no-untyped-call]
 
-    @outside_graphs
     def __exit__(self, *error: Any) -> Any:
-        with self._stance:
+        mode = EagerDispatchMode
+        try:
             return super().__exit__(*error)  # type: ignore[no-untyped-call]
+        finally:
+            with mode._lock:
+                mode._active -= 1
+                if mode._active == 0 and mode._stance is not None:
+                    mode._stance.__exit__(None, None, None)
+                    mode._stance = None

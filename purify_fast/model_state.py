@@ -211,8 +211,8 @@ def hidden_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def used_modules(function: Any) -> list[tuple[str, nn.Module]]:
     """Find the modules among the variables that a function reads, or in the attributes of a callable object."""
     if isinstance(function, functools.partial):
-        given = {**function.keywords, "args": function.args}
-        return [*_modules(given.items()), *used_modules(function.func)]
+        given = [*function.keywords.items(), ("args", function.args)]
+        return [*_modules(given), *used_modules(function.func)]
     if isinstance(function, MethodType):
         return list(_modules([("self", function.__self__)])) or used_modules(function.__self__)
     if not isinstance(function, FunctionType):

@@ -98,6 +98,8 @@ def options_of(path: Path, kind: type[Command]) -> dict[str, Any]:
     options.pop("version", None)
     if (command := options.pop("command", kind.called)) != kind.called:
         raise ValueError(f"--config {path} is a file of `{command}`, not of `{kind.called}`")
+    if unknown := options.keys() - values(kind()).keys():
+        raise ValueError(f"--config {path} has options that `{kind.called}` has not: {', '.join(sorted(unknown))}")
     return options
 
 

@@ -172,7 +172,10 @@ def _decoded(place: Path, part: str, files: Sequence[Path], size: tuple[int, int
 
 def _mapped(path: Path) -> Tensor:
     """Map an ``.npy`` file into memory. Its parts are read when they are used; writes do not change the file."""
-    return torch.from_numpy(np.load(path, mmap_mode="c"))
+    images = np.load(path, mmap_mode="c")
+    if images.dtype != np.uint8 or images.ndim != 4:
+        raise ValueError(f"{path} must contain a uint8 array [N, C, H, W]")
+    return torch.from_numpy(images)
 
 
 def write_images(files: Sequence[Path], size: tuple[int, int], out: Path, *, resize: bool) -> None:

@@ -187,11 +187,6 @@ class Defence(StochasticDefence):
         if self.fast is not None:
             self.fast = self._make_copies(self.fast.dtype, self.fast.compile)
 
-    def uncompiled_copies(self) -> Accelerated:
-        """Make inference copies of the current weights without compiling them, to compare them with `fast`."""
-        assert self.fast is not None
-        return self._make_copies(self.fast.dtype, compile=False)
-
     def _make_copies(self, dtype: torch.dtype, compile: bool) -> Accelerated:
         parts = tuple(getattr(self, name) for name in self.compiled_parts)
         reader, shape = self.representation, self.image_shape

@@ -100,6 +100,8 @@ class Recipe:
             ValueError: this package does not have the network.
         """
         options, data = self.part("classifier"), self.part("data")
+        if "mean" not in data:
+            raise ValueError(f"{self.name} has no classifier of its own: give one that you have trained")
         name, statistics = options.pop("name"), {"mean": data["mean"], "std": data["std"]}
         return build_classifier(name, self.image_shape, data["num_classes"], **statistics, **options)
 

@@ -87,6 +87,8 @@ class Run:
         self.steps = source.steps
         loop = {name: value for name, value in asdict(config).items() if name not in _NO_FACTS}
         self.facts = {"data": source.description, **loop, **task.describe()}
+        if held_out is not None:
+            self.facts["validation"] = held_out.description
         if bank is not None:
             self.facts["bank"] = task.result.bank = bank.facts  # type: ignore[assignment]
         self.length = RunLength(config.epochs, source.steps, source.batch_size, source.images)

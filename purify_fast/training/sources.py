@@ -120,8 +120,8 @@ class Loader:
                 raise ValueError(f"x has the length {self.steps}, but gave {k} batches in epoch {epoch}")
             name = f"batch {k} of x"
             images, labels, indices = read_batch(batch, name)
-            known = isinstance(indices, Tensor) and indices.dtype == torch.int64 and indices.shape == (len(images),)
-            ids = indices if known else torch.arange(seen, seen + len(images), device="cpu")
+            known = isinstance(indices, (Tensor, np.ndarray)) and indices.shape == (len(images),)
+            ids = torch.as_tensor(indices).long() if known else torch.arange(seen, seen + len(images), device="cpu")
             seen += len(images)
             _check(images, labels, f"the images of {name}", f"the labels of {name}", floats=True)
             images, labels, ids = (part.to(self.device, non_blocking=True) for part in (images, labels, ids))
@@ -160,6 +160,9 @@ def make_sources(
         source = Loader(x, config, device)
     if validation is None:
         return source, None
+    pair = isinstance(validation, (tuple, list)) and len(validation) == 2
+    if not pair or not all(isinstance(part, Tensor) for part in validation):
+        raise TypeError(f"validation must be a pair of tensors (images, labels), got {type(validation).__name__}")
     images, labels = validation
     labels = _check(images, labels, "the images of validation", "the labels of validation")
     task.check(tuple(images.shape[1:]), int(labels.max()) + 1)

@@ -107,12 +107,19 @@ def test_the_best_weights_survive_an_interruption(tmp_path):
     assert same(third.model.state_dict(), first.seen[1]) and not third.seen
 
 
-def test_held_out_data_of_ones_own():
+def test_held_out_data_of_ones_own(tmp_path):
     x, y = images(100)
     held, config = (x[:30], y[:30]), FitConfig(1, 16)
     one = fit(task(), x, y, config, progress=False, validation=held)
     two = fit(task(), DataLoader(TensorDataset(x, y), 16), None, config, progress=False, validation=held)
     assert "validation_accuracy" in one and one.keys() == two.keys()
+    with pytest.raises(ValueError, match=r"largest label is .*, but the model has"):
+        fit(task(), x, y, config, progress=False, validation=(x, y + 100))
+    with pytest.raises(TypeError, match="validation must be a pair of tensors"):
+        fit(task(), x, y, config, progress=False, validation=DataLoader(TensorDataset(*held)))
+    fit(task(), x, y, config, tmp_path, progress=False, validation=held)
+    with pytest.raises(ValueError, match=r"another run|validation"):
+        fit(task(), x, y, config, tmp_path, progress=False, validation=(x[30:], y[30:]))
     with pytest.raises(ValueError, match="validation must be None if validation_share is above 0"):
         fit(task(), x, y, FitConfig(1, 16, validation_share=0.2), progress=False, validation=held)
 

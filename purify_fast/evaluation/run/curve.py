@@ -125,8 +125,8 @@ class Curve:
                 order = measure.in_order(spec, index, lead)
                 sums = measure.attack(spec, order, begin=begin)[1]
                 judged = subject.judge(sums.images[index], "random", "choose" if chooses else "judge", index=index)
-                # For each image the point with the smallest margin is kept. A margin of NaN is replaced by the largest
-                # number, so that such a point is kept only if the image has no other point.
+                # For each image, the point with the largest share of wrong draws is kept, and among equal shares the
+                # point with the smallest margin. NaN counts as the largest margin.
                 margins = np.nan_to_num(judged.margins, nan=largest)
                 better = (judged.wrong > wrong[at]) | ((judged.wrong == wrong[at]) & (margins < lead[at]))
                 closer = at[better]

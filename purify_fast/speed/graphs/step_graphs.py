@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..._compiler import EagerDispatchMode
 from ..._validation import CudaGraphs, check_literal
 from ...model_state import identity_key
 from ...protocols import CountsImages, PreparesReplay
@@ -298,10 +299,26 @@ def no_trace(device: torch.device) -> Iterator[None]:
         np.random.set_state(array)
 
 
+class _Crossings(EagerDispatchMode):
+    """Finds copies between devices, which every replay would repeat from the same memory of the host."""
+
+    found = False
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result, name = function(*args, **(kwargs or {})), function._schema.name
+        if name in ("aten::_to_copy", "aten::copy_"):
+            source = args[name == "aten::copy_"]
+            self.found = self.found or source.device.type != result.device.type
+        return result
+
+
 def tried(run: Callable[[], Result], device: torch.device) -> Result:
-    """Run a step, and return its result; RuntimeError if the step draws random numbers on the host."""
+    """Run a step, and return its result; RuntimeError if it copies between devices, or draws numbers on the host."""
     before = host_generators(device)
-    result = run()
+    with _Crossings() as crossings:
+        result = run()
+    if crossings.found:
+        raise RuntimeError("the step copies between the host and the device")
     if host_generators(device) != before:
         raise RuntimeError("the step draws random numbers on the host, which every replay would repeat")
     return result
