@@ -3,7 +3,6 @@
 import gc
 import itertools
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -210,15 +209,3 @@ def test_as_many_steps_are_kept_as_fit_into_a_quarter_of_the_free_memory(monkeyp
     for room in (5, 11):
         again, taken = measured("auto", int(4 * (room + 0.5) * one))
         assert again == 17 - room and least < taken <= least + room * one < most
-
-
-def test_modes_of_two_threads_restore_the_compiler():
-    function = torch.compile(lambda: torch.compiler.is_compiling(), backend="eager")
-    compiled, first, second = function(), LiveBytes(), LiveBytes()
-    # the modes of two threads overlap: the first to begin is the first to end
-    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
-        for pool, step in ((one, first.__enter__), (other, second.__enter__)):
-            pool.submit(step).result()
-        for pool, mode in ((one, first), (other, second)):
-            pool.submit(mode.__exit__, None, None, None).result()
-    assert function() == compiled
