@@ -127,18 +127,6 @@ def check_keep(keep: object) -> None:
         raise ValueError(f'keep must be "auto" or a number of steps, at least 0, got {keep!r}')
 
 
-def draws_numbers(function: Callable[[], object], device: torch.device) -> bool:
-    """Tell whether a call draws numbers from PyTorch's generators; the generators are restored afterwards."""
-
-    def states() -> list[Tensor]:
-        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
-
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        before = states()
-        function()
-        return not all(map(torch.equal, before, states()))
-
-
 class _Repeated(torch.autograd.Function):
     """A step whose activations are not kept: the backward pass computes the step again."""
 

@@ -17,14 +17,13 @@ ONE_HOT = (
 )
 
 
-def checked_logits(output: object, images: int) -> Tensor:
+def checked_logits(logits: object, images: int) -> Tensor:
     """Return a model's output, ``[B, classes]``, if it may be logits by its type and shape, which takes no time."""
-    if not isinstance(output, Tensor):
+    if not isinstance(logits, Tensor):
         raise TypeError(
-            f"the model must return a torch.Tensor of logits [B, classes], got {type(output).__name__}: give a module "
+            f"the model must return a torch.Tensor of logits [B, classes], got {type(logits).__name__}: give a module "
             "whose forward returns the logits in it"
         )
-    logits = output
     good = logits.dim() == 2 and logits.shape[0] == images and logits.shape[1] > 1 and logits.is_floating_point()
     if not good:
         raise ValueError(

@@ -23,6 +23,7 @@ from ..model_state import HOOKS
 from ..ops.dispatch.gradient import transformed
 from .agreement import same_direction, same_logits
 from .folding.inference_copy import DTYPES, InferenceCopy
+from .memory import draws_numbers
 from .watch import FEWEST_WEIGHTS, Watch, can_read_values, matrix_weights, tensors_of
 
 logger = logging.getLogger("purify_fast")
@@ -268,9 +269,7 @@ class _Forward(Follower):
                 # PyTorch calls the hooks of the module itself, before and after the copy. So neither side calls them.
                 want, seconds = _answers(self.plain, x)
                 torch.manual_seed(0)
-                before = _generators(x.device)
-                self.plain(x)
-                self._draws = not all(map(torch.equal, before, _generators(x.device)))
+                self._draws = draws_numbers(lambda: self.plain(x), x.device)
             except Exception as error:
                 # The call of the module itself will raise this error, if it is not about the gradient or the output.
                 self._refuse(_line(error))
@@ -437,11 +436,6 @@ def _fact(value: Any) -> Any:
     if isinstance(value, dict):
         return [(_fact(key), _fact(each)) for key, each in value.items()]
     return weakref.ref(value) if isinstance(value, nn.Module) else _Same(value)
-
-
-def _generators(device: torch.device) -> list[Tensor]:
-    """The states of torch's generators of the host and of a GPU."""
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
 def _is_batch(x: Any) -> bool:

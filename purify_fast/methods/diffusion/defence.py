@@ -26,10 +26,11 @@ from torch import Tensor, nn
 
 from ..._tensors import dtype_of, first_tensor
 from ..._validation import check_counts, check_literal
-from ...attacks.checkpointed_steps import Keep, check_keep, checkpointed_steps, draws_numbers
+from ...attacks.checkpointed_steps import Keep, check_keep, checkpointed_steps
 from ...defences.base import Defence, refuse_wrapped
 from ...models.representation import count_classes, evaluation_mode
 from ...ops.diffusion_step import COEFFICIENTS, STEPS, diffusion_step
+from ...speed.memory import draws_numbers
 from ..saving import save_defence
 from .denoiser import Denoiser, described_denoiser, read_pretrained
 from .guidance import GRADIENTS
