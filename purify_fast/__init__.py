@@ -1,6 +1,6 @@
 """Evaluate, train and speed up adversarial defences of image classifiers in PyTorch.
 
-- `purify_fast.accelerate`, `restore`, `images_only`: make any module's predictions and attacks faster, in place.
+- `purify_fast.frozen_copy`, `images_only`: a faster copy of any module, for predictions and attacks on the images.
 - `purify_fast.Carso`, `Atop`, `DiffusionPurifier`: defences, which are modules from images in [0, 1] to logits.
 - `purify_fast.load_defence`, `load_classifier`: functions that read a saved model.
 - `purify_fast.methods.carso`, `.atop`, `.arrest`, `.diffusion`: each method's networks, settings and training.
@@ -45,9 +45,8 @@ if TYPE_CHECKING:
     from .methods.carso import Carso as Carso
     from .methods.diffusion import DiffusionPurifier as DiffusionPurifier
     from .methods.loading import load_defence as load_defence
-    from .speed.accelerate import accelerate as accelerate
-    from .speed.accelerate import images_only as images_only
-    from .speed.accelerate import restore as restore
+    from .speed.frozen_copy import frozen_copy as frozen_copy
+    from .speed.frozen_copy import images_only as images_only
     from .training import fit as fit
     from .training import load_classifier as load_classifier
     from .training import save_classifier as save_classifier

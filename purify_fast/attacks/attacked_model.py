@@ -53,13 +53,12 @@ def frozen(model: Classifier, *, keep_mode: bool = False) -> Iterator[None]:
     # A BatchNorm in training mode would give other numbers, and nothing would tell of it.
     wholes = [model, *(module for _, module in hidden_modules(model))]
     modes = [(module, module.training) for whole in wholes for module in whole.modules()]
-    from ..speed.accelerate import images_only, plainly
+    from ..speed.frozen_copy import images_only
 
     try:
         for whole in wholes if not keep_mode else ():
             whole.eval()
-        # The model itself judges. An attack takes its gradients from the copy of an accelerated model.
-        with images_only(*wholes), plainly(*wholes):
+        with images_only(*wholes):
             yield
     finally:
         for module, mode in modes:

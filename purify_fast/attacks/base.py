@@ -240,8 +240,11 @@ def times(restarts: int) -> str:
 
 
 def source_of(model: Classifier, x: Tensor, precision: GradientPrecision, copies: Any) -> Classifier:
-    """The model from which an attack takes its gradients, see `purify_fast.attacks.gradient_copy`."""
-    if precision == "float32" or not len(x):
+    """The model from which an attack takes its gradients, see `purify_fast.attacks.gradient_copy`.
+
+    A direct call, which has no ``copies``, attacks the model that it was given, unless it asks for bfloat16.
+    """
+    if precision == "float32" or (precision == "auto" and copies is None) or not len(x):
         return model
     # Attacks in float32 need none of what makes copies.
     from .gradient_copy import COMPARED, gradient_copy

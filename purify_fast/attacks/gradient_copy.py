@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import warnings
-import weakref
 from collections.abc import Callable, Hashable
 from typing import Any, cast
 
@@ -29,9 +27,8 @@ from ..protocols import (
     is_purifier,
     supports,
 )
-from ..speed.accelerate import Follower, accelerated, unaccelerated_copy
 from ..speed.agreement import same_direction, same_logits
-from ..speed.folding.batchnorm import fold_sequential
+from ..speed.folding.batchnorm import fold_batchnorm
 from ..speed.folding.inference_copy import InferenceCopy
 from ..speed.graphs.step_graphs import remember
 from ..speed.watch import FEWEST_WEIGHTS, matrix_weights
@@ -89,10 +86,6 @@ def gradient_copy(
     model: Classifier, x: Tensor, precision: GradientPrecision, copies: GradientCopies | None = None
 ) -> Classifier:
     """The model from which an attack takes its gradients: a fast copy of the attacked model, or this model itself."""
-    forward = accelerated(model)
-    if forward is not None and precision != "float32":
-        forward.follow(forward.model, x)
-        return model if forward.copy is None else forward.copy
     if precision == "float32" or (precision == "auto" and not fast_bfloat16(x.device)):
         return model
     if isinstance(model, PassesOn) and supports(model, PassesOn):
@@ -105,26 +98,10 @@ def gradient_copy(
         return model
     # A model may draw random numbers while it is copied. These draws must not change the random numbers of the attack.
     with _same_draws(x.device):
-        if copies is None and not supports(model, Accelerates):
-            follower = _alone.setdefault(model, _Compared())
-            follower.follow(model, x)
-            return model if follower.copy is None else follower.copy
         duplicate = _made(model, x) if copies is None else copies.of(model, x.shape[1:], lambda: _made(model, x))
     # A kept copy is compared again for two reasons. Some changes of a user's model cannot be detected. And the choice
     # must not depend on when, and on which images, the copy was first compared.
     return duplicate if duplicate is not None and _fits(duplicate, model, x) else model
-
-
-class _Compared(Follower):
-    """A copy of a model that is attacked by direct calls, compared with the model when it is made."""
-
-    def make(self, model: nn.Module, x: Tensor, batch: int) -> InferenceCopy | None:
-        made = _made(model, x)
-        return made if isinstance(made, InferenceCopy) and _fits(made, model, x) else None
-
-
-#: The copies of models that are attacked by direct calls, as in a training loop of a user.
-_alone: weakref.WeakKeyDictionary[nn.Module, _Compared] = weakref.WeakKeyDictionary()
 
 
 def _inside(wrapper: Any, x: Tensor, precision: GradientPrecision, copies: GradientCopies | None) -> Classifier:
@@ -158,11 +135,9 @@ def _made(model: nn.Module, x: Tensor) -> Classifier | None:
         if accelerates:
             duplicate = copy.deepcopy(model).accelerate(torch.bfloat16)  # type: ignore[operator]
             # The copy is never trained, so the BatchNorms of its purifier can be folded too.
-            fold_sequential(duplicate)
+            fold_batchnorm(duplicate)
             return cast(Classifier, duplicate)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return InferenceCopy(unaccelerated_copy(model), tuple(x.shape[1:]), torch.bfloat16, fine=True).eval()
+        return InferenceCopy(model, tuple(x.shape[1:]), torch.bfloat16, fine=True).eval()
     except Exception:
         # A user's module may raise any error when it is copied, folded or run in bfloat16. Such a module has no copy.
         return None

@@ -173,7 +173,7 @@ class Defence(StochasticDefence):
                 all batch sizes. In training mode, the purifier's compiled parts are not used.
 
         Raises:
-            ValueError: the dtype is not allowed, or `purify_fast.speed.fold_batchnorm` refuses the classifier.
+            ValueError: the dtype is not allowed.
         """
         if dtype == "auto":
             dtype = torch.bfloat16 if fast_bfloat16(first_tensor(self.classifier).device) else torch.float32

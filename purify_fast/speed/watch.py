@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-from .._tensors import in_memory_order
-
-#: The number of neighboring words whose sum is remembered for each block of a tensor.
-BLOCK = 512
-#: Tensors with at most this many numbers are copied instead, all together.
-SMALL = 4096
 #: With the dtype "auto", a model with fewer weights in convolutions and linear layers than this computes in float32,
 #: because conversions to bfloat16 would take more time than they save.
 FEWEST_WEIGHTS = 250_000
@@ -39,15 +32,10 @@ def matrix_weights(model: nn.Module) -> int:
 
 
 class Watch:
-    """Remembers the weights of a model, and tells whether they have changed.
-
-    PyTorch's count of writes misses those through ``p.data``. So the values are compared too: by sums of their bits
-    over blocks of 4 kB on a CPU, else by each tensor's sum and norm. A change that keeps all of these is not seen.
-    """
+    """Remembers the tensors of a model, and tells whether PyTorch has counted a write to them."""
 
     def __init__(self) -> None:
         self._stamps: list[tuple[int, int, int]] | None = None
-        self._marks: list[Tensor] = []
         # An id is unique only while its tensor exists.
         self._tensors: list[Tensor] = []
 
@@ -55,35 +43,8 @@ class Watch:
         # A copy of the model has other tensors with the same values.
         return Watch()
 
-    @property
-    def begun(self) -> bool:
-        """True after the first call of `changed`."""
-        return self._stamps is not None
-
-    def changed(self, tensors: list[Tensor], values: bool = True) -> bool:
-        """Tell whether tensors, with ``values`` also their values, differ from the last call; True at first."""
+    def changed(self, tensors: list[Tensor]) -> bool:
+        """Tell whether tensors, or their counts of writes, differ from the last call; False at the first call."""
         stamps = [(id(one), one.data_ptr(), -1 if one.is_inference() else one._version) for one in tensors]
-        counted, self._stamps = stamps != self._stamps, stamps
-        if counted or values:
-            before, self._marks, self._tensors = self._marks, _marks(tensors) if values else [], tensors
-            if not counted and before:
-                # Equal stamps mean equal shapes, so there are as many marks as before.
-                return not all(map(torch.equal, before, self._marks))
-        return counted
-
-
-@torch.no_grad()
-def _marks(tensors: list[Tensor]) -> list[Tensor]:
-    """Return numbers that change with the values of tensors."""
-    if tensors and tensors[0].device.type != "cpu":
-        wide = [one.detach().float() for one in tensors]
-        return [torch.stack([*torch._foreach_norm(wide), *(one.sum() for one in wide)])]
-    small, sums = defaultdict[torch.dtype, list[Tensor]](list), list[Tensor]()
-    for one in tensors:
-        flat = one.detach().view(-1) if one.is_contiguous() else in_memory_order(one.detach()).reshape(-1)
-        whole = flat.numel() * flat.element_size() % (8 * BLOCK) == 0 and flat.data_ptr() % 8 == 0
-        if whole and flat.numel() > SMALL:
-            sums.append(flat.view(torch.int64).view(-1, BLOCK).sum(1))
-        else:
-            small[flat.dtype].append(flat)
-    return [torch.cat(group) for group in (*small.values(), sums) if group]
+        before, self._stamps, self._tensors = self._stamps, stamps, tensors
+        return before is not None and stamps != before

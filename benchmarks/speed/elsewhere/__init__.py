@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
+import itertools
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -106,19 +107,24 @@ class Row:
             yield x, y
 
 
-def accelerated(model: nn.Module, dtype: Dtype) -> None:
-    """Accelerate a model, whose trainings are faster with weights in channels_last."""
-    purify_fast.accelerate(model.to(memory_format=torch.channels_last), dtype=dtype)
+def copied(model: nn.Module, x: Tensor, dtype: Dtype) -> nn.Module:
+    """Make a frozen copy of a model, which a person attacks in place of the model."""
+    return purify_fast.frozen_copy(model, x, dtype=dtype)
+
+
+def with_copy(model: nn.Module, batches: Batches, dtype: Dtype) -> tuple[nn.Module, Batches]:
+    """Return a frozen copy that is made with the first batch, and all batches."""
+    first = next(batches)
+    return copied(model, first[0], dtype), itertools.chain([first], batches)
 
 
 def with_our_line(theirs: Form) -> Form:
-    """Return a loop of other people after the call of `purify_fast.accelerate`."""
+    """Return the attacks of other people on a frozen copy."""
 
     def program(model: nn.Module, batches: Batches, dtype: Dtype) -> Iterator[Tensor]:
-        accelerated(model, dtype)
-        return theirs.program(model, batches, dtype)
+        return theirs.program(*with_copy(model, batches, dtype), dtype)
 
-    return Form(program, (accelerated, *theirs.written))
+    return Form(program, (copied, *theirs.written))
 
 
 def best(dtype: Dtype) -> torch.dtype:

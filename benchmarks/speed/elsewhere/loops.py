@@ -20,7 +20,22 @@ import purify_fast
 
 from ..pipelines import expert
 from ..pipelines.diffusion import denoiser
-from . import ALPHA, EPS, WRITTEN, Batches, Dtype, Form, Frozen, Row, best, cast, network, with_our_line
+from . import (
+    ALPHA,
+    EPS,
+    WRITTEN,
+    Batches,
+    Dtype,
+    Form,
+    Frozen,
+    Row,
+    best,
+    cast,
+    copied,
+    network,
+    with_copy,
+    with_our_line,
+)
 
 #: Steps of the attack in trainings. CARSO takes 40 steps, of which a row measures some.
 #: The packages take up to 100 steps.
@@ -130,6 +145,12 @@ def trades_by_expert(model: nn.Module, x: Tensor, y: Tensor, fast: Frozen) -> Te
         return trades_loss(model, x, y, near)
 
 
+def trades_with_our_lines(model: nn.Module, x: Tensor, y: Tensor, fast: nn.Module) -> Tensor:
+    """Return the loss of TRADES on a batch, whose attack runs on a frozen copy of this package."""
+    model.to(memory_format=torch.channels_last)
+    return trades_loss(model, x, y, trades_attack_by_expert(fast, x))
+
+
 def attack(model: nn.Module, x: Tensor, y: Tensor, alpha: float, steps: int) -> Tensor:
     """Attack a model in its present mode. ``backward`` also computes gradients of the weights, which nobody uses."""
     delta = torch.empty_like(x).uniform_(-EPS, EPS)
@@ -223,8 +244,21 @@ def _trades_frozen(model: nn.Module, batches: Batches, dtype: Dtype) -> Iterator
     return trained(model, batches, partial(trades_by_expert, fast=Frozen(model, dtype)))
 
 
+def _trades_copied(model: nn.Module, batches: Batches, dtype: Dtype) -> Iterator[Tensor]:
+    fast, batches = with_copy(model, batches, dtype)
+    return trained(model, batches, partial(trades_with_our_lines, fast=fast))
+
+
+def awp_with_our_lines(model: nn.Module, batches: Batches, dtype: Dtype) -> Iterator[Tensor]:
+    """Train by adversarial weight perturbation, whose attack runs on a frozen copy of this package."""
+    fast, batches = with_copy(model.to(memory_format=torch.channels_last), batches, dtype)
+    return awp(model, batches, fast, contextlib.nullcontext())
+
+
 _TRADES = Form(lambda model, batches, dtype: trained(model, batches, trades), (trades, trades_attack))
 _TRADES_BY_EXPERT = Form(_trades_frozen, (trades_by_expert, trades_attack_by_expert, cast, *WRITTEN))
+_TRADES_WITH_OURS = Form(_trades_copied, (trades_with_our_lines, trades_attack_by_expert, copied))
+_AWP_WITH_OURS = Form(awp_with_our_lines, (awp, awp_with_our_lines, copied))
 _AWP = Form(lambda model, batches, dtype: awp(model, batches, model, contextlib.nullcontext()), (awp,))
 _AWP_BY_EXPERT = Form(awp_by_expert, (awp, awp_by_expert, cast, *WRITTEN))
 
@@ -289,8 +323,8 @@ def purifier_attacked_by_expert(model: Purifier, batches: Batches, dtype: Dtype)
 
 
 def purifier_attacked_with_our_lines(model: Purifier, batches: Batches, dtype: Dtype) -> Iterator[Tensor]:
-    """Attack a purifier with an accelerated classifier, without gradients of weights."""
-    purify_fast.accelerate(model.classify, dtype=dtype)
+    """Attack a purifier with a frozen copy of its classifier, without gradients of weights."""
+    model.classify, batches = with_copy(model.classify, batches, dtype)
     with purify_fast.images_only(model):
         yield from purifier_attacked(model, batches, dtype)
 
@@ -304,7 +338,9 @@ _DIFFUSION = Form(purifier_attacked, (purifier_attacked,))
 _DIFFUSION_BY_EXPERT = Form(
     purifier_attacked_by_expert, (purifier_attacked, purifier_attacked_by_expert, FrozenDenoiser, cast, *WRITTEN)
 )
-_DIFFUSION_WITH_OURS = Form(purifier_attacked_with_our_lines, (purifier_attacked, purifier_attacked_with_our_lines))
+_DIFFUSION_WITH_OURS = Form(
+    purifier_attacked_with_our_lines, (purifier_attacked, purifier_attacked_with_our_lines, copied)
+)
 #: A radius at which few images fall, so that no contestant has less work than another.
 TINY = 0.5 / 255
 #: Where `make test` puts the last setuptools that has pkg_resources, which RobustBench imports.
@@ -379,10 +415,10 @@ def _row(attack: Attack, package: str) -> Row:
 
 
 ROWS = {
-    **{f"TRADES, {n} images": Row(n, _TRADES, _TRADES_BY_EXPERT, with_our_line(_TRADES), True) for n in (8, 2)},
+    **{f"TRADES, {n} images": Row(n, _TRADES, _TRADES_BY_EXPERT, _TRADES_WITH_OURS, True) for n in (8, 2)},
     "PGD-7 in training mode": _fast_row(8, alpha=ALPHA, steps=7),
     "FGSM with a random start": _fast_row(16, alpha=1.25 * EPS, steps=1),
-    "AWP": Row(8, _AWP, _AWP_BY_EXPERT, with_our_line(_AWP), True),
+    "AWP": Row(8, _AWP, _AWP_BY_EXPERT, _AWP_WITH_OURS, True),
     f"CARSO's classifier, {CARSO_STEPS} steps": Row(16, _CARSO, _CARSO_BY_EXPERT, with_our_line(_CARSO), False),
     f"diffusion, {TIMES} steps with checkpoints": Row(
         4, _DIFFUSION, _DIFFUSION_BY_EXPERT, _DIFFUSION_WITH_OURS, False, purifier, nn.Module.children

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from purify_fast.attacks import pgd
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.speed import InferenceCopy, StepGraphs
-from purify_fast.speed.accelerate import auto_dtype
+from purify_fast.speed.frozen_copy import auto_dtype
 
 from . import EXPERT as FORM
 from . import Case, Contestant, Job, autocast, expert

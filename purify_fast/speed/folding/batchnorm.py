@@ -2,179 +2,128 @@
 
     w' = w gamma / sqrt(var + eps),   b' = (b - mean) gamma / sqrt(var + eps) + beta
 
-A forward pass finds the pairs. It does not show whether a layer's output is used elsewhere, or whether a subclass
-computes something else. So a pair is folded only if the result is the same in float64.
+A pair is folded only where it is proven that nothing else reads the layer: where `torch.fx` traces the model without
+the values or sizes of its inputs, or in a model that is an ``nn.Sequential`` itself. An example would show one path of
+several.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-_Norm = nn.modules.batchnorm._BatchNorm
-_FOLDABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-#: The largest allowed difference from the original in float64, as a share of the largest value.
-TOLERANCE = 1e-9
+from ..draws import same_draws, shared_generators
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_FOLDABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_TRANSPOSED = nn.modules.conv._ConvTransposeNd
 
 
-def fold_batchnorm(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
-    """Fold as many BatchNorms as possible, in place. A folded BatchNorm is replaced by ``nn.Identity``.
+def fold_batchnorm(model: nn.Module) -> list[tuple[str, str]]:
+    """Fold as many BatchNorms as are proven to be foldable, in place. A folded one is replaced by ``nn.Identity``.
 
-    The output, the input gradient and the values in forward hooks remain equal to the original's, to 1e-9 in float64.
+    Layers in training mode, with hooks, with computed weights, of subclasses, or used in several places are not folded.
 
     Args:
-        model: any module from a tensor to a tensor, in evaluation mode. Layers with forward hooks are not folded.
-        example: a few typical inputs on the device of the model. Random inputs are better than constant inputs.
+        model: any module, in evaluation mode. It is copied and traced, and the copy's ``forward`` is called.
 
     Returns:
         The names of the folded pairs (layer, BatchNorm).
-
-    Raises:
-        ValueError: a module is in training mode, or the model does not run in float64.
     """
-    _check_evaluation_mode(model)
-    original = copy.deepcopy(model).double()
-    try:
-        want = _response(original, example.double())
-    except RuntimeError as error:
-        raise ValueError(
-            f"model must run in float64, because folding is verified in float64. It failed with: {error}"
-        ) from error
+    places = Counter(id(child) for module in model.modules() for child in module._modules.values())
+    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
 
-    def same(chosen: list[tuple[str, str]]) -> bool:
-        trial = copy.deepcopy(original)
-        for pair in chosen:
-            _fold(trial, *pair)
-        return all(close(a, b) for a, b in zip(_response(trial, example.double()), want, strict=True))
+    def fits(layer: Any, norm: Any) -> bool:
+        own = [p for part in (layer, norm) for p in part._parameters.values() if p is not None]
+        alone = places[id(layer)] == places[id(norm)] == 1 and all(owners[id(p)] == 1 for p in own)
+        return alone and foldable(layer, norm)
 
-    pairs = _pairs(original, example.double())
-    # If a pair cannot be folded, test the pairs one by one.
-    if not same(pairs):
-        candidates, pairs = pairs, []
-        for pair in candidates:
-            if same([*pairs, pair]):
-                pairs.append(pair)
+    graph = _traced(model)
+    found = _in_sequentials(model) if graph is None else _in_graph(graph)
+    pairs = [pair for pair in found if fits(*map(model.get_submodule, pair))]
     for pair in pairs:
         _fold(model, *pair)
     return pairs
 
 
-def _check_evaluation_mode(model: nn.Module) -> None:
-    if any(module.training for module in model.modules()):
-        raise ValueError("model must be in evaluation mode, got a module in training mode: call model.eval() first")
+def _read(*values: Any) -> None:
+    """Stands in a traced graph for hooks that read or change the values."""
 
 
-def fold_sequential(model: nn.Module) -> None:
-    """Fold every BatchNorm that follows a layer in an ``nn.Sequential``, in place, without an example.
+class _Tracer(fx.Tracer):
+    """Traces a model without calling its hooks. What they could read has a second reader in the graph."""
 
-    A module could call the layers in another order, so its class must have ``runs_in_order = True``, which subclasses
-    do not inherit. Layers that are used in several places, or that have hooks, are not folded.
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if not hooked(m) or self.is_leaf_module(m, self.path_of_module(m)):
+            return super().call_module(m, forward, args, kwargs)
+        out = m.forward(*args, **kwargs)
+        self.create_proxy("call_function", _read, (args, kwargs, out), {})
+        return out
+
+
+def _traced(model: nn.Module) -> fx.Graph | None:
+    """Trace a copy of a model; None if its path may depend on the inputs, or on random numbers."""
+    graph = None
+    with same_draws(model) as drew:
+        try:
+            graph = _Tracer().trace(copy.deepcopy(model, shared_generators(model)))
+        except Exception:
+            # A user's module may raise any error for symbolic inputs.
+            return None
+        if drew():
+            return None
+    return graph
+
+
+def _in_graph(graph: fx.Graph) -> Iterator[tuple[str, str]]:
+    """Yield the pairs in which both modules run once, and the layer's output is read by the BatchNorm alone."""
+    nodes = list(graph.nodes)
+    runs = Counter(node.target for node in nodes if node.op == "call_module")
+    # A forward may also read the weights of a layer.
+    read = {str(node.target).rpartition(".")[0] for node in nodes if node.op == "get_attr"}
+    for node in nodes:
+        before = node.args[0] if node.op == "call_module" and len(node.args) == 1 and not node.kwargs else None
+        if isinstance(before, fx.Node) and before.op == "call_module" and list(before.users) == [node]:
+            pair = str(before.target), str(node.target)
+            if len(before.args) == 1 and all(runs[name] == 1 and name not in read for name in pair):
+                yield pair
+
+
+def _in_sequentials(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Yield neighbors in Sequentials that are called as a whole.
+
+    These are the model itself, the parts of a class that promises ``runs_in_order = True`` (subclasses do not inherit
+    it), and the Sequentials in them. Another module may call the children of its Sequentials one by one.
     """
-    _check_evaluation_mode(model)
-    places = Counter(id(child) for module in model.modules() for child in module._modules.values())
-    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
-    for parent in list(_in_order(model)):
-        for name, following in pairwise(list(parent._modules)):
-            layer, norm = parent._modules[name], parent._modules[following]
-            if foldable(layer, norm) and places[id(layer)] == places[id(norm)] == owners[id(layer.weight)] == 1:
-                _fold(parent, name, following)
-
-
-def _in_order(model: nn.Module) -> Iterator[nn.Sequential]:
-    """Yield the Sequentials in modules whose class has ``runs_in_order = True``."""
-    for owner in model.modules():
-        parts = list(owner.children()) if vars(type(owner)).get("runs_in_order") is True else []
-        for part in parts:
-            # A subclass may call its children in another order.
-            if type(part) in (nn.Sequential, nn.ModuleList):
-                parts += part.children()
+    names = {module: name for name, module in model.named_modules()}
+    owners = [owner for owner in names if vars(type(owner)).get("runs_in_order") is True]
+    parts = [model, *(part for owner in owners for part in owner.children())]
+    for part in parts:
+        if type(part) in (nn.Sequential, nn.ModuleList) and "forward" not in vars(part):
+            parts += part.children()
             if type(part) is nn.Sequential:
-                yield part
+                yield from pairwise(f"{names[part]}.{name}".lstrip(".") for name in part._modules)
 
 
 def foldable(layer: Any, norm: Any) -> bool:
     """Tell whether ``norm`` is a BatchNorm that can be folded into a layer, if it follows this layer."""
-    fits = isinstance(layer, _FOLDABLE) or (isinstance(layer, nn.ConvTranspose2d) and layer.groups == 1)
-    follows = isinstance(norm, _Norm) and not norm.training and norm.running_mean is not None
-    return fits and follows and not hooked(layer) and not hooked(norm)
+    if type(layer) not in _FOLDABLE or type(norm) not in _NORMS or layer.training or norm.training:
+        return False
+    transposed = isinstance(layer, _TRANSPOSED)
+    computed = not isinstance(layer._parameters.get("weight"), Tensor) or "forward" in vars(layer) | vars(norm)
+    fits = norm.running_mean is not None and not (transposed and layer.groups > 1) and not computed
+    return fits and layer.weight.shape[int(transposed)] == norm.num_features and not (hooked(layer) or hooked(norm))
 
 
 def hooked(module: nn.Module) -> bool:
     """Tell whether a module has a forward hook or a forward pre-hook."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
-def _response(model: nn.Module, example: Tensor) -> list[Tensor]:
-    """The output, the input gradient of a random weighted sum of the output, and the outputs of modules with hooks."""
-    seen: list[Tensor] = []
-
-    def see(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-        if isinstance(output, Tensor):
-            seen.append(output.detach().clone())
-
-    with contextlib.ExitStack() as stack:
-        for module in [module for module in model.modules() if hooked(module)]:
-            stack.enter_context(module.register_forward_hook(see, prepend=True))
-        return [*answers(model, (example,)), *seen]
-
-
-def answers(function: Callable[..., Any], given: tuple[Any, ...]) -> list[Tensor]:
-    """Return the output, and the gradients of a random weighted sum of it with respect to floating-point tensors."""
-    leaves = [
-        one.detach().clone().requires_grad_() if isinstance(one, Tensor) and one.is_floating_point() else one
-        for one in given
-    ]
-    with torch.enable_grad():
-        output = function(*leaves)
-        weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(0), device="cpu", dtype=output.dtype)
-        total = (output * weight.to(output.device)).sum()
-        floating = [one for one in leaves if isinstance(one, Tensor) and one.requires_grad]
-        return [output.detach(), *torch.autograd.grad(total, floating, materialize_grads=True)]
-
-
-def close(a: Tensor, b: Tensor) -> bool:
-    """Tell whether a tensor equals another one, up to `TOLERANCE`."""
-    return a.shape == b.shape and bool((a - b).abs().max() <= TOLERANCE * b.abs().max())
-
-
-def _pairs(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
-    """The names of pairs (layer, BatchNorm), where both run once and the BatchNorm's input is the layer's output."""
-    names = {module: name for name, module in model.named_modules()}
-    owners = Counter(id(p) for module in names for p in module._parameters.values() if p is not None)
-    runs: Counter[nn.Module] = Counter()
-    # The values contain the tensors, because an id is unique only while its tensor exists.
-    outputs: dict[int, tuple[nn.Module, Tensor, int]] = {}
-    pairs: list[tuple[Any, Any]] = []
-
-    def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        runs[module] += 1
-        outputs[id(output)] = module, output, output._version
-
-    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
-        runs[module] += 1
-        layer, _, version = outputs.get(id(args[0]), (None, None, -1)) if args else (None, None, -1)
-        if layer is not None and args[0]._version == version:
-            pairs.append((layer, module))
-
-    with contextlib.ExitStack() as stack, torch.no_grad():
-        for module in names:
-            if hooked(module):
-                continue
-            # Skip layers whose weight is computed, for example by weight normalization.
-            plain = isinstance(module._parameters.get("weight"), Tensor)
-            if isinstance(module, _FOLDABLE) and plain and owners[id(module.weight)] == 1:
-                stack.enter_context(module.register_forward_hook(after))
-            elif isinstance(module, _Norm) and module.running_mean is not None:
-                stack.enter_context(module.register_forward_pre_hook(before))
-        model(example)
-    return [(names[a], names[b]) for a, b in pairs if runs[a] == runs[b] == 1 and len(a.weight) == b.num_features]
 
 
 @torch.no_grad()
@@ -187,7 +136,7 @@ def folded(layer: Any, norm: Any, dtype: torch.dtype = torch.float64) -> tuple[T
     shift = 0 if norm.bias is None else norm.bias.to(dtype)
     bias = 0 if layer.bias is None else layer.bias.to(dtype)
     # The weight of a transposed convolution has the output channels in its second dimension.
-    outputs = 1 if isinstance(layer, nn.ConvTranspose2d) else 0
+    outputs = int(isinstance(layer, _TRANSPOSED))
     weight = layer.weight.to(dtype) * scale.view(-1, *[1] * (layer.weight.dim() - 1 - outputs))
     return weight, (bias - mean) * scale + shift
 
@@ -218,6 +167,8 @@ class FoldedPairs:
         self.layers, self.norms = [layer for layer, _ in pairs], [norm for _, norm in pairs]
         norms: list[Any] = [model.get_submodule(name) for name in self.norms]
         self._eps = [norm.eps for norm in norms]
+        #: The dimension of the output channels in each weight.
+        self._outputs = [int(isinstance(model.get_submodule(name), _TRANSPOSED)) for name in self.layers]
         ones = {f"{name}.weight": torch.ones(norm.num_features) for (_, name), norm in zip(pairs, norms, strict=True)}
         zeros = {
             f"{n}.bias": torch.zeros(norm.num_features) for pair, norm in zip(pairs, norms, strict=True) for n in pair
@@ -241,7 +192,9 @@ class FoldedPairs:
         centered = torch._foreach_sub(each(self.layers, "bias"), each(self.norms, "running_mean"))
         biases = torch._foreach_addcmul(each(self.norms, "bias"), centered, scales)
         weights = each(self.layers, "weight")
-        shaped = [one.view(-1, *[1] * (weight.dim() - 1)) for one, weight in zip(scales, weights, strict=True)]
+        sizes = [-1, *[1] * 9]
+        each_weight = zip(scales, weights, self._outputs, strict=True)
+        shaped = [one.view(*sizes[: weight.dim() - outputs]) for one, weight, outputs in each_weight]
         weights = list(torch._foreach_mul(weights, shaped))
         names = [f"{name}.{part}" for part in ("weight", "bias") for name in self.layers]
         return dict(zip(names, [*weights, *biases], strict=True))

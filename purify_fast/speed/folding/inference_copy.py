@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..._tensors import first_tensor, without_autocast
 from ...models.representation import Representation, evaluation_mode, without_recorders
+from ..draws import same_draws, shared_generators
 from ..watch import Watch, tensors_of
 from .batchnorm import FoldedPairs, fold_batchnorm
 
@@ -152,22 +153,21 @@ def prepare_for_inference(
     image_shape: tuple[int, ...],
     dtype: torch.dtype,
     fine: bool = False,
-    channels_last: bool | None = None,
+    plain: bool = False,
 ) -> tuple[list[tuple[str, str]], bool]:
     """Prepare a frozen model for `autocast_to`, in place; return the folded pairs, and True if it is in channels_last.
 
-    With ``fine``, the layers that read the images compute in float32, for small radii. ``channels_last=None`` converts
-    all but models in float32 with transposed convolutions, which are slower in it.
+    With ``fine``, the layers that read the images compute in float32, for small radii. With ``plain``, no BatchNorm is
+    folded, and the layout of the weights remains. Models in float32 with transposed convolutions are slower in
+    channels_last, so they are not converted either.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
-    model.float().eval()
-    device = first_tensor(model).device
-    example = torch.rand((4, *image_shape), generator=torch.Generator().manual_seed(0), device="cpu").to(device)
-    pairs = fold_batchnorm(model, example)
-    if channels_last is None:
-        channels_last = dtype != torch.float32 or not any(isinstance(one, _TRANSPOSED) for one in model.modules())
-    uses_channels_last = channels_last and convert_to_channels_last(model, image_shape)
+    model.float()
+    pairs = [] if plain else fold_batchnorm(model)
+    slower = dtype == torch.float32 and any(isinstance(one, _TRANSPOSED) for one in model.modules())
+    with same_draws(model):
+        uses_channels_last = not (plain or slower) and convert_to_channels_last(model, image_shape)
     in_float32 = _see_images_in_float32(model, image_shape) if fine else []
     for module in model.modules():
         if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) and module not in in_float32:
@@ -187,14 +187,14 @@ class InferenceCopy(nn.Module):
         dtype: dtype of the matrix products, float32 or bfloat16.
         compile: whether to compile the copy as a `CompiledRegion`, and whole steps of attacks on it.
         fine: whether the layers that read the images compute in float32, for attacks with a small radius.
-        channels_last: whether the weights are in channels_last. None decides by the model.
+        plain: whether no BatchNorm is folded, and the layout of the weights remains.
 
     Attributes:
         folded: number of folded BatchNorms.
         uses_channels_last: whether the copy accepts images in channels_last.
 
     Raises:
-        ValueError: the dtype is not allowed, or `fold_batchnorm` refuses the model.
+        ValueError: the dtype is not allowed.
     """
 
     #: Captured steps do not depend on `_folding`, which only `refresh` uses, and read the refreshed weights.
@@ -207,13 +207,17 @@ class InferenceCopy(nn.Module):
         dtype: torch.dtype = torch.bfloat16,
         compile: bool = False,
         fine: bool = False,
-        channels_last: bool | None = None,
+        plain: bool = False,
     ):
         super().__init__()
         self.dtype = dtype
-        self.classifier = without_recorders(copy.deepcopy(classifier)).requires_grad_(False)
+        duplicate = copy.deepcopy(classifier, shared_generators(classifier))
+        self.classifier = without_recorders(duplicate).requires_grad_(False)
+        if self.classifier.training:
+            # A model in evaluation mode may have modules that the user keeps in training mode, such as a dropout.
+            self.classifier.eval()
         self._pairs, self.uses_channels_last = prepare_for_inference(
-            self.classifier, image_shape, dtype, fine=fine, channels_last=channels_last
+            self.classifier, image_shape, dtype, fine=fine, plain=plain
         )
         self.folded = len(self._pairs)
         self.region = CompiledRegion(self._logits) if compile else None
@@ -282,7 +286,7 @@ class Accelerated:
         packed_from: identifies the weights that were packed; None if they may have changed since.
 
     Raises:
-        ValueError: the dtype is not allowed, or `fold_batchnorm` refuses a model.
+        ValueError: the dtype is not allowed.
     """
 
     #: A captured step does not depend on this attribute (`purify_fast.model_state`), which changes with every training
@@ -305,7 +309,7 @@ class Accelerated:
         self.classifier = InferenceCopy(classifier, image_shape, dtype, compile)
         self.reader = copy.deepcopy(reader)
         if self.reader is not None:
-            prepare_for_inference(self.reader.model, image_shape, self.dtype)
+            prepare_for_inference(self.reader.model.eval(), image_shape, self.dtype)
         self.regions = {part.__name__: CompiledRegion(part) for part in parts} if compile else {}
         self.packed: Any = None
         self.packed_from: int | None = None
@@ -315,8 +319,7 @@ class Accelerated:
 
     def outdated(self) -> bool:
         """Tell whether a counted write has changed the classifier since the last call, of which there was one."""
-        begun = self._watch.begun
-        return self._watch.changed([one for _, one in tensors_of(self._source[0])], values=False) and begun
+        return self._watch.changed([one for _, one in tensors_of(self._source[0])])
 
     def to(self, device: torch.device) -> None:
         """Move the copies."""
