@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from purify_fast._files import write_text
-from purify_fast._processor import fast_bfloat16
 from purify_fast._tensors import weights_fingerprint
 from purify_fast.attacks.engine.judge import has_fallen
 from purify_fast.evaluation.show.text import markdown_table
+from purify_fast.speed.processor import fast_bfloat16
 
 from .. import kept, options
 from ..kept import Row

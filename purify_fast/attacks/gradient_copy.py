@@ -14,7 +14,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .._processor import fast_bfloat16
 from .._validation import GradientPrecision
 from ..model_state import identity_key
 from ..protocols import (
@@ -31,6 +30,7 @@ from ..speed.agreement import same_direction, same_logits
 from ..speed.folding.batchnorm import fold_batchnorm
 from ..speed.folding.inference_copy import InferenceCopy
 from ..speed.graphs.step_graphs import remember
+from ..speed.processor import fast_bfloat16
 from ..speed.watch import FEWEST_WEIGHTS, matrix_weights
 from .attacked_model import gradient_to
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from .._compiler import is_compiled
-from .._processor import fast_bfloat16
 from .._tensors import check_floating, dtype_of, first_tensor, write_stamp
 from ..models.representation import Representation
 from ..ops.aggregate import aggregate
 from ..speed.folding.inference_copy import Accelerated, autocast_to, convert_to_channels_last
+from ..speed.processor import fast_bfloat16
 from ..speed.watch import can_read_values, tensors_of
 from .stochastic import StochasticDefence, majority
 

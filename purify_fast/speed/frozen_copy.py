@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from .._compiler import is_compiled
-from .._processor import fast_bfloat16
 from .agreement import same_direction, same_logits
 from .draws import same_draws, shared_generators
 from .folding.inference_copy import DTYPES, InferenceCopy
+from .processor import fast_bfloat16
 from .watch import FEWEST_WEIGHTS, matrix_weights, tensors_of
 
 Dtype = torch.dtype | Literal["auto"]

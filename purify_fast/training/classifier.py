@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._processor import with_known_precision
 from .._tensors import first_tensor, structure_fingerprint, torch_defaults
 from ..models.classifiers import CLASSIFIERS
 from ..models.foreign import ForeignClassifier
 from ..models.representation import evaluation_mode
 from ..speed.folding.inference_copy import autocast_to
+from ..speed.processor import with_known_precision
 from .checkpoint import read_model, save_model
 from .config import ClassifierConfig, Objective, TrainingAttack, settings
 from .objectives import BETA, TRADES_START, divergence, mart, trades

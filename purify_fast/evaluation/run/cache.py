@@ -20,6 +20,7 @@ from ..._sealed import read_sealed, write_sealed
 from ..._tensors import text_hash
 from ...ops.dispatch.registry import forced_backends
 from ...speed.precision import float32_settings
+from ...speed.processor import fast_bfloat16
 from ..results.rows import Row
 
 logger = logging.getLogger("purify_fast")
@@ -66,6 +67,8 @@ class RowCache:
         kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
         autocasts = [f"{kind} {torch.get_autocast_dtype(kind)}" for kind in kinds]
         machine = [str(torch.__version__), _library.loaded(), *backends, float32_settings(), *autocasts]
+        # "auto" chooses the precision of gradients by this answer.
+        machine.append(fast_bfloat16(torch.device("cpu")))
         whole = [RESULTS_VERSION, machine, self.served, self.revision, settings, marks]
         return text_hash(json.dumps(whole, sort_keys=True)).hexdigest()
 

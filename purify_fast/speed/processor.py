@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch.nn.grad import conv2d_input
 
+from ..ops.dispatch import records
+
 logger = logging.getLogger("purify_fast")
 
 Config = TypeVar("Config", bound=Any)
@@ -19,6 +21,8 @@ Config = TypeVar("Config", bound=Any)
 #: A CPU is fast in bfloat16 if a convolution takes less than this share of the time in float32. The instructions alone
 #: do not tell: on a Xeon with AVX512-BF16 and without tiles, a product of matrices took 1.6 times as long.
 FASTER = 0.8
+#: The name of the measured ratio in the file of the machine.
+RATIO = "bfloat16_by_float32"
 
 
 def _multiplies_bfloat16() -> bool:
@@ -30,10 +34,27 @@ def _multiplies_bfloat16() -> bool:
 
 
 def fast_bfloat16(device: torch.device) -> bool:
-    """Tell whether a CPU or a GPU multiplies bfloat16 faster than float32. A CPU is timed once."""
+    """Tell whether a CPU or a GPU multiplies bfloat16 faster than float32.
+
+    A CPU is timed once. The answer is kept beside the verdicts on kernels, so that every process has the same answer,
+    also beside other work.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and _multiplies_bfloat16() and _measured_ratio() < FASTER
+    return device.type == "cpu" and _multiplies_bfloat16() and _kept_ratio(device) < FASTER
+
+
+@functools.cache
+def _kept_ratio(device: torch.device) -> float:
+    kept = records.read(device).get(RATIO)
+    if isinstance(kept, float):
+        return kept
+    measured = _measured_ratio()
+    try:
+        records.update(device, {}, write=True, **{RATIO: measured})
+    except OSError as error:
+        logger.warning("each process times bfloat16 itself, and may choose another precision: %s", error)
+    return measured
 
 
 def with_known_precision(config: Config, device: torch.device) -> Config:
@@ -45,7 +66,6 @@ def with_known_precision(config: Config, device: torch.device) -> Config:
     return dataclasses.replace(config, precision=chosen)
 
 
-@functools.cache
 @torch.inference_mode()
 def _measured_ratio() -> float:
     """The time of a small convolution and its gradient in bfloat16, as a share of their time in float32."""
