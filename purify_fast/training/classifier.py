@@ -59,10 +59,10 @@ class ClassifierTask(Task):
         with autocast_to(x.device, dtype):
             if objective == "trades":
                 with evaluation_mode(self.model), torch.no_grad():
-                    p = F.softmax(self.model(x), 1)
+                    natural = F.log_softmax(self.model(x), 1)
                 if attack.start_std is None and attack.random_start:
                     attack = replace(attack, start_std=TRADES_START)
-                x = attack.run(self.model, batch, graphs=self.graphs, loss=divergence, target=p)
+                x = attack.run(self.model, batch, graphs=self.graphs, loss=divergence, target=natural)
             elif attack.eps > 0:
                 x = attack.run(self.model, batch, graphs=self.graphs)
             clean = None if objective is None else self.model(batch.x)

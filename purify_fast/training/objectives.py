@@ -18,14 +18,15 @@ TRADES_START = 1e-3
 
 
 def divergence(attacked: Tensor, clean: Tensor) -> Tensor:
-    """Return KL(clean || softmax(attacked)) of each image, ``[B]``."""
-    return F.kl_div(F.log_softmax(attacked, 1), clean, reduction="none").sum(1)
+    """Return KL(softmax(clean) || softmax(attacked)) of each image, ``[B]``, from logits."""
+    # with probabilities as the target, the gradient would be NaN where a probability is 0
+    return F.kl_div(F.log_softmax(attacked, 1), F.log_softmax(clean, 1), reduction="none", log_target=True).sum(1)
 
 
 def trades(clean: Tensor, attacked: Tensor, y: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """Return the loss of TRADES, a mean over the images."""
     loss = F.cross_entropy(clean, y, label_smoothing=label_smoothing)
-    return loss + beta * divergence(attacked, F.softmax(clean, 1)).mean()
+    return loss + beta * divergence(attacked, clean).mean()
 
 
 def mart(clean: Tensor, attacked: Tensor, y: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
@@ -35,4 +36,4 @@ def mart(clean: Tensor, attacked: Tensor, y: Tensor, beta: float, label_smoothin
     margin = attacked.logsumexp(1) - attacked.scatter(1, other, low).logsumexp(1)
     boosted = F.cross_entropy(attacked, y, label_smoothing=label_smoothing) + margin.mean()
     p = F.softmax(clean, 1)
-    return boosted + beta * (divergence(attacked, p) * (1 - p.gather(1, label)[:, 0])).mean()
+    return boosted + beta * (divergence(attacked, clean) * (1 - p.gather(1, label)[:, 0])).mean()

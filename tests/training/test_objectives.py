@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from purify_fast import data
 from purify_fast.attacks.ball import ball_around, normal_in_ball, sample_in_ball
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, TrainingAttack, fit
+from purify_fast.training.objectives import mart, trades
 from purify_fast.training.sources import InMemory, step_seed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -81,3 +82,13 @@ def test_fifty_steps_have_the_weights_of_a_plain_loop_of_the_paper(objective, be
     rounding = (rounded - wanted).norm()
     assert rounding < 5e-3 * wanted.norm()
     assert (found - wanted).norm() < 4 * rounding
+
+
+@pytest.mark.parametrize("loss", [trades, mart])
+def test_the_gradient_is_finite_where_a_probability_is_0(loss):
+    clean = torch.tensor([[120.0, 0, 1], [1, 2, 0]], requires_grad=True)
+    attacked, y = torch.tensor([[60.0, 1, 0], [0.5, 1.5, 1]]), torch.tensor([0, 1])
+    (gradient,) = torch.autograd.grad(loss(clean, attacked, y, 6.0), clean)
+    exact = clean.detach().double().requires_grad_()
+    (right,) = torch.autograd.grad(loss(exact, attacked.double(), y, 6.0), exact)
+    torch.testing.assert_close(gradient, right.float(), rtol=1e-3, atol=1e-6)
