@@ -59,6 +59,9 @@ def _read(*values: Any) -> None:
 class _Tracer(fx.Tracer):
     """Traces a model without calling its hooks. What they could read has a second reader in the graph."""
 
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return _is_norm(m) or super().is_leaf_module(m, module_qualified_name)
+
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         if not hooked(m) or self.is_leaf_module(m, self.path_of_module(m)):
             return super().call_module(m, forward, args, kwargs)
@@ -113,12 +116,18 @@ def _in_sequentials(model: nn.Module) -> Iterator[tuple[str, str]]:
 
 def foldable(layer: Any, norm: Any) -> bool:
     """Tell whether ``norm`` is a BatchNorm that can be folded into a layer, if it follows this layer."""
-    if type(layer) not in _FOLDABLE or type(norm) not in _NORMS or layer.training or norm.training:
+    if type(layer) not in _FOLDABLE or not _is_norm(norm) or norm.training:
         return False
     transposed = isinstance(layer, _TRANSPOSED)
     computed = not isinstance(layer._parameters.get("weight"), Tensor) or "forward" in vars(layer) | vars(norm)
     fits = norm.running_mean is not None and not (transposed and layer.groups > 1) and not computed
     return fits and layer.weight.shape[int(transposed)] == norm.num_features and not (hooked(layer) or hooked(norm))
+
+
+def _is_norm(module: Any) -> bool:
+    """Tell whether a module is a BatchNorm of PyTorch or of this package; one of another class may do more."""
+    ours = type(module).__module__.startswith("purify_fast.") and isinstance(module, _NORMS)
+    return ours or type(module) in _NORMS
 
 
 def hooked(module: nn.Module) -> bool:
