@@ -53,7 +53,7 @@ def frozen(model: Classifier, *, keep_mode: bool = False) -> Iterator[None]:
     # A BatchNorm in training mode would give other numbers, and nothing would tell of it.
     wholes = [model, *(module for _, module in hidden_modules(model))]
     modes = [(module, module.training) for whole in wholes for module in whole.modules()]
-    from ..speed.frozen_copy import images_only
+    from ..speed.frozen_weights import images_only
 
     try:
         for whole in wholes if not keep_mode else ():

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import traceback
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -85,27 +84,6 @@ def frozen_copy(model: nn.Module, x: Tensor, *, dtype: Dtype = "auto", compile: 
     text = f"{name} and its plain copy give other logits for the same images and random numbers"
     warnings.warn(f"{text}, so the copy could not be compared with it", RuntimeWarning, stacklevel=2)
     return made
-
-
-@contextlib.contextmanager
-def images_only(*models: nn.Module) -> Iterator[None]:
-    """A block in which the parameters of modules need no gradients, for attacks on the images alone.
-
-    Use it for attacks that keep the training mode, or that call ``loss.backward()``. Afterwards ``requires_grad`` is as
-    before. Computations in the block give no gradients of weights later.
-
-    Args:
-        models: any modules.
-    """
-    # The flag of a tensor that was made in inference mode could not be restored.
-    learning = [one for model in models for one in model.parameters() if one.requires_grad and not one.is_inference()]
-    try:
-        for parameter in learning:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in learning:
-            parameter.requires_grad_(True)
 
 
 def auto_dtype(model: nn.Module, device: torch.device) -> torch.dtype:
