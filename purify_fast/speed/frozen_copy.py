@@ -6,7 +6,7 @@ import copy
 import traceback
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, Literal
 
 import torch
@@ -119,10 +119,18 @@ class FrozenCopy(InferenceCopy):
 
     def forward(self, x: Tensor) -> Tensor:
         # A compiler would keep the count of writes as a constant.
-        if not torch.compiler.is_compiling() and self._stamps != (stamps := self._look()):
-            self.update()
-            self._stamps = stamps
+        if not torch.compiler.is_compiling():
+            self.prepare_replay()
         return super().forward(x)
+
+    def prepare_replay(self) -> None:
+        """Follow the model before a captured or compiled step runs, which does not call `forward`."""
+        if self._stamps != self._look():
+            self.update()
+
+    def compiled_steps(self) -> dict[Hashable, Any] | None:
+        self.prepare_replay()
+        return super().compiled_steps()
 
     def update(self) -> None:
         """Read the weights and buffers of the model again.
@@ -156,7 +164,7 @@ class FrozenCopy(InferenceCopy):
         return self.about
 
     def _look(self) -> list[Any]:
-        """What tells that the model has changed: its parts and tensors, and the counts of writes to the tensors."""
+        """Return the identities of the model's parts and tensors, and the counts of writes to the tensors."""
         if self._followed() is None:
             return []
         tensors, facts = list[Tensor](), list[Any]()

@@ -13,7 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 import purify_fast
 from purify_fast.attacks import pgd
+from purify_fast.protocols import PreparesReplay
 from purify_fast.speed.frozen_copy import FrozenCopy
+from purify_fast.speed.graphs.step_loop import parts_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPE = (3, 8, 8)
@@ -238,6 +240,21 @@ def test_an_attack_of_the_model_and_of_its_copy(x):
     fast, y = purify_fast.frozen_copy(model, x), torch.arange(16) % 4
     how = {"eps": 8 / 255, "steps": 4, "random_start": False}
     assert (pgd(fast, x, y, **how) - pgd(model, x, y, **how)).abs().mean() < 1e-3
+
+
+def test_compiled_and_captured_steps_read_the_present_weights(x, monkeypatch):
+    """Such a step does not call the copy, so the weights are read when an attack begins."""
+    monkeypatch.setattr("purify_fast.speed.graphs.compiled_step.BACKEND", "aot_eager")
+    model, y = net(), torch.arange(16) % 4
+    fast = purify_fast.frozen_copy(model, x, compile=True)
+    how = {"eps": 8 / 255, "steps": 4, "random_start": False}
+    for _ in range(3):
+        pgd(fast, x, y, **how)
+    assert any(map(callable, fast._steps.values()))
+    with torch.no_grad():
+        model[5].weight.neg_()
+    assert (pgd(fast, x, y, **how) - pgd(model, x, y, **how)).abs().mean() < 1e-3
+    assert parts_of(fast, PreparesReplay) == [fast]
 
 
 def test_weights_of_the_model_keep_their_gradients_and_hooks(x):
