@@ -103,7 +103,7 @@ class FrozenCopy(InferenceCopy):
         about: a line that says what the copy is.
     """
 
-    not_dependencies = frozenset({"_followed", "_stamps", "_slots", "_layout", "_warned"})
+    not_dependencies = frozenset({"_followed", "_refs", "_stamps", "_slots", "_layout", "_warned"})
 
     def __init__(self, model: nn.Module, image_shape: tuple[int, ...], dtype: torch.dtype, compile: bool, plain: bool):
         super().__init__(model, image_shape, dtype, compile, plain=plain)
@@ -111,7 +111,7 @@ class FrozenCopy(InferenceCopy):
         self._followed: Callable[[], nn.Module | None] = weakref.ref(model)
         self._layout = _layout(model)
         self._slots = [vars(part)[group] for part in model.modules() for group in _GROUPS]
-        self._stamps = self._look()
+        self._refs, self._stamps = self._look()
         layout = "channels_last" if self.uses_channels_last else "its own memory format"
         compiled = ", compiled" if compile else ""
         name = type(model).__name__
@@ -125,7 +125,7 @@ class FrozenCopy(InferenceCopy):
 
     def prepare_replay(self) -> None:
         """Follow the model before a captured or compiled step runs, which does not call `forward`."""
-        if self._stamps != self._look():
+        if self._stamps != self._look()[1]:
             self.update()
 
     def compiled_steps(self) -> dict[Hashable, Any] | None:
@@ -150,7 +150,7 @@ class FrozenCopy(InferenceCopy):
         self.refresh(model)
         # A part may have been replaced by another one with equal names and shapes.
         self._slots = [vars(part)[group] for part in model.modules() for group in _GROUPS]
-        self._stamps = self._look()
+        self._refs, self._stamps = self._look()
 
     def train(self, mode: bool = True) -> FrozenCopy:
         """Change nothing. Attacks of other packages call this method; the first call with ``mode=True`` warns."""
@@ -163,25 +163,28 @@ class FrozenCopy(InferenceCopy):
     def extra_repr(self) -> str:
         return self.about
 
-    def _look(self) -> list[Any]:
-        """Return the identities of the model's parts and tensors, and the counts of writes to the tensors."""
+    def _look(self) -> tuple[list[Any], list[Any]]:
+        """Return weak references to the model's parts and tensors, and stamps: their ids, counts of writes, addresses.
+
+        A new object may get the id and the address of one that is gone. A reference that is kept has its id alone.
+        """
         if self._followed() is None:
-            return []
-        tensors, facts = list[Tensor](), list[Any]()
+            return [], []
+        tensors, refs = list[Tensor](), list[Any]()
         for held in self._slots:
             if held:
-                facts += map(id, held.values())
+                refs += [weakref.ref(one) for one in held.values() if one is not None]
                 tensors += [one for one in held.values() if isinstance(one, Tensor)]
         versions = [-1 if one.is_inference() else one._version for one in tensors]
-        return [facts, versions, [one.data_ptr() for one in tensors]]
+        return refs, [list(map(id, refs)), versions, [one.data_ptr() for one in tensors]]
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = vars(self)
-        return {**state, "_followed": _nothing, "_slots": [], "_stamps": []}
+        return {**state, "_followed": _nothing, "_slots": [], "_refs": [], "_stamps": []}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FrozenCopy:
         # A copy in memory follows the same model.
-        kept = {"_followed": self._followed, "_slots": self._slots, "_stamps": self._stamps}
+        kept = {"_followed": self._followed, "_slots": self._slots, "_refs": self._refs, "_stamps": self._stamps}
         other = FrozenCopy.__new__(FrozenCopy)
         memo[id(self)] = other
         vars(other).update(copy.deepcopy(self.__getstate__(), memo) | kept)

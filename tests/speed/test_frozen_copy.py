@@ -106,6 +106,17 @@ def test_it_reads_the_weights_again_when_they_change(x):
     assert same(fast, model, x)
 
 
+def test_a_new_tensor_in_the_memory_of_one_that_is_gone_is_seen(x):
+    """Python gives its id, and the allocator its address, to another tensor; its count of writes is 0 too."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4, bias=False)).eval()
+    fast = purify_fast.frozen_copy(model, x)
+    for number in range(50):
+        for _ in range(3):
+            model[1].weight = None
+            model[1].weight = nn.Parameter(torch.full((4, 192), float(number)), requires_grad=False)
+        assert same(fast, model, x), number
+
+
 @pytest.mark.parametrize("change", ["tied", "bias", "buffer", "shape", "gone"])
 def test_other_tensors_are_refused(x, change):
     def forward(self, x):
