@@ -25,59 +25,46 @@ def shared_generators(model: nn.Module) -> dict[int, Any]:
 
 
 @contextlib.contextmanager
-def same_draws(model: nn.Module) -> Iterator[Callable[[], bool]]:
-    """A block after which all generators of a model are as before, so that the next block draws the same numbers.
+def same_draws(model: nn.Module | None = None, device: torch.device | None = None) -> Iterator[Callable[[], bool]]:
+    """A block after which all generators are as before, so that the next block draws the same numbers.
+
+    They are the global ones of the host, of ``device`` and of the devices of ``model``, and the model's own.
 
     The block gets a function that tells whether any numbers were drawn so far. It waits for a GPU.
     """
-    devices = sorted({one.get_device() for one in model.parameters() if one.is_cuda})
-    own = own_generators(model)
-
-    def states() -> list[Any]:
-        return [
-            torch.get_rng_state(),
-            [torch.cuda.get_rng_state(index) for index in devices],
-            np.random.get_state(),
-            random.getstate(),
-            [_state(one) for one in own],
-        ]
-
-    before = states()
+    model = nn.Module() if model is None else model
+    devices = {one.device for one in model.parameters()} | ({device} if device is not None else set())
+    indices = {torch.cuda.current_device() if one.index is None else one.index for one in devices if one.type == "cuda"}
+    on_devices = [torch.cuda.default_generators[index] for index in sorted(indices)]
+    # The modules of NumPy and Python read and set the states of their global generators.
+    generators = [torch.default_generator, *on_devices, np.random, random, *own_generators(model)]
+    before = list(map(_state, generators))
     try:
-        yield lambda: not _equal(states(), before)
+        yield lambda: not _equal(list(map(_state, generators)), before)
     finally:
-        host, on_devices, array, python, of_own = before
-        torch.set_rng_state(host)
-        for index, state in zip(devices, on_devices, strict=True):
-            torch.cuda.set_rng_state(state, index)
-        np.random.set_state(array)
-        random.setstate(python)
-        for one, state in zip(own, of_own, strict=True):
+        for one, state in zip(generators, before, strict=True):
             _set_state(one, state)
 
 
 def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, np.ndarray):
-        return bool((a == b).all())
     if isinstance(a, dict):
-        return all(_equal(a[key], b[key]) for key in a)
+        a, b = list(a.values()), list(b.values())
     if isinstance(a, (list, tuple)):
         return all(map(_equal, a, b))
-    return bool(a == b)
+    same = a == b
+    return same if isinstance(same, bool) else bool(same.all())
 
 
 def _state(one: Any) -> Any:
-    if isinstance(one, random.Random):
-        return one.getstate()
-    return one.bit_generator.state if isinstance(one, np.random.Generator) else one.get_state()
+    if isinstance(one, np.random.Generator):
+        return one.bit_generator.state
+    return one.getstate() if one is random or isinstance(one, random.Random) else one.get_state()
 
 
 def _set_state(one: Any, state: Any) -> None:
-    if isinstance(one, random.Random):
-        one.setstate(state)
-    elif isinstance(one, np.random.Generator):
+    if isinstance(one, np.random.Generator):
         one.bit_generator.state = state
+    elif one is random or isinstance(one, random.Random):
+        one.setstate(state)
     else:
         one.set_state(state)

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from .._compiler import EagerDispatchMode
 from .._memory import available_memory, peak_resident_memory, ran_out_of_memory
@@ -110,18 +109,6 @@ def same_draws_again(device: torch.device) -> Callable[[], None]:
             torch.cuda.set_rng_state(own, device)
 
     return again
-
-
-def draws_numbers(function: Callable[[], object], device: torch.device) -> bool:
-    """Tell whether a call draws numbers from PyTorch's generators; the generators are restored afterwards."""
-
-    def states() -> list[Tensor]:
-        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
-
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        before = states()
-        function()
-        return not all(map(torch.equal, before, states()))
 
 
 def retry_when_memory_ends(

@@ -108,8 +108,8 @@ class Row:
 
 
 def copied(model: nn.Module, x: Tensor, dtype: Dtype) -> nn.Module:
-    """Make a frozen copy of a model, which a person attacks in place of the model."""
-    return purify_fast.frozen_copy(model, x, dtype=dtype)
+    """Make a frozen copy of a model, whose trainings are faster with weights in channels_last."""
+    return purify_fast.frozen_copy(model.to(memory_format=torch.channels_last), x, dtype=dtype)
 
 
 def with_copy(model: nn.Module, batches: Batches, dtype: Dtype) -> tuple[nn.Module, Batches]:

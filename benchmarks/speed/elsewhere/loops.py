@@ -145,10 +145,22 @@ def trades_by_expert(model: nn.Module, x: Tensor, y: Tensor, fast: Frozen) -> Te
         return trades_loss(model, x, y, near)
 
 
+def trades_attack_on_copy(model: nn.Module, x: Tensor) -> Tensor:
+    """Do the same as `trades_attack`, and compute the constant target once."""
+    model.eval()
+    near = x + 0.001 * torch.randn_like(x)
+    target = F.softmax(model(x), 1)
+    for _ in range(TRADES_STEPS):
+        near.requires_grad_()
+        divergence = F.kl_div(F.log_softmax(model(near), 1), target, reduction="sum")
+        (gradient,) = torch.autograd.grad(divergence, near)
+        near = stepped(near.detach(), gradient, x, ALPHA)
+    return near
+
+
 def trades_with_our_lines(model: nn.Module, x: Tensor, y: Tensor, fast: nn.Module) -> Tensor:
     """Return the loss of TRADES on a batch, whose attack runs on a frozen copy of this package."""
-    model.to(memory_format=torch.channels_last)
-    return trades_loss(model, x, y, trades_attack_by_expert(fast, x))
+    return trades_loss(model, x, y, trades_attack_on_copy(fast, x))
 
 
 def attack(model: nn.Module, x: Tensor, y: Tensor, alpha: float, steps: int) -> Tensor:
@@ -251,13 +263,13 @@ def _trades_copied(model: nn.Module, batches: Batches, dtype: Dtype) -> Iterator
 
 def awp_with_our_lines(model: nn.Module, batches: Batches, dtype: Dtype) -> Iterator[Tensor]:
     """Train by adversarial weight perturbation, whose attack runs on a frozen copy of this package."""
-    fast, batches = with_copy(model.to(memory_format=torch.channels_last), batches, dtype)
+    fast, batches = with_copy(model, batches, dtype)
     return awp(model, batches, fast, contextlib.nullcontext())
 
 
 _TRADES = Form(lambda model, batches, dtype: trained(model, batches, trades), (trades, trades_attack))
 _TRADES_BY_EXPERT = Form(_trades_frozen, (trades_by_expert, trades_attack_by_expert, cast, *WRITTEN))
-_TRADES_WITH_OURS = Form(_trades_copied, (trades_with_our_lines, trades_attack_by_expert, copied))
+_TRADES_WITH_OURS = Form(_trades_copied, (trades_with_our_lines, trades_attack_on_copy, copied))
 _AWP_WITH_OURS = Form(awp_with_our_lines, (awp, awp_with_our_lines, copied))
 _AWP = Form(lambda model, batches, dtype: awp(model, batches, model, contextlib.nullcontext()), (awp,))
 _AWP_BY_EXPERT = Form(awp_by_expert, (awp, awp_by_expert, cast, *WRITTEN))

@@ -66,9 +66,9 @@ class RowCache:
         backends = [os.environ.get("PURIFY_FAST_BACKEND", ""), forced_backends()]
         kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
         autocasts = [f"{kind} {torch.get_autocast_dtype(kind)}" for kind in kinds]
-        machine = [str(torch.__version__), _library.loaded(), *backends, float32_settings(), *autocasts]
-        # "auto" chooses the precision of gradients by this answer.
-        machine.append(fast_bfloat16(torch.device("cpu")))
+        # "auto" chooses the precision of gradients by the answer of `fast_bfloat16`.
+        chosen = [float32_settings(), fast_bfloat16(torch.device("cpu")), *autocasts]
+        machine = [str(torch.__version__), _library.loaded(), *backends, *chosen]
         whole = [RESULTS_VERSION, machine, self.served, self.revision, settings, marks]
         return text_hash(json.dumps(whole, sort_keys=True)).hexdigest()
 

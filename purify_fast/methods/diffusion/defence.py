@@ -30,7 +30,7 @@ from ...attacks.checkpointed_steps import Keep, check_keep, checkpointed_steps
 from ...defences.base import Defence, refuse_wrapped
 from ...models.representation import count_classes, evaluation_mode
 from ...ops.diffusion_step import COEFFICIENTS, STEPS, diffusion_step
-from ...speed.memory import draws_numbers
+from ...speed.draws import same_draws
 from ..saving import save_defence
 from .denoiser import Denoiser, described_denoiser, read_pretrained
 from .guidance import GRADIENTS
@@ -116,7 +116,9 @@ class DiffusionPurifier(Defence):
             times: Any = self._times
             times = times.view(torch.float64)[-1].expand(len(blank))
             # the denoiser may draw random numbers itself, such as for dropout in evaluation mode
-            self._denoiser_draws = draws_numbers(lambda: self._predict(blank[:, 0], times), blank.device)
+            with same_draws(self.denoiser) as drew:
+                self._predict(blank[:, 0], times)
+                self._denoiser_draws = drew()
 
     def _make_table(self) -> None:
         """Compute the table of the process as buffers, and let every step have a gradient of the denoiser."""

@@ -22,7 +22,7 @@ from ..draws import same_draws, shared_generators
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _FOLDABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_TRANSPOSED = nn.modules.conv._ConvTransposeNd
+TRANSPOSED = nn.modules.conv._ConvTransposeNd
 
 
 def fold_batchnorm(model: nn.Module) -> list[tuple[str, str]]:
@@ -74,16 +74,13 @@ class _Tracer(fx.Tracer):
 
 def _traced(model: nn.Module) -> fx.Graph | None:
     """Trace a copy of a model; None if its path may depend on the inputs, or on random numbers."""
-    graph = None
     with same_draws(model) as drew:
         try:
             graph = _Tracer().trace(copy.deepcopy(model, shared_generators(model)))
         except Exception:
             # A user's module may raise any error for symbolic inputs.
             return None
-        if drew():
-            return None
-    return graph
+        return None if drew() else graph
 
 
 def _in_graph(graph: fx.Graph) -> Iterator[tuple[str, str]]:
@@ -120,7 +117,7 @@ def foldable(layer: Any, norm: Any) -> bool:
     """Tell whether ``norm`` is a BatchNorm that can be folded into a layer, if it follows this layer."""
     if type(layer) not in _FOLDABLE or not _is_norm(norm) or norm.training:
         return False
-    transposed = isinstance(layer, _TRANSPOSED)
+    transposed = isinstance(layer, TRANSPOSED)
     computed = not isinstance(layer._parameters.get("weight"), Tensor) or "forward" in vars(layer) | vars(norm)
     fits = norm.running_mean is not None and not (transposed and layer.groups > 1) and not computed
     return fits and layer.weight.shape[int(transposed)] == norm.num_features and not (hooked(layer) or hooked(norm))
@@ -147,7 +144,7 @@ def folded(layer: Any, norm: Any, dtype: torch.dtype = torch.float64) -> tuple[T
     shift = 0 if norm.bias is None else norm.bias.to(dtype)
     bias = 0 if layer.bias is None else layer.bias.to(dtype)
     # The weight of a transposed convolution has the output channels in its second dimension.
-    outputs = int(isinstance(layer, _TRANSPOSED))
+    outputs = int(isinstance(layer, TRANSPOSED))
     weight = layer.weight.to(dtype) * scale.view(-1, *[1] * (layer.weight.dim() - 1 - outputs))
     return weight, (bias - mean) * scale + shift
 
@@ -179,7 +176,7 @@ class FoldedPairs:
         norms: list[Any] = [model.get_submodule(name) for name in self.norms]
         self._eps = [norm.eps for norm in norms]
         #: The dimension of the output channels in each weight.
-        self._outputs = [int(isinstance(model.get_submodule(name), _TRANSPOSED)) for name in self.layers]
+        self._outputs = [int(isinstance(model.get_submodule(name), TRANSPOSED)) for name in self.layers]
         ones = {f"{name}.weight": torch.ones(norm.num_features) for (_, name), norm in zip(pairs, norms, strict=True)}
         zeros = {
             f"{n}.bias": torch.zeros(norm.num_features) for pair, norm in zip(pairs, norms, strict=True) for n in pair
@@ -203,9 +200,8 @@ class FoldedPairs:
         centered = torch._foreach_sub(each(self.layers, "bias"), each(self.norms, "running_mean"))
         biases = torch._foreach_addcmul(each(self.norms, "bias"), centered, scales)
         weights = each(self.layers, "weight")
-        sizes = [-1, *[1] * 9]
         each_weight = zip(scales, weights, self._outputs, strict=True)
-        shaped = [one.view(*sizes[: weight.dim() - outputs]) for one, weight, outputs in each_weight]
+        shaped = [one.view(-1, *[1] * (weight.dim() - 1 - outputs)) for one, weight, outputs in each_weight]
         weights = list(torch._foreach_mul(weights, shaped))
         names = [f"{name}.{part}" for part in ("weight", "bias") for name in self.layers]
         return dict(zip(names, [*weights, *biases], strict=True))

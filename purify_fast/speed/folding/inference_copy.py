@@ -17,10 +17,9 @@ from ..._tensors import first_tensor, without_autocast
 from ...models.representation import Representation, evaluation_mode, without_recorders
 from ..draws import same_draws, shared_generators
 from ..watch import Watch, tensors_of
-from .batchnorm import FoldedPairs, fold_batchnorm
+from .batchnorm import TRANSPOSED, FoldedPairs, fold_batchnorm
 
 DTYPES = (torch.float32, torch.bfloat16)
-_TRANSPOSED = nn.modules.conv._ConvTransposeNd
 #: For batches below this size, PyTorch chooses another convolution algorithm on a CPU, so torch.compile makes another
 #: graph.
 SMALL_BATCH = 16
@@ -165,7 +164,7 @@ def prepare_for_inference(
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
     model.float()
     pairs = [] if plain else fold_batchnorm(model)
-    slower = dtype == torch.float32 and any(isinstance(one, _TRANSPOSED) for one in model.modules())
+    slower = dtype == torch.float32 and any(isinstance(one, TRANSPOSED) for one in model.modules())
     with same_draws(model):
         uses_channels_last = not (plain or slower) and convert_to_channels_last(model, image_shape)
     in_float32 = _see_images_in_float32(model, image_shape) if fine else []

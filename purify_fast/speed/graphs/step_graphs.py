@@ -30,6 +30,7 @@ from ..._compiler import EagerDispatchMode
 from ..._validation import CudaGraphs, check_literal
 from ...model_state import identity_key
 from ...protocols import CountsImages, PreparesReplay
+from ..draws import same_draws
 from ..memory import retry_when_memory_ends, same_draws_again
 from ..precision import raced_convolutions
 from .compiled_step import compiled_step, copies_in
@@ -286,17 +287,13 @@ def no_trace(device: torch.device) -> Iterator[None]:
     Autocast caches converted copies of weights until its outermost block ends. A graph would read these copies, which
     are not updated when the weights change.
     """
-    python, array = random.getstate(), np.random.get_state()
     cached = torch.is_autocast_cache_enabled()
-    devices = [device] if device.type == "cuda" else []
     try:
         torch.set_autocast_cache_enabled(False)
-        with torch.random.fork_rng(devices):
+        with same_draws(device=device):
             yield
     finally:
         torch.set_autocast_cache_enabled(cached)
-        random.setstate(python)
-        np.random.set_state(array)
 
 
 class _Crossings(EagerDispatchMode):
