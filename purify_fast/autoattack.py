@@ -26,12 +26,13 @@ from torch import Tensor
 from ._validation import NormName, check_counts, check_literal, read_norm
 from .attacks import APGD, FABT, Attack, AttackContext, Square, frozen
 from .attacks.arguments import check_eps
-from .attacks.attacked_model import SAMPLE, TRIED_CALLS, check_model, differ, draws_elsewhere
-from .attacks.gradient_copy import GradientCopies
+from .attacks.attacked_model import SAMPLE, TRIED_CALLS, check_model, draws_elsewhere
+from .attacks.gradient_copy import Copies
 from .attacks.sequence import AttackSequence
 from .evaluation.request.preparation import collect
 from .evaluation.request.subject import TRIED, device_of
 from .protocols import Classifier
+from .speed.agreement import differ
 from .speed.precision import whole_float32_by_default
 
 Version = Literal["standard", "plus", "rand", "custom"]
@@ -247,7 +248,7 @@ class AutoAttack:
                 draws_differ=is_random and draws > 1,
                 judge_draws=draws,
                 batch_size=size,
-                copies=GradientCopies(),
+                copies=Copies(some),
             )
             attacked = AttackSequence(model, x, y, context, device)
             judges = max(draws, JUDGES) if is_random else 1

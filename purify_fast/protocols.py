@@ -121,11 +121,11 @@ class OwnAttacks(Protocol):
 
 
 @runtime_checkable
-class Accelerates(Protocol):
-    """Can replace its parts by faster copies."""
+class CopiesItself(Protocol):
+    """Makes its own frozen copy, for `purify_fast.frozen_copy`."""
 
-    def accelerate(self, dtype: torch.dtype | None = ..., /) -> Any:
-        """Accelerate the object, and return it."""
+    def make_frozen_copy(self, dtype: torch.dtype, *, compile: bool, plain: bool) -> nn.Module:
+        """Make the copy, whose products are in ``dtype``; ``plain``: no folded BatchNorm, and no other layout."""
 
 
 @runtime_checkable

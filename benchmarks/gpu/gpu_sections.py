@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from purify_fast import zoo
-from purify_fast.attacks.gradient_copy import gradient_copy
+from purify_fast.attacks.gradient_copy import Copies
 from purify_fast.data import load_dataset, to_float
 from purify_fast.evaluation import EvaluateConfig, evaluate
 from purify_fast.models.classifiers import PreActResNet18
@@ -174,7 +174,7 @@ def _one_capture(context: Context, images: int, precision: Any) -> dict:
     device, runs = context.device, 2 if context.rehearsal else RUNS
     model = (PreActResNet18(width=4).eval() if context.rehearsal else classifier()).to(device)
     x = torch.rand(images, 3, 32, 32, device=device)
-    source = gradient_copy(model, x[:16], precision)
+    source = Copies(x).of(model, precision)
     step, state = _SignStep(source), {"point": x, "label": torch.arange(images, device=device) % 10}
     capture, on_gpu = CudaCapture(), device.type == "cuda"
     graphs = StepGraphs("always", capture=capture)

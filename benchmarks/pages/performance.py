@@ -68,8 +68,9 @@ ROWS = {
     "and training uses autocast, where a convolution is faster in bfloat16 than in float32.",
     "expert, compiled": "the expert's code under `torch.compile`: on a CPU in the default mode, on a GPU in the "
     "fastest mode. A step of an attack (forward pass, gradient and new point) is one compiled graph.",
-    "ours": "this package after `accelerate()`.",
-    "ours, compiled": "this package after `accelerate(compile=True)`.",
+    "ours": "this package: predictions and their gradients on a `frozen_copy`, and trainings in the faster precision.",
+    "ours, compiled": "the same with `frozen_copy(compile=True)`. Trainings compile their networks by "
+    "`torch.nn.Module.compile`.",
 }
 
 

@@ -39,7 +39,7 @@ from purify_fast._tensors import digest, weights_fingerprint
 from purify_fast.attacks import AttackContext, frozen
 from purify_fast.attacks.base import ThreatModel
 from purify_fast.attacks.engine.judge import Judge, has_fallen
-from purify_fast.attacks.gradient_copy import GradientCopies
+from purify_fast.attacks.gradient_copy import Copies
 from purify_fast.attacks.original_autoattack import implementation
 from purify_fast.attacks.sequence import AttackSequence
 from purify_fast.data import load_dataset, to_float
@@ -187,7 +187,7 @@ class Protocol:
             steps=steps,
             batch_size=BATCH,
             max_forward_batch=2 * BATCH if subject.random else None,
-            copies=GradientCopies(),
+            copies=Copies(subject.x),
         )
         attacked = AttackSequence(subject.model, subject.x, subject.y, context)
         for spec in specs:

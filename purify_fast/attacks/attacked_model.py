@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from .._tensors import repeat_batch
 from ..model_state import hidden_modules
 from ..protocols import Classifier, CountsImages, SharesDraws, draws_for_each_image, supports
+from ..speed.agreement import differ
 from .outputs import INSTEAD_OF_PROBABILITIES, are_probabilities, checked_logits
 
 Answer = TypeVar("Answer")
@@ -26,11 +27,6 @@ TRIED_IMAGES, TRIED_ROWS, TRIED_CALLS, FEWEST_DRAWS = 2, 8, 8, 64
 #: Draws of a call are taken as equal if they differ by less than this share of the difference between two calls.
 ALIKE = 0.01
 
-#: Two outputs of a model are taken as equal if no logit differs by more than SAME_SPREAD times the largest spread of an
-#: image's logits plus SAME_SIZE times the largest absolute logit.
-SAME_SPREAD = 1e-5
-#: About 16 times the rounding of float32.
-SAME_SIZE = 2e-6
 #: The number of images on which a model is tested before it is attacked.
 SAMPLE = 8
 
@@ -132,20 +128,6 @@ def gradient_to(leaf: Tensor, value: Tensor) -> Tensor | None:
         if "derivative for" in str(error) and "is not implemented" in str(error):
             return None
         raise
-
-
-def differ(first: Tensor, second: Tensor) -> bool:
-    """Tell whether two outputs ``[B, classes]`` differ by more than rounding, relative to the spread of the logits."""
-    if first.shape != second.shape:
-        return True
-    a, b = first.double(), second.double()
-    finite = a.isfinite() & b.isfinite()
-    if not bool(((a == b) | (a.isnan() & b.isnan()) | finite).all()):
-        return True
-    apart = (a - b).where(finite, 0.0).abs().max()
-    spread = (a.where(finite, -torch.inf).amax(1) - a.where(finite, torch.inf).amin(1)).max().clamp(min=0)
-    size = a.where(finite, 0.0).abs().max()
-    return bool(apart > SAME_SPREAD * spread + SAME_SIZE * size)
 
 
 def logits_of_draws(model: Classifier, x: Tensor, draws: int) -> Tensor:

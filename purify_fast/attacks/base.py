@@ -247,9 +247,9 @@ def source_of(model: Classifier, x: Tensor, precision: GradientPrecision, copies
     if precision == "float32" or (precision == "auto" and copies is None) or not len(x):
         return model
     # Attacks in float32 need none of what makes copies.
-    from .gradient_copy import COMPARED, gradient_copy
+    from .gradient_copy import Copies
 
-    return gradient_copy(model, x[:COMPARED], precision, copies)
+    return (Copies(x) if copies is None else copies).of(model, precision)
 
 
 def cost_of_ascents(attack: Any, context: AttackContext) -> int:

@@ -20,7 +20,7 @@ Aggregation = Literal["lse", "peel", "mean", "mean_sigmoid", "vote", "peel_refer
 
 
 def classifier_of(defence: HasClassifier) -> nn.Module:
-    """The classifier of a defence: its ``frozen_classifier``, which may be an accelerated copy, or ``classifier``."""
+    """The classifier of a defence: its ``frozen_classifier``, which may be a copy, or ``classifier``."""
     return defence.frozen_classifier if isinstance(defence, FrozenClassifier) else defence.classifier
 
 

@@ -19,6 +19,7 @@ from torch.utils._device import DeviceContext
 
 from ..ops.dispatch.gradient import first_order
 from ..ops.dispatch.registry import forced_backends, use_backend
+from ..speed.agreement import BFLOAT16
 from ..speed.memory import free_memory, same_draws_again
 
 Step = Callable[..., Tensor]
@@ -28,9 +29,9 @@ Keep = int | Literal["auto"]
 SHARE = 0.25
 #: "auto" measures the activations of the last of this many steps: the first may keep less than the others.
 MEASURED = 3
-#: A result that is computed again may differ by this share of the step's change, and by this many units of rounding of
-#: the largest value. A network in bfloat16 that is computed by another kernel differs by less, other draws by more.
-DIFFERENT, ROUNDED = 0.05, 64
+#: A result that is computed again may differ by the share BFLOAT16 of the step's change, and by this many units of
+#: rounding of the largest value. A network in bfloat16 differs by less under another kernel, other draws by more.
+ROUNDED = 64
 
 
 def checkpointed_steps(
@@ -181,7 +182,7 @@ def _differs(again: Tensor, before: Tensor, x: Tensor) -> Tensor:
         return torch.tensor(again.shape != before.shape)
     change = (before - x if before.shape == x.shape else before).abs().amax()
     rounding = torch.finfo(before.dtype).eps * before.abs().amax()
-    return (again - before).abs().amax() > DIFFERENT * change + ROUNDED * rounding
+    return (again - before).abs().amax() > BFLOAT16 * change + ROUNDED * rounding
 
 
 def _function_modes() -> list[Any]:

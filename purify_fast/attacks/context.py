@@ -59,7 +59,7 @@ class AttackContext:
             the place of an image. None stands for 64, or for the number of images if that is larger.
         counts_health: whether the attack counts faulty gradients and unmoved images.
         graphs: captures the steps of attacks as CUDA graphs, see `purify_fast.speed.StepGraphs`; None: no captures.
-        copies: a `GradientCopies`, which keeps the model's fast copies for the next attack; None: they are not kept.
+        copies: the `Copies` of an evaluation, which an attack with the precision "auto" attacks; None: the model.
 
     Raises:
         ValueError: a count that is not allowed.

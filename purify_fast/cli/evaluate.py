@@ -42,8 +42,8 @@ class Evaluate(ProcessOptions, DataCommand):
         images: Number of held-out images to attack. The seed chooses them; the numbers per class differ by at most 1.
             If the data set has fewer, all are attacked, and the report says so.
         precision: Precision of the computation. tf32: a GPU rounds the factors of products to 10 bits of mantissa.
-            bfloat16: the accelerated defence, whose logits differ slightly, because it rounds numbers to 8 bits. The
-            report names the precision.
+            bfloat16: a frozen copy of the defence, whose logits differ slightly, because it rounds numbers to 8 bits.
+            The report names the precision.
         out: Folder of the report. Default: FOLDER/evaluation, or runs/zoo/NAME/evaluation, or for your own model
             runs/own/MODULE.FUNCTION/evaluation, where MODULE includes the folder of the file.
     """
@@ -125,16 +125,19 @@ class Evaluate(ProcessOptions, DataCommand):
         return model, base
 
     def prepared(self, images: DataSet) -> tuple[Classifier, nn.Module | None]:
-        """Load the models, accelerated if --precision asks for it."""
+        """Load the models; a frozen copy of the defence if --precision asks for it."""
         import torch
 
+        from ..data import to_float
         from ..defences.base import Defence
+        from ..speed.frozen_copy import frozen_copy
 
         model, base = self.loaded(images)
         if self.precision in ("bfloat16", "auto"):
             if not isinstance(model, Defence):
                 raise ValueError(f"--precision {self.precision} is only for defences of this package")
-            model.accelerate(torch.bfloat16 if self.precision == "bfloat16" else "auto")
+            dtype: Any = torch.bfloat16 if self.precision == "bfloat16" else "auto"
+            model = frozen_copy(model, to_float(images.x_test[:8]), dtype=dtype)
         return model, base
 
     def behind(self, folder: Path, images: DataSet) -> nn.Module:

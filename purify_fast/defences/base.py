@@ -1,30 +1,33 @@
-"""The base class of this package's defences: a purifier in front of a frozen classifier. Both can be accelerated."""
+"""The base class of this package's defences: a purifier in front of a frozen classifier."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import logging
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .._compiler import is_compiled
-from .._tensors import check_floating, dtype_of, first_tensor, write_stamp
+from .._tensors import check_floating, dtype_of, first_tensor
 from ..models.representation import Representation
 from ..ops.aggregate import aggregate
-from ..speed.folding.inference_copy import Accelerated, autocast_to, convert_to_channels_last
-from ..speed.processor import fast_bfloat16
-from ..speed.watch import can_read_values, tensors_of
+from ..speed.draws import shared_generators
+from ..speed.folding.batchnorm import fold_batchnorm
+from ..speed.folding.inference_copy import (
+    CopiedWeights,
+    InferenceCopy,
+    autocast_to,
+    convert_to_channels_last,
+    prepare_for_inference,
+)
+from ..speed.followed import Followed, keeps_its_mode
 from .stochastic import StochasticDefence, majority
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-logger = logging.getLogger("purify_fast")
 
 
 class Defence(StochasticDefence):
@@ -42,7 +45,8 @@ class Defence(StochasticDefence):
         image_shape: shape (C, H, W) of an image.
 
     Attributes:
-        fast: the inference copies of an accelerated defence; None without acceleration.
+        compute_dtype: in a copy, the dtype of the products of classifier and purifier; None otherwise.
+        about: a line that says what a frozen copy is; empty otherwise.
 
     Raises:
         ValueError: the classifier is compiled or an ``nn.DataParallel``, or image_shape is not three sizes of at least
@@ -54,15 +58,16 @@ class Defence(StochasticDefence):
     aggregation: str = "lse"
     #: The reader of the classifier's representation, for a defence that uses the outputs of some of its layers.
     representation: Representation | None = None
-    #: The methods that ``accelerate(compile=True)`` compiles, by name. Each maps tensors ``[B, ...]`` to a tensor.
-    compiled_parts: ClassVar[tuple[str, ...]] = ()
-    not_dependencies = frozenset({"bank"})
+    compute_dtype: torch.dtype | None = None
+    about: str = ""
+    not_dependencies = frozenset({"bank", "_followed", "_copied", "_warned"})
 
     def __init__(self, classifier: nn.Module, image_shape: tuple[int, int, int]):
         super().__init__()
-        self.fast: Accelerated | None = None
-        # A hook also runs when a larger module loads its state dict, unlike an override of `load_state_dict`.
-        self.register_load_state_dict_post_hook(_make_copies_again)  # type: ignore[no-untyped-call]
+        self._followed: Followed | None = None
+        #: In a frozen copy: the weights that it reads from each part of the defence, by the name of the part.
+        self._copied: list[tuple[str, CopiedWeights]] = []
+        self._warned = False
         refuse_wrapped("classifier", classifier)
         image_shape = tuple(int(size) for size in image_shape)  # type: ignore[assignment]
         if len(image_shape) != 3 or min(image_shape) < 1:
@@ -89,22 +94,19 @@ class Defence(StochasticDefence):
 
     @property
     def classifier_dtype(self) -> torch.dtype:
-        """The dtype of the classifier's weights, which may differ from `purifier_dtype`."""
-        return dtype_of(self.classifier)
+        """The dtype of the classifier's inputs: that of its weights, or float32 in a copy."""
+        return dtype_of(self.classifier) if self.compute_dtype is None else torch.float32
 
     @property
     def frozen_classifier(self) -> nn.Module:
-        """The classifier without the purifier, or its accelerated copy. It takes and returns float32 in any case."""
-        if self.fast is not None:
-            return self.fast.classifier
+        """The classifier without the purifier, or its copy in a copy. It takes and returns float32 in any case."""
         return self.classifier if self.classifier_dtype == torch.float32 else _Float32Borders(self.classifier)
 
     def classify(self, images: Tensor) -> Tensor:
         """Classify purified images ``[B, K, C, H, W]`` in a single batch: logits ``[B, K, classes]``, float32."""
         flat = images.flatten(0, 1)
         flat = flat if self.classifier_uses_channels_last else flat.contiguous()
-        logits = self.classifier(flat.to(self.classifier_dtype)) if self.fast is None else self.fast.classifier(flat)
-        return logits.float().unflatten(0, images.shape[:2])
+        return self.classifier(flat.to(self.classifier_dtype)).float().unflatten(0, images.shape[:2])
 
     def purify(self, x: Tensor, draws: int = 1) -> Tensor:
         """Return ``draws`` sets of K purified images in [0, 1], ``[B, draws * K, C, H, W]``. ``x`` gets a gradient."""
@@ -130,115 +132,102 @@ class Defence(StochasticDefence):
         return aggregate(logits, self.aggregation)
 
     def check_images(self, x: Tensor) -> None:
-        """Refuse an ``x`` that has no floating-point images of the defence's shape, and update the copies."""
+        """Refuse an ``x`` that has no floating-point images of the defence's shape. A frozen copy follows its model."""
         check_floating(x=x)
         if x.dim() != 4 or tuple(x.shape[1:]) != self.image_shape:
             raise ValueError(f"x must be [B, {', '.join(map(str, self.image_shape))}], got {list(x.shape)}")
-        if self.fast is not None and can_read_values(x.device) and self.fast.outdated():
-            self.refresh()
+        if not torch.compiler.is_compiling():
+            self.prepare_replay()
 
-    def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-        """The autocast context in which the purifier computes."""
-        if self.fast is None or self.purifier_dtype != torch.float32:
-            return contextlib.nullcontext()
-        return autocast_to(device, self.fast.dtype)
+    def _products(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        """The context in which the parts compute: in a copy, their products are in `compute_dtype`."""
+        return contextlib.nullcontext() if self.compute_dtype is None else autocast_to(device, self.compute_dtype)
 
-    def _run_part(self, part: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """Call a method in its compiled form, if any, except in training mode: its padding would change BatchNorms."""
-        if self.fast is None or self.training:
-            return part(*inputs)
-        return self.fast.run(part, *inputs)
+    # -- copies -------------------------------------------------------------------------------------------------------
 
-    @property
-    def computes_in_bfloat16(self) -> bool:
-        """Tell whether the defence is accelerated in bfloat16."""
-        return self.fast is not None and self.fast.dtype == torch.bfloat16
+    @torch.inference_mode(False)
+    def computing_in(self, dtype: torch.dtype, *, compile: bool = False, plain: bool = False) -> Self:
+        """Make a defence with the same purifier and a copied classifier, which computes its products in ``dtype``.
 
-    # -- speed --------------------------------------------------------------------------------------------------------
-
-    def accelerate(self, dtype: torch.dtype | Literal["auto"] | None = "auto", *, compile: bool = False) -> Self:
-        """Make predictions, attacks and trainings of the defence faster, and return the defence itself.
-
-        The classifier is replaced by inference copies, whose BatchNorms are folded and whose products are computed in
-        ``dtype``. The purifier also computes its products in ``dtype``. Its weights, BatchNorm statistics and losses
-        remain float32. Between the parts, images, condition, latents and logits are float32. With bfloat16, layers
-        round the images to the 8 significant bits of bfloat16.
-
-        The copies follow the weights of the classifier. Only writes through ``.data`` need a call of `refresh`.
+        Trainings of the purifier use it. The weights, BatchNorm statistics and losses of the purifier remain float32.
+        Between the parts, images, condition, latents and logits are float32. With bfloat16, layers round the images to
+        the 8 significant bits of bfloat16.
 
         Args:
-            dtype: ``torch.bfloat16``, or ``torch.float32`` to fold BatchNorms only, or None to end the acceleration.
-                "auto" is bfloat16 where the processor or card multiplies faster in it, or else float32.
-            compile: whether to compile the classifier and the parts of the purifier with `torch.compile`, each once for
-                all batch sizes. In training mode, the purifier's compiled parts are not used.
+            dtype: ``torch.float32`` or ``torch.bfloat16``.
+            compile: whether to compile the classifier.
+            plain: whether no BatchNorm is folded, and the layout of the weights remains.
 
         Raises:
-            ValueError: the dtype is not allowed.
+            ValueError: the dtype is not allowed, or the purifier is not in float32.
         """
-        if dtype == "auto":
-            dtype = torch.bfloat16 if fast_bfloat16(first_tensor(self.classifier).device) else torch.float32
-            logger.info("%s computes its products in %s", type(self).__name__, dtype)
-        # If this fails, for example because memory runs out, the earlier copies remain in use.
-        self.fast = None if dtype is None else self._make_copies(dtype, compile)
-        return self
+        if self.purifier_dtype != torch.float32:
+            raise ValueError(f"the purifier must be in float32, got {self.purifier_dtype}: call .float() first")
+        other = copy.copy(self)
+        other._modules, other._buffers, other._kept_ids = dict(self._modules), dict(self._buffers), {}
+        other.compute_dtype, memo = dtype, shared_generators(self.classifier)
+        other.classifier = InferenceCopy(self.classifier, self.image_shape, dtype, compile, plain=plain)
+        other._copied = [("classifier", other.classifier._weights)]
+        if self.representation is not None:
+            other.representation = copy.deepcopy(self.representation, memo)
+            # It is registered, so it moves with the copy.
+            other.reader = other.representation.model.eval()
+            pairs, _ = prepare_for_inference(other.reader, self.image_shape, dtype, plain=plain)
+            other._copied.append(("classifier", CopiedWeights(other.reader, pairs)))
+        return other
 
-    def refresh(self) -> None:
-        """Make the inference copies of an accelerated defence again, from the current weights."""
-        if self.fast is not None:
-            self.fast = self._make_copies(self.fast.dtype, self.fast.compile)
+    @torch.inference_mode(False)
+    def make_frozen_copy(self, dtype: torch.dtype, *, compile: bool = False, plain: bool = False) -> Self:
+        """Make a frozen copy, see `purify_fast.frozen_copy`, which calls this method and compares the copy."""
+        other = copy.deepcopy(self, shared_generators(self)).computing_in(dtype, compile=compile, plain=plain)
+        other.eval().requires_grad_(False)
+        classifier: Any = other.classifier
+        folded = classifier.folded
+        for name, part in other.named_children():
+            if name not in ("classifier", "reader"):
+                pairs = [] if plain else fold_batchnorm(part)
+                folded += len(pairs)
+                other._copied.append((name, CopiedWeights(part, pairs)))
+                if compile:
+                    part.compile()
+        other._followed = Followed(self)
+        compiled = ", compiled" if compile else ""
+        name = type(self).__name__
+        other.about = f"{name} in {dtype}, {folded} folded BatchNorms{compiled}".replace("torch.", "")
+        return other
 
-    def _make_copies(self, dtype: torch.dtype, compile: bool) -> Accelerated:
-        parts = tuple(getattr(self, name) for name in self.compiled_parts)
-        reader, shape = self.representation, self.image_shape
-        fast = Accelerated(self.classifier, shape, dtype, compile=compile, reader=reader, parts=parts)
-        self._update_packed(fast)
-        return fast
+    def update(self) -> None:
+        """Let a frozen copy read the weights of its model again. A call after a write through ``.data`` is needed.
+
+        Raises:
+            ValueError: names, shapes or the sharing of the model's tensors have changed.
+        """
+        model = None if self._followed is None else self._followed.read()
+        if model is not None:
+            for name, weights in self._copied:
+                weights.read(model.get_submodule(name))
+
+    def take_noise(self) -> None:
+        """Let a frozen copy draw as its model does now: fresh, within `fixed_noise`, or within `deterministic`."""
+        model: Any = None if self._followed is None else self._followed.read()
+        if model is not None:
+            self._noise, self._noise_ids = model._noise, model._noise_ids
+            self._noise_seed.copy_(model._noise_seed)
 
     def prepare_replay(self) -> None:
-        """If weights that are packed for a kernel have changed, pack them again into the same memory."""
-        if self.fast is not None:
-            self._update_packed(self.fast)
+        """Let a frozen copy follow its model before a prediction, or before a captured step is replayed."""
+        if self._followed is not None and self._followed.changed():
+            self.update()
 
-    def _update_packed(self, fast: Accelerated) -> None:
-        weight = self._weight_to_pack()
-        if fast.dtype != torch.bfloat16 or weight is None:
-            return
-        if fast.packed is None or fast.packed_from != write_stamp(weight):
-            # Attacks differentiate through the packed part, and autograd refuses tensors from inference mode.
-            with torch.inference_mode(False), torch.no_grad():
-                packed = self._pack()
-                if fast.packed is None:
-                    fast.packed = packed
-                else:
-                    # Captured steps read the memory of the earlier packed part, so it gets the new weights.
-                    for (_, old), (_, new) in zip(tensors_of(fast.packed), tensors_of(packed), strict=True):
-                        old.copy_(new)
-            fast.packed_from = write_stamp(weight)
-
-    def _weight_to_pack(self) -> Tensor | None:
-        """A weight of the part that `_pack` packs for a kernel; None if no part can be packed, as in training."""
-        return None
-
-    def _pack(self) -> Any:
-        """Pack a part with its current weights: a module whose parameters and buffers are the packed weights."""
-        raise NotImplementedError
-
-    # -- moves, files, modes ------------------------------------------------------------------------------------------
-
-    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Self:
-        """Let ``to``, ``cuda`` and ``cpu`` also move the inference copies, whose dtype does not change."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.fast is not None:
-            self.fast.to(first_tensor(self.classifier).device)
-        return self
+    # -- modes --------------------------------------------------------------------------------------------------------
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode of the purifier. The classifier always remains in evaluation mode."""
+        """Set the mode of the purifier. The classifier always remains in evaluation mode, and so does a frozen copy."""
+        if self._followed is not None:
+            self._warned = keeps_its_mode(mode, self._warned)
+            return self
         super().train(mode)
         self.classifier.eval()
-        if mode and self.fast is not None:
-            # From now on, weights and BatchNorm statistics may change, so the next use must pack them again.
-            self.fast.packed_from = None
         return self
 
 
@@ -261,8 +250,3 @@ class _Float32Borders(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.classifier(images.to(self.dtype)).float()
-
-
-def _make_copies_again(defence: Defence, keys: object) -> None:
-    """Refresh the inference copies after weights were loaded."""
-    defence.refresh()

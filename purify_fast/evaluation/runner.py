@@ -38,7 +38,7 @@ from .request.preparation import (
     facts,
     note_of_modes,
     read_attacks,
-    refresh_copies,
+    update_copies,
     warn_of_probabilities,
 )
 from .request.published import authors_attacks
@@ -155,7 +155,7 @@ def evaluate(
             stack.enter_context(raced_convolutions(config.cudnn_benchmark, device))
             modes = note_of_modes(model, name)
             stack.enter_context(frozen(model))
-            refresh_copies(model, base, *(spec.other_model for spec in given))
+            update_copies(model, base, *(spec.other_model for spec in given))
             judging: dict[str, Any] = {each: getattr(config, each) for each in ("n_eval", "predict", "seed")}
             subject = Subject(model, images, labels, batch_size=config.images_together, draws=draws, **judging)
             if config.batch_size == "auto":
@@ -209,7 +209,7 @@ def evaluate(
 def _context(config: EvaluateConfig, subject: Subject, ball: ThreatModel) -> AttackContext:
     """The settings of the attacks."""
     # An evaluation only hands these to the attacks, which take fast copies and captured steps from them.
-    from ..attacks.gradient_copy import GradientCopies
+    from ..attacks.gradient_copy import Copies
     from ..speed.graphs.step_graphs import StepGraphs
 
     draws, share, votes, most = 5, 1.0, 1, config.max_forward_batch
@@ -232,7 +232,7 @@ def _context(config: EvaluateConfig, subject: Subject, ball: ThreatModel) -> Att
         batch_size=config.images_together,
         max_forward_batch=most,
         graphs=StepGraphs(config.cuda_graphs),
-        copies=GradientCopies(),
+        copies=Copies(subject.sample_images()),
     )
 
 

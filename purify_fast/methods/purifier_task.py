@@ -22,15 +22,16 @@ class PurifierTask(MethodTask, Generic[D]):
     """Trains the purifier of a defence. The classifier is frozen."""
 
     def __init__(self, defence: D, config: Any, origin: str):
+        if defence.compute_dtype is not None:
+            raise ValueError("defence must not be a frozen copy, whose weights do not change: give the defence itself")
         super().__init__(config, defence)
         config = self.config
         self.defence, self.origin = defence, origin
         self.model = defence
         self.classifier = weights_fingerprint(defence.classifier)
-        # `accelerate` would discard compiled parts, so it is not called for a defence that has this precision already
-        if (config.precision == "bfloat16") != defence.computes_in_bfloat16:
-            defence.accelerate(torch.bfloat16 if config.precision == "bfloat16" else None)
         defence.classifier.requires_grad_(False)
+        #: The defence that a step computes with: ``defence``, or with bfloat16 a copy with the same purifier.
+        self.trained = defence.computing_in(torch.bfloat16) if config.precision == "bfloat16" else defence
 
     @property
     def result(self) -> D:
@@ -46,9 +47,9 @@ class PurifierTask(MethodTask, Generic[D]):
         facts = {"classifier": self.classifier, "precision": self.config.precision, "task": self.name}
         return facts | {name: value for name, value in asdict(attack).items() if name not in ("eps", "eps_warmup")}
 
-    def finish(self) -> None:
-        super().finish()
-        self.defence.refresh()
+    def train(self) -> None:
+        self.trained.train()
+        super().train()
 
     def check(self, shape: tuple[int, ...], classes: int) -> None:
         if tuple(shape) != self.defence.image_shape:

@@ -4,10 +4,10 @@ import ctypes
 import sys
 
 from .folding.batchnorm import fold_batchnorm
-from .folding.inference_copy import Accelerated, CompiledRegion, InferenceCopy
+from .folding.inference_copy import InferenceCopy
 from .graphs.step_graphs import StepGraphs
 
-__all__ = ["Accelerated", "CompiledRegion", "InferenceCopy", "StepGraphs", "fold_batchnorm", "retain_freed_memory"]
+__all__ = ["InferenceCopy", "StepGraphs", "fold_batchnorm", "retain_freed_memory"]
 
 #: The numbers of two settings of glibc's allocator (malloc.h).
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3

@@ -1,20 +1,45 @@
-"""Compare a fast copy of a model with the model itself, by their logits and their input gradients."""
+"""Tell whether two computations of the same numbers agree up to rounding, in one of three strengths."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-#: The limit for errors in a copy's logits. The gap of a class is the logit of the predicted class minus the logit of
-#: this class. The copy's gap may differ from the model's gap by this share of the model's gap. If the model's gap is
-#: small, the limit is this share of the median gap of the class with the fourth highest logit (see `same_logits`).
-TOLERANCE = 0.1
-#: A copy is used only if the cosine between its input gradient and its model's input gradient is at least this number.
-LEAST_COSINE = 0.8
+#: The strengths: the largest error as a share of the largest value or of the spread of an image's logits. REPEATED: for
+#: the same operations again. FLOAT32: for sums in another order, or with folded layers. BFLOAT16: for products in
+#: bfloat16, or by a kernel that the shape of the batch has chosen.
+REPEATED, FLOAT32, BFLOAT16 = 1e-5, 1e-3, 0.05
+#: The least cosine between two gradients.
+COSINE = {FLOAT32: 0.999, BFLOAT16: 0.8}
+#: The rounding of the logits themselves in float32, about 16 units, as a share of the largest absolute logit.
+SAME_SIZE = 2e-6
+
+
+def differ(first: Tensor, second: Tensor) -> bool:
+    """Tell whether two outputs ``[B, classes]`` of a model differ by more than the rounding REPEATED."""
+    return first.shape != second.shape or bool(apart(first, second, REPEATED, together=True).any())
+
+
+def apart(one: Tensor, other: Tensor, strength: float, together: bool = False) -> Tensor:
+    """Tell which images have logits that differ by more than rounding, bool ``[B]``.
+
+    ``together``: the largest spread and size of all images count for each of them.
+    """
+    one, other = one.double(), other.double()
+    same, finite = (one == other) | (one.isnan() & other.isnan()), one.isfinite()
+    spread = (one.where(finite, -torch.inf).amax(1) - one.where(finite, torch.inf).amin(1)).clamp(min=0)
+    size = one.where(finite, 0.0).abs().amax(1)
+    spread, size = (spread.max(), size.max()) if together else (spread, size)
+    return (~same & ~((one - other).abs() <= (strength * spread + SAME_SIZE * size).view(-1, 1))).any(1)
 
 
 def same_logits(got: Tensor, want: Tensor) -> bool:
-    """Tell whether a copy has the logits ``[B, classes]`` of its model, up to a constant for each image."""
+    """Tell whether a copy in bfloat16 has the logits ``[B, classes]`` of its model, up to a constant for each image.
+
+    The gap of a class is the logit of the predicted class minus the logit of this class. Each gap may have twice the
+    error BFLOAT16, because it is a difference of two logits. If a gap is small, the error is a share of the median gap
+    of the class with the fourth highest logit.
+    """
     if want.shape != got.shape or not bool(got.isfinite().all()):
         return False
     # Measure the gap from the first to the fourth class, because targeted DLR reads the four highest logits. With fewer
@@ -23,13 +48,12 @@ def same_logits(got: Tensor, want: Tensor) -> bool:
     top = want.argmax(1, keepdim=True)
     behind, its_own = (logits.gather(1, top) - logits for logits in (want, got))
     # Each class has its own limit: a class with a very low logit would allow large errors in all others.
-    allowed = TOLERANCE * behind.clamp_min((leading[:, 0] - leading[:, -1]).median())
+    allowed = 2 * BFLOAT16 * behind.clamp_min((leading[:, 0] - leading[:, -1]).median())
     return bool(((its_own - behind).abs() <= allowed).all())
 
 
-def same_direction(got: Tensor, want: Tensor, cosine: float = LEAST_COSINE) -> bool:
+def same_direction(got: Tensor, want: Tensor, strength: float = BFLOAT16) -> bool:
     """Tell whether two gradients have nearly the same direction. A gradient of 0 or NaN agrees with any other."""
     size = want.norm()
-    if not (bool(size.isfinite()) and bool(size > 0)):
-        return True
-    return bool(torch.dot(want.flatten(), got.flatten()) >= cosine * size * got.norm())
+    counts = bool(size.isfinite()) and bool(size > 0)
+    return not counts or bool(torch.dot(want.flatten(), got.flatten()) >= COSINE[strength] * size * got.norm())

@@ -5,17 +5,19 @@ from __future__ import annotations
 import copy
 import traceback
 import warnings
-import weakref
-from collections.abc import Callable, Hashable
-from typing import Any, Literal
+from collections.abc import Hashable
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from .._compiler import is_compiled
-from .agreement import same_direction, same_logits
+from ..protocols import CopiesItself, Purifies, supports
+from .agreement import BFLOAT16, FLOAT32, same_direction, same_logits
 from .draws import same_draws, shared_generators
 from .folding.inference_copy import DTYPES, InferenceCopy
+from .followed import Followed, keeps_its_mode
+from .frozen_weights import images_only
 from .processor import fast_bfloat16
 from .watch import FEWEST_WEIGHTS, matrix_weights, tensors_of
 
@@ -23,12 +25,9 @@ Dtype = torch.dtype | Literal["auto"]
 
 #: The number of images on which a copy is compared with its model.
 COMPARED = 8
-#: The largest error of the logits of a copy in float32, as a share of the largest logit, and the least cosine of its
-#: gradient.
-ERROR, COSINE = 1e-3, 0.999
 
 
-def frozen_copy(model: nn.Module, x: Tensor, *, dtype: Dtype = "auto", compile: bool = False) -> FrozenCopy:
+def frozen_copy(model: nn.Module, x: Tensor, *, dtype: Dtype = "auto", compile: bool = False) -> nn.Module:
     """Make a frozen copy of a model, for predictions and attacks that need gradients of the images only.
 
     The copy is compared with the model once, on up to 8 images of ``x``: their logits, and the direction of their
@@ -36,19 +35,29 @@ def frozen_copy(model: nn.Module, x: Tensor, *, dtype: Dtype = "auto", compile: 
 
     Args:
         model: module from images ``[B, C, H, W]`` to logits ``[B, classes]``. It is not changed or called; a copy of it
-            is. For ``DistributedDataParallel`` the module inside is copied.
+            is. For ``DistributedDataParallel`` the module inside is copied. A defence of this package makes its own
+            copy (`purify_fast.defences.Defence.make_frozen_copy`).
         x: an example batch of images ``[B, C, H, W]``, floating point, on the device of the model.
         dtype: dtype of the products, ``torch.float32`` or ``torch.bfloat16``. "auto" is bfloat16 where the device
-            multiplies faster in it and the model has enough weights, or else float32.
+            multiplies faster in it and the model has enough weights or is a defence, or else float32.
         compile: whether to compile the copy by `torch.compile`, and whole steps of this package's attacks on it.
 
     Returns:
-        The copy.
+        A `FrozenCopy`; for a defence of this package, a defence of the same class.
 
     Raises:
-        TypeError: the model is no module in eager mode, or a defence of this package.
+        TypeError: the model is no module in eager mode, or a frozen copy itself.
         ValueError: x is no batch of images, or the dtype is not allowed.
     """
+    made, same = _compared(model, x, dtype, compile)
+    if not same:
+        text = f"{type(model).__name__} and its plain copy give other logits for the same images and random numbers"
+        warnings.warn(f"{text}, so the copy could not be compared with it", RuntimeWarning, stacklevel=2)
+    return made
+
+
+def _compared(model: nn.Module, x: Tensor, dtype: Dtype, compile: bool) -> tuple[nn.Module, bool]:
+    """Make a copy in the first form that agrees with the model, or in the last form. Tell whether it agrees."""
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
     _check(model, x, dtype)
@@ -66,9 +75,11 @@ def frozen_copy(model: nn.Module, x: Tensor, *, dtype: Dtype = "auto", compile: 
         forms = list(dict.fromkeys([(dtype, False), (torch.float32, False), (torch.float32, True)]))
         for (each, plain), following in zip(forms, [*forms[1:], None], strict=True):
             try:
-                made = FrozenCopy(model, shape, each, compile=compile, plain=plain)
+                # A model may draw random numbers while it is copied.
+                with same_draws(model):
+                    made = _made(model, shape, each, compile=compile, plain=plain)
                 if _agree(_answers(made, x), want, each):
-                    return made
+                    return made, True
                 reason = "it gives other logits or gradients than the model"
             except Exception as error:
                 # A user's module may raise any error when it is traced, converted, compiled or run in another dtype.
@@ -80,15 +91,21 @@ def frozen_copy(model: nn.Module, x: Tensor, *, dtype: Dtype = "auto", compile: 
             if following is not None:
                 simpler = "without folded BatchNorms, in float32" if following[1] else "in float32"
                 text = f"the frozen copy of {name} in {each} is not used: {reason}. It is made {simpler} instead"
-                warnings.warn(f"{text}; dtype=torch.float32 asks for float32 at once", RuntimeWarning, stacklevel=2)
-    text = f"{name} and its plain copy give other logits for the same images and random numbers"
-    warnings.warn(f"{text}, so the copy could not be compared with it", RuntimeWarning, stacklevel=2)
-    return made
+                warnings.warn(f"{text}; dtype=torch.float32 asks for float32 at once", RuntimeWarning, stacklevel=3)
+    return made, False
 
 
 def auto_dtype(model: nn.Module, device: torch.device) -> torch.dtype:
     """The dtype of products that "auto" means for a model on a device."""
-    return torch.bfloat16 if fast_bfloat16(device) and matrix_weights(model) >= FEWEST_WEIGHTS else torch.float32
+    # A defence makes many samples of an image, so bfloat16 is faster even with few weights.
+    large = supports(model, CopiesItself) or matrix_weights(model) >= FEWEST_WEIGHTS
+    return torch.bfloat16 if large and fast_bfloat16(device) else torch.float32
+
+
+def _made(model: Any, shape: tuple[int, ...], dtype: torch.dtype, *, compile: bool, plain: bool) -> nn.Module:
+    if supports(model, CopiesItself):
+        return cast(nn.Module, model.make_frozen_copy(dtype, compile=compile, plain=plain))
+    return FrozenCopy(model, shape, dtype, compile=compile, plain=plain)
 
 
 class FrozenCopy(InferenceCopy):
@@ -103,15 +120,13 @@ class FrozenCopy(InferenceCopy):
         about: a line that says what the copy is.
     """
 
-    not_dependencies = frozenset({"_followed", "_refs", "_stamps", "_slots", "_layout", "_warned"})
+    not_dependencies = frozenset({"_followed", "_warned"})
 
     def __init__(self, model: nn.Module, image_shape: tuple[int, ...], dtype: torch.dtype, compile: bool, plain: bool):
-        super().__init__(model, image_shape, dtype, compile, plain=plain)
+        fine = dtype == torch.bfloat16
+        super().__init__(model, image_shape, dtype, compile, fine=fine, plain=plain)
         self.training = self._warned = False
-        self._followed: Callable[[], nn.Module | None] = weakref.ref(model)
-        self._layout = _layout(model)
-        self._slots = [vars(part)[group] for part in model.modules() for group in _GROUPS]
-        self._refs, self._stamps = self._look()
+        self._followed = Followed(model)
         layout = "channels_last" if self.uses_channels_last else "its own memory format"
         compiled = ", compiled" if compile else ""
         name = type(model).__name__
@@ -125,7 +140,7 @@ class FrozenCopy(InferenceCopy):
 
     def prepare_replay(self) -> None:
         """Follow the model before a captured or compiled step runs, which does not call `forward`."""
-        if self._stamps != self._look()[1]:
+        if self._followed.changed():
             self.update()
 
     def compiled_steps(self) -> dict[Hashable, Any] | None:
@@ -138,71 +153,17 @@ class FrozenCopy(InferenceCopy):
         Raises:
             ValueError: names, shapes or the sharing of the model's tensors have changed.
         """
-        model = self._followed()
-        if model is None:
-            return
-        if (now := _layout(model)) != self._layout:
-            other = sorted({name for name, *_ in {*now} ^ {*self._layout}})
-            raise ValueError(
-                f"the tensors of {type(model).__name__} have other names, shapes or sharing than when its frozen copy "
-                f"was made ({', '.join(other[:4])}): make a new one with purify_fast.frozen_copy(model, x)"
-            )
-        self.refresh(model)
-        # A part may have been replaced by another one with equal names and shapes.
-        self._slots = [vars(part)[group] for part in model.modules() for group in _GROUPS]
-        self._refs, self._stamps = self._look()
+        model = self._followed.read()
+        if model is not None:
+            self.refresh(model)
 
     def train(self, mode: bool = True) -> FrozenCopy:
         """Change nothing. Attacks of other packages call this method; the first call with ``mode=True`` warns."""
-        if mode and not self._warned:
-            self._warned = True
-            text = "a frozen copy keeps its mode: train() changes nothing. Call train() on the model itself"
-            warnings.warn(text, RuntimeWarning, stacklevel=2)
+        self._warned = keeps_its_mode(mode, self._warned)
         return self
 
     def extra_repr(self) -> str:
         return self.about
-
-    def _look(self) -> tuple[list[Any], list[Any]]:
-        """Return weak references to the model's parts and tensors, and stamps: their ids, counts of writes, addresses.
-
-        A new object may get the id and the address of one that is gone. A reference that is kept has its id alone.
-        """
-        if self._followed() is None:
-            return [], []
-        tensors, refs = list[Tensor](), list[Any]()
-        for held in self._slots:
-            if held:
-                refs += [weakref.ref(one) for one in held.values() if one is not None]
-                tensors += [one for one in held.values() if isinstance(one, Tensor)]
-        versions = [-1 if one.is_inference() else one._version for one in tensors]
-        return refs, [list(map(id, refs)), versions, [one.data_ptr() for one in tensors]]
-
-    def __getstate__(self) -> dict[str, Any]:
-        state: dict[str, Any] = vars(self)
-        return {**state, "_followed": _nothing, "_slots": [], "_refs": [], "_stamps": []}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> FrozenCopy:
-        # A copy in memory follows the same model.
-        kept = {"_followed": self._followed, "_slots": self._slots, "_refs": self._refs, "_stamps": self._stamps}
-        other = FrozenCopy.__new__(FrozenCopy)
-        memo[id(self)] = other
-        vars(other).update(copy.deepcopy(self.__getstate__(), memo) | kept)
-        return other
-
-
-#: The dictionaries in which a module holds its tensors and parts.
-_GROUPS = ("_parameters", "_buffers", "_modules")
-
-
-def _nothing() -> None:
-    return None
-
-
-def _layout(model: nn.Module) -> list[tuple[str, torch.Size, int]]:
-    """The names and shapes of a model's tensors, each with the number of its first place."""
-    first = dict[int, int]()
-    return [(name, one.shape, first.setdefault(id(one), len(first))) for name, one in tensors_of(model)]
 
 
 def _check(model: nn.Module, x: Tensor, dtype: Dtype) -> None:
@@ -213,11 +174,8 @@ def _check(model: nn.Module, x: Tensor, dtype: Dtype) -> None:
         raise TypeError("model must not be an nn.DataParallel: give model.module, and run one process per GPU")
     if is_compiled(model):
         raise TypeError("model must not be compiled: give model._orig_mod, and write frozen_copy(..., compile=True)")
-    if isinstance(model, FrozenCopy):
+    if isinstance(getattr(model, "_followed", None), Followed):
         raise TypeError("model must not be a frozen copy itself: use this copy")
-    if callable(getattr(model, "accelerate", None)):
-        advice = "write copy.deepcopy(defence).accelerate()"
-        raise TypeError(f"model must not be a defence of this package, got {name}: {advice}")
     if not isinstance(x, Tensor) or x.dim() != 4 or not len(x) or not x.is_floating_point():
         got = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"x must be a batch of images [B, C, H, W], floating point, got {got}")
@@ -227,8 +185,21 @@ def _check(model: nn.Module, x: Tensor, dtype: Dtype) -> None:
         raise ValueError(f"model must have weights or buffers, got {name} without any: a copy would not be faster")
 
 
-def _answers(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return logits and the image gradient of a fixed combination of them; the random generators are restored."""
+class _Answers(NamedTuple):
+    logits: Tensor
+    gradient: Tensor
+    purified: Tensor
+
+
+def _answers(model: Any, x: Tensor) -> _Answers:
+    """Return the logits, the image gradient of a fixed combination of them, and the purified images of a defence.
+
+    The random generators are restored.
+    """
+    purified = x
+    if supports(model, Purifies):
+        with same_draws(model), torch.no_grad():
+            purified = model.purify(x)
     with same_draws(model):
         leaf = x.clone().requires_grad_()
         logits = model(leaf)
@@ -237,14 +208,59 @@ def _answers(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         weight = torch.linspace(-1, 1, logits.numel(), device=logits.device).sin_().view_as(logits)
         total = (logits * weight).sum()
         gradient = torch.autograd.grad(total, leaf, materialize_grads=True)[0] if total.requires_grad else 0 * leaf
-        return logits.detach(), gradient.detach()
+        return _Answers(logits.detach(), gradient.detach(), purified)
 
 
-def _agree(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor], dtype: torch.dtype) -> bool:
-    if got[0].shape != want[0].shape:
+def _agree(got: _Answers, want: _Answers, dtype: torch.dtype) -> bool:
+    logits = want.logits
+    if got.logits.shape != logits.shape or not bool((got.purified - want.purified).abs().mean() <= BFLOAT16):
         return False
-    if dtype == torch.bfloat16 and want[0].dim() == 2 and want[0].shape[1] > 1:
-        return same_logits(got[0], want[0]) and same_direction(got[1], want[1])
-    error, cosine = (ERROR, COSINE) if dtype == torch.float32 else (50 * ERROR, 0.8)
-    close = bool((got[0] - want[0]).abs().max() <= error * want[0].abs().max())
-    return close and same_direction(got[1], want[1], cosine)
+    if dtype == torch.bfloat16 and logits.dim() == 2 and logits.shape[1] > 1:
+        return same_logits(got.logits, logits) and same_direction(got.gradient, want.gradient)
+    strength = FLOAT32 if dtype == torch.float32 else BFLOAT16
+    close = bool((got.logits - logits).abs().max() <= strength * logits.abs().max())
+    return close and same_direction(got.gradient, want.gradient, strength)
+
+
+def same_answers(one: nn.Module, other: nn.Module, x: Tensor) -> bool:
+    """Tell whether two models give the same logits and image gradients up to the rounding of bfloat16."""
+    with torch.inference_mode(False), torch.enable_grad(), images_only(one, other):
+        return _agree(_answers(one, x.clone()), _answers(other, x.clone()), torch.bfloat16)
+
+
+def copy_or_model(model: nn.Module, x: Tensor, dtype: Dtype) -> nn.Module:
+    """Make a `frozen_copy` for attacks, or return the model itself, with a warning that says why it has no copy."""
+    try:
+        made, same = _compared(model, x, dtype, compile=False)
+        reason = "it gives other logits than its plain copy"
+    except Exception as error:
+        # A user's module may raise any error when it is copied or called. The attack shows an error of the model.
+        made, same = model, False
+        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    if same:
+        return made
+    text = f"{type(model).__name__} is attacked itself, because it has no frozen copy: {reason}"
+    warnings.warn(text, RuntimeWarning, stacklevel=2)
+    return model
+
+
+class AttackedCopy:
+    """The model that a training attacks: a frozen copy of the trained model, which reads the weights at every step.
+
+    A model in float32 with few weights is attacked itself, because a copy takes more time than it saves.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype):
+        self.model, self.dtype = model, dtype
+        self._made: nn.Module | None = None
+
+    def now(self, x: Tensor) -> nn.Module:
+        """Return the copy with the present weights, for images like ``x``, or the model itself."""
+        if self._made is None:
+            copies = self.dtype == torch.bfloat16 or matrix_weights(self.model) >= FEWEST_WEIGHTS
+            # The images are always the same, so that a resumed run makes the same copy.
+            some = torch.rand((COMPARED, *x.shape[1:]), generator=torch.Generator().manual_seed(0), device="cpu")
+            self._made = copy_or_model(self.model, some.to(x), self.dtype) if copies else self.model
+        if isinstance(self._made, FrozenCopy):
+            self._made.update()
+        return self._made

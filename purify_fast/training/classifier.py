@@ -16,6 +16,7 @@ from ..models.classifiers import CLASSIFIERS
 from ..models.foreign import ForeignClassifier
 from ..models.representation import evaluation_mode
 from ..speed.folding.inference_copy import autocast_to
+from ..speed.frozen_copy import AttackedCopy
 from ..speed.processor import with_known_precision
 from .checkpoint import read_model, save_model
 from .config import ClassifierConfig, Objective, TrainingAttack, settings
@@ -36,6 +37,8 @@ class ClassifierTask(Task):
         self.model = model
         self.config = config = with_known_precision(config, first_tensor(model).device)
         self.tf32 = config.precision == "tf32"
+        self.dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+        self.attacked = AttackedCopy(model, self.dtype)
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, foreach=True
         )
@@ -55,16 +58,17 @@ class ClassifierTask(Task):
     def _loss(
         self, batch: Batch, attack: TrainingAttack, objective: Objective | None = None, smoothing: float = 0.0
     ) -> tuple[Tensor, Metrics]:
-        x, dtype = batch.x, torch.bfloat16 if self.config.precision == "bfloat16" else torch.float32
-        with autocast_to(x.device, dtype):
+        x = batch.x
+        with autocast_to(x.device, self.dtype):
+            attacked = self.attacked.now(x) if attack.eps > 0 else self.model
             if objective == "trades":
-                with evaluation_mode(self.model), torch.no_grad():
-                    natural = F.log_softmax(self.model(x), 1)
+                with evaluation_mode(attacked), torch.no_grad():
+                    natural = F.log_softmax(attacked(x), 1)
                 if attack.start_std is None and attack.random_start:
                     attack = replace(attack, start_std=TRADES_START)
-                x = attack.run(self.model, batch, graphs=self.graphs, loss=divergence, target=natural)
+                x = attack.run(attacked, batch, graphs=self.graphs, loss=divergence, target=natural)
             elif attack.eps > 0:
-                x = attack.run(self.model, batch, graphs=self.graphs)
+                x = attack.run(attacked, batch, graphs=self.graphs)
             clean = None if objective is None else self.model(batch.x)
             logits = self.model(x)
             metrics = {"accuracy": (logits.detach().argmax(1) == batch.y).float().mean()}

@@ -13,18 +13,18 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
 from purify_fast.attacks import APGD, FABT, AttackContext, GradientHealth, Square, apgd, fab_t, square
-from purify_fast.attacks import gradient_copy as copies
 from purify_fast.attacks.ball import Ball
 from purify_fast.attacks.engine.judge import Judge, has_fallen
 from purify_fast.attacks.engine.pace import PaceMonitor
 from purify_fast.attacks.engine.row_batches import ActiveSet
+from purify_fast.attacks.gradient_copy import Copies
 from purify_fast.attacks.heads import HEADS, AttackersHead, head_logits
 from purify_fast.attacks.objective import Objective
 from purify_fast.attacks.square import pattern, side
 from purify_fast.evaluation.run.progress import Progress, counted_model
 from purify_fast.ops.aggregate import aggregate
 from purify_fast.ops.dispatch import registry
-from purify_fast.speed.folding.inference_copy import InferenceCopy
+from purify_fast.speed.frozen_copy import FrozenCopy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -71,36 +71,41 @@ def convolutional(classes=10):
 
 def test_which_models_are_copied(monkeypatch):
     net, x = convolutional(), torch.rand(4, 3, 16, 16)
-    assert copies.gradient_copy(net, x, "float32") is net
-    made = copies.gradient_copy(net, x, "bfloat16")
-    assert isinstance(made, InferenceCopy) and made.folded == 2 and made.dtype == torch.bfloat16
+    assert Copies(x).of(net, "float32") is net
+    made = Copies(x).of(net, "bfloat16")
+    assert isinstance(made, FrozenCopy) and made.folded == 2 and made.dtype == torch.bfloat16
     # too small to gain
-    assert copies.gradient_copy(net, x, "auto") is net
-    monkeypatch.setattr(copies, "FEWEST_WEIGHTS", 1)
-    monkeypatch.setattr(copies, "fast_bfloat16", lambda device: True)
-    assert isinstance(copies.gradient_copy(net, x, "auto"), InferenceCopy)
+    assert Copies(x).of(net, "auto") is net
+    monkeypatch.setattr("purify_fast.attacks.gradient_copy.FEWEST_WEIGHTS", 1)
+    assert Copies(x).of(net, "auto").dtype == torch.float32
+    monkeypatch.setattr("purify_fast.attacks.gradient_copy.auto_dtype", lambda model, device: torch.bfloat16)
+    assert Copies(x).of(net, "auto").dtype == torch.bfloat16
     function = net.forward
-    assert copies.gradient_copy(function, x, "bfloat16") is function
+    assert Copies(x).of(function, "bfloat16") is function and Copies(x).of(made, "bfloat16") is made
 
     class Stubborn(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
         def forward(self, z):
-            return net(z)
+            return self.net(z)
 
         def __deepcopy__(self, memo):
             raise RuntimeError("no copies")
 
     odd = Stubborn()
-    assert copies.gradient_copy(odd, x, "bfloat16") is odd
+    with pytest.warns(RuntimeWarning, match="Stubborn is attacked itself, .* RuntimeError: no copies"):
+        assert Copies(x).of(odd, "bfloat16") is odd
     progress = Progress()
     with progress.row("attack", None):
         counted = counted_model(net, progress)
-        around = copies.gradient_copy(counted, x, "bfloat16")
-        assert type(around) is type(counted) and isinstance(around.model, InferenceCopy)
-        assert copies.gradient_copy(counted, x, "float32") is counted
+        copies = Copies(x)
+        around = copies.of(counted, "bfloat16")
+        assert type(around) is type(counted) and isinstance(around.model, FrozenCopy)
+        assert copies.of(counted, "float32") is not around
         # a captured step belongs to one module: the counter around a copy is the same for every attack
-        kept = copies.GradientCopies()
-        first, again = (copies.gradient_copy(counted, x, "bfloat16", kept) for _ in range(2))
-        assert first is again is not counted
+        assert copies.of(counted, "bfloat16") is around is not counted
 
 
 @pytest.mark.parametrize("attack", [apgd, fab_t, square])

@@ -1,7 +1,5 @@
 """Copies for gradients: they follow their model, and only those that do what it does are attacked."""
 
-import gc
-
 import pytest
 import torch
 from small_models import Made
@@ -9,12 +7,12 @@ from torch import nn
 
 from purify_fast import Atop, Carso, zoo
 from purify_fast.attacks import apgd
-from purify_fast.attacks import gradient_copy as copies
+from purify_fast.attacks.gradient_copy import Copies
 from purify_fast.data import load_dataset
 from purify_fast.defences import WithAggregation
 from purify_fast.defences.base import Defence
 from purify_fast.models.classifiers import SmallCNN
-from purify_fast.speed.folding.inference_copy import InferenceCopy
+from purify_fast.speed.frozen_copy import FrozenCopy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -48,7 +46,7 @@ def images_and_gradient(model, x):
 
 def test_a_purifier_of_a_users_own_is_not_folded(defence):
     x = torch.rand(8, *SHAPE)
-    made = copies.gradient_copy(defence, x, "bfloat16")
+    made = Copies(x).of(defence, "bfloat16")
     assert made is not defence and isinstance(made.purifier.module.net[1], nn.BatchNorm2d)
     (image, gradient), (other, found) = (images_and_gradient(model, x) for model in (defence, made))
     assert (other - image).abs().max() < 0.02 and torch.cosine_similarity(found, gradient, 0) > 0.99
@@ -58,7 +56,7 @@ def test_a_defence_is_copied_inside_another_view_of_it(defence):
     """A defence without its noise is attacked by its own fast copy, not in float32."""
     x = torch.rand(8, *SHAPE)
     quiet = WithAggregation(defence, deterministic=True).eval()
-    made = copies.gradient_copy(quiet, x, "bfloat16")
+    made = Copies(x).of(quiet, "bfloat16")
     assert type(made) is WithAggregation and made.without_noise and not made.training
     assert type(made.defence) is type(defence) and made.defence is not defence
     with torch.no_grad():
@@ -79,21 +77,21 @@ def test_a_view_that_does_something_else_keeps_it_around_a_copy(defence):
             return WithAggregation(replace(self.defence), self.aggregation, self.without_noise)
 
     view = Negative(defence, deterministic=True).eval()
-    made = copies.gradient_copy(view, x, "bfloat16")
+    made = Copies(x).of(view, "bfloat16")
     assert type(made) is Negative and made.defence is not defence and view.defence is defence
     with torch.no_grad():
         assert (made(x) - view(x)).abs().max() <= 0.1 * view(x).abs().max()
     forgets = Forgets(defence, deterministic=True).eval()
-    assert copies.gradient_copy(forgets, x, "bfloat16") is forgets
+    assert Copies(x).of(forgets, "bfloat16") is forgets
 
 
 @pytest.mark.parametrize("what", ["images", "gradients"])
 def test_a_random_copy_that_does_something_else_is_refused(defence, what, monkeypatch):
     """The same noise in both tells them apart: one draw does not."""
-    x, original = torch.rand(8, *SHAPE), copies._made
+    x, original = torch.rand(8, *SHAPE), Defence.make_frozen_copy
 
-    def wrong(model, example):
-        made = original(model, example)
+    def wrong(model, *given, **options):
+        made = original(model, *given, **options)
         if what == "images":
             made.purifier.module.net[1] = nn.Identity()
         else:
@@ -103,25 +101,22 @@ def test_a_random_copy_that_does_something_else_is_refused(defence, what, monkey
             made.purifier.module.forward = lambda z, mask: torch.where(seen, refine(z, mask), refine(z, mask).detach())
         return made
 
-    kept = copies.GradientCopies()
-    monkeypatch.setattr(copies, "_made", wrong)
-    assert copies.gradient_copy(defence, x, "bfloat16") is defence
-    # what was found out about a copy with some images decides over these images only
-    for _ in range(2):
-        assert copies.gradient_copy(defence, x, "bfloat16", kept) is defence
+    monkeypatch.setattr(Defence, "make_frozen_copy", wrong)
+    with pytest.warns(RuntimeWarning, match="attacked itself, because"):
+        assert Copies(x).of(defence, "bfloat16") is defence
 
 
-def test_what_is_compared_does_not_depend_on_when_the_copy_was_made(defence, monkeypatch):
+def test_making_a_copy_draws_no_numbers(defence, monkeypatch):
     """An evaluation that goes on after an interruption makes its copies at other moments."""
-    x, kept, drawn, original = torch.rand(8, *SHAPE), copies.GradientCopies(), [], copies._run
-    makes = copies._made
-    monkeypatch.setattr(copies, "_made", lambda *given: torch.rand(3) is None or makes(*given))
-    monkeypatch.setattr(copies, "_run", lambda *given: drawn.append(torch.get_rng_state()) or original(*given))
+    original = Defence.make_frozen_copy
+    monkeypatch.setattr(Defence, "make_frozen_copy", lambda *a, **k: torch.rand(3) is None or original(*a, **k))
     before = torch.get_rng_state()
-    for _ in range(2):
-        assert copies.gradient_copy(defence, x, "bfloat16", kept) is not defence
-    assert torch.equal(torch.get_rng_state(), before) and defence.noise_is_fresh
-    assert len(drawn) == 12 and all(torch.equal(state, drawn[0]) for state in drawn)
+    assert Copies(torch.rand(8, *SHAPE)).of(defence, "bfloat16") is not defence
+    torch.set_rng_state(before)
+    x = torch.rand(8, *SHAPE)
+    drawn = torch.get_rng_state()
+    assert Copies(x).of(defence, "bfloat16") is not defence
+    assert torch.equal(torch.get_rng_state(), drawn) and defence.noise_is_fresh
 
 
 def written_through_data(net):
@@ -137,63 +132,49 @@ def replaced(net):
     net[1].weight = nn.Parameter(torch.randn(10, 3 * 256))
 
 
-def attribute(net):
-    net[0].gate.mul_(1.05)
-
-
-@pytest.mark.parametrize("change", [written_through_data, swapped, replaced, attribute])
-def test_a_copy_never_outlives_what_its_model_was(change):
+@pytest.mark.parametrize("change", [written_through_data, swapped, replaced])
+def test_a_copy_has_the_weights_of_its_model_at_every_attack(change):
     torch.manual_seed(0)
-    # a tensor that is neither a parameter nor a buffer
-    gate = Made(lambda self, x: x.flatten(1) * self.gate, gate=torch.ones(1))
-    net, x, kept = nn.Sequential(gate, nn.Linear(3 * 256, 10)).eval(), torch.rand(4, *SHAPE), copies.GradientCopies()
-    before = copies.gradient_copy(net, x, "bfloat16", kept)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 256, 10)).eval()
+    copies = Copies(torch.rand(4, *SHAPE))
+    before = copies.of(net, "bfloat16")
     for _ in range(2):
         change(net)
-        # the memory that a replaced weight leaves is what the next one gets
-        gc.collect()
-        made = copies.gradient_copy(net, x, "bfloat16", kept)
-        assert isinstance(made, InferenceCopy) and made is not before
-        inside = made.classifier
-        assert torch.equal(inside[1].weight, net[1].weight)
-        assert torch.equal(inside[0].gate, net[0].gate)
-        assert copies.gradient_copy(net, x, "bfloat16", kept) is made
-        before = made
+        assert copies.of(net, "bfloat16") is before and isinstance(before, FrozenCopy)
+        assert torch.equal(before.classifier[1].weight, net[1].weight)
 
 
-def test_fixed_noise_has_one_copy_for_each_seed():
+def test_a_copy_draws_as_its_model_does_now():
     torch.manual_seed(0)
     net = SmallCNN(1, 10, (16, 16), 8).eval()
     model = Carso(net, ["conv2", "conv4"], (1, 16, 16), cond_dim=16, latent_dim=4, samples=2, decoder_width=8).eval()
-    x, kept = torch.rand(4, 1, 16, 16), copies.GradientCopies()
-
-    def of(seed):
+    x = torch.rand(4, 1, 16, 16)
+    copies = Copies(x)
+    for seed in (1, 2):
         with model.fixed_noise(seed):
-            made = copies.gradient_copy(model, x, "bfloat16", kept)
+            made = copies.of(model, "bfloat16")
             assert made is not model and torch.allclose(made(x), model(x), atol=0.1)
-            return made
-
-    first = of(1)
-    assert of(1) is first and of(2) is not first
-    fresh = copies.gradient_copy(model, x, "bfloat16", kept)
-    assert fresh.noise_is_fresh and copies.gradient_copy(model, x, "bfloat16", kept) is fresh
+    with model.deterministic():
+        assert torch.equal(copies.of(model, "bfloat16")(x), made(x))
+    assert copies.of(model, "bfloat16") is made and made.noise_is_fresh and not torch.equal(made(x), made(x))
 
 
 @pytest.mark.parametrize("only_with_gradients", [False, True])
 def test_a_copy_that_raises_anything_is_refused(defence, only_with_gradients, monkeypatch):
-    original = copies._made
+    original = Defence.make_frozen_copy
 
     def fails(*_):
         if torch.is_grad_enabled() or not only_with_gradients:
             raise IndexError("tuple index out of range")
 
-    def wrong(model, example):
-        made = original(model, example)
+    def wrong(model, *given, **options):
+        made = original(model, *given, **options)
         made.register_forward_pre_hook(fails)
         return made
 
-    monkeypatch.setattr(copies, "_made", wrong)
-    assert copies.gradient_copy(defence, torch.rand(4, *SHAPE), "bfloat16") is defence
+    monkeypatch.setattr(Defence, "make_frozen_copy", wrong)
+    with pytest.warns(RuntimeWarning, match="Atop is attacked itself, .* IndexError: tuple index"):
+        assert Copies(torch.rand(4, *SHAPE)).of(defence, "bfloat16") is defence
 
 
 def shifted(bias):
@@ -217,21 +198,16 @@ def one_hopeless():
 def test_a_copy_that_rounds_the_differences_between_logits_away_is_refused(bias):
     """Large logits that are almost the same, as of a generative classifier: bfloat16 makes them the same."""
     net, plain, x = shifted(bias), shifted(0.0), torch.rand(16, *SHAPE)
-    with torch.no_grad():
-        made = copies._made(net, x)
-        assert len(made(x)[:, :9].unique()) < 16 < len(net(x)[:, :9].unique())
-    assert copies.gradient_copy(net, x, "bfloat16") is net
-    assert isinstance(copies.gradient_copy(plain, x, "bfloat16"), InferenceCopy)
-    y = net(x).argmax(1)
-    found, same = (apgd(net, x, y, eps=0.01, steps=10, precision=kind) for kind in ("bfloat16", "float32"))
-    assert torch.equal(found, same)
+    with pytest.warns(RuntimeWarning, match="other logits"):
+        assert Copies(x).of(net, "bfloat16").dtype == torch.float32
+    assert Copies(x).of(plain, "bfloat16").dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", [name for name in zoo.list() if name.startswith("digits")])
 def test_the_copies_of_the_digits_models_serve(name):
     model, x = zoo.load(name), load_dataset("digits").x_test[:8].float() / 255
-    made = copies.gradient_copy(model, x, "bfloat16")
-    assert made is not model and isinstance(made, (InferenceCopy, Defence))
+    made = Copies(x).of(model, "bfloat16")
+    assert made is not model and isinstance(made, (FrozenCopy, Defence))
 
 
 def returning(output):
@@ -242,4 +218,13 @@ def returning(output):
 
 def test_the_error_of_a_model_itself_is_left_to_the_attack():
     model = returning(lambda z: z @ torch.zeros(3, 3))
-    assert copies.gradient_copy(model, torch.rand(8, *SHAPE), "bfloat16") is model
+    with pytest.warns(RuntimeWarning, match="attacked itself"):
+        assert Copies(torch.rand(8, *SHAPE)).of(model, "bfloat16") is model
+
+
+@pytest.mark.parametrize("attack", [{"precision": "bfloat16"}, {"precision": "auto"}])
+def test_a_direct_attack_makes_a_copy_only_if_it_is_asked_to(attack, monkeypatch):
+    net, x, made = shifted(0.0), torch.rand(4, *SHAPE), []
+    monkeypatch.setattr("purify_fast.attacks.gradient_copy.copy_or_model", lambda *given: made.append(given) or net)
+    apgd(net, x, net(x).argmax(1), eps=0.01, steps=2, **attack)
+    assert len(made) == (attack["precision"] == "bfloat16")

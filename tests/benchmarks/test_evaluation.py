@@ -12,7 +12,7 @@ from benchmarks import __main__ as program
 from benchmarks.robustness import contests
 from benchmarks.robustness.counted_model import CountedModel
 from purify_fast.attacks import APGD, Square
-from purify_fast.attacks.gradient_copy import gradient_copy
+from purify_fast.attacks.gradient_copy import Copies
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -152,7 +152,7 @@ def test_every_forward_and_every_gradient_is_counted_at_the_door(precision):
     torch.manual_seed(0)
     inner = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval().requires_grad_(False)
     model, x = CountedModel(inner), torch.rand(12, 1, 8, 8)
-    followed = gradient_copy(model, x, precision)
+    followed = Copies(x).of(model, precision)
     assert (followed is model) == (precision == "float32")
     model.counts.forwards = model.counts.gradients = 0
     points = x.clone().requires_grad_()

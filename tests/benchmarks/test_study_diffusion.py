@@ -21,6 +21,7 @@ from benchmarks.robustness.studies.diffusion import (
 )
 from benchmarks.robustness.studies.run_study import RESULTS
 from purify_fast import zoo
+from purify_fast._tensors import weights_fingerprint
 from purify_fast.evaluation import lee_kim_2023
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -78,8 +79,10 @@ def test_an_attack_in_bfloat16_leaves_the_model_as_it_is_and_lowers_its_accuracy
     job = replace(job, settings=settings)
     x, y = (part[:10] for part in images_of(job))
     model = zoo.load("digits-diffpure")
+    before = weights_fingerprint(model)
     found = found_by_pgd(model, x, y, settings)
-    assert model.fast is None and (found - x).abs().max() <= 0.1 + 1e-6 and found.min() >= 0 and found.max() <= 1
+    assert weights_fingerprint(model) == before and model.compute_dtype is None
+    assert (found - x).abs().max() <= 0.1 + 1e-6 and found.min() >= 0 and found.max() <= 1
     right = [(predictions(model, each, 2, 5) == y).float().mean() for each in (x, found)]
     assert right[0] > 0.8 and right[1] <= right[0] - 0.1
 

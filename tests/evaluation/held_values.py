@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from purify_fast import zoo
+from purify_fast import frozen_copy, zoo
 from purify_fast.defences import NoisyEnsemble, WithAggregation
 from purify_fast.model_state import state_hash
 
@@ -137,8 +137,9 @@ def defences():
             model(x), model(x)
             yield name, state_hash(model)
         for dtype in (torch.float32, torch.bfloat16):
-            carso.accelerate(dtype)(x)
-            yield str(dtype), state_hash(carso)
+            copied = frozen_copy(carso, x, dtype=dtype)
+            copied(x)
+            yield str(dtype), state_hash(copied)
         with carso.fixed_noise(3):
             yield "fixed", state_hash(carso)
 

@@ -1,21 +1,15 @@
-"""An accelerated defence whose classifier was changed since is judged as it is now."""
+"""A frozen copy of a defence whose weights were changed since is judged as it is now."""
 
 import pytest
 import torch
 from evaluating import evaluate
 from torch import nn
 
-from purify_fast import zoo
+from purify_fast import frozen_copy, zoo
 from purify_fast.attacks import PGD
 from purify_fast.evaluation import AttackSpec
-from purify_fast.evaluation.request.preparation import refresh_copies
 
 QUIET = {"eps": 0.1, "attacks": [], "eot_iter": 1, "n_eval": 1}
-
-
-@pytest.fixture
-def accelerated():
-    return zoo.load("digits-carso-pipeline").accelerate(torch.float32)
 
 
 @pytest.fixture
@@ -39,21 +33,17 @@ def replaced(defence):
     defence.classifier = zoo.load("digits-standard").requires_grad_(False).eval()
 
 
-def hooked(defence):
-    defence.classifier.register_forward_hook(lambda module, args, output: 0 * output)
-
-
-@pytest.mark.parametrize("change", [zeroed, zeroed_unseen, replaced, hooked])
-def test_a_changed_classifier_is_copied_again(change, accelerated, images, tmp_path):
-    evaluate(accelerated, *images, **QUIET, out=tmp_path)
-    change(accelerated)
-    got = evaluate(accelerated, *images, **QUIET, out=tmp_path)
-    plain = zoo.load("digits-carso-pipeline")
-    change(plain)
-    plain.accelerate(torch.float32)
+@pytest.mark.parametrize("change", [zeroed, zeroed_unseen, replaced])
+def test_changed_weights_are_read_again(change, images, tmp_path):
+    model = zoo.load("digits-carso-pipeline")
+    copied = frozen_copy(model, images[0], dtype=torch.float32)
+    evaluate(copied, *images, **QUIET, out=tmp_path)
+    change(model)
+    got = evaluate(copied, *images, **QUIET, out=tmp_path)
+    plain = frozen_copy(model, images[0], dtype=torch.float32)
     assert got.row("clean").robust.tolist() == evaluate(plain, *images, **QUIET).row("clean").robust.tolist()
-    with torch.no_grad(), plain.deterministic(), accelerated.deterministic():
-        assert torch.equal(plain(images[0]), accelerated(images[0]))
+    with torch.no_grad(), plain.deterministic(), copied.deterministic():
+        assert torch.equal(plain(images[0]), copied(images[0]))
 
 
 @pytest.mark.parametrize(
@@ -61,27 +51,15 @@ def test_a_changed_classifier_is_copied_again(change, accelerated, images, tmp_p
     [lambda d: nn.Sequential(d), lambda d: lambda x: d(x), lambda d: d.forward, lambda d: (d, d)],
     ids=["part", "function", "method", "base"],
 )
-def test_it_is_found_wherever_it_is(around, accelerated, images):
-    zeroed(accelerated)
-    made = around(accelerated)
+def test_it_is_found_wherever_it_is(around, images):
+    model = zoo.load("digits-carso-pipeline")
+    copied = frozen_copy(model, images[0], dtype=torch.float32)
+    zeroed_unseen(model)
+    made = around(copied)
     if isinstance(made, tuple):
-        other = zoo.load("digits-standard")
-        spec = AttackSpec(PGD(steps=1), target=accelerated)
-        evaluate(other, *images, **QUIET | {"attacks": [spec]})
+        spec = AttackSpec(PGD(steps=1), target=copied)
+        evaluate(zoo.load("digits-standard"), *images, **QUIET | {"attacks": [spec]})
     else:
         evaluate(made, *images, **QUIET)
-    logits = accelerated.fast.classifier(images[0])
+    logits = copied.classifier(images[0])
     assert torch.equal(logits, torch.zeros_like(logits))
-
-
-def test_packed_weights_are_packed_again(images):
-    """A decoder's weights that its kernel reads; a write to ``data`` is counted nowhere."""
-    defence = zoo.load("digits-carso-pipeline").accelerate(torch.bfloat16)
-    with defence.fixed_noise(0), torch.no_grad():
-        before = defence(images[0])
-        for parameter in defence.decoder.parameters():
-            parameter.data.mul_(0.5)
-        refresh_copies(defence)
-        after = defence(images[0])
-        defence.refresh()
-        assert torch.equal(after, defence(images[0])) and not torch.equal(before, after)

@@ -231,10 +231,10 @@ def test_what_is_kept_of_the_last_prediction_is_no_changed_state(images):
     assert finding.verdict == "passed"
 
 
-def test_rows_of_accelerated_and_random_defences_are_found_again(tmp_path, made_rows):
+def test_rows_of_copies_and_random_defences_are_found_again(tmp_path, made_rows):
     x, y = torch.rand(2, 1, 16, 16), torch.arange(2)
     for _ in "12":
-        carso = purify_fast.zoo.load("digits-carso-pipeline").accelerate(torch.float32)
+        carso = purify_fast.frozen_copy(purify_fast.zoo.load("digits-carso-pipeline"), x, dtype=torch.float32)
         evaluate(carso, x, y, eps=0.1, attacks=[PGD(steps=1)], eot_iter=1, n_eval=1, out=tmp_path)
         evaluate(carso, x, y, eps=0.1, attacks=[PGD(steps=1)], eot_iter=1, n_eval=1, out=tmp_path)
     assert len(made_rows) == 2

@@ -8,7 +8,7 @@ from evaluating import evaluate
 from reports import MASKED, row
 from small_models import Purifying
 
-from purify_fast import zoo
+from purify_fast import frozen_copy, zoo
 from purify_fast.attacks import PGD
 from purify_fast.defences import WithAggregation
 from purify_fast.evaluation import Examples, Report, merge
@@ -189,13 +189,14 @@ def test_a_report_says_what_repeats_it(tmp_path, monkeypatch):
 
 
 def test_the_precision_of_a_model_is_told():
-    """It is told of an accelerated defence on every device, of rounded float32 only where a device rounds it."""
+    """It is told of a copy in bfloat16 on every device, of rounded float32 only where a device rounds it."""
     cpu, gpu, model = torch.device("cpu"), torch.device("cuda"), zoo.load("digits-carso-objective")
+    x, y = torch.rand(2, 1, 16, 16), torch.zeros(2, dtype=torch.int64)
     with float32_products():
-        assert precision_name(model, gpu) is precision_name(model.accelerate(torch.float32), gpu) is None
+        assert precision_name(model, gpu) is precision_name(frozen_copy(model, x, dtype=torch.float32), gpu) is None
     with float32_products(tf32=True):
         assert [precision_name(model, device) for device in (cpu, gpu)] == [None, "tf32"]
-    assert precision_name(WithAggregation(model.accelerate(torch.bfloat16), "lse"), cpu) == "bfloat16"
-    x, y = torch.rand(2, 1, 16, 16), torch.zeros(2, dtype=torch.int64)
-    assert evaluate(model, x, y, eps=0.1, attacks=[]).about["precision"] == "bfloat16"
-    assert "precision" not in evaluate(model.accelerate(None), x, y, eps=0.1, attacks=[]).about
+    fast = frozen_copy(model, x, dtype=torch.bfloat16)
+    assert precision_name(WithAggregation(fast, "lse"), cpu) == "bfloat16"
+    assert evaluate(fast, x, y, eps=0.1, attacks=[]).about["precision"] == "bfloat16"
+    assert "precision" not in evaluate(model, x, y, eps=0.1, attacks=[]).about

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import json
 import time
 from collections.abc import Sequence
@@ -29,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from purify_fast import data, load_defence, zoo
+from purify_fast import data, frozen_copy, load_defence, zoo
 from purify_fast._files import write_text
 from purify_fast.attacks import PGD, AutoAttack, LeavingPGD
 from purify_fast.attacks.base import run_alone
@@ -37,7 +36,7 @@ from purify_fast.data import balanced_subset, to_float
 from purify_fast.evaluation import AttackSpec, EvaluateConfig, evaluate, lee_kim_2023
 from purify_fast.evaluation.request.published import authors_attacks
 from purify_fast.evaluation.show.text import markdown_table
-from purify_fast.protocols import Accelerates, FixedNoise, supports
+from purify_fast.protocols import CopiesItself, FixedNoise, supports
 from purify_fast.training import load_classifier
 
 from . import Job, settings_of, write_page
@@ -77,11 +76,11 @@ def quiet(model: nn.Module, fixed: bool) -> contextlib.AbstractContextManager[An
 def found_by_pgd(model: nn.Module, x: Tensor, y: Tensor, s: dict[str, Any], fixed: bool = False) -> Tensor:
     """Attack images by the PGD of Lee and Kim (`lee_kim_2023`), with exact gradients. Return the attacked images.
 
-    The gradients of a defence are computed in a copy in bfloat16.
+    A defence is attacked through its frozen copy in bfloat16.
     """
     budget, published = s["budget"], cast(PGD, lee_kim_2023(s["eps"]).resolved)
     draws = budget.eot if supports(model, FixedNoise) and not fixed else 1
-    seen: Any = copy.deepcopy(model).accelerate(torch.bfloat16) if supports(model, Accelerates) else model  # type: ignore[operator]
+    seen = frozen_copy(model, x, dtype=torch.bfloat16) if supports(model, CopiesItself) else model
     torch.manual_seed(0)
     with quiet(seen, fixed):
         amount: dict[str, Any] = {"steps": budget.steps, "eot_iter": draws, "max_forward_batch": ROWS}

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from purify_fast.speed import StepGraphs
+from purify_fast.speed import InferenceCopy, StepGraphs
 from purify_fast.speed.precision import float32_products, raced_convolutions
 from purify_fast.training import Batch, Task
 from purify_fast.training.loop import train_step
@@ -97,10 +97,11 @@ def autocast(make: Make, device: torch.device, quick: bool) -> Job:
 
 def _made(make: Make, device: torch.device, quick: bool) -> Job:
     """Make a job. In a quick run `torch.compile` is switched off, because compilation would take most of the time."""
-    job = make(device, quick)
     if not quick:
-        return job
+        return make(device, quick)
     eager = torch.compiler.set_stance("force_eager")
+    # A compiled frozen copy is called when it is made, because it is compared with its model.
+    job = eager(make)(device, quick)
     return Job(eager(job.run), eager(job.result))
 
 
@@ -151,6 +152,13 @@ def training_step(task: Task, batch: Batch, captured: bool) -> Callable[[], Tens
     for optimizer in task.optimizers.values():
         fuse(optimizer, batch.x.device.type == "cuda")
     return lambda: train_step(task, batch)["loss"]
+
+
+def compile_classifier(classifier: nn.Module) -> None:
+    """Compile a classifier in place. In an `InferenceCopy`, also whole steps of attacks on it are compiled."""
+    if isinstance(classifier, InferenceCopy):
+        classifier.compile_steps, classifier = True, classifier.classifier
+    classifier.compile()
 
 
 def registry() -> dict[str, Callable[[bool], dict[str, Case]]]:

@@ -16,11 +16,10 @@ from torch.nn import functional as F
 
 from purify_fast.methods.arrest import ArrestConfig, ArrestTask
 from purify_fast.models.classifiers import PreActResNet18
-from purify_fast.speed.folding.inference_copy import InferenceCopy
 from purify_fast.training import Batch
 from purify_fast.training.config import TrainingAttack
 
-from . import Case, Job, columns, expert, precision, random_batch, training_step, update
+from . import Case, Job, columns, compile_classifier, expert, precision, random_batch, training_step, update
 from .carso_inference import classifier
 from .carso_training import attack, start_of
 
@@ -155,7 +154,7 @@ def _ours(device: torch.device, quick: bool, compiled: bool = False, captured: b
     config = setting(quick, precision(device))
     task, batch = ArrestTask(now, config, (3, 32, 32), layers, start), batch_of(device, quick)
     if compiled:
-        task.attacked = InferenceCopy(now, (3, 32, 32), task.dtype, compile=True)
+        compile_classifier(task.attacked.now(batch.x))
     run = training_step(task, batch, captured)
     now.train()
 

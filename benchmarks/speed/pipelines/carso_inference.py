@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from purify_fast import Carso
+from purify_fast import Carso, frozen_copy
 from purify_fast.models.classifiers import SmallCNN
 
 from . import Case, Job, columns, expert
@@ -119,10 +119,10 @@ def _expert(device: torch.device, quick: bool, compiled: bool = False) -> Job:
 
 
 def _ours(device: torch.device, quick: bool, compiled: bool = False) -> Job:
-    made = defence(device, quick).accelerate(compile=compiled)
-    batch = size(quick)
+    made, batch = defence(device, quick), size(quick)
     x, fixed = images(batch, made, device), latents(made, batch, device).transpose(0, 1).contiguous()
-    return Job(torch.no_grad()(lambda: made(x)), torch.no_grad()(lambda: made.sample_logits(x, fixed)))
+    copied = frozen_copy(made, x, compile=compiled)
+    return Job(torch.no_grad()(lambda: copied(x)), torch.no_grad()(lambda: copied.sample_logits(x, fixed)))
 
 
 def cases(quick: bool) -> dict[str, Case]:

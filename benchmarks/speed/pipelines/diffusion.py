@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from purify_fast import frozen_copy
 from purify_fast.attacks.checkpointed_steps import Keep
 from purify_fast.methods.diffusion import DiffusionPurifier
 from purify_fast.models.classifiers import SmallCNN
@@ -157,18 +158,19 @@ def _job(plain: Plain, gradient: bool) -> Job:
 
 
 def _ours(device: torch.device, quick: bool, gradient: bool, compiled: bool = False, keep: Keep = "auto") -> Job:
-    made = defence(device, quick).accelerate(compile=compiled)
+    made = defence(device, quick)
     made.keep = keep
     x = images(made, device)
+    copied = frozen_copy(made, x, compile=compiled)
 
     def of_images() -> Tensor:
         leaf = x.clone().requires_grad_()
-        return torch.autograd.grad(loss(made(leaf)), leaf)[0]
+        return torch.autograd.grad(loss(copied(leaf)), leaf)[0]
 
-    run = of_images if gradient else torch.no_grad()(lambda: made(x))
+    run = of_images if gradient else torch.no_grad()(lambda: copied(x))
 
     def result() -> Tensor:
-        with made.fixed_noise(SEED):
+        with copied.fixed_noise(SEED):
             return run()
 
     return Job(run, result)

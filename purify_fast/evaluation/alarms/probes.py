@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from ...attacks import AttackContext, apgd
-from ...attacks.attacked_model import differ, gradient_to
+from ...attacks.attacked_model import gradient_to
 from ...attacks.base import ThreatModel
 from ...attacks.losses import margin, usable_loss
 from ...model_state import state_hash
 from ...protocols import Classifier, FixedNoise, supports
+from ...speed.agreement import BFLOAT16, apart, differ
 from ..request.subject import Subject, Variant
 
 #: The reasons why a model's gradients cannot be compared with the measured changes of its output.
@@ -37,9 +38,6 @@ ALONE = 16
 SMALL = (1e-3, 8e-3)
 #: The number of random directions for each length of step.
 DIRECTIONS = 2
-#: An image's logits in two predictions are taken as equal if they differ by at most this share of their spread (largest
-#: minus smallest logit). Rounding in bfloat16 causes smaller differences.
-SAME_LOGITS = 0.05
 #: Numbers of steps. STEPS: of the targeted short attacks. SWEEP: of the short attacks that compare numbers of draws.
 STEPS, SWEEP = 20, 10
 #: The numbers of steps that the first short attacks compare.
@@ -357,9 +355,7 @@ def _watched(model: Classifier, x: Tensor, seed: int) -> float:
     torch.manual_seed(seed)
     with torch.enable_grad():
         recorded = model(x.clone().requires_grad_()).detach().float()
-    spread = plain.amax(1) - plain.amin(1)
-    other = (plain - recorded).abs().amax(1) > SAME_LOGITS * spread
-    return _share(other | (plain.argmax(1) != recorded.argmax(1)))
+    return _share(apart(plain, recorded, BFLOAT16) | (plain.argmax(1) != recorded.argmax(1)))
 
 
 def varying(model: Classifier, x: Tensor, y: Tensor) -> float:

@@ -136,15 +136,12 @@ def note_of_modes(model: Classifier, name: str) -> list[str]:
     return notes
 
 
-def refresh_copies(*models: object) -> None:
-    """Make the copies of classifiers in accelerated defences again, because writes through ``.data`` are not seen."""
-    # The evaluation of a model that is no defence of this package needs no code of accelerated copies.
-    from ...defences import Defence
-
-    modules = {id(part): part for model in models for whole in _wholes(model) for part in whole.modules()}
-    for defence in modules.values():
-        if isinstance(defence, Defence):
-            defence.refresh()
+def update_copies(*models: object) -> None:
+    """Let frozen copies read the weights of their models again, because writes through ``.data`` are not seen."""
+    parts: dict[int, Any] = {id(one): one for model in models for whole in _wholes(model) for one in whole.modules()}
+    for part in parts.values():
+        if getattr(part, "_followed", None) is not None:
+            part.update()
 
 
 def _wholes(model: object) -> Iterator[nn.Module]:

@@ -13,14 +13,12 @@ from torch import Tensor, nn
 from ..._memory import ran_out_of_memory
 from ..._tensors import digest
 from ...attacks.attacked_model import (
-    SAME_SIZE,
     SAMPLE,
     TRIED_CALLS,
     TRIED_ROWS,
     check_classes,
     check_leaves_images,
     check_model,
-    differ,
     drawn_once_per_call,
     draws_elsewhere,
     logits_of,
@@ -31,6 +29,7 @@ from ...attacks.losses import margin
 from ...attacks.outputs import are_one_hot, are_probabilities
 from ...defences.stochastic import MajorityVote, undecided
 from ...protocols import Classifier
+from ...speed.agreement import BFLOAT16, FLOAT32, apart, differ
 from ...speed.memory import Room
 from ...speed.precision import float32_settings
 from ..surrogates.copies import surrogates
@@ -47,10 +46,6 @@ PHASES: dict[Phase, int] = {"choose": 0, "attack": 1, "judge": 2}
 TRIED = 64
 #: At least this number of draws chooses between two points of an image.
 CHOOSING = 10
-#: The largest differences of an image's logits that are taken as rounding, as shares of the spread of the logits
-#: (largest minus smallest logit). SAME_SHAPE: between batches of the same shape. OTHER_SHAPE: between batches of
-#: different shapes, for which libraries may choose different algorithms.
-SAME_SHAPE, OTHER_SHAPE = 0.01, 0.05
 #: A variant is refused only if the logits of more than this share of the images differ by more than rounding. A few
 #: images may differ, because rounding inside the model may move a value across a discontinuity.
 FEW = 0.25
@@ -233,13 +228,13 @@ class Subject:
             parts = torch.cat([model(x[:1]), model(x[1:])])
         with self.variant(variant):
             anew = model(x)
-        for what, other, tolerance in (
-            ("two calls give different logits", again, SAME_SHAPE),
-            ("the logits differ when the block is entered again", anew, SAME_SHAPE),
-            ("the logits of an image depend on its place in the batch", moved, SAME_SHAPE),
-            ("the logits of an image depend on how the batch is split", parts, OTHER_SHAPE),
+        for what, other, strength in (
+            ("two calls give different logits", again, FLOAT32),
+            ("the logits differ when the block is entered again", anew, FLOAT32),
+            ("the logits of an image depend on its place in the batch", moved, BFLOAT16),
+            ("the logits of an image depend on how the batch is split", parts, BFLOAT16),
         ):
-            count = int(_apart(first, other, tolerance).sum())
+            count = int(apart(first, other, strength).sum())
             if count > FEW * len(x):
                 block = "fixed_noise(seed)" if variant == "fixed" else "deterministic()"
                 reason = f"within a block of {block}, {what}, for {count} of {len(x)} images"
@@ -284,14 +279,3 @@ class Subject:
             return Judgement(all_right, nonfinite, (leads / len(right)).numpy(), first_wrong)
 
         return self.room.within(predict)
-
-
-def _apart(one: Tensor, other: Tensor, tolerance: float) -> Tensor:
-    """Tell which images have logits that differ by more than rounding, bool ``[B]``."""
-    one, other = one.double(), other.double()
-    same = (one == other) | (one.isnan() & other.isnan())
-    finite = one.isfinite()
-    spread = one.where(finite, -torch.inf).amax(1) - one.where(finite, torch.inf).amin(1)
-    size = one.where(finite, 0.0).abs().amax(1)
-    allowed = tolerance * spread.clamp(min=0) + SAME_SIZE * size
-    return (~same & ~((one - other).abs() <= allowed[:, None])).any(1)

@@ -18,6 +18,7 @@ from ...attacks.ball import ball_around, normal_in_ball
 from ...attacks.base import ThreatModel
 from ...model_state import attributes
 from ...protocols import Classifier, DeterministicMode, FixedNoise, OwnSurrogates, has_classifier, is_purifier, supports
+from ...speed.agreement import FLOAT32
 from .softening import Args, HoldingMode, Rule, Softening
 
 #: The temperatures of the softened copies, by which the arguments of gates are divided. A larger temperature makes a
@@ -27,8 +28,6 @@ TEMPERATURES = (10.0, 100.0)
 MOST_PARTS = 4
 #: A model is searched for parts down to this depth of nested modules.
 DEPTH = 2
-#: Two gradients are the same if, for each image, their values differ by at most this share of the largest value.
-ROUNDING = 1e-4
 #: The largest number of characters of the reason why a surrogate is missing.
 REASON = 160
 #: The standard deviation of random points, as a multiple of the radius. The points are projected onto the ball, so most
@@ -121,7 +120,7 @@ def _same(one: Tensor, other: Tensor | str) -> bool:
     if isinstance(other, str):
         return False
     apart, size = ((each.flatten(1).abs().amax(1)) for each in (one - other, other))
-    return bool((apart <= ROUNDING * size).all())
+    return bool((apart <= FLOAT32 * size).all())
 
 
 def _parts(model: Classifier, x: Tensor, num_classes: int) -> list[tuple[str, Classifier]]:

@@ -28,7 +28,7 @@ from ...models.representation import Representation, representation_before_pooli
 from ...ops.noisy_replay import noisy_replay
 from ...ops.philox import philox_key
 from ...ops.representation_distance import representation_distance
-from ...speed.folding.inference_copy import InferenceCopy, autocast_to, convert_to_channels_last, prepare_for_inference
+from ...speed.folding.inference_copy import autocast_to, convert_to_channels_last, prepare_for_inference
 from ...training.config import TrainingAttack
 from ...training.task import Batch, Metrics, check_classifier
 from ..base import MethodTask, cross_entropy_of
@@ -63,6 +63,9 @@ class ArrestTask(MethodTask):
         layers: Sequence[str] | None = None,
         teacher: nn.Module | None = None,
     ):
+        # a training by the other methods attacks no copy of this kind
+        from ...speed.frozen_copy import AttackedCopy
+
         super().__init__(config, model)
         config = self.config
         self.classifier = model
@@ -83,11 +86,9 @@ class ArrestTask(MethodTask):
             if self.dtype != torch.float32:
                 prepare_for_inference(frozen_copy, image_shape, self.dtype)
             self._reader = Representation(model, names, image_shape)
-        self.attacked = model
         if self.dtype != torch.float32:
             convert_to_channels_last(model, image_shape)
-            # the attacks use a copy of the model, which is faster
-            self.attacked = InferenceCopy(model, image_shape, self.dtype)
+        self.attacked = AttackedCopy(model, self.dtype)
         self.model: nn.Module = model
         self.keep_average("model", config.ema_decay)
         weights = [p for p in model.parameters() if p.requires_grad]
@@ -129,9 +130,8 @@ class ArrestTask(MethodTask):
 
     def attack(self, batch: Batch, attack: TrainingAttack, rows: Tensor | None = None) -> Tensor:
         """Attack the images with the indices ``rows``, or all images if ``rows`` is None, by PGD on cross-entropy."""
-        if isinstance(self.attacked, InferenceCopy):
-            self.attacked.refresh(self.classifier)
-        adversarial = attack.run(self.attacked, batch, graphs=self.graphs if rows is None else None, rows=rows)
+        model = self.attacked.now(batch.x)
+        adversarial = attack.run(model, batch, graphs=self.graphs if rows is None else None, rows=rows)
         return adversarial if rows is None else batch.x.index_copy(0, rows, adversarial)
 
     def inputs(self, batch: Batch, of_teacher: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -39,8 +39,8 @@ class AtopConfig:
         gan_fake: fake images in the discriminator's loss. "refined": the refined images (fine-tuning). "pasted": the
             refined images in the hidden blocks, and the transformed images elsewhere (pre-training).
         precision: "float32" (official), with full IEEE precision on a GPU too; "tf32" (own), which on a GPU rounds the
-            factors of products to ten bits of mantissa during the training; or "bfloat16", which trains the accelerated
-            defence (own).
+            factors of products to ten bits of mantissa during the training; or "bfloat16", which computes with a frozen
+            copy of the classifier (own).
         schedule: schedule of the learning rate: "constant" (official) or "one_cycle" (own).
         learning_rate: learning rate of Adam (official: 1e-4).
         betas: betas of Adam (official: 0.5, 0.999).

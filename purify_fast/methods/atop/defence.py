@@ -62,7 +62,6 @@ class Atop(Defence):
     """
 
     draws_for_each_image = True
-    compiled_parts = ("_refine",)
 
     def __init__(
         self,
@@ -124,7 +123,7 @@ class Atop(Defence):
     def purify(self, x: Tensor, draws: int = 1) -> Tensor:
         """Return purified images in [0, 1], ``[B, draws * S, C, H, W]``. The gradient reaches x."""
         packed, owners = self.draw(x, draws)
-        return self.join(self._run_part(self._refine, packed), owners).transpose(0, 1)
+        return self.join(self.stages(packed)[-1], owners).transpose(0, 1)
 
     # -- the parts of a prediction ------------------------------------------------------------------------------------
 
@@ -141,9 +140,6 @@ class Atop(Defence):
             sigma, samples = 0.0, draws
             noise = torch.zeros_like(self._noise_seed), x.new_zeros(1, dtype=torch.int64)
         seed, ids = self.noise(len(x), x.device) if noise is None else noise
-        dtype = self.purifier_dtype
-        if self.fast is not None and dtype == torch.float32:
-            dtype = self.fast.dtype
         return random_transform(
             x.to(self.purifier_dtype),
             seed,
@@ -154,17 +150,14 @@ class Atop(Defence):
             num_passes=self.num_passes,
             samples=samples,
             shared_mask=self.shared_mask,
-            dtype=dtype,
+            dtype=self.compute_dtype or self.purifier_dtype,
             channels_last=self.purifier_uses_channels_last,
         )
 
     def stages(self, packed: Tensor) -> tuple[Tensor, ...]:
         """Return the images of the stages, each ``[T, C, H, W]`` in [-1, 1]. The last is the purified image."""
-        with self._autocast(packed.device):
+        with self._products(packed.device):
             return tuple(image.to(self.purifier_dtype) for image in self.purifier(packed))
-
-    def _refine(self, packed: Tensor) -> Tensor:
-        return self.stages(packed)[-1]
 
     def join(self, images: Tensor, owners: Tensor) -> Tensor:
         """Convert the last stage's images to [0, 1], ``[S, B, C, H, W]``. With rt3, each is stitched from N passes."""

@@ -134,7 +134,7 @@ class AtopTask(PurifierTask[Atop]):
 
     Args:
         defence: the defence to train.
-        config: settings of the training. With the precision "bfloat16", the defence is accelerated.
+        config: settings of the training. With the precision "bfloat16", steps compute with a copy of the classifier.
         origin: name of the purifier's initial weights. A run is resumed only with the same name.
     """
 
@@ -167,7 +167,7 @@ class AtopTask(PurifierTask[Atop]):
         return self.config.attack.at_epoch(batch.epoch, batch.epochs), delayed
 
     def updates(self, batch: Batch) -> Iterator[Update]:
-        one_pass, judged = passes(self.defence, batch, self.config, self.graphs), {}
+        one_pass, judged = passes(self.trained, batch, self.config, self.graphs), {}
         if self.discriminator is not None:
             loss = discriminator_loss(self.discriminator, one_pass, self.config.gan_fake)
             yield Update("discriminator", loss, {})
@@ -178,7 +178,7 @@ class AtopTask(PurifierTask[Atop]):
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """Return the purifier's loss and metrics, without a step of the discriminator."""
-        return self._with_discriminator(passes(self.defence, batch, self.config, self.graphs))
+        return self._with_discriminator(passes(self.trained, batch, self.config, self.graphs))
 
     def _with_discriminator(self, one_pass: Passes) -> tuple[Tensor, Metrics]:
         """Return the purifier's loss and metrics, with the GAN term if there is a discriminator."""

@@ -48,7 +48,7 @@ class CarsoConfig:
             and `carso_v1_published`.
         precision: "float32", with full IEEE precision on a GPU too (the official code's convolutions use TF32 there);
             "tf32" (own), which on a GPU rounds the factors of products to ten bits of mantissa during the training; or
-            "bfloat16", which trains the accelerated defence (own).
+            "bfloat16", which computes with a frozen copy of the classifier (own).
         learning_rate: highest learning rate of the schedule (paper: 1e-4 times the batch size of one process, for the
             reduction "sum").
         weight_decay: decoupled weight decay.

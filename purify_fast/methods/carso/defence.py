@@ -18,14 +18,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..._tensors import dtype_of
+from ..._tensors import dtype_of, write_stamp
 from ..._validation import check_counts, check_literal
 from ...defences.base import Defence
 from ...models.layers import normalization
 from ...models.representation import Representation
 from ...ops.decode_samples import latents
 from ...speed.decoding import PackedDecoder, kernel_decodes
-from ...speed.folding.inference_copy import pad_batch
 from ..saving import save_defence
 from .networks import NETWORKS, Decoder, Deconvolution, Plan, decoder_plan, decoder_plan_v1
 
@@ -65,7 +64,7 @@ class Carso(Defence):
     """
 
     draws_for_each_image = True
-    compiled_parts = ("condition", "decode")
+    not_dependencies = frozenset({"_packed_from"})
     representation: Representation
     decoder: Decoder
     mean: Tensor
@@ -121,16 +120,16 @@ class Carso(Defence):
         # on a CPU, this layout makes the whole pipeline about 2 times as fast, and transposed convolutions 3 times
         for part in (self.condition_encoder, self.posterior_encoder, self.decoder):
             part.to(memory_format=torch.channels_last)
+        self._packed: PackedDecoder | None = None
+        #: Identifies the weights that were packed; None if they may have changed since.
+        self._packed_from: int | None = None
         self._ready()
 
     # -- a prediction: condition -> decode -> classify -> aggregate ----------------------------------------------------
 
     def sample_logits(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         """Return the logits of the K reconstructions, ``[B, K, classes]``. None draws ``z`` (see `reconstruct`)."""
-        batch = x.shape[0]
-        if torch.compiler.is_compiling() and x.device.type == "cpu" and z is None:
-            x = pad_batch(x)
-        return self.classify(self.reconstruct(x, z))[:batch]
+        return self.classify(self.reconstruct(x, z))
 
     def purify(self, x: Tensor, draws: int = 1) -> Tensor:
         return self.reconstruct(x, draws=draws)
@@ -142,35 +141,29 @@ class Carso(Defence):
         prior.
         """
         self.check_images(x)
-        condition = self._run_part(self.condition, x)
-        if z is None and self.decodes_in_one_kernel():
-            self.prepare_replay()
-            assert self.fast is not None
+        condition = self.condition(x)
+        if z is None and (packed := self._packed_decoder()) is not None:
             seed, ids = self.noise(len(x), x.device)
-            return self.fast.packed(condition, seed, ids.expand(len(x)), draws * self.samples)
+            return packed(condition, seed, ids.expand(len(x)), draws * self.samples)
         if z is None:
             z = self.prior_latents(len(x), draws * self.samples, x.device)
-        return torch.sigmoid(self._run_part(self.decode, z.expand(x.shape[0], -1, -1), condition))
+        return torch.sigmoid(self.decode(z.expand(x.shape[0], -1, -1), condition))
 
     # -- the parts of a prediction ------------------------------------------------------------------------------------
 
     def condition(self, x: Tensor) -> Tensor:
         """Return the condition c(x), ``[B, cond_dim]``, of images in [0, 1]. The gradient reaches x."""
         representation = self.read(x)
-        with self._autocast(x.device):
+        with self._products(x.device):
             return self.condition_encoder(representation).to(self.purifier_dtype)
 
     def read(self, x: Tensor) -> list[Tensor]:
         """Return the outputs of the classifier's ``layers`` for images in [0, 1], in the purifier's dtype."""
         x = x if self.classifier_uses_channels_last else x.contiguous()
-        if self.fast is None:
+        with self._products(x.device):
             layers = self.representation(x.to(self.classifier_dtype))
-        else:
-            layers = self.fast.read(x)
-            if self.purifier_dtype == torch.float32:
-                # the encoder runs under autocast, so no cast is needed here
-                return layers
-        return [layer.to(self.purifier_dtype) for layer in layers]
+        # in a copy, the encoder computes in the dtype of the layers, so no cast is needed here
+        return layers if self.compute_dtype is not None else [layer.to(self.purifier_dtype) for layer in layers]
 
     def prior_latents(self, n: int, k: int, device: torch.device) -> Tensor:
         """Draw latents ``[n, k, latent_dim]`` in the current noise mode; without noise, k is 1 and z is 0."""
@@ -180,20 +173,14 @@ class Carso(Defence):
 
     def decode(self, z: Tensor, condition: Tensor) -> Tensor:
         """Return the images before the sigmoid, ``[B, K, C, H, W]``, of latents ``[B, K, latent_dim]``."""
-        with self._autocast(z.device):
+        with self._products(z.device):
             images = self.decoder(z.to(condition.dtype), condition)
         return images.unflatten(0, z.shape[:2]).to(self.purifier_dtype)
-
-    def decodes_in_one_kernel(self) -> bool:
-        """Tell whether a kernel draws and decodes the latents. No kernel does so if the decoder needs gradients."""
-        if self.noise_is_off or not self.computes_in_bfloat16 or self._weight_to_pack() is None:
-            return False
-        return not (torch.is_grad_enabled() and any(weight.requires_grad for weight in self.decoder.parameters()))
 
     def posterior(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and log-variance of q(z | x, c), each ``[B, latent_dim]``, for the training."""
         normalized = (x.to(self.purifier_dtype) - self.mean) / self.std
-        with self._autocast(x.device):
+        with self._products(x.device):
             mean, log_variance = self.posterior_encoder(normalized, condition)
         return mean.to(self.purifier_dtype), log_variance.to(self.purifier_dtype)
 
@@ -204,12 +191,38 @@ class Carso(Defence):
         """The dtype of the purifier's weights."""
         return dtype_of(self.decoder)
 
-    def _weight_to_pack(self) -> Tensor | None:
+    @property
+    def _packs(self) -> bool:
         bias = self.decoder.stack[-1].get_parameter("bias")
-        serves = not self.training and bias.dtype == torch.float32 and kernel_decodes(bias.device)
-        return bias if serves else None
+        return self.compute_dtype == torch.bfloat16 and not self.decoder.training and kernel_decodes(bias.device)
 
-    def _pack(self) -> PackedDecoder:
-        return PackedDecoder(self.decoder)
+    def prepare_replay(self) -> None:
+        """Follow the model, and pack the decoder's weights again if a write to its last bias was counted."""
+        super().prepare_replay()
+        stamp = write_stamp(self.decoder.stack[-1].get_parameter("bias"))
+        if self._packs and self._packed_from != stamp:
+            # attacks differentiate through the packed part, and autograd refuses tensors from inference mode
+            with torch.inference_mode(False), torch.no_grad():
+                packed = PackedDecoder(self.decoder)
+            # captured steps read the memory of the earlier packed part, so it gets the new weights
+            for old, new in zip(() if self._packed is None else self._packed.buffers(), packed.buffers(), strict=False):
+                old.data.copy_(new)
+            self._packed, self._packed_from = self._packed or packed, stamp
+
+    def update(self) -> None:
+        super().update()
+        self._packed_from = None
+
+    def _packed_decoder(self) -> PackedDecoder | None:
+        """The kernel that draws and decodes the latents; None without noise, or if the decoder needs gradients."""
+        learns = torch.is_grad_enabled() and any(weight.requires_grad for weight in self.decoder.parameters())
+        return None if self.noise_is_off or learns or not self._packs else self._packed
+
+    def train(self, mode: bool = True) -> Carso:
+        super().train(mode)
+        if mode:
+            # a replay of a captured training step changes weights and BatchNorm statistics without a counted write
+            self._packed_from = None
+        return self
 
     save = save_defence

@@ -151,7 +151,7 @@ class CarsoTask(PurifierTask[Carso]):
 
     Args:
         defence: the defence to train.
-        config: settings of the training. With the precision "bfloat16", the defence is accelerated.
+        config: settings of the training. With the precision "bfloat16", steps compute with a copy of the classifier.
         origin: name of the purifier's initial weights. A run is resumed only with the same name.
     """
 
@@ -163,7 +163,8 @@ class CarsoTask(PurifierTask[Carso]):
     def __init__(self, defence: Carso, config: CarsoConfig, origin: str = "scratch"):
         super().__init__(defence, config, origin)
         #: For the training through the pipeline, a copy that draws as many samples as the training.
-        self.trained = with_samples(defence, config.train_samples) if config.attack_target == "pipeline" else defence
+        if config.attack_target == "pipeline":
+            self.trained = with_samples(self.trained, config.train_samples)
         trainable = [p for p in defence.parameters() if p.requires_grad]
         if config.optimizer == "adamw":
             self.optimizer = self.adamw(trainable)

@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..._tensors import dtype_of, first_tensor
+from ..._tensors import dtype_of
 from ..._validation import check_counts, check_literal
 from ...attacks.checkpointed_steps import Keep, check_keep, checkpointed_steps
 from ...defences.base import Defence, refuse_wrapped
@@ -70,7 +70,6 @@ class DiffusionPurifier(Defence):
     """
 
     draws_for_each_image = True
-    compiled_parts = ("_predict",)
     _rows: Tensor
 
     def __init__(
@@ -142,8 +141,6 @@ class DiffusionPurifier(Defence):
         self.check_images(x)
         if draws * self.samples > STEPS:
             raise ValueError(f"draws must be at most {STEPS // self.samples} with {self.samples} samples, got {draws}")
-        if not torch.compiler.is_compiling():
-            self.prepare_replay()
         noisy = not self.noise_is_off
         count = draws * self.samples if noisy else 1
         seed, ids = self.noise(len(x), x.device) if noisy else (self._noise_seed, self._rows[:1])
@@ -169,8 +166,6 @@ class DiffusionPurifier(Defence):
         numbers = (table.coefficients, table.targets, table.weights)
         coefficients, targets, weights = (each.to(images.dtype) for each in numbers)
         guidance = self.process.guidance
-        # `_network` checks whether a parameter is trained, which takes as long as a small layer, so read it only once
-        network = self._network
 
         def moved(x: Tensor, prediction: Tensor, row: Tensor, word: int, adds_noise: bool) -> Tensor:
             at, noisy_step = self._rows[word : word + 1], noisy and adds_noise
@@ -181,8 +176,7 @@ class DiffusionPurifier(Defence):
                 return moved(x, x, coefficients[j], j, True)
             seen = x if self.followed[j] else x.detach()
             times = table.times[j].expand(len(x))
-            compiled = self.fast is not None and self.fast.regions
-            prediction = self._run_part(self._predict, seen, times) if compiled else self._predict(seen, times, network)
+            prediction = self._predict(seen, times)
             following = moved(x, prediction, coefficients[j], j, self.adds_noise[j])
             if guidance is None:
                 return following
@@ -206,17 +200,16 @@ class DiffusionPurifier(Defence):
             keep=self.keep,
         )
 
-    def _predict(self, x: Tensor, t: Tensor, network: Denoiser | None = None) -> Tensor:
-        """Return the network's prediction for states at the times ``t [B]``, for `diffusion_step`."""
-        with self._autocast(x.device):
-            prediction = (network or self._network)(x.to(self.purifier_dtype), t)
+    def _predict(self, x: Tensor, t: Tensor) -> Tensor:
+        """Return the denoiser's prediction for states at the times ``t [B]``, for `diffusion_step`."""
+        with self._products(x.device):
+            prediction = self.denoiser(x.to(self.purifier_dtype), t)
         return prediction if self.process.learns_variances else prediction[:, : x.shape[1]]
 
     def with_process(self, process: Process) -> DiffusionPurifier:
-        """Return a defence with another process. It shares denoiser and classifier, and is not accelerated."""
+        """Return a defence with another process. It shares denoiser and classifier."""
         other = copy.copy(self)
         other._modules, other._buffers, other._kept_ids = dict(self._modules), dict(self._buffers), {}
-        other.fast = None
         other.process, other.arguments = process, {**self.arguments, "process": asdict(process)}
         other._make_table()
         return other
@@ -243,21 +236,14 @@ class DiffusionPurifier(Defence):
 
     @property
     def purifier_dtype(self) -> torch.dtype:
-        """The dtype of the denoiser's weights. The states are float32, or float64 if the weights are float64."""
-        return dtype_of(self.denoiser)
+        """The dtype of the denoiser's inputs. The states are float32, or float64 if the weights are float64."""
+        return torch.float32 if self.compute_dtype is not None else dtype_of(self.denoiser)
 
-    @property
-    def _network(self) -> Denoiser:
-        """The network that predictions use: the denoiser, or its bfloat16 copy if it is accelerated and frozen."""
-        fast = self.fast
-        return self.denoiser if fast is None or fast.packed is None or self._weight_to_pack() is None else fast.packed
-
-    def _weight_to_pack(self) -> Tensor | None:
-        frozen = not self.training and not any(weight.requires_grad for weight in self.denoiser.parameters())
-        return first_tensor(self.denoiser) if frozen and self.purifier_dtype == torch.float32 else None
-
-    def _pack(self) -> Denoiser:
-        return self.denoiser.bfloat16_copy()
+    def make_frozen_copy(self, dtype: torch.dtype, *, compile: bool = False, plain: bool = False) -> DiffusionPurifier:
+        other = super().make_frozen_copy(dtype, compile=compile, plain=plain)
+        if dtype == torch.bfloat16:
+            other.denoiser.convert_to_bfloat16()
+        return other
 
     # -- files --------------------------------------------------------------------------------------------------------
 

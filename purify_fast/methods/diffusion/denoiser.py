@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -160,12 +159,10 @@ class Denoiser(nn.Module):
         given = self.module(x, t)
         return given if isinstance(given, Tensor) else given.sample
 
-    def bfloat16_copy(self) -> Denoiser:
-        """Return a frozen copy whose convolutions and linear layers have bfloat16 weights."""
-        duplicate = copy.deepcopy(self).requires_grad_(False).eval()
-        for layer in duplicate.modules():
+    def convert_to_bfloat16(self) -> None:
+        """Convert the weights of convolutions and linear layers to bfloat16, in place."""
+        for layer in self.modules():
             if isinstance(layer, nn.Conv2d):
                 layer.to(memory_format=torch.channels_last)
             if isinstance(layer, (nn.Conv2d, nn.Linear)) and not isinstance(layer, TimeLayer):
                 layer.to(torch.bfloat16)
-        return duplicate

@@ -6,9 +6,10 @@ also fuses operators of the forward pass with others. The weights are inputs of 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import operator
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,15 +17,12 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..._tensors import without_autocast
-from ..folding.inference_copy import Accelerated, InferenceCopy
+from ..agreement import BFLOAT16, COSINE
 
 logger = logging.getLogger("purify_fast")
 
 #: The compiler. Tests replace it by a faster one.
 BACKEND = "inductor"
-#: Tolerances for a compiled step: the least cosine between the changes of an image tensor, and the largest mean error
-#: of another tensor, as a share of its largest value. Products in bfloat16 have other rounding errors when compiled.
-LEAST_COSINE, LARGEST_ERROR = 0.8, 0.05
 #: The largest number of compiled steps of a copy. Steps with further batch sizes are not compiled.
 MOST_STEPS = 8
 
@@ -33,15 +31,6 @@ State = dict[str, Tensor]
 
 #: A compiled step.
 Compiled = Callable[[Mapping[str, Tensor]], State]
-
-
-def copies_in(model: Any) -> list[InferenceCopy]:
-    """The inference copies in a model, also those of accelerated defences."""
-    found: list[Any] = []
-    for part in model.modules() if isinstance(model, nn.Module) else ():
-        fast = getattr(part, "fast", None)
-        found += [part, *([fast.classifier] if isinstance(fast, Accelerated) else [])]
-    return [part for part in dict.fromkeys(found) if isinstance(part, InferenceCopy)]
 
 
 def compiled_if_repeated(function: Any, state: State, key: Hashable, steps: dict[Hashable, Any]) -> Any:
@@ -96,8 +85,8 @@ def _traced(function: Any, state: State) -> Compiled:
         result: State = function(dict(zip(names, values, strict=True)))
         return result
 
-    # A backward pass in another thread would not be traced.
-    with torch.autograd.set_multithreading_enabled(False):
+    # A backward pass in another thread would not be traced, and neither would compiled parts of the model.
+    with torch.autograd.set_multithreading_enabled(False), _eager(function.model):
         traced = make_fx(flat)(*[state[name] for name in names])
     graph, tensors = _with_inputs(traced)
     # The result is compared with the step, so a later trace of another shape would be wrong: `dynamic` is False.
@@ -110,6 +99,20 @@ def _traced(function: Any, state: State) -> Compiled:
         return result
 
     return run
+
+
+@contextlib.contextmanager
+def _eager(model: Any) -> Iterator[None]:
+    """A block in which the parts of a model run without the compiled calls of ``nn.Module.compile``."""
+    parts = [part for part in model.modules() if part._compiled_call_impl is not None]
+    compiled = [part._compiled_call_impl for part in parts]
+    try:
+        for part in parts:
+            part._compiled_call_impl = None
+        yield
+    finally:
+        for part, call in zip(parts, compiled, strict=True):
+            part._compiled_call_impl = call
 
 
 def _with_inputs(traced: fx.GraphModule) -> tuple[fx.GraphModule, list[Tensor]]:
@@ -160,9 +163,9 @@ def _close(got: Tensor, wanted: Tensor, before: Tensor) -> bool:
         return False
     one, other = got[finite].double(), wanted[finite].double()
     if wanted.dim() < 2:
-        return not len(other) or bool((one - other).abs().mean() <= LARGEST_ERROR * other.abs().amax())
+        return not len(other) or bool((one - other).abs().mean() <= BFLOAT16 * other.abs().amax())
     old = before[finite].double().nan_to_num(0.0, 0.0, 0.0)
     moved, target = one - old, other - old
     if not bool(target.any()):
         return not bool(moved.any())
-    return bool(torch.dot(moved, target) >= LEAST_COSINE * moved.norm() * target.norm() > 0)
+    return bool(torch.dot(moved, target) >= COSINE[BFLOAT16] * moved.norm() * target.norm() > 0)

@@ -29,11 +29,12 @@ from torch import Tensor, nn
 from ..._compiler import EagerDispatchMode
 from ..._validation import CudaGraphs, check_literal
 from ...model_state import identity_key
-from ...protocols import CountsImages, PreparesReplay
+from ...protocols import CompilesSteps, CountsImages, PreparesReplay
+from ..agreement import FLOAT32
 from ..draws import same_draws
 from ..memory import retry_when_memory_ends, same_draws_again
 from ..precision import raced_convolutions
-from .compiled_step import compiled_step, copies_in
+from .compiled_step import compiled_step
 from .cuda_capture import CudaCapture
 from .step_loop import (
     CAPTURE_STEPS,
@@ -57,9 +58,8 @@ Result = TypeVar("Result")
 MOST_GRAPHS = 32
 #: The number of steps without a graph whose launches are remembered.
 REMEMBERED = 64
-#: Tolerances for the comparison of a replay with its step. ROUNDING: the allowed error, as a share of the largest
-#: value. OTHER_SIGNS: the share of values that may have a larger error.
-ROUNDING, OTHER_SIGNS = 1e-3, 0.05
+#: The share of a replay's values that may have a larger error than FLOAT32.
+OTHER_SIGNS = 0.05
 
 
 def write(values: State, buffers: State) -> None:
@@ -245,7 +245,7 @@ class StepGraphs:
                 # Compiled code draws other random numbers.
                 draws = device_generator(device) != drawn
                 counts = [counter.counted() - start for counter, start in zip(counters, first, strict=True)]
-                compiles = any(part.region is not None for part in copies_in(function.model))
+                compiles = any(one.compiled_steps() is not None for one in parts_of(function.model, CompilesSteps))
                 compiled = compiled_step(function, buffers) if compiles and not draws else None
                 run: Any = function if compiled is None else compiled
                 with self.capture.aside(device):
@@ -364,7 +364,7 @@ def alike(got: Tensor, wanted: Tensor) -> bool:
     if not wanted.numel():
         return True
     finite = torch.where(wanted.isfinite(), wanted, 0.0)
-    close = (got - wanted).abs() <= ROUNDING * finite.abs().amax()
+    close = (got - wanted).abs() <= FLOAT32 * finite.abs().amax()
     same = (got == wanted) | (got.isnan() & wanted.isnan()) | close
     return bool(same.float().mean() >= 1 - OTHER_SIGNS)
 

@@ -373,7 +373,7 @@ def test_bfloat16_attacks_the_weights_of_now_and_trains_float32_ones(make):
     frozen = copy.deepcopy(model).requires_grad_(False).eval()
     found = task.attack(step, task.config.attack)
     view = InferenceCopy(frozen, SHAPE)
-    torch.testing.assert_close(task.attacked(step.x), view(step.x), rtol=0.05, atol=0.05)
+    torch.testing.assert_close(task.attacked.now(step.x)(step.x), view(step.x), rtol=0.05, atol=0.05)
     want = pgd(view, step.x, step.y, eps=EPS, alpha=0.1, steps=2, seed=7, sample_ids=step.sample_ids)
     assert (found - want).abs().gt(1e-3).float().mean() < 0.05  # signs of gradients near 0
     model.train()

@@ -1,0 +1,91 @@
+"""Follow a model whose frozen copy reads its weights: tell whether they have changed since the last look."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .watch import tensors_of
+
+
+class Followed:
+    """A model that a copy follows, and what was last read of it.
+
+    A copy of this object in memory follows the same model. One that was pickled follows nothing.
+
+    Raises:
+        ValueError: see `read`.
+    """
+
+    def __init__(self, model: nn.Module | None = None):
+        self._model = None if model is None else weakref.ref(model)
+        self._layout = [] if model is None else _layout(model)
+        self.read()
+
+    def read(self) -> nn.Module | None:
+        """Return the model, whose tensors are read now; None if it is gone.
+
+        Raises:
+            ValueError: names, shapes or the sharing of the model's tensors have changed.
+        """
+        model = None if self._model is None else self._model()
+        # The dictionaries of a module stay the same, but a part may be replaced by another one.
+        parts = [] if model is None else model.modules()
+        self._held: list[dict[str, Any]] = [vars(part)[group] for part in parts for group in _GROUPS]
+        if model is not None and (now := _layout(model)) != self._layout:
+            other = sorted({name for name, *_ in {*now} ^ {*self._layout}})
+            raise ValueError(
+                f"the tensors of {type(model).__name__} have other names, shapes or sharing than when its frozen copy "
+                f"was made ({', '.join(other[:4])}): make a new one with purify_fast.frozen_copy(model, x)"
+            )
+        self._refs, self._stamps = self._look()
+        return model
+
+    def changed(self) -> bool:
+        """Tell whether PyTorch has counted a write to a tensor, or an object was replaced, since the last `read`."""
+        return self._model is not None and self._model() is not None and self._look()[1] != self._stamps
+
+    def _look(self) -> tuple[list[Any], list[Any]]:
+        """Return weak references to the model's parts and tensors, and stamps: their ids, counts of writes, addresses.
+
+        A new object may get the id and the address of one that is gone. A reference that is kept has its id alone.
+        """
+        objects = [one for held in self._held for one in held.values() if one is not None]
+        tensors = [one for one in objects if isinstance(one, Tensor)]
+        refs = [weakref.ref(one) for one in objects]
+        versions = [-1 if one.is_inference() else one._version for one in tensors]
+        return refs, [list(map(id, refs)), versions, [one.data_ptr() for one in tensors]]
+
+    def __deepcopy__(self, memo: object) -> Followed:
+        return copy.copy(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Followed, ()
+
+    def __copy__(self) -> Followed:
+        other = Followed()
+        vars(other).update(vars(self))
+        return other
+
+
+#: The dictionaries in which a module holds its tensors and parts.
+_GROUPS = ("_parameters", "_buffers", "_modules")
+
+
+def _layout(model: nn.Module) -> list[tuple[str, torch.Size, int]]:
+    """The names and shapes of a model's tensors, each with the number of its first place."""
+    first = dict[int, int]()
+    return [(name, one.shape, first.setdefault(id(one), len(first))) for name, one in tensors_of(model)]
+
+
+def keeps_its_mode(mode: bool, warned: bool) -> bool:
+    """Warn once that ``train()`` changes nothing in a frozen copy. Return True if the warning was given."""
+    if mode and not warned:
+        text = "a frozen copy keeps its mode: train() changes nothing. Call train() on the model itself"
+        warnings.warn(text, RuntimeWarning, stacklevel=3)
+    return mode or warned
