@@ -51,10 +51,10 @@ class Copies:
             if isinstance(getattr(made, "_followed", None), Followed):
                 try:
                     made.update()
+                    if supports(made, CopiesItself):
+                        made.take_noise()
                 except ValueError:
                     del self._kept[name]
-                if supports(made, CopiesItself):
-                    made.take_noise()
         key = id(model), precision
         known = self._kept.get(key)
         if known is None or known[0] is not model:

@@ -33,25 +33,6 @@ def apart(one: Tensor, other: Tensor, strength: float, together: bool = False) -
     return (~same & ~((one - other).abs() <= (strength * spread + SAME_SIZE * size).view(-1, 1))).any(1)
 
 
-def same_logits(got: Tensor, want: Tensor) -> bool:
-    """Tell whether a copy in bfloat16 has the logits ``[B, classes]`` of its model, up to a constant for each image.
-
-    The gap of a class is the logit of the predicted class minus the logit of this class. Each gap may have twice the
-    error BFLOAT16, because it is a difference of two logits. If a gap is small, the error is a share of the median gap
-    of the class with the fourth highest logit.
-    """
-    if want.shape != got.shape or not bool(got.isfinite().all()):
-        return False
-    # Measure the gap from the first to the fourth class, because targeted DLR reads the four highest logits. With fewer
-    # than nine classes, measure to an earlier class, because the smallest logit may be far from all others.
-    leading = want.topk(min(4, 2 + (want.shape[1] - 1) // 4), 1).values
-    top = want.argmax(1, keepdim=True)
-    behind, its_own = (logits.gather(1, top) - logits for logits in (want, got))
-    # Each class has its own limit: a class with a very low logit would allow large errors in all others.
-    allowed = 2 * BFLOAT16 * behind.clamp_min((leading[:, 0] - leading[:, -1]).median())
-    return bool(((its_own - behind).abs() <= allowed).all())
-
-
 def same_direction(got: Tensor, want: Tensor, strength: float = BFLOAT16) -> bool:
     """Tell whether two gradients have nearly the same direction. A gradient of 0 or NaN agrees with any other."""
     size = want.norm()

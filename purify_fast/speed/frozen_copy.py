@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .._compiler import is_compiled
 from ..protocols import CopiesItself, Purifies, supports
-from .agreement import BFLOAT16, FLOAT32, same_direction, same_logits
+from .agreement import BFLOAT16, FLOAT32, same_direction
 from .draws import same_draws, shared_generators
 from .folding.inference_copy import DTYPES, InferenceCopy
 from .followed import Followed, keeps_its_mode
@@ -220,6 +220,25 @@ def _agree(got: _Answers, want: _Answers, dtype: torch.dtype) -> bool:
     strength = FLOAT32 if dtype == torch.float32 else BFLOAT16
     close = bool((got.logits - logits).abs().max() <= strength * logits.abs().max())
     return close and same_direction(got.gradient, want.gradient, strength)
+
+
+def same_logits(got: Tensor, want: Tensor) -> bool:
+    """Tell whether a copy in bfloat16 has the logits ``[B, classes]`` of its model, up to a constant for each image.
+
+    The gap of a class is the logit of the predicted class minus the logit of this class. Each gap may have twice the
+    error BFLOAT16, because it is a difference of two logits. If a gap is small, the error is a share of the median gap
+    of the class with the fourth highest logit.
+    """
+    if want.shape != got.shape or not bool(got.isfinite().all()):
+        return False
+    # Measure the gap from the first to the fourth class, because targeted DLR reads the four highest logits. With fewer
+    # than nine classes, measure to an earlier class, because the smallest logit may be far from all others.
+    leading = want.topk(min(4, 2 + (want.shape[1] - 1) // 4), 1).values
+    top = want.argmax(1, keepdim=True)
+    behind, its_own = (logits.gather(1, top) - logits for logits in (want, got))
+    # Each class has its own limit: a class with a very low logit would allow large errors in all others.
+    allowed = 2 * BFLOAT16 * behind.clamp_min((leading[:, 0] - leading[:, -1]).median())
+    return bool(((its_own - behind).abs() <= allowed).all())
 
 
 def same_answers(one: nn.Module, other: nn.Module, x: Tensor) -> bool:

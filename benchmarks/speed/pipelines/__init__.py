@@ -155,10 +155,13 @@ def training_step(task: Task, batch: Batch, captured: bool) -> Callable[[], Tens
 
 
 def compile_classifier(classifier: nn.Module) -> None:
-    """Compile a classifier in place. In an `InferenceCopy`, also whole steps of attacks on it are compiled."""
+    """Compile an `InferenceCopy` in place, and whole steps of attacks on it.
+
+    Another classifier stays as it is, because a compiled one would not run the hooks of a `Representation`.
+    """
     if isinstance(classifier, InferenceCopy):
-        classifier.compile_steps, classifier = True, classifier.classifier
-    classifier.compile()
+        classifier.compile_steps = True
+        classifier.classifier.compile()
 
 
 def registry() -> dict[str, Callable[[bool], dict[str, Case]]]:

@@ -31,6 +31,8 @@ logger = logging.getLogger("purify_fast")
 
 #: The allowed dtypes of labels.
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+#: The fact of a report whose attacks, with the precision "auto", take their gradients from a copy in bfloat16.
+GRADIENTS = "of a frozen copy in bfloat16; the model itself judges"
 #: The largest number of modules that a note names.
 _NAMED = 3
 
@@ -96,6 +98,9 @@ def facts(
     config: EvaluateConfig, norm: NormName, eps: float, model: Classifier, device: torch.device
 ) -> dict[str, str]:
     """The facts about all rows, for `Report.about`."""
+    # A direct attack needs nothing of what makes copies.
+    from ...attacks.gradient_copy import gradient_dtype
+
     words = {None: None, "worst_of": "the worst", "votes": "the majority"}[config.predict]
     known = {
         "threat": ball_name(norm, eps),
@@ -105,6 +110,7 @@ def facts(
         "command": None if "ps1" in vars(sys) or sys.argv[0] == "-c" else shlex.join(["python", *sys.orig_argv[1:]]),
         "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "precision": precision_name(model, device),
+        "gradients": GRADIENTS if gradient_dtype(model, device, "auto") == torch.bfloat16 else None,
         "claim": None if config.claim is None else f"{config.claim:g}",
         "dataset": config.dataset_name,
         "protocol": config.protocol,

@@ -191,7 +191,7 @@ def facts(report: Report) -> list[tuple[str, str]]:
     images = ", ".join(dict.fromkeys(f"{row.n:,}" for row in report.rows if row.kind == "clean"))
     known = report.about | {"images": images}
     words = {"model": "hash of the model", "claim": "claimed, %", "peak_memory": "memory at the peak"}
-    names = ("date", "command", "images", "seed", "model", "processor", "seconds", "peak_memory", "claim")
+    names = ("date", "command", "images", "seed", "model", "processor", "gradients", "seconds", "peak_memory", "claim")
     return [(words.get(name, name), known[name]) for name in names if known.get(name)]
 
 

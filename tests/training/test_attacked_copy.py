@@ -1,0 +1,76 @@
+"""Trainings attack a frozen copy that has the weights of the moment, and train the model itself."""
+
+import pytest
+import torch
+from torch import nn
+
+from purify_fast.models.classifiers import SmallCNN
+from purify_fast.speed.frozen_copy import AttackedCopy, FrozenCopy
+from purify_fast.training import Batch, ClassifierConfig, TrainingAttack
+from purify_fast.training.classifier import ClassifierTask
+
+SHAPE = (1, 16, 16)
+
+
+def task(objective):
+    torch.manual_seed(0)
+    attack = TrainingAttack(eps=0.1, steps=3)
+    return ClassifierTask(SmallCNN(1, 10, SHAPE[1:], 8), ClassifierConfig(objective=objective, attack=attack))
+
+
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.rand(8, *SHAPE, generator=generator), torch.randint(10, (8,), generator=generator)
+    return Batch(x, y, torch.arange(8), 7, 0, 1)
+
+
+@pytest.mark.parametrize("objective", [None, "trades", "mart"])
+def test_every_step_attacks_the_present_weights(objective, monkeypatch):
+    monkeypatch.setattr("purify_fast.speed.frozen_copy.FEWEST_WEIGHTS", 1)
+    seen, original = [], TrainingAttack.run
+
+    def run(self, model, *given, **options):
+        seen.append((model, model(batch().x).detach()))
+        return original(self, model, *given, **options)
+
+    monkeypatch.setattr(TrainingAttack, "run", run)
+    made = task(objective)
+    for _ in range(3):
+        made.train()
+        with torch.no_grad():
+            wanted = made.model.eval()(batch().x)
+            made.train()
+        loss, _ = made.training_step(batch())
+        loss.backward()
+        assert isinstance(seen[-1][0], FrozenCopy) and not torch.equal(seen[-1][1], wanted * 0)
+        torch.testing.assert_close(seen[-1][1], wanted, rtol=1e-4, atol=1e-5)
+        made.optimizer.step()
+    assert len({id(model) for model, _ in seen}) == 1
+    assert not torch.allclose(seen[0][1], seen[-1][1], atol=1e-4)
+
+
+@pytest.mark.parametrize("objective", [None, "trades"])
+def test_the_copy_gives_nearly_the_loss_of_the_model(objective, monkeypatch):
+    plain, _ = task(objective).training_step(batch())
+    monkeypatch.setattr("purify_fast.speed.frozen_copy.FEWEST_WEIGHTS", 1)
+    copied, _ = task(objective).training_step(batch())
+    torch.testing.assert_close(copied, plain, rtol=1e-3, atol=1e-5)
+
+
+def test_small_models_and_models_without_a_copy_are_attacked_themselves():
+    class NotCopied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(256, 1000)
+
+        def forward(self, x):
+            return self.fc(x.flatten(1))
+
+        def __deepcopy__(self, memo):
+            raise RuntimeError("no copies")
+
+    small, odd, x = SmallCNN(1, 10, SHAPE[1:], 8), NotCopied(), torch.rand(2, *SHAPE)
+    assert AttackedCopy(small, torch.float32).now(x) is small
+    assert AttackedCopy(small, torch.bfloat16).now(x).dtype == torch.bfloat16
+    with pytest.warns(RuntimeWarning, match="NotCopied is attacked itself, .* no copies"):
+        assert AttackedCopy(odd, torch.float32).now(x) is odd
