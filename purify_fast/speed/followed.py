@@ -8,7 +8,7 @@ import weakref
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .watch import tensors_of
 
@@ -34,32 +34,36 @@ class Followed:
             ValueError: names, shapes or the sharing of the model's tensors have changed.
         """
         model = None if self._model is None else self._model()
-        # The dictionaries of a module stay the same, but a part may be replaced by another one.
-        parts = [] if model is None else model.modules()
-        self._held: list[dict[str, Any]] = [vars(part)[group] for part in parts for group in _GROUPS]
+        parts = [] if model is None else list(model.modules())
+        # The dictionaries of a module stay the same, but a tensor or a part may be replaced by another one.
+        self._tensors = [held for part in parts for held in (part._parameters, part._buffers) if held]
+        self._parts = [part._modules for part in parts if part._modules]
         if model is not None and (now := _layout(model)) != self._layout:
             other = sorted({name for name, *_ in {*now} ^ {*self._layout}})
             raise ValueError(
                 f"the tensors of {type(model).__name__} have other names, shapes or sharing than when its frozen copy "
                 f"was made ({', '.join(other[:4])}): make a new one with purify_fast.frozen_copy(model, x)"
             )
-        self._refs, self._stamps = self._look()
+        objects: list[Any] = [one for held in (*self._tensors, *self._parts) for one in held.values()]
+        # A new object may get the id and the address of one that is gone, so `_gone` gets an entry when one goes.
+        self._gone: list[Any] = []
+        self._refs = [weakref.ref(one, self._gone.append) for one in objects if one is not None]
+        self._stamps = self._look()
         return model
 
     def changed(self) -> bool:
         """Tell whether PyTorch has counted a write to a tensor, or an object was replaced, since the last `read`."""
-        return self._model is not None and self._model() is not None and self._look()[1] != self._stamps
+        if self._model is None or self._model() is None:
+            return False
+        return bool(self._gone) or self._look() != self._stamps
 
-    def _look(self) -> tuple[list[Any], list[Any]]:
-        """Return weak references to the model's parts and tensors, and stamps: their ids, counts of writes, addresses.
-
-        A new object may get the id and the address of one that is gone. A reference that is kept has its id alone.
-        """
-        objects = [one for held in self._held for one in held.values() if one is not None]
-        tensors = [one for one in objects if isinstance(one, Tensor)]
-        refs = [weakref.ref(one) for one in objects]
+    def _look(self) -> list[Any]:
+        """Return the ids of the model's parts and tensors, and the tensors' addresses and counts of writes."""
+        parts = [id(part) for held in self._parts for part in held.values()]
+        tensors = [one for held in self._tensors for one in held.values() if one is not None]
+        # A tensor that was made in inference mode has no count.
         versions = [-1 if one.is_inference() else one._version for one in tensors]
-        return refs, [list(map(id, refs)), versions, [one.data_ptr() for one in tensors]]
+        return [parts, list(map(id, tensors)), versions, [one.data_ptr() for one in tensors]]
 
     def __deepcopy__(self, memo: object) -> Followed:
         return copy.copy(self)

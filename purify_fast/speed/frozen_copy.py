@@ -47,8 +47,10 @@ def frozen_copy(model: nn.Module, x: Tensor, *, dtype: Dtype = "auto", compile: 
 
     Raises:
         TypeError: the model is no module in eager mode, or a frozen copy itself.
-        ValueError: x is no batch of images, or the dtype is not allowed.
+        ValueError: x is no batch of images, the dtype is not allowed, or the noise of a defence is fixed or off.
     """
+    if not getattr(model, "noise_is_fresh", True):
+        raise ValueError("model must draw fresh noise: make its copy outside of fixed_noise and deterministic")
     made, same = _compared(model, x, dtype, compile)
     if not same:
         text = f"{type(model).__name__} and its plain copy give other logits for the same images and random numbers"

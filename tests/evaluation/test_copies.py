@@ -71,6 +71,7 @@ def test_the_report_says_where_the_gradients_come_from(images, monkeypatch, tmp_
     assert "gradients" not in evaluate(model, *images, **settings).about
     monkeypatch.setattr("purify_fast.attacks.gradient_copy.FEWEST_WEIGHTS", 1)
     monkeypatch.setattr("purify_fast.attacks.gradient_copy.auto_dtype", lambda model, device: torch.bfloat16)
-    report = evaluate(model, *images, **settings, out=tmp_path)
+    report = evaluate(model, *images, **settings)
+    report.save(tmp_path)
     assert report.about["gradients"] == "of a frozen copy in bfloat16; the model itself judges"
     assert "of a frozen copy in bfloat16" in (tmp_path / "report.md").read_text()
