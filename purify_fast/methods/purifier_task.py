@@ -11,6 +11,7 @@ import torch
 from .._process import processes
 from .._tensors import weights_fingerprint
 from ..defences.base import Defence
+from ..speed.watch import FEWEST_WEIGHTS, matrix_weights
 from ..training.config import TrainingAttack
 from ..training.task import Batch, check_labels
 from .base import MethodTask
@@ -30,8 +31,10 @@ class PurifierTask(MethodTask, Generic[D]):
         self.model = defence
         self.classifier = weights_fingerprint(defence.classifier)
         defence.classifier.requires_grad_(False)
-        #: The defence that a step computes with: ``defence``, or with bfloat16 a copy with the same purifier.
-        self.trained = defence.computing_in(torch.bfloat16) if config.precision == "bfloat16" else defence
+        dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+        folds = matrix_weights(defence.classifier) >= FEWEST_WEIGHTS and defence.purifier_dtype == torch.float32
+        #: The defence that a step computes with: a copy with the same purifier, or ``defence`` if no copy is faster.
+        self.trained = defence.computing_in(dtype) if folds or dtype == torch.bfloat16 else defence
 
     @property
     def result(self) -> D:

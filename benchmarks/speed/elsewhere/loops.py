@@ -267,6 +267,33 @@ def awp_with_our_lines(model: nn.Module, batches: Batches, dtype: Dtype) -> Iter
     return awp(model, batches, fast, contextlib.nullcontext())
 
 
+def tricks(model: nn.Module, batches: Batches, attacked: nn.Module, context: Any) -> Iterator[Tensor]:
+    """Train on images attacked in evaluation mode, as in "Bag of Tricks for Adversarial Training" (ICLR 2021)."""
+
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        delta = attack(attacked.eval(), x, y, ALPHA, STEPS)
+        model.train()
+        with context:
+            return F.cross_entropy(model(x + delta), y)
+
+    return trained(model, batches, loss)
+
+
+def tricks_by_expert(model: nn.Module, batches: Batches, dtype: Dtype) -> Iterator[Tensor]:
+    """Train as `tricks`, with an attack on a frozen copy."""
+    fast = Frozen(model, dtype)
+    return tricks(model, batches, fast, cast(fast.dtype))
+
+
+def tricks_with_our_lines(model: nn.Module, batches: Batches, dtype: Dtype) -> Iterator[Tensor]:
+    """Train as `tricks`, with an attack on a frozen copy of this package."""
+    fast, batches = with_copy(model, batches, dtype)
+    return tricks(model, batches, fast, contextlib.nullcontext())
+
+
+_TRICKS = Form(lambda model, batches, dtype: tricks(model, batches, model, contextlib.nullcontext()), (tricks,))
+_TRICKS_BY_EXPERT = Form(tricks_by_expert, (tricks, tricks_by_expert, cast, *WRITTEN))
+_TRICKS_WITH_OURS = Form(tricks_with_our_lines, (tricks, tricks_with_our_lines, copied))
 _TRADES = Form(lambda model, batches, dtype: trained(model, batches, trades), (trades, trades_attack))
 _TRADES_BY_EXPERT = Form(_trades_frozen, (trades_by_expert, trades_attack_by_expert, cast, *WRITTEN))
 _TRADES_WITH_OURS = Form(_trades_copied, (trades_with_our_lines, trades_attack_on_copy, copied))
@@ -378,6 +405,19 @@ def torchattacks_pgd(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return importlib.import_module("torchattacks").PGD(model, eps=EPS, alpha=ALPHA, steps=STEPS)(x, y)
 
 
+def torchattacks_cw(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Attack by the attack of Carlini and Wagner of torchattacks."""
+    return importlib.import_module("torchattacks").CW(model, steps=STEPS)(x, y)
+
+
+def foolbox_pgd(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Attack by PGD of Foolbox."""
+    foolbox = importlib.import_module("foolbox")
+    attack = foolbox.attacks.LinfPGD(abs_stepsize=ALPHA, steps=STEPS)
+    near: Tensor = attack(foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu"), x, y, epsilons=EPS)[1]
+    return near
+
+
 @functools.cache
 def _clean_accuracy() -> Callable[..., float]:
     """Import RobustBench's function, with the package and the folder that the import needs."""
@@ -430,6 +470,7 @@ ROWS = {
     **{f"TRADES, {n} images": Row(n, _TRADES, _TRADES_BY_EXPERT, _TRADES_WITH_OURS, True) for n in (8, 2)},
     "PGD-7 in training mode": _fast_row(8, alpha=ALPHA, steps=7),
     "FGSM with a random start": _fast_row(16, alpha=1.25 * EPS, steps=1),
+    "Bag of Tricks": Row(8, _TRICKS, _TRICKS_BY_EXPERT, _TRICKS_WITH_OURS, True),
     "AWP": Row(8, _AWP, _AWP_BY_EXPERT, _AWP_WITH_OURS, True),
     f"CARSO's classifier, {CARSO_STEPS} steps": Row(16, _CARSO, _CARSO_BY_EXPERT, with_our_line(_CARSO), False),
     f"diffusion, {TIMES} steps with checkpoints": Row(
@@ -438,5 +479,7 @@ ROWS = {
     "APGD-CE of pyautoattack": _row(apgd_ce, "pyautoattack"),
     "APGD-T of pyautoattack": _row(apgd_t, "pyautoattack"),
     "PGD of torchattacks": _row(torchattacks_pgd, "torchattacks"),
+    "CW of torchattacks": _row(torchattacks_cw, "torchattacks"),
+    "LinfPGD of Foolbox": _row(foolbox_pgd, "foolbox"),
     "RobustBench with AutoAttack": _row(robustbench, "robustbench"),
 }

@@ -151,7 +151,7 @@ class CarsoTask(PurifierTask[Carso]):
 
     Args:
         defence: the defence to train.
-        config: settings of the training. With the precision "bfloat16", steps compute with a copy of the classifier.
+        config: settings of the training. Steps compute with a copy of a large classifier, or in bfloat16 of any.
         origin: name of the purifier's initial weights. A run is resumed only with the same name.
     """
 
