@@ -317,3 +317,16 @@ def test_what_cannot_be_copied_is_refused_by_name(x):
         purify_fast.frozen_copy(model, x, dtype=torch.float16)
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         purify_fast.frozen_copy(nn.Sequential(nn.Flatten(), nn.Linear(5, 2)), x)
+
+
+def test_attention_with_tokens_of_a_batch_first_is_the_same(x):
+    def forward(self, x):
+        tokens = self.embed(x).flatten(2).transpose(1, 2)
+        mixed, weights = self.attend(tokens, tokens, tokens)
+        other, _ = self.attend(mixed, tokens[:, :5], tokens[:, :5], need_weights=False)
+        return self.fc((mixed + other).mean(1)) + weights[:, 0, :4]
+
+    parts = {"embed": nn.Conv2d(3, 8, 2, 2), "attend": nn.MultiheadAttention(8, 2, batch_first=True)}
+    model = Own(forward, **parts, fc=nn.Linear(8, 4)).eval()
+    fast = purify_fast.frozen_copy(model, x)
+    assert not fast.classifier.attend.batch_first and model.attend.batch_first and same(fast, model, x)

@@ -84,6 +84,31 @@ def _see_images_in_float32(model: nn.Module, image_shape: tuple[int, ...]) -> li
     return layers
 
 
+class _SequenceFirst(nn.MultiheadAttention):
+    """Copies batch-first tokens to the order in which PyTorch computes.
+
+    With frozen weights, PyTorch would multiply each image of the transposed tokens on its own, which is slower.
+    """
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *given: Any, **options: Any) -> Any:
+        tokens = query.transpose(0, 1).contiguous()
+        others = (tokens, tokens) if query is key is value else (key.transpose(0, 1), value.transpose(0, 1))
+        out, weights = super().forward(tokens, *others, *given, **options)
+        return out.transpose(0, 1), weights
+
+
+def _attend_sequence_first(model: nn.Module) -> None:
+    """Let the attention layers on a CPU copy their tokens, in place. PyTorch's own encoders have another fast path."""
+    for parent in model.modules():
+        for module in parent.children() if not type(parent).__module__.startswith("torch.nn.") else ():
+            if (
+                type(module) is nn.MultiheadAttention
+                and module.batch_first
+                and first_tensor(module).device.type == "cpu"
+            ):
+                module.__class__, module.batch_first = _SequenceFirst, False
+
+
 def prepare_for_inference(
     model: nn.Module,
     image_shape: tuple[int, ...],
@@ -104,6 +129,8 @@ def prepare_for_inference(
     slower = dtype == torch.float32 and any(isinstance(one, TRANSPOSED) for one in model.modules())
     with same_draws(model):
         uses_channels_last = not (plain or slower) and convert_to_channels_last(model, image_shape)
+    if not plain:
+        _attend_sequence_first(model)
     in_float32 = _see_images_in_float32(model, image_shape) if fine else []
     for module in model.modules():
         if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) and module not in in_float32:
