@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ._validation import NormName, check_counts, check_literal, read_norm
 from .attacks import APGD, FABT, Attack, AttackContext, Square, frozen
-from .attacks.arguments import check_eps
+from .attacks.arguments import check_eps, check_labels
 from .attacks.attacked_model import SAMPLE, TRIED_CALLS, check_model, draws_elsewhere
 from .attacks.gradient_copy import Copies
 from .attacks.sequence import AttackSequence
@@ -229,6 +229,7 @@ class AutoAttack:
         with torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []), frozen(self.model):
             torch.manual_seed(seed)
             model, classes = self.model, check_model(self.model, x[:SAMPLE].to(device, copy=True))
+            check_labels("y_orig (labels)", y, classes)
             draws = max(attack.eot_iter or 1 for attack in attacks.values())
             some = x[:SAMPLE].to(device)
             with torch.no_grad():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
@@ -41,16 +43,17 @@ def check_images(
         raise ValueError(f"y must have a row for each of the {len(x)} images, got {list(y.shape)}")
     if labels and (y.shape != (x.shape[0],) or y.dtype != torch.int64):
         raise ValueError(f"y must be int64 [B] = [{x.shape[0]}], got {y.dtype} {list(y.shape)}")
-    if x.device.type != "cpu" or x.numel() == 0 or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+    if not can_read(x):
         return
-    label = int(y.min()) if labels else 0
-    if label < 0:
-        raise ValueError(f"y must have class numbers of at least 0, got {label}")
+    if labels:
+        check_labels("y", y)
     if clip_min is None:
         return
     if isinstance(clip_min, Tensor) or isinstance(clip_max, Tensor):
         # Each pixel has its own range, so the images are moved and scaled into [0, 1].
         low, high = (torch.as_tensor(one, device=x.device) for one in (clip_min, clip_max))
+        if not bool((high > low).all()):
+            raise ValueError(f"clip_max must be above clip_min, got a smallest width of {float((high - low).min()):g}")
         x, clip_min, clip_max = (x - low) / (high - low), 0.0, 1.0
     least, most = (float(value) for value in x.detach().aminmax())
     slack = ROUNDING * (clip_max - clip_min)
@@ -58,6 +61,29 @@ def check_images(
     if not (least >= clip_min - slack and most <= clip_max + slack):
         allowed = f"[clip_min, clip_max] = [{clip_min:g}, {clip_max:g}]"
         raise ValueError(f"x must be in {allowed}, got values from {least:.5g} to {most:.5g}: {INTO_RANGE}")
+
+
+def can_read(values: Tensor) -> bool:
+    """Tell whether a check may read the values of a tensor: on a CPU, outside of a compiler or a dispatch mode."""
+    traced = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+    return values.device.type == "cpu" and values.numel() > 0 and not traced
+
+
+def check_labels(name: str, labels: Tensor, classes: int | None = None) -> None:
+    """Refuse labels, int64 ``[B]``, that no class has. ``classes`` is the number of classes, if it is known."""
+    low, high = (int(value) for value in labels.aminmax()) if len(labels) else (0, 0)
+    if low < 0 or (classes is not None and high >= classes):
+        allowed = "of at least 0" if classes is None else f"from 0 to {classes - 1}"
+        raise ValueError(f"{name} must have class numbers {allowed}, got {low if low < 0 else high}")
+
+
+def check_tensor(name: str, values: Tensor, most: float | Tensor = math.inf) -> None:
+    """Refuse a tensor with NaN, a value below 0, or a value above ``most``, as `check_eps` refuses a number."""
+    if can_read(values) and not bool(((values >= 0) & (values <= torch.as_tensor(most) * (1 + 1e-6))).all()):
+        low, high = (float(value) for value in values.aminmax())
+        raise ValueError(
+            f"{name} must be at least 0 and at most the range's width, got values from {low:g} to {high:g}"
+        )
 
 
 def largest_distance(norm: str, pixels: int, width: float = 1.0) -> float:

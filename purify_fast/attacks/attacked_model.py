@@ -16,6 +16,7 @@ from .._tensors import repeat_batch
 from ..model_state import hidden_modules
 from ..protocols import Classifier, CountsImages, SharesDraws, draws_for_each_image, supports
 from ..speed.agreement import differ
+from .arguments import can_read, check_labels
 from .outputs import INSTEAD_OF_PROBABILITIES, are_probabilities, checked_logits
 
 Answer = TypeVar("Answer")
@@ -83,23 +84,33 @@ def ask(model: Callable[[Tensor], Answer], x: Tensor) -> Answer:
     return answer
 
 
-#: True during a direct call of an attack, until the model has returned its first logits.
-_first_output: ContextVar[bool] = ContextVar("first_output", default=False)
+#: During a direct call of an attack, until the model has returned its first logits: the name and values of the labels.
+_first_output: ContextVar[tuple[str, Tensor] | None] = ContextVar("first_output", default=None)
 
 
 def logits_of(model: Classifier, x: Tensor) -> Tensor:
     """The logits of images, ``[B, classes]``; a model that writes to them (`ask`) is refused."""
-    logits = checked_logits(ask(model, x), len(x))
-    if not torch.compiler.is_compiling() and _first_output.get():
-        _first_output.set(False)
+    return _at_first(checked_logits(ask(model, x), len(x)))
+
+
+def _at_first(logits: Tensor) -> Tensor:
+    """Check and return logits. If they are the first of a direct call, compare the labels with the classes."""
+    if not torch.compiler.is_compiling() and (labels := _first_output.get()) is not None:
+        _first_output.set(None)
         _warn_of_values(logits)
+        if can_read(labels[1]):
+            check_labels(*labels, logits.shape[1])
     return logits
 
 
 @contextlib.contextmanager
-def called_directly() -> Iterator[None]:
-    """The context of an attack without an evaluation; on a CPU it warns of NaN or probabilities as logits."""
-    token = _first_output.set(True)
+def called_directly(name: str, labels: Tensor) -> Iterator[None]:
+    """The context of an attack without an evaluation.
+
+    On a CPU it warns of NaN or probabilities as logits, and refuses ``labels``, an argument called ``name``, that no
+    class has. The labels of a loss of the user's own are free, so ``labels`` is then empty.
+    """
+    token = _first_output.set((name, labels))
     try:
         yield
     finally:
@@ -134,7 +145,7 @@ def logits_of_draws(model: Classifier, x: Tensor, draws: int) -> Tensor:
     """Logits ``[draws * B, classes]`` of several draws of each image; the first draws of all images come first."""
     if draws > 1 and supports(model, SharesDraws):
         shares = cast(SharesDraws, model)
-        return ask(lambda images: shares.draw_logits(images, draws), x).flatten(0, 1)
+        return _at_first(ask(lambda images: shares.draw_logits(images, draws), x).flatten(0, 1))
     return logits_of(model, repeat_batch(x, draws) if draws > 1 else x)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from .._validation import Norm, read_norm
 from ..ops.pgd_step import clamped, per_pixel, pgd_step, spread
 from ..ops.philox import Stream, philox, philox_key
-from .arguments import check_eps
+from .arguments import check_eps, check_tensor, largest_distance
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,15 @@ def ball_around(
     clip_max: float | Tensor = 1.0,
 ) -> Ball:
     """Check the radius ``eps``, see `Radius`, and make the balls around images."""
-    width = clip_max - clip_min
-    if not isinstance(eps, Tensor):
-        # A range of each pixel is a tensor too, and is not compared with the radius.
-        largest = 1.0 if isinstance(width, Tensor) else max(1.0, width)
-        check_eps(eps, norm, largest, pixels=x.shape[1:].numel())
-    return Ball(per_pixel("eps", eps, x), read_norm(norm), clip_min, clip_max)
+    width, pixels = clip_max - clip_min, x.shape[1:].numel()
+    radii, norm = per_pixel("eps", eps, x), read_norm(norm)
+    if isinstance(eps, Tensor) or isinstance(width, Tensor):
+        widths = torch.as_tensor(width).clamp_min(0.0 if isinstance(width, Tensor) else 1.0)
+        # A radius for each image is compared with the widest range of a pixel.
+        check_tensor("eps", radii, largest_distance(norm, pixels) * (widths if radii.dim() > 1 else widths.max()))
+    else:
+        check_eps(eps, norm, max(1.0, width), pixels=pixels)
+    return Ball(radii, norm, clip_min, clip_max)
 
 
 def _numbers(x: Tensor, seed: int, sample_ids: Tensor | None) -> Callable[..., Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from .._compiler import outside_graphs
 from .._validation import Count, GradientPrecision, Norm, NormName, check_types, read_norm
 from ..protocols import Classifier
-from .arguments import check_eps, check_images
+from .arguments import can_read, check_eps, check_images, check_labels
 from .attacked_model import called_directly, drawn_once_per_call, frozen
 from .ball import Ball, ball_around
 from .context import AttackContext, LossFunction, Radius, drawn_seed
@@ -194,7 +194,7 @@ class Attack(abc.ABC):
         context = AttackContext(**{"seed": drawn_seed(), **options})
         if "eps" not in options and self.threat_model(context).eps == 0:
             raise ValueError(f"eps must be given: call {type(self).__name__}(...)(model, x, y, eps=8 / 255)")
-        with called_directly():
+        with called_directly("y", y if context.loss_function is None else y[:0]):
             return self.search(self.target(model), x, y, context)
 
     def revision(self) -> str | None:
@@ -331,6 +331,10 @@ def run_alone(
         if "loss" not in own or loss not in LOSSES:
             raise ValueError(f"targeted needs a loss among {', '.join(LOSSES)}, got {loss!r}")
         options.pop("loss", None)
+        if targeted.shape != (len(x),) or targeted.dtype != torch.int64:
+            raise ValueError(f"targeted must be int64 [B] = [{len(x)}], got {targeted.dtype} {list(targeted.shape)}")
+        if can_read(targeted):
+            check_labels("targeted", targeted)
         options["loss_function"], y = _towards(loss), targeted
     elif callable(loss) and "loss" in own:
         del options["loss"]
@@ -346,7 +350,8 @@ def run_alone(
         options["seed"] = drawn_seed(generator)
     chosen = attack(**{name: options.pop(name) for name in own & options.keys()})
     context = AttackContext(**options, keep_mode=mode == "keep", counts_health=health is not None)
-    with called_directly():
+    free = y[:0] if targeted is None and context.loss_function is not None else y
+    with called_directly("y" if targeted is None else "targeted", free):
         result = chosen.search(model, x, y, context)
     if health is not None and result.health is not None:
         health.add(**result.health.counts)

@@ -123,7 +123,11 @@ class Objective:
         logits = logits_of_draws(self.model, x, draws)
         if callable(self.loss):
             y = y.repeat(draws, *[1] * (y.dim() - 1)) if draws > 1 else y
-            return self.loss(logits, y), logits, y
+            losses = self.loss(logits, y)
+            if losses.shape != logits.shape[:1]:
+                wanted = f"the loss must be a value for each image, [B] = [{len(logits)}]"
+                raise ValueError(f'{wanted}, got {list(losses.shape)}: give reduction="none"')
+            return losses, logits, y
         columns = y.view(len(y), -1)
         labels = (columns.repeat(draws, 1) if draws > 1 else columns).unbind(1)
         return (LOSSES | TARGETED)[str(self.loss)](logits, *labels), logits, labels[0]

@@ -16,6 +16,7 @@ from .._validation import AtLeast0, Count, GradientPrecision, Range
 from ..ops.pgd_step import per_pixel, pgd_step
 from ..protocols import Classifier
 from ..speed.graphs.step_loop import State, begin_steps
+from .arguments import check_tensor
 from .ball import Ball, normal_in_ball, sample_in_ball
 from .base import AttackResult, InBall, cost_of_ascents, run_alone, times, worst_of_runs
 from .context import AttackContext, Radius
@@ -130,7 +131,9 @@ class PGD(InBall):
     precision: GradientPrecision = "auto"
 
     def __post_init__(self) -> None:
-        if self.alpha is not None and not isinstance(self.alpha, Tensor):
+        if isinstance(self.alpha, Tensor):
+            check_tensor("alpha", self.alpha)
+        elif self.alpha is not None:
             Range(0).check("alpha", self.alpha)
         super().__post_init__()
 

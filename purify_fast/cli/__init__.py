@@ -6,6 +6,7 @@ A command imports PyTorch only when it runs, so help and the refusal of wrong op
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 from dataclasses import make_dataclass, replace
@@ -77,6 +78,26 @@ def _run(arguments: list[str]) -> int:
         return command.run() or 0
 
 
+class _Unread(io.FileIO):
+    """A file that accepts all bytes, also after the program that reads them, such as `head`, has closed the pipe."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            return memoryview(data).nbytes
+
+
+def _unread(stream: Any) -> Any:
+    """Return a stream like stdout or stderr, to which printing never fails: no text decides about the work."""
+    if stream not in (sys.__stdout__, sys.__stderr__) or stream is None:
+        return stream
+    stream.flush()
+    file = io.BufferedWriter(_Unread(stream.fileno(), "w", closefd=False))
+    settings = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
+    return io.TextIOWrapper(file, stream.encoding, "backslashreplace", **settings)
+
+
 def _rank() -> int:
     """The rank of this process, which torchrun sets; 0 for a single process."""
     return int(os.environ.get("RANK") or 0)
@@ -93,15 +114,14 @@ def main(arguments: list[str] | None = None) -> int:
         be used, or there is not enough memory; stderr has one line about it. 130: Ctrl-C. Other errors, in this package
         or in the user's code, are raised.
     """
-    # A caller's process decides itself how its threads wait. OpenMP reads its settings when PyTorch is loaded.
-    if arguments is None and not any(name in os.environ for name in WAITING):
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    # A caller's process decides itself about its output and its threads.
+    if arguments is None:
+        sys.stdout, sys.stderr = _unread(sys.stdout), _unread(sys.stderr)
+        # OpenMP reads its settings when PyTorch is loaded.
+        if not any(name in os.environ for name in WAITING):
+            os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     try:
         return _run(list(sys.argv[1:] if arguments is None else arguments))
-    except BrokenPipeError:
-        # The program that reads the output, such as `head`, has closed the pipe. So print nothing more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except (ValueError, FloatingPointError, OSError, ModuleNotFoundError) as error:
         # Each of several processes prints its own error, so the message names the process.
         rank = _rank()

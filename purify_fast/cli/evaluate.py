@@ -193,9 +193,9 @@ class Evaluate(ProcessOptions, DataCommand):
             return
         report.notes += notes
         report.about["command"] = shlex.join(["purify-fast", *self.typed])
-        print(report.to_text())
         report.save(out, model)
         write_run_file(self, out)
+        print(report.to_text())
         print(f"written: {out}/report.html, report.md and report.json")
 
 

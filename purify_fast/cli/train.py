@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from ..methods.purifier_task import PurifierTask
     from ..training import BankConfig, Task
 
+#: The largest number of held-out images on which a trained defence is tested.
+TESTED = 512
 #: The options of CARSO, and of AToP's generator and transform.
 _CARSO_SIZES = ("layers", "cond_dim", "latent_dim", "samples", "decoder_width")
 _GENERATOR = ("purifier", "width", "residual", "weights")
@@ -67,11 +69,15 @@ class Training(DataCommand):
         """Make the task of the training: the model with its initial weights, and its loss."""
 
     def save(self, trained: Any, images: DataSet) -> None:
-        """Save the trained classifier, and print its accuracy on the held-out images, which are not attacked."""
+        """Save the trained classifier."""
         from ..training import save_classifier
 
         save_classifier(trained, self.out, images.classes)
-        print("accuracy without an attack:", accuracy_text(trained, images.x_test, images.y_test, self.loop.batch_size))
+
+    def tested(self, trained: Any, images: DataSet) -> str:
+        """The accuracy on the held-out images, which are not attacked."""
+        share = accuracy_text(trained, images.x_test, images.y_test, self.loop.batch_size)
+        return f"accuracy without an attack: {share}"
 
     def bank_config(self) -> BankConfig | None:
         """The settings of the bank of adversarial images; None for a training without a bank."""
@@ -86,9 +92,11 @@ class Training(DataCommand):
         bank = self.bank_config()
         last = fit(task, images.x_train, images.y_train, self.loop, folder=self.out, title=title, bank=bank)
         if processes()[0] == 0:
-            print(summary(last))
             self.save(task.result, images)
             write_run_file(self, self.out)
+            print(summary(last))
+            if text := self.tested(task.result, images):
+                print(text)
             attack = shlex.join(["purify-fast", "evaluate", str(self.out), "--data", self.data])
             print(f"saved to {self.out}" + (f"; attack it with: {attack}" if values(self).get("eps", 0) > 0 else ""))
 
@@ -271,7 +279,10 @@ class TrainPurifier(OnClassifier):
 
         trained.save(self.out)
         save_classifier(trained.classifier, self.out / "classifier", images.classes)
-        print("the trained weights were not tested on the held-out images of the data set")
+
+    def tested(self, trained: Any, images: DataSet) -> str:
+        share = accuracy_text(trained, images.x_test, images.y_test, self.loop.batch_size, most=TESTED)
+        return f"accuracy of the defence without an attack: {share}"
 
 
 @dataclass(frozen=True)
@@ -521,3 +532,6 @@ class TrainDiffusion(Training):
             process = {name: saved[name] for name in ("schedule", "prediction", "times") if name in saved}
             process["solver"] = "one_shot"
         save_denoiser(trained, self.out, images.image_shape, process, last_time=self.method.last_time)
+
+    def tested(self, trained: Any, images: DataSet) -> str:
+        return ""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -72,7 +73,17 @@ def is_hidden(path: str | Path, folder: Path) -> bool:
 def classes_in(folder: Path) -> list[str]:
     """The names of the classes of a folder, in the order of their labels."""
     # torchvision's find_classes would treat a hidden folder, such as the folder of an editor, as a class.
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not is_hidden(path, folder))
+    return ordered(path.name for path in folder.iterdir() if path.is_dir() and not is_hidden(path, folder))
+
+
+def ordered(names: Iterable[str]) -> list[str]:
+    """Sort the names of classes. Names that are all whole numbers are sorted by these, so "10" is after "9"."""
+    names = sorted(names)
+    if not all(name.isdecimal() for name in names) or (numbers := sorted(names, key=int)) == names:
+        return names
+    text = "the classes are named by numbers and are sorted by these numbers, unlike in torchvision, which sorts texts"
+    warnings.warn(f"{text}: the class {names[2]} has the label {numbers.index(names[2])}", stacklevel=2)
+    return numbers
 
 
 def _listed(folder: Path, train: bool) -> tuple[dict[str, Split], list[str]]:
@@ -85,7 +96,7 @@ def _listed(folder: Path, train: bool) -> tuple[dict[str, Split], list[str]]:
     annotations = held_out / "val_annotations.txt"
     # In each line of this file of tiny-imagenet-200, tabs separate a file name, a class and a box.
     rows = [line.split("\t") for line in annotations.read_text().splitlines()] if annotations.is_file() else []
-    shown = sorted({row[1] for row in rows}) if rows else classes_in(held_out)
+    shown = ordered({row[1] for row in rows}) if rows else classes_in(held_out)
     classes = classes_in(trained) if trained.is_dir() else shown
     if len(classes) < 2:
         raise ValueError(f"{trained} must contain a folder for each of at least 2 classes, got {classes}")

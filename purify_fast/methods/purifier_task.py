@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any, Generic, TypeVar
 
 import torch
+from torch import Tensor
 
 from .._process import processes
 from .._tensors import weights_fingerprint
@@ -53,6 +54,10 @@ class PurifierTask(MethodTask, Generic[D]):
     def train(self) -> None:
         self.trained.train()
         super().train()
+
+    def answer(self, images: Tensor) -> Tensor:
+        with self.defence.deterministic():
+            return self.defence(images)
 
     def check(self, shape: tuple[int, ...], classes: int) -> None:
         if tuple(shape) != self.defence.image_shape:

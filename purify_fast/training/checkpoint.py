@@ -57,7 +57,7 @@ def _encoded(tree: Any) -> tuple[Any, dict[str, Tensor]]:
     return json.loads(json.dumps(tree, default=reference)), tensors
 
 
-def _decoded(value: Any, tensors: dict[str, Tensor]) -> Any:
+def _decoded(value: Any, tensors: dict[str, Tensor], numbered: bool = False) -> Any:
     """Return the tree that `_encoded` turned into a JSON value and tensors."""
     if isinstance(value, list):
         return [_decoded(item, tensors) for item in value]
@@ -65,8 +65,9 @@ def _decoded(value: Any, tensors: dict[str, Tensor]) -> Any:
         return value
     if value.keys() == {_TENSOR}:
         return tensors[value[_TENSOR]]
-    # JSON turns the numbers by which an optimizer names its weights into texts.
-    return {int(key) if key.isdecimal() else key: _decoded(item, tensors) for key, item in value.items()}
+    # JSON turns the numbers by which the state of an optimizer names its weights into texts.
+    keys = [int(key) if numbered and key.isdecimal() else key for key in value]
+    return {key: _decoded(value[str(key)], tensors, key == "state") for key in keys}
 
 
 # -- saved models -----------------------------------------------------------------------------------------------------

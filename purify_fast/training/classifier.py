@@ -77,6 +77,9 @@ class ClassifierTask(Task):
             beta = BETA[objective] if self.config.beta is None else self.config.beta
             return {"trades": trades, "mart": mart}[objective](clean, logits, batch.y, beta, smoothing), metrics
 
+    def answer(self, images: Tensor) -> Tensor:
+        return self.model(images)
+
     def learning_rate(self, progress: float, epoch: int, epochs: int) -> float:
         return one_cycle(progress, self.config.learning_rate)
 

@@ -102,6 +102,8 @@ def fit(
     if not isinstance(task, Task):
         raise TypeError(f"task must be a purify_fast.training.Task, got {type(task).__name__}")
     folder = None if folder is None else Path(folder)
+    if not any(weight.requires_grad for one in task.optimizers.values() for weight in weights_of(one)):
+        raise ValueError("task must have a weight to train, but no weight of its optimizers needs a gradient")
     source, held_out = make_sources(task, x, y, config, validation)
     run = Run(task, config, source, held_out, folder, bank=bank)
     task.frozen = frozen_parts(task.model)
@@ -160,7 +162,8 @@ def _train_epoch(run: Run, listeners: Sequence[Callback]) -> TrainingState:
     for raw in run.source.epoch(epoch, run.step % run.steps):
         if isinstance(run.source, Loader) and not images:
             # the shape and the labels of a loader's images are not known before
-            task.check(tuple(raw[0].shape[1:]), int(raw[1].max()) + 1)
+            run.shape = list(raw[0].shape[1:])
+            task.check(tuple(run.shape), int(raw[1].max()) + 1)
         seed = step_seed(config.seed, run.step)
         torch.manual_seed(seed)
         batch = run.batch(raw, run.step, seed)

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+#: The entry of a parameter group with its relative rate. Checkpoints save it with the group.
+RELATIVE = "relative_rate"
+
 
 def weights_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """Return the weights that an optimizer changes."""
@@ -15,10 +18,21 @@ def weights_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], rate: float) -> None:
-    """Set the learning rate of every parameter group of every optimizer."""
+    """Set the learning rate of every parameter group of every optimizer, see `relative_rates`."""
     for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        for group, share in zip(optimizer.param_groups, relative_rates(optimizer), strict=True):
+            group["lr"] = rate * share
+
+
+def relative_rates(optimizer: torch.optim.Optimizer) -> list[float]:
+    """Return each parameter group's first learning rate as a multiple of the optimizer's own, and keep it in the group.
+
+    A schedule changes the rates of all groups in proportion.
+    """
+    own = optimizer.defaults.get("lr") or 1.0
+    for group in optimizer.param_groups:
+        group.setdefault(RELATIVE, float(group["lr"]) / float(own) if group["lr"] != own else 1.0)
+    return [group[RELATIVE] for group in optimizer.param_groups]
 
 
 def fuse(optimizer: torch.optim.Optimizer, fused: bool) -> None:

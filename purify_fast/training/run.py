@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -17,16 +18,22 @@ from torch import Tensor
 
 from .._files import write_text
 from .._process import processes
+from .._tensors import text_hash
 from ..data import crop_flip, mirrored, to_float
+from ..models.representation import evaluation_mode
+from ..speed.agreement import FLOAT32, apart
+from ..speed.draws import same_draws
 from ..speed.memory import peak_so_far
 from .bank import AdversarialBank, BankConfig
 from .checkpoint import CHECKPOINT, read_tree, write_tree
 from .config import FitConfig
 from .distributed import from_first
-from .optimizers import weights_of
+from .optimizers import RELATIVE, relative_rates, weights_of
 from .schedules import RunLength
 from .sources import InMemory, RawBatch, Source, step_seed
 from .task import Batch, Task
+
+logger = logging.getLogger("purify_fast")
 
 #: Settings that do not change the result of a run, and may therefore differ when the run is resumed.
 _NO_FACTS = ("checkpoint_seconds", "cuda_graphs", "cudnn_benchmark")
@@ -91,6 +98,8 @@ class Run:
             self.facts["validation"] = held_out.description
         if bank is not None:
             self.facts["bank"] = task.result.bank = bank.facts  # type: ignore[assignment]
+        #: The shape of an image; empty until a loader has given a batch.
+        self.shape: list[int] = list(source.x.shape[1:]) if isinstance(source, InMemory) else []
         self.length = RunLength(config.epochs, source.steps, source.batch_size, source.images)
         self.terms = task.terms(self.length)
         self.total, self.step, self.saved_at = self.length.steps, 0, time.monotonic()
@@ -162,7 +171,29 @@ class Run:
         """Return the content of a checkpoint."""
         optimizers = {name: optimizer.state_dict() for name, optimizer in self.task.optimizers.items()}
         progress = {name: getattr(self, name) for name in (*_PROGRESS, "facts", "sums", "seconds")}
+        progress["network"] = self.network(self.shape)
         return {"model": self.task.model.state_dict(), "optimizers": optimizers, **progress}
+
+    def network(self, shape: list[int]) -> dict[str, Any]:
+        """Describe what the network computes: a hash of its parts, and its answer for two fixed images of a shape."""
+        task, parts = self.task, text_hash(repr(self.task.model)).hexdigest()
+        if not shape:
+            return {"parts": parts, "shape": shape, "answer": None}
+        images = torch.linspace(0, 1, 2 * math.prod(shape), device="cpu").view(2, *shape).to(self.source.device)
+        with evaluation_mode(task.model), torch.no_grad(), same_draws(task.model):
+            answer = task.answer(images)
+        return {"parts": parts, "shape": shape, "answer": None if answer is None else answer.float().flatten(1)[:, :64]}
+
+    def _compare(self, before: dict[str, Any] | None) -> None:
+        """Warn if the network computes something else than when the checkpoint was written."""
+        if before is None:
+            return
+        now, old = self.network(before["shape"]), before["answer"]
+        other = old is not None and bool(apart(now["answer"], old.to(now["answer"].device), FLOAT32).any())
+        if other or now["parts"] != before["parts"]:
+            what = "gives other outputs" if other else "has other parts or settings"
+            text = "the network %s than when the checkpoint of %s was written: was its code edited since?"
+            logger.warning(text, what, self.folder)
 
     def resume(self) -> None:
         """Resume from the checkpoint, if there is one."""
@@ -177,11 +208,16 @@ class Run:
                 raise ValueError(f"process {rank} trains on other data or settings than the first ({difference})")
         self.task.model.load_state_dict(saved["model"])
         for name, optimizer in self.task.optimizers.items():
+            # The checkpoint of an earlier version has no relative rates.
+            shares = relative_rates(optimizer)
             optimizer.load_state_dict(saved["optimizers"][name])
+            for group, share in zip(optimizer.param_groups, shares, strict=True):
+                group[RELATIVE] = share
         for name in _PROGRESS:
             setattr(self, name, saved[name])
         self.sums = {key: value.to(self.source.device) for key, value in saved["sums"].items()}
         self._spent = saved["seconds"]
+        self._compare(saved.get("network"))
 
     def _read(self) -> dict[str, Any] | None:
         saved = None

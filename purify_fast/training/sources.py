@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sized
+import logging
+from collections.abc import Generator, Iterable, Iterator, Sized
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -17,6 +18,8 @@ from ..data import batches
 from .batches import check_range, read_batch, seed_generators
 from .config import FitConfig
 from .task import Task
+
+logger = logging.getLogger("purify_fast")
 
 #: An iterable of batches, where a batch is (images, labels) or (images, labels, indices). Every epoch must have the
 #: same number of batches.
@@ -98,10 +101,18 @@ class Loader:
 
     def __init__(self, x: Batches, config: FitConfig, device: torch.device):
         self.x, self.seed, self.device = x, config.seed, device
-        if not (isinstance(x, Iterable) and isinstance(x, Sized) and len(x)):
-            # the learning rates depend on the length of the run, and an iterator would be exhausted after one epoch
+        try:
+            length = len(x) if isinstance(x, Sized) else None
+        except TypeError:
+            # a DataLoader of a stream
+            length = None
+        # an iterator would be exhausted after one epoch
+        if not isinstance(x, Iterable) or isinstance(x, Iterator) or length == 0:
             raise TypeError(f"x must be a tensor, or batches with a length above 0, got {type(x).__name__}")
-        self.steps = _cut_off(len(x), config)
+        if length is None and config.steps_per_epoch is None:
+            # the learning rates depend on the length of the run
+            raise TypeError(f"steps_per_epoch must be set for batches without a length, got x = {type(x).__name__}")
+        self.steps = config.steps_per_epoch or 0 if length is None else _cut_off(length, config)
         self.description = f"batches, {self.steps} an epoch"
 
     def epoch(self, epoch: int, first: int = 0) -> Generator[RawBatch]:
@@ -117,7 +128,13 @@ class Loader:
         for k in range(self.steps):
             torch.manual_seed(step_seed(self.seed, epoch * self.steps + k))
             if (batch := next(given, None)) is None:
-                raise ValueError(f"x has the length {self.steps}, but gave {k} batches in epoch {epoch}")
+                text = (
+                    "x gave %d batches in place of %d in epoch %d: it begins again. Set steps_per_epoch to its length"
+                )
+                logger.warning(text, k, self.steps, epoch)
+                given = iter(x)
+                if (batch := next(given, None)) is None:
+                    raise ValueError(f"x must give batches in every epoch, but gave none in epoch {epoch}")
             name = f"batch {k} of x"
             images, labels, indices = read_batch(batch, name)
             known = isinstance(indices, (Tensor, np.ndarray)) and indices.shape == (len(images),)

@@ -160,6 +160,16 @@ class Task:
         """
         return None
 
+    def answer(self, images: Tensor) -> Tensor | None:
+        """Return what the network computes for images ``[B, C, H, W]``; None if there is nothing to compare.
+
+        A checkpoint has the answer for two fixed images. If a resumed network gives another one, `fit` logs a warning.
+
+        Args:
+            images: images in [0, 1].
+        """
+        return None
+
     def describe(self) -> dict[str, Any]:
         """Return the settings that a run must share with a checkpoint to resume from it, as JSON values.
 

@@ -11,6 +11,7 @@ from torch.utils.data import (
     DataLoader,
     Dataset,
     DistributedSampler,
+    IterableDataset,
     Subset,
     SubsetRandomSampler,
     TensorDataset,
@@ -163,7 +164,7 @@ def test_loaders_that_cannot_be_used_are_refused():
     for wrong, message in (
         (iter([(x, y)]), "x must be a tensor, or batches with a length above 0"),
         ([], "x must be a tensor, or batches with a length above 0"),
-        (Short([(x, y)]), "x has the length 2, but gave 1 batches in epoch 0"),
+        (Short(), "x must give batches in every epoch, but gave none in epoch 0"),
         ([(x, y.float())], r"the labels of batch 0 of x must be int64 \[N\] = \[64\], .*got torch.float32"),
         ([(x.long(), y)], r"the images of batch 0 of x must be uint8 or float in \[0, 1\]"),
     ):
@@ -171,6 +172,35 @@ def test_loaders_that_cannot_be_used_are_refused():
             fit(task(), wrong, None, FitConfig(1), progress=False)
     with pytest.raises(ValueError, match="or batches without y and validation_share, got list"):
         fit(task(), [(x, y)], y, FitConfig(1))
+
+
+class Stream(IterableDataset):
+    """Batches without a length, or with one that is too large."""
+
+    def __init__(self, length=None):
+        self.length = length
+
+    def __iter__(self):
+        x, y = images()
+        return iter(zip(x.split(16), y.split(16), strict=True))
+
+    def __len__(self):
+        if self.length is None:
+            raise TypeError("no length")
+        return self.length
+
+
+def test_a_stream_without_a_length_needs_the_steps_of_an_epoch(tmp_path):
+    with pytest.raises(TypeError, match="steps_per_epoch must be set for batches without a length"):
+        fit(task(), DataLoader(Stream(), None), None, FitConfig(2), tmp_path, progress=False)
+    fit(task(), DataLoader(Stream(), None), None, FitConfig(2, steps_per_epoch=3), tmp_path, progress=False)
+    assert (tmp_path / "checkpoint.safetensors").exists()
+
+
+def test_a_stream_that_is_too_short_begins_again_and_says_so(tmp_path, caplog):
+    fit(task(), DataLoader(Stream(6), None), None, FitConfig(2), tmp_path, progress=False)
+    assert "x gave 4 batches in place of 6 in epoch 0: it begins again. Set steps_per_epoch" in caplog.text
+    assert (tmp_path / "checkpoint.safetensors").exists()
 
 
 def with_nan(images, labels):

@@ -184,6 +184,9 @@ class ArrestTask(MethodTask):
         facts = {"alpha": attack.step_size(attack.eps), "layers": self.layers}
         return {**super().describe(), **facts, "structure": structure_fingerprint(self.classifier)}
 
+    def answer(self, images: Tensor) -> Tensor:
+        return self.classifier(images)
+
     def check(self, shape: tuple[int, ...], classes: int) -> None:
         check_classifier(self.classifier, shape, classes, self.config.precision)
 
