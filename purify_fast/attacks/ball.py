@@ -44,13 +44,14 @@ def ball_around(
 ) -> Ball:
     """Check the radius ``eps``, see `Radius`, and make the balls around images."""
     width, pixels = clip_max - clip_min, x.shape[1:].numel()
-    radii, norm = per_pixel("eps", eps, x), read_norm(norm)
-    if isinstance(eps, Tensor) or isinstance(width, Tensor):
-        widths = torch.as_tensor(width).clamp_min(0.0 if isinstance(width, Tensor) else 1.0)
+    of_pixels, norm = isinstance(width, Tensor), read_norm(norm)
+    if not isinstance(eps, Tensor):
+        check_eps(eps, None if of_pixels else norm, 1.0 if of_pixels else max(1.0, width), pixels=pixels)
+    radii = per_pixel("eps", eps, x)
+    if isinstance(eps, Tensor) or of_pixels:
+        widths = torch.as_tensor(width).clamp_min(0.0 if of_pixels else 1.0)
         # A radius for each image is compared with the widest range of a pixel.
         check_tensor("eps", radii, largest_distance(norm, pixels) * (widths if radii.dim() > 1 else widths.max()))
-    else:
-        check_eps(eps, norm, max(1.0, width), pixels=pixels)
     return Ball(radii, norm, clip_min, clip_max)
 
 

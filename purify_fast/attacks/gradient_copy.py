@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from .._validation import GradientPrecision
 from ..protocols import Classifier, CopiesItself, CountsImages, PassesOn, SampleLogits, is_purifier, supports
-from ..speed.followed import Followed
+from ..speed.followed import is_frozen_copy, settings_of
 from ..speed.frozen_copy import COMPARED, auto_dtype, copy_or_model, same_answers
 from ..speed.graphs.step_graphs import remember
 from ..speed.watch import FEWEST_WEIGHTS, matrix_weights
 
-#: The number of kept copies. They are kept because captured steps can be replayed only with the same copy.
-KEPT = 8
+#: The numbers of kept copies and wrappers: an evaluation attacks several variants of one model, one after the other.
+#: Wrappers are kept because a captured step can be replayed only with the wrapper with which it was captured.
+KEPT, WRAPPERS = 2, 8
 
 
 def gradient_dtype(model: Classifier, device: torch.device, precision: GradientPrecision) -> torch.dtype | None:
@@ -25,57 +26,60 @@ def gradient_dtype(model: Classifier, device: torch.device, precision: GradientP
     are frozen copies, functions, modules without weights, and purifiers and random defences of the user's own.
     """
     own = supports(model, CopiesItself)
-    alone = not own and (supports(model, SampleLogits) or is_purifier(model))
+    alone = is_frozen_copy(model) or (not own and (supports(model, SampleLogits) or is_purifier(model)))
     if precision == "float32" or alone or not isinstance(model, nn.Module) or not (weights := matrix_weights(model)):
         return None
-    if isinstance(getattr(model, "_followed", None), Followed):
-        return None
-    if precision == "bfloat16":
-        return torch.bfloat16
-    dtype = auto_dtype(model, device)
+    dtype = auto_dtype(model, device) if precision == "auto" else torch.bfloat16
     if own:
         return dtype if dtype == torch.bfloat16 else None
-    return dtype if weights >= FEWEST_WEIGHTS else None
+    return dtype if weights >= FEWEST_WEIGHTS or precision == "bfloat16" else None
 
 
 class Copies:
-    """The copies of an evaluation's models. ``x``: images of the evaluation, on which copies are compared."""
+    """The copies of an evaluation's models. ``x``: images of the evaluation, on which copies are compared.
+
+    Attributes:
+        dtypes: the dtypes of the copies that were attacked.
+    """
 
     def __init__(self, x: Tensor):
         self.x = x[:COMPARED]
-        self._kept: dict[Any, tuple[Any, Any]] = {}
+        self.dtypes = set[torch.dtype]()
+        self._kept: dict[Any, tuple[Any, ...]] = {}
+        self._around: dict[int, tuple[Any, ...]] = {}
 
     def of(self, model: Classifier, precision: GradientPrecision) -> Classifier:
         """The model from which an attack takes its gradients: the copy of a model, or this model itself."""
-        for name, (_, made) in list(self._kept.items()):
-            if isinstance(getattr(made, "_followed", None), Followed):
-                try:
-                    made.update()
-                    if supports(made, CopiesItself):
-                        made.take_noise()
-                except ValueError:
-                    del self._kept[name]
-        key = id(model), precision
-        known = self._kept.get(key)
-        if known is None or known[0] is not model:
-            known = model, self._made(model, precision)
-        return remember(self._kept, key, known, KEPT)[1]
+        if isinstance(model, PassesOn) and supports(model, PassesOn):
+            return self._inside(model, precision)
+        dtype = gradient_dtype(model, self.x.device, precision)
+        if dtype is None or not isinstance(model, nn.Module):
+            return model
+        # A copy follows weights. Other changes of the model, such as another attribute, need a new copy.
+        settings, objects = settings_of(model)
+        made: Any
+        _, known, _, made = self._kept.get((id(model), dtype), (None, None, None, None))
+        if known != settings or (made is not model and not made.follows(model)):
+            made = copy_or_model(model, self.x, dtype)
+        if made is not model:
+            self.dtypes.add(made.compute_dtype)
+        return cast(Classifier, remember(self._kept, (id(model), dtype), (model, settings, objects, made), KEPT)[3])
 
-    def _made(self, model: Any, precision: GradientPrecision) -> Classifier:
-        if not (isinstance(model, PassesOn) and supports(model, PassesOn)):
-            dtype = gradient_dtype(model, self.x.device, precision)
-            return model if dtype is None else copy_or_model(model, self.x, dtype)
-        copied: list[bool] = []
+    def _inside(self, wrapper: Any, precision: GradientPrecision) -> Classifier:
+        """A wrapper around the copy of the model inside ``wrapper``; ``wrapper`` itself if there is no copy."""
+        copied: list[Classifier] = []
 
         def replace(inner: Classifier) -> Classifier:
             made = self.of(inner, precision)
-            copied.append(made is not inner)
+            copied.extend([made] if made is not inner else [])
             return made
 
-        around: Any = model.around(replace)
-        if not any(copied):
-            return cast(Classifier, model)
-        # A wrapper that counts images does not change the logits, and a comparison would add images to its count.
-        counts = not isinstance(model, nn.Module) or supports(model, CountsImages)
-        same: bool = counts or same_answers(around, cast(nn.Module, model), self.x)
-        return cast(Classifier, around if same else model)
+        around = wrapper.around(replace)
+        if not copied:
+            return cast(Classifier, wrapper)
+        known = self._around.get(id(wrapper))
+        if known is None or known[0] is not wrapper or known[1] is not copied[0]:
+            # A wrapper that counts images does not change the logits, and a comparison would add to its count.
+            counts = not isinstance(wrapper, nn.Module) or supports(wrapper, CountsImages)
+            known = wrapper, copied[0], around if counts or same_answers(around, wrapper, self.x) else wrapper
+        return cast(Classifier, remember(self._around, id(wrapper), known, WRAPPERS)[2])

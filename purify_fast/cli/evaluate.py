@@ -137,7 +137,7 @@ class Evaluate(ProcessOptions, DataCommand):
             if not isinstance(model, Defence):
                 raise ValueError(f"--precision {self.precision} is only for defences of this package")
             dtype: Any = torch.bfloat16 if self.precision == "bfloat16" else "auto"
-            model = frozen_copy(model, to_float(images.x_test[:8]), dtype=dtype)
+            model = frozen_copy(model, to_float(images.x_test[:8].to(images.y_test.device)), dtype=dtype)
         return model, base
 
     def behind(self, folder: Path, images: DataSet) -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +24,8 @@ from ..speed.folding.inference_copy import (
     convert_to_channels_last,
     prepare_for_inference,
 )
-from ..speed.followed import Followed, keeps_its_mode
+from ..speed.followed import Followed, is_frozen_copy, keeps_its_mode
+from ..speed.watch import tensors_of
 from .stochastic import StochasticDefence, majority
 
 if TYPE_CHECKING:
@@ -100,10 +102,12 @@ class Defence(StochasticDefence):
     @property
     def frozen_classifier(self) -> nn.Module:
         """The classifier without the purifier, or its copy in a copy. It takes and returns float32 in any case."""
+        _follow(self)
         return self.classifier if self.classifier_dtype == torch.float32 else _Float32Borders(self.classifier)
 
     def classify(self, images: Tensor) -> Tensor:
         """Classify purified images ``[B, K, C, H, W]`` in a single batch: logits ``[B, K, classes]``, float32."""
+        _follow(self)
         flat = images.flatten(0, 1)
         flat = flat if self.classifier_uses_channels_last else flat.contiguous()
         return self.classifier(flat.to(self.classifier_dtype)).float().unflatten(0, images.shape[:2])
@@ -136,8 +140,7 @@ class Defence(StochasticDefence):
         check_floating(x=x)
         if x.dim() != 4 or tuple(x.shape[1:]) != self.image_shape:
             raise ValueError(f"x must be [B, {', '.join(map(str, self.image_shape))}], got {list(x.shape)}")
-        if not torch.compiler.is_compiling():
-            self.prepare_replay()
+        _follow(self)
 
     def _products(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         """The context in which the parts compute: in a copy, their products are in `compute_dtype`."""
@@ -164,16 +167,17 @@ class Defence(StochasticDefence):
         if self.purifier_dtype != torch.float32:
             raise ValueError(f"the purifier must be in float32, got {self.purifier_dtype}: call .float() first")
         other = copy.copy(self)
-        other._modules, other._buffers, other._kept_ids = dict(self._modules), dict(self._buffers), {}
+        # The buffers are shared, because a step of a training may replace one.
+        other._modules, other._kept_ids = dict(self._modules), {}
         other.compute_dtype, memo = dtype, shared_generators(self.classifier)
         other.classifier = InferenceCopy(self.classifier, self.image_shape, dtype, compile, plain=plain)
         other._copied = [("classifier", other.classifier._weights)]
         if self.representation is not None:
             other.representation = copy.deepcopy(self.representation, memo)
             # It is registered, so it moves with the copy.
-            other.reader = other.representation.model.eval()
-            pairs, _ = prepare_for_inference(other.reader, self.image_shape, dtype, plain=plain)
-            other._copied.append(("classifier", CopiedWeights(other.reader, pairs)))
+            other._reader = other.representation.model.eval()
+            pairs, _ = prepare_for_inference(other._reader, self.image_shape, dtype, plain=plain)
+            other._copied.append(("classifier", CopiedWeights(other._reader, pairs)))
         return other
 
     @torch.inference_mode(False)
@@ -183,14 +187,19 @@ class Defence(StochasticDefence):
         other.eval().requires_grad_(False)
         classifier: Any = other.classifier
         folded = classifier.folded
-        for name, part in other.named_children():
-            if name not in ("classifier", "reader"):
-                pairs = [] if plain else fold_batchnorm(part)
-                folded += len(pairs)
-                other._copied.append((name, CopiedWeights(part, pairs)))
-                if compile:
-                    part.compile()
+        parts = [(name, part) for name, part in other.named_children() if name not in ("classifier", "_reader")]
+        places = Counter(module for _, part in parts for module in part.modules())
+        for name, part in parts:
+            # A layer that two parts share is not folded.
+            alone = all(places[module] == 1 for module in part.modules())
+            pairs = fold_batchnorm(part) if alone and not plain else []
+            folded += len(pairs)
+            other._copied.append((name, CopiedWeights(part, pairs)))
+            if compile:
+                part.compile()
         other._followed = Followed(self)
+        # A subclass may call its parts without `check_images`.
+        other.register_forward_pre_hook(_follow)
         compiled = ", compiled" if compile else ""
         name = type(self).__name__
         other.about = f"{name} in {dtype}, {folded} folded BatchNorms{compiled}".replace("torch.", "")
@@ -202,22 +211,41 @@ class Defence(StochasticDefence):
         Raises:
             ValueError: names, shapes or the sharing of the model's tensors have changed.
         """
+        self._update()
+
+    def _update(self) -> None:
         model = None if self._followed is None else self._followed.read()
         if model is not None:
-            for name, weights in self._copied:
-                weights.read(model.get_submodule(name))
+            self.read_copied(model)
+            theirs = dict(tensors_of(model))
+            with torch.no_grad():
+                for name, mine in (*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)):
+                    if name != "_noise_seed":
+                        mine.copy_(theirs[name])
 
-    def take_noise(self) -> None:
-        """Let a frozen copy draw as its model does now: fresh, within `fixed_noise`, or within `deterministic`."""
-        model: Any = None if self._followed is None else self._followed.read()
-        if model is not None:
-            self._noise, self._noise_ids = model._noise, model._noise_ids
-            self._noise_seed.copy_(model._noise_seed)
+    def read_copied(self, defence: nn.Module) -> None:
+        """Let a copy read the weights of the parts of a defence that it has copied."""
+        for name, weights in self._copied:
+            weights.read(defence.get_submodule(name))
+
+    def follows(self, model: nn.Module) -> bool:
+        """Let a frozen copy read the weights of its model again, and draw as the model does now.
+
+        The result is False if the model has changed so much that it needs a new copy.
+        """
+        defence: Any = model
+        try:
+            self._update()
+        except ValueError:
+            return False
+        self._noise, self._noise_ids = defence._noise, defence._noise_ids
+        self._noise_seed.copy_(defence._noise_seed)
+        return True
 
     def prepare_replay(self) -> None:
         """Let a frozen copy follow its model before a prediction, or before a captured step is replayed."""
         if self._followed is not None and self._followed.changed():
-            self.update()
+            self._update()
 
     # -- modes --------------------------------------------------------------------------------------------------------
 
@@ -232,13 +260,22 @@ class Defence(StochasticDefence):
 
 
 def refuse_wrapped(name: str, module: nn.Module) -> None:
-    """Raise a ValueError if a value is not a module, is compiled, or is an ``nn.DataParallel``."""
+    """Raise a ValueError if a value is not a module, is compiled, a frozen copy, or an ``nn.DataParallel``."""
     if not isinstance(module, nn.Module):
         raise ValueError(f"{name} must be a torch.nn.Module, got {type(module).__name__}")
     if isinstance(module, nn.DataParallel):
         raise ValueError(f"{name} must not be an nn.DataParallel: give {name}.module, and run one process per GPU")
+    if is_frozen_copy(module):
+        raise ValueError(f"{name} must not be a frozen copy, which follows another model: give this model")
     if is_compiled(module):
         raise ValueError(f"{name} must not be compiled: give {name}._orig_mod, and compile the defence instead")
+
+
+def _follow(defence: Defence, given: object = None) -> None:
+    """Let a frozen copy follow its model; a hook before the forward pass, too."""
+    # A compiler would keep the count of writes as a constant.
+    if not torch.compiler.is_compiling():
+        defence.prepare_replay()
 
 
 class _Float32Borders(nn.Module):

@@ -103,7 +103,8 @@ def evaluate(
         seed: seed of all random numbers.
         config: all other settings.
         norm: norm of the ball: ``linf``, ``l2`` or ``l1``.
-        base: an undefended classifier, whose adversarial images are tried on the model.
+        base: an undefended classifier, whose adversarial images are tried on the model; not beside ``attacks``, nor in
+            the protocol "authors".
         attacks: a list of attacks that replaces a protocol: attacks of `purify_fast.attacks`, such as ``PGD()``;
             functions ``(model, x, y) -> x_adv``, see `as_attack`; or an `AttackSpec`. An empty list measures only the
             clean accuracy. An attack on a variant that the model lacks, or whose test fails, is left out, with a note.
@@ -300,6 +301,8 @@ class _Evaluation:
         report.notes += notes_on_rows(report.rows, headline)
         if headline is not None and (test := report.claim_test(headline)) is not None:
             report.about["claim_test"] = test.verdict
+        if torch.bfloat16 in context.copies.dtypes:
+            report.about["gradients"] = "of a frozen copy in bfloat16; the model itself judges"
         report.about["seconds"] = f"{measure.progress.seconds:.1f}"
         report.about["peak_memory"] = f"{peak_so_far(subject.device) / 1e9:.2f} GB"
         shards.end(report.to_json)

@@ -12,6 +12,7 @@ from torch import Tensor
 from .._process import processes
 from .._tensors import weights_fingerprint
 from ..defences.base import Defence
+from ..speed.followed import Followed
 from ..speed.watch import FEWEST_WEIGHTS, matrix_weights
 from ..training.config import TrainingAttack
 from ..training.task import Batch, check_labels
@@ -33,6 +34,7 @@ class PurifierTask(MethodTask, Generic[D]):
         self.classifier = weights_fingerprint(defence.classifier)
         defence.classifier.requires_grad_(False)
         dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+        self._classifier = Followed(defence.classifier)
         folds = matrix_weights(defence.classifier) >= FEWEST_WEIGHTS and defence.purifier_dtype == torch.float32
         #: The defence that a step computes with: a copy with the same purifier, or ``defence`` if no copy is faster.
         self.trained = defence.computing_in(dtype) if folds or dtype == torch.bfloat16 else defence
@@ -52,6 +54,10 @@ class PurifierTask(MethodTask, Generic[D]):
         return facts | {name: value for name, value in asdict(attack).items() if name not in ("eps", "eps_warmup")}
 
     def train(self) -> None:
+        if self.trained is not self.defence and self._classifier.changed():
+            # A resumed run has loaded the classifier, with the same weights.
+            self._classifier.read()
+            self.trained.read_copied(self.defence)
         self.trained.train()
         super().train()
 

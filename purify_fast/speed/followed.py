@@ -7,10 +7,27 @@ import warnings
 import weakref
 from typing import Any
 
-import torch
 from torch import nn
 
 from .watch import tensors_of
+
+
+def is_frozen_copy(model: object) -> bool:
+    """Tell whether a model is a frozen copy itself."""
+    return isinstance(getattr(model, "_followed", None), Followed)
+
+
+def settings_of(model: nn.Module) -> tuple[Any, list[Any]]:
+    """Describe what a copy does not follow: parts, modes, attributes, and counts of writes to tensors in attributes.
+
+    The second result is what must stay alive as long as the description, because it contains ids and addresses.
+    """
+    from ..model_state import identity_key
+
+    settings, objects, tensors = identity_key(model)
+    registered = {id(one) for _, one in tensors_of(model)}
+    others = [one for one in tensors if id(one) not in registered]
+    return (settings, [-1 if one.is_inference() else one._version for one in others]), [*objects, *tensors]
 
 
 class Followed:
@@ -41,8 +58,8 @@ class Followed:
         if model is not None and (now := _layout(model)) != self._layout:
             other = sorted({name for name, *_ in {*now} ^ {*self._layout}})
             raise ValueError(
-                f"the tensors of {type(model).__name__} have other names, shapes or sharing than when its frozen copy "
-                f"was made ({', '.join(other[:4])}): make a new one with purify_fast.frozen_copy(model, x)"
+                f"{type(model).__name__} has other parts, or tensors of other names, shapes or sharing, than when its "
+                f"frozen copy was made ({', '.join(other[:4])}): make a new one with purify_fast.frozen_copy(model, x)"
             )
         objects: list[Any] = [one for held in (*self._tensors, *self._parts) for one in held.values()]
         # A new object may get the id and the address of one that is gone, so `_gone` gets an entry when one goes.
@@ -81,10 +98,11 @@ class Followed:
 _GROUPS = ("_parameters", "_buffers", "_modules")
 
 
-def _layout(model: nn.Module) -> list[tuple[str, torch.Size, int]]:
-    """The names and shapes of a model's tensors, each with the number of its first place."""
+def _layout(model: nn.Module) -> list[tuple[str, Any, int]]:
+    """The names and shapes of a model's tensors, each with the number of its first place, and the classes of parts."""
     first = dict[int, int]()
-    return [(name, one.shape, first.setdefault(id(one), len(first))) for name, one in tensors_of(model)]
+    tensors = [(name, one.shape, first.setdefault(id(one), len(first))) for name, one in tensors_of(model)]
+    return [*tensors, *((name, type(part).__qualname__, 0) for name, part in model.named_modules())]
 
 
 def keeps_its_mode(mode: bool, warned: bool) -> bool:

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from .._compiler import is_compiled
+from ..models.representation import evaluation_mode
 from ..protocols import CopiesItself, Purifies, supports
 from .agreement import BFLOAT16, FLOAT32, same_direction
 from .draws import same_draws, shared_generators
 from .folding.inference_copy import DTYPES, InferenceCopy
-from .followed import Followed, keeps_its_mode
+from .followed import Followed, is_frozen_copy, keeps_its_mode, settings_of
 from .frozen_weights import images_only
 from .processor import fast_bfloat16
 from .watch import FEWEST_WEIGHTS, matrix_weights, tensors_of
@@ -49,8 +50,8 @@ def frozen_copy(model: nn.Module, x: Tensor, *, dtype: Dtype = "auto", compile: 
         TypeError: the model is no module in eager mode, or a frozen copy itself.
         ValueError: x is no batch of images, the dtype is not allowed, or the noise of a defence is fixed or off.
     """
-    if not getattr(model, "noise_is_fresh", True):
-        raise ValueError("model must draw fresh noise: make its copy outside of fixed_noise and deterministic")
+    if not getattr(model, "noise_is_fresh", True) or getattr(model, "_noise_ids", None) is not None:
+        raise ValueError("model must draw fresh noise: make its copy outside of fixed_noise, deterministic, noise_ids")
     made, same = _compared(model, x, dtype, compile)
     if not same:
         text = f"{type(model).__name__} and its plain copy give other logits for the same images and random numbers"
@@ -65,7 +66,7 @@ def _compared(model: nn.Module, x: Tensor, dtype: Dtype, compile: bool) -> tuple
     _check(model, x, dtype)
     if dtype == "auto":
         dtype = auto_dtype(model, x.device)
-    x, shape, name = x[:COMPARED].detach().float(), tuple(x.shape[1:]), type(model).__name__
+    x, shape, name = x[:COMPARED].detach(), tuple(x.shape[1:]), type(model).__name__
     # The copies are made outside inference mode even if the caller is in it, because attacks differentiate them.
     with torch.inference_mode(False), torch.enable_grad():
         x = x.clone()
@@ -80,7 +81,7 @@ def _compared(model: nn.Module, x: Tensor, dtype: Dtype, compile: bool) -> tuple
                 # A model may draw random numbers while it is copied.
                 with same_draws(model):
                     made = _made(model, shape, each, compile=compile, plain=plain)
-                if _agree(_answers(made, x), want, each):
+                if _agree(_answers(made, x.float()), want, each):
                     return made, True
                 reason = "it gives other logits or gradients than the model"
             except Exception as error:
@@ -93,7 +94,8 @@ def _compared(model: nn.Module, x: Tensor, dtype: Dtype, compile: bool) -> tuple
             if following is not None:
                 simpler = "without folded BatchNorms, in float32" if following[1] else "in float32"
                 text = f"the frozen copy of {name} in {each} is not used: {reason}. It is made {simpler} instead"
-                warnings.warn(f"{text}; dtype=torch.float32 asks for float32 at once", RuntimeWarning, stacklevel=3)
+                cure = "" if each == torch.float32 else "; dtype=torch.float32 asks for float32 at once"
+                warnings.warn(text + cure, RuntimeWarning, stacklevel=3)
     return made, False
 
 
@@ -159,6 +161,14 @@ class FrozenCopy(InferenceCopy):
         if model is not None:
             self.refresh(model)
 
+    def follows(self, model: nn.Module) -> bool:
+        """Read the weights of the model again; False if it has changed so much that it needs a new copy."""
+        try:
+            self.update()
+        except ValueError:
+            return False
+        return True
+
     def train(self, mode: bool = True) -> FrozenCopy:
         """Change nothing. Attacks of other packages call this method; the first call with ``mode=True`` warns."""
         self._warned = keeps_its_mode(mode, self._warned)
@@ -176,8 +186,11 @@ def _check(model: nn.Module, x: Tensor, dtype: Dtype) -> None:
         raise TypeError("model must not be an nn.DataParallel: give model.module, and run one process per GPU")
     if is_compiled(model):
         raise TypeError("model must not be compiled: give model._orig_mod, and write frozen_copy(..., compile=True)")
-    if isinstance(getattr(model, "_followed", None), Followed):
+    if is_frozen_copy(model):
         raise TypeError("model must not be a frozen copy itself: use this copy")
+    inside = [one for one in model.modules() if one is not model and supports(one, CopiesItself)]
+    if inside:
+        raise TypeError(f"model must not contain a defence, got a {type(inside[0]).__name__}: copy the defence itself")
     if not isinstance(x, Tensor) or x.dim() != 4 or not len(x) or not x.is_floating_point():
         got = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"x must be a batch of images [B, C, H, W], floating point, got {got}")
@@ -191,6 +204,8 @@ class _Answers(NamedTuple):
     logits: Tensor
     gradient: Tensor
     purified: Tensor
+    #: The logits without recorded gradients, which may come from other code.
+    predicted: Tensor
 
 
 def _answers(model: Any, x: Tensor) -> _Answers:
@@ -202,6 +217,8 @@ def _answers(model: Any, x: Tensor) -> _Answers:
     if supports(model, Purifies):
         with same_draws(model), torch.no_grad():
             purified = model.purify(x)
+    with same_draws(model), torch.no_grad():
+        predicted = model(x)
     with same_draws(model):
         leaf = x.clone().requires_grad_()
         logits = model(leaf)
@@ -210,18 +227,22 @@ def _answers(model: Any, x: Tensor) -> _Answers:
         weight = torch.linspace(-1, 1, logits.numel(), device=logits.device).sin_().view_as(logits)
         total = (logits * weight).sum()
         gradient = torch.autograd.grad(total, leaf, materialize_grads=True)[0] if total.requires_grad else 0 * leaf
-        return _Answers(logits.detach(), gradient.detach(), purified)
+        return _Answers(*(one.detach().float() for one in (logits, gradient, purified, predicted)))
 
 
 def _agree(got: _Answers, want: _Answers, dtype: torch.dtype) -> bool:
     logits = want.logits
     if got.logits.shape != logits.shape or not bool((got.purified - want.purified).abs().mean() <= BFLOAT16):
         return False
-    if dtype == torch.bfloat16 and logits.dim() == 2 and logits.shape[1] > 1:
-        return same_logits(got.logits, logits) and same_direction(got.gradient, want.gradient)
     strength = FLOAT32 if dtype == torch.float32 else BFLOAT16
-    close = bool((got.logits - logits).abs().max() <= strength * logits.abs().max())
-    return close and same_direction(got.gradient, want.gradient, strength)
+    for mine, theirs in ((got.logits, logits), (got.predicted, want.predicted)):
+        if dtype == torch.bfloat16 and theirs.dim() == 2 and theirs.shape[1] > 1:
+            same = same_logits(mine, theirs)
+        else:
+            same = bool((mine - theirs).abs().max() <= strength * theirs.abs().max())
+        if not same:
+            return False
+    return same_direction(got.gradient, want.gradient, strength)
 
 
 def same_logits(got: Tensor, want: Tensor) -> bool:
@@ -274,14 +295,18 @@ class AttackedCopy:
     def __init__(self, model: nn.Module, dtype: torch.dtype):
         self.model, self.dtype = model, dtype
         self._made: nn.Module | None = None
+        self._settings: Any = None
 
     def now(self, x: Tensor) -> nn.Module:
         """Return the copy with the present weights, for images like ``x``, or the model itself."""
-        if self._made is None:
-            copies = self.dtype == torch.bfloat16 or matrix_weights(self.model) >= FEWEST_WEIGHTS
+        if self.dtype == torch.float32 and matrix_weights(self.model) < FEWEST_WEIGHTS:
+            return self.model
+        with evaluation_mode(self.model):
+            settings, objects = settings_of(self.model)
+        made: Any = self._made
+        if settings != self._settings or (made is not self.model and not made.follows(self.model)):
             # The images are always the same, so that a resumed run makes the same copy.
             some = torch.rand((COMPARED, *x.shape[1:]), generator=torch.Generator().manual_seed(0), device="cpu")
-            self._made = copy_or_model(self.model, some.to(x), self.dtype) if copies else self.model
-        if isinstance(self._made, FrozenCopy):
-            self._made.update()
-        return self._made
+            made = copy_or_model(self.model, some.to(x), self.dtype)
+        self._made, self._settings, self._objects = made, settings, objects
+        return cast(nn.Module, made)

@@ -9,7 +9,7 @@ from purify_fast import Atop, Carso, zoo
 from purify_fast.attacks import apgd
 from purify_fast.attacks.gradient_copy import Copies
 from purify_fast.data import load_dataset
-from purify_fast.defences import WithAggregation
+from purify_fast.defences import MajorityVote, WithAggregation
 from purify_fast.defences.base import Defence
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.speed.frozen_copy import FrozenCopy
@@ -140,8 +140,33 @@ def test_a_copy_has_the_weights_of_its_model_at_every_attack(change):
     before = copies.of(net, "bfloat16")
     for _ in range(2):
         change(net)
-        assert copies.of(net, "bfloat16") is before and isinstance(before, FrozenCopy)
-        assert torch.equal(before.classifier[1].weight, net[1].weight)
+        made = copies.of(net, "bfloat16")
+        assert isinstance(made, FrozenCopy) and (made is before) == (change is not replaced)
+        assert torch.equal(made.classifier[1].weight, net[1].weight)
+
+
+def test_a_change_that_a_copy_does_not_follow_makes_a_new_copy():
+    torch.manual_seed(0)
+    gate = Made(lambda self, x: x.flatten(1) * self.gate * self.scale, gate=torch.ones(1), scale=1.0)
+    net, x = nn.Sequential(gate, nn.Linear(3 * 256, 10)).eval(), torch.rand(4, *SHAPE)
+    copies = Copies(x)
+    for change in (lambda: net[0].gate.mul_(1.5), lambda: setattr(net[0], "scale", 2.0)):
+        before = copies.of(net, "bfloat16")
+        assert copies.of(net, "bfloat16") is before
+        change()
+        made = copies.of(net, "bfloat16")
+        assert made is not before and torch.allclose(made(x), net(x), rtol=0.02, atol=0.02)
+
+
+def test_a_wrapper_has_the_copy_of_now(defence):
+    """Other models of the evaluation take the place of a kept copy."""
+    x = torch.rand(8, *SHAPE)
+    copies, vote = Copies(x), MajorityVote(defence, 2)
+    for model in (vote, *(shifted(float(number)) for number in range(3))):
+        copies.of(model, "bfloat16")
+    with defence.deterministic():
+        inside = copies.of(vote, "bfloat16").model
+        assert inside.noise_is_off and torch.equal(inside(x), inside(x))
 
 
 def test_a_copy_draws_as_its_model_does_now():
@@ -155,8 +180,10 @@ def test_a_copy_draws_as_its_model_does_now():
             made = copies.of(model, "bfloat16")
             assert made is not model and torch.allclose(made(x), model(x), atol=0.1)
     with model.deterministic():
-        assert torch.equal(copies.of(model, "bfloat16")(x), made(x))
-    assert copies.of(model, "bfloat16") is made and made.noise_is_fresh and not torch.equal(made(x), made(x))
+        made = copies.of(model, "bfloat16")
+        assert torch.equal(made(x), made(x)) and torch.allclose(made(x), model(x), atol=0.1)
+    made = copies.of(model, "bfloat16")
+    assert made.noise_is_fresh and not torch.equal(made(x), made(x))
 
 
 @pytest.mark.parametrize("only_with_gradients", [False, True])

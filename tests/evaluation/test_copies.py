@@ -67,11 +67,14 @@ def test_it_is_found_wherever_it_is(around, images):
 
 def test_the_report_says_where_the_gradients_come_from(images, monkeypatch, tmp_path):
     model = zoo.load("digits-standard")
-    settings = QUIET | {"attacks": [PGD(steps=2)]}
+    settings, images = QUIET | {"attacks": [PGD(steps=2)]}, (images[0], model(images[0]).argmax(1))
     assert "gradients" not in evaluate(model, *images, **settings).about
     monkeypatch.setattr("purify_fast.attacks.gradient_copy.FEWEST_WEIGHTS", 1)
     monkeypatch.setattr("purify_fast.attacks.gradient_copy.auto_dtype", lambda model, device: torch.bfloat16)
     report = evaluate(model, *images, **settings)
     report.save(tmp_path)
+    assert (
+        "gradients" not in evaluate(model, *images, **settings | {"attacks": [PGD(steps=2, precision="float32")]}).about
+    )
     assert report.about["gradients"] == "of a frozen copy in bfloat16; the model itself judges"
     assert "of a frozen copy in bfloat16" in (tmp_path / "report.md").read_text()

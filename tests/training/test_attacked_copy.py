@@ -57,6 +57,35 @@ def test_the_copy_gives_nearly_the_loss_of_the_model(objective, monkeypatch):
     torch.testing.assert_close(copied, plain, rtol=1e-3, atol=1e-5)
 
 
+def test_attributes_that_change_make_a_new_copy(monkeypatch):
+    """They are not followed, unlike weights."""
+    monkeypatch.setattr("purify_fast.speed.frozen_copy.FEWEST_WEIGHTS", 1)
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.scale, self.mean = nn.Linear(256, 10), 1.0, torch.zeros(1)
+
+        def forward(self, x):
+            return self.scale * self.fc(x.flatten(1) - self.mean)
+
+    model, other, x = Scaled(), nn.Linear(256, 7), torch.rand(2, *SHAPE)
+    attacked = AttackedCopy(model, torch.float32)
+    first = attacked.now(x)
+    assert attacked.now(x) is first and isinstance(first, FrozenCopy)
+    for change in (
+        lambda: setattr(model, "scale", 2.0),
+        lambda: model.mean.add_(1),
+        lambda: setattr(model, "fc", nn.Linear(256, 7)),
+    ):
+        change()
+        torch.testing.assert_close(attacked.now(x)(x), model(x), rtol=1e-4, atol=1e-5)
+    model.train()
+    made = attacked.now(x)
+    model.eval()
+    assert attacked.now(x) is made
+
+
 def test_small_models_and_models_without_a_copy_are_attacked_themselves():
     class NotCopied(nn.Module):
         def __init__(self):

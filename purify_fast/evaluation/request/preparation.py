@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..._validation import Norm, NormName
 from ..._version import __version__
-from ...attacks import Attack, AutoAttack
+from ...attacks import Attack, OriginalAutoAttack
 from ...attacks.arguments import check_eps
 from ...attacks.original_autoattack import implementation
 from ...attacks.outputs import INSTEAD_OF_PROBABILITIES, ONE_HOT
@@ -31,8 +31,6 @@ logger = logging.getLogger("purify_fast")
 
 #: The allowed dtypes of labels.
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-#: The fact of a report whose attacks, with the precision "auto", take their gradients from a copy in bfloat16.
-GRADIENTS = "of a frozen copy in bfloat16; the model itself judges"
 #: The largest number of modules that a note names.
 _NAMED = 3
 
@@ -77,7 +75,9 @@ def read_attacks(
     if config.protocol is None and attacks is None:
         config = replace(config, protocol="standard")
     given = [] if attacks is None else as_specs(attacks)
-    if config.protocol in ("official", "authors") or any(isinstance(spec.resolved, AutoAttack) for spec in given):
+    if config.protocol in ("official", "authors") or any(
+        isinstance(spec.resolved, OriginalAutoAttack) for spec in given
+    ):
         # If the package is missing, its error is raised here, before any work.
         implementation()
     if eps == 0 and (given or config.protocol or config.probes):
@@ -98,9 +98,6 @@ def facts(
     config: EvaluateConfig, norm: NormName, eps: float, model: Classifier, device: torch.device
 ) -> dict[str, str]:
     """The facts about all rows, for `Report.about`."""
-    # A direct attack needs nothing of what makes copies.
-    from ...attacks.gradient_copy import gradient_dtype
-
     words = {None: None, "worst_of": "the worst", "votes": "the majority"}[config.predict]
     known = {
         "threat": ball_name(norm, eps),
@@ -110,7 +107,6 @@ def facts(
         "command": None if "ps1" in vars(sys) or sys.argv[0] == "-c" else shlex.join(["python", *sys.orig_argv[1:]]),
         "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "precision": precision_name(model, device),
-        "gradients": GRADIENTS if gradient_dtype(model, device, "auto") == torch.bfloat16 else None,
         "claim": None if config.claim is None else f"{config.claim:g}",
         "dataset": config.dataset_name,
         "protocol": config.protocol,
@@ -132,7 +128,9 @@ def note_of_modes(model: Classifier, name: str) -> list[str]:
         parts = [] if model.training else [*model.named_modules()]
         what = "were put into evaluation mode; to keep them as they are, give a function: lambda x: model(x)"
     else:
-        parts = [(place, part) for place, module in used_modules(model) for part in module.modules()]
+        # A module from torch.export keeps its mode, and refuses `eval` by a method of its own.
+        used = [(place, module) for place, module in used_modules(model) if "eval" not in vars(module)]
+        parts = [(place, part) for place, module in used for part in module.modules()]
         what = "stayed so, because they belong to a function; if this is not intended, call .eval() on them"
     odd = [(place, part) for place, part in parts if part.training and not [*part.children()]]
     names = list(dict.fromkeys(f"{place} ({type(part).__name__})" for place, part in odd))

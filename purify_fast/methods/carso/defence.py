@@ -159,6 +159,8 @@ class Carso(Defence):
 
     def read(self, x: Tensor) -> list[Tensor]:
         """Return the outputs of the classifier's ``layers`` for images in [0, 1], in the purifier's dtype."""
+        if not torch.compiler.is_compiling():
+            self.prepare_replay()
         x = x if self.classifier_uses_channels_last else x.contiguous()
         with self._products(x.device):
             layers = self.representation(x.to(self.classifier_dtype))
@@ -209,8 +211,8 @@ class Carso(Defence):
                 old.data.copy_(new)
             self._packed, self._packed_from = self._packed or packed, stamp
 
-    def update(self) -> None:
-        super().update()
+    def _update(self) -> None:
+        super()._update()
         self._packed_from = None
 
     def _packed_decoder(self) -> PackedDecoder | None:

@@ -91,16 +91,21 @@ class _SequenceFirst(nn.MultiheadAttention):
     """
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *given: Any, **options: Any) -> Any:
+        if query.dim() != 3:
+            return super().forward(query, key, value, *given, **options)
         tokens = query.transpose(0, 1).contiguous()
         others = (tokens, tokens) if query is key is value else (key.transpose(0, 1), value.transpose(0, 1))
         out, weights = super().forward(tokens, *others, *given, **options)
         return out.transpose(0, 1), weights
 
 
+_ENCODERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+
+
 def _attend_sequence_first(model: nn.Module) -> None:
     """Let the attention layers on a CPU copy their tokens, in place. PyTorch's own encoders have another fast path."""
     for parent in model.modules():
-        for module in parent.children() if not type(parent).__module__.startswith("torch.nn.") else ():
+        for module in parent.children() if not isinstance(parent, _ENCODERS) else ():
             if (
                 type(module) is nn.MultiheadAttention
                 and module.batch_first
@@ -156,7 +161,8 @@ class CopiedWeights:
         # Group the tensors by dtypes. On CUDA, a group is copied in a single launch.
         copies = defaultdict[tuple[torch.dtype, torch.dtype], tuple[list[Tensor], list[Tensor]]](lambda: ([], []))
         for name, mine in (*self.copied.named_parameters(), *self.copied.named_buffers()):
-            if not name.endswith("num_batches_tracked"):
+            # A random defence in the copy has noise of its own.
+            if not name.endswith(("num_batches_tracked", "_noise_seed")):
                 targets, sources = copies[mine.dtype, theirs[name].dtype]
                 targets.append(mine)
                 sources.append(theirs[name])
@@ -218,6 +224,11 @@ class InferenceCopy(nn.Module):
     def device(self) -> torch.device:
         """The device of the weights."""
         return first_tensor(self.classifier).device
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of the products."""
+        return self.dtype
 
     @property
     def computes_in_bfloat16(self) -> bool:

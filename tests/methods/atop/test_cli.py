@@ -46,8 +46,8 @@ def test_from_scratch_with_every_setting(made, tmp_path, capsys):
     options = ["--init", "None", "--purifier", "small_generator", "--width", "2", "--shared-mask", "--eps", "0.05"]
     assert run("atop", made, tmp_path, *options, *settings) == 0
     said = capsys.readouterr().out
-    tested = "the trained weights were not tested on the held-out images of the data set"
-    assert f"{tested}\nsaved to {tmp_path}; attack it with: purify-fast evaluate {tmp_path} --data" in said
+    assert "accuracy of the defence without an attack: " in said
+    assert f"held-out images\nsaved to {tmp_path}; attack it with: purify-fast evaluate {tmp_path} --data" in said
     loaded = purify_fast.load_defence(tmp_path)
     network = loaded.purifier.module
     assert type(network) is SmallGenerator and network.arguments["width"] == 2

@@ -10,7 +10,7 @@ from small_models import Made, with_statistics
 from torch import nn
 
 import purify_fast
-from purify_fast.attacks import AutoAttack
+from purify_fast.attacks import OriginalAutoAttack
 from purify_fast.attacks.base import ThreatModel
 from purify_fast.attacks.losses import LOSSES
 from purify_fast.evaluation.request.attack_lists import protocol_attacks
@@ -169,9 +169,9 @@ def test_the_published_output_is_attacked_and_judges():
         subject = Subject(defence, x, y, batch_size=8, n_eval=1, seed=0)
     (spec,) = protocol_attacks("authors", subject, ThreatModel("linf", 0.05))
     assert spec.label == "as src/eval_a.py (emaballarin/CARSO): AutoAttack rand through PeeL, K = 3"
-    assert spec.attack == AutoAttack(version="rand")
+    assert spec.attack == OriginalAutoAttack(version="rand")
     # fewer steps and draws than its 100 and 20, which take a minute
-    short = replace(spec, attack=AutoAttack(version="rand", steps=5, eot_iter=2))
+    short = replace(spec, attack=OriginalAutoAttack(version="rand", steps=5, eot_iter=2))
     row = evaluate(defence, x, y, eps=0.05, attacks=[short], progress=False).row(spec.label)
     # nothing can be found through NaN, and the report says so
     assert row.accuracy == 1 and row.n_eval == 1 and not row.reliable and row.health["nonfinite"] > 0

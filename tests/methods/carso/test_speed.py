@@ -79,7 +79,7 @@ def test_borders_are_float32_and_bfloat16_is_inside():
     x = images(3)
     made = purify_fast.frozen_copy(defence(), x, dtype=torch.bfloat16)
     inside = []
-    for module in (made.classifier.classifier.conv1, made.reader.conv2, made.decoder.stack[0]):
+    for module in (made.classifier.classifier.conv1, made._reader.conv2, made.decoder.stack[0]):
         module.register_forward_hook(lambda module, args, output: inside.append(output.dtype))
     outputs = [made(x), made.sample_logits(x), made.reconstruct(x), made.condition(x)]
     outputs += [*made.posterior(x, made.condition(x)), made.read(x)[0].float()]
@@ -103,7 +103,7 @@ def test_maps_that_are_flattened_by_view_stay_contiguous():
         fast = purify_fast.frozen_copy(made, images(3), dtype=torch.float32)
         for got, right in zip(response(fast, images(3).to(**last)), want, strict=True):
             assert relative(got, right) < 1e-5
-        for model in (made.classifier, fast.classifier.classifier, fast.reader):
+        for model in (made.classifier, fast.classifier.classifier, fast._reader):
             for weight in (module.weight for module in model.modules() if isinstance(module, nn.Conv2d)):
                 assert weight.is_contiguous(**layout)
         assert fast.frozen_classifier(images(3).to(**last)).shape == (3, 10)
@@ -159,6 +159,44 @@ def test_a_copy_follows_every_part_of_its_defence(how):
                 weight.mul_(0.5)
         for got, right in zip(response(fast, x), response(made, x), strict=True):
             assert relative(got, right) < 1e-4
+
+
+class Own(Carso):
+    """With a weight, a buffer and parts of its own, and a forward pass that does not check the images."""
+
+    def __init__(self, *given, **options):
+        super().__init__(*given, **options)
+        self.temperature, self.reader = nn.Parameter(torch.ones(())), nn.Linear(10, 10)
+        self.register_buffer("shift", torch.zeros(10))
+        self.again = nn.ModuleList([self.decoder])
+
+    def forward(self, x):
+        return self.reader(super().forward(x)) * self.temperature + self.shift
+
+
+def test_a_copy_of_a_subclass_follows_what_it_adds():
+    torch.manual_seed(0)
+    made = with_statistics(Own(Residual(), ["bn1", "conv2"], SHAPE, 16, 4, 2, decoder_width=4), 0.2).eval()
+    x = images(4)
+    fast = purify_fast.frozen_copy(made, x, dtype=torch.float32)
+    for tensor in (made.temperature, made.shift, made.reader.weight, made.decoder.stack[0].weight):
+        with torch.no_grad():
+            tensor.add_(0.3)
+        with made.fixed_noise(1), fast.fixed_noise(1), torch.no_grad():
+            torch.testing.assert_close(fast(x), made(x), rtol=1e-4, atol=1e-4)
+
+
+def test_what_would_not_follow_is_refused():
+    x, classifier = images(3), Residual()
+    with pytest.raises(ValueError, match="classifier must not be a frozen copy"):
+        Carso(purify_fast.frozen_copy(classifier, x), ["conv2"], SHAPE)
+    with pytest.raises(TypeError, match="model must not contain a defence, got a Carso"):
+        purify_fast.frozen_copy(nn.Sequential(defence()), x)
+    fast, made = purify_fast.frozen_copy(classifier, x), nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten())
+    fast = purify_fast.frozen_copy(made, x)
+    made[1] = nn.Tanh()
+    with pytest.raises(ValueError, match="make a new one with purify_fast.frozen_copy"):
+        fast(x)
 
 
 @pytest.mark.slow

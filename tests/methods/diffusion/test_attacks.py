@@ -8,7 +8,7 @@ from denoisers import Tiny, defence, images
 from evaluating import evaluate
 from small_models import Purifying
 
-from purify_fast.attacks import AutoAttack, BpdaModel, LeavingPGD
+from purify_fast.attacks import BpdaModel, LeavingPGD, OriginalAutoAttack
 from purify_fast.attacks.base import ThreatModel
 from purify_fast.evaluation import lee_kim_2023
 from purify_fast.evaluation.request.attack_lists import PROTOCOLS, protocol_attacks
@@ -241,7 +241,9 @@ def test_the_rows_of_its_authors():
     rows = authors_attacks(sde, 8 / 255)
     assert [row.label for row in rows] == [DIFFPURE, ALONE, STRAIGHT]
     rand, alone, straight = (row.resolved for row in rows)
-    assert isinstance(rand, AutoAttack) and rand.version == "rand" and isinstance(rows[0].judge, AdjointGradient)
+    assert (
+        isinstance(rand, OriginalAutoAttack) and rand.version == "rand" and isinstance(rows[0].judge, AdjointGradient)
+    )
     assert (alone.steps, straight.steps, straight.eot_iter) == (10, 40, 15) and alone.alpha == straight.alpha == 2 / 255
     assert rows[0].judge.defence.samples == 1 and sde.samples == 3
     ddpm = defence(SHAPE, process=Process(steps=2))
