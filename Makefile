@@ -24,7 +24,7 @@ ASIDE   = PYTHONPATH=$(abspath $(COMPAT)/site):$(CURDIR) PURIFY_FAST_EXTENSION=$
 HEADERS = $(shell $(BIN)/python -c "import os, sysconfig; print('ON' if os.path.exists(sysconfig.get_path('include') + '/Python.h') else 'OFF')")
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-python test-avx2 test-interpreter test-cpp lint format docs bench cuda-check compat wheel clean
+.PHONY: help demo test test-python test-avx2 test-interpreter test-cpp lint format docs bench cuda-check compat wheel fuzz clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets

@@ -6,6 +6,7 @@
 - `purify_fast.methods.carso`, `.atop`, `.arrest`, `.diffusion`: each method's networks, settings and training.
 - `purify_fast.training`: the training loop of all methods. `purify_fast.data`: data sets.
 - `purify_fast.evaluation`: adaptive evaluation and reports. `purify_fast.attacks`: the attacks.
+- `purify_fast.autoattack`: a class with the names of the original AutoAttack, which runs this package's attacks.
 - `purify_fast.ops`: the fused operations. `purify_fast.nn`: the same as modules.
 - `purify_fast.speed`: faster copies of frozen models, and CUDA graphs.
 - `purify_fast.zoo`: small trained models. `purify_fast.models`: classifiers.
@@ -23,6 +24,7 @@ from ._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from . import attacks as attacks
+    from . import autoattack as autoattack
     from . import data as data
     from . import defences as defences
     from . import evaluation as evaluation

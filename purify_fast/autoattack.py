@@ -1,8 +1,8 @@
 """A replacement for the original class AutoAttack, which runs this package's attacks.
 
-The arguments have the names, defaults and order of the original (Croce & Hein, ICML 2020; the package autoattack, which
+The arguments have the names and order of the original (Croce & Hein, ICML 2020; the package autoattack, which
 RobustBench calls). An argument that this class does not support raises an error. To run the original implementation,
-use `purify_fast.attacks.AutoAttack` or the protocol "official". Four things differ from the original:
+use `purify_fast.attacks.OriginalAutoAttack` or the protocol "official". These things differ from the original:
 
 - The search for an adversarial image ends early if it can hardly succeed any more.
 - An image of a random model is attacked until several new draws all misclassify it, as many as a step of the attack
@@ -10,6 +10,7 @@ use `purify_fast.attacks.AutoAttack` or the protocol "official". Four things dif
 - If the model has fewer classes than a loss needs, the margin replaces the loss.
 - ``fab`` runs targeted FAB for one class after the other, with ``fab.n_restarts`` restarts, because this package has no
   untargeted FAB.
+- ``device=None`` is the device of the model, ``seed=None`` is the seed 0, and images outside [0, 1] are refused.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from types import SimpleNamespace
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -28,6 +30,7 @@ from .attacks import APGD, FABT, Attack, AttackContext, Square, frozen
 from .attacks.arguments import check_eps, check_labels
 from .attacks.attacked_model import SAMPLE, TRIED_CALLS, check_model, draws_elsewhere
 from .attacks.gradient_copy import Copies
+from .attacks.search import MAX_NONFINITE, MAX_ZERO
 from .attacks.sequence import AttackSequence
 from .evaluation.request.preparation import collect
 from .evaluation.request.subject import TRIED, device_of
@@ -117,6 +120,7 @@ class AutoAttack:
         apgd_targeted: `ApgdSettings` of ``apgd-t``.
         fab: `FabSettings` of ``fab`` and ``fab-t``.
         square: `SquareSettings` of ``square``.
+        logger: ``logger.log(text)`` prints if ``verbose``, and appends to the file at ``log_path``.
 
     Raises:
         ValueError: a setting is not allowed or not supported. The message names the setting.
@@ -144,15 +148,33 @@ class AutoAttack:
         self.model, self.norm, self.epsilon, self.seed, self.verbose = model, norm, eps, seed, verbose
         self.version, self.log_path = version, log_path
         self.device = None if device is None else torch.device(device)
-        self.attacks_to_run: list[AttackName] = list(RUN.get(version, attacks_to_run))
+        self.attacks_to_run: list[AttackName] = list(attacks_to_run)
         self.apgd, self.apgd_targeted = ApgdSettings(), ApgdSettings(n_restarts=1)
         self.fab, self.square = FabSettings(), SquareSettings()
-        if version == "rand":
-            self.apgd = ApgdSettings(n_restarts=1, eot_iter=20)
-        elif version == "standard" and read_norm(norm) == "l1":
-            self.apgd_targeted.n_target_classes = 5
-        elif version == "standard":
-            self.apgd.n_restarts = 1
+        self.logger: Any = SimpleNamespace(log=self._log)
+        self.set_version(version)
+
+    def set_version(self, version: Version = "standard") -> None:
+        """Set the attacks and settings of a version. "custom" keeps the current ones, and no version changes steps."""
+        check_literal("version", version, Version)
+        self.version = version
+        if version == "custom":
+            return
+        l1 = version == "standard" and read_norm(self.norm) == "l1"
+        self.attacks_to_run = list(RUN[version])
+        self.apgd.n_restarts = 5 if version == "plus" or l1 else 1
+        self.apgd.eot_iter = 20 if version == "rand" else 1
+        self.apgd_targeted.n_restarts, self.apgd_targeted.n_target_classes = 1, 5 if l1 else 9
+        self.fab.n_restarts, self.fab.n_target_classes = 5 if version == "plus" else 1, 9
+        self.square.n_queries = 5000
+
+    def get_seed(self) -> float:
+        """The seed, or the time if it is None, as in the original. The attacks of this class then take the seed 0."""
+        return time.time() if self.seed is None else self.seed
+
+    def get_logits(self, x: Tensor) -> Tensor:
+        """The model's logits for images ``[B, C, H, W]``, on its device, in the mode in which the model is."""
+        return self.model(x.to(self._device(x)))
 
     def run_standard_evaluation(
         self,
@@ -206,7 +228,7 @@ class AutoAttack:
         The arguments are those of `run_standard_evaluation`.
         """
         x, y, _ = collect(x_orig, y_orig)
-        return float((self._predicted(x, bs) == y.to(x.device)).float().mean())
+        return float((self._logits(x, bs).argmax(1) == y.to(x.device)).float().mean())
 
     def _chosen(self) -> list[AttackName]:
         """The names of the attacks. The user may have set `attacks_to_run` after the construction."""
@@ -236,11 +258,11 @@ class AutoAttack:
                 one = model(some.clone())
                 is_random = any(differ(one, model(some.clone())) for _ in range(TRIED_CALLS))
             is_random = is_random or draws_elsewhere(model, x[:TRIED].to(device), SAMPLE)
-            self._tell(f"using {self.version} version including {', '.join(names)}")
+            self.logger.log(f"using {self.version} version including {', '.join(names)}")
             for note in notes:
-                self._tell(f"NOTE: {note}")
+                self.logger.log(f"NOTE: {note}")
             if is_random and draws == 1:
-                self._tell("WARNING: the model is random, but each step uses a single draw: use version='rand'")
+                self.logger.log("WARNING: the model is random, but each step uses a single draw: use version='rand'")
             context = AttackContext(
                 eps=float(self.epsilon),
                 norm=self.norm,
@@ -249,22 +271,31 @@ class AutoAttack:
                 draws_differ=is_random and draws > 1,
                 judge_draws=draws,
                 batch_size=size,
+                counts_health=True,
                 copies=Copies(some),
             )
             attacked = AttackSequence(model, x, y, context, device)
             judges = max(draws, JUDGES) if is_random else 1
             left = attacked.accuracy(judges)
-            self._tell(f"initial accuracy: {left:.2%}")
+            self.logger.log(f"initial accuracy: {left:.2%}")
             for name, attack in attacks.items():
                 if bool(attacked.fallen.all()):
                     break
-                attacked.run(attack)
+                health = attacked.run(attack)
                 left = attacked.accuracy(judges)
                 spent = time.monotonic() - begun
-                self._tell(f"robust accuracy after {name.upper()}: {left:.2%} (total time {spent:.1f} s)")
-            self._tell(f"robust accuracy: {left:.2%}")
+                self.logger.log(f"robust accuracy after {name.upper()}: {left:.2%} (total time {spent:.1f} s)")
+                if health.nonfinite > MAX_NONFINITE or health.zero > MAX_ZERO:
+                    shares = f"{health.zero:.0%} of its gradients are zero, {health.nonfinite:.0%} are not finite"
+                    self.logger.log(f"WARNING: {name.upper()} had unusable gradients: {shares}")
             found = attacked.images
-            return (found, self._predicted(found, size)) if return_labels else found
+            logits = self._logits(found, size)
+            if lost := int(logits.isnan().any(1).sum()):
+                self.logger.log(
+                    f"WARNING: the model returns NaN for {lost} of the returned images, which counts as wrong"
+                )
+            self.logger.log(f"robust accuracy: {left:.2%}")
+            return (found, logits.argmax(1)) if return_labels else found
 
     def _attack(self, name: str) -> Attack:
         """Make an attack by its name, with the current settings."""
@@ -287,17 +318,17 @@ class AutoAttack:
         )
 
     @torch.no_grad()
-    def _predicted(self, x: Tensor, size: int) -> Tensor:
-        """The predicted classes of the images, on the device of the images."""
+    def _logits(self, x: Tensor, size: int) -> Tensor:
+        """The logits of images, in evaluation mode and batch by batch, on the device of the images."""
         device = self._device(x)
         with frozen(self.model):
             check_model(self.model, x[:SAMPLE].to(device, copy=True))
-            return torch.cat([self.model(part.to(device)).argmax(1).to(x.device) for part in x.split(size)])
+            return torch.cat([self.model(part.to(device)).to(x.device) for part in x.split(size)])
 
     def _device(self, x: Tensor) -> torch.device:
         return device_of(self.model, x) if self.device is None else self.device
 
-    def _tell(self, text: str) -> None:
+    def _log(self, text: str) -> None:
         if self.verbose:
             print(text)
         if self.log_path is not None:

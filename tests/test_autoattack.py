@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -75,6 +76,52 @@ def test_a_random_model_falls_by_fresh_draws_alone(plain, capsys):
     assert 0 < (wrong > 0.9).sum() < len(y)
     Short(noisy, version="custom", attacks_to_run=["square"], verbose=True).run_standard_evaluation(x, y)
     assert "WARNING: the model is random" in capsys.readouterr().out
+
+
+def test_unusable_gradients_and_nan_are_told(plain, capsys):
+    model, x, y = plain
+    half = torch.arange(len(x)) % 2 == 0
+
+    def told(model, x=x):
+        Short(model, version="custom", attacks_to_run=["apgd-ce", "fab-t"], verbose=True).run_standard_evaluation(x, y)
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING")]
+
+    zero = "had unusable gradients: 100% of its gradients are zero, 0% are not finite"
+    assert told(model) == []
+    assert told(torch.no_grad()(lambda images: model(images))) == [
+        f"WARNING: {who} {zero}" for who in ("APGD-CE", "FAB-T")
+    ]
+    assert told(lambda images: model((16 * images).round() / 16))[0] == f"WARNING: APGD-CE {zero}"
+    # a dark image has no prediction
+    some = x * torch.where(half, 0.0, 1.0).view(-1, 1, 1, 1)
+    bright = lambda images: (images.flatten(1).amax(1, keepdim=True) > 0.5).float()  # noqa: E731
+    lost = told(lambda images: model(images) * (bright(images) / bright(images)), some)
+    assert f"WARNING: the model returns NaN for {int(half.sum())} of the returned images, which counts as wrong" in lost
+
+
+def test_what_scripts_for_the_original_call(plain, tmp_path, capsys):
+    model, x, _ = plain
+    adversary = AutoAttack(model, version="custom", attacks_to_run=["square"], log_path=tmp_path / "log.txt")
+    adversary.apgd.n_iter = 7
+    for version, *numbers in (("rand", 1, 20, 1), ("plus", 5, 1, 5), ("standard", 1, 1, 1)):
+        adversary.set_version(version)
+        assert adversary.version == version and adversary.attacks_to_run == list(RUN[version])
+        assert [adversary.apgd.n_restarts, adversary.apgd.eot_iter, adversary.fab.n_restarts] == numbers
+    assert adversary.apgd.n_iter == 7
+    l1 = AutoAttack(model, norm="L1", version="rand")
+    l1.set_version()
+    assert (l1.apgd, l1.apgd_targeted) == (
+        AutoAttack(model, norm="L1").apgd,
+        AutoAttack(model, norm="L1").apgd_targeted,
+    )
+    with pytest.raises(ValueError, match="version must be one of standard, plus, rand, custom"):
+        adversary.set_version("fast")
+    assert torch.equal(adversary.get_logits(x), model(x))
+    assert abs(adversary.get_seed() - time.time()) < 60 and AutoAttack(model, seed=3).get_seed() == 3
+    adversary.logger.log("shown")
+    adversary.verbose = False
+    adversary.logger.log("only written")
+    assert (tmp_path / "log.txt").read_text() == "shown\nonly written\n" and capsys.readouterr().out == "shown\n"
 
 
 def test_the_call_of_robustbench(plain, tmp_path):

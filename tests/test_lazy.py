@@ -41,6 +41,12 @@ def test_the_settings_of_every_training_come_without_pytorch():
     assert done.returncode == 0, done.stderr
 
 
+def test_the_drop_in_class_needs_no_further_import():
+    code = "import purify_fast; assert purify_fast.autoattack.AutoAttack.__module__ == 'purify_fast.autoattack'"
+    done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 def test_judging_a_model_does_not_import_the_compiler():
     """It took as long as PyTorch itself, in every process; a model is made, wrapped and judged without it."""

@@ -67,7 +67,9 @@ def of_attacks(specs: Iterable[AttackSpec], random: bool = True) -> list[str]:
         attack = spec.resolved
         until = "" if spec.until is None else f" until {spec.until} by rule {stopping.REVISION}"
         nearest = "" if spec.nearest is None else f" {spec.nearest} nearest" + (" in groups" * (not random))
-        words.append(f"{spec.label or ''} {attack!r} {attack.revision()}{until}{nearest}".strip())
+        # The saved results call the original implementation AutoAttack.
+        options = repr(attack).removeprefix("Original")
+        words.append(f"{spec.label or ''} {options} {attack.revision()}{until}{nearest}".strip())
     return words
 
 

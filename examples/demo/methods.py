@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from purify_fast.attacks import PGD, AutoAttack
+from purify_fast.attacks import PGD, OriginalAutoAttack
 from purify_fast.evaluation import AttackSpec, EvaluateConfig, Report
 from purify_fast.methods.arrest import ArrestConfig, ArrestTask
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask
@@ -160,7 +160,7 @@ def attack(workspace: Workspace, name: str, constant_step: bool = True) -> Repor
     budget, target, steps = workspace.budget, model(workspace, name), workspace.budget.steps
     ce, dlr = ce_then_dlr()
     # AutoAttack's standard version is only for deterministic models, so a random model is attacked without randomness.
-    standard = AutoAttack(steps=budget.autoattack_steps, n_queries=budget.autoattack_queries)
+    standard = OriginalAutoAttack(steps=budget.autoattack_steps, n_queries=budget.autoattack_queries)
     auto = AttackSpec(standard, "deterministic", max_images=budget.autoattack_images, label=AUTOATTACK)
     if name in ATOP_MODELS:
         n, steps = budget.atop_images, budget.atop_steps

@@ -19,7 +19,7 @@ from .context import AttackContext as AttackContext
 from .fab import FABT as FABT
 from .fab import fab_t as fab_t
 from .heads import AttackersHead as AttackersHead
-from .original_autoattack import AutoAttack as AutoAttack
+from .original_autoattack import OriginalAutoAttack as OriginalAutoAttack
 from .pgd import FGSM as FGSM
 from .pgd import PGD as PGD
 from .pgd import LeavingPGD as LeavingPGD

@@ -46,7 +46,8 @@ def ball_around(
     width, pixels = clip_max - clip_min, x.shape[1:].numel()
     of_pixels, norm = isinstance(width, Tensor), read_norm(norm)
     if not isinstance(eps, Tensor):
-        check_eps(eps, None if of_pixels else norm, 1.0 if of_pixels else max(1.0, width), pixels=pixels)
+        largest = 1.0 if isinstance(width, Tensor) else max(1.0, width)
+        check_eps(eps, None if of_pixels else norm, largest, pixels=pixels)
     radii = per_pixel("eps", eps, x)
     if isinstance(eps, Tensor) or of_pixels:
         widths = torch.as_tensor(width).clamp_min(0.0 if of_pixels else 1.0)

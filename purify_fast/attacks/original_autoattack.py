@@ -48,7 +48,7 @@ def implementation() -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutoAttack(InBall):
+class OriginalAutoAttack(InBall):
     """AutoAttack, as its authors' package runs it. It draws from torch's global generator, which the caller must fork.
 
     Args:

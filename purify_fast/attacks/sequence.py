@@ -12,6 +12,7 @@ from .attacked_model import SAMPLE, drawn_once_per_call, frozen
 from .base import Attack
 from .context import AttackContext
 from .engine.judge import Judge, has_fallen
+from .search import GradientHealth
 
 
 class AttackSequence:
@@ -40,17 +41,21 @@ class AttackSequence:
             return 1 - float(self.share.mean())
         return 1 - float(self._shares_of_all(self._judge_by(draws)).mean())
 
-    def run(self, attack: Attack) -> None:
-        """Run an attack on the images that have not fallen yet."""
+    def run(self, attack: Attack) -> GradientHealth:
+        """Run an attack on the images that have not fallen yet, and return what it counted, if it counts."""
+        health = GradientHealth()
         with frozen(self.model):
             for part in self._batches((~self.fallen).nonzero()[:, 0]):
                 x, y = self.x[part].to(self.device), self.y[part].to(self.device)
                 told = replace(self.context, sample_ids=part.to(self.device))
-                points = attack.search(self.model, x, y, told).images
+                result = attack.search(self.model, x, y, told)
+                points = result.images
+                health.add(**(result.health or GradientHealth()).counts)
                 share = self._shares(points, part, self.judge)
                 better = share > self.share[part]
                 self.images[part[better]] = points.to(self.x.device)[better]
                 self.share[part[better]] = share[better]
+        return health
 
     def _batches(self, index: Tensor) -> tuple[Tensor, ...]:
         return index.split(self.context.batch_size or max(1, len(index))) if len(index) else ()

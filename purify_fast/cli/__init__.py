@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import sys
 from dataclasses import make_dataclass, replace
 from typing import Annotated, Any, Union
@@ -19,7 +20,7 @@ from .._memory import ran_out_of_memory
 from .._validation import usable_device
 from . import evaluate, purify, show, train  # noqa: F401
 from .command import Command, DataCommand
-from .run_file import cli, early_options, parse
+from .run_file import cli, early_options, flag, parse, values
 
 __all__ = ["main"]
 
@@ -125,9 +126,12 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, FloatingPointError, OSError, ModuleNotFoundError) as error:
         # Each of several processes prints its own error, so the message names the process.
         rank = _rank()
+        # The package names its arguments, such as kl_delay; here they are options.
+        options = {name for kind in _KINDS.values() for name in values(kind()) if "_" in name}
+        text = re.sub(rf"\b({'|'.join(options)})\b", lambda found: flag(found[0]), str(error))
         # stderr may be closed, or a file on a full disk.
         with contextlib.suppress(OSError, ValueError):
-            print(f"purify-fast{f', process {rank}' if rank else ''}: {error}", file=sys.stderr)
+            print(f"purify-fast{f', process {rank}' if rank else ''}: {text}", file=sys.stderr)
         return 2
     except Exception as error:
         if ran_out_of_memory(error):

@@ -14,7 +14,7 @@ import tyro
 from .._validation import Count, Norm, Precision, read_norm, usable_device
 from ..evaluation.request.config import EvaluateConfig
 from .command import Command, DataCommand, ProcessOptions
-from .run_file import EVALUATION, RUN_FILE, ball_of_run, parse, report_file, write_run_file
+from .run_file import EVALUATION, RUN_FILE, ball_of_run, parse, read_run_file, report_file, write_run_file
 from .saved_models import is_named, own_model, refuse_other_images, saved_folder, trained_classifier, zoo_name
 
 if TYPE_CHECKING:
@@ -208,7 +208,8 @@ class Check(Command):
 
     Args:
         report: Folder of the report, or of the run that was evaluated.
-        model: Model that classifies, as in `evaluate`: a folder, zoo:NAME or your function. Default: that of run.yaml.
+        model: Model that classifies, as in `evaluate`: a folder, zoo:NAME or your function. A model of
+            the zoo need not be named.
         batch_size: Number of images in one forward pass.
         seed: Seed of the draws of a random defence. Default: a seed that differs from the report's.
         device: Device to compute on: cpu, cuda, or another device of PyTorch. auto: a GPU if there is any.
@@ -236,8 +237,14 @@ class Check(Command):
         return 0 if checked.confirmed else 1
 
     def evaluated(self, folder: Path) -> Evaluate:
-        """The `evaluate` command that wrote the report in a folder, with MODEL if given."""
-        return parse(Evaluate, ["--config", str(folder / RUN_FILE)] if self.model is None else [self.model])
+        """The `evaluate` command with MODEL, or the one that wrote the report in a folder, of a model of the zoo."""
+        if self.model is not None:
+            return parse(Evaluate, [self.model])
+        table = read_run_file(folder / RUN_FILE)
+        # A report of a stranger must not decide which code is loaded.
+        if (named := zoo_name(str(table.get("folder")))) is None or table.get("classifier") is not None:
+            raise ValueError(f"MODEL must be named: only a model of the zoo is read from a report, got {named}")
+        return parse(Evaluate, ["--config", str(folder / RUN_FILE)])
 
 
 def images_of(witnesses: Witnesses, device: str) -> DataSet:

@@ -97,7 +97,10 @@ class Training(DataCommand):
             print(summary(last))
             if text := self.tested(task.result, images):
                 print(text)
-            attack = shlex.join(["purify-fast", "evaluate", str(self.out), "--data", self.data])
+            given = {"--data": (self.data,), "--size": self.size or ()}
+            given |= {"--num-classes": (self.num_classes,), "--data-root": (self.data_root,)}
+            words = [str(word) for name, own in given.items() if any(own) for word in (name, *own)]
+            attack = shlex.join(["purify-fast", "evaluate", str(self.out), *words])
             print(f"saved to {self.out}" + (f"; attack it with: {attack}" if values(self).get("eps", 0) > 0 else ""))
 
 
@@ -317,7 +320,8 @@ class TrainCarso(KeepsAttacks, FollowsRecipe, TrainPurifier):
 
     Args:
         init: Folder of a saved CARSO from which the training starts, such as to fine-tune it. It sets the sizes.
-        layers: Names of the classifier's layers whose outputs form the representation. The default is for small_cnn.
+        layers: Names of the classifier's layers whose outputs form the representation. Default, for small_cnn only:
+            conv2, conv4 and hidden.
         cond_dim: Size of the condition, the vector to which the representation is compressed.
         latent_dim: Size of the random latent vector of each sample.
         samples: Number of reconstructions that are classified for each image.
@@ -329,7 +333,7 @@ class TrainCarso(KeepsAttacks, FollowsRecipe, TrainPurifier):
 
     out: Path = Path("runs/carso")
     init: Path | None = None
-    layers: tuple[str, ...] = ("conv2", "conv4", "hidden")
+    layers: tuple[str, ...] = ()
     cond_dim: int = 64
     latent_dim: int = 8
     samples: int = 8
@@ -346,11 +350,17 @@ class TrainCarso(KeepsAttacks, FollowsRecipe, TrainPurifier):
         from ..data import statistics
         from ..methods.carso import Carso, CarsoTask
         from ..methods.recipes import recipe
+        from ..models.classifiers import SmallCNN
+        from ..models.representation import layers_missing
 
         if self.init is not None:
             defence = self.saved_start(self.init, classifier)
             return CarsoTask(defence, self.method, weights_fingerprint(defence))
         sizes: dict[str, Any] = {name: getattr(self, name) for name in _CARSO_SIZES}
+        if not self.layers:
+            if not isinstance(classifier, SmallCNN):
+                raise layers_missing(classifier, "name modules whose outputs form the representation")
+            sizes["layers"] = ("conv2", "conv4", "hidden")
         if self.recipe is None:
             return CarsoTask(Carso(classifier, image_shape=images.image_shape, **sizes), self.method)
         del sizes["decoder_width"]

@@ -199,13 +199,13 @@ def _read_npz(path: Path, train: bool) -> dict[str, np.ndarray]:
     needed = ARRAYS if train else ARRAYS[2:]
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in (*needed, "y_train", "classes") if name in file}
+            arrays, there = {name: file[name] for name in (*needed, "y_train", "classes") if name in file}, file.files
     # A file that is damaged, or that is none of `numpy.savez`, may raise any error.
     except Exception as error:
         raise ValueError(f"{path} is damaged, or not a file that numpy.savez wrote from arrays: {error}") from error
     missing = [name for name in needed if name not in arrays]
     if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}: it must have {', '.join(needed)}")
+        raise ValueError(f"{path} lacks {', '.join(missing)}: it must have {', '.join(needed)}, got {', '.join(there)}")
     return arrays
 
 

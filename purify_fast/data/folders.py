@@ -92,6 +92,8 @@ def _listed(folder: Path, train: bool) -> tuple[dict[str, Split], list[str]]:
     trained = folder / "train"
     if held_out is None or (train and not trained.is_dir()):
         lacks = "train/" if held_out is not None else "val/ and test/"
+        if held_out is None and not trained.is_dir() and len(own := classes_in(folder)) > 1:
+            lacks += f" (move its folders {', '.join(own[:3])} ... into train/, and some images of each into val/)"
         raise FileNotFoundError(f"{folder} is not an image folder: it lacks {lacks}. It must contain {FORM}")
     annotations = held_out / "val_annotations.txt"
     # In each line of this file of tiny-imagenet-200, tabs separate a file name, a class and a box.
@@ -204,6 +206,8 @@ def write_images(files: Sequence[Path], size: tuple[int, int], out: Path, *, res
     # Write from front to back: a full disk ends a write with an OSError, but a memory map with SIGBUS.
     with out.open("wb") as file, ThreadPoolExecutor() as pool:
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        for first in tqdm(range(0, len(files), CHUNK), "decode images", unit=f"{CHUNK} images"):
-            for pixels in pool.map(decode, files[first : first + CHUNK]):
-                file.write(pixels)
+        with tqdm(desc="decode images", total=len(files), unit=" images") as bar:
+            for first in range(0, len(files), CHUNK):
+                for pixels in pool.map(decode, files[first : first + CHUNK]):
+                    file.write(pixels)
+                    bar.update()

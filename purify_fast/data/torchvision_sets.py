@@ -46,8 +46,11 @@ def find_official(name: str, root: Path, download: bool, train: bool) -> Path | 
         raise
     # A damaged file may raise any error.
     except Exception as error:
+        advice = (
+            "give download=True (--download), or remove damaged files" if name in READERS else "download it yourself"
+        )
         raise FileNotFoundError(
-            f"no data set {name!r}: give download=True (--download), or remove damaged files. Looked for "
+            f"no data set {name!r}: {advice}. Looked for "
             f"{npz.absolute()} (x_train, y_train, x_test, y_test), and for the official files in {root.absolute()} as "
             f"torchvision lays them out: {str(error) or repr(error)}"
         ) from error

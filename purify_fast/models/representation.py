@@ -56,12 +56,16 @@ def representation_before_pooling(model: nn.Module) -> str:
     """The name of the layer that is used as a classifier's representation if the user names no layers."""
     before = getattr(model, "before_pooling", None)
     if not isinstance(before, str):
-        names = ", ".join(name for name, _ in model.named_modules() if name)[:400]
-        raise ValueError(
-            f"layers must be given for a {type(model).__name__}: name the module whose output is the last map before "
-            f"pooling, one of {names}"
-        )
+        raise layers_missing(model, "name the module whose output is the last map before pooling")
     return before
+
+
+def layers_missing(model: nn.Module, advice: str) -> ValueError:
+    """The error for a classifier whose layers the user must name; it lists the stages of the classifier."""
+    names = [name for name, part in model.named_modules() if name and name.count(".") <= 1 and any(part.children())]
+    likely = ", ".join(names or [name for name, _ in model.named_modules() if name])[:400]
+    name = getattr(model, "spec", type(model).__name__)
+    return ValueError(f"layers must be given for {name}: {advice}, such as {likely}")
 
 
 def count_classes(classify: Callable[[], Any], image_shape: Sequence[int], batch: int) -> int:

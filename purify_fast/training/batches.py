@@ -33,6 +33,13 @@ def as_tensor(name: str, value: Any) -> Tensor:
     return value
 
 
+def check_channels(name: str, images: Tensor) -> None:
+    """Raise ValueError for images ``[N, H, W, C]`` in place of ``[N, C, H, W]``."""
+    channels, last = images.shape[1], images.shape[-1]
+    if images.dim() == 4 and last in (1, 3) and channels > 4:
+        raise ValueError(f"{name} must be [N, C, H, W], got {list(images.shape)}: give {name}.permute(0, 3, 1, 2)")
+
+
 def check_range(name: str, low: float, high: float, undo: str = "") -> None:
     """Raise ValueError for images with values outside [0, 1], except by rounding; ``undo`` is advice."""
     # The condition is negated so that NaN is refused too.

@@ -66,6 +66,8 @@ class ProgressBar(Callback):
         images = run.source.batch_size
         if shown and 0 < run.step < run.total:
             print(f"{title}: continues at step {run.step} (epoch {run.epoch})", file=sys.stderr)
+        elif shown and run.begins_anew:
+            print(f"{title}: begins anew, because the earlier run ended before its first checkpoint", file=sys.stderr)
         self.bar = tqdm(
             total=run.total,
             initial=run.step,

@@ -42,7 +42,7 @@ class TrainingAttack:
     Args:
         eps: radius of the ball in image units (pixels in [0, 1]). 0 trains on clean images, if the method allows it.
         steps: number of PGD steps.
-        norm: norm of the ball: "linf", "l2" or "l1"; "Linf", "L2" and "L1" mean the same.
+        norm: norm of the ball: "linf", "l2" or "l1".
         alpha: length of a step in image units, at the full eps. None means relative_alpha * eps / steps.
         relative_alpha: length of all steps together, as a multiple of eps. It is used if alpha is None.
         random_start: whether PGD begins at a random point of the ball instead of the image itself.

@@ -106,6 +106,8 @@ class Run:
         self.sums, self.counts = dict[str, Tensor](), dict[str, int]()
         self.last, self.best, self.rows = dict[str, float](), dict[str, Any](), list[dict[str, Any]]()
         self.expected: float | None = None
+        #: True if the folder has the log of a run without a checkpoint.
+        self.begins_anew = False
         self._began, self._spent = time.monotonic(), 0.0
 
     @property
@@ -228,6 +230,7 @@ class Run:
                     stale.unlink()
             path = self.folder / CHECKPOINT
             saved = read_tree(path) if path.is_file() else None
+            self.begins_anew = saved is None and (self.folder / "log.jsonl").is_file()
         if self.folder is None or saved is None:
             return None if processes()[1] == 1 else self.state()
         if difference := differences(saved["facts"], self.facts):

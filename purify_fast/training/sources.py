@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from .._process import processes
 from .._tensors import digest
 from ..data import batches
-from .batches import check_range, read_batch, seed_generators
+from .batches import check_channels, check_range, read_batch, seed_generators
 from .config import FitConfig
 from .task import Task
 
@@ -193,6 +193,7 @@ def _check(x: Tensor, y: Any, of_x: str = "x", of_y: str = "y", floats: bool = F
     if x.dim() != 4 or not len(x) or not (x.dtype == torch.uint8 or (floats and x.dtype.is_floating_point)):
         kinds = "uint8 or float in [0, 1]" if floats else "uint8"
         raise ValueError(f"{of_x} must be {kinds}, [N, C, H, W], got {x.dtype} {list(x.shape)}")
+    check_channels(of_x, x)
     if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.shape != (len(x),):
         got = f"{y.dtype} {list(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
         raise ValueError(f"{of_y} must be int64 [N] = [{len(x)}], got {got}")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from purify_fast.attacks import AutoAttack, GradientHealth, apgd, fgsm, frozen, pgd
+from purify_fast.attacks import GradientHealth, OriginalAutoAttack, apgd, fgsm, frozen, pgd
 from purify_fast.attacks.context import AttackContext
 from purify_fast.attacks.losses import LOSSES, TARGETED, cross_entropy
 from purify_fast.training import Batch, TrainingAttack
@@ -175,7 +175,7 @@ def test_gradients_of_the_packages_autoattack_are_counted_by_its_own_formula():
     y, model = torch.zeros(5, dtype=torch.int64), Sure(150.0)
     for batch_size in (None, 2):
         context = AttackContext(eps=0.02, num_classes=4, batch_size=batch_size, counts_health=True)
-        health = AutoAttack(steps=2, n_queries=2).search(model, x, y, context).health
+        health = OriginalAutoAttack(steps=2, n_queries=2).search(model, x, y, context).health
         assert health.zero == 1 and not health.reliable, batch_size
     own = GradientHealth()
     with frozen(model):

@@ -4,7 +4,7 @@ import pytest
 from evaluating import evaluate
 from small_models import Linear, Made, Purifying, labelled
 
-from purify_fast.attacks import BPDA, PGD, AutoAttack
+from purify_fast.attacks import BPDA, PGD, OriginalAutoAttack
 from purify_fast.evaluation import AttackSpec, Report
 from purify_fast.evaluation.request.attack_lists import AS_A_CLASSIFIER
 
@@ -63,7 +63,7 @@ def test_a_plain_classifier_is_judged_by_autoattack_alone(trio):
     model, x, y = trio
     report = evaluate(model, x, y, **QUIET, protocol="authors", base=Linear(48, classes=5))
     assert report.attacks == ["clean", AS_A_CLASSIFIER] and report.headlines == {}
-    own = evaluate(model, x, y, **QUIET, attacks=[AutoAttack()]).row("AutoAttack standard")
+    own = evaluate(model, x, y, **QUIET, attacks=[OriginalAutoAttack()]).row("AutoAttack standard")
     row = report.row(AS_A_CLASSIFIER)
     assert 0 < own.accuracy < 1 and row.robust.tolist() == own.robust.tolist()
     assert report.about["protocol"] == "authors" and "defence" not in report.curves

@@ -8,7 +8,7 @@ from evaluating import evaluate
 
 import purify_fast
 from purify_fast import cli
-from purify_fast.attacks import PGD, AutoAttack
+from purify_fast.attacks import PGD, OriginalAutoAttack
 from purify_fast.evaluation import EvaluateConfig
 
 STANDARD = [
@@ -37,7 +37,7 @@ def test_the_default_is_standard_with_its_signs(without_autoattack):
     assert report.attacks == ["clean", *STANDARD, "transfer from the base", "worst"]
     assert report.about["protocol"] == "standard" and sum(f.verdict != "not asked" for f in report.findings) >= 6
     # before any work
-    for missing in ({"protocol": "official"}, {"protocol": "authors"}, {"attacks": [AutoAttack()]}):
+    for missing in ({"protocol": "official"}, {"protocol": "authors"}, {"attacks": [OriginalAutoAttack()]}):
         with pytest.raises(ModuleNotFoundError, match=r"AutoAttack is not installed.*purify-fast\[eval\]"):
             evaluate(lambda x: pytest.fail("it was asked"), *zoo_digits(6), eps=0.1, **missing)
 

@@ -17,6 +17,7 @@ from torch import nn
 import purify_fast
 from purify_fast.attacks import PGD
 from purify_fast.evaluation import EvaluateConfig
+from purify_fast.evaluation.request.preparation import note_of_modes
 
 QUIET = {"eps": 0.1, "attacks": [PGD(steps=2)]}
 
@@ -203,6 +204,12 @@ def test_other_functions_are_not(trio, caplog):
     for harmless in (model, closure(model), trained, functools.partial(model)):
         report = evaluate(harmless, x, y, **QUIET | {"attacks": []})
         assert not any("training mode" in note for note in report.notes) and not caplog.text
+
+
+def test_an_exported_module_is_not_because_it_has_no_eval(trio):
+    model, x, _ = trio
+    exported = torch.export.export(copy.deepcopy(model).eval(), (x,)).module()
+    assert note_of_modes(lambda images: exported(images), "mine") == []
 
 
 def test_a_dropout_in_training_mode_inside_a_model_in_evaluation_mode_is_told(caplog):

@@ -13,7 +13,7 @@ from evaluating import evaluate
 from small_models import Made
 from torch import nn
 
-from purify_fast.attacks import APGD, BPDA, FGSM, PGD, AttackContext, AutoAttack, StAdv
+from purify_fast.attacks import APGD, BPDA, FGSM, PGD, AttackContext, OriginalAutoAttack, StAdv
 from purify_fast.evaluation import AttackSpec, lee_kim_2023
 from purify_fast.evaluation.results.rows import by_worst_points
 from purify_fast.models.classifiers import SmallCNN
@@ -119,8 +119,8 @@ def full(toy):
     model, x, y = toy
     attacks = [
         *PGD_ROWS,
-        AttackSpec(AutoAttack(steps=5, n_queries=20), variant="fixed"),
-        AttackSpec(AutoAttack(version="rand", steps=5, eot_iter=2), max_images=40),
+        AttackSpec(OriginalAutoAttack(steps=5, n_queries=20), variant="fixed"),
+        AttackSpec(OriginalAutoAttack(version="rand", steps=5, eot_iter=2), max_images=40),
         AttackSpec(PGD(), target=plain(model), label="transfer from the base"),
         FGSM(),
         AttackSpec(PGD(loss="margin", restarts=2), aggregation="mean"),
@@ -191,7 +191,13 @@ def test_transfer_attacks_the_base_and_judges_the_defence(toy):
 def test_what_a_model_lacks_is_said(toy, caplog):
     """A deterministic model gets one draw, one prediction and one variant, and no note on what would be the same."""
     model, x, y = toy
-    attacks = [PGD(), AttackSpec(PGD(), variant="deterministic"), BPDA(), StAdv(steps=2), AutoAttack(version="rand")]
+    attacks = [
+        PGD(),
+        AttackSpec(PGD(), variant="deterministic"),
+        BPDA(),
+        StAdv(steps=2),
+        OriginalAutoAttack(version="rand"),
+    ]
     attacks += [AttackSpec(PGD(), target="classifier"), AttackSpec(PGD(), aggregation="mean")]
     report = evaluate(plain(model), x, y, steps=3, eot_iter=4, n_eval=4, attacks=attacks, name="m", **QUIET)
     assert report.attacks == ["clean", "PGD-3 ce", "worst", "StAdv-2 margin, flow 0.05"]
@@ -216,7 +222,7 @@ def test_nothing_leaks(toy):
     model.weight.requires_grad_(True)
     logger = logging.getLogger("auto-attack")
     before = torch.get_rng_state(), model.weight.clone(), x.clone(), logger.level, logger.propagate, sys.gettrace()
-    attacks = [PGD(), AttackSpec(AutoAttack(steps=2, n_queries=2), variant="fixed")]
+    attacks = [PGD(), AttackSpec(OriginalAutoAttack(steps=2, n_queries=2), variant="fixed")]
     np_state = np.random.get_state()[1].tolist()
     evaluate(model, x, y, steps=2, attacks=attacks, **QUIET)
     assert torch.equal(before[0], torch.get_rng_state()) and np.random.get_state()[1].tolist() == np_state
@@ -278,15 +284,15 @@ def test_autoattack_with_few_classes(classes, tmp_path):
     x, y = toy_data(model.toy, 12)
     run = functools.partial(evaluate, model, x, y, eps=0.1, out=tmp_path)
     if classes < 4:
-        for how in ({"attacks": [AutoAttack()]}, {"protocol": "official"}):
+        for how in ({"attacks": [OriginalAutoAttack()]}, {"protocol": "official"}):
             with pytest.raises(ValueError, match=f"at least 4 classes, got a model with {classes}: use protocol stand"):
                 run(**how)
         assert list((tmp_path / "rows").iterdir()) == []
     if classes < 3:
         with pytest.raises(ValueError, match="rand needs at least 3 classes, got a model with 2"):
-            AutoAttack(version="rand").run(model, x, y, eps=0.1, num_classes=2)
+            OriginalAutoAttack(version="rand").run(model, x, y, eps=0.1, num_classes=2)
     if classes >= 4:
-        row = run(attacks=[AutoAttack(steps=10, n_queries=50)]).rows[1]
+        row = run(attacks=[OriginalAutoAttack(steps=10, n_queries=50)]).rows[1]
         assert row.accuracy <= 0.1 and row.warnings == []
         assert row.settings["attacks"] == ["apgd-ce", "apgd-t", "fab-t", "square"]
 
@@ -310,9 +316,9 @@ def test_the_other_package(monkeypatch, toy):
     for package in ("pyautoattack", "autoattack"):
         monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ModuleNotFoundError, match=r"purify-fast\[eval\]"):
-        evaluate(plain(model), x, y, attacks=[AutoAttack()], **QUIET)
+        evaluate(plain(model), x, y, attacks=[OriginalAutoAttack()], **QUIET)
     monkeypatch.setitem(sys.modules, "autoattack", types.SimpleNamespace(AutoAttack=Other))
-    row = evaluate(plain(model), x, y, attacks=[AutoAttack()], batch_size=33, **QUIET).rows[1]
+    row = evaluate(plain(model), x, y, attacks=[OriginalAutoAttack()], batch_size=33, **QUIET).rows[1]
     assert asked == {"bs": 33, "attacks": ["apgd-ce", "apgd-t", "fab-t", "square"], "targets": 9, "steps": 100}
     moved = row.examples.adversarial - row.examples.clean
     assert np.abs(moved).max() == pytest.approx(EPS, abs=1e-6)
@@ -435,7 +441,7 @@ def test_survivors_of_one_threat_model_are_not_spared_by_another(unseen):
 def test_rows_in_another_ball(toy, order, eps):
     pytest.importorskip("pyautoattack")
     model, x, y = toy
-    auto = [AttackSpec(AutoAttack(steps=4, n_queries=4), "fixed"), AutoAttack(version="rand", steps=4)]
+    auto = [AttackSpec(OriginalAutoAttack(steps=4, n_queries=4), "fixed"), OriginalAutoAttack(version="rand", steps=4)]
     attacks = [FGSM(), *PGD_ROWS, *auto, AttackSpec(PGD(), target=model, label="transfer")]
     report = evaluate(model, x[:12], y[:12], attacks=attacks, eps=eps, norm=f"l{order}", steps=4)
     moved = [row for row in report.rows if row.examples is not None and row.kind != "clean"]

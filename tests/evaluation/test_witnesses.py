@@ -128,6 +128,16 @@ def test_the_command_line_keeps_and_checks(tmp_path, capsys, short_signs):
     capsys.readouterr()
     assert cli.main(["check", str(tmp_path), "--device", "cpu"]) == 2
     assert f"{tmp_path} contains no report.json" in capsys.readouterr().err
+    strangers = tmp_path / "out" / "run.yaml"
+    before = strangers.read_text()
+    (tmp_path / "evil.py").write_text("raise SystemExit('imported')")
+    model = next(line for line in before.splitlines() if "zoo:digits-standard" in line)
+    code = f"{tmp_path}/evil.py:make"
+    for line in (model.replace("zoo:digits-standard", code), f"{model}\nclassifier: {code}"):
+        strangers.write_text(before.replace("classifier: null\n", "").replace(model, line))
+        assert cli.main(["check", out, "--device", "cpu"]) == 2
+        assert "MODEL must be named" in capsys.readouterr().err
+    strangers.write_text(before)
     assert cli.main(["check", out, "--device", "cpu"]) == 0
     assert "still fall" in capsys.readouterr().out
     assert cli.main(["check", out, "zoo:digits-pgd-at", "--device", "cpu"]) == 1

@@ -10,7 +10,7 @@ from evaluating import evaluate
 from small_models import labelled
 
 import purify_fast
-from purify_fast.attacks import PGD, AutoAttack
+from purify_fast.attacks import PGD, OriginalAutoAttack
 from purify_fast.evaluation import AttackSpec
 from purify_fast.evaluation.show.page import picture_lines
 
@@ -20,7 +20,7 @@ QUIET = {"eps": 0.2, "attacks": [PGD(steps=5)]}
 def test_a_number_of_images_that_there_are_not_is_in_no_name():
     pytest.importorskip("pyautoattack")
     model, (x, y) = purify_fast.zoo.load("digits-pgd-at"), zoo_digits(24)
-    few = AutoAttack(steps=2, n_queries=2)
+    few = OriginalAutoAttack(steps=2, n_queries=2)
     attacks = [AttackSpec(few, max_images=100), AttackSpec(PGD(steps=2), max_images=4)]
     report = evaluate(model, x[:8], y[:8], **QUIET | {"attacks": attacks})
     assert "AutoAttack standard, 2 steps, 2 queries" in report.attacks and "PGD-2 ce, first 4" in report.attacks

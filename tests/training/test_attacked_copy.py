@@ -76,7 +76,7 @@ def test_attributes_that_change_make_a_new_copy(monkeypatch):
     for change in (
         lambda: setattr(model, "scale", 2.0),
         lambda: model.mean.add_(1),
-        lambda: setattr(model, "fc", nn.Linear(256, 7)),
+        lambda: setattr(model, "fc", other),
     ):
         change()
         torch.testing.assert_close(attacked.now(x)(x), model(x), rtol=1e-4, atol=1e-5)

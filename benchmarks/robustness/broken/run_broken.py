@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from purify_fast import zoo
 from purify_fast._tensors import text_hash, weights_fingerprint
-from purify_fast.attacks import AutoAttack
+from purify_fast.attacks import OriginalAutoAttack
 from purify_fast.data import load_dataset, to_float
 from purify_fast.evaluation import AttackSpec, EvaluateConfig, evaluate
 from purify_fast.evaluation.alarms import signs
@@ -189,7 +189,7 @@ def judged(name: str, judge: str, settings: dict[str, int], data: str) -> Result
     shared = EvaluateConfig(steps=steps, max_forward_batch=1000)
     config, how = shared, dict[str, Any]()
     if judge == OFFICIAL:
-        how = {"attacks": [AutoAttack(version="rand" if entry.random else "standard", steps=steps)]}
+        how = {"attacks": [OriginalAutoAttack(version="rand" if entry.random else "standard", steps=steps)]}
     elif judge == ADAPTIVE:
         specs = adaptive.specs(entry, (None, *models[1:]))
         if steps < STEPS:
@@ -245,7 +245,7 @@ def _short(text: str) -> str:
 
 def _of_judge(entry: Entry, judge: str) -> list[str]:
     if judge == OFFICIAL:
-        spec = AttackSpec(AutoAttack(version="rand" if entry.random else "standard"))
+        spec = AttackSpec(OriginalAutoAttack(version="rand" if entry.random else "standard"))
         return revisions.of_attacks([spec])
     if judge == ADAPTIVE:
         specs = adaptive.specs(entry, [None] * 10)

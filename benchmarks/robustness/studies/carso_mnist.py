@@ -12,7 +12,7 @@ import torch
 
 from purify_fast import data, load_defence
 from purify_fast._tensors import weights_fingerprint
-from purify_fast.attacks import APGD, PGD, AutoAttack
+from purify_fast.attacks import APGD, PGD, OriginalAutoAttack
 from purify_fast.evaluation import AttackSpec, EvaluateConfig, Report, evaluate, merge
 from purify_fast.evaluation.results.rows import worst_rows
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
@@ -77,7 +77,7 @@ def attacks_of(name: str, budget: SimpleNamespace) -> dict[str, list[AttackSpec]
     b, head = budget, {"aggregation": "peel_reference" if name == PEEL else None}
     # AutoAttack's version "rand" is only for random models. The classifier is deterministic.
     version = "standard" if name == CLASSIFIER else "rand"
-    auto = AutoAttack(version=version, steps=b.apgd_steps, eot_iter=b.autoattack_eot, n_queries=b.queries)
+    auto = OriginalAutoAttack(version=version, steps=b.apgd_steps, eot_iter=b.autoattack_eot, n_queries=b.queries)
     auto_label = f"AutoAttack rand (classifier: standard), first {b.autoattack}"
     # Attack CARSO by APGD with the latent z = 0 in place of a random latent.
     zero = {"variant": "random" if name == CLASSIFIER else "deterministic"} | head

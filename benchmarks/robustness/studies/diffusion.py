@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from purify_fast import data, frozen_copy, load_defence, zoo
 from purify_fast._files import write_text
-from purify_fast.attacks import PGD, AutoAttack, LeavingPGD
+from purify_fast.attacks import PGD, LeavingPGD, OriginalAutoAttack
 from purify_fast.attacks.base import run_alone
 from purify_fast.data import balanced_subset, to_float
 from purify_fast.evaluation import AttackSpec, EvaluateConfig, evaluate, lee_kim_2023
@@ -135,11 +135,11 @@ def authors(job: Job, model: nn.Module, x: Tensor, y: Tensor, root: Path) -> dic
     """Run the attacks of the purifiers' authors. AutoAttack, one of these attacks, attacks only the first images."""
     budget = job.settings["budget"]
     specs = [
-        replace(spec, max_images=budget.autoattack_images) if isinstance(spec.resolved, AutoAttack) else spec
+        replace(spec, max_images=budget.autoattack_images) if isinstance(spec.resolved, OriginalAutoAttack) else spec
         for spec in authors_attacks(model, job.settings["eps"]) or ()
     ]
     if budget.quick:
-        specs = [short(spec) for spec in specs if not isinstance(spec.resolved, AutoAttack)]
+        specs = [short(spec) for spec in specs if not isinstance(spec.resolved, OriginalAutoAttack)]
     rows = reported(model, x, y, job, attacks=specs)
     return {"rows": [row for row in rows if row["kind"] == "authors"]}
 

@@ -34,7 +34,7 @@ def networks(device: torch.device, quick: bool) -> tuple[nn.Module, nn.Module, l
     """
     if quick:
         torch.manual_seed(0)
-        start, layers = PreActResNet18(width=4).eval(), ["act"]
+        start, layers = PreActResNet18(width=8).eval(), ["act"]
     else:
         start, layers = classifier(), ["layer4"]
     now = copy.deepcopy(start)

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 
-from ...attacks import APGD, FABT, PGD, Attack, AutoAttack, Square
+from ...attacks import APGD, FABT, PGD, Attack, OriginalAutoAttack, Square
 from ...attacks.base import ThreatModel
 from ...attacks.engine.engine_attack import EngineAttack
 from ...attacks.heads import HEADS, AttackersHead
@@ -202,18 +202,18 @@ def _transferred(name: str, surrogate: Classifier) -> AttackSpec:
 
 def _official(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
     if not subject.is_random:
-        return [AttackSpec(AutoAttack())]
+        return [AttackSpec(OriginalAutoAttack())]
     quiet: list[AttackSpec] = []
     if supports(subject.base_model, FixedNoise):
-        quiet = [AttackSpec(AutoAttack(), "fixed")]
+        quiet = [AttackSpec(OriginalAutoAttack(), "fixed")]
     elif supports(subject.base_model, DeterministicMode):
-        quiet = [AttackSpec(AutoAttack(), "deterministic")]
-    return [*quiet, AttackSpec(AutoAttack(version="rand"))]
+        quiet = [AttackSpec(OriginalAutoAttack(), "deterministic")]
+    return [*quiet, AttackSpec(OriginalAutoAttack(version="rand"))]
 
 
 def _authors(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
     theirs = authors_attacks(subject.base_model, ball.eps)
-    default = [AttackSpec(AutoAttack(), label=AS_A_CLASSIFIER, judge=subject.base_model)]
+    default = [AttackSpec(OriginalAutoAttack(), label=AS_A_CLASSIFIER, judge=subject.base_model)]
     return default if theirs is None else list(theirs)
 
 

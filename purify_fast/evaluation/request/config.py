@@ -60,7 +60,7 @@ class EvaluateConfig:
             every fallen image, exactly as the model got it, in a file next to the report (25 KB for each image of
             CIFAR-10), for `check_witnesses` and `purify-fast check`.
         claim: a claimed robust accuracy, in percent, such as 70. The report says whether the result refutes it, and how
-            many images would be needed for a decision. A random model is tested by the accuracy of one draw.
+            probable such a result is if the claim is true. A random model is tested by the accuracy of one draw.
         dataset_name: name of the data set, for the report's title. On the command line, the default is that of --data.
         together: whether the processes of torch's default process group share the work. Each process calls `evaluate`
             with the same arguments; the result is that of a single process, bit by bit. Only the first process writes

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from ...attacks import BPDA, Attack, AttackContext, AutoAttack
+from ...attacks import BPDA, Attack, AttackContext, OriginalAutoAttack
 from ...attacks.losses import usable_loss
 from ...protocols import DeterministicMode, FixedNoise, SampleLogits, has_classifier, is_purifier, supports
 from .specs import CLASSIFIER, AttackSpec
@@ -78,7 +78,7 @@ def beside_fixed(specs: Sequence[AttackSpec], subject: Subject) -> list[AttackSp
     for spec in specs:
         both.append(spec)
         as_it_is = spec.variant == "random" and spec.target is None and spec.aggregation is None
-        rand = isinstance(spec.resolved, AutoAttack) and spec.resolved.version == "rand"
+        rand = isinstance(spec.resolved, OriginalAutoAttack) and spec.resolved.version == "rand"
         if as_it_is and spec.other_model is None and not rand:
             label = None if spec.label is None else f"{spec.label}{_VARIANTS['fixed']}"
             both.append(dataclasses.replace(spec, variant="fixed", label=label))
@@ -88,7 +88,7 @@ def beside_fixed(specs: Sequence[AttackSpec], subject: Subject) -> list[AttackSp
 def _obstacle(spec: AttackSpec, subject: Subject) -> str | None:
     """The reason why the attack cannot be run on this model; None if it can be run."""
     model, attack = subject.base_model, spec.resolved
-    rand = isinstance(attack, AutoAttack) and attack.version == "rand"
+    rand = isinstance(attack, OriginalAutoAttack) and attack.version == "rand"
     mode = spec.variant if subject.is_random else "random"
     random = "the model is randomised and has no"
     obstacles = [
@@ -143,7 +143,7 @@ def _own_name(spec: AttackSpec, context: AttackContext) -> str:
     if spec.target is not None:
         name += f" {ALONE}" if spec.target == CLASSIFIER else " on another model"
     # AutoAttack's standard version is only for models without randomness, so its name does not mention fixed noise.
-    standard = isinstance(spec.resolved, AutoAttack) and spec.resolved.version == "standard"
+    standard = isinstance(spec.resolved, OriginalAutoAttack) and spec.resolved.version == "standard"
     if not (standard and spec.variant == "fixed"):
         name += _VARIANTS[spec.variant]
     name += "" if spec.nearest is None else f", {spec.nearest} nearest"

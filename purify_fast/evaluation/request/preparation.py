@@ -21,7 +21,7 @@ from ...attacks.outputs import INSTEAD_OF_PROBABILITIES, ONE_HOT
 from ...model_state import hidden_modules, used_modules
 from ...ops.dispatch.records import processor
 from ...protocols import Classifier
-from ...training.batches import as_tensor, check_range
+from ...training.batches import as_tensor, check_channels, check_range
 from .config import EvaluateConfig
 from .naming import ball_name
 from .specs import AttackFunction, AttackSpec, as_specs
@@ -43,6 +43,7 @@ def collect(x: Any, y: Any) -> tuple[Tensor, Tensor, list[str]]:
     x, y = as_tensor("x", x), as_tensor("y", y)
     if x.dim() != 4 or len(x) == 0:
         raise ValueError(f"x must be [N, C, H, W] with at least one image, got {list(x.shape)}")
+    check_channels("x", x)
     if y.shape != (len(x),) or y.dtype not in INTEGERS:
         raise ValueError(f"y must be integer labels [N] = [{len(x)}], got {y.dtype} {list(y.shape)}")
     # Tensors made in inference mode cannot take part in gradients.
@@ -129,8 +130,7 @@ def note_of_modes(model: Classifier, name: str) -> list[str]:
         what = "were put into evaluation mode; to keep them as they are, give a function: lambda x: model(x)"
     else:
         # A module from torch.export keeps its mode, and refuses `eval` by a method of its own.
-        used = [(place, module) for place, module in used_modules(model) if "eval" not in vars(module)]
-        parts = [(place, part) for place, module in used for part in module.modules()]
+        parts = [(at, part) for at, one in used_modules(model) if "eval" not in vars(one) for part in one.modules()]
         what = "stayed so, because they belong to a function; if this is not intended, call .eval() on them"
     odd = [(place, part) for place, part in parts if part.training and not [*part.children()]]
     names = list(dict.fromkeys(f"{place} ({type(part).__name__})" for place, part in odd))

@@ -223,7 +223,7 @@ def define_op(
         name: name of the op, without the name space.
         schema: signature of the op, as ``torch.library.define`` accepts it.
         reference: definition, in PyTorch. The op runs it under ``no_grad``.
-        fake: function that returns outputs with the right shapes and dtypes. None: like the first argument, contiguous.
+        fake: function that returns outputs with the right shapes and dtypes. Default: like the first argument.
         examples: small inputs that verify and test kernels.
         raced: inputs with realistic shapes, but only a few samples, with which kernels are raced; None: the examples.
         few_launches: variants for which the reference is only a few launches; see `Definition`.

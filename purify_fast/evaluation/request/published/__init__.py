@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
-from ....attacks import AutoAttack
+from ....attacks import OriginalAutoAttack
 from ....defences import WithAggregation
 from ....protocols import AuthorsEvaluation, OwnAttacks, supports
 from ..specs import AttackSpec
@@ -49,4 +49,6 @@ def _carso(defence: Any, eps: float) -> list[AttackSpec]:
     src/eval_a.py of emaballarin/CARSO at 307b873, lines 88, 202, 225, 255 and 268.
     """
     label = f"as src/eval_a.py (emaballarin/CARSO): AutoAttack rand through PeeL, K = {defence.samples}"
-    return [AttackSpec(AutoAttack(version="rand"), label=label, judge=WithAggregation(defence, "peel_reference"))]
+    return [
+        AttackSpec(OriginalAutoAttack(version="rand"), label=label, judge=WithAggregation(defence, "peel_reference"))
+    ]

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ....attacks import PGD, AutoAttack
+from ....attacks import PGD, OriginalAutoAttack
 from ....ops.random_transform import random_transform
 from ...surrogates.copies import FewerSamples
 from ..specs import AttackSpec
@@ -72,9 +72,11 @@ def authors_attacks(defence: nn.Module, eps: float) -> list[AttackSpec]:
     # the authors predict from one draw
     one_draw = FewerSamples(defence, 1) if defence.samples != 1 else defence
     first, later = (ReleasedEvaluation(defence, batch) for batch in (0, PARTS))
-    few, released = PARTS * BATCH, AutoAttack(steps=STEPS)
+    few, released = PARTS * BATCH, OriginalAutoAttack(steps=STEPS)
     return [
-        AttackSpec(AutoAttack(), "fixed", label=f"{NOTEBOOK}, without its faults: one fixed draw", judge=one_draw),
+        AttackSpec(
+            OriginalAutoAttack(), "fixed", label=f"{NOTEBOOK}, without its faults: one fixed draw", judge=one_draw
+        ),
         AttackSpec(released, label=f"{NOTEBOOK}, with its faults, batches 1 to 4", judge=first, max_images=few),
         AttackSpec(released, label=f"{NOTEBOOK}, with its faults, from batch 5 on", judge=later),
         *(

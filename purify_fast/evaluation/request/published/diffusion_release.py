@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ....attacks import APGD, BPDA, PGD, AutoAttack
+from ....attacks import APGD, BPDA, PGD, OriginalAutoAttack
 from ....ops.diffusion_step import diffusion_step
 from ....ops.dispatch.gradient import first_order
 from ..specs import AttackSpec, lee_kim_2023
@@ -141,7 +141,7 @@ def authors_attacks(defence: Any, eps: float) -> list[AttackSpec]:
     if defence.process.solver == "vp_sde" and len(defence.process.rounds) == 1:
         # DiffPure's authors predict from one draw
         adjoint = AdjointGradient(_with_samples(defence, 1))
-        rows.insert(0, AttackSpec(AutoAttack(version="rand"), label=DIFFPURE, judge=adjoint))
+        rows.insert(0, AttackSpec(OriginalAutoAttack(version="rand"), label=DIFFPURE, judge=adjoint))
     return rows
 
 

@@ -1,0 +1,73 @@
+"""Every dotted name of the package in the pages, in docstrings and in comments exists."""
+
+import importlib
+import re
+import tokenize
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+NAME = re.compile(r"(?<![\w./-])purify_fast(?:\.[A-Za-z_]\w*)+")
+#: The library of the compiled kernels, which torch loads, is no module, and is absent in pure Python.
+LIBRARY = "purify_fast._C"
+#: Endings of file names, such as purify_fast.toml.
+SUFFIXES = {"egg", "json", "log", "md", "py", "so", "toml", "yaml"}
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CHANGELOG.md"]
+SOURCES = sorted((ROOT / "purify_fast").rglob("*.py"))
+
+
+def exists(name):
+    """Import the longest part that is a module, and read the other parts as attributes or fields of classes."""
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:length]))
+        except ModuleNotFoundError as error:
+            if not name.startswith(str(error.name)):
+                raise
+            continue
+        for part in parts[length:]:
+            if part in getattr(found, "__annotations__", {}) and not hasattr(found, part):
+                return True
+            if not hasattr(found, part):
+                return False
+            found = getattr(found, part)
+        return True
+    return False
+
+
+def wrong_names(text):
+    names = {name for name in NAME.findall(text) if name.rpartition(".")[2] not in SUFFIXES and name != LIBRARY}
+    return sorted(name for name in names if not exists(name))
+
+
+def text_of(path):
+    """A page, or the comments and strings of a source. The list of what is gone names what does not exist."""
+    if path.suffix == ".py":
+        with tokenize.open(path) as file:
+            kinds = tokenize.COMMENT, tokenize.STRING
+            return "\n".join(token.string for token in tokenize.generate_tokens(file.readline) if token.type in kinds)
+    text = path.read_text()
+    if path.name == "CHANGELOG.md":
+        text = text.partition("## Unreleased")[2].partition("\n## ")[0]
+        text = re.sub(r"### What you can no longer do.*?(?=\n### |\Z)", "", text, flags=re.DOTALL)
+    return text
+
+
+@pytest.mark.parametrize("paths", [PAGES, SOURCES], ids=["pages", "sources"])
+def test_every_name_exists(paths):
+    wrong = {str(path.relative_to(ROOT)): names for path in paths if (names := wrong_names(text_of(path)))}
+    assert not wrong
+
+
+def test_a_wrong_name_is_found():
+    text = "Call purify_fast.evaluate(x) or `purify_fast.evaluation.Report.rows`. File: purify_fast.toml"
+    assert wrong_names(text) == []
+    wrong = ["purify_fast.evaluation.Tradeoff", "purify_fast.nothing.at_all"]
+    assert wrong_names(f"{text} {wrong[0]}(x), purify_fast.zoo.load, ``{wrong[1]}``.") == wrong
+
+
+def test_the_list_of_what_is_gone_is_not_read():
+    text = text_of(ROOT / "CHANGELOG.md")
+    assert "purify_fast.frozen_copy" in text and "purify_fast.demo" not in text

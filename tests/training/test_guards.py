@@ -1,0 +1,145 @@
+"""What a run keeps or refuses: rates of groups, names that are numbers, networks without weights or with other code."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from purify_fast.nn import EMA
+from purify_fast.training import Callback, ClassifierConfig, ClassifierTask, FitConfig, Task, fit
+
+X = torch.randint(0, 256, (64, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+Y = torch.arange(64) % 4
+
+
+class FineTuning(Task):
+    """Two groups, the first with a smaller rate, and a schedule that falls."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Linear(8, 4))
+        groups = [{"params": self.model[1].parameters(), "lr": 1e-5}, {"params": self.model[2].parameters()}]
+        self.optimizer = torch.optim.SGD(groups, lr=0.1)
+
+    def training_step(self, batch):
+        return F.cross_entropy(self.model(batch.x), batch.y), {}
+
+    def learning_rate(self, progress, epoch, epochs):
+        return 0.1 * (1 - progress)
+
+    def describe(self):
+        return {"task": "fine-tuning"}
+
+
+class Killed(Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step(self, state):
+        if state.step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_the_rates_of_groups_keep_their_ratio_also_after_a_kill(tmp_path):
+    rates = []
+    for folder in (None, tmp_path):
+        task, loop = FineTuning(), FitConfig(epochs=2, batch_size=16, checkpoint_seconds=0)
+        if folder is not None:
+            with pytest.raises(KeyboardInterrupt):
+                fit(task, X, Y, loop, folder, progress=False, callbacks=[Killed(5)])
+            task = FineTuning()
+        fit(task, X, Y, loop, folder, progress=False)
+        rates.append([group["lr"] for group in task.optimizer.param_groups])
+    assert rates[0] == rates[1] == pytest.approx([0.1 * 1e-4 / 8, 0.1 / 8])
+
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_parameter("0", nn.Parameter(torch.zeros(64, 4)))
+
+    def forward(self, x):
+        return x.flatten(1) @ self.get_parameter("0")
+
+
+def run(model, folder, *callbacks):
+    task = ClassifierTask(model, ClassifierConfig())
+    fit(
+        task,
+        X,
+        Y,
+        FitConfig(epochs=2, batch_size=16, checkpoint_seconds=0),
+        folder,
+        progress=False,
+        callbacks=callbacks,
+    )
+    return task.model
+
+
+def test_a_parameter_may_be_named_by_a_number(tmp_path):
+    whole = run(Named(), None)
+    with pytest.raises(KeyboardInterrupt):
+        run(Named(), tmp_path, Killed(5))
+    assert torch.equal(run(Named(), tmp_path).get_parameter("0"), whole.get_parameter("0"))
+
+
+def test_a_model_without_weights_to_train_is_refused():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4)).requires_grad_(False)
+    with pytest.raises(ValueError, match="task must have a weight to train"):
+        run(model, None)
+
+
+class Scaled(nn.Module):
+    """A network whose code is edited: its parts and weights are the same."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.fc, self.scale = nn.Linear(64, 4), scale
+
+    def forward(self, x):
+        return self.fc(x.flatten(1) * self.scale)
+
+
+def network(kind):
+    torch.manual_seed(0)
+    if kind in ("relu", "silu", "dropout"):
+        between = {"relu": nn.ReLU(), "silu": nn.SiLU(), "dropout": nn.Sequential()}[kind]
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), between, nn.Linear(8, 4))
+    return Scaled({"one": 1.0, "two": 2.0}[kind])
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "told"),
+    [
+        ("relu", "relu", None),
+        ("relu", "silu", "gives other outputs"),
+        ("one", "two", "gives other outputs"),
+        ("one", "one", None),
+    ],
+)
+def test_a_network_that_was_edited_continues_with_a_warning(first, then, told, tmp_path, caplog):
+    with pytest.raises(KeyboardInterrupt):
+        run(network(first), tmp_path, Killed(5))
+    run(network(then), tmp_path)
+    said = [record.getMessage() for record in caplog.records if "was its code edited" in record.getMessage()]
+    assert (told is None and not said) or (told is not None and told in said[0])
+
+
+def test_a_run_without_a_checkpoint_begins_anew_and_says_so(tmp_path, capsys):
+    loop = FitConfig(epochs=1, batch_size=16)
+    with pytest.raises(KeyboardInterrupt):
+        fit(FineTuning(), X, Y, loop, tmp_path, progress=False, callbacks=[Killed(1)])
+    fit(FineTuning(), X, Y, loop, tmp_path, progress=True)
+    assert "begins anew, because the earlier run ended before its first checkpoint" in capsys.readouterr().err
+
+
+def test_an_average_of_half_precision_moves():
+    model = nn.Linear(4, 4).half()
+    average = EMA(model, decay=0.999)
+    before = average.average.module.weight.clone()
+    with torch.no_grad():
+        model.weight.add_(1)
+    for _ in range(3):
+        average.update(model)
+    moved = average.average.module.weight - before
+    assert moved.dtype == torch.float32 and torch.allclose(moved, torch.full_like(moved, 1 - 0.999**3), rtol=1e-2)
