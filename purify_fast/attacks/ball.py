@@ -12,7 +12,7 @@ from torch import Tensor
 from .._validation import Norm, read_norm
 from ..ops.pgd_step import clamped, per_pixel, pgd_step, spread
 from ..ops.philox import Stream, philox, philox_key
-from .arguments import check_eps, check_tensor, largest_distance
+from .arguments import can_read, check_eps, check_tensor, largest_distance
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def ball_around(
         largest = 1.0 if isinstance(width, Tensor) else max(1.0, width)
         check_eps(eps, None if of_pixels else norm, largest, pixels=pixels)
     radii = per_pixel("eps", eps, x)
-    if isinstance(eps, Tensor) or of_pixels:
+    if (isinstance(eps, Tensor) or of_pixels) and can_read(radii):
         widths = torch.as_tensor(width).clamp_min(0.0 if of_pixels else 1.0)
         # A radius for each image is compared with the widest range of a pixel.
         check_tensor("eps", radii, largest_distance(norm, pixels) * (widths if radii.dim() > 1 else widths.max()))
