@@ -242,8 +242,8 @@ class Check(Command):
             return parse(Evaluate, [self.model])
         table = read_run_file(folder / RUN_FILE)
         # A report of a stranger must not decide which code is loaded.
-        if (named := zoo_name(str(table.get("folder")))) is None or table.get("classifier") is not None:
-            raise ValueError(f"MODEL must be named: only a model of the zoo is read from a report, got {named}")
+        if zoo_name(str(table.get("folder"))) is None or table.get("classifier") is not None:
+            raise ValueError(f"MODEL must be named: the report names {table.get('folder')}, which is none of the zoo's")
         return parse(Evaluate, ["--config", str(folder / RUN_FILE)])
 
 
