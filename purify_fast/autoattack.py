@@ -198,7 +198,8 @@ class AutoAttack:
         Returns:
             Images ``[N, C, H, W]``, float32 on the device of x_orig: for each image its adversarial image, or the
             original image if the attacks found none. For a random model, the adversarial image is the point that the
-            largest number of draws misclassify. With ``return_labels`` also the predicted classes, int64 ``[N]``.
+            largest number of draws misclassify. With ``return_labels`` also the predicted classes, int64 ``[N]``, -1
+            for NaN.
 
         Raises:
             ValueError: images, labels, names or counts are not allowed, or ``state_path`` is not None.
@@ -228,7 +229,7 @@ class AutoAttack:
         The arguments are those of `run_standard_evaluation`.
         """
         x, y, _ = collect(x_orig, y_orig)
-        return float((self._logits(x, bs).argmax(1) == y.to(x.device)).float().mean())
+        return float((_classes(self._logits(x, bs)) == y.to(x.device)).float().mean())
 
     def _chosen(self) -> list[AttackName]:
         """The names of the attacks. The user may have set `attacks_to_run` after the construction."""
@@ -295,7 +296,7 @@ class AutoAttack:
                     f"WARNING: the model returns NaN for {lost} of the returned images, which counts as wrong"
                 )
             self.logger.log(f"robust accuracy: {left:.2%}")
-            return (found, logits.argmax(1)) if return_labels else found
+            return (found, _classes(logits)) if return_labels else found
 
     def _attack(self, name: str) -> Attack:
         """Make an attack by its name, with the current settings."""
@@ -334,3 +335,8 @@ class AutoAttack:
         if self.log_path is not None:
             with open(self.log_path, "a", encoding="utf-8") as log:
                 log.write(text + "\n")
+
+
+def _classes(logits: Tensor) -> Tensor:
+    """The predicted classes, -1 for a prediction with NaN, which is wrong."""
+    return logits.argmax(1).masked_fill(logits.isnan().any(1), -1)

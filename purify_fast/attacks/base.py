@@ -331,6 +331,8 @@ def run_alone(
         if "loss" not in own or loss not in LOSSES:
             raise ValueError(f"targeted needs a loss among {', '.join(LOSSES)}, got {loss!r}")
         options.pop("loss", None)
+        if not isinstance(targeted, Tensor):
+            raise TypeError(f"targeted must be a tensor of classes, int64 [B], got {targeted!r}")
         if targeted.shape != (len(x),) or targeted.dtype != torch.int64:
             raise ValueError(f"targeted must be int64 [B] = [{len(x)}], got {targeted.dtype} {list(targeted.shape)}")
         if can_read(targeted):

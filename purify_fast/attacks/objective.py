@@ -124,6 +124,11 @@ class Objective:
         if callable(self.loss):
             y = y.repeat(draws, *[1] * (y.dim() - 1)) if draws > 1 else y
             losses = self.loss(logits, y)
+            if not isinstance(losses, Tensor):
+                raise TypeError(f"the loss must return a tensor [B], for each image, got {type(losses).__name__}")
+            if losses.numel() == len(logits) == 1:
+                # The mean over one image is its loss.
+                losses = losses.reshape(1)
             if losses.shape != logits.shape[:1]:
                 wanted = f"the loss must be a value for each image, [B] = [{len(logits)}]"
                 raise ValueError(f'{wanted}, got {list(losses.shape)}: give reduction="none"')

@@ -80,12 +80,12 @@ def _run(arguments: list[str]) -> int:
 
 
 class _Unread(io.FileIO):
-    """A file that accepts all bytes, also after the program that reads them, such as `head`, has closed the pipe."""
+    """A file that accepts all bytes, also after a program such as `head` has closed the pipe, or on a full disk."""
 
     def write(self, data: Any) -> int:
         try:
             return super().write(data)
-        except BrokenPipeError:
+        except OSError:
             return memoryview(data).nbytes
 
 
@@ -128,7 +128,9 @@ def main(arguments: list[str] | None = None) -> int:
         rank = _rank()
         # The package names its arguments, such as kl_delay; here they are options.
         options = {name for kind in _KINDS.values() for name in values(kind()) if "_" in name}
-        text = re.sub(rf"\b({'|'.join(options)})\b", lambda found: flag(found[0]), str(error))
+        # A name beside one of these signs is a part of a path or of code.
+        sign = r"[\w./\\\"'\[(=-]"
+        text = re.sub(rf"(?<!{sign})({'|'.join(options)})(?![\w/\\\"'\]=])", lambda found: flag(found[0]), str(error))
         # stderr may be closed, or a file on a full disk.
         with contextlib.suppress(OSError, ValueError):
             print(f"purify-fast{f', process {rank}' if rank else ''}: {text}", file=sys.stderr)

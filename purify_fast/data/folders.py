@@ -82,7 +82,8 @@ def ordered(names: Iterable[str]) -> list[str]:
     if not all(name.isdecimal() for name in names) or (numbers := sorted(names, key=int)) == names:
         return names
     text = "the classes are named by numbers and are sorted by these numbers, unlike in torchvision, which sorts texts"
-    warnings.warn(f"{text}: the class {names[2]} has the label {numbers.index(names[2])}", stacklevel=2)
+    moved = next(name for name, other in zip(names, numbers, strict=True) if name != other)
+    warnings.warn(f"{text}: the class {moved} has the label {numbers.index(moved)}", stacklevel=2)
     return numbers
 
 

@@ -11,6 +11,9 @@ from torch.optim.swa_utils import AveragedModel
 
 from .representation import without_recorders
 
+#: The dtypes whose average is kept in float32.
+HALF = (torch.float16, torch.bfloat16)
+
 
 def moving_average(model: nn.Module, decay: float, warm_up: bool = False) -> AveragedModel:
     """Return a copy of a model. Floating-point weights are averaged in float32, or in float64 if they are float64."""
@@ -29,14 +32,14 @@ def moving_average(model: nn.Module, decay: float, warm_up: bool = False) -> Ave
         follow([moved := average.clone()], [value], steps)
         return moved
 
-    half = any(one.dtype in (torch.float16, torch.bfloat16) for one in model.state_dict().values())
+    half = any(one.dtype in HALF for one in (*model.parameters(), *model.buffers()))
     # PyTorch groups tensors by their dtype, which a float32 average of a half weight has not.
     how: dict[str, Any] = {"avg_fn": follow_one} if half else {"multi_avg_fn": follow}
     average = AveragedModel(model, use_buffers=True, **how)
     without_recorders(average.module).requires_grad_(False)
     if half:
         # A small step would be lost in the few digits of half precision.
-        average.module.float()
+        average.module._apply(lambda one: one.float() if one.dtype in HALF else one)
     # the first update copies the weights, so the average begins with them
     average.update_parameters(model)
     return average

@@ -65,9 +65,9 @@ def _decoded(value: Any, tensors: dict[str, Tensor], numbered: bool = False) -> 
         return value
     if value.keys() == {_TENSOR}:
         return tensors[value[_TENSOR]]
-    # JSON turns the numbers by which the state of an optimizer names its weights into texts.
-    keys = [int(key) if numbered and key.isdecimal() else key for key in value]
-    return {key: _decoded(value[str(key)], tensors, key == "state") for key in keys}
+    # JSON turns the numbers by which an optimizer names its weights into texts. A model's names are texts.
+    pairs = ((key, _decoded(item, tensors, numbered or key in ("optimizers", "state"))) for key, item in value.items())
+    return {int(key) if numbered and key.isdecimal() else key: item for key, item in pairs}
 
 
 # -- saved models -----------------------------------------------------------------------------------------------------

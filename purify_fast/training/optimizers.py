@@ -25,14 +25,19 @@ def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], rate: float) 
 
 
 def relative_rates(optimizer: torch.optim.Optimizer) -> list[float]:
-    """Return each parameter group's first learning rate as a multiple of the optimizer's own, and keep it in the group.
+    """Return each parameter group's first learning rate relative to the optimizer's, and keep it in the group.
 
-    A schedule changes the rates of all groups in proportion.
+    A schedule changes the rates of all groups in proportion. If no group has the optimizer's own rate, the largest rate
+    takes its place. Equal rates give 1.
     """
-    own = optimizer.defaults.get("lr") or 1.0
-    for group in optimizer.param_groups:
-        group.setdefault(RELATIVE, float(group["lr"]) / float(own) if group["lr"] != own else 1.0)
-    return [group[RELATIVE] for group in optimizer.param_groups]
+    groups = optimizer.param_groups
+    # A schedule of PyTorch keeps the first rate in this entry, and has already changed the rate.
+    first = [float(group.get("initial_lr", group["lr"])) for group in groups]
+    own = float(optimizer.defaults.get("lr", max(first)))
+    own = own if own in first else max(first)
+    for group, rate in zip(groups, first, strict=True):
+        group.setdefault(RELATIVE, 1.0 if rate == own else rate / own)
+    return [group[RELATIVE] for group in groups]
 
 
 def fuse(optimizer: torch.optim.Optimizer, fused: bool) -> None:

@@ -96,6 +96,8 @@ class Loader:
     """
 
     reproducible: bool = False
+    # True after the warning of a stream that is too short
+    told: bool = False
     # 0 means that the sizes are not known before the batches arrive
     batch_size, images = 0, 0
 
@@ -128,10 +130,10 @@ class Loader:
         for k in range(self.steps):
             torch.manual_seed(step_seed(self.seed, epoch * self.steps + k))
             if (batch := next(given, None)) is None:
-                text = (
-                    "x gave %d batches in place of %d in epoch %d: it begins again. Set steps_per_epoch to its length"
-                )
-                logger.warning(text, k, self.steps, epoch)
+                if not self.told:
+                    text = "x gave %d batches in place of %d in epoch %d: it begins again. Set steps_per_epoch to that"
+                    logger.warning(text, k, self.steps, epoch)
+                self.told = True
                 given = iter(x)
                 if (batch := next(given, None)) is None:
                     raise ValueError(f"x must give batches in every epoch, but gave none in epoch {epoch}")

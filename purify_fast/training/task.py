@@ -160,8 +160,8 @@ class Task:
         """
         return None
 
-    def answer(self, images: Tensor) -> Tensor | None:
-        """Return what the network computes for images ``[B, C, H, W]``; None if there is nothing to compare.
+    def answer(self, images: Tensor) -> Any:
+        """Return what the network computes for images ``[B, C, H, W]``, a tensor; None if there is nothing to compare.
 
         A checkpoint has the answer for two fixed images. If a resumed network gives another one, `fit` logs a warning.
 

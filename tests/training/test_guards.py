@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from purify_fast.nn import EMA
 from purify_fast.training import Callback, ClassifierConfig, ClassifierTask, FitConfig, Task, fit
+from purify_fast.training.optimizers import relative_rates
 
 X = torch.randint(0, 256, (64, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(64) % 4
@@ -143,3 +144,50 @@ def test_an_average_of_half_precision_moves():
         average.update(model)
     moved = average.average.module.weight - before
     assert moved.dtype == torch.float32 and torch.allclose(moved, torch.full_like(moved, 1 - 0.999**3), rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("make", "shares"),
+    [
+        (lambda a, b: torch.optim.SGD([a, b], lr=0.0), [1.0]),
+        (lambda a, b: torch.optim.SGD([{"params": a, "lr": 0.1}, {"params": b, "lr": 0.01}]), [1.0, 0.1]),
+        (lambda a, b: torch.optim.SGD([{"params": a, "lr": 0.1}], lr=0.1), [1.0]),
+        (lambda a, b: torch.optim.SGD([{"params": a}, {"params": b, "lr": 0.0}], lr=0.1), [1.0, 0.0]),
+        (lambda a, b: torch.optim.lr_scheduler.LinearLR(torch.optim.SGD([a, b], lr=0.1), 0.01).optimizer, [1.0]),
+    ],
+)
+def test_relative_rates(make, shares):
+    a, b = (nn.Parameter(torch.zeros(2)) for _ in "ab")
+    assert relative_rates(make(a, b)) == pytest.approx(shares)
+
+
+class Picky(nn.Module):
+    """A network that accepts its own batch size only, and one that draws."""
+
+    def __init__(self, draws):
+        super().__init__()
+        self.fc, self.draws = nn.Linear(64, 4), draws
+
+    def forward(self, x):
+        if not self.draws and len(x) not in (1, 2, 16):
+            raise ValueError("another batch size")
+        return self.fc(x.flatten(1) + (0.1 * torch.randn(len(x), 64) if self.draws else 0))
+
+
+@pytest.mark.parametrize("draws", [False, True])
+def test_networks_without_an_answer_are_trained_and_resumed_without_a_warning(draws, tmp_path, caplog):
+    class Refuses(ClassifierTask):
+        def answer(self, images):
+            if not draws:
+                raise ValueError("no answer")
+            return super().answer(images)
+
+    def go(*callbacks):
+        torch.manual_seed(0)
+        task, loop = Refuses(Picky(draws), ClassifierConfig()), FitConfig(2, 16, checkpoint_seconds=0)
+        fit(task, X, Y, loop, tmp_path, progress=False, callbacks=callbacks)
+
+    with pytest.raises(KeyboardInterrupt):
+        go(Killed(5))
+    go()
+    assert "was its code edited" not in caplog.text

@@ -68,10 +68,10 @@ def test_the_global_generator_is_left_as_it_was():
 
 def test_trees_round_trip(tmp_path):
     shared = torch.rand(2)
-    named = {"state": {2: torch.arange(3)}, "2": 1}
+    named = {"optimizers": {"slow": {2: torch.arange(3)}}, "2": 1}
     tree = {"a": [1, None, "x", named], "b": shared, "c": shared, "d": torch.zeros(0), "e": 1e-7}
     write_tree(tmp_path / "t", tree)
     back = read_tree(tmp_path / "t")
     assert back["a"][:3] == [1, None, "x"] and back["a"][3]["2"] == 1
-    assert torch.equal(back["a"][3]["state"][2], torch.arange(3))
+    assert torch.equal(back["a"][3]["optimizers"]["slow"][2], torch.arange(3))
     assert torch.equal(back["b"], shared) and back["d"].shape == (0,) and back["e"] == 1e-7
