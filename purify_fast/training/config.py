@@ -185,7 +185,7 @@ class FitConfig:
         flip: whether half of the images, drawn at random, are mirrored from left to right.
         drop_last: whether an epoch leaves out a smaller last batch. A DataLoader has its own drop_last.
         steps_per_epoch: steps of an epoch that ends before a whole pass over the data; the next epoch draws from all
-            images again. With None, every epoch is a whole pass.
+            images again, and begins a stream anew. With None, every epoch is a whole pass.
         checkpoint_seconds: seconds between checkpoints within an epoch. The end of an epoch always writes a checkpoint.
         validation_share: share of the images that are held out for validation, by the seed. 0 means no validation.
         validation_every: epochs from one validation to the next. The last epoch always ends with a validation.
