@@ -74,6 +74,11 @@ def check_counts(**counts: Any) -> None:
         _check_type(name, value, Count | None)
 
 
+def in_one_line(error: BaseException) -> str:
+    """The kind of an error, and the first line of its text."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
 def check_number(name: str, value: Any) -> None:
     """Raise a TypeError unless ``value``, the argument called ``name``, is a number."""
     if not isinstance(value, Real) or isinstance(value, bool):

@@ -252,7 +252,7 @@ class AutoAttack:
         with torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []), frozen(self.model):
             torch.manual_seed(seed)
             model, classes = self.model, check_model(self.model, x[:SAMPLE].to(device, copy=True))
-            check_labels("y_orig (labels)", y, classes)
+            check_labels("y_orig (labels)", y.cpu(), classes)
             draws = max(attack.eot_iter or 1 for attack in attacks.values())
             some = x[:SAMPLE].to(device)
             with torch.no_grad():

@@ -70,8 +70,8 @@ def can_read(values: Tensor) -> bool:
 
 
 def check_labels(name: str, labels: Tensor, classes: int | None = None) -> None:
-    """Refuse labels, int64 ``[B]``, that no class has. ``classes`` is the number of classes, if it is known."""
-    low, high = (int(value) for value in labels.aminmax()) if len(labels) else (0, 0)
+    """Refuse labels ``[B]`` that no class has, where `can_read` allows it; ``classes``: how many, if known."""
+    low, high = (int(value) for value in labels.aminmax()) if can_read(labels) else (0, 0)
     if low < 0 or (classes is not None and high >= classes):
         allowed = "of at least 0" if classes is None else f"from 0 to {classes - 1}"
         raise ValueError(f"{name} must have class numbers {allowed}, got {low if low < 0 else high}")

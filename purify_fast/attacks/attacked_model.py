@@ -16,7 +16,7 @@ from .._tensors import repeat_batch
 from ..model_state import hidden_modules
 from ..protocols import Classifier, CountsImages, SharesDraws, draws_for_each_image, supports
 from ..speed.agreement import differ
-from .arguments import can_read, check_labels
+from .arguments import check_labels
 from .outputs import INSTEAD_OF_PROBABILITIES, are_probabilities, checked_logits
 
 Answer = TypeVar("Answer")
@@ -98,8 +98,7 @@ def _at_first(logits: Tensor) -> Tensor:
     if not torch.compiler.is_compiling() and (labels := _first_output.get()) is not None:
         _first_output.set(None)
         _warn_of_values(logits)
-        if can_read(labels[1]):
-            check_labels(*labels, logits.shape[1])
+        check_labels(*labels, logits.shape[1])
     return logits
 
 

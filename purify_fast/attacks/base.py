@@ -15,7 +15,7 @@ from torch import Tensor
 from .._compiler import outside_graphs
 from .._validation import Count, GradientPrecision, Norm, NormName, check_types, read_norm
 from ..protocols import Classifier
-from .arguments import can_read, check_eps, check_images, check_labels
+from .arguments import check_eps, check_images, check_labels
 from .attacked_model import called_directly, drawn_once_per_call, frozen
 from .ball import Ball, ball_around
 from .context import AttackContext, LossFunction, Radius, drawn_seed
@@ -335,8 +335,7 @@ def run_alone(
             raise TypeError(f"targeted must be a tensor of classes, int64 [B], got {targeted!r}")
         if targeted.shape != (len(x),) or targeted.dtype != torch.int64:
             raise ValueError(f"targeted must be int64 [B] = [{len(x)}], got {targeted.dtype} {list(targeted.shape)}")
-        if can_read(targeted):
-            check_labels("targeted", targeted)
+        check_labels("targeted", targeted)
         options["loss_function"], y = _towards(loss), targeted
     elif callable(loss) and "loss" in own:
         del options["loss"]

@@ -102,12 +102,12 @@ class Defence(StochasticDefence):
     @property
     def frozen_classifier(self) -> nn.Module:
         """The classifier without the purifier, or its copy in a copy. It takes and returns float32 in any case."""
-        _follow(self)
+        self._follow()
         return self.classifier if self.classifier_dtype == torch.float32 else _Float32Borders(self.classifier)
 
     def classify(self, images: Tensor) -> Tensor:
         """Classify purified images ``[B, K, C, H, W]`` in a single batch: logits ``[B, K, classes]``, float32."""
-        _follow(self)
+        self._follow()
         flat = images.flatten(0, 1)
         flat = flat if self.classifier_uses_channels_last else flat.contiguous()
         return self.classifier(flat.to(self.classifier_dtype)).float().unflatten(0, images.shape[:2])
@@ -140,7 +140,7 @@ class Defence(StochasticDefence):
         check_floating(x=x)
         if x.dim() != 4 or tuple(x.shape[1:]) != self.image_shape:
             raise ValueError(f"x must be [B, {', '.join(map(str, self.image_shape))}], got {list(x.shape)}")
-        _follow(self)
+        self._follow()
 
     def _products(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         """The context in which the parts compute: in a copy, their products are in `compute_dtype`."""
@@ -199,7 +199,7 @@ class Defence(StochasticDefence):
                 part.compile()
         other._followed = Followed(self)
         # A subclass may call its parts without `check_images`.
-        other.register_forward_pre_hook(_follow)
+        other.register_forward_pre_hook(Defence._follow)
         compiled = ", compiled" if compile else ""
         name = type(self).__name__
         other.about = f"{name} in {dtype}, {folded} folded BatchNorms{compiled}".replace("torch.", "")
@@ -247,6 +247,12 @@ class Defence(StochasticDefence):
         if self._followed is not None and self._followed.changed():
             self._update()
 
+    def _follow(self, given: object = None) -> None:
+        """Call `prepare_replay`, except while a compiler runs; it is also a hook before the forward pass."""
+        # A compiler would keep the count of writes as a constant.
+        if not torch.compiler.is_compiling():
+            self.prepare_replay()
+
     # -- modes --------------------------------------------------------------------------------------------------------
 
     def train(self, mode: bool = True) -> Self:
@@ -269,13 +275,6 @@ def refuse_wrapped(name: str, module: nn.Module) -> None:
         raise ValueError(f"{name} must not be a frozen copy, which follows another model: give this model")
     if is_compiled(module):
         raise ValueError(f"{name} must not be compiled: give {name}._orig_mod, and compile the defence instead")
-
-
-def _follow(defence: Defence, given: object = None) -> None:
-    """Let a frozen copy follow its model; a hook before the forward pass, too."""
-    # A compiler would keep the count of writes as a constant.
-    if not torch.compiler.is_compiling():
-        defence.prepare_replay()
 
 
 class _Float32Borders(nn.Module):

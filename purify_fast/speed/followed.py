@@ -94,10 +94,6 @@ class Followed:
         return other
 
 
-#: The dictionaries in which a module holds its tensors and parts.
-_GROUPS = ("_parameters", "_buffers", "_modules")
-
-
 def _layout(model: nn.Module) -> list[tuple[str, Any, int]]:
     """The names and shapes of a model's tensors, each with the number of its first place, and the classes of parts."""
     first = dict[int, int]()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .._compiler import is_compiled
+from .._validation import in_one_line
 from ..models.representation import evaluation_mode
 from ..protocols import CopiesItself, Purifies, supports
 from .agreement import BFLOAT16, FLOAT32, same_direction
@@ -89,8 +90,7 @@ def _compared(model: nn.Module, x: Tensor, dtype: Dtype, compile: bool) -> tuple
                 if following is None:
                     raise
                 where = traceback.extract_tb(error.__traceback__)[-1]
-                line = (str(error).strip().splitlines() or [""])[0]
-                reason = f"{type(error).__name__}: {line} ({where.filename}, line {where.lineno})"
+                reason = f"{in_one_line(error)} ({where.filename}, line {where.lineno})"
             if following is not None:
                 simpler = "without folded BatchNorms, in float32" if following[1] else "in float32"
                 text = f"the frozen copy of {name} in {each} is not used: {reason}. It is made {simpler} instead"
@@ -278,7 +278,7 @@ def copy_or_model(model: nn.Module, x: Tensor, dtype: Dtype) -> nn.Module:
     except Exception as error:
         # A user's module may raise any error when it is copied or called. The attack shows an error of the model.
         made, same = model, False
-        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        reason = in_one_line(error)
     if same:
         return made
     text = f"{type(model).__name__} is attacked itself, because it has no frozen copy: {reason}"

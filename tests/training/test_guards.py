@@ -1,12 +1,13 @@
-"""What a run keeps or refuses: rates of groups, names that are numbers, networks without weights or with other code."""
+"""A run keeps the rates of parameter groups, takes numbers as names, and warns of a network that was edited."""
 
 import pytest
 import torch
+from small_runs import StopAt, Stopped
 from torch import nn
 from torch.nn import functional as F
 
 from purify_fast.nn import EMA
-from purify_fast.training import Callback, ClassifierConfig, ClassifierTask, FitConfig, Task, fit
+from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, Task, fit
 from purify_fast.training.optimizers import relative_rates
 
 X = torch.randint(0, 256, (64, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -32,22 +33,13 @@ class FineTuning(Task):
         return {"task": "fine-tuning"}
 
 
-class Killed(Callback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step(self, state):
-        if state.step == self.step:
-            raise KeyboardInterrupt
-
-
 def test_the_rates_of_groups_keep_their_ratio_also_after_a_kill(tmp_path):
     rates = []
     for folder in (None, tmp_path):
         task, loop = FineTuning(), FitConfig(epochs=2, batch_size=16, checkpoint_seconds=0)
         if folder is not None:
-            with pytest.raises(KeyboardInterrupt):
-                fit(task, X, Y, loop, folder, progress=False, callbacks=[Killed(5)])
+            with pytest.raises(Stopped):
+                fit(task, X, Y, loop, folder, progress=False, callbacks=[StopAt(5)])
             task = FineTuning()
         fit(task, X, Y, loop, folder, progress=False)
         rates.append([group["lr"] for group in task.optimizer.param_groups])
@@ -79,8 +71,8 @@ def run(model, folder, *callbacks):
 
 def test_a_parameter_may_be_named_by_a_number(tmp_path):
     whole = run(Named(), None)
-    with pytest.raises(KeyboardInterrupt):
-        run(Named(), tmp_path, Killed(5))
+    with pytest.raises(Stopped):
+        run(Named(), tmp_path, StopAt(5))
     assert torch.equal(run(Named(), tmp_path).get_parameter("0"), whole.get_parameter("0"))
 
 
@@ -119,8 +111,8 @@ def network(kind):
     ],
 )
 def test_a_network_that_was_edited_continues_with_a_warning(first, then, told, tmp_path, caplog):
-    with pytest.raises(KeyboardInterrupt):
-        run(network(first), tmp_path, Killed(5))
+    with pytest.raises(Stopped):
+        run(network(first), tmp_path, StopAt(5))
     run(network(then), tmp_path)
     said = [record.getMessage() for record in caplog.records if "was its code edited" in record.getMessage()]
     assert (told is None and not said) or (told is not None and told in said[0])
@@ -128,8 +120,8 @@ def test_a_network_that_was_edited_continues_with_a_warning(first, then, told, t
 
 def test_a_run_without_a_checkpoint_begins_anew_and_says_so(tmp_path, capsys):
     loop = FitConfig(epochs=1, batch_size=16)
-    with pytest.raises(KeyboardInterrupt):
-        fit(FineTuning(), X, Y, loop, tmp_path, progress=False, callbacks=[Killed(1)])
+    with pytest.raises(Stopped):
+        fit(FineTuning(), X, Y, loop, tmp_path, progress=False, callbacks=[StopAt(1)])
     fit(FineTuning(), X, Y, loop, tmp_path, progress=True)
     assert "begins anew, because the earlier run ended before its first checkpoint" in capsys.readouterr().err
 
@@ -187,7 +179,7 @@ def test_networks_without_an_answer_are_trained_and_resumed_without_a_warning(dr
         task, loop = Refuses(Picky(draws), ClassifierConfig()), FitConfig(2, 16, checkpoint_seconds=0)
         fit(task, X, Y, loop, tmp_path, progress=False, callbacks=callbacks)
 
-    with pytest.raises(KeyboardInterrupt):
-        go(Killed(5))
+    with pytest.raises(Stopped):
+        go(StopAt(5))
     go()
     assert "was its code edited" not in caplog.text

@@ -74,7 +74,7 @@ def precision_name(model: Classifier, device: torch.device) -> str | None:
     if torch.is_autocast_enabled(device.type):
         return f"autocast to {str(torch.get_autocast_dtype(device.type)).removeprefix('torch.')}"
     parts = model.modules() if isinstance(model, nn.Module) else ()
-    if any(getattr(part, "computes_in_bfloat16", False) is True for part in parts):
+    if any(getattr(part, "compute_dtype", None) is torch.bfloat16 for part in parts):
         return "bfloat16"
     older, values = float32_settings()
     rounds = "tf32" in values if older is None else older != (False, "highest")

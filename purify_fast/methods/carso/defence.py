@@ -159,8 +159,7 @@ class Carso(Defence):
 
     def read(self, x: Tensor) -> list[Tensor]:
         """Return the outputs of the classifier's ``layers`` for images in [0, 1], in the purifier's dtype."""
-        if not torch.compiler.is_compiling():
-            self.prepare_replay()
+        self._follow()
         x = x if self.classifier_uses_channels_last else x.contiguous()
         with self._products(x.device):
             layers = self.representation(x.to(self.classifier_dtype))

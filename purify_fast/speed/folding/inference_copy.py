@@ -230,11 +230,6 @@ class InferenceCopy(nn.Module):
         """The dtype of the products."""
         return self.dtype
 
-    @property
-    def computes_in_bfloat16(self) -> bool:
-        """Tell whether the products are computed in bfloat16."""
-        return self.dtype == torch.bfloat16
-
     def forward(self, x: Tensor) -> Tensor:
         with autocast_to(x.device, self.dtype):
             return self.classifier(x.float() if self.uses_channels_last else x.float().contiguous()).float()

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..._tensors import without_autocast
+from ..._validation import in_one_line
 from ..agreement import BFLOAT16, COSINE
 
 logger = logging.getLogger("purify_fast")
@@ -73,7 +74,7 @@ def compiled_step(function: Any, state: State) -> Compiled | None:
         reason = "it gives another result"
     except Exception as error:
         # A user's model may raise any error when it is traced or compiled.
-        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        reason = in_one_line(error)
     logger.warning("a step of %s is not compiled: %s", type(function.model).__name__, reason)
     return None
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._compiler import EagerDispatchMode
-from ..._validation import CudaGraphs, check_literal
+from ..._validation import CudaGraphs, check_literal, in_one_line
 from ...model_state import identity_key
 from ...protocols import CompilesSteps, CountsImages, PreparesReplay
 from ..agreement import FLOAT32
@@ -256,8 +256,7 @@ class StepGraphs:
                     raise RuntimeError("a replay gives another result than the step")
         except Exception as error:
             # A user's model may raise any error. The attack then runs without a graph.
-            line = (str(error).strip().splitlines() or [""])[0]
-            return self._refuse(base, f"the step cannot be captured ({type(error).__name__}: {line})")
+            return self._refuse(base, f"the step cannot be captured ({in_one_line(error)})")
         finally:
             # Restore the counts of images, because the steps of a trial and a capture are not steps of the attack.
             for counter, start in zip(counters, before, strict=True):
