@@ -129,7 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
         # The package names its arguments, such as kl_delay; here they are options.
         options = {name for kind in _KINDS.values() for name in values(kind()) if "_" in name}
         # A name beside one of these signs is a part of a path or of code.
-        sign = r"[\w./\\\"'\[(=-]"
+        sign = r"[\w./\\\"'\[=-]"
         text = re.sub(rf"(?<!{sign})({'|'.join(options)})(?![\w/\\\"'\]=])", lambda found: flag(found[0]), str(error))
         # stderr may be closed, or a file on a full disk.
         with contextlib.suppress(OSError, ValueError):
