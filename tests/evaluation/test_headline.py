@@ -127,7 +127,7 @@ def test_the_binomial_tail_is_exact(left, n, share):
             "not refuted",
             "(exact binomial test; refuted below 1 %). More images may decide.",
         ),
-        (15, 20, "70", "not refuted", "75.0 % of 20 images are left, which is not below the claim"),
+        (15, 20, "70", "not refuted", "15 of 20 images are left (75.0 %), which is not below the claim"),
         (0, 4, "0", "not refuted", "that 0 or fewer of 4 images are left would be 100 %"),
     ],
 )
@@ -148,6 +148,28 @@ def test_a_random_model_is_tested_by_one_draw():
     for lower in (0.0, 0.3):
         attacked.of_draws = [draw - lower for draw in (0.94, 0.86, 0.85, 0.85, 0.85)]
         assert report.claim_test().verdict == "not refuted" and report.claim_test().left == 94
+        told = "94 of 100 images are left (94.0 %: the 87.0 % of single draws, raised to the best draw because all"
+        assert all(told in joined(text) for text in forms(report))
+
+
+def test_each_number_of_a_random_model_stands_with_its_rule():
+    """13 of 80 draws are right, on 16 images: 16.2 % is a share of draws, and no number of images."""
+    rows = [drawn("clean", [5] * 16, [0] * 16, kind="clean"), drawn("A", [4] * 2 + [1] * 5 + [0] * 9, [8] * 16)]
+    report = Report([*rows, *worst_rows(rows)], about={"claim": "20"})
+    for text in map(joined, forms(report)):
+        assert "of 16 images are still classified correctly in all 5 draws after the attack (16.2 ± " in text
+        assert (
+            "% of single draws are right); without an attack, 100.0 % of the images in all 5 draws, and 100.0" in text
+        )
+        assert "3 of 16 images are left (16.2 % of single draws; rounded up to whole images), which is below" in text
+        assert "all draws" in text and "16.2 % of 16" not in text
+    assert "Accuracy under each attack (images right in all draws), %" in forms(report)[2]
+    # whole numbers of draws and of images are not rounded, and a vote is a rule of its own
+    voted = row("A", [1, 0, 0, 1])
+    report = Report([voted], about={"claim": "20", "predict": "the majority of 3 draws"})
+    for text in map(joined, forms(report)):
+        assert "of 4 images are still classified correctly by the majority of 3 draws under A" in text
+        assert "2 of 4 images are left (50.0 %), which is not below" in text
 
 
 def test_a_claim_is_not_tested_by_a_model_that_fails_without_an_attack():

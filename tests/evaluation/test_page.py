@@ -48,6 +48,13 @@ def test_the_table_is_the_jsons_texts_are_escaped_and_nothing_is_loaded(report):
     assert html_page(merge([report, other])).count('class="card') == 2
 
 
+def test_the_table_fits_the_page(report):
+    """Texts may wrap at every space, except within a number, and a page that is still too narrow scrolls the table."""
+    style, table = re.search(r"<style>(.*)</style>.*(<table data-model.*?</table>)", html_page(report), re.S).groups()
+    assert "nowrap" not in style and ".scroll { overflow-x: auto }" in style
+    assert "50.0\u00a0±\u00a025.0" in table and "0\u00a0% / 0\u00a0% / 0\u00a0%" in table
+
+
 def test_a_curve_has_every_point(report):
     report.curves["m"] = {"steps of PGD": [[1, 0.9], [10, 0.5], [100, 0.4]], "one": [[1, 0.9]]}
     page = html_page(report)

@@ -1,17 +1,20 @@
 import html
 import os
+import platform
 
 import numpy as np
 import pytest
 import torch
 from evaluating import evaluate
-from reports import MASKED, row
+from reports import MASKED, forms, row
 from small_models import Purifying
 
 from purify_fast import frozen_copy, zoo
+from purify_fast._tensors import digest
 from purify_fast.attacks import PGD
 from purify_fast.defences import WithAggregation
-from purify_fast.evaluation import Examples, Report, merge
+from purify_fast.evaluation import EvaluateConfig, Examples, Report, merge
+from purify_fast.evaluation.request.preparation import changes
 from purify_fast.evaluation.request.subject import precision_name
 from purify_fast.speed.precision import float32_products
 
@@ -186,6 +189,35 @@ def test_a_report_says_what_repeats_it(tmp_path, monkeypatch):
     # No command repeats an evaluation that was typed.
     monkeypatch.setattr("sys.argv", ["-c"])
     assert "command" not in evaluate(model, x, y, eps=0.5, attacks=[]).about
+
+
+def test_a_report_names_versions_images_passes_and_a_changed_protocol():
+    torch.manual_seed(0)
+    model, x = Purifier(), torch.rand(6, 3, 6, 6)
+    y = model(x).argmax(1)
+    options = {"eps": 0.1, "protocol": "fast", "n_eval": 2, "dataset_name": "noise"}
+    report = evaluate(model, x, y, **options, steps=2, probes=False)
+    # The name of the protocol itself is unchanged, because programs compare it.
+    assert report.about["protocol"] == "fast" and report.about["changed"] == "steps 2, probes False"
+    report.about["passes"] = "forwards 812, gradients 430 per image"
+    versions = f"PyTorch {torch.__version__}, Python {platform.python_version()}"
+    told = [
+        versions,
+        f"6 of noise, hash {digest(x, y)[:12]}",
+        report.about["passes"],
+        "protocol fast, changed: steps 2",
+    ]
+    for text in forms(report):
+        text = " ".join(html.unescape(text).split())
+        assert all(words in text for words in told), text
+    assert changes(EvaluateConfig("fast", eot_iter=3, probes=True)) == "eot_iter 3"
+    others = {"n_eval": 2, "seed": 3, "curve": (0.1,), "batch_size": 7, "claim": 4, "predict": "votes", "keep": "all"}
+    assert not changes(EvaluateConfig("fast", **others)) and changes(EvaluateConfig("authors", probes=True))
+    # Reports of a protocol and of its changed form share no protocol.
+    usual = Report([row(model="other")], about=about(protocol="fast"))
+    changed = Report([row(model="m")], about=about(protocol="fast", changed="steps 2"))
+    for order in ([usual, changed], [changed, usual]):
+        assert not {"protocol", "changed"} & merge(order).about.keys()
 
 
 def test_the_precision_of_a_model_is_told():

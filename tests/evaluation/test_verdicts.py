@@ -1,6 +1,7 @@
 """A report misleads nobody: about a variant that is none, a number of a mode that nobody deploys, a doubt, a sign."""
 
 import contextlib
+import html
 from pathlib import Path
 
 import numpy as np
@@ -8,15 +9,17 @@ import pytest
 import torch
 from digit_nets import zoo_digits
 from evaluating import evaluate
-from reports import MASKED, forms, probed, row, said
+from reports import MASKED, drawn, forms, probed, row, said
 from torch import nn
 
 from purify_fast import zoo
 from purify_fast.attacks import PGD
 from purify_fast.defences import NoisyEnsemble
-from purify_fast.evaluation import AttackSpec
+from purify_fast.evaluation import AttackSpec, Report
+from purify_fast.evaluation.alarms.signs import BY_BPDA, Evidence, Finding, findings
 from purify_fast.evaluation.request.subject import Subject
-from purify_fast.evaluation.results.rows import by_worst_points
+from purify_fast.evaluation.results.rows import by_worst_points, worst_rows
+from purify_fast.evaluation.show.page import first_fallen
 
 
 class Noisy(nn.Module):
@@ -159,3 +162,63 @@ def test_only_attacks_along_own_gradients_can_lack_them():
     ):
         health = said(given)["gradient health"]
         assert health.verdict == verdict and health.measured.startswith(begins)
+
+
+def masked(right, **more):
+    """A random model without gradients, whose images fall in some draws, to an attack by other gradients."""
+    own = drawn("own", [5] * 8, [0] * 8, health=MASKED, **more)
+    other = drawn("other", [right] * 8, [7] * 8, transferred=True, **more)
+    return [drawn("clean", [5] * 8, [0] * 8, kind="clean", health=None), own, other]
+
+
+@pytest.mark.parametrize(("right", "verdict"), [(1, "noted"), (5, "unreliable")])
+def test_an_accuracy_of_0_in_all_draws_is_not_doubted(right, verdict):
+    """A fifth of the draws is right after the attack, on each image: none is right in all draws."""
+    rows = masked(right)
+    found = said(rows)
+    assert {found[name].verdict for name in ("gradient health", "missed images")} == {verdict}
+    report = Report([*rows, *worst_rows(rows)], about={"claim": "10"})
+    report.findings = [Finding(**vars(finding) | {"model": "m"}) for finding in found.values()]
+    assert (report.headline.accuracy == 0) == (right == 1)
+    text, _, page = forms(report)
+    beside = text.split("m: ")[1]
+    assert ("unreliable" in beside) == ('class="card bad"' in page) == (right == 5)
+    # the accuracy of single draws may still be too high, and so may the result of the claim
+    told = ("may leave fewer single draws right", "The gradients of the model itself were not usable, so a better")
+    assert all((words in " ".join(beside.split())) == (right == 1) for words in told)
+    # Predictions that are inconsistent make every number doubtful.
+    wrong = said(rows, probed(8, later_changes=0.5, left=[0] * 8))
+    assert wrong["same answer again"].verdict == wrong["gradient health"].verdict == "unreliable"
+
+
+def test_an_advice_stands_once_in_each_form():
+    rows = [row("clean", [1] * 8, kind="clean"), row("A", [1] * 8, health=MASKED), row("B", [0] * 8, transferred=True)]
+    rows.append(row("worst", [1] * 8, kind="worst", reliable=False))
+    advice = {"gradient health": f"look for rounding; {BY_BPDA}", "missed images": BY_BPDA}
+    doubts = [Finding(name, "unreliable", "much", model="m", advice=words) for name, words in advice.items()]
+    for text in forms(Report(rows, findings=doubts)):
+        text = " ".join(html.unescape(text).split())
+        assert all(text.count(clause) == 1 for clause in advice["gradient health"].split("; ")), text
+        assert text.lower().count("what to do") == 1
+    # Without a headline, the page has the advice in its table.
+    assert forms(Report(rows[:1], findings=doubts))[2].count("look for rounding") == 1
+
+
+def test_images_of_a_random_model_fall_first_in_whole_numbers():
+    """A share of 0.7 of the draws on each of eight images is no number of 5.6 images."""
+    rows = [each for each in masked(1, settings={"survivors_only": True}) if each.health is not MASKED]
+    assert first_fallen(Evidence(rows)) == [("other", 8)]
+    assert first_fallen(Evidence([*rows, drawn("again", [0] * 8, [8] * 8, settings={"survivors_only": True})])) == [
+        ("other", 8),
+        ("again", 0),
+    ]
+
+
+def test_signs_of_a_random_model_count_images_and_name_draws():
+    rows = [drawn("clean", [4] * 16, [1] * 16, kind="clean"), drawn("A", [4] * 16, [1] * 16, kind="apgd")]
+    probes = probed(16, eot=[(1.0, 1.0), (16.0, 15 / 16)], varying=1.0)
+    told = said(rows, probes)["noise and seeds"].measured
+    assert "over 16 draws leaves 15 of 16 images right in most draws, and with gradients over 1 it leaves 16" in told
+    guess = {finding.alarm: finding for finding in findings(Evidence(rows, classes=10))}["better than guessing"]
+    assert guess.measured.startswith("80.0 % of the single draws on clean images are classified correctly")
+    assert "made at least half more of their draws wrong" in said(masked(5))["missed images"].measured

@@ -15,7 +15,7 @@ import numpy as np
 
 from ...attacks import search
 from ...attacks.outputs import INSTEAD_OF_PROBABILITIES, ONE_HOT
-from ..results.rows import GRADIENT_FREE, Row, followed
+from ..results.rows import GRADIENT_FREE, Row, followed, worst_rows
 from .probes import STEPS, Missing, Probes
 
 Verdict = Literal["passed", "noted", "unreliable", "not asked"]
@@ -139,13 +139,12 @@ class Evidence:
 
     @property
     def nothing_left(self) -> bool:
-        """Tell whether every image has fallen to an attack or to a probe, on a random model in all choosing draws."""
-        wrong = self.wrong(self.images)
-        if wrong is None:
-            return False
-        if self.probes is not None:
-            wrong[self.probes.fallen()] = 1
-        return bool((wrong == 1).all())
+        """Tell whether every image has fallen to an attack or to a probe, on a random model in at least one draw."""
+        for row in worst_rows(self.rows) if self.rows else []:
+            if row.attack == "worst":
+                row.robust[[] if self.probes is None else self.probes.fallen()] = False
+                return not row.robust.any()
+        return False
 
     def blind(self) -> str:
         """The reason why the model's gradients could not lead to a success; empty if none is known."""
@@ -189,8 +188,6 @@ WITHOUT_GRADIENTS = {
     ),
     "zero gradient": f"look for rounding, sign, argmax or a saturated output in forward; {BY_BPDA}",
 }
-#: The advice if a short attack with the model's own gradients found images that the report's attacks did not find.
-SHORT_FOUND_MORE = f"a short attack found images that the attacks of the report did not find; {STRONGER}"
 
 
 class Outcome(NamedTuple):
@@ -251,7 +248,8 @@ def findings(evidence: Evidence) -> list[Finding]:
     doubts = [finding for finding in every if finding.verdict == "unreliable"]
     if not evidence.nothing_left or any(finding.of_answers for finding in doubts):
         return every
-    remark = "but no image is left that could fall"
+    draws = any(row.n_eval > 1 for row in evidence.attacks())
+    remark = f"but no image is left that {'is right in all draws' if draws else 'could fall'}"
     return [
         replace(each, verdict="noted", measured=f"{each.measured}; {remark}") if each in doubts else each
         for each in every
@@ -282,9 +280,10 @@ def better_than_guessing(evidence: Evidence) -> Outcome | None:
     if clean is None or evidence.classes is None:
         return None
     chance = 1 / evidence.classes
+    what = "clean images" if clean.right is None else "single draws on clean images"
     text = (
-        f"{100 * clean.mean:.1f} % of the clean images are classified correctly; a guess among {evidence.classes} "
-        f"classes is right for {100 * chance:.1f} %"
+        f"{100 * clean.mean:.1f} % of the {what} are classified correctly; a guess among {evidence.classes} classes is "
+        f"right for {100 * chance:.1f} %"
     )
     if clean.mean > chance + 2 * math.sqrt(chance * (1 - chance) / clean.n):
         return Outcome("passed", text)
@@ -363,7 +362,7 @@ def _of_counted(evidence: Evidence) -> Outcome:
     return Outcome("unreliable", f"{every} could not use them: {shares}", lacking[0].attack, advice)
 
 
-@Alarm("missed images", f"the model's own gradients do not show where it falls; {BY_BPDA}")
+@Alarm("missed images", BY_BPDA)
 def missed_images(evidence: Evidence) -> Outcome:
     """Alarm if images withstand the attacks with the model's own gradients, but fall to other attacks or probes."""
     outcomes = [each for each in (_missed_by_rows(evidence), _missed_by_report(evidence)) if each is not None]
@@ -389,6 +388,8 @@ def _missed_by_rows(evidence: Evidence) -> Outcome | None:
     count = int(np.logical_or.reduce(list(more.values())).sum())
     best = max(more, key=lambda name: int(more[name].sum()))
     text = f"{count} of {full} images withstood every attack along the model's own gradients and fell to another attack"
+    if any(row.wrong is not None for row in evidence.rows):
+        text += ", which made at least half more of their draws wrong"
     verdict = _verdict(_surely_more(count, MOST_MISSED, full), noted=count > 0.01 * full)
     return Outcome(verdict, text, best if count else "")
 
@@ -410,13 +411,14 @@ def _missed_by_report(evidence: Evidence) -> Outcome | None:
         return Outcome("noted", absent) if absent else None
     count, best = sum(missed.values()), max(missed, key=lambda name: missed[name])
     gradients = f"{STEPS} steps of APGD along the gradients of {best}" + (" and others" if len(missed) > 1 else "")
+    gradients += "" if probes.points is None else " in most draws"
     text = f"{count} of {probes.n} images withstood every attack of the report, but fell to {gradients}"
     if not count:
         text = f"none of the first {probes.n} images withstood the report's attacks but fell to {gradients}"
     text = f"{text}; {absent}" if absent else text
     verdict = _verdict(_surely_more(count, MOST_MISSED, probes.n), noted=count > 1 or bool(absent))
     row = f"probe: APGD by the gradients of {best}" if count else ""
-    return Outcome(verdict, text, row, SHORT_FOUND_MORE if best == ITSELF else "")
+    return Outcome(verdict, text, row, STRONGER if best == ITSELF else "")
 
 
 # -- alarms from probes -----------------------------------------------------------------------------------------------
@@ -439,8 +441,7 @@ def batch_size(evidence: Evidence, probes: Probes) -> Outcome:
 
 @Alarm(
     "noise and seeds",
-    "the noise hides from an attack where images fall; average each gradient over more draws (eot_iter=20); "
-    + STRONGER,
+    f"average each gradient over more draws (eot_iter=20), because the noise hides where images fall; {STRONGER}",
     of_probes=True,
 )
 def noise(evidence: Evidence, probes: Probes) -> Outcome | None:
@@ -455,8 +456,8 @@ def noise(evidence: Evidence, probes: Probes) -> Outcome | None:
     gain, n = by_few - by_many, probes.n
     text = (
         f"the class of {100 * probes.varying:.0f} % of the correctly classified images changes from draw to draw; "
-        f"a short attack with gradients over {many:.0f} draws leaves {100 * by_many:.0f} % of the images, and with "
-        f"gradients over {few:.0f} it leaves {100 * by_few:.0f} %"
+        f"a short attack with gradients over {many:.0f} draws leaves {n * by_many:.0f} of {n} images right in most "
+        f"draws, and with gradients over {few:.0f} it leaves {n * by_few:.0f}"
     )
     strong = _surely_above(DRAWS_UNRELIABLE, gain, n)
     wrong = evidence.wrong(n)
@@ -464,7 +465,7 @@ def noise(evidence: Evidence, probes: Probes) -> Outcome | None:
     # The report's attacks are stronger than this probe. If they found more images, they had enough draws.
     if strong and left is not None and left < by_many:
         strong = False
-        text += f"; the attacks of the report leave {100 * left:.0f} % of the same images, which is less"
+        text += f"; the attacks of the report leave {n * left:.0f} of the same images, which is less"
     verdict = _verdict(strong, noted=probes.varying > VARYING or gain > DRAWS_NOTED)
     return Outcome(verdict, text, f"probe: gradients over {many:.0f} draws")
 

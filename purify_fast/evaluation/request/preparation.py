@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import platform
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -31,6 +32,9 @@ logger = logging.getLogger("purify_fast")
 
 #: The allowed dtypes of labels.
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+#: The settings that change no attack of a protocol, or that a report tells in other places.
+APART = {"protocol", "n_eval", "predict", "batch_size", "max_forward_batch", "cuda_graphs", "cudnn_benchmark", "seed"}
+APART |= {"curve", "keep", "claim", "dataset_name", "together"}
 #: The largest number of modules that a note names.
 _NAMED = 3
 
@@ -95,6 +99,15 @@ def read_attacks(
 # -- the model --------------------------------------------------------------------------------------------------------
 
 
+def changes(config: EvaluateConfig) -> str:
+    """The settings that change the attacks or the probes of a protocol, such as "steps 5"; may be empty."""
+    # Every protocol except "authors" has probes by default.
+    by_default = config.probes == (config.protocol != "authors")
+    usual, given = EvaluateConfig(), replace(config, probes=None) if by_default else config
+    values = {each.name: getattr(given, each.name) for each in fields(given) if each.name not in APART}
+    return ", ".join(f"{name} {value}" for name, value in values.items() if value != getattr(usual, name))
+
+
 def facts(
     config: EvaluateConfig, norm: NormName, eps: float, model: Classifier, device: torch.device
 ) -> dict[str, str]:
@@ -102,7 +115,7 @@ def facts(
     words = {None: None, "worst_of": "the worst", "votes": "the majority"}[config.predict]
     known = {
         "threat": ball_name(norm, eps),
-        "version": f"purify_fast {__version__}",
+        "version": f"purify_fast {__version__}, PyTorch {torch.__version__}, Python {platform.python_version()}",
         "seed": str(config.seed),
         # Code that was typed, into a notebook or after -c, has no command that repeats it.
         "command": None if "ps1" in vars(sys) or sys.argv[0] == "-c" else shlex.join(["python", *sys.orig_argv[1:]]),
@@ -111,6 +124,7 @@ def facts(
         "claim": None if config.claim is None else f"{config.claim:g}",
         "dataset": config.dataset_name,
         "protocol": config.protocol,
+        "changed": (config.protocol and changes(config)) or None,
         "predict": words and f"{words} of {config.n_eval} draws",
     }
     return {what: value for what, value in known.items() if value is not None}

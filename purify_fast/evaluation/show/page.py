@@ -17,10 +17,10 @@ from torch import Tensor
 from ...attacks import frozen
 from ...protocols import Classifier, FixedNoise, Purifies, SampleLogits, supports
 from ..alarms.probes import PROBED
-from ..alarms.signs import Evidence
+from ..alarms.signs import Evidence, Finding
 from ..request.subject import device_of
 from ..results.rows import CURVE, Examples, Row
-from .text import render
+from .text import advised_once, render
 
 #: The largest number of purified images that are shown for each image.
 SAMPLES = 4
@@ -33,7 +33,8 @@ Picture = tuple[Tensor, str, bool | None]
 def html_page(report: Any, defence: Classifier | Mapping[str, Classifier] | None = None) -> str:
     """Make the page of a report."""
     known = dict.fromkeys(report.models, defence) if callable(defence) else dict(defence or {})
-    models = [_model(report, name, known.get(name)) for name in report.models]
+    findings = advised_once(report.findings)
+    models = [_model(report, findings, name, known.get(name)) for name in report.models]
     return render(
         "page.html.jinja",
         report=report,
@@ -44,7 +45,7 @@ def html_page(report: Any, defence: Classifier | Mapping[str, Classifier] | None
     )
 
 
-def _model(report: Any, name: str, defence: Classifier | None) -> dict[str, Any]:
+def _model(report: Any, findings: Sequence[Finding], name: str, defence: Classifier | None) -> dict[str, Any]:
     """The variables of the page's template for one model."""
     rows = [row for row in report.rows if row.model == name]
     own = [row for row in rows if row.threat is None]
@@ -57,8 +58,8 @@ def _model(report: Any, name: str, defence: Classifier | None) -> dict[str, Any]
         "own": own,
         "lowest": report.headlines.get(name),
         "counted": evidence.with_counted_gradients(),
-        "findings": [finding for finding in report.findings if finding.model == name],
-        "first": [(row.attack, int(mask.sum())) for row, mask in evidence.fallen() if row.of_survivors],
+        "findings": [finding for finding in findings if finding.model == name],
+        "first": first_fallen(evidence),
         "curves": [
             (what, _curve(points, PROBED))
             for what, points in report.curves.get(name, {}).items()
@@ -89,9 +90,19 @@ def _curve(points: Sequence[Sequence[float]], images: int) -> list[dict[str, Any
 # -- attacked images --------------------------------------------------------------------------------------------------
 
 
+def first_fallen(evidence: Evidence) -> list[tuple[str, int]]:
+    """Return each attack on survivors with the number of images that fell to it first (in most draws)."""
+    before, counts = np.zeros(evidence.images, dtype=bool), list[tuple[str, int]]()
+    for row, wrong in evidence.fallen():
+        fell = wrong > 0.5
+        counts += [(row.attack, int((fell & ~before).sum()))] if row.of_survivors else []
+        before |= fell
+    return counts
+
+
 def pictured_row(evidence: Evidence) -> tuple[Row | None, int]:
-    """Return the attack whose images are shown, and the number of images that fell to it."""
-    fallen = [(row, int(fell.sum())) for row, fell in evidence.fallen()]
+    """Return the attack whose images are shown, and the number of images that fell to it (in most draws)."""
+    fallen = [(row, int((wrong > 0.5).sum())) for row, wrong in evidence.fallen()]
     drawable = [pair for pair in fallen if pair[0].examples is not None and pair[0].examples.clean.shape[1] in (1, 3)]
     return max(drawable, key=lambda pair: pair[1], default=(None, 0))
 

@@ -32,9 +32,10 @@ class Report:
         rows: the rows, in the order in which they were made.
         notes: remarks, each a sentence, for example on attacks that could not be run.
         about: facts about all rows, if known: ``threat`` (such as ``L-inf 8/255``), ``dataset``, ``protocol``,
-            ``seed``, ``version`` (of this package), ``predict``, ``precision`` (if not float32), ``claim`` (in
-            percent), ``date`` of the first `save`, ``command``, ``model`` (a hash of weights and code), ``processor``,
-            and the costs ``seconds`` and ``peak_memory``.
+            ``changed`` (settings that change the protocol, such as ``steps 5``), ``seed``, ``version`` (of this
+            package, PyTorch and Python), ``predict``, ``precision`` (if not float32), ``claim`` (in percent), ``date``
+            of the first `save`, ``command``, ``model`` (a hash of weights and code), ``processor``, and the costs
+            ``passes`` (forwards and gradients per image), ``seconds`` and ``peak_memory``.
         findings: the results of the alarms, which test whether the numbers are reliable.
         curves: by model, the curves of accuracy over the radius, the steps and the draws for the page; see `curve`.
         witnesses: the images that fell, if the evaluation had ``keep="all"``; None in a report that was read or merged.
@@ -223,10 +224,11 @@ class Report:
 
     @property
     def title(self) -> list[str]:
-        """The known words of the title: threat model, data set, protocol, prediction rule, precision and version."""
-        named = [self.about[what] for what in ("threat", "dataset") if what in self.about]
-        named += [f"{what} {self.about[what]}" for what in ("protocol", "predict", "precision") if what in self.about]
-        return [*named, *([self.about["version"]] if "version" in self.about else [])]
+        """The known words of the title: threat model, data set, protocol, prediction rule, precision and versions."""
+        changed = f", changed: {self.about['changed']}" if "changed" in self.about else ""
+        known = self.about | {"protocol": self.about.get("protocol", "") + changed}
+        words = {"threat": "", "dataset": "", "protocol": "protocol ", "predict": "predict ", "precision": "precision "}
+        return [word + known[what] for what, word in (words | {"version": ""}).items() if known.get(what)]
 
     def comparison(self) -> list[str]:
         """The lines of a Markdown table with a line for each attack and a column for each model."""
@@ -292,6 +294,9 @@ def merge(reports: Iterable[Report]) -> Report:
         # The merged report names no command, because several commands may have made the reports.
         shared = {key: value for key, value in together[0].about.items() if key != "command"}
         merged.about = {key: value for key, value in shared.items() if all(r.about.get(key) == value for r in together)}
+        # A protocol that some of the reports changed is not the same.
+        if len({report.about.get("changed") for report in together}) > 1:
+            merged.about.pop("protocol", None)
         merged.about |= {what: value for what in ("threat", "predict") for value in facts[what] if value}
     counts = Counter((row.model, row.attack) for row in merged.rows)
     double = [f"{model}: {attack}" for (model, attack), count in counts.items() if count > 1]

@@ -21,13 +21,15 @@ if TYPE_CHECKING:
 Report = Any
 
 #: The macros of `sentences.jinja` that all templates may call; in HTML their texts are escaped.
-SENTENCES = ("claim", "means", "outcome", "reason", "short_legend", "signs", "states", "verdict", "zero_errors")
+SENTENCES = ("claim", "means", "outcome", "reason", "rule", "short_legend", "signs", "states", "verdict", "zero_errors")
 _WITH = {"fixed": "fixed noise", "deterministic": "its noise off"}
 UNRELIABLE = "unreliable"
 #: The mark of an unreliable number in Markdown.
 RED_UNRELIABLE = f'**<span style="color:red">{UNRELIABLE}</span>**'
 #: The longest line of a table on a terminal, in characters.
 TERMINAL = 100
+#: The length of the hash of the images, in characters.
+SHORT = 12
 #: The smallest width to which a column on a terminal is wrapped, in characters.
 NARROWEST = 12
 
@@ -98,7 +100,12 @@ def warning(row: Row) -> Cell:
     """The warning about a row's accuracy; empty for most rows."""
     broken = [f"{row.nonfinite_predictions} predictions not finite"] if row.nonfinite_predictions else []
     remarks = (*broken, *(["nothing to attack"] if row.nothing_to_attack else []))
-    return Cell("", remarks, unreliable=not row.reliable)
+    return Cell("", remarks, unreliable=doubtful(row))
+
+
+def doubtful(row: Row) -> bool:
+    """Tell whether a row is unreliable. An accuracy of 0 % cannot be too high, so then only a sign makes it so."""
+    return not row.reliable and (row.accuracy > 0 or bool(row.doubts))
 
 
 #: The columns of the table of all rows. The function of a column makes the cell of a row.
@@ -121,8 +128,15 @@ COLUMNS = [*_CELLS]
 
 
 def table_of_rows(rows: Sequence[Row], columns: Iterable[str] = COLUMNS) -> Table:
-    """A table with a line for each row."""
-    return Table([*columns], [[_CELLS[name](row) for name in columns] for row in rows])
+    """A table with a line for each row; the column of the accuracy of a random model names its rule."""
+    names = [*columns]
+    head = [accuracy_named(rows) if name == "accuracy" else name for name in names]
+    return Table(head, [[_CELLS[name](row) for name in names] for row in rows])
+
+
+def accuracy_named(rows: Sequence[Row]) -> str:
+    """The name of the column of accuracies: that of a random model counts images that are right in all draws."""
+    return "all draws" if any(row.n_eval > 1 for row in rows) else "accuracy"
 
 
 def short_table(rows: Sequence[Row]) -> Table:
@@ -136,23 +150,31 @@ def short_table(rows: Sequence[Row]) -> Table:
 
 def comparison(report: Any) -> Table:
     """A table with a line for each attack of a `purify_fast.evaluation.Report`, and a column for each model."""
-    by_name = {(row.attack, row.model): row for row in report.rows}
-
-    def cell(attack: str, model: str) -> str | Cell:
-        row = by_name.get((attack, model))
-        return "-" if row is None else replace(warning(row), text=percent(row))
-
-    body = [[attack, *(cell(attack, model) for model in report.models)] for attack in report.attacks]
+    cells = {(row.attack, row.model): replace(warning(row), text=percent(row)) for row in report.rows}
+    body = [[attack, *(cells.get((attack, model), "-") for model in report.models)] for attack in report.attacks]
     return Table(["attack", *report.models], body)
 
 
-def table_of_findings(findings: Sequence[Finding]) -> Table:
-    """The table of the alarms' findings, with the advice if a finding is "unreliable"."""
+def advised_once(findings: Iterable[Finding]) -> list[Finding]:
+    """The findings, each without those clauses of its advice that an earlier finding gives."""
+    given, once = set[str](), list[Finding]()
+    for finding in findings:
+        clauses = [clause for clause in finding.advice.split("; ") if clause not in given]
+        given.update(clauses)
+        once.append(replace(finding, advice="; ".join(clauses)))
+    return once
+
+
+def table_of_findings(findings: Sequence[Finding], advised: bool = True) -> Table:
+    """The table of the alarms' findings, with the advice; not ``advised``: without advice beside the headline."""
     body: list[list[str | Cell]] = []
     for finding in findings:
         doubt = finding.verdict == "unreliable"
         verdict = Cell("", (), unreliable=True) if doubt else finding.verdict
-        measured = f"{finding.measured}. What to do: {finding.advice}" if finding.advice else finding.measured
+        advice = (
+            f". What to do: {finding.advice}" if finding.advice and (advised or not finding.beside_headline) else ""
+        )
+        measured = finding.measured + advice
         body.append([finding.model, finding.alarm, verdict, measured, finding.row or "-"])
     return Table(["model", "sign", "verdict", "measured", "shown by"], body)
 
@@ -188,10 +210,13 @@ def fill(text: str, mark: str = "") -> str:
 
 def facts(report: Report) -> list[tuple[str, str]]:
     """The known facts that are needed to repeat an evaluation, by name."""
-    images = ", ".join(dict.fromkeys(f"{row.n:,}" for row in report.rows if row.kind == "clean"))
+    of = f" of {report.about['dataset']}" if "dataset" in report.about else ""
+    clean = (row for row in report.rows if row.kind == "clean")
+    images = "; ".join(dict.fromkeys(f"{row.n:,}{of}, hash {row.data[:SHORT]}" for row in clean))
     known = report.about | {"images": images}
     words = {"model": "hash of the model", "claim": "claimed, %", "peak_memory": "memory at the peak"}
-    names = ("date", "command", "images", "seed", "model", "processor", "gradients", "seconds", "peak_memory", "claim")
+    names = ["date", "command", "images", "seed", "model", "processor", "gradients"]
+    names += ["passes", "seconds", "peak_memory", "claim"]
     return [(words.get(name, name), known[name]) for name in names if known.get(name)]
 
 
@@ -222,17 +247,14 @@ def column_legend(rows: Sequence[Row]) -> list[str]:
     """The paragraphs that explain the table of all rows; a paragraph is left out if it concerns no row."""
     early = dict.fromkeys(row.attack for row in rows if row.may_end_early)
     published = dict.fromkeys((row.attack, row.n_eval) for row in rows if row.settings.get("published"))
-    told = {"early": list(early), "published": list(published)}
-    return paragraphs("columns.jinja", rows=rows, **told)
+    return paragraphs("columns.jinja", rows=rows, early=list(early), published=list(published))
 
 
 def notes_on_rows(rows: Sequence[Row], headline: Row | None) -> list[str]:
     """The notes of a report on images without a search, on proofs, and on a small number of images."""
     own = [row for row in rows if row.threat is None]
-    stopped, near = list[Row](), list[Row]()
-    for row in own:
-        if row.unsearched:
-            (near if row.settings.get("nearest") else stopped).append(row)
+    stopped = [row for row in own if row.unsearched and not row.settings.get("nearest")]
+    near = [row for row in own if row.unsearched and row.settings.get("nearest")]
     proofs = (row for row in own if row.proved and row.deployed and row.settings["target"] == "defence")
     proved = max(proofs, key=lambda row: row.proved / row.n, default=None)
     return paragraphs("notes.jinja", stopped=stopped, near=near, proved=proved, headline=headline)
