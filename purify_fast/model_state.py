@@ -1,4 +1,4 @@
-"""Two keys that tell whether a model has changed: `fingerprint` by value, and `identity_key` by addresses in memory."""
+"""Lists what a model holds, and makes a key from addresses in memory, which tells whether the model has changed."""
 
 from __future__ import annotations
 
@@ -13,61 +13,68 @@ import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import CellType, CodeType, FunctionType, MethodType, SimpleNamespace
+from types import CellType, FunctionType, MemberDescriptorType, MethodType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ._compiler import is_compiled
-from ._tensors import digest, text_hash
-
 #: The attributes that every ``nn.Module`` has, and those that PyTorch adds to a module that it compiled or traced.
 BARE = frozenset({*vars(nn.Module()), "_compiled_call_impl", "_graph", "_tracer_cls", "meta"})
 #: The dictionaries of hooks that run in a forward or a backward pass.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _IN_TORCH = (torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format)
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), np.generic, enum.Enum, *_IN_TORCH)
+PLAIN = (bool, int, float, complex, str, bytes, type(None), np.generic, enum.Enum, *_IN_TORCH)
 #: The cell of a variable of a closure that has no value yet.
 EMPTY = CellType()
 _PATHS = sysconfig.get_paths()
 _LIBRARIES = tuple(_PATHS[name] for name in ("stdlib", "platstdlib", "purelib", "platlib", "scripts"))
-_SIMPLE = frozenset(_PLAIN)
-
+SIMPLE = frozenset(PLAIN)
 Inside = Callable[[Any], Any]
 
 
 def attributes(value: Any) -> list[tuple[str, Any]]:
     """The attributes of an object by name, without those that PyTorch registers and those in ``not_dependencies``."""
-    left_out = _left_out(type(value))  # type: ignore[arg-type]
-    return sorted(item for item in getattr(value, "__dict__", {}).items() if item[0] not in left_out)
+    kind: Any = type(value)
+    named = {name: getattr(value, name, EMPTY) for name in slots(kind)} | getattr(value, "__dict__", {})
+    return sorted(item for item in named.items() if item[0] not in left_out(kind) and item[1] is not EMPTY)
 
 
 @functools.lru_cache(maxsize=4096)
-def _left_out(kind: type) -> frozenset[str]:
+def slots(kind: type) -> list[str]:
+    """The names of the attributes that the objects of a class keep outside of their dictionary."""
+    members = [item for base in kind.__mro__ for item in vars(base).items()]
+    return [name for name, of in members if isinstance(of, MemberDescriptorType) and not name.startswith("__")]
+
+
+@functools.lru_cache(maxsize=4096)
+def left_out(kind: type) -> frozenset[str]:
+    """The names of the attributes of a class's objects that do not count."""
     named = frozenset(name for base in kind.__mro__ for name in vars(base).get("not_dependencies", ()))
     return named | BARE if issubclass(kind, nn.Module) else named
 
 
-class _Description:
+class Description:
     """Describes a value by nested tuples. ``leaf`` describes tensors, functions and objects."""
 
     def __init__(self, leaf: Callable[[Any, Inside], Any]):
         self.leaf = leaf
-        #: Numbers of the values so far by id, and these values, because an id is unique only while its object exists.
-        self.seen: dict[int, tuple[int, Any]] = {}
+        #: The values so far, and their numbers by id. An id is unique only while its object exists.
+        self.values: list[Any] = []
+        self.seen: dict[int, int] = {}
 
     def of(self, value: Any) -> Any:
         kind = type(value)
         # Most values pass the first test, which is the fastest.
-        if kind in _SIMPLE or (kind is tuple and _SIMPLE.issuperset(map(type, value))) or isinstance(value, _PLAIN):
+        if kind in SIMPLE or (kind is tuple and SIMPLE.issuperset(map(type, value))) or isinstance(value, PLAIN):
             return value
         if isinstance(value, tuple):
             return (kind.__name__, *map(self.of, value))
         if id(value) in self.seen:
-            return ("seen", self.seen[id(value)][0])
-        self.seen[id(value)] = len(self.seen), value
+            return ("seen", self.seen[id(value)])
+        self.seen[id(value)] = len(self.values)
+        self.values.append(value)
         if isinstance(value, nn.Module):
             groups = [vars(value)[group] for group in ("_parameters", "_buffers", "_modules")]
             held = [item for group in groups for item in group.items()]
@@ -103,93 +110,14 @@ def identity_key(model: nn.Module) -> tuple[Any, list[Any], list[Tensor]]:
         tensors.append(value)
         return (value.data_ptr(), value.shape, value.dtype, value.device)
 
-    return _Description(leaf).of(model), objects, tensors
-
-
-def fingerprint(model: object, revision: str | None = None) -> str | None:
-    """Hash a model by value: its state (`state_hash`), its code, and the user's name for the version of the code.
-
-    The result is None for a function or a value that cannot be compared, unless there is such a name.
-    """
-    try:
-        if isinstance(model, nn.Module):
-            state = state_hash(model)
-        elif revision is None:
-            return None
-        else:
-            named: Any = model if isinstance(model, FunctionType) else type(model)
-            state = f"{named.__module__} {named.__qualname__}"
-        code = _code()
-    # A user's module may raise any error while its state is read.
-    except Exception:
-        if revision is None:
-            return None
-        module: Any = model
-        state, code = type(module).__qualname__, []
-        state += digest(*module.parameters(), *module.buffers())
-    return text_hash(repr([state, code, revision])).hexdigest()
-
-
-def state_hash(model: Any) -> str:
-    """Hash the tensors, modes, hooks and attributes of a module by value."""
-    model = model._orig_mod if is_compiled(model) else model
-    # The state has what is in no attribute, such as the packed weights of quantized layers.
-    return text_hash(repr(_Description(_by_value).of((model, model.state_dict(keep_vars=True))))).hexdigest()
-
-
-def _by_value(value: Any, inside: Inside) -> Any:
-    kind = type(value)
-    if isinstance(value, Tensor):
-        return (kind.__qualname__, digest(value))
-    if isinstance(value, np.ndarray):
-        return inside(value.tolist() if value.dtype.hasobject else (value.dtype.str, value.shape, value.tobytes()))
-    if isinstance(value, torch.Generator):
-        return (str(value.device), value.initial_seed())
-    if isinstance(value, (MethodType, staticmethod, classmethod)):
-        return inside((value.__func__, getattr(value, "__self__", None)))
-    if isinstance(value, property):
-        return inside((value.fget, value.fset))
-    if isinstance(value, functools.partial):
-        return inside((value.func, value.args, value.keywords))
-    if isinstance(value, CodeType):
-        return inside((value.co_code, value.co_names, value.co_consts))
-    if isinstance(value, FunctionType):
-        around = tuple(None if cell == EMPTY else cell.cell_contents for cell in value.__closure__ or ())
-        return (value.__qualname__, inside((value.__code__, value.__defaults__, value.__kwdefaults__, around)))
-    if isinstance(value, type):
-        if issubclass(value, torch.jit.ScriptModule):
-            raise TypeError(f"{value.__name__} does not show its code")
-        return [(_name(base), _class_code(base, inside) if is_users(base.__module__) else ()) for base in value.__mro__]
-    return (_name(kind), inside(attributes(value)) if is_users(kind.__module__) else getattr(value, "__name__", ""))
-
-
-def _class_code(kind: type, inside: Inside) -> Any:
-    left_out = _left_out(kind)
-    parts = ((name, part) for name, part in vars(kind).items() if name not in left_out)
-    return inside({name: part for name, part in parts if callable(part) or not name.startswith("__")})
-
-
-def _name(kind: type) -> str:
-    """The name of a class with the version of its package. A script has another module name when it is imported."""
-    package = sys.modules.get(kind.__module__.partition(".")[0])
-    return f"{kind.__qualname__} {getattr(package, '__version__', '')}"
-
-
-def _code() -> list[Any]:
-    """The hashes of the source files of the user's loaded modules, and the arguments of the user's script."""
-    users = [module for name, module in list(sys.modules.items()) if is_users(name)]
-    files = {Path(str(module.__file__)) for module in users if getattr(module, "__file__", None)}
-    script = getattr(sys.modules["__main__"], "__file__", None) and is_users("__main__")
-    return [
-        sorted(text_hash(file.read_bytes().hex()).hexdigest() for file in files if file.exists()),
-        sys.argv[1:] if script else [],
-    ]
+    return Description(leaf).of(model), objects, tensors
 
 
 def is_users(name: str) -> bool:
     """Tell whether a module belongs neither to this package, nor to an installed package, nor to Python."""
     module = sys.modules.get(name)
-    file = getattr(module, "__file__", None)
+    # A folder without an __init__.py has no file.
+    file = getattr(module, "__file__", None) or next(iter(getattr(module, "__path__", ())), None)
     if file is None:
         return module is None or name == "__main__"
     not_users = ("<frozen ", str(Path(__file__).parent), *_LIBRARIES)

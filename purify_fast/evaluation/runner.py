@@ -23,7 +23,6 @@ from ..attacks import Attack, AttackContext, frozen
 from ..attacks.arguments import check_eps, largest_distance
 from ..attacks.attacked_model import check_leaves_images
 from ..attacks.base import ThreatModel
-from ..model_state import fingerprint
 from ..ops import kernels_now
 from ..protocols import Classifier
 from ..speed.memory import peak_so_far
@@ -32,6 +31,7 @@ from .alarms.probes import Before
 from .alarms.signs import signs_of_masking
 from .request.attack_lists import SEARCHES, protocol_attacks, without_early_stops
 from .request.config import BatchSize, EvaluateConfig, ProtocolName
+from .request.fingerprint import fingerprint
 from .request.naming import beside_fixed, feasible, row_name, threat_name
 from .request.preparation import (
     collect,
@@ -108,12 +108,12 @@ def evaluate(
         attacks: a list of attacks that replaces a protocol: attacks of `purify_fast.attacks`, such as ``PGD()``;
             functions ``(model, x, y) -> x_adv``, see `as_attack`; or an `AttackSpec`. An empty list measures only the
             clean accuracy. An attack on a variant that the model lacks, or whose test fails, is left out, with a note.
-        out: a folder. Finished rows are cached in ``out/rows``, and used again if settings, weights, data and the
-            source code of the model's classes are the same. If nothing would show a change of the model, as for a plain
-            function, its rows are not cached, with a warning.
+        out: a folder. Finished rows are cached in ``out/rows``, and used again if settings, weights, data and the code
+            that the model and the attacks reach are the same. If nothing would show a change of the model, as for a
+            plain function, its rows are not cached, with a warning.
         name: name of the model in the report.
         revision: a name for the model's code, with which the rows of every model are cached. Choose another name after
-            a change of a function, or of code that the model's classes import.
+            a change that Python does not show, such as one of a file that the model reads.
         progress: whether to show a progress bar for each attack, which counts forward passes of single images.
 
     Returns:

@@ -13,7 +13,7 @@ from torch import nn
 
 from purify_fast import frozen_copy, zoo
 from purify_fast.defences import NoisyEnsemble, WithAggregation
-from purify_fast.model_state import state_hash
+from purify_fast.evaluation.request.fingerprint import state_hash
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from torch import nn
 
 import purify_fast
 from purify_fast.attacks import PGD
-from purify_fast.model_state import fingerprint, state_hash
+from purify_fast.evaluation.request.fingerprint import fingerprint, state_hash
 
 QUIET = {"eps": 0.02, "attacks": [PGD(steps=2)]}
 
@@ -69,18 +69,20 @@ class Model(nn.Module):
         super().__init__()
         self.layer, self.norm = nn.Linear(4, 2), nn.BatchNorm1d(2)
         self.register_buffer("table", torch.zeros(2), persistent=False)
-        self.scale, self.sizes, self.slots, self.draws = 1.0, [1, 2], Slots(), random.Random(0)
+        self.scale, self.sizes, self.slots = 1.0, [1, 2], Slots()
         self.slots.scale = 1.0
         self.function = lambda x: x * factor
 
     def forward(self, x):
         return table_helper.changed(self.layer(x)) * SIGMA
 """
-HELPER = "SIGMA = 1\n\n\ndef changed(x):\n    return x\n"
+HELPER = "SIGMA, OTHER = 1, 1\n\n\ndef changed(x):\n    return x * SIGMA\n"
 
 
 def in_place(value):
-    return lambda model, module, monkeypatch: eval(value, vars(module) | {"model": model, "torch": torch})
+    return lambda model, module, monkeypatch: eval(
+        value, vars(module) | {"model": model, "module": module, "torch": torch}
+    )
 
 
 def attribute(name, value):
@@ -113,53 +115,284 @@ EDITS = {
     "forward of its own": (attribute("forward", lambda x: x[:, :2]), True),
     "class attribute": (in_place("setattr(Model, 'SHARE', 2)"), True),
     "code of the class": (text("table_model", "self.layer(x)", "self.layer(2 * x)"), True),
-    "comment in its file": (text("table_model", "SHARE = 1", "SHARE = 1  # all"), True),
-    "line of its file that nothing reads": (text("table_model", "SIGMA = 0.5", "SIGMA = 0.5\nUNUSED = 1"), True),
+    "comment in its file": (text("table_model", "SHARE = 1", "SHARE = 1  # all"), False),
+    "line of its file that nothing reads": (text("table_model", "SIGMA = 0.5", "SIGMA = 0.5\nUNUSED = 1"), False),
     "global variable in its file": (text("table_model", "SIGMA = 0.5", "SIGMA = 0.6"), True),
     "code of a function in another file": (text("table_helper", "return x", "return 2 * x"), True),
-    "global variable set while the program runs": (in_place("globals().update(SIGMA=2)"), False),
-    "variable of a module set while the program runs": (in_place("setattr(table_helper, 'SIGMA', 2)"), False),
-    "state of another generator than PyTorch's": (in_place("model.draws.seed(1)"), False),
-    "object with slots": (attribute("slots.scale", 2.0), False),
+    "global variable set while the program runs": (in_place("vars(module).update(SIGMA=2)"), True),
+    "variable of a module set while the program runs": (in_place("setattr(table_helper, 'SIGMA', 2)"), True),
+    "variable that nothing reads": (in_place("setattr(table_helper, 'OTHER', 2)"), False),
+    "object with slots": (attribute("slots.scale", 2.0), True),
 }
 
 
-@pytest.mark.parametrize("name", EDITS)
-def test_which_edits_change_the_fingerprint(name, tmp_path, monkeypatch):
-    edit, seen = EDITS[name]
+@pytest.fixture
+def imported(tmp_path, monkeypatch):
+    """Import the first of some modules, which are given by their sources and written anew."""
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
 
-    def made(number, file="", before="", after=""):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        for module, source in {"table_helper": HELPER, "table_model": f"import random\n{SOURCE}"}.items():
-            (folder / f"{module}.py").write_text(source.replace(before, after) if module == file else source)
-            monkeypatch.delitem(sys.modules, module, raising=False)
+    def imported(sources):
+        folder = tmp_path / f"sources {len(list(tmp_path.iterdir()))}"
+        for name, source in sources.items():
+            file = folder / f"{name.replace('.', '/')}.py"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(source)
+            for part in (name, name.partition(".")[0]):
+                monkeypatch.delitem(sys.modules, part, raising=False)
         monkeypatch.syspath_prepend(str(folder))
-        torch.manual_seed(0)
-        model = importlib.import_module("table_model").Model()
-        return model, sys.modules["table_model"]
+        importlib.invalidate_caches()
+        return importlib.import_module(next(iter(sources)))
 
-    model, module = made(0)
+    yield imported
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None)).startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_which_edits_change_the_fingerprint(name, imported, monkeypatch):
+    edit, seen = EDITS[name]
+
+    def made(file="", before="", after=""):
+        sources = {"table_model": SOURCE, "table_helper": HELPER}
+        module = imported(sources | ({file: sources[file].replace(before, after)} if file else {}))
+        torch.manual_seed(0)
+        return module.Model(), module
+
+    model, module = made()
     before = fingerprint(model)
     assert before is not None and fingerprint(model, "2") != before
     if isinstance(edit, tuple):
-        model, module = made(1, *edit)
+        model, module = made(*edit)
     else:
         edit(model, module, monkeypatch)
     assert (fingerprint(model) != before) is seen
-    for name in ("table_helper", "table_model"):
-        sys.modules.pop(name)
 
 
-def test_the_arguments_of_a_script_count_and_those_of_an_installed_command_do_not(tmp_path, monkeypatch):
+#: Another module of the user. The value 1.5 is edited.
+HELPERS = """
+import torch
+
+FACTOR = 1.5
+
+
+class Scale:
+    factor = FACTOR
+
+    def __call__(self, x):
+        return x * self.factor
+
+
+class Names(dict):
+    def __missing__(self, name):
+        return 1.5
+
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(context, x):
+        return x * 1.5
+
+    @staticmethod
+    def backward(context, gradient):
+        return gradient
+
+
+def inner(x):
+    return x * 1.5
+
+
+def helper(x):
+    return inner(x)
+
+
+def decorated(function):
+    return lambda *given: 1.5 * function(*given)
+
+
+def made():
+    def scaled(x):
+        return helper(x)
+
+    return scaled
+"""
+#: By name: the lines before the class of a model, and the result of its forward pass.
+REACHED = {
+    "two functions": ("from reached_helpers import helper", "helper(x)"),
+    "attribute of a module": ("import reached_helpers", "reached_helpers.helper(x)"),
+    "attribute of a module of a folder": ("import reached.helpers", "reached.helpers.helper(x)"),
+    "module that is handed on": ("import reached_helpers as h\ndef f(m, x): return m.inner(x)", "f(h, x)"),
+    "module by the name of its attribute": ("import reached_helpers as h", "getattr(h, 'in' + 'ner')(x)"),
+    "import inside of the function": ("", "[helper(x) for helper in [self.imported()]][0]"),
+    "class attribute": ("from reached_helpers import Scale\nclass Holds:\n    scale = Scale()", "Holds.scale(x)"),
+    "attribute of a class": ("from reached_helpers import Scale", "x * Scale.factor"),
+    "object": ("from reached_helpers import Scale\nscale = Scale()", "scale(x)"),
+    "class of a dictionary": ("from reached_helpers import Names\nnames = Names()", "x * names['a']"),
+    "closure": ("from reached_helpers import made\nscaled = made()", "scaled(x)"),
+    "partial": (
+        "import functools\nfrom reached_helpers import helper\nscaled = functools.partial(helper)",
+        "scaled(x)",
+    ),
+    "cache": ("import functools\nfrom reached_helpers import helper\nscaled = functools.cache(helper)", "scaled(x)"),
+    "decorator": ("from reached_helpers import decorated\n@decorated\ndef scaled(x): return x", "scaled(x)"),
+    "global constant": ("from reached_helpers import FACTOR", "x * FACTOR"),
+    "list of functions": ("from reached_helpers import helper\nSTEPS = [helper]", "STEPS[0](x)"),
+    "lambda": ("from reached_helpers import helper", "(lambda x: helper(x))(x)"),
+    "comprehension": ("from reached_helpers import helper", "sum([helper(part) for part in x])"),
+    "class inside of the function": (
+        "from reached_helpers import helper",
+        "type('A', (), {'f': lambda s, x: helper(x)})().f(x)",
+    ),
+    "namespace": (
+        "import argparse\nfrom reached_helpers import FACTOR\nargs = argparse.Namespace(a=FACTOR)",
+        "x * args.a",
+    ),
+    "function of autograd": ("from reached_helpers import Square", "Square.apply(x)"),
+    "function put into a library": (
+        "import reached_helpers as h\nnn.ReLU.forward_of_test = h.helper",
+        "nn.ReLU.forward_of_test(x)",
+    ),
+    "distribution": (
+        "from reached_helpers import FACTOR\nNORMAL = torch.distributions.Normal(0.0, FACTOR)",
+        "x + NORMAL.mean",
+    ),
+    "scripted function": ("from reached_helpers import inner\nscripted = torch.jit.script(inner)", "scripted(x)"),
+    "eval": ("from reached_helpers import helper", "eval('hel' + 'per')(x)"),
+    "sequence that cannot be read": (
+        "import itertools\nfrom reached_helpers import FACTOR\nCYCLE = itertools.cycle([FACTOR])",
+        "x * next(CYCLE)",
+    ),
+}
+
+
+#: The ways on which every edit of the file counts.
+BY_SOURCE = (
+    "module that is handed on",
+    "module by the name of its attribute",
+    "eval",
+    "sequence that cannot be read",
+)
+
+
+@pytest.mark.parametrize("way", REACHED)
+def test_an_edit_of_what_the_model_reaches_changes_its_fingerprint(way, imported):
+    lines, result = REACHED[way]
+    helpers = "reached.helpers" if "reached.helpers" in lines else "reached_helpers"
+    model = (
+        f"import torch\nfrom torch import nn\n{lines}\n\n\nclass Model(nn.Module):\n"
+        "    def imported(self):\n        from reached_helpers import helper\n\n        return helper\n\n"
+        f"    def forward(self, x):\n        return {result}\n"
+    )
+
+    def marked(before, after):
+        found = imported({"reached_model": model, helpers: HELPERS.replace(before, after)}).Model()
+        assert found(torch.ones(2)).shape in [(2,), ()]
+        return fingerprint(found)
+
+    marks = [marked("", ""), marked("def inner", "def  inner"), marked("1.5", "2.5")]
+    assert None not in marks and marks[2] != marks[0]
+    # Where a value cannot be read, or code does not name a function, every edit counts.
+    assert (marks[1] == marks[0]) is (way not in BY_SOURCE)
+
+
+SCRIPT = """
+import logging
+import sys
+import threading
+
+import torch
+from torch import nn
+
+SIGMA, LOCK, log = 0.5, threading.Lock(), logging.getLogger(__name__)
+
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(context, x):
+        return x * x
+
+
+def scaled(x):
+    with LOCK:
+        log.debug("scaled")
+    return torch.relu(x) * SIGMA
+
+
+class Model(nn.Module):
+    def forward(self, x):
+        return Square.apply(scaled(x))
+"""
+PRINTED = """
+if __name__ == "__main__":
+    from purify_fast.evaluation.request.fingerprint import fingerprint
+
+    print(fingerprint(Model()))
+"""
+EDITED = """
+import argparse
+import statistics
+
+
+class First(torch.autograd.Function):
+    pass
+
+
+def plotted(rows):
+    return statistics.mean(rows)
+
+
+arguments = argparse.ArgumentParser()
+arguments.add_argument("--steps")
+arguments = arguments.parse_args()
+"""
+
+
+def test_a_script_an_edited_script_a_notebook_and_another_program_name_a_model_alike(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT + PRINTED)
+    (tmp_path / "edited.py").write_text(SCRIPT.replace("\n\n\n", EDITED + "\n\n\n", 1) + PRINTED)
+    end = "; from purify_fast.evaluation.request.fingerprint import fingerprint; print(fingerprint(Model()))"
+    typed = f"exec(open('script.py').read().partition('if __name__')[0]){end}"
+    commands = [["script.py"], ["edited.py", "--steps", "3"], ["-c", typed], ["-c", f"from edited import Model{end}"]]
+    marks = []
+    for command in commands:
+        path = os.pathsep.join([str(Path(purify_fast.__file__).parents[1]), str(tmp_path)])
+        found = subprocess.run(
+            [sys.executable, *command],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+            env=os.environ | {"PYTHONPATH": path},
+        )
+        marks.append(found.stdout)
+    assert len(set(marks)) == 1 and "None" not in marks[0]
+
+
+def test_what_cannot_be_read_is_told_by_all_sources_and_arguments(imported, monkeypatch):
+    """A generator of random numbers does not show its seed, and its state is that of the moment."""
+    source = SOURCE.replace("SIGMA = 0.5", "SIGMA, DRAWS = 0.5, random.Random(0)").replace(
+        "* SIGMA", "* DRAWS.random()"
+    )
+    source = f"import random\n{source}"
+
+    def marks(source, revision=None):
+        torch.manual_seed(0)
+        module = imported({"table_model": source, "table_helper": HELPER})
+        model = module.Model()
+        before = fingerprint(model, revision)
+        module.DRAWS.seed(1)
+        assert fingerprint(model, revision) == before
+        return before
+
+    before, named = marks(source), marks(source, "1")
+    edited = source.replace("random.Random(0)", "random.Random(2)")
+    assert marks(source) == before != marks(edited) and marks(edited, "1") == named
     monkeypatch.setitem(sys.modules, "__main__", main := types.ModuleType("__main__"))
-    for main.__file__, counts in ((str(tmp_path / "script.py"), True), (str(torch.__file__), False)):
-        marks = []
-        for argument in ("--a", "--a", "--b"):
-            monkeypatch.setattr(sys, "argv", ["command", argument])
-            marks.append(fingerprint(nn.ReLU()))
-        assert marks[0] == marks[1] and (marks[1] != marks[2]) is counts
+    for main.__file__, counts in ((str(Path(__file__)), True), (str(torch.__file__), False)):
+        monkeypatch.setattr(sys, "argv", ["command", "--a"])
+        before = marks(source)
+        monkeypatch.setattr(sys, "argv", ["command", "--b"])
+        assert (marks(source) != before) is counts
 
 
 @pytest.mark.parametrize(

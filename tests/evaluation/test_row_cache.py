@@ -9,7 +9,8 @@ from evaluating import evaluate
 from torch import nn
 
 from purify_fast._files import folder_lock
-from purify_fast.attacks import PGD
+from purify_fast.attacks import PGD, AttackResult
+from purify_fast.evaluation import as_attack
 from purify_fast.evaluation.run import cache
 from purify_fast.ops import use_backend
 from purify_fast.speed.precision import float32_products
@@ -65,6 +66,31 @@ def test_versions_backends_and_precisions_have_rows_of_their_own(counted, block,
         assert counted(model()) == rows
         assert counted(model()) == 0
     assert counted(model()) == 0
+
+
+class Moves(PGD):
+    kind, code_version = "moves", "1"
+
+    def search(self, target, x, y, context):
+        return AttackResult(moved(x))
+
+
+def moved(x):
+    return (x + SHIFT).clamp(0, 1)
+
+
+SHIFT = 0.05
+
+
+def test_a_users_attack_is_named_by_its_code_too(counted, monkeypatch):
+    attacks = [Moves(), as_attack(lambda model, x, y: moved(x), revision="1")]
+    assert counted(model(), attacks=attacks) == 3
+    assert counted(model(), attacks=attacks) == 0
+    monkeypatch.setitem(globals(), "SHIFT", 0.04)
+    assert counted(model(), attacks=attacks) == 2
+    monkeypatch.setitem(globals(), "moved", lambda x: (x - 0.04).clamp(0, 1))
+    assert counted(model(), attacks=[Moves()]) == 1
+    assert counted(model(), attacks=[Moves()]) == 0
 
 
 def test_a_file_in_place_of_the_folder_is_refused_by_name(tmp_path):

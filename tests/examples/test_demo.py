@@ -1,7 +1,14 @@
 """The sentences of the demonstration follow the numbers. `.ci/run` runs the demonstration."""
 
-import numpy as np
+import subprocess
+import sys
+import time
+from pathlib import Path
 
+import numpy as np
+import pytest
+
+import purify_fast
 from examples.demo import sentences
 from examples.demo.methods import ARREST_MODELS, AUTOATTACK, BASE, STANDARD
 from examples.demo.setting import Budget
@@ -27,3 +34,15 @@ def test_a_sum_is_over_the_images_of_autoattack():
     parts = ("87.5 ± 11.7 % of the clean images", "Under PGD, its accuracy is 25.0 ± 15.3 %.")
     parts += ("Under AutoAttack, its accuracy is 50.0 ± 25.0 %", "On the 4 images of AutoAttack")
     assert all(part in each for each in lines[:4] for part in (*parts, "its sum is 125.0 and its NRR 60.0."))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_report_finds_every_row_that_its_workers_have_made(tmp_path):
+    root = Path(purify_fast.__file__).parents[1]
+    command = [sys.executable, "-u", "-m", "examples.demo", "--quick", "--out", str(tmp_path / "demo")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) as demo:
+        said = {line.strip(): time.time() for line in demo.stdout or ()}
+    assert demo.returncode == 0
+    rows = [row.stat().st_mtime for row in tmp_path.glob("demo-quick/*/rows/*")]
+    assert len(rows) > 60 and max(rows) <= said["attacked 10 of 10 models"]

@@ -19,9 +19,9 @@ from ...attacks import AttackContext, apgd
 from ...attacks.attacked_model import gradient_to
 from ...attacks.base import ThreatModel
 from ...attacks.losses import margin, usable_loss
-from ...model_state import state_hash
 from ...protocols import Classifier, FixedNoise, supports
 from ...speed.agreement import BFLOAT16, apart, differ
+from ..request.fingerprint import state_hash
 from ..request.subject import Subject, Variant
 
 #: The reasons why a model's gradients cannot be compared with the measured changes of its output.

@@ -21,6 +21,7 @@ from ..._tensors import text_hash
 from ...ops.dispatch.registry import forced_backends
 from ...speed.precision import float32_settings
 from ...speed.processor import fast_bfloat16
+from ..request.fingerprint import fingerprint
 from ..results.rows import Row
 
 logger = logging.getLogger("purify_fast")
@@ -59,7 +60,7 @@ class RowCache:
 
     def key(self, settings: Mapping[str, Any], *models: object) -> str | None:
         """The name of the row with these settings and these models."""
-        marks = [] if self.folder is None else [self._marks[id(model)][1] for model in models]
+        marks = [] if self.folder is None else [self._mark(model) for model in models]
         if self.folder is None or None in marks:
             return None
         # The name contains both settings of the backend, because `use_backend` overrides the environment variable.
@@ -75,6 +76,12 @@ class RowCache:
     def know(self, model: object, mark: str | None) -> None:
         """Set the model's mark, a `fingerprint`, for the names of its rows; with None its rows are not cached."""
         self._marks[id(model)] = model, mark
+
+    def _mark(self, model: object) -> str | None:
+        if id(model) not in self._marks:
+            # The models are known by now, so this is the code of an attack, which has a revision of its own.
+            self.know(model, fingerprint(model, ""))
+        return self._marks[id(model)][1]
 
     def row(self, key: str | None, make: Callable[[], Row]) -> Row:
         """Read a row from the cache, or make the row and cache it."""

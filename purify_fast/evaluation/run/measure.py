@@ -18,9 +18,10 @@ from ...attacks import AttackContext, frozen
 from ...attacks.bpda import classifier_of
 from ...attacks.engine.judge import has_fallen
 from ...defences.stochastic import WithAggregation
+from ...model_state import is_users
 from ...protocols import Classifier, has_classifier
 from ..request.naming import ALONE, clean_name, row_name, threat_name
-from ..request.specs import CLASSIFIER, AttackSpec
+from ..request.specs import CLASSIFIER, AttackSpec, FunctionAttack
 from ..request.subject import Judgement, Subject, Variant
 from ..results.rows import AUTHORS, VARIANTS_APART, Examples, Row, Worst, by_worst_points
 from .attack_run import AttackedBatch, AttackRun, counts_of
@@ -169,7 +170,7 @@ class Measure:
         }
         # The row of an attack without a revision is not cached, because nothing would show a change of the attack.
         named = all(revision is not None for _, revision, *_ in attacks)
-        models = [subject.model, *([spec.other_model for spec in specs] or [None])]
+        models = [subject.model, *([spec.other_model for spec in specs] or [None]), *map(own_code, specs)]
         row = self.cache.row(self.cache.key(whole, *models) if named else None, make)
         # The following fields are not a part of the key, so they are also set for a cached row.
         row.model = self.name
@@ -343,6 +344,13 @@ def target_of(spec: AttackSpec, subject: Subject) -> Classifier:
     model = model if spec.judge is None else spec.judge
     view = spec.resolved.target(model)
     return subject.judged_model(spec.variant) if spec.judge is None and view is model else view
+
+
+def own_code(spec: AttackSpec) -> object:
+    """The function or the class that a user wrote for an attack; None for an attack of this package."""
+    if isinstance(spec.resolved, FunctionAttack):
+        return spec.resolved.function
+    return type(spec.resolved) if is_users(type(spec.resolved).__module__) else None
 
 
 def settings_of(spec: AttackSpec, subject: Subject, context: AttackContext) -> dict[str, Any]:

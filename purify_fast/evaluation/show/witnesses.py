@@ -17,10 +17,10 @@ from ..._tensors import digest, weights_fingerprint
 from ..._validation import Range, check_counts
 from ...attacks import frozen
 from ...attacks.base import ThreatModel
-from ...model_state import fingerprint
 from ...protocols import Classifier
 from ...speed.precision import whole_float32_by_default
 from ..request.config import Predict
+from ..request.fingerprint import fingerprint
 from ..request.naming import ball_name
 from ..request.specs import ROUNDING, moved
 from ..request.subject import Subject
