@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import torch
@@ -152,15 +153,37 @@ class PreparesReplay(Protocol):
         """Update the stored values in place."""
 
 
+@dataclass(frozen=True)
+class Passes:
+    """Counts of images: in forward passes, and among them in those that recorded gradients to the images."""
+
+    forwards: int = 0
+    gradients: int = 0
+
+    @property
+    def work(self) -> int:
+        """The time of the passes in the unit of a forward pass. A backward pass takes about twice as long."""
+        return self.forwards + 2 * self.gradients
+
+    def __add__(self, other: Passes) -> Passes:
+        return Passes(self.forwards + other.forwards, self.gradients + other.gradients)
+
+    def __mul__(self, times: int) -> Passes:
+        return Passes(times * self.forwards, times * self.gradients)
+
+    def __sub__(self, other: Passes) -> Passes:
+        return self + other * -1
+
+
 @runtime_checkable
 class CountsImages(Protocol):
-    """Counts the images of its forward passes. A replay of a captured step does not run the Python code that counts."""
+    """Counts the images of its passes. A replay of a captured step does not run the Python code that counts."""
 
-    def counted(self) -> int:
-        """The number of images so far."""
+    def counted(self) -> Passes:
+        """The counts so far."""
 
-    def count(self, images: int) -> None:
-        """Add a number, which may be negative, to the count."""
+    def count(self, images: Passes) -> None:
+        """Add to the counts; negative numbers take back trial calls."""
 
 
 def supports(model: object, protocol: type) -> bool:

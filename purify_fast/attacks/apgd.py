@@ -16,7 +16,7 @@ from torch import Tensor
 from .._tensors import per_image
 from .._validation import Count, Share
 from ..ops.apgd_step import apgd_step
-from ..protocols import Classifier
+from ..protocols import Classifier, Passes
 from .ball import projected
 from .base import Resolved, run_alone, times
 from .context import AttackContext, Radius
@@ -79,16 +79,17 @@ class APGD(EngineAttack):
         resolved = super().resolved_for(context)
         return resolved if resolved.loss in TARGETED else resolved._replace(n_target_classes=None)
 
-    def cost(self, context: AttackContext) -> int:
+    def cost(self, context: AttackContext) -> Passes:
         steps, draws, loss, targets = self.resolved_for(context)
         runs = self.restarts * (targets or 1)
         at_the_end = draws * (2 if draws > 1 else 1)
         # Before the runs the clean image is judged. Some losses need one more prediction, for the number of classes.
         # A targeted attack needs the predictions that rank the target classes.
-        before = context.judges(draws) + (loss in FEWEST_CLASSES)
+        before = Passes(context.judges(draws) + (loss in FEWEST_CLASSES))
         if targets is not None:
-            before = context.judges(draws) + cost_of_borders(self.n_target_classes, context.num_classes, draws)
-        return runs * (steps * draws + at_the_end) + before
+            borders = cost_of_borders(self.n_target_classes, context.num_classes, draws)
+            before = Passes(context.judges(draws)) + borders
+        return Passes(steps * draws + at_the_end, steps * draws) * runs + before
 
     def may_end_early(self, context: AttackContext) -> bool:
         return super().may_end_early(context) and self.threat_model(context).norm != "l1"
@@ -177,7 +178,11 @@ class AutoPgd(RowSearch):
         """Take all steps, or stop when no row is left."""
         for i in range(self.steps):
             self._look()
+            if self.shrinks_after(i + 1) and self.active.is_over():
+                break
             if self.claims and self.active.leave and self.shrinks_after(i + 1):
+                if i == 0 and self._is_blind():
+                    break
                 self._shrink(i + 1)
                 if len(self.point) == 0:
                     return
@@ -191,6 +196,16 @@ class AutoPgd(RowSearch):
         if self.claims:
             self.active.tried.index_fill_(0, self.rows.owner, True)
             self._finish(slice(None))
+
+    def _is_blind(self) -> bool:
+        """Tell whether no gradient of the first step can be used. No point would ever move, so the run then ends."""
+        # At a misclassified point a gradient of 0 is no fault.
+        nonfinite, zero = faults(self.gradient, self.score[0] == 1)
+        blind = bool((nonfinite | zero).all())
+        if blind:
+            self.active.ended_blind = True
+            self.see_given_up(torch.arange(len(self.point), device=self.point.device))
+        return blind
 
     def take(self, index: Tensor) -> None:
         super().take(index)

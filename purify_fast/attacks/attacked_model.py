@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .._tensors import repeat_batch
 from ..model_state import hidden_modules
-from ..protocols import Classifier, CountsImages, SharesDraws, draws_for_each_image, supports
+from ..protocols import Classifier, CountsImages, Passes, SharesDraws, draws_for_each_image, supports
 from ..speed.agreement import differ
 from .arguments import check_labels
 from .outputs import INSTEAD_OF_PROBABILITIES, are_probabilities, checked_logits
@@ -160,7 +160,7 @@ def drawn_once_per_call(model: Classifier, x: Tensor, draws: int, most: int | No
     some = x[: min(TRIED_IMAGES, rows // 2)].detach().clone()
     times = rows // len(some)
     calls = max(TRIED_CALLS, FEWEST_DRAWS // rows)
-    counted = cast(CountsImages, model).counted() if supports(model, CountsImages) else 0
+    counted = cast(CountsImages, model).counted() if supports(model, CountsImages) else Passes()
 
     def apart(a: Tensor, b: Tensor) -> float:
         return float((a - b).double().nan_to_num(nan=0.0).abs().max())

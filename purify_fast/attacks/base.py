@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._compiler import outside_graphs
 from .._validation import Count, GradientPrecision, Norm, NormName, check_types, read_norm
-from ..protocols import Classifier
+from ..protocols import Classifier, Passes
 from .arguments import check_eps, check_images, check_labels
 from .attacked_model import called_directly, drawn_once_per_call, frozen
 from .ball import Ball, ball_around
@@ -145,8 +145,8 @@ class Attack(abc.ABC):
         loss, targets = usable_loss(loss, context.num_classes), min(targets, context.num_classes - 1)
         return Resolved(steps, self.draws(context), loss, targets)
 
-    def cost(self, context: AttackContext) -> int | None:
-        """The largest number of forward passes per image; None if it is not known before the attack."""
+    def cost(self, context: AttackContext) -> Passes | None:
+        """The largest numbers of passes per image; None if they are not known before the attack."""
         return None
 
     def may_end_early(self, context: AttackContext) -> bool:
@@ -252,13 +252,13 @@ def source_of(model: Classifier, x: Tensor, precision: GradientPrecision, copies
     return (Copies(x) if copies is None else copies).of(model, precision)
 
 
-def cost_of_ascents(attack: Any, context: AttackContext) -> int:
-    """Return the number of forward passes per image that `worst_of_runs` makes."""
+def cost_of_ascents(attack: Any, context: AttackContext) -> Passes:
+    """Return the numbers of passes per image that `worst_of_runs` makes."""
     steps, draws, *_ = attack.resolved_for(context)
     # Each run scores its last point, with several draws also its best; unmoved images need a clean prediction.
     at_the_end = draws * (2 if draws > 1 else 1) + 1
     comparison = draws if attack.restarts > 1 else 0
-    return attack.restarts * (steps * draws + at_the_end + comparison)
+    return Passes(steps * draws + at_the_end + comparison, steps * draws) * attack.restarts
 
 
 def worst_of_runs(

@@ -15,7 +15,7 @@ from torch import Tensor
 from .._tensors import per_image
 from .._validation import Count
 from ..ops.hyperplane_projection import hyperplane_projection
-from ..protocols import Classifier
+from ..protocols import Classifier, Passes
 from ..speed.graphs.step_loop import State, Steps, begin_steps
 from .ball import Ball, projected
 from .base import run_alone
@@ -57,12 +57,12 @@ class FABT(EngineAttack):
     def name(self, context: AttackContext) -> str:
         return f"FAB-T {self.resolved_for(context).steps}" + targets_and_times(self.n_target_classes, self.restarts)
 
-    def cost(self, context: AttackContext) -> int:
+    def cost(self, context: AttackContext) -> Passes:
         # At its end a run scores its last point and its nearest point. The model also judges the nearest point.
         steps, draws, _, targets = self.resolved_for(context)
         runs, judges = self.restarts * (targets or 1), context.judges(draws)
         order = cost_of_borders(self.n_target_classes, context.num_classes, draws)
-        return runs * ((steps + 2) * draws + judges) + judges + order
+        return Passes((steps + 2) * draws + judges, steps * draws) * runs + order + Passes(judges)
 
     def explore(self, active: ActiveSet, objective: Objective, context: AttackContext) -> None:
         goals = nearest_borders(active, objective, self.n_target_classes)
@@ -147,6 +147,8 @@ class _FabSearch(RowSearch):
                 self._shrink(i + 1)
             if len(self.point) == 0:
                 return
+            if self.shrinks_after(i + 1) and self.active.is_over():
+                break
         if self.loop is not None:
             vars(self).update(self.loop.values(*self._names()))
         self._end_loop()

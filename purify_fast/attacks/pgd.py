@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._validation import AtLeast0, Count, GradientPrecision, Range
 from ..ops.pgd_step import per_pixel, pgd_step
-from ..protocols import Classifier
+from ..protocols import Classifier, Passes
 from ..speed.graphs.step_loop import State, begin_steps
 from .arguments import check_tensor
 from .ball import Ball, normal_in_ball, sample_in_ball
@@ -141,7 +141,7 @@ class PGD(InBall):
         resolved = self.resolved_for(context)
         return f"{self.label}-{resolved.steps} {resolved.loss}{times(self.restarts)}"
 
-    def cost(self, context: AttackContext) -> int:
+    def cost(self, context: AttackContext) -> Passes:
         return cost_of_ascents(self, context)
 
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> AttackResult:
@@ -277,9 +277,9 @@ class FGSM(InBall):
     def name(self, context: AttackContext) -> str:
         return f"FGSM {self.resolved_for(context).loss}"
 
-    def cost(self, context: AttackContext) -> int:
+    def cost(self, context: AttackContext) -> Passes:
         # The gradient takes all draws. The count of unmoved images takes one prediction of the clean image.
-        return self.draws(context) + 1
+        return Passes(self.draws(context) + 1, self.draws(context))
 
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> AttackResult:
         # The length of the first step is eps.

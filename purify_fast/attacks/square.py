@@ -26,7 +26,7 @@ from .._validation import Count
 from ..ops import square_proposal
 from ..ops.philox import Stream, philox, philox_key
 from ..ops.square_proposal import PLACES, TINY, signs
-from ..protocols import Classifier
+from ..protocols import Classifier, Passes
 from ..speed.graphs.step_loop import State, Steps, begin_steps
 from .ball import Ball, projected
 from .base import run_alone, times
@@ -85,11 +85,11 @@ class Square(EngineAttack):
     def may_end_early(self, context: AttackContext) -> bool:
         return self.give_up and self.draws(context) == 1 and self.n_queries > GIVEN_UP_AFTER[0]
 
-    def cost(self, context: AttackContext) -> int:
+    def cost(self, context: AttackContext) -> Passes:
         # The clean image is judged before the runs. A run scores first point and proposals, and judges the last point.
         draws = self.draws(context)
         judges = context.judges(draws)
-        return judges + self.restarts * ((1 + self.n_queries) * draws + judges)
+        return Passes(judges + self.restarts * ((1 + self.n_queries) * draws + judges))
 
     def ball(self, x: Tensor, y: Tensor, context: AttackContext) -> Ball:
         ball = super().ball(x, y, context)
@@ -101,7 +101,7 @@ class Square(EngineAttack):
     def explore(self, active: ActiveSet, objective: Objective, context: AttackContext) -> None:
         for restart in range(self.restarts):
             left = active.left()
-            if len(left) == 0:
+            if len(left) == 0 or active.is_over():
                 break
             if not takes_every_size(left.device):
                 # Copies of the first rows fill the batch up to one of few sizes, so that few graphs are needed.
@@ -264,6 +264,8 @@ class _SquareSearch:
                 self._give_up(self.monitor, some_of(self.monitor.lost(query, -self.margin)))
             if len(self.owner) == 0:
                 return
+            if rounds % ROUNDS == 0 and self.active.is_over():
+                break
         self._read()
         self.active.tried.index_fill_(0, self.owner, True)
         self._judge(slice(None))

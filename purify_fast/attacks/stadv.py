@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .._tensors import per_image, per_sample
 from .._validation import AtLeast0, Count, check_types
-from ..protocols import Classifier
+from ..protocols import Classifier, Passes
 from .arguments import check_eps, check_images
 from .ball import Ball, sample_in_ball
 from .base import Attack, AttackResult, ThreatModel, cost_of_ascents, run_alone, times, worst_of_runs
@@ -124,7 +124,7 @@ class StAdv(Attack):
         resolved = self.resolved_for(context)
         return f"StAdv-{resolved.steps} {resolved.loss}{times(self.restarts)}"
 
-    def cost(self, context: AttackContext) -> int:
+    def cost(self, context: AttackContext) -> Passes:
         return cost_of_ascents(self, context)
 
     def threat_model(self, context: AttackContext) -> ThreatModel:

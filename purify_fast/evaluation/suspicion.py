@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from .._tensors import digest
+from ..protocols import Passes
 from .alarms.probes import PROBED, Before, Probes, asked_before, compared_gradients, has_no_gradient, probe
-from .alarms.signs import IDENTITIES, Evidence, findings
+from .alarms.signs import IDENTITIES, Evidence, findings, signs_of_masking
 from .results.rows import Worst, count_fallen
 from .run.measure import Measure
 from .run.progress import counted_model
@@ -86,32 +87,41 @@ class Suspicion:
         settings = {"probes": [PROBED, subject.data, subject.seed, subject.is_random, *ball]}
         return self.measure.cache.key(settings | more, subject.model)
 
-    def ask_before(self, before: Before, costs: Sequence[int | None]) -> Probes:
-        """Run the probes before the attacks, in the first process."""
-        measure, progress = self.measure, self.measure.progress
-        context, subject = measure.context, measure.subject
-        progress.costs = [None, *costs]
+    def ask_before(self, before: Before) -> Probes:
+        """Run the probes before the attacks, in the first process; each is kept as soon as it is made."""
+        measure, context, subject = self.measure, self.measure.context, self.measure.subject
+        progress = measure.progress
         model = counted_model(subject.model, progress)
+
+        def keep(
+            name: str, most: Passes, settings: dict[str, Any], make: Callable[[], dict[str, Any]]
+        ) -> dict[str, Any]:
+            def shown() -> dict[str, Any]:
+                progress.costs.insert(progress.rows, most)
+                with progress.row(f"probe: {name}", most):
+                    made = make()
+                progress.next_row()
+                return made
+
+            return measure.cache.values(self.probes_key({"probe": name} | settings), shown)
 
         def ask() -> Probes:
             at_once = subject.room.limit(context.max_forward_batch)
-            return asked_before(before, replace(context, max_forward_batch=at_once), model)
+            return asked_before(before, replace(context, max_forward_batch=at_once), model, keep, self.settled)
 
-        def make() -> dict[str, Any]:
-            # If memory runs out, the probes run again with fewer images at once.
-            with progress.row("probes", None):
-                return asdict(subject.room.within(ask))
-
-        key = self.probes_key({"before": True})
-        asked = Probes(**measure.shards.from_first(lambda: measure.cache.values(key, make)))
-        progress.next_row()
+        # If memory runs out, the probes run again with fewer images at once.
+        asked = Probes(**measure.shards.from_first(lambda: asdict(subject.room.within(ask))))
         return asked
+
+    def settled(self, asked: Probes) -> bool:
+        """Tell whether the measurements contain a sign of masked gradients."""
+        return bool(signs_of_masking(asked, self.measure.subject.is_random))
 
     def all_probes(self, before: Before, asked: Probes, evidence: Evidence) -> Probes:
         """Return the results of all probes; cached results are used only if the attacks before them were the same."""
         context, subject = self.measure.context, self.measure.subject
         # `left`: the first images that withstood every attack on the deployed model; without an attack, none.
-        n = min(PROBED, len(subject.y), max(row.n for row in evidence.rows))
+        n = min(asked.n, max(row.n for row in evidence.rows))
         wrong = evidence.wrong(n)
         left = np.zeros(n, dtype=bool) if wrong is None else wrong == 0
         attacks = {"attacks": [row.attack for row in evidence.rows], "left": digest(torch.from_numpy(left.copy()))}

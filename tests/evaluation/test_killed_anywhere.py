@@ -23,6 +23,7 @@ from purify_fast.evaluation import AttackSpec
 from purify_fast.evaluation.alarms import probes
 from purify_fast.evaluation.run.progress import Progress
 from purify_fast.evaluation.surrogates.copies import Softened
+from purify_fast.protocols import Passes
 
 #: The function during which the process is killed, and the number of the call.
 MOMENTS = (
@@ -65,6 +66,8 @@ def plain(report):
     for values in (content["about"], *content["rows"]):
         del values["seconds"]
     del content["about"]["peak_memory"]
+    # an evaluation that uses kept rows does not know what they cost
+    content["about"].pop("passes", None)
     return content
 
 
@@ -118,10 +121,15 @@ def test_a_log_gets_plain_lines_with_the_rate_and_the_time_left(capsys, monkeypa
         *labelled(6), eps=0.01, attacks=[PGD(steps=2), PGD(steps=3)], name="mine", probes=probes, progress=True
     )
     lines = capsys.readouterr().err.splitlines()
-    # the probes come first, as a row with lines of its own
-    first = "mine: row 2 of 3, PGD-2 ce:" if probes else "mine: row 1 of 2, PGD-2 ce:"
+    # the probes come first, as rows of their own
+    asked = [re.match(r"mine: row (\d+) of (\d+), probe: ", line) for line in lines]
+    numbers = {(int(found[1]), int(found[2])) for found in asked if found}
+    last = max(number for number, _ in numbers) if numbers else 0
+    assert all(of == number + 2 for number, of in numbers) and (len(numbers) > 3) is probes
+    first = f"mine: row {last + 1} of {last + 2}, PGD-2 ce:"
     assert any(line.startswith(first) and "predictions/s" in line for line in lines)
-    assert (sum(line.startswith("mine: row 1 of 3, probes:") for line in lines) > 20) is probes
+    plans = [line for line in lines if line.startswith("mine: plan: 2 attacks on 6 images, at most ")]
+    assert len(plans) == 1 + probes and ("; about 00:0" in plans[-1]) is probes
     assert not any("\r" in line or "\033" in line for line in lines)
     assert 0 <= float(report.about["seconds"]) < 600
     assert re.fullmatch(r"\d+\.\d\d GB", report.about["peak_memory"])
@@ -139,15 +147,15 @@ def test_only_images_that_withstood_count_for_the_time_left(monkeypatch):
     report = evaluate(net, x, torch.zeros(8).long(), eps=0.3, attacks=plan)
     assert report.rows[1].accuracy == 0.5
     one, every = seen[1][0], seen[2][0]
-    assert 0 < one < every and seen == [[4 * one, one, every], [one, every], [every], []]
+    assert 0 < one.forwards < every.forwards and seen == [[one * 4, one, every], [one, every], [every], []]
 
 
 def test_the_time_left_is_of_what_is_left():
-    progress = Progress("mine", False, [100, 20, 50])
+    progress = Progress("mine", False, [Passes(each) for each in (100, 20, 50)])
     assert progress.left() == "time left not known"
     with mock.patch.object(Progress, "rate", 10.0):
-        with progress.row("first", 100):
-            progress.count(60)
+        with progress.row("first", Passes(100)):
+            progress.count(Passes(60))
             assert progress.left() == "00:11 left at most"
         progress.next_row()
         # kept by an earlier run

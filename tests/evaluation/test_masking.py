@@ -8,7 +8,7 @@ from reports import probed
 from small_models import Made
 
 from purify_fast.attacks import PGD
-from purify_fast.evaluation import suspicion
+from purify_fast.evaluation.alarms import probes
 from purify_fast.evaluation.alarms.signs import signs_of_masking
 
 
@@ -58,7 +58,7 @@ def test_an_honest_model_is_attacked_as_without_the_signs():
 def test_kept_rows_and_signs_are_used_again(tmp_path, made_rows, monkeypatch):
     once = judged(rounded(), n=24, out=tmp_path)
     made = len(made_rows)
-    monkeypatch.setattr(suspicion, "asked_before", lambda *_: pytest.fail("the signs are looked for again"))
+    monkeypatch.setattr(probes, "apgd", lambda *_, **__: pytest.fail("the signs are looked for again"))
     again = judged(rounded(), n=24, out=tmp_path)
     assert len(made_rows) == made and again.attacks == once.attacks and again.notes == once.notes
     assert again.findings == once.findings and again.curves == once.curves

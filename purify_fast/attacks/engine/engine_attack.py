@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..._validation import Count, GradientPrecision
-from ...protocols import Classifier
+from ...protocols import Classifier, Passes
 from ..attacked_model import drawn_once_per_call, frozen
 from ..base import AttackResult, InBall, source_of, times
 from ..context import AttackContext
@@ -28,6 +28,9 @@ CANDIDATES = 20
 #: The order of the dual norm for each ball's norm. Within the ball a linear function changes by at most the radius
 #: times the dual norm of its gradient.
 DUAL = {"linf": 1.0, "l2": 2.0, "l1": torch.inf}
+#: The warnings of a search that ran out of time, and of one whose gradients were useless.
+CUT = "runs ended before their last step, because the time was over"
+BLIND = "runs ended after their first step, because all of their gradients were zero or not finite"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +71,7 @@ class EngineAttack(InBall):
             judge = Judge(target, judges, most, apart, context.judge_share)
             active = ActiveSet(x, y, ball, judge, ids)
             active.health = GradientHealth() if context.counts_health else None
+            active.until = context.until
             if source is None:
                 source = source_of(target, x, self.precision, context.copies)
             with frozen(source):
@@ -78,7 +82,8 @@ class EngineAttack(InBall):
                 active.judge_clean_images(leave=getattr(self, "leave_when_fallen", True))
                 self.explore(active, objective, context)
         stood_still = (~active.fallen & ~active.tried).sum()
-        return AttackResult(active.best, active.health, fell_to=active.fell_to, stood_still=stood_still)
+        warnings = [BLIND] * active.ended_blind + [CUT] * active.was_cut
+        return AttackResult(active.best, active.health, warnings, active.fell_to, stood_still)
 
     def may_end_early(self, context: AttackContext) -> bool:
         return self.give_up and self.resolved_for(context).steps >= FEWEST_STEPS
@@ -101,10 +106,11 @@ def likeliest_wrong(logits: Tensor, y: Tensor, count: int | None) -> tuple[Tenso
     return wrong.topk(min(count or classes, classes - 1), 1).indices.unbind(1)
 
 
-def cost_of_borders(count: int | None, classes: int, draws: int) -> int:
-    """Return the number of forward passes per image that `nearest_borders` makes, for ``classes`` classes."""
+def cost_of_borders(count: int | None, classes: int, draws: int) -> Passes:
+    """Return the number of passes per image that `nearest_borders` makes, for ``classes`` classes."""
     searched = min(max(count or classes, CANDIDATES), classes - 1)
-    return 1 + (searched * draws if searched > 1 else 0)
+    gradients = searched * draws if searched > 1 else 0
+    return Passes(1 + gradients, gradients)
 
 
 def nearest_borders(active: ActiveSet, objective: Objective, count: int | None) -> tuple[Tensor, ...]:
@@ -128,6 +134,10 @@ def nearest_borders(active: ActiveSet, objective: Objective, count: int | None) 
             # The gradient is a sum over the draws, but the loss is a mean. The loss is negative while the label has the
             # higher logit.
             distances.append(-objective.eot_iter * at_image.loss / slope.clamp_min(torch.finfo(slope.dtype).tiny))
+            if not bool(slope.any()):
+                # Without gradients the order of the logits stays, and further candidates would cost the same again.
+                break
+        distances += [torch.full_like(distances[0], torch.inf)] * (len(candidates) - len(distances))
         ranked = torch.stack(distances, 1).nan_to_num(nan=torch.inf).argsort(dim=1, stable=True)
         goals[left] = torch.stack(candidates, 1).gather(1, ranked[:, :count])
     return goals.unbind(1)

@@ -7,6 +7,8 @@ batch size takes time, so a shrinking batch has only sizes from a fixed list, an
 
 from __future__ import annotations
 
+import math
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -66,7 +68,8 @@ class ActiveSet:
     Without ``leave``, every image is attacked to the end, and ``fallen`` remains False. ``score`` is the share of
     misclassified draws and the loss of the best point, ``[2, N]``. ``felled_by`` is the number of the run, or -1.
     ``tried`` is True for images with a complete search, or a search that came nearer to the border before it was given
-    up.
+    up. ``ended_blind``: a run ended with its first step, because all gradients were zero or not finite. ``was_cut``: a
+    run ended at the time ``until``.
     """
 
     def __init__(self, x: Tensor, y: Tensor, ball: Ball, judge: Judge, ids: Tensor):
@@ -77,6 +80,14 @@ class ActiveSet:
         self.tried = torch.zeros_like(y, dtype=torch.bool)
         self.gains, self.fell_to = Gains(), dict[str, int]()
         self.health: GradientHealth | None = None
+        self.ended_blind = self.was_cut = False
+        self.until = math.inf
+
+    def is_over(self) -> bool:
+        """Tell whether the search ends here, because its time is over."""
+        over = time.monotonic() > self.until
+        self.was_cut |= over
+        return over
 
     def judge_clean_images(self, leave: bool = True) -> None:
         """Judge the clean images; with ``leave``, a misclassified clean image has fallen already."""
@@ -162,7 +173,7 @@ def waves(
     # Rows are numbered: image i in run r has the number r * count + i.
     firsts = torch.arange(restarts * len(goals), device=x.device)[:, None] * count
     is_first, following = True, 0
-    while len(left := active.left()):
+    while len(left := active.left()) and not active.is_over():
         rows_left = (firsts + left).flatten()
         rows_left = rows_left[rows_left >= following]
         if len(rows_left) == 0:

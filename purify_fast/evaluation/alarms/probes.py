@@ -8,21 +8,22 @@ step of the images, the logits should also change as the model's gradients predi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ...attacks import AttackContext, apgd
+from ...attacks import APGD, AttackContext, apgd
 from ...attacks.attacked_model import gradient_to
 from ...attacks.base import ThreatModel
 from ...attacks.losses import margin, usable_loss
-from ...protocols import Classifier, FixedNoise, supports
+from ...protocols import Classifier, FixedNoise, Passes, supports
 from ...speed.agreement import BFLOAT16, apart, differ
 from ..request.fingerprint import state_hash
 from ..request.subject import Subject, Variant
+from ..surrogates.copies import Surrogates, in_order
 
 #: The reasons why a model's gradients cannot be compared with the measured changes of its output.
 Missing = Literal["not finite", "no gradient", "zero gradient"]
@@ -46,9 +47,15 @@ ITERATIONS = (1, 3, 10, 30)
 DRAWS = (1, 4, 16)
 #: The draws that judge an image of a random model after a short attack: one unlucky draw must not decide.
 JUDGES = 9
-#: The number of target classes of each targeted short attack. On a random model, where each step takes several draws,
-#: only the nearest class is tried.
-TARGETS, TARGETS_OF_RANDOM = 2, 1
+#: The number of target classes of each targeted short attack.
+TARGETS = 2
+#: On a random model: the number of images that are probed together, of images that order the surrogates, and of
+#: surrogates that then attack the images of a group.
+GROUP, RANKED, MOST_COPIES = 16, 8, 2
+#: A larger margin counts as this one when surrogates are ordered.
+LARGEST = 1e3
+#: The passes of an image for the comparison of gradients with small steps, at the image and near it.
+DIFFERENCES = Passes(1 + 4 * DIRECTIONS * len(SMALL), 1) * 2
 
 Curve = list[tuple[float, float]]
 
@@ -70,6 +77,8 @@ class Probes:
         copies: by name of the surrogate, in the order of the attacks: for each image, 1 if it first fell to this
             surrogate, otherwise 0.
         absent: by name of a missing surrogate: the reason why it is missing.
+        order: names of the surrogates; those whose gradients lowered the margins of a few images most come first.
+        stands: share of the correctly classified images that withstand the short attacks; an estimate for the plan.
         points: for a random model, the last point to which each image fell, or the clean image, ``[n, C, H, W]``.
         left: for each image, whether it withstood every attack of the report (a random model: in all choosing draws).
         batch_changes: share of the predictions that depend on the batch; None if it cannot be measured.
@@ -88,6 +97,8 @@ class Probes:
     fell: list[int] = field(default_factory=list)
     copies: dict[str, list[int]] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
+    order: list[str] = field(default_factory=list)
+    stands: float = 1.0
     points: Tensor | None = None
     left: list[bool] = field(default_factory=list)
     batch_changes: float | None = 0.0
@@ -96,6 +107,11 @@ class Probes:
     later_changes: float = 0.0
     state_changed: bool = False
     sets_seed: bool = False
+
+    @property
+    def is_blind(self) -> bool:
+        """Tell whether the model's own gradients cannot be used at all."""
+        return isinstance(self.cosine, str)
 
     def fallen(self, *masks: Sequence[int]) -> list[int]:
         """The indices of the images that withstood every attack of the report, but fell to a probe in the same ball.
@@ -116,40 +132,98 @@ class Probes:
         return {name: [list(point) for point in curve] for name, curve in named.items() if curve}
 
 
-def _effort(subject: Subject, context: AttackContext) -> tuple[int, int, int]:
-    """Return the numbers of a short attack: draws per step, draws that judge an image, and target classes."""
-    if subject.is_random:
-        return min(4, context.predictions(context.eot_iter)), JUDGES, TARGETS_OF_RANDOM
-    return 1, 1, TARGETS
+#: Makes the values of a probe, or reads them from the cache: `Keep(name, most passes, settings, make)`.
+Keep = Callable[[str, Passes, dict[str, Any], Callable[[], dict[str, Any]]], dict[str, Any]]
 
 
-def asked_before(before: Before, context: AttackContext, model: Classifier) -> Probes:
-    """Make the measurements before the attacks of the report."""
+def asked_before(
+    before: Before, context: AttackContext, model: Classifier, keep: Keep, settled: Callable[[Probes], bool]
+) -> Probes:
+    """Make the measurements before the attacks of the report.
+
+    A random model is probed in groups of images, until surrogates found no image of a group, or until the measurements
+    are ``settled``: they contain a sign of masked gradients.
+    """
     subject, x, y = before.subject, before.x, before.y
-    some, draws = slice(subject.batch_size), DRAWS if subject.is_random else ()
-    parts = torch.arange(len(x), device=x.device).split(context.batch_size or len(x))
+    some, is_random = slice(subject.batch_size), subject.is_random
+
+    def differ() -> dict[str, Any]:
+        cosine, without = differences(subject, y[some], x[some], near(context, x)[some])
+        return {"cosine": cosine, "without_gradient": without}
+
+    asked = Probes(0, [], **keep("gradients and small steps", DIFFERENCES * len(x), {}, differ))
+    # On a random model every search costs several draws. If its gradients are useless, no search follows them.
+    blind = is_random and settled(replace(asked, n=len(x)))
     short = replace(context, batch_size=subject.batch_size)
-    sweeps = [_sweep(before, model, part, short) for part in parts]
-    curves, own, copied, missing, reached = zip(*sweeps, strict=True)
-    steps = [(float(n), _share(torch.cat(each))) for n, each in zip(ITERATIONS, zip(*curves, strict=True), strict=True)]
-    eot = [(float(n), _share(torch.cat([_over_draws(n, before, model, part, short) for part in parts]))) for n in draws]
-    cosine, without = differences(subject, y[some], x[some], near(context, x)[some])
+    for part in torch.arange(len(x), device=x.device).split(GROUP if is_random else context.batch_size or len(x)):
+        asked = _joined(asked, _sweep(before, _Short(before, model, part, short, keep), asked, blind))
+        if is_random and (not any(map(sum, asked.copies.values())) or settled(asked)):
+            break
+    return asked
+
+
+def _joined(asked: Probes, more: Probes) -> Probes:
+    """Add the measurements on further images."""
+    if asked.n == 0:
+        return more
+
+    def means(one: Curve, other: Curve) -> Curve:
+        total = asked.n + more.n
+        return [(n, (a * asked.n + b * more.n) / total) for (n, a), (_, b) in zip(one, other, strict=True)]
+
     # A part whose images all fell to the model's own gradients has no result for the surrogates.
-    names = dict.fromkeys(name for each in copied for name in each)
-    copies = {
-        name: [fell for each, mask in zip(copied, own, strict=True) for fell in each.get(name, [0] * len(mask))]
-        for name in names
-    }
-    return Probes(
-        len(x),
-        steps,
-        cosine,
-        without,
+    names = dict.fromkeys([*asked.copies, *more.copies])
+    parts = asked, more
+    return replace(
+        asked,
+        n=asked.n + more.n,
+        steps=means(asked.steps, more.steps),
+        eot=means(asked.eot, more.eot),
+        fell=asked.fell + more.fell,
+        copies={name: [fell for each in parts for fell in each.copies.get(name, [0] * each.n)] for name in names},
+        points=None if asked.points is None or more.points is None else torch.cat([asked.points, more.points]),
+    )
+
+
+def _sweep(before: Before, short: _Short, asked: Probes, blind: bool) -> Probes:
+    """Attack some images shortly by the gradients of the model itself, and of its surrogates."""
+    context, is_random = short.context, before.subject.is_random
+    surrogates, absent = before.subject.surrogates(ThreatModel(context.norm, float(context.eps)))
+    loss = usable_loss("dlr_targeted", context.num_classes)
+    targeted: dict[str, Any] = {"steps": STEPS, "loss": loss, "n_target_classes": TARGETS, "seed": context.seed + 1}
+    right, steps, eot = short.right, Curve(), Curve()
+    standing = right
+    if not is_random:
+        for count in ITERATIONS:
+            standing = short.robust(f"{count} steps", standing, steps=count)
+            steps.append((float(count), _share(standing)))
+        standing = short.robust(f"{STEPS} steps towards other classes", standing, **targeted)
+    elif not blind:
+        standing = short.robust(f"{STEPS} steps", standing, steps=STEPS)
+        for draws in DRAWS:
+            left = short.robust(f"gradients over {draws} draws", torch.ones_like(right), eot_iter=draws)
+            eot.append((float(draws), _share(left)))
+    own, copies, order = right & ~standing, dict[str, list[int]](), asked.order
+    stands = 1.0
+    if bool(standing.any()):
+        if is_random and not order:
+            order, stands = short.order(standing, surrogates)
+        most = 0 if blind else MOST_COPIES if is_random else len(surrogates)
+        for name, surrogate in in_order(surrogates, order)[:most]:
+            options = {"steps": STEPS} if is_random else targeted
+            left = short.robust(f"the gradients of {name}", standing, gradients_from=surrogate, **options)
+            standing, copies[name] = left, (standing & ~left).int().tolist()
+    return replace(
+        asked,
+        n=len(short.part),
+        steps=steps,
         eot=eot,
-        fell=[each for mask in own for each in mask],
+        fell=own.int().tolist(),
         copies=copies,
-        absent={name: reason for each in missing for name, reason in each.items()},
-        points=torch.cat(reached) if subject.is_random else None,
+        absent=absent,
+        order=order or sorted(copies, key=lambda name: -sum(copies[name])),
+        stands=stands if blind else float(standing.sum() / right.sum().clamp(min=1)),
+        points=short.points.cpu() if is_random else None,
     )
 
 
@@ -178,63 +252,52 @@ def probe(before: Before, context: AttackContext, asked: Probes, left: Sequence[
     )
 
 
-def _sweep(
-    before: Before, model: Classifier, part: Tensor, context: AttackContext
-) -> tuple[list[Tensor], list[int], dict[str, list[int]], dict[str, str], Tensor | None]:
-    """Measure the fields ``steps``, ``fell``, ``copies``, ``absent`` and ``points`` of `Probes` for some images."""
-    short = _Short(before, model, part, context)
-    right = standing = short.right(short.x, short.y)
-    steps = list[Tensor]()
-    for count in ITERATIONS:
-        standing = short.robust(standing, steps=count)
-        steps.append(standing.cpu())
-    targeted: dict[str, Any] = {
-        "steps": STEPS,
-        "loss": usable_loss("dlr_targeted", context.num_classes),
-        "n_target_classes": short.targets,
-        "seed": context.seed + 1,
-    }
-    standing = short.robust(standing, **targeted)
-    own, copies, absent = right & ~standing, dict[str, list[int]](), dict[str, str]()
-    if bool(standing.any()):
-        ball = ThreatModel(context.norm, float(context.eps))
-        for name, surrogate in before.subject.surrogates(ball, absent):
-            left = short.robust(standing, gradients_from=surrogate, **targeted)
-            standing, copies[name] = left, (standing & ~left).int().tolist()
-    points = short.points.cpu() if before.subject.is_random else None
-    return steps, own.int().tolist(), copies, absent, points
-
-
-def _over_draws(draws: int, before: Before, model: Classifier, part: Tensor, context: AttackContext) -> Tensor:
-    """Tell which of some images withstand a short attack that averages ``draws`` draws per step, bool ``[n]``."""
-    return _Short(before, model, part, context).robust(torch.ones_like(part, dtype=torch.bool), eot_iter=draws).cpu()
-
-
 class _Short:
     """Short attacks on some of the first images, whose indices are ``part``."""
 
-    def __init__(self, before: Before, model: Classifier, part: Tensor, context: AttackContext):
+    def __init__(self, before: Before, model: Classifier, part: Tensor, context: AttackContext, keep: Keep):
         self.x, self.y, self.part, self.model, self.context = before.x[part], before.y[part], part, model, context
-        self.draws, self.judges, self.targets = _effort(before.subject, context)
+        self.random, self.keep = before.subject.is_random, keep
+        self.judges = JUDGES if self.random else 1
+        self.draws = min(4, context.predictions(context.eot_iter)) if self.random else 1
         #: For each image the last point that fell, or the clean image.
         self.points = self.x.clone()
         # The result does not depend on the probes that ran before.
         torch.manual_seed(context.seed)
+        self.right = self.rightly(self.x, self.y)
 
-    def right(self, x: Tensor, y: Tensor) -> Tensor:
+    def rightly(self, x: Tensor, y: Tensor) -> Tensor:
         """Tell for which images more than half of the draws are correct, bool ``[n]``."""
         logits = (in_parts(self.model, self.context.batch_size or len(x))(x) for _ in range(self.judges))
         right = [(each.argmax(1) == y) & each.isfinite().any(1) for each in logits]
         return torch.stack(right).float().mean(0) > 0.5
 
-    def robust(self, among: Tensor, **options: Any) -> Tensor:
+    def robust(self, name: str, among: Tensor, gradients_from: Classifier | None = None, **options: Any) -> Tensor:
         """Attack images by Auto-PGD, and tell which of them are still classified correctly, bool ``[n]``."""
-        context, robust, at = self.context, among.clone(), among.nonzero()[:, 0]
-        torch.manual_seed(context.seed)
+        at = among.nonzero()[:, 0]
         if len(at) == 0:
-            return robust
+            return among.clone()
         settings: dict[str, Any] = {"seed": 0, "steps": SWEEP, "eot_iter": self.draws, "loss": "margin"} | options
-        attacked = apgd(
+
+        def make() -> dict[str, Any]:
+            robust, points = among.clone(), self.points.clone()
+            attacked = self.attacked(at, settings, gradients_from)
+            robust[at] = self.rightly(attacked, self.y[at])
+            fell = ~robust[at]
+            points[at[fell]] = attacked[fell]
+            return {"robust": robust.tolist(), "points": points.cpu() if self.random else torch.zeros(0)}
+
+        first, most = int(self.part[0]), (self.cost(settings) + Passes(self.judges)) * len(at)
+        kept = self.keep(name, most, settings | {"first": first, "among": among.tolist()}, make)
+        if self.random:
+            self.points = kept["points"].to(self.points)
+        return torch.tensor(kept["robust"], device=among.device)
+
+    def attacked(self, at: Tensor, settings: dict[str, Any], gradients_from: Classifier | None) -> Tensor:
+        """The points of a short attack on the images ``at``."""
+        context = self.context
+        torch.manual_seed(context.seed)
+        return apgd(
             self.model,
             self.x[at],
             self.y[at],
@@ -244,13 +307,37 @@ class _Short:
             sample_ids=self.part[at],
             precision="auto",
             copies=context.copies,
+            gradients_from=gradients_from,
             max_forward_batch=context.max_forward_batch or context.batch_size,
             **settings,
         )
-        robust[at] = self.right(attacked, self.y[at])
-        fell = ~robust[at]
-        self.points[at[fell]] = attacked[fell]
-        return robust
+
+    def cost(self, settings: dict[str, Any]) -> Passes:
+        """The largest numbers of passes per image of a short attack."""
+        own = {each.name for each in fields(APGD)}
+        attack = APGD(**{name: value for name, value in settings.items() if name in own})
+        return attack.cost(replace(self.context, judge_draws=self.judges, draws_differ=self.random))
+
+    def order(self, among: Tensor, surrogates: Surrogates) -> tuple[list[str], float]:
+        """The names of surrogates, and the share of a few images that withstand all of them.
+
+        First come the surrogates whose gradients lower the margins of the images most.
+        """
+        at = among.nonzero()[:RANKED, 0]
+        settings: dict[str, Any] = {"seed": 0, "steps": SWEEP, "eot_iter": 1, "loss": "margin"}
+
+        def leads(x: Tensor) -> list[float]:
+            """The margins by which the model itself is right; less than 0 counts as 0."""
+            draws = torch.stack([-margin(self.model(x).float(), self.y[at]) for _ in range(self.judges)])
+            return draws.mean(0).nan_to_num(0.0, posinf=LARGEST).clamp(0, LARGEST).tolist()
+
+        def make() -> dict[str, Any]:
+            return {name: leads(self.attacked(at, settings, surrogate)) for name, surrogate in surrogates}
+
+        most = (self.cost(settings) + Passes(self.judges)) * (len(at) * len(surrogates))
+        reached = self.keep("the order of the surrogates", most, settings | {"at": at.tolist()}, make)
+        fell = [min(each) == 0 for each in zip(*reached.values(), strict=True)]
+        return sorted(reached, key=lambda name: sum(reached[name])), 1 - sum(fell) / max(1, len(fell))
 
 
 def near(context: AttackContext, x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from ...attacks.engine.engine_attack import EngineAttack
 from ...attacks.heads import HEADS, AttackersHead
 from ...attacks.losses import ApgdLoss
 from ...protocols import Classifier, DeterministicMode, FixedNoise, SampleLogits, is_purifier, supports
-from ..surrogates.copies import WithoutNoise
+from ..surrogates.copies import WithoutNoise, in_order
 from .config import ProtocolName
 from .published import authors_attacks, strong_attacks
 from .specs import AttackSpec, lee_kim_2023
@@ -41,6 +41,12 @@ NEAREST, RANDOM_NEAREST, FEWEST_NEAREST = 20, 24, 10
 SHORT_QUERIES = 1000
 #: The number of draws that "rand" averages per step, as AutoAttack's version "rand" does.
 RAND_DRAWS = 20
+#: The attacks along the gradients of a surrogate.
+TRANSFER = APGD(loss="dlr_targeted", precision="float32")
+SHORT_TRANSFER = APGD(loss="margin", steps=20, precision="float32")
+#: The long attacks of "fast" on a random model, along the gradients of this number of surrogates.
+FAST_TRANSFER = APGD(loss="margin_targeted", steps=50, n_target_classes=4, precision="float32")
+QUICK_TRANSFERS = 2
 #: Further random starts of "strong", each in its own row: it shows how many images still fall to the last.
 RESTARTS = 2
 
@@ -113,7 +119,7 @@ def _without_noise(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
     """Specify, for a random model, an attack with the gradients of the model without noise."""
     if not (subject.is_random and supports(subject.base_model, DeterministicMode)):
         return []
-    return [_transferred(*pair) for pair in subject.surrogates(ball) if isinstance(pair[1], WithoutNoise)]
+    return [_transferred(*pair) for pair in subject.surrogates(ball)[0] if isinstance(pair[1], WithoutNoise)]
 
 
 def _rand(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
@@ -129,7 +135,7 @@ def _strong(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
     attacks.append(_left(APGD(loss="dlr_targeted", precision="bfloat16"), "APGD-T, gradients in bfloat16"))
     attacks += [replace(spec, survivors_only=True) for spec in _of_its_kind(subject, ball)]
     attacks += _through_heads(subject)
-    attacks += [_transferred(*pair) for pair in subject.surrogates(ball)]
+    attacks += [_transferred(*pair) for pair in subject.surrogates(ball)[0]]
     attacks += [_left(FABT(n_target_classes=None)), _left(Square()), *_complete(subject, ball)]
     again = APGD(loss="dlr_targeted", n_target_classes=None, precision="float32")
     for i in range(RESTARTS):
@@ -163,13 +169,24 @@ def _of_its_kind(subject: Subject, ball: ThreatModel) -> Sequence[AttackSpec]:
     return [lee_kim_2023(ball.eps, leave=True)] if bare and subject.is_random and ball.norm == "linf" else []
 
 
-def without_early_stops(attacks: Sequence[AttackSpec], subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
-    """Give every attack all remaining images and all of its steps, and add attacks with the gradients of surrogates."""
+def without_early_stops(
+    attacks: Sequence[AttackSpec], subject: Subject, ball: ThreatModel, order: Sequence[str], quick: bool = False
+) -> list[AttackSpec]:
+    """Give every attack all remaining images and all of its steps, and add attacks with the gradients of surrogates.
+
+    The surrogates come in the ``order`` of their names. On a random model each has a short attack first, so that few
+    images are left for the long ones. With ``quick``, only the first of them have a long attack.
+    """
     whole = [_whole(spec) for spec in attacks]
-    named = {spec.label for spec in whole}
-    joined = [_transferred(*pair) for pair in subject.surrogates(ball)]
+    surrogates = in_order(subject.surrogates(ball)[0], order)
+    joined = [_transferred(*pair) for pair in surrogates]
+    if subject.is_random:
+        long = [_transferred(*pair, FAST_TRANSFER) for pair in surrogates[:QUICK_TRANSFERS]] if quick else joined
+        joined = [*(_transferred(*pair, SHORT_TRANSFER) for pair in surrogates), *long]
+    named = {spec.label for spec in joined}
+    whole = [spec for spec in whole if spec.label not in named]
     at = next((i for i, spec in enumerate(whole) if isinstance(spec.resolved, (FABT, Square))), len(whole))
-    return [*whole[:at], *(spec for spec in joined if spec.label not in named), *whole[at:]]
+    return [*whole[:at], *joined, *whole[at:]]
 
 
 def _whole(spec: AttackSpec) -> AttackSpec:
@@ -195,9 +212,9 @@ def _through_heads(subject: Subject) -> list[AttackSpec]:
     ]
 
 
-def _transferred(name: str, surrogate: Classifier) -> AttackSpec:
-    label = f"APGD-T by the gradients of {name}"
-    return _left(APGD(loss="dlr_targeted", precision="float32"), label, gradients_from=surrogate)
+def _transferred(name: str, surrogate: Classifier, attack: APGD = TRANSFER) -> AttackSpec:
+    kind = f"APGD-{attack.steps}" if attack is SHORT_TRANSFER else "APGD-T"
+    return _left(attack, f"{kind} by the gradients of {name}", gradients_from=surrogate)
 
 
 def _official(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:

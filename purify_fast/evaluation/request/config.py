@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from ..._validation import Count, CudaGraphs, CudnnBenchmark, check_counts, check_types
+from ..._validation import Count, CudaGraphs, CudnnBenchmark, Positive, check_counts, check_types
 
 ProtocolName = Literal["fast", "standard", "rand", "strong", "official", "authors"]
 #: The rule by which several predictions of a random model on an image count as correct: all of them are correct
@@ -61,6 +61,9 @@ class EvaluateConfig:
             CIFAR-10), for `check_witnesses` and `purify-fast check`.
         claim: a claimed robust accuracy, in percent, such as 70. The report says whether the result refutes it, and how
             probable such a result is if the claim is true. A random model is tested by the accuracy of one draw.
+        minutes: largest number of minutes that the evaluation may take, except for the step or the batch that it is in
+            when the time is over. The most telling attacks come first; the report names those that were left out or cut
+            short. Finished rows are kept in ``out``, so the same call with more minutes continues. Not with a curve.
         dataset_name: name of the data set, for the report's title. On the command line, the default is that of --data.
         together: whether the processes of torch's default process group share the work. Each process calls `evaluate`
             with the same arguments; the result is that of a single process, bit by bit. Only the first process writes
@@ -85,6 +88,7 @@ class EvaluateConfig:
     probes: bool | None = None
     keep: Literal["some", "all"] = "some"
     claim: float | None = None
+    minutes: Positive | None = None
     dataset_name: str | None = None
     together: bool = True
 
@@ -94,6 +98,10 @@ class EvaluateConfig:
         # A frozen dataclass does not allow a plain assignment.
         object.__setattr__(self, "curve", tuple(self.curve))
         check_types(self)
+        if self.minutes is not None and self.curve:
+            raise ValueError(
+                f"minutes and curve exclude each other, got minutes={self.minutes:g} and curve={self.curve}"
+            )
         if self.claim is not None and not (self.claim == 0 or 1 < self.claim <= 100):
             raise ValueError(f"claim must be 0, or a percentage above 1 and at most 100, got {self.claim!r}")
         if isinstance(self.batch_size, str) and self.batch_size != "auto":

@@ -22,17 +22,18 @@ from ...attacks.attacked_model import (
     drawn_once_per_call,
     draws_elsewhere,
     logits_of,
+    logits_of_draws,
     predicts_otherwise,
 )
 from ...attacks.base import ThreatModel
 from ...attacks.losses import margin
 from ...attacks.outputs import are_one_hot, are_probabilities
 from ...defences.stochastic import MajorityVote, undecided
-from ...protocols import Classifier
+from ...protocols import Classifier, SharesDraws, draws_for_each_image, supports
 from ...speed.agreement import BFLOAT16, FLOAT32, apart, differ
 from ...speed.memory import Room
 from ...speed.precision import float32_settings
-from ..surrogates.copies import surrogates
+from ..surrogates.copies import Surrogates, surrogates
 from .config import Predict
 
 #: The mode in which a model is attacked and judged: as it is, within ``fixed_noise(seed)``, or within
@@ -138,6 +139,7 @@ class Subject:
         self.has_probabilities = are_probabilities(one) and are_probabilities(other)
         self.has_one_hot = self.has_probabilities and are_one_hot(one) and are_one_hot(other)
         self._faults: dict[Variant, Fault | None] = {}
+        self._surrogates: dict[ThreatModel, tuple[Surrogates, dict[str, str]]] = {}
         if predict is not None and not self.is_random:
             raise ValueError(f"predict={predict!r} needs a random model: leave predict out")
         self.base_model = self.model
@@ -163,9 +165,13 @@ class Subject:
         """A copy of a few images, for tests of models."""
         return self.x[:SAMPLE].to(self.device, copy=True)
 
-    def surrogates(self, ball: ThreatModel, absent: dict[str, str] | None = None) -> list[tuple[str, Classifier]]:
-        """Surrogate models, which an adaptive attacker would attack instead of the model, by name."""
-        return surrogates(self.base_model, self.sample_images(), self.num_classes, ball, absent)
+    def surrogates(self, ball: ThreatModel) -> tuple[Surrogates, dict[str, str]]:
+        """Surrogates, which an adaptive attacker would attack, by name; and the reason why others are missing."""
+        if ball not in self._surrogates:
+            absent = dict[str, str]()
+            made = surrogates(self.base_model, self.sample_images(), self.num_classes, ball, absent)
+            self._surrogates[ball] = made, absent
+        return self._surrogates[ball]
 
     def answers_vary(self, model: Classifier, elsewhere: bool) -> bool:
         """Tell whether repeated predictions on the same images differ. Two may be equal by chance, so more are made."""
@@ -266,14 +272,19 @@ class Subject:
             self.reseed(phase)
             right, named, leads, nonfinite = [], [], torch.zeros(len(x), device="cpu"), 0
             with self.variant(variant):
-                for _ in range(draws):
-                    parts = x.split(self.batch_size)
-                    logits = torch.cat([self.logits(model, part.to(self.device, copy=True)) for part in parts])
-                    decided, nameless = logits.argmax(1), undecided(logits)
-                    leads += -margin(logits.float(), y.to(logits.device)).cpu()
-                    nonfinite += int(nameless.sum())
-                    right.append(((decided == y.to(decided.device)) & ~nameless).cpu().numpy())
-                    named.append(decided.masked_fill(nameless, -1).cpu().numpy())
+                # Only a class that promises independent draws predicts several in one call: if they had a part in
+                # common, they would agree too often.
+                together = draws if draws_for_each_image(model) or supports(model, SharesDraws) else 1
+                for _ in range(draws // together):
+                    parts = [part.to(self.device, copy=True) for part in x.split(max(1, self.batch_size // together))]
+                    calls = [logits_of_draws(model, part, together).unflatten(0, (together, -1)) for part in parts]
+                    for logits in torch.cat(calls, 1):
+                        check_classes(logits, self.num_classes)
+                        decided, nameless = logits.argmax(1), undecided(logits)
+                        leads += -margin(logits.float(), y.to(logits.device)).cpu()
+                        nonfinite += int(nameless.sum())
+                        right.append(((decided == y.to(decided.device)) & ~nameless).cpu().numpy())
+                        named.append(decided.masked_fill(nameless, -1).cpu().numpy())
             all_right = np.stack(right)
             first_wrong = np.stack(named)[all_right.argmin(0), np.arange(len(x))]
             return Judgement(all_right, nonfinite, (leads / len(right)).numpy(), first_wrong)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..._tensors import text_hash
 from ...attacks import AttackContext, AttackResult, GradientHealth
+from ...attacks.engine.engine_attack import CUT
 from ...attacks.engine.judge import Judge
 from ...attacks.losses import margin
 from ...protocols import Classifier
@@ -139,6 +140,9 @@ class AttackRun:
         for numbers in self.rounds:
             leads, no_evidence = list[float](), 0
             for number in numbers:
+                if time.monotonic() > self.context.until:
+                    sums.warnings += [CUT] if CUT not in sums.warnings else []
+                    break
                 batch = self.obtain(number, shards)
                 sums.images[self.parts[number]] = batch.images.to(self.subject.x.device)
                 sums.seconds += batch.seconds
@@ -150,7 +154,7 @@ class AttackRun:
                 usable = not batch.health.count("gradients") or batch.health.reliable
                 no_evidence += batch.stood_still if usable else len(batch.leads)
                 leads += batch.leads
-            if self.rule is not None and self.rule.record(leads, no_evidence):
+            if CUT in sums.warnings or (self.rule is not None and self.rule.record(leads, no_evidence)):
                 break
         sums.fallen = dict(fallen)
         return sums

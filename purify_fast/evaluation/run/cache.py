@@ -18,6 +18,7 @@ from torch import Tensor
 from ... import _library
 from ..._sealed import read_sealed, write_sealed
 from ..._tensors import text_hash
+from ...attacks.engine.engine_attack import CUT
 from ...ops.dispatch.registry import forced_backends
 from ...speed.precision import float32_settings
 from ...speed.processor import fast_bfloat16
@@ -49,6 +50,7 @@ class RowCache:
     """
 
     source = ""
+    used = False
 
     def __init__(self, folder: Path | None, served: str = "", revision: str | None = None):
         self.folder = None if folder is None else folder / "rows"
@@ -86,21 +88,27 @@ class RowCache:
     def row(self, key: str | None, make: Callable[[], Row]) -> Row:
         """Read a row from the cache, or make the row and cache it."""
         path = self._path(key)
-        content = read_file(path)
+        content = self._read(path)
         self.source = "" if content is None else ", from the cache"
         if content is not None:
             values, tensors = content
             return Row.from_dict(values, {name: tensor.numpy() for name, tensor in tensors.items()})
         row = make()
-        if path is not None:
+        # A row that was cut short is made again, perhaps with more time.
+        if path is not None and CUT not in row.warnings:
             arrays = {name: array for name, array in row.arrays().items() if array is not None}
             write_sealed(path, row.to_dict(), {name: torch.from_numpy(array) for name, array in arrays.items()})
         return row
 
+    def _read(self, path: Path | None) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        content = read_file(path)
+        self.used |= content is not None
+        return content
+
     def values(self, key: str | None, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Read plain values and tensors from the cache, or make the values and cache them."""
         path = self._path(key, ".values.safetensors")
-        content = read_file(path)
+        content = self._read(path)
         if content is not None:
             return content[0] | content[1]
         values = make()

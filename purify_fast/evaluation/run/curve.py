@@ -18,6 +18,7 @@ from torch import Tensor
 from ..._tensors import digest
 from ...attacks import AttackContext, GradientHealth
 from ...attacks.engine.judge import has_fallen
+from ...protocols import Passes
 from ..request.naming import ball_name, clean_name, row_name, threat_name
 from ..request.specs import AttackSpec, FunctionAttack
 from ..results.rows import Row, Worst, by_worst_points
@@ -63,10 +64,10 @@ class Curve:
         """Return the attacks of the curve with this radius."""
         return [replace(spec, attack=replace(spec.resolved, eps=radius, norm=norm)) for spec in self.specs]  # type: ignore[call-arg]
 
-    def costs(self, context: AttackContext) -> list[int | None]:
-        """Return the largest number of forward passes per image for each radius; None if a number is unknown."""
+    def costs(self, context: AttackContext) -> list[Passes | None]:
+        """Return the largest numbers of passes per image for each radius; None if a number is unknown."""
         costs = [spec.resolved.cost(context) for spec in self.specs]
-        return [None if None in costs else sum(cost or 0 for cost in costs)] * len(self.radii)
+        return [None if None in costs else sum((cost or Passes() for cost in costs), Passes())] * len(self.radii)
 
     def rows(self, measure: Measure, attacks: Sequence[Row]) -> list[Row]:
         """Make a row for each radius, with the images that withstand all attacks."""

@@ -220,13 +220,17 @@ class Measure:
             context = replace(
                 self.context,
                 draws_differ=tried if task.draws_differ is None else task.draws_differ,
-                gradients_from=spec.gradients_from,
+                gradients_from=None if spec.gradients_from is None else self._counted(spec.gradients_from),
                 seed=subject.seed + spec.seed,
                 begin=task.begin,
             )
-            counted = self._targets.setdefault(id(target), counted_model(target, self.progress))
+            counted = self._counted(target)
             rule = None if context.draws_differ else task.rule
             yield AttackRun(spec, counted, task.images, subject, context, rule=rule)
+
+    def _counted(self, model: Classifier) -> CountedModel:
+        """The counter around a model: a single one for each model, because a captured step belongs to it."""
+        return self._targets.setdefault(id(model), counted_model(model, self.progress))
 
     # -- the judgement of attacked images, by new predictions ----------------------------------------------------------
 

@@ -38,9 +38,18 @@ FAR = 100.0
 OUTSIDE = 0.1
 
 
+#: Surrogates with their names. A name completes "the gradients of ...".
+Surrogates = list[tuple[str, Classifier]]
+
+
+def in_order(surrogates: Surrogates, order: Sequence[str]) -> Surrogates:
+    """Sort surrogates by the order of their names; others come last."""
+    return sorted(surrogates, key=lambda pair: order.index(pair[0]) if pair[0] in order else len(order))
+
+
 def surrogates(
     model: Classifier, x: Tensor, num_classes: int, ball: ThreatModel, absent: dict[str, str] | None = None
-) -> list[tuple[str, Classifier]]:
+) -> Surrogates:
     """Make the surrogates of a model, by name; a surrogate with an error or without finite logits is left out."""
     absent = {} if absent is None else absent
     with _tried(model, x):
@@ -157,6 +166,8 @@ def _logits(model: Classifier, x: Tensor) -> Tensor | None:
     """The logits of a part for images; None if the part does not accept the images."""
     # A user's model may raise any error on inputs for which it was not written.
     with contextlib.suppress(Exception), torch.no_grad(), frozen(model):
+        # With a fixed seed, a random model and a module that only passes images on to it draw the same noise.
+        torch.manual_seed(0)
         logits = model(x)
         if isinstance(logits, Tensor) and logits.dim() == 2:
             return logits

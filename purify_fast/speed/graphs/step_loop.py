@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ...ops.dispatch.registry import forced_backends
-from ...protocols import CompilesSteps, CountsImages
+from ...protocols import CompilesSteps, CountsImages, Passes
 from ..precision import float32_settings
 
 #: A step is captured after this many launches. For a PGD step of a ResNet-18 on an H200, a capture took as long as 13
@@ -179,7 +179,7 @@ class Captured:
     model: weakref.ref[nn.Module]
     buffers: State
     replay: Callable[[], None]
-    counts: list[int]
+    counts: list[Passes]
     objects: list[Any]
     loop: weakref.ref[Steps] | None = None
 
