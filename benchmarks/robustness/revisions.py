@@ -20,8 +20,9 @@ from purify_fast.evaluation.request.specs import AttackSpec
 from purify_fast.evaluation.request.subject import Subject
 from purify_fast.evaluation.run import stopping
 
-#: The versions of the rule for random models, and of the surrogates. Increase a number if results change by it.
-RULE, SURROGATES = 2, 2
+#: The versions of the rule for random models, of the probes of random models, of the draws of models that promise
+#: other draws for each image, and of the surrogates. Increase a number if results change by it.
+RULE, PROBES, DRAWS, SURROGATES = 2, 2, 2, 2
 
 
 class AnyModel(nn.Module):
@@ -101,6 +102,12 @@ def short(name: str, random: bool, diffusion: bool = False) -> str:
     return hashlib.sha256("\n".join(words).encode()).hexdigest()[:8]
 
 
-def of_rule(random: bool) -> list[str]:
-    """Return the rule by which `evaluate` judges a random model; empty for a deterministic model."""
-    return [f"rule {RULE}"] if random else []
+def of_rule(random: bool, probes: bool = True, promised: bool = True) -> list[str]:
+    """Return what decides how `evaluate` judges a random model; empty for a deterministic model.
+
+    Args:
+        random: True for a random model.
+        probes: True if probes come before the attacks.
+        promised: True if the model's class promises other draws for each image.
+    """
+    return [f"rule {RULE}"] + [f"probes {PROBES}"] * probes + [f"draws {DRAWS}"] * promised if random else []

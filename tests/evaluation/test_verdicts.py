@@ -130,7 +130,8 @@ def test_both_rows_of_a_variant_are_kept(tmp_path, monkeypatch):
     searched = []
     monkeypatch.setattr(PGD, "search", lambda self, *a, original=PGD.search: searched.append(1) or original(self, *a))
     again = judged(model, plan, 24, out=tmp_path)
-    again.about |= {name: first.about[name] for name in ("seconds", "peak_memory", "passes")}
+    del first.about["passes"]
+    again.about |= {name: first.about[name] for name in ("seconds", "peak_memory")}
     assert again.to_json() == first.to_json() and not searched
     # as an end between the two rows leaves them
     files = [path for path in Path(tmp_path, "rows").iterdir() if b"noise off" in path.read_bytes()]

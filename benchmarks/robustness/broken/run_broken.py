@@ -235,7 +235,9 @@ SOURCES = ("defences.py", "entry.py", "honest.py", "mistakes.py")
 def code(name: str, judge: str) -> dict[str, str]:
     """Return short hashes of the code that makes a result."""
     entry = ENTRIES[name]
-    words = [f"{REVISION}", *_of_judge(entry, judge), *revisions.of_rule(entry.random)]
+    # The names of the zoo's models stand in backquotes. Their classes promise other draws for each image.
+    rule = revisions.of_rule(entry.random, probes=judge in (STANDARD, STRONG), promised=name.startswith("`"))
+    words = [f"{REVISION}", *_of_judge(entry, judge), *rule]
     return {"model": _of_models(), "judge": _short("\n".join(words))}
 
 
