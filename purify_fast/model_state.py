@@ -26,6 +26,8 @@ BARE = frozenset({*vars(nn.Module()), "_compiled_call_impl", "_graph", "_tracer_
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _IN_TORCH = (torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format)
 PLAIN = (bool, int, float, complex, str, bytes, type(None), np.generic, enum.Enum, *_IN_TORCH)
+#: The classes whose objects are settings.
+NAMESPACES = (SimpleNamespace, argparse.Namespace)
 #: The cell of a variable of a closure that has no value yet.
 EMPTY = CellType()
 _PATHS = sysconfig.get_paths()
@@ -37,12 +39,12 @@ Inside = Callable[[Any], Any]
 def attributes(value: Any) -> list[tuple[str, Any]]:
     """The attributes of an object by name, without those that PyTorch registers and those in ``not_dependencies``."""
     kind: Any = type(value)
-    named = {name: getattr(value, name, EMPTY) for name in slots(kind)} | getattr(value, "__dict__", {})
+    named = {name: getattr(value, name, EMPTY) for name in _slots(kind)} | getattr(value, "__dict__", {})
     return sorted(item for item in named.items() if item[0] not in left_out(kind) and item[1] is not EMPTY)
 
 
 @functools.lru_cache(maxsize=4096)
-def slots(kind: type) -> list[str]:
+def _slots(kind: type) -> list[str]:
     """The names of the attributes that the objects of a class keep outside of their dictionary."""
     members = [item for base in kind.__mro__ for item in vars(base).items()]
     return [name for name, of in members if isinstance(of, MemberDescriptorType) and not name.startswith("__")]
@@ -91,7 +93,7 @@ class Description:
             return ("slice", value.start, value.stop, value.step)
         # Objects of this package that are not called are settings.
         ours = kind.__module__.startswith("purify_fast.") and not callable(value)
-        if ours or issubclass(kind, (SimpleNamespace, argparse.Namespace)) or dataclasses.is_dataclass(kind):
+        if ours or issubclass(kind, NAMESPACES) or dataclasses.is_dataclass(kind):
             return (kind.__qualname__, self.of(attributes(value)))
         return self.leaf(value, self.of)
 

@@ -1,4 +1,4 @@
-"""Models that hold a value in every way in which a model may; as a program it prints all hashes of their states."""
+"""Models that hold a value in every way in which a model may."""
 
 import dataclasses
 import enum
@@ -144,7 +144,8 @@ def defences():
             yield "fixed", state_hash(carso)
 
 
-if __name__ == "__main__":
+def show():
+    """Print the hashes of all states."""
     for name, make in WAYS.items():
         print(name, state_hash(make(1.0)))
     for name, mark in defences():
