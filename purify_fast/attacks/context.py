@@ -47,7 +47,6 @@ class AttackContext:
             predictions that a step averages.
         judge_share: the share of these fresh predictions that must be wrong for a success.
         seed: seed of all random numbers.
-        begin: first points ``[B, ...]`` of the first run of Auto-PGD. With None, the run begins at random points.
         sample_ids: int64 ``[B]``, the indices of the images in their data set. The random start of an image depends
             only on the seed and its index. None: 0 .. B - 1.
         gradients_from: another model from which attacks with `Attack.follows_gradients` take their gradients. The
@@ -79,7 +78,6 @@ class AttackContext:
     judge_draws: int | None = None
     judge_share: float = 1.0
     seed: int = 0
-    begin: Tensor | None = None
     sample_ids: Tensor | None = None
     gradients_from: Classifier | None = None
     loss_function: LossFunction | None = None

@@ -22,7 +22,7 @@ from torch import Tensor
 from .._process import processes
 from .._validation import NormName, check_folder, read_norm
 from ..attacks import Attack, AttackContext, frozen
-from ..attacks.arguments import check_eps, largest_distance
+from ..attacks.arguments import check_eps
 from ..attacks.attacked_model import check_leaves_images
 from ..attacks.base import ThreatModel
 from ..attacks.engine.engine_attack import CUT
@@ -47,9 +47,8 @@ from .request.preparation import (
 from .request.published import authors_attacks
 from .request.specs import AttackFunction, AttackSpec
 from .request.subject import DrawsUnderAttack, Subject, Variant, device_of
-from .results.rows import CURVE, Row, worst_rows
+from .results.rows import Row, worst_rows
 from .run.cache import RowCache
-from .run.curve import Curve, attacks_of_curve, radii_of
 from .run.measure import EXAMPLES, Measure, Standing, settings_of
 from .run.progress import Progress
 from .run.resources import make_room
@@ -147,10 +146,8 @@ def evaluate(
     norm = read_norm(norm)
     check_eps(eps, norm)
     images, labels, notes = collect(x, y)
-    pixels = images[0].numel()
-    config, given = read_attacks(config, attacks, norm, eps, pixels)
+    config, given = read_attacks(config, attacks, norm, eps, images[0].numel())
     until = math.inf if config.minutes is None else time.monotonic() + 60 * config.minutes
-    radii = radii_of(config.curve, eps, largest_distance(norm, pixels))
     device = device_of(model, images)
 
     def run(draws: bool) -> Report:
@@ -203,7 +200,7 @@ def evaluate(
             about = {"model": model_marks(subject.base_model, mark), "classes": subject.num_classes}
             about |= {"random": subject.is_random} | judging
             suspicion = Suspicion(report, measure, before, config.probes is None)
-            return _Evaluation(report, measure, plan, radii, suspicion, mark=mark, stack=stack).fill(about)
+            return _Evaluation(report, measure, plan, suspicion, mark=mark, stack=stack).fill(about)
 
     # The second run is outside of the block, so that the first has freed its memory.
     with contextlib.suppress(DrawsUnderAttack):
@@ -266,7 +263,6 @@ class _Evaluation:
     report: Report
     measure: Measure
     asked_for: Sequence[AttackSpec]
-    radii: Sequence[float]
     suspicion: Suspicion
     mark: str | None
     stack: contextlib.ExitStack
@@ -307,8 +303,6 @@ class _Evaluation:
                 row.examples = None if row.examples is None else row.examples.first(EXAMPLES)
         report.rows += worst_rows(report.rows)
         self.suspicion.conclude(asked)
-        if self.radii:
-            report.curves.setdefault(name, {})[CURVE] = self.curve.points(report.rows, float(context.eps))
         headline = report.headlines.get(name)
         report.notes += notes_on_rows(report.rows, headline)
         if headline is not None and (test := report.claim_test(headline)) is not None:
@@ -326,14 +320,12 @@ class _Evaluation:
         return report
 
     def choose_attacks(self, asked_for: Sequence[AttackSpec]) -> None:
-        """Select the attacks that the model allows, and the attacks of the curve."""
+        """Select the attacks that the model allows."""
         measure, context = self.measure, self.measure.context
         self.asked_for = asked_for
         self.plan, notes = feasible(asked_for, measure.subject, context, measure.name)
         self.report.notes += [note for note in notes if note not in self.report.notes]
-        self.curve = Curve(attacks_of_curve(self.plan, context, self.radii), self.radii)
-        at_radii = (spec for radius in self.radii for spec in self.curve.specs_at(radius, context.norm))
-        measure.attacks = [*self.plan, *at_radii]
+        measure.attacks = self.plan
 
     def act_on(self, signs: Sequence[str], order: Sequence[str]) -> None:
         """If there are signs of masked gradients, strengthen the attacks of a protocol in `SEARCHES` and add a note."""
@@ -367,7 +359,6 @@ class _Evaluation:
             return min(left, spec.nearest or n)
 
         asked = [(spec.resolved.cost(context), images(spec)) for spec in self.plan]
-        asked += [(cost, n) for cost in self.curve.costs(context)]
         return [None if cost is None else cost * images for cost, images in asked]
 
     def expected(self, asked: Probes) -> float | None:
@@ -402,7 +393,7 @@ class _Evaluation:
         return self.standings.setdefault((variant, threat), Standing(left.copy(), np.full(len(left), np.inf)))
 
     def rows(self) -> list[Row]:
-        """Make the rows of the clean images for each variant, the rows of the attacks, and the rows of the curve."""
+        """Make the rows of the clean images for each variant, and the rows of the attacks."""
         measure, subject, progress = self.measure, self.measure.subject, self.measure.progress
         variants: list[Variant] = list(dict.fromkeys(["random", *(spec.variant for spec in self.plan)]))
         n = len(subject.y)
@@ -430,6 +421,4 @@ class _Evaluation:
         self.report.notes += paragraphs(
             "time.jinja", left_out=left_out, cut=cut, left=int(standing.left.sum()), all=len(self.plan)
         )
-        own = standing.rows
-        of_all = [row for row in own if row.n == n and row.settings["max_images"] is None]
-        return all_rows + self.curve.rows(measure, of_all)
+        return all_rows

@@ -43,7 +43,7 @@ class Suspicion:
             evidence = replace(evidence, probes=probes)
             # On a random model, a probe's point also counts if it is worse than the points of the attacks.
             fallen = probes.found() if subject.is_random else probes.fallen()
-            count_fallen(report.rows, fallen, float(self.measure.context.eps), self.judged_points(probes, fallen))
+            count_fallen(report.rows, fallen, self.judged_points(probes, fallen))
             report.curves.setdefault(name, {}).update(probes.curves())
         elif any(row.lacked_gradients for row in evidence.with_counted_gradients()):
             # The rows only count gradients of zeros. The probes would have told why.

@@ -83,7 +83,7 @@ def made(kind, out=None, **more):
     nearest = [AttackSpec(APGD(steps=count), survivors_only=True, nearest=6, seed=count) for count in (5, 7)]
     if kind == "deterministic":
         options["attacks"] += [FABT(steps=3), Square(n_queries=20), *nearest]
-        return evaluate(plain, x, y, **{"curve": [0.02, 0.08]} | options | more)
+        return evaluate(plain, x, y, **options | more)
     if kind == "random":
         model = NoisyEnsemble(plain, 0.1, samples=2)
         fixed = AttackSpec(PGD(steps=2), "fixed")

@@ -163,10 +163,3 @@ def test_every_image_keeps_its_draws_wherever_the_attack_is_not():
     report = evaluate(coin(0.5, 2), x, y, eps=1e-3, attacks=attacks)
     assert [row.n for row in report.rows] == [300, 50, 300, 300, 300, 50]
     check(report, 0.5, 2, None, 5)
-
-
-def test_a_curve_of_a_random_model_counts_no_chance():
-    x, y = images(2, 300)
-    report = evaluate(coin(0.8, 2), x, y, eps=1e-3, attacks=[APGD(steps=2), PGD(steps=2)], curve=(5e-4, 2e-3, 3e-3))
-    check(report, 0.8, 2, None, 5)
-    assert len(report.curve) == 5

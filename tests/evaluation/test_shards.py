@@ -108,7 +108,7 @@ def test_what_goes_wrong_in_one_process_is_raised_in_all(tmp_path):
         return x
 
     def work():
-        yield refused(RuntimeError, lambda: made("deterministic", attacks=[attack], curve=()))
+        yield refused(RuntimeError, lambda: made("deterministic", attacks=[attack]))
         # another seed in each process, or another division of the images
         yield refused(ValueError, lambda: made("deterministic", seed=dist.get_rank()))
         yield refused(ValueError, lambda: made("deterministic", batch_size=(None, 25)[dist.get_rank()]))

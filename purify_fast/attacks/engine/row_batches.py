@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ball import Ball, projected, sample_in_ball
+from ..ball import Ball, sample_in_ball
 from ..context import AttackContext
 from ..objective import Objective
 from ..search import GradientHealth, better_of
@@ -167,7 +167,7 @@ def waves(
     The first wave has a single run, because most images fall to any run. On a CPU a wave consists of complete runs. On
     a GPU copies of its first rows fill a wave up to the size of `bucket`, so that most waves have the same size.
     """
-    x, y, count, begin = active.x, active.y, len(active.x), context.begin
+    x, y, count = active.x, active.y, len(active.x)
     padded = not takes_every_size(x.device)
     most = context.batch_size or max(FEWEST_ROWS, count)
     # Rows are numbered: image i in run r has the number r * count + i.
@@ -186,9 +186,7 @@ def waves(
         begins, labels = [], []
         for run, images in zip(runs, owner.split(list(runs.values())), strict=True):
             clean, goal = x[images], goals[run % len(goals)]
-            if begin is not None and run == 0 and not at_image:
-                clean = projected(clean, begin[images], active.ball.take(images))
-            elif not (at_image and run < len(goals)):
+            if not (at_image and run < len(goals)):
                 ball, ids = active.ball.take(images), active.ids[images]
                 clean = sample_in_ball(clean, ball, seed=context.seed + run, sample_ids=ids)
             begins.append(clean)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -50,9 +49,6 @@ class EvaluateConfig:
             and use the fastest; "auto" is "off" if the process requires deterministic algorithms. The last bits of a
             gradient may then differ from run to run.
         seed: seed of all random numbers.
-        curve: further radii, in image units, for a curve of robust accuracy. At each radius, the attacks that set no
-            radius run on the images that have not fallen at a smaller radius, from the best points there. Each radius
-            has a result, such as "worst, L-inf 2/255"; `Report.curve` has all of them.
         probes: whether to test if the robust accuracy is reliable, by short attacks, small steps in random directions,
             and repeated predictions. Default: with every protocol except "authors". With a list of attacks, only
             compare the gradients with small steps on 16 images, which False leaves out too.
@@ -63,14 +59,13 @@ class EvaluateConfig:
             probable such a result is if the claim is true. A random model is tested by the accuracy of one draw.
         minutes: largest number of minutes that the evaluation may take, except for the step or the batch that it is in
             when the time is over. The most telling attacks come first; the report names those that were left out or cut
-            short. Finished rows are kept in ``out``, so the same call with more minutes continues. Not with a curve.
+            short. Finished rows are kept in ``out``, so the same call with more minutes continues.
         dataset_name: name of the data set, for the report's title. On the command line, the default is that of --data.
         together: whether the processes of torch's default process group share the work. Each process calls `evaluate`
             with the same arguments; the result is that of a single process, bit by bit. Only the first process writes
             and prints; the others get the report without pictures. False: each process makes a separate evaluation.
 
     Raises:
-        TypeError: curve is not a tuple.
         ValueError: a setting that is not allowed; the message names it.
     """
 
@@ -84,7 +79,6 @@ class EvaluateConfig:
     cuda_graphs: CudaGraphs = "auto"
     cudnn_benchmark: CudnnBenchmark = "off"
     seed: int = 0
-    curve: tuple[float, ...] = ()
     probes: bool | None = None
     keep: Literal["some", "all"] = "some"
     claim: float | None = None
@@ -93,15 +87,7 @@ class EvaluateConfig:
     together: bool = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.curve, Iterable):
-            raise TypeError(f"curve must be radii such as (0.01, 0.02), got {self.curve!r}")
-        # A frozen dataclass does not allow a plain assignment.
-        object.__setattr__(self, "curve", tuple(self.curve))
         check_types(self)
-        if self.minutes is not None and self.curve:
-            raise ValueError(
-                f"minutes and curve exclude each other, got minutes={self.minutes:g} and curve={self.curve}"
-            )
         if self.claim is not None and not (self.claim == 0 or 1 < self.claim <= 100):
             raise ValueError(f"claim must be 0, or a percentage above 1 and at most 100, got {self.claim!r}")
         if isinstance(self.batch_size, str) and self.batch_size != "auto":

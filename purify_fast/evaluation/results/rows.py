@@ -18,8 +18,6 @@ from ...attacks import GradientHealth
 GRADIENT_FREE = ("square", "branch_and_bound")
 #: The report's words for the variants of a random model without randomness. These variants are measured, not deployed.
 VARIANTS_APART = {"fixed": "fixed noise", "deterministic": "noise off"}
-#: The key in `Report.curves` of the curve that shows the accuracy after all attacks over the radius.
-CURVE = "eps, every attack"
 #: The fields of a row that describe the outcome of its attack.
 RESULTS = ("attacked", "fell_to", "unsearched", "may_hold", "proved", "warnings", "doubts", "fell_to_probes")
 #: The kind of a row that repeats an evaluation by other authors.
@@ -100,7 +98,6 @@ class Row:
         wrong: for a random model as it is deployed: the share of the choosing draws that misclassify each image,
             float64 ``[n]``; otherwise None. Choosing draws choose between points, and are not among the predictions.
         of_draws: for a model that draws once per call: the accuracy of each prediction, for the standard error.
-        points: best points of the images that withstood, while a curve over the radius is made; None afterwards.
     """
 
     model: str
@@ -133,7 +130,6 @@ class Row:
     right: np.ndarray | None = field(default=None, compare=False)
     wrong: np.ndarray | None = field(default=None, compare=False)
     of_draws: list[float] = field(default_factory=list)
-    points: np.ndarray | None = field(default=None, compare=False)
 
     def __repr__(self) -> str:
         percent = f"{100 * self.accuracy:.1f} ± {100 * self.standard_error:.1f} %" if self.n else "no images"
@@ -219,13 +215,13 @@ class Row:
         self.wrong, self.margins = points.wrong, points.margins
 
     def arrays(self) -> dict[str, np.ndarray | None]:
-        """The arrays that `to_dict` does not contain, by name: margins, points and examples."""
+        """The arrays that `to_dict` does not contain, by name: margins and examples."""
         kept = {} if self.examples is None else vars(self.examples)
-        return {"margins": self.margins, "points": self.points} | kept
+        return {"margins": self.margins} | kept
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, with ``robust`` as a string of 0 and 1, and without `arrays`."""
-        apart = ("robust", "right", "wrong", "examples", "margins", "points")
+        apart = ("robust", "right", "wrong", "examples", "margins")
         values = {name: value for name, value in vars(self).items() if name not in apart}
         values |= {"n": self.n, "accuracy": self.accuracy, "standard_error": self.standard_error}
         if self.right is not None:
@@ -242,8 +238,7 @@ class Row:
         known |= {"robust": np.array([c == "1" for c in values["robust"]], dtype=bool)}
         kinds = {"right": np.int64, "wrong": np.float64}
         known |= {name: np.array(known[name], dtype=kind) for name, kind in kinds.items() if name in known}
-        known |= {name: held.pop(name, None) for name in ("margins", "points")}
-        return cls(**known, examples=Examples(**held) if held else None)
+        return cls(**known, margins=held.pop("margins", None), examples=Examples(**held) if held else None)
 
     def describe_variant(self) -> str:
         """The word for the variant of the model that was judged, such as "deterministic", "random" or "fixed noise"."""
@@ -353,11 +348,10 @@ def worst_rows(rows: Sequence[Row]) -> list[Row]:
     return [_row(*group, clean) for group in groups]
 
 
-def count_fallen(rows: Sequence[Row], fallen: Sequence[int], eps: float, points: Worst | None = None) -> None:
+def count_fallen(rows: Sequence[Row], fallen: Sequence[int], points: Worst | None = None) -> None:
     """Count the images that fell to probes in the ``worst`` rows."""
     for row in rows:
-        larger = row.settings.get("eps", 0) > eps
-        if row.kind == "worst" and row.deployed and (row.threat is None or larger):
+        if row.kind == "worst" and row.deployed and row.threat is None:
             mine = np.array([image < row.n for image in fallen], dtype=bool)
             index = np.asarray(fallen, dtype=np.int64)[mine]
             if points is None:

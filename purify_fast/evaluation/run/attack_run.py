@@ -105,9 +105,8 @@ class AttackRun:
         x, y, ids = (tensor.to(subject.device) for tensor in (subject.x[part], subject.y[part], part))
 
         def search() -> AttackResult:
-            begin = None if context.begin is None else context.begin[part].to(subject.device)
             most = subject.room.limit(context.max_forward_batch)
-            told = dataclasses.replace(context, sample_ids=ids, begin=begin, counts_health=True, max_forward_batch=most)
+            told = dataclasses.replace(context, sample_ids=ids, counts_health=True, max_forward_batch=most)
             # A copy, because the later check of the radius would not see a change in place.
             return attack.search(self.target, x.clone(), y, told)
 

@@ -41,7 +41,6 @@ class Task(NamedTuple):
     attack: int
     images: Tensor
     rule: StoppingRule | NearestRule | None
-    begin: Tensor | None
     draws_differ: bool | None = None
 
 
@@ -180,14 +179,12 @@ class Measure:
         row.reliable = row.reliable or bool((row.share_wrong == 1).all())
         return row
 
-    def attack(
-        self, spec: AttackSpec, index: Tensor, nearest: NearestRule | None = None, begin: Tensor | None = None
-    ) -> tuple[AttackRun, AttackedBatch]:
+    def attack(self, spec: AttackSpec, index: Tensor, nearest: NearestRule | None) -> tuple[AttackRun, AttackedBatch]:
         """Run an attack on some of the images."""
         rule: StoppingRule | NearestRule | None = nearest
         if nearest is None and spec.until is not None:
             rule = StoppingRule(spec.until, len(index), len(self.subject.y))
-        task = Task(self.attacks.index(spec), index, rule, begin)
+        task = Task(self.attacks.index(spec), index, rule)
         with self._run(task) as run:
             self.shards.from_first(lambda: task._replace(draws_differ=run.context.draws_differ))
             cost = spec.resolved.cost(run.context)
@@ -222,7 +219,6 @@ class Measure:
                 draws_differ=tried if task.draws_differ is None else task.draws_differ,
                 gradients_from=None if spec.gradients_from is None else self._counted(spec.gradients_from),
                 seed=subject.seed + spec.seed,
-                begin=task.begin,
             )
             counted = self._counted(target)
             rule = None if context.draws_differ else task.rule

@@ -19,7 +19,7 @@ from ...protocols import Classifier, FixedNoise, Purifies, SampleLogits, support
 from ..alarms.probes import PROBED
 from ..alarms.signs import Evidence, Finding
 from ..request.subject import device_of
-from ..results.rows import CURVE, Examples, Row
+from ..results.rows import Examples, Row
 from .text import advised_once, render
 
 #: The largest number of purified images that are shown for each image.
@@ -60,27 +60,20 @@ def _model(report: Any, findings: Sequence[Finding], name: str, defence: Classif
         "counted": evidence.with_counted_gradients(),
         "findings": [finding for finding in findings if finding.model == name],
         "first": first_fallen(evidence),
-        "curves": [
-            (what, _curve(points, PROBED))
-            for what, points in report.curves.get(name, {}).items()
-            if len(points) > 1 and what != CURVE
-        ],
-        "over_eps": _curve(report.curves.get(name, {}).get(CURVE, []), rows[0].n),
+        "curves": [(what, _curve(points)) for what, points in report.curves.get(name, {}).items() if len(points) > 1],
         "pictures": [] if examples is None else picture_lines(examples, defence),
         "pictured": shown,
         "fell": count,
     }
 
 
-def _curve(points: Sequence[Sequence[float]], images: int) -> list[dict[str, Any]]:
+def _curve(points: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
     """Return the points of a curve, each with its horizontal position from 0 to 1 and its standard error."""
-    if not points:
-        return []
     settings, accuracies = np.array(points).T
     # The axis is logarithmic if the settings grow by factors, such as numbers of steps.
-    scale = np.log(settings) if settings[0] > 0 and settings[-1] > 12 * settings[0] else settings
+    scale = np.log(settings) if settings[-1] > 12 * settings[0] else settings
     across = (scale - scale[0]) / (scale[-1] - scale[0])
-    errors = np.sqrt(accuracies * (1 - accuracies) / images)
+    errors = np.sqrt(accuracies * (1 - accuracies) / PROBED)
     return [
         {"across": x, "setting": f"{setting:.3g}", "accuracy": accuracy, "error": error}
         for x, setting, accuracy, error in zip(across, settings, accuracies, errors, strict=True)

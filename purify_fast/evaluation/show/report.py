@@ -15,13 +15,15 @@ from ..._files import write_text
 from ..._validation import check_folder
 from ...protocols import Classifier
 from ..alarms.signs import Finding
-from ..results.rows import CURVE, ClaimTest, Paired, Row, judge_claim
+from ..results.rows import ClaimTest, Paired, Row, judge_claim
 from .page import html_page
 from .text import comparison, markdown_table, render
 from .witnesses import FILE, Witnesses
 
 #: Format 3 has the rule for random models by which other draws judge a point than those that chose it.
 FORMAT = 3
+#: The curve over the radius in files of earlier versions, which is left out. Its rows, one for each radius, are read.
+OVER_RADIUS = "eps, every attack"
 
 
 @dataclass(repr=False)
@@ -37,7 +39,7 @@ class Report:
             of the first `save`, ``command``, ``model`` (a hash of weights and code), ``processor``, and the costs
             ``passes`` (forwards and gradients per image), ``seconds`` and ``peak_memory``.
         findings: the results of the alarms, which test whether the numbers are reliable.
-        curves: by model, the curves of accuracy over the radius, the steps and the draws for the page; see `curve`.
+        curves: by model, the curves of accuracy over the steps and the draws of the probes, for the page.
         witnesses: the images that fell, if the evaluation had ``keep="all"``; None in a report that was read or merged.
     """
 
@@ -138,18 +140,6 @@ class Report:
         mine = [each for each in self.rows if each.is_attack and each.deployed and (each.model, each.threat) == of]
         return [each for each in mine if each.n >= row.n]
 
-    @property
-    def curve(self) -> list[list[float]]:
-        """The radii from 0 on, and the accuracy of the only model after all attacks at each radius.
-
-        Raises:
-            ValueError: there are several models, or the evaluation had no ``curve``.
-        """
-        known = [curves[CURVE] for curves in self.curves.values() if CURVE in curves]
-        if len(known) != 1:
-            raise ValueError(f"curve needs one model that was evaluated with a curve, got {len(known)}: use curves")
-        return known[0]
-
     def paired(self, other: Report, row: str = "worst", other_row: str | None = None) -> Paired:
         """The accuracy of this report's model minus the accuracy of another model, on their common images.
 
@@ -197,6 +187,8 @@ class Report:
         content = json.loads(text)
         if content.get("format") != FORMAT:
             raise ValueError(f"the report must have format {FORMAT}, got {content.get('format')!r}: evaluate again")
+        for curves in content.get("curves", {}).values():
+            curves.pop(OVER_RADIUS, None)
         return cls(
             rows=[Row.from_dict(values) for values in content["rows"]],
             findings=[Finding(**values) for values in content.get("findings", [])],
