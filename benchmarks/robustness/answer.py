@@ -6,29 +6,39 @@ is faster in it. The network itself judges the images that an attack returns.
 AutoAttack attacks the images in parts of 50, since the cost of an image does not depend on other images. Its cost for
 the first 200 images is the sum of four parts. Our protocols spend effort by evidence from all images, so they run once
 for each number of images.
+
+Random defences are attacked by ``fast``, as a user calls it, and by AutoAttack's version "rand", as it is and with
+frozen weights. Fresh draws judge the images of both.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from examples import random_defence
+from purify_fast import zoo
 from purify_fast._files import write_text
 from purify_fast._tensors import weights_fingerprint
 from purify_fast.attacks.engine.judge import has_fallen
+from purify_fast.data import load_dataset, to_float
+from purify_fast.evaluation import EvaluateConfig, evaluate
 from purify_fast.evaluation.show.text import markdown_table
 from purify_fast.speed.processor import fast_bfloat16
 
 from .. import kept, options
 from ..kept import Row
 from ..speed import timing
+from . import revisions
 from .contests import (
     FAST,
     OFFICIAL,
@@ -51,6 +61,8 @@ EXPERT = "AutoAttack, expert"
 NETWORKS = ("cifar10-pgd-at-w16, 1 to 700", "mnist-pgd-at, 1 to 250")
 COUNTS = (50, 200, 700)
 PART = PARTS[OFFICIAL]
+#: Increase this number if a change of the package changes the cost of ``fast`` on random defences.
+ANSWER = 1
 
 
 class Cast(nn.Module):
@@ -69,6 +81,99 @@ def expert(subject: Subject, amount: Amount) -> Tensor:
     """Run the official AutoAttack on an expert's copy of the network; the network itself judges."""
     dtype = torch.bfloat16 if fast_bfloat16(subject.x.device) else torch.float32
     return misclassified(subject, found_by_autoattack(replace(subject, model=Cast(subject.model, dtype)), amount))
+
+
+class Smoothed(nn.Module):
+    """Adds Gaussian noise to the images before a network, as randomized smoothing does in each of its draws."""
+
+    def __init__(self, network: nn.Module, sigma: float):
+        super().__init__()
+        self.network, self.sigma = network, sigma
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x + self.sigma * torch.randn_like(x))
+
+
+def _on_cifar10(make: Callable[[], nn.Module], folder: Path | None) -> Subject:
+    images = load_dataset("cifar10", folder)
+    return Subject(make().eval(), to_float(images.x_test), images.y_test, 8 / 255, random=True)
+
+
+def _of_zoo(name: str, folder: Path | None) -> Subject:
+    images = load_dataset(zoo.card(name).data, folder)
+    return Subject(zoo.load(name), to_float(images.x_test), images.y_test, zoo.card(name).eps, random=True)
+
+
+RAND, FROZEN_RAND = "AutoAttack rand", "AutoAttack rand, frozen"
+#: By name of a random defence: the function that makes it, and the numbers of images for each contestant.
+RANDOM: dict[str, tuple[Callable[[Path | None], Subject], dict[str, tuple[int, ...]]]] = {
+    "random transforms (examples/random_defence.py)": (
+        partial(_on_cifar10, random_defence.make),
+        {FAST: (4, 64), FROZEN_RAND: (4,), RAND: (4,)},
+    ),
+    "cifar10-pgd-at-w16 with Gaussian noise 0.1": (
+        partial(_on_cifar10, lambda: Smoothed(zoo.load("cifar10-pgd-at-w16"), 0.1)),
+        {FAST: (8,), FROZEN_RAND: (8,), RAND: (8,)},
+    ),
+    "digits-carso-pipeline": (
+        partial(_of_zoo, "digits-carso-pipeline"),
+        {FAST: (8,), FROZEN_RAND: (8,), RAND: (8,)},
+    ),
+    "digits-atop-pipeline": (
+        partial(_of_zoo, "digits-atop-pipeline"),
+        {FAST: (8,), FROZEN_RAND: (8,), RAND: (8,)},
+    ),
+    "mnist-carso-objective": (
+        partial(_of_zoo, "mnist-carso-objective"),
+        {FAST: (8,), FROZEN_RAND: (8,), RAND: (8,)},
+    ),
+}
+
+
+def measured_random(subject: Subject, who: str, amount: Amount) -> Row:
+    """Attack a random defence; all numbers are measured in one run of the process."""
+    torch.manual_seed(0)
+    begin = time.process_time()
+    if who == FAST:
+        config = EvaluateConfig(protocol=FAST, steps=amount.steps)
+        report = evaluate(subject.model, subject.x, subject.y, eps=subject.eps, config=config, progress=False)
+        spent = time.process_time() - begin
+        forwards, gradients = re.findall(r"([\d,]+) (?:forward|gradients)", report.about["passes"])
+        left = {"left": int(report.headline.robust.sum()), "one_draw": report.headline.mean}
+        counts = {"forwards": forwards, "gradients": gradients}
+        passes = {name: int(text.replace(",", "")) * len(subject.x) for name, text in counts.items()}
+        expected = float(report.about["expected_seconds"]) / float(report.about["seconds"])
+        return {"cpu_seconds": spent, "expected": expected} | passes | left
+    model = copy.deepcopy(subject.model).requires_grad_(False) if who == FROZEN_RAND else subject.model
+    door = CountedModel(model)
+    found = found_by_autoattack(replace(subject, model=door), amount, "rand")
+    spent = time.process_time() - begin
+    # The rule of the report: an image is left if five fresh draws are right.
+    judged = evaluate(subject.model, found, subject.y, eps=0, attacks=[], progress=False).row("clean")
+    left = {"left": int(judged.robust.sum()), "one_draw": judged.mean}
+    return {"cpu_seconds": spent, "forwards": door.counts.forwards, "gradients": door.counts.gradients} | left
+
+
+def markdown_random(rows: Sequence[Row]) -> list[str]:
+    """Return the table of the random defences: a line for each number of images and contestant."""
+    head = ["defence", "images", "attack", "left", "right in one draw, %", "forward passes per image"]
+    body = []
+    for row in rows:
+        n, frozen = row["last"], _rand_of(rows, row)
+        title = f"**{FAST}**" if row["contestant"] == FAST else row["contestant"]
+        passes = [f"{row[key] / n:,.0f}" for key in ("forwards", "gradients")]
+        share = "" if frozen is None else f"{row['cpu_seconds'] / frozen['cpu_seconds']:.2f}"
+        cells = [row["network"], str(n), title, str(row["left"]), f"{100 * row['one_draw']:.0f}", *passes]
+        expected = f"{row['expected']:.1f}" if "expected" in row else ""
+        body.append([*cells, f"{row['cpu_seconds']:.0f}", share, expected])
+    head += ["gradients per image", "CPU seconds", "share of frozen rand's", "expected time / time"]
+    where = f"Random defences, measured on: {kept.machines(rows)}."
+    return ["", where, "", *markdown_table(head, body)] if rows else []
+
+
+def _rand_of(rows: Sequence[Row], row: Row) -> Row | None:
+    same = (one for one in rows if all(one[name] == row[name] for name in ("network", "last")))
+    return next((one for one in same if one["contestant"] == FROZEN_RAND), None)
 
 
 CONTESTANTS: dict[str, Contestant] = {
@@ -114,7 +219,8 @@ def markdown(rows: Sequence[Row]) -> list[str]:
                 passes = [f"{row[key] / count:,.0f}" for key in ("forwards", "gradients")]
                 body.append([name.partition(",")[0], str(count), title, str(row["left"]), *passes, *cost])
     table = markdown_table([*head, "CPU seconds", "share of the expert's"], body)
-    return [f"Measured on: {kept.machines(rows)}.", "", *table] if rows else []
+    plain, random = ([row for row in rows if (row["network"] in RANDOM) is wanted] for wanted in (False, True))
+    return ([f"Measured on: {kept.machines(plain)}.", "", *table] if plain else []) + markdown_random(random)
 
 
 def sums_of(rows: Sequence[Row], count: int) -> dict[str, Row | None]:
@@ -136,7 +242,11 @@ def read(out: Path) -> list[Row]:
     return kept.rows_of(out / FILE)
 
 
-def _code(who: str, amount: Amount) -> list[str]:
+def _code(who: str, amount: Amount, random: bool = False) -> list[str]:
+    if who in (RAND, FROZEN_RAND):
+        return []
+    if random:
+        return revisions.of_protocol(who, random=True) + revisions.of_rule(random=True) + [f"answer {ANSWER}"]
     attack = CONTESTANTS[who]
     return attack.code(False, amount) if isinstance(attack, Protocol) else []
 
@@ -146,13 +256,14 @@ def outdated(results: Path) -> list[str]:
     return [
         kept.outdated(FILE, f"{row['contestant']} on {row['network']!r}", "answer")
         for row in read(results / "studies")
-        if row["code"] != _code(row["contestant"], Amount())
+        if row["code"] != _code(row["contestant"], Amount(), row["network"] in RANDOM)
     ]
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``python -m benchmarks answer``."""
-    parser.add_argument("--network", choices=NETWORKS, nargs="+", default=NETWORKS, help="networks; default: all")
+    every = [*NETWORKS, *RANDOM]
+    parser.add_argument("--network", choices=every, nargs="+", default=every, help="networks; default: all")
     parser.add_argument("--data", type=Path, help="folder with cifar10.npz and mnist.npz, or with the official files")
     parser.add_argument("--images", type=int, default=COUNTS[-1], help="largest number of images; default: %(default)s")
     options.add_out(parser, "/studies")
@@ -163,15 +274,23 @@ def main(chosen: argparse.Namespace) -> str:
     out = options.out_of(chosen, chosen.quick, "studies")
     amount = Amount(steps=2, queries=5) if chosen.quick else Amount()
     for name in chosen.network:
-        subject = ROBUST[name].make(chosen.data)
-        for who, first, last in runs(min(len(subject.x), 4 if chosen.quick else chosen.images)):
+        random = name in RANDOM
+        subject = RANDOM[name][0](chosen.data) if random else ROBUST[name].make(chosen.data)
+        if random:
+            counts = RANDOM[name][1].items()
+            asked = [(who, 0, 2 if chosen.quick else count) for who, each in counts for count in each]
+        else:
+            asked = runs(min(len(subject.x), 4 if chosen.quick else chosen.images))
+        for who, first, last in asked:
             part = replace(subject, x=subject.x[first:last], y=subject.y[first:last])
-            row: Row = {"network": name, "contestant": who, "first": first, "last": last, "code": _code(who, amount)}
+            code = _code(who, amount, random)
+            row: Row = {"network": name, "contestant": who, "first": first, "last": last, "code": code}
             row["weights"] = weights_fingerprint(subject.model)
             known = {_place(one): one for one in read(out)}.get(_place(row), {})
             if all(known.get(each) == row[each] for each in row):
                 continue
-            row |= measured(part, who, amount) | timing.environment(torch.device("cpu"))
+            row |= (measured_random if random else measured)(part, who, amount)
+            row |= timing.environment(torch.device("cpu"))
             kept.put(out / FILE, row, _place)
             print(f"{name}, {first} to {last}: {who} leaves {row['left']}, {row['cpu_seconds']:.1f} s", flush=True)
             write_text(out / TABLE, "\n".join(markdown(read(out))) + "\n")
@@ -180,4 +299,6 @@ def main(chosen: argparse.Namespace) -> str:
 
 def _place(row: Row) -> tuple[int, int, int, int]:
     """Return the place of a row in the results file."""
-    return NETWORKS.index(row["network"]), list(CONTESTANTS).index(row["contestant"]), row["first"], row["last"]
+    networks, contestants = [*NETWORKS, *RANDOM], [*CONTESTANTS, FROZEN_RAND, RAND]
+    place = networks.index(row["network"]), contestants.index(row["contestant"])
+    return *place, row["first"], row["last"]

@@ -63,3 +63,41 @@ def test_an_experts_images_are_judged_by_the_network_itself(monkeypatch, fast):
     assert next(copy.parameters()).dtype == (torch.bfloat16 if fast else torch.float32)
     assert next(model.parameters()).dtype == torch.float32 and model[0].weight.requires_grad
     assert (torch.bfloat16 in dtypes) == fast
+
+
+def test_random_defences_have_a_table_with_the_share_of_frozen_rand():
+    name = next(iter(answer.RANDOM))
+
+    def random_row(who, seconds, **more):
+        made = row(who, 0, 4, seconds, 2) | {"network": name, "one_draw": 0.625}
+        return made | more
+
+    rows = [random_row(FAST, 10.0, expected=1.26), random_row(answer.FROZEN_RAND, 40.0), random_row(answer.RAND, 50.0)]
+    lines = [line for line in answer.markdown(rows) if line.startswith(f"| {name}")]
+    cells = [[cell.strip() for cell in line.split("|")[2:-1]] for line in lines]
+    assert [line[:4] + line[6:] for line in cells] == [
+        ["4", "**fast**", "2", "62", "10", "0.25", "1.3"],
+        ["4", answer.FROZEN_RAND, "2", "62", "40", "1.00", ""],
+        ["4", answer.RAND, "2", "62", "50", "1.25", ""],
+    ]
+    assert all(line[4:6] == ["100", "10"] for line in cells)
+
+
+def test_a_random_defence_is_judged_by_fresh_draws(monkeypatch):
+    torch.manual_seed(0)
+    model = answer.Smoothed(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), 0.05).eval()
+    x, asked = torch.rand(4, 1, 8, 8), []
+
+    def found(subject, amount, version):
+        asked.append(any(weight.requires_grad for weight in subject.model.parameters()))
+        return subject.model(x) is not None and x
+
+    monkeypatch.setattr(answer, "found_by_autoattack", found)
+    with torch.no_grad():
+        y = model.network(x).argmax(1)
+    subject = Subject(model, x, y, 0.1, random=True)
+    frozen, plain = (answer.measured_random(subject, who, Amount(steps=2)) for who in (answer.FROZEN_RAND, answer.RAND))
+    assert asked == [False, True] and frozen["forwards"] == plain["forwards"] == 4
+    assert 0 <= frozen["left"] <= 4 and 0 <= frozen["one_draw"] <= 1
+    ours = answer.measured_random(subject, FAST, Amount(steps=2))
+    assert ours["expected"] > 0 and ours["forwards"] > ours["gradients"] > 0

@@ -11,6 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -94,6 +95,19 @@ def test_the_notebook_judges_a_defence_and_draws_it(tmp_path, monkeypatch, capsy
     assert "claim of 70 % robust accuracy: refuted" in capsys.readouterr().out
 
 
+def test_a_random_defence_hides_its_gradients():
+    from examples.random_defence import cosines, make
+
+    defence, x = make(), torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    logits = defence(x)
+    assert logits.shape == (2, 10) and not torch.equal(logits, defence(x))
+    assert not torch.autograd.grad(logits.sum(), x)[0].any()
+    assert torch.allclose(cosines() @ cosines().T, torch.eye(8), atol=1e-6)
+    # a constant image has one frequency in each block, and its value is rounded by at most half a step
+    flat = defence.rounded(torch.full((1, 3, 32, 32), 0.5))
+    assert (flat - 0.5).abs().max() <= defence.step / 2 / 8 + 1e-6
+
+
 def test_the_notebook_has_no_outputs():
     for cell in code_cells("judge_a_defence.ipynb"):
         assert cell["outputs"] == [] and cell["execution_count"] is None, cell["source"]
@@ -101,7 +115,7 @@ def test_the_notebook_has_no_outputs():
 
 def test_every_example_is_tested_and_listed():
     scripts = {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".sh", ".ipynb")}
-    assert scripts == {*SMALL, "multi_gpu.sh", "slurm.sh", "judge_a_defence.ipynb"}
+    assert scripts == {*SMALL, "multi_gpu.sh", "slurm.sh", "judge_a_defence.ipynb", "random_defence.py"}
     listed = (EXAMPLES / "README.md").read_text()
     assert all(f"[{name}]({name})" in listed for name in scripts)
     for name in SMALL:

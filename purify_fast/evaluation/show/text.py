@@ -255,9 +255,13 @@ def notes_on_rows(rows: Sequence[Row], headline: Row | None) -> list[str]:
     own = [row for row in rows if row.threat is None]
     stopped = [row for row in own if row.unsearched and not row.settings.get("nearest")]
     near = [row for row in own if row.unsearched and row.settings.get("nearest")]
+    warned: dict[str, list[str]] = {}
+    for row in rows:
+        for text in row.warnings:
+            warned.setdefault(text, []).append(row.attack)
     proofs = (row for row in own if row.proved and row.deployed and row.settings["target"] == "defence")
     proved = max(proofs, key=lambda row: row.proved / row.n, default=None)
-    return paragraphs("notes.jinja", stopped=stopped, near=near, proved=proved, headline=headline)
+    return paragraphs("notes.jinja", stopped=stopped, near=near, warned=warned, proved=proved, headline=headline)
 
 
 def paragraphs(template: str, **values: Any) -> list[str]:

@@ -1,0 +1,215 @@
+"""The most telling search comes first, useless gradients end a row, and a limit of time says what it left out."""
+
+import itertools
+import time
+from unittest import mock
+
+import pytest
+import torch
+from digit_nets import EPS, digits, standard
+from evaluating import evaluate
+from small_models import Made
+
+from purify_fast.attacks import APGD, PGD, Square
+from purify_fast.attacks.base import ThreatModel
+from purify_fast.attacks.engine.engine_attack import BLIND, CUT
+from purify_fast.defences import NoisyEnsemble
+from purify_fast.evaluation import EvaluateConfig
+from purify_fast.evaluation.alarms import probes
+from purify_fast.evaluation.request.subject import Subject
+from purify_fast.protocols import Passes
+
+
+def shaken(how=lambda x: (4 * x).round() / 4):
+    """The standard network behind random noise and a step without a gradient."""
+    return Made(lambda self, x: self.net(how(x + 0.02 * torch.randn_like(x))), net=standard()).eval()
+
+
+def judged(model, n=16, **options):
+    _, _, x, y = digits()
+    return evaluate(model, x[:n], y[:n], **{"eps": EPS, "protocol": "fast"} | options)
+
+
+def work_of(text):
+    """The numbers of forward passes and gradients in a report's fact."""
+    words = text.replace(",", "").split()
+    return int(words[0]), int(words[4])
+
+
+def test_rows_without_a_gradient_end_with_their_first_step_and_say_so():
+    report = judged(shaken())
+    own = [row for row in report.rows if row.is_attack and not row.transferred]
+    assert own and all(BLIND in row.warnings and row.lacked_gradients for row in own)
+    assert all(BLIND not in row.warnings for row in report.rows if row.transferred)
+    # the whole search of such a row would take 55 and 1,091 passes
+    assert report.headline.accuracy < 0.3 and work_of(report.about["passes"])[1] < 400
+    assert BLIND in report.to_markdown()
+
+
+@pytest.mark.parametrize("draws", [1, 3])
+def test_only_a_first_step_without_any_gradient_ends_a_run(draws):
+    """Where one image of a batch has a gradient, its search goes on."""
+    _, _, x, y = digits()
+    net, seen = standard(), []
+
+    def half(z):
+        seen.append(z.requires_grad)
+        kept = (torch.arange(len(z)) % 2 == 0)[:, None]
+        logits = net(z)
+        return torch.where(kept, logits, logits.detach())
+
+    context = {"eps": 1e-4, "num_classes": 10, "draws_differ": draws > 1, "eot_iter": draws, "counts_health": True}
+    whole = APGD(steps=12).run(half, x[:2], y[:2], **context)
+    assert not whole.warnings and sum(seen) == 12
+    seen.clear()
+    blind = APGD(steps=12).run(lambda z: (seen.append(z.requires_grad), net(z.detach()))[1], x[:2], y[:2], **context)
+    assert blind.warnings == [BLIND] and sum(seen) == 1
+    # The counts are those of all steps, so that the row counts as much as before.
+    assert blind.health.count("gradients") == blind.health.count("zero") == 24
+
+
+def test_surrogates_come_in_the_order_of_their_effect(monkeypatch):
+    """The useless surrogate is built first, and attacked last."""
+    made = shaken()
+    useless, useful = Made(lambda self, x: 0 * standard()(x)), Made(lambda self, x: standard()(x))
+    given = [("the useless", useless), ("the useful", useful)]
+    monkeypatch.setattr(Subject, "surrogates", lambda self, ball: (given, {}))
+    report = judged(made)
+    rows = [row.attack for row in report.rows if "gradients of" in row.attack]
+    assert rows[:2] == ["APGD-20 by the gradients of the useful", "APGD-20 by the gradients of the useless"]
+    first, second = (next(row for row in report.rows if row.attack == name) for name in rows[:2])
+    assert first.accuracy < 0.3 and second.attacked <= first.n * first.accuracy + 1
+
+
+def test_a_wrapper_of_a_random_model_is_no_part_of_its_own():
+    _, _, x, y = digits()
+    wrapped = Made(lambda self, z: self.inside(z), inside=shaken())
+    subject = Subject(wrapped, x[:8], y[:8], batch_size=8, n_eval=5, seed=0)
+    names = [name for name, _ in subject.surrogates(ThreatModel("linf", EPS))[0]]
+    assert "inside.net alone" in names and "inside alone" not in names
+
+
+def test_fast_ends_an_image_by_the_rule_of_the_report():
+    """An image that four of five draws misclassify has fallen for "fast"; "standard" looks for a worse point."""
+    _, _, x, y = digits()
+    net = standard()
+
+    def mostly(z):
+        lucky = torch.rand(len(z)) < 0.15
+        label = net(z).argmax(1)
+        push = 30 * torch.nn.functional.one_hot(label, 10) * lucky[:, None]
+        return net(z) + push.detach()
+
+    shares = {}
+    for protocol in ("fast", "rand"):
+        seen = []
+        original = APGD.search
+        with mock.patch.object(
+            APGD,
+            "search",
+            lambda *args, seen=seen, original=original: seen.append(args[4].judge_share) or original(*args),
+        ):
+            evaluate(mostly, x[:4], y[:4], eps=EPS, protocol=protocol, steps=2, probes=False)
+        shares[protocol] = {round(share, 2) for share in seen}
+    assert shares == {"fast": {0.6}, "rand": {1.0}}
+
+
+def test_several_draws_of_a_judgement_are_one_call_only_if_the_class_promises_it():
+    _, _, x, y = digits()
+    calls = []
+
+    class Promised(NoisyEnsemble):
+        draws_for_each_image = True
+
+    for kind, expected in ((NoisyEnsemble, [8] * 5), (Promised, [40])):
+        model = kind(standard(), 0.1, samples=1).eval()
+        subject = Subject(model, x[:8], y[:8], batch_size=64, n_eval=5, seed=0)
+        hook = model.classifier.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
+        calls.clear()
+        right = subject.judge(x[:8], "random", "judge").right
+        hook.remove()
+        assert right.shape == (5, 8) and (calls == expected or kind is NoisyEnsemble)
+
+
+# -- the plan and the limit of time ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("random", [False, True])
+def test_the_counts_stay_within_the_plan(random, capsys):
+    model = NoisyEnsemble(standard(), 0.1, samples=1) if random else standard()
+    report = judged(model, n=12, progress=True, probes=False, steps=50)
+    (plan,) = [line for line in capsys.readouterr().err.splitlines() if ": plan: " in line]
+    numbers = [int(word.replace(",", "")) for word in plan.split() if word.replace(",", "").isdigit()]
+    forwards, gradients = work_of(report.about["passes"])
+    # The judgement of the rows comes on top of the attacks' passes.
+    assert forwards <= numbers[2] + 20 * len(report.rows) and 0 < gradients <= numbers[3]
+
+
+def test_a_limit_of_time_names_what_it_left_out_and_more_time_continues(tmp_path):
+    clock = itertools.count()
+    net = standard()
+
+    def slow(z):
+        next(clock)
+        return net(z)
+
+    options = {"out": tmp_path, "revision": "1"}
+    settings = {"protocol": "standard", "probes": False, "steps": 20, "n": 12}
+    start = time.monotonic()
+    # Each call of the model takes a second of this clock.
+    with mock.patch("time.monotonic", lambda: start + next(clock)):
+        report = judged(slow, **options, **settings, minutes=0.5)
+    (note,) = [note for note in report.notes if note.startswith("the time was over")]
+    ran = [row.attack for row in report.rows if row.is_attack]
+    assert "attacks were left out" in note and len(ran) < 9
+    assert f"each of the {int(report.headline.robust.sum())} images" in note
+    kept = len(list((tmp_path / "rows").iterdir()))
+    assert kept == sum(CUT not in row.warnings for row in report.rows if row.kind != "worst")
+    whole = judged(slow, **options, **settings, minutes=60)
+    assert not any("time was over" in note for note in whole.notes)
+    assert len([row for row in whole.rows if row.is_attack]) == 9
+    # A row that was cut short is not kept: the result is that of a call without a limit.
+    alone = judged(slow, **settings)
+    assert [row.robust.tolist() for row in whole.rows] == [row.robust.tolist() for row in alone.rows]
+
+
+@pytest.mark.parametrize("attack", [APGD(steps=40), Square(n_queries=400), APGD(steps=40, loss="margin_targeted")])
+def test_a_search_ends_where_its_time_is_over(attack):
+    _, _, x, y = digits()
+    calls = []
+    result = attack.run(lambda z: calls.append(1) or standard()(z), x[:6], y[:6], eps=1e-5, num_classes=10, until=0.0)
+    assert CUT in result.warnings and len(calls) < 30 and (result.images - x[:6]).abs().max() <= 1e-5 + 1e-7
+
+
+def test_minutes_must_be_above_0():
+    with pytest.raises(ValueError, match="minutes"):
+        EvaluateConfig(minutes=0)
+
+
+def test_probes_that_were_finished_before_a_kill_are_used_again(tmp_path, monkeypatch):
+    model = NoisyEnsemble(standard(), 0.1, samples=1)
+    judged(model, n=8, out=tmp_path / "whole")
+    made, original = [], probes.apgd
+
+    def killed(*args, **options):
+        made.append(options["steps"])
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        return original(*args, **options)
+
+    monkeypatch.setattr(probes, "apgd", killed)
+    with pytest.raises(KeyboardInterrupt):
+        judged(model, n=8, out=tmp_path / "again")
+    again, before = judged(model, n=8, out=tmp_path / "again"), judged(model, n=8, out=tmp_path / "whole")
+    assert again.findings == before.findings and again.curves == before.curves
+    # The two finished searches were not made again: the third is the first that is made.
+    assert made[3] == made[2] and made[:2] != made[3:5]
+
+
+def test_counts_of_passes_are_added():
+    assert Passes(3, 1) * 2 + Passes(1) - Passes(2, 2) == Passes(5, 0) and Passes(5, 2).work == 9
+
+
+def test_a_direct_attack_has_no_limit():
+    _, _, x, y = digits()
+    assert not PGD(steps=2).run(standard(), x[:4], y[:4], eps=EPS).warnings
