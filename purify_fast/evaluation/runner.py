@@ -33,7 +33,7 @@ from ..speed.precision import raced_convolutions, whole_float32_by_default
 from .alarms.probes import Before, Probes
 from .alarms.signs import signs_of_masking
 from .request.attack_lists import SEARCHES, protocol_attacks, without_early_stops
-from .request.config import BatchSize, EvaluateConfig, ProtocolName
+from .request.config import EvaluateConfig, ProtocolName
 from .request.fingerprint import fingerprint
 from .request.naming import beside_fixed, feasible, row_name, threat_name
 from .request.preparation import (
@@ -51,7 +51,6 @@ from .results.rows import Row, worst_rows
 from .run.cache import RowCache
 from .run.measure import EXAMPLES, Measure, Standing, settings_of
 from .run.progress import Progress
-from .run.resources import make_room
 from .run.shards import Shards
 from .show.report import Report
 from .show.text import notes_on_rows, paragraphs
@@ -80,7 +79,7 @@ def evaluate(
     *,
     eps: float,
     protocol: ProtocolName | None = None,
-    batch_size: BatchSize | None = None,
+    batch_size: int | None = None,
     seed: int | None = None,
     config: EvaluateConfig = EvaluateConfig(),
     norm: NormName = "linf",
@@ -103,7 +102,7 @@ def evaluate(
         eps: radius of the ball, in image units; above 0 if there are attacks. An attack's own eps wins.
         protocol: name of the list of attacks, such as "fast". This and the next two are fields of `EvaluateConfig`;
             None takes the value of ``config``.
-        batch_size: number of images that are attacked together, or "auto".
+        batch_size: number of images that are attacked together.
         seed: seed of all random numbers.
         config: all other settings.
         norm: norm of the ball: ``linf``, ``l2`` or ``l1``.
@@ -162,8 +161,6 @@ def evaluate(
             update_copies(model, base, *(spec.other_model for spec in given))
             judging: dict[str, Any] = {each: getattr(config, each) for each in ("n_eval", "predict", "seed")}
             subject = Subject(model, images, labels, batch_size=config.images_together, draws=draws, **judging)
-            if config.batch_size == "auto":
-                make_room(subject, [subject.model], RowCache(None))
             # After the trial predictions, so that it is the same in every run: a model's last input may be part of it.
             mark = fingerprint(subject.model, revision)
             if mark is not None:
@@ -189,11 +186,7 @@ def evaluate(
                 logger.warning('out: the rows of %s are not kept, %sevaluate(..., revision="1") keeps them', name, why)
             cache = RowCache(folder, kernels_now(device), revision)
             cache.know(subject.model, mark)
-            others = _admit([base, *(spec.other_model for spec in plan)], subject, cache, stack)
-            if config.batch_size == "auto":
-                make_room(subject, others, cache)
-                at_once = shards.from_first(lambda: subject.room.limit(context.max_forward_batch))
-                context = replace(context, max_forward_batch=at_once)
+            _admit([base, *(spec.other_model for spec in plan)], subject, cache, stack)
             shown = Progress(name, progress and shards.rank == 0, until=until)
             every = config.keep == "all"
             measure = Measure(subject, context, name, cache, progress=shown, shards=shards, keep_all=every)
@@ -243,17 +236,15 @@ def _context(config: EvaluateConfig, subject: Subject, ball: ThreatModel) -> Att
 
 def _admit(
     models: Sequence[Classifier | None], subject: Subject, cache: RowCache, stack: contextlib.ExitStack
-) -> list[Classifier]:
+) -> None:
     """Freeze the other models that attacks use, and add their fingerprints to the cache."""
-    others = list({id(model): model for model in models if model is not None}.values())
-    for model in others:
+    for model in {id(model): model for model in models if model is not None}.values():
         stack.enter_context(frozen(model))
         check_leaves_images(model, subject.sample_images()[:1])
         if cache.folder is not None:
             torch.manual_seed(subject.seed)
             model(subject.sample_images())
             cache.know(model, fingerprint(model, cache.revision))
-    return others
 
 
 @dataclass
@@ -292,7 +283,10 @@ class _Evaluation:
             self.act_on(signs_of_masking(asked, subject.is_random), asked.order)
             measure.progress.costs[measure.progress.rows :] = self.costs()
             if shards.rank == 0:
-                measure.progress.plan(len(subject.y), self.expected(asked))
+                expected = self.expected(asked)
+                measure.progress.plan(len(subject.y), expected)
+                if expected is not None:
+                    report.about["expected_seconds"] = f"{measure.progress.seconds + expected:.1f}"
         if shards.rank > 0:
             return Report.from_json(measure.follow())
         report.rows = self.rows()
@@ -309,7 +303,7 @@ class _Evaluation:
             report.about["claim_test"] = test.verdict
         if torch.bfloat16 in context.copies.dtypes:
             report.about["gradients"] = "of a frozen copy in bfloat16; the model itself judges"
-        made, n = measure.progress.images, len(subject.y)
+        made, n = measure.progress.images + subject.passes, len(subject.y)
         if shards.world == 1 and not measure.cache.used:
             # Otherwise other processes or earlier runs have made a part of the passes.
             counts = f"{made.forwards / n:,.0f} forward passes and {made.gradients / n:,.0f} gradients per image"

@@ -1,71 +1,18 @@
-"""Choose the number of images in a forward pass from the available memory and the measured memory of a few images."""
+"""Measure the memory of this process and of a device, and do work again with less when memory runs out."""
 
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
-from .._compiler import EagerDispatchMode
 from .._memory import available_memory, peak_resident_memory, ran_out_of_memory
 
 logger = logging.getLogger("purify_fast")
 
-#: The number of images in the first measured pass, and the largest number in the second.
-FIRST, SECOND = 1, 8
-#: The share of the free memory that is used. The rest is for memory that is not counted, and for gaps between tensors.
-PLANNED = 0.8
-#: The largest number of images in a pass. More images save hardly any time. With this limit, all devices with enough
-#: memory use the same number.
-MOST = 1024
-
 Result = TypeVar("Result")
-
-
-class LiveBytes(EagerDispatchMode):
-    """Counts the bytes of existing tensors that operators have made, and their peak, without scratch memory."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live, self.most = 0, 0
-        self.seen: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, torch.Tensor):
-                self.count(tensor.untyped_storage())
-        return result
-
-    def count(self, storage: torch.UntypedStorage) -> None:
-        """Count a storage until it is freed. A storage that is already counted is not counted twice."""
-        key = storage._cdata
-        if key in self.seen:
-            return
-        size = storage.nbytes()
-        self.seen.add(key)
-        self.live += size
-        self.most = max(self.most, self.live)
-        weakref.finalize(storage, self._release, key, size)
-
-    def _release(self, key: int, size: int) -> None:
-        self.seen.discard(key)
-        self.live -= size
-
-
-def peak_memory(work: Callable[[], object], device: torch.device) -> int:
-    """Call a function, and return its peak of memory in bytes: from a GPU's allocator, or counted on a CPU."""
-    if device.type != "cuda":
-        with LiveBytes() as counted:
-            work()
-        return counted.most
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    work()
-    return torch.cuda.max_memory_allocated(device) - before
 
 
 def peak_so_far(device: torch.device) -> int:
@@ -79,23 +26,6 @@ def free_memory(device: torch.device) -> int:
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reserved
     return available_memory()
-
-
-def images_that_fit(work: Callable[[int], object], free: int, device: torch.device) -> int:
-    """Estimate how many images fit into ``free`` bytes, a power of two up to 1,024, from passes of 1 and of a few."""
-    again = same_draws_again(device)
-    try:
-        one = peak_memory(lambda: work(FIRST), device)
-        several = max(2, min(SECOND, int(PLANNED * free) // max(1, one)))
-        slope = (peak_memory(lambda: work(several), device) - one) / (several - FIRST)
-    except Exception as error:
-        if not ran_out_of_memory(error):
-            raise
-        return 1
-    finally:
-        again()
-    fitting = FIRST + (PLANNED * free - one) / max(1.0, slope)
-    return 1 << (int(min(MOST, max(1.0, fitting))).bit_length() - 1)
 
 
 def same_draws_again(device: torch.device) -> Callable[[], None]:
@@ -131,10 +61,14 @@ def retry_when_memory_ends(
 
 
 class Room:
-    """The largest number of images in a forward pass. It can be halved whenever memory runs out."""
+    """The largest number of images in a forward pass: no limit at first, and half as many whenever memory runs out.
 
-    def __init__(self, images: int | None, device: torch.device, yields: bool = False):
-        self.images, self.device, self.yields = images, device, yields
+    ``most`` is the largest number of images that are given at once, from which the first halving starts.
+    """
+
+    def __init__(self, most: int, device: torch.device):
+        self.images: int | None = None
+        self.most, self.device = most, device
 
     def at_most(self, wanted: int) -> int:
         """The smaller of ``wanted`` and the limit."""
@@ -146,11 +80,8 @@ class Room:
 
     def within(self, work: Callable[[], Result]) -> Result:
         """Call a function. If memory runs out, halve the number of images, down to 1, and call it again."""
-        return retry_when_memory_ends(
-            work, self.device, lambda: self._halve if self.yields and self.images not in (None, 1) else None
-        )
+        return retry_when_memory_ends(work, self.device, lambda: None if self.images == 1 else self._halve)
 
     def _halve(self) -> None:
-        assert self.images is not None
-        self.images //= 2
+        self.images = max(1, (self.images or self.most) // 2)
         logger.warning("memory ran out: from now on a forward pass has at most %d images", self.images)

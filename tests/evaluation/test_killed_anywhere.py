@@ -68,6 +68,7 @@ def plain(report):
     del content["about"]["peak_memory"]
     # an evaluation that uses kept rows does not know what they cost
     content["about"].pop("passes", None)
+    content["about"].pop("expected_seconds", None)
     return content
 
 

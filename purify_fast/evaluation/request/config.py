@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..._validation import Count, CudaGraphs, CudnnBenchmark, Positive, check_counts, check_types
+from ..._validation import Count, CudaGraphs, CudnnBenchmark, Positive, check_types
 
 ProtocolName = Literal["fast", "standard", "rand", "strong", "official", "authors"]
 #: The rule by which several predictions of a random model on an image count as correct: all of them are correct
 #: (worst_of), or their majority is correct (votes).
 Predict = Literal["worst_of", "votes"]
-BatchSize = int | Literal["auto"]
 
 #: The largest number of images that are attacked together by default.
 USUAL_BATCH = 250
@@ -36,10 +35,10 @@ class EvaluateConfig:
             gradient of the mean probabilities. With both rules the attacks know the rule, and are repeated under fixed
             noise if the model has ``fixed_noise``. None: an image has fallen if any prediction is wrong, attacks search
             for images that all of five fresh draws misclassify, and nothing is repeated under fixed noise.
-        batch_size: number of images that are attacked together. None: 250. "auto": the same, but each pass of the model
-            has only as many images as fit into memory, measured on a pass of a few images, and halved when memory runs
-            out. This changes the draws of a random model, as every other batch size does, but not the result of a
-            deterministic model. Attacks that are functions or belong to other packages get a whole batch at once.
+        batch_size: number of images that are attacked together. None: 250. Whenever memory runs out, the work is done
+            again, and the passes of the model have half as many images from then on. This changes the draws of a random
+            model, as every other batch size does, but not the result of a deterministic model. Attacks that are
+            functions or belong to other packages get a whole batch at once.
         max_forward_batch: largest number of images in a forward pass of an attack, which changes no result of a
             deterministic model. None: no limit.
         cuda_graphs: use of CUDA graphs for steps of attacks. "auto": a step is captured after 15 launches. "always":
@@ -74,7 +73,7 @@ class EvaluateConfig:
     eot_iter: Count = 5
     n_eval: Count = 5
     predict: Predict | None = None
-    batch_size: BatchSize | None = None
+    batch_size: Count | None = None
     max_forward_batch: Count | None = None
     cuda_graphs: CudaGraphs = "auto"
     cudnn_benchmark: CudnnBenchmark = "off"
@@ -90,12 +89,8 @@ class EvaluateConfig:
         check_types(self)
         if self.claim is not None and not (self.claim == 0 or 1 < self.claim <= 100):
             raise ValueError(f"claim must be 0, or a percentage above 1 and at most 100, got {self.claim!r}")
-        if isinstance(self.batch_size, str) and self.batch_size != "auto":
-            raise ValueError(f'batch_size must be a number or "auto", got {self.batch_size!r}')
-        if self.batch_size not in (None, "auto"):
-            check_counts(batch_size=self.batch_size)
 
     @property
     def images_together(self) -> int:
         """The largest number of images that are attacked together."""
-        return self.batch_size if isinstance(self.batch_size, int) else USUAL_BATCH
+        return self.batch_size or USUAL_BATCH

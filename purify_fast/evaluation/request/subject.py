@@ -29,7 +29,7 @@ from ...attacks.base import ThreatModel
 from ...attacks.losses import margin
 from ...attacks.outputs import are_one_hot, are_probabilities
 from ...defences.stochastic import MajorityVote, undecided
-from ...protocols import Classifier, SharesDraws, draws_for_each_image, supports
+from ...protocols import Classifier, Passes, SharesDraws, draws_for_each_image, supports
 from ...speed.agreement import BFLOAT16, FLOAT32, apart, differ
 from ...speed.memory import Room
 from ...speed.precision import float32_settings
@@ -106,8 +106,8 @@ class Judgement:
 class Subject:
     """A model with the images on which it is attacked.
 
-    ``model`` is the judged model, which is ``base_model`` or the vote over its draws. ``room`` is the number of images
-    that fit into memory in a pass. ``draws`` is True if the model is known to draw random numbers for some images.
+    ``model`` is the judged model, which is ``base_model`` or the vote over its draws. ``room`` limits the number of
+    images in a pass once memory has run out. ``draws`` is True if the model is known to draw random numbers for some images.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class Subject:
         self.x, self.y, self.draws = x, y, draws
         self._batch_size, self.n_eval, self.seed = batch_size, n_eval, seed
         self.device = device_of(model, x)
-        self.room = Room(None, self.device)
+        self.room = Room(min(batch_size, len(x)), self.device)
         self.data = digest(x, y)
         torch.manual_seed(seed)
         self.model, self.num_classes = model, check_model(model, self.sample_images())
@@ -138,6 +138,8 @@ class Subject:
         self.draws_once_per_call = self.is_random and drawn_once_per_call(self.model, self.sample_images(), TRIED_ROWS)
         self.has_probabilities = are_probabilities(one) and are_probabilities(other)
         self.has_one_hot = self.has_probabilities and are_one_hot(one) and are_one_hot(other)
+        #: The predictions that judged images.
+        self.passes = Passes()
         self._faults: dict[Variant, Fault | None] = {}
         self._surrogates: dict[ThreatModel, tuple[Surrogates, dict[str, str]]] = {}
         if predict is not None and not self.is_random:
@@ -285,6 +287,7 @@ class Subject:
                         nonfinite += int(nameless.sum())
                         right.append(((decided == y.to(decided.device)) & ~nameless).cpu().numpy())
                         named.append(decided.masked_fill(nameless, -1).cpu().numpy())
+            self.passes += Passes(draws * len(x))
             all_right = np.stack(right)
             first_wrong = np.stack(named)[all_right.argmin(0), np.arange(len(x))]
             return Judgement(all_right, nonfinite, (leads / len(right)).numpy(), first_wrong)
