@@ -26,7 +26,6 @@ from torch._functorch import config as functorch_config
 from purify_fast.ops import REGISTRY, use_backend
 from purify_fast.ops.dispatch import records
 from purify_fast.ops.dispatch.examples import tensors
-from purify_fast.speed.memory import peak_memory
 
 from .op_cases import Case
 
@@ -150,7 +149,10 @@ def seconds(calls: list[Callable], device: torch.device, clock: Callable[[], flo
 def allocated(work: Callable[[], object], device: torch.device) -> int:
     """Return the peak bytes of tensors that a function allocates, including allocations in compiled code."""
     if device.type == "cuda":
-        return peak_memory(work, device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         work()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]

@@ -234,9 +234,7 @@ def _context(config: EvaluateConfig, subject: Subject, ball: ThreatModel) -> Att
     )
 
 
-def _admit(
-    models: Sequence[Classifier | None], subject: Subject, cache: RowCache, stack: contextlib.ExitStack
-) -> None:
+def _admit(models: Sequence[Classifier | None], subject: Subject, cache: RowCache, stack: contextlib.ExitStack) -> None:
     """Freeze the other models that attacks use, and add their fingerprints to the cache."""
     for model in {id(model): model for model in models if model is not None}.values():
         stack.enter_context(frozen(model))

@@ -107,7 +107,8 @@ class Subject:
     """A model with the images on which it is attacked.
 
     ``model`` is the judged model, which is ``base_model`` or the vote over its draws. ``room`` limits the number of
-    images in a pass once memory has run out. ``draws`` is True if the model is known to draw random numbers for some images.
+    images in a pass once memory has run out. ``draws`` is True if the model is known to draw random numbers for some
+    images.
     """
 
     def __init__(
