@@ -1,4 +1,4 @@
-"""The command line: ``purify-fast train ... | recipe | evaluate | purify | check | report | zoo | ...``.
+"""The command line: ``purify-fast train ... | recipe | evaluate | check | report | zoo | ...``.
 
 A command imports PyTorch only when it runs, so help and the refusal of wrong options do not wait for the import.
 """
@@ -18,7 +18,7 @@ import tyro
 from .._files import folder_lock
 from .._memory import ran_out_of_memory
 from .._validation import usable_device
-from . import evaluate, purify, show, train  # noqa: F401
+from . import evaluate, show, train  # noqa: F401
 from .command import Command, DataCommand
 from .run_file import cli, early_options, flag, parse, values
 
