@@ -134,8 +134,8 @@ def nearest_borders(active: ActiveSet, objective: Objective, count: int | None) 
             # The gradient is a sum over the draws, but the loss is a mean. The loss is negative while the label has the
             # higher logit.
             distances.append(-objective.eot_iter * at_image.loss / slope.clamp_min(torch.finfo(slope.dtype).tiny))
-            if not bool(slope.any()):
-                # Without gradients the order of the logits stays, and further candidates would cost the same again.
+            # Without gradients the order of the logits stays, and further candidates would cost the same again.
+            if len(distances) == 1 and not bool(slope.any()):
                 break
         distances += [torch.full_like(distances[0], torch.inf)] * (len(candidates) - len(distances))
         ranked = torch.stack(distances, 1).nan_to_num(nan=torch.inf).argsort(dim=1, stable=True)
