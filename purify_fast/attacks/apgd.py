@@ -26,6 +26,8 @@ from .losses import FEWEST_CLASSES, TARGETED, ApgdLoss, check_classes
 from .objective import Gradients, Objective
 from .search import better_of, faults, forgiven
 
+#: A run on a random model ends if the gradients of this number of its first draws are all useless.
+BLIND_DRAWS = 20
 #: The paper's alpha. A move is alpha times the new step plus (1 - alpha) times the last move.
 MOMENTUM = 0.75
 #: A run in the l1 ball searches three balls in turn. LARGER: their radii, as multiples of the given radius.
@@ -170,6 +172,7 @@ class AutoPgd(RowSearch):
         self.previous = self.best = self.gradient = self.top = begin
         self.score = torch.stack([nothing, nothing])
         self.marks = checkpoints(self.steps)
+        self.blind_steps = 0
         self.step, self.halved = 2 * self.rows.ball.eps, torch.ones_like(nothing, dtype=torch.bool)
         self.top_gradient, self.top_loss = torch.zeros_like(begin), nothing
         self.last_loss, self.checked_loss, self.rises = -nothing, nothing, torch.zeros_like(nothing)
@@ -178,11 +181,12 @@ class AutoPgd(RowSearch):
         """Take all steps, or stop when no row is left."""
         for i in range(self.steps):
             self._look()
-            if self.shrinks_after(i + 1) and self.active.is_over():
+            # Before the first step no point has moved, which would look like masked gradients.
+            if i > 0 and self.shrinks_after(i + 1) and self.active.is_over():
+                break
+            if self.claims and self.active.leave and self.blind_steps == i and self._is_blind():
                 break
             if self.claims and self.active.leave and self.shrinks_after(i + 1):
-                if i == 0 and self._is_blind():
-                    break
                 self._shrink(i + 1)
                 if len(self.point) == 0:
                     return
@@ -194,18 +198,28 @@ class AutoPgd(RowSearch):
             self.point, self.previous = self._move(i, origin, gradient), origin
         self._see_move(slice(None))
         if self.claims:
-            self.active.tried.index_fill_(0, self.rows.owner, True)
+            if not self.active.was_cut:
+                self.active.tried.index_fill_(0, self.rows.owner, True)
             self._finish(slice(None))
 
     def _is_blind(self) -> bool:
-        """Tell whether no gradient of the first step can be used. No point would ever move, so the run then ends."""
+        """Tell whether the run ends, because no element of a gradient so far could move a point.
+
+        A model without randomness has the same gradients again. On a random model the gradients of some draws may be
+        zero by chance, so `BLIND_DRAWS` draws decide.
+        """
+        usable = (self.gradient.isfinite() & (self.gradient != 0)).flatten(1).any(1)
         # At a misclassified point a gradient of 0 is no fault.
-        nonfinite, zero = faults(self.gradient, self.score[0] == 1)
-        blind = bool((nonfinite | zero).all())
-        if blind:
-            self.active.ended_blind = True
+        if bool((usable | (self.score[0] == 1)).any()):
+            return False
+        self.blind_steps += 1
+        random = self.active.draws_differ
+        if random and self.blind_steps * self.objective.eot_iter < BLIND_DRAWS:
+            return False
+        self.active.ended_blind = True
+        if not random:
             self.see_given_up(torch.arange(len(self.point), device=self.point.device))
-        return blind
+        return True
 
     def take(self, index: Tensor) -> None:
         super().take(index)

@@ -154,7 +154,8 @@ class _FabSearch(RowSearch):
         self._end_loop()
         across = has_fallen(self.objective.score(self.point, self.rows.labels)[0])
         vars(self).update(nearer(self.rows.ball, self._state(), across))
-        self.active.tried.index_fill_(0, self.rows.owner, True)
+        if not self.active.was_cut:
+            self.active.tried.index_fill_(0, self.rows.owner, True)
         self._try(self.rows, self.nearest)
 
     def _state(self) -> State:

@@ -267,7 +267,8 @@ class _SquareSearch:
             if rounds % ROUNDS == 0 and self.active.is_over():
                 break
         self._read()
-        self.active.tried.index_fill_(0, self.owner, True)
+        if not self.active.was_cut:
+            self.active.tried.index_fill_(0, self.owner, True)
         self._judge(slice(None))
 
     def _judge(self, rows: slice | Tensor) -> None:

@@ -49,7 +49,7 @@ from .request.specs import AttackFunction, AttackSpec
 from .request.subject import DrawsUnderAttack, Subject, Variant, device_of
 from .results.rows import Row, worst_rows
 from .run.cache import RowCache
-from .run.measure import EXAMPLES, Measure, Standing, settings_of
+from .run.measure import EXAMPLES, Measure, Standing, TimeIsOver, settings_of
 from .run.progress import Progress
 from .run.shards import Shards
 from .show.report import Report
@@ -211,7 +211,8 @@ def _context(config: EvaluateConfig, subject: Subject, ball: ThreatModel) -> Att
 
     draws, share, votes, most = 5, 1.0, 1, config.max_forward_batch
     # "fast" ends the search of an image at a point that counts as fallen, and does not look for a worse one.
-    if config.predict == "worst_of" or (config.protocol == "fast" and config.predict is None):
+    # A claim is tested by the accuracy of one draw, which a worse point lowers.
+    if config.predict == "worst_of" or (config.protocol == "fast" and config.predict is None and config.claim is None):
         draws, share = max(draws, config.n_eval), 1 - MAX_SURVIVAL ** (1 / config.n_eval)
     if config.predict == "votes":
         votes = config.n_eval
@@ -278,7 +279,7 @@ class _Evaluation:
         measure.progress.plan(len(subject.y))
         asked = None if before is None else self.suspicion.ask_before(before)
         if asked is not None:
-            self.act_on(signs_of_masking(asked, subject.is_random), asked.order)
+            self.act_on(signs_of_masking(asked, subject.is_random), asked)
             measure.progress.costs[measure.progress.rows :] = self.costs()
             if shards.rank == 0:
                 expected = self.expected(asked)
@@ -319,18 +320,19 @@ class _Evaluation:
         self.report.notes += [note for note in notes if note not in self.report.notes]
         measure.attacks = self.plan
 
-    def act_on(self, signs: Sequence[str], order: Sequence[str]) -> None:
+    def act_on(self, signs: Sequence[str], asked: Probes) -> None:
         """If there are signs of masked gradients, strengthen the attacks of a protocol in `SEARCHES` and add a note."""
         if not signs or self.report.about.get("protocol") not in SEARCHES:
             return
         subject, context = self.measure.subject, self.measure.context
         ball = ThreatModel(context.norm, float(context.eps))
         quick = self.report.about.get("protocol") == "fast"
-        further = without_early_stops(self.asked_for, subject, ball, order, quick)
+        own = self.asked_for[:1] if quick and subject.is_random and asked.is_blind else self.asked_for
+        further = without_early_stops(own, subject, ball, asked.order, quick)
         if further == list(self.asked_for):
             return
         _admit([spec.other_model for spec in further], subject, self.measure.cache, self.stack)
-        joined = len(further) - len(self.asked_for)
+        joined = len(further) - len(own)
         added = f"{joined} rows were added" if joined > 1 else "a row was added"
         rows = f", and {added} for attacks along the gradients of other models" if joined else ""
         self.report.notes.append(
@@ -377,7 +379,8 @@ class _Evaluation:
             # An image that falls is done after a part of the search.
             used *= asked.stands + GIVEN_UP * (1 - asked.stands) if first else 1.0
             work += used * cost.work * min(left, spec.nearest or left)
-        return work * measure.progress.seconds / max(1, measure.progress.images.work)
+        done = measure.progress.images.work
+        return work * measure.progress.seconds / done if done else None
 
     def standing(self, variant: Variant, threat: str | None) -> Standing:
         """The state of the images after the attacks so far."""
@@ -393,13 +396,14 @@ class _Evaluation:
         all_rows = [measure.clean(variant) for variant in variants]
         left_out = list[str]()
         for number, spec in enumerate(self.plan, 1):
-            if progress.is_over:
-                left_out.append(row_name(spec, measure.context))
-                continue
             threat = threat_name(spec, measure.context)
             deployed = self.standing("random", threat).rows if subject.is_random else []
             earlier = [row for row in deployed if row.n >= (spec.max_images or n)]
-            rows = measure.attacked(spec, self.standing(spec.variant, threat), earlier)
+            try:
+                rows = measure.attacked(spec, self.standing(spec.variant, threat), earlier)
+            except TimeIsOver:
+                left_out.append(row_name(spec, measure.context))
+                continue
             source = measure.cache.source
             all_rows += rows
             for row, variant in zip(rows, dict.fromkeys([spec.variant, "random"]), strict=False):
@@ -410,7 +414,9 @@ class _Evaluation:
                 progress.finished(f"{row.attack}: {100 * row.accuracy:.1f} % of {row.n} images{source}")
         standing = self.standing("random", None)
         cut = [row.attack for row in all_rows if CUT in row.warnings]
-        self.report.notes += paragraphs(
-            "time.jinja", left_out=left_out, cut=cut, left=int(standing.left.sum()), all=len(self.plan)
-        )
+        left, every = int(standing.left.sum()), len(self.plan)
+        self.report.notes += paragraphs("time.jinja", left_out=left_out, cut=cut, left=left, every=every)
+        if left and (left_out or cut):
+            ended = f"{len(left_out)} of {every} attacks were left out, and {len(cut)} cut short"
+            self.report.about["ended"] = f"the time was over: {ended}; they might have broken more images"
         return all_rows

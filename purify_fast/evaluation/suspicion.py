@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -18,6 +19,9 @@ from .results.rows import Worst, count_fallen
 from .run.measure import Measure
 from .run.progress import counted_model
 from .show.report import Report
+
+#: The largest share of a limit of time that the probes before the attacks take.
+PROBES_SHARE = 1 / 3
 
 
 @dataclass
@@ -92,22 +96,31 @@ class Suspicion:
         measure, context, subject = self.measure, self.measure.context, self.measure.subject
         progress = measure.progress
         model = counted_model(subject.model, progress)
+        # With a limit of time, the probes get a part of it.
+        now = time.monotonic()
+        until = now + (context.until - now) * PROBES_SHARE
 
         def keep(
             name: str, most: Passes, settings: dict[str, Any], make: Callable[[], dict[str, Any]]
         ) -> dict[str, Any]:
             def shown() -> dict[str, Any]:
                 progress.costs.insert(progress.rows, most)
-                with progress.row(f"probe: {name}", most):
-                    made = make()
+                try:
+                    with progress.row(f"probe: {name}", most):
+                        made = make()
+                except Exception:
+                    del progress.costs[progress.rows]
+                    raise
                 progress.next_row()
                 return made
 
-            return measure.cache.values(self.probes_key({"probe": name} | settings), shown)
+            key = self.probes_key({"probe": name} | settings)
+            return measure.cache.values(key, shown, whole=lambda: time.monotonic() <= until)
 
         def ask() -> Probes:
             at_once = subject.room.limit(context.max_forward_batch)
-            return asked_before(before, replace(context, max_forward_batch=at_once), model, keep, self.settled)
+            told = replace(context, max_forward_batch=at_once, until=until)
+            return asked_before(before, told, model, keep, lambda one: time.monotonic() > until or self.settled(one))
 
         # If memory runs out, the probes run again with fewer images at once.
         asked = Probes(**measure.shards.from_first(lambda: asdict(subject.room.within(ask))))

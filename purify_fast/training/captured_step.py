@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import random
+import time
+import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -17,9 +19,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._process import processes
+from .._validation import in_one_line
 from ..model_state import identity_key
 from ..ops.philox import philox_key
 from ..speed.graphs.cuda_capture import CudaCapture
@@ -70,9 +73,13 @@ class CapturedStep:
         x, y, ids = (part.clone() for part in (batch.x, batch.y, batch.sample_ids))
         self.given = replace(batch, x=x, y=y, sample_ids=ids, seed=philox_key(batch.seed, device))
         self.updates: list[_Update] = []
-        with no_trace(device), undone(task.model, device):
-            self._record(task, gradients, graphs.capture)
-            self._compare(task, gradients)
+        with no_trace(device), undone(task, device):
+            # The step itself comes first, because the graph keeps the memory of a whole step.
+            wanted = self._eager(task, gradients)
+            # The trials of the capture move buffers, and the replay is compared from the state before them.
+            with undone(task, device):
+                self._record(task, gradients, graphs.capture)
+            self._compare(task, wanted)
 
     def _record(self, task: Task, gradients: Gradients, capture: CudaCapture) -> None:
         device = self.given.x.device
@@ -100,21 +107,35 @@ class CapturedStep:
         # The graph also writes to the gradients of weights that no optimizer changes.
         self.objects += [weight.grad for weight in task.model.parameters()]
 
-    def _compare(self, task: Task, gradients: Gradients) -> None:
-        """Raise RuntimeError if the first replay has other results than the step, with weights of its own."""
+    def _eager(self, task: Task, gradients: Gradients) -> tuple[Callable[[], None], list[Tensor], list[Tensor]]:
+        """Run the step twice with other weights and the same draws. Return what repeats the draws, and both results."""
         device = self.given.x.device
-        change_weights(task, OTHER_WEIGHTS)
-        again = same_draws_again(device)
-        results = list[list[Tensor]]()
-        for run in (partial(gradients, task), self.run):
-            with undone(task.model, device), inline(task):
-                values = list[Tensor]()
-                for name, metrics in run(self.given):
-                    weights = weights_of(task.optimizers[name])
-                    values += [*metrics.values(), *(one.grad.clone() for one in weights if one.grad is not None)]
-            results.append(values)
+        with undone(task, device):
+            change_weights(task, OTHER_WEIGHTS)
+            again = same_draws_again(device)
+            one = self._results(task, partial(gradients, task))
             again()
-        if not len(results[0]) == len(results[1]) or not all(map(alike, *reversed(results))):
+            return again, one, self._results(task, partial(gradients, task))
+
+    def _results(self, task: Task, run: Callable[[Batch], Iterator[tuple[str, Metrics]]]) -> list[Tensor]:
+        """The metrics and the gradients of a step."""
+        values = list[Tensor]()
+        with undone(task, self.given.x.device), inline(task):
+            for name, metrics in run(self.given):
+                weights = weights_of(task.optimizers[name])
+                values += [*metrics.values(), *(one.grad.clone() for one in weights if one.grad is not None)]
+        return values
+
+    def _compare(self, task: Task, wanted: tuple[Callable[[], None], list[Tensor], list[Tensor]]) -> None:
+        """Raise RuntimeError if the first replay is further from the step than the step is from itself.
+
+        A kernel that adds in another order in each call makes two runs of the same step differ, too.
+        """
+        again, one, other = wanted
+        change_weights(task, OTHER_WEIGHTS)
+        again()
+        got = self._results(task, self.run)
+        if not len(got) == len(one) == len(other) or not all(map(within_repeats, got, one, other)):
             raise RuntimeError("a replay gives another result than the step")
 
     def run(self, batch: Batch) -> Iterator[tuple[str, Metrics]]:
@@ -161,11 +182,15 @@ def captured(task: Task, batch: Batch, gradients: Gradients) -> CapturedStep | N
     if isinstance(found, int):
         found += 1
         if graphs.mode == "always" or found > CAPTURE_STEPS:
+            begin = time.perf_counter()
             try:
                 found = CapturedStep(task, batch, gradients, graphs, objects)
+                logger.info("a training step is captured as a CUDA graph, in %.1f s", time.perf_counter() - begin)
+            except NotRestored:
+                raise
             except Exception as error:
                 # A user's model may raise any error. The training then continues without this graph.
-                logger.info("a training step runs without a CUDA graph: %s: %s", type(error).__name__, error)
+                warnings.warn(f"a training step runs without a CUDA graph: {in_one_line(error)}", stacklevel=2)
                 found = None
         graphs.whole_steps[key] = found
     return found if isinstance(found, CapturedStep) else None
@@ -189,20 +214,44 @@ def change_weights(task: Task, factor: float) -> None:
         torch._foreach_mul_(weights_of(optimizer), factor)
 
 
+class NotRestored(RuntimeError):
+    """The weights could not be restored after a trial, so the training must not continue."""
+
+
+def within_repeats(got: Tensor, one: Tensor, other: Tensor) -> bool:
+    """Tell whether a result is as near to ``one`` as rounding allows, or at most twice as far as ``other`` is."""
+    if alike(got, one):
+        return True
+    apart, repeated = ((each - one).double().nan_to_num(nan=torch.inf).norm() for each in (got, other))
+    return bool(apart <= 2 * repeated)
+
+
 @contextmanager
-def undone(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """After the block, restore the random generators, and a model's modes, weights, buffers and gradients."""
+def undone(task: Task, device: torch.device) -> Iterator[None]:
+    """After the block, restore the random generators, and the modes, weights, buffers and gradients of a training.
+
+    Weights are restored first and without new memory, because the block may have ended when memory ran out.
+    """
+    model = task.model
     modes = [(module, module.training) for module in model.modules()]
-    tensors = [(tensor, tensor.detach().clone(), tensor.grad) for tensor in (*model.parameters(), *model.buffers())]
+    trained = {id(one): one for optimizer in task.optimizers.values() for one in weights_of(optimizer)}
+    others = [one for one in (*model.parameters(), *model.buffers()) if id(one) not in trained]
+    kept = [[(one, one.detach().clone(), one.grad) for one in group] for group in (trained.values(), others)]
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             yield
     finally:
+        try:
+            with torch.no_grad():
+                for tensor, before, gradient in kept[0]:
+                    tensor.copy_(before)
+                    tensor.grad = gradient
+                for tensor, before, gradient in kept[1]:
+                    # A change of its version would make copies of a frozen classifier again.
+                    if not tensor.equal(before):
+                        tensor.copy_(before)
+                    tensor.grad = gradient
+        except Exception as error:
+            raise NotRestored(f"the weights are not those before a trial of a CUDA graph: {error}") from error
         for module, training in modes:
             module.training = training
-        with torch.no_grad():
-            for tensor, before, gradient in tensors:
-                # A change of its version would make copies of a frozen classifier again.
-                if not tensor.equal(before):
-                    tensor.copy_(before)
-                tensor.grad = gradient

@@ -1,5 +1,6 @@
 """The most telling search comes first, useless gradients end a row, and a limit of time says what it left out."""
 
+import contextlib
 import itertools
 import time
 from unittest import mock
@@ -63,9 +64,46 @@ def test_only_a_first_step_without_any_gradient_ends_a_run(draws):
     assert not whole.warnings and sum(seen) == 12
     seen.clear()
     blind = APGD(steps=12).run(lambda z: (seen.append(z.requires_grad), net(z.detach()))[1], x[:2], y[:2], **context)
-    assert blind.warnings == [BLIND] and sum(seen) == 1
-    # The counts are those of all steps, so that the row counts as much as before.
-    assert blind.health.count("gradients") == blind.health.count("zero") == 24
+    # On a random model, 20 draws decide.
+    looks = 1 if draws == 1 else 7
+    assert blind.warnings == [BLIND] and sum(seen) == looks
+    # Without randomness the counts are those of all steps, so that the row counts as much as before.
+    assert blind.health.count("gradients") == blind.health.count("zero") == (24 if draws == 1 else 2 * looks)
+
+
+def test_one_faulty_pixel_does_not_end_a_run():
+    _, _, x, y = digits()
+    net = standard()
+
+    def faulty(z):
+        return net(z) + 0 * (z[:, :1, 0, 0] * 0).sqrt()
+
+    assert not torch.autograd.grad(faulty(leaf := x[:1].clone().requires_grad_()).sum(), leaf)[0].isfinite().all()
+    with pytest.warns(UserWarning, match="NaN") if faulty(x).isnan().any() else contextlib.nullcontext():
+        found = APGD(steps=20).run(faulty, x[:16], y[:16], eps=EPS, num_classes=10, draws_differ=False)
+    assert not found.warnings and (net(found.images).argmax(1) == y[:16]).float().mean() < 0.5
+
+
+def test_gradients_that_some_draws_lack_are_followed():
+    _, _, x, y = digits()
+    net = standard()
+
+    def seldom(z):
+        return net(z) if torch.rand(()) < 0.2 else net(z.detach()) + 0 * z.sum()
+
+    torch.manual_seed(0)
+    found = APGD(steps=50).run(seldom, x[:16], y[:16], eps=EPS, num_classes=10, eot_iter=1)
+    assert (net(found.images).argmax(1) == y[:16]).float().mean() < 0.5
+
+
+def test_copies_of_the_label_hide_no_other_class():
+    """The likeliest wrong classes then have no gradient, and the others have."""
+    _, _, x, y = digits()
+    net = standard()
+    copies = lambda z: torch.cat([net(z), *(net(z) - 0.01 * number for number in (1, 2, 3))], 1)  # noqa: E731
+    attack = APGD(steps=20, loss="margin_targeted", n_target_classes=4)
+    found = attack.run(copies, x[:16], y[:16], eps=EPS, num_classes=40, draws_differ=False)
+    assert (net(found.images).argmax(1) == y[:16]).float().mean() < 0.5
 
 
 def test_surrogates_come_in_the_order_of_their_effect(monkeypatch):
@@ -101,7 +139,7 @@ def test_fast_ends_an_image_by_the_rule_of_the_report():
         return net(z) + push.detach()
 
     shares = {}
-    for protocol in ("fast", "rand"):
+    for protocol, claim in (("fast", None), ("rand", None), ("fast", 50)):
         seen = []
         original = APGD.search
         with mock.patch.object(
@@ -109,9 +147,10 @@ def test_fast_ends_an_image_by_the_rule_of_the_report():
             "search",
             lambda *args, seen=seen, original=original: seen.append(args[4].judge_share) or original(*args),
         ):
-            evaluate(mostly, x[:4], y[:4], eps=EPS, protocol=protocol, steps=2, probes=False)
-        shares[protocol] = {round(share, 2) for share in seen}
-    assert shares == {"fast": {0.6}, "rand": {1.0}}
+            evaluate(mostly, x[:4], y[:4], eps=EPS, protocol=protocol, steps=2, probes=False, claim=claim)
+        shares[protocol, claim] = {round(share, 2) for share in seen}
+    # A claim is about one draw, so the search goes on.
+    assert shares == {("fast", None): {0.6}, ("rand", None): {1.0}, ("fast", 50): {1.0}}
 
 
 def test_several_draws_of_a_judgement_are_one_call_only_if_the_class_promises_it():
@@ -168,6 +207,10 @@ def test_a_limit_of_time_names_what_it_left_out_and_more_time_continues(tmp_path
     whole = judged(slow, **options, **settings, minutes=60)
     assert not any("time was over" in note for note in whole.notes)
     assert len([row for row in whole.rows if row.is_attack]) == 9
+    # Rows that are finished are read although no time is left.
+    again = judged(slow, **options, **settings, minutes=1e-9)
+    assert [row.robust.tolist() for row in again.rows] == [row.robust.tolist() for row in whole.rows]
+    assert "ended" in report.about and report.about["ended"] in report.to_markdown() and "ended" not in again.about
     # A row that was cut short is not kept: the result is that of a call without a limit.
     alone = judged(slow, **settings)
     assert [row.robust.tolist() for row in whole.rows] == [row.robust.tolist() for row in alone.rows]

@@ -1,7 +1,10 @@
 """Trainings with captured steps: the same bits as without, on a CPU where a function stands for a graph."""
 
+import itertools
+import random
 import sys
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ from purify_fast.ops import use_backend
 from purify_fast.speed import StepGraphs
 from purify_fast.speed.graphs.step_loop import CAPTURE_STEPS
 from purify_fast.training import Batch, ClassifierConfig, ClassifierTask, FitConfig, Task, fit
-from purify_fast.training.captured_step import CapturedStep
+from purify_fast.training.captured_step import CapturedStep, NotRestored, change_weights
 from purify_fast.training.loop import step_settings, train_step
 from purify_fast.training.optimizers import fuse
 
@@ -98,6 +101,56 @@ def test_steps_that_are_not_captured_train_the_same_weights(tape, why):
     found = trained(task, StepGraphs("always", capture=tape), batches)
     assert wanted[0] == found[0] and all(torch.equal(value, found[1][key]) for key, value in wanted[1].items())
     assert not any(isinstance(step, CapturedStep) for step in task.graphs.whole_steps.values())
+
+
+class Rounding(ClassifierTask):
+    """Its gradients differ a little in each call, like those of a kernel that adds in another order."""
+
+    def captures(self, batch):
+        return super().captures(batch)
+
+    def training_step(self, batch):
+        loss, metrics = super().training_step(batch)
+        return loss * (1 + random.Random().choice([-1, 1]) * 1e-2), metrics
+
+
+@pytest.mark.parametrize("doubled", [False, True])
+def test_a_step_that_differs_from_itself_is_captured_but_not_with_a_wrong_gradient(tape, doubled, monkeypatch):
+    torch.manual_seed(0)
+    task = Rounding(SmallCNN(width=4), ClassifierConfig(attack=attack()))
+    # Every other call is larger, so that two runs of the step differ.
+    signs = itertools.cycle([1, -1])
+    monkeypatch.setattr(random.Random, "choice", lambda self, given: next(signs))
+    if doubled:
+        tape = Stale()
+        tape.weight = task.model.conv1.weight
+    task.graphs = StepGraphs("always", capture=tape)
+    if doubled:
+        with pytest.warns(UserWarning, match="runs without a CUDA graph: RuntimeError: a replay gives another result"):
+            train_step(task, batch(1))
+    else:
+        train_step(task, batch(1))
+    steps = list(task.graphs.whole_steps.values())
+    assert isinstance(steps[0], CapturedStep) is not doubled
+
+
+def test_weights_are_restored_although_memory_ran_out(tape, monkeypatch):
+    """From the failure on, a comparison has no memory for its result. The training must not go on."""
+    task = arrest()
+    task.model.register_buffer("seen", torch.zeros(3))
+    before = [one.detach().clone() for one in task.model.state_dict().values()]
+
+    def fail(*_):
+        change_weights(task, 1.1)
+        monkeypatch.setattr(torch.Tensor, "equal", mock.Mock(side_effect=RuntimeError("out of memory")))
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(CapturedStep, "_compare", fail)
+    task.graphs = StepGraphs("always", capture=tape)
+    with pytest.raises(NotRestored, match="out of memory"):
+        train_step(task, batch(1))
+    monkeypatch.undo()
+    assert all(torch.equal(one, other) for one, other in zip(before, task.model.state_dict().values(), strict=True))
 
 
 def test_a_step_is_captured_when_many_like_it_have_occurred_and_again_with_another_radius(rerun):

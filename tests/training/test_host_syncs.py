@@ -101,11 +101,20 @@ def test_apgd_waits_where_images_may_leave_and_nowhere_else(name):
     staying = [probe(steps, apgd, leave_when_fallen=False, **options) for steps in (10, 40)]
     assert staying[0] == staying[1], "a step waits"
     # once for each wave of runs, to know which images are left, where its best points go, and how its gradients were
-    assert {wait.function for wait in staying[0]} <= {"left", "keep_best", "likeliest_wrong", "nearest_borders", "waves"}
+    assert {wait.function for wait in staying[0]} <= {
+        "left",
+        "keep_best",
+        "likeliest_wrong",
+        "waves",
+    }
     leaving = probe(40, apgd, **options) - staying[1]
     # after the first few steps and then every five, to know which images have fallen; once, whether gradients are zero
     runs = 9 if name == "targets" else 1
-    assert {wait.function for wait in leaving} <= {"confirm_successes", "kept", "_is_blind"} and leaving.total() <= 2 * 15 * runs
+    assert {wait.function for wait in leaving} <= {
+        "confirm_successes",
+        "kept",
+        "_is_blind",
+    } and leaving.total() <= 2 * 15 * runs
 
 
 def test_augmentation_does_not_wait_for_the_device():

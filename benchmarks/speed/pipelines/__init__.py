@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from purify_fast.speed import InferenceCopy, StepGraphs
 from purify_fast.speed.precision import float32_products, raced_convolutions
 from purify_fast.training import Batch, Task
+from purify_fast.training.captured_step import CapturedStep
 from purify_fast.training.loop import train_step
 from purify_fast.training.optimizers import fuse
 
@@ -151,7 +152,17 @@ def training_step(task: Task, batch: Batch, captured: bool) -> Callable[[], Tens
     task.graphs = StepGraphs("always") if captured else None
     for optimizer in task.optimizers.values():
         fuse(optimizer, batch.x.device.type == "cuda")
-    return lambda: train_step(task, batch)["loss"]
+
+    def step() -> Tensor:
+        loss = train_step(task, batch)["loss"]
+        # A row must not be called captured if the step was refused.
+        if task.graphs is not None and not any(
+            isinstance(one, CapturedStep) for one in task.graphs.whole_steps.values()
+        ):
+            raise RuntimeError("the training step was not captured as a CUDA graph")
+        return loss
+
+    return step
 
 
 def compile_classifier(classifier: nn.Module) -> None:

@@ -30,7 +30,7 @@ CANDIDATES = 20
 DUAL = {"linf": 1.0, "l2": 2.0, "l1": torch.inf}
 #: The warnings of a search that ran out of time, and of one whose gradients were useless.
 CUT = "runs ended before their last step, because the time was over"
-BLIND = "runs ended after their first step, because all of their gradients were zero or not finite"
+BLIND = "runs ended after their first steps, because all of their gradients were zero or not finite"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ class EngineAttack(InBall):
             judge = Judge(target, judges, most, apart, context.judge_share)
             active = ActiveSet(x, y, ball, judge, ids)
             active.health = GradientHealth() if context.counts_health else None
-            active.until = context.until
+            active.until, active.draws_differ = context.until, context.draws_differ
             if source is None:
                 source = source_of(target, x, self.precision, context.copies)
             with frozen(source):
@@ -134,10 +134,6 @@ def nearest_borders(active: ActiveSet, objective: Objective, count: int | None) 
             # The gradient is a sum over the draws, but the loss is a mean. The loss is negative while the label has the
             # higher logit.
             distances.append(-objective.eot_iter * at_image.loss / slope.clamp_min(torch.finfo(slope.dtype).tiny))
-            # Without gradients the order of the logits stays, and further candidates would cost the same again.
-            if len(distances) == 1 and not bool(slope.any()):
-                break
-        distances += [torch.full_like(distances[0], torch.inf)] * (len(candidates) - len(distances))
         ranked = torch.stack(distances, 1).nan_to_num(nan=torch.inf).argsort(dim=1, stable=True)
         goals[left] = torch.stack(candidates, 1).gather(1, ranked[:, :count])
     return goals.unbind(1)

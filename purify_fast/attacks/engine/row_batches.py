@@ -68,7 +68,7 @@ class ActiveSet:
     Without ``leave``, every image is attacked to the end, and ``fallen`` remains False. ``score`` is the share of
     misclassified draws and the loss of the best point, ``[2, N]``. ``felled_by`` is the number of the run, or -1.
     ``tried`` is True for images with a complete search, or a search that came nearer to the border before it was given
-    up. ``ended_blind``: a run ended with its first step, because all gradients were zero or not finite. ``was_cut``: a
+    up. ``ended_blind``: a run ended with its first steps, because all gradients were zero or not finite. ``was_cut``: a
     run ended at the time ``until``.
     """
 
@@ -81,6 +81,7 @@ class ActiveSet:
         self.gains, self.fell_to = Gains(), dict[str, int]()
         self.health: GradientHealth | None = None
         self.ended_blind = self.was_cut = False
+        self.draws_differ = True
         self.until = math.inf
 
     def is_over(self) -> bool:

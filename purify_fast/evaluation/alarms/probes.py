@@ -72,6 +72,7 @@ class Probes:
         cosine: cosine between the predicted and the measured changes of the margin, or the reason why there is none;
             None if it cannot be measured.
         without_gradient: share of images with a zero, non-finite or missing gradient, at the clean images or near them.
+        compared: number of images whose gradients were compared; 0 stands for ``n``.
         eot: curve over the number of draws averaged per step; empty for a deterministic model.
         fell: for each image, 1 if it fell to the short attacks with the model's own gradients, otherwise 0.
         copies: by name of the surrogate, in the order of the attacks: for each image, 1 if it first fell to this
@@ -93,6 +94,7 @@ class Probes:
     steps: Curve
     cosine: float | Missing | None
     without_gradient: float = 0.0
+    compared: int = 0
     eot: Curve = field(default_factory=list)
     fell: list[int] = field(default_factory=list)
     copies: dict[str, list[int]] = field(default_factory=dict)
@@ -137,7 +139,7 @@ Keep = Callable[[str, Passes, dict[str, Any], Callable[[], dict[str, Any]]], dic
 
 
 def asked_before(
-    before: Before, context: AttackContext, model: Classifier, keep: Keep, settled: Callable[[Probes], bool]
+    before: Before, context: AttackContext, model: Any, keep: Keep, settled: Callable[[Probes], bool]
 ) -> Probes:
     """Make the measurements before the attacks of the report.
 
@@ -152,8 +154,9 @@ def asked_before(
         return {"cosine": cosine, "without_gradient": without}
 
     asked = Probes(0, [], **keep("gradients and small steps", DIFFERENCES * len(x), {}, differ))
+    asked = replace(asked, compared=len(x[some]))
     # On a random model every search costs several draws. If its gradients are useless, no search follows them.
-    blind = is_random and settled(replace(asked, n=len(x)))
+    blind = is_random and asked.is_blind
     short = replace(context, batch_size=subject.batch_size)
     for part in torch.arange(len(x), device=x.device).split(GROUP if is_random else context.batch_size or len(x)):
         asked = _joined(asked, _sweep(before, _Short(before, model, part, short, keep), asked, blind))
@@ -255,7 +258,7 @@ def probe(before: Before, context: AttackContext, asked: Probes, left: Sequence[
 class _Short:
     """Short attacks on some of the first images, whose indices are ``part``."""
 
-    def __init__(self, before: Before, model: Classifier, part: Tensor, context: AttackContext, keep: Keep):
+    def __init__(self, before: Before, model: Any, part: Tensor, context: AttackContext, keep: Keep):
         self.x, self.y, self.part, self.model, self.context = before.x[part], before.y[part], part, model, context
         self.random, self.keep = before.subject.is_random, keep
         self.judges = JUDGES if self.random else 1
@@ -307,7 +310,9 @@ class _Short:
             sample_ids=self.part[at],
             precision="auto",
             copies=context.copies,
-            gradients_from=gradients_from,
+            # The attacked model counts its images, and so does a wrapper like it around the surrogate.
+            gradients_from=None if gradients_from is None else self.model.around(lambda _: gradients_from),
+            until=context.until,
             max_forward_batch=context.max_forward_batch or context.batch_size,
             **settings,
         )
@@ -335,9 +340,15 @@ class _Short:
             return {name: leads(self.attacked(at, settings, surrogate)) for name, surrogate in surrogates}
 
         most = (self.cost(settings) + Passes(self.judges)) * (len(at) * len(surrogates))
-        reached = self.keep("the order of the surrogates", most, settings | {"at": at.tolist()}, make)
+        reached = self.keep(
+            "the order of the surrogates",
+            most,
+            settings | {"at": at.tolist(), "surrogates": [name for name, _ in surrogates]},
+            make,
+        )
         fell = [min(each) == 0 for each in zip(*reached.values(), strict=True)]
-        return sorted(reached, key=lambda name: sum(reached[name])), 1 - sum(fell) / max(1, len(fell))
+        names = [name for name, _ in surrogates]
+        return sorted(names, key=lambda name: sum(reached[name])), 1 - sum(fell) / max(1, len(fell))
 
 
 def near(context: AttackContext, x: Tensor) -> Tensor:

@@ -105,7 +105,9 @@ def changes(config: EvaluateConfig) -> str:
     by_default = config.probes == (config.protocol != "authors")
     usual, given = EvaluateConfig(), replace(config, probes=None) if by_default else config
     values = {each.name: getattr(given, each.name) for each in fields(given) if each.name not in APART}
-    return ", ".join(f"{name} {value}" for name, value in values.items() if value != getattr(usual, name))
+    changed = {name: value for name, value in values.items() if value != getattr(usual, name)}
+    shown = {name: f"{value:g}" if isinstance(value, float) else value for name, value in changed.items()}
+    return ", ".join(f"{name} {value}" for name, value in shown.items())
 
 
 def facts(

@@ -75,6 +75,8 @@ class AttackRun:
                 parts = images.chunk(math.ceil(len(images) / most)) if self.rule else images.split(most)
                 self.rounds.append(range(len(self.parts), len(self.parts) + len(parts)))
                 self.parts += parts
+        #: The number of images whose batches were attacked.
+        self.reached = 0
         self._made = dict[int, AttackedBatch]()
         self._as_now = same_draws_again(self.subject.device)
 
@@ -143,6 +145,7 @@ class AttackRun:
                     sums.warnings += [CUT] if CUT not in sums.warnings else []
                     break
                 batch = self.obtain(number, shards)
+                self.reached += len(self.parts[number])
                 sums.images[self.parts[number]] = batch.images.to(self.subject.x.device)
                 sums.seconds += batch.seconds
                 sums.health.add(**batch.health.counts)

@@ -105,16 +105,18 @@ class RowCache:
         self.used |= content is not None
         return content
 
-    def values(self, key: str | None, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Read plain values and tensors from the cache, or make the values and cache them."""
+    def values(
+        self, key: str | None, make: Callable[[], dict[str, Any]], whole: Callable[[], bool] = lambda: True
+    ) -> dict[str, Any]:
+        """Read plain values and tensors from the cache, or make the values, and cache them if they are ``whole``."""
         path = self._path(key, ".values.safetensors")
         content = self._read(path)
         if content is not None:
             return content[0] | content[1]
         values = make()
-        if path is not None:
+        if path is not None and whole():
             tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-            write_sealed(path, {name: values[name] for name in values.keys() - tensors.keys()}, tensors)
+            write_sealed(path, {name: value for name, value in values.items() if name not in tensors}, tensors)
         return values
 
     def _path(self, key: str | None, ending: str = ".safetensors") -> Path | None:

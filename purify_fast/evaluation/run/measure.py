@@ -16,6 +16,7 @@ from torch import Tensor
 from ..._tensors import digest
 from ...attacks import AttackContext, frozen
 from ...attacks.bpda import classifier_of
+from ...attacks.engine.engine_attack import CUT
 from ...attacks.engine.judge import has_fallen
 from ...defences.stochastic import WithAggregation
 from ...model_state import is_users
@@ -33,6 +34,10 @@ from .stopping import REVISION as STOPPING
 
 #: The number of attacked images that each row stores for the pictures.
 EXAMPLES = 8
+
+
+class TimeIsOver(Exception):
+    """An attack is left out, because its row is not cached and the time of the evaluation is over."""
 
 
 class Task(NamedTuple):
@@ -180,7 +185,9 @@ class Measure:
         return row
 
     def attack(self, spec: AttackSpec, index: Tensor, nearest: NearestRule | None) -> tuple[AttackRun, AttackedBatch]:
-        """Run an attack on some of the images."""
+        """Run an attack on some of the images. Raises `TimeIsOver` if there is no time left to begin."""
+        if self.progress.is_over:
+            raise TimeIsOver
         rule: StoppingRule | NearestRule | None = nearest
         if nearest is None and spec.until is not None:
             rule = StoppingRule(spec.until, len(index), len(self.subject.y))
@@ -269,7 +276,12 @@ class Measure:
         judged = self.subject.judge(sums.images, variant, "judge", spec.judge)
         # The number of draws is recorded here, because it is 1 if the target turned out to be deterministic.
         draws = {name: value for name, value in spec.resolved.settings(run.context).items() if name == "eot_iter"}
-        stopped = {} if run.rule is None else {"unsearched": run.rule.unsearched, "may_hold": run.rule.may_hold}
+        stopped: dict[str, Any] = {}
+        if CUT in sums.warnings:
+            # Nothing bounds how many of the images would fall to a whole search.
+            stopped = {"unsearched": len(run.index) - run.reached, "may_hold": float(len(run.index))}
+        elif run.rule is not None:
+            stopped = {"unsearched": run.rule.unsearched, "may_hold": run.rule.may_hold}
         row = self.new_row(
             # On a deterministic model, images outside `alive` are misclassified or have fallen, and count as fallen.
             judged.right & alive,

@@ -64,7 +64,7 @@ class Progress:
             f"plan: {len(costs)} attacks on {images} images, at most {most.forwards / images:,.0f} forward passes and "
         )
         text += f"{most.gradients / images:,.0f} gradients for each"
-        text += f", and {len(costs) - len(known)} attacks of unknown cost" if len(known) < len(costs) else ""
+        text += f", and attacks of unknown cost {len(costs) - len(known)}" if len(known) < len(costs) else ""
         if self.shown:
             self._print(text + ("" if expected is None else f"; about {tqdm.format_interval(expected)}"))
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ... import _templates
+from ...attacks.engine.engine_attack import CUT
 from ..alarms.signs import ALARMS, STATES, Finding
 from ..results.rows import REFUTED, Row, followed
 
@@ -252,12 +253,13 @@ def column_legend(rows: Sequence[Row]) -> list[str]:
 
 def notes_on_rows(rows: Sequence[Row], headline: Row | None) -> list[str]:
     """The notes of a report on images without a search, on proofs, and on a small number of images."""
-    own = [row for row in rows if row.threat is None]
+    # Another note tells of rows that were cut short.
+    own = [row for row in rows if row.threat is None and CUT not in row.warnings]
     stopped = [row for row in own if row.unsearched and not row.settings.get("nearest")]
     near = [row for row in own if row.unsearched and row.settings.get("nearest")]
     warned: dict[str, list[str]] = {}
     for row in rows:
-        for text in row.warnings:
+        for text in (each for each in row.warnings if each != CUT):
             warned.setdefault(text, []).append(row.attack)
     proofs = (row for row in own if row.proved and row.deployed and row.settings["target"] == "defence")
     proved = max(proofs, key=lambda row: row.proved / row.n, default=None)
