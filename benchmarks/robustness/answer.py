@@ -62,7 +62,7 @@ NETWORKS = ("cifar10-pgd-at-w16, 1 to 700", "mnist-pgd-at, 1 to 250")
 COUNTS = (50, 200, 700)
 PART = PARTS[OFFICIAL]
 #: Increase this number if a change of the package changes the cost of ``fast`` on random defences.
-ANSWER = 1
+ANSWER = 2
 
 
 class Cast(nn.Module):
