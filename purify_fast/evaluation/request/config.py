@@ -34,7 +34,8 @@ class EvaluateConfig:
             prediction is wrong. "votes": the prediction is the majority vote over several draws, and attacks take the
             gradient of the mean probabilities. With both rules the attacks know the rule, and are repeated under fixed
             noise if the model has ``fixed_noise``. None: an image has fallen if any prediction is wrong, attacks search
-            for images that all of five fresh draws misclassify, and nothing is repeated under fixed noise.
+            for images that all of five fresh draws misclassify, and nothing is repeated under fixed noise; "fast"
+            without a claim searches as with "worst_of".
         batch_size: number of images that are attacked together. None: 250. Whenever memory runs out, the work is done
             again, and the passes of the model have half as many images from then on. This changes the draws of a random
             model, as every other batch size does, but not the result of a deterministic model. Attacks that are
