@@ -172,7 +172,7 @@ class AutoPgd(RowSearch):
         self.previous = self.best = self.gradient = self.top = begin
         self.score = torch.stack([nothing, nothing])
         self.marks = checkpoints(self.steps)
-        self.blind_steps = 0
+        self.sighted, self.blind_steps = False, 0
         self.step, self.halved = 2 * self.rows.ball.eps, torch.ones_like(nothing, dtype=torch.bool)
         self.top_gradient, self.top_loss = torch.zeros_like(begin), nothing
         self.last_loss, self.checked_loss, self.rises = -nothing, nothing, torch.zeros_like(nothing)
@@ -184,9 +184,9 @@ class AutoPgd(RowSearch):
             # Before the first step no point has moved, which would look like masked gradients.
             if i > 0 and self.shrinks_after(i + 1) and self.active.is_over():
                 break
-            if self.claims and self.active.leave and self.blind_steps == i and self._is_blind():
-                break
             if self.claims and self.active.leave and self.shrinks_after(i + 1):
+                if not self.sighted and self._is_blind():
+                    break
                 self._shrink(i + 1)
                 if len(self.point) == 0:
                     return
@@ -210,11 +210,10 @@ class AutoPgd(RowSearch):
         """
         usable = (self.gradient.isfinite() & (self.gradient != 0)).flatten(1).any(1)
         # At a misclassified point a gradient of 0 is no fault.
-        if bool((usable | (self.score[0] == 1)).any()):
-            return False
+        self.sighted = bool((usable | (self.score[0] == 1)).any())
         self.blind_steps += 1
         random = self.active.draws_differ
-        if random and self.blind_steps * self.objective.eot_iter < BLIND_DRAWS:
+        if self.sighted or (random and self.blind_steps * self.objective.eot_iter < BLIND_DRAWS):
             return False
         self.active.ended_blind = True
         if not random:

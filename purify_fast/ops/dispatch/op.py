@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 
@@ -76,6 +76,9 @@ class Definition:
         differentiable: whether the public function has gradients. The op itself never records gradients.
         served: the backend that was chosen for each call so far.
     """
+
+    #: A choice of backends changes no value (`purify_fast.model_state`).
+    not_dependencies: ClassVar[frozenset[str]] = frozenset({"served"})
 
     name: str
     handle: Callable
