@@ -120,7 +120,7 @@ def test_everything_is_formatted_without_a_skip():
 MOST_READ = {
     "purify_fast.attacks.pgd": 2725,
     "purify_fast.methods.carso.defence": 3165,
-    "purify_fast.methods.arrest.task": 2890,
+    "purify_fast.methods.arrest.task": 2895,
     "purify_fast.evaluation.runner": 9030,
 }
 #: The files of modules. Triton kernels are imported as ``purify_fast.kernels``.
