@@ -28,7 +28,6 @@ from ..ops.philox import philox_key
 from ..speed.graphs.cuda_capture import CudaCapture
 from ..speed.graphs.step_graphs import InlineSteps, StepGraphs, alike, no_trace, remember, tried
 from ..speed.graphs.step_loop import CAPTURE_STEPS, numerics, weak_key
-from ..speed.memory import same_draws_again
 from .optimizers import weights_of
 from .task import Batch, Metrics, Task
 
@@ -73,13 +72,16 @@ class CapturedStep:
         x, y, ids = (part.clone() for part in (batch.x, batch.y, batch.sample_ids))
         self.given = replace(batch, x=x, y=y, sample_ids=ids, seed=philox_key(batch.seed, device))
         self.updates: list[_Update] = []
-        with no_trace(device), undone(task, device):
-            # The step itself comes first, because the graph keeps the memory of a whole step.
-            wanted = self._eager(task, gradients)
-            # The trials of the capture move buffers, and the replay is compared from the state before them.
+        with no_trace(device):
+            # The step itself comes first, because the graph keeps the memory of a whole step. Its first call may still
+            # verify kernels and choose algorithms, so it is not compared.
+            _, one, other = (self._results(task, partial(gradients, task)) for _ in range(3))
             with undone(task, device):
                 self._record(task, gradients, graphs.capture)
-            self._compare(task, wanted)
+            got = self._results(task, self.run)
+        # A kernel that adds in another order in each call makes two runs of the same step differ, too.
+        if not len(got) == len(one) == len(other) or not all(map(within_repeats, got, one, other)):
+            raise RuntimeError("a replay gives another result than the step")
 
     def _record(self, task: Task, gradients: Gradients, capture: CudaCapture) -> None:
         device = self.given.x.device
@@ -107,36 +109,15 @@ class CapturedStep:
         # The graph also writes to the gradients of weights that no optimizer changes.
         self.objects += [weight.grad for weight in task.model.parameters()]
 
-    def _eager(self, task: Task, gradients: Gradients) -> tuple[Callable[[], None], list[Tensor], list[Tensor]]:
-        """Run the step twice with other weights and the same draws. Return what repeats the draws, and both results."""
-        device = self.given.x.device
-        with undone(task, device):
-            change_weights(task, OTHER_WEIGHTS)
-            again = same_draws_again(device)
-            one = self._results(task, partial(gradients, task))
-            again()
-            return again, one, self._results(task, partial(gradients, task))
-
     def _results(self, task: Task, run: Callable[[Batch], Iterator[tuple[str, Metrics]]]) -> list[Tensor]:
-        """The metrics and the gradients of a step."""
+        """The metrics and the gradients of a step with other weights. Every call begins with the same draws."""
         values = list[Tensor]()
         with undone(task, self.given.x.device), inline(task):
+            change_weights(task, OTHER_WEIGHTS)
             for name, metrics in run(self.given):
                 weights = weights_of(task.optimizers[name])
                 values += [*metrics.values(), *(one.grad.clone() for one in weights if one.grad is not None)]
         return values
-
-    def _compare(self, task: Task, wanted: tuple[Callable[[], None], list[Tensor], list[Tensor]]) -> None:
-        """Raise RuntimeError if the first replay is further from the step than the step is from itself.
-
-        A kernel that adds in another order in each call makes two runs of the same step differ, too.
-        """
-        again, one, other = wanted
-        change_weights(task, OTHER_WEIGHTS)
-        again()
-        got = self._results(task, self.run)
-        if not len(got) == len(one) == len(other) or not all(map(within_repeats, got, one, other)):
-            raise RuntimeError("a replay gives another result than the step")
 
     def run(self, batch: Batch) -> Iterator[tuple[str, Metrics]]:
         """Replay the step on a batch. Like `Gradients`, yield after each update, which the caller then applies."""
