@@ -105,6 +105,7 @@ def _of_zoo(name: str, folder: Path | None) -> Subject:
 
 
 RAND, FROZEN_RAND = "AutoAttack rand", "AutoAttack rand, frozen"
+EIGHT = dict.fromkeys((FAST, FROZEN_RAND, RAND), (8,))
 #: By name of a random defence: the function that makes it, and the numbers of images for each contestant.
 RANDOM: dict[str, tuple[Callable[[Path | None], Subject], dict[str, tuple[int, ...]]]] = {
     "random transforms (examples/random_defence.py)": (
@@ -113,19 +114,19 @@ RANDOM: dict[str, tuple[Callable[[Path | None], Subject], dict[str, tuple[int, .
     ),
     "cifar10-pgd-at-w16 with Gaussian noise 0.1": (
         partial(_on_cifar10, lambda: Smoothed(zoo.load("cifar10-pgd-at-w16"), 0.1)),
-        {FAST: (8,), FROZEN_RAND: (8,), RAND: (8,)},
+        EIGHT,
     ),
     "digits-carso-pipeline": (
         partial(_of_zoo, "digits-carso-pipeline"),
-        {FAST: (8,), FROZEN_RAND: (8,), RAND: (8,)},
+        EIGHT,
     ),
     "digits-atop-pipeline": (
         partial(_of_zoo, "digits-atop-pipeline"),
-        {FAST: (8,), FROZEN_RAND: (8,), RAND: (8,)},
+        EIGHT,
     ),
     "mnist-carso-objective": (
         partial(_of_zoo, "mnist-carso-objective"),
-        {FAST: (8,), FROZEN_RAND: (8,), RAND: (8,)},
+        EIGHT,
     ),
 }
 

@@ -392,7 +392,6 @@ class _Evaluation:
         measure, subject, progress = self.measure, self.measure.subject, self.measure.progress
         variants: list[Variant] = list(dict.fromkeys(["random", *(spec.variant for spec in self.plan)]))
         n = len(subject.y)
-        progress.costs[progress.rows :] = self.costs()
         all_rows = [measure.clean(variant) for variant in variants]
         left_out = list[str]()
         for number, spec in enumerate(self.plan, 1):

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from .._tensors import digest
+from ..attacks.engine.row_batches import is_over
 from ..protocols import Passes
 from .alarms.probes import PROBED, Before, Probes, asked_before, compared_gradients, has_no_gradient, probe
 from .alarms.signs import IDENTITIES, Evidence, findings, signs_of_masking
@@ -98,7 +99,7 @@ class Suspicion:
         model = counted_model(subject.model, progress)
         # With a limit of time, the probes get a part of it.
         now = time.monotonic()
-        until = now + (context.until - now) * PROBES_SHARE
+        context = replace(context, until=now + (context.until - now) * PROBES_SHARE)
 
         def keep(
             name: str, most: Passes, settings: dict[str, Any], make: Callable[[], dict[str, Any]]
@@ -115,16 +116,15 @@ class Suspicion:
                 return made
 
             key = self.probes_key({"probe": name} | settings)
-            return measure.cache.values(key, shown, whole=lambda: time.monotonic() <= until)
+            return measure.cache.values(key, shown, whole=lambda: not is_over(context.until))
 
         def ask() -> Probes:
             at_once = subject.room.limit(context.max_forward_batch)
-            told = replace(context, max_forward_batch=at_once, until=until)
-            return asked_before(before, told, model, keep, lambda one: time.monotonic() > until or self.settled(one))
+            told = replace(context, max_forward_batch=at_once)
+            return asked_before(before, told, model, keep, lambda one: is_over(context.until) or self.settled(one))
 
         # If memory runs out, the probes run again with fewer images at once.
-        asked = Probes(**measure.shards.from_first(lambda: asdict(subject.room.within(ask))))
-        return asked
+        return Probes(**measure.shards.from_first(lambda: asdict(subject.room.within(ask))))
 
     def settled(self, asked: Probes) -> bool:
         """Tell whether the measurements contain a sign of masked gradients."""

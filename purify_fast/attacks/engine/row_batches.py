@@ -62,6 +62,11 @@ def take_rows(state: object, index: Tensor, by_column: Sequence[str] = ()) -> No
             setattr(state, name, value.take(index))
 
 
+def is_over(until: float) -> bool:
+    """Tell whether a time of `AttackContext.until` is over."""
+    return time.monotonic() > until
+
+
 class ActiveSet:
     """The images of one attack, the best known point of each image, and the images that have fallen.
 
@@ -86,7 +91,7 @@ class ActiveSet:
 
     def is_over(self) -> bool:
         """Tell whether the search ends here, because its time is over."""
-        over = time.monotonic() > self.until
+        over = is_over(self.until)
         self.was_cut |= over
         return over
 

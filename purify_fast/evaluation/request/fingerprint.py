@@ -107,7 +107,7 @@ def _by_value(value: Any, inside: Inside) -> Any:
 
 
 def _in_library(value: Any) -> tuple[str, Any]:
-    """What an object of a library holds. Those of Python and PyTorch, such as locks, only show functions."""
+    """Return what an object of a library holds; for an object of Python or PyTorch, such as a lock, its functions."""
     kind: Any = type(value)
     # An object with a hash of its own is constant, and its text shows its value.
     text = "" if kind.__hash__ in (None, object.__hash__) else re.sub("0x[0-9a-f]+", "", repr(value))

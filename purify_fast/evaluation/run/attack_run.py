@@ -16,6 +16,7 @@ from ..._tensors import text_hash
 from ...attacks import AttackContext, AttackResult, GradientHealth
 from ...attacks.engine.engine_attack import CUT
 from ...attacks.engine.judge import Judge
+from ...attacks.engine.row_batches import is_over
 from ...attacks.losses import margin
 from ...protocols import Classifier
 from ...speed.memory import same_draws_again
@@ -141,7 +142,7 @@ class AttackRun:
         for numbers in self.rounds:
             leads, no_evidence = list[float](), 0
             for number in numbers:
-                if time.monotonic() > self.context.until:
+                if is_over(self.context.until):
                     sums.warnings += [CUT] if CUT not in sums.warnings else []
                     break
                 batch = self.obtain(number, shards)

@@ -18,6 +18,7 @@ from ...attacks import AttackContext, frozen
 from ...attacks.bpda import classifier_of
 from ...attacks.engine.engine_attack import CUT
 from ...attacks.engine.judge import has_fallen
+from ...attacks.engine.row_batches import is_over
 from ...defences.stochastic import WithAggregation
 from ...model_state import is_users
 from ...protocols import Classifier, has_classifier
@@ -186,7 +187,7 @@ class Measure:
 
     def attack(self, spec: AttackSpec, index: Tensor, nearest: NearestRule | None) -> tuple[AttackRun, AttackedBatch]:
         """Run an attack on some of the images. Raises `TimeIsOver` if there is no time left to begin."""
-        if self.progress.is_over:
+        if is_over(self.context.until):
             raise TimeIsOver
         rule: StoppingRule | NearestRule | None = nearest
         if nearest is None and spec.until is not None:

@@ -46,11 +46,6 @@ class Progress:
         return time.monotonic() - self.began
 
     @property
-    def is_over(self) -> bool:
-        """Tell whether the time is over."""
-        return time.monotonic() > self.until
-
-    @property
     def rate(self) -> float:
         """The number of images per second in the forward passes so far."""
         return self.images.forwards / max(self.seconds, 1e-9)
