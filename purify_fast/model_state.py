@@ -122,9 +122,14 @@ def is_users(name: str) -> bool:
     file = getattr(module, "__file__", None) or next(iter(getattr(module, "__path__", ())), None)
     if file is None:
         return module is None or name == "__main__"
+    return _is_outside(file) and name.partition(".")[0] != "purify_fast"
+
+
+@functools.cache
+def _is_outside(file: str) -> bool:
+    """Tell whether a file belongs neither to this package, nor to an installed package, nor to Python."""
     not_users = ("<frozen ", str(Path(__file__).parent), *_LIBRARIES)
-    installed = file.startswith(not_users) or "site-packages" in file or "dist-packages" in file
-    return not installed and name.partition(".")[0] != "purify_fast"
+    return not (file.startswith(not_users) or "site-packages" in file or "dist-packages" in file)
 
 
 def hidden_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:

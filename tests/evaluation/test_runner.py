@@ -465,22 +465,24 @@ def test_attacks_are_kept_by_what_they_do_and_not_by_their_names(tmp_path, shatt
     model, x, y = shattered
     settings = {"steps": 2, "out": tmp_path, "n_eval": 1, "eps": FAINT}
 
-    def run(attack, **change):
-        report = evaluate(model, x[:8], y[:8], attacks=[attack], **settings | change)
-        # the clean row is not counted
-        return report.rows[1].to_dict(), len(list(tmp_path.glob("rows/*.safetensors"))) - 1
+    def run(*attacks, **change):
+        report = evaluate(model, x[:8], y[:8], attacks=attacks, **settings | change)
+        rows = [row.to_dict() for row in report.rows[1 : 1 + len(attacks)]]
+        # The clean row is not counted.
+        return rows, len(list(tmp_path.glob("rows/*.safetensors"))) - 1
 
     # they differ in one thing each: no row of one is taken for another's
-    plans = [PGD(), PGD(random_start=False), PGD(eps=0.01), AttackSpec(PGD(), target="classifier"), BPDA(), StAdv()]
-    plans += [BPDA(aggregation="mean"), StAdv(smoothness=0.0)]
-    for number, plan in enumerate(plans, 1):
-        first, count = run(plan)
-        assert count == number and run(plan) == (first, number)
+    attacks = [PGD(), PGD(random_start=False), PGD(eps=0.01), BPDA(), StAdv(), BPDA(aggregation="mean")]
+    attacks += [StAdv(smoothness=0.0)]
+    plans = [AttackSpec(attack, label=str(number)) for number, attack in enumerate(attacks)]
+    plans += [AttackSpec(PGD(), target="classifier")]
+    first, count = run(*plans)
+    assert count == len(plans) and run(*plans) == (first, count)
     # the same attack by another name, and from a report whose own ball it is, is the same row
-    named, count = run(AttackSpec(BPDA(), label="by another name"))
+    [named], count = run(AttackSpec(BPDA(), label="by another name"))
     assert named["attack"] == "by another name" and count == len(plans)
-    other, _ = run(PGD(), eps=0.01)
-    again, count = run(PGD(eps=0.01), eps=0.01)
+    [other], _ = run(PGD(), eps=0.01)
+    [again], count = run(PGD(eps=0.01), eps=0.01)
     assert (other["attack"], other["threat"], count) == ("PGD-2 ce", None, len(plans)) and again == other
 
 

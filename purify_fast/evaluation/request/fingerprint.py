@@ -67,8 +67,9 @@ class _Values(Description):
         self.ignored, self.only_code = ignored, only_code
 
     def of(self, value: Any) -> Any:
-        kind, first = type(value), id(value) not in self.seen
-        users = kind not in SIMPLE and is_users(kind.__module__)
+        kind: Any = type(value)
+        first = id(value) not in self.seen
+        users = kind not in SIMPLE and _is_users_class(kind)
         if isinstance(value, CodeType):
             return tuple(self.of(getattr(value, f"co_{name}", None)) for name in _IN_CODE)
         try:
@@ -80,8 +81,13 @@ class _Values(Description):
         return (described, self.of(kind), self.of(attributes(value) if first else ())) if users else described
 
 
+@functools.lru_cache(maxsize=4096)
+def _is_users_class(kind: type) -> bool:
+    return is_users(kind.__module__)
+
+
 def _by_value(value: Any, inside: Inside) -> Any:
-    kind = type(value)
+    kind: Any = type(value)
     if isinstance(value, Tensor):
         return (kind.__qualname__, digest(value))
     if isinstance(value, np.ndarray):
@@ -103,7 +109,7 @@ def _by_value(value: Any, inside: Inside) -> Any:
         name = "" if value is sys.modules["__main__"] else value.__name__
         return (name, getattr(sys.modules.get(name.partition(".")[0]), "__version__", ""))
     named = (inside(sys.modules.get(kind.__module__)), kind.__qualname__, getattr(value, "__name__", ""))
-    return named if is_users(kind.__module__) else (*named, inside(_in_library(value)))
+    return named if _is_users_class(kind) else (*named, inside(_in_library(value)))
 
 
 def _in_library(value: Any) -> tuple[str, Any]:
