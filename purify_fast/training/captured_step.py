@@ -36,7 +36,7 @@ logger = logging.getLogger("purify_fast")
 #: A function that computes the gradients of each update of a step, and yields the optimizer's name and the metrics.
 Gradients = Callable[[Task, Batch], Iterator[tuple[str, Metrics]]]
 #: The largest number of kinds of steps that are remembered. Their graphs share memory.
-MOST_STEPS = 8
+MOST_STEPS = 2
 #: The first replay is compared with other weights than those of the capture, because a graph might use stale copies of
 #: weights: all weights are multiplied by this number.
 OTHER_WEIGHTS = 1.1
@@ -70,7 +70,9 @@ class CapturedStep:
     def __init__(self, task: Task, batch: Batch, gradients: Gradients, graphs: StepGraphs, objects: list[Any]):
         device, self.objects = batch.x.device, objects
         x, y, ids = (part.clone() for part in (batch.x, batch.y, batch.sample_ids))
-        self.given = replace(batch, x=x, y=y, sample_ids=ids, seed=philox_key(batch.seed, device))
+        self.numbers = batch.numbers
+        numbers = {name: torch.full((), float(value), device=device) for name, value in batch.numbers.items()}
+        self.given = replace(batch, x=x, y=y, sample_ids=ids, seed=philox_key(batch.seed, device), numbers=numbers)
         self.updates: list[_Update] = []
         with no_trace(device):
             # The step itself comes first, because the graph keeps the memory of a whole step. Its first call may still
@@ -127,6 +129,10 @@ class CapturedStep:
                 mine.copy_(new)
             assert isinstance(given.seed, Tensor)
             given.seed.fill_(batch.seed)
+            if batch.numbers != self.numbers:
+                self.numbers = batch.numbers
+                for name, number in batch.numbers.items():
+                    given.numbers[name].fill_(number)  # type: ignore[union-attr]
         for update in self.updates:
             for weight, gradient in update.gradients:
                 weight.grad = gradient
@@ -152,7 +158,7 @@ def captured(task: Task, batch: Batch, gradients: Gradients) -> CapturedStep | N
         values, objects, _ = identity_key(task.model)
         trained = tuple(weight.requires_grad for weight in task.model.parameters())
         own = weakref.ref(task), weak_key(getattr(task, "config", None)), trained
-        key: Hashable = weak_key((own, facts, shapes, numerics(batch.x.device), values))
+        key: Hashable = weak_key((own, facts, tuple(batch.numbers), shapes, numerics(batch.x.device), values))
     except TypeError:
         return None
     # A graph would not advance the generator of a model.

@@ -44,7 +44,10 @@ class ClassifierTask(Task):
         )
 
     def captures(self, batch: Batch) -> Hashable:
-        return self.config.attack.at_epoch(batch.epoch, batch.epochs)
+        return ()
+
+    def numbers(self, batch: Batch) -> dict[str, float]:
+        return self.config.attack.numbers(batch)
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
         config = self.config

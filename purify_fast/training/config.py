@@ -88,6 +88,15 @@ class TrainingAttack:
         alpha = self.alpha if self.alpha is None or eps == self.eps else self.alpha * eps / self.eps
         return replace(self, eps=eps, alpha=alpha, eps_warmup=0.0)
 
+    def numbers(self, batch: Batch) -> dict[str, Any]:
+        """Return eps and alpha of a batch's epoch, by name; ``batch.numbers`` takes precedence.
+
+        Args:
+            batch: the batch.
+        """
+        now = self.at_epoch(batch.epoch, batch.epochs)
+        return {"eps": now.eps, "alpha": now.step_size(now.eps), **batch.numbers}
+
     def run(
         self,
         model: Classifier,
@@ -114,20 +123,20 @@ class TrainingAttack:
         # importing PyTorch takes 1.8 seconds, and the command line's --help must read this class without that wait
         from ..attacks import pgd
 
-        now = self.at_epoch(batch.epoch, batch.epochs)
+        numbers = self.numbers(batch)
         y = batch.y if target is None else target
         x, y, ids = (part if rows is None else part[rows] for part in (batch.x, y, batch.sample_ids))
         return pgd(
             model,
             x,
             y,
-            eps=now.eps,
-            alpha=now.step_size(now.eps),
+            eps=numbers["eps"],
+            alpha=numbers["alpha"],
             loss=loss,
-            steps=now.steps,
-            norm=now.norm,
-            random_start=now.random_start,
-            start_std=now.start_std,
+            steps=self.steps,
+            norm=self.norm,
+            random_start=self.random_start,
+            start_std=self.start_std,
             seed=batch.seed,
             sample_ids=ids,
             graphs=graphs,

@@ -208,6 +208,7 @@ def _state(run: Run, images: int, metrics: dict[str, Any], epoch: int, images_pe
 def train_step(task: Task, batch: Batch, accumulate: int = 1) -> Metrics:
     """Take a training step with all of its updates, with the model in training mode."""
     task.train()
+    batch = replace(batch, numbers=task.numbers(batch))
 
     def take() -> Metrics:
         measured: Metrics = {}

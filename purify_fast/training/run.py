@@ -137,8 +137,8 @@ class Run:
         if augment and self.bank is not None:
             flipped = mirrored(config.seed, ids, epoch) if config.flip else None
             banked = self.bank.at_step(step, seed, ids, flipped)
-        before, place = self.length.images_before(step), {"epoch": epoch, "epochs": config.epochs, "step": step}
-        return Batch(x, labels, ids, seed, **place, images_before=before, bank=banked, whole=not augment)
+        before, place = self.length.images_before(step), (epoch, config.epochs, step)
+        return Batch(x, labels, ids, seed, *place, images_before=before, bank=banked, whole=not augment)
 
     def add(self, measured: Mapping[str, Tensor]) -> None:
         """Add a step's losses and metrics to the sums of its epoch. A delayed term of the loss may still be missing."""
@@ -275,6 +275,7 @@ class Run:
         row["images_per_second"] = round(images_per_second, 1)
         row |= {"seconds": round(self.seconds, 1), "expected_seconds": round(self.expected or 0.0, 1)}
         row["peak_memory"] = peak_so_far(self.source.device)
+        row |= self.task.graphs.facts if self.task.graphs is not None else {}
         if self.bank is not None:
             row["bank"] = self.bank.facts
         if self.terms:

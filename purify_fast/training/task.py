@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,6 +42,7 @@ class Batch:
         images_before: number of images that earlier steps trained on, over all processes.
         bank: adversarial bank for this step, for a task with `Task.frozen_attacks`; None if the run has no bank.
         whole: whether every process has the whole batch, as in a validation.
+        numbers: the numbers of `Task.numbers` by name; in a captured step, float32 ``[]``. Empty: they are not known.
 
     Raises:
         ValueError: if x, y and sample_ids are not on one device.
@@ -57,6 +58,7 @@ class Batch:
     images_before: int = 0
     bank: BankedStep | None = None
     whole: bool = False
+    numbers: Mapping[str, float | Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_one_device(x=self.x, y=self.y, sample_ids=self.sample_ids)
@@ -178,7 +180,7 @@ class Task:
         raise NotImplementedError
 
     def captures(self, batch: Batch) -> Hashable | None:
-        """Return all that a step reads of a batch beside its tensors and its seed, if steps can be CUDA graphs.
+        """Return what a step reads of a batch beside its tensors, seed and numbers, if steps can be CUDA graphs.
 
         Steps of equal values are replays of one graph. None means that steps are not captured as a whole.
 
@@ -186,6 +188,16 @@ class Task:
             batch: the images to train on.
         """
         return None
+
+    def numbers(self, batch: Batch) -> dict[str, float]:
+        """Return the numbers that change from epoch to epoch, by name, such as a rising radius.
+
+        A step reads them here and prefers those of ``batch.numbers``. So a graph of the step serves all epochs.
+
+        Args:
+            batch: the images to train on.
+        """
+        return {}
 
     @property
     def optimizers(self) -> Mapping[str, torch.optim.Optimizer]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from captures import Tape
 from cuda_launches import CudaLaunches
-from small_runs import SHAPE, arrest_task, atop_task, attack, batch, carso_task, classifier_task, diffusion_task
+from small_runs import EPS, SHAPE, arrest_task, atop_task, attack, batch, carso_task, classifier_task, diffusion_task
 
 from purify_fast import _library
 from purify_fast.models import SmallCNN
@@ -164,16 +164,55 @@ def test_weights_are_restored_although_memory_ran_out(tape, monkeypatch):
     assert all(torch.equal(one, other) for one, other in zip(before, task.model.state_dict().values(), strict=True))
 
 
-def test_a_step_is_captured_when_many_like_it_have_occurred_and_again_with_another_radius(rerun):
+def test_a_step_is_captured_when_many_like_it_have_occurred_and_serves_every_radius(rerun):
     task = classifier_task(attack=attack(steps=3, eps_warmup=0.3))
-    task.captures, asked = (lambda batch, of=task.captures: asked.append(1) or of(batch)), []
     task.graphs = StepGraphs(capture=rerun)
     for epoch in (0, 9):
         rerun.replayed = 0
         for seed in range(CAPTURE_STEPS + 3):
             train_step(task, replace(batch(seed), epoch=epoch))
         steps = [step for step in task.graphs.whole_steps.values() if isinstance(step, CapturedStep)]
-        assert len(steps) == 1 + (epoch > 0)
+        assert len(steps) == 1
+    assert rerun.replayed == CAPTURE_STEPS + 3
+
+
+#: Trainings whose radius, step length or weight of the KL term changes in every epoch, and their kinds of steps.
+RISING = {
+    "PGD-AT": (lambda **rise: classifier_task(attack=attack(**rise)), 1),
+    "TRADES, alpha": (lambda **rise: classifier_task(objective="trades", attack=attack(alpha=EPS, **rise)), 1),
+    "ARREST": (lambda **rise: arrest_task(attack=attack(**rise)), 2),
+    "ARREST, bfloat16": (lambda **rise: arrest_task(attack=attack(**rise), precision="bfloat16"), 2),
+    "CARSO": (lambda **rise: carso_task(attack=attack(**rise), kl_delay=0.5, eps_mode="official_code"), 1),
+    "CARSO, alpha, bfloat16": (lambda **rise: carso_task(attack=attack(alpha=EPS, **rise), precision="bfloat16"), 1),
+    "CARSO, pipeline, bfloat16": (
+        lambda **rise: carso_task("pipeline", attack=attack(**rise), precision="bfloat16"),
+        1,
+    ),
+    "AToP": (lambda **rise: atop_task(attack=attack(steps=10, **rise), cls_delay=2), 2),
+    "AToP, bfloat16": (lambda **rise: atop_task(attack=attack(steps=10, **rise), precision="bfloat16"), 1),
+    "AToP, pipeline, bfloat16": (
+        lambda **rise: atop_task("pipeline", attack=attack(**rise), precision="bfloat16", cls_delay=2),
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RISING)
+def test_validations_and_rising_numbers_keep_the_captured_step(tape, name, monkeypatch):
+    """Each epoch ends with a validation, which reads the frozen classifier's copy again."""
+    make, kinds = RISING[name]
+    x, y = (torch.rand(24, *SHAPE) * 255).to(torch.uint8), torch.arange(24) % 10
+    made = []
+    record = CapturedStep._record
+    monkeypatch.setattr(CapturedStep, "_record", lambda self, *given: (made.append(self), record(self, *given))[1])
+    weights = []
+    for graphs in (None, StepGraphs("always", capture=tape)):
+        task = make(eps_warmup=1.0)
+        task.graphs = graphs
+        fit(task, x, y, FitConfig(4, 8), progress=False, validation=(x[:8], y[:8]))
+        weights.append(task.model.state_dict())
+    assert len(made) == len(graphs.whole_steps) == kinds
+    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
 
 
 class Doubled(ClassifierTask):

@@ -136,7 +136,7 @@ class ArrestTask(MethodTask):
 
     def inputs(self, batch: Batch, of_teacher: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Return x_in, and the share of the images that are replayed (get noise in place of an attack)."""
-        attack = self.config.attack.at_epoch(batch.epoch, batch.epochs)
+        attack = self.config.attack
         if not self.config.replays(batch.epoch, batch.epochs):
             return self.attack(batch, attack), batch.x.new_zeros(())
         drift, tau = self.drift(batch.x, of_teacher), self.config.threshold
@@ -148,7 +148,8 @@ class ArrestTask(MethodTask):
             rows = torch.nonzero(~replayed)[:, 0]
             adversarial = self.attack(batch, attack, rows) if len(rows) else batch.x
         seed = philox_key(batch.seed, batch.x.device)
-        x = noisy_replay(batch.x, adversarial, drift, tau, attack.eps, seed=seed, sample_ids=batch.sample_ids)
+        eps = attack.numbers(batch)["eps"]
+        x = noisy_replay(batch.x, adversarial, drift, tau, eps, seed=seed, sample_ids=batch.sample_ids)
         return x, replayed.float().mean()
 
     def attacks_all_rows(self, device: torch.device) -> bool:
@@ -167,8 +168,10 @@ class ArrestTask(MethodTask):
         return cross_entropy + self.config.distillation_weight * distance, metrics
 
     def captures(self, batch: Batch) -> Hashable:
-        config = self.config
-        return config.attack.at_epoch(batch.epoch, batch.epochs), config.replays(batch.epoch, batch.epochs)
+        return self.config.replays(batch.epoch, batch.epochs)
+
+    def numbers(self, batch: Batch) -> dict[str, float]:
+        return self.config.attack.numbers(batch)
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
         of_teacher = self.teacher(batch.x)

@@ -47,9 +47,9 @@ def attacked(defence: Atop, batch: Batch, config: AtopConfig, graphs: StepGraphs
     def make(rows: Tensor | None) -> Tensor:
         if config.attack_method == "pgd":
             return config.attack.run(model, batch, graphs=graphs, rows=rows)
-        now = config.attack.at_epoch(batch.epoch, batch.epochs)
+        eps, norm = config.attack.numbers(batch)["eps"], config.attack.norm
         x, y = (batch.x, batch.y) if rows is None else (batch.x[rows], batch.y[rows])
-        return fgsm(model, x, y, eps=now.eps, norm=now.norm, graphs=graphs, precision="float32")
+        return fgsm(model, x, y, eps=eps, norm=norm, graphs=graphs, precision="float32")
 
     if batch.bank is not None and not pipeline:
         count = len(batch.x)
@@ -163,8 +163,10 @@ class AtopTask(PurifierTask[Atop]):
         return self._optimizers
 
     def captures(self, batch: Batch) -> Hashable:
-        delayed = batch.progress_in(self.config.cls_delay_unit) < self.config.cls_delay
-        return self.config.attack.at_epoch(batch.epoch, batch.epochs), delayed
+        return batch.progress_in(self.config.cls_delay_unit) < self.config.cls_delay
+
+    def numbers(self, batch: Batch) -> dict[str, float]:
+        return self.config.attack.numbers(batch)
 
     def updates(self, batch: Batch) -> Iterator[Update]:
         one_pass, judged = passes(self.trained, batch, self.config, self.graphs), {}

@@ -69,7 +69,8 @@ def balanced_batch(
         return x
     attacked = slice(len(x) - 4 * atom, None)
     clean, y, ids = x[attacked], batch.y[attacked], batch.sample_ids[attacked]
-    eps = torch.full((2 * atom,), attack.eps, device=x.device)
+    numbers = attack.numbers(batch)
+    eps = torch.zeros(2 * atom, device=x.device) + numbers["eps"]
     eps[:atom] /= 2
     eps = eps.repeat(2)
 
@@ -79,7 +80,8 @@ def balanced_batch(
         if rows is not None:
             slow, fast = rows[rows < 2 * atom], rows[rows >= 2 * atom]
         how: dict[str, Any] = {"norm": attack.norm, "graphs": graphs, "precision": "float32"}
-        steps: dict[str, Any] = {"alpha": attack.step_size(eps[slow]), "steps": attack.steps, "seed": batch.seed}
+        alpha = numbers["alpha"] if attack.alpha is not None else attack.step_size(eps[slow])
+        steps: dict[str, Any] = {"alpha": alpha, "steps": attack.steps, "seed": batch.seed}
         by_pgd = pgd(classifier, clean[slow], y[slow], eps=eps[slow], sample_ids=ids[slow], **steps, **how)
         by_fgsm = fgsm(classifier, clean[fast], y[fast], eps=eps[fast], **how)
         return torch.cat([by_pgd, by_fgsm])
@@ -89,6 +91,13 @@ def balanced_batch(
     else:
         adversarial = batch.bank.images(clean, attacked, torch.arange(4, device="cpu").repeat_interleave(atom), make)
     return torch.cat([x[: attacked.start], adversarial])
+
+
+def numbers_of(defence: Carso, batch: Batch, config: CarsoConfig) -> dict[str, Any]:
+    """Return eps, alpha and the weight of the KL term in a batch's epoch; ``batch.numbers`` takes precedence."""
+    attack = config_in_epoch(config, tuple(defence.arguments["std"]), batch.epoch, batch.epochs).attack
+    beta = config.beta * kl_weight(batch.epoch, config.kl_delay * batch.epochs)
+    return {"beta": beta, **attack.numbers(batch)}
 
 
 def published_step(
@@ -103,7 +112,7 @@ def published_step(
     z, kl = sample_latent(mean, log_variance, seed, batch.sample_ids)
     reconstruction = reconstruction_loss(defence.decode(z[:, None], condition)[:, 0], batch.x).mean()
     kl = kl.mean()
-    beta = config.beta * kl_weight(batch.epoch, config.kl_delay * batch.epochs)
+    beta = numbers_of(defence, batch, config)["beta"]
     # The loss is a mean over images, and gradients are averaged over processes. This factor turns both into sums.
     images = len(batch.x) * processes()[1] if config.reduction == "sum" else 1
     loss = (reconstruction + beta * kl) * images
@@ -174,8 +183,10 @@ class CarsoTask(PurifierTask[Carso]):
         self.optimizer = Lookahead(inner, config.lookahead_steps, config.lookahead_alpha)
 
     def captures(self, batch: Batch) -> Hashable:
-        weight = kl_weight(batch.epoch, self.config.kl_delay * batch.epochs)
-        return self.config.attack.at_epoch(batch.epoch, batch.epochs), weight
+        return ()
+
+    def numbers(self, batch: Batch) -> dict[str, float]:
+        return numbers_of(self.defence, batch, self.config)
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
         return STEPS[self.config.attack_target](self.trained, batch, self.config, self.graphs)
