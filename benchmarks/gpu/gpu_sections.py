@@ -43,13 +43,14 @@ from ..speed import limits, race, sheets, shipping, timing
 from ..speed.pipelines import pgd_forms
 from ..speed.pipelines.carso_inference import classifier
 from ..speed.running import Budget, run_pipelines
+from . import in_use
 
 ROOT = RESULTS.parents[1]
 EVERY_OP = ("-m", "benchmarks.gpu.every_op")
 #: The folder of the tests that pytest runs.
 TESTS = ("tests/gpu",)
 CAPTURE_COST, VERDICTS, STANDARD = "capture_cost.csv", "kernel_verdicts.csv", "standard.csv"
-PGD, PROFILE = "pgd.csv", "profile.csv"
+PGD, PROFILE, IN_USE = "pgd.csv", "profile.csv", "in_use.csv"
 #: The pipelines that are measured, the most important first. The form of AToP in plain PyTorch takes long on a GPU.
 PIPELINES = ("arrest_step", "carso_training", "carso_inference", "diffusion", "atop_finetune")
 #: The number of images that are attacked by `standard`.
@@ -73,6 +74,7 @@ class Context:
         rehearsal: True for a rehearsal on a CPU, in which all inputs are small and the numbers mean nothing.
         seconds: time limit of the section in seconds.
         data: folder with CIFAR-10, or path of an ``.npz`` file. If it is None, the current folder is used.
+        slowness: how many times longer than usual a process takes to start in this rehearsal.
         started: start time of the section on the monotonic clock.
     """
 
@@ -81,6 +83,7 @@ class Context:
     rehearsal: bool
     seconds: float
     data: Path | None = None
+    slowness: float = 1.0
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -122,7 +125,7 @@ def measured(context: Context, file: str, work: dict[str, Callable[[], dict | li
     budget = context.budget()
     with float32_products():
         budget.go([(part, partial(run, part)) for part in work if part not in there], "part")
-    # Only kernels have the column "passed", and only forms of PGD the column "verdict".
+    # Only kernels have the column "passed", and only forms of PGD and of use the column "verdict".
     wrong = {row["part"]: row["case"] for row in rows if str(row.get("passed")) == "False"}
     judged = {f"{row['part']}, {row['form']}": row["verdict"] for row in rows if "verdict" in row}
     wrong |= {name: verdict for name, verdict in judged.items() if verdict in ("wrong", "failed")}
@@ -275,6 +278,12 @@ def standard(context: Context) -> Outcome:
     subject = _subject(context)
     work = {f"graphs {mode}": partial(_evaluated, context, subject, mode) for mode in ("off", "auto")}
     return measured(context, STANDARD, work)
+
+
+def used(context: Context) -> Outcome:
+    """Train by `fit`, attack frozen copies in a loop of a user, and train on a batch that fills the card."""
+    work = {name: partial(part, context.device, context.rehearsal) for name, part in in_use.PARTS.items()}
+    return measured(context, IN_USE, work)
 
 
 def _forms_of_pgd(context: Context, count: int) -> list[dict]:
@@ -472,7 +481,7 @@ class Section:
 
 
 #: On an NVIDIA H200 with 16 processors, the sections of "correct" took up to 68 s side by side, and those of "measured"
-#: 9, 140 (estimated), 40 (estimated), 35, 115 (estimated), 17 and 110 s.
+#: 9, 140 (estimated), 40 (estimated), 35, 50 (estimated), 115 (estimated), 17 and 110 s.
 SECTIONS = {
     "verdicts": Section("correct", verdicts, (140, 180), (VERDICTS,)),
     "sanitizer": Section("correct", sanitizer, (140, 180)),
@@ -481,6 +490,7 @@ SECTIONS = {
     "pgd": Section("measured", forms_of_pgd, (190, 360), (PGD,)),
     "profile": Section("measured", profiled, (80, 200), (PROFILE,)),
     "standard": Section("measured", standard, (60, 60), (STANDARD,)),
+    "in_use": Section("measured", used, (70, 90), (IN_USE,)),
     # This section carries most claims, so the sections after it get what it leaves, or a call of their own (--only).
     "pipelines": Section("measured", raced_pipelines, (400, 480), (sheets.PIPELINES,)),
     "captures": Section("measured", capture_cost, (40, 120), (CAPTURE_COST,)),

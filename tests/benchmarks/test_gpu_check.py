@@ -15,7 +15,7 @@ import torch
 from forks import until
 
 from benchmarks import __main__ as program
-from benchmarks.gpu import gpu_check, gpu_sections
+from benchmarks.gpu import gpu_check, gpu_sections, in_use
 from benchmarks.speed import limits, running, sheets, shipping, timing
 from benchmarks.speed.pipelines import pgd_forms
 from purify_fast import _library
@@ -24,6 +24,12 @@ from purify_fast.ops import REGISTRY
 ROOT = Path(__file__).parents[2]
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def usual_start(monkeypatch):
+    """A process starts in the usual time, so that the limits are those of the table."""
+    monkeypatch.setattr(gpu_check, "slowness", lambda: 1.0)
 
 
 def check(*arguments: str) -> int:
@@ -117,7 +123,61 @@ def test_the_limits_of_the_calls():
         assert whole + gpu_check.CLOSING[1] <= call.seconds[1]
     # what must not be missing comes before what may
     order = [name for name, section in gpu_check.SECTIONS.items() if section.call == "measured"]
-    assert order[:5] == ["limits", "pgd", "profile", "standard", "pipelines"]
+    assert order[:6] == ["limits", "pgd", "profile", "standard", "in_use", "pipelines"]
+
+
+def test_a_rehearsal_beside_other_work_has_longer_limits(tmp_path, monkeypatch, forking):
+    """Of a section and of the call, by as much as a process takes longer to start."""
+    seen = []
+
+    def section(context):
+        seen.append(context.seconds)
+        return gpu_sections.Outcome(gpu_sections.PASSED, "")
+
+    for name, slow in (("limits", 1.0), ("captures", 4.0), ("races", 2.0)):
+        monkeypatch.setattr(gpu_check, "slowness", lambda slow=slow: slow)
+        monkeypatch.setitem(gpu_check.SECTIONS, name, gpu_sections.Section("measured", section, (1.0, 30.0)))
+        monkeypatch.setattr(gpu_check, "run_section", lambda name, context: vars(section(context)) | {"seconds": 0})
+        monkeypatch.setitem(gpu_check.CALLS, "measured", gpu_check.Call((900, 30 + gpu_check.CLOSING[1]), False))
+        assert check("measured", "--rehearse", "--out", str(tmp_path), "--only", name) == 0
+    assert seen == pytest.approx([30.0, 120.0, 60.0], abs=1.0)
+
+
+def test_a_process_of_a_rehearsal_lacks_what_a_card_lacks(tmp_path, monkeypatch):
+    monkeypatch.undo()
+    before = os.environ.get("PYTHONPATH")
+    names = ", ".join(gpu_check.LACKING)
+    text = f"""
+import importlib.util, sys
+assert not any(map(importlib.util.find_spec, {gpu_check.LACKING}))
+try:
+    import {names}
+except ImportError:
+    import benchmarks.__main__
+"""
+    with gpu_check.lacking(tmp_path):
+        subprocess.run([sys.executable, "-c", text], cwd=ROOT, check=True)
+    assert os.environ.get("PYTHONPATH") == before
+    # The import of the sections takes as long as usual, or longer where other processes run beside it.
+    assert 1.0 <= gpu_check.slowness() < 60.0
+
+
+def test_the_package_as_users_run_it(rehearsal, monkeypatch):
+    outcome = gpu_sections.used(rehearsal)
+    assert outcome.state == "passed" and not outcome.left_out, outcome
+    rows = sheets.read_csv(rehearsal.out / gpu_sections.IN_USE)
+    forms = ["fit, epoch 0", "fit, epoch 1", "fit, epoch 2", "loop, ResNet-18", "loop, ViT", "full card"]
+    assert [row["form"] for row in rows] == forms
+    assert all(float(row["images_per_s"]) > 0 and row["replays"] == "0" for row in rows)
+    # On a GPU, a row without a replay of a graph has failed.
+    cuda = torch.device("cuda")
+    verdicts = [in_use._row("fit", cuda, seen, [])["verdict"] for seen in ([], [None])]
+    assert verdicts == ["failed", "right"]
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: None)
+    with in_use.replays() as seen:
+        for _ in range(2):
+            torch.cuda.CUDAGraph.replay(None)
+    assert len(seen) == 2
 
 
 def test_an_archive_is_small_enough(tmp_path, monkeypatch):

@@ -1,0 +1,176 @@
+"""Measure the package as users run it: a whole training, attacks on a frozen copy in a loop, a batch that fills a card.
+
+Every row tells how many CUDA graphs were replayed. On a GPU, a row without a replay has failed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torchvision.models import VisionTransformer
+
+from purify_fast import frozen_copy
+from purify_fast.attacks import pgd
+from purify_fast.models.classifiers import PreActResNet18
+from purify_fast.speed import StepGraphs
+from purify_fast.training import Callback, ClassifierConfig, ClassifierTask, FitConfig, TrainingAttack, fit
+from purify_fast.training.loop import step_settings, train_step
+
+from ..speed.pipelines import random_batch
+
+EPS, STEPS = 8 / 255, 10
+#: The share of the card's memory that a step without a graph takes in the part "full card".
+SHARE = 0.7
+#: The numbers of images from which the memory of a larger batch is computed.
+PROBES = (128, 512)
+
+
+@contextlib.contextmanager
+def replays() -> Iterator[list[None]]:
+    """Within the block, collect an entry for each replay of a CUDA graph, whoever has captured the graph."""
+    seen: list[None] = []
+    replay = torch.cuda.CUDAGraph.replay
+
+    def counted(graph: torch.cuda.CUDAGraph) -> None:
+        seen.append(None)
+        replay(graph)
+
+    torch.cuda.CUDAGraph.replay = counted  # type: ignore[method-assign]
+    try:
+        yield seen
+    finally:
+        torch.cuda.CUDAGraph.replay = replay  # type: ignore[method-assign]
+
+
+def _row(form: str, device: torch.device, seen: list[None], said: list[Any], **columns: Any) -> dict:
+    verdict = "right" if seen or device.type == "cpu" else "failed"
+    texts = dict.fromkeys(str(one.message).splitlines()[0] for one in said)
+    return {"form": form, **columns, "replays": len(seen), "verdict": verdict, "warnings": "; ".join(texts)}
+
+
+def _now(device: torch.device) -> float:
+    """Wait until the device has finished all work, and return the time in seconds."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _task(device: torch.device, small: bool) -> ClassifierTask:
+    torch.manual_seed(0)
+    model = PreActResNet18(width=4 if small else 64).to(device)
+    attack = TrainingAttack(eps=EPS, steps=2 if small else STEPS, alpha=2 / 255)
+    precision = "bfloat16" if device.type == "cuda" else "float32"
+    return ClassifierTask(model, ClassifierConfig(attack=attack, precision=precision))
+
+
+class _Epochs(Callback):
+    """Collects the speed of each epoch, and the number of replays until its end."""
+
+    def __init__(self, seen: list[None]):
+        self.seen, self.rows = seen, list[tuple[float, int]]()
+
+    def on_epoch(self, state: Any) -> None:
+        self.rows.append((state.images_per_second, len(self.seen)))
+
+
+def training(device: torch.device, small: bool) -> list[dict]:
+    """Train by `fit` from beginning to end, from images on the CPU, with a validation after every epoch.
+
+    Returns:
+        A row for each epoch.
+    """
+    task, generator = _task(device, small), torch.Generator().manual_seed(1)
+    count, batch = (64, 16) if small else (12_800, 128)
+    x = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    config = FitConfig(3, batch, validation_share=0.125, flip=True, padding=4)
+    with replays() as seen, warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        epochs, begin = _Epochs(seen), _now(device)
+        fit(task, x, torch.arange(count) % 10, config, progress=False, callbacks=[epochs])
+        whole, before, rows = _now(device) - begin, 0, []
+    for epoch, (speed, until) in enumerate(epochs.rows):
+        numbers = {"images": batch, "images_per_s": f"{speed:.0f}", "whole_s": f"{whole:.2f}"}
+        rows.append(_row(f"fit, epoch {epoch}", device, seen[before:until], said, **numbers))
+        before = until
+    return rows
+
+
+def _network(name: str, small: bool) -> nn.Module:
+    torch.manual_seed(0)
+    if name == "ResNet-18":
+        return PreActResNet18(width=4 if small else 64).eval()
+    depth, heads, width = (2, 2, 16) if small else (12, 6, 384)
+    made = VisionTransformer(32, 4, depth, heads, width, 4 * width, num_classes=10)
+    # The last layer begins with zeros, so that no gradient would reach the images.
+    nn.init.normal_(made.heads.head.weight, std=0.02)
+    return made.eval()
+
+
+def loop(device: torch.device, small: bool, name: str) -> dict:
+    """Attack a frozen copy in a loop of the user's own, which trains the model between the attacks."""
+    count, calls = (8, 3) if small else (256, 40)
+    model = _network(name, small).to(device)
+    batch = random_batch(device, count, 32, 1)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    times: list[float] = []
+    with replays() as seen, warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        fast = frozen_copy(model, batch.x)
+        for _ in range(calls):
+            begin = _now(device)
+            point = pgd(fast, batch.x, batch.y, eps=EPS, alpha=2 / 255, steps=2 if small else STEPS)
+            times.append(_now(device) - begin)
+            optimizer.zero_grad()
+            F.cross_entropy(model(point), batch.y).backward()
+            optimizer.step()
+    usual = statistics.median(times[calls // 2 :])
+    numbers = {"images": count, "images_per_s": f"{count / usual:.0f}", "ms": f"{1e3 * usual:.2f}"}
+    return _row(f"loop, {name}", device, seen, said, **numbers, first_ms=f"{1e3 * times[0]:.1f}")
+
+
+def full(device: torch.device, small: bool) -> dict:
+    """Take training steps on as many images as fill 70 % of the card's memory without a graph."""
+    peaks = [_peak(device, small, count) for count in PROBES] if device.type == "cuda" else [0, 0]
+    count = 16
+    if device.type == "cuda":
+        slope = (peaks[1] - peaks[0]) / (PROBES[1] - PROBES[0])
+        room = SHARE * torch.cuda.get_device_properties(device).total_memory - peaks[0]
+        count = PROBES[0] + int(room / slope)
+    task, batch, times = _task(device, small), random_batch(device, count, 32, 1), list[float]()
+    task.graphs = StepGraphs("always")
+    with replays() as seen, warnings.catch_warnings(record=True) as said, step_settings(task, FitConfig(1), device):
+        warnings.simplefilter("always")
+        for _ in range(4):
+            begin = _now(device)
+            train_step(task, batch)
+            times.append(_now(device) - begin)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    numbers = {"images": count, "images_per_s": f"{count / times[-1]:.0f}", "ms": f"{1e3 * times[-1]:.2f}"}
+    return _row("full card", device, seen, said, **numbers, first_ms=f"{1e3 * times[0]:.1f}", peak_MB=peak // 10**6)
+
+
+def _peak(device: torch.device, small: bool, count: int) -> int:
+    """The bytes that a training step without a graph needs."""
+    task, batch = _task(device, small), random_batch(device, count, 32, 1)
+    with step_settings(task, FitConfig(1, cuda_graphs="off"), device):
+        train_step(task, batch)
+        torch.cuda.reset_peak_memory_stats(device)
+        train_step(task, batch)
+    return torch.cuda.max_memory_allocated(device)
+
+
+#: The parts, the most important first.
+PARTS: dict[str, Callable[[torch.device, bool], dict | list[dict]]] = {
+    "fit": training,
+    "loop, ResNet-18": lambda device, small: loop(device, small, "ResNet-18"),
+    "loop, ViT": lambda device, small: loop(device, small, "ViT"),
+    "full card": full,
+}
