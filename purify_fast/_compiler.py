@@ -31,6 +31,13 @@ def outside_graphs(function: Callable[_P, _R], recursive: bool = True) -> Callab
     return call
 
 
+def section(name: str) -> contextlib.AbstractContextManager[Any]:
+    """Name a part of the work while `torch.profiler` records it. A compiled function has no such names."""
+    if torch.compiler.is_compiling() or not torch._C._autograd._profiler_enabled():
+        return contextlib.nullcontext()
+    return torch.profiler.record_function(f"purify_fast: {name}")
+
+
 def is_compiled(module: Any) -> bool:
     """Tell whether a module is the result of `torch.compile`."""
     dynamo = sys.modules.get("torch._dynamo")

@@ -6,11 +6,11 @@ import abc
 import contextlib
 import functools
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar, NamedTuple, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._compiler import outside_graphs
 from .._validation import Count, GradientPrecision, Norm, NormName, check_types, read_norm
@@ -195,7 +195,7 @@ class Attack(abc.ABC):
         if "eps" not in options and self.threat_model(context).eps == 0:
             raise ValueError(f"eps must be given: call {type(self).__name__}(...)(model, x, y, eps=8 / 255)")
         with called_directly("y", y if context.loss_function is None else y[:0]):
-            return self.search(self.target(model), x, y, context)
+            return _searched(self, self.target(_without_ddp(model)), x, y, context)
 
     def revision(self) -> str | None:
         """The version of the attack's code. Cached results need the same version; with None, results are not cached."""
@@ -244,7 +244,13 @@ def source_of(model: Classifier, x: Tensor, precision: GradientPrecision, copies
 
     A direct call, which has no ``copies``, attacks the model that it was given, unless it asks for bfloat16.
     """
-    if precision == "float32" or (precision == "auto" and copies is None) or not len(x):
+    alone = precision == "auto" and copies is None
+    if alone and x.is_cuda:
+        # Only a GPU needs what tells of copies.
+        from ..speed.frozen_copy import tell_of_copies
+
+        tell_of_copies(model, x.device)
+    if precision == "float32" or alone or not len(x):
         return model
     # Attacks in float32 need none of what makes copies.
     from .gradient_copy import Copies
@@ -300,6 +306,29 @@ def worst_of_runs(
     return AttackResult(best, health)
 
 
+def _without_ddp(model: Classifier) -> Classifier:
+    """The module inside ``DistributedDataParallel``, which would exchange buffers in each forward pass."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def _searched(attack: Attack, model: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> AttackResult:
+    """Search without an evaluation. Steps on a frozen copy are captured in the copy's graphs, by one attack at a time.
+
+    On another stream than the default one, nothing is captured, because replays must not overlap.
+    """
+    # Most attacks are on other models, and need none of what makes graphs.
+    from ..speed.followed import graphs_of
+
+    graphs = graphs_of(model) if context.graphs is None else None
+    if graphs is None or not graphs.free_for(x.device):
+        return attack.search(model, x, y, context)
+    try:
+        context = replace(context, graphs=graphs)
+        return graphs.retry_without_graphs(lambda: attack.search(model, x, y, context), x.device)
+    finally:
+        graphs.lock.release()
+
+
 # -- attacks as functions ---------------------------------------------------------------------------------------------
 
 
@@ -353,7 +382,7 @@ def run_alone(
     context = AttackContext(**options, keep_mode=mode == "keep", counts_health=health is not None)
     free = y[:0] if targeted is None and context.loss_function is not None else y
     with called_directly("y" if targeted is None else "targeted", free):
-        result = chosen.search(model, x, y, context)
+        result = _searched(chosen, _without_ddp(model), x, y, context)
     if health is not None and result.health is not None:
         health.add(**result.health.counts)
     return result.images

@@ -230,7 +230,7 @@ def _context(config: EvaluateConfig, subject: Subject, ball: ThreatModel) -> Att
         votes=votes,
         batch_size=config.images_together,
         max_forward_batch=most,
-        graphs=StepGraphs(config.cuda_graphs),
+        graphs=StepGraphs(config.cuda_graphs, cudnn_benchmark=config.cudnn_benchmark),
         copies=Copies(subject.sample_images()),
     )
 
@@ -302,6 +302,10 @@ class _Evaluation:
             report.about["claim_test"] = test.verdict
         if torch.bfloat16 in context.copies.dtypes:
             report.about["gradients"] = "of a frozen copy in bfloat16; the model itself judges"
+        graphs: Any = context.graphs
+        if graphs.may_capture(subject.device):
+            facts = graphs.facts
+            report.about["captured"] = "; ".join([f"{facts['captured']} captured", *facts.get("not_captured", ())])
         made, n = measure.progress.images + subject.passes, len(subject.y)
         if shards.world == 1 and not measure.cache.used:
             # Otherwise other processes or earlier runs have made a part of the passes.

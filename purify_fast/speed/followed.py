@@ -5,16 +5,24 @@ from __future__ import annotations
 import copy
 import warnings
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from .watch import tensors_of
 
+if TYPE_CHECKING:
+    from .graphs.step_graphs import StepGraphs
+
 
 def is_frozen_copy(model: object) -> bool:
     """Tell whether a model is a frozen copy itself."""
     return isinstance(getattr(model, "_followed", None), Followed)
+
+
+def graphs_of(model: object) -> StepGraphs | None:
+    """Return the graphs that `purify_fast.frozen_copy` has given to a copy; None for any other model."""
+    return model._followed.graphs if is_frozen_copy(model) else None  # type: ignore[attr-defined]
 
 
 def settings_of(model: nn.Module) -> tuple[Any, list[Any]]:
@@ -40,6 +48,8 @@ class Followed:
     """
 
     def __init__(self, model: nn.Module | None = None):
+        #: The graphs of attacks that are called directly on the copy.
+        self.graphs: StepGraphs | None = None
         self._model = None if model is None else weakref.ref(model)
         self._layout = [] if model is None else _layout(model)
         self.read()

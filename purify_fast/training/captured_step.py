@@ -6,10 +6,8 @@ and moving averages need no form of their own. Replays read the images, labels, 
 
 from __future__ import annotations
 
-import logging
 import random
 import time
-import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -21,17 +19,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._compiler import section
 from .._process import processes
 from .._validation import in_one_line
 from ..model_state import identity_key
 from ..ops.philox import philox_key
 from ..speed.graphs.cuda_capture import CudaCapture
 from ..speed.graphs.step_graphs import InlineSteps, StepGraphs, alike, no_trace, remember, tried
-from ..speed.graphs.step_loop import CAPTURE_STEPS, numerics, weak_key
+from ..speed.graphs.step_loop import CAPTURE_STEPS, numerics, reserved, weak_key
 from .optimizers import weights_of
 from .task import Batch, Metrics, Task
-
-logger = logging.getLogger("purify_fast")
 
 #: A function that computes the gradients of each update of a step, and yields the optimizer's name and the metrics.
 Gradients = Callable[[Task, Batch], Iterator[tuple[str, Metrics]]]
@@ -136,7 +133,8 @@ class CapturedStep:
         for update in self.updates:
             for weight, gradient in update.gradients:
                 weight.grad = gradient
-            update.replay()
+            with section("replay of a training step"):
+                update.replay()
             # A single copy: later replays overwrite the values.
             yield update.optimizer, dict(zip(update.names, update.values.clone().unbind(), strict=True))
 
@@ -169,15 +167,15 @@ def captured(task: Task, batch: Batch, gradients: Gradients) -> CapturedStep | N
     if isinstance(found, int):
         found += 1
         if graphs.mode == "always" or found > CAPTURE_STEPS:
-            begin = time.perf_counter()
+            begin, size = time.perf_counter(), reserved(batch.x.device)
             try:
                 found = CapturedStep(task, batch, gradients, graphs, objects)
-                logger.info("a training step is captured as a CUDA graph, in %.1f s", time.perf_counter() - begin)
+                graphs.log("a training step", time.perf_counter() - begin, reserved(batch.x.device) - size)
             except NotRestored:
                 raise
             except Exception as error:
                 # A user's model may raise any error. The training then continues without this graph.
-                warnings.warn(f"a training step runs without a CUDA graph: {in_one_line(error)}", stacklevel=2)
+                graphs.tell(f"a training step runs without a CUDA graph: {in_one_line(error)}")
                 found = None
         graphs.whole_steps[key] = found
     return found if isinstance(found, CapturedStep) else None

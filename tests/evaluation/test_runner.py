@@ -489,8 +489,8 @@ def test_attacks_are_kept_by_what_they_do_and_not_by_their_names(tmp_path, shatt
 def test_an_evaluation_hands_captured_steps_to_its_attacks(rerun, monkeypatch):
     made = []
 
-    def graphs(mode):
-        made.append(StepGraphs(mode, capture=rerun))
+    def graphs(mode, cudnn_benchmark):
+        made.append(StepGraphs(mode, rerun, cudnn_benchmark))
         return made[-1]
 
     monkeypatch.setattr("purify_fast.speed.graphs.step_graphs.StepGraphs", graphs)
@@ -504,5 +504,9 @@ def test_an_evaluation_hands_captured_steps_to_its_attacks(rerun, monkeypatch):
         rows.append([row.robust.tolist() for row in found.rows])
         # of each attack two batches, the last one smaller; of APGD perhaps more, when images leave
         assert rerun.recorded == 0 if mode == "off" else rerun.recorded >= 3
+        # The header says what was captured. Nothing is known of it where nothing may be captured.
+        assert found.about.get("captured") == (None if mode == "off" else f"{rerun.recorded} captured")
         rerun.recorded = 0
     assert rows[0] == rows[1] == rows[2] and [one.mode for one in made] == ["off", "auto", "always"]
+    # The setting of cuDNN holds inside captures.
+    assert {one.cudnn_benchmark for one in made} == {"off"}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..._compiler import section
 from ...protocols import Classifier
 from ...speed.watch import FEWEST_WEIGHTS, matrix_weights
 from ..attacked_model import logits_of
@@ -71,7 +72,8 @@ class Judge:
         if self.draws == 1 and not takes_every_size(x.device):
             rows = repeated_to(torch.arange(count, device=x.device), bucket(count, x.device))
             x, y = x[rows], y[rows]
-        return objective.score(x, y)[0, :count]
+        with section("judge"):
+            return objective.score(x, y)[0, :count]
 
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:

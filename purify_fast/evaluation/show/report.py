@@ -36,7 +36,8 @@ class Report:
         about: facts about all rows, if known: ``threat`` (such as ``L-inf 8/255``), ``dataset``, ``protocol``,
             ``changed`` (settings that change the protocol, such as ``steps 5``), ``seed``, ``version`` (of this
             package, PyTorch and Python), ``predict``, ``precision`` (if not float32), ``claim`` (in percent), ``date``
-            of the first `save`, ``command``, ``model`` (a hash of weights and code), ``processor``, and the costs
+            of the first `save`, ``command``, ``model`` (a hash of weights and code), ``processor``, ``captured`` (the
+            CUDA graphs of attack steps, and why some steps have none), and the costs
             ``passes`` (forwards and gradients per image), ``seconds`` and ``peak_memory``.
         findings: the results of the alarms, which test whether the numbers are reliable.
         curves: by model, the curves of accuracy over the steps and the draws of the probes, for the page.

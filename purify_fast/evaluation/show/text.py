@@ -216,7 +216,8 @@ def facts(report: Report) -> list[tuple[str, str]]:
     images = "; ".join(dict.fromkeys(f"{row.n:,}{of}, hash {row.data[:SHORT]}" for row in clean))
     known = report.about | {"images": images}
     words = {"model": "hash of the model", "claim": "claimed, %", "peak_memory": "memory at the peak"}
-    names = ["date", "command", "images", "seed", "model", "processor", "gradients"]
+    words["captured"] = "CUDA graphs"
+    names = ["date", "command", "images", "seed", "model", "processor", "gradients", "captured"]
     names += ["passes", "seconds", "peak_memory", "claim"]
     return [(words.get(name, name), known[name]) for name in names if known.get(name)]
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..._compiler import section
 from ..._tensors import first_tensor, without_autocast
 from ...models.representation import evaluation_mode, without_recorders
 from ..draws import same_draws, shared_generators
@@ -153,6 +154,10 @@ class CopiedWeights:
     @torch.no_grad()
     def read(self, model: nn.Module) -> None:
         """Copy the current parameters and buffers of the model, except ``num_batches_tracked``."""
+        with section("refresh of a copy"):
+            self._read(model)
+
+    def _read(self, model: nn.Module) -> None:
         # A tensor may have several names. List all of them, because the copy may use any name.
         theirs = dict(tensors_of(model))
         if self.pairs:

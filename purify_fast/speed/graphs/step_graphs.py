@@ -18,16 +18,20 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
+import threading
+import time
+import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..._compiler import EagerDispatchMode
-from ..._validation import CudaGraphs, check_literal, in_one_line
+from ..._compiler import EagerDispatchMode, section
+from ..._validation import CudaGraphs, CudnnBenchmark, check_literal, in_one_line
 from ...model_state import identity_key
 from ...protocols import CompilesSteps, CountsImages, PreparesReplay
 from ..agreement import FLOAT32
@@ -44,8 +48,10 @@ from .step_loop import (
     State,
     StepFunction,
     Steps,
-    begin_steps,
+    launched_steps,
+    on_usual_stream,
     parts_of,
+    reserved,
     step_key,
     weak_key,
 )
@@ -54,6 +60,8 @@ logger = logging.getLogger("purify_fast")
 
 Result = TypeVar("Result")
 
+#: True within `no_trace`.
+_tracing = ContextVar("tracing", default=False)
 #: The largest number of graphs.
 MOST_GRAPHS = 32
 #: The number of steps without a graph whose launches are remembered.
@@ -89,32 +97,40 @@ class StepGraphs:
         mode: "auto": a step is captured after `CAPTURE_STEPS` launches. "always": a step is captured at its first use.
             "off": no step is captured.
         capture: object that makes graphs. None means CUDA graphs, on CUDA devices.
+        cudnn_benchmark: whether cuDNN times its algorithms before a capture, see `precision.raced_convolutions`.
 
     Attributes:
         refusal: reason why the step of the last loop cannot be captured; None if the step is captured or may still be
             captured. The capture is tried again after `RETRIED_AFTER` steps.
+        captures: the number of captures so far.
+        refusals: all reasons why a step was not captured.
 
     Raises:
-        ValueError: the mode is unknown.
+        ValueError: the mode or ``cudnn_benchmark`` is unknown.
     """
 
-    def __init__(self, mode: CudaGraphs = "auto", capture: CudaCapture | None = None):
+    def __init__(
+        self, mode: CudaGraphs = "auto", capture: CudaCapture | None = None, cudnn_benchmark: CudnnBenchmark = "auto"
+    ):
         check_literal("mode", mode, CudaGraphs)
-        self.mode = mode
+        check_literal("cudnn_benchmark", cudnn_benchmark, CudnnBenchmark)
+        self.mode, self.cudnn_benchmark = mode, cudnn_benchmark
         self.capture = CudaCapture() if capture is None else capture
         self.refusal: str | None = None
+        self.captures, self.refusals = 0, list[str]()
+        #: Held by a direct attack on a frozen copy.
+        self.lock = threading.Lock()
         #: The captured steps of whole trainings, and counts of those that are not captured (`training.captured_step`).
         self.whole_steps: dict[Hashable, Any] = {}
         self._captured: dict[Hashable, Captured] = {}
         self._launched: dict[Hashable, Launches] = {}
-        self._told: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._captured)
 
     def __deepcopy__(self, memo: Any) -> StepGraphs:
         # A copy of the trained or attacked model needs its own captures.
-        return StepGraphs(self.mode, self.capture)
+        return StepGraphs(self.mode, self.capture, self.cudnn_benchmark)
 
     def begin(self, function: StepFunction, state: State) -> Steps:
         """Begin a loop.
@@ -129,12 +145,17 @@ class StepGraphs:
         off = not self.may_capture(next(iter(state.values())).device)
         nothing = any(value.numel() == 0 for value in state.values())
         if off or nothing or torch.compiler.is_compiling():
-            return begin_steps(None, function, state)
+            return launched_steps(function, state)
         return Steps(function, state, self)
 
     def may_capture(self, device: torch.device) -> bool:
         """Tell whether steps on a device may be captured."""
         return self.mode != "off" and device.type == self.capture.kind
+
+    def free_for(self, device: torch.device) -> bool:
+        """Take the lock for a direct attack on a device; False if nothing can be captured now, as in a capture."""
+        possible = self.may_capture(device) and on_usual_stream(device) and not is_tracing()
+        return possible and self.lock.acquire(blocking=False)
 
     def may_replay(self, device: torch.device) -> bool:
         """Tell whether loops on a device are or may still be captured.
@@ -214,12 +235,26 @@ class StepGraphs:
         return captured
 
     def _refuse(self, base: Hashable | None, reason: str) -> Launches | None:
-        """Record that a step is not captured. Each reason is logged once."""
+        """Record that a step is not captured."""
         self.refusal = reason
-        if reason not in self._told:
-            self._told.add(reason)
-            logger.info("an attack runs without a CUDA graph: %s", reason)
+        self.tell(f"an attack runs without a CUDA graph: {reason}")
         return None if base is None else remember(self._launched, base, Launches(RETRIED_AFTER, reason), REMEMBERED)
+
+    def tell(self, refusal: str) -> None:
+        """Warn that something runs without a CUDA graph, once for each reason."""
+        if refusal not in self.refusals:
+            self.refusals.append(refusal)
+            warnings.warn(refusal, stacklevel=3)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What was captured so far: ``captured``, the number of captures, and ``not_captured``, the refusals if any."""
+        return {"captured": self.captures, **({"not_captured": list(self.refusals)} if self.refusals else {})}
+
+    def log(self, what: str, seconds: float, size: int) -> None:
+        """Count a capture, and log its time in seconds and its memory in bytes."""
+        self.captures += 1
+        logger.info("%s is captured as a CUDA graph, in %.1f s and %d MB", what, seconds, size >> 20)
 
     def _make(
         self, function: StepFunction, state: State, base: Hashable, objects: list[Any]
@@ -228,10 +263,10 @@ class StepGraphs:
         device = next(iter(state.values())).device
         buffers = {name: value.detach().clone() for name, value in state.items()}
         counters: list[CountsImages] = parts_of(function.model, CountsImages)
-        before = [counter.counted() for counter in counters]
+        before, begin, size = [counter.counted() for counter in counters], time.perf_counter(), reserved(device)
         try:
             # cuDNN times its algorithms in the first call, and the graph keeps the fastest.
-            with no_trace(device), raced_convolutions("auto", device):
+            with no_trace(device), raced_convolutions(self.cudnn_benchmark, device):
                 with self.capture.aside(device):
                     # The first call compiles, verifies kernels and chooses algorithms, and may wait for the device.
                     function(buffers)
@@ -261,6 +296,7 @@ class StepGraphs:
             # Restore the counts of images, because the steps of a trial and a capture are not steps of the attack.
             for counter, start in zip(counters, before, strict=True):
                 counter.count(start - counter.counted())
+        self.log(f"an attack step of {_name(function.model)}", time.perf_counter() - begin, reserved(device) - size)
         # The graph calls compiled code, which must stay alive.
         return Captured(weakref.ref(function.model), buffers, replay, counts, objects=[*objects, compiled])
 
@@ -273,7 +309,7 @@ class InlineSteps(StepGraphs):
 
     def begin(self, function: StepFunction, state: State) -> Steps:
         """Begin a loop without a graph of its own."""
-        return begin_steps(None, function, state)
+        return launched_steps(function, state)
 
 
 # -- trials of a step, and the comparison of a replay with the step ----------------------------------------------------
@@ -287,12 +323,19 @@ def no_trace(device: torch.device) -> Iterator[None]:
     are not updated when the weights change.
     """
     cached = torch.is_autocast_cache_enabled()
+    token = _tracing.set(True)
     try:
         torch.set_autocast_cache_enabled(False)
-        with same_draws(device=device):
+        with section("capture"), same_draws(device=device):
             yield
     finally:
+        _tracing.reset(token)
         torch.set_autocast_cache_enabled(cached)
+
+
+def is_tracing() -> bool:
+    """Tell whether a step is being tried or captured, so that a call in it must not replay a graph of its own."""
+    return _tracing.get() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
 class _Crossings(EagerDispatchMode):

@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..._compiler import section
 from ...ops.dispatch.registry import forced_backends
 from ...protocols import CompilesSteps, CountsImages, Passes
 from ..precision import float32_settings
@@ -111,11 +112,13 @@ class Steps:
         if self.graphs is not None and self.launched is not None and self.launched.enough:
             self._ask(self.graphs)
         if self.captured is not None:
-            self.captured.replay()
+            with section("replay of an attack step"):
+                self.captured.replay()
             for counter, images in self.counters:
                 counter.count(images)
             return
-        self.state |= self.function(self.state)
+        with section("attack step"):
+            self.state |= self.function(self.state)
         if self.launched is not None:
             self.launched.count += 1
 
@@ -242,17 +245,29 @@ def step_key(function: StepFunction, state: State) -> Hashable:
     return weak_key((weak_key(function), shapes, device, numerics(device)))
 
 
+def reserved(device: torch.device) -> int:
+    """The bytes that this process has reserved on a GPU for tensors and graphs; 0 for a CPU."""
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
+
+
+def on_usual_stream(device: torch.device) -> bool:
+    """Tell whether the present stream is the default one, so that all replays come one after the other."""
+    return device.type != "cuda" or torch.cuda.current_stream(device) == torch.cuda.default_stream(device)
+
+
 def begin_steps(graphs: CapturesSteps | None, function: StepFunction, state: State) -> Steps:
-    """Begin a loop of a step, which ``graphs`` may capture.
+    """Begin a loop of a step, which ``graphs`` may capture; with None, see `launched_steps`.
 
     Args:
-        graphs: the captured steps of the caller. With None, the loop is eager, or it runs the compiled step if the copy
-            in its model is to be compiled.
+        graphs: the captured steps of the caller.
         function: the step.
         state: the initial state: tensors by name, on the same device.
     """
-    if graphs is not None:
-        return graphs.begin(function, state)
+    return launched_steps(function, state) if graphs is None else graphs.begin(function, state)
+
+
+def launched_steps(function: StepFunction, state: State) -> Steps:
+    """Begin an eager loop, which runs the compiled step if the copy in the step's model is to be compiled."""
     # Inside a larger graph of torch.compile, there is nothing to compile here.
     if not torch.compiler.is_compiling() and isinstance(function.model, nn.Module):
         parts: list[Any] = parts_of(function.model, CompilesSteps)
