@@ -8,10 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel
 
 from .._tensors import first_tensor
-from ..models.moving_average import moving_average
+from ..models.moving_average import AveragedModel, moving_average
 from ..speed.processor import with_known_precision
 from ..training.config import settings
 from ..training.schedules import one_cycle

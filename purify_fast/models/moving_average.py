@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
-
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch import nn
+from torch.optim import swa_utils
 
 from .representation import without_recorders
 
@@ -15,31 +12,38 @@ from .representation import without_recorders
 HALF = (torch.float16, torch.bfloat16)
 
 
+class AveragedModel(swa_utils.AveragedModel):
+    """A copy of a model, see `moving_average`.
+
+    It has the name and the state of PyTorch's class, which copies its count of updates to the device in every step.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, warm_up: bool):
+        super().__init__(model, use_buffers=True)
+        self.decay, self.warm_up = decay, warm_up
+        without_recorders(self.module).requires_grad_(False)
+        # A small step would be lost in the few digits of half precision.
+        self.module._apply(lambda one: one.float() if one.dtype in HALF else one)
+        # The average begins with the model's weights. The count stays on the host, also with another default device.
+        self.n_averaged = torch.ones((), dtype=torch.int64, device="cpu")
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Move the averages towards the weights of ``model``, and copy its integer buffers."""
+        averages, values = ([*one.parameters(), *one.buffers()] for one in (self.module, model))
+        pairs = list(zip(averages, values, strict=True))
+        floating = [pair for pair in pairs if pair[0].is_floating_point()]
+        others = [pair for pair in pairs if not pair[0].is_floating_point()]
+        # the count includes the beginning, so it is n + 1 after n updates
+        least = 9 / (9 + int(self.n_averaged)) if self.warm_up else 0.0
+        if floating:
+            targets = [value.to(average) for average, value in floating]
+            torch._foreach_lerp_([average for average, _ in floating], targets, max(least, 1 - self.decay))
+        if others:
+            torch._foreach_copy_([average for average, _ in others], [value for _, value in others])
+        self.n_averaged += 1
+
+
 def moving_average(model: nn.Module, decay: float, warm_up: bool = False) -> AveragedModel:
     """Return a copy of a model. Floating-point weights are averaged in float32, or in float64 if they are float64."""
-
-    def follow(averages: Iterable[Tensor], values: Iterable[Tensor], steps: Tensor | int) -> None:
-        # torch's count of updates includes the first, which only copied the weights, so steps is n + 1
-        least = 9 / (9 + torch.as_tensor(steps)) if warm_up else torch.zeros(())
-        moved = least.clamp(min=1 - decay)
-        for average, value in zip(averages, values, strict=True):
-            if average.is_floating_point():
-                average.lerp_(value.to(average.dtype), moved.to(average))
-            else:
-                average.copy_(value)
-
-    def follow_one(average: Tensor, value: Tensor, steps: Tensor | int) -> Tensor:
-        follow([moved := average.clone()], [value], steps)
-        return moved
-
-    half = any(one.dtype in HALF for one in (*model.parameters(), *model.buffers()))
-    # PyTorch groups tensors by their dtype, which a float32 average of a half weight has not.
-    how: dict[str, Any] = {"avg_fn": follow_one} if half else {"multi_avg_fn": follow}
-    average = AveragedModel(model, use_buffers=True, **how)
-    without_recorders(average.module).requires_grad_(False)
-    if half:
-        # A small step would be lost in the few digits of half precision.
-        average.module._apply(lambda one: one.float() if one.dtype in HALF else one)
-    # the first update copies the weights, so the average begins with them
-    average.update_parameters(model)
-    return average
+    return AveragedModel(model, decay, warm_up)
