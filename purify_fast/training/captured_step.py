@@ -199,8 +199,11 @@ def change_weights(task: Task, factor: float) -> None:
         torch._foreach_mul_(weights_of(optimizer), factor)
 
 
-class NotRestored(RuntimeError):
-    """The weights could not be restored after a trial, so the training must not continue."""
+class NotRestored(Exception):
+    """The weights are neither those before a step nor those after it, so the training must not continue.
+
+    It is no RuntimeError, which would be read as one of memory that ran out, after which a step is repeated.
+    """
 
 
 def within_repeats(got: Tensor, one: Tensor, other: Tensor) -> bool:

@@ -13,23 +13,25 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .._files import folder_lock
+from .._memory import ran_out_of_memory
 from .._process import processes
 from ..models.layers import BatchNorm1d, BatchNorm2d
 from ..speed.graphs.step_graphs import StepGraphs
 from ..speed.precision import float32_products, raced_convolutions, whole_float32_by_default
 from .bank import BankConfig
 from .callbacks import Callback, ProgressBar, TrainingState
-from .captured_step import captured
+from .captured_step import NotRestored, captured
 from .config import FitConfig
 from .distributed import average_, from_first
 from .optimizers import fuse, set_learning_rate, weights_of
@@ -97,6 +99,7 @@ def fit(
             settings, or a model in training mode has a BatchNorm that is not synchronized.
         FloatingPointError: the loss or the weights are not finite. The last checkpoint is kept.
         FolderInUse: another run writes into the folder.
+        NotRestored: memory ran out in a step that had already changed the model. The last checkpoint is kept.
         RuntimeError: with several processes, another process ended, or did not answer within the group's timeout.
     """
     if not isinstance(task, Task):
@@ -210,20 +213,44 @@ def train_step(task: Task, batch: Batch, accumulate: int = 1) -> Metrics:
     task.train()
     batch = replace(batch, numbers=task.numbers(batch))
 
+    graphs = task.graphs if processes()[1] == 1 else None
+
     def take() -> Metrics:
         measured: Metrics = {}
         step = captured(task, batch, gradients) if accumulate == 1 else None
-        for name, measured in step.run(batch) if step else gradients(task, batch, accumulate):
-            optimizer = task.optimizers[name]
-            average_([*(one.grad for one in weights_of(optimizer) if one.grad is not None), *measured.values()])
-            optimizer.step()
-            task.after_step()
+        # A replay needs no memory before it changes anything.
+        changed, kept = step is not None, _copies(task.model.buffers()) if step is None and graphs is not None else []
+        try:
+            for name, measured in step.run(batch) if step else gradients(task, batch, accumulate):
+                optimizer = task.optimizers[name]
+                average_([*(one.grad for one in weights_of(optimizer) if one.grad is not None), *measured.values()])
+                changed = True
+                optimizer.step()
+                task.after_step()
+        except Exception as error:
+            if changed and ran_out_of_memory(error):
+                cure = "resume the run with cuda_graphs='off' or a smaller batch"
+                raise NotRestored(f"memory ran out in a step that has changed the model already: {cure}") from error
+            # BatchNorms have counted the batch.
+            for buffers, before in kept:
+                torch._foreach_copy_(buffers, before)
+            raise
         return measured
 
-    if task.graphs is None or processes()[1] > 1:
-        # with several processes a step must not be repeated, because the other processes would not repeat the exchanges
-        return take()
-    return task.graphs.retry_without_graphs(take, batch.x.device)
+    # With several processes a step must not be repeated, because the other processes would not repeat the exchanges.
+    return take() if graphs is None else graphs.retry_without_graphs(take, batch.x.device)
+
+
+@torch.no_grad()
+def _copies(tensors: Iterable[Tensor]) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """Return tensors with copies of them, in groups of a dtype and a device, each of which a launch copies."""
+    groups = defaultdict[Hashable, list[Tensor]](list)
+    for one in tensors:
+        groups[one.dtype, one.device].append(one)
+    pairs = [(group, [torch.empty_like(one) for one in group]) for group in groups.values()]
+    for group, copies in pairs:
+        torch._foreach_copy_(copies, group)
+    return pairs
 
 
 def gradients(task: Task, batch: Batch, accumulate: int = 1) -> Iterator[tuple[str, Metrics]]:

@@ -11,6 +11,7 @@ import torch
 from captures import Tape
 from cuda_launches import CudaLaunches
 from small_runs import EPS, SHAPE, arrest_task, atop_task, attack, batch, carso_task, classifier_task, diffusion_task
+from torch import nn
 
 from purify_fast import _library
 from purify_fast.models import SmallCNN
@@ -339,3 +340,66 @@ def test_fit_hands_out_graphs_on_a_gpu_and_takes_them_back(rerun, monkeypatch):
         with step_settings(task, FitConfig(1, cuda_graphs="off", cudnn_benchmark="off"), torch.device("cuda")):
             assert task.graphs is None and not torch.backends.cudnn.benchmark
     assert task.graphs is None and not torch.backends.cudnn.benchmark
+
+
+class Short(ClassifierTask):
+    """Memory runs out after its forward pass, which moves BatchNorm statistics, as often as ``fails`` says."""
+
+    fails = 0
+
+    def training_step(self, batch):
+        result = super().training_step(batch)
+        if self.fails:
+            self.fails -= 1
+            raise torch.OutOfMemoryError
+        return result
+
+
+class Counted(nn.Sequential):
+    """Has statistics of both kinds: numbers of each channel, and a count."""
+
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.BatchNorm1d(256), nn.Linear(256, 10))
+
+
+def test_a_step_that_is_repeated_after_memory_ran_out_counts_its_batch_once(rerun):
+    weights = []
+    for fails in (0, 1):
+        torch.manual_seed(0)
+        task = Short(Counted(), ClassifierConfig(attack=attack()))
+        task.graphs, task.fails = StepGraphs(capture=rerun), fails
+        # a graph whose memory can be freed
+        task.graphs.whole_steps["another"] = object()
+        train_step(task, batch(1))
+        assert task.graphs.mode == ("off" if fails else "auto") and task.fails == 0
+        weights.append(task.model.state_dict())
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    assert weights[0]["1.num_batches_tracked"] == 1
+
+
+@pytest.mark.parametrize("where", ["second update", "optimizer", "replay"])
+def test_a_step_of_which_a_part_is_applied_is_not_repeated(rerun, where, monkeypatch):
+    task = atop_task("classifier", gan_grad=True)
+    task.graphs = StepGraphs("always" if where == "replay" else "auto", capture=rerun)
+    task.graphs.whole_steps["another"] = object()
+    fail = mock.Mock(side_effect=torch.OutOfMemoryError)
+    if where == "replay":
+        train_step(task, batch(1))
+    if where == "second update":
+        monkeypatch.setattr(task, "_with_discriminator", fail)
+    else:
+        monkeypatch.setattr(task.optimizers["discriminator"], "step", fail)
+    with pytest.raises(NotRestored, match="memory ran out in a step that has changed the model already: resume"):
+        train_step(task, batch(1))
+    assert fail.call_count == 1
+
+
+def test_weights_that_could_not_be_restored_end_the_training_although_graphs_could_be_dropped(tape, monkeypatch):
+    task = classifier()
+    task.graphs = StepGraphs("always", capture=tape)
+    task.graphs.whole_steps["another"] = object()
+    fail = mock.Mock(side_effect=NotRestored("out of memory"))
+    monkeypatch.setattr(CapturedStep, "_record", fail)
+    with pytest.raises(NotRestored):
+        train_step(task, batch(1))
+    assert fail.call_count == 1
