@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,11 @@ from .engine.row_batches import ActiveSet, Rows, RowSearch, waves
 from .losses import FEWEST_CLASSES, TARGETED, ApgdLoss, check_classes
 from .objective import Gradients, Objective
 from .search import better_of, faults, forgiven
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .options import ApgdOptions
 
 #: A run on a random model ends if the gradients of this number of its first draws are all useless.
 BLIND_DRAWS = 20
@@ -110,7 +115,9 @@ class APGD(EngineAttack):
                 AutoPgd(objective, active, rows, steps, rho=self.rho, give_up=by_pace).run()
 
 
-def apgd(model: Classifier, x: Tensor, y: Any = None, eps: Radius | None = None, **options: Any) -> Tensor:
+def apgd(
+    model: Classifier, x: Tensor, y: Tensor | None = None, eps: Radius | None = None, **options: Unpack[ApgdOptions]
+) -> Tensor:
     """Run `APGD` on a batch, by default in the model's own precision.
 
     Args:
@@ -128,7 +135,7 @@ def apgd(model: Classifier, x: Tensor, y: Any = None, eps: Radius | None = None,
         TypeError: see `purify_fast.attacks.pgd`.
         ValueError: see `purify_fast.attacks.pgd`.
     """
-    return run_alone(APGD, model, x, y, eps, **{"precision": "float32", **options})
+    return run_alone(APGD, model, x, y, eps, {"precision": "float32", **options})
 
 
 def checkpoints(steps: int) -> dict[int, int]:

@@ -338,22 +338,18 @@ def run_alone(
     attack: type[Attack],
     model: Classifier,
     x: Tensor,
-    y: Any = None,
-    eps: Radius | None = None,
-    *,
-    targeted: Tensor | None = None,
-    mode: str = "eval",
-    generator: torch.Generator | None = None,
-    health: GradientHealth | None = None,
-    **options: Any,
+    y: Any,
+    eps: Radius | None,
+    options: dict[str, Any],
 ) -> Tensor:
-    """Run an attack with the arguments of `purify_fast.attacks.pgd`.
+    """Run an attack with the arguments of `purify_fast.attacks.pgd`, of which ``options`` are the keywords.
 
     If attack and context have an option of the same name, it sets the attack's field; but ``eps`` and ``norm`` of an
     attack in a ball set the context's fields, because only the context's eps may be a tensor.
     """
     own = {each.name for each in fields(attack)} - ({"eps", "norm"} if attack.norms else set())
-    loss = options.get("loss", "ce")
+    loss, mode = options.get("loss", "ce"), options.pop("mode", "eval")
+    targeted, generator, health = (options.pop(name, None) for name in ("targeted", "generator", "health"))
     if mode not in ("eval", "keep") or (mode == "keep" and attack.kind not in ("pgd", "fgsm")):
         raise ValueError(f'mode must be "eval", or "keep" for PGD and FGSM, got {mode!r}')
     if targeted is not None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,11 @@ from .context import AttackContext, Radius
 from .engine.judge import Judge
 from .engine.row_batches import ActiveSet
 from .relu_layers import Affine, affine_layers, forward
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .options import BranchAndBoundOptions
 
 #: The steps for each node that raise its lower bound, and that search for a misclassified point from two points.
 RAISES, DESCENTS = 5, 15
@@ -115,7 +120,13 @@ class BranchAndBound(InBall):
         return AttackResult(active.best, proved=proved.sum())
 
 
-def branch_and_bound(model: Classifier, x: Tensor, y: Any = None, eps: Radius | None = None, **options: Any) -> Tensor:
+def branch_and_bound(
+    model: Classifier,
+    x: Tensor,
+    y: Tensor | None = None,
+    eps: Radius | None = None,
+    **options: Unpack[BranchAndBoundOptions],
+) -> Tensor:
     """Run `BranchAndBound` on a batch.
 
     Args:
@@ -132,7 +143,7 @@ def branch_and_bound(model: Classifier, x: Tensor, y: Any = None, eps: Radius | 
         TypeError: see `purify_fast.attacks.pgd`.
         ValueError: see `purify_fast.attacks.pgd`.
     """
-    return run_alone(BranchAndBound, model, x, y, eps, **options)
+    return run_alone(BranchAndBound, model, x, y, eps, {**options})
 
 
 #: Pairs of the smallest and the largest values in each node. The first pair bounds the pixels, ``[B, pixels]``. Each

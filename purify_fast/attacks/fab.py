@@ -7,7 +7,7 @@ its gradient is taken, which saves a forward pass. At the end, the nearest such 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,11 @@ from .engine.judge import has_fallen
 from .engine.row_batches import ActiveSet, Rows, RowSearch, waves
 from .objective import Gradient, Objective, ObjectiveStep
 from .search import faults
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .options import FabOptions
 
 #: The authors' values. STEPS: the steps of a run. LARGEST_PULL: the largest weight of the step that begins at the clean
 #: image. OVERSHOOT: a step is the distance to the border times this factor. BACK: a point across the border is moved
@@ -71,7 +76,9 @@ class FABT(EngineAttack):
             _FabSearch(objective, active, rows, steps, give_up=self.give_up).run()
 
 
-def fab_t(model: Classifier, x: Tensor, y: Any = None, eps: Radius | None = None, **options: Any) -> Tensor:
+def fab_t(
+    model: Classifier, x: Tensor, y: Tensor | None = None, eps: Radius | None = None, **options: Unpack[FabOptions]
+) -> Tensor:
     """Run `FABT` on a batch, by default in the model's own precision.
 
     Args:
@@ -89,7 +96,7 @@ def fab_t(model: Classifier, x: Tensor, y: Any = None, eps: Radius | None = None
         TypeError: see `purify_fast.attacks.pgd`.
         ValueError: see `purify_fast.attacks.pgd`.
     """
-    return run_alone(FABT, model, x, y, eps, **{"precision": "float32", **options})
+    return run_alone(FABT, model, x, y, eps, {"precision": "float32", **options})
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ and box (Croce & Hein, ICML 2021). SLIDE moves a constant share of the coordinat
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,11 @@ from .context import AttackContext, Radius
 from .losses import Loss
 from .objective import Objective, ObjectiveStep
 from .search import GradientHealth, Search, noted
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .options import FgsmOptions, PgdOptions
 
 #: The share of the coordinates that the first step in the l1 ball moves.
 FIRST_DENSITY = 0.1
@@ -217,11 +222,11 @@ class LeavingPGD(PGD):
 def pgd(
     model: Classifier,
     x: Tensor,
-    y: Any = None,
+    y: Tensor | None = None,
     eps: Radius | None = None,
     *,
     stop_when_fallen: bool = False,
-    **options: Any,
+    **options: Unpack[PgdOptions],
 ) -> Tensor:
     """Run `PGD` on a batch, by default with 40 steps.
 
@@ -253,10 +258,10 @@ def pgd(
             that writes to its input.
     """
     if not stop_when_fallen:
-        return run_alone(PGD, model, x, y, eps, **{"steps": 40, "keep_best": False, **options})
+        return run_alone(PGD, model, x, y, eps, {"steps": 40, "keep_best": False, **options})
     if callable(options.get("loss")) or options.get("targeted") is not None:
         raise ValueError("stop_when_fallen must be False with a function as loss or with targeted, got True")
-    return run_alone(LeavingPGD, model, x, y, eps, **{"steps": 40, "look_every": 1, **options, "keep_best": True})
+    return run_alone(LeavingPGD, model, x, y, eps, {"steps": 40, "look_every": 1, **options, "keep_best": True})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,7 +292,9 @@ class FGSM(InBall):
         return one.search(target, x, y, context)
 
 
-def fgsm(model: Classifier, x: Tensor, y: Any = None, eps: Radius | None = None, **options: Any) -> Tensor:
+def fgsm(
+    model: Classifier, x: Tensor, y: Tensor | None = None, eps: Radius | None = None, **options: Unpack[FgsmOptions]
+) -> Tensor:
     """Run `FGSM` on a batch.
 
     Args:
@@ -305,4 +312,4 @@ def fgsm(model: Classifier, x: Tensor, y: Any = None, eps: Radius | None = None,
         ValueError: see `purify_fast.attacks.pgd`.
     """
     # FGSM has no random numbers, so a call draws no seed.
-    return run_alone(FGSM, model, x, y, eps, **{"seed": 0, **options})
+    return run_alone(FGSM, model, x, y, eps, {"seed": 0, **options})

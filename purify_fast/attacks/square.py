@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,11 @@ from .engine.judge import bucket, repeated_to, takes_every_size
 from .engine.pace import PaceMonitor, some_of
 from .engine.row_batches import ActiveSet, take_rows
 from .objective import Objective, ObjectiveStep
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .options import SquareOptions
 
 #: The number of queries in the authors' code.
 QUERIES = 5000
@@ -112,7 +117,9 @@ class Square(EngineAttack):
             del search
 
 
-def square(model: Classifier, x: Tensor, y: Any = None, eps: Radius | None = None, **options: Any) -> Tensor:
+def square(
+    model: Classifier, x: Tensor, y: Tensor | None = None, eps: Radius | None = None, **options: Unpack[SquareOptions]
+) -> Tensor:
     """Run `Square` on a batch, by default in the model's own precision.
 
     Args:
@@ -130,7 +137,7 @@ def square(model: Classifier, x: Tensor, y: Any = None, eps: Radius | None = Non
         TypeError: see `purify_fast.attacks.pgd`.
         ValueError: see `purify_fast.attacks.pgd`.
     """
-    return run_alone(Square, model, x, y, eps, **{"precision": "float32", **options})
+    return run_alone(Square, model, x, y, eps, {"precision": "float32", **options})
 
 
 @dataclass(frozen=True)

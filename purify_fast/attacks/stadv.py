@@ -12,7 +12,7 @@ outside the image, and Adam's epsilon is smaller, so that a saturated loss still
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,11 @@ from .context import AttackContext, Radius
 from .losses import Loss
 from .objective import Gradients, Objective
 from .search import GradientHealth, Search
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .options import StAdvOptions
 
 EPS, RATE, TAU = 0.05, 0.01, 0.05
 #: Adam's decay rates, and its epsilon, the constant that keeps its quotient finite.
@@ -164,7 +169,9 @@ class StAdv(Attack):
         return worst_of_runs(self, attack, (target, x, y), context)
 
 
-def stadv(model: Classifier, x: Tensor, y: Any = None, eps: Radius | None = None, **options: Any) -> Tensor:
+def stadv(
+    model: Classifier, x: Tensor, y: Tensor | None = None, eps: Radius | None = None, **options: Unpack[StAdvOptions]
+) -> Tensor:
     """Run `StAdv` on a batch, by default with 20 steps.
 
     Args:
@@ -181,4 +188,4 @@ def stadv(model: Classifier, x: Tensor, y: Any = None, eps: Radius | None = None
         TypeError: see `purify_fast.attacks.pgd`.
         ValueError: see `purify_fast.attacks.pgd`.
     """
-    return run_alone(StAdv, model, x, y, eps, **{"steps": 20, "keep_best": False, **options})
+    return run_alone(StAdv, model, x, y, eps, {"steps": 20, "keep_best": False, **options})

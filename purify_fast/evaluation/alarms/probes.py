@@ -15,9 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ...attacks import APGD, AttackContext, apgd
+from ...attacks import APGD, AttackContext
 from ...attacks.attacked_model import gradient_to
-from ...attacks.base import ThreatModel
+from ...attacks.base import ThreatModel, run_alone
 from ...attacks.losses import margin, usable_loss
 from ...protocols import Classifier, FixedNoise, Passes, supports
 from ...speed.agreement import BFLOAT16, apart, differ
@@ -300,22 +300,19 @@ class _Short:
         """The points of a short attack on the images ``at``."""
         context = self.context
         torch.manual_seed(context.seed)
-        return apgd(
-            self.model,
-            self.x[at],
-            self.y[at],
-            eps=context.eps,
-            norm=context.norm,
-            judge_draws=self.judges,
-            sample_ids=self.part[at],
-            precision="auto",
-            copies=context.copies,
+        options = {
+            "norm": context.norm,
+            "judge_draws": self.judges,
+            "sample_ids": self.part[at],
+            "precision": "auto",
+            "copies": context.copies,
             # The attacked model counts its images, and so does a wrapper like it around the surrogate.
-            gradients_from=None if gradients_from is None else self.model.around(lambda _: gradients_from),
-            until=context.until,
-            max_forward_batch=context.max_forward_batch or context.batch_size,
+            "gradients_from": None if gradients_from is None else self.model.around(lambda _: gradients_from),
+            "until": context.until,
+            "max_forward_batch": context.max_forward_batch or context.batch_size,
             **settings,
-        )
+        }
+        return run_alone(APGD, self.model, self.x[at], self.y[at], context.eps, options)
 
     def cost(self, settings: dict[str, Any]) -> Passes:
         """The largest numbers of passes per image of a short attack."""
