@@ -15,6 +15,8 @@ BUILD  := PURIFY_FAST_BUILD=cpu
 # other processes.
 PARALLEL = OMP_WAIT_POLICY=PASSIVE OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest
 SOURCES := $(wildcard csrc/core/* csrc/cpu/*)
+# These are the package's requirements beside PyTorch.
+REQUIRED := numpy pillow safetensors filelock tqdm tyro pyyaml jinja2
 CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'tests/cpp/*.h' 'tests/cpp/*.cpp')
 # These are the oldest supported versions, and the newest numpy with which the interpreter of this Triton works.
 OLDEST := torch==2.11.0 torchvision==0.26.0 triton==3.6.0 numpy==2.3.5
@@ -24,7 +26,7 @@ ASIDE   = PYTHONPATH=$(abspath $(COMPAT)/site):$(CURDIR) PURIFY_FAST_EXTENSION=$
 HEADERS = $(shell $(BIN)/python -c "import os, sysconfig; print('ON' if os.path.exists(sysconfig.get_path('include') + '/Python.h') else 'OFF')")
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-python test-avx2 test-interpreter test-cpp lint format docs bench cuda-check compat wheel fuzz clean
+.PHONY: help demo test test-python test-avx2 test-interpreter test-cpp quick lint format docs bench cuda-check compat wheel fuzz clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -59,11 +61,16 @@ test-interpreter: $(STAMPS)/tests
 	@echo "== Triton kernels in the interpreter"
 	TRITON_INTERPRET=1 $(PARALLEL) -n auto --dist worksteal tests/interpreter
 
+BASE ?=
+quick: $(STAMPS)/tests  ## run the tests of the folders that differ from the main branch, or from BASE=COMMIT
+	@echo "== tests of changed folders"
+	$(BIN)/python .ci/quick.py $(BASE)
+
 EXAMPLES ?= 1000
 fuzz: $(STAMPS)/tests  ## run the tests with random arguments, each EXAMPLES=1000 times
 	FUZZ_EXAMPLES=$(EXAMPLES) $(PARALLEL) -n auto --dist worksteal tests/fuzz $(ARGS)
 
-lint: $(STAMPS)/lint $(STAMPS)/tests  ## run ruff, clang-format, mypy and import-linter
+lint: $(STAMPS)/lint  ## run ruff, clang-format, mypy and import-linter; installs no test packages, builds nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
@@ -75,7 +82,7 @@ format: $(STAMPS)/lint  ## rewrite the sources in the format that the linters re
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-docs: $(STAMPS)/docs $(STAMPS)/tests  ## build the documentation in build/docs; warnings are errors; needs no network
+docs: $(STAMPS)/docs  ## build the documentation in build/docs; warnings are errors; needs no network
 	$(BIN)/python -m sphinx -b html -W --keep-going -q -d build/doctrees docs build/docs
 	$(BIN)/python -m benchmarks report --check
 	@echo "== build/docs/index.html"
@@ -151,10 +158,14 @@ $(STAMPS)/cmake: constraints.txt | $(BIN)/python
 
 $(STAMPS)/docs: $(STAMPS)/base
 	@echo "== Sphinx, MyST and the theme"
-	$(PIP) sphinx myst-parser furo sphinx-copybutton
+	$(PIP) $(REQUIRED) sphinx myst-parser furo sphinx-copybutton
 	@touch $@
 
-$(STAMPS)/lint: $(STAMPS)/base
-	@echo "== the linters"
-	$(PIP) ruff mypy import-linter clang-format
+# mypy reads the types of PyTorch and of the other requirements, and runs none of them. So PyTorch's own requirements,
+# which are three times as large as PyTorch, can be missing. A later target installs them.
+$(STAMPS)/lint: constraints.txt | $(BIN)/python
+	@mkdir -p $(STAMPS)
+	@echo "== the linters, and packages whose types mypy reads"
+	$(PIP) $(REQUIRED) ruff mypy import-linter clang-format
+	$(PIP) --no-deps torch torchvision
 	@touch $@
