@@ -135,7 +135,7 @@ def apgd(
         TypeError: see `purify_fast.attacks.pgd`.
         ValueError: see `purify_fast.attacks.pgd`.
     """
-    return run_alone(APGD, model, x, y, eps, {"precision": "float32", **options})
+    return run_alone(APGD, model, x, y, eps, **{"precision": "float32", **options})
 
 
 def checkpoints(steps: int) -> dict[int, int]:

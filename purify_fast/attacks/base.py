@@ -335,14 +335,9 @@ def _searched(attack: Attack, model: Classifier, x: Tensor, y: Tensor, context: 
 # torch.compile cannot trace how options and context are divided. Compilation begins again inside the attack.
 @functools.partial(outside_graphs, recursive=False)
 def run_alone(
-    attack: type[Attack],
-    model: Classifier,
-    x: Tensor,
-    y: Any,
-    eps: Radius | None,
-    options: dict[str, Any],
+    attack: type[Attack], model: Classifier, x: Tensor, y: Any = None, eps: Radius | None = None, **options: Any
 ) -> Tensor:
-    """Run an attack with the arguments of `purify_fast.attacks.pgd`, of which ``options`` are the keywords.
+    """Run an attack with the arguments of `purify_fast.attacks.pgd`.
 
     If attack and context have an option of the same name, it sets the attack's field; but ``eps`` and ``norm`` of an
     attack in a ball set the context's fields, because only the context's eps may be a tensor.

@@ -143,7 +143,7 @@ def branch_and_bound(
         TypeError: see `purify_fast.attacks.pgd`.
         ValueError: see `purify_fast.attacks.pgd`.
     """
-    return run_alone(BranchAndBound, model, x, y, eps, {**options})
+    return run_alone(BranchAndBound, model, x, y, eps, **options)
 
 
 #: Pairs of the smallest and the largest values in each node. The first pair bounds the pixels, ``[B, pixels]``. Each

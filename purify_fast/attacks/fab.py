@@ -96,7 +96,7 @@ def fab_t(
         TypeError: see `purify_fast.attacks.pgd`.
         ValueError: see `purify_fast.attacks.pgd`.
     """
-    return run_alone(FABT, model, x, y, eps, {"precision": "float32", **options})
+    return run_alone(FABT, model, x, y, eps, **{"precision": "float32", **options})
 
 
 @dataclass(frozen=True)

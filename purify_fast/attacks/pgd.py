@@ -258,10 +258,10 @@ def pgd(
             that writes to its input.
     """
     if not stop_when_fallen:
-        return run_alone(PGD, model, x, y, eps, {"steps": 40, "keep_best": False, **options})
+        return run_alone(PGD, model, x, y, eps, **{"steps": 40, "keep_best": False, **options})
     if callable(options.get("loss")) or options.get("targeted") is not None:
         raise ValueError("stop_when_fallen must be False with a function as loss or with targeted, got True")
-    return run_alone(LeavingPGD, model, x, y, eps, {"steps": 40, "look_every": 1, **options, "keep_best": True})
+    return run_alone(LeavingPGD, model, x, y, eps, **{"steps": 40, "look_every": 1, **options, "keep_best": True})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,4 +312,4 @@ def fgsm(
         ValueError: see `purify_fast.attacks.pgd`.
     """
     # FGSM has no random numbers, so a call draws no seed.
-    return run_alone(FGSM, model, x, y, eps, {"seed": 0, **options})
+    return run_alone(FGSM, model, x, y, eps, **{"seed": 0, **options})

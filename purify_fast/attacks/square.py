@@ -137,7 +137,7 @@ def square(
         TypeError: see `purify_fast.attacks.pgd`.
         ValueError: see `purify_fast.attacks.pgd`.
     """
-    return run_alone(Square, model, x, y, eps, {"precision": "float32", **options})
+    return run_alone(Square, model, x, y, eps, **{"precision": "float32", **options})
 
 
 @dataclass(frozen=True)

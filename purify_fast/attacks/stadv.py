@@ -188,4 +188,4 @@ def stadv(
         TypeError: see `purify_fast.attacks.pgd`.
         ValueError: see `purify_fast.attacks.pgd`.
     """
-    return run_alone(StAdv, model, x, y, eps, {"steps": 20, "keep_best": False, **options})
+    return run_alone(StAdv, model, x, y, eps, **{"steps": 20, "keep_best": False, **options})

@@ -312,7 +312,7 @@ class _Short:
             "max_forward_batch": context.max_forward_batch or context.batch_size,
             **settings,
         }
-        return run_alone(APGD, self.model, self.x[at], self.y[at], context.eps, options)
+        return run_alone(APGD, self.model, self.x[at], self.y[at], context.eps, **options)
 
     def cost(self, settings: dict[str, Any]) -> Passes:
         """The largest numbers of passes per image of a short attack."""
