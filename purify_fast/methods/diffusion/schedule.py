@@ -39,8 +39,9 @@ END = 1e-5
 Beta = Annotated[float, Range(0, 1, above=True, below=True)]
 
 
-# The result is cached, so that it is not copied to the device in every training step.
-@functools.lru_cache(maxsize=16)
+# The result is cached, so that it is not copied to the device in every training step. It is kept for ever, because a
+# captured step may read its memory.
+@functools.cache
 def _products(schedule: Schedule, device: torch.device) -> Tensor:
     """Return alpha_bar at the time 0, where it is 1, and at the times of all training steps, float64 ``[N + 1]``."""
     with torch.inference_mode(False):

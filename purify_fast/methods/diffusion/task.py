@@ -161,16 +161,31 @@ class ConsistencyTask(DiffusionTask):
         self.process = Process(known.schedule, known.prediction, known.times, solver="ddim")
         self.process.schedule.times(config.last_time, config.intervals)
         self.teacher = copy.deepcopy(denoiser).eval().requires_grad_(False)
+        #: What `_table` has made, by device and dtype. Captured steps read this memory.
+        self._tables: dict[Hashable, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def captures(self, batch: Batch) -> Hashable:
+        return ()
+
+    def _table(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the coefficients, the denoiser's times and alpha_bar of all intervals, on the images' device."""
+        key = images.device, images.dtype
+        if key not in self._tables:
+            with torch.inference_mode(False):
+                schedule = self.process.schedule
+                times = schedule.times(self.config.last_time, self.config.intervals)
+                told = schedule.told(times[:-1], self.process.told).to(images)
+                kept = schedule.alpha_bar(times[:-1]).to(images.device)
+                self._tables[key] = self.process.denoising(times)[0].to(images), told, kept
+        return self._tables[key]
 
     def loss(self, denoiser: nn.Module, batch: Batch) -> Tensor:
         """Return the loss of one batch, float32, of the denoiser or of the moving average of its weights."""
-        clean, schedule, intervals = 2 * batch.x - 1, self.process.schedule, self.config.intervals
+        clean, intervals = 2 * batch.x - 1, self.config.intervals
         noise, uniform = drawn_for(batch)
-        times = schedule.times(self.config.last_time, intervals)
-        rows, _ = self.process.denoising(times)
-        rows, told = rows.to(clean), schedule.told(times[:-1], self.process.told).to(clean)
+        rows, told, kept = self._table(clean)
         chosen = (uniform.double() * intervals).long()
-        kept = schedule.alpha_bar(times[:-1]).to(clean.device)[chosen].view(-1, 1, 1, 1)
+        kept = kept[chosen].view(-1, 1, 1, 1)
         noised = kept.sqrt().to(clean.dtype) * clean + (1 - kept).sqrt().to(clean.dtype) * noise
 
         def coefficients(step: Tensor) -> tuple[Tensor, ...]:

@@ -108,6 +108,15 @@ def test_the_teacher_stays_and_the_average_leads():
     assert moved.training_step(given)[0] != task.training_step(given)[0]
 
 
+def test_the_table_of_the_intervals_is_made_once(monkeypatch):
+    task, made = ConsistencyTask(trained_unet(1, 4), DiffusionConfig(intervals=INTERVALS)), []
+    given = dataclasses.replace(batch(), x=batch().x.float())
+    denoising = Process.denoising
+    monkeypatch.setattr(Process, "denoising", lambda self, times: (made.append(times), denoising(self, times))[1])
+    losses = [task.training_step(given)[0] for _ in "123"]
+    assert len(made) == 1 and losses[0] == losses[2]
+
+
 def test_what_cannot_be_distilled():
     with pytest.raises(ValueError, match="intervals must be above 0 for a distillation, got 0"):
         ConsistencyTask(scaled(0.5), DiffusionConfig())
