@@ -9,7 +9,9 @@ import threading
 
 import pytest
 import torch
-from captures import Rerun, Tape
+from captures import Launched, Rerun, Tape
+from cuda_launches import CudaLaunches
+from host_syncs import HostSyncs
 from torch import nn
 
 import purify_fast
@@ -308,3 +310,18 @@ def test_a_profile_names_the_parts_of_the_work(rerun):
     names = {event.key for event in profile.key_averages()}
     parts = "attack step", "capture", "replay of an attack step", "refresh of a copy"
     assert {f"purify_fast: {part}" for part in parts} <= names
+
+
+def test_a_replayed_call_launches_few_copies_and_waits_for_nothing(monkeypatch):
+    x = torch.rand(6, 3, 8, 8)
+    fast = purify_fast.frozen_copy(network(), x, dtype=torch.float32, graphs=True)
+    fast.graphed_calls = GraphedCalls(Launched())
+    for _ in range(LAUNCHED_CALLS + 1):
+        logits_and_gradient(fast, x)
+    # A counting mode is a dispatch mode, in which a call would have no graph.
+    monkeypatch.setattr("purify_fast.speed.graphs.graphed_calls.is_in_torch_dispatch_mode", lambda: False)
+    leaf, weight = x.clone().requires_grad_(), torch.ones(6, 5)
+    with HostSyncs() as waits, CudaLaunches() as launches:
+        torch.autograd.grad(fast(leaf), leaf, weight)
+    # The images in, the logits out; the weights of the logits in, the gradient out.
+    assert not waits.counts and launches.by_name == {"copy_": 2, "clone": 2}
