@@ -1,0 +1,109 @@
+"""The programs of a launch may run in any order: the bits are the same, and no two programs store to one address."""
+
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime import interpreter
+
+from purify_fast.ops import REGISTRY
+from purify_fast.ops.dispatch.examples import Example, tensors
+from purify_fast.ops.dispatch.verify import DTYPES
+
+#: The ops with a Triton kernel.
+OPS = {name: op for name, op in REGISTRY.items() if op.launch is not None}
+#: The largest number of elements in an example, as the interpreter is slow, and in one of a quick look.
+MOST, FEW = 120_000, 6_000
+
+
+class Programs:
+    """The order in which a launch's programs run, and which of them has stored to each address."""
+
+    def __init__(self) -> None:
+        self.shuffled, self.stored, self.twice = False, dict[int, tuple[int, ...]](), 0
+        self.order: list[list[int]] = []
+        self.now: tuple[int, ...] = ()
+
+    def launch(self, *sizes: int) -> None:
+        drawn = random.Random(1)
+        self.order = [drawn.sample(range(size), size) if self.shuffled else list(range(size)) for size in sizes]
+        # Another launch may store to the same addresses.
+        self.stored = {}
+
+    def begin(self, *indices: int) -> tuple[int, ...]:
+        self.now = tuple(order[index] for order, index in zip(self.order, indices, strict=True))
+        return self.now
+
+    def store(self, addresses: list[int]) -> None:
+        self.twice += sum(self.stored.setdefault(address, self.now) != self.now for address in addresses)
+
+
+@pytest.fixture
+def programs(monkeypatch) -> Iterator[Programs]:
+    made, builder = Programs(), interpreter.InterpreterBuilder
+    set_dim, set_index, store = builder.set_grid_dim, builder.set_grid_idx, builder.create_masked_store
+
+    def dim(self, *sizes):
+        made.launch(*sizes)
+        return set_dim(self, *sizes)
+
+    def masked_store(self, pointers, value, mask, *rest):
+        made.store(np.asarray(pointers.data)[np.asarray(mask.data).astype(bool)].ravel().tolist())
+        return store(self, pointers, value, mask, *rest)
+
+    monkeypatch.setattr(builder, "set_grid_dim", dim)
+    monkeypatch.setattr(builder, "set_grid_idx", lambda self, *indices: set_index(self, *made.begin(*indices)))
+    monkeypatch.setattr(builder, "create_masked_store", masked_store)
+    yield made
+
+
+def in_both_orders(programs: Programs, run) -> tuple[list[Tensor], list[Tensor]]:
+    found = []
+    for programs.shuffled in (False, True):
+        found.append([one.clone() for one in tensors(run())])
+    return found[0], found[1]
+
+
+def made(examples: list[Example], most: int) -> Iterator[tuple[str, tuple]]:
+    """The names and arguments of the examples that verify a kernel on a GPU, in one dtype each, if they are small."""
+    for example in examples:
+        for letter in example.gpu[:1]:
+            given = example.make(DTYPES[letter], 0) if DTYPES[letter] in example.dtypes else ()
+            size = sum(one.numel() for one in tensors([each for each in given if isinstance(each, Tensor)]))
+            if 0 < size <= most:
+                yield example.name, given
+
+
+@pytest.mark.parametrize(
+    ("name", "most"), [*((name, FEW) for name in OPS), *(pytest.param(n, MOST, marks=pytest.mark.slow) for n in OPS)]
+)
+def test_programs_may_run_in_any_order(programs, name, most):
+    examples = list(made(OPS[name].examples, most))
+    for label, given in examples[: 1 if most == FEW else None]:
+        one, other = in_both_orders(programs, lambda given=given: OPS[name].launch(*given))
+        for first, second in zip(one, other, strict=True):
+            torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True, msg=label)
+        assert programs.twice == 0, label
+    assert examples or most == FEW
+
+
+@triton.jit
+def _last(out_ptr, W: tl.constexpr):
+    """Every program stores its number to the same addresses."""
+    tl.store(out_ptr + tl.arange(0, W), tl.program_id(0) + tl.zeros([W], dtype=tl.int32))
+
+
+def test_programs_that_store_to_one_address_are_seen(programs):
+    out = torch.zeros(4, dtype=torch.int32)
+
+    def run() -> list[Tensor]:
+        _last[(5,)](out, W=4)
+        return [out]
+
+    (one,), (other,) = in_both_orders(programs, run)
+    assert not torch.equal(one, other) and programs.twice == 2 * 4 * 4
