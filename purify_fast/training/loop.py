@@ -69,8 +69,9 @@ def fit(
 
     Args:
         task: the training: model, optimizers and step.
-        x: the images to train on, in one of two forms. **Images**: a tensor, uint8 ``[N, C, H, W]``. Batches of a
-            tensor on another device are copied to the model's device. Every process passes all images. **A loader**: a
+        x: the images to train on, in one of two forms. **Images**: a tensor, uint8 ``[N, C, H, W]``. A tensor on
+            the CPU is moved to a GPU if it is small (`purify_fast.training.sources.MOST_BYTES`); batches of another are
+            copied to the model's device. Every process passes all images. **A loader**: a
             DataLoader or another iterable with a length, of (images, labels) or (images, labels, indices); the images
             are float in [0, 1] or uint8. Every process passes its own share. `fit` does not control the order, so a run
             can be resumed between epochs only. A resumed run repeats the order if the loader draws it from torch's

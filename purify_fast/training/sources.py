@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from .._process import processes
 from .._tensors import digest
 from ..data import batches
+from ..speed.memory import free_memory
 from .batches import check_channels, check_range, read_batch, seed_generators
 from .config import FitConfig
 from .task import Task
@@ -30,6 +31,32 @@ RawBatch: TypeAlias = tuple[Tensor, Tensor, Tensor]
 #: The forms in which `fit` accepts images: a tensor of all images, which `fit` divides into batches; or an iterable of
 #: batches.
 Images: TypeAlias = "Tensor | Batches"
+
+
+#: Images of at most so many bytes, and at most this share of a GPU's free memory, are moved to the GPU before a run.
+MOST_BYTES, MOST_SHARE = 2**30, 0.1
+#: The types of devices that compute while the host goes on, and to which images are moved.
+GPUS = ("cuda",)
+
+
+def placed(x: Tensor, device: torch.device) -> Tensor:
+    """Return images on a GPU, if they are on the CPU and small, or else the images themselves."""
+    if (
+        device.type not in GPUS
+        or x.device.type != "cpu"
+        or x.nbytes > min(MOST_BYTES, MOST_SHARE * free_memory(device))
+    ):
+        return x
+    logger.info("the %d images are moved to %s, %.0f MiB", len(x), device, x.nbytes / 2**20)
+    return x.to(device)
+
+
+def sent(part: Tensor, device: torch.device) -> Tensor:
+    """Return a part of a batch on the device. The host does not wait, so it prepares a batch during the step before."""
+    if device.type in GPUS and part.device.type == "cpu":
+        # Only from pinned memory can the device copy by itself.
+        return part.pin_memory().to(device, non_blocking=True)
+    return part.to(device)
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -76,8 +103,8 @@ class InMemory:
         for rows in self._order(epoch)[first : self.steps]:
             # On a CPU, index_select is faster than x[rows].
             images = self.x.index_select(0, rows := self.ids[rows])
-            ids = rows.to(self.device)
-            yield images.to(self.device), self.y[ids], ids
+            ids = sent(rows, self.device)
+            yield sent(images, self.device), self.y[ids], ids
 
 
 def _cut_off(steps: int, config: FitConfig) -> int:
@@ -143,7 +170,7 @@ class Loader:
             ids = torch.as_tensor(indices).long() if known else torch.arange(seen, seen + len(images), device="cpu")
             seen += len(images)
             _check(images, labels, f"the images of {name}", f"the labels of {name}", floats=True)
-            images, labels, ids = (part.to(self.device, non_blocking=True) for part in (images, labels, ids))
+            images, labels, ids = (sent(part, self.device) for part in (images, labels, ids))
             if images.is_floating_point():
                 images = images.float()
                 # on a GPU, each check waits for the images
@@ -170,9 +197,10 @@ def make_sources(
     source: Source
     if isinstance(x, Tensor):
         kept, held = held_out(len(x), share, config.seed) if share > 0 else (None, None)
-        source = InMemory(x, _check(x, y), config, device, rank=rank, world=world, ids=kept)
-        task.check(tuple(x.shape[1:]), int(source.y.max()) + 1)
-        validation = validation if held is None else (x, source.y)
+        y, x = _check(x, y), placed(x, device)
+        source = InMemory(x, y, config, device, rank=rank, world=world, ids=kept)
+        task.check(tuple(x.shape[1:]), int(y.max()) + 1)
+        validation = validation if held is None else (x, y)
     elif y is not None or share > 0:
         raise ValueError(f"x must be a tensor, or batches without y and validation_share, got {type(x).__name__}")
     else:
@@ -187,7 +215,7 @@ def make_sources(
     task.check(tuple(images.shape[1:]), int(labels.max()) + 1)
     # Each process validates with all held-out images, and has the memory for its share of a batch.
     at_once = replace(config, batch_size=max(1, config.batch_size // world), drop_last=False, steps_per_epoch=None)
-    return source, InMemory(images, labels, at_once, device, ids=held)
+    return source, InMemory(placed(images, device), labels, at_once, device, ids=held)
 
 
 def _check(x: Tensor, y: Any, of_x: str = "x", of_y: str = "y", floats: bool = False) -> Tensor:
