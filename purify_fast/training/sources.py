@@ -31,21 +31,16 @@ RawBatch: TypeAlias = tuple[Tensor, Tensor, Tensor]
 #: The forms in which `fit` accepts images: a tensor of all images, which `fit` divides into batches; or an iterable of
 #: batches.
 Images: TypeAlias = "Tensor | Batches"
-
-
 #: Images of at most so many bytes, and at most this share of a GPU's free memory, are moved to the GPU before a run.
 MOST_BYTES, MOST_SHARE = 2**30, 0.1
-#: The types of devices that compute while the host goes on, and to which images are moved.
+#: The types of devices to which images are moved, and which compute while the host goes on.
 GPUS = ("cuda",)
 
 
 def placed(x: Tensor, device: torch.device) -> Tensor:
     """Return images on a GPU, if they are on the CPU and small, or else the images themselves."""
-    if (
-        device.type not in GPUS
-        or x.device.type != "cpu"
-        or x.nbytes > min(MOST_BYTES, MOST_SHARE * free_memory(device))
-    ):
+    moves = device.type in GPUS and x.device.type == "cpu"
+    if not moves or x.nbytes > min(MOST_BYTES, MOST_SHARE * free_memory(device)):
         return x
     logger.info("the %d images are moved to %s, %.0f MiB", len(x), device, x.nbytes / 2**20)
     return x.to(device)
