@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 #: aten/src/ATen/native/cuda/MultiTensorApply.cuh, where a launch has 4 KiB of arguments.
 MOST_TENSORS, MOST_BLOCKS, BLOCK = {1: 96, 2: 64, 3: 48, 4: 36}, 320, 65536
 NO_LAUNCH = {"empty", "new_empty", "empty_like", "device", "_record_function_enter_new", "_record_function_exit"}
+NO_LAUNCH |= {"empty_strided", "promote_types", "result_type"}
 
 
 def launches_over_many(name: str, lists: list[list[Tensor]]) -> int:

@@ -1,0 +1,299 @@
+"""Training steps, attack steps and calls of frozen copies on fake CUDA tensors: no line waits for the device.
+
+The launches of each are counted too, and may not grow without being noticed.
+"""
+
+import contextlib
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from cuda_launches import CudaLaunches
+from denoisers import defence as purifier
+from fake_cuda import FakeCuda, RefusedOnCuda
+from small_runs import SHAPE, arrest_task, atop_task, attack, batch, carso_task, classifier_task, diffusion_task
+from torch import nn
+
+from purify_fast import frozen_copy
+from purify_fast.attacks import apgd, fab_t, fgsm, frozen, pgd, square, stadv
+from purify_fast.attacks.apgd import AutoPgd
+from purify_fast.methods.diffusion import ConsistencyTask, DiffusionConfig, Process
+from purify_fast.models import SmallCNN, UNet
+from purify_fast.models.classifiers import PreActResNet18
+from purify_fast.models.moving_average import moving_average
+from purify_fast.speed import StepGraphs
+from purify_fast.speed.graphs.step_graphs import InlineSteps
+from purify_fast.speed.graphs.step_loop import begin_steps
+from purify_fast.training import Batch, Task
+from purify_fast.training.loop import gradients
+from purify_fast.training.optimizers import fuse
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+#: Launches beyond the number in a table. Another version of PyTorch may launch a few more.
+SLACK = 0.03
+
+
+def within(launches: CudaLaunches, most: int) -> None:
+    """At most a few launches more than in the table. A table with many more than there are would notice nothing."""
+    assert 0.8 * most - 2 <= launches.count <= (1 + SLACK) * most + 2, launches.by_name
+
+
+def consistency() -> Task:
+    torch.manual_seed(0)
+    return ConsistencyTask(UNet(1, 4), DiffusionConfig(intervals=4, ema_decay=0.5))
+
+
+def classifier(**options) -> Task:
+    return classifier_task(attack=attack(steps=3), **options)
+
+
+def arrest(**options) -> Task:
+    return arrest_task(**{"attack": attack(steps=3), **options})
+
+
+def carso(target: str, **options) -> Task:
+    return carso_task(target, attack=attack(steps=3), **options)
+
+
+#: Each training, and the launches of its gradients, of its optimizers, and of what comes after them.
+STEPS = {
+    "PGD-AT": (classifier, 218),
+    "PGD-AT, bfloat16": (lambda: classifier(precision="bfloat16"), 269),
+    "PGD-AT, l2": (lambda: classifier_task(attack=attack(steps=3, norm="l2")), 221),
+    "TRADES": (lambda: classifier(objective="trades"), 240),
+    "TRADES, bfloat16": (lambda: classifier(objective="trades", precision="bfloat16"), 298),
+    "MART": (lambda: classifier(objective="mart"), 313),
+    "MART, bfloat16": (lambda: classifier(objective="mart", precision="bfloat16"), 369),
+    "ARREST": (arrest, 265),
+    "ARREST, bfloat16": (lambda: arrest(precision="bfloat16"), 320),
+    "ARREST, average": (lambda: arrest(ema_decay=0.9), 267),
+    "ARREST, l1, no replay": (lambda: arrest(attack=attack(steps=3, norm="l1"), replay=False), 257),
+    "CARSO": (lambda: carso("classifier"), 401),
+    "CARSO, bfloat16": (lambda: carso("classifier", precision="bfloat16"), 445),
+    "CARSO, pipeline": (lambda: carso("pipeline"), 579),
+    "CARSO, pipeline, bfloat16": (lambda: carso("pipeline", precision="bfloat16"), 645),
+    "AToP": (lambda: atop_task("classifier"), 278),
+    "AToP, GAN": (lambda: atop_task("classifier", gan_grad=True), 475),
+    "AToP, pipeline": (lambda: atop_task("pipeline", 3), 853),
+    "AToP, pipeline, bfloat16": (lambda: atop_task("pipeline", 3, precision="bfloat16"), 1092),
+    "diffusion": (diffusion_task, 233),
+    "diffusion, bfloat16": (lambda: diffusion_task(precision="bfloat16"), 394),
+    "consistency": (consistency, 421),
+}
+
+
+def on_the_card(task: Task) -> tuple[FakeCuda, Batch]:
+    """Put a training on fake tensors, and return a batch for it."""
+    real, fake = batch(1), FakeCuda()
+    task.train()
+    # Copies are compared with their models on real values.
+    list(gradients(task, real))
+    for weight in task.model.parameters():
+        weight.grad = None
+    fake.put(task)
+    x, y, ids, seed = map(fake.tensor, (real.x, real.y, real.sample_ids, torch.tensor([7])))
+    return fake, replace(real, x=x, y=y, sample_ids=ids, seed=seed)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_training_step_waits_for_nothing(name):
+    make, most = STEPS[name]
+    task, launches = make(), CudaLaunches()
+    for optimizer in task.optimizers.values():
+        fuse(optimizer, True)
+    fake, given = on_the_card(task)
+    task.graphs = InlineSteps(None)
+
+    def step() -> None:
+        for optimizer, _ in gradients(task, given):
+            task.optimizers[optimizer].step()
+            task.after_step()
+
+    with fake.running(first=True):
+        step()
+    with fake.running(launches):
+        step()
+    within(launches, most)
+
+
+# -- attacks ----------------------------------------------------------------------------------------------------------
+
+
+class Kept(StepGraphs):
+    """Keeps the last step of each kind that an attack begins, and its state."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps: dict[str, tuple] = {}
+        self.capture.kind = "cpu"
+
+    def begin(self, function, state):
+        self.steps[type(function).__name__] = function, dict(state)
+        loop = begin_steps(None, function, state)
+        loop.graphs = self
+        return loop
+
+    def find(self, function, state):
+        return None
+
+
+def plain() -> nn.Module:
+    torch.manual_seed(0)
+    return SmallCNN(width=4).eval()
+
+
+def random_model() -> nn.Module:
+    return carso_task().defence.eval()
+
+
+LINF, L2, L1 = {"eps": 0.1}, {"eps": 1.0, "norm": "l2"}, {"eps": 5.0, "norm": "l1"}
+NORMS = {"linf": LINF, "l2": L2, "l1": L1}
+#: Each attack, its model and its options, and the launches of all kinds of its steps together.
+ATTACKS = {
+    **{f"PGD, {norm}": (pgd, plain, {"steps": 3, **ball}, 56) for norm, ball in NORMS.items()},
+    "PGD, best of two draws": (pgd, random_model, {"steps": 3, "keep_best": True, "eot_iter": 2, **LINF}, 171),
+    "PGD, a diffusion purifier": (pgd, lambda: purifier(SHAPE, process=Process(steps=6)), {"steps": 2, **LINF}, 273),
+    "APGD, linf": (apgd, plain, {"steps": 10, **LINF}, 70),
+    "APGD, l2": (apgd, plain, {"steps": 10, **L2}, 70),
+    "APGD, l1": (apgd, plain, {"steps": 10, **L1}, 99),
+    "APGD, targets": (apgd, plain, {"steps": 10, "loss": "dlr_targeted", "n_target_classes": 2, **LINF}, 74),
+    **{f"FAB, {norm}": (fab_t, plain, {"steps": 5, "n_target_classes": 2, **ball}, 69) for norm, ball in NORMS.items()},
+    **{f"Square, {norm}": (square, plain, {"n_queries": 40, **ball}, 25) for norm, ball in NORMS.items()},
+    "Square, two draws": (square, random_model, {"n_queries": 20, "eot_iter": 2, **LINF}, 99),
+    "StAdv": (stadv, plain, {"steps": 3, "keep_best": True}, 47),
+}
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_an_attack_step_waits_for_nothing(name, monkeypatch):
+    run, make, options, most = ATTACKS[name]
+    model, real, kept, searches = make(), batch(1), Kept(), []
+    fake, launches, mine = FakeCuda(), CudaLaunches(), AutoPgd.run
+    monkeypatch.setattr(AutoPgd, "run", lambda search: (searches.append(search), mine(search))[1])
+    y = model(real.x).argmax(1).detach()
+    run(model, real.x, y, graphs=kept, **options)
+    assert kept.steps
+    with frozen(model):
+        for function, state in kept.steps.values():
+            fake.put(function), fake.put(state)
+            with fake.running(first=True):
+                function(state)
+            with fake.running(launches):
+                function(state)
+        # Auto-PGD launches its steps beside their gradients.
+        for search in searches[-1:]:
+            del search.gradients
+            point, gradient, mark = map(fake.put, (search.point, search.gradient, max(search.marks)))
+            fake.put(search)
+            with fake.running(launches):
+                search._check(mark)
+                search._move(mark, point, gradient)
+    within(launches, most)
+
+
+@pytest.mark.parametrize("run", [pgd, fgsm])
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_whole_attack_waits_for_nothing(run, norm):
+    model, real, fake = plain(), batch(1), FakeCuda()
+    fake.put(model)
+    x, y = fake.tensor(real.x), fake.tensor(real.y)
+    options = {"seed": 0, **NORMS[norm]} | ({} if run is fgsm else {"steps": 3})
+    for first in (True, False):
+        with fake.running(first=first):
+            run(model, x, y, **options)
+
+
+# -- frozen copies ----------------------------------------------------------------------------------------------------
+
+#: Each copy, and its launches in a prediction, a prediction with the gradient of the images, and an update of weights.
+COPIES = {
+    "ResNet-18, float32": (lambda: PreActResNet18(width=4), torch.float32, (58, 118, 81)),
+    "ResNet-18, bfloat16": (lambda: PreActResNet18(width=4), torch.bfloat16, (60, 122, 81)),
+    "CARSO, bfloat16": (random_model, torch.bfloat16, (76, 126, 31)),
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_a_call_of_a_frozen_copy_waits_for_nothing(name):
+    make, dtype, counts = COPIES[name]
+    torch.manual_seed(0)
+    model, fake = make().eval(), FakeCuda()
+    images = torch.rand(16, 3 if "ResNet" in name else 1, 16, 16)
+    fast = frozen_copy(model, images, dtype=dtype)
+    fake.put(model), fake.put(fast)
+    x = fake.tensor(images)
+
+    def predict() -> None:
+        with torch.no_grad():
+            fast(x)
+
+    def differentiate() -> None:
+        leaf = x.detach().requires_grad_()
+        torch.autograd.grad(fast(leaf).sum(), leaf)
+
+    for run, most in zip((predict, differentiate, fast.update), counts, strict=True):
+        launches = CudaLaunches()
+        with fake.running(first=True):
+            run()
+        with fake.running(launches):
+            run()
+        if launches.count:
+            continue
+        within(launches, most)
+
+
+#: The launches of the moving average of a ResNet-18's 90 tensors, and of its optimizers.
+UPDATES = {"average": 4, "average, warm up": 4, "AdamW": 2, "SGD": 1}
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_an_update_waits_for_nothing(name):
+    model, fake, launches = PreActResNet18(width=4), FakeCuda(), CudaLaunches()
+    if name.startswith("average"):
+        average = moving_average(model, 0.99, "warm" in name)
+        run = partial(average.update_parameters, model)
+    else:
+        kinds = {"AdamW": partial(torch.optim.AdamW, lr=0.1), "SGD": partial(torch.optim.SGD, lr=0.1, momentum=0.9)}
+        average = kinds[name](model.parameters(), foreach=True)
+        fuse(average, True)
+        run = average.step
+    fake.put(model), fake.put(average)
+    for weight in model.parameters():
+        weight.grad = fake.tensor(torch.zeros(weight.shape))
+    with fake.running(first=True):
+        run()
+    with fake.running(launches):
+        run()
+    within(launches, UPDATES[name])
+
+
+# -- the detector itself ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda x: x * float(x.sum()), "_local_scalar_dense"),
+        (lambda x: x[x > 0.5].sum(), r"nonzero|index"),
+        (lambda x: x + torch.tensor([1.0]).to(x.device), "_to_copy copies from cpu to cuda"),
+        (lambda x: x.cpu(), "_to_copy copies from cuda to cpu"),
+        (lambda x: x if torch.equal(x, 2 * x) else -x, "equal"),
+    ],
+)
+def test_a_wait_is_refused_and_named(wrong, message):
+    fake = FakeCuda()
+    x = fake.tensor(torch.rand(4, 3))
+    # It is refused even if its error is caught.
+    with pytest.raises(AssertionError, match=message), fake.running(), contextlib.suppress(RefusedOnCuda):
+        wrong(x)
+
+
+def test_the_line_that_waits_is_named():
+    """Without graphs, ARREST attacks only the images that did not drift, and asks which these are."""
+    task = arrest()
+    fake, given = on_the_card(task)
+    line = r"result of nonzero, at purify_fast/methods/arrest/task.py:\d+"
+    with pytest.raises(RefusedOnCuda, match=line), fake.running():
+        list(gradients(task, given))
