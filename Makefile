@@ -59,7 +59,7 @@ test-avx2: $(STAMPS)/tests  ## run the tests that depend on the processor as on 
 # Triton's interpreter must be chosen before Triton is imported, so these tests run in a separate process.
 test-interpreter: $(STAMPS)/tests
 	@echo "== Triton kernels in the interpreter"
-	TRITON_INTERPRET=1 $(PARALLEL) -n auto --dist worksteal tests/interpreter
+	TRITON_INTERPRET=1 $(PARALLEL) -n auto --dist worksteal -m "$(MARKS)" tests/interpreter
 
 BASE ?=
 quick: $(STAMPS)/tests  ## run the tests of the folders that differ from the main branch, or from BASE=COMMIT
@@ -90,8 +90,18 @@ docs: $(STAMPS)/docs  ## build the documentation in build/docs; warnings are err
 bench: $(STAMPS)/package  ## time every op: eager PyTorch, torch.compile, and this package's kernel
 	$(BIN)/python -m benchmarks ops --device cpu $(ARGS)
 
-cuda-check: $(STAMPS)/tests  ## compile the Triton kernels for sm_80, 90, 100, 120 and check their code; needs no GPU
+# Captures are tested where a function stands for a CUDA graph.
+cuda-check: $(STAMPS)/tests  ## check the way to a GPU without one: kernels, waits, launches, captures, the GPU check
+	@echo "== Triton kernels for sm_80, 90, 100 and 120"
 	PURIFY_FAST_TEST_ARCHITECTURES=all $(PARALLEL) -n auto --dist worksteal tests/aot
+	@echo "== Triton kernels in the interpreter: addresses, and programs in another order"
+	TRITON_INTERPRET=1 $(PARALLEL) -n auto --dist worksteal $(patsubst %,tests/interpreter/test_%.py,addresses program_order)
+	@echo "== steps on fake CUDA tensors, launches, captures, and memory that ends in a capture"
+	$(PARALLEL) -n auto --dist worksteal tests/card tests/test_cuda_rules.py tests/speed/test_stand_in.py \
+	  tests/speed/test_step_graphs.py tests/speed/test_graphed_calls.py tests/attacks/test_captured.py \
+	  tests/training/test_captured_steps.py tests/training/test_host_syncs.py
+	@echo "== both calls of the GPU check, rehearsed"
+	$(BIN)/python -m benchmarks gpu_check --rehearse --out build/rehearsal
 
 compat: $(COMPAT)/site/.done $(STAMPS)/tests  ## build and test with the oldest torch and triton
 	@echo "== the extension with $(OLDEST)"
@@ -101,7 +111,7 @@ compat: $(COMPAT)/site/.done $(STAMPS)/tests  ## build and test with the oldest 
 	@echo "== the Triton kernels' budgets, then every op"
 	$(ASIDE) PURIFY_FAST_TEST_ARCHITECTURES=all $(PARALLEL) -n auto --dist worksteal tests/aot
 	$(ASIDE) $(PARALLEL) -n auto --dist worksteal tests/ops tests/speed
-	$(ASIDE) TRITON_INTERPRET=1 $(PARALLEL) -n auto --dist worksteal tests/interpreter
+	$(ASIDE) TRITON_INTERPRET=1 $(PARALLEL) -n auto --dist worksteal -m "$(MARKS)" tests/interpreter
 
 # Files of an earlier build would be packed into the wheel, so they are removed first.
 wheel: $(STAMPS)/base  ## build a wheel with the CPU kernels in dist/, for every Python from 3.10 and torch from 2.11
