@@ -2,15 +2,18 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
+from importlib.metadata import PathDistribution
 from pathlib import Path
 
 import pytest
 
-from purify_fast import _library
+from purify_fast import __version__, _library
+from purify_fast.zoo import files
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,6 +37,13 @@ def copied(tree: Path) -> Path:
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, tree / name)
     return tree
+
+
+def setup(tree: Path, *arguments: str) -> None:
+    """Call setup.py in a copy of the checkout, without the extension."""
+    command = [sys.executable, "setup.py", "--quiet", *arguments]
+    environ = os.environ | {"PURIFY_FAST_BUILD": "none"}
+    subprocess.run(command, cwd=tree, env=environ, check=True, capture_output=True, timeout=600)
 
 
 BLOCK_TRITON = """
@@ -88,14 +98,29 @@ def test_the_extension_is_one_file_for_every_python():
 
 def test_an_installed_package_has_the_kernels_inside(tmp_path):
     """setup.py puts the files of the top folder there; its own folder has only the way to them."""
-    build = "import sys; sys.argv = ['setup.py', '--quiet', 'build_py', '--build-lib', sys.argv[1]]; import runpy"
-    code = f"{build}; runpy.run_path('setup.py', run_name='__main__')"
-    command = [sys.executable, "-c", code, str(tmp_path / "lib")]
-    environ = os.environ | {"PURIFY_FAST_BUILD": "none"}
-    subprocess.run(command, cwd=copied(tmp_path / "tree"), env=environ, check=True, capture_output=True, timeout=600)
+    setup(copied(tmp_path / "tree"), "build_py", "--build-lib", str(tmp_path / "lib"))
     made = {path.name: path.read_text() for path in (tmp_path / "lib/purify_fast/kernels").iterdir()}
     assert made == {path.name: path.read_text() for path in (ROOT / "kernels").glob("*.py")}
     assert not (tmp_path / "lib" / "kernels").exists()
+
+
+def test_a_wheel_has_all_cards_of_the_zoo_and_the_weights_of_the_models_on_digits(tmp_path, monkeypatch):
+    tree, models = copied(tmp_path / "tree"), ROOT / "purify_fast/zoo/models"
+    shutil.copytree(models, tree / "purify_fast/zoo/models")
+    (tmp_path / "lib").mkdir()
+    setup(tree, "build_py", "--build-lib", str(tmp_path / "lib"), "egg_info", "--egg-base", str(tmp_path))
+    made = tmp_path / "lib/purify_fast/zoo/models"
+    names = {path.name for path in models.iterdir()}
+    assert {path.parent.name for path in made.glob("*/card.json")} == names
+    weights = {path.parent.name for path in made.glob("*/*") if path.name != "card.json"}
+    assert weights == {name for name in names if name.startswith("digits-")} != names
+    # The address of the other weights is made from the package's metadata.
+    built = PathDistribution(tmp_path / "purify_fast.egg-info")
+    monkeypatch.setattr(files, "metadata", lambda name: built.metadata)
+    released = (
+        rf"https://github\.com/[^/]+(/[^/]+)?/releases/download/v{re.escape(__version__)}/mnist-pgd-at\.safetensors"
+    )
+    assert re.fullmatch(released, files.address("mnist-pgd-at"))
 
 
 def test_the_source_distribution_has_what_a_build_reads_and_no_more(tmp_path):
@@ -103,13 +128,13 @@ def test_the_source_distribution_has_what_a_build_reads_and_no_more(tmp_path):
     built = ("csrc/", "kernels/", "purify_fast/")
     read = {*("pyproject.toml", "setup.py", "README.md", "LICENSE", "MANIFEST.in")}
     tracked = set(git("ls-files", "--cached", "--others", "--exclude-standard").split("\n")[:-1])
-    wanted = {name for name in tracked if name.startswith(built)} | read
-    for name in {*wanted, "tests/test_packaging.py", "benchmarks/__main__.py", "docs/index.md"}:
+    sources = {name for name in tracked if name.startswith(built)} | read
+    # A build reads the weights of the models on digits alone.
+    wanted = {name for name in sources if not name.endswith(".safetensors") or "/digits-" in name}
+    for name in {*sources, "tests/test_packaging.py", "benchmarks/__main__.py", "docs/index.md"}:
         (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / "tree" / name)
-    command = [sys.executable, "setup.py", "--quiet", "sdist", "--formats", "tar", "--dist-dir", str(tmp_path)]
-    environ = os.environ | {"PURIFY_FAST_BUILD": "none"}
-    subprocess.run(command, cwd=tmp_path / "tree", env=environ, check=True, capture_output=True, timeout=600)
+    setup(tmp_path / "tree", "sdist", "--formats", "tar", "--dist-dir", str(tmp_path))
     (archive,) = tmp_path.glob("*.tar")
     with tarfile.open(archive) as file:
         names = {name.partition("/")[2] for name in file.getnames() if not file.getmember(name).isdir()}

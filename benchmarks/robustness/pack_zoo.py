@@ -7,6 +7,7 @@ model of the zoo again. The classifier of a defence must be in the zoo too. The 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -188,5 +189,7 @@ def main(chosen: argparse.Namespace, models: Path = MODELS) -> str:
         folder.mkdir(parents=True, exist_ok=True)
         if folders[card.name] != folder:
             shutil.copyfile(folders[card.name] / MODEL, folder / MODEL)
+        weights = (folder / MODEL).read_bytes()
+        card = replace(card, size=len(weights), sha256=hashlib.sha256(weights).hexdigest())
         write_text(folder / FILE, json.dumps(asdict(card), indent=1, ensure_ascii=False) + "\n")
     return "\n".join(map(str, judged))

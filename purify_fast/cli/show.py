@@ -66,7 +66,7 @@ class ShowReport(Command):
 
 @dataclass(frozen=True)
 class Zoo(Command):
-    """List the trained models that come with the package, or print the description of a model.
+    """List the trained models of the zoo, or print the description of a model.
 
     Args:
         name: Name of the model to describe. Default: a table of all models.

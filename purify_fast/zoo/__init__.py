@@ -1,4 +1,4 @@
-"""Small trained models that come with the package. They can be attacked directly after the installation.
+"""Small trained models to attack. Those on digits come with the package, and others are downloaded at the first use.
 
     from purify_fast import zoo
 

@@ -13,8 +13,10 @@ from torch import nn
 from .._templates import render
 from ..methods.loading import load_defence
 from ..training import load_classifier
+from ..training.checkpoint import MODEL
+from .files import kept_folder
 
-#: The folder of the models that come with the package.
+#: The folder of the cards. A clone has the weights of all models there, and an installed package those on digits.
 MODELS = Path(__file__).parent / "models"
 #: The file of a card, beside the model.
 FILE = "card.json"
@@ -73,6 +75,8 @@ class Card:
         classifier: name of the defence's classifier in the zoo; None if the model is itself a classifier.
         attacks: for each protocol, by its name, a short hash of its attacks with their options and revisions. Older
             results have no hash.
+        size: size of the file with the weights in bytes; 0 before the model is in the zoo.
+        sha256: SHA-256 of that file.
     """
 
     name: str
@@ -91,6 +95,8 @@ class Card:
     attacked: dict[str, Accuracy]
     classifier: str | None = None
     attacks: dict[str, str] = field(default_factory=dict)
+    size: int = 0
+    sha256: str = ""
 
     def __str__(self) -> str:
         return render(__package__, "card.txt.jinja", card=self)
@@ -115,7 +121,9 @@ def card(name: str) -> Card:
     Args:
         name: a name in `list`. Another name raises a ValueError, which names the models of the zoo.
     """
-    return read_card(folder(name))
+    if name not in list():
+        raise ValueError(f"name must be a model of the zoo, got {name!r}: the models are {', '.join(list())}")
+    return read_card(MODELS / name)
 
 
 def list() -> builtins.list[str]:
@@ -124,16 +132,19 @@ def list() -> builtins.list[str]:
 
 
 def folder(name: str) -> Path:
-    """The folder of a model, which belongs to the installed package: do not write there.
+    """The folder of a model's weights, which belongs to the package or to its cache: do not write there.
 
-    The folder of a defence does not contain its classifier, which is in `classifier_folder`.
+    An installed package has the models on digits, and a clone has all models. The weights of other models are in the
+    user's cache folder. If they are missing there, they are downloaded from the release of this version, and a line
+    on stderr says so. The folder of a defence does not contain its classifier, which is in `classifier_folder`.
 
     Args:
-        name: a name in `list`. Another name raises a ValueError, which names the models of the zoo.
+        name: a name in `list`. Another name raises a ValueError, which names the models of the zoo. A failed download
+            raises a FileNotFoundError, and a file with another SHA-256 than the card's a ValueError.
     """
-    if name not in list():
-        raise ValueError(f"name must be a model of the zoo, got {name!r}: the models are {', '.join(list())}")
-    return MODELS / name
+    facts = card(name)
+    here = MODELS / name
+    return here if (here / MODEL).is_file() else kept_folder(name, facts.size, facts.sha256)
 
 
 def classifier_folder(name: str) -> Path:
@@ -152,7 +163,7 @@ def load(name: str) -> nn.Module:
     """Load a trained model in evaluation mode, on the CPU.
 
     Args:
-        name: a name in `list`. Another name raises a ValueError, which names the models of the zoo.
+        name: a name in `list`. Its weights are found, or downloaded, as in `folder`, which also names the errors.
 
     Returns:
         A module from images ``[B, C, H, W]``, float32 in [0, 1], to logits ``[B, classes]``. A defence contains its

@@ -74,6 +74,7 @@ def test_a_defence_shares_its_classifier_and_is_judged_as_it_is_stored(small_zoo
     assert card.classifier == "digits-pgd-at" and not (small_zoo / name / "classifier").exists()
     sizes = [(folder / "model.safetensors").stat().st_size for folder in (small_zoo / name, source)]
     assert sizes[0] < 0.6 * sizes[1]
+    assert card.size == sizes[0] and card.sha256 != packed.card(name).sha256
     weights = {key: value for key, value in judged[0].state_dict().items() if not key.startswith("classifier.")}
     exact = packed.load(name).state_dict()
     floats = {key: value for key, value in weights.items() if value.is_floating_point()}
