@@ -2,8 +2,10 @@
 
 Without fused multiply-adds, linf has the same bits as the reference.
 
-A program of l2 or l1 processes all channels of some pixels together. It reads the images again in every pass: four
-passes for l2, and about thirty for l1.
+A program of l2 or l1 that can hold its image in registers reads it once. For a larger image, it processes all channels
+of some pixels together, and reads them in each of two passes (l2) or three (l1), and the lines of the window W in one
+more. If the proposal of l1 is outside the ball, each trial of a shift is one more pass: in the attack, hardly ever more
+than one.
 """
 
 from __future__ import annotations
@@ -13,16 +15,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import cdiv, first_of, grid, next_power_of_2, program, tile, warps
+from ._common import cdiv, first_of, grid, next_power_of_2, program, tile
 from ._launch import launch
-from .pgd_step import HALVINGS, L1_REGISTERS, _clamp, _l1_projected, _load, _room
+from .pgd_step import HALVINGS, L1_REGISTERS, _clamp, _l1_projected, _load, _room, whole_warps
 
 #: Two constants of `purify_fast.ops.square_proposal`: the number of random numbers before the signs of the channels,
 #: and the number that is added to lengths, so that no division by a length is a division by 0.
 PLACES = tl.constexpr(5)
 TINY = tl.constexpr(1e-12)
-#: The most elements that a program of l2 or l1 processes together, and the fewest pixels per channel in them.
-TILE, FEWEST = 2048, 32
+#: The most steps of Newton's method that l1 tries before it halves, and the last halving's share of the largest offset.
+STEPS, RESOLUTION = tl.constexpr(4), tl.constexpr(2.0**-24)
+#: The largest tile in which a program of l2 or l1 holds a whole image: two such programs fit on a multiprocessor. For
+#: larger images, the most elements that a program processes together, and the fewest pixels per channel in them.
+HELD, TILE, FEWEST = 4096, 2048, 32
 
 
 @triton.jit
@@ -107,69 +112,100 @@ def _pixels(place, first, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _in_window(pattern_ptr, index, one, offset, sign, length):
+def _in_window(pattern_ptr, pixels, sign, length):
     """Return h of the op's formulas in the window W, and 0 outside W."""
-    shape = tl.load(pattern_ptr + index, mask=one, other=0.0)
-    return tl.where(one, shape * sign + offset / (TINY + length), 0.0)
+    _nat, offset, one, _two, _at, _inside, index = pixels
+    # The pattern is read for each channel, in the layout of the images: to change the layout takes longer.
+    shape = tl.load(pattern_ptr + tl.broadcast_to(index, offset.shape), mask=one, other=0.0)
+    return tl.where(one, shape * sign + offset * (1.0 / (TINY + length)), 0.0)
 
 
 @triton.jit
-def _moved(place, first, factors, WIDTH: tl.constexpr):
+def _moved(pixels, pattern_ptr, factors):
     """Return the natural pixels, their perturbations after the proposal, their positions, and which positions exist."""
     sign, length, scale = factors
-    nat, offset, one, two, at, inside, index = _pixels(place, first, WIDTH)
-    new = _in_window(place[1], index, one, offset=offset, sign=sign, length=length) * scale
+    nat, offset, one, two, at, inside, _index = pixels
+    new = _in_window(pattern_ptr, pixels, sign, length) * scale
     return nat, tl.where(one, new, tl.where(two, 0.0, offset)), at, inside
 
 
 @triton.jit
-def _l1_spread(place, factors, shift, lo, hi, CHANNELS: tl.constexpr, WIDTH: tl.constexpr):
-    """Return the l1 norm of the offsets after each is shortened by ``shift``, and the largest offset before that."""
+def _again(place, factors, held, first, WHOLE: tl.constexpr, WIDTH: tl.constexpr):
+    """Return the result of `_moved` for some pixels: what is held if that is the whole image, and else what is read."""
+    return held if WHOLE else _moved(_pixels(place, first, WIDTH), place[1], factors)
+
+
+@triton.jit
+def _l1_spread(proposal, shift, lo, hi, WHOLE: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr):
+    """Shorten all offsets by ``shift``. Return their l1 norm, how many are not 0, and the largest before that."""
     left, largest = tl.zeros((CHANNELS, WIDTH), tl.float32), tl.zeros((CHANNELS, WIDTH), tl.float32)
+    count = tl.zeros((CHANNELS, WIDTH), tl.float32)
+    place, factors, held = proposal
     _channels, height, width, _edge, _side = place[3]
-    for first in range(0, height * width, WIDTH):
-        nat, moved, _at, _inside = _moved(place, first, factors, WIDTH)
+    for first in range(0, WIDTH if WHOLE else height * width, WIDTH):
+        nat, moved, _at, _inside = _again(place, factors, held, first, WHOLE=WHOLE, WIDTH=WIDTH)
         d = (nat + moved) - nat
-        left += _clamp(tl.abs(d) - shift, 0.0, _room(d, nat, lo, hi))
+        kept = _clamp(tl.abs(d) - shift, 0.0, _room(d, nat, lo, hi))
+        left += kept
+        count += (kept > 0).to(tl.float32)
         largest = tl.maximum(largest, tl.abs(d))
-    return tl.sum(tl.sum(left, 1), 0), tl.max(tl.max(largest, 1), 0)
+    return tl.sum(tl.sum(left, 0), 0), tl.sum(tl.sum(count, 0), 0), tl.max(tl.max(largest, 0), 0)
 
 
 @triton.jit
-def _l1_shift(place, factors, eps, lo, hi, CHANNELS: tl.constexpr, WIDTH: tl.constexpr):
+def _l1_shift(proposal, eps, lo, hi, WHOLE: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr):
     """Return whether the projection changes the image, and the amount by which it shortens every offset."""
-    spread, largest = _l1_spread(place, factors, 0.0, lo, hi, CHANNELS=CHANNELS, WIDTH=WIDTH)
-    moves, outer = spread > eps, 0.0
-    if moves:
-        inner, outer = 0.0, largest
+    spread, count, largest = _l1_spread(proposal, 0.0, lo, hi, WHOLE=WHOLE, CHANNELS=CHANNELS, WIDTH=WIDTH)
+    moves, shift, step = spread > eps, 0.0, 0
+    # A proposal for a point in the ball has the norm eps before the box, so that only rounding can make it larger. Then
+    # a step or two of Newton's method suffice. A step goes at most by the resolution of the halvings too far, because
+    # no more offsets than ``count`` get shorter.
+    while (spread > eps) & (step < STEPS):
+        shift += (spread - eps) / count + largest * RESOLUTION
+        spread, count, _ = _l1_spread(proposal, shift, lo, hi, WHOLE=WHOLE, CHANNELS=CHANNELS, WIDTH=WIDTH)
+        step += 1
+    if spread > eps:
+        inner, shift = shift, largest
         for _ in range(HALVINGS):
-            middle = (inner + outer) * 0.5
-            spread, largest = _l1_spread(place, factors, middle, lo, hi, CHANNELS=CHANNELS, WIDTH=WIDTH)
+            middle = (inner + shift) * 0.5
+            spread, _, _ = _l1_spread(proposal, middle, lo, hi, WHOLE=WHOLE, CHANNELS=CHANNELS, WIDTH=WIDTH)
             outside = spread > eps
-            inner, outer = tl.where(outside, middle, inner), tl.where(outside, outer, middle)
-    return moves, outer
+            inner, shift = tl.where(outside, middle, inner), tl.where(outside, shift, middle)
+    return moves, shift
 
 
 @triton.jit
-def _factors(place, sign, eps, L1: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr):
-    """Return the signs of the channels, the old lengths in the window W, and the scale of the new content of W."""
-    channels, height, width, _edge, _side = place[3]
-    total, old = tl.zeros((CHANNELS, WIDTH), tl.float32), tl.zeros((CHANNELS, WIDTH), tl.float32)
+def _factors(
+    place, held, sign, eps, L1: tl.constexpr, WHOLE: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Return the factors of `_moved`, and the mass of all perturbations after the proposal.
+
+    The factors are the signs of the channels, the old lengths in the window W, and the scale of the new content of W.
+    """
+    _images, pattern_ptr, _channel, shape, corners = place
+    channels, height, width, edge, _side = shape
+    rest, old = tl.zeros((CHANNELS, WIDTH), tl.float32), tl.zeros((CHANNELS, WIDTH), tl.float32)
     both, new = tl.zeros((CHANNELS, WIDTH), tl.float32), tl.zeros((CHANNELS, WIDTH), tl.float32)
-    for first in range(0, height * width, WIDTH):
-        _nat, offset, one, two, _at, _inside, _index = _pixels(place, first, WIDTH)
+    for first in range(0, WIDTH if WHOLE else height * width, WIDTH):
+        _nat, offset, one, two, _at, _inside, _index = held if WHOLE else _pixels(place, first, WIDTH)
         mass = _mass(offset, L1)
-        total += mass
+        rest += tl.where(one | two, 0.0, mass)
         old += tl.where(one, mass, 0.0)
         both += tl.where(one | two, mass, 0.0)
-    length = _root(tl.sum(old, 1), L1)[:, None]
+    length, windows = _root(tl.sum(old, 1), L1)[:, None], tl.sum(both, 1)[:, None]
+    others = tl.sum(tl.sum(rest, 0), 0)
     # tl.maximum would lose a NaN, but _clamp propagates it.
-    unused = _clamp(_mass(eps, L1) - tl.sum(tl.sum(total, 1), 0), 0.0, float("inf"))
-    wanted = _root(unused / channels + tl.sum(both, 1), L1)[:, None]
-    for first in range(0, height * width, WIDTH):
-        _nat, offset, one, _two, _at, _inside, index = _pixels(place, first, WIDTH)
-        new += _mass(_in_window(place[1], index, one, offset=offset, sign=sign, length=length), L1)
-    return sign, length, wanted / (TINY + _root(tl.sum(new, 1), L1)[:, None])
+    unused = _clamp(_mass(eps, L1) - (others + tl.sum(tl.sum(windows, 1), 0)), 0.0, float("inf"))
+    # A program that holds no image reads only the lines of W again.
+    begin = 0 if WHOLE else corners[0] * width // WIDTH * WIDTH
+    end = WIDTH if WHOLE else (corners[0] + edge) * width
+    for first in range(begin, end, WIDTH):
+        pixels = held if WHOLE else _pixels(place, first, WIDTH)
+        new += _mass(_in_window(pattern_ptr, pixels, sign, length), L1)
+    present = _root(tl.sum(new, 1), L1)[:, None]
+    scale = _root(unused / channels + windows, L1) / (TINY + present)
+    # No digits are lost here, because no summand is negative.
+    return (sign, length, scale), others + tl.sum(tl.sum(_mass(present * scale, L1), 1), 0)
 
 
 @triton.jit
@@ -191,6 +227,7 @@ def _mass_moved(
     lo,
     hi,
     L1: tl.constexpr,
+    WHOLE: tl.constexpr,
     CHANNELS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -213,19 +250,17 @@ def _mass_moved(
     # The sign is 0 for channels that do not exist.
     sign = tl.where(channel < channels, tl.where(number < 0.5, -1.0, 1.0), 0.0)
     place = images, pattern_ptr, channel, shape, windows
-    factors = _factors(place, sign, eps, L1=L1, CHANNELS=CHANNELS, WIDTH=WIDTH)
+    held = _pixels(place, 0, WIDTH) if WHOLE else 0
+    factors, mass = _factors(place, held, sign, eps, L1=L1, WHOLE=WHOLE, CHANNELS=CHANNELS, WIDTH=WIDTH)
+    held = _moved(held, pattern_ptr, factors) if WHOLE else 0
 
     if L1:
-        moves, shift = _l1_shift(place, factors, eps, lo, hi, CHANNELS=CHANNELS, WIDTH=WIDTH)
-    else:
-        squares = tl.zeros((CHANNELS, WIDTH), tl.float32)
-        for first in range(0, pixels, WIDTH):
-            _nat, moved, _at, _inside = _moved(place, first, factors, WIDTH)
-            squares += moved * moved
-        stretch = eps / (tl.sqrt_rn(tl.sum(tl.sum(squares, 1), 0)) + TINY)
+        proposal = place, factors, held
+        moves, shift = _l1_shift(proposal, eps, lo, hi, WHOLE=WHOLE, CHANNELS=CHANNELS, WIDTH=WIDTH)
+    stretch = eps / (tl.sqrt_rn(mass) + TINY)
 
-    for first in range(0, pixels, WIDTH):
-        nat, moved, at, inside = _moved(place, first, factors, WIDTH)
+    for first in range(0, WIDTH if WHOLE else pixels, WIDTH):
+        nat, moved, at, inside = _again(place, factors, held, first, WHOLE=WHOLE, WIDTH=WIDTH)
         if L1:
             x = _l1_projected(nat + moved, nat, shift, moves=moves, lo=lo, hi=hi)
         else:
@@ -235,9 +270,10 @@ def _mass_moved(
 
 def layout(channels: int, pixels: int) -> dict[str, int]:
     """Return the tile and the warps of a program of l2 or l1. The tile has all channels, rounded up, of some pixels."""
-    every = next_power_of_2(channels)
-    width = max(FEWEST, min(next_power_of_2(pixels), TILE // every))
-    return {"CHANNELS": every, "WIDTH": width, "num_warps": warps(every * width)}
+    every, width = next_power_of_2(channels), max(FEWEST, next_power_of_2(pixels))
+    whole = every * width <= HELD
+    width = width if whole else max(FEWEST, TILE // every)
+    return {"WHOLE": whole, "CHANNELS": every, "WIDTH": width, "num_warps": whole_warps(every * width)}
 
 
 def forward(

@@ -71,6 +71,8 @@ def _cases() -> dict[str, tuple]:
             cases[f"pgd_step-{name}{kind}"] = (*[x(4, *shape)] * 3, rows, rows, norm, 0.0, 1.0, 0.05)
         pattern, edge = one(2, 10, 10) if norm else None, torch.empty((), dtype=torch.int64)
         cases[f"square_proposal-{name}"] = (image, image, rows, one(4, 8, 8), pattern, edge, norm, 0.0, 1.0)
+        held = x(4, 3, 32, 32)
+        cases[f"square_proposal-{name}-held"] = (held, held, rows, one(4, 8, 8), pattern, edge, norm, 0.0, 1.0)
         # The compiler makes constants of arguments that are 1.
         flat, pattern = x(4, 3, 1, 64), one(2, 1, 1) if norm else None
         cases[f"square_proposal-{name}-flat"] = (flat, flat, rows, one(4, 8, 8), pattern, edge, norm, 0.0, 1.0)
