@@ -1,5 +1,11 @@
-"""`random_transform` in Triton: a kernel ranks the blocks, and a second adds noise, clips, scales and masks."""
+"""`random_transform` in Triton: a kernel ranks the blocks, and a second adds noise, clips, scales and masks.
 
+A thread computes four or eight adjacent pixels of one plane. In channels_last, it computes all planes of these pixels,
+whose numbers are one run of memory.
+"""
+
+# mypy: disable-error-code="assignment"
+# A tuple of columns grows by assignments.
 from __future__ import annotations
 
 import torch
@@ -7,16 +13,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import cdiv, grid, is_channels_last, memory_format, next_power_of_2, program, tile, warps
+from ._common import _tile, cdiv, grid, is_channels_last, memory_format, next_power_of_2, program, tile, warps
 from ._launch import launch
 from .pgd_step import _clamp, _load
-from .philox import in_order, in_pairs, noise, words
+from .philox import _four, in_order, words
 
 #: The fourth words of Philox's counter: `purify_fast.ops.philox.Stream.TRANSFORM_NOISE` and `MASK`.
-TRANSFORM_NOISE = 2
+TRANSFORM_NOISE = tl.constexpr(2)
 MASK = 3
 #: A program ranks at most this number of blocks of an image. It compares them with at most as many blocks at a time.
 TILE = 64
+#: The largest number of channels of an image whose planes a thread computes together. It keeps them in registers.
+MOST_CHANNELS = 8
 
 
 @triton.jit
@@ -67,20 +75,48 @@ def _owners(
 
 
 @triton.jit
-def _pixels(block, planes, plane, ALIGNED: tl.constexpr, GROUPS: tl.constexpr):
-    """Return the plane, first group of random numbers and pixels of a program, and which pixels are in the plane."""
+def _split(block, N: tl.constexpr):
+    """Split a block of rows with N elements each into a tuple of its N columns. N is a power of two."""
+    if N == 1:
+        columns = (block,)
+    else:
+        even, odd = tl.split(tl.reshape(block, (block.numel // 2, 2)))
+        even, odd, columns = _split(even, N // 2), _split(odd, N // 2), ()
+        for i in tl.static_range(N // 2):
+            columns += (even[i], odd[i])
+    return columns
+
+
+@triton.jit
+def _joined(columns, N: tl.constexpr):
+    """Join a tuple of N columns to a block of rows with N elements each. N is a power of two."""
+    return columns[0] if N == 1 else tl.interleave(_joined(columns[0::2], N // 2), _joined(columns[1::2], N // 2))
+
+
+@triton.jit
+def _begin(block, planes, plane, PIXELS: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr):
+    """Return the plane of a program, its first pixel, and the group of random numbers with which each row begins."""
     tile = block // planes
     channel = block - tile * planes
     # The index of the plane's first element in the image. Random numbers are drawn in groups of four. A group may
     # contain the last elements of one plane and the first elements of the next plane.
-    first = channel.to(tl.int64) * plane
+    first, pixel = channel.to(tl.int64) * plane, tile * (ROWS * PIXELS)
     # The random stream counts groups with 32 bits.
-    group = (first >> 2).to(tl.int32) + tile * GROUPS
-    pixel = tile * GROUPS * 4 + tl.arange(0, GROUPS * 4)
+    group = (first >> 2).to(tl.int32) + (tile * ROWS + tl.arange(0, ROWS)) * (PIXELS // 4)
+    return channel, pixel if ALIGNED else pixel - (first & 3).to(tl.int32), group
+
+
+@triton.jit
+def _places(
+    pixel, plane, N: tl.constexpr, WIDTH: tl.constexpr, PIXELS: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr
+):
+    """Return the places of WIDTH adjacent elements of each row, in a plane of N elements per pixel, and which exist."""
+    row, element = tl.arange(0, ROWS * WIDTH) // WIDTH * PIXELS, tl.arange(0, ROWS * WIDTH) % WIDTH
     if ALIGNED:
-        return channel, group, pixel, pixel < plane
-    pixel -= (first & 3).to(tl.int32)
-    return channel, group, pixel, (pixel >= 0) & (pixel < plane)
+        inside = (pixel + row < plane) & (element < N * PIXELS)
+    else:
+        inside = (pixel + row + element >= 0) & (pixel + row + element < plane)
+    return pixel.to(tl.int64) * N + (row * N + element), inside
 
 
 @triton.jit
@@ -92,35 +128,39 @@ def _cell(pixel, width, side, columns):
 
 
 @triton.jit
-def _owner(owners_ptr, block, pixel, inside, sizes, UNIT: tl.constexpr, PAIRS: tl.constexpr, GROUPS: tl.constexpr):
-    """Return the owner of each pixel's block, read once for ``UNIT`` adjacent pixels (1, 4 or 8) of the same block."""
-    planes, plane, width, side, columns = sizes
-    if UNIT == 1:
-        at = _cell(pixel, width, side, columns)
-        owner = tl.load(owners_ptr + at, mask=inside, other=0)
-    else:
-        step: tl.constexpr = 8 if PAIRS else 4
-        first = (block // planes * GROUPS * 4).to(tl.uint32) + step * tl.arange(0, GROUPS * 4 // step)
-        a = tl.load(owners_ptr + _cell(first, width, side, columns), mask=first < plane, other=0)
-        if PAIRS:
-            if UNIT == 8:
-                b = a
-            else:
-                b = tl.load(owners_ptr + _cell(first + 4, width, side, columns), mask=first + 4 < plane, other=0)
-            owner = in_pairs(a, a, a, a, e=b, f=b, g=b, h=b)
-        else:
-            owner = in_order(a, a, a, a)
-    return owner.to(tl.int32)
+def _owners_of(owners_ptr, pixel, sizes, UNIT: tl.constexpr, PIXELS: tl.constexpr, ROWS: tl.constexpr):
+    """Return the owners of a program's pixels, read once for ``UNIT`` (1, 4 or 8) adjacent pixels of the same block."""
+    _, plane, width, side, columns, _ = sizes
+    owners = ()
+    for i in tl.static_range(PIXELS):
+        if i % UNIT == 0:
+            at = pixel + tl.arange(0, ROWS) * PIXELS + i
+            owner = tl.load(owners_ptr + _cell(at, width, side, columns), mask=(at >= 0) & (at < plane), other=0)
+        owners += (owner.to(tl.int32),)
+    return owners
 
 
 @triton.jit
-def _place(pixel, channel, planes, plane, CHANNELS_LAST: tl.constexpr):
-    """Return the positions of a plane's pixels in a packed image: the first position, and the offsets from it."""
-    if CHANNELS_LAST:
-        begin, at = channel.to(tl.int64), pixel.to(tl.int64) * planes
-    else:
-        begin, at = channel.to(tl.int64) * plane, pixel
-    return begin, at
+def _pixels_of(pointer, pixel, plane, exists, PIXELS: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr):
+    """Read a program's pixels of one plane, in vectors of at most 16 bytes."""
+    V: tl.constexpr = min(PIXELS, 128 // pointer.dtype.element_ty.primitive_bitwidth)
+    columns = ()
+    for i in tl.static_range(0, PIXELS, V):
+        at, inside = _places(pixel + i, plane, 1, V, PIXELS=PIXELS, ALIGNED=ALIGNED, ROWS=ROWS)
+        columns += _split(_load(pointer, at, inside & exists), V)
+    return columns
+
+
+@triton.jit
+def _noisy(x, sigma, seed, group, plane, draw, sample, NOISE: tl.constexpr, PIXELS: tl.constexpr):
+    """Return x + sigma n for the columns x of several channels, or x without noise."""
+    noisy = () if NOISE else x
+    for i in tl.static_range(len(x) // 4 if NOISE else 0):
+        at = group + (i // (PIXELS // 4) * (plane // 4) + i % (PIXELS // 4))
+        numbers = _four(seed, at, draw, sample=sample, stream=TRANSFORM_NOISE, NORMAL=True)
+        for j in tl.static_range(4):
+            noisy += (x[4 * i + j] + sigma * numbers[j],)
+    return noisy
 
 
 @triton.jit
@@ -132,49 +172,50 @@ def _forward(
     out_ptr,
     sigma,
     batch,
-    channels,
-    plane,
-    width,
-    side,
-    columns,
-    blocks,
-    samples,
-    num_passes,
-    first_pass,
+    sizes,
+    counts,
     NOISE: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    PLANES: tl.constexpr,
+    WIDTH: tl.constexpr,
     UNIT: tl.constexpr,
-    PAIRS: tl.constexpr,
-    STREAM: tl.constexpr,
-    GROUPS: tl.constexpr,
+    PIXELS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
+    """Write packed images. A program has some pixels of all ``PLANES`` planes of an image, or of one plane."""
     row, block = program(batch)
-    image, planes = row.to(tl.int64), channels + 2
-    channel, group, pixel, inside = _pixels(block, planes, plane, ALIGNED=ALIGNED, GROUPS=GROUPS)
+    image, (channels, plane, _, _, _, blocks), (samples, num_passes, first_pass) = row.to(tl.int64), sizes, counts
+    planes = 1 if PLANES > 1 else channels + 2
+    channel, pixel, group = _begin(block, planes, plane, PIXELS=PIXELS, ALIGNED=ALIGNED, ROWS=ROWS)
     seed, sample, sigma = tl.load(seed_ptr), tl.load(ids_ptr + image), tl.cast(sigma, tl.float32)
-    is_image = channel < channels
-    x = _load(x_ptr + (image * channels + channel) * plane, pixel, inside & is_image)
+    is_image, x = PLANES > 1 or channel < channels, ()
+    for c in tl.static_range(max(PLANES - 2, 1)):
+        own_plane = x_ptr + (image * channels + channel + c) * plane
+        x += _pixels_of(own_plane, pixel, plane, is_image, PIXELS=PIXELS, ALIGNED=ALIGNED, ROWS=ROWS)
     # A hidden pixel is 0 in the image. It is 1 in the two appended planes: the plane of ones and the mask.
-    covered = tl.where(is_image, 0.0, 1.0)
-    sizes = planes, plane, width, side, columns
-    begin, at = _place(pixel, channel, planes, plane, CHANNELS_LAST=CHANNELS_LAST)
+    covered = 0.0 if PLANES > 1 else tl.where(is_image, 0.0, 1.0)
+    at, inside = _places(pixel, plane, PLANES, WIDTH, PIXELS=PIXELS, ALIGNED=ALIGNED, ROWS=ROWS)
     for draw in range(samples):
         packed = (sample * 0 + draw) * batch + image
-        owner = _owner(owners_ptr + packed * blocks, block, pixel, inside, sizes, UNIT=UNIT, PAIRS=PAIRS, GROUPS=GROUPS)
-        if is_image:
-            u = x
-            if NOISE:
-                u += sigma * noise(
-                    seed, group, sample * 0 + draw, sample=sample, stream=STREAM, GROUPS=GROUPS, PAIRS=PAIRS
-                )
-            seen = 2 * _clamp(u, 0.0, 1.0) - 1
+        owner = _owners_of(owners_ptr + packed * blocks, pixel, sizes, UNIT=UNIT, PIXELS=PIXELS, ROWS=ROWS)
+        if PLANES > 1 or is_image:
+            u, seen = _noisy(x, sigma, seed, group, plane, sample * 0 + draw, sample, NOISE=NOISE, PIXELS=PIXELS), ()
+            for i in tl.static_range(len(x)):
+                seen += (2 * _clamp(u[i], 0.0, 1.0) - 1,)
         else:
-            seen = tl.zeros_like(x) + tl.where(channel == channels, 1.0, 0.0)
+            seen = (tl.zeros((ROWS,), tl.float32) + tl.where(channel == channels, 1.0, 0.0),) * PIXELS
         for own in range(num_passes):
-            value = tl.where(owner == own + first_pass, covered, seen)
-            first = (packed * num_passes + own) * planes * plane + begin
-            tl.store(out_ptr + first + at, value.to(out_ptr.dtype.element_ty), mask=inside)
+            values = ()
+            for i in tl.static_range(PIXELS):
+                hidden = owner[i] == own + first_pass
+                for c in tl.static_range(max(PLANES - 2, 1)):
+                    values += (tl.where(hidden, covered, seen[c * PIXELS + i]),)
+                if PLANES > 1:
+                    values += (tl.full((ROWS,), 1.0, tl.float32), hidden.to(tl.float32))
+            # The numbers up to a power of two are not written.
+            value = _joined(values + values[: WIDTH - PLANES * PIXELS], WIDTH).to(out_ptr.dtype.element_ty)
+            first = ((packed * num_passes + own) * (channels + 2) + channel) * plane
+            tl.store(out_ptr + first + at, value, mask=inside)
 
 
 @triton.jit
@@ -187,43 +228,48 @@ def _backward(
     out_ptr,
     sigma,
     batch,
-    channels,
-    plane,
-    width,
-    side,
-    columns,
-    blocks,
-    samples,
-    num_passes,
-    first_pass,
+    sizes,
+    counts,
     NOISE: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    PLANES: tl.constexpr,
+    WIDTH: tl.constexpr,
     UNIT: tl.constexpr,
-    PAIRS: tl.constexpr,
-    STREAM: tl.constexpr,
-    GROUPS: tl.constexpr,
+    PIXELS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
+    """Write the gradients of images. A program has some pixels of all channels of an image, or of one channel."""
     row, block = program(batch)
-    image = row.to(tl.int64)
-    channel, group, pixel, inside = _pixels(block, channels, plane, ALIGNED=ALIGNED, GROUPS=GROUPS)
+    image, (channels, plane, _, _, _, blocks), (samples, num_passes, first_pass) = row.to(tl.int64), sizes, counts
+    planes = 1 if PLANES > 1 else channels
+    channel, pixel, group = _begin(block, planes, plane, PIXELS=PIXELS, ALIGNED=ALIGNED, ROWS=ROWS)
     seed, sample, sigma = tl.load(seed_ptr), tl.load(ids_ptr + image), tl.cast(sigma, tl.float32)
-    own_plane = (image * channels + channel) * plane
-    x = _load(x_ptr + own_plane, pixel, inside)
-    begin, at = _place(pixel, channel, channels + 2, plane, CHANNELS_LAST=CHANNELS_LAST)
-    total, sizes = tl.zeros_like(x), (channels, plane, width, side, columns)
+    own_plane, x = (image * channels + channel) * plane, ()
+    for c in tl.static_range(max(PLANES - 2, 1)):
+        x += _pixels_of(x_ptr + own_plane + c * plane, pixel, plane, True, PIXELS=PIXELS, ALIGNED=ALIGNED, ROWS=ROWS)
+    at, inside = _places(pixel, plane, PLANES, WIDTH, PIXELS=PIXELS, ALIGNED=ALIGNED, ROWS=ROWS)
+    zeros = (tl.zeros((ROWS,), tl.float32),) * len(x)
+    total = zeros
     for draw in range(samples):
         packed = (sample * 0 + draw) * batch + image
-        owner = _owner(owners_ptr + packed * blocks, block, pixel, inside, sizes, UNIT=UNIT, PAIRS=PAIRS, GROUPS=GROUPS)
-        u = x
-        if NOISE:
-            u += sigma * noise(seed, group, sample * 0 + draw, sample=sample, stream=STREAM, GROUPS=GROUPS, PAIRS=PAIRS)
-        through = tl.zeros_like(x)
+        owner = _owners_of(owners_ptr + packed * blocks, pixel, sizes, UNIT=UNIT, PIXELS=PIXELS, ROWS=ROWS)
+        through = zeros
         for own in range(num_passes):
-            first = (packed * num_passes + own) * (channels + 2) * plane + begin
-            through += tl.where(owner == own + first_pass, 0.0, _load(grad_ptr + first, at, inside))
-        total += tl.where((u >= 0) & (u <= 1), 2 * through, 0.0)
-    tl.store(out_ptr + own_plane + pixel, total.to(out_ptr.dtype.element_ty), mask=inside)
+            first = ((packed * num_passes + own) * (channels + 2) + channel) * plane
+            grads, sums = _split(tl.load(grad_ptr + first + at, mask=inside, other=0.0), WIDTH), ()
+            for i in tl.static_range(len(x)):
+                grad = grads[i % PIXELS * PLANES + i // PIXELS].to(tl.float32)
+                sums += (through[i] + tl.where(owner[i % PIXELS] == own + first_pass, 0.0, grad),)
+            through = sums
+        u, sums = _noisy(x, sigma, seed, group, plane, sample * 0 + draw, sample, NOISE=NOISE, PIXELS=PIXELS), ()
+        for i in tl.static_range(len(x)):
+            sums += (total[i] + tl.where((u[i] >= 0) & (u[i] <= 1), 2 * through[i], 0.0),)
+        total = sums
+    V: tl.constexpr = min(PIXELS, 128 // out_ptr.dtype.element_ty.primitive_bitwidth)
+    for i in tl.static_range(len(x) // V):
+        at, inside = _places(pixel + i * V % PIXELS, plane, 1, V, PIXELS=PIXELS, ALIGNED=ALIGNED, ROWS=ROWS)
+        value = _joined(total[i * V : (i + 1) * V], V).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + own_plane + i * V // PIXELS * plane + at, value, mask=inside)
 
 
 def _assign(
@@ -248,39 +294,37 @@ def _assign(
     return out
 
 
-def _launch(
-    kernel, pointers: tuple[Tensor, ...], x: Tensor, owners: Tensor, planes: int, sigma, num_passes, last
-) -> None:
-    samples, batch, rows, columns = owners.shape
+def _together(x: Tensor) -> bool:
+    """Tell whether a thread computes all planes of its pixels, if they are packed in channels_last."""
+    return x.shape[1] <= MOST_CHANNELS and x.shape[2] * x.shape[3] % 4 == 0
+
+
+def _launch(kernel, pointers: tuple[Tensor, ...], x: Tensor, owners, planes, sigma, num_passes, together) -> None:
+    samples, batch, lines, columns = owners.shape
     _, channels, height, width = x.shape
-    plane = height * width
-    block, own = tile(plane, pointers[0], pointers[-1])
+    plane, side, ends = height * width, width // columns, (pointers[0], pointers[-1])
+    held = channels + 2 if together else 1
+    # A thread can keep 64 numbers of an image in registers.
+    pixels = 8 if plane % 8 == 0 and held < 8 and min(end.element_size() for end in ends) == 2 else 4
+    # All planes of four or eight pixels are enough work for a thread on every device.
+    block, own = _tile(plane, 16 // pixels, 9) if together else tile(plane, *ends)
     # A plane may begin up to 3 elements after the start of its first group.
-    tiles = cdiv(plane + 3, block)
-    side, pairs = width // columns, min(x.element_size() for x in (pointers[0], pointers[-1])) == 2 and not last
-    unit = 8 if pairs and side % 8 == 0 else 4 if side % 4 == 0 else 1
+    tiles = cdiv(plane if plane % 4 == 0 else plane + 3, block)
     launch(
         kernel,
-        grid(batch, tiles * planes),
+        grid(batch, tiles if together else tiles * planes),
         *pointers,
         float(sigma),
         batch,
-        channels,
-        plane,
-        width,
-        side,
-        columns,
-        rows * columns,
-        samples,
-        max(num_passes, 1),
-        0 if num_passes else 1,
+        (channels, plane, width, side, columns, lines * columns),
+        (samples, max(num_passes, 1), 0 if num_passes else 1),
         NOISE=sigma != 0,
-        CHANNELS_LAST=last,
-        ALIGNED=plane % 4 == 0,
-        UNIT=unit,
-        PAIRS=pairs,
-        STREAM=TRANSFORM_NOISE,
-        GROUPS=block // 4,
+        PLANES=held,
+        WIDTH=next_power_of_2(held) * pixels,
+        UNIT=8 if pixels == 8 and side % 8 == 0 else 4 if side % 4 == 0 else 1,
+        PIXELS=pixels,
+        ALIGNED=plane % pixels == 0,
+        ROWS=block // pixels,
         num_warps=own,
         enable_fp_fusion=False,
     )
@@ -302,7 +346,8 @@ def forward(
     """Return (packed, owners) like the op."""
     batch, channels, height, width = x.shape
     shape = (samples * batch * max(num_passes, 1), channels + 2, height, width)
-    packed = torch.empty(shape, dtype=dtype, device=x.device, memory_format=memory_format(channels_last))
+    together = channels_last and _together(x)
+    packed = torch.empty(shape, dtype=dtype, device=x.device, memory_format=memory_format(together))
     seed, sample_ids, cells = seed.contiguous(), sample_ids.contiguous(), (height // block, width // block)
     if packed.numel() == 0:
         return packed, torch.empty((samples, batch, *cells), dtype=torch.uint8, device=x.device)
@@ -316,9 +361,9 @@ def forward(
         shared_mask=shared_mask,
     )
     pointers = (x.contiguous(), owners, seed, sample_ids, packed)
-    sizes = {"planes": channels + 2, "num_passes": num_passes}
-    _launch(_forward, pointers, x, owners, sigma=sigma, last=channels_last, **sizes)
-    return packed, owners
+    sizes = {"planes": channels + 2, "num_passes": num_passes, "together": together}
+    _launch(_forward, pointers, x, owners, sigma=sigma, **sizes)
+    return packed.contiguous(memory_format=memory_format(channels_last)), owners
 
 
 def backward(
@@ -328,8 +373,9 @@ def backward(
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    last = is_channels_last(grad)
-    grad = grad if last else grad.contiguous()
+    together = is_channels_last(grad) and _together(x)
+    grad = grad if together else grad.contiguous()
     pointers = (grad, x.contiguous(), owners.contiguous(), seed.contiguous(), sample_ids.contiguous(), out)
-    _launch(_backward, pointers, x, owners=owners, planes=x.shape[1], sigma=sigma, num_passes=num_passes, last=last)
+    sizes = {"planes": x.shape[1], "num_passes": num_passes, "together": together}
+    _launch(_backward, pointers, x, owners, sigma=sigma, **sizes)
     return out
