@@ -13,13 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 from forks import until
+from small_runs import attack, batch, classifier_task
 
 from benchmarks import __main__ as program
 from benchmarks.gpu import gpu_check, gpu_sections, in_use
-from benchmarks.speed import limits, running, sheets, shipping, timing
+from benchmarks.speed import limits, pipelines, running, sheets, shipping, timing
 from benchmarks.speed.pipelines import pgd_forms
 from purify_fast import _library
 from purify_fast.ops import REGISTRY
+from purify_fast.speed import StepGraphs
 
 ROOT = Path(__file__).parents[2]
 
@@ -178,6 +180,16 @@ def test_the_package_as_users_run_it(rehearsal, monkeypatch):
         for _ in range(2):
             torch.cuda.CUDAGraph.replay(None)
     assert len(seen) == 2
+
+
+def test_a_step_that_was_refused_is_not_called_captured(rerun, monkeypatch):
+    with pytest.raises(RuntimeError, match="the training step was not captured"):
+        pipelines.training_step(classifier_task(attack=attack()), batch(), True)()
+    monkeypatch.setattr(pipelines, "StepGraphs", lambda mode: StepGraphs(mode, capture=rerun))
+    assert pipelines.training_step(classifier_task(attack=attack()), batch(), True)().isfinite()
+    rerun.error = RuntimeError("operation not permitted")
+    with pytest.raises(RuntimeError, match="the training step was not captured"), pytest.warns(UserWarning):
+        pipelines.training_step(classifier_task(attack=attack()), batch(), True)()
 
 
 def test_an_archive_is_small_enough(tmp_path, monkeypatch):
