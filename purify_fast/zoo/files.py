@@ -14,9 +14,6 @@ from .._version import __version__
 from ..ops.dispatch.records import folder as cache_folder
 from ..training.checkpoint import MODEL
 
-#: Seconds without an answer after which a download fails.
-TIMEOUT = 30
-
 
 def address(name: str) -> str:
     """The address of a model's weights, a file of this version's release in the repository of the package."""
@@ -33,27 +30,25 @@ def kept_folder(name: str, size: int, sha256: str) -> Path:
         sha256: SHA-256 of its file. Another file raises a ValueError, and is not kept after a download.
     """
     path = cache_folder() / "zoo" / name / MODEL
-    if path.is_file():
-        check(path.read_bytes(), sha256, name, str(path))
-        return path.parent
-    source = address(name)
-    print(f"purify_fast downloads the model {name} ({size:,} bytes) from {source} to {path}", file=sys.stderr)
-    try:
-        with urllib.request.urlopen(source, timeout=TIMEOUT) as answer:
-            data = answer.read(size + 1)
-    except (OSError, HTTPException) as error:
-        raise FileNotFoundError(
-            f"the model {name} of the zoo is not on this machine, and {source} cannot be read: {error}. Put its file, "
-            f"which is purify_fast/zoo/models/{name}/{MODEL} in a clone of the repository, at {path}"
-        ) from error
-    check(data, sha256, name, source)
-    with atomic(path) as temporary:
-        temporary.write_bytes(data)
-    return path.parent
-
-
-def check(data: bytes, sha256: str, name: str, source: str) -> None:
-    """Raise a ValueError if the bytes from a source are not the weights of a model."""
+    kept = path.is_file()
+    source = path if kept else address(name)
+    data = path.read_bytes() if kept else downloaded(name, size, str(source), path)
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:
         raise ValueError(f"{source} is not the file of the zoo's model {name}: SHA-256 must be {sha256}, got {found}")
+    if not kept:
+        with atomic(path) as temporary:
+            temporary.write_bytes(data)
+    return path.parent
+
+
+def downloaded(name: str, size: int, source: str, path: Path) -> bytes:
+    """Download the weights of a model that belong at a path, and say so on stderr."""
+    print(f"purify_fast downloads the model {name} ({size:,} bytes) from {source} to {path}", file=sys.stderr)
+    try:
+        # A server that is silent for 30 seconds is an error. One byte more than the size shows a file that is too long.
+        with urllib.request.urlopen(source, timeout=30) as answer:
+            return bytes(answer.read(size + 1))
+    except (OSError, HTTPException) as error:
+        clone = f"the file purify_fast/zoo/models/{name}/{MODEL} of a clone of the repository"
+        raise FileNotFoundError(f"{source} cannot be read: {error}; copy {clone} to {path}") from error

@@ -97,7 +97,7 @@ def test_without_a_network_the_error_says_which_file_goes_where(without_weights,
     assert cli.main(["evaluate", f"zoo:{NAME}", "--images", "2", "--device", "cpu"]) == 2
     said = capsys.readouterr().err
     assert f"http://127.0.0.1:0/{NAME}.safetensors cannot be read: " in said
-    assert f"purify_fast/zoo/models/{NAME}/model.safetensors in a clone of the repository, at {without_weights}" in said
+    assert f"purify_fast/zoo/models/{NAME}/model.safetensors of a clone of the repository to {without_weights}" in said
     without_weights.parent.mkdir(parents=True)
     shutil.copy(PACKED / NAME / "model.safetensors", without_weights)
     assert not zoo.load(NAME).training
