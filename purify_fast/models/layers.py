@@ -7,6 +7,7 @@ images of all processes, each of which must have an image. On CUDA it calls the 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -49,6 +50,35 @@ class _LiteralBatchNorm(nn.modules.batchnorm._BatchNorm):
         return F.batch_norm(
             input, mean, var, weight=self.weight, bias=self.bias, training=self.training, momentum=0.1, eps=1e-5
         )
+
+
+class Synchronized(nn.modules.batchnorm._BatchNorm):
+    """The part of a class of BatchNorms that takes the statistics of all processes, see `synchronized`."""
+
+    activates = False
+
+    def forward(self, input: Tensor) -> Tensor:
+        world = processes()[1]
+        if not self.training or world == 1:
+            return super().forward(input)
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        out = batch_norm_everywhere(input, self, world)
+        # timm's BatchNorm contains an activation and a dropout.
+        return self.act(self.drop(out)) if self.activates else out  # type: ignore[operator]
+
+
+@functools.cache
+def synchronized(kind: type[nn.Module]) -> type[nn.Module] | None:
+    """A class of the same name that takes the statistics of all processes; None for an unknown forward pass."""
+    known = vars(nn.modules.batchnorm._BatchNorm)["forward"]
+    of_timm = (kind.__module__.partition(".")[0], kind.__name__) == ("timm", "BatchNormAct2d")
+    if not of_timm and kind.forward is not known:
+        return None
+    # A copy for attacks folds the BatchNorms of torch and those of this package.
+    own = {"__module__": kind.__module__ if of_timm else __name__, "activates": of_timm}
+    return type(kind.__name__, (Synchronized, kind), own)
 
 
 class BatchNorm1d(_LiteralBatchNorm, nn.BatchNorm1d):
@@ -104,20 +134,19 @@ class Normalize(nn.Module):
 
 #: Types of devices for which PyTorch has a BatchNorm over several processes.
 BY_TORCH = ("cuda",)
-_EPS, _MOMENTUM = 1e-5, 0.1
 
 
 def batch_norm_everywhere(x: Tensor, norm: Any, world: int) -> Tensor:
     """Compute a BatchNorm in training mode with the statistics of all processes."""
-    running_mean, running_var = norm.running_mean, norm.running_var
+    running_mean, running_var, eps, momentum = norm.running_mean, norm.running_var, norm.eps, norm.momentum
     if x.device.type in BY_TORCH:
         group = dist.group.WORLD
-        return SyncBatchNorm.apply(x, norm.weight, norm.bias, running_mean, running_var, _EPS, _MOMENTUM, group, world)
+        return SyncBatchNorm.apply(x, norm.weight, norm.bias, running_mean, running_var, eps, momentum, group, world)
     with torch.no_grad():
         mean, variance, count = moments_everywhere(x, world)
-        running_mean.mul_(1 - _MOMENTUM).add_(mean, alpha=_MOMENTUM)
-        running_var.mul_(1 - _MOMENTUM).add_(variance * count / (count - 1), alpha=_MOMENTUM)
-    return _Normalize.apply(x, norm.weight, norm.bias, mean, variance, count)
+        running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
+        running_var.mul_(1 - momentum).add_(variance * count / (count - 1), alpha=momentum)
+    return _Normalize.apply(x, norm.weight, norm.bias, mean, variance, count, eps)
 
 
 def moments_everywhere(x: Tensor, world: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,10 +169,11 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, count: Tensor
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, count: Tensor, eps: float
     ) -> Tensor:
+        ctx.eps = eps
         ctx.save_for_backward(x, weight, mean, variance, count)
-        return F.batch_norm(x, mean, variance, weight, bias, eps=_EPS)
+        return F.batch_norm(x, mean, variance, weight, bias, eps=eps)
 
     @staticmethod
     @first_order
@@ -151,13 +181,13 @@ class _Normalize(torch.autograd.Function):
         x, weight, mean, variance, count = ctx.saved_tensors
         # The arguments are positional because the operator has no names for them in Python.
         direct, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-            grad, x, weight, mean, variance, None, None, False, _EPS, [True, True, True]
+            grad, x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
         )
         # These are the sums of dy and of dy * (x - mean) / deviation, where dy is ``grad``.
         sums = torch.stack([grad_bias, grad_weight])
         dist.all_reduce(sums)
-        inverse = torch.rsqrt(variance + _EPS)
+        inverse = torch.rsqrt(variance + ctx.eps)
         shift, slope = sums / count * weight * inverse
         shape = [-1, *[1] * (x.dim() - 2)]
         through = shift.view(shape) + (x - mean.view(shape)) * (slope * inverse).view(shape)
-        return (direct - through).to(x.dtype), grad_weight, grad_bias, None, None, None
+        return (direct - through).to(x.dtype), grad_weight, grad_bias, None, None, None, None

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from .._compiler import section
-from .._process import processes
 from .._validation import in_one_line
 from ..model_state import identity_key
 from ..ops.philox import philox_key
 from ..speed.graphs.cuda_capture import CudaCapture
 from ..speed.graphs.step_graphs import InlineSteps, StepGraphs, alike, no_trace, remember, tried
 from ..speed.graphs.step_loop import CAPTURE_STEPS, numerics, reserved, weak_key
+from .distributed import exchanges
 from .optimizers import weights_of
 from .task import Batch, Metrics, Task
 
@@ -142,10 +142,11 @@ class CapturedStep:
 def captured(task: Task, batch: Batch, gradients: Gradients) -> CapturedStep | None:
     """Return the captured step of a task for batches like this, and capture it if such batches have occurred often.
 
-    A single process captures steps. With a bank, or if a task's steps depend on other values, no step is captured.
+    With a bank, if processes exchange statistics of BatchNorms, or if a task's steps depend on other values, no step is
+    captured.
     """
     graphs, facts = task.graphs, task.captures(batch)
-    if graphs is None or facts is None or batch.bank is not None or processes()[1] > 1:
+    if graphs is None or facts is None or batch.bank is not None or exchanges(task.model):
         return None
     # A subclass may read other values of a batch, so it defines the method too.
     if not graphs.may_capture(batch.x.device) or "captures" not in {*vars(task), *vars(type(task))}:

@@ -203,11 +203,14 @@ class FitConfig:
             its full eps, or PGD-10 for a classifier whose attack has fewer steps.
         accumulate: number of parts in which a step computes the gradients of its batch one after the other, to save
             memory. The weights remain equal up to rounding, but BatchNorms take each part's statistics. None means 1.
-        cuda_graphs: whether steps are captured as CUDA graphs, on a CUDA device: the steps of attacks, and with one
-            process whole training steps up to the gradients. "auto" captures a step after 15 launches. "always"
-            captures wherever possible. "off" never does. A graph needs the memory of one step for itself. Choose "off"
-            for a model that changes settings in an object other than a module, dataclass or namespace, because a
-            captured step ignores the change.
+        cuda_graphs: whether steps are captured as CUDA graphs, on a CUDA device: the steps of attacks, and whole
+            training steps up to the gradients, unless processes exchange statistics of BatchNorms in them. "auto"
+            captures a step after 15 launches. "always" captures wherever possible. "off" never does. A graph needs the
+            memory of one step for itself. Choose "off" for a model that changes settings in an object other than a
+            module, dataclass or namespace, because a captured step ignores the change.
+        sync_batchnorm: whether the BatchNorms of torch and timm take the statistics of all processes during a training
+            by several processes, as those of this package do. Without it such a model is refused. Afterwards the
+            modules are as before, with the trained weights and statistics.
         cudnn_benchmark: whether cuDNN, on a CUDA device, times its algorithms once for each shape and uses the fastest.
             "auto" does this unless the process requires deterministic algorithms; "on" always does; "off" leaves
             cuDNN's setting unchanged.
@@ -230,6 +233,7 @@ class FitConfig:
     accumulate: Count | None = None
     cuda_graphs: CudaGraphs = "auto"
     cudnn_benchmark: CudnnBenchmark = "auto"
+    sync_batchnorm: bool = False
 
     def __post_init__(self) -> None:
         check_types(self)

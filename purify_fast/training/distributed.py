@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -17,12 +18,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from .._process import patience, processes, sendable
 from .._tensors import in_memory_order, laid_out_like
+from ..models.layers import BatchNorm1d, BatchNorm2d, Synchronized, synchronized
+
+logger = logging.getLogger("purify_fast")
+
+#: The BatchNorms that take the statistics of all processes in training mode.
+OVER_ALL = (BatchNorm1d, BatchNorm2d, Synchronized, nn.SyncBatchNorm)
 
 
 @torch.no_grad()
@@ -66,6 +73,52 @@ def from_first(make: Callable[[], Any]) -> Any:
     if isinstance(message[0], BaseException):
         raise message[0]
     return torch.load(io.BytesIO(message[0]), map_location="cpu", weights_only=True)
+
+
+@contextlib.contextmanager
+def synchronized_batchnorm(model: nn.Module, asked: bool) -> Iterator[None]:
+    """Within the block, the BatchNorms of a model take the statistics of all processes, if asked.
+
+    A BatchNorm only gets another class, so weights, optimizers and names stay, and afterwards it is as it was.
+
+    Raises:
+        ValueError: a BatchNorm in training mode is over one process.
+    """
+    changed = list[tuple[nn.Module, type, type]]()
+    for name, one in model.named_modules() if processes()[1] > 1 else ():
+        if isinstance(one, nn.modules.batchnorm._BatchNorm) and one.training and not isinstance(one, OVER_ALL):
+            kind: Any = type(one)
+            usual = one.affine and one.track_running_stats and one.momentum is not None
+            other = synchronized(kind) if asked and usual else None
+            if other is None:
+                cure = f"sync_batchnorm cannot convert this {kind.__name__}" if asked else "set sync_batchnorm"
+                where = f"the model's module {name} is a BatchNorm over one process"
+                raise ValueError(f"{where}: {cure}, or use torch.nn.SyncBatchNorm")
+            changed.append((one, kind, other))
+    if changed:
+        logger.info("%d BatchNorms take the statistics of all processes during the training", len(changed))
+    try:
+        for one, _, other in changed:
+            one.__class__ = other
+        yield
+    finally:
+        for one, kind, _ in changed:
+            one.__class__ = kind
+
+
+def exchanges(model: nn.Module) -> bool:
+    """Tell whether a forward pass of a model waits for the other processes."""
+    return processes()[1] > 1 and any(isinstance(one, OVER_ALL) and one.training for one in model.modules())
+
+
+def refuse_divided(model: nn.Module) -> None:
+    """Raise ValueError if the weights of a model are on several devices, or are DTensors."""
+    devices = list(dict.fromkeys(str(weight.device) for weight in model.parameters()))
+    if any(type(weight).__name__ == "DTensor" for weight in model.parameters()):
+        raise ValueError("the model has DTensors as weights (FSDP2, tensor parallel): give each process a whole model")
+    if len(devices) > 1:
+        text = "the model's weights are on several devices (device_map)"
+        raise ValueError(f"{text}, {', '.join(devices)}: move the model to one, and start a process for each device")
 
 
 @contextlib.contextmanager

@@ -21,19 +21,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._files import folder_lock
 from .._memory import ran_out_of_memory
 from .._process import processes
-from ..models.layers import BatchNorm1d, BatchNorm2d
 from ..speed.graphs.step_graphs import StepGraphs
 from ..speed.precision import float32_products, raced_convolutions, whole_float32_by_default
 from .bank import BankConfig
 from .callbacks import Callback, ProgressBar, TrainingState
 from .captured_step import NotRestored, captured
 from .config import FitConfig
-from .distributed import average_, from_first
+from .distributed import average_, from_first, refuse_divided, synchronized_batchnorm
 from .optimizers import fuse, set_learning_rate, weights_of
 from .run import Run
 from .sources import Images, Loader, make_sources, step_seed
@@ -97,7 +96,8 @@ def fit(
             than a batch has; the task does not measure the metric of keep_best; the folder has a checkpoint of
             another run; a bank is given, but the attacked model is trained, or images are cropped at random or come
             from a loader. With several processes also: they cannot share a batch evenly, they have different data or
-            settings, or a model in training mode has a BatchNorm that is not synchronized.
+            settings, or a model in training mode has a BatchNorm that is not synchronized. The model has DTensors as
+            weights, or weights on several devices.
         FloatingPointError: the loss or the weights are not finite. The last checkpoint is kept.
         FolderInUse: another run writes into the folder.
         NotRestored: memory ran out in a step that had already changed the model. The last checkpoint is kept.
@@ -108,15 +108,16 @@ def fit(
     folder = None if folder is None else Path(folder)
     if not any(weight.requires_grad for one in task.optimizers.values() for weight in weights_of(one)):
         raise ValueError("task must have a weight to train, but no weight of its optimizers needs a gradient")
+    refuse_divided(task.model)
     source, held_out = make_sources(task, x, y, config, validation)
     run = Run(task, config, source, held_out, folder, bank=bank)
     task.frozen = frozen_parts(task.model)
     if processes()[1] > 1:
         task.train()
-        _check_batchnorm(task.model)
     first = processes()[0] == 0
     # The caller may be within torch.no_grad() or torch.inference_mode().
     with contextlib.ExitStack() as stack, torch.inference_mode(False), torch.enable_grad():
+        stack.enter_context(synchronized_batchnorm(task.model, config.sync_batchnorm))
         # if a folder is locked, all processes raise the error
         for place in (folder, None if run.bank is None else run.bank.path.parent):
             from_first(partial(stack.enter_context, folder_lock(place)))
@@ -300,10 +301,3 @@ def step_settings(task: Task, config: FitConfig, device: torch.device) -> Iterat
     finally:
         # without a reference to the graphs, their memory is freed
         task.graphs = before
-
-
-def _check_batchnorm(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        everywhere = isinstance(module, (BatchNorm1d, BatchNorm2d, nn.SyncBatchNorm))
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training and not everywhere:
-            raise ValueError(f"the model's module {name} is a BatchNorm over one process: use torch.nn.SyncBatchNorm")

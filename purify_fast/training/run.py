@@ -10,6 +10,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from .task import Batch, Task
 logger = logging.getLogger("purify_fast")
 
 #: Settings that do not change the result of a run, and may therefore differ when the run is resumed.
-_NO_FACTS = ("checkpoint_seconds", "cuda_graphs", "cudnn_benchmark")
+_NO_FACTS = ("checkpoint_seconds", "cuda_graphs", "cudnn_benchmark", "sync_batchnorm")
 #: The attributes of `Run` that a checkpoint restores as they are.
 _PROGRESS = ("step", "last", "best", "rows", "counts", "expected")
 #: The names, without suffix, of the files that a run writes. A half-written file is called ``.<name>-...``.
@@ -77,7 +78,7 @@ class Run:
         task: Task,
         config: FitConfig,
         source: Source,
-        held_out: Source | None = None,
+        held_out: InMemory | None = None,
         folder: Path | None = None,
         *,
         bank: BankConfig | None = None,
@@ -293,20 +294,26 @@ class Run:
     def validate(self) -> None:
         """Add the means over the held-out images to ``last``, and keep the weights if they are the best so far."""
         assert self.held_out is not None
-        model, sums, count = self.task.model, dict[str, Any](), 0
+        model, found = self.task.model, list[tuple[int, dict[str, Tensor]]]()
+        rank, world = processes()
         before = copy.deepcopy(model.state_dict())
         self.task.finish()
         model.eval()
-        for raw in self.held_out.epoch(0, 0):
+        for raw in self.held_out.epoch(0, rank, world):
             # every validation has the same draws and the attack of the last epoch
             seed = step_seed(self.config.seed, 2**31)
             torch.manual_seed(seed)
             measured = self.task.validate(self.batch(raw, self.total - 1, seed, augment=False))
-            for name, value in measured.items():
-                sums[name] = sums.get(name, 0.0) + len(raw[0]) * value
-            count += len(raw[0])
-        # rounding differs between processes, so all use the means of the first: they must agree on the best
-        means: dict[str, float] = from_first(lambda: {name: float(value) / count for name, value in sums.items()})
+            found.append((len(raw[0]), measured))
+        # The host waits for the device only here.
+        parts = [[(count, {name: float(value) for name, value in part.items()}) for count, part in found]] * world
+        if world > 1:
+            dist.all_gather_object(parts, parts[0])
+        # All processes add the same numbers in the order of the batches: they must agree on the best.
+        ordered = [part for together in zip_longest(*parts) for part in together if part is not None]
+        images = sum(count for count, _ in ordered)
+        names = dict.fromkeys(name for _, part in ordered for name in part)
+        means = {name: sum(count * part.get(name, 0.0) for count, part in ordered) / images for name in names}
         self.last = {**self.last, **{f"validation_{name}": value for name, value in means.items()}}
         self._keep_best(means)
         model.load_state_dict(before)

@@ -93,9 +93,9 @@ class InMemory:
         n, size, seed, drop_last = len(self.ids), self.batch_size, self.config.seed, self.config.drop_last
         return batches(n, size, seed, epoch, drop_last, rank=self.rank, world=self.world, device=self.x.device)
 
-    def epoch(self, epoch: int, first: int) -> Generator[RawBatch]:
-        """Yield this process's share of the epoch's batches, beginning with batch number ``first``."""
-        for rows in self._order(epoch)[first : self.steps]:
+    def epoch(self, epoch: int, first: int, every: int = 1) -> Generator[RawBatch]:
+        """Yield this process's share of each ``every``-th batch of the epoch, beginning with number ``first``."""
+        for rows in self._order(epoch)[first : self.steps : every]:
             # On a CPU, index_select is faster than x[rows].
             images = self.x.index_select(0, rows := self.ids[rows])
             ids = sent(rows, self.device)
@@ -208,7 +208,7 @@ def make_sources(
     images, labels = validation
     labels = _check(images, labels, "the images of validation", "the labels of validation")
     task.check(tuple(images.shape[1:]), int(labels.max()) + 1)
-    # Each process validates with all held-out images, and has the memory for its share of a batch.
+    # A process validates whole batches. It has the memory for its share of a training's batch.
     at_once = replace(config, batch_size=max(1, config.batch_size // world), drop_last=False, steps_per_epoch=None)
     return source, InMemory(placed(images, device), labels, at_once, device, ids=held)
 

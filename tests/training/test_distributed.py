@@ -6,12 +6,23 @@ import pytest
 import torch
 from cuda_launches import CudaLaunches
 from forks import together
-from trainings import batchnorm, first_fails, refusals, small_task, weights
+from trainings import batchnorm, captured, first_fails, refusals, small_task, weights
 
 from purify_fast import cli
 from purify_fast.training import distributed
 
-KINDS = ("classifier", "convolutional", "pipeline", "published", "atop pipeline", "atop gan", "diffusion")
+KINDS = (
+    "classifier",
+    "convolutional",
+    "pipeline",
+    "published",
+    "atop pipeline",
+    "atop gan",
+    "diffusion",
+    "BatchNorms of others",
+)
+#: Trainings whose steps are captured, and one whose BatchNorms wait for the other process.
+CAPTURED = {"convolutional": 1, "atop gan": 1, "diffusion": 1, "classifier": 0}
 NORMS = {  # layer, shape, images of the first process, mean, dtype
     "2d": ("2d", (7, 3, 4, 5), 3, 0.0, torch.float64),
     "1d": ("1d", (6, 3), 2, 0.5, torch.float64),
@@ -28,6 +39,7 @@ def two(tmp_path_factory):
 
     def work():
         made = {kind: weights(kind, folder / f"run-{kind}") for kind in KINDS}
+        made |= {f"captured {kind}": captured(kind) for kind in CAPTURED}
         made |= {name: batchnorm(*arguments) for name, arguments in NORMS.items()}
         return made | {"refusals": refusals(), "first fails": first_fails()}
 
@@ -58,6 +70,22 @@ def test_two_processes_end_with_the_weights_and_metrics_of_one(two, kind):
     assert len((two[0] / f"run-{kind}" / "log.jsonl").read_text().splitlines()) == 2
 
 
+@pytest.mark.parametrize("kind", CAPTURED)
+def test_two_processes_capture_steps_between_validations_that_they_share(two, kind):
+    one, (first, second) = captured(kind), results(two, f"captured {kind}")
+    assert first["captured"] == second["captured"] == CAPTURED[kind] and one["captured"] == 1
+    # 25 images in 3 epochs, in batches of 16 at most
+    assert first["validated"] == [16] * 3 and second["validated"] == [9] * 3 and one["validated"] == [25] * 3
+    assert first["last"] == second["last"] == pytest.approx(one["last"], rel=1e-4)
+    assert all(torch.equal(tensor, second["state"][name]) for name, tensor in first["state"].items())
+    close(first["state"], one["state"])
+
+
+def test_batchnorms_of_others_are_as_before_the_training(two):
+    for made in results(two, "BatchNorms of others"):
+        assert made["kinds"] == [type(part) for part in small_task("BatchNorms of others").model.modules()]
+
+
 @pytest.mark.parametrize("name", NORMS)
 def test_batchnorm_over_two_processes_is_torchs_over_all_images(two, name):
     layer, shape, first, mean, dtype = NORMS[name]
@@ -76,7 +104,9 @@ def test_batchnorm_over_two_processes_is_torchs_over_all_images(two, name):
 def test_what_cannot_be_trained_together_is_refused_in_every_process(two):
     first, second = results(two, "refusals")
     assert first == second
-    assert first["batchnorm"].startswith("ValueError: the model's module 1 is a BatchNorm")
+    over_one = "is a BatchNorm over one process"
+    assert first["batchnorm"].startswith(f"ValueError: the model's module 1 {over_one}: set sync_batchnorm")
+    assert f"module 0 {over_one}: sync_batchnorm cannot convert this OwnNorm" in first["own batchnorm"]
     assert first["data"].startswith("ValueError: process 1 trains on other data or settings than the first (data: ")
     # BatchNorm1d uses the images of both processes
     assert first["an image each"] is None

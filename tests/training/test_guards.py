@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from cuda_launches import CudaLaunches
 from small_runs import StopAt, Stopped
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_tensor
 from torch.nn import functional as F
 
 from purify_fast.nn import EMA
@@ -195,3 +198,18 @@ def test_networks_without_an_answer_are_trained_and_resumed_without_a_warning(dr
         go(StopAt(5))
     go()
     assert "was its code edited" not in caplog.text
+
+
+def test_a_model_on_several_devices_or_of_dtensors_is_refused_before_any_work():
+    x, y = torch.zeros((4, 1, 8, 8), dtype=torch.uint8), torch.zeros(4, dtype=torch.int64)
+    parts = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.Linear(4, 4, device="meta"))
+    with pytest.raises(ValueError, match=r"weights are on several devices \(device_map\), cpu, meta: move the model"):
+        fit(ClassifierTask(parts, ClassifierConfig()), x, y, FitConfig(1, 4), progress=False)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+        model[1].weight = nn.Parameter(distribute_tensor(model[1].weight, init_device_mesh("cpu", (1,))))
+        with pytest.raises(ValueError, match="has DTensors as weights"):
+            fit(ClassifierTask(model, ClassifierConfig()), x, y, FitConfig(1, 4), progress=False)
+    finally:
+        dist.destroy_process_group()

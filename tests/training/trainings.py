@@ -1,27 +1,47 @@
 """Small trainings of every kind, by one process or by several together."""
 
+import contextlib
 import dataclasses
+import importlib
 from pathlib import Path
 from unittest import mock
 
 import torch
 import torch.distributed as dist
+from captures import Rerun
 from small_runs import atop_task, attack, carso_task, classifier_task, diffusion_task
 from torch import nn
 
 from purify_fast.models.classifiers import FullyConnected, SmallCNN
 from purify_fast.models.layers import BatchNorm1d, BatchNorm2d
+from purify_fast.speed import StepGraphs
 from purify_fast.training import BankConfig, ClassifierConfig, ClassifierTask, FitConfig, fit, run
 from purify_fast.training.distributed import from_first
 
 
 def loop_of(batch=32):
-    return FitConfig(2, batch, padding=1, flip=True, checkpoint_seconds=0)
+    return FitConfig(2, batch, padding=1, flip=True, checkpoint_seconds=0, sync_batchnorm=True)
 
 
 def small_set():
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, 256, (100, 1, 16, 16), generator=generator, dtype=torch.uint8), torch.arange(100) % 10
+
+
+class OwnNorm(nn.BatchNorm2d):
+    """A BatchNorm whose forward pass is the user's."""
+
+    def forward(self, input):
+        return super().forward(input)
+
+
+def of_others():
+    """A classifier with BatchNorms of torch and of timm, and with other settings than their defaults."""
+    first: nn.Module = nn.ReLU()
+    with contextlib.suppress(ImportError):
+        first = importlib.import_module("timm.layers").BatchNormAct2d(3)
+    second = nn.Conv2d(3, 3, 3, bias=False), nn.BatchNorm2d(3, eps=1e-2, momentum=0.3), nn.ReLU()
+    return nn.Sequential(nn.Conv2d(1, 3, 3, bias=False), first, *second, nn.Flatten(), nn.Linear(432, 10))
 
 
 # signs of gradients near 0 would differ by rounding
@@ -33,6 +53,7 @@ TASKS = {
     "classifier": lambda: ClassifierTask(FullyConnected(1, 10, (16, 16), (12, 8)), ClassifierConfig(STANDARD)),
     "convolutional": lambda: classifier_task(attack=STANDARD),
     "diffusion": diffusion_task,
+    "BatchNorms of others": lambda: ClassifierTask(of_others(), ClassifierConfig(STANDARD)),
     "atop pipeline": lambda: atop_task("pipeline", **OWN),
     "atop gan": lambda: atop_task(attack_method="pgd", gan_grad=True, discriminator_width=2, **OWN),
     "pipeline": lambda: carso_task("pipeline", train_samples=2, attack=ATTACK),
@@ -54,7 +75,19 @@ def weights(kind, folder=None, batch=32):
         for parameter in task.model.parameters():
             parameter.data.add_(1.0)
     last = fit(task, *small_set(), loop_of(batch), folder)
-    return {"state": task.model.state_dict(), "last": last, "steps": len(steps)}
+    kinds = [type(part) for part in task.model.modules()]
+    return {"state": task.model.state_dict(), "last": last, "steps": len(steps), "kinds": kinds}
+
+
+def captured(kind):
+    """Train with steps that are captured, on a stand-in for graphs, and a validation after each epoch."""
+    task, validated = small_task(kind), []
+    validate = task.validate
+    task.validate = lambda batch: validated.append(len(batch.x)) or validate(batch)
+    task.graphs = StepGraphs("always", capture=Rerun())
+    last = fit(task, *small_set(), dataclasses.replace(loop_of(), epochs=3, validation_share=0.25))
+    steps = [step for step in task.graphs.whole_steps.values() if step is not None]
+    return {"state": task.model.state_dict(), "last": last, "validated": validated, "captured": len(steps)}
 
 
 def banked(folder, banks):
@@ -105,7 +138,10 @@ def refusals():
 
     own = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(392, 10))
     return {
-        "batchnorm": said(ClassifierTask(own, ClassifierConfig())),
+        "batchnorm": said(ClassifierTask(own, ClassifierConfig()), loop=FitConfig(1, 32)),
+        "own batchnorm": said(
+            ClassifierTask(nn.Sequential(OwnNorm(1), nn.Flatten(), nn.Linear(256, 10)), ClassifierConfig())
+        ),
         "data": said(small_task("convolutional"), x + rank),
         "an image each": said(small_task("classifier"), loop=FitConfig(1, 2, steps_per_epoch=2)),
         "diverged": said(_Diverging(SmallCNN(width=2), ClassifierConfig())),
