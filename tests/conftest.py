@@ -1,6 +1,5 @@
 """Fixtures shared by the whole suite."""
 
-import importlib.util
 import multiprocessing
 import os
 import random
@@ -23,6 +22,7 @@ os.environ.setdefault("PURIFY_FAST_CACHE", str(Path(__file__).resolve().parents[
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 from captures import Launched, Rerun, Tape
+from loading import module_at
 from slow_shares import of_other_shares
 
 from purify_fast import _library
@@ -54,6 +54,10 @@ OF_THE_MACHINE = (
     "no such ball",
 )
 _began = pytest.StashKey[float]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "interpreter: tests a kernel, and tests/interpreter runs it once more")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -158,10 +162,7 @@ def core():
         pytest.skip("Python.h is missing (for example `apt install python3-dev`)")
     if not built:
         pytest.fail(f"no purify_fast_core in {build}: build it with `make test-cpp`", pytrace=False)
-    spec = importlib.util.spec_from_file_location("purify_fast_core", built[0])
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_at(built[0])
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Loads files of tests of other folders, whose names are not unique."""
+"""Loads Python files that are no modules of the package, such as tests of other folders, whose names repeat."""
 
 import importlib.util
 import sys
@@ -11,7 +11,12 @@ def module(folder: str, name: str) -> ModuleType:
     path = Path(__file__).parent / folder / f"test_{name}.py"
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
-    spec = importlib.util.spec_from_file_location(f"{folder}_{path.stem}", path)
+    return module_at(path, f"{folder}_{path.stem}")
+
+
+def module_at(path: Path, name: str | None = None) -> ModuleType:
+    """Return the module of any Python file, under a name, or else under that of the file."""
+    spec = importlib.util.spec_from_file_location(name or path.name.partition(".")[0], path)
     loaded = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
     return loaded

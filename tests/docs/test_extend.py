@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from purify_fast.ops import REGISTRY
+
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "extend.md").read_text()
+OPS = {name for name in REGISTRY if not name.endswith("_backward")}
 #: What a reader tries first. With a kernel the op is opaque: then its function alone knows the gradient.
 TRIED = """
 import torch
@@ -34,25 +37,28 @@ for name in ("swish", "swish_backward"):
 def files() -> dict[str, str]:
     """By their paths, the files and additions of the page."""
     blocks = re.findall(r"^```py\n# (\S+)\n(.*?)^```", PAGE, re.S | re.M)
-    assert len(blocks) == len(dict(blocks)) == 3
+    assert len(blocks) == len(dict(blocks)) == 4
     return dict(blocks)
+
+
+def add(copy: Path, texts: dict[str, str]) -> None:
+    """Add a text to each file, at its end or above its ``__all__``."""
+    for path, text in texts.items():
+        file = copy / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        old = file.read_text() if file.exists() else ""
+        before, exported, after = re.split(r"(^__all__|\Z)", old, maxsplit=1, flags=re.M)
+        file.write_text(f"{before}\n\n{text}\n\n{exported}{after}")
 
 
 def followed(copy: Path) -> None:
     """Do what the page says, in a copy of what an op consists of."""
     unneeded = shutil.ignore_patterns("__pycache__", "zoo", "results", "robustness", "pages", "gpu")
-    for folder in ("purify_fast", "benchmarks", "kernels", "tests/ops"):
+    for folder in ("purify_fast", "benchmarks", "kernels", "tests/ops", "tests/fuzz"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=unneeded)
-    for path in [
-        ROOT / "tests" / "conftest.py",
-        ROOT / "tests" / "slow_shares.py",
-        ROOT / "tests" / "captures.py",
-        ROOT / "tests" / "host_syncs.py",
-    ]:
-        shutil.copy(path, copy / path.relative_to(ROOT))
-    for path, text in files().items():
-        with (copy / path).open("a") as file:
-            file.write(f"\n\n{text}")
+    for path in (ROOT / "tests").glob("*.py"):
+        shutil.copy(path, copy / "tests")
+    add(copy, files())
 
 
 def run(copy: Path, *arguments: str) -> None:
@@ -68,15 +74,29 @@ def run(copy: Path, *arguments: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_op_of_the_page_has_gradients(tmp_path):
+def test_the_op_of_the_page_passes_the_tests_of_every_op(tmp_path):
     followed(tmp_path)
     run(tmp_path, "-c", TRIED)
-    options = ("-q", "-p", "no:xdist", "-p", "no:cacheprovider", "-k", "swish")
-    run(tmp_path, "-m", "pytest", "tests/ops/test_gradients.py", *options)
+    of_every_op = "tests/ops/test_contract.py", "tests/ops/test_gradients.py", "tests/fuzz/test_ops.py"
+    run(tmp_path, "-m", "pytest", *of_every_op, "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "-k", "swish")
 
 
-#: The files of an op beside those whose text is on the page: its tests, and the common tests.
-OTHER_FILES_OF_AN_OP = 2
+#: The file of an op beside those whose text is on the page: its own tests.
+OTHER_FILES_OF_AN_OP = 1
+
+
+def test_the_files_of_an_op_exist_and_no_other_has_a_list_of_ops():
+    """A list that every new op must extend names nearly all ops. The page must name its file."""
+    named = set(re.findall(r"(?:tests|benchmarks|csrc|kernels|purify_fast)/[\w/<>.]+", PAGE.partition("## An op")[2]))
+    paths = {path.replace("<op>", "gated_elu") for path in named}
+    assert len(paths) > 8 and not [path for path in paths - {"purify_fast/ops/swish.py"} if not (ROOT / path).exists()]
+    listing = []
+    for path in sorted(path for folder in ("tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")):
+        words = set(re.findall(r"[a-z_]+", path.read_text()))
+        if len(OPS & words) > 0.75 * len(OPS):
+            listing.append(path.relative_to(ROOT).as_posix())
+    assert "tests/op_table.py" in listing and set(listing) <= paths, listing
+
 
 ATTACK = {
     "purify_fast/attacks/corners.py": '''
@@ -210,19 +230,11 @@ assert "a random corner" in report.attacks
 """
 
 
-def added(before: str, text: str) -> str:
-    """A file with the text at its end, or above ``__all__`` in a file that was there."""
-    return re.sub(r"^__all__", text + "\n\n__all__", before, flags=re.M) if "__all__" in before else before + text
-
-
 def test_few_files_add_an_op_an_attack_and_a_method(tmp_path):
     """The op of the page runs in test_extend.py."""
     assert len(files()) + OTHER_FILES_OF_AN_OP <= 5 and len(ATTACK) <= 3 and len(METHOD) <= 8
     zoo = str(ROOT / "purify_fast" / "zoo")
     for folder in ("purify_fast", "kernels"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=lambda at, names: names if at == zoo else ())
-    for path, text in {**ATTACK, **METHOD}.items():
-        file: Path = tmp_path / path
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(added(file.read_text() if file.exists() else "", text))
+    add(tmp_path, {**ATTACK, **METHOD})
     run(tmp_path, "-c", OF_ALL)

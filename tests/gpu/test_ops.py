@@ -1,5 +1,7 @@
 """Every op's kernel on a device, against its float64 reference on the CPU, and in every way PyTorch may run it."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from on_device import DEVICE
@@ -14,11 +16,9 @@ from purify_fast.ops.dispatch.verify import deviation
 
 pytestmark = pytest.mark.gpu
 needs_cuda = pytest.mark.skipif(DEVICE.type != "cuda", reason=f"{DEVICE.type} has neither streams nor CUDA graphs")
-CUDA_ONLY = (
-    "decode_samples",
-    "decode_samples_backward",
-    "square_proposal",
-)
+SOURCES = Path(__file__).parents[2] / "csrc" / "cpu"
+#: The ops without a kernel for CPUs.
+CUDA_ONLY = [op for op in REGISTRY if not (SOURCES / f"{op.removesuffix('_backward')}.cpp").exists()]
 #: Elements of a large tensor: beyond what 32 bits count; in the rehearsal, beyond one example.
 MANY = 2**31 if DEVICE.type == "cuda" else 2**17
 REPEATS = 100 if DEVICE.type == "cuda" else 10

@@ -1,7 +1,10 @@
 """No kernel reads or writes outside of its tensors. Every launch of this folder's tests is watched (`addresses`)."""
 
+import re
 import sys
+from inspect import getsource
 
+import op_table
 import pytest
 import torch
 import triton
@@ -15,14 +18,11 @@ from purify_fast.ops import REGISTRY
 fuzzing = module("fuzz", "ops")
 #: Shapes of images that fill no tile, or a tile and one number more.
 ODD = ((1,), (31,), (1023,), (1025,), (3, 7, 5), (1, 33, 31), (2, 1, 129))
-#: The functions of fuzzing whose ops have Triton kernels, by the names of the ops.
-KERNELS = {name: {"decode_samples": "decode_prior"}.get(name, name) for name, op in REGISTRY.items() if op.launch}
-#: The last of these draw their shapes by `image_shape`.
-CASES = [
-    *((name, "of fuzzing") for name in KERNELS if KERNELS[name] in fuzzing.OPS),
-    *((name, "odd") for name in ("apgd_step", "diffusion_step", "gated_elu", "hyperplane_projection")),
-    *((name, "odd") for name in ("noisy_replay", "pgd_step", "reconstruction_loss", "representation_distance")),
-]
+#: The functions with Triton kernels, by the names of their ops.
+KERNELS = {op: op_table.public_name(op) for op in REGISTRY if REGISTRY[op].launch and not op.endswith("_backward")}
+#: Those that draw the shapes of their images by `image_shape`, or by `step`, which calls it.
+SHAPED = [op for op in KERNELS if re.search(r"\b(image_shape|step)\(draw\)", getsource(getattr(op_table, KERNELS[op])))]
+CASES = [*((op, "of fuzzing") for op in KERNELS), *((op, "odd") for op in SHAPED)]
 
 
 @triton.jit
@@ -68,10 +68,11 @@ def test_a_fault_of_one_element_is_found(addresses, fault, does, turn):
 def test_every_shape(backend, bfloat16_of_a_gpu, addresses, monkeypatch, kernel, sizes):
     """Whatever an op accepts: a kernel that reads or writes outside of its tensors raises an error."""
     if sizes == "odd":
-        monkeypatch.setattr(fuzzing, "image_shape", lambda draw: draw(st.sampled_from(ODD)))
+        monkeypatch.setattr(op_table, "image_shape", lambda draw: draw(st.sampled_from(ODD)))
     # Small losses on a CPU run PyTorch's operators.
     monkeypatch.setattr(sys.modules["purify_fast.ops.reconstruction_loss"], "SMALLEST", 0)
-    op, make = fuzzing.OPS[KERNELS[kernel]]
+    name = KERNELS[kernel]
+    op, make = op_table.PUBLIC[name], getattr(op_table, name)
     before = sum(addresses.launches.values())
 
     def tried(data):

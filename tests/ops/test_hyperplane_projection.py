@@ -84,6 +84,7 @@ def test_ten_thousand_rows_by_bisection(backend, norm):
     assert ((w * (x + got)).sum(1) - b)[meets].abs().max() <= 1e-9
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("norm", NORMS)
 def test_gradients_of_any_size(backend, norm, dtype):
@@ -96,6 +97,7 @@ def test_gradients_of_any_size(backend, norm, dtype):
     assert torch.equal(hyperplane_projection(x, w * 2**-40, b * 2**-40, norm), hyperplane_projection(x, w, b, norm))
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("norm", NORMS)
 def test_rows_without_a_plane_do_not_move(backend, norm):
     x, w, b = inputs(5, 12)

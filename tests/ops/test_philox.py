@@ -63,6 +63,7 @@ PINNED = {
 }
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("stream", list(Stream), ids=lambda s: s.name)
 def test_pinned_vector_of_each_stream(backend, stream):
     bits = philox(SEED, IDS[:1], 4, stream=stream, distribution="bits", draws=1, first_draw=2)
@@ -79,6 +80,7 @@ def test_streams_are_uncorrelated(backend):
     assert others.abs().max() < 5 / math.sqrt(n)
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("distribution", op.DISTRIBUTIONS)
 def test_any_split_gives_the_same_numbers(backend, poisoned, distribution):
     arguments = {"stream": Stream.LATENT, "distribution": distribution}

@@ -73,6 +73,7 @@ def test_moments_of_the_clipped_noise(backend):
         assert abs(values.mean() - mean) < 5 * error + 1e-5 and abs(values.std() - deviation) < 5 * error + 1e-5
 
 
+@pytest.mark.interpreter
 def test_gradient_of_the_clip(backend):
     """Both ends pass it, what is hidden does not."""
     x = torch.tensor([0, 1, 0.5, -0.1, 1.1]).view(1, 1, 1, 5).requires_grad_()
@@ -84,6 +85,7 @@ def test_gradient_of_the_clip(backend):
     assert owners.sum() == 2
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("out", DTYPES, ids=str)
 def test_results_of_any_dtype(backend, out):
     """Their dtype, and that of the images, round the numbers of float64 and no more; masks may be shared."""
@@ -124,6 +126,7 @@ def test_k_of_g_is_k_for_every_k(side):
     assert most.sum() == side**2 - 1
 
 
+@pytest.mark.interpreter
 def test_pinned_masks(backend):
     """These never change: results depend on them."""
     x, ids = torch.zeros(1, 1, 4, 4), torch.tensor([7])
@@ -172,6 +175,7 @@ def test_a_result_too_large_for_the_caches_is_that_of_its_images():
         assert torch.equal(whole[5 * i : 5 * i + 5], packed) and torch.equal(owners[:, i : i + 1], owner)
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("block", [4, 32])
 def test_without_noise(backend, block):
     side = 2 * block
@@ -204,6 +208,7 @@ def test_nan_stays_where_it_is_seen(backend, block):
         assert slope.isfinite().all() and slope[1, 2, block - 1, block + 1] == 0
 
 
+@pytest.mark.interpreter
 def test_infinities_are_clipped_where_they_are_seen(backend):
     x = torch.full((1, 1, 2, 2), torch.inf)
     packed, owners = random_transform(x, SEED, names(1), block=1, mask_ratio=0.25)

@@ -38,6 +38,7 @@ PAIRS = (
 )
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 512.0])
 @pytest.mark.parametrize(("pair", "wanted", "half_turns"), PAIRS, ids=lambda value: str(value)[:24])
 def test_published_values(backend, pair, wanted, half_turns, scale):
@@ -55,6 +56,7 @@ def test_published_values(backend, pair, wanted, half_turns, scale):
     assert representation_distance(u, v, "l2").item() == pytest.approx(math.dist(*pair), abs=1e-12)
 
 
+@pytest.mark.interpreter
 def test_published_gradient_and_loss(backend):
     u, v = rows(((3, 4), (4, 3)))
     for dtype in (torch.float64, torch.float32):
@@ -70,6 +72,7 @@ def test_published_gradient_and_loss(backend):
     assert loss.item() == pytest.approx(4.9243294945, abs=5e-6)
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_where_the_student_is_the_teacher(backend, kind, dtype):
@@ -93,6 +96,7 @@ def test_never_negative_near_the_teacher(backend, kind):
         assert (d - exact).abs().max() < (2e-4 if kind == "angular" else 2e-7)
 
 
+@pytest.mark.interpreter
 def test_layers_are_as_one_by_one(backend):
     """With the last kind, the layers need several launches of the Triton kernel, and some launches fill no chunk."""
     for kind in KINDS:
@@ -113,6 +117,7 @@ def test_layers_are_as_one_by_one(backend):
     assert torch.equal(representation_distance(student[:1], teacher[:1])[:, 0], representation_distance(*pairs[0]))
 
 
+@pytest.mark.interpreter
 def test_layers_of_several_precisions(backend):
     student = inputs(3, 20)[0], inputs(3, 30, dtype=torch.float64)[0], inputs(3, 40, dtype=torch.bfloat16)[0]
     teacher = [inputs(*x.shape, seed=4)[1] for x in student]
@@ -145,6 +150,7 @@ def test_the_teacher_gets_no_gradient(backend):
     assert v.grad is None and leaf.grad is not None
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("teacher_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_teacher_of_any_dtype(backend, dtype, teacher_dtype):
@@ -163,6 +169,7 @@ def assert_orthogonal(distance, kind, backend):
     torch.testing.assert_close(distance.detach(), right, rtol=0, atol=1e-7 if backend == "triton" else 0)
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("kind", KINDS[:3])
 def test_zero_vectors(backend, kind):
     u, v = inputs(4, 6)
@@ -179,6 +186,7 @@ def test_zero_vectors(backend, kind):
     assert torch.autograd.grad(d.sum(), empty)[0].shape == (3, 0)
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("kind", KINDS)
 def test_non_finite_features_are_not_hidden(backend, kind):
     u, v = inputs(8, 100)
@@ -192,6 +200,7 @@ def test_non_finite_features_are_not_hidden(backend, kind):
     assert grad[[0, 1, 4]].isnan().all() and grad[6:].isfinite().all()
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("kind", KINDS[:3])
 def test_from_the_smallest_to_the_largest_norms(backend, kind):
     u, v = inputs(3, 50)

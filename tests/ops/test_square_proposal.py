@@ -84,6 +84,7 @@ def test_ball_and_box(norm, dtype):
     assert (reach <= radius * (1 + 1e-5) + slack * 360 ** (1 / POWERS[norm])).all()
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("norm", NORMS)
 def test_an_edge_in_a_tensor_gives_the_same_bits(norm, dtype):

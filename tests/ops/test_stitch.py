@@ -19,6 +19,7 @@ def inputs(shape: tuple) -> tuple:
     return images, owners
 
 
+@pytest.mark.interpreter
 def test_every_block_is_that_of_its_owner(backend):
     """Sample by sample and block by block, in loops."""
     images, owners = inputs(SHAPE)
@@ -29,6 +30,7 @@ def test_every_block_is_that_of_its_owner(backend):
             assert torch.equal(out[i][at], each[i, int(owner[r, c])][at])
 
 
+@pytest.mark.interpreter
 def test_only_the_owner_is_read(backend):
     images, owners = inputs(SHAPE)
     owned = op._owned(owners, 4, 12, 20).expand(-1, -1, 3, -1, -1).flatten(0, 1)
@@ -37,6 +39,7 @@ def test_only_the_owner_is_read(backend):
     assert out.isnan().all()
 
 
+@pytest.mark.interpreter
 def test_a_block_without_an_owner_is_zero(backend):
     images, owners = inputs((1, 2, 3, 5, 9, 14, 3, 7))
     owners[0, 1, 2, 6] = 3
