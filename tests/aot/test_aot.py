@@ -386,7 +386,15 @@ BUDGETS = {
     ("apgd_step-linf", "bf16"): 430,
     ("square_proposal-l2-held", "fp32"): 1215,
     ("square_proposal-l1-held", "fp32"): 1640,
+    ("square_proposal-linf", "bf16"): 295,
+    ("hyperplane_projection-linf", "bf16"): 825,
+    ("reconstruction_loss-forward", "bf16"): 775,
+    ("reconstruction_loss-backward", "bf16"): 202,
+    ("representation_distance-abs_cosine", "bf16"): 975,
+    ("representation_distance-backward", "bf16"): 352,
 }
+#: These have budgets by the layer and by the loop.
+BUDGETS_OF_LAYERS = ("decode_samples",)
 
 
 #: The iterations of the loops of attention, from the outermost loop inward, where they are not four.
@@ -402,6 +410,13 @@ def instructions(case: str, dtype: str) -> int:
         trips = TRIPS.get(name, usual)
         total += kernel.executed(*trips) / trips[0] if name != APART else 0
     return round(total)
+
+
+@pytest.mark.parametrize("op", [name for name, op in REGISTRY.items() if op.launch and not name.endswith("_backward")])
+def test_every_op_has_a_case_and_a_budget(op):
+    compiled, counted = ({case.partition("-")[0] for case in cases} for cases in (CASES, [case for case, _ in BUDGETS]))
+    assert op in compiled, f"tests/ahead.py has no case of {op}: docs/extend.md, An op, step 7"
+    assert op in counted.union(BUDGETS_OF_LAYERS), f"BUDGETS has no case of {op}: docs/extend.md, An op, step 7"
 
 
 @pytest.mark.parametrize(("case", "dtype"), BUDGETS, ids=str)
