@@ -1,7 +1,7 @@
 """Prepare a run of README's first commands in an environment with only the packages that the commands need.
 
 `python .ci/first_commands.py FOLDER` writes a script and a folder of packages. The script FOLDER/typed.sh contains the
-lines under README's marks ``ci: install`` and ``ci: judge``. In these lines only the address of ``git clone`` is
+lines under README's marks ``ci: install`` and ``ci: judge``. In these lines only the address of the repository is
 replaced, by the path of this checkout. The folder FOLDER/site has links to PyTorch and the package's other requirements
 in the current environment, so that nothing large is downloaded again.
 """
@@ -29,10 +29,10 @@ def block(page: str, mark: str) -> str:
 
 
 def typed(page: str, address: Path) -> str:
-    """Join the blocks ``install`` and ``judge`` into one script, which clones from ``address``."""
-    install, clones = re.subn(r"\bgit clone \S+", f"git clone --quiet '{address}'", block(page, "install"))
-    if clones != 1:
-        sys.exit(f"README.md must contain git clone once under <!-- ci: install -->; it contains it {clones} times")
+    """Join the blocks ``install`` and ``judge`` into one script, which installs from ``address``."""
+    install, addresses = re.subn(r"git\+https://\S+", f"'git+file://{address}'", block(page, "install"))
+    if addresses != 1:
+        sys.exit(f"README.md must contain git+https:// once under <!-- ci: install -->; got {addresses}")
     lines = (install + block(page, "judge")).replace("\\\n", " ").splitlines()
     # Stop at the first line that fails, like a person. `set -e` would not stop if the first command of `a && b` fails.
     return "\n".join(f"{line}\n[ $? = 0 ] || exit 1" for line in lines if line.strip()) + "\n"
@@ -65,12 +65,8 @@ def link(names: list[str], site: Path) -> None:
 
 
 def main(folder: Path) -> None:
-    # `git clone` names the new folder after the last part of the address.
-    address = folder / "address" / "purify_fast"
-    for place in (address.parent, folder / "site"):
-        place.mkdir()
-    address.symlink_to(ROOT)
-    (folder / "typed.sh").write_text(typed((ROOT / "README.md").read_text(encoding="utf-8"), address))
+    (folder / "site").mkdir()
+    (folder / "typed.sh").write_text(typed((ROOT / "README.md").read_text(encoding="utf-8"), ROOT))
     link([name for name in required("purify-fast") if name != "purify-fast"], folder / "site")
 
 

@@ -25,7 +25,7 @@ RESULTS = tuple(
     for path in sorted(ROOT.glob(f"benchmarks/results/*/{name}.md"))
 )
 #: Files at the root of the repository that are pages of the site too.
-PROJECT = ("CONTRIBUTING", "CHANGELOG")
+PROJECT = ("CONTRIBUTING", "CHANGELOG", "SECURITY")
 
 
 def packages() -> dict[str, ModuleType]:
@@ -179,7 +179,7 @@ def write_project(folder: Path) -> None:
     for name in PROJECT:
         text = (root / f"{name}.md").read_text()
         for other in PROJECT:
-            text = text.replace(f"]({other}.md)", f"]({other.lower()}.md)")
+            text = text.replace(f"]({other}.md", f"]({other.lower()}.md")
         texts[page_of(name)] = text.replace("](docs/", "](../")
     put(folder, texts)
 

@@ -232,7 +232,7 @@ def main(chosen: argparse.Namespace) -> bool | None:
         return not problems
     for folder in sorted({path.parent for path in RESULTS.glob("*/*.csv")}):
         sheets.report(folder)
-    front_page.picture(RESULTS, ROOT / "docs" / "pictures" / "claim.png")
+    front_page.pictures(RESULTS, ROOT / "docs" / "pictures")
     publish()
     return None
 

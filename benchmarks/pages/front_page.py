@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from purify_fast._files import atomic
 from purify_fast.evaluation import Report, Row
@@ -51,6 +52,10 @@ CASES = [
 ]
 #: The number of images of the attack by PGD on a GPU in the table of speeds.
 IMAGES = "256"
+#: The titles of README's table and picture, by device. docs/speed.md has the others.
+STEPS = "AToP training step", "CARSO training step, through the pipeline", "ARREST training step"
+GPU_ATTACK = f"attack by PGD-10 on a ResNet-18, {IMAGES} images"
+TOLD = {CPU: STEPS[:2], GPU: (*STEPS[1:], GPU_ATTACK)}
 
 
 def _row(results: Path, model: str, attack: str) -> Row:
@@ -82,27 +87,25 @@ class Speed:
     Attributes:
         device: name of the folder of the device.
         title: title of the computation.
-        expert: time of the expert's faster form.
+        expert: time of the expert's faster form. None if it was not measured.
         own: time of the fastest form of this package.
-        plain: time of plain PyTorch, which is the default precision of the device. None if it was not measured.
-        share: share of the matrix rate that this package reaches.
+        plain: time of plain PyTorch, in the default precision of the device.
     """
 
     device: str
     title: str
-    expert: float
+    expert: float | None
     own: float
-    plain: float | None
-    share: float
+    plain: float
 
     @property
-    def gain(self) -> float:
+    def gain(self) -> float | None:
         """The speedup over the expert."""
-        return self.expert / self.own
+        return self.expert and self.expert / self.own
 
 
 def speeds(results: Path) -> list[Speed]:
-    """Return the speeds that README quotes: those of the computations in which an expert's form was measured.
+    """Return the speeds of the computations in `CASES`, and of the attack by PGD on a GPU.
 
     Args:
         results: folder of the committed results.
@@ -111,20 +114,16 @@ def speeds(results: Path) -> list[Speed]:
     for device, title, pipeline, case in CASES:
         rows = [row for row in read_csv(results / device / PIPELINES) if device != CPU or row["threads"] == "1"]
         own = [row for row in rows if (row["pipeline"], row["case"]) == (pipeline, case) and row["ms"]]
-        cases.append((device, title, own, "contestant", "share_of_matrix_rate"))
-    forms = [{**row, "share": str(row["share"])} for row in gpu_tables.pgd_forms(results / GPU)]
-    attack = [row for row in forms if row.get("images", IMAGES) == IMAGES]
-    cases.append((GPU, f"attack by PGD-10 on a ResNet-18, {IMAGES} images", attack, "form", "share"))
+        cases.append((device, title, own, "contestant"))
+    attack = [row for row in gpu_tables.pgd_forms(results / GPU) if row.get("images", IMAGES) == IMAGES]
+    cases.append((GPU, GPU_ATTACK, attack, "form"))
     found = []
-    for device, title, rows, name, share in cases:
+    for device, title, rows, name in cases:
         # PyTorch's default for convolutions on a GPU is TF32, so the row in float32 is not plain PyTorch there.
         plain = fastest(rows, "plain, TF32", name) or fastest(rows, "plain", name)
         expert, own = fastest(rows, sheets.EXPERT, name), fastest(rows, sheets.OURS, name)
-        if expert and own:
-            (reached,) = {
-                float(row[share]) for row in rows if row[name].startswith(sheets.OURS) and float(row["ms"]) == own
-            }
-            found.append(Speed(device, title, expert, own, plain, reached))
+        if plain and own:
+            found.append(Speed(device, title, expert, own, plain))
     return found
 
 
@@ -133,39 +132,38 @@ def _range(gains: list[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def answer_row(results: Path) -> list[list[str]]:
-    """Return the first row of README's table of speeds: the time until the robust accuracy is known, if measured."""
+def told(results: Path) -> list[Speed]:
+    """Return the speeds that README tells, in milliseconds: the time until the robust accuracy is known, and `TOLD`."""
     network, count = answer.NETWORKS[0], answer.COUNTS[0]
     sums = answer.sums_of([row for row in answer.read(results / "studies") if row["network"] == network], count)
     every = [sums[who] for who in (answer.EXPERT, contests.OURS, contests.OFFICIAL)]
-    times = [row["cpu_seconds"] for row in every if row is not None]
-    if len(times) < len(every):
-        return []
-    expert, own, plain = times
-    what = f"robust accuracy of {network.partition(',')[0]}, {count} images; expert: AutoAttack"
-    cells = f"{expert:.0f} s", f"**{own:.0f} s**", f"{expert / own:.2f}", f"{plain:.0f} s", f"{plain / own:.1f}"
-    return [[NAMES[CPU], what, *cells, "-"]]
+    expert, own, plain = (1e3 * row["cpu_seconds"] if row else None for row in every)
+    shown = [one for one in speeds(results) if one.title in TOLD[one.device]]
+    if own is None or plain is None:
+        return shown
+    return [Speed(CPU, f"robust accuracy of {network.partition(',')[0]}, {count} images *", expert, own, plain), *shown]
 
 
 def speed_table(results: Path) -> list[str]:
-    """Return the table of the times of predictions, training steps and attacks, and a sentence if there are losses.
+    """Return the table of the times that README tells, and sentences about it.
 
     Args:
         results: folder of the committed results.
     """
-    body, measured = answer_row(results), speeds(results)
-    for one in measured:
-        plain = ["-", "-"] if one.plain is None else [f"{one.plain:,.0f} ms", f"{one.plain / one.own:.1f}"]
-        # A small gain or a loss has two digits.
-        gain = f"{one.gain:.{1 if one.gain >= 2 else 2}f}"
-        times = f"{one.expert:,.0f} ms", f"**{one.own:,.0f} ms**"
-        body.append([NAMES[one.device], one.title, *times, gain, *plain, f"{100 * one.share:.0f} %"])
-    head = ["device", "computation", "expert", "purify_fast", "speedup over the expert", "plain PyTorch"]
-    lines = markdown_table([*head, "speedup over plain", "share of the matrix speed"], body)
-    said = []
-    if any(one.gain < 1 for one in measured):
-        said.append("**The expert is faster where the speedup over it is below 1.**")
-    return [*lines, "", " ".join(said)] if said else lines
+
+    def time(ms: float | None) -> str:
+        return "-" if ms is None else f"{ms / 1e3:,.0f} s" if ms >= 60e3 else f"{ms:,.0f} ms"
+
+    body = []
+    for one in told(results):
+        gain = "-" if one.gain is None else f"{one.gain:.2f}"
+        times = time(one.plain), time(one.expert), f"**{time(one.own)}**"
+        body.append([NAMES[one.device], one.title, *times, f"{one.plain / one.own:.1f}", gain])
+    head = ["device", "computation", "plain PyTorch", "expert", "purify_fast", "speedup over plain", "over the expert"]
+    said = "\\* Plain: AutoAttack as it is. Expert: AutoAttack as an expert runs it. A dash means: not measured."
+    if any(one.gain is not None and one.gain < 1 for one in told(results)):
+        said += " **The expert is faster where the speedup over it is below 1.**"
+    return [*markdown_table(head, body), "", said]
 
 
 def claim(results: Path) -> list[str]:
@@ -176,7 +174,7 @@ def claim(results: Path) -> list[str]:
     """
     sentences = []
     for device, name in NAMES.items():
-        gains = [one.gain for one in speeds(results) if one.device == device]
+        gains = [one.gain for one in speeds(results) if one.device == device and one.gain is not None]
         if gains:
             sentences.append(f"{_range(gains)} times as fast as an expert's code in PyTorch alone ({name})")
     found = [f"In our measurements, purify_fast was {', and '.join(sentences)}."] if sentences else []
@@ -271,21 +269,55 @@ def broken_sentence(results: Path) -> list[str]:
     ]
 
 
-def picture(results: Path, path: Path) -> None:
-    """Draw README's picture: CARSO's accuracy under attacks through its own output, and under exact gradients.
+def pictures(results: Path, folder: Path) -> None:
+    """Draw README's pictures, ``claim.png`` and ``speed.png``.
 
     Nothing is drawn if matplotlib is not installed. The same results always give the same bytes.
 
     Args:
         results: folder of the committed results.
-        path: path of the PNG file.
+        folder: folder of the PNG files.
     """
     try:
         # Do not use pyplot, because pyplot would change matplotlib's backend and the figures that the user has opened.
         from matplotlib.figure import Figure
     except ImportError:
         return
-    figure = Figure(facecolor="white", layout="constrained", figsize=(9, 3.6))
+    for name, draw, height in (("claim.png", draw_claim, 3.6), ("speed.png", draw_speed, 3.8)):
+        figure = Figure(facecolor="white", layout="constrained", figsize=(9, height))
+        axes = figure.add_subplot()
+        # Add light vertical grid lines, and remove the frame except its lower edge.
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.spines["bottom"].set_color(PLAIN)
+        axes.tick_params(axis="both", length=0, labelsize=8.5, labelcolor=INK)
+        axes.grid(axis="x", color=GRID, linewidth=0.7)
+        axes.set_axisbelow(True)
+        draw(results, axes)
+        with atomic(folder / name) as temporary:
+            figure.savefig(temporary, dpi=120, metadata={"Software": None}, format="png")
+
+
+def draw_speed(results: Path, axes: Any) -> None:
+    """Draw the times of README's table of speeds, each relative to that of plain PyTorch."""
+    shown = told(results)
+    for at, one in enumerate(shown):
+        forms = (("expert", one.expert, PLAIN), ("purify_fast", one.own, OURS))
+        for offset, (form, ms, color) in zip((-0.19, 0.19), forms, strict=True):
+            text = "not measured" if ms is None else f"{100 * ms / one.plain:.0f} %"
+            bar = axes.barh(at + offset, 0 if ms is None else 100 * ms / one.plain, height=0.36, color=color)
+            axes.bar_label(bar, [f"{form}: {text}"], padding=4, fontsize=8, color=INK)
+    axes.axvline(100, color=ALARM, linewidth=1)
+    axes.set_yticks(range(len(shown)), [f"{one.title.rstrip(' *')}\n{NAMES[one.device]}" for one in shown])
+    axes.set_ylim(len(shown) - 0.4, -0.6)
+    axes.set_xlim(0, 125)
+    axes.set_title(
+        "Time of a computation, relative to plain PyTorch", fontsize=9.5, loc="left", color=INK, weight="bold"
+    )
+    axes.set_xlabel("% of the time of plain PyTorch (the red line); shorter is better", fontsize=9.5)
+
+
+def draw_claim(results: Path, axes: Any) -> None:
+    """Draw CARSO's accuracy under attacks through its own output, and under exact gradients."""
     masked = "CARSO, paper's objective,\nattacked through its output PeeL"
     bars = [
         (masked, "CARSO, paper's objective, through PeeL", ALARM),
@@ -296,7 +328,6 @@ def picture(results: Path, path: Path) -> None:
     shown = {model: attack for _, model, attack in MODELS}
     rows = [_row(results, model, shown[model]) for _, model, _ in bars]
     texts = [f"{percent(row)} %" + ("" if row.reliable else "\nALARM: no gradients") for row in rows]
-    axes = figure.add_subplot()
     titles, _, colors = (list(column) for column in zip(*bars, strict=True))
     widths = [100 * row.accuracy for row in rows]
     container = axes.barh(range(len(titles)), widths, height=0.72, color=colors)
@@ -305,12 +336,6 @@ def picture(results: Path, path: Path) -> None:
     axes.set_yticks(range(len(titles)), titles)
     axes.set_ylim(len(titles) - 0.4, -0.6)
     axes.set_xlim(0, 125)
-    # Add light vertical grid lines, and remove the frame except its lower edge.
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(PLAIN)
-    axes.tick_params(axis="both", length=0, labelsize=8.5, labelcolor=INK)
-    axes.grid(axis="x", color=GRID, linewidth=0.7)
-    axes.set_axisbelow(True)
     for bar, row in zip(container, rows, strict=True):
         if not row.reliable:
             bar.set(facecolor="white", edgecolor=ALARM, hatch="////")
@@ -318,5 +343,3 @@ def picture(results: Path, path: Path) -> None:
     axes.set_title(title, fontsize=9.5, loc="left", color=INK, weight="bold")
     axes.set_xticks(range(0, 101, 20))
     axes.set_xlabel("images still classified correctly under attack, %  (MNIST, 1,000 images, L-inf 0.3)", fontsize=9.5)
-    with atomic(path) as temporary:
-        figure.savefig(temporary, dpi=120, metadata={"Software": None}, format="png")

@@ -22,7 +22,8 @@ def page(install: str, judge: str) -> str:
 
 
 def test_the_script_ends_at_the_first_line_that_fails(first_commands, tmp_path):
-    text = page("git clone https://example.org/x there && cd there\necho \\\n  went on\n", "echo judged\n")
+    clone = "a=git+https://example.org/x\ngit clone ${a#git+} there && cd there\n"
+    text = page(f"{clone}echo \\\n  went on\n", "echo judged\n")
     script = first_commands.typed(text, tmp_path / "nothing")
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and done.stdout == "", done

@@ -13,7 +13,7 @@ NAME = re.compile(r"(?<![\w./-])purify_fast(?:\.[A-Za-z_]\w*)+")
 LIBRARY = "purify_fast._C"
 #: Endings of file names, such as purify_fast.toml.
 SUFFIXES = {"egg", "json", "log", "md", "py", "so", "toml", "yaml"}
-PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CHANGELOG.md"]
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*.md"))]
 SOURCES = sorted((ROOT / "purify_fast").rglob("*.py"))
 
 
@@ -43,16 +43,12 @@ def wrong_names(text):
 
 
 def text_of(path):
-    """A page, or the comments and strings of a source. The list of what is gone names what does not exist."""
+    """A page, or the comments and strings of a source."""
     if path.suffix == ".py":
         with tokenize.open(path) as file:
             kinds = tokenize.COMMENT, tokenize.STRING
             return "\n".join(token.string for token in tokenize.generate_tokens(file.readline) if token.type in kinds)
-    text = path.read_text()
-    if path.name == "CHANGELOG.md":
-        text = text.partition("## Unreleased")[2].partition("\n## ")[0]
-        text = re.sub(r"### What you can no longer do.*?(?=\n### |\Z)", "", text, flags=re.DOTALL)
-    return text
+    return path.read_text()
 
 
 @pytest.mark.parametrize("paths", [PAGES, SOURCES], ids=["pages", "sources"])
@@ -66,8 +62,3 @@ def test_a_wrong_name_is_found():
     assert wrong_names(text) == []
     wrong = ["purify_fast.evaluation.Tradeoff", "purify_fast.nothing.at_all"]
     assert wrong_names(f"{text} {wrong[0]}(x), purify_fast.zoo.load, ``{wrong[1]}``.") == wrong
-
-
-def test_the_list_of_what_is_gone_is_not_read():
-    text = text_of(ROOT / "CHANGELOG.md")
-    assert "purify_fast.frozen_copy" in text and "purify_fast.demo" not in text
