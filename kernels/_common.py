@@ -56,6 +56,11 @@ def next_power_of_2(number: int) -> int:
     return 1 << max(0, number - 1).bit_length()
 
 
+def limited(registers: int) -> dict[str, int]:
+    """Return the option that limits the registers of a thread, if the GPU's compiler has it: NVIDIA's, not AMD's."""
+    return {} if torch.version.hip else {"maxnreg": registers}
+
+
 def warps(block: int) -> int:
     """Return the number of warps, 1 to 8, of a program that sums ``block`` elements together, eight in each thread."""
     return max(1, min(8, block // 256))

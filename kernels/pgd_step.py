@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import BLOCK, cdiv, next_power_of_2, sum_tile, tile
+from ._common import BLOCK, cdiv, limited, next_power_of_2, sum_tile, tile
 from ._launch import launch
 
 #: The largest tile in which a program can hold a whole sample without spilling registers, by the index of the norm.
@@ -301,7 +301,7 @@ def forward(
     if whole:
         block = {"WIDTH": fitting, "num_warps": whole_warps(fitting)}
     if norm == 2:
-        block["maxnreg"] = L1_REGISTERS
+        block |= limited(L1_REGISTERS)
     kernel = (_linf, _l2_whole if whole else _l2, _l1_whole if whole else _l1)[norm]
     own = ((blocks,), (), (chosen,))[norm]
     tensors = [one.contiguous() for one in (x, grad, x_nat, alpha, eps)]

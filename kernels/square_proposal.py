@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import cdiv, first_of, grid, next_power_of_2, program, tile
+from ._common import cdiv, first_of, grid, limited, next_power_of_2, program, tile
 from ._launch import launch
 from .pgd_step import HALVINGS, L1_REGISTERS, _clamp, _l1_projected, _load, _room, whole_warps
 
@@ -303,7 +303,7 @@ def forward(
         programs = grid(draws * images, cdiv(size, block))
         launch(_linf, programs, *given, out, *sizes, *settings, WIDTH=block, num_warps=several, enable_fp_fusion=False)
     else:
-        own = {"maxnreg": L1_REGISTERS} if norm == 2 else {}
+        own = limited(L1_REGISTERS) if norm == 2 else {}
         sizes = images, channels, height, width, pattern.shape[-1]
         shape = layout(channels, height * width) | own
         tensors = *given, pattern.contiguous(), out

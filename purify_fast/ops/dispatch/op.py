@@ -11,7 +11,7 @@ import torch
 
 from ... import _library, kernels
 from .examples import Example
-from .records import files_digest
+from .records import files_digest, runs_triton
 
 KERNELS = Path(kernels.__path__[0])
 
@@ -100,7 +100,7 @@ class Definition:
     def code_hash(self, kind: str) -> str:
         """Return a hash of the kernel's sources on a type of device."""
         definition = Path(self.reference.__code__.co_filename)
-        if kind == "cuda":
+        if runs_triton(kind):
             # All files, because kernels call functions of other kernels, and definitions call other definitions.
             return files_digest((*sorted(definition.parent.glob("[!_]*.py")), *sorted(KERNELS.glob("*.py"))))
         return files_digest((definition, Path(_library.path)) if _library.path else (definition,))

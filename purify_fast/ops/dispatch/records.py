@@ -57,10 +57,15 @@ def triton_version() -> str:
     return triton.__version__
 
 
+def runs_triton(kind: str) -> bool:
+    """Tell whether a type of device runs Triton's kernels. PyTorch calls the GPUs of NVIDIA and of AMD ``cuda``."""
+    return kind == "cuda"
+
+
 @functools.cache
 def machine(device: torch.device) -> dict[str, str]:
     """Return the device and the versions that determine what a kernel computes on it."""
-    if device.type != "cuda":
+    if not runs_triton(device.type):
         capability = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
         return {"kind": device.type, "device": processor(), "capability": capability, "torch": torch.__version__}
     major, minor = torch.cuda.get_device_capability(device)

@@ -29,6 +29,7 @@ from . import races, verify
 from .examples import Example, normal, properties_of, tensors
 from .op import BACKENDS, KERNELS, Backend, Call, Definition, first_argument
 from .races import Winner
+from .records import runs_triton
 
 
 def _checked(names: str | None) -> tuple[Backend, ...]:
@@ -133,11 +134,11 @@ class Op(Definition):
         device, kernel = call.device, self.kernel(call.device.type)
         if kernel == "reference":
             return Winner(kernel, "there is no kernel")
-        if device.type != "cuda" or torch.cuda.is_available():
+        if not runs_triton(device.type) or torch.cuda.is_available():
             raced = races.winner(self, call)
             if raced is not None:
                 return raced
-        if device.type == "cuda" and call.variant in self.serves_unraced(call.style):
+        if runs_triton(device.type) and call.variant in self.serves_unraced(call.style):
             return Winner(kernel, "not raced: the kernel replaces at least a dozen launches")
         why = "the reference is only a few launches" if call.style == "eager" else "compilers fuse the reference"
         return Winner("reference", "not raced" if device.type == "cpu" else f"not raced: {why}")
@@ -183,7 +184,7 @@ def kernels_now(device: torch.device) -> str:
         device: the device on which a run computes.
     """
     # Without a GPU the races of its kernels cannot be read, and none of the kernels is used.
-    here = device.type != "cuda" or torch.cuda.is_available()
+    here = not runs_triton(device.type) or torch.cuda.is_available()
     chosen = {
         name: [op.kernel(device.type), [entry["cells"] for entry, _ in races.entries_of(op, device)] if here else []]
         for name, op in REGISTRY.items()
