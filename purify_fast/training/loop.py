@@ -12,6 +12,7 @@ up to rounding. After the backward pass, they average all gradients and metrics 
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
@@ -28,6 +29,7 @@ from .._memory import ran_out_of_memory
 from .._process import processes
 from ..speed.graphs.step_graphs import StepGraphs
 from ..speed.precision import float32_products, raced_convolutions, whole_float32_by_default
+from ..speed.processor import fast_bfloat16
 from .bank import BankConfig
 from .callbacks import Callback, ProgressBar, TrainingState
 from .captured_step import NotRestored, captured
@@ -37,6 +39,8 @@ from .optimizers import fuse, set_learning_rate, weights_of
 from .run import Run
 from .sources import Images, Loader, make_sources, step_seed
 from .task import Batch, Metrics, Task, frozen_parts
+
+logger = logging.getLogger("purify_fast")
 
 #: The losses and weights are checked after every INTERVAL steps, because a check waits for the device.
 INTERVAL = 100
@@ -287,7 +291,14 @@ def parts_of(batch: Batch, number: int) -> list[Batch]:
 
 @contextlib.contextmanager
 def step_settings(task: Task, config: FitConfig, device: torch.device) -> Iterator[None]:
-    """Within the block, use CUDA graphs, cuDNN's benchmark and fused optimizers, which make steps on a GPU faster."""
+    """Within the block, use CUDA graphs, cuDNN's benchmark and fused optimizers, which make steps on a GPU faster.
+
+    A warning says what the precision "auto" would give on this GPU, if the training does not use its matrix units.
+    """
+    own = getattr(getattr(task, "config", None), "precision", None)
+    slow = device.type == "cuda" and own == "float32" and not torch.backends.cudnn.allow_tf32
+    if slow and processes()[0] == 0 and fast_bfloat16(device):
+        logger.warning("the matrix units of %s are not used: precision='auto' multiplies in bfloat16 on it", device)
     for optimizer in task.optimizers.values():
         fuse(optimizer, device.type == "cuda")
     before = task.graphs
