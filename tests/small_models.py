@@ -1,4 +1,4 @@
-"""Models of a few weights that the code blocks of README and of the documentation are run with."""
+"""Models of a few weights, images for them, and what several files of tests do with both."""
 
 from dataclasses import fields, replace
 
@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from purify_fast.data.datasets import small_digits
 from purify_fast.methods.carso import official_tensors
 from purify_fast.models.classifiers import WideResNet
 from purify_fast.training import TrainingAttack
@@ -31,6 +32,24 @@ def configured(kind, **options):
     names = {field.name for field in fields(TrainingAttack)}
     attack = {name: options.pop(name) for name in names & options.keys()}
     return kind(attack=TrainingAttack(**{"eps": 8 / 255, "steps": 10, **attack}), **options)
+
+
+def images(n=6, shape=(1, 16, 16), seed=1):
+    """Random images in [0, 1]."""
+    return torch.rand((n, *shape), generator=torch.Generator().manual_seed(seed))
+
+
+def images_and_labels(n, shape, classes, seed=1):
+    """Random images in [0, 1], and random labels."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand((n, *shape), generator=generator), torch.randint(classes, (n,), generator=generator)
+
+
+def shuffled_digits():
+    """The 1,797 digits of 8 x 8 pixels, in [0, 1], and their labels, in random order."""
+    x, y = small_digits()
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    return x[order].float() / 16, y[order]
 
 
 class Linear(nn.Module):

@@ -1,6 +1,5 @@
 """Importing without the optional parts, and the decisions setup.py takes."""
 
-import importlib.util
 import os
 import re
 import shutil
@@ -11,6 +10,7 @@ from importlib.metadata import PathDistribution
 from pathlib import Path
 
 import pytest
+from loading import module_at
 
 from purify_fast import __version__, _library
 from purify_fast.zoo import files
@@ -144,10 +144,7 @@ def test_the_source_distribution_has_what_a_build_reads_and_no_more(tmp_path):
 
 @pytest.fixture(scope="module")
 def setup_py():
-    spec = importlib.util.spec_from_file_location("purify_fast_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_at(ROOT / "setup.py", "purify_fast_setup")
 
 
 def test_what_setup_py_reads_and_refuses(setup_py):

@@ -1,20 +1,17 @@
 """The habits of the project: `make quick`, and facts that several files of the root repeat."""
 
-import importlib.util
 import re
 from pathlib import Path
 
 import pytest
+from loading import module_at
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
 def quick():
-    spec = importlib.util.spec_from_file_location("quick", ROOT / ".ci" / "quick.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_at(ROOT / ".ci" / "quick.py")
 
 
 @pytest.mark.parametrize(

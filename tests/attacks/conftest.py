@@ -1,19 +1,16 @@
 import pytest
 import torch
+from small_models import images_and_labels, shuffled_digits
 from torch.nn import functional as F
 
 from purify_fast.attacks import base, fgsm
-from purify_fast.data.datasets import small_digits
 from purify_fast.models.classifiers import SmallCNN
 
 
 @pytest.fixture(scope="module")
 def digits(one_thread):
     """A small CNN, trained on FGSM examples for a few seconds, and 500 digits."""
-    x, y = small_digits()
-    x = x.float() / 16
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    x, y = x[order], y[order]
+    x, y = shuffled_digits()
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         net = SmallCNN(1, 10, (8, 8), 6)
@@ -37,8 +34,7 @@ def model():
 @pytest.fixture(scope="module")
 def batch():
     """Nine images and random labels."""
-    g = torch.Generator().manual_seed(1)
-    return torch.rand(9, 3, 8, 8, generator=g), torch.randint(0, 6, (9,), generator=g)
+    return images_and_labels(9, (3, 8, 8), 6)
 
 
 @pytest.fixture(autouse=True)

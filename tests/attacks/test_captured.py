@@ -8,6 +8,7 @@ import pytest
 import torch
 from cuda_launches import CudaLaunches
 from host_syncs import HostSyncs
+from small_models import images_and_labels
 from torch import Tensor, nn
 
 from purify_fast import _library
@@ -33,8 +34,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def batch():
-    generator = torch.Generator().manual_seed(1)
-    return torch.rand(9, 1, 8, 8, generator=generator), torch.randint(0, 5, (9,), generator=generator)
+    return images_and_labels(9, (1, 8, 8), 5)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@ import importlib
 
 import pytest
 import torch
+from small_models import images_and_labels
 from torch import nn
 from torch.nn import functional as F
 
@@ -24,8 +25,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def batch():
-    g = torch.Generator().manual_seed(1)
-    return torch.rand(9, 3, 8, 12, generator=g), torch.randint(0, 5, (9,), generator=g)
+    return images_and_labels(9, (3, 8, 12), 5)
 
 
 class Flows:

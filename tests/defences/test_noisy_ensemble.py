@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from small_models import images
 
 from purify_fast.defences import NoisyEnsemble
 from purify_fast.models.classifiers import SmallCNN
@@ -11,10 +12,6 @@ from purify_fast.ops import aggregate
 def control(sigma=0.2, samples=4):
     torch.manual_seed(0)
     return NoisyEnsemble(SmallCNN(width=4), sigma, samples)
-
-
-def images(n):
-    return torch.rand(n, 1, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
 def test_it_is_the_classifier_on_noisy_copies():

@@ -3,12 +3,12 @@
 import functools
 
 import torch
+from small_models import shuffled_digits
 from torch import nn
 from torch.nn import functional as F
 
 from purify_fast.attacks import pgd
 from purify_fast.data import load_dataset
-from purify_fast.data.datasets import small_digits
 
 EPS = 0.15
 TESTED = 100
@@ -17,10 +17,7 @@ TESTED = 100
 @functools.cache
 def digits():
     """(images to train on, labels, held-out images, labels): 8 x 8, in [0, 1]."""
-    x, y = small_digits()
-    x = x.float() / 16
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    x, y = x[order], y[order]
+    x, y = shuffled_digits()
     return x[TESTED:], y[TESTED:], x[:TESTED], y[:TESTED]
 
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from on_device import DEVICE
-from small_models import lively, with_statistics
+from small_models import images, lively, with_statistics
 from torch import Tensor, nn
 
 from purify_fast import frozen_copy
@@ -32,10 +32,6 @@ def atop(transform: str) -> nn.Module:
 
 
 METHODS = {"CARSO": carso, "AToP rt2": lambda: atop("rt2"), "AToP rt3": lambda: atop("rt3")}
-
-
-def images(n: int = 6) -> Tensor:
-    return torch.rand((n, *SHAPE), generator=torch.Generator().manual_seed(1))
 
 
 def answer(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from on_device import DEVICE
+from small_models import images_and_labels
 from small_runs import SHAPE, arrest_task, atop_task, attack, batch, carso_task
 from torch import Tensor, nn
 
@@ -43,9 +44,8 @@ def classifier(seed: int = 0) -> nn.Module:
 
 
 def images(n: int = 12, seed: int = 1) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.rand((n, *SHAPE), generator=generator)
-    return x.to(DEVICE), torch.randint(10, (n,), generator=generator).to(DEVICE)
+    x, y = images_and_labels(n, SHAPE, 10, seed)
+    return x.to(DEVICE), y.to(DEVICE)
 
 
 def close(found: Tensor, wanted: Tensor) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from loading import module_at
 from small_models import with_random_norms
 from torch import nn
 
@@ -31,10 +32,7 @@ def robustbench():
     if spec is None:
         pytest.skip("robustbench is not installed (pip install --no-deps robustbench)")
     path = Path(spec.submodule_search_locations[0]) / "model_zoo/architectures/dm_wide_resnet.py"
-    spec = importlib.util.spec_from_file_location("dm_wide_resnet", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_at(path)
 
 
 @pytest.mark.parametrize(("classes", "count"), [(10, 36_479_194), (100, 36_536_884), (200, 36_600_984)])

@@ -1,6 +1,7 @@
 """Trainings of a second, which several files of tests share: images, tasks, one run."""
 
 import torch
+from small_models import images_and_labels
 
 from purify_fast.methods.arrest import ArrestConfig, ArrestTask
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
@@ -40,8 +41,7 @@ SHAPE, EPS = (1, 16, 16), 0.1
 
 def batch(seed=1, n=16, device="cpu"):
     """Images in [0, 1], with labels of ten classes."""
-    generator = torch.Generator().manual_seed(seed)
-    x, y = torch.rand((n, *SHAPE), generator=generator), torch.randint(10, (n,), generator=generator)
+    x, y = images_and_labels(n, SHAPE, 10, seed)
     return Batch(*(each.to(device) for each in (x, y, torch.arange(n) + 50 * seed)), seed, 0, 10)
 
 

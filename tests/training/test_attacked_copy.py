@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from small_models import images_and_labels
 from torch import nn
 
 from purify_fast.models.classifiers import SmallCNN
@@ -19,9 +20,7 @@ def task(objective):
 
 
 def batch():
-    generator = torch.Generator().manual_seed(1)
-    x, y = torch.rand(8, *SHAPE, generator=generator), torch.randint(10, (8,), generator=generator)
-    return Batch(x, y, torch.arange(8), 7, 0, 1)
+    return Batch(*images_and_labels(8, SHAPE, 10), torch.arange(8), 7, 0, 1)
 
 
 @pytest.mark.parametrize("objective", [None, "trades", "mart"])

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from evaluating import evaluate
-from small_models import Made, lively
+from small_models import Made, images, lively
 from torch import nn
 
 import purify_fast
@@ -31,10 +31,6 @@ def defence(purifier=None, shape=(1, 16, 16), classifier=None, **options):
     purifier = SmallGenerator(shape[0], width=2) if purifier is None else purifier
     classifier = SmallCNN(shape[0], image_size=shape[1:], width=4) if classifier is None else classifier
     return Atop(classifier, purifier, shape, **{"block": 4, **options}).eval()
-
-
-def images(n=6, shape=(1, 16, 16)):
-    return torch.rand((n, *shape), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("transform", ["rt1", "rt2"])

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from evaluating import evaluate
-from small_models import Made, with_statistics
+from small_models import Made, images, with_statistics
 from torch import nn
 
 import purify_fast
@@ -32,10 +32,6 @@ def defence(samples=8, seed=0, **options):
 @pytest.fixture(scope="module")
 def carso():
     return defence()
-
-
-def images(n, seed=1):
-    return torch.rand(n, 1, 16, 16, generator=torch.Generator().manual_seed(seed))
 
 
 def test_forward_is_logsumexp_and_peel_decides_the_same(carso):
