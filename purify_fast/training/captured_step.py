@@ -146,10 +146,13 @@ def captured(task: Task, batch: Batch, gradients: Gradients) -> CapturedStep | N
     captured.
     """
     graphs, facts = task.graphs, task.captures(batch)
-    if graphs is None or facts is None or batch.bank is not None or exchanges(task.model):
+    if graphs is None or facts is None or batch.bank is not None:
         return None
     # A subclass may read other values of a batch, so it defines the method too.
     if not graphs.may_capture(batch.x.device) or "captures" not in {*vars(task), *vars(type(task))}:
+        return None
+    if exchanges(task.model):
+        graphs.tell("a training step runs without a CUDA graph: its BatchNorms wait for the other processes")
         return None
     tensors = (batch.x, batch.y, batch.sample_ids)
     shapes = tuple((one.shape, one.stride(), one.dtype, one.device) for one in tensors)

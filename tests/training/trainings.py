@@ -87,7 +87,8 @@ def captured(kind):
     task.graphs = StepGraphs("always", capture=Rerun())
     last = fit(task, *small_set(), dataclasses.replace(loop_of(), epochs=3, validation_share=0.25))
     steps = [step for step in task.graphs.whole_steps.values() if step is not None]
-    return {"state": task.model.state_dict(), "last": last, "validated": validated, "captured": len(steps)}
+    found = {"validated": validated, "captured": len(steps), "refusals": task.graphs.refusals}
+    return {"state": task.model.state_dict(), "last": last, **found}
 
 
 def banked(folder, banks):
