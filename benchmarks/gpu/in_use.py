@@ -29,6 +29,10 @@ from ..speed.pipelines import random_batch
 EPS, STEPS = 8 / 255, 10
 #: The share of the card's memory that a step without a graph takes in the part "full card".
 SHARE = 0.7
+#: The steps of the attack there: a step on so many images takes seconds, and more steps need no more memory.
+FEW_STEPS = 2
+#: The largest number of images in a batch.
+MOST_IMAGES = 30_000
 #: The numbers of images from which the memory of a larger batch is computed.
 PROBES = (128, 512)
 
@@ -63,10 +67,10 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _task(device: torch.device, small: bool) -> ClassifierTask:
+def _task(device: torch.device, small: bool, steps: int) -> ClassifierTask:
     torch.manual_seed(0)
     model = PreActResNet18(width=4 if small else 64).to(device)
-    attack = TrainingAttack(eps=EPS, steps=2 if small else STEPS, alpha=2 / 255)
+    attack = TrainingAttack(eps=EPS, steps=steps, alpha=2 / 255)
     precision = "bfloat16" if device.type == "cuda" else "float32"
     return ClassifierTask(model, ClassifierConfig(attack=attack, precision=precision))
 
@@ -87,7 +91,7 @@ def training(device: torch.device, small: bool) -> list[dict]:
     Returns:
         A row for each epoch.
     """
-    task, generator = _task(device, small), torch.Generator().manual_seed(1)
+    task, generator = _task(device, small, 2 if small else STEPS), torch.Generator().manual_seed(1)
     count, batch = (64, 16) if small else (12_800, 128)
     x = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
     config = FitConfig(3, batch, validation_share=0.125, flip=True, padding=4)
@@ -143,8 +147,9 @@ def full(device: torch.device, small: bool) -> dict:
     if device.type == "cuda":
         slope = (peaks[1] - peaks[0]) / (PROBES[1] - PROBES[0])
         room = SHARE * torch.cuda.get_device_properties(device).total_memory - peaks[0]
-        count = PROBES[0] + int(room / slope)
-    task, batch, times = _task(device, small), random_batch(device, count, 32, 1), list[float]()
+        # Above this number, a map of the network would have more elements than 32 bits can count.
+        count = min(MOST_IMAGES, PROBES[0] + int(room / slope))
+    task, batch, times = _task(device, small, FEW_STEPS), random_batch(device, count, 32, 1), list[float]()
     task.graphs = StepGraphs("always")
     with replays() as seen, warnings.catch_warnings(record=True) as said, step_settings(task, FitConfig(1), device):
         warnings.simplefilter("always")
@@ -159,7 +164,7 @@ def full(device: torch.device, small: bool) -> dict:
 
 def _peak(device: torch.device, small: bool, count: int) -> int:
     """The bytes that a training step without a graph needs."""
-    task, batch = _task(device, small), random_batch(device, count, 32, 1)
+    task, batch = _task(device, small, FEW_STEPS), random_batch(device, count, 32, 1)
     with step_settings(task, FitConfig(1, cuda_graphs="off"), device):
         train_step(task, batch)
         torch.cuda.reset_peak_memory_stats(device)
