@@ -184,7 +184,9 @@ def _forward(
 ):
     """Write packed images. A program has some pixels of all ``PLANES`` planes of an image, or of one plane."""
     row, block = program(batch)
-    image, (channels, plane, _, _, _, blocks), (samples, num_passes, first_pass) = row.to(tl.int64), sizes, counts
+    image = row.to(tl.int64)
+    channels, plane, _, _, _, blocks = sizes
+    samples, num_passes, first_pass = counts
     planes = 1 if PLANES > 1 else channels + 2
     channel, pixel, group = _begin(block, planes, plane, PIXELS=PIXELS, ALIGNED=ALIGNED, ROWS=ROWS)
     seed, sample, sigma = tl.load(seed_ptr), tl.load(ids_ptr + image), tl.cast(sigma, tl.float32)
@@ -240,7 +242,9 @@ def _backward(
 ):
     """Write the gradients of images. A program has some pixels of all channels of an image, or of one channel."""
     row, block = program(batch)
-    image, (channels, plane, _, _, _, blocks), (samples, num_passes, first_pass) = row.to(tl.int64), sizes, counts
+    image = row.to(tl.int64)
+    channels, plane, _, _, _, blocks = sizes
+    samples, num_passes, first_pass = counts
     planes = 1 if PLANES > 1 else channels
     channel, pixel, group = _begin(block, planes, plane, PIXELS=PIXELS, ALIGNED=ALIGNED, ROWS=ROWS)
     seed, sample, sigma = tl.load(seed_ptr), tl.load(ids_ptr + image), tl.cast(sigma, tl.float32)
