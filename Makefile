@@ -167,8 +167,8 @@ $(STAMPS)/cmake: constraints.txt | $(BIN)/python
 	@touch $@
 
 $(STAMPS)/docs: $(STAMPS)/base
-	@echo "== Sphinx, MyST and the theme, and SciPy, which the check of the pages' numbers imports"
-	$(PIP) $(REQUIRED) scipy sphinx myst-parser furo sphinx-copybutton
+	@echo "== Sphinx, MyST and the theme, and two packages that the check of the pages imports"
+	$(PIP) $(REQUIRED) scipy pyautoattack sphinx myst-parser furo sphinx-copybutton
 	@touch $@
 
 # mypy reads the types of PyTorch and of the other requirements, and runs none of them. So PyTorch's own requirements,
