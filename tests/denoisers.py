@@ -42,5 +42,13 @@ def trained_unet(*sizes, **options):
     return model
 
 
+def logits_and_gradient(made, x, seed=1):
+    """The logits of a random defence with fixed noise, and the gradient of the sum of their squares."""
+    leaf = x.clone().requires_grad_()
+    with made.fixed_noise(seed):
+        logits = made(leaf)
+    return logits.detach(), torch.autograd.grad(logits.square().sum(), leaf)[0]
+
+
 def images(n=4, shape=(3, 8, 12), dtype=torch.float32):
     return torch.rand((n, *shape), generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)

@@ -3,13 +3,14 @@
 from dataclasses import fields, replace
 
 import torch
+from pictures import write_bars
 from safetensors.torch import save_file
 from torch import nn
 
 from purify_fast.data.datasets import small_digits
 from purify_fast.methods.carso import official_tensors
-from purify_fast.models.classifiers import WideResNet
-from purify_fast.training import TrainingAttack
+from purify_fast.models.classifiers import SmallCNN, WideResNet
+from purify_fast.training import TrainingAttack, save_classifier
 
 #: Sizes of a recipe of CARSO with a WideResNet of 10 layers.
 SMALL = {
@@ -50,6 +51,14 @@ def shuffled_digits():
     x, y = small_digits()
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     return x[order].float() / 16, y[order]
+
+
+def bars_and_classifier(folder):
+    """Write a data set, of two classes, grey, 16 x 8, and a classifier for it; return the folder of both."""
+    write_bars(folder / "bars.npz", 64, 16, 16, 8)
+    torch.manual_seed(0)
+    save_classifier(SmallCNN(num_classes=2, image_size=(16, 8), width=4), folder / "classifier")
+    return folder
 
 
 class Linear(nn.Module):

@@ -17,6 +17,12 @@ LAZY = sorted(
 )
 
 
+def run_alone(code: str) -> None:
+    """Run code in a new process."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("name", LAZY)
 def test_every_listed_name_is_there(name):
     module = importlib.import_module(name)
@@ -37,14 +43,11 @@ def test_the_settings_of_every_training_come_without_pytorch():
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules\n"
         "purify_fast.Carso\nassert 'torch' in sys.modules"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
+    run_alone(code)
 
 
 def test_the_drop_in_class_needs_no_further_import():
-    code = "import purify_fast; assert purify_fast.autoattack.AutoAttack.__module__ == 'purify_fast.autoattack'"
-    done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
+    run_alone("import purify_fast; assert purify_fast.autoattack.AutoAttack.__module__ == 'purify_fast.autoattack'")
 
 
 @pytest.mark.slow
@@ -61,5 +64,4 @@ def test_judging_a_model_does_not_import_the_compiler():
         "report = purify_fast.evaluate(model, x, model(x).argmax(1), eps=0.1, config=fast, progress=False)\n"
         "assert report.rows and 'torch._dynamo' not in sys.modules"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
+    run_alone(code)

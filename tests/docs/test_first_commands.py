@@ -1,20 +1,17 @@
 """README's first commands: what `.ci/run` makes a script of, and where it runs."""
 
-import importlib.util
 import subprocess
 from pathlib import Path
 
 import pytest
+from loading import module_at
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def first_commands():
-    spec = importlib.util.spec_from_file_location("first_commands", ROOT / ".ci" / "first_commands.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_at(ROOT / ".ci" / "first_commands.py")
 
 
 def page(install: str, judge: str) -> str:

@@ -3,16 +3,12 @@ from importlib import import_module
 
 import pytest
 import torch
+from op_cases import normal
 
 from purify_fast.ops import gated_elu
 from purify_fast.ops.dispatch.op import Call
 
 op = import_module("purify_fast.ops.gated_elu")
-
-
-def inputs(*shape: int, dtype=torch.float32, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
 
 
 @pytest.mark.interpreter
@@ -45,7 +41,7 @@ def test_no_copy_of_the_features_in_either_layout(monkeypatch):
     bits = (2 * 6 * 5 * 7).bit_length()
     monkeypatch.setitem(op.OP.served, Call(torch.device("cpu"), "", torch.float32, bits), "opaque")
     for memory_format in (torch.contiguous_format, torch.channels_last):
-        leaf = inputs(2, 6, 5, 7).to(memory_format=memory_format).requires_grad_()
+        leaf = normal(2, 6, 5, 7, dtype=torch.float32).to(memory_format=memory_format).requires_grad_()
         saved = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.append(x) or x, lambda x: x):
             gated_elu(leaf)

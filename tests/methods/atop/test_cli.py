@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from pictures import write_bars
+from small_models import bars_and_classifier
 
 import purify_fast
 from purify_fast import cli
 from purify_fast.methods.atop import AtopTask, DeepFillGenerator, SmallGenerator
 from purify_fast.methods.carso import Carso
-from purify_fast.models.classifiers import PreActResNet18, SmallCNN
+from purify_fast.models.classifiers import PreActResNet18
 from purify_fast.training import load_classifier, save_classifier
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -17,11 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """Data of a user's own, two classes, grey, 16 x 8, and a classifier for them."""
-    folder = tmp_path_factory.mktemp("atop")
-    write_bars(folder / "bars.npz", 64, 16, 16, 8)
-    torch.manual_seed(0)
-    save_classifier(SmallCNN(num_classes=2, image_size=(16, 8), width=4), folder / "classifier")
-    return folder
+    return bars_and_classifier(tmp_path_factory.mktemp("atop"))
 
 
 def run(what, made, out, *options):

@@ -2,14 +2,12 @@
 
 import pytest
 import torch
-from pictures import write_bars
+from small_models import bars_and_classifier
 
 import purify_fast
 from purify_fast import cli
 from purify_fast.evaluation import Report
 from purify_fast.methods.diffusion.denoiser import read_denoiser
-from purify_fast.models import SmallCNN
-from purify_fast.training import save_classifier
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -19,11 +17,7 @@ FEW = ["--images", "4", "--steps", "2", "--eot-iter", "2", "--protocol", "fast"]
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """Data of a user's own, two classes, grey, 16 x 8, and a classifier for them."""
-    folder = tmp_path_factory.mktemp("diffusion")
-    write_bars(folder / "bars.npz", 64, 16, 16, 8)
-    torch.manual_seed(0)
-    save_classifier(SmallCNN(num_classes=2, image_size=(16, 8), width=4), folder / "classifier")
-    return folder
+    return bars_and_classifier(tmp_path_factory.mktemp("diffusion"))
 
 
 def run(made, command, *options):

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from denoisers import Tiny, defence, images
+from denoisers import Tiny, defence, images, logits_and_gradient
 from small_models import Made
 from torch import nn
 
@@ -18,13 +18,6 @@ from purify_fast.models.classifiers import SmallCNN
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FEW = Process(steps=3)
-
-
-def gradient(made, x, seed=1):
-    leaf = x.clone().requires_grad_()
-    with made.fixed_noise(seed):
-        logits = made(leaf)
-    return logits.detach(), torch.autograd.grad(logits.square().sum(), leaf)[0]
 
 
 @pytest.mark.parametrize(
@@ -97,7 +90,7 @@ def test_aggregation():
     voted = MajorityVote(one, 5)(x)
     torch.manual_seed(0)
     torch.testing.assert_close(made(x), voted)
-    assert gradient(made, x)[1].norm() > 0
+    assert logits_and_gradient(made, x)[1].norm() > 0
 
 
 def test_a_frozen_denoiser_and_a_released_one():
@@ -112,7 +105,7 @@ def test_a_frozen_denoiser_and_a_released_one():
     # an attack asks for no gradient of them
     made.zero_grad(set_to_none=True)
     with frozen(made):
-        gradient(made, images())
+        logits_and_gradient(made, images())
     assert all(weight.grad is None for weight in made.denoiser.parameters())
 
 
@@ -142,11 +135,11 @@ def test_a_frozen_copy_multiplies_in_bfloat16_and_keeps_its_state_in_float32():
     made, x = defence(denoiser=Tiny(width=16), process=FEW, samples=2), images()
     with made.fixed_noise(1):
         plain = made.purify(x)
-    _, slope = gradient(made, x)
+    _, slope = logits_and_gradient(made, x)
     copied = purify_fast.frozen_copy(made, x, dtype=torch.bfloat16)
     with copied.fixed_noise(1):
         fast = copied.purify(x)
-    _, fast_slope = gradient(copied, x)
+    _, fast_slope = logits_and_gradient(copied, x)
     weight = copied.denoiser.module.first.weight
     assert weight.dtype == torch.bfloat16 and made.denoiser.module.first.weight.dtype == torch.float32
     assert fast.dtype == torch.float32 and 0 < (fast - plain).abs().max() < 0.02
@@ -168,7 +161,7 @@ def test_a_conversion_does_not_round_the_schedule():
         low = made.to(torch.bfloat16)
         got = low.purify(x)
     assert got.dtype == torch.float32 and (got - want).abs().max() < 0.05
-    assert gradient(low, x)[1].isfinite().all()
+    assert logits_and_gradient(low, x)[1].isfinite().all()
 
 
 def test_learned_variances_and_objects_with_a_sample():
@@ -182,10 +175,10 @@ def test_learned_variances_and_objects_with_a_sample():
     once = Tiny()
     once.load_state_dict({**twice.state_dict(), "last.weight": twice.last.weight[:3], "last.bias": twice.last.bias[:3]})
     # where variances are not learned, the other channels are not looked at
-    (want, _), (got, _) = (gradient(defence(denoiser=denoiser, process=FEW), x) for denoiser in (once, twice))
+    want, got = (logits_and_gradient(defence(denoiser=one, process=FEW), x)[0] for one in (once, twice))
     torch.testing.assert_close(got, want)
     learned = defence(denoiser=twice, process=Process(steps=3, variance="learned"))
-    assert not torch.allclose(gradient(learned, x)[0], want)
+    assert not torch.allclose(logits_and_gradient(learned, x)[0], want)
     with pytest.raises(ValueError, match=r"variance 'learned'.*6 channels.*got 3"):
         defence(denoiser=once, process=Process(steps=3, variance="learned"))
 
@@ -240,7 +233,7 @@ def test_another_process_on_the_same_parts():
     again = other.with_process(FEW)
     for name, weight in made.state_dict().items():
         assert torch.equal(weight, again.state_dict()[name])
-    torch.testing.assert_close(gradient(again, x), gradient(made, x))
+    torch.testing.assert_close(logits_and_gradient(again, x), logits_and_gradient(made, x))
 
 
 def unet(channels=3, size=16):
@@ -256,7 +249,7 @@ def test_a_network_of_diffusers_as_it_is(tmp_path):
     network = unet()
     classifier, x = SmallCNN(3, image_size=(16, 16), width=4), images(3, (3, 16, 16))
     made = DiffusionPurifier(network, classifier, (3, 16, 16), FEW)
-    assert gradient(made, x)[1].norm() > 0
+    assert logits_and_gradient(made, x)[1].norm() > 0
     from diffusers import DDPMScheduler
 
     network.save_pretrained(tmp_path / "unet")
@@ -268,7 +261,7 @@ def test_a_network_of_diffusers_as_it_is(tmp_path):
     assert read.process == wanted and read.image_shape == (3, 16, 16)
     read.save(tmp_path / "saved")
     again = purify_fast.load_defence(tmp_path / "saved", classifier)
-    torch.testing.assert_close(gradient(again, x), gradient(read, x))
+    torch.testing.assert_close(logits_and_gradient(again, x), logits_and_gradient(read, x))
 
 
 @pytest.mark.parametrize(
@@ -298,4 +291,4 @@ def test_its_files(tmp_path):
         purify_fast.load_defence(tmp_path, classifier)
     again = purify_fast.load_defence(tmp_path, classifier, purifier=Tiny())
     assert again.process == process and again.arguments == made.arguments
-    torch.testing.assert_close(gradient(again, images()), gradient(made, images()))
+    torch.testing.assert_close(logits_and_gradient(again, images()), logits_and_gradient(made, images()))

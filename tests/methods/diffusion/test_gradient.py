@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from denoisers import Tiny, defence, images
+from denoisers import Tiny, defence, images, logits_and_gradient
 from small_models import Linear
 from torch import nn
 
@@ -199,10 +199,7 @@ def test_parts_and_orders_of_a_batch_change_nothing(name):
     x, order = images(5), torch.tensor([4, 2, 0, 1, 3])
 
     def run(x):
-        leaf = x.clone().requires_grad_()
-        with made.fixed_noise(SEED):
-            logits = made(leaf)
-        return logits.detach(), torch.autograd.grad(logits.square().sum(), leaf)[0]
+        return logits_and_gradient(made, x, SEED)
 
     logits, gradient = run(x)
     for one, other in (
