@@ -9,6 +9,9 @@ Feature maps are stored as [samples, height, width, channels], with channels pad
 dtype of the weights, after the LeakyReLU, which preserves the sign of its input. The order of the additions depends
 only on the layer, so a sample has the same bits in every batch.
 
+The gradient needs only the signs of the feature maps. If it is wanted, the forward pass stores them: a bit per element,
+1 where the element is positive, in words of 32 neighboring channels.
+
 If the last layer has stride 1, the last two layers can be one launch. A row is then a cell: s * s neighboring pixels of
 the second-last layer's result, where s is the stride of this layer. The results remain in registers, where the last
 layer multiplies them, once for each cell of the image that they affect. Neighboring programs compute some cells twice,
@@ -18,6 +21,8 @@ because each program also needs the cells next to its own cells.
 from __future__ import annotations
 
 import functools
+import math
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -34,6 +39,11 @@ from .philox import noise
 
 #: The stream of the latents, defined in purify_fast/ops/philox.py.
 LATENT = 1
+#: A launch of the kernels for bfloat16 with fewer programs than this gets smaller tiles. These are the multiprocessors
+#: of an H200, for every device: the order of the additions is the same in all tiles, but not the code of the compiler.
+PROGRAMS = 132
+#: The fewest rows of a tile: four warps of sm_90 or sm_100 multiply 64 rows by their matrix units.
+FEWEST_ROWS = 64
 #: The largest number of bytes of feature maps in memory together. More samples are decoded in parts.
 MEMORY = 1 << 29
 #: The kinds of `_layer`. FIRST computes the first feature map, BETWEEN a later feature map, IMAGE an image, and
@@ -75,6 +85,13 @@ def _latents(
 @triton.jit
 def _sigmoid(x):
     return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _packed(positive, ROWS: tl.constexpr, TILE: tl.constexpr):
+    """Pack a tile of truth values into words [ROWS, TILE // 32]. The lowest bit of a word is its first column."""
+    bits = tl.where(positive, 1 << (tl.arange(0, TILE) % 32)[None, :], 0)
+    return tl.sum(tl.reshape(bits, (ROWS, TILE // 32, 32)), 2)
 
 
 @triton.jit
@@ -134,17 +151,20 @@ def _products(
 
 
 # This function is long because all kinds share the computation of the rows. Triton compiles only the code of one kind.
-@triton.jit(do_not_specialize=["samples", "tiles", "first", "draws"])
+@triton.jit(
+    do_not_specialize=["samples", "tiles", "first", "draws", "kept"], do_not_specialize_on_alignment=["signs_ptr"]
+)
 def _layer(
     in_ptr,
     weight_ptr,
     bias_ptr,
-    map_ptr,
+    signs_ptr,
     out_ptr,
     samples,
     tiles,
     first,
     draws,
+    kept,
     slope,
     KIND: tl.constexpr,
     SQUASH: tl.constexpr,
@@ -161,6 +181,7 @@ def _layer(
     STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
     PADDING: tl.constexpr,
+    WORDS: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -228,9 +249,13 @@ def _layer(
         tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=mask)
     else:
         at = pixel[:, None] * COLUMNS + column[None, :]
+        word = (sample * WORDS + (out_y * OUT_WIDTH + out_x) * (COLUMNS // 32))[:, None]
+        word += (part % (COLUMNS // TILE) * (TILE // 32) + tl.arange(0, TILE // 32))[None, :]
         if KIND == 3:
-            entered = tl.load(map_ptr + at, mask=inside[:, None], other=1.0).to(tl.float32)
-            total = tl.where(entered > 0, total, slope * total)
+            signs = tl.load(signs_ptr + word, mask=inside[:, None], other=0)[:, :, None]
+            signs = tl.reshape(tl.broadcast_to(signs, (ROWS, TILE // 32, 32)), (ROWS, TILE))
+            positive = (signs & (1 << (tl.arange(0, TILE) % 32))[None, :]) != 0
+            total = tl.where(positive, total, slope * total)
         else:
             if KIND == 0:
                 # The index is int64, because all conditions together may have too many elements for 32 bits.
@@ -241,20 +266,26 @@ def _layer(
             else:
                 total += tl.load(bias_ptr + column)[None, :]
             total = tl.where(total > 0, total, slope * total)
+            if kept:
+                # Before the map is stored, this needs fewer registers. A tiny number is 0 in bfloat16.
+                positive = total.to(out_ptr.dtype.element_ty) > 0
+                tl.store(signs_ptr + word, _packed(positive, ROWS, TILE), mask=inside[:, None])
         tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=inside[:, None])
 
 
 # This function is long because it computes two layers. The result of the first remains in registers for the second.
-@triton.jit(do_not_specialize=["samples", "tiles"])
+@triton.jit(do_not_specialize=["samples", "tiles", "kept"], do_not_specialize_on_alignment=["signs_ptr"])
 def _last_two(
     in_ptr,
     weight_ptr,
     bias_ptr,
     last_ptr,
     shift_ptr,
+    signs_ptr,
     out_ptr,
     samples,
     tiles,
+    kept,
     slope,
     SQUASH: tl.constexpr,
     BY_PIXEL: tl.constexpr,
@@ -279,14 +310,15 @@ def _last_two(
     HIGH: tl.constexpr,
     FROM: tl.constexpr,
     TO: tl.constexpr,
+    WORDS: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """Compute the last two layers, for some cells of the image.
 
-    For a cell, the first of the two layers reads input pixels at the offsets ``LOW`` to ``HIGH``. The second reads
-    cells of the first layer's result at the offsets ``FROM`` to ``TO``.
+    For a cell, the first of the two layers reads input pixels at the offsets ``HIGH`` down to ``LOW``, which is the
+    order of `_products`. The second reads cells of the first layer's result at the offsets ``FROM`` to ``TO``.
     """
     block, _ = program(tiles)
     BEFORE: tl.constexpr = -FROM * (CELLS_X + 1)
@@ -303,7 +335,7 @@ def _last_two(
     in_cell_y, in_cell_x = column // COLUMNS // STRIDE, column // COLUMNS % STRIDE
     place = in_ptr + ((sample * HEIGHT + cell_y) * WIDTH + cell_x)[:, None] * CHANNELS + lane[None, :]
     total = tl.zeros((ROWS, TILE), tl.float32)
-    down, right, at = LOW, LOW, 0
+    down, right, at = HIGH, HIGH, 0
     for _ in range((HIGH - LOW + 1) * (HIGH - LOW + 1) * (CHANNELS // CHUNK)):
         y, x = cell_y + down, cell_x + right
         there = inside & (y >= 0) & (y < HEIGHT) & (x >= 0) & (x < WIDTH)
@@ -320,10 +352,10 @@ def _last_two(
         at += CHUNK
         wrapped = at == CHANNELS
         at = tl.where(wrapped, 0, at)
-        right += wrapped.to(tl.int32)
-        wrapped = right == HIGH + 1
-        right = tl.where(wrapped, LOW, right)
-        down += wrapped.to(tl.int32)
+        right -= wrapped.to(tl.int32)
+        wrapped = right == LOW - 1
+        right = tl.where(wrapped, HIGH, right)
+        down -= wrapped.to(tl.int32)
 
     total += tl.load(bias_ptr + channel)[None, :]
     total = tl.where(total > 0, total, tl.cast(slope, tl.float32) * total)
@@ -331,6 +363,15 @@ def _last_two(
     mid_x = cell_x[:, None] * STRIDE + in_cell_x[None, :]
     there = inside[:, None] & (in_cell_y < STRIDE)[None, :] & (mid_y < MID_HEIGHT) & (mid_x < MID_WIDTH)
     middle = tl.where(there, total, 0.0).to(in_ptr.dtype.element_ty)
+    own = inside & (local >= BEFORE) & (local < BEFORE + OWN)
+    if kept:
+        word = tl.arange(0, TILE // 32)
+        part, in_cell = word % (COLUMNS // 32), word // (COLUMNS // 32)
+        y = cell_y[:, None] * STRIDE + (in_cell // STRIDE)[None, :]
+        x = cell_x[:, None] * STRIDE + (in_cell % STRIDE)[None, :]
+        to = sample[:, None] * WORDS + (y * MID_WIDTH + x) * (COLUMNS // 32) + part[None, :]
+        mask = own[:, None] & (y < MID_HEIGHT) & (x < MID_WIDTH)
+        tl.store(signs_ptr + to, _packed(middle > 0, ROWS, TILE), mask=mask)
 
     place = tl.arange(0, 16)
     out_y, out_x = place // OUT_CHANNELS // STRIDE, place // OUT_CHANNELS % STRIDE
@@ -356,7 +397,6 @@ def _last_two(
     if SQUASH:
         image = _sigmoid(image)
     y, x = cell_y[:, None] * STRIDE + out_y[None, :], cell_x[:, None] * STRIDE + out_x[None, :]
-    own = inside & (local >= BEFORE) & (local < BEFORE + OWN)
     mask = own[:, None] & (out_y < STRIDE)[None, :] & (y < OUT_HEIGHT) & (x < OUT_WIDTH)
     if BY_PIXEL:
         to = ((sample[:, None] * OUT_HEIGHT + y) * OUT_WIDTH + x) * OUT_CHANNELS + color[None, :]
@@ -379,6 +419,14 @@ def tiles(columns: int, channels: int, dtype: torch.dtype, device: torch.device)
         return {"ROWS": 128, "TILE": tile, "CHUNK": _power(channels, 64), "num_warps": warps, "num_stages": 3}
     # float32 does not use the matrix units, so the registers of a thread limit the tile.
     return {"ROWS": 32, "TILE": _power(columns, 32), "CHUNK": 32, "num_warps": 4, "num_stages": 2}
+
+
+def filling(tile: dict[str, int], rows: int, columns: int, residues: int) -> dict[str, int]:
+    """Return a smaller tile, with the bits of ``tile``, if fewer than `PROGRAMS` programs would compute a layer."""
+    for side, least in (("ROWS", FEWEST_ROWS), ("TILE", CHANNEL_TILE)):
+        while tile[side] > least and cdiv(rows, tile["ROWS"]) * residues * (columns // tile["TILE"]) < PROGRAMS:
+            tile = tile | {side: tile[side] // 2, "num_warps": 4}
+    return tile
 
 
 def tiles_of_two(channels: int, columns: int, stride: int, device: torch.device) -> dict[str, int]:
@@ -413,19 +461,20 @@ class Decoder:
         parts = packed.split([*sizes, *reversed(transposed)])
         self.weights, self.transposed = parts[: len(sizes)], parts[len(sizes) :][::-1]
         self.biases = biases.split(self.columns[1:])
+        self.inputs = self.geometry.inputs()
+        #: The number of elements that the input of each layer has per sample.
+        self.elements = [math.prod(one) for one in self.inputs]
+        #: The number of words for the signs of a sample.
+        self.words = sum(self.elements) // CHANNEL_TILE
 
-    def inputs(self, index: int) -> tuple[int, int, int]:
-        """Return height, width and padded channels of the input of a layer."""
-        _, h, w = self.geometry.start
-        if index:
-            before = self.geometry.layers[index - 1]
-            h, w = before.height, before.width
-        return h, w, self.columns[index]
+    @property
+    def stored(self) -> list[int]:
+        """The elements per sample of the feature maps that the forward pass stores."""
+        return self.elements[:-1] if self.together else self.elements
 
-    def elements(self, index: int) -> int:
-        """Return the number of elements that the input of a layer has per sample."""
-        h, w, channels = self.inputs(index)
-        return h * w * channels
+    def signs(self, signs: Tensor, first: int, count: int) -> tuple[Tensor, ...]:
+        """Return the signs of each layer's input, of ``count`` samples: the first is sample ``first``."""
+        return signs[first : first + count].split([elements // CHANNEL_TILE for elements in self.elements], 1)
 
     @functools.cached_property
     def together(self) -> bool:
@@ -448,28 +497,28 @@ class Decoder:
             and 2 * (high - low) * (cells + 1) <= rows
         )
 
-    def first(self, condition: Tensor, z: Tensor, out: Tensor, first: int, draws: int) -> None:
+    def first(self, condition: Tensor, z: Tensor, out: Tensor, signs: Tensor, first: int, draws: int) -> None:
         """Compute the first feature map, after the LeakyReLU, from the latent as a map of one pixel."""
         channels, h, w = self.geometry.start
         layer = Layer(channels, kernel=0, stride=0, padding=0, height=h, width=w)
-        pointers = z, self.weights[0], condition, out, out
+        pointers = z, self.weights[0], condition, signs, out
         size = 1, 1, z.shape[1]
         sides: dict[str, Any] = {"kernel": (h, w), "stride": (h, w)}
         self._run(FIRST, pointers, size, layer, self.columns[0], **sides, first=first, draws=draws)
 
-    def forward(self, index: int, x: Tensor, out: Tensor, by_pixel: bool = False) -> None:
+    def forward(self, index: int, x: Tensor, out: Tensor, signs: Tensor, by_pixel: bool = False) -> None:
         """Compute the result of a layer: a feature map, after the LeakyReLU, or the image."""
         layer = self.geometry.layers[index]
         kind = IMAGE if index == len(self.geometry.layers) - 1 else BETWEEN
-        pointers = x, self.weights[index + 1], self.biases[index], out, out
+        pointers = x, self.weights[index + 1], self.biases[index], signs, out
         sides: dict[str, Any] = {"kernel": (layer.kernel,) * 2, "stride": (layer.stride,) * 2}
-        self._run(kind, pointers, self.inputs(index), layer, self.columns[index + 1], **sides, by_pixel=by_pixel)
+        self._run(kind, pointers, self.inputs[index], layer, self.columns[index + 1], **sides, by_pixel=by_pixel)
 
-    def backward(self, index: int, grad: Tensor, entered: Tensor, out: Tensor) -> None:
+    def backward(self, index: int, grad: Tensor, signs: Tensor, out: Tensor) -> None:
         """Compute the gradient of a layer's input before its LeakyReLU, from the gradient of the layer's output."""
         layer = self.geometry.layers[index]
-        h, w, columns = self.inputs(index)
-        pointers = grad, self.transposed[index], self.biases[index], entered, out
+        h, w, columns = self.inputs[index]
+        pointers = grad, self.transposed[index], self.biases[index], signs, out
         size = layer.height, layer.width, padded(layer.channels, CHANNEL_TILE)
         result = layer._replace(channels=columns, height=h, width=w)
         sides: dict[str, Any] = {"kernel": (layer.kernel,) * 2, "stride": (layer.stride,) * 2}
@@ -491,40 +540,46 @@ class Decoder:
     ) -> None:
         """Launch `_layer` with its pointers. ``size`` is that of the input, and ``layer`` has that of the output."""
         (h, w, channels), samples = size, len(pointers[0])
-        tile = tiles(columns, channels, self.dtype, self.device)
         steps = (1, 1) if kind == GRADIENT else stride
         most = samples * -(-layer.height // steps[0]) * -(-layer.width // steps[1])
+        tile = tiles(columns, channels, self.dtype, self.device)
+        if self.dtype == torch.bfloat16:
+            tile = filling(tile, most, columns, steps[0] * steps[1])
         blocks = cdiv(most, tile["ROWS"])
         parts = steps[0] * steps[1] * (columns // tile["TILE"])
-        given = *pointers, samples, blocks, first, draws, self.slope
+        given = *pointers, samples, blocks, first, draws, int(len(pointers[3]) > 0), self.slope
         settings = {"KIND": kind, "SQUASH": self.squash and kind == IMAGE, "BY_PIXEL": by_pixel}
         read = {"HEIGHT": h, "WIDTH": w, "CHANNELS": channels}
         made = {"OUT_HEIGHT": layer.height, "OUT_WIDTH": layer.width, "OUT_CHANNELS": layer.channels}
         taps = {"KERNEL_H": kernel[0], "KERNEL_W": kernel[1], "STRIDE_H": stride[0], "STRIDE_W": stride[1]}
-        shape = {**read, **made, "COLUMNS": columns, **taps, "PADDING": layer.padding}
+        shape = {**read, **made, "COLUMNS": columns, **taps, "PADDING": layer.padding, "WORDS": self.words}
         launch(_layer, grid(blocks, parts), *given, **settings, **shape, **tile)
 
-    def last_two(self, x: Tensor, out: Tensor, by_pixel: bool) -> None:
+    def last_two(self, x: Tensor, out: Tensor, signs: Tensor, by_pixel: bool) -> None:
         """Compute the image from the feature map that is the input of the second-last layer."""
         before, last = self.geometry.layers[-2:]
-        h, w, channels = self.inputs(len(self.geometry.layers) - 2)
+        h, w, channels = self.inputs[-2]
         tile = tiles_of_two(channels, self.columns[-2], before.stride, self.device)
         cells_y = -(-max(before.height, last.height) // before.stride)
         cells_x = -(-max(before.width, last.width) // before.stride)
         low, high = _reach(before.kernel, before.stride, before.padding)
         start, end = _reach(last.kernel, before.stride, last.padding, before.stride - 1)
-        own = tile["ROWS"] - (end - start) * (cells_x + 1)
-        blocks = cdiv(len(x) * cells_y * cells_x, own)
-        given = x, self.weights[-2], self.biases[-2], self.weights[-1], self.biases[-1], out
+        beside, cells = (end - start) * (cells_x + 1), len(x) * cells_y * cells_x
+        half = tile["ROWS"] // 2
+        if cdiv(cells, tile["ROWS"] - beside) < PROGRAMS and half >= max(2 * FEWEST_ROWS, 2 * beside):
+            tile["ROWS"] = half
+        blocks = cdiv(cells, tile["ROWS"] - beside)
+        given = x, self.weights[-2], self.biases[-2], self.weights[-1], self.biases[-1], signs, out
         settings = {"SQUASH": self.squash, "BY_PIXEL": by_pixel}
         read = {"HEIGHT": h, "WIDTH": w, "CHANNELS": channels}
         middle = {"MID_HEIGHT": before.height, "MID_WIDTH": before.width, "COLUMNS": self.columns[-2]}
         made = {"OUT_HEIGHT": last.height, "OUT_WIDTH": last.width, "OUT_CHANNELS": last.channels}
         taps = {"KERNEL": before.kernel, "STRIDE": before.stride, "PADDING": before.padding}
         last_taps = {"LAST_COLUMNS": self.columns[-1], "LAST_KERNEL": last.kernel, "LAST_PADDING": last.padding}
-        cells = {"CELLS_Y": cells_y, "CELLS_X": cells_x, "LOW": low, "HIGH": high, "FROM": start, "TO": end}
-        shape = read | middle | made | taps | last_taps | cells
-        launch(_last_two, grid(blocks, 1), *given, len(x), blocks, self.slope, **settings, **shape, **tile)
+        offsets = {"LOW": low, "HIGH": high, "FROM": start, "TO": end, "WORDS": self.words}
+        shape = read | middle | made | taps | last_taps | {"CELLS_Y": cells_y, "CELLS_X": cells_x} | offsets
+        numbers = len(x), blocks, int(len(signs) > 0), self.slope
+        launch(_last_two, grid(blocks, 1), *given, *numbers, **settings, **shape, **tile)
 
 
 def draw(decoder: Decoder, seed: Tensor, sample_ids: Tensor, first: int, count: int, draws: int) -> Tensor:
@@ -551,22 +606,20 @@ def parts(total: int, elements: int, decoder: Decoder) -> list[tuple[int, int]]:
     return [(first, min(most, total - first)) for first in range(0, total, most)]
 
 
-def _maps(decoder: Decoder, inputs: tuple[Tensor, Tensor, Tensor], first: int, count: int, draws: int, kept: bool):
-    """Compute the feature maps, which are the inputs of the layers.
-
-    If ``kept`` is False, the maps are written into two buffers in turn, so only the last two maps remain.
-    """
+def _last_map(
+    decoder: Decoder, inputs: tuple[Tensor, ...], signs: tuple[Tensor, ...], first: int, count: int, draws: int
+) -> Tensor:
+    """Compute the last feature map that is stored: the input of the last launch. Store the signs of all, if wanted."""
     condition, seed, sample_ids = inputs
     z = draw(decoder, seed, sample_ids, first=first, count=count, draws=draws)
-    last = len(decoder.geometry.layers) - (0 if kept or not decoder.together else 1)
-    new = [decoder.elements(index) for index in range(last)]
-    buffers = [max(new[i::2], default=0) for i in (0, 1)]
-    made = [torch.empty(size * count, dtype=decoder.dtype, device=z.device) for size in (new if kept else buffers)]
-    out = [made[i if kept else i % 2][: size * count].view(count, size) for i, size in enumerate(new)]
-    decoder.first(condition, z, out[0], first=first, draws=draws)
-    for index in range(last - 1):
-        decoder.forward(index, out[index], out[index + 1])
-    return out
+    sizes = decoder.stored
+    # The maps are written into two buffers in turn.
+    buffers = [z.new_empty(max(sizes[i::2], default=0) * count) for i in (0, 1)]
+    out = [buffers[i % 2][: size * count].view(count, size) for i, size in enumerate(sizes)]
+    decoder.first(condition, z, out[0], signs[0], first=first, draws=draws)
+    for index in range(len(sizes) - 1):
+        decoder.forward(index, out[index], out[index + 1], signs[index + 1])
+    return out[-1]
 
 
 def forward(
@@ -581,7 +634,8 @@ def forward(
     squash: bool,
     channels_last: bool,
     dtype: torch.dtype,
-) -> Tensor:
+    kept: bool,
+) -> tuple[Tensor, Tensor]:
     """Decode images [B * K, C, H, W], as defined by `purify_fast.ops.decode_samples.reference`."""
     decoder = Decoder(packed, biases, numbers, slope=slope, squash=squash)
     total = len(condition) * samples
@@ -589,25 +643,24 @@ def forward(
     shape = (total, last.channels, last.height, last.width)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     out = torch.empty(shape, dtype=dtype, device=condition.device, memory_format=layout)
+    signs = torch.empty((total if kept else 0, decoder.words), dtype=torch.int32, device=condition.device)
     inputs = condition.contiguous(), seed, sample_ids.contiguous()
-    kept = [decoder.elements(index) for index in range(len(decoder.geometry.layers))]
-    kept = kept[:-1] if decoder.together else kept
-    for first, count in parts(total, max(kept[0::2]) + max(kept[1::2], default=0), decoder):
-        maps = _maps(decoder, inputs, first=first, count=count, draws=samples, kept=False)
+    sizes = decoder.stored
+    for first, count in parts(total, max(sizes[0::2]) + max(sizes[1::2], default=0), decoder):
+        own = decoder.signs(signs, first, count)
+        x = _last_map(decoder, inputs, own, first=first, count=count, draws=samples)
         images = out[first : first + count]
         if decoder.together:
-            decoder.last_two(maps[-1], images, by_pixel=channels_last)
+            decoder.last_two(x, images, own[-1], by_pixel=channels_last)
         else:
-            decoder.forward(len(kept) - 1, maps[-1], images, by_pixel=channels_last)
-    return out
+            decoder.forward(len(sizes) - 1, x, images, own[-1], by_pixel=channels_last)
+    return out, signs
 
 
 def backward(
     grad: Tensor,
     image: Tensor,
-    condition: Tensor,
-    seed: Tensor,
-    sample_ids: Tensor,
+    signs: Tensor,
     packed: Tensor,
     biases: Tensor,
     numbers: list[int],
@@ -618,21 +671,19 @@ def backward(
     """Return the gradient [B, H * W * C], as `purify_fast.ops.decode_samples.reference_backward` does."""
     decoder = Decoder(packed, biases, numbers, slope=slope, squash=squash)
     layers, (channels, h, w) = decoder.geometry.layers, decoder.geometry.start
-    total = len(condition) * samples
-    by_pixel = torch.empty((total, h * w, decoder.columns[0]), dtype=decoder.dtype, device=condition.device)
-    inputs = condition.contiguous(), seed, sample_ids.contiguous()
-    each = sum(decoder.elements(index) for index in range(len(layers)))
-    for first, count in parts(total, 2 * each, decoder):
+    by_pixel = packed.new_empty((len(grad), h * w, decoder.columns[0]))
+    # A launch reads the gradient of a layer's output, and writes that of its input.
+    sizes = [*decoder.elements, padded(layers[-1].channels, CHANNEL_TILE) * layers[-1].height * layers[-1].width]
+    for first, count in parts(len(grad), max(map(sum, pairwise(sizes))), decoder):
         part = slice(first, first + count)
-        maps = _maps(decoder, inputs, first=first, count=count, draws=samples, kept=True)
         g = grad[part].float()
         g = g * image[part].float() * (1 - image[part].float()) if squash else g
         g = g.to(decoder.dtype).permute(0, 2, 3, 1)
         g = F.pad(g, (0, -g.shape[-1] % CHANNEL_TILE)).contiguous()
+        own = decoder.signs(signs, first, count)
         for index in reversed(range(len(layers))):
-            entered = maps.pop()
-            out = torch.empty_like(entered) if index else by_pixel[part]
-            decoder.backward(index, g, entered, out)
+            out = g.new_empty((count, decoder.elements[index])) if index else by_pixel[part]
+            decoder.backward(index, g, own[index], out)
             g = out
     summed = by_pixel.unflatten(0, (-1, samples)).sum(1, dtype=torch.float32)
     return summed[..., :channels].flatten(1)

@@ -72,6 +72,12 @@ class Geometry:
             channels = layer.channels
         return out
 
+    def inputs(self) -> list[tuple[int, int, int]]:
+        """Return height, width and padded channels of the input of every convolution."""
+        channels, h, w = self.start
+        maps = [(h, w, channels), *((layer.height, layer.width, layer.channels) for layer in self.layers[:-1])]
+        return [(h, w, padded(channels, CHANNEL_TILE)) for h, w, channels in maps]
+
     def sizes(self) -> tuple[int, int]:
         """Return the number of packed weights, including the weights for the gradient, and the number of biases."""
         first, *products = self.products()

@@ -152,11 +152,15 @@ def _decoders() -> dict[str, tuple]:
             h, w = layer.size(h, w)
             numbers += [layer.channels, layer.kernel, layer.stride, layer.padding, h, w]
         weights, shifts = Geometry.of(numbers).sizes()
-        drawn = (one(4, math.prod(start)), SEED, IDS, no_half(weights), one(shifts), numbers, 16, 0.2, True)
-        cases[f"decode_samples-{name}-forward"] = (*drawn, False, lambda dtype: _no_half(dtype))
-        if side == 32:
-            pictures = no_half(64, 3, side, side)
-            cases[f"decode_samples-{name}-backward"] = (pictures, pictures, *drawn)
+        words = sum(map(math.prod, Geometry.of(numbers).inputs())) // 32
+        # Many samples fill the largest tiles. Few get smaller ones.
+        for samples, kind in ((1024, ""), (64, "-few")) if side == 32 else ((1024, ""),):
+            given = no_half(weights), one(shifts), numbers, 16, 0.2, True
+            drawn = one(samples // 16, math.prod(start)), SEED, torch.arange(samples // 16)
+            cases[f"decode_samples-{name}-forward{kind}"] = (*drawn, *given, False, lambda dtype: _no_half(dtype), True)
+            if side == 32:
+                pictures, signs = no_half(samples, 3, side, side), torch.empty(samples, words, dtype=torch.int32)
+                cases[f"decode_samples-{name}-backward{kind}"] = (pictures, pictures, signs, *given)
     return cases
 
 

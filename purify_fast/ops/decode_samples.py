@@ -6,6 +6,9 @@
 This is CARSO's inference (arXiv 2306.06081, section 4.4). c_b is the product of the condition with its half of the
 first layer's weights, plus the bias. BatchNorms are folded into the weights, which are packed (`pack`). The kernels
 (kernels/decode_samples.py) multiply and store activations in the weights' dtype, and add in float32.
+
+The gradient depends on the feature maps only by the signs at the LeakyReLUs. A forward pass that needs a gradient keeps
+them in every case: a bit per element, 9 kB for a CIFAR image of 12 kB, which a classifier's own maps exceed by far.
 """
 
 from __future__ import annotations
@@ -99,6 +102,32 @@ def maps(
     return out
 
 
+def signs_of(entered: Sequence[Tensor]) -> Tensor:
+    """Pack the signs of the LeakyReLUs' inputs, int32 ``[B * K, words]``.
+
+    The bit of a positive element is 1. A word has 32 neighboring channels of a pixel, from the lowest bit on. The words
+    are ordered by layer and pixel, and the channels are padded by zeros.
+    """
+    words = []
+    for x in entered:
+        bits = F.pad(x.permute(0, 2, 3, 1) > 0, (0, -x.shape[1] % tiles.CHANNEL_TILE)).unflatten(-1, (-1, 32))
+        shifts = torch.arange(32, dtype=torch.int32, device=x.device)
+        words.append((bits.to(torch.int32) << shifts).sum(-1, dtype=torch.int32).flatten(1))
+    return torch.cat(words, 1)
+
+
+def _positive(signs: Tensor, geometry: tiles.Geometry) -> list[Tensor]:
+    """Undo `signs_of`: tell for each layer where its input [B * K, C, H, W] is positive."""
+    shifts = torch.arange(32, dtype=torch.int32, device=signs.device)
+    channels = [geometry.start[0], *(layer.channels for layer in geometry.layers)]
+    parts = signs.split([h * w * c // 32 for h, w, c in geometry.inputs()], 1)
+    bits = [
+        (part.unflatten(1, (h, w, -1, 1)) >> shifts) & 1
+        for part, (h, w, _) in zip(parts, geometry.inputs(), strict=True)
+    ]
+    return [one.flatten(3)[..., :c].permute(0, 3, 1, 2) > 0 for one, c in zip(bits, channels, strict=False)]
+
+
 def images(logits: Tensor, squash: bool, channels_last: bool, dtype: torch.dtype) -> Tensor:
     """Convert the logits to the images that the op returns: apply the sigmoid if ``squash``, set dtype and format."""
     x = wide(logits)
@@ -108,68 +137,87 @@ def images(logits: Tensor, squash: bool, channels_last: bool, dtype: torch.dtype
 
 def reference(
     condition: Tensor, seed: Tensor, ids: Tensor, packed: Tensor, biases: Tensor, numbers: list[int], *settings: Any
-) -> Tensor:
-    """Compute the images ``[B * K, C, H, W]`` by PyTorch in the precision of ``packed``; ``numbers`` are the sizes."""
-    samples, slope, squash, channels_last, dtype = settings
+) -> tuple[Tensor, Tensor]:
+    """Compute the images ``[B * K, C, H, W]`` by PyTorch in the precision of ``packed``; ``numbers`` are the sizes.
+
+    The second result are the signs (`signs_of`) for the backward, or no rows of them, if they are not to be ``kept``.
+    """
+    samples, slope, squash, channels_last, dtype, kept = settings
     geometry = tiles.Geometry.of(numbers)
     weights = unpack(packed, biases, geometry)
-    logits = maps(condition, seed, ids, weights, geometry, samples=samples, slope=slope)[-1]
-    return images(logits, squash, channels_last, dtype)
+    *entered, logits = maps(condition, seed, ids, weights, geometry, samples=samples, slope=slope)
+    return images(logits, squash, channels_last, dtype), signs_of([x if kept else x[:0] for x in entered])
 
 
-def reference_backward(grad: Tensor, image: Tensor, condition: Tensor, *others: Any) -> Tensor:
-    """Return grad [B * K, C, H, W] times dimage/dcondition, [B, H * W * C]. The feature maps are computed again."""
-    seed, ids, packed, biases, numbers, samples, slope, squash = others
+def reference_backward(grad: Tensor, image: Tensor, signs: Tensor, packed: Tensor, *others: Any) -> Tensor:
+    """Return grad [B * K, C, H, W] times dimage/dcondition, [B, H * W * C], from the signs of `reference`."""
+    biases, numbers, samples, slope, squash = others
     geometry = tiles.Geometry.of(numbers)
     weights = unpack(packed, biases, geometry)
     g = wide(grad)
     g = (g * wide(image) * (1 - wide(image)) if squash else g).to(packed.dtype)
     # A caller may run the backward pass under autocast.
     with without_autocast(grad.device):
-        entered = maps(condition, seed, ids, weights, geometry, samples=samples, slope=slope)
-        for layer, weight, x in zip(geometry.layers[::-1], weights.layers[::-1], entered[-2::-1], strict=True):
+        positive = _positive(signs, geometry)
+        for layer, weight, above in zip(geometry.layers[::-1], weights.layers[::-1], positive[::-1], strict=True):
             g = F.conv2d(g, weight, None, layer.stride, layer.padding)
-            g = torch.where(x > 0, g, slope * g)
-    by_pixel = g.to(condition.dtype).permute(0, 2, 3, 1).flatten(1)
+            g = torch.where(above, g, slope * g)
+    by_pixel = wide(g).permute(0, 2, 3, 1).flatten(1)
     return by_pixel.unflatten(0, (-1, samples)).sum(1)
 
 
-def _fake(condition: Tensor, *others: Any) -> Tensor:
-    *_, numbers, samples, _, _, channels_last, dtype = others
+def _fake(condition: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    *_, numbers, samples, _, _, channels_last, dtype, kept = others
     channels, *_, h, w = numbers[-6:]
-    out = condition.new_empty((condition.shape[0] * samples, channels, h, w), dtype=dtype)
-    return out.contiguous(memory_format=memory_format(channels_last))
+    total = condition.shape[0] * samples
+    out = condition.new_empty((total, channels, h, w), dtype=dtype)
+    words = sum(h * w * c // 32 for h, w, c in tiles.Geometry.of(numbers).inputs())
+    signs = condition.new_empty((total if kept else 0, words), dtype=torch.int32)
+    return out.contiguous(memory_format=memory_format(channels_last)), signs
+
+
+def _fake_backward(grad: Tensor, image: Tensor, signs: Tensor, packed: Tensor, *others: Any) -> Tensor:
+    _, numbers, samples, *_ = others
+    real = torch.promote_types(packed.dtype, torch.float32)
+    return packed.new_empty((grad.shape[0] // samples, math.prod(numbers[1:4])), dtype=real)
 
 
 _SIZES = "Tensor packed, Tensor biases, int[] numbers, int samples, float slope, bool squash"
 _CIFAR = [(channels, 3, 2, 1, side, side) for channels, side in ((256, 5), (128, 9), (64, 17), (32, 33))]
 
 #: Each entry has the size of the latent, the first feature map and the convolutions (channels, kernel, stride, padding,
-#: height, width). In "tiled" and "one" each layer is a launch. In "joined" the last two layers are a single launch.
-#: "wide" is for float32 weights. "cifar" is CARSO's decoder for images of 32 x 32.
+#: height, width). In "tiled", "one" and "full" each layer is a launch. In "joined" and "broad" the last two layers are
+#: a single launch. "wide" is for float32 weights. "cifar" is CARSO's decoder for images of 32 x 32.
 DECODERS = {
     "tiled": tiles.Geometry.of([12, 40, 3, 3, *(70, 3, 2, 1, 5, 6), *(3, 2, 1, 1, 4, 5)]),
     "one": tiles.Geometry.of([33, 96, 1, 2, *(5, 4, 2, 1, 2, 4)]),
     "joined": tiles.Geometry.of([12, 40, 3, 3, *(24, 4, 2, 1, 6, 6), *(3, 3, 1, 1, 6, 6)]),
+    "full": tiles.Geometry.of([12, 192, 8, 8, *(192, 1, 1, 0, 8, 8), *(5, 4, 2, 1, 16, 16)]),
+    "broad": tiles.Geometry.of([12, 40, 1, 32, *(24, 4, 2, 1, 2, 64), *(3, 3, 1, 1, 2, 64)]),
     "wide": tiles.Geometry.of([12, 40, 3, 3, *(3, 4, 2, 1, 6, 6)]),
     "cifar": tiles.Geometry.of([128, 256, 3, 3, *(n for layer in _CIFAR for n in layer), *(3, 2, 1, 1, 32, 32)]),
 }
-#: By decoder, samples, dtype of the weights, and "squashed" with a sigmoid; for the values see `Example.gpu`.
+#: By decoder, samples, dtype of the weights, "squashed" with a sigmoid, and "kept" signs; for the values see
+#: `Example.gpu`. "full" has the largest tiles of one layer, "broad" of two layers, and the others have the smallest.
 EXAMPLES = {
-    ("tiled", 3, torch.bfloat16, "squashed"): "",
-    ("tiled", 3, torch.bfloat16, ""): "b",
-    ("one", 5, torch.bfloat16, "squashed"): "",
-    ("one", 5, torch.bfloat16, ""): "",
-    ("joined", 2, torch.bfloat16, "squashed"): "f",
-    ("joined", 2, torch.bfloat16, ""): "b",
-    ("wide", 2, torch.float32, "squashed"): "f",
-    ("wide", 2, torch.float32, ""): "",
+    ("tiled", 3, torch.bfloat16, "squashed", ""): "",
+    ("tiled", 3, torch.bfloat16, "", ""): "b",
+    ("tiled", 3, torch.bfloat16, "", "kept"): "b",
+    ("one", 5, torch.bfloat16, "squashed", ""): "",
+    ("one", 5, torch.bfloat16, "", ""): "",
+    ("full", 30, torch.bfloat16, "", ""): "b",
+    ("joined", 2, torch.bfloat16, "squashed", ""): "f",
+    ("joined", 2, torch.bfloat16, "", ""): "b",
+    ("joined", 2, torch.bfloat16, "", "kept"): "b",
+    ("broad", 2, torch.bfloat16, "", "kept"): "b",
+    ("wide", 2, torch.float32, "squashed", ""): "f",
+    ("wide", 2, torch.float32, "", "kept"): "f",
 }
-RACED = (("cifar", 8, torch.bfloat16, "squashed"), ("cifar", 8, torch.bfloat16, ""))
+RACED = (("cifar", 8, torch.bfloat16, "squashed", ""), ("cifar", 8, torch.bfloat16, "", ""))
 
 
 def _arguments(*setting: Any) -> tuple[Any, ...]:
-    decoder, samples, weight_dtype, squash, dtype, seed = setting
+    decoder, samples, weight_dtype, squash, kept, dtype, seed = setting
     sizes = DECODERS[decoder]
     weights, biases, channels = [], [], sizes.start[0]
     for i, layer in enumerate(sizes.layers):
@@ -182,36 +230,41 @@ def _arguments(*setting: Any) -> tuple[Any, ...]:
     condition = normal(seed + 30, ROWS, math.prod(sizes.start)).float()
     # The weights are parameters, because a race repeats the rows of all tensors that are not parameters.
     parameters = Parameter(packed.to(weight_dtype), False), Parameter(shifts.float(), False)
-    return condition, *stream(seed), *parameters, sizes.numbers(), samples, 0.2, bool(squash), squash == "", dtype
+    settings = samples, 0.2, bool(squash), squash == "", dtype, bool(kept)
+    return condition, *stream(seed), *parameters, sizes.numbers(), *settings
 
 
 def _saved(inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return the arguments of the backward after the gradient: the images, and all inputs except layout and dtype."""
-    return *outputs, *inputs[:9]
+    """Return the arguments of the backward after the gradient: the results, and the inputs from the weights on."""
+    return *outputs, *inputs[3:9]
 
 
 OP = define_op(
     "decode_samples",
-    f"(Tensor condition, Tensor seed, Tensor sample_ids, {_SIZES}, bool channels_last, ScalarType dtype) -> Tensor",
+    f"(Tensor condition, Tensor seed, Tensor sample_ids, {_SIZES}, bool channels_last, ScalarType dtype, "
+    "bool kept) -> (Tensor, Tensor)",
     reference=reference,
     fake=_fake,
-    examples=examples(_arguments, EXAMPLES, dtypes=(torch.float32, torch.bfloat16)),
+    # Rounding decides some of the signs, which are kept for the backward.
+    examples=examples(
+        _arguments, EXAMPLES, dtypes=(torch.float32, torch.bfloat16), jumps=lambda *setting: setting[-1] == "kept"
+    ),
     raced=examples(_arguments, RACED, dtypes=(torch.float32, torch.bfloat16)),
-    # Races distinguish calls by the dtype of the images, which is the last argument, and by the size of the condition.
-    size_key=lambda condition, *others: (others[-1], condition.numel()),
+    # Races distinguish calls by the dtype of the images, and by the size of the condition.
+    size_key=lambda condition, *others: (others[-2], condition.numel()),
 )
 BACKWARD = define_backward(
     OP,
-    f"(Tensor grad, Tensor image, Tensor condition, Tensor seed, Tensor sample_ids, {_SIZES}) -> Tensor",
+    f"(Tensor grad, Tensor image, Tensor signs, {_SIZES}) -> Tensor",
     reference=reference_backward,
-    fake=lambda grad, image, condition, *rest: condition.new_empty(condition.shape),
-    saved=_saved,
-    # The slope of a LeakyReLU depends on the sign of its input, which the rounding to bfloat16 can change.
-    changes={"jumps": lambda decoder, samples, weights, squashed: weights == torch.bfloat16},
+    fake=_fake_backward,
+    saved=lambda inputs, _: _saved(inputs, reference(*inputs[:-1], True)),
+    constants=1,
+    changes={"jumps": False},
 )
 
 
-_decode = differentiable(OP.handle, lambda *given: BACKWARD(*given), _saved)
+_decode = differentiable(OP.handle, lambda *given: BACKWARD(*given), _saved, constants=1)
 
 
 def decode_prior(
@@ -284,6 +337,7 @@ def decode_prior(
         out = images(logits, squash, channels_last, dtype)
     else:
         tensors = condition, seed, sample_ids, packed, biases
-        settings = geometry.numbers(), samples, float(slope), squash, channels_last, wanted
-        out = (_decode if needs_gradient(condition) else OP.handle)(*tensors, *settings).to(dtype)
+        kept = needs_gradient(condition)
+        settings = geometry.numbers(), samples, float(slope), squash, channels_last, wanted, kept
+        out = (_decode if kept else OP.handle)(*tensors, *settings)[0].to(dtype)
     return out.unflatten(0, (-1, samples))

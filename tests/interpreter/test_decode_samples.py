@@ -1,5 +1,6 @@
 """Every form of decoder in the interpreter, against the definition in float64: with exact products, and in bfloat16."""
 
+import math
 from importlib import import_module
 
 import pytest
@@ -84,6 +85,12 @@ def together(name: str, given: tuple) -> bool:
     return kernel.Decoder(*given[3:6], slope=0.2, squash=True).together
 
 
+def differing(signs: torch.Tensor, golden: torch.Tensor) -> float:
+    """Return the share of the bits that differ."""
+    assert signs.shape == golden.shape and signs.dtype == golden.dtype == torch.int32
+    return float(((((signs ^ golden)[..., None] >> torch.arange(32)) & 1) != 0).float().mean())
+
+
 def error(got: torch.Tensor, golden: torch.Tensor) -> float:
     assert got.shape == golden.shape
     return float((got.double() - golden).norm() / golden.norm())
@@ -94,17 +101,18 @@ def test_every_form_with_exact_products(poisoned, monkeypatch, name):
     """Float32: each sum has thousands of numbers, and nothing else rounds."""
     given = arguments(name, torch.float32, samples=1 if name in LARGE else 2)
     assert not together(name, given)
-    golden = op.reference(*double(given), True, False, torch.float64)
-    assert error(kernel.forward(*given, True, False, torch.float32), golden) < 3e-7
-    logits = op.reference(*double(given), False, False, torch.float64)
+    golden, signs = op.reference(*double(given), True, False, torch.float64, True)
+    image, kept = kernel.forward(*given, True, False, torch.float32, True)
+    assert error(image, golden) < 3e-7 and differing(kept, signs) < 1e-5
+    logits, _ = op.reference(*double(given), False, False, torch.float64, False)
     grad = torch.randn(golden.shape, generator=torch.Generator().manual_seed(1))
     for image, squash in ((golden, True), (logits, False))[: 1 if name in LARGE else 2]:
-        slopes = op.reference_backward(*double((grad, image, *given)), squash)
-        assert error(kernel.backward(grad, image.float(), *given, squash), slopes) < 2e-6
+        slopes = op.reference_backward(*double((grad, image, signs, *given[3:])), squash)
+        assert error(kernel.backward(grad, image.float(), signs, *given[3:], squash), slopes) < 2e-6
     monkeypatch.setattr(kernel, "TOGETHER", (torch.float32,))
     assert together(name, given) == (name in TOGETHER)
     for last in (False, True):
-        got = kernel.forward(*given, False, last, torch.float32)
+        got, _ = kernel.forward(*given, False, last, torch.float32, False)
         layout = torch.channels_last if last else torch.contiguous_format
         assert got.is_contiguous(memory_format=layout) and error(got, logits) < 2e-6
 
@@ -113,29 +121,103 @@ def test_every_form_with_exact_products(poisoned, monkeypatch, name):
 def test_bfloat16(poisoned, name):
     """Against float64 the kernel errs about as far as the definition in bfloat16."""
     given = arguments(name, torch.bfloat16)
-    golden = op.reference(*double(given), True, False, torch.float64)
-    same = op.reference(*given, True, False, torch.bfloat16)
-    got = kernel.forward(*given, True, False, torch.bfloat16)
+    golden, right = op.reference(*double(given), True, False, torch.float64, True)
+    same, rounded = op.reference(*given, True, False, torch.bfloat16, True)
+    got, signs = kernel.forward(*given, True, False, torch.bfloat16, True)
     assert got.dtype == torch.bfloat16 and error(got, golden) < 4 * error(same, golden)
+    assert differing(signs, right) < 2 * differing(rounded, right) < 0.02
     grad = torch.randn(golden.shape, generator=torch.Generator().manual_seed(1))
-    given = grad, golden.float(), *given, True
+    given = grad, golden.float(), signs, *given[3:], True
     golden, same = op.reference_backward(*double(given)), op.reference_backward(*given)
     assert error(kernel.backward(*given), golden) < 4 * error(same, golden)
 
 
 def test_one_sample_has_the_same_bits_in_every_batch_and_part(monkeypatch):
     given = arguments("oblong", torch.bfloat16, images=3)
-    sizes = False, False, torch.float32
-    whole = kernel.forward(*given, *sizes)
+    sizes = False, False, torch.float32, True
+    whole, signs = kernel.forward(*given, *sizes)
     grad = torch.randn(whole.shape, generator=torch.Generator().manual_seed(1))
-    slopes = kernel.backward(grad, whole, *given, False)
+    slopes = kernel.backward(grad, whole, signs, *given[3:], False)
     one = [x[1:2] if i in (0, 2) else x for i, x in enumerate(given)]
-    assert torch.equal(kernel.forward(*one, *sizes), whole[2:4])
+    image, own = kernel.forward(*one, *sizes)
+    assert torch.equal(image, whole[2:4]) and torch.equal(own, signs[2:4])
+    assert torch.equal(kernel.backward(grad[2:4], image, own, *given[3:], False), slopes[1:2])
     monkeypatch.setattr(kernel, "MEMORY", 20_000)  # parts of two samples or so: images are cut
     decoder = kernel.Decoder(*given[3:6], slope=0.2, squash=False)
-    assert len(kernel.parts(6, decoder.elements(1), decoder)) > 1
-    assert torch.equal(kernel.forward(*given, *sizes), whole)
-    assert torch.equal(kernel.backward(grad, whole, *given, False), slopes)
+    assert len(kernel.parts(6, decoder.elements[1], decoder)) > 1
+    assert all(map(torch.equal, kernel.forward(*given, *sizes), (whole, signs)))
+    assert torch.equal(kernel.backward(grad, whole, signs, *given[3:], False), slopes)
+
+
+class Launches(list):
+    """The launches within a test: of each, the kernel's name, its number of programs, and its options."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        own = kernel.launch
+
+        def launch(function, grid, *args, **options):
+            self.append((function.__name__, math.prod(grid), options))
+            own(function, grid, *args, **options)
+
+        monkeypatch.setattr(kernel, "launch", launch)
+
+    def names(self) -> list[str]:
+        found = [name for name, *_ in self]
+        self.clear()
+        return found
+
+
+@pytest.mark.parametrize("name", ["oblong", "no_stride", "kernel_below_stride", "alone"])
+def test_the_kept_signs_are_those_of_maps_that_are_computed_again(monkeypatch, name):
+    """To the bit, also where the last two layers are one launch, which stores no map between them."""
+    given = arguments(name, torch.bfloat16)
+    assert together(name, given) == (name in TOGETHER)
+    launches = Launches(monkeypatch)
+    image, signs = kernel.forward(*given, True, False, torch.float32, True)
+    assert launches.names()[-1] == ("_last_two" if name in TOGETHER else "_layer")
+    decoder = kernel.Decoder(*given[3:6], slope=0.2, squash=True)
+    maps = [torch.empty(len(image), elements).bfloat16() for elements in decoder.elements]
+    nothing, draws = signs[:0], given[6]
+    z = kernel.draw(decoder, SEED, given[2], first=0, count=len(image), draws=draws)
+    decoder.first(given[0], z, maps[0], nothing, first=0, draws=draws)
+    for index in range(len(maps) - 1):
+        decoder.forward(index, maps[index], maps[index + 1], nothing)
+    again = op.signs_of([x.unflatten(1, hwc).permute(0, 3, 1, 2) for x, hwc in zip(maps, decoder.inputs, strict=True)])
+    assert torch.equal(again, signs) and 0.1 < float((maps[-1] > 0).float().mean()) < 0.9
+    launches.clear()
+    grad = torch.randn(image.shape, generator=torch.Generator().manual_seed(1))
+    slopes = [kernel.backward(grad, image, one, *given[3:], True) for one in (signs, again, signs)]
+    assert all(torch.equal(slopes[0], one) for one in slopes[1:]) and slopes[0].any()
+    # Each backward is one launch a layer: with the maps computed again, it was more than twice as many.
+    assert launches.names() == 3 * len(decoder.geometry.layers) * ["_layer"]
+
+
+def test_without_a_gradient_nothing_is_kept(monkeypatch):
+    given = arguments("oblong", torch.bfloat16)
+    image, signs = kernel.forward(*given, True, False, torch.float32, True)
+    same, nothing = kernel.forward(*given, True, False, torch.float32, False)
+    words = op.tiles.Geometry.of(given[5]).inputs()
+    assert torch.equal(same, image) and signs.shape[1] == sum(h * w * c for h, w, c in words) // 32
+    assert nothing.shape == (0, signs.shape[1])
+
+
+@pytest.mark.parametrize("name", ["oblong", "kernel_below_stride", "wide"])
+def test_smaller_tiles_have_the_same_bits(monkeypatch, name):
+    GEOMETRIES["wide"] = geometry(33, ((256, 2, 2), [Deconvolution(128, 3, 2, 1), Deconvolution(3, 2, 1, 1)]))
+    given = arguments(name, torch.bfloat16, images=3)
+    launches, results, shapes = Launches(monkeypatch), [], []
+    for programs in (1, 8, 10**6):
+        monkeypatch.setattr(kernel, "PROGRAMS", programs)
+        image, signs = kernel.forward(*given, True, False, torch.float32, True)
+        grad = torch.randn(image.shape, generator=torch.Generator().manual_seed(1))
+        results.append((image, signs, kernel.backward(grad, image, signs, *given[3:], True)))
+        shapes.append({(options["ROWS"], options["TILE"]) for kind, _, options in launches if kind == "_layer"})
+        launches.clear()
+    assert {rows for rows, _ in shapes[0]} == {128} and {rows for rows, _ in shapes[2]} == {64}
+    assert max(tile for _, tile in shapes[2]) <= 32
+    for one in results[1:]:
+        assert all(map(torch.equal, one, results[0]))
 
 
 def test_the_offsets_of_a_parts_images_fit_into_int32():
@@ -151,10 +233,10 @@ def test_the_offsets_of_a_parts_images_fit_into_int32():
 
 def test_fewer_rows_where_registers_are_fewer(monkeypatch):
     given = arguments("cifar10", torch.bfloat16, images=1, samples=2)
-    whole = kernel.forward(*given, False, True, torch.float32)
+    whole, signs = kernel.forward(*given, False, True, torch.float32, True)
     monkeypatch.setattr(kernel, "FEWER_ROWS", {0: 128})
     assert together("cifar10", given) and not together("tiny_imagenet", arguments("tiny_imagenet", torch.bfloat16))
-    assert torch.equal(kernel.forward(*given, False, True, torch.float32), whole)
+    assert all(map(torch.equal, kernel.forward(*given, False, True, torch.float32, True), (whole, signs)))
 
 
 def test_the_latents_are_the_stream_s(ulps):

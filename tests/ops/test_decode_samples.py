@@ -2,6 +2,7 @@ from importlib import import_module
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from op_cases import compiles
 
 from purify_fast.kernels.decoder_sizes import COLUMN_TILE, Geometry, Layer
@@ -37,7 +38,7 @@ def packed_arguments(batch: int = 2, dtype: torch.dtype = torch.float64, seed: i
 
 def opaque(condition, *rest):
     """Through the op and its own backward, as a kernel is called."""
-    return op._decode(condition, *rest)
+    return op._decode(condition, *rest, True)[0]
 
 
 @pytest.mark.parametrize("squash", [False, True])
@@ -46,7 +47,7 @@ def test_gradients_of_the_op(squash):
     rest += [GEOMETRY.numbers(), 3, 0.2, squash, False, torch.float64]
     condition.requires_grad_()
     assert torch.autograd.gradcheck(lambda c: opaque(c, *rest), condition)
-    assert torch.autograd.gradcheck(lambda c: op.reference(c, *rest), condition)
+    assert torch.autograd.gradcheck(lambda c: op.reference(c, *rest, False)[0], condition)
 
 
 def test_a_backward_under_autocast_keeps_the_precision_of_the_weights():
@@ -58,11 +59,53 @@ def test_a_backward_under_autocast_keeps_the_precision_of_the_weights():
         assert torch.equal(torch.autograd.grad(loss, condition)[0], expected)
 
 
-def test_white_pixels_keep_their_gradient(monkeypatch):
+@pytest.fixture
+def served(monkeypatch):
+    """The op is called, as where a kernel serves."""
+    monkeypatch.setattr(type(op.OP), "uses_reference", lambda *_: False)
+
+
+def test_a_gradient_keeps_the_signs_of_the_maps_and_nothing_is_kept_without_one(served):
+    condition, seed, ids, packed, biases = packed_arguments()
+    kept: list[torch.Tensor] = []
+
+    def decoded(condition):
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+            return op.decode_prior(condition, seed, ids, packed, biases, GEOMETRY, 3)
+
+    with torch.no_grad():
+        decoded(condition.requires_grad_())
+    decoded(condition.detach())
+    assert not kept
+    decoded(condition)
+    words = sum(h * w * c // 32 for h, w, c in GEOMETRY.inputs())
+    (signs,) = (x for x in kept if x.dtype == torch.int32)
+    assert signs.shape == (6, words) == (6, 2 * 3 + 4 * 5)
+    assert sorted(x.numel() for x in kept) == sorted([6 * words, 6 * 2 * 3 * 4, packed.numel(), biases.numel()])
+    maps = op.maps(condition, seed, ids, op.unpack(packed, biases, GEOMETRY), GEOMETRY, samples=3, slope=0.2)
+    for x, positive in zip(maps[:-1], op._positive(signs, GEOMETRY), strict=True):
+        assert torch.equal(x > 0, positive) and 0.2 < positive.double().mean() < 0.8
+
+
+def test_a_second_backward_and_a_checkpoint_have_the_same_gradient(served):
+    condition, *rest = packed_arguments()
+
+    def decoded(condition):
+        return op.decode_prior(condition, *rest, GEOMETRY, 3).square().sum()
+
+    def gradient(loss, **options):
+        return torch.autograd.grad(loss, condition, **options)[0]
+
+    loss = decoded(condition.requires_grad_())
+    first = gradient(loss, retain_graph=True)
+    again = torch.utils.checkpoint.checkpoint(decoded, condition, use_reentrant=False)
+    assert first.any() and torch.equal(gradient(loss), first) and torch.equal(gradient(again), first)
+
+
+def test_white_pixels_keep_their_gradient(served):
     """The image is in bfloat16, where the sigmoid of 6.5 is 1."""
     condition, seed, ids, packed, biases = packed_arguments(2, torch.bfloat16)
     biases[-COLUMN_TILE:] = 6.5
-    monkeypatch.setattr(type(op.OP), "uses_reference", lambda *_: False)  # as where a kernel serves
     images = op.decode_prior(condition.requires_grad_(), seed, ids, packed, biases, GEOMETRY, 3, dtype=torch.bfloat16)
     assert images.dtype == torch.bfloat16 and (images == 1).float().mean() > 0.3
     gradient = torch.autograd.grad(images[images == 1].sum(), condition)[0]

@@ -138,6 +138,18 @@ def test_a_result_that_jumps_is_judged_as_a_whole():
     assert not verify.deviation(flipped, golden, same, Example("smooth", jumping.make), "").passed
 
 
+def test_bits_that_jump_are_judged_by_their_share():
+    """Each bit counts the same, whatever its place in its word."""
+    jumping = Example("jumps", lambda dtype, seed: (), jumps=True)
+    golden = torch.randint(-(2**31), 2**31, (20, 50), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    few, many = golden.clone(), golden ^ 1
+    few[3, 7] ^= -(2**31)
+    assert verify.deviation(golden, golden, few, jumping, "").passed
+    assert verify.deviation(few, golden, golden, jumping, "").passed
+    assert not verify.deviation(many, golden, golden, jumping, "").passed
+    assert not verify.deviation(few, golden, golden, Example("smooth", jumping.make), "").passed
+
+
 ERRORS = (RuntimeError("no such instruction"), MemoryError("no room"), torch.OutOfMemoryError("x"))
 
 

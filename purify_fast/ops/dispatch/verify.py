@@ -83,10 +83,15 @@ def deviation(actual: Tensor, golden: Tensor, same: Tensor, example: Example, ca
     if not torch.equal(actual[~ok].nan_to_num(), same[~ok].nan_to_num()) or not actual[ok].isfinite().all():
         return Verdict(math.inf, 0.0, f"{case}: not finite")
     floating, eps = actual.is_floating_point(), torch.finfo(actual.dtype).eps if actual.is_floating_point() else 0.0
-    actual, same, golden = actual[ok].double(), same[ok].double(), golden[ok].double()
+    actual, same, golden = actual[ok], same[ok], golden[ok]
+    if example.jumps and not floating:
+        # Integers that jump are words of bits.
+        shifts = torch.arange(8 * actual.element_size())
+        actual, same, golden = ((words[:, None] >> shifts) & 1 for words in (actual, same, golden))
+    actual, same, golden = actual.double(), same.double(), golden.double()
     if actual.numel() == 0:
         return Verdict(0.0, 0.0, case)
-    if example.exact or not floating:
+    if example.exact or not (floating or example.jumps):
         return Verdict(float((actual - same).abs().max()), 0.0, case)
     if example.jumps:
         error, allowed, size = (float(one.square().mean().sqrt()) for one in (actual - golden, same - golden, golden))
