@@ -178,7 +178,7 @@ def _l1_shift(proposal, eps, lo, hi, WHOLE: tl.constexpr, CHANNELS: tl.constexpr
 def _factors(
     place, held, sign, eps, L1: tl.constexpr, WHOLE: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """Return the factors of `_moved`, and the mass of all perturbations after the proposal.
+    """Return the factors of `_moved`, and for l2 the mass of all perturbations after the proposal.
 
     The factors are the signs of the channels, the old lengths in the window W, and the scale of the new content of W.
     """
@@ -202,10 +202,10 @@ def _factors(
     for first in range(begin, end, WIDTH):
         pixels = held if WHOLE else _pixels(place, first, WIDTH)
         new += _mass(_in_window(pattern_ptr, pixels, sign, length), L1)
-    present = _root(tl.sum(new, 1), L1)[:, None]
-    scale = _root(unused / channels + windows, L1) / (TINY + present)
+    present = tl.sum(new, 1)[:, None]
+    scale = _root(unused / channels + windows, L1) / (TINY + _root(present, L1))
     # No digits are lost here, because no summand is negative.
-    return (sign, length, scale), others + tl.sum(tl.sum(_mass(present * scale, L1), 1), 0)
+    return (sign, length, scale), others + tl.sum(tl.sum(present * scale * scale, 1), 0)
 
 
 @triton.jit
