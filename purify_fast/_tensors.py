@@ -45,6 +45,16 @@ def check_one_device(**tensors: Tensor) -> None:
             raise ValueError(f"tensors must be on one device, got {places}")
 
 
+def refuse_divided(model: nn.Module) -> None:
+    """Raise ValueError if the weights of a model are on several devices, or are DTensors."""
+    devices = list(dict.fromkeys(str(weight.device) for weight in model.parameters()))
+    if any(type(weight).__name__ == "DTensor" for weight in model.parameters()):
+        raise ValueError("the model has DTensors as weights (FSDP2, tensor parallel): give each process a whole model")
+    if len(devices) > 1:
+        text = "the model's weights are on several devices (device_map)"
+        raise ValueError(f"{text}, {', '.join(devices)}: move the model to one, and start a process for each device")
+
+
 def check_floating(**tensors: Tensor) -> None:
     """Raise an error unless all arguments are floating-point tensors on one device. The keywords are their names."""
     for name, tensor in tensors.items():

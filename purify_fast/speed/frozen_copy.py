@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .._compiler import is_compiled
+from .._tensors import refuse_divided
 from .._validation import in_one_line
 from ..models.representation import evaluation_mode
 from ..protocols import CopiesItself, Purifies, supports
@@ -220,6 +221,7 @@ def _check(model: nn.Module, x: Tensor, dtype: Dtype) -> None:
     inside = [one for one in model.modules() if one is not model and supports(one, CopiesItself)]
     if inside:
         raise TypeError(f"model must not contain a defence, got a {type(inside[0]).__name__}: copy the defence itself")
+    refuse_divided(model)
     if not isinstance(x, Tensor) or x.dim() != 4 or not len(x) or not x.is_floating_point():
         got = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"x must be a batch of images [B, C, H, W], floating point, got {got}")

@@ -111,16 +111,6 @@ def exchanges(model: nn.Module) -> bool:
     return processes()[1] > 1 and any(isinstance(one, OVER_ALL) and one.training for one in model.modules())
 
 
-def refuse_divided(model: nn.Module) -> None:
-    """Raise ValueError if the weights of a model are on several devices, or are DTensors."""
-    devices = list(dict.fromkeys(str(weight.device) for weight in model.parameters()))
-    if any(type(weight).__name__ == "DTensor" for weight in model.parameters()):
-        raise ValueError("the model has DTensors as weights (FSDP2, tensor parallel): give each process a whole model")
-    if len(devices) > 1:
-        text = "the model's weights are on several devices (device_map)"
-        raise ValueError(f"{text}, {', '.join(devices)}: move the model to one, and start a process for each device")
-
-
 @contextlib.contextmanager
 def torchrun_group() -> Iterator[None]:
     """Within the block, the process group of torchrun's environment exists."""

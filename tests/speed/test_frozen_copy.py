@@ -315,6 +315,9 @@ def test_what_cannot_be_copied_is_refused_by_name(x):
         purify_fast.frozen_copy(model, x.long())
     with pytest.raises(ValueError, match="dtype must be"):
         purify_fast.frozen_copy(model, x, dtype=torch.float16)
+    divided = nn.Sequential(net(), nn.Linear(4, 4, device="meta"))
+    with pytest.raises(ValueError, match=r"on several devices \(device_map\), cpu, meta"):
+        purify_fast.frozen_copy(divided, x)
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         purify_fast.frozen_copy(nn.Sequential(nn.Flatten(), nn.Linear(5, 2)), x)
 
