@@ -25,8 +25,9 @@ PLACES = tl.constexpr(5)
 TINY = tl.constexpr(1e-12)
 #: The most steps of Newton's method that l1 tries before it halves, and the last halving's share of the largest offset.
 STEPS, RESOLUTION = tl.constexpr(4), tl.constexpr(2.0**-24)
-#: The largest tile in which a program of l2 or l1 holds a whole image: two such programs fit on a multiprocessor. For
-#: larger images, the most elements that a program processes together, and the fewest pixels per channel in them.
+#: The largest tile in which a program of l2 or l1 holds a whole image: with 128 registers for a thread, two such
+#: programs fit on a multiprocessor. For larger images, the most elements that a program processes together, and the
+#: fewest pixels per channel in them.
 HELD, TILE, FEWEST = 4096, 2048, 32
 
 
@@ -303,9 +304,8 @@ def forward(
         programs = grid(draws * images, cdiv(size, block))
         launch(_linf, programs, *given, out, *sizes, *settings, WIDTH=block, num_warps=several, enable_fp_fusion=False)
     else:
-        own = limited(L1_REGISTERS) if norm == 2 else {}
         sizes = images, channels, height, width, pattern.shape[-1]
-        shape = layout(channels, height * width) | own
+        shape = layout(channels, height * width) | limited(L1_REGISTERS)
         tensors = *given, pattern.contiguous(), out
         launch(
             _mass_moved, (draws * images,), *tensors, *sizes, *settings, L1=norm == 2, **shape, enable_fp_fusion=False
