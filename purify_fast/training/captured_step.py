@@ -12,7 +12,6 @@ import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -73,8 +72,12 @@ class CapturedStep:
         self.updates: list[_Update] = []
         with no_trace(device):
             # The step itself comes first, because the graph keeps the memory of a whole step. Its first call may still
-            # verify kernels and choose algorithms, so it is not compared.
-            _, one, other = (self._results(task, partial(gradients, task)) for _ in range(3))
+            # verify kernels and choose algorithms, so it is not compared. It computes the numbers of `Task.numbers`
+            # itself, because a second attack in a step might take those of the first.
+            def directly(given: Batch) -> Iterator[tuple[str, Metrics]]:
+                return gradients(task, replace(given, numbers={}))
+
+            _, one, other = (self._results(task, directly) for _ in range(3))
             with undone(task, device):
                 self._record(task, gradients, graphs.capture)
             got = self._results(task, self.run)

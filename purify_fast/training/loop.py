@@ -27,6 +27,7 @@ from torch import Tensor
 from .._files import folder_lock
 from .._memory import ran_out_of_memory
 from .._process import processes
+from .._tensors import refuse_divided
 from ..speed.graphs.step_graphs import StepGraphs
 from ..speed.precision import float32_products, raced_convolutions, whole_float32_by_default
 from ..speed.processor import fast_bfloat16
@@ -34,7 +35,7 @@ from .bank import BankConfig
 from .callbacks import Callback, ProgressBar, TrainingState
 from .captured_step import NotRestored, captured
 from .config import FitConfig
-from .distributed import average_, from_first, refuse_divided, synchronized_batchnorm
+from .distributed import average_, from_first, synchronized_batchnorm
 from .optimizers import fuse, set_learning_rate, weights_of
 from .run import Run
 from .sources import Images, Loader, make_sources, step_seed
@@ -217,17 +218,17 @@ def _state(run: Run, images: int, metrics: dict[str, Any], epoch: int, images_pe
 def train_step(task: Task, batch: Batch, accumulate: int = 1) -> Metrics:
     """Take a training step with all of its updates, with the model in training mode."""
     task.train()
-    batch = replace(batch, numbers=task.numbers(batch))
+    known = replace(batch, numbers=task.numbers(batch))
 
     graphs = task.graphs if processes()[1] == 1 else None
 
     def take() -> Metrics:
         measured: Metrics = {}
-        step = captured(task, batch, gradients) if accumulate == 1 else None
+        step = captured(task, known, gradients) if accumulate == 1 else None
         # A replay needs no memory before it changes anything.
         changed, kept = step is not None, _copies(task.model.buffers()) if step is None and graphs is not None else []
         try:
-            for name, measured in step.run(batch) if step else gradients(task, batch, accumulate):
+            for name, measured in step.run(known) if step else gradients(task, batch, accumulate):
                 optimizer = task.optimizers[name]
                 average_([*(one.grad for one in weights_of(optimizer) if one.grad is not None), *measured.values()])
                 changed = True

@@ -42,7 +42,7 @@ class Batch:
         images_before: number of images that earlier steps trained on, over all processes.
         bank: adversarial bank for this step, for a task with `Task.frozen_attacks`; None if the run has no bank.
         whole: whether every process has the whole batch, as in a validation.
-        numbers: the numbers of `Task.numbers` by name; in a captured step, float32 ``[]``. Empty: they are not known.
+        numbers: the numbers of `Task.numbers` by name; in a captured step, float32 ``[]``. Empty: the task knows them.
 
     Raises:
         ValueError: if x, y and sample_ids are not on one device.

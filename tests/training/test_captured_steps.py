@@ -19,7 +19,7 @@ from purify_fast.models import SmallCNN, UNet
 from purify_fast.ops import use_backend
 from purify_fast.speed import StepGraphs
 from purify_fast.speed.graphs.step_loop import CAPTURE_STEPS
-from purify_fast.training import Batch, ClassifierConfig, ClassifierTask, FitConfig, Task, fit
+from purify_fast.training import Batch, ClassifierConfig, ClassifierTask, FitConfig, Task, TrainingAttack, fit
 from purify_fast.training.captured_step import CapturedStep, NotRestored, change_weights
 from purify_fast.training.loop import step_settings, train_step
 from purify_fast.training.optimizers import fuse
@@ -221,6 +221,39 @@ def test_validations_and_rising_numbers_keep_the_captured_step(tape, name, monke
         weights.append(task.model.state_dict())
     assert len(made) == len(graphs.whole_steps) == kinds
     assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+
+
+class TwoAttacks(ClassifierTask):
+    """A second attack of another radius follows. A graph would give it the numbers of the first."""
+
+    def captures(self, batch):
+        return super().captures(batch)
+
+    def training_step(self, batch):
+        loss, metrics = super().training_step(batch)
+        x = TrainingAttack(eps=3 * EPS, steps=2).run(self.model, batch, graphs=self.graphs)
+        return loss + self.model(x).square().mean(), metrics
+
+
+def test_a_second_attack_in_a_step_keeps_its_own_radius(tape):
+    weights = []
+    for graphs in (None, StepGraphs("always", capture=tape)):
+        torch.manual_seed(0)
+        task = TwoAttacks(SmallCNN(width=4), ClassifierConfig(attack=attack(eps_warmup=1.0)))
+        task.graphs = graphs
+        for epoch in range(3):
+            train_step(task, replace(batch(epoch), epoch=epoch))
+        weights.append(task.model.state_dict())
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    assert "a replay gives another result than the step" in graphs.refusals[0]
+
+
+def test_graphs_of_two_kinds_of_steps_are_kept(tape):
+    task = classifier()
+    task.graphs = StepGraphs("always", capture=tape)
+    for n in (16, 12, 8):
+        train_step(task, batch(1, n=n))
+    assert [len(step.given.x) for step in task.graphs.whole_steps.values()] == [12, 8]
 
 
 class Doubled(ClassifierTask):
