@@ -7,6 +7,8 @@ from torch.nn import functional as F
 
 from purify_fast.ops import aggregate, use_backend
 
+pytestmark = pytest.mark.interpreter
+
 op = import_module("purify_fast.ops.aggregate")
 
 
@@ -90,7 +92,6 @@ def test_default_head_can_be_attacked_at_any_margin(backend, samples, loss):
         assert (gradient.flatten(1).abs().amax(1) > 0).all(), margin
 
 
-@pytest.mark.interpreter
 @pytest.mark.parametrize("scale", [1.0, 30.0, 1e2, 1e3])
 def test_peel_is_finite_and_decides_as_lse(backend, scale):
     logits = normal(64, 8, 10, scale=scale, dtype=torch.float32).requires_grad_()
@@ -108,7 +109,6 @@ def test_peel_at_the_largest_logits(backend):
     assert torch.autograd.grad(log_p[0, 0], logits)[0].isfinite().all()
 
 
-@pytest.mark.interpreter
 def test_vote_is_a_majority(backend):
     logits = normal(40, 9, 6, dtype=torch.float32, scale=3.0) - 50  # all negative: where the published count fails
     votes = aggregate(logits, "vote")

@@ -6,11 +6,12 @@ from op_cases import points as inputs
 
 from purify_fast.ops import apgd_step, pgd_step
 
+pytestmark = pytest.mark.interpreter
+
 op = import_module("purify_fast.ops.apgd_step")
 NORMS = op.NORMS
 
 
-@pytest.mark.interpreter
 @pytest.mark.parametrize("norm", NORMS)
 def test_the_formula_by_hand(backend, norm):
     """The step without momentum is `pgd_step`'s; then a part of it and of the last move, projected by a step of 0."""
@@ -25,7 +26,6 @@ def test_the_formula_by_hand(backend, norm):
     torch.testing.assert_close(apgd_step(x, grad, nat, previous, alpha, eps, 1.0, norm), z)  # the first step
 
 
-@pytest.mark.interpreter
 @pytest.mark.parametrize("norm", NORMS)
 def test_the_point_before_counts(backend, norm):
     """Without a gradient the momentum alone moves, also from a point that is NaN."""

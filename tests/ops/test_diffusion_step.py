@@ -8,6 +8,8 @@ from torch import Tensor
 
 from purify_fast.ops import Stream, diffusion_step, philox
 
+pytestmark = pytest.mark.interpreter
+
 op = import_module("purify_fast.ops.diffusion_step")
 SEED, STEP = torch.tensor([0x0123456789ABCDEF]), torch.tensor([3])
 
@@ -39,7 +41,6 @@ def noise(shape: tuple[int, ...], name: dict[str, Tensor]) -> Tensor:
     return torch.cat(rows).view(shape) if rows else torch.empty(shape)
 
 
-@pytest.mark.interpreter
 def test_the_noise_is_the_named_stream(backend):
     shape, name = (4, 3, 5, 7), named(4)
     zero = torch.zeros(shape)
@@ -68,7 +69,6 @@ def test_one_tensor_in_two_places_compiles(backend):
     assert torch.equal(torch.autograd.grad(compiled.sum(), x)[0], torch.full_like(x, 0.8))
 
 
-@pytest.mark.interpreter
 @pytest.mark.parametrize("kind", ["noise", "image", "v"])
 def test_an_exact_prediction_gives_the_image_in_one_step(backend, kind):
     image = normal(2, 3, 8, 8, dtype=torch.float32).clamp(-1, 1)
@@ -90,7 +90,6 @@ def test_an_exact_prediction_gives_the_image_in_one_step(backend, kind):
     torch.testing.assert_close(diffusion_step(state, prediction, ddim, **name), next_alpha * image + next_sigma * z)
 
 
-@pytest.mark.interpreter
 def test_learned_variances_lie_between_the_two(backend):
     shape, name = (2, 3, 4, 4), named(2)
     zero, lo, hi = torch.zeros(shape), -4.0, -2.0
@@ -100,7 +99,6 @@ def test_learned_variances_lie_between_the_two(backend):
         torch.testing.assert_close(out, math.exp(log / 2) * noise(shape, name))
 
 
-@pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_the_gradient_of_the_prediction_has_its_layout(backend, dtype):
     x, name = normal(3, 3, 8, 6, dtype=torch.float32), named(3)
@@ -118,7 +116,6 @@ def test_the_gradient_of_the_prediction_has_its_layout(backend, dtype):
         assert torch.equal(first, second)
 
 
-@pytest.mark.interpreter
 def test_both_ends_of_the_clip_pass_the_gradient(backend):
     x = torch.tensor([[-1.0, 1.0, -1.5, 1.5, 0.0, math.nan]]).requires_grad_()
     m, name = torch.zeros(1, 6).requires_grad_(), named(1)
@@ -133,7 +130,6 @@ def test_both_ends_of_the_clip_pass_the_gradient(backend):
         assert out[0].isnan().tolist() == [False] * 5 + [True]
 
 
-@pytest.mark.interpreter
 def test_nan(backend):
     """NaN stays where it is, and what chooses a variance is not seen where there is no noise."""
     name = named(2)

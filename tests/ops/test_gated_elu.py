@@ -8,16 +8,16 @@ from op_cases import normal
 from purify_fast.ops import gated_elu
 from purify_fast.ops.dispatch.op import Call
 
+pytestmark = pytest.mark.interpreter
+
 op = import_module("purify_fast.ops.gated_elu")
 
 
-@pytest.mark.interpreter
 def test_published_values(backend):
     features = torch.tensor([[1.0, 1.0], [-1.0, 0.0]])
     torch.testing.assert_close(gated_elu(features), torch.tensor([[0.7310586], [-0.3160603]]), rtol=0, atol=1e-7)
 
 
-@pytest.mark.interpreter
 def test_far_out_nothing_is_lost(backend):
     """Where exp(a), 1 - s(b) or exp(-b) would overflow, or lose all their digits."""
     features = torch.tensor([[1e4, 200.0], [-1e4, 200.0], [2.0, -200.0], [2.0, -30.0], [-1e-6, 0.0]])

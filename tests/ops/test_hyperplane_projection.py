@@ -6,6 +6,8 @@ from torch import Tensor
 
 from purify_fast.ops import hyperplane_projection
 
+pytestmark = pytest.mark.interpreter
+
 op = import_module("purify_fast.ops.hyperplane_projection")
 NORMS = op.NORMS
 
@@ -84,7 +86,6 @@ def test_ten_thousand_rows_by_bisection(backend, norm):
     assert ((w * (x + got)).sum(1) - b)[meets].abs().max() <= 1e-9
 
 
-@pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("norm", NORMS)
 def test_gradients_of_any_size(backend, norm, dtype):
@@ -97,7 +98,6 @@ def test_gradients_of_any_size(backend, norm, dtype):
     assert torch.equal(hyperplane_projection(x, w * 2**-40, b * 2**-40, norm), hyperplane_projection(x, w, b, norm))
 
 
-@pytest.mark.interpreter
 @pytest.mark.parametrize("norm", NORMS)
 def test_rows_without_a_plane_do_not_move(backend, norm):
     x, w, b = inputs(5, 12)

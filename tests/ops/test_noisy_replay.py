@@ -5,6 +5,8 @@ import torch
 
 from purify_fast.ops import Stream, noisy_replay, philox
 
+pytestmark = pytest.mark.interpreter
+
 SEED = torch.tensor([0x0123456789ABCDEF])
 EPS = 8 / 255
 
@@ -18,7 +20,6 @@ def inputs(*shape: int, dtype=torch.float32, seed: int = 0) -> tuple:
     return x, adv, drift, torch.arange(shape[0]) * 3 - 1
 
 
-@pytest.mark.interpreter
 @pytest.mark.parametrize("tau", [0.1339746, torch.tensor(0.1339746)], ids=["number", "tensor"])
 def test_published_mask(backend, tau):
     drift = torch.tensor([0, 0.10, 0.1339, 0.1340, 0.5])
@@ -28,7 +29,6 @@ def test_published_mask(backend, tau):
     assert torch.equal(out[:3], adv[:3])  # copies
 
 
-@pytest.mark.interpreter
 def test_the_test_is_strict_and_nan_does_not_replay(backend):
     x, adv, _, ids = inputs(4, 10)
     drift = torch.tensor([0.25, torch.nan, torch.inf, 0.25 + 2**-20])
@@ -56,7 +56,6 @@ def test_published_noise(backend):
     assert distance * math.sqrt(n) < 1.95  # Kolmogorov and Smirnov, p = 0.001
 
 
-@pytest.mark.interpreter
 def test_noise_is_the_named_stream(backend):
     x, adv, _, ids = inputs(3, 3, 5, 7)
     r = philox(SEED, ids, 105, stream=Stream.REPLAY_NOISE)[:, 0].view_as(x)
@@ -65,7 +64,6 @@ def test_noise_is_the_named_stream(backend):
     assert not torch.equal(out, noisy_replay(x, adv, torch.ones(3), 0.5, 0.1, SEED + 1, ids))
 
 
-@pytest.mark.interpreter
 def test_the_box(backend):
     x = torch.tensor([[0.0, 1.0, 0.001, 0.999]]).repeat(1, 500)
     out = noisy_replay(x, x, torch.ones(1), 0.5, EPS, SEED, torch.zeros(1, dtype=torch.int64))
@@ -74,7 +72,6 @@ def test_the_box(backend):
     assert torch.equal(noisy_replay(x[:, :4], beyond, torch.zeros(1), 0.5, EPS, SEED, torch.zeros(1).long()), beyond)
 
 
-@pytest.mark.interpreter
 def test_nan(backend):
     x, adv, _, ids = inputs(3, 40)
     x[:, 3], adv[:, 5] = torch.nan, torch.nan

@@ -11,6 +11,8 @@ from op_cases import DTYPES, points
 from purify_fast import _library
 from purify_fast.ops import apgd_step, pgd_step, use_backend
 
+pytestmark = pytest.mark.interpreter
+
 op = import_module("purify_fast.ops.pgd_step")
 
 
@@ -63,7 +65,6 @@ def test_l1_projects_on_ball_and_box_at_once(seed, size, eps, box, spread, level
         assert (near - z).abs().max() <= 4e-7 * spread * (1 + offset.abs().max()) + 2**-23 * max(abs(lo), abs(hi))
 
 
-@pytest.mark.interpreter
 def test_l1_moves_the_largest_gradients(backend):
     nat = torch.full((1, 10), 0.5)
 
@@ -86,7 +87,6 @@ def test_l1_moves_the_largest_gradients(backend):
     assert change[9] < -0.19  # it comes back into the box
 
 
-@pytest.mark.interpreter
 def test_l1_leaves_what_is_in_the_ball_to_the_bit(backend):
     x, grad, nat = inputs(3, 50)
     assert torch.equal(pgd_step(x, torch.zeros_like(x), nat, 0.3, 50.0, "l1"), x)
@@ -126,7 +126,6 @@ def test_any_step_stays_in_ball_and_box(seed, size, alpha, eps, box, norm, dtype
         assert all(torch.equal(out, outputs[0]) for out in outputs)
 
 
-@pytest.mark.interpreter
 @pytest.mark.parametrize("norm", [2, 1])
 @pytest.mark.parametrize("scale", [1e-42, 1e-30, 1e-3, 1e10, 1e37])
 def test_gradients_of_any_size_have_a_direction(backend, scale, norm):
@@ -138,7 +137,6 @@ def test_gradients_of_any_size_have_a_direction(backend, scale, norm):
     assert step[0, 0, 0] > 0 and (step[1] < 0).all()
 
 
-@pytest.mark.interpreter
 @pytest.mark.parametrize("name", STEPS)
 def test_gradients_without_a_direction_move_nothing(backend, name):
     _, _, nat = (t[:, :4].clamp(0.2, 0.8) for t in inputs(5, 8))
@@ -153,7 +151,6 @@ def test_gradients_without_a_direction_move_nothing(backend, name):
     assert torch.equal(STEPS[name](nat, torch.zeros_like(nat), nat, 0.01, 0.1), nat)
 
 
-@pytest.mark.interpreter
 @pytest.mark.parametrize("name", STEPS)
 def test_nan_in_the_image_propagates(backend, name):
     x, grad, nat = inputs(4, 6)
@@ -162,7 +159,6 @@ def test_nan_in_the_image_propagates(backend, name):
     assert out[1, 2].isnan() and out[2, 3].isnan() and out.isnan().sum() == 2
 
 
-@pytest.mark.interpreter
 @pytest.mark.parametrize("name", STEPS)
 def test_special_radii(backend, name):
     step, (x, grad, nat) = STEPS[name], inputs(3, 10)

@@ -7,6 +7,8 @@ from op_cases import DTYPES
 
 from purify_fast.ops import reconstruction_loss
 
+pytestmark = pytest.mark.interpreter
+
 op = import_module("purify_fast.ops.reconstruction_loss")
 
 
@@ -16,7 +18,6 @@ def inputs(*shape: int, dtype=torch.float32, seed: int = 0, scale: float = 4.0) 
     return logits, torch.rand(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
-@pytest.mark.interpreter
 def test_published_values(backend):
     p, x = torch.tensor([[0.5, 0.25]]), torch.tensor([[1.0, 0.0]])
     assert reconstruction_loss(p.logit(), x).item() == pytest.approx(0.980829, abs=1e-6)
@@ -26,7 +27,6 @@ def test_published_values(backend):
         assert expected == pytest.approx(size * math.log(2), abs=1e-3)
 
 
-@pytest.mark.interpreter
 def test_saturated_logits_are_exact(backend):
     """Far beyond where log(sigmoid) is infinite, and where the right answer is tiny."""
     logits = torch.tensor([[200.0, -200.0], [1e4, -1e4], [30.0, -30.0]])
@@ -36,7 +36,6 @@ def test_saturated_logits_are_exact(backend):
     torch.testing.assert_close(tiny, torch.tensor([0.0, 0.0, 2 * math.exp(-30.0)]), rtol=1e-5, atol=0)
 
 
-@pytest.mark.interpreter
 @pytest.mark.parametrize("target_dtype", DTYPES, ids=str)
 def test_target_of_any_dtype_without_a_gradient(backend, target_dtype):
     logits, target = inputs(3, 4, 5)

@@ -5,6 +5,8 @@ import torch
 
 from purify_fast.ops import Stream, philox, sample_latent
 
+pytestmark = pytest.mark.interpreter
+
 SEED = torch.tensor([987654321])
 
 
@@ -13,7 +15,6 @@ def inputs(batch: int, dim: int, dtype=torch.float32, seed: int = 0) -> tuple:
     return made[0].to(dtype), made[1].to(dtype), SEED, torch.arange(batch) * 3 + seed
 
 
-@pytest.mark.interpreter
 def test_published_divergence(backend):
     mu, logvar = torch.tensor([[1.0, 0.0], [0.0, 0.0]]), torch.tensor([[0.0, math.log(4.0)], [0.0, 0.0]])
     _, kl = sample_latent(mu, logvar, SEED, torch.arange(2))
@@ -31,7 +32,6 @@ def test_the_sample_is_the_named_noise(backend):
     assert not torch.equal(other, z)
 
 
-@pytest.mark.interpreter
 def test_divergence_near_the_prior_keeps_its_gradient(backend):
     """exp(v) - 1 loses everything at a small v; expm1 does not."""
     logvar = torch.full((1, 4), 1e-6, requires_grad=True)
@@ -40,7 +40,6 @@ def test_divergence_near_the_prior_keeps_its_gradient(backend):
         torch.testing.assert_close(torch.autograd.grad(kl.sum(), logvar)[0], torch.full((1, 4), 5e-7))
 
 
-@pytest.mark.interpreter
 def test_one_output_alone_has_a_gradient(backend):
     mu, logvar, seed, ids = inputs(3, 8)
     mu.requires_grad_()
