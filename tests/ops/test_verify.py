@@ -273,13 +273,13 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize(("name", "variant"), VARIANTS)
-def test_what_serves_unraced_replaces_a_dozen_launches(name, variant):
-    """On a GPU without races kernels serve eagerly where forward and backward dispatch a dozen operators in PyTorch."""
+def test_what_serves_unraced_replaces_ten_launches(name, variant):
+    """On a GPU without races kernels serve eagerly where forward and backward launch ten kernels in PyTorch."""
     both = [name, f"{name}_backward"]
     launches = sum(most_launches(one, variant) for one in both)
     for one in both:
         if one in REGISTRY:
-            serves = launches >= 12 and REGISTRY[one].launch is not None
+            serves = launches >= 10 and REGISTRY[one].launch is not None
             assert (variant in REGISTRY[one].serves_unraced("eager")) == serves, (one, launches)
 
 

@@ -68,7 +68,7 @@ class Definition:
         examples: inputs that verify its kernels.
         raced: inputs with which its kernels are raced.
         launch: function that starts its Triton kernel, or None.
-        few_launches: variants whose reference has fewer than a dozen launches, forward and backward together. Without
+        few_launches: variants whose reference has fewer than ten launches, forward and backward together. Without
             races, a GPU uses the reference for these variants, and the kernel for all others.
         compiler_fuses: further variants, whose reference is used inside compiled graphs; ``""``: an op without
             variants.

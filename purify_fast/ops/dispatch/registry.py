@@ -1,7 +1,7 @@
 """Registers ops, and chooses the backend that computes each call of an op (the backend that serves the call).
 
 A kernel is used if it was verified on this machine (`verify`) and measured to be faster for the dtype and the size of
-the call (`races`). Without a measurement, a GPU uses the kernel for eager calls if the reference has at least a dozen
+the call (`races`). Without a measurement, a GPU uses the kernel for eager calls if the reference has at least ten
 launches, forward and backward together; inside compiled graphs, compilers must also not fuse the reference. If no
 kernel is used, the public function calls the reference directly, which ``torch.compile`` can fuse.
 
@@ -139,7 +139,7 @@ class Op(Definition):
             if raced is not None:
                 return raced
         if runs_triton(device.type) and call.variant in self.serves_unraced(call.style):
-            return Winner(kernel, "not raced: the kernel replaces at least a dozen launches")
+            return Winner(kernel, "not raced: the kernel replaces at least ten launches")
         why = "the reference is only a few launches" if call.style == "eager" else "compilers fuse the reference"
         return Winner("reference", "not raced" if device.type == "cpu" else f"not raced: {why}")
 
