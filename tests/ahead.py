@@ -60,7 +60,6 @@ def _cases() -> dict[str, tuple]:
         "sample_latent-backward": (latent, rows, latent, latent, SEED, IDS),
         "reconstruction_loss-forward": (image, image),
         "reconstruction_loss-backward": (rows, image, image),
-        "noisy_replay": (image, image, rows, one(1), rows, SEED, IDS, 0.0, 1.0),
     }
     for kind, name in enumerate(("bits", "uniform", "normal")):
         cases[f"philox-{name}"] = (SEED, IDS, 4096, 2, kind)
@@ -76,7 +75,6 @@ def _cases() -> dict[str, tuple]:
         # The compiler makes constants of arguments that are 1.
         flat, pattern = x(4, 3, 1, 64), one(2, 1, 1) if norm else None
         cases[f"square_proposal-{name}-flat"] = (flat, flat, rows, one(4, 8, 8), pattern, edge, norm, 0.0, 1.0)
-        cases[f"hyperplane_projection-{name}"] = (image, image, rows, norm, 0.0, 1.0)
         if name in APGD_NORMS:
             cases[f"apgd_step-{name}"] = (*[image] * 4, rows, rows, 0.75, norm, 0.0, 1.0)
     for method, name in enumerate(METHODS):
@@ -89,13 +87,6 @@ def _cases() -> dict[str, tuple]:
             # The method "vote" has no gradient.
             if name != "vote":
                 cases[f"aggregate-{name}-backward{kind}"] = (one(4, classes), logits, method)
-
-    wide, narrow = x(4, 8, 64, 64), x(4, 4, 64, 64)
-    cases["gated_elu-forward"] = (wide, 1)
-    cases["gated_elu-backward"] = (narrow, wide, 1)
-    wide, narrow = x(4, 64, 64, 64), x(4, 64, 64, 32)
-    cases["gated_elu-forward-channels_last"] = (wide, 3)
-    cases["gated_elu-backward-channels_last"] = (narrow, wide, 3)
 
     pairs, norms, grid = one(2, 1024, 1024), one(2, 1024), (32, 32, 10.0)
     cases["contextual_attention-forward"] = (pairs, norms, x(2, 1024), *grid)
@@ -130,7 +121,32 @@ def _cases() -> dict[str, tuple]:
     slopes = one(4, 3, 2)
     cases |= _decoders()
     cases["representation_distance-backward"] = (one(4, 3), many, many, slopes)
+    return cases | _raced({case.partition("-")[0] for case in cases})
+
+
+def _raced(known: set[str]) -> dict[str, tuple]:
+    """Return the cases of the other ops, which are the inputs with realistic shapes that race them."""
+    cases: dict[str, tuple] = {}
+    for name, op in REGISTRY.items():
+        forward = name.removesuffix("_backward")
+        if op.launch is None or forward in known:
+            continue
+        way = "-backward" if name != forward else "-forward" if f"{name}_backward" in REGISTRY else ""
+        for example in op.raced:
+            case = "-".join(filter(None, (forward, example.variant))) + way
+            wide, narrow = example.make(torch.float32, 0), example.make(torch.bfloat16, 0)
+            given = tuple(map(_in_dtype_of_case, wide, narrow))
+            cases[f"{case}-{example.name.replace(' ', '-')}" if case in cases else case] = given
     return cases
+
+
+def _in_dtype_of_case(wide: object, narrow: object) -> object:
+    """Return an argument of an example, or a function that makes it if it follows the dtype."""
+    if isinstance(wide, list):
+        return list(map(_in_dtype_of_case, wide, narrow))
+    if not isinstance(wide, torch.Tensor) or wide.dtype == narrow.dtype:
+        return wide
+    return lambda dtype: torch.empty_like(wide, dtype=dtype)
 
 
 def _no_half(dtype: torch.dtype) -> torch.dtype:

@@ -415,10 +415,9 @@ def instructions(case: str, dtype: str) -> int:
 
 
 @pytest.mark.parametrize("op", [name for name, op in REGISTRY.items() if op.launch and not name.endswith("_backward")])
-def test_every_op_has_a_case_and_a_budget(op):
-    compiled, counted = ({case.partition("-")[0] for case in cases} for cases in (CASES, [case for case, _ in BUDGETS]))
-    assert op in compiled, f"tests/ahead.py has no case of {op}: docs/extend.md, An op, step 7"
-    assert op in counted.union(BUDGETS_OF_LAYERS), f"BUDGETS has no case of {op}: docs/extend.md, An op, step 7"
+def test_every_op_has_a_budget(op):
+    counted = {case.partition("-")[0] for case, _ in BUDGETS}.union(BUDGETS_OF_LAYERS)
+    assert op in counted, f"BUDGETS has no case of {op}: docs/extend.md, An op, step 7"
 
 
 @pytest.mark.parametrize(("case", "dtype"), BUDGETS, ids=str)
