@@ -201,7 +201,8 @@ def _forward(
         packed = (sample * 0 + draw) * batch + image
         owner = _owners_of(owners_ptr + packed * blocks, pixel, sizes, UNIT=UNIT, PIXELS=PIXELS, ROWS=ROWS)
         if PLANES > 1 or is_image:
-            u, seen = _noisy(x, sigma, seed, group, plane, sample * 0 + draw, sample, NOISE=NOISE, PIXELS=PIXELS), ()
+            u = _noisy(x, sigma, seed, group, plane, draw=sample * 0 + draw, sample=sample, NOISE=NOISE, PIXELS=PIXELS)
+            seen = ()
             for i in tl.static_range(len(x)):
                 seen += (2 * _clamp(u[i], 0.0, 1.0) - 1,)
         else:
@@ -265,7 +266,8 @@ def _backward(
                 grad = grads[i % PIXELS * PLANES + i // PIXELS].to(tl.float32)
                 sums += (through[i] + tl.where(owner[i % PIXELS] == own + first_pass, 0.0, grad),)
             through = sums
-        u, sums = _noisy(x, sigma, seed, group, plane, sample * 0 + draw, sample, NOISE=NOISE, PIXELS=PIXELS), ()
+        u = _noisy(x, sigma, seed, group, plane, draw=sample * 0 + draw, sample=sample, NOISE=NOISE, PIXELS=PIXELS)
+        sums = ()
         for i in tl.static_range(len(x)):
             sums += (total[i] + tl.where((u[i] >= 0) & (u[i] <= 1), 2 * through[i], 0.0),)
         total = sums

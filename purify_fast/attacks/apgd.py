@@ -29,7 +29,7 @@ from .search import better_of, faults, forgiven
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .options import ApgdOptions
+    from .keywords import ApgdOptions
 
 #: A run on a random model ends if the gradients of this number of its first draws are all useless.
 BLIND_DRAWS = 20

@@ -34,7 +34,7 @@ from .relu_layers import Affine, affine_layers, forward
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .options import BranchAndBoundOptions
+    from .keywords import BranchAndBoundOptions
 
 #: The steps for each node that raise its lower bound, and that search for a misclassified point from two points.
 RAISES, DESCENTS = 5, 15

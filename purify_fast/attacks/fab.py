@@ -29,7 +29,7 @@ from .search import faults
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .options import FabOptions
+    from .keywords import FabOptions
 
 #: The authors' values. STEPS: the steps of a run. LARGEST_PULL: the largest weight of the step that begins at the clean
 #: image. OVERSHOOT: a step is the distance to the border times this factor. BACK: a point across the border is moved

@@ -27,7 +27,7 @@ from .search import GradientHealth, Search, noted
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .options import FgsmOptions, PgdOptions
+    from .keywords import FgsmOptions, PgdOptions
 
 #: The share of the coordinates that the first step in the l1 ball moves.
 FIRST_DENSITY = 0.1

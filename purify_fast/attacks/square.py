@@ -40,7 +40,7 @@ from .objective import Objective, ObjectiveStep
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .options import SquareOptions
+    from .keywords import SquareOptions
 
 #: The number of queries in the authors' code.
 QUERIES = 5000

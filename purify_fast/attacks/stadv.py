@@ -31,7 +31,7 @@ from .search import GradientHealth, Search
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .options import StAdvOptions
+    from .keywords import StAdvOptions
 
 EPS, RATE, TAU = 0.05, 0.01, 0.05
 #: Adam's decay rates, and its epsilon, the constant that keeps its quotient finite.

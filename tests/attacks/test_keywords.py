@@ -6,7 +6,7 @@ from dataclasses import fields
 
 import pytest
 
-from purify_fast.attacks import options
+from purify_fast.attacks import keywords
 from purify_fast.attacks.apgd import APGD
 from purify_fast.attacks.branch_and_bound import BranchAndBound
 from purify_fast.attacks.context import AttackContext
@@ -35,7 +35,7 @@ def test_the_keywords_are_the_fields_of_the_attack_and_of_its_context(attack):
     name, more = KINDS[attack]
     own = {each.name: each.type for each in fields(attack) if each.name not in ("eps",)}
     context = {each.name: each.type for each in fields(AttackContext) if each.name not in NOT_KEYWORDS}
-    given = getattr(options, name).__annotations__
+    given = getattr(keywords, name).__annotations__
     assert given.keys() == own.keys() | context.keys() | OF_FUNCTIONS | more
     for field, kind in (context | own).items():
         wanted, got = kind.strip("'"), given[field].__forward_arg__
