@@ -221,6 +221,14 @@ def within_repeats(got: Tensor, one: Tensor, other: Tensor) -> bool:
     return bool(apart <= 2 * repeated)
 
 
+def _known_equal(tensor: Tensor, before: Tensor) -> bool:
+    """Tell whether two tensors are equal; False if memory has ended, because a copy needs none."""
+    try:
+        return tensor.equal(before)
+    except RuntimeError:
+        return False
+
+
 @contextmanager
 def undone(task: Task, device: torch.device) -> Iterator[None]:
     """After the block, restore the random generators, and the modes, weights, buffers and gradients of a training.
@@ -243,7 +251,7 @@ def undone(task: Task, device: torch.device) -> Iterator[None]:
                     tensor.grad = gradient
                 for tensor, before, gradient in kept[1]:
                     # A change of its version would make copies of a frozen classifier again.
-                    if not tensor.equal(before):
+                    if not _known_equal(tensor, before):
                         tensor.copy_(before)
                     tensor.grad = gradient
         except Exception as error:
