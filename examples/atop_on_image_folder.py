@@ -18,7 +18,7 @@ import tyro
 import purify_fast
 from purify_fast.attacks import PGD
 from purify_fast.data import to_float
-from purify_fast.evaluation import AttackSpec, EvaluateConfig, evaluate
+from purify_fast.evaluation import AttackSpec, evaluate
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, TrainingAttack, fit
 
@@ -74,8 +74,7 @@ def main(data: Path | None = None, size: int = 32, epochs: int = 10, tiny: bool 
         x_test, y_test = to_float(images.x_test[:100]), images.y_test[:100]
     steps = 2 if tiny else 40
     attacks = [PGD(steps=steps), AttackSpec(PGD(steps=steps), target="classifier")]
-    config = EvaluateConfig(eot_iter=2)
-    report = evaluate(defence.eval(), x_test, y_test, eps=EPS, config=config, attacks=attacks, name="AToP")
+    report = evaluate(defence.eval(), x_test, y_test, eps=EPS, eot_iter=2, attacks=attacks, name="AToP")
     print(report.to_text())
 
 

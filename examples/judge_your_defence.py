@@ -15,7 +15,7 @@ import tyro
 import purify_fast
 from purify_fast.attacks import APGD, PGD
 from purify_fast.data import to_float
-from purify_fast.evaluation import AttackSpec, EvaluateConfig, evaluate
+from purify_fast.evaluation import AttackSpec, evaluate
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, TrainingAttack, fit
 
 
@@ -55,8 +55,7 @@ def main(epochs: int = 10, images: int = 100, eps: float = 0.1, sigma: float = 0
         # This attack ignores the noise. The report says that the attack is not adaptive.
         AttackSpec(PGD(steps=10), target="classifier"),
     ]
-    config = EvaluateConfig(eot_iter=4)
-    report = evaluate(defence, x, y, eps=eps, config=config, base=classifier, attacks=attacks, progress=False)
+    report = evaluate(defence, x, y, eps=eps, eot_iter=4, base=classifier, attacks=attacks, progress=False)
     base = evaluate(classifier, x, y, eps=eps, attacks=[PGD(steps=10), APGD(steps=20)], name="base", progress=False)
     print(report.to_text())
     print(base.to_text())

@@ -60,8 +60,8 @@ def test_judging_a_model_does_not_import_the_compiler():
         "import torch\n"
         "from purify_fast import zoo\n"
         "model, x = zoo.load('digits-carso-pipeline'), torch.rand(2, 1, 16, 16)\n"
-        "fast = purify_fast.EvaluateConfig('fast')\n"
-        "report = purify_fast.evaluate(model, x, model(x).argmax(1), eps=0.1, config=fast, progress=False)\n"
+        "how = {'protocol': 'fast', 'progress': False}\n"
+        "report = purify_fast.evaluate(model, x, model(x).argmax(1), eps=0.1, **how)\n"
         "assert report.rows and 'torch._dynamo' not in sys.modules"
     )
     run_alone(code)

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ from purify_fast._files import write_text
 from purify_fast._tensors import weights_fingerprint
 from purify_fast.attacks.engine.judge import has_fallen
 from purify_fast.data import load_dataset, to_float
-from purify_fast.evaluation import EvaluateConfig, evaluate
+from purify_fast.evaluation import evaluate
 from purify_fast.evaluation.show.text import markdown_table
 from purify_fast.speed.processor import fast_bfloat16
 
@@ -136,8 +137,8 @@ def measured_random(subject: Subject, who: str, amount: Amount) -> Row:
     torch.manual_seed(0)
     begin = time.process_time()
     if who == FAST:
-        config = EvaluateConfig(protocol=FAST, steps=amount.steps)
-        report = evaluate(subject.model, subject.x, subject.y, eps=subject.eps, config=config, progress=False)
+        settings: dict[str, Any] = {"protocol": FAST, "steps": amount.steps, "progress": False}
+        report = evaluate(subject.model, subject.x, subject.y, eps=subject.eps, **settings)
         spent = time.process_time() - begin
         forwards, gradients = re.findall(r"([\d,]+) (?:forward|gradients)", report.about["passes"])
         left = {"left": int(report.headline.robust.sum()), "one_draw": report.headline.mean}

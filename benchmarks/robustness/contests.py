@@ -44,7 +44,7 @@ from purify_fast.attacks.original_autoattack import implementation
 from purify_fast.attacks.sequence import AttackSequence
 from purify_fast.data import load_dataset, to_float
 from purify_fast.defences import StochasticDefence, WithAggregation
-from purify_fast.evaluation import AttackSpec, EvaluateConfig, evaluate
+from purify_fast.evaluation import AttackSpec, evaluate
 from purify_fast.evaluation.request import subject as evaluated
 from purify_fast.evaluation.request.attack_lists import protocol_attacks
 from purify_fast.evaluation.show.text import markdown_table
@@ -174,8 +174,8 @@ class Protocol:
         specs = [self.reduced(spec, amount) for spec in specs]
         steps = min(amount.steps, self.steps)
         if not subject.random:
-            config = EvaluateConfig(seed=self.seed, batch_size=BATCH, steps=steps, probes=False)
-            how: dict[str, Any] = {"eps": subject.eps, "config": config, "attacks": specs, "progress": False}
+            how: dict[str, Any] = {"seed": self.seed, "batch_size": BATCH, "steps": steps, "probes": False}
+            how |= {"eps": subject.eps, "attacks": specs, "progress": False}
             report = evaluate(subject.model, subject.x, subject.y, **how)
             return 1 - torch.from_numpy(report.headline.robust).float()
         context = AttackContext(

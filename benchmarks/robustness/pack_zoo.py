@@ -22,7 +22,7 @@ from purify_fast import zoo as packed
 from purify_fast._files import write_text
 from purify_fast._validation import read_norm
 from purify_fast.data import DataSet, balanced_subset, load_dataset, to_float
-from purify_fast.evaluation import EvaluateConfig, evaluate
+from purify_fast.evaluation import evaluate
 from purify_fast.evaluation.show.text import markdown_table
 from purify_fast.methods.loading import load_defence
 from purify_fast.training import load_classifier
@@ -109,9 +109,8 @@ def judge(card: Card, model: torch.nn.Module, images: int, data: DataSet, out: P
         asked: dict[str, Any] = {"protocol": protocol}
         if protocol == "votes":
             asked = {"protocol": "rand", "predict": "votes", "n_eval": VOTES}
-        config, norm = EvaluateConfig(dataset_name=card.data, **asked), read_norm(card.norm)
-        kept: dict[str, Any] = {"name": name, "out": out / name / protocol}
-        report = evaluate(model, to_float(chosen.x), chosen.y, eps=card.eps, config=config, norm=norm, **kept)
+        asked |= {"dataset_name": card.data, "name": name, "out": out / name / protocol}
+        report = evaluate(model, to_float(chosen.x), chosen.y, eps=card.eps, norm=read_norm(card.norm), **asked)
         report.save(out / name / protocol, model)
         lowest = report.headlines[name]
         print(f"{name}, {protocol}: {lowest}")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from purify_fast.attacks import PGD, OriginalAutoAttack
-from purify_fast.evaluation import AttackSpec, EvaluateConfig, Report
+from purify_fast.evaluation import AttackSpec, Report
 from purify_fast.methods.arrest import ArrestConfig, ArrestTask
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask
 from purify_fast.methods.atop.generators import SmallGenerator
@@ -192,6 +192,6 @@ def attack(workspace: Workspace, name: str, constant_step: bool = True) -> Repor
                 attacks.append(AttackSpec(pgd, label=f"PGD-{budget.steps} {pgd.loss}, constant step"))
         if name != STANDARD:
             attacks.append(auto)
-    config = EvaluateConfig(steps=steps, eot_iter=budget.eot, seed=workspace.seed)
     how: dict[str, Any] = {"name": name, "progress": workspace.progress}
-    return attacked(target, budget.images, attacks, config=config, out=workspace.out / FOLDERS[name], **how)
+    how |= {"steps": steps, "eot_iter": budget.eot, "seed": workspace.seed}
+    return attacked(target, budget.images, attacks, out=workspace.out / FOLDERS[name], **how)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from purify_fast import data
 from purify_fast.attacks import PGD
-from purify_fast.evaluation import AttackSpec, EvaluateConfig, Report, evaluate
+from purify_fast.evaluation import AttackSpec, Report, evaluate
 from purify_fast.evaluation.request.subject import Variant
 from purify_fast.protocols import Classifier
 from purify_fast.training import ClassifierConfig, TrainingAttack
@@ -39,7 +39,6 @@ def attacked(
     attacks: list[AttackSpec],
     *,
     eps: float = EPS,
-    config: EvaluateConfig = EvaluateConfig(),
     **options: Any,
 ) -> Report:
     """Attack a model on the first ``images`` held-out images, in batches that fit into a small memory.
@@ -49,12 +48,11 @@ def attacked(
         images: number of images.
         attacks: attacks to run.
         eps: radius in image units.
-        config: settings of the evaluation.
-        options: more arguments of `evaluate`.
+        options: more arguments and settings of `evaluate`.
     """
     x, y = digits().x_test[:images], digits().y_test[:images]
-    config = replace(config, max_forward_batch=500, dataset_name=digits().name)
-    return evaluate(model, x, y, eps=eps, config=config, attacks=attacks, **options)
+    options |= {"max_forward_batch": 500, "dataset_name": digits().name}
+    return evaluate(model, x, y, eps=eps, attacks=attacks, **options)
 
 
 def ce_then_dlr(variant: Variant = "random") -> list[AttackSpec]:

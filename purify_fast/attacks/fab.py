@@ -46,7 +46,7 @@ class FABT(EngineAttack):
     Only a misclassified point inside the ball is a success.
 
     Args:
-        steps: steps of a run. None stands for 100, as in the authors' code, even if an `EvaluateConfig` sets ``steps``.
+        steps: steps of a run. None stands for 100, as in the authors' code, even if an evaluation sets ``steps``.
         n_target_classes: number of target classes, each with a run of its own: the classes with the nearest decision
             boundaries, by the model's linear approximation at the image. None takes all wrong classes.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -177,17 +177,18 @@ class Evaluate(ProcessOptions, DataCommand):
         model, base = self.prepared(images)
         out, (eps, norm) = self.writes(), self.ball()
         x, y, notes = self.chosen(images)
+        settings = vars(self.settings) | {"dataset_name": self.settings.dataset_name or images.name}
         with float32_products(tf32=self.precision == "tf32"):
             report = evaluate(
                 model,
                 x,
                 y,
                 eps=eps,
-                config=replace(self.settings, dataset_name=self.settings.dataset_name or images.name),
                 norm=read_norm(norm),
                 base=base,
                 out=out,
                 name=self.title(),
+                **settings,
             )
         if processes()[0] > 0:
             return

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from ..speed.precision import raced_convolutions, whole_float32_by_default
 from .alarms.probes import Before, Probes
 from .alarms.signs import signs_of_masking
 from .request.attack_lists import SEARCHES, protocol_attacks, without_early_stops
-from .request.config import EvaluateConfig, ProtocolName
+from .request.config import EvaluateConfig, EvaluateSettings, config_of
 from .request.fingerprint import fingerprint
 from .request.naming import beside_fixed, feasible, row_name, threat_name
 from .request.preparation import (
@@ -69,6 +69,9 @@ VARYING = (
     "alike, so it is attacked and judged as a random model"
 )
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 
 @whole_float32_by_default()
 @torch.inference_mode(False)
@@ -78,10 +81,6 @@ def evaluate(
     y: Tensor,
     *,
     eps: float,
-    protocol: ProtocolName | None = None,
-    batch_size: int | None = None,
-    seed: int | None = None,
-    config: EvaluateConfig = EvaluateConfig(),
     norm: NormName = "linf",
     base: Classifier | None = None,
     attacks: Sequence[Attack | AttackSpec | AttackFunction] | None = None,
@@ -89,6 +88,7 @@ def evaluate(
     name: str = "defence",
     revision: str | None = None,
     progress: bool = True,
+    **settings: Unpack[EvaluateSettings],
 ) -> Report:
     """Run attacks on a model, and report the model's accuracy under the attacks.
 
@@ -100,11 +100,6 @@ def evaluate(
             by at most 1e-4 are clamped.
         y: labels, integers ``[N]``, a tensor or a NumPy array.
         eps: radius of the ball, in image units; above 0 if there are attacks. An attack's own eps wins.
-        protocol: name of the list of attacks, such as "fast". This and the next two are fields of `EvaluateConfig`;
-            None takes the value of ``config``.
-        batch_size: number of images that are attacked together.
-        seed: seed of all random numbers.
-        config: all other settings.
         norm: norm of the ball: ``linf``, ``l2`` or ``l1``.
         base: an undefended classifier, whose adversarial images are tried on the model; not beside ``attacks``, nor in
             the protocol "authors".
@@ -118,6 +113,7 @@ def evaluate(
         revision: a name for the model's code, with which the rows of every model are cached. Choose another name after
             a change that Python does not show, such as one of a file that the model reads.
         progress: whether to show a progress bar for each attack, which counts forward passes of single images.
+        **settings: the fields of `EvaluateConfig`, such as ``protocol="fast"``, ``seed=1`` or ``minutes=10``.
 
     Returns:
         A `Report` with a clean row for each variant, a row for each attack, and ``worst`` rows. In ``worst``, an image
@@ -132,16 +128,14 @@ def evaluate(
             batch size; ``predict`` with a deterministic model; ``out`` is a file; or several processes have different
             arguments.
         ConnectionError: another process has ended.
-        TypeError: images or labels are neither tensors nor arrays, or another argument has a wrong type.
+        TypeError: images or labels are neither tensors nor arrays, another argument has a wrong type, or there is no
+            such setting.
         ModuleNotFoundError: an attack needs AutoAttack's package, which is not installed.
     """
     if not callable(model) or isinstance(model, type):
         raise TypeError(f"model must be a module or a function from images to logits, got {model!r}")
-    if not isinstance(config, EvaluateConfig):
-        raise TypeError(f"config must be an EvaluateConfig, got {config!r}")
     check_folder("out", out)
-    arguments: dict[str, Any] = {"protocol": protocol, "batch_size": batch_size, "seed": seed}
-    config = replace(config, **{name: value for name, value in arguments.items() if value is not None})
+    config = config_of(settings)
     norm = read_norm(norm)
     check_eps(eps, norm)
     images, labels, notes = collect(x, y)

@@ -15,7 +15,7 @@ import torch  # noqa: E402
 from ahead import Device, name_of, recorded  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 
-from purify_fast import EvaluateConfig, evaluate  # noqa: E402
+from purify_fast import evaluate  # noqa: E402
 from purify_fast.kernels import _ahead, _common, sample_latent  # noqa: E402
 from purify_fast.models.classifiers import SmallCNN  # noqa: E402
 from purify_fast.ops import REGISTRY  # noqa: E402
@@ -67,7 +67,7 @@ def reached(monkeypatch) -> set[str]:
 def test_an_undefended_classifier_waits_for_25_compiles(norm, reached, short_signs, one_thread):
     torch.manual_seed(0)
     model, x = SmallCNN().eval(), torch.rand(4, 1, 16, 16)
-    options = {"eps": {"linf": 0.1, "l2": 1.0}[norm], "norm": norm, "config": EvaluateConfig(steps=2)}
+    options = {"eps": {"linf": 0.1, "l2": 1.0}[norm], "norm": norm, "steps": 2}
     evaluate(model, x, model(x).argmax(1), **options, progress=False)
     kernels = [name for name in reached if name in GPU_OPS]
     assert "apgd_step" in kernels

@@ -1,5 +1,6 @@
 """The launches of one `standard` run without graphs and with them, as in docs/speed.md; a replay counts as one."""
 
+import functools
 import importlib
 import re
 from collections import Counter
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from purify_fast.attacks.engine import judge, row_batches
-from purify_fast.evaluation import EvaluateConfig, evaluate
+from purify_fast.evaluation import evaluate
 from purify_fast.ops.dispatch import registry
 from purify_fast.speed import StepGraphs
 
@@ -28,7 +29,7 @@ PARTS = {
     "captures": (StepGraphs, "_make"),
 }
 WHOLE = "the whole run"
-#: The ways to run, as `EvaluateConfig.cuda_graphs` names them.
+#: The ways to run, as the setting ``cuda_graphs`` names them.
 WAYS = ("off", "always")
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "speed.md"
 
@@ -76,13 +77,14 @@ def counted(way: str, rerun, monkeypatch) -> tuple[Counter[str], Tensor]:
         for module in (judge, row_batches, square):
             patch.setattr(module, "takes_every_size", lambda device: False)
         patch.setattr(rerun, "record", record)
-        patch.setattr("purify_fast.speed.graphs.step_graphs.StepGraphs", lambda mode: StepGraphs(mode, capture=rerun))
+        make = functools.partial(StepGraphs, capture=rerun)
+        patch.setattr("purify_fast.speed.graphs.step_graphs.StepGraphs", make)
         for part, (kind, name) in PARTS.items():
             patch.setattr(kind, name, of_part(part, getattr(kind, name)))
-        config, (model, x, y) = EvaluateConfig(cuda_graphs=way, probes=False), subject()
+        model, x, y = subject()
         with launches:
             options = {"eps": 0.15, "protocol": "standard", "batch_size": 1000, "progress": False}
-            report = evaluate(model, x, y, config=config, **options)
+            report = evaluate(model, x, y, cuda_graphs=way, probes=False, **options)
     parts[WHOLE] = launches.count - parts["captures"]
     return parts, torch.from_numpy(report.headline.robust)
 

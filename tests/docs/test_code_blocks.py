@@ -44,7 +44,7 @@ SHORTER = {
     ),
     r"eps=8 / 255, base=classifier\)": "eps=8 / 255, base=classifier, attacks=[], progress=False)",
     # the list of attacks of every kind runs on a model of one layer; a function is a row whatever it calls
-    r"^evaluate\(defence, x\[:2\], y\[:2\], eps=0.2, config=EvaluateConfig\(steps=\d+\), attacks=attacks\)$": (
+    r"^evaluate\(defence, x\[:2\], y\[:2\], eps=0.2, steps=\d+, attacks=attacks\)$": (
         "evaluate(tiny, tiny_x, y[:2], eps=0.2, attacks=attacks, progress=False)"
     ),
     # 5,000 queries of Square take half a minute

@@ -9,7 +9,6 @@ from evaluating import evaluate
 import purify_fast
 from purify_fast import cli
 from purify_fast.attacks import PGD, OriginalAutoAttack
-from purify_fast.evaluation import EvaluateConfig
 
 STANDARD = [
     "APGD-10 margin",
@@ -48,9 +47,9 @@ def test_the_command_without_options_asks_for_the_same(without_autoattack, tmp_p
 
     original = purify_fast.evaluation.evaluate
 
-    def spy(model, x, y, config, **options):
-        asked.append(options | vars(config))
-        return original(model, x, y, config=EvaluateConfig(probes=False), **options | {"attacks": [PGD(steps=1)]})
+    def spy(model, x, y, **options):
+        asked.append(options)
+        return original(model, x, y, **options | {"attacks": [PGD(steps=1)], "probes": False})
 
     monkeypatch.setattr("purify_fast.evaluation.evaluate", spy)
     monkeypatch.chdir(tmp_path)

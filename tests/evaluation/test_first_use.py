@@ -4,6 +4,7 @@ import copy
 import functools
 import re
 import warnings
+from dataclasses import fields
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import nn
 import purify_fast
 from purify_fast.attacks import PGD
 from purify_fast.evaluation import EvaluateConfig
+from purify_fast.evaluation.request.config import EvaluateSettings
 from purify_fast.evaluation.request.preparation import note_of_modes
 
 QUIET = {"eps": 0.1, "attacks": [PGD(steps=2)]}
@@ -119,17 +121,20 @@ def test_a_ball_that_contains_every_image_is_asked_about(trio, options, message)
         evaluate(*trio, **QUIET | options)
 
 
-def test_protocol_batch_size_and_seed_are_arguments_too(trio):
-    """They give the report of the config, and win over it."""
+def test_a_setting_is_a_keyword_and_an_unknown_one_is_named(trio):
     model, x, y = trio
-    by_config = EvaluateConfig("fast", steps=3, batch_size=4, seed=2, probes=False)
-    wanted = purify_fast.evaluate(model, x, y, eps=0.01, config=by_config)
-    config = EvaluateConfig("strong", steps=3, probes=False)
-    arguments = {"protocol": "fast", "batch_size": 4, "seed": 2}
-    report = purify_fast.evaluate(model, x, y, eps=0.01, config=config, **arguments)
-    cost = {name: wanted.about[name] for name in ("seconds", "peak_memory")}
-    assert report.about | cost == wanted.about and report.about["seed"] == "2" and report.attacks == wanted.attacks
-    assert [row.settings for row in report.rows] == [row.settings for row in wanted.rows]
+    report = purify_fast.evaluate(model, x, y, eps=0.01, protocol="fast", steps=3, seed=2, progress=False)
+    assert report.about["seed"] == "2" and "steps 3" in report.about["changed"]
+    with pytest.raises(
+        TypeError, match=r"evaluate has no argument or setting 'stepz': the settings are protocol, steps"
+    ):
+        purify_fast.evaluate(model, x, y, eps=0.01, stepz=3)
+
+
+def test_editors_know_the_settings():
+    assert EvaluateSettings.__annotations__.keys() == {each.name for each in fields(EvaluateConfig)}
+    for each in fields(EvaluateConfig):
+        assert EvaluateSettings.__annotations__[each.name].__forward_arg__ == each.type
 
 
 def test_a_model_that_returns_probabilities_is_told_what_to_do(caplog):

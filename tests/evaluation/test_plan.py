@@ -232,7 +232,7 @@ def test_minutes_must_be_above_0():
 def test_probes_that_were_finished_before_a_kill_are_used_again(tmp_path, monkeypatch):
     model = NoisyEnsemble(standard(), 0.1, samples=1)
     judged(model, n=8, out=tmp_path / "whole")
-    made, original = [], probes.apgd
+    made, original = [], probes.run_alone
 
     def killed(*args, **options):
         made.append(options["steps"])
@@ -240,7 +240,7 @@ def test_probes_that_were_finished_before_a_kill_are_used_again(tmp_path, monkey
             raise KeyboardInterrupt
         return original(*args, **options)
 
-    monkeypatch.setattr(probes, "apgd", killed)
+    monkeypatch.setattr(probes, "run_alone", killed)
     with pytest.raises(KeyboardInterrupt):
         judged(model, n=8, out=tmp_path / "again")
     again, before = judged(model, n=8, out=tmp_path / "again"), judged(model, n=8, out=tmp_path / "whole")

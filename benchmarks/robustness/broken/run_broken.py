@@ -23,7 +23,7 @@ from purify_fast import zoo
 from purify_fast._tensors import text_hash, weights_fingerprint
 from purify_fast.attacks import OriginalAutoAttack
 from purify_fast.data import load_dataset, to_float
-from purify_fast.evaluation import AttackSpec, EvaluateConfig, evaluate
+from purify_fast.evaluation import AttackSpec, evaluate
 from purify_fast.evaluation.alarms import signs
 from purify_fast.evaluation.show.text import UNRELIABLE, markdown_table
 
@@ -186,20 +186,18 @@ def judged(name: str, judge: str, settings: dict[str, int], data: str) -> Result
     entry, (models, x, y) = ENTRIES[name], built(name, data)
     begin = time.process_time()
     steps, n = settings["steps"], settings["images"]
-    shared = EvaluateConfig(steps=steps, max_forward_batch=1000)
-    config, how = shared, dict[str, Any]()
+    how: dict[str, Any] = {"steps": steps, "max_forward_batch": 1000}
     if judge == OFFICIAL:
-        how = {"attacks": [OriginalAutoAttack(version="rand" if entry.random else "standard", steps=steps)]}
+        how |= {"attacks": [OriginalAutoAttack(version="rand" if entry.random else "standard", steps=steps)]}
     elif judge == ADAPTIVE:
         specs = adaptive.specs(entry, (None, *models[1:]))
         if steps < STEPS:
             short = {"steps": steps, "restarts": 1}
             specs = [dataclasses.replace(spec, attack=dataclasses.replace(spec.attack, **short)) for spec in specs]
-        how = {"attacks": specs}
-        config = dataclasses.replace(shared, eot_iter=DRAWS)
+        how |= {"attacks": specs, "eot_iter": DRAWS}
     else:
-        config = dataclasses.replace(shared, protocol=judge)
-    report = evaluate(models[0], x[:n], y[:n], eps=entry.eps, config=config, progress=False, **how)
+        how |= {"protocol": judge}
+    report = evaluate(models[0], x[:n], y[:n], eps=entry.eps, progress=False, **how)
     flags = [one.alarm for one in report.findings if one.beside_headline]
     return {
         "model": name,
@@ -207,7 +205,7 @@ def judged(name: str, judge: str, settings: dict[str, int], data: str) -> Result
         "settings": settings,
         "clean": report.row("clean").accuracy,
         "robust": "".join("01"[bool(image)] for image in report.headline.robust),
-        "unreliable": flags if config.protocol is not None else [],
+        "unreliable": flags if "protocol" in how else [],
         "code": code(name, judge),
         "cpu_seconds": round(time.process_time() - begin, 1),
     }

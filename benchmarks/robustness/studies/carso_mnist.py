@@ -13,7 +13,7 @@ import torch
 from purify_fast import data, load_defence
 from purify_fast._tensors import weights_fingerprint
 from purify_fast.attacks import APGD, PGD, OriginalAutoAttack
-from purify_fast.evaluation import AttackSpec, EvaluateConfig, Report, evaluate, merge
+from purify_fast.evaluation import AttackSpec, Report, evaluate, merge
 from purify_fast.evaluation.results.rows import worst_rows
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.models.classifiers import SmallCNN
@@ -102,9 +102,9 @@ def attack(job: Job, folder: Path, root: Path) -> dict:
     classifier = load_classifier(job.folder(root, CLASSIFIER))
     model = classifier if name == CLASSIFIER else load_defence(job.folder(root, MODELS[name]), classifier)
     amount: dict[str, Any] = {"steps": budget.steps, "eot_iter": budget.eot, "seed": job.seed}
-    config = EvaluateConfig(dataset_name=images.name, batch_size=250, max_forward_batch=1000, **amount)
+    amount |= {"dataset_name": images.name, "batch_size": 250, "max_forward_batch": 1000, "progress": False}
     how: dict[str, Any] = {"attacks": attacks_of(name, budget)[job.settings["group"]], "out": folder, "name": name}
-    report = evaluate(model, images.x_test, images.y_test, eps=EPS, config=config, progress=False, **how)
+    report = evaluate(model, images.x_test, images.y_test, eps=EPS, **amount, **how)
     report.save(folder, model)
     return {row.attack: row.accuracy for row in report.rows}
 

@@ -33,7 +33,7 @@ from purify_fast._files import write_text
 from purify_fast.attacks import PGD, LeavingPGD, OriginalAutoAttack
 from purify_fast.attacks.base import run_alone
 from purify_fast.data import balanced_subset, to_float
-from purify_fast.evaluation import AttackSpec, EvaluateConfig, evaluate, lee_kim_2023
+from purify_fast.evaluation import AttackSpec, evaluate, lee_kim_2023
 from purify_fast.evaluation.request.published import authors_attacks
 from purify_fast.evaluation.show.text import markdown_table
 from purify_fast.protocols import CopiesItself, FixedNoise, supports
@@ -126,8 +126,8 @@ def fixed(job: Job, model: nn.Module, x: Tensor, y: Tensor, root: Path) -> dict[
 def reported(model: nn.Module, x: Tensor, y: Tensor, job: Job, attacks: list[AttackSpec]) -> list[dict[str, Any]]:
     """Evaluate a model by a list of attacks. Return the rows."""
     s = job.settings
-    config = EvaluateConfig(n_eval=s["budget"].draws)
-    report = evaluate(model, x, y, eps=s["eps"], config=config, attacks=attacks, name=job.name, progress=False)
+    draws = s["budget"].draws
+    report = evaluate(model, x, y, eps=s["eps"], n_eval=draws, attacks=attacks, name=job.name, progress=False)
     return [{name: row.to_dict()[name] for name in FACTS} for row in report.rows]
 
 

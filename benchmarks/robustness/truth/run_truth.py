@@ -15,14 +15,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from purify_fast._files import write_text
 from purify_fast.attacks.ball import ball_around, projected
 from purify_fast.attacks.relu_layers import affine_layers
-from purify_fast.evaluation import EvaluateConfig, evaluate
+from purify_fast.evaluation import evaluate
 from purify_fast.evaluation.show.text import markdown_table
 
 from ... import kept, options
@@ -245,10 +245,10 @@ def attack(setting: Setting, name: str, who: str, seed: int) -> None:
     for known in read(setting.out)["contestants"]:
         if key(known) == key(row) and known["code"] == code:
             row = known
-    config = EvaluateConfig(protocol=protocol, seed=seed, batch_size=BATCH)
+    settings: dict[str, Any] = {"protocol": protocol, "seed": seed, "batch_size": BATCH, "progress": False}
     for part in parts[len(row["left"]) :]:
         door, begin = CountedModel(part.model), time.process_time()
-        report = evaluate(door, part.x, part.y, eps=part.eps, config=config, progress=False)
+        report = evaluate(door, part.x, part.y, eps=part.eps, **settings)
         row["cpu_seconds"] += time.process_time() - begin
         row["left"].append("".join("01"[bool(image)] for image in report.headline.robust))
         row["forwards"] += door.counts.forwards

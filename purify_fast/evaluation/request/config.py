@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypedDict
 
 from ..._validation import Count, CudaGraphs, CudnnBenchmark, Positive, check_types
 
@@ -16,9 +17,30 @@ Predict = Literal["worst_of", "votes"]
 USUAL_BATCH = 250
 
 
+class EvaluateSettings(TypedDict, total=False):
+    """The fields of `EvaluateConfig` as keywords of `evaluate`."""
+
+    protocol: ProtocolName | None
+    steps: Count
+    eot_iter: Count
+    n_eval: Count
+    predict: Predict | None
+    batch_size: Count | None
+    max_forward_batch: Count | None
+    cuda_graphs: CudaGraphs
+    cudnn_benchmark: CudnnBenchmark
+    seed: int
+    probes: bool | None
+    keep: Literal["some", "all"]
+    claim: float | None
+    minutes: Positive | None
+    dataset_name: str | None
+    together: bool
+
+
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """The settings of an evaluation. Model, images, ball and attacks are arguments of `evaluate` itself.
+    """The settings of an evaluation, which are keywords of `evaluate` beside model, images, ball and attacks.
 
     Args:
         protocol: name of a list of attacks. "fast": Auto-PGD, in minutes. "standard": the four attacks of AutoAttack in
@@ -95,3 +117,12 @@ class EvaluateConfig:
     def images_together(self) -> int:
         """The largest number of images that are attacked together."""
         return self.batch_size or USUAL_BATCH
+
+
+def config_of(settings: Mapping[str, Any]) -> EvaluateConfig:
+    """Make a config of the keywords of `evaluate`; TypeError for one that is no setting."""
+    known = [each.name for each in fields(EvaluateConfig)]
+    for name in settings:
+        if name not in known:
+            raise TypeError(f"evaluate has no argument or setting {name!r}: the settings are {', '.join(known)}")
+    return EvaluateConfig(**settings)
