@@ -314,12 +314,14 @@ def _without_ddp(model: Classifier) -> Classifier:
 def _searched(attack: Attack, model: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> AttackResult:
     """Search without an evaluation. Steps on a frozen copy are captured in the copy's graphs, by one attack at a time.
 
-    On another stream than the default one, nothing is captured, because replays must not overlap.
+    On another stream than the default one, nothing is captured, because replays must not overlap. A step with a user's
+    loss is not captured either: what the loss reads would be frozen.
     """
     # Most attacks are on other models, and need none of what makes graphs.
     from ..speed.followed import graphs_of
 
-    graphs = graphs_of(model) if context.graphs is None else None
+    ours = context.loss_function is None or context.loss_function in map(_towards, LOSSES)
+    graphs = graphs_of(model) if context.graphs is None and ours else None
     if graphs is None or not graphs.free_for(x.device):
         return attack.search(model, x, y, context)
     try:

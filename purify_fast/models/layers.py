@@ -7,6 +7,7 @@ images of all processes, each of which must have an image. On CUDA it calls the 
 
 from __future__ import annotations
 
+import copyreg
 import functools
 from collections.abc import Sequence
 from typing import Any, TypeAlias
@@ -56,6 +57,10 @@ class Synchronized(nn.modules.batchnorm._BatchNorm):
     """The part of a class of BatchNorms that takes the statistics of all processes, see `synchronized`."""
 
     activates = False
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # A copy or a file has the module's own class, because this class belongs to a training.
+        return copyreg.__newobj__, (type(self).__bases__[1],), self.__dict__  # type: ignore[attr-defined]
 
     def forward(self, input: Tensor) -> Tensor:
         world = processes()[1]

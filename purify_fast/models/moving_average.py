@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.optim import swa_utils
@@ -26,6 +28,11 @@ class AveragedModel(swa_utils.AveragedModel):
         self.module._apply(lambda one: one.float() if one.dtype in HALF else one)
         # The average begins with the model's weights. The count stays on the host, also with another default device.
         self.n_averaged = torch.ones((), dtype=torch.int64, device="cpu")
+
+    def _apply(self, function: Any, recurse: bool = True) -> AveragedModel:
+        super()._apply(function, recurse)  # type: ignore[no-untyped-call]
+        self.n_averaged = self.n_averaged.cpu()
+        return self
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:

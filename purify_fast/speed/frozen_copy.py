@@ -76,7 +76,7 @@ def frozen_copy(
     copied: Any = made
     copied._followed.graphs = StepGraphs()
     if graphs:
-        copied.graphed_calls = GraphedCalls()
+        copied.graphed_calls = copied._followed.graphs.beside = GraphedCalls()
         copied.about += ", calls as CUDA graphs"
     return made
 
@@ -163,7 +163,8 @@ class FrozenCopy(InferenceCopy):
         if torch.compiler.is_compiling():
             return super().forward(x)
         self.prepare_replay()
-        return super().forward(x) if self.graphed_calls is None else self.graphed_calls(super().forward, x)
+        call = super().forward
+        return call(x) if self.graphed_calls is None else self.graphed_calls(self.classifier, call, x)
 
     def prepare_replay(self) -> None:
         """Follow the model before a captured or compiled step runs, which does not call `forward`."""
@@ -183,13 +184,6 @@ class FrozenCopy(InferenceCopy):
         model = self._followed.read()
         if model is not None:
             self.refresh(model)
-
-    def _apply(self, function: Any, recurse: bool = True) -> FrozenCopy:
-        # The tensors may move to other addresses.
-        if self.graphed_calls is not None:
-            self.graphed_calls.forget()
-        super()._apply(function, recurse)  # type: ignore[no-untyped-call]
-        return self
 
     def follows(self, model: nn.Module) -> bool:
         """Read the weights of the model again; False if it has changed so much that it needs a new copy."""

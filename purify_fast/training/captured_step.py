@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import time
 import weakref
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -67,7 +67,7 @@ class CapturedStep:
         device, self.objects = batch.x.device, objects
         x, y, ids = (part.clone() for part in (batch.x, batch.y, batch.sample_ids))
         self.numbers = batch.numbers
-        numbers = {name: torch.full((), float(value), device=device) for name, value in batch.numbers.items()}
+        numbers = _Read({name: torch.full((), float(value), device=device) for name, value in batch.numbers.items()})
         self.given = replace(batch, x=x, y=y, sample_ids=ids, seed=philox_key(batch.seed, device), numbers=numbers)
         self.updates: list[_Update] = []
         with no_trace(device):
@@ -80,6 +80,8 @@ class CapturedStep:
             _, one, other = (self._results(task, directly) for _ in range(3))
             with undone(task, device):
                 self._record(task, gradients, graphs.capture)
+            if unread := sorted(numbers.keys() - numbers.read):
+                raise RuntimeError(f"the step does not read {', '.join(unread)} of batch.numbers: see Task.numbers")
             got = self._results(task, self.run)
         # A kernel that adds in another order in each call makes two runs of the same step differ, too.
         if not len(got) == len(one) == len(other) or not all(map(within_repeats, got, one, other)):
@@ -140,6 +142,23 @@ class CapturedStep:
                 update.replay()
             # A single copy: later replays overwrite the values.
             yield update.optimizer, dict(zip(update.names, update.values.clone().unbind(), strict=True))
+
+
+class _Read(Mapping[str, Tensor]):
+    """The numbers of a captured step, which remembers those that the step has read."""
+
+    def __init__(self, values: dict[str, Tensor]):
+        self.values_by_name, self.read = values, set[str]()
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.read.add(name)
+        return self.values_by_name[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.values_by_name)
+
+    def __len__(self) -> int:
+        return len(self.values_by_name)
 
 
 def captured(task: Task, batch: Batch, gradients: Gradients) -> CapturedStep | None:

@@ -86,15 +86,18 @@ def synchronized_batchnorm(model: nn.Module, asked: bool) -> Iterator[None]:
     """
     changed = list[tuple[nn.Module, type, type]]()
     for name, one in model.named_modules() if processes()[1] > 1 else ():
-        if isinstance(one, nn.modules.batchnorm._BatchNorm) and one.training and not isinstance(one, OVER_ALL):
+        if isinstance(one, nn.modules.batchnorm._BatchNorm) and not isinstance(one, OVER_ALL):
             kind: Any = type(one)
+            # A training may put it into training mode later.
+            learns = one.training or any(weight.requires_grad for weight in one.parameters())
             usual = one.affine and one.track_running_stats and one.momentum is not None
             other = synchronized(kind) if asked and usual else None
-            if other is None:
+            if other is None and one.training:
                 cure = f"sync_batchnorm cannot convert this {kind.__name__}" if asked else "set sync_batchnorm"
                 where = f"the model's module {name} is a BatchNorm over one process"
                 raise ValueError(f"{where}: {cure}, or use torch.nn.SyncBatchNorm")
-            changed.append((one, kind, other))
+            if other is not None and learns:
+                changed.append((one, kind, other))
     if changed:
         logger.info("%d BatchNorms take the statistics of all processes during the training", len(changed))
     try:

@@ -18,6 +18,8 @@ from ..training.checkpoint import MODEL
 def address(name: str) -> str:
     """The address of a model's weights, a file of this version's release in the repository of the package."""
     urls = dict(line.split(", ", 1) for line in metadata("purify-fast").get_all("Project-URL", ()))
+    if "Repository" not in urls:
+        raise FileNotFoundError(f"the installed purify-fast does not name its repository, which has the model {name}")
     return f"{urls['Repository']}/releases/download/v{__version__}/{name}.safetensors"
 
 
@@ -35,7 +37,9 @@ def kept_folder(name: str, size: int, sha256: str) -> Path:
     data = path.read_bytes() if kept else downloaded(name, size, str(source), path)
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:
-        raise ValueError(f"{source} is not the file of the zoo's model {name}: SHA-256 must be {sha256}, got {found}")
+        cure = ". Remove this file" if kept else ""
+        text = f"{source} is not the file of the zoo's model {name}: SHA-256 must be {sha256}, got {found}{cure}"
+        raise ValueError(text)
     if not kept:
         with atomic(path) as temporary:
             temporary.write_bytes(data)

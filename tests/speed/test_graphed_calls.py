@@ -13,6 +13,7 @@ from captures import Launched, Rerun, Tape
 from cuda_launches import CudaLaunches
 from host_syncs import HostSyncs
 from torch import nn
+from torch.autograd import forward_ad
 
 import purify_fast
 from purify_fast.attacks import pgd, square
@@ -93,7 +94,7 @@ def test_a_call_before_the_backward_pass_of_the_one_before_runs_without_a_graph(
         # A second backward pass with no call in between, as FAB takes one for each class.
         assert torch.equal(torch.autograd.grad(out.logsumexp(1).sum(), leaf, retain_graph=True)[0], gradient)
     fast(leaf)
-    with pytest.raises(RuntimeError, match=r"second backward pass .* after a later call.*graphs=True"):
+    with pytest.raises(RuntimeError, match=r"came after a later call or other weights.*graphs=True"):
         torch.autograd.grad(out.sum(), leaf)
 
 
@@ -118,9 +119,96 @@ def test_it_follows_the_weights_and_forgets_the_graphs_of_moved_tensors(graphed,
             weight.mul_(1.2)
     recorded = capture.recorded
     assert same(logits_and_gradient(fast, x), logits_and_gradient(model, x)) and capture.recorded == recorded
-    fast.to(torch.device("cpu"))
+    # Between a forward and a backward pass, weights must stay, as without graphs.
+    leaf = x.clone().requires_grad_()
+    out = fast(leaf)
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    fast.update()
+    with pytest.raises(RuntimeError, match="other weights"):
+        torch.autograd.grad(out.sum(), leaf)
+
+
+def other_tensors(model):
+    state = {name: 2 * value if value.is_floating_point() else value for name, value in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+
+
+CHANGES = {
+    "other tensors": lambda fast: other_tensors(fast.classifier),
+    "a part": lambda fast: setattr(fast.classifier, "2", nn.Tanh()),
+    "a mode": lambda fast: setattr(fast.classifier[5], "training", True),
+    "moved": lambda fast: fast.classifier.double().float(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_of_the_copy_delete_the_graphs(change):
+    model, x = nn.Sequential(*network(), nn.Dropout(0.5)).eval(), torch.rand(6, 3, 8, 8)
+    fast = purify_fast.frozen_copy(model, x, dtype=torch.float32, graphs=True)
+    plain = purify_fast.frozen_copy(model, x, dtype=torch.float32)
+    fast.graphed_calls = GraphedCalls(Tape())
+    for _ in range(LAUNCHED_CALLS + 1):
+        logits_and_gradient(fast, x)
+    for one in (fast, plain):
+        CHANGES[change](one)
+    for _ in range(LAUNCHED_CALLS + 2):
+        torch.manual_seed(3)
+        got = logits_and_gradient(fast, x)
+        torch.manual_seed(3)
+        assert same(got, logits_and_gradient(plain, x))
+
+
+def test_other_weights_of_a_functional_call_are_read(graphed):
+    _, fast, x = graphed
+    with torch.no_grad():
+        for _ in range(LAUNCHED_CALLS + 1):
+            fast(x)
+        other = {name: 2 * value for name, value in fast.named_parameters()}
+        found = torch.func.functional_call(fast, other, (x,))
+        fast.graphed_calls = None
+        assert torch.allclose(found, torch.func.functional_call(fast, other, (x,)), atol=1e-5)
+
+
+def test_weights_that_need_gradients_get_them(graphed, capture):
+    _, fast, x = graphed
+    for _ in range(LAUNCHED_CALLS + 1):
+        logits_and_gradient(fast, x)
     replayed = capture.replayed
-    assert same(logits_and_gradient(fast, x), logits_and_gradient(model, x)) and capture.replayed == replayed
+    fast.requires_grad_(True)
+    fast(x).sum().backward()
+    assert all(weight.grad is not None for weight in fast.parameters()) and capture.replayed == replayed
+
+
+def test_second_derivatives_and_tangents_are_not_lost(graphed):
+    _, fast, x = graphed
+    for _ in range(LAUNCHED_CALLS + 1):
+        logits_and_gradient(fast, x)
+    leaf = x.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match=r"no second derivative.*graphs=True"):
+        torch.autograd.grad(fast(leaf).sum(), leaf, create_graph=True)
+    with torch.no_grad():
+        for _ in range(LAUNCHED_CALLS + 1):
+            fast(x)
+    with forward_ad.dual_level():
+        out = fast(forward_ad.make_dual(x, torch.ones_like(x)))
+        assert forward_ad.unpack_dual(out).tangent is not None
+
+
+def test_a_call_that_changes_its_model_is_refused():
+    class Counts(nn.Sequential):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return super().forward(x) * (1 + self.calls // 20)
+
+    x = torch.rand(4, 3, 8, 8)
+    fast = purify_fast.frozen_copy(Counts(*network()).eval(), x, dtype=torch.float32, graphs=True)
+    fast.graphed_calls = GraphedCalls(Rerun())
+    with pytest.warns(RuntimeWarning, match="changes an attribute"), torch.no_grad():
+        for _ in range(LAUNCHED_CALLS + 2):
+            fast(x)
 
 
 def test_a_random_call_draws_fresh_numbers(capture):
@@ -177,7 +265,7 @@ def test_calls_inside_captures_transforms_and_other_threads_have_no_graph(graphe
             thread.start()
             thread.join()
     assert capture.replayed == replayed
-    fast.graphed_calls.forget()
+    fast.graphed_calls.release()
     assert same(logits_and_gradient(torch.compile(fast, backend="eager"), x), logits_and_gradient(model, x))
 
 
@@ -266,7 +354,27 @@ def test_memory_that_runs_out_drops_the_graphs_of_a_direct_attack(rerun, monkeyp
 
     graphs._captured.clear()
     monkeypatch.setattr(rerun, "record", fails)
+    graphs.beside = GraphedCalls(rerun)
+    graphs.beside._kinds["a kind"] = 1
     assert torch.equal(pgd(fast, x, y, eps=8 / 255, steps=3, seed=0), wanted) and graphs.mode == "off"
+    assert not graphs.beside._kinds and pickle.loads(pickle.dumps(graphs)).mode == "off"
+
+
+def test_what_a_users_loss_reads_is_not_frozen(capture):
+    x, y = torch.rand(6, 3, 8, 8), torch.arange(6) % 5
+    fast = purify_fast.frozen_copy(network(), x, dtype=torch.float32)
+    fast._followed.graphs = StepGraphs("always", capture=capture)
+    options = {"eps": 8 / 255, "steps": 3, "random_start": False}
+    for target in (y, (y + 1) % 5, (y + 2) % 5):
+
+        def towards(logits, labels):
+            return -nn.functional.cross_entropy(logits, target, reduction="none")  # noqa: B023
+
+        found = pgd(fast, x, y, loss=towards, **options)
+        assert torch.equal(found, pgd(fast, x, targeted=target, graphs=StepGraphs("off"), **options))
+    assert capture.recorded == 0
+    pgd(fast, x, targeted=y, **options)
+    assert capture.recorded == 1
 
 
 def test_the_module_inside_ddp_is_attacked(tmp_path):

@@ -161,7 +161,7 @@ class ConsistencyTask(DiffusionTask):
         self.process = Process(known.schedule, known.prediction, known.times, solver="ddim")
         self.process.schedule.times(config.last_time, config.intervals)
         self.teacher = copy.deepcopy(denoiser).eval().requires_grad_(False)
-        #: What `_table` has made, by device and dtype. Captured steps read this memory.
+        #: What `_table` has made, by device, dtype and settings. Captured steps read this memory.
         self._tables: dict[Hashable, tuple[Tensor, Tensor, Tensor]] = {}
 
     def captures(self, batch: Batch) -> Hashable:
@@ -169,11 +169,12 @@ class ConsistencyTask(DiffusionTask):
 
     def _table(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the coefficients, the denoiser's times and alpha_bar of all intervals, on the images' device."""
-        key = images.device, images.dtype
+        last, intervals = self.config.last_time, self.config.intervals
+        key = images.device, images.dtype, last, intervals
         if key not in self._tables:
             with torch.inference_mode(False):
                 schedule = self.process.schedule
-                times = schedule.times(self.config.last_time, self.config.intervals)
+                times = schedule.times(last, intervals)
                 told = schedule.told(times[:-1], self.process.told).to(images)
                 kept = schedule.alpha_bar(times[:-1]).to(images.device)
                 self._tables[key] = self.process.denoising(times)[0].to(images), told, kept
