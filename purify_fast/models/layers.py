@@ -7,7 +7,6 @@ images of all processes, each of which must have an image. On CUDA it calls the 
 
 from __future__ import annotations
 
-import copyreg
 import functools
 from collections.abc import Sequence
 from typing import Any, TypeAlias
@@ -53,6 +52,10 @@ class _LiteralBatchNorm(nn.modules.batchnorm._BatchNorm):
         )
 
 
+def _unfilled(kind: type[nn.Module]) -> nn.Module:
+    return kind.__new__(kind)
+
+
 class Synchronized(nn.modules.batchnorm._BatchNorm):
     """The part of a class of BatchNorms that takes the statistics of all processes, see `synchronized`."""
 
@@ -60,7 +63,7 @@ class Synchronized(nn.modules.batchnorm._BatchNorm):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # A copy or a file has the module's own class, because this class belongs to a training.
-        return copyreg.__newobj__, (type(self).__bases__[1],), self.__dict__  # type: ignore[attr-defined]
+        return _unfilled, (type(self).__bases__[1],), self.__dict__
 
     def forward(self, input: Tensor) -> Tensor:
         world = processes()[1]

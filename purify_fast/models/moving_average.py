@@ -30,8 +30,9 @@ class AveragedModel(swa_utils.AveragedModel):
         self.n_averaged = torch.ones((), dtype=torch.int64, device="cpu")
 
     def _apply(self, function: Any, recurse: bool = True) -> AveragedModel:
+        count = self.n_averaged
         super()._apply(function, recurse)  # type: ignore[no-untyped-call]
-        self.n_averaged = self.n_averaged.cpu()
+        self.n_averaged = count
         return self
 
     @torch.no_grad()

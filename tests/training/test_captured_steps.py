@@ -20,7 +20,7 @@ from purify_fast.ops import use_backend
 from purify_fast.speed import StepGraphs
 from purify_fast.speed.graphs.step_loop import CAPTURE_STEPS
 from purify_fast.training import Batch, ClassifierConfig, ClassifierTask, FitConfig, Task, TrainingAttack, fit
-from purify_fast.training.captured_step import CapturedStep, NotRestored, change_weights
+from purify_fast.training.captured_step import CapturedStep, NotRestored, change_weights, undone
 from purify_fast.training.loop import step_settings, train_step
 from purify_fast.training.optimizers import fuse
 
@@ -153,21 +153,27 @@ def test_a_first_call_that_differs_excuses_no_wrong_gradient(monkeypatch):
         train_step(task, batch(1))
 
 
-def test_weights_are_restored_although_memory_ran_out(tape, monkeypatch):
-    """From the failure on, a comparison has no memory for its result. The training must not go on."""
+@pytest.mark.parametrize("method", ["equal", "copy_"])
+def test_weights_are_restored_although_memory_ran_out(method, tape, monkeypatch):
+    """A comparison has no memory for its result from the failure on. If nothing can be restored, the training ends."""
     task = arrest()
     task.model.register_buffer("seen", torch.zeros(3))
     before = [one.detach().clone() for one in task.model.state_dict().values()]
 
     def fail(*_):
         change_weights(task, 1.1)
-        monkeypatch.setattr(torch.Tensor, "equal", mock.Mock(side_effect=RuntimeError("out of memory")))
+        monkeypatch.setattr(torch.Tensor, method, mock.Mock(side_effect=RuntimeError("out of memory")))
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(CapturedStep, "_record", fail)
-    task.graphs = StepGraphs("always", capture=tape)
-    with pytest.raises(NotRestored, match="out of memory"):
-        train_step(task, batch(1))
+    graphs, given = StepGraphs("always", capture=tape), batch(1)
+    if method == "copy_":
+        task.graphs = graphs
+        with pytest.raises(NotRestored, match="out of memory"):
+            train_step(task, given)
+        return
+    with pytest.raises(RuntimeError, match="out of memory"), undone(task, given.x.device):
+        fail()
     monkeypatch.undo()
     assert all(torch.equal(one, other) for one, other in zip(before, task.model.state_dict().values(), strict=True))
 
@@ -246,6 +252,26 @@ def test_a_second_attack_in_a_step_keeps_its_own_radius(tape):
         weights.append(task.model.state_dict())
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
     assert "a replay gives another result than the step" in graphs.refusals[0]
+
+
+class FromItsConfig(ClassifierTask):
+    """Reads the radius of the epoch, and adds to the parent's facts."""
+
+    def captures(self, batch):
+        return super().captures(batch), "mine"
+
+    def training_step(self, batch):
+        eps = self.config.attack.at_epoch(batch.epoch, batch.epochs).eps
+        logits = self.model((batch.x + eps * torch.randn_like(batch.x)).clamp(0, 1))
+        return torch.nn.functional.cross_entropy(logits, batch.y), {}
+
+
+def test_a_step_that_reads_no_number_of_its_batch_is_refused(tape):
+    torch.manual_seed(0)
+    task = FromItsConfig(SmallCNN(width=4), ClassifierConfig(attack=attack(eps_warmup=1.0)))
+    task.graphs = StepGraphs("always", capture=tape)
+    with pytest.warns(UserWarning, match=r"the step does not read alpha, eps of batch\.numbers: see Task\.numbers"):
+        train_step(task, batch(1))
 
 
 def test_graphs_of_two_kinds_of_steps_are_kept(tape):

@@ -1,5 +1,9 @@
 """A run keeps the rates of parameter groups, takes numbers as names, and warns of a network that was edited."""
 
+import copy
+import dataclasses
+import pickle
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,6 +14,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
 from torch.nn import functional as F
 
+from purify_fast.methods.diffusion import ConsistencyTask, DiffusionConfig
+from purify_fast.models import UNet
+from purify_fast.models.layers import Synchronized, synchronized
+from purify_fast.models.moving_average import moving_average
 from purify_fast.nn import EMA
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, Task, fit
 from purify_fast.training.optimizers import relative_rates
@@ -213,3 +221,28 @@ def test_a_model_on_several_devices_or_of_dtensors_is_refused_before_any_work():
             fit(ClassifierTask(model, ClassifierConfig()), x, y, FitConfig(1, 4), progress=False)
     finally:
         dist.destroy_process_group()
+
+
+def test_a_module_that_is_synchronized_is_copied_and_saved_as_its_own_class():
+    norm = torch.nn.BatchNorm2d(3)
+    norm.__class__ = synchronized(torch.nn.BatchNorm2d)
+    for other in (copy.deepcopy(norm), pickle.loads(pickle.dumps(norm))):
+        assert type(other) is torch.nn.BatchNorm2d and torch.equal(other.weight, norm.weight)
+    assert isinstance(norm, Synchronized)
+
+
+def test_the_count_of_a_moving_average_stays_on_the_host():
+    average = moving_average(torch.nn.Linear(2, 2), 0.9).to("meta")
+    assert average.n_averaged.device.type == "cpu" and int(average.n_averaged) == 1
+
+
+def test_a_distillation_follows_its_settings():
+    def loss(*intervals):
+        torch.manual_seed(0)
+        task = ConsistencyTask(UNet(1, 4), DiffusionConfig(intervals=8, ema_decay=0.5))
+        for number in intervals:
+            task.config = dataclasses.replace(task.config, intervals=number)
+            task._table(torch.zeros(1, 1, 8, 8))
+        return task._table(torch.zeros(1, 1, 8, 8))[2]
+
+    assert len(loss(8, 4)) == len(loss(4)) == 4

@@ -96,7 +96,7 @@ class GraphedCalls:
         key = x.shape, x.stride(), x.dtype, x.device, gradient, numerics(x.device)
         found = self._kinds.get(key, 0)
         if isinstance(found, int) and found >= LAUNCHED_CALLS:
-            found = self._made(model, call, x) if len(self) < MOST_KINDS and not self._open else found
+            found = found if self._open else self._made(model, call, x)
         elif isinstance(found, int):
             found += 1
         self._kinds[key] = found
@@ -126,6 +126,8 @@ class GraphedCalls:
         gradient = torch.is_grad_enabled() and x.requires_grad
         kind = f"calls with images {list(x.shape)}{' and their gradients' if gradient else ''}"
         try:
+            if len(self) >= MOST_KINDS:
+                raise RuntimeError(f"{MOST_KINDS} kinds of calls have graphs")
             made = _Graphs(model, call, x, self.capture)
         except Exception as error:
             # A user's model may raise any error. Its calls then run without a graph.
