@@ -40,7 +40,7 @@ def fast_bfloat16(device: torch.device) -> bool:
     also beside other work.
     """
     if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type == "cpu" and _multiplies_bfloat16() and _kept_ratio(device) < FASTER
 
 
