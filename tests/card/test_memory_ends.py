@@ -116,4 +116,4 @@ def test_a_capture_in_which_memory_ends_changes_nothing(name, every, share, last
         left += found is None
         for part in found or ():
             assert equal(found[part], wanted[part]), f"{part}, after an error at operator {at} of {whole}"
-    assert left < len(points) / 10, f"{left} of {len(points)} errors ended the training"
+    assert left <= 2 + len(points) / 20, f"{left} of {len(points)} errors ended the training"
