@@ -5,6 +5,8 @@ VENV   ?= .venv
 ARGS   ?=
 # `make test` runs the tests with these marks. `make test MARKS=` also runs the slow tests.
 MARKS  ?= not slow
+# With SHARE="--slow-share K/N", they run one of N shares of the slow tests.
+SHARE  ?=
 
 BIN    := $(VENV)/bin
 STAMPS := $(VENV)/stamps
@@ -46,7 +48,7 @@ test-cpp: $(STAMPS)/cmake
 
 test-python: $(STAMPS)/tests test-cpp
 	@echo "== Python tests"
-	PURIFY_FAST_TEST_COMPLETE=1 $(PARALLEL) -n auto --dist worksteal -m "$(MARKS)" $(ARGS)
+	PURIFY_FAST_TEST_COMPLETE=1 $(PARALLEL) -n auto --dist worksteal -m "$(MARKS)" $(SHARE) $(ARGS)
 
 # The variables let PyTorch, oneDNN and this package use a CPU as one that has AVX2 alone. The compiler's cache does not
 # know of them: code for one kind of CPU would run on the other and give wrong numbers, so this run has its own cache.
@@ -59,7 +61,7 @@ test-avx2: $(STAMPS)/tests  ## run the tests that depend on the processor as on 
 # Triton's interpreter must be chosen before Triton is imported, so these tests run in a separate process.
 test-interpreter: $(STAMPS)/tests
 	@echo "== Triton kernels in the interpreter"
-	TRITON_INTERPRET=1 $(PARALLEL) -n auto --dist worksteal -m "$(MARKS)" tests/interpreter
+	TRITON_INTERPRET=1 $(PARALLEL) -n auto --dist worksteal -m "$(MARKS)" $(SHARE) tests/interpreter
 
 BASE ?=
 quick: $(STAMPS)/tests  ## run the tests of the folders that differ from the main branch, or from BASE=COMMIT

@@ -211,7 +211,11 @@ RISING = {
 }
 
 
-@pytest.mark.parametrize("name", RISING)
+#: Those that every run has. The others are slow.
+ALWAYS = {"PGD-AT", "ARREST, bfloat16", "CARSO", "AToP, bfloat16"}
+
+
+@pytest.mark.parametrize("name", [n if n in ALWAYS else pytest.param(n, marks=pytest.mark.slow) for n in RISING])
 def test_validations_and_rising_numbers_keep_the_captured_step(tape, name, monkeypatch):
     """Each epoch ends with a validation, which reads the frozen classifier's copy again."""
     make, kinds = RISING[name]
