@@ -121,7 +121,7 @@ MOST_READ = {
     "purify_fast.attacks.pgd": 2763,
     "purify_fast.methods.carso.defence": 3253,
     "purify_fast.methods.arrest.task": 2975,
-    "purify_fast.evaluation.runner": 9113,
+    "purify_fast.evaluation.runner": 9116,
 }
 #: The files of modules. Triton kernels are imported as ``purify_fast.kernels``.
 MODULES = {

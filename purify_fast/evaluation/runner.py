@@ -88,6 +88,7 @@ def evaluate(
     name: str = "defence",
     revision: str | None = None,
     progress: bool = True,
+    config: EvaluateConfig = EvaluateConfig(),
     **settings: Unpack[EvaluateSettings],
 ) -> Report:
     """Run attacks on a model, and report the model's accuracy under the attacks.
@@ -113,6 +114,7 @@ def evaluate(
         revision: a name for the model's code, with which the rows of every model are cached. Choose another name after
             a change that Python does not show, such as one of a file that the model reads.
         progress: whether to show a progress bar for each attack, which counts forward passes of single images.
+        config: settings for several evaluations, whose fields the keywords replace.
         **settings: the fields of `EvaluateConfig`, such as ``protocol="fast"``, ``seed=1`` or ``minutes=10``.
 
     Returns:
@@ -135,7 +137,7 @@ def evaluate(
     if not callable(model) or isinstance(model, type):
         raise TypeError(f"model must be a module or a function from images to logits, got {model!r}")
     check_folder("out", out)
-    config = config_of(settings)
+    config = config_of(config, settings)
     norm = read_norm(norm)
     check_eps(eps, norm)
     images, labels, notes = collect(x, y)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypedDict
 
 from ..._validation import Count, CudaGraphs, CudnnBenchmark, Positive, check_types
@@ -119,10 +119,12 @@ class EvaluateConfig:
         return self.batch_size or USUAL_BATCH
 
 
-def config_of(settings: Mapping[str, Any]) -> EvaluateConfig:
-    """Make a config of the keywords of `evaluate`; TypeError for one that is no setting."""
+def config_of(config: EvaluateConfig, settings: Mapping[str, Any]) -> EvaluateConfig:
+    """Replace fields of a config by the keywords of `evaluate`; TypeError for one that is no setting."""
+    if not isinstance(config, EvaluateConfig):
+        raise TypeError(f"config must be an EvaluateConfig, got {config!r}")
     known = [each.name for each in fields(EvaluateConfig)]
     for name in settings:
         if name not in known:
             raise TypeError(f"evaluate has no argument or setting {name!r}: the settings are {', '.join(known)}")
-    return EvaluateConfig(**settings)
+    return replace(config, **settings)
