@@ -97,11 +97,6 @@ def test_arrays_and_other_dtypes_are_converted(trio):
 @pytest.mark.parametrize("eps", [None, [0.1], "8/255", torch.tensor(0.1), torch.full((10,), 0.1)], ids=str)
 def test_the_radius_is_a_number(trio, eps):
     """It is refused before the images are read."""
-    shared = EvaluateConfig("strong", steps=3, seed=2)
-    again = purify_fast.evaluate(model, x, y, eps=0.01, config=shared, protocol="fast", progress=False)
-    assert again.attacks == report.attacks and again.about["changed"] == report.about["changed"]
-    with pytest.raises(TypeError, match="config must be an EvaluateConfig, got 'fast'"):
-        purify_fast.evaluate(model, x, y, eps=0.01, config="fast")
     with pytest.raises(TypeError, match=f"eps must be a number, such as 8 / 255, got {re.escape(repr(eps)[:12])}"):
         evaluate(trio[0], None, None, **QUIET | {"eps": eps})
 
@@ -130,6 +125,11 @@ def test_a_setting_is_a_keyword_and_an_unknown_one_is_named(trio):
     model, x, y = trio
     report = purify_fast.evaluate(model, x, y, eps=0.01, protocol="fast", steps=3, seed=2, progress=False)
     assert report.about["seed"] == "2" and "steps 3" in report.about["changed"]
+    shared = EvaluateConfig("strong", steps=3, seed=2)
+    again = purify_fast.evaluate(model, x, y, eps=0.01, config=shared, protocol="fast", progress=False)
+    assert again.attacks == report.attacks and again.about["changed"] == report.about["changed"]
+    with pytest.raises(TypeError, match="config must be an EvaluateConfig, got 'fast'"):
+        purify_fast.evaluate(model, x, y, eps=0.01, config="fast")
     with pytest.raises(
         TypeError, match=r"evaluate has no argument or setting 'stepz': the settings are protocol, steps"
     ):
