@@ -1,4 +1,4 @@
-"""What the tests know of each public op. A new op needs three entries here, and no other table of the tests.
+"""The entries of each public op in the tests. A new op needs three entries here, and no other table of the tests.
 
 1. FUNCTIONS has an op's calls at its settings: tests/ops/test_contract.py checks the promises of every op with them.
 2. REFUSALS has arguments that the op takes, and values that it refuses by the name of the argument.

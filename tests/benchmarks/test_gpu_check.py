@@ -129,7 +129,7 @@ def test_the_limits_of_the_calls():
 
 
 def test_a_rehearsal_beside_other_work_has_longer_limits(tmp_path, monkeypatch, forking):
-    """Of a section and of the call, by as much as a process takes longer to start."""
+    """The limits of a section and of the call grow by the factor by which a process takes longer to start."""
     seen = []
 
     def section(context):

@@ -48,7 +48,7 @@ from .step_loop import (
     State,
     StepFunction,
     Steps,
-    launched_steps,
+    begin_steps,
     on_usual_stream,
     parts_of,
     reserved,
@@ -149,7 +149,7 @@ class StepGraphs:
         off = not self.may_capture(next(iter(state.values())).device)
         nothing = any(value.numel() == 0 for value in state.values())
         if off or nothing or torch.compiler.is_compiling():
-            return launched_steps(function, state)
+            return begin_steps(None, function, state)
         return Steps(function, state, self)
 
     def may_capture(self, device: torch.device) -> bool:
@@ -254,7 +254,7 @@ class StepGraphs:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What was captured so far: ``captured``, the number of captures, and ``not_captured``, the refusals if any."""
+        """The number of captures so far (``captured``), and the reasons for refusals, if any (``not_captured``)."""
         return {"captured": self.captures, **({"not_captured": list(self.refusals)} if self.refusals else {})}
 
     def log(self, what: str, seconds: float, size: int) -> None:
@@ -315,7 +315,7 @@ class InlineSteps(StepGraphs):
 
     def begin(self, function: StepFunction, state: State) -> Steps:
         """Begin a loop without a graph of its own."""
-        return launched_steps(function, state)
+        return begin_steps(None, function, state)
 
 
 # -- trials of a step, and the comparison of a replay with the step ----------------------------------------------------

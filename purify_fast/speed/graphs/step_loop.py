@@ -256,18 +256,16 @@ def on_usual_stream(device: torch.device) -> bool:
 
 
 def begin_steps(graphs: CapturesSteps | None, function: StepFunction, state: State) -> Steps:
-    """Begin a loop of a step, which ``graphs`` may capture; with None, see `launched_steps`.
+    """Begin a loop of a step, which ``graphs`` may capture.
 
     Args:
-        graphs: the captured steps of the caller.
+        graphs: the captured steps of the caller. With None, the loop is eager, or it runs the compiled step if the copy
+            in its model is to be compiled.
         function: the step.
         state: the initial state: tensors by name, on the same device.
     """
-    return launched_steps(function, state) if graphs is None else graphs.begin(function, state)
-
-
-def launched_steps(function: StepFunction, state: State) -> Steps:
-    """Begin an eager loop, which runs the compiled step if the copy in the step's model is to be compiled."""
+    if graphs is not None:
+        return graphs.begin(function, state)
     # Inside a larger graph of torch.compile, there is nothing to compile here.
     if not torch.compiler.is_compiling() and isinstance(function.model, nn.Module):
         parts: list[Any] = parts_of(function.model, CompilesSteps)
