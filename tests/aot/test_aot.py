@@ -300,7 +300,7 @@ def sectors(ir: str, operation: str, offset: Callable[[int], int | None]) -> lis
 def test_packed_images_in_channels_last_move_whole_sectors(way, dtype):
     """A warp reads and writes every byte of each 32-byte sector that it touches: rows of five planes, end to end."""
     case, planes, pixels = f"random_transform-{way}-channels_last", 5, 16 // DTYPES[dtype].itemsize
-    # How many numbers a row of the block has, and a row of the image.
+    # The lengths of a line of the block and of a row of the image, in numbers.
     line, row = 8 * pixels, planes * pixels
     *_, kernel = launched(case, dtype, 90)
 
