@@ -134,10 +134,10 @@ def evaluate(
             such setting.
         ModuleNotFoundError: an attack needs AutoAttack's package, which is not installed.
     """
+    config = config_of(config, settings)
     if not callable(model) or isinstance(model, type):
         raise TypeError(f"model must be a module or a function from images to logits, got {model!r}")
     check_folder("out", out)
-    config = config_of(config, settings)
     norm = read_norm(norm)
     check_eps(eps, norm)
     images, labels, notes = collect(x, y)
