@@ -18,8 +18,8 @@ from torch import nn
 from purify_fast import frozen_copy
 from purify_fast.attacks import apgd, fab_t, fgsm, frozen, pgd, square, stadv
 from purify_fast.attacks.apgd import AutoPgd
-from purify_fast.methods.diffusion import ConsistencyTask, DiffusionConfig, Process
-from purify_fast.models import SmallCNN, UNet
+from purify_fast.methods.diffusion import Process
+from purify_fast.models import SmallCNN
 from purify_fast.models.classifiers import PreActResNet18
 from purify_fast.models.moving_average import moving_average
 from purify_fast.speed import StepGraphs
@@ -38,11 +38,6 @@ SLACK = 0.03
 def within(launches: CudaLaunches, most: int) -> None:
     """At most a few launches more than in the table. A table with many more than there are would notice nothing."""
     assert 0.8 * most - 2 <= launches.count <= (1 + SLACK) * most + 2, launches.by_name
-
-
-def consistency() -> Task:
-    torch.manual_seed(0)
-    return ConsistencyTask(UNet(1, 4), DiffusionConfig(intervals=4, ema_decay=0.5))
 
 
 def classifier(**options) -> Task:
@@ -80,7 +75,6 @@ STEPS = {
     "AToP, pipeline, bfloat16": (lambda: atop_task("pipeline", 3, precision="bfloat16"), 1092),
     "diffusion": (diffusion_task, 233),
     "diffusion, bfloat16": (lambda: diffusion_task(precision="bfloat16"), 394),
-    "consistency": (consistency, 421),
 }
 
 

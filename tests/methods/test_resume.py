@@ -7,8 +7,7 @@ import torch
 from small_runs import StopAt, Stopped, arrest_task, atop_task, carso_task, diffusion_task
 
 from purify_fast import data
-from purify_fast.methods.diffusion import ConsistencyTask, DiffusionConfig
-from purify_fast.models import PreActResNet18, UNet
+from purify_fast.models import PreActResNet18
 from purify_fast.training import Batch, FitConfig, fit
 from purify_fast.training.checkpoint import read_tree
 
@@ -30,7 +29,6 @@ TASKS = {
     "diffusion, bfloat16 and no average": partial(
         diffusion_task, precision="bfloat16", ema_decay=0.0, noise_schedule="vp"
     ),
-    "diffusion, distilled": lambda: ConsistencyTask(UNet(1, 4), DiffusionConfig(intervals=4, ema_decay=0.5)),
     "carso, pipeline": partial(carso, "pipeline"),
 }
 

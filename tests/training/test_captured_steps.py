@@ -14,8 +14,7 @@ from small_runs import EPS, SHAPE, arrest_task, atop_task, attack, batch, carso_
 from torch import nn
 
 from purify_fast import _library
-from purify_fast.methods.diffusion import ConsistencyTask, DiffusionConfig
-from purify_fast.models import SmallCNN, UNet
+from purify_fast.models import SmallCNN
 from purify_fast.ops import use_backend
 from purify_fast.speed import StepGraphs
 from purify_fast.speed.graphs.step_loop import CAPTURE_STEPS
@@ -39,11 +38,6 @@ def classifier() -> Task:
     return classifier_task(attack=attack(steps=3))
 
 
-def distillation() -> Task:
-    torch.manual_seed(0)
-    return ConsistencyTask(UNet(1, 4), DiffusionConfig(intervals=4, ema_decay=0.5))
-
-
 #: Each training, and its updates in a step, each of which is a graph.
 TASKS = {
     "classifier": (classifier, 1),
@@ -58,7 +52,6 @@ TASKS = {
     "AToP, pipeline, bfloat16": (lambda: atop_task("pipeline", 3, precision="bfloat16"), 1),
     "CARSO, pipeline, bfloat16": (lambda: carso("pipeline", "bfloat16"), 1),
     "diffusion": (diffusion_task, 1),
-    "diffusion, distilled": (distillation, 1),
 }
 
 

@@ -1,7 +1,6 @@
 """A run keeps the rates of parameter groups, takes numbers as names, and warns of a network that was edited."""
 
 import copy
-import dataclasses
 import pickle
 
 import pytest
@@ -14,8 +13,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
 from torch.nn import functional as F
 
-from purify_fast.methods.diffusion import ConsistencyTask, DiffusionConfig
-from purify_fast.models import UNet
 from purify_fast.models.layers import Synchronized, synchronized
 from purify_fast.models.moving_average import moving_average
 from purify_fast.nn import EMA
@@ -234,15 +231,3 @@ def test_a_module_that_is_synchronized_is_copied_and_saved_as_its_own_class():
 def test_the_count_of_a_moving_average_stays_on_the_host():
     average = moving_average(torch.nn.Linear(2, 2), 0.9).to("meta")
     assert average.n_averaged.device.type == "cpu" and int(average.n_averaged) == 1
-
-
-def test_a_distillation_follows_its_settings():
-    def loss(*intervals):
-        torch.manual_seed(0)
-        task = ConsistencyTask(UNet(1, 4), DiffusionConfig(intervals=8, ema_decay=0.5))
-        for number in intervals:
-            task.config = dataclasses.replace(task.config, intervals=number)
-            task._table(torch.zeros(1, 1, 8, 8))
-        return task._table(torch.zeros(1, 1, 8, 8))[2]
-
-    assert len(loss(8, 4)) == len(loss(4)) == 4

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from .denoiser import save_denoiser as save_denoiser
     from .process import Process as Process
     from .schedule import Schedule as Schedule
-    from .task import ConsistencyTask as ConsistencyTask
     from .task import DiffusionTask as DiffusionTask
 
 __all__, __getattr__, __dir__ = lazy_exports(__name__)

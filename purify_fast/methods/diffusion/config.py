@@ -12,13 +12,10 @@ from ..._validation import Positive, Precision, Range, ShareBelow1, check_types
 class DiffusionConfig:
     """The settings of a denoiser's training.
 
-    "Paper" is Ho et al., NeurIPS 2020, arXiv 2006.11239; "own" is this package's choice. Without intervals, the
-    denoiser learns to predict the noise that was added to clean images (paper). With intervals, a trained denoiser is
-    distilled into a denoiser that needs only one evaluation (`ConsistencyTask`).
+    "Paper" is Ho et al., NeurIPS 2020, arXiv 2006.11239; "own" is this package's choice. The denoiser learns to predict
+    the noise that was added to clean images (paper).
 
     Args:
-        intervals: number of intervals into which the distillation divides the process up to ``last_time``. 0 selects
-            the training without distillation.
         noise_schedule: "linear" (paper), "cosine" or "vp", see `purify_fast.methods.diffusion.schedule`.
         prediction: quantity that the denoiser predicts: "noise" (paper), "x0" or "v".
         last_time: the last time for which the denoiser is trained, as a share of the process (paper: 1). A purifier
@@ -35,7 +32,6 @@ class DiffusionConfig:
         ValueError: a setting is out of range; the message names the setting.
     """
 
-    intervals: Annotated[int, Range(0)] = 0
     noise_schedule: Literal["linear", "cosine", "vp"] = "linear"
     prediction: Literal["noise", "x0", "v"] = "noise"
     last_time: Annotated[float, Range(0, 1, above=True)] = 1.0

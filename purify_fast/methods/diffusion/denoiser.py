@@ -14,7 +14,7 @@ from ..._tensors import first_tensor
 from ...models.foreign import load_weights
 from ...models.representation import evaluation_mode
 from ...models.unet import TimeLayer, UNet
-from ...training.checkpoint import read_model, save_model
+from ...training.checkpoint import save_model
 from ..saving import description, rebuilt
 
 #: The denoisers of this package, by the names of their classes. Each has the attribute ``arguments``.
@@ -65,17 +65,6 @@ def save_denoiser(
     """
     arguments = {"image_shape": list(image_shape), "process": dict(process), "last_time": last_time}
     save_model(folder, ALONE, arguments | {"denoiser": described_denoiser(denoiser)}, denoiser.state_dict())
-
-
-def read_denoiser(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
-    """Read a saved denoiser of this package or of diffusers, without its classifier."""
-    facts, state = read_model(folder)
-    if facts["kind"] not in (ALONE, "DiffusionPurifier"):
-        raise ValueError(f"{folder} holds a {facts['kind']}, not a denoiser or a purifier by diffusion")
-    arguments = dict(facts["arguments"])
-    denoiser = rebuilt_denoiser(arguments.pop("denoiser"), None, folder)
-    denoiser.load_state_dict({name.removeprefix("denoiser.module."): tensor for name, tensor in state.items()})
-    return denoiser, arguments
 
 
 def read_pretrained(folder: str | Path) -> tuple[nn.Module, tuple[int, int, int], dict[str, Any]]:

@@ -1,13 +1,11 @@
 """Denoisers on the command line: trained, put before a classifier, resumed; and what is refused, how."""
 
 import pytest
-import torch
 from small_models import bars_and_classifier
 
 import purify_fast
 from purify_fast import cli
 from purify_fast.evaluation import Report
-from purify_fast.methods.diffusion.denoiser import read_denoiser
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -49,20 +47,6 @@ def test_trained_and_evaluated(made, denoiser, tmp_path, short_signs):
     assert report.row("clean").n == 4 and "apgd" in {row.kind for row in report.rows}
 
 
-@pytest.mark.slow
-def test_a_denoiser_is_distilled(made, denoiser, tmp_path, short_signs):
-    out, classifier = tmp_path / "distilled", made / "classifier"
-    assert train(made, out, "--init", denoiser, "--intervals", 3, "--last-time", 0.5) == 0
-    loaded = purify_fast.load_defence(out, purify_fast.training.load_classifier(classifier))
-    process = loaded.process
-    assert (process.schedule.kind, process.prediction, process.solver) == ("cosine", "v", "one_shot")
-    assert loaded.last_time == 0.5 and process.steps is None
-    given, weights = read_denoiser(denoiser)[0].state_dict(), loaded.denoiser.module.state_dict()
-    assert given.keys() == weights.keys() and not all(torch.equal(given[name], weights[name]) for name in given)
-    ball = ["--classifier", classifier, "--eps", 0.05, "--t-star", 0.3]
-    assert run(made, f"evaluate {out}", *ball, *FEW, "--out", tmp_path / "report") == 0
-
-
 def test_what_is_refused(made, denoiser, tmp_path, capsys):
     def refused(command, *options):
         try:
@@ -76,13 +60,6 @@ def test_what_is_refused(made, denoiser, tmp_path, capsys):
 
     train_to = f"train diffusion --out {tmp_path / 'out'}"
     classifier = ["--classifier", made / "classifier"]
-    assert "--init has no effect without --intervals" in refused(train_to, "--init", denoiser)
-    distilling = [train_to, "--intervals", 3]
-    assert "--intervals 3 distills a denoiser: give the denoiser by --init" in refused(*distilling)
-    distilling += ["--init", denoiser]
-    assert "--prediction has no effect beside --intervals" in refused(*distilling, "--prediction", "noise")
-    assert "--last-time must be at most 0.6, because the denoiser of" in refused(*distilling)
-    assert "--width has no effect beside --intervals" in refused(*distilling, "--width", 8)
     assert "width must be even and at most 16, or a multiple of 16, got 17" in refused(train_to, "--width", 17)
     assert not (tmp_path / "out").exists()
     evaluate = f"evaluate {denoiser}"
