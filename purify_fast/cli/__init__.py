@@ -1,4 +1,4 @@
-"""The command line: ``purify-fast train ... | recipe | evaluate | check | report | zoo | ...``.
+"""The command line: ``purify-fast train ... | recipe | evaluate | check | zoo | ...``.
 
 A command imports PyTorch only when it runs, so help and the refusal of wrong options do not wait for the import.
 """

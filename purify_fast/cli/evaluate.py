@@ -14,7 +14,7 @@ import tyro
 from .._validation import Count, Norm, Precision, read_norm, usable_device
 from ..evaluation.request.config import EvaluateConfig
 from .command import Command, DataCommand, ProcessOptions
-from .run_file import EVALUATION, RUN_FILE, ball_of_run, parse, read_run_file, report_file, write_run_file
+from .run_file import EVALUATION, RUN_FILE, ball_of_run, parse, read_run_file, write_run_file
 from .saved_models import is_named, own_model, refuse_other_images, saved_folder, trained_classifier, zoo_name
 
 if TYPE_CHECKING:
@@ -228,7 +228,9 @@ class Check(Command):
         from ..evaluation.show.witnesses import check_witnesses, load_witnesses
         from ..speed.precision import float32_products
 
-        folder = report_file(self.report, "report.json").parent
+        folder = next((one for one in (self.report, self.report / EVALUATION) if (one / "report.json").is_file()), None)
+        if folder is None:
+            raise FileNotFoundError(f"{self.report} contains no report.json: give the folder of a report")
         device, whose = usable_device(self.device), self.evaluated(folder)
         witnesses, _ = load_witnesses(folder)
         model, _ = whose.prepared(images_of(witnesses, device))

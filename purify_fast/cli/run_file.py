@@ -114,14 +114,6 @@ def words_of(options: dict[str, Any], kind: type[Command]) -> list[str]:
     return words
 
 
-def report_file(folder: Path, name: str) -> Path:
-    """Find a file of a report."""
-    for path in (folder / name, folder / EVALUATION / name):
-        if path.is_file():
-            return path
-    raise FileNotFoundError(f"{folder} contains no {name}: give the folder of a report")
-
-
 # -- the command line --------------------------------------------------------------------------------------------------
 
 MARKERS = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)

@@ -1,17 +1,14 @@
-"""The short commands ``purify-fast recipe``, ``report``, ``zoo``, ``info`` and ``tune``."""
+"""The short commands ``purify-fast recipe``, ``zoo``, ``info`` and ``tune``."""
 
 from __future__ import annotations
 
-import webbrowser
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar, Literal
 
 import tyro
 
 from .._validation import usable_device
 from .command import Command
-from .run_file import report_file
 
 
 @dataclass(frozen=True)
@@ -41,27 +38,6 @@ class ShowRecipe(Command):
             "`purify-fast recipe NAME` prints a recipe. `purify-fast train METHOD --recipe NAME` trains with a recipe, "
             "if it is a training."
         )
-
-
-@dataclass(frozen=True)
-class ShowReport(Command):
-    """Open the HTML page of an evaluation in a browser.
-
-    Args:
-        folder: Folder of a report, or of a run that was evaluated.
-        open: Open the page. Otherwise only its path is printed.
-    """
-
-    called: ClassVar[str] = "report"
-
-    folder: tyro.conf.Positional[Path] = Path("runs/carso/evaluation")
-    open: bool = True
-
-    def run(self) -> None:
-        page = report_file(self.folder, "report.html")
-        print(page)
-        if self.open:
-            webbrowser.open(page.resolve().as_uri())
 
 
 @dataclass(frozen=True)

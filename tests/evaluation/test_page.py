@@ -10,7 +10,6 @@ import torch
 from evaluating import evaluate
 from reports import row
 
-from purify_fast import cli
 from purify_fast.evaluation import Report, merge
 from purify_fast.evaluation.alarms.signs import Finding
 from purify_fast.evaluation.results.rows import Examples
@@ -83,14 +82,9 @@ def test_pictures_are_of_the_attack_that_felled_most(survivors):
     assert f"Attacked images: {'first' if survivors else 'last'}" in page and page.count("data:image/png") == 6
 
 
-def test_an_evaluation_writes_the_page_and_the_command_finds_it(tmp_path, capsys):
+def test_an_evaluation_writes_the_page(tmp_path):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
     found = evaluate(model, torch.rand(6, 1, 4, 4), torch.arange(6) % 3, eps=0.1, attacks=[])
-    found.save(tmp_path / "evaluation", model)
-    path = tmp_path / "evaluation" / "report.html"
-    assert_is(path.read_text(), found)
-    assert cli.main(["report", str(tmp_path), "--no-open"]) == 0
-    assert capsys.readouterr().out.strip() == str(path)
-    assert cli.main(["report", str(tmp_path / "nothing"), "--no-open"]) == 2
-    assert "give the folder of a report" in capsys.readouterr().err
+    found.save(tmp_path, model)
+    assert_is((tmp_path / "report.html").read_text(), found)
