@@ -18,7 +18,7 @@ import tyro
 from .._files import folder_lock
 from .._memory import ran_out_of_memory
 from .._validation import usable_device
-from . import evaluate, show, train  # noqa: F401
+from . import certify, evaluate, show, train  # noqa: F401
 from .command import Command, DataCommand
 from .run_file import cli, early_options, flag, parse, values
 

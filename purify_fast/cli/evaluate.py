@@ -26,38 +26,29 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Evaluate(ProcessOptions, DataCommand):
-    """Attack a saved classifier or defence, or your own model, on held-out images, and write a report.
-
-    An interrupted evaluation continues if the same command is run again.
+class ModelCommand(ProcessOptions, DataCommand):
+    """A command on a trained model and held-out images.
 
     Args:
-        folder: Model to attack: a folder that a `train` command wrote, or zoo:NAME. Or your function, as
-            path/to/file.py:function or package.module:function. It is called without arguments, and must return a
-            module, or a function from images in [0, 1] to logits.
+        folder: Model: a folder that a `train` command wrote, or zoo:NAME. Or your function, as path/to/file.py:function
+            or package.module:function. It is called without arguments, and must return a module, or a function from
+            images in [0, 1] to logits.
         classifier: Classifier behind a denoiser that `train diffusion` wrote: a folder or zoo:NAME. Folders of other
             defences contain their classifier.
-        eps: Radius in image units, such as 8/255. Default: the radius of the training. Required for your own model.
-        norm: Norm of the ball. Default: the norm of the training, or linf if --eps is given.
-        images: Number of held-out images to attack. The seed chooses them; the numbers per class differ by at most 1.
-            If the data set has fewer, all are attacked, and the report says so.
-        precision: Precision of the computation. tf32: a GPU rounds the factors of products to 10 bits of mantissa.
-            bfloat16: a frozen copy of the defence, whose logits differ slightly, because it rounds numbers to 8 bits.
-            The report names the precision.
-        out: Folder of the report. Default: FOLDER/evaluation, or runs/zoo/NAME/evaluation, or for your own model
-            runs/own/MODULE.FUNCTION/evaluation, where MODULE includes the folder of the file.
+        images: Number of held-out images. The seed chooses them; the numbers per class differ by at most 1. If the data
+            set has fewer, all are used, and the report says so.
+        out: Folder of the report. Default: FOLDER/COMMAND, or runs/zoo/NAME/COMMAND, or for your own model
+            runs/own/MODULE.FUNCTION/COMMAND, where MODULE includes the folder of the file, and COMMAND is evaluation
+            or certificates.
     """
 
-    called: ClassVar[str] = "evaluate"
+    #: The name of the report's folder.
+    report_folder: ClassVar[str]
 
     folder: tyro.conf.Positional[Path] = Path("runs/carso")
     classifier: str | None = None
-    eps: float | None = None
-    norm: Norm | None = None
     images: Count = 500
-    precision: Precision = "float32"
     out: Path | None = None
-    settings: EvaluateConfig = field(default_factory=EvaluateConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,10 +64,10 @@ class Evaluate(ProcessOptions, DataCommand):
         if self.out is not None:
             return self.out
         if self.own is not None:
-            return Path("runs/own") / self.title() / EVALUATION
+            return Path("runs/own") / self.title() / self.report_folder
         # The folder of a model of the zoo belongs to the installed package, so reports are not written there.
         name = zoo_name(self.folder)
-        return (self.folder if name is None else Path("runs/zoo") / name) / EVALUATION
+        return (self.folder if name is None else Path("runs/zoo") / name) / self.report_folder
 
     def title(self) -> str:
         """The model's name in the report."""
@@ -85,24 +76,6 @@ class Evaluate(ProcessOptions, DataCommand):
         source, _, function = self.own.rpartition(":")
         parts = Path(source.removesuffix(".py")).parts
         return ".".join((*("up" if part == ".." else part for part in parts if part != os.sep), function))
-
-    def ball(self) -> tuple[float, str]:
-        """The radius and the norm of the attacks; by default of the training, or of a zoo model's evaluation."""
-        if self.eps is not None:
-            return self.eps, self.norm or "linf"
-        ball: tuple[float, str] | None = None
-        if (name := zoo_name(self.folder)) is not None:
-            from .. import zoo
-
-            card = zoo.card(name)
-            ball = card.eps, card.norm
-        elif self.own is None:
-            ball = ball_of_run(self.folder)
-        if ball is None:
-            raise ValueError(f"--eps must be given, such as --eps 8/255: {self.folder} has no run.yaml with a radius")
-        if self.norm not in (None, ball[1]):
-            raise ValueError(f"--norm {self.norm} needs --eps too: the training had {ball[1]} {ball[0]:g}")
-        return ball
 
     def loaded(self, images: DataSet) -> tuple[Classifier, nn.Module | None]:
         """Load the attacked model, and its base (the classifier without the defence) if the model is a defence."""
@@ -124,6 +97,73 @@ class Evaluate(ProcessOptions, DataCommand):
         refuse_other_images(model, images, f"the model in {self.folder}")
         return model, base
 
+    def behind(self, folder: Path, images: DataSet) -> nn.Module:
+        """Load the classifier of the defence in a folder, to the device of the images."""
+        from ..methods.loading import is_denoiser
+        from ..training import load_classifier
+
+        if self.classifier is not None:
+            return trained_classifier(self.classifier, None, images)
+        if is_denoiser(folder):
+            raise ValueError(f"--classifier must be given: {self.folder} contains a denoiser without a classifier")
+        return load_classifier(saved_folder(self.folder, classifier=True)).to(images.y_test.device)
+
+    def chosen(self, images: DataSet, seed: int) -> tuple[Tensor, Tensor, list[str]]:
+        """The held-out images that are used, their labels, and notes for the report about how they were chosen."""
+        from ..data import balanced_subset
+
+        count = len(images.y_test)
+        if self.images >= count:
+            fewer = f": --images {self.images} asks for more than there are" if self.images > count else ""
+            return images.x_test[:], images.y_test, [f"all {count} held-out images{fewer}"]
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            subset = balanced_subset(images.x_test, images.y_test, self.images, seed, num_classes=images.num_classes)
+        choice = f"chosen by the seed {seed}; the numbers of images per class differ by at most 1"
+        notes = [f"{len(subset.y)} of the {count} held-out images, {choice}"]
+        return subset.x, subset.y, notes + [str(warning.message) for warning in caught]
+
+
+@dataclass(frozen=True)
+class Evaluate(ModelCommand):
+    """Attack a saved classifier or defence, or your own model, on held-out images, and write a report.
+
+    An interrupted evaluation continues if the same command is run again.
+
+    Args:
+        eps: Radius in image units, such as 8/255. Default: the radius of the training. Required for your own model.
+        norm: Norm of the ball. Default: the norm of the training, or linf if --eps is given.
+        precision: Precision of the computation. tf32: a GPU rounds the factors of products to 10 bits of mantissa.
+            bfloat16: a frozen copy of the defence, whose logits differ slightly, because it rounds numbers to 8 bits.
+            The report names the precision.
+    """
+
+    called: ClassVar[str] = "evaluate"
+    report_folder: ClassVar[str] = EVALUATION
+
+    eps: float | None = None
+    norm: Norm | None = None
+    precision: Precision = "float32"
+    settings: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    def ball(self) -> tuple[float, str]:
+        """The radius and the norm of the attacks; by default of the training, or of a zoo model's evaluation."""
+        if self.eps is not None:
+            return self.eps, self.norm or "linf"
+        ball: tuple[float, str] | None = None
+        if (name := zoo_name(self.folder)) is not None:
+            from .. import zoo
+
+            card = zoo.card(name)
+            ball = card.eps, card.norm
+        elif self.own is None:
+            ball = ball_of_run(self.folder)
+        if ball is None:
+            raise ValueError(f"--eps must be given, such as --eps 8/255: {self.folder} has no run.yaml with a radius")
+        if self.norm not in (None, ball[1]):
+            raise ValueError(f"--norm {self.norm} needs --eps too: the training had {ball[1]} {ball[0]:g}")
+        return ball
+
     def prepared(self, images: DataSet) -> tuple[Classifier, nn.Module | None]:
         """Load the models; a frozen copy of the defence if --precision asks for it."""
         import torch
@@ -140,34 +180,6 @@ class Evaluate(ProcessOptions, DataCommand):
             model = frozen_copy(model, to_float(images.x_test[:8].to(images.y_test.device)), dtype=dtype)
         return model, base
 
-    def behind(self, folder: Path, images: DataSet) -> nn.Module:
-        """Load the classifier of the defence in a folder, to the device of the images."""
-        from ..methods.loading import is_denoiser
-        from ..training import load_classifier
-
-        if self.classifier is not None:
-            return trained_classifier(self.classifier, None, images)
-        if is_denoiser(folder):
-            raise ValueError(f"--classifier must be given: {self.folder} contains a denoiser without a classifier")
-        return load_classifier(saved_folder(self.folder, classifier=True)).to(images.y_test.device)
-
-    def chosen(self, images: DataSet) -> tuple[Tensor, Tensor, list[str]]:
-        """The held-out images to attack, their labels, and notes for the report about how the images were chosen."""
-        from ..data import balanced_subset
-
-        count = len(images.y_test)
-        if self.images >= count:
-            fewer = f": --images {self.images} asks for more than there are" if self.images > count else ""
-            return images.x_test[:], images.y_test, [f"all {count} held-out images{fewer}"]
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            subset = balanced_subset(
-                images.x_test, images.y_test, self.images, self.settings.seed, num_classes=images.num_classes
-            )
-        choice = f"chosen by the seed {self.settings.seed}; the numbers of images per class differ by at most 1"
-        notes = [f"{len(subset.y)} of the {count} held-out images, {choice}"]
-        return subset.x, subset.y, notes + [str(warning.message) for warning in caught]
-
     def run(self) -> None:
         from .._process import processes
         from ..evaluation import evaluate
@@ -176,7 +188,7 @@ class Evaluate(ProcessOptions, DataCommand):
         images = self.load_data(train=False)
         model, base = self.prepared(images)
         out, (eps, norm) = self.writes(), self.ball()
-        x, y, notes = self.chosen(images)
+        x, y, notes = self.chosen(images, self.settings.seed)
         settings = vars(self.settings) | {"dataset_name": self.settings.dataset_name or images.name}
         with float32_products(tf32=self.precision == "tf32"):
             report = evaluate(

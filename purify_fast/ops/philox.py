@@ -43,6 +43,7 @@ class Stream(enum.IntEnum):
     DIFFUSION_TRAINING = 10
     LOTS = 11
     BANK = 12
+    SMOOTHING = 13
 
 
 DISTRIBUTIONS = ("bits", "uniform", "normal")

@@ -28,6 +28,7 @@ from ..._tensors import dtype_of
 from ..._validation import check_counts, check_literal
 from ...attacks.checkpointed_steps import Keep, check_keep, checkpointed_steps
 from ...defences.base import Defence, refuse_wrapped
+from ...defences.stochastic import WithAggregation
 from ...models.representation import count_classes, evaluation_mode
 from ...ops.diffusion_step import COEFFICIENTS, STEPS, diffusion_step
 from ...speed.draws import same_draws
@@ -214,6 +215,26 @@ class DiffusionPurifier(Defence):
         other._make_table()
         return other
 
+    def _one_step(self, t_star: float | tuple[float, ...]) -> Process:
+        """The settings with which the image that is predicted at t* is the purified image."""
+        one = {"solver": "one_shot", "steps": None, "eta": 0.0, "variance": "small", "guidance": None}
+        return replace(self.process, t_star=t_star, **one)  # type: ignore[arg-type]
+
+    def one_shot(self, sigma: float) -> WithAggregation:
+        """Make a deterministic model that denoises and classifies images with Gaussian noise, in a single step.
+
+        The noise that an image has takes the place of the noise that the purifier would add (Carlini et al., ICLR 2023,
+        arXiv 2206.10550, section 3). `purify_fast.evaluation.certify` adds such noise.
+
+        Args:
+            sigma: standard deviation of the noise, in units of images in [0, 1].
+
+        Raises:
+            ValueError: the denoiser was not trained for so much noise.
+        """
+        process = self._one_step(self.process.schedule.time_of(sigma))
+        return WithAggregation(self.with_process(process), "mean", deterministic=True).eval()
+
     # -- attacks ------------------------------------------------------------------------------------------------------
 
     def attack_surrogates(self) -> list[tuple[str, DiffusionPurifier]]:
@@ -223,8 +244,7 @@ class DiffusionPurifier(Defence):
         if max(counts) == 1:
             return []
         short = tuple(-(-count // FEWER) for count in counts)
-        one_shot = replace(self.process, solver="one_shot", steps=None, eta=0.0, variance="small", guidance=None)
-        one = ("one step in place of its process", self.with_process(one_shot))
+        one = ("one step in place of its process", self.with_process(self._one_step(self.process.t_star)))
         skipping = self.with_process(self.process)
         skipping.followed = [min(end - j for end in ends if end > j) % FEWER == 1 for j in range(len(self.begins))]
         few = ("a process of fewer steps", self.with_process(replace(self.process, steps=short)))
