@@ -7,7 +7,7 @@ import functools
 import traceback
 import warnings
 from collections.abc import Hashable
-from typing import Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +25,18 @@ from .frozen_weights import images_only
 from .processor import fast_bfloat16
 from .watch import FEWEST_WEIGHTS, matrix_weights, tensors_of
 
+if TYPE_CHECKING:
+    from .graphs.graphed_calls import GraphedCalls
+
 Dtype = torch.dtype | Literal["auto"]
 
 #: The number of images on which a copy is compared with its model.
 COMPARED = 8
 
 
-def frozen_copy(model: nn.Module, x: Tensor, *, dtype: Dtype = "auto", compile: bool = False) -> nn.Module:
+def frozen_copy(
+    model: nn.Module, x: Tensor, *, dtype: Dtype = "auto", compile: bool = False, graphs: bool = False
+) -> nn.Module:
     """Make a frozen copy of a model, for predictions and attacks that need gradients of the images only.
 
     The copy is compared with the model once, on up to 8 images of ``x``: their logits, and the direction of their
@@ -45,17 +50,23 @@ def frozen_copy(model: nn.Module, x: Tensor, *, dtype: Dtype = "auto", compile: 
         dtype: dtype of the products, ``torch.float32`` or ``torch.bfloat16``. "auto" is bfloat16 where the device
             multiplies faster in it and the model has enough weights or is a defence, or else float32.
         compile: whether to compile the copy by `torch.compile`, and whole steps of this package's attacks on it.
+        graphs: whether calls of the copy on a CUDA device are captured as CUDA graphs, see
+            `purify_fast.speed.graphs.graphed_calls.GraphedCalls`. Without it, only steps of this package's attacks are.
 
     Returns:
         A `FrozenCopy`; for a defence of this package, a defence of the same class.
 
     Raises:
         TypeError: the model is no module in eager mode, or a frozen copy itself.
-        ValueError: x is no batch of images, the dtype is not allowed, or the noise of a defence is fixed or off.
+        ValueError: x is no batch of images, the dtype is not allowed, the noise of a defence is fixed or off, or
+            ``graphs`` is True for a defence.
     """
     # An attack on a CPU needs none of what makes graphs.
+    from .graphs.graphed_calls import GraphedCalls
     from .graphs.step_graphs import StepGraphs
 
+    if graphs and supports(model, CopiesItself):
+        raise ValueError("graphs must be False for a defence, got True: only steps of attacks on it are captured")
     if not getattr(model, "noise_is_fresh", True) or getattr(model, "_noise_ids", None) is not None:
         raise ValueError("model must draw fresh noise: make its copy outside of fixed_noise, deterministic, noise_ids")
     made, same = _compared(model, x, dtype, compile)
@@ -64,6 +75,9 @@ def frozen_copy(model: nn.Module, x: Tensor, *, dtype: Dtype = "auto", compile: 
         warnings.warn(f"{text}, so the copy could not be compared with it", RuntimeWarning, stacklevel=2)
     copied: Any = made
     copied._followed.graphs = StepGraphs()
+    if graphs:
+        copied.graphed_calls = copied._followed.graphs.beside = GraphedCalls()
+        copied.about += ", calls as CUDA graphs"
     return made
 
 
@@ -131,12 +145,13 @@ class FrozenCopy(InferenceCopy):
         about: a line that says what the copy is.
     """
 
-    not_dependencies = frozenset({"_followed", "_warned"})
+    not_dependencies = frozenset({"_followed", "_warned", "graphed_calls"})
 
     def __init__(self, model: nn.Module, image_shape: tuple[int, ...], dtype: torch.dtype, compile: bool, plain: bool):
         fine = dtype == torch.bfloat16
         super().__init__(model, image_shape, dtype, compile, fine=fine, plain=plain)
         self.training = self._warned = False
+        self.graphed_calls: GraphedCalls | None = None
         self._followed = Followed(model)
         layout = "channels_last" if self.uses_channels_last else "its own memory format"
         compiled = ", compiled" if compile else ""
@@ -145,9 +160,11 @@ class FrozenCopy(InferenceCopy):
 
     def forward(self, x: Tensor) -> Tensor:
         # A compiler would keep the count of writes as a constant.
-        if not torch.compiler.is_compiling():
-            self.prepare_replay()
-        return super().forward(x)
+        if torch.compiler.is_compiling():
+            return super().forward(x)
+        self.prepare_replay()
+        call = super().forward
+        return call(x) if self.graphed_calls is None else self.graphed_calls(self.classifier, call, x)
 
     def prepare_replay(self) -> None:
         """Follow the model before a captured or compiled step runs, which does not call `forward`."""
