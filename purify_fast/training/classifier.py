@@ -15,6 +15,7 @@ from .._tensors import first_tensor, structure_fingerprint, torch_defaults
 from ..models.classifiers import CLASSIFIERS
 from ..models.foreign import ForeignClassifier
 from ..models.representation import evaluation_mode
+from ..ops.philox import Stream, philox, philox_key
 from ..speed.folding.inference_copy import autocast_to
 from ..speed.frozen_copy import AttackedCopy
 from ..speed.processor import with_known_precision
@@ -62,6 +63,10 @@ class ClassifierTask(Task):
         self, batch: Batch, attack: TrainingAttack, objective: Objective | None = None, smoothing: float = 0.0
     ) -> tuple[Tensor, Metrics]:
         x = batch.x
+        if sigma := self.config.noise:
+            key = philox_key(batch.seed, x.device)
+            noise = philox(key, batch.sample_ids, x[0].numel(), stream=Stream.SMOOTHING, distribution="normal")
+            x = x + sigma * noise.view(x.shape)
         with autocast_to(x.device, self.dtype):
             attacked = self.attacked.now(x) if attack.eps > 0 else self.model
             if objective == "trades":

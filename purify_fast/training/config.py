@@ -254,6 +254,8 @@ class ClassifierConfig:
             "mart" weights this divergence by how wrong the clean prediction is.
         beta: weight of the divergence. None takes that of the paper: 6 for TRADES, 5 for MART.
         label_smoothing: share of the label that is spread over all classes in the training's cross-entropy. None: 0.
+        noise: standard deviation, in image units, of Gaussian noise that is added to the clean images of each step and
+            of validations, for `purify_fast.evaluation.certify` (Cohen et al., ICML 2019, section 3.3). None: no noise.
 
     Raises:
         ValueError: a setting is out of range; the message names it.
@@ -266,9 +268,14 @@ class ClassifierConfig:
     objective: Objective | None = None
     beta: Positive | None = None
     label_smoothing: ShareBelow1 | None = None
+    noise: Positive | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
+        if self.noise is not None and self.attack.eps > 0:
+            raise ValueError(
+                f"noise is only for clean images: eps must be 0, got noise={self.noise}, eps={self.attack.eps}"
+            )
         if self.objective is not None and not self.attack.eps > 0:
             raise ValueError(f"objective {self.objective!r} needs attacked images: eps must be above 0, got 0")
         if self.beta is not None and self.objective is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import cast
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from ...attacks.attacked_model import check_classes, logits_of
 from ...defences.stochastic import StochasticDefence, undecided
 from ...ops.philox import Stream, philox, philox_key
-from ...protocols import Classifier, draws_for_each_image
+from ...protocols import Classifier, PassesOn, draws_for_each_image, supports
 from ...speed.agreement import BFLOAT16, apart, differ
 from ...speed.followed import is_frozen_copy
 from ...speed.frozen_copy import frozen_copy
@@ -30,6 +31,8 @@ TRIED = 8
 
 def copy_of(model: Classifier, x: Tensor) -> Classifier:
     """The model's frozen copy in float32, or the model itself if it is a function or cannot be copied."""
+    if supports(model, PassesOn):
+        return cast(PassesOn, model).around(lambda inner: copy_of(inner, x))
     if not isinstance(model, nn.Module) or is_frozen_copy(model):
         return model
     try:
