@@ -22,7 +22,7 @@ from purify_fast import zoo as packed
 from purify_fast._files import write_text
 from purify_fast._validation import read_norm
 from purify_fast.data import DataSet, balanced_subset, load_dataset, to_float
-from purify_fast.evaluation import evaluate
+from purify_fast.evaluation import certify, evaluate, refute
 from purify_fast.evaluation.show.text import markdown_table
 from purify_fast.methods.loading import load_defence
 from purify_fast.training import load_classifier
@@ -102,8 +102,17 @@ def attacks_of(card: Card, protocol: str) -> str:
 
 def judge(card: Card, model: torch.nn.Module, images: int, data: DataSet, out: Path) -> Card:
     """Evaluate a model, and return its new card."""
-    name, attacked = card.name, {}
-    for protocol, share in protocols_of(card).items():
+    name, attacked, certified = card.name, dict[str, Accuracy](), None
+    if card.sigma is not None:
+        chosen = balanced_subset(data.x_test, data.y_test, images, 0, num_classes=data.num_classes)
+        x, at = to_float(chosen.x), {"out": out / name, "name": name}
+        proved = certify(model, x, chosen.y, sigma=card.sigma, radius=card.eps, **at)
+        proved, _ = refute(proved, model, x, chosen.y, radius=card.eps, protocol="strong", **at)
+        proved.save(out / name)
+        print(proved.to_text())
+        low, high = proved.between(card.eps)
+        certified, attacked["strong"] = Accuracy(low, images), Accuracy(high, images)
+    for protocol, share in protocols_of(card).items() if card.sigma is None else ():
         count = max(1, round(share * images))
         chosen = balanced_subset(data.x_test, data.y_test, count, 0, num_classes=data.num_classes)
         asked: dict[str, Any] = {"protocol": protocol}
@@ -123,6 +132,7 @@ def judge(card: Card, model: torch.nn.Module, images: int, data: DataSet, out: P
         version=__version__,
         clean=clean_accuracy(model, data),
         attacked=attacked,
+        certified=certified,
         attacks={protocol: attacks_of(card, protocol) for protocol in attacked},
     )
 
@@ -133,9 +143,11 @@ def table(models: Sequence[Card]) -> list[str]:
     body = []
     for card in models:
         eps = f"{round(255 * card.eps)}/255" if card.data == "cifar10" else f"{card.eps:g}"
+        eps += ", L2" if card.norm == "l2" else ""
         cells = (_attacked(card, name) for name in protocols)
-        body.append([f"`{card.name}`", card.title, eps, _cell(card.clean), *cells])
-    head = ["model", "what it is", "eps", "clean", *(f"`{name}`" for name in protocols)]
+        proved = "-" if card.certified is None else _cell(card.certified)
+        body.append([f"`{card.name}`", card.title, eps, _cell(card.clean), proved, *cells])
+    head = ["model", "what it is", "eps", "clean", "certified", *(f"`{name}`" for name in protocols)]
     lines = markdown_table(head, body)
     if any(OLDER in line for line in lines):
         lines += ["", f"{OLDER} This number was measured with attacks of an earlier or unknown version."]

@@ -75,6 +75,9 @@ class Card:
         classifier: name of the defence's classifier in the zoo; None if the model is itself a classifier.
         attacks: for each protocol, by its name, a short hash of its attacks with their options and revisions. Older
             results have no hash.
+        sigma: for a model that was trained for randomized smoothing: standard deviation of the noise in image units.
+            The accuracies except `clean` are then those of the smoothed classifier.
+        certified: accuracy that `purify_fast.evaluation.certify` proves at the radius ``eps`` with this noise.
         size: size of the file with the weights in bytes; 0 before the model is in the zoo.
         sha256: SHA-256 of that file.
     """
@@ -95,6 +98,8 @@ class Card:
     attacked: dict[str, Accuracy]
     classifier: str | None = None
     attacks: dict[str, str] = field(default_factory=dict)
+    sigma: float | None = None
+    certified: Accuracy | None = None
     size: int = 0
     sha256: str = ""
 
@@ -111,6 +116,7 @@ def read_card(folder: Path) -> Card:
             "image_shape": tuple(facts["image_shape"]),
             "clean": Accuracy(**facts["clean"]),
             "attacked": {name: Accuracy(**accuracy) for name, accuracy in facts["attacked"].items()},
+            "certified": Accuracy(**facts["certified"]) if facts.get("certified") else None,
         }
     )
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...attacks.attacked_model import check_classes, logits_of
 from ...defences.stochastic import StochasticDefence, undecided
 from ...ops.philox import Stream, philox, philox_key
-from ...protocols import Classifier, PassesOn, draws_for_each_image, supports
+from ...protocols import Classifier, CopiesItself, PassesOn, draws_for_each_image, supports
 from ...speed.agreement import BFLOAT16, apart, differ
 from ...speed.followed import is_frozen_copy
 from ...speed.frozen_copy import frozen_copy
@@ -30,10 +30,11 @@ TRIED = 8
 
 
 def copy_of(model: Classifier, x: Tensor) -> Classifier:
-    """The model's frozen copy in float32, or the model itself if it is a function or cannot be copied."""
+    """The model's frozen copy in float32; the model itself if it is a function, or has no copy of its own class."""
     if supports(model, PassesOn):
         return cast(PassesOn, model).around(lambda inner: copy_of(inner, x))
-    if not isinstance(model, nn.Module) or is_frozen_copy(model):
+    alone = isinstance(model, StochasticDefence) and not supports(model, CopiesItself)
+    if not isinstance(model, nn.Module) or is_frozen_copy(model) or alone:
         return model
     try:
         return frozen_copy(model, x[:TRIED], dtype=torch.float32)

@@ -1,0 +1,113 @@
+"""Compare the certificates of `certify` with Cohen et al.'s test of a fixed number of draws, on images of MNIST.
+
+The test (ICML 2019, arXiv 1902.02918, section 3.2) chooses a class by 100 draws. It certifies the class at the radius r
+if the lower Clopper-Pearson bound of its probability, from 100,000 further draws, is above Phi(r / sigma).
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from statistics import NormalDist
+
+import numpy as np
+import torch
+from scipy.stats import beta
+from torch import Tensor, nn
+
+from purify_fast import zoo
+from purify_fast.data import balanced_subset, load_dataset, to_float
+from purify_fast.evaluation import certify
+from purify_fast.speed.frozen_copy import frozen_copy
+
+from .. import kept, options
+from ..kept import Row
+from ..speed import timing
+
+MODEL, SIGMA, RADIUS, ALPHA = "mnist-smoothed", 0.5, 0.5, 0.001
+CHOOSING, DRAWS, TOGETHER = 100, 100_000, 200
+IMAGES, PART = 500, 25
+#: The denoiser of the one-shot purifier, and the largest number of draws of an image with it.
+PURIFIER, ITS_DRAWS = "mnist-diffpure", 2000
+FILE, TABLE = "certificates.json", "certificates.md"
+
+
+def classes_of_draws(model: nn.Module, image: Tensor, draws: int, generator: torch.Generator) -> Tensor:
+    """Count the classes that the model gives to noisy copies of an image, int64 ``[10]``."""
+    counts = torch.zeros(10, dtype=torch.int64)
+    for start in range(0, draws, TOGETHER):
+        noise = torch.randn(min(TOGETHER, draws - start), *image.shape, generator=generator)
+        counts += torch.bincount(model(image + SIGMA * noise).argmax(1), minlength=10)
+    return counts
+
+
+def cohen_part(model: nn.Module, x: Tensor, part: int) -> Row:
+    """Run the test on some images. The counts of the chosen class decide, and are kept."""
+    chosen, right = [], []
+    for number in range(part * PART, (part + 1) * PART):
+        generator = torch.Generator().manual_seed(1_000_000 + number)
+        chosen.append(int(classes_of_draws(model, x[number], CHOOSING, generator).argmax()))
+        right.append(int(classes_of_draws(model, x[number], DRAWS, generator)[chosen[-1]]))
+    return {"kind": "cohen", "part": part, "class": " ".join(map(str, chosen)), "right": " ".join(map(str, right))}
+
+
+def numbers(text: str) -> np.ndarray:
+    """Read whole numbers that spaces separate."""
+    return np.array(text.split(), dtype=np.int64)
+
+
+def cohen_decisions(rows: list[Row], labels: Tensor) -> np.ndarray:
+    """Return the images that the test certifies with their true class, bool ``[N]``."""
+    chosen, right = (numbers(" ".join(row[name] for row in rows)) for name in ("class", "right"))
+    lower = beta.ppf(ALPHA, right, DRAWS - right + 1)
+    return (chosen == labels.numpy()) & (lower > NormalDist().cdf(RADIUS / SIGMA))
+
+
+def images(root: Path | None) -> tuple[Tensor, Tensor]:
+    """Return the images and labels."""
+    data = load_dataset("mnist", root)
+    subset = balanced_subset(data.x_test, data.y_test, IMAGES, 0, num_classes=10)
+    return to_float(subset.x), subset.y
+
+
+def plain_loop(model: nn.Module, x: Tensor, y: Tensor, draws: int) -> float:
+    """Return the processor seconds in which the model predicts a number of draws of each image, 200 at a time."""
+    generator, began = torch.Generator().manual_seed(0), time.process_time()
+    for image in x:
+        classes_of_draws(model, image, draws, generator)
+    return time.process_time() - began
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("parts", nargs="*", default=["ours", "one_shot", "cohen"], help="default: ours one_shot cohen")
+    parser.add_argument("--data-root", type=Path)
+    options.add_out(parser, "")
+
+
+@torch.no_grad()
+def main(chosen: argparse.Namespace) -> Path:
+    path = options.out_of(chosen, chosen.quick, "") / FILE
+    x, y = images(chosen.data_root)
+    model, purifier = zoo.load(MODEL), zoo.load(PURIFIER).one_shot(SIGMA)
+    for kind, whose, most in (("ours", model, DRAWS), ("one_shot", purifier, ITS_DRAWS)):
+        if kind in chosen.parts:
+            began = time.process_time()
+            made = certify(whose, x, y, sigma=SIGMA, radius=RADIUS, alpha=ALPHA, draws=most, name=kind, batch_size=200)
+            seconds = time.process_time() - began
+            counts = {"right": " ".join(map(str, made.right)), "draws": " ".join(map(str, made.draws))}
+            row = {"kind": kind, "part": 0, "seconds": round(seconds, 1), "most": most, **counts}
+            if kind == "one_shot":
+                # The loop that a user would write takes the same number of draws for each image.
+                row["loop"] = round(plain_loop(whose, x[:10], y[:10], ITS_DRAWS) * len(x) / 10, 1)
+            kept.put(path, row | timing.environment(torch.device("cpu")), key=lambda row: (row["kind"], row["part"]))
+    if "cohen" in chosen.parts:
+        fast = frozen_copy(model, x[:8], dtype=torch.float32)
+        done = {row["part"] for row in kept.rows_of(path) if row["kind"] == "cohen"}
+        for part in sorted(set(range(IMAGES // PART)) - done):
+            kept.put(
+                path,
+                cohen_part(fast, x, part) | timing.environment(torch.device("cpu")),
+                key=lambda row: (row["kind"], row["part"]),
+            )
+    return path

@@ -1,0 +1,310 @@
+"""Certificates: exact on linear models, the same however they are computed, and below every attack."""
+
+import json
+import math
+from itertools import pairwise
+from statistics import NormalDist
+
+import numpy as np
+import pytest
+import torch
+from forks import together
+from scipy.special import betaln
+from torch import nn
+
+from purify_fast import cli, zoo
+from purify_fast.attacks import PGD
+from purify_fast.data import load_dataset, to_float
+from purify_fast.defences import NoisyEnsemble
+from purify_fast.evaluation import Certificates, certify, refute
+from purify_fast.evaluation.certificates import certify as module
+from purify_fast.evaluation.certificates.draws import GROUP, Draws
+from purify_fast.evaluation.certificates.sequences import answers, bounds, log_evidence, looks
+
+NORMAL = NormalDist()
+SIGMA = 0.5
+QUIET = {"sigma": SIGMA, "progress": False}
+
+
+# -- the confidence sequence -------------------------------------------------------------------------------------------
+
+
+def test_the_evidence_is_the_ratio_of_the_formula():
+    right, draws = np.array([0.0, 3.0, 24.0, 700.0]), np.array([5.0, 10.0, 24.0, 1000.0])
+    expected = betaln(right + 0.5, draws - right + 0.5) - betaln(0.5, 0.5)
+    expected -= right * math.log(0.7) + (draws - right) * math.log(0.3)
+    np.testing.assert_allclose(log_evidence(right, draws, 0.7), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_the_evidence_is_a_martingale_for_the_true_probability():
+    """Its mean over the next draw is its value now: the step on which Ville's inequality rests."""
+    for p, right, draws in ((0.7, 3, 10), (0.99, 50, 50), (0.5, 0, 7)):
+        now, hit, miss = (
+            math.exp(float(log_evidence(np.array([k]), np.array([n]), p)[0]))
+            for k, n in ((float(right), float(draws)), (right + 1.0, draws + 1.0), (float(right), draws + 1.0))
+        )
+        assert p * hit + (1 - p) * miss == pytest.approx(now, rel=1e-9)
+    assert float(log_evidence(np.zeros(1), np.zeros(1), 0.3)[0]) == pytest.approx(0, abs=1e-12)
+
+
+def test_bounds_and_answers_agree():
+    draws = np.full(41, 400.0)
+    right = np.linspace(0, 400, 41)
+    lower, upper = bounds(right, draws, 0.001)
+    assert (lower <= right / draws).all() and (right / draws <= upper).all()
+    assert (np.diff(lower) >= 0).all() and lower[0] == 0 and upper[-1] == 1
+    for p in (0.1, 0.5, 0.84):
+        found = answers(right, draws, p, 0.001)
+        assert ((lower > p + 1e-9) <= (found == 1)).all() and ((found == 1) <= (lower >= p - 1e-9)).all()
+        assert ((upper < p - 1e-9) <= (found == -1)).all() and ((found == -1) <= (upper <= p + 1e-9)).all()
+
+
+def wrong_certificates(images: int, most: int, below: float = 0.0, seed: int = 0) -> float:
+    """The share of images with a probability of the label ``below`` the threshold that ever get a certificate."""
+    threshold, rng = NORMAL.cdf(1.0), np.random.default_rng(seed)
+    right, certified = np.zeros(images), np.zeros(images, dtype=bool)
+    for first, last in pairwise((0, *looks(most))):
+        right += rng.binomial(last - first, threshold - below, images)
+        certified |= answers(right, np.full(images, float(last)), threshold, 0.001) == 1
+    return float(certified.mean())
+
+
+def test_peeking_keeps_the_promise():
+    """Images at the threshold itself are the worst case. Each is looked at after every batch."""
+    share = wrong_certificates(100_000, 20_000)
+    assert 0 < share <= 0.001
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("below", [0.0, 0.001])
+def test_peeking_keeps_the_promise_on_a_million_images(below):
+    assert wrong_certificates(1_000_000, 100_000, below) <= 0.001
+
+
+# -- linear models, whose answers are known ----------------------------------------------------------------------------
+
+
+class Halves(nn.Module):
+    """Decides by the sign of the mean pixel minus 1/2: the smoothed classifier has the radius |margin| exactly."""
+
+    def __init__(self, pixels: int = 16):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((pixels,), pixels**-0.5))
+
+    def forward(self, x):
+        score = (x - 0.5).flatten(1) @ self.weight
+        return torch.stack([-score, score], 1)
+
+
+def margins(*values):
+    """Images whose L2 distance from the border of `Halves` is the given number; class 1 on its positive side."""
+    return torch.stack([torch.full((1, 4, 4), 0.5 + value / 4) for value in values])
+
+
+def test_radii_are_those_of_the_exact_answer():
+    x, y = margins(0.2, 0.45, 0.55, 1.0, -0.3, -1.0), torch.tensor([1, 1, 1, 1, 1, 0])
+    made = certify(Halves(), x, y, radius=(0.0, 0.5), draws=20_000, **QUIET)
+    assert made.decisions(0.5).tolist() == [-1, -1, 1, 1, -1, 1]
+    assert made.decisions(0.0).tolist() == [1, 1, 1, 1, -1, 1]
+    assert (made.radius <= np.array([0.2, 0.45, 0.55, 1.0, 0.0, 1.0]) + 1e-9).all()
+    assert (made.radius[[2, 3, 5]] >= 0.5).all() and made.radius[4] == 0
+    # easy images need few draws, and images near the threshold many
+    assert made.draws[5] < 200 < made.draws[1]
+    assert made.between(0.5) == (0.5, 1.0) and made.sentence(0.5) == "at least 50.0 %"
+
+
+def test_an_image_at_the_threshold_stays_undecided():
+    made = certify(Halves(), margins(0.5), torch.tensor([1]), radius=0.5, draws=500, **QUIET)
+    assert made.decisions(0.5).tolist() == [0] and made.draws.tolist() == [500]
+
+
+def test_a_prediction_without_a_class_is_wrong():
+    class Broken(Halves):
+        def forward(self, x):
+            return super().forward(x) * torch.nan
+
+    made = certify(lambda x: Broken()(x), margins(1.0), torch.tensor([0]), radius=0.0, **QUIET)
+    assert made.decisions(0.0).tolist() == [-1]
+
+
+# -- the same certificates ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def digits():
+    data = load_dataset("digits")
+    return zoo.load("digits-standard"), to_float(data.x_test[:50]), data.y_test[:50]
+
+
+def counts(made):
+    return made.right.tolist(), made.draws.tolist()
+
+
+def how(draws=100):
+    return {"radius": 0.25, "draws": draws, **QUIET}
+
+
+def test_batches_do_not_matter(digits):
+    whole = counts(certify(*digits, **how()))
+    for size in (7, 40):
+        assert counts(certify(*digits, batch_size=size, **how())) == whole
+    assert counts(certify(*digits, seed=1, **how())) != whole
+
+
+class Own(NoisyEnsemble):
+    draws_for_each_image = True
+
+
+def test_a_random_defence_gets_the_same_draws_in_other_batches(digits):
+    model, x, y = digits
+    defence = Own(model, 0.1, samples=2).eval()
+    whole = counts(certify(defence, x[:40], y[:40], **how(64)))
+    assert counts(certify(defence, x[:40], y[:40], batch_size=9, **how(64))) == whole
+
+
+def test_two_processes_make_the_same_certificates(tmp_path, digits):
+    def work():
+        torch.set_num_threads(1)
+        return counts(certify(*digits, **how()))
+
+    done = together(tmp_path, 2, work)
+    assert done.codes == [0, 0], done.errors
+    assert done.results == [counts(certify(*digits, **how()))] * 2
+
+
+def test_an_interrupted_run_continues(tmp_path, digits, monkeypatch):
+    whole, calls = counts(certify(*digits, **how())), []
+    monkeypatch.setattr(module, "SHARED", 1)
+    right = Draws.right
+
+    def killed(self, index, *rest):
+        calls.append(int(index[0]) // GROUP)
+        if len(calls) == limit:
+            raise KeyboardInterrupt
+        return right(self, index, *rest)
+
+    monkeypatch.setattr(Draws, "right", killed)
+    limit = 13
+    with pytest.raises(KeyboardInterrupt):
+        certify(*digits, out=tmp_path, **how())
+    done, limit = len(list((tmp_path / "rows").iterdir())), -1
+    assert done >= 1
+    calls.clear()
+    assert counts(certify(*digits, out=tmp_path, **how())) == whole
+    assert min(calls) >= done
+    calls.clear()
+    assert counts(certify(*digits, out=tmp_path, **how())) == whole and not calls
+    # another question is not answered by these rows
+    certify(*digits, out=tmp_path, **how() | {"radius": 0.1})
+    assert calls
+
+
+# -- attacks from above ------------------------------------------------------------------------------------------------
+
+
+def test_attacks_refute_what_is_beyond_the_radius():
+    x, y = margins(0.1, 0.3, 0.8, -0.4), torch.tensor([1, 1, 1, 1])
+    model = Halves()
+    made = certify(model, x, y, radius=(0.2, 0.5), draws=5000, **QUIET)
+    for radius, fallen in ((0.2, [True, False, False, True]), (0.5, [True, True, False, True])):
+        attacks = [PGD(steps=5)]
+        made, report = refute(
+            made, model, x, y, radius=radius, votes=51, draws=2000, attacks=attacks, protocol=None, progress=False
+        )
+        assert made.refuted[radius].tolist() == fallen
+        assert report.about["threat"].startswith("L2")
+        assert not made.contradictions(radius).size
+    assert made.between(0.2) == (0.5, 0.5) and made.between(0.5) == (0.25, 0.25)
+    assert made.sentence(0.5) == "between 25.0 and 25.0 %"
+    # A wrong certificate is found: here the counts of the last image are those of the first.
+    made.right[0], made.draws[0] = made.right[2], made.draws[2]
+    assert made.contradictions(0.5).tolist() == [0] and "Contradiction" in made.to_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in zoo.list() if zoo.card(name).sigma is not None])
+def test_no_attack_takes_back_a_certificate_of_the_zoo(name):
+    """The permanent check of certificates by attacks, and of attacks by certificates, image by image."""
+    card = zoo.card(name)
+    if card.data != "digits":
+        pytest.skip("the images of this model are not in the package")
+    data = load_dataset(card.data)
+    model, x, y = zoo.load(name), to_float(data.x_test[:24]), data.y_test[:24]
+    radius = 2 * card.eps
+    made = certify(model, x, y, sigma=card.sigma, radius=(card.eps, radius), progress=False)
+    made, _ = refute(made, model, x, y, radius=radius, votes=5, protocol="strong", steps=20, progress=False)
+    assert made.certified(card.eps).any() and made.refuted[radius].any()
+    assert not made.contradictions(radius).size
+
+
+# -- the report --------------------------------------------------------------------------------------------------------
+
+
+def test_a_report_is_read_again(tmp_path, digits):
+    made = certify(*digits, **how())
+    made.refuted[0.25] = made.decisions(0.25) == -1
+    made.save(tmp_path)
+    text = (tmp_path / "certificates.json").read_text()
+    again = Certificates.from_json(text)
+    assert counts(again) == counts(made) and again.radii == made.radii
+    assert again.refuted[0.25].tolist() == made.refuted[0.25].tolist()
+    assert again.to_html() == (tmp_path / "certificates.html").read_text() and "between" in again.to_html()
+    assert (tmp_path / "certificates.txt").read_text().rstrip() == made.to_text()
+    with pytest.raises(ValueError, match="format 1"):
+        Certificates.from_json(json.dumps(json.loads(text) | {"format": 9}))
+
+
+def test_the_command_writes_a_report(tmp_path, capsys):
+    words = ["certify", "zoo:digits-standard", "--sigma", "0.25", "--radius", "0.25", "--images", "6"]
+    words += ["--draws", "100", "--attack", "fast", "--votes", "3", "--out", str(tmp_path)]
+    assert cli.main(words) == 0
+    printed = capsys.readouterr().out
+    assert "between" in printed and "certificates.html" in printed
+    assert Certificates.from_json((tmp_path / "certificates.json").read_text()).refuted.keys() == {0.25}
+    assert cli.main([*words, "--one-shot"]) == 2
+    assert "--one-shot is only for diffusion purifiers" in capsys.readouterr().err
+
+
+def test_a_purifier_of_one_step_is_certified():
+    data = load_dataset("digits")
+    model = zoo.load("digits-diffpure").one_shot(0.1)
+    x, y = to_float(data.x_test[:20]), data.y_test[:20]
+    made = certify(model, x, y, sigma=0.1, radius=0.05, draws=100, progress=False)
+    assert made.certified(0.05).mean() > 0.7
+    with pytest.raises(ValueError, match="sigma must be above 0 and at most"):
+        zoo.load("digits-diffpure").one_shot(1e6)
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sigma": 0.0}, "sigma must be above 0"),
+        ({"sigma": math.inf}, "sigma must be above 0 and finite"),
+        ({"alpha": 1.0}, "alpha must be in"),
+        ({"radius": -0.1}, "radius must be at least 0"),
+        ({"radius": []}, "radius must be a number or at least one number"),
+        ({"draws": 0}, "draws must be"),
+        ({"draws": 2**28}, "draws must be at most"),
+        ({"seed": -1}, "seed must be in"),
+        ({"batch_size": 0}, "batch_size must be"),
+    ],
+)
+def test_settings_are_checked(settings, message):
+    with pytest.raises(ValueError, match=message):
+        certify(
+            None if False else Halves(), margins(1.0), torch.tensor([1]), **{"sigma": 0.5, "radius": 0.5} | settings
+        )
+
+
+def test_models_without_independent_draws_are_refused():
+    with pytest.raises(TypeError, match="model must be a module or a function"):
+        certify(None, margins(1.0), torch.tensor([1]), radius=0.5, **QUIET)
+    with pytest.raises(ValueError, match="y must have class numbers from 0 to 1, got 2"):
+        certify(Halves(), margins(1.0), torch.tensor([2]), radius=0.5, **QUIET)
+    with pytest.raises(ValueError, match="model must be deterministic, or a defence"):
+        certify(lambda x: Halves()(x) + torch.randn(1), margins(1.0), torch.tensor([1]), radius=0.5, **QUIET)
+    with pytest.raises(ValueError, match="depend on the rest of the batch"):
+        certify(lambda x: Halves()(x - x.mean(0)), margins(0.2, 1.0), torch.tensor([1, 1]), radius=0.5, **QUIET)
