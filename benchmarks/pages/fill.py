@@ -47,15 +47,19 @@ def every_page() -> list[Path]:
     return [*project, ROOT / "examples" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
+def _pipelines(results: Path, *names: str) -> list[str]:
+    return performance.pipelines(results / "cpu", *names, caption=False)
+
+
 #: For each table, the function that makes its lines.
 TABLES: dict[str, Callable[[Path], list[str]]] = {
     "evaluation": lambda results: contests.markdown(contests.read(results / "studies")),
     "robust": lambda results: contests.robust_markdown(contests.read(results / "studies", contests.ROBUST_FILE)),
     "ops_served": lambda results: sheets.verdicts_table(sheets.read_csv(results / "cpu" / sheets.ROWS)),
-    "pipelines_carso": lambda results: performance.pipelines(results / "cpu", "carso_inference", "carso_training"),
-    "pipelines_atop": lambda results: performance.pipelines(results / "cpu", "atop_finetune"),
-    "pipelines_diffusion": lambda results: performance.pipelines(results / "cpu", "diffusion"),
-    "pipelines_arrest": lambda results: performance.pipelines(results / "cpu", "arrest_step"),
+    "pipelines_carso": lambda results: _pipelines(results, "carso_inference", "carso_training"),
+    "pipelines_atop": lambda results: _pipelines(results, "atop_finetune"),
+    "pipelines_diffusion": lambda results: _pipelines(results, "diffusion"),
+    "pipelines_arrest": lambda results: _pipelines(results, "arrest_step"),
     "answer": lambda results: answer.markdown(answer.read(results / "studies")),
     "front_results": front_page.results_table,
     "front_speed": front_page.speed_table,

@@ -23,8 +23,14 @@ def _measured_on(rows: list[dict]) -> str:
     return "; ".join(dict.fromkeys(made))
 
 
-def pipelines(folder: Path, *wanted: str) -> list[str]:
-    """Return the table of some pipelines, with a line for each implementation and a column for each case."""
+def pipelines(folder: Path, *wanted: str, caption: bool = True) -> list[str]:
+    """Return the table of some pipelines, with a line for each implementation and a column for each case.
+
+    Args:
+        folder: the folder of a device's results.
+        wanted: names of pipelines.
+        caption: False leaves out the line above the table, which says what a cell has.
+    """
 
     def memory(row: Mapping[str, str]) -> str:
         if not row["peak_MB"]:
@@ -52,7 +58,7 @@ def pipelines(folder: Path, *wanted: str) -> list[str]:
     more = ", peak memory minus that of the loaded networks, share of the processor's matrix rate"
     base = "speed relative to the expert's faster form" if by_expert else "speedup over the plain form, which has 1.00"
     what = f"Milliseconds ({base}){more if any(map(memory, rows)) else ''}"
-    return [f"{machines(rows)}. {what}.", "", *table(["", *heads], body)]
+    return [*([f"{machines(rows)}. {what}.", ""] if caption else []), *table(["", *heads], body)]
 
 
 #: The explanations of rows in a table of pipelines, by the beginnings of the names of the rows.
@@ -75,9 +81,11 @@ ROWS = {
 
 
 def rows(folder: Path) -> list[str]:
-    """Return a list that explains the rows of a device's tables of pipelines."""
-    names = {row["contestant"] for row in sheets.read_csv(folder / sheets.PIPELINES)}
-    return [f"- *{gpu_tables.ours(name).strip('*')}*: {text}" for name, text in ROWS.items() if name in names]
+    """Return a list that explains the rows of a device's tables of pipelines, and a line about their cells."""
+    measured = sheets.read_csv(folder / sheets.PIPELINES)
+    names = {row["contestant"] for row in measured}
+    explained = [f"- *{gpu_tables.ours(name).strip('*')}*: {text}" for name, text in ROWS.items() if name in names]
+    return [*explained, "", pipelines(folder, *{row["pipeline"] for row in measured})[0]]
 
 
 def attack(folder: Path) -> list[str]:
@@ -85,7 +93,7 @@ def attack(folder: Path) -> list[str]:
     if not any(row["pipeline"] == "pgd_forms" for row in sheets.read_csv(folder / sheets.PIPELINES)):
         return []
     text = "The attack PGD-10 on a ResNet-18, without a random start. Every form takes the same steps."
-    return ["### An attack", "", text, "", *pipelines(folder, "pgd_forms")]
+    return ["### An attack", "", text, "", *pipelines(folder, "pgd_forms", caption=False)]
 
 
 def measured_races(raced: dict) -> list[str]:
