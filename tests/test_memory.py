@@ -1,11 +1,30 @@
-"""The peak of the memory, by what the system says, and errors that say that it ran out."""
+"""How much memory is left, by what the system says."""
 
 import subprocess
 import sys
 
 import pytest
 
+from purify_fast import _memory
 from purify_fast._memory import peak_resident_memory, ran_out_of_memory
+
+
+def test_control_groups(tmp_path):
+    """The limit may be that of any group above, and what files take is given back at once."""
+
+    def group(place, **content):
+        folder = tmp_path / "sys/fs/cgroup" / place
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in content.items():
+            (folder / name.replace("__", ".")).write_text(text)
+
+    names = tmp_path / "proc/self/cgroup"
+    names.parent.mkdir(parents=True)
+    names.write_text("0::/a/b\n")
+    group("a/b", memory__max="max\n", memory__current="70\n")
+    group("a", memory__max="1000\n", memory__current="300\n", memory__stat="anon 1\ninactive_file 100\n")
+    assert list(_memory._left_to_groups(tmp_path)) == [800]
+    assert list(_memory._left_to_groups(tmp_path / "none")) == []
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="as Linux tells it")

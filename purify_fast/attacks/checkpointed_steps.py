@@ -2,7 +2,7 @@
 
     x_{i+1} = step(x_i, i),  i = 0 .. n - 1;      g_i = (d x_{i+1} / d x_i)^T g_{i+1},  step by step from the last
 
-The x_i are kept, and each step is computed again, except the last steps if their activations are kept.
+The x_i are kept, and each step is computed again, except steps whose activations fit into the memory.
 """
 
 from __future__ import annotations
@@ -10,20 +10,25 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
-from .._validation import Range
 from ..ops.dispatch.gradient import first_order
 from ..ops.dispatch.registry import forced_backends, use_backend
 from ..speed.agreement import BFLOAT16
-from ..speed.memory import same_draws_again
+from ..speed.memory import free_memory, same_draws_again
 
 Step = Callable[..., Tensor]
+#: The number of steps whose activations are kept. "auto" keeps as many as fit into a share of the free memory.
+Keep = int | Literal["auto"]
+#: "auto" fills this share of the free memory with activations; the rest is for other computations and processes.
+SHARE = 0.25
+#: "auto" measures the activations of the last of this many steps: the first may keep less than the others.
+MEASURED = 3
 #: A result that is computed again may differ by the share BFLOAT16 of the step's change, and by this many units of
 #: rounding of the largest value. A network in bfloat16 differs by less under another kernel, other draws by more.
 ROUNDED = 64
@@ -37,7 +42,7 @@ def checkpointed_steps(
     inputs: Sequence[Tensor] = (),
     parameters: Sequence[Tensor] = (),
     preserve_rng_state: bool = True,
-    keep: int = 0,
+    keep: Keep = 0,
 ) -> Tensor:
     """Apply ``step`` n times. The gradient of the result needs only the memory of one step or of a few steps.
 
@@ -55,24 +60,43 @@ def checkpointed_steps(
         preserve_rng_state: whether a step that is computed again draws the same numbers from PyTorch's generators. It
             may be False if the steps draw no numbers. Draws from a generator of your own or from NumPy are never
             repeated, so such a step is refused unless ``keep`` is n.
-        keep: number of last steps whose activations are kept, at least 0. These steps are not computed again.
+        keep: number of last steps whose activations are kept, at least 0. "auto" keeps as many as fit into a quarter of
+            the free memory, by the activations of the third step, and also those of the first three steps.
 
     Returns:
         The result of the last step. It has first-order gradients to x, ``inputs`` and ``parameters``.
 
     Raises:
-        ValueError: n or keep is negative.
+        ValueError: n or keep is negative, or keep is neither a number nor "auto".
         RuntimeError: ``step`` writes into its x; or, in the backward pass, ``step`` records no gradient, or has another
             result than before. On a GPU the gradient is then NaN instead of this last error.
     """
-    Range(0).check("n", n)
-    Range(0).check("keep", keep)
+    if n < 0:
+        raise ValueError(f"n must be at least 0, got {n}")
+    check_keep(keep)
     wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *inputs, *parameters))
     if not wanted or torch.compiler.is_compiling():
         for i in range(n):
             x = step(x, i, *inputs)
         return x
-    for i in range(n):
+    first = 0
+    if keep == "auto":
+        # The bytes of each storage that autograd keeps.
+        kept: dict[int, int] = {}
+
+        def count(tensor: Tensor) -> Tensor:
+            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+            # The tensor is detached, because a node of autograd's graph that references its own result is never freed.
+            return tensor.detach()
+
+        before = 0
+        while first < min(n, MEASURED):
+            before = sum(kept.values())
+            with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+                x = _applied(step, x, first, inputs)
+            first += 1
+        keep = _room(x.device) // max(1, sum(kept.values()) - before)
+    for i in range(first, n):
         if i < n - keep:
             # Autograd functions take no keyword arguments.
             x = _Repeated.apply(step, i, preserve_rng_state, len(inputs), x, *inputs, *parameters)
@@ -88,6 +112,20 @@ def _applied(step: Step, x: Tensor, i: int, inputs: Sequence[Tensor]) -> Tensor:
     if x._version != version:
         raise RuntimeError(f"step must not write into its x, but step {i} did: call x = x.clone() before writing")
     return following
+
+
+def _room(device: torch.device) -> int:
+    """Return how many bytes of activations may be kept besides those of the first steps, which were measured."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # A CUDA graph would hold the memory for ever, and the free memory cannot be queried during a capture.
+        return 0
+    return int(SHARE * free_memory(device))
+
+
+def check_keep(keep: object) -> None:
+    """Raise ValueError if ``keep`` is neither "auto" nor a number of steps."""
+    if keep != "auto" and (not isinstance(keep, int) or isinstance(keep, bool) or keep < 0):
+        raise ValueError(f'keep must be "auto" or a number of steps, at least 0, got {keep!r}')
 
 
 class _Repeated(torch.autograd.Function):

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from .._process import processes
 from .._validation import NormName, check_folder, read_norm
@@ -28,7 +27,7 @@ from ..attacks.attacked_model import check_leaves_images
 from ..attacks.base import ThreatModel
 from ..attacks.engine.engine_attack import CUT
 from ..ops import kernels_now
-from ..protocols import Classifier
+from ..protocols import Classifier, Passes
 from ..speed.memory import peak_so_far
 from ..speed.precision import raced_convolutions, whole_float32_by_default
 from .alarms.probes import Before, Probes
@@ -184,7 +183,7 @@ def evaluate(
             cache = RowCache(folder, kernels_now(device), revision)
             cache.know(subject.model, mark)
             _admit([base, *(spec.other_model for spec in plan)], subject, cache, stack)
-            shown = Progress(name, progress and shards.rank == 0)
+            shown = Progress(name, progress and shards.rank == 0, until=until)
             every = config.keep == "all"
             measure = Measure(subject, context, name, cache, progress=shown, shards=shards, keep_all=every)
             about = {"model": model_marks(subject.base_model, mark), "classes": subject.num_classes}
@@ -272,13 +271,17 @@ class _Evaluation:
             }
         )
         before = self.suspicion.before
+        measure.progress.costs = self.costs()
+        measure.progress.plan(len(subject.y))
         asked = None if before is None else self.suspicion.ask_before(before)
         if asked is not None:
             self.act_on(signs_of_masking(asked, subject.is_random), asked)
-            expected = self.expected(asked) if shards.rank == 0 else None
-            if expected is not None:
-                measure.progress.say(f"{len(self.plan)} attacks, in about {tqdm.format_interval(expected)}")
-                report.about["expected_seconds"] = f"{measure.progress.seconds + expected:.1f}"
+            measure.progress.costs[measure.progress.rows :] = self.costs()
+            if shards.rank == 0:
+                expected = self.expected(asked)
+                measure.progress.plan(len(subject.y), expected)
+                if expected is not None:
+                    report.about["expected_seconds"] = f"{measure.progress.seconds + expected:.1f}"
         if shards.rank > 0:
             return Report.from_json(measure.follow())
         report.rows = self.rows()
@@ -340,6 +343,18 @@ class _Evaluation:
 
     # -- the rows -----------------------------------------------------------------------------------------------------
 
+    def costs(self) -> list[Passes | None]:
+        """Return the largest numbers of passes of single images for each row; None if a number is unknown."""
+        context, n = self.measure.context, len(self.measure.subject.y)
+
+        def images(spec: AttackSpec) -> int:
+            stands = self.standings.get((spec.variant, threat_name(spec, context)))
+            left = int(stands.left.sum()) if stands is not None and spec.survivors_only else n
+            return min(left, spec.nearest or n)
+
+        asked = [(spec.resolved.cost(context), images(spec)) for spec in self.plan]
+        return [None if cost is None else cost * images for cost, images in asked]
+
     def expected(self, asked: Probes) -> float | None:
         """Estimate the seconds of the attacks from the probes; None if the cost of an attack is unknown.
 
@@ -379,7 +394,7 @@ class _Evaluation:
         n = len(subject.y)
         all_rows = [measure.clean(variant) for variant in variants]
         left_out = list[str]()
-        for spec in self.plan:
+        for number, spec in enumerate(self.plan, 1):
             threat = threat_name(spec, measure.context)
             deployed = self.standing("random", threat).rows if subject.is_random else []
             earlier = [row for row in deployed if row.n >= (spec.max_images or n)]
@@ -393,8 +408,9 @@ class _Evaluation:
             for row, variant in zip(rows, dict.fromkeys([spec.variant, "random"]), strict=False):
                 if row.is_attack:
                     self.standing(variant, threat).add(row, measure.withstood(row))
+            progress.costs[progress.rows :] = self.costs()[number:]
             for row in rows:
-                progress.say(f"{row.attack}: {100 * row.accuracy:.1f} % of {row.n} images{source}")
+                progress.finished(f"{row.attack}: {100 * row.accuracy:.1f} % of {row.n} images{source}")
         standing = self.standing("random", None)
         cut = [row.attack for row in all_rows if CUT in row.warnings]
         left, every = int(standing.left.sum()), len(self.plan)

@@ -105,8 +105,15 @@ class Suspicion:
             name: str, most: Passes, settings: dict[str, Any], make: Callable[[], dict[str, Any]]
         ) -> dict[str, Any]:
             def shown() -> dict[str, Any]:
-                with progress.row(f"probe: {name}", most):
-                    return make()
+                progress.costs.insert(progress.rows, most)
+                try:
+                    with progress.row(f"probe: {name}", most):
+                        made = make()
+                except Exception:
+                    del progress.costs[progress.rows]
+                    raise
+                progress.next_row()
+                return made
 
             key = self.probes_key({"probe": name} | settings)
             return measure.cache.values(key, shown, whole=lambda: not is_over(context.until))

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch
 
-from .._memory import peak_resident_memory, ran_out_of_memory
+from .._memory import available_memory, peak_resident_memory, ran_out_of_memory
 
 logger = logging.getLogger("purify_fast")
 
@@ -18,6 +18,14 @@ Result = TypeVar("Result")
 def peak_so_far(device: torch.device) -> int:
     """The largest memory of this process so far, in bytes: that of the process on a CPU, or of tensors on a GPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident_memory()
+
+
+def free_memory(device: torch.device) -> int:
+    """The bytes that this process may still allocate."""
+    if device.type == "cuda":
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reserved
+    return available_memory()
 
 
 def same_draws_again(device: torch.device) -> Callable[[], None]:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from .._process import processes
 from .._tensors import digest
 from ..data import batches
+from ..speed.memory import free_memory
 from .batches import check_channels, check_range, read_batch, seed_generators
 from .config import FitConfig
 from .task import Task
@@ -30,8 +31,8 @@ RawBatch: TypeAlias = tuple[Tensor, Tensor, Tensor]
 #: The forms in which `fit` accepts images: a tensor of all images, which `fit` divides into batches; or an iterable of
 #: batches.
 Images: TypeAlias = "Tensor | Batches"
-#: Images of at most so many bytes are moved to a GPU before a run: those of CIFAR-10 or SVHN, but not of ImageNet.
-MOST_BYTES = 2**28
+#: Images of at most so many bytes, and at most this share of a GPU's free memory, are moved to the GPU before a run.
+MOST_BYTES, MOST_SHARE = 2**30, 0.1
 #: The types of devices to which images are moved, and which compute while the host goes on.
 GPUS = ("cuda",)
 
@@ -39,7 +40,7 @@ GPUS = ("cuda",)
 def placed(x: Tensor, device: torch.device) -> Tensor:
     """Return images on a GPU, if they are on the CPU and small, or else the images themselves."""
     moves = device.type in GPUS and x.device.type == "cpu"
-    if not moves or x.nbytes > MOST_BYTES:
+    if not moves or x.nbytes > min(MOST_BYTES, MOST_SHARE * free_memory(device)):
         return x
     logger.info("the %d images are moved to %s, %.0f MiB", len(x), device, x.nbytes / 2**20)
     return x.to(device)

@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import sys
 from functools import partial
 
 import numpy as np
@@ -12,6 +13,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from purify_fast.attacks import checkpointed_steps
 from purify_fast.evaluation.surrogates.copies import Softened
+
+MODULE = sys.modules["purify_fast.attacks.checkpointed_steps"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -28,7 +31,7 @@ def network(channels=2, width=4, dtype=torch.float64):
     return nn.Sequential(*layers).to(dtype)
 
 
-@pytest.mark.parametrize("keep", [0, 1])
+@pytest.mark.parametrize("keep", [0, 1, "auto"])
 @pytest.mark.parametrize("temperature", [None, 10.0])
 def test_what_hardens_a_step_is_softened_as_in_a_plain_loop(temperature, keep):
     net = network(dtype=torch.float32)
@@ -54,7 +57,7 @@ def test_what_hardens_a_step_is_softened_as_in_a_plain_loop(temperature, keep):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("keep", [0, 2, 9])
+@pytest.mark.parametrize("keep", [0, 2, 9, "auto"])
 @pytest.mark.parametrize("n", [0, 1, 5])
 def test_the_gradients_are_those_of_plain_autograd(n, keep):
     net = network()
@@ -83,7 +86,12 @@ def test_steps_that_draw_draw_the_same_again():
     """Dropout, and the generators are afterwards where the plain loop leaves them."""
     dropped = nn.Dropout(0.5)
     results = []
-    for run in (plain, checkpointed_steps, partial(checkpointed_steps, keep=2)):
+    for run in (
+        plain,
+        checkpointed_steps,
+        partial(checkpointed_steps, keep=2),
+        partial(checkpointed_steps, keep="auto"),
+    ):
         torch.manual_seed(3)
         x = torch.ones(4, 6, requires_grad=True)
         out = run(lambda x, i: dropped(x) + 0.1 * torch.randn_like(x), x, 4)
@@ -138,9 +146,10 @@ def test_what_is_wanted_of_a_step_is_checked():
     x = torch.ones(2, requires_grad=True)
     with pytest.raises(ValueError, match="n must be at least 0, got -1"):
         checkpointed_steps(lambda x, i: x, x, -1)
-    with pytest.raises(ValueError, match="keep must be at least 0, got -1"):
-        checkpointed_steps(lambda x, i: x, x, 2, keep=-1)
-    for keep in (0, 2):
+    for keep in (-1, True, 1.5, "all"):
+        with pytest.raises(ValueError, match='keep must be "auto" or a number of steps, at least 0, got'):
+            checkpointed_steps(lambda x, i: x, x, 2, keep=keep)
+    for keep in (0, 2, "auto"):
         with pytest.raises(RuntimeError, match="step must not write into its x, but step 0 did"):
             checkpointed_steps(lambda x, i: x.mul_(2), x.clone(), 2, keep=keep)
     out = checkpointed_steps(lambda x, i: x.detach() * 2, x, 2)
@@ -181,9 +190,29 @@ def test_the_memory_is_that_of_one_step_and_an_image_for_each():
     assert most[100, plain] > 10 * most[5, plain] > 10 * most[5, checkpointed_steps]
 
 
-@pytest.mark.parametrize("keep, again", [(0, 20), (7, 13), (30, 0)])
-def test_the_last_steps_are_not_computed_again(keep, again):
-    calls, x = [], torch.rand(2, 3, 16, 16).requires_grad_()
-    out = checkpointed_steps(lambda x, i: calls.append(i) or x.sin(), x, 20, keep=keep)
-    torch.autograd.grad(out.sum(), x)
-    assert sorted(calls[20:]) == [*range(again)]
+def steps_computed_again(n, keep, free, monkeypatch):
+    """How often a loop's steps are called in all, beside the n that each prediction takes; and the most bytes."""
+    net, calls = network(3, 32, torch.float32), []
+    monkeypatch.setattr(MODULE, "free_memory", lambda device: free)
+
+    def step(x, i):
+        calls.append(i)
+        # a first step that does less than the others
+        return x - 0.01 * net(x) if i else 0.9 * x
+
+    x = torch.rand(2, 3, 16, 16).requires_grad_()
+    most = most_bytes(lambda: torch.autograd.grad(checkpointed_steps(step, x, n, keep=keep).sum(), x))
+    return len(calls) - n, most
+
+
+def test_as_many_steps_are_kept_as_fit_into_a_quarter_of_the_free_memory(monkeypatch):
+    measured = partial(steps_computed_again, 20, monkeypatch=monkeypatch)
+    assert measured(0, 0)[0] == 20 and measured(7, 0)[0] == 13 and measured(30, 0)[0] == 0
+    # where there is no room, those remain by which it is measured
+    (none, least), (every, most) = measured("auto", 0), measured("auto", 10**12)
+    assert (none, every) == (17, 0)
+    # what enters each of the three layers of a step
+    one = 2 * (3 + 32 + 32) * 16 * 16 * 4
+    for room in (5, 11):
+        again, taken = measured("auto", int(4 * (room + 0.5) * one))
+        assert again == 17 - room and least < taken <= least + room * one < most

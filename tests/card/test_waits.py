@@ -148,7 +148,7 @@ NORMS = {"linf": LINF, "l2": L2, "l1": L1}
 ATTACKS = {
     **{f"PGD, {norm}": (pgd, plain, {"steps": 3, **ball}, 56) for norm, ball in NORMS.items()},
     "PGD, best of two draws": (pgd, random_model, {"steps": 3, "keep_best": True, "eot_iter": 2, **LINF}, 171),
-    "PGD, a diffusion purifier": (pgd, lambda: purifier(SHAPE, process=Process(steps=6)), {"steps": 2, **LINF}, 336),
+    "PGD, a diffusion purifier": (pgd, lambda: purifier(SHAPE, process=Process(steps=6)), {"steps": 2, **LINF}, 273),
     "APGD, linf": (apgd, plain, {"steps": 10, **LINF}, 70),
     "APGD, l2": (apgd, plain, {"steps": 10, **L2}, 70),
     "APGD, l1": (apgd, plain, {"steps": 10, **L1}, 99),

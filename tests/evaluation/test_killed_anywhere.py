@@ -6,19 +6,24 @@ import os
 import re
 import signal
 import sys
+from dataclasses import replace
 from unittest import mock
 
 import pytest
+import torch
 from evaluating import evaluate
 from forks import together
 from shards_work import kill_at_call
 from small_models import labelled
+from torch import nn
 
 from purify_fast.attacks import APGD, PGD
 from purify_fast.defences import NoisyEnsemble
 from purify_fast.evaluation import AttackSpec
 from purify_fast.evaluation.alarms import probes
+from purify_fast.evaluation.run.progress import Progress
 from purify_fast.evaluation.surrogates.copies import Softened
+from purify_fast.protocols import Passes
 
 #: The function during which the process is killed, and the number of the call.
 MOMENTS = (
@@ -110,17 +115,52 @@ def test_one_damaged_bit_of_a_kept_file_is_told_and_made_again(tmp_path, caplog,
 
 
 @pytest.mark.parametrize("probes", [False, True])
-def test_a_log_gets_a_line_for_each_row_and_bars_of_long_attacks(capsys, monkeypatch, probes):
-    def lines():
-        options = {"eps": 0.01, "attacks": [PGD(steps=2), PGD(steps=3)], "name": "mine", "probes": probes}
-        report = evaluate(*labelled(6), **options, progress=True)
-        assert 0 <= float(report.about["seconds"]) < 600 and re.fullmatch(r"\d+\.\d\d GB", report.about["peak_memory"])
-        return capsys.readouterr().err.replace("\r", "\n").splitlines()
+def test_a_log_gets_plain_lines_with_the_rate_and_the_time_left(capsys, monkeypatch, probes):
+    for name in ("LINE_EVERY", "FIRST_LINE"):
+        monkeypatch.setattr(f"purify_fast.evaluation.run.progress.{name}", 0.0)
+    report = evaluate(
+        *labelled(6), eps=0.01, attacks=[PGD(steps=2), PGD(steps=3)], name="mine", probes=probes, progress=True
+    )
+    lines = capsys.readouterr().err.splitlines()
+    # the probes come first, as rows of their own
+    asked = [re.match(r"mine: row (\d+) of (\d+), probe: ", line) for line in lines]
+    numbers = {(int(found[1]), int(found[2])) for found in asked if found}
+    last = max(number for number, _ in numbers) if numbers else 0
+    assert all(of == number + 2 for number, of in numbers) and (len(numbers) > 3) is probes
+    first = f"mine: row {last + 1} of {last + 2}, PGD-2 ce:"
+    assert any(line.startswith(first) and "predictions/s" in line for line in lines)
+    plans = [line for line in lines if line.startswith("mine: plan: 2 attacks on 6 images, at most ")]
+    assert len(plans) == 1 + probes and ("; about 00:0" in plans[-1]) is probes
+    assert not any("\r" in line or "\033" in line for line in lines)
+    assert 0 <= float(report.about["seconds"]) < 600
+    assert re.fullmatch(r"\d+\.\d\d GB", report.about["peak_memory"])
 
-    short = lines()
-    assert [bool(re.match("mine: 2 attacks, in about 00:0", line)) for line in short[:-2]] == [True] * probes
-    assert all(re.fullmatch(r"mine: PGD-. ce: [\d.]+ % of 6 images \(00:0.\)", line) for line in short[-2:])
-    monkeypatch.setattr("purify_fast.evaluation.run.progress.LOGGED_EVERY", 0.0)
-    shown = [line for line in lines() if "predictions/s" in line]
-    assert any(line.startswith("mine: PGD-2 ce (1 of 2): ") for line in shown)
-    assert any(line.startswith("mine: probe: ") for line in shown) is probes
+
+def test_only_images_that_withstood_count_for_the_time_left(monkeypatch):
+    """Half of the images fall to the first attack. A third attack gets one of the others, and a fourth gets all."""
+    seen = []
+    monkeypatch.setattr(Progress, "finished", lambda self, result: seen.append(list(self.costs[self.rows :])))
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    net[1].weight.data, net[1].bias.data = torch.tensor([[1.0] * 4, [0] * 4]), torch.tensor([-1.2, 0])
+    x = torch.cat([torch.full((4, 1, 2, 2), 0.5), torch.full((4, 1, 2, 2), 0.9)])
+    rest = AttackSpec(PGD(steps=4), survivors_only=True)
+    plan = [AttackSpec(PGD(steps=2)), rest, replace(rest, nearest=1, label="nearest"), AttackSpec(PGD(steps=3))]
+    report = evaluate(net, x, torch.zeros(8).long(), eps=0.3, attacks=plan)
+    assert report.rows[1].accuracy == 0.5
+    one, every = seen[1][0], seen[2][0]
+    assert 0 < one.forwards < every.forwards and seen == [[one * 4, one, every], [one, every], [every], []]
+
+
+def test_the_time_left_is_of_what_is_left():
+    progress = Progress("mine", False, [Passes(each) for each in (100, 20, 50)])
+    assert progress.left() == "time left not known"
+    with mock.patch.object(Progress, "rate", 10.0):
+        with progress.row("first", Passes(100)):
+            progress.count(Passes(60))
+            assert progress.left() == "00:11 left at most"
+        progress.next_row()
+        # kept by an earlier run
+        progress.next_row()
+        assert progress.left() == "00:05 left at most"
+        progress.next_row()
+        assert progress.left() == "the last row"

@@ -18,7 +18,6 @@ from purify_fast.defences import NoisyEnsemble
 from purify_fast.evaluation import EvaluateConfig
 from purify_fast.evaluation.alarms import probes
 from purify_fast.evaluation.request.subject import Subject
-from purify_fast.evaluation.run.progress import Progress
 from purify_fast.protocols import Passes
 
 
@@ -171,19 +170,18 @@ def test_several_draws_of_a_judgement_are_one_call_only_if_the_class_promises_it
         assert right.shape == (5, 8) and (calls == expected or kind is NoisyEnsemble)
 
 
-# -- the costs and the limit of time -----------------------------------------------------------------------------------
+# -- the plan and the limit of time ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("random", [False, True])
-def test_the_counts_stay_within_the_costs_of_the_attacks(random, monkeypatch):
+def test_the_counts_stay_within_the_plan(random, capsys):
     model = NoisyEnsemble(standard(), 0.1, samples=1) if random else standard()
-    costs, row = [], Progress.row
-    monkeypatch.setattr(Progress, "row", lambda self, label, most: costs.append(most) or row(self, label, most))
-    report = judged(model, n=12, probes=False, steps=50)
+    report = judged(model, n=12, progress=True, probes=False, steps=50)
+    (plan,) = [line for line in capsys.readouterr().err.splitlines() if ": plan: " in line]
+    numbers = [int(word.replace(",", "")) for word in plan.split() if word.replace(",", "").isdigit()]
     forwards, gradients = work_of(report.about["passes"])
-    most = sum(costs, Passes())
     # The judgement of the rows comes on top of the attacks' passes.
-    assert forwards <= most.forwards / 12 + 20 * len(report.rows) and 0 < gradients <= most.gradients / 12 + 1
+    assert forwards <= numbers[2] + 20 * len(report.rows) and 0 < gradients <= numbers[3]
 
 
 def test_a_limit_of_time_names_what_it_left_out_and_more_time_continues(tmp_path):

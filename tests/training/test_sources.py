@@ -134,6 +134,14 @@ def test_images_that_fit_are_moved_to_the_gpu_once_and_others_are_pinned(most, s
         assert source.x.device.type == "meta" and (not held or held.x is source.x)
 
 
+def test_images_that_would_take_much_of_the_gpus_free_memory_stay(monkeypatch):
+    x, device = images()[0], torch.device("meta")
+    monkeypatch.setattr(sources, "GPUS", ("meta",))
+    for free, kind in ((9 * x.nbytes, "cpu"), (11 * x.nbytes, "meta")):
+        monkeypatch.setattr(sources, "free_memory", lambda device, free=free: free)
+        assert sources.placed(x, device).device.type == kind
+
+
 @pytest.mark.parametrize("indices", [False, True])
 def test_a_shuffling_loader_is_in_the_same_order_every_time(indices):
     x, y = images(60)

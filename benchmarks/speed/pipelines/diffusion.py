@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from purify_fast import frozen_copy
+from purify_fast.attacks.checkpointed_steps import Keep
 from purify_fast.methods.diffusion import DiffusionPurifier
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.models.unet import UNet
@@ -156,7 +157,7 @@ def _job(plain: Plain, gradient: bool) -> Job:
     return Job(lambda: call(fresh), lambda: call(plain.fixed))
 
 
-def _ours(device: torch.device, quick: bool, gradient: bool, compiled: bool = False, keep: int = STEPS) -> Job:
+def _ours(device: torch.device, quick: bool, gradient: bool, compiled: bool = False, keep: Keep = "auto") -> Job:
     made = defence(device, quick)
     made.keep = keep
     x = images(made, device)
@@ -178,8 +179,8 @@ def _ours(device: torch.device, quick: bool, gradient: bool, compiled: bool = Fa
 def _gradients() -> dict[str, Contestant]:
     """Return the contestants for the gradient through DDPM, which differ in the activations that they store.
 
-    "Expert" and "ours" store the activations of all steps. The forms "checkpointed" and "each step again" store those
-    of a single step.
+    "Expert" stores the activations of all steps, and "checkpointed" forms those of a single step. "Ours" stores as many
+    as fit into a quarter of the free memory, and "ours, each step again" those of a single step.
 
     Every contestant keeps its memory while the others are timed. Plain in float32 needs the most memory, so it is
     measured only with checkpoints. Otherwise too little memory would remain for the activations of ours.

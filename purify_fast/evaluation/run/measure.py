@@ -147,6 +147,7 @@ class Measure:
             # The key of a cached row does not contain the row's name, so it may have been made under another name.
             row.attack = name
             rows.append(row)
+        self.progress.next_row()
         return rows
 
     def in_order(self, spec: AttackSpec, index: Tensor, margins: np.ndarray) -> Tensor:
@@ -195,8 +196,7 @@ class Measure:
         with self._run(task) as run:
             self.shards.from_first(lambda: task._replace(draws_differ=run.context.draws_differ))
             cost = spec.resolved.cost(run.context)
-            label = f"{row_name(spec, self.context)} ({task.attack + 1} of {len(self.attacks)})"
-            with self.progress.row(label, None if cost is None else cost * len(index)):
+            with self.progress.row(row_name(spec, self.context), None if cost is None else cost * len(index)):
                 sums = run.sums(self.shards)
         sums.images = sums.images[: spec.max_images]
         return run, sums

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from ..._tensors import dtype_of
-from ..._validation import Range, check_counts, check_literal
-from ...attacks.checkpointed_steps import checkpointed_steps
+from ..._validation import check_counts, check_literal
+from ...attacks.checkpointed_steps import Keep, check_keep, checkpointed_steps
 from ...defences.base import Defence, refuse_wrapped
 from ...defences.stochastic import WithAggregation
 from ...models.representation import count_classes, evaluation_mode
@@ -63,7 +63,7 @@ class DiffusionPurifier(Defence):
             limit.
         last_time: last time for which the denoiser was trained, as a share of the process.
         keep: number of steps, counted back from the last step, whose activations are stored for the gradient and not
-            computed again. It changes no result.
+            computed again. "auto" stores as many as fit into a quarter of the free memory. It changes no result.
 
     Raises:
         ValueError: a setting is out of range, t_star is after ``last_time``, or the denoiser or the classifier is
@@ -84,10 +84,10 @@ class DiffusionPurifier(Defence):
         aggregation: Aggregation = "mean",
         max_forward_batch: int | None = None,
         last_time: float = 1.0,
-        keep: int = 0,
+        keep: Keep = "auto",
     ):
         super().__init__(classifier, image_shape)
-        Range(0).check("keep", keep)
+        check_keep(keep)
         refuse_wrapped("denoiser", denoiser)
         check_literal("aggregation", aggregation, Aggregation)
         check_counts(samples=samples, max_forward_batch=1 if max_forward_batch is None else max_forward_batch)

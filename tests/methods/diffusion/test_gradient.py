@@ -98,7 +98,7 @@ def textbook(made, x):
 
 
 #: Number of steps whose activations are kept: none, some, all, and those that fit.
-KEEPS = (0, 2, 99)
+KEEPS = (0, 2, 99, "auto")
 
 
 def both(made, x):
@@ -208,6 +208,6 @@ def test_parts_and_orders_of_a_batch_change_nothing(name):
     ):
         for got, want in zip(one, other, strict=True):
             close(got, want, 1e-5)
-    for made.max_forward_batch, made.keep in ((1, 0), (3, 2), (100, 0)):
+    for made.max_forward_batch, made.keep in ((1, 0), (3, 2), (3, "auto"), (100, 0)):
         for got, want in zip(run(x), (logits, gradient), strict=True):
             close(got, want, 1e-5)
