@@ -22,7 +22,7 @@ from purify_fast._files import write_text
 
 from .. import RESULTS, options
 from ..prose import wrapped
-from ..robustness import answer, contests, pack_zoo
+from ..robustness import answer, certificates, contests, pack_zoo
 from ..robustness.broken import run_broken as broken
 from ..robustness.truth import run_truth as truth
 from ..speed import running, sheets, shipping
@@ -71,6 +71,7 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "performance_devices": performance.devices,
     "measured": performance.chapters,
     "broken": broken.table,
+    "certificates": certificates.table,
     "truth": truth.table,
     "elsewhere": elsewhere.table,
 }

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from purify_fast import zoo
 from purify_fast.data import balanced_subset, load_dataset, to_float
-from purify_fast.evaluation import certify
+from purify_fast.evaluation import Certificates, certify
+from purify_fast.evaluation.show.text import markdown_table
 from purify_fast.speed.frozen_copy import frozen_copy
 
 from .. import kept, options
@@ -30,7 +31,7 @@ CHOOSING, DRAWS, TOGETHER = 100, 100_000, 200
 IMAGES, PART = 500, 25
 #: The denoiser of the one-shot purifier, and the largest number of draws of an image with it.
 PURIFIER, ITS_DRAWS = "mnist-diffpure", 2000
-FILE, TABLE = "certificates.json", "certificates.md"
+FILE = "certificates.json"
 
 
 def classes_of_draws(model: nn.Module, image: Tensor, draws: int, generator: torch.Generator) -> Tensor:
@@ -42,14 +43,16 @@ def classes_of_draws(model: nn.Module, image: Tensor, draws: int, generator: tor
     return counts
 
 
-def cohen_part(model: nn.Module, x: Tensor, part: int) -> Row:
+def cohen_part(model: nn.Module, x: Tensor, y: Tensor, part: int) -> Row:
     """Run the test on some images. The counts of the chosen class decide, and are kept."""
-    chosen, right = [], []
+    chosen, right, began = [], [], time.process_time()
     for number in range(part * PART, (part + 1) * PART):
         generator = torch.Generator().manual_seed(1_000_000 + number)
         chosen.append(int(classes_of_draws(model, x[number], CHOOSING, generator).argmax()))
         right.append(int(classes_of_draws(model, x[number], DRAWS, generator)[chosen[-1]]))
-    return {"kind": "cohen", "part": part, "class": " ".join(map(str, chosen)), "right": " ".join(map(str, right))}
+    lists = {"class": chosen, "label": y[part * PART : (part + 1) * PART].tolist(), "right": right}
+    texts = {name: " ".join(map(str, values)) for name, values in lists.items()}
+    return {"kind": "cohen", "part": part, "seconds": round(time.process_time() - began, 1), **texts}
 
 
 def numbers(text: str) -> np.ndarray:
@@ -57,11 +60,11 @@ def numbers(text: str) -> np.ndarray:
     return np.array(text.split(), dtype=np.int64)
 
 
-def cohen_decisions(rows: list[Row], labels: Tensor) -> np.ndarray:
+def cohen_decisions(rows: list[Row]) -> np.ndarray:
     """Return the images that the test certifies with their true class, bool ``[N]``."""
-    chosen, right = (numbers(" ".join(row[name] for row in rows)) for name in ("class", "right"))
+    chosen, labels, right = (numbers(" ".join(row[name] for row in rows)) for name in ("class", "label", "right"))
     lower = beta.ppf(ALPHA, right, DRAWS - right + 1)
-    return (chosen == labels.numpy()) & (lower > NormalDist().cdf(RADIUS / SIGMA))
+    return np.asarray((chosen == labels) & (lower > NormalDist().cdf(RADIUS / SIGMA)))
 
 
 def images(root: Path | None) -> tuple[Tensor, Tensor]:
@@ -107,7 +110,39 @@ def main(chosen: argparse.Namespace) -> Path:
         for part in sorted(set(range(IMAGES // PART)) - done):
             kept.put(
                 path,
-                cohen_part(fast, x, part) | timing.environment(torch.device("cpu")),
+                cohen_part(fast, x, y, part) | timing.environment(torch.device("cpu")),
                 key=lambda row: (row["kind"], row["part"]),
             )
     return path
+
+
+def certificates_of(row: Row) -> Certificates:
+    """Return the certificates of a row of `certify`."""
+    right, draws = (numbers(row[name]) for name in ("right", "draws"))
+    return Certificates(right, draws, sigma=SIGMA, radii=(RADIUS,), alpha=ALPHA)
+
+
+def table(results: Path) -> list[str]:
+    """Return the lines of the table on docs/certify.md."""
+    rows = kept.existing(results / FILE)
+    named, body = {row["kind"]: row for row in rows}, []
+    for kind, what in (("ours", f"`certify`, `{MODEL}`"), ("one_shot", f"`certify`, `{PURIFIER}` in one step")):
+        row, made = named[kind], certificates_of(named[kind])
+        decided = [int((made.decisions(RADIUS) == each).sum()) for each in (1, 0)]
+        body.append([what, *map(str, decided), *_spent(made.draws), f"{row['seconds']:.1f}"])
+    tested = [row for row in rows if row["kind"] == "cohen"]
+    draws = np.full(PART * len(tested), CHOOSING + DRAWS)
+    seconds = sum(row["seconds"] for row in tested)
+    certified = cohen_decisions(tested)
+    body.append([f"Cohen et al., `{MODEL}`", str(int(certified.sum())), "-", *_spent(draws), f"{seconds:,.0f}"])
+    lines = markdown_table(["", "certified", "undecided", "draws, median", "draws in all", "processor seconds"], body)
+    ours = certificates_of(named["ours"])
+    same, factor = int((ours.certified(RADIUS)[: len(certified)] == certified).sum()), draws[0] / np.median(ours.draws)
+    alike = f"The first and the last line decide alike on {same} of {len(certified)} images."
+    fewer = f"In the median an image needs {factor:,.0f} times fewer draws. {kept.machines([named['ours']])}."
+    lines += ["", f"{alike} {fewer}"]
+    return lines
+
+
+def _spent(draws: np.ndarray) -> list[str]:
+    return [f"{int(np.median(draws)):,}", f"{int(draws.sum()):,}"]

@@ -205,8 +205,8 @@ class NoisyEnsemble(StochasticDefence):
 
         x_k = clamp(x + sigma n_k, 0, 1),  n_k ~ N(0, I);   logits_i = logsumexp_k classifier(x_k)_i
 
-    With one copy and without the clamp, the majority of its predictions is the smoothed classifier of Cohen et al. (ICML
-    2019), which `purify_fast.evaluation.certify` certifies.
+    With one copy and without the clamp, the majority of its predictions is the smoothed classifier of Cohen et al.
+    (ICML 2019), which `purify_fast.evaluation.certify` certifies.
 
     Within `deterministic`, the image itself is classified.
 
