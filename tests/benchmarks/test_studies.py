@@ -1,5 +1,6 @@
 """The studies' runner resumes, refuses what it cannot run before any work, and the tables say what the results say."""
 
+import re
 import sys
 from dataclasses import replace
 from graphlib import TopologicalSorter
@@ -87,17 +88,36 @@ def test_without_autoattack_nothing_is_trained(tmp_path, monkeypatch):
     assert not asked
 
 
-@pytest.mark.slow
-def test_carso_on_mnist_end_to_end(tmp_path, capsys, monkeypatch, forking, short_signs):
-    """Digits stand in for MNIST."""
-    pytest.importorskip("pyautoattack")
+@pytest.fixture
+def mnist(tmp_path):
+    """A folder with digits, which stand in for MNIST."""
     digits = data.load_dataset("digits")
     arrays = {name: getattr(digits, name) for name in ("x_train", "y_train", "x_test", "y_test")}
     wide = {name: F.pad(a, (6, 6, 6, 6)) if a.dim() == 4 else a for name, a in arrays.items()}
     np.savez(tmp_path / "mnist.npz", **{name: a.numpy() for name, a in wide.items()})
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("forking", "short_signs")
+def test_only_the_training_with_a_bank_attacks_fewer_images(mnist, tmp_path, capsys):
+    program.main(["study", "carso_bank", "--quick", "--data", str(mnist), "--out", str(tmp_path / "runs")])
+    rows = lines_of(capsys.readouterr().out)
+    rows.pop("training")
+    attacked = {name: cells[2].split(" of ") for name, cells in rows.items()}
+    assert attacked["without a bank"] == ["512", "512"]
+    made, of = attacked["with a bank"]
+    assert of == "512" and 0 < int(made) < 512
+    assert all(re.fullmatch(r"[0-8] of 8 \(.* %\)", cell) for cells in rows.values() for cell in cells[:2])
+
+
+@pytest.mark.slow
+def test_carso_on_mnist_end_to_end(mnist, tmp_path, capsys, monkeypatch, forking, short_signs):
+    """Digits stand in for MNIST."""
+    pytest.importorskip("pyautoattack")
     monkeypatch.setattr(run_study, "RESULTS", tmp_path / "results")
     runs = tmp_path / "runs"
-    words = ["study", "carso_mnist", "--quick", "--data", str(tmp_path), "--out", str(runs)]
+    words = ["study", "carso_mnist", "--quick", "--data", str(mnist), "--out", str(runs)]
     program.main(words)
     rows = lines_of(capsys.readouterr().out)
     first = {path: path.stat().st_mtime_ns for path in runs.glob(f"*/{RESULT}")}

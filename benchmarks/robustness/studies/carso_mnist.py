@@ -17,7 +17,7 @@ from purify_fast.evaluation import AttackSpec, Report, evaluate, merge
 from purify_fast.evaluation.results.rows import worst_rows
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.models.classifiers import SmallCNN
-from purify_fast.training import FitConfig, TrainingAttack, fit
+from purify_fast.training import BankConfig, FitConfig, TrainingAttack, fit
 from purify_fast.training.classifier import ClassifierConfig, ClassifierTask, load_classifier, save_classifier
 
 from . import Job, folder_of, settings_of, write_page
@@ -54,7 +54,7 @@ def train_classifier(job: Job, folder: Path, root: Path) -> dict:
 
 def train_purifier(job: Job, folder: Path, root: Path) -> dict:
     """Train a purifier with the paper's objective, or continue its training through the pipeline."""
-    budget, images, start = job.settings["budget"], images_of(job), job.name == EXACT
+    budget, images, start = job.settings["budget"], images_of(job), job.name != PIPELINE
     torch.manual_seed(job.seed)
     classifier = load_classifier(job.folder(root, CLASSIFIER))
     if start:
@@ -64,10 +64,11 @@ def train_purifier(job: Job, folder: Path, root: Path) -> dict:
     options = dict(budget.objective if start else budget.pipeline)
     fitting = FitConfig(options.pop("epochs"), options.pop("batch_size"), job.seed)
     attack = TrainingAttack(eps=EPS, steps=options.pop("steps"))
+    bank = BankConfig(folder=folder) if options.pop("bank", False) else None
     task = CarsoTask(
         defence, CarsoConfig(attack=attack, **options), "scratch" if start else weights_fingerprint(defence)
     )
-    last = fit(task, images.x_train, images.y_train, fitting, folder)
+    last = fit(task, images.x_train, images.y_train, fitting, folder, bank=bank)
     defence.save(folder)
     return last
 
