@@ -132,6 +132,7 @@ def test_bfloat16(poisoned, name):
     assert error(kernel.backward(*given), golden) < 4 * error(same, golden)
 
 
+@pytest.mark.slow
 def test_one_sample_has_the_same_bits_in_every_batch_and_part(monkeypatch):
     given = arguments("oblong", torch.bfloat16, images=3)
     sizes = False, False, torch.float32, True
@@ -202,6 +203,7 @@ def test_without_a_gradient_nothing_is_kept(monkeypatch):
     assert nothing.shape == (0, signs.shape[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["oblong", "kernel_below_stride", "wide"])
 def test_smaller_tiles_have_the_same_bits(monkeypatch, name):
     GEOMETRIES["wide"] = geometry(33, ((256, 2, 2), [Deconvolution(128, 3, 2, 1), Deconvolution(3, 2, 1, 1)]))
@@ -231,6 +233,7 @@ def test_the_offsets_of_a_parts_images_fit_into_int32():
     assert all(count * kernel.padded(3, kernel.CHANNEL_TILE) * 32 * 32 < 2**31 for _, count in divided)
 
 
+@pytest.mark.slow
 def test_fewer_rows_where_registers_are_fewer(monkeypatch):
     given = arguments("cifar10", torch.bfloat16, images=1, samples=2)
     whole, signs = kernel.forward(*given, False, True, torch.float32, True)

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map_only
 from purify_fast.ops import REGISTRY, use_backend
 from purify_fast.ops.dispatch.verify import compare
 
-#: Take longest in the interpreter: each example is run in one dtype, the first in the first, and so on.
+#: Ops that take longest in the interpreter. They are slow tests, and each of their examples is run in one dtype.
 SLOW = (
     "contextual_attention",
     "decode_samples",
@@ -30,7 +30,9 @@ def first_sample(make: Callable[..., tuple]) -> Callable[..., tuple]:
     return lambda *arguments: tree_map_only(torch.Tensor, lambda x: x[:1].contiguous(), make(*arguments))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name.startswith(SLOW) else name for name in NAMES]
+)
 def test_a_right_kernel_is_clear_of_its_budget(bfloat16_of_a_gpu, poisoned, name):
     examples = examples_of(name)
     if name.startswith(SLOW):

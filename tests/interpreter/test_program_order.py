@@ -85,8 +85,9 @@ def made(examples: list[Example]) -> list[tuple[int, str, tuple]]:
 @pytest.mark.parametrize(
     ("name", "count"),
     [
-        *((name, 1) for name in OPS if not name.endswith("_backward")),
-        # The larger examples of the attention take twenty minutes.
+        *((name, 1) for name in OPS if not name.endswith("_backward") and name != "contextual_attention"),
+        # Its smallest example takes twenty seconds, and its larger examples twenty minutes.
+        pytest.param("contextual_attention", 1, marks=pytest.mark.slow),
         *(pytest.param(n, None, marks=pytest.mark.slow) for n in OPS if not n.startswith("contextual_attention")),
     ],
 )
