@@ -128,42 +128,6 @@ def test_the_limits_of_the_calls():
     assert order[:6] == ["limits", "pgd", "profile", "standard", "in_use", "pipelines"]
 
 
-def test_a_rehearsal_beside_other_work_has_longer_limits(tmp_path, monkeypatch, forking):
-    """The limits of a section and of the call grow by the factor by which a process takes longer to start."""
-    seen = []
-
-    def section(context):
-        seen.append(context.seconds)
-        return gpu_sections.Outcome(gpu_sections.PASSED, "")
-
-    for name, slow in (("limits", 1.0), ("captures", 4.0), ("races", 2.0)):
-        monkeypatch.setattr(gpu_check, "slowness", lambda slow=slow: slow)
-        monkeypatch.setitem(gpu_check.SECTIONS, name, gpu_sections.Section("measured", section, (1.0, 30.0)))
-        monkeypatch.setattr(gpu_check, "run_section", lambda name, context: vars(section(context)) | {"seconds": 0})
-        monkeypatch.setitem(gpu_check.CALLS, "measured", gpu_check.Call((900, 30 + gpu_check.CLOSING[1]), False))
-        assert check("measured", "--rehearse", "--out", str(tmp_path), "--only", name) == 0
-    assert seen == pytest.approx([30.0, 120.0, 60.0], abs=1.0)
-
-
-def test_a_process_of_a_rehearsal_lacks_what_a_card_lacks(tmp_path, monkeypatch):
-    monkeypatch.undo()
-    before = os.environ.get("PYTHONPATH")
-    names = ", ".join(gpu_check.LACKING)
-    text = f"""
-import importlib.util, sys
-assert not any(map(importlib.util.find_spec, {gpu_check.LACKING}))
-try:
-    import {names}
-except ImportError:
-    import benchmarks.__main__
-"""
-    with gpu_check.lacking(tmp_path):
-        subprocess.run([sys.executable, "-c", text], cwd=ROOT, check=True)
-    assert os.environ.get("PYTHONPATH") == before
-    # The import of the sections takes as long as usual, or longer where other processes run beside it.
-    assert 1.0 <= gpu_check.slowness() < 60.0
-
-
 def test_the_package_as_users_run_it(rehearsal, monkeypatch):
     outcome = gpu_sections.used(rehearsal)
     assert outcome.state == "passed" and not outcome.left_out, outcome
@@ -190,19 +154,6 @@ def test_a_step_that_was_refused_is_not_called_captured(rerun, monkeypatch):
     rerun.error = RuntimeError("operation not permitted")
     with pytest.raises(RuntimeError, match="the training step was not captured"), pytest.warns(UserWarning):
         pipelines.training_step(classifier_task(attack=attack()), batch(), True)()
-
-
-def test_an_archive_is_small_enough(tmp_path, monkeypatch):
-    """The largest files are left out, and named."""
-    monkeypatch.setattr(gpu_check, "MOST_BYTES", 300_000)
-    (tmp_path / "gpu_check" / "deeper").mkdir(parents=True)
-    files = {"races.json": 10_000, "gpu_check/tests.log": 200_000, "gpu_check/pgd.log": 1_300_000, "weights.bin": 10}
-    for name, size in (files | {"gpu_check/deeper/rows.json": 10}).items():
-        (tmp_path / name).write_bytes(os.urandom(size))
-    path, left_out = gpu_check.pack(tmp_path, "measured")
-    assert path.stat().st_size < 300_000 and left_out == ["gpu_check/pgd.log"]
-    with tarfile.open(path) as archive:
-        assert set(archive.getnames()) == {f"{tmp_path.name}/{name}" for name in ("races.json", "gpu_check/tests.log")}
 
 
 def alive(pid: int) -> bool:
@@ -278,25 +229,6 @@ def test_forms_of_pgd_have_rows_and_a_weaker_form_is_seen(rehearsal, monkeypatch
     assert outcome.details["errors"] == {f"8 images, {name}": "wrong" for name in FORMS if "ours" in name}
 
 
-@pytest.mark.slow
-def test_the_longest_kernels_of_a_step_are_listed(rehearsal, monkeypatch):
-    for name in ("FASTEST", "EXPERT"):
-        # these would be compiled
-        monkeypatch.setattr(pgd_forms, name, FORMS[0])
-    outcome = gpu_sections.profiled(rehearsal)
-    assert outcome.state == "passed", outcome
-    rows = sheets.read_csv(rehearsal.out / gpu_sections.PROFILE)
-    for form in (FORMS[0], pgd_forms.CAPTURED):
-        own = [row for row in rows if row["form"] == form]
-        times = [float(row["us"]) for row in own]
-        assert 10 < len(own) <= gpu_sections.LONGEST and times == sorted(times, reverse=True)
-        assert [row["rank"] for row in own] == [str(rank) for rank in range(1, len(own) + 1)]
-        # A step has a convolution for each layer of the network. Without AVX512, oneDNN computes none in bfloat16.
-        names = "aten::mkldnn_convolution", "aten::_slow_conv2d_forward"
-        (convolution,) = [row for row in own if row["kernel"] in names]
-        assert float(convolution["launches"]) == 4 and 0 < float(convolution["share"]) < 1
-
-
 def device_tests(*words: str, **environ: str) -> str:
     """Pytest's summary of some of a device's tests, rehearsed on a CPU."""
     # a rehearsal skips much that a device would run
@@ -354,3 +286,16 @@ def test_the_races_end_in_a_file_that_could_ship(tmp_path, monkeypatch):
     assert raced and all(row["reference_us"] > 0 < row["kernel_us"] for row in raced)
     shipped = shipping.shipped(out)
     assert set(shipped["ops"]) == {"noisy_replay"} and "rows" not in shipped["ops"]["noisy_replay"]
+
+
+def test_an_archive_is_small_enough(tmp_path, monkeypatch):
+    """The largest files are left out, and named."""
+    monkeypatch.setattr(gpu_check, "MOST_BYTES", 300_000)
+    (tmp_path / "gpu_check" / "deeper").mkdir(parents=True)
+    files = {"races.json": 10_000, "gpu_check/tests.log": 200_000, "gpu_check/pgd.log": 1_300_000, "weights.bin": 10}
+    for name, size in (files | {"gpu_check/deeper/rows.json": 10}).items():
+        (tmp_path / name).write_bytes(os.urandom(size))
+    path, left_out = gpu_check.pack(tmp_path, "measured")
+    assert path.stat().st_size < 300_000 and left_out == ["gpu_check/pgd.log"]
+    with tarfile.open(path) as archive:
+        assert set(archive.getnames()) == {f"{tmp_path.name}/{name}" for name in ("races.json", "gpu_check/tests.log")}
