@@ -162,6 +162,14 @@ def test_a_random_defence_gets_the_same_draws_in_other_batches(digits):
     assert counts(certify(defence, x[:40], y[:40], batch_size=9, **how(64))) == whole
 
 
+def test_a_purifier_is_certified_with_its_own_draws(digits):
+    _, x, y = digits
+    defence = zoo.load("digits-carso-objective")
+    made = certify(defence, x[:6], y[:6], **how(24))
+    assert counts(certify(defence, x[:6], y[:6], batch_size=5, **how(24))) == counts(made)
+    assert 0 < made.right.sum() < made.draws.sum()
+
+
 def test_two_processes_make_the_same_certificates(tmp_path, digits):
     def work():
         torch.set_num_threads(1)

@@ -149,19 +149,15 @@ class Certificates:
         return render("certificates.html.jinja", report=self, head=HEAD, drawing=drawing, facts=facts)
 
     def _drawing(self) -> dict[str, Any]:
-        """The corners of both curves, as pairs of a radius and a share."""
-        proved, n = np.sort(self.radius), len(self.draws)
-        most = max(1.25 * max(self.radii), float(proved[-1]) * 1.05, self.sigma)
+        """The corners of both curves, as pairs of a radius and a share, up to a little more than the largest radius."""
+        proved, most = self.radius, 1.05 * (max(self.radii) or self.sigma)
         below = [(0.0, float((proved > 0).mean()))]
-        for at in np.unique(proved[proved > 0]).tolist():
-            below += [(at, below[-1][1]), (at, float((proved > at).sum()) / n)]
+        for at in np.unique(proved[(proved > 0) & (proved < most)]).tolist():
+            below += [(at, below[-1][1]), (at, float((proved > at).mean()))]
         above = [(0.0, 1.0)]
         for at in sorted(self.refuted):
             above += [(at, above[-1][1]), (at, self.between(at)[1])]
-        above.append((most, above[-1][1]))
-        if below[-1][1] > 0:
-            below.append((most, below[-1][1]))
-        return {"most": most, "below": [*below, (most, 0.0)], "above": above}
+        return {"most": most, "below": [*below, (most, below[-1][1])], "above": [*above, (most, above[-1][1])]}
 
     def save(self, folder: str | Path) -> None:
         """Write ``certificates.html``, ``certificates.json`` and ``certificates.txt`` atomically into a folder."""

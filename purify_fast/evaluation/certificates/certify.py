@@ -138,7 +138,7 @@ def certify(
             why = "because it is a function, or holds a value that cannot be compared"
             logger.warning('out: the rows of %s are not kept, %s. certify(..., revision="1") keeps them', name, why)
         cache = RowCache(None if out is None else Path(out), kernels_now(device), revision)
-        cache.know(model, mark)
+        cache.register(model, mark)
         with tqdm(total=len(labels), desc=f"{name}: certificates", unit="image", disable=not progress) as bar:
             for start in range(0, len(labels), GROUP * SHARED):
                 part = slice(start, min(start + GROUP * SHARED, len(labels)))

@@ -17,7 +17,7 @@ from ...protocols import Classifier, CopiesItself, PassesOn, draws_for_each_imag
 from ...speed.agreement import BFLOAT16, apart, differ
 from ...speed.followed import is_frozen_copy
 from ...speed.frozen_copy import frozen_copy
-from ...speed.memory import Room
+from ...speed.memory import BatchLimit
 
 logger = logging.getLogger("purify_fast")
 
@@ -64,7 +64,7 @@ class Draws:
         self, model: Classifier, x: Tensor, y: Tensor, *, sigma: float, device: torch.device, batch_size: int, seed: int
     ):
         self.model, self.x, self.y, self.sigma, self.seed, self.device = model, x, y, sigma, seed, device
-        self.room, self.batch_size = Room(batch_size, device), batch_size
+        self.batch_limit, self.batch_size = BatchLimit(batch_size, device), batch_size
         self.key = philox_key(seed, device)
         some = torch.arange(min(TRIED, len(x)), device="cpu")
         noisy = self._noisy(some, 0, TRIED)[:TRIED]
@@ -82,10 +82,10 @@ class Draws:
 
     def right(self, index: Tensor, first: int, last: int) -> NDArray[np.int64]:
         """For images of one group: the number of right predictions among the draws first to last - 1, ``[n]``."""
-        return self.room.within(lambda: self._right(index, first, last))
+        return self.batch_limit.within(lambda: self._right(index, first, last))
 
     def _right(self, index: Tensor, first: int, last: int) -> NDArray[np.int64]:
-        most, counts = self.room.at_most(self.batch_size), []
+        most, counts = self.batch_limit.at_most(self.batch_size), []
         for part in index.split(most):
             total, each = 0, max(1, most // len(part))
             for start in range(first, last, each):
