@@ -66,13 +66,12 @@ class Slots:
 class Model(nn.Module):
     SHARE = 1
 
-    def __init__(self, factor=1.0):
+    def __init__(self):
         super().__init__()
         self.layer, self.norm = nn.Linear(4, 2), nn.BatchNorm1d(2)
         self.register_buffer("table", torch.zeros(2), persistent=False)
-        self.scale, self.sizes, self.slots = 1.0, [1, 2], Slots()
+        self.scale, self.slots = 1.0, Slots()
         self.slots.scale = 1.0
-        self.function = lambda x: x * factor
 
     def forward(self, x):
         return table_helper.changed(self.layer(x)) * SIGMA
@@ -109,10 +108,7 @@ EDITS = {
     "mode of a part": (in_place("model.norm.eval()"), True),
     "attribute": (attribute("scale", 2.0), True),
     "attribute of a part": (attribute("norm.eps", 1e-3), True),
-    "list": (in_place("model.sizes.append(3)"), True),
-    "another part": (attribute("layer", nn.Linear(4, 2)), True),
     "hook": (in_place("model.layer.register_forward_hook(lambda *given: None)"), True),
-    "closure": (attribute("function", (lambda factor: lambda x: x * factor)(2.0)), True),
     "forward of its own": (attribute("forward", lambda x: x[:, :2]), True),
     "class attribute": (in_place("setattr(Model, 'SHARE', 2)"), True),
     "code of the class": (text("table_model", "self.layer(x)", "self.layer(2 * x)"), True),
@@ -209,10 +205,6 @@ def helper(x):
     return inner(x)
 
 
-def decorated(function):
-    return lambda *given: 1.5 * function(*given)
-
-
 def made():
     def scaled(x):
         return helper(x)
@@ -227,7 +219,6 @@ REACHED = {
     "module that is handed on": ("import reached_helpers as h\ndef f(m, x): return m.inner(x)", "f(h, x)"),
     "module by the name of its attribute": ("import reached_helpers as h", "getattr(h, 'in' + 'ner')(x)"),
     "import inside of the function": ("", "[helper(x) for helper in [self.imported()]][0]"),
-    "class attribute": ("from reached_helpers import Scale\nclass Holds:\n    scale = Scale()", "Holds.scale(x)"),
     "attribute of a class": ("from reached_helpers import Scale", "x * Scale.factor"),
     "object": ("from reached_helpers import Scale\nscale = Scale()", "scale(x)"),
     "class of a dictionary": ("from reached_helpers import Names\nnames = Names()", "x * names['a']"),
@@ -236,11 +227,7 @@ REACHED = {
         "import functools\nfrom reached_helpers import helper\nscaled = functools.partial(helper)",
         "scaled(x)",
     ),
-    "cache": ("import functools\nfrom reached_helpers import helper\nscaled = functools.cache(helper)", "scaled(x)"),
-    "decorator": ("from reached_helpers import decorated\n@decorated\ndef scaled(x): return x", "scaled(x)"),
     "global constant": ("from reached_helpers import FACTOR", "x * FACTOR"),
-    "list of functions": ("from reached_helpers import helper\nSTEPS = [helper]", "STEPS[0](x)"),
-    "lambda": ("from reached_helpers import helper", "(lambda x: helper(x))(x)"),
     "comprehension": ("from reached_helpers import helper", "sum([helper(part) for part in x])"),
     "class inside of the function": (
         "from reached_helpers import helper",
@@ -291,7 +278,13 @@ def reaching(way):
     )
 
 
-@pytest.mark.parametrize("way", REACHED)
+#: What needs other modules, and what does not show in a script: code does not name it, or it does not tell its content.
+UNSEEN = ("module that is handed on", "module by the name of its attribute", "attribute of a module")
+UNSEEN += ("attribute of a module of a folder", "scripted function", "function put into a library", "eval")
+UNSEEN += ("sequence that cannot be read",)
+
+
+@pytest.mark.parametrize("way", [*UNSEEN, "two functions", "import inside of the function"])
 def test_an_edit_of_what_the_model_reaches_changes_its_fingerprint(way, imported):
     source = reaching(way)
     helpers = "reached.helpers" if "reached.helpers" in source else "reached_helpers"
@@ -303,12 +296,6 @@ def test_an_edit_of_what_the_model_reaches_changes_its_fingerprint(way, imported
 
     marks = [marked("", ""), marked("", ""), marked("1.5", "2.5")]
     assert None not in marks and marks[0] == marks[1] != marks[2]
-
-
-#: What needs other modules, and what does not show in a script: code does not name it, or it does not tell its content.
-UNSEEN = ("module that is handed on", "module by the name of its attribute", "attribute of a module")
-UNSEEN += ("attribute of a module of a folder", "scripted function", "function put into a library", "eval")
-UNSEEN += ("sequence that cannot be read",)
 
 
 @pytest.mark.parametrize("way", [way for way in REACHED if way not in UNSEEN])
