@@ -14,13 +14,17 @@ from .robustness import answer, certificates, contests, pack_zoo
 from .robustness.broken import run_broken
 from .robustness.studies import run_study
 from .robustness.truth import run_truth
-from .speed import running
+from .speed import kernel_times, running
 from .speed.elsewhere import measuring as elsewhere
 
 #: For each command, a module and the help text. The module's ``main`` runs the command: a text or a path that it
 #: returns is printed, and False means failure. Its ``arguments``, if there, adds options to a parser.
 COMMANDS: dict[str, tuple[Any, str]] = {
     "ops": (running.OPS, "measure the speed of the ops, compared with their references in PyTorch"),
+    "kernels": (
+        kernel_times,
+        "time the kernels as purify-fast tune does; the flags of the ops follow from these times",
+    ),
     "pipelines": (running.PIPELINES, "measure whole predictions and training steps, compared with plain code"),
     "elsewhere": (elsewhere, "measure loops of other papers and packages: theirs, an expert's, and with this package"),
     "evaluation": (contests, "compare our attacks with the official AutoAttack, by strength and time"),
@@ -30,7 +34,6 @@ COMMANDS: dict[str, tuple[Any, str]] = {
     "truth": (run_truth, "count the adversarial examples that each protocol misses, on exactly solved networks"),
     "study": (run_study, "run a study of robustness, which trains and attacks models"),
     "gpu_check": (gpu_check, "run the checks that need a GPU, in two calls of 150 s and of nine minutes"),
-    "ship": (fill.SHIP, "put the kernel choices of purify-fast tune on this machine into the package"),
     "zoo": (pack_zoo, "pack trained models into the zoo, and write their cards"),
     "report": (fill, "write all tables and pictures again from the results files"),
 }

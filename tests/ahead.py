@@ -75,6 +75,7 @@ def _cases() -> dict[str, tuple]:
         # The compiler makes constants of arguments that are 1.
         flat, pattern = x(4, 3, 1, 64), one(2, 1, 1) if norm else None
         cases[f"square_proposal-{name}-flat"] = (flat, flat, rows, one(4, 8, 8), pattern, edge, norm, 0.0, 1.0)
+        cases[f"hyperplane_projection-{name}"] = (held, held, rows, norm, 0.0, 1.0)
         if name in APGD_NORMS:
             cases[f"apgd_step-{name}"] = (*[image] * 4, rows, rows, 0.75, norm, 0.0, 1.0)
     for method, name in enumerate(METHODS):
@@ -101,6 +102,14 @@ def _cases() -> dict[str, tuple]:
             cases[f"diffusion_step-backward-{learned}{layout}"] = (state, *given)
     cases["diffusion_step-forward-noiseless"] = (state, x(4, 3, 64, 64), *named[:-1], False)
 
+    cases["noisy_replay"] = (image, image, rows, one(()), rows, SEED, IDS, 0.0, 1.0)
+    # The dimension of the channels is the last one for channels_last.
+    for shape, dim, layout in (((4, 96, 16, 16), 1, ""), ((4, 16, 16, 96), 3, "-channels_last")):
+        grad = list(shape)
+        grad[dim] //= 2
+        cases[f"gated_elu-forward{layout}"] = (x(*shape), dim)
+        cases[f"gated_elu-backward{layout}"] = (x(*grad), x(*shape), dim)
+
     owners, quarters = (torch.zeros((1, 4, n, n), dtype=torch.uint8) for n in (8, 2))
     for last, layout in ((False, ""), (True, "-channels_last")):
         for mask, masked_blocks, num_passes in (("masked", 16, 0), ("passes", 0, 4)):
@@ -121,32 +130,7 @@ def _cases() -> dict[str, tuple]:
     slopes = one(4, 3, 2)
     cases |= _decoders()
     cases["representation_distance-backward"] = (one(4, 3), many, many, slopes)
-    return cases | _raced({case.partition("-")[0] for case in cases})
-
-
-def _raced(known: set[str]) -> dict[str, tuple]:
-    """Return the cases of the other ops, which are the inputs with realistic shapes that race them."""
-    cases: dict[str, tuple] = {}
-    for name, op in REGISTRY.items():
-        forward = name.removesuffix("_backward")
-        if op.launch is None or forward in known:
-            continue
-        way = "-backward" if name != forward else "-forward" if f"{name}_backward" in REGISTRY else ""
-        for example in op.raced:
-            case = "-".join(filter(None, (forward, example.variant))) + way
-            wide, narrow = example.make(torch.float32, 0), example.make(torch.bfloat16, 0)
-            given = tuple(map(_in_dtype_of_case, wide, narrow))
-            cases[f"{case}-{example.name.replace(' ', '-')}" if case in cases else case] = given
     return cases
-
-
-def _in_dtype_of_case(wide: object, narrow: object) -> object:
-    """Return an argument of an example, or a function that makes it if it follows the dtype."""
-    if isinstance(wide, list):
-        return list(map(_in_dtype_of_case, wide, narrow))
-    if not isinstance(wide, torch.Tensor) or wide.dtype == narrow.dtype:
-        return wide
-    return lambda dtype: torch.empty_like(wide, dtype=dtype)
 
 
 def _no_half(dtype: torch.dtype) -> torch.dtype:

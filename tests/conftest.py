@@ -132,7 +132,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 @pytest.fixture
 def kernel_cache(tmp_path, monkeypatch) -> Iterator[Path]:
-    """An empty folder of verdicts and races, and a process that knows of none."""
+    """An empty folder of verdicts and tuned sizes, and a process that knows of none."""
     monkeypatch.setenv("PURIFY_FAST_CACHE", str(tmp_path / "cache"))
     verify._warn_unwritable.cache_clear()
     records.forget()

@@ -47,7 +47,7 @@ import torch
 
 from purify_fast import __version__
 from purify_fast._files import folder_lock, write_text
-from purify_fast.ops.dispatch import racing
+from purify_fast.ops.dispatch import tuning
 
 from .. import options
 from ..prose import rendered
@@ -90,8 +90,7 @@ def _rehearse(out: Path) -> None:
     os.environ["PURIFY_FAST_CACHE"] = str(out / "gpu_check" / "cache")
     # Inductor's C++ code is compiled without optimization, which takes half of the time.
     os.environ["AOT_INDUCTOR_DEBUG_COMPILE"] = "1"
-    racing.ELEMENTS["cpu"] = {"small": 2**10, "medium": 2**17}
-    racing.RUN = 1e-5
+    tuning.SIZES["cpu"], tuning.SECONDS = [2**10, 2**14], 1e-5
 
 
 def slowness() -> float:

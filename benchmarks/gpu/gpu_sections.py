@@ -30,16 +30,15 @@ from purify_fast.data import load_dataset, to_float
 from purify_fast.evaluation import evaluate
 from purify_fast.models.classifiers import PreActResNet18
 from purify_fast.ops import REGISTRY
-from purify_fast.ops.dispatch import racing, verify
+from purify_fast.ops.dispatch import verify
 from purify_fast.ops.dispatch.registry import Op
-from purify_fast.speed import retain_freed_memory
 from purify_fast.speed.graphs.cuda_capture import CudaCapture
 from purify_fast.speed.graphs.step_graphs import StepGraphs
 from purify_fast.speed.precision import float32_products
 
 from .. import RESULTS
 from ..robustness import contests
-from ..speed import limits, race, sheets, shipping, timing
+from ..speed import kernel_times, limits, race, sheets, timing
 from ..speed.pipelines import pgd_forms
 from ..speed.pipelines.carso_inference import classifier
 from ..speed.running import Budget, run_pipelines
@@ -431,21 +430,13 @@ def sanitizer(context: Context) -> Outcome:
     return Outcome(state if said else FAILED, "; ".join(words) or "no tool ended in time", said, left_out)
 
 
-def races(context: Context) -> Outcome:
-    """Time all kernels and references, as `purify-fast tune` does. Copy the results into the folder of the device."""
-    retain_freed_memory()
-    device = context.device
-    if device.type == "cuda":
-        device = torch.device("cuda", torch.cuda.current_device())
-    capture = CudaCapture() if device.type == "cuda" else None
-    raced, problems = racing.tune(device, capture=capture)
-    shipping.take(device, context.out)
-    ratios = [row.ratio for rows in raced.values() for row in rows]
-    summary = (
-        f"{len(ratios)} comparisons of kernel and reference, the kernel was faster in "
-        f"{sum(ratio > 1 for ratio in ratios)}, {len(problems)} with a problem"
-    )
-    return Outcome(PASSED if ratios and not problems else FAILED, summary, {"errors": problems})
+def times_of_kernels(context: Context) -> Outcome:
+    """Run `python -m benchmarks kernels`."""
+    rows, problems = kernel_times.measure(context.device, context.out)
+    faster = sum(float(row["kernel_us"]) < float(row["reference_us"]) for row in rows)
+    summary = f"{len(rows)} comparisons of kernel and reference, the kernel was faster in {faster}"
+    state = PASSED if rows and not problems else FAILED
+    return Outcome(state, f"{summary}, {len(problems)} with a problem", {"errors": problems})
 
 
 def raced_pipelines(context: Context) -> Outcome:
@@ -494,5 +485,5 @@ SECTIONS = {
     # This section carries most claims, so the sections after it get what it leaves, or a call of their own (--only).
     "pipelines": Section("measured", raced_pipelines, (400, 480), (sheets.PIPELINES,)),
     "captures": Section("measured", capture_cost, (40, 120), (CAPTURE_COST,)),
-    "races": Section("measured", races, (300, 120), (shipping.FILE,)),
+    "kernels": Section("measured", times_of_kernels, (300, 120), (kernel_times.ROWS,)),
 }

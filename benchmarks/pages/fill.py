@@ -15,17 +15,16 @@ import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 from purify_fast import zoo as packed
 from purify_fast._files import write_text
 
-from .. import RESULTS, options
+from .. import RESULTS
 from ..prose import wrapped
 from ..robustness import answer, certificates, contests, pack_zoo
 from ..robustness.broken import run_broken as broken
 from ..robustness.truth import run_truth as truth
-from ..speed import running, sheets, shipping
+from ..speed import sheets
 from ..speed.elsewhere import measuring as elsewhere
 from . import front_page, performance
 
@@ -55,7 +54,7 @@ def _pipelines(results: Path, *names: str) -> list[str]:
 TABLES: dict[str, Callable[[Path], list[str]]] = {
     "evaluation": lambda results: contests.markdown(contests.read(results / "studies")),
     "robust": lambda results: contests.robust_markdown(contests.read(results / "studies", contests.ROBUST_FILE)),
-    "ops_served": lambda results: sheets.verdicts_table(sheets.read_csv(results / "cpu" / sheets.ROWS)),
+    "ops_speed": lambda results: sheets.verdicts_table(sheets.read_csv(results / "cpu" / sheets.ROWS)),
     "pipelines_carso": lambda results: _pipelines(results, "carso_inference", "carso_training"),
     "pipelines_atop": lambda results: _pipelines(results, "atop_finetune"),
     "pipelines_diffusion": lambda results: _pipelines(results, "diffusion"),
@@ -238,24 +237,7 @@ def main(chosen: argparse.Namespace) -> bool | None:
     for folder in sorted({path.parent for path in RESULTS.glob("*/*.csv")}):
         sheets.report(folder)
     front_page.pictures(RESULTS, ROOT / "docs" / "pictures")
-    publish()
-    return None
-
-
-def publish() -> None:
-    """Write the package's list of choices between kernel and reference, and the tables of all pages."""
-    print(shipping.write_races(RESULTS))
     for page in every_page():
         for name in fill(page, RESULTS):
             print(f"{page}: the results of the table {name} are missing, so the table was not written", file=sys.stderr)
-
-
-def ship(chosen: argparse.Namespace) -> Path:
-    """Run ``python -m benchmarks ship``: put the choices of `purify-fast tune` into the package and the pages."""
-    path = shipping.take(chosen.device, RESULTS / running.device_class(chosen.device))
-    publish()
-    return path
-
-
-#: The command, whose functions have the names that all commands have.
-SHIP = SimpleNamespace(main=ship, arguments=options.add_device)
+    return None

@@ -7,14 +7,12 @@ import statistics
 from pathlib import Path
 
 from ..gpu.gpu_sections import CAPTURE_COST, STANDARD, VERDICTS
-from ..speed import limits, sheets
+from ..speed import kernel_times, limits, sheets
 
 #: The name of the file with the forms of an attack by PGD. It has a row for each form.
 PGD = "pgd.csv"
 #: Two parts of the evaluation: without CUDA graphs, and with graphs where they save time.
 OFF, AUTO = "graphs off", "graphs auto"
-#: The styles of calls that are raced on a GPU, and their names in the tables.
-STYLES = {"eager": "eager calls", "replay": "replays"}
 
 
 def ours(name: str) -> str:
@@ -98,18 +96,19 @@ def _pgd(rows: list[dict]) -> list[str]:
     return [*sheets.table(heads, body), "", said]
 
 
-def _ratio(row: dict) -> float:
+def ratio(row: dict) -> float:
     """Return the speed of a kernel relative to its reference."""
-    return row["reference_us"] / row["kernel_us"]
+    return float(row["reference_us"]) / float(row["kernel_us"])
 
 
-def summary(raced: dict) -> str:
-    """Return a sentence about all races of a GPU: how many the kernels won, and their mean speedups."""
-    rows = [row for entry in raced["ops"].values() for row in entry["rows"]]
-    ratios = {words: [_ratio(row) for row in rows if row["style"] == style] for style, words in STYLES.items()}
+def summary(rows: list[dict]) -> str:
+    """Return a sentence about the times of all kernels of a GPU: how many were faster, and their mean speedups."""
+    ratios = {
+        words: [ratio(row) for row in rows if row["style"] == style] for style, words in kernel_times.STYLES.items()
+    }
     means = [f"{statistics.geometric_mean(own):.1f} in {words}" for words, own in ratios.items() if own]
     return (
-        f"In {sum(_ratio(row) > 1 for row in rows):,} of {len(rows):,} measurements, the kernel was faster. The "
+        f"In {sum(ratio(row) > 1 for row in rows):,} of {len(rows):,} measurements, the kernel was faster. The "
         f"geometric mean of all speedups is {' and '.join(means)}."
     )
 

@@ -6,11 +6,9 @@ import statistics
 from collections.abc import Mapping
 from pathlib import Path
 
-from purify_fast.ops.dispatch.op import SIZES
-
 from ..kept import machines
 from ..prose import rendered
-from ..speed import limits, sheets, shipping
+from ..speed import kernel_times, limits, sheets
 from ..speed.sheets import table
 from . import gpu_tables
 
@@ -96,20 +94,23 @@ def attack(folder: Path) -> list[str]:
     return ["### An attack", "", text, "", *pipelines(folder, "pgd_forms", caption=False)]
 
 
-def measured_races(raced: dict) -> list[str]:
-    """Return the table of the results of `purify-fast tune` on a device."""
+def times_of_kernels(rows: list[dict]) -> list[str]:
+    """Return the table of the speedups of a device's kernels, from the rows of kernels.csv."""
+    lost: dict[str, list[str]] = {}
+    for (op, variant), speedup in kernel_times.speedups(rows).items():
+        slower = (size for size in sorted(speedup) if speedup[size] < 1)
+        lost.setdefault(op, []).extend(f"{variant} {size:,}".strip() for size in slower)
+    styles = [style for style in kernel_times.STYLES if any(row["style"] == style for row in rows)]
     body = []
-    for op, entry in raced["ops"].items():
+    for op, calls in lost.items():
         cells = []
-        for style in ("eager", "replay", "graph"):
-            ratios = sorted(row["reference_us"] / row["kernel_us"] for row in entry["rows"] if row["style"] == style)
+        for style in styles:
+            own = (row for row in rows if (row["op"], row["style"]) == (op, style))
+            ratios = sorted(map(gpu_tables.ratio, own))
             mean = statistics.geometric_mean(ratios) if ratios else 0.0
             cells.append(f"{mean:.1f} ({ratios[0]:.2g} to {ratios[-1]:,.2g})" if ratios else "-")
-        eager = {name: who.get("eager") for name, who in entry["cells"].items() if name.endswith(tuple(SIZES))}
-        behind = [name for name, who in eager.items() if who == "reference"]
-        body.append([op, *cells, ", ".join(behind) or "-"])
-    styles = ["eager calls", "replayed in a CUDA graph", "inside compiled graphs"]
-    return table(["op", *styles, "cases that run the reference"], body)
+        body.append([op, *cells, "; ".join(calls) or "-"])
+    return table(["op", *(kernel_times.STYLES[style] for style in styles), "calls that run the reference"], body)
 
 
 def _measurements(folder: Path) -> tuple[list[dict], list[dict]]:
@@ -120,28 +121,30 @@ def _measurements(folder: Path) -> tuple[list[dict], list[dict]]:
 def chapter(folder: Path) -> list[str]:
     """Return the lines of a device's chapter, or an empty list if its folder has no measurements."""
     rows, races = _measurements(folder)
-    raced = shipping.read(folder)
-    if not (rows or races or raced):
+    timed = sheets.rows_of(folder / kernel_times.ROWS)
+    if not (rows or races or timed):
         return []
     lines, notes = sheets.verdicts(rows), folder / NOTES
     called = {f"{line['op']} {line['direction']}": line for line in lines}
     behind = {name: line["behind_graph"] for name, line in called.items() if not line["behind_graph"].startswith("0/")}
     compared = [line for line in lines if line["worst_ratio"]]
+    lost = [line for line in lines if not line["behind_eager"].startswith("0/")]
     text = rendered(
         Path(__file__).with_name("chapter.md.jinja"),
         (gpu_tables.summary,),
-        device=raced["machine"]["device"] if raced else (rows or races)[0]["device"],
+        device=(timed or rows or races)[0]["device"],
         name=folder.name,
         gpu=folder.name != "cpu",
         tables=gpu_tables.tables(folder),
         pipelines={name: pipelines(folder, name) for name in dict.fromkeys(row["pipeline"] for row in races)},
         verdicts=lines,
+        lost=lost,
         least=min(compared, key=lambda line: float(line["worst_ratio"]), default={}),
         in_graphs=[name for name, line in called.items() if line["in_graphs"] != "reference"],
         behind_in_graphs=[" ".join(pair) for pair in behind.items()],
         by_expert=any(row["contestant"].startswith(sheets.EXPERT) for row in races),
-        raced=raced,
-        races=measured_races(raced) if raced else [],
+        timed=timed,
+        kernels=times_of_kernels(timed),
         pages=[page for page, own in ((sheets.TABLE, rows), (sheets.PIPELINES_TABLE, races)) if own],
         notes=notes.read_text(encoding="utf-8") if notes.exists() else "",
     )

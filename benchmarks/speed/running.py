@@ -159,7 +159,7 @@ def _right(rows: Iterable[dict]) -> int:
 def ops_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``python -m benchmarks ops``."""
     options.add_names(parser, registry(), what="what is measured")
-    parser.add_argument("--device", choices=["cpu"], default="cpu", help="cpu; on a GPU, run purify-fast tune")
+    parser.add_argument("--device", choices=["cpu"], default="cpu", help="cpu; for a GPU, there is the command kernels")
     options.add_out(parser, "/cpu")
 
 

@@ -1,4 +1,4 @@
-"""Make tables from the CSV files, and choose the implementation of each op from its measured rows.
+"""Make tables from the CSV files.
 
 A row of ops.csv is the measurement of an op with a shape, a dtype, a direction and a style of calls (`timing` explains
 the styles). A row of pipelines.csv is the measurement of an implementation of a pipeline, called a contestant.
@@ -15,17 +15,15 @@ from pathlib import Path
 from purify_fast._files import write_text
 from purify_fast.evaluation.show.text import markdown_table
 from purify_fast.ops import REGISTRY
+from purify_fast.ops.dispatch.op import BACKENDS
 
 from ..kept import machines
 from ..prose import rendered
-from .timing import CONTESTANTS, LEVEL, STYLES
+from .timing import CONTESTANTS, STYLES
 
 ROWS, TABLE = "ops.csv", "ops.md"
 PIPELINES, PIPELINES_TABLE = "pipelines.csv", "pipelines.md"
 
-#: Inside compiled graphs, a kernel must be this many times as fast as the compiled reference: it is not fused with its
-#: neighbors, which may cost more in a user's graph than in the race.
-IN_GRAPHS = 2.0
 #: The beginnings of the names of the expert's forms, and of those of this package.
 EXPERT, OURS = "expert", "ours"
 
@@ -58,26 +56,22 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 
 
 def verdicts(rows: list[dict]) -> list[dict]:
-    """Choose the implementation for eager calls and for compiled graphs, for each op, direction and kernel.
-
-    Eager calls use our kernel if it is at most 5 percent slower than the best other implementation in every row.
-    Otherwise they use the reference in PyTorch. A compiled graph uses our kernel if it is at least `IN_GRAPHS` times as
-    fast as the best other implementation in every row, and if the reference needs many launches that compilers do not
-    fuse.
-    """
-    decided = []
+    """Return a line for each op, direction and kernel: the flags of the op, and how often the kernel was slower."""
+    lines = []
     for op, direction, backend in dict.fromkeys((row["op"], row["direction"], row["backend"]) for row in rows):
         own = [row for row in rows if (row["op"], row["direction"], row["backend"]) == (op, direction, backend)]
         eager, graph = ([row for row in own if row["style"] == style] for style in STYLES)
         lost, lost_in_graphs = (sum(row["verdict"] in ("behind", "wrong") for row in each) for each in (eager, graph))
         worst = min(eager, key=lambda row: float(row["ratio"] or 0))
         gains = [float(row["eager_us"]) / float(row["ours_us"]) for row in eager if row["ratio"]]
-        decided.append(
+        known = REGISTRY[op if direction == "forward" else f"{op}_{direction}"]
+        (kind,) = BACKENDS[backend]
+        lines.append(
             {
                 "op": op,
                 "direction": direction,
-                "eager_calls": "reference" if lost else backend,
-                "in_graphs": backend if _ahead(graph) else "reference",
+                "eager_calls": known.in_words(backend, known.smallest[kind]),
+                "in_graphs": known.in_words(backend, dict.fromkeys(known.in_graphs.get(kind, ()), 0)),
                 "behind_eager": f"{lost}/{len(eager)}",
                 "behind_graph": f"{lost_in_graphs}/{len(graph)}",
                 "gain_on_eager": f"{statistics.geometric_mean(gains) if gains else 0:.2f}",
@@ -85,48 +79,7 @@ def verdicts(rows: list[dict]) -> list[dict]:
                 "worst_row": " ".join(filter(None, (worst["variant"], worst["shape"], worst["dtype"]))),
             }
         )
-    return decided
-
-
-def _ahead(rows: list[dict]) -> bool:
-    """Tell whether a compiled graph should use a kernel, although the compiler cannot fuse the kernel with other code.
-
-    There are two conditions. First, the kernel must be much faster in all rows. Second, the reference must need many
-    launches that compilers do not fuse (see `Op.serves_unraced`). Any other reference could be faster in a user's model
-    than in the measured graph, because the compiler could fuse it with more operations.
-    """
-    many = REGISTRY[rows[0]["op"]].serves_unraced("graph") if rows and rows[0]["op"] in REGISTRY else ()
-    return bool(many) and all(
-        float(row["ratio"] or 0) >= IN_GRAPHS and ("" in many or row["variant"] in many) for row in rows
-    )
-
-
-def races(rows: list[dict]) -> dict:
-    """Return an entry of the package's races.json: the implementation of each op and variant, and the machine.
-
-    If ops were measured on several machines, the result names the machine with the most rows.
-    """
-    usual = statistics.mode(row["device"] for row in rows)
-    first = next(row for row in rows if row["device"] == usual)
-    kind = "cpu" if first["backend"] == "cpp" else "cuda"
-    decided: dict[str, dict] = {}
-    for op, direction in dict.fromkeys((row["op"], row["direction"]) for row in rows):
-        own = [row for row in rows if (row["op"], row["direction"]) == (op, direction)]
-        cells = {"": _winners(own)}
-        for variant in dict.fromkeys(row["variant"] for row in own if row["variant"]):
-            cells[variant] = _winners([row for row in own if row["variant"] == variant])
-        decided[op if direction == "forward" else f"{op}_backward"] = {"cells": cells}
-    device, _, capability = first["device"].partition(" x86_64 ")
-    capability = f"x86_64 {capability}" if capability else ""
-    machine = {"kind": kind, "device": device, "capability": capability, "torch": first["torch"]}
-    machine |= {"triton": first["triton"], "threads": first["threads"]}
-    return {"machine": machine, "date": max(row["date"] for row in rows), "ops": dict(sorted(decided.items()))}
-
-
-def _winners(rows: list[dict]) -> dict[str, str]:
-    """Return the implementations for eager calls and for compiled graphs, from the rows of one op and direction."""
-    (line,) = verdicts(rows)
-    return {"eager": line["eager_calls"], "graph": line["in_graphs"]}
+    return lines
 
 
 def measured_on(rows: list[dict], kind: str) -> str:
@@ -142,13 +95,13 @@ def measured_on(rows: list[dict], kind: str) -> str:
 
 
 def verdicts_table(rows: list[dict]) -> list[str]:
-    """Return the table with the chosen implementation of each op, and with the speed of our kernel."""
+    """Return the table with the implementation that runs by default for each op, and with the speed of our kernel."""
     head = ["op", "direction", "eager calls", "in graphs", "slower, eager", "slower, graph", "gain", "worst ratio"]
     return table([*head, "where"], (line.values() for line in verdicts(rows)))
 
 
 def markdown(rows: list[dict]) -> str:
-    """Return the page of the ops, with the chosen implementations and all rows."""
+    """Return the page of the ops, with the default implementations and all rows."""
     heads = ["op", "shape", "dtype", "direction", "style", *CONTESTANTS, "ratio", "GB/s", ""]
     body = []
     for row in rows:
@@ -156,7 +109,7 @@ def markdown(rows: list[dict]) -> str:
         cells += [row[f"{kind}_us"] or "wrong" for kind in CONTESTANTS]
         cells += [row["ratio"], row["GB_per_s"], row["verdict"]]
         body.append(cells)
-    values = {"rows": rows, "least": LEVEL, "in_graphs": IN_GRAPHS, "every_row": table(heads, body)}
+    values = {"rows": rows, "every_row": table(heads, body)}
     return rendered(PAGES / "ops.md.jinja", (measured_on, verdicts_table), **values)
 
 

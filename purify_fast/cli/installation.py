@@ -14,8 +14,7 @@ from .._version import __version__
 from ..evaluation.show.text import terminal_table
 from ..ops import REGISTRY
 from ..ops.dispatch import records
-from ..ops.dispatch.op import Style
-from ..ops.dispatch.registry import Op, forced_backends
+from ..ops.dispatch.registry import Op, forced_backends, sizes_here
 from ..ops.dispatch.verify import known_verdict
 
 #: The words for a kernel that failed its verification.
@@ -28,13 +27,6 @@ def _devices() -> dict[str, torch.device]:
     if torch.cuda.is_available():
         devices["cuda"] = torch.device("cuda", torch.cuda.current_device())
     return devices
-
-
-def _who(op: Op, style: Style, device: torch.device) -> tuple[str, str]:
-    """The names of the backends that compute an op on a device in a style of calls, and the reasons."""
-    winners = [op.wanted(call) for call in op.calls(device, style)]
-    backends, reasons = (dict.fromkeys(each) for each in zip(*winners, strict=True))
-    return " or ".join(backends), "; ".join(reasons)
 
 
 def _state(op: Op, kind: str) -> tuple[str, str, str]:
@@ -53,9 +45,10 @@ def _state(op: Op, kind: str) -> tuple[str, str, str]:
     if verdict is not None and not verdict.passed:
         return "reference", "reference", f"the {op.kernel(kind)} kernel is {WRONG}: {verdict.words()}; please report it"
     device = torch.device(kind) if present is None else present
-    (eager, why), (graph, inside) = _who(op, "eager", device), _who(op, "graph", device)
-    words = [f"eager calls: {why}", f"graphs: {inside}", verdict.words() if verdict else "verified at first use"]
-    return eager, graph, "; ".join(words)
+    sizes, why = sizes_here(op.name, device)
+    eager = op.in_words(op.kernel(kind), sizes)
+    graph = op.in_words(op.kernel(kind), dict.fromkeys(op.in_graphs.get(kind, ()), 0))
+    return eager, graph, f"{why}; {verdict.words() if verdict else 'verified at first use'}"
 
 
 def info(everything: bool) -> str:

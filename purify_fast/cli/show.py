@@ -94,8 +94,8 @@ class Info(Command):
 class Tune(Command):
     """Time the kernels on this machine against PyTorch, in some minutes. Later runs use the faster of the two.
 
-    Every kernel is verified first. The times are saved for this device and these versions, in the folder that `info`
-    names. Run this command on a machine that does nothing else.
+    Every kernel is verified first. The smallest size from which on each kernel is faster is saved for this device and
+    these versions, in the folder that `info` names. Run this command on a machine that does nothing else.
 
     Args:
         device: Device whose kernels are timed: cpu or cuda. auto: a GPU if there is any.
@@ -110,16 +110,22 @@ class Tune(Command):
     def run(self) -> None:
         import torch
 
-        from ..ops.dispatch.racing import tune
+        from ..evaluation.show.text import terminal_table
         from ..ops.dispatch.records import file_of
-        from ..speed.graphs.cuda_capture import CudaCapture
+        from ..ops.dispatch.registry import sizes_here
+        from ..ops.dispatch.tuning import SIZES, tune
 
         device = torch.device(usable_device(self.device))
         if device.type == "cuda":
             device = torch.device("cuda", torch.cuda.current_device())
-        capture = CudaCapture() if device.type == "cuda" else None
-        rows, failed = tune(device, ops=self.ops, capture=capture)
+        speedups, failed = tune(device, self.ops)
+        sizes, body = SIZES[device.type], []
+        for (op, variant), speedup in speedups.items():
+            smallest = sizes_here(op, device)[0][variant]
+            cells = (f"{speedup[size]:.2f}" if size in speedup else "-" for size in sizes)
+            body.append([op, variant, *cells, "never" if smallest is None else f"{smallest:,}"])
+        print("How many times as fast as PyTorch each kernel is, by the number of elements:")
+        print(terminal_table(["op", "variant", *(f"{size:,}" for size in sizes), "kernel runs from"], body))
         for name, why in failed.items():
-            print(f"not timed: {name}: {why}; please report it")
-        print(f"{sum(map(len, rows.values()))} timings of {len(rows)} ops, saved in {file_of(device)}")
-        print("`purify-fast info --all` lists the implementation that each op now uses")
+            print(f"not timed: {name}: {why}")
+        print(f"The last column is saved in {file_of(device)}")

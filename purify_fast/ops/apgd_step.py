@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .._tensors import per_image, per_sample
-from .dispatch.examples import IMAGES, RGB, ROWS
+from .dispatch.examples import IMAGES, ROWS
 from .dispatch.registry import define_op, wide
 from .pgd_step import check, direction, project, step_arguments, step_examples
 
@@ -46,8 +46,10 @@ OP = define_op(
     "float lo, float hi) -> Tensor",
     reference=reference,
     examples=step_examples(_arguments, NORMS, IMAGES, ON_GPU),
-    raced=step_examples(_arguments, NORMS, RGB, {}),
-    compiler_fuses=("linf",),
+    # From benchmarks/results: kernels.csv of cpu and nvidia-h200, and cpu/ops.csv.
+    cpu=0,
+    cuda=0,
+    in_graphs={"cuda": ("l2",)},
     differentiable=False,
 )
 

@@ -213,7 +213,6 @@ EXAMPLES = {
     ("wide", 2, torch.float32, "squashed", ""): "f",
     ("wide", 2, torch.float32, "", "kept"): "f",
 }
-RACED = (("cifar", 8, torch.bfloat16, "squashed", ""), ("cifar", 8, torch.bfloat16, "", ""))
 
 
 def _arguments(*setting: Any) -> tuple[Any, ...]:
@@ -228,7 +227,7 @@ def _arguments(*setting: Any) -> tuple[Any, ...]:
     first = normal(seed + 20, *sizes.start, sizes.latent_dim, scale=sizes.latent_dim**-0.5)
     packed, shifts = pack(first, weights, biases)
     condition = normal(seed + 30, ROWS, math.prod(sizes.start)).float()
-    # The weights are parameters, because a race repeats the rows of all tensors that are not parameters.
+    # The weights are parameters, because `tile` repeats the rows of all tensors that are not parameters.
     parameters = Parameter(packed.to(weight_dtype), False), Parameter(shifts.float(), False)
     settings = samples, 0.2, bool(squash), squash == "", dtype, bool(kept)
     return condition, *stream(seed), *parameters, sizes.numbers(), *settings
@@ -249,9 +248,9 @@ OP = define_op(
     examples=examples(
         _arguments, EXAMPLES, dtypes=(torch.float32, torch.bfloat16), jumps=lambda *setting: setting[-1] == "kept"
     ),
-    raced=examples(_arguments, RACED, dtypes=(torch.float32, torch.bfloat16)),
-    # Races distinguish calls by the dtype of the images, and by the size of the condition.
-    size_key=lambda condition, *others: (others[-2], condition.numel()),
+    # From benchmarks/results: nvidia-h200/kernels.csv. There is no kernel for CPUs.
+    cuda=0,
+    in_graphs={"cuda": ("",)},
 )
 BACKWARD = define_backward(
     OP,
@@ -330,7 +329,7 @@ def decode_prior(
         raise ValueError(f"samples must be at least 1, and slope finite and at least 0, got {samples} and {slope}")
     # The backward multiplies by image * (1 - image), but bfloat16 rounds an image above 0.998 to 1.
     wanted = real if squash and condition.requires_grad and torch.is_grad_enabled() else dtype
-    if OP.uses_reference(condition.device, wanted, condition.numel()):
+    if OP.uses_reference(condition.device, condition.numel()):
         with without_autocast(condition.device):
             weights = unpack(packed, biases, geometry)
             logits = maps(condition, seed, sample_ids, weights, geometry, samples=samples, slope=float(slope))[-1]

@@ -107,7 +107,7 @@ def _like(prediction: Tensor) -> Tensor:
 
 
 def variant(learned: bool, noisy: bool) -> str:
-    """Return the op's variant, which is a setting for which the backend is chosen separately."""
+    """Return the op's variant, which has a flag of its own."""
     return "learned" if learned and noisy else "fixed" if noisy else "noiseless"
 
 
@@ -121,9 +121,6 @@ EXAMPLES = {
     ((ROWS, 3, 16, 16), False, False, ""): "h",
     ((ROWS, 2, 9, 15), True, False, "channels_last"): "",
 }
-RACED = tuple(
-    ((ROWS, 3, 32, 32), learned, noisy, "") for learned, noisy in ((False, True), (True, True), (False, False))
-)
 PROPERTIES: dict[str, Any] = {
     "variant": lambda shape, learned, noisy, _: variant(learned, noisy),
     "exact": lambda shape, learned, noisy, _: not noisy,
@@ -151,9 +148,10 @@ OP = define_op(
     "bool noisy) -> Tensor",
     reference=reference,
     examples=examples(_arguments, EXAMPLES, **PROPERTIES),
-    raced=examples(_arguments, RACED, **PROPERTIES),
-    compiler_fuses=("noiseless",),
-    size_key=lambda x, prediction, *_: (prediction.dtype, x.numel()),
+    # From benchmarks/results: cpu/ops.csv and nvidia-h200/kernels.csv.
+    cpu=0,
+    cuda=0,
+    in_graphs={"cuda": ("fixed", "learned")},
 )
 BACKWARD = define_backward(
     OP,
@@ -162,7 +160,7 @@ BACKWARD = define_backward(
     reference=reference_backward,
     fake=lambda grad, x, prediction, *_: (x.new_empty(x.shape), _like(prediction)),
     changes={"exact": lambda shape, learned, noisy, _: not (learned and noisy)},
-    size_key=lambda grad, x, prediction, *_: (prediction.dtype, x.numel()),
+    in_graphs={"cpu": ("fixed",), "cuda": ("fixed", "learned")},
 )
 
 
@@ -254,6 +252,6 @@ def diffusion_step(
     seed, sample_ids = default_stream(seed, sample_ids, x.shape[0], **others)
     which = variant(prediction.shape[1] > x.shape[1], noisy)
     kernel = _diffusion_step if needs_gradient(x, prediction) else OP.handle
-    call = reference if OP.uses_reference(x.device, prediction.dtype, x.numel(), which) else kernel
+    call = reference if OP.uses_reference(x.device, x.numel(), which) else kernel
     given = (x, prediction, coefficients.detach(), seed, sample_ids, draws, step)
     return call(*_distinct(given), noisy)

@@ -39,7 +39,6 @@ EXAMPLES = {
     ((ROWS, 2050), 1): "b",
     ((ROWS, 5, 7, 14), 3): "h",
 }
-RACED = (((ROWS, 96, 16, 16), 1), ((ROWS, 16, 16, 96), 3))
 
 
 def _arguments(shape: tuple[int, ...], dim: int, dtype: torch.dtype, seed: int) -> tuple[Tensor, int]:
@@ -52,13 +51,15 @@ OP = define_op(
     reference=lambda features, dim: reference(features, dim).contiguous(),
     fake=lambda features, dim: features.new_empty(features.chunk(2, dim)[0].shape),
     examples=examples(_arguments, EXAMPLES, slack=16.0),
-    raced=examples(_arguments, RACED),
-    compiler_fuses=("",),
+    # From benchmarks/results: kernels.csv of cpu and nvidia-h200, and cpu/ops.csv.
+    cpu=0,
+    cuda=2**20,
 )
 BACKWARD = define_backward(
     OP,
     "(Tensor grad, Tensor features, int dim) -> Tensor",
     reference=reference_backward,
+    cuda=0,
 )
 
 
@@ -82,7 +83,7 @@ def gated_elu(features: Tensor) -> Tensor:
         raise ValueError(f"features must be [B, 2C, ...], got {list(features.shape)}")
     if features.shape[1] % 2:
         raise ValueError(f"features must have an even number of channels, 2C, got {features.shape[1]}")
-    if OP.uses_reference(features.device, features.dtype, features.numel()):
+    if OP.uses_reference(features.device, features.numel()):
         return reference(features, 1)
     call = _gated_elu if needs_gradient(features) else OP.handle
     # The op gets contiguous rows with their halves in the last dimension, for every memory layout.

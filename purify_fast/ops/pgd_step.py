@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .._tensors import check_alike, per_image, per_sample
 from .._validation import Norm, read_norm
-from .dispatch.examples import IMAGES, LAYOUTS, RGB, ROWS, Example, examples, laid_out, normal, uniform, wide_dtype
+from .dispatch.examples import IMAGES, LAYOUTS, ROWS, Example, examples, laid_out, normal, uniform, wide_dtype
 from .dispatch.registry import define_op, wide
 
 NORMS = ("linf", "l2", "l1")
@@ -159,8 +159,10 @@ OP = define_op(
     "-> Tensor",
     reference=reference,
     examples=step_examples(step_arguments, NORMS, IMAGES, ON_GPU),
-    raced=step_examples(step_arguments, NORMS, RGB, {}),
-    compiler_fuses=("linf",),
+    # From benchmarks/results: kernels.csv of cpu and nvidia-h200, and cpu/ops.csv.
+    cpu=0,
+    cuda=0,
+    in_graphs={"cpu": ("l1",), "cuda": ("l2", "l1")},
     differentiable=False,
 )
 

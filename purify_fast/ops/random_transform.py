@@ -118,11 +118,6 @@ EXAMPLES = {
     }.items()
     for layout, letters in zip(LAYOUTS, gpu, strict=True)
 }
-RACED = tuple(
-    ((ROWS, 3, 32, 32), 4, passes, sigma, 1, layout)
-    for passes, sigma in ((0, 0.25), (4, 0.25), (0, 0.0))
-    for layout in LAYOUTS
-)
 
 
 def _arguments(*setting: Any) -> tuple[Any, ...]:
@@ -148,7 +143,10 @@ OP = define_op(
         exact=lambda shape, block, passes, sigma, *_: sigma == 0,
         slack=lambda shape, block, passes, sigma, *_: 16.0 if sigma else 0.0,
     ),
-    raced=examples(_arguments, RACED),
+    # From benchmarks/results: kernels.csv of cpu and nvidia-h200, and cpu/ops.csv.
+    cpu=0,
+    cuda=0,
+    in_graphs={"cuda": ("",)},
 )
 BACKWARD = define_backward(
     OP,
@@ -232,6 +230,6 @@ def random_transform(
     # 1e-6 compensates rounding: 1/49 of 49 blocks is one block, although the floating-point product is 0.999...
     masked_blocks = min(int(mask_ratio * blocks + 1e-6), blocks - 1) if num_passes is None else 0
     kernel = _random_transform if needs_gradient(x) else OP.handle
-    call = reference if OP.uses_reference(x.device, x.dtype, x.numel()) else kernel
+    call = reference if OP.uses_reference(x.device, x.numel()) else kernel
     passes = num_passes or 0
     return call(x, seed, sample_ids, sigma, block, masked_blocks, passes, samples, shared_mask, dtype, channels_last)

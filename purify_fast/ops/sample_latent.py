@@ -41,7 +41,6 @@ def reference_backward(
 
 
 EXAMPLES = {((ROWS, 64),): "fb", ((ROWS, 37),): "h", ((ROWS, 2500),): ""}
-RACED = (((ROWS, 128),),)
 
 
 def _arguments(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> tuple[Tensor, ...]:
@@ -54,13 +53,17 @@ OP = define_op(
     reference=reference,
     fake=lambda mu, logvar, seed, sample_ids: (mu.new_empty(mu.shape), wide(mu).new_empty(mu.shape[0])),
     examples=examples(_arguments, EXAMPLES, slack=16.0),
-    raced=examples(_arguments, RACED),
+    # From benchmarks/results: kernels.csv of cpu and nvidia-h200, and cpu/ops.csv.
+    cpu=0,
+    cuda=0,
+    in_graphs={"cuda": ("",)},
 )
 BACKWARD = define_backward(
     OP,
     "(Tensor grad_z, Tensor grad_kl, Tensor mu, Tensor logvar, Tensor seed, Tensor sample_ids) -> (Tensor, Tensor)",
     reference=reference_backward,
     fake=lambda grad_z, grad_kl, mu, logvar, seed, sample_ids: (mu.new_empty(mu.shape), logvar.new_empty(mu.shape)),
+    size=lambda grad_z, *_: grad_z.numel(),
 )
 
 
@@ -103,7 +106,7 @@ def sample_latent(
         z, kl = sample_latent(mu.flatten(0, -2), logvar.flatten(0, -2), seed, sample_ids)
         return z.view(mu.shape), kl.view(mu.shape[:-1])
     seed, sample_ids = default_stream(seed, sample_ids, mu.shape[0], mu=mu)
-    if OP.uses_reference(mu.device, mu.dtype, mu.numel()):
+    if OP.uses_reference(mu.device, mu.numel()):
         return reference(mu, logvar, seed, sample_ids)
     if not needs_gradient(mu, logvar):
         return OP.handle(mu, logvar, seed, sample_ids)

@@ -49,15 +49,15 @@ def test_all_kernels_are_verified_by_132_compiles():
 
 @pytest.fixture
 def reached(monkeypatch) -> set[str]:
-    """The ops that are called from now on, all served by their references."""
+    """The ops that are called from now on, all computed by their references."""
     names: set[str] = set()
 
-    def serving(op, call):
+    def backend_for(op, *given):
         names.add(op.name)
         return "reference"
 
-    monkeypatch.setattr(registry.Op, "serving", serving)
-    # Choices of earlier tests would be used without asking `serving`.
+    monkeypatch.setattr(registry.Op, "backend_for", backend_for)
+    # Choices of earlier tests would be used without asking `backend_for`.
     registry.forget_choices()
     return names
 

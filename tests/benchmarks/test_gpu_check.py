@@ -17,10 +17,12 @@ from small_runs import attack, batch, classifier_task
 
 from benchmarks import __main__ as program
 from benchmarks.gpu import gpu_check, gpu_sections, in_use
-from benchmarks.speed import limits, pipelines, running, sheets, shipping, timing
+from benchmarks.pages import performance
+from benchmarks.speed import kernel_times, limits, pipelines, running, sheets, timing
 from benchmarks.speed.pipelines import pgd_forms
 from purify_fast import _library
 from purify_fast.ops import REGISTRY
+from purify_fast.ops.dispatch import tuning
 from purify_fast.speed import StepGraphs
 
 ROOT = Path(__file__).parents[2]
@@ -73,7 +75,7 @@ def test_a_section_that_fails_stops_no_other(tmp_path, monkeypatch, forking):
         raise ValueError("what went wrong")
 
     sections = {"captures": (bad, 300.0), "limits": (lambda _: time.sleep(600), 7.0)}
-    sections["races"] = (lambda _: os._exit(3), 300.0)
+    sections["kernels"] = (lambda _: os._exit(3), 300.0)
     for name, (run, limit) in sections.items():
         monkeypatch.setitem(gpu_sections.SECTIONS, name, gpu_sections.Section("measured", run, (limit, limit)))
     monkeypatch.setitem(gpu_check.CALLS, "measured", gpu_check.Call((900, 900), False))
@@ -271,31 +273,32 @@ def test_limits_are_rates_of_random_data(tmp_path):
 
 
 @pytest.mark.skipif(not _library.loaded(), reason="the CPU's kernels are the extension's")
-def test_the_races_end_in_a_file_that_could_ship(tmp_path, monkeypatch):
-    """The races of one op rehearsed: nothing outside of the folder is written."""
+def test_the_times_of_kernels_end_in_a_file(tmp_path, monkeypatch):
+    """The times of one op rehearsed: nothing outside of the folder is written."""
     monkeypatch.setenv("PURIFY_FAST_CACHE", str(tmp_path / "cache"))
     kept = {name: op for name, op in REGISTRY.items() if name == "noisy_replay"}
-    monkeypatch.setattr("purify_fast.ops.dispatch.racing.REGISTRY", kept)
-    monkeypatch.setattr(gpu_sections.racing, "RUN", 1e-5)
-    monkeypatch.setitem(gpu_sections.racing.ELEMENTS, "cpu", {"small": 2**10})
-    out = tmp_path / "cpu"
-    context = gpu_sections.Context(out, CPU, True, 60.0)
-    outcome = gpu_sections.races(context)
+    monkeypatch.setattr(tuning, "REGISTRY", kept)
+    monkeypatch.setattr(tuning, "SECONDS", 1e-5)
+    monkeypatch.setitem(tuning.SIZES, "cpu", [2**10])
+    context = gpu_sections.Context(tmp_path / "cpu", CPU, True, 60.0)
+    outcome = gpu_sections.times_of_kernels(context)
     assert outcome.state == "passed" and not outcome.left_out, outcome
-    raced = json.loads((out / "raced.json").read_text())["ops"]["noisy_replay"]["rows"]
-    assert raced and all(row["reference_us"] > 0 < row["kernel_us"] for row in raced)
-    shipped = shipping.shipped(out)
-    assert set(shipped["ops"]) == {"noisy_replay"} and "rows" not in shipped["ops"]["noisy_replay"]
+    rows = sheets.read_csv(tmp_path / "cpu" / "kernels.csv")
+    assert {(row["op"], row["dtype"], row["elements"], row["style"]) for row in rows} == {
+        ("noisy_replay", dtype, "1024", "eager") for dtype in ("float32", "bfloat16")
+    }
+    assert list(kernel_times.speedups(rows)) == [("noisy_replay", "")]
+    assert "| noisy_replay | " in "\n".join(performance.times_of_kernels(rows))
 
 
 def test_an_archive_is_small_enough(tmp_path, monkeypatch):
     """The largest files are left out, and named."""
     monkeypatch.setattr(gpu_check, "MOST_BYTES", 300_000)
     (tmp_path / "gpu_check" / "deeper").mkdir(parents=True)
-    files = {"races.json": 10_000, "gpu_check/tests.log": 200_000, "gpu_check/pgd.log": 1_300_000, "weights.bin": 10}
+    files = {"kernels.csv": 10_000, "gpu_check/tests.log": 200_000, "gpu_check/pgd.log": 1_300_000, "weights.bin": 10}
     for name, size in (files | {"gpu_check/deeper/rows.json": 10}).items():
         (tmp_path / name).write_bytes(os.urandom(size))
     path, left_out = gpu_check.pack(tmp_path, "measured")
     assert path.stat().st_size < 300_000 and left_out == ["gpu_check/pgd.log"]
     with tarfile.open(path) as archive:
-        assert set(archive.getnames()) == {f"{tmp_path.name}/{name}" for name in ("races.json", "gpu_check/tests.log")}
+        assert set(archive.getnames()) == {f"{tmp_path.name}/{name}" for name in ("kernels.csv", "gpu_check/tests.log")}

@@ -1,6 +1,5 @@
-"""The benchmark runs, its reports say what its rows say, and the defaults of the ops are its committed verdict."""
+"""The benchmark runs, its reports say what its rows say, and the defaults of the ops follow from its committed rows."""
 
-import json
 import math
 from pathlib import Path
 
@@ -8,13 +7,10 @@ import pytest
 import torch
 
 from benchmarks import __main__ as program
-from benchmarks.speed import running, sheets, shipping, timing
+from benchmarks.speed import kernel_times, running, sheets, timing
 from benchmarks.speed.op_cases import registry
 from purify_fast import _library
 from purify_fast.ops import REGISTRY
-from purify_fast.ops.dispatch import races, records
-from purify_fast.ops.dispatch.op import SIZES, Call
-from purify_fast.ops.dispatch.races import SHIPPED
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,8 +21,8 @@ needs_extension = pytest.mark.skipif(not _library.loaded(), reason="the benchmar
 
 def row(op: str, ratio: float | None, **more: str) -> dict:
     """One row as the CSV holds it."""
-    known = {"op": op, "style": "eager", "backend": "cpp", "GB_per_s": "1", "runs": "15"}
-    columns = ("variant", "shape", "dtype", "direction", "device", "threads", "torch", "triton", "date")
+    known = {"op": op, "style": "eager", "direction": "forward", "backend": "cpp", "GB_per_s": "1", "runs": "15"}
+    columns = ("variant", "shape", "dtype", "device", "threads", "torch", "triton", "date")
     times = {f"{kind}_us": "1.0" for kind in timing.CONTESTANTS}
     made = dict.fromkeys(columns, "x") | times | known | {"ratio": "" if ratio is None else f"{ratio:.3f}"}
     made["verdict"] = timing.verdict(made)
@@ -36,18 +32,21 @@ def row(op: str, ratio: float | None, **more: str) -> dict:
 def test_verdicts():
     found = [timing.verdict({"ratio": r}) for r in ("1.2", "0.97", "0.95", "0.949", "")]
     assert found == ["best", "level", "level", "behind", "wrong"]
-    rows = [row(op, ratio) for op, ratio in (("a", 1.5), ("a", 0.96), ("b", 2.0), ("c", 3.0), ("c", None))]
-    rows.insert(3, row("b", 0.94, shape="here", style="graph"))
-    decided = {line["op"]: line for line in sheets.verdicts(rows)}
-    assert [decided[op]["eager_calls"] for op in "abc"] == ["cpp", "cpp", "reference"]
-    assert all(line["in_graphs"] == "reference" for line in decided.values())
-    assert decided["b"]["behind_eager"] == "0/1" and decided["b"]["behind_graph"] == "1/1"
-    two = [row("a", 0.9, direction="backward", shape="here"), row("a", 1.5, direction="forward")]
+    names = "philox", "stitch", "pgd_step"
+    rows = [row(op, ratio) for op, ratio in zip([*names, *names], (1.5, 2.0, 3.0, 0.96, 1.2, None), strict=True)]
+    rows.insert(3, row("stitch", 0.94, shape="here", style="graph"))
+    lines = {line["op"]: line for line in sheets.verdicts(rows)}
+    assert [lines[op]["behind_eager"] for op in names] == ["0/2", "0/2", "1/2"]
+    assert lines["stitch"]["behind_graph"] == "1/1" and lines["philox"]["behind_graph"] == "0/0"
+    assert lines["pgd_step"]["eager_calls"] == "cpp" and lines["stitch"]["in_graphs"] == "reference"
+    assert lines["pgd_step"]["in_graphs"] == "cpp for l1; reference for linf, l2"
+    two = [row("stitch", 0.9, direction="backward", shape="here"), row("stitch", 1.5, direction="forward")]
     two = {line["direction"]: line for line in sheets.verdicts(two)}
-    assert two["backward"]["eager_calls"] == "reference" and two["forward"]["eager_calls"] == "cpp"
+    assert two["backward"]["behind_eager"] == "1/1" and two["forward"]["behind_eager"] == "0/1"
     assert "here" in two["backward"]["worst_row"] and two["backward"]["worst_ratio"] == "0.900"
     table = sheets.markdown(rows)
-    assert "| c | x | reference | reference | 1/2 | 0/0 | 1.00 |" in table and table.count("| behind |") == 1
+    assert "| philox | forward | cpp | reference | 0/2 | 0/0 | 1.00 | 0.960 |" in table
+    assert table.count("| behind |") == 1
 
 
 def test_a_wrong_result_has_no_number():
@@ -94,7 +93,7 @@ def test_quick_run_writes_rows_and_tables(tmp_path, capsys, monkeypatch):
 
 def test_every_op_with_a_kernel_is_measured():
     everything = {name for name in REGISTRY if not name.endswith("_backward")}
-    # these have kernels on a GPU alone, which `purify-fast tune` races
+    # these have kernels on a GPU alone, which `python -m benchmarks kernels` times
     assert set(registry()) == everything - {"decode_samples", "square_proposal"}
     assert all(set(case.directions) <= set(case.moved) for cases in registry().values() for case in cases())
 
@@ -115,58 +114,37 @@ def test_committed_results_are_complete():
     assert (folder / sheets.TABLE).read_text() == sheets.markdown(rows)
 
 
-def test_what_ships_is_the_committed_verdict():
-    files = ("ops.csv", shipping.FILE)
-    folders = {path.parent for name in files for path in COMMITTED.parents[1].glob(f"*/{name}")}
-    committed = [shipping.shipped(folder) for folder in sorted(folders)]
-    assert json.loads(SHIPPED.read_text()) == committed, "run `python -m benchmarks report`"
+@pytest.mark.parametrize(
+    "folder", sorted(COMMITTED.parents[1].glob(f"*/{kernel_times.ROWS}")), ids=lambda it: it.parent.name
+)
+def test_the_smallest_sizes_are_those_of_the_committed_times(folder):
+    """An eager call uses a kernel in the sizes in which it takes less time, over all layouts and dtypes together."""
+    kind = "cpu" if folder.parent.name == "cpu" else "cuda"
+    found = kernel_times.speedups(sheets.read_csv(folder))
+    assert len(found) > 20
+    for (op, variant), speedup in found.items():
+        # Layouts are variants of no kernel.
+        smallest = REGISTRY[op].smallest[kind][variant]
+        used = {size: smallest is not None and size >= smallest for size in speedup}
+        assert used == {size: ratio >= 1 for size, ratio in speedup.items()}, (op, variant, smallest, speedup)
 
 
-def test_races_ship_in_place_of_rows_and_rows_fill_what_was_not_raced(tmp_path):
-    """Without the facts of one machine: rows, hashes, verifications."""
-    known = {"device": "D x86_64 A", "direction": "forward"}
-    rows = [row("pgd_step", 3.0, variant=v, style=s, **known) for v in ("l1", "linf") for s in timing.STYLES]
-    sheets.write_csv(tmp_path / sheets.ROWS, rows)
-    base = shipping.shipped(tmp_path)
-    assert base["ops"]["pgd_step"]["cells"]["l1"] == {"eager": "cpp", "graph": "cpp"}
-    cells = {"": {"eager": "reference"}, "linf": {"eager": "reference"}, "linf float32": {"eager": "cpp"}}
-    raced = {"machine": {"kind": "cpu", "device": "E"}, "date": "2026-02-03", "threads": 3}
-    raced["ops"] = {"pgd_step": {"cells": cells, "sources": "x", "rows": [], "verified": {}}}
-    (tmp_path / shipping.FILE).write_text(json.dumps(raced))
-    made = shipping.shipped(tmp_path)
-    assert made["machine"] == {"kind": "cpu", "device": "E", "threads": "3"} and made["date"] == "2026-02-03"
-    assert made["ops"]["pgd_step"] == {
-        "cells": {
-            "": {"eager": "reference", "graph": "reference"},
-            "l1": {"eager": "cpp", "graph": "cpp"},
-            "linf": {"eager": "reference", "graph": "reference"},
-            "linf float32": {"eager": "cpp"},
-        },
-    }
+@pytest.mark.parametrize("op", registry())
+def test_a_kernel_that_is_slower_than_the_compiler_is_not_used(op):
+    """Over all committed rows, a kernel that runs by default is level with the compiled reference, or faster.
 
-
-def test_only_races_of_this_machine_are_taken(tmp_path, monkeypatch):
-    monkeypatch.setenv("PURIFY_FAST_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(FileNotFoundError, match="purify-fast tune"):
-        shipping.take(CPU, tmp_path / "results")
-    records.update(CPU, {"philox": {"sources": "x", "cells": {"": {"eager": "cpp"}}}}, date="2026-01-01")
-    path = shipping.take(CPU, tmp_path / "results")
-    assert json.loads(path.read_text())["ops"]["philox"]["cells"][""]["eager"] == "cpp"
-    records.forget()
-
-
-@needs_extension
-@pytest.mark.parametrize("op", sorted(json.loads(SHIPPED.read_text())[0]["ops"]))
-def test_defaults_are_what_ships_for_this_machine(op, tmp_path, monkeypatch):
-    monkeypatch.setenv("PURIFY_FAST_CACHE", str(tmp_path))
-    entry = races.nearest(records.machine(CPU))["ops"][op]
-    for name, winners in entry["cells"].items():
-        words = name.split()
-        bits = SIZES[words.pop()] - 1 if words and words[-1] in SIZES else 0
-        dtype = getattr(torch, words[-1], None) if words else None
-        dtype = dtype if isinstance(dtype, torch.dtype) else None
-        for style, winner in winners.items():
-            # not every processor has the instructions of every kernel
-            here = winner if winner in REGISTRY[op].available["cpu"] else "reference"
-            call = Call(CPU, " ".join(words[: len(words) - (dtype is not None)]), dtype, bits, style)
-            assert REGISTRY[op].wanted(call).backend == here, call
+    Inside graphs it takes at most half of the time.
+    """
+    for name, direction in ((op, "forward"), (f"{op}_backward", "backward")):
+        rows = [row for row in sheets.read_csv(COMMITTED) if (row["op"], row["direction"]) == (op, direction)]
+        assert bool(rows) == (name in REGISTRY)
+        for measured, style in {(row["variant"], row["style"]) for row in rows}:
+            # Layouts are variants of the benchmark only.
+            variant = measured if measured in REGISTRY[name].smallest["cpu"] else ""
+            in_graphs = variant in REGISTRY[name].in_graphs.get("cpu", ())
+            used = in_graphs if style == "graph" else REGISTRY[name].smallest["cpu"][variant] is not None
+            if used:
+                own = [row for row in rows if (row["variant"], row["style"]) == (measured, style)]
+                ours = sum(float(row["ours_us"]) for row in own)
+                best = sum(min(float(row["eager_us"]), float(row["compile_us"])) for row in own)
+                assert best / ours >= (2 if style == "graph" else timing.LEVEL), (name, measured, style)

@@ -101,7 +101,7 @@ def bfloat16_of_a_gpu(monkeypatch):
 
 @pytest.fixture
 def backend(monkeypatch) -> Iterator[str]:
-    """Every op is served by its Triton kernel, and float64 by the reference."""
+    """Every op is computed by its Triton kernel, and float64 by the reference."""
     import torch
 
     from purify_fast.ops import REGISTRY

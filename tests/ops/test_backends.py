@@ -1,5 +1,6 @@
 """Which backend serves an op, and what happens when a forced one is missing."""
 
+import math
 import threading
 
 import pytest
@@ -10,7 +11,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from purify_fast import _library
 from purify_fast.attacks import checkpointed_steps
 from purify_fast.ops import REGISTRY, aggregate, gated_elu, philox, use_backend
-from purify_fast.ops.dispatch.op import Call
 from purify_fast.ops.dispatch.registry import Op, _narrow, forced_backends
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -22,28 +22,28 @@ def test_a_forced_backend_serves_or_is_said_to_be_missing():
     for name, op in REGISTRY.items():
         for backend, device in [("triton", CPU), ("cpp", CUDA), ("triton", meta), ("cpp,triton", meta)]:
             with use_backend(backend), pytest.raises(RuntimeError, match=f"^{name}: .*{device.type}, allowed are: ref"):
-                op.serving(Call(device))
+                op.backend_for(device, 1)
         there = ", ".join(op.available["cpu"])
         with use_backend("triton"), pytest.raises(RuntimeError, match=rf"for tensors on cpu, .*: {there}\. Add one"):
-            op.uses_reference(CPU, torch.float32, 1)
+            op.uses_reference(CPU, 1)
         with use_backend("triton,cpp,reference"):
-            assert op.serving(Call(CUDA)) == op.available["cuda"][-1]
-            assert op.serving(Call(CPU)) == op.available["cpu"][-1]
-            assert op.serving(Call(meta)) == "reference"
+            assert op.backend_for(CUDA, 1) == op.available["cuda"][-1]
+            assert op.backend_for(CPU, 1) == op.available["cpu"][-1]
+            assert op.backend_for(meta, 1) == "reference"
         with use_backend("reference"):
-            assert op.serving(Call(meta)) == "reference"
-        assert op.serving(Call(meta)) == "reference"
+            assert op.backend_for(meta, 1) == "reference"
+        assert op.backend_for(meta, 1) == "reference"
 
 
 def test_of_several_forced_backends_an_op_takes_the_first_it_has(monkeypatch):
     op = REGISTRY["philox"]
     with use_backend("cpp, triton,reference"):
-        assert op.serving(Call(CUDA)) == "triton"
+        assert op.backend_for(CUDA, 1) == "triton"
         monkeypatch.setitem(op.available, "cuda", ("reference",))
-        assert op.serving(Call(CUDA)) == "reference"
+        assert op.backend_for(CUDA, 1) == "reference"
     missing = r"philox: the forced backend 'cpp' or 'triton' has no kernel .* cuda, .*: ref"
     with use_backend("cpp,triton"), pytest.raises(RuntimeError, match=missing):
-        op.serving(Call(CUDA))
+        op.backend_for(CUDA, 1)
     for wrong in (3, "triton,gpu"):
         with pytest.raises(ValueError, match=r"backend must be one of reference, cpp, triton .*, got '(3|gpu)'"):
             use_backend(wrong).__enter__()
@@ -51,15 +51,15 @@ def test_of_several_forced_backends_an_op_takes_the_first_it_has(monkeypatch):
 
 def test_use_backend_nests_and_restores():
     op = REGISTRY["aggregate"]
-    default = op.serving(Call(CPU))
+    default = op.backend_for(CPU, 1)
     with use_backend("reference"):
-        assert op.uses_reference(CPU, torch.float32, 1)
+        assert op.uses_reference(CPU, 1)
         with use_backend(None):
-            assert op.serving(Call(CPU)) == default
+            assert op.backend_for(CPU, 1) == default
         with pytest.raises(KeyError), use_backend(None):
             raise KeyError
-        assert op.uses_reference(CPU, torch.float32, 1)
-    assert op.serving(Call(CPU)) == default
+        assert op.uses_reference(CPU, 1)
+    assert op.backend_for(CPU, 1) == default
 
 
 def test_use_backend_concerns_its_own_thread():
@@ -84,15 +84,15 @@ def test_use_backend_concerns_its_own_thread():
 @needs_extension
 def test_a_backward_pass_in_another_thread_has_the_backend_of_the_forward(monkeypatch):
     chosen, backward = [], REGISTRY["gated_elu_backward"]
-    serving = type(backward).serving
+    backend_for = type(backward).backend_for
 
-    def watch(op: Op, call: Call) -> str:
-        chosen.append((op.name, backend := serving(op, call)))
+    def watch(op: Op, *given) -> str:
+        chosen.append((op.name, backend := backend_for(op, *given)))
         return backend
 
-    monkeypatch.setattr(type(backward), "serving", watch)
+    monkeypatch.setattr(type(backward), "backend_for", watch)
     x = torch.rand(2, 4, 3, 3, requires_grad=True)
-    monkeypatch.setitem(backward.served, Call(CPU, "", torch.float32, 0), "reference")
+    monkeypatch.setitem(backward.chosen, (CPU, ""), math.inf)
     with use_backend("cpp"):
         gated = gated_elu(x)
         repeated = checkpointed_steps(lambda x, i: gated_elu(torch.cat([x, x], 1)), x, 2, keep=0)

@@ -51,7 +51,7 @@ def smallest(name: str) -> Case:
     found = registry().get(name)
     assert found is not None, f"{name} is not in benchmarks/speed/op_cases.py"
     case = min(found(), key=lambda case: math.prod(case.shape))
-    # its benchmark races what one writes without the op, where no kernel serves
+    # its benchmark times what one writes without the op, where no kernel is used
     return replace(case, call=ops.representation_distance) if name == "representation_distance" else case
 
 
@@ -77,7 +77,7 @@ def test_gradients_pass_through_the_op_as_through_its_definition(name, monkeypat
         f"{name}: gradients reach the inputs {there}, and differentiable is {REGISTRY[name].differentiable}: "
         "put a torch.autograd.Function around it, or declare differentiable=False (docs/extend.md)"
     )
-    assert there == [grad is not None for grad in by_op], f"{name}: gradients are lost where a kernel serves"
+    assert there == [grad is not None for grad in by_op], f"{name}: gradients are lost where a kernel is used"
     for definition, op in zip(by_definition, by_op, strict=True):
         if definition is not None:
             assert op.abs().max() > 0

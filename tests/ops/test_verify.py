@@ -9,15 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_launches import CudaLaunches
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from purify_fast import _library
 from purify_fast.ops import REGISTRY, kernels_now, use_backend
-from purify_fast.ops.dispatch import races, records, registry, verify
+from purify_fast.ops.dispatch import records, registry, verify
 from purify_fast.ops.dispatch.examples import Example
-from purify_fast.ops.dispatch.op import Call
 
 CPU = torch.device("cpu")
 
@@ -28,11 +26,6 @@ def folder(kernel_cache) -> Path:
 
 
 _numbers = itertools.count()
-
-
-def whole(eager: str, graph: str) -> dict:
-    """The entry of an op in a file of races whose calls of every size have these winners."""
-    return {"cells": {"": {"eager": eager, "graph": graph}}}
 
 
 @pytest.fixture
@@ -53,12 +46,13 @@ def make(monkeypatch) -> Callable[[Callable], registry.Op]:
             reference=lambda x: 2 * x,
             fake=lambda x: x.new_empty(x.shape),
             examples=[example],
+            cpu=0,
+            in_graphs={"cpu": ("",)},
         )
         torch.library.impl(f"purify_fast::{name}", "CPU", kernel)
         REGISTRY.clear()
         REGISTRY.update(before)
         monkeypatch.setitem(REGISTRY, name, op)
-        monkeypatch.setitem(races.shipped()[0]["ops"], name, whole("cpp", "cpp"))
         return op
 
     return made
@@ -85,12 +79,12 @@ def passed(entry: dict) -> bool:
 def test_a_right_kernel_serves_after_one_verification(make, folder):
     kernel = counted(lambda x: x + x)
     op = make(kernel)
-    assert op(torch.ones(2)).tolist() == [2, 2] and op.serving(Call(CPU)) == "cpp"
+    assert op(torch.ones(2)).tolist() == [2, 2] and op.backend_for(CPU, 1) == "cpp"
     calls = kernel.calls
     assert calls == 1 + 3  # the call and three dtypes
     op(torch.ones(2))
     registry.forget_choices()
-    assert op.serving(Call(CPU)) == "cpp" and kernel.calls == calls + 1
+    assert op.backend_for(CPU, 1) == "cpp" and kernel.calls == calls + 1
     verdict = kept(folder)["ops"][op.name]["verdict"]
     assert verdict["status"] == "compared" and verdict["error"] <= verdict["budget"]
 
@@ -110,20 +104,20 @@ def test_a_wrong_kernel_does_not_serve_and_one_warning_says_so(make, folder, wro
     op = make(wrong)
     with pytest.warns(RuntimeWarning, match=rf"the cpp kernel of {op.name} is wrong on .* `purify-fast info`"):
         assert op(torch.ones(2)).tolist() == [2, 2]
-    assert op.serving(Call(CPU)) == "reference" and not passed(kept(folder)["ops"][op.name])
+    assert op.backend_for(CPU, 1) == "reference" and not passed(kept(folder)["ops"][op.name])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         registry.forget_choices()
         assert op(torch.ones(2)).tolist() == [2, 2]  # the verdict is kept
     with use_backend("cpp"):  # who forces it gets it
-        assert op.serving(Call(CPU)) == "cpp"
+        assert op.backend_for(CPU, 1) == "cpp"
 
 
 def test_bits_must_agree_where_the_example_says_so(make):
     nearly = lambda x: torch.nextafter(2 * x, torch.ones_like(x)) if x.dtype == torch.float32 else 2 * x  # noqa: E731
-    assert make(nearly).serving(Call(CPU)) == "cpp"
+    assert make(nearly).backend_for(CPU, 1) == "cpp"
     with pytest.warns(RuntimeWarning, match="where 0 is allowed"):
-        assert make(nearly, exact=True).serving(Call(CPU)) == "reference"
+        assert make(nearly, exact=True).backend_for(CPU, 1) == "reference"
 
 
 def test_a_result_that_jumps_is_judged_as_a_whole():
@@ -160,7 +154,7 @@ def test_a_kernel_that_raises_does_not_serve_and_is_tried_again_by_the_next_proc
 
     op = make(failing)
     with pytest.warns(RuntimeWarning, match=f"cannot be run.*{error}"):
-        assert op.serving(Call(CPU)) == "reference"
+        assert op.backend_for(CPU, 1) == "reference"
     assert not list(folder.glob("kernels-*.json"))
 
 
@@ -173,8 +167,7 @@ def test_without_a_compiler_one_warning_stands_for_all_triton_kernels(make, fold
         warnings.simplefilter("default")
         for op in ops:
             op.available["cpu"] = ("reference", "triton")
-            races.shipped()[0]["ops"][op.name] = whole("triton", "triton")
-            assert op(torch.ones(2)).tolist() == [2, 2] and op.serving(Call(CPU)) == "reference"
+            assert op(torch.ones(2)).tolist() == [2, 2] and op.backend_for(CPU, 1) == "reference"
     (only,) = caught
     assert "Failed to find C compiler" in str(only.message) and "apt-get install gcc" in str(only.message)
     assert not list(folder.glob("kernels-*.json"))  # a later process, which may have one, tries again
@@ -183,7 +176,7 @@ def test_without_a_compiler_one_warning_stands_for_all_triton_kernels(make, fold
 def test_a_stale_verdict_counts_for_nothing(make, folder):
     kernel = counted(lambda x: x + x)
     op = make(kernel)
-    assert op.serving(Call(CPU)) == "cpp" and kernel.calls == 3
+    assert op.backend_for(CPU, 1) == "cpp" and kernel.calls == 3
     (path,) = folder.glob("kernels-cpu-*.json")
     for where, name, value in (("ops", "sources", "of another build"), ("machine", "torch", "1.0")):
         content = json.loads(path.read_text())
@@ -192,7 +185,7 @@ def test_a_stale_verdict_counts_for_nothing(make, folder):
         records.forget()
         registry.forget_choices()
         before = kernel.calls
-        assert op.serving(Call(CPU)) == "cpp" and kernel.calls == before + 3
+        assert op.backend_for(CPU, 1) == "cpp" and kernel.calls == before + 3
         assert kept(folder)["machine"] == records.machine(CPU)
         assert kept(folder)["ops"][op.name]["sources"] == op.code_hash("cpu")
 
@@ -202,7 +195,7 @@ def test_a_damaged_file_is_replaced(make, folder, content):
     op = make(lambda x: x + x)
     folder.mkdir()
     records.file_of(CPU).write_text(content)
-    assert op.serving(Call(CPU)) == "cpp" and passed(kept(folder)["ops"][op.name])
+    assert op.backend_for(CPU, 1) == "cpp" and passed(kept(folder)["ops"][op.name])
 
 
 def test_a_folder_that_cannot_be_written(make, folder, caplog):
@@ -211,38 +204,38 @@ def test_a_folder_that_cannot_be_written(make, folder, caplog):
     os.environ["PURIFY_FAST_CACHE"] = str(folder.parent / "file" / "below")  # root may write anywhere else
     kernel = counted(lambda x: x + x)
     first, second = make(kernel), make(kernel)
-    assert first.serving(Call(CPU)) == second.serving(Call(CPU)) == "cpp" and kernel.calls == 6
-    assert first.serving(Call(CPU)) == "cpp" and kernel.calls == 6
+    assert first.backend_for(CPU, 1) == second.backend_for(CPU, 1) == "cpp" and kernel.calls == 6
+    assert first.backend_for(CPU, 1) == "cpp" and kernel.calls == 6
     assert sum("cannot be written" in record.message for record in caplog.records) == 1
 
 
 def test_no_mode_of_the_caller_reaches_the_verification(make):
     """Neither fake tensors, nor vmap, inference, autocast, a default device or dtype."""
     with FakeTensorMode():
-        assert make(lambda x: x + x).serving(Call(CPU)) == "cpp"
+        assert make(lambda x: x + x).backend_for(CPU, 1) == "cpp"
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
-        assert make(lambda x: x + x).serving(Call(CPU)) == "cpp"
+        assert make(lambda x: x + x).backend_for(CPU, 1) == "cpp"
     op = make(lambda x: x + x)
-    moved = torch.func.vmap(lambda x: x + op.uses_reference(x.device, x.dtype, x.numel()))(torch.ones(3))
+    moved = torch.func.vmap(lambda x: x + op.uses_reference(x.device, x.numel()))(torch.ones(3))
     assert moved.tolist() == [1, 1, 1]
 
 
-def test_a_graph_decides_while_it_is_traced(make):
+def test_a_graph_decides_while_it_is_traced(make, folder):
     kernel = counted(lambda x: x + x)
     op = make(kernel)
     torch._dynamo.reset()
     compiled = torch.compile(lambda x: op(x) + 1, fullgraph=True, backend="aot_eager")
     assert compiled(torch.ones(2)).tolist() == [3, 3] and kernel.calls == 3 + 1
-    assert op.served[Call(CPU, "", torch.float32, 0, "graph")] == "cpp"
+    assert passed(kept(folder)["ops"][op.name])
 
 
-def test_a_device_that_is_not_here_serves_the_reference_for_now():
+def test_a_device_that_is_not_here_runs_the_reference_for_now():
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
-    op = REGISTRY["philox"]
-    assert {op.wanted(Call(torch.device("cuda"), style=style)).backend for style in ("eager", "graph")} == {"triton"}
-    assert op.serving(Call(torch.device("cuda", 0))) == "reference"
-    assert not [key for key in op.served if key.device.type == "cuda"]  # asked again the next time
+    op, gpu = REGISTRY["philox"], torch.device("cuda", 0)
+    assert registry.sizes_here("philox", gpu) == ({"": 0}, "shipped")
+    assert op.backend_for(gpu, 1) == "reference"
+    assert not [key for key in op.chosen if key[0].type == "cuda"]  # asked again the next time
 
 
 def test_the_folder_is_that_of_the_user(monkeypatch, tmp_path):
@@ -254,87 +247,61 @@ def test_the_folder_is_that_of_the_user(monkeypatch, tmp_path):
     assert records.folder() == Path.home() / ".cache/purify_fast"
 
 
-def most_launches(name: str, variant: str) -> int:
-    """The most operators that PyTorch dispatches for an example of an op's variant; 0 if there is no such op."""
-    most = 0
-    for example in REGISTRY[name].examples if name in REGISTRY else ():
-        if example.variant == variant:
-            for dtype in {torch.float32, torch.bfloat16} & {*example.dtypes}:
-                arguments = example.make(dtype, 0)
-                with use_backend("reference"), torch.no_grad(), CudaLaunches() as counter:
-                    REGISTRY[name].reference(*arguments)
-                most = max(most, counter.count)
-    return most
+def test_the_smallest_size_decides_and_a_kernel_that_is_not_used_is_not_verified(make, monkeypatch):
+    kernel = counted(lambda x: x + x)
+    op = make(kernel)
+    monkeypatch.setitem(op.smallest, "cpu", {"": 100})
+    for _ in range(2):
+        assert op.uses_reference(CPU, 99) and op.backend_for(CPU, 99) == "reference" and kernel.calls == 0
+    for _ in range(2):
+        assert not op.uses_reference(CPU, 100) and kernel.calls == 3
+        assert op.uses_reference(CPU, 99)
+    registry.forget_choices()
+    monkeypatch.setitem(op.smallest, "cpu", {"": None})
+    assert op.uses_reference(CPU, 10**9) and op.uses_reference(CPU, 10**9, "unknown variant")
 
 
-VARIANTS = {
-    (name.removesuffix("_backward"), example.variant): op for name, op in REGISTRY.items() for example in op.examples
-}
-
-
-@pytest.mark.parametrize(("name", "variant"), VARIANTS)
-def test_what_serves_unraced_replaces_ten_launches(name, variant):
-    """On a GPU without races kernels serve eagerly where forward and backward launch ten kernels in PyTorch."""
-    both = [name, f"{name}_backward"]
-    launches = sum(most_launches(one, variant) for one in both)
-    for one in both:
-        if one in REGISTRY:
-            serves = launches >= 10 and REGISTRY[one].launch is not None
-            assert (variant in REGISTRY[one].serves_unraced("eager")) == serves, (one, launches)
-
-
-def test_the_users_race_comes_before_the_shipped_and_a_stale_one_is_not_used(make, folder, caplog):
+def test_the_users_sizes_come_before_the_shipped_and_stale_ones_are_not_used(make, folder, caplog):
     op = make(lambda x: x + x)
-    assert op.serving(Call(CPU)) == "cpp" and op.wanted(Call(CPU)).why.startswith("raced on ")
-    entry = whole("reference", "cpp")
-    entry["cells"]["l1"] = {"eager": "cpp", "graph": "reference"}
-    race = {"machine": records.machine(CPU), "date": "2026-01-02", "ops": {op.name: entry}}
+    assert registry.sizes_here(op.name, CPU) == ({"": 0}, "shipped")
+    content = {"machine": records.machine(CPU), "ops": {op.name: {"tuned": {"date": "2026-01-02"}}}}
     path = records.file_of(CPU)
 
-    def wanted(sources: str, style: str, variant: str = "") -> str:
-        entry["sources"] = sources
+    def here(sources: str, smallest: int | None) -> tuple[dict, str]:
+        content["ops"][op.name]["sources"] = sources
+        content["ops"][op.name]["tuned"]["smallest"] = {"": smallest}
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(race))
+        path.write_text(json.dumps(content))
         records.forget()
-        return op.wanted(Call(CPU, variant, style=style)).backend
+        registry.forget_choices()
+        return registry.sizes_here(op.name, CPU)
 
     mine = op.code_hash("cpu")
-    assert wanted(mine, "eager") == "reference" and wanted(mine, "graph") == "cpp"
-    assert wanted(mine, "eager", "l1") == "cpp" and wanted(mine, "graph", "l1") == "reference"
-    assert op.wanted(Call(CPU, style="graph")).why == "raced on this machine, 2026-01-02"
-    assert wanted("of another build", "eager") == "cpp"
+    assert here(mine, None) == ({"": None}, "tuned on this machine, 2026-01-02")
+    assert op.backend_for(CPU, 10**9) == "reference"
+    assert here(mine, 64) == ({"": 64}, "tuned on this machine, 2026-01-02")
+    assert op.backend_for(CPU, 63) == "reference" and op.backend_for(CPU, 64) == "cpp"
+    assert here("of another build", None) == ({"": 0}, "shipped")
     assert not caplog.records
-    race["machine"] = {**race["machine"], "torch": "1.0"}
-    assert wanted(mine, "eager") == "cpp"
+    content["machine"] = {**content["machine"], "torch": "1.0"}
+    assert here(mine, None) == ({"": 0}, "shipped")
     path.write_text("{")
     records.forget()
-    assert op.wanted(Call(CPU)).backend == "cpp" and "cannot be read" in caplog.text
+    registry.forget_choices()
+    assert op.backend_for(CPU, 1) == "cpp" and "cannot be read" in caplog.text
 
 
-def test_what_ships_goes_to_the_machine_that_is_most_like_it(monkeypatch):
-    def machine(kind: str, device: str, capability: str) -> dict:
-        return {"machine": {"kind": kind, "device": device, "capability": capability}, "date": device, "ops": {}}
-
-    known = machine("cpu", "A", "avx2"), machine("cpu", "B", "avx512"), machine("cuda", "H", "sm_90")
-    monkeypatch.setattr(races, "shipped", lambda: known)
-    asked = {("cpu", "B", "avx2"): "B", ("cpu", "C", "avx512"): "B", ("cpu", "C", "neon"): "A"}
-    asked["cuda", "G", "sm_90"] = "H"
-    for (kind, device, capability), expected in asked.items():
-        assert races.nearest({"kind": kind, "device": device, "capability": capability})["date"] == expected
-    assert races.nearest({"kind": "cuda", "device": "G", "capability": "sm_120"}) is None
-
-
-def test_the_fact_of_a_run_names_kernels_and_their_races(make):
-    """It changes with a race and with a forced backend, and not with a kernel that has the reference's bits."""
+def test_the_fact_of_a_run_names_kernels_and_the_users_sizes(make):
+    """It changes with a tuned size and with a forced backend, and not with a kernel that has the reference's bits."""
     before = kernels_now(CPU)
     make(lambda x: x + x, exact=True)
     assert kernels_now(CPU) == before
     op = make(lambda x: x + x)
     begun = kernels_now(CPU)
     assert begun != before
-    lost = {"sources": op.code_hash("cpu"), **whole("reference", "reference")}
-    records.update(CPU, {op.name: lost}, date="2026-01-02")
+    tuned = {"date": "2026-01-02", "smallest": {"": None}}
+    records.update(CPU, {op.name: {"sources": op.code_hash("cpu"), "tuned": tuned}})
     registry.forget_choices()
-    assert op.serving(Call(CPU)) == "reference" and kernels_now(CPU) not in (begun, before)
+    assert op.backend_for(CPU, 1) == "reference" and kernels_now(CPU) not in (begun, before)
     with use_backend("reference"):
         assert kernels_now(CPU) != begun

@@ -20,8 +20,6 @@ ROWS = 3
 #: Image shapes, with the dtypes of `Example.gpu`, for ops whose examples differ only in the shape. The last two shapes
 #: have more numbers per image than one Triton program processes in the kernels for losses and for steps in a norm.
 IMAGES = {((ROWS, 1, 16, 16),): "", ((ROWS, 3, 33, 31),): "h", ((ROWS, 5001),): "", ((ROWS, 16400),): "fb"}
-#: The shape of the images for races, which compare the speeds of a kernel and its reference.
-RGB = (((ROWS, 3, 32, 32),),)
 LAYOUTS = ("", "channels_last")
 
 
@@ -36,7 +34,7 @@ class Example:
         dtypes: dtypes that the op supports.
         exact: whether every backend must have the same bits as the reference.
         slack: allowed error in addition to rounding, in units of float32's eps times the largest output.
-        variant: setting for which the op's backend is chosen separately; empty if the op has no such setting.
+        variant: setting that has a flag of its own; empty if the op has no such setting.
         jumps: whether rounding can make the result jump. Then only the root mean square of the error is bounded.
         gpu: dtypes that verify the kernel on a GPU: ``f`` for float32, ``b`` for bfloat16, ``h`` for float16. The
             examples of an op cover every kernel in float32 and in a 16-bit dtype, and every layout at least once.

@@ -117,4 +117,4 @@ def may_save(x: Tensor) -> bool:
 
 def saves(backward: Op, x: Tensor, variant: str = "") -> bool:
     """Return True if CPU kernels compute an op and its ``backward``, the first saving numbers for the second."""
-    return may_save(x) and not backward.uses_reference(x.device, x.dtype, x.numel(), variant)
+    return may_save(x) and not backward.uses_reference(x.device, x.numel(), variant)

@@ -1,4 +1,4 @@
-"""Identifies this machine, and stores in a JSON file which of its kernels are correct and which are faster."""
+"""Identifies this machine, and stores in a JSON file which of its kernels are correct and which calls use them."""
 
 from __future__ import annotations
 

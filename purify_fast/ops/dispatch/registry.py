@@ -1,9 +1,8 @@
-"""Registers ops, and chooses the backend that computes each call of an op (the backend that serves the call).
+"""Registers ops, and chooses the backend that computes each call of an op.
 
-A kernel is used if it was verified on this machine (`verify`) and measured to be faster for the dtype and the size of
-the call (`races`). Without a measurement, a GPU uses the kernel for eager calls if the reference has at least ten
-launches, forward and backward together; inside compiled graphs, compilers must also not fuse the reference. If no
-kernel is used, the public function calls the reference directly, which ``torch.compile`` can fuse.
+A kernel is used if it was verified on this machine (`verify`), and if the call has at least the smallest size that
+``purify-fast tune`` wrote on this machine, or else that is declared beside the op. If no kernel is used, the public
+function calls the reference directly, which ``torch.compile`` can fuse.
 
 The backends are ``reference`` (PyTorch, any device), ``cpp`` (C++, CPU) and ``triton`` (GPU). ``PURIFY_FAST_BACKEND``,
 read once at import, forces backends, such as ``cpp,triton``.
@@ -15,9 +14,10 @@ import contextlib
 import functools
 import importlib
 import json
+import math
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -25,10 +25,9 @@ import torch
 
 from ... import _library
 from ..._tensors import text_hash
-from . import races, verify
+from . import records, verify
 from .examples import Example, normal, properties_of, tensors
-from .op import BACKENDS, KERNELS, Backend, Call, Definition, first_argument
-from .races import Winner
+from .op import BACKENDS, KERNELS, Backend, Definition, Sizes
 from .records import runs_triton
 
 
@@ -78,11 +77,6 @@ def forced_backends() -> tuple[Backend, ...]:
     return _forced.names
 
 
-def second_argument(_, x: torch.Tensor, *__) -> tuple[torch.dtype, int]:
-    """Return the dtype and the number of elements of an op's second argument."""
-    return x.dtype, x.numel()
-
-
 def like_first(x: torch.Tensor, *_: Any) -> torch.Tensor:
     """Compute the fake of an op whose result has the shape and dtype of its first argument, and is contiguous."""
     return x.new_empty(x.shape)
@@ -98,57 +92,32 @@ class Op(Definition):
 
     def __call__(self, *args, variant: str = ""):
         """Choose the backend for these arguments, of which the first is a tensor, and run it."""
-        dtype, size = self.size_key(*args)
-        return (self.reference if self.uses_reference(args[0].device, dtype, size, variant) else self.handle)(*args)
+        plain = self.uses_reference(args[0].device, self.size(*args), variant)
+        return (self.reference if plain else self.handle)(*args)
 
-    def uses_reference(self, device: torch.device, dtype: torch.dtype, size: int, variant: str = "") -> bool:
-        """Return True if the public function should call the reference directly. `size_key` returns dtype and size."""
-        compiling = torch.compiler.is_compiling()
-        # A traced call may have another size later, so the backend must not depend on the size.
-        bits = 0 if compiling or type(size) is not int else size.bit_length()
-        # Every eager call runs this line, so it must be fast. A tuple finds the `Call` with the same values.
-        backend = None if compiling or _forced.names else self.served.get((device, variant, dtype, bits, "eager"))  # type: ignore[call-overload]
-        return (backend or self.serving(Call(device, variant, dtype, bits))) == "reference"
+    def uses_reference(self, device: torch.device, size: int, variant: str = "") -> bool:
+        """Return True if the public function should call the reference directly for a number of elements."""
+        forced = _forced.names or torch.compiler.is_compiling()
+        # Every eager call runs this line, so it must be fast.
+        smallest = None if forced else self.chosen.get((device, variant))
+        return self.backend_for(device, size, variant) == "reference" if smallest is None else size < smallest
 
-    def serving(self, call: Call) -> Backend:
+    def backend_for(self, device: torch.device, size: int, variant: str = "") -> Backend:
         """Return the backend that computes a call. A kernel is used only after it was verified."""
-        forced = self.forced(call.device.type) if _forced.names else None
+        forced = self.forced(device.type) if _forced.names else None
         if forced is not None:
             return forced
         if torch.compiler.is_compiling():
-            return _in_graph(self.name, call.device.type, call.device.index, call.variant, call.dtype)
-        return self.served.get(call) or self._choose(call)
-
-    def _choose(self, call: Call) -> Backend:
-        backend = self.wanted(call).backend
-        if backend != "reference":
-            right = verify.serves(self, call.device)
-            if right is None:
-                return "reference"
-            backend = backend if right else "reference"
-        self.served[call] = backend
-        return backend
-
-    def wanted(self, call: Call) -> Winner:
-        """Return the backend to use if it is correct, and the reason: a race, or else a default rule."""
-        device, kernel = call.device, self.kernel(call.device.type)
-        if kernel == "reference":
-            return Winner(kernel, "there is no kernel")
-        if not runs_triton(device.type) or torch.cuda.is_available():
-            raced = races.winner(self, call)
-            if raced is not None:
-                return raced
-        if runs_triton(device.type) and call.variant in self.serves_unraced(call.style):
-            return Winner(kernel, "not raced: the kernel replaces at least ten launches")
-        why = "the reference is only a few launches" if call.style == "eager" else "compilers fuse the reference"
-        return Winner("reference", "not raced" if device.type == "cpu" else f"not raced: {why}")
-
-    def may_serve(self, device: torch.device) -> bool:
-        """Return True if some eager calls on a device use the kernel, which no forced backends exclude."""
-        # A forced backend that the op does not have raises an error.
-        with contextlib.suppress(RuntimeError):
-            return any(self.serving(call) != "reference" for call in self.calls(device))
-        return False
+            return _in_graph(self.name, device.type, device.index, variant)
+        smallest = sizes_here(self.name, device)[0].get(variant)
+        if smallest is None:
+            self.chosen[device, variant] = math.inf
+        if smallest is None or size < smallest:
+            return "reference"
+        correct = verify.is_correct(self, device)
+        if correct is not None:
+            self.chosen[device, variant] = smallest if correct else math.inf
+        return self.kernel(device.type) if correct else "reference"
 
     def forced(self, kind: str) -> Backend | None:
         """Return the backend that is forced for a type of device, or None."""
@@ -166,15 +135,29 @@ class Op(Definition):
 
 
 # Called while a graph is traced, and without a number of elements: a graph may run with inputs of any size.
-def _in_graph(name: str, kind: str, index: int | None, variant: str, dtype: torch.dtype | None) -> Backend:
-    device = torch.device(kind) if index is None else torch.device(kind, index)
-    call = Call(device, variant, dtype, 0, "graph")
-    return REGISTRY[name].served.get(call) or REGISTRY[name]._choose(call)
+def _in_graph(name: str, kind: str, index: int | None, variant: str) -> Backend:
+    op, device = REGISTRY[name], torch.device(kind) if index is None else torch.device(kind, index)
+    used = op.kernel(kind) != "reference" and variant in op.in_graphs.get(kind, ())
+    return op.kernel(kind) if used and verify.is_correct(op, device) else "reference"
 
 
 # The compiler calls the function while it traces, and stores the result. `torch.compiler.assume_constant_result` only
 # sets this attribute, in every version since PyTorch 2.0, but its import is slow.
 _in_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def sizes_here(name: str, device: torch.device) -> tuple[Sizes, str]:
+    """Return the smallest sizes of eager calls that use an op's kernel on a device, and the source of these numbers."""
+    op = REGISTRY[name]
+    if op.kernel(device.type) == "reference":
+        return {}, "there is no kernel"
+    # Without a GPU, the file of its machine is not known.
+    if not runs_triton(device.type) or torch.cuda.is_available():
+        tuned = records.entry_of(name, op.code_hash(device.type), device).get("tuned")
+        if tuned:
+            return {**op.smallest[device.type], **tuned["smallest"]}, f"tuned on this machine, {tuned['date']}"
+    return op.smallest[device.type], "shipped"
 
 
 def kernels_now(device: torch.device) -> str:
@@ -183,20 +166,20 @@ def kernels_now(device: torch.device) -> str:
     Args:
         device: the device on which a run computes.
     """
-    # Without a GPU the races of its kernels cannot be read, and none of the kernels is used.
-    here = not runs_triton(device.type) or torch.cuda.is_available()
+    kind = device.type
     chosen = {
-        name: [op.kernel(device.type), [entry["cells"] for entry, _ in races.entries_of(op, device)] if here else []]
+        name: [op.kernel(kind), op.in_graphs.get(kind), sizes_here(name, device)[0]]
         for name, op in REGISTRY.items()
-        if op.kernel(device.type) != "reference" and not all(example.exact for example in op.examples)
+        if op.kernel(kind) != "reference" and not all(example.exact for example in op.examples)
     }
-    return text_hash(json.dumps([device.type, _forced.names, chosen], sort_keys=True)).hexdigest()
+    return text_hash(json.dumps([kind, _forced.names, chosen], sort_keys=True)).hexdigest()
 
 
 def forget_choices() -> None:
     """Choose all backends again, for example after the files on the disk have changed."""
+    sizes_here.cache_clear()
     for op in REGISTRY.values():
-        op.served.clear()
+        op.chosen.clear()
 
 
 REGISTRY: dict[str, Op] = {}
@@ -209,10 +192,10 @@ def define_op(
     reference: Callable,
     fake: Callable = like_first,
     examples: list[Example],
-    raced: list[Example] | None = None,
-    few_launches: tuple[str, ...] = (),
-    compiler_fuses: tuple[str, ...] = (),
-    size_key: Callable[..., tuple[torch.dtype, int]] = first_argument,
+    cpu: int | Sizes | None = None,
+    cuda: int | Sizes | None = None,
+    in_graphs: Mapping[str, Iterable[str]] | None = None,
+    size: Callable[..., int] = lambda x, *_: x.numel(),
     differentiable: bool = True,
 ) -> Op:
     """Register the op ``purify_fast::name``, with the kernels that are found by its name.
@@ -225,13 +208,21 @@ def define_op(
         schema: signature of the op, as ``torch.library.define`` accepts it.
         reference: definition, in PyTorch. The op runs it under ``no_grad``.
         fake: function that returns outputs with the right shapes and dtypes. Default: like the first argument.
-        examples: small inputs that verify and test kernels.
-        raced: inputs with realistic shapes, but only a few samples, with which kernels are raced; None: the examples.
-        few_launches: variants for which the reference is only a few launches; see `Definition`.
-        compiler_fuses: further variants, whose reference a compiler can fuse; see `Definition`.
-        size_key: function that returns the dtype and the size by which races distinguish calls.
+        examples: small inputs that verify, time and test kernels.
+        cpu: smallest number of elements with which an eager call on a CPU uses the kernel by default, for the whole op
+            or by variant. None: no call does. This number, and the next two, must agree with the committed times in
+            ``benchmarks/results``: those of eager calls in ``kernels.csv``, and those of graphs in ``ops.csv``.
+        cuda: the same number for a GPU.
+        in_graphs: by device type, the variants that use the kernel inside compiled graphs. Such a kernel must be much
+            faster than the compiled reference, because a compiler cannot fuse it with its neighbors. On a GPU graphs
+            were not measured: choose variants whose reference is many launches that a compiler does not fuse.
+        size: function that returns the number of elements of a call, from the kernel's arguments.
         differentiable: whether the public function has gradients.
     """
+
+    def by_variant(sizes: int | Sizes | None) -> Sizes:
+        return sizes if isinstance(sizes, dict) else {example.variant: sizes for example in examples}
+
     qualified = f"purify_fast::{name}"
     torch.library.define(qualified, schema)
     torch.library.register_fake(qualified, fake)
@@ -252,11 +243,10 @@ def define_op(
         reference=reference,
         available=available,
         examples=examples,
-        raced=raced or examples,
         launch=launch,
-        few_launches=few_launches,
-        compiler_fuses=compiler_fuses,
-        size_key=size_key,
+        size=size,
+        smallest={"cpu": by_variant(cpu), "cuda": by_variant(cuda)},
+        in_graphs=in_graphs or {},
         differentiable=differentiable,
     )
     return REGISTRY[name]
@@ -268,12 +258,16 @@ def define_backward(
     *,
     reference: Callable,
     fake: Callable = like_second,
-    size_key: Callable[..., tuple[torch.dtype, int]] = first_argument,
+    size: Callable[..., int] = lambda _, x, *__: x.numel(),
     saved: Callable[[tuple, tuple], tuple] = lambda inputs, outputs: inputs,
     constants: int = 0,
     changes: dict[str, Any] | None = None,
+    **flags: Any,
 ) -> Op:
-    """Register the backward of an op. ``saved`` makes the arguments that follow the gradients."""
+    """Register the backward of an op. ``saved`` makes the arguments that follow the gradients.
+
+    ``flags`` are the arguments ``cpu``, ``cuda`` and ``in_graphs`` that differ from those of the op.
+    """
 
     def derived(example: Example) -> Example:
         def make(dtype: torch.dtype, seed: int) -> tuple:
@@ -291,10 +285,8 @@ def define_backward(
         reference=reference,
         fake=fake,
         examples=[derived(example) for example in op.examples],
-        raced=[derived(example) for example in op.raced],
-        few_launches=op.few_launches,
-        compiler_fuses=op.compiler_fuses,
-        size_key=size_key,
+        size=size,
+        **op.smallest | {"in_graphs": op.in_graphs} | flags,
     )
 
 

@@ -187,7 +187,7 @@ def verdict_of(op: Definition, device: torch.device) -> Verdict:
     return verdict
 
 
-def serves(op: Definition, device: torch.device) -> bool | None:
+def is_correct(op: Definition, device: torch.device) -> bool | None:
     """Return True if the op's kernel may be used on a device, False if it is wrong, None if this is not known now."""
     if getattr(_verifying, "active", False):
         return None

@@ -1,5 +1,7 @@
 """The networks of CARSO's purifier: published sizes, any image, the first version, a decoder as one op."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -141,16 +143,13 @@ def test_sizes_that_do_not_meet_are_refused():
         DecoderV1(10, 6, (1, 32, 32), *decoder_plan_v1(1, 16))
 
 
-def test_a_kernel_decodes_where_it_serves_some_calls(monkeypatch):
-    """After races it may serve large numbers of images and lose the small ones, or those of one dtype."""
-    served: set[tuple[torch.dtype, bool]] = set()
-
-    monkeypatch.setattr(
-        Op, "serving", lambda self, call: "triton" if (call.dtype, call.bits > 20) in served else "reference"
-    )
+def test_a_kernel_decodes_where_it_computes_some_calls(monkeypatch):
+    """It may compute large calls only."""
+    least = math.inf
+    monkeypatch.setattr(Op, "backend_for", lambda op, device, size: "triton" if size >= least else "reference")
     device = torch.device("cuda")
     assert not kernel_decodes(device)
-    served.add((torch.bfloat16, True))
+    least = 2**20
     assert kernel_decodes(device)
     monkeypatch.undo()
     monkeypatch.setitem(REGISTRY["decode_samples"].available, "cuda", ("reference",))
