@@ -73,7 +73,7 @@ def crop_flip(
     b, c, h, w = x.shape
     device = x.device
     u = _draws(seed, sample_ids, epoch)
-    # u is below 1, but the product may be rounded up to the bound.
+    # The number u is below 1, but the product may be rounded up to the bound.
     shift = (u[:, :2] * (2 * padding + 1)).long().clamp(max=2 * padding) - padding
     rows = torch.arange(h, device=device) + shift[:, :1]
     cols = torch.arange(w, device=device).expand(b, w)

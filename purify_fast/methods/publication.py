@@ -140,7 +140,7 @@ class Recipe:
         for key, fact in self.facts.items():
             official = "" if fact.official is None else _text(fact.official)
             rows.append((key, _text(fact.value), official, fact.grade, fact.source))
-        # the width of a column ignores long texts, because they would make the column too wide
+        # The width of a column ignores long texts, because they would make the column too wide.
         widths = [max(len(row[column]) for row in rows if len(row[column]) <= 32) for column in range(4)]
         lines = [f"{self.name}: {self.title}", ""]
         lines += ["  ".join([*map(str.ljust, row[:4], widths), row[4]]) for row in rows]

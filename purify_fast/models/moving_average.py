@@ -42,7 +42,7 @@ class AveragedModel(swa_utils.AveragedModel):
         pairs = list(zip(averages, values, strict=True))
         floating = [pair for pair in pairs if pair[0].is_floating_point()]
         others = [pair for pair in pairs if not pair[0].is_floating_point()]
-        # the count includes the beginning, so it is n + 1 after n updates
+        # The count includes the beginning, so it is n + 1 after n updates.
         least = 9 / (9 + int(self.n_averaged)) if self.warm_up else 0.0
         if floating:
             targets = [value.to(average) for average, value in floating]

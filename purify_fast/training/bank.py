@@ -129,7 +129,7 @@ class AdversarialBank:
         self.path = folder / text_hash(json.dumps(facts, sort_keys=True)).hexdigest() / "variants.npy"
         from_first(lambda: _reserve(self.path, kind, size))
         self._map = np.lib.format.open_memmap(self.path, "r+")
-        # indexing a memory map takes several times as long as indexing an array
+        # Indexing a memory map takes several times as long as indexing an array.
         self.records: np.ndarray = np.asarray(self._map)
         anew = config.refresh * batch_size * attacks.share
         most = int(1 / config.refresh + 1e-9) if 0 < config.refresh < 1 else 1
@@ -184,12 +184,12 @@ class BankedStep:
         """Return adversarial images for a part of the batch; ``make`` attacks those at indices, or all for None."""
         bank, n, kind = self.bank, len(x), kinds.tolist()
         at = self.entries[rows].tolist()
-        # each image has two numbers: the first decides if it is attacked again, and the second which variant is read
+        # Each image has two numbers: the first decides if it is attacked again, and the second which variant is read.
         draws = philox(torch.tensor([self.seed], device="cpu"), self.entries[rows], 2, stream=Stream.BANK)[:, 0].numpy()
         found = [bank.find(at[i], kind[i], self.seed, draws[i, 1]) for i in range(n)]
         missing, own = (np.array(each) for each in zip(*((record is None, own) for record, own in found), strict=True))
         anew = draws[:, 0] < (bank.config.refresh * bank.period if self.step % bank.period == 0 else 0.0)
-        # an attack without a random start would make the same image again
+        # An attack without a random start would make the same image again.
         random = np.array([bank.attacks.random[k] for k in kind])
         due = missing | (anew & random & ~own) | (bank.config.refresh == 1)
         # Also attack the images again that this step attacked before the run was resumed. So the attacked batch has

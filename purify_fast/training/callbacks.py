@@ -76,7 +76,7 @@ class ProgressBar(Callback):
             desc=title,
             smoothing=0.05,
             disable=not shown,
-            # a log file should get a line only every 10 seconds
+            # A log file should get a line only every 10 seconds.
             mininterval=0.1 if sys.stderr.isatty() else 10,
         )
 

@@ -65,7 +65,7 @@ def from_first(make: Callable[[], Any]) -> Any:
             message = [file.getvalue()]
         except BaseException as error:
             message = [sendable(error)]
-            # the first process raises its own exception, even if the broadcast fails because the others have ended
+            # The first process raises its own exception, even if the broadcast fails because the others have ended.
             with contextlib.suppress(BaseException):
                 dist.broadcast_object_list(message, src=0)
             raise

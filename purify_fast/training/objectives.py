@@ -19,7 +19,7 @@ TRADES_START = 1e-3
 
 def divergence(attacked: Tensor, clean: Tensor) -> Tensor:
     """Return KL(softmax(clean) || softmax(attacked)) of each image, ``[B]``, from logits."""
-    # with probabilities as the target, the gradient would be NaN where a probability is 0
+    # With probabilities as the target, the gradient would be NaN where a probability is 0.
     return F.kl_div(F.log_softmax(attacked, 1), F.log_softmax(clean, 1), reduction="none", log_target=True).sum(1)
 
 

@@ -53,7 +53,7 @@ def fuse(optimizer: torch.optim.Optimizer, fused: bool) -> None:
     state = optimizer.state_dict()
     for group in state["param_groups"]:
         group["fused"], group["foreach"] = (True, False) if fused else (defaults["fused"], defaults["foreach"])
-    # loading the state also moves the counts of steps to the device on which the kernel reads them
+    # Loading the state also moves the counts of steps to the device on which the kernel reads them.
     optimizer.load_state_dict(state)
 
 

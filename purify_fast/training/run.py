@@ -88,7 +88,7 @@ class Run:
         if bank is not None:
             if config.accumulate or config.padding or not isinstance(source, InMemory):
                 raise ValueError("bank needs x as a tensor, without accumulate and padding")
-            # the description has a digest of the images and of the labels, on which the attacks depend
+            # The description has a digest of the images and of the labels, on which the attacks depend.
             shape, data, views = tuple(source.x.shape), source.description, 2 if config.flip else 1
             self.bank = AdversarialBank(
                 bank, task.frozen_attacks(), shape=shape, data=data, views=views, batch_size=source.batch_size
@@ -255,10 +255,10 @@ class Run:
 
     def save(self) -> None:
         """Write the checkpoint."""
-        # the processes need not save at the same moment, because only the first writes
+        # The processes need not save at the same moment, because only the first writes.
         if self.folder is not None and processes()[0] == 0:
             if self.bank is not None:
-                # a resumed run does not repeat the steps before the checkpoint, so their variants must be on the disk
+                # A resumed run does not repeat the steps before the checkpoint, so their variants must be on the disk.
                 self.bank.flush()
             write_tree(self.folder / CHECKPOINT, self.state())
         self.saved_at = time.monotonic()
@@ -300,7 +300,7 @@ class Run:
         self.task.finish()
         model.eval()
         for raw in self.held_out.epoch(0, rank, world):
-            # every validation has the same draws and the attack of the last epoch
+            # Every validation has the same draws and the attack of the last epoch.
             seed = step_seed(self.config.seed, 2**31)
             torch.manual_seed(seed)
             measured = self.task.validate(self.batch(raw, self.total - 1, seed, augment=False))

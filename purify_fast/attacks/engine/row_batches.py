@@ -221,7 +221,7 @@ class RowSearch:
         judged = give_up and steps >= FEWEST_STEPS
         checks = [round(share * steps) for share in SHARES]
         self.monitor = PaceMonitor(checks, steps, TIMES, active.gains) if judged else None
-        # faulty: each row's non-finite and zero gradients. counted: all of a row's gradients so far.
+        # `faulty`: each row's non-finite and zero gradients. counted: all of a row's gradients so far.
         self.health, self.faulty, self.counted = active.health, torch.zeros((2, len(rows.x)), device=rows.x.device), 0
 
     @staticmethod

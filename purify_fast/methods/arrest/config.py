@@ -90,7 +90,7 @@ class ArrestConfig:
 
     def replays(self, epoch: int, epochs: int) -> bool:
         """Tell whether an epoch, counted from 0, uses noisy replay."""
-        # the product is rounded, because 0.07 * 100 is slightly above 7 in floating point
+        # The product is rounded, because 0.07 * 100 is slightly above 7 in floating point.
         return self.replay and epoch < round(self.replay_share * epochs, 9)
 
 

@@ -63,7 +63,7 @@ class ArrestTask(MethodTask):
         layers: Sequence[str] | None = None,
         teacher: nn.Module | None = None,
     ):
-        # a training by the other methods attacks no copy of this kind
+        # A training by the other methods attacks no copy of this kind.
         from ...speed.frozen_copy import AttackedCopy
 
         super().__init__(config, model)
@@ -144,7 +144,7 @@ class ArrestTask(MethodTask):
         if self.attacks_all_rows(batch.x.device):
             adversarial = self.attack(batch, attack)
         else:
-            # the host waits for the device here: it must know whether any image is left to attack
+            # The host waits for the device here: it must know whether any image is left to attack.
             rows = torch.nonzero(~replayed)[:, 0]
             adversarial = self.attack(batch, attack, rows) if len(rows) else batch.x
         seed = philox_key(batch.seed, batch.x.device)
@@ -183,7 +183,7 @@ class ArrestTask(MethodTask):
 
     def describe(self) -> dict[str, Any]:
         attack = self.config.attack
-        # alpha None is replaced by the number that it means, so that a run can be resumed with None or with that number
+        # An alpha of None is replaced by the number that it means. So a run can be resumed with None or that number.
         facts = {"alpha": attack.step_size(attack.eps), "layers": self.layers}
         return {**super().describe(), **facts, "structure": structure_fingerprint(self.classifier)}
 

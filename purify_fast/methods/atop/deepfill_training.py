@@ -44,9 +44,9 @@ class SpectralConv(nn.Conv2d):
         return F.normalize(self.weight.detach().flatten(1) @ self._right(u), dim=0, eps=1e-12)
 
     def forward(self, input: Tensor) -> Tensor:
-        # sigma is not computed in bfloat16, whose mantissa of eight bits is too inexact
+        # The number sigma is not computed in bfloat16, whose mantissa of eight bits is too inexact.
         with without_autocast(input.device):
-            # autograd needs a copy, because the buffer may change before the backward pass
+            # Autograd needs a copy, because the buffer may change before the backward pass.
             u = self.weight_u.clone()
             if self.training:
                 u = self._step(u)
@@ -58,7 +58,7 @@ class SpectralConv(nn.Conv2d):
 
 def patch_depth(image_size: Sequence[int]) -> int:
     """Return the largest depth of `PatchDiscriminator`, up to 6, whose output still has at least 2 x 2 patches."""
-    # each layer halves the sides, rounded up
+    # Each layer halves the sides, rounded up.
     return min(len(WIDTHS), (min(image_size) - 1).bit_length() - 1)
 
 

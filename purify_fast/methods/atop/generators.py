@@ -191,7 +191,7 @@ class DeepFillGenerator(nn.Module):
             raise ValueError(f"{path} must hold a generator of deepfillv2-pytorch, got the tensors {names}")
         width, in_channels = state[FIRST].shape[:2]
         generator = cls(in_channels, width)
-        # older checkpoints do not have the constant
+        # Older checkpoints do not have the constant.
         constant = generator.state_dict()[CONSTANT]
         if not torch.equal(state.setdefault(CONSTANT, constant).to(constant), constant):
             raise ValueError(f"{path}: {CONSTANT} must be {constant.tolist()}, got {state[CONSTANT].tolist()}")
@@ -299,5 +299,5 @@ class SmallGenerator(nn.Module):
         return coarse, self._finish(refined, coarse)
 
     def _finish(self, painted: Tensor, base: Tensor) -> Tensor:
-        # with the factor KEPT, atanh is finite for all images in [-1, 1], so the gradient of tanh is not 0
+        # With the factor KEPT, atanh is finite for all images in [-1, 1], so the gradient of tanh is not 0.
         return torch.tanh(painted + torch.atanh(KEPT * base) if self.residual else painted)

@@ -46,7 +46,7 @@ class PurifierAdapter(nn.Module):
         super().__init__()
         self.module, self.image_shape = module, image_shape
         self.takes_packed = bool(getattr(module, "takes_packed", False))
-        # the dry run finds out if the module overwrites its input; then `_run` gives it a copy
+        # The dry run finds out if the module overwrites its input; then `_run` gives it a copy.
         self._overwrites = False
         self._dry_run()
 

@@ -80,11 +80,11 @@ def passes(defence: Atop, batch: Batch, config: AtopConfig, graphs: StepGraphs |
     packed, owners = defence.draw(rebuild, noise=noise)
     count, samples = len(packed), len(owners)
     if classifies_others:
-        # these inputs are for the cross-entropy, and have the noise and the mask of the inputs above
+        # These inputs are for the cross-entropy, and have the noise and the mask of the inputs above.
         packed = torch.cat([packed, defence.draw(adversarial, noise=noise)[0]])
     images = defence.stages(packed)
     target = (2 * rebuild - 1).to(images[-1].dtype)
-    # the inputs are ordered by sample, then by image, then by pass
+    # The inputs are ordered by sample, then by image, then by pass.
     target = target.repeat_interleave(count // (samples * len(target)), 0).repeat(samples, 1, 1, 1)
     # DeepFillv2's loss: the mean absolute difference, summed over the stages
     apart = ((image[:count] - target).abs().flatten(1).mean(1) for image in images)
@@ -154,7 +154,7 @@ class AtopTask(PurifierTask[Atop]):
             channels, *size = defence.image_shape
             discriminator = PatchDiscriminator(channels + 1, config.discriminator_width, patch_depth(size))
             self.discriminator = discriminator.to(trained[0].device)
-            # checkpoints save ``model``, so it must contain both
+            # Checkpoints save ``model``, so it must contain both.
             self.model = nn.ModuleDict({"defence": defence, "discriminator": discriminator})
             self._optimizers["discriminator"] = adam(discriminator.parameters())
 
@@ -174,7 +174,7 @@ class AtopTask(PurifierTask[Atop]):
             loss = discriminator_loss(self.discriminator, one_pass, self.config.gan_fake)
             yield Update("discriminator", loss, {})
             judged = {"discriminator": loss.detach()}
-        # the purifier's loss uses the discriminator after the discriminator's step
+        # The purifier's loss uses the discriminator after the discriminator's step.
         loss, metrics = self._with_discriminator(one_pass)
         yield Update("purifier", loss, {**metrics, **judged})
 

@@ -208,7 +208,7 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor, condition: Tensor) -> Tensor:
         z = z[:, None] if z.dim() == 2 else z
-        # the product with the condition is the same for all samples of an image, so it is computed once per image
+        # The product with the condition is the same for all samples of an image, so it is computed once per image.
         weight_z, weight_c = self.adapter.weight.split([self.latent_dim, condition.shape[1]], 1)
         h = F.linear(z, weight_z) + F.linear(condition, weight_c, self.adapter.bias)[:, None]
         return self.stack(F.leaky_relu(h, 0.2).flatten(0, 1).unflatten(1, self.start))
@@ -218,7 +218,7 @@ class _LeakyReLU(nn.Module):
     negative_slope = 0.01
 
     def forward(self, x: Tensor) -> Tensor:
-        # the slope is a literal, because torch.compile(dynamic=True) would first treat an attribute as variable
+        # The slope is a literal, because torch.compile(dynamic=True) would first treat an attribute as variable.
         return F.leaky_relu(x, 0.01)
 
 
@@ -273,7 +273,7 @@ class DecoderV1(Decoder):
     normalizes = False
 
     def in_order(self) -> list[nn.Module]:
-        # the first transposed convolution has an input of one pixel, so it is a linear layer
+        # The first transposed convolution has an input of one pixel, so it is a linear layer.
         first: Any = self.stack[0]
         size = tuple(first.weight.shape[1:])
         linear = nn.Linear(len(first.weight), prod(size), device=first.weight.device, dtype=first.weight.dtype)

@@ -45,7 +45,7 @@ def official_tensors(defence: Carso) -> Tensors:
     }
     stack = list(defence.decoder.stack.children())
     for i, module in enumerate(stack):
-        # this package numbers modules, of which a layer has three; the official names number layers
+        # This package numbers modules, of which a layer has three; the official names number layers.
         layer, part = divmod(i, 3)
         middle = "" if module is stack[-1] else f"{part}."
         state["decoder"] |= module.state_dict(prefix=f"{layer + 1}.{middle}")
@@ -102,7 +102,7 @@ def load_official(
     encoder, joint, decoder = (read_weights(path) for path in paths.values())
     blocks = [name.split(".")[:2] for name in encoder if name.endswith(".0.weight")]
     cond_dim, first = len(joint.get("1.0.weight", ())), decoder.get("0.1.weight", torch.empty(0, 0))
-    # the files have no strides and paddings, so those of the published decoder with the same start shape are used
+    # The files have no strides and paddings, so those of the published decoder with the same start shape are used.
     shape = next((shape for shape in PUBLISHED if prod(published_decoder(shape)[0]) == len(first)), None)
     if not blocks or not cond_dim or shape is None or first[0].numel() <= cond_dim:
         raise ValueError(f"{directory} must hold the three files of a CARSO system, but its files have other tensors")

@@ -50,7 +50,7 @@ class CarsoRecipe(Recipe):
         data = {"image_shape": self.image_shape, "mean": self["data.mean"], "std": self["data.std"]}
         options = {**self.part("defence"), **data, **changes}
         if isinstance(classifier, WideResNet) and options["layers"] == self["defence.layers"]:
-            # the paper takes the same layers of every block, and this network may have fewer blocks
+            # The paper takes the same layers of every block, and this network may have fewer blocks.
             options["layers"] = classifier.representation_layers()
         shape = tuple(options["image_shape"])
         if options["version"] == "v4" and shape in PUBLISHED:
@@ -58,7 +58,7 @@ class CarsoRecipe(Recipe):
         return Carso(classifier, **options)
 
     def for_batch(self, batch_size: int) -> Self:
-        # the authors' code computes the rate from the batch
+        # The authors' code computes the rate from the batch.
         rate = self["method.learning_rate"] * batch_size / self["loop.batch_size"]
         recipe = super().for_batch(batch_size)
         return replace(recipe, own={**recipe.own, "method.learning_rate": rate})

@@ -195,10 +195,10 @@ class CarsoTask(PurifierTask[Carso]):
         config = self.config
         if config.attack_target != "classifier" or config.adversarial_fraction == 0:
             return None
-        # this call refuses a radius that rises from epoch to epoch
+        # This call refuses a radius that rises from epoch to epoch.
         facts = self.attack_facts(config.attack)
         config = config_in_epoch(config, tuple(self.defence.arguments["std"]))
-        # the attacks have the same order as in `balanced_batch`
+        # The attacks have the same order as in `balanced_batch`
         radii = (config.attack.eps / 2, config.attack.eps)
         random = (True, True, False, False)
         return FrozenAttacks(2 * radii, random, config.adversarial_fraction / 2, config.attack.norm, facts)
@@ -212,7 +212,7 @@ class CarsoTask(PurifierTask[Carso]):
             atom_size(length.last_batch // processes()[1], config.adversarial_fraction, config.allow_no_adversarial)
         if config.beta == 0:
             return {}
-        # in the first epoch after the delay, the weight is still 0, because it rises from 0
+        # In the first epoch after the delay, the weight is still 0, because it rises from 0.
         delay = config.kl_delay * length.epochs
         first = length.first_step(ceil(delay) + 1 if delay > 0 else 0, "epochs")
         return {"kl": length.check_acts(first, argument="kl_delay")}

@@ -18,7 +18,7 @@ def authors_attacks(model: Any, eps: float) -> Sequence[AttackSpec] | None:
     """Return the attacks of the authors' evaluation of a model; None if there is none."""
     if supports(model, AuthorsEvaluation):
         return list(cast(AuthorsEvaluation, model).authors_attacks(eps))
-    # no other protocol needs these modules
+    # No other protocol needs these modules.
     from . import atop_release, diffusion_release
 
     diffusion = diffusion_release.authors_attacks

@@ -69,7 +69,7 @@ def authors_attacks(defence: nn.Module, eps: float) -> list[AttackSpec]:
 
     A PGD step has the length eps / 4, because the authors use 2/255 for 8/255.
     """
-    # the authors predict from one draw
+    # The authors predict from one draw.
     one_draw = FewerSamples(defence, 1) if defence.samples != 1 else defence
     first, later = (ReleasedEvaluation(defence, batch) for batch in (0, PARTS))
     few, released = PARTS * BATCH, OriginalAutoAttack(steps=STEPS)
