@@ -176,7 +176,7 @@ def _one_capture(context: Context, images: int, precision: Any) -> dict:
     device, runs = context.device, 2 if context.rehearsal else RUNS
     model = (PreActResNet18(width=4).eval() if context.rehearsal else classifier()).to(device)
     x = torch.rand(images, 3, 32, 32, device=device)
-    source = Copies(x).of(model, precision)
+    source = Copies(x).copy_for(model, precision)
     step, state = _SignStep(source), {"point": x, "label": torch.arange(images, device=device) % 10}
     capture, on_gpu = CudaCapture(), device.type == "cuda"
     graphs = StepGraphs("always", capture=capture)

@@ -159,9 +159,9 @@ class Protocol:
     def reduced(self, spec: AttackSpec, amount: Amount) -> AttackSpec:
         """Return the attack with at most the steps, queries and draws of ``amount``, and at most `steps` steps."""
         most = {"steps": min(amount.steps, self.steps), "n_queries": amount.queries, "eot_iter": amount.draws}
-        given = {name: getattr(spec.resolved, name, None) for name in most}
+        given = {name: getattr(spec.attack, name, None) for name in most}
         less = {name: min(value, most[name]) for name, value in given.items() if value is not None}
-        return replace(spec, attack=replace(spec.resolved, **less))
+        return replace(spec, attack=replace(spec.attack, **less))
 
     def code(self, random: bool, amount: Amount) -> list[str]:
         """Return descriptions of the attacks. A row whose attacks have other descriptions is outdated."""
@@ -193,7 +193,7 @@ class Protocol:
         for spec in specs:
             attacked.context = replace(context, seed=spec.seed, gradients_from=spec.gradients_from)
             with frozen(subject.model if spec.gradients_from is None else spec.gradients_from):
-                attacked.run(spec.resolved)
+                attacked.run(spec.attack)
         return misclassified(subject, attacked.images)
 
 

@@ -65,7 +65,7 @@ def of_attacks(specs: Iterable[AttackSpec], random: bool = True) -> list[str]:
     """
     words = []
     for spec in specs:
-        attack = spec.resolved
+        attack = spec.attack
         until = "" if spec.until is None else f" until {spec.until} by rule {stopping.REVISION}"
         nearest = "" if spec.nearest is None else f" {spec.nearest} nearest" + (" in groups" * (not random))
         # The saved results call the original implementation AutoAttack.

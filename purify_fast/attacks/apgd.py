@@ -24,7 +24,7 @@ from .engine.engine_attack import USUAL_TARGETS, EngineAttack, cost_of_borders, 
 from .engine.row_batches import ActiveSet, Rows, RowSearch, waves
 from .losses import FEWEST_CLASSES, TARGETED, ApgdLoss, check_classes
 from .objective import Gradients, Objective
-from .search import better_of, faults, forgiven
+from .search import better_of, faults, zero_is_no_fault
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -240,7 +240,7 @@ class AutoPgd(RowSearch):
         self.gradient, loss = now.image.to(self.point.dtype), now.loss
         if self.health is not None:
             # This counts as `GradientHealth.see_gradient` does, without waiting for the device.
-            faulty = torch.stack(faults(self.gradient, forgiven(self.objective, now)))
+            faulty = torch.stack(faults(self.gradient, zero_is_no_fault(self.objective, now)))
             self.faulty, self.counted = self.faulty + faulty, self.counted + 1
             nonfinite, zero = faulty.sum(1)
             self.health.add(gradients=len(self.gradient), nonfinite=nonfinite, zero=zero)

@@ -12,7 +12,7 @@ from .._tensors import check_floating, check_one_device
 from .._validation import Range, check_number
 
 #: Because of rounding, a pixel may lie outside of [clip_min, clip_max] by this share of the range's width.
-ROUNDING = 1e-4
+RANGE_SLACK = 1e-4
 #: Advice for images that are not in [0, 1].
 INTO_RANGE = (
     "divide images in 0..255 by 255; for normalized images give x * std + mean as the images, and lambda x: "
@@ -56,7 +56,7 @@ def check_images(
             raise ValueError(f"clip_max must be above clip_min, got a smallest width of {float((high - low).min()):g}")
         x, clip_min, clip_max = (x - low) / (high - low), 0.0, 1.0
     least, most = (float(value) for value in x.detach().aminmax())
-    slack = ROUNDING * (clip_max - clip_min)
+    slack = RANGE_SLACK * (clip_max - clip_min)
     # The condition is negated so that NaN is refused too.
     if not (least >= clip_min - slack and most <= clip_max + slack):
         allowed = f"[clip_min, clip_max] = [{clip_min:g}, {clip_max:g}]"

@@ -72,7 +72,7 @@ class WritesToItsInput(ValueError):
         )
 
 
-def ask(model: Callable[[Tensor], Answer], x: Tensor) -> Answer:
+def call_checked(model: Callable[[Tensor], Answer], x: Tensor) -> Answer:
     """Call a model on images, and refuse a model that writes to them. Writes through ``x.data`` are not seen."""
     # torch.compile cannot trace the count of writes, and inference tensors have no such count.
     if torch.compiler.is_compiling() or x.is_inference():
@@ -89,8 +89,8 @@ _first_output: ContextVar[tuple[str, Tensor] | None] = ContextVar("first_output"
 
 
 def logits_of(model: Classifier, x: Tensor) -> Tensor:
-    """The logits of images, ``[B, classes]``; a model that writes to them (`ask`) is refused."""
-    return _at_first(checked_logits(ask(model, x), len(x)))
+    """The logits of images, ``[B, classes]``; a model that writes to them (`call_checked`) is refused."""
+    return _at_first(checked_logits(call_checked(model, x), len(x)))
 
 
 def _at_first(logits: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ def logits_of_draws(model: Classifier, x: Tensor, draws: int) -> Tensor:
     """Logits ``[draws * B, classes]`` of several draws of each image; the first draws of all images come first."""
     if draws > 1 and supports(model, SharesDraws):
         shares = cast(SharesDraws, model)
-        return _at_first(ask(lambda images: shares.draw_logits(images, draws), x).flatten(0, 1))
+        return _at_first(call_checked(lambda images: shares.draw_logits(images, draws), x).flatten(0, 1))
     return logits_of(model, repeat_batch(x, draws) if draws > 1 else x)
 
 
@@ -208,7 +208,7 @@ def check_leaves_images(model: Callable[[Tensor], object], x: Tensor) -> None:
         images = x.detach().clone().requires_grad_(recorded)
         with torch.set_grad_enabled(recorded):
             try:
-                ask(model, images)
+                call_checked(model, images)
             except WritesToItsInput:
                 raise
             except Exception:

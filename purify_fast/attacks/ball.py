@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._validation import Norm, read_norm
-from ..ops.pgd_step import clamped, per_pixel, pgd_step, spread
+from ..ops.pgd_step import broadcastable, clamped, per_pixel, pgd_step
 from ..ops.philox import Stream, philox, philox_key
 from .arguments import can_read, check_eps, check_tensor, largest_distance
 
@@ -95,5 +95,5 @@ def sample_in_ball(x: Tensor, ball: Ball, *, seed: int = 0, sample_ids: Tensor |
             noise = -middles.sign() * torch.log1p(-middles.abs())
         shrink = draw(1, first_draw=1) ** (1 / size)
         noise = noise / noise.norm(p=2 if ball.norm == "l2" else 1, dim=1, keepdim=True) * shrink
-    point = x + noise.view_as(x) * spread("eps", ball.eps, x)
+    point = x + noise.view_as(x) * broadcastable("eps", ball.eps, x)
     return clamped(point, ball.clip_min, ball.clip_max).to(x.dtype)

@@ -42,7 +42,7 @@ class AttackResult:
         health: the counts of faulty gradients and unmoved images; None if nothing was counted.
         warnings: warnings for the reader of the result.
         fell_to: by name of a run, such as "target 2, restart 1", the number of images on which this run succeeded.
-        stood_still: number of images that survived only because every search gave up without any progress towards a
+        gave_up: number of images that survived only because every search gave up without any progress towards a
             decision boundary; a number or a tensor of shape []. Their survival says nothing about the defence.
         proved: number of images for which a complete search proved that no point of the ball is misclassified; a number
             or a tensor of shape [].
@@ -52,7 +52,7 @@ class AttackResult:
     health: GradientHealth | None = None
     warnings: list[str] = field(default_factory=list)
     fell_to: dict[str, int] = field(default_factory=dict)
-    stood_still: int | Tensor = 0
+    gave_up: int | Tensor = 0
     proved: int | Tensor = 0
 
 
@@ -255,7 +255,7 @@ def source_of(model: Classifier, x: Tensor, precision: GradientPrecision, copies
     # Attacks in float32 need none of what makes copies.
     from .gradient_copy import Copies
 
-    return (Copies(x) if copies is None else copies).of(model, precision)
+    return (Copies(x) if copies is None else copies).copy_for(model, precision)
 
 
 def cost_of_ascents(attack: Any, context: AttackContext) -> Passes:

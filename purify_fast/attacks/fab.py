@@ -145,7 +145,7 @@ class _FabSearch(RowSearch):
         for i in range(self.steps):
             if self.loop is None:
                 self.loop = self._begin_loop()
-            self.loop.take()
+            self.loop.advance()
             self.counted += 1
             if self.health is not None:
                 self.health.add(gradients=len(self.point))

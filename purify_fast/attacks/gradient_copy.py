@@ -46,12 +46,12 @@ class Copies:
         self.x = x[:COMPARED]
         self.dtypes = set[torch.dtype]()
         self._kept: dict[Any, tuple[Any, ...]] = {}
-        self._around: dict[int, tuple[Any, ...]] = {}
+        self._wrappers: dict[int, tuple[Any, ...]] = {}
 
-    def of(self, model: Classifier, precision: GradientPrecision) -> Classifier:
+    def copy_for(self, model: Classifier, precision: GradientPrecision) -> Classifier:
         """The model from which an attack takes its gradients: the copy of a model, or this model itself."""
         if isinstance(model, PassesOn) and supports(model, PassesOn):
-            return self._inside(model, precision)
+            return self._copy_inside(model, precision)
         dtype = gradient_dtype(model, self.x.device, precision)
         if dtype is None or not isinstance(model, nn.Module):
             return model
@@ -65,21 +65,21 @@ class Copies:
             self.dtypes.add(made.compute_dtype)
         return cast(Classifier, remember(self._kept, (id(model), dtype), (model, settings, objects, made), KEPT)[3])
 
-    def _inside(self, wrapper: Any, precision: GradientPrecision) -> Classifier:
+    def _copy_inside(self, wrapper: Any, precision: GradientPrecision) -> Classifier:
         """A wrapper around the copy of the model inside ``wrapper``; ``wrapper`` itself if there is no copy."""
         copied: list[Classifier] = []
 
         def replace(inner: Classifier) -> Classifier:
-            made = self.of(inner, precision)
+            made = self.copy_for(inner, precision)
             copied.extend([made] if made is not inner else [])
             return made
 
         around = wrapper.around(replace)
         if not copied:
             return cast(Classifier, wrapper)
-        known = self._around.get(id(wrapper))
+        known = self._wrappers.get(id(wrapper))
         if known is None or known[0] is not wrapper or known[1] is not copied[0]:
             # A wrapper that counts images does not change the logits, and a comparison would add to its count.
             counts = not isinstance(wrapper, nn.Module) or supports(wrapper, CountsImages)
             known = wrapper, copied[0], around if counts or same_answers(around, wrapper, self.x) else wrapper
-        return cast(Classifier, remember(self._around, id(wrapper), known, WRAPPERS)[2])
+        return cast(Classifier, remember(self._wrappers, id(wrapper), known, WRAPPERS)[2])

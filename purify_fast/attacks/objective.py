@@ -197,5 +197,5 @@ class Gradients:
     def at(self, point: Tensor) -> Gradient:
         """`Objective.gradient` at a point, images ``[B, ...]``."""
         self._loop.put(point=point)
-        self._loop.take()
+        self._loop.advance()
         return Gradient(**self._loop.values("image", "loss", "wrong"))

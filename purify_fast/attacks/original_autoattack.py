@@ -27,7 +27,7 @@ from .context import AttackContext
 from .objective import Objective
 from .search import GradientHealth
 
-Version = Literal["standard", "rand"]
+OriginalVersion = Literal["standard", "rand"]
 #: The authors' values. STEPS: steps of APGD and FAB. DRAWS: draws of the version "rand". QUERIES: queries of Square.
 STEPS, DRAWS, QUERIES = 100, 20, 5000
 #: The attacks of each version.
@@ -64,7 +64,7 @@ class OriginalAutoAttack(InBall):
     kind: ClassVar[str] = "autoattack"
     usual_steps: ClassVar[int | None] = STEPS
 
-    version: Version = "standard"
+    version: OriginalVersion = "standard"
     steps: Count | None = None
     n_queries: Count = QUERIES
 

@@ -41,7 +41,7 @@ def are_one_hot(logits: Tensor) -> bool:
 def are_probabilities(logits: Tensor) -> bool:
     """Tell whether every row of the output consists of probabilities: numbers in [0, 1] whose sum is 1."""
     # The tolerance is for rounding: the sum has many rounded terms, and half precision has only three or four digits.
-    room = 1e-3 if logits.dtype in (torch.float32, torch.float64) else 2e-2
+    slack = 1e-3 if logits.dtype in (torch.float32, torch.float64) else 2e-2
     values = logits.double()
-    inside = (values >= 0) & (values <= 1 + room)
-    return bool(inside.all() and ((values.sum(1) - 1).abs() <= room).all())
+    inside = (values >= 0) & (values <= 1 + slack)
+    return bool(inside.all() and ((values.sum(1) - 1).abs() <= slack).all())

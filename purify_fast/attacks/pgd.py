@@ -22,7 +22,7 @@ from .base import AttackResult, InBall, cost_of_ascents, run_alone, times, worst
 from .context import AttackContext, Radius
 from .losses import Loss
 from .objective import Objective, ObjectiveStep
-from .search import GradientHealth, Search, noted
+from .search import GradientHealth, Search, record_point
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -47,7 +47,7 @@ class Ascent(ObjectiveStep):
     def __call__(self, state: State) -> State:
         if "nonfinite" in state or "best" in state:
             now = self.objective.gradient(state["point"], state["y"])
-            new, image = noted(self.objective, state, state["point"], now), now.image
+            new, image = record_point(self.objective, state, state["point"], now), now.image
         else:
             # The caller remembers nothing about the points, as in training, so their scores are not computed.
             new, image = {}, self.objective.direction(state["point"], state["y"])
@@ -83,7 +83,7 @@ def ascend(
     for i in range(first, end):
         if falls:
             loop.put(alpha=ball.eps * fall(i, steps))
-        loop.take()
+        loop.advance()
         if changes:
             point = ascent.move(loop.state, loop.state["gradient"], density_at(ball.norm, i, steps))
             loop.put(point=point)

@@ -85,18 +85,18 @@ def better_of(best: Tensor, best_score: Tensor, x: Tensor, score: Tensor) -> tup
     return torch.where(per_image(higher, x), x, best), torch.where(higher, score, best_score)
 
 
-def forgiven(objective: Objective, gradient: Gradient) -> Tensor | None:
+def zero_is_no_fault(objective: Objective, gradient: Gradient) -> Tensor | None:
     """Tell for which images a zero gradient is no fault, bool ``[B]``; None: for no image."""
     # At a misclassified image the gradient of dlr can be 0: the loss is constantly 1 if the true class has the third
     # highest logit.
     return None if objective.loss == "ce" else gradient.wrong == 1
 
 
-def noted(objective: Objective, memory: State, point: Tensor, gradient: Gradient) -> State:
+def record_point(objective: Objective, memory: State, point: Tensor, gradient: Gradient) -> State:
     """The new values of `Search.memory` after one more point, computed without waiting for the device."""
     new: State = {}
     if "nonfinite" in memory:
-        nonfinite, zero = faults(gradient.image, forgiven(objective, gradient))
+        nonfinite, zero = faults(gradient.image, zero_is_no_fault(objective, gradient))
         new = {"nonfinite": memory["nonfinite"] + nonfinite.sum(), "zero": memory["zero"] + zero.sum()}
     if "best" in memory:
         new["best"], new["best_score"] = better_of(memory["best"], memory["best_score"], point, gradient.score)
@@ -120,7 +120,7 @@ class Search:
 
     def see(self, point: Tensor, gradient: Gradient) -> None:
         """Remember the points ``[B, ...]`` that are the best so far, and count the faulty gradients at all points."""
-        self.recall(self.memory | noted(self.objective, self.memory, point, gradient), 1)
+        self.recall(self.memory | record_point(self.objective, self.memory, point, gradient), 1)
 
     def recall(self, memory: State, points: int) -> None:
         """Store the memory after ``points`` further steps, which another object has taken."""

@@ -47,8 +47,8 @@ class AttackSequence:
         with frozen(self.model):
             for part in self._batches((~self.fallen).nonzero()[:, 0]):
                 x, y = self.x[part].to(self.device), self.y[part].to(self.device)
-                told = replace(self.context, sample_ids=part.to(self.device))
-                result = attack.search(self.model, x, y, told)
+                batch_context = replace(self.context, sample_ids=part.to(self.device))
+                result = attack.search(self.model, x, y, batch_context)
                 points = result.images
                 health.add(**(result.health or GradientHealth()).counts)
                 share = self._shares(points, part, self.judge)

@@ -301,7 +301,7 @@ class _SquareSearch:
             if edge != self.edge:
                 loop.put(**self._window(edge))
         self.edge = edge
-        loop.take()
+        loop.advance()
 
     def _begin_loop(self, together: int, first: int, edge: int) -> tuple[SquareRound, Steps]:
         """Begin rounds of ``together`` queries, with number ``first`` of the block and squares of a given edge."""

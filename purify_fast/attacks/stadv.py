@@ -142,13 +142,13 @@ class StAdv(Attack):
         if len(x) == 0:
             return AttackResult(x.clone())
         x, steps = x.detach().clone(), self.resolved_for(context).steps
-        room = Ball(per_sample("eps", self.eps, x), "linf", -torch.inf, torch.inf)
-        bound = per_image(room.eps, x)
+        ball = Ball(per_sample("eps", self.eps, x), "linf", -torch.inf, torch.inf)
+        bound = per_image(ball.eps, x)
 
         def attack(objective: Objective, run: int, health: GradientHealth | None) -> Tensor:
             flow = bound.new_zeros((len(x), 2, *x.shape[2:]))
             if self.random_start or run > 0:
-                flow = sample_in_ball(flow, room, seed=context.seed + run, sample_ids=context.sample_ids)
+                flow = sample_in_ball(flow, ball, seed=context.seed + run, sample_ids=context.sample_ids)
             adam, point = _Adam(flow, self.rate), warp(x, flow)
             search = Search(objective, point, y, keep_best=self.keep_best, health=health)
             gradients = Gradients(objective, point, y)

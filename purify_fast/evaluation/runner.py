@@ -168,7 +168,7 @@ def evaluate(
             report.notes += paragraphs("first_notes.jinja", once_per_call=subject.draws_once_per_call, **known)
             by_default = attacks is None and config.protocol != "authors"
             probes = by_default if config.probes is None else config.probes
-            before = subject.room.within(lambda: Before(subject)) if probes else None
+            before = subject.batch_limit.within(lambda: Before(subject)) if probes else None
             ball = ThreatModel(norm, float(eps))
             plan = given
             if config.protocol is not None:
@@ -181,7 +181,7 @@ def evaluate(
                 why = "because it is a function, or holds a value that cannot be compared. In Python, "
                 logger.warning('out: the rows of %s are not kept, %sevaluate(..., revision="1") keeps them', name, why)
             cache = RowCache(folder, kernels_now(device), revision)
-            cache.know(subject.model, mark)
+            cache.register(subject.model, mark)
             _admit([base, *(spec.other_model for spec in plan)], subject, cache, stack)
             shown = Progress(name, progress and shards.rank == 0, until=until)
             every = config.keep == "all"
@@ -239,7 +239,7 @@ def _admit(models: Sequence[Classifier | None], subject: Subject, cache: RowCach
         if cache.folder is not None:
             torch.manual_seed(subject.seed)
             model(subject.sample_images())
-            cache.know(model, fingerprint(model, cache.revision))
+            cache.register(model, fingerprint(model, cache.revision))
 
 
 @dataclass
@@ -273,7 +273,7 @@ class _Evaluation:
         before = self.suspicion.before
         measure.progress.costs = self.costs()
         measure.progress.plan(len(subject.y))
-        asked = None if before is None else self.suspicion.ask_before(before)
+        asked = None if before is None else self.suspicion.measure_before_attacks(before)
         if asked is not None:
             self.act_on(signs_of_masking(asked, subject.is_random), asked)
             measure.progress.costs[measure.progress.rows :] = self.costs()
@@ -352,7 +352,7 @@ class _Evaluation:
             left = int(stands.left.sum()) if stands is not None and spec.survivors_only else n
             return min(left, spec.nearest or n)
 
-        asked = [(spec.resolved.cost(context), images(spec)) for spec in self.plan]
+        asked = [(spec.attack.cost(context), images(spec)) for spec in self.plan]
         return [None if cost is None else cost * images for cost, images in asked]
 
     def expected(self, asked: Probes) -> float | None:
@@ -364,7 +364,7 @@ class _Evaluation:
         work, images = 0.0, float(measure.clean("random").mean * len(measure.subject.y))
         surrogates = 0
         for number, spec in enumerate(self.plan):
-            cost = spec.resolved.cost(context)
+            cost = spec.attack.cost(context)
             if cost is None:
                 return None
             surrogates += spec.gradients_from is not None
@@ -375,7 +375,7 @@ class _Evaluation:
             # The short attacks of all surrogates leave fewer images to the long ones.
             later = 1 + asked.is_blind + (surrogates > len(asked.order))
             left = images if first or not spec.survivors_only else images * asked.stands**later
-            used = GIVEN_UP if spec.resolved.may_end_early(context) else 1.0
+            used = GIVEN_UP if spec.attack.may_end_early(context) else 1.0
             # An image that falls is done after a part of the search.
             used *= asked.stands + GIVEN_UP * (1 - asked.stands) if first else 1.0
             work += used * cost.work * min(left, spec.nearest or left)

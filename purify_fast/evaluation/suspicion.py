@@ -14,7 +14,7 @@ import torch
 from .._tensors import digest
 from ..attacks.engine.row_batches import is_over
 from ..protocols import Passes
-from .alarms.probes import PROBED, Before, Probes, asked_before, compared_gradients, has_no_gradient, probe
+from .alarms.probes import PROBED, Before, Probes, compared_gradients, has_no_gradient, measure_before_attacks, probe
 from .alarms.signs import IDENTITIES, Evidence, findings, signs_of_masking
 from .results.rows import Worst, count_fallen
 from .run.measure import Measure
@@ -60,7 +60,7 @@ class Suspicion:
             and type(subject.base_model).__name__ not in IDENTITIES
         ):
             evidence = replace(
-                evidence, cosine=subject.room.within(lambda: compared_gradients(subject, self.measure.context))
+                evidence, cosine=subject.batch_limit.within(lambda: compared_gradients(subject, self.measure.context))
             )
         report.findings = [replace(finding, model=name) for finding in findings(evidence)]
         doubts = [finding for finding in report.findings if finding.verdict == "unreliable"]
@@ -92,7 +92,7 @@ class Suspicion:
         settings = {"probes": [PROBED, subject.data, subject.seed, subject.is_random, *ball]}
         return self.measure.cache.key(settings | more, subject.model)
 
-    def ask_before(self, before: Before) -> Probes:
+    def measure_before_attacks(self, before: Before) -> Probes:
         """Run the probes before the attacks, in the first process; each is kept as soon as it is made."""
         measure, context, subject = self.measure, self.measure.context, self.measure.subject
         progress = measure.progress
@@ -118,13 +118,15 @@ class Suspicion:
             key = self.probes_key({"probe": name} | settings)
             return measure.cache.values(key, shown, whole=lambda: not is_over(context.until))
 
-        def ask() -> Probes:
-            at_once = subject.room.limit(context.max_forward_batch)
-            told = replace(context, max_forward_batch=at_once)
-            return asked_before(before, told, model, keep, lambda one: is_over(context.until) or self.settled(one))
+        def is_enough(asked: Probes) -> bool:
+            return is_over(context.until) or self.settled(asked)
+
+        def probes() -> Probes:
+            limited = replace(context, max_forward_batch=subject.batch_limit.limit(context.max_forward_batch))
+            return measure_before_attacks(before, limited, model, keep, is_enough)
 
         # If memory runs out, the probes run again with fewer images at once.
-        return Probes(**measure.shards.from_first(lambda: asdict(subject.room.within(ask))))
+        return Probes(**measure.shards.from_first(lambda: asdict(subject.batch_limit.within(probes))))
 
     def settled(self, asked: Probes) -> bool:
         """Tell whether the measurements contain a sign of masked gradients."""
@@ -139,5 +141,7 @@ class Suspicion:
         left = np.zeros(n, dtype=bool) if wrong is None else wrong == 0
         attacks = {"attacks": [row.attack for row in evidence.rows], "left": digest(torch.from_numpy(left.copy()))}
         asked_now = functools.partial(probe, before, context, asked, left.tolist())
-        made = self.measure.cache.values(self.probes_key(attacks), lambda: asdict(subject.room.within(asked_now)))
+        made = self.measure.cache.values(
+            self.probes_key(attacks), lambda: asdict(subject.batch_limit.within(asked_now))
+        )
         return Probes(**made)

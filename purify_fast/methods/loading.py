@@ -12,7 +12,7 @@ from .._tensors import torch_defaults, weights_fingerprint
 from ..training import load_classifier
 from ..training.checkpoint import read_model
 from .atop.purifier import PURIFIERS
-from .diffusion.denoiser import ALONE, rebuilt_denoiser
+from .diffusion.denoiser import DENOISER_KIND, rebuilt_denoiser
 from .recipes import METHODS
 from .saving import rebuilt, trained_tensors
 
@@ -24,7 +24,7 @@ _DEFENCES: dict[str, Any] = {
 
 def is_denoiser(folder: str | Path) -> bool:
     """Tell whether a folder holds a denoiser without a classifier."""
-    return bool(read_model(folder)[0]["kind"] == ALONE)
+    return bool(read_model(folder)[0]["kind"] == DENOISER_KIND)
 
 
 @torch_defaults()
@@ -57,7 +57,7 @@ def load_defence(
     """
     facts, state = read_model(folder)
     kind, arguments = facts["kind"], dict[str, Any](facts["arguments"])
-    if kind not in (*_DEFENCES, ALONE):
+    if kind not in (*_DEFENCES, DENOISER_KIND):
         raise ValueError(f"{folder} holds a classifier ({kind}), not a defence: use load_classifier to load it")
     if purifier is not None and not {"purifier", "denoiser"} & arguments.keys():
         raise ValueError(f"purifier must be None, got a module: {folder} holds a {kind!r}, which includes its purifier")
@@ -71,8 +71,8 @@ def load_defence(
         classifier = load_classifier(Path(folder) / "classifier")
     elif not isinstance(classifier, nn.Module):
         raise TypeError(f"classifier must be a module, such as load_classifier(folder) returns, got {classifier!r}")
-    if kind == ALONE:
-        # the denoiser was trained without a classifier, so it fits any classifier
+    if kind == DENOISER_KIND:
+        # The denoiser was trained without a classifier, so it fits any classifier.
         check, kind, state = False, "DiffusionPurifier", {f"denoiser.module.{name}": state[name] for name in state}
     if check and weights_fingerprint(classifier) != facts["classifier"]:
         raise ValueError(f"classifier must have the weights that {folder} was trained for; check=False allows others")
@@ -84,6 +84,6 @@ def load_defence(
     defence.bank = facts.get("bank", {})
     if odd := trained_tensors(defence).keys() ^ state.keys():
         raise ValueError(f"{folder} holds a model with other tensors, such as {', '.join(sorted(odd)[:4])}")
-    # the state has no tensors of the classifier
+    # The state has no tensors of the classifier.
     defence.load_state_dict(state, strict=False)
     return defence.eval()

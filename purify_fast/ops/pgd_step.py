@@ -45,7 +45,7 @@ def direction(grad: Tensor, norm: int) -> Tensor:
         return grad
     dims = list(range(1, grad.dim()))
     peak = grad.abs().amax(dims, keepdim=True)
-    # amax propagates NaN, so a sample with a NaN is not usable.
+    # The maximum (amax) propagates NaN, so a sample with a NaN is not usable.
     usable = torch.isfinite(peak) & (peak > 0)
     grad = torch.where(usable, grad / torch.where(usable, peak, 1), 0.0)
     length = grad.square().sum(dims, keepdim=True).sqrt()
@@ -171,11 +171,11 @@ def per_pixel(name: str, value: float | Tensor, x: Tensor) -> Tensor:
     """Do the same as `per_sample`. A tensor with more dimensions gets the shape of x."""
     if isinstance(value, Tensor) and value.dim() > 1:
         dtype = torch.promote_types(x.dtype, torch.float32)
-        return torch.broadcast_to(spread(name, value.to(x.device, dtype), x), x.shape)
+        return torch.broadcast_to(broadcastable(name, value.to(x.device, dtype), x), x.shape)
     return per_sample(name, value, x)
 
 
-def spread(name: str, value: Any, x: Tensor) -> Any:
+def broadcastable(name: str, value: Any, x: Tensor) -> Any:
     """Return a number or a tensor that can be broadcast over the images ``x``: ``[B]`` becomes ``[B, 1, ...]``."""
     if not isinstance(value, Tensor) or value.dim() == 0:
         return value
@@ -207,7 +207,7 @@ def _pixelwise_step(images: tuple[Tensor, Tensor, Tensor], norm: Norm, **given: 
     if norm != "linf":
         raise ValueError(f"norm must be linf with a radius, a step or a range for each channel or pixel, got {norm}")
     x, grad, x_nat = images
-    alpha, eps, lo, hi = (spread(name, value, x) for name, value in given.items())
+    alpha, eps, lo, hi = (broadcastable(name, value, x) for name, value in given.items())
     wide = torch.promote_types(x.dtype, torch.float32)
     signs = torch.where(grad.isfinite(), grad.sign(), 0)
     center, moved = x_nat.to(wide), x.to(wide) + alpha * signs.to(wide)

@@ -60,7 +60,7 @@ def retry_when_memory_ends(
         again()
 
 
-class Room:
+class BatchLimit:
     """The largest number of images in a forward pass: no limit at first, and half as many whenever memory runs out.
 
     ``most`` is the largest number of images that are given at once, from which the first halving starts.

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..attacks.arguments import INTO_RANGE, ROUNDING
+from ..attacks.arguments import INTO_RANGE, RANGE_SLACK
 
 #: The attributes of a loader, and of these, that may have generators.
 INSIDE = ("dataset", "datasets", "sampler", "batch_sampler")
@@ -43,7 +43,7 @@ def check_channels(name: str, images: Tensor) -> None:
 def check_range(name: str, low: float, high: float, undo: str = "") -> None:
     """Raise ValueError for images with values outside [0, 1], except by rounding; ``undo`` is advice."""
     # The condition is negated so that NaN is refused too.
-    if not (low >= -ROUNDING and high <= 1 + ROUNDING):
+    if not (low >= -RANGE_SLACK and high <= 1 + RANGE_SLACK):
         advice = f"if they are normalized, {undo}" if undo and low < 0 else INTO_RANGE
         raise ValueError(f"{name} must be in [0, 1] and free of NaN, got values from {low:.5g} to {high:.5g}: {advice}")
 

@@ -23,7 +23,7 @@ from .._validation import in_one_line
 from ..model_state import identity_key
 from ..ops.philox import philox_key
 from ..speed.graphs.cuda_capture import CudaCapture
-from ..speed.graphs.step_graphs import InlineSteps, StepGraphs, alike, no_trace, remember, tried
+from ..speed.graphs.step_graphs import InlineSteps, StepGraphs, alike, leave_no_trace, remember, run_trial
 from ..speed.graphs.step_loop import CAPTURE_STEPS, numerics, reserved, weak_key
 from .distributed import exchanges
 from .optimizers import weights_of
@@ -70,7 +70,7 @@ class CapturedStep:
         numbers = _Read({name: torch.full((), float(value), device=device) for name, value in batch.numbers.items()})
         self.given = replace(batch, x=x, y=y, sample_ids=ids, seed=philox_key(batch.seed, device), numbers=numbers)
         self.updates: list[_Update] = []
-        with no_trace(device):
+        with leave_no_trace(device):
             # The step itself comes first, because the graph keeps the memory of a whole step. Its first call may still
             # verify kernels and choose algorithms, so it is not compared. It computes the numbers of `Task.numbers`
             # itself, because a second attack in a step might take those of the first.
@@ -92,7 +92,7 @@ class CapturedStep:
         with capture.aside(device), inline(task):
             # The first call verifies kernels and chooses algorithms, and may wait for the device.
             list(gradients(task, self.given))
-            known = tried(lambda: list(gradients(task, self.given)), device)
+            known = run_trial(lambda: list(gradients(task, self.given)), device)
         # A copy of the weights is made again only if their version has changed, and the graph must make it.
         change_weights(task, 1.0)
         running: Iterator[tuple[str, Metrics]] = iter(())

@@ -20,7 +20,7 @@ from ..speed.folding.inference_copy import autocast_to
 from ..speed.frozen_copy import AttackedCopy
 from ..speed.processor import with_known_precision
 from .checkpoint import read_model, save_model
-from .config import ClassifierConfig, Objective, TrainingAttack, settings
+from .config import ClassifierConfig, ObjectiveName, TrainingAttack, settings
 from .objectives import BETA, TRADES_START, divergence, mart, trades
 from .schedules import one_cycle
 from .task import Batch, Metrics, Task, check_classifier
@@ -60,7 +60,7 @@ class ClassifierTask(Task):
         return {"loss": loss, **metrics}
 
     def _loss(
-        self, batch: Batch, attack: TrainingAttack, objective: Objective | None = None, smoothing: float = 0.0
+        self, batch: Batch, attack: TrainingAttack, objective: ObjectiveName | None = None, smoothing: float = 0.0
     ) -> tuple[Tensor, Metrics]:
         x = batch.x
         if sigma := self.config.noise:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from .._validation import (
     AtLeast0,
@@ -25,14 +25,13 @@ from .schedules import rising
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..attacks.context import LossFunction
+    from ..attacks.context import LossFunction, Radius
     from ..protocols import Classifier
     from ..speed.graphs.step_graphs import StepGraphs
     from .task import Batch
 
-Radius = TypeVar("Radius", float, "Tensor")
 #: The objectives of a classifier's adversarial training besides cross-entropy.
-Objective = Literal["trades", "mart"]
+ObjectiveName = Literal["trades", "mart"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class TrainingAttack:
 
     def __post_init__(self) -> None:
         if (norm := read_norm(self.norm)) != self.norm:
-            # a normal assignment would raise an error, because the dataclass is frozen
+            # A normal assignment would raise an error, because the dataclass is frozen.
             object.__setattr__(self, "norm", norm)
         check_types(self)
         if self.norm == "linf" and not self.eps <= 1:
@@ -120,7 +119,7 @@ class TrainingAttack:
         Returns:
             The adversarial images ``[A, C, H, W]``.
         """
-        # importing PyTorch takes 1.8 seconds, and the command line's --help must read this class without that wait
+        # Importing PyTorch takes 1.8 seconds, and the command line's --help must read this class without that wait.
         from ..attacks import pgd
 
         numbers = self.numbers(batch)
@@ -151,7 +150,7 @@ class TrainingAttack:
         """
         return self if self.steps >= 10 or self.eps == 0 else TrainingAttack(eps=self.eps, steps=10, norm=self.norm)
 
-    def step_size(self, eps: Radius) -> Radius | float:
+    def step_size(self, eps: Radius) -> Radius:
         """Return the length of a step.
 
         Args:
@@ -265,7 +264,7 @@ class ClassifierConfig:
     learning_rate: Positive = 3e-3
     weight_decay: Annotated[float, Range(0, below=True)] = 5e-4
     precision: Precision = "float32"
-    objective: Objective | None = None
+    objective: ObjectiveName | None = None
     beta: Positive | None = None
     label_smoothing: ShareBelow1 | None = None
     noise: Positive | None = None

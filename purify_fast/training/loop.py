@@ -123,7 +123,7 @@ def fit(
     # The caller may be within torch.no_grad() or torch.inference_mode().
     with contextlib.ExitStack() as stack, torch.inference_mode(False), torch.enable_grad():
         stack.enter_context(synchronized_batchnorm(task.model, config.sync_batchnorm))
-        # if a folder is locked, all processes raise the error
+        # If a folder is locked, all processes raise the error.
         for place in (folder, None if run.bank is None else run.bank.path.parent):
             from_first(partial(stack.enter_context, folder_lock(place)))
         run.resume()
@@ -171,7 +171,7 @@ def _train_epoch(run: Run, listeners: Sequence[Callback]) -> TrainingState:
     began, images, world = time.monotonic(), 0, processes()[1]
     for raw in run.source.epoch(epoch, run.step % run.steps):
         if isinstance(run.source, Loader) and not images:
-            # the shape and the labels of a loader's images are not known before
+            # The shape and the labels of a loader's images are not known before.
             run.shape = list(raw[0].shape[1:])
             task.check(tuple(run.shape), int(raw[1].max()) + 1)
         seed = step_seed(config.seed, run.step)
@@ -222,7 +222,7 @@ def train_step(task: Task, batch: Batch, accumulate: int = 1) -> Metrics:
 
     graphs = task.graphs if processes()[1] == 1 else None
 
-    def take() -> Metrics:
+    def step_and_update() -> Metrics:
         measured: Metrics = {}
         step = captured(task, known, gradients) if accumulate == 1 else None
         # A replay needs no memory before it changes anything.
@@ -245,7 +245,7 @@ def train_step(task: Task, batch: Batch, accumulate: int = 1) -> Metrics:
         return measured
 
     # With several processes a step must not be repeated, because the other processes would not repeat the exchanges.
-    return take() if graphs is None else graphs.retry_without_graphs(take, batch.x.device)
+    return step_and_update() if graphs is None else graphs.retry_without_graphs(step_and_update, batch.x.device)
 
 
 @torch.no_grad()
@@ -311,5 +311,5 @@ def step_settings(task: Task, config: FitConfig, device: torch.device) -> Iterat
         with raced_convolutions(config.cudnn_benchmark, device):
             yield
     finally:
-        # without a reference to the graphs, their memory is freed
+        # Without a reference to the graphs, their memory is freed.
         task.graphs = before

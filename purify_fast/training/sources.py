@@ -119,7 +119,7 @@ class Loader:
 
     reproducible: bool = False
     # True after the warning of a stream that is too short
-    told: bool = False
+    has_warned: bool = False
     # 0 means that the sizes are not known before the batches arrive
     batch_size, images = 0, 0
 
@@ -128,13 +128,13 @@ class Loader:
         try:
             length = len(x) if isinstance(x, Sized) else None
         except TypeError:
-            # a DataLoader of a stream
+            # A DataLoader of a stream has no length.
             length = None
-        # an iterator would be exhausted after one epoch
+        # An iterator would be exhausted after one epoch.
         if not isinstance(x, Iterable) or isinstance(x, Iterator) or length == 0:
             raise TypeError(f"x must be a tensor, or batches with a length above 0, got {type(x).__name__}")
         if length is None and config.steps_per_epoch is None:
-            # the learning rates depend on the length of the run
+            # The learning rates depend on the length of the run.
             raise TypeError(f"steps_per_epoch must be set for batches without a length, got x = {type(x).__name__}")
         self.steps = config.steps_per_epoch or 0 if length is None else _cut_off(length, config)
         self.description = f"batches, {self.steps} an epoch"
@@ -152,10 +152,10 @@ class Loader:
         for k in range(self.steps):
             torch.manual_seed(step_seed(self.seed, epoch * self.steps + k))
             if (batch := next(given, None)) is None:
-                if not self.told:
+                if not self.has_warned:
                     text = "x gave %d batches in place of %d in epoch %d: it begins again. Set steps_per_epoch to that"
                     logger.warning(text, k, self.steps, epoch)
-                self.told = True
+                self.has_warned = True
                 given = iter(x)
                 if (batch := next(given, None)) is None:
                     raise ValueError(f"x must give batches in every epoch, but gave none in epoch {epoch}")
@@ -168,7 +168,7 @@ class Loader:
             images, labels, ids = (sent(part, self.device) for part in (images, labels, ids))
             if images.is_floating_point():
                 images = images.float()
-                # on a GPU, each check waits for the images
+                # On a GPU, each check waits for the images.
                 if images.device.type == "cpu" or k == 0:
                     low, high = map(float, images.aminmax())
                     check_range(f"the images of {name}", low, high, "undo this, and normalize in the model")
@@ -222,7 +222,7 @@ def _check(x: Tensor, y: Any, of_x: str = "x", of_y: str = "y", floats: bool = F
     if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.shape != (len(x),):
         got = f"{y.dtype} {list(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
         raise ValueError(f"{of_y} must be int64 [N] = [{len(x)}], got {got}")
-    # a GPU would wait for the labels of each batch
+    # A GPU would wait for the labels of each batch.
     if not (floats and y.device.type == "cuda") and int(y.min()) < 0:
         raise ValueError(f"{of_y} must be at least 0, got {int(y.min())}")
     return y

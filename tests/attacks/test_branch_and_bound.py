@@ -158,7 +158,7 @@ def labels_of(model, norm="linf"):
     with torch.random.fork_rng([]), torch.no_grad():
         subject = Subject(model, x, y, batch_size=4, n_eval=1, seed=0)
         specs = protocol_attacks("strong", subject, ThreatModel(norm, EPS))
-    return [spec.resolved.kind for spec in specs]
+    return [spec.attack.kind for spec in specs]
 
 
 def test_strong_has_the_row_for_such_networks_alone():

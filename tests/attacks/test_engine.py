@@ -71,17 +71,17 @@ def convolutional(classes=10):
 
 def test_which_models_are_copied(monkeypatch):
     net, x = convolutional(), torch.rand(4, 3, 16, 16)
-    assert Copies(x).of(net, "float32") is net
-    made = Copies(x).of(net, "bfloat16")
+    assert Copies(x).copy_for(net, "float32") is net
+    made = Copies(x).copy_for(net, "bfloat16")
     assert isinstance(made, FrozenCopy) and made.folded == 2 and made.dtype == torch.bfloat16
     # too small to gain
-    assert Copies(x).of(net, "auto") is net
+    assert Copies(x).copy_for(net, "auto") is net
     monkeypatch.setattr("purify_fast.attacks.gradient_copy.FEWEST_WEIGHTS", 1)
-    assert Copies(x).of(net, "auto").dtype == torch.float32
+    assert Copies(x).copy_for(net, "auto").dtype == torch.float32
     monkeypatch.setattr("purify_fast.attacks.gradient_copy.auto_dtype", lambda model, device: torch.bfloat16)
-    assert Copies(x).of(net, "auto").dtype == torch.bfloat16
+    assert Copies(x).copy_for(net, "auto").dtype == torch.bfloat16
     function = net.forward
-    assert Copies(x).of(function, "bfloat16") is function and Copies(x).of(made, "bfloat16") is made
+    assert Copies(x).copy_for(function, "bfloat16") is function and Copies(x).copy_for(made, "bfloat16") is made
 
     class Stubborn(nn.Module):
         def __init__(self):
@@ -96,16 +96,16 @@ def test_which_models_are_copied(monkeypatch):
 
     odd = Stubborn()
     with pytest.warns(RuntimeWarning, match="Stubborn is attacked itself, .* RuntimeError: no copies"):
-        assert Copies(x).of(odd, "bfloat16") is odd
+        assert Copies(x).copy_for(odd, "bfloat16") is odd
     progress = Progress()
     with progress.row("attack", None):
         counted = counted_model(net, progress)
         copies = Copies(x)
-        around = copies.of(counted, "bfloat16")
+        around = copies.copy_for(counted, "bfloat16")
         assert type(around) is type(counted) and isinstance(around.model, FrozenCopy)
-        assert copies.of(counted, "float32") is not around
+        assert copies.copy_for(counted, "float32") is not around
         # a captured step belongs to one module: the counter around a copy is the same for every attack
-        assert copies.of(counted, "bfloat16") is around is not counted
+        assert copies.copy_for(counted, "bfloat16") is around is not counted
 
 
 @pytest.mark.parametrize("attack", [apgd, fab_t, square])

@@ -46,7 +46,7 @@ def images_and_gradient(model, x):
 
 def test_a_purifier_of_a_users_own_is_not_folded(defence):
     x = torch.rand(8, *SHAPE)
-    made = Copies(x).of(defence, "bfloat16")
+    made = Copies(x).copy_for(defence, "bfloat16")
     assert made is not defence and isinstance(made.purifier.module.net[1], nn.BatchNorm2d)
     (image, gradient), (other, found) = (images_and_gradient(model, x) for model in (defence, made))
     assert (other - image).abs().max() < 0.02 and torch.cosine_similarity(found, gradient, 0) > 0.99
@@ -56,7 +56,7 @@ def test_a_defence_is_copied_inside_another_view_of_it(defence):
     """A defence without its noise is attacked by its own fast copy, not in float32."""
     x = torch.rand(8, *SHAPE)
     quiet = WithAggregation(defence, deterministic=True).eval()
-    made = Copies(x).of(quiet, "bfloat16")
+    made = Copies(x).copy_for(quiet, "bfloat16")
     assert type(made) is WithAggregation and made.without_noise and not made.training
     assert type(made.defence) is type(defence) and made.defence is not defence
     with torch.no_grad():
@@ -77,12 +77,12 @@ def test_a_view_that_does_something_else_keeps_it_around_a_copy(defence):
             return WithAggregation(replace(self.defence), self.aggregation, self.without_noise)
 
     view = Negative(defence, deterministic=True).eval()
-    made = Copies(x).of(view, "bfloat16")
+    made = Copies(x).copy_for(view, "bfloat16")
     assert type(made) is Negative and made.defence is not defence and view.defence is defence
     with torch.no_grad():
         assert (made(x) - view(x)).abs().max() <= 0.1 * view(x).abs().max()
     forgets = Forgets(defence, deterministic=True).eval()
-    assert Copies(x).of(forgets, "bfloat16") is forgets
+    assert Copies(x).copy_for(forgets, "bfloat16") is forgets
 
 
 @pytest.mark.parametrize("what", ["images", "gradients"])
@@ -103,7 +103,7 @@ def test_a_random_copy_that_does_something_else_is_refused(defence, what, monkey
 
     monkeypatch.setattr(Defence, "make_frozen_copy", wrong)
     with pytest.warns(RuntimeWarning, match="attacked itself, because"):
-        assert Copies(x).of(defence, "bfloat16") is defence
+        assert Copies(x).copy_for(defence, "bfloat16") is defence
 
 
 def test_making_a_copy_draws_no_numbers(defence, monkeypatch):
@@ -111,11 +111,11 @@ def test_making_a_copy_draws_no_numbers(defence, monkeypatch):
     original = Defence.make_frozen_copy
     monkeypatch.setattr(Defence, "make_frozen_copy", lambda *a, **k: torch.rand(3) is None or original(*a, **k))
     before = torch.get_rng_state()
-    assert Copies(torch.rand(8, *SHAPE)).of(defence, "bfloat16") is not defence
+    assert Copies(torch.rand(8, *SHAPE)).copy_for(defence, "bfloat16") is not defence
     torch.set_rng_state(before)
     x = torch.rand(8, *SHAPE)
     drawn = torch.get_rng_state()
-    assert Copies(x).of(defence, "bfloat16") is not defence
+    assert Copies(x).copy_for(defence, "bfloat16") is not defence
     assert torch.equal(torch.get_rng_state(), drawn) and defence.noise_is_fresh
 
 
@@ -137,10 +137,10 @@ def test_a_copy_has_the_weights_of_its_model_at_every_attack(change):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 256, 10)).eval()
     copies = Copies(torch.rand(4, *SHAPE))
-    before = copies.of(net, "bfloat16")
+    before = copies.copy_for(net, "bfloat16")
     for _ in range(2):
         change(net)
-        made = copies.of(net, "bfloat16")
+        made = copies.copy_for(net, "bfloat16")
         assert isinstance(made, FrozenCopy) and (made is before) == (change is not replaced)
         assert torch.equal(made.classifier[1].weight, net[1].weight)
 
@@ -151,10 +151,10 @@ def test_a_change_that_a_copy_does_not_follow_makes_a_new_copy():
     net, x = nn.Sequential(gate, nn.Linear(3 * 256, 10)).eval(), torch.rand(4, *SHAPE)
     copies = Copies(x)
     for change in (lambda: net[0].gate.mul_(1.5), lambda: setattr(net[0], "scale", 2.0)):
-        before = copies.of(net, "bfloat16")
-        assert copies.of(net, "bfloat16") is before
+        before = copies.copy_for(net, "bfloat16")
+        assert copies.copy_for(net, "bfloat16") is before
         change()
-        made = copies.of(net, "bfloat16")
+        made = copies.copy_for(net, "bfloat16")
         assert made is not before and torch.allclose(made(x), net(x), rtol=0.02, atol=0.02)
 
 
@@ -163,9 +163,9 @@ def test_a_wrapper_has_the_copy_of_now(defence):
     x = torch.rand(8, *SHAPE)
     copies, vote = Copies(x), MajorityVote(defence, 2)
     for model in (vote, *(shifted(float(number)) for number in range(3))):
-        copies.of(model, "bfloat16")
+        copies.copy_for(model, "bfloat16")
     with defence.deterministic():
-        inside = copies.of(vote, "bfloat16").model
+        inside = copies.copy_for(vote, "bfloat16").model
         assert inside.noise_is_off and torch.equal(inside(x), inside(x))
 
 
@@ -177,12 +177,12 @@ def test_a_copy_draws_as_its_model_does_now():
     copies = Copies(x)
     for seed in (1, 2):
         with model.fixed_noise(seed):
-            made = copies.of(model, "bfloat16")
+            made = copies.copy_for(model, "bfloat16")
             assert made is not model and torch.allclose(made(x), model(x), atol=0.1)
     with model.deterministic():
-        made = copies.of(model, "bfloat16")
+        made = copies.copy_for(model, "bfloat16")
         assert torch.equal(made(x), made(x)) and torch.allclose(made(x), model(x), atol=0.1)
-    made = copies.of(model, "bfloat16")
+    made = copies.copy_for(model, "bfloat16")
     assert made.noise_is_fresh and not torch.equal(made(x), made(x))
 
 
@@ -201,7 +201,7 @@ def test_a_copy_that_raises_anything_is_refused(defence, only_with_gradients, mo
 
     monkeypatch.setattr(Defence, "make_frozen_copy", wrong)
     with pytest.warns(RuntimeWarning, match="Atop is attacked itself, .* IndexError: tuple index"):
-        assert Copies(torch.rand(4, *SHAPE)).of(defence, "bfloat16") is defence
+        assert Copies(torch.rand(4, *SHAPE)).copy_for(defence, "bfloat16") is defence
 
 
 def shifted(bias):
@@ -226,14 +226,14 @@ def test_a_copy_that_rounds_the_differences_between_logits_away_is_refused(bias)
     """Large logits that are almost the same, as of a generative classifier: bfloat16 makes them the same."""
     net, plain, x = shifted(bias), shifted(0.0), torch.rand(16, *SHAPE)
     with pytest.warns(RuntimeWarning, match="other logits"):
-        assert Copies(x).of(net, "bfloat16").dtype == torch.float32
-    assert Copies(x).of(plain, "bfloat16").dtype == torch.bfloat16
+        assert Copies(x).copy_for(net, "bfloat16").dtype == torch.float32
+    assert Copies(x).copy_for(plain, "bfloat16").dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", [name for name in zoo.list() if name.startswith("digits")])
 def test_the_copies_of_the_digits_models_serve(name):
     model, x = zoo.load(name), load_dataset("digits").x_test[:8].float() / 255
-    made = Copies(x).of(model, "bfloat16")
+    made = Copies(x).copy_for(model, "bfloat16")
     assert made is not model and isinstance(made, (FrozenCopy, Defence))
 
 
@@ -246,7 +246,7 @@ def returning(output):
 def test_the_error_of_a_model_itself_is_left_to_the_attack():
     model = returning(lambda z: z @ torch.zeros(3, 3))
     with pytest.warns(RuntimeWarning, match="attacked itself"):
-        assert Copies(torch.rand(8, *SHAPE)).of(model, "bfloat16") is model
+        assert Copies(torch.rand(8, *SHAPE)).copy_for(model, "bfloat16") is model
 
 
 @pytest.mark.parametrize("attack", [{"precision": "bfloat16"}, {"precision": "auto"}])

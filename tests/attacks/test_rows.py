@@ -296,4 +296,4 @@ def test_an_attack_says_of_how_many_images_no_search_came_nearer():
     x[:, 0, 0, 0] = torch.where(torch.arange(24) < 8, 0.9, 0.1)
     found = Square(n_queries=1200, give_up=True, precision="float32").run(stuck_or_weak, x, y, eps=0.1)
     assert (stuck_or_weak(found.images).argmax(1) != 0).tolist() == [False] * 8 + [True] * 16
-    assert found.stood_still == 8
+    assert found.gave_up == 8

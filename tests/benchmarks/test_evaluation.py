@@ -152,7 +152,7 @@ def test_every_forward_and_every_gradient_is_counted_at_the_door(precision):
     torch.manual_seed(0)
     inner = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval().requires_grad_(False)
     model, x = CountedModel(inner), torch.rand(12, 1, 8, 8)
-    followed = Copies(x).of(model, precision)
+    followed = Copies(x).copy_for(model, precision)
     assert (followed is model) == (precision == "float32")
     model.counts.forwards = model.counts.gradients = 0
     points = x.clone().requires_grad_()

@@ -65,7 +65,7 @@ def test_the_committed_rows_and_tables_are_those_of_the_command(tmp_path):
 
 
 def test_the_attack_is_lee_and_kims_and_each_rule_counts_the_same_predictions():
-    eps = lee_kim_2023(8 / 255).resolved
+    eps = lee_kim_2023(8 / 255).attack
     assert (eps.steps, eps.eot_iter, eps.random_start) == (200, 20, False) and eps.alpha == pytest.approx(0.007)
     classes = torch.tensor([[0, 1, 2], [0, 2, 2], [1, 1, 2]])
     assert told(classes, torch.tensor([0, 1, 0])) == {"draws": ["110", "100", "010"], "vote": "110"}

@@ -8,7 +8,7 @@ from torch import nn
 
 from purify_fast.attacks import APGD, PGD
 from purify_fast.evaluation import AttackSpec
-from purify_fast.speed.memory import Room
+from purify_fast.speed.memory import BatchLimit
 
 CPU = torch.device("cpu")
 
@@ -51,18 +51,18 @@ def test_a_batch_is_halved_until_it_fits_and_the_rows_are_those_of_enough_memory
         assert row.settings == other.settings and np.array_equal(row.robust, other.robust)
 
 
-def test_room_draws_the_same_again_and_gives_up_at_one_image():
-    room, seen = Room(10, CPU), []
+def test_a_limit_draws_the_same_again_and_gives_up_at_one_image():
+    limit, seen = BatchLimit(10, CPU), []
 
     def work():
-        seen.append((room.at_most(100), float(torch.rand(()))))
-        if room.at_most(100) > 1:
+        seen.append((limit.at_most(100), float(torch.rand(()))))
+        if limit.at_most(100) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return "done"
 
-    assert room.within(work) == "done" and [count for count, _ in seen] == [100, 5, 2, 1]
-    assert len({drawn for _, drawn in seen}) == 1 and room.limit(None) == 1 and room.limit(3) == 1
+    assert limit.within(work) == "done" and [count for count, _ in seen] == [100, 5, 2, 1]
+    assert len({drawn for _, drawn in seen}) == 1 and limit.limit(None) == 1 and limit.limit(3) == 1
     for error in (MemoryError(), ValueError("a bug")):
         with pytest.raises(type(error)):
-            room.within(lambda error=error: (_ for _ in ()).throw(error))
-    assert Room(10, CPU).limit(7) == 7 and Room(10, CPU).limit(None) is None
+            limit.within(lambda error=error: (_ for _ in ()).throw(error))
+    assert BatchLimit(10, CPU).limit(7) == 7 and BatchLimit(10, CPU).limit(None) is None

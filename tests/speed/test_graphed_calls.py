@@ -19,7 +19,7 @@ import purify_fast
 from purify_fast.attacks import pgd, square
 from purify_fast.methods.atop import Atop, SmallGenerator
 from purify_fast.speed.graphs.graphed_calls import LAUNCHED_CALLS, MOST_KINDS, GraphedCalls
-from purify_fast.speed.graphs.step_graphs import StepGraphs, no_trace
+from purify_fast.speed.graphs.step_graphs import StepGraphs, leave_no_trace
 from purify_fast.speed.graphs.step_loop import CAPTURE_STEPS
 
 CPU = torch.device("cpu")
@@ -257,7 +257,7 @@ def test_calls_inside_captures_transforms_and_other_threads_have_no_graph(graphe
         for _ in range(LAUNCHED_CALLS + 1):
             fast(x)
         replayed = capture.replayed
-        with no_trace(CPU):
+        with leave_no_trace(CPU):
             fast(x)
         assert torch.allclose(torch.func.vmap(lambda one: fast(one[None]))(x)[:, 0], model(x), atol=1e-5)
         with fast.graphed_calls._lock:
@@ -318,7 +318,7 @@ def test_a_direct_attack_on_a_copy_is_captured(name, capture, caplog):
     replayed = capture.replayed
     with fast._followed.graphs.lock:
         attack(fast, x, y)
-    with no_trace(CPU):
+    with leave_no_trace(CPU):
         attack(fast, x, y)
     assert capture.replayed == replayed and not fast._followed.graphs.lock.locked()
 

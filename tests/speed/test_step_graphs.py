@@ -50,7 +50,7 @@ def start(n: int = 3) -> State:
 def run(graphs: StepGraphs | None, model: nn.Module, steps: int = 3, state: State | None = None, kind=Grow) -> State:
     loop = begin_steps(graphs, kind(model), start() if state is None else state)
     for _ in range(steps):
-        loop.take()
+        loop.advance()
     return loop.values()
 
 
@@ -328,12 +328,12 @@ def test_two_loops_over_one_step_do_not_mix(graphs, rerun):
     model, twice = Scale(), start() | {"x": torch.full((3,), 5.0)}
     run(graphs, model, STEPS)
     first = begin_steps(graphs, Grow(model), start())
-    first.take()
+    first.advance()
     second = begin_steps(graphs, Grow(model), twice)
     assert second.replays and not first.replays
-    second.take()
+    second.advance()
     for _ in range(2):
-        first.take(), second.take()
+        first.advance(), second.advance()
     assert same(first.values(), run(None, model, 3)) and same(second.values(), run(None, model, 3, twice))
     del first, second
     before = rerun.replayed

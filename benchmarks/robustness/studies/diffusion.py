@@ -78,7 +78,7 @@ def found_by_pgd(model: nn.Module, x: Tensor, y: Tensor, s: dict[str, Any], fixe
 
     A defence is attacked through its frozen copy in bfloat16.
     """
-    budget, published = s["budget"], cast(PGD, lee_kim_2023(s["eps"]).resolved)
+    budget, published = s["budget"], cast(PGD, lee_kim_2023(s["eps"]).attack)
     draws = budget.eot if supports(model, FixedNoise) and not fixed else 1
     seen = frozen_copy(model, x, dtype=torch.bfloat16) if supports(model, CopiesItself) else model
     torch.manual_seed(0)
@@ -135,18 +135,18 @@ def authors(job: Job, model: nn.Module, x: Tensor, y: Tensor, root: Path) -> dic
     """Run the attacks of the purifiers' authors. AutoAttack, one of these attacks, attacks only the first images."""
     budget = job.settings["budget"]
     specs = [
-        replace(spec, max_images=budget.autoattack_images) if isinstance(spec.resolved, OriginalAutoAttack) else spec
+        replace(spec, max_images=budget.autoattack_images) if isinstance(spec.attack, OriginalAutoAttack) else spec
         for spec in authors_attacks(model, job.settings["eps"]) or ()
     ]
     if budget.quick:
-        specs = [short(spec) for spec in specs if not isinstance(spec.resolved, OriginalAutoAttack)]
+        specs = [short(spec) for spec in specs if not isinstance(spec.attack, OriginalAutoAttack)]
     rows = reported(model, x, y, job, attacks=specs)
     return {"rows": [row for row in rows if row["kind"] == "authors"]}
 
 
 def short(spec: AttackSpec) -> AttackSpec:
     """Return an attack with two steps and two draws, which only tests that the code runs."""
-    attack: Any = spec.resolved
+    attack: Any = spec.attack
     return replace(spec, attack=replace(attack, steps=2, eot_iter=2))
 
 

@@ -81,9 +81,9 @@ class EngineAttack(InBall):
                 objective = Objective(source, loss, draws, most, context.graphs, apart=apart)
                 active.judge_clean_images(leave=getattr(self, "leave_when_fallen", True))
                 self.explore(active, objective, context)
-        stood_still = (~active.fallen & ~active.tried).sum()
+        gave_up = (~active.fallen & ~active.tried).sum()
         warnings = [BLIND] * active.ended_blind + [CUT] * active.was_cut
-        return AttackResult(active.best, active.health, warnings, active.fell_to, stood_still)
+        return AttackResult(active.best, active.health, warnings, active.fell_to, gave_up)
 
     def may_end_early(self, context: AttackContext) -> bool:
         return self.give_up and self.resolved_for(context).steps >= FEWEST_STEPS

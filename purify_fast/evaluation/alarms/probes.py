@@ -33,7 +33,7 @@ PROBED = 64
 #: The number of times that a probe repeats the predictions on the same images.
 AGAIN = 8
 #: The number of images that are also predicted in batches of size 1.
-ALONE = 16
+ONE_BY_ONE = 16
 #: Lengths of the small steps with which gradients are tested, in image units. The shorter step does not change the
 #: output of a model that rounds its input to 256 levels, so the longer step has the length of two levels.
 SMALL = (1e-3, 8e-3)
@@ -138,7 +138,7 @@ class Probes:
 Keep = Callable[[str, Passes, dict[str, Any], Callable[[], dict[str, Any]]], dict[str, Any]]
 
 
-def asked_before(
+def measure_before_attacks(
     before: Before, context: AttackContext, model: Any, keep: Keep, settled: Callable[[Probes], bool]
 ) -> Probes:
     """Make the measurements before the attacks of the report.
@@ -379,7 +379,7 @@ class Before:
     def predictions(self) -> Tensor:
         """The predicted classes of the clean images, with the same noise every time if the model allows it."""
         torch.manual_seed(self.subject.seed)
-        with self.subject.variant(quiet(self.subject)):
+        with self.subject.variant(repeatable_variant(self.subject)):
             return self.model(self.x).argmax(1)
 
     def model(self, x: Tensor) -> Tensor:
@@ -405,7 +405,7 @@ class Before:
         return self.mark != self._state()
 
 
-def quiet(subject: Subject) -> Variant:
+def repeatable_variant(subject: Subject) -> Variant:
     """Return the variant in which a model always predicts the same, or "random" if there is no such variant."""
     if not (subject.is_random and supports(subject.base_model, FixedNoise)):
         return "random"
@@ -415,7 +415,7 @@ def quiet(subject: Subject) -> Variant:
 
 def is_repeatable(subject: Subject) -> bool:
     """Tell whether a model, or its variant with fixed noise, always predicts the same."""
-    return not subject.is_random or quiet(subject) == "fixed"
+    return not subject.is_random or repeatable_variant(subject) == "fixed"
 
 
 def _share(which: Tensor) -> float:
@@ -427,20 +427,20 @@ def batch_changes(subject: Subject, x: Tensor) -> float | None:
     model, x = subject.model, x[: subject.batch_size]
     if not is_repeatable(subject):
         return None
-    with subject.variant(quiet(subject)):
+    with subject.variant(repeatable_variant(subject)):
         together = model(x).argmax(1)
         reverse = model(x.flip(0)).argmax(1).flip(0)
-        alone = torch.cat([model(image[None]).argmax(1) for image in x[:ALONE]])
+        alone = torch.cat([model(image[None]).argmax(1) for image in x[:ONE_BY_ONE]])
         # A batch of the size that attacks use is also predicted, because some faults appear only in large batches.
         larger = model(subject.x[: subject.batch_size].to(subject.device)).argmax(1)[: len(x)]
-    return max(_share(together != reverse), _share(together != larger), _share(together[:ALONE] != alone))
+    return max(_share(together != reverse), _share(together != larger), _share(together[:ONE_BY_ONE] != alone))
 
 
 def watched_changes(subject: Subject, model: Classifier, *points: Tensor) -> float | None:
     """The share of the images whose logits change while gradients are recorded."""
     if not is_repeatable(subject):
         return None
-    with subject.variant(quiet(subject)):
+    with subject.variant(repeatable_variant(subject)):
         return max(_watched(model, point, subject.seed) for point in points)
 
 
@@ -473,7 +473,7 @@ def sets_seed(model: Classifier, x: Tensor) -> bool:
 
 def differences(subject: Subject, y: Tensor, *points: Tensor) -> tuple[float | Missing | None, float]:
     """Compare the changes of a model's margin with the changes that its gradients predict."""
-    with subject.variant(quiet(subject)):
+    with subject.variant(repeatable_variant(subject)):
         if differ(_seeded(subject, points[0]), _seeded(subject, points[0])):
             return None, 0.0
     measured = [_differences(subject, point, y) for point in points]
@@ -484,7 +484,7 @@ def differences(subject: Subject, y: Tensor, *points: Tensor) -> tuple[float | M
 
 def compared_gradients(subject: Subject, context: AttackContext) -> float | Missing | None:
     """Compare the changes that the model's gradients predict with the measured ones, on and near clean images."""
-    some = slice(min(ALONE, subject.batch_size))
+    some = slice(min(ONE_BY_ONE, subject.batch_size))
     x, y = subject.x[some].to(subject.device), subject.y[some].to(subject.device)
     return differences(subject, y, x, near(context, x))[0]
 
@@ -497,7 +497,7 @@ def has_no_gradient(subject: Subject) -> bool:
 
 
 def _differences(subject: Subject, x: Tensor, y: Tensor) -> tuple[float | Missing, float]:
-    with subject.variant(quiet(subject)):
+    with subject.variant(repeatable_variant(subject)):
         with torch.enable_grad():
             leaf = x.clone().requires_grad_()
             gradient = gradient_to(leaf, margin(_seeded(subject, leaf), y).sum())

@@ -92,7 +92,7 @@ class Finding:
         return self.verdict == "unreliable" or (self.verdict == "noted" and self.prominent)
 
     @property
-    def told(self) -> str:
+    def in_words(self) -> str:
         """The finding as a text, with the attack or the probe that shows it."""
         return f"{self.alarm}: {self.measured}" + (f" ({self.row})" if self.row else "")
 
@@ -201,7 +201,7 @@ class Outcome(NamedTuple):
 
 #: The function of an alarm. Its arguments are the evidence, and the probes if `Alarm.of_probes` is True. The function
 #: returns None if the alarm does not apply to the model.
-Judge = Callable[..., Outcome | None]
+AlarmRule = Callable[..., Outcome | None]
 
 
 @dataclass(frozen=True)
@@ -217,13 +217,13 @@ class Alarm:
     of_answers: bool = False
     prominent: bool = False
 
-    def __call__(self, judge: Judge) -> Judge:
-        ALARMS[self] = judge
-        return judge
+    def __call__(self, rule: AlarmRule) -> AlarmRule:
+        ALARMS[self] = rule
+        return rule
 
 
 #: The alarms with their functions, in the order of this file.
-ALARMS: dict[Alarm, Judge] = {}
+ALARMS: dict[Alarm, AlarmRule] = {}
 
 
 def findings(evidence: Evidence) -> list[Finding]:
@@ -236,10 +236,10 @@ def findings(evidence: Evidence) -> list[Finding]:
         evidence: rows and probes of one model.
     """
     every: list[Finding] = []
-    for alarm, judge in ALARMS.items():
+    for alarm, rule in ALARMS.items():
         if alarm.of_probes and evidence.probes is None:
             continue
-        outcome = judge(evidence, evidence.probes) if alarm.of_probes else judge(evidence)
+        outcome = rule(evidence, evidence.probes) if alarm.of_probes else rule(evidence)
         if outcome is None:
             continue
         advice = (outcome.advice or alarm.advice) if outcome.verdict == "unreliable" else ""
@@ -287,8 +287,8 @@ def better_than_guessing(evidence: Evidence) -> Outcome | None:
     )
     if clean.mean > chance + 2 * math.sqrt(chance * (1 - chance) / clean.n):
         return Outcome("passed", text)
-    ask = "is the model trained, are the labels numbered like its classes, and does it take images in [0, 1]?"
-    return Outcome("noted", f"{text}: {ask}", clean.attack)
+    question = "is the model trained, are the labels numbered like its classes, and does it take images in [0, 1]?"
+    return Outcome("noted", f"{text}: {question}", clean.attack)
 
 
 @Alarm("finite predictions", OVERFLOW, of_answers=True)
@@ -335,8 +335,8 @@ def gradient_health(evidence: Evidence) -> Outcome:
         return counted._replace(measured=text or MISSING[cosine])
     if isinstance(cosine, str):
         return Outcome("unreliable", MISSING[cosine], probe, advice)
-    told = f"cosine {cosine:.2f} between the changes that gradients predict and the measured changes"
-    text = f"{text}; {told}" if text else told
+    compared = f"cosine {cosine:.2f} between the changes that gradients predict and the measured changes"
+    text = f"{text}; {compared}" if text else compared
     if cosine < WRONG_GRADIENTS:
         return Outcome("unreliable", text, probe)
     noted = counted.verdict == "noted" or not cosine >= ODD_GRADIENTS

@@ -65,7 +65,7 @@ def protocol_attacks(
 
 
 def _shortened(spec: AttackSpec, steps: int) -> AttackSpec:
-    attack = spec.resolved
+    attack = spec.attack
     if isinstance(attack, APGD) and attack.steps is not None and attack.steps > max(steps, FIRST_STEPS):
         return replace(spec, attack=replace(attack, steps=steps))
     return spec
@@ -185,12 +185,12 @@ def without_early_stops(
         joined = [*(_transferred(*pair, SHORT_TRANSFER) for pair in surrogates), *long]
     named = {spec.label for spec in joined}
     whole = [spec for spec in whole if spec.label not in named]
-    at = next((i for i, spec in enumerate(whole) if isinstance(spec.resolved, (FABT, Square))), len(whole))
+    at = next((i for i, spec in enumerate(whole) if isinstance(spec.attack, (FABT, Square))), len(whole))
     return [*whole[:at], *joined, *whole[at:]]
 
 
 def _whole(spec: AttackSpec) -> AttackSpec:
-    attack = spec.resolved
+    attack = spec.attack
     if isinstance(attack, EngineAttack):
         attack = replace(attack, give_up=False)
     return replace(spec, attack=attack, until=None, nearest=None)
@@ -220,12 +220,12 @@ def _transferred(name: str, surrogate: Classifier, attack: APGD = TRANSFER) -> A
 def _official(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
     if not subject.is_random:
         return [AttackSpec(OriginalAutoAttack())]
-    quiet: list[AttackSpec] = []
+    without_noise: list[AttackSpec] = []
     if supports(subject.base_model, FixedNoise):
-        quiet = [AttackSpec(OriginalAutoAttack(), "fixed")]
+        without_noise = [AttackSpec(OriginalAutoAttack(), "fixed")]
     elif supports(subject.base_model, DeterministicMode):
-        quiet = [AttackSpec(OriginalAutoAttack(), "deterministic")]
-    return [*quiet, AttackSpec(OriginalAutoAttack(version="rand"))]
+        without_noise = [AttackSpec(OriginalAutoAttack(), "deterministic")]
+    return [*without_noise, AttackSpec(OriginalAutoAttack(version="rand"))]
 
 
 def _authors(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:

@@ -16,7 +16,7 @@ from .subject import Subject, Variant
 
 logger = logging.getLogger("purify_fast")
 
-ALONE = "on the classifier alone (not adaptive)"
+NOT_ADAPTIVE = "on the classifier alone (not adaptive)"
 _NORMS = {"linf": "L-inf", "l2": "L2", "l1": "L1", "flow": "flow"}
 _VARIANTS: dict[Variant, str] = {"random": "", "fixed": ", fixed noise", "deterministic": ", deterministic"}
 
@@ -51,13 +51,13 @@ def feasible(
 
 def _repeats(spec: AttackSpec, earlier: AttackSpec, context: AttackContext) -> bool:
     """Tell whether an attack repeats an earlier attack on the same or more images, after "margin" replaced losses."""
-    losses: list[Any] = [getattr(each.resolved, "loss", "margin") for each in (spec, earlier)]
+    losses: list[Any] = [getattr(each.attack, "loss", "margin") for each in (spec, earlier)]
     if all(usable_loss(loss, context.num_classes) == loss for loss in losses):
         return False
     if earlier.until is not None or earlier.nearest is not None or (earlier.survivors_only and not spec.survivors_only):
         return False
     whole: dict[str, Any] = {"until": None, "nearest": None, "survivors_only": earlier.survivors_only}
-    one, other = (dataclasses.replace(each, attack=_as_it_runs(each.resolved, context)) for each in (spec, earlier))
+    one, other = (dataclasses.replace(each, attack=_as_it_runs(each.attack, context)) for each in (spec, earlier))
     return dataclasses.replace(one, **whole) == other
 
 
@@ -78,7 +78,7 @@ def beside_fixed(specs: Sequence[AttackSpec], subject: Subject) -> list[AttackSp
     for spec in specs:
         both.append(spec)
         as_it_is = spec.variant == "random" and spec.target is None and spec.aggregation is None
-        rand = isinstance(spec.resolved, OriginalAutoAttack) and spec.resolved.version == "rand"
+        rand = isinstance(spec.attack, OriginalAutoAttack) and spec.attack.version == "rand"
         if as_it_is and spec.other_model is None and not rand:
             label = None if spec.label is None else f"{spec.label}{_VARIANTS['fixed']}"
             both.append(dataclasses.replace(spec, variant="fixed", label=label))
@@ -87,7 +87,7 @@ def beside_fixed(specs: Sequence[AttackSpec], subject: Subject) -> list[AttackSp
 
 def _obstacle(spec: AttackSpec, subject: Subject) -> str | None:
     """The reason why the attack cannot be run on this model; None if it can be run."""
-    model, attack = subject.base_model, spec.resolved
+    model, attack = subject.base_model, spec.attack
     rand = isinstance(attack, OriginalAutoAttack) and attack.version == "rand"
     mode = spec.variant if subject.is_random else "random"
     random = "the model is randomised and has no"
@@ -119,7 +119,7 @@ def ball_name(norm: str, eps: float) -> str:
 
 def threat_name(spec: AttackSpec, context: AttackContext) -> str | None:
     """The attack's threat model in words; None if it is the threat model of the report."""
-    norm, eps = spec.resolved.threat_model(context)
+    norm, eps = spec.attack.threat_model(context)
     if norm == context.norm and math.isclose(eps, context.eps, rel_tol=1e-6):
         return None
     return ball_name(norm, eps)
@@ -129,7 +129,7 @@ def row_name(spec: AttackSpec, context: AttackContext) -> str:
     """The name of the attack's row in the report."""
     name = _own_name(spec, context) if spec.label is None else spec.label
     # The user's label may contain these words already.
-    alone = f" {ALONE}" if spec.target == CLASSIFIER and ALONE not in name else ""
+    alone = f" {NOT_ADAPTIVE}" if spec.target == CLASSIFIER and NOT_ADAPTIVE not in name else ""
     threat = threat_name(spec, context)
     return name + alone + (f", {threat}" if threat is not None and threat not in name else "")
 
@@ -137,13 +137,13 @@ def row_name(spec: AttackSpec, context: AttackContext) -> str:
 def _own_name(spec: AttackSpec, context: AttackContext) -> str:
     # Without noise, or with fixed noise, a model always predicts the same, so the name has no number of draws.
     own = context if spec.variant == "random" else dataclasses.replace(context, draws_differ=False)
-    name = spec.resolved.name(own)
+    name = spec.attack.name(own)
     if spec.aggregation is not None:
         name += f" through {spec.aggregation}"
     if spec.target is not None:
-        name += f" {ALONE}" if spec.target == CLASSIFIER else " on another model"
+        name += f" {NOT_ADAPTIVE}" if spec.target == CLASSIFIER else " on another model"
     # AutoAttack's standard version is only for models without randomness, so its name does not mention fixed noise.
-    standard = isinstance(spec.resolved, OriginalAutoAttack) and spec.resolved.version == "standard"
+    standard = isinstance(spec.attack, OriginalAutoAttack) and spec.attack.version == "standard"
     if not (standard and spec.variant == "fixed"):
         name += _VARIANTS[spec.variant]
     name += "" if spec.nearest is None else f", {spec.nearest} nearest"

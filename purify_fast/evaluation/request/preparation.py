@@ -80,16 +80,14 @@ def read_attacks(
     if config.protocol is None and attacks is None:
         config = replace(config, protocol="standard")
     given = [] if attacks is None else as_specs(attacks)
-    if config.protocol in ("official", "authors") or any(
-        isinstance(spec.resolved, OriginalAutoAttack) for spec in given
-    ):
+    if config.protocol in ("official", "authors") or any(isinstance(spec.attack, OriginalAutoAttack) for spec in given):
         # If the package is missing, its error is raised here, before any work.
         implementation()
     if eps == 0 and (given or config.protocol or config.probes):
         raise ValueError("eps must be above 0, got 0; for the accuracy on clean images only, give attacks=[]")
     # A ball that contains every image is refused, also for an attack with a radius of its own.
     check_eps(eps, norm, pixels=pixels)
-    for attack in (spec.resolved for spec in given):
+    for attack in (spec.attack for spec in given):
         own: Any = attack
         if attack.norms and own.eps is not None:
             check_eps(own.eps, own.norm or norm, pixels=pixels)

@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from .subject import Variant
 
 AttackFunction = Callable[[Classifier, Tensor, Tensor], Tensor]
 #: The allowed rounding error of a float32 value in [0, 1]: two additions of numbers up to 2 cause less.
-ROUNDING = 2.0**-21
+BALL_SLACK = 2.0**-21
 #: The value of `AttackSpec.target` that means the defence's own classifier.
 CLASSIFIER = "classifier"
 LEE_KIM = "PGD-200 ce + EOT (Lee & Kim 2023)"
@@ -114,7 +114,7 @@ def check_adversarial(name: str, images: object, x: Tensor, threat: ThreatModel)
         raise ValueError(f"the attack {name!r} must return {x.dtype} images {list(x.shape)} on {x.device}")
     images = images.detach()
     # The condition is negated so that NaN is refused too.
-    if len(images) and not bool(((images >= -ROUNDING) & (images <= 1 + ROUNDING)).all()):
+    if len(images) and not bool(((images >= -BALL_SLACK) & (images <= 1 + BALL_SLACK)).all()):
         raise ValueError(
             f"the attack {name!r} returned values from {float(images.amin()):.6g} to {float(images.amax()):.6g}: all "
             "values must be numbers in [0, 1]"
@@ -135,7 +135,7 @@ def moved(images: Tensor, x: Tensor, threat: ThreatModel) -> tuple[Tensor, float
         return None
     lengths = torch.linalg.vector_norm((images - x).flatten(1).double(), ord=order, dim=1)
     # The allowance for rounding is the norm of an image in which every value is the allowed rounding error.
-    return lengths, threat.eps * (1 + 1e-5) + ROUNDING * x.shape[1:].numel() ** (1 / order)
+    return lengths, threat.eps * (1 + 1e-5) + BALL_SLACK * x.shape[1:].numel() ** (1 / order)
 
 
 # -- an attack of an evaluation ---------------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ class AttackSpec:
         TypeError: attack is not an attack.
     """
 
-    attack: Attack | AttackFunction
+    attack: Attack
     variant: Variant = "random"
     target: Classifier | Literal["classifier"] | None = None
     aggregation: Aggregation | None = None
@@ -192,13 +192,14 @@ class AttackSpec:
 
     def __post_init__(self) -> None:
         if not isinstance(self.attack, Attack):
+            # Users may give a function, although the field is an attack.
             object.__setattr__(self, "attack", as_attack(self.attack))
         check_types(self)
         for model in (self.target, self.judge):
             if model not in (None, CLASSIFIER) and not callable(model):
                 raise TypeError(f"target and judge must be models, or target {CLASSIFIER!r}, got {model!r}")
         given = [each for each in ("target", "aggregation", "gradients_from") if getattr(self, each) is not None]
-        judged, follows = self.judge is not None, self.resolved.follows_gradients
+        judged, follows = self.judge is not None, self.attack.follows_gradients
         beside = self.survivors_only or given not in ([], ["target"]) or callable(self.target)
         named, within = (self.label or "").startswith("as "), isinstance(self.attack, BPDA) and given != []
         for text, conflict in {
@@ -210,11 +211,6 @@ class AttackSpec:
         }.items():
             if conflict:
                 raise ValueError(text)
-
-    @property
-    def resolved(self) -> Attack:
-        """The attack; a function is wrapped as an attack."""
-        return cast(Attack, self.attack)
 
     @property
     def other_model(self) -> Classifier | None:

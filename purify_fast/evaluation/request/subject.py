@@ -31,7 +31,7 @@ from ...attacks.outputs import are_one_hot, are_probabilities
 from ...defences.stochastic import MajorityVote, undecided
 from ...protocols import Classifier, Passes, SharesDraws, draws_for_each_image, supports
 from ...speed.agreement import BFLOAT16, FLOAT32, apart, differ
-from ...speed.memory import Room
+from ...speed.memory import BatchLimit
 from ...speed.precision import float32_settings
 from ..surrogates.copies import Surrogates, surrogates
 from .config import Predict
@@ -106,8 +106,8 @@ class Judgement:
 class Subject:
     """A model with the images on which it is attacked.
 
-    ``model`` is the judged model, which is ``base_model`` or the vote over its draws. ``room`` limits the number of
-    images in a pass once memory has run out. ``draws`` is True if the model is known to draw random numbers for some
+    ``model`` is the judged model, which is ``base_model`` or the vote over its draws. ``batch_limit`` limits the number
+    of images in a pass once memory has run out. ``draws`` is True if the model is known to draw random numbers for some
     images.
     """
 
@@ -126,7 +126,7 @@ class Subject:
         self.x, self.y, self.draws = x, y, draws
         self._batch_size, self.n_eval, self.seed = batch_size, n_eval, seed
         self.device = device_of(model, x)
-        self.room = Room(min(batch_size, len(x)), self.device)
+        self.batch_limit = BatchLimit(min(batch_size, len(x)), self.device)
         self.data = digest(x, y)
         torch.manual_seed(seed)
         self.model, self.num_classes = model, check_model(model, self.sample_images())
@@ -154,7 +154,7 @@ class Subject:
     @property
     def batch_size(self) -> int:
         """The largest number of images in a forward pass: the number asked for, or fewer if memory is too small."""
-        return self.room.at_most(self._batch_size)
+        return self.batch_limit.at_most(self._batch_size)
 
     def logits(self, model: Classifier, x: Tensor) -> Tensor:
         """The model's logits ``[B, classes]``. Raises a ValueError if they have another shape."""
@@ -203,7 +203,7 @@ class Subject:
             return
         some, model = x[:TRIED].to(self.device), self.judged_model(variant)
         with self._forked_generators(), self.variant(variant):
-            if self.room.within(lambda: predicts_otherwise(model, some, self.batch_size)):
+            if self.batch_limit.within(lambda: predicts_otherwise(model, some, self.batch_size)):
                 raise DrawsUnderAttack
 
     def _forked_generators(self) -> contextlib.AbstractContextManager[None]:
@@ -293,4 +293,4 @@ class Subject:
             first_wrong = np.stack(named)[all_right.argmin(0), np.arange(len(x))]
             return Judgement(all_right, nonfinite, (leads / len(right)).numpy(), first_wrong)
 
-        return self.room.within(predict)
+        return self.batch_limit.within(predict)

@@ -45,7 +45,7 @@ class AttackedBatch:
     warnings: list[str] = field(default_factory=list)
     fallen: dict[str, int] = field(default_factory=dict)
     leads: list[float] = field(default_factory=list)
-    stood_still: int = 0
+    gave_up: int = 0
     proved: int = 0
 
 
@@ -92,7 +92,7 @@ class AttackRun:
             torch.manual_seed(int(text_hash(f"{self.subject.seed} 0 {number}").hexdigest()[:15], 16))
         batch = self._attacked(part)
         if self.rule is not None:
-            batch.leads = self.subject.room.within(lambda: self._leads(part, batch.images))
+            batch.leads = self.subject.batch_limit.within(lambda: self._leads(part, batch.images))
         return batch
 
     def obtain(self, number: int, shards: Shards) -> AttackedBatch:
@@ -104,18 +104,18 @@ class AttackRun:
 
     def _attacked(self, part: Tensor) -> AttackedBatch:
         """Attack some images, with fewer images per pass if memory runs out."""
-        begin, attack, subject, context = time.perf_counter(), self.spec.resolved, self.subject, self.context
+        begin, attack, subject, context = time.perf_counter(), self.spec.attack, self.subject, self.context
         x, y, ids = (tensor.to(subject.device) for tensor in (subject.x[part], subject.y[part], part))
 
         def search() -> AttackResult:
-            most = subject.room.limit(context.max_forward_batch)
-            told = dataclasses.replace(context, sample_ids=ids, counts_health=True, max_forward_batch=most)
+            most = subject.batch_limit.limit(context.max_forward_batch)
+            batch_context = dataclasses.replace(context, sample_ids=ids, counts_health=True, max_forward_batch=most)
             # A copy, because the later check of the radius would not see a change in place.
-            return attack.search(self.target, x.clone(), y, told)
+            return attack.search(self.target, x.clone(), y, batch_context)
 
         graphs = context.graphs
         assert graphs is not None
-        result = subject.room.within(functools.partial(graphs.retry_without_graphs, search, subject.device))
+        result = subject.batch_limit.within(functools.partial(graphs.retry_without_graphs, search, subject.device))
         check_adversarial(attack.name(context), result.images, x, attack.threat_model(context))
         health = result.health or GradientHealth()
         return AttackedBatch(
@@ -125,13 +125,13 @@ class AttackRun:
             seconds=time.perf_counter() - begin,
             warnings=result.warnings,
             fallen=result.fell_to,
-            stood_still=int(result.stood_still),
+            gave_up=int(result.gave_up),
             proved=int(result.proved),
         )
 
     def _leads(self, part: Tensor, images: Tensor) -> list[float]:
         """Return the margin of the attacked model on each attacked image."""
-        subject, most = self.subject, self.subject.room.limit(self.context.max_forward_batch)
+        subject, most = self.subject, self.subject.batch_limit.limit(self.context.max_forward_batch)
         logits = Judge(self.target, max_forward_batch=most).logits(images.to(subject.device))
         return (-margin(logits.double(), subject.y[part].to(logits.device))).tolist()
 
@@ -155,7 +155,7 @@ class AttackRun:
                 sums.warnings += [text for text in batch.warnings if text not in sums.warnings]
                 # A search that stood still or lacked gradients says nothing about other images.
                 usable = not batch.health.count("gradients") or batch.health.reliable
-                no_evidence += batch.stood_still if usable else len(batch.leads)
+                no_evidence += batch.gave_up if usable else len(batch.leads)
                 leads += batch.leads
             if CUT in sums.warnings or (self.rule is not None and self.rule.record(leads, no_evidence)):
                 break

@@ -75,14 +75,14 @@ class RowCache:
         whole = [RESULTS_VERSION, machine, self.served, self.revision, settings, marks]
         return text_hash(json.dumps(whole, sort_keys=True)).hexdigest()
 
-    def know(self, model: object, mark: str | None) -> None:
+    def register(self, model: object, mark: str | None) -> None:
         """Set the model's mark, a `fingerprint`, for the names of its rows; with None its rows are not cached."""
         self._marks[id(model)] = model, mark
 
     def _mark(self, model: object) -> str | None:
         if id(model) not in self._marks:
             # The models are known by now, so this is the code of an attack, which has a revision of its own.
-            self.know(model, fingerprint(model, ""))
+            self.register(model, fingerprint(model, ""))
         return self._marks[id(model)][1]
 
     def row(self, key: str | None, make: Callable[[], Row]) -> Row:

@@ -22,7 +22,7 @@ from ...attacks.engine.row_batches import is_over
 from ...defences.stochastic import WithAggregation
 from ...model_state import is_users
 from ...protocols import Classifier, has_classifier
-from ..request.naming import ALONE, clean_name, row_name, threat_name
+from ..request.naming import NOT_ADAPTIVE, clean_name, row_name, threat_name
 from ..request.specs import CLASSIFIER, AttackSpec, FunctionAttack
 from ..request.subject import Judgement, Subject, Variant
 from ..results.rows import AUTHORS, VARIANTS_APART, Examples, Row, Worst, by_worst_points
@@ -41,7 +41,7 @@ class TimeIsOver(Exception):
     """An attack is left out, because its row is not cached and the time of the evaluation is over."""
 
 
-class Task(NamedTuple):
+class AttackJob(NamedTuple):
     """An attack that all processes share; ``images`` are in the order of the attack."""
 
     attack: int
@@ -161,7 +161,7 @@ class Measure:
     def load_or_make(self, settings: dict[str, Any], specs: Sequence[AttackSpec], make: Callable[[], Row]) -> Row:
         """Read the row with these settings from the cache, or make the row and cache it."""
         subject, context = self.subject, self.context
-        attacks = [[spec.resolved.kind, spec.resolved.revision(), *spec.resolved.identity()] for spec in specs]
+        attacks = [[spec.attack.kind, spec.attack.revision(), *spec.attack.identity()] for spec in specs]
         whole = {
             "data": subject.data,
             "seed": subject.seed,
@@ -192,10 +192,10 @@ class Measure:
         rule: StoppingRule | NearestRule | None = nearest
         if nearest is None and spec.until is not None:
             rule = StoppingRule(spec.until, len(index), len(self.subject.y))
-        task = Task(self.attacks.index(spec), index, rule)
-        with self._run(task) as run:
-            self.shards.from_first(lambda: task._replace(draws_differ=run.context.draws_differ))
-            cost = spec.resolved.cost(run.context)
+        job = AttackJob(self.attacks.index(spec), index, rule)
+        with self._run(job) as run:
+            self.shards.from_first(lambda: job._replace(draws_differ=run.context.draws_differ))
+            cost = spec.attack.cost(run.context)
             with self.progress.row(row_name(spec, self.context), None if cost is None else cost * len(index)):
                 sums = run.sums(self.shards)
         sums.images = sums.images[: spec.max_images]
@@ -203,16 +203,16 @@ class Measure:
 
     def follow(self) -> str:
         """In another process than the first: make a part of all batches; return the report of the first process."""
-        task = self.shards.follow()
-        while isinstance(task, Task):
-            with self._run(task) as run:
-                task = self.shards.follow(run.make)
-        return str(task)
+        job = self.shards.follow()
+        while isinstance(job, AttackJob):
+            with self._run(job) as run:
+                job = self.shards.follow(run.make)
+        return str(job)
 
     @contextlib.contextmanager
-    def _run(self, task: Task) -> Iterator[AttackRun]:
+    def _run(self, job: AttackJob) -> Iterator[AttackRun]:
         """A context with the run of an attack, in which the model is in the attack's variant."""
-        spec, subject = self.attacks[task.attack], self.subject
+        spec, subject = self.attacks[job.attack], self.subject
         subject.reseed("attack")
         target = target_of(spec, self.subject)
         with subject.variant(spec.variant), frozen(target):
@@ -221,16 +221,16 @@ class Measure:
             may_hide = subject.is_random and spec.variant == "random"
             hidden = may_hide and (subject.draws or not target(subject.sample_images()).isfinite().all())
             # Every process makes this test, whose draws must leave all random generators in the same state.
-            tried = hidden or subject.answers_vary(target, elsewhere=subject.is_random)
+            varies = hidden or subject.answers_vary(target, elsewhere=subject.is_random)
             context = replace(
                 self.context,
-                draws_differ=tried if task.draws_differ is None else task.draws_differ,
+                draws_differ=varies if job.draws_differ is None else job.draws_differ,
                 gradients_from=None if spec.gradients_from is None else self._counted(spec.gradients_from),
                 seed=subject.seed + spec.seed,
             )
             counted = self._counted(target)
-            rule = None if context.draws_differ else task.rule
-            yield AttackRun(spec, counted, task.images, subject, context, rule=rule)
+            rule = None if context.draws_differ else job.rule
+            yield AttackRun(spec, counted, job.images, subject, context, rule=rule)
 
     def _counted(self, model: Classifier) -> CountedModel:
         """The counter around a model: a single one for each model, because a captured step belongs to it."""
@@ -276,7 +276,7 @@ class Measure:
         self.subject.check_repeats(sums.images[run.index], variant)
         judged = self.subject.judge(sums.images, variant, "judge", spec.judge)
         # The number of draws is recorded here, because it is 1 if the target turned out to be deterministic.
-        draws = {name: value for name, value in spec.resolved.settings(run.context).items() if name == "eot_iter"}
+        draws = {name: value for name, value in spec.attack.settings(run.context).items() if name == "eot_iter"}
         stopped: dict[str, Any] = {}
         if CUT in sums.warnings:
             # Nothing bounds how many of the images would fall to a whole search.
@@ -287,7 +287,7 @@ class Measure:
             # On a deterministic model, images outside `alive` are misclassified or have fallen, and count as fallen.
             judged.right & alive,
             attack="",
-            kind=spec.resolved.kind if spec.judge is None else AUTHORS,
+            kind=spec.attack.kind if spec.judge is None else AUTHORS,
             variant=variant,
             health=None if retest else counts_of(sums.health),
             reliable=sums.health.reliable,
@@ -296,7 +296,7 @@ class Measure:
             warnings=sums.warnings,
             fell_to=sums.fallen,
             proved=sums.proved,
-            may_end_early=spec.resolved.may_end_early(run.context),
+            may_end_early=spec.attack.may_end_early(run.context),
             **stopped,
             # A model that differs only in the aggregation of its samples is not taken as another model.
             transferred=retest or (target is not None and not isinstance(target, WithAggregation)),
@@ -355,21 +355,21 @@ def target_of(spec: AttackSpec, subject: Subject) -> Classifier:
     if callable(spec.target):
         return spec.target
     model = model if spec.judge is None else spec.judge
-    view = spec.resolved.target(model)
+    view = spec.attack.target(model)
     return subject.judged_model(spec.variant) if spec.judge is None and view is model else view
 
 
 def own_code(spec: AttackSpec) -> object:
     """The function or the class that a user wrote for an attack; None for an attack of this package."""
-    if isinstance(spec.resolved, FunctionAttack):
-        return spec.resolved.function
-    return type(spec.resolved) if is_users(type(spec.resolved).__module__) else None
+    if isinstance(spec.attack, FunctionAttack):
+        return spec.attack.function
+    return type(spec.attack) if is_users(type(spec.attack).__module__) else None
 
 
 def settings_of(spec: AttackSpec, subject: Subject, context: AttackContext) -> dict[str, Any]:
     """The settings of an attack, in plain values, on which its row depends."""
     target = spec.other_model if spec.target is None else spec.target
-    on = "defence" if target is None else ALONE if target == CLASSIFIER else type(target).__name__
+    on = "defence" if target is None else NOT_ADAPTIVE if target == CLASSIFIER else type(target).__name__
     optional = {
         # This is the aggregation of the spec. BPDA's own option of this name is among the settings of the attack.
         "aggregation": spec.aggregation,
@@ -380,7 +380,7 @@ def settings_of(spec: AttackSpec, subject: Subject, context: AttackContext) -> d
         "until": None if spec.until is None else [spec.until, STOPPING],
         "nearest": None if spec.nearest is None else [spec.nearest, GROUP],
     }
-    return spec.resolved.settings(context) | {
+    return spec.attack.settings(context) | {
         "variant": spec.variant,
         "target": on,
         "max_images": spec.max_images,

@@ -225,7 +225,7 @@ def facts(report: Report) -> list[tuple[str, str]]:
 # -- the headline -----------------------------------------------------------------------------------------------------
 
 
-def told_beside(findings: Sequence[Finding]) -> list[Finding]:
+def findings_beside_headline(findings: Sequence[Finding]) -> list[Finding]:
     """The findings that stand next to the headline; "unreliable" comes first."""
     return sorted((finding for finding in findings if finding.beside_headline), key=lambda f: f.verdict != "unreliable")
 
@@ -273,7 +273,7 @@ def paragraphs(template: str, **values: Any) -> list[str]:
     return [" ".join(paragraph.split()) for paragraph in text.split("\n\n") if paragraph.strip()]
 
 
-def settings_told(row: Row) -> dict[str, Any]:
+def shown_settings(row: Row) -> dict[str, Any]:
     """A row's settings and results for the reader, with the report's word for the variant of the model."""
     shown = row.settings | row.results()
     return shown | ({"variant": row.describe_variant()} if "variant" in shown else {})

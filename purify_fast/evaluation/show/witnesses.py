@@ -22,7 +22,7 @@ from ...speed.precision import whole_float32_by_default
 from ..request.config import Predict
 from ..request.fingerprint import fingerprint
 from ..request.naming import ball_name
-from ..request.specs import ROUNDING, moved
+from ..request.specs import BALL_SLACK, moved
 from ..request.subject import Subject
 from ..results.rows import Row, by_worst_points
 from .text import render
@@ -72,7 +72,7 @@ class Witnesses:
     def outside(self) -> Tensor:
         """Tell which witnesses are outside the ball or [0, 1] by more than rounding, or contain NaN, bool ``[W]``."""
         images = self.adversarial
-        outside = ~((images >= -ROUNDING) & (images <= 1 + ROUNDING)).flatten(1).all(1)
+        outside = ~((images >= -BALL_SLACK) & (images <= 1 + BALL_SLACK)).flatten(1).all(1)
         for number, attack in enumerate(self.about["attacks"]):
             mine = self.attacks == number
             how_far = moved(images[mine], self.clean[mine], ThreatModel(attack["norm"], attack["eps"]))
@@ -187,12 +187,12 @@ class CheckedWitnesses:
 
     def to_text(self) -> str:
         """The result as text for a terminal."""
-        told = {
+        faults = {
             "no longer falls": ~self.falls,
             "outside of the ball or of [0, 1]": self.outside,
             "changed since the report was saved": self.changed,
         }
-        places = {what: np.flatnonzero(which).tolist() for what, which in told.items()}
+        places = {what: np.flatnonzero(which).tolist() for what, which in faults.items()}
         attacks = self.witnesses.about["attacks"]
         balls = ", ".join(dict.fromkeys(ball_name(each["norm"], each["eps"]) for each in attacks))
         values = {"kept": self.witnesses, "attacks": attacks, "balls": balls, "places": places, "named": NAMED}

@@ -343,8 +343,8 @@ def _like(output: Any, x: Tensor) -> bool:
 def _within(output: Tensor, x: Tensor) -> bool:
     """Tell whether an output is within the range of its input, widened by `OUTSIDE`."""
     least, most = x.aminmax()
-    room = OUTSIDE * (most - least)
-    return bool((output.amin() >= least - room) & (output.amax() <= most + room))
+    slack = OUTSIDE * (most - least)
+    return bool((output.amin() >= least - slack) & (output.amax() <= most + slack))
 
 
 def _blocks(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -26,7 +26,7 @@ from ..saving import description, save_defence
 from .purifier import PURIFIERS, PurifierAdapter
 
 Transform = Literal["rt1", "rt2", "rt3"]
-Aggregation = Literal["mean", "mean_softmax"]
+AtopAggregation = Literal["mean", "mean_softmax"]
 
 
 class Atop(Defence):
@@ -75,13 +75,13 @@ class Atop(Defence):
         mask_ratio: float = 0.25,
         num_passes: int = 4,
         samples: int = 1,
-        aggregation: Aggregation = "mean",
+        aggregation: AtopAggregation = "mean",
         shared_mask: bool = False,
     ):
         super().__init__(classifier, image_shape)
         refuse_wrapped("purifier", purifier)
         check_literal("transform", transform, Transform)
-        check_literal("aggregation", aggregation, Aggregation)
+        check_literal("aggregation", aggregation, AtopAggregation)
         block = _block(self.image_shape) if block is None else block
         check_counts(samples=samples, block=block, num_passes=num_passes)
         self.transform, self.sigma, self.samples = transform, 0.0 if transform == "rt1" else float(sigma), samples
@@ -101,7 +101,7 @@ class Atop(Defence):
             "shared_mask": self.shared_mask,
             "purifier": description(purifier, PURIFIERS),
         }
-        # a user's purifier might flatten its maps with ``view``, which fails for channels_last maps
+        # A user's purifier might flatten its maps with ``view``, which fails for channels_last maps.
         self.purifier_uses_channels_last = type(purifier) in PURIFIERS.values()
         if self.purifier_uses_channels_last:
             self.purifier.to(memory_format=torch.channels_last)

@@ -28,7 +28,7 @@ from ...speed.decoding import PackedDecoder, kernel_decodes
 from ..saving import save_defence
 from .networks import NETWORKS, Decoder, Deconvolution, Plan, decoder_plan, decoder_plan_v1
 
-Version = Literal["v4", "v1"]
+CarsoVersion = Literal["v4", "v1"]
 DecoderPlan = tuple[Sequence[int], Sequence[Deconvolution | Mapping[str, Any]]]
 
 
@@ -84,10 +84,10 @@ class Carso(Defence):
         mean: float | Sequence[float] = 0.5,
         std: float | Sequence[float] = 0.5,
         decoder: DecoderPlan | None = None,
-        version: Version = "v4",
+        version: CarsoVersion = "v4",
     ):
         super().__init__(classifier, image_shape)
-        check_literal("version", version, Version)
+        check_literal("version", version, CarsoVersion)
         sizes = {"cond_dim": cond_dim, "latent_dim": latent_dim, "samples": samples, "decoder_width": decoder_width}
         sizes["encoder_depth"] = encoder_depth
         check_counts(**sizes)
@@ -117,7 +117,7 @@ class Carso(Defence):
         self.decoder = decoder_kind(latent_dim, cond_dim, self.image_shape, *plan)
         for name, values in statistics.items():
             self.register_buffer(name, torch.tensor(values).reshape(-1, 1, 1), persistent=False)
-        # on a CPU, this layout makes the whole pipeline about 2 times as fast, and transposed convolutions 3 times
+        # On a CPU, this layout makes the whole pipeline about 2 times as fast, and transposed convolutions 3 times.
         for part in (self.condition_encoder, self.posterior_encoder, self.decoder):
             part.to(memory_format=torch.channels_last)
         self._packed: PackedDecoder | None = None
@@ -163,7 +163,7 @@ class Carso(Defence):
         x = x if self.classifier_uses_channels_last else x.contiguous()
         with self._products(x.device):
             layers = self.representation(x.to(self.classifier_dtype))
-        # in a copy, the encoder computes in the dtype of the layers, so no cast is needed here
+        # In a copy, the encoder computes in the dtype of the layers, so no cast is needed here.
         return layers if self.compute_dtype is not None else [layer.to(self.purifier_dtype) for layer in layers]
 
     def prior_latents(self, n: int, k: int, device: torch.device) -> Tensor:
@@ -202,10 +202,10 @@ class Carso(Defence):
         super().prepare_replay()
         stamp = write_stamp(self.decoder.stack[-1].get_parameter("bias"))
         if self._packs and self._packed_from != stamp:
-            # attacks differentiate through the packed part, and autograd refuses tensors from inference mode
+            # Attacks differentiate through the packed part, and autograd refuses tensors from inference mode.
             with torch.inference_mode(False), torch.no_grad():
                 packed = PackedDecoder(self.decoder)
-            # captured steps read the memory of the earlier packed part, so it gets the new weights
+            # Captured steps read the memory of the earlier packed part, so it gets the new weights.
             for old, new in zip(() if self._packed is None else self._packed.buffers(), packed.buffers(), strict=False):
                 old.data.copy_(new)
             self._packed, self._packed_from = self._packed or packed, stamp
@@ -222,7 +222,7 @@ class Carso(Defence):
     def train(self, mode: bool = True) -> Carso:
         super().train(mode)
         if mode:
-            # a replay of a captured training step changes weights and BatchNorm statistics without a counted write
+            # A replay of a captured training step changes weights and BatchNorm statistics without a counted write.
             self._packed_from = None
         return self
 

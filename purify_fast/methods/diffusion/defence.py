@@ -35,9 +35,9 @@ from ...speed.draws import same_draws
 from ..saving import save_defence
 from .denoiser import Denoiser, described_denoiser, read_pretrained
 from .guidance import GRADIENTS
-from .process import Process, Table
+from .process import Process, StepTable
 
-Aggregation = Literal["mean", "mean_softmax", "lse", "vote"]
+DiffusionAggregation = Literal["mean", "mean_softmax", "lse", "vote"]
 #: Surrogates have fewer steps, or fewer steps with a gradient of the denoiser: the number is divided by this factor.
 FEWER = 4
 
@@ -81,7 +81,7 @@ class DiffusionPurifier(Defence):
         process: Process | Mapping[str, Any] = Process(),
         *,
         samples: int = 1,
-        aggregation: Aggregation = "mean",
+        aggregation: DiffusionAggregation = "mean",
         max_forward_batch: int | None = None,
         last_time: float = 1.0,
         keep: Keep = "auto",
@@ -89,13 +89,13 @@ class DiffusionPurifier(Defence):
         super().__init__(classifier, image_shape)
         check_keep(keep)
         refuse_wrapped("denoiser", denoiser)
-        check_literal("aggregation", aggregation, Aggregation)
+        check_literal("aggregation", aggregation, DiffusionAggregation)
         check_counts(samples=samples, max_forward_batch=1 if max_forward_batch is None else max_forward_batch)
         self.process, self.last_time, self.keep = Process.of(process), last_time, keep
         self.samples, self.aggregation, self.max_forward_batch = samples, aggregation, max_forward_batch
-        # the copy is frozen, because predictions and attacks need no gradients of its weights
+        # The copy is frozen, because predictions and attacks need no gradients of its weights.
         module = copy.deepcopy(denoiser).requires_grad_(False)
-        self.denoiser = Denoiser(module, self.image_shape, whole_times=self.process.told == "index")
+        self.denoiser = Denoiser(module, self.image_shape, whole_times=self.process.time_units == "index")
         if self.process.learns_variances and not self.denoiser.learns_variances:
             channels = self.image_shape[0]
             raise ValueError(f"variance 'learned' needs a denoiser of {2 * channels} channels, got {channels}")
@@ -115,7 +115,7 @@ class DiffusionPurifier(Defence):
             self.num_classes = count_classes(lambda: self.classify(blank).flatten(0, 1), self.image_shape, 2)
             times: Any = self._times
             times = times.view(torch.float64)[-1].expand(len(blank))
-            # the denoiser may draw random numbers itself, such as for dropout in evaluation mode
+            # The denoiser may draw random numbers itself, such as for dropout in evaluation mode.
             with same_draws(self.denoiser) as drew:
                 self._predict(blank[:, 0], times)
                 self._denoiser_draws = drew()
@@ -127,8 +127,8 @@ class DiffusionPurifier(Defence):
         table, self.begins = self.process.table()
         self.adds_noise: list[bool] = (table.coefficients[:, COEFFICIENTS.index("noise")] != 0).tolist()
         rows = {"_rows": torch.arange(2 * len(self.begins), device="cpu")}
-        # each float64 number is stored as an int64 number with the same bits, because floats would be rounded when a
-        # user converts the defence to another dtype
+        # Each float64 number is stored as an int64 number with the same bits, because floats would be rounded when a
+        # user converts the defence to another dtype.
         rows |= {f"_{name}": numbers.view(torch.int64) for name, numbers in table._asdict().items()}
         for name, tensor in rows.items():
             self.register_buffer(name, tensor.to(self._noise_seed.device), persistent=False)
@@ -146,7 +146,7 @@ class DiffusionPurifier(Defence):
         count = draws * self.samples if noisy else 1
         seed, ids = self.noise(len(x), x.device) if noisy else (self._noise_seed, self._rows[:1])
         images = 2 * x.to(torch.promote_types(self.purifier_dtype, torch.float32)) - 1
-        # each draw of each image is a row of the batch
+        # Each draw of each image is a row of the batch.
         rows = images.repeat_interleave(count, 0)
         names = ids.expand(len(x)).repeat_interleave(count), torch.arange(count, device=x.device).repeat(len(x))
         most = self.max_forward_batch or max(1, len(rows))
@@ -157,13 +157,13 @@ class DiffusionPurifier(Defence):
     def _as_images(self, state: Tensor) -> Tensor:
         """Convert the last state to images. The SDE, its probability flow and guidance may exceed [-1, 1]."""
         if self.process.clip:
-            # values of exactly -1 and 1 must have a gradient; with torch.clamp of some versions, they have none
+            # Values of exactly -1 and 1 must have a gradient; with torch.clamp of some versions, they have none.
             state = torch.where(state.abs() <= 1, state, state.detach().clamp(-1, 1))
         return (state + 1) / 2
 
     def _denoised(self, images: Tensor, noisy: bool, seed: Tensor, ids: Tensor, draws: Tensor) -> Tensor:
         """Run the whole process on images ``[B, C, H, W]`` in [-1, 1]."""
-        table = Table(*(getattr(self, f"_{name}").view(torch.float64) for name in Table._fields))
+        table = StepTable(*(getattr(self, f"_{name}").view(torch.float64) for name in StepTable._fields))
         numbers = (table.coefficients, table.targets, table.weights)
         coefficients, targets, weights = (each.to(images.dtype) for each in numbers)
         guidance = self.process.guidance

@@ -20,7 +20,7 @@ from ..saving import description, rebuilt
 #: The denoisers of this package, by the names of their classes. Each has the attribute ``arguments``.
 DENOISERS: dict[str, type[nn.Module]] = {"UNet": UNet}
 #: The ``kind`` in the file of a denoiser that was saved without a classifier.
-ALONE = "Denoiser"
+DENOISER_KIND = "Denoiser"
 #: The class of diffusers' network, which can be made again from its ``config``.
 DIFFUSERS = "UNet2DModel"
 
@@ -64,7 +64,7 @@ def save_denoiser(
         last_time: last time for which the denoiser was trained, as a share of the process.
     """
     arguments = {"image_shape": list(image_shape), "process": dict(process), "last_time": last_time}
-    save_model(folder, ALONE, arguments | {"denoiser": described_denoiser(denoiser)}, denoiser.state_dict())
+    save_model(folder, DENOISER_KIND, arguments | {"denoiser": described_denoiser(denoiser)}, denoiser.state_dict())
 
 
 def read_pretrained(folder: str | Path) -> tuple[nn.Module, tuple[int, int, int], dict[str, Any]]:
@@ -143,7 +143,7 @@ class Denoiser(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Return the module's prediction."""
-        # t is not converted to bfloat16, whose mantissa of eight bits cannot distinguish a thousand values of t
+        # The time is not converted to bfloat16, whose mantissa of eight bits cannot distinguish a thousand values.
         t = t.long() if self.whole_times else t.to(torch.promote_types(x.dtype, torch.float32))
         given = self.module(x, t)
         return given if isinstance(given, Tensor) else given.sample

@@ -1,4 +1,4 @@
-"""The settings of a purification by diffusion, and the table of its steps (`Table`).
+"""The settings of a purification by diffusion, and the table of its steps (`StepTable`).
 
 In each round, the first row adds noise up to t*, and each further row is a step of the solver. A step from the time t
 to the earlier time s is
@@ -46,7 +46,7 @@ Prediction = Literal["noise", "x0", "v"]
 Variance = Literal["small", "large", "learned"]
 
 
-class Table(NamedTuple):
+class StepTable(NamedTuple):
     """The table of a process, with a row for each of n steps, float64."""
 
     #: The coefficients of `purify_fast.ops.diffusion_step`, ``[n, 8]``.
@@ -67,8 +67,8 @@ class Process:
         schedule: noise schedule for which the denoiser was trained: an object, or the name ``linear``, ``cosine`` or
             ``vp``, which is replaced by the schedule of this kind.
         prediction: quantity that the denoiser predicts: ``noise``, ``x0``, or ``v`` = alpha noise - sigma x0.
-        times: units of the denoiser's time (`Schedule.told`). None means the training step's index, or score-SDE's
-            continuous time for the schedule ``vp``.
+        times: units of the denoiser's time (`Schedule.to_denoiser_units`). None means the training step's index, or
+            score-SDE's continuous time for the schedule ``vp``.
         solver: ``ddpm``, ``ddim``, ``vp_sde`` (Euler-Maruyama steps of the reverse SDE), ``ode`` (Euler steps of the
             probability flow) or ``one_shot`` (the image that is predicted at t*).
         t_star: time up to which noise is added, as a share of the process. Several times define several rounds; each
@@ -118,7 +118,7 @@ class Process:
         noiseless = self.solver in ("ode", "one_shot") or (self.solver == "ddim" and not self.eta)
         if self.guidance is not None and noiseless:
             raise ValueError(f"guidance needs a solver that adds noise, got {self.solver!r} with eta {self.eta}")
-        # table() refuses settings that the schedule does not support. Guidance draws noise of its own, so each row has
+        # `table` refuses settings that the schedule does not support. Guidance draws noise of its own, so each row has
         # two step numbers.
         rows = len(self.table()[1])
         if 2 * rows > STEPS:
@@ -144,26 +144,27 @@ class Process:
         return self.solver == "ddpm" and self.variance == "learned"
 
     @property
-    def told(self) -> Times:
+    def time_units(self) -> Times:
         """The units of the denoiser's time."""
         return self.times or ("continuous" if self.schedule.is_continuous else "index")
 
-    def table(self) -> tuple[Table, list[bool]]:
+    def table(self) -> tuple[StepTable, list[bool]]:
         """Return the table of all rounds, and a bool for each row: True if the row begins a round by adding noise."""
         rows, begins = [], []
         for start, count in self.rounds:
             t = self.schedule.times(start, 1 if self.solver == "one_shot" else count)
             steps, variances = self.denoising(t)
-            forward, told = self.schedule.noising(t[:-1]), self.schedule.told(t[:-1], self.told)
+            forward = self.schedule.noising(t[:-1])
+            units = self.schedule.to_denoiser_units(t[:-1], self.time_units)
             if self.learns_variances:
-                # each step multiplies the weight by the variance that the denoiser predicts
+                # Each step multiplies the weight by the variance that the denoiser predicts.
                 variances = torch.ones_like(variances)
             weights = variances * self.guidance_scale * forward[:, 5] / forward[:, 4]
             blank = torch.zeros(1, dtype=torch.float64, device="cpu")
-            rows.append(Table(forward[:1], forward[:1], blank, blank))
-            rows.append(Table(steps, forward, told, weights))
+            rows.append(StepTable(forward[:1], forward[:1], blank, blank))
+            rows.append(StepTable(steps, forward, units, weights))
             begins += [True] + [False] * len(steps)
-        return Table(*(torch.cat(column) for column in zip(*rows, strict=True))), begins
+        return StepTable(*(torch.cat(column) for column in zip(*rows, strict=True))), begins
 
     def denoising(self, times: Tensor) -> tuple[Tensor, Tensor]:
         """Return a step for each interval of the descending ``times``, and the variances of the steps for the guidance.

@@ -54,8 +54,8 @@ class Schedule:
 
     Args:
         kind: ``linear``, ``cosine`` or ``vp``; the module's docstring has the formulas.
-        steps: N, number of the denoiser's training steps. The times of vp are continuous; `told` can round them to N
-            indices.
+        steps: N, number of the denoiser's training steps. The times of vp are continuous; `to_denoiser_units` can round
+            them to N indices.
         first_beta: variance that the first of 1,000 steps adds, for linear and vp; no effect on cosine.
         last_beta: variance that the last of 1,000 steps adds, for linear and vp; no effect on cosine.
 
@@ -141,7 +141,7 @@ class Schedule:
             raise ValueError(f"steps must be at most {first}, the training step of t_star = {start}, got {steps}")
         return torch.linspace(first, 0, steps + 1, dtype=torch.float64, device="cpu").round() / self.steps
 
-    def told(self, t: Tensor, times: Times) -> Tensor:
+    def to_denoiser_units(self, t: Tensor, times: Times) -> Tensor:
         """Convert times in (0, 1] to a denoiser's units, float64.
 
         ``index``: index of the training step, from 0 to N - 1. ``rescaled``: the index multiplied by 1,000 / N, as in

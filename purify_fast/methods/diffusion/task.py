@@ -49,7 +49,8 @@ def denoising_loss(denoiser: nn.Module, batch: Batch, process: Process, config: 
     kept = schedule.alpha_bar(times).view(-1, 1, 1, 1)
     alpha, sigma = kept.sqrt().to(clean.dtype), (1 - kept).sqrt().to(clean.dtype)
     with autocast_to(clean.device, torch.bfloat16 if config.precision == "bfloat16" else torch.float32):
-        predicted = denoiser(alpha * clean + sigma * noise, schedule.told(times, process.told).to(clean.dtype))
+        units = schedule.to_denoiser_units(times, process.time_units)
+        predicted = denoiser(alpha * clean + sigma * noise, units.to(clean.dtype))
     if process.prediction == "noise":
         target = noise
     else:

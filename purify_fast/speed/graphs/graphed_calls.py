@@ -19,7 +19,7 @@ from ..._validation import in_one_line
 from ...model_state import identity_key
 from ..memory import same_draws_again
 from .cuda_capture import CudaCapture
-from .step_graphs import alike, is_tracing, no_trace, tried
+from .step_graphs import alike, is_tracing, leave_no_trace, run_trial
 from .step_loop import numerics, on_usual_stream, reserved
 
 logger = logging.getLogger("purify_fast")
@@ -181,7 +181,7 @@ class _Graphs:
     def __init__(self, model: nn.Module, call: Call, x: Tensor, capture: Any):
         device, gradient = x.device, torch.is_grad_enabled() and x.requires_grad
         # Images of an inference mode would need a gradient neither here nor in a replay.
-        with torch.inference_mode(False), torch.set_grad_enabled(gradient), no_trace(device):
+        with torch.inference_mode(False), torch.set_grad_enabled(gradient), leave_no_trace(device):
             self.given = x.detach().clone().requires_grad_(gradient)
             self.out, self.image = self.given, self.given
             self.weight = torch.empty(())
@@ -206,7 +206,7 @@ class _Graphs:
                 parts = [forward, backward] if self.gradient else [forward]
                 for part in parts:
                     part()
-                    tried(part, device)
+                    run_trial(part, device)
                 if identity_key(model)[0] != settings:
                     raise RuntimeError("the call changes an attribute, a mode or a part of the model")
             again = same_draws_again(device)

@@ -60,7 +60,7 @@ logger = logging.getLogger("purify_fast")
 
 Result = TypeVar("Result")
 
-#: True within `no_trace`.
+#: True within `leave_no_trace`.
 _tracing = ContextVar("tracing", default=False)
 #: The largest number of graphs.
 MOST_GRAPHS = 32
@@ -272,14 +272,14 @@ class StepGraphs:
         before, begin, size = [counter.counted() for counter in counters], time.perf_counter(), reserved(device)
         try:
             # cuDNN times its algorithms in the first call, and the graph keeps the fastest.
-            with no_trace(device), raced_convolutions(self.cudnn_benchmark, device):
+            with leave_no_trace(device), raced_convolutions(self.cudnn_benchmark, device):
                 with self.capture.aside(device):
                     # The first call compiles, verifies kernels and chooses algorithms, and may wait for the device.
                     function(buffers)
                 drawn = device_generator(device)
                 first = [counter.counted() for counter in counters]
                 with self.capture.aside(device):
-                    results = tried(lambda: function(buffers), device)
+                    results = run_trial(lambda: function(buffers), device)
                 for name, value in results.items():
                     if _kind(value) != _kind(buffers[name]):
                         raise RuntimeError(f"the step changes {name} from {_kind(buffers[name])} to {_kind(value)}")
@@ -322,7 +322,7 @@ class InlineSteps(StepGraphs):
 
 
 @contextlib.contextmanager
-def no_trace(device: torch.device) -> Iterator[None]:
+def leave_no_trace(device: torch.device) -> Iterator[None]:
     """A block for trials and captures of a step. It restores all random generators, and disables autocast's cache.
 
     Autocast caches converted copies of weights until its outermost block ends. A graph would read these copies, which
@@ -357,7 +357,7 @@ class _Crossings(EagerDispatchMode):
         return result
 
 
-def tried(run: Callable[[], Result], device: torch.device) -> Result:
+def run_trial(run: Callable[[], Result], device: torch.device) -> Result:
     """Run a step, and return its result; RuntimeError if it copies between devices, or draws numbers on the host."""
     before = host_generators(device)
     with _Crossings() as crossings:

@@ -107,7 +107,7 @@ class Steps:
         """Tell whether the next step is a replay."""
         return self.captured is not None
 
-    def take(self) -> None:
+    def advance(self) -> None:
         """Do a step, eagerly or as a replay."""
         if self.graphs is not None and self.launched is not None and self.launched.enough:
             self._ask(self.graphs)

@@ -14,7 +14,7 @@ from purify_fast.evaluation import lee_kim_2023
 from purify_fast.evaluation.request.attack_lists import PROTOCOLS, protocol_attacks
 from purify_fast.evaluation.request.published import authors_attacks, strong_attacks
 from purify_fast.evaluation.request.published.diffusion_release import (
-    ALONE,
+    CLASSIFIER_ROW,
     DIFFPURE,
     LOW,
     STRAIGHT,
@@ -144,9 +144,9 @@ def test_strong_adds_what_the_field_attacks_such_purifiers_with():
     subject = Subject(made, x, torch.zeros(2, dtype=torch.int64), batch_size=2, n_eval=2, seed=0)
     specs = {spec.label: spec for spec in protocol_attacks("strong", subject, BALL)}
     lee_kim = next(spec for label, spec in specs.items() if label and label.startswith(LEE_KIM))
-    assert isinstance(lee_kim.resolved, LeavingPGD) and lee_kim.survivors_only
-    published = lee_kim_2023(0.1).resolved
-    assert all(getattr(lee_kim.resolved, name) == value for name, value in asdict(published).items())
+    assert isinstance(lee_kim.attack, LeavingPGD) and lee_kim.survivors_only
+    published = lee_kim_2023(0.1).attack
+    assert all(getattr(lee_kim.attack, name) == value for name, value in asdict(published).items())
     assert specs[LOW].survivors_only and isinstance(specs[LOW].gradients_from, LowFrequencyGradient)
     # steps of 0.007 are those of L-inf
     assert [spec.label for spec in strong_attacks(made, "l2", 0.5)] == [LOW]
@@ -231,7 +231,7 @@ def test_gdmp_is_judged_by_the_sum_of_ten_purifications_and_attacked_through_one
     torch.manual_seed(1)
     followed = gradient(attacked, x)
     torch.manual_seed(1)
-    assert torch.equal(followed, gradient(BpdaModel.of(one), x)) and straight.resolved.eot_iter == 15
+    assert torch.equal(followed, gradient(BpdaModel.of(one), x)) and straight.attack.eot_iter == 15
     for name in ("gdmp", "gdmp_ssim"):
         assert RECIPES[name].part("defence") == {"samples": 10, "aggregation": "mean"}
 
@@ -239,15 +239,15 @@ def test_gdmp_is_judged_by_the_sum_of_ten_purifications_and_attacked_through_one
 def test_the_rows_of_its_authors():
     sde = defence(SHAPE, process=Process(VP, solver="vp_sde", t_star=0.1, steps=2), samples=3)
     rows = authors_attacks(sde, 8 / 255)
-    assert [row.label for row in rows] == [DIFFPURE, ALONE, STRAIGHT]
-    rand, alone, straight = (row.resolved for row in rows)
+    assert [row.label for row in rows] == [DIFFPURE, CLASSIFIER_ROW, STRAIGHT]
+    rand, alone, straight = (row.attack for row in rows)
     assert (
         isinstance(rand, OriginalAutoAttack) and rand.version == "rand" and isinstance(rows[0].judge, AdjointGradient)
     )
     assert (alone.steps, straight.steps, straight.eot_iter) == (10, 40, 15) and alone.alpha == straight.alpha == 2 / 255
     assert rows[0].judge.defence.samples == 1 and sde.samples == 3
     ddpm = defence(SHAPE, process=Process(steps=2))
-    assert [row.label for row in authors_attacks(ddpm, 0.1)] == [ALONE, STRAIGHT]
+    assert [row.label for row in authors_attacks(ddpm, 0.1)] == [CLASSIFIER_ROW, STRAIGHT]
     x = images(2, SHAPE)
     report = evaluate(ddpm, x, ddpm.classifier(x).argmax(1), **QUIET, protocol="authors")
     assert report.headlines == {} and {row.kind for row in report.rows} == {"clean", "authors"}

@@ -58,8 +58,9 @@ def textbook(made, x):
         for i, (t, s) in enumerate(itertools.pairwise(times)):
             kept, kept_s, last = schedule.alpha_bar(t), schedule.alpha_bar(s), i == len(times) - 2
             alpha, sigma = kept.sqrt(), (1 - kept).sqrt()
-            told = schedule.told(t, process.told).to(torch.int64 if process.told == "index" else x.dtype)
-            whole = made.denoiser.module(state, told.expand(len(state)))
+            dtype = torch.int64 if process.time_units == "index" else x.dtype
+            units = schedule.to_denoiser_units(t, process.time_units).to(dtype)
+            whole = made.denoiser.module(state, units.expand(len(state)))
             m, v = whole[:, :channels], whole[:, channels:]
             x0 = {"noise": (state - sigma * m) / alpha, "x0": m, "v": alpha * state - sigma * m}[process.prediction]
             x0 = x0.clamp(-1, 1) if process.clip else x0

@@ -45,7 +45,7 @@ def test_a_checkpoint_of_score_sde_gives_its_moving_average(tmp_path):
     # behind the process that its recipe names
     process = {**vars(RECIPES["diffpure"].process()), "steps": 3}
     made = DiffusionPurifier(network, SmallCNN(3, image_size=(8, 12), width=4), (3, 8, 12), process)
-    assert made.process.told == "continuous" and made(images()).isfinite().all()
+    assert made.process.time_units == "continuous" and made(images()).isfinite().all()
     assert torch.equal(made.denoiser.module.first.weight, averaged[0])
 
 

@@ -54,9 +54,10 @@ def test_times():
     torch.testing.assert_close(continuous[:-1], T([(100 - i) / 1000 for i in range(100)], dtype=torch.float64))
     assert continuous[-1] == END
     linear, t = Schedule(steps=500), T([0.1, 0.002], dtype=torch.float64)
-    assert linear.told(t, "index").tolist() == [49, 0] and linear.told(t, "rescaled").tolist() == [98, 0]
-    assert Schedule("vp").told(t, "index").tolist() == [100, 2]
-    torch.testing.assert_close(Schedule("vp").told(t, "continuous"), 999 * t)
+    assert linear.to_denoiser_units(t, "index").tolist() == [49, 0]
+    assert linear.to_denoiser_units(t, "rescaled").tolist() == [98, 0]
+    assert Schedule("vp").to_denoiser_units(t, "index").tolist() == [100, 2]
+    torch.testing.assert_close(Schedule("vp").to_denoiser_units(t, "continuous"), 999 * t)
     # of images in [0, 1] with noise of 1/4, whose process is twice as wide
     at = T(Schedule().time_of(0.25), dtype=torch.float64)
     kept = Schedule().alpha_bar(torch.stack([at, at - 0.001]))

@@ -39,7 +39,7 @@ KEPT = 0.25
 DRAWS = 20
 LOW = f"APGD by gradients of low frequencies, EOT {DRAWS}"
 DIFFPURE = "as eval_sde_adv.py (NVlabs/DiffPure): AutoAttack rand through the adjoint SDE"
-ALONE = "as clf_pgd.py (JinyiW/GuidedDiffusionPur): PGD-10"
+CLASSIFIER_ROW = "as clf_pgd.py (JinyiW/GuidedDiffusionPur): PGD-10"
 STRAIGHT = "as bpda_strong.py (JinyiW/GuidedDiffusionPur): BPDA-40 + EOT 15"
 #: Number of purifications in a prediction of GDMP's authors (``path_number``, line 25 of both config files).
 PATHS = 10
@@ -109,21 +109,21 @@ class _Adjoint(torch.autograd.Function):
         defence, process = ctx.defence, ctx.defence.process
         schedule, ((start, count),) = process.schedule, process.rounds
         t = schedule.times(start, count)
-        # the adjoint SDE runs backward in time, so each of its steps begins where a step of the SDE ended
+        # The adjoint SDE runs backward in time, so each of its steps begins where a step of the SDE ended.
         least = schedule.least_time
         t = torch.cat([t[1:].clamp(min=least), t[-1:] + t[-1] - t[-2]])
         rows, _ = process.denoising(t)
-        rows, told = rows.to(y), schedule.told(t[:-1], process.told).to(y.device)
+        rows, units = rows.to(y), schedule.to_denoiser_units(t[:-1], process.time_units).to(y.device)
         for j in reversed(range(len(rows))):
             word = torch.full_like(seed, j + 1)
             with torch.enable_grad():
                 leaf = y.detach().requires_grad_()
-                prediction = defence._predict(leaf, told[j].expand(len(leaf)))
-                # ahead is y + f dt + g dW, with the noise of the same step of the SDE
+                prediction = defence._predict(leaf, units[j].expand(len(leaf)))
+                # The state ahead is y + f dt + g dW, with the noise of the same step of the SDE.
                 ahead = diffusion_step(leaf, prediction, rows[j], seed=seed, sample_ids=ids, draws=draws, step=word)
             (grad,) = torch.autograd.grad(ahead, leaf, grad)
             y = 2 * leaf.detach() - ahead.detach()
-        # alpha x + sigma z is computed before the SDE, and its gradient has the factor alpha
+        # The sum alpha x + sigma z is computed before the SDE, and its gradient has the factor alpha.
         return None, grad * schedule.alpha_bar(torch.tensor(start, device="cpu")).sqrt().to(grad), None, None
 
 
@@ -135,7 +135,7 @@ def authors_attacks(defence: Any, eps: float) -> list[AttackSpec]:
     """
     ten = TenPaths(defence)
     rows = [
-        AttackSpec(PGD(steps=10, alpha=eps / 4, eot_iter=1), target="classifier", label=ALONE, judge=ten),
+        AttackSpec(PGD(steps=10, alpha=eps / 4, eot_iter=1), target="classifier", label=CLASSIFIER_ROW, judge=ten),
         AttackSpec(BPDA(steps=40, alpha=eps / 4, eot_iter=15, random_start=False), label=STRAIGHT, judge=ten),
     ]
     if defence.process.solver == "vp_sde" and len(defence.process.rounds) == 1:
