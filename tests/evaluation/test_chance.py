@@ -116,7 +116,7 @@ def test_over_many_seeds(p, predict, n):
 @pytest.mark.parametrize("protocol", ["fast", "strong"])
 def test_noise_before_a_linear_classifier(protocol):
     """The best attack moves each pixel by eps, so the normal distribution gives the accuracy of one draw."""
-    size, eps, sigma, n = 16, 0.02, 0.5, 400
+    size, eps, sigma, n = 16, 0.02, 0.5, 240
     generator = torch.Generator().manual_seed(0)
     offsets = 0.05 * torch.rand(n, generator=generator)
     y = torch.arange(n) % 2

@@ -96,7 +96,7 @@ def test_attacks_along_no_gradient_have_not_asked_anything(cosine, why, advice):
 
 
 def test_an_attack_without_counted_gradients_is_a_reason_of_its_own():
-    model, (x, y) = purify_fast.zoo.load("digits-standard"), zoo_digits(24)
+    model, (x, y) = purify_fast.zoo.load("digits-standard"), zoo_digits(8)
     options = {"eps": 1e-3, "attacks": [lambda model, x, y: x.clone()]}
     report = evaluate(model, x, y, **options)
     assert not report.headline.reliable

@@ -174,7 +174,7 @@ def test_several_draws_of_a_judgement_are_one_call_only_if_the_class_promises_it
 @pytest.mark.parametrize("random", [False, True])
 def test_the_counts_stay_within_the_plan(random, capsys):
     model = NoisyEnsemble(standard(), 0.1, samples=1) if random else standard()
-    report = judged(model, n=12, progress=True, probes=False, steps=50)
+    report = judged(model, n=8, progress=True, probes=False, steps=20)
     (plan,) = [line for line in capsys.readouterr().err.splitlines() if ": plan: " in line]
     numbers = [int(word.replace(",", "")) for word in plan.split() if word.replace(",", "").isdigit()]
     forwards, gradients = work_of(report.about["passes"])
@@ -191,7 +191,7 @@ def test_a_limit_of_time_names_what_it_left_out_and_more_time_continues(tmp_path
         return net(z)
 
     options = {"out": tmp_path, "revision": "1"}
-    settings = {"protocol": "standard", "probes": False, "steps": 20, "n": 12}
+    settings = {"protocol": "standard", "probes": False, "steps": 10, "n": 8}
     start = time.monotonic()
     # Each call of the model takes a second of this clock.
     with mock.patch("time.monotonic", lambda: start + next(clock)):
