@@ -44,9 +44,9 @@ class GradientHealth:
         for name, amount in amounts.items():
             self.counts[name] = self.counts.get(name, 0) + amount
 
-    def see_gradient(self, grad: Tensor, fooled: Tensor | None = None) -> None:
-        """Count the gradients [B, ...] of one step. A zero gradient is no fault where ``fooled``, bool [B], is True."""
-        nonfinite, zero = faults(grad, fooled)
+    def see_gradient(self, grad: Tensor) -> None:
+        """Count the gradients [B, ...] of one step."""
+        nonfinite, zero = faults(grad)
         self.add(gradients=len(grad), nonfinite=nonfinite.sum(), zero=zero.sum())
 
     def see_move(self, start: Tensor, end: Tensor, correct: Tensor) -> None:

@@ -211,9 +211,6 @@ class Defence(StochasticDefence):
         Raises:
             ValueError: names, shapes or the sharing of the model's tensors have changed.
         """
-        self._update()
-
-    def _update(self) -> None:
         model = None if self._followed is None else self._followed.read()
         if model is not None:
             self.read_copied(model)
@@ -235,7 +232,7 @@ class Defence(StochasticDefence):
         """
         defence: Any = model
         try:
-            self._update()
+            self.update()
         except ValueError:
             return False
         self._noise, self._noise_ids = defence._noise, defence._noise_ids
@@ -245,7 +242,7 @@ class Defence(StochasticDefence):
     def prepare_replay(self) -> None:
         """Let a frozen copy follow its model before a prediction, or before a captured step is replayed."""
         if self._followed is not None and self._followed.changed():
-            self._update()
+            self.update()
 
     def _follow(self, given: object = None) -> None:
         """Call `prepare_replay`, except while a compiler runs; it is also a hook before the forward pass."""

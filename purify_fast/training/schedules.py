@@ -57,15 +57,15 @@ class RunLength:
         return step
 
 
-def one_cycle(progress: float, peak: float, warm: float = 0.2, floor: float = 1e-3) -> float:
+def one_cycle(progress: float, peak: float) -> float:
     """Return the learning rate of a one-cycle schedule (Smith, 2018), at a share ``progress`` of the run.
 
-    It rises along a cosine from ``peak / 25`` to ``peak``, and then falls along a cosine to ``floor * peak``.
+    It rises along a cosine from ``peak / 25`` to ``peak`` in the first fifth, and then falls to ``peak / 1000``.
     """
-    if progress < warm:
-        low, position = peak / 25, 1 - progress / warm
+    if progress < 0.2:
+        low, position = peak / 25, 1 - progress / 0.2
     else:
-        low, position = floor * peak, (progress - warm) / (1 - warm)
+        low, position = peak / 1000, (progress - 0.2) / 0.8
     return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * position))
 
 

@@ -45,16 +45,6 @@ def test_json_round_trip():
         Report.from_json(text.replace('"format": 3', '"format": 99'))
 
 
-def test_a_report_of_an_earlier_version_with_other_radii_is_read():
-    """Their rows remain, and their curve is not drawn as one of the short attacks."""
-    far = row("worst, L-inf 0.2", kind="worst", threat="L-inf 0.2", settings={"over": ["PGD"], "eps": 0.2})
-    report = Report([row("PGD"), row("worst", kind="worst"), far])
-    report.curves = {"m": {"steps": [[1, 0.9], [10, 0.5]], "eps, every attack": [[0, 1], [0.1, 0.75], [0.2, 0.75]]}}
-    back = Report.from_json(report.to_json())
-    assert back.curves == {"m": {"steps": [[1, 0.9], [10, 0.5]]}} and back.attacks == report.attacks
-    assert back.to_html().count('class="drawing"') == 1 and "worst, L-inf 0.2" in back.to_html()
-
-
 def test_numbers_in_the_tables():
     report = merge(
         [Report([row(model="a", robust=[1, 0, 0, 0])], ["note"]), Report([row(model="b", health=MASKED)], ["note"])]

@@ -210,8 +210,8 @@ class Carso(Defence):
                 old.data.copy_(new)
             self._packed, self._packed_from = self._packed or packed, stamp
 
-    def _update(self) -> None:
-        super()._update()
+    def update(self) -> None:
+        super().update()
         self._packed_from = None
 
     def _packed_decoder(self) -> PackedDecoder | None:

@@ -135,28 +135,20 @@ def hooked(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def folded(layer: Any, norm: Any, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    """Compute the weight and bias of a linear layer or a convolution with a folded BatchNorm."""
+def fold(layer: Any, norm: Any) -> None:
+    """Fold a BatchNorm into the linear layer or convolution before it, in place."""
     # torch.nn.utils.fuse_conv_bn_weights does not support linear layers. It also multiplies the bias in another order,
     # which would change its last bits in float32.
-    mean, variance = norm.running_mean.to(dtype), norm.running_var.to(dtype)
-    scale = (variance + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight.to(dtype))
-    shift = 0 if norm.bias is None else norm.bias.to(dtype)
-    bias = 0 if layer.bias is None else layer.bias.to(dtype)
+    old, mean = layer.weight, norm.running_mean.double()
+    scale = (norm.running_var.double() + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight.double())
+    shift = 0 if norm.bias is None else norm.bias.double()
+    bias = ((0 if layer.bias is None else layer.bias.double()) - mean) * scale + shift
     # The weight of a transposed convolution has the output channels in its second dimension.
     outputs = int(isinstance(layer, TRANSPOSED))
-    weight = layer.weight.to(dtype) * scale.view(-1, *[1] * (layer.weight.dim() - 1 - outputs))
-    return weight, (bias - mean) * scale + shift
-
-
-@torch.no_grad()
-def fold(layer: Any, norm: nn.Module) -> None:
-    """Fold a BatchNorm into the layer before it, in place."""
-    old = layer.weight
+    weight = old.double() * scale.view(-1, *[1] * (old.dim() - 1 - outputs))
     # The computation is in float64, so that the values are rounded only here.
-    weight, bias = (value.to(old.dtype) for value in folded(layer, norm))
-    layer.weight = nn.Parameter(weight, old.requires_grad)
-    layer.bias = nn.Parameter(bias, old.requires_grad)
+    layer.weight = nn.Parameter(weight.to(old.dtype), old.requires_grad)
+    layer.bias = nn.Parameter(bias.to(old.dtype), old.requires_grad)
 
 
 def _fold(model: nn.Module, layer_name: str, norm_name: str) -> None:
