@@ -32,7 +32,10 @@ class Certify(ModelCommand):
 
     called: ClassVar[str] = "certify"
     report_folder: ClassVar[str] = "certificates"
-    no_effect: ClassVar = {("without", "attack"): ("votes",)}
+    no_effect: ClassVar = {
+        ("without", "attack"): ("votes",),
+        ("beside", "one_shot"): ("t_star", "denoising_steps", "solver"),
+    }
 
     sigma: Positive = 0.5
     radius: tuple[AtLeast0, ...] = (0.5,)
@@ -59,12 +62,17 @@ class Certify(ModelCommand):
             model = model.one_shot(self.sigma)
         if self.attack is not None and not isinstance(model, nn.Module):
             raise ValueError(f"--attack is only for modules, but {self.folder} returns a function")
+        if self.attack is not None and not max(self.radius) > 0:
+            raise ValueError(f"--attack needs a --radius above 0, got {self.radius}")
         out, name = self.writes(), self.title()
         x, y, notes = self.chosen(data, self.seed)
         how = {"alpha": self.alpha, "draws": self.draws, "batch_size": self.batch_size, "seed": self.seed}
         certificates = certify(model, x, y, sigma=self.sigma, radius=self.radius, out=out, name=name, **how)  # type: ignore[arg-type]
-        for radius in self.radius if self.attack is not None else ():
-            if radius > 0:
+        certificates.notes.extend(notes)
+        certificates.about.update(dataset=data.name)
+        attacked = [radius for radius in self.radius if radius > 0 and self.attack is not None]
+        for radius in (None, *attacked):
+            if radius is not None:
                 certificates, report = refute(
                     certificates,
                     model,  # type: ignore[arg-type]
@@ -81,11 +89,10 @@ class Certify(ModelCommand):
                 )
                 if processes()[0] == 0:
                     report.save(out / f"attacks-{radius:g}")
-        if processes()[0] > 0:
-            return
-        certificates.notes.extend(notes)
-        certificates.about.update(dataset=data.name)
-        certificates.save(out)
-        write_run_file(self, out)
-        print(certificates.to_text())
-        print(f"written: {out}/certificates.html, certificates.json and certificates.txt")
+            # An interruption of the attacks leaves the report on the certificates.
+            if processes()[0] == 0:
+                certificates.save(out)
+                write_run_file(self, out)
+        if processes()[0] == 0:
+            print(certificates.to_text())
+            print(f"written: {out}/certificates.html, certificates.json and certificates.txt")

@@ -17,7 +17,6 @@ from purify_fast.attacks import PGD
 from purify_fast.data import load_dataset, to_float
 from purify_fast.defences import NoisyEnsemble
 from purify_fast.evaluation import Certificates, certify, refute
-from purify_fast.evaluation.certificates import certify as module
 from purify_fast.evaluation.certificates.draws import GROUP, Draws
 from purify_fast.evaluation.certificates.sequences import answers, bounds, log_evidence, looks
 
@@ -165,8 +164,8 @@ def test_a_random_defence_gets_the_same_draws_in_other_batches(digits):
 def test_a_purifier_is_certified_with_its_own_draws(digits):
     _, x, y = digits
     defence = zoo.load("digits-carso-objective")
-    made = certify(defence, x[:6], y[:6], **how(24))
-    assert counts(certify(defence, x[:6], y[:6], batch_size=5, **how(24))) == counts(made)
+    made = certify(defence, x[:6], y[:6], **how(64))
+    assert counts(certify(defence, x[:6], y[:6], batch_size=5, **how(64))) == counts(made)
     assert 0 < made.right.sum() < made.draws.sum()
 
 
@@ -182,7 +181,6 @@ def test_two_processes_make_the_same_certificates(tmp_path, digits):
 
 def test_an_interrupted_run_continues(tmp_path, digits, monkeypatch):
     whole, calls = counts(certify(*digits, **how())), []
-    monkeypatch.setattr(module, "SHARED", 1)
     right = Draws.right
 
     def killed(self, index, *rest):
@@ -207,6 +205,70 @@ def test_an_interrupted_run_continues(tmp_path, digits, monkeypatch):
     assert calls
 
 
+# -- models whose draws would depend on each other ---------------------------------------------------------------------
+
+
+class OneDraw(Own):
+    """Promises draws for each image, but takes them from a generator, in the order of the batch."""
+
+    draws_for_each_image = True
+
+    def sample_logits(self, x):
+        flip = torch.where(torch.rand(len(x)) < 0.45, -1.0, 1.0)
+        return (self.classifier(x) * flip[:, None])[:, None]
+
+
+class Centered(Own):
+    """A defence whose classifier subtracts the mean of the batch."""
+
+    draws_for_each_image = True
+
+    def sample_logits(self, x):
+        return super().sample_logits(x - x.mean(0))
+
+
+def test_models_without_independent_draws_are_refused():
+    x, y, flips = margins(0.2, 1.0), torch.tensor([1, 1]), torch.Generator().manual_seed(0)
+
+    def rare(images):
+        return Halves()(images) * (-1.0 if torch.rand(1, generator=flips) < 0.45 else 1.0)
+
+    noisy = lambda images: Halves()(images) + torch.randn(1)  # noqa: E731
+    centered = lambda images: Halves()(images - images.mean(0))  # noqa: E731
+    large = lambda images: Halves()(images - images.mean(0) * (len(images) > 100))  # noqa: E731
+    for model in (noisy, centered, large, rare, OneDraw(Halves(), 0.1), Centered(Halves(), 0.1)):
+        with pytest.raises(ValueError, match="depend on the batch or the call"):
+            certify(model, x, y, radius=0.1, **QUIET)
+    with pytest.raises(ValueError, match="NoisyEnsemble does not promise it"):
+        certify(NoisyEnsemble(Halves(), 0.1), x, y, radius=0.1, **QUIET)
+
+
+def test_a_random_defence_is_random_even_if_it_seems_not():
+    """The first image is far from the border, so its predictions are all alike."""
+
+    class Hard(Own):
+        draws_for_each_image = True
+
+        def sample_logits(self, x):
+            return super().sample_logits(x).sign()
+
+    defence, x, y = Hard(Halves(), 0.1, samples=1).eval(), margins(2.0, *[-0.05] * 40), torch.ones(41).long()
+    made = [certify(defence, x, y, sigma=0.1, radius=0.0, batch_size=size, progress=False) for size in (1, 1000)]
+    assert counts(made[0]) == counts(made[1])
+    assert made[0].certified(0.0).tolist() == [True] + [False] * 40
+
+
+def test_a_model_that_changes_is_refused():
+    calls = []
+
+    def worn(images):
+        calls.append(1)
+        return Halves()(images) * (1.0 if len(calls) < 30 else -1.0)
+
+    with pytest.raises(ValueError, match="model must not change"):
+        certify(worn, margins(0.6, 0.6), torch.tensor([1, 1]), radius=0.5, **QUIET)
+
+
 # -- attacks from above ------------------------------------------------------------------------------------------------
 
 
@@ -216,9 +278,7 @@ def test_attacks_refute_what_is_beyond_the_radius():
     made = certify(model, x, y, radius=(0.2, 0.5), draws=5000, **QUIET)
     for radius, fallen in ((0.2, [True, False, False, True]), (0.5, [True, True, False, True])):
         attacks = [PGD(steps=5)]
-        made, report = refute(
-            made, model, x, y, radius=radius, votes=51, draws=2000, attacks=attacks, protocol=None, progress=False
-        )
+        made, report = refute(made, model, x, y, radius=radius, votes=51, draws=2000, attacks=attacks, progress=False)
         assert made.refuted[radius].tolist() == fallen
         assert report.about["threat"].startswith("L2")
         assert not made.contradictions(radius).size
@@ -294,25 +354,55 @@ def test_a_purifier_of_one_step_is_certified():
         ({"alpha": 1.0}, "alpha must be in"),
         ({"radius": -0.1}, "radius must be at least 0"),
         ({"radius": []}, "radius must be a number or at least one number"),
-        ({"draws": 0}, "draws must be"),
-        ({"draws": 2**28}, "draws must be at most"),
+        ({"radius": 2.0}, "radius must be at most 1.824, which 100000 right draws"),
+        ({"radius": [0.1, None]}, "radius must be a number"),
+        ({"radius": True}, "radius must be a number"),
+        ({"seed": 1.5}, "seed must be a whole number"),
+        ({"draws": None}, "draws must be a whole number"),
+        ({"draws": 0}, "draws must be in"),
+        ({"draws": 2**28}, "draws must be in"),
         ({"seed": -1}, "seed must be in"),
         ({"batch_size": 0}, "batch_size must be"),
     ],
 )
 def test_settings_are_checked(settings, message):
-    with pytest.raises(ValueError, match=message):
-        certify(
-            None if False else Halves(), margins(1.0), torch.tensor([1]), **{"sigma": 0.5, "radius": 0.5} | settings
-        )
+    with pytest.raises((TypeError, ValueError), match=message):
+        certify(Halves(), margins(1.0), torch.tensor([1]), **{"sigma": 0.5, "radius": 0.5} | settings)
 
 
-def test_models_without_independent_draws_are_refused():
+def test_models_and_labels_are_checked():
     with pytest.raises(TypeError, match="model must be a module or a function"):
         certify(None, margins(1.0), torch.tensor([1]), radius=0.5, **QUIET)
     with pytest.raises(ValueError, match="y must have class numbers from 0 to 1, got 2"):
         certify(Halves(), margins(1.0), torch.tensor([2]), radius=0.5, **QUIET)
-    with pytest.raises(ValueError, match="model must be deterministic, or a defence"):
-        certify(lambda x: Halves()(x) + torch.randn(1), margins(1.0), torch.tensor([1]), radius=0.5, **QUIET)
-    with pytest.raises(ValueError, match="depend on the rest of the batch"):
-        certify(lambda x: Halves()(x - x.mean(0)), margins(0.2, 1.0), torch.tensor([1, 1]), radius=0.5, **QUIET)
+
+
+def test_refute_checks_what_it_gets_before_it_attacks():
+    x, y, model = margins(0.2, 1.0), torch.tensor([1, 1]), Halves()
+    made = certify(model, x, y, radius=torch.tensor([0.1]), **QUIET)
+    other = Halves()
+    torch.nn.init.ones_(other.weight)
+    for error, message, changes in (
+        (TypeError, "model must be a module", {"model": lambda images: model(images)}),
+        (ValueError, "model must have the weights", {"model": other}),
+        (ValueError, "x and y must be the images", {"x": x.flip(0)}),
+        (ValueError, "radius must be", {"radius": 9.0}),
+        (TypeError, "refute sets n_eval itself", {"n_eval": 3}),
+        (TypeError, "draws must be a whole number", {"draws": 1.5}),
+    ):
+        given = {"model": model, "x": x, "y": y, "radius": 0.5} | changes
+        with pytest.raises(error, match=message):
+            refute(made, given.pop("model"), given.pop("x"), given.pop("y"), progress=False, **given)
+
+
+def test_hard_labels_can_be_refuted():
+    """All few votes of an image agree, and the logits have no slope."""
+
+    class Hard(Halves):
+        def forward(self, x):
+            return super().forward(x).sign()
+
+    x, y, model = margins(2.0, -2.0), torch.tensor([1, 1]), Hard()
+    made = certify(model, x, y, radius=0.1, **QUIET)
+    made, _ = refute(made, model, x, y, radius=0.1, attacks=[PGD(steps=1)], votes=3, progress=False)
+    assert made.refuted[0.1].tolist() == [False, True] and made.between(0.1) == (0.5, 0.5)

@@ -87,9 +87,9 @@ class Certificates:
         return float(self.certified(radius).mean()), 1 - float(gone.mean())
 
     def contradictions(self, radius: float) -> NDArray[np.int64]:
-        """The indices of images that are certified at a radius and refuted within it: at least one of both is wrong."""
-        fallen = [refuted for tried, refuted in self.refuted.items() if tried <= radius]
-        return np.flatnonzero(self.certified(radius) & np.logical_or.reduce(fallen)) if fallen else np.array([], int)
+        """The indices of images that are certified and refuted at a radius up to this one: one of both is wrong."""
+        both = [self.certified(tried) & refuted for tried, refuted in self.refuted.items() if tried <= radius]
+        return np.flatnonzero(np.logical_or.reduce(both)) if both else np.array([], dtype=np.int64)
 
     def sentence(self, radius: float) -> str:
         """The robust accuracy at a radius in words, such as ``between 41.0 and 47.0 %``."""

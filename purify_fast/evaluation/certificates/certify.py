@@ -8,36 +8,35 @@ probability is bounded by a confidence sequence (`sequences`), so an image gets 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Sequence
 from itertools import pairwise
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..._tensors import digest
-from ..._validation import Range, check_counts, check_folder, check_number
+from ..._tensors import digest, weights_fingerprint
+from ..._validation import Range, check_folder, check_number
 from ...attacks import frozen
 from ...attacks.arguments import check_labels
 from ...ops import kernels_now
 from ...protocols import Classifier
 from ...speed.precision import whole_float32_by_default
 from ..request.fingerprint import fingerprint
-from ..request.preparation import collect
+from ..request.preparation import collect, note_of_modes
 from ..request.subject import device_of
 from ..run.cache import RowCache
 from ..run.shards import Shards
-from .certificates import Certificates
-from .draws import GROUP, MOST, Draws, copy_of
-from .sequences import answers, looks
-
-#: The number of groups whose counts are kept together, and that processes share.
-SHARED = 8
+from .certificates import NORMAL, Certificates
+from .draws import GROUP, MOST, TRIED, Draws, copy_of
+from .sequences import answers, bounds, looks
 
 logger = logging.getLogger("purify_fast")
 
@@ -90,17 +89,13 @@ def certify(
         `Certificates`; every process returns the same.
 
     Raises:
-        ValueError: a wrong shape, dtype, range or setting; the model is random without draws for each image; or an
-            image's logits depend on the other images of its batch.
+        ValueError: a wrong shape, dtype, range or setting; a radius that even right draws alone cannot prove; or the
+            model's draws are not independent, because its logits depend on the rest of the batch or on the call.
         TypeError: the model cannot be called, or an argument has a wrong type.
     """
     if not callable(model) or isinstance(model, type):
         raise TypeError(f"model must be a module or a function from images to logits, got {model!r}")
-    radii = tuple(float(each) for each in (radius if isinstance(radius, (list, tuple)) else [radius]))
-    check_settings(sigma, radii, alpha, seed)
-    check_counts(draws=draws, batch_size=batch_size)
-    if draws > MOST:
-        raise ValueError(f"draws must be at most {MOST}, got {draws}")
+    radii = check_settings(sigma, radius, alpha, draws=draws, batch_size=batch_size, seed=seed)
     check_folder("out", out)
     images, labels, notes = collect(x, y)
     images, labels, device = images.cpu(), labels.cpu(), device_of(model, images)
@@ -109,28 +104,24 @@ def certify(
         Shards(together) as shards,
         torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []),
         torch.no_grad(),
-        frozen(model),
+        contextlib.ExitStack() as stack,
     ):
-        asked = Draws(
-            copy_of(model, images.to(device)),
-            images,
-            labels,
-            sigma=sigma,
-            device=device,
-            batch_size=batch_size,
-            seed=seed,
-        )
+        notes += note_of_modes(model, name)
+        stack.enter_context(frozen(model))
+        used = copy_of(model, images[:TRIED].to(device))
+        asked = Draws(used, images, labels, sigma=sigma, device=device, batch_size=int(batch_size), seed=int(seed))
         check_labels("y", labels, asked.classes)
-        mark = fingerprint(model, revision)
-        empty = np.zeros(len(labels), dtype=np.int64)
+        mark, empty, data = fingerprint(model, revision), np.zeros(len(labels), dtype=np.int64), digest(images, labels)
         whole = Certificates(empty, empty.copy(), sigma=float(sigma), radii=radii, alpha=float(alpha), notes=notes)
-        whole.about.update(name=name, seed=str(seed), most_draws=str(draws))
-        settings: dict[str, Any] = {"certificate": [float(sigma), radii, float(alpha), draws, seed]}
-        shards.check_same({"images": digest(images, labels), "model": [mark, asked.classes], **settings})
+        whole.about.update(name=name, seed=str(int(seed)), most_draws=str(draws), data=data)
+        # A function has no weights.
+        whole.about["weights"] = weights_fingerprint(model) if isinstance(model, nn.Module) else ""
+        settings: dict[str, Any] = {"certificate": [float(sigma), radii, float(alpha), int(draws), int(seed)]}
+        shards.check_same({"images": data, "model": [mark, asked.classes], **settings})
 
-        def decide(group: int) -> tuple[Any, Any]:
+        def decide(group: int) -> dict[str, Tensor]:
             index = torch.arange(group * GROUP, min((group + 1) * GROUP, len(labels)), device="cpu")
-            return _decide(asked, whole, index, draws)
+            return _decide(asked, whole, index, int(draws))
 
         if shards.rank > 0:
             return Certificates.from_json(shards.follow(decide))
@@ -139,25 +130,30 @@ def certify(
             logger.warning('out: the rows of %s are not kept, %s. certify(..., revision="1") keeps them', name, why)
         cache = RowCache(None if out is None else Path(out), kernels_now(device), revision)
         cache.register(model, mark)
+        made: dict[int, dict[str, Tensor]] = {}
+        groups = range(-(-len(labels) // GROUP))
+
+        def make(group: int) -> dict[str, Tensor]:
+            # Every process decides one of the next groups.
+            if group not in made:
+                following = groups[group : group + shards.world]
+                made.update(zip(following, shards.share(following, decide), strict=True))
+            return made[group]
+
         with tqdm(total=len(labels), desc=f"{name}: certificates", unit="image", disable=not progress) as bar:
-            for start in range(0, len(labels), GROUP * SHARED):
-                part = slice(start, min(start + GROUP * SHARED, len(labels)))
-                groups = range(start // GROUP, -(-part.stop // GROUP))
-
-                def make(groups: range = groups) -> dict[str, Any]:
-                    pairs = zip(*shards.share(groups, decide), strict=True)
-                    return {name: torch.cat(parts) for name, parts in zip(("right", "draws"), pairs, strict=True)}
-
-                key = cache.key({**settings, "first": start, "data": digest(images[part], labels[part])}, model)
-                known = cache.values(key, make)
+            for group in groups:
+                part = slice(group * GROUP, (group + 1) * GROUP)
+                key = cache.key({**settings, "group": group, "data": digest(images[part], labels[part])}, model)
+                known = cache.values(key, lambda group=group: make(group))  # type: ignore[misc]
                 whole.right[part], whole.draws[part] = known["right"], known["draws"]
-                bar.update(part.stop - start)
+                bar.update(len(known["right"]))
+        asked.check_unchanged()
         whole.about["seconds"] = f"{time.perf_counter() - began:.1f}"
         shards.end(whole.to_json)
     return whole
 
 
-def _decide(asked: Draws, whole: Certificates, index: Tensor, most: int) -> tuple[Tensor, Tensor]:
+def _decide(asked: Draws, whole: Certificates, index: Tensor, most: int) -> dict[str, Tensor]:
     """Draw until each image of a group is decided: the numbers of right predictions and of draws, int64 ``[n]``."""
     right = np.zeros(len(index), dtype=np.int64)
     draws, open_ = right.copy(), np.ones(len(index), dtype=bool)
@@ -168,17 +164,32 @@ def _decide(asked: Draws, whole: Certificates, index: Tensor, most: int) -> tupl
         open_ = ~np.logical_and.reduce(decided)
         if not open_.any():
             break
-    return torch.from_numpy(right), torch.from_numpy(draws)
+    return {"right": torch.from_numpy(right), "draws": torch.from_numpy(draws)}
 
 
-def check_settings(sigma: float, radii: Sequence[float], alpha: float, seed: int) -> None:
-    """Raise a TypeError or a ValueError for a setting of a certificate that is not allowed."""
+def check_settings(sigma: Any, radius: Any, alpha: Any, **whole: Any) -> tuple[float, ...]:
+    """Refuse settings of certificates that are not allowed, with TypeError or ValueError. Return the radii.
+
+    ``whole`` are the whole numbers ``draws``, ``batch_size`` and ``seed``.
+    """
+    given = radius.tolist() if isinstance(radius, (np.ndarray, Tensor)) else radius
+    radii = tuple(given) if isinstance(given, (list, tuple, range)) else (given,)
+    if not radii:
+        raise ValueError("radius must be a number or at least one number, got none")
     for name, value in (("sigma", sigma), ("alpha", alpha), *(("radius", each) for each in radii)):
         check_number(name, value)
     Range(0, above=True, below=True).check("sigma", sigma)
     Range(0, 1, above=True, below=True).check("alpha", alpha)
-    Range(0, 2**31, below=True).check("seed", seed)
-    if not radii:
-        raise ValueError("radius must be a number or at least one number, got an empty list")
+    allowed = {"draws": Range(1, MOST), "batch_size": Range(1), "seed": Range(0, 2**31, below=True)}
+    for name, value in whole.items():
+        if not isinstance(value, Integral) or isinstance(value, bool):
+            raise TypeError(f"{name} must be a whole number, got {value!r}")
+        allowed[name].check(name, value)
+    lower, _ = bounds(np.array([whole["draws"]]), np.array([whole["draws"]]), float(alpha))
+    most = float(sigma) * NORMAL.inv_cdf(max(float(lower[0]), 0.5))
     for each in radii:
         Range(0, below=True).check("radius", each)
+        if each > most:
+            text = f"{whole['draws']} right draws at sigma {sigma:g} and alpha {alpha:g} prove, got {each}"
+            raise ValueError(f"radius must be at most {most:.4g}, which {text}")
+    return tuple(map(float, radii))

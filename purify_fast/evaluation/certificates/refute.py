@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..._tensors import digest, weights_fingerprint
+from ..._validation import check_number
 from ...attacks.arguments import check_eps
 from ...defences.stochastic import NoisyEnsemble
 from ..request.preparation import collect
@@ -17,12 +19,23 @@ from ..run.shards import Shards
 from ..runner import evaluate
 from ..show.report import Report
 from .certificates import Certificates
-from .certify import certify
+from .certify import certify, check_settings
+
+#: What `refute` sets itself in its evaluation.
+OWN = ("predict", "n_eval", "keep", "config", "eps", "norm")
+#: An attacked image is moved towards the image until its distance is this share below the radius, against rounding.
+INSIDE = 1e-6
+
+
+class _Smoothed(NoisyEnsemble):
+    """The noisy model whose majority is attacked. Its class promises what an evaluation cannot see in a few draws."""
+
+    draws_for_each_image = True
 
 
 def refute(
     certificates: Certificates,
-    model: torch.nn.Module,
+    model: nn.Module,
     x: Tensor,
     y: Tensor,
     *,
@@ -36,7 +49,7 @@ def refute(
 
     `purify_fast.evaluation.evaluate` attacks the majority of ``votes`` noisy predictions. A fallen image counts as
     refuted only if a confidence sequence proves that the model's probability of its label is below 1/2 there, with the
-    probability ``alpha`` of an error, because a vote of few draws may be wrong by chance.
+    probability ``alpha`` of an error for each attacked image, because a vote of few draws may be wrong by chance.
 
     Args:
         certificates: the certificates of these images; they are not changed.
@@ -47,23 +60,41 @@ def refute(
         votes: number of predictions of which attacks and the first judgement take the majority.
         draws: largest number of draws of an attacked image.
         batch_size: largest number of noisy images in a forward pass of the proof.
-        **settings: further keywords of `evaluate`, such as ``protocol="strong"``, ``out`` or ``name``.
+        **settings: further keywords of `evaluate`, such as ``attacks``, ``steps``, ``out`` or ``name``. The default of
+            ``protocol`` is "strong", and that of ``seed`` is the seed of the certificates.
 
     Returns:
         The certificates with `Certificates.refuted` at this radius, and the report of the attacks.
 
     Raises:
-        ValueError: the images are not those of the certificates, or a setting is not allowed.
+        ValueError: the images or the model are not those of the certificates, or a setting is not allowed.
+        TypeError: the model is no module, or a setting is one that this function sets itself.
     """
-    check_eps(radius, "l2")
+    asked: dict[str, Any] = {"seed": int(certificates.about["seed"]), **settings}
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a module, because attacks need it in a copy, got {type(model).__name__}")
+    if taken := [name for name in OWN if name in asked]:
+        raise TypeError(f"refute sets {', '.join(taken)} itself: leave out {', '.join(OWN)}")
     images, labels, _ = collect(x, y)
-    if len(labels) != len(certificates.draws):
-        raise ValueError(f"x must be the {len(certificates.draws)} images of the certificates, got {len(labels)}")
-    smoothed = NoisyEnsemble(model, certificates.sigma, samples=1, clamp=False).eval()
-    asked: dict[str, Any] = {"protocol": "strong", "seed": int(certificates.about["seed"])} | settings
+    check_number("radius", radius)
+    try:
+        check_eps(radius, "l2", pixels=images[0].numel())
+    except ValueError as error:
+        raise ValueError(str(error).replace("eps", "radius", 1)) from error
+    # Other draws than those of the certificates.
+    how = {"draws": draws, "batch_size": batch_size, "seed": (asked["seed"] + 1) % 2**31}
+    check_settings(certificates.sigma, 0.0, certificates.alpha, **how)
+    check_settings(certificates.sigma, 0.0, certificates.alpha, draws=votes, batch_size=batch_size, seed=asked["seed"])
+    if digest(images.cpu(), labels.cpu()) != certificates.about["data"]:
+        raise ValueError("x and y must be the images and labels of the certificates, got others")
+    if weights_fingerprint(model) != certificates.about["weights"]:
+        raise ValueError("model must have the weights of the model of the certificates, got others")
+    if "attacks" not in asked:
+        asked.setdefault("protocol", "strong")
     asked |= {"predict": "votes", "n_eval": votes, "keep": "all"}
-    report = evaluate(smoothed, images, labels, eps=radius, norm="l2", **asked)
     together = asked.get("together", True)
+    smoothed = _Smoothed(model, certificates.sigma, samples=1, clamp=False).eval()
+    report = evaluate(smoothed, images, labels, eps=radius, norm="l2", **asked)
     with Shards(together) as shards:
         # Only the first process has the attacked images.
         clean, number, adversarial = shards.from_first(lambda: _points(report, radius))
@@ -71,11 +102,18 @@ def refute(
     number = np.concatenate([clean, number])
     wrong = np.zeros(len(labels), dtype=bool)
     if len(points):
-        # Other draws than those of the certificates.
-        how: dict[str, Any] = {"alpha": certificates.alpha, "draws": draws, "seed": asked["seed"] + 1}
-        how |= {"batch_size": batch_size, "progress": asked.get("progress", True), "together": together}
+        progress, sigma, alpha = asked.get("progress", True), certificates.sigma, certificates.alpha
         judged = certify(
-            model, points, labels[number], sigma=certificates.sigma, radius=0.0, name="attacked images", **how
+            model,
+            points,
+            labels[number],
+            sigma=sigma,
+            radius=0.0,
+            alpha=alpha,
+            name="attacked images",
+            progress=progress,
+            together=together,
+            **how,  # type: ignore[arg-type]
         )
         wrong[number[judged.decisions(0.0) == -1]] = True
     about = certificates.about | {"protocol": str(report.about.get("protocol", "own attacks")), "votes": str(votes)}
@@ -91,4 +129,6 @@ def _points(report: Report, radius: float) -> tuple[NDArray[np.int64], NDArray[n
     # An attack of a list may have a ball of its own.
     inside = [attack["norm"] == "l2" and attack["eps"] <= radius for attack in found.about["attacks"]]
     mine = torch.tensor(inside, device="cpu")[found.attacks]
-    return clean, found.numbers[mine].numpy(), found.adversarial[mine]
+    moved = found.adversarial[mine].double() - found.clean[mine].double()
+    length = moved.flatten(1).norm(dim=1).clamp(min=radius * (1 - INSIDE)).view(-1, 1, 1, 1)
+    return clean, found.numbers[mine].numpy(), (found.clean[mine] + moved * (radius * (1 - INSIDE) / length)).float()

@@ -136,6 +136,8 @@ class Subject:
         check_leaves_images(self.model, self.sample_images()[:1])
         one, other = self.logits(self.model, self.sample_images()), self.logits(self.model, self.sample_images())
         self.is_random = differ(one, other) or self.answers_vary(self.model, elsewhere=True) or draws
+        # A class may promise what a few draws do not show.
+        self.is_random |= predict is not None and draws_for_each_image(self.model)
         self.draws_once_per_call = self.is_random and drawn_once_per_call(self.model, self.sample_images(), TRIED_ROWS)
         self.has_probabilities = are_probabilities(one) and are_probabilities(other)
         self.has_one_hot = self.has_probabilities and are_one_hot(one) and are_one_hot(other)
