@@ -1,9 +1,10 @@
 """Certifies images by randomized smoothing (Cohen, Rosenfeld & Kolter, ICML 2019, arXiv 1902.02918).
 
-The smoothed classifier of a model f predicts the class that f gives to most of the images x + n, n ~ N(0, sigma^2 I).
-If f gives the class y to x + n with a probability above Phi(r / sigma), then the smoothed classifier predicts y for
-every image at an L2 distance of at most r from x (theorem 1, with all other classes together as the second class). The
-probability is bounded by a confidence sequence (`sequences`), so an image gets only the draws that its question needs.
+The smoothed classifier of a model f predicts the class that f gives to x + n, n ~ N(0, sigma^2 I), with a probability
+above 1/2; if there is none, it predicts no class. If f gives the class y to x + n with a probability above
+Phi(r / sigma), then the smoothed classifier predicts y for every image at an L2 distance of at most r from x (theorem
+1, with all other classes together as the second class). The probability is bounded by a confidence sequence
+(`sequences`), so an image gets only the draws that its question needs.
 """
 
 from __future__ import annotations
