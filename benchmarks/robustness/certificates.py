@@ -140,7 +140,8 @@ def table(results: Path) -> list[str]:
     same, factor = int((ours.certified(RADIUS)[: len(certified)] == certified).sum()), draws[0] / np.median(ours.draws)
     alike = f"The first and the last line decide alike on {same} of {len(certified)} images."
     fewer = f"In the median an image needs {factor:,.0f} times fewer draws. {kept.machines([named['ours']])}."
-    lines += ["", f"{alike} {fewer}"]
+    loop = f"A loop of {ITS_DRAWS:,} draws for each image takes {named['one_shot']['loop']:,.0f} processor seconds with"
+    lines += ["", f"{alike} {fewer} {loop} the model of the second line."]
     return lines
 
 
