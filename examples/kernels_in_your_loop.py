@@ -46,10 +46,10 @@ def main(images: int = 64, steps: int = 5) -> None:
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 10))
     x, y = torch.rand(images, 3, 32, 32), torch.arange(images) % 10
 
-    served = attack(model, x, y, eps=8 / 255, steps=steps)
+    chosen = attack(model, x, y, eps=8 / 255, steps=steps)
     with use_backend("reference"):
         plain = attack(model, x, y, eps=8 / 255, steps=steps)
-    print(f"PGD: the kernel's and the reference's images differ by {(served - plain).abs().max():g}")
+    print(f"PGD: the kernel's and the reference's images differ by {(chosen - plain).abs().max():g}")
 
     # Draw a latent with its KL, and compute a reconstruction loss. Both ops have gradients.
     mean, log_variance = (torch.randn(images, 16, requires_grad=True) for _ in range(2))

@@ -16,7 +16,7 @@ from purify_fast.ops import REGISTRY, use_backend
 
 pytestmark = pytest.mark.gpu
 SHAPE = (1, 16, 16)
-#: The kernel that serves each op on such a device.
+#: The kernel that computes each op on such a device.
 SERVED = [set(op.available[DEVICE.type]) for op in REGISTRY.values() if DEVICE.type != "cuda" or op.launch is not None]
 #: The measured default, and what every one of them has.
 BACKENDS = [None, *sorted(set.intersection(*SERVED) - {"reference"})]

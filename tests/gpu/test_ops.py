@@ -43,19 +43,19 @@ CASES = [
 ]
 
 
-def need_kernel(op: str, device: str, served_by: str) -> None:
+def need_kernel(op: str, device: str, backend_there: str) -> None:
     """Fail where an op has nothing but its reference, as there would be nothing to test.
 
     Args:
         op: its name.
         device: the type of the device that is tested.
-        served_by: the op's backend there.
+        backend_there: the backend that computes the op there.
     """
     if op in CUDA_ONLY and device != "cuda":
         pytest.skip(f"{op} has a kernel on a GPU only")
     if REGISTRY[op].launch is None and device == "cuda":
         pytest.skip(f"{op} has a kernel on a CPU only")
-    if served_by == "reference":
+    if backend_there == "reference":
         pytest.fail(f"{op}: no kernel on {device}; the extension: {_library.load_error or 'loaded'}", pytrace=False)
 
 
