@@ -21,7 +21,7 @@ from purify_fast._files import write_text
 
 from .. import RESULTS
 from ..prose import wrapped
-from ..robustness import answer, certificates, contests, pack_zoo
+from ..robustness import answer, contests, pack_zoo, smoothing
 from ..robustness.broken import run_broken as broken
 from ..robustness.truth import run_truth as truth
 from ..speed import sheets
@@ -70,7 +70,7 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "performance_devices": performance.devices,
     "measured": performance.chapters,
     "broken": broken.table,
-    "certificates": certificates.table,
+    "certificates": smoothing.table,
     "truth": truth.table,
     "elsewhere": elsewhere.table,
 }

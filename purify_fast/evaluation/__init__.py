@@ -8,7 +8,7 @@ from .._lazy import lazy_exports
 
 if TYPE_CHECKING:
     from .certificates.certificates import Certificates as Certificates
-    from .certificates.certify import certify as certify
+    from .certificates.certification import certify as certify
     from .certificates.refute import refute as refute
     from .request.config import EvaluateConfig as EvaluateConfig
     from .request.specs import AttackSpec as AttackSpec

@@ -71,7 +71,9 @@ class Loaded(Own):
         return 0
 
 
-@pytest.fixture(scope="module", params=["npz", "loader", pytest.param("folder", marks=pytest.mark.slow)])
+@pytest.fixture(
+    scope="module", params=["npz", *(pytest.param(form, marks=pytest.mark.slow) for form in ("loader", "folder"))]
+)
 def own(request, tmp_path_factory):
     place = tmp_path_factory.mktemp("own")
     if request.param == "npz":

@@ -17,7 +17,7 @@ from purify_fast.attacks import PGD
 from purify_fast.data import load_dataset, to_float
 from purify_fast.defences import NoisyEnsemble
 from purify_fast.evaluation import Certificates, certify, refute
-from purify_fast.evaluation.certificates.draws import GROUP, Draws
+from purify_fast.evaluation.certificates.noisy_draws import GROUP, Draws
 from purify_fast.evaluation.certificates.sequences import answers, bounds, log_evidence, looks
 
 NORMAL = NormalDist()

@@ -19,7 +19,7 @@ from ..run.shards import Shards
 from ..runner import evaluate
 from ..show.report import Report
 from .certificates import Certificates
-from .certify import certify, check_settings
+from .certification import certify, check_settings
 
 #: What `refute` sets itself in its evaluation.
 OWN = ("predict", "n_eval", "keep", "config", "eps", "norm")
@@ -113,7 +113,7 @@ def refute(
             name="attacked images",
             progress=progress,
             together=together,
-            **how,  # type: ignore[arg-type]
+            **how,
         )
         wrong[number[judged.decisions(0.0) == -1]] = True
     about = certificates.about | {"protocol": str(report.about.get("protocol", "own attacks")), "votes": str(votes)}

@@ -109,21 +109,22 @@ class Draws:
     def _right(self, index: Tensor, first: int, last: int) -> NDArray[np.int64]:
         counts = []
         for part in index.split(self.most):
-            total, each = 0, max(1, self.most // len(part))
+            each, total = max(1, self.most // len(part)), torch.zeros(len(part), dtype=torch.int64, device=self.device)
             for start in range(first, last, each):
                 count = min(each, last - start)
                 logits = self._logits(part, start, count)
                 label = self.y[part].to(logits.device).repeat_interleave(count)
                 right = (check_classes(logits, self.classes).argmax(1) == label) & ~undecided(logits)
-                total = total + right.view(len(part), count).sum(1)
-            counts.append(torch.as_tensor(total).cpu().numpy())
+                total += right.view(len(part), count).sum(1)
+            counts.append(total.cpu().numpy())
         return np.concatenate(counts)
 
     def _noisy(self, index: Tensor, first: int, count: int) -> Tensor:
         """The draws of images, ``[n * count, C, H, W]``."""
         x, ids = self.x[index].to(self.device), index.to(self.device)
-        kind = {"stream": Stream.SMOOTHING, "distribution": "normal"}
-        noise = philox(self.key, ids, x[0].numel(), **kind, draws=count, first_draw=first)
+        noise = philox(
+            self.key, ids, x[0].numel(), stream=Stream.SMOOTHING, distribution="normal", draws=count, first_draw=first
+        )
         return noise.mul_(self.sigma).view(len(x), count, *x.shape[1:]).add_(x[:, None]).flatten(0, 1)
 
     def _ids(self, index: Tensor, first: int, count: int) -> Tensor:

@@ -36,7 +36,7 @@ from ..request.subject import device_of
 from ..run.cache import RowCache
 from ..run.shards import Shards
 from .certificates import NORMAL, Certificates
-from .draws import GROUP, MOST, TRIED, Draws, copy_of
+from .noisy_draws import GROUP, MOST, TRIED, Draws, copy_of
 from .sequences import answers, bounds, looks
 
 logger = logging.getLogger("purify_fast")
@@ -161,7 +161,9 @@ def _decide(asked: Draws, whole: Certificates, index: Tensor, most: int) -> dict
     for first, last in pairwise((0, *looks(most))):
         right[open_] += asked.right(index[torch.from_numpy(open_)], first, last)
         draws[open_] = last
-        decided = [answers(right, draws, each, whole.alpha) != 0 for each in whole.thresholds]
+        decided = [
+            answers(right.astype(float), draws.astype(float), each, whole.alpha) != 0 for each in whole.thresholds
+        ]
         open_ = ~np.logical_and.reduce(decided)
         if not open_.any():
             break
