@@ -185,7 +185,9 @@ def test_the_judges_of_a_model(monkeypatch):
     """A defence that rounds has no gradients: its report says so, and what follows the rounding's input breaks it."""
     steps, layer = (entry.without_gradient(torch.round), entry.straight_through(torch.round)), nn.Linear(256, 10)
     rounding, through = (nn.Sequential(entry.Step(step), nn.Flatten(), layer) for step in steps)
-    one = entry.Entry(lambda x, y: (entry.train(rounding, x, y), through), "a paper", "BPDA", adaptive.long(1))
+    one = entry.Entry(
+        lambda x, y: (entry.train(rounding, x, y), through), "a paper", "BPDA", adaptive.long(1, steps=20)
+    )
     monkeypatch.setitem(entry.ENTRIES, "rounds", one)
     tables.built.cache_clear()
     kept = {}

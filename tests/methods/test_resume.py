@@ -37,8 +37,8 @@ def trained(name, folder, *callbacks):
     """The checkpoint and the result of six steps."""
     torch.manual_seed(0)
     task, digits = TASKS[name](), data.load_dataset("digits")
-    config = FitConfig(2, 16, 3, checkpoint_seconds=0)
-    fit(task, digits.x_train[:48], digits.y_train[:48], config, folder, callbacks=callbacks)
+    config = FitConfig(2, 8, 3, checkpoint_seconds=0)
+    fit(task, digits.x_train[:24], digits.y_train[:24], config, folder, callbacks=callbacks)
     return read_tree(folder / "checkpoint.safetensors"), task.result.state_dict()
 
 
