@@ -19,6 +19,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 DIGITS = [name for name, one in entry.ENTRIES.items() if one.data == "digits" and one.paper]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DIGITS)
 def test_a_defence_predicts_and_what_is_followed_has_gradients(name):
     """A few training images are enough for both; whatever the adaptive attack follows was built."""
@@ -181,6 +182,7 @@ def test_a_result_of_other_code_is_found_and_made_again(judging, monkeypatch, tm
         assert judging[8:] == [("EMPIR", tables.ADAPTIVE)] and not tables.outdated(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_judges_of_a_model(monkeypatch):
     """A defence that rounds has no gradients: its report says so, and what follows the rounding's input breaks it."""
     steps, layer = (entry.without_gradient(torch.round), entry.straight_through(torch.round)), nn.Linear(256, 10)

@@ -22,6 +22,7 @@ def measured(folder, names, **options):
     return {row["row"]: row for row in csv.DictReader(io.StringIO(path.read_text()))}
 
 
+@pytest.mark.slow
 def test_this_package_and_the_expert_compute_what_the_loops_of_others_compute(tmp_path):
     rows = measured(tmp_path, OWN)
     assert list(rows) == OWN

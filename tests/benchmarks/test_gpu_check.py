@@ -130,6 +130,7 @@ def test_the_limits_of_the_calls():
     assert order[:6] == ["limits", "pgd", "profile", "standard", "in_use", "pipelines"]
 
 
+@pytest.mark.slow
 def test_the_package_as_users_run_it(rehearsal, monkeypatch):
     outcome = gpu_sections.used(rehearsal)
     assert outcome.state == "passed" and not outcome.left_out, outcome
@@ -213,6 +214,7 @@ def rehearsal(tmp_path):
 FORMS = [name for name in pgd_forms.forms(1) if "compile" not in name]
 
 
+@pytest.mark.slow
 def test_forms_of_pgd_have_rows_and_a_weaker_form_is_seen(rehearsal, monkeypatch, forking):
     forms = pgd_forms.forms
     monkeypatch.setattr(pgd_forms, "forms", lambda count: {name: forms(count)[name] for name in FORMS})

@@ -42,7 +42,11 @@ def trained(name, folder, *callbacks):
     return read_tree(folder / "checkpoint.safetensors"), task.result.state_dict()
 
 
-@pytest.mark.parametrize("name", TASKS)
+#: Their parts are those of other trainings here.
+SLOW = ("arrest, average", "arrest, AdamW", "atop, discriminator", "diffusion, bfloat16 and no average")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in TASKS])
 def test_killed_and_resumed_training_is_the_same(name, tmp_path):
     one, whole = trained(name, tmp_path / "whole")
     with pytest.raises(Stopped):

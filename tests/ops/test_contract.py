@@ -127,6 +127,7 @@ def test_a_reference_of_any_layout_has_the_strides_of_the_fake(name):
             assert (real.shape, real.dtype) == (fake.shape, fake.dtype) and (real.numel() == 0 or not differing)
 
 
+@pytest.mark.parametrize("backend", ["cpp", pytest.param("reference", marks=pytest.mark.slow)], indirect=True)
 @pytest.mark.parametrize("name", FIRST)
 def test_exports(function, backend, name, request):
     if name == "square_proposal linf" and backend == "reference" and torch.__version__ < "2.12":

@@ -63,7 +63,9 @@ def trained(task: Task, graphs: StepGraphs | None, batches: list[Batch]) -> tupl
     return losses, task.model.state_dict()
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name.endswith("bfloat16") else ()) for name in TASKS]
+)
 def test_captured_steps_train_the_same_weights(tape, name):
     make, updates = TASKS[name]
     batches = [batch(1), batch(2), batch(3)]

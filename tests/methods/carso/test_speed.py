@@ -222,13 +222,13 @@ def test_draws_at_once_are_independent_calls_with_one_representation_pass(head):
     model = made if head is None else WithAggregation(made, head)
     passes = []
     made.classifier.conv1.register_forward_hook(lambda module, args, output: passes.append(len(args[0])))
-    logits = model.draw_logits(x, 400)
-    assert passes == [2, 2 * 400 * 3] and logits.shape == (400, 2, 10)
+    logits = model.draw_logits(x, 150)
+    assert passes == [2, 2 * 150 * 3] and logits.shape == (150, 2, 10)
     assert not torch.equal(logits[0], logits[1])
-    calls = torch.stack([model(x) for _ in range(400)])  # the same distribution: mean and spread within 5 sigma
-    error = (logits.var(0) / 400 + calls.var(0) / 400).sqrt()
+    calls = torch.stack([model(x) for _ in range(150)])  # the same distribution: mean and spread within 5 sigma
+    error = (logits.var(0) / 150 + calls.var(0) / 150).sqrt()
     assert ((logits.mean(0) - calls.mean(0)).abs() < 5 * error).all()
-    assert ((logits.std(0) / calls.std(0)).log().abs() < 0.25).all()
+    assert ((logits.std(0) / calls.std(0)).log().abs() < 0.4).all()
 
 
 def test_a_forward_of_ones_own_is_what_is_attacked():

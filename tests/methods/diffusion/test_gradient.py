@@ -138,8 +138,9 @@ SOLVERS = {
 GUIDED = ("ddpm", "ddpm, large", "ddpm, learned", "ddim, eta", "vp_sde")
 SHAPES = ((3, 8, 12), (1, 9, 8), (2, 8, 11))
 PREDICTIONS = ("noise", "x0", "v")
-#: Every solver with every prediction, and every solver that allows guidance with every guidance.
-KINDS = [(name, prediction, None) for name in SOLVERS for prediction in PREDICTIONS]
+#: Every solver, one of them with every prediction, and every solver that allows guidance with every guidance.
+KINDS = [(name, PREDICTIONS[number % 3], None) for number, name in enumerate(SOLVERS)]
+KINDS += [("ddpm", "x0", None), ("ddpm", "v", None)]
 KINDS += [
     (name, PREDICTIONS[(number + later) % 3], guidance)
     for later, guidance in enumerate(("mse", "ssim"))
