@@ -116,4 +116,4 @@ def test_evaluate_takes_equally_many_images_of_every_class():
     assert notes[1].startswith("1 of 7 classes have no image among the 12 chosen images (6)")
     x, labels, notes = Evaluate(images=60).chosen(images, 0)
     assert torch.equal(x, images.x_test) and torch.equal(labels, y) and notes == ["all 60 held-out images"]
-    assert "--images 61 asks for more than there are" in Evaluate(images=61).chosen(images)[2][0]
+    assert "--images 61 asks for more than there are" in Evaluate(images=61).chosen(images, 0)[2][0]

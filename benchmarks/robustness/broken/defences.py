@@ -212,7 +212,7 @@ def diffusion(x: Tensor, y: Tensor) -> Models:
     clean, classifier = denoiser(x, y), zoo.load("digits-standard")
 
     def purify(x: Tensor) -> Tensor:
-        # Noise is added and taken away again, less each time.
+        # noise is added and taken away again, less each time
         for sigma in (0.3, 0.2, 0.1):
             x = clean(x + sigma * torch.randn_like(x))
         return x
@@ -230,7 +230,7 @@ def anti_adversary(x: Tensor, y: Tensor) -> Models:
         with torch.enable_grad():
             label = classifier(x).argmax(1)
             for _ in range(2):
-                # A negative length leads towards the predicted class.
+                # towards the predicted class: a negative length
                 point = parts.signed_step(classifier, point, label, -0.1)
         return x + (point - x).detach()
 
@@ -312,7 +312,7 @@ def sparse_around_means(x: Tensor, y: Tensor) -> Models:
         return changed
 
     soft, passing = (lambda share: torch.sigmoid(6 * (share - 1))), torch.ones_like
-    # A smaller threshold lies between the network without sparse features and the deployed one.
+    # a smaller threshold lies between the network without sparse features and the deployed one
     return model, with_gates(passing), with_gates(soft), with_gates(passing, 0.2), base
 
 
@@ -485,7 +485,7 @@ def odds(x: Tensor, y: Tensor) -> Models:
             odd = (change(x, logits) - mean[top]) / deviation[top].clamp_min(1e-3)
             odd[rows, top] = -torch.inf
             score, other = odd.max(1)
-        # If the change is odd, the class that gains most takes the place of the predicted class.
+        # where the change is odd, the class that gains most takes the place of the predicted one
         place = torch.arange(10).repeat(len(x), 1)
         place[rows, top], place[rows, other] = other, top
         return torch.where((score > 3)[:, None], logits.gather(1, place), logits)
@@ -507,7 +507,7 @@ def mixup_inference(x: Tensor, y: Tensor) -> Models:
 
     def mixed(images: Tensor) -> Tensor:
         same = y == classifier(images).argmax(1, keepdim=True)
-        # Each image gets eight images of other classes.
+        # eight images of other classes for each image
         others = torch.rand(same.shape).masked_fill(same, -1).topk(8).indices
         points = 0.6 * images[:, None] + 0.4 * x[others]
         return classifier(points.flatten(0, 1)).unflatten(0, (-1, 8)).log_softmax(2).logsumexp(1)
@@ -566,5 +566,5 @@ def cascade(x: Tensor, y: Tensor) -> nn.Module:
     first, transferred = train(network(), x, y, one_step, epochs=30), x
     for _ in range(4):
         transferred = parts.signed_step(first, transferred, y, 0.05)
-    # The second network also learns images that several steps found on the first network.
+    # the second network also learns images that were found on the first one by several steps
     return train(network(), torch.cat([x, transferred]), y.repeat(2), one_step, epochs=30)
