@@ -88,6 +88,7 @@ def test_our_attacks_leave_no_more_than_the_official_ones(made_models):
     assert rows["standard"]["robust"] < rows["standard"]["clean"]
 
 
+@pytest.mark.slow
 def test_a_contest_on_robust_networks_goes_on_by_its_parts(made_models, tmp_path, monkeypatch, capsys):
     """Images left are kept one by one; a protocol with other attacks runs again, and a missing model is reported."""
     arguments = ["evaluation", "--robust", "--quick", "--images", "7", "--out", str(tmp_path)]
@@ -117,6 +118,7 @@ def test_a_contest_on_robust_networks_goes_on_by_its_parts(made_models, tmp_path
     assert "to come is left out: it is not in the zoo" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_rows_of_other_attacks_or_weights_are_found_and_made_again(made_models, tmp_path, monkeypatch):
     """The official attack's rows stay, as long as weights and images do."""
     arguments = ["evaluation", "--quick", "--out", str(tmp_path / "studies")]

@@ -113,7 +113,7 @@ def test_over_many_seeds(p, predict, n):
     assert abs(np.mean([report.headline.accuracy for report in reports]) - whole) < 0.03
 
 
-@pytest.mark.parametrize("protocol", ["fast", "strong"])
+@pytest.mark.parametrize("protocol", ["fast", pytest.param("strong", marks=pytest.mark.slow)])
 def test_noise_before_a_linear_classifier(protocol):
     """The best attack moves each pixel by eps, so the normal distribution gives the accuracy of one draw."""
     size, eps, sigma, n = 16, 0.02, 0.5, 240

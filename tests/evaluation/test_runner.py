@@ -91,7 +91,7 @@ def toy():
 def test_fact_14_through_the_published_head(scale, saturated):
     """The apparent robustness is the share of images whose gradient is NaN; the report must say so."""
     model = Linear(scale, method="peel_reference")
-    x, y = toy_data(model, 256)
+    x, y = toy_data(model)
     report = evaluate(model, x, y, steps=30, eot_iter=5, n_eval=1, attacks=[PGD()], **QUIET)
     row = report.row("PGD-30 ce")
     share = row.health["nonfinite"] / row.health["gradients"]
