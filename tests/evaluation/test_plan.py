@@ -11,7 +11,7 @@ from digit_nets import EPS, digits, standard
 from evaluating import evaluate
 from small_models import Made
 
-from purify_fast.attacks import APGD, Square
+from purify_fast.attacks import APGD, PGD, Square
 from purify_fast.attacks.base import ThreatModel
 from purify_fast.attacks.engine.engine_attack import BLIND, CUT
 from purify_fast.defences import NoisyEnsemble
@@ -224,7 +224,8 @@ def test_a_search_ends_where_its_time_is_over(attack):
 
 def test_probes_that_were_finished_before_a_kill_are_used_again(tmp_path, monkeypatch):
     model = NoisyEnsemble(standard(), 0.1, samples=1)
-    judged(model, n=8, out=tmp_path / "whole")
+    options = {"protocol": None, "attacks": [PGD(steps=2)], "probes": True, "n": 8}
+    judged(model, **options, out=tmp_path / "whole")
     made, original = [], probes.run_alone
 
     def killed(*args, **options):
@@ -235,8 +236,8 @@ def test_probes_that_were_finished_before_a_kill_are_used_again(tmp_path, monkey
 
     monkeypatch.setattr(probes, "run_alone", killed)
     with pytest.raises(KeyboardInterrupt):
-        judged(model, n=8, out=tmp_path / "again")
-    again, before = judged(model, n=8, out=tmp_path / "again"), judged(model, n=8, out=tmp_path / "whole")
+        judged(model, **options, out=tmp_path / "again")
+    again, before = judged(model, **options, out=tmp_path / "again"), judged(model, **options, out=tmp_path / "whole")
     assert again.findings == before.findings and again.curves == before.curves
     # The two finished searches were not made again: the third is the first that is made.
     assert made[3] == made[2] and made[:2] != made[3:5]
