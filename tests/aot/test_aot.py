@@ -78,6 +78,7 @@ def test_every_kernel_has_a_case():
     assert entries == started_by_cases()
 
 
+@pytest.mark.slow
 def test_every_kernel_is_verified():
     """Before a kernel serves, a machine verifies an op's examples, which launches every kernel that calls launch."""
     assert started_by_examples() == started_by_cases()

@@ -83,6 +83,7 @@ def test_every_run_writes_its_file(run, bars, tmp_path):
     assert (out / "log.jsonl").read_text() == log
 
     few = ["--data", bars, "--device", "cpu", "--images", "4", "--steps", "1", "--protocol", "fast", "--n-eval", "3"]
+    few += ["--probes", "False"]
     assert run("evaluate", out, *few)[0] == 0
     held = yaml.safe_load((out / "evaluation" / "run.yaml").read_text())
     assert (held["command"], held["folder"], held["images"], held["n_eval"]) == ("evaluate", str(out), 4, 3)

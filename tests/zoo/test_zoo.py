@@ -93,7 +93,7 @@ def test_the_command_line_lists_and_evaluates(tmp_path, monkeypatch, capsys, sho
     assert cli.main(["zoo", "digits-pgd-at"]) == 0
     assert "If you get it lower" in capsys.readouterr().out
     small = ["--images", "10", "--steps", "2", "--protocol", "fast", "--device", "cpu"]
-    assert cli.main(["evaluate", "zoo:digits-atop-pipeline", *small]) == 0
-    assert (tmp_path / "runs/zoo/digits-atop-pipeline/evaluation/report.md").is_file()
+    assert cli.main(["evaluate", "zoo:digits-arrest", *small]) == 0
+    assert (tmp_path / "runs/zoo/digits-arrest/evaluation/report.md").is_file()
     assert cli.main(["evaluate", "zoo:nothing", *small]) == 2
     assert "name must be a model of the zoo, got 'nothing'" in capsys.readouterr().err
