@@ -21,13 +21,6 @@ def saved(folder, **arrays_):
     return folder / "set.npz"
 
 
-def test_digits():
-    d = data.load_dataset("digits")
-    assert d.x_train.shape == (1297, 1, 16, 16) and d.x_test.shape == (500, 1, 16, 16)
-    assert d.x_train.dtype == torch.uint8 and d.y_train.dtype == torch.int64
-    assert (d.name, d.num_classes, d.image_shape) == ("digits", 10, (1, 16, 16))
-
-
 def test_the_digits_are_the_same_bits_and_need_no_other_package():
     """The zoo's models were trained on these very bits, which scikit-learn's data set gave before."""
     code = (
@@ -125,13 +118,6 @@ def test_the_names_of_the_classes(tmp_path):
     assert data.load_dataset("digits").classes == tuple("0123456789")
     for classes, want in ((["no", "so", "yes"], ("no", "so", "yes")), (2, None), ([0, 1, 2], None)):
         assert data.load_dataset(saved(tmp_path, **arrays(), classes=classes)).classes == want
-
-
-def test_to(tmp_path):
-    d = data.load_dataset(saved(tmp_path, **arrays()))
-    assert repr(d) == "DataSet('set', 12 training and 6 held-out images of 1 x 8 x 9, 3 classes, on cpu)"
-    there = d.to("meta")
-    assert there.x_test.device.type == there.y_train.device.type == "meta" and there.image_shape == d.image_shape
 
 
 def test_to_float():
