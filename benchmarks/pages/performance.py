@@ -79,11 +79,15 @@ ROWS = {
 
 
 def rows(folder: Path) -> list[str]:
-    """Return a list that explains the rows of a device's tables of pipelines, and a line about their cells."""
+    """Return a table that explains the rows of a device's tables of pipelines, and a line about their cells."""
     measured = sheets.read_csv(folder / sheets.PIPELINES)
     names = {row["contestant"] for row in measured}
-    explained = [f"- *{gpu_tables.ours(name).strip('*')}*: {text}" for name, text in ROWS.items() if name in names]
-    return [*explained, "", pipelines(folder, *{row["pipeline"] for row in measured})[0]]
+    explained = [[gpu_tables.ours(name).strip("*"), text] for name, text in ROWS.items() if name in names]
+    return [
+        *table(["row", "what it is"], explained),
+        "",
+        pipelines(folder, *{row["pipeline"] for row in measured})[0],
+    ]
 
 
 def attack(folder: Path) -> list[str]:
