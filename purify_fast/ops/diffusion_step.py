@@ -160,7 +160,7 @@ BACKWARD = define_backward(
     reference=reference_backward,
     fake=lambda grad, x, prediction, *_: (x.new_empty(x.shape), _like(prediction)),
     changes={"exact": lambda shape, learned, noisy, _: not (learned and noisy)},
-    in_graphs={"cpu": ("fixed",), "cuda": ("fixed", "learned")},
+    in_graphs={"cuda": ("fixed", "learned")},
 )
 
 

@@ -4,6 +4,7 @@ import math
 import multiprocessing
 import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import __main__ as program
-from benchmarks.speed import pipelines, race, running, sheets
+from benchmarks.speed import pipelines, race, running, sheets, timing
 from benchmarks.speed.flops import flop_of
 from benchmarks.speed.pipelines import (
     Case,
@@ -23,6 +24,7 @@ from benchmarks.speed.pipelines import (
     expert,
     registry,
 )
+from benchmarks.speed.pipelines.carso_inference import latents
 from purify_fast.speed.precision import float32_settings
 
 CPU = torch.device("cpu")
@@ -108,6 +110,35 @@ def test_a_frozen_copy_folds_every_batchnorm_and_follows_the_training():
         copy.refresh()
 
 
+@pytest.mark.slow
+def test_the_expert_compiles_a_whole_step_of_its_attack(monkeypatch):
+    """The step and the gradient are in one graph without autograd, and it computes what the eager form does."""
+    network = carso_inference.classifier()
+    x, y, graphs = torch.rand(2, 3, 32, 32), torch.arange(2), []
+
+    def backend(graph, inputs):
+        graphs.append((graph, torch.is_grad_enabled()))
+        return graph.forward
+
+    loss = expert.loss_of(expert.FrozenCopy(network).model)
+    right = expert.attack(expert.ascent(loss, CPU, False, True), x, y, 8 / 255, 2 / 255, 2)
+    torch._dynamo.reset()
+    whole = partial(torch.compile, backend=backend, fullgraph=True)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: whole(function))
+    found = expert.attack(expert.ascent(loss, CPU, True, True), x, y, 8 / 255, 2 / 255, 2)
+    assert [enabled for _, enabled in graphs] == [False]
+    assert "sign" in str(graphs[0][0].graph)
+    assert (found == right).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("raced", [False, True])
+def test_cudnn_times_its_convolutions_for_the_expert_alone(raced, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    with Contestant(_other, True, raced=raced).settings(torch.device("cuda")):
+        assert torch.backends.cudnn.benchmark == raced
+    assert not torch.backends.cudnn.benchmark
+
+
 def test_a_resumed_run_measures_what_has_no_row_of_the_expert(tmp_path, monkeypatch):
     """A longer race of forms that are gone does not stand in the way of the new one."""
     contestants = dict.fromkeys(("plain", "expert", "ours"), Contestant(_other, False))
@@ -129,6 +160,24 @@ def test_a_resumed_run_measures_what_has_no_row_of_the_expert(tmp_path, monkeypa
     assert len(raced) == 1
     rows = sheets.read_csv(tmp_path / sheets.PIPELINES)
     assert rows == other + [row | {"contestant": name} for name in contestants], "a race in other threads stays"
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_the_samples_of_plain_carso_are_a_part_of_the_batch(enabled):
+    """Under vmap and autocast, a GPU refuses convolutions with a bias."""
+    made = carso_inference.defence(CPU, True)
+    model, x, z = carso_inference.Plain(made), carso_inference.images(4, made, CPU), latents(made, 4, CPU)
+    seen = []
+    model.made.classifier.register_forward_hook(
+        lambda _, args, out: seen.append((len(args[0]), torch._C._are_functorch_transforms_active()))
+    )
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled):
+        together, seen_together = model(x, z), seen.copy()
+        alone = [model(x, one[None]) for one in z]
+    # the first pass is that of the representation
+    assert seen_together == [(4, False), (8, False)]
+    for found, parts in zip(together, zip(*alone, strict=True), strict=True):
+        torch.testing.assert_close(found, torch.cat(parts), rtol=0, atol=0.05 if enabled else 1e-5)
 
 
 class _Commands:
@@ -203,6 +252,16 @@ def test_quick_run_writes_rows_and_tables(tmp_path, capsys, monkeypatch, forking
     assert (tmp_path / sheets.PIPELINES_TABLE).read_text() == table
 
 
+def test_the_memory_of_a_run_is_what_it_has_at_once():
+    def work():
+        first = torch.ones(10**6)
+        del first
+        second = torch.ones(2 * 10**6)
+        return second + 1
+
+    assert 16e6 <= timing.allocated(work, CPU) < 17e6
+
+
 def _other(device, quick):
     return Job(lambda: None, lambda: torch.ones(3))
 
@@ -212,6 +271,7 @@ class _Fake:
 
     answers = {"plain": torch.ones(3), "ours": torch.ones(3) * 1.1}  # noqa: RUF012
     seconds = {"plain": 2.0, "ours": 1.0}  # noqa: RUF012
+    lucky = None
 
     def __init__(self, pipeline, case, label, *rest):
         self.label, self.slower = label, 0
@@ -224,13 +284,34 @@ class _Fake:
 
     def ask(self, command, seconds=math.inf):
         self.slower += command == "time"
-        time = self.seconds[self.label] * self.slower
+        time = self.seconds[self.label] * self.slower * (0.1 if (self.label, self.slower) == self.lucky else 1)
         result = self.answers[self.label].numpy()
         other = {"flops": 10**9, "rate": 4e9, "memory": 3 * 10**6}
         return {"result": result, "time": time, **other}[command]
 
     def end(self, at_once):
         assert not at_once
+
+
+def test_a_slow_contestant_has_fewer_runs(monkeypatch):
+    """Twice as slow is not slow yet."""
+    monkeypatch.setattr(race, "_Process", _Fake)
+    contestants = {label: Contestant(_other, False) for label in _Fake.answers}
+    for plain, slow_runs, runs in ((2.0, 1, 5), (2.1, 1, 1), (2.1, 3, 3), (2.1, 5, 5)):
+        monkeypatch.setitem(_Fake.seconds, "plain", plain)
+        monkeypatch.setattr(race, "QUICK", race.Effort(5, slow_runs, 0.0, 0.0, 128))
+        rows = race.race("p", "c", Case("shape", 0.15, contestants), CPU, True)
+        assert [row["runs"] for row in rows] == [runs, 5]
+    monkeypatch.setitem(_Fake.seconds, "plain", 1.3)
+    monkeypatch.setattr(_Fake, "lucky", ("ours", 3))
+    monkeypatch.setattr(race, "QUICK", race.Effort(5, 3, 0.0, 0.0, 128))
+    rows = race.race("p", "c", Case("shape", 0.15, contestants), CPU, True)
+    assert [row["runs"] for row in rows] == [5, 5], "a single fast run of another decides nothing"
+    monkeypatch.setattr(_Fake, "lucky", None)
+    monkeypatch.setitem(_Fake.seconds, "plain", 2.1)
+    monkeypatch.setattr(race, "QUICK", race.Effort(2, 1, 60.0, 0.0, 128))
+    rows = race.race("p", "c", Case("shape", 0.15, contestants), CPU, True)
+    assert [row["runs"] for row in rows] == [1, 10], "runs of no length come five times as often"
 
 
 def test_a_wrong_contestant_has_no_number(monkeypatch):

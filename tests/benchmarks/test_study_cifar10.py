@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from purify_fast.evaluation.results.rows import Row
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.methods.carso.task import as_trained
 from purify_fast.models import build_classifier
+from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import Batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -49,6 +51,33 @@ def test_every_need_comes_before_what_needs_it_and_every_row_is_judged():
     assert [name for name, _ in order[:2]] == [names.BASE, names.judged_name(names.BASE, "fast")]
     trained = [place for place, (name, _) in enumerate(order) if name == names.CARSO]
     assert all(order[place + 1][0] == names.judged_name(names.CARSO, "fast") for place in trained)
+
+
+def test_a_training_stays_the_same_job_when_more_images_are_judged():
+    more = replace(BUDGET, judging=names.Judging(standard=7))
+    asked = [
+        {(job.name, job.seed): job.asked() for job in listed if "judging" not in job.settings}
+        for listed in (cifar10.jobs("x", BUDGET), cifar10.jobs("y", more, "cuda"))
+    ]
+    assert asked[0] == asked[1]
+
+
+def test_the_cost_of_a_training_step_is_counted_where_the_images_are():
+    """Without data, tensors have a device of their own too, and operators take no tensors of two devices."""
+
+    def counted(device):
+        model = SmallCNN(width=4).to(device)
+        images = torch.zeros(20, 1, 16, 16, dtype=torch.uint8, device=device)
+        labels = torch.zeros(20, dtype=torch.int64, device=device)
+
+        def updates(batch):
+            losses = F.cross_entropy(model(batch.x), batch.y, reduction="none")
+            yield SimpleNamespace(loss=(losses * batch.sample_ids).sum())
+
+        task = SimpleNamespace(updates=updates)
+        return models.training_flops(task, SimpleNamespace(x_train=images, y_train=labels))
+
+    assert counted("meta") == counted("cpu") > 0
 
 
 def divergence_of(wanted, moved):

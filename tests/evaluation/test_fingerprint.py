@@ -66,12 +66,13 @@ class Slots:
 class Model(nn.Module):
     SHARE = 1
 
-    def __init__(self):
+    def __init__(self, factor=1.0):
         super().__init__()
         self.layer, self.norm = nn.Linear(4, 2), nn.BatchNorm1d(2)
         self.register_buffer("table", torch.zeros(2), persistent=False)
-        self.scale, self.slots = 1.0, Slots()
+        self.scale, self.sizes, self.slots = 1.0, [1, 2], Slots()
         self.slots.scale = 1.0
+        self.function = lambda x: x * factor
 
     def forward(self, x):
         return table_helper.changed(self.layer(x)) * SIGMA
@@ -108,7 +109,10 @@ EDITS = {
     "mode of a part": (in_place("model.norm.eval()"), True),
     "attribute": (attribute("scale", 2.0), True),
     "attribute of a part": (attribute("norm.eps", 1e-3), True),
+    "list": (in_place("model.sizes.append(3)"), True),
+    "another part": (attribute("layer", nn.Linear(4, 2)), True),
     "hook": (in_place("model.layer.register_forward_hook(lambda *given: None)"), True),
+    "closure": (attribute("function", (lambda factor: lambda x: x * factor)(2.0)), True),
     "forward of its own": (attribute("forward", lambda x: x[:, :2]), True),
     "class attribute": (in_place("setattr(Model, 'SHARE', 2)"), True),
     "code of the class": (text("table_model", "self.layer(x)", "self.layer(2 * x)"), True),
@@ -205,6 +209,10 @@ def helper(x):
     return inner(x)
 
 
+def decorated(function):
+    return lambda *given: 1.5 * function(*given)
+
+
 def made():
     def scaled(x):
         return helper(x)
@@ -219,6 +227,7 @@ REACHED = {
     "module that is handed on": ("import reached_helpers as h\ndef f(m, x): return m.inner(x)", "f(h, x)"),
     "module by the name of its attribute": ("import reached_helpers as h", "getattr(h, 'in' + 'ner')(x)"),
     "import inside of the function": ("", "[helper(x) for helper in [self.imported()]][0]"),
+    "class attribute": ("from reached_helpers import Scale\nclass Holds:\n    scale = Scale()", "Holds.scale(x)"),
     "attribute of a class": ("from reached_helpers import Scale", "x * Scale.factor"),
     "object": ("from reached_helpers import Scale\nscale = Scale()", "scale(x)"),
     "class of a dictionary": ("from reached_helpers import Names\nnames = Names()", "x * names['a']"),
@@ -227,7 +236,11 @@ REACHED = {
         "import functools\nfrom reached_helpers import helper\nscaled = functools.partial(helper)",
         "scaled(x)",
     ),
+    "cache": ("import functools\nfrom reached_helpers import helper\nscaled = functools.cache(helper)", "scaled(x)"),
+    "decorator": ("from reached_helpers import decorated\n@decorated\ndef scaled(x): return x", "scaled(x)"),
     "global constant": ("from reached_helpers import FACTOR", "x * FACTOR"),
+    "list of functions": ("from reached_helpers import helper\nSTEPS = [helper]", "STEPS[0](x)"),
+    "lambda": ("from reached_helpers import helper", "(lambda x: helper(x))(x)"),
     "comprehension": ("from reached_helpers import helper", "sum([helper(part) for part in x])"),
     "class inside of the function": (
         "from reached_helpers import helper",
@@ -278,13 +291,7 @@ def reaching(way):
     )
 
 
-#: What needs other modules, and what does not show in a script: code does not name it, or it does not tell its content.
-UNSEEN = ("module that is handed on", "module by the name of its attribute", "attribute of a module")
-UNSEEN += ("attribute of a module of a folder", "scripted function", "function put into a library", "eval")
-UNSEEN += ("sequence that cannot be read",)
-
-
-@pytest.mark.parametrize("way", [*UNSEEN, "two functions", "import inside of the function"])
+@pytest.mark.parametrize("way", REACHED)
 def test_an_edit_of_what_the_model_reaches_changes_its_fingerprint(way, imported):
     source = reaching(way)
     helpers = "reached.helpers" if "reached.helpers" in source else "reached_helpers"
@@ -296,6 +303,12 @@ def test_an_edit_of_what_the_model_reaches_changes_its_fingerprint(way, imported
 
     marks = [marked("", ""), marked("", ""), marked("1.5", "2.5")]
     assert None not in marks and marks[0] == marks[1] != marks[2]
+
+
+#: What needs other modules, and what does not show in a script: code does not name it, or it does not tell its content.
+UNSEEN = ("module that is handed on", "module by the name of its attribute", "attribute of a module")
+UNSEEN += ("attribute of a module of a folder", "scripted function", "function put into a library", "eval")
+UNSEEN += ("sequence that cannot be read",)
 
 
 @pytest.mark.parametrize("way", [way for way in REACHED if way not in UNSEEN])
@@ -392,13 +405,15 @@ arguments = arguments.parse_args()
 """
 
 
-def test_a_script_its_processes_and_a_notebook_with_more_code_name_a_model_alike(tmp_path):
+def test_a_script_its_processes_an_edited_script_and_a_notebook_name_a_model_alike(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT + PRINTED)
     (tmp_path / "plots.py").write_text("WIDTH = 1")
-    (tmp_path / "edited.py").write_text(SCRIPT.replace("\n\n\n", EDITED + "\n\n\n", 1))
+    (tmp_path / "edited.py").write_text(SCRIPT.replace("\n\n\n", EDITED + "\n\n\n", 1) + PRINTED)
     end = "; from purify_fast.evaluation.request.fingerprint import fingerprint; print(fingerprint(Model()))"
+    typed = f"exec(open('script.py').read().partition('if __name__')[0]){end}"
+    commands = [["script.py"], ["edited.py", "--steps", "3"], ["-c", typed]]
     marks = []
-    for command in (["script.py"], ["-c", f"exec(open('edited.py').read()){end}", "--steps", "3"]):
+    for command in commands:
         path = os.pathsep.join([str(Path(purify_fast.__file__).parents[1]), str(tmp_path)])
         found = subprocess.run(
             [sys.executable, *command],
@@ -409,7 +424,7 @@ def test_a_script_its_processes_and_a_notebook_with_more_code_name_a_model_alike
             env=os.environ | {"PYTHONPATH": path},
         )
         marks += found.stdout.split()
-    assert len(marks) == 3 and len(set(marks)) == 1 and "None" not in marks
+    assert len(marks) == 5 and len(set(marks)) == 1 and "None" not in marks
 
 
 @pytest.mark.parametrize(

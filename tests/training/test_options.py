@@ -6,7 +6,9 @@ from small_runs import atop_task, images
 from torch import nn
 from torch.nn import functional as F
 
+from purify_fast.ops import Stream, philox
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, TrainingAttack, fit
+from purify_fast.training.task import Batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ATTACK = TrainingAttack(0.1, 2)
@@ -63,6 +65,19 @@ def test_labels_are_smoothed_in_the_training_and_not_in_a_validation():
     assert last["loss"] == pytest.approx(smoothed) != pytest.approx(plain)
     logits = made.model(batch.x).detach()
     assert float(made.validate(batch)["loss"]) == pytest.approx(float(F.cross_entropy(logits, batch.y)))
+
+
+def test_noise_is_added_to_the_images_of_steps_and_validations():
+    made, x, y = task(attack=TrainingAttack(eps=0.0, steps=1), noise=0.25), *images()
+    batch = Batch(x[:8].float() / 255, y[:8].long(), torch.arange(8), seed=3)
+    key = torch.tensor([3])
+    noise = philox(key, batch.sample_ids, x[0].numel(), stream=Stream.SMOOTHING, distribution="normal")
+    expected = float(F.cross_entropy(made.model(batch.x + 0.25 * noise.view(batch.x.shape)), batch.y))
+    for loss in (made.training_step(batch)[0], made.training_step(batch)[0], made.validate(batch)["loss"]):
+        assert float(loss) == pytest.approx(expected)
+    assert expected != pytest.approx(float(F.cross_entropy(made.model(batch.x), batch.y)))
+    with pytest.raises(ValueError, match=r"noise is only for clean images: eps must be 0, got noise=0.25"):
+        ClassifierConfig(attack=ATTACK, noise=0.25)
 
 
 def test_what_cannot_be_combined_is_refused():

@@ -22,7 +22,7 @@ def digits():
 
 def test_there_are_five_or_more_and_they_are_small():
     sizes = {name: sum(f.stat().st_size for f in zoo.folder(name).rglob("*") if f.is_file()) for name in zoo.list()}
-    assert len(sizes) >= 5 and max(sizes.values()) <= 3_000_000 and sum(sizes.values()) <= 20_000_000
+    assert len(sizes) >= 5 and max(sizes.values()) <= 3_000_000 and sum(sizes.values()) <= 21_000_000
 
 
 @pytest.mark.parametrize("name", zoo.list())
@@ -64,7 +64,8 @@ def test_an_attack_of_a_few_steps_leaves_no_less_than_the_card_says(name, digits
         found = pgd(model, x, y, eps=card.eps, steps=5)
         attacked = (model(found).argmax(1) == y).float().mean().item()
     assert attacked < card.clean.share
-    if card.attacked:
+    # The numbers of a smoothed classifier are not those of its network.
+    if card.attacked and card.sigma is None:
         share = min(accuracy.share for accuracy in card.attacked.values())
         assert attacked >= share - 3 * (max(share * (1 - share), 0.01) / IMAGES) ** 0.5
 

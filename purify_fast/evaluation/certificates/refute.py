@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..._tensors import digest, weights_fingerprint
-from ..._validation import check_number
+from ..._validation import check_counts, check_number
 from ...attacks.arguments import check_eps
 from ...defences.stochastic import NoisyEnsemble
 from ..request.preparation import collect
@@ -84,7 +84,10 @@ def refute(
     # Other draws than those of the certificates.
     how = {"draws": draws, "batch_size": batch_size, "seed": (asked["seed"] + 1) % 2**31}
     check_settings(certificates.sigma, 0.0, certificates.alpha, **how)
-    check_settings(certificates.sigma, 0.0, certificates.alpha, draws=votes, batch_size=batch_size, seed=asked["seed"])
+    check_settings(certificates.sigma, 0.0, certificates.alpha, draws=draws, batch_size=batch_size, seed=asked["seed"])
+    if votes is None:
+        raise ValueError("votes must be a whole number of at least 1, got None")
+    check_counts(votes=votes)
     if digest(images.cpu(), labels.cpu()) != certificates.about["data"]:
         raise ValueError("x and y must be the images and labels of the certificates, got others")
     if weights_fingerprint(model) != certificates.about["weights"]:
