@@ -91,7 +91,11 @@ def on_the_card(task: Task) -> tuple[FakeCuda, Batch]:
     return fake, replace(real, x=x, y=y, sample_ids=ids, seed=seed)
 
 
-@pytest.mark.parametrize("name", STEPS)
+#: The same trainings in bfloat16 have all that these have.
+SLOW = ("AToP, pipeline", "CARSO, pipeline", "diffusion")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in STEPS])
 def test_a_training_step_waits_for_nothing(name):
     make, most = STEPS[name]
     task, launches = make(), CudaLaunches()

@@ -98,7 +98,9 @@ def killed(own, method, out):
     own.train(method, out)
 
 
-@pytest.mark.parametrize("method", SMALL)
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=pytest.mark.slow if name in ("carso", "diffusion") else ()) for name in SMALL]
+)
 def test_each_method_on_own_data_is_killed_and_resumed(own, method, tmp_path):
     ended = together(tmp_path, 1, lambda: killed(own, method, tmp_path / "resumed"), None)
     assert ended.codes == [-signal.SIGKILL], ended.errors

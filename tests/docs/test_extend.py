@@ -230,6 +230,7 @@ assert "a random corner" in report.attacks
 """
 
 
+@pytest.mark.slow
 def test_few_files_add_an_op_an_attack_and_a_method(tmp_path):
     """The op of the page runs in test_extend.py."""
     assert len(files()) + OTHER_FILES_OF_AN_OP <= 5 and len(ATTACK) <= 3 and len(METHOD) <= 8

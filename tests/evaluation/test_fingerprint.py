@@ -405,6 +405,7 @@ arguments = arguments.parse_args()
 """
 
 
+@pytest.mark.slow
 def test_a_script_its_processes_an_edited_script_and_a_notebook_name_a_model_alike(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT + PRINTED)
     (tmp_path / "plots.py").write_text("WIDTH = 1")
