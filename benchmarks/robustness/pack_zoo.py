@@ -90,7 +90,12 @@ def loaded(card: Card, folders: dict[str, Path], models: Path) -> torch.nn.Modul
 
 
 def protocols_of(card: Card) -> dict[str, float]:
-    """Return the protocols by which a model is evaluated, each with the share of the images that it attacks."""
+    """Return the protocols by which a model is evaluated, each with the share of the images that it attacks.
+
+    `certified` evaluates a model for randomized smoothing.
+    """
+    if card.sigma is not None:
+        return {}
     return DIFFUSION_PROTOCOLS if card.method == DIFFUSION else PROTOCOLS
 
 
@@ -100,21 +105,29 @@ def attacks_of(card: Card, protocol: str) -> str:
     return revisions.short(name, random, card.method == DIFFUSION)
 
 
+def certified(
+    card: Card, model: torch.nn.Module, images: int, data: DataSet, out: Path
+) -> tuple[Accuracy, dict[str, Accuracy]]:
+    """Return the certified accuracy of a smoothed classifier, and its accuracy under a protocol, by name."""
+    assert card.sigma is not None
+    chosen = balanced_subset(data.x_test, data.y_test, images, 0, num_classes=data.num_classes)
+    x, at = to_float(chosen.x), {"out": out, "name": card.name}
+    made = certify(model, x, chosen.y, sigma=card.sigma, radius=card.eps, **at)
+    # On MNIST, "strong" takes hours for a smoothed classifier.
+    protocol = "strong" if card.data == "digits" else "fast"
+    made, _ = refute(made, model, x, chosen.y, radius=card.eps, protocol=protocol, **at)
+    made.save(out)
+    print(made.to_text())
+    low, high = made.between(card.eps)
+    return Accuracy(low, images), {protocol: Accuracy(high, images)}
+
+
 def judge(card: Card, model: torch.nn.Module, images: int, data: DataSet, out: Path) -> Card:
     """Evaluate a model, and return its new card."""
-    name, attacked, certified = card.name, dict[str, Accuracy](), None
+    name, attacked, proved = card.name, dict[str, Accuracy](), None
     if card.sigma is not None:
-        chosen = balanced_subset(data.x_test, data.y_test, images, 0, num_classes=data.num_classes)
-        x, at = to_float(chosen.x), {"out": out / name, "name": name}
-        proved = certify(model, x, chosen.y, sigma=card.sigma, radius=card.eps, **at)
-        # On MNIST, "strong" takes hours for a smoothed classifier.
-        protocol = "strong" if card.data == "digits" else "fast"
-        proved, _ = refute(proved, model, x, chosen.y, radius=card.eps, protocol=protocol, **at)
-        proved.save(out / name)
-        print(proved.to_text())
-        low, high = proved.between(card.eps)
-        certified, attacked[protocol] = Accuracy(low, images), Accuracy(high, images)
-    for protocol, share in protocols_of(card).items() if card.sigma is None else ():
+        proved, attacked = certified(card, model, images, data, out / name)
+    for protocol, share in protocols_of(card).items():
         count = max(1, round(share * images))
         chosen = balanced_subset(data.x_test, data.y_test, count, 0, num_classes=data.num_classes)
         asked: dict[str, Any] = {"protocol": protocol}
@@ -134,7 +147,7 @@ def judge(card: Card, model: torch.nn.Module, images: int, data: DataSet, out: P
         version=__version__,
         clean=clean_accuracy(model, data),
         attacked=attacked,
-        certified=certified,
+        certified=proved,
         attacks={protocol: attacks_of(card, protocol) for protocol in attacked},
     )
 

@@ -70,29 +70,32 @@ class Certify(ModelCommand):
         certificates = certify(model, x, y, sigma=self.sigma, radius=self.radius, out=out, name=name, **how)  # type: ignore[arg-type]
         certificates.notes.extend(notes)
         certificates.about.update(dataset=data.name)
-        attacked = [radius for radius in self.radius if radius > 0 and self.attack is not None]
-        for radius in (None, *attacked):
-            if radius is not None:
-                certificates, report = refute(
-                    certificates,
-                    model,  # type: ignore[arg-type]
-                    x,
-                    y,
-                    radius=radius,
-                    votes=self.votes,
-                    draws=self.draws,
-                    batch_size=self.batch_size,
-                    protocol=self.attack,
-                    out=out / f"attacks-{radius:g}",
-                    name=name,
-                    dataset_name=data.name,
-                )
-                if processes()[0] == 0:
-                    report.save(out / f"attacks-{radius:g}")
+        first = processes()[0] == 0
+        if first:
             # An interruption of the attacks leaves the report on the certificates.
-            if processes()[0] == 0:
+            certificates.save(out)
+            write_run_file(self, out)
+        for radius in self.radius if self.attack is not None else ():
+            if radius == 0:
+                continue
+            folder = out / f"attacks-{radius:g}"
+            certificates, report = refute(
+                certificates,
+                model,  # type: ignore[arg-type]
+                x,
+                y,
+                radius=radius,
+                votes=self.votes,
+                draws=self.draws,
+                batch_size=self.batch_size,
+                protocol=self.attack,
+                out=folder,
+                name=name,
+                dataset_name=data.name,
+            )
+            if first:
+                report.save(folder)
                 certificates.save(out)
-                write_run_file(self, out)
-        if processes()[0] == 0:
+        if first:
             print(certificates.to_text())
             print(f"written: {out}/certificates.html, certificates.json and certificates.txt")

@@ -1,5 +1,6 @@
 """Certificates: exact on linear models, the same however they are computed, and below every attack."""
 
+import copy
 import json
 import math
 from itertools import pairwise
@@ -12,7 +13,7 @@ from forks import together
 from scipy.special import betaln
 from torch import nn
 
-from purify_fast import cli, zoo
+from purify_fast import cli, frozen_copy, zoo
 from purify_fast.attacks import PGD
 from purify_fast.data import load_dataset, to_float
 from purify_fast.defences import NoisyEnsemble
@@ -148,6 +149,16 @@ def test_batches_do_not_matter(digits):
     for size in (7, 40):
         assert counts(certify(*digits, batch_size=size, **how())) == whole
     assert counts(certify(*digits, seed=1, **how())) != whole
+
+
+def test_a_frozen_copy_is_certified_with_the_weights_that_its_model_has_now(digits):
+    model, x, y = digits
+    changed = copy.deepcopy(model)
+    made = frozen_copy(changed, x[:8], dtype=torch.float32)
+    # Writes through `.data` are not seen by themselves.
+    changed.head.bias.data[3] += 100.0
+    found = certify(made, x, y, **how())
+    assert counts(found) == counts(certify(changed, x, y, **how())) != counts(certify(model, x, y, **how()))
 
 
 class Own(NoisyEnsemble):
@@ -389,6 +400,7 @@ def test_refute_checks_what_it_gets_before_it_attacks():
         (ValueError, "radius must be", {"radius": 9.0}),
         (TypeError, "refute sets n_eval itself", {"n_eval": 3}),
         (TypeError, "draws must be a whole number", {"draws": 1.5}),
+        (ValueError, "votes must be at least 1", {"votes": 0}),
     ):
         given = {"model": model, "x": x, "y": y, "radius": 0.5} | changes
         with pytest.raises(error, match=message):

@@ -58,9 +58,10 @@ class Certificates:
         return [self.threshold(radius) for radius in self.radii]
 
     def decisions(self, radius: float) -> NDArray[np.int8]:
-        """What is known at a radius, int8 ``[N]``: 1 certified, -1 no certificate is possible, 0 undecided.
+        """Decide each image at a radius, int8 ``[N]``: 1 if it is certified, -1 if it cannot be, 0 if this is open.
 
-        -1: the model's probability of the label is below the threshold. The smoothed classifier may still be robust.
+        An image cannot be certified if the model's probability of its label is below the threshold. The smoothed
+        classifier may still be robust there.
         """
         return answers(self.right.astype(float), self.draws.astype(float), self.threshold(radius), self.alpha)
 

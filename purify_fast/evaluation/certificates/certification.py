@@ -31,7 +31,7 @@ from ...ops import kernels_now
 from ...protocols import Classifier
 from ...speed.precision import whole_float32_by_default
 from ..request.fingerprint import fingerprint
-from ..request.preparation import collect, note_of_modes
+from ..request.preparation import collect, note_of_modes, update_copies
 from ..request.subject import device_of
 from ..run.cache import RowCache
 from ..run.shards import Shards
@@ -109,6 +109,7 @@ def certify(
     ):
         notes += note_of_modes(model, name)
         stack.enter_context(frozen(model))
+        update_copies(model)
         used = copy_of(model, images[:TRIED].to(device))
         asked = Draws(used, images, labels, sigma=sigma, device=device, batch_size=int(batch_size), seed=int(seed))
         check_labels("y", labels, asked.classes)
@@ -173,7 +174,7 @@ def _decide(asked: Draws, whole: Certificates, index: Tensor, most: int) -> dict
 def check_settings(sigma: Any, radius: Any, alpha: Any, **whole: Any) -> tuple[float, ...]:
     """Refuse settings of certificates that are not allowed, with TypeError or ValueError. Return the radii.
 
-    ``whole`` are the whole numbers ``draws``, ``batch_size`` and ``seed``.
+    ``whole`` are the whole numbers ``draws``, ``batch_size``, ``seed`` and perhaps ``votes``.
     """
     given = radius.tolist() if isinstance(radius, (np.ndarray, Tensor)) else radius
     radii = tuple(given) if isinstance(given, (list, tuple, range)) else (given,)
@@ -183,11 +184,11 @@ def check_settings(sigma: Any, radius: Any, alpha: Any, **whole: Any) -> tuple[f
         check_number(name, value)
     Range(0, above=True, below=True).check("sigma", sigma)
     Range(0, 1, above=True, below=True).check("alpha", alpha)
-    allowed = {"draws": Range(1, MOST), "batch_size": Range(1), "seed": Range(0, 2**31, below=True)}
+    allowed = {"draws": Range(1, MOST), "seed": Range(0, 2**31, below=True)}
     for name, value in whole.items():
         if not isinstance(value, Integral) or isinstance(value, bool):
             raise TypeError(f"{name} must be a whole number, got {value!r}")
-        allowed[name].check(name, value)
+        allowed.get(name, Range(1)).check(name, value)
     lower, _ = bounds(np.array([whole["draws"]]), np.array([whole["draws"]]), float(alpha))
     most = float(sigma) * NORMAL.inv_cdf(max(float(lower[0]), 0.5))
     for each in radii:

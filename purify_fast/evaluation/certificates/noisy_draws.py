@@ -78,12 +78,11 @@ class Draws:
         if self.is_random and not draws_for_each_image(self.model):
             raise ValueError(f"model must draw for each image (draws_for_each_image), but {name} does not promise it")
         alone = torch.cat([self._logits(*row) for row in rows])
-        noisy = torch.cat([self._noisy(*row) for row in rows])
+        noisy, ids = (torch.cat([make(*row) for row in rows]) for make in (self._noisy, self._ids))
         # The last call has as many rows as a pass of the certificates may have.
         sizes = [min(TRIED, self.most)] * TRIED + [self.most]
         for call, size in enumerate(sizes):
             if self.is_random:
-                ids = torch.cat([self._ids(*row) for row in rows])
                 with self.model.noise_ids(ids):  # type: ignore[attr-defined]
                     again = self._predict(noisy, int(self.tried[0]) // GROUP)
             else:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..._tensors import digest, weights_fingerprint
-from ..._validation import check_counts, check_number
+from ..._validation import check_number
 from ...attacks.arguments import check_eps
 from ...defences.stochastic import NoisyEnsemble
 from ..request.preparation import collect
@@ -81,13 +81,8 @@ def refute(
         check_eps(radius, "l2", pixels=images[0].numel())
     except ValueError as error:
         raise ValueError(str(error).replace("eps", "radius", 1)) from error
-    # Other draws than those of the certificates.
-    how = {"draws": draws, "batch_size": batch_size, "seed": (asked["seed"] + 1) % 2**31}
-    check_settings(certificates.sigma, 0.0, certificates.alpha, **how)
-    check_settings(certificates.sigma, 0.0, certificates.alpha, draws=draws, batch_size=batch_size, seed=asked["seed"])
-    if votes is None:
-        raise ValueError("votes must be a whole number of at least 1, got None")
-    check_counts(votes=votes)
+    sigma, alpha = certificates.sigma, certificates.alpha
+    check_settings(sigma, 0.0, alpha, draws=draws, batch_size=batch_size, seed=asked["seed"], votes=votes)
     if digest(images.cpu(), labels.cpu()) != certificates.about["data"]:
         raise ValueError("x and y must be the images and labels of the certificates, got others")
     if weights_fingerprint(model) != certificates.about["weights"]:
@@ -96,7 +91,7 @@ def refute(
         asked.setdefault("protocol", "strong")
     asked |= {"predict": "votes", "n_eval": votes, "keep": "all"}
     together = asked.get("together", True)
-    smoothed = _Smoothed(model, certificates.sigma, samples=1, clamp=False).eval()
+    smoothed = _Smoothed(model, sigma, samples=1, clamp=False).eval()
     report = evaluate(smoothed, images, labels, eps=radius, norm="l2", **asked)
     with Shards(together) as shards:
         # Only the first process has the attacked images.
@@ -105,7 +100,6 @@ def refute(
     number = np.concatenate([clean, number])
     wrong = np.zeros(len(labels), dtype=bool)
     if len(points):
-        progress, sigma, alpha = asked.get("progress", True), certificates.sigma, certificates.alpha
         judged = certify(
             model,
             points,
@@ -114,9 +108,12 @@ def refute(
             radius=0.0,
             alpha=alpha,
             name="attacked images",
-            progress=progress,
+            # Other draws than those of the certificates.
+            seed=(asked["seed"] + 1) % 2**31,
+            progress=asked.get("progress", True),
             together=together,
-            **how,
+            draws=draws,
+            batch_size=batch_size,
         )
         wrong[number[judged.decisions(0.0) == -1]] = True
     about = certificates.about | {"protocol": str(report.about.get("protocol", "own attacks")), "votes": str(votes)}
