@@ -27,3 +27,10 @@ def test_ratios_are_those_of_the_times():
                 assert float(times) == pytest.approx(ratio, abs=0.06 + ratio / float(own))
         devices.append(device)
     assert devices.count("one CPU core") == devices.count("NVIDIA H200") == 3
+
+
+def test_the_pictures_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    front_page.pictures(RESULTS, tmp_path)
+    for name in ("claim.png", "speed.png"):
+        assert (tmp_path / name).stat().st_size > 10_000

@@ -125,3 +125,17 @@ def test_to_float():
     assert levels.dtype == torch.float32 and float(levels[255]) == 1 and float(levels[51]) == pytest.approx(0.2)
     with pytest.raises(ValueError, match="uint8"):
         data.to_float(levels)
+
+
+def test_digits():
+    d = data.load_dataset("digits")
+    assert d.x_train.shape == (1297, 1, 16, 16) and d.x_test.shape == (500, 1, 16, 16)
+    assert d.x_train.dtype == torch.uint8 and d.y_train.dtype == torch.int64
+    assert (d.name, d.num_classes, d.image_shape) == ("digits", 10, (1, 16, 16))
+
+
+def test_to(tmp_path):
+    d = data.load_dataset(saved(tmp_path, **arrays()))
+    assert repr(d) == "DataSet('set', 12 training and 6 held-out images of 1 x 8 x 9, 3 classes, on cpu)"
+    there = d.to("meta")
+    assert there.x_test.device.type == there.y_train.device.type == "meta" and there.image_shape == d.image_shape

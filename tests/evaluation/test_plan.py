@@ -15,8 +15,10 @@ from purify_fast.attacks import APGD, PGD, Square
 from purify_fast.attacks.base import ThreatModel
 from purify_fast.attacks.engine.engine_attack import BLIND, CUT
 from purify_fast.defences import NoisyEnsemble
+from purify_fast.evaluation import EvaluateConfig
 from purify_fast.evaluation.alarms import probes
 from purify_fast.evaluation.request.subject import Subject
+from purify_fast.protocols import Passes
 
 
 def shaken(how=lambda x: (4 * x).round() / 4):
@@ -241,3 +243,17 @@ def test_probes_that_were_finished_before_a_kill_are_used_again(tmp_path, monkey
     assert again.findings == before.findings and again.curves == before.curves
     # The two finished searches were not made again: the third is the first that is made.
     assert made[3] == made[2] and made[:2] != made[3:5]
+
+
+def test_minutes_must_be_above_0():
+    with pytest.raises(ValueError, match="minutes"):
+        EvaluateConfig(minutes=0)
+
+
+def test_counts_of_passes_are_added():
+    assert Passes(3, 1) * 2 + Passes(1) - Passes(2, 2) == Passes(5, 0) and Passes(5, 2).work == 9
+
+
+def test_a_direct_attack_has_no_limit():
+    _, _, x, y = digits()
+    assert not PGD(steps=2).run(standard(), x[:4], y[:4], eps=EPS).warnings
