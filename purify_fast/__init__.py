@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from . import zoo as zoo
     from .data import load_dataset as load_dataset
     from .evaluation import EvaluateConfig as EvaluateConfig
+    from .evaluation import certify as certify
     from .evaluation import evaluate as evaluate
     from .methods import arrest as arrest
     from .methods import atop as atop
@@ -52,5 +53,6 @@ if TYPE_CHECKING:
     from .training import fit as fit
     from .training import load_classifier as load_classifier
     from .training import save_classifier as save_classifier
-
-__all__, __getattr__, __dir__ = lazy_exports(__name__)
+else:
+    # A type checker must not see `__getattr__`, which would accept every name.
+    __all__, __getattr__, __dir__ = lazy_exports(__name__)

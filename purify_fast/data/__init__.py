@@ -16,5 +16,5 @@ if TYPE_CHECKING:
     from .images import to_float as to_float
     from .selection import balanced_subset as balanced_subset
     from .selection import batches as batches
-
-__all__, __getattr__, __dir__ = lazy_exports(__name__)
+else:
+    __all__, __getattr__, __dir__ = lazy_exports(__name__)

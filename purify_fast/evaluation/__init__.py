@@ -22,5 +22,5 @@ if TYPE_CHECKING:
     from .show.report import merge as merge
     from .show.witnesses import CheckedWitnesses as CheckedWitnesses
     from .show.witnesses import check_witnesses as check_witnesses
-
-__all__, __getattr__, __dir__ = lazy_exports(__name__)
+else:
+    __all__, __getattr__, __dir__ = lazy_exports(__name__)

@@ -23,5 +23,5 @@ if TYPE_CHECKING:
     from .task import Batch as Batch
     from .task import Task as Task
     from .task import Update as Update
-
-__all__, __getattr__, __dir__ = lazy_exports(__name__)
+else:
+    __all__, __getattr__, __dir__ = lazy_exports(__name__)

@@ -50,6 +50,7 @@ def test_the_keywords_are_the_fields_of_the_attack_and_of_its_context(attack):
 
 
 USERS_CODE = """
+import purify_fast
 import torch
 from purify_fast.attacks import PGD, apgd, fab_t, fgsm, pgd, square
 
@@ -59,6 +60,7 @@ found: torch.Tensor = pgd(model, x, y, 8 / 255, steps=10, alpha=2 / 255, restart
 pgd(model, x, None, 8 / 255, targeted=y, mode="keep", loss="margin")
 apgd(model, x, y, 8 / 255, loss="dlr_targeted", n_target_classes=2)
 fab_t(model, x, y, 8 / 255, give_up=True), fgsm(model, x, y, 8 / 255), square(model, x, y, 8 / 255, n_queries=9)
+report: purify_fast.evaluation.Report = purify_fast.evaluate(model, x, y, eps=8 / 255, protocol="fast", seed=1)
 images: torch.Tensor = PGD(steps=3)(model, x, y, eps=8 / 255)
 """
 WRONG = {
@@ -66,6 +68,7 @@ WRONG = {
     'pgd(model, x, y, 8 / 255, steps="10")': "steps",
     'apgd(model, x, y, 8 / 255, mode="keep")': "mode",
     'square(model, x, y, 8 / 255, norm="l3")': "norm",
+    "purify_fast.evaluatee(model, x, y, eps=8 / 255)": "evaluatee",
 }
 
 

@@ -15,9 +15,10 @@ from purify_fast.attacks import APGD, PGD, Square
 from purify_fast.attacks.base import ThreatModel
 from purify_fast.attacks.engine.engine_attack import BLIND, CUT
 from purify_fast.defences import NoisyEnsemble
-from purify_fast.evaluation import EvaluateConfig
+from purify_fast.evaluation import EvaluateConfig, runner
 from purify_fast.evaluation.alarms import probes
 from purify_fast.evaluation.request.subject import Subject
+from purify_fast.evaluation.run.progress import Progress
 from purify_fast.protocols import Passes
 
 
@@ -243,6 +244,12 @@ def test_probes_that_were_finished_before_a_kill_are_used_again(tmp_path, monkey
     assert again.findings == before.findings and again.curves == before.curves
     # The two finished searches were not made again: the third is the first that is made.
     assert made[3] == made[2] and made[:2] != made[3:5]
+
+
+def test_a_minute_has_sixty_seconds():
+    with mock.patch("time.monotonic", lambda: 100.0), mock.patch.object(runner, "Progress", wraps=Progress) as made:
+        judged(standard(), protocol=None, attacks=[], n=2, minutes=2)
+    assert made.call_args.kwargs["until"] == 100 + 2 * 60
 
 
 def test_minutes_must_be_above_0():

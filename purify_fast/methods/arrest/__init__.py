@@ -9,5 +9,5 @@ from ..._lazy import lazy_exports
 if TYPE_CHECKING:
     from .config import ArrestConfig as ArrestConfig
     from .task import ArrestTask as ArrestTask
-
-__all__, __getattr__, __dir__ = lazy_exports(__name__)
+else:
+    __all__, __getattr__, __dir__ = lazy_exports(__name__)

@@ -14,5 +14,5 @@ if TYPE_CHECKING:
     from .generators import SmallGenerator as SmallGenerator
     from .purifier import PurifierAdapter as PurifierAdapter
     from .task import AtopTask as AtopTask
-
-__all__, __getattr__, __dir__ = lazy_exports(__name__)
+else:
+    __all__, __getattr__, __dir__ = lazy_exports(__name__)

@@ -18,5 +18,5 @@ if TYPE_CHECKING:
     from .official import load_official as load_official
     from .official import official_tensors as official_tensors
     from .task import CarsoTask as CarsoTask
-
-__all__, __getattr__, __dir__ = lazy_exports(__name__)
+else:
+    __all__, __getattr__, __dir__ = lazy_exports(__name__)

@@ -14,5 +14,5 @@ if TYPE_CHECKING:
     from .process import Process as Process
     from .schedule import Schedule as Schedule
     from .task import DiffusionTask as DiffusionTask
-
-__all__, __getattr__, __dir__ = lazy_exports(__name__)
+else:
+    __all__, __getattr__, __dir__ = lazy_exports(__name__)
