@@ -102,6 +102,14 @@ def test_a_packed_decoder_draws_and_decodes_as_the_module(inputs):
     torch.testing.assert_close(*slopes, rtol=1e-9, atol=1e-9)
 
 
+def test_a_decoder_that_is_packed_in_bfloat16_adds_in_float32():
+    buffers = dict(PackedDecoder(make("published"), torch.bfloat16, latent_dim=LATENT).named_buffers())
+    assert buffers.pop("packed").dtype == torch.bfloat16
+    assert {name: value.dtype for name, value in buffers.items()} == dict.fromkeys(
+        ("biases", "weight", "bias"), torch.float32
+    )
+
+
 def test_samples_are_new_in_each_call_and_repeat_with_a_seed(inputs):
     decoder, condition = make("published"), inputs[1]
     torch.manual_seed(3)
