@@ -59,3 +59,14 @@ def test_rows_of_another_answer_are_not_used(machine, tmp_path):
     first = key()
     records.update(CPU, {}, **{processor.RATIO: 1.5})
     assert first != key()
+
+
+def test_the_measured_ratio_is_the_time_in_bfloat16_by_that_in_float32(monkeypatch):
+    now = [0.0]
+
+    def gradient(shape, weight, *rest, **options):
+        now[0] += 3.0 if weight.dtype == torch.bfloat16 else 4.0
+
+    monkeypatch.setattr(processor, "conv2d_input", gradient)
+    monkeypatch.setattr(processor.time, "perf_counter", lambda: now[0])
+    assert processor._measured_ratio() == 0.75
