@@ -27,9 +27,7 @@ from .objective import Gradients, Objective
 from .search import better_of, faults, zero_is_no_fault
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from .keywords import ApgdOptions
+    from .keywords import ApgdOptions, Unpack
 
 #: A run on a random model ends if the gradients of this number of its first draws are all useless.
 BLIND_DRAWS = 20
@@ -120,20 +118,12 @@ def apgd(
 ) -> Tensor:
     """Run `APGD` on a batch, by default in the model's own precision.
 
-    Args:
-        model: images ``[B, ...]`` to logits ``[B, classes]``, as for `purify_fast.attacks.pgd`.
-        x: images, floating point ``[B, ...]`` in [clip_min, clip_max].
-        y: true labels, int64 ``[B]``.
-        eps: radius of the ball in image units, a number or ``[B]``.
-        **options: see `purify_fast.attacks.pgd`, with the fields of `APGD`.
+    Arguments and errors are those of `purify_fast.attacks.pgd`, and the options are the fields of `APGD`, but eps is
+    a number or ``[B]``.
 
     Returns:
         Per image the point that the most draws misclassify; among equal points, the point of highest loss. Shape and
         dtype are those of x.
-
-    Raises:
-        TypeError: see `purify_fast.attacks.pgd`.
-        ValueError: see `purify_fast.attacks.pgd`.
     """
     return run_alone(APGD, model, x, y, eps, **{"precision": "float32", **options})
 

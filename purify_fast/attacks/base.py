@@ -176,16 +176,9 @@ class Attack(abc.ABC):
 
     @functools.partial(outside_graphs, recursive=False)
     def run(self, model: Classifier, x: Tensor, y: Tensor, **options: Any) -> AttackResult:
-        """Attack a batch of images without an evaluation.
+        """Attack a batch of images without an evaluation, as `search` does.
 
-        Args:
-            model: images to logits. Modes and gradient flags of an ``nn.Module`` are restored.
-            x: images ``[B, C, H, W]`` in [0, 1].
-            y: labels, int64 ``[B]``.
-            options: fields of `AttackContext`, such as ``eps``, ``norm`` and ``seed``.
-
-        Returns:
-            The adversarial images, and the counts of the attack.
+        ``options`` are fields of `AttackContext`, such as ``eps``, ``norm`` and ``seed``.
 
         Raises:
             TypeError: an option that is no field of `AttackContext`, or an output of the model without logits.
@@ -194,8 +187,7 @@ class Attack(abc.ABC):
         context = AttackContext(**{"seed": drawn_seed(), **options})
         if "eps" not in options and self.threat_model(context).eps == 0:
             raise ValueError(f"eps must be given: call {type(self).__name__}(...)(model, x, y, eps=8 / 255)")
-        with called_directly("y", y if context.loss_function is None else y[:0]):
-            return _searched(self, self.target(_without_ddp(model)), x, y, context)
+        return _searched(self, model, x, y, context)
 
     def revision(self) -> str | None:
         """The version of the attack's code. Cached results need the same version; with None, results are not cached."""
@@ -306,29 +298,31 @@ def worst_of_runs(
     return AttackResult(best, health)
 
 
-def _without_ddp(model: Classifier) -> Classifier:
-    """The module inside ``DistributedDataParallel``, which would exchange buffers in each forward pass."""
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+def _searched(
+    attack: Attack, model: Classifier, x: Tensor, y: Tensor, context: AttackContext, name: str = "y"
+) -> AttackResult:
+    """Search without an evaluation. ``name`` is the name of the labels ``y`` in messages.
 
-
-def _searched(attack: Attack, model: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> AttackResult:
-    """Search without an evaluation. Steps on a frozen copy are captured in the copy's graphs, by one attack at a time.
-
-    On another stream than the default one, nothing is captured, because replays must not overlap. A step with a user's
-    loss is not captured either: what the loss reads would be frozen.
+    Steps on a frozen copy are captured in the copy's graphs, by one attack at a time. On another stream than the
+    default one, nothing is captured, because replays must not overlap. A step with a user's loss is not captured
+    either: what the loss reads would be frozen.
     """
     # Most attacks are on other models, and need none of what makes graphs.
     from ..speed.followed import graphs_of
 
+    # `DistributedDataParallel` would exchange buffers in each forward pass.
+    model = attack.target(model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model)
     ours = context.loss_function is None or context.loss_function in map(_towards, LOSSES)
     graphs = graphs_of(model) if context.graphs is None and ours else None
-    if graphs is None or not graphs.free_for(x.device):
-        return attack.search(model, x, y, context)
-    try:
-        context = replace(context, graphs=graphs)
-        return graphs.retry_without_graphs(lambda: attack.search(model, x, y, context), x.device)
-    finally:
-        graphs.lock.release()
+    # With a user's loss, any labels are allowed.
+    with called_directly(name, y if ours else y[:0]):
+        if graphs is None or not graphs.free_for(x.device):
+            return attack.search(model, x, y, context)
+        try:
+            context = replace(context, graphs=graphs)
+            return graphs.retry_without_graphs(lambda: attack.search(model, x, y, context), x.device)
+        finally:
+            graphs.lock.release()
 
 
 # -- attacks as functions ---------------------------------------------------------------------------------------------
@@ -373,9 +367,7 @@ def run_alone(
         options["seed"] = drawn_seed(generator)
     chosen = attack(**{name: options.pop(name) for name in own & options.keys()})
     context = AttackContext(**options, keep_mode=mode == "keep", counts_health=health is not None)
-    free = y[:0] if targeted is None and context.loss_function is not None else y
-    with called_directly("y" if targeted is None else "targeted", free):
-        result = _searched(chosen, _without_ddp(model), x, y, context)
+    result = _searched(chosen, model, x, y, context, "y" if targeted is None else "targeted")
     if health is not None and result.health is not None:
         health.add(**result.health.counts)
     return result.images

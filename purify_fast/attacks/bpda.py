@@ -105,14 +105,7 @@ class BPDA(PGD):
         return super().name(context) + ("" if self.aggregation is None else f" through {self.aggregation}")
 
     def target(self, model: Classifier) -> BpdaModel:
-        """Make the `BpdaModel` of a defence.
-
-        Args:
-            model: a defence with ``purify(x)`` and ``classifier``.
-
-        Raises:
-            TypeError: the model has no ``purify(x)`` or no ``classifier``.
-        """
+        """Make the `BpdaModel` of a defence; TypeError if the model has no ``purify(x)`` or no ``classifier``."""
         if not is_purifier(model):
             raise TypeError(f"BPDA needs a defence with purify(x) and classifier, got {type(model).__qualname__}")
         return BpdaModel.of(model, self.aggregation)

@@ -32,9 +32,7 @@ from .engine.row_batches import ActiveSet
 from .relu_layers import Affine, affine_layers, forward
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from .keywords import BranchAndBoundOptions
+    from .keywords import BranchAndBoundOptions, Unpack
 
 #: The steps for each node that raise its lower bound, and that search for a misclassified point from two points.
 RAISES, DESCENTS = 5, 15
@@ -83,15 +81,9 @@ class BranchAndBound(InBall):
         return "branch and bound"
 
     def layers(self, model: Classifier, x: Tensor, max_forward_batch: int | None = None) -> list[Affine]:
-        """Read the affine layers of a network.
+        """Read the affine layers of a network, and compare them with it on images ``[B, C, H, W]``.
 
-        Args:
-            model: the network, images to logits.
-            x: images ``[B, C, H, W]``, on which the layers are compared with the model.
-            max_forward_batch: the largest number of images in one forward pass; None: no limit.
-
-        Raises:
-            ValueError: the model does not consist of affine layers and ReLUs, or is too large.
+        A ValueError says that the model does not consist of affine layers and ReLUs, or that it is too large.
         """
         layers = affine_layers(model, x.shape[1:], self.relus)
         with frozen(model):
@@ -129,19 +121,11 @@ def branch_and_bound(
 ) -> Tensor:
     """Run `BranchAndBound` on a batch.
 
-    Args:
-        model: images ``[B, ...]`` to logits ``[B, classes]``, as for `purify_fast.attacks.pgd`.
-        x: images, floating point ``[B, ...]`` in [clip_min, clip_max].
-        y: true labels, int64 ``[B]``.
-        eps: radius of the ball in image units, a number or ``[B]``.
-        **options: see `purify_fast.attacks.pgd`, with the fields of `BranchAndBound`.
+    Arguments and errors are those of `purify_fast.attacks.pgd`, and the options are the fields of `BranchAndBound`, but
+    eps is a number or ``[B]``.
 
     Returns:
         Per image the misclassified point that was found, otherwise the image. Shape and dtype are those of x.
-
-    Raises:
-        TypeError: see `purify_fast.attacks.pgd`.
-        ValueError: see `purify_fast.attacks.pgd`.
     """
     return run_alone(BranchAndBound, model, x, y, eps, **options)
 

@@ -27,9 +27,7 @@ from .objective import Gradient, Objective, ObjectiveStep
 from .search import faults
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from .keywords import FabOptions
+    from .keywords import FabOptions, Unpack
 
 #: The authors' values. STEPS: the steps of a run. LARGEST_PULL: the largest weight of the step that begins at the clean
 #: image. OVERSHOOT: a step is the distance to the border times this factor. BACK: a point across the border is moved
@@ -81,20 +79,12 @@ def fab_t(
 ) -> Tensor:
     """Run `FABT` on a batch, by default in the model's own precision.
 
-    Args:
-        model: images ``[B, ...]`` to logits ``[B, classes]``, as for `purify_fast.attacks.pgd`.
-        x: images, floating point ``[B, ...]`` in [clip_min, clip_max].
-        y: true labels, int64 ``[B]``.
-        eps: radius of the ball in image units, a number or ``[B]``.
-        **options: see `purify_fast.attacks.pgd`, with the fields of `FABT`.
+    Arguments and errors are those of `purify_fast.attacks.pgd`, and the options are the fields of `FABT`, but eps is
+    a number or ``[B]``.
 
     Returns:
         Per image the misclassified point in the ball that was found; otherwise the nearest misclassified point,
         projected onto the ball, or the image itself. Shape and dtype are those of x.
-
-    Raises:
-        TypeError: see `purify_fast.attacks.pgd`.
-        ValueError: see `purify_fast.attacks.pgd`.
     """
     return run_alone(FABT, model, x, y, eps, **{"precision": "float32", **options})
 

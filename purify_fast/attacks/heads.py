@@ -36,7 +36,7 @@ def head_logits(samples: Tensor, head: Head) -> Tensor:
 class AttackersHead(WithAggregation):
     """A defence with another aggregation of its samples, for the argument ``gradients_from`` of an attack.
 
-    The gradient of the defence's own aggregation may be saturated. The unchanged defence judges the points.
+    The unchanged defence judges the points.
 
     Args:
         defence: a defence with ``sample_logits(x) -> [B, K, classes]``, and optionally ``draw_sample_logits``.

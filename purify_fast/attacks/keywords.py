@@ -6,6 +6,7 @@ from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack as Unpack
 
 from .._validation import AtLeast0, Count, GradientPrecision, NormName, Share
 from ..protocols import Classifier

@@ -101,16 +101,9 @@ class OriginalAutoAttack(InBall):
         return super().resolved_for(context)
 
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> AttackResult:
-        """Attack the model batch by batch.
+        """Attack an ``nn.Module`` batch by batch, by float32 images on its device.
 
-        Args:
-            target: an ``nn.Module``, which AutoAttack requires.
-            x: float32 images ``[B, C, H, W]`` in [0, 1], on the model's device.
-            y: labels, int64 ``[B]``.
-            context: the settings besides the attack's own options.
-
-        Returns:
-            Per image the adversarial image, or the clean image if AutoAttack found none; and AutoAttack's warnings.
+        An image that withstood AutoAttack is returned clean. The result has AutoAttack's warnings.
 
         Raises:
             ModuleNotFoundError: AutoAttack is not installed.

@@ -25,9 +25,7 @@ from .objective import Objective, ObjectiveStep
 from .search import GradientHealth, Search, record_point
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from .keywords import FgsmOptions, PgdOptions
+    from .keywords import FgsmOptions, PgdOptions, Unpack
 
 #: The share of the coordinates that the first step in the l1 ball moves.
 FIRST_DENSITY = 0.1
@@ -295,21 +293,9 @@ class FGSM(InBall):
 def fgsm(
     model: Classifier, x: Tensor, y: Tensor | None = None, eps: Radius | None = None, **options: Unpack[FgsmOptions]
 ) -> Tensor:
-    """Run `FGSM` on a batch.
+    """Run `FGSM` on a batch, and return the points after the step, with shape and dtype of x.
 
-    Args:
-        model: images ``[B, ...]`` to logits ``[B, classes]``, as for `purify_fast.attacks.pgd`.
-        x: images, floating point ``[B, ...]`` in [clip_min, clip_max].
-        y: true labels, int64 ``[B]``.
-        eps: radius of the ball in image units, as for `pgd`.
-        **options: see `purify_fast.attacks.pgd`, with the fields of `FGSM`.
-
-    Returns:
-        Per image the point after the step. Shape and dtype are those of x.
-
-    Raises:
-        TypeError: see `purify_fast.attacks.pgd`.
-        ValueError: see `purify_fast.attacks.pgd`.
+    Arguments and errors are those of `purify_fast.attacks.pgd`, and the options are the fields of `FGSM`.
     """
     # FGSM has no random numbers, so a call draws no seed.
     return run_alone(FGSM, model, x, y, eps, **{"seed": 0, **options})

@@ -38,9 +38,7 @@ from .engine.row_batches import ActiveSet, take_rows
 from .objective import Objective, ObjectiveStep
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from .keywords import SquareOptions
+    from .keywords import SquareOptions, Unpack
 
 #: The number of queries in the authors' code.
 QUERIES = 5000
@@ -122,20 +120,12 @@ def square(
 ) -> Tensor:
     """Run `Square` on a batch, by default in the model's own precision.
 
-    Args:
-        model: images ``[B, ...]`` to logits ``[B, classes]``, as for `purify_fast.attacks.pgd`.
-        x: images, floating point ``[B, ...]`` in [clip_min, clip_max].
-        y: true labels, int64 ``[B]``.
-        eps: radius of the ball in image units, a number or ``[B]``.
-        **options: see `purify_fast.attacks.pgd`, with the fields of `Square`.
+    Arguments and errors are those of `purify_fast.attacks.pgd`, and the options are the fields of `Square`, but eps is
+    a number or ``[B]``.
 
     Returns:
         Per image the misclassified point that was found, otherwise the point of the highest margin. Shape
         and dtype are those of x.
-
-    Raises:
-        TypeError: see `purify_fast.attacks.pgd`.
-        ValueError: see `purify_fast.attacks.pgd`.
     """
     return run_alone(Square, model, x, y, eps, **{"precision": "float32", **options})
 

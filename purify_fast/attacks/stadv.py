@@ -29,9 +29,7 @@ from .objective import Gradients, Objective
 from .search import GradientHealth, Search
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from .keywords import StAdvOptions
+    from .keywords import StAdvOptions, Unpack
 
 EPS, RATE, TAU = 0.05, 0.01, 0.05
 #: Adam's decay rates, and its epsilon, the constant that keeps its quotient finite.
@@ -174,18 +172,10 @@ def stadv(
 ) -> Tensor:
     """Run `StAdv` on a batch, by default with 20 steps.
 
-    Args:
-        model: images ``[B, ...]`` to logits ``[B, classes]``, as for `purify_fast.attacks.pgd`.
-        x: images, floating point ``[B, ...]`` in [clip_min, clip_max].
-        y: true labels, int64 ``[B]``.
-        eps: the largest flow along each axis, see `StAdv`; None stands for 0.05.
-        **options: see `purify_fast.attacks.pgd`, with the fields of `StAdv`.
+    Arguments and errors are those of `purify_fast.attacks.pgd`, and the options are the fields of `StAdv`, but eps is
+    the largest flow along each axis, see `StAdv`; None stands for 0.05.
 
     Returns:
         Per image the last point, or the best point with ``keep_best=True``. Shape and dtype are those of x.
-
-    Raises:
-        TypeError: see `purify_fast.attacks.pgd`.
-        ValueError: see `purify_fast.attacks.pgd`.
     """
     return run_alone(StAdv, model, x, y, eps, **{"steps": 20, "keep_best": False, **options})

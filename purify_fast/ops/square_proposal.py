@@ -37,35 +37,21 @@ TINY = 1e-12
 
 
 def signs(numbers: Tensor) -> Tensor:
-    """Return 1 or -1, each with probability 1/2.
-
-    Args:
-        numbers: uniform numbers in [0, 1), of any shape.
-    """
+    """Return 1 or -1, each with probability 1/2, for uniform numbers in [0, 1)."""
     return torch.where(numbers < 0.5, -1.0, 1.0)
 
 
 def from_border(place: Tensor, edge: int | Tensor, size: int) -> Tensor:
     """Return the distance of every pixel along an axis from the first pixel of a random window, int64 ``[..., size]``.
 
-    Args:
-        place: uniform numbers in [0, 1), ``[...]``.
-        edge: side of the window, in pixels.
-        size: number of pixels along the axis.
+    The places are uniform numbers in [0, 1), ``[...]``, and sizes are in pixels.
     """
     first = (place.float() * (size - edge + 1)).long()
     return torch.arange(size, device=place.device) - first[..., None]
 
 
 def window(place: Tensor, edge: int | Tensor, height: int, width: int) -> Tensor:
-    """Return the mask of the pixels in a random window, bool ``[..., 1, height, width]``.
-
-    Args:
-        place: uniform numbers in [0, 1), ``[..., 2]``.
-        edge: side of the window, in pixels.
-        height: height of the images.
-        width: width of the images.
-    """
+    """Return the mask of a random window, bool ``[..., 1, height, width]``, for its place ``[..., 2]`` in [0, 1)."""
     rows, columns = from_border(place[..., 0], edge, height), from_border(place[..., 1], edge, width)
     lines, across = ((one >= 0) & (one < edge) for one in (rows, columns))
     # The masks are combined as bytes, because CPU code for bytes is vectorized and code for booleans is not.

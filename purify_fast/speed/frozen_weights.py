@@ -14,9 +14,6 @@ def images_only(*models: nn.Module) -> Iterator[None]:
 
     Use it for attacks that keep the training mode, or that call ``loss.backward()``. Afterwards ``requires_grad`` is as
     before. Computations in the block give no gradients of weights later.
-
-    Args:
-        models: any modules.
     """
     # The flag of a tensor that was made in inference mode could not be restored.
     learning = [one for model in models for one in model.parameters() if one.requires_grad and not one.is_inference()]

@@ -38,14 +38,8 @@ def compiled_if_repeated(function: Any, state: State, key: Hashable, steps: dict
     """Return the compiled form of a step, or the step itself.
 
     A step is compiled when it begins for the second time, because attacks also begin loops with many batch sizes that
-    never occur again.
-
-    Args:
-        function: the step.
-        state: its state: tensors by name.
-        key: a key of the step and its shapes.
-        steps: the known steps by their keys: None for a step that has begun once, and False for one that is not
-            compiled. The dictionary is changed.
+    never occur again. The result is added to ``steps``, which has None for a step that has begun once, and False for a
+    step that is not compiled.
     """
     if key not in steps:
         steps[key] = None
@@ -56,14 +50,9 @@ def compiled_if_repeated(function: Any, state: State, key: Hashable, steps: dict
 
 
 def compiled_step(function: Any, state: State) -> Compiled | None:
-    """Compile a step. The result is compared with the step, once.
+    """Compile a step, and compare the results once, from the same state.
 
-    Args:
-        function: the step.
-        state: the state: tensors by name. They are not changed.
-
-    Returns:
-        The compiled step; None if tracing or compiling fails, or if the results differ. The log has the reason.
+    Return None if tracing or compiling fails, or if the results differ. The log has the reason.
     """
     # The trace would confuse two names of one tensor.
     state = {name: value.detach().clone() for name, value in state.items()}
@@ -139,13 +128,7 @@ def _with_inputs(traced: fx.GraphModule) -> tuple[fx.GraphModule, list[Tensor]]:
 
 
 def agrees(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> bool:
-    """Tell whether a compiled step has the same results as the step, up to rounding. This waits for the device.
-
-    Args:
-        got: the results of the compiled step.
-        wanted: the results of the step.
-        before: the state before the step.
-    """
+    """Tell whether a compiled step has the results of the step, up to rounding, after the state ``before``."""
     if not got.keys() >= wanted.keys():
         return False
     return all(

@@ -46,18 +46,11 @@ class CudaCapture:
         torch.cuda.empty_cache()
 
     def record(self, run: Callable[[], None], device: torch.device) -> Callable[[], None]:
-        """Capture a function.
+        """Capture a function, and return its replay, which works on the current content of the same memory.
 
-        Args:
-            run: the function. It must have run on the stream of captures before, and must not wait for the device. It
-                may draw from torch's generator of the device.
-            device: device on which the function computes.
-
-        Returns:
-            A function that launches the same work again, on the current content of the same memory.
-
-        Raises:
-            RuntimeError: the function cannot be captured. The device and its generator work as before.
+        The function must have run on the stream of captures before, and must not wait for the device. It may draw from
+        torch's generator of the device. If it cannot be captured, a RuntimeError is raised, and the device and its
+        generator work as before.
         """
         stream, pool = self._place(device)
         graph = torch.cuda.CUDAGraph()

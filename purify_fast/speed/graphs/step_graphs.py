@@ -71,12 +71,7 @@ OTHER_SIGNS = 0.05
 
 
 def write(values: State, buffers: State) -> None:
-    """Write the results of a step to the buffers. A result in a buffer's memory is copied before the writing begins.
-
-    Args:
-        values: results of the step, by name.
-        buffers: buffers of the state, by name.
-    """
+    """Write the results of a step to the buffers. A result in a buffer's memory is copied before the writing begins."""
     storages = {buffer.untyped_storage().data_ptr() for buffer in buffers.values()}
     ready = {}
     for name, value in values.items():
@@ -137,15 +132,7 @@ class StepGraphs:
         return StepGraphs(self.mode, self.capture, self.cudnn_benchmark)
 
     def begin(self, function: StepFunction, state: State) -> Steps:
-        """Begin a loop.
-
-        Args:
-            function: the step.
-            state: the initial state: tensors by name, on the same device.
-
-        Returns:
-            The loop. If the step is already captured, even the first step is a replay.
-        """
+        """Begin a loop from tensors on the same device. If the step is captured, even the first step is a replay."""
         off = not self.may_capture(next(iter(state.values())).device)
         nothing = any(value.numel() == 0 for value in state.values())
         if off or nothing or torch.compiler.is_compiling():
@@ -162,22 +149,13 @@ class StepGraphs:
         return possible and self.lock.acquire(blocking=False)
 
     def may_replay(self, device: torch.device) -> bool:
-        """Tell whether loops on a device are or may still be captured.
-
-        Args:
-            device: device of the loops' states.
-        """
+        """Tell whether loops on a device are or may still be captured."""
         return self.may_capture(device) and self.refusal is None
 
     def retry_without_graphs(self, work: Callable[[], Result], device: torch.device) -> Result:
         """Call a function. If memory runs out and there are graphs, delete the graphs and call the function again.
 
-        Args:
-            work: the function, which may begin loops. It may be called twice; both calls draw the same random numbers.
-            device: device on which it computes.
-
-        Raises:
-            torch.OutOfMemoryError: memory ran out without graphs.
+        Both calls draw the same random numbers. If memory runs out without graphs, the error is raised.
         """
 
         def remedy() -> Callable[[], None] | None:
@@ -198,12 +176,7 @@ class StepGraphs:
     def find(self, function: StepFunction, state: State) -> Captured | Launches | None:
         """Find the graph of a step, or capture the step now if it was launched often enough.
 
-        Args:
-            function: the step.
-            state: the state: tensors by name, on the same device.
-
-        Returns:
-            The captured step. If there is none, the count of its launches, or None if they need not be counted.
+        Without a graph, return the count of the launches, or None if they need not be counted.
         """
         for key in [key for key, one in self._captured.items() if one.model() is None]:
             del self._captured[key]
@@ -388,12 +361,8 @@ def first_replay_agrees(
 ) -> bool:
     """Tell whether a replay has the same results as the step, from the same state and with the same random draws.
 
-    This function waits for the device.
-
-    Args:
-        step: function that returns new values of some of the buffers, and does not write to the buffers.
-        buffers: the buffers of the state, by name. They contain the results of the replay afterwards.
-        replay: function that launches the captured step.
+    The step does not write to the buffers of the state, which contain the results of the replay afterwards. This
+    function waits for the device.
     """
     again = same_draws_again(next(iter(buffers.values())).device)
     # Clone the results, because a result may be a buffer itself, which the replay overwrites.
@@ -418,14 +387,7 @@ def alike(got: Tensor, wanted: Tensor) -> bool:
 
 
 def remember(table: dict[Any, Result], key: Hashable, value: Result, most: int) -> Result:
-    """Add an entry at the end of a table, or move it to the end, and return its value.
-
-    Args:
-        table: the entries in the order of their last use.
-        key: key of the entry.
-        value: value of the entry.
-        most: largest number of entries. If there are more, the first entry is deleted.
-    """
+    """Put an entry at the end of a table, and return its value. Keep the last ``most`` entries of the table."""
     table.pop(key, None)
     table[key] = value
     if len(table) > most:

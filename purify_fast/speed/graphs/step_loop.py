@@ -39,22 +39,14 @@ class StepFunction(Protocol):
         """The model that the step uses. Only a step with a module as model can be captured."""
 
     def __call__(self, state: State) -> State:
-        """Compute new values, with unchanged shapes and dtypes, for some tensors of the state.
-
-        Args:
-            state: tensors by name, which must not be written to.
-        """
+        """Compute new values, with unchanged shapes and dtypes, for some tensors of the state. Do not write to it."""
 
 
 @dataclass
 class Launches:
-    """Counts the launches of a step without a graph, at one batch size.
+    """Counts the launches of a step without a graph, at one batch size."""
 
-    Args:
-        tried_after: number of launches after which a capture is tried.
-        refusal: reason why the step is not captured; "" if there is none.
-    """
-
+    #: The number of launches after which a capture is tried, and the reason why the step is not captured, or "".
     tried_after: int
     refusal: str = ""
     count: int = 0
@@ -123,11 +115,7 @@ class Steps:
             self.launched.count += 1
 
     def put(self, **values: Tensor) -> None:
-        """Replace tensors of the state.
-
-        Args:
-            values: new tensors by name, with unchanged shapes and dtypes.
-        """
+        """Replace tensors of the state by tensors of the same shapes and dtypes."""
         if self.captured is None:
             self.state |= values
             return
@@ -136,20 +124,12 @@ class Steps:
                 self.state[name].copy_(value)
 
     def values(self, *names: str) -> State:
-        """The current tensors of the state. Later steps do not overwrite them.
-
-        Args:
-            names: names of the tensors; without names, all tensors.
-        """
+        """The current tensors of these names, or of all names. Later steps do not overwrite them."""
         values = {name: self.state[name] for name in names or self.state}
         return values if self.captured is None else {name: value.clone() for name, value in values.items()}
 
     def _ask(self, graphs: CapturesSteps) -> None:
-        """Use the graph of the step, if there is one or if the step can be captured now.
-
-        Otherwise set `launched`, in which later steps count their launches. `launched` is None if launches need not be
-        counted.
-        """
+        """Use the graph of the step, if there is one or if the step can be captured now, or else set `launched`."""
         found = graphs.find(self.function, self._first)
         if not isinstance(found, Captured):
             self.launched = found
@@ -188,23 +168,14 @@ class Captured:
 
 
 def parts_of(model: nn.Module, protocol: Any) -> list[Any]:
-    """The submodules of a model that have the methods of a protocol.
-
-    Args:
-        model: any module.
-        protocol: a protocol of `purify_fast.protocols`.
-    """
+    """The submodules of a model that have the methods of a protocol of `purify_fast.protocols`."""
     return [part for part in model.modules() if issubclass(type(part), protocol)]
 
 
 def weak_key(value: Any) -> Hashable:
     """Make a key that is equal for equal values and has only weak references to modules.
 
-    Args:
-        value: a module, a value that can be hashed, or a dataclass of such values.
-
-    Raises:
-        TypeError: a value cannot be hashed.
+    The value is a module, a value that can be hashed, or a dataclass of such values; else a TypeError is raised.
     """
     if isinstance(value, nn.Module):
         return weakref.ref(value)
@@ -231,15 +202,7 @@ def numerics(device: torch.device) -> tuple[Any, ...]:
 
 
 def step_key(function: StepFunction, state: State) -> Hashable:
-    """Return a key of a step, its shapes and the settings of the process, with weak references to modules.
-
-    Args:
-        function: the step.
-        state: its state: tensors by name, on the same device.
-
-    Raises:
-        TypeError: a value of the step cannot be hashed.
-    """
+    """Return a key of a step, its shapes and the settings of the process, see `weak_key`."""
     device = next(iter(state.values())).device
     shapes = tuple((name, value.shape, value.stride(), value.dtype) for name, value in sorted(state.items()))
     return weak_key((weak_key(function), shapes, device, numerics(device)))
@@ -256,13 +219,10 @@ def on_usual_stream(device: torch.device) -> bool:
 
 
 def begin_steps(graphs: CapturesSteps | None, function: StepFunction, state: State) -> Steps:
-    """Begin a loop of a step, which ``graphs`` may capture.
+    """Begin a loop of a step, from tensors on the same device.
 
-    Args:
-        graphs: the captured steps of the caller. With None, the loop is eager, or it runs the compiled step if the copy
-            in its model is to be compiled.
-        function: the step.
-        state: the initial state: tensors by name, on the same device.
+    ``graphs`` may capture the step. With None, the loop is eager, or it runs the compiled step if the copy in its model
+    is to be compiled.
     """
     if graphs is not None:
         return graphs.begin(function, state)
