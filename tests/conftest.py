@@ -53,6 +53,8 @@ OF_THE_MACHINE = (
     "one backend only",
     "no such ball",
 )
+#: Folders whose tests compute in several threads, as kernels do. Those of the other folders have tiny models.
+IN_SEVERAL_THREADS = {"aot", "fuzz", "gpu", "interpreter", "models", "ops", "speed"}
 _began = pytest.StashKey[float]()
 
 
@@ -195,6 +197,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _(request) -> None:
+    folders = request.path.relative_to(Path(__file__).parent).parts[:-1]
+    if folders and folders[0] not in IN_SEVERAL_THREADS:
+        request.getfixturevalue("one_thread")
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from purify_fast.models.classifiers import SmallCNN
 
 
 @pytest.fixture(scope="module")
-def digits(one_thread):
+def digits():
     """A small CNN, trained on FGSM examples for a few seconds, and 500 digits."""
     x, y = shuffled_digits()
     with torch.random.fork_rng([]):

@@ -17,8 +17,6 @@ from purify_fast.attacks.engine.row_batches import ActiveSet, Rows
 from purify_fast.attacks.losses import cross_entropy, dlr_targeted
 from purify_fast.attacks.objective import Objective
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_checkpoints():
     """The paper's for 100 steps: 22, 41, 57, 70, 80, 87, 93, 99."""

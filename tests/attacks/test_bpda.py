@@ -12,8 +12,6 @@ from purify_fast.attacks.bpda import classifier_of
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops import aggregate
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def batch():

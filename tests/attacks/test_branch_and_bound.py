@@ -16,8 +16,6 @@ from purify_fast.attacks.relu_layers import MOST_WEIGHTS, affine_layers, forward
 from purify_fast.evaluation.request.attack_lists import protocol_attacks
 from purify_fast.evaluation.request.subject import Subject
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 EPS = 0.1
 
 

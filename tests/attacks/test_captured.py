@@ -21,8 +21,6 @@ from purify_fast.ops import use_backend
 from purify_fast.speed import StepGraphs
 from purify_fast.speed.folding.inference_copy import InferenceCopy
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SIZES = {"linf": 0.1, "l2": 1.0, "l1": 5.0}
 
 

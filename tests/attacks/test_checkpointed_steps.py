@@ -16,8 +16,6 @@ from purify_fast.evaluation.surrogates.copies import Softened
 
 MODULE = sys.modules["purify_fast.attacks.checkpointed_steps"]
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def plain(step, x, n, *inputs):
     for i in range(n):

@@ -26,8 +26,6 @@ from purify_fast.ops.aggregate import aggregate
 from purify_fast.ops.dispatch import registry
 from purify_fast.speed.frozen_copy import FrozenCopy
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 THEIRS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 ORDERS = {"linf": torch.inf, "l2": 2.0, "l1": 1.0}
 slow = partial(pytest.param, marks=pytest.mark.slow)

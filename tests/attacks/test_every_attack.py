@@ -12,8 +12,6 @@ from purify_fast.attacks import GradientHealth, apgd, fab_t, frozen, pgd, square
 from purify_fast.attacks.base import run_alone
 from purify_fast.models.classifiers import SmallCNN
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 ORDERS = {"linf": torch.inf, "l2": 2, "l1": 1}
 #: Of a radius, for attacks of like strength.
 SCALES = {"linf": 1, "l2": 1, "l1": 20}

@@ -6,8 +6,6 @@ import torch
 from purify_fast import attacks
 from purify_fast.attacks.base import run_alone
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize("option", ["epsilon", "targetted"])
 def test_an_unknown_option_is_refused(model, option):

@@ -8,8 +8,6 @@ from purify_fast.attacks import GradientHealth, fgsm, frozen, pgd
 from purify_fast.attacks.ball import Ball, ball_around, normal_in_ball, sample_in_ball
 from purify_fast.attacks.losses import cross_entropy, dlr, margin
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 EPS = 0.2
 
 

@@ -14,8 +14,6 @@ from purify_fast.defences.base import Defence
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.speed.frozen_copy import FrozenCopy
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SHAPE = (3, 16, 16)
 
 

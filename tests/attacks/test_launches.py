@@ -18,8 +18,6 @@ from purify_fast.evaluation import evaluate
 from purify_fast.ops.dispatch import registry
 from purify_fast.speed import StepGraphs
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 # The package has functions of these names.
 square, fab = (importlib.import_module(f"purify_fast.attacks.{name}") for name in ("square", "fab"))
 #: The parts of an evaluation that are captured as a whole, and the methods that do them.

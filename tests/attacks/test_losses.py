@@ -12,8 +12,6 @@ from purify_fast.attacks.context import AttackContext
 from purify_fast.attacks.losses import LOSSES, TARGETED, cross_entropy
 from purify_fast.training import Batch, TrainingAttack
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 #: Below this loss the exact form replaces the usual one.
 SURE = {torch.float32: 2**-8, torch.float64: 2.0**-37, torch.bfloat16: 2**-8, torch.float16: 2**-8}
 

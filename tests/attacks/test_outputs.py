@@ -8,8 +8,6 @@ import torch
 from purify_fast.attacks import FGSM, PGD, attacked_model, pgd
 from purify_fast.attacks.attacked_model import check_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 BAD = {
     "one logit": (lambda z: z[:, :1], ValueError, r"at least two classes .* \[(\d), 1\] for B = \1$"),
     "class": (lambda z: z.argmax(1), ValueError, r"floating-point .* got torch.int64 \[(\d)\] for B = \1$"),

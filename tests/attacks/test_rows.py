@@ -32,8 +32,6 @@ from purify_fast.attacks.objective import Objective
 from purify_fast.evaluation.run.progress import Progress, counted_model
 from purify_fast.models.classifiers import SmallCNN
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 EPS = 0.05
 EVERY = [PGD, APGD, FGSM, BPDA, StAdv, OriginalAutoAttack]
 

@@ -10,8 +10,6 @@ from purify_fast import data, zoo
 from purify_fast.attacks import stadv
 from purify_fast.attacks.stadv import flow_loss, warp
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def model():

@@ -15,7 +15,6 @@ from benchmarks.robustness.broken import adaptive, entry
 from benchmarks.robustness.broken import run_broken as tables
 from purify_fast.data import load_dataset, to_float
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 DIGITS = [name for name, one in entry.ENTRIES.items() if one.data == "digits" and one.paper]
 
 

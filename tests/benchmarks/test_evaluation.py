@@ -14,8 +14,6 @@ from benchmarks.robustness.counted_model import CountedModel
 from purify_fast.attacks import APGD, Square
 from purify_fast.attacks.gradient_copy import Copies
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def made_models(monkeypatch):

@@ -19,8 +19,6 @@ from purify_fast.evaluation import Report
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_needs_come_first_a_failure_is_named_and_a_second_run_goes_on(tmp_path, capfd, forking):
     jobs = [

@@ -24,7 +24,6 @@ from purify_fast.models import build_classifier
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import Batch
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 BUDGET = replace(names.budget_of("quick"), judging=names.Judging(clean=20, fast=4, strong=3), seeds=2)
 
 

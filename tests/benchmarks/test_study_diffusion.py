@@ -24,8 +24,6 @@ from purify_fast import zoo
 from purify_fast._tensors import weights_fingerprint
 from purify_fast.evaluation import lee_kim_2023
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def chosen(amount="default"):
     return argparse.Namespace(data="nowhere", amount=amount)

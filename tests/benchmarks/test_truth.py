@@ -13,8 +13,6 @@ from benchmarks.pages import fill
 from benchmarks.robustness.truth import exact, run_truth, subjects
 from purify_fast.attacks.relu_layers import affine_layers
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def sharp(seed, build, *sizes):
     """An untrained network whose classes change within small distances."""

@@ -14,8 +14,6 @@ from purify_fast.data import load_dataset
 from purify_fast.training.checkpoint import read_model
 from purify_fast.zoo.cards import Accuracy, read_card
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def asked(*options):
     """What the command line reads."""

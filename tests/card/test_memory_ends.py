@@ -14,8 +14,6 @@ from purify_fast.speed import StepGraphs
 from purify_fast.training.captured_step import CapturedStep, NotRestored
 from purify_fast.training.loop import train_step
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 #: The distance of two operators at which memory ends, and a larger one for a quick look and for long steps.
 EVERY, SELDOM = 10, 97
 

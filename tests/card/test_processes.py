@@ -2,7 +2,6 @@
 
 import warnings
 
-import pytest
 import torch
 import torch.distributed as dist
 from captures import Rerun
@@ -12,8 +11,6 @@ from trainings import small_set, small_task
 from purify_fast.speed import StepGraphs
 from purify_fast.training import FitConfig, fit
 from purify_fast.training.captured_step import CapturedStep
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def trained(captured: bool) -> tuple[dict, dict, list[bool]]:

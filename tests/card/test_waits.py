@@ -21,15 +21,13 @@ from purify_fast.attacks.apgd import AutoPgd
 from purify_fast.methods.diffusion import Process
 from purify_fast.models import SmallCNN
 from purify_fast.models.classifiers import PreActResNet18
-from purify_fast.models.moving_average import moving_average
+from purify_fast.models.moving_average import AveragedModel
 from purify_fast.speed import StepGraphs
 from purify_fast.speed.graphs.step_graphs import InlineSteps
 from purify_fast.speed.graphs.step_loop import begin_steps
 from purify_fast.training import Batch, Task
 from purify_fast.training.loop import gradients
 from purify_fast.training.optimizers import fuse
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 #: Launches beyond the number in a table. Another version of PyTorch may launch a few more.
 SLACK = 0.03
@@ -250,7 +248,7 @@ UPDATES = {"average": 4, "average, warm up": 4, "AdamW": 2, "SGD": 1}
 def test_an_update_waits_for_nothing(name):
     model, fake, launches = PreActResNet18(width=4), FakeCuda(), CudaLaunches()
     if name.startswith("average"):
-        average = moving_average(model, 0.99, "warm" in name)
+        average = AveragedModel(model, 0.99, "warm" in name)
         run = partial(average.update_parameters, model)
     else:
         kinds = {"AdamW": partial(torch.optim.AdamW, lr=0.1), "SGD": partial(torch.optim.SGD, lr=0.1, momentum=0.9)}

@@ -9,7 +9,7 @@ from pictures import picture
 import purify_fast
 from purify_fast.training import load_classifier, save_classifier
 
-pytestmark = pytest.mark.usefixtures("one_thread", "short_signs")
+pytestmark = pytest.mark.usefixtures("short_signs")
 
 FEW = ["--device", "cpu", "--batch-size", "12", "--epochs", "1"]
 CARSO = ["--cond-dim", "4", "--latent-dim", "2", "--decoder-width", "2", "--samples", "2", "--steps", "1"]

@@ -13,8 +13,6 @@ from purify_fast._tensors import weights_fingerprint
 from purify_fast.models.foreign import ForeignClassifier, build_foreign, read_weights
 from purify_fast.training import load_classifier, save_classifier
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 MINE = """
 import torch
 

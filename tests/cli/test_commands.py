@@ -16,8 +16,6 @@ from purify_fast.evaluation import Report
 from purify_fast.methods.recipes import recipe
 from purify_fast.training import load_classifier
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.slow
 def test_a_carso_is_trained_on_and_judged_in_bfloat16(run, bars, tmp_path, short_signs):

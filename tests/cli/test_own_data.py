@@ -15,8 +15,6 @@ from purify_fast import cli
 from purify_fast.training import load_classifier, loop
 from purify_fast.training.checkpoint import CHECKPOINT, read_tree
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 #: Options that make the networks and the attacks small.
 SMALL = {
     "carso": "--recipe cifar10 --layers conv2 hidden --cond-dim 8 --latent-dim 4 --samples 2 --steps 1",

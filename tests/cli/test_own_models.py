@@ -8,8 +8,6 @@ import pytest
 
 from purify_fast.cli.evaluate import Evaluate
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 MINE = """
 import beside
 import torch

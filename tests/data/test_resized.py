@@ -8,8 +8,6 @@ from PIL import Image
 from purify_fast import data
 from purify_fast.data.datasets import _resized
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def stored(count=6, height=8, width=8):
     return torch.from_numpy(np.random.RandomState(0).randint(0, 256, (count, 3, height, width), dtype=np.uint8))

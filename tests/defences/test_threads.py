@@ -14,8 +14,6 @@ from purify_fast.methods.carso import Carso
 from purify_fast.methods.diffusion import Process
 from purify_fast.models.classifiers import SmallCNN
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def carso():
     torch.manual_seed(0)

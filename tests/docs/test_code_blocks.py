@@ -21,8 +21,6 @@ from purify_fast.methods.carso.recipes import RECIPES
 from purify_fast.methods.recipes import RECIPES as EVERY_RECIPE
 from purify_fast.training.schedules import RunLength
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 ROOT = Path(__file__).parents[2]
 BLOCKS = {
     page.relative_to(ROOT).as_posix(): re.findall(r"^```([\w{}:-]*)\n(.*?)^```", page.read_text(), re.S | re.M)

@@ -11,11 +11,6 @@ from purify_fast.evaluation.run.measure import Measure
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _(one_thread):
-    """Every test here has tiny models."""
-
-
 @pytest.fixture
 def made_rows(monkeypatch):
     """The rows that evaluations made, and did not read from a file."""

@@ -13,8 +13,6 @@ from unittest import mock
 import pytest
 import torch
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 #: The options with which each script runs here, and what its output holds.

@@ -11,7 +11,6 @@ from purify_fast.methods.carso import Carso
 from purify_fast.methods.diffusion import Process
 from purify_fast.models.classifiers import SmallCNN
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 GUIDED = Process(steps=2, t_star=(0.1, 0.05), guidance="ssim", guidance_scale=9.0)
 
 

@@ -21,7 +21,6 @@ from purify_fast.training.optimizers import set_learning_rate
 from purify_fast.training.schedules import RunLength
 from purify_fast.training.sources import InMemory
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 #: Those that have a training.
 TRAINED = [name for name in RECIPES if not name.startswith("diffusion/")]
 #: Images of the training sets.

@@ -11,8 +11,6 @@ from purify_fast.models import PreActResNet18
 from purify_fast.training import Batch, FitConfig, fit
 from purify_fast.training.checkpoint import read_tree
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 arrest = partial(arrest_task, network=partial(PreActResNet18, in_channels=1))
 atop = partial(atop_task, cls_delay=1, learning_rate=1e-3)
 carso = partial(carso_task, kl_delay=0.0)

@@ -20,7 +20,6 @@ from purify_fast.training import BankConfig, FitConfig, fit, save_classifier
 from purify_fast.training import bank as bank_module
 from purify_fast.training.bank import AdversarialBank, FrozenAttacks, quantized, restored
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 TASKS = {
     "carso": lambda **options: carso_task(kl_delay=0.0, **options),
     "atop": atop_task,

@@ -7,8 +7,6 @@ from small_runs import StopAt, Stopped, images, on_step, task
 
 from purify_fast.training import FitConfig, TrainingState, fit
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class Structural:
     """One that does not know this package; it has the three methods."""

@@ -23,8 +23,6 @@ from purify_fast.training.captured_step import CapturedStep, NotRestored, change
 from purify_fast.training.loop import step_settings, train_step
 from purify_fast.training.optimizers import fuse
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def arrest(precision: str = "float32", steps: int = 3, norm: str = "linf", **options) -> Task:
     return arrest_task(attack=attack(steps=steps, norm=norm), precision=precision, **options)

@@ -13,8 +13,6 @@ from purify_fast.training import ClassifierConfig, FitConfig, fit
 from purify_fast.training.schedules import RunLength
 from purify_fast.training.sources import InMemory
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def images(count=12):
     torch.manual_seed(0)

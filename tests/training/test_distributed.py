@@ -29,7 +29,6 @@ NORMS = {  # layer, shape, images of the first process, mean, dtype
     "far": ("2d", (8, 3, 4, 5), 4, 3e3, torch.float32),
     "bfloat16": ("2d", (8, 3, 4, 5), 3, 0.5, torch.bfloat16),
 }
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

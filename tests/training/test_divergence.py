@@ -11,8 +11,6 @@ from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fi
 from purify_fast.training.checkpoint import CHECKPOINT, read_tree
 from purify_fast.training.loop import INTERVAL
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class Fragile(ClassifierTask):
     """Its loss at a step, or the gradient of it, is not finite."""

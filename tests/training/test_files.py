@@ -11,8 +11,6 @@ from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import load_classifier, save_classifier
 from purify_fast.training.checkpoint import CHECKPOINT, read_tree, write_tree
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def flipped(path, bit):
     """The file with one bit changed, and how to change it back."""

@@ -8,8 +8,6 @@ from torch import nn
 from purify_fast.methods.arrest import ArrestConfig, ArrestTask
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fit
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def model(affine=True):
     torch.manual_seed(0)

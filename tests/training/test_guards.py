@@ -14,7 +14,7 @@ from torch.distributed.tensor import distribute_tensor
 from torch.nn import functional as F
 
 from purify_fast.models.layers import Synchronized, synchronized
-from purify_fast.models.moving_average import moving_average
+from purify_fast.models.moving_average import AveragedModel
 from purify_fast.nn import EMA
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, Task, fit
 from purify_fast.training.optimizers import relative_rates
@@ -229,5 +229,5 @@ def test_a_module_that_is_synchronized_is_copied_and_saved_as_its_own_class():
 
 
 def test_the_count_of_a_moving_average_stays_on_the_host():
-    average = moving_average(torch.nn.Linear(2, 2), 0.9).to("meta")
+    average = AveragedModel(torch.nn.Linear(2, 2), 0.9).to("meta")
     assert average.n_averaged.device.type == "cpu" and int(average.n_averaged) == 1

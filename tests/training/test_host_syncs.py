@@ -13,8 +13,6 @@ from purify_fast.methods.carso import Carso
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.speed import StepGraphs
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def arrest(**options):
     return arrest_task(attack=attack(alpha=EPS / 2), **options)

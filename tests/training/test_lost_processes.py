@@ -21,7 +21,6 @@ from purify_fast.training.checkpoint import CHECKPOINT, read_tree
 
 KIND = "convolutional"
 BATCH = 30  # a multiple of one, two and three processes
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

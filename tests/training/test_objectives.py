@@ -11,7 +11,6 @@ from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, Tr
 from purify_fast.training.objectives import mart, trades
 from purify_fast.training.sources import InMemory, step_seed
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 EPS, ALPHA = 0.1, 0.03
 ATTACK = TrainingAttack(EPS, 3, alpha=ALPHA)
 

@@ -12,8 +12,6 @@ from purify_fast.training import Lookahead
 from purify_fast.training.checkpoint import read_tree, write_tree
 from purify_fast.training.optimizers import fuse
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def problem(seed=0):
     torch.manual_seed(seed)

@@ -10,7 +10,6 @@ from purify_fast.ops import Stream, philox
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, TrainingAttack, fit
 from purify_fast.training.task import Batch
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 ATTACK = TrainingAttack(0.1, 2)
 
 

@@ -22,8 +22,6 @@ from purify_fast.speed.precision import float32_products
 from purify_fast.training import FitConfig, fit
 from purify_fast.training.loop import step_settings
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def float32_settings():
     return torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()

@@ -8,8 +8,6 @@ from torch import nn
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fit
 from purify_fast.training.checkpoint import read_model, save_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class Extra(nn.Linear):
     value = None

@@ -23,8 +23,6 @@ from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fit, sources
 from purify_fast.training.sources import InMemory, held_out, make_sources
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize(
     ("change", "message"),

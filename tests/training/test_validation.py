@@ -14,7 +14,6 @@ from purify_fast import data
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, TrainingAttack, fit
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 ATTACK = TrainingAttack(eps=0.05, steps=1, eps_warmup=1.0)
 #: A training of each kind.
 TASKS = {

@@ -9,7 +9,6 @@ from purify_fast import cli, zoo
 from purify_fast.attacks import frozen, pgd
 from purify_fast.data import load_dataset, to_float
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 IMAGES = 100
 DIGITS = [name for name in zoo.list() if zoo.card(name).data == "digits"]
 

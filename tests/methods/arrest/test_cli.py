@@ -11,8 +11,6 @@ from purify_fast._tensors import weights_fingerprint
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import load_classifier, save_classifier
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 FEW = ["--eps", "0.2", "--alpha", "0.1", "--steps", "2", "--epochs", "1", "--batch-size", "256"]
 
 

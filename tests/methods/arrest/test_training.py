@@ -19,8 +19,6 @@ from purify_fast.ops import representation_distance
 from purify_fast.speed.folding.inference_copy import InferenceCopy
 from purify_fast.training import Batch, FitConfig, fit
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SHAPE = (1, 16, 16)
 EPS = 0.2
 

@@ -11,8 +11,6 @@ from purify_fast.methods.carso import Carso
 from purify_fast.models.classifiers import PreActResNet18
 from purify_fast.training import load_classifier, save_classifier
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):

@@ -8,8 +8,6 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from purify_fast.methods.atop.deepfill_training import PatchDiscriminator, SpectralConv, patch_depth
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def published():

@@ -18,8 +18,6 @@ from purify_fast.ops import use_backend
 from purify_fast.training import Batch
 from purify_fast.training.config import TrainingAttack
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def identity():
     """A purifier of a user's own: what it is given."""

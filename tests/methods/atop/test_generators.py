@@ -11,8 +11,6 @@ import purify_fast.methods.atop.generators as module
 from purify_fast.methods.atop.generators import KEPT, DeepFillGenerator, GatedConv, SmallGenerator
 from purify_fast.ops.contextual_attention import contextual_attention, key_validity
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def pack(image, mask):
     return torch.cat([image * (1 - mask), torch.ones_like(mask), mask], 1)

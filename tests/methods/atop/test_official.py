@@ -7,8 +7,6 @@ from safetensors.torch import save_file
 from purify_fast.methods.atop import DeepFillGenerator
 from purify_fast.methods.atop.generators import CONSTANT, FIRST
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def generator():

@@ -8,8 +8,6 @@ from torch import nn
 from purify_fast.methods.atop.generators import SmallGenerator
 from purify_fast.methods.atop.purifier import PURIFIERS, PurifierAdapter, build_purifier
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def packed(batch=2, channels=3, size=16):
     generator = torch.Generator().manual_seed(0)

@@ -10,8 +10,6 @@ from purify_fast.evaluation.request.published import authors_attacks
 from purify_fast.evaluation.request.published.atop_release import ReleasedEvaluation
 from purify_fast.methods.atop import Atop
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SHAPE = (3, 8, 8)
 ROWS = [
     "as evaluate.ipynb (glin2022/atop), without its faults: one fixed draw",

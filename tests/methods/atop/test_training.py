@@ -17,8 +17,6 @@ from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import Batch, FitConfig, fit
 from purify_fast.training.config import TrainingAttack
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def defence(purifier=None, classifier=None, shape=(1, 16, 16), **options):
     torch.manual_seed(0)

@@ -19,7 +19,6 @@ from purify_fast.methods.carso import Carso, WithAggregation
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops import aggregate
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS = ["conv1", "conv3", "hidden"]
 
 

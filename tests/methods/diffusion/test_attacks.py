@@ -28,8 +28,6 @@ from purify_fast.evaluation.surrogates.copies import Softened, surrogates
 from purify_fast.methods.diffusion import Process, Schedule
 from purify_fast.methods.diffusion.recipes import RECIPES
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SHAPE = (1, 8, 8)
 QUIET = {"eps": 0.1, "progress": False, "batch_size": 4}
 BALL = ThreatModel("linf", 0.1)

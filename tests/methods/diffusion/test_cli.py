@@ -7,8 +7,6 @@ import purify_fast
 from purify_fast import cli
 from purify_fast.evaluation import Report
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 FEW = ["--images", "4", "--steps", "2", "--eot-iter", "2", "--protocol", "fast"]
 
 

@@ -16,7 +16,6 @@ from purify_fast.defences import MajorityVote
 from purify_fast.methods.diffusion import DiffusionPurifier, Process, Schedule
 from purify_fast.models.classifiers import SmallCNN
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 FEW = Process(steps=3)
 
 

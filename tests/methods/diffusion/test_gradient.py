@@ -30,7 +30,6 @@ def ssim_distance(x, y):
 
 
 DISTANCES = {"mse": lambda x, y: (x - y).square().mean((1, 2, 3)), "ssim": ssim_distance}
-pytestmark = pytest.mark.usefixtures("one_thread")
 SEED = 5
 
 

@@ -11,8 +11,6 @@ from purify_fast.methods.diffusion import DiffusionPurifier, Process, Schedule, 
 from purify_fast.methods.diffusion.recipes import RECIPES
 from purify_fast.models.classifiers import SmallCNN
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class ScoreNetwork(Tiny):
     """As score-SDE's: weights that are not trained, such as Fourier's frequencies, and a buffer of noise levels."""

@@ -9,7 +9,6 @@ import torch
 from purify_fast.methods.diffusion import Process, Schedule
 from purify_fast.methods.diffusion.schedule import END, _products
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 T, EPS = torch.tensor, 1e-12
 
 

@@ -12,8 +12,6 @@ from purify_fast.models import UNet
 from purify_fast.ops import Stream, philox
 from purify_fast.training import Batch, FitConfig, fit
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class Recording(nn.Module):
     """A denoiser of one weight that keeps what it was given."""
