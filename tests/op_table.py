@@ -209,20 +209,14 @@ REFUSALS: dict[str, tuple[dict, dict[str, tuple]]] = {
         {"logits": torch.zeros(3, 4, 5)},
         {"logits": (ROW, torch.zeros(3, 4, 5).long(), torch.zeros(3, 0, 5), torch.zeros(3, 4, 1))},
     ),
-    "pgd_step": (
-        {"x": ROW, "grad": ROW, "x_nat": ROW, "alpha": 0.1, "eps": 0.1},
-        {**BALL, "density": (0.0, math.nan)},
-    ),
+    "pgd_step": ({"x": ROW, "grad": ROW, "x_nat": ROW, "alpha": 0.1, "eps": 0.1}, {**BALL, "density": (0.0, math.nan)}),
     "apgd_step": (
         {"x": ROW, "grad": ROW, "x_nat": ROW, "previous": ROW, "alpha": 0.1, "eps": 0.1},
         {**BALL, "previous": (torch.zeros(3, 5),), "norm": ("l1",), "momentum": (1.5, math.nan)},
     ),
     "contextual_attention": (
         {"features": torch.zeros(2, 3, 4, 6), "valid": VALID},
-        {
-            "features": (torch.zeros(2, 3, 4, 4).int(), torch.zeros(2, 3, 5, 4)),
-            "valid": (VALID[:, :5], VALID.to(META)),
-        },
+        {"features": (torch.zeros(2, 3, 4, 4).int(), torch.zeros(2, 3, 5, 4)), "valid": (VALID[:, :5], VALID.to(META))},
     ),
     "decode_prior": (
         {**decoder(), "samples": 3},
@@ -253,12 +247,7 @@ REFUSALS: dict[str, tuple[dict, dict[str, tuple]]] = {
     "gated_elu": ({"features": ROW}, {"features": (ROW.byte(), torch.zeros(3, 5, 4, 4))}),
     "hyperplane_projection": (
         {"x": ROW, "w": ROW, "b": 0.0},
-        {
-            "w": (torch.zeros(3, 5), ROW.half(), ROW.to(META)),
-            "b": (torch.zeros(2),),
-            "norm": ("l3",),
-            "lo": (1.5,),
-        },
+        {"w": (torch.zeros(3, 5), ROW.half(), ROW.to(META)), "b": (torch.zeros(2),), "norm": ("l3",), "lo": (1.5,)},
     ),
     "key_validity": (
         {"mask": torch.zeros(2, 1, 8, 8), "size": (2, 2)},

@@ -127,11 +127,7 @@ def test_only_elementwise_tiles_depend_on_the_device():
 
 
 #: Kernels in which triton 3.6 keeps a few bytes of a thread in memory, written and read once: kernel, architecture.
-SPILLS = {
-    ("contextual_attention._scaled", 80): 8,
-    ("random_transform._backward", 100): 8,
-    ("apgd_step._l2", 100): 8,
-}
+SPILLS = {("contextual_attention._scaled", 80): 8, ("random_transform._backward", 100): 8, ("apgd_step._l2", 100): 8}
 
 
 @every()

@@ -65,11 +65,7 @@ def chosen(*words: str):
 
 
 @pytest.mark.parametrize(
-    "options, root, committed",
-    [
-        ("carso_mnist --full", "carso_mnist-full", False),
-        ("cifar10", "cifar10", True),
-    ],
+    "options, root, committed", [("carso_mnist --full", "carso_mnist-full", False), ("cifar10", "cifar10", True)]
 )
 def test_other_budgets_leave_the_committed_table_alone(options, root, committed):
     runs = Path("runs/studies") / root

@@ -194,10 +194,7 @@ def closure(network):
 
 @pytest.mark.parametrize(
     ("make", "told"),
-    [
-        (lambda: closure(GLOBAL), "network (Dropout)"),
-        (lambda: Called(network=GLOBAL), "network (Dropout)"),
-    ],
+    [(lambda: closure(GLOBAL), "network (Dropout)"), (lambda: Called(network=GLOBAL), "network (Dropout)")],
 )
 def test_a_function_around_modules_in_training_mode_is_told(make, told, caplog):
     report = evaluate(make(), torch.rand(4, 1, 4, 4), torch.arange(4) % 3, **QUIET | {"attacks": []}, name="mine")

@@ -14,13 +14,7 @@ from torch import nn
 import purify_fast
 from purify_fast.attacks import PGD
 from purify_fast.evaluation import Report
-from purify_fast.evaluation.results.rows import (
-    Worst,
-    chance_of_at_most,
-    count_fallen,
-    judge_claim,
-    worst_rows,
-)
+from purify_fast.evaluation.results.rows import Worst, chance_of_at_most, count_fallen, judge_claim, worst_rows
 
 
 def joined(text):
@@ -119,13 +113,7 @@ def test_the_binomial_tail_is_exact(left, n, share):
     ("left", "n", "claim", "verdict", "told"),
     [
         (100, 200, "70", "refuted", "the probability that 100 or fewer of 200 images are left"),
-        (
-            13,
-            20,
-            "70",
-            "not refuted",
-            "(exact binomial test; refuted below 1 %). More images may decide.",
-        ),
+        (13, 20, "70", "not refuted", "(exact binomial test; refuted below 1 %). More images may decide."),
         (15, 20, "70", "not refuted", "15 of 20 images are left (75.0 %), which is not below the claim"),
         (0, 4, "0", "not refuted", "that 0 or fewer of 4 images are left would be 100 %"),
     ],

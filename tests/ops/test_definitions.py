@@ -79,9 +79,7 @@ def test_the_definition_of_a_backward_is_the_derivative(name):
     grads = sum(argument.name.startswith("grad") for argument in backward.handle._schema.arguments)
     for example, of_backward in zip(op.examples, backward.examples, strict=True):
         given = tree_map_only(
-            Tensor,
-            lambda x: x.requires_grad_() if x.is_floating_point() else x,
-            double(example.make(torch.float64, 0)),
+            Tensor, lambda x: x.requires_grad_() if x.is_floating_point() else x, double(example.make(torch.float64, 0))
         )
         leaves = [x for x in tree_leaves(given) if isinstance(x, Tensor) and x.requires_grad]
         saved = double(of_backward.make(torch.float64, 0))

@@ -45,11 +45,7 @@ def mixed() -> nn.Sequential:
     return nn.Sequential(*parts, nn.BatchNorm2d(4), nn.Tanh())
 
 
-DECODERS = {
-    "published": published,
-    "other layers": mixed,
-    "a module": Own,
-}
+DECODERS = {"published": published, "other layers": mixed, "a module": Own}
 
 
 def make(name: str) -> nn.Module:

@@ -99,12 +99,7 @@ def test_apgd_waits_where_images_may_leave_and_nowhere_else(name):
     staying = [probe(steps, apgd, leave_when_fallen=False, **options) for steps in (10, 40)]
     assert staying[0] == staying[1], "a step waits"
     # once for each wave of runs, to know which images are left, where its best points go, and how its gradients were
-    assert {wait.function for wait in staying[0]} <= {
-        "left",
-        "keep_best",
-        "likeliest_wrong",
-        "waves",
-    }
+    assert {wait.function for wait in staying[0]} <= {"left", "keep_best", "likeliest_wrong", "waves"}
     leaving = probe(40, apgd, **options) - staying[1]
     # after the first few steps and then every five, to know which images have fallen; once, whether gradients are zero
     runs = 9 if name == "targets" else 1
