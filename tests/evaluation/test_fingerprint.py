@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import itertools
 import logging
 import os
 import subprocess
@@ -21,7 +22,15 @@ import purify_fast
 from purify_fast.attacks import PGD
 from purify_fast.evaluation.request.fingerprint import fingerprint, state_hash
 
+PACKAGE = Path(purify_fast.__file__).parents[1]
 QUIET = {"eps": 0.02, "attacks": [PGD(steps=2)]}
+
+
+def printed(arguments, folders, **options):
+    """The lines that another Python prints, which imports from these folders."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders)), "PYTHONHASHSEED": "7"}
+    command = [sys.executable, *arguments]
+    return subprocess.check_output(command, text=True, env=environment, **options).splitlines()
 
 
 @pytest.fixture
@@ -38,17 +47,10 @@ def test_models_that_differ_in_a_value_have_other_states(way):
 @pytest.mark.slow
 def test_states_are_the_same_in_another_process():
     """Also where sets, and strings with them, are in another order there."""
-    folders = [str(Path(purify_fast.__file__).parents[1]), str(Path(held_values.__file__).parent)]
-    found = subprocess.run(
-        [sys.executable, "-c", "import held_values; held_values.show()"],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(folders), "PYTHONHASHSEED": "7"},
-    )
+    found = printed(["-c", "import held_values; held_values.show()"], [PACKAGE, Path(held_values.__file__).parent])
     here = [f"{name} {state_hash(make(1.0))}" for name, make in WAYS.items()]
     here += [f"{name} {mark}" for name, mark in defences()]
-    assert found.stdout.splitlines() == here and len(set(here)) == len(here)
+    assert found == here and len(set(here)) == len(here)
 
 
 SOURCE = """
@@ -219,63 +221,47 @@ def made():
 
     return scaled
 """
-#: By name: the lines before the class of a model, and the result of its forward pass.
+PROPERTY = """
+import functools
+
+class Holds:
+    @functools.cached_property
+    def scaled(self):
+        return helper(torch.ones(2))
+"""
+#: By name: what is imported from the helpers, the lines before the class of a model, and what its forward pass returns.
 REACHED = {
-    "two functions": ("from reached_helpers import helper", "helper(x)"),
-    "attribute of a module": ("import reached_helpers", "reached_helpers.helper(x)"),
-    "attribute of a module of a folder": ("import reached.helpers", "reached.helpers.helper(x)"),
-    "module that is handed on": ("import reached_helpers as h\ndef f(m, x): return m.inner(x)", "f(h, x)"),
-    "module by the name of its attribute": ("import reached_helpers as h", "getattr(h, 'in' + 'ner')(x)"),
-    "import inside of the function": ("", "[helper(x) for helper in [self.imported()]][0]"),
-    "class attribute": ("from reached_helpers import Scale\nclass Holds:\n    scale = Scale()", "Holds.scale(x)"),
-    "attribute of a class": ("from reached_helpers import Scale", "x * Scale.factor"),
-    "object": ("from reached_helpers import Scale\nscale = Scale()", "scale(x)"),
-    "class of a dictionary": ("from reached_helpers import Names\nnames = Names()", "x * names['a']"),
-    "closure": ("from reached_helpers import made\nscaled = made()", "scaled(x)"),
-    "partial": (
-        "import functools\nfrom reached_helpers import helper\nscaled = functools.partial(helper)",
-        "scaled(x)",
-    ),
-    "cache": ("import functools\nfrom reached_helpers import helper\nscaled = functools.cache(helper)", "scaled(x)"),
-    "decorator": ("from reached_helpers import decorated\n@decorated\ndef scaled(x): return x", "scaled(x)"),
-    "global constant": ("from reached_helpers import FACTOR", "x * FACTOR"),
-    "list of functions": ("from reached_helpers import helper\nSTEPS = [helper]", "STEPS[0](x)"),
-    "lambda": ("from reached_helpers import helper", "(lambda x: helper(x))(x)"),
-    "comprehension": ("from reached_helpers import helper", "sum([helper(part) for part in x])"),
-    "class inside of the function": (
-        "from reached_helpers import helper",
-        "type('A', (), {'f': lambda s, x: helper(x)})().f(x)",
-    ),
-    "namespace": (
-        "import argparse\nfrom reached_helpers import FACTOR\nargs = argparse.Namespace(a=FACTOR)",
-        "x * args.a",
-    ),
-    "function of autograd": ("from reached_helpers import Square", "Square.apply(x)"),
-    "function put into a library": (
-        "import reached_helpers as h\nnn.ReLU.forward_of_test = h.helper",
-        "nn.ReLU.forward_of_test(x)",
-    ),
-    "distribution": (
-        "from reached_helpers import FACTOR\nNORMAL = torch.distributions.Normal(0.0, FACTOR)",
-        "x + NORMAL.mean",
-    ),
-    "object of a library": (
-        "import numpy\nfrom reached_helpers import FACTOR\nLINE = numpy.poly1d([FACTOR, 0])",
-        "x * float(LINE(1.0))",
-    ),
-    "fraction": (
-        "import fractions\nfrom reached_helpers import FACTOR\nSHARE = fractions.Fraction(FACTOR)",
-        "x * float(SHARE)",
-    ),
-    "property that is made once": (
-        "import functools\nfrom reached_helpers import helper\n"
-        "class Holds:\n    @functools.cached_property\n    def scaled(self): return helper(torch.ones(2))",
-        "x * Holds().scaled",
-    ),
-    "scripted function": ("from reached_helpers import inner\nscripted = torch.jit.script(inner)", "scripted(x)"),
-    "eval": ("from reached_helpers import helper", "eval('hel' + 'per')(x)"),
+    "two functions": ("helper", "", "helper(x)"),
+    "attribute of a module": ("", "import reached_helpers", "reached_helpers.helper(x)"),
+    "attribute of a module of a folder": ("", "import reached.helpers", "reached.helpers.helper(x)"),
+    "module that is handed on": ("", "import reached_helpers as h\ndef f(m, x): return m.inner(x)", "f(h, x)"),
+    "module by the name of its attribute": ("", "import reached_helpers as h", "getattr(h, 'in' + 'ner')(x)"),
+    "import inside of the function": ("", "", "[helper(x) for helper in [self.imported()]][0]"),
+    "class attribute": ("Scale", "class Holds:\n    scale = Scale()", "Holds.scale(x)"),
+    "attribute of a class": ("Scale", "", "x * Scale.factor"),
+    "object": ("Scale", "scale = Scale()", "scale(x)"),
+    "class of a dictionary": ("Names", "names = Names()", "x * names['a']"),
+    "closure": ("made", "scaled = made()", "scaled(x)"),
+    "partial": ("helper", "import functools\nscaled = functools.partial(helper)", "scaled(x)"),
+    "cache": ("helper", "import functools\nscaled = functools.cache(helper)", "scaled(x)"),
+    "decorator": ("decorated", "@decorated\ndef scaled(x): return x", "scaled(x)"),
+    "global constant": ("FACTOR", "", "x * FACTOR"),
+    "list of functions": ("helper", "STEPS = [helper]", "STEPS[0](x)"),
+    "lambda": ("helper", "", "(lambda x: helper(x))(x)"),
+    "comprehension": ("helper", "", "sum([helper(part) for part in x])"),
+    "class inside of the function": ("helper", "", "type('A', (), {'f': lambda s, x: helper(x)})().f(x)"),
+    "namespace": ("FACTOR", "import argparse\nargs = argparse.Namespace(a=FACTOR)", "x * args.a"),
+    "function of autograd": ("Square", "", "Square.apply(x)"),
+    "function put into a library": ("helper", "nn.ReLU.forward_of_test = helper", "nn.ReLU.forward_of_test(x)"),
+    "distribution": ("FACTOR", "NORMAL = torch.distributions.Normal(0.0, FACTOR)", "x + NORMAL.mean"),
+    "object of a library": ("FACTOR", "import numpy\nLINE = numpy.poly1d([FACTOR, 0])", "x * float(LINE(1.0))"),
+    "fraction": ("FACTOR", "import fractions\nSHARE = fractions.Fraction(FACTOR)", "x * float(SHARE)"),
+    "property that is made once": ("helper", PROPERTY, "x * Holds().scaled"),
+    "scripted function": ("inner", "scripted = torch.jit.script(inner)", "scripted(x)"),
+    "eval": ("helper", "", "eval('hel' + 'per')(x)"),
     "sequence that cannot be read": (
-        "import itertools\nfrom reached_helpers import FACTOR\nCYCLE = itertools.cycle([FACTOR])",
+        "FACTOR",
+        "import itertools\nCYCLE = itertools.cycle([FACTOR])",
         "x * next(CYCLE)",
     ),
 }
@@ -283,9 +269,10 @@ REACHED = {
 
 def reaching(way):
     """The source of a module whose model reaches the helpers."""
-    lines, result = REACHED[way]
+    names, lines, result = REACHED[way]
+    imports = "import torch\nfrom torch import nn\n" + (f"from reached_helpers import {names}\n" if names else "")
     return (
-        f"import torch\nfrom torch import nn\n{lines}\n\n\nclass Model(nn.Module):\n"
+        f"{imports}{lines}\n\n\nclass Model(nn.Module):\n"
         "    def imported(self):\n        from reached_helpers import helper\n\n        return helper\n\n"
         f"    def forward(self, x):\n        return {result}\n"
     )
@@ -413,18 +400,8 @@ def test_a_script_its_processes_an_edited_script_and_a_notebook_name_a_model_ali
     end = "; from purify_fast.evaluation.request.fingerprint import fingerprint; print(fingerprint(Model()))"
     typed = f"exec(open('script.py').read().partition('if __name__')[0]){end}"
     commands = [["script.py"], ["edited.py", "--steps", "3"], ["-c", typed]]
-    marks = []
-    for command in commands:
-        path = os.pathsep.join([str(Path(purify_fast.__file__).parents[1]), str(tmp_path)])
-        found = subprocess.run(
-            [sys.executable, *command],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=True,
-            env=os.environ | {"PYTHONPATH": path},
-        )
-        marks += found.stdout.split()
+    found = [printed(command, [PACKAGE, tmp_path], cwd=tmp_path) for command in commands]
+    marks = " ".join(itertools.chain(*found)).split()
     assert len(marks) == 5 and len(set(marks)) == 1 and "None" not in marks
 
 
