@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .models.moving_average import moving_average
+from .models.moving_average import AveragedModel
 from .speed.decoding import PackedDecoder, decode_samples
 
 __all__ = [
@@ -153,7 +153,7 @@ class EMA(nn.Module):
 
     def __init__(self, model: nn.Module, decay: float = 0.999, warm_up: bool = False):
         super().__init__()
-        self.average = moving_average(model, decay, warm_up)
+        self.average = AveragedModel(model, decay, warm_up)
 
     def update(self, model: nn.Module) -> None:
         """Move the averages towards the weights of ``model``, which has the structure of the copied model."""

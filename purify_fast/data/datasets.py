@@ -117,16 +117,10 @@ def load_dataset(
     if isinstance(found, Path) and found.is_dir():
         from .folders import read_folder
 
-        x, y, names = read_folder(
-            found,
-            image_size,
-            train=train,
-            cache=None if cache is None else Path(cache),
-        )
+        tensors, names = read_folder(found, image_size, train, cache)
         title = name if name in NAMES else found.resolve().name
         classes = _number_of_classes(len(names), num_classes)
-        parts = x["train"], y["train"], x["test"], y["test"]
-        return DataSet(*parts, name=title, num_classes=classes, classes=tuple(names))
+        return DataSet(**tensors, name=title, num_classes=classes, classes=tuple(names))
     arrays = _read_npz(found, train) if isinstance(found, Path) else found
     tensors, classes = _checked(arrays, num_classes)
     if not train:

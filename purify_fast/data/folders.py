@@ -44,22 +44,19 @@ class Split(NamedTuple):
 
 
 def read_folder(
-    folder: Path,
-    image_size: tuple[int, int] | None,
-    *,
-    train: bool,
-    cache: Path | None,
-) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
-    """Read the images of an image folder, their labels, and the names of the classes."""
-    root = folder / CACHE if cache is None else cache / folder.resolve().name
+    folder: Path, image_size: tuple[int, int] | None, train: bool, cache: str | Path | None
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Read the arrays of a data set from an image folder, and the names of the classes."""
+    root = folder / CACHE if cache is None else Path(cache) / folder.resolve().name
     splits, classes = _listed(folder, train)
     place = root / ("native" if image_size is None else f"{image_size[0]}x{image_size[1]}")
-    size = read_image(next(iter(splits.values())).files[0]).shape[1:] if image_size is None else image_size
-    x, y = {"train": torch.empty((0, 3, *size), dtype=torch.uint8)}, {"train": torch.empty(0, dtype=torch.int64)}
+    first = next(iter(splits.values())).files[0]
+    height, width = read_image(first).shape[1:] if image_size is None else image_size
+    arrays = {"x_train": torch.empty((0, 3, height, width), dtype=torch.uint8), "y_train": torch.empty(0).long()}
     for part, (files, labels) in splits.items():
-        y[part] = labels
-        x[part] = _decoded(place, part, files, (size[0], size[1]), resize=image_size is not None)
-    return x, y, classes
+        arrays[f"x_{part}"] = _decoded(place, part, files, (height, width), resize=image_size is not None)
+        arrays[f"y_{part}"] = labels
+    return arrays, classes
 
 
 # ---- the files of an image folder

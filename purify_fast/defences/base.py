@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .._compiler import is_compiled
 from .._tensors import check_floating, dtype_of, first_tensor
-from ..models.representation import Representation
+from ..models.representation import Representation, count_classes
 from ..ops.aggregate import aggregate
 from ..speed.draws import shared_generators
 from ..speed.folding.batchnorm import fold_batchnorm
@@ -86,6 +86,13 @@ class Defence(StochasticDefence):
         self.classifier_uses_channels_last = convert_to_channels_last(self.classifier, self.image_shape)
         self.to(first_tensor(self.classifier).device)
         self.eval()
+
+    @torch.no_grad()
+    def _blank_images(self) -> Tensor:
+        """Count the classes on two gray images, ``[2, C, H, W]``, and return these."""
+        blank = torch.full((2, *self.image_shape), 0.5, device=self._noise_seed.device)
+        self.num_classes = count_classes(lambda: self.classify(blank[:, None]).flatten(0, 1), self.image_shape, 2)
+        return blank
 
     # -- the parts of a prediction ------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._tensors import first_tensor
-from ..models.moving_average import AveragedModel, moving_average
+from ..models.moving_average import AveragedModel
 from ..speed.processor import with_known_precision
 from ..training.config import settings
 from ..training.schedules import one_cycle
@@ -37,7 +37,7 @@ class MethodTask(Task):
         """Update a moving average of the weights after every step; it is "average" in the checkpoints."""
         self.averaged = self.model
         if decay > 0:
-            self.average = moving_average(self.averaged, decay, warm_up)
+            self.average = AveragedModel(self.averaged, decay, warm_up)
             self.model = nn.ModuleDict({name: self.averaged, "average": self.average})
 
     def describe(self) -> dict[str, Any]:

@@ -15,12 +15,12 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 class AveragedModel(swa_utils.AveragedModel):
-    """A copy of a model, see `moving_average`.
+    """A copy of a model. Floating-point weights are averaged in float32, or in float64 if they are float64.
 
     It has the name and the state of PyTorch's class, which copies its count of updates to the device in every step.
     """
 
-    def __init__(self, model: nn.Module, decay: float, warm_up: bool):
+    def __init__(self, model: nn.Module, decay: float, warm_up: bool = False):
         super().__init__(model, use_buffers=True)
         self.decay, self.warm_up = decay, warm_up
         without_recorders(self.module).requires_grad_(False)
@@ -50,8 +50,3 @@ class AveragedModel(swa_utils.AveragedModel):
         if others:
             torch._foreach_copy_([average for average, _ in others], [value for _, value in others])
         self.n_averaged += 1
-
-
-def moving_average(model: nn.Module, decay: float, warm_up: bool = False) -> AveragedModel:
-    """Return a copy of a model. Floating-point weights are averaged in float32, or in float64 if they are float64."""
-    return AveragedModel(model, decay, warm_up)

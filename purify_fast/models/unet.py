@@ -147,16 +147,13 @@ class UNet(nn.Module):
             # If all times are the same number in memory, as after `Tensor.expand`, embed this number only once.
             time = self.embed(t[:1] if t.dim() and t.stride(0) == 0 else t)
             down1, down2, down3, middle, up2, up1 = (block.time(time) for block in blocks)
-        full = self.down1(self.enter(_channels_last(F.pixel_unshuffle(x, self.patch))), down1)
+        squares = F.pixel_unshuffle(x, self.patch).contiguous(memory_format=torch.channels_last)
+        full = self.down1(self.enter(squares), down1)
         half = self.down2(_halved(full), down2)
         low = self.attention(self.middle(self.down3(_halved(half), down3), middle))
         up = self.up2(_joined(low, half), up2)
         up = self.up1(_joined(up, full), up1)
         return _pixels(self.leave(_active(self.norm, up)), self.patch)
-
-
-def _channels_last(h: Tensor) -> Tensor:
-    return h.contiguous(memory_format=torch.channels_last)
 
 
 def _pixels(h: Tensor, patch: int) -> Tensor:

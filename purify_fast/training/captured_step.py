@@ -9,7 +9,8 @@ from __future__ import annotations
 import random
 import time
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections import UserDict
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -144,21 +145,16 @@ class CapturedStep:
             yield update.optimizer, dict(zip(update.names, update.values.clone().unbind(), strict=True))
 
 
-class _Read(Mapping[str, Tensor]):
+class _Read(UserDict[str, Tensor]):
     """The numbers of a captured step, which remembers those that the step has read."""
 
     def __init__(self, values: dict[str, Tensor]):
-        self.values_by_name, self.read = values, set[str]()
+        super().__init__(values)
+        self.read = set[str]()
 
     def __getitem__(self, name: str) -> Tensor:
         self.read.add(name)
-        return self.values_by_name[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.values_by_name)
-
-    def __len__(self) -> int:
-        return len(self.values_by_name)
+        return super().__getitem__(name)
 
 
 def captured(task: Task, batch: Batch, gradients: Gradients) -> CapturedStep | None:

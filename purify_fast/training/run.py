@@ -30,7 +30,7 @@ from .bank import AdversarialBank, BankConfig
 from .checkpoint import CHECKPOINT, read_tree, write_tree
 from .config import FitConfig
 from .distributed import from_first
-from .optimizers import RELATIVE, relative_rates, weights_of
+from .optimizers import weights_of
 from .schedules import RunLength
 from .sources import InMemory, RawBatch, Source, step_seed
 from .task import Batch, Task
@@ -198,9 +198,9 @@ class Run:
         # A network that draws from elsewhere has no answer to compare.
         return known if differ(*answers) else {**known, "answer": answers[0]}
 
-    def _compare(self, before: dict[str, Any] | None) -> None:
+    def _compare(self, before: dict[str, Any]) -> None:
         """Warn if the network computes something else than when the checkpoint was written."""
-        if before is None or processes()[0] > 0:
+        if processes()[0] > 0:
             return
         now, old = self.network(before["shape"]), before["answer"]
         other = False
@@ -225,16 +225,12 @@ class Run:
                 raise ValueError(f"process {rank} trains on other data or settings than the first ({difference})")
         self.task.model.load_state_dict(saved["model"])
         for name, optimizer in self.task.optimizers.items():
-            # The checkpoint of an earlier version has no relative rates.
-            shares = relative_rates(optimizer)
             optimizer.load_state_dict(saved["optimizers"][name])
-            for group, share in zip(optimizer.param_groups, shares, strict=True):
-                group[RELATIVE] = share
         for name in _PROGRESS:
             setattr(self, name, saved[name])
         self.sums = {key: value.to(self.source.device) for key, value in saved["sums"].items()}
         self._spent = saved["seconds"]
-        self._compare(saved.get("network"))
+        self._compare(saved["network"])
 
     def _read(self) -> dict[str, Any] | None:
         saved = None

@@ -68,17 +68,9 @@ class InMemory:
     reproducible: bool = True
 
     def __init__(
-        self,
-        x: Tensor,
-        y: Tensor,
-        config: FitConfig,
-        device: torch.device,
-        *,
-        rank: int = 0,
-        world: int = 1,
-        ids: Tensor | None = None,
+        self, x: Tensor, y: Tensor, config: FitConfig, device: torch.device, ids: Tensor | None = None, world: int = 1
     ):
-        self.x, self.y, self.config, self.rank, self.world, self.device = x, y.to(device), config, rank, world, device
+        self.x, self.y, self.config, self.device, self.world = x, y.to(device), config, device, world
         self.ids = torch.arange(len(x), device=x.device) if ids is None else ids.to(x.device)
         n, self.batch_size = len(self.ids), config.batch_size
         rest = n % config.batch_size
@@ -91,7 +83,8 @@ class InMemory:
     def _order(self, epoch: int) -> list[Tensor]:
         """Return the indices of the images in each of the epoch's batches."""
         n, size, seed, drop_last = len(self.ids), self.batch_size, self.config.seed, self.config.drop_last
-        return batches(n, size, seed, epoch, drop_last, rank=self.rank, world=self.world, device=self.x.device)
+        rank = processes()[0] if self.world > 1 else 0
+        return batches(n, size, seed, epoch, drop_last, rank=rank, world=self.world, device=self.x.device)
 
     def epoch(self, epoch: int, first: int, every: int = 1) -> Generator[RawBatch]:
         """Yield this process's share of each ``every``-th batch of the epoch, beginning with number ``first``."""
@@ -188,12 +181,12 @@ def make_sources(
         raise ValueError(f"validation must be None if validation_share is above 0, got validation_share={share}")
     if validation is None and config.keep_best != "off" and share == 0:
         raise ValueError(f"keep_best {config.keep_best!r} needs held-out images: give validation_share or validation")
-    rank, world = processes()
+    world = processes()[1]
     source: Source
     if isinstance(x, Tensor):
         kept, held = held_out(len(x), share, config.seed) if share > 0 else (None, None)
         y, x = _check(x, y), placed(x, device)
-        source = InMemory(x, y, config, device, rank=rank, world=world, ids=kept)
+        source = InMemory(x, y, config, device, ids=kept, world=world)
         task.check(tuple(x.shape[1:]), int(y.max()) + 1)
         validation = validation if held is None else (x, y)
     elif y is not None or share > 0:

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from ..._tensors import dtype_of
 from ..._validation import check_counts, check_literal
 from ...defences.base import Defence, refuse_wrapped
-from ...models.representation import count_classes, evaluation_mode
 from ...ops.random_transform import random_transform
 from ...ops.stitch import stitch
 from ..saving import description, save_defence
@@ -106,17 +105,9 @@ class Atop(Defence):
         if self.purifier_uses_channels_last:
             self.purifier.to(memory_format=torch.channels_last)
         self._ready()
-        self._dry_run()
-
-    @torch.no_grad()
-    def _dry_run(self) -> None:
-        """Run the defence on two blank images, so that a wrong classifier or purifier raises an error immediately."""
-        blank = torch.full((2, *self.image_shape), 0.5, device=self._noise_seed.device)
-        with evaluation_mode(self), self.fixed_noise(0):
-            images = self.purify(blank)
-        self.num_classes = count_classes(
-            lambda: self.classify(images).flatten(0, 1), self.image_shape, images[:, :, 0, 0, 0].numel()
-        )
+        # Wrong settings of the transform raise an error immediately.
+        with torch.no_grad(), self.fixed_noise(0):
+            self.purify(self._blank_images())
 
     # -- a prediction: transform -> repair -> join -> classify -> aggregate --------------------------------------------
 

@@ -29,7 +29,6 @@ from ..._validation import check_counts, check_literal
 from ...attacks.checkpointed_steps import Keep, check_keep, checkpointed_steps
 from ...defences.base import Defence, refuse_wrapped
 from ...defences.stochastic import WithAggregation
-from ...models.representation import count_classes, evaluation_mode
 from ...ops.diffusion_step import COEFFICIENTS, STEPS, diffusion_step
 from ...speed.draws import same_draws
 from ..saving import save_defence
@@ -91,7 +90,8 @@ class DiffusionPurifier(Defence):
         refuse_wrapped("denoiser", denoiser)
         check_literal("aggregation", aggregation, DiffusionAggregation)
         check_counts(samples=samples, max_forward_batch=1 if max_forward_batch is None else max_forward_batch)
-        self.process, self.last_time, self.keep = Process.of(process), last_time, keep
+        self.process = process if isinstance(process, Process) else Process(**process)
+        self.last_time, self.keep = last_time, keep
         self.samples, self.aggregation, self.max_forward_batch = samples, aggregation, max_forward_batch
         # The copy is frozen, because predictions and attacks need no gradients of its weights.
         module = copy.deepcopy(denoiser).requires_grad_(False)
@@ -110,15 +110,11 @@ class DiffusionPurifier(Defence):
             "denoiser": described_denoiser(denoiser),
         }
         self._ready()
-        blank = torch.full((2, 1, *self.image_shape), 0.5, device=self._noise_seed.device)
-        with evaluation_mode(self), torch.no_grad():
-            self.num_classes = count_classes(lambda: self.classify(blank).flatten(0, 1), self.image_shape, 2)
-            times: Any = self._times
-            times = times.view(torch.float64)[-1].expand(len(blank))
-            # The denoiser may draw random numbers itself, such as for dropout in evaluation mode.
-            with same_draws(self.denoiser) as drew:
-                self._predict(blank[:, 0], times)
-                self._denoiser_draws = drew()
+        blank, times = self._blank_images(), self.get_buffer("_times").view(torch.float64)
+        # The denoiser may draw random numbers itself, such as for dropout in evaluation mode.
+        with torch.no_grad(), same_draws(self.denoiser) as drew:
+            self._predict(blank, times[-1].expand(len(blank)))
+            self._denoiser_draws = drew()
 
     def _make_table(self) -> None:
         """Compute the table of the process as buffers, and let every step have a gradient of the denoiser."""

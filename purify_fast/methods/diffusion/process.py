@@ -28,7 +28,6 @@ The score of x_t is (alpha x0 - x) / sigma^2. beta(t) is `Schedule.rate`. DDPM's
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf
 from typing import Any, Literal, NamedTuple
@@ -106,7 +105,9 @@ class Process:
         for name in ("t_star", "steps"):
             value = getattr(self, name)
             object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
-        object.__setattr__(self, "schedule", Schedule.of(self.schedule))
+        schedule: Any = self.schedule
+        schedule = {"kind": schedule} if isinstance(schedule, str) else schedule
+        object.__setattr__(self, "schedule", schedule if isinstance(schedule, Schedule) else Schedule(**schedule))
         check_types(self)
         counts = [n for _, n in self.rounds if n is not None]
         for count in counts:
@@ -123,11 +124,6 @@ class Process:
         rows = len(self.table()[1])
         if 2 * rows > STEPS:
             raise ValueError(f"the sum of steps + 1 over all rounds must be at most {STEPS // 2}, got {rows}")
-
-    @classmethod
-    def of(cls, given: Process | Mapping[str, Any]) -> Process:
-        """Make a process from its fields by name. A process is returned unchanged."""
-        return given if isinstance(given, Process) else cls(**given)
 
     @property
     def rounds(self) -> list[tuple[float, int | None]]:

@@ -15,10 +15,9 @@ alpha_bar(i / N) is the product of 1 - beta_j for j = 1 .. i:
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf, pi
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -72,13 +71,6 @@ class Schedule:
         check_types(self)
         if self.kind == "linear" and not float(self.betas.max()) < 1:
             raise ValueError(f"last_beta must be below {self.steps / USUAL_STEPS}, got {self.last_beta}")
-
-    @classmethod
-    def of(cls, given: Schedule | Mapping[str, Any] | str) -> Schedule:
-        """Make a schedule from its kind or from its fields by name. A schedule is returned unchanged."""
-        if isinstance(given, Schedule):
-            return given
-        return cls(given) if isinstance(given, str) else cls(**given)  # type: ignore[arg-type]
 
     @property
     def least_time(self) -> float:
