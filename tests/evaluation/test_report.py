@@ -232,13 +232,3 @@ def test_the_precision_of_a_model_is_told():
     assert precision_name(WithAggregation(fast, "lse"), cpu) == "bfloat16"
     assert evaluate(fast, x, y, eps=0.1, attacks=[]).about["precision"] == "bfloat16"
     assert "precision" not in evaluate(model, x, y, eps=0.1, attacks=[]).about
-
-
-def test_a_report_of_an_earlier_version_with_other_radii_is_read():
-    """Their rows remain, and their curve is not drawn as one of the short attacks."""
-    far = row("worst, L-inf 0.2", kind="worst", threat="L-inf 0.2", settings={"over": ["PGD"], "eps": 0.2})
-    report = Report([row("PGD"), row("worst", kind="worst"), far])
-    report.curves = {"m": {"steps": [[1, 0.9], [10, 0.5]], "eps, every attack": [[0, 1], [0.1, 0.75], [0.2, 0.75]]}}
-    back = Report.from_json(report.to_json())
-    assert back.curves == {"m": {"steps": [[1, 0.9], [10, 0.5]]}} and back.attacks == report.attacks
-    assert back.to_html().count('class="drawing"') == 1 and "worst, L-inf 0.2" in back.to_html()

@@ -22,8 +22,6 @@ from .witnesses import FILE, Witnesses
 
 #: Format 3 has the rule for random models by which other draws judge a point than those that chose it.
 FORMAT = 3
-#: The curve over the radius in files of earlier versions, which is left out. Its rows, one for each radius, are read.
-OVER_RADIUS = "eps, every attack"
 
 
 @dataclass(repr=False)
@@ -188,8 +186,6 @@ class Report:
         content = json.loads(text)
         if content.get("format") != FORMAT:
             raise ValueError(f"the report must have format {FORMAT}, got {content.get('format')!r}: evaluate again")
-        for curves in content.get("curves", {}).values():
-            curves.pop(OVER_RADIUS, None)
         return cls(
             rows=[Row.from_dict(values) for values in content["rows"]],
             findings=[Finding(**values) for values in content.get("findings", [])],
