@@ -7,8 +7,10 @@ from pictures import write_bars
 from safetensors.torch import save_file
 from torch import nn
 
+from purify_fast.data import load_dataset
 from purify_fast.data.datasets import small_digits
-from purify_fast.methods.carso import official_tensors
+from purify_fast.methods.atop import Atop, SmallGenerator
+from purify_fast.methods.carso import Carso, official_tensors
 from purify_fast.models.classifiers import SmallCNN, WideResNet
 from purify_fast.training import TrainingAttack, save_classifier
 
@@ -51,6 +53,26 @@ def shuffled_digits():
     x, y = small_digits()
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     return x[order].float() / 16, y[order]
+
+
+def first_digits(n):
+    """The first images of the data set "digits", in bytes, and their labels."""
+    digits = load_dataset("digits")
+    return digits.x_train[:n], digits.y_train[:n]
+
+
+def carso(device="cpu"):
+    """CARSO around fresh weights, for grey images of 16 x 16 pixels."""
+    torch.manual_seed(0)
+    return Carso(SmallCNN(width=4).to(device), ["conv2", "hidden"], (1, 16, 16), 8, 4, 2, decoder_width=2)
+
+
+def atop(purifier=None, classifier=None, shape=(1, 16, 16), **options):
+    """AToP around fresh weights, with blocks of 4 x 4 pixels."""
+    torch.manual_seed(0)
+    purifier = SmallGenerator(shape[0], width=2) if purifier is None else purifier
+    classifier = SmallCNN(shape[0], image_size=shape[1:], width=4) if classifier is None else classifier
+    return Atop(classifier, purifier, shape, **{"block": 4, **options})
 
 
 def bars_and_classifier(folder):

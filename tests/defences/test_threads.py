@@ -7,22 +7,11 @@ import threading
 import denoisers
 import pytest
 import torch
+from small_models import atop, carso
 
 from purify_fast import frozen_copy
-from purify_fast.methods.atop import Atop, SmallGenerator
 from purify_fast.methods.carso import Carso
 from purify_fast.methods.diffusion import Process
-from purify_fast.models.classifiers import SmallCNN
-
-
-def carso():
-    torch.manual_seed(0)
-    return Carso(SmallCNN(width=4), ["conv2", "hidden"], (1, 16, 16), 8, 4, 2, decoder_width=2)
-
-
-def atop():
-    torch.manual_seed(0)
-    return Atop(SmallCNN(width=4), SmallGenerator(1, width=2), (1, 16, 16), block=4)
 
 
 def diffusion():

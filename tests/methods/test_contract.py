@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 from denoisers import defence as purifier
+from small_models import atop
 
-from purify_fast.methods.atop import Atop, SmallGenerator
 from purify_fast.methods.carso import Carso
 from purify_fast.methods.diffusion import Process
 from purify_fast.models.classifiers import SmallCNN
@@ -14,16 +14,11 @@ from purify_fast.models.classifiers import SmallCNN
 GUIDED = Process(steps=2, t_star=(0.1, 0.05), guidance="ssim", guidance_scale=9.0)
 
 
-def atop(transform, shape=(1, 16, 16)):
-    classifier, generator = SmallCNN(shape[0], image_size=shape[1:], width=4), SmallGenerator(shape[0], width=2)
-    return Atop(classifier, generator, shape, block=4, transform=transform, samples=2, sigma=0.3)
-
-
 DEFENCES = {
     "CARSO": lambda: Carso(SmallCNN(), ["conv1", "hidden"], (1, 16, 16), 16, 4, 2, decoder_width=4),
-    "AToP, rt1": lambda: atop("rt1"),
-    "AToP, rt2": lambda: atop("rt2", (3, 8, 16)),
-    "AToP, rt3": lambda: atop("rt3"),
+    "AToP, rt1": lambda: atop(transform="rt1", samples=2, sigma=0.3),
+    "AToP, rt2": lambda: atop(shape=(3, 8, 16), transform="rt2", samples=2, sigma=0.3),
+    "AToP, rt3": lambda: atop(transform="rt3", samples=2, sigma=0.3),
     "diffusion": lambda: purifier(process=Process(steps=3), samples=2),
     "diffusion, guided": lambda: purifier(process=GUIDED, samples=2),
 }

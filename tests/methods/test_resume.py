@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from small_models import first_digits
 from small_runs import StopAt, Stopped, arrest_task, atop_task, carso_task, diffusion_task
 
 from purify_fast import data
@@ -34,9 +35,8 @@ TASKS = {
 def trained(name, folder, *callbacks):
     """The checkpoint and the result of six steps."""
     torch.manual_seed(0)
-    task, digits = TASKS[name](), data.load_dataset("digits")
-    config = FitConfig(2, 8, 3, checkpoint_seconds=0)
-    fit(task, digits.x_train[:24], digits.y_train[:24], config, folder, callbacks=callbacks)
+    task, config = TASKS[name](), FitConfig(2, 8, 3, checkpoint_seconds=0)
+    fit(task, *first_digits(24), config, folder, callbacks=callbacks)
     return read_tree(folder / "checkpoint.safetensors"), task.result.state_dict()
 
 

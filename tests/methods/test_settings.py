@@ -1,13 +1,13 @@
 """Settings of the methods that cannot be used: each is refused by an error that names it."""
 
 import pytest
+import small_models
 from small_models import configured
 
 from purify_fast.methods.arrest import ArrestConfig
-from purify_fast.methods.atop import Atop, AtopConfig, SmallGenerator
+from purify_fast.methods.atop import AtopConfig
 from purify_fast.methods.carso import CarsoConfig
 from purify_fast.methods.diffusion import DiffusionConfig
-from purify_fast.models.classifiers import SmallCNN
 
 
 def arrest(**options):
@@ -20,10 +20,6 @@ def atop(**options):
 
 def carso(**options):
     return configured(CarsoConfig, **options)
-
-
-def atop_defence(**options):
-    return Atop(SmallCNN(width=4), SmallGenerator(1, width=2), (1, 16, 16), **{"block": 4, **options})
 
 
 #: Classes, settings that each of them refuses, and the words of the error.
@@ -45,7 +41,7 @@ REFUSED = {
         ({"attack_method": "none", "alpha": 0.1}, "alpha needs attack_method='pgd', got alpha=0.1"),
     ],
     DiffusionConfig: [({"last_time": 0.0}, r"last_time must be in \(0, 1\], got 0.0")],
-    atop_defence: [
+    small_models.atop: [
         ({"transform": "rt4"}, "transform must be one of rt1, rt2, rt3, got 'rt4'"),
         ({"samples": 0}, "samples must be at least 1, got 0"),
         ({"block": 5}, "block"),

@@ -1,11 +1,11 @@
 """Trainings of a second, which several files of tests share: images, tasks, one run."""
 
 import torch
-from small_models import images_and_labels
+from small_models import atop, carso, images_and_labels
 
 from purify_fast.methods.arrest import ArrestConfig, ArrestTask
-from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
-from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
+from purify_fast.methods.atop import AtopConfig, AtopTask
+from purify_fast.methods.carso import CarsoConfig, CarsoTask
 from purify_fast.methods.diffusion import DiffusionConfig, DiffusionTask
 from purify_fast.models import SmallCNN, UNet
 from purify_fast.training import Batch, ClassifierConfig, ClassifierTask, FitConfig, TrainingAttack, fit
@@ -61,18 +61,14 @@ def arrest_task(device="cpu", network=SmallCNN, **options):
 
 
 def carso_task(target="classifier", device="cpu", **options):
-    torch.manual_seed(0)
-    defence = Carso(SmallCNN(width=4).to(device), ["conv2", "hidden"], SHAPE, 8, 4, 2, decoder_width=2)
-    return CarsoTask(defence, CarsoConfig(attack_target=target, **{"attack": attack(), **options}))
+    return CarsoTask(carso(device), CarsoConfig(attack_target=target, **{"attack": attack(), **options}))
 
 
 def atop_task(target="classifier", steps=2, device="cpu", **options):
     """With FGSM against the classifier, as published, and PGD against the pipeline."""
-    torch.manual_seed(0)
-    defence = Atop(SmallCNN(width=4).to(device), SmallGenerator(1, width=2), SHAPE, block=4, sigma=0.1)
     method, steps = ("fgsm", 10) if target == "classifier" else ("pgd", steps)
     settings = {"attack_method": method, "attack_target": target, "attack": attack(steps=steps), "cls_delay": 0}
-    return AtopTask(defence, AtopConfig(**(settings | options)))
+    return AtopTask(atop(sigma=0.1).to(device), AtopConfig(**(settings | options)))
 
 
 def diffusion_task(**options):

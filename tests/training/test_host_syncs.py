@@ -5,11 +5,11 @@ from collections import Counter
 import pytest
 import torch
 from host_syncs import HostSyncs
-from small_runs import EPS, SHAPE, arrest_task, atop_task, attack, batch, carso_task, diffusion_task
+from small_models import carso
+from small_runs import EPS, arrest_task, atop_task, attack, batch, carso_task, diffusion_task
 
 from purify_fast.attacks import BpdaModel, GradientHealth, apgd, fgsm, pgd, stadv
 from purify_fast.data import crop_flip
-from purify_fast.methods.carso import Carso
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.speed import StepGraphs
 
@@ -53,8 +53,8 @@ def test_arrest_waits_for_nothing_once_its_attack_is_captured(rerun):
     assert rerun.recorded == 1 and rerun.replayed == 4 and not waits.counts
 
 
-def defence() -> Carso:
-    return Carso(SmallCNN(width=4), ["conv2", "hidden"], SHAPE, 8, 4, 2, decoder_width=2).eval()
+def defence():
+    return carso().eval()
 
 
 def probe(steps: int, run=pgd, model=None, **options) -> Counter:
@@ -103,11 +103,8 @@ def test_apgd_waits_where_images_may_leave_and_nowhere_else(name):
     leaving = probe(40, apgd, **options) - staying[1]
     # after the first few steps and then every five, to know which images have fallen; once, whether gradients are zero
     runs = 9 if name == "targets" else 1
-    assert {wait.function for wait in leaving} <= {
-        "confirm_successes",
-        "kept",
-        "_is_blind",
-    } and leaving.total() <= 2 * 15 * runs
+    assert {wait.function for wait in leaving} <= {"confirm_successes", "kept", "_is_blind"}
+    assert leaving.total() <= 2 * 15 * runs
 
 
 def test_augmentation_does_not_wait_for_the_device():

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from small_models import first_digits
 from torch import nn
 from torch.nn import functional as F
 
-from purify_fast import data
 from purify_fast.attacks.ball import ball_around, normal_in_ball, sample_in_ball
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, TrainingAttack, fit
 from purify_fast.training.objectives import mart, trades
@@ -69,8 +69,7 @@ def plain(objective, x, y, config, beta, dtype):
 
 @pytest.mark.parametrize(("objective", "beta"), [("trades", 6.0), ("mart", 5.0)])
 def test_twenty_steps_have_the_weights_of_a_plain_loop_of_the_paper(objective, beta):
-    digits = data.load_dataset("digits")
-    x, y, config = digits.x_train[:160], digits.y_train[:160], FitConfig(4, 32)
+    (x, y), config = first_digits(160), FitConfig(4, 32)
     exact, usual = (plain(objective, x, y, config, beta, dtype) for dtype in (torch.float64, torch.float32))
     made = ClassifierTask(network(), ClassifierConfig(attack=ATTACK, objective=objective))
     fit(made, x, y, config, progress=False)

@@ -5,12 +5,12 @@ import math
 
 import pytest
 import torch
+from small_models import first_digits
 from small_runs import EPS, StopAt, Stopped, arrest_task, atop_task, carso_task, images, same
 from small_runs import batch as small_batch
 from small_runs import task as small_task
 from torch.utils.data import DataLoader, TensorDataset
 
-from purify_fast import data
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, TrainingAttack, fit
 
@@ -125,21 +125,16 @@ def test_held_out_data_of_ones_own(tmp_path):
 
 @pytest.mark.parametrize("name", TASKS)
 def test_every_training_can_be_validated_and_goes_on_as_if_it_had_not_been(name):
-    digits = data.load_dataset("digits")
-    x, y = digits.x_train[:80], digits.y_train[:80]
     made = [TASKS[name](), TASKS[name]()]
     for task, every in zip(made, (1, 9), strict=True):
         config = FitConfig(3, 16, validation_share=0.2, validation_every=every)
-        assert math.isfinite(fit(task, x, y, config, progress=False)["validation_loss"])
+        assert math.isfinite(fit(task, *first_digits(80), config, progress=False)["validation_loss"])
     assert same(*made)
 
 
-def test_the_best_weights_need_held_out_images():
+def test_the_best_weights_need_held_out_images_and_a_quantity_that_is_measured():
     with pytest.raises(ValueError, match="keep_best 'loss' needs held-out images: give validation_share"):
         fit(task(), *images(100), FitConfig(1, 16, keep_best="loss"), progress=False)
-
-
-def test_a_best_by_what_is_not_measured_is_refused():
     config = FitConfig(1, 16, validation_share=0.2, keep_best="accuracy")
     with pytest.raises(ValueError, match="keep_best must be one of off, loss for this training, got 'accuracy'"):
         fit(Worse(), *images(100), config, progress=False)
@@ -181,13 +176,11 @@ def test_an_epoch_is_not_lost_if_its_validation_fails(tmp_path):
 
 
 def test_carso_is_validated_with_a_last_batch_too_small_to_attack(tmp_path):
-    digits = data.load_dataset("digits")
-    x, y = digits.x_train[:53], digits.y_train[:53]
     found = []
     for reduction in ("mean", "sum"):
         made = carso_task(reduction=reduction, learning_rate=0.0, kl_delay=0.0)
         config = FitConfig(1, 16, validation_share=0.4)  # 16 and 5 images
-        found.append(fit(made, x, y, config, tmp_path / reduction, progress=False))
+        found.append(fit(made, *first_digits(53), config, tmp_path / reduction, progress=False))
         assert (tmp_path / reduction / "checkpoint.safetensors").is_file()
     mean, total = found
     # per image, however the training's loss is reduced

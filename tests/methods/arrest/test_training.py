@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from small_models import Made, configured
+from small_models import Made, configured, first_digits
 from torch import nn
 from torch.nn import functional as F
 
@@ -39,8 +39,8 @@ def arrest(model=None, layers=None, teacher=None, shape=SHAPE, **options):
 
 
 def batch(n=8, epoch=0, epochs=20):
-    digits = data.load_dataset("digits")
-    return Batch(data.to_float(digits.x_train[:n]), digits.y_train[:n], torch.arange(n) + 100, 7, epoch, epochs)
+    x, y = first_digits(n)
+    return Batch(data.to_float(x), y, torch.arange(n) + 100, 7, epoch, epochs)
 
 
 def moved(model, by=0.3):
@@ -362,10 +362,9 @@ def test_the_moving_average_by_hand():
 
 @pytest.mark.parametrize("make", [cnn, pytest.param(resnet, marks=pytest.mark.slow)])
 def test_bfloat16_attacks_the_weights_of_now_and_trains_float32_ones(make):
-    digits = data.load_dataset("digits")
     model = make()
     task = arrest(model, precision="bfloat16")
-    fit(task, digits.x_train[:32], digits.y_train[:32], FitConfig(1, 16))
+    fit(task, *first_digits(32), FitConfig(1, 16))
     moved(model)
     step = batch()
     frozen = copy.deepcopy(model).requires_grad_(False).eval()

@@ -5,16 +5,14 @@ import copy
 import pytest
 import torch
 from evaluating import evaluate
-from small_models import Made, images, lively
+from small_models import Made, atop, images, lively
 from torch import nn
 
 import purify_fast
-from purify_fast import _library
 from purify_fast.attacks import BPDA, PGD, BpdaModel
 from purify_fast.evaluation import AttackSpec
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
 from purify_fast.models.classifiers import FullyConnected, SmallCNN
-from purify_fast.ops import use_backend
 from purify_fast.training import Batch
 from purify_fast.training.config import TrainingAttack
 
@@ -24,11 +22,8 @@ def identity():
     return Made(lambda self, image, mask: self.gain * image, gain=nn.Parameter(torch.ones(())))
 
 
-def defence(purifier=None, shape=(1, 16, 16), classifier=None, **options):
-    torch.manual_seed(0)
-    purifier = SmallGenerator(shape[0], width=2) if purifier is None else purifier
-    classifier = SmallCNN(shape[0], image_size=shape[1:], width=4) if classifier is None else classifier
-    return Atop(classifier, purifier, shape, **{"block": 4, **options}).eval()
+def defence(*parts, **options):
+    return atop(*parts, **options).eval()
 
 
 @pytest.mark.parametrize("transform", ["rt1", "rt2"])
@@ -83,23 +78,6 @@ def test_the_whole_defence_is_one_graph_for_every_batch_size():
         for index, n in enumerate((5, 7)):
             with torch._dynamo.config.patch(error_on_recompile=index > 0):
                 torch.testing.assert_close(compiled(images(n)), made(images(n)), atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.slow
-def test_the_whole_defence_compiles_with_its_gradient():
-    """As an attack differentiates it; every op of ours opaque, which takes a fraction of the time."""
-    torch._dynamo.reset()
-    made = defence(transform="rt3", sigma=0.1).requires_grad_(False)
-    compiled, x = torch.compile(made, fullgraph=True, backend="aot_eager"), images(5)
-    with made.fixed_noise(2), use_backend("cpp" if _library.loaded() else None):
-        results = []
-        for call in (made, compiled):
-            leaf = x.clone().requires_grad_()
-            logits = call(leaf)
-            results.append((logits.detach(), torch.autograd.grad(logits.square().sum(), leaf)[0]))
-    for value, same in zip(*results, strict=True):
-        torch.testing.assert_close(same, value, atol=1e-4, rtol=1e-4)
-    assert results[0][1].abs().max() > 0
 
 
 def test_a_frozen_copy_stays_close_and_keeps_its_gradients():

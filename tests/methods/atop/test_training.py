@@ -6,30 +6,26 @@ import sys
 
 import pytest
 import torch
-from small_models import Made, configured
+from small_models import Made, atop, configured, first_digits
 from torch import nn
 
 from purify_fast import data
 from purify_fast.attacks import fgsm
-from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
+from purify_fast.methods.atop import AtopConfig, AtopTask
 from purify_fast.methods.atop.task import hinge, passes
-from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import Batch, FitConfig, fit
 from purify_fast.training.config import TrainingAttack
 
 
-def defence(purifier=None, classifier=None, shape=(1, 16, 16), **options):
-    torch.manual_seed(0)
-    classifier = SmallCNN(width=4) if classifier is None else classifier
-    purifier = SmallGenerator(shape[0], width=2) if purifier is None else purifier
-    return Atop(classifier, purifier, shape, **{"block": 4, "sigma": 0.1, **options})
+def defence(*parts, **options):
+    return atop(*parts, **{"sigma": 0.1, **options})
 
 
 def batch(n=8, epoch=5, epochs=10):
-    digits = data.load_dataset("digits")
+    x, y = first_digits(n)
     # of the authors' epochs, which have 625 steps of 8 images
     place = {"epoch": epoch, "epochs": epochs, "step": 625 * epoch, "images_before": 5000 * epoch}
-    return Batch(data.to_float(digits.x_train[:n]), digits.y_train[:n], torch.arange(n), 7, **place)
+    return Batch(data.to_float(x), y, torch.arange(n), 7, **place)
 
 
 def gradients(model, loss):
@@ -114,15 +110,13 @@ def test_the_passes_share_noise_and_mask_and_are_as_many_as_needed(monkeypatch):
 
 def test_fact_14_no_gan_gradient_equals_no_discriminator(tmp_path):
     """The official code cuts the discriminator's score off from g, so it trains g as without a discriminator."""
-    digits = data.load_dataset("digits")
-    x, y = digits.x_train[:16], digits.y_train[:16]
 
     def trained(gan_weight, **options):
         made = defence()
         gan = {"gan_weight": gan_weight, "discriminator_width": 2} if options["gan_grad"] else {}
         config = AtopConfig(attack=TrainingAttack(eps=0.1, steps=10), cls_delay=0, learning_rate=1e-3, **gan, **options)
         task = AtopTask(made, config)
-        fit(task, x, y, FitConfig(2, 8, 3))
+        fit(task, *first_digits(16), FitConfig(2, 8, 3))
         return made.purifier.state_dict()
 
     cut_off, without = trained(0.0, gan_grad=True), trained(1.0, gan_grad=False)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from small_models import carso, first_digits
 
 import purify_fast
 from purify_fast import data
@@ -17,14 +18,9 @@ from purify_fast.training.checkpoint import read_model
 from purify_fast.training.config import TrainingAttack
 
 
-def defence():
-    torch.manual_seed(0)
-    return Carso(SmallCNN(width=4), ["conv2", "hidden"], (1, 16, 16), 8, 4, 2, decoder_width=2)
-
-
 def batch(n=16, epoch=5, epochs=10):
-    digits = data.load_dataset("digits")
-    return Batch(data.to_float(digits.x_train[:n]), digits.y_train[:n], torch.arange(n), 7, epoch, epochs)
+    x, y = first_digits(n)
+    return Batch(data.to_float(x), y, torch.arange(n), 7, epoch, epochs)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +61,7 @@ def test_fact_12_batch_layouts(size, fraction, clean, atom, monkeypatch):
 
 
 def test_without_adversarial_examples_only_if_asked():
-    made, b = defence(), batch(16)
+    made, b = carso(), batch(16)
     config = CarsoConfig(attack=TrainingAttack(eps=0.2, steps=1), adversarial_fraction=0.01)
     with pytest.raises(ValueError, match=r"0\.01 of 16 images is too few for 4 attacks"):
         published_step(made, b, config)
@@ -76,7 +72,7 @@ def test_without_adversarial_examples_only_if_asked():
 
 
 def test_the_balanced_batch_is_clean_then_pgd_then_fgsm_weak_before_strong():
-    made, b, eps = defence(), batch(32), 0.2
+    made, b, eps = carso(), batch(32), 0.2
     config = CarsoConfig(attack=TrainingAttack(eps=eps, steps=10))
     x = balanced_batch(made.classifier, b, config)
     distance = (x - b.x).flatten(1).abs().amax(1)
@@ -90,14 +86,14 @@ def test_the_balanced_batch_is_clean_then_pgd_then_fgsm_weak_before_strong():
 
 
 def test_a_bank_that_asks_for_every_row_gets_the_balanced_batch():
-    made, b, config = defence(), batch(32), CarsoConfig(attack=TrainingAttack(eps=0.2, steps=3))
+    made, b, config = carso(), batch(32), CarsoConfig(attack=TrainingAttack(eps=0.2, steps=3))
     bank = SimpleNamespace(images=lambda clean, attacked, groups, make: make(torch.arange(len(clean))))
     by_rows = balanced_batch(made.classifier, dataclasses.replace(b, bank=bank), config)
     assert torch.equal(by_rows, balanced_batch(made.classifier, b, config))
 
 
 def test_published_loss_is_reconstruction_plus_weighted_kl():
-    made, b = defence(), batch(epoch=0)
+    made, b = carso(), batch(epoch=0)
     loss, terms = published_step(made, b, CarsoConfig(attack=TrainingAttack(eps=0.2, steps=2)))
     torch.testing.assert_close(loss.detach(), terms["reconstruction"])  # epoch 0: no KL yet
     loss, terms = published_step(made, batch(epoch=9), CarsoConfig(attack=TrainingAttack(eps=0.2, steps=2), beta=0.5))
@@ -106,7 +102,7 @@ def test_published_loss_is_reconstruction_plus_weighted_kl():
 
 
 def test_the_sum_is_the_mean_times_the_batch_and_logs_the_same():
-    made, b, config = defence(), batch(epoch=9), CarsoConfig(attack=TrainingAttack(eps=0.2, steps=2))
+    made, b, config = carso(), batch(epoch=9), CarsoConfig(attack=TrainingAttack(eps=0.2, steps=2))
     mean, terms = published_step(made, b, config)
     total, same = published_step(made, b, dataclasses.replace(config, reduction="sum"))
     torch.testing.assert_close(total, 16 * mean)
@@ -131,7 +127,7 @@ def test_official_code_attacks_with_a_larger_eps_and_the_same_step(monkeypatch):
 
 
 def test_the_pipeline_loss_reaches_what_inference_uses_and_keeps_mode_samples_and_statistics():
-    made = defence().train()
+    made = carso().train()
     state = copy.deepcopy(made.state_dict())
     config = CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=0.2, steps=2), train_samples=3)
     CarsoTask(made, config).training_step(batch())[0].backward()
@@ -150,7 +146,7 @@ def test_pipeline_examples_are_made_against_the_whole_defence(monkeypatch):
     for module, name in ((attacks, "pgd"), (losses, "pgd")):
         original = getattr(module, name)
         monkeypatch.setattr(module, name, lambda model, *a, f=original, **k: seen.append(model) or f(model, *a, **k))
-    made = defence()
+    made = carso()
     config = CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=0.2, steps=1))
     CarsoTask(made, config).training_step(batch())
     published_step(made, batch(), CarsoConfig(attack=TrainingAttack(eps=0.2, steps=1)))
@@ -158,10 +154,10 @@ def test_pipeline_examples_are_made_against_the_whole_defence(monkeypatch):
 
 
 def test_the_training_through_the_pipeline_keeps_the_classifier(tmp_path):
-    made, digits = defence(), data.load_dataset("digits")
+    made = carso()
     before = copy.deepcopy(made.classifier.state_dict())
     config = CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=0.2, steps=1))
-    fit(CarsoTask(made, config), digits.x_train[:64], digits.y_train[:64], FitConfig(1, 32))
+    fit(CarsoTask(made, config), *first_digits(64), FitConfig(1, 32))
     assert all(torch.equal(value, before[name]) for name, value in made.classifier.state_dict().items())
     made.save(tmp_path)
     again, x = purify_fast.load_defence(tmp_path, made.classifier), batch(epoch=9).x
