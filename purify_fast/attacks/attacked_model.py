@@ -97,7 +97,11 @@ def _at_first(logits: Tensor) -> Tensor:
     """Check and return logits. If they are the first of a direct call, compare the labels with the classes."""
     if not torch.compiler.is_compiling() and (labels := _first_output.get()) is not None:
         _first_output.set(None)
-        _warn_of_values(logits)
+        if logits.device.type == "cpu" and logits.numel() and not is_in_torch_dispatch_mode():
+            if bool(logits.isnan().any()):
+                warnings.warn("the model returns NaN for some images: an attack cannot move them", stacklevel=2)
+            if are_probabilities(logits):
+                warnings.warn(f"the model returns probabilities, not logits: {INSTEAD_OF_PROBABILITIES}", stacklevel=2)
         check_labels(*labels, logits.shape[1])
     return logits
 
@@ -114,15 +118,6 @@ def called_directly(name: str, labels: Tensor) -> Iterator[None]:
         yield
     finally:
         _first_output.reset(token)
-
-
-def _warn_of_values(logits: Tensor) -> None:
-    if logits.device.type != "cpu" or is_in_torch_dispatch_mode() or logits.numel() == 0:
-        return
-    if bool(logits.isnan().any()):
-        warnings.warn("the model returns NaN for some images: an attack cannot move them", stacklevel=2)
-    if are_probabilities(logits):
-        warnings.warn(f"the model returns probabilities, not logits: {INSTEAD_OF_PROBABILITIES}", stacklevel=2)
 
 
 def gradient_to(leaf: Tensor, value: Tensor) -> Tensor | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,15 +58,9 @@ def ball_around(
 
 
 def _numbers(x: Tensor, seed: int, sample_ids: Tensor | None) -> Callable[..., Tensor]:
-    """Make a function that returns random numbers for the first points of an attack, ``[B, count]``."""
+    """Make a function that returns random numbers for the first points of an attack, ``[B, 1, count]``."""
     ids = torch.arange(x.shape[0], device=x.device) if sample_ids is None else sample_ids
-    key = philox_key(seed, x.device)
-
-    def draw(count: int, distribution: str = "uniform", first_draw: int = 0) -> Tensor:
-        stream = Stream.ATTACK_START
-        return philox(key, ids, count, stream=stream, distribution=distribution, first_draw=first_draw)[:, 0]
-
-    return draw
+    return partial(philox, philox_key(seed, x.device), ids, stream=Stream.ATTACK_START)
 
 
 def projected(x: Tensor, point: Tensor, ball: Ball) -> Tensor:
@@ -76,7 +71,7 @@ def projected(x: Tensor, point: Tensor, ball: Ball) -> Tensor:
 
 def normal_in_ball(x: Tensor, ball: Ball, std: float, *, seed: int = 0, sample_ids: Tensor | None = None) -> Tensor:
     """Draw a point from a normal distribution around each image, and project it onto the ball and the box."""
-    noise = _numbers(x, seed, sample_ids)(x[0].numel(), "normal")
+    noise = _numbers(x, seed, sample_ids)(x[0].numel(), distribution="normal")
     return projected(x, (x + std * noise.view_as(x)).to(x.dtype), ball)
 
 
@@ -84,16 +79,16 @@ def sample_in_ball(x: Tensor, ball: Ball, *, seed: int = 0, sample_ids: Tensor |
     """Draw a point uniformly from the ball around each image, and clamp it to the box."""
     draw, size = _numbers(x, seed, sample_ids), x[0].numel()
     if ball.norm == "linf":
-        noise = 2 * draw(size) - 1
+        noise = 2 * draw(size)[:, 0] - 1
     else:
         if ball.norm == "l2":
-            noise = draw(size, "normal")
+            noise = draw(size, distribution="normal")[:, 0]
         else:
             # Draw from Laplace's distribution by the inverse of its distribution function. The uniform numbers are
             # multiples of 2^-24. They are shifted by 2^-25, so that no result is 0 or infinite.
-            middles = 2 * draw(size) - (1 - 2**-24)
+            middles = 2 * draw(size)[:, 0] - (1 - 2**-24)
             noise = -middles.sign() * torch.log1p(-middles.abs())
-        shrink = draw(1, first_draw=1) ** (1 / size)
+        shrink = draw(1, first_draw=1)[:, 0] ** (1 / size)
         noise = noise / noise.norm(p=2 if ball.norm == "l2" else 1, dim=1, keepdim=True) * shrink
     point = x + noise.view_as(x) * broadcastable("eps", ball.eps, x)
     return clamped(point, ball.clip_min, ball.clip_max).to(x.dtype)

@@ -13,6 +13,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -122,7 +123,9 @@ class OriginalAutoAttack(InBall):
             # Because of rounding, AutoAttack's points may lie slightly outside of the ball.
             points = projected(x, points.detach(), ball_around(x, threat.eps, threat.norm))
             if health is not None:
-                objective = Objective(target, _cross_entropy, max_forward_batch=context.batch_size)
+                # This is the cross-entropy as the package computes it.
+                loss = partial(F.cross_entropy, reduction="none")
+                objective = Objective(target, loss, max_forward_batch=context.batch_size)
                 for images in (x, points):
                     health.see_gradient(objective.direction(images, y))
         return AttackResult(points, health, warnings)
@@ -151,11 +154,6 @@ class OriginalAutoAttack(InBall):
         size = "batch_size" if type(adversary).__module__.startswith("pyautoattack") else "bs"
         result = adversary.run_standard_evaluation(x, y, **{size: context.batch_size or len(x)})
         return result[0] if isinstance(result, tuple) else result
-
-
-def _cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """The cross-entropy as the package computes it, ``[B]``."""
-    return F.cross_entropy(logits, y, reduction="none")
 
 
 @contextlib.contextmanager

@@ -27,24 +27,13 @@ from .philox import Stream, default_stream, philox
 MOST_PASSES = 255
 
 
-def _noise(x: Tensor, seed: Tensor, sample_ids: Tensor, samples: int) -> Tensor:
-    """Return normal numbers, [S, B, C, H, W]."""
-    numel = x.shape[1] * x.shape[2] * x.shape[3]
-    drawn = philox(seed, sample_ids, numel, stream=Stream.TRANSFORM_NOISE, distribution="normal", draws=samples)
-    return drawn.transpose(0, 1).unflatten(2, x.shape[1:])
-
-
 def _noisy(x: Tensor, seed: Tensor, sample_ids: Tensor, sigma: float, samples: int) -> Tensor:
     """Return x + sigma n, [S, B, C, H, W], or [1, B, C, H, W] without noise."""
-    clean = wide(x)[None]
-    return clean if sigma == 0 else clean + sigma * _noise(x, seed, sample_ids, samples).to(clean.dtype)
-
-
-def _ranks(seed: Tensor, ids: Tensor, blocks: int, samples: int) -> Tensor:
-    """Return the rank of every block among the keys of its image, [S, B, blocks]."""
-    bits = philox(seed, ids, blocks, stream=Stream.MASK, distribution="bits", draws=samples)
-    keys = bits.transpose(0, 1).long() & 0xFFFFFFFF
-    return keys.argsort(stable=True).argsort()
+    clean, numel = wide(x)[None], x.shape[1] * x.shape[2] * x.shape[3]
+    if sigma == 0:
+        return clean
+    drawn = philox(seed, sample_ids, numel, stream=Stream.TRANSFORM_NOISE, distribution="normal", draws=samples)
+    return clean + sigma * drawn.transpose(0, 1).unflatten(2, x.shape[1:]).to(clean.dtype)
 
 
 def on_pixels(owners: Tensor, height: int, width: int) -> Tensor:
@@ -67,7 +56,10 @@ def reference(x: Tensor, seed: Tensor, sample_ids: Tensor, sigma: float, *settin
     height, width = x.shape[2:]
     grid = height // block, width // block
     blocks = grid[0] * grid[1]
-    rank = _ranks(seed, sample_ids.new_zeros(1) if shared_mask else sample_ids, blocks, samples)
+    ids = sample_ids.new_zeros(1) if shared_mask else sample_ids
+    bits = philox(seed, ids, blocks, stream=Stream.MASK, distribution="bits", draws=samples)
+    # The rank of every block among the keys of its image, [S, B, blocks].
+    rank = (bits.transpose(0, 1).long() & 0xFFFFFFFF).argsort(stable=True).argsort()
     owner = (rank < masked_blocks if num_passes == 0 else rank // (blocks // num_passes)).to(torch.uint8)
     owners = owner.unflatten(-1, grid).expand(samples, sample_ids.shape[0], *grid).contiguous()
     return _packed(_noisy(x, seed, sample_ids, sigma, samples), owners, num_passes, dtype, channels_last), owners

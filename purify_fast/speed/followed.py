@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -93,15 +92,12 @@ class Followed:
         return [parts, list(map(id, tensors)), versions, [one.data_ptr() for one in tensors]]
 
     def __deepcopy__(self, memo: object) -> Followed:
-        return copy.copy(self)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Followed, ()
-
-    def __copy__(self) -> Followed:
         other = Followed()
         vars(other).update(vars(self))
         return other
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Followed, ()
 
 
 def _layout(model: nn.Module) -> list[tuple[str, Any, int]]:

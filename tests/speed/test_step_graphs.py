@@ -102,7 +102,7 @@ def test_an_empty_batch_is_no_reason_to_capture_or_to_fail(rerun):
             return super().forward(x)
 
     loop = begin_steps(StepGraphs("always", capture=rerun), Grow(Refuses()), start(0))
-    assert rerun.recorded == 0 and not loop.replays
+    assert rerun.recorded == 0 and loop.captured is None
 
 
 def test_graphs_go_with_their_model_and_no_key_keeps_one_alive(graphs, rerun, monkeypatch):
@@ -330,7 +330,7 @@ def test_two_loops_over_one_step_do_not_mix(graphs, rerun):
     first = begin_steps(graphs, Grow(model), start())
     first.advance()
     second = begin_steps(graphs, Grow(model), twice)
-    assert second.replays and not first.replays
+    assert second.captured is not None and first.captured is None
     second.advance()
     for _ in range(2):
         first.advance(), second.advance()

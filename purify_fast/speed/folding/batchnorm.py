@@ -49,8 +49,12 @@ def fold_batchnorm(model: nn.Module) -> list[tuple[str, str]]:
 
     found = _in_sequentials(model) if graph is None else _in_graph(graph)
     pairs = [pair for pair in found if fits(*map(model.get_submodule, pair))]
-    for pair in pairs:
-        _fold(model, *pair)
+    for layer, norm in (map(model.get_submodule, pair) for pair in pairs):
+        fold(layer, norm)
+        for parent in model.modules():
+            for name, child in parent.named_children():
+                if child is norm:
+                    setattr(parent, name, nn.Identity().eval())
     return pairs
 
 
@@ -149,15 +153,6 @@ def fold(layer: Any, norm: Any) -> None:
     # The computation is in float64, so that the values are rounded only here.
     layer.weight = nn.Parameter(weight.to(old.dtype), old.requires_grad)
     layer.bias = nn.Parameter(bias.to(old.dtype), old.requires_grad)
-
-
-def _fold(model: nn.Module, layer_name: str, norm_name: str) -> None:
-    norm = model.get_submodule(norm_name)
-    fold(model.get_submodule(layer_name), norm)
-    for parent in model.modules():
-        for name, child in parent.named_children():
-            if child is norm:
-                setattr(parent, name, nn.Identity().eval())
 
 
 class FoldedPairs:

@@ -154,25 +154,22 @@ class CopiedWeights:
     @torch.no_grad()
     def read(self, model: nn.Module) -> None:
         """Copy the current parameters and buffers of the model, except ``num_batches_tracked``."""
-        with section("refresh of a copy"):
-            self._read(model)
-
-    def _read(self, model: nn.Module) -> None:
         # A tensor may have several names. List all of them, because the copy may use any name.
         theirs = dict(tensors_of(model))
-        if self.pairs:
-            self._folding = self._folding or FoldedPairs(model, self.pairs)
-            theirs |= self._folding(theirs)
-        # Group the tensors by dtypes. On CUDA, a group is copied in a single launch.
-        copies = defaultdict[tuple[torch.dtype, torch.dtype], tuple[list[Tensor], list[Tensor]]](lambda: ([], []))
-        for name, mine in (*self.copied.named_parameters(), *self.copied.named_buffers()):
-            # A random defence in the copy has noise of its own.
-            if not name.endswith(("num_batches_tracked", "_noise_seed")):
-                targets, sources = copies[mine.dtype, theirs[name].dtype]
-                targets.append(mine)
-                sources.append(theirs[name])
-        for targets, sources in copies.values():
-            torch._foreach_copy_(targets, sources)
+        with section("refresh of a copy"):
+            if self.pairs:
+                self._folding = self._folding or FoldedPairs(model, self.pairs)
+                theirs |= self._folding(theirs)
+            # Group the tensors by dtypes. On CUDA, a group is copied in a single launch.
+            copies = defaultdict[tuple[torch.dtype, torch.dtype], tuple[list[Tensor], list[Tensor]]](lambda: ([], []))
+            for name, mine in (*self.copied.named_parameters(), *self.copied.named_buffers()):
+                # A random defence in the copy has noise of its own.
+                if not name.endswith(("num_batches_tracked", "_noise_seed")):
+                    targets, sources = copies[mine.dtype, theirs[name].dtype]
+                    targets.append(mine)
+                    sources.append(theirs[name])
+            for targets, sources in copies.values():
+                torch._foreach_copy_(targets, sources)
 
 
 class InferenceCopy(nn.Module):

@@ -249,15 +249,14 @@ class StepGraphs:
                 with self.capture.aside(device):
                     # The first call compiles, verifies kernels and chooses algorithms, and may wait for the device.
                     function(buffers)
-                drawn = device_generator(device)
                 first = [counter.counted() for counter in counters]
-                with self.capture.aside(device):
+                with self.capture.aside(device), same_draws(device=device) as drew:
                     results = run_trial(lambda: function(buffers), device)
+                    # Compiled code draws other random numbers.
+                    draws = drew()
                 for name, value in results.items():
                     if _kind(value) != _kind(buffers[name]):
                         raise RuntimeError(f"the step changes {name} from {_kind(buffers[name])} to {_kind(value)}")
-                # Compiled code draws other random numbers.
-                draws = device_generator(device) != drawn
                 counts = [counter.counted() - start for counter, start in zip(counters, first, strict=True)]
                 compiles = any(one.compiled_steps() is not None for one in parts_of(function.model, CompilesSteps))
                 compiled = compiled_step(function, buffers) if compiles and not draws else None
@@ -348,12 +347,6 @@ def host_generators(device: torch.device) -> tuple[Any, ...]:
     # On a CPU, torch's generator of the host is the generator of the device, so it is left out.
     host = None if device.type == "cpu" else torch.get_rng_state().numpy().tobytes()
     return random.getstate(), host, (array[0], array[1].tobytes(), *array[2:])
-
-
-def device_generator(device: torch.device) -> bytes:
-    """The state of torch's generator of the device. On a GPU this waits for the device."""
-    state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-    return state.numpy().tobytes()
 
 
 def first_replay_agrees(

@@ -94,11 +94,6 @@ class Steps:
         if graphs is not None:
             self._ask(graphs)
 
-    @property
-    def replays(self) -> bool:
-        """Tell whether the next step is a replay."""
-        return self.captured is not None
-
     def advance(self) -> None:
         """Do a step, eagerly or as a replay."""
         if self.graphs is not None and self.launched is not None and self.launched.enough:
