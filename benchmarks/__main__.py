@@ -18,7 +18,7 @@ from .speed import kernel_times, running
 from .speed.elsewhere import measuring as elsewhere
 
 #: For each command, a module and the help text. The module's ``main`` runs the command: a text or a path that it
-#: returns is printed, and False means failure. Its ``arguments``, if there, adds options to a parser.
+#: returns is printed, and False means failure. Its ``arguments`` adds options to a parser.
 COMMANDS: dict[str, tuple[Any, str]] = {
     "ops": (running.OPS, "measure the speed of the ops, compared with their references in PyTorch"),
     "kernels": (
@@ -43,9 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (module, text) in COMMANDS.items():
-        own = commands.add_parser(name, help=text)
-        if hasattr(module, "arguments"):
-            module.arguments(own)
+        module.arguments(commands.add_parser(name, help=text))
     chosen = parser.parse_args(arguments)
     module, _ = COMMANDS[chosen.command]
     result = module.main(chosen)

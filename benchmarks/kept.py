@@ -17,13 +17,6 @@ def rows_of(path: Path) -> list[Row]:
     return json.loads(path.read_text()) if path.is_file() else []
 
 
-def existing(path: Path) -> list[Row]:
-    """Return the rows of a file; FileNotFoundError if there are none."""
-    if not (rows := rows_of(path)):
-        raise FileNotFoundError(path)
-    return rows
-
-
 def put(path: Path, row: Row, key: Callable[[Row], Any], keep: Callable[[Row], bool] = lambda row: True) -> None:
     """Write a row into a file, in place of a row with the same key. Another process may have added rows to the file."""
     others = [one for one in rows_of(path) if key(one) != key(row) and keep(one)]

@@ -38,10 +38,10 @@ import tarfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 
@@ -100,22 +100,15 @@ def slowness() -> float:
     return max(1.0, (time.monotonic() - began) / USUAL_START)
 
 
-@contextlib.contextmanager
-def lacking(out: Path) -> Iterator[None]:
-    """Within the block, new processes of Python cannot import the packages `LACKING`."""
-    folder, before = out / "gpu_check" / "lacking", os.environ.get("PYTHONPATH")
+def lacking(out: Path) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which new processes of Python cannot import the packages `LACKING`."""
+    folder = out / "gpu_check" / "lacking"
     folder.mkdir(parents=True, exist_ok=True)
     # Python imports this module when it starts. A module that is None counts as missing.
     text = f"import sys\n\nsys.modules.update(dict.fromkeys({LACKING!r}))\n"
     write_text(folder / "sitecustomize.py", text)
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), *([before] if before else [])])
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
+    before = os.environ.get("PYTHONPATH")
+    return mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join([str(folder), *([before] if before else [])]))
 
 
 def _end_with(parent: int) -> None:

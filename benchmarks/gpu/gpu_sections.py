@@ -29,8 +29,7 @@ from purify_fast.attacks.gradient_copy import Copies
 from purify_fast.data import load_dataset, to_float
 from purify_fast.evaluation import evaluate
 from purify_fast.models.classifiers import PreActResNet18
-from purify_fast.ops import REGISTRY
-from purify_fast.ops.dispatch import verify
+from purify_fast.ops.dispatch import tuning, verify
 from purify_fast.ops.dispatch.registry import Op
 from purify_fast.speed.graphs.cuda_capture import CudaCapture
 from purify_fast.speed.graphs.step_graphs import StepGraphs
@@ -147,15 +146,6 @@ def outcome_of(budget: Budget, summary: str, some: bool, wrong: dict[str, str]) 
     return Outcome(PASSED if some and not errors else FAILED, summary, {"errors": errors}, budget.left_out)
 
 
-def _with_kernels(device: torch.device) -> list[Op]:
-    """Return the ops that have a kernel for a device."""
-    return [op for op in REGISTRY.values() if op.kernel(device.type) != "reference"]
-
-
-def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.3f}"
-
-
 @dataclass(frozen=True, eq=False)
 class _SignStep:
     """A step of an attack: it computes the gradient with respect to the images, and adds the sign of the gradient."""
@@ -181,26 +171,20 @@ def _one_capture(context: Context, images: int, precision: Any) -> dict:
     capture, on_gpu = CudaCapture(), device.type == "cuda"
     graphs = StepGraphs("always", capture=capture)
 
-    def now() -> float:
-        """Wait until the device has finished all work, and return the time in seconds."""
-        if on_gpu:
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
     def timed(run: Callable[[], object]) -> tuple[float, float]:
         """The seconds until the host has launched all operators of a function, and until the device has finished."""
         with capture.aside(device) if on_gpu else contextlib.nullcontext():
-            begin = now()
+            begin = timing.now(device)
             run()
             launched = time.perf_counter()
-            return launched - begin, now() - begin
+            return launched - begin, timing.now(device) - begin
 
     for _ in range(3):
         step(state)
     eager = [timed(lambda: step(state)) for _ in range(runs)]
-    began = now()
+    began = timing.now(device)
     loop = graphs.begin(step, state)
-    captured = now() - began
+    captured = timing.now(device) - began
     replayed = [timed(loop.take) for _ in range(runs)]
     on_device = timing.seconds([loop.take] * runs, device) / runs
     launching, whole = (statistics.median(column) for column in zip(*eager, strict=True))
@@ -235,7 +219,7 @@ def verdicts(context: Context) -> Outcome:
         verdict = verify.verdict_of(op, context.device)
         return {"op": op.name, **asdict(verdict), "passed": verdict.passed}
 
-    return measured(context, VERDICTS, {op.name: partial(one, op) for op in _with_kernels(context.device)})
+    return measured(context, VERDICTS, {op.name: partial(one, op) for op in tuning.with_kernel(context.device)})
 
 
 def _subject(context: Context) -> contests.Subject:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ from purify_fast.training import Callback, ClassifierConfig, ClassifierTask, Fit
 from purify_fast.training.loop import step_settings, train_step
 
 from ..speed.pipelines import random_batch
+from ..speed.timing import now
 
 EPS, STEPS = 8 / 255, 10
 #: The share of the card's memory that a step without a graph takes in the part "full card".
@@ -47,24 +48,14 @@ def replays() -> Iterator[list[None]]:
         seen.append(None)
         replay(graph)
 
-    torch.cuda.CUDAGraph.replay = counted  # type: ignore[method-assign]
-    try:
+    with mock.patch.object(torch.cuda.CUDAGraph, "replay", counted):
         yield seen
-    finally:
-        torch.cuda.CUDAGraph.replay = replay  # type: ignore[method-assign]
 
 
 def _row(form: str, device: torch.device, seen: list[None], said: list[Any], **columns: Any) -> dict:
     verdict = "right" if seen or device.type == "cpu" else "failed"
     texts = dict.fromkeys(str(one.message).splitlines()[0] for one in said)
     return {"form": form, **columns, "replays": len(seen), "verdict": verdict, "warnings": "; ".join(texts)}
-
-
-def _now(device: torch.device) -> float:
-    """Wait until the device has finished all work, and return the time in seconds."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def _task(device: torch.device, small: bool, steps: int) -> ClassifierTask:
@@ -97,9 +88,9 @@ def training(device: torch.device, small: bool) -> list[dict]:
     config = FitConfig(3, batch, validation_share=0.125, flip=True, padding=4)
     with replays() as seen, warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        epochs, begin = _Epochs(seen), _now(device)
+        epochs, begin = _Epochs(seen), now(device)
         fit(task, x, torch.arange(count) % 10, config, progress=False, callbacks=[epochs])
-        whole, before, rows = _now(device) - begin, 0, []
+        whole, before, rows = now(device) - begin, 0, []
     for epoch, (speed, until) in enumerate(epochs.rows):
         numbers = {"images": batch, "images_per_s": f"{speed:.0f}", "whole_s": f"{whole:.2f}"}
         rows.append(_row(f"fit, epoch {epoch}", device, seen[before:until], said, **numbers))
@@ -129,9 +120,9 @@ def loop(device: torch.device, small: bool, name: str) -> dict:
         warnings.simplefilter("always")
         fast = frozen_copy(model, batch.x)
         for _ in range(calls):
-            begin = _now(device)
+            begin = now(device)
             point = pgd(fast, batch.x, batch.y, eps=EPS, alpha=2 / 255, steps=2 if small else STEPS)
-            times.append(_now(device) - begin)
+            times.append(now(device) - begin)
             optimizer.zero_grad()
             F.cross_entropy(model(point), batch.y).backward()
             optimizer.step()
@@ -154,9 +145,9 @@ def full(device: torch.device, small: bool) -> dict:
     with replays() as seen, warnings.catch_warnings(record=True) as said, step_settings(task, FitConfig(1), device):
         warnings.simplefilter("always")
         for _ in range(4):
-            begin = _now(device)
+            begin = now(device)
             train_step(task, batch)
-            times.append(_now(device) - begin)
+            times.append(now(device) - begin)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     numbers = {"images": count, "images_per_s": f"{count / times[-1]:.0f}", "ms": f"{1e3 * times[-1]:.2f}"}
     return _row("full card", device, seen, said, **numbers, first_ms=f"{1e3 * times[0]:.1f}", peak_MB=peak // 10**6)

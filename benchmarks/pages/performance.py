@@ -63,10 +63,7 @@ def pipelines(folder: Path, *wanted: str, caption: bool = True) -> list[str]:
 ROWS = {
     "plain": "PyTorch in float32 with contiguous memory, as introductions teach it. No BatchNorm is folded, and the "
     "attacks also compute the gradients of the weights.",
-    "plain, bfloat16": "like *plain*, under `torch.autocast`.",
     "torch.compile of plain": "the compiled networks of *plain*, under `torch.autocast` if bfloat16 is faster.",
-    "torch.compile of plain, bfloat16": "the compiled networks of *plain* under `torch.autocast`.",
-    "plain, checkpointed": "plain PyTorch that computes each step of a diffusion again (`torch.utils.checkpoint`).",
     "expert": "the fastest code that we could write by published advice on PyTorch. Attacks compute only the gradient "
     "of the images, on a frozen copy of the network in channels_last with folded BatchNorms. The copy is in bfloat16, "
     "and training uses autocast, where a convolution is faster in bfloat16 than in float32.",

@@ -54,6 +54,7 @@ from .contests import (
     misclassified,
     official,
 )
+from .contests import OFFICIAL_RAND as RAND
 from .counted_model import CountedModel
 
 FILE, TABLE = "answer.json", "answer.md"
@@ -105,8 +106,9 @@ def _of_zoo(name: str, folder: Path | None) -> Subject:
     return Subject(zoo.load(name), to_float(images.x_test), images.y_test, zoo.card(name).eps, random=True)
 
 
-RAND, FROZEN_RAND = "AutoAttack rand", "AutoAttack rand, frozen"
+FROZEN_RAND = f"{RAND}, frozen"
 EIGHT = dict.fromkeys((FAST, FROZEN_RAND, RAND), (8,))
+ZOO = "digits-carso-pipeline", "digits-atop-pipeline", "mnist-carso-objective"
 #: By name of a random defence: the function that makes it, and the numbers of images for each contestant.
 RANDOM: dict[str, tuple[Callable[[Path | None], Subject], dict[str, tuple[int, ...]]]] = {
     "random transforms (examples/random_defence.py)": (
@@ -117,18 +119,7 @@ RANDOM: dict[str, tuple[Callable[[Path | None], Subject], dict[str, tuple[int, .
         partial(_on_cifar10, lambda: Smoothed(zoo.load("cifar10-pgd-at-w16"), 0.1)),
         EIGHT,
     ),
-    "digits-carso-pipeline": (
-        partial(_of_zoo, "digits-carso-pipeline"),
-        EIGHT,
-    ),
-    "digits-atop-pipeline": (
-        partial(_of_zoo, "digits-atop-pipeline"),
-        EIGHT,
-    ),
-    "mnist-carso-objective": (
-        partial(_of_zoo, "mnist-carso-objective"),
-        EIGHT,
-    ),
+    **{name: (partial(_of_zoo, name), EIGHT) for name in ZOO},
 }
 
 
@@ -159,9 +150,10 @@ def measured_random(subject: Subject, who: str, amount: Amount) -> Row:
 def markdown_random(rows: Sequence[Row]) -> list[str]:
     """Return the table of the random defences: a line for each number of images and contestant."""
     head = ["defence", "images", "attack", "left", "right in one draw, %", "forward passes per image"]
+    by_frozen = {(row["network"], row["last"]): row for row in rows if row["contestant"] == FROZEN_RAND}
     body = []
     for row in rows:
-        n, frozen = row["last"], _rand_of(rows, row)
+        n, frozen = row["last"], by_frozen.get((row["network"], row["last"]))
         title = f"**{FAST}**" if row["contestant"] == FAST else row["contestant"]
         passes = [f"{row[key] / n:,.0f}" for key in ("forwards", "gradients")]
         share = "" if frozen is None else f"{row['cpu_seconds'] / frozen['cpu_seconds']:.2f}"
@@ -171,11 +163,6 @@ def markdown_random(rows: Sequence[Row]) -> list[str]:
     head += ["gradients per image", "CPU seconds", "share of frozen rand's", "expected time / time"]
     where = f"Random defences, measured on: {kept.machines(rows)}."
     return ["", where, "", *markdown_table(head, body)] if rows else []
-
-
-def _rand_of(rows: Sequence[Row], row: Row) -> Row | None:
-    same = (one for one in rows if all(one[name] == row[name] for name in ("network", "last")))
-    return next((one for one in same if one["contestant"] == FROZEN_RAND), None)
 
 
 CONTESTANTS: dict[str, Contestant] = {

@@ -125,8 +125,7 @@ def found_by_autoattack(subject: Subject, amount: Amount, version: str = "standa
         warnings.simplefilter("ignore")
         logging.getLogger("auto-attack").setLevel(logging.ERROR)
         adversary = implementation()(subject.model, norm="Linf", eps=subject.eps, seed=0, version=version)
-        parts = adversary.apgd, adversary.apgd_targeted
-        for part in parts:
+        for part in (adversary.apgd, adversary.apgd_targeted):
             part.n_iter = part.n_iter_orig = amount.steps
             part.n_iter_2, part.n_iter_min, part.size_decr = (
                 max(int(share * amount.steps), 1) for share in (0.22, 0.06, 0.03)
@@ -181,12 +180,12 @@ class Protocol:
         context = AttackContext(
             num_classes=10,
             eps=subject.eps,
-            draws_differ=subject.random,
+            draws_differ=True,
             eot_iter=amount.draws,
             judge_draws=JUDGES,
             steps=steps,
             batch_size=BATCH,
-            max_forward_batch=2 * BATCH if subject.random else None,
+            max_forward_batch=2 * BATCH,
             copies=Copies(subject.x),
         )
         attacked = AttackSequence(subject.model, subject.x, subject.y, context)
@@ -483,11 +482,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     options.add_out(parser, "/studies")
 
 
-def _beside(row: Row, other: Row) -> bool:
-    """Tell whether another row may stay in the file beside a new row. Rows of a contest must have the same `Amount`."""
-    return other["contest"] != row["contest"] or other["amount"] == row["amount"]
-
-
 def main(chosen: argparse.Namespace) -> str:
     """Run contests, and return their table. Finished runs are not repeated."""
     usual = QUICK if chosen.quick else Amount()
@@ -502,9 +496,13 @@ def main(chosen: argparse.Namespace) -> str:
     def key(row: Row) -> tuple[int, int]:
         return list(contests).index(row["contest"]), RANKS.index(row["contestant"])
 
+    def stays(row: Row) -> bool:
+        """Tell whether a row may stay beside a new one. All rows of a contest must have the same `Amount`."""
+        return row["contest"] != name or row["amount"] == asdict(amount)
+
     for name in chosen.names or contests:
         contestants = contests[name].contestants
-        known = [row for row in read(out, file) if row["contest"] == name and row["amount"] == asdict(amount)]
+        known = [row for row in read(out, file) if row["contest"] == name and stays(row)]
         done = [row for row in known if is_current(row, contests[name])]
         if not chosen.robust and len(done) == len(contestants):
             continue
@@ -516,7 +514,7 @@ def main(chosen: argparse.Namespace) -> str:
             print(f"{name} is left out: {error}", flush=True)
             continue
         for row in run_contest(name, subject, contestants, amount, known):
-            kept.put(out / file, row, key, partial(_beside, row))
+            kept.put(out / file, row, key, stays)
             write_text(out / page, "\n".join(table(read(out, file))) + "\n")
     write_text(out / page, "\n".join(table(read(out, file))) + "\n")
     return (out / page).read_text()

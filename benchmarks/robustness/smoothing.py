@@ -7,7 +7,9 @@ if the lower Clopper-Pearson bound of its probability, from 100,000 further draw
 from __future__ import annotations
 
 import argparse
+import json
 import time
+from operator import itemgetter
 from pathlib import Path
 from statistics import NormalDist
 
@@ -93,6 +95,10 @@ def main(chosen: argparse.Namespace) -> Path:
     path = options.out_of(chosen, chosen.quick, "") / FILE
     x, y = images(chosen.data_root)
     model, purifier = zoo.load(MODEL), zoo.load(PURIFIER).one_shot(SIGMA)
+
+    def put(row: Row) -> None:
+        kept.put(path, row | timing.environment(torch.device("cpu")), key=itemgetter("kind", "part"))
+
     for kind, whose, most in (("ours", model, DRAWS), ("one_shot", purifier, ITS_DRAWS)):
         if kind in chosen.parts:
             began = time.process_time()
@@ -103,16 +109,12 @@ def main(chosen: argparse.Namespace) -> Path:
             if kind == "one_shot":
                 # The loop that a user would write takes the same number of draws for each image.
                 row["loop"] = round(plain_loop(whose, x[:10], y[:10], ITS_DRAWS) * len(x) / 10, 1)
-            kept.put(path, row | timing.environment(torch.device("cpu")), key=lambda row: (row["kind"], row["part"]))
+            put(row)
     if "cohen" in chosen.parts:
         fast = frozen_copy(model, x[:8], dtype=torch.float32)
         done = {row["part"] for row in kept.rows_of(path) if row["kind"] == "cohen"}
         for part in sorted(set(range(IMAGES // PART)) - done):
-            kept.put(
-                path,
-                cohen_part(fast, x, y, part) | timing.environment(torch.device("cpu")),
-                key=lambda row: (row["kind"], row["part"]),
-            )
+            put(cohen_part(fast, x, y, part))
     return path
 
 
@@ -124,7 +126,7 @@ def certificates_of(row: Row) -> Certificates:
 
 def table(results: Path) -> list[str]:
     """Return the lines of the table on docs/certify.md."""
-    rows = kept.existing(results / FILE)
+    rows = json.loads((results / FILE).read_text())
     named, body = {row["kind"]: row for row in rows}, []
     for kind, what in (("ours", f"`certify`, `{MODEL}`"), ("one_shot", f"`certify`, `{PURIFIER}` in one step")):
         row, made = named[kind], certificates_of(named[kind])

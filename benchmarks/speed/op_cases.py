@@ -122,6 +122,17 @@ def uniform(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+def drawn(count: int) -> tuple[Tensor, Tensor]:
+    """Return the seed and the ids of random numbers for a number of images."""
+    return torch.tensor([1234567890123]), torch.arange(count)
+
+
+def attacked(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Return current images, their gradient, and clean images."""
+    gradient = normal(*shape, dtype=dtype, scale=1e-3)
+    return uniform(*shape, dtype=dtype), gradient, uniform(*shape, dtype=dtype, seed=1)
+
+
 @measured(
     ((256, 8, 128), (64, 1, 3072)),
     ((torch.float32, "normal"), (torch.float32, "uniform"), (torch.int32, "bits")),
@@ -130,7 +141,7 @@ def philox(shape: Shape, dtype: torch.dtype, distribution: Any) -> Case:
     """A shape has the number of ids, the number of draws, and the number of values in a draw."""
     ids, draws, numel = shape
     return Case(
-        lambda: (torch.arange(ids), torch.tensor([1234567890123])),
+        lambda: drawn(ids)[::-1],
         lambda ids, seed: ops.philox(seed, ids, numel, stream=Stream.LATENT, distribution=distribution, draws=draws),
         {"forward": "4*n + 8*B"},
         symbols={"B": ids},
@@ -159,12 +170,7 @@ def sample_latent(shape: Shape, dtype: torch.dtype, variant: str) -> Case:
     """A shape has the batch size and the dimension of the latent."""
     b, d = shape
     return Case(
-        lambda: (
-            normal(b, d, dtype=dtype),
-            normal(b, d, dtype=dtype, scale=0.5),
-            torch.tensor([1234567890123]),
-            torch.arange(b),
-        ),
+        lambda: (normal(b, d, dtype=dtype), normal(b, d, dtype=dtype, scale=0.5), *drawn(b)),
         ops.sample_latent,
         {"forward": "3*B*D*s + 12*B", "backward": "5*B*D*s + 12*B"},
         differentiable=(0, 1),
@@ -188,14 +194,10 @@ def reconstruction_loss(shape: Shape, dtype: torch.dtype, variant: str) -> Case:
 
 @measured(_IMAGES, kinds("linf", "l2", "l1"))
 def pgd_step(shape: Shape, dtype: torch.dtype, norm: Any) -> Case:
-    """The inputs are current images, their gradient, and clean images."""
+    """The inputs are those of `attacked`."""
     alpha, eps = {"linf": (2 / 255, 8 / 255), "l2": (0.1, 0.5), "l1": (1.0, 12.0)}[norm]
     return Case(
-        lambda: (
-            uniform(*shape, dtype=dtype),
-            normal(*shape, dtype=dtype, scale=1e-3),
-            uniform(*shape, dtype=dtype, seed=1),
-        ),
+        lambda: attacked(shape, dtype),
         lambda x, grad, nat: ops.pgd_step(x, grad, nat, alpha, eps, norm),
         {"forward": "4*n*s"},
     )
@@ -203,15 +205,10 @@ def pgd_step(shape: Shape, dtype: torch.dtype, norm: Any) -> Case:
 
 @measured(_IMAGES, kinds("linf", "l2"))
 def apgd_step(shape: Shape, dtype: torch.dtype, norm: Any) -> Case:
-    """The inputs are current images, their gradient, clean images, and images of the previous step."""
+    """The inputs are those of `attacked`, and images of the previous step."""
     alpha, eps = (2 / 255, 8 / 255) if norm == "linf" else (0.1, 0.5)
     return Case(
-        lambda: (
-            uniform(*shape, dtype=dtype),
-            normal(*shape, dtype=dtype, scale=1e-3),
-            uniform(*shape, dtype=dtype, seed=1),
-            uniform(*shape, dtype=dtype, seed=2),
-        ),
+        lambda: (*attacked(shape, dtype), uniform(*shape, dtype=dtype, seed=2)),
         lambda x, grad, nat, previous: ops.apgd_step(x, grad, nat, previous, alpha, eps, 0.75, norm),
         {"forward": "5*n*s"},
     )
@@ -227,7 +224,7 @@ def random_transform(shape: Shape, dtype: torch.dtype, variant: str) -> Case:
     num_passes = 4 if variant == "rt3" else None
     sigma = 0.0 if variant == "rt1" else 0.25
     return Case(
-        lambda: (uniform(*shape, dtype=torch.float32), torch.tensor([1234567890123]), torch.arange(b)),
+        lambda: (uniform(*shape, dtype=torch.float32), *drawn(b)),
         # Use channels_last for bfloat16, as AToP's generator does.
         lambda x, seed, ids: ops.random_transform(
             x,
@@ -253,7 +250,7 @@ def stitch(shape: Shape, dtype: torch.dtype, layout: str) -> Case:
     def inputs() -> tuple[Tensor, ...]:
         b, *image = shape
         images = normal(b * passes, *image, dtype=dtype, layout=layout)
-        x, seed, ids = torch.zeros(shape), torch.tensor([1234567890123]), torch.arange(b)
+        x, (seed, ids) = torch.zeros(shape), drawn(b)
         return images, ops.random_transform(x, seed, ids, sigma=0.0, block=shape[2] // 8, num_passes=passes)[1]
 
     moved = {"forward": "2*n*s", "backward": "(1 + N)*n*s"}
@@ -345,14 +342,13 @@ def noisy_replay(shape: Shape, dtype: torch.dtype, variant: str) -> Case:
     batch = shape[0]
     # The drifts are evenly spaced in [0, 1), so about a quarter of them are above 0.75.
     threshold = 0.75 if variant == "quarter" else -1.0
+
+    def inputs() -> tuple[Tensor, ...]:
+        x, adv = (uniform(*shape, dtype=dtype, seed=seed) for seed in (0, 1))
+        return x, adv, torch.arange(batch) / batch, *drawn(batch)
+
     return Case(
-        lambda: (
-            uniform(*shape, dtype=dtype),
-            uniform(*shape, dtype=dtype, seed=1),
-            torch.arange(batch) / batch,
-            torch.tensor([1234567890123]),
-            torch.arange(batch),
-        ),
+        inputs,
         lambda x, adv, drift, seed, ids: ops.noisy_replay(x, adv, drift, threshold, 8 / 255, seed, ids),
         # At each position, the op reads an element of only one of the two images.
         {"forward": "2*n*s"},
@@ -393,7 +389,7 @@ def diffusion_step(shape: Shape, dtype: torch.dtype, variant: str) -> Case:
             normal(*shape, dtype=torch.float32),
             normal(b, halves * c, *sides, dtype=dtype),
             torch.tensor(_COEFFICIENTS),
-            torch.tensor([1234567890123]),
+            drawn(b)[0],
             torch.arange(b) // 2,
             torch.arange(b) % 2,
             torch.tensor([7]),

@@ -146,6 +146,13 @@ def seconds(calls: list[Callable], device: torch.device, clock: Callable[[], flo
     return clock() - start
 
 
+def now(device: torch.device) -> float:
+    """Wait until a device has finished all work, and return the time in seconds."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def allocated(work: Callable[[], object], device: torch.device) -> int:
     """Return the peak bytes of tensors that a function allocates, including allocations in compiled code."""
     if device.type == "cuda":

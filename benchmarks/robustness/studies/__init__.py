@@ -1,8 +1,8 @@
 """Run studies of what makes a defence robust: ``python -m benchmarks study NAME``.
 
-A study is a list of jobs. Each job trains or attacks a model, and writes ``result.json`` into its folder. Jobs can run
-in parallel. A finished job is not run again, so a stopped study can be resumed. The settings of a job are saved in
-``job.json`` in the same folder. If the folder of a job already exists with other settings, the study does not start.
+A study is a list of jobs. Each job trains or attacks a model, and writes ``result.json`` into its folder. A finished
+job is not run again, so a stopped study can be resumed. The settings of a job are saved in ``job.json`` in the same
+folder. If the folder of a job already exists with other settings, the study does not start.
 """
 
 from __future__ import annotations
@@ -48,12 +48,11 @@ class Job:
     Attributes:
         name: name of the row of the table.
         seed: seed of the training and of the attacks.
-        work: function ``work(job, folder, root)`` that returns numbers for the table. It must be importable, because it
-            runs in another process.
+        work: function ``work(job, folder, root)`` that returns numbers for the table.
         needs: names of the rows with the same seed whose jobs must be finished before this job.
         settings: settings of ``work``.
-        threads: number of threads. The default is 1, because small models are not faster with more threads. 0 gives
-            each of the parallel jobs an equal share of the threads that PyTorch would use.
+        threads: number of threads. The default is 1, because small models are not faster with more threads. With 0,
+            the job has as many threads as PyTorch would use.
     """
 
     name: str
@@ -94,14 +93,12 @@ class Job:
         return json.loads(plain)
 
 
-def _run(job: Job, root: Path, share: int) -> None:
-    torch.set_num_threads(job.threads or share)
-    retain_freed_memory()
-    began = time.monotonic()
-    write_text(job.folder(root) / ASKED, json.dumps(job.asked(), indent=1) + "\n")
-    result = job.work(job, job.folder(root), root)
+def _run(job: Job, root: Path) -> None:
+    began, folder = time.monotonic(), job.folder(root)
+    write_text(folder / ASKED, json.dumps(job.asked(), indent=1) + "\n")
+    result = job.work(job, folder, root)
     result |= {"name": job.name, "seed": job.seed, "minutes": round((time.monotonic() - began) / 60, 2)}
-    write_text(job.folder(root) / RESULT, json.dumps(result, indent=1) + "\n")
+    write_text(folder / RESULT, json.dumps(result, indent=1) + "\n")
 
 
 def _check(jobs: Sequence[Job], root: Path) -> None:
@@ -118,6 +115,7 @@ def _check(jobs: Sequence[Job], root: Path) -> None:
 def run(jobs: Sequence[Job], root: Path) -> list[dict]:
     """Run the unfinished jobs one after the other, and return all results in the order of ``jobs``."""
     _check(jobs, root)
+    retain_freed_memory()
     began, all_threads = time.monotonic(), torch.get_num_threads()
     waiting = [job for job in jobs if not job.done(root)]
     total = len(waiting)
@@ -126,7 +124,8 @@ def run(jobs: Sequence[Job], root: Path) -> list[dict]:
         waiting.remove(job)
         minutes = (time.monotonic() - began) / 60
         print(f"[{minutes:5.1f} min] {total - len(waiting)}/{total} {job.name}, seed {job.seed}", file=sys.stderr)
-        _run(job, root, all_threads)
+        torch.set_num_threads(job.threads or all_threads)
+        _run(job, root)
     return [job.result(root) for job in jobs]
 
 

@@ -123,25 +123,17 @@ def fixed(job: Job, model: nn.Module, x: Tensor, y: Tensor, root: Path) -> dict[
         return {"attacked": told(predictions(model, found, 1, job.settings["budget"].batch), y)}
 
 
-def reported(model: nn.Module, x: Tensor, y: Tensor, job: Job, attacks: list[AttackSpec]) -> list[dict[str, Any]]:
-    """Evaluate a model by a list of attacks. Return the rows."""
-    s = job.settings
-    draws = s["budget"].draws
-    report = evaluate(model, x, y, eps=s["eps"], n_eval=draws, attacks=attacks, name=job.name, progress=False)
-    return [{name: row.to_dict()[name] for name in FACTS} for row in report.rows]
-
-
 def authors(job: Job, model: nn.Module, x: Tensor, y: Tensor, root: Path) -> dict[str, Any]:
     """Run the attacks of the purifiers' authors. AutoAttack, one of these attacks, attacks only the first images."""
-    budget = job.settings["budget"]
+    budget, eps = job.settings["budget"], job.settings["eps"]
     specs = [
         replace(spec, max_images=budget.autoattack_images) if isinstance(spec.attack, OriginalAutoAttack) else spec
-        for spec in authors_attacks(model, job.settings["eps"]) or ()
+        for spec in authors_attacks(model, eps) or ()
     ]
     if budget.quick:
         specs = [short(spec) for spec in specs if not isinstance(spec.attack, OriginalAutoAttack)]
-    rows = reported(model, x, y, job, attacks=specs)
-    return {"rows": [row for row in rows if row["kind"] == "authors"]}
+    report = evaluate(model, x, y, eps=eps, n_eval=budget.draws, attacks=specs, name=job.name, progress=False)
+    return {"rows": [{name: row.to_dict()[name] for name in FACTS} for row in report.rows if row.kind == "authors"]}
 
 
 def short(spec: AttackSpec) -> AttackSpec:

@@ -187,14 +187,9 @@ def _row_line(root: Path, name: str, seed: int, counts: Judging) -> dict[str, An
     return line | {key: facts[key] for key in ("parameters", "inference_gflop", "training_gflop")}
 
 
-def _error(share: float, images: int) -> float:
-    """Return the binomial standard error of a share, in percentage points."""
-    return 100 * (share * (1 - share) / images) ** 0.5
-
-
 def percent(share: float, images: int) -> str:
     """Return a share in percent, with its binomial standard error."""
-    return f"{100 * share:.1f} ± {_error(share, images):.1f}"
+    return f"{100 * share:.1f} ± {100 * (share * (1 - share) / images) ** 0.5:.1f}"
 
 
 def tradeoff(clean: float, robust: float) -> str:
