@@ -19,7 +19,7 @@ def quick():
     [
         ("purify_fast/attacks/pgd.py", "tests/attacks"),
         ("purify_fast/methods/carso/task.py", "tests/methods/carso"),
-        ("purify_fast/methods/base.py", "tests/methods"),
+        ("purify_fast/methods/loading.py", "tests/methods"),
         # no folder of tests is as deep
         ("purify_fast/evaluation/run/cache.py", "tests/evaluation"),
         ("purify_fast/nn.py", "tests/test_nn.py"),

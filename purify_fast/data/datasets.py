@@ -172,7 +172,6 @@ def _digits() -> dict[str, np.ndarray]:
 
 
 def _find(path: Path, root: Path | None) -> Path:
-    """Find an .npz file or a folder."""
     candidates = [path] if root is None else [path, root / path, root / f"{path}.npz"]
     existing = [path for exists in (Path.is_file, Path.is_dir) for path in candidates if exists(path)]
     if existing:
@@ -225,7 +224,6 @@ def _checked(arrays: dict[str, np.ndarray], num_classes: int | None) -> tuple[di
 
 
 def _number_of_classes(present: int, given: int | None) -> int:
-    """The number of classes: ``given``, or ``present`` if ``given`` is None."""
     if given is not None and given < present:
         raise ValueError(f"num_classes is {given}, but the labels go up to {present - 1}: pass at least {present}")
     return present if given is None else given
@@ -251,7 +249,6 @@ def _images(name: str, array: np.ndarray) -> np.ndarray:
 
 
 def _labels(name: str, array: np.ndarray) -> np.ndarray:
-    """Convert labels to int64 ``[N]``."""
     column = array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
     if column.ndim != 1 or column.dtype.kind not in "iu" or len(column) == 0:
         raise ValueError(f"{name} must be integers [N] or [N, 1], N at least 1, got {array.dtype} {list(array.shape)}")

@@ -16,11 +16,7 @@ _PART = 8192
 
 
 def to_float(x: Tensor) -> Tensor:
-    """Convert images from uint8 to float32 in [0, 1].
-
-    Args:
-        x: images, uint8 of any shape. Another dtype raises a ValueError.
-    """
+    """Convert images of any shape from uint8 to float32 in [0, 1]. Another dtype raises a ValueError."""
     if x.dtype != torch.uint8:
         raise ValueError(f"images must be uint8, got {x.dtype}")
     return x.float().div_(255)
@@ -87,13 +83,7 @@ def crop_flip(
 
 
 def mirrored(seed: int, sample_ids: Tensor, epoch: int = 0) -> Tensor:
-    """Tell which images `crop_flip` mirrors: bool ``[B]``.
-
-    Args:
-        seed: the seed of `crop_flip`.
-        sample_ids: the sample ids of `crop_flip`, int64 ``[B]``.
-        epoch: the epoch of `crop_flip`.
-    """
+    """Tell which images `crop_flip` mirrors with these arguments: bool ``[B]``."""
     return _draws(seed, sample_ids, epoch)[:, 2] < 0.5
 
 

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import math
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,7 @@ from ..speed.followed import Followed, is_frozen_copy, keeps_its_mode
 from ..speed.watch import tensors_of
 from .stochastic import StochasticDefence, majority
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
+D = TypeVar("D", bound="Defence")
 
 
 class Defence(StochasticDefence):
@@ -156,20 +155,13 @@ class Defence(StochasticDefence):
     # -- copies -------------------------------------------------------------------------------------------------------
 
     @torch.inference_mode(False)
-    def computing_in(self, dtype: torch.dtype, *, compile: bool = False, plain: bool = False) -> Self:
+    def computing_in(self: D, dtype: torch.dtype, *, compile: bool = False, plain: bool = False) -> D:
         """Make a defence with the same purifier and a copied classifier, which computes its products in ``dtype``.
 
-        Trainings of the purifier use it. The weights, BatchNorm statistics and losses of the purifier remain float32.
-        Between the parts, images, condition, latents and logits are float32. With bfloat16, layers round the images to
-        the 8 significant bits of bfloat16.
-
-        Args:
-            dtype: ``torch.float32`` or ``torch.bfloat16``.
-            compile: whether to compile the classifier.
-            plain: whether no BatchNorm is folded, and the layout of the weights remains.
-
-        Raises:
-            ValueError: the dtype is not allowed, or the purifier is not in float32.
+        Trainings of the purifier use it. ``dtype`` is float32 or bfloat16. The weights, BatchNorm statistics and losses
+        of the purifier must be float32 and remain so. Between the parts, images, condition, latents and logits are
+        float32. With bfloat16, layers round the images to the 8 significant bits of bfloat16. With ``plain``, no
+        BatchNorm is folded, and the layout of the weights remains.
         """
         if self.purifier_dtype != torch.float32:
             raise ValueError(f"the purifier must be in float32, got {self.purifier_dtype}: call .float() first")
@@ -188,7 +180,7 @@ class Defence(StochasticDefence):
         return other
 
     @torch.inference_mode(False)
-    def make_frozen_copy(self, dtype: torch.dtype, *, compile: bool = False, plain: bool = False) -> Self:
+    def make_frozen_copy(self: D, dtype: torch.dtype, *, compile: bool = False, plain: bool = False) -> D:
         """Make a frozen copy, see `purify_fast.frozen_copy`, which calls this method and compares the copy."""
         other = copy.deepcopy(self, shared_generators(self)).computing_in(dtype, compile=compile, plain=plain)
         other.eval().requires_grad_(False)
@@ -215,8 +207,7 @@ class Defence(StochasticDefence):
     def update(self) -> None:
         """Let a frozen copy read the weights of its model again. A call after a write through ``.data`` is needed.
 
-        Raises:
-            ValueError: names, shapes or the sharing of the model's tensors have changed.
+        A ValueError says that names, shapes or the sharing of the model's tensors have changed.
         """
         model = None if self._followed is None else self._followed.read()
         if model is not None:
@@ -233,10 +224,7 @@ class Defence(StochasticDefence):
             weights.read(defence.get_submodule(name))
 
     def follows(self, model: nn.Module) -> bool:
-        """Let a frozen copy read the weights of its model again, and draw as the model does now.
-
-        The result is False if the model has changed so much that it needs a new copy.
-        """
+        """Let a frozen copy read its model again and draw as it does now. False: the model needs a new copy."""
         defence: Any = model
         try:
             self.update()
@@ -259,7 +247,7 @@ class Defence(StochasticDefence):
 
     # -- modes --------------------------------------------------------------------------------------------------------
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self: D, mode: bool = True) -> D:
         """Set the mode of the purifier. The classifier always remains in evaluation mode, and so does a frozen copy."""
         if self._followed is not None:
             self._warned = keeps_its_mode(mode, self._warned)

@@ -76,7 +76,6 @@ class StochasticDefence(nn.Module):
 
     @contextlib.contextmanager
     def _control(self, **state: Any) -> Iterator[None]:
-        """Set attributes within the block."""
         before = {name: getattr(self, name) for name in state}
         vars(self).update(state)
         try:
@@ -225,13 +224,11 @@ class NoisyEnsemble(StochasticDefence):
         self.sigma, self.samples, self.clamp = float(sigma), samples, clamp
 
     def train(self, mode: bool = True) -> NoisyEnsemble:
-        """Set the mode. The classifier always remains in evaluation mode."""
         super().train(mode)
         self.classifier.eval()
         return self
 
     def sample_logits(self, x: Tensor) -> Tensor:
-        """Compute the logits of the K copies of ``x``, ``[B, K, classes]``. Without noise, K is 1."""
         copies = x[:, None]
         if not self.noise_is_off:
             seed, ids = self.noise(len(x), x.device)

@@ -7,15 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from torch import nn
 
 from ..models.classifiers import build_classifier
 from ..training.config import FitConfig
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 R = TypeVar("R", bound="Recipe")
 
@@ -94,11 +91,7 @@ class Recipe:
         return FitConfig(**self.part("loop", official_code))
 
     def build_classifier(self) -> nn.Module:
-        """Build the system's classifier with fresh weights; no published weights are part of this package.
-
-        Raises:
-            ValueError: this package does not have the network.
-        """
+        """Build the system's classifier with fresh weights. A ValueError says that this package has no such network."""
         options, data = self.part("classifier"), self.part("data")
         if "mean" not in data:
             raise ValueError(f"{self.name} has no classifier of its own: give one that you have trained")
@@ -108,13 +101,13 @@ class Recipe:
     # -- the user's own data -------------------------------------------------------------------------------------------
 
     def for_data(
-        self,
+        self: R,
         image_shape: tuple[int, int, int],
         num_classes: int,
         *,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
-    ) -> Self:
+    ) -> R:
         """Return this recipe for other data, with the authors' optimizer, schedule, attack and weights of the loss.
 
         Args:
@@ -130,7 +123,7 @@ class Recipe:
                 own[key] = (0.5,) * image_shape[0] if values is None else tuple(values)
         return replace(self, own={**self.own, **own})
 
-    def for_batch(self, batch_size: int) -> Self:
+    def for_batch(self: R, batch_size: int) -> R:
         """Return this recipe for ``batch_size`` images per step of all processes. CARSO's learning rate is scaled."""
         return replace(self, own={**self.own, "loop.batch_size": batch_size})
 
@@ -150,7 +143,6 @@ class Recipe:
 
 
 def _text(value: Any) -> str:
-    """Return the text of a value in a recipe."""
     if isinstance(value, (tuple, list)):
         one = [_text(part) for part in value]
         return f"{one[0]} ... {one[-1]} ({len(one)})" if len(one) > 6 else f"({', '.join(one)})"

@@ -15,8 +15,8 @@ from ..defences.base import Defence
 from ..speed.followed import Followed
 from ..speed.watch import FEWEST_WEIGHTS, matrix_weights
 from ..training.config import TrainingAttack
+from ..training.method_task import MethodTask
 from ..training.task import Batch, check_labels
-from .base import MethodTask
 
 D = TypeVar("D", bound=Defence)
 
@@ -28,16 +28,14 @@ class PurifierTask(MethodTask, Generic[D]):
         if defence.compute_dtype is not None:
             raise ValueError("defence must not be a frozen copy, whose weights do not change: give the defence itself")
         super().__init__(config, defence)
-        config = self.config
         self.defence, self.origin = defence, origin
         self.model = defence
         self.classifier = weights_fingerprint(defence.classifier)
         defence.classifier.requires_grad_(False)
-        dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
         self._classifier = Followed(defence.classifier)
         folds = matrix_weights(defence.classifier) >= FEWEST_WEIGHTS and defence.purifier_dtype == torch.float32
         #: The defence that a step computes with: a copy with the same purifier, or ``defence`` if no copy is faster.
-        self.trained = defence.computing_in(dtype) if folds or dtype == torch.bfloat16 else defence
+        self.trained = defence.computing_in(self.dtype) if folds or self.dtype == torch.bfloat16 else defence
 
     @property
     def result(self) -> D:

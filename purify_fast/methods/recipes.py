@@ -52,11 +52,8 @@ def recipe(name: str, method: str | None = None) -> Any:
     """Return the recipe of a published system: a `CarsoRecipe`, `AtopRecipe`, `ArrestRecipe` or `DiffusionRecipe`.
 
     Args:
-        name: name of the method and the system, such as "carso/cifar10".
+        name: name of the method and the system, such as "carso/cifar10". Others raise a ValueError, which lists all.
         method: name of the method, if ``name`` is the name of the system only.
-
-    Raises:
-        ValueError: there is no such recipe; the message lists all names.
     """
     family = name.partition("/")[0] if method is None else method
     recipes = METHODS[family].recipes if family in METHODS else {}

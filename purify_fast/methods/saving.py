@@ -36,11 +36,7 @@ def rebuilt(
 
 
 def save_defence(defence: Defence, folder: str | Path) -> None:
-    """Write a defence to ``model.safetensors``: the trained weights, and the fingerprint of the classifier.
-
-    Raises:
-        ValueError: the defence is a copy, such as a frozen copy.
-    """
+    """Write a defence to ``model.safetensors``: the trained weights, and the classifier's fingerprint."""
     if defence.compute_dtype is not None:
         raise ValueError(f"a copy of a {type(defence).__name__} cannot be saved: save the defence itself")
     facts = {"classifier": weights_fingerprint(defence.classifier), **({"bank": defence.bank} if defence.bank else {})}

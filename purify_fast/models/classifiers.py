@@ -249,10 +249,7 @@ class WideResNet(nn.Module):
         return self.logits(out.mean((2, 3)))
 
     def representation_layers(self) -> list[str]:
-        """The names of the layers that CARSO uses as representation, in the order of execution; 26 for depth 28.
-
-        They are the two convolutions of every block, and the strided shortcuts except that of the first group.
-        """
+        """Name CARSO's representation in order: each block's convolutions, and shortcuts except in the first group."""
         return [
             f"layer.{g}.block.{b}.{part}"
             for g in range(3)

@@ -20,7 +20,6 @@ from torch.nn.modules._functions import SyncBatchNorm
 
 from .._process import processes
 from .._validation import check_counts
-from ..ops.dispatch.gradient import first_order
 
 #: A statistic of images: a number for all channels, or one per channel.
 Statistic: TypeAlias = float | Sequence[float] | Tensor | np.ndarray
@@ -150,52 +149,30 @@ def batch_norm_everywhere(x: Tensor, norm: Any, world: int) -> Tensor:
     if x.device.type in BY_TORCH:
         group = dist.group.WORLD
         return SyncBatchNorm.apply(x, norm.weight, norm.bias, running_mean, running_var, eps, momentum, group, world)
+    wide = x if x.dtype == torch.float64 else x.float()
+    dims, shape = [0, *range(2, x.dim())], [-1, *[1] * (x.dim() - 2)]
+    sums = wide.sum(dims)
+    total, count = _Total.apply(torch.stack([sums, torch.full_like(sums, x.numel() / x.shape[1])]))
+    mean, count = total / count.detach(), count.detach()
+    centered = wide - mean.view(shape)
+    # The formula E[x^2] - E[x]^2 would lose digits if the means are large.
+    variance = _Total.apply(centered.square().sum(dims)) / count
     with torch.no_grad():
-        mean, variance, count = moments_everywhere(x, world)
         running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
         running_var.mul_(1 - momentum).add_(variance * count / (count - 1), alpha=momentum)
-    return _Normalize.apply(x, norm.weight, norm.bias, mean, variance, count, eps)
+    scale = norm.weight * torch.rsqrt(variance + eps)
+    return (centered * scale.view(shape) + norm.bias.view(shape)).to(x.dtype)
 
 
-def moments_everywhere(x: Tensor, world: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the mean and variance of each channel over the images of all processes."""
-    wide = x if x.dtype == torch.float64 else x.float()
-    variance, mean = torch.var_mean(wide, [0, *range(2, x.dim())], correction=0)
-    own = torch.stack([mean, variance, torch.full_like(mean, x.numel() / x.shape[1])])
-    parts = [torch.empty_like(own) for _ in range(world)]
-    dist.all_gather(parts, own)
-    means, variances, counts = torch.stack(parts, 1)
-    count = counts.sum(0)
-    mean = (counts * means).sum(0) / count
-    # The formula E[x^2] - E[x]^2 would lose digits if the means are large.
-    variance = (counts * (variances + (means - mean).square())).sum(0) / count
-    return mean, variance, count
-
-
-class _Normalize(torch.autograd.Function):
-    """BatchNorm with the mean and variance of `moments_everywhere`, whose backward also sums over all processes."""
+class _Total(torch.autograd.Function):
+    """The sum of a tensor over all processes. Its gradient is the sum of the gradients in all processes."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, count: Tensor, eps: float
-    ) -> Tensor:
-        ctx.eps = eps
-        ctx.save_for_backward(x, weight, mean, variance, count)
-        return F.batch_norm(x, mean, variance, weight, bias, eps=eps)
+    def forward(ctx: Any, own: Tensor) -> Tensor:
+        total = own.clone()
+        dist.all_reduce(total)
+        return total
 
     @staticmethod
-    @first_order
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, variance, count = ctx.saved_tensors
-        # The arguments are positional because the operator has no names for them in Python.
-        direct, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-            grad, x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
-        )
-        # These are the sums of dy and of dy * (x - mean) / deviation, where dy is ``grad``.
-        sums = torch.stack([grad_bias, grad_weight])
-        dist.all_reduce(sums)
-        inverse = torch.rsqrt(variance + ctx.eps)
-        shift, slope = sums / count * weight * inverse
-        shape = [-1, *[1] * (x.dim() - 2)]
-        through = shift.view(shape) + (x - mean.view(shape)) * (slope * inverse).view(shape)
-        return (direct - through).to(x.dtype), grad_weight, grad_bias, None, None, None, None
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _Total.apply(grad)

@@ -183,5 +183,4 @@ class Representation:
             del self.outputs[thread]
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state for copies and pickles. It contains no outputs of passes in progress."""
         return {**vars(self), "outputs": {}}

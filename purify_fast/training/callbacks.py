@@ -85,10 +85,6 @@ class ProgressBar(Callback):
 
 
 def summary(metrics: Mapping[str, float]) -> str:
-    """Return one line with the metrics of a training's last epoch.
-
-    Args:
-        metrics: the value that `fit` returned.
-    """
+    """Return one line with the metrics of a training's last epoch, which `fit` returned."""
     shown = [f"{name.replace('_', ' ')} {value:.4g}" for name, value in metrics.items()]
     return f"last epoch: {', '.join(shown)}" if shown else "nothing was trained"

@@ -51,17 +51,11 @@ class _Update:
 
 
 class CapturedStep:
-    """A captured training step for one shape of batches.
+    """A captured training step for one shape of batches. It shares the memory of ``graphs``.
 
-    Args:
-        task: the training, in training mode. Its weights, buffers, gradients and all random generators are restored.
-        batch: a batch.
-        gradients: function that computes the gradients.
-        graphs: the graphs of the training, whose memory this step shares.
-        objects: objects whose addresses are in the step's key, so they must stay alive.
-
-    Raises:
-        RuntimeError: the step cannot be captured, or a replay gives other results.
+    The capture restores weights, buffers, gradients and random generators. It raises a RuntimeError if the step cannot
+    be captured, or if a replay gives other results. The addresses of ``objects`` are in the step's key, so they must
+    stay alive.
     """
 
     def __init__(self, task: Task, batch: Batch, gradients: Gradients, graphs: StepGraphs, objects: list[Any]):
@@ -158,11 +152,7 @@ class _Read(UserDict[str, Tensor]):
 
 
 def captured(task: Task, batch: Batch, gradients: Gradients) -> CapturedStep | None:
-    """Return the captured step of a task for batches like this, and capture it if such batches have occurred often.
-
-    With a bank, if processes exchange statistics of BatchNorms, or if a task's steps depend on other values, no step is
-    captured.
-    """
+    """Return the captured step of a task for batches like this, and capture it if such batches have occurred often."""
     graphs, facts = task.graphs, task.captures(batch)
     if graphs is None or facts is None or batch.bank is not None:
         return None

@@ -11,22 +11,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._tensors import first_tensor, structure_fingerprint, torch_defaults
+from .._tensors import structure_fingerprint, torch_defaults
 from ..models.classifiers import CLASSIFIERS
 from ..models.foreign import ForeignClassifier
 from ..models.representation import evaluation_mode
 from ..ops.philox import Stream, philox, philox_key
 from ..speed.folding.inference_copy import autocast_to
 from ..speed.frozen_copy import AttackedCopy
-from ..speed.processor import with_known_precision
 from .checkpoint import read_model, save_model
 from .config import ClassifierConfig, ObjectiveName, TrainingAttack, settings
+from .method_task import MethodTask
 from .objectives import BETA, TRADES_START, divergence, mart, trades
-from .schedules import one_cycle
-from .task import Batch, Metrics, Task, check_classifier
+from .task import Batch, Metrics, check_classifier
 
 
-class ClassifierTask(Task):
+class ClassifierTask(MethodTask):
     """The training of a classifier on clean or adversarial images, with cross-entropy or the loss of TRADES or MART.
 
     Args:
@@ -35,14 +34,10 @@ class ClassifierTask(Task):
     """
 
     def __init__(self, model: nn.Module, config: ClassifierConfig):
+        super().__init__(config, model)
         self.model = model
-        self.config = config = with_known_precision(config, first_tensor(model).device)
-        self.tf32 = config.precision == "tf32"
-        self.dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
         self.attacked = AttackedCopy(model, self.dtype)
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, foreach=True
-        )
+        self.optimizer = self.adamw(model.parameters())
 
     def captures(self, batch: Batch) -> Hashable:
         return ()
@@ -88,9 +83,6 @@ class ClassifierTask(Task):
     def answer(self, images: Tensor) -> Tensor:
         return self.model(images)
 
-    def learning_rate(self, progress: float, epoch: int, epochs: int) -> float:
-        return one_cycle(progress, self.config.learning_rate)
-
     def describe(self) -> dict[str, Any]:
         return {"task": "classifier", **settings(self.config), "structure": structure_fingerprint(self.model)}
 
@@ -121,10 +113,7 @@ def save_classifier(model: nn.Module, folder: str | Path, classes: Sequence[str]
 
 
 def is_classifier(folder: str | Path) -> bool:
-    """Tell whether a folder holds a classifier, and not a defence.
-
-    Args:
-        folder: folder of a saved model.
+    """Tell whether a folder of a saved model holds a classifier, and not a defence.
 
     Raises:
         FileNotFoundError: the file is missing.

@@ -75,24 +75,16 @@ class TrainingAttack:
             raise ValueError(f"start_std needs random_start=True, got start_std={self.start_std}")
 
     def at_epoch(self, epoch: int, epochs: int) -> TrainingAttack:
-        """Return the attack of one epoch, with eps_warmup = 0.
+        """Return the attack of one epoch, counted from 0, with eps_warmup = 0.
 
         During the warm-up, eps is smaller; alpha too, if it is given.
-
-        Args:
-            epoch: the epoch, from 0.
-            epochs: epochs of the whole run.
         """
         eps = rising(self.eps, epoch, epochs, self.eps_warmup)
         alpha = self.alpha if self.alpha is None or eps == self.eps else self.alpha * eps / self.eps
         return replace(self, eps=eps, alpha=alpha, eps_warmup=0.0)
 
     def numbers(self, batch: Batch) -> dict[str, Any]:
-        """Return eps and alpha of a batch's epoch, by name; ``batch.numbers`` takes precedence.
-
-        Args:
-            batch: the batch.
-        """
+        """Return eps and alpha of a batch's epoch, by name; ``batch.numbers`` takes precedence."""
         now = self.at_epoch(batch.epoch, batch.epochs)
         return {"eps": now.eps, "alpha": now.step_size(now.eps), **batch.numbers}
 
@@ -151,13 +143,9 @@ class TrainingAttack:
         return self if self.steps >= 10 or self.eps == 0 else TrainingAttack(eps=self.eps, steps=10, norm=self.norm)
 
     def step_size(self, eps: Radius) -> Radius:
-        """Return the length of a step.
+        """Return the length of a step: alpha if it is given, for any radius; otherwise relative_alpha * eps / steps.
 
-        Args:
-            eps: radius of the ball, a number or ``[B]``; it may differ from this attack's eps.
-
-        Returns:
-            alpha if it is given, for any radius; otherwise relative_alpha * eps / steps, a number or ``[B]`` like eps.
+        ``eps`` is a number or ``[B]``, and may differ from this attack's eps.
         """
         return self.relative_alpha * eps / self.steps if self.alpha is None else self.alpha
 

@@ -79,10 +79,8 @@ def from_first(make: Callable[[], Any]) -> Any:
 def synchronized_batchnorm(model: nn.Module, asked: bool) -> Iterator[None]:
     """Within the block, the BatchNorms of a model take the statistics of all processes, if asked.
 
-    A BatchNorm only gets another class, so weights, optimizers and names stay, and afterwards it is as it was.
-
-    Raises:
-        ValueError: a BatchNorm in training mode is over one process.
+    A BatchNorm only gets another class, so weights, optimizers and names stay, and afterwards it is as it was. A
+    BatchNorm in training mode that remains over one process raises a ValueError.
     """
     changed = list[tuple[nn.Module, type, type]]()
     for name, one in model.named_modules() if processes()[1] > 1 else ():

@@ -145,7 +145,6 @@ def fit(
 
 
 def _train(run: Run, listeners: Sequence[Callback]) -> None:
-    """Train the remaining epochs of a run."""
     for epoch in range(len(run.rows), run.config.epochs):
         last = epoch + 1 == run.config.epochs
         due = run.held_out is not None and (last or (epoch + 1) % run.config.validation_every == 0)
@@ -261,11 +260,7 @@ def _copies(tensors: Iterable[Tensor]) -> list[tuple[list[Tensor], list[Tensor]]
 
 
 def gradients(task: Task, batch: Batch, accumulate: int = 1) -> Iterator[tuple[str, Metrics]]:
-    """Compute the gradients of each update of a step.
-
-    Yields:
-        The name of the optimizer, and the loss and the metrics. The caller takes the optimizer's step.
-    """
+    """Compute the gradients of each update, and yield its optimizer's name, loss and metrics. The caller applies it."""
     running = [(task.updates(part), len(part.x) / len(batch.x)) for part in parts_of(batch, accumulate)]
     while True:
         name, of_parts = "", list[Metrics]()

@@ -89,11 +89,7 @@ class Lookahead(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Take a fast step, and after every k-th fast step a slow step.
-
-        Args:
-            closure: closure of the inner optimizer.
-        """
+        """Take a fast step, and after every k-th fast step a slow step. ``closure`` is that of the inner optimizer."""
         loss = self.inner.step(closure)
         self.steps += 1
         if self.steps % self.k == 0:
@@ -112,11 +108,7 @@ class Lookahead(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore a state that `state_dict` returned.
-
-        Args:
-            state_dict: the inner optimizer's state, the slow weights and the count of steps.
-        """
+        """Restore a state that `state_dict` returned."""
         self.inner.load_state_dict(state_dict["inner"])
         self.param_groups, self.steps = self.inner.param_groups, state_dict["steps"]
         for mine, saved in zip(self._slow, state_dict["slow"], strict=True):

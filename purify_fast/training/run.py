@@ -51,19 +51,12 @@ EXPECT_AFTER = 10.0
 class Run:
     """The state of a run. With several processes, only the first writes the run's files.
 
-    Args:
-        task: the training's task.
-        config: settings of the loop.
-        source: source of the images. If it is not reproducible, a run can be resumed only at the end of an epoch.
-        held_out: source of the validation images, with all of them in every process; None for no validation.
-        folder: folder of the run's files; None writes no files.
-        bank: settings of the bank of the training's adversarial images; None for no bank.
+    If ``source`` is not reproducible, the run can be resumed only at the end of an epoch. ``held_out`` has all
+    validation images in every process.
 
     Attributes:
         facts: the settings that must be equal for a checkpoint to be resumed.
-        length: length of the whole run.
         terms: the terms of the loss, each with the first step in which it acts.
-        total: steps of the whole run.
         step: number of steps that were taken so far.
         sums: sums of the epoch's losses and metrics so far, by name.
         counts: number of steps of the epoch that measured each loss and metric, by name.
@@ -199,7 +192,6 @@ class Run:
         return known if differ(*answers) else {**known, "answer": answers[0]}
 
     def _compare(self, before: dict[str, Any]) -> None:
-        """Warn if the network computes something else than when the checkpoint was written."""
         if processes()[0] > 0:
             return
         now, old = self.network(before["shape"]), before["answer"]

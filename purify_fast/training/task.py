@@ -64,11 +64,7 @@ class Batch:
         check_one_device(x=self.x, y=self.y, sample_ids=self.sample_ids)
 
     def progress_in(self, unit: DelayUnit) -> int:
-        """Return how many epochs, steps or images of the run lie before this batch.
-
-        Args:
-            unit: unit of the returned number.
-        """
+        """Return how many epochs, steps or images of the run lie before this batch."""
         return {"epochs": self.epoch, "steps": self.step, "images": self.images_before}[unit]
 
 
@@ -122,20 +118,11 @@ class Task:
 
         The loss must be a mean over the batch. Multiply a loss that is a sum by the number of processes, because `fit`
         averages the gradients over the processes.
-
-        Args:
-            batch: the images to train on.
         """
         raise NotImplementedError
 
     def learning_rate(self, progress: float, epoch: int, epochs: int) -> float:
-        """Return the learning rate of a step.
-
-        Args:
-            progress: share of the run's steps that have been taken, in [0, 1).
-            epoch: the epoch, from 0.
-            epochs: epochs of the whole run.
-        """
+        """Return the learning rate of a step. ``progress`` is the share of the run's steps before it, in [0, 1)."""
         raise NotImplementedError
 
     def terms(self, length: RunLength) -> dict[str, int]:
@@ -143,9 +130,6 @@ class Task:
 
         `fit` calls this before the first step, and writes the result into the run's log. The saved model also contains
         the result. The name of a term is the name of its metric.
-
-        Args:
-            length: length of the run.
 
         Raises:
             ValueError: a term is delayed for the whole run, or a batch is too small for the method.
@@ -165,10 +149,8 @@ class Task:
     def answer(self, images: Tensor) -> Any:
         """Return what the network computes for images ``[B, C, H, W]``, a tensor; None if there is nothing to compare.
 
-        A checkpoint has the answer for two fixed images. If a resumed network gives another one, `fit` logs a warning.
-
-        Args:
-            images: images in [0, 1].
+        The images are in [0, 1]. A checkpoint has the answer for two fixed images. If a resumed network gives another
+        answer, `fit` logs a warning.
         """
         return None
 
@@ -183,9 +165,6 @@ class Task:
         """Return what a step reads of a batch beside its tensors, seed and numbers, if steps can be CUDA graphs.
 
         Steps of equal values are replays of one graph. None means that steps are not captured as a whole.
-
-        Args:
-            batch: the images to train on.
         """
         return None
 
@@ -193,9 +172,6 @@ class Task:
         """Return the numbers that change from epoch to epoch, by name, such as a rising radius.
 
         A step reads them here and prefers those of ``batch.numbers``. So a graph of the step serves all epochs.
-
-        Args:
-            batch: the images to train on.
         """
         return {}
 
@@ -208,9 +184,6 @@ class Task:
         """Yield the updates of one step. Each update is computed only when the previous update has been applied.
 
         The loss and the metrics of the last update are logged.
-
-        Args:
-            batch: the images to train on.
         """
         loss, metrics = self.training_step(batch)
         yield Update("model", loss, metrics)
@@ -231,23 +204,15 @@ class Task:
                 optimizer.load_slow()
 
     def check(self, shape: tuple[int, ...], classes: int) -> None:
-        """Refuse images or labels that the model does not accept, before any step.
+        """Refuse images or labels that the model does not accept by a ValueError, before any step.
 
-        Args:
-            shape: shape of an image, (C, H, W).
-            classes: the largest label plus one.
-
-        Raises:
-            ValueError: the images or labels do not fit; the message says why.
+        ``shape`` is the shape of an image, (C, H, W), and ``classes`` the largest label plus one.
         """
 
     def validate(self, batch: Batch) -> Metrics:
         """Return ``loss`` and metrics of held-out images, detached.
 
-        `fit` calls this after `finish`, with the model in evaluation mode.
-
-        Args:
-            batch: held-out images; the batch's epoch is the last of the run.
+        `fit` calls this after `finish`, with the model in evaluation mode. The batch's epoch is the last of the run.
         """
         with torch.no_grad():
             loss, metrics = self.training_step(batch)

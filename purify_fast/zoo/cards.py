@@ -122,11 +122,7 @@ def read_card(folder: Path) -> Card:
 
 
 def card(name: str) -> Card:
-    """The description of a model in the zoo.
-
-    Args:
-        name: a name in `list`. Another name raises a ValueError, which names the models of the zoo.
-    """
+    """The description of a model in the zoo. A name that is not in `list` raises a ValueError with all names."""
     if name not in list():
         raise ValueError(f"name must be a model of the zoo, got {name!r}: the models are {', '.join(list())}")
     return read_card(MODELS / name)
@@ -154,11 +150,7 @@ def folder(name: str) -> Path:
 
 
 def classifier_folder(name: str) -> Path:
-    """The folder of the classifier of a defence in the zoo.
-
-    Args:
-        name: the name of a defence in `list`. A classifier's name raises a ValueError.
-    """
+    """The folder of the classifier of a defence in the zoo. A classifier's name raises a ValueError."""
     behind = card(name).classifier
     if behind is None:
         raise ValueError(f"name must be a defence of the zoo, got {name!r}, which is a classifier")

@@ -26,10 +26,7 @@ def address(name: str) -> str:
 def kept_folder(name: str, size: int, sha256: str) -> Path:
     """The folder with the weights of a model in the user's cache folder. Missing weights are downloaded.
 
-    Args:
-        name: name of the model in the zoo.
-        size: size of its file in bytes.
-        sha256: SHA-256 of its file. Another file raises a ValueError, and is not kept after a download.
+    A file with another SHA-256 raises a ValueError, and is not kept after a download.
     """
     path = cache_folder() / "zoo" / name / MODEL
     kept = path.is_file()

@@ -173,7 +173,7 @@ class Blurred(Defence):
     "purify_fast/methods/blurred/task.py": """
 import torch
 
-from ..base import cross_entropy_of
+from ...training.method_task import cross_entropy_of
 from ..purifier_task import PurifierTask
 
 

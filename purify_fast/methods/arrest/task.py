@@ -30,8 +30,8 @@ from ...ops.philox import philox_key
 from ...ops.representation_distance import representation_distance
 from ...speed.folding.inference_copy import autocast_to, convert_to_channels_last, prepare_for_inference
 from ...training.config import TrainingAttack
+from ...training.method_task import MethodTask, cross_entropy_of
 from ...training.task import Batch, Metrics, check_classifier
-from ..base import MethodTask, cross_entropy_of
 from .config import ArrestConfig, arrest_published
 
 
@@ -69,7 +69,6 @@ class ArrestTask(MethodTask):
         super().__init__(config, model)
         config = self.config
         self.classifier = model
-        self.dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
         start = model if teacher is None else teacher
         self.origin = weights_fingerprint(start)
         #: The readers of h* and h; None if neither the distillation nor the replay needs them.

@@ -112,7 +112,6 @@ class Atop(Defence):
     # -- a prediction: transform -> repair -> join -> classify -> aggregate --------------------------------------------
 
     def purify(self, x: Tensor, draws: int = 1) -> Tensor:
-        """Return purified images in [0, 1], ``[B, draws * S, C, H, W]``. The gradient reaches x."""
         packed, owners = self.draw(x, draws)
         return self.join(self.stages(packed)[-1], owners).transpose(0, 1)
 
@@ -159,7 +158,6 @@ class Atop(Defence):
 
     @property
     def purifier_dtype(self) -> torch.dtype:
-        """The dtype of the purifier's weights."""
         return dtype_of(self.purifier.module)
 
     save = save_defence

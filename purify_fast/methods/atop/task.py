@@ -25,9 +25,9 @@ from torch.nn import functional as F
 from ...attacks import fgsm
 from ...ops.philox import philox_key
 from ...training.bank import FrozenAttacks
+from ...training.method_task import cross_entropy_of
 from ...training.schedules import RunLength
 from ...training.task import Batch, Metrics, Update
-from ..base import cross_entropy_of
 from ..purifier_task import PurifierTask, noise_of
 from .config import AtopConfig
 from .deepfill_training import PatchDiscriminator, patch_depth
@@ -130,12 +130,9 @@ class AtopTask(PurifierTask[Atop]):
     """The training of a defence's purifier with a frozen classifier, for `purify_fast.training.fit`.
 
     With ``gan_grad``, each step first trains a discriminator, whose initial weights are drawn from torch's global
-    generator. Checkpoints contain the discriminator, but the saved defence does not.
-
-    Args:
-        defence: the defence to train.
-        config: settings of the training. Steps compute with a copy of a large classifier, or in bfloat16 of any.
-        origin: name of the purifier's initial weights. A run is resumed only with the same name.
+    generator. Checkpoints contain the discriminator, but the saved defence does not. Steps compute with a copy of a
+    large classifier, or in bfloat16 of any. ``origin`` is a name of the purifier's initial weights; a run is resumed
+    only with the same name.
     """
 
     name = "atop"
@@ -183,7 +180,6 @@ class AtopTask(PurifierTask[Atop]):
         return self._with_discriminator(passes(self.trained, batch, self.config, self.graphs))
 
     def _with_discriminator(self, one_pass: Passes) -> tuple[Tensor, Metrics]:
-        """Return the purifier's loss and metrics, with the GAN term if there is a discriminator."""
         if self.discriminator is None:
             return one_pass.loss, one_pass.metrics
         deceived = generator_loss(self.discriminator, one_pass)

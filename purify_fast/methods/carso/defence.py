@@ -189,7 +189,6 @@ class Carso(Defence):
 
     @property
     def purifier_dtype(self) -> torch.dtype:
-        """The dtype of the purifier's weights."""
         return dtype_of(self.decoder)
 
     @property

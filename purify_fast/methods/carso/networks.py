@@ -96,14 +96,9 @@ class PosteriorEncoder(nn.Module):
 
 @dataclass(frozen=True)
 class Deconvolution:
-    """A transposed convolution.
+    """A transposed convolution with square kernel, stride and padding, and ``channels`` channels of its output.
 
-    Args:
-        channels: channels of its output.
-        kernel: side of its kernel.
-        stride: stride in both directions.
-        padding: padding on all sides.
-        output_padding: (h, w), rows and columns that are added at the bottom and the right of the output.
+    ``output_padding`` is (h, w): rows and columns that are added at the bottom and the right of the output.
     """
 
     channels: int
@@ -113,7 +108,6 @@ class Deconvolution:
     output_padding: tuple[int, int] = (0, 0)
 
     def size(self, h: int, w: int) -> tuple[int, int]:
-        """Return the height and width of the output for an input of height ``h`` and width ``w``."""
         return (
             (h - 1) * self.stride - 2 * self.padding + self.kernel + self.output_padding[0],
             (w - 1) * self.stride - 2 * self.padding + self.kernel + self.output_padding[1],
@@ -147,8 +141,7 @@ PUBLISHED: dict[Shape, tuple[int, int, int]] = {(3, 32, 32): (3, 0, 2), (3, 64, 
 def published_decoder(image_shape: Shape) -> Plan:
     """Return the first map's shape and the layers of the paper's decoder for CIFAR or TinyImageNet.
 
-    Args:
-        image_shape: (C, H, W). Other shapes raise a ValueError; use `decoder_plan` for them.
+    ``image_shape`` is (C, H, W). Other shapes raise a ValueError; use `decoder_plan` for them.
     """
     channels, h, w = image_shape
     if (channels, h, w) not in PUBLISHED:
@@ -223,7 +216,6 @@ class _LeakyReLU(nn.Module):
 
 
 def _linear_blocks(*sizes: int) -> list[nn.Module]:
-    """Return Linear with bias, LeakyReLU(0.01) and BatchNorm1d for each pair of sizes."""
     layers: list[nn.Module] = []
     for before, after in pairwise(sizes):
         layers += [nn.Linear(before, after), _LeakyReLU(), BatchNorm1d(after)]

@@ -63,7 +63,6 @@ def _statistics(classifier: nn.Module) -> dict[str, list[float]]:
 
 
 def _paths(directory: Path, stem: str | None) -> dict[str, Path]:
-    """Return the file of each of `PARTS`."""
     if stem is None:
         ending = f"_{PARTS[0]}.safetensors"
         stems = sorted(path.name.removesuffix(ending) for path in directory.glob(f"*{ending}"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -20,9 +20,6 @@ from .defence import Carso
 from .networks import PUBLISHED, published_decoder
 from .official import load_official
 from .task import CarsoTask
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ class CarsoRecipe(Recipe):
             options.setdefault("decoder", published_decoder(shape))
         return Carso(classifier, **options)
 
-    def for_batch(self, batch_size: int) -> Self:
+    def for_batch(self, batch_size: int) -> CarsoRecipe:
         # The authors' code computes the rate from the batch.
         rate = self["method.learning_rate"] * batch_size / self["loop.batch_size"]
         recipe = super().for_batch(batch_size)

@@ -46,10 +46,7 @@ if TYPE_CHECKING:
 
 
 def kl_weight(epoch: int, delay: float) -> float:
-    """Return the share of the KL term's final weight in an epoch, counted from 0, after a delay of so many epochs.
-
-    The weight is 0 during the delay, and then rises linearly for a third of the delay. Both lengths are rounded up.
-    """
+    """Return the share of the KL term's final weight in an epoch, counted from 0; ``delay`` is in epochs."""
     start, rise = ceil(delay), ceil(delay / 3)
     return 1.0 if epoch >= start + rise else max(0.0, (epoch - start) / rise)
 
@@ -158,10 +155,8 @@ STEPS = {"classifier": published_step, "pipeline": pipeline_step}
 class CarsoTask(PurifierTask[Carso]):
     """The training of a defence's purifier, for `purify_fast.training.fit`.
 
-    Args:
-        defence: the defence to train.
-        config: settings of the training. Steps compute with a copy of a large classifier, or in bfloat16 of any.
-        origin: name of the purifier's initial weights. A run is resumed only with the same name.
+    Steps compute with a copy of a large classifier, or in bfloat16 of any. ``origin`` is a name of the purifier's
+    initial weights; a run is resumed only with the same name.
     """
 
     name = "carso"

@@ -54,11 +54,11 @@ def save_denoiser(
     process: Mapping[str, Any],
     last_time: float = 1.0,
 ) -> None:
-    """Write a denoiser without a classifier. `purify_fast.load_defence` combines it with a classifier.
+    """Write a trained denoiser without a classifier, with which `purify_fast.load_defence` combines it.
 
     Args:
-        denoiser: denoiser that `purify_fast.methods.diffusion.DiffusionTask` trained.
-        folder: folder in which ``model.safetensors`` is written.
+        denoiser: the denoiser.
+        folder: folder of ``model.safetensors``.
         image_shape: (C, H, W).
         process: the fields of `purify_fast.methods.diffusion.Process` that the training determines.
         last_time: last time for which the denoiser was trained, as a share of the process.

@@ -18,8 +18,8 @@ from ..._tensors import first_tensor, structure_fingerprint
 from ...models.representation import evaluation_mode
 from ...ops.philox import Stream, philox, philox_key
 from ...speed.folding.inference_copy import autocast_to
+from ...training.method_task import MethodTask
 from ...training.task import Batch, Metrics
-from ..base import MethodTask
 from .config import DiffusionConfig
 from .process import Process
 from .schedule import END, Schedule

@@ -1,4 +1,4 @@
-"""Defines what the trainings of all methods share."""
+"""Defines what the trainings of classifiers and of all methods share."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch.nn import functional as F
 from .._tensors import first_tensor
 from ..models.moving_average import AveragedModel
 from ..speed.processor import with_known_precision
-from ..training.config import settings
-from ..training.schedules import one_cycle
-from ..training.task import Task
+from .config import settings
+from .schedules import one_cycle
+from .task import Task
 
 
 class MethodTask(Task):
-    """The base class of the methods' trainings, with precision, learning rates and a moving average of the weights."""
+    """A training with settings of precision, learning rates and, if asked for, a moving average of the weights."""
 
     #: The method's name in checkpoints.
     name: ClassVar[str]
@@ -32,6 +32,7 @@ class MethodTask(Task):
     def __init__(self, config: Any, model: nn.Module):
         self.config = with_known_precision(config, first_tensor(model).device)
         self.tf32 = config.precision == "tf32"
+        self.dtype = torch.bfloat16 if self.config.precision == "bfloat16" else torch.float32
 
     def keep_average(self, name: str, decay: float, warm_up: bool = False) -> None:
         """Update a moving average of the weights after every step; it is "average" in the checkpoints."""
@@ -49,7 +50,6 @@ class MethodTask(Task):
         return self.model if self.average is None else self.average.module
 
     def after_step(self) -> None:
-        """Update the moving average of the weights."""
         if self.average is not None:
             self.average.update_parameters(self.averaged)
 
