@@ -36,20 +36,31 @@ def capture(request):
     return request.param()
 
 
+def copied(model, x, capture):
+    """A copy whose calls are captured."""
+    fast = purify_fast.frozen_copy(model, x, dtype=torch.float32, graphs=True)
+    assert fast.about.endswith("calls as CUDA graphs")
+    fast.graphed_calls = GraphedCalls(capture)
+    return fast
+
+
 @pytest.fixture
 def graphed(capture):
     """A network, its copy whose calls are captured, and images."""
     model, x = network(), torch.rand(6, 3, 8, 8)
-    fast = purify_fast.frozen_copy(model, x, dtype=torch.float32, graphs=True)
-    assert fast.about.endswith("calls as CUDA graphs")
-    fast.graphed_calls = GraphedCalls(capture)
-    return model, fast, x
+    return model, copied(model, x, capture), x
 
 
 def logits_and_gradient(model, x):
     leaf = x.clone().requires_grad_()
     out = model(leaf)
     return out.detach(), torch.autograd.grad(out.logsumexp(1).sum(), leaf)[0]
+
+
+def capture_gradients(fast, x):
+    """Calls with a gradient, the last of which is captured."""
+    for _ in range(LAUNCHED_CALLS + 1):
+        logits_and_gradient(fast, x)
 
 
 def same(got, wanted) -> bool:
@@ -77,8 +88,7 @@ def test_the_fourth_equal_call_is_a_replay_and_results_are_copies(graphed, captu
 
 def test_a_call_before_the_backward_pass_of_the_one_before_runs_without_a_graph(graphed, capture):
     model, fast, x = graphed
-    for _ in range(LAUNCHED_CALLS + 1):
-        logits_and_gradient(fast, x)
+    capture_gradients(fast, x)
     leaf, other, replayed = x.clone().requires_grad_(), torch.rand_like(x), capture.replayed
     out = fast(leaf)
     assert capture.replayed == replayed + 1
@@ -100,8 +110,7 @@ def test_a_call_before_the_backward_pass_of_the_one_before_runs_without_a_graph(
 
 def test_a_forward_pass_whose_result_is_gone_holds_no_graph(graphed, capture):
     _, fast, x = graphed
-    for _ in range(LAUNCHED_CALLS + 1):
-        logits_and_gradient(fast, x)
+    capture_gradients(fast, x)
     out = fast(x.clone().requires_grad_())
     del out
     gc.collect()
@@ -112,8 +121,7 @@ def test_a_forward_pass_whose_result_is_gone_holds_no_graph(graphed, capture):
 
 def test_it_follows_the_weights_and_forgets_the_graphs_of_moved_tensors(graphed, capture):
     model, fast, x = graphed
-    for _ in range(LAUNCHED_CALLS + 1):
-        logits_and_gradient(fast, x)
+    capture_gradients(fast, x)
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(1.2)
@@ -145,11 +153,8 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_changes_of_the_copy_delete_the_graphs(change):
     model, x = nn.Sequential(*network(), nn.Dropout(0.5)).eval(), torch.rand(6, 3, 8, 8)
-    fast = purify_fast.frozen_copy(model, x, dtype=torch.float32, graphs=True)
-    plain = purify_fast.frozen_copy(model, x, dtype=torch.float32)
-    fast.graphed_calls = GraphedCalls(Tape())
-    for _ in range(LAUNCHED_CALLS + 1):
-        logits_and_gradient(fast, x)
+    fast, plain = copied(model, x, Tape()), purify_fast.frozen_copy(model, x, dtype=torch.float32)
+    capture_gradients(fast, x)
     for one in (fast, plain):
         CHANGES[change](one)
     for _ in range(LAUNCHED_CALLS + 2):
@@ -172,8 +177,7 @@ def test_other_weights_of_a_functional_call_are_read(graphed):
 
 def test_weights_that_need_gradients_get_them(graphed, capture):
     _, fast, x = graphed
-    for _ in range(LAUNCHED_CALLS + 1):
-        logits_and_gradient(fast, x)
+    capture_gradients(fast, x)
     replayed = capture.replayed
     fast.requires_grad_(True)
     fast(x).sum().backward()
@@ -182,8 +186,7 @@ def test_weights_that_need_gradients_get_them(graphed, capture):
 
 def test_second_derivatives_and_tangents_are_not_lost(graphed):
     _, fast, x = graphed
-    for _ in range(LAUNCHED_CALLS + 1):
-        logits_and_gradient(fast, x)
+    capture_gradients(fast, x)
     leaf = x.clone().requires_grad_()
     with pytest.raises(RuntimeError, match=r"no second derivative.*graphs=True"):
         torch.autograd.grad(fast(leaf).sum(), leaf, create_graph=True)
@@ -204,21 +207,17 @@ def test_a_call_that_changes_its_model_is_refused():
             return super().forward(x) * (1 + self.calls // 20)
 
     x = torch.rand(4, 3, 8, 8)
-    fast = purify_fast.frozen_copy(Counts(*network()).eval(), x, dtype=torch.float32, graphs=True)
-    fast.graphed_calls = GraphedCalls(Rerun())
+    fast = copied(Counts(*network()).eval(), x, Rerun())
     with pytest.warns(RuntimeWarning, match="changes an attribute"), torch.no_grad():
         for _ in range(LAUNCHED_CALLS + 2):
             fast(x)
 
 
 def test_a_random_call_draws_fresh_numbers(capture):
-    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 5), nn.Dropout(0.5)).train()
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 5), nn.Dropout(0.5)).eval()
     model[2].train()
-    model.eval()
-    model[2].training = True
     x = torch.rand(6, 3, 8, 8)
-    fast = purify_fast.frozen_copy(model, x, dtype=torch.float32, graphs=True)
-    fast.graphed_calls = GraphedCalls(capture)
+    fast = copied(model, x, capture)
     torch.manual_seed(1)
     wanted = [logits_and_gradient(model, x) for _ in range(LAUNCHED_CALLS + 3)]
     torch.manual_seed(1)
@@ -237,8 +236,7 @@ def test_what_cannot_be_captured_runs_without_a_graph_and_says_so(fault, monkeyp
             # A value that is read would be a constant of the graph.
             return super().forward(x * float(x.sum() > 0) if fault == "host" else x)
 
-    fast = purify_fast.frozen_copy(Reads(*model).eval(), x, dtype=torch.float32, graphs=True)
-    fast.graphed_calls = GraphedCalls(capture)
+    fast = copied(Reads(*model).eval(), x, capture)
     if fault == "error":
         capture.error = RuntimeError("no memory")
     if fault == "stale":
@@ -291,6 +289,12 @@ def test_a_defence_has_no_graphed_calls():
 # -- attacks that are called directly ---------------------------------------------------------------------------------
 
 
+def attacked(model=None):
+    """A copy of a network, images and labels."""
+    x = torch.rand(6, 3, 8, 8)
+    return purify_fast.frozen_copy(model or network(), x, dtype=torch.float32), x, torch.arange(6) % 5
+
+
 def attack_of(name):
     if name == "pgd":
         return lambda model, x, y: pgd(model, x, y, eps=8 / 255, steps=10, seed=0)
@@ -300,8 +304,8 @@ def attack_of(name):
 @pytest.mark.parametrize("name", ["pgd", "square"])
 def test_a_direct_attack_on_a_copy_is_captured(name, capture, caplog):
     caplog.set_level(logging.INFO, "purify_fast")
-    model, x, y = network(), torch.rand(6, 3, 8, 8), torch.arange(6) % 5
-    fast, attack = purify_fast.frozen_copy(model, x, dtype=torch.float32), attack_of(name)
+    model, attack = network(), attack_of(name)
+    fast, x, y = attacked(model)
     wanted = attack(fast, x, y)
     fast._followed.graphs = StepGraphs(capture=capture)
     found = [attack(fast, x, y) for _ in range(2 + CAPTURE_STEPS // 10)]
@@ -324,8 +328,7 @@ def test_a_direct_attack_on_a_copy_is_captured(name, capture, caplog):
 
 
 def test_only_copies_that_a_user_makes_have_graphs_and_graphs_off_is_off(rerun):
-    x, y = torch.rand(6, 3, 8, 8), torch.arange(6) % 5
-    fast = purify_fast.frozen_copy(network(), x, dtype=torch.float32)
+    fast, x, y = attacked()
     fast._followed.graphs = StepGraphs("always", capture=rerun)
     pgd(fast, x, y, eps=8 / 255, steps=3, graphs=StepGraphs("off"))
     assert rerun.recorded == 0
@@ -337,8 +340,7 @@ def test_only_copies_that_a_user_makes_have_graphs_and_graphs_off_is_off(rerun):
 
 
 def test_memory_that_runs_out_drops_the_graphs_of_a_direct_attack(rerun, monkeypatch):
-    x, y = torch.rand(6, 3, 8, 8), torch.arange(6) % 5
-    fast = purify_fast.frozen_copy(network(), x, dtype=torch.float32)
+    fast, x, y = attacked()
     graphs = fast._followed.graphs = StepGraphs("always", capture=rerun)
     wanted, record = pgd(fast, x, y, eps=8 / 255, steps=3, seed=0), rerun.record
 
@@ -361,8 +363,7 @@ def test_memory_that_runs_out_drops_the_graphs_of_a_direct_attack(rerun, monkeyp
 
 
 def test_what_a_users_loss_reads_is_not_frozen(capture):
-    x, y = torch.rand(6, 3, 8, 8), torch.arange(6) % 5
-    fast = purify_fast.frozen_copy(network(), x, dtype=torch.float32)
+    fast, x, y = attacked()
     fast._followed.graphs = StepGraphs("always", capture=capture)
     options = {"eps": 8 / 255, "steps": 3, "random_start": False}
     for target in (y, (y + 1) % 5, (y + 2) % 5):
@@ -407,10 +408,8 @@ def test_a_direct_attack_on_a_large_model_tells_once_of_copies(monkeypatch, recw
 
 
 def test_a_profile_names_the_parts_of_the_work(rerun):
-    x, y = torch.rand(6, 3, 8, 8), torch.arange(6) % 5
-    model = network()
-    fast = purify_fast.frozen_copy(model, x, dtype=torch.float32)
-    graphs = StepGraphs(capture=rerun)
+    model, graphs = network(), StepGraphs(capture=rerun)
+    fast, x, y = attacked(model)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         for _ in range(2):
             pgd(fast, x, y, eps=8 / 255, steps=CAPTURE_STEPS, graphs=graphs)
@@ -422,10 +421,8 @@ def test_a_profile_names_the_parts_of_the_work(rerun):
 
 def test_a_replayed_call_launches_few_copies_and_waits_for_nothing(monkeypatch):
     x = torch.rand(6, 3, 8, 8)
-    fast = purify_fast.frozen_copy(network(), x, dtype=torch.float32, graphs=True)
-    fast.graphed_calls = GraphedCalls(Launched())
-    for _ in range(LAUNCHED_CALLS + 1):
-        logits_and_gradient(fast, x)
+    fast = copied(network(), x, Launched())
+    capture_gradients(fast, x)
     # A counting mode is a dispatch mode, in which a call would have no graph.
     monkeypatch.setattr("purify_fast.speed.graphs.graphed_calls.is_in_torch_dispatch_mode", lambda: False)
     leaf, weight = x.clone().requires_grad_(), torch.ones(6, 5)

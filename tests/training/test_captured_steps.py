@@ -1,8 +1,10 @@
 """Trainings with captured steps: the same bits as without, on a CPU where a function stands for a graph."""
 
+import copy
 import itertools
 import random
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from unittest import mock
 
@@ -10,7 +12,18 @@ import pytest
 import torch
 from captures import Tape
 from cuda_launches import CudaLaunches
-from small_runs import EPS, SHAPE, arrest_task, atop_task, attack, batch, carso_task, classifier_task, diffusion_task
+from small_runs import (
+    EPS,
+    SHAPE,
+    arrest_task,
+    atop_task,
+    attack,
+    batch,
+    carso_task,
+    classifier_task,
+    diffusion_task,
+    same,
+)
 from torch import nn
 
 from purify_fast import _library
@@ -34,6 +47,12 @@ def carso(target: str, precision: str = "float32", steps: int = 3) -> Task:
 
 def classifier() -> Task:
     return classifier_task(attack=attack(steps=3))
+
+
+def own(kind: type[ClassifierTask], **options) -> Task:
+    """A training of a class of its own."""
+    torch.manual_seed(0)
+    return kind(SmallCNN(width=4), ClassifierConfig(attack=attack(**options)))
 
 
 #: Each training, and its updates in a step, each of which is a graph.
@@ -61,6 +80,15 @@ def trained(task: Task, graphs: StepGraphs | None, batches: list[Batch]) -> tupl
     return losses, task.model.state_dict()
 
 
+def weights(make: Callable[[], Task], run: Callable[[Task], object], graphs: StepGraphs) -> Iterator[dict]:
+    """The weights of a task after it has run without graphs, and after it has run with these."""
+    for given in (None, graphs):
+        task = make()
+        task.graphs = given
+        run(task)
+        yield task.model.state_dict()
+
+
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if name.endswith("bfloat16") else ()) for name in TASKS]
 )
@@ -68,8 +96,7 @@ def test_captured_steps_train_the_same_weights(tape, name):
     make, updates = TASKS[name]
     batches = [batch(1), batch(2), batch(3)]
     wanted, found = trained(make(), None, batches), trained(make(), StepGraphs("always", capture=tape), batches)
-    assert wanted[0] == found[0]
-    assert all(torch.equal(value, found[1][key]) for key, value in wanted[1].items())
+    assert wanted[0] == found[0] and same(wanted[1], found[1])
     assert tape.recorded == updates and tape.replayed == 3 * updates
 
 
@@ -100,15 +127,14 @@ def test_steps_that_are_not_captured_train_the_same_weights(tape, why):
     if why == "no capture":
         tape.error = RuntimeError("no memory")
     found = trained(task, StepGraphs("always", capture=tape), batches)
-    assert wanted[0] == found[0] and all(torch.equal(value, found[1][key]) for key, value in wanted[1].items())
+    assert wanted[0] == found[0] and same(wanted[1], found[1])
     assert not any(isinstance(step, CapturedStep) for step in task.graphs.whole_steps.values())
 
 
 class Rounding(ClassifierTask):
     """Its gradients differ a little in each call, like those of a kernel that adds in another order."""
 
-    def captures(self, batch):
-        return super().captures(batch)
+    captures = ClassifierTask.captures
 
     def training_step(self, batch):
         loss, metrics = super().training_step(batch)
@@ -117,8 +143,7 @@ class Rounding(ClassifierTask):
 
 @pytest.mark.parametrize("doubled", [False, True])
 def test_a_step_that_differs_from_itself_is_captured_but_not_with_a_wrong_gradient(tape, doubled, monkeypatch):
-    torch.manual_seed(0)
-    task = Rounding(SmallCNN(width=4), ClassifierConfig(attack=attack()))
+    task = own(Rounding)
     # Every other call is larger, so that two runs of the step differ.
     signs = itertools.cycle([1, -1])
     monkeypatch.setattr(random.Random, "choice", lambda self, given: next(signs))
@@ -137,8 +162,7 @@ def test_a_step_that_differs_from_itself_is_captured_but_not_with_a_wrong_gradie
 
 def test_a_first_call_that_differs_excuses_no_wrong_gradient(monkeypatch):
     """The first call may verify kernels and choose algorithms."""
-    torch.manual_seed(0)
-    task, tape = Rounding(SmallCNN(width=4), ClassifierConfig(attack=attack())), Stale()
+    task, tape = own(Rounding), Stale()
     signs = itertools.chain([500], itertools.repeat(1))
     monkeypatch.setattr(random.Random, "choice", lambda self, given: next(signs))
     tape.weight, task.graphs = task.model.conv1.weight, StepGraphs("always", capture=tape)
@@ -151,7 +175,7 @@ def test_weights_are_restored_although_memory_ran_out(method, tape, monkeypatch)
     """A comparison has no memory for its result from the failure on. If nothing can be restored, the training ends."""
     task = arrest()
     task.model.register_buffer("seen", torch.zeros(3))
-    before = [one.detach().clone() for one in task.model.state_dict().values()]
+    before = copy.deepcopy(task.model.state_dict())
 
     def fail(*_):
         change_weights(task, 1.1)
@@ -168,7 +192,7 @@ def test_weights_are_restored_although_memory_ran_out(method, tape, monkeypatch)
     with pytest.raises(RuntimeError, match="out of memory"), undone(task, given.x.device):
         fail()
     monkeypatch.undo()
-    assert all(torch.equal(one, other) for one, other in zip(before, task.model.state_dict().values(), strict=True))
+    assert same(before, task)
 
 
 def test_a_step_is_captured_when_many_like_it_have_occurred_and_serves_every_radius(rerun):
@@ -216,21 +240,19 @@ def test_validations_and_rising_numbers_keep_the_captured_step(tape, name, monke
     made = []
     record = CapturedStep._record
     monkeypatch.setattr(CapturedStep, "_record", lambda self, *given: (made.append(self), record(self, *given))[1])
-    weights = []
-    for graphs in (None, StepGraphs("always", capture=tape)):
-        task = make(eps_warmup=1.0)
-        task.graphs = graphs
+    graphs = StepGraphs("always", capture=tape)
+
+    def run(task):
         fit(task, x, y, FitConfig(4, 8), progress=False, validation=(x[:8], y[:8]))
-        weights.append(task.model.state_dict())
+
+    assert same(*weights(lambda: make(eps_warmup=1.0), run, graphs))
     assert len(made) == len(graphs.whole_steps) == kinds
-    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
 
 
 class TwoAttacks(ClassifierTask):
     """A second attack of another radius follows. A graph would give it the numbers of the first."""
 
-    def captures(self, batch):
-        return super().captures(batch)
+    captures = ClassifierTask.captures
 
     def training_step(self, batch):
         loss, metrics = super().training_step(batch)
@@ -239,15 +261,12 @@ class TwoAttacks(ClassifierTask):
 
 
 def test_a_second_attack_in_a_step_keeps_its_own_radius(tape):
-    weights = []
-    for graphs in (None, StepGraphs("always", capture=tape)):
-        torch.manual_seed(0)
-        task = TwoAttacks(SmallCNN(width=4), ClassifierConfig(attack=attack(eps_warmup=1.0)))
-        task.graphs = graphs
+    def run(task):
         for epoch in range(3):
             train_step(task, replace(batch(epoch), epoch=epoch))
-        weights.append(task.model.state_dict())
-    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+    graphs = StepGraphs("always", capture=tape)
+    assert same(*weights(lambda: own(TwoAttacks, eps_warmup=1.0), run, graphs))
     assert "a replay gives another result than the step" in graphs.refusals[0]
 
 
@@ -264,8 +283,7 @@ class FromItsConfig(ClassifierTask):
 
 
 def test_a_step_that_reads_no_number_of_its_batch_is_refused(tape):
-    torch.manual_seed(0)
-    task = FromItsConfig(SmallCNN(width=4), ClassifierConfig(attack=attack(eps_warmup=1.0)))
+    task = own(FromItsConfig, eps_warmup=1.0)
     task.graphs = StepGraphs("always", capture=tape)
     with pytest.warns(UserWarning, match=r"the step does not read alpha, eps of batch\.numbers: see Task\.numbers"):
         train_step(task, batch(1))
@@ -287,11 +305,6 @@ class Doubled(ClassifierTask):
         return loss * (1 + batch.epoch), metrics
 
 
-def _doubled() -> Task:
-    torch.manual_seed(0)
-    return Doubled(SmallCNN(width=4), ClassifierConfig(attack=attack()))
-
-
 def _frozen(task: Task, number: int) -> None:
     for weight in task.model.conv1.parameters():
         weight.requires_grad_(number != 1)
@@ -303,20 +316,17 @@ def _smoothed(task: Task, number: int) -> None:
 
 @pytest.mark.parametrize(
     ("make", "change"),
-    [(_doubled, None), (classifier, _frozen), (classifier, _smoothed)],
+    [(lambda: own(Doubled), None), (classifier, _frozen), (classifier, _smoothed)],
     ids=["own step", "frozen weights", "another loss"],
 )
 def test_a_change_of_the_task_is_noticed(tape, make, change):
-    weights = []
-    for graphs in (None, StepGraphs("always", capture=tape)):
-        task = make()
-        task.graphs = graphs
+    def run(task):
         for number in range(3):
             if change is not None:
                 change(task, number)
             train_step(task, replace(batch(number), epoch=number, epochs=3))
-        weights.append(task.model.state_dict())
-    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+    assert same(*weights(make, run, StepGraphs("always", capture=tape)))
 
 
 #: Launches of a training step, eager and beside captured steps, where kernels serve and optimizers are fused. Another
@@ -359,7 +369,7 @@ def test_a_packed_decoder_that_is_trained_is_read_as_it_is_now(rerun, monkeypatc
         for graphs in (None, StepGraphs("always", capture=rerun))
     )
     assert wanted[0] == found[0] and rerun.recorded == 1 and rerun.replayed == 4
-    assert all(torch.equal(value, found[1][key]) for key, value in wanted[1].items())
+    assert same(wanted[1], found[1])
 
 
 def test_arrest_attacks_all_images_only_while_its_step_is_captured(rerun, monkeypatch):
@@ -426,7 +436,7 @@ class Counted(nn.Sequential):
 
 
 def test_a_step_that_is_repeated_after_memory_ran_out_counts_its_batch_once(rerun):
-    weights = []
+    found = []
     for fails in (0, 1):
         torch.manual_seed(0)
         task = Short(Counted(), ClassifierConfig(attack=attack()))
@@ -435,9 +445,8 @@ def test_a_step_that_is_repeated_after_memory_ran_out_counts_its_batch_once(reru
         task.graphs.whole_steps["another"] = object()
         train_step(task, batch(1))
         assert task.graphs.mode == ("off" if fails else "auto") and task.fails == 0
-        weights.append(task.model.state_dict())
-    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
-    assert weights[0]["1.num_batches_tracked"] == 1
+        found.append(task.model.state_dict())
+    assert same(*found) and found[0]["1.num_batches_tracked"] == 1
 
 
 @pytest.mark.parametrize("where", ["second update", "optimizer", "replay"])
