@@ -41,6 +41,8 @@ def test_json_round_trip():
     assert back.paired(report, "PGD").difference == 0
     small = row(health={"gradients": 10000, "nonfinite": 1, "zero": 30, "images": 0, "unmoved": 0})
     assert small.describe_health() == "0.01 % / 0.3 % / -"
+    assert small.health_in_words() == "0.01 % of the gradients are not finite, 0.3 % are zero"
+    assert back.rows[1].health_in_words() == "the gradients were not counted"
     with pytest.raises(ValueError, match="got 99"):
         Report.from_json(text.replace('"format": 3', '"format": 99'))
 
