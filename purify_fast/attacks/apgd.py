@@ -347,7 +347,7 @@ def run_from_larger(objective: Objective, active: ActiveSet, rows: Rows, steps: 
         ball = replace(rows.ball, eps=factor * rows.ball.eps)
         begin = projected(rows.x, begin, ball)
         share = changed_share(begin, rows.x) / SPARSER
-        part = replace(rows, ball=ball, begin=begin)
+        part = rows._replace(ball=ball, begin=begin)
         search = AutoPgdL1(objective, active, part, count, claims=factor == 1, share=share)
         search.run()
         begin = search.top

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,28 +55,23 @@ def pack(first: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> 
     return torch.cat([*parts, *reversed(backward)]), torch.cat(shifts)
 
 
-class Weights(NamedTuple):
-    """The unpacked weights: ``first`` is ``[pixels, latent_dim, channels]``; ``layers`` and ``biases`` as in `pack`."""
-
-    first: Tensor
-    layers: tuple[Tensor, ...]
-    biases: tuple[Tensor, ...]
+#: The weights of the first layer, ``[pixels, latent_dim, channels]``, and each further layer's weights and biases.
+Weights = tuple[Tensor, list[tuple[Tensor, Tensor]]]
 
 
 def unpack(packed: Tensor, biases: Tensor, geometry: tiles.Geometry) -> Weights:
     """Undo `pack`: return the weights and biases of the layers without padding, in the packed weights' dtype."""
     products = geometry.products()
-    sizes = [taps * inputs * columns for taps, inputs, columns in products]
+    sizes = [math.prod(product) for product in products]
     parts = packed[: sum(sizes)].split(sizes)
     first, *others = (part.view(product) for part, product in zip(parts, products, strict=True))
     shifts = biases.to(packed.dtype).split([columns for _, _, columns in products[1:]])
-    inputs, weights = geometry.start[0], []
-    for layer, tile in zip(geometry.layers, others, strict=True):
+    inputs, layers = geometry.start[0], []
+    for layer, tile, shift in zip(geometry.layers, others, shifts, strict=True):
         kernel = tile[:, :inputs, : layer.channels].unflatten(0, (layer.kernel, layer.kernel))
-        weights.append(kernel.permute(2, 3, 0, 1))
+        layers.append((kernel.permute(2, 3, 0, 1), shift[: layer.channels]))
         inputs = layer.channels
-    ends = tuple(shift[: layer.channels] for shift, layer in zip(shifts, geometry.layers, strict=True))
-    return Weights(first[:, : geometry.latent_dim, : geometry.start[0]], tuple(weights), ends)
+    return first[:, : geometry.latent_dim, : geometry.start[0]], layers
 
 
 def latents(seed: Tensor, sample_ids: Tensor, samples: int, latent_dim: int) -> Tensor:
@@ -88,12 +83,11 @@ def maps(
     condition: Tensor, seed: Tensor, ids: Tensor, weights: Weights, geometry: tiles.Geometry, samples: int, slope: float
 ) -> list[Tensor]:
     """Return the inputs of all LeakyReLUs and, last, the logits of the images: [B * K, C, H, W] of several sizes."""
-    channels, h, w = geometry.start
-    dtype = weights.first.dtype
-    z = latents(seed, ids, samples, geometry.latent_dim).to(dtype)
-    x = torch.einsum("bkl,plc->bkpc", z, weights.first).to(condition.dtype) + condition.view(-1, 1, h * w, channels)
-    out = [x.to(dtype).flatten(0, 1).unflatten(1, (h, w)).permute(0, 3, 1, 2)]
-    for layer, weight, bias in zip(geometry.layers, weights.layers, weights.biases, strict=True):
+    (first, layers), (channels, h, w) = weights, geometry.start
+    z = latents(seed, ids, samples, geometry.latent_dim).to(first.dtype)
+    x = torch.einsum("bkl,plc->bkpc", z, first).to(condition.dtype) + condition.view(-1, 1, h * w, channels)
+    out = [x.to(first.dtype).flatten(0, 1).unflatten(1, (h, w)).permute(0, 3, 1, 2)]
+    for layer, (weight, bias) in zip(geometry.layers, layers, strict=True):
         _, kernel, stride, padding, *size = layer
         before = [(side - 1) * stride - 2 * padding + kernel for side in out[-1].shape[2:]]
         more = [side - least for side, least in zip(size, before, strict=True)]
@@ -153,13 +147,13 @@ def reference_backward(grad: Tensor, image: Tensor, signs: Tensor, packed: Tenso
     """Return grad [B * K, C, H, W] times dimage/dcondition, [B, H * W * C], from the signs of `reference`."""
     biases, numbers, samples, slope, squash = others
     geometry = tiles.Geometry.of(numbers)
-    weights = unpack(packed, biases, geometry)
+    _, layers = unpack(packed, biases, geometry)
     g = wide(grad)
     g = (g * wide(image) * (1 - wide(image)) if squash else g).to(packed.dtype)
     # A caller may run the backward pass under autocast.
     with without_autocast(grad.device):
         positive = _positive(signs, geometry)
-        for layer, weight, above in zip(geometry.layers[::-1], weights.layers[::-1], positive[::-1], strict=True):
+        for layer, (weight, _), above in zip(geometry.layers[::-1], layers[::-1], positive[::-1], strict=True):
             g = F.conv2d(g, weight, None, layer.stride, layer.padding)
             g = torch.where(above, g, slope * g)
     by_pixel = wide(g).permute(0, 2, 3, 1).flatten(1)
@@ -327,16 +321,12 @@ def decode_prior(
     seed, sample_ids = default_stream(seed, sample_ids, len(condition), condition=condition, **others)
     if samples < 1 or not 0 <= slope < float("inf"):
         raise ValueError(f"samples must be at least 1, and slope finite and at least 0, got {samples} and {slope}")
+    plain, kept = OP.uses_reference(condition.device, condition.numel()), needs_gradient(condition)
     # The backward multiplies by image * (1 - image), but bfloat16 rounds an image above 0.998 to 1.
     wanted = real if squash and condition.requires_grad and torch.is_grad_enabled() else dtype
-    if OP.uses_reference(condition.device, condition.numel()):
-        with without_autocast(condition.device):
-            weights = unpack(packed, biases, geometry)
-            logits = maps(condition, seed, sample_ids, weights, geometry, samples=samples, slope=float(slope))[-1]
-        out = images(logits, squash, channels_last, dtype)
-    else:
-        tensors = condition, seed, sample_ids, packed, biases
-        kept = needs_gradient(condition)
-        settings = geometry.numbers(), samples, float(slope), squash, channels_last, wanted, kept
-        out = (_decode if kept else OP.handle)(*tensors, *settings)[0].to(dtype)
-    return out.unflatten(0, (-1, samples))
+    settings = geometry.numbers(), samples, float(slope), squash, channels_last, wanted, kept and not plain
+    kernel = _decode if kept else OP.handle
+    call = reference if plain else kernel
+    with without_autocast(condition.device):
+        out = call(condition, seed, sample_ids, packed, biases, *settings)[0]
+    return out.to(dtype).unflatten(0, (-1, samples))

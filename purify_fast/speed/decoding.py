@@ -114,8 +114,8 @@ def _letter(layer: nn.Module) -> str:
             return type(layer).__name__
     if _slope(layer) is not None:
         return "A"
-    kinds = {nn.Linear: "L", nn.Unflatten: "U", nn.ConvTranspose2d: "T", nn.Sigmoid: "S"}
-    return next((letter for kind, letter in kinds.items() if type(layer) is kind), type(layer).__name__)
+    kinds: dict[type, str] = {nn.Linear: "L", nn.Unflatten: "U", nn.ConvTranspose2d: "T", nn.Sigmoid: "S"}
+    return kinds.get(type(layer), type(layer).__name__)
 
 
 def _folded(layers: list[nn.Module]) -> list[Any]:

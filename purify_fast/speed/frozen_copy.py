@@ -81,7 +81,7 @@ def frozen_copy(
     return made
 
 
-def _compared(model: nn.Module, x: Tensor, dtype: Dtype, compile: bool) -> tuple[nn.Module, bool]:
+def _compared(model: Any, x: Tensor, dtype: Dtype, compile: bool) -> tuple[nn.Module, bool]:
     """Make a copy in the first form that agrees with the model, or in the last form. Tell whether it agrees."""
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
@@ -102,7 +102,10 @@ def _compared(model: nn.Module, x: Tensor, dtype: Dtype, compile: bool) -> tuple
             try:
                 # A model may draw random numbers while it is copied.
                 with same_draws(model):
-                    made = _made(model, shape, each, compile=compile, plain=plain)
+                    if supports(model, CopiesItself):
+                        made = model.make_frozen_copy(each, compile=compile, plain=plain)
+                    else:
+                        made = FrozenCopy(model, shape, each, compile=compile, plain=plain)
                 if _agree(_answers(made, x.float()), want, each):
                     return made, True
                 reason = "it gives other logits or gradients than the model"
@@ -125,12 +128,6 @@ def auto_dtype(model: nn.Module, device: torch.device) -> torch.dtype:
     # A defence makes many samples of an image, so bfloat16 is faster even with few weights.
     large = supports(model, CopiesItself) or matrix_weights(model) >= FEWEST_WEIGHTS
     return torch.bfloat16 if large and fast_bfloat16(device) else torch.float32
-
-
-def _made(model: Any, shape: tuple[int, ...], dtype: torch.dtype, *, compile: bool, plain: bool) -> nn.Module:
-    if supports(model, CopiesItself):
-        return cast(nn.Module, model.make_frozen_copy(dtype, compile=compile, plain=plain))
-    return FrozenCopy(model, shape, dtype, compile=compile, plain=plain)
 
 
 class FrozenCopy(InferenceCopy):

@@ -11,9 +11,8 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,8 +30,7 @@ FEWEST_ROWS = 64
 SHRINK_AFTER, SHRINK_EVERY = (1, 2, 3, 4, 6, 8), 5
 
 
-@dataclass(frozen=True)
-class Rows:
+class Rows(NamedTuple):
     """The rows that are searched together; every field has an entry per row.
 
     ``labels`` are int64 ``[R]``, or labels and targets ``[R, 2]``; ``begin`` are first points; ``owner`` the images'
@@ -48,8 +46,7 @@ class Rows:
 
     def take(self, index: Tensor) -> Rows:
         """Return some of the rows, selected by an int64 index."""
-        values = (getattr(self, field.name) for field in fields(self))
-        taken: Any = (value.take(index) if isinstance(value, Ball) else value[index] for value in values)
+        taken: Any = (value.take(index) if isinstance(value, Ball) else value[index] for value in self)
         return Rows(*taken)
 
 
