@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -49,9 +48,12 @@ def check_range(name: str, low: float, high: float, undo: str = "") -> None:
 
 
 def seed_generators(loader: Any, seed: int, epoch: int) -> None:
-    """Seed torch's generators that are attributes of a loader, its data set or its samplers; call ``set_epoch``."""
-    seen = set[int]()
-    for part in _parts(loader):
+    """Seed torch's generators in a loader, its data sets, its samplers and those inside them; call ``set_epoch``."""
+    waiting, seen = [loader], set[int]()
+    for part in waiting:
+        if part is None or id(part) in seen:
+            continue
+        seen.add(id(part))
         if callable(getattr(type(part), "set_epoch", None)):
             part.set_epoch(epoch)
         for value in getattr(part, "__dict__", {}).values():
@@ -59,15 +61,5 @@ def seed_generators(loader: Any, seed: int, epoch: int) -> None:
                 value.manual_seed(seed)
                 seen.add(id(value))
                 seed = (seed + 1) % 2**32
-
-
-def _parts(loader: Any) -> Iterator[Any]:
-    """Yield a loader, its data sets and samplers, and those inside them."""
-    waiting, seen = [loader], set[int]()
-    for part in waiting:
-        if part is None or id(part) in seen:
-            continue
-        seen.add(id(part))
-        yield part
         inside = [getattr(part, name, None) for name in INSIDE]
         waiting += [one for each in inside for one in (each if isinstance(each, (list, tuple)) else [each])]

@@ -114,26 +114,13 @@ class TrainingAttack:
         # Importing PyTorch takes 1.8 seconds, and the command line's --help must read this class without that wait.
         from ..attacks import pgd
 
-        numbers = self.numbers(batch)
         y = batch.y if target is None else target
         x, y, ids = (part if rows is None else part[rows] for part in (batch.x, y, batch.sample_ids))
-        return pgd(
-            model,
-            x,
-            y,
-            eps=numbers["eps"],
-            alpha=numbers["alpha"],
-            loss=loss,
-            steps=self.steps,
-            norm=self.norm,
-            random_start=self.random_start,
-            start_std=self.start_std,
-            seed=batch.seed,
-            sample_ids=ids,
-            graphs=graphs,
-            # The training itself has chosen the precision of the model that it attacks.
-            precision="float32",
-        )
+        how: dict[str, Any] = {name: getattr(self, name) for name in ("steps", "norm", "random_start", "start_std")}
+        how |= {name: self.numbers(batch)[name] for name in ("eps", "alpha")}
+        # The training itself has chosen the precision of the model that it attacks.
+        how |= {"precision": "float32", "seed": batch.seed, "sample_ids": ids, "graphs": graphs}
+        return pgd(model, x, y, loss=loss, **how)
 
     def of_validations(self) -> TrainingAttack:
         """Return the attack on held-out images: this attack, or, if it has fewer than 10 steps, PGD-10.
