@@ -104,7 +104,7 @@ class BranchAndBound(InBall):
         with torch.no_grad(), frozen(target):
             most = context.max_forward_batch
             layers, judge = self.layers(target, x, most), Judge(target, max_forward_batch=most)
-            active = ActiveSet(x, y, ball, judge, torch.arange(len(x), device=x.device))
+            active = ActiveSet(x, y, ball, judge, context)
             active.judge_clean_images()
             proved = torch.zeros_like(y, dtype=torch.bool)
             for part in active.left().split(IMAGES):

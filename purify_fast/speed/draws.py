@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -38,12 +39,13 @@ def same_draws(model: nn.Module | None = None, device: torch.device | None = Non
     on_devices = [torch.cuda.default_generators[index] for index in sorted(indices)]
     # The modules of NumPy and Python read and set the states of their global generators.
     generators = [torch.default_generator, *on_devices, np.random, random, *own_generators(model)]
-    before = list(map(_state, generators))
+    accesses = list(map(_access, generators))
+    before = [read() for read, _ in accesses]
     try:
-        yield lambda: not _equal(list(map(_state, generators)), before)
+        yield lambda: not _equal([read() for read, _ in accesses], before)
     finally:
-        for one, state in zip(generators, before, strict=True):
-            _set_state(one, state)
+        for (_, write), state in zip(accesses, before, strict=True):
+            write(state)
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -55,16 +57,11 @@ def _equal(a: Any, b: Any) -> bool:
     return same if isinstance(same, bool) else bool(same.all())
 
 
-def _state(one: Any) -> Any:
+def _access(one: Any) -> tuple[Callable[[], Any], Callable[[Any], None]]:
+    """Return the functions that read and write the state of a generator."""
     if isinstance(one, np.random.Generator):
-        return one.bit_generator.state
-    return one.getstate() if one is random or isinstance(one, random.Random) else one.get_state()
-
-
-def _set_state(one: Any, state: Any) -> None:
-    if isinstance(one, np.random.Generator):
-        one.bit_generator.state = state
-    elif one is random or isinstance(one, random.Random):
-        one.setstate(state)
-    else:
-        one.set_state(state)
+        bits: Any = one.bit_generator
+        return partial(getattr, bits, "state"), partial(setattr, bits, "state")
+    if one is random or isinstance(one, random.Random):
+        return one.getstate, one.setstate
+    return one.get_state, one.set_state

@@ -147,9 +147,9 @@ def test_every_image_gets_every_run_in_waves_that_are_filled(monkeypatch, padded
     """On a GPU most waves have one size; each image is searched in each run until it falls, and no longer."""
     for module in (engine_rows, judging):
         monkeypatch.setattr(module, "takes_every_size", lambda device: not padded)
-    x, y, ids = torch.rand(90, 2), torch.zeros(90, dtype=torch.int64), torch.arange(90)
+    x, y = torch.rand(90, 2), torch.zeros(90, dtype=torch.int64)
     judge = Judge(lambda z: torch.tensor([[1.0, 0.0]]).expand(len(z), 2))
-    active = ActiveSet(x, y, Ball(torch.full((90,), 0.1)), judge, ids)
+    active = ActiveSet(x, y, Ball(torch.full((90,), 0.1)), judge, AttackContext())
     active.judge_clean_images()
     goals = tuple(torch.full_like(y, goal) for goal in (1, 2, 3, 4, 5))
     sizes, seen = [], []
@@ -179,9 +179,8 @@ def test_a_search_waits_for_the_device_only_at_its_checkpoints(monkeypatch):
         for norm in ("linf", "l2", "l1"):
             model = lambda z: z @ weight  # noqa: E731
             ball, ids = Ball(torch.ones(5), norm), torch.arange(5)
-            active = ActiveSet(x, y, ball, Judge(model, draws=2), ids)
+            active = ActiveSet(x, y, ball, Judge(model, draws=2), AttackContext(counts_health=True))
             active.judge_clean_images()
-            active.health = GradientHealth()
             rows = Rows(ids, x, y, ball, begin=x, run=torch.zeros_like(y))
             kind = AutoPgdL1 if norm == "l1" else AutoPgd
             search = kind(Objective(model, "ce", 2), active, rows, 10, rho=0.75)

@@ -130,7 +130,7 @@ def test_every_success_is_the_models_own(attack):
             return logits + 1e4 * F.one_hot(y, 10).repeat(-(-len(z) // len(y)), 1)[: len(z)]
 
     judge = Judge(Sees(), 1)
-    active = ActiveSet(x, y, Ball(torch.full((24,), 0.01)), judge, torch.arange(24))
+    active = ActiveSet(x, y, Ball(torch.full((24,), 0.01)), judge, AttackContext())
     active.judge_clean_images()
     share, fell = active.confirm_successes(torch.arange(24), found, torch.ones(24))
     assert not fell and not share.any() and not active.fallen.any()

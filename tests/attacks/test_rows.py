@@ -274,7 +274,7 @@ def test_of_a_linear_model_the_borders_are_where_the_formula_says(norm, dual):
     linear = nn.Linear(12, 5)
     x = torch.rand(40, 12)
     y = linear(x).argmax(1)
-    active = ActiveSet(x, y, Ball(torch.full((40,), 0.1), norm), Judge(linear), torch.arange(40))
+    active = ActiveSet(x, y, Ball(torch.full((40,), 0.1), norm), Judge(linear), AttackContext())
     active.judge_clean_images()
     nearest = nearest_borders(active, Objective(linear, "dlr_targeted", 1, None), 3)
     differences = linear(x).gather(1, y[:, None]) - linear(x)

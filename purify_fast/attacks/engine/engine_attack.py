@@ -15,7 +15,6 @@ from ..attacked_model import drawn_once_per_call, frozen
 from ..base import AttackResult, InBall, source_of, times
 from ..context import AttackContext
 from ..objective import Objective
-from ..search import GradientHealth
 from .judge import Judge
 from .pace import FEWEST_STEPS
 from .row_batches import ActiveSet
@@ -62,16 +61,13 @@ class EngineAttack(InBall):
         if len(x) == 0:
             return AttackResult(x.clone())
         x = x.detach().clone()
-        ids = torch.arange(len(x), device=x.device) if context.sample_ids is None else context.sample_ids
         _, draws, loss, _ = self.resolved_for(context)
         judges, most = context.judges(draws), context.max_forward_batch
         source = context.gradients_from if self.follows_gradients else None
         with frozen(target):
             apart = drawn_once_per_call(target, x, max(judges, draws), most)
             judge = Judge(target, judges, most, apart, context.judge_share)
-            active = ActiveSet(x, y, ball, judge, ids)
-            active.health = GradientHealth() if context.counts_health else None
-            active.until, active.draws_differ = context.until, context.draws_differ
+            active = ActiveSet(x, y, ball, judge, context)
             if source is None:
                 source = source_of(target, x, self.precision, context.copies)
             with frozen(source):

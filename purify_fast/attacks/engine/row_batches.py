@@ -7,7 +7,6 @@ batch size takes time, so a shrinking batch has only sizes from a fixed list, an
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -74,17 +73,17 @@ class ActiveSet:
     run ended at the time ``until``.
     """
 
-    def __init__(self, x: Tensor, y: Tensor, ball: Ball, judge: Judge, ids: Tensor):
-        self.x, self.y, self.ball, self.judge, self.ids = x, y, ball, judge, ids
+    def __init__(self, x: Tensor, y: Tensor, ball: Ball, judge: Judge, context: AttackContext):
+        self.x, self.y, self.ball, self.judge = x, y, ball, judge
+        self.ids = torch.arange(len(x), device=x.device) if context.sample_ids is None else context.sample_ids
+        self.until, self.draws_differ = context.until, context.draws_differ
         self.costly = judge.is_costly()
         self.best, self.score = x.clone(), torch.full((2, len(x)), -torch.inf, device=x.device)
         self.felled_by = torch.full_like(y, -1)
         self.tried = torch.zeros_like(y, dtype=torch.bool)
         self.gains, self.fell_to = Gains(), dict[str, int]()
-        self.health: GradientHealth | None = None
+        self.health = GradientHealth() if context.counts_health else None
         self.ended_blind = self.was_cut = False
-        self.draws_differ = True
-        self.until = math.inf
 
     def is_over(self) -> bool:
         """Tell whether the search ends here, because its time is over."""
