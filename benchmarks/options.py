@@ -43,9 +43,11 @@ def add_names(parser: ArgumentParser, known: Collection[str], option: str = "nam
     parser.add_argument(option, nargs=count, default=list(known), metavar="NAME", type=one_of(known), help=text)
 
 
-def add_out(parser: ArgumentParser, where: str) -> None:
+def add_out(parser: ArgumentParser, where: str, quick: bool = True) -> None:
     """Add ``--out`` for the folder of the results, and ``--quick`` for a short trial whose numbers mean nothing."""
-    parser.add_argument("--quick", action="store_true", help="a short trial on small inputs; its numbers mean nothing")
+    if quick:
+        text = "a short trial on small inputs; its numbers mean nothing"
+        parser.add_argument("--quick", action="store_true", help=text)
     parser.add_argument("--out", type=Path, help=f"folder for the results; default: benchmarks/results{where}")
 
 

@@ -265,7 +265,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     options.add_names(parser, CALLS, "calls", "calls to make, one after the other")
     rehearse = "rehearse every section on the CPU; the numbers mean nothing"
     parser.add_argument("--rehearse", action="store_true", help=rehearse)
-    parser.add_argument("--out", type=Path, help="folder for the results; default: benchmarks/results/<device>")
+    options.add_out(parser, "/<device>", quick=False)
     options.add_names(parser, SECTIONS, "--only", "sections of these calls to run")
     parser.add_argument("--resume", action="store_true", help="keep the rows that an earlier call has written")
     data = "folder with CIFAR-10, or path of an .npz file; default: the current folder"

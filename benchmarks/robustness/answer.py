@@ -251,10 +251,7 @@ def outdated(results: Path) -> list[str]:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``python -m benchmarks answer``."""
-    every = [*NETWORKS, *RANDOM]
-    parser.add_argument("--network", choices=every, nargs="+", default=every, help="networks; default: all")
     parser.add_argument("--data", type=Path, help="folder with cifar10.npz and mnist.npz, or with the official files")
-    parser.add_argument("--images", type=int, default=COUNTS[-1], help="largest number of images; default: %(default)s")
     options.add_out(parser, "/studies")
 
 
@@ -262,14 +259,15 @@ def main(chosen: argparse.Namespace) -> str:
     """Make the runs that are missing, the cheap ones first, and return the table."""
     out = options.out_of(chosen, chosen.quick, "studies")
     amount = Amount(steps=2, queries=5) if chosen.quick else Amount()
-    for name in chosen.network:
+    for name in (*NETWORKS, *RANDOM):
         random = name in RANDOM
-        subject = RANDOM[name][0](chosen.data) if random else ROBUST[name].make(chosen.data)
         if random:
-            counts = RANDOM[name][1].items()
-            asked = [(who, 0, 2 if chosen.quick else count) for who, each in counts for count in each]
+            make, counts = RANDOM[name]
+            subject = make(chosen.data)
+            asked = [(who, 0, 2 if chosen.quick else count) for who, each in counts.items() for count in each]
         else:
-            asked = runs(min(len(subject.x), 4 if chosen.quick else chosen.images))
+            subject = ROBUST[name].make(chosen.data)
+            asked = runs(min(len(subject.x), 4 if chosen.quick else COUNTS[-1]))
         for who, first, last in asked:
             part = replace(subject, x=subject.x[first:last], y=subject.y[first:last])
             code = _code(who, amount, random)

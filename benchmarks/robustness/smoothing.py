@@ -69,14 +69,7 @@ def cohen_decisions(rows: list[Row]) -> np.ndarray:
     return np.asarray((chosen == labels) & (lower > NormalDist().cdf(RADIUS / SIGMA)))
 
 
-def images(root: Path | None) -> tuple[Tensor, Tensor]:
-    """Return the images and labels."""
-    data = load_dataset("mnist", root)
-    subset = balanced_subset(data.x_test, data.y_test, IMAGES, 0, num_classes=10)
-    return to_float(subset.x), subset.y
-
-
-def plain_loop(model: nn.Module, x: Tensor, y: Tensor, draws: int) -> float:
+def plain_loop(model: nn.Module, x: Tensor, draws: int) -> float:
     """Return the processor seconds in which the model predicts a number of draws of each image, 200 at a time."""
     generator, began = torch.Generator().manual_seed(0), time.process_time()
     for image in x:
@@ -85,36 +78,37 @@ def plain_loop(model: nn.Module, x: Tensor, y: Tensor, draws: int) -> float:
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("parts", nargs="*", default=["ours", "one_shot", "cohen"], help="default: ours one_shot cohen")
-    parser.add_argument("--data-root", type=Path)
-    options.add_out(parser, "")
+    """Add the options of ``python -m benchmarks certificates``."""
+    parser.add_argument("--data-root", type=Path, help="folder with mnist.npz, or with the official files")
+    options.add_out(parser, "", quick=False)
 
 
 @torch.no_grad()
 def main(chosen: argparse.Namespace) -> Path:
-    path = options.out_of(chosen, chosen.quick, "") / FILE
-    x, y = images(chosen.data_root)
+    """Make the certificates, then those parts of Cohen's test that are missing. Return the path of the results."""
+    path = options.out_of(chosen, False, "") / FILE
+    data = load_dataset("mnist", chosen.data_root)
+    subset = balanced_subset(data.x_test, data.y_test, IMAGES, 0, num_classes=10)
+    x, y = to_float(subset.x), subset.y
     model, purifier = zoo.load(MODEL), zoo.load(PURIFIER).one_shot(SIGMA)
 
     def put(row: Row) -> None:
         kept.put(path, row | timing.environment(torch.device("cpu")), key=itemgetter("kind", "part"))
 
     for kind, whose, most in (("ours", model, DRAWS), ("one_shot", purifier, ITS_DRAWS)):
-        if kind in chosen.parts:
-            began = time.process_time()
-            made = certify(whose, x, y, sigma=SIGMA, radius=RADIUS, alpha=ALPHA, draws=most, name=kind, batch_size=200)
-            seconds = time.process_time() - began
-            counts = {"right": " ".join(map(str, made.right)), "draws": " ".join(map(str, made.draws))}
-            row = {"kind": kind, "part": 0, "seconds": round(seconds, 1), "most": most, **counts}
-            if kind == "one_shot":
-                # The loop that a user would write takes the same number of draws for each image.
-                row["loop"] = round(plain_loop(whose, x[:10], y[:10], ITS_DRAWS) * len(x) / 10, 1)
-            put(row)
-    if "cohen" in chosen.parts:
-        fast = frozen_copy(model, x[:8], dtype=torch.float32)
-        done = {row["part"] for row in kept.rows_of(path) if row["kind"] == "cohen"}
-        for part in sorted(set(range(IMAGES // PART)) - done):
-            put(cohen_part(fast, x, y, part))
+        began = time.process_time()
+        made = certify(whose, x, y, sigma=SIGMA, radius=RADIUS, alpha=ALPHA, draws=most, name=kind, batch_size=200)
+        seconds = time.process_time() - began
+        counts = {"right": " ".join(map(str, made.right)), "draws": " ".join(map(str, made.draws))}
+        row = {"kind": kind, "part": 0, "seconds": round(seconds, 1), "most": most, **counts}
+        if kind == "one_shot":
+            # The loop that a user would write takes the same number of draws for each image.
+            row["loop"] = round(plain_loop(whose, x[:10], ITS_DRAWS) * len(x) / 10, 1)
+        put(row)
+    fast = frozen_copy(model, x[:8], dtype=torch.float32)
+    done = {row["part"] for row in kept.rows_of(path) if row["kind"] == "cohen"}
+    for part in sorted(set(range(IMAGES // PART)) - done):
+        put(cohen_part(fast, x, y, part))
     return path
 
 

@@ -67,7 +67,7 @@ def measure(device: torch.device, out: Path) -> tuple[list[dict], dict[str, str]
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``python -m benchmarks kernels``."""
     options.add_device(parser)
-    options.add_out(parser, "/<device>")
+    options.add_out(parser, "/<device>", quick=False)
 
 
 def main(chosen: argparse.Namespace) -> Path:

@@ -31,8 +31,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
             amounts.add_argument(f"--{amount}", dest="amount", action="store_const", const=amount, help=AMOUNTS[amount])
         options.add_argument("--data", default="data", help="folder of the images; default: data")
         options.add_argument("--out", type=Path, help="folder of the runs; default: runs/studies/NAME")
-        if study is cifar10:
-            options.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; default: auto")
 
 
 def main(chosen: argparse.Namespace) -> str:

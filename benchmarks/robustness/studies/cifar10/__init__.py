@@ -224,7 +224,7 @@ def write(root: Path, folder: Path, budget: Budget) -> Path:
 
 def jobs_of(chosen: argparse.Namespace) -> list[Job]:
     """Return the jobs of the chosen options."""
-    return jobs(chosen.data, budget_of(chosen.amount), usable_device(chosen.device))
+    return jobs(chosen.data, budget_of(chosen.amount), usable_device("auto"))
 
 
 def write_results(root: Path, folder: Path, chosen: argparse.Namespace) -> Path:
