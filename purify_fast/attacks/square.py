@@ -13,7 +13,7 @@ not depend on the batches. Three things are not in the paper:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import TYPE_CHECKING, ClassVar
 
@@ -138,27 +138,19 @@ class SquareRound(ObjectiveStep):
         objective: the margin; its model scores the proposals.
         ball: the norm and the box of the images. The radius is in the state.
         together: the number of proposals for each image.
-        edge: the edge of the squares. None: the state has the numbers of a whole block, so that one graph serves for
-            all edges and blocks.
     """
 
     ball: Ball
     together: int
-    edge: int | None = None
 
     def __call__(self, state: State) -> State:
         """Try some proposals for each image, and accept the best if its margin is higher than the present margin."""
-        numbers, new = state["numbers"], State()
-        if self.edge is None:
-            at = state["at"]
-            # A trial of the graph may go beyond the end of a block.
-            numbers, new["at"] = numbers.index_select(1, at), (at + self.together) % BLOCK
         # The first proposals of all rows come first, then the second proposals of all rows, and so on.
         points = square_proposal(
             state["point"],
             state["x"],
             state["eps"],
-            numbers,
+            state["numbers"],
             state["edge"],
             **self.ball.bounds,
             pattern=state.get("pattern"),
@@ -169,7 +161,7 @@ class SquareRound(ObjectiveStep):
             points = points.unflatten(0, (self.together, -1))[best, state["row"]]
             share = None if share is None else share.view(self.together, -1)[best, state["row"]]
         better = margin > state["margin"]
-        new["point"] = torch.where(per_image(better, points), points, state["point"])
+        new = {"point": torch.where(per_image(better, points), points, state["point"])}
         new["margin"] = torch.maximum(margin, state["margin"])
         if share is not None:
             new["share"] = torch.where(better, share, state["share"])
@@ -208,10 +200,9 @@ class _SquareSearch:
         # The margin that the point of each row had when the row was last judged. The first value is just below 0, so
         # that a point with margin 0, which lies on the border, is judged too.
         self.judged = torch.full_like(self.margin, -torch.finfo(self.margin.dtype).tiny)
-        # The step of the present rounds, their loop, which has the state, and the edge of the squares in the state.
-        self.function: SquareRound | None = None
+        # The loop of the present rounds, which has the state, their number of proposals, and the edge of the squares.
         self.loop: Steps | None = None
-        self.edge = 0
+        self.together = self.edge = 0
 
     def _begin(self, numbers: Tensor) -> Tensor:
         """Make the first points with stripes (linf) or a grid of patterns; the numbers ``[R, n]`` are from [0, 1)."""
@@ -237,7 +228,7 @@ class _SquareSearch:
 
     def take(self, index: Tensor) -> None:
         """Continue with some of the rows, selected by an int64 index. `_read` was called after the last round."""
-        self.function = self.loop = None
+        self.loop = None
         take_rows(self, index)
 
     def run(self, n_queries: int, give_up: bool = False) -> None:
@@ -277,36 +268,22 @@ class _SquareSearch:
     def _round(self, query: int, together: int) -> None:
         """Do the round that begins with a query, and makes ``together`` queries for each image."""
         first, edge = query % BLOCK, self._side(query)
-        function, loop = self.function, self.loop
-        if function is None or loop is None or function.together != together or function.edge not in (None, edge):
+        numbers = self.numbers[:, first : first + together]
+        if self.loop is None or self.together != together:
             self._read()
             # Forget the old loop first. Otherwise it would copy its state out of the buffers of the new one.
-            self.function = self.loop = loop = None
-            function, loop = self.function, self.loop = self._begin_loop(together, first, edge=edge)
-        if function.edge is not None:
-            loop.put(numbers=self.numbers[:, first : first + together])
+            self.loop = None
+            state = {"x": self.x, "eps": self.ball.eps, "y": self.y.repeat(together), "point": self.point}
+            state |= {"margin": self.margin, "row": torch.arange(len(self.y), device=self.x.device)}
+            state |= {} if self.share is None else {"share": self.share}
+            state |= {"numbers": numbers, **self._window(edge)}
+            function = SquareRound(self.objective, self.ball, together)
+            self.loop = begin_steps(self.objective.graphs, function, state)
         else:
-            if first == 0:
-                loop.put(numbers=self.numbers)
-            if edge != self.edge:
-                loop.put(**self._window(edge))
-        self.edge = edge
-        loop.advance()
-
-    def _begin_loop(self, together: int, first: int, edge: int) -> tuple[SquareRound, Steps]:
-        """Begin rounds of ``together`` queries, with number ``first`` of the block and squares of a given edge."""
-        device = self.x.device
-        state = {"x": self.x, "eps": self.ball.eps, "y": self.y.repeat(together), "point": self.point}
-        state |= {"margin": self.margin, "row": torch.arange(len(self.y), device=device)}
-        state |= {} if self.share is None else {"share": self.share}
-        graphs, function = self.objective.graphs, SquareRound(self.objective, self.ball, together)
-        if graphs is not None:
-            at = torch.arange(first, first + together, device=device)
-            loop = begin_steps(graphs, function, state | {"numbers": self.numbers, "at": at} | self._window(edge))
-            if loop.graphs is not None and graphs.refusal is None:
-                return function, loop
-        function = replace(function, edge=edge)
-        return function, begin_steps(None, function, state | self._window(edge))
+            # The edge is a tensor, so that one graph serves for all edges.
+            self.loop.put(numbers=numbers, **(self._window(edge) if edge != self.edge else {}))
+        self.together, self.edge = together, edge
+        self.loop.advance()
 
     def _side(self, query: int) -> int:
         height, width = self.x.shape[2:]
