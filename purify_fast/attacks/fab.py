@@ -96,12 +96,11 @@ class FabStep(ObjectiveStep):
     ball: Ball
 
     def __call__(self, state: State) -> State:
-        """Move every point. If the state has ``faulty``, count the faulty gradients of each row and of all rows."""
+        """Move every point. If the state has ``faulty``, count the faulty gradients of each row."""
         point, x, draws, counts = state["point"], state["x"], self.objective.eot_iter, State()
         gradient = self.objective.gradient(point, state["y"])
         if "faulty" in state:
-            faulty = torch.stack(faults(gradient.image))
-            counts = {"faulty": state["faulty"] + faulty, "faults": state["faults"] + faulty.sum(1)}
+            counts["faulty"] = state["faulty"] + torch.stack(faults(gradient.image))
         if draws > 1:
             gradient = gradient._replace(image=gradient.image / draws)
         across, moved = has_fallen(gradient.wrong), point - x
@@ -134,21 +133,21 @@ class _FabSearch(RowSearch):
         """Take all steps, or stop when no row is left."""
         for i in range(self.steps):
             if self.loop is None:
-                self.loop = self._begin_loop()
+                step = FabStep(self.objective, self.rows.ball)
+                self.loop = begin_steps(self.objective.graphs, step, self._state())
             self.loop.advance()
             self.counted += 1
             if self.health is not None:
                 self.health.add(gradients=len(self.point))
             if self.shrinks_after(i + 1):
-                vars(self).update(self.loop.values(*self._names()))
+                self._read()
                 self._shrink(i + 1)
             if len(self.point) == 0:
                 return
             if self.shrinks_after(i + 1) and self.active.is_over():
                 break
-        if self.loop is not None:
-            vars(self).update(self.loop.values(*self._names()))
-        self._end_loop()
+        self._read()
+        self.loop = None
         across = has_fallen(self.objective.score(self.point, self.rows.labels)[0])
         vars(self).update(nearer(self.rows.ball, self._state(), across))
         if not self.active.was_cut:
@@ -156,28 +155,23 @@ class _FabSearch(RowSearch):
         self._try(self.rows, self.nearest)
 
     def _state(self) -> State:
-        own = {"x": self.rows.x, "y": self.rows.labels} | {name: getattr(self, name) for name in self._names()}
-        if self.health is not None:
-            own["faults"] = torch.zeros(2, dtype=torch.int64, device=self.point.device)
-        return own
+        return {"x": self.rows.x, "y": self.rows.labels} | {name: getattr(self, name) for name in self._names()}
 
     def _names(self) -> list[str]:
         """The attributes that a step changes."""
         return ["point", "nearest", "distance"] + (["faulty"] if self.health is not None else [])
 
-    def _begin_loop(self) -> Steps:
-        return begin_steps(self.objective.graphs, FabStep(self.objective, self.rows.ball), self._state())
-
-    def _end_loop(self) -> None:
-        """Forget the loop, after its faulty gradients are counted."""
-        if self.loop is not None and self.health is not None:
-            nonfinite, zero = self.loop.values("faults")["faults"]
+    def _read(self) -> None:
+        """Take the results of the steps since the last call, and count their faulty gradients."""
+        new = {} if self.loop is None else self.loop.values(*self._names())
+        if self.health is not None and new:
+            nonfinite, zero = (new["faulty"] - self.faulty).sum(1).long()
             self.health.add(nonfinite=nonfinite, zero=zero)
-        self.loop = None
+        vars(self).update(new)
 
     def take(self, index: Tensor) -> None:
         """Continue with some of the rows, selected by an int64 index. The next step begins another loop."""
-        self._end_loop()
+        self.loop = None
         super().take(index)
 
     def _shrink(self, step: int) -> None:
