@@ -53,6 +53,14 @@ def test_a_slow_step_on_cuda_is_two_launches_whatever_the_number_of_weights():
     assert counted.by_name == {"_foreach_lerp_": 1, "_foreach_copy_": 1}
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_an_optimizer_without_a_fused_kernel_is_not_changed(fused):
+    optimizer = torch.optim.Adadelta(problem()[0].parameters())
+    before = copy.deepcopy(optimizer.state_dict())
+    fuse(optimizer, fused)
+    assert optimizer.state_dict() == before
+
+
 @pytest.mark.parametrize("at", [3, 6, 8])
 def test_resumed_from_a_file_it_goes_on_to_the_bit(tmp_path, at):
     model, x, y = problem()

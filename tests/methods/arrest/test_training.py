@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from purify_fast import data
 from purify_fast.attacks import pgd
 from purify_fast.methods.arrest import ArrestConfig, ArrestTask
+from purify_fast.methods.arrest.task import pool
 from purify_fast.models.classifiers import PreActResNet18, SmallCNN
 from purify_fast.ops import representation_distance
 from purify_fast.speed.folding.inference_copy import InferenceCopy
@@ -390,3 +391,10 @@ def test_making_a_task_leaves_a_model_in_training_mode_as_it_is():
     modes = [module.training for module in model.modules()]
     arrest(model, precision="bfloat16")
     assert same(states(model), before) and [module.training for module in model.modules()] == modes
+
+
+def test_maps_and_tokens_are_averaged_over_their_positions():
+    maps, tokens, vectors = torch.randn(2, 3, 4, 5), torch.randn(2, 7, 3), torch.randn(2, 3)
+    averaged = pool([maps, tokens, vectors])
+    for got, wanted in zip(averaged, (maps.mean((2, 3)), tokens.mean(1), vectors), strict=True):
+        assert torch.equal(got, wanted)
