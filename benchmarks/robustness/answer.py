@@ -28,7 +28,6 @@ from torch import Tensor, nn
 
 from examples import random_defence
 from purify_fast import zoo
-from purify_fast._files import write_text
 from purify_fast._tensors import weights_fingerprint
 from purify_fast.attacks.engine.judge import has_fallen
 from purify_fast.data import load_dataset, to_float
@@ -57,7 +56,7 @@ from .contests import (
 from .contests import OFFICIAL_RAND as RAND
 from .counted_model import CountedModel
 
-FILE, TABLE = "answer.json", "answer.md"
+FILE = "answer.json"
 EXPERT = "AutoAttack, expert"
 #: The contests whose networks are attacked, and the numbers of images.
 NETWORKS = ("cifar10-pgd-at-w16, 1 to 700", "mnist-pgd-at, 1 to 250")
@@ -280,8 +279,7 @@ def main(chosen: argparse.Namespace) -> str:
             row |= timing.environment(torch.device("cpu"))
             kept.put(out / FILE, row, _place)
             print(f"{name}, {first} to {last}: {who} leaves {row['left']}, {row['cpu_seconds']:.1f} s", flush=True)
-            write_text(out / TABLE, "\n".join(markdown(read(out))) + "\n")
-    return (out / TABLE).read_text()
+    return "\n".join(markdown(read(out)))
 
 
 def _place(row: Row) -> tuple[int, int, int, int]:

@@ -60,7 +60,7 @@ from .counted_model import CountedModel
 #: The results and the table for docs/evaluation.md; in the second line, those of the contests on robust networks.
 FILE, TABLE = "evaluation.json", "evaluation.md"
 ROBUST_FILE, ROBUST_TABLE = "robust.json", "robust.md"
-OFFICIAL, OURS, FAST, STRONG = "AutoAttack", "standard", "fast", "strong"
+OFFICIAL, OURS, FAST = "AutoAttack", "standard", "fast"
 OFFICIAL_RAND, OURS_RAND = "AutoAttack rand", "rand"
 #: The contestant SHORT_RAND runs the protocol rand with at most SHORT_STEPS steps.
 SHORT_STEPS = 60
@@ -69,11 +69,8 @@ SHORT_RAND = f"rand, {SHORT_STEPS} steps"
 JUDGES, DRAWS = 20, 20
 #: The number of images in a batch, which is the default of the official implementation.
 BATCH = 250
-#: Images in a run of these slow contestants: an interruption loses little. The stopping rule of others needs all
-#: images.
-PARTS = {OFFICIAL: 50, STRONG: 50}
-#: The number of images that the protocol strong attacks on a robust network.
-STRONG_IMAGES = 100
+#: Images in a run of this slow contestant: an interruption loses little. The stopping rule of others needs all images.
+PARTS = {OFFICIAL: 50}
 
 
 @dataclass(frozen=True)
@@ -219,7 +216,6 @@ SEEDS = (0, 1, 2)
 ROBUST_CONTESTANTS: dict[str, Contestant] = {
     OFFICIAL: official("standard"),
     **{f"{name}, seed {seed}" if seed else name: Protocol(name, seed=seed) for name in (OURS, FAST) for seed in SEEDS},
-    STRONG: Protocol("strong"),
 }
 #: The order of the contestants in the results of a contest.
 RANKS = [*ROBUST_CONTESTANTS, *RAND_CONTESTANTS]
@@ -361,21 +357,17 @@ def accuracy(subject: Subject, wrong: Tensor) -> tuple[float, float]:
 
 def _runs(name: str, who: str, images: int) -> list[slice]:
     """Return, for each run of a contestant, the slice of the images that the run attacks."""
-    if name not in ROBUST:
-        return [slice(0, images)]
-    size, count = PARTS.get(who, images), min(images, STRONG_IMAGES) if who == STRONG else images
-    return [slice(first, first + size) for first in range(0, count, size)]
+    size = PARTS.get(who, images) if name in ROBUST else images
+    return [slice(first, first + size) for first in range(0, images, size)]
 
 
 def _run(attack: Contestant, subject: Subject, amount: Amount, row: Row, counted: bool) -> None:
     """Run a contestant once, and add the result to its row."""
     torch.manual_seed(0)
     door = CountedModel(subject.model) if counted else None
-    begin, work = time.perf_counter(), time.process_time()
+    begin = time.perf_counter()
     wrong = attack(subject if door is None else replace(subject, model=door), amount)
     row["seconds"].append(time.perf_counter() - begin)
-    # Measure the processor time too, because other programs on the machine affect it less than the wall time.
-    row["cpu_seconds"].append(time.process_time() - work)
     row["robust"], row["error"] = accuracy(subject, wrong)
     if door is not None:
         row["left"] += "".join("01"[right] for right in (~has_fallen(wrong)).tolist())
@@ -416,7 +408,7 @@ def run_contest(
     for who, attack in contestants.items():
         runs[who] = _runs(name, who, len(subject.x))
         attacks = {"attacks": attack.code(subject.random, amount)} if isinstance(attack, Protocol) else {}
-        fresh: Row = {"contestant": who, "code": made_of | attacks, "seconds": [], "cpu_seconds": []}
+        fresh: Row = {"contestant": who, "code": made_of | attacks, "seconds": []}
         fresh |= {"left": "", "forwards": 0, "gradients": 0} if counted else {}
         old = before.get(who, {})
         rows[who] = old if old.get("code") == fresh["code"] else fresh

@@ -48,16 +48,13 @@ STEPS = 100
 #: A judge that exceeds the adaptive attack by at most this share has found the weakness; 1e-9 is for rounding.
 CLOSE = 0.02 + 1e-9
 
-#: The type of a result, which is a row of the results file.
-Result = Row
 
-
-def left(result: Result, images: int | None = None) -> float:
+def left(result: Row, images: int | None = None) -> float:
     """Return the robust accuracy in a result."""
     return statistics.fmean(image == "1" for image in result["robust"][:images])
 
 
-def overestimated(each: dict[str, Result], judge: str) -> float | None:
+def overestimated(each: dict[str, Row], judge: str) -> float | None:
     """Return a judge's robust accuracy minus the adaptive attack's, on the images of both; None without results."""
     if not {judge, ADAPTIVE} <= each.keys():
         return None
@@ -65,7 +62,7 @@ def overestimated(each: dict[str, Result], judge: str) -> float | None:
     return left(each[judge], common) - left(each[ADAPTIVE], common)
 
 
-def verdicts(each: dict[str, Result]) -> dict[str, str]:
+def verdicts(each: dict[str, Row]) -> dict[str, str]:
     """Compare the judges in `ATTACKERS` with the adaptive attack on a model. Return a verdict for each judge.
 
     It is "found" if the judge's robust accuracy is close to that of the adaptive attack, "flagged" if this accuracy is
@@ -83,7 +80,7 @@ def _percent(share: float) -> str:
     return f"{100 * share:.0f}"
 
 
-def _numbers(each: dict[str, Result]) -> list[str]:
+def _numbers(each: dict[str, Row]) -> list[str]:
     """Return a model's cells: the number of images, the clean accuracy and each judge's robust accuracy, in percent."""
     first = next(each[judge] for judge in (ADAPTIVE, STANDARD, OFFICIAL) if judge in each)
     row = [str(len(first["robust"])), _percent(first["clean"])]
@@ -97,7 +94,7 @@ def _numbers(each: dict[str, Result]) -> list[str]:
     return row
 
 
-def _score(broken: dict[str, dict[str, Result]]) -> list[str]:
+def _score(broken: dict[str, dict[str, Row]]) -> list[str]:
     """Return sentences that count the verdicts of each judge, and the defences that AutoAttack overestimates."""
     lines = []
     for judge in ATTACKERS:
@@ -115,7 +112,7 @@ def _score(broken: dict[str, dict[str, Result]]) -> list[str]:
     return lines
 
 
-def markdown(results: Sequence[Result]) -> list[str]:
+def markdown(results: Sequence[Row]) -> list[str]:
     """Return all tables for docs/judge_reference.md."""
     every = {name: {one["judge"]: one for one in results if one["model"] == name} for name in ENTRIES}
     every = {name: each for name, each in every.items() if {ADAPTIVE, STANDARD, OFFICIAL} & each.keys()}
@@ -143,7 +140,7 @@ def markdown(results: Sequence[Result]) -> list[str]:
     return lines
 
 
-def _signs(every: dict[str, dict[str, Result]]) -> str:
+def _signs(every: dict[str, dict[str, Row]]) -> str:
     """Return a sentence that counts the models that the signs of the protocol ``standard`` flag."""
     judged = {name: bool(each[STANDARD]["unreliable"]) for name, each in every.items() if STANDARD in each}
     broken = [name for name in judged if ENTRIES[name].paper]
@@ -181,7 +178,7 @@ def built(name: str, data: str) -> tuple[tuple[nn.Module, ...], Tensor, Tensor]:
     return models, to_float(images.x_test[: entry.images]), images.y_test[: entry.images]
 
 
-def judged(name: str, judge: str, settings: dict[str, int], data: str) -> Result:
+def judged(name: str, judge: str, settings: dict[str, int], data: str) -> Row:
     """Let a judge evaluate a model. The result has the robust images, and the signs of a failed attack."""
     entry, (models, x, y) = ENTRIES[name], built(name, data)
     begin = time.process_time()

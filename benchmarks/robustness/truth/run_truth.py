@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -222,7 +221,7 @@ def write(out: Path, kind: str, row: Row) -> None:
 
 def find(setting: Setting, name: str) -> None:
     """Compute the truth about a subject. Do nothing if the truth about its networks is already known."""
-    parts, begin = parts_of(setting, name), time.process_time()
+    parts = parts_of(setting, name)
     row = {"subject": name, "networks": identity(parts), "eps": parts[0].eps}
     if any(row.items() <= known.items() for known in read(setting.out)["truth"]):
         return
@@ -233,23 +232,22 @@ def find(setting: Setting, name: str) -> None:
     else:
         first = HIDDEN.index(name) * EACH
         row |= {"verdicts": hidden().verdicts()[first : first + len(parts)]}
-    write(setting.out, "truth", row | {"cpu_seconds": time.process_time() - begin})
+    write(setting.out, "truth", row)
 
 
 def attack(setting: Setting, name: str, who: str, seed: int) -> None:
     """Let a contestant attack the networks of a subject. Networks with a result of the same attacks are skipped."""
     parts, protocol = parts_of(setting, name), CONTESTANTS[who][0]
     code = {"networks": identity(parts), "attacks": revisions.of_protocol(protocol, random=False)}
-    row = {"subject": name, "contestant": who, "seed": seed, "code": code, "left": []}
-    row |= {"forwards": 0, "gradients": 0, "cpu_seconds": 0.0}
+    row = {"subject": name, "contestant": who, "seed": seed, "code": code}
+    row |= {"left": [], "forwards": 0, "gradients": 0}
     for known in read(setting.out)["contestants"]:
         if key(known) == key(row) and known["code"] == code:
             row = known
     settings: dict[str, Any] = {"protocol": protocol, "seed": seed, "batch_size": BATCH, "progress": False}
     for part in parts[len(row["left"]) :]:
-        door, begin = CountedModel(part.model), time.process_time()
+        door = CountedModel(part.model)
         report = evaluate(door, part.x, part.y, eps=part.eps, **settings)
-        row["cpu_seconds"] += time.process_time() - begin
         row["left"].append("".join("01"[bool(image)] for image in report.headline.robust))
         row["forwards"] += door.counts.forwards
         row["gradients"] += door.counts.gradients
