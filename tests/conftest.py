@@ -182,6 +182,13 @@ def forking(monkeypatch) -> Iterator[None]:
 
 
 @pytest.fixture
+def without_autoattack(monkeypatch) -> None:
+    """Neither of the packages of AutoAttack can be imported."""
+    for package in ("pyautoattack", "autoattack"):
+        monkeypatch.setitem(sys.modules, package, None)
+
+
+@pytest.fixture
 def short_signs(monkeypatch) -> None:
     """The signs of an evaluation are looked for with few steps, which shows that they are looked for and no more."""
     from purify_fast.evaluation.alarms import probes

@@ -109,6 +109,13 @@ def together(
     return made.ended()
 
 
+def results_of(folder: Path, world: int, work: Callable[[], Any]) -> list[Any]:
+    """The results of processes that all end without an error."""
+    done = together(folder, world, work)
+    assert done.codes == [0] * world, done.errors
+    return done.results
+
+
 def _live(folder: Path, rank: int, world: int, work: Callable[[], Any], store: Store) -> None:
     """A fork's whole life."""
     code = 1

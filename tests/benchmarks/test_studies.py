@@ -1,7 +1,6 @@
 """The studies' runner resumes, refuses what it cannot run before any work, and the tables say what the results say."""
 
 import re
-import sys
 from dataclasses import replace
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -72,9 +71,7 @@ def test_other_budgets_leave_the_committed_table_alone(options, root, committed)
     assert run_study.places(chosen(*options.split())) == (runs, run_study.RESULTS if committed else runs)
 
 
-def test_without_autoattack_nothing_is_trained(tmp_path, monkeypatch):
-    for package in ("pyautoattack", "autoattack"):
-        monkeypatch.setitem(sys.modules, package, None)
+def test_without_autoattack_nothing_is_trained(without_autoattack, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(run_study, "run", lambda jobs, *rest: asked.append(jobs[0].work))
     with pytest.raises(ModuleNotFoundError, match="AutoAttack is not"):

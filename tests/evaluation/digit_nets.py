@@ -33,14 +33,8 @@ def net(eps, epochs):
     x, y, _, _ = digits()
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
-        model = nn.Sequential(
-            nn.Conv2d(1, 16, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(16, 32, 3, stride=2, padding=1),
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Linear(512, 10),
-        )
+        first, second = nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 32, 3, stride=2, padding=1)
+        model = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Flatten(), nn.Linear(512, 10))
         optimizer = torch.optim.Adam(model.parameters(), 2e-3)
         for epoch in range(epochs):
             for index in torch.randperm(len(x)).split(128):

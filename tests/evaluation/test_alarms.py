@@ -251,9 +251,3 @@ def test_a_model_that_guesses_is_told_beside_the_number():
     assert verdicts(report)["better than guessing"] == ("noted", "clean")
     assert "a guess among 10 classes is right for 10.0 %" in " ".join(report.to_text().split())
     assert verdicts(judged(standard(), [PGD(steps=2)], probes=False))["better than guessing"][0] == "passed"
-
-
-def test_where_nothing_is_left_no_attack_was_stopped():
-    report = judged(rounds_to(4), DIRECT)
-    assert verdicts(report)[DIFFERENCES[0]][0] == ("unreliable" if report.headline.accuracy > 0 else "noted")
-    assert report.headline.accuracy > 0 or report.headline.reliable

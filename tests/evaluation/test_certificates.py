@@ -9,13 +9,13 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 import torch
-from forks import together
+from digit_nets import zoo_digits
+from forks import results_of
 from scipy.special import betaln
 from torch import nn
 
 from purify_fast import cli, frozen_copy, zoo
 from purify_fast.attacks import PGD
-from purify_fast.data import load_dataset, to_float
 from purify_fast.defences import NoisyEnsemble
 from purify_fast.evaluation import Certificates, certify, refute
 from purify_fast.evaluation.certificates.noisy_draws import GROUP, Draws
@@ -132,8 +132,7 @@ def test_a_prediction_without_a_class_is_wrong():
 
 @pytest.fixture(scope="module")
 def digits():
-    data = load_dataset("digits")
-    return zoo.load("digits-standard"), to_float(data.x_test[:50]), data.y_test[:50]
+    return zoo.load("digits-standard"), *zoo_digits(50)
 
 
 def counts(made):
@@ -185,9 +184,7 @@ def test_two_processes_make_the_same_certificates(tmp_path, digits):
         torch.set_num_threads(1)
         return counts(certify(*digits, **how()))
 
-    done = together(tmp_path, 2, work)
-    assert done.codes == [0, 0], done.errors
-    assert done.results == [counts(certify(*digits, **how()))] * 2
+    assert results_of(tmp_path, 2, work) == [counts(certify(*digits, **how()))] * 2
 
 
 def test_an_interrupted_run_continues(tmp_path, digits, monkeypatch):
@@ -307,8 +304,7 @@ def test_no_attack_takes_back_a_certificate_of_the_zoo(name):
     card = zoo.card(name)
     if card.data != "digits":
         pytest.skip("the images of this model are not in the package")
-    data = load_dataset(card.data)
-    model, x, y = zoo.load(name), to_float(data.x_test[:24]), data.y_test[:24]
+    model, (x, y) = zoo.load(name), zoo_digits(24)
     radius = 2 * card.eps
     made = certify(model, x, y, sigma=card.sigma, radius=(card.eps, radius), progress=False)
     made, _ = refute(made, model, x, y, radius=radius, votes=5, protocol="strong", steps=20, progress=False)
@@ -345,9 +341,7 @@ def test_the_command_writes_a_report(tmp_path, capsys):
 
 
 def test_a_purifier_of_one_step_is_certified():
-    data = load_dataset("digits")
-    model = zoo.load("digits-diffpure").one_shot(0.1)
-    x, y = to_float(data.x_test[:20]), data.y_test[:20]
+    model, (x, y) = zoo.load("digits-diffpure").one_shot(0.1), zoo_digits(20)
     made = certify(model, x, y, sigma=0.1, radius=0.05, draws=100, progress=False)
     assert made.certified(0.05).mean() > 0.7
     with pytest.raises(ValueError, match="sigma must be above 0 and at most"):

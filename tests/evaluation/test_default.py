@@ -1,7 +1,5 @@
 """Without options `evaluate` runs the protocol "standard" with its signs, on an installation without AutoAttack."""
 
-import sys
-
 import pytest
 from digit_nets import zoo_digits
 from evaluating import evaluate
@@ -21,12 +19,6 @@ STANDARD = [
     "APGD-30 ce x20, 10 nearest",
     "Square, 10 nearest",
 ]
-
-
-@pytest.fixture
-def without_autoattack(monkeypatch):
-    for package in ("pyautoattack", "autoattack"):
-        monkeypatch.setitem(sys.modules, package, None)
 
 
 @pytest.mark.slow

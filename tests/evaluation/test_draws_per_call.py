@@ -1,6 +1,6 @@
 """Models that draw once per call: each draw of a step, and of a judgement, has to be a call of its own."""
 
-import functools
+from functools import cache, partial
 
 import pytest
 import torch
@@ -70,7 +70,7 @@ class OwnForward(NoisyEnsemble):
         return self.classifier(x + 0.2 * torch.randn_like(x[:1]))
 
 
-@functools.cache
+@cache
 def nets():
     """Four networks that see a quarter of the pixels each: what fools one need not fool another."""
     x, y, _, _ = digits()
@@ -148,15 +148,13 @@ def test_a_class_that_promises_draws_for_each_image_is_not_asked(batch):
 
 
 ATTACKS = {
-    "pgd": lambda model, x, y, **o: pgd(model, x, y, eps=0.12, steps=5, eot_iter=8, **o),
-    "apgd": lambda model, x, y, **o: apgd(model, x, y, eps=0.12, steps=5, eot_iter=8, **o),
-    "targeted": lambda model, x, y, **o: apgd(
-        model, x, y, eps=0.12, steps=5, eot_iter=8, loss="dlr_targeted", n_target_classes=2, **o
-    ),
-    "fab_t": lambda model, x, y, **o: fab_t(model, x, y, eps=0.12, steps=5, eot_iter=8, n_target_classes=2, **o),
-    "square": lambda model, x, y, **o: square(model, x, y, eps=0.12, n_queries=20, eot_iter=8, **o),
-    "judged by draws": lambda model, x, y, **o: square(model, x, y, eps=0.12, n_queries=20, judge_draws=8, **o),
-    "stadv": lambda model, x, y, **o: stadv(model, x, y, steps=5, eot_iter=8, **o),
+    "pgd": partial(pgd, eps=0.12, steps=5, eot_iter=8),
+    "apgd": partial(apgd, eps=0.12, steps=5, eot_iter=8),
+    "targeted": partial(apgd, eps=0.12, steps=5, eot_iter=8, loss="dlr_targeted", n_target_classes=2),
+    "fab_t": partial(fab_t, eps=0.12, steps=5, eot_iter=8, n_target_classes=2),
+    "square": partial(square, eps=0.12, n_queries=20, eot_iter=8),
+    "judged by draws": partial(square, eps=0.12, n_queries=20, judge_draws=8),
+    "stadv": partial(stadv, steps=5, eot_iter=8),
 }
 
 

@@ -39,11 +39,7 @@ def trio():
         (lambda x, y: ((255 * x).long(), y), ValueError, r"got torch.int64: if x is in 0..255, give x.byte\(\)"),
         (lambda x, y: (x, y.tolist()), TypeError, "y must be .*, got list"),
         (lambda x, y: (x, y > 1), ValueError, r"y must be integer labels \[N\] = \[10\], got torch.bool \[10\]"),
-        (
-            lambda x, y: (2 * x - 1, y),
-            ValueError,
-            r"x must be in \[0, 1\] .* got values from -.* for normalized images",
-        ),
+        (lambda x, y: (2 * x - 1, y), ValueError, r"x must be in \[0, 1\] .* values from -.* for normalized images"),
         (lambda x, y: (x / 0 * 0, y), ValueError, r"x must be in \[0, 1\] and free of NaN, got values from nan"),
         (lambda x, y: (x[:, 0], y), ValueError, r"x must be .*, got \[10, 6, 7\]"),
         (lambda x, y: ([(x, y)], y), TypeError, "x must be .*, got list"),
@@ -130,9 +126,7 @@ def test_a_setting_is_a_keyword_and_an_unknown_one_is_named(trio):
     assert again.attacks == report.attacks and again.about["changed"] == report.about["changed"]
     with pytest.raises(TypeError, match="config must be an EvaluateConfig, got 'fast'"):
         purify_fast.evaluate(model, x, y, eps=0.01, config="fast")
-    with pytest.raises(
-        TypeError, match=r"evaluate has no argument or setting 'stepz': the settings are protocol, steps"
-    ):
+    with pytest.raises(TypeError, match="no argument or setting 'stepz': the settings are protocol, steps"):
         purify_fast.evaluate(model, x, y, eps=0.01, stepz=3)
 
 
@@ -178,9 +172,6 @@ def test_logits_that_are_no_probabilities_pass_and_one_hot_rows_do_not(lines, ca
     assert ("one-hot rows" in sign.measured) == ("one-hot rows" in caplog.text) == one_hot
 
 
-GLOBAL = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(16, 3))
-
-
 class Called(SimpleNamespace):
     """An object that is called, and is no module."""
 
@@ -192,12 +183,12 @@ def closure(network):
     return lambda x: network(x)
 
 
-@pytest.mark.parametrize(
-    ("make", "told"),
-    [(lambda: closure(GLOBAL), "network (Dropout)"), (lambda: Called(network=GLOBAL), "network (Dropout)")],
-)
-def test_a_function_around_modules_in_training_mode_is_told(make, told, caplog):
-    report = evaluate(make(), torch.rand(4, 1, 4, 4), torch.arange(4) % 3, **QUIET | {"attacks": []}, name="mine")
+@pytest.mark.parametrize("make", [closure, lambda network: Called(network=network)])
+def test_a_function_around_modules_in_training_mode_is_told(make, caplog):
+    network, told = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(16, 3)), "network (Dropout)"
+    report = evaluate(
+        make(network), torch.rand(4, 1, 4, 4), torch.arange(4) % 3, **QUIET | {"attacks": []}, name="mine"
+    )
     notes = [note for note in report.notes if "training mode" in note]
     assert len(notes) == 1 and notes[0].startswith("mine has modules in training mode, ") and told in notes[0]
     assert ".eval()" in notes[0] and told in caplog.text

@@ -2,9 +2,9 @@
 
 import contextlib
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import ClassVar
 
 import pytest
@@ -87,13 +87,8 @@ def test_rows_are_told_apart_by_the_attack_and_its_revision(attacked, tmp_path):
             calls.append("subclass")
             return AttackResult(x)
 
-    kept = [
-        as_attack(first, revision="1"),
-        as_attack(functools.partial(second, sign=-1), name="partial", revision="1"),
-        PGD(steps=2),
-        AttackSpec(Subclass(steps=2), label="subclass"),
-        as_attack(first, revision="2"),
-    ]
+    kept = [as_attack(first, revision="1"), as_attack(partial(second, sign=-1), name="partial", revision="1")]
+    kept += [PGD(steps=2), AttackSpec(Subclass(steps=2), label="subclass"), as_attack(first, revision="2")]
     never = [as_attack(first), Moves(move=lambda x: calls.append("moves") or x)]
     # Two versions of a function have one name, so they are not rows of one report.
     for attacks in (kept[:4], kept[4:], kept[:4], kept[4:], never, never):

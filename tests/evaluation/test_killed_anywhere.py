@@ -1,6 +1,5 @@
 """An evaluation that is killed at any moment goes on with the identical report: in rows, surrogates, files, probes."""
 
-import json
 import logging
 import os
 import re
@@ -13,7 +12,7 @@ import pytest
 import torch
 from evaluating import evaluate
 from forks import together
-from shards_work import kill_at_call
+from shards_work import kill_at_call, plain
 from small_models import labelled
 from torch import nn
 
@@ -59,17 +58,6 @@ def evaluated(out):
     options = {"eps": 0.03, "probes": True, "eot_iter": 2, "n_eval": 2, "batch_size": 6, "seed": 3}
     with mock.patch.multiple(probes, **short):
         return evaluate(model, x, y, attacks=attacks, out=out, **options)
-
-
-def plain(report):
-    content = json.loads(report.to_json())
-    for values in (content["about"], *content["rows"]):
-        del values["seconds"]
-    del content["about"]["peak_memory"]
-    # an evaluation that uses kept rows does not know what they cost
-    content["about"].pop("passes", None)
-    content["about"].pop("expected_seconds", None)
-    return content
 
 
 @pytest.mark.slow

@@ -18,9 +18,14 @@ from purify_fast.evaluation.surrogates.copies import surrogates
 QUIET = {"eps": EPS}
 
 
-def names(model, x):
+def copies(model, x, absent=None):
+    """The surrogates of a model, by name."""
     with torch.no_grad():
-        return [name for name, _ in surrogates(model, x[:4], 10, ThreatModel("linf", EPS))]
+        return dict(surrogates(model, x[:4], 10, ThreatModel("linf", EPS), absent))
+
+
+def names(model, x):
+    return list(copies(model, x))
 
 
 def test_surrogates_are_found_in_modules_objects_and_functions():
@@ -43,8 +48,8 @@ def test_surrogates_are_found_in_modules_objects_and_functions():
     assert names(average, x) == ["first alone", "second alone", "all parts together"]
     assert names(Holder(), x) == ["inner alone"]
     noisy = names(NoisyEnsemble(first, 0.1, samples=4), x)
-    copies = ["straight-through copy", "copy without noise", "copy with fixed noise", "copy of fewer samples"]
-    assert noisy == ["classifier alone", *(f"a {kind}" for kind in copies)]
+    kinds = ["straight-through copy", "copy without noise", "copy with fixed noise", "copy of fewer samples"]
+    assert noisy == ["classifier alone", *(f"a {kind}" for kind in kinds)]
     # a clamp that is reached away from the images alone
     grey, clamped = torch.full_like(x, 0.5), lambda images: standard()(images.clamp(0.4, 0.6))
     assert names(clamped, grey) == ["a straight-through copy"]
@@ -70,9 +75,7 @@ def test_a_module_that_blocks_gradients_is_the_identity_backward():
     _, _, x, _ = digits()
     for first, inner in ((detour(), "first"), (nn.Sequential(nn.Identity(), detour()), "first.1")):
         model = behind(first).eval()
-        with torch.no_grad():
-            found = dict(surrogates(model, x[:4], 10, ThreatModel("linf", EPS), absent := {}))
-        copy = found[f"a copy whose {inner} is the identity backward"]
+        copy = copies(model, x, absent := {})[f"a copy whose {inner} is the identity backward"]
         leaf = x[:8].clone().requires_grad_()
         out = copy(leaf)
         with torch.no_grad():
@@ -90,9 +93,7 @@ def test_a_module_that_blocks_gradients_is_the_identity_backward():
 def test_a_purifier_without_gradients_is_the_identity_backward_too():
     _, _, x, y = digits()
     model, x, y = Purifying(standard(), lambda images: (images * 4).round().detach() / 4), x[:24], y[:24]
-    name = "a copy whose purifier is the identity backward"
-    with torch.no_grad():
-        copy = dict(surrogates(model, x[:4], 10, ThreatModel("linf", EPS)))[name]
+    copy = copies(model, x)["a copy whose purifier is the identity backward"]
     attacks = [PGD(steps=5), AttackSpec(APGD(loss="margin", steps=10), gradients_from=copy)]
     report = evaluate(model, x, y, attacks=attacks, **QUIET)
     assert report.rows[1].accuracy > 0.5 > 2 * report.rows[2].accuracy and report.rows[1].health["zero"] > 0
@@ -105,10 +106,8 @@ def test_a_module_is_the_identity_in_a_checkpointed_loop_too():
     def loop(self, images):
         return self.net(checkpointed_steps(lambda z, i: self.first(z), images, 2))
 
-    with torch.no_grad():
-        found = dict(surrogates(behind(detour(), loop).eval(), x[:4], 10, ThreatModel("linf", EPS)))
     leaf = x[:8].clone().requires_grad_()
-    logits = found["a copy whose first is the identity backward"](leaf)
+    logits = copies(behind(detour(), loop).eval(), x)["a copy whose first is the identity backward"](leaf)
     assert (torch.autograd.grad(logits.square().sum(), leaf)[0].flatten(1).abs().amax(1) > 0).all()
 
 
@@ -124,11 +123,9 @@ def test_a_copy_that_there_is_not_is_told_with_its_reason():
             raise OSError("no modes here")
         return standard()(images)
 
-    with torch.no_grad():
-        surrogates(refuses, x[:4], 10, ThreatModel("linf", EPS), absent := {})
-    assert absent == dict.fromkeys(
-        ["a straight-through copy", "a copy softened 10 times", "a copy softened 100 times"], "OSError: no modes here"
-    )
+    copies(refuses, x, absent := {})
+    missing = ["a straight-through copy", "a copy softened 10 times", "a copy softened 100 times"]
+    assert absent == dict.fromkeys(missing, "OSError: no modes here")
 
 
 def test_copies_are_compared_image_by_image():

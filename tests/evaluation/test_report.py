@@ -48,9 +48,8 @@ def test_json_round_trip():
 
 
 def test_numbers_in_the_tables():
-    report = merge(
-        [Report([row(model="a", robust=[1, 0, 0, 0])], ["note"]), Report([row(model="b", health=MASKED)], ["note"])]
-    )
+    rows = row(model="a", robust=[1, 0, 0, 0]), row(model="b", health=MASKED)
+    report = merge([Report([each], ["note"]) for each in rows])
     text = report.to_markdown()
     assert '| PGD | 25.0 ± 21.7 | 75.0 ± 21.7 **<span style="color:red">unreliable</span>** |' in text
     assert "| a | PGD | random | - | 4 | 25.0 ± 21.7 | 25.0 | 1 | 0 % / 0 % / 0 % |  | 3 | 1.5 |" in text
@@ -202,13 +201,8 @@ def test_a_report_names_versions_images_passes_and_a_changed_protocol():
     # The name of the protocol itself is unchanged, because programs compare it.
     assert report.about["protocol"] == "fast" and report.about["changed"] == "steps 2, probes False"
     report.about["passes"] = "forwards 812, gradients 430 per image"
-    versions = f"PyTorch {torch.__version__}, Python {platform.python_version()}"
-    told = [
-        versions,
-        f"6 of noise, hash {digest(x, y)[:12]}",
-        report.about["passes"],
-        "protocol fast, changed: steps 2",
-    ]
+    told = [f"PyTorch {torch.__version__}, Python {platform.python_version()}", f"6 of noise, hash {digest(x, y)[:12]}"]
+    told += [report.about["passes"], "protocol fast, changed: steps 2"]
     for text in forms(report):
         text = " ".join(html.unescape(text).split())
         assert all(words in text for words in told), text

@@ -1,16 +1,16 @@
-import contextlib
 import functools
 import json
 import logging
 import math
 import sys
 import types
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from evaluating import evaluate
-from small_models import Made
+from small_models import Made, Purifying
 from torch import nn
 
 from purify_fast.attacks import APGD, BPDA, FGSM, PGD, AttackContext, OriginalAutoAttack, StAdv
@@ -51,19 +51,11 @@ class Linear(nn.Module):
     def reconstruct(self, x):
         return x[:, None].expand(-1, self.samples, -1, -1, -1)
 
-    @contextlib.contextmanager
-    def _switch(self, mode):
-        before, self._mode = self._mode, mode
-        try:
-            yield self
-        finally:
-            self._mode = before
-
     def fixed_noise(self, seed):
-        return self._switch(seed)
+        return mock.patch.object(self, "_mode", seed)
 
     def deterministic(self):
-        return self._switch("zero")
+        return mock.patch.object(self, "_mode", "zero")
 
 
 def plain(toy):
@@ -191,14 +183,9 @@ def test_transfer_attacks_the_base_and_judges_the_defence(toy):
 def test_what_a_model_lacks_is_said(toy, caplog):
     """A deterministic model gets one draw, one prediction and one variant, and no note on what would be the same."""
     model, x, y = toy
-    attacks = [
-        PGD(),
-        AttackSpec(PGD(), variant="deterministic"),
-        BPDA(),
-        StAdv(steps=2),
-        OriginalAutoAttack(version="rand"),
-    ]
-    attacks += [AttackSpec(PGD(), target="classifier"), AttackSpec(PGD(), aggregation="mean")]
+    attacks = [PGD(), AttackSpec(PGD(), variant="deterministic"), BPDA(), StAdv(steps=2)]
+    attacks += [OriginalAutoAttack(version="rand"), AttackSpec(PGD(), target="classifier")]
+    attacks += [AttackSpec(PGD(), aggregation="mean")]
     report = evaluate(plain(model), x, y, steps=3, eot_iter=4, n_eval=4, attacks=attacks, name="m", **QUIET)
     assert report.attacks == ["clean", "PGD-3 ce", "worst", "StAdv-2 margin, flow 0.05"]
     assert all(row.n_eval == 1 for row in report.rows) and report.row("PGD-3 ce").settings["eot_iter"] == 1
@@ -297,7 +284,7 @@ def test_autoattack_with_few_classes(classes, tmp_path):
         assert row.settings["attacks"] == ["apgd-ce", "apgd-t", "fab-t", "square"]
 
 
-def test_the_other_package(monkeypatch, toy):
+def test_the_other_package(without_autoattack, monkeypatch, toy):
     """fra31's `autoattack` has `bs`, prints unless told otherwise, and returns the images alone."""
     model, x, y = toy
     asked = {}
@@ -313,8 +300,6 @@ def test_the_other_package(monkeypatch, toy):
             asked.update(bs=bs, attacks=self.attacks_to_run, targets=self.fab.n_target_classes, steps=self.apgd.n_iter)
             return (x_orig + 2 * self.eps).clamp(0, 1)  # leaves the ball: must be brought back
 
-    for package in ("pyautoattack", "autoattack"):
-        monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ModuleNotFoundError, match=r"purify-fast\[eval\]"):
         evaluate(plain(model), x, y, attacks=[OriginalAutoAttack()], **QUIET)
     monkeypatch.setitem(sys.modules, "autoattack", types.SimpleNamespace(AutoAttack=Other))
@@ -334,10 +319,9 @@ def test_the_other_package(monkeypatch, toy):
     ],
 )
 def test_errors(change, message):
-    arguments = {"x": torch.rand(4, 3, 16, 16), "y": torch.zeros(4, dtype=torch.int64), "attacks": [PGD()]} | QUIET
-    arguments |= change
+    arguments = {"x": torch.rand(4, 3, 16, 16), "y": torch.zeros(4, dtype=torch.int64), "attacks": [PGD()]}
     with pytest.raises(ValueError, match=message):
-        evaluate(Linear(), arguments.pop("x"), arguments.pop("y"), **arguments)
+        evaluate(Linear(), **arguments | QUIET | change)
 
 
 def test_a_saturated_head_still_gets_its_draws():
@@ -349,30 +333,13 @@ def test_a_saturated_head_still_gets_its_draws():
     assert report.rows[1].settings["eot_iter"] == 3 and report.rows[1].health["nonfinite"] == 32
 
 
-class Shattered(nn.Module):
-    """A randomised defence with one purified image per prediction, rounded: no gradient gets through."""
-
-    _purified, not_dependencies = 0, frozenset({"_purified"})
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.classifier = nn.Sequential(nn.Flatten(), nn.Linear(768, 10))
-        with torch.no_grad():
-            self.classifier[1].weight *= 10
-
-    def purify(self, x):
-        Shattered._purified += len(x)
-        noise = 0.02 * torch.randn_like(x)
-        return ((x + noise) * 16).round() / 16
-
-    def forward(self, x):
-        return self.classifier(self.purify(x))
-
-
 @pytest.fixture(scope="module")
 def shattered():
-    model = Shattered()
+    """A randomised defence with one purified image per prediction, rounded: no gradient gets through."""
+    torch.manual_seed(0)
+    classifier = nn.Sequential(nn.Flatten(), nn.Linear(768, 10))
+    classifier[1].weight.data *= 10
+    model = Purifying(classifier, lambda x: ((x + 0.02 * torch.randn_like(x)) * 16).round() / 16)
     x = torch.rand(64, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     return model, x, model.classifier(x).argmax(1)
 

@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch.distributed as dist
-from forks import together
+from forks import results_of, together
 from shards_work import KINDS, kill_at_call, made, plain, report, reports
 
 from purify_fast import cli
@@ -38,10 +38,9 @@ def without_margins(report):
 @pytest.mark.parametrize("world", [2, 3])
 def test_the_rows_are_those_of_one_process(tmp_path, world):
     """Also on the others but for the arrays beside the report."""
-    done = together(tmp_path, world, lambda: reports(tmp_path / "out"))
-    assert done.codes == [0] * world, done.errors
-    assert done.results[0] == {kind: one(kind) for kind in KINDS}
-    for others in done.results[1:]:
+    first, *rest = results_of(tmp_path, world, lambda: reports(tmp_path / "out"))
+    assert first == {kind: one(kind) for kind in KINDS}
+    for others in rest:
         assert others == {kind: without_margins(one(kind)) for kind in KINDS}
     # the attacks found something, and not everything
     for kind in KINDS:
@@ -58,9 +57,8 @@ def made_by(kind, out=None):
 
 def test_each_process_makes_its_share_and_the_first_keeps_all(tmp_path):
     """Only the first process needs the folder, so the processes need no common one."""
-    done = together(tmp_path, 2, lambda: made_by("deterministic", tmp_path / f"out-{dist.get_rank()}"))
-    assert done.codes == [0, 0], done.errors
-    (first, mine), (_, others) = done.results
+    done = results_of(tmp_path, 2, lambda: made_by("deterministic", tmp_path / f"out-{dist.get_rank()}"))
+    (first, mine), (_, others) = done
     assert first == one("deterministic") and min(mine, others) > 0.3 * (mine + others)
     # the batches that follow the end of an attack by the rule of stopping are made for nothing
     alone = made_by("deterministic")[1]
@@ -88,10 +86,10 @@ def test_a_killed_process_ends_the_others_and_three_go_on(tmp_path, kind, victim
     assert "ConnectionError" in done.errors[1 - victim] and "does not reach the others" in done.errors[1 - victim]
     # finished attacks are not computed again
     kept = list((tmp_path / "out").rglob("*.safetensors"))
-    done = together(tmp_path, 3, lambda: made_by(kind, tmp_path / "out"))
-    assert done.codes == [0] * 3 and done.results[0][0] == one(kind), done.errors
-    whole = together(tmp_path, 3, lambda: made_by(kind, tmp_path / "other"))
-    assert kept and sum(count for _, count in done.results) < sum(count for _, count in whole.results)
+    again = results_of(tmp_path, 3, lambda: made_by(kind, tmp_path / "out"))
+    assert again[0][0] == one(kind)
+    whole = results_of(tmp_path, 3, lambda: made_by(kind, tmp_path / "other"))
+    assert kept and sum(count for _, count in again) < sum(count for _, count in whole)
 
 
 def refused(error, evaluate):
@@ -118,10 +116,9 @@ def test_what_goes_wrong_in_one_process_is_raised_in_all(tmp_path):
         # the same error in both
         yield refused(ValueError, lambda: made("deterministic", predict="votes"))
 
-    done = together(tmp_path, 2, lambda: list(work()))
-    assert done.codes == [0, 0], done.errors
-    assert done.results[0] == done.results[1]
-    failed, different, divided, no_value, _ = done.results[0]
+    first, second = results_of(tmp_path, 2, lambda: list(work()))
+    assert first == second
+    failed, different, divided, no_value, _ = first
     assert failed == "process 1 has no memory"
     assert "process 1 evaluates something else than process 0 (different: seed" in different
     assert "(different: batch size)" in divided
@@ -130,9 +127,8 @@ def test_what_goes_wrong_in_one_process_is_raised_in_all(tmp_path):
 
 def test_a_model_that_draws_under_attack_begins_again_in_all(tmp_path):
     """The first process finds it out, and the other begins again too."""
-    done = together(tmp_path, 2, lambda: plain(made("late")))
-    assert done.codes == [0, 0], done.errors
-    assert done.results[0] == plain(made("late")) and "judged as a random model" in str(done.results[0]["notes"])
+    first, _ = results_of(tmp_path, 2, lambda: plain(made("late")))
+    assert first == plain(made("late")) and "judged as a random model" in str(first["notes"])
 
 
 def test_each_works_alone_if_asked(tmp_path):
@@ -143,9 +139,7 @@ def test_each_works_alone_if_asked(tmp_path):
         first = plain(made("random", together=False, seed=9)) if rank == 0 else None
         return first, plain(made("random", together=False, seed=rank)), report("deterministic")
 
-    done = together(tmp_path, 2, work)
-    assert done.codes == [0, 0], done.errors
-    (first, own, shared), (nothing, others, _) = done.results
+    (first, own, shared), (nothing, others, _) = results_of(tmp_path, 2, work)
     assert shared == one("deterministic") and nothing is None
     assert {report["about"]["seed"] for report in (first, own, others)} == {"9", "0", "1"}
 

@@ -132,14 +132,11 @@ def _rough():
 def test_a_kept_row_of_the_nearest_images_is_made_again_for_another_gain(tmp_path):
     model, x, y = _rough()
     weak = AttackSpec(PGD(steps=1, random_start=False, alpha=1e-4), survivors_only=True)
-    attacks = [
-        AttackSpec(FGSM(), survivors_only=True),
-        AttackSpec(Square(n_queries=30), survivors_only=True, nearest=40),
-    ]
-    how = {"eps": 0.02}
+    attacks = [AttackSpec(FGSM(), survivors_only=True)]
+    attacks.append(AttackSpec(Square(n_queries=30), survivors_only=True, nearest=40))
     tried = []
     for chosen, out in ((attacks, tmp_path), ([weak, *attacks], tmp_path), ([weak, *attacks], None)):
-        row = evaluate(model, x, y, attacks=chosen, out=out, **how).row("Square, 30 queries, 40 nearest")
+        row = evaluate(model, x, y, eps=0.02, attacks=chosen, out=out).row("Square, 30 queries, 40 nearest")
         tried.append(row.attacked - row.unsearched)
     assert tried[0] < tried[1] == tried[2]
 

@@ -1,8 +1,8 @@
 """A report misleads nobody: about a variant that is none, a number of a mode that nobody deploys, a doubt, a sign."""
 
-import contextlib
 import html
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -43,21 +43,11 @@ class Noisy(nn.Module):
     def forward(self, x):
         return self.classifier(self.purify(x))
 
-    @contextlib.contextmanager
     def fixed_noise(self, seed):
-        self.seed, self.generator = seed, torch.Generator().manual_seed(seed)
-        try:
-            yield self
-        finally:
-            self.seed = self.generator = None
+        return mock.patch.multiple(self, seed=seed, generator=torch.Generator().manual_seed(seed))
 
-    @contextlib.contextmanager
     def deterministic(self):
-        self.off = self.quiet
-        try:
-            yield self
-        finally:
-            self.off = False
+        return mock.patch.object(self, "off", self.quiet)
 
 
 def judged(model, attacks, n=12, **more):
@@ -67,11 +57,7 @@ def judged(model, attacks, n=12, **more):
 
 
 @pytest.mark.parametrize(
-    ("seeds", "wrong"),
-    [
-        ("block", "two calls give different logits"),
-        ("place", "the logits of an image depend on its place in the batch"),
-    ],
+    ("seeds", "wrong"), [("block", "two calls give different logits"), ("place", "depend on its place in the batch")]
 )
 @pytest.mark.parametrize("n", [1, 12])
 def test_noise_that_is_not_fixed_is_not_attacked_as_fixed(seeds, wrong, n):
@@ -196,10 +182,8 @@ def test_images_of_a_random_model_fall_first_in_whole_numbers():
     """A share of 0.7 of the draws on each of eight images is no number of 5.6 images."""
     rows = [each for each in masked(1, settings={"survivors_only": True}) if each.health is not MASKED]
     assert first_fallen(Evidence(rows)) == [("other", 8)]
-    assert first_fallen(Evidence([*rows, drawn("again", [0] * 8, [8] * 8, settings={"survivors_only": True})])) == [
-        ("other", 8),
-        ("again", 0),
-    ]
+    again = drawn("again", [0] * 8, [8] * 8, settings={"survivors_only": True})
+    assert first_fallen(Evidence([*rows, again])) == [("other", 8), ("again", 0)]
 
 
 def test_signs_of_a_random_model_count_images_and_name_draws():

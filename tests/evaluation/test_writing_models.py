@@ -23,6 +23,15 @@ def trained():
     return standard()
 
 
+@pytest.fixture
+def images():
+    """Eight images and their labels. At the end the images are as they were."""
+    x, y = (part[:8].clone() for part in digits()[2:])
+    before = x.clone()
+    yield x, y
+    assert torch.equal(x, before)
+
+
 def at_once(x):
     x.sub_(0.02)
     return standard()(x)
@@ -70,37 +79,28 @@ ALL = [at_once, without_gradients_only, with_gradients_only, unrecorded, uncount
 
 
 @pytest.mark.parametrize("model", ALL)
-def test_an_evaluation_refuses_them_before_any_attack(model):
-    x, y = (part[:8].clone() for part in digits()[2:])
-    before = x.clone()
-
+def test_an_evaluation_refuses_them_before_any_attack(model, images):
     def never(model, x, y):
         raise AssertionError("an attack was begun")
 
     with pytest.raises(ValueError, match=WRITES):
-        evaluate(model, x, y, attacks=[never], **QUIET)
-    assert torch.equal(x, before)
+        evaluate(model, *images, attacks=[never], **QUIET)
 
 
-def test_the_model_of_a_surrogate_is_refused_too():
-    x, y = (part[:8].clone() for part in digits()[2:])
-    before = x.clone()
+def test_the_model_of_a_surrogate_is_refused_too(images):
     for given in ({"base": unrecorded}, {"attacks": [AttackSpec(PGD(steps=1), target=unrecorded)]}):
         with pytest.raises(ValueError, match=WRITES):
-            evaluate(standard(), x, y, **QUIET, **given)
-    assert torch.equal(x, before)
+            evaluate(standard(), *images, **QUIET, **given)
 
 
 @pytest.mark.parametrize("model", [at_once, unrecorded])
 @pytest.mark.parametrize("attack", [pgd, apgd, fab_t, square, fgsm, stadv])
-def test_attacks_refuse_them(model, attack):
-    x, y = (part[:8].clone() for part in digits()[2:])
-    before, options = x.clone(), {} if attack is stadv else {"eps": 0.1}
+def test_attacks_refuse_them(model, attack, images):
+    options = {} if attack is stadv else {"eps": 0.1}
     more = {"n_queries": 3} if attack is square else {} if attack is fgsm else {"steps": 3}
     # PyTorch itself refuses a write to images whose gradient is recorded.
     with pytest.raises((ValueError, RuntimeError), match=f"{WRITES}|in-place operation"):
-        attack(model, x, y, **options, **more)
-    assert torch.equal(x, before)
+        attack(model, *images, **options, **more)
 
 
 def test_models_that_cannot_be_differentiated_are_evaluated():
