@@ -226,14 +226,15 @@ class _SquareSearch:
         length = delta.square().sum((1, 2, 3), keepdim=True).sqrt() + TINY
         return (x + delta / length * per_image(ball.eps, x)).clamp(ball.clip_min, ball.clip_max).to(x.dtype)
 
-    def take(self, index: Tensor) -> None:
-        """Continue with some of the rows, selected by an int64 index. `_read` was called after the last round."""
-        self.loop = None
-        take_rows(self, index)
+    def _keep(self, index: Tensor | None) -> None:
+        """Continue with some of the rows, or with all of them. `_read` was called after the last round."""
+        if index is not None:
+            self.loop = None
+            take_rows(self, index)
 
     def run(self, n_queries: int, give_up: bool = False) -> None:
         """Make ``n_queries`` queries for every image; with ``give_up``, images out of reach are removed earlier."""
-        self.monitor = PaceMonitor(GIVEN_UP_AFTER, n_queries, TIMES) if give_up else None
+        self.monitor = monitor = PaceMonitor(GIVEN_UP_AFTER, n_queries, TIMES) if give_up else None
         query = rounds = 0
         while query < n_queries:
             if query % BLOCK == 0:
@@ -247,9 +248,13 @@ class _SquareSearch:
             if rounds % ROUNDS == 0:
                 self._read()
                 self._shrink()
-            if self.monitor is not None and self.monitor.due(query):
+            if monitor is not None and monitor.due(query):
                 self._read()
-                self._give_up(self.monitor, some_of(self.monitor.lost(query, -self.margin)))
+                lost = some_of(monitor.lost(query, -self.margin))
+                if lost is not None:
+                    self.active.tried.index_fill_(0, self.owner[lost & monitor.came_nearer], True)
+                    self._judge(lost.nonzero()[:, 0])
+                    self._keep(self.active.rows_to_keep(self.owner, lost))
             if len(self.owner) == 0:
                 return
             if rounds % ROUNDS == 0 and self.active.is_over():
@@ -312,24 +317,12 @@ class _SquareSearch:
             self.judged = torch.maximum(self.margin, self.judged)
         share, fell = self.active.confirm_successes(self.owner, self.point, share)
         self.share = None if self.share is None else share
-        kept = self.active.rows_to_keep(self.owner) if fell else None
-        if kept is not None:
-            self.take(kept)
+        self._keep(self.active.rows_to_keep(self.owner) if fell else None)
         if self.objective.eot_iter > 1 and len(self.owner):
             # The highest of many noisy margins is partly luck, so the margin of the present point is drawn again.
             self.share, self.margin = scored(self.objective, self.point, self.y)
             if self.loop is not None and self.share is not None:
                 self.loop.put(share=self.share, margin=self.margin)
-
-    def _give_up(self, monitor: PaceMonitor, lost: Tensor | None) -> None:
-        """Judge and remove the rows that are out of reach; ``lost``, bool ``[R]``, is True for them."""
-        if lost is None:
-            return
-        self.active.tried.index_fill_(0, self.owner[lost & monitor.came_nearer], True)
-        self._judge(lost.nonzero()[:, 0])
-        kept = self.active.rows_to_keep(self.owner, lost)
-        if kept is not None:
-            self.take(kept)
 
 
 def side(query: int, height: int, width: int, least: int = 1) -> int:

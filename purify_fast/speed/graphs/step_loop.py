@@ -60,8 +60,6 @@ class Launches:
 class CapturesSteps(Protocol):
     """Begins loops of steps, and captures steps, as `StepGraphs` does."""
 
-    refusal: str | None
-
     def begin(self, function: StepFunction, state: State) -> Steps:
         """Begin a loop of a step from the initial state."""
 
