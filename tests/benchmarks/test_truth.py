@@ -139,7 +139,7 @@ def test_what_is_done_is_kept_until_its_code_changes(tmp_path, monkeypatch):
     evaluate = run_truth.evaluate
 
     def counted(*args, **options):
-        asked.append(options["config"].protocol)
+        asked.append(options["protocol"])
         return evaluate(*args, **options)
 
     monkeypatch.setattr(run_truth, "evaluate", counted)

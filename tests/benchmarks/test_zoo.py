@@ -85,8 +85,8 @@ def test_a_defence_shares_its_classifier_and_is_judged_as_it_is_stored(small_zoo
 def test_a_diffusion_purifier_is_judged_by_draws_and_by_votes(tmp_path, monkeypatch):
     asked = {}
 
-    def evaluate(model, x, y, out, config, **options):
-        asked[out.name] = len(x), (config.protocol, config.predict, config.n_eval)
+    def evaluate(model, x, y, out, **options):
+        asked[out.name] = len(x), tuple(options.get(name) for name in ("protocol", "predict", "n_eval"))
         return real(model, x[:2], y[:2], eps=0.1, attacks=[PGD(steps=1)], name=options["name"])
 
     real = pack_zoo.evaluate
@@ -95,7 +95,7 @@ def test_a_diffusion_purifier_is_judged_by_draws_and_by_votes(tmp_path, monkeypa
     name = "digits-diffpure"
     card = pack_zoo.judge(packed.card(name), packed.load(name), 8, load_dataset("digits"), tmp_path)
     votes = 2, ("rand", "votes", pack_zoo.VOTES)
-    assert asked == {"rand": (8, ("rand", None, 5)), "strong": (2, ("strong", None, 5)), "votes": votes}
+    assert asked == {"rand": (8, ("rand", None, None)), "strong": (2, ("strong", None, None)), "votes": votes}
     assert list(card.attacked) == ["rand", "strong", "votes"]
     # the strictest number and the mean of one draw stand beside each other
     rand = card.attacked["rand"]
