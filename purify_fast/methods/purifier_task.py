@@ -29,7 +29,6 @@ class PurifierTask(MethodTask, Generic[D]):
             raise ValueError("defence must not be a frozen copy, whose weights do not change: give the defence itself")
         super().__init__(config, defence)
         self.defence, self.origin = defence, origin
-        self.model = defence
         self.classifier = weights_fingerprint(defence.classifier)
         defence.classifier.requires_grad_(False)
         self._classifier = Followed(defence.classifier)

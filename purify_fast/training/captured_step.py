@@ -61,6 +61,7 @@ class CapturedStep:
     def __init__(self, task: Task, batch: Batch, gradients: Gradients, graphs: StepGraphs, objects: list[Any]):
         device, self.objects = batch.x.device, objects
         x, y, ids = (part.clone() for part in (batch.x, batch.y, batch.sample_ids))
+        self.numbers = batch.numbers
         numbers = _Read({name: torch.full((), float(value), device=device) for name, value in batch.numbers.items()})
         self.given = replace(batch, x=x, y=y, sample_ids=ids, seed=philox_key(batch.seed, device), numbers=numbers)
         self.updates: list[_Update] = []
@@ -125,8 +126,10 @@ class CapturedStep:
                 mine.copy_(new)
             assert isinstance(given.seed, Tensor)
             given.seed.fill_(batch.seed)
-            for name, number in batch.numbers.items():
-                given.numbers[name].fill_(number)  # type: ignore[union-attr]
+            if batch.numbers != self.numbers:
+                self.numbers = batch.numbers
+                for name, number in batch.numbers.items():
+                    given.numbers[name].fill_(number)  # type: ignore[union-attr]
         for update in self.updates:
             for weight, gradient in update.gradients:
                 weight.grad = gradient

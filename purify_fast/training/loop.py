@@ -112,8 +112,8 @@ def fit(
     if not any(weight.requires_grad for one in task.optimizers.values() for weight in weights_of(one)):
         raise ValueError("task must have a weight to train, but no weight of its optimizers needs a gradient")
     refuse_divided(task.model)
-    source, held_out = make_sources(task, x, y, config, validation)
-    run = Run(task, config, source, held_out, folder, bank=bank)
+    run = Run(task, config, make_sources(task, x, y, config, validation), folder, bank)
+    device = run.source.device
     task.frozen = frozen_parts(task.model)
     if processes()[1] > 1:
         task.train()
@@ -130,8 +130,8 @@ def fit(
             stack.enter_context(float32_products(tf32=True))
         bar = ProgressBar(title, run, progress and first)
         listeners = [bar, *callbacks] if first else []
-        devices = [source.device] if source.device.type == "cuda" else []
-        with bar.bar, torch.random.fork_rng(devices), step_settings(task, config, source.device):
+        devices = [device] if device.type == "cuda" else []
+        with bar.bar, torch.random.fork_rng(devices), step_settings(task, config, device):
             _train(run, listeners)
         task.finish()
         if run.best:

@@ -14,7 +14,7 @@ from ..models.moving_average import AveragedModel
 from ..speed.processor import with_known_precision
 from .config import settings
 from .schedules import one_cycle
-from .task import Task
+from .task import Batch, Task
 
 
 class MethodTask(Task):
@@ -30,6 +30,7 @@ class MethodTask(Task):
     averaged: nn.Module
 
     def __init__(self, config: Any, model: nn.Module):
+        self.model = model
         self.config = with_known_precision(config, first_tensor(model).device)
         self.tf32 = config.precision == "tf32"
         self.dtype = torch.bfloat16 if self.config.precision == "bfloat16" else torch.float32
@@ -40,6 +41,9 @@ class MethodTask(Task):
         if decay > 0:
             self.average = AveragedModel(self.averaged, decay, warm_up)
             self.model = nn.ModuleDict({name: self.averaged, "average": self.average})
+
+    def numbers(self, batch: Batch) -> dict[str, float]:
+        return self.config.attack.numbers(batch)
 
     def describe(self) -> dict[str, Any]:
         return {"task": self.name, **settings(self.config), "origin": self.origin}

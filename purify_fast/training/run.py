@@ -32,7 +32,7 @@ from .config import FitConfig
 from .distributed import from_first
 from .optimizers import weights_of
 from .schedules import RunLength
-from .sources import InMemory, RawBatch, Source, step_seed
+from .sources import InMemory, RawBatch, Sources, step_seed
 from .task import Batch, Task
 
 logger = logging.getLogger("purify_fast")
@@ -51,8 +51,7 @@ EXPECT_AFTER = 10.0
 class Run:
     """The state of a run. With several processes, only the first writes the run's files.
 
-    If ``source`` is not reproducible, the run can be resumed only at the end of an epoch. ``held_out`` has all
-    validation images in every process.
+    If the source of the training images is not reproducible, the run can be resumed only at the end of an epoch.
 
     Attributes:
         facts: the settings that must be equal for a checkpoint to be resumed.
@@ -66,17 +65,9 @@ class Run:
         expected: the time of the whole run in seconds, as the first steps predict it; None before the prediction.
     """
 
-    def __init__(
-        self,
-        task: Task,
-        config: FitConfig,
-        source: Source,
-        held_out: InMemory | None = None,
-        folder: Path | None = None,
-        *,
-        bank: BankConfig | None = None,
-    ):
-        self.task, self.config, self.source, self.held_out, self.folder = task, config, source, held_out, folder
+    def __init__(self, task: Task, config: FitConfig, sources: Sources, folder: Path | None, bank: BankConfig | None):
+        self.task, self.config, self.folder = task, config, folder
+        self.source, self.held_out = source, held_out = sources
         self.bank: AdversarialBank | None = None
         if bank is not None:
             if config.accumulate or config.padding or not isinstance(source, InMemory):

@@ -170,11 +170,13 @@ class Loader:
 
 
 Source: TypeAlias = InMemory | Loader
+#: The source of the training images, and that of the held-out images, with all of these in every process.
+Sources: TypeAlias = tuple[Source, InMemory | None]
 
 
 def make_sources(
     task: Task, x: Images, y: Tensor | None, config: FitConfig, validation: tuple[Tensor, Tensor] | None = None
-) -> tuple[Source, InMemory | None]:
+) -> Sources:
     """Check a run's images, and return the source of the training images and that of the held-out images."""
     device, share, held = next(task.model.parameters()).device, config.validation_share, None
     if validation is not None and share > 0:

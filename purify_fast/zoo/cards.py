@@ -1,20 +1,30 @@
-"""Load the models of the zoo, and their cards, which describe their training and their accuracy under attack."""
+"""Load the models of the zoo, and their cards, which describe their training and their accuracy under attack.
+
+Weights that are not on this machine are downloaded from the release of this version.
+"""
 
 from __future__ import annotations
 
 import builtins
+import hashlib
 import json
 import math
+import sys
+import urllib.request
 from dataclasses import dataclass, field
+from http.client import HTTPException
+from importlib.metadata import metadata
 from pathlib import Path
 
 from torch import nn
 
+from .._files import atomic
 from .._templates import render
+from .._version import __version__
 from ..methods.loading import load_defence
+from ..ops.dispatch.records import folder as cache_folder
 from ..training import load_classifier
 from ..training.checkpoint import MODEL
-from .files import kept_folder
 
 #: The folder of the cards. A clone has the weights of all models there, and an installed package those on digits.
 MODELS = Path(__file__).parent / "models"
@@ -170,3 +180,46 @@ def load(name: str) -> nn.Module:
     if card(name).classifier is None:
         return load_classifier(folder(name))
     return load_defence(folder(name), load_classifier(classifier_folder(name)))
+
+
+# -- files -----------------------------------------------------------------------------------------------------------
+
+
+def address(name: str) -> str:
+    """The address of a model's weights, a file of this version's release in the repository of the package."""
+    urls = dict(line.split(", ", 1) for line in metadata("purify-fast").get_all("Project-URL", ()))
+    if "Repository" not in urls:
+        raise FileNotFoundError(f"the installed purify-fast does not name its repository, which has the model {name}")
+    return f"{urls['Repository']}/releases/download/v{__version__}/{name}.safetensors"
+
+
+def kept_folder(name: str, size: int, sha256: str) -> Path:
+    """The folder with the weights of a model in the user's cache folder. Missing weights are downloaded.
+
+    A file with another SHA-256 raises a ValueError, and is not kept after a download.
+    """
+    path = cache_folder() / "zoo" / name / MODEL
+    kept = path.is_file()
+    source = path if kept else address(name)
+    data = path.read_bytes() if kept else downloaded(name, size, str(source), path)
+    found = hashlib.sha256(data).hexdigest()
+    if found != sha256:
+        cure = ". Remove this file" if kept else ""
+        text = f"{source} is not the file of the zoo's model {name}: SHA-256 must be {sha256}, got {found}{cure}"
+        raise ValueError(text)
+    if not kept:
+        with atomic(path) as temporary:
+            temporary.write_bytes(data)
+    return path.parent
+
+
+def downloaded(name: str, size: int, source: str, path: Path) -> bytes:
+    """Download the weights of a model that belong at a path, and say so on stderr."""
+    print(f"purify_fast downloads the model {name} ({size:,} bytes) from {source} to {path}", file=sys.stderr)
+    try:
+        # A server that is silent for 30 seconds is an error. One byte more than the size shows a file that is too long.
+        with urllib.request.urlopen(source, timeout=30) as answer:
+            return bytes(answer.read(size + 1))
+    except (OSError, HTTPException) as error:
+        clone = f"the file purify_fast/zoo/models/{name}/{MODEL} of a clone of the repository"
+        raise FileNotFoundError(f"{source} cannot be read: {error}; copy {clone} to {path}") from error

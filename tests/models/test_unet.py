@@ -85,16 +85,6 @@ def test_16_bit_images_with_float32_weights(by_device, monkeypatch):
     assert all((one - other).norm() < 0.02 * other.norm() for one, other in zip(found, golden, strict=True))
 
 
-def test_transforms_of_torch_func_pass_through_enlarged_maps():
-    """They refuse the functions of autograd that are made for speed."""
-    net, x, t = network(width=16).requires_grad_(False), torch.randn(2, 3, 16, 16), torch.tensor(50.0)
-    found = torch.func.grad(lambda x: net(x, t).square().sum())(x)
-    leaf = x.clone().requires_grad_()
-    (wanted,) = torch.autograd.grad(net(leaf, t).square().sum(), leaf)
-    assert wanted.any()
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from purify_fast.attacks.ball import ball_around, normal_in_ball, sample_in_ball
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, TrainingAttack, fit
-from purify_fast.training.objectives import mart, trades
+from purify_fast.training.classifier import mart, trades
 from purify_fast.training.sources import InMemory, step_seed
 
 EPS, ALPHA = 0.1, 0.03
@@ -17,9 +17,8 @@ ATTACK = TrainingAttack(EPS, 3, alpha=ALPHA)
 
 def network():
     torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(1, 4, 3, 2, bias=False), nn.BatchNorm2d(4), nn.SiLU(), nn.Flatten(), nn.Linear(4 * 49, 10)
-    )
+    convolution = nn.Conv2d(1, 4, 3, 2, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(4), nn.SiLU(), nn.Flatten(), nn.Linear(4 * 49, 10))
 
 
 def plain(objective, x, y, config, beta, dtype):
@@ -73,9 +72,8 @@ def test_twenty_steps_have_the_weights_of_a_plain_loop_of_the_paper(objective, b
     exact, usual = (plain(objective, x, y, config, beta, dtype) for dtype in (torch.float64, torch.float32))
     made = ClassifierTask(network(), ClassifierConfig(attack=ATTACK, objective=objective))
     fit(made, x, y, config, progress=False)
-    start, *ends = (
-        nn.utils.parameters_to_vector(one.parameters()).double() for one in (network(), exact, usual, made.model)
-    )
+    models = network(), exact, usual, made.model
+    start, *ends = (nn.utils.parameters_to_vector(model.parameters()).double() for model in models)
     wanted, rounded, found = (end - start for end in ends)
     rounding = (rounded - wanted).norm()
     assert rounding < 5e-3 * wanted.norm()

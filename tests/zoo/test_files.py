@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from purify_fast import cli, zoo
-from purify_fast.zoo import cards, files
+from purify_fast.zoo import cards
 
 NAME = "digits-standard"
 PACKED = cards.MODELS
@@ -40,7 +40,7 @@ def release(tmp_path, monkeypatch):
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        monkeypatch.setattr(files, "address", lambda name: f"http://127.0.0.1:{server.server_port}/{name}.safetensors")
+        monkeypatch.setattr(cards, "address", lambda name: f"http://127.0.0.1:{server.server_port}/{name}.safetensors")
         yield folder, asked
         server.shutdown()
         thread.join()
@@ -59,7 +59,7 @@ def test_missing_weights_are_downloaded_once_and_said(without_weights, release, 
     shutil.copy(PACKED / NAME / "model.safetensors", folder / f"{NAME}.safetensors")
     model = zoo.load(NAME)
     said = capsys.readouterr().err
-    assert f"downloads the model {NAME} (334,400 bytes) from {files.address(NAME)} to {without_weights}\n" in said
+    assert f"downloads the model {NAME} (334,400 bytes) from {cards.address(NAME)} to {without_weights}\n" in said
     assert asked == [(f"/{NAME}.safetensors", 200)]
     again = zoo.load(NAME)
     assert len(asked) == 1 and capsys.readouterr().err == ""
@@ -93,7 +93,7 @@ def test_other_weights_are_refused(change, without_weights, release):
 
 def test_without_a_network_the_error_says_which_file_goes_where(without_weights, monkeypatch, capsys):
     # Nothing listens at port 0.
-    monkeypatch.setattr(files, "address", lambda name: f"http://127.0.0.1:0/{name}.safetensors")
+    monkeypatch.setattr(cards, "address", lambda name: f"http://127.0.0.1:0/{name}.safetensors")
     assert cli.main(["evaluate", f"zoo:{NAME}", "--images", "2", "--device", "cpu"]) == 2
     said = capsys.readouterr().err
     assert f"http://127.0.0.1:0/{NAME}.safetensors cannot be read: " in said

@@ -88,7 +88,6 @@ class ArrestTask(MethodTask):
         if self.dtype != torch.float32:
             convert_to_channels_last(model, image_shape)
         self.attacked = AttackedCopy(model, self.dtype)
-        self.model: nn.Module = model
         self.keep_average("model", config.ema_decay)
         weights = [p for p in model.parameters() if p.requires_grad]
         rate, decay = config.learning_rate, config.weight_decay
@@ -168,9 +167,6 @@ class ArrestTask(MethodTask):
 
     def captures(self, batch: Batch) -> Hashable:
         return self.config.replays(batch.epoch, batch.epochs)
-
-    def numbers(self, batch: Batch) -> dict[str, float]:
-        return self.config.attack.numbers(batch)
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
         of_teacher = self.teacher(batch.x)

@@ -162,9 +162,6 @@ class AtopTask(PurifierTask[Atop]):
     def captures(self, batch: Batch) -> Hashable:
         return batch.progress_in(self.config.cls_delay_unit) < self.config.cls_delay
 
-    def numbers(self, batch: Batch) -> dict[str, float]:
-        return self.config.attack.numbers(batch)
-
     def updates(self, batch: Batch) -> Iterator[Update]:
         one_pass, judged = passes(self.trained, batch, self.config, self.graphs), {}
         if self.discriminator is not None:

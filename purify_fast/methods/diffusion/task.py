@@ -76,7 +76,6 @@ class DiffusionTask(MethodTask):
         self.denoiser = denoiser
         self.process = Process(Schedule(config.noise_schedule), config.prediction)
         self.optimizer = self.adamw(denoiser.parameters())
-        self.model: nn.Module = denoiser
         self.keep_average("denoiser", config.ema_decay, warm_up=True)
 
     def loss(self, denoiser: nn.Module, batch: Batch) -> Tensor:
@@ -85,6 +84,9 @@ class DiffusionTask(MethodTask):
 
     def captures(self, batch: Batch) -> Hashable:
         return ()
+
+    def numbers(self, batch: Batch) -> dict[str, float]:
+        return {}
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
         return self.loss(self.denoiser, batch), {}
