@@ -367,7 +367,7 @@ def run_alone(
         options["seed"] = drawn_seed(generator)
     chosen = attack(**{name: options.pop(name) for name in own & options.keys()})
     context = AttackContext(**options, keep_mode=mode == "keep", counts_health=health is not None)
-    result = _searched(chosen, model, x, y, context, "y" if targeted is None else "targeted")
+    result = _searched(chosen, model, x, y, context, name="y" if targeted is None else "targeted")
     if health is not None and result.health is not None:
         health.add(**result.health.counts)
     return result.images
