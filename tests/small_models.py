@@ -108,6 +108,13 @@ class Made(nn.Module):
         return self.how(self, *given)
 
 
+class NotCopied(Made):
+    """A module that cannot be copied."""
+
+    def __deepcopy__(self, memo):
+        raise RuntimeError("no copies")
+
+
 class Purifying(nn.Module):
     """A defence that rounds images, or does something else with them, before a classifier."""
 

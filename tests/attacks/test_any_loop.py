@@ -14,10 +14,10 @@ EPS, ALPHA = 0.05, 0.02
 
 @pytest.fixture
 def network():
-    """A network with BatchNorm in float64."""
+    """A network with BatchNorm in float64, in evaluation mode."""
     torch.manual_seed(0)
     parts = nn.Conv2d(3, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(96, 5)
-    return nn.Sequential(*parts).double()
+    return nn.Sequential(*parts).double().eval()
 
 
 @pytest.fixture
@@ -42,7 +42,6 @@ def loop(model, x, loss, start, steps=3, eps=EPS, alpha=ALPHA, low=0.0, high=1.0
 
 @pytest.mark.parametrize("attack", [pgd, apgd, square])
 def test_starts_differ_between_calls_and_repeat_with_a_seed(network, x, attack):
-    network.eval()
     how = {"eps": EPS, "steps": 1} if attack is not square else {"eps": EPS, "n_queries": 1}
     how |= {"keep_best": False} if attack is pgd else {"leave_when_fallen": False} if attack is apgd else {}
 
@@ -60,12 +59,11 @@ def test_starts_differ_between_calls_and_repeat_with_a_seed(network, x, attack):
 
 def test_fgsm_draws_no_random_number(network, x):
     state = torch.get_rng_state()
-    fgsm(network.eval(), x, Y, EPS)
+    fgsm(network, x, Y, EPS)
     assert torch.equal(state, torch.get_rng_state())
 
 
 def test_pgd_equals_a_plain_loop(network, x):
-    network.eval()
     start = pgd(network, x, Y, EPS, steps=1, alpha=0.0, seed=5)
     got = pgd(network, x, Y, EPS, steps=3, alpha=ALPHA, seed=5)
     assert (start - x).abs().max() > 0.9 * EPS
@@ -73,7 +71,6 @@ def test_pgd_equals_a_plain_loop(network, x):
 
 
 def test_the_inner_loop_of_trades_is_one_call(network, x):
-    network.eval()
     target = network(x).softmax(1).detach()
     begin = pgd(network, x, Y, EPS, steps=1, alpha=0.0, start_std=0.001, seed=5)
 
@@ -88,7 +85,6 @@ def test_the_inner_loop_of_trades_is_one_call(network, x):
 
 
 def test_several_draws_and_parts_of_a_batch_take_a_loss_function(network, x):
-    network.eval()
 
     def loss(logits, y):
         return (logits - y).square().sum(1)
@@ -103,7 +99,6 @@ def test_several_draws_and_parts_of_a_batch_take_a_loss_function(network, x):
 
 
 def test_auto_pgd_takes_a_loss_function(network, x):
-    network.eval()
 
     def loss(logits, y):
         return F.cross_entropy(logits, y, reduction="none")
@@ -114,7 +109,6 @@ def test_auto_pgd_takes_a_loss_function(network, x):
 
 @pytest.mark.parametrize("attack", [pgd, fgsm])
 def test_radii_steps_and_ranges_of_channels_equal_a_plain_loop(network, x, attack):
-    network.eval()
     mean, std = torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1), torch.tensor([0.2, 0.3, 0.25]).view(3, 1, 1)
     normal = ((x - mean) / std).double()
     eps, low, high = EPS / std, (0 - mean) / std, (1 - mean) / std
@@ -132,7 +126,6 @@ def test_radii_steps_and_ranges_of_channels_equal_a_plain_loop(network, x, attac
 
 
 def test_a_radius_per_pixel_and_its_errors(network, x):
-    network.eval()
     eps = torch.rand_like(x) * EPS
     assert ((pgd(network, x, Y, eps, steps=2) - x).abs() <= eps + 1e-9).all()
     with pytest.raises(ValueError, match="eps must be a number"):
@@ -144,14 +137,13 @@ def test_a_radius_per_pixel_and_its_errors(network, x):
 
 
 def test_a_target_is_approached(network, x):
-    network.eval()
     target = (network(x).argmax(1) + 1) % 5
     got = pgd(network, x, None, EPS, targeted=target, steps=3, alpha=ALPHA, random_start=False)
     torch.testing.assert_close(got, loop(network, x, lambda logits: -F.cross_entropy(logits, target), x))
 
 
 def test_keeping_the_mode_equals_a_plain_loop_in_training_mode(network, x):
-    other, third = copy.deepcopy(network), copy.deepcopy(network)
+    other, third = copy.deepcopy(network.train()), copy.deepcopy(network)
     got = pgd(network, x, Y, EPS, steps=3, alpha=ALPHA, random_start=False, mode="keep")
     want = loop(other, x, lambda logits: F.cross_entropy(logits, Y), x)
     torch.testing.assert_close(got, want)
@@ -164,7 +156,7 @@ def test_keeping_the_mode_equals_a_plain_loop_in_training_mode(network, x):
 
 
 def test_an_attack_stops_when_all_images_have_fallen(network, x):
-    calls, y = [], network.eval()(x).argmax(1)
+    calls, y = [], network(x).argmax(1)
     network.register_forward_hook(lambda *given: calls.append(len(given[1][0])))
     pgd(network, x, y, 0.5, steps=50, stop_when_fallen=True, seed=0)
     found, taken = pgd(network, x, y, 0.5, steps=50, stop_when_fallen=True, seed=0), len(calls) // 2

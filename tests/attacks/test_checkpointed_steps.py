@@ -84,12 +84,7 @@ def test_steps_that_draw_draw_the_same_again():
     """Dropout, and the generators are afterwards where the plain loop leaves them."""
     dropped = nn.Dropout(0.5)
     results = []
-    for run in (
-        plain,
-        checkpointed_steps,
-        partial(checkpointed_steps, keep=2),
-        partial(checkpointed_steps, keep="auto"),
-    ):
+    for run in (plain, checkpointed_steps, *(partial(checkpointed_steps, keep=keep) for keep in (2, "auto"))):
         torch.manual_seed(3)
         x = torch.ones(4, 6, requires_grad=True)
         out = run(lambda x, i: dropped(x) + 0.1 * torch.randn_like(x), x, 4)

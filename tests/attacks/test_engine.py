@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from cuda_launches import CudaLaunches
-from small_models import accuracy
+from small_models import Made, NotCopied, accuracy
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
@@ -80,19 +80,8 @@ def test_which_models_are_copied(monkeypatch):
     function = net.forward
     assert Copies(x).copy_for(function, "bfloat16") is function and Copies(x).copy_for(made, "bfloat16") is made
 
-    class Stubborn(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = net
-
-        def forward(self, z):
-            return self.net(z)
-
-        def __deepcopy__(self, memo):
-            raise RuntimeError("no copies")
-
-    odd = Stubborn()
-    with pytest.warns(RuntimeWarning, match="Stubborn is attacked itself, .* RuntimeError: no copies"):
+    odd = NotCopied(lambda self, z: self.net(z), net=net)
+    with pytest.warns(RuntimeWarning, match="NotCopied is attacked itself, .* RuntimeError: no copies"):
         assert Copies(x).copy_for(odd, "bfloat16") is odd
     progress = Progress()
     with progress.row("attack", None):
@@ -116,20 +105,14 @@ def test_every_success_is_the_models_own(attack):
     assert 0 < accuracy(net, found, y) < 100 or attack is square
     assert abs(accuracy(net, found, y) - accuracy(net, same, y)) <= 100 * 3 / 24
 
-    class Sees(nn.Module):
+    def sees(self, z):
         """Knows its own attacked images: right on everything in float32, wrong in a copy's bfloat16."""
+        logits = self.net(z)
+        if torch.is_autocast_enabled("cpu"):
+            return logits
+        return logits + 1e4 * F.one_hot(y, 10).repeat(-(-len(z) // len(y)), 1)[: len(z)]
 
-        def __init__(self):
-            super().__init__()
-            self.net = net
-
-        def forward(self, z):
-            logits = self.net(z)
-            if torch.is_autocast_enabled("cpu"):
-                return logits
-            return logits + 1e4 * F.one_hot(y, 10).repeat(-(-len(z) // len(y)), 1)[: len(z)]
-
-    judge = Judge(Sees(), 1)
+    judge = Judge(Made(sees, net=net), 1)
     active = ActiveSet(x, y, Ball(torch.full((24,), 0.01)), judge, AttackContext())
     active.judge_clean_images()
     share, fell = active.confirm_successes(torch.arange(24), found, torch.ones(24))

@@ -8,22 +8,9 @@ import torch
 from small_models import Made, Purifying
 from torch import nn
 
-from purify_fast.attacks import (
-    APGD,
-    BPDA,
-    FABT,
-    FGSM,
-    PGD,
-    AttackContext,
-    OriginalAutoAttack,
-    Square,
-    StAdv,
-    apgd,
-    pgd,
-    square,
-    stadv,
-)
+from purify_fast.attacks import APGD, BPDA, FABT, FGSM, PGD, OriginalAutoAttack, Square, StAdv, apgd, pgd, square, stadv
 from purify_fast.attacks.ball import Ball
+from purify_fast.attacks.context import AttackContext
 from purify_fast.attacks.engine.engine_attack import nearest_borders
 from purify_fast.attacks.engine.judge import Judge
 from purify_fast.attacks.engine.row_batches import ActiveSet
@@ -208,9 +195,8 @@ def test_a_strangers_mistakes(model, batch, attack):
         ({"eps": np.zeros(9)}, TypeError, r"eps must be .*, got array"),
         ({"max_forward_batch": 0}, ValueError, "max_forward_batch must be at least 1"),
     ):
-        arguments = {"x": x, "y": y, "eps": EPS} | change
         with pytest.raises(kind, match=message):
-            attack(model, arguments.pop("x"), arguments.pop("y"), **arguments)
+            attack(model, **{"x": x, "y": y, "eps": EPS} | change)
     # pixels from 0 to 255 have an eps in the same unit
     assert attack(model, 255 * x, y, eps=8, clip_max=255).max() > 1
 

@@ -5,7 +5,7 @@ import warnings
 import torch
 import torch.distributed as dist
 from captures import Rerun
-from forks import together
+from forks import results_of
 from trainings import small_set, small_task
 
 from purify_fast.speed import StepGraphs
@@ -27,9 +27,8 @@ def trained(captured: bool) -> tuple[dict, dict, list[bool]]:
 
 
 def test_a_process_that_captures_nothing_trains_with_one_that_does(tmp_path):
-    done = together(tmp_path, 2, lambda: [trained(captured) for captured in (False, True)])
-    assert done.codes == [0, 0], done.errors
-    wanted, wanted_last, _ = done.results[0][0]
-    for (_, (state, last, captured)), can in zip(done.results, (True, False), strict=True):
+    done = results_of(tmp_path, 2, lambda: [trained(captured) for captured in (False, True)])
+    wanted, wanted_last, _ = done[0][0]
+    for (_, (state, last, captured)), can in zip(done, (True, False), strict=True):
         assert all(torch.equal(value, wanted[name]) for name, value in state.items()) and last == wanted_last
         assert captured == [can]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_models import images_and_labels
+from small_models import Made, NotCopied, images_and_labels
 from torch import nn
 
 from purify_fast.models.classifiers import SmallCNN
@@ -60,15 +60,9 @@ def test_attributes_that_change_make_a_new_copy(monkeypatch):
     """They are not followed, unlike weights."""
     monkeypatch.setattr("purify_fast.speed.frozen_copy.FEWEST_WEIGHTS", 1)
 
-    class Scaled(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.fc, self.scale, self.mean = nn.Linear(256, 10), 1.0, torch.zeros(1)
-
-        def forward(self, x):
-            return self.scale * self.fc(x.flatten(1) - self.mean)
-
-    model, other, x = Scaled(), nn.Linear(256, 7), torch.rand(2, *SHAPE)
+    scaled = lambda self, x: self.scale * self.fc(x.flatten(1) - self.mean)  # noqa: E731
+    model = Made(scaled, fc=nn.Linear(256, 10), scale=1.0, mean=torch.zeros(1))
+    other, x = nn.Linear(256, 7), torch.rand(2, *SHAPE)
     attacked = AttackedCopy(model, torch.float32)
     first = attacked.now(x)
     assert attacked.now(x) is first and isinstance(first, FrozenCopy)
@@ -86,18 +80,8 @@ def test_attributes_that_change_make_a_new_copy(monkeypatch):
 
 
 def test_small_models_and_models_without_a_copy_are_attacked_themselves():
-    class NotCopied(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.fc = nn.Linear(256, 1000)
-
-        def forward(self, x):
-            return self.fc(x.flatten(1))
-
-        def __deepcopy__(self, memo):
-            raise RuntimeError("no copies")
-
-    small, odd, x = SmallCNN(1, 10, SHAPE[1:], 8), NotCopied(), torch.rand(2, *SHAPE)
+    odd = NotCopied(lambda self, x: self.fc(x.flatten(1)), fc=nn.Linear(256, 1000))
+    small, x = SmallCNN(1, 10, SHAPE[1:], 8), torch.rand(2, *SHAPE)
     assert AttackedCopy(small, torch.float32).now(x) is small
     assert AttackedCopy(small, torch.bfloat16).now(x).dtype == torch.bfloat16
     with pytest.warns(RuntimeWarning, match="NotCopied is attacked itself, .* no copies"):

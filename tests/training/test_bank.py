@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from forks import together
+from forks import results_of
 from small_runs import SHAPE, StopAt, Stopped, atop_task, attack, carso_task, classifier_task, same
 from trainings import banked
 
@@ -260,9 +260,8 @@ def test_an_image_that_no_attack_moves_stays_and_one_that_is_no_number_is_not_ke
 
 def small_bank(folder, variants=2, random=True, refresh=0.0, share=1.0, batch=4):
     attacks = FrozenAttacks((0.1,), (random,), share, "linf", {"model": "some"})
-    return AdversarialBank(
-        BankConfig(variants, refresh, folder), attacks, shape=(10, *SHAPE), data="data", views=1, batch_size=batch
-    )
+    config = BankConfig(variants, refresh, folder)
+    return AdversarialBank(config, attacks, shape=(10, *SHAPE), data="data", views=1, batch_size=batch)
 
 
 def ask(bank, seed, x, found):
@@ -348,9 +347,7 @@ def test_what_cannot_be_kept_is_refused(tmp_path, make, settings, options, messa
 @pytest.mark.slow
 def test_two_processes_share_a_bank_and_train_as_one(tmp_path):
     folder = tmp_path / "two"
-    done = together(folder, 2, lambda: banked(folder / "run", folder / "banks"))
-    assert done.codes == [0, 0], done.errors
-    first, second = done.results
+    first, second = results_of(folder, 2, lambda: banked(folder / "run", folder / "banks"))
     one = banked(tmp_path / "run of one", tmp_path / "banks of one")
     assert all(torch.equal(value, second["state"][name]) for name, value in first["state"].items())
     # an image that one process attacked is read by the other

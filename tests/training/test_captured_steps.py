@@ -9,6 +9,7 @@ from dataclasses import replace
 from unittest import mock
 
 import pytest
+import small_runs
 import torch
 from captures import Tape
 from cuda_launches import CudaLaunches
@@ -22,7 +23,6 @@ from small_runs import (
     carso_task,
     classifier_task,
     diffusion_task,
-    same,
 )
 from torch import nn
 
@@ -96,7 +96,7 @@ def test_captured_steps_train_the_same_weights(tape, name):
     make, updates = TASKS[name]
     batches = [batch(1), batch(2), batch(3)]
     wanted, found = trained(make(), None, batches), trained(make(), StepGraphs("always", capture=tape), batches)
-    assert wanted[0] == found[0] and same(wanted[1], found[1])
+    assert wanted[0] == found[0] and small_runs.same(wanted[1], found[1])
     assert tape.recorded == updates and tape.replayed == 3 * updates
 
 
@@ -127,7 +127,7 @@ def test_steps_that_are_not_captured_train_the_same_weights(tape, why):
     if why == "no capture":
         tape.error = RuntimeError("no memory")
     found = trained(task, StepGraphs("always", capture=tape), batches)
-    assert wanted[0] == found[0] and same(wanted[1], found[1])
+    assert wanted[0] == found[0] and small_runs.same(wanted[1], found[1])
     assert not any(isinstance(step, CapturedStep) for step in task.graphs.whole_steps.values())
 
 
@@ -192,7 +192,7 @@ def test_weights_are_restored_although_memory_ran_out(method, tape, monkeypatch)
     with pytest.raises(RuntimeError, match="out of memory"), undone(task, given.x.device):
         fail()
     monkeypatch.undo()
-    assert same(before, task)
+    assert small_runs.same(before, task)
 
 
 def test_a_step_is_captured_when_many_like_it_have_occurred_and_serves_every_radius(rerun):
@@ -207,24 +207,19 @@ def test_a_step_is_captured_when_many_like_it_have_occurred_and_serves_every_rad
     assert rerun.replayed == CAPTURE_STEPS + 3
 
 
+HALF = {"precision": "bfloat16"}
 #: Trainings whose radius, step length or weight of the KL term changes in every epoch, and their kinds of steps.
 RISING = {
     "PGD-AT": (lambda **rise: classifier_task(attack=attack(**rise)), 1),
     "TRADES, alpha": (lambda **rise: classifier_task(objective="trades", attack=attack(alpha=EPS, **rise)), 1),
     "ARREST": (lambda **rise: arrest_task(attack=attack(**rise)), 2),
-    "ARREST, bfloat16": (lambda **rise: arrest_task(attack=attack(**rise), precision="bfloat16"), 2),
+    "ARREST, bfloat16": (lambda **rise: arrest_task(attack=attack(**rise), **HALF), 2),
     "CARSO": (lambda **rise: carso_task(attack=attack(**rise), kl_delay=0.5, eps_mode="official_code"), 1),
-    "CARSO, alpha, bfloat16": (lambda **rise: carso_task(attack=attack(alpha=EPS, **rise), precision="bfloat16"), 1),
-    "CARSO, pipeline, bfloat16": (
-        lambda **rise: carso_task("pipeline", attack=attack(**rise), precision="bfloat16"),
-        1,
-    ),
+    "CARSO, alpha, bfloat16": (lambda **rise: carso_task(attack=attack(alpha=EPS, **rise), **HALF), 1),
+    "CARSO, pipeline, bfloat16": (lambda **rise: carso_task("pipeline", attack=attack(**rise), **HALF), 1),
     "AToP": (lambda **rise: atop_task(attack=attack(steps=10, **rise), cls_delay=2), 2),
-    "AToP, bfloat16": (lambda **rise: atop_task(attack=attack(steps=10, **rise), precision="bfloat16"), 1),
-    "AToP, pipeline, bfloat16": (
-        lambda **rise: atop_task("pipeline", attack=attack(**rise), precision="bfloat16", cls_delay=2),
-        2,
-    ),
+    "AToP, bfloat16": (lambda **rise: atop_task(attack=attack(steps=10, **rise), **HALF), 1),
+    "AToP, pipeline, bfloat16": (lambda **rise: atop_task("pipeline", attack=attack(**rise), **HALF, cls_delay=2), 2),
 }
 
 
@@ -245,7 +240,7 @@ def test_validations_and_rising_numbers_keep_the_captured_step(tape, name, monke
     def run(task):
         fit(task, x, y, FitConfig(4, 8), progress=False, validation=(x[:8], y[:8]))
 
-    assert same(*weights(lambda: make(eps_warmup=1.0), run, graphs))
+    assert small_runs.same(*weights(lambda: make(eps_warmup=1.0), run, graphs))
     assert len(made) == len(graphs.whole_steps) == kinds
 
 
@@ -266,7 +261,7 @@ def test_a_second_attack_in_a_step_keeps_its_own_radius(tape):
             train_step(task, replace(batch(epoch), epoch=epoch))
 
     graphs = StepGraphs("always", capture=tape)
-    assert same(*weights(lambda: own(TwoAttacks, eps_warmup=1.0), run, graphs))
+    assert small_runs.same(*weights(lambda: own(TwoAttacks, eps_warmup=1.0), run, graphs))
     assert "a replay gives another result than the step" in graphs.refusals[0]
 
 
@@ -326,7 +321,7 @@ def test_a_change_of_the_task_is_noticed(tape, make, change):
                 change(task, number)
             train_step(task, replace(batch(number), epoch=number, epochs=3))
 
-    assert same(*weights(make, run, StepGraphs("always", capture=tape)))
+    assert small_runs.same(*weights(make, run, StepGraphs("always", capture=tape)))
 
 
 #: Launches of a training step, eager and beside captured steps, where kernels serve and optimizers are fused. Another
@@ -363,13 +358,10 @@ def test_what_the_host_launches_in_a_step(name, launched):
 def test_a_packed_decoder_that_is_trained_is_read_as_it_is_now(rerun, monkeypatch):
     """In bfloat16 a GPU decodes from packed weights, which are packed again after every step of the training."""
     monkeypatch.setattr("purify_fast.methods.carso.defence.kernel_decodes", lambda device: True)
-    batches = [batch(1), batch(2), batch(3), batch(4)]
-    wanted, found = (
-        trained(carso("pipeline", "bfloat16"), graphs, batches)
-        for graphs in (None, StepGraphs("always", capture=rerun))
-    )
+    batches, graphs = [batch(1), batch(2), batch(3), batch(4)], StepGraphs("always", capture=rerun)
+    wanted, found = (trained(carso("pipeline", "bfloat16"), given, batches) for given in (None, graphs))
     assert wanted[0] == found[0] and rerun.recorded == 1 and rerun.replayed == 4
-    assert same(wanted[1], found[1])
+    assert small_runs.same(wanted[1], found[1])
 
 
 def test_arrest_attacks_all_images_only_while_its_step_is_captured(rerun, monkeypatch):
@@ -382,9 +374,7 @@ def test_arrest_attacks_all_images_only_while_its_step_is_captured(rerun, monkey
         task.captures = lambda batch: None
         task.graphs = StepGraphs(capture=rerun)
         monitored = task.attack
-        task.attack = lambda batch, attack, rows=None, run=monitored: (attacked.append(rows), run(batch, attack, rows))[
-            1
-        ]
+        task.attack = lambda batch, attack, rows=None, run=monitored: attacked.append(rows) or run(batch, attack, rows)
         for seed in (1, 2, 3):
             train_step(task, batch(seed))
         assert task.attacks_all_rows(torch.device("cpu")) == all_rows
@@ -446,7 +436,7 @@ def test_a_step_that_is_repeated_after_memory_ran_out_counts_its_batch_once(reru
         train_step(task, batch(1))
         assert task.graphs.mode == ("off" if fails else "auto") and task.fails == 0
         found.append(task.model.state_dict())
-    assert same(*found) and found[0]["1.num_batches_tracked"] == 1
+    assert small_runs.same(*found) and found[0]["1.num_batches_tracked"] == 1
 
 
 @pytest.mark.parametrize("where", ["second update", "optimizer", "replay"])

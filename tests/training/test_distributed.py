@@ -5,22 +5,13 @@ import re
 import pytest
 import torch
 from cuda_launches import CudaLaunches
-from forks import together
-from trainings import batchnorm, captured, first_fails, refusals, small_task, weights
+from forks import results_of, together
+from trainings import TASKS, batchnorm, captured, first_fails, refusals, small_task, weights
 
 from purify_fast import cli
 from purify_fast.training import distributed
 
-KINDS = (
-    "classifier",
-    "convolutional",
-    "pipeline",
-    "published",
-    "atop pipeline",
-    "atop gan",
-    "diffusion",
-    "BatchNorms of others",
-)
+KINDS = tuple(TASKS)
 #: Trainings whose steps are captured, and one whose BatchNorms wait for the other process.
 CAPTURED = {"convolutional": 1, "atop gan": 1, "diffusion": 1, "classifier": 0}
 NORMS = {  # layer, shape, images of the first process, mean, dtype
@@ -42,9 +33,7 @@ def two(tmp_path_factory):
         made |= {name: batchnorm(*arguments) for name, arguments in NORMS.items()}
         return made | {"refusals": refusals(), "first fails": first_fails()}
 
-    done = together(folder, 2, work)
-    assert done.codes == [0, 0], done.errors
-    return folder, done.results
+    return folder, results_of(folder, 2, work)
 
 
 def results(two, name):

@@ -15,9 +15,8 @@ ATTACK = TrainingAttack(0.1, 2)
 
 def task(classes=2, **options):
     torch.manual_seed(0)
-    return ClassifierTask(
-        nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.SiLU(), nn.Linear(8, classes)), ClassifierConfig(**options)
-    )
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.SiLU(), nn.Linear(8, classes))
+    return ClassifierTask(model, ClassifierConfig(**options))
 
 
 def gradients(made):

@@ -4,18 +4,9 @@ import sys
 from functools import partial
 
 import pytest
+import small_runs
 import torch
-from small_runs import (
-    SHAPE,
-    arrest_task,
-    atop_task,
-    attack,
-    batch,
-    carso_task,
-    classifier_task,
-    diffusion_task,
-    on_step,
-)
+from small_runs import SHAPE, arrest_task, atop_task, attack, batch, carso_task, classifier_task, diffusion_task
 from torch import nn
 
 from purify_fast.speed.precision import float32_products
@@ -37,7 +28,7 @@ def test_products_are_rounded_while_it_is_trained_if_asked(make):
     before = float32_settings()
     for precision, expected in (("float32", (False, "highest")), ("tf32", (True, "high"))):
         noted = set()
-        heard = on_step(lambda _, noted=noted: noted.add(float32_settings()))
+        heard = small_runs.on_step(lambda _, noted=noted: noted.add(float32_settings()))
         task, config = make(precision=precision), FitConfig(epochs=1, batch_size=8)
         fit(task, x, torch.arange(16) % 10, config, callbacks=[heard], progress=False)
         assert noted == {expected}
@@ -54,9 +45,7 @@ def test_products_are_rounded_while_it_is_trained_if_asked(make):
         ("bfloat16", True, False, False),
     ],
 )
-def test_a_training_that_does_not_use_the_matrix_units_of_a_gpu_says_so(
-    precision, fast, outside, told, caplog, monkeypatch
-):
+def test_a_training_without_the_matrix_units_of_a_gpu_says_so(precision, fast, outside, told, caplog, monkeypatch):
     loop = sys.modules["purify_fast.training.loop"]
     # Nothing is computed on the device.
     monkeypatch.setattr(loop, "fuse", lambda optimizer, fused: None)
@@ -79,14 +68,10 @@ def step(task):
     return task, loss.detach(), dtypes
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        partial(classifier_task, attack=attack(eps=0.0)),
-        partial(classifier_task, attack=attack(eps=0.1)),
-        partial(diffusion_task, ema_decay=0.0),
-    ],
-)
+CLASSIFIERS = [partial(classifier_task, attack=attack(eps=eps)) for eps in (0.0, 0.1)]
+
+
+@pytest.mark.parametrize("make", [*CLASSIFIERS, partial(diffusion_task, ema_decay=0.0)])
 def test_products_are_rounded_and_weights_are_not(make):
     exact, loss, dtypes = step(make(precision="float32"))
     task, near, rounded = step(make(precision="bfloat16"))

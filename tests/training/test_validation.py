@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from small_models import first_digits
+from small_models import Made, first_digits
 from small_runs import EPS, StopAt, Stopped, arrest_task, atop_task, carso_task, images, same
 from small_runs import batch as small_batch
 from small_runs import task as small_task
@@ -188,17 +188,11 @@ def test_carso_is_validated_with_a_last_batch_too_small_to_attack(tmp_path):
     assert total["loss"] == pytest.approx(16 * mean["loss"])
 
 
-class Overfitted(torch.nn.Module):
+def overfitted(self, x):
     """Wrong where an image is a little brighter, and right again where a whole step of eps leads to."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale = torch.nn.Parameter(torch.tensor(10.0))
-
-    def forward(self, x):
-        brighter = (x - 0.5).mean((1, 2, 3)) / EPS
-        wrong = self.scale * brighter * (0.85 - brighter)
-        return torch.stack([torch.zeros_like(wrong), wrong], 1)
+    brighter = (x - 0.5).mean((1, 2, 3)) / EPS
+    wrong = self.scale * brighter * (0.85 - brighter)
+    return torch.stack([torch.zeros_like(wrong), wrong], 1)
 
 
 def test_a_validation_is_by_pgd():
@@ -207,7 +201,8 @@ def test_a_validation_is_by_pgd():
     given = type(given)(torch.full_like(given.x, 0.5), torch.zeros_like(given.y), given.sample_ids, given.seed, 0, 10)
     # a step as long as the ball is wide, so that every image ends where the model withstands
     attack = TrainingAttack(eps=EPS, steps=1, alpha=2 * EPS)
-    made = ClassifierTask(Overfitted(), ClassifierConfig(attack=attack))
+    model = Made(overfitted, scale=torch.nn.Parameter(torch.tensor(10.0)))
+    made = ClassifierTask(model, ClassifierConfig(attack=attack))
     assert made.training_step(given)[1]["accuracy"] == 1
     assert made.validate(given)["accuracy"] == 0
 

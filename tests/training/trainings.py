@@ -138,11 +138,10 @@ def refusals():
             return f"{type(error).__name__}: {error}"
 
     own = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(392, 10))
+    users = nn.Sequential(OwnNorm(1), nn.Flatten(), nn.Linear(256, 10))
     return {
         "batchnorm": said(ClassifierTask(own, ClassifierConfig()), loop=FitConfig(1, 32)),
-        "own batchnorm": said(
-            ClassifierTask(nn.Sequential(OwnNorm(1), nn.Flatten(), nn.Linear(256, 10)), ClassifierConfig())
-        ),
+        "own batchnorm": said(ClassifierTask(users, ClassifierConfig())),
         "data": said(small_task("convolutional"), x + rank),
         "an image each": said(small_task("classifier"), loop=FitConfig(1, 2, steps_per_epoch=2)),
         "diverged": said(_Diverging(SmallCNN(width=2), ClassifierConfig())),
