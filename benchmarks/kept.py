@@ -23,6 +23,11 @@ def put(path: Path, row: Row, key: Callable[[Row], Any], keep: Callable[[Row], b
     write_text(path, json.dumps(sorted([*others, row], key=key), indent=1) + "\n")
 
 
+def bits(values: Iterable[Any]) -> str:
+    """Return a text with a 1 for each true value, and a 0 for each other value."""
+    return "".join("01"[bool(value)] for value in values)
+
+
 def machines(rows: Iterable[Row]) -> str:
     """Return a text that names the machines on which rows were measured."""
     each = (f"{row['device']}, {row['threads']} thread{'s' if str(row['threads']) != '1' else ''}" for row in rows)

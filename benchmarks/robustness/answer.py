@@ -146,19 +146,27 @@ def measured_random(subject: Subject, who: str, amount: Amount) -> Row:
     return {"cpu_seconds": spent, "forwards": door.counts.forwards, "gradients": door.counts.gradients} | left
 
 
+def costs(row: Row, images: int, base: Row | None) -> list[str]:
+    """Return the cells of the passes per image, the CPU seconds, and their share of the CPU seconds of another row."""
+    passes = [f"{row[key] / images:,.0f}" for key in ("forwards", "gradients")]
+    share = "" if base is None else f"{row['cpu_seconds'] / base['cpu_seconds']:.2f}"
+    return [*passes, f"{row['cpu_seconds']:.0f}", share]
+
+
+def in_bold(who: str) -> str:
+    """Return the name of a contestant for a table. Protocols of this package are in bold letters."""
+    return f"**{who}**" if who in (OURS, FAST) else who
+
+
 def markdown_random(rows: Sequence[Row]) -> list[str]:
     """Return the table of the random defences: a line for each number of images and contestant."""
     head = ["defence", "images", "attack", "left", "right in one draw, %", "forward passes per image"]
     by_frozen = {(row["network"], row["last"]): row for row in rows if row["contestant"] == FROZEN_RAND}
     body = []
     for row in rows:
-        n, frozen = row["last"], by_frozen.get((row["network"], row["last"]))
-        title = f"**{FAST}**" if row["contestant"] == FAST else row["contestant"]
-        passes = [f"{row[key] / n:,.0f}" for key in ("forwards", "gradients")]
-        share = "" if frozen is None else f"{row['cpu_seconds'] / frozen['cpu_seconds']:.2f}"
-        cells = [row["network"], str(n), title, str(row["left"]), f"{100 * row['one_draw']:.0f}", *passes]
-        expected = f"{row['expected']:.1f}" if "expected" in row else ""
-        body.append([*cells, f"{row['cpu_seconds']:.0f}", share, expected])
+        n, expected = row["last"], f"{row['expected']:.1f}" if "expected" in row else ""
+        cells = [row["network"], str(n), in_bold(row["contestant"]), str(row["left"]), f"{100 * row['one_draw']:.0f}"]
+        body.append([*cells, *costs(row, n, by_frozen.get((row["network"], n))), expected])
     head += ["gradients per image", "CPU seconds", "share of frozen rand's", "expected time / time"]
     where = f"Random defences, measured on: {kept.machines(rows)}."
     return ["", where, "", *markdown_table(head, body)] if rows else []
@@ -197,15 +205,10 @@ def markdown(rows: Sequence[Row]) -> list[str]:
         own = [row for row in rows if row["network"] == name]
         for count in sorted({row["last"] for row in own if row["contestant"] == OURS}):
             sums = sums_of(own, count)
-            by_expert = sums[EXPERT]
             for who, row in sums.items():
-                if row is None:
-                    continue
-                cost = [f"{row['cpu_seconds']:.0f}"]
-                cost.append("" if by_expert is None else f"{row['cpu_seconds'] / by_expert['cpu_seconds']:.2f}")
-                title = f"**{who}**" if who in (OURS, FAST) else who
-                passes = [f"{row[key] / count:,.0f}" for key in ("forwards", "gradients")]
-                body.append([name.partition(",")[0], str(count), title, str(row["left"]), *passes, *cost])
+                if row is not None:
+                    cells = [name.partition(",")[0], str(count), in_bold(who), str(row["left"])]
+                    body.append([*cells, *costs(row, count, sums[EXPERT])])
     table = markdown_table([*head, "CPU seconds", "share of the expert's"], body)
     plain, random = ([row for row in rows if (row["network"] in RANDOM) is wanted] for wanted in (False, True))
     return ([f"Measured on: {kept.machines(plain)}.", "", *table] if plain else []) + markdown_random(random)

@@ -370,7 +370,7 @@ def _run(attack: Contestant, subject: Subject, amount: Amount, row: Row, counted
     row["seconds"].append(time.perf_counter() - begin)
     row["robust"], row["error"] = accuracy(subject, wrong)
     if door is not None:
-        row["left"] += "".join("01"[right] for right in (~has_fallen(wrong)).tolist())
+        row["left"] += kept.bits(~has_fallen(wrong))
         row["robust"] = 100 * row["left"].count("1") / len(row["left"])
         row["forwards"] += door.counts.forwards
         row["gradients"] += door.counts.gradients

@@ -201,7 +201,7 @@ def judged(name: str, judge: str, settings: dict[str, int], data: str) -> Row:
         "judge": judge,
         "settings": settings,
         "clean": report.row("clean").accuracy,
-        "robust": "".join("01"[bool(image)] for image in report.headline.robust),
+        "robust": kept.bits(report.headline.robust),
         "unreliable": flags if "protocol" in how else [],
         "code": code(name, judge),
         "cpu_seconds": round(time.process_time() - begin, 1),

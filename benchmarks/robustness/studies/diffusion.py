@@ -39,6 +39,7 @@ from purify_fast.evaluation.show.text import markdown_table
 from purify_fast.protocols import CopiesItself, FixedNoise, supports
 from purify_fast.training import load_classifier
 
+from ... import kept
 from . import Job, settings_of, write_page
 
 NAME = "diffusion"
@@ -96,14 +97,9 @@ def predictions(model: nn.Module, x: Tensor, draws: int, batch: int) -> Tensor:
     return torch.stack([torch.cat([model(part).argmax(1) for part in x.split(batch)]) for _ in range(draws)])
 
 
-def in_bits(right: Tensor) -> str:
-    """Return a text with a 1 for each right image, and a 0 for each other image."""
-    return "".join(str(int(one)) for one in right)
-
-
 def told(classes: Tensor, y: Tensor) -> dict[str, Any]:
     """Return texts of bits that say which images are right: a text for each draw, and a text for the majority vote."""
-    return {"draws": [in_bits(one == y) for one in classes], "vote": in_bits(classes.mode(0).values == y)}
+    return {"draws": [kept.bits(one == y) for one in classes], "vote": kept.bits(classes.mode(0).values == y)}
 
 
 def exact(job: Job, model: nn.Module, x: Tensor, y: Tensor, root: Path) -> dict[str, Any]:

@@ -248,7 +248,7 @@ def attack(setting: Setting, name: str, who: str, seed: int) -> None:
     for part in parts[len(row["left"]) :]:
         door = CountedModel(part.model)
         report = evaluate(door, part.x, part.y, eps=part.eps, **settings)
-        row["left"].append("".join("01"[bool(image)] for image in report.headline.robust))
+        row["left"].append(kept.bits(report.headline.robust))
         row["forwards"] += door.counts.forwards
         row["gradients"] += door.counts.gradients
         write(setting.out, "contestants", row)
