@@ -108,9 +108,8 @@ def test_folders_of_another_kind_are_refused(made, generator, tmp_path, capsys, 
         assert run(what, made, tmp_path / "out", *options) == 2 and not (tmp_path / "out").exists()
         return capsys.readouterr().err
 
-    assert f"{generator} contains no defence of the method carso, but a Atop" in refused(
-        "carso", "--init", str(generator)
-    )
+    other = f"{generator} contains no defence of the method carso, but a Atop"
+    assert other in refused("carso", "--init", str(generator))
     assert f"{carso} contains no defence of the method atop" in refused("atop", "--init", str(carso))
     kind = f"{made / 'classifier'} holds a classifier (SmallCNN), not a defence"
     assert kind in refused("atop", "--init", str(made / "classifier"))

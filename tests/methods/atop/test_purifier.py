@@ -72,10 +72,7 @@ def test_the_dry_run_leaves_modes_and_statistics_alone():
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (
-            lambda t, m: t[:, :1],
-            r"must return a finite floating-point tensor \[2, 3, 16, 16\], .* got \[\[2, 1, 16, 16\]\]",
-        ),
+        (lambda t, m: t[:, :1], r"a finite floating-point tensor \[2, 3, 16, 16\], .* got \[\[2, 1, 16, 16\]\]"),
         (lambda t, m: t / 0, "must return a finite floating-point tensor"),
     ],
 )

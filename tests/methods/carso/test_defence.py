@@ -69,7 +69,7 @@ def test_fixed_noise_is_a_function_of_the_seed_nests_and_ends(carso):
     assert not torch.equal(carso(x), carso(x))
     with pytest.raises(RuntimeError, match="inside"), carso.fixed_noise(1):
         raise RuntimeError("inside")
-    assert carso._noise == "fresh"
+    assert carso.noise_is_fresh
 
 
 def test_clear_errors(carso):

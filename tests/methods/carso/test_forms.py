@@ -18,20 +18,18 @@ CONFIG = CarsoConfig(attack=TrainingAttack(eps=0.1, steps=2))
 
 def transformer():
     torch.manual_seed(0)
-    model = VisionTransformer(
-        image_size=24, patch_size=8, num_layers=2, num_heads=2, hidden_dim=12, mlp_dim=16, num_classes=4
-    )
+    sizes = {"num_layers": 2, "num_heads": 2, "hidden_dim": 12, "mlp_dim": 16, "num_classes": 4}
+    model = VisionTransformer(image_size=24, patch_size=8, **sizes)
     nn.init.normal_(model.heads.head.weight)  # torchvision starts it at 0, where no gradient passes
     return model
 
 
 TRANSFORMER_LAYERS = ["conv_proj", "encoder.layers.encoder_layer_0", "encoder.layers.encoder_layer_1.mlp", "encoder.ln"]
+WIDE_LAYERS = ["layer.0.block.0.conv_1", "layer.2"]
 MISHES, DECODER = ["body.1", "body.5", "body.9"], ([6, 4, 6], [{"channels": 3, "kernel": 4}])
 CASES = {
     "transformer": lambda: Carso(transformer(), TRANSFORMER_LAYERS, (3, 24, 24), 8, 4, 2, decoder_width=4),
-    "wide": lambda: Carso(
-        WideResNet(10, 1, 4), ["layer.0.block.0.conv_1", "layer.2"], (3, 24, 40), 8, 4, 2, decoder_width=4
-    ),
+    "wide": lambda: Carso(WideResNet(10, 1, 4), WIDE_LAYERS, (3, 24, 40), 8, 4, 2, decoder_width=4),
     "odd": lambda: Carso(SmallCNN(1, 4, (17, 30), 4), ["conv1", "conv3", "hidden"], (1, 17, 30), 8, 4, 2),
     "v1": lambda: Carso(FullyConnected(num_classes=4, hidden=(12, 6)), MISHES, (1, 28, 28), 10, 6, 2, version="v1"),
     # sixteen channels, of which the condition keeps two: a 1x1 convolution of one channel before a normalization has a
@@ -81,10 +79,8 @@ def test_a_transformers_tokens_are_read_as_they_are():
     made = CASES["transformer"]()
     assert made.representation.shapes == [(12, 3, 3), (10, 12), (10, 12), (10, 12)]
     x = torch.rand(2, 3, 24, 24)
-    tokens = made.classifier.encoder(
-        torch.cat([made.classifier.class_token.expand(2, -1, -1), made.classifier._process_input(x)], 1)
-    )
-    torch.testing.assert_close(made.read(x)[3], tokens)
+    tokens = torch.cat([made.classifier.class_token.expand(2, -1, -1), made.classifier._process_input(x)], 1)
+    torch.testing.assert_close(made.read(x)[3], made.classifier.encoder(tokens))
 
 
 def test_forms_and_decoders_that_do_not_fit_are_refused():

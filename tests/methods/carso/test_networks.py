@@ -7,16 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from purify_fast.methods.carso.networks import (
-    ConditionEncoderV1,
-    Decoder,
-    DecoderV1,
-    PosteriorEncoderV1,
-    decoder_plan,
-    decoder_plan_v1,
-    pre_encoder,
-    published_decoder,
-)
+from purify_fast.methods.carso import networks
+from purify_fast.methods.carso.networks import ConditionEncoderV1, Decoder, DecoderV1, PosteriorEncoderV1, pre_encoder
 from purify_fast.ops import REGISTRY, use_backend
 from purify_fast.ops.dispatch.registry import Op
 from purify_fast.speed.decoding import kernel_decodes
@@ -26,12 +18,12 @@ from purify_fast.speed.decoding import kernel_decodes
     "shape", [(1, 16, 16), (3, 32, 32), (1, 28, 28), (3, 17, 45), (2, 4, 4), (3, 64, 64), (1, 5, 1)]
 )
 def test_the_decoder_ends_at_any_image_size(shape):
-    decoder = Decoder(6, 10, shape, *decoder_plan(shape, 4)).eval()
+    decoder = Decoder(6, 10, shape, *networks.decoder_plan(shape, 4)).eval()
     assert decoder(torch.randn(3, 2, 6), torch.randn(3, 10)).shape == (6, *shape)
 
 
 def test_the_split_adapter_is_the_plain_layer_on_latent_then_condition():
-    decoder = Decoder(6, 10, (1, 16, 16), *decoder_plan((1, 16, 16), 4)).eval()
+    decoder = Decoder(6, 10, (1, 16, 16), *networks.decoder_plan((1, 16, 16), 4)).eval()
     z, c = torch.randn(3, 2, 6), torch.randn(3, 10)
     both = torch.cat([z, c[:, None].expand(-1, 2, -1)], 2).flatten(0, 1)
     plain = decoder.stack(F.leaky_relu(decoder.adapter(both), 0.2).unflatten(1, decoder.start))
@@ -62,7 +54,7 @@ def parameters(module):
 )
 def test_facts_3_and_4_published_decoders(shape, cond, latent, total, layers, sizes):
     """Parameters per layer with its BatchNorm, sizes of the maps, and sigmoid's range."""
-    start, plan = published_decoder(shape)
+    start, plan = networks.published_decoder(shape)
     decoder = Decoder(latent, cond, shape, start, plan).eval()
     assert parameters(decoder) == total
     assert parameters(decoder.adapter) == total - sum(layers)
@@ -115,7 +107,7 @@ def test_the_posterior_encoder_is_1380_738_96_64():
 
 
 def test_the_decoder_is_194_97_48_24_1_and_1_4_8_14_28():
-    decoder = DecoderV1(64, 130, MNIST, *decoder_plan_v1(1, 194)).eval()
+    decoder = DecoderV1(64, 130, MNIST, *networks.decoder_plan_v1(1, 194)).eval()
     layers = [m for m in decoder.stack if isinstance(m, nn.ConvTranspose2d)]
     assert [tuple(m.weight.shape) for m in layers] == [(194, 97, 4, 4), (97, 48, 4, 4), (48, 24, 4, 4), (24, 1, 4, 4)]
     assert all(m.bias is not None for m in layers)
@@ -128,7 +120,7 @@ def test_the_decoder_is_194_97_48_24_1_and_1_4_8_14_28():
 
 
 def test_the_decoder_takes_the_latent_before_the_condition():
-    decoder = DecoderV1(10, 6, MNIST, *decoder_plan_v1(1, 16)).eval()
+    decoder = DecoderV1(10, 6, MNIST, *networks.decoder_plan_v1(1, 16)).eval()
     z, c, seen = torch.randn(2, 3, 10), torch.randn(2, 6), []
     decoder.stack[0].register_forward_hook(lambda m, args, out: seen.append(args[0]))
     decoder(z, c)
@@ -140,7 +132,7 @@ def test_the_decoder_takes_the_latent_before_the_condition():
 
 def test_sizes_that_do_not_meet_are_refused():
     with pytest.raises(ValueError, match=r"must return images \(1, 32, 32\), got \(1, 28, 28\)"):
-        DecoderV1(10, 6, (1, 32, 32), *decoder_plan_v1(1, 16))
+        DecoderV1(10, 6, (1, 32, 32), *networks.decoder_plan_v1(1, 16))
 
 
 def test_a_kernel_decodes_where_it_computes_some_calls(monkeypatch):

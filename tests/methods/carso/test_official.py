@@ -3,8 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_models import with_statistics, write_official
-from torch import nn
+from small_models import Made, with_statistics, write_official
 
 from purify_fast.methods.carso import Carso, load_official
 from purify_fast.methods.carso.networks import published_decoder
@@ -108,16 +107,11 @@ def test_files_that_do_not_fit_are_named_with_their_tensors(cifar, files, part, 
 def test_the_statistics_are_the_classifiers_own(cifar, files):
     assert load_official(cifar.classifier, files).arguments["std"] == cifar.arguments["std"]
 
-    class Theirs(nn.Module):  # with tensors for attributes, as RobustBench's models have them
-        def __init__(self, model):
-            super().__init__()
-            self.model, self.mean, self.std = model, torch.full((3, 1, 1), 0.4), torch.full((3, 1, 1), 0.2)
-
-        def forward(self, x):
-            return self.model(x)
-
+    # with tensors for attributes, as RobustBench's models have them
+    statistics = {"mean": torch.full((3, 1, 1), 0.4), "std": torch.full((3, 1, 1), 0.2)}
+    around = Made(lambda self, x: self.model(x), model=cifar.classifier, **statistics)
     layers = [f"model.{name}" for name in cifar.representation.layers]
-    theirs = load_official(Theirs(cifar.classifier), files, layers=layers)
+    theirs = load_official(around, files, layers=layers)
     assert theirs.arguments["mean"] == pytest.approx([0.4] * 3) and theirs.arguments["std"] == pytest.approx([0.2] * 3)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from denoisers import Tiny, images, trained_unet
+from denoisers import Tiny, images, logits_and_gradient, trained_unet
 from safetensors.torch import save_file
 from torch import nn
 
@@ -80,17 +80,29 @@ KINDS = {"fixed_large": "large", "learned_range": "learned"}
 
 
 @pytest.mark.parametrize(("kind", "variance"), KINDS.items())
-def test_a_folder_of_diffusers_tells_its_variance(tmp_path, kind, variance):
+def test_a_folder_of_diffusers_tells_its_process(tmp_path, kind, variance):
     diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed", exc_type=ImportError)
-    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "norm_num_groups": 4}
-    sizes = {"block_out_channels": (8, 8), "layers_per_block": 1, "sample_size": 16}
-    network = diffusers.UNet2DModel(in_channels=3, out_channels=6 if variance == "learned" else 3, **blocks, **sizes)
+    torch.manual_seed(0)
+    learned = variance == "learned"
+    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+    sizes = {"block_out_channels": (8, 8), "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 8}
+    sizes |= {"sample_size": 16, "in_channels": 3, "out_channels": 6 if learned else 3}
+    network, given = diffusers.UNet2DModel(**blocks, **sizes), {"variance_type": kind}
+    given |= {} if learned else {"beta_schedule": "squaredcos_cap_v2", "clip_sample": False}
     network.save_pretrained(tmp_path / "unet")
-    diffusers.DDPMScheduler(variance_type=kind).save_pretrained(tmp_path / "scheduler")
-    classifier = SmallCNN(3, image_size=(16, 16), width=4)
-    made = DiffusionPurifier.from_pretrained(tmp_path, classifier, {"steps": 2})
-    assert made.process.variance == variance and made.process.clip
-    assert made(images(2, (3, 16, 16))).isfinite().all()
+    diffusers.DDPMScheduler(**given).save_pretrained(tmp_path / "scheduler")
+    classifier, x = SmallCNN(3, image_size=(16, 16), width=4), images(2, (3, 16, 16))
+    made = DiffusionPurifier.from_pretrained(tmp_path, classifier, {"steps": 2}, samples=2)
+    schedule = Schedule() if learned else Schedule("cosine")
+    assert made.process == Process(schedule, variance=variance, clip=learned, steps=2)
+    assert made.image_shape == (3, 16, 16)
+    logits, gradient = logits_and_gradient(made, x)
+    assert gradient.norm() > 0
+    made.save(tmp_path / "saved")
+    # a folder that was saved, and the network as it is
+    direct = DiffusionPurifier(network, classifier, (3, 16, 16), made.process, samples=2)
+    for other in (purify_fast.load_defence(tmp_path / "saved", classifier), direct):
+        torch.testing.assert_close(logits_and_gradient(other, x), (logits, gradient))
 
 
 @pytest.mark.parametrize("kind", ["linear", "vp"])
