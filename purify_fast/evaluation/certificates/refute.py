@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..._tensors import digest, weights_fingerprint
 from ..._validation import check_number
 from ...attacks.arguments import check_eps
-from ...defences.stochastic import NoisyEnsemble
+from ...defences.noisy_ensemble import NoisyEnsemble
 from ..request.preparation import collect
 from ..run.shards import Shards
 from ..runner import evaluate

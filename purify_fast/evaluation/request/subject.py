@@ -28,7 +28,8 @@ from ...attacks.attacked_model import (
 from ...attacks.base import ThreatModel
 from ...attacks.losses import margin
 from ...attacks.outputs import are_one_hot, are_probabilities
-from ...defences.stochastic import MajorityVote, undecided
+from ...defences.stochastic import undecided
+from ...defences.wrappers import MajorityVote
 from ...protocols import Classifier, Passes, SharesDraws, draws_for_each_image, supports
 from ...speed.agreement import BFLOAT16, FLOAT32, apart, differ
 from ...speed.memory import BatchLimit

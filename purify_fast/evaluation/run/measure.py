@@ -19,7 +19,7 @@ from ...attacks.bpda import classifier_of
 from ...attacks.engine.engine_attack import CUT
 from ...attacks.engine.judge import has_fallen
 from ...attacks.engine.row_batches import is_over
-from ...defences.stochastic import WithAggregation
+from ...defences.wrappers import WithAggregation
 from ...model_state import is_users
 from ...protocols import Classifier, has_classifier
 from ..request.naming import NOT_ADAPTIVE, clean_name, row_name, threat_name
