@@ -4,6 +4,7 @@ The launches of each are counted too, and may not grow without being noticed.
 """
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -36,6 +37,16 @@ SLACK = 0.03
 def within(launches: CudaLaunches, most: int) -> None:
     """At most a few launches more than in the table. A table with many more than there are would notice nothing."""
     assert 0.8 * most - 2 <= launches.count <= (1 + SLACK) * most + 2, launches.by_name
+
+
+def waits_for_nothing(run: Callable[[], object], fake: FakeCuda, most: int) -> None:
+    """Run twice: what is made once is made by then."""
+    launches = CudaLaunches()
+    with fake.running(first=True):
+        run()
+    with fake.running(launches):
+        run()
+    within(launches, most)
 
 
 def classifier(**options) -> Task:
@@ -96,7 +107,7 @@ SLOW = ("AToP, pipeline", "CARSO, pipeline", "diffusion")
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in STEPS])
 def test_a_training_step_waits_for_nothing(name):
     make, most = STEPS[name]
-    task, launches = make(), CudaLaunches()
+    task = make()
     for optimizer in task.optimizers.values():
         fuse(optimizer, True)
     fake, given = on_the_card(task)
@@ -107,11 +118,7 @@ def test_a_training_step_waits_for_nothing(name):
             task.optimizers[optimizer].step()
             task.after_step()
 
-    with fake.running(first=True):
-        step()
-    with fake.running(launches):
-        step()
-    within(launches, most)
+    waits_for_nothing(step, fake, most)
 
 
 # -- attacks ----------------------------------------------------------------------------------------------------------
@@ -230,14 +237,7 @@ def test_a_call_of_a_frozen_copy_waits_for_nothing(name):
         torch.autograd.grad(fast(leaf).sum(), leaf)
 
     for run, most in zip((predict, differentiate, fast.update), counts, strict=True):
-        launches = CudaLaunches()
-        with fake.running(first=True):
-            run()
-        with fake.running(launches):
-            run()
-        if launches.count:
-            continue
-        within(launches, most)
+        waits_for_nothing(run, fake, most)
 
 
 #: The launches of the moving average of a ResNet-18's 90 tensors, and of its optimizers.
@@ -246,7 +246,7 @@ UPDATES = {"average": 4, "average, warm up": 4, "AdamW": 2, "SGD": 1}
 
 @pytest.mark.parametrize("name", UPDATES)
 def test_an_update_waits_for_nothing(name):
-    model, fake, launches = PreActResNet18(width=4), FakeCuda(), CudaLaunches()
+    model, fake = PreActResNet18(width=4), FakeCuda()
     if name.startswith("average"):
         average = AveragedModel(model, 0.99, "warm" in name)
         run = partial(average.update_parameters, model)
@@ -258,11 +258,7 @@ def test_an_update_waits_for_nothing(name):
     fake.put(model), fake.put(average)
     for weight in model.parameters():
         weight.grad = fake.tensor(torch.zeros(weight.shape))
-    with fake.running(first=True):
-        run()
-    with fake.running(launches):
-        run()
-    within(launches, UPDATES[name])
+    waits_for_nothing(run, fake, UPDATES[name])
 
 
 # -- the detector itself ----------------------------------------------------------------------------------------------
