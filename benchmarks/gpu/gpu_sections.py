@@ -185,8 +185,8 @@ def _one_capture(context: Context, images: int, precision: Any) -> dict:
     began = timing.now(device)
     loop = graphs.begin(step, state)
     captured = timing.now(device) - began
-    replayed = [timed(loop.take) for _ in range(runs)]
-    on_device = timing.seconds([loop.take] * runs, device) / runs
+    replayed = [timed(loop.advance) for _ in range(runs)]
+    on_device = timing.seconds([loop.advance] * runs, device) / runs
     launching, whole = (statistics.median(column) for column in zip(*eager, strict=True))
     graph = statistics.median(seconds for _, seconds in replayed)
     saved = whole - graph
@@ -194,10 +194,10 @@ def _one_capture(context: Context, images: int, precision: Any) -> dict:
     return {
         "images": images,
         "precision": precision if source is not model or precision == "float32" else "no copy",
-        "captured": loop.replays,
+        "captured": loop.captured is not None,
         **{f"{name}_ms": f"{1e3 * seconds:.3f}" for name, seconds in times.items()},
         "pays_after": f"{captured / saved:.0f}" if saved > 0 else "never",
-        "refusal": graphs.refusal or "",
+        "refusal": "; ".join(graphs.refusals),
     }
 
 

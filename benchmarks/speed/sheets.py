@@ -121,14 +121,6 @@ def report(folder: Path) -> None:
         write_text(folder / PIPELINES_TABLE, pipelines_markdown(raced))
 
 
-def ops_speedups(path: Path) -> tuple[int, float, float]:
-    """Return the mean speedups of the C++ kernels in eager calls."""
-    rows = [row for row in read_csv(path) if row["style"] == "eager" and row["ratio"]]
-    gains = ([float(row[kind]) / float(row["ours_us"]) for row in rows] for kind in ("compile_us", "eager_us"))
-    compiled, eager = map(statistics.geometric_mean, gains)
-    return len(rows), compiled, eager
-
-
 def by_case(rows: list[dict]) -> dict[tuple[str, str, str], list[dict]]:
     """Return the rows of each race, by the names of pipeline and case, and by the number of threads of the host."""
     cases: dict[tuple[str, str, str], list[dict]] = {}

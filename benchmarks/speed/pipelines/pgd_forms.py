@@ -95,8 +95,8 @@ def ours(device: torch.device, quick: bool, *, count: int, compiled: bool = Fals
 
     def run() -> Tensor:
         found = pgd(copy, x, y, **how)
-        if graphs is not None and graphs.refusal and device.type == "cuda":
-            raise RuntimeError(f"the step was not captured: {graphs.refusal}")
+        if graphs is not None and graphs.refusals and device.type == "cuda":
+            raise RuntimeError(f"the step was not captured: {'; '.join(graphs.refusals)}")
         return found
 
     if compiled:
