@@ -88,9 +88,8 @@ def test_unusable_gradients_and_nan_are_told(plain, capsys):
 
     zero = "had unusable gradients: 100% of its gradients are zero, 0% are not finite"
     assert told(model) == []
-    assert told(torch.no_grad()(lambda images: model(images))) == [
-        f"WARNING: {who} {zero}" for who in ("APGD-CE", "FAB-T")
-    ]
+    both = [f"WARNING: {who} {zero}" for who in ("APGD-CE", "FAB-T")]
+    assert told(torch.no_grad()(lambda images: model(images))) == both
     assert told(lambda images: model((16 * images).round() / 16))[0] == f"WARNING: APGD-CE {zero}"
     # a dark image has no prediction
     some = x * torch.where(half, 0.0, 1.0).view(-1, 1, 1, 1)
@@ -110,10 +109,8 @@ def test_what_scripts_for_the_original_call(plain, tmp_path, capsys):
     assert adversary.apgd.n_iter == 7
     l1 = AutoAttack(model, norm="L1", version="rand")
     l1.set_version()
-    assert (l1.apgd, l1.apgd_targeted) == (
-        AutoAttack(model, norm="L1").apgd,
-        AutoAttack(model, norm="L1").apgd_targeted,
-    )
+    same = AutoAttack(model, norm="L1")
+    assert (l1.apgd, l1.apgd_targeted) == (same.apgd, same.apgd_targeted)
     with pytest.raises(ValueError, match="version must be one of standard, plus, rand, custom"):
         adversary.set_version("fast")
     assert torch.equal(adversary.get_logits(x), model(x))

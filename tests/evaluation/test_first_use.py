@@ -186,9 +186,8 @@ def closure(network):
 @pytest.mark.parametrize("make", [closure, lambda network: Called(network=network)])
 def test_a_function_around_modules_in_training_mode_is_told(make, caplog):
     network, told = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(16, 3)), "network (Dropout)"
-    report = evaluate(
-        make(network), torch.rand(4, 1, 4, 4), torch.arange(4) % 3, **QUIET | {"attacks": []}, name="mine"
-    )
+    x, y = torch.rand(4, 1, 4, 4), torch.arange(4) % 3
+    report = evaluate(make(network), x, y, **QUIET | {"attacks": []}, name="mine")
     notes = [note for note in report.notes if "training mode" in note]
     assert len(notes) == 1 and notes[0].startswith("mine has modules in training mode, ") and told in notes[0]
     assert ".eval()" in notes[0] and told in caplog.text

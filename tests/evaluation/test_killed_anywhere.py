@@ -106,9 +106,8 @@ def test_one_damaged_bit_of_a_kept_file_is_told_and_made_again(tmp_path, caplog,
 def test_a_log_gets_plain_lines_with_the_rate_and_the_time_left(capsys, monkeypatch, probes):
     for name in ("LINE_EVERY", "FIRST_LINE"):
         monkeypatch.setattr(f"purify_fast.evaluation.run.progress.{name}", 0.0)
-    report = evaluate(
-        *labelled(6), eps=0.01, attacks=[PGD(steps=2), PGD(steps=3)], name="mine", probes=probes, progress=True
-    )
+    attacks = [PGD(steps=2), PGD(steps=3)]
+    report = evaluate(*labelled(6), eps=0.01, attacks=attacks, name="mine", probes=probes, progress=True)
     lines = capsys.readouterr().err.splitlines()
     # the probes come first, as rows of their own
     asked = [re.match(r"mine: row (\d+) of (\d+), probe: ", line) for line in lines]

@@ -255,3 +255,8 @@ def test_minutes_must_be_above_0():
 
 def test_counts_of_passes_are_added():
     assert Passes(3, 1) * 2 + Passes(1) - Passes(2, 2) == Passes(5, 0) and Passes(5, 2).work == 9
+
+
+def test_a_direct_attack_has_no_limit():
+    _, _, x, y = digits()
+    assert not PGD(steps=2).run(standard(), x[:4], y[:4], eps=EPS).warnings

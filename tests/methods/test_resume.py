@@ -25,9 +25,7 @@ TASKS = {
     "atop, discriminator": partial(atop, gan_grad=True, discriminator_width=2),
     "carso": partial(carso, optimizer="radam_lookahead", lookahead_steps=2),
     "diffusion": diffusion_task,
-    "diffusion, bfloat16 and no average": partial(
-        diffusion_task, precision="bfloat16", ema_decay=0.0, noise_schedule="vp"
-    ),
+    "diffusion, no average": partial(diffusion_task, precision="bfloat16", ema_decay=0.0, noise_schedule="vp"),
     "carso, pipeline": partial(carso, "pipeline"),
 }
 
@@ -41,7 +39,7 @@ def trained(name, folder, *callbacks):
 
 
 #: Their parts are those of other trainings here.
-SLOW = ("arrest, average", "arrest, AdamW", "atop, discriminator", "diffusion, bfloat16 and no average")
+SLOW = ("arrest, average", "arrest, AdamW", "atop, discriminator", "diffusion, no average")
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in TASKS])

@@ -11,10 +11,8 @@ from purify_fast.models.layers import BatchNorm1d, BatchNorm2d, LeakyReLU
 
 @pytest.mark.parametrize("training", [False, True])
 def test_they_compute_what_torchs_do(training):
-    for literal, plain, shape in (
-        (BatchNorm2d(4), nn.BatchNorm2d(4), (5, 4, 3, 2)),
-        (BatchNorm1d(4), nn.BatchNorm1d(4), (5, 4)),
-    ):
+    pairs = (BatchNorm2d(4), nn.BatchNorm2d(4)), (BatchNorm1d(4), nn.BatchNorm1d(4))
+    for (literal, plain), shape in zip(pairs, ((5, 4, 3, 2), (5, 4)), strict=True):
         x = torch.randn(shape)
         out = [layer.train(training)(x) for layer in (literal, plain)]
         assert torch.equal(*out)
