@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tqdm import tqdm
 
@@ -43,17 +43,20 @@ class TrainingState:
     images_per_second: float = 0.0
 
 
-class Callback:
+class Callback(Protocol):
     """The base class of listeners to a training. A subclass defines methods, which only the first process calls."""
 
     def on_step(self, state: TrainingState) -> None:
         """Run after every step. Reading the value of a metric waits for the device."""
+        return None
 
     def on_epoch(self, state: TrainingState) -> None:
         """Run after every epoch and its validation, before the checkpoint is written."""
+        return None
 
     def on_end(self, state: TrainingState) -> None:
         """Run at the end, when the model holds the training's result."""
+        return None
 
 
 class ProgressBar(Callback):
