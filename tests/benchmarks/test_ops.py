@@ -15,6 +15,7 @@ from purify_fast.ops import REGISTRY
 ROOT = Path(__file__).parents[2]
 
 COMMITTED = ROOT / "benchmarks" / "results" / "cpu" / sheets.ROWS
+MEASURED = sorted(COMMITTED.parents[1].glob(f"*/{kernel_times.ROWS}"))
 CPU = torch.device("cpu")
 needs_extension = pytest.mark.skipif(not _library.loaded(), reason="the benchmark compares with the compiled extension")
 
@@ -117,17 +118,14 @@ def test_committed_results_are_complete():
 #: Ops and variants whose kernel has no committed times of single sizes.
 UNMEASURED = {
     "cpu": {
-        *(("diffusion_step", variant) for variant in ("fixed", "learned", "noiseless")),
-        *(("diffusion_step_backward", variant) for variant in ("fixed", "learned", "noiseless")),
+        *((f"diffusion_step{end}", kind) for end in ("", "_backward") for kind in ("fixed", "learned", "noiseless")),
         *(("hyperplane_projection", norm) for norm in ("linf", "l2", "l1")),
     },
     "cuda": {("contextual_attention", "")},
 }
 
 
-@pytest.mark.parametrize(
-    "folder", sorted(COMMITTED.parents[1].glob(f"*/{kernel_times.ROWS}")), ids=lambda it: it.parent.name
-)
+@pytest.mark.parametrize("folder", MEASURED, ids=lambda it: it.parent.name)
 def test_the_smallest_sizes_are_those_of_the_committed_times(folder):
     """An eager call uses a kernel in the sizes in which it takes less time, over all layouts and dtypes together."""
     kind = "cpu" if folder.parent.name == "cpu" else "cuda"

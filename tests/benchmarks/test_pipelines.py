@@ -14,28 +14,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import __main__ as program
 from benchmarks.speed import pipelines, race, running, sheets, timing
 from benchmarks.speed.flops import flop_of
-from benchmarks.speed.pipelines import (
-    Case,
-    Contestant,
-    Job,
-    atop_finetune,
-    carso_inference,
-    carso_training,
-    expert,
-    registry,
-)
+from benchmarks.speed.pipelines import Case, Contestant, Job, atop_finetune, carso_inference, carso_training, expert
 from benchmarks.speed.pipelines.carso_inference import latents
 from purify_fast.speed.precision import float32_settings
 
 CPU = torch.device("cpu")
-CASES = [(name, case) for name, cases in registry().items() for case in cases(True)]
+CASES = [(name, case) for name, cases in pipelines.registry().items() for case in cases(True)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("pipeline", "case"), CASES)
 def test_every_contestant_computes_what_the_plain_form_does(pipeline, case):
     torch._dynamo.reset()
-    chosen = registry()[pipeline](True)[case]
+    chosen = pipelines.registry()[pipeline](True)[case]
     truth = None
     for label, contestant in chosen.contestants.items():
         job = contestant.make(CPU, True)
@@ -63,7 +54,7 @@ class _Ops(TorchDispatchMode):
 
 @pytest.mark.parametrize(("pipeline", "case"), CASES)
 def test_the_expert_is_in_every_pipeline_and_has_pytorch_alone(pipeline, case):
-    chosen = registry()[pipeline](True)[case].contestants
+    chosen = pipelines.registry()[pipeline](True)[case].contestants
     plain = next(iter(chosen))
     assert plain.startswith("plain") and {"expert", "expert, compiled", "ours", "ours, compiled"} < set(chosen)
     job = chosen["expert"].make(CPU, True)
@@ -225,7 +216,7 @@ def test_a_run_in_one_thread_is_measured_in_processor_time(threads, monkeypatch)
 @pytest.mark.slow
 def test_a_fine_tuning_step_that_is_wrong_is_seen(monkeypatch):
     """Weights of a fresh generator would paint grey, and a step without its gates would agree with what is right."""
-    chosen = registry()["atop_finetune"](True)["fine-tuning step"]
+    chosen = pipelines.registry()["atop_finetune"](True)["fine-tuning step"]
     lean = chosen.contestants["expert"].make
     truth = lean(CPU, True).result()
     monkeypatch.setattr(atop_finetune.PlainGate, "forward", lambda self, x: F.elu(self.conv(x).chunk(2, 1)[0]) / 2)
@@ -234,7 +225,7 @@ def test_a_fine_tuning_step_that_is_wrong_is_seen(monkeypatch):
 
 @pytest.mark.slow
 def test_quick_run_writes_rows_and_tables(tmp_path, capsys, monkeypatch, forking):
-    case = registry()["carso_inference"](True)["prediction"]
+    case = pipelines.registry()["carso_inference"](True)["prediction"]
     contestants = {label: case.contestants[label] for label in ("plain", "expert", "ours")}
     few = {"carso_inference": lambda quick: {"prediction": replace(case, contestants=contestants)}}
     monkeypatch.setattr(race, "registry", lambda: few)

@@ -9,16 +9,7 @@ import pytest
 import torch
 
 from benchmarks.robustness.studies import diffusion, run
-from benchmarks.robustness.studies.diffusion import (
-    ALONE,
-    GROUPS,
-    difference,
-    found_by_pgd,
-    images_of,
-    predictions,
-    share,
-    told,
-)
+from benchmarks.robustness.studies.diffusion import ALONE, GROUPS, found_by_pgd, images_of, predictions, told
 from benchmarks.robustness.studies.run_study import RESULTS
 from purify_fast import zoo
 from purify_fast._tensors import weights_fingerprint
@@ -125,5 +116,5 @@ def test_the_tables_say_what_the_jobs_found(tmp_path):
 
 
 def test_differences_are_paired_on_the_first_images():
-    assert difference(np.array([1.0, 0.0]), np.array([0.0, 0.0, 1.0])) == "+50.0 ± 35.4"
-    assert share(None) == difference(None, np.zeros(2)) == "-"
+    assert diffusion.difference(np.array([1.0, 0.0]), np.array([0.0, 0.0, 1.0])) == "+50.0 ± 35.4"
+    assert diffusion.share(None) == diffusion.difference(None, np.zeros(2)) == "-"

@@ -23,13 +23,11 @@ def test_published_example(backend):
     logits = torch.tensor([[[1.0, 0.0, -1.0], [0.5, 0.2, -0.3]]], dtype=torch.float64)
 
     def close(method, *expected, atol=1e-4):
-        torch.testing.assert_close(
-            aggregate(logits, method), torch.tensor([expected], dtype=torch.float64), rtol=0, atol=atol
-        )
+        wanted = torch.tensor([expected], dtype=torch.float64)
+        torch.testing.assert_close(aggregate(logits, method), wanted, rtol=0, atol=atol)
 
-    torch.testing.assert_close(
-        aggregate(logits, "lse").exp(), torch.tensor([[4.367003, 2.221403, 1.108698]]).double(), rtol=0, atol=2e-6
-    )
+    sums = torch.tensor([[4.367003, 2.221403, 1.108698]]).double()
+    torch.testing.assert_close(aggregate(logits, "lse").exp(), sums, rtol=0, atol=2e-6)
     p = torch.tensor([[0.865463, 0.101257, 0.033280]]).double()
     torch.testing.assert_close(aggregate(logits, "peel").exp(), p, rtol=0, atol=1e-6)
     close("peel_reference", 1.8614, -2.1833, -3.3689)

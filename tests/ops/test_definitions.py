@@ -19,6 +19,8 @@ BACKWARDS = [name for name in REGISTRY if name.endswith("_backward") and not nam
 #: Their normals are float32 numbers, which differ by a few units in the last place.
 DRAWN = ("philox", "diffusion_step", "random_transform", "sample_latent")
 ONE, LONG = ((ROWS, 1),), ((ROWS, 20001),)
+#: Shapes, sizes of blocks and numbers of passes.
+BLOCKS = (((1, 1, 1), 1, 0), ((2, 64, 32), 32, 2), ((1, 20, 100), 20, 5), ((2, 36, 18), 18, 1))
 #: Settings of further examples: a single number, other ends of vectors and of tiles, and blocks of several sizes.
 FURTHER = {
     "apgd_step": [(norm, "", (ROWS, 1)) for norm in ("linf", "l2")],
@@ -28,12 +30,7 @@ FURTHER = {
     "pgd_step": [(norm, "", (ROWS, 1)) for norm in ("linf", "l2", "l1")],
     "random_transform": [
         ((ROWS, *shape), block, passes, 0.25, 2, layout)
-        for shape, block, passes in (
-            ((1, 1, 1), 1, 0),
-            ((2, 64, 32), 32, 2),
-            ((1, 20, 100), 20, 5),
-            ((2, 36, 18), 18, 1),
-        )
+        for shape, block, passes in BLOCKS
         for layout in ("", "channels_last")
     ],
     "reconstruction_loss": [ONE, LONG],

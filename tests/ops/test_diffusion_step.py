@@ -16,12 +16,8 @@ SEED, STEP = torch.tensor([0x0123456789ABCDEF]), torch.tensor([3])
 
 def named(batch: int, step: Tensor = STEP) -> dict[str, Tensor]:
     """The names of the noise of a batch in which two draws of an image are neighbors."""
-    return {
-        "seed": SEED,
-        "sample_ids": torch.arange(batch) // 2 * 3 - 1,
-        "draws": torch.arange(batch) % 2,
-        "step": step,
-    }
+    rows = torch.arange(batch)
+    return {"seed": SEED, "sample_ids": rows // 2 * 3 - 1, "draws": rows % 2, "step": step}
 
 
 def coefficients(dtype: torch.dtype = torch.float32, **changes: float) -> Tensor:

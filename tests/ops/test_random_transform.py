@@ -100,9 +100,8 @@ def test_results_of_any_dtype(backend, out):
         assert torch.equal(owners, same_owners) and packed.dtype == out
         assert packed.is_contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(packed.double(), golden, rtol=0, atol=torch.finfo(out).eps + 1e-6)
-        slope, wanted = (
-            torch.autograd.grad(y.sum(), leaf)[0] for y, leaf in zip((packed, golden), leaves, strict=True)
-        )
+        pairs = zip((packed, golden), leaves, strict=True)
+        slope, wanted = (torch.autograd.grad(y.sum(), leaf)[0] for y, leaf in pairs)
         assert torch.equal(slope, wanted.to(dtype))
 
 
@@ -150,9 +149,8 @@ def test_order_and_number_of_draws_change_nothing(backend, num_passes, shared):
     x, ids, order = images(5, 3, 9, 15), names(5), torch.tensor([3, 0, 4, 2, 1])
 
     def run(x, ids, samples=3):
-        packed, owners = random_transform(
-            x, SEED, ids, block=3, num_passes=num_passes, samples=samples, shared_mask=shared
-        )
+        options = {"num_passes": num_passes, "samples": samples, "shared_mask": shared}
+        packed, owners = random_transform(x, SEED, ids, block=3, **options)
         return packed.unflatten(0, (samples, len(x), -1)), owners
 
     whole = run(x, ids)

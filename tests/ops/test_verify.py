@@ -41,15 +41,9 @@ def make(monkeypatch) -> Callable[[Callable], registry.Op]:
         torch.library.define(f"purify_fast::{name}_", "(Tensor x) -> Tensor")  # makes the name space known
         before = dict(REGISTRY)
         monkeypatch.setattr(_library, "has_kernel", lambda qualified, key: key == "CPU")
-        op = registry.define_op(
-            name,
-            "(Tensor x) -> Tensor",
-            reference=lambda x: 2 * x,
-            fake=lambda x: x.new_empty(x.shape),
-            examples=[example],
-            cpu=0,
-            in_graphs={"cpu": ("",)},
-        )
+        functions = {"reference": lambda x: 2 * x, "fake": lambda x: x.new_empty(x.shape)}
+        served = {"examples": [example], "cpu": 0, "in_graphs": {"cpu": ("",)}}
+        op = registry.define_op(name, "(Tensor x) -> Tensor", **functions, **served)
         torch.library.impl(f"purify_fast::{name}", "CPU", kernel)
         REGISTRY.clear()
         REGISTRY.update(before)

@@ -22,9 +22,8 @@ def fast_compiler(monkeypatch):
     """The real compiler would take most of the time of these tests, and changes no decision."""
     monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
     compile = torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda function, **options: compile(function, **{**options, "backend": "aot_eager"})
-    )
+    fast = {"backend": "aot_eager"}
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, **options | fast))
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()

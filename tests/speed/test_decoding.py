@@ -22,9 +22,8 @@ class Own(nn.Module):
 
 
 def block(inputs: int, outputs: int, *form: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.ConvTranspose2d(inputs, outputs, *form, bias=False), nn.BatchNorm2d(outputs), nn.LeakyReLU(0.2)
-    )
+    convolution = nn.ConvTranspose2d(inputs, outputs, *form, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.LeakyReLU(0.2))
 
 
 def published(slope: float = 0.2) -> nn.Sequential:
@@ -36,13 +35,8 @@ def published(slope: float = 0.2) -> nn.Sequential:
 
 def mixed() -> nn.Sequential:
     parts = [nn.Linear(LATENT + CONDITION, 72), nn.BatchNorm1d(72), nn.GELU(), nn.Dropout(), nn.Unflatten(1, (8, 3, 3))]
-    parts += [
-        nn.Conv2d(8, 4, 3, padding=1, bias=False),
-        nn.BatchNorm2d(4),
-        nn.SiLU(),
-        nn.ConvTranspose2d(4, 4, 3, groups=2),
-    ]
-    return nn.Sequential(*parts, nn.BatchNorm2d(4), nn.Tanh())
+    parts += [nn.Conv2d(8, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.SiLU()]
+    return nn.Sequential(*parts, nn.ConvTranspose2d(4, 4, 3, groups=2), nn.BatchNorm2d(4), nn.Tanh())
 
 
 DECODERS = {"published": published, "other layers": mixed, "a module": Own}
@@ -101,9 +95,8 @@ def test_a_packed_decoder_draws_and_decodes_as_the_module(inputs):
 def test_a_decoder_that_is_packed_in_bfloat16_adds_in_float32():
     buffers = dict(PackedDecoder(make("published"), torch.bfloat16, latent_dim=LATENT).named_buffers())
     assert buffers.pop("packed").dtype == torch.bfloat16
-    assert {name: value.dtype for name, value in buffers.items()} == dict.fromkeys(
-        ("biases", "weight", "bias"), torch.float32
-    )
+    wanted = dict.fromkeys(("biases", "weight", "bias"), torch.float32)
+    assert {name: value.dtype for name, value in buffers.items()} == wanted
 
 
 def test_samples_are_new_in_each_call_and_repeat_with_a_seed(inputs):
@@ -134,9 +127,8 @@ def test_layers_with_hooks_run(inputs):
     decoder, (z, condition), seen = make("published"), inputs, []
     decoder[1][0].register_forward_hook(lambda *_: seen.append(1))
     decoder[0][1].register_forward_hook(lambda *_: seen.append(2))
-    torch.testing.assert_close(
-        decode_samples(decoder, condition, latents=z), loop(decoder, z, condition), rtol=1e-9, atol=1e-9
-    )
+    found = decode_samples(decoder, condition, latents=z)
+    torch.testing.assert_close(found, loop(decoder, z, condition), rtol=1e-9, atol=1e-9)
     assert seen[:2] == [2, 1]
 
 

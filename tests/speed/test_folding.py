@@ -32,21 +32,11 @@ class Net(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(3, 8, 3, bias=False),
-            nn.BatchNorm2d(8),
-            nn.ReLU(),
-            nn.Conv2d(8, 8, 3, stride=2, groups=4),
-            nn.BatchNorm2d(8, eps=0.1),
-            nn.SiLU(),
-            nn.Conv2d(8, 4, 1),
-            nn.BatchNorm2d(4, affine=False),
-            nn.Flatten(),
-            nn.Linear(4 * 36, 12),
-            nn.BatchNorm1d(12),
-            nn.ReLU(inplace=True),
-            nn.Linear(12, 5),
-        )
+        first = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()
+        second = nn.Conv2d(8, 8, 3, stride=2, groups=4), nn.BatchNorm2d(8, eps=0.1), nn.SiLU()
+        third = nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4, affine=False), nn.Flatten()
+        last = nn.Linear(4 * 36, 12), nn.BatchNorm1d(12), nn.ReLU(inplace=True), nn.Linear(12, 5)
+        self.body = nn.Sequential(*first, *second, *third, *last)
 
     def forward(self, x):
         return self.body(x)
@@ -135,15 +125,9 @@ class TwoInputs(nn.Module):
         super().__init__()
         self.shared = nn.Linear(6, 6)
         self.head = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.LeakyReLU())
-        self.stack = nn.Sequential(
-            nn.ConvTranspose2d(8, 6, 3, 2, bias=False),
-            nn.BatchNorm2d(6),
-            nn.SiLU(),
-            nn.ConvTranspose2d(6, 4, 3, groups=2),
-            nn.BatchNorm2d(4),
-            nn.Conv2d(4, 3, 3),
-            nn.BatchNorm2d(3),
-        )
+        first = nn.ConvTranspose2d(8, 6, 3, 2, bias=False), nn.BatchNorm2d(6), nn.SiLU()
+        second = nn.ConvTranspose2d(6, 4, 3, groups=2), nn.BatchNorm2d(4)
+        self.stack = nn.Sequential(*first, *second, nn.Conv2d(4, 3, 3), nn.BatchNorm2d(3))
         self.twice = nn.Sequential(self.shared, nn.BatchNorm1d(6), self.shared)
         self.more = nn.ModuleList([nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6))])
 

@@ -70,9 +70,8 @@ def test_a_replay_gives_what_the_eager_loop_gives(graphs, rerun):
     found = run(graphs, model, STEPS, begin)
     assert rerun.recorded == 1 and rerun.replayed == STEPS and graphs.refusal is None
     # what is another buffer before the step (here the old x) is read before any buffer is written
-    assert (
-        same(found, wanted) and float(found["x"][0]) == 2.0**STEPS and float(found["before"][0]) == 2.0 ** (STEPS - 1)
-    )
+    assert same(found, wanted)
+    assert float(found["x"][0]) == 2.0**STEPS and float(found["before"][0]) == 2.0 ** (STEPS - 1)
     assert same(begin, start())
     again = run(graphs, model, STEPS, begin)
     assert rerun.recorded == 1 and same(again, wanted) and same(found, wanted)
@@ -213,10 +212,7 @@ class Sharded(Scale):
     [
         (Waiting, "the step waits for the device in operator _local_scalar_dense"),
         (of("Masked", lambda x: x + x[x > 1].sum()), "the step waits for the device in operator index"),
-        (
-            of("Widening", lambda x: x.double()),
-            r"the step changes x from \(torch.float32, \[3\], .*to \(torch.float64, \[3\]",
-        ),
+        (of("Widening", lambda x: x.double()), r"changes x from \(torch.float32, \[3\], .*to \(torch.float64, \[3\]"),
         (of("DrawsInPython", lambda x: x * random.random()), "the step draws random numbers on the host"),
         (of("DrawsInNumpy", lambda x: x * float(np.random.rand())), "the step draws random numbers on the host"),
         (FailsInTheTrial, r"the step cannot be captured \(KeyError: 'the second call'\)"),
@@ -262,9 +258,8 @@ def test_a_capture_that_fails_leaves_the_eager_loop(graphs, rerun):
     with pytest.warns(UserWarning) as warned:
         for _ in range(2):
             assert same(run(graphs, model, STEPS), run(None, model, STEPS))
-    assert [str(one.message) for one in warned] == [
-        "an attack runs without a CUDA graph: the step cannot be captured (RuntimeError: operation not permitted)"
-    ]
+    reason = "the step cannot be captured (RuntimeError: operation not permitted)"
+    assert [str(one.message) for one in warned] == [f"an attack runs without a CUDA graph: {reason}"]
     rerun.error = None
     run(graphs, model, STEPS)
     assert rerun.recorded == 0, "what failed is not tried again at once"
