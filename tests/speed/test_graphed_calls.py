@@ -86,6 +86,13 @@ def test_the_fourth_equal_call_is_a_replay_and_results_are_copies(graphed, captu
     assert capture.recorded == 4
 
 
+def test_images_that_need_no_gradient_have_no_backward_graph_where_gradients_are_enabled(graphed, capture):
+    model, fast, x = graphed
+    for _ in range(LAUNCHED_CALLS + 2):
+        assert same([fast(x)], [model(x)])
+    assert capture.recorded == 1
+
+
 def test_a_call_before_the_backward_pass_of_the_one_before_runs_without_a_graph(graphed, capture):
     model, fast, x = graphed
     capture_gradients(fast, x)
