@@ -64,11 +64,8 @@ def of(*shapes: tuple[int, ...]) -> Callable[..., tuple[Tensor, ...]]:
 
 def with_stream(*shapes: tuple[int, ...]) -> Callable[..., tuple[Tensor, ...]]:
     """The images, then a seed, another for each size, and ids."""
-    return lambda size, dtype=torch.float32: (
-        *images(size, *shapes, dtype=dtype),
-        torch.tensor([size]),
-        torch.arange(size) * 3 - 1,
-    )
+    stream = lambda size: (torch.tensor([size]), torch.arange(size) * 3 - 1)  # noqa: E731
+    return lambda size, dtype=torch.float32: (*images(size, *shapes, dtype=dtype), *stream(size))
 
 
 def features_and_keys(size: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:

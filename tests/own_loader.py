@@ -58,11 +58,8 @@ def train(method: str, data: Path, classifier: Path, out: Path, side: int = 64) 
     torch.manual_seed(0)
     crop = transforms.Compose([transforms.RandomResizedCrop(side, (0.5, 1)), transforms.ToTensor()])
     images = ImageFolder(str(data / "train"), crop)
-    batches, model, shape = (
-        DataLoader(images, BATCH, shuffle=True, drop_last=True),
-        load_classifier(classifier),
-        (3, side, side),
-    )
+    batches = DataLoader(images, BATCH, shuffle=True, drop_last=True)
+    model, shape = load_classifier(classifier), (3, side, side)
     task, loop = task_of(method, model, shape, len(images.classes))
     fit(task, batches, None, replace(loop, epochs=3, steps_per_epoch=2), out)
     if method == "diffusion":

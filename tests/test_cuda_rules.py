@@ -138,9 +138,8 @@ def test_defences(deterministic, name, dtype):
 
 
 #: Attacks, and those that search on a copy of the model also with a copy in bfloat16.
-ATTACKS = [(name, {}) for name in every_attack.IN_A_BALL] + [
-    (name, {"precision": "bfloat16"}) for name in every_attack.IN_A_BALL if not name.startswith("pgd")
-]
+COPIED = [(name, {"precision": "bfloat16"}) for name in every_attack.IN_A_BALL if not name.startswith("pgd")]
+ATTACKS = [(name, {}) for name in every_attack.IN_A_BALL] + COPIED
 
 
 @pytest.mark.parametrize("norm", every_attack.ORDERS)
@@ -152,16 +151,10 @@ def test_attacks(deterministic, name, options, norm):
         every_attack.run(name, model, x, torch.arange(5), norm=norm, **options)
 
 
-TASKS = (
-    *(small_runs.classifier_task, small_runs.arrest_task, small_runs.carso_task, small_runs.atop_task),
-    *(small_runs.diffusion_task,),
-)
-
-
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("make", TASKS)
-def test_training_steps(deterministic, make, precision):
-    task = make(precision=precision)
+@pytest.mark.parametrize("method", ["classifier", "arrest", "carso", "atop", "diffusion"])
+def test_training_steps(deterministic, method, precision):
+    task = getattr(small_runs, f"{method}_task")(precision=precision)
     with as_on_cuda():
         loss, _ = task.training_step(small_runs.batch())
         loss.backward()

@@ -182,13 +182,8 @@ def check_moves(kernel, case: str) -> None:
     for instruction, operation in (("ld", "load"), ("st", "store")):
         moves = re.findall(rf"\b{instruction}\.global\b[\w.:]*?(?:\.v(\d))?\.b(\d+)\s", ptx)
         assert len(moves) == len(re.findall(rf"\b{instruction}\.global\b", ptx)), "an instruction was not read"
-        allowed = set().union(
-            *(
-                sizes
-                for pattern, of, sizes, _why in NARROW
-                if of == instruction and (fnmatch(name, pattern) or fnmatch(case, pattern))
-            )
-        )
+        of_case = [rule for rule in NARROW if fnmatch(name, rule[0]) or fnmatch(case, rule[0])]
+        allowed = set().union(*(sizes for _pattern, of, sizes, _why in of_case if of == instruction))
         narrow = [size for n, bits in moves if (size := int(n or 1) * int(bits) // 8) < 16 and size not in allowed]
         single = re.findall(rf"tt\.{operation} .* : !tt\.ptr<", ir)
         assert len(narrow) <= len(single), (name, instruction, narrow)
@@ -450,10 +445,8 @@ TWO_BYTES = (
 def test_machine_code(case, dtype):
     """No division of 64 bits, which is a call; no access of two bytes; two programs on a multiprocessor."""
     for name, one in code(case, dtype).items():
-        assert not (calls := [i for i in one.instructions if re.search(r"\bCALL\b.*(div|rem)_[su]64", i)]), (
-            name,
-            calls,
-        )
+        calls = [i for i in one.instructions if re.search(r"\bCALL\b.*(div|rem)_[su]64", i)]
+        assert not calls, (name, calls)
         narrow = {i.split(".")[0].split()[-1] for i in one.instructions if re.search(r"\b(LDG|STG)\.E\.[US]16", i)}
         allowed = {of for pattern, of, _why in TWO_BYTES if fnmatch(case, pattern)}
         assert narrow <= allowed, (name, narrow)
@@ -522,12 +515,9 @@ PROGRAMS = {
 @pytest.mark.parametrize(("part", "samples"), PROGRAMS)
 def test_few_samples_fill_the_device_and_the_gradient_computes_no_map(part, samples):
     """With maps computed again, a backward had 11 launches; 64 samples had 18 to 78 programs in four of six."""
-    found = run(
-        f"decode_samples-cifar10-{part}{'-few' if samples == 64 else ''}",
-        "bf16",
-        90,
-        lambda function, *args, grid, **options: (name_of(function), math.prod(grid), options.get("KIND")),
-    )
+    case = f"decode_samples-cifar10-{part}{'-few' if samples == 64 else ''}"
+    told = lambda function, *_, grid, **options: (name_of(function), math.prod(grid), options.get("KIND"))  # noqa: E731
+    found = run(case, "bf16", 90, told)
     drawn = [found.pop(0)] if part == "forward" else []
     assert [name for name, *_ in drawn] == ["decode_samples._latents"] * len(drawn)
     assert [programs for _, programs, _ in found] == PROGRAMS[part, samples]

@@ -125,9 +125,8 @@ def names_of(function) -> list[str]:
 
 def named(error: Exception, names: list[str]) -> bool:
     """Tell whether a refusal names one of the arguments."""
-    return any(
-        re.search(rf"(?<!\w){re.escape(name.replace('_', ' '))}(?!\w)", str(error).replace("_", " ")) for name in names
-    )
+    said, words = str(error).replace("_", " "), [re.escape(name.replace("_", " ")) for name in names]
+    return any(re.search(rf"(?<!\w){word}(?!\w)", said) for word in words)
 
 
 def tensors(value) -> list[Tensor]:

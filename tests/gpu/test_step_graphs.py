@@ -206,9 +206,7 @@ def test_a_training_on_a_gpu_has_graphs_and_races_convolutions():
 def test_apgd(graphs):
     model, (x, y) = classifier(), images()
     y = model(x).argmax(1)
-    wanted, found = (
-        apgd(model, x, y, eps=0.01, steps=40, seed=0, leave_when_fallen=False, graphs=chosen)
-        for chosen in (None, graphs)
-    )
+    options = {"eps": 0.01, "steps": 40, "seed": 0, "leave_when_fallen": False}
+    wanted, found = (apgd(model, x, y, **options, graphs=chosen) for chosen in (None, graphs))
     assert len(graphs) >= 1
     close(found, wanted)

@@ -83,9 +83,8 @@ def test_every_shape(backend, bfloat16_of_a_gpu, addresses, monkeypatch, kernel,
         assert refused is None or done, refused
         outputs = [] if refused else [x for x in fuzzing.tensors(found) if x.requires_grad and not x.is_meta]
         if outputs:
-            torch.autograd.grad(
-                outputs, [given[key] for key in floats], list(map(torch.ones_like, outputs)), allow_unused=True
-            )
+            ones = [torch.ones_like(x) for x in outputs]
+            torch.autograd.grad(outputs, [given[key] for key in floats], ones, allow_unused=True)
 
     fuzzing.fuzzed(tried, share=0.25)()
     assert sum(addresses.launches.values()) > before

@@ -76,10 +76,8 @@ def test_both_memory_formats_have_the_same_bits(poisoned, case):
     assert plain.is_contiguous() and last.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(owners, same_owners) and torch.equal(bits(plain), bits(last))
     grad = torch.randn(plain.shape, generator=torch.Generator().manual_seed(1)).to(packed_dtype)
-    grads = [
-        kernel.backward(grad.contiguous(memory_format=form), x, owners, *drawn, passes)
-        for form in (torch.contiguous_format, torch.channels_last)
-    ]
+    both = [grad.contiguous(memory_format=form) for form in (torch.contiguous_format, torch.channels_last)]
+    grads = [kernel.backward(grad, x, owners, *drawn, passes) for grad in both]
     assert torch.equal(*map(bits, grads)) and grads[0].count_nonzero() > x.numel() // 4
 
 
