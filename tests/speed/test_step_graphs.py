@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from small_runs import same
 from torch import Tensor, nn
 
 from purify_fast.model_state import identity_key
@@ -52,10 +53,6 @@ def run(graphs: StepGraphs | None, model: nn.Module, steps: int = 3, state: Stat
     for _ in range(steps):
         loop.advance()
     return loop.values()
-
-
-def same(a: State, b: State) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.fixture

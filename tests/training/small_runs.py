@@ -24,8 +24,9 @@ def task(width=2, **options):
 
 
 def same(one, other):
-    """Tell whether two tasks or state dicts have equal weights."""
-    one, other = (each if isinstance(each, dict) else each.model.state_dict() for each in (one, other))
+    """Tell whether two tasks, models or dicts of tensors are equal."""
+    models = (getattr(each, "model", each) for each in (one, other))
+    one, other = (each if isinstance(each, dict) else each.state_dict() for each in models)
     return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
 
 

@@ -8,6 +8,7 @@ from fractions import Fraction
 import pytest
 import torch
 from small_models import Made, configured, first_digits
+from small_runs import same
 from torch import nn
 from torch.nn import functional as F
 
@@ -55,10 +56,6 @@ def moved(model, by=0.3):
 
 def states(model):
     return copy.deepcopy(model.state_dict())
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
 
 
 def frozen_to(monkeypatch, task, drift):

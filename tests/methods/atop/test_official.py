@@ -3,6 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import save_file
+from small_runs import same
 
 from purify_fast.methods.atop import DeepFillGenerator
 from purify_fast.methods.atop.generators import CONSTANT, FIRST
@@ -17,16 +18,11 @@ def generator():
     return made
 
 
-def equal(a, b):
-    a, b = a.state_dict(), b.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
 def test_a_round_trip_keeps_every_tensor_under_its_official_name(generator, tmp_path):
     path = tmp_path / "states.pth"
     torch.save({"G": generator.state_dict()}, path)
     loaded = DeepFillGenerator.from_official(str(path))
-    assert equal(loaded, generator) and loaded.arguments == generator.arguments and not loaded.training
+    assert same(loaded, generator) and loaded.arguments == generator.arguments and not loaded.training
 
 
 @pytest.mark.parametrize(
@@ -40,7 +36,7 @@ def test_a_round_trip_keeps_every_tensor_under_its_official_name(generator, tmp_
 )
 def test_ways_to_hold_it(generator, tmp_path, change):
     torch.save(change(generator.state_dict()), tmp_path / "states.pth")
-    assert equal(DeepFillGenerator.from_official(tmp_path / "states.pth"), generator)
+    assert same(DeepFillGenerator.from_official(tmp_path / "states.pth"), generator)
 
 
 @pytest.mark.parametrize(
