@@ -37,21 +37,9 @@ COMPLETE = os.environ.get("PURIFY_FAST_TEST_COMPLETE") == "1"
 MOST_SECONDS = 30.0
 #: Reasons to skip a test, in part, that the machine causes. Nothing that can be installed is among them.
 OF_THE_MACHINE = (
-    "Windows",
-    "Linux",
-    "no /proc",
-    "this system does not tell",
-    "no CUDA device",
-    "needs a CUDA device",
-    "a GPU",
-    "neither streams nor CUDA graphs",
-    "flush denormals",
-    "no kernel",
-    "no such kernel",
-    "no Chromium",
-    "Python.h is missing",
-    "one backend only",
-    "no such ball",
+    *("Windows", "Linux", "no /proc", "this system does not tell", "no CUDA device", "needs a CUDA device", "a GPU"),
+    *("neither streams nor CUDA graphs", "flush denormals", "no kernel", "no such kernel", "no Chromium"),
+    *("Python.h is missing", "one backend only", "no such ball"),
 )
 #: Folders whose tests compute in several threads, as kernels do. Those of the other folders have tiny models.
 IN_SEVERAL_THREADS = {"aot", "fuzz", "gpu", "interpreter", "models", "ops", "speed"}

@@ -15,23 +15,17 @@ MU, LOGVAR, LOGITS, OUTPUT = torch.randn(3, 2, 5), torch.randn(3, 2, 5), torch.r
 STUDENT, TEACHER, FEATURES = *torch.randn(2, 4, 6, 5, dtype=torch.float64), torch.randn(2, 4, 8, 8)
 HIDDEN = F.pad(torch.ones(2, 1, 8, 8), (0, 56, 0, 56))
 MODULES, DISTANCE = purify_fast.nn, 1 - F.cosine_similarity(STUDENT.flatten(1), TEACHER.flatten(1))
+LOSS = F.binary_cross_entropy_with_logits(OUTPUT, X, reduction="none").sum((1, 2, 3))
+ATTENDED = ops.contextual_attention(FEATURES, ops.key_validity(HIDDEN, (4, 4)))
 #: A module, what it is given, and the result.
 CASES = [
     (MODULES.CosineDistance(), (STUDENT, TEACHER), DISTANCE),
     (MODULES.CosineDistance(), ([STUDENT] * 2, [TEACHER] * 2), torch.stack([DISTANCE] * 2, 1)),
     (lambda *given: MODULES.SampleLatent()(*given, seed=SEED), (MU, LOGVAR), ops.sample_latent(MU, LOGVAR, SEED)),
-    (
-        MODULES.ReconstructionLoss(),
-        (OUTPUT, X),
-        F.binary_cross_entropy_with_logits(OUTPUT, X, reduction="none").sum((1, 2, 3)),
-    ),
+    (MODULES.ReconstructionLoss(), (OUTPUT, X), LOSS),
     (MODULES.Aggregate(), (LOGITS,), LOGITS.logsumexp(1)),
     (MODULES.GatedELU(), (X[:, :2],), F.elu(X[:, :1]) * X[:, 1:2].sigmoid()),
-    (
-        MODULES.ContextualAttention(),
-        (FEATURES, HIDDEN),
-        ops.contextual_attention(FEATURES, ops.key_validity(HIDDEN, (4, 4))),
-    ),
+    (MODULES.ContextualAttention(), (FEATURES, HIDDEN), ATTENDED),
 ]
 
 

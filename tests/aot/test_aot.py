@@ -14,20 +14,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.fail("ahead-of-time compilation needs a process without TRITON_INTERPRET=1", pytrace=False)
 
 import torch  # noqa: E402
-from ahead import (  # noqa: E402
-    ARCHITECTURES,
-    CASES,
-    DTYPES,
-    MODULES,
-    code,
-    launched,
-    name_of,
-    parsed,
-    recorded,
-    run,
-    sass,
-    usage,
-)
+from ahead import ARCHITECTURES, CASES, DTYPES, MODULES, code, launched, name_of, parsed, recorded, run, sass, usage  # noqa: E402
 from cuda_rules import cuda_rules  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 

@@ -118,10 +118,7 @@ FILES = {
     "compiled in Lightning": lambda s, o: {"state_dict": prefixed(s, "net._orig_mod.")},
     "average beside": lambda s, o: prefixed(o, "model.") | prefixed(s, "model_ema."),
     "in Sequential": lambda s, o: prefixed(without_counts(s), "1."),
-    "AveragedModel": lambda s, o: {
-        "swa_state_dict": prefixed(s, "module.") | {"n_averaged": torch.tensor(7)},
-        "net": o,
-    },
+    "AveragedModel": lambda s, o: {"swa_state_dict": prefixed(s, "module.") | {"n_averaged": torch.ones(1)}, "net": o},
 }
 
 

@@ -27,6 +27,7 @@ def fits(tmp_path_factory):
 
 
 TRAIN = "train {} --data {{bars}} --device cpu "
+ARREST = TRAIN.format("arrest") + "--classifier {fits} "
 #: A command line, and what its refusal says. {bars} is a data set, {fits} a classifier of its images, {saved} one of
 #: images of another size.
 REFUSED = {
@@ -42,13 +43,8 @@ REFUSED = {
     "train carso --bank-refresh 0.5": "--bank-refresh has no effect without --bank",
     "train atop --init None --bank 0": "bank must be at least 1, got 0",
     "train arrest --mean 0.5": "--mean has no effect without --classifier-weights",
-    **{
-        f"{TRAIN.format('arrest')}--classifier {{fits}} {options}": message
-        for options, message in {
-            "--pooled": "pooled must be False for layers that return vectors, got True for hidden",
-            "--layers hiden": "no module 'hiden', its modules are ",
-        }.items()
-    },
+    f"{ARREST}--pooled": "pooled must be False for layers that return vectors, got True for hidden",
+    f"{ARREST}--layers hiden": "no module 'hiden', its modules are ",
     f"{TRAIN.format('generator')}--classifier {{fits}} --block 3": "block must be at least 1 and divide the image",
     f"{TRAIN.format('generator')}--classifier {{fits}} --purifier gan": "invalid choice 'gan' for argument",
     f"{TRAIN.format('atop')}--classifier {{fits}} --init None --batch-size 33": "at most the number of images, 32",

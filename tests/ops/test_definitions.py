@@ -28,11 +28,7 @@ FURTHER = {
     "hyperplane_projection": [(norm, (ROWS, 5001)) for norm in ("linf", "l2", "l1")],
     "noisy_replay": [ONE, ((ROWS, 2047),)],
     "pgd_step": [(norm, "", (ROWS, 1)) for norm in ("linf", "l2", "l1")],
-    "random_transform": [
-        ((ROWS, *shape), block, passes, 0.25, 2, layout)
-        for shape, block, passes in BLOCKS
-        for layout in ("", "channels_last")
-    ],
+    "random_transform": [((ROWS, *a), b, n, 0.25, 2, kind) for a, b, n in BLOCKS for kind in ("", "channels_last")],
     "reconstruction_loss": [ONE, LONG],
     "sample_latent": [ONE, ((ROWS, 1026),)],
     "square_proposal": [

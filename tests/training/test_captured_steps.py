@@ -13,17 +13,7 @@ import small_runs
 import torch
 from captures import Tape
 from cuda_launches import CudaLaunches
-from small_runs import (
-    EPS,
-    SHAPE,
-    arrest_task,
-    atop_task,
-    attack,
-    batch,
-    carso_task,
-    classifier_task,
-    diffusion_task,
-)
+from small_runs import EPS, SHAPE, arrest_task, atop_task, attack, batch, carso_task, classifier_task, diffusion_task
 from torch import nn
 
 from purify_fast import _library
