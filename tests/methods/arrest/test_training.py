@@ -370,7 +370,8 @@ def test_bfloat16_attacks_the_weights_of_now_and_trains_float32_ones(make):
     view = InferenceCopy(frozen, SHAPE)
     torch.testing.assert_close(task.attacked.now(step.x)(step.x), view(step.x), rtol=0.05, atol=0.05)
     want = pgd(view, step.x, step.y, eps=EPS, alpha=0.1, steps=2, seed=7, sample_ids=step.sample_ids)
-    assert (found - want).abs().gt(1e-3).float().mean() < 0.05  # signs of gradients near 0
+    # Signs of gradients near 0 differ, for the weights of before half of all signs.
+    assert (found - want).abs().gt(1e-3).float().mean() < 0.1
     model.train()
     features = task.forward(step.x)[1]
     assert features[0].dtype == torch.bfloat16 and all(p.dtype == torch.float32 for p in model.parameters())
