@@ -118,8 +118,8 @@ def apgd(
 ) -> Tensor:
     """Run `APGD` on a batch, by default in the model's own precision.
 
-    Arguments and errors are those of `purify_fast.attacks.pgd`, and the options are the fields of `APGD`, but eps is
-    a number or ``[B]``.
+    Arguments and errors are those of `purify_fast.attacks.pgd`, without ``stop_when_fallen``. eps is a number or
+    ``[B]``, and the options are the fields of `APGD` in place of those of `PGD`.
 
     Returns:
         Per image the point that the most draws misclassify; among equal points, the point of highest loss. Shape and

@@ -176,7 +176,7 @@ class Attack(abc.ABC):
 
     @functools.partial(outside_graphs, recursive=False)
     def run(self, model: Classifier, x: Tensor, y: Tensor, **options: Any) -> AttackResult:
-        """Attack a batch of images without an evaluation, as `search` does.
+        """Attack a model, images to logits, on a batch ``[B, C, H, W]`` with labels ``[B]``, without an evaluation.
 
         ``options`` are fields of `AttackContext`, such as ``eps``, ``norm`` and ``seed``.
 

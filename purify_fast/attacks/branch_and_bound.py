@@ -121,8 +121,8 @@ def branch_and_bound(
 ) -> Tensor:
     """Run `BranchAndBound` on a batch.
 
-    Arguments and errors are those of `purify_fast.attacks.pgd`, and the options are the fields of `BranchAndBound`, but
-    eps is a number or ``[B]``.
+    Arguments and errors are those of `purify_fast.attacks.pgd`, without ``stop_when_fallen``. eps is a number or
+    ``[B]``, and the options are the fields of `BranchAndBound` in place of those of `PGD`.
 
     Returns:
         Per image the misclassified point that was found, otherwise the image. Shape and dtype are those of x.

@@ -79,8 +79,8 @@ def fab_t(
 ) -> Tensor:
     """Run `FABT` on a batch, by default in the model's own precision.
 
-    Arguments and errors are those of `purify_fast.attacks.pgd`, and the options are the fields of `FABT`, but eps is
-    a number or ``[B]``.
+    Arguments and errors are those of `purify_fast.attacks.pgd`, without ``stop_when_fallen``. eps is a number or
+    ``[B]``, and the options are the fields of `FABT` in place of those of `PGD`.
 
     Returns:
         Per image the misclassified point in the ball that was found; otherwise the nearest misclassified point,

@@ -295,7 +295,8 @@ def fgsm(
 ) -> Tensor:
     """Run `FGSM` on a batch, and return the points after the step, with shape and dtype of x.
 
-    Arguments and errors are those of `purify_fast.attacks.pgd`, and the options are the fields of `FGSM`.
+    Arguments and errors are those of `purify_fast.attacks.pgd`, without ``stop_when_fallen``. The options are the
+    fields of `FGSM` in place of those of `PGD`.
     """
     # FGSM has no random numbers, so a call draws no seed.
     return run_alone(FGSM, model, x, y, eps, **{"seed": 0, **options})

@@ -120,8 +120,8 @@ def square(
 ) -> Tensor:
     """Run `Square` on a batch, by default in the model's own precision.
 
-    Arguments and errors are those of `purify_fast.attacks.pgd`, and the options are the fields of `Square`, but eps is
-    a number or ``[B]``.
+    Arguments and errors are those of `purify_fast.attacks.pgd`, without ``stop_when_fallen``. eps is a number or
+    ``[B]``, and the options are the fields of `Square` in place of those of `PGD`.
 
     Returns:
         Per image the misclassified point that was found, otherwise the point of the highest margin. Shape

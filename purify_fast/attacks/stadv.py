@@ -172,8 +172,9 @@ def stadv(
 ) -> Tensor:
     """Run `StAdv` on a batch, by default with 20 steps.
 
-    Arguments and errors are those of `purify_fast.attacks.pgd`, and the options are the fields of `StAdv`, but eps is
-    the largest flow along each axis, see `StAdv`; None stands for 0.05.
+    Arguments and errors are those of `purify_fast.attacks.pgd`, without ``stop_when_fallen``. eps is the largest flow
+    along each axis, see `StAdv`; None stands for 0.05. The options are the fields of `StAdv` in place of those of
+    `PGD`.
 
     Returns:
         Per image the last point, or the best point with ``keep_best=True``. Shape and dtype are those of x.

@@ -160,8 +160,9 @@ class Defence(StochasticDefence):
 
         Trainings of the purifier use it. ``dtype`` is float32 or bfloat16. The weights, BatchNorm statistics and losses
         of the purifier must be float32 and remain so. Between the parts, images, condition, latents and logits are
-        float32. With bfloat16, layers round the images to the 8 significant bits of bfloat16. With ``plain``, no
-        BatchNorm is folded, and the layout of the weights remains.
+        float32. With bfloat16, layers round the images to the 8 significant bits of bfloat16. With ``compile``, the
+        classifier is compiled. With ``plain``, no BatchNorm is folded, and the layout of the weights remains. Another
+        dtype, or a purifier that is not in float32, raises a ValueError.
         """
         if self.purifier_dtype != torch.float32:
             raise ValueError(f"the purifier must be in float32, got {self.purifier_dtype}: call .float() first")

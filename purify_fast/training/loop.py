@@ -14,13 +14,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .._files import folder_lock
 from .._memory import ran_out_of_memory
@@ -223,8 +225,7 @@ def train_step(task: Task, batch: Batch, accumulate: int = 1) -> Metrics:
         measured: Metrics = {}
         step = captured(task, known, gradients) if accumulate == 1 else None
         # A replay needs no memory before it changes anything.
-        changed, buffers = step is not None, task.model.buffers() if step is None and graphs is not None else ()
-        kept = [(one, one.clone()) for one in buffers]
+        changed, kept = step is not None, _copies(task.model.buffers()) if step is None and graphs is not None else []
         try:
             for name, measured in step.run(known) if step else gradients(task, batch, accumulate):
                 optimizer = task.optimizers[name]
@@ -237,13 +238,25 @@ def train_step(task: Task, batch: Batch, accumulate: int = 1) -> Metrics:
                 cure = "resume the run with cuda_graphs='off' or a smaller batch"
                 raise NotRestored(f"memory ran out in a step that has changed the model already: {cure}") from error
             # BatchNorms have counted the batch.
-            for one, before in kept:
-                one.copy_(before)
+            for buffers, before in kept:
+                torch._foreach_copy_(buffers, before)
             raise
         return measured
 
     # With several processes a step must not be repeated, because the other processes would not repeat the exchanges.
     return step_and_update() if graphs is None else graphs.retry_without_graphs(step_and_update, batch.x.device)
+
+
+@torch.no_grad()
+def _copies(tensors: Iterable[Tensor]) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """Return tensors with copies of them, in groups of a dtype and a device, each of which a launch copies."""
+    groups = defaultdict[Hashable, list[Tensor]](list)
+    for one in tensors:
+        groups[one.dtype, one.device].append(one)
+    pairs = [(group, [torch.empty_like(one) for one in group]) for group in groups.values()]
+    for group, copies in pairs:
+        torch._foreach_copy_(copies, group)
+    return pairs
 
 
 def gradients(task: Task, batch: Batch, accumulate: int = 1) -> Iterator[tuple[str, Metrics]]:

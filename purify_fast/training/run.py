@@ -30,7 +30,7 @@ from .bank import AdversarialBank, BankConfig
 from .checkpoint import CHECKPOINT, read_tree, write_tree
 from .config import FitConfig
 from .distributed import from_first
-from .optimizers import weights_of
+from .optimizers import RELATIVE, relative_rates, weights_of
 from .schedules import RunLength
 from .sources import InMemory, RawBatch, Sources, step_seed
 from .task import Batch, Task
@@ -208,7 +208,11 @@ class Run:
                 raise ValueError(f"process {rank} trains on other data or settings than the first ({difference})")
         self.task.model.load_state_dict(saved["model"])
         for name, optimizer in self.task.optimizers.items():
+            # The present code decides the relative rates of the groups, also in a run that is resumed.
+            shares = relative_rates(optimizer)
             optimizer.load_state_dict(saved["optimizers"][name])
+            for group, share in zip(optimizer.param_groups, shares, strict=True):
+                group[RELATIVE] = share
         for name in _PROGRESS:
             setattr(self, name, saved[name])
         self.sums = {key: value.to(self.source.device) for key, value in saved["sums"].items()}

@@ -152,6 +152,20 @@ def test_relative_rates(make, shares):
     assert relative_rates(make(a, b)) == pytest.approx(shares)
 
 
+def test_a_resumed_run_has_the_relative_rates_of_the_present_code(tmp_path):
+    def rates(share, *callbacks):
+        task = ClassifierTask(nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), ClassifierConfig())
+        weight, bias = task.model[1].parameters()
+        task.optimizer = torch.optim.SGD([{"params": weight, "lr": 0.1}, {"params": bias, "lr": 0.1 * share}])
+        loop = FitConfig(2, 16, checkpoint_seconds=0)
+        fit(task, X, Y, loop, tmp_path, progress=False, callbacks=callbacks)
+        return relative_rates(task.optimizer)
+
+    with pytest.raises(Stopped):
+        rates(0.1, StopAt(5))
+    assert rates(0.5) == pytest.approx([1.0, 0.5])
+
+
 def picky(self, x):
     """A network that accepts its own batch size only, and one that draws."""
     if not self.draws and len(x) not in (1, 2, 16):

@@ -57,6 +57,13 @@ def test_a_training_without_the_matrix_units_of_a_gpu_says_so(precision, fast, o
     assert ("the matrix units of cuda are not used: precision='auto' multiplies in bfloat16" in caplog.text) is told
 
 
+@pytest.mark.parametrize(("fast", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+@pytest.mark.parametrize("make", [arrest_task, classifier_task])
+def test_auto_computes_in_the_dtype_that_is_fast_on_the_device(make, fast, dtype, monkeypatch):
+    monkeypatch.setattr("purify_fast.speed.processor.fast_bfloat16", lambda device: fast)
+    assert make(precision="auto").dtype == dtype
+
+
 def step(task):
     """Take a step. Return the task with its gradients, the loss, and the dtypes of its convolutions' outputs."""
     dtypes = set()
