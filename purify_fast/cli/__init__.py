@@ -38,7 +38,6 @@ def _any_of(kinds: dict[str, type]) -> Any:
 
 
 def _read(arguments: list[str]) -> Command:
-    """Make a command from the words of a command line."""
     for length in (1, 2):
         name = " ".join(arguments[:length])
         if name in _KINDS:

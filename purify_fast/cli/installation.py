@@ -22,7 +22,6 @@ WRONG = "WRONG here"
 
 
 def _devices() -> dict[str, torch.device]:
-    """The devices that a process on this machine would use, by their types."""
     devices = {"cpu": torch.device("cpu")}
     if torch.cuda.is_available():
         devices["cuda"] = torch.device("cuda", torch.cuda.current_device())

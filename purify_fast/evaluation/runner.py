@@ -200,7 +200,6 @@ def evaluate(
 
 
 def _context(config: EvaluateConfig, subject: Subject, ball: ThreatModel) -> AttackContext:
-    """The settings of the attacks."""
     # An evaluation only hands these to the attacks, which take fast copies and captured steps from them.
     from ..attacks.gradient_copy import Copies
     from ..speed.graphs.step_graphs import StepGraphs

@@ -166,7 +166,6 @@ def measure_before_attacks(
 
 
 def _joined(asked: Probes, more: Probes) -> Probes:
-    """Add the measurements on further images."""
     if asked.n == 0:
         return more
 

@@ -344,7 +344,6 @@ def gradient_health(evidence: Evidence) -> Outcome:
 
 
 def _of_counted(evidence: Evidence) -> Outcome:
-    """Judge the gradients by the counts of the attacks with the model's own gradients."""
     counted = evidence.with_counted_gradients()
     if not counted:
         return Outcome("not asked", "")

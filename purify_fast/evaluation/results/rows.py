@@ -263,7 +263,6 @@ class Row:
         return f"{nonfinite} of the gradients are not finite, {zero} are zero{moves}"
 
     def _shares(self) -> list[str]:
-        """The three shares of `describe_health`, each as a text."""
         h, shares = self.health or {}, list[str]()
         for part, whole in (("nonfinite", "gradients"), ("zero", "gradients"), ("unmoved", "images")):
             share = 100 * h[part] / max(1, h[whole])

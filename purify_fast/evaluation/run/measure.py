@@ -313,7 +313,6 @@ class Measure:
     def _choose_points(
         self, row: Row, judged: Judgement, run: AttackRun, images: Tensor, points: Sequence[Row]
     ) -> Tensor:
-        """Choose the points that a row of a random model counts."""
         n, index = len(images), run.index
         clean = Worst.of_row(points[0], n)
         own = Worst(clean.wrong.copy(), clean.margins.copy(), judged.right.sum(0))

@@ -46,7 +46,6 @@ def html_page(report: Any, defence: Classifier | Mapping[str, Classifier] | None
 
 
 def _model(report: Any, findings: Sequence[Finding], name: str, defence: Classifier | None) -> dict[str, Any]:
-    """The variables of the page's template for one model."""
     rows = [row for row in report.rows if row.model == name]
     own = [row for row in rows if row.threat is None]
     evidence = Evidence([row for row in own if row.kind == "clean" or row.is_attack])

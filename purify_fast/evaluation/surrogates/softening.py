@@ -375,7 +375,6 @@ class Softening(HoldingMode):
         return 0.5 + 0.5 * softsign(self.slope * difference / _size(a, b))
 
     def _equal(self, hard: Tensor, a: Any, b: Any) -> Tensor | None:
-        """The softened form of ``a == b``."""
         for index, other in ((a, b), (b, a)):
             choice = self._kept(index, tuple)
             if choice is not None:
@@ -402,7 +401,6 @@ class Softening(HoldingMode):
     # -- indices ------------------------------------------------------------------------------------------------------
 
     def _choose(self, name: str, hard: Any, args: Args, kwargs: dict[str, Any]) -> None:
-        """Record the values from which indices were chosen."""
         at, place = CHOICES[name]
         source, last = args[0], None if name in ("argmax", "argmin", "max", "min", "median") else -1
         dim = args[at] if len(args) > at else kwargs.get("dim", last)
@@ -484,7 +482,6 @@ class Softening(HoldingMode):
         return hard + moved * (rise - fall).detach()
 
     def _set(self, func: Rule, x: Tensor, index: Any, value: Any) -> None:
-        """Set ``x[mask] = value`` in its softened form."""
         mask, before = self._kept(index, Tensor), x.clone()
         func(x, index, value)
         if mask is not None and _is_number(value) and mask.shape == x.shape[: mask.dim()] and _floating(x):
