@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 
 def kl_weight(epoch: int, delay: float) -> float:
-    """Return the share of the KL term's final weight in an epoch, counted from 0; ``delay`` is in epochs."""
+    """Return the share of the KL term's weight in an epoch: 0 in the first ``delay``, then rising for a third of it."""
     start, rise = ceil(delay), ceil(delay / 3)
     return 1.0 if epoch >= start + rise else max(0.0, (epoch - start) / rise)
 
