@@ -177,8 +177,3 @@ def structure_fingerprint(module: nn.Module) -> str:
 
 def _bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
-
-
-def write_stamp(tensor: Tensor) -> int:
-    """A number that changes when the tensor is written to, or when a tensor at another address takes its place."""
-    return hash((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version))

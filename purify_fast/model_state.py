@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import enum
 import functools
 import inspect
+import random
 import sys
 import sysconfig
 import types
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -28,6 +31,9 @@ _IN_TORCH = (torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_f
 PLAIN = (bool, int, float, complex, str, bytes, type(None), np.generic, enum.Enum, *_IN_TORCH)
 #: The classes whose objects are settings.
 NAMESPACES = (SimpleNamespace, argparse.Namespace)
+GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+#: The kinds of objects that a frozen copy shares with its model.
+SHARED = (type, types.ModuleType, FunctionType, types.BuiltinFunctionType, weakref.ReferenceType, *GENERATORS)
 #: The cell of a variable of a closure that has no value yet.
 EMPTY = CellType()
 _PATHS = sysconfig.get_paths()
@@ -58,10 +64,13 @@ def left_out(kind: type) -> frozenset[str]:
 
 
 class Description:
-    """Describes a value by nested tuples. ``leaf`` describes tensors, functions and objects."""
+    """Describes a value by nested tuples. ``leaf`` describes tensors, functions and objects.
 
-    def __init__(self, leaf: Callable[[Any, Inside], Any]):
-        self.leaf = leaf
+    ``hooks`` and ``modes``: whether hooks of modules, and their modes and those of their noise, are described.
+    """
+
+    def __init__(self, leaf: Callable[[Any, Inside], Any], *, hooks: bool = True, modes: bool = True):
+        self.leaf, self.hooks, self.modes = leaf, hooks, modes
         #: The values so far, and their numbers by id. An id is unique only while its object exists.
         self.values: list[Any] = []
         self.seen: dict[int, int] = {}
@@ -78,11 +87,14 @@ class Description:
         self.seen[id(value)] = len(self.values)
         self.values.append(value)
         if isinstance(value, nn.Module):
-            groups = [vars(value)[group] for group in ("_parameters", "_buffers", "_modules")]
-            held = [item for group in groups for item in group.items()]
-            hooks = [("a hook", hook) for group in HOOKS for hook in getattr(value, group).values()]
-            inside = [(name, self.of(part)) for name, part in (*held, *hooks, *attributes(value))]
-            return (self.of(kind), value.training, *inside)
+            held = [item for group in ("_parameters", "_buffers", "_modules") for item in vars(value)[group].items()]
+            groups = HOOKS if self.hooks else ()
+            hooks = [("a hook", hook) for group in groups for hook in getattr(value, group).values()]
+            own = attributes(value)
+            if not self.modes:
+                own = [(name, part) for name, part in own if name not in getattr(kind, "noise_modes", ())]
+            inside = [(name, self.of(part)) for name, part in (*held, *hooks, *own)]
+            return (self.of(kind), value.training and self.modes, *inside)
         if isinstance(value, (set, frozenset)):
             return (kind.__name__, *sorted(map(self.of, value), key=repr))
         if isinstance(value, (list, deque)):
@@ -113,6 +125,32 @@ def identity_key(model: nn.Module) -> tuple[Any, list[Any], list[Tensor]]:
         return (value.data_ptr(), value.shape, value.dtype, value.device)
 
     return Description(leaf).of(model), objects, tensors
+
+
+def structure_key(model: nn.Module, *, hooks: bool = True, modes: bool = True) -> tuple[Any, list[Any], list[Tensor]]:
+    """Describe a model without the values of its tensors, and return the objects and the tensors in the description.
+
+    Two models with equal descriptions differ in the values of these tensors only. An object that cannot be described is
+    equal to itself alone, as long as it is kept alive.
+    """
+    objects: list[Any] = []
+    tensors: list[Tensor] = []
+
+    def leaf(value: Any, inside: Inside) -> Any:
+        if isinstance(value, Tensor):
+            tensors.append(value)
+            strided = value.layout == torch.strided
+            return type(value), value.shape, value.dtype, value.device, value.stride() if strided else value.layout
+        if not isinstance(value, SHARED):
+            # Describe what a deep copy is made from. Some objects of C cannot be taken apart.
+            with contextlib.suppress(Exception):
+                made_from = value.__reduce_ex__(4)
+                if not isinstance(made_from, str):
+                    return inside(tuple(list(one) if isinstance(one, Iterator) else one for one in made_from))
+        objects.append(value)
+        return id(value)
+
+    return Description(leaf, hooks=hooks, modes=modes).of(model), objects, tensors
 
 
 def is_users(name: str) -> bool:

@@ -241,7 +241,7 @@ def source_of(model: Classifier, x: Tensor, precision: GradientPrecision, copies
         # Only a GPU needs what tells of copies.
         from ..speed.frozen_copy import tell_of_copies
 
-        tell_of_copies(model, x.device)
+        tell_of_copies(model, x)
     if precision == "float32" or alone or not len(x):
         return model
     # Attacks in float32 need none of what makes copies.
@@ -308,10 +308,11 @@ def _searched(
     either: what the loss reads would be frozen.
     """
     # Most attacks are on other models, and need none of what makes graphs.
-    from ..speed.followed import graphs_of
+    from ..speed.followed import graphs_of, read_copies
 
     # `DistributedDataParallel` would exchange buffers in each forward pass.
     model = attack.target(model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model)
+    read_copies(model)
     ours = context.loss_function is None or context.loss_function in map(_towards, LOSSES)
     graphs = graphs_of(model) if context.graphs is None and ours else None
     # With a user's loss, any labels are allowed.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .._validation import GradientPrecision
 from ..protocols import Classifier, CopiesItself, CountsImages, PassesOn, SampleLogits, is_purifier, supports
-from ..speed.followed import is_frozen_copy, settings_of
+from ..speed.followed import is_frozen_copy
 from ..speed.frozen_copy import COMPARED, auto_dtype, copy_or_model, same_answers
 from ..speed.graphs.step_graphs import remember
 from ..speed.watch import FEWEST_WEIGHTS, matrix_weights
@@ -19,7 +19,7 @@ from ..speed.watch import FEWEST_WEIGHTS, matrix_weights
 KEPT, WRAPPERS = 2, 8
 
 
-def gradient_dtype(model: Classifier, device: torch.device, precision: GradientPrecision) -> torch.dtype | None:
+def gradient_dtype(model: Classifier, x: Tensor, precision: GradientPrecision) -> torch.dtype | None:
     """The dtype of the copy of a model that attacks take their gradients from; None if they attack the model itself.
 
     With "auto" these are a model with few weights, and a defence where bfloat16 is not faster. With any precision they
@@ -29,7 +29,7 @@ def gradient_dtype(model: Classifier, device: torch.device, precision: GradientP
     alone = is_frozen_copy(model) or (not own and (supports(model, SampleLogits) or is_purifier(model)))
     if precision == "float32" or alone or not isinstance(model, nn.Module) or not (weights := matrix_weights(model)):
         return None
-    dtype = auto_dtype(model, device) if precision == "auto" else torch.bfloat16
+    dtype = auto_dtype(model, x) if precision == "auto" else torch.bfloat16
     if own:
         return dtype if dtype == torch.bfloat16 else None
     return dtype if weights >= FEWEST_WEIGHTS or precision == "bfloat16" else None
@@ -52,18 +52,14 @@ class Copies:
         """The model from which an attack takes its gradients: the copy of a model, or this model itself."""
         if isinstance(model, PassesOn) and supports(model, PassesOn):
             return self._copy_inside(model, precision)
-        dtype = gradient_dtype(model, self.x.device, precision)
-        if dtype is None or not isinstance(model, nn.Module):
-            return model
-        # A copy follows weights. Other changes of the model, such as another attribute, need a new copy.
-        settings, objects = settings_of(model)
         made: Any
-        _, known, _, made = self._kept.get((id(model), dtype), (None, None, None, None))
-        if known != settings or (made is not model and not made.follows(model)):
-            made = copy_or_model(model, self.x, dtype)
+        _, made = self._kept.get((id(model), precision), (None, None))
+        if made is None or (made is not model and not made.follows(model)):
+            dtype = gradient_dtype(model, self.x, precision)
+            made = copy_or_model(model, self.x, dtype) if dtype and isinstance(model, nn.Module) else model
         if made is not model:
             self.dtypes.add(made.compute_dtype)
-        return cast(Classifier, remember(self._kept, (id(model), dtype), (model, settings, objects, made), KEPT)[3])
+        return cast(Classifier, remember(self._kept, (id(model), precision), (model, made), KEPT)[1])
 
     def _copy_inside(self, wrapper: Any, precision: GradientPrecision) -> Classifier:
         """A wrapper around the copy of the model inside ``wrapper``; ``wrapper`` itself if there is no copy."""

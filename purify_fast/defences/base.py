@@ -11,21 +11,21 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .._compiler import is_compiled
+from .._compiler import is_compiled, outside_graphs
 from .._tensors import check_floating, dtype_of, first_tensor
 from ..models.representation import Representation, count_classes
 from ..ops.aggregate import aggregate
-from ..speed.draws import shared_generators
-from ..speed.folding.batchnorm import fold_batchnorm
+from ..speed.draws import same_draws, shared_generators
+from ..speed.folding.batchnorm import fold_pairs, foldable_pairs
 from ..speed.folding.inference_copy import (
-    CopiedWeights,
     InferenceCopy,
     autocast_to,
     convert_to_channels_last,
     prepare_for_inference,
+    renewed,
 )
 from ..speed.followed import Followed, is_frozen_copy, keeps_its_mode
-from ..speed.watch import tensors_of
+from ..speed.watch import Structure, deep_copy
 from .stochastic import StochasticDefence, majority
 
 D = TypeVar("D", bound="Defence")
@@ -61,13 +61,13 @@ class Defence(StochasticDefence):
     representation: Representation | None = None
     compute_dtype: torch.dtype | None = None
     about: str = ""
-    not_dependencies = frozenset({"bank", "_followed", "_copied", "_warned"})
+    not_dependencies = frozenset({"bank", "_followed", "_reads", "_made_from", "_warned"})
 
     def __init__(self, classifier: nn.Module, image_shape: tuple[int, int, int]):
         super().__init__()
+        #: In a frozen copy: the model, the number of its reads, and its structure when this copy was made.
         self._followed: Followed | None = None
-        #: In a frozen copy: the weights that it reads from each part of the defence, by the name of the part.
-        self._copied: list[tuple[str, CopiedWeights]] = []
+        self._reads = self._made_from = 0
         self._warned = False
         refuse_wrapped("classifier", classifier)
         image_shape = tuple(int(size) for size in image_shape)  # type: ignore[assignment]
@@ -155,74 +155,108 @@ class Defence(StochasticDefence):
     # -- copies -------------------------------------------------------------------------------------------------------
 
     @torch.inference_mode(False)
-    def computing_in(self: D, dtype: torch.dtype, *, compile: bool = False, plain: bool = False) -> D:
+    def computing_in(
+        self: D, dtype: torch.dtype, *, compile: bool = False, plain: bool = False, structure: Structure | None = None
+    ) -> D:
         """Make a defence with the same purifier and a copied classifier, which computes its products in ``dtype``.
 
         Trainings of the purifier use it. ``dtype`` is float32 or bfloat16. The weights, BatchNorm statistics and losses
         of the purifier must be float32 and remain so. Between the parts, images, condition, latents and logits are
         float32. With bfloat16, layers round the images to the 8 significant bits of bfloat16. With ``compile``, the
-        classifier is compiled. With ``plain``, no BatchNorm is folded, and the layout of the weights remains. Another
-        dtype, or a purifier that is not in float32, raises a ValueError.
+        classifier is compiled. With ``plain``, no BatchNorm is folded, and the layout of the weights remains.
+        ``structure`` has decisions about the defence that are known already. Another dtype, or a purifier that is not
+        in float32, raises a ValueError.
         """
         if self.purifier_dtype != torch.float32:
             raise ValueError(f"the purifier must be in float32, got {self.purifier_dtype}: call .float() first")
         other = copy.copy(self)
         # The buffers are shared, because a step of a training may replace one.
         other._modules, other._kept_ids = dict(self._modules), {}
-        other.compute_dtype, memo = dtype, shared_generators(self.classifier)
-        other.classifier = InferenceCopy(self.classifier, self.image_shape, dtype, compile, plain=plain)
-        other._copied = [("classifier", other.classifier._weights)]
-        if self.representation is not None:
-            other.representation = copy.deepcopy(self.representation, memo)
-            # It is registered, so it moves with the copy.
-            other._reader = other.representation.model.eval()
-            pairs, _ = prepare_for_inference(other._reader, self.image_shape, dtype, plain=plain)
-            other._copied.append(("classifier", CopiedWeights(other._reader, pairs)))
+        other.compute_dtype = dtype
+        how = {"plain": plain, "structure": structure}
+        other.classifier = InferenceCopy(self.classifier, self.image_shape, dtype, compile, **how)  # type: ignore[arg-type]
+        other._read_representation(self)
         return other
 
+    def read_classifier(self, defence: Defence) -> None:
+        """Let a copy that `computing_in` has made read the classifier of a defence again."""
+        copied: Any = self.classifier
+        copied.refresh(defence.classifier)
+        self._read_representation(defence)
+
+    def _read_representation(self, defence: Defence) -> None:
+        """Let a copy read the classifier of a defence into the classifier that reads the representation."""
+        if defence.representation is None:
+            return
+        copied: Any = self.classifier
+        made = copy.deepcopy(defence.representation, shared_generators(defence.classifier))
+        reader = made.model.requires_grad_(False).eval()
+        decided = copied.decisions["_reader"]
+        prepare_for_inference(reader, self.image_shape, copied.dtype, plain=copied.plain, decided=decided)
+        old = self._modules.get("_reader")
+        if old is None or renewed(old, reader) is reader:
+            # It is registered, so it moves with the copy.
+            self.representation, self._reader = made, reader
+
     @torch.inference_mode(False)
-    def make_frozen_copy(self: D, dtype: torch.dtype, *, compile: bool = False, plain: bool = False) -> D:
-        """Make a frozen copy, see `purify_fast.frozen_copy`, which calls this method and compares the copy."""
-        other = copy.deepcopy(self, shared_generators(self)).computing_in(dtype, compile=compile, plain=plain)
+    def make_frozen_copy(
+        self: D, dtype: torch.dtype, *, compile: bool = False, plain: bool = False, followed: Followed | None = None
+    ) -> D:
+        """Make a frozen copy, see `purify_fast.frozen_copy`, which calls this method and compares the copy.
+
+        ``followed``: that of an earlier copy in the same form, which is made again.
+        """
+        followed = Followed(self) if followed is None else followed
+        decisions = followed.structure.decisions
+        other: Any = deep_copy(self)
+        other = other.computing_in(dtype, compile=compile, plain=plain, structure=followed.structure)
         other.eval().requires_grad_(False)
-        classifier: Any = other.classifier
-        folded = classifier.folded
         parts = [(name, part) for name, part in other.named_children() if name not in ("classifier", "_reader")]
         places = Counter(module for _, part in parts for module in part.modules())
         for name, part in parts:
             # A layer that two parts share is not folded.
             alone = all(places[module] == 1 for module in part.modules())
-            pairs = fold_batchnorm(part) if alone and not plain else []
-            folded += len(pairs)
-            other._copied.append((name, CopiedWeights(part, pairs)))
+            if decisions[name].pairs is None:
+                decisions[name].pairs = foldable_pairs(part)[0] if alone and not plain else []
+            fold_pairs(part, decisions[name].pairs or [])
             if compile:
                 part.compile()
-        other._followed = Followed(self)
+        other._followed, other._reads, other._made_from = followed, followed.reads, followed.structure.number
         # A subclass may call its parts without `check_images`.
         other.register_forward_pre_hook(Defence._follow)
+        folded = sum(len(decisions[name].pairs or ()) for name in ("classifier", *(name for name, _ in parts)))
         compiled = ", compiled" if compile else ""
+        reads = f", reads its model at every call, because {followed.reason}" if followed.reason else ""
         name = type(self).__name__
-        other.about = f"{name} in {dtype}, {folded} folded BatchNorms{compiled}".replace("torch.", "")
+        other.about = f"{name} in {dtype}, {folded} folded BatchNorms{compiled}{reads}".replace("torch.", "")
         return other
 
     def update(self) -> None:
-        """Let a frozen copy read the weights of its model again. A call after a write through ``.data`` is needed.
+        """Let a frozen copy read its model again: its parts are made anew, and its settings and its noise remain.
 
-        A ValueError says that names, shapes or the sharing of the model's tensors have changed.
+        Raises:
+            ValueError: names, shapes or the sharing of the model's tensors have changed.
         """
-        model = None if self._followed is None else self._followed.read()
-        if model is not None:
-            self.read_copied(model)
-            theirs = dict(tensors_of(model))
-            with torch.no_grad():
-                for name, mine in (*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)):
-                    if name != "_noise_seed":
-                        mine.copy_(theirs[name])
-
-    def read_copied(self, defence: nn.Module) -> None:
-        """Let a copy read the weights of the parts of a defence that it has copied."""
-        for name, weights in self._copied:
-            weights.read(defence.get_submodule(name))
+        model: Any = None if self._followed is None else self._followed.read()
+        if model is None or self._followed is None:
+            return
+        copied: Any = self.classifier
+        how = {"compile": copied.compile_steps, "plain": copied.plain, "followed": self._followed}
+        with same_draws(model):
+            fresh = model.make_frozen_copy(copied.dtype, **how)
+        for name, part in fresh.named_children():
+            old = self._modules[name]
+            # The representation belongs to its reader.
+            if old is None or renewed(old, part) is part:
+                self._modules[name] = part
+                self.representation = fresh.representation if name == "_reader" else self.representation
+        self._reads = self._followed.reads
+        with torch.no_grad():
+            for (name, mine), theirs in zip(
+                self.named_buffers(recurse=False), fresh.buffers(recurse=False), strict=True
+            ):
+                if name != "_noise_seed":
+                    mine.copy_(theirs)
 
     def follows(self, model: nn.Module) -> bool:
         """Let a frozen copy read its model again and draw as it does now. False: the model needs a new copy."""
@@ -233,18 +267,32 @@ class Defence(StochasticDefence):
             return False
         self._noise, self._noise_ids = defence._noise, defence._noise_ids
         self._noise_seed.copy_(defence._noise_seed)
-        return True
+        return self._followed is not None and self._followed.structure.number == self._made_from
 
     def prepare_replay(self) -> None:
         """Let a frozen copy follow its model before a prediction, or before a captured step is replayed."""
-        if self._followed is not None and self._followed.changed():
+        followed = self._followed
+        if followed is not None and (followed.changed() or followed.reads != self._reads):
             self.update()
 
+    @outside_graphs
+    def _read_outside(self) -> None:
+        self.prepare_replay()
+
     def _follow(self, given: object = None) -> None:
-        """Call `prepare_replay`, except while a compiler runs; it is also a hook before the forward pass."""
-        # A compiler would keep the count of writes as a constant.
+        """Call `prepare_replay`; it is also a hook before the forward pass. A compiled graph ends here."""
         if not torch.compiler.is_compiling():
             self.prepare_replay()
+        elif self._followed is not None:
+            self._read_outside()
+
+    def __getstate__(self) -> Any:
+        self.prepare_replay()
+        return super().__getstate__()  # type: ignore[no-untyped-call]
+
+    def state_dict(self, *given: Any, **options: Any) -> Any:
+        self.prepare_replay()
+        return super().state_dict(*given, **options)
 
     # -- modes --------------------------------------------------------------------------------------------------------
 
@@ -256,6 +304,8 @@ class Defence(StochasticDefence):
         super().train(mode)
         self.classifier.eval()
         return self
+
+    train.sets_modes_only = True  # type: ignore[attr-defined]
 
 
 def refuse_wrapped(name: str, module: nn.Module) -> None:

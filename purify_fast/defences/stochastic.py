@@ -37,6 +37,7 @@ class StochasticDefence(nn.Module):
     #: Attributes that do not affect predictions (`purify_fast.model_state`). ``_kept_ids`` has tensors whose memory
     #: `noise_ids` uses again.
     not_dependencies = frozenset({"_kept_ids"})
+    noise_modes = frozenset({"_noise", "_noise_ids"})
 
     def __init__(self) -> None:
         super().__init__()

@@ -28,6 +28,7 @@ from ..attacks.base import ThreatModel
 from ..attacks.engine.engine_attack import CUT
 from ..ops import kernels_now
 from ..protocols import Classifier, Passes
+from ..speed.followed import read_copies
 from ..speed.memory import peak_so_far
 from ..speed.precision import raced_convolutions, whole_float32_by_default
 from .alarms.probes import Before, Probes
@@ -41,7 +42,6 @@ from .request.preparation import (
     facts,
     note_of_modes,
     read_attacks,
-    update_copies,
     warn_of_probabilities,
 )
 from .request.published import authors_attacks
@@ -154,7 +154,7 @@ def evaluate(
             stack.enter_context(raced_convolutions(config.cudnn_benchmark, device))
             modes = note_of_modes(model, name)
             stack.enter_context(frozen(model))
-            update_copies(model, base, *(spec.other_model for spec in given))
+            read_copies(model, base, *(spec.other_model for spec in given))
             judging: dict[str, Any] = {each: getattr(config, each) for each in ("n_eval", "predict", "seed")}
             subject = Subject(model, images, labels, batch_size=config.images_together, draws=draws, **judging)
             # After the trial predictions, so that it is the same in every run: a model's last input may be part of it.

@@ -12,7 +12,6 @@ from torch import Tensor
 from .._process import processes
 from .._tensors import weights_fingerprint
 from ..defences.base import Defence
-from ..speed.followed import Followed
 from ..speed.watch import FEWEST_WEIGHTS, matrix_weights
 from ..training.config import TrainingAttack
 from ..training.method_task import MethodTask
@@ -31,7 +30,6 @@ class PurifierTask(MethodTask, Generic[D]):
         self.defence, self.origin = defence, origin
         self.classifier = weights_fingerprint(defence.classifier)
         defence.classifier.requires_grad_(False)
-        self._classifier = Followed(defence.classifier)
         folds = matrix_weights(defence.classifier) >= FEWEST_WEIGHTS and defence.purifier_dtype == torch.float32
         #: The defence that a step computes with: a copy with the same purifier, or ``defence`` if no copy is faster.
         self.trained = defence.computing_in(self.dtype) if folds or self.dtype == torch.bfloat16 else defence
@@ -50,11 +48,12 @@ class PurifierTask(MethodTask, Generic[D]):
         facts = {"classifier": self.classifier, "precision": self.config.precision, "task": self.name}
         return facts | {name: value for name, value in asdict(attack).items() if name not in ("eps", "eps_warmup")}
 
+    def begin(self) -> None:
+        if self.trained.compute_dtype is not None:
+            # A resumed run has loaded the classifier.
+            self.trained.read_classifier(self.defence)
+
     def train(self) -> None:
-        if self.trained is not self.defence and self._classifier.changed():
-            # A resumed run has loaded the classifier, with the same weights.
-            self._classifier.read()
-            self.trained.read_copied(self.defence)
         self.trained.train()
         super().train()
 

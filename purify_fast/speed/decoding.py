@@ -123,8 +123,7 @@ def _folded(layers: list[nn.Module]) -> list[Any]:
     active = [layer for layer in layers if layer.training or hooked(layer) or not isinstance(layer, _NEUTRAL)]
     copies = [copy.deepcopy(layer).double() for layer in active]
     pairs = [(layer, norm) for layer, norm in pairwise(copies) if foldable(layer, norm)]
-    for layer, norm in pairs:
-        fold(layer, norm)
+    fold(pairs)
     return [layer for layer in copies if layer not in [norm for _, norm in pairs]]
 
 

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import nn
 
-_KINDS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+from ..model_state import GENERATORS
 
 
 def own_generators(model: nn.Module) -> list[Any]:
     """The random generators that are attributes of a model or of its parts."""
-    return [value for part in model.modules() for value in vars(part).values() if isinstance(value, _KINDS)]
+    return [value for part in model.modules() for value in vars(part).values() if isinstance(value, GENERATORS)]
 
 
 def shared_generators(model: nn.Module) -> dict[int, Any]:

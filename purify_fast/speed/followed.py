@@ -1,14 +1,15 @@
-"""Follow a model whose frozen copy reads its weights: tell whether they have changed since the last look."""
+"""Follow a model: tell when its frozen copy must read the weights again, and whether the copy can still follow it."""
 
 from __future__ import annotations
 
 import warnings
-import weakref
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from .watch import tensors_of
+from ..model_state import hidden_modules, used_modules
+from .watch import Structure, Watch, tensors_of
 
 if TYPE_CHECKING:
     from .graphs.step_graphs import StepGraphs
@@ -24,80 +25,108 @@ def graphs_of(model: object) -> StepGraphs | None:
     return model._followed.graphs if is_frozen_copy(model) else None  # type: ignore[attr-defined]
 
 
-def settings_of(model: nn.Module) -> tuple[Any, list[Any]]:
-    """Describe what a copy does not follow: parts, modes, attributes, and counts of writes to tensors in attributes.
+def read_copies(*models: object) -> None:
+    """Let the frozen copies in models, or among what functions use, read the weights of their models now."""
+    parts: dict[int, Any] = {id(one): one for model in models for whole in _wholes(model) for one in whole.modules()}
+    for part in parts.values():
+        if is_frozen_copy(part):
+            part.update()
 
-    The second result is what must stay alive as long as the description, because it contains ids and addresses.
-    """
-    from ..model_state import identity_key
 
-    settings, objects, tensors = identity_key(model)
-    registered = {id(one) for _, one in tensors_of(model)}
-    others = [one for one in tensors if id(one) not in registered]
-    return (settings, [-1 if one.is_inference() else one._version for one in others]), [*objects, *tensors]
+def _wholes(model: object) -> Iterator[nn.Module]:
+    if isinstance(model, nn.Module):
+        yield model
+        yield from (module for _, module in hidden_modules(model))
+    elif model is not None:
+        yield from (module for _, module in used_modules(model))
 
 
 class Followed:
-    """A model that a copy follows, and what was last read of it.
+    """A model that a copy follows.
 
     A copy of this object in memory follows the same model. One that was pickled follows nothing.
+
+    Attributes:
+        reads: the number of calls of `read`. Several copies may follow by one object.
+        graphs: the graphs of attacks that are called directly on the copy.
+        structure: the structure of the model, and what is known about it.
+        reason: why every call of the copy must read the model again; empty if counts of writes show a change.
 
     Raises:
         ValueError: see `read`.
     """
 
     def __init__(self, model: nn.Module | None = None):
-        #: The graphs of attacks that are called directly on the copy.
         self.graphs: StepGraphs | None = None
-        self._model = None if model is None else weakref.ref(model)
-        self._layout = [] if model is None else _layout(model)
-        self.read()
+        self.reads, self.reason, self.structure = 0, "", Structure()
+        self._model = model
+        if model is not None:
+            self._layout, self._watch = _layout(model), Watch(model)
+            self.read()
 
     def read(self) -> nn.Module | None:
-        """Return the model, whose tensors are read now; None if it is gone.
+        """Return the model, whose tensors are read now; None after pickling.
 
         Raises:
-            ValueError: names, shapes or the sharing of the model's tensors have changed.
+            ValueError: names, shapes or the sharing of the model's tensors have changed, or the copy is in the model.
         """
-        model = None if self._model is None else self._model()
-        parts = [] if model is None else list(model.modules())
-        # The dictionaries of a module stay the same, but a tensor or a part may be replaced by another one.
-        self._tensors = [held for part in parts for held in (part._parameters, part._buffers) if held]
-        self._parts = [part._modules for part in parts if part._modules]
-        if model is not None and (now := _layout(model)) != self._layout:
-            other = sorted({name for name, *_ in {*now} ^ {*self._layout}})
-            raise ValueError(
-                f"{type(model).__name__} has other parts, or tensors of other names, shapes or sharing, than when its "
-                f"frozen copy was made ({', '.join(other[:4])}): make a new one with purify_fast.frozen_copy(model, x)"
-            )
-        objects: list[Any] = [one for held in (*self._tensors, *self._parts) for one in held.values()]
-        # A new object may get the id and the address of one that is gone, so `_gone` gets an entry when one goes.
-        self._gone: list[Any] = []
-        self._refs = [weakref.ref(one, self._gone.append) for one in objects if one is not None]
-        self._stamps = self._look()
+        model = self._model
+        if model is None:
+            return None
+        self.reads += 1
+        self._watch.look(model)
+        if (tensors := self.structure.look(model)) is not None:
+            name = type(model).__name__
+            for at, part in model.named_modules():
+                if is_frozen_copy(part):
+                    raise ValueError(
+                        f"{name}.{at} is a frozen copy, which must not be a part of its model: keep it outside"
+                    )
+            if not self.fits():
+                other = sorted({name for name, *_ in {*_layout(model)} ^ {*self._layout}})
+                raise ValueError(
+                    f"{name} has other parts, or tensors of other names, shapes or sharing, than when its frozen copy "
+                    f"was made ({', '.join(other[:4])}): make a new one with purify_fast.frozen_copy(model, x)"
+                )
+            self.reason = _uncounted(model, tensors)
         return model
 
-    def changed(self) -> bool:
-        """Tell whether PyTorch has counted a write to a tensor, or an object was replaced, since the last `read`."""
-        if self._model is None or self._model() is None:
-            return False
-        return bool(self._gone) or self._look() != self._stamps
+    def fits(self) -> bool:
+        """Tell whether names, shapes and the sharing of the model's tensors are those of the copy."""
+        return self._model is None or _layout(self._model) == self._layout
 
-    def _look(self) -> list[Any]:
-        """Return the ids of the model's parts and tensors, and the tensors' addresses and counts of writes."""
-        parts = [id(part) for held in self._parts for part in held.values()]
-        tensors = [one for held in self._tensors for one in held.values() if one is not None]
-        # A tensor that was made in inference mode has no count.
-        versions = [-1 if one.is_inference() else one._version for one in tensors]
-        return [parts, list(map(id, tensors)), versions, [one.data_ptr() for one in tensors]]
+    def changed(self) -> bool:
+        """Tell whether the model may have changed since the last `read`."""
+        return self._model is not None and (self.reason != "" or self._watch.changed())
 
     def __deepcopy__(self, memo: object) -> Followed:
         other = Followed()
         vars(other).update(vars(self))
+        if self._model is not None:
+            other._watch = Watch(self._model)
         return other
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Followed, ()
+
+
+def _uncounted(model: nn.Module, tensors: list[Tensor]) -> str:
+    """Say why counts of writes do not show all changes of a model; an empty text if they do.
+
+    ``tensors``: all tensors that the model holds.
+    """
+    for name, part in model.named_modules():
+        if not getattr(type(part).train, "sets_modes_only", type(part).train is nn.Module.train) or (
+            type(part).eval is not nn.Module.eval or {"train", "eval"} & vars(part).keys()
+        ):
+            return f"{type(part).__name__} ({name or 'the model'}) computes in train() or eval()"
+    if hidden := hidden_modules(model):
+        return f"{hidden[0][0]} is no registered part"
+    known = {id(one) for _, one in tensors_of(model)}
+    known |= {id(value) for part in model.modules() for value in vars(part).values()}
+    if any(id(one) not in known for one in tensors):
+        return "a tensor lies in a list, a dict or an object"
+    return ""
 
 
 def _layout(model: nn.Module) -> list[tuple[str, Any, int]]:

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import functools
 import traceback
 import warnings
-from collections.abc import Hashable
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from collections.abc import Hashable, Iterator
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from .._compiler import is_compiled
-from .._tensors import refuse_divided
+from .._compiler import is_compiled, outside_graphs
+from .._tensors import dtype_of, refuse_divided
 from .._validation import in_one_line
-from ..models.representation import evaluation_mode
 from ..protocols import CopiesItself, Purifies, supports
 from .agreement import BFLOAT16, FLOAT32, same_direction
-from .draws import same_draws, shared_generators
+from .draws import same_draws
 from .folding.inference_copy import DTYPES, InferenceCopy
-from .followed import Followed, is_frozen_copy, keeps_its_mode, settings_of
+from .followed import Followed, is_frozen_copy, keeps_its_mode
 from .frozen_weights import images_only
 from .processor import fast_bfloat16
-from .watch import FEWEST_WEIGHTS, matrix_weights, tensors_of
-
-if TYPE_CHECKING:
-    from .graphs.graphed_calls import GraphedCalls
+from .products import is_dense
+from .watch import FEWEST_WEIGHTS, deep_copy, freeze, matrix_weights, tensors_of
 
 Dtype = torch.dtype | Literal["auto"]
 
@@ -34,13 +31,12 @@ Dtype = torch.dtype | Literal["auto"]
 COMPARED = 8
 
 
-def frozen_copy(
-    model: nn.Module, x: Tensor, *, dtype: Dtype = "auto", compile: bool = False, graphs: bool = False
-) -> nn.Module:
+def frozen_copy(model: nn.Module, x: Tensor, *, dtype: Dtype = "auto", compile: bool = False) -> nn.Module:
     """Make a frozen copy of a model, for predictions and attacks that need gradients of the images only.
 
     The copy is compared with the model once, on up to 8 images of ``x``: their logits, and the direction of their
-    gradient. If it differs, a simpler form is taken, and a warning says why.
+    gradient. If BatchNorms are folded, it is compared again under random BatchNorm statistics, weights and biases. If
+    it differs, a simpler form is taken, and a warning says why.
 
     Args:
         model: module from images ``[B, C, H, W]`` to logits ``[B, classes]``. It is not changed or called; a copy of it
@@ -48,25 +44,21 @@ def frozen_copy(
             copy (`purify_fast.defences.Defence.make_frozen_copy`).
         x: an example batch of images ``[B, C, H, W]``, floating point, on the device of the model.
         dtype: dtype of the products, ``torch.float32`` or ``torch.bfloat16``. "auto" is bfloat16 where the device
-            multiplies faster in it and the model has enough weights or is a defence, or else float32.
+            multiplies faster in it and the model is a defence or has enough dense products for a batch like x, or else
+            float32.
         compile: whether to compile the copy by `torch.compile`, and whole steps of this package's attacks on it.
-        graphs: whether calls of the copy on a CUDA device are captured as CUDA graphs, see
-            `purify_fast.speed.graphs.graphed_calls.GraphedCalls`. Without it, only steps of this package's attacks are.
 
     Returns:
         A `FrozenCopy`; for a defence of this package, a defence of the same class.
 
     Raises:
-        TypeError: the model is no module in eager mode, or a frozen copy itself.
-        ValueError: x is no batch of images, the dtype is not allowed, the noise of a defence is fixed or off, or
-            ``graphs`` is True for a defence.
+        TypeError: the model cannot be copied rightly, such as a module in a data-parallel wrapper, or with a
+            ``forward`` that was bound to the instance.
+        ValueError: x is no batch of images, the dtype is not allowed, or the noise of a defence is fixed or off.
     """
     # An attack on a CPU needs none of what makes graphs.
-    from .graphs.graphed_calls import GraphedCalls
     from .graphs.step_graphs import StepGraphs
 
-    if graphs and supports(model, CopiesItself):
-        raise ValueError("graphs must be False for a defence, got True: only steps of attacks on it are captured")
     if not getattr(model, "noise_is_fresh", True) or getattr(model, "_noise_ids", None) is not None:
         raise ValueError("model must draw fresh noise: make its copy outside of fixed_noise, deterministic, noise_ids")
     made, same = _compared(model, x, dtype, compile)
@@ -75,10 +67,14 @@ def frozen_copy(
         warnings.warn(f"{text}, so the copy could not be compared with it", RuntimeWarning, stacklevel=2)
     copied: Any = made
     copied._followed.graphs = StepGraphs()
-    if graphs:
-        copied.graphed_calls = copied._followed.graphs.beside = GraphedCalls()
-        copied.about += ", calls as CUDA graphs"
     return made
+
+
+class Form(NamedTuple):
+    """How a copy is made: the dtype of its products, and whether it is plain, without folds and changed layouts."""
+
+    dtype: torch.dtype
+    plain: bool = False
 
 
 def _compared(model: Any, x: Tensor, dtype: Dtype, compile: bool) -> tuple[nn.Module, bool]:
@@ -87,28 +83,25 @@ def _compared(model: Any, x: Tensor, dtype: Dtype, compile: bool) -> tuple[nn.Mo
         model = model.module
     _check(model, x, dtype)
     if dtype == "auto":
-        dtype = auto_dtype(model, x.device)
-    x, shape, name = x[:COMPARED].detach(), tuple(x.shape[1:]), type(model).__name__
+        dtype = auto_dtype(model, x)
+    x, name = x[:COMPARED].detach(), type(model).__name__
     # The copies are made outside inference mode even if the caller is in it, because attacks differentiate them.
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), _not_run(model):
         x = x.clone()
-        original = copy.deepcopy(model, shared_generators(model)).requires_grad_(False)
-        if original.training:
-            original.eval()
+        original = _evaluated(model)
         # An error of the model itself leaves this function.
-        want = _answers(original, x)
-        forms = list(dict.fromkeys([(dtype, False), (torch.float32, False), (torch.float32, True)]))
-        for (each, plain), following in zip(forms, [*forms[1:], None], strict=True):
+        want = _answers(original, x if dtype_of(original) == dtype_of(model) else x.float())
+        forms = list(dict.fromkeys([Form(dtype), Form(torch.float32), Form(torch.float32, plain=True)]))
+        for form, following in zip(forms, [*forms[1:], None], strict=True):
             try:
-                # A model may draw random numbers while it is copied.
-                with same_draws(model):
-                    if supports(model, CopiesItself):
-                        made = model.make_frozen_copy(each, compile=compile, plain=plain)
-                    else:
-                        made = FrozenCopy(model, shape, each, compile=compile, plain=plain)
-                if _agree(_answers(made, x.float()), want, each):
+                made = made_in(form, model, x, compile)
+                if _agree(_answers(made, x.float()), want, form.dtype) and _folds_rightly(model, x, form):
+                    # A call may have filled caches or moved counters of the copy.
+                    made.update()
                     return made, True
                 reason = "it gives other logits or gradients than the model"
+            except CallsTheModel:
+                raise
             except Exception as error:
                 # A user's module may raise any error when it is traced, converted, compiled or run in another dtype.
                 if following is None:
@@ -116,79 +109,166 @@ def _compared(model: Any, x: Tensor, dtype: Dtype, compile: bool) -> tuple[nn.Mo
                 where = traceback.extract_tb(error.__traceback__)[-1]
                 reason = f"{in_one_line(error)} ({where.filename}, line {where.lineno})"
             if following is not None:
-                simpler = "without folded BatchNorms, in float32" if following[1] else "in float32"
-                text = f"the frozen copy of {name} in {each} is not used: {reason}. It is made {simpler} instead"
-                cure = "" if each == torch.float32 else "; dtype=torch.float32 asks for float32 at once"
+                simpler = "without folded BatchNorms, in float32" if following.plain else "in float32"
+                text = f"the frozen copy of {name} in {form.dtype} is not used: {reason}. It is made {simpler} instead"
+                cure = "" if form.dtype == torch.float32 else "; dtype=torch.float32 asks for float32 at once"
                 warnings.warn(text + cure, RuntimeWarning, stacklevel=3)
     return made, False
 
 
-def auto_dtype(model: nn.Module, device: torch.device) -> torch.dtype:
-    """The dtype of products that "auto" means for a model on a device."""
+def made_in(form: Form, model: Any, x: Tensor, compile: bool = False) -> Any:
+    """Make a copy of a model in a form, without a comparison."""
+    # A model may draw random numbers while it is copied.
+    with torch.inference_mode(False), same_draws(model):
+        if supports(model, CopiesItself):
+            return model.make_frozen_copy(form.dtype, compile=compile, plain=form.plain)
+        return FrozenCopy(model, tuple(x.shape[1:]), form.dtype, compile=compile, plain=form.plain)
+
+
+def _evaluated(model: nn.Module) -> nn.Module:
+    """Return a copy of a model in evaluation mode, in float32 if it is in half precision."""
+    copied = deep_copy(model).requires_grad_(False)
+    if copied.training:
+        freeze(copied)
+    return copied.float() if dtype_of(copied) in (torch.float16, torch.bfloat16) else copied
+
+
+def _folds_rightly(model: nn.Module, x: Tensor, form: Form) -> bool:
+    """Tell whether the copy in float32 agrees with a model that has random BatchNorm statistics, weights and biases.
+
+    Those of a new model, 0 and 1, would hide that a BatchNorm was folded along another dimension than its own.
+    """
+    other = deep_copy(model)
+    norms = [part for part in other.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    if form.plain or not norms:
+        return True
+    source = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for norm in norms:
+            for tensor, low, high in ((norm.weight, 0.5, 1.5), (norm.bias, -0.5, 0.5), (norm.running_mean, -0.5, 0.5)):
+                if tensor is not None:
+                    tensor.copy_(torch.rand(tensor.shape, generator=source, device="cpu") * (high - low) + low)
+            if norm.running_var is not None and norm.running_mean is not None:
+                # The mean and the variance keep their ratio, so that values in deep networks keep their size.
+                norm.running_mean.mul_(norm.running_var.sqrt())
+                norm.running_var.mul_(
+                    torch.rand(norm.running_var.shape, generator=source, device="cpu").to(x.device) + 0.5
+                )
+    original = _evaluated(other)
+    want = _answers(original, x if dtype_of(original) == dtype_of(other) else x.float())
+    got = _answers(made_in(Form(torch.float32), other, x), x.float())
+    # The gradients of random networks may be so small that their direction is rounding.
+    return _agree(got._replace(gradient=want.gradient), want, torch.float32)
+
+
+class CallsTheModel(TypeError):
+    """A copy runs modules of the model that it was made from."""
+
+
+@contextlib.contextmanager
+def _not_run(model: nn.Module) -> Iterator[None]:
+    """A block in which no part of the model may run: its copies have parts of their own."""
+    names = {id(part): name or "the model itself" for name, part in model.named_modules()}
+
+    def refuse(module: nn.Module, *given: Any) -> None:
+        if id(module) in names:
+            raise CallsTheModel(
+                f"model must not be called by its own copy, but the copy runs {names[id(module)]} "
+                f"({type(module).__name__}): write what calls it as a method of the class, not as a closure"
+            )
+
+    handle = nn.modules.module.register_module_forward_pre_hook(refuse)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def auto_dtype(model: nn.Module, x: Tensor) -> torch.dtype:
+    """The dtype of products that "auto" means for a model, on batches of images like ``x``."""
     # A defence makes many samples of an image, so bfloat16 is faster even with few weights.
-    large = supports(model, CopiesItself) or matrix_weights(model) >= FEWEST_WEIGHTS
-    return torch.bfloat16 if large and fast_bfloat16(device) else torch.float32
+    dense = fast_bfloat16(x.device) and (
+        supports(model, CopiesItself)
+        or (is_dense(model, x) if x.device.type == "cpu" else matrix_weights(model) >= FEWEST_WEIGHTS)
+    )
+    return torch.bfloat16 if dense else torch.float32
 
 
 class FrozenCopy(InferenceCopy):
     """The copy that `frozen_copy` makes: images ``[B, C, H, W]`` -> float32 logits ``[B, classes]``.
 
-    Each call compares the tensors of the model, and PyTorch's counts of writes to them, with those of the call before.
-    If they differ, it reads the weights again. No value is read, so call `update` after a write through ``.data``. The
-    copy does not follow other changes, such as another attribute, and keeps its mode. If the model is gone, or the copy
-    was pickled, the copy keeps its weights.
+    Attacks of this package, `evaluate` and `certify` let it read its model when they begin. A plain call reads if
+    PyTorch has counted a write to the model's tensors, or an optimizer has stepped, since the last time. To read is to
+    make the copy again, with all that the model holds. The copy keeps its model alive. A copy that was pickled keeps
+    its weights.
 
     Attributes:
         about: a line that says what the copy is.
     """
 
-    not_dependencies = frozenset({"_followed", "_warned", "graphed_calls"})
+    not_dependencies = frozenset({"_followed", "_warned"})
 
     def __init__(self, model: nn.Module, image_shape: tuple[int, ...], dtype: torch.dtype, compile: bool, plain: bool):
-        fine = dtype == torch.bfloat16
-        super().__init__(model, image_shape, dtype, compile, fine=fine, plain=plain)
+        followed, fine = Followed(model), dtype == torch.bfloat16
+        super().__init__(model, image_shape, dtype, compile, fine, plain, structure=followed.structure)
         self.training = self._warned = False
-        self.graphed_calls: GraphedCalls | None = None
-        self._followed = Followed(model)
+        self._followed = followed
+        self._name = type(model).__name__
+
+    @property
+    def about(self) -> str:
         layout = "channels_last" if self.uses_channels_last else "its own memory format"
-        compiled = ", compiled" if compile else ""
-        name = type(model).__name__
-        self.about = f"{name} in {dtype}, {layout}, {self.folded} folded BatchNorms{compiled}".replace("torch.", "")
+        compiled = ", compiled" if self.compile_steps else ""
+        reads = f", reads its model at every call, because {self._followed.reason}" if self._followed.reason else ""
+        unfolded = self.decisions["classifier"].unfolded
+        folds = f"{self.folded} folded BatchNorms" + (f" ({unfolded})" if unfolded else "")
+        text = f"{self._name} in {self.dtype}, {layout}, {folds}{compiled}{reads}"
+        return text.replace("torch.", "")
 
     def forward(self, x: Tensor) -> Tensor:
-        # A compiler would keep the count of writes as a constant.
         if torch.compiler.is_compiling():
-            return super().forward(x)
-        self.prepare_replay()
-        call = super().forward
-        return call(x) if self.graphed_calls is None else self.graphed_calls(self.classifier, call, x)
+            # A graph would keep the first weights, so it ends here.
+            self._read_outside()
+        elif self._followed.changed():
+            self.update()
+        return self._predict(x)
 
     def prepare_replay(self) -> None:
         """Follow the model before a captured or compiled step runs, which does not call `forward`."""
         if self._followed.changed():
             self.update()
 
+    _read_outside = outside_graphs(prepare_replay)
+
     def compiled_steps(self) -> dict[Hashable, Any] | None:
         self.prepare_replay()
         return super().compiled_steps()
 
     def update(self) -> None:
-        """Read the weights and buffers of the model again.
+        """Read the model again.
 
         Raises:
             ValueError: names, shapes or the sharing of the model's tensors have changed.
         """
         model = self._followed.read()
         if model is not None:
-            self.refresh(model)
+            self._make(model)
 
     def follows(self, model: nn.Module) -> bool:
-        """Read the weights of the model again; False if it has changed so much that it needs a new copy."""
+        """Read the model again; False if it has changed so much that it needs a new copy."""
         try:
             self.update()
         except ValueError:
             return False
         return True
+
+    def state_dict(self, *given: Any, **options: Any) -> Any:
+        self.prepare_replay()
+        return super().state_dict(*given, **options)
+
+    def __getstate__(self) -> Any:
+        self.prepare_replay()
+        return super().__getstate__()  # type: ignore[no-untyped-call]
 
     def train(self, mode: bool = True) -> FrozenCopy:
         """Change nothing. Attacks of other packages call this method; the first call with ``mode=True`` warns."""
@@ -203,15 +283,29 @@ def _check(model: nn.Module, x: Tensor, dtype: Dtype) -> None:
     name = type(model).__name__
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
         raise TypeError(f"model must be a torch.nn.Module in eager mode, got {name}")
-    if isinstance(model, nn.DataParallel):
-        raise TypeError("model must not be an nn.DataParallel: give model.module, and run one process per GPU")
     if is_compiled(model):
         raise TypeError("model must not be compiled: give model._orig_mod, and write frozen_copy(..., compile=True)")
     if is_frozen_copy(model):
         raise TypeError("model must not be a frozen copy itself: use this copy")
-    inside = [one for one in model.modules() if one is not model and supports(one, CopiesItself)]
-    if inside:
-        raise TypeError(f"model must not contain a defence, got a {type(inside[0]).__name__}: copy the defence itself")
+    for at, part in model.named_modules():
+        where = f"{at} ({type(part).__name__})" if at else name
+        if isinstance(part, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            given = f"model.{at}".rstrip(".")
+            text = f"give {given}.module, and run one process per GPU"
+            raise TypeError(f"model must not be or contain an nn.{type(part).__name__}: {text}")
+        if part is not model and supports(part, CopiesItself):
+            raise TypeError(f"model must not contain a defence, got {where}: copy the defence itself")
+        if is_frozen_copy(part):
+            raise TypeError(f"model must not contain a frozen copy, got {where}: copy the model without it")
+        if "forward" in vars(part):
+            raise TypeError(
+                f"model must not have a forward that was bound to an instance, as {where} has: its copy would run the "
+                "original. Define a class with this forward; for accelerate give accelerator.unwrap_model(model), for "
+                "Lightning Fabric model.module"
+            )
+    for at, tensor in tensors_of(model):
+        if tensor.layout != torch.strided:
+            raise TypeError(f"model must have dense tensors, got {tensor.layout} in {at}: call {at}.to_dense()")
     refuse_divided(model)
     if not isinstance(x, Tensor) or x.dim() != 4 or not len(x) or not x.is_floating_point():
         got = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
@@ -261,7 +355,9 @@ def _agree(got: _Answers, want: _Answers, dtype: torch.dtype) -> bool:
         if dtype == torch.bfloat16 and theirs.dim() == 2 and theirs.shape[1] > 1:
             same = same_logits(mine, theirs)
         else:
-            same = bool((mine - theirs).abs().max() <= strength * theirs.abs().max())
+            # Classes may be masked by infinite logits.
+            error = (mine - theirs).abs().masked_fill(mine == theirs, 0)
+            same = bool(error.max() <= strength * theirs.abs().masked_fill(theirs.isinf(), 0).max())
         if not same:
             return False
     return same_direction(got.gradient, want.gradient, strength)
@@ -292,12 +388,12 @@ def same_answers(one: nn.Module, other: nn.Module, x: Tensor) -> bool:
         return _agree(_answers(one, x.clone()), _answers(other, x.clone()), torch.bfloat16)
 
 
-def tell_of_copies(model: object, device: torch.device) -> None:
+def tell_of_copies(model: object, x: Tensor) -> None:
     """Warn once in a process of a direct attack on a large model in float32, which leaves matrix units unused."""
     if not isinstance(model, nn.Module) or is_frozen_copy(model) or supports(model, CopiesItself):
         return
     first = next(model.parameters(), None)
-    if first is not None and first.dtype == torch.float32 and auto_dtype(model, device) == torch.bfloat16:
+    if first is not None and first.dtype == torch.float32 and auto_dtype(model, x) == torch.bfloat16:
         _warn_once(
             "the attack computes in float32, without the matrix units of the device: attack "
             'purify_fast.frozen_copy(model, x), or give precision="bfloat16", or "float32" to keep it so'
@@ -326,26 +422,35 @@ def copy_or_model(model: nn.Module, x: Tensor, dtype: Dtype) -> nn.Module:
 
 
 class AttackedCopy:
-    """The model that a training attacks: a frozen copy of the trained model, which reads the weights at every step.
+    """The model that a training attacks: a frozen copy of the trained model, which attacks let read the weights.
 
     A model in float32 with few weights is attacked itself, because a copy takes more time than it saves.
+
+    Attributes:
+        decision: the form of the copy, ``[dtype, plain]``, or "model" for the model itself; None before the first
+            attack. It depends on the weights at that time, so a resumed training takes over that of its checkpoint.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype):
         self.model, self.dtype = model, dtype
-        self._made: nn.Module | None = None
-        self._settings: Any = None
+        self.decision: Any = None
+        self._made: Any = None
 
     def now(self, x: Tensor) -> nn.Module:
-        """Return the copy with the present weights, for images like ``x``, or the model itself."""
+        """Return the copy, for images like ``x``, or the model itself."""
         if self.dtype == torch.float32 and matrix_weights(self.model) < FEWEST_WEIGHTS:
             return self.model
-        with evaluation_mode(self.model):
-            settings, objects = settings_of(self.model)
-        made: Any = self._made
-        if settings != self._settings or (made is not self.model and not made.follows(self.model)):
-            # The images are always the same, so that a resumed run makes the same copy.
+        if self._made is not None and (self._made is self.model or self._made._followed.fits()):
+            return cast(nn.Module, self._made)
+        if self._made is not None or self.decision is None:
+            # The images are always the same, so that a run makes the same copy whenever it is repeated.
             some = torch.rand((COMPARED, *x.shape[1:]), generator=torch.Generator().manual_seed(0), device="cpu")
-            made = copy_or_model(self.model, some.to(x), self.dtype)
-        self._made, self._settings, self._objects = made, settings, objects
-        return cast(nn.Module, made)
+            self._made = copy_or_model(self.model, some.to(x), self.dtype)
+            chosen = self._made is not self.model
+            self.decision = [str(self._made.compute_dtype), self._made.plain] if chosen else "model"
+        elif self.decision == "model":
+            self._made = self.model
+        else:
+            dtype = next(one for one in DTYPES if str(one) == self.decision[0])
+            self._made = made_in(Form(dtype, self.decision[1]), self.model, x)
+        return cast(nn.Module, self._made)

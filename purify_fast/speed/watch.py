@@ -1,14 +1,26 @@
-"""The tensors of a model, and how many weights it has."""
+"""Copies models with all that they hold, and tells whether a model's tensors may have changed."""
 
 from __future__ import annotations
 
+import copy
+import itertools
+from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-#: With the dtype "auto", a model with fewer weights in convolutions and linear layers than this computes in float32,
-#: because conversions to bfloat16 would take more time than they save.
+from ..model_state import hidden_modules, structure_key
+from .draws import shared_generators
+
+#: A model with fewer weights in convolutions and linear layers than this is attacked itself in float32, because a copy
+#: would take more time than it saves.
 FEWEST_WEIGHTS = 250_000
+#: The layers whose weights may be in channels_last.
+CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 
 
 def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -21,3 +33,136 @@ def matrix_weights(model: nn.Module) -> int:
     """The number of weights in the convolutions and linear layers of a model."""
     layers = (nn.modules.conv._ConvNd, nn.Linear)
     return sum(module.weight.numel() for module in model.modules() if isinstance(module, layers))
+
+
+def deep_copy(model: nn.Module, channels_last: bool = False) -> nn.Module:
+    """Copy a model with all that it holds, except its random generators, which the copy shares.
+
+    Tensors with a history, such as the outputs of layers that hooks keep, lose it: PyTorch cannot copy them with it.
+    With ``channels_last``, the weights of convolutions are copied to this layout.
+    """
+    memo = shared_generators(model)
+    for part in model.modules():
+        weight = part._parameters.get("weight") if channels_last and isinstance(part, CONVOLUTIONS) else None
+        if type(weight) is nn.Parameter:
+            copied = weight.detach().clone(memory_format=torch.channels_last)
+            memo[id(weight)] = nn.Parameter(copied, weight.requires_grad)
+        for value in itertools.chain(vars(part).values(), part._buffers.values()):
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    try:
+        return copy.deepcopy(model, memo)
+    except RuntimeError as error:
+        if "deepcopy protocol" not in str(error):
+            raise
+        raise TypeError(
+            f"{type(model).__name__} holds a tensor with a history in a list or an object, which cannot be copied: "
+            "keep value.detach() there, or call the model once under torch.no_grad()"
+        ) from error
+
+
+def freeze(copied: nn.Module) -> nn.Module:
+    """Put a copied model into evaluation mode, in place, without gradients of its weights; hidden networks too."""
+    for whole in (copied, *(module for _, module in hidden_modules(copied))):
+        whole.requires_grad_(False).eval()
+    return copied
+
+
+@dataclass
+class Decisions:
+    """What preparing a network for inference has found out. It depends on the network's structure alone.
+
+    Attributes:
+        pairs: the names of the layers and BatchNorms that can be folded; None: not known yet.
+        unfolded: why no BatchNorm can be folded, or an empty text.
+        channels_last: whether the network runs in channels_last; None: not known yet.
+    """
+
+    pairs: list[tuple[str, str]] | None = None
+    unfolded: str = ""
+    channels_last: bool | None = None
+
+
+class Structure:
+    """The structure of a model: all that it holds, without modes and the values of tensors.
+
+    Attributes:
+        decisions: the `Decisions` about parts of the model, by name. They are forgotten when the structure changes.
+        number: the number of different structures so far.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.decisions = defaultdict[str, Decisions](Decisions)
+        self._key: Any = None
+
+    def look(self, model: nn.Module) -> list[Tensor] | None:
+        """Describe the model anew. If its structure has changed, return all tensors that it holds; else None."""
+        key, objects, tensors = structure_key(model, modes=False)
+        if key == self._key:
+            return None
+        # The objects in the description are kept alive beside it.
+        self._key, self._objects = key, objects
+        self.number += 1
+        self.decisions.clear()
+        return tensors
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy does not hold the objects of the description, so it describes the model anew.
+        return {"decisions": self.decisions.copy(), "number": 0, "_key": None}
+
+
+class _Steps:
+    """The number of optimizers' steps in this process since the first watch."""
+
+    count = 0
+    counted = False
+
+
+def _stepped(*given: Any) -> None:
+    _Steps.count += 1
+
+
+class Watch:
+    """Tells whether a model's tensors or parts may have changed since the last `look`. No value is read.
+
+    It compares PyTorch's counts of writes, and which tensors and parts there are. A fused optimizer does not count its
+    writes, so any step of any optimizer in the process counts as a change too.
+    """
+
+    def __init__(self, model: nn.Module):
+        if not _Steps.counted:
+            register_optimizer_step_post_hook(_stepped)
+            _Steps.counted = True
+        self.look(model)
+
+    def look(self, model: nn.Module) -> None:
+        """Remember the present tensors and parts of the model, and the counts of writes."""
+        parts = list(model.modules())
+        groups = [held for part in parts for held in (part._parameters, part._buffers, part._modules) if held]
+        named = [(vars(part), name) for part in parts for name, one in vars(part).items() if isinstance(one, Tensor)]
+        self._groups, self._named = groups, named
+        #: The objects are kept alive, because a new object may get the id of one that is gone.
+        self._objects = [*(one for held in groups for one in held.values()), *(held[name] for held, name in named)]
+        self._tensors = [one for one in self._objects if isinstance(one, Tensor)]
+        # A tensor that was made in inference mode has no count.
+        self._counted = [one for one in self._tensors if not one.is_inference()]
+        #: The memory is kept alive too, because ``.data`` may be given other memory at the same address.
+        self._memory = [one.detach() for one in self._tensors]
+        self._steps, self._seen = _Steps.count, self._now()
+
+    def changed(self) -> bool:
+        """Tell whether something has changed since the last `look`."""
+        return self._steps != _Steps.count or self._now() != self._seen
+
+    def _now(self) -> list[int]:
+        # Every call of a frozen copy runs this function, so it must be fast.
+        now = [id(one) for held in self._groups for one in held.values()]
+        now += [one._version for one in self._counted]
+        now += [one.data_ptr() for one in self._tensors]
+        now += [id(held.get(name)) for held, name in self._named]
+        return now
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy of what is watched must be watched anew, so a copy or pickle of this object is None.
+        return type(None), ()

@@ -33,6 +33,8 @@ class ClassifierTask(MethodTask):
         config: settings of the training.
     """
 
+    attacked: AttackedCopy
+
     def __init__(self, model: nn.Module, config: ClassifierConfig):
         super().__init__(config, model)
         self.attacked = AttackedCopy(model, self.dtype)

@@ -127,6 +127,7 @@ def fit(
         for place in (folder, None if run.bank is None else run.bank.path.parent):
             from_first(partial(stack.enter_context, folder_lock(place)))
         run.resume()
+        task.begin()
         run.write_log()
         if task.tf32:
             stack.enter_context(float32_products(tf32=True))

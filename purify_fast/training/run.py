@@ -160,6 +160,7 @@ class Run:
         optimizers = {name: optimizer.state_dict() for name, optimizer in self.task.optimizers.items()}
         progress = {name: getattr(self, name) for name in (*_PROGRESS, "facts", "sums", "seconds")}
         progress["network"] = self.network(self.shape)
+        progress["attacked"] = None if self.task.attacked is None else self.task.attacked.decision
         return {"model": self.task.model.state_dict(), "optimizers": optimizers, **progress}
 
     def network(self, shape: list[int]) -> dict[str, Any]:
@@ -217,6 +218,8 @@ class Run:
             setattr(self, name, saved[name])
         self.sums = {key: value.to(self.source.device) for key, value in saved["sums"].items()}
         self._spent = saved["seconds"]
+        if self.task.attacked is not None:
+            self.task.attacked.decision = saved.get("attacked")
         self._compare(saved["network"])
 
     def _read(self) -> dict[str, Any] | None:

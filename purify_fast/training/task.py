@@ -19,6 +19,7 @@ from .optimizers import Lookahead
 from .schedules import DelayUnit, RunLength
 
 if TYPE_CHECKING:
+    from ..speed.frozen_copy import AttackedCopy
     from ..speed.graphs.step_graphs import StepGraphs
     from .bank import BankedStep, FrozenAttacks
 
@@ -100,6 +101,7 @@ class Task:
         frozen: parts of the model that remain in evaluation mode; `fit` sets them by `frozen_parts`.
         graphs: captures the steps of the training's attacks in CUDA graphs, if the task passes this object to its
             attacks; `fit` sets it on a CUDA device.
+        attacked: chooses the copy that the training attacks, which a resumed run must choose too; None: it has none.
     """
 
     model: nn.Module
@@ -107,6 +109,7 @@ class Task:
     tf32: bool = False
     graphs: StepGraphs | None = None
     frozen: Sequence[nn.Module] = ()
+    attacked: AttackedCopy | None = None
 
     @property
     def result(self) -> nn.Module:
@@ -187,6 +190,9 @@ class Task:
         """
         loss, metrics = self.training_step(batch)
         yield Update("model", loss, metrics)
+
+    def begin(self) -> None:
+        """Run by `fit` once before the first step, when a checkpoint has been loaded."""
 
     def train(self) -> None:
         """Put the model into training mode, except the parts that the user froze."""

@@ -1,72 +1,42 @@
-"""Whether bfloat16 is fast is measured once for a machine, and every process reads this answer."""
+"""The processor's instructions tell whether bfloat16 is fast: every process has the same answer."""
 
 import pytest
 import torch
 
 from purify_fast.evaluation.run.cache import RowCache
-from purify_fast.ops.dispatch import records
 from purify_fast.speed import processor
 
 CPU = torch.device("cpu")
+EPYC, XEON = "AMD EPYC 9654", "Intel(R) Xeon(R) Platinum 8380H"
 
 
-def forget():
-    records.forget()
-    processor._kept_ratio.cache_clear()
+@pytest.mark.parametrize(
+    ("name", "bf16", "tiles", "variables", "fast"),
+    [
+        (EPYC, True, False, {}, True),
+        (EPYC, False, False, {}, False),
+        (XEON, True, True, {}, True),
+        (XEON, True, False, {}, False),
+        (XEON, True, True, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}, False),
+        (EPYC, True, False, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}, True),
+        (EPYC, True, False, {"ONEDNN_MAX_CPU_ISA": "AVX2"}, False),
+        (EPYC, True, False, {"ATEN_CPU_CAPABILITY": "avx2"}, False),
+    ],
+)
+def test_tiles_or_a_processor_of_amd_make_bfloat16_fast(monkeypatch, name, bf16, tiles, variables, fast):
+    for variable in ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(processor, "processor", lambda: name)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+    assert processor.fast_bfloat16(CPU) == fast
 
 
-@pytest.fixture
-def machine(monkeypatch, tmp_path):
-    """A machine with bfloat16 and an empty folder, whose measurement the test sets."""
-    monkeypatch.setenv("PURIFY_FAST_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(processor, "_multiplies_bfloat16", lambda: True)
-    forget()
-    yield lambda ratio: monkeypatch.setattr(processor, "_measured_ratio", lambda: ratio)
-    forget()
+def test_rows_of_another_answer_are_not_used(monkeypatch, tmp_path):
+    def key(fast):
+        monkeypatch.setattr("purify_fast.evaluation.run.cache.fast_bfloat16", lambda device: fast)
+        return RowCache(tmp_path / "rows").key({"seed": 0}, None)
 
-
-def test_another_process_beside_other_work_has_the_same_answer(machine):
-    machine(0.5)
-    assert processor.fast_bfloat16(CPU)
-    # In another process the measurement would say the opposite.
-    machine(1.5)
-    forget()
-    assert processor.fast_bfloat16(CPU)
-
-
-def test_the_verdicts_of_kernels_stay_beside_it(machine):
-    records.update(CPU, {"an_op": {"sources": "1", "correct": True}})
-    machine(0.5)
-    assert processor.fast_bfloat16(CPU)
-    forget()
-    assert records.entry_of("an_op", "1", CPU)["correct"]
-
-
-def test_a_folder_that_cannot_be_written_is_said(machine, monkeypatch, tmp_path, caplog):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("PURIFY_FAST_CACHE", str(tmp_path / "file"))
-    machine(0.5)
-    assert processor.fast_bfloat16(CPU) and "each process times bfloat16 itself" in caplog.text
-
-
-def test_rows_of_another_answer_are_not_used(machine, tmp_path):
-    def key():
-        forget()
-        cache = RowCache(tmp_path / "rows")
-        return cache.key({"seed": 0}, None)
-
-    machine(0.5)
-    first = key()
-    records.update(CPU, {}, **{processor.RATIO: 1.5})
-    assert first != key()
-
-
-def test_the_measured_ratio_is_the_time_in_bfloat16_by_that_in_float32(monkeypatch):
-    now = [0.0]
-
-    def gradient(shape, weight, *rest, **options):
-        now[0] += 3.0 if weight.dtype == torch.bfloat16 else 4.0
-
-    monkeypatch.setattr(processor, "conv2d_input", gradient)
-    monkeypatch.setattr(processor.time, "perf_counter", lambda: now[0])
-    assert processor._measured_ratio() == 0.75
+    assert key(True) == key(True) != key(False)

@@ -90,7 +90,7 @@ def ours(device: torch.device, quick: bool, *, count: int, compiled: bool = Fals
     x, y = _images(device, quick, count)
     graphs = StepGraphs("always") if captured else None
     network = _network(quick).to(device)
-    copy = InferenceCopy(network, tuple(x.shape[1:]), auto_dtype(network, device), compile=compiled)
+    copy = InferenceCopy(network, tuple(x.shape[1:]), auto_dtype(network, x), compile=compiled)
     how: dict[str, Any] = {"eps": EPS, "alpha": ALPHA, "steps": STEPS, "random_start": False, "graphs": graphs}
 
     def run() -> Tensor:

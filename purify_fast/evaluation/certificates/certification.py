@@ -29,9 +29,10 @@ from ...attacks import frozen
 from ...attacks.arguments import check_labels
 from ...ops import kernels_now
 from ...protocols import Classifier
+from ...speed.followed import read_copies
 from ...speed.precision import whole_float32_by_default
 from ..request.fingerprint import fingerprint
-from ..request.preparation import collect, note_of_modes, update_copies
+from ..request.preparation import collect, note_of_modes
 from ..request.subject import device_of
 from ..run.cache import RowCache
 from ..run.shards import Shards
@@ -109,7 +110,7 @@ def certify(
     ):
         notes += note_of_modes(model, name)
         stack.enter_context(frozen(model))
-        update_copies(model)
+        read_copies(model)
         used = copy_of(model, images[:TRIED].to(device))
         asked = Draws(used, images, labels, sigma=sigma, device=device, batch_size=int(batch_size), seed=int(seed))
         check_labels("y", labels, asked.classes)

@@ -6,7 +6,7 @@ import logging
 import platform
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from ...attacks import Attack, OriginalAutoAttack
 from ...attacks.arguments import check_eps
 from ...attacks.original_autoattack import implementation
 from ...attacks.outputs import INSTEAD_OF_PROBABILITIES, ONE_HOT
-from ...model_state import hidden_modules, used_modules
+from ...model_state import used_modules
 from ...ops.dispatch.records import processor
 from ...protocols import Classifier
 from ...training.batches import as_tensor, check_channels, check_range
@@ -152,19 +152,3 @@ def note_of_modes(model: Classifier, name: str) -> list[str]:
     for note in notes:
         logger.warning(note)
     return notes
-
-
-def update_copies(*models: object) -> None:
-    """Let frozen copies read the weights of their models again, because writes through ``.data`` are not seen."""
-    parts: dict[int, Any] = {id(one): one for model in models for whole in _wholes(model) for one in whole.modules()}
-    for part in parts.values():
-        if getattr(part, "_followed", None) is not None:
-            part.update()
-
-
-def _wholes(model: object) -> Iterator[nn.Module]:
-    if isinstance(model, nn.Module):
-        yield model
-        yield from (module for _, module in hidden_modules(model))
-    elif model is not None:
-        yield from (module for _, module in used_modules(model))

@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Hashable, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,9 @@ from ...training.config import TrainingAttack
 from ...training.method_task import MethodTask, cross_entropy_of
 from ...training.task import Batch, Metrics, check_classifier
 from .config import ArrestConfig, arrest_published
+
+if TYPE_CHECKING:
+    from ...speed.frozen_copy import AttackedCopy
 
 
 class ArrestTask(MethodTask):
@@ -53,6 +56,7 @@ class ArrestTask(MethodTask):
     """
 
     name = "arrest"
+    attacked: AttackedCopy
     published: ClassVar = {"published": arrest_published}
 
     def __init__(

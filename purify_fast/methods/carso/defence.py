@@ -18,13 +18,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..._tensors import dtype_of, write_stamp
+from ..._tensors import dtype_of
 from ..._validation import check_counts, check_literal
 from ...defences.base import Defence
 from ...models.layers import normalization
 from ...models.representation import Representation
 from ...ops.decode_samples import latents
 from ...speed.decoding import PackedDecoder, kernel_decodes
+from ...speed.watch import Watch
 from ..saving import save_defence
 from .networks import NETWORKS, Decoder, Deconvolution, Plan, decoder_plan, decoder_plan_v1
 
@@ -121,8 +122,8 @@ class Carso(Defence):
         for part in (self.condition_encoder, self.posterior_encoder, self.decoder):
             part.to(memory_format=torch.channels_last)
         self._packed: PackedDecoder | None = None
-        #: Identifies the weights that were packed; None if they may have changed since.
-        self._packed_from: int | None = None
+        #: Watches the weights that were packed; None if they may have changed since.
+        self._packed_from: Watch | None = None
         self._ready()
 
     # -- a prediction: condition -> decode -> classify -> aggregate ----------------------------------------------------
@@ -197,17 +198,16 @@ class Carso(Defence):
         return self.compute_dtype == torch.bfloat16 and not self.decoder.training and kernel_decodes(bias.device)
 
     def prepare_replay(self) -> None:
-        """Follow the model, and pack the decoder's weights again if a write to its last bias was counted."""
+        """Follow the model, and pack the decoder's weights again if they may have changed."""
         super().prepare_replay()
-        stamp = write_stamp(self.decoder.stack[-1].get_parameter("bias"))
-        if self._packs and self._packed_from != stamp:
+        if self._packs and (self._packed_from is None or self._packed_from.changed()):
             # Attacks differentiate through the packed part, and autograd refuses tensors from inference mode.
             with torch.inference_mode(False), torch.no_grad():
                 packed = PackedDecoder(self.decoder)
             # Captured steps read the memory of the earlier packed part, so it gets the new weights.
             for old, new in zip(() if self._packed is None else self._packed.buffers(), packed.buffers(), strict=False):
                 old.data.copy_(new)
-            self._packed, self._packed_from = self._packed or packed, stamp
+            self._packed, self._packed_from = self._packed or packed, Watch(self.decoder)
 
     def update(self) -> None:
         super().update()
@@ -225,4 +225,5 @@ class Carso(Defence):
             self._packed_from = None
         return self
 
+    train.sets_modes_only = True  # type: ignore[attr-defined]
     save = save_defence

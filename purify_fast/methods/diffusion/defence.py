@@ -255,8 +255,8 @@ class DiffusionPurifier(Defence):
         """The dtype of the denoiser's inputs. The states are float32, or float64 if the weights are float64."""
         return torch.float32 if self.compute_dtype is not None else dtype_of(self.denoiser)
 
-    def make_frozen_copy(self, dtype: torch.dtype, *, compile: bool = False, plain: bool = False) -> DiffusionPurifier:
-        other = super().make_frozen_copy(dtype, compile=compile, plain=plain)
+    def make_frozen_copy(self, dtype: torch.dtype, **how: Any) -> DiffusionPurifier:
+        other = super().make_frozen_copy(dtype, **how)
         if dtype == torch.bfloat16:
             other.denoiser.convert_to_bfloat16()
         return other

@@ -38,6 +38,7 @@ def _home() -> Path:
         return Path(os.devnull)
 
 
+@functools.cache
 def processor() -> str:
     """Return the name of the CPU, as reported by the system."""
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
@@ -135,14 +136,13 @@ def entry_of(op: str, sources: str, device: torch.device) -> dict[str, Any]:
     return entry if entry.get("sources") == sources else {}
 
 
-def update(device: torch.device, ops: dict[str, Any], write: bool = True, **facts: Any) -> None:
+def update(device: torch.device, ops: dict[str, Any], write: bool = True) -> None:
     """Add to the entries of ops; begin an entry anew if the op's ``sources`` changed. ``write`` stores the file."""
     # Another process may have written in the meantime. Of two processes at once, the last writer wins.
     for content in (read(device), stored := _stored(device)):
         for op, entry in ops.items():
             before = content["ops"].get(op, {})
             content["ops"][op] = {**(before if before.get("sources") == entry["sources"] else {}), **entry}
-        content |= facts
     stored["ops"] = dict(sorted(stored["ops"].items()))
     path = file_of(device)
     try:

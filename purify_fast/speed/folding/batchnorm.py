@@ -9,16 +9,16 @@ several.
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from ..draws import same_draws, shared_generators
+from ..draws import same_draws
+from ..watch import deep_copy
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _FOLDABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -36,6 +36,16 @@ def fold_batchnorm(model: nn.Module) -> list[tuple[str, str]]:
     Returns:
         The names of the folded pairs (layer, BatchNorm).
     """
+    pairs, _ = foldable_pairs(model)
+    fold_pairs(model, pairs)
+    return pairs
+
+
+def foldable_pairs(model: nn.Module) -> tuple[list[tuple[str, str]], str]:
+    """Return the names of the pairs (layer, BatchNorm) that `fold_batchnorm` folds; they do not depend on weights.
+
+    The second result is why a model with BatchNorms has no pair, or an empty text.
+    """
     places = Counter(id(child) for module in model.modules() for child in module._modules.values())
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
 
@@ -49,13 +59,24 @@ def fold_batchnorm(model: nn.Module) -> list[tuple[str, str]]:
 
     found = _in_sequentials(model) if graph is None else _in_graph(graph)
     pairs = [pair for pair in found if fits(*map(model.get_submodule, pair))]
-    for layer, norm in (map(model.get_submodule, pair) for pair in pairs):
-        fold(layer, norm)
-        for parent in model.modules():
-            for name, child in parent.named_children():
-                if child is norm:
-                    setattr(parent, name, nn.Identity().eval())
-    return pairs
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if pairs or not norms:
+        return pairs, ""
+    odd = {type(norm).__name__ for norm in norms if not _is_norm(norm)}
+    if odd:
+        return pairs, f"{odd.pop()} is a subclass of BatchNorm"
+    return pairs, "torch.fx cannot trace the model" if graph is None else "no layer is read by a BatchNorm alone"
+
+
+def fold_pairs(model: nn.Module, pairs: list[tuple[str, str]]) -> None:
+    """Fold the pairs of these names, in place."""
+    parts = [(model.get_submodule(layer), model.get_submodule(norm)) for layer, norm in pairs]
+    fold(parts)
+    folded = {norm for _, norm in parts}
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            if child in folded:
+                setattr(parent, name, nn.Identity().eval())
 
 
 def _read(*values: Any) -> None:
@@ -80,7 +101,7 @@ def _traced(model: nn.Module) -> fx.Graph | None:
     """Trace a copy of a model; None if its path may depend on the inputs, or on random numbers."""
     with same_draws(model) as drew:
         try:
-            graph = _Tracer().trace(copy.deepcopy(model, shared_generators(model)))
+            graph = _Tracer().trace(deep_copy(model))
         except Exception:
             # A user's module may raise any error for symbolic inputs.
             return None
@@ -139,56 +160,35 @@ def hooked(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def fold(layer: Any, norm: Any) -> None:
-    """Fold a BatchNorm into the linear layer or convolution before it, in place."""
-    # torch.nn.utils.fuse_conv_bn_weights does not support linear layers. It also multiplies the bias in another order,
-    # which would change its last bits in float32.
-    old, mean = layer.weight, norm.running_mean.double()
-    scale = (norm.running_var.double() + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight.double())
-    shift = 0 if norm.bias is None else norm.bias.double()
-    bias = ((0 if layer.bias is None else layer.bias.double()) - mean) * scale + shift
+def fold(pairs: Sequence[tuple[Any, Any]]) -> None:
+    """Fold BatchNorms into the linear layers or convolutions before them, in place; on a GPU in few launches.
+
+    The computation is in float32 for weights of less precision, which are rounded only at the end.
+    """
+    if not pairs:
+        return
+    # torch.nn.utils.fuse_conv_bn_weights does not support linear layers, and takes one pair at a time.
+    layers, norms = zip(*pairs, strict=True)
+
+    def numbers(modules: Sequence[Any], name: str, missing: float) -> list[Tensor]:
+        found = [getattr(module, name) for module in modules]
+        found = [
+            n.running_var.new_full((), missing) if one is None else one for one, n in zip(found, norms, strict=True)
+        ]
+        return [one.to(torch.promote_types(one.dtype, torch.float32)) for one in found]
+
+    scales = list(torch._foreach_add(numbers(norms, "running_var", 1), [float(norm.eps) for norm in norms]))
+    torch._foreach_rsqrt_(scales)
+    scales = list(torch._foreach_mul(scales, numbers(norms, "weight", 1)))
+    biases = list(torch._foreach_sub(numbers(layers, "bias", 0), numbers(norms, "running_mean", 0)))
+    biases = list(torch._foreach_addcmul(numbers(norms, "bias", 0), biases, scales))
     # The weight of a transposed convolution has the output channels in its second dimension.
-    outputs = int(isinstance(layer, TRANSPOSED))
-    weight = old.double() * scale.view(-1, *[1] * (old.dim() - 1 - outputs))
-    # The computation is in float64, so that the values are rounded only here.
-    layer.weight = nn.Parameter(weight.to(old.dtype), old.requires_grad)
-    layer.bias = nn.Parameter(bias.to(old.dtype), old.requires_grad)
-
-
-class FoldedPairs:
-    """Computes `folded` for a model that is being trained: for all of its pairs together, in float32."""
-
-    def __init__(self, model: nn.Module, pairs: list[tuple[str, str]]):
-        self.layers, self.norms = [layer for layer, _ in pairs], [norm for _, norm in pairs]
-        norms: list[Any] = [model.get_submodule(name) for name in self.norms]
-        self._eps = [norm.eps for norm in norms]
-        #: The dimension of the output channels in each weight.
-        self._outputs = [int(isinstance(model.get_submodule(name), TRANSPOSED)) for name in self.layers]
-        ones = {f"{name}.weight": torch.ones(norm.num_features) for (_, name), norm in zip(pairs, norms, strict=True)}
-        zeros = {
-            f"{n}.bias": torch.zeros(norm.num_features) for pair, norm in zip(pairs, norms, strict=True) for n in pair
-        }
-        #: Default values, by name, for parameters that a module does not have.
-        self._defaults = ones | zeros
-
-    @torch.no_grad()
-    def __call__(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Compute the folded weights and biases in float32 from the current tensors, by name."""
-        device = tensors[f"{self.norms[0]}.running_mean"].device
-        self._defaults = {name: value.to(device) for name, value in self._defaults.items()}
-        known = self._defaults | tensors
-
-        def each(modules: list[str], part: str) -> list[Tensor]:
-            return [known[f"{name}.{part}"].float() for name in modules]
-
-        scales = list(torch._foreach_add(each(self.norms, "running_var"), self._eps))
-        torch._foreach_rsqrt_(scales)
-        torch._foreach_mul_(scales, each(self.norms, "weight"))
-        centered = torch._foreach_sub(each(self.layers, "bias"), each(self.norms, "running_mean"))
-        biases = torch._foreach_addcmul(each(self.norms, "bias"), centered, scales)
-        weights = each(self.layers, "weight")
-        each_weight = zip(scales, weights, self._outputs, strict=True)
-        shaped = [one.view(-1, *[1] * (weight.dim() - 1 - outputs)) for one, weight, outputs in each_weight]
-        weights = list(torch._foreach_mul(weights, shaped))
-        names = [f"{name}.{part}" for part in ("weight", "bias") for name in self.layers]
-        return dict(zip(names, [*weights, *biases], strict=True))
+    outputs = [int(isinstance(layer, TRANSPOSED)) for layer in layers]
+    shapes = [(-1, *[1] * (layer.weight.dim() - 1 - out)) for layer, out in zip(layers, outputs, strict=True)]
+    spread = [scale.view(shape) for scale, shape in zip(scales, shapes, strict=True)]
+    weights = numbers(layers, "weight", 1)
+    torch._foreach_mul_(weights, spread)
+    for layer, weight, bias in zip(layers, weights, biases, strict=True):
+        if weight is not layer.weight:
+            layer.weight.copy_(weight)
+        layer.bias = nn.Parameter(bias.to(layer.weight.dtype), layer.weight.requires_grad)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import defaultdict
 from collections.abc import Hashable
@@ -13,10 +12,11 @@ from torch import Tensor, nn
 
 from ..._compiler import section
 from ..._tensors import first_tensor, without_autocast
+from ...model_state import structure_key
 from ...models.representation import evaluation_mode, without_recorders
-from ..draws import same_draws, shared_generators
-from ..watch import tensors_of
-from .batchnorm import TRANSPOSED, FoldedPairs, fold_batchnorm
+from ..draws import same_draws
+from ..watch import CONVOLUTIONS, Decisions, Structure, deep_copy, freeze
+from .batchnorm import TRANSPOSED, fold_pairs, foldable_pairs
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -32,9 +32,7 @@ def convert_to_channels_last(model: nn.Module, image_shape: tuple[int, ...]) -> 
 
     A model that flattens maps or images with ``view`` does not run in channels_last.
     """
-    layers = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d))]
-    for layer in layers:
-        layer.to(memory_format=torch.channels_last)
+    _to_format(model, torch.channels_last)
     first = first_tensor(model)
     example = torch.full((2, *image_shape), 0.5, device=first.device, dtype=first.dtype)
     try:
@@ -42,10 +40,15 @@ def convert_to_channels_last(model: nn.Module, image_shape: tuple[int, ...]) -> 
         with evaluation_mode(model), torch.no_grad():
             model(example.contiguous(memory_format=torch.channels_last))
     except RuntimeError:
-        for layer in layers:
-            layer.to(memory_format=torch.contiguous_format)
+        _to_format(model, torch.contiguous_format)
         return False
     return True
+
+
+def _to_format(model: nn.Module, memory_format: torch.memory_format) -> None:
+    for layer in model.modules():
+        if isinstance(layer, CONVOLUTIONS):
+            layer.to(memory_format=memory_format)
 
 
 class _InFloat32(nn.Module):
@@ -121,8 +124,9 @@ def prepare_for_inference(
     dtype: torch.dtype,
     fine: bool = False,
     plain: bool = False,
-) -> tuple[list[tuple[str, str]], bool]:
-    """Prepare a frozen model for `autocast_to`, in place; return the folded pairs, and True if it is in channels_last.
+    decided: Decisions | None = None,
+) -> Decisions:
+    """Prepare a frozen model for `autocast_to`, in place; return the decisions, which ``decided`` may have already.
 
     With ``fine``, the layers that read the images compute in float32, for small radii. With ``plain``, no BatchNorm is
     folded, and the layout of the weights remains. Models in float32 with transposed convolutions are slower in
@@ -130,53 +134,52 @@ def prepare_for_inference(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
+    decided = Decisions() if decided is None else decided
     model.float()
-    pairs = [] if plain else fold_batchnorm(model)
-    slower = dtype == torch.float32 and any(isinstance(one, TRANSPOSED) for one in model.modules())
-    with same_draws(model):
-        uses_channels_last = not (plain or slower) and convert_to_channels_last(model, image_shape)
+    if decided.pairs is None:
+        decided.pairs, decided.unfolded = ([], "") if plain else foldable_pairs(model)
+    fold_pairs(model, decided.pairs)
+    if decided.channels_last is None:
+        slower = dtype == torch.float32 and any(isinstance(one, TRANSPOSED) for one in model.modules())
+        with same_draws(model):
+            # The trial runs another copy, because a call may fill caches or move counters.
+            decided.channels_last = not (plain or slower) and convert_to_channels_last(deep_copy(model), image_shape)
+    if decided.channels_last:
+        _to_format(model, torch.channels_last)
     if not plain:
         _attend_sequence_first(model)
     in_float32 = _see_images_in_float32(model, image_shape) if fine else []
     for module in model.modules():
         if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) and module not in in_float32:
             module.to(dtype)
-    return pairs, uses_channels_last
+    return decided
 
 
-class CopiedWeights:
-    """Copies the weights of a model into a copy of it, after `prepare_for_inference` has changed this copy."""
+@torch.no_grad()
+def renewed(old: nn.Module, new: nn.Module) -> nn.Module:
+    """Write the tensors of a new copy to those of an old one, and return the old one; the new one if they differ.
 
-    def __init__(self, copied: nn.Module, pairs: list[tuple[str, str]]):
-        self.copied, self.pairs = copied, pairs
-        self._folding: FoldedPairs | None = None
-
-    @torch.no_grad()
-    def read(self, model: nn.Module) -> None:
-        """Copy the current parameters and buffers of the model, except ``num_batches_tracked``."""
-        # A tensor may have several names. List all of them, because the copy may use any name.
-        theirs = dict(tensors_of(model))
-        with section("refresh of a copy"):
-            if self.pairs:
-                self._folding = self._folding or FoldedPairs(model, self.pairs)
-                theirs |= self._folding(theirs)
-            # Group the tensors by dtypes. On CUDA, a group is copied in a single launch.
-            copies = defaultdict[tuple[torch.dtype, torch.dtype], tuple[list[Tensor], list[Tensor]]](lambda: ([], []))
-            for name, mine in (*self.copied.named_parameters(), *self.copied.named_buffers()):
-                # A random defence in the copy has noise of its own.
-                if not name.endswith(("num_batches_tracked", "_noise_seed")):
-                    targets, sources = copies[mine.dtype, theirs[name].dtype]
-                    targets.append(mine)
-                    sources.append(theirs[name])
-            for targets, sources in copies.values():
-                torch._foreach_copy_(targets, sources)
+    Captured and compiled steps read the old tensors. Hooks that a user has added to the old copy are no difference.
+    """
+    (before, mine), (after, theirs) = ((key[0], key[2]) for key in (structure_key(m, hooks=False) for m in (old, new)))
+    if before != after:
+        return new
+    # Group the tensors by dtypes. On CUDA, a group is copied in a single launch.
+    groups = defaultdict[torch.dtype, tuple[list[Tensor], list[Tensor]]](lambda: ([], []))
+    for target, source in zip(mine, theirs, strict=True):
+        targets, sources = groups[target.dtype]
+        targets.append(target)
+        sources.append(source)
+    for targets, sources in groups.values():
+        torch._foreach_copy_(targets, sources)
+    return old
 
 
 class InferenceCopy(nn.Module):
     """A copy of a classifier for inference and for attacks: images ``[B, *image_shape]`` -> float32 logits.
 
     It has no hooks of a `Representation`, and no parameter that needs a gradient. Call `refresh` after the classifier
-    changes.
+    changes: it makes the copy again, by the same function as the first time.
 
     Args:
         classifier: module from images in [0, 1] to logits. It is copied.
@@ -185,17 +188,18 @@ class InferenceCopy(nn.Module):
         compile: whether to compile the copy by `torch.compile`, and whole steps of attacks on it.
         fine: whether the layers that read the images compute in float32, for attacks with a small radius.
         plain: whether no BatchNorm is folded, and the layout of the weights remains.
+        structure: the structure of the classifier, which the caller looks at before each `_make`; None: `refresh` does.
 
     Attributes:
-        folded: number of folded BatchNorms.
-        uses_channels_last: whether the copy accepts images in channels_last.
+        classifier: the prepared network.
 
     Raises:
         ValueError: the dtype is not allowed.
     """
 
     #: Captured steps read the refreshed weights.
-    not_dependencies = frozenset({"_weights", "_steps"})
+    not_dependencies = frozenset({"_structure", "_steps"})
+    classifier: nn.Module
 
     def __init__(
         self,
@@ -205,22 +209,38 @@ class InferenceCopy(nn.Module):
         compile: bool = False,
         fine: bool = False,
         plain: bool = False,
+        structure: Structure | None = None,
     ):
         super().__init__()
-        self.dtype = dtype
-        duplicate = copy.deepcopy(classifier, shared_generators(classifier))
-        self.classifier = without_recorders(duplicate).requires_grad_(False)
-        if self.classifier.training:
-            # A model in evaluation mode may have modules that the user keeps in training mode, such as a dropout.
-            self.classifier.eval()
-        pairs, self.uses_channels_last = prepare_for_inference(
-            self.classifier, image_shape, dtype, fine=fine, plain=plain
+        self.image_shape, self.dtype, self.compile_steps, self.fine, self.plain = (
+            image_shape,
+            dtype,
+            compile,
+            fine,
+            plain,
         )
-        self.folded, self.compile_steps = len(pairs), compile
-        self._weights = CopiedWeights(self.classifier, pairs)
+        # A model in evaluation mode may have modules that the user keeps in training mode, such as a dropout.
+        self._kept = set() if classifier.training else {name for name, m in classifier.named_modules() if m.training}
         self._steps: dict[Hashable, Any] = {}
-        if compile:
-            self.classifier.compile()
+        self._structure = Structure() if structure is None else structure
+        if structure is None:
+            self._structure.look(classifier)
+        self._make(classifier)
+
+    @property
+    def decisions(self) -> dict[str, Decisions]:
+        """What is known about parts of the classifier, or of the defence around it, by name."""
+        return self._structure.decisions
+
+    @property
+    def folded(self) -> int:
+        """The number of folded BatchNorms."""
+        return len(self.decisions["classifier"].pairs or ())
+
+    @property
+    def uses_channels_last(self) -> bool:
+        """Whether the copy accepts images in channels_last."""
+        return bool(self.decisions["classifier"].channels_last)
 
     @property
     def device(self) -> torch.device:
@@ -233,12 +253,34 @@ class InferenceCopy(nn.Module):
         return self.dtype
 
     def forward(self, x: Tensor) -> Tensor:
+        return self._predict(x)
+
+    def _predict(self, x: Tensor) -> Tensor:
+        x = x.float() if self.uses_channels_last else x.float().contiguous()
+        # An attribute that PyTorch searches among the parts, and a context, take as long as a small layer.
+        classifier: Any = self._modules["classifier"]
+        if self.dtype == torch.float32 and not torch._C._is_any_autocast_enabled():
+            return classifier(x).float()
         with autocast_to(x.device, self.dtype):
-            return self.classifier(x.float() if self.uses_channels_last else x.float().contiguous()).float()
+            return classifier(x).float()
 
     def compiled_steps(self) -> dict[Hashable, Any] | None:
         return self._steps if self.compile_steps else None
 
     def refresh(self, classifier: nn.Module) -> None:
-        """Update the copy with the weights of the classifier, whose modules are unchanged, see `CopiedWeights`."""
-        self._weights.read(classifier)
+        """Make the copy from the present state of the classifier: its tensors, its attributes and all that it holds."""
+        self._structure.look(classifier)
+        self._make(classifier)
+
+    @torch.inference_mode(False)
+    def _make(self, classifier: nn.Module) -> None:
+        with section("a copy reads its model"):
+            decided = self.decisions["classifier"]
+            made = freeze(without_recorders(deep_copy(classifier, bool(decided.channels_last))))
+            for name, part in made.named_modules():
+                part.training = name in self._kept
+            prepare_for_inference(made, self.image_shape, self.dtype, self.fine, self.plain, decided)
+            old = self._modules.get("classifier")
+            self.classifier = made if old is None else renewed(old, made)
+            if self.classifier is made and self.compile_steps:
+                made.compile()

@@ -113,9 +113,8 @@ class StepGraphs:
         self.capture = CudaCapture() if capture is None else capture
         self.refusal: str | None = None
         self.captures, self.refusals = 0, list[str]()
-        #: Held by a direct attack on a frozen copy. BESIDE: the graphs of plain calls of the copy.
+        #: Held by a direct attack on a frozen copy.
         self.lock = threading.Lock()
-        self.beside: Any = None
         #: The captured steps of whole trainings, and counts of those that are not captured (`training.captured_step`).
         self.whole_steps: dict[Hashable, Any] = {}
         self._captured: dict[Hashable, Captured] = {}
@@ -160,7 +159,7 @@ class StepGraphs:
 
         def remedy() -> Callable[[], None] | None:
             whole = any(step is not None and not isinstance(step, int) for step in self.whole_steps.values())
-            return self._give_up if self._captured or whole or self.beside else None
+            return self._give_up if self._captured or whole else None
 
         return retry_when_memory_ends(work, device, remedy)
 
@@ -170,8 +169,6 @@ class StepGraphs:
         self._captured.clear()
         self.whole_steps.clear()
         self.capture.release()
-        if self.beside is not None:
-            self.beside.release()
 
     def find(self, function: StepFunction, state: State) -> Captured | Launches | None:
         """Find the graph of a step, or capture the step now if it was launched often enough.
