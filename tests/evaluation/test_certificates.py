@@ -18,7 +18,8 @@ from purify_fast import cli, frozen_copy, zoo
 from purify_fast.attacks import PGD
 from purify_fast.defences import NoisyEnsemble
 from purify_fast.evaluation import Certificates, certify, refute
-from purify_fast.evaluation.certificates.noisy_draws import GROUP, Draws
+from purify_fast.evaluation.certificates.certification import GROUP
+from purify_fast.evaluation.certificates.noisy_draws import Draws
 from purify_fast.evaluation.certificates.sequences import answers, bounds, log_evidence, looks
 
 NORMAL = NormalDist()

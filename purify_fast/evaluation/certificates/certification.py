@@ -1,10 +1,10 @@
 """Certifies images by randomized smoothing (Cohen, Rosenfeld & Kolter, ICML 2019, arXiv 1902.02918).
 
-The smoothed classifier of a model f predicts the class that f gives to x + n, n ~ N(0, sigma^2 I), with a probability
-above 1/2; if there is none, it predicts no class. If f gives the class y to x + n with a probability above
-Phi(r / sigma), then the smoothed classifier predicts y for every image at an L2 distance of at most r from x (theorem
-1, with all other classes together as the second class). The probability is bounded by a confidence sequence
-(`sequences`), so an image gets only the draws that its question needs.
+The smoothed classifier of a model f predicts the class that f gives to x + n, n ~ N(0, sigma^2 I), most frequently. If f
+gives the class y to x + n with a probability above Phi(r / sigma), then the smoothed classifier predicts y for every
+image at an L2 distance of at most r from x, and f has a probability above 1/2 for y there (theorem 1, with all other
+classes together as the second class). The probability is bounded by a confidence sequence (`sequences`), so an image
+gets only the draws that its question needs.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..._tensors import digest, weights_fingerprint
+from ..._tensors import digest, weights_fingerprint, without_autocast
 from ..._validation import Range, check_folder, check_number
+from ..._version import __version__
 from ...attacks import frozen
 from ...attacks.arguments import check_labels
 from ...ops import kernels_now
@@ -36,10 +38,18 @@ from ..request.subject import device_of
 from ..run.cache import RowCache
 from ..run.shards import Shards
 from .certificates import NORMAL, Certificates
-from .noisy_draws import GROUP, MOST, TRIED, Draws, copy_of
-from .sequences import answers, bounds, looks
+from .noisy_draws import DependentDrawsError, Draws, copy_of
+from .sequences import MOST, answers, bounds, leads, looks
 
 logger = logging.getLogger("purify_fast")
+
+
+#: The number of images whose draws are made together, and of which the cache has a row.
+GROUP = 32
+#: Increase this number after a change of what a cached row contains.
+ROWS = 2
+#: The number of images on which a frozen copy is tried.
+TRIED = 8
 
 
 @whole_float32_by_default()
@@ -55,6 +65,7 @@ def certify(
     draws: int = 100_000,
     batch_size: int = 1000,
     seed: int = 0,
+    index: Tensor | Sequence[int] | None = None,
     out: str | Path | None = None,
     name: str = "model",
     revision: str | None = None,
@@ -63,9 +74,12 @@ def certify(
 ) -> Certificates:
     """Certify that the smoothed classifier of a model predicts the labels within L2 balls around images.
 
-    Noisy images are not clamped to [0, 1]. The frozen copy of a module predicts, in float32. Draws are tied to the
-    seed, the image's index and the draw's index, so the certificates do not depend on ``batch_size``, on the number of
-    processes, or on interruptions, except where rounding moves a logit across a tie.
+    Noisy images are not clamped to [0, 1]. The frozen copy of a module predicts, in float32, outside of the caller's
+    autocast. Draws are tied to the seed, the image's index and the draw's index, so the certificates do not depend on
+    ``batch_size``, on the number of processes, or on interruptions, except where rounding moves a logit across a tie.
+
+    Each batch has up to 16 rows at random places whose logits are known. If they change, the run is refused, and the
+    rows that it has cached are removed.
 
     Args:
         model: images ``[B, C, H, W]``, float32, to logits ``[B, classes]``: a deterministic module or function, or a
@@ -78,8 +92,10 @@ def certify(
             each radius whether the model's probability of the label is large enough.
         alpha: the largest probability that an image gets a wrong certificate, for all its radii together, in (0, 1).
         draws: largest number of draws for an image. An image is undecided at the radii that are open then.
-        batch_size: largest number of noisy images in a forward pass. It is halved when memory runs out.
+        batch_size: largest number of rows in a forward pass. It is halved when memory runs out.
         seed: seed of the noise, in [0, 2^31).
+        index: the images' indices in their data set, integers ``[N]`` in [0, 2^31), all different. An image then has
+            the same draws among any other images. Default: 0 to N - 1.
         out: a folder. Finished groups of 32 images are cached in ``out/rows``, as rows of `evaluate` are.
         name: name of the model in the report.
         revision: a name for the model's code, as in `evaluate`.
@@ -100,30 +116,41 @@ def certify(
     check_folder("out", out)
     images, labels, notes = collect(x, y)
     images, labels, device = images.cpu(), labels.cpu(), device_of(model, images)
-    began = time.perf_counter()
+    n, facts = len(labels), {"name": name, "seed": str(int(seed)), "most_draws": str(draws)}
+    whole = Certificates(
+        *np.zeros((2, n), dtype=np.int64),
+        sigma=float(sigma),
+        radii=radii,
+        alpha=float(alpha),
+        about=facts | {"data": digest(images, labels), "version": f"purify_fast {__version__}, PyTorch {torch.__version__}"},
+        notes=notes,
+        index=np.arange(n) if index is None else torch.as_tensor(index).cpu().numpy(),
+    )
+    began, names, beaten = time.perf_counter(), torch.from_numpy(whole.index), np.zeros(n, dtype=np.bool_)
     with (
         Shards(together) as shards,
         torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []),
         torch.no_grad(),
+        without_autocast(device),
         contextlib.ExitStack() as stack,
     ):
         notes += note_of_modes(model, name)
         stack.enter_context(frozen(model))
         update_copies(model)
         used = copy_of(model, images[:TRIED].to(device))
-        asked = Draws(used, images, labels, sigma=sigma, device=device, batch_size=int(batch_size), seed=int(seed))
+        asked = Draws(used, images, names, sigma=whole.sigma, device=device, batch_size=int(batch_size), seed=int(seed))
         check_labels("y", labels, asked.classes)
-        mark, empty, data = fingerprint(model, revision), np.zeros(len(labels), dtype=np.int64), digest(images, labels)
-        whole = Certificates(empty, empty.copy(), sigma=float(sigma), radii=radii, alpha=float(alpha), notes=notes)
-        whole.about.update(name=name, seed=str(int(seed)), most_draws=str(draws), data=data)
+        mark = fingerprint(model, revision)
+        kind = f"{type(model).__name__} itself" if used is model else f"a frozen copy of {type(model).__name__}"
         # A function has no weights.
-        whole.about["weights"] = weights_fingerprint(model) if isinstance(model, nn.Module) else ""
-        settings: dict[str, Any] = {"certificate": [float(sigma), radii, float(alpha), int(draws), int(seed)]}
-        shards.check_same({"images": data, "model": [mark, asked.classes], **settings})
+        weights = weights_fingerprint(model) if isinstance(model, nn.Module) else ""
+        whole.about.update(predicted_by=kind, precision=asked.precision, weights=weights)
+        settings = {"certificate": [ROWS, whole.sigma, radii, whole.alpha, int(draws), int(seed)]}
+        shards.check_same({"images": [whole.about["data"], names.tolist()], "model": [mark, asked.classes], **settings})
+        groups = torch.arange(n, device="cpu").split(GROUP)
 
         def decide(group: int) -> dict[str, Tensor]:
-            index = torch.arange(group * GROUP, min((group + 1) * GROUP, len(labels)), device="cpu")
-            return _decide(asked, whole, index, int(draws))
+            return _decide(asked, whole, groups[group], labels[groups[group]].numpy(), int(draws))
 
         if shards.rank > 0:
             return Certificates.from_json(shards.follow(decide))
@@ -133,42 +160,55 @@ def certify(
         cache = RowCache(None if out is None else Path(out), kernels_now(device), revision)
         cache.register(model, mark)
         made: dict[int, dict[str, Tensor]] = {}
-        groups = range(-(-len(labels) // GROUP))
 
         def make(group: int) -> dict[str, Tensor]:
             # Every process decides one of the next groups.
             if group not in made:
-                following = groups[group : group + shards.world]
+                following = range(group, min(group + shards.world, len(groups)))
                 made.update(zip(following, shards.share(following, decide), strict=True))
             return made[group]
 
-        with tqdm(total=len(labels), desc=f"{name}: certificates", unit="image", disable=not progress) as bar:
-            for group in groups:
-                part = slice(group * GROUP, (group + 1) * GROUP)
-                key = cache.key({**settings, "group": group, "data": digest(images[part], labels[part])}, model)
-                known = cache.values(key, lambda group=group: make(group))  # type: ignore[misc]
-                whole.right[part], whole.draws[part] = known["right"], known["draws"]
-                bar.update(len(known["right"]))
-        asked.check_unchanged()
+        stack.enter_context(cache.without_rows_of(DependentDrawsError))
+        with tqdm(total=n, desc=f"{name}: certificates", unit="image", disable=not progress) as bar:
+            for group, part in enumerate(groups):
+                data = [digest(images[part], labels[part]), names[part].tolist()]
+                known = cache.values(cache.key({**settings, "data": data}, model), lambda group=group: make(group))  # type: ignore[misc]
+                whole.right[part], whole.draws[part], whole.decided[part] = (known[each] for each in ("right", "draws", "decided"))
+                beaten[part] = known["beaten"]
+                bar.update(len(part))
+        if radii == (0.0,):
+            whole.refuted[0.0] = beaten
         whole.about["seconds"] = f"{time.perf_counter() - began:.1f}"
         shards.end(whole.to_json)
     return whole
 
 
-def _decide(asked: Draws, whole: Certificates, index: Tensor, most: int) -> dict[str, Tensor]:
-    """Draw until each image of a group is decided: the numbers of right predictions and of draws, int64 ``[n]``."""
-    right = np.zeros(len(index), dtype=np.int64)
-    draws, open_ = right.copy(), np.ones(len(index), dtype=bool)
+def _decide(asked: Draws, whole: Certificates, part: Tensor, y: NDArray[np.int64], most: int) -> dict[str, Tensor]:
+    """Draw until each image of a group is decided.
+
+    Returns:
+        ``right`` and ``draws``, int64 ``[n]``, and ``decided``, int64 ``[n, radii, 2]``, as in `Certificates`; and
+        ``beaten``, bool ``[n]``: whether another class is proved to be more frequent than the label.
+    """
+    counts, draws = np.zeros((len(y), asked.classes + 1), dtype=np.int64), np.zeros(len(y), dtype=np.int64)
+    decided, done = np.zeros((len(y), len(whole.radii), 2), dtype=np.int64), np.zeros((len(y), len(whole.radii)), dtype=bool)
+    labelled = np.arange(len(y)), y
     for first, last in pairwise((0, *looks(most))):
-        right[open_] += asked.right(index[torch.from_numpy(open_)], first, last)
-        draws[open_] = last
-        decided = [
-            answers(right.astype(float), draws.astype(float), each, whole.alpha) != 0 for each in whole.thresholds
-        ]
-        open_ = ~np.logical_and.reduce(decided)
+        open_ = ~done.all(1)
         if not open_.any():
             break
-    return {"right": torch.from_numpy(right), "draws": torch.from_numpy(draws)}
+        counts[open_] += asked.counts(part[torch.from_numpy(open_)], first, last)
+        draws[open_] = last
+        right, others = counts[labelled], counts.copy()
+        others[labelled] = -1
+        now, lead = np.stack([right, draws], 1), leads(right, others.max(1), asked.classes, whole.alpha)
+        for k, radius in enumerate(whole.radii):
+            decided[:, k] = np.where(done[:, k, None], decided[:, k], now)
+            answer = answers(right, draws, whole.threshold(radius), whole.alpha)
+            # Radius 0 alone asks which class is the most frequent, which may have less than half of the draws.
+            done[:, k] |= (answer == 1) | (lead != 0) if whole.radii == (0.0,) else answer != 0
+    rows = {"right": counts[labelled], "draws": draws, "decided": decided, "beaten": lead == -1}
+    return {name: torch.from_numpy(value) for name, value in rows.items()}
 
 
 def check_settings(sigma: Any, radius: Any, alpha: Any, **whole: Any) -> tuple[float, ...]:
@@ -184,13 +224,16 @@ def check_settings(sigma: Any, radius: Any, alpha: Any, **whole: Any) -> tuple[f
         check_number(name, value)
     Range(0, above=True, below=True).check("sigma", sigma)
     Range(0, 1, above=True, below=True).check("alpha", alpha)
-    allowed = {"draws": Range(1, MOST), "seed": Range(0, 2**31, below=True)}
+    # No alpha of float64 needs more right draws to prove a majority.
+    numbers = np.arange(1.0, 2048.0)
+    fewest = int(numbers[answers(numbers, numbers, 0.5, float(alpha)) == 1][0])
+    allowed = {"draws": Range(fewest, MOST), "seed": Range(0, 2**31, below=True)}
     for name, value in whole.items():
         if not isinstance(value, Integral) or isinstance(value, bool):
             raise TypeError(f"{name} must be a whole number, got {value!r}")
         allowed.get(name, Range(1)).check(name, value)
     lower, _ = bounds(np.array([whole["draws"]]), np.array([whole["draws"]]), float(alpha))
-    most = float(sigma) * NORMAL.inv_cdf(max(float(lower[0]), 0.5))
+    most = float(sigma) * NORMAL.inv_cdf(float(lower[0]))
     for each in radii:
         Range(0, below=True).check("radius", each)
         if each > most:

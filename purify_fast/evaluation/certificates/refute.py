@@ -48,8 +48,9 @@ def refute(
     """Attack the smoothed classifier within an L2 radius, and add the images that fall to the certificates.
 
     `purify_fast.evaluation.evaluate` attacks the majority of ``votes`` noisy predictions. A fallen image counts as
-    refuted only if a confidence sequence proves that the model's probability of its label is below 1/2 there, with the
-    probability ``alpha`` of an error for each attacked image, because a vote of few draws may be wrong by chance.
+    refuted only if confidence sequences prove that the model gives another class more often than the label there, with
+    the probability ``alpha`` of an error for each image, because a vote of few draws may be wrong by chance. Without
+    this proof, the answer is left open, even if the label has less than half of the draws.
 
     Args:
         certificates: the certificates of these images; they are not changed.
@@ -106,7 +107,8 @@ def refute(
             labels[number],
             sigma=sigma,
             radius=0.0,
-            alpha=alpha,
+            # An image may have several points, of which each may be refuted by chance.
+            alpha=alpha / int(np.bincount(number).max()),
             name="attacked images",
             # Other draws than those of the certificates.
             seed=(asked["seed"] + 1) % 2**31,
@@ -115,7 +117,7 @@ def refute(
             draws=draws,
             batch_size=batch_size,
         )
-        wrong[number[judged.decisions(0.0) == -1]] = True
+        wrong[number[judged.refuted[0.0]]] = True
     about = certificates.about | {"protocol": str(report.about.get("protocol", "own attacks")), "votes": str(votes)}
     return replace(certificates, refuted={**certificates.refuted, float(radius): wrong}, about=about), report
 

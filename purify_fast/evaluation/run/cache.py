@@ -5,10 +5,11 @@ The file name of a row is a hash of everything on which the row depends. A damag
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ class RowCache:
     def __init__(self, folder: Path | None, served: str = "", revision: str | None = None):
         self.folder = None if folder is None else folder / "rows"
         self.served, self.revision = served, revision
+        self._written = list[Path]()
         # The fingerprint of each model, by its id, and the model itself, so that no other object can get this id.
         self._marks: dict[int, tuple[object, str | None]] = {id(None): (None, "")}
         if self.folder is not None:
@@ -117,7 +119,18 @@ class RowCache:
         if path is not None and whole():
             tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
             write_sealed(path, {name: value for name, value in values.items() if name not in tensors}, tensors)
+            self._written.append(path)
         return values
+
+    @contextlib.contextmanager
+    def without_rows_of(self, refusal: type[Exception]) -> Iterator[None]:
+        """After such an error in the block, remove the `values` that this object has written."""
+        try:
+            yield
+        except refusal:
+            for path in self._written:
+                path.unlink(missing_ok=True)
+            raise
 
     def _path(self, key: str | None, ending: str = ".safetensors") -> Path | None:
         return None if self.folder is None or key is None else self.folder / f"{key}{ending}"
