@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from statistics import NormalDist
@@ -22,8 +23,27 @@ FORMAT = 2
 HEAD = ("L2 radius", "robust accuracy", "all together", "certified", "no certificate", "undecided", "refuted")
 NORMAL = NormalDist()
 Radius = Annotated[float, Range(0, below=True)]
+
+
+def _read(kind: type, values: Any) -> NDArray[Any]:
+    """An array of lists in a file, whose values must all be of a type."""
+    array = np.array(values, dtype=object)
+    if any(type(one) is not kind for one in array.flat):
+        raise TypeError(f"not {kind.__name__}")
+    return array.astype(kind)
+
+
 #: The arrays of whole numbers. `decided` is ``[N, radii, 2]``, and the others are ``[N]``.
 ARRAYS = ("right", "draws", "index", "decided")
+#: The fields of a file: what each must be, and how it is read. The object's own checks follow.
+FIELDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    **dict.fromkeys(ARRAYS, ("whole numbers in lists of equal lengths", lambda lists: _read(int, lists))),
+    **dict.fromkeys(("sigma", "alpha"), ("a number", lambda value: value)),
+    "radii": ("a list of numbers", tuple),
+    "refuted": ("lists of true and false by radius", lambda by: {float(at): _read(bool, by[at]) for at in by}),
+    "about": ("texts by name", lambda texts: dict(zip(texts, _read(str, [*texts.values()]).tolist(), strict=True))),
+    "notes": ("a list of texts", lambda texts: _read(str, texts).tolist()),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,34 +83,33 @@ class Certificates:
         check_types(self)
         for radius in self.refuted:
             Range(0, below=True).check("each radius of refuted", radius)
-        if not self.radii:
-            raise ValueError("radii must be at least one number, got none")
-        if self.index is None:
-            object.__setattr__(self, "index", np.arange(len(self.right)))
-        if self.decided is None:
-            last = np.stack([self.right, self.draws], 1)
-            object.__setattr__(self, "decided", np.repeat(last[:, None], len(self.radii), 1))
-        n = len(self.right)
-        arrays: list[tuple[str, Any, type]] = [(name, getattr(self, name), np.int64) for name in ARRAYS]
-        arrays += [(f"refuted at {radius}", each, np.bool_) for radius, each in self.refuted.items()]
-        for name, array, kind in arrays:
+        n, arrays = len(self.right), dict[str, Any]({f"refuted[{at}]": each for at, each in self.refuted.items()})
+        for name in (*arrays, *ARRAYS):
+            if getattr(self, name, name) is None:
+                counted = np.arange(n) if name == "index" else self._drawn().repeat(len(self.radii), 1)
+                object.__setattr__(self, name, counted)
+            array = arrays.setdefault(name, getattr(self, name, None))
             shape = (n, len(self.radii), 2) if name == "decided" else (n,)
+            kind = np.int64 if name in ARRAYS else np.bool_
             if array.dtype != kind or array.shape != shape or not array.size:
                 raise ValueError(f"{name} must be {kind.__name__} {[*shape]}, got {array.dtype} {[*array.shape]}")
-        right, draws = self.decided[..., 0], self.decided[..., 1]
-        again = np.unique(self.index, return_index=True)[1]
+        # The draws of a look are some of the image's draws, right ones and wrong ones.
+        look, rest = self.decided, self._drawn() - self.decided
+        firsts = np.unique(self.index, return_index=True)[1]
         for name, allowed, good in (
-            ("draws", f"in [0, {MOST}]", (self.draws >= 0) & (self.draws <= MOST)),
+            ("draws", f"at most {MOST}", self.draws <= MOST),
             ("right", "in [0, draws]", (self.right >= 0) & (self.right <= self.draws)),
             ("index", f"in [0, {LARGEST})", (self.index >= 0) & (self.index < LARGEST)),
-            ("index", "another number for each image", np.isin(np.arange(n), again)),
-            # The draws of a look are some of the image's draws.
-            ("decided", "right draws and draws of a look", (right >= 0) & (right <= draws)),
-            ("decided", "at most the right draws", right <= self.right[:, None]),
-            ("decided", "at most the wrong draws", draws - right <= (self.draws - self.right)[:, None]),
+            ("index", "another number for each image", np.isin(np.arange(n), firsts)),
+            ("decided", "right draws and draws of a look", (look[..., 0] >= 0) & (look[..., 0] <= look[..., 1])),
+            ("decided", "a part of the image's draws", (rest[..., 0] >= 0) & (rest[..., 0] <= rest[..., 1])),
         ):
             if not good.all():
-                raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)[~good][0].tolist()}")
+                raise ValueError(f"{name} must be {allowed}, got {arrays[name][~good][0].tolist()}")
+
+    def _drawn(self) -> NDArray[np.int64]:
+        """All right draws and all draws, int64 ``[N, 1, 2]``."""
+        return np.stack([self.right, self.draws], -1)[:, None]
 
     def threshold(self, radius: float) -> float:
         """The probability of the label that a certificate at a radius needs: Phi(radius / sigma)."""
@@ -102,10 +121,9 @@ class Certificates:
         An image cannot be certified if the model's probability of its label is below the threshold. The smoothed
         classifier may still be robust there. An answer at one of `radii` stays, whatever the later draws were.
         """
-        found = answers(self.right.astype(float), self.draws.astype(float), self.threshold(radius), self.alpha)
-        for k, asked in enumerate(self.radii):
-            right, draws = self.decided[:, k].astype(float).T
-            then = answers(right, draws, self.threshold(asked), self.alpha)
+        found = answers(self.right, self.draws, self.threshold(radius), self.alpha)
+        for asked, look in zip(self.radii, self.decided.transpose(1, 2, 0), strict=True):
+            then = answers(look[0], look[1], self.threshold(asked), self.alpha)
             # A certificate holds also within a smaller ball, and its absence also within a larger one.
             found = np.where(((then == 1) & (asked >= radius)) | ((then == -1) & (asked <= radius)), then, found)
         return found
@@ -122,108 +140,86 @@ class Certificates:
         decided, so its certificate often reaches only a little beyond them, and the mean of these numbers is far below
         the average certified radius.
         """
-        lower, _ = bounds(self.right.astype(float), self.draws.astype(float), self.alpha)
+        lower, _ = bounds(self.right, self.draws, self.alpha)
         proved = [np.array([self.sigma * NORMAL.inv_cdf(p) if p > 0.5 else 0.0 for p in lower.tolist()])]
         return np.maximum.reduce(proved + [asked * self.certified(asked) for asked in self.radii])
 
-    def _numbers(self, radius: float) -> tuple[int, int]:
-        """The numbers of certified images, and of images that no attack within the radius has refuted."""
-        fallen = [refuted for tried, refuted in self.refuted.items() if tried <= radius]
-        gone = np.logical_or.reduce(fallen) if fallen else np.zeros(len(self.draws), dtype=bool)
-        return int(self.certified(radius).sum()), int((~gone).sum())
+    def _numbers(self, radius: float) -> tuple[int, int, int]:
+        """The numbers of images that are certified, that are so for all images together, and that are not refuted."""
+        standing = np.ones(len(self.draws), dtype=bool)
+        for tried, refuted in self.refuted.items():
+            standing &= ~(refuted & (tried <= radius))
+        good = int(self.certified(radius).sum())
+        return good, max(0, good - most_wrong(len(self.draws), self.alpha)), int(standing.sum())
 
     def between(self, radius: float) -> tuple[float, float]:
         """The robust accuracy of the smoothed classifier at a radius, from below and from above, in [0, 1].
 
         Below: the share of certified images. Above: the share that no attack within the radius has refuted.
         """
-        low, high = self._numbers(radius)
+        low, _, high = self._numbers(radius)
         return low / len(self.draws), high / len(self.draws)
-
-    @property
-    def wrong(self) -> int:
-        """The largest number of wrong certificates among all images, except with a probability of at most alpha."""
-        return most_wrong(len(self.draws), self.alpha)
 
     def at_least(self, radius: float) -> float:
         """A lower bound, in [0, 1], for the share of these images that are robust, for all images together.
 
-        Robust: the smoothed classifier predicts the label in the whole ball. All such bounds, at all radii, hold at the
-        same time except with a probability of at most `alpha`. It is the share of certified images less those that may
-        be `wrong`. It says nothing about images that were not drawn.
+        Robust: the smoothed classifier predicts the label in the whole ball. Each certificate may be wrong, so a few of
+        many are. Except with a probability of at most `alpha`, they are at most as many as `sequences.most_wrong` says,
+        at all radii at the same time, and these are subtracted. Nothing is said about images that are not here.
         """
-        return max(0, self._numbers(radius)[0] - self.wrong) / len(self.draws)
+        return self._numbers(radius)[1] / len(self.draws)
 
     def contradictions(self, radius: float) -> NDArray[np.int64]:
         """The places of images that are certified and refuted at a radius up to this one: one of both is wrong."""
         both = [self.certified(tried) & refuted for tried, refuted in self.refuted.items() if tried <= radius]
         return np.flatnonzero(np.logical_or.reduce(both)) if both else np.array([], dtype=np.int64)
 
-    def sentence(self, radius: float) -> str:
-        """The robust accuracy at a radius in words, such as ``between 41.0 and 47.0 %``, rounded outwards."""
-        low, high = self._numbers(radius)
-        attacked = any(tried <= radius for tried in self.refuted)
-        return f"between {self._percent(low)} and {self._percent(high, up=True)} %" if attacked else self._least(low)
+    def sentence(self, radius: float, together: bool = False) -> str:
+        """The robust accuracy at a radius in words, such as ``between 41.0 and 47.0 %``, rounded outwards.
 
-    def together(self, radius: float) -> str:
-        """The bound of `at_least` in words."""
-        return self._least(max(0, self._numbers(radius)[0] - self.wrong))
-
-    def _least(self, count: int) -> str:
-        return f"at least {self._percent(count)} %"
-
-    def _percent(self, count: int, up: bool = False) -> str:
+        ``together``: the bound of `at_least`.
+        """
+        n, (low, sure, high) = len(self.draws), self._numbers(radius)
         # Whole numbers are divided exactly. The last zero of two decimals is left out.
-        hundredths = (10_000 * count + (len(self.draws) - 1) * up) // len(self.draws)
-        return f"{hundredths // 100}.{hundredths % 100:02}".removesuffix("0")
+        parts = (10_000 * (sure if together else low) // n, -(-10_000 * high // n))
+        least, most = (f"{part // 100}.{part % 100:02}".removesuffix("0") for part in parts)
+        attacked = not together and any(tried <= radius for tried in self.refuted)
+        return f"between {least} and {most} %" if attacked else f"at least {least} %"
 
     def to_json(self) -> str:
         """The certificates as JSON."""
-        content = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        content |= {name: array.tolist() for name, array in content.items() if name in ARRAYS}
-        content["refuted"] = {str(radius): each.astype(int).tolist() for radius, each in self.refuted.items()}
-        words = {str(radius): [self.sentence(radius), self.together(radius)] for radius in self.radii}
-        return json.dumps({"format": FORMAT, **content, "accuracy": words}, indent=1, allow_nan=False)
+        content = {name: getattr(self, name) for name in FIELDS}
+        content |= {name: content[name].tolist() for name in ARRAYS}
+        content["refuted"] = {str(radius): each.tolist() for radius, each in self.refuted.items()}
+        accuracy = {str(each): [self.sentence(each), self.sentence(each, together=True)] for each in self.radii}
+        return json.dumps({"format": FORMAT, **content, "accuracy": accuracy}, indent=1, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Certificates:
-        """Read certificates from the result of `to_json`. ValueError: another format, or a field that is not allowed.
+        """Read certificates from the result of `to_json`. All decisions are computed again from the counts.
 
-        All decisions are computed again from the counts.
+        Raises:
+            ValueError: another format, or a field is missing, unknown, or has a value that is not allowed.
         """
         content: Any = json.loads(text)
         if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
             raise ValueError(f"the certificates must have format {FORMAT}: certify again")
-        if other := sorted({*content} ^ {*cls.__dataclass_fields__, "accuracy"}):
-            raise ValueError(f"certificates must have each of their fields once, got too few or too many: {other}")
-        del content["accuracy"]
-        for name, kind in (("radii", list), ("about", dict), ("refuted", dict), ("notes", list)):
-            if not isinstance(content[name], kind):
-                raise ValueError(f"{name} must be a {kind.__name__}, got {content[name]!r}")
-        for name, value in [*content["about"].items(), *(("notes", each) for each in content["notes"])]:
-            if not isinstance(value, str):
-                raise ValueError(f"{name} must be a string, got {value!r}")
-        content |= {name: _whole(name, content[name]) for name in ARRAYS}
-        refuted = content["refuted"].items()
-        content["refuted"] = {_number(at): _whole(f"refuted at {at}", each, most=1) == 1 for at, each in refuted}
-        return cls(**content | {"radii": tuple(content["radii"])})
+        if other := sorted(content.keys() ^ {*FIELDS, "accuracy"}):
+            raise ValueError(f"the fields must be {', '.join(FIELDS)} and accuracy, too few or too many are {other}")
+        for name, (allowed, read) in FIELDS.items():
+            try:
+                content[name] = read(content[name])
+            except (AttributeError, OverflowError, TypeError, ValueError) as error:
+                raise ValueError(f"{name} must be {allowed}, got {content[name]!r:.200}") from error
+        return cls(**{name: content[name] for name in FIELDS})
 
     def lines(self) -> list[tuple[str, ...]]:
         """A line of the report's table for each radius: radius, accuracy, and counts of images."""
         rows = []
         for radius in self.radii:
-            decided = self.decisions(radius)
-            counts = [int((decided == each).sum()) for each in (1, -1, 0)]
-            refuted = self.refuted.get(radius)
-            rows.append(
-                (
-                    str(radius),
-                    self.sentence(radius),
-                    self.together(radius),
-                    *map(str, counts),
-                    "-" if refuted is None else str(int(refuted.sum())),
-                )
-            )
+            counts = [str((self.decisions(radius) == each).sum()) for each in (1, -1, 0)]
+            counts.append(str(self.refuted[radius].sum()) if radius in self.refuted else "-")
+            rows.append((str(radius), self.sentence(radius), self.sentence(radius, together=True), *counts))
         return rows
 
     def to_text(self) -> str:
@@ -258,22 +254,3 @@ class Certificates:
         write_text(folder / "certificates.json", self.to_json())
         write_text(folder / "certificates.txt", self.to_text() + "\n")
         write_text(folder / "certificates.html", self.to_html())
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError as error:
-        raise ValueError(f"each radius of refuted must be a number, got {text!r}") from error
-
-
-def _whole(name: str, value: Any, most: int = LARGEST) -> NDArray[np.int64]:
-    """An array of whole numbers in [0, most] from the lists of a file."""
-    try:
-        array = np.array(value)
-    # The lists have different lengths.
-    except ValueError:
-        array = np.array(None)
-    if array.dtype.kind != "i" or array.min(initial=0) < 0 or array.max(initial=0) > most:
-        raise ValueError(f"{name} must be whole numbers in [0, {most}], in lists of equal lengths, got {value!r:.80}")
-    return array.astype(np.int64)

@@ -1,10 +1,9 @@
 """Certifies images by randomized smoothing (Cohen, Rosenfeld & Kolter, ICML 2019, arXiv 1902.02918).
 
-The smoothed classifier of a model f predicts the class that f gives to x + n, n ~ N(0, sigma^2 I), most frequently. If f
+The smoothed classifier of a model f predicts the class that f gives most often to x + n, n ~ N(0, sigma^2 I). If f
 gives the class y to x + n with a probability above Phi(r / sigma), then the smoothed classifier predicts y for every
-image at an L2 distance of at most r from x, and f has a probability above 1/2 for y there (theorem 1, with all other
-classes together as the second class). The probability is bounded by a confidence sequence (`sequences`), so an image
-gets only the draws that its question needs.
+image at an L2 distance of at most r from x (theorem 1, with all other classes together as the second class). The
+probability is bounded by a confidence sequence (`sequences`), so an image gets only the draws that its question needs.
 """
 
 from __future__ import annotations
@@ -31,6 +30,7 @@ from ...attacks import frozen
 from ...attacks.arguments import check_labels
 from ...ops import kernels_now
 from ...protocols import Classifier
+from ...speed.memory import BatchLimit
 from ...speed.precision import whole_float32_by_default
 from ..request.fingerprint import fingerprint
 from ..request.preparation import collect, note_of_modes, update_copies
@@ -116,16 +116,10 @@ def certify(
     check_folder("out", out)
     images, labels, notes = collect(x, y)
     images, labels, device = images.cpu(), labels.cpu(), device_of(model, images)
-    n, facts = len(labels), {"name": name, "seed": str(int(seed)), "most_draws": str(draws)}
-    whole = Certificates(
-        *np.zeros((2, n), dtype=np.int64),
-        sigma=float(sigma),
-        radii=radii,
-        alpha=float(alpha),
-        about=facts | {"data": digest(images, labels), "version": f"purify_fast {__version__}, PyTorch {torch.__version__}"},
-        notes=notes,
-        index=np.arange(n) if index is None else torch.as_tensor(index).cpu().numpy(),
-    )
+    n, data = len(labels), digest(images, labels)
+    numbered = np.arange(n) if index is None else torch.as_tensor(index).cpu().numpy()
+    right, drawn = np.zeros((2, n), dtype=np.int64)
+    whole = Certificates(right, drawn, float(sigma), radii, float(alpha), notes=notes, index=numbered)
     began, names, beaten = time.perf_counter(), torch.from_numpy(whole.index), np.zeros(n, dtype=np.bool_)
     with (
         Shards(together) as shards,
@@ -137,16 +131,21 @@ def certify(
         notes += note_of_modes(model, name)
         stack.enter_context(frozen(model))
         update_copies(model)
-        used = copy_of(model, images[:TRIED].to(device))
-        asked = Draws(used, images, names, sigma=whole.sigma, device=device, batch_size=int(batch_size), seed=int(seed))
+        used, limit = copy_of(model, images[:TRIED].to(device)), BatchLimit(int(batch_size), device)
+        asked = Draws(used, images, names, sigma=whole.sigma, seed=int(seed), limit=limit)
         check_labels("y", labels, asked.classes)
-        mark = fingerprint(model, revision)
-        kind = f"{type(model).__name__} itself" if used is model else f"a frozen copy of {type(model).__name__}"
-        # A function has no weights.
-        weights = weights_fingerprint(model) if isinstance(model, nn.Module) else ""
-        whole.about.update(predicted_by=kind, precision=asked.precision, weights=weights)
-        settings = {"certificate": [ROWS, whole.sigma, radii, whole.alpha, int(draws), int(seed)]}
-        shards.check_same({"images": [whole.about["data"], names.tolist()], "model": [mark, asked.classes], **settings})
+        mark, settings = fingerprint(model, revision), [ROWS, whole.sigma, radii, whole.alpha, int(draws), int(seed)]
+        whole.about.update(
+            {
+                **{"name": name, "seed": str(int(seed)), "most_draws": str(draws), "data": data},
+                "version": f"purify_fast {__version__}, PyTorch {torch.__version__}",
+                "predicted_by": type(model).__name__ + (", itself" if used is model else ", in a frozen copy"),
+                "precision": asked.precision,
+                # A function has no weights.
+                "weights": weights_fingerprint(model) if isinstance(model, nn.Module) else "",
+            }
+        )
+        shards.check_same({"images": [data, names.tolist()], "model": [mark, asked.classes], "certificate": settings})
         groups = torch.arange(n, device="cpu").split(GROUP)
 
         def decide(group: int) -> dict[str, Tensor]:
@@ -164,17 +163,17 @@ def certify(
         def make(group: int) -> dict[str, Tensor]:
             # Every process decides one of the next groups.
             if group not in made:
-                following = range(group, min(group + shards.world, len(groups)))
+                following = range(len(groups))[group : group + shards.world]
                 made.update(zip(following, shards.share(following, decide), strict=True))
             return made[group]
 
         stack.enter_context(cache.without_rows_of(DependentDrawsError))
         with tqdm(total=n, desc=f"{name}: certificates", unit="image", disable=not progress) as bar:
             for group, part in enumerate(groups):
-                data = [digest(images[part], labels[part]), names[part].tolist()]
-                known = cache.values(cache.key({**settings, "data": data}, model), lambda group=group: make(group))  # type: ignore[misc]
-                whole.right[part], whole.draws[part], whole.decided[part] = (known[each] for each in ("right", "draws", "decided"))
-                beaten[part] = known["beaten"]
+                about = {"certificate": settings, "data": digest(images[part], labels[part], names[part])}
+                known = cache.values(cache.key(about, model), lambda group=group: make(group))  # type: ignore[misc]
+                right[part], drawn[part], beaten[part] = known["right"], known["draws"], known["beaten"]
+                whole.decided[part] = known["decided"]
                 bar.update(len(part))
         if radii == (0.0,):
             whole.refuted[0.0] = beaten
@@ -190,25 +189,25 @@ def _decide(asked: Draws, whole: Certificates, part: Tensor, y: NDArray[np.int64
         ``right`` and ``draws``, int64 ``[n]``, and ``decided``, int64 ``[n, radii, 2]``, as in `Certificates`; and
         ``beaten``, bool ``[n]``: whether another class is proved to be more frequent than the label.
     """
-    counts, draws = np.zeros((len(y), asked.classes + 1), dtype=np.int64), np.zeros(len(y), dtype=np.int64)
-    decided, done = np.zeros((len(y), len(whole.radii), 2), dtype=np.int64), np.zeros((len(y), len(whole.radii)), dtype=bool)
-    labelled = np.arange(len(y)), y
+    counts, shape = np.zeros((len(y), asked.classes + 1), dtype=np.int64), (len(y), len(whole.radii))
+    now, decided, done = counts[:, :2].copy(), np.zeros((*shape, 2), dtype=np.int64), np.zeros(shape, dtype=np.bool_)
+    its_own = np.arange(len(y)), y
     for first, last in pairwise((0, *looks(most))):
         open_ = ~done.all(1)
         if not open_.any():
             break
         counts[open_] += asked.counts(part[torch.from_numpy(open_)], first, last)
-        draws[open_] = last
-        right, others = counts[labelled], counts.copy()
-        others[labelled] = -1
-        now, lead = np.stack([right, draws], 1), leads(right, others.max(1), asked.classes, whole.alpha)
+        others = counts.copy()
+        others[its_own] = -1
+        now = np.stack([counts[its_own], counts.sum(1)], 1)
+        lead = leads(now[:, 0], others.max(1), asked.classes, whole.alpha)
+        decided[~done] = np.broadcast_to(now[:, None], decided.shape)[~done]
         for k, radius in enumerate(whole.radii):
-            decided[:, k] = np.where(done[:, k, None], decided[:, k], now)
-            answer = answers(right, draws, whole.threshold(radius), whole.alpha)
+            answer = answers(now[:, 0], now[:, 1], whole.threshold(radius), whole.alpha)
             # Radius 0 alone asks which class is the most frequent, which may have less than half of the draws.
             done[:, k] |= (answer == 1) | (lead != 0) if whole.radii == (0.0,) else answer != 0
-    rows = {"right": counts[labelled], "draws": draws, "decided": decided, "beaten": lead == -1}
-    return {name: torch.from_numpy(value) for name, value in rows.items()}
+    rows = {"right": now[:, 0], "draws": now[:, 1], "decided": decided, "beaten": lead == -1}
+    return {name: torch.from_numpy(value.copy()) for name, value in rows.items()}
 
 
 def check_settings(sigma: Any, radius: Any, alpha: Any, **whole: Any) -> tuple[float, ...]:
@@ -220,22 +219,22 @@ def check_settings(sigma: Any, radius: Any, alpha: Any, **whole: Any) -> tuple[f
     radii = tuple(given) if isinstance(given, (list, tuple, range)) else (given,)
     if not radii:
         raise ValueError("radius must be a number or at least one number, got none")
-    for name, value in (("sigma", sigma), ("alpha", alpha), *(("radius", each) for each in radii)):
+    allowed = {
+        **{"sigma": Range(0, above=True, below=True), "alpha": Range(0, 1, above=True, below=True)},
+        **{"draws": Range(1, MOST), "radius": Range(0, below=True), "seed": Range(0, 2**31, below=True)},
+    }
+    for name, value in [("sigma", sigma), ("alpha", alpha), *(("radius", each) for each in radii), *whole.items()]:
+        if name in whole and (not isinstance(value, Integral) or isinstance(value, bool)):
+            raise TypeError(f"{name} must be a whole number, got {value!r}")
         check_number(name, value)
-    Range(0, above=True, below=True).check("sigma", sigma)
-    Range(0, 1, above=True, below=True).check("alpha", alpha)
+        allowed.get(name, Range(1)).check(name, value)
     # No alpha of float64 needs more right draws to prove a majority.
     numbers = np.arange(1.0, 2048.0)
     fewest = int(numbers[answers(numbers, numbers, 0.5, float(alpha)) == 1][0])
-    allowed = {"draws": Range(fewest, MOST), "seed": Range(0, 2**31, below=True)}
-    for name, value in whole.items():
-        if not isinstance(value, Integral) or isinstance(value, bool):
-            raise TypeError(f"{name} must be a whole number, got {value!r}")
-        allowed.get(name, Range(1)).check(name, value)
+    Range(fewest, MOST).check("draws", whole["draws"])
     lower, _ = bounds(np.array([whole["draws"]]), np.array([whole["draws"]]), float(alpha))
     most = float(sigma) * NORMAL.inv_cdf(float(lower[0]))
     for each in radii:
-        Range(0, below=True).check("radius", each)
         if each > most:
             text = f"{whole['draws']} right draws at sigma {sigma:g} and alpha {alpha:g} prove, got {each}"
             raise ValueError(f"radius must be at most {most:.4g}, which {text}")

@@ -8,13 +8,13 @@ were predicted before, each alone. A batch counts only if they come out again.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -43,7 +43,7 @@ class _Dtypes(TorchDispatchMode):
     """Collects the dtypes of the floating-point tensors that PyTorch computes within a block."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.seen = set[torch.dtype]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -76,56 +76,43 @@ class Draws:
         x: images ``[N, C, H, W]``, float32 on the CPU.
         index: the images' indices in their data set, which name the draws, int64 ``[N]`` on the CPU.
         sigma: standard deviation of the noise, in image units.
-        device: device of the model.
-        batch_size: largest number of rows in a pass.
         seed: seed of the noise.
+        limit: the largest number of rows in a pass, on the device of the model.
 
     Raises:
         DependentDrawsError: the logits depend on the rest of the batch, on the place in it, or on the call.
         ValueError: the model is random without draws for each image, or refuses float32 images.
     """
 
-    def __init__(
-        self, model: Classifier, x: Tensor, index: Tensor, *, sigma: float, device: torch.device, batch_size: int, seed: int
-    ):
-        self.model, self.x, self.index, self.sigma, self.seed, self.device = model, x, index, sigma, seed, device
-        self.limit, self.batch_size = BatchLimit(batch_size, device), batch_size
-        self.key, self.name = philox_key(seed, device), type(model).__name__
+    def __init__(self, model: Classifier, x: Tensor, index: Tensor, *, sigma: float, seed: int, limit: BatchLimit):
+        self.model, self.x, self.index, self.sigma, self.seed, self.limit = model, x, index, sigma, seed, limit
+        self.key, self.name = philox_key(seed, limit.device), type(model).__name__
         #: Whether the model draws itself: then its draws are named by image and draw, as the noise is.
         self.is_random = isinstance(model, StochasticDefence) and not model.noise_is_off
         if self.is_random and not draws_for_each_image(model):
-            text = f"draw for each image (draws_for_each_image), but {self.name} does not promise it"
-            raise ValueError(f"model must {text}")
+            text = f"model must draw for each image (draws_for_each_image), but {self.name} does not promise it"
+            raise ValueError(text)
         self.chance = torch.Generator("cpu").manual_seed(seed)
-        which = torch.randint(len(x), (SENTINELS,), generator=self.chance, device="cpu")
-        rows = [self._rows(one, number, 1) for number, one in enumerate(which.split(1))]
+        which = torch.randint(len(x), (SENTINELS, 1), generator=self.chance, device="cpu")
+        rows = [self._rows(one, number, 1) for number, one in enumerate(which)]
         self.rows, self.names = (torch.cat(parts) for parts in zip(*rows, strict=True))
         with _Dtypes() as dtypes:
-            self.known = self.limit.within(self._alone)
+            self.known = limit.within(self._alone)
         self.classes = self.known.shape[1]
+        tf32 = precision_name(model, limit.device) == "tf32"
         #: The precisions in which the model computes, for the report.
-        tf32 = {precision_name(model, device) or ""} - {"", "bfloat16"}
-        self.precision = " and ".join(sorted({str(each).removeprefix("torch.") for each in dtypes.seen} | tf32))
-        rough = tf32 or any(each.itemsize < 4 for each in dtypes.seen)
+        self.precision = " and ".join(sorted({str(each)[6:] for each in dtypes.seen}) + ["tf32"] * tf32)
         #: The rounding that a batch of another shape may cause.
-        self.strength = BFLOAT16 if rough else FLOAT32
+        self.strength = BFLOAT16 if tf32 or any(each.itemsize < 4 for each in dtypes.seen) else FLOAT32
         # This call finds out how many rows fit into memory.
-        self.limit.within(lambda: self._checked(*(each.repeat_interleave(-(-self.room // SENTINELS), 0)[: self.room] for each in (self.rows, self.names))))
+        tried = torch.arange(self._sizes()[2], device="cpu") % SENTINELS
+        limit.within(lambda: self._checked(self.rows[tried], self.names[tried]))
 
-    @property
-    def most(self) -> int:
-        """The largest number of rows in a pass."""
-        return self.limit.at_most(self.batch_size)
-
-    @property
-    def watched(self) -> int:
-        """The number of sentinels in a pass."""
-        return min(SENTINELS, max(1, self.most // 4))
-
-    @property
-    def room(self) -> int:
-        """The number of draws in a pass. A pass of a single row has none; a sentinel is then in another pass."""
-        return max(1, self.most - self.watched)
+    def _sizes(self) -> tuple[int, int, int]:
+        """The numbers of rows, of sentinels and of draws in a pass. A pass of a single row has one of both."""
+        most = self.limit.at_most(self.limit.most)
+        watched = min(SENTINELS, max(1, most // 4))
+        return most, watched, max(1, most - watched)
 
     def counts(self, at: Tensor, first: int, last: int) -> NDArray[np.int64]:
         """Count the classes of the draws first to last - 1 of the images at some places, ``[n, classes + 1]``.
@@ -135,42 +122,42 @@ class Draws:
         return self.limit.within(lambda: self._counts(at, first, last))
 
     def _counts(self, at: Tensor, first: int, last: int) -> NDArray[np.int64]:
-        counts = []
-        for part in at.split(self.room):
-            each, total = max(1, self.room // len(part)), torch.zeros(len(part), self.classes + 1, dtype=torch.int64, device="cpu")
+        counts, room = [], self._sizes()[2]
+        for part in at.split(room):
+            each, total = max(1, room // len(part)), torch.zeros((), dtype=torch.int64, device="cpu")
             for start in range(first, last, each):
                 logits = self._checked(*self._rows(part, start, min(each, last - start)))
-                found = logits.argmax(1).masked_fill(undecided(logits), self.classes).view(len(part), -1).cpu()
-                total.scatter_add_(1, found, torch.ones_like(found))
+                found = logits.argmax(1).masked_fill(undecided(logits), self.classes).view(len(part), -1)
+                total = total + F.one_hot(found, self.classes + 1).sum(1).cpu()
             counts.append(total.numpy())
         return np.concatenate(counts)
 
     def _rows(self, at: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
         """The draws of images, ``[n * count, C, H, W]``, and the names of a random model's own draws, int64."""
-        x, ids = self.x[at].to(self.device), self.index[at].to(self.device)
-        noise = philox(
-            self.key, ids, x[0].numel(), stream=Stream.SMOOTHING, distribution="normal", draws=count, first_draw=first
-        )
-        noisy = noise.mul_(self.sigma).view(len(x), count, *x.shape[1:]).add_(x[:, None]).flatten(0, 1)
-        draws = torch.arange(first, first + count, device=self.device)
+        x, ids = self.x[at].to(self.key.device), self.index[at].to(self.key.device)
+        how: Any = {"stream": Stream.SMOOTHING, "distribution": "normal", "draws": count, "first_draw": first}
+        noise = philox(self.key, ids, x[0].numel(), **how).mul_(self.sigma)
+        draws = torch.arange(first, first + count, device=ids.device)
+        noisy = noise.view(len(x), count, *x.shape[1:]).add_(x[:, None]).flatten(0, 1)
         return noisy, ((ids * SPREAD)[:, None] + draws).flatten() % 2**32
 
     def _checked(self, noisy: Tensor, names: Tensor) -> Tensor:
         """The logits of draws, ``[B, classes]``, from passes that also have sentinels, all at random places."""
-        watched = torch.randperm(SENTINELS, generator=self.chance, device="cpu")[: self.watched]
+        most, count, _ = self._sizes()
+        watched = torch.randperm(SENTINELS, generator=self.chance, device="cpu")[:count]
         noisy, names = torch.cat([noisy, self.rows[watched]]), torch.cat([names, self.names[watched]])
         order = torch.randperm(len(noisy), generator=self.chance, device="cpu")
-        passes = zip(noisy[order].split(self.most), names[order].split(self.most), strict=True)
+        passes = zip(noisy[order].split(most), names[order].split(most), strict=True)
         logits = torch.cat([check_classes(self._predict(*one), self.classes) for one in passes])[order.argsort()]
         got = self.known.clone()
-        got[watched] = logits[-len(watched) :].to(got)
-        if count := int(apart(self.known, got, self.strength, together=True).sum()):
+        got[watched] = logits[-count:].to(got)
+        if changed := int(apart(self.known, got, self.strength, together=True).sum()):
             raise DependentDrawsError(
                 "model must predict each image for itself and alike in every call, apart from draws that a defence of "
-                f"this package names by noise_ids, but the logits of this {self.name} depend on the batch or the call: "
-                f"{count} of {len(watched)} rows had other logits alone, before. The model must not change meanwhile"
+                f"this package names by noise_ids, but the logits of this {self.name} depend on the batch or the call, "
+                f"or have changed: {changed} of {count} rows had other logits before, each alone"
             )
-        return logits[: -len(watched)]
+        return logits[:-count]
 
     def _alone(self) -> Tensor:
         try:

@@ -16,12 +16,15 @@ same probability, because all intervals contain the true p at the same time. So 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+#: Numbers of draws, as whole numbers or as float64.
+Numbers = NDArray[Any]
 
 #: Each look has this many times as many draws as the look before it. The draws of a look are a multiple of `STEP`.
 GROWTH, STEP = 1.25, 8
@@ -41,10 +44,10 @@ def looks(most: int) -> Iterator[int]:
     yield most
 
 
-def log_evidence(right: Floats, draws: Floats, probability: Floats | float) -> Floats:
+def log_evidence(right: Numbers, draws: Numbers, probability: Floats | float) -> Floats:
     """The logarithm of the evidence E against a probability in [0, 1], from counts of successes and of draws."""
     wrong = draws - right
-    a, b, n = (torch.from_numpy(np.atleast_1d(each)) for each in (right + 0.5, wrong + 0.5, draws + 1))
+    a, b, n = (torch.from_numpy(np.atleast_1d(each)) for each in (right + 0.5, wrong + 0.5, draws + 1.0))
     mixed = (torch.lgamma(a) + torch.lgamma(b) - torch.lgamma(n)).numpy() - np.log(np.pi)
     p = np.asarray(probability, dtype=np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -53,14 +56,14 @@ def log_evidence(right: Floats, draws: Floats, probability: Floats | float) -> F
     return np.asarray(mixed - alone, dtype=np.float64)
 
 
-def answers(right: Floats, draws: Floats, probability: float, alpha: float) -> NDArray[np.int8]:
+def answers(right: Numbers, draws: Numbers, probability: float, alpha: float) -> NDArray[np.int8]:
     """Compare the true probabilities with ``probability``: 1 above it, -1 below it, 0 if this is not known yet."""
     known = log_evidence(right, draws, probability) >= -np.log(alpha)
     side = np.sign(right - probability * draws)
     return np.where(known, side, 0).astype(np.int8)
 
 
-def leads(right: Floats, rivals: Floats, classes: int, alpha: float) -> NDArray[np.int8]:
+def leads(right: Numbers, rivals: Numbers, classes: int, alpha: float) -> NDArray[np.int8]:
     """Compare the label with all other classes: -1 if another class is more frequent, 1 if the label is, 0 if open.
 
     Among the draws with the label or with one other class, the share of the other class is compared with 1/2. -1 is
@@ -88,7 +91,7 @@ def most_wrong(images: int, alpha: float) -> int:
     return int((more > alpha).sum())
 
 
-def bounds(right: Floats, draws: Floats, alpha: float) -> tuple[Floats, Floats]:
+def bounds(right: Numbers, draws: Numbers, alpha: float) -> tuple[Floats, Floats]:
     """The ends of the intervals, each rounded outwards: ``(lower, upper)``, float64 ``[N]``."""
     share, limit = right / np.maximum(draws, 1), -np.log(alpha)
 
