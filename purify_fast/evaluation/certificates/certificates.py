@@ -88,7 +88,7 @@ class Certificates:
             if getattr(self, name, name) is None:
                 counted = np.arange(n) if name == "index" else self._drawn().repeat(len(self.radii), 1)
                 object.__setattr__(self, name, counted)
-            array = arrays.setdefault(name, getattr(self, name, None))
+            array: Any = arrays.setdefault(name, getattr(self, name, None))
             shape = (n, len(self.radii), 2) if name == "decided" else (n,)
             kind = np.int64 if name in ARRAYS else np.bool_
             if array.dtype != kind or array.shape != shape or not array.size:
