@@ -33,6 +33,10 @@ def _read(kind: type, values: Any) -> NDArray[Any]:
     return array.astype(kind)
 
 
+def _fits(pairs: NDArray[np.int64]) -> NDArray[np.bool_]:
+    return np.asarray((pairs[..., 0] >= 0) & (pairs[..., 0] <= pairs[..., 1]))
+
+
 #: The arrays of whole numbers. `decided` is ``[N, radii, 2]``, and the others are ``[N]``.
 ARRAYS = ("right", "draws", "index", "decided")
 #: The fields of a file: what each must be, and how it is read. The object's own checks follow.
@@ -93,16 +97,13 @@ class Certificates:
             kind = np.int64 if name in ARRAYS else np.bool_
             if array.dtype != kind or array.shape != shape or not array.size:
                 raise ValueError(f"{name} must be {kind.__name__} {[*shape]}, got {array.dtype} {[*array.shape]}")
-        # The draws of a look are some of the image's draws, right ones and wrong ones.
-        look, rest = self.decided, self._drawn() - self.decided
-        firsts = np.unique(self.index, return_index=True)[1]
+        look, rest, first = self.decided, self._drawn() - self.decided, np.unique(self.index, return_index=True)[1]
         for name, allowed, good in (
-            ("draws", f"at most {MOST}", self.draws <= MOST),
-            ("right", "in [0, draws]", (self.right >= 0) & (self.right <= self.draws)),
+            ("right", f"from 0 to the draws, at most {MOST}", _fits(self._drawn()[:, 0]) & (self.draws <= MOST)),
             ("index", f"in [0, {LARGEST})", (self.index >= 0) & (self.index < LARGEST)),
-            ("index", "another number for each image", np.isin(np.arange(n), firsts)),
-            ("decided", "right draws and draws of a look", (look[..., 0] >= 0) & (look[..., 0] <= look[..., 1])),
-            ("decided", "a part of the image's draws", (rest[..., 0] >= 0) & (rest[..., 0] <= rest[..., 1])),
+            ("index", "another number for each image", np.isin(np.arange(n), first)),
+            # The draws of a look are some of the image's draws, right ones and wrong ones.
+            ("decided", "right draws and draws of a look, some of the image's", _fits(look) & _fits(rest)),
         ):
             if not good.all():
                 raise ValueError(f"{name} must be {allowed}, got {arrays[name][~good][0].tolist()}")

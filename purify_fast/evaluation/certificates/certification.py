@@ -38,7 +38,7 @@ from ..request.subject import device_of
 from ..run.cache import RowCache
 from ..run.shards import Shards
 from .certificates import NORMAL, Certificates
-from .noisy_draws import DependentDrawsError, Draws, copy_of
+from .noisy_draws import DependentDrawsError, Draws
 from .sequences import MOST, answers, bounds, leads, looks
 
 logger = logging.getLogger("purify_fast")
@@ -48,8 +48,6 @@ logger = logging.getLogger("purify_fast")
 GROUP = 32
 #: Increase this number after a change of what a cached row contains.
 ROWS = 2
-#: The number of images on which a frozen copy is tried.
-TRIED = 8
 
 
 @whole_float32_by_default()
@@ -74,8 +72,8 @@ def certify(
 ) -> Certificates:
     """Certify that the smoothed classifier of a model predicts the labels within L2 balls around images.
 
-    Noisy images are not clamped to [0, 1]. The frozen copy of a module predicts, in float32, outside of the caller's
-    autocast. Draws are tied to the seed, the image's index and the draw's index, so the certificates do not depend on
+    Noisy images are not clamped to [0, 1]. The model itself predicts, outside of the caller's autocast; to certify a
+    frozen copy, give `purify_fast.frozen_copy(model, x)`. Draws are tied to the seed, the image's index and the draw's index, so the certificates do not depend on
     ``batch_size``, on the number of processes, or on interruptions, except where rounding moves a logit across a tie.
 
     Each batch has up to 16 rows at random places whose logits are known. If they change, the run is refused, and the
@@ -131,20 +129,15 @@ def certify(
         notes += note_of_modes(model, name)
         stack.enter_context(frozen(model))
         update_copies(model)
-        used, limit = copy_of(model, images[:TRIED].to(device)), BatchLimit(int(batch_size), device)
-        asked = Draws(used, images, names, sigma=whole.sigma, seed=int(seed), limit=limit)
+        limit = BatchLimit(int(batch_size), device)
+        asked = Draws(model, images, names, sigma=whole.sigma, seed=int(seed), limit=limit)
         check_labels("y", labels, asked.classes)
         mark, settings = fingerprint(model, revision), [ROWS, whole.sigma, radii, whole.alpha, int(draws), int(seed)]
-        whole.about.update(
-            {
-                **{"name": name, "seed": str(int(seed)), "most_draws": str(draws), "data": data},
-                "version": f"purify_fast {__version__}, PyTorch {torch.__version__}",
-                "predicted_by": type(model).__name__ + (", itself" if used is model else ", in a frozen copy"),
-                "precision": asked.precision,
-                # A function has no weights.
-                "weights": weights_fingerprint(model) if isinstance(model, nn.Module) else "",
-            }
-        )
+        # A function has no weights.
+        weights = weights_fingerprint(model) if isinstance(model, nn.Module) else ""
+        version, kind = f"purify_fast {__version__}, PyTorch {torch.__version__}", type(model).__name__
+        whole.about.update(name=name, predicted_by=kind, precision=asked.precision, version=version, weights=weights)
+        whole.about.update(seed=str(int(seed)), most_draws=str(draws), data=data)
         shards.check_same({"images": [data, names.tolist()], "model": [mark, asked.classes], "certificate": settings})
         groups = torch.arange(n, device="cpu").split(GROUP)
 
@@ -167,7 +160,7 @@ def certify(
                 made.update(zip(following, shards.share(following, decide), strict=True))
             return made[group]
 
-        stack.enter_context(cache.without_rows_of(DependentDrawsError))
+        stack.push(lambda kind, *_: kind is DependentDrawsError and cache.remove_written())
         with tqdm(total=n, desc=f"{name}: certificates", unit="image", disable=not progress) as bar:
             for group, part in enumerate(groups):
                 about = {"certificate": settings, "data": digest(images[part], labels[part], names[part])}

@@ -7,8 +7,7 @@ were predicted before, each alone. A batch counts only if they come out again.
 
 from __future__ import annotations
 
-import warnings
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,10 +21,8 @@ from ..._tensors import dtype_of
 from ...attacks.attacked_model import check_classes, logits_of
 from ...defences.stochastic import StochasticDefence, undecided
 from ...ops.philox import Stream, philox, philox_key
-from ...protocols import Classifier, CopiesItself, PassesOn, draws_for_each_image, supports
+from ...protocols import Classifier, draws_for_each_image
 from ...speed.agreement import BFLOAT16, FLOAT32, apart
-from ...speed.followed import is_frozen_copy
-from ...speed.frozen_copy import copy_or_model
 from ...speed.memory import BatchLimit
 from ..request.subject import precision_name
 
@@ -52,22 +49,6 @@ class _Dtypes(TorchDispatchMode):
         return made
 
 
-def copy_of(model: Classifier, x: Tensor) -> Classifier:
-    """The model's frozen copy in float32; the model itself if it is a function, or has no copy of its own class."""
-    if supports(model, PassesOn):
-        return cast(PassesOn, model).around(lambda inner: copy_of(inner, x))
-    alone = isinstance(model, StochasticDefence) and not supports(model, CopiesItself)
-    if not isinstance(model, nn.Module) or is_frozen_copy(model) or alone:
-        return model
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        made = copy_or_model(model, x, torch.float32)
-    for one in caught:
-        # Nothing is attacked here.
-        warnings.warn(str(one.message).replace("is attacked itself", "predicts itself"), one.category, stacklevel=3)
-    return made
-
-
 class Draws:
     """Counts the classes that a model gives to noisy copies of images.
 
@@ -90,8 +71,7 @@ class Draws:
         #: Whether the model draws itself: then its draws are named by image and draw, as the noise is.
         self.is_random = isinstance(model, StochasticDefence) and not model.noise_is_off
         if self.is_random and not draws_for_each_image(model):
-            text = f"model must draw for each image (draws_for_each_image), but {self.name} does not promise it"
-            raise ValueError(text)
+            raise ValueError(f"model must draw for each image (draws_for_each_image): {self.name} does not promise it")
         self.chance = torch.Generator("cpu").manual_seed(seed)
         which = torch.randint(len(x), (SENTINELS, 1), generator=self.chance, device="cpu")
         rows = [self._rows(one, number, 1) for number, one in enumerate(which)]
@@ -136,10 +116,9 @@ class Draws:
         """The draws of images, ``[n * count, C, H, W]``, and the names of a random model's own draws, int64."""
         x, ids = self.x[at].to(self.key.device), self.index[at].to(self.key.device)
         how: Any = {"stream": Stream.SMOOTHING, "distribution": "normal", "draws": count, "first_draw": first}
-        noise = philox(self.key, ids, x[0].numel(), **how).mul_(self.sigma)
-        draws = torch.arange(first, first + count, device=ids.device)
-        noisy = noise.view(len(x), count, *x.shape[1:]).add_(x[:, None]).flatten(0, 1)
-        return noisy, ((ids * SPREAD)[:, None] + draws).flatten() % 2**32
+        noise = philox(self.key, ids, x[0].numel(), **how).mul_(self.sigma).view(len(x), count, *x.shape[1:])
+        names = (ids * SPREAD)[:, None] + torch.arange(first, first + count, device=ids.device)
+        return noise.add_(x[:, None]).flatten(0, 1), names.flatten() % 2**32
 
     def _checked(self, noisy: Tensor, names: Tensor) -> Tensor:
         """The logits of draws, ``[B, classes]``, from passes that also have sentinels, all at random places."""
@@ -152,11 +131,9 @@ class Draws:
         got = self.known.clone()
         got[watched] = logits[-count:].to(got)
         if changed := int(apart(self.known, got, self.strength, together=True).sum()):
-            raise DependentDrawsError(
-                "model must predict each image for itself and alike in every call, apart from draws that a defence of "
-                f"this package names by noise_ids, but the logits of this {self.name} depend on the batch or the call, "
-                f"or have changed: {changed} of {count} rows had other logits before, each alone"
-            )
+            must = "predict each image for itself and alike in every call, apart from draws that noise_ids names"
+            reason = f"the logits of this {self.name} depend on the batch or the call, or have changed"
+            raise DependentDrawsError(f"model must {must}, but {reason}: {changed} of {count} rows differ from before")
         return logits[:-count]
 
     def _alone(self) -> Tensor:

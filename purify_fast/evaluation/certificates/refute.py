@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..._tensors import digest, weights_fingerprint
-from ..._validation import check_number
-from ...attacks.arguments import check_eps
+from ..._validation import Range, check_number
 from ...defences.noisy_ensemble import NoisyEnsemble
 from ..request.preparation import collect
 from ..run.shards import Shards
@@ -78,10 +77,8 @@ def refute(
         raise TypeError(f"refute sets {', '.join(taken)} itself: leave out {', '.join(OWN)}")
     images, labels, _ = collect(x, y)
     check_number("radius", radius)
-    try:
-        check_eps(radius, "l2", pixels=images[0].numel())
-    except ValueError as error:
-        raise ValueError(str(error).replace("eps", "radius", 1)) from error
+    # A larger ball contains every image.
+    Range(0, images[0].numel() ** 0.5, above=True).check("radius", radius)
     sigma, alpha = certificates.sigma, certificates.alpha
     check_settings(sigma, 0.0, alpha, draws=draws, batch_size=batch_size, seed=asked["seed"], votes=votes)
     if digest(images.cpu(), labels.cpu()) != certificates.about["data"]:
@@ -101,22 +98,10 @@ def refute(
     number = np.concatenate([clean, number])
     wrong = np.zeros(len(labels), dtype=bool)
     if len(points):
-        judged = certify(
-            model,
-            points,
-            labels[number],
-            sigma=sigma,
-            radius=0.0,
-            # An image may have several points, of which each may be refuted by chance.
-            alpha=alpha / int(np.bincount(number).max()),
-            name="attacked images",
-            # Other draws than those of the certificates.
-            seed=(asked["seed"] + 1) % 2**31,
-            progress=asked.get("progress", True),
-            together=together,
-            draws=draws,
-            batch_size=batch_size,
-        )
+        # Other draws than those of the certificates. An image may have several points, of which each may err.
+        how: dict[str, Any] = {"seed": (asked["seed"] + 1) % 2**31, "alpha": alpha / int(np.bincount(number).max())}
+        how |= {"progress": asked.get("progress", True), "together": together, "draws": draws, "batch_size": batch_size}
+        judged = certify(model, points, labels[number], sigma=sigma, radius=0.0, name="attacked images", **how)
         wrong[number[judged.refuted[0.0]]] = True
     about = certificates.about | {"protocol": str(report.about.get("protocol", "own attacks")), "votes": str(votes)}
     return replace(certificates, refuted={**certificates.refuted, float(radius): wrong}, about=about), report

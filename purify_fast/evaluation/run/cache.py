@@ -5,11 +5,10 @@ The file name of a row is a hash of everything on which the row depends. A damag
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -122,15 +121,10 @@ class RowCache:
             self._written.append(path)
         return values
 
-    @contextlib.contextmanager
-    def without_rows_of(self, refusal: type[Exception]) -> Iterator[None]:
-        """After such an error in the block, remove the `values` that this object has written."""
-        try:
-            yield
-        except refusal:
-            for path in self._written:
-                path.unlink(missing_ok=True)
-            raise
+    def remove_written(self) -> None:
+        """Remove the `values` that this object has written."""
+        for path in self._written:
+            path.unlink(missing_ok=True)
 
     def _path(self, key: str | None, ending: str = ".safetensors") -> Path | None:
         return None if self.folder is None or key is None else self.folder / f"{key}{ending}"
