@@ -584,7 +584,7 @@ def test_a_purifier_of_one_step_is_certified():
         ({"alpha": 1.0}, "alpha must be in"),
         ({"radius": -0.1}, "radius must be at least 0"),
         ({"radius": []}, "radius must be a number or at least one number"),
-        ({"radius": 2.0}, "radius must be at most 1.824, which 100000 right draws"),
+        ({"radius": 2.0}, "radius must be at most 1.8237, which 100000 right draws"),
         ({"radius": [0.1, None]}, "radius must be a number"),
         ({"radius": True}, "radius must be a number"),
         ({"seed": 1.5}, "seed must be a whole number"),

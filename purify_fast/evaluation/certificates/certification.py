@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Sequence
 from itertools import pairwise
@@ -39,7 +40,7 @@ from ..run.cache import RowCache
 from ..run.shards import Shards
 from .certificates import NORMAL, Certificates
 from .noisy_draws import DependentDrawsError, Draws
-from .sequences import MOST, answers, bounds, leads, looks
+from .sequences import LARGEST, MOST, answers, bounds, leads, looks
 
 logger = logging.getLogger("purify_fast")
 
@@ -52,6 +53,7 @@ ROWS = 2
 
 @whole_float32_by_default()
 @torch.inference_mode(False)
+@torch.no_grad()
 def certify(
     model: Classifier,
     x: Tensor,
@@ -72,9 +74,10 @@ def certify(
 ) -> Certificates:
     """Certify that the smoothed classifier of a model predicts the labels within L2 balls around images.
 
-    Noisy images are not clamped to [0, 1]. The model itself predicts, outside of the caller's autocast; to certify a
-    frozen copy, give `purify_fast.frozen_copy(model, x)`. Draws are tied to the seed, the image's index and the draw's index, so the certificates do not depend on
-    ``batch_size``, on the number of processes, or on interruptions, except where rounding moves a logit across a tie.
+    Noisy images are not clamped to [0, 1]. The model itself predicts, outside of the caller's autocast; to certify its
+    frozen copy, give `purify_fast.frozen_copy(model, x)`. Draws are tied to the seed, the image's index and the draw's
+    index, so the certificates do not depend on ``batch_size``, on the number of processes, or on interruptions, except
+    where rounding moves a logit across a tie.
 
     Each batch has up to 16 rows at random places whose logits are known. If they change, the run is refused, and the
     rows that it has cached are removed.
@@ -119,15 +122,11 @@ def certify(
     right, drawn = np.zeros((2, n), dtype=np.int64)
     whole = Certificates(right, drawn, float(sigma), radii, float(alpha), notes=notes, index=numbered)
     began, names, beaten = time.perf_counter(), torch.from_numpy(whole.index), np.zeros(n, dtype=np.bool_)
-    with (
-        Shards(together) as shards,
-        torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []),
-        torch.no_grad(),
-        without_autocast(device),
-        contextlib.ExitStack() as stack,
-    ):
+    with Shards(together) as shards, contextlib.ExitStack() as stack:
         notes += note_of_modes(model, name)
-        stack.enter_context(frozen(model))
+        generators = torch.random.fork_rng([device.index or 0] if device.type == "cuda" else [])
+        for block in (generators, without_autocast(device), frozen(model)):
+            stack.enter_context(block)
         update_copies(model)
         limit = BatchLimit(int(batch_size), device)
         asked = Draws(model, images, names, sigma=whole.sigma, seed=int(seed), limit=limit)
@@ -160,7 +159,7 @@ def certify(
                 made.update(zip(following, shards.share(following, decide), strict=True))
             return made[group]
 
-        stack.push(lambda kind, *_: kind is DependentDrawsError and cache.remove_written())
+        stack.push(lambda kind, *_: cache.remove_written() if kind is DependentDrawsError else None)
         with tqdm(total=n, desc=f"{name}: certificates", unit="image", disable=not progress) as bar:
             for group, part in enumerate(groups):
                 about = {"certificate": settings, "data": digest(images[part], labels[part], names[part])}
@@ -212,23 +211,20 @@ def check_settings(sigma: Any, radius: Any, alpha: Any, **whole: Any) -> tuple[f
     radii = tuple(given) if isinstance(given, (list, tuple, range)) else (given,)
     if not radii:
         raise ValueError("radius must be a number or at least one number, got none")
-    allowed = {
-        **{"sigma": Range(0, above=True, below=True), "alpha": Range(0, 1, above=True, below=True)},
-        **{"draws": Range(1, MOST), "radius": Range(0, below=True), "seed": Range(0, 2**31, below=True)},
-    }
+    allowed = {"sigma": Range(0, above=True, below=True), "alpha": Range(0, 1, above=True, below=True)}
+    allowed |= {"draws": Range(1, MOST), "radius": Range(0, below=True), "seed": Range(0, LARGEST, below=True)}
     for name, value in [("sigma", sigma), ("alpha", alpha), *(("radius", each) for each in radii), *whole.items()]:
         if name in whole and (not isinstance(value, Integral) or isinstance(value, bool)):
             raise TypeError(f"{name} must be a whole number, got {value!r}")
         check_number(name, value)
         allowed.get(name, Range(1)).check(name, value)
     # No alpha of float64 needs more right draws to prove a majority.
-    numbers = np.arange(1.0, 2048.0)
-    fewest = int(numbers[answers(numbers, numbers, 0.5, float(alpha)) == 1][0])
-    Range(fewest, MOST).check("draws", whole["draws"])
-    lower, _ = bounds(np.array([whole["draws"]]), np.array([whole["draws"]]), float(alpha))
+    numbers, count = np.arange(1.0, 2048.0), whole["draws"]
+    Range(numbers[answers(numbers, numbers, 0.5, float(alpha)) == 1][0], MOST).check("draws", count)
+    lower, _ = bounds(np.array([count]), np.array([count]), float(alpha))
     most = float(sigma) * NORMAL.inv_cdf(float(lower[0]))
-    for each in radii:
-        if each > most:
-            text = f"{whole['draws']} right draws at sigma {sigma:g} and alpha {alpha:g} prove, got {each}"
-            raise ValueError(f"radius must be at most {most:.4g}, which {text}")
+    if max(radii) > most:
+        text = f"{count} right draws at sigma {sigma} and alpha {alpha} prove, got {max(radii)}"
+        # A bound is rounded down.
+        raise ValueError(f"radius must be at most {math.floor(1e4 * most) / 1e4}, which {text}")
     return tuple(map(float, radii))
