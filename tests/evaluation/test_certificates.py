@@ -451,7 +451,7 @@ def test_no_attack_takes_back_a_certificate_of_the_zoo(name):
     if card.data != "digits":
         pytest.skip("the images of this model are not in the package")
     model, (x, y) = zoo.load(name), zoo_digits(24)
-    radius = 2 * card.eps
+    radius = 3 * card.eps
     made = certify(model, x, y, sigma=card.sigma, radius=(card.eps, radius), progress=False)
     made, _ = refute(made, model, x, y, radius=radius, votes=5, protocol="strong", steps=20, progress=False)
     assert made.certified(card.eps).any() and made.refuted[radius].any()
