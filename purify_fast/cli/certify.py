@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar
 
 from .._validation import AtLeast0, Count, Positive, Range
 from ..evaluation.request.config import ProtocolName
 from .evaluate import ModelCommand
-from .run_file import write_run_file
+from .run_file import RUN_FILE, number, read_run_file, write_run_file
+from .saved_models import zoo_name
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,9 @@ class Certify(ModelCommand):
     An interrupted run continues if the same command is run again.
 
     Args:
-        sigma: Standard deviation of the Gaussian noise in image units.
-        radius: L2 radius in image units, or several radii.
+        sigma: Standard deviation of the Gaussian noise in image units. Default: that of the model's training, from the
+            card of a model of the zoo or from run.yaml. Required for any other model.
+        radius: L2 radius in image units, or several radii. Default: sigma.
         alpha: Largest probability of a wrong certificate, for each image.
         draws: Largest number of draws for an image. It is undecided at the radii that are open then.
         attack: Protocol that attacks the smoothed classifier at every radius above 0. The attacked images that the
@@ -37,8 +39,8 @@ class Certify(ModelCommand):
         ("beside", "one_shot"): ("t_star", "denoising_steps", "solver"),
     }
 
-    sigma: Positive = 0.5
-    radius: tuple[AtLeast0, ...] = (0.5,)
+    sigma: Positive | None = None
+    radius: tuple[AtLeast0, ...] = ()
     alpha: Annotated[float, Range(0, 1, above=True, below=True)] = 0.001
     draws: Count = 100_000
     attack: ProtocolName | None = None
@@ -47,6 +49,19 @@ class Certify(ModelCommand):
     batch_size: Count = 1000
     seed: Annotated[int, Range(0, 2**31, below=True)] = 0
 
+    def noise(self) -> tuple[float, str]:
+        """The standard deviation of the noise, and where it is from: from the option or the model's training."""
+        sigma, source, run = self.sigma, "--sigma", self.folder / RUN_FILE
+        if sigma is None and (name := zoo_name(self.folder)) is not None:
+            from ..zoo import card
+
+            sigma, source = card(name).sigma, f"the card of {name}"
+        elif sigma is None and run.is_file() and (noise := read_run_file(run).get("noise")) is not None:
+            sigma, source = number(str(noise)), str(run)
+        if sigma is None or not sigma > 0:
+            raise ValueError(f"--sigma must be given, such as --sigma 0.25: {self.folder} was not trained with noise")
+        return sigma, source
+
     def run(self) -> None:
         from torch import nn
 
@@ -54,45 +69,33 @@ class Certify(ModelCommand):
         from ..evaluation import certify, refute
         from ..methods.diffusion import DiffusionPurifier
 
-        data = self.load_data(train=False)
+        (sigma, source), first = self.noise(), processes()[0] == 0
+        radii, data = self.radius or (sigma,), self.load_data(train=False)
+        attacked = sorted({radius for radius in radii if radius > 0}) if self.attack is not None else []
         model, _ = self.loaded(data)
         if self.one_shot:
             if not isinstance(model, DiffusionPurifier):
                 raise ValueError(f"--one-shot is only for diffusion purifiers, got {self.folder}")
-            model = model.one_shot(self.sigma)
+            model = model.one_shot(sigma)
         if self.attack is not None and not isinstance(model, nn.Module):
             raise ValueError(f"--attack is only for modules, but {self.folder} returns a function")
-        if self.attack is not None and not max(self.radius) > 0:
-            raise ValueError(f"--attack needs a --radius above 0, got {self.radius}")
+        if self.attack is not None and not attacked:
+            raise ValueError(f"--attack needs a --radius above 0, got {radii}")
         out, name = self.writes(), self.title()
-        x, y, notes = self.chosen(data, self.seed)
-        how = {"alpha": self.alpha, "draws": self.draws, "batch_size": self.batch_size, "seed": self.seed}
-        certificates = certify(model, x, y, sigma=self.sigma, radius=self.radius, out=out, name=name, **how)  # type: ignore[arg-type]
-        certificates.notes.extend(notes)
+        (x, y, index), notes = self.chosen(data, self.seed)
+        how: dict[str, Any] = {"draws": self.draws, "batch_size": self.batch_size, "name": name}
+        asked: dict[str, Any] = {"sigma": sigma, "radius": radii, "alpha": self.alpha, "seed": self.seed}
+        certificates = certify(model, x, y, index=index, out=out, **asked, **how)
+        certificates.notes.extend([f"sigma {sigma} is from {source}", *notes])
         certificates.about.update(dataset=data.name)
-        first = processes()[0] == 0
         if first:
             # An interruption of the attacks leaves the report on the certificates.
             certificates.save(out)
-            write_run_file(self, out)
-        for radius in self.radius if self.attack is not None else ():
-            if radius == 0:
-                continue
-            folder = out / f"attacks-{radius:g}"
-            certificates, report = refute(
-                certificates,
-                model,  # type: ignore[arg-type]
-                x,
-                y,
-                radius=radius,
-                votes=self.votes,
-                draws=self.draws,
-                batch_size=self.batch_size,
-                protocol=self.attack,
-                out=folder,
-                name=name,
-                dataset_name=data.name,
-            )
+            write_run_file(replace(self, sigma=sigma, radius=radii), out)
+        for radius in attacked:
+            folder = out / f"attacks-{radius}"
+            against: dict[str, Any] = {"protocol": self.attack, "out": folder, "dataset_name": data.name, **how}
+            certificates, report = refute(certificates, model, x, y, radius=radius, votes=self.votes, **against)  # type: ignore[arg-type]
             if first:
                 report.save(folder)
                 certificates.save(out)

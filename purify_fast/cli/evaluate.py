@@ -18,9 +18,10 @@ from .run_file import EVALUATION, RUN_FILE, ball_of_run, parse, read_run_file, w
 from .saved_models import is_named, own_model, refuse_other_images, saved_folder, trained_classifier, zoo_name
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from ..data import DataSet
+    from ..data.selection import Subset
     from ..evaluation.show.witnesses import Witnesses
     from ..protocols import Classifier
 
@@ -108,20 +109,23 @@ class ModelCommand(ProcessOptions, DataCommand):
             raise ValueError(f"--classifier must be given: {self.folder} contains a denoiser without a classifier")
         return load_classifier(saved_folder(self.folder, classifier=True)).to(images.y_test.device)
 
-    def chosen(self, images: DataSet, seed: int) -> tuple[Tensor, Tensor, list[str]]:
-        """The held-out images that are used, their labels, and notes for the report about how they were chosen."""
-        from ..data import balanced_subset
+    def chosen(self, images: DataSet, seed: int) -> tuple[Subset, list[str]]:
+        """The held-out images that are used, and notes for the report about how they were chosen."""
+        import torch
+
+        from ..data.selection import Subset, balanced_subset
 
         count = len(images.y_test)
         if self.images >= count:
             fewer = f": --images {self.images} asks for more than there are" if self.images > count else ""
-            return images.x_test[:], images.y_test, [f"all {count} held-out images{fewer}"]
+            ids = torch.arange(count, device=images.y_test.device)
+            return Subset(images.x_test[:], images.y_test, ids), [f"all {count} held-out images{fewer}"]
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             subset = balanced_subset(images.x_test, images.y_test, self.images, seed, num_classes=images.num_classes)
         choice = f"chosen by the seed {seed}; the numbers of images per class differ by at most 1"
         notes = [f"{len(subset.y)} of the {count} held-out images, {choice}"]
-        return subset.x, subset.y, notes + [str(warning.message) for warning in caught]
+        return subset, notes + [str(warning.message) for warning in caught]
 
 
 @dataclass(frozen=True)
@@ -188,13 +192,13 @@ class Evaluate(ModelCommand):
         images = self.load_data(train=False)
         model, base = self.prepared(images)
         out, (eps, norm) = self.writes(), self.ball()
-        x, y, notes = self.chosen(images, self.settings.seed)
+        chosen, notes = self.chosen(images, self.settings.seed)
         settings = vars(self.settings) | {"dataset_name": self.settings.dataset_name or images.name}
         with float32_products(tf32=self.precision == "tf32"):
             report = evaluate(
                 model,
-                x,
-                y,
+                chosen.x,
+                chosen.y,
                 eps=eps,
                 norm=read_norm(norm),
                 base=base,

@@ -108,10 +108,12 @@ def test_the_shell_is_completed(tmp_path, capsys):
 def test_evaluate_takes_equally_many_images_of_every_class():
     y = torch.arange(6).repeat_interleave(10)
     images = SimpleNamespace(x_test=torch.arange(60).view(60, 1, 1, 1), y_test=y, num_classes=7)
-    x, labels, notes = Evaluate(images=12).chosen(images, 0)
+    (x, labels, ids), notes = Evaluate(images=12).chosen(images, 0)
+    assert torch.equal(x.flatten(), ids)
     assert labels.bincount().tolist() == [2] * 6 and torch.equal(y[x.flatten()], labels)
     assert notes[0].startswith("12 of the 60 held-out images, chosen by the seed 0;")
     assert notes[1].startswith("1 of 7 classes have no image among the 12 chosen images (6)")
-    x, labels, notes = Evaluate(images=60).chosen(images, 0)
-    assert torch.equal(x, images.x_test) and torch.equal(labels, y) and notes == ["all 60 held-out images"]
-    assert "--images 61 asks for more than there are" in Evaluate(images=61).chosen(images, 0)[2][0]
+    (x, labels, ids), notes = Evaluate(images=60).chosen(images, 0)
+    assert torch.equal(x, images.x_test) and torch.equal(labels, y) and torch.equal(ids, torch.arange(60))
+    assert notes == ["all 60 held-out images"]
+    assert "--images 61 asks for more than there are" in Evaluate(images=61).chosen(images, 0)[1][0]

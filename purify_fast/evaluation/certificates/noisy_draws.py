@@ -1,145 +1,155 @@
-"""Predictions on noisy copies of images. Each draw depends only on the seed, the image and the draw's index."""
+"""Predictions on noisy copies of images. Each draw depends only on the seed, the image's index and the draw's index.
+
+A certificate is about a function of one image. A model in which the batch, the place in it, the call or the time
+decides is no such function. So each batch has *sentinels*, at random places: rows whose logits are known, because they
+were predicted before, each alone. A batch counts only if they come out again.
+"""
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from ..._tensors import dtype_of
 from ...attacks.attacked_model import check_classes, logits_of
 from ...defences.stochastic import StochasticDefence, undecided
 from ...ops.philox import Stream, philox, philox_key
-from ...protocols import Classifier, CopiesItself, PassesOn, draws_for_each_image, supports
-from ...speed.agreement import BFLOAT16, apart
-from ...speed.followed import is_frozen_copy
-from ...speed.frozen_copy import copy_or_model
+from ...protocols import Classifier, draws_for_each_image
+from ...speed.agreement import BFLOAT16, FLOAT32, apart
 from ...speed.memory import BatchLimit
+from ..request.subject import precision_name
 
-#: The number of images whose draws are made together. A random model has a seed for each group.
-GROUP = 32
-#: The largest number of draws of an image: a random model's noise has 32 bits for the image in its group and the draw.
-MOST = 2**32 // GROUP
-#: The number of noisy images, and of calls, by which a model is tested.
-TRIED = 8
-#: A model is refused if more than this share of the rows differ, because rounding may move a few across a jump.
-FEW = 0.25
+#: The sentinels of a run. A batch has all of them; a batch with fewer than four times as many rows has fewer.
+SENTINELS = 16
+#: The names of a random model's draws begin at this multiple of the image's index (Knuth's multiplicative hash).
+SPREAD = 2654435761
 
 
-def copy_of(model: Classifier, x: Tensor) -> Classifier:
-    """The model's frozen copy in float32; the model itself if it is a function, or has no copy of its own class."""
-    if supports(model, PassesOn):
-        return cast(PassesOn, model).around(lambda inner: copy_of(inner, x))
-    alone = isinstance(model, StochasticDefence) and not supports(model, CopiesItself)
-    if not isinstance(model, nn.Module) or is_frozen_copy(model) or alone:
-        return model
-    return copy_or_model(model, x, torch.float32)
+class DependentDrawsError(ValueError):
+    """The model is no function of one image, so nothing can be proved."""
+
+
+class _Dtypes(TorchDispatchMode):
+    """Collects the dtypes of the floating-point tensors that PyTorch computes within a block."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen = set[torch.dtype]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        self.seen |= {one.dtype for one in tree_leaves(made) if isinstance(one, Tensor) and one.is_floating_point()}
+        return made
 
 
 class Draws:
-    """Counts how often a model gives the noisy copies of an image the image's label.
+    """Counts the classes that a model gives to noisy copies of images.
 
     Args:
         model: images ``[B, C, H, W]`` to logits; deterministic, or a random defence with draws for each image.
         x: images ``[N, C, H, W]``, float32 on the CPU.
-        y: labels, int64 ``[N]`` on the CPU.
+        index: the images' indices in their data set, which name the draws, int64 ``[N]`` on the CPU.
         sigma: standard deviation of the noise, in image units.
-        device: device of the model.
-        batch_size: largest number of noisy images in a pass.
         seed: seed of the noise.
+        limit: the largest number of rows in a pass, on the device of the model.
 
     Raises:
-        ValueError: the model is random without draws for each image, or its logits depend on the rest of the batch or
-            on the call: then draws are not independent, and nothing would be proved.
+        DependentDrawsError: the logits depend on the rest of the batch, on the place in it, or on the call.
+        ValueError: the model is random without draws for each image, or refuses float32 images.
     """
 
-    def __init__(
-        self, model: Classifier, x: Tensor, y: Tensor, *, sigma: float, device: torch.device, batch_size: int, seed: int
-    ):
-        self.model, self.x, self.y, self.sigma, self.seed, self.device = model, x, y, sigma, seed, device
-        self.limit, self.batch_size = BatchLimit(batch_size, device), batch_size
-        self.key = philox_key(seed, device)
+    def __init__(self, model: Classifier, x: Tensor, index: Tensor, *, sigma: float, seed: int, limit: BatchLimit):
+        self.model, self.x, self.index, self.sigma, self.seed, self.limit = model, x, index, sigma, seed, limit
+        self.key, self.name = philox_key(seed, limit.device), type(model).__name__
         #: Whether the model draws itself: then its draws are named by image and draw, as the noise is.
         self.is_random = isinstance(model, StochasticDefence) and not model.noise_is_off
-        self.tried = torch.arange(TRIED, device="cpu") % len(x)
-        self.first = self.limit.within(self._check)
-        self.classes = self.first.shape[1]
+        if self.is_random and not draws_for_each_image(model):
+            raise ValueError(f"model must draw for each image (draws_for_each_image): {self.name} does not promise it")
+        self.chance = torch.Generator("cpu").manual_seed(seed)
+        which = torch.randint(len(x), (SENTINELS, 1), generator=self.chance, device="cpu")
+        rows = [self._rows(one, number, 1) for number, one in enumerate(which)]
+        self.rows, self.names = (torch.cat(parts) for parts in zip(*rows, strict=True))
+        with _Dtypes() as dtypes:
+            self.known = limit.within(self._alone)
+        self.classes = self.known.shape[1]
+        tf32 = precision_name(model, limit.device) == "tf32"
+        #: The precisions in which the model computes, for the report.
+        self.precision = " and ".join(sorted({str(each)[6:] for each in dtypes.seen}) + ["tf32"] * tf32)
+        #: The rounding that a batch of another shape may cause.
+        self.strength = BFLOAT16 if tf32 or any(each.itemsize < 4 for each in dtypes.seen) else FLOAT32
+        # This call finds out how many rows fit into memory.
+        tried = torch.arange(self._sizes()[2], device="cpu") % SENTINELS
+        limit.within(lambda: self._checked(self.rows[tried], self.names[tried]))
 
-    @property
-    def most(self) -> int:
-        """The largest number of rows in a pass."""
-        return self.limit.at_most(self.batch_size)
+    def _sizes(self) -> tuple[int, int, int]:
+        """The numbers of rows, of sentinels and of draws in a pass. A pass of a single row has one of both."""
+        most = self.limit.at_most(self.limit.most)
+        watched = min(SENTINELS, max(1, most // 4))
+        return most, watched, max(1, most - watched)
 
-    def _check(self) -> Tensor:
-        """Refuse a model whose draws are not independent. Return its logits for the trial rows."""
-        name, rows = type(self.model).__name__, [(self.tried[k : k + 1], k // len(self.x), 1) for k in range(TRIED)]
-        if self.is_random and not draws_for_each_image(self.model):
-            raise ValueError(f"model must draw for each image (draws_for_each_image), but {name} does not promise it")
-        alone = torch.cat([self._logits(*row) for row in rows])
-        noisy, ids = (torch.cat([make(*row) for row in rows]) for make in (self._noisy, self._ids))
-        # The last call has as many rows as a pass of the certificates may have.
-        sizes = [min(TRIED, self.most)] * TRIED + [self.most]
-        for call, size in enumerate(sizes):
-            if self.is_random:
-                with self.model.noise_ids(ids):  # type: ignore[attr-defined]
-                    again = self._predict(noisy, int(self.tried[0]) // GROUP)
-            else:
-                torch.manual_seed(call)
-                whole = noisy.repeat(-(-size // TRIED), 1, 1, 1)
-                again = torch.cat([logits_of(self.model, part) for part in whole.split(size)])[:TRIED]
-            if int(apart(again, alone, BFLOAT16).sum()) > FEW * TRIED:
-                raise ValueError(
-                    "model must predict each image for itself and alike in every call, apart from draws that a defence "
-                    f"of this package names by noise_ids, but the logits of this {name} depend on the batch or the call"
-                )
-        return alone
+    def counts(self, at: Tensor, first: int, last: int) -> NDArray[np.int64]:
+        """Count the classes of the draws first to last - 1 of the images at some places, ``[n, classes + 1]``.
 
-    def check_unchanged(self) -> None:
-        """Raise a ValueError if the model predicts the trial rows otherwise than in the beginning."""
-        if int(apart(self.limit.within(self._check), self.first, BFLOAT16).sum()) > FEW * TRIED:
-            raise ValueError("model must not change while it is certified, but its logits have changed")
+        The last column counts predictions without a class.
+        """
+        return self.limit.within(lambda: self._counts(at, first, last))
 
-    def right(self, index: Tensor, first: int, last: int) -> NDArray[np.int64]:
-        """For images of one group: the number of right predictions among the draws first to last - 1, ``[n]``."""
-        return self.limit.within(lambda: self._right(index, first, last))
-
-    def _right(self, index: Tensor, first: int, last: int) -> NDArray[np.int64]:
-        counts = []
-        for part in index.split(self.most):
-            each, total = max(1, self.most // len(part)), torch.zeros(len(part), dtype=torch.int64, device=self.device)
+    def _counts(self, at: Tensor, first: int, last: int) -> NDArray[np.int64]:
+        counts, room = [], self._sizes()[2]
+        for part in at.split(room):
+            each, total = max(1, room // len(part)), torch.zeros((), dtype=torch.int64, device="cpu")
             for start in range(first, last, each):
-                count = min(each, last - start)
-                logits = self._logits(part, start, count)
-                label = self.y[part].to(logits.device).repeat_interleave(count)
-                right = (check_classes(logits, self.classes).argmax(1) == label) & ~undecided(logits)
-                total += right.view(len(part), count).sum(1)
-            counts.append(total.cpu().numpy())
+                logits = self._checked(*self._rows(part, start, min(each, last - start)))
+                found = logits.argmax(1).masked_fill(undecided(logits), self.classes).view(len(part), -1)
+                total = total + F.one_hot(found, self.classes + 1).sum(1).cpu()
+            counts.append(total.numpy())
         return np.concatenate(counts)
 
-    def _noisy(self, index: Tensor, first: int, count: int) -> Tensor:
-        """The draws of images, ``[n * count, C, H, W]``."""
-        x, ids = self.x[index].to(self.device), index.to(self.device)
-        noise = philox(
-            self.key, ids, x[0].numel(), stream=Stream.SMOOTHING, distribution="normal", draws=count, first_draw=first
-        )
-        return noise.mul_(self.sigma).view(len(x), count, *x.shape[1:]).add_(x[:, None]).flatten(0, 1)
+    def _rows(self, at: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """The draws of images, ``[n * count, C, H, W]``, and the names of a random model's own draws, int64."""
+        x, ids = self.x[at].to(self.key.device), self.index[at].to(self.key.device)
+        how: Any = {"stream": Stream.SMOOTHING, "distribution": "normal", "draws": count, "first_draw": first}
+        noise = philox(self.key, ids, x[0].numel(), **how).mul_(self.sigma).view(len(x), count, *x.shape[1:])
+        names = (ids * SPREAD)[:, None] + torch.arange(first, first + count, device=ids.device)
+        return noise.add_(x[:, None]).flatten(0, 1), names.flatten() % 2**32
 
-    def _ids(self, index: Tensor, first: int, count: int) -> Tensor:
-        """The names of a random model's own draws, int64 ``[n * count]``."""
-        draws = torch.arange(first, first + count, device=self.device)
-        return ((index.to(self.device) % GROUP)[:, None] * MOST + draws).flatten()
+    def _checked(self, noisy: Tensor, names: Tensor) -> Tensor:
+        """The logits of draws, ``[B, classes]``, from passes that also have sentinels, all at random places."""
+        most, count, _ = self._sizes()
+        watched = torch.randperm(SENTINELS, generator=self.chance, device="cpu")[:count]
+        noisy, names = torch.cat([noisy, self.rows[watched]]), torch.cat([names, self.names[watched]])
+        order = torch.randperm(len(noisy), generator=self.chance, device="cpu")
+        passes = zip(noisy[order].split(most), names[order].split(most), strict=True)
+        logits = torch.cat([check_classes(self._predict(*one), self.classes) for one in passes])[order.argsort()]
+        got = self.known.clone()
+        got[watched] = logits[-count:].to(got)
+        if changed := int(apart(self.known, got, self.strength, together=True).sum()):
+            must = "predict each image for itself and alike in every call, apart from draws that noise_ids names"
+            reason = f"the logits of this {self.name} depend on the batch or the call, or have changed"
+            raise DependentDrawsError(f"model must {must}, but {reason}: {changed} of {count} rows differ from before")
+        return logits[:-count]
 
-    def _logits(self, index: Tensor, first: int, count: int) -> Tensor:
-        """Logits of the draws of images in one group, ``[n * count, classes]``."""
-        noisy = self._noisy(index, first, count)
+    def _alone(self) -> Tensor:
+        try:
+            return torch.cat([self._predict(*one) for one in zip(self.rows.split(1), self.names.split(1), strict=True)])
+        except (RuntimeError, TypeError) as error:
+            dtype = dtype_of(self.model) if isinstance(self.model, nn.Module) else torch.float32
+            if dtype == torch.float32:
+                raise
+            cure = f"give model.float(), or lambda x: model(x.to({dtype}))"
+            raise ValueError(f"model must take float32 images, but this {self.name} is in {dtype}: {cure}") from error
+
+    def _predict(self, images: Tensor, names: Tensor) -> Tensor:
         if not self.is_random:
-            return logits_of(self.model, noisy)
-        with self.model.noise_ids(self._ids(index, first, count)):  # type: ignore[attr-defined]
-            return self._predict(noisy, int(index[0]) // GROUP)
-
-    def _predict(self, images: Tensor, group: int) -> Tensor:
+            return logits_of(self.model, images)
         # A defence of this package takes the seed of a call from this generator.
-        torch.manual_seed((self.seed * 1_000_003 + group) % 2**63)
-        return logits_of(self.model, images)
+        torch.manual_seed(self.seed)
+        with self.model.noise_ids(names):  # type: ignore[attr-defined]
+            return logits_of(self.model, images)

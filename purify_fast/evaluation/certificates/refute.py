@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..._tensors import digest, weights_fingerprint
-from ..._validation import check_number
-from ...attacks.arguments import check_eps
+from ..._validation import Range, check_number
 from ...defences.noisy_ensemble import NoisyEnsemble
 from ..request.preparation import collect
 from ..run.shards import Shards
@@ -48,8 +47,9 @@ def refute(
     """Attack the smoothed classifier within an L2 radius, and add the images that fall to the certificates.
 
     `purify_fast.evaluation.evaluate` attacks the majority of ``votes`` noisy predictions. A fallen image counts as
-    refuted only if a confidence sequence proves that the model's probability of its label is below 1/2 there, with the
-    probability ``alpha`` of an error for each attacked image, because a vote of few draws may be wrong by chance.
+    refuted only if confidence sequences prove that the model gives another class more often than the label there, with
+    the probability ``alpha`` of an error for each image, because a vote of few draws may be wrong by chance. Without
+    this proof, the answer is left open, even if the label has less than half of the draws.
 
     Args:
         certificates: the certificates of these images; they are not changed.
@@ -77,10 +77,8 @@ def refute(
         raise TypeError(f"refute sets {', '.join(taken)} itself: leave out {', '.join(OWN)}")
     images, labels, _ = collect(x, y)
     check_number("radius", radius)
-    try:
-        check_eps(radius, "l2", pixels=images[0].numel())
-    except ValueError as error:
-        raise ValueError(str(error).replace("eps", "radius", 1)) from error
+    # A larger ball contains every image.
+    Range(0, images[0].numel() ** 0.5, above=True).check("radius", radius)
     sigma, alpha = certificates.sigma, certificates.alpha
     check_settings(sigma, 0.0, alpha, draws=draws, batch_size=batch_size, seed=asked["seed"], votes=votes)
     if digest(images.cpu(), labels.cpu()) != certificates.about["data"]:
@@ -100,22 +98,11 @@ def refute(
     number = np.concatenate([clean, number])
     wrong = np.zeros(len(labels), dtype=bool)
     if len(points):
-        judged = certify(
-            model,
-            points,
-            labels[number],
-            sigma=sigma,
-            radius=0.0,
-            alpha=alpha,
-            name="attacked images",
-            # Other draws than those of the certificates.
-            seed=(asked["seed"] + 1) % 2**31,
-            progress=asked.get("progress", True),
-            together=together,
-            draws=draws,
-            batch_size=batch_size,
-        )
-        wrong[number[judged.decisions(0.0) == -1]] = True
+        # Other draws than those of the certificates. An image may have several points, of which each may err.
+        how: dict[str, Any] = {"seed": (asked["seed"] + 1) % 2**31, "alpha": alpha / int(np.bincount(number).max())}
+        how |= {"progress": asked.get("progress", True), "together": together, "draws": draws, "batch_size": batch_size}
+        judged = certify(model, points, labels[number], sigma=sigma, radius=0.0, name="attacked images", **how)
+        wrong[number[judged.refuted[0.0]]] = True
     about = certificates.about | {"protocol": str(report.about.get("protocol", "own attacks")), "votes": str(votes)}
     return replace(certificates, refuted={**certificates.refuted, float(radius): wrong}, about=about), report
 

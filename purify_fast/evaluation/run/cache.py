@@ -55,6 +55,7 @@ class RowCache:
     def __init__(self, folder: Path | None, served: str = "", revision: str | None = None):
         self.folder = None if folder is None else folder / "rows"
         self.served, self.revision = served, revision
+        self._written = list[Path]()
         # The fingerprint of each model, by its id, and the model itself, so that no other object can get this id.
         self._marks: dict[int, tuple[object, str | None]] = {id(None): (None, "")}
         if self.folder is not None:
@@ -117,7 +118,13 @@ class RowCache:
         if path is not None and whole():
             tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
             write_sealed(path, {name: value for name, value in values.items() if name not in tensors}, tensors)
+            self._written.append(path)
         return values
+
+    def remove_written(self) -> None:
+        """Remove the `values` that this object has written."""
+        for path in self._written:
+            path.unlink(missing_ok=True)
 
     def _path(self, key: str | None, ending: str = ".safetensors") -> Path | None:
         return None if self.folder is None or key is None else self.folder / f"{key}{ending}"
