@@ -9,7 +9,7 @@ from unittest import mock
 import torch
 from host_syncs import HostSyncs
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 #: Functions that raise an error, or end the capture, while CUDA captures a graph. None of them is an operator. On a CPU
 #: the generator of the host is that of the device. `torch.random.fork_rng` calls two of these functions.
@@ -126,7 +126,8 @@ class _Log(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        self.calls.append((function, args, kwargs or {}, out))
+        # A graph has addresses: a later ``tensor.data = other`` changes none of them.
+        self.calls.append((function, *tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs or {}, out))))
         return out
 
 

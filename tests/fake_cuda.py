@@ -26,10 +26,8 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import purify_fast
-from purify_fast.models.representation import evaluation_mode
 from purify_fast.ops.dispatch.registry import Op
-from purify_fast.speed.followed import Followed, settings_of
-from purify_fast.speed.frozen_copy import AttackedCopy
+from purify_fast.speed.followed import Followed
 
 PACKAGE = Path(purify_fast.__file__).resolve().parent
 #: Modules whose objects are searched for tensors.
@@ -177,7 +175,7 @@ class FakeCuda:
     def __init__(self) -> None:
         self._made: dict[int, tuple[Tensor, Tensor]] = {}
         self._done: dict[int, Any] = {}
-        self._watching: list[AttackedCopy | Followed] = []
+        self._watching: list[Followed] = []
 
     def tensor(self, real: Tensor) -> Tensor:
         """The fake of a tensor, the same one each time."""
@@ -219,7 +217,7 @@ class FakeCuda:
                 # PyTorch leaves this number on the CPU, where the host may read it.
                 with MODE:
                     value._buffers["n_averaged"] = torch.tensor(1)
-            if isinstance(value, (AttackedCopy, Followed)):
+            if isinstance(value, Followed):
                 self._watching.append(value)
         elif callable(value) and hasattr(value, "__self__"):
             self.put(value.__self__)
@@ -245,6 +243,9 @@ class FakeCuda:
                 ("torch.Tensor", "data_ptr", lambda tensor: tensor.untyped_storage()._cdata),
                 ("torch.UntypedStorage", "data_ptr", lambda storage: storage._cdata),
                 ("purify_fast.model_state", "Tensor", FakeTensor),
+                ("purify_fast.speed.watch", "PLAIN", (FakeTensor,)),
+                # The structure of a model is known, though its tensors have become fake.
+                ("purify_fast.speed.watch.Structure", "look", lambda structure, model: None),
             ):
                 stack.enter_context(mock.patch(f"{target}.{name}", new))
             # No kernel is compared with its definition on values that do not exist.
@@ -260,11 +261,7 @@ class FakeCuda:
     def _look_again(self) -> None:
         """Let copies know the fake tensors of their models, so that they do not seem to be others."""
         for one in self._watching:
-            if isinstance(one, Followed):
-                one.read()
-            elif one._made is not None:
-                with evaluation_mode(one.model):
-                    one._settings, one._objects = settings_of(one.model)
+            one.read()
         self._watching.clear()
 
 

@@ -15,7 +15,7 @@ from .._compiler import is_compiled, outside_graphs
 from .._tensors import check_floating, dtype_of, first_tensor
 from ..models.representation import Representation, count_classes
 from ..ops.aggregate import aggregate
-from ..speed.draws import same_draws, shared_generators
+from ..speed.draws import shared_generators
 from ..speed.folding.batchnorm import fold_pairs, foldable_pairs
 from ..speed.folding.inference_copy import (
     InferenceCopy,
@@ -25,7 +25,7 @@ from ..speed.folding.inference_copy import (
     renewed,
 )
 from ..speed.followed import Followed, is_frozen_copy, keeps_its_mode
-from ..speed.watch import Structure, deep_copy
+from ..speed.watch import Structure, deep_copy, memo_of
 from .stochastic import StochasticDefence, majority
 
 D = TypeVar("D", bound="Defence")
@@ -189,7 +189,7 @@ class Defence(StochasticDefence):
         if defence.representation is None:
             return
         copied: Any = self.classifier
-        made = copy.deepcopy(defence.representation, shared_generators(defence.classifier))
+        made = copy.deepcopy(defence.representation, memo_of(defence.classifier))
         reader = made.model.requires_grad_(False).eval()
         decided = copied.decisions["_reader"]
         prepare_for_inference(reader, self.image_shape, copied.dtype, plain=copied.plain, decided=decided)
@@ -208,7 +208,11 @@ class Defence(StochasticDefence):
         """
         followed = Followed(self) if followed is None else followed
         decisions = followed.structure.decisions
-        other: Any = deep_copy(self)
+        # The classifier and what reads its representation are copied below.
+        kept = [self.classifier, *([] if self.representation is None else [self.representation])]
+        purifier = nn.ModuleList(part for name, part in self.named_children() if name != "classifier")
+        memo = {id(one): one for one in kept} | shared_generators(self) | memo_of(purifier)
+        other: Any = deep_copy(self, memo)
         other = other.computing_in(dtype, compile=compile, plain=plain, structure=followed.structure)
         other.eval().requires_grad_(False)
         parts = [(name, part) for name, part in other.named_children() if name not in ("classifier", "_reader")]
@@ -242,8 +246,7 @@ class Defence(StochasticDefence):
             return
         copied: Any = self.classifier
         how = {"compile": copied.compile_steps, "plain": copied.plain, "followed": self._followed}
-        with same_draws(model):
-            fresh = model.make_frozen_copy(copied.dtype, **how)
+        fresh = model.make_frozen_copy(copied.dtype, **how)
         for name, part in fresh.named_children():
             old = self._modules[name]
             # The representation belongs to its reader.
@@ -251,12 +254,11 @@ class Defence(StochasticDefence):
                 self._modules[name] = part
                 self.representation = fresh.representation if name == "_reader" else self.representation
         self._reads = self._followed.reads
+        own = [{**one._parameters, **one._buffers} for one in (self, fresh)]
         with torch.no_grad():
-            for (name, mine), theirs in zip(
-                self.named_buffers(recurse=False), fresh.buffers(recurse=False), strict=True
-            ):
-                if name != "_noise_seed":
-                    mine.copy_(theirs)
+            for name, mine in own[0].items():
+                if mine is not None and name != "_noise_seed":
+                    mine.copy_(own[1][name])
 
     def follows(self, model: nn.Module) -> bool:
         """Let a frozen copy read its model again and draw as it does now. False: the model needs a new copy."""

@@ -97,7 +97,8 @@ def _compared(model: Any, x: Tensor, dtype: Dtype, compile: bool) -> tuple[nn.Mo
                 made = made_in(form, model, x, compile)
                 if _agree(_answers(made, x.float()), want, form.dtype) and _folds_rightly(model, x, form):
                     # A call may have filled caches or moved counters of the copy.
-                    made.update()
+                    with same_draws(model):
+                        made.update()
                     return made, True
                 reason = "it gives other logits or gradients than the model"
             except CallsTheModel:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,8 @@ from .draws import shared_generators
 #: A model with fewer weights in convolutions and linear layers than this is attacked itself in float32, because a copy
 #: would take more time than it saves.
 FEWEST_WEIGHTS = 250_000
+#: The types of tensors that this module copies itself. A tensor of another type knows how to copy itself.
+PLAIN = (Tensor, nn.Parameter)
 #: The layers whose weights may be in channels_last.
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 
@@ -35,23 +37,52 @@ def matrix_weights(model: nn.Module) -> int:
     return sum(module.weight.numel() for module in model.modules() if isinstance(module, layers))
 
 
-def deep_copy(model: nn.Module, channels_last: bool = False) -> nn.Module:
-    """Copy a model with all that it holds, except its random generators, which the copy shares.
+@torch.no_grad()
+def copied(tensors: Iterable[Tensor], **how: Any) -> list[Tensor]:
+    """Copy tensors to new memory, with other arguments of `torch.empty_like` if given; on CUDA in few launches."""
+    old = list(tensors)
+    new = [torch.empty_like(one, **how) for one in old]
+    copy_all(new, old)
+    return new
+
+
+@torch.no_grad()
+def copy_all(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
+    """Copy tensors into others. On CUDA, all of a dtype are copied in a single launch."""
+    groups = defaultdict[Any, tuple[list[Tensor], list[Tensor]]](lambda: ([], []))
+    for target, source in zip(targets, sources, strict=True):
+        into, of = groups[target.dtype, source.dtype]
+        into.append(target)
+        of.append(source)
+    for into, of in groups.values():
+        torch._foreach_copy_(into, of)
+
+
+def memo_of(model: nn.Module, channels_last: bool = False) -> dict[int, Any]:
+    """A memo for `copy.deepcopy` with copies of a model's tensors, and with its random generators themselves.
 
     Tensors with a history, such as the outputs of layers that hooks keep, lose it: PyTorch cannot copy them with it.
     With ``channels_last``, the weights of convolutions are copied to this layout.
     """
-    memo = shared_generators(model)
+    held, weights = dict[int, Tensor](), dict[int, Tensor]()
     for part in model.modules():
+        for value in itertools.chain(part._parameters.values(), part._buffers.values(), vars(part).values()):
+            if type(value) in PLAIN and value.layout == torch.strided:
+                held[id(value)] = value
         weight = part._parameters.get("weight") if channels_last and isinstance(part, CONVOLUTIONS) else None
-        if type(weight) is nn.Parameter:
-            copied = weight.detach().clone(memory_format=torch.channels_last)
-            memo[id(weight)] = nn.Parameter(copied, weight.requires_grad)
-        for value in itertools.chain(vars(part).values(), part._buffers.values()):
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
+        if id(weight) in held:
+            weights[id(weight)] = held.pop(id(weight))
+    new = [*copied(held.values()), *copied(weights.values(), memory_format=torch.channels_last)]
+    memo = shared_generators(model)
+    for (key, old), made in zip((held | weights).items(), new, strict=True):
+        memo[key] = nn.Parameter(made, old.requires_grad) if isinstance(old, nn.Parameter) else made
+    return memo
+
+
+def deep_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """Copy a model with all that it holds, except its random generators, which the copy shares."""
     try:
-        return copy.deepcopy(model, memo)
+        return copy.deepcopy(model, memo_of(model) if memo is None else memo)
     except RuntimeError as error:
         if "deepcopy protocol" not in str(error):
             raise

@@ -17,6 +17,7 @@ from ..models.foreign import ForeignClassifier
 from ..models.representation import evaluation_mode
 from ..ops.philox import Stream, philox, philox_key
 from ..speed.folding.inference_copy import autocast_to
+from ..speed.followed import read_copies
 from ..speed.frozen_copy import AttackedCopy
 from .checkpoint import read_model, save_model
 from .config import ClassifierConfig, ObjectiveName, TrainingAttack, settings
@@ -63,6 +64,7 @@ class ClassifierTask(MethodTask):
         with autocast_to(x.device, self.dtype):
             attacked = self.attacked.now(x) if attack.eps > 0 else self.model
             if objective == "trades":
+                read_copies(attacked)
                 with evaluation_mode(attacked), torch.no_grad():
                     natural = F.log_softmax(attacked(x), 1)
                 if attack.start_std is None and attack.random_start:

@@ -170,23 +170,24 @@ def fold(pairs: Sequence[tuple[Any, Any]]) -> None:
     # torch.nn.utils.fuse_conv_bn_weights does not support linear layers, and takes one pair at a time.
     layers, norms = zip(*pairs, strict=True)
 
-    def numbers(modules: Sequence[Any], name: str, missing: float) -> list[Tensor]:
-        found = [getattr(module, name) for module in modules]
-        found = [
-            n.running_var.new_full((), missing) if one is None else one for one, n in zip(found, norms, strict=True)
-        ]
-        return [one.to(torch.promote_types(one.dtype, torch.float32)) for one in found]
+    most = max(norms, key=lambda norm: norm.num_features).running_var
+    ones, zeros = torch.ones_like(most), torch.zeros_like(most)
 
-    scales = list(torch._foreach_add(numbers(norms, "running_var", 1), [float(norm.eps) for norm in norms]))
+    def numbers(modules: Sequence[Any], name: str, missing: Tensor = zeros) -> list[Tensor]:
+        found = zip((getattr(module, name) for module in modules), norms, strict=True)
+        each = [missing[: norm.num_features] if one is None else one for one, norm in found]
+        return [one.to(torch.promote_types(one.dtype, torch.float32)) for one in each]
+
+    scales = list(torch._foreach_add(numbers(norms, "running_var"), [float(norm.eps) for norm in norms]))
     torch._foreach_rsqrt_(scales)
-    scales = list(torch._foreach_mul(scales, numbers(norms, "weight", 1)))
-    biases = list(torch._foreach_sub(numbers(layers, "bias", 0), numbers(norms, "running_mean", 0)))
-    biases = list(torch._foreach_addcmul(numbers(norms, "bias", 0), biases, scales))
+    torch._foreach_mul_(scales, numbers(norms, "weight", ones))
+    centered = torch._foreach_sub(numbers(layers, "bias"), numbers(norms, "running_mean"))
+    biases = torch._foreach_addcmul(numbers(norms, "bias"), centered, scales)
     # The weight of a transposed convolution has the output channels in its second dimension.
     outputs = [int(isinstance(layer, TRANSPOSED)) for layer in layers]
     shapes = [(-1, *[1] * (layer.weight.dim() - 1 - out)) for layer, out in zip(layers, outputs, strict=True)]
     spread = [scale.view(shape) for scale, shape in zip(scales, shapes, strict=True)]
-    weights = numbers(layers, "weight", 1)
+    weights = numbers(layers, "weight")
     torch._foreach_mul_(weights, spread)
     for layer, weight, bias in zip(layers, weights, biases, strict=True):
         if weight is not layer.weight:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +14,23 @@ from ..._tensors import first_tensor, without_autocast
 from ...model_state import structure_key
 from ...models.representation import evaluation_mode, without_recorders
 from ..draws import same_draws
-from ..watch import CONVOLUTIONS, Decisions, Structure, deep_copy, freeze
+from ..watch import (
+    CONVOLUTIONS,
+    Decisions,
+    Structure,
+    copied,
+    copy_all,
+    deep_copy,
+    freeze,
+    matrix_weights,
+    memo_of,
+    tensors_of,
+)
 from .batchnorm import TRANSPOSED, fold_pairs, foldable_pairs
 
 DTYPES = (torch.float32, torch.bfloat16)
+#: For a model with fewer weights, the conversion of an image to channels_last takes longer than it saves.
+TINY = 2_000
 
 
 def autocast_to(device: torch.device, dtype: torch.dtype) -> torch.autocast:
@@ -46,9 +58,24 @@ def convert_to_channels_last(model: nn.Module, image_shape: tuple[int, ...]) -> 
 
 
 def _to_format(model: nn.Module, memory_format: torch.memory_format) -> None:
-    for layer in model.modules():
-        if isinstance(layer, CONVOLUTIONS):
-            layer.to(memory_format=memory_format)
+    _convert([layer for layer in model.modules() if isinstance(layer, CONVOLUTIONS)], memory_format=memory_format)
+
+
+def _convert(layers: Sequence[nn.Module], **how: Any) -> None:
+    """Convert the parameters of layers to another dtype or memory format, in place; shared ones stay shared."""
+    found = {id(one): one for layer in layers for one in layer._parameters.values() if one is not None}
+    if "memory_format" in how:
+        found = {key: weight for key, weight in found.items() if weight.dim() == 4}
+    wanted = {key: torch.empty_like(weight, device="meta", **how) for key, weight in found.items()}
+    old = {
+        key: weight
+        for key, weight in found.items()
+        if (weight.dtype, weight.stride()) != (wanted[key].dtype, wanted[key].stride())
+    }
+    new = zip(old.values(), copied(old.values(), **how), strict=True)
+    parameters = {id(weight): nn.Parameter(made, weight.requires_grad) for weight, made in new}
+    for layer in layers:
+        layer._parameters |= {n: parameters[id(p)] for n, p in layer._parameters.items() if id(p) in parameters}
 
 
 class _InFloat32(nn.Module):
@@ -129,18 +156,20 @@ def prepare_for_inference(
     """Prepare a frozen model for `autocast_to`, in place; return the decisions, which ``decided`` may have already.
 
     With ``fine``, the layers that read the images compute in float32, for small radii. With ``plain``, no BatchNorm is
-    folded, and the layout of the weights remains. Models in float32 with transposed convolutions are slower in
-    channels_last, so they are not converted either.
+    folded, and the layout of the weights remains. Tiny models, and models in float32 with transposed convolutions, are
+    slower in channels_last, so they are not converted either.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
     decided = Decisions() if decided is None else decided
-    model.float()
+    if any(tensor.is_floating_point() and tensor.dtype != torch.float32 for _, tensor in tensors_of(model)):
+        model.float()
     if decided.pairs is None:
         decided.pairs, decided.unfolded = ([], "") if plain else foldable_pairs(model)
     fold_pairs(model, decided.pairs)
     if decided.channels_last is None:
-        slower = dtype == torch.float32 and any(isinstance(one, TRANSPOSED) for one in model.modules())
+        transposed = any(isinstance(one, TRANSPOSED) for one in model.modules())
+        slower = matrix_weights(model) < TINY or (dtype == torch.float32 and transposed)
         with same_draws(model):
             # The trial runs another copy, because a call may fill caches or move counters.
             decided.channels_last = not (plain or slower) and convert_to_channels_last(deep_copy(model), image_shape)
@@ -149,13 +178,11 @@ def prepare_for_inference(
     if not plain:
         _attend_sequence_first(model)
     in_float32 = _see_images_in_float32(model, image_shape) if fine else []
-    for module in model.modules():
-        if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) and module not in in_float32:
-            module.to(dtype)
+    products = (nn.modules.conv._ConvNd, nn.Linear)
+    _convert([one for one in model.modules() if isinstance(one, products) and one not in in_float32], dtype=dtype)
     return decided
 
 
-@torch.no_grad()
 def renewed(old: nn.Module, new: nn.Module) -> nn.Module:
     """Write the tensors of a new copy to those of an old one, and return the old one; the new one if they differ.
 
@@ -164,14 +191,7 @@ def renewed(old: nn.Module, new: nn.Module) -> nn.Module:
     (before, mine), (after, theirs) = ((key[0], key[2]) for key in (structure_key(m, hooks=False) for m in (old, new)))
     if before != after:
         return new
-    # Group the tensors by dtypes. On CUDA, a group is copied in a single launch.
-    groups = defaultdict[torch.dtype, tuple[list[Tensor], list[Tensor]]](lambda: ([], []))
-    for target, source in zip(mine, theirs, strict=True):
-        targets, sources = groups[target.dtype]
-        targets.append(target)
-        sources.append(source)
-    for targets, sources in groups.values():
-        torch._foreach_copy_(targets, sources)
+    copy_all(mine, theirs)
     return old
 
 
@@ -276,7 +296,7 @@ class InferenceCopy(nn.Module):
     def _make(self, classifier: nn.Module) -> None:
         with section("a copy reads its model"):
             decided = self.decisions["classifier"]
-            made = freeze(without_recorders(deep_copy(classifier, bool(decided.channels_last))))
+            made = freeze(without_recorders(deep_copy(classifier, memo_of(classifier, bool(decided.channels_last)))))
             for name, part in made.named_modules():
                 part.training = name in self._kept
             prepare_for_inference(made, self.image_shape, self.dtype, self.fine, self.plain, decided)

@@ -190,7 +190,7 @@ def test_what_would_not_follow_is_refused():
     x, classifier = images(3), Residual()
     with pytest.raises(ValueError, match="classifier must not be a frozen copy"):
         Carso(purify_fast.frozen_copy(classifier, x), ["conv2"], SHAPE)
-    with pytest.raises(TypeError, match="model must not contain a defence, got a Carso"):
+    with pytest.raises(TypeError, match=r"model must not contain a defence, got .*Carso"):
         purify_fast.frozen_copy(nn.Sequential(defence()), x)
     fast, made = purify_fast.frozen_copy(classifier, x), nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten())
     fast = purify_fast.frozen_copy(made, x)
