@@ -15,7 +15,6 @@ from .._compiler import is_compiled, outside_graphs
 from .._tensors import check_floating, dtype_of, first_tensor
 from ..models.representation import Representation, count_classes
 from ..ops.aggregate import aggregate
-from ..speed.draws import shared_generators
 from ..speed.folding.batchnorm import fold_pairs, foldable_pairs
 from ..speed.folding.inference_copy import (
     InferenceCopy,
@@ -189,7 +188,7 @@ class Defence(StochasticDefence):
         if defence.representation is None:
             return
         copied: Any = self.classifier
-        made = copy.deepcopy(defence.representation, memo_of(defence.classifier))
+        made = copy.deepcopy(defence.representation, memo_of(defence.classifier.modules()))
         reader = made.model.requires_grad_(False).eval()
         decided = copied.decisions["_reader"]
         prepare_for_inference(reader, self.image_shape, copied.dtype, plain=copied.plain, decided=decided)
@@ -210,8 +209,8 @@ class Defence(StochasticDefence):
         decisions = followed.structure.decisions
         # The classifier and what reads its representation are copied below.
         kept = [self.classifier, *([] if self.representation is None else [self.representation])]
-        purifier = nn.ModuleList(part for name, part in self.named_children() if name != "classifier")
-        memo = {id(one): one for one in kept} | shared_generators(self) | memo_of(purifier)
+        inside = set(self.classifier.modules())
+        memo = {id(one): one for one in kept} | memo_of(part for part in self.modules() if part not in inside)
         other: Any = deep_copy(self, memo)
         other = other.computing_in(dtype, compile=compile, plain=plain, structure=followed.structure)
         other.eval().requires_grad_(False)

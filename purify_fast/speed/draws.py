@@ -20,11 +20,6 @@ def own_generators(model: nn.Module) -> list[Any]:
     return [value for part in model.modules() for value in vars(part).values() if isinstance(value, GENERATORS)]
 
 
-def shared_generators(model: nn.Module) -> dict[int, Any]:
-    """A memo for `copy.deepcopy`: the copy shares the generators of the model, so both never draw the same numbers."""
-    return {id(one): one for one in own_generators(model)}
-
-
 @contextlib.contextmanager
 def same_draws(model: nn.Module | None = None, device: torch.device | None = None) -> Iterator[Callable[[], bool]]:
     """A block after which all generators are as before, so that the next block draws the same numbers.

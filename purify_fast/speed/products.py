@@ -14,7 +14,7 @@ from .watch import deep_copy, freeze
 
 #: A CPU is faster in bfloat16 for a model with at least this many dense products per computed value, and in a batch of
 #: at least PRODUCTS. In table `elsewhere_copies` of docs/speed.md, the networks have 12 to 46 or 81 to 824 per value.
-PER_VALUE = 60
+PER_VALUE = 90
 PRODUCTS = 250e6
 #: A convolution with fewer input or output channels is too thin for the processor's instructions.
 CHANNELS = 16

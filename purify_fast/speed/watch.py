@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ..model_state import hidden_modules, structure_key
-from .draws import shared_generators
+from ..model_state import GENERATORS, hidden_modules, structure_key
 
 #: A model with fewer weights in convolutions and linear layers than this is attacked itself in float32, because a copy
 #: would take more time than it saves.
@@ -58,14 +57,15 @@ def copy_all(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
         torch._foreach_copy_(into, of)
 
 
-def memo_of(model: nn.Module, channels_last: bool = False) -> dict[int, Any]:
-    """A memo for `copy.deepcopy` with copies of a model's tensors, and with its random generators themselves.
+def memo_of(parts: Iterable[nn.Module], channels_last: bool = False) -> dict[int, Any]:
+    """A memo for `copy.deepcopy` with copies of the tensors of modules, and with their random generators themselves.
 
     Tensors with a history, such as the outputs of layers that hooks keep, lose it: PyTorch cannot copy them with it.
     With ``channels_last``, the weights of convolutions are copied to this layout.
     """
-    held, weights = dict[int, Tensor](), dict[int, Tensor]()
-    for part in model.modules():
+    held, weights, memo = dict[int, Tensor](), dict[int, Tensor](), dict[int, Any]()
+    for part in parts:
+        memo |= {id(value): value for value in vars(part).values() if isinstance(value, GENERATORS)}
         for value in itertools.chain(part._parameters.values(), part._buffers.values(), vars(part).values()):
             if type(value) in PLAIN and value.layout == torch.strided:
                 held[id(value)] = value
@@ -73,7 +73,6 @@ def memo_of(model: nn.Module, channels_last: bool = False) -> dict[int, Any]:
         if id(weight) in held:
             weights[id(weight)] = held.pop(id(weight))
     new = [*copied(held.values()), *copied(weights.values(), memory_format=torch.channels_last)]
-    memo = shared_generators(model)
     for (key, old), made in zip((held | weights).items(), new, strict=True):
         memo[key] = nn.Parameter(made, old.requires_grad) if isinstance(old, nn.Parameter) else made
     return memo
@@ -82,7 +81,7 @@ def memo_of(model: nn.Module, channels_last: bool = False) -> dict[int, Any]:
 def deep_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """Copy a model with all that it holds, except its random generators, which the copy shares."""
     try:
-        return copy.deepcopy(model, memo_of(model) if memo is None else memo)
+        return copy.deepcopy(model, memo_of(model.modules()) if memo is None else memo)
     except RuntimeError as error:
         if "deepcopy protocol" not in str(error):
             raise

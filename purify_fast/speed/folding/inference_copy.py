@@ -296,7 +296,9 @@ class InferenceCopy(nn.Module):
     def _make(self, classifier: nn.Module) -> None:
         with section("a copy reads its model"):
             decided = self.decisions["classifier"]
-            made = freeze(without_recorders(deep_copy(classifier, memo_of(classifier, bool(decided.channels_last)))))
+            made = freeze(
+                without_recorders(deep_copy(classifier, memo_of(classifier.modules(), bool(decided.channels_last))))
+            )
             for name, part in made.named_modules():
                 part.training = name in self._kept
             prepare_for_inference(made, self.image_shape, self.dtype, self.fine, self.plain, decided)
