@@ -24,7 +24,8 @@ BUILD_HINT = (
 def _find() -> str | None:
     """The path in the variable PURIFY_FAST_EXTENSION, or else the path of the installed extension."""
     spec = importlib.util.find_spec("purify_fast._C")
-    return os.environ.get("PURIFY_FAST_EXTENSION") or (spec.origin if spec is not None else None)
+    own = os.path.expanduser(os.environ.get("PURIFY_FAST_EXTENSION", ""))
+    return own or (spec.origin if spec is not None else None)
 
 
 def _load() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,8 +79,10 @@ def load_dataset(
             ``[N, H, W]``, ``[N, H, W, C]`` or ``[N, C, H, W]`` with C = 1 or 3. Labels are integers ``[N]`` or
             ``[N, 1]``, and every number from 0 to the largest label must occur, unless ``num_classes`` is given. An
             array of texts ``classes`` may name the classes.
-            An image folder has ``train/<class>/*.jpg|png``, and ``val/`` or ``test/`` in the same form, or it is
-            tiny-imagenet-200. The classes are the folder names, sorted as texts. Images are read as RGB. Files and
+            An image folder has ``train/<class>/*.jpg|png``, and ``test/`` or ``val/`` in the same form, or it is
+            tiny-imagenet-200. The held-out images are those of ``test/`` if it has labels, that is, a folder for each
+            class. The name of the data set then ends in ``/test``, and else in ``/val``. The classes are the folder
+            names, sorted as texts, or as numbers if all of them are numbers. Images are read as RGB. Files and
             folders whose names begin with a dot do not count.
         root: folder of the data sets; None means the current folder. A relative path is looked up as it is and in root,
             where the ending ``.npz`` may be left out (``load_dataset("set", "data")``).
@@ -117,8 +120,8 @@ def load_dataset(
     if isinstance(found, Path) and found.is_dir():
         from .folders import read_folder
 
-        tensors, names = read_folder(found, image_size, train, cache)
-        title = name if name in NAMES else found.resolve().name
+        tensors, names, held_out = read_folder(found, image_size, train, cache)
+        title = name if name in NAMES else f"{found.resolve().name}/{held_out}"
         classes = _number_of_classes(len(names), num_classes)
         return DataSet(**tensors, name=title, num_classes=classes, classes=tuple(names))
     arrays = _read_npz(found, train) if isinstance(found, Path) else found
@@ -148,6 +151,11 @@ def _resized(images: Tensor, size: tuple[int, int]) -> Tensor:
     for small, out in zip(images.split(256), resized.split(256), strict=True):
         out.copy_(functional.center_crop(functional.resize(small, covering, antialias=True), list(size)))
     return resized
+
+
+def same_name(name: str) -> str:
+    """The name of a class in the composed form (NFC). macOS decomposes names: it writes an accent as a character."""
+    return unicodedata.normalize("NFC", name)
 
 
 def small_digits() -> tuple[Tensor, Tensor]:
@@ -180,7 +188,7 @@ def _find(path: Path, root: Path | None) -> Path:
     raise FileNotFoundError(
         f"no data set {str(path)!r}: looked for {looked}. Give 'digits', one of {', '.join(NAMES)}, an .npz file "
         f"(numpy.savez) with the arrays x_train, x_test (uint8 images) and y_train, y_test (integer labels), or an "
-        f"image folder with train/<class>/*.jpg|png and val/ or test/ in the same form"
+        f"image folder with train/<class>/*.jpg|png and test/ or val/ in the same form"
     )
 
 

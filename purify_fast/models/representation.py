@@ -52,20 +52,62 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def representation_before_pooling(model: nn.Module) -> str:
+def representation_before_pooling(model: nn.Module, image_shape: tuple[int, int, int]) -> str:
     """The name of the layer that is used as a classifier's representation if the user names no layers."""
     before = getattr(model, "before_pooling", None)
     if not isinstance(before, str):
-        raise layers_missing(model, "name the module whose output is the last map before pooling")
+        raise layers_missing(model, image_shape, "name the module whose output is the last map before pooling", last=1)
     return before
 
 
-def layers_missing(model: nn.Module, advice: str) -> ValueError:
-    """The error for a classifier whose layers the user must name; it lists the stages of the classifier."""
-    names = [name for name, part in model.named_modules() if name and name.count(".") <= 1 and any(part.children())]
-    likely = ", ".join(names or [name for name, _ in model.named_modules() if name])[:400]
+def layers_missing(
+    model: nn.Module, image_shape: tuple[int, int, int], advice: str, last: int = 0
+) -> ValueError:
+    """The error for a classifier whose layers the user must name; it lists its stages, or else its layers, with maps.
+
+    ``last`` is the number of names that it lists, the last ones; 0 stands for all. A stage is a module with parts, at most one level below the classifier. A layer has no parts.
+    """
+    seen, _ = _tried(model, dict(model.named_modules()), image_shape)
+    sizes = {name: _positions(outputs[0][0]) for name, outputs in seen.items() if name and len(outputs) == 1}
+    stages = [n for n in sizes if sizes[n] and n.count(".") <= 1 and any(model.get_submodule(n).children())]
+    # The output of a global pooling has a single position.
+    likely = ", ".join((stages or [n for n in sizes if sizes[n] > 1] or list(sizes))[-last:])[:400]
     name = getattr(model, "spec", type(model).__name__)
     return ValueError(f"layers must be given for {name}: {advice}, such as {likely}")
+
+
+def _positions(output: Any) -> int:
+    """The number of positions of maps ``[B, C, H, W]`` or tokens ``[B, T, D]``; 0 for another output."""
+    if not isinstance(output, Tensor) or output.dim() not in (3, 4):
+        return 0
+    return output.shape[1] if output.dim() == 3 else output.shape[2:].numel()
+
+
+@torch.inference_mode(False)
+def _tried(
+    model: nn.Module, modules: dict[str, nn.Module], image_shape: tuple[int, int, int]
+) -> tuple[dict[str, list[tuple[Any, int]]], int]:
+    """Call a model once, and return the outputs of modules with their counts of writes, and the number of classes.
+
+    The modules are in the order in which they return.
+    """
+    seen: dict[str, list[tuple[Any, int]]] = {}
+
+    def see(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        version = output._version if isinstance(output, Tensor) else -1
+        seen.setdefault(name, []).append((output, version))
+
+    first = first_tensor(model)
+    handles = [module.register_forward_hook(partial(see, name)) for name, module in modules.items()]
+    try:
+        # Use two images, because a BatchNorm that a user's model keeps in training mode refuses a single image.
+        images = torch.full((2, *image_shape), 0.5, device=first.device, dtype=first.dtype)
+        with evaluation_mode(model), torch.no_grad():
+            classes = count_classes(lambda: model(images), image_shape, 2)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen, classes
 
 
 def count_classes(classify: Callable[[], Any], image_shape: Sequence[int], batch: int) -> int:
@@ -121,27 +163,12 @@ class Representation:
         for index, name in enumerate(layers):
             modules[name].register_forward_hook(_Recorder(self, index))
 
-    @torch.inference_mode(False)
     def _dry_run(self, image_shape: tuple[int, int, int]) -> tuple[list[tuple[int, ...]], int]:
-        seen: list[list[tuple[Tensor, int]]] = [[] for _ in self.layers]
-
-        def see(index: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            version = output._version if isinstance(output, Tensor) else -1
-            seen[index].append((output, version))
-
-        first = first_tensor(self.model)
         modules = dict(self.model.named_modules(remove_duplicate=False))
-        handles = [modules[name].register_forward_hook(partial(see, i)) for i, name in enumerate(self.layers)]
-        try:
-            # Use two images, because a BatchNorm that a user's model keeps in training mode refuses a single image.
-            images = torch.full((2, *image_shape), 0.5, device=first.device, dtype=first.dtype)
-            with evaluation_mode(self.model), torch.no_grad():
-                classes = count_classes(lambda: self.model(images), image_shape, 2)
-        finally:
-            for handle in handles:
-                handle.remove()
+        seen, classes = _tried(self.model, {name: modules[name] for name in self.layers}, image_shape)
         shapes = []
-        for index, (name, outputs) in enumerate(zip(self.layers, seen, strict=True)):
+        for index, name in enumerate(self.layers):
+            outputs = seen.get(name, [])
             if len(outputs) != 1:
                 raise ValueError(f"layers: {name!r} must run once in a forward pass; it runs {len(outputs)} times")
             output, version = outputs[0]

@@ -18,7 +18,7 @@ from ..models.representation import evaluation_mode
 from ..ops.philox import Stream, philox, philox_key
 from ..speed.folding.inference_copy import autocast_to
 from ..speed.frozen_copy import AttackedCopy
-from .checkpoint import read_model, save_model
+from .checkpoint import read_model, rebuilding, save_model, written_by
 from .config import ClassifierConfig, ObjectiveName, TrainingAttack, settings
 from .method_task import MethodTask
 from .objectives import BETA, TRADES_START, divergence, mart, trades
@@ -135,11 +135,10 @@ def load_classifier(folder: str | Path) -> nn.Module:
     facts, state = read_model(folder)
     kind = facts["kind"]
     if kind not in _KINDS:
-        raise ValueError(f"{folder} holds a {kind!r}, not a classifier of a known kind: {', '.join(_KINDS)}")
-    try:
+        known = f"a classifier of a known kind: {', '.join(_KINDS)}"
+        raise ValueError(f"{folder} holds a {kind!r}{written_by(facts)}, not {known}")
+    with rebuilding(folder, facts):
         model = _KINDS[kind](**facts["arguments"])
         model.load_state_dict(state)
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(f"{folder} holds a model that cannot be loaded: {' '.join(str(error).split())}") from error
     vars(model)["classes"] = tuple(facts["classes"]) if "classes" in facts else None
     return model.eval()

@@ -42,8 +42,9 @@ class TrainingAttack:
         eps: radius of the ball in image units (pixels in [0, 1]). 0 trains on clean images, if the method allows it.
         steps: number of PGD steps.
         norm: norm of the ball: "linf", "l2" or "l1".
-        alpha: length of a step in image units, at the full eps. None means relative_alpha * eps / steps.
-        relative_alpha: length of all steps together, as a multiple of eps. It is used if alpha is None.
+        alpha: length of a step in image units, at the full eps, at least eps / steps: all steps together must be able
+            to reach eps. None means relative_alpha * eps / steps.
+        relative_alpha: length of all steps together, as a multiple of eps, at least 1. It is used if alpha is None.
         random_start: whether PGD begins at a random point of the ball instead of the image itself.
         start_std: standard deviation in image units of a normal random start, projected onto the ball. None: uniform.
         eps_warmup: share of the epochs in which eps rises linearly from 0, and alpha with eps. Without a warm-up,
@@ -71,6 +72,8 @@ class TrainingAttack:
             raise ValueError(
                 f"eps must be at most 1 for linf, in image units, got {self.eps}: is {self.eps:g}/255 meant?"
             )
+        if (alpha := self.step_size(self.eps)) * self.steps < self.eps * (1 - 1e-6):
+            raise ValueError(f"alpha must be at least eps / steps = {self.eps / self.steps:.4g}, got {alpha:.4g}")
         if self.start_std is not None and not self.random_start:
             raise ValueError(f"start_std needs random_start=True, got start_std={self.start_std}")
 

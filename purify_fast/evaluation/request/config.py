@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypedDict
 
-from ..._validation import Count, CudaGraphs, CudnnBenchmark, Positive, check_types
+from ..._validation import Count, CudaGraphs, CudnnBenchmark, Positive, check_keywords, check_types
 
 ProtocolName = Literal["fast", "standard", "rand", "strong", "official", "authors"]
 #: The rule by which several predictions of a random model on an image count as correct: all of them are correct
@@ -123,8 +123,5 @@ def config_of(config: EvaluateConfig, settings: Mapping[str, Any]) -> EvaluateCo
     """Replace fields of a config by the keywords of `evaluate`; TypeError for one that is no setting."""
     if not isinstance(config, EvaluateConfig):
         raise TypeError(f"config must be an EvaluateConfig, got {config!r}")
-    known = [each.name for each in fields(EvaluateConfig)]
-    for name in settings:
-        if name not in known:
-            raise TypeError(f"evaluate has no argument or setting {name!r}: the settings are {', '.join(known)}")
+    check_keywords("evaluate", settings, [each.name for each in fields(EvaluateConfig)])
     return replace(config, **settings)
