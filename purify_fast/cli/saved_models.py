@@ -103,7 +103,7 @@ def accuracy_text(model: nn.Module, x: Tensor, y: Tensor, batch_size: int, most:
 
 def refuse_other_images(model: nn.Module, images: DataSet, what: str) -> None:
     """Raise a ValueError if a model was trained on images of another size, on fewer classes or on other classes."""
-    from ..data.datasets import same_name
+    from ..data.images import same_name
     from ..defences.base import Defence
 
     # Every loaded classifier has the attribute `arguments`.

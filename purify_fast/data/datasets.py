@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -151,11 +150,6 @@ def _resized(images: Tensor, size: tuple[int, int]) -> Tensor:
     for small, out in zip(images.split(256), resized.split(256), strict=True):
         out.copy_(functional.center_crop(functional.resize(small, covering, antialias=True), list(size)))
     return resized
-
-
-def same_name(name: str) -> str:
-    """The name of a class in the composed form (NFC). macOS decomposes names: it writes an accent as a character."""
-    return unicodedata.normalize("NFC", name)
 
 
 def small_digits() -> tuple[Tensor, Tensor]:

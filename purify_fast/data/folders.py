@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from .._files import atomic
 from .._tensors import text_hash
-from .datasets import same_name
+from .images import same_name
 
 #: The endings of image files, as in torchvision's ImageFolder.
 SUFFIXES = IMG_EXTENSIONS

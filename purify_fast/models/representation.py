@@ -60,12 +60,10 @@ def representation_before_pooling(model: nn.Module, image_shape: tuple[int, int,
     return before
 
 
-def layers_missing(
-    model: nn.Module, image_shape: tuple[int, int, int], advice: str, last: int = 0
-) -> ValueError:
-    """The error for a classifier whose layers the user must name; it lists its stages, or else its layers, with maps.
+def layers_missing(model: nn.Module, image_shape: tuple[int, int, int], advice: str, last: int = 0) -> ValueError:
+    """The error for a classifier whose layers the user must name; it lists stages, or else layers, with maps.
 
-    ``last`` is the number of names that it lists, the last ones; 0 stands for all. A stage is a module with parts, at most one level below the classifier. A layer has no parts.
+    A stage is a module with parts, at most one level below the classifier. The error lists the ``last`` names; 0: all.
     """
     seen, _ = _tried(model, dict(model.named_modules()), image_shape)
     sizes = {name: _positions(outputs[0][0]) for name, outputs in seen.items() if name and len(outputs) == 1}

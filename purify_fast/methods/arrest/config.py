@@ -20,8 +20,8 @@ class ArrestConfig:
 
     Args:
         attack: PGD on the cross-entropy (paper: linf, eps 8/255; paper and port: 10 steps of 2/255; own: the random
-            start). If alpha is None, a step has the length 2.5 eps / steps, which is 2/255 for these numbers. In the port,
-            eps has no warm-up.
+            start). If alpha is None, a step has the length 2.5 eps / steps, which is 2/255 for these numbers. In the
+            port, eps has no warm-up.
         distillation_weight: lambda, weight of the distillation (port: 50). 0 means no distillation.
         distance: d, distance of two representations: "abs_cosine" (port; the paper calls it angular), "cosine",
             "angular" or "l2".

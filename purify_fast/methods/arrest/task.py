@@ -76,7 +76,9 @@ class ArrestTask(MethodTask):
         self._reader: Representation | None = None
         self.layers: list[str] = []
         if config.distillation_weight > 0 or config.replay:
-            self.layers = names = [representation_before_pooling(model, image_shape)] if layers is None else list(layers)
+            self.layers = names = (
+                [representation_before_pooling(model, image_shape)] if layers is None else list(layers)
+            )
             frozen_copy = copy.deepcopy(start).requires_grad_(False).eval()
             self.teacher_reader = Representation(frozen_copy, names, image_shape)
             if config.pooled and all(len(shape) == 1 for shape in self.teacher_reader.shapes):
