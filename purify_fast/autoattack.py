@@ -285,8 +285,15 @@ class AutoAttack:
                 counts_health=True,
                 copies=Copies(some),
             )
+            cache = _cache_beside(state, model, device)
             facts = {"data": digest(x, y), "seed": seed, "size": size, "draws": [is_random, draws]}
-            keep = partial(_keep, _cache_beside(state, model, device), model, context, facts)
+
+            def kept(attack: Attack, part: Tensor, make: Callable[[], Found]) -> Found:
+                # A random model draws the same numbers in a run that continues.
+                torch.manual_seed(seed)
+                how = [attack.identity(), attack.revision(), attack.settings(context)]
+                return cache.values(cache.key({**facts, "attack": how, "part": digest(part)}, model), make)
+
             attacked = AttackSequence(model, x, y, context, device)
             judges = max(draws, JUDGES) if is_random else 1
             left = clean = attacked.accuracy(judges)
@@ -295,7 +302,7 @@ class AutoAttack:
                 _write_state(state, names, number, attacked.fallen, clean)
                 if bool(attacked.fallen.all()):
                     break
-                health = attacked.run(attack, partial(keep, attack))
+                health = attacked.run(attack, partial(kept, attack))
                 left = attacked.accuracy(judges)
                 spent = time.monotonic() - begun
                 self.logger.log(f"robust accuracy after {name.upper()}: {left:.2%} (total time {spent:.1f} s)")
@@ -363,22 +370,6 @@ def _cache_beside(state: Path | None, model: Classifier, device: torch.device) -
     cache = RowCache(folder, kernels_now(device))
     cache.register(model, mark)
     return cache
-
-
-def _keep(
-    cache: RowCache,
-    model: Classifier,
-    context: AttackContext,
-    facts: dict[str, Any],
-    attack: Attack,
-    part: Tensor,
-    make: Callable[[], Found],
-) -> Found:
-    """Return what an attack finds for the images with the indices ``part``, or what the cache has of it."""
-    # A random model draws the same numbers in a run that continues.
-    torch.manual_seed(facts["seed"])
-    how = {"attack": [attack.identity(), attack.revision(), attack.settings(context)], "part": digest(part)}
-    return cache.values(cache.key(facts | how, model), make)
 
 
 def _write_state(state: Path | None, names: Sequence[str], done: int, fallen: Tensor, clean: float) -> None:

@@ -81,9 +81,7 @@ def check_tensor(name: str, values: Tensor, most: float | Tensor = math.inf) -> 
     """Refuse a tensor with NaN, a value below 0, or a value above ``most``, as `check_eps` refuses a number."""
     if can_read(values) and not bool(((values >= 0) & (values <= torch.as_tensor(most) * (1 + 1e-6))).all()):
         low, high = (float(value) for value in values.aminmax())
-        raise ValueError(
-            f"{name} must be at least 0 and at most the range's width, got values from {low:g} to {high:g}"
-        )
+        raise ValueError(f"{name} must be at least 0 and at most the range's width, got {low:g} to {high:g}")
 
 
 def largest_distance(norm: str, pixels: int, width: float = 1.0) -> float:

@@ -141,9 +141,8 @@ class FollowsRecipe(Training):
 
         defence, kind = load_defence(folder, classifier, **options), METHODS[self.trained()].defence
         if kind is None or not isinstance(defence, kind):
-            raise ValueError(
-                f"{folder} contains no defence of the method {self.trained()}, but a {type(defence).__name__}"
-            )
+            other = type(defence).__name__
+            raise ValueError(f"{folder} contains no defence of the method {self.trained()}, but a {other}")
         return defence
 
 

@@ -217,10 +217,8 @@ def _checked(arrays: dict[str, np.ndarray], num_classes: int | None) -> tuple[di
     present = np.unique(np.concatenate([array for name, array in checked.items() if name[0] == "y"]))
     classes = 1 + int(present[-1])
     if num_classes is None and (len(present) < classes or classes < 2):
-        raise ValueError(
-            f"every label from 0 to the largest, at least 1, must occur, got {len(present)} labels up to "
-            f"{classes - 1}: pass num_classes if this is intended"
-        )
+        text = f"every label from 0 to the largest, at least 1, must occur, got {len(present)} labels up to "
+        raise ValueError(f"{text}{classes - 1}: pass num_classes if this is intended")
     tensors = {name: torch.from_numpy(array) for name, array in checked.items()}
     return tensors, _number_of_classes(classes, num_classes)
 
@@ -234,19 +232,16 @@ def _number_of_classes(present: int, given: int | None) -> int:
 def _images(name: str, array: np.ndarray) -> np.ndarray:
     """Convert images to contiguous uint8 ``[N, C, H, W]``."""
     if array.dtype != np.uint8 or array.ndim not in (3, 4) or 0 in array.shape:
-        raise ValueError(
-            f"{name} must be uint8 [N, H, W], [N, H, W, C] or [N, C, H, W] with at least one image, got {array.dtype} "
-            f"{list(array.shape)}: for images in [0, 1], save (255 * x).round().astype('uint8')"
-        )
+        wanted = f"{name} must be uint8 [N, H, W], [N, H, W, C] or [N, C, H, W] with at least one image"
+        advice = "for images in [0, 1], save (255 * x).round().astype('uint8')"
+        raise ValueError(f"{wanted}, got {array.dtype} {list(array.shape)}: {advice}")
     if array.ndim == 3:
         return np.ascontiguousarray(array[:, None])
     first, last = array.shape[1] in (1, 3), array.shape[3] in (1, 3)
     if first == last:
         which = "both" if first else "neither"
-        raise ValueError(
-            f"{name} must have 1 or 3 channels, in its second or in its last dimension, got {which} in the shape "
-            f"{list(array.shape)}"
-        )
+        text = f"{name} must have 1 or 3 channels, in its second or in its last dimension, got {which} in the shape "
+        raise ValueError(f"{text}{list(array.shape)}")
     return np.ascontiguousarray(array.transpose(0, 3, 1, 2) if last else array)
 
 

@@ -172,9 +172,8 @@ class Representation:
             output, version = outputs[0]
             if not isinstance(output, Tensor) or output.dim() not in (2, 3, 4) or output.shape[0] != 2:
                 got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-                raise ValueError(
-                    f"layers: the output of {name!r} must be [B, C, H, W], [B, T, D] or [B, F]; for B = 2 it is {got}"
-                )
+                wanted = f"layers: the output of {name!r} must be [B, C, H, W], [B, T, D] or [B, F]"
+                raise ValueError(f"{wanted}; for B = 2 it is {got}")
             self.overwritten[index] = output._version != version
             shapes.append(tuple(output.shape[1:]))
         return shapes, classes
@@ -198,10 +197,8 @@ class Representation:
             read = zip(self.layers, outputs, strict=True)
             cut = [name for name, output in read if output is not None and not output.requires_grad]
             if cut and x.requires_grad and logits.requires_grad:
-                raise ValueError(
-                    f"layers: the output of {cut[0]!r} has no gradient, though the logits have one: choose another "
-                    "layer, or write use_reentrant=False in the classifier's calls of torch.utils.checkpoint"
-                )
+                advice = "choose another layer, or write use_reentrant=False in calls of torch.utils.checkpoint"
+                raise ValueError(f"layers: the output of {cut[0]!r} has no gradient, unlike the logits: {advice}")
             return logits, outputs
         finally:
             # Remove the outputs also after an error. Otherwise their memory and their graph would not be freed.

@@ -69,9 +69,8 @@ class TrainingAttack:
             object.__setattr__(self, "norm", norm)
         check_types(self)
         if self.norm == "linf" and not self.eps <= 1:
-            raise ValueError(
-                f"eps must be at most 1 for linf, in image units, got {self.eps}: is {self.eps:g}/255 meant?"
-            )
+            wanted = "eps must be at most 1 for linf, in image units"
+            raise ValueError(f"{wanted}, got {self.eps}: is {self.eps:g}/255 meant?")
         if (alpha := self.step_size(self.eps)) * self.steps < self.eps * (1 - 1e-6):
             raise ValueError(f"alpha must be at least eps / steps = {self.eps / self.steps:.4g}, got {alpha:.4g}")
         if self.start_std is not None and not self.random_start:
@@ -250,9 +249,7 @@ class ClassifierConfig:
     def __post_init__(self) -> None:
         check_types(self)
         if self.noise is not None and self.attack.eps > 0:
-            raise ValueError(
-                f"noise is only for clean images: eps must be 0, got noise={self.noise}, eps={self.attack.eps}"
-            )
+            raise ValueError(f"noise needs clean images, eps 0, got noise={self.noise}, eps={self.attack.eps}")
         if self.objective is not None and not self.attack.eps > 0:
             raise ValueError(f"objective {self.objective!r} needs attacked images: eps must be above 0, got 0")
         if self.beta is not None and self.objective is None:
