@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
-from difflib import get_close_matches
 from numbers import Integral, Real
 from pathlib import Path
 from types import UnionType
@@ -73,15 +72,6 @@ def check_counts(**counts: Any) -> None:
     """Raise a ValueError unless every argument, named by its keyword, is a whole number of at least 1, or None."""
     for name, value in counts.items():
         _check_type(name, value, Count | None)
-
-
-def check_keywords(function: str, given: Iterable[str], known: Collection[str]) -> None:
-    """Raise a TypeError that names the nearest known option, if one of the ``given`` options is not known."""
-    for name in given:
-        if name not in known:
-            near = get_close_matches(name, known, 1)
-            advice = f"is {near[0]!r} meant?" if near else f"there are {', '.join(sorted(known))}"
-            raise TypeError(f"{function} has no option {name!r}: {advice}")
 
 
 def in_one_line(error: BaseException) -> str:

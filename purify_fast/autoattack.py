@@ -223,15 +223,10 @@ class AutoAttack:
                 earlier run, or another program wrote the file ``state_path``.
         """
         state = None if state_path is None else Path(state_path)
-        return self._run(x_orig, y_orig, self.attacks_to_run, batch_size or bs, return_labels, state)
+        return self._run(x_orig, y_orig, self.attacks_to_run, batch_size or bs, return_labels, state=state)
 
     def run_standard_evaluation_individual(
-        self,
-        x_orig: Tensor,
-        y_orig: Tensor,
-        bs: int = 250,
-        return_labels: bool = False,
-        batch_size: int | None = None,
+        self, x_orig: Tensor, y_orig: Tensor, bs: int = 250, return_labels: bool = False, batch_size: int | None = None
     ) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
         """Run every attack by itself on all images.
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from .._compiler import outside_graphs
-from .._validation import Count, GradientPrecision, Norm, NormName, check_keywords, check_types, read_norm
+from .._validation import Count, GradientPrecision, Norm, NormName, check_types, read_norm
 from ..protocols import Classifier, Passes
-from .arguments import check_eps, check_images, check_labels
+from .arguments import check_eps, check_images, check_keywords, check_labels
 from .attacked_model import called_directly, drawn_once_per_call, frozen
 from .ball import Ball, ball_around
 from .context import AttackContext, LossFunction, Radius, drawn_seed

@@ -193,15 +193,7 @@ class Evaluate(ModelCommand):
         settings = vars(self.settings) | {"dataset_name": self.settings.dataset_name or images.name}
         with float32_products(tf32=self.precision == "tf32"):
             report = evaluate(
-                model,
-                x,
-                y,
-                eps=eps,
-                norm=read_norm(norm),
-                base=base,
-                out=out,
-                name=self.title(),
-                **settings,
+                model, x, y, eps=eps, norm=read_norm(norm), base=base, out=out, name=self.title(), **settings
             )
         if processes()[0] > 0:
             return

@@ -19,13 +19,7 @@ from ..methods.diffusion.config import DiffusionConfig
 from ..training import ClassifierConfig, FitConfig
 from .command import DataCommand
 from .run_file import values, write_run_file
-from .saved_models import (
-    accuracy_text,
-    is_named,
-    named_classifier,
-    refuse_other_images,
-    trained_classifier,
-)
+from .saved_models import accuracy_text, is_named, named_classifier, refuse_other_images, trained_classifier
 
 if TYPE_CHECKING:
     from torch import nn
@@ -352,7 +346,7 @@ class TrainCarso(KeepsAttacks, FollowsRecipe, TrainPurifier):
         from ..methods.carso import Carso, CarsoTask
         from ..methods.recipes import recipe
         from ..models.classifiers import SmallCNN
-        from ..models.representation import layers_missing
+        from ..models.layer_names import layers_missing
 
         if self.init is not None:
             defence = self.saved_start(self.init, classifier)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from .._tensors import torch_defaults, weights_fingerprint
 from ..training import load_classifier
-from ..training.checkpoint import read_model, rebuilding, written_by
+from ..training.checkpoint import read_model
+from ..training.classifier import rebuilding, written_by
 from .atop.purifier import PURIFIERS
 from .diffusion.denoiser import DENOISER_KIND, rebuilt_denoiser
 from .recipes import METHODS

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 from .._tensors import first_tensor
 
+#: For each module by its name, its outputs in a pass, each with the count of writes to it.
+Outputs = dict[str, list[tuple[Any, int]]]
+
 
 class _Recorder:
     """The forward hook of a layer. It is a class, because a model with a closure as hook could not be pickled."""
@@ -52,44 +55,13 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def representation_before_pooling(model: nn.Module, image_shape: tuple[int, int, int]) -> str:
-    """The name of the layer that is used as a classifier's representation if the user names no layers."""
-    before = getattr(model, "before_pooling", None)
-    if not isinstance(before, str):
-        raise layers_missing(model, image_shape, "name the module whose output is the last map before pooling", last=1)
-    return before
-
-
-def layers_missing(model: nn.Module, image_shape: tuple[int, int, int], advice: str, last: int = 0) -> ValueError:
-    """The error for a classifier whose layers the user must name; it lists stages, or else layers, with maps.
-
-    A stage is a module with parts, at most one level below the classifier. The error lists the ``last`` names; 0: all.
-    """
-    seen, _ = _tried(model, dict(model.named_modules()), image_shape)
-    sizes = {name: _positions(outputs[0][0]) for name, outputs in seen.items() if name and len(outputs) == 1}
-    stages = [n for n in sizes if sizes[n] and n.count(".") <= 1 and any(model.get_submodule(n).children())]
-    # The output of a global pooling has a single position.
-    likely = ", ".join((stages or [n for n in sizes if sizes[n] > 1] or list(sizes))[-last:])[:400]
-    name = getattr(model, "spec", type(model).__name__)
-    return ValueError(f"layers must be given for {name}: {advice}, such as {likely}")
-
-
-def _positions(output: Any) -> int:
-    """The number of positions of maps ``[B, C, H, W]`` or tokens ``[B, T, D]``; 0 for another output."""
-    if not isinstance(output, Tensor) or output.dim() not in (3, 4):
-        return 0
-    return output.shape[1] if output.dim() == 3 else output.shape[2:].numel()
-
-
 @torch.inference_mode(False)
-def _tried(
-    model: nn.Module, modules: dict[str, nn.Module], image_shape: tuple[int, int, int]
-) -> tuple[dict[str, list[tuple[Any, int]]], int]:
+def outputs_of(model: nn.Module, modules: dict[str, nn.Module], image_shape: Sequence[int]) -> tuple[Outputs, int]:
     """Call a model once, and return the outputs of modules with their counts of writes, and the number of classes.
 
     The modules are in the order in which they return.
     """
-    seen: dict[str, list[tuple[Any, int]]] = {}
+    seen: Outputs = {}
 
     def see(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         version = output._version if isinstance(output, Tensor) else -1
@@ -163,7 +135,7 @@ class Representation:
 
     def _dry_run(self, image_shape: tuple[int, int, int]) -> tuple[list[tuple[int, ...]], int]:
         modules = dict(self.model.named_modules(remove_duplicate=False))
-        seen, classes = _tried(self.model, {name: modules[name] for name in self.layers}, image_shape)
+        seen, classes = outputs_of(self.model, {name: modules[name] for name in self.layers}, image_shape)
         shapes = []
         for index, name in enumerate(self.layers):
             outputs = seen.get(name, [])

@@ -5,9 +5,7 @@ A file appears whole or not at all. A checksum of the content is verified at eve
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,22 +82,6 @@ def save_model(
         extra = {**extra, _EXTRA: _encoded(others)[0]}
     facts = {"kind": kind, "arguments": arguments, **extra, "version": __version__}
     write_sealed(Path(folder) / MODEL, facts, tensors)
-
-
-@contextlib.contextmanager
-def rebuilding(folder: str | Path, facts: Mapping[str, Any]) -> Iterator[None]:
-    """The context in which a saved model is built from its description; errors about its content name the folder."""
-    try:
-        yield
-    except (TypeError, RuntimeError) as error:
-        text = " ".join(str(error).split())
-        raise ValueError(f"{folder} holds a model that cannot be loaded{written_by(facts)}: {text}") from error
-
-
-def written_by(facts: Mapping[str, Any]) -> str:
-    """Words for an error about a saved model that another version of this package wrote; empty for this version."""
-    version = facts.get("version", __version__)
-    return "" if version == __version__ else f" (purify_fast {version} wrote it, and this is purify_fast {__version__})"
 
 
 def read_model(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

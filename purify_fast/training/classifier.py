@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import contextlib
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._tensors import structure_fingerprint, torch_defaults
+from .._version import __version__
 from ..models.classifiers import CLASSIFIERS
 from ..models.foreign import ForeignClassifier
 from ..models.representation import evaluation_mode
 from ..ops.philox import Stream, philox, philox_key
 from ..speed.folding.inference_copy import autocast_to
 from ..speed.frozen_copy import AttackedCopy
-from .checkpoint import read_model, rebuilding, save_model, written_by
+from .checkpoint import read_model, save_model
 from .config import ClassifierConfig, ObjectiveName, TrainingAttack, settings
 from .method_task import MethodTask
 from .objectives import BETA, TRADES_START, divergence, mart, trades
@@ -116,6 +118,22 @@ def is_classifier(folder: str | Path) -> bool:
         ValueError: the file is damaged.
     """
     return read_model(folder)[0]["kind"] in _KINDS
+
+
+def written_by(facts: Mapping[str, Any]) -> str:
+    """Words for an error about a saved model that another version of this package wrote; empty for this version."""
+    version = facts.get("version", __version__)
+    return "" if version == __version__ else f" (purify_fast {version} wrote it, and this is purify_fast {__version__})"
+
+
+@contextlib.contextmanager
+def rebuilding(folder: str | Path, facts: Mapping[str, Any]) -> Iterator[None]:
+    """The context in which a saved model is built from its description; errors about its content name the folder."""
+    try:
+        yield
+    except (TypeError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        raise ValueError(f"{folder} holds a model that cannot be loaded{written_by(facts)}: {text}") from error
 
 
 @torch_defaults()

@@ -9,7 +9,8 @@ import purify_fast
 from purify_fast._tensors import weights_fingerprint
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import checkpoint, load_classifier, save_classifier
-from purify_fast.training.checkpoint import read_model, save_model, written_by
+from purify_fast.training.checkpoint import read_model, save_model
+from purify_fast.training.classifier import written_by
 
 
 @pytest.fixture

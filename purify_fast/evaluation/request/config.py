@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypedDict
 
-from ..._validation import Count, CudaGraphs, CudnnBenchmark, Positive, check_keywords, check_types
+from ..._validation import Count, CudaGraphs, CudnnBenchmark, Positive, check_types
+from ...attacks.arguments import check_keywords
 
 ProtocolName = Literal["fast", "standard", "rand", "strong", "official", "authors"]
 #: The rule by which several predictions of a random model on an image count as correct: all of them are correct

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..._tensors import structure_fingerprint, weights_fingerprint
 from ...attacks import frozen
-from ...models.representation import Representation, representation_before_pooling
+from ...models.representation import Representation
 from ...ops.noisy_replay import noisy_replay
 from ...ops.philox import philox_key
 from ...ops.representation_distance import representation_distance
@@ -63,7 +63,8 @@ class ArrestTask(MethodTask):
         layers: Sequence[str] | None = None,
         teacher: nn.Module | None = None,
     ):
-        # A training by the other methods attacks no copy of this kind.
+        # A training by the other methods attacks no copy of this kind, and asks for no name of a layer.
+        from ...models.layer_names import representation_before_pooling
         from ...speed.frozen_copy import AttackedCopy
 
         super().__init__(config, model)
