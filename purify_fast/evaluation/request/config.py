@@ -7,7 +7,6 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypedDict
 
 from ..._validation import Count, CudaGraphs, CudnnBenchmark, Positive, check_types
-from ...attacks.arguments import check_keywords
 
 ProtocolName = Literal["fast", "standard", "rand", "strong", "official", "authors"]
 #: The rule by which several predictions of a random model on an image count as correct: all of them are correct
@@ -124,5 +123,8 @@ def config_of(config: EvaluateConfig, settings: Mapping[str, Any]) -> EvaluateCo
     """Replace fields of a config by the keywords of `evaluate`; TypeError for one that is no setting."""
     if not isinstance(config, EvaluateConfig):
         raise TypeError(f"config must be an EvaluateConfig, got {config!r}")
+    # The import of PyTorch takes 1.8 seconds, and the command line's --help reads this module.
+    from ...attacks.arguments import check_keywords
+
     check_keywords("evaluate", settings, [each.name for each in fields(EvaluateConfig)])
     return replace(config, **settings)
