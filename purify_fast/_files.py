@@ -80,9 +80,7 @@ def folder_lock(folder: str | Path | None) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        raise FolderInUse(
-            f"{folder} is in use by another run; wait for that run, end it, or give another folder"
-        ) from None
+        raise FolderInUse(f"{folder} is in use by another run; wait for it, end it, or give another folder") from None
     try:
         yield
     finally:

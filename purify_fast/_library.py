@@ -24,7 +24,7 @@ BUILD_HINT = (
 def _find() -> str | None:
     """The path in the variable PURIFY_FAST_EXTENSION, or else the path of the installed extension."""
     spec = importlib.util.find_spec("purify_fast._C")
-    return os.environ.get("PURIFY_FAST_EXTENSION") or (spec.origin if spec is not None else None)
+    return os.path.expanduser(os.environ.get("PURIFY_FAST_EXTENSION", "")) or (spec.origin if spec else None)
 
 
 def _load() -> None:

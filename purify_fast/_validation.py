@@ -89,9 +89,7 @@ def read_norm(norm: str, allowed: Sequence[str] = get_args(Norm)) -> Norm:
     """Convert the name of a norm to this package's spelling, such as ``linf``."""
     known = norm.lower().replace("-", "").replace("_", "") if isinstance(norm, str) else norm
     if known not in allowed:
-        raise ValueError(
-            f"norm must be one of {', '.join(allowed)}, got {norm!r} (upper case is allowed too, as in Linf)"
-        )
+        raise ValueError(f"norm must be one of {', '.join(allowed)}, got {norm!r} (upper case too, as in Linf)")
     return cast(Norm, known)
 
 

@@ -15,25 +15,33 @@ use `purify_fast.attacks.OriginalAutoAttack` or the protocol "official". These t
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from ._files import write_text
+from ._tensors import digest
 from ._validation import NormName, check_counts, check_literal, read_norm
 from .attacks import APGD, FABT, Attack, AttackContext, Square, frozen
 from .attacks.arguments import check_eps, check_labels
 from .attacks.attacked_model import SAMPLE, TRIED_CALLS, check_model, draws_elsewhere
 from .attacks.gradient_copy import Copies
 from .attacks.search import MAX_NONFINITE, MAX_ZERO
-from .attacks.sequence import AttackSequence
+from .attacks.sequence import AttackSequence, Found
+from .evaluation.request.fingerprint import fingerprint
 from .evaluation.request.preparation import collect
 from .evaluation.request.subject import TRIED, device_of
+from .evaluation.run.cache import RowCache
+from .ops import kernels_now
 from .protocols import Classifier
 from .speed.agreement import differ
 from .speed.precision import whole_float32_by_default
@@ -77,12 +85,12 @@ class ApgdSettings(FabSettings):
         n_iter: number of gradient steps in a run.
         n_target_classes: number of wrong classes that ``apgd-t`` tries as targets. The other losses have no targets.
         eot_iter: number of draws of a random model over which each gradient step averages the gradient.
-        rho: the step size is checked several times in a run. A check halves the step size if at most this share of the
-            steps since the previous check raised the loss.
+        thr_decr: the step size is checked several times in a run. A check halves the step size if at most this share of
+            the steps since the previous check raised the loss.
     """
 
     eot_iter: int = 1
-    rho: float = 0.75
+    thr_decr: float = 0.75
 
 
 @dataclass(slots=True)
@@ -125,6 +133,12 @@ class AutoAttack:
     Raises:
         ValueError: a setting is not allowed or not supported. The message names the setting.
     """
+
+    # Setting an attribute that nothing reads, such as `n_queries` in place of `square.n_queries`, raises an error.
+    __slots__ = (
+        *("model", "norm", "epsilon", "seed", "verbose", "version", "log_path", "device", "attacks_to_run"),
+        *("apgd", "apgd_targeted", "fab", "square", "logger"),
+    )
 
     def __init__(
         self,
@@ -182,7 +196,7 @@ class AutoAttack:
         y_orig: Tensor,
         bs: int = 250,
         return_labels: bool = False,
-        state_path: None = None,
+        state_path: str | Path | None = None,
         batch_size: int | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attack images, and return the adversarial images.
@@ -192,7 +206,10 @@ class AutoAttack:
             y_orig: labels, integers ``[N]``.
             bs: number of images that are attacked together.
             return_labels: whether to return also the classes that are predicted for the returned images.
-            state_path: must be None. Use `purify_fast.evaluate` with ``out`` for a run that can be resumed.
+            state_path: path of a file to which the state of the run is written, in the original's form. The folder
+                ``<state_path>.attacks`` keeps what the attacks have found. A run that was killed continues if the call
+                is repeated, and returns the same images. A call with another model, other images or other settings
+                begins anew. The model must then be a module, because a function does not tell whether it has changed.
             batch_size: the name of ``bs`` in pyautoattack. If both are given, ``bs`` is ignored.
 
         Returns:
@@ -202,26 +219,21 @@ class AutoAttack:
             for NaN.
 
         Raises:
-            ValueError: images, labels, names or counts are not allowed, or ``state_path`` is not None.
+            ValueError: images, labels, names or counts are not allowed; the model cannot be compared with that of an
+                earlier run, or another program wrote the file ``state_path``.
         """
-        if state_path is not None:
-            raise ValueError("state_path must be None: to resume a run, use purify_fast.evaluate(..., out=FOLDER)")
-        return self._run(x_orig, y_orig, self._chosen(), batch_size or bs, return_labels)
+        state = None if state_path is None else Path(state_path)
+        return self._run(x_orig, y_orig, self.attacks_to_run, batch_size or bs, return_labels, state=state)
 
     def run_standard_evaluation_individual(
-        self,
-        x_orig: Tensor,
-        y_orig: Tensor,
-        bs: int = 250,
-        return_labels: bool = False,
-        batch_size: int | None = None,
+        self, x_orig: Tensor, y_orig: Tensor, bs: int = 250, return_labels: bool = False, batch_size: int | None = None
     ) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
         """Run every attack by itself on all images.
 
         The arguments are those of `run_standard_evaluation`, and so is the result for each attack, by its name.
         """
         size = batch_size or bs
-        return {name: self._run(x_orig, y_orig, [name], size, return_labels) for name in self._chosen()}
+        return {name: self._run(x_orig, y_orig, [name], size, return_labels) for name in self.attacks_to_run}
 
     def clean_accuracy(self, x_orig: Tensor, y_orig: Tensor, bs: int = 250) -> float:
         """The share of images that are classified correctly, with one prediction of each image, clean or adversarial.
@@ -231,17 +243,10 @@ class AutoAttack:
         x, y, _ = collect(x_orig, y_orig)
         return float((_classes(self._logits(x, bs)) == y.to(x.device)).float().mean())
 
-    def _chosen(self) -> list[AttackName]:
-        """The names of the attacks. The user may have set `attacks_to_run` after the construction."""
-        if not self.attacks_to_run:
-            allowed = ", ".join(get_args(AttackName))
-            raise ValueError(f"attacks_to_run must name at least one of {allowed}, got {self.attacks_to_run!r}")
-        return self.attacks_to_run
-
     @whole_float32_by_default()
     @torch.inference_mode(False)
     def _run(
-        self, x: Tensor, y: Tensor, names: Sequence[str], size: int, return_labels: bool
+        self, x: Tensor, y: Tensor, names: Sequence[str], size: int, return_labels: bool, state: Path | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         check_counts(bs=size)
         attacks = {name: self._attack(name) for name in names}
@@ -253,7 +258,7 @@ class AutoAttack:
             torch.manual_seed(seed)
             model, classes = self.model, check_model(self.model, x[:SAMPLE].to(device, copy=True))
             check_labels("y_orig (labels)", y.cpu(), classes)
-            draws = max(attack.eot_iter or 1 for attack in attacks.values())
+            draws = max([attack.eot_iter or 1 for attack in attacks.values()], default=1)
             some = x[:SAMPLE].to(device)
             with torch.no_grad():
                 one = model(some.clone())
@@ -275,20 +280,31 @@ class AutoAttack:
                 counts_health=True,
                 copies=Copies(some),
             )
+            cache = _cache_beside(state, model, device)
+            facts = {"data": digest(x, y), "seed": seed, "size": size, "draws": [is_random, draws]}
+
+            def kept(attack: Attack, part: Tensor, make: Callable[[], Found]) -> Found:
+                # A random model draws the same numbers in a run that continues.
+                torch.manual_seed(seed)
+                how = [attack.identity(), attack.revision(), attack.settings(context)]
+                return cache.values(cache.key({**facts, "attack": how, "part": digest(part)}, model), make)
+
             attacked = AttackSequence(model, x, y, context, device)
             judges = max(draws, JUDGES) if is_random else 1
-            left = attacked.accuracy(judges)
+            left = clean = attacked.accuracy(judges)
             self.logger.log(f"initial accuracy: {left:.2%}")
-            for name, attack in attacks.items():
+            for number, (name, attack) in enumerate(attacks.items()):
+                _write_state(state, names, number, attacked.fallen, clean)
                 if bool(attacked.fallen.all()):
                     break
-                health = attacked.run(attack)
+                health = attacked.run(attack, partial(kept, attack))
                 left = attacked.accuracy(judges)
                 spent = time.monotonic() - begun
                 self.logger.log(f"robust accuracy after {name.upper()}: {left:.2%} (total time {spent:.1f} s)")
                 if health.nonfinite > MAX_NONFINITE or health.zero > MAX_ZERO:
                     shares = f"{health.zero:.0%} of its gradients are zero, {health.nonfinite:.0%} are not finite"
                     self.logger.log(f"WARNING: {name.upper()} had unusable gradients: {shares}")
+            _write_state(state, names, len(names), attacked.fallen, clean)
             found = attacked.images
             logits = self._logits(found, size)
             if lost := int(logits.isnan().any(1).sum()):
@@ -313,7 +329,7 @@ class AutoAttack:
             steps=apgd.n_iter,
             restarts=apgd.n_restarts,
             eot_iter=apgd.eot_iter,
-            rho=apgd.rho,
+            rho=apgd.thr_decr,
             n_target_classes=apgd.n_target_classes,
             give_up=True,
         )
@@ -335,6 +351,29 @@ class AutoAttack:
         if self.log_path is not None:
             with open(self.log_path, "a", encoding="utf-8") as log:
                 log.write(text + "\n")
+
+
+def _cache_beside(state: Path | None, model: Classifier, device: torch.device) -> RowCache:
+    """The cache of a run in the folder beside its state; a cache that keeps nothing if there is no state."""
+    if state is None:
+        return RowCache(None)
+    folder, mark = Path(f"{state}.attacks"), fingerprint(model)
+    if mark is None:
+        raise ValueError(f"state_path needs a torch.nn.Module that can be compared with an earlier one, got {model!r}")
+    if state.exists() and not folder.is_dir():
+        raise ValueError(f"state_path must be a new file, or the state of a run of this class, got {state}")
+    cache = RowCache(folder, kernels_now(device))
+    cache.register(model, mark)
+    return cache
+
+
+def _write_state(state: Path | None, names: Sequence[str], done: int, fallen: Tensor, clean: float) -> None:
+    """Write the state of a run after ``done`` attacks, as the class EvaluationState of the original reads it."""
+    if state is None:
+        return
+    left = {"_robust_flags": (~fallen).tolist(), "_clean_accuracy": clean}
+    ran = {"_attacks_to_run": list(names), "_run_attacks": list(names[:done])}
+    write_text(state, json.dumps({"path": str(state), **ran, **left, "_last_saved": str(datetime.now())}))
 
 
 def _classes(logits: Tensor) -> Tensor:

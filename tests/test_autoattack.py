@@ -11,7 +11,9 @@ import pytest
 import torch
 from small_models import Made, labelled
 
+from purify_fast.attacks import APGD
 from purify_fast.autoattack import RUN, AutoAttack
+from purify_fast.defences import NoisyEnsemble
 
 #: Where `make test` puts the last setuptools that has pkg_resources, which RobustBench imports.
 PKG_RESOURCES = Path(sys.prefix) / "setuptools-80"
@@ -157,8 +159,6 @@ def test_robustbench(plain, monkeypatch):
         ({"is_tf_model": True}, {}, "is_tf_model must be False, got True"),
         ({"attacks_to_run": ["square"]}, {}, "attacks_to_run needs version='custom'"),
         ({"version": "custom", "attacks_to_run": ["pgd"]}, {}, "attacks_to_run must be .*pgd"),
-        ({"version": "custom"}, {}, "attacks_to_run must name at least one of apgd-ce"),
-        ({}, {"state_path": "state.json"}, "state_path must be None"),
         ({}, {"bs": 0}, "bs must be at least 1"),
     ],
 )
@@ -166,8 +166,70 @@ def test_what_cannot_be_honoured_is_refused(plain, options, run, message):
     model, x, y = plain
     with pytest.raises((ValueError, TypeError), match=message):
         AutoAttack(model, **{"eps": 0.1} | options).run_standard_evaluation(x, y, **run)
-    with pytest.raises(AttributeError):
-        AutoAttack(model).apgd.use_largereps = True
+    for name in ("n_queries", "use_largereps"):
+        with pytest.raises(AttributeError, match=name):
+            setattr(AutoAttack(model).apgd, name, 1)
+        with pytest.raises(AttributeError, match=name):
+            setattr(AutoAttack(model), name, 1)
+
+
+def test_without_attacks_the_images_come_back(plain):
+    model, x, y = plain
+    found, labels = AutoAttack(model, eps=0.1, version="custom").run_standard_evaluation(x, y, return_labels=True)
+    assert torch.equal(found, x) and torch.equal(labels, model(x).argmax(1))
+
+
+def test_the_share_that_halves_the_step_is_called_as_in_the_original(plain):
+    adversary = AutoAttack(plain[0])
+    adversary.apgd.thr_decr, adversary.apgd_targeted.thr_decr = 0.3, 0.4
+    assert [adversary._attack(name).rho for name in ("apgd-ce", "apgd-dlr", "apgd-t")] == [0.3, 0.3, 0.4]
+    assert not hasattr(adversary.apgd, "rho")
+
+
+@pytest.mark.parametrize("version", ["standard", "rand"])
+def test_a_run_with_a_state_goes_on_after_a_kill(plain, tmp_path, monkeypatch, version):
+    state = pytest.importorskip("pyautoattack.state").EvaluationState.from_disk
+    (model, x, y), path = plain, tmp_path / "state.json"
+    # a class of this module would reach the function that is replaced below, and count as changed
+    model = NoisyEnsemble(model, 0.05, samples=1) if version == "rand" else model
+    ran, search, most = [], APGD.search, [4]
+
+    def searched(self, *arguments):
+        ran.append(self.loss)
+        if len(ran) > most[0]:
+            raise KeyboardInterrupt
+        return search(self, *arguments)
+
+    monkeypatch.setattr(APGD, "search", searched)
+    with pytest.raises(KeyboardInterrupt):
+        Short(model, version=version).run_standard_evaluation(x, y, bs=5, state_path=path)
+    assert state(path).run_attacks == [] and state(path).robust_flags.all()
+    # the four batches that were attacked before are not attacked again
+    before = ran[:4]
+    ran.clear()
+    most[0] = 10**9
+    found = Short(model, version=version).run_standard_evaluation(x, y, bs=5, state_path=path)
+    assert before == ["ce"] * 4 and ran[:3] == ["ce", "ce", ran[2]] and ran[2] != "ce"
+    assert state(path).run_attacks == list(RUN[version]) and 0 < state(path).robust_flags.sum() < len(y)
+    assert torch.equal(state(path).robust_flags, (found == x).flatten(1).all(1)) or version == "rand"
+    ran.clear()
+    again = Short(model, version=version).run_standard_evaluation(x, y, bs=5, state_path=path)
+    fresh = Short(model, version=version).run_standard_evaluation(x, y, bs=5)
+    assert torch.equal(found, again) and torch.equal(found, fresh)
+    # with another radius, another run begins
+    ran.clear()
+    Short(model, eps=0.05, version=version).run_standard_evaluation(x, y, bs=5, state_path=path)
+    assert ran[:6] == ["ce"] * 6
+
+
+def test_a_state_of_another_program_stays_and_a_function_has_no_state(plain, tmp_path):
+    (model, x, y), path = plain, tmp_path / "state.json"
+    with pytest.raises(ValueError, match=r"state_path needs a torch.nn.Module .*function"):
+        Short(lambda x: model(x)).run_standard_evaluation(x, y, state_path=path)
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="state_path must be a new file"):
+        Short(model).run_standard_evaluation(x, y, state_path=path)
+    assert path.read_text() == "{}"
 
 
 def test_a_prediction_with_nan_has_no_class():

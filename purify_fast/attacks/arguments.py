@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Iterable
+from difflib import get_close_matches
 
 import torch
 from torch import Tensor
@@ -20,13 +22,17 @@ INTO_RANGE = (
 )
 
 
+def check_keywords(function: str, given: Iterable[str], known: Collection[str]) -> None:
+    """Raise a TypeError that names the nearest known option, if one of the ``given`` options is not known."""
+    for name in given:
+        if name not in known:
+            near = get_close_matches(name, known, 1)
+            advice = f"is {near[0]!r} meant?" if near else f"there are {', '.join(sorted(known))}"
+            raise TypeError(f"{function} has no option {name!r}: {advice}")
+
+
 def check_images(
-    x: Tensor,
-    y: Tensor,
-    clip_min: float | Tensor | None = None,
-    clip_max: float | Tensor = 1.0,
-    *,
-    labels: bool = True,
+    x: Tensor, y: Tensor, clip_min: float | Tensor | None = None, clip_max: float | Tensor = 1.0, *, labels: bool = True
 ) -> None:
     """Refuse images or labels that are not allowed, with TypeError or ValueError.
 
@@ -81,9 +87,7 @@ def check_tensor(name: str, values: Tensor, most: float | Tensor = math.inf) -> 
     """Refuse a tensor with NaN, a value below 0, or a value above ``most``, as `check_eps` refuses a number."""
     if can_read(values) and not bool(((values >= 0) & (values <= torch.as_tensor(most) * (1 + 1e-6))).all()):
         low, high = (float(value) for value in values.aminmax())
-        raise ValueError(
-            f"{name} must be at least 0 and at most the range's width, got values from {low:g} to {high:g}"
-        )
+        raise ValueError(f"{name} must be at least 0 and at most the range's width, got {low:g} to {high:g}")
 
 
 def largest_distance(norm: str, pixels: int, width: float = 1.0) -> float:

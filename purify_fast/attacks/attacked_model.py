@@ -78,7 +78,13 @@ def call_checked(model: Callable[[Tensor], Answer], x: Tensor) -> Answer:
     if torch.compiler.is_compiling() or x.is_inference():
         return model(x)
     writes = x._version
-    answer = model(x)
+    try:
+        answer = model(x)
+    except RuntimeError as error:
+        # PyTorch itself refuses a write to images whose gradient is recorded.
+        if x.requires_grad and "a leaf Variable that requires grad" in str(error):
+            raise WritesToItsInput from error
+        raise
     if x._version != writes:
         raise WritesToItsInput
     return answer

@@ -37,11 +37,7 @@ class Ball:
 
 
 def ball_around(
-    x: Tensor,
-    eps: float | Tensor,
-    norm: str = "linf",
-    clip_min: float | Tensor = 0.0,
-    clip_max: float | Tensor = 1.0,
+    x: Tensor, eps: float | Tensor, norm: str = "linf", clip_min: float | Tensor = 0.0, clip_max: float | Tensor = 1.0
 ) -> Ball:
     """Check the radius ``eps``, see `Radius`, and make the balls around images."""
     width, pixels = clip_max - clip_min, x.shape[1:].numel()

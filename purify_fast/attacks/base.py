@@ -15,13 +15,16 @@ from torch import Tensor, nn
 from .._compiler import outside_graphs
 from .._validation import Count, GradientPrecision, Norm, NormName, check_types, read_norm
 from ..protocols import Classifier, Passes
-from .arguments import check_eps, check_images, check_labels
+from .arguments import check_eps, check_images, check_keywords, check_labels
 from .attacked_model import called_directly, drawn_once_per_call, frozen
 from .ball import Ball, ball_around
 from .context import AttackContext, LossFunction, Radius, drawn_seed
 from .losses import LOSSES, usable_loss
 from .objective import Objective
 from .search import GradientHealth, better_of
+
+#: The names of the options of every attack.
+CONTEXT = [each.name for each in fields(AttackContext)]
 
 
 class ThreatModel(NamedTuple):
@@ -184,6 +187,7 @@ class Attack(abc.ABC):
             TypeError: an option that is no field of `AttackContext`, or an output of the model without logits.
             ValueError: a missing radius; images, labels, options or logits that are not allowed.
         """
+        check_keywords(type(self).__name__, options, CONTEXT)
         context = AttackContext(**{"seed": drawn_seed(), **options})
         if "eps" not in options and self.threat_model(context).eps == 0:
             raise ValueError(f"eps must be given: call {type(self).__name__}(...)(model, x, y, eps=8 / 255)")
@@ -340,6 +344,7 @@ def run_alone(
     attack in a ball set the context's fields, because only the context's eps may be a tensor.
     """
     own = {each.name for each in fields(attack)} - ({"eps", "norm"} if attack.norms else set())
+    check_keywords(attack.__name__, options, {*own, *CONTEXT, "mode", "targeted", "generator", "health"})
     loss, mode = options.get("loss", "ce"), options.pop("mode", "eval")
     targeted, generator, health = (options.pop(name, None) for name in ("targeted", "generator", "health"))
     if mode not in ("eval", "keep") or (mode == "keep" and attack.kind not in ("pgd", "fgsm")):

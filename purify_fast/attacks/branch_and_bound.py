@@ -90,10 +90,8 @@ class BranchAndBound(InBall):
             logits = Judge(model, max_forward_batch=max_forward_batch).logits(x).double().cpu()
         apart = (forward(layers, x.double().cpu().flatten(1)) - logits).abs().max()
         if not apart <= ALIKE * logits.abs().max():
-            raise ValueError(
-                "the model's logits must equal, up to rounding, the logits that its layers give in float64, got a "
-                f"difference of {apart:.2g}: if TF32 or bfloat16 is on, switch it off"
-            )
+            text = "the model's logits must equal, up to rounding, the logits that its layers give in float64, got a "
+            raise ValueError(f"{text}difference of {apart:.2g}: if TF32 or bfloat16 is on, switch it off")
         return [Affine(*(each.to(x.device) for each in layer)) for layer in layers]
 
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> AttackResult:

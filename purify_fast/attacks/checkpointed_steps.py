@@ -161,10 +161,9 @@ class _Repeated(torch.autograd.Function):
             result = ctx.step(leaves[0], ctx.i, *leaves[1:])
         differs = _differs(result.detach(), before, x)
         if not differs.is_cuda and differs:
-            raise RuntimeError(
-                f"step must return the same result when it is computed again, but step {ctx.i} does not: does it draw "
-                "from a generator of its own, or from NumPy? keep=n computes no step again"
-            )
+            fault = f"step must return the same result when it is computed again, but step {ctx.i} does not"
+            advice = "does it draw from a generator of its own, or from NumPy? keep=n computes no step again"
+            raise RuntimeError(f"{fault}: {advice}")
         if not result.requires_grad and not needed[0]:
             return (None,) * (4 + len(needed))
         tensors = [*leaves, *others[ctx.count :]]

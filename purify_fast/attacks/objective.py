@@ -101,10 +101,8 @@ class Objective:
         """Return sums over ``draws`` draws: the gradient, and with ``scored`` also what `_scored` returns."""
         # torch.compile decides whether gradients are recorded, so there is no check while it compiles.
         if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
-            raise RuntimeError(
-                "the attack needs gradients, which torch.inference_mode() does not record: call the attack outside of "
-                "torch.inference_mode(), or use torch.no_grad() instead"
-            )
+            advice = "call it outside of torch.inference_mode(), which records none, or use torch.no_grad() instead"
+            raise RuntimeError(f"the attack needs gradients: {advice}")
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
             losses, logits, labels = self._losses(leaf, y, draws)

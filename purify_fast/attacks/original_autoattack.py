@@ -42,10 +42,8 @@ def implementation() -> Any:
     for package in ("pyautoattack", "autoattack"):
         with contextlib.suppress(ModuleNotFoundError):
             return importlib.import_module(package).AutoAttack
-    raise ModuleNotFoundError(
-        "AutoAttack is not installed: run pip install 'purify-fast[eval]', or use protocol standard, which runs this "
-        "package's own versions of the four attacks"
-    )
+    advice = "run pip install 'purify-fast[eval]', or use protocol standard, our versions of the four attacks"
+    raise ModuleNotFoundError(f"AutoAttack is not installed: {advice}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,10 +93,8 @@ class OriginalAutoAttack(InBall):
     def resolved_for(self, context: AttackContext) -> Resolved:
         classes, fewest = context.num_classes, FEWEST_CLASSES[self.version]
         if 0 < classes < fewest:
-            raise ValueError(
-                f"AutoAttack {self.version} needs at least {fewest} classes, got a model with {classes}: use protocol "
-                "standard, whose attacks allow any number of classes"
-            )
+            advice = "use protocol standard, whose attacks allow any number of classes"
+            raise ValueError(f"AutoAttack {self.version} needs at least {fewest} classes, got {classes}: {advice}")
         return super().resolved_for(context)
 
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> AttackResult:

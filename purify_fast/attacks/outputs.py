@@ -20,16 +20,12 @@ ONE_HOT = (
 def checked_logits(logits: object, images: int) -> Tensor:
     """Return a model's output, ``[B, classes]``, if it may be logits by its type and shape, which takes no time."""
     if not isinstance(logits, Tensor):
-        raise TypeError(
-            f"the model must return a torch.Tensor of logits [B, classes], got {type(logits).__name__}: give a module "
-            "whose forward returns the logits in it"
-        )
+        wanted = "the model must return a torch.Tensor of logits [B, classes]"
+        raise TypeError(f"{wanted}, got {type(logits).__name__}: give a module whose forward returns the logits in it")
     good = logits.dim() == 2 and logits.shape[0] == images and logits.shape[1] > 1 and logits.is_floating_point()
     if not good:
-        raise ValueError(
-            "the model must return floating-point logits [B, classes] of at least two classes for every batch size B, "
-            f"got {logits.dtype} {list(logits.shape)} for B = {images}"
-        )
+        wanted = "floating-point logits [B, classes] of at least two classes for every batch size B"
+        raise ValueError(f"the model must return {wanted}, got {logits.dtype} {list(logits.shape)} for B = {images}")
     return logits
 
 

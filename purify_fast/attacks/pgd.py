@@ -61,13 +61,7 @@ class Ascent(ObjectiveStep):
 
 
 def ascend(
-    objective: Objective,
-    ball: Ball,
-    state: State,
-    *,
-    steps: int,
-    first: int = 0,
-    end: int | None = None,
+    objective: Objective, ball: Ball, state: State, *, steps: int, first: int = 0, end: int | None = None
 ) -> State:
     """Take the steps of PGD."""
     end = steps if end is None else end

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +16,9 @@ from .base import Attack
 from .context import AttackContext
 from .engine.judge import Judge, has_fallen
 from .search import GradientHealth
+
+#: The ``points`` that an attack has found, the ``share`` of the draws that misclassify each, and the attack's counts.
+Found = dict[str, Any]
 
 
 class AttackSequence:
@@ -41,21 +47,29 @@ class AttackSequence:
             return 1 - float(self.share.mean())
         return 1 - float(self._shares_of_all(self._judge_by(draws)).mean())
 
-    def run(self, attack: Attack) -> GradientHealth:
-        """Run an attack on the images that have not fallen yet, and return what it counted, if it counts."""
+    def run(
+        self, attack: Attack, kept: Callable[[Tensor, Callable[[], Found]], Found] = lambda part, make: make()
+    ) -> GradientHealth:
+        """Run an attack on the images that have not fallen yet, and return what it counted, if it counts.
+
+        ``kept(part, make)`` returns what ``make()`` finds for the images with the indices ``part``, or has found.
+        """
         health = GradientHealth()
         with frozen(self.model):
             for part in self._batches((~self.fallen).nonzero()[:, 0]):
-                x, y = self.x[part].to(self.device), self.y[part].to(self.device)
-                batch_context = replace(self.context, sample_ids=part.to(self.device))
-                result = attack.search(self.model, x, y, batch_context)
-                points = result.images
-                health.add(**(result.health or GradientHealth()).counts)
-                share = self._shares(points, part, self.judge)
+                found = kept(part, partial(self._found, attack, part))
+                points, share = (found.pop(name).to(self.x.device) for name in ("points", "share"))
+                health.add(**found)
                 better = share > self.share[part]
-                self.images[part[better]] = points.to(self.x.device)[better]
+                self.images[part[better]] = points[better]
                 self.share[part[better]] = share[better]
         return health
+
+    def _found(self, attack: Attack, part: Tensor) -> Found:
+        x, y = self.x[part].to(self.device), self.y[part].to(self.device)
+        result = attack.search(self.model, x, y, replace(self.context, sample_ids=part.to(self.device)))
+        counts = {} if result.health is None else {name: int(count) for name, count in result.health.counts.items()}
+        return {"points": result.images, "share": self._shares(result.images, part, self.judge), **counts}
 
     def _batches(self, index: Tensor) -> tuple[Tensor, ...]:
         return index.split(self.context.batch_size or max(1, len(index))) if len(index) else ()

@@ -62,7 +62,8 @@ class DataCommand(Command):
 
     Args:
         data: Data set: digits, mnist, fashion_mnist, cifar10, cifar100, svhn, tiny_imagenet; or an .npz file with
-            x_train, y_train, x_test and y_test; or a folder with train/<class>/*.jpg|png, and val/ or test/.
+            x_train, y_train, x_test and y_test; or a folder with train/<class>/*.jpg|png, and test/ or val/ (test/ if
+            there are both).
         data_root: Folder of the data sets, also for downloads. Default: the variable PURIFY_FAST_DATA, or the current
             folder.
         download: Let torchvision download the official files of a data set if they are missing.
@@ -75,7 +76,7 @@ class DataCommand(Command):
 
     data: str = "digits"
     data_root: Path | None = field(
-        default_factory=lambda: Path(root) if (root := os.environ.get("PURIFY_FAST_DATA")) else None
+        default_factory=lambda: Path(root).expanduser() if (root := os.environ.get("PURIFY_FAST_DATA")) else None
     )
     download: bool = False
     size: tuple[int, ...] | None = None

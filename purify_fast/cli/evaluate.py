@@ -73,7 +73,8 @@ class ModelCommand(ProcessOptions, DataCommand):
     def title(self) -> str:
         """The model's name in the report."""
         if self.own is None:
-            return zoo_name(self.folder) or self.folder.name
+            # The name of the path "." is empty.
+            return zoo_name(self.folder) or os.path.basename(os.path.abspath(self.folder))
         source, _, function = self.own.rpartition(":")
         parts = Path(source.removesuffix(".py")).parts
         return ".".join((*("up" if part == ".." else part for part in parts if part != os.sep), function))

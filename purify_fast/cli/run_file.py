@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from os.path import expanduser
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -104,13 +105,13 @@ def options_of(path: Path, kind: type[Command]) -> dict[str, Any]:
 
 
 def words_of(options: dict[str, Any], kind: type[Command]) -> list[str]:
-    """Write options as the words of a command line."""
+    """Write options as the words of a command line, in which a shell would replace ``~`` by the home folder."""
     defaults, words = values(kind()), list[str]()
     for name, value in options.items():
         if isinstance(value, bool) and isinstance(defaults.get(name), bool):
             words.append(flag(name if value else f"no_{name}"))
         else:
-            words += [flag(name), *map(str, value if isinstance(value, list) else [value])]
+            words += [flag(name), *(expanduser(str(word)) for word in (value if isinstance(value, list) else [value]))]
     return words
 
 
@@ -163,7 +164,7 @@ def parse(kind: type[OfCommand], arguments: list[str]) -> OfCommand:
     file, given = early_options().parse_known_args(arguments)[0].config, _names(arguments)
     options = {} if file is None else options_of(file, kind)
     # The folder is not an option, but an argument without a name, of which there can be only one.
-    folder = {"folder": Path(options.pop("folder"))} if "folder" in options else {}
+    folder = {"folder": Path(options.pop("folder")).expanduser()} if "folder" in options else {}
     # Of two equal options the last wins, so the command line wins over the file, and both win over a recipe.
     words = [*words_of(options, kind), *arguments]
     early = early_options().parse_known_args(words)[0]

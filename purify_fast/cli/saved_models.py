@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 #: The prefix of the name of a model in `purify_fast.zoo`. Without it, a text is the path of a folder.
 ZOO = "zoo:"
+#: The form of the name of code: torchvision:NAME, timm:NAME, package.module:function or path/to/file.py:function.
+CODE = re.compile(r"(torchvision|timm):.*|(.*\.py|[^\W\d][\w.]*):[^/]*")
 
 
 def zoo_name(folder: str | Path) -> str | None:
@@ -33,8 +36,8 @@ def saved_folder(folder: str | Path, classifier: bool = False) -> Path:
 
 
 def is_named(classifier: str) -> bool:
-    """Tell whether a text names code (torchvision:NAME, timm:NAME, module:function) and not a saved model."""
-    return ":" in classifier and zoo_name(classifier) is None and not Path(classifier).exists()
+    """Tell whether a text names code, as `CODE` describes, and not a saved model."""
+    return CODE.fullmatch(classifier) is not None and zoo_name(classifier) is None and not Path(classifier).exists()
 
 
 def own_model(spec: str, images: DataSet) -> Classifier:
@@ -100,6 +103,7 @@ def accuracy_text(model: nn.Module, x: Tensor, y: Tensor, batch_size: int, most:
 
 def refuse_other_images(model: nn.Module, images: DataSet, what: str) -> None:
     """Raise a ValueError if a model was trained on images of another size, on fewer classes or on other classes."""
+    from ..data.images import same_name
     from ..defences.base import Defence
 
     # Every loaded classifier has the attribute `arguments`.
@@ -116,5 +120,5 @@ def refuse_other_images(model: nn.Module, images: DataSet, what: str) -> None:
         raise ValueError(f"images have {images.num_classes} classes, but {what} has only {classes}")
     known = getattr(getattr(model, "classifier", model), "classes", None)
     for label, (own, other) in enumerate(zip(known or (), images.classes or (), strict=False)):
-        if own != other:
+        if same_name(own) != same_name(other):
             raise ValueError(f"label {label} of the classes is {own!r} for {what}, but {other!r} in {images.name}")

@@ -69,6 +69,7 @@ class Zoo(Command):
         head = ["name", "data", "attacks", "clean, %", *(f"{protocol}, %" for protocol in protocols)]
         print(terminal_table(head, body))
         print("A number with ? is unreliable: the checks of its evaluation found a reason to doubt it.")
+        print("Protocols ran on different numbers of images, so compare numbers within a column.")
         print("`purify-fast zoo NAME` describes a model, and `purify-fast evaluate zoo:NAME` attacks it.")
 
 

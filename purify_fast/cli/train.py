@@ -19,13 +19,7 @@ from ..methods.diffusion.config import DiffusionConfig
 from ..training import ClassifierConfig, FitConfig
 from .command import DataCommand
 from .run_file import values, write_run_file
-from .saved_models import (
-    accuracy_text,
-    is_named,
-    named_classifier,
-    refuse_other_images,
-    trained_classifier,
-)
+from .saved_models import accuracy_text, is_named, named_classifier, refuse_other_images, trained_classifier
 
 if TYPE_CHECKING:
     from torch import nn
@@ -141,9 +135,8 @@ class FollowsRecipe(Training):
 
         defence, kind = load_defence(folder, classifier, **options), METHODS[self.trained()].defence
         if kind is None or not isinstance(defence, kind):
-            raise ValueError(
-                f"{folder} contains no defence of the method {self.trained()}, but a {type(defence).__name__}"
-            )
+            other = type(defence).__name__
+            raise ValueError(f"{folder} contains no defence of the method {self.trained()}, but a {other}")
         return defence
 
 
@@ -222,13 +215,16 @@ class TrainClassifier(Training):
     def fresh(self, images: DataSet) -> nn.Module:
         """Make the classifier with random weights on the device of the images."""
         from ..data import statistics
-        from ..models.classifiers import build_classifier
+        from ..models.classifiers import CLASSIFIERS, build_classifier
 
         sizes: dict[str, Any] = {"width": self.width, "depth": self.depth, "activation": self.activation}
         if is_named(self.model):
             if any(sizes.values()):
                 raise ValueError(f"--width, --depth and --activation are not for --model {self.model}")
             return named_classifier(self.model, None, images)
+        if self.model not in CLASSIFIERS:
+            others = "torchvision:NAME such as torchvision:resnet18, timm:NAME or package.module:function"
+            raise ValueError(f"--model must be {', '.join(CLASSIFIERS)}, {others}, got {self.model!r}")
         mean, std = statistics(images.x_train)
         model = build_classifier(self.model, images.image_shape, images.num_classes, mean=mean, std=std, **sizes)
         return model.to(images.y_train.device)
@@ -350,7 +346,7 @@ class TrainCarso(KeepsAttacks, FollowsRecipe, TrainPurifier):
         from ..methods.carso import Carso, CarsoTask
         from ..methods.recipes import recipe
         from ..models.classifiers import SmallCNN
-        from ..models.representation import layers_missing
+        from ..models.layer_names import layers_missing
 
         if self.init is not None:
             defence = self.saved_start(self.init, classifier)
@@ -358,7 +354,8 @@ class TrainCarso(KeepsAttacks, FollowsRecipe, TrainPurifier):
         sizes: dict[str, Any] = {name: getattr(self, name) for name in _CARSO_SIZES}
         if not self.layers:
             if not isinstance(classifier, SmallCNN):
-                raise layers_missing(classifier, "name modules whose outputs form the representation")
+                advice = "name modules whose outputs form the representation"
+                raise layers_missing(classifier, images.image_shape, advice)
             sizes["layers"] = ("conv2", "conv4", "hidden")
         if self.recipe is None:
             return CarsoTask(Carso(classifier, image_shape=images.image_shape, **sizes), self.method)
@@ -460,6 +457,9 @@ class TrainAtop(KeepsAttacks, FollowsRecipe, TrainGenerator):
 
         if self.init is None:
             return super().task_on(classifier, images)
+        if not self.init.is_dir():
+            advice = "run `purify-fast train generator` first, or give its folder as --init; None: random weights"
+            raise FileNotFoundError(f"--init: {self.init} is missing: {advice}")
         # Do not check that the classifier is the same, because the pre-training did not depend on its classifier.
         defence = self.saved_start(self.init, classifier, check=False)
         if self.recipe is not None:

@@ -78,8 +78,10 @@ def load_dataset(
             ``[N, H, W]``, ``[N, H, W, C]`` or ``[N, C, H, W]`` with C = 1 or 3. Labels are integers ``[N]`` or
             ``[N, 1]``, and every number from 0 to the largest label must occur, unless ``num_classes`` is given. An
             array of texts ``classes`` may name the classes.
-            An image folder has ``train/<class>/*.jpg|png``, and ``val/`` or ``test/`` in the same form, or it is
-            tiny-imagenet-200. The classes are the folder names, sorted as texts. Images are read as RGB. Files and
+            An image folder has ``train/<class>/*.jpg|png``, and ``test/`` or ``val/`` in the same form, or it is
+            tiny-imagenet-200. The held-out images are those of ``test/`` if it has labels, that is, a folder for each
+            class. The name of the data set then ends in ``/test``, and else in ``/val``. The classes are the folder
+            names, sorted as texts, or as numbers if all of them are numbers. Images are read as RGB. Files and
             folders whose names begin with a dot do not count.
         root: folder of the data sets; None means the current folder. A relative path is looked up as it is and in root,
             where the ending ``.npz`` may be left out (``load_dataset("set", "data")``).
@@ -117,8 +119,8 @@ def load_dataset(
     if isinstance(found, Path) and found.is_dir():
         from .folders import read_folder
 
-        tensors, names = read_folder(found, image_size, train, cache)
-        title = name if name in NAMES else found.resolve().name
+        tensors, names, held_out = read_folder(found, image_size, train, cache)
+        title = name if name in NAMES else f"{found.resolve().name}/{held_out}"
         classes = _number_of_classes(len(names), num_classes)
         return DataSet(**tensors, name=title, num_classes=classes, classes=tuple(names))
     arrays = _read_npz(found, train) if isinstance(found, Path) else found
@@ -180,7 +182,7 @@ def _find(path: Path, root: Path | None) -> Path:
     raise FileNotFoundError(
         f"no data set {str(path)!r}: looked for {looked}. Give 'digits', one of {', '.join(NAMES)}, an .npz file "
         f"(numpy.savez) with the arrays x_train, x_test (uint8 images) and y_train, y_test (integer labels), or an "
-        f"image folder with train/<class>/*.jpg|png and val/ or test/ in the same form"
+        f"image folder with train/<class>/*.jpg|png and test/ or val/ in the same form"
     )
 
 
@@ -215,10 +217,8 @@ def _checked(arrays: dict[str, np.ndarray], num_classes: int | None) -> tuple[di
     present = np.unique(np.concatenate([array for name, array in checked.items() if name[0] == "y"]))
     classes = 1 + int(present[-1])
     if num_classes is None and (len(present) < classes or classes < 2):
-        raise ValueError(
-            f"every label from 0 to the largest, at least 1, must occur, got {len(present)} labels up to "
-            f"{classes - 1}: pass num_classes if this is intended"
-        )
+        text = f"every label from 0 to the largest, at least 1, must occur, got {len(present)} labels up to "
+        raise ValueError(f"{text}{classes - 1}: pass num_classes if this is intended")
     tensors = {name: torch.from_numpy(array) for name, array in checked.items()}
     return tensors, _number_of_classes(classes, num_classes)
 
@@ -232,19 +232,16 @@ def _number_of_classes(present: int, given: int | None) -> int:
 def _images(name: str, array: np.ndarray) -> np.ndarray:
     """Convert images to contiguous uint8 ``[N, C, H, W]``."""
     if array.dtype != np.uint8 or array.ndim not in (3, 4) or 0 in array.shape:
-        raise ValueError(
-            f"{name} must be uint8 [N, H, W], [N, H, W, C] or [N, C, H, W] with at least one image, got {array.dtype} "
-            f"{list(array.shape)}: for images in [0, 1], save (255 * x).round().astype('uint8')"
-        )
+        wanted = f"{name} must be uint8 [N, H, W], [N, H, W, C] or [N, C, H, W] with at least one image"
+        advice = "for images in [0, 1], save (255 * x).round().astype('uint8')"
+        raise ValueError(f"{wanted}, got {array.dtype} {list(array.shape)}: {advice}")
     if array.ndim == 3:
         return np.ascontiguousarray(array[:, None])
     first, last = array.shape[1] in (1, 3), array.shape[3] in (1, 3)
     if first == last:
         which = "both" if first else "neither"
-        raise ValueError(
-            f"{name} must have 1 or 3 channels, in its second or in its last dimension, got {which} in the shape "
-            f"{list(array.shape)}"
-        )
+        text = f"{name} must have 1 or 3 channels, in its second or in its last dimension, got {which} in the shape "
+        raise ValueError(f"{text}{list(array.shape)}")
     return np.ascontiguousarray(array.transpose(0, 3, 1, 2) if last else array)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import tempfile
 import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,16 +23,19 @@ from tqdm import tqdm
 
 from .._files import atomic
 from .._tensors import text_hash
+from .images import same_name
 
 #: The endings of image files, as in torchvision's ImageFolder.
 SUFFIXES = IMG_EXTENSIONS
 CACHE = ".purify_fast"
+#: The file of tiny-imagenet-200 that names the classes of the images in val/.
+ANNOTATIONS = "val_annotations.txt"
 #: Modes of Pillow with 8 bits or less per channel.
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 #: Number of images that are decoded before they are written to the cache.
 CHUNK = 64
 FORM = (
-    "train/<class>/*.jpg (or .png, .webp and others), and the held-out images: val/ or test/ in the same form, or "
+    "train/<class>/*.jpg (or .png, .webp and others), and the held-out images: test/ or val/ in the same form, or "
     "val/images and val/val_annotations.txt as in tiny-imagenet-200"
 )
 
@@ -45,10 +49,11 @@ class Split(NamedTuple):
 
 def read_folder(
     folder: Path, image_size: tuple[int, int] | None, train: bool, cache: str | Path | None
-) -> tuple[dict[str, Tensor], list[str]]:
-    """Read the arrays of a data set from an image folder, and the names of the classes."""
+) -> tuple[dict[str, Tensor], list[str], str]:
+    """Read the arrays of a data set from an image folder, the names of the classes, and that of the held-out folder."""
     root = folder / CACHE if cache is None else Path(cache) / folder.resolve().name
-    splits, classes = _listed(folder, train)
+    held_out = _held_out(folder)
+    splits, classes = _listed(folder, held_out, train)
     place = root / ("native" if image_size is None else f"{image_size[0]}x{image_size[1]}")
     first = next(iter(splits.values())).files[0]
     height, width = read_image(first).shape[1:] if image_size is None else image_size
@@ -56,7 +61,7 @@ def read_folder(
     for part, (files, labels) in splits.items():
         arrays[f"x_{part}"] = _decoded(place, part, files, (height, width), resize=image_size is not None)
         arrays[f"y_{part}"] = labels
-    return arrays, classes
+    return arrays, classes, held_out.name
 
 
 # ---- the files of an image folder
@@ -69,8 +74,12 @@ def is_hidden(path: str | Path, folder: Path) -> bool:
 
 def classes_in(folder: Path) -> list[str]:
     """The names of the classes of a folder, in the order of their labels."""
+    return ordered({same_name(path.name) for path in _class_folders(folder)})
+
+
+def _class_folders(folder: Path) -> list[Path]:
     # torchvision's find_classes would treat a hidden folder, such as the folder of an editor, as a class.
-    return ordered(path.name for path in folder.iterdir() if path.is_dir() and not is_hidden(path, folder))
+    return [path for path in folder.iterdir() if path.is_dir() and not is_hidden(path, folder)]
 
 
 def ordered(names: Iterable[str]) -> list[str]:
@@ -84,16 +93,24 @@ def ordered(names: Iterable[str]) -> list[str]:
     return numbers
 
 
-def _listed(folder: Path, train: bool) -> tuple[dict[str, Split], list[str]]:
-    """The splits and the names of the classes. Without ``train``, only the names of the folders in train/ are read."""
-    held_out = next((folder / name for name in ("val", "test") if (folder / name).is_dir()), None)
-    trained = folder / "train"
-    if held_out is None or (train and not trained.is_dir()):
-        lacks = "train/" if held_out is not None else "val/ and test/"
-        if held_out is None and not trained.is_dir() and len(own := classes_in(folder)) > 1:
-            lacks += f" (move its folders {', '.join(own[:3])} ... into train/, and some images of each into val/)"
+def _held_out(folder: Path) -> Path:
+    """The folder of the held-out images: test/ if it has a folder for each class, or else val/."""
+    present = [folder / name for name in ("test", "val") if (folder / name).is_dir()]
+    if not present:
+        lacks = "test/ and val/"
+        if not (folder / "train").is_dir() and len(own := classes_in(folder)) > 1:
+            lacks += f" (move its folders {', '.join(own[:3])} ... into train/, and some images of each into test/)"
         raise FileNotFoundError(f"{folder} is not an image folder: it lacks {lacks}. It must contain {FORM}")
-    annotations = held_out / "val_annotations.txt"
+    # The images in test/ of tiny-imagenet-200, and of many competitions, have no labels.
+    labelled = [part for part in present if _class_folders(part)]
+    return folder / "val" if (folder / "val" / ANNOTATIONS).is_file() else (labelled or present)[0]
+
+
+def _listed(folder: Path, held_out: Path, train: bool) -> tuple[dict[str, Split], list[str]]:
+    """The splits and the names of the classes. Without ``train``, only the names of the folders in train/ are read."""
+    trained, annotations = folder / "train", held_out / ANNOTATIONS
+    if train and not trained.is_dir():
+        raise FileNotFoundError(f"{folder} is not an image folder: it lacks train/. It must contain {FORM}")
     # In each line of this file of tiny-imagenet-200, tabs separate a file name, a class and a box.
     rows = [line.split("\t") for line in annotations.read_text().splitlines()] if annotations.is_file() else []
     shown = ordered({row[1] for row in rows}) if rows else classes_in(held_out)
@@ -118,8 +135,8 @@ def _by_class(folder: Path, classes: Sequence[str], allow_empty: bool = False) -
     def is_valid(path: str) -> bool:
         return has_file_allowed_extension(path, SUFFIXES) and not is_hidden(path, folder)
 
-    labels = {name: label for label, name in enumerate(classes)}
-    listed = make_dataset(folder, labels, is_valid_file=is_valid, allow_empty=allow_empty)
+    labels = {path.name: classes.index(same_name(path.name)) for path in _class_folders(folder)}
+    listed = make_dataset(folder, labels, is_valid_file=is_valid, allow_empty=allow_empty) if labels else []
     # Sort by path within a class. torchvision would list the files of a folder before the files of its subfolders.
     shown = sorted((label, Path(path)) for path, label in listed)
     return Split([path for _, path in shown], torch.tensor([label for label, _ in shown], device="cpu"))
@@ -168,7 +185,12 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
 def _decoded(place: Path, part: str, files: Sequence[Path], size: tuple[int, int], *, resize: bool) -> Tensor:
     """Open the decoded images of a part of the data set. Decode them if the folder ``place`` does not have them."""
     whole = place / f"x_{part}-{_source(files)[:16]}.npy"
-    place.mkdir(parents=True, exist_ok=True)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        advice = "give another folder for the decoded images as cache, on the command line --cache FOLDER"
+        raise OSError(error.errno, f"{error.strerror}: {advice}", str(place)) from error
     # The process that has the lock writes the file, and the others wait for it.
     with FileLock(place / ".lock"):
         with contextlib.suppress(OSError, EOFError, ValueError):

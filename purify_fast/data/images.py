@@ -1,9 +1,11 @@
-"""Convert images to numbers in [0, 1], compute their statistics, and augment them on their device.
+"""Convert images and names of classes, compute statistics of images, and augment images on their device.
 
 The augmentation of an image depends only on the seed, the epoch and the image's index in the data set.
 """
 
 from __future__ import annotations
+
+import unicodedata
 
 import torch
 from torch import Tensor
@@ -13,6 +15,11 @@ from ..ops.philox import Stream, philox
 
 #: The number of images that `statistics` reads at a time.
 _PART = 8192
+
+
+def same_name(name: str) -> str:
+    """The name of a class in the composed form (NFC). macOS decomposes names: it writes an accent as a character."""
+    return unicodedata.normalize("NFC", name)
 
 
 def to_float(x: Tensor) -> Tensor:

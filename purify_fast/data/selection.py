@@ -53,10 +53,8 @@ def batches(
     if batch_size % world:
         raise ValueError(f"batch_size must be a multiple of {world}, the number of processes, got {batch_size}")
     if drop_last and n < batch_size:
-        raise ValueError(
-            f"batch_size must be at most the number of images, {n}, got {batch_size}: give a smaller batch_size "
-            "(--batch-size)"
-        )
+        text = f"batch_size must be at most the number of images, {n}, got {batch_size}: give a smaller batch_size "
+        raise ValueError(f"{text}(--batch-size)")
     state = np.random.RandomState([seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF, epoch])
     order = torch.from_numpy(state.permutation(n)).to(device)
     last = n - n % batch_size if drop_last else n

@@ -46,14 +46,11 @@ def find_official(name: str, root: Path, download: bool, train: bool) -> Path | 
         raise
     # A damaged file may raise any error.
     except Exception as error:
-        advice = (
-            "give download=True (--download), or remove damaged files" if name in READERS else "download it yourself"
-        )
-        raise FileNotFoundError(
-            f"no data set {name!r}: {advice}. Looked for "
-            f"{npz.absolute()} (x_train, y_train, x_test, y_test), and for the official files in {root.absolute()} as "
-            f"torchvision lays them out: {str(error) or repr(error)}"
-        ) from error
+        known = "give download=True (--download), or remove damaged files"
+        advice = known if name in READERS else "download it yourself"
+        looked = f"{npz.absolute()} (x_train, y_train, x_test, y_test), and for the official files in {root.absolute()}"
+        how = f"as torchvision lays them out: {str(error) or repr(error)}"
+        raise FileNotFoundError(f"no data set {name!r}: {advice}. Looked for {looked} {how}") from error
 
 
 def _arrays(name: str, root: Path, download: bool, parts: tuple[str, ...]) -> dict[str, np.ndarray]:

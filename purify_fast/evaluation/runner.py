@@ -37,13 +37,7 @@ from .request.attack_lists import SEARCHES, protocol_attacks, without_early_stop
 from .request.config import EvaluateConfig, EvaluateSettings, config_of
 from .request.fingerprint import fingerprint
 from .request.naming import beside_fixed, feasible, row_name, threat_name
-from .request.preparation import (
-    collect,
-    facts,
-    note_of_modes,
-    read_attacks,
-    warn_of_probabilities,
-)
+from .request.preparation import collect, facts, note_of_modes, read_attacks, warn_of_probabilities
 from .request.published import authors_attacks
 from .request.specs import AttackFunction, AttackSpec
 from .request.subject import DrawsUnderAttack, Subject, Variant, device_of

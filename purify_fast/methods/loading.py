@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .._tensors import torch_defaults, weights_fingerprint
 from ..training import load_classifier
 from ..training.checkpoint import read_model
+from ..training.classifier import rebuilding, written_by
 from .atop.purifier import PURIFIERS
 from .diffusion.denoiser import DENOISER_KIND, rebuilt_denoiser
 from .recipes import METHODS
@@ -24,7 +25,16 @@ _DEFENCES: dict[str, Any] = {
 
 def is_denoiser(folder: str | Path) -> bool:
     """Tell whether a folder holds a denoiser without a classifier."""
-    return bool(read_model(folder)[0]["kind"] == DENOISER_KIND)
+    return bool(_read(folder)[0]["kind"] == DENOISER_KIND)
+
+
+def _read(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read a saved defence or denoiser; ValueError for another kind of model."""
+    facts, state = read_model(folder)
+    if facts["kind"] not in (*_DEFENCES, DENOISER_KIND):
+        advice = "if it is a classifier, load_classifier loads it"
+        raise ValueError(f"{folder} holds a {facts['kind']!r}{written_by(facts)}, not a known defence: {advice}")
+    return facts, state
 
 
 @torch_defaults()
@@ -55,10 +65,8 @@ def load_defence(
         FileNotFoundError: a file is missing, or the classifier is neither given nor in the folder.
         ValueError: the file is damaged or holds no defence, or an argument does not fit it or is missing.
     """
-    facts, state = read_model(folder)
+    facts, state = _read(folder)
     kind, arguments = facts["kind"], dict[str, Any](facts["arguments"])
-    if kind not in (*_DEFENCES, DENOISER_KIND):
-        raise ValueError(f"{folder} holds a classifier ({kind}), not a defence: use load_classifier to load it")
     if purifier is not None and not {"purifier", "denoiser"} & arguments.keys():
         raise ValueError(f"purifier must be None, got a module: {folder} holds a {kind!r}, which includes its purifier")
     if process is not None:
@@ -76,11 +84,12 @@ def load_defence(
         check, kind, state = False, "DiffusionPurifier", {f"denoiser.module.{name}": state[name] for name in state}
     if check and weights_fingerprint(classifier) != facts["classifier"]:
         raise ValueError(f"classifier must have the weights that {folder} was trained for; check=False allows others")
-    if "purifier" in arguments:
-        arguments["purifier"] = rebuilt(arguments["purifier"], purifier, PURIFIERS, folder)
-    if "denoiser" in arguments:
-        arguments["denoiser"] = rebuilt_denoiser(arguments["denoiser"], purifier, folder)
-    defence = _DEFENCES[kind](classifier=classifier, **arguments)
+    with rebuilding(folder, facts):
+        if "purifier" in arguments:
+            arguments["purifier"] = rebuilt(arguments["purifier"], purifier, PURIFIERS, folder)
+        if "denoiser" in arguments:
+            arguments["denoiser"] = rebuilt_denoiser(arguments["denoiser"], purifier, folder)
+        defence = _DEFENCES[kind](classifier=classifier, **arguments)
     defence.bank = facts.get("bank", {})
     if odd := trained_tensors(defence).keys() ^ state.keys():
         raise ValueError(f"{folder} holds a model with other tensors, such as {', '.join(sorted(odd)[:4])}")

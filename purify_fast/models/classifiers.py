@@ -294,7 +294,7 @@ def build_classifier(
         ValueError: the name is unknown, or a width, depth or activation is given for a network that has none.
     """
     if name not in CLASSIFIERS:
-        raise ValueError(f"classifier must be one of {', '.join(CLASSIFIERS)}, got {name!r}")
+        raise ValueError(f"name must be one of {', '.join(CLASSIFIERS)}, got {name!r}")
     kind = CLASSIFIERS[name]
     channels, *size = image_shape
     options: dict[str, Any] = {"in_channels": channels, "num_classes": num_classes, "image_size": tuple(size)}

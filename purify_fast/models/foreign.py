@@ -58,10 +58,8 @@ class ForeignClassifier(nn.Module):
         else:
             # A saved classifier contains this name, and loading the classifier must not run an arbitrary file.
             if spec.rpartition(":")[0].endswith(".py"):
-                raise ValueError(
-                    f"spec must be torchvision:NAME, timm:NAME or package.module:function, such as "
-                    f"{Path(spec).stem}:{name} in the folder of the file, got {spec!r}"
-                )
+                text = "spec must be torchvision:NAME, timm:NAME or package.module:function, such as "
+                raise ValueError(f"{text}{Path(spec).stem}:{name} in the folder of the file, got {spec!r}")
             model = called_by(spec)
             if not isinstance(model, nn.Module):
                 raise ValueError(f"{spec} must return a torch.nn.Module; it returned the type {type(model).__name__}")
@@ -94,10 +92,8 @@ def load_weights(model: nn.Module, path: str | Path, what: str | None = None) ->
     # score-SDE and torch_ema store the moving average without names, in the order of the trained parameters.
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if [tensor.shape for tensor in averages[0]] != [parameter.shape for parameter in trained]:
-        raise ValueError(
-            f"{path} must have a moving average of the network's {len(trained)} trained parameters; it has "
-            f"{len(averages[0])} tensors of other shapes"
-        )
+        text = f"{path} must have a moving average of the network's {len(trained)} trained parameters; it has "
+        raise ValueError(f"{text}{len(averages[0])} tensors of other shapes")
     with torch.no_grad():
         for parameter, tensor in zip(trained, averages[0], strict=True):
             parameter.copy_(tensor)
@@ -180,9 +176,7 @@ def called_by(spec: str) -> Any:
     """Import a function or class by its name, call it without arguments, and return its result."""
     place, _, name = spec.rpartition(":")
     if not place or not name:
-        raise ValueError(
-            f"the name of a model must be package.module:function or path/to/file.py:function, got {spec!r}"
-        )
+        raise ValueError(f"a model's name must be package.module:function or path/to/file.py:function, got {spec!r}")
     # Like ``python -m`` and ``python file.py``, search this folder first, also for later imports inside `forward`.
     is_file, module_name = place.endswith(".py"), place
     if is_file:

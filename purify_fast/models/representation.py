@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 from .._tensors import first_tensor
 
+#: For each module by its name, its outputs in a pass, each with the count of writes to it.
+Outputs = dict[str, list[tuple[Any, int]]]
+
 
 class _Recorder:
     """The forward hook of a layer. It is a class, because a model with a closure as hook could not be pickled."""
@@ -52,20 +55,29 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def representation_before_pooling(model: nn.Module) -> str:
-    """The name of the layer that is used as a classifier's representation if the user names no layers."""
-    before = getattr(model, "before_pooling", None)
-    if not isinstance(before, str):
-        raise layers_missing(model, "name the module whose output is the last map before pooling")
-    return before
+@torch.inference_mode(False)
+def outputs_of(model: nn.Module, modules: dict[str, nn.Module], image_shape: Sequence[int]) -> tuple[Outputs, int]:
+    """Call a model once, and return the outputs of modules with their counts of writes, and the number of classes.
 
+    The modules are in the order in which they return.
+    """
+    seen: Outputs = {}
 
-def layers_missing(model: nn.Module, advice: str) -> ValueError:
-    """The error for a classifier whose layers the user must name; it lists the stages of the classifier."""
-    names = [name for name, part in model.named_modules() if name and name.count(".") <= 1 and any(part.children())]
-    likely = ", ".join(names or [name for name, _ in model.named_modules() if name])[:400]
-    name = getattr(model, "spec", type(model).__name__)
-    return ValueError(f"layers must be given for {name}: {advice}, such as {likely}")
+    def see(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        version = output._version if isinstance(output, Tensor) else -1
+        seen.setdefault(name, []).append((output, version))
+
+    first = first_tensor(model)
+    handles = [module.register_forward_hook(partial(see, name)) for name, module in modules.items()]
+    try:
+        # Use two images, because a BatchNorm that a user's model keeps in training mode refuses a single image.
+        images = torch.full((2, *image_shape), 0.5, device=first.device, dtype=first.dtype)
+        with evaluation_mode(model), torch.no_grad():
+            classes = count_classes(lambda: model(images), image_shape, 2)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen, classes
 
 
 def count_classes(classify: Callable[[], Any], image_shape: Sequence[int], batch: int) -> int:
@@ -121,35 +133,19 @@ class Representation:
         for index, name in enumerate(layers):
             modules[name].register_forward_hook(_Recorder(self, index))
 
-    @torch.inference_mode(False)
     def _dry_run(self, image_shape: tuple[int, int, int]) -> tuple[list[tuple[int, ...]], int]:
-        seen: list[list[tuple[Tensor, int]]] = [[] for _ in self.layers]
-
-        def see(index: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            version = output._version if isinstance(output, Tensor) else -1
-            seen[index].append((output, version))
-
-        first = first_tensor(self.model)
         modules = dict(self.model.named_modules(remove_duplicate=False))
-        handles = [modules[name].register_forward_hook(partial(see, i)) for i, name in enumerate(self.layers)]
-        try:
-            # Use two images, because a BatchNorm that a user's model keeps in training mode refuses a single image.
-            images = torch.full((2, *image_shape), 0.5, device=first.device, dtype=first.dtype)
-            with evaluation_mode(self.model), torch.no_grad():
-                classes = count_classes(lambda: self.model(images), image_shape, 2)
-        finally:
-            for handle in handles:
-                handle.remove()
+        seen, classes = outputs_of(self.model, {name: modules[name] for name in self.layers}, image_shape)
         shapes = []
-        for index, (name, outputs) in enumerate(zip(self.layers, seen, strict=True)):
+        for index, name in enumerate(self.layers):
+            outputs = seen.get(name, [])
             if len(outputs) != 1:
                 raise ValueError(f"layers: {name!r} must run once in a forward pass; it runs {len(outputs)} times")
             output, version = outputs[0]
             if not isinstance(output, Tensor) or output.dim() not in (2, 3, 4) or output.shape[0] != 2:
                 got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-                raise ValueError(
-                    f"layers: the output of {name!r} must be [B, C, H, W], [B, T, D] or [B, F]; for B = 2 it is {got}"
-                )
+                wanted = f"layers: the output of {name!r} must be [B, C, H, W], [B, T, D] or [B, F]"
+                raise ValueError(f"{wanted}; for B = 2 it is {got}")
             self.overwritten[index] = output._version != version
             shapes.append(tuple(output.shape[1:]))
         return shapes, classes
@@ -173,10 +169,8 @@ class Representation:
             read = zip(self.layers, outputs, strict=True)
             cut = [name for name, output in read if output is not None and not output.requires_grad]
             if cut and x.requires_grad and logits.requires_grad:
-                raise ValueError(
-                    f"layers: the output of {cut[0]!r} has no gradient, though the logits have one: choose another "
-                    "layer, or write use_reentrant=False in the classifier's calls of torch.utils.checkpoint"
-                )
+                advice = "choose another layer, or write use_reentrant=False in calls of torch.utils.checkpoint"
+                raise ValueError(f"layers: the output of {cut[0]!r} has no gradient, unlike the logits: {advice}")
             return logits, outputs
         finally:
             # Remove the outputs also after an error. Otherwise their memory and their graph would not be freed.

@@ -248,9 +248,8 @@ def contextual_attention(features: Tensor, valid: Tensor, scale: float = 10.0) -
         raise ValueError(f"features must have even H and W, at least 2, got [B, C, H, W] = {list(features.shape)}")
     height, width = rows // 2, columns // 2
     if valid.dtype != torch.bool or valid.shape != (batch, height * width):
-        raise ValueError(
-            f"valid must be bool [B, (H/2) * (W/2)] = {[batch, height * width]}, got {valid.dtype} {list(valid.shape)}"
-        )
+        wanted = f"valid must be bool [B, (H/2) * (W/2)] = {[batch, height * width]}"
+        raise ValueError(f"{wanted}, got {valid.dtype} {list(valid.shape)}")
     check_one_device(features=features, valid=valid)
 
     last, gradient, pairs = last_channels(features), needs_gradient(features), batch * (height * width) ** 2

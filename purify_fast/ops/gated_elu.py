@@ -33,12 +33,7 @@ def reference_backward(grad: Tensor, features: Tensor, dim: int) -> Tensor:
 
 
 #: By shape, and the dimension that is divided, the last for channels_last; for the values see `Example.gpu`.
-EXAMPLES = {
-    ((ROWS, 6, 17, 15), 1): "",
-    ((ROWS, 8, 8, 48), 3): "f",
-    ((ROWS, 2050), 1): "b",
-    ((ROWS, 5, 7, 14), 3): "h",
-}
+EXAMPLES = {((ROWS, 6, 17, 15), 1): "", ((ROWS, 8, 8, 48), 3): "f", ((ROWS, 2050), 1): "b", ((ROWS, 5, 7, 14), 3): "h"}
 
 
 def _arguments(shape: tuple[int, ...], dim: int, dtype: torch.dtype, seed: int) -> tuple[Tensor, int]:
@@ -56,10 +51,7 @@ OP = define_op(
     cuda=2**20,
 )
 BACKWARD = define_backward(
-    OP,
-    "(Tensor grad, Tensor features, int dim) -> Tensor",
-    reference=reference_backward,
-    cuda=0,
+    OP, "(Tensor grad, Tensor features, int dim) -> Tensor", reference=reference_backward, cuda=0
 )
 
 

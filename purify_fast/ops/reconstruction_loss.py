@@ -45,10 +45,7 @@ OP = define_op(
     cuda=0,
 )
 BACKWARD = define_backward(
-    OP,
-    "(Tensor grad, Tensor logits, Tensor target) -> Tensor",
-    reference=reference_backward,
-    cuda=2**20,
+    OP, "(Tensor grad, Tensor logits, Tensor target) -> Tensor", reference=reference_backward, cuda=2**20
 )
 
 

@@ -172,16 +172,13 @@ def _check(student: Sequence[Tensor], teacher: Sequence[Tensor], kind: str) -> N
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     if not student or len(student) != len(teacher):
-        raise ValueError(
-            "student and teacher must have the same number of layers, and at least one layer, "
-            f"got {len(student)} and {len(teacher)}"
-        )
+        text = "student and teacher must have the same number of layers, and at least one layer, "
+        raise ValueError(f"{text}got {len(student)} and {len(teacher)}")
     for u, v in zip(student, teacher, strict=True):
         if u.shape != v.shape or u.dim() < 2 or u.shape[0] != student[0].shape[0]:
             got = f"{list(u.shape)}, {list(v.shape)}"
-            raise ValueError(
-                f"student and teacher must have equal shapes [B, ...], and all layers must have the same B, got {got}"
-            )
+            wanted = "equal shapes [B, ...], and all layers the same B"
+            raise ValueError(f"student and teacher must have {wanted}, got {got}")
         check_floating(student=u, teacher=v)
         check_one_device(first=student[0], student=u, teacher=v)
 

@@ -91,14 +91,7 @@ def _moved_mass(offset: Tensor, radius: Tensor, numbers: Tensor, pattern: Tensor
 
 
 def reference(
-    x: Tensor,
-    x_nat: Tensor,
-    eps: Tensor,
-    numbers: Tensor,
-    pattern: Tensor | None,
-    edge: Tensor,
-    norm: int,
-    *box: float,
+    x: Tensor, x_nat: Tensor, eps: Tensor, numbers: Tensor, pattern: Tensor | None, edge: Tensor, norm: int, *box: float
 ) -> Tensor:
     """Compute the op by PyTorch in float32 (float64 for float64) to x's dtype. eps is [B], numbers is [B, T, 5 + C]."""
     lo, hi = box

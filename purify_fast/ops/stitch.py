@@ -123,10 +123,8 @@ def stitch(images: Tensor, owners: Tensor) -> Tensor:
     samples, batch, rows, columns = owners.shape
     height, width = images.shape[2:]
     if rows < 1 or columns < 1 or height < 1 or width < 1 or height % rows or width % columns:
-        raise ValueError(
-            f"owners must have rows and columns that divide the height and width of images, {height} x {width}, got "
-            f"{rows} x {columns}"
-        )
+        text = f"owners must have rows and columns that divide the height and width of images, {height} x {width}, got "
+        raise ValueError(f"{text}{rows} x {columns}")
     if images.shape[0] % (samples * batch or 1) or (images.shape[0] == 0) != (samples * batch == 0):
         raise ValueError(
             f"the number of images must be a multiple of S * B = {samples} * {batch} (the first two sizes of owners), "

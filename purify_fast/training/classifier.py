@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import contextlib
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._tensors import structure_fingerprint, torch_defaults
+from .._version import __version__
 from ..models.classifiers import CLASSIFIERS
 from ..models.foreign import ForeignClassifier
 from ..models.representation import evaluation_mode
@@ -122,6 +124,22 @@ def is_classifier(folder: str | Path) -> bool:
     return read_model(folder)[0]["kind"] in _KINDS
 
 
+def written_by(facts: Mapping[str, Any]) -> str:
+    """Words for an error about a saved model that another version of this package wrote; empty for this version."""
+    version = facts.get("version", __version__)
+    return "" if version == __version__ else f" (purify_fast {version} wrote it, and this is purify_fast {__version__})"
+
+
+@contextlib.contextmanager
+def rebuilding(folder: str | Path, facts: Mapping[str, Any]) -> Iterator[None]:
+    """The context in which a saved model is built from its description; errors about its content name the folder."""
+    try:
+        yield
+    except (TypeError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        raise ValueError(f"{folder} holds a model that cannot be loaded{written_by(facts)}: {text}") from error
+
+
 @torch_defaults()
 def load_classifier(folder: str | Path) -> nn.Module:
     """Read a classifier that `save_classifier` wrote, in evaluation mode.
@@ -139,11 +157,10 @@ def load_classifier(folder: str | Path) -> nn.Module:
     facts, state = read_model(folder)
     kind = facts["kind"]
     if kind not in _KINDS:
-        raise ValueError(f"{folder} holds a {kind!r}, not a classifier of a known kind: {', '.join(_KINDS)}")
-    try:
+        known = f"a classifier of a known kind: {', '.join(_KINDS)}"
+        raise ValueError(f"{folder} holds a {kind!r}{written_by(facts)}, not {known}")
+    with rebuilding(folder, facts):
         model = _KINDS[kind](**facts["arguments"])
         model.load_state_dict(state)
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(f"{folder} holds a model that cannot be loaded: {' '.join(str(error).split())}") from error
     vars(model)["classes"] = tuple(facts["classes"]) if "classes" in facts else None
     return model.eval()

@@ -42,8 +42,9 @@ class TrainingAttack:
         eps: radius of the ball in image units (pixels in [0, 1]). 0 trains on clean images, if the method allows it.
         steps: number of PGD steps.
         norm: norm of the ball: "linf", "l2" or "l1".
-        alpha: length of a step in image units, at the full eps. None means relative_alpha * eps / steps.
-        relative_alpha: length of all steps together, as a multiple of eps. It is used if alpha is None.
+        alpha: length of a step in image units, at the full eps, at least eps / steps: all steps together must be able
+            to reach eps. None means relative_alpha * eps / steps.
+        relative_alpha: length of all steps together, as a multiple of eps, at least 1. It is used if alpha is None.
         random_start: whether PGD begins at a random point of the ball instead of the image itself.
         start_std: standard deviation in image units of a normal random start, projected onto the ball. None: uniform.
         eps_warmup: share of the epochs in which eps rises linearly from 0, and alpha with eps. Without a warm-up,
@@ -68,9 +69,10 @@ class TrainingAttack:
             object.__setattr__(self, "norm", norm)
         check_types(self)
         if self.norm == "linf" and not self.eps <= 1:
-            raise ValueError(
-                f"eps must be at most 1 for linf, in image units, got {self.eps}: is {self.eps:g}/255 meant?"
-            )
+            wanted = "eps must be at most 1 for linf, in image units"
+            raise ValueError(f"{wanted}, got {self.eps}: is {self.eps:g}/255 meant?")
+        if (alpha := self.step_size(self.eps)) * self.steps < self.eps * (1 - 1e-6):
+            raise ValueError(f"alpha must be at least eps / steps = {self.eps / self.steps:.4g}, got {alpha:.4g}")
         if self.start_std is not None and not self.random_start:
             raise ValueError(f"start_std needs random_start=True, got start_std={self.start_std}")
 
@@ -247,9 +249,7 @@ class ClassifierConfig:
     def __post_init__(self) -> None:
         check_types(self)
         if self.noise is not None and self.attack.eps > 0:
-            raise ValueError(
-                f"noise is only for clean images: eps must be 0, got noise={self.noise}, eps={self.attack.eps}"
-            )
+            raise ValueError(f"noise needs clean images, eps 0, got noise={self.noise}, eps={self.attack.eps}")
         if self.objective is not None and not self.attack.eps > 0:
             raise ValueError(f"objective {self.objective!r} needs attacked images: eps must be above 0, got 0")
         if self.beta is not None and self.objective is None:

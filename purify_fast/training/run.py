@@ -138,11 +138,9 @@ class Run:
     def check_finite(self) -> None:
         """Raise FloatingPointError if a loss of the epoch or a weight is not finite. This waits for the device."""
         if not self.is_finite():
-            raise FloatingPointError(
-                f"epoch {(self.step - 1) // self.steps}: training diverged before step {self.step}, a loss or a weight "
-                "is not finite. Lower the learning rate, raise eps_warmup, or use the precision float32 if it is "
-                "bfloat16"
-            )
+            where = f"epoch {(self.step - 1) // self.steps}: training diverged before step {self.step}"
+            advice = "Lower the learning rate, raise eps_warmup, or use float32 if the precision is bfloat16"
+            raise FloatingPointError(f"{where}, a loss or a weight is not finite. {advice}")
 
     @torch.no_grad()
     def is_finite(self) -> bool:

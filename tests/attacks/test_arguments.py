@@ -32,7 +32,7 @@ def test_a_radius_and_a_range_for_each_channel_are_compared(made):
     moved = pgd(model, x / std, y, (8 / 255) / std, **box)
     assert ((moved - x / std) * std).abs().max() <= 8 / 255 + 1e-6
     for eps in (8 / std, 8.0):
-        with pytest.raises(ValueError, match="eps must be at least 0 and at most the range's width, got values from"):
+        with pytest.raises(ValueError, match="eps must be at least 0 and at most the range's width, got"):
             pgd(model, x / std, y, eps, **box)
     with pytest.raises(ValueError, match="clip_max must be above clip_min"):
         pgd(model, x, y, 0.1, clip_min=torch.ones(3, 1, 1), clip_max=torch.zeros(3, 1, 1))

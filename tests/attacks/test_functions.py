@@ -7,12 +7,21 @@ from purify_fast import attacks
 from purify_fast.attacks.base import run_alone
 
 
-@pytest.mark.parametrize("option", ["epsilon", "targetted"])
-def test_an_unknown_option_is_refused(model, option):
+@pytest.mark.parametrize(
+    "option, advice",
+    [("sed", "is 'seed' meant"), ("norms", "is 'norm' meant"), ("zzz", "there are batch_size, clip_max, clip_min")],
+)
+def test_an_unknown_option_is_refused_with_the_nearest(model, option, advice):
     x, y = torch.rand(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64)
-    for attack in (attacks.pgd, attacks.stadv, attacks.PGD()):
-        with pytest.raises(TypeError, match=f"unexpected keyword argument .{option}"):
+    for attack in (attacks.square, attacks.pgd, attacks.PGD()):
+        with pytest.raises(TypeError, match=f"^(Square|PGD) has no option '{option}': "):
             attack(model, x, y, eps=0.1, **{option: 1})
+    with pytest.raises(TypeError, match=advice):
+        attacks.PGD()(model, x, y, eps=0.1, **{option: 1})
+    with pytest.raises(TypeError, match="PGD has no option 'step': is 'steps' meant"):
+        attacks.pgd(model, x, y, 0.1, step=1)
+    with pytest.raises(TypeError, match="PGD has no option 'targetted': is 'targeted' meant"):
+        attacks.pgd(model, x, y, 0.1, targetted=y)
 
 
 @pytest.mark.parametrize("name", ["pgd", "fgsm", "apgd", "fab_t", "square", "branch_and_bound"])

@@ -83,6 +83,7 @@ def test_a_recipe_is_trained_on_the_users_data(tmp_path):
     assert cli.main([*train, "--epochs", "1", "--batch-size", "20", *common]) == 0
     assert load_classifier(tmp_path / "classifier").arguments["mean"] == pytest.approx([x.mean() / 255])
     preset = ["train", "carso", "--recipe", "mnist_v1", *folder, "--steps", "1", "--epochs", "1", "--batch-size", "20"]
+    preset += ["--alpha", "0.3"]
     assert cli.main([*preset, *common]) == 0
     defence = purify_fast.load_defence(tmp_path / "carso")
     assert defence.arguments["version"] == "v1" and defence.samples == 4

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from purify_fast.cli.evaluate import Evaluate
+from purify_fast.cli.saved_models import is_named
 
 MINE = """
 import beside
@@ -108,6 +109,20 @@ def test_a_file_beside_is_found_when_the_model_runs(run, bars, mine):
     few = ["--data", bars, "--device", "cpu", "--steps", "2", "--protocol", "fast", "--images", "2", "--eps", "0.1"]
     code, printed = run("evaluate", "code/lazy.py:Lazy", *few)
     assert code == 0 and sys.path == path, printed
+
+
+@pytest.mark.parametrize("word", [".", "./", "../c", "../../runs/c"])
+def test_a_folder_has_its_name_also_from_inside(tmp_path, monkeypatch, word):
+    (tmp_path / "runs" / "c").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "runs" / "c")
+    assert Evaluate(folder=Path(word)).title() == "c"
+
+
+def test_a_folder_with_a_colon_is_a_folder():
+    for name in ("runs/2024-01-01T10:00:00", "10:00", "a b:c/d"):
+        assert not is_named(name)
+    for name in ("module:make", "pack.module:make", "a/b.py:make", "torchvision:resnet18", "timm:hf-hub:a/b"):
+        assert is_named(name)
 
 
 def test_files_of_one_name_have_reports_of_their_own():

@@ -5,9 +5,12 @@ import pytest
 import torch
 from safetensors.torch import save
 
+import purify_fast
+from purify_fast._tensors import weights_fingerprint
 from purify_fast.models.classifiers import SmallCNN
-from purify_fast.training import load_classifier, save_classifier
+from purify_fast.training import checkpoint, load_classifier, save_classifier
 from purify_fast.training.checkpoint import read_model, save_model
+from purify_fast.training.classifier import written_by
 
 
 @pytest.fixture
@@ -34,13 +37,16 @@ REFUSED = {
     "train classifier --data {bars} --epochs 0": "epochs must be at least 1, got 0",
     "train classifier --data {bars} --device gpu": "--device gpu cannot be used here: give auto, cpu, cuda or cuda:N",
     "train classifier --data {bars} --size 0": "image_size must be (H, W), both at least 1, got (0, 0)",
-    "train classifier --data {bars} --model resnet": "classifier must be one of small_cnn, preact_resnet18",
+    "train classifier --data {bars} --model resnet18": "--model must be small_cnn, preact_resnet18, wide_resnet, "
+    "fully_connected, torchvision:NAME such as torchvision:resnet18, timm:NAME or",
+    "train classifier --eps 0.1 --steps 2 --alpha 0.04": "alpha must be at least eps / steps = 0.05, got 0.04",
     "train classifier --eps 8/0": "must be a number or a fraction such as 8/255, got '8/0'",
     "train carso --data {bars} --classifier nowhere": "nowhere is not a saved model",
     "train carso --recipe cifar": "recipe must be one of cifar10, cifar100, tiny_imagenet, mnist_v1",
     "train carso --recipe cifar10 --init x": "--init has no effect beside --recipe",
     "train carso --official-code": "--official-code has no effect without --recipe",
     "train carso --bank-refresh 0.5": "--bank-refresh has no effect without --bank",
+    "train atop --data {bars} --classifier {fits}": "runs/generator is missing: run `purify-fast train generator`",
     "train atop --init None --bank 0": "bank must be at least 1, got 0",
     "train arrest --mean 0.5": "--mean has no effect without --classifier-weights",
     f"{ARREST}--pooled": "pooled must be False for layers that return vectors, got True for hidden",
@@ -50,6 +56,9 @@ REFUSED = {
     f"{TRAIN.format('atop')}--classifier {{fits}} --init None --batch-size 33": "at most the number of images, 32",
     "recipe carso/cifar": "recipe must be one of",
     "evaluate nowhere": "model.safetensors is missing",
+    "evaluate runs/2024-01-01T10:00:00 --eps 0.1": "runs/2024-01-01T10:00:00 is not a saved model",
+    "evaluate 10:00 --eps 0.1": "10:00 is not a saved model",
+    "evaluate no_such_module:make --eps 0.1": "No module named 'no_such_module'",
     "evaluate {saved} --data {bars} --device cpu --eps 0.1": " are 1x16x16, but the model in {saved} was",
     "evaluate zoo:digits-pgd-at --eps 0": "eps must be above 0, got 0",
     "evaluate zoo:digits-pgd-at --claim 70%": "Error parsing --claim",
@@ -77,6 +86,29 @@ def test_input_that_cannot_be_used_is_one_line_and_exit_2(run, bars, saved, fits
 def test_a_radius_in_levels_of_255(run, line, eps):
     code, printed = run(*line.split(), "--eps", eps)
     assert code == 2 and "at most 1 for linf, in image units, got 8" in printed and "is 8/255 meant?" in printed
+
+
+@pytest.mark.parametrize(
+    "kind, arguments, message",
+    [
+        ("SmallCNN", {"dropout": 0.1}, "holds a model that cannot be loaded{}: "),
+        ("Carso", {"gain": 2}, "holds a model that cannot be loaded{}: "),
+        ("NewKind", {}, "holds a 'NewKind'{}, not a known defence"),
+    ],
+)
+def test_a_file_of_a_newer_version_names_both(run, bars, saved, tmp_path, monkeypatch, kind, arguments, message):
+    state = load_classifier(saved)
+    monkeypatch.setattr(checkpoint, "__version__", "9.8.7")
+    save_classifier(state, tmp_path / "new" / "classifier")
+    mark = weights_fingerprint(load_classifier(tmp_path / "new" / "classifier"))
+    save_model(tmp_path / "new", kind, {**state.arguments, **arguments}, state.state_dict(), classifier=mark)
+    monkeypatch.undo()
+    code, printed = run("evaluate", tmp_path / "new", "--data", bars, "--device", "cpu", "--eps", "0.1")
+    wrote = f" (purify_fast 9.8.7 wrote it, and this is purify_fast {purify_fast.__version__})"
+    assert code == 2 and message.format(wrote) in printed and "Traceback" not in printed, printed
+    if kind == "SmallCNN":
+        save_classifier(state, tmp_path / "same")
+        assert "purify_fast" not in written_by(read_model(tmp_path / "same")[0])
 
 
 def test_images_of_more_classes(run, tmp_path):

@@ -1,7 +1,10 @@
 """Image folders: layouts, resizing, the cache and what a kill leaves of it."""
 
+import errno
+import os
 import shutil
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,10 +29,56 @@ def test_layout(tmp_path, held_out, ending):
         assert np.array_equal(d.x_train.numpy(), np.stack(made["train"]))
         assert np.array_equal(d.x_test.numpy(), np.stack(made["test"]))
         assert d.y_train.tolist() == [0] * 5 + [1] * 5 and d.y_test.tolist() == [0, 0, 1, 1]
-        assert (d.name, d.num_classes, d.image_shape) == ("pets", 2, (3, 10, 8)) and d.y_train.dtype == torch.int64
+        assert (d.name, d.num_classes, d.image_shape) == (
+            f"pets/{held_out}",
+            2,
+            (3, 10, 8),
+        ) and d.y_train.dtype == torch.int64
     assert data.load_dataset(tmp_path / "pets", num_classes=4).to("cpu").classes == ("cat", "dog")
     with pytest.raises(ValueError, match="num_classes is 1, but the labels go up to 1"):
         data.load_dataset(tmp_path / "pets", num_classes=1)
+
+
+def test_the_images_of_test_are_held_out_if_they_have_labels(tmp_path):
+    folder(tmp_path, test=3)
+    folder(tmp_path, test=2, held_out="test")
+    judged = data.load_dataset(tmp_path)
+    assert (judged.name, len(judged.x_test)) == (f"{tmp_path.name}/test", 4)
+    # without a folder for each class, as in many competitions
+    shutil.rmtree(tmp_path / "test")
+    picture(tmp_path / "test" / "0.png", 0)
+    judged = data.load_dataset(tmp_path)
+    assert (judged.name, len(judged.x_test)) == (f"{tmp_path.name}/val", 6)
+
+
+def test_names_in_both_forms_of_unicode_are_the_same(tmp_path):
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    for part, names in (("train", (composed, decomposed, "dog")), ("val", (decomposed, "dog"))):
+        for i, name in enumerate(names):
+            picture(tmp_path / part / name / f"{i}.png", i)
+    made = data.load_dataset(tmp_path)
+    assert made.classes == (composed, "dog")
+    assert (made.y_train.tolist(), made.y_test.tolist()) == ([0, 0, 1], [0, 1])
+
+
+@pytest.mark.parametrize("made_before", [False, True])
+def test_a_folder_that_cannot_be_written_names_the_option_for_another(tmp_path, monkeypatch, made_before):
+    folder(tmp_path / "pets")
+    place = tmp_path / "pets" / ".purify_fast"
+    if made_before:
+        (place / "native").mkdir(parents=True)
+    # root may write everywhere, so the system's answer is replaced
+    make, opened = os.mkdir, tempfile.TemporaryFile
+
+    def refused(path):
+        if place in (Path(path), *Path(path).parents):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(os, "mkdir", lambda path, *mode: (refused(path), make(path, *mode))[1])
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: (refused(dir), opened(dir=dir))[1])
+    with pytest.raises(OSError, match=r"Read-only file system: give another folder .* cache, .* --cache FOLDER"):
+        data.load_dataset(tmp_path / "pets")
+    assert len(data.load_dataset(tmp_path / "pets", cache=tmp_path / "cache").x_test) == 4
 
 
 def tiny(root):
@@ -200,7 +249,7 @@ def test_a_full_disk_is_an_error(tmp_path):
 
 
 def test_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"is not an image folder: it lacks val/ and test/.* train/"):
+    with pytest.raises(FileNotFoundError, match=r"is not an image folder: it lacks test/ and val/.* train/"):
         data.load_dataset(tmp_path)
     folder(tmp_path / "a")
     picture(tmp_path / "a" / "val" / "cow" / "0.png", 0)

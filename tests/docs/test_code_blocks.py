@@ -1,4 +1,6 @@
-"""Every code block of README and the documentation runs: Python but shorter, commands as far as they are read."""
+"""Every code block of README and the documentation runs, but shorter. Commands of this package run on some pages.
+
+Commands of the other pages, and those of other programs, are read."""
 
 import argparse
 import contextlib
@@ -7,6 +9,7 @@ import shlex
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from pictures import picture
@@ -72,7 +75,19 @@ class Layers(nn.Module):
 
 
 #: Pages of which a reader can run every block as it stands, from the first to the last, after a plain installation.
-WHOLE = ("docs/get_started.md", "docs/judge.md")
+NAMES = ("get_started", "judge", "import", "training", "command_line", "certify", "speed")
+WHOLE = tuple(f"docs/{name}.md" for name in NAMES)
+#: Options that make a command short. They stand at its end, where they win, if the words before it are in the command.
+SHORT_COMMANDS = {
+    "train": "--epochs 1 --steps-per-epoch 2 --batch-size 16",
+    "train classifier": "--width 4",
+    "train atop --recipe": "--width 8",
+    "train diffusion": "--width 8",
+    "train --steps": "--steps 2 --alpha 0.3",
+    "pets": "--size 16",
+    "evaluate": "--images 4 --steps 2 --protocol fast --probes False --n-eval 1 --eot-iter 1",
+    "certify": "--images 2 --draws 2000",
+}
 #: Packages that only the extras bring.
 EXTRAS = ("sklearn", "matplotlib", "scipy", "pyautoattack", "autoattack", "torchattacks", "foolbox")
 
@@ -92,10 +107,13 @@ def scope(tmp_path, monkeypatch):
     write_official(made.defence(made.build_classifier()), tmp_path / "models", "wrn_28_10_cifar_10_cui_2023")
     torch.save({"G": DeepFillGenerator(5, 4).state_dict()}, "states_pt_places2.pth")
     x, y = torch.rand(16, 3, 32, 32), torch.arange(16) % 10
-    # the folder of a reader's images, and a photo
-    for label in range(10):
-        (tmp_path / "pets" / "train" / f"class {label}").mkdir(parents=True)
-    picture(tmp_path / "photo.jpg", 0, (40, 50))
+    # the folder of a reader's images, and the folder of data sets
+    for number in range(48):
+        for part in ("train", "test"):
+            picture(tmp_path / "pets" / part / f"class {number % 3}" / f"{number}.png", number, (20, 24))
+    images, labels = np.random.default_rng(0).integers(0, 256, (40, 28, 28), dtype=np.uint8), np.arange(40) % 10
+    np.savez(tmp_path / "mnist.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    monkeypatch.setenv("PURIFY_FAST_DATA", str(tmp_path))
     return {
         "torch": torch,
         "purify_fast": purify_fast,
@@ -126,11 +144,26 @@ def without_figures(text):
     return " ".join(re.sub(r"\d+(\.\d+)?", "#", text).split())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "page", [page for page, blocks in BLOCKS.items() if any(kind == "python" for kind, _ in blocks)]
-)
-def test_python_blocks_run_one_after_the_other(page, scope, capsys, monkeypatch, request):
+def short(words):
+    """A command of this package with the options of `SHORT_COMMANDS`."""
+    few = [options for part, options in SHORT_COMMANDS.items() if set(part.split()) <= set(words)]
+    return [*words, *" ".join(few).split()]
+
+
+def run_commands(block):
+    """Run the commands of this package in a block, except one that would take minutes."""
+    for words in commands(block):
+        if words[0] == "purify-fast" and words[1] not in ("tune", "--tyro-write-completion"):
+            assert cli.main(short(words[1:])) == 0, words
+
+
+#: The pages with blocks that run, among them those that a new user reads first.
+FIRST = ("README.md", *WHOLE)
+RUN = [*FIRST, *(page for page, blocks in BLOCKS.items() if page not in FIRST and "python" in dict(blocks))]
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, marks=() if page in FIRST else pytest.mark.slow) for page in RUN])
+def test_blocks_run_one_after_the_other(page, scope, capsys, monkeypatch, request):
     if page != "README.md":
         # the front page shows what the signs say
         request.getfixturevalue("short_signs")
@@ -147,6 +180,12 @@ def test_python_blocks_run_one_after_the_other(page, scope, capsys, monkeypatch,
             scope |= given if page == "README.md" else {}
             capsys.readouterr()
             exec(compile(shortened(block), f"{page}, block {number}", "exec"), scope)
+        elif kind == "py" and page == "docs/judge.md":
+            # the page says that the class of the block before stands above the function
+            rounds = re.search(r"^class Rounds.*?\n\n\n", BLOCKS[page][0][1], re.S | re.M)[0]
+            Path("my_defence.py").write_text(block.replace("def make", f"{rounds}def make"))
+        elif kind == "" and page in FIRST:
+            run_commands(block)
         elif kind == "text" and page == "README.md":
             # the front page shows what the block before prints; figures differ a little from processor to processor
             printed = without_figures(capsys.readouterr().out)

@@ -126,7 +126,7 @@ def test_a_setting_is_a_keyword_and_an_unknown_one_is_named(trio):
     assert again.attacks == report.attacks and again.about["changed"] == report.about["changed"]
     with pytest.raises(TypeError, match="config must be an EvaluateConfig, got 'fast'"):
         purify_fast.evaluate(model, x, y, eps=0.01, config="fast")
-    with pytest.raises(TypeError, match="no argument or setting 'stepz': the settings are protocol, steps"):
+    with pytest.raises(TypeError, match="evaluate has no option 'stepz': is 'steps' meant"):
         purify_fast.evaluate(model, x, y, eps=0.01, stepz=3)
 
 

@@ -272,11 +272,11 @@ def test_autoattack_with_few_classes(classes, tmp_path):
     run = functools.partial(evaluate, model, x, y, eps=0.1, out=tmp_path)
     if classes < 4:
         for how in ({"attacks": [OriginalAutoAttack()]}, {"protocol": "official"}):
-            with pytest.raises(ValueError, match=f"at least 4 classes, got a model with {classes}: use protocol stand"):
+            with pytest.raises(ValueError, match=f"at least 4 classes, got {classes}: use protocol stand"):
                 run(**how)
         assert list((tmp_path / "rows").iterdir()) == []
     if classes < 3:
-        with pytest.raises(ValueError, match="rand needs at least 3 classes, got a model with 2"):
+        with pytest.raises(ValueError, match="rand needs at least 3 classes, got 2"):
             OriginalAutoAttack(version="rand").run(model, x, y, eps=0.1, num_classes=2)
     if classes >= 4:
         row = run(attacks=[OriginalAutoAttack(steps=10, n_queries=50)]).rows[1]

@@ -137,7 +137,7 @@ def test_build_classifier():
     assert wide.arguments == {**sizes, "mean": [0.2], "std": [0.4], "activation": "silu"}
     assert build_classifier("small_cnn", (3, 16, 24), 3).arguments["image_size"] == [16, 24]
     assert build_classifier("preact_resnet18", (3, 16, 24), 3, width=8).arguments["width"] == 8
-    with pytest.raises(ValueError, match=r"classifier must be one of small_cnn, .* got 'resnet'"):
+    with pytest.raises(ValueError, match=r"name must be one of small_cnn, .* got 'resnet'"):
         build_classifier("resnet", (1, 16, 16), 3)
     with pytest.raises(ValueError, match=r"depth must.* small_cnn.* 10$"):
         build_classifier("small_cnn", (1, 16, 16), 3, depth=10)

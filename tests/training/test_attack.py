@@ -20,7 +20,7 @@ def test_a_step_follows_from_eps_unless_it_is_given():
     torch.testing.assert_close(attack.step_size(torch.tensor([0.1, 0.2])), torch.tensor([0.025, 0.05]))
     assert dataclasses.replace(attack, relative_alpha=2.0).step_size(0.2) == pytest.approx(0.04)
     # a given one is a constant, whatever the radius, as the published weak attacks have it
-    assert dataclasses.replace(attack, alpha=0.01).step_size(0.1) == 0.01
+    assert dataclasses.replace(attack, alpha=0.03).step_size(0.1) == 0.03
 
 
 @pytest.mark.parametrize("alpha", [None, 0.06])
@@ -40,6 +40,8 @@ def test_eps_and_step_rise_together(alpha):
         ({"eps": 8.0}, r"at most 1 for linf, in image units, got 8.0: is 8/255 meant\?"),
         ({"norm": "l3"}, "norm must be one of linf, l2, l1, got 'l3'"),
         ({"alpha": 0.0}, "alpha must be above 0 and finite, got 0.0"),
+        ({"alpha": 0.03}, "alpha must be at least eps / steps = 0.03333, got 0.03"),
+        ({"relative_alpha": 0.9}, "alpha must be at least eps / steps = 0.03333, got 0.03"),
     ],
 )
 def test_settings_out_of_range_are_named(wrong, message):

@@ -75,7 +75,7 @@ def test_noise_is_added_to_the_images_of_steps_and_validations():
         assert expected != pytest.approx(float(F.cross_entropy(made.model(batch.x), batch.y)))
     for loss in (made.training_step(batch)[0], made.training_step(batch)[0], made.validate(batch)["loss"]):
         assert float(loss.detach()) == pytest.approx(expected)
-    with pytest.raises(ValueError, match=r"noise is only for clean images: eps must be 0, got noise=0.25"):
+    with pytest.raises(ValueError, match=r"noise needs clean images, eps 0, got noise=0.25"):
         ClassifierConfig(attack=ATTACK, noise=0.25)
 
 

@@ -56,10 +56,8 @@ def as_attack(
         ValueError: the ball is not allowed.
     """
     if isinstance(function, type) or not callable(function):
-        raise TypeError(
-            "an attack must be an object of purify_fast.attacks, such as PGD(), an AttackSpec, or a function "
-            f"(model, x, y) -> x_adv, got {function!r}"
-        )
+        text = "an attack must be an object of purify_fast.attacks, such as PGD(), an AttackSpec, or a function "
+        raise TypeError(f"{text}(model, x, y) -> x_adv, got {function!r}")
     name = getattr(function, "__name__", type(function).__name__) if name is None else name
     return FunctionAttack(function=function, row_name=name, eps=eps, norm=norm, own_revision=revision)
 
@@ -115,10 +113,8 @@ def check_adversarial(name: str, images: object, x: Tensor, threat: ThreatModel)
     images = images.detach()
     # The condition is negated so that NaN is refused too.
     if len(images) and not bool(((images >= -BALL_SLACK) & (images <= 1 + BALL_SLACK)).all()):
-        raise ValueError(
-            f"the attack {name!r} returned values from {float(images.amin()):.6g} to {float(images.amax()):.6g}: all "
-            "values must be numbers in [0, 1]"
-        )
+        low, high = float(images.amin()), float(images.amax())
+        raise ValueError(f"the attack {name!r} returned values from {low:.6g} to {high:.6g}: all must be in [0, 1]")
     how_far = moved(images, x, threat)
     if how_far is not None and len(images) and (length := float(how_far[0].amax())) > how_far[1]:
         raise ValueError(

@@ -121,10 +121,8 @@ class Report:
         """The attack row of lowest accuracy of the only model; ValueError for several models or without an attack."""
         rows = list(self.headlines.values())
         if len(rows) != 1:
-            raise ValueError(
-                f"headline needs attacks on one deployed model, got {', '.join(self.headlines) or 'none'}: use "
-                "headlines, or row('clean')"
-            )
+            text = f"headline needs attacks on one deployed model, got {', '.join(self.headlines) or 'none'}: use "
+            raise ValueError(f"{text}headlines, or row('clean')")
         return rows[0]
 
     def attacks_like(self, row: Row) -> list[Row]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..._tensors import structure_fingerprint, weights_fingerprint
 from ...attacks import frozen
-from ...models.representation import Representation, representation_before_pooling
+from ...models.representation import Representation
 from ...ops.noisy_replay import noisy_replay
 from ...ops.philox import philox_key
 from ...ops.representation_distance import representation_distance
@@ -67,7 +67,8 @@ class ArrestTask(MethodTask):
         layers: Sequence[str] | None = None,
         teacher: nn.Module | None = None,
     ):
-        # A training by the other methods attacks no copy of this kind.
+        # A training by the other methods attacks no copy of this kind, and asks for no name of a layer.
+        from ...models.layer_names import representation_before_pooling
         from ...speed.frozen_copy import AttackedCopy
 
         super().__init__(config, model)
@@ -80,7 +81,9 @@ class ArrestTask(MethodTask):
         self._reader: Representation | None = None
         self.layers: list[str] = []
         if config.distillation_weight > 0 or config.replay:
-            self.layers = names = [representation_before_pooling(model)] if layers is None else list(layers)
+            self.layers = names = (
+                [representation_before_pooling(model, image_shape)] if layers is None else list(layers)
+            )
             frozen_copy = copy.deepcopy(start).requires_grad_(False).eval()
             self.teacher_reader = Representation(frozen_copy, names, image_shape)
             if config.pooled and all(len(shape) == 1 for shape in self.teacher_reader.shapes):

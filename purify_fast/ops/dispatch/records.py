@@ -26,7 +26,7 @@ _contents: dict[Path, dict[str, Any]] = {}
 def folder() -> Path:
     """Return the folder of the files: ``PURIFY_FAST_CACHE``, or ``purify_fast`` in the user's cache folder."""
     if os.environ.get("PURIFY_FAST_CACHE"):
-        return Path(os.environ["PURIFY_FAST_CACHE"])
+        return Path(os.environ["PURIFY_FAST_CACHE"]).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or _home() / ".cache") / "purify_fast"
 
 

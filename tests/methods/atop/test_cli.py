@@ -111,10 +111,10 @@ def test_folders_of_another_kind_are_refused(made, generator, tmp_path, capsys, 
     other = f"{generator} contains no defence of the method carso, but a Atop"
     assert other in refused("carso", "--init", str(generator))
     assert f"{carso} contains no defence of the method atop" in refused("atop", "--init", str(carso))
-    kind = f"{made / 'classifier'} holds a classifier (SmallCNN), not a defence"
+    kind = f"{made / 'classifier'} holds a 'SmallCNN', not a known defence: if it is a classifier,"
     assert kind in refused("atop", "--init", str(made / "classifier"))
     for what in ("generator", "atop", "carso"):
         assert f"{carso} holds a 'Carso', not a classifier" in refused(what, "--classifier", str(carso))
-    assert "runs/generator/model.safetensors is missing" in refused("atop")
+    assert "runs/generator is missing: run `purify-fast train generator` first" in refused("atop")
     assert cli.main(["evaluate", str(carso), "--data", str(made / "bars.npz"), "--device", "cpu"]) == 2
     assert f"{carso / 'classifier' / 'model.safetensors'} is missing" in capsys.readouterr().err
