@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -58,7 +57,6 @@ class AttackContext:
         batch_size: the largest number of images in one batch of a search; a search with another target or restart takes
             the place of an image. None stands for 64, or for the number of images if that is larger.
         counts_health: whether the attack counts faulty gradients and unmoved images.
-        until: the time of `time.monotonic` at which Auto-PGD, FAB and Square end a search.
         graphs: captures the steps of attacks as CUDA graphs, see `purify_fast.speed.StepGraphs`; None: no captures.
         copies: the `Copies` of an evaluation, which an attack with the precision "auto" attacks; None: the model.
 
@@ -85,7 +83,6 @@ class AttackContext:
     max_forward_batch: int | None = None
     batch_size: int | None = None
     counts_health: bool = False
-    until: float = math.inf
     graphs: CapturesSteps | None = None
     copies: Any = None
 
