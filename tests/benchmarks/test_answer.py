@@ -100,4 +100,4 @@ def test_a_random_defence_is_judged_by_fresh_draws(monkeypatch):
     assert asked == [False, True] and frozen["forwards"] == plain["forwards"] == 4
     assert 0 <= frozen["left"] <= 4 and 0 <= frozen["one_draw"] <= 1
     ours = answer.measured_random(subject, FAST, Amount(steps=2))
-    assert ours["expected"] > 0 and ours["forwards"] > ours["gradients"] > 0
+    assert ours["forwards"] > ours["gradients"] > 0

@@ -233,7 +233,8 @@ class Row:
     @classmethod
     def from_dict(cls, values: dict[str, Any], arrays: dict[str, np.ndarray] | None = None) -> Row:
         """Make a row from the result of `to_dict`, and from those `arrays` that are not None."""
-        derived, held = ("n", "accuracy", "standard_error", "mean", "mean_error"), dict(arrays or {})
+        # Reports of earlier versions have counts of runs, ``fell_to``.
+        derived, held = ("n", "accuracy", "standard_error", "mean", "mean_error", "fell_to"), dict(arrays or {})
         known = {name: value for name, value in values.items() if name not in derived}
         known |= {"robust": np.array([c == "1" for c in values["robust"]], dtype=bool)}
         kinds = {"right": np.int64, "wrong": np.float64}
