@@ -20,8 +20,7 @@ from ..ops.apgd_step import apgd_step
 from ..protocols import Classifier
 from .ball import projected
 from .base import Resolved, run_alone, times
-from .context import AttackContext, Radius
-from .deadline import keeping
+from .context import AttackContext, Radius, keeping
 from .engine.engine_attack import USUAL_TARGETS, EngineAttack, nearest_borders, targets_and_times
 from .engine.row_batches import ActiveSet, Rows, RowSearch, waves
 from .losses import FEWEST_CLASSES, TARGETED, ApgdLoss, check_classes

@@ -18,8 +18,7 @@ from ..protocols import Classifier
 from .arguments import check_eps, check_images, check_labels
 from .attacked_model import called_directly, drawn_once_per_call, frozen
 from .ball import Ball, ball_around
-from .context import AttackContext, LossFunction, Radius, drawn_seed
-from .deadline import keeping
+from .context import AttackContext, LossFunction, Radius, drawn_seed, keeping
 from .losses import LOSSES, usable_loss
 from .objective import Objective
 from .search import GradientHealth, better_of

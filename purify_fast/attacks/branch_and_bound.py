@@ -26,8 +26,7 @@ from ..protocols import Classifier, CountsImages, Passes
 from .attacked_model import frozen
 from .ball import projected
 from .base import AttackResult, InBall, run_alone
-from .context import AttackContext, Radius
-from .deadline import keeping
+from .context import AttackContext, Radius, keeping
 from .engine.judge import Judge
 from .engine.row_batches import ActiveSet
 from .relu_layers import Affine, affine_layers, forward

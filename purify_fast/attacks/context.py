@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -25,6 +26,25 @@ def drawn_seed(generator: torch.Generator | None = None) -> int:
     device = "cpu" if generator is None else generator.device
     # A number is read from a tensor of the CPU by NumPy, because it waits for no device.
     return int(torch.randint(2**63 - 1, (), generator=generator, device=device).cpu().numpy())
+
+
+class TimeIsOver(BaseException):
+    """The time of an evaluation is over. A handler of a model's errors, ``except Exception``, does not catch it.
+
+    ``points`` are the best points that the attack had so far, ``[B, C, H, W]``, or None.
+    """
+
+    points: Tensor | None = None
+
+
+@contextlib.contextmanager
+def keeping(points: Callable[[], Tensor]) -> Iterator[None]:
+    """A block of an attack; if the time is over in it, the present ``points`` are its result."""
+    try:
+        yield
+    except TimeIsOver as over:
+        over.points = points()
+        raise
 
 
 @dataclass(frozen=True, kw_only=True)

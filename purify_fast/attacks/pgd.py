@@ -19,8 +19,7 @@ from ..speed.graphs.step_loop import State, begin_steps
 from .arguments import check_tensor
 from .ball import Ball, normal_in_ball, sample_in_ball
 from .base import AttackResult, InBall, run_alone, times, worst_of_runs
-from .context import AttackContext, Radius
-from .deadline import keeping
+from .context import AttackContext, Radius, keeping
 from .losses import Loss
 from .objective import Objective, ObjectiveStep
 from .search import GradientHealth, Search, record_point

@@ -23,8 +23,7 @@ from ..protocols import Classifier
 from .arguments import check_eps, check_images
 from .ball import Ball, sample_in_ball
 from .base import Attack, AttackResult, ThreatModel, run_alone, times, worst_of_runs
-from .context import AttackContext, Radius
-from .deadline import keeping
+from .context import AttackContext, Radius, keeping
 from .losses import Loss
 from .objective import Gradients, Objective
 from .search import GradientHealth, Search

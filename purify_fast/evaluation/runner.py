@@ -25,7 +25,7 @@ from ..attacks import Attack, AttackContext, frozen
 from ..attacks.arguments import check_eps
 from ..attacks.attacked_model import check_leaves_images
 from ..attacks.base import ThreatModel
-from ..attacks.deadline import TimeIsOver
+from ..attacks.context import TimeIsOver
 from ..ops import kernels_now
 from ..protocols import Classifier
 from ..speed.memory import peak_so_far

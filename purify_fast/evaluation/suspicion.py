@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from .._tensors import digest
-from ..attacks.deadline import TimeIsOver
+from ..attacks.context import TimeIsOver
 from .alarms.probes import PROBED, Before, Probes, compared_gradients, has_no_gradient, measure_before_attacks, probe
 from .alarms.signs import Evidence, findings, signs_of_masking
 from .results.rows import Worst, count_fallen
@@ -63,7 +63,7 @@ class Suspicion:
                 row.doubts = [finding.alarm for finding in doubts]
 
     def about_gradients(self, evidence: Evidence) -> dict[str, Any]:
-        """What is measured of the gradients without probes, as fields of the evidence."""
+        """Compare or look for gradients without the probes; the result are fields of the evidence."""
         subject = self.measure.subject
         if any(row.lacked_gradients for row in evidence.with_counted_gradients()):
             # The rows only count gradients of zeros. The probes would have told why.
@@ -143,4 +143,4 @@ class Suspicion:
         key = self.probes_key(attacks)
         with contextlib.suppress(TimeIsOver):
             return Probes(**self.measure.cache.values(key, lambda: asdict(subject.batch_limit.within(asked_now))))
-        return replace(asked, left=left.tolist())
+        return replace(asked, left=left.tolist(), whole=False)

@@ -11,12 +11,13 @@ from small_models import Made
 
 from purify_fast.attacks import APGD, FABT, PGD, Square, StAdv
 from purify_fast.attacks.base import ThreatModel
-from purify_fast.attacks.deadline import Deadline, TimeIsOver
+from purify_fast.attacks.context import TimeIsOver
 from purify_fast.attacks.engine.engine_attack import BLIND
 from purify_fast.attacks.pgd import LeavingPGD
 from purify_fast.defences import NoisyEnsemble
 from purify_fast.evaluation import EvaluateConfig, as_attack
 from purify_fast.evaluation.alarms import probes
+from purify_fast.evaluation.request.deadline import Deadline
 from purify_fast.evaluation.request.subject import Subject
 from purify_fast.evaluation.results.rows import CUT
 from purify_fast.evaluation.run.progress import Progress, counted_model

@@ -13,8 +13,7 @@ from ..._validation import Count, GradientPrecision
 from ...protocols import Classifier
 from ..attacked_model import drawn_once_per_call, frozen
 from ..base import AttackResult, InBall, source_of, times
-from ..context import AttackContext
-from ..deadline import keeping
+from ..context import AttackContext, keeping
 from ..objective import Objective
 from .judge import Judge
 from .pace import FEWEST_STEPS

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ...attacks import APGD, AttackContext
 from ...attacks.attacked_model import gradient_to
 from ...attacks.base import ThreatModel, run_alone
-from ...attacks.deadline import TimeIsOver
+from ...attacks.context import TimeIsOver
 from ...attacks.losses import margin, usable_loss
 from ...protocols import Classifier, FixedNoise, supports
 from ...speed.agreement import BFLOAT16, apart, differ
@@ -86,7 +86,7 @@ class Probes:
         later_changes: share of the predictions on clean images that have changed since before the attacks.
         state_changed: whether weights, buffers or attributes have changed since before the attacks.
         sets_seed: whether the model sets the seed of torch's generator.
-        whole: whether the fields after ``left`` were measured, before the time was over.
+        whole: whether the fields after ``left`` could be measured before the time was over.
     """
 
     n: int
@@ -107,7 +107,7 @@ class Probes:
     later_changes: float = 0.0
     state_changed: bool = False
     sets_seed: bool = False
-    whole: bool = False
+    whole: bool = True
 
     @property
     def is_blind(self) -> bool:
@@ -253,7 +253,6 @@ def probe(before: Before, context: AttackContext, asked: Probes, left: Sequence[
         state_changed=before.state_changed(),
         watched_changes=watched_changes(subject, before.model, x, near(context, x)),
         sets_seed=sets_seed(subject.asked, subject.sample_images()),
-        whole=True,
     )
 
 

@@ -26,7 +26,6 @@ from ...attacks.attacked_model import (
     predicts_otherwise,
 )
 from ...attacks.base import ThreatModel
-from ...attacks.deadline import Deadline
 from ...attacks.losses import margin
 from ...attacks.outputs import are_one_hot, are_probabilities
 from ...defences.stochastic import undecided
@@ -37,6 +36,7 @@ from ...speed.memory import BatchLimit
 from ...speed.precision import float32_settings
 from ..surrogates.copies import Surrogates, surrogates
 from .config import Predict
+from .deadline import Deadline
 
 #: The mode in which a model is attacked and judged: as it is, within ``fixed_noise(seed)``, or within
 #: ``deterministic()``.

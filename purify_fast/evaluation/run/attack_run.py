@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..._tensors import text_hash
 from ...attacks import AttackContext, AttackResult, GradientHealth
-from ...attacks.deadline import TimeIsOver
+from ...attacks.context import TimeIsOver
 from ...attacks.engine.judge import Judge
 from ...attacks.losses import margin
 from ...protocols import Classifier

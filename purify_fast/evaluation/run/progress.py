@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ...attacks.deadline import Deadline
 from ...protocols import Classifier, Passes, SharesDraws, supports
+from ..request.deadline import Deadline
 
 #: The shortest time between two lines of a log, and the time of the first line, in seconds.
 LINE_EVERY, FIRST_LINE = 30.0, 10.0
@@ -51,9 +51,11 @@ class Progress:
         self.label = f"{place}, {label}"
         options: dict[str, Any] = {"unit": " images", "leave": False, "dynamic_ncols": True, "miniters": 0}
         hidden = self.lines or not self.shown
-        with tqdm(total=images, desc=f"{self.name}: {label} ({place})", disable=hidden, **options) as self.bar:
-            yield
-        self.bar = None
+        try:
+            with tqdm(total=images, desc=f"{self.name}: {label} ({place})", disable=hidden, **options) as self.bar:
+                yield
+        finally:
+            self.bar = None
 
     def reach(self, images: int) -> None:
         """Show that the attack of the row is done with some further images."""

@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from ..protocols import Classifier, Passes
+from ...attacks.context import TimeIsOver
+from ...protocols import Classifier, Passes
+from ...speed.graphs.step_graphs import is_tracing
 
 #: No passes. Who asks for them only asks whether the time is over.
 NONE = Passes()
-
-
-class TimeIsOver(BaseException):
-    """The time of an evaluation is over. A handler of a model's errors, ``except Exception``, does not catch it.
-
-    ``points`` are the best points that the attack had so far, ``[B, C, H, W]``, or None.
-    """
-
-    points: Tensor | None = None
-
-
-@contextlib.contextmanager
-def keeping(points: Callable[[], Tensor]) -> Iterator[None]:
-    """A block of an attack; if the time is over in it, the present ``points`` are its result."""
-    try:
-        yield
-    except TimeIsOver as over:
-        over.points = points()
-        raise
 
 
 class Deadline:
@@ -65,9 +46,6 @@ class Deadline:
 
     def ask(self, images: Passes = NONE) -> None:
         """Raise `TimeIsOver` if the time is over, or would be over after passes that take as long as the last such."""
-        # An attack without graphs needs none of what makes them.
-        from ..speed.graphs.step_graphs import is_tracing
-
         if self.until == math.inf or is_tracing():
             # The end of a trial or a capture by an error would be taken as its failure.
             return
