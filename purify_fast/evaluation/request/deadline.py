@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ...attacks.context import TimeIsOver
 from ...protocols import Classifier, Passes
-from ...speed.graphs.step_graphs import is_tracing
 
 #: No passes. Who asks for them only asks whether the time is over.
 NONE = Passes()
@@ -46,6 +45,9 @@ class Deadline:
 
     def ask(self, images: Passes = NONE) -> None:
         """Raise `TimeIsOver` if the time is over, or would be over after passes that take as long as the last such."""
+        # An evaluation without a limit of time needs none of what makes graphs.
+        from ...speed.graphs.step_graphs import is_tracing
+
         if self.until == math.inf or is_tracing():
             # The end of a trial or a capture by an error would be taken as its failure.
             return
