@@ -160,11 +160,6 @@ class Passes:
     forwards: int = 0
     gradients: int = 0
 
-    @property
-    def work(self) -> int:
-        """The time of the passes in the unit of a forward pass. A backward pass takes about twice as long."""
-        return self.forwards + 2 * self.gradients
-
     def __add__(self, other: Passes) -> Passes:
         return Passes(self.forwards + other.forwards, self.gradients + other.gradients)
 

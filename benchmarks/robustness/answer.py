@@ -134,8 +134,7 @@ def measured_random(subject: Subject, who: str, amount: Amount) -> Row:
         left = {"left": int(report.headline.robust.sum()), "one_draw": report.headline.mean}
         counts = {"forwards": forwards, "gradients": gradients}
         passes = {name: int(text.replace(",", "")) * len(subject.x) for name, text in counts.items()}
-        expected = float(report.about["expected_seconds"]) / float(report.about["seconds"])
-        return {"cpu_seconds": spent, "expected": expected} | passes | left
+        return {"cpu_seconds": spent} | passes | left
     model = copy.deepcopy(subject.model).requires_grad_(False) if who == FROZEN_RAND else subject.model
     door = CountedModel(model)
     found = found_by_autoattack(replace(subject, model=door), amount, "rand")
@@ -164,10 +163,10 @@ def markdown_random(rows: Sequence[Row]) -> list[str]:
     by_frozen = {(row["network"], row["last"]): row for row in rows if row["contestant"] == FROZEN_RAND}
     body = []
     for row in rows:
-        n, expected = row["last"], f"{row['expected']:.1f}" if "expected" in row else ""
+        n = row["last"]
         cells = [row["network"], str(n), in_bold(row["contestant"]), str(row["left"]), f"{100 * row['one_draw']:.0f}"]
-        body.append([*cells, *costs(row, n, by_frozen.get((row["network"], n))), expected])
-    head += ["gradients per image", "CPU seconds", "share of frozen rand's", "expected time / time"]
+        body.append([*cells, *costs(row, n, by_frozen.get((row["network"], n)))])
+    head += ["gradients per image", "CPU seconds", "share of frozen rand's"]
     where = f"Random defences, measured on: {kept.machines(rows)}."
     return ["", where, "", *markdown_table(head, body)] if rows else []
 

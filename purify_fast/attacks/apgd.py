@@ -6,6 +6,7 @@ several draws.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,15 +17,15 @@ from torch import Tensor
 from .._tensors import per_image
 from .._validation import Count, Share
 from ..ops.apgd_step import apgd_step
-from ..protocols import Classifier, Passes
+from ..protocols import Classifier
 from .ball import projected
 from .base import Resolved, run_alone, times
-from .context import AttackContext, Radius
-from .engine.engine_attack import USUAL_TARGETS, EngineAttack, cost_of_borders, nearest_borders, targets_and_times
+from .context import AttackContext, Radius, keeping
+from .engine.engine_attack import USUAL_TARGETS, EngineAttack, nearest_borders, targets_and_times
 from .engine.row_batches import ActiveSet, Rows, RowSearch, waves
 from .losses import FEWEST_CLASSES, TARGETED, ApgdLoss, check_classes
 from .objective import Gradients, Objective
-from .search import better_of, faults, zero_is_no_fault
+from .search import better_of, zero_is_no_fault
 
 if TYPE_CHECKING:
     from .keywords import ApgdOptions, Unpack
@@ -84,18 +85,6 @@ class APGD(EngineAttack):
         resolved = super().resolved_for(context)
         return resolved if resolved.loss in TARGETED else resolved._replace(n_target_classes=None)
 
-    def cost(self, context: AttackContext) -> Passes:
-        steps, draws, loss, targets = self.resolved_for(context)
-        runs = self.restarts * (targets or 1)
-        at_the_end = draws * (2 if draws > 1 else 1)
-        # Before the runs the clean image is judged. Some losses need one more prediction, for the number of classes.
-        # A targeted attack needs the predictions that rank the target classes.
-        before = Passes(context.judges(draws) + (loss in FEWEST_CLASSES))
-        if targets is not None:
-            borders = cost_of_borders(self.n_target_classes, context.num_classes, draws)
-            before = Passes(context.judges(draws)) + borders
-        return Passes(steps * draws + at_the_end, steps * draws) * runs + before
-
     def may_end_early(self, context: AttackContext) -> bool:
         return super().may_end_early(context) and self.threat_model(context).norm != "l1"
 
@@ -110,7 +99,9 @@ class APGD(EngineAttack):
             if active.ball.norm == "l1":
                 run_from_larger(objective, active, rows, steps)
             else:
-                AutoPgd(objective, active, rows, steps, rho=self.rho, give_up=by_pace).run()
+                search = AutoPgd(objective, active, rows, steps, rho=self.rho, give_up=by_pace)
+                with keeping(search.keep):
+                    search.run()
 
 
 def apgd(
@@ -178,9 +169,6 @@ class AutoPgd(RowSearch):
         """Take all steps, or stop when no row is left."""
         for i in range(self.steps):
             self._look()
-            # Before the first step no point has moved, which would look like masked gradients.
-            if i > 0 and self.shrinks_after(i + 1) and self.active.is_over():
-                break
             if self.claims and self.active.leave and self.shrinks_after(i + 1):
                 if not self.sighted and self._is_blind():
                     break
@@ -195,9 +183,12 @@ class AutoPgd(RowSearch):
             self.point, self.previous = self._move(i, origin, gradient), origin
         self._see_move(slice(None))
         if self.claims:
-            if not self.active.was_cut:
-                self.active.tried.index_fill_(0, self.rows.owner, True)
+            self.active.tried.index_fill_(0, self.rows.owner, True)
             self._finish(slice(None))
+
+    def keep(self) -> Tensor:
+        """Remember the best points so far without a judgement, and return the best point of each image."""
+        return self.active.keep_best(self.rows.owner, self.best, self.score)
 
     def _is_blind(self) -> bool:
         """Tell whether the run ends, because no element of a gradient so far could move a point.
@@ -209,12 +200,10 @@ class AutoPgd(RowSearch):
         # At a misclassified point a gradient of 0 is no fault.
         self.sighted = bool((usable | (self.score[0] == 1)).any())
         self.blind_steps += 1
-        random = self.active.draws_differ
-        if self.sighted or (random and self.blind_steps * self.objective.eot_iter < BLIND_DRAWS):
+        few = self.active.draws_differ and self.blind_steps * self.objective.eot_iter < BLIND_DRAWS
+        if self.sighted or few:
             return False
         self.active.ended_blind = True
-        if not random:
-            self.see_given_up(torch.arange(len(self.point), device=self.point.device))
         return True
 
     def take(self, index: Tensor) -> None:
@@ -229,11 +218,7 @@ class AutoPgd(RowSearch):
         now = self.gradients.at(self.point)
         self.gradient, loss = now.image.to(self.point.dtype), now.loss
         if self.health is not None:
-            # This counts as `GradientHealth.see_gradient` does, without waiting for the device.
-            faulty = torch.stack(faults(self.gradient, zero_is_no_fault(self.objective, now)))
-            self.faulty, self.counted = self.faulty + faulty, self.counted + 1
-            nonfinite, zero = faulty.sum(1)
-            self.health.add(gradients=len(self.gradient), nonfinite=nonfinite, zero=zero)
+            self.health.see_gradient(self.gradient, zero_is_no_fault(self.objective, now))
         self.best, self.score = better_of(self.best, self.score, self.point, now.score)
         higher = loss > self.top_loss
         wide = per_image(higher, self.point)
@@ -261,7 +246,7 @@ class AutoPgd(RowSearch):
 
     def _shrink(self, step: int) -> None:
         """Remove the rows of fallen images, and the rows that are given up."""
-        share, fell = self.active.confirm_successes(self.rows.owner, self.best, self.score[0], self.rows.run)
+        share, fell = self.active.confirm_successes(self.rows.owner, self.best, self.score[0])
         self.score = torch.stack([share, self.score[1]])
         # The border is the smallest loss that a misclassified image can have. For the cross-entropy it is log 2,
         # because the true class of such an image has at most half of the probability. For all other losses it is 0.
@@ -269,17 +254,17 @@ class AutoPgd(RowSearch):
         lost = self.out_of_reach(step, border - self.top_loss)
         if lost is None and not fell:
             return
-        kept, given_up = self.active.rows_to_keep(self.rows.owner, lost), 0
+        kept = self.active.rows_to_keep(self.rows.owner, lost)
+        moved = (self.best != self.rows.begin).flatten(1).any(1)
         if lost is not None:
             index = lost.nonzero()[:, 0]
-            given_up = len(index)
             self._finish(index)
             self._see_move(index)
-            self.see_given_up(index)
+            moved &= ~lost
         if kept is not None:
             if self.health is not None:
-                # A removed row of a fallen image is never ``unmoved``: from a misclassified point, it need not move.
-                self.health.add(images=max(0, len(self.point) - len(kept) - given_up))
+                # A row that fell at its first point says nothing about the gradients, because it took no step.
+                self.health.add(images=moved.sum() - moved[kept].sum())
             self.take(kept)
 
     def may_end(self) -> Tensor:
@@ -293,7 +278,7 @@ class AutoPgd(RowSearch):
 
     def _finish(self, index: Tensor | slice) -> None:
         """Compare the best point of some rows with the last point, and pass the better one to `keep_best`."""
-        owner, labels, run = self.rows.owner[index], self.rows.labels[index], self.rows.run[index]
+        owner, labels = self.rows.owner[index], self.rows.labels[index]
         best, last, score = self.best[index], self.point[index], self.score[:, index]
         if self.objective.eot_iter > 1:
             # The highest of many noisy scores is partly luck, so the best point is scored again.
@@ -304,7 +289,7 @@ class AutoPgd(RowSearch):
             # classifies correctly.
             by_copy = self.objective.model is not self.active.judge.model
             claimed = torch.ones_like(score[0]) if by_copy else score[0]
-            share, _ = self.active.confirm_successes(owner, best, claimed, run)
+            share, _ = self.active.confirm_successes(owner, best, claimed)
             score = torch.stack([share, score[1]])
         self.active.keep_best(owner, best, score)
 
@@ -349,5 +334,7 @@ def run_from_larger(objective: Objective, active: ActiveSet, rows: Rows, steps: 
         share = changed_share(begin, rows.x) / SPARSER
         part = rows._replace(ball=ball, begin=begin)
         search = AutoPgdL1(objective, active, part, count, claims=factor == 1, share=share)
-        search.run()
+        # Points in a larger ball do not count.
+        with keeping(search.keep) if factor == 1 else contextlib.nullcontext():
+            search.run()
         begin = search.top

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from .._compiler import outside_graphs
 from .._validation import Count, GradientPrecision, Norm, NormName, check_types, read_norm
-from ..protocols import Classifier, Passes
+from ..protocols import Classifier
 from .arguments import check_eps, check_images, check_keywords, check_labels
 from .attacked_model import called_directly, drawn_once_per_call, frozen
 from .ball import Ball, ball_around
-from .context import AttackContext, LossFunction, Radius, drawn_seed
+from .context import AttackContext, LossFunction, Radius, drawn_seed, keeping
 from .losses import LOSSES, usable_loss
 from .objective import Objective
 from .search import GradientHealth, better_of
@@ -44,7 +44,6 @@ class AttackResult:
         images: adversarial images, with the shape and dtype of the clean images.
         health: the counts of faulty gradients and unmoved images; None if nothing was counted.
         warnings: warnings for the reader of the result.
-        fell_to: by name of a run, such as "target 2, restart 1", the number of images on which this run succeeded.
         gave_up: number of images that survived only because every search gave up without any progress towards a
             decision boundary; a number or a tensor of shape []. Their survival says nothing about the defence.
         proved: number of images for which a complete search proved that no point of the ball is misclassified; a number
@@ -54,7 +53,6 @@ class AttackResult:
     images: Tensor
     health: GradientHealth | None = None
     warnings: list[str] = field(default_factory=list)
-    fell_to: dict[str, int] = field(default_factory=dict)
     gave_up: int | Tensor = 0
     proved: int | Tensor = 0
 
@@ -93,6 +91,9 @@ class Attack(abc.ABC):
 
     #: True if `search` can take its gradients from the model `AttackContext.gradients_from`.
     follows_gradients: ClassVar[bool] = False
+
+    #: False for an attack without gradients: images that fall only to such attacks are a sign that gradients mislead.
+    uses_gradients: ClassVar[bool] = True
 
     #: The number of steps if the option ``steps`` is None. If both are None, the context gives the number.
     usual_steps: ClassVar[int | None] = None
@@ -147,10 +148,6 @@ class Attack(abc.ABC):
         targets = getattr(self, "n_target_classes", None) or context.num_classes
         loss, targets = usable_loss(loss, context.num_classes), min(targets, context.num_classes - 1)
         return Resolved(steps, self.draws(context), loss, targets)
-
-    def cost(self, context: AttackContext) -> Passes | None:
-        """The largest numbers of passes per image; None if they are not known before the attack."""
-        return None
 
     def may_end_early(self, context: AttackContext) -> bool:
         """Tell whether a search may stop before its last step because a success is out of reach."""
@@ -254,15 +251,6 @@ def source_of(model: Classifier, x: Tensor, precision: GradientPrecision, copies
     return (Copies(x) if copies is None else copies).copy_for(model, precision)
 
 
-def cost_of_ascents(attack: Any, context: AttackContext) -> Passes:
-    """Return the numbers of passes per image that `worst_of_runs` makes."""
-    steps, draws, *_ = attack.resolved_for(context)
-    # Each run scores its last point, with several draws also its best; unmoved images need a clean prediction.
-    at_the_end = draws * (2 if draws > 1 else 1) + 1
-    comparison = draws if attack.restarts > 1 else 0
-    return Passes(steps * draws + at_the_end + comparison, steps * draws) * attack.restarts
-
-
 def worst_of_runs(
     attack: Any,
     one_run: Callable[[Objective, int, GradientHealth | None], Tensor],
@@ -296,9 +284,10 @@ def worst_of_runs(
             return torch.stack([wrong, margins.masked_fill(margins.isnan(), torch.inf)])
 
         best_score = score(best)
-        for number in range(1, attack.restarts):
-            points = one_run(objective, number, health)
-            best, best_score = better_of(best, best_score, points, score(points))
+        with keeping(lambda: best):
+            for number in range(1, attack.restarts):
+                points = one_run(objective, number, health)
+                best, best_score = better_of(best, best_score, points, score(points))
     return AttackResult(best, health)
 
 

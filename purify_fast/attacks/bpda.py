@@ -43,6 +43,9 @@ class BpdaModel(nn.Module):
         ValueError: an unknown aggregation; in the forward pass, purified images of another shape.
     """
 
+    #: An evaluation does not compare such gradients with small steps.
+    approximates_gradients = True
+
     def __init__(
         self,
         purify: Callable[[Tensor], Tensor],

@@ -22,11 +22,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._validation import Count
-from ..protocols import Classifier
+from ..protocols import Classifier, CountsImages, Passes
 from .attacked_model import frozen
 from .ball import projected
 from .base import AttackResult, InBall, run_alone
-from .context import AttackContext, Radius
+from .context import AttackContext, Radius, keeping
 from .engine.judge import Judge
 from .engine.row_batches import ActiveSet
 from .relu_layers import Affine, affine_layers, forward
@@ -71,6 +71,7 @@ class BranchAndBound(InBall):
     """
 
     kind: ClassVar[str] = "branch_and_bound"
+    uses_gradients: ClassVar[bool] = False
     code_version: ClassVar[str] = "1"
     norms: ClassVar[tuple[str, ...]] = ("linf",)
 
@@ -105,8 +106,9 @@ class BranchAndBound(InBall):
             active = ActiveSet(x, y, ball, judge, context)
             active.judge_clean_images()
             proved = torch.zeros_like(y, dtype=torch.bool)
-            for part in active.left().split(IMAGES):
-                proved[part] = _Search(layers, active, part).run(self.nodes)
+            with keeping(lambda: active.best):
+                for part in active.left().split(IMAGES):
+                    proved[part] = _Search(layers, active, part).run(self.nodes)
         return AttackResult(active.best, proved=proved.sum())
 
 
@@ -188,7 +190,11 @@ class _Search:
         unit = torch.full_like(owner, -1)
         left = _Nodes(owner, rival, none.to(torch.int8), none - 1, none, least=least, unit=unit)
         made, ended = torch.zeros_like(self.y), torch.zeros_like(self.y, dtype=torch.bool)
+        target = self.active.judge.model
         while len(left.owner):
+            if isinstance(target, CountsImages):
+                # The bounds need no pass of the model, so this only asks for the time.
+                target.count(Passes())
             chosen = self.chosen(left)
             nodes = left.take(chosen).halves()
             made += torch.bincount(nodes.owner, minlength=count)

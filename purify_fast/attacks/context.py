@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -26,6 +26,25 @@ def drawn_seed(generator: torch.Generator | None = None) -> int:
     device = "cpu" if generator is None else generator.device
     # A number is read from a tensor of the CPU by NumPy, because it waits for no device.
     return int(torch.randint(2**63 - 1, (), generator=generator, device=device).cpu().numpy())
+
+
+class TimeIsOver(BaseException):
+    """The time of an evaluation is over. A handler of a model's errors, ``except Exception``, does not catch it.
+
+    ``points`` are the best points that the attack had so far, ``[B, C, H, W]``, or None.
+    """
+
+    points: Tensor | None = None
+
+
+@contextlib.contextmanager
+def keeping(points: Callable[[], Tensor]) -> Iterator[None]:
+    """A block of an attack; if the time is over in it, the present ``points`` are its result."""
+    try:
+        yield
+    except TimeIsOver as over:
+        over.points = points()
+        raise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +77,6 @@ class AttackContext:
         batch_size: the largest number of images in one batch of a search; a search with another target or restart takes
             the place of an image. None stands for 64, or for the number of images if that is larger.
         counts_health: whether the attack counts faulty gradients and unmoved images.
-        until: the time of `time.monotonic` at which Auto-PGD, FAB and Square end a search.
         graphs: captures the steps of attacks as CUDA graphs, see `purify_fast.speed.StepGraphs`; None: no captures.
         copies: the `Copies` of an evaluation, which an attack with the precision "auto" attacks; None: the model.
 
@@ -85,7 +103,6 @@ class AttackContext:
     max_forward_batch: int | None = None
     batch_size: int | None = None
     counts_health: bool = False
-    until: float = math.inf
     graphs: CapturesSteps | None = None
     copies: Any = None
 

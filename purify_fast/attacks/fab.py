@@ -15,12 +15,12 @@ from torch import Tensor
 from .._tensors import per_image
 from .._validation import Count
 from ..ops.hyperplane_projection import hyperplane_projection
-from ..protocols import Classifier, Passes
+from ..protocols import Classifier
 from ..speed.graphs.step_loop import State, Steps, begin_steps
 from .ball import Ball, projected
 from .base import run_alone
-from .context import AttackContext, Radius
-from .engine.engine_attack import USUAL_TARGETS, EngineAttack, cost_of_borders, nearest_borders, targets_and_times
+from .context import AttackContext, Radius, keeping
+from .engine.engine_attack import USUAL_TARGETS, EngineAttack, nearest_borders, targets_and_times
 from .engine.judge import has_fallen
 from .engine.row_batches import ActiveSet, Rows, RowSearch, waves
 from .objective import Gradient, Objective, ObjectiveStep
@@ -60,18 +60,13 @@ class FABT(EngineAttack):
     def name(self, context: AttackContext) -> str:
         return f"FAB-T {self.resolved_for(context).steps}" + targets_and_times(self.n_target_classes, self.restarts)
 
-    def cost(self, context: AttackContext) -> Passes:
-        # At its end a run scores its last point and its nearest point. The model also judges the nearest point.
-        steps, draws, _, targets = self.resolved_for(context)
-        runs, judges = self.restarts * (targets or 1), context.judges(draws)
-        order = cost_of_borders(self.n_target_classes, context.num_classes, draws)
-        return Passes((steps + 2) * draws + judges, steps * draws) * runs + order + Passes(judges)
-
     def explore(self, active: ActiveSet, objective: Objective, context: AttackContext) -> None:
         goals = nearest_borders(active, objective, self.n_target_classes)
         steps = self.resolved_for(context).steps
         for rows in waves(active, goals, self.restarts, context, at_image=True):
-            _FabSearch(objective, active, rows, steps, give_up=self.give_up).run()
+            search = _FabSearch(objective, active, rows, steps, give_up=self.give_up)
+            with keeping(search.keep):
+                search.run()
 
 
 def fab_t(
@@ -100,7 +95,7 @@ class FabStep(ObjectiveStep):
         point, x, draws, counts = state["point"], state["x"], self.objective.eot_iter, State()
         gradient = self.objective.gradient(point, state["y"])
         if "faulty" in state:
-            counts["faulty"] = state["faulty"] + torch.stack(faults(gradient.image))
+            counts["faulty"] = state["faulty"] + faults(gradient.image)[:2]
         if draws > 1:
             gradient = gradient._replace(image=gradient.image / draws)
         across, moved = has_fallen(gradient.wrong), point - x
@@ -127,6 +122,8 @@ class _FabSearch(RowSearch):
         super().__init__(*given, **options)
         self.nearest = self.point
         self.distance = torch.full_like(self.rows.ball.eps, torch.inf)
+        #: Each row's non-finite and zero gradients, ``[2, R]``.
+        self.faulty = torch.zeros((2, len(self.point)), device=self.point.device)
         self.loop: Steps | None = None
 
     def run(self) -> None:
@@ -136,7 +133,6 @@ class _FabSearch(RowSearch):
                 step = FabStep(self.objective, self.rows.ball)
                 self.loop = begin_steps(self.objective.graphs, step, self._state())
             self.loop.advance()
-            self.counted += 1
             if self.health is not None:
                 self.health.add(gradients=len(self.point))
             if self.shrinks_after(i + 1):
@@ -144,15 +140,19 @@ class _FabSearch(RowSearch):
                 self._shrink(i + 1)
             if len(self.point) == 0:
                 return
-            if self.shrinks_after(i + 1) and self.active.is_over():
-                break
         self._read()
         self.loop = None
         across = has_fallen(self.objective.score(self.point, self.rows.labels)[0])
         vars(self).update(nearer(self.rows.ball, self._state(), across))
-        if not self.active.was_cut:
-            self.active.tried.index_fill_(0, self.rows.owner, True)
+        self.active.tried.index_fill_(0, self.rows.owner, True)
         self._try(self.rows, self.nearest)
+
+    def keep(self) -> Tensor:
+        """Remember the best points so far without a judgement, and return the best point of each image."""
+        self._read()
+        points = projected(self.rows.x, self.nearest, self.rows.ball)
+        score = torch.stack([(self.distance <= self.rows.ball.eps).float(), -self.distance])
+        return self.active.keep_best(self.rows.owner, points, score)
 
     def _state(self) -> State:
         return {"x": self.rows.x, "y": self.rows.labels} | {name: getattr(self, name) for name in self._names()}
@@ -178,7 +178,7 @@ class _FabSearch(RowSearch):
         """Remove the rows of fallen images, and the rows that are given up; ``step`` is the number of steps so far."""
         rows = self.rows
         inside = (self.distance <= rows.ball.eps).float()
-        judged, fell = self.active.confirm_successes(rows.owner, self.nearest, inside, rows.run)
+        judged, fell = self.active.confirm_successes(rows.owner, self.nearest, inside)
         # A point that the model itself does not confirm is forgotten, and the search continues.
         self.distance = torch.where((inside > 0) & (judged < inside), torch.inf, self.distance)
         if self.loop is not None:
@@ -186,7 +186,6 @@ class _FabSearch(RowSearch):
         lost = self.out_of_reach(step, self.distance - rows.ball.eps)
         if lost is not None:
             index = lost.nonzero()[:, 0]
-            self.see_given_up(index)
             self._try(rows.take(index), self.nearest[index])
         kept = self.active.rows_to_keep(rows.owner, lost) if fell or lost is not None else None
         if kept is not None:
@@ -196,7 +195,7 @@ class _FabSearch(RowSearch):
         """Project the nearest points onto the ball, let the model judge them, and keep the best points."""
         cut = projected(rows.x, nearest, rows.ball)
         score = self.objective.score(cut, rows.labels)
-        share, _ = self.active.confirm_successes(rows.owner, cut, torch.ones_like(score[0]), rows.run)
+        share, _ = self.active.confirm_successes(rows.owner, cut, torch.ones_like(score[0]))
         self.active.keep_best(rows.owner, cut, torch.stack([share, score[1]]))
 
 

@@ -33,7 +33,6 @@ class AttackOptions(TypedDict, total=False):
     gradients_from: Classifier | None
     max_forward_batch: int | None
     batch_size: int | None
-    until: float
     graphs: CapturesSteps | None
     generator: torch.Generator | None
     health: GradientHealth | None

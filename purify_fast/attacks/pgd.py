@@ -14,12 +14,12 @@ from torch import Tensor
 
 from .._validation import AtLeast0, Count, GradientPrecision, Range
 from ..ops.pgd_step import per_pixel, pgd_step
-from ..protocols import Classifier, Passes
+from ..protocols import Classifier
 from ..speed.graphs.step_loop import State, begin_steps
 from .arguments import check_tensor
 from .ball import Ball, normal_in_ball, sample_in_ball
-from .base import AttackResult, InBall, cost_of_ascents, run_alone, times, worst_of_runs
-from .context import AttackContext, Radius
+from .base import AttackResult, InBall, run_alone, times, worst_of_runs
+from .context import AttackContext, Radius, keeping
 from .losses import Loss
 from .objective import Objective, ObjectiveStep
 from .search import GradientHealth, Search, record_point
@@ -72,13 +72,14 @@ def ascend(
     if changes:
         state["gradient"] = torch.zeros_like(state["x"])
     loop = begin_steps(objective.graphs, ascent, state)
-    for i in range(first, end):
-        if falls:
-            loop.put(alpha=ball.eps * fall(i, steps))
-        loop.advance()
-        if changes:
-            point = ascent.move(loop.state, loop.state["gradient"], density_at(ball.norm, i, steps))
-            loop.put(point=point)
+    with keeping(lambda: loop.values()["best" if "best" in state else "point"]):
+        for i in range(first, end):
+            if falls:
+                loop.put(alpha=ball.eps * fall(i, steps))
+            loop.advance()
+            if changes:
+                point = ascent.move(loop.state, loop.state["gradient"], density_at(ball.norm, i, steps))
+                loop.put(point=point)
     return loop.values()
 
 
@@ -138,9 +139,6 @@ class PGD(InBall):
         resolved = self.resolved_for(context)
         return f"{self.label}-{resolved.steps} {resolved.loss}{times(self.restarts)}"
 
-    def cost(self, context: AttackContext) -> Passes:
-        return cost_of_ascents(self, context)
-
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> AttackResult:
         ball, steps = self.ball(x, y, context), self.resolved_for(context).steps
         if len(x) == 0:
@@ -193,21 +191,22 @@ class LeavingPGD(PGD):
         # For each tensor, the dimension that has an entry per image. A tensor without dimensions belongs to all images.
         dims = {name: int(name == "best_score") for name, value in begin.items() if value.dim()}
         index = torch.arange(len(begin["y"]), device=begin["y"].device)
-        for first in range(0, steps, self.look_every):
-            end = min(steps, first + self.look_every)
-            state = ascend(objective, ball.take(index), state, steps=steps, first=first, end=end)
-            # Drop the values that `ascend` has added, such as the length of a step. The next call adds them again.
-            state = {name: state[name] for name in begin}
-            whole = state | {name: whole[name].index_copy(dim, index, state[name]) for name, dim in dims.items()}
-            stay = (state["best_score"][0] < 1).nonzero()[:, 0]
-            if health is not None:
-                # `Search.result` counts a gradient for every image and step. Subtract the remaining gradients of the
-                # images that are removed here.
-                health.add(gradients=(len(stay) - len(index)) * (steps - end))
-            if not len(stay):
-                break
-            index = index[stay]
-            state |= {name: state[name].index_select(dim, stay) for name, dim in dims.items()}
+        with keeping(lambda: whole["best"]):
+            for first in range(0, steps, self.look_every):
+                end = min(steps, first + self.look_every)
+                state = ascend(objective, ball.take(index), state, steps=steps, first=first, end=end)
+                # Drop the values that `ascend` has added, such as the length of a step. The next call adds them again.
+                state = {name: state[name] for name in begin}
+                whole = state | {name: whole[name].index_copy(dim, index, state[name]) for name, dim in dims.items()}
+                stay = (state["best_score"][0] < 1).nonzero()[:, 0]
+                if health is not None:
+                    # `Search.result` counts a gradient for every image and step. Subtract the remaining gradients of
+                    # the images that are removed here.
+                    health.add(gradients=(len(stay) - len(index)) * (steps - end))
+                if not len(stay):
+                    break
+                index = index[stay]
+                state |= {name: state[name].index_select(dim, stay) for name, dim in dims.items()}
         return whole
 
 
@@ -273,10 +272,6 @@ class FGSM(InBall):
 
     def name(self, context: AttackContext) -> str:
         return f"FGSM {self.resolved_for(context).loss}"
-
-    def cost(self, context: AttackContext) -> Passes:
-        # The gradient takes all draws. The count of unmoved images takes one prediction of the clean image.
-        return Passes(self.draws(context) + 1, self.draws(context))
 
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> AttackResult:
         # The length of the first step is eps.

@@ -17,21 +17,26 @@ from .objective import Gradient, Objective
 MAX_NONFINITE, MAX_ZERO, MAX_UNMOVED = 0.0, 0.05, 0.01
 
 
-def faults(grad: Tensor, fooled: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Tell which gradients are non-finite, and which are zero (unless ``fooled``), bool ``[B]``, without waiting."""
+#: The names of the counts of `faults`.
+FAULTS = ("nonfinite", "zero", "exempt")
+
+
+def faults(grad: Tensor, fooled: Tensor | None = None) -> Tensor:
+    """Tell which gradients are non-finite, which are zero, and which are zero but ``fooled``, bool ``[3, B]``."""
     # The largest element of a row is NaN if any element is.
     peak = torch.linalg.vector_norm(grad.detach().flatten(1), ord=torch.inf, dim=1)
     zero = peak == 0
-    return ~(peak < torch.inf), zero if fooled is None else zero & ~fooled
+    exempt = torch.zeros_like(zero) if fooled is None else zero & fooled
+    return torch.stack([~(peak < torch.inf), zero & ~exempt, exempt])
 
 
 @dataclass
 class GradientHealth:
     """The counts that show whether an attack had usable gradients.
 
-    A gradient is non-finite if any of its elements is, and zero if all are zero; for some losses, misclassified images
-    are exempt. An image is unmoved if the clean image is classified correctly and the run ends at its first point. The
-    counts remain on the device until a property is read.
+    A gradient is non-finite if any of its elements is, and zero if all are zero. For some losses, zeros at
+    misclassified images are not counted at all. An image is unmoved if the clean image is classified correctly and the
+    run ends at its first point. The counts remain on the device until a property is read.
 
     Args:
         counts: a dict from the names that `count` accepts to numbers or tensors of shape []; empty at first.
@@ -44,10 +49,10 @@ class GradientHealth:
         for name, amount in amounts.items():
             self.counts[name] = self.counts.get(name, 0) + amount
 
-    def see_gradient(self, grad: Tensor) -> None:
-        """Count the gradients [B, ...] of one step."""
-        nonfinite, zero = faults(grad)
-        self.add(gradients=len(grad), nonfinite=nonfinite.sum(), zero=zero.sum())
+    def see_gradient(self, grad: Tensor, fooled: Tensor | None = None) -> None:
+        """Count the gradients [B, ...] of one step; zeros at the images ``fooled`` are left out."""
+        nonfinite, zero, exempt = faults(grad, fooled).sum(1)
+        self.add(gradients=len(grad) - exempt, nonfinite=nonfinite, zero=zero)
 
     def see_move(self, start: Tensor, end: Tensor, correct: Tensor) -> None:
         """Count the images where ``correct``, bool [B], is True, and those of them whose point did not move."""
@@ -96,8 +101,8 @@ def record_point(objective: Objective, memory: State, point: Tensor, gradient: G
     """The new values of `Search.memory` after one more point, computed without waiting for the device."""
     new: State = {}
     if "nonfinite" in memory:
-        nonfinite, zero = faults(gradient.image, zero_is_no_fault(objective, gradient))
-        new = {"nonfinite": memory["nonfinite"] + nonfinite.sum(), "zero": memory["zero"] + zero.sum()}
+        counts = faults(gradient.image, zero_is_no_fault(objective, gradient)).sum(1)
+        new = {name: memory[name] + count for name, count in zip(FAULTS, counts, strict=True)}
     if "best" in memory:
         new["best"], new["best_score"] = better_of(memory["best"], memory["best_score"], point, gradient.score)
     return new
@@ -111,7 +116,7 @@ class Search:
         self.points = 0
         self.memory: State = {}
         if health is not None:
-            self.memory |= {name: begin.new_zeros((), dtype=torch.int64) for name in ("nonfinite", "zero")}
+            self.memory |= {name: begin.new_zeros((), dtype=torch.int64) for name in FAULTS}
         if keep_best:
             # The scores of a model in float64 are float64. The scores of a model in half precision are float32.
             wide = torch.promote_types(begin.dtype, torch.float32)
@@ -129,8 +134,8 @@ class Search:
     def result(self, x: Tensor, last: Tensor) -> Tensor:
         """The images that an attack returns: last points, or with ``keep_best`` the better of last and best."""
         if self.health is not None:
-            nonfinite, zero = self.memory["nonfinite"], self.memory["zero"]
-            self.health.add(gradients=self.points * len(self.begin), nonfinite=nonfinite, zero=zero)
+            nonfinite, zero, exempt = (self.memory[name] for name in FAULTS)
+            self.health.add(gradients=self.points * len(self.begin) - exempt, nonfinite=nonfinite, zero=zero)
             with torch.no_grad():
                 parts = x.split(self.objective.max_forward_batch or max(1, len(x)))
                 correct = torch.cat([logits_of(self.objective.model, part) for part in parts]).argmax(1) == self.y

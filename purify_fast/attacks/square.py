@@ -26,11 +26,11 @@ from .._validation import Count
 from ..ops import square_proposal
 from ..ops.philox import Stream, philox, philox_key
 from ..ops.square_proposal import PLACES, TINY, signs
-from ..protocols import Classifier, Passes
+from ..protocols import Classifier
 from ..speed.graphs.step_loop import State, Steps, begin_steps
 from .ball import Ball, projected
 from .base import run_alone, times
-from .context import AttackContext, Radius
+from .context import AttackContext, Radius, keeping
 from .engine.engine_attack import EngineAttack
 from .engine.judge import bucket, repeated_to, takes_every_size
 from .engine.pace import PaceMonitor, some_of
@@ -75,6 +75,7 @@ class Square(EngineAttack):
     """
 
     kind: ClassVar[str] = "square"
+    uses_gradients: ClassVar[bool] = False
     code_version: ClassVar[str] = "6"
 
     loss: ClassVar[str] = "margin"
@@ -88,12 +89,6 @@ class Square(EngineAttack):
     def may_end_early(self, context: AttackContext) -> bool:
         return self.give_up and self.draws(context) == 1 and self.n_queries > GIVEN_UP_AFTER[0]
 
-    def cost(self, context: AttackContext) -> Passes:
-        # The clean image is judged before the runs. A run scores first point and proposals, and judges the last point.
-        draws = self.draws(context)
-        judges = context.judges(draws)
-        return Passes(judges + self.restarts * ((1 + self.n_queries) * draws + judges))
-
     def ball(self, x: Tensor, y: Tensor, context: AttackContext) -> Ball:
         ball = super().ball(x, y, context)
         if x.dim() != 4:
@@ -104,13 +99,14 @@ class Square(EngineAttack):
     def explore(self, active: ActiveSet, objective: Objective, context: AttackContext) -> None:
         for restart in range(self.restarts):
             left = active.left()
-            if len(left) == 0 or active.is_over():
+            if len(left) == 0:
                 break
             if not takes_every_size(left.device):
                 # Copies of the first rows fill the batch up to one of few sizes, so that few graphs are needed.
                 left = repeated_to(left, bucket(len(left), left.device))
             search = _SquareSearch(objective, active, left, context.seed + restart)
-            search.run(self.n_queries, self.give_up and objective.eot_iter == 1)
+            with keeping(search.keep):
+                search.run(self.n_queries, self.give_up and objective.eot_iter == 1)
             # Its loop would copy its state out of the buffers of the next loop.
             del search
 
@@ -257,12 +253,15 @@ class _SquareSearch:
                     self._keep(self.active.rows_to_keep(self.owner, lost))
             if len(self.owner) == 0:
                 return
-            if rounds % ROUNDS == 0 and self.active.is_over():
-                break
         self._read()
-        if not self.active.was_cut:
-            self.active.tried.index_fill_(0, self.owner, True)
+        self.active.tried.index_fill_(0, self.owner, True)
         self._judge(slice(None))
+
+    def keep(self) -> Tensor:
+        """Remember the present points without a judgement, and return the best point of each image."""
+        self._read()
+        share = (self.margin >= 0).float() if self.share is None else self.share
+        return self.active.keep_best(self.owner, self.point, torch.stack([share, self.margin]))
 
     def _judge(self, rows: slice | Tensor) -> None:
         """Let the model itself judge the points of some rows, and remember the best."""

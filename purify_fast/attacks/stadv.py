@@ -19,11 +19,11 @@ from torch import Tensor
 
 from .._tensors import per_image, per_sample
 from .._validation import AtLeast0, Count, check_types
-from ..protocols import Classifier, Passes
+from ..protocols import Classifier
 from .arguments import check_eps, check_images
 from .ball import Ball, sample_in_ball
-from .base import Attack, AttackResult, ThreatModel, cost_of_ascents, run_alone, times, worst_of_runs
-from .context import AttackContext, Radius
+from .base import Attack, AttackResult, ThreatModel, run_alone, times, worst_of_runs
+from .context import AttackContext, Radius, keeping
 from .losses import Loss
 from .objective import Gradients, Objective
 from .search import GradientHealth, Search
@@ -127,9 +127,6 @@ class StAdv(Attack):
         resolved = self.resolved_for(context)
         return f"StAdv-{resolved.steps} {resolved.loss}{times(self.restarts)}"
 
-    def cost(self, context: AttackContext) -> Passes:
-        return cost_of_ascents(self, context)
-
     def threat_model(self, context: AttackContext) -> ThreatModel:
         return ThreatModel("flow", float(self.eps))
 
@@ -150,18 +147,19 @@ class StAdv(Attack):
             adam, point = _Adam(flow, self.rate), warp(x, flow)
             search = Search(objective, point, y, keep_best=self.keep_best, health=health)
             gradients = Gradients(objective, point, y)
-            for _ in range(steps):
-                with torch.enable_grad():
-                    leaf = flow.detach().requires_grad_()
-                    moved, roughness = warp(x, leaf), flow_loss(leaf).sum()
-                at_point = gradients.at(point)
-                outer = (at_point.image / objective.eot_iter).to(moved.dtype)
-                (gradient,) = torch.autograd.grad(moved, leaf, outer)
-                search.see(point, at_point._replace(image=gradient))
-                (apart,) = torch.autograd.grad(roughness, leaf)
-                gradient = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0) - self.smoothness * apart
-                flow = (flow + adam.step(gradient)).clamp(-bound, bound)
-                point = warp(x, flow)
+            with keeping(lambda: search.memory.get("best", point)):
+                for _ in range(steps):
+                    with torch.enable_grad():
+                        leaf = flow.detach().requires_grad_()
+                        moved, roughness = warp(x, leaf), flow_loss(leaf).sum()
+                    at_point = gradients.at(point)
+                    outer = (at_point.image / objective.eot_iter).to(moved.dtype)
+                    (gradient,) = torch.autograd.grad(moved, leaf, outer)
+                    search.see(point, at_point._replace(image=gradient))
+                    (apart,) = torch.autograd.grad(roughness, leaf)
+                    gradient = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0) - self.smoothness * apart
+                    flow = (flow + adam.step(gradient)).clamp(-bound, bound)
+                    point = warp(x, flow)
             return search.result(x, point)
 
         return worst_of_runs(self, attack, (target, x, y), context)

@@ -10,10 +10,10 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,9 +25,9 @@ from ..attacks import Attack, AttackContext, frozen
 from ..attacks.arguments import check_eps
 from ..attacks.attacked_model import check_leaves_images
 from ..attacks.base import ThreatModel
-from ..attacks.engine.engine_attack import CUT
+from ..attacks.context import TimeIsOver
 from ..ops import kernels_now
-from ..protocols import Classifier, Passes
+from ..protocols import Classifier
 from ..speed.followed import read_copies
 from ..speed.memory import peak_so_far
 from ..speed.precision import raced_convolutions, whole_float32_by_default
@@ -41,9 +41,9 @@ from .request.preparation import collect, facts, note_of_modes, read_attacks, wa
 from .request.published import authors_attacks
 from .request.specs import AttackFunction, AttackSpec
 from .request.subject import DrawsUnderAttack, Subject, Variant, device_of
-from .results.rows import Row, worst_rows
+from .results.rows import CUT, Row, worst_rows
 from .run.cache import RowCache
-from .run.measure import EXAMPLES, Measure, Standing, TimeIsOver, settings_of
+from .run.measure import EXAMPLES, Measure, Standing, settings_of
 from .run.progress import Progress
 from .run.shards import Shards
 from .show.report import Report
@@ -55,13 +55,15 @@ logger = logging.getLogger("purify_fast")
 
 #: "worst_of": an attack succeeds if ``n_eval`` fresh draws would all be correct with at most this probability.
 MAX_SURVIVAL = 0.01
-#: The share of the work of a search that gives images up, measured on networks with and without noise: 0.22 to 0.63.
-GIVEN_UP = 0.3
+#: The largest share of a limit of time that the probes before the attacks take.
+PROBES_SHARE = 1 / 3
 #: Said of a model that is random only on attacked images.
 VARYING = (
     "two predictions of the same attacked images differ, although those of clean images and of images near them were "
     "alike, so it is attacked and judged as a random model"
 )
+
+Result = TypeVar("Result")
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -164,26 +166,30 @@ def evaluate(
             probes = by_default if config.probes is None else config.probes
             before = subject.batch_limit.within(lambda: Before(subject)) if probes else None
             ball = ThreatModel(norm, float(eps))
-            plan = given
-            if config.protocol is not None:
-                plan = protocol_attacks(config.protocol, subject, ball, base, config.steps)
-            if config.predict is not None:
-                plan = beside_fixed(plan, subject)
-            context = replace(_context(config, subject, ball), until=until)
+            context = _context(config, subject, ball)
             folder = Path(out) if out is not None and shards.rank == 0 else None
             if folder is not None and mark is None:
                 why = "because it is a function, or holds a value that cannot be compared. In Python, "
                 logger.warning('out: the rows of %s are not kept, %sevaluate(..., revision="1") keeps them', name, why)
             cache = RowCache(folder, kernels_now(device), revision)
             cache.register(subject.model, mark)
-            _admit([base, *(spec.other_model for spec in plan)], subject, cache, stack)
-            shown = Progress(name, progress and shards.rank == 0, until=until)
+
+            def plan() -> Sequence[AttackSpec]:
+                asked = given
+                if config.protocol is not None:
+                    asked = protocol_attacks(config.protocol, subject, ball, base, config.steps)
+                if config.predict is not None:
+                    asked = beside_fixed(asked, subject)
+                _admit([base, *(spec.other_model for spec in asked)], subject, cache, stack)
+                return asked
+
+            shown = Progress(name, progress and shards.rank == 0, deadline=subject.deadline)
             every = config.keep == "all"
             measure = Measure(subject, context, name, cache, progress=shown, shards=shards, keep_all=every)
             about = {"model": model_marks(subject.base_model, mark), "classes": subject.num_classes}
             about |= {"random": subject.is_random} | judging
             suspicion = Suspicion(report, measure, before, config.probes is None)
-            return _Evaluation(report, measure, plan, suspicion, mark=mark, stack=stack).fill(about)
+            return _Evaluation(report, measure, suspicion, mark=mark, stack=stack, until=until).fill(plan, about)
 
     # The second run is outside of the block, so that the first has freed its memory.
     with contextlib.suppress(DrawsUnderAttack):
@@ -228,10 +234,11 @@ def _admit(models: Sequence[Classifier | None], subject: Subject, cache: RowCach
     """Freeze the other models that attacks use, and add their fingerprints to the cache."""
     for model in {id(model): model for model in models if model is not None}.values():
         stack.enter_context(frozen(model))
-        check_leaves_images(model, subject.sample_images()[:1])
+        asked = subject.deadline.watch(model)
+        check_leaves_images(asked, subject.sample_images()[:1])
         if cache.folder is not None:
             torch.manual_seed(subject.seed)
-            model(subject.sample_images())
+            asked(subject.sample_images())
             cache.register(model, fingerprint(model, cache.revision))
 
 
@@ -241,19 +248,22 @@ class _Evaluation:
 
     report: Report
     measure: Measure
-    asked_for: Sequence[AttackSpec]
     suspicion: Suspicion
     mark: str | None
     stack: contextlib.ExitStack
+    #: The value of `time.monotonic` at which the time is over.
+    until: float
+    #: The parts that were left out because the time was over.
+    left_out: list[str] = field(default_factory=list)
     #: By variant and threat model.
     standings: dict[tuple[Variant, str | None], Standing] = field(default_factory=dict)
 
-    def fill(self, about: dict[str, Any]) -> Report:
+    def fill(self, plan: Callable[[], Sequence[AttackSpec]], about: dict[str, Any]) -> Report:
         """Run the evaluation and return the report; all other processes return the report of the first process."""
         report, measure = self.report, self.measure
-        context, shards, name = measure.context, measure.shards, measure.name
-        self.choose_attacks(self.asked_for)
-        subject = measure.subject
+        context, shards, name, subject = measure.context, measure.shards, measure.name, measure.subject
+        asked_for = self.in_time("the plan of the attacks", plan)
+        self.choose_attacks(asked_for or [])
         shards.check_same(
             {
                 "images": subject.data,
@@ -263,18 +273,10 @@ class _Evaluation:
                 "attacks": [[row_name(spec, context), settings_of(spec, subject, context)] for spec in measure.attacks],
             }
         )
-        before = self.suspicion.before
-        measure.progress.costs = self.costs()
+        measure.progress.total = len(self.plan)
+        asked = self.probed()
+        measure.progress.total = measure.progress.rows + len(self.plan)
         measure.progress.plan(len(subject.y))
-        asked = None if before is None else self.suspicion.measure_before_attacks(before)
-        if asked is not None:
-            self.act_on(signs_of_masking(asked, subject.is_random), asked)
-            measure.progress.costs[measure.progress.rows :] = self.costs()
-            if shards.rank == 0:
-                expected = self.expected(asked)
-                measure.progress.plan(len(subject.y), expected)
-                if expected is not None:
-                    report.about["expected_seconds"] = f"{measure.progress.seconds + expected:.1f}"
         if shards.rank > 0:
             return Report.from_json(measure.follow())
         report.rows = self.rows()
@@ -284,7 +286,11 @@ class _Evaluation:
             for row in report.rows:
                 row.examples = None if row.examples is None else row.examples.first(EXAMPLES)
         report.rows += worst_rows(report.rows)
+        subject.deadline.begin(self.until)
         self.suspicion.conclude(asked)
+        if subject.deadline.over:
+            self.left_out.append("the questions of the signs after the attacks")
+        self.tell_what_was_left_out()
         headline = report.headlines.get(name)
         report.notes += notes_on_rows(report.rows, headline)
         if headline is not None and (test := report.claim_test(headline)) is not None:
@@ -305,6 +311,45 @@ class _Evaluation:
         shards.end(report.to_json)
         return report
 
+    def in_time(self, what: str, make: Callable[[], Result]) -> Result | None:
+        """Call ``make`` in all processes until the time is over for the first; None, in all of them, if it is over."""
+        deadline, shards, made = self.measure.subject.deadline, self.measure.shards, None
+        deadline.begin(self.until if shards.rank == 0 else math.inf)
+        with contextlib.suppress(TimeIsOver):
+            made = make()
+        deadline.begin()
+        if shards.from_first(lambda: made is not None):
+            return made
+        self.left_out.append(what)
+        return None
+
+    def probed(self) -> Probes | None:
+        """Run the probes before the attacks, and choose other attacks if they found signs of masked gradients."""
+        subject, before = self.measure.subject, self.suspicion.before
+        if self.measure.shards.rank == 0:
+            # The time of a judgement is then known.
+            for variant in self.variants():
+                self.measure.clean(variant)
+        if before is None:
+            return None
+        now = time.monotonic()
+        subject.deadline.begin(now + PROBES_SHARE * max(0.0, self.until - now))
+        asked = self.suspicion.measure_before_attacks(before)
+        if subject.deadline.over:
+            self.left_out.append("probes before the attacks")
+        subject.deadline.begin()
+        if asked is not None:
+            signs = signs_of_masking(asked, subject.is_random)
+            stronger = self.in_time("the attacks for masked gradients", lambda: self.stronger(signs, asked))
+            if stronger:
+                self.report.notes.append(stronger[1])
+                self.choose_attacks(stronger[0])
+        return asked
+
+    def variants(self) -> list[Variant]:
+        """The variants of the model that the attacks of the plan attack or judge."""
+        return list(dict.fromkeys(["random", *(spec.variant for spec in self.plan)]))
+
     def choose_attacks(self, asked_for: Sequence[AttackSpec]) -> None:
         """Select the attacks that the model allows."""
         measure, context = self.measure, self.measure.context
@@ -313,67 +358,28 @@ class _Evaluation:
         self.report.notes += [note for note in notes if note not in self.report.notes]
         measure.attacks = self.plan
 
-    def act_on(self, signs: Sequence[str], asked: Probes) -> None:
-        """If there are signs of masked gradients, strengthen the attacks of a protocol in `SEARCHES` and add a note."""
+    def stronger(self, signs: Sequence[str], asked: Probes) -> tuple[list[AttackSpec], str] | tuple[()]:
+        """For signs of masked gradients in a protocol in `SEARCHES`: stronger attacks, and a note; otherwise empty."""
         if not signs or self.report.about.get("protocol") not in SEARCHES:
-            return
+            return ()
         subject, context = self.measure.subject, self.measure.context
         ball = ThreatModel(context.norm, float(context.eps))
         quick = self.report.about.get("protocol") == "fast"
         own = self.asked_for[:1] if quick and subject.is_random and asked.is_blind else self.asked_for
         further = without_early_stops(own, subject, ball, asked.order, quick)
         if further == list(self.asked_for):
-            return
+            return ()
         _admit([spec.other_model for spec in further], subject, self.measure.cache, self.stack)
         joined = len(further) - len(own)
         added = f"{joined} rows were added" if joined > 1 else "a row was added"
         rows = f", and {added} for attacks along the gradients of other models" if joined else ""
-        self.report.notes.append(
+        note = (
             f"signs of masked gradients were found before the attacks: {'; '.join(signs)}. So every attack "
             f"searched all images that had not fallen, and took all of its steps{rows}"
         )
-        self.choose_attacks(further)
+        return further, note
 
     # -- the rows -----------------------------------------------------------------------------------------------------
-
-    def costs(self) -> list[Passes | None]:
-        """Return the largest numbers of passes of single images for each row; None if a number is unknown."""
-        context, n = self.measure.context, len(self.measure.subject.y)
-
-        def images(spec: AttackSpec) -> int:
-            stands = self.standings.get((spec.variant, threat_name(spec, context)))
-            left = int(stands.left.sum()) if stands is not None and spec.survivors_only else n
-            return min(left, spec.nearest or n)
-
-        asked = [(spec.attack.cost(context), images(spec)) for spec in self.plan]
-        return [None if cost is None else cost * images for cost, images in asked]
-
-    def expected(self, asked: Probes) -> float | None:
-        """Estimate the seconds of the attacks from the probes; None if the cost of an attack is unknown.
-
-        The first attack gets all images. Later attacks get those that withstand, in the share of the probes.
-        """
-        context, measure = self.measure.context, self.measure
-        work, images = 0.0, float(measure.clean("random").mean * len(measure.subject.y))
-        surrogates = 0
-        for number, spec in enumerate(self.plan):
-            cost = spec.attack.cost(context)
-            if cost is None:
-                return None
-            surrogates += spec.gradients_from is not None
-            if asked.is_blind and spec.gradients_from is None and cost.gradients:
-                # It ends with its first step.
-                continue
-            first = surrogates == 1 if asked.is_blind else number == 0
-            # The short attacks of all surrogates leave fewer images to the long ones.
-            later = 1 + asked.is_blind + (surrogates > len(asked.order))
-            left = images if first or not spec.survivors_only else images * asked.stands**later
-            used = GIVEN_UP if spec.attack.may_end_early(context) else 1.0
-            # An image that falls is done after a part of the search.
-            used *= asked.stands + GIVEN_UP * (1 - asked.stands) if first else 1.0
-            work += used * cost.work * min(left, spec.nearest or left)
-        done = measure.progress.images.work
-        return work * measure.progress.seconds / done if done else None
 
     def standing(self, variant: Variant, threat: str | None) -> Standing:
         """The state of the images after the attacks so far."""
@@ -383,32 +389,36 @@ class _Evaluation:
     def rows(self) -> list[Row]:
         """Make the rows of the clean images for each variant, and the rows of the attacks."""
         measure, subject, progress = self.measure, self.measure.subject, self.measure.progress
-        variants: list[Variant] = list(dict.fromkeys(["random", *(spec.variant for spec in self.plan)]))
-        n = len(subject.y)
-        all_rows = [measure.clean(variant) for variant in variants]
-        left_out = list[str]()
-        for number, spec in enumerate(self.plan, 1):
+        n, all_rows = len(subject.y), [measure.clean(variant) for variant in self.variants()]
+        for spec in self.plan:
             threat = threat_name(spec, measure.context)
             deployed = self.standing("random", threat).rows if subject.is_random else []
             earlier = [row for row in deployed if row.n >= (spec.max_images or n)]
+            judged: list[Variant] = list(dict.fromkeys([spec.variant, "random"]))
+            # A search ends early enough for the judgement of its images.
+            subject.deadline.begin(self.until - sum(map(measure.judging, judged)))
             try:
                 rows = measure.attacked(spec, self.standing(spec.variant, threat), earlier)
             except TimeIsOver:
-                left_out.append(row_name(spec, measure.context))
+                self.left_out.append(row_name(spec, measure.context))
                 continue
+            finally:
+                subject.deadline.begin()
             source = measure.cache.source
             all_rows += rows
-            for row, variant in zip(rows, dict.fromkeys([spec.variant, "random"]), strict=False):
+            for row, variant in zip(rows, judged, strict=False):
                 if row.is_attack:
                     self.standing(variant, threat).add(row, measure.withstood(row))
-            progress.costs[progress.rows :] = self.costs()[number:]
             for row in rows:
                 progress.finished(f"{row.attack}: {100 * row.accuracy:.1f} % of {row.n} images{source}")
-        standing = self.standing("random", None)
-        cut = [row.attack for row in all_rows if CUT in row.warnings]
-        left, every = int(standing.left.sum()), len(self.plan)
-        self.report.notes += paragraphs("time.jinja", left_out=left_out, cut=cut, left=left, every=every)
-        if left and (left_out or cut):
-            ended = f"{len(left_out)} of {every} attacks were left out, and {len(cut)} cut short"
-            self.report.about["ended"] = f"the time was over: {ended}; they might have broken more images"
         return all_rows
+
+    def tell_what_was_left_out(self) -> None:
+        """Add a note on what the limit of time has left out, if it might have changed the headline."""
+        cut = [row.attack for row in self.report.rows if CUT in row.warnings]
+        left = int(self.standing("random", None).left.sum())
+        self.report.notes += paragraphs("time.jinja", left_out=self.left_out, cut=cut, left=left)
+        if left and (self.left_out or cut):
+            attacks = {row_name(spec, self.measure.context) for spec in self.plan} & {*self.left_out}
+            ended = f"{len(attacks)} of {len(self.plan)} attacks were left out, and {len(cut)} cut short"
+            self.report.about["ended"] = f"the time was over: {ended}; they might have broken more images"

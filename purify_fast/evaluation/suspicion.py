@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -12,17 +12,13 @@ import numpy as np
 import torch
 
 from .._tensors import digest
-from ..attacks.engine.row_batches import is_over
-from ..protocols import Passes
+from ..attacks.context import TimeIsOver
 from .alarms.probes import PROBED, Before, Probes, compared_gradients, has_no_gradient, measure_before_attacks, probe
-from .alarms.signs import IDENTITIES, Evidence, findings, signs_of_masking
+from .alarms.signs import Evidence, findings, signs_of_masking
 from .results.rows import Worst, count_fallen
 from .run.measure import Measure
 from .run.progress import counted_model
 from .show.report import Report
-
-#: The largest share of a limit of time that the probes before the attacks take.
-PROBES_SHARE = 1 / 3
 
 
 @dataclass
@@ -50,18 +46,9 @@ class Suspicion:
             fallen = probes.found() if subject.is_random else probes.fallen()
             count_fallen(report.rows, fallen, self.judged_points(probes, fallen))
             report.curves.setdefault(name, {}).update(probes.curves())
-        elif any(row.lacked_gradients for row in evidence.with_counted_gradients()):
-            # The rows only count gradients of zeros. The probes would have told why.
-            evidence = replace(evidence, no_gradient=has_no_gradient(subject))
-        elif (
-            self.compares
-            and evidence.followed_gradients()
-            # The gradients of such a model are approximations by design.
-            and type(subject.base_model).__name__ not in IDENTITIES
-        ):
-            evidence = replace(
-                evidence, cosine=subject.batch_limit.within(lambda: compared_gradients(subject, self.measure.context))
-            )
+        else:
+            with contextlib.suppress(TimeIsOver):
+                evidence = replace(evidence, **self.about_gradients(evidence))
         report.findings = [replace(finding, model=name) for finding in findings(evidence)]
         doubts = [finding for finding in report.findings if finding.verdict == "unreliable"]
         inconsistent = any(finding.of_answers for finding in doubts)
@@ -74,6 +61,18 @@ class Suspicion:
             if headline and doubts and (row.accuracy > 0 or inconsistent):
                 row.reliable = False
                 row.doubts = [finding.alarm for finding in doubts]
+
+    def about_gradients(self, evidence: Evidence) -> dict[str, Any]:
+        """Compare or look for gradients without the probes; the result are fields of the evidence."""
+        subject = self.measure.subject
+        if any(row.lacked_gradients for row in evidence.with_counted_gradients()):
+            # The rows only count gradients of zeros. The probes would have told why.
+            return {"no_gradient": has_no_gradient(subject)}
+        # The gradients of BPDA and of surrogates are approximations by design.
+        approximate = getattr(type(subject.base_model), "approximates_gradients", False)
+        if approximate or not self.compares or not evidence.followed_gradients():
+            return {}
+        return {"cosine": subject.batch_limit.within(lambda: compared_gradients(subject, self.measure.context))}
 
     def judged_points(self, probes: Probes, fallen: Sequence[int]) -> Worst | None:
         """Judge the points of a random model's images that fell to probes; None if there are none."""
@@ -92,41 +91,41 @@ class Suspicion:
         settings = {"probes": [PROBED, subject.data, subject.seed, subject.is_random, *ball]}
         return self.measure.cache.key(settings | more, subject.model)
 
-    def measure_before_attacks(self, before: Before) -> Probes:
-        """Run the probes before the attacks, in the first process; each is kept as soon as it is made."""
+    def measure_before_attacks(self, before: Before) -> Probes | None:
+        """Run the probes before the attacks, in the first process; each is kept as soon as it is made.
+
+        The result is None if the time was over before the first images were probed.
+        """
         measure, context, subject = self.measure, self.measure.context, self.measure.subject
         progress = measure.progress
         model = counted_model(subject.model, progress)
-        # With a limit of time, the probes get a part of it.
-        now = time.monotonic()
-        context = replace(context, until=now + (context.until - now) * PROBES_SHARE)
 
-        def keep(
-            name: str, most: Passes, settings: dict[str, Any], make: Callable[[], dict[str, Any]]
-        ) -> dict[str, Any]:
+        def keep(name: str, settings: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
             def shown() -> dict[str, Any]:
-                progress.costs.insert(progress.rows, most)
+                progress.total += 1
                 try:
-                    with progress.row(f"probe: {name}", most):
+                    with progress.row(f"probe: {name}"):
                         made = make()
-                except Exception:
-                    del progress.costs[progress.rows]
+                except BaseException:
+                    progress.total -= 1
                     raise
                 progress.next_row()
                 return made
 
-            key = self.probes_key({"probe": name} | settings)
-            return measure.cache.values(key, shown, whole=lambda: not is_over(context.until))
-
-        def is_enough(asked: Probes) -> bool:
-            return is_over(context.until) or self.settled(asked)
+            return measure.cache.values(self.probes_key({"probe": name} | settings), shown)
 
         def probes() -> Probes:
             limited = replace(context, max_forward_batch=subject.batch_limit.limit(context.max_forward_batch))
-            return measure_before_attacks(before, limited, model, keep, is_enough)
+            return measure_before_attacks(before, limited, model, keep, self.settled)
 
-        # If memory runs out, the probes run again with fewer images at once.
-        return Probes(**measure.shards.from_first(lambda: asdict(subject.batch_limit.within(probes))))
+        def made() -> dict[str, Any] | None:
+            # If memory runs out, the probes run again with fewer images at once.
+            with contextlib.suppress(TimeIsOver):
+                return asdict(subject.batch_limit.within(probes))
+            return None
+
+        found = measure.shards.from_first(made)
+        return None if found is None else Probes(**found)
 
     def settled(self, asked: Probes) -> bool:
         """Tell whether the measurements contain a sign of masked gradients."""
@@ -141,7 +140,7 @@ class Suspicion:
         left = np.zeros(n, dtype=bool) if wrong is None else wrong == 0
         attacks = {"attacks": [row.attack for row in evidence.rows], "left": digest(torch.from_numpy(left.copy()))}
         asked_now = functools.partial(probe, before, context, asked, left.tolist())
-        made = self.measure.cache.values(
-            self.probes_key(attacks), lambda: asdict(subject.batch_limit.within(asked_now))
-        )
-        return Probes(**made)
+        key = self.probes_key(attacks)
+        with contextlib.suppress(TimeIsOver):
+            return Probes(**self.measure.cache.values(key, lambda: asdict(subject.batch_limit.within(asked_now))))
+        return replace(asked, left=left.tolist(), whole=False)

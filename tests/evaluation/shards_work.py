@@ -106,7 +106,7 @@ def made(kind, out=None, **more):
 def plain(report):
     """A report without its cost and command, with the margins of all images where it has them."""
     content = json.loads(report.to_json())
-    for name in ("command", "seconds", "expected_seconds", "peak_memory", "passes"):
+    for name in ("command", "seconds", "peak_memory", "passes"):
         content["about"].pop(name, None)
     for values, row in zip(content["rows"], report.rows, strict=True):
         del values["seconds"]

@@ -1,8 +1,6 @@
 """The most telling search comes first, useless gradients end a row, and a limit of time says what it left out."""
 
 import contextlib
-import itertools
-import time
 from unittest import mock
 
 import pytest
@@ -11,15 +9,21 @@ from digit_nets import EPS, digits, standard
 from evaluating import evaluate
 from small_models import Made
 
-from purify_fast.attacks import APGD, PGD, Square
+from purify_fast.attacks import APGD, FABT, PGD, Square, StAdv
 from purify_fast.attacks.base import ThreatModel
-from purify_fast.attacks.engine.engine_attack import BLIND, CUT
+from purify_fast.attacks.context import TimeIsOver
+from purify_fast.attacks.engine.engine_attack import BLIND
+from purify_fast.attacks.pgd import LeavingPGD
 from purify_fast.defences import NoisyEnsemble
-from purify_fast.evaluation import EvaluateConfig, runner
+from purify_fast.evaluation import EvaluateConfig, as_attack
 from purify_fast.evaluation.alarms import probes
+from purify_fast.evaluation.request.deadline import Deadline
 from purify_fast.evaluation.request.subject import Subject
-from purify_fast.evaluation.run.progress import Progress
+from purify_fast.evaluation.results.rows import CUT
+from purify_fast.evaluation.run.progress import Progress, counted_model
+from purify_fast.evaluation.surrogates import copies
 from purify_fast.protocols import Passes
+from purify_fast.speed.graphs.step_loop import Steps
 
 
 def shaken(how=lambda x: (4 * x).round() / 4):
@@ -68,8 +72,8 @@ def test_only_a_first_step_without_any_gradient_ends_a_run(draws):
     # On a random model, 20 draws decide, at the steps after which a batch may shrink: 1 to 6, and 8.
     looks = 1 if draws == 1 else 8
     assert blind.warnings == [BLIND] and sum(seen) == looks
-    # Without randomness the counts are those of all steps, so that the row counts as much as before.
-    assert blind.health.count("gradients") == blind.health.count("zero") == (24 if draws == 1 else 2 * looks)
+    # Each gradient that was taken counts once.
+    assert blind.health.count("gradients") == blind.health.count("zero") == 2 * looks
 
 
 def test_one_faulty_pixel_does_not_end_a_run():
@@ -170,38 +174,45 @@ def test_several_draws_of_a_judgement_are_one_call_only_if_the_class_promises_it
 # -- the plan and the limit of time ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("random", [False, True])
-def test_the_counts_stay_within_the_plan(random, capsys):
-    model = NoisyEnsemble(standard(), 0.1, samples=1) if random else standard()
-    report = judged(model, n=8, progress=True, probes=False, steps=20)
-    (plan,) = [line for line in capsys.readouterr().err.splitlines() if ": plan: " in line]
-    numbers = [int(word.replace(",", "")) for word in plan.split() if word.replace(",", "").isdigit()]
-    forwards, gradients = work_of(report.about["passes"])
-    # The judgement of the rows comes on top of the attacks' passes.
-    assert forwards <= numbers[2] + 20 * len(report.rows) and 0 < gradients <= numbers[3]
+class Timed:
+    """A model whose calls take a second each of `clock`; a call with gradients, of some images, takes as long."""
+
+    def __init__(self, model, clock):
+        self.model, self.clock, self.calls = model, clock, 0
+
+    def __call__(self, z):
+        self.calls += 1
+        self.clock.now += 1
+        return self.model(z)
 
 
-def test_a_limit_of_time_names_what_it_left_out_and_more_time_continues(tmp_path):
-    clock = itertools.count()
-    net = standard()
+class Clock:
+    now = 1000.0
 
-    def slow(z):
-        next(clock)
-        return net(z)
+    def __call__(self):
+        return self.now
 
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr("time.monotonic", clock)
+    return clock
+
+
+def test_a_limit_of_time_names_what_it_left_out_and_more_time_continues(tmp_path, clock):
+    slow = Timed(standard(), clock)
     options = {"out": tmp_path, "revision": "1"}
     settings = {"protocol": "standard", "probes": False, "steps": 10, "n": 8}
-    start = time.monotonic()
-    # Each call of the model takes a second of this clock.
-    with mock.patch("time.monotonic", lambda: start + next(clock)):
-        report = judged(slow, **options, **settings, minutes=0.5)
+    report = judged(slow, **options, **settings, minutes=1)
     (note,) = [note for note in report.notes if note.startswith("the time was over")]
     ran = [row.attack for row in report.rows if row.is_attack]
-    assert "attacks were left out" in note and len(ran) < 9
-    assert f"each of the {int(report.headline.robust.sum())} images" in note
+    assert "left out" in note and len(ran) < 9
+    left = int(report.headline.robust.sum())
+    assert f"each of the {left} image{'s' if left > 1 else ''} that" in note
     kept = len(list((tmp_path / "rows").iterdir()))
     assert kept == sum(CUT not in row.warnings for row in report.rows if row.kind != "worst")
-    whole = judged(slow, **options, **settings, minutes=60)
+    whole = judged(slow, **options, **settings, minutes=600)
     assert not any("time was over" in note for note in whole.notes)
     assert len([row for row in whole.rows if row.is_attack]) == 9
     # Rows that are finished are read although no time is left.
@@ -213,12 +224,116 @@ def test_a_limit_of_time_names_what_it_left_out_and_more_time_continues(tmp_path
     assert [row.robust.tolist() for row in whole.rows] == [row.robust.tolist() for row in alone.rows]
 
 
-@pytest.mark.parametrize("attack", [APGD(steps=40), Square(n_queries=400), APGD(steps=40, loss="margin_targeted")])
-def test_a_search_ends_where_its_time_is_over(attack):
-    _, _, x, y = digits()
-    calls = []
-    result = attack.run(lambda z: calls.append(1) or standard()(z), x[:6], y[:6], eps=1e-5, num_classes=10, until=0.0)
-    assert CUT in result.warnings and len(calls) < 30 and (result.images - x[:6]).abs().max() <= 1e-5 + 1e-7
+def of_time(report):
+    return [note for note in report.notes if note.startswith("the time was over")]
+
+
+#: The passes of the checks of a model and of its clean images, which every evaluation makes.
+CHECKS = 25
+
+
+def test_the_first_checks_and_the_clean_images_are_all_that_no_time_allows(clock):
+    slow = Timed(standard(), clock)
+    report = judged(slow, minutes=1e-9)
+    assert slow.calls <= CHECKS and [row.kind for row in report.rows if row.kind != "worst"] == ["clean"]
+    (note,) = of_time(report)
+    assert "probes before the attacks" in note and "APGD-10 margin" in note
+    # Nothing that was not asked counts as asked.
+    assert {finding.verdict for finding in report.findings if finding.alarm == "gradient health"} == {"not asked"}
+
+
+@pytest.mark.parametrize("protocol", ["fast", "standard", "strong"])
+@pytest.mark.parametrize("random", [False, True])
+@pytest.mark.parametrize("seconds", [30, 45, 60, 90, 120, 180, 300, 600])
+def test_the_time_is_kept_in_every_phase(clock, protocol, random, seconds):
+    """Whether it ends in probes, in surrogates, in a search, in a judgement or in the signs: by at most a few passes.
+
+    Every pass takes a second, whatever its images.
+    """
+    model = shaken() if random else standard()
+    began, slow = clock.now, Timed(model, clock)
+    report = judged(slow, n=8, protocol=protocol, steps=10, minutes=seconds / 60)
+    spent = clock.now - began
+    assert spent <= seconds + 10 and (spent >= seconds - 35 or not of_time(report))
+    # Without an attack, the report has no headline, and says why.
+    assert report.headlines or of_time(report)
+
+
+def test_the_time_may_end_in_the_trials_of_the_surrogates(clock):
+    """The protocol "strong" makes surrogates before its first attack."""
+    slow, made = Timed(shaken(), clock), []
+    original = copies._gradient
+    with mock.patch.object(copies, "_gradient", lambda *args: made.append(clock.now) or original(*args)):
+        limit = clock.now + 15
+        report = judged(slow, protocol="strong", n=8, minutes=0.25)
+    assert made and max(made) <= limit and "the plan of the attacks" in of_time(report)[0]
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        APGD(steps=40),
+        APGD(steps=40, loss="margin_targeted"),
+        FABT(steps=40),
+        Square(n_queries=400),
+        PGD(steps=40),
+        PGD(steps=5, restarts=20),
+        LeavingPGD(steps=40, look_every=5),
+        StAdv(steps=40),
+        as_attack(lambda model, x, y: [model(x) for _ in range(100)] and x, name="calls"),
+    ],
+    ids=lambda attack: f"{attack.kind}-{type(attack).__name__}",
+)
+def test_an_attack_that_is_cut_short_hands_over_its_best_points(clock, attack):
+    """Images that fell before the end count, and the row says that it was cut."""
+    slow = Timed(standard(), clock)
+    began = clock.now
+    report = judged(slow, protocol=None, attacks=[attack], n=16, eps=EPS, probes=False, minutes=50 / 60)
+    (row,) = [row for row in report.rows if row.is_attack]
+    assert CUT in row.warnings and clock.now - began <= 55 and of_time(report)
+    assert row.accuracy < 1 or attack.kind in ("function", "stadv", "square")
+
+
+def test_a_random_defence_is_judged_by_all_of_its_draws_within_the_time(clock):
+    slow = Timed(NoisyEnsemble(standard(), 0.1, samples=1).eval(), clock)
+    began = clock.now
+    report = judged(slow, n=8, probes=False, minutes=2)
+    assert of_time(report) and {row.n_eval for row in report.rows} == {5} and clock.now - began <= 125
+
+
+def test_a_replayed_step_asks_for_the_time(clock):
+    """A replay runs no Python code of the model: the loop that replays counts, and so asks."""
+    deadline = Deadline()
+    model = counted_model(standard(), Progress(deadline=deadline))
+    deadline.begin(clock.now + 5)
+    steps = Steps(lambda state: state, {"point": torch.zeros(1)})
+    steps.captured = mock.Mock(replay=lambda: setattr(clock, "now", clock.now + 1))
+    steps.counters = [(model, Passes(4, 4))]
+    with pytest.raises(TimeIsOver):
+        for _ in range(100):
+            steps.advance()
+    assert clock.now <= 1006
+
+
+def test_a_pass_that_would_end_late_is_not_begun(clock):
+    deadline = Deadline()
+    deadline.begin(clock.now + 10)
+    deadline.ask(Passes(64))
+    clock.now += 6
+    # The size is new, so nothing is known of its time.
+    deadline.ask(Passes(8))
+    clock.now += 1
+    with pytest.raises(TimeIsOver):
+        deadline.ask(Passes(64))
+    # What was ended gets no smaller pass either.
+    with pytest.raises(TimeIsOver):
+        deadline.ask(Passes(8))
+    deadline.begin()
+    deadline.ask(Passes(64))
+
+
+def test_an_error_handler_of_a_model_does_not_catch_the_end_of_the_time():
+    assert not issubclass(TimeIsOver, Exception)
 
 
 def test_probes_that_were_finished_before_a_kill_are_used_again(tmp_path, monkeypatch):
@@ -242,10 +357,10 @@ def test_probes_that_were_finished_before_a_kill_are_used_again(tmp_path, monkey
     assert made[3] == made[2] and made[:2] != made[3:5]
 
 
-def test_a_minute_has_sixty_seconds():
-    with mock.patch("time.monotonic", lambda: 100.0), mock.patch.object(runner, "Progress", wraps=Progress) as made:
+def test_a_minute_has_sixty_seconds(clock):
+    with mock.patch.object(Deadline, "begin", autospec=True, side_effect=Deadline.begin) as begun:
         judged(standard(), protocol=None, attacks=[], n=2, minutes=2)
-    assert made.call_args.kwargs["until"] == 100 + 2 * 60
+    assert {call.args[1] for call in begun.call_args_list if len(call.args) > 1} == {1000 + 2 * 60}
 
 
 def test_minutes_must_be_above_0():
@@ -254,9 +369,4 @@ def test_minutes_must_be_above_0():
 
 
 def test_counts_of_passes_are_added():
-    assert Passes(3, 1) * 2 + Passes(1) - Passes(2, 2) == Passes(5, 0) and Passes(5, 2).work == 9
-
-
-def test_a_direct_attack_has_no_limit():
-    _, _, x, y = digits()
-    assert not PGD(steps=2).run(standard(), x[:4], y[:4], eps=EPS).warnings
+    assert Passes(3, 1) * 2 + Passes(1) - Passes(2, 2) == Passes(5, 0)

@@ -1,6 +1,7 @@
 """An evaluation that several processes share has the rows of one, image by image, whatever happens to them."""
 
 import functools
+import itertools
 import json
 import os
 import signal
@@ -123,6 +124,24 @@ def test_what_goes_wrong_in_one_process_is_raised_in_all(tmp_path):
     assert "process 1 evaluates something else than process 0 (different: seed" in different
     assert "(different: batch size)" in divided
     assert no_value == "process 0 has no kernels"
+
+
+def limited(kind, minutes):
+    """The report of an evaluation that ends after some minutes; each process has a clock of its own speed."""
+    clock, rank = itertools.count(), dist.get_rank()
+    with mock.patch("time.monotonic", lambda: 50.0 * rank + (1 + rank) * next(clock)):
+        return plain(made(kind, minutes=minutes))
+
+
+@pytest.mark.parametrize("kind", ["random", "masked"])
+def test_processes_end_together_where_the_time_is_over(tmp_path, kind):
+    """In the plan, in probes, in searches of one process or of both: none waits for another for ever."""
+    ended = set()
+    for minutes in (0.3, 2, 6, 20, 60):
+        first, second = results_of(tmp_path / str(minutes), 2, lambda minutes=minutes: limited(kind, minutes))
+        assert without_margins(first)["rows"] == without_margins(second)["rows"]
+        ended.add(first["about"].get("ended"))
+    assert len(ended) > 2
 
 
 def test_a_model_that_draws_under_attack_begins_again_in_all(tmp_path):

@@ -19,7 +19,6 @@ from purify_fast.evaluation import AttackSpec, Report
 from purify_fast.evaluation.alarms.signs import BY_BPDA, Evidence, Finding, findings
 from purify_fast.evaluation.request.subject import Subject
 from purify_fast.evaluation.results.rows import by_worst_points, worst_rows
-from purify_fast.evaluation.show.page import first_fallen
 
 
 class Noisy(nn.Module):
@@ -176,14 +175,6 @@ def test_an_accuracy_of_0_in_all_draws_is_not_doubted(right, verdict):
     # Predictions that are inconsistent make every number doubtful.
     wrong = said(rows, probed(8, later_changes=0.5, left=[0] * 8))
     assert wrong["same answer again"].verdict == wrong["gradient health"].verdict == "unreliable"
-
-
-def test_images_of_a_random_model_fall_first_in_whole_numbers():
-    """A share of 0.7 of the draws on each of eight images is no number of 5.6 images."""
-    rows = [each for each in masked(1, settings={"survivors_only": True}) if each.health is not MASKED]
-    assert first_fallen(Evidence(rows)) == [("other", 8)]
-    again = drawn("again", [0] * 8, [8] * 8, settings={"survivors_only": True})
-    assert first_fallen(Evidence([*rows, again])) == [("other", 8), ("again", 0)]
 
 
 def test_signs_of_a_random_model_count_images_and_name_draws():

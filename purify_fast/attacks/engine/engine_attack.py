@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..._validation import Count, GradientPrecision
-from ...protocols import Classifier, Passes
+from ...protocols import Classifier
 from ..attacked_model import drawn_once_per_call, frozen
 from ..base import AttackResult, InBall, source_of, times
-from ..context import AttackContext
+from ..context import AttackContext, keeping
 from ..objective import Objective
 from .judge import Judge
 from .pace import FEWEST_STEPS
@@ -27,8 +27,7 @@ CANDIDATES = 20
 #: The order of the dual norm for each ball's norm. Within the ball a linear function changes by at most the radius
 #: times the dual norm of its gradient.
 DUAL = {"linf": 1.0, "l2": 2.0, "l1": torch.inf}
-#: The warnings of a search that ran out of time, and of one whose gradients were useless.
-CUT = "runs ended before their last step, because the time was over"
+#: The warning of a search whose gradients were useless.
 BLIND = "runs ended after their first steps, because all of their gradients were zero or not finite"
 
 
@@ -75,11 +74,12 @@ class EngineAttack(InBall):
                     apart = drawn_once_per_call(source, x, draws, most)
                 loss = context.loss_function or loss
                 objective = Objective(source, loss, draws, most, context.graphs, apart=apart)
-                active.judge_clean_images(leave=getattr(self, "leave_when_fallen", True))
-                self.explore(active, objective, context)
+                with keeping(lambda: active.best):
+                    active.judge_clean_images(leave=getattr(self, "leave_when_fallen", True))
+                    self.explore(active, objective, context)
         gave_up = (~active.fallen & ~active.tried).sum()
-        warnings = [BLIND] * active.ended_blind + [CUT] * active.was_cut
-        return AttackResult(active.best, active.health, warnings, active.fell_to, gave_up)
+        warnings = [BLIND] * active.ended_blind
+        return AttackResult(active.best, active.health, warnings, gave_up)
 
     def may_end_early(self, context: AttackContext) -> bool:
         return self.give_up and self.resolved_for(context).steps >= FEWEST_STEPS
@@ -100,13 +100,6 @@ def likeliest_wrong(logits: Tensor, y: Tensor, count: int | None) -> tuple[Tenso
     classes = logits.shape[1]
     wrong = logits.masked_fill(F.one_hot(y, classes).bool(), -torch.inf)
     return wrong.topk(min(count or classes, classes - 1), 1).indices.unbind(1)
-
-
-def cost_of_borders(count: int | None, classes: int, draws: int) -> Passes:
-    """Return the number of passes per image that `nearest_borders` makes, for ``classes`` classes."""
-    searched = min(max(count or classes, CANDIDATES), classes - 1)
-    gradients = searched * draws if searched > 1 else 0
-    return Passes(1 + gradients, gradients)
 
 
 def nearest_borders(active: ActiveSet, objective: Objective, count: int | None) -> tuple[Tensor, ...]:

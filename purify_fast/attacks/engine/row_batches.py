@@ -7,7 +7,6 @@ batch size takes time, so a shrinking batch has only sizes from a fixed list, an
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -41,7 +40,6 @@ class Rows(NamedTuple):
     labels: Tensor
     ball: Ball
     begin: Tensor
-    run: Tensor
 
     def take(self, index: Tensor) -> Rows:
         """Return some of the rows, selected by an int64 index."""
@@ -58,38 +56,26 @@ def take_rows(state: object, index: Tensor, by_column: Sequence[str] = ()) -> No
             setattr(state, name, value.take(index))
 
 
-def is_over(until: float) -> bool:
-    """Tell whether a time of `AttackContext.until` is over."""
-    return time.monotonic() > until
-
-
 class ActiveSet:
     """The images of one attack, the best known point of each image, and the images that have fallen.
 
     Without ``leave``, every image is attacked to the end, and ``fallen`` remains False. ``score`` is the share of
-    misclassified draws and the loss of the best point, ``[2, N]``. ``felled_by`` is the number of the run, or -1.
+    misclassified draws and the loss of the best point, ``[2, N]``.
     ``tried`` is True for images with a complete search, or a search that came nearer to the border before it was given
-    up. ``ended_blind``: a run ended with its first steps, because all gradients were zero or not finite. ``was_cut``: a
-    run ended at the time ``until``.
+    up. ``ended_blind``: a run ended with its first steps, because all gradients were zero or not finite.
     """
 
     def __init__(self, x: Tensor, y: Tensor, ball: Ball, judge: Judge, context: AttackContext):
         self.x, self.y, self.ball, self.judge = x, y, ball, judge
         self.ids = torch.arange(len(x), device=x.device) if context.sample_ids is None else context.sample_ids
-        self.until, self.draws_differ = context.until, context.draws_differ
+        self.draws_differ = context.draws_differ
         self.costly = judge.is_costly()
         self.best, self.score = x.clone(), torch.full((2, len(x)), -torch.inf, device=x.device)
-        self.felled_by = torch.full_like(y, -1)
         self.tried = torch.zeros_like(y, dtype=torch.bool)
-        self.gains, self.fell_to = Gains(), dict[str, int]()
+        self.gains = Gains()
         self.health = GradientHealth() if context.counts_health else None
-        self.ended_blind = self.was_cut = False
-
-    def is_over(self) -> bool:
-        """Tell whether the search ends here, because its time is over."""
-        over = is_over(self.until)
-        self.was_cut |= over
-        return over
+        self.fallen = torch.zeros_like(self.tried)
+        self.ended_blind = False
 
     def judge_clean_images(self, leave: bool = True) -> None:
         """Judge the clean images; with ``leave``, a misclassified clean image has fallen already."""
@@ -111,9 +97,7 @@ class ActiveSet:
         stands = ~self.fallen if self.leave else self.score[0] < 1
         return stands.nonzero()[:, 0]
 
-    def confirm_successes(
-        self, owner: Tensor, points: Tensor, share: Tensor, run: Tensor | None = None
-    ) -> tuple[Tensor, bool]:
+    def confirm_successes(self, owner: Tensor, points: Tensor, share: Tensor) -> tuple[Tensor, bool]:
         """Let the judge check the rows whose search claims a success. This waits for the device once to three times."""
         claims = (has_fallen(share, self.judge.enough) & ~self.fallen[owner]).nonzero()[:, 0]
         if len(claims) == 0:
@@ -128,7 +112,6 @@ class ActiveSet:
         won = won[first[owner[won]] == won]
         self.best[owner[won]] = points[won]
         self.fallen[owner[won]] = True
-        self.felled_by[owner[won]] = torch.zeros_like(won) if run is None else run[won]
         return share, True
 
     def rows_to_keep(self, owner: Tensor, lost: Tensor | None = None) -> Tensor | None:
@@ -145,8 +128,11 @@ class ActiveSet:
             return None
         return gone.to(torch.int8).argsort(stable=True)[:size]
 
-    def keep_best(self, owner: Tensor, points: Tensor, score: Tensor) -> None:
-        """For each image that has not fallen, store the point of its best row if it is better than the stored point."""
+    def keep_best(self, owner: Tensor, points: Tensor, score: Tensor) -> Tensor:
+        """For each image that has not fallen, store the point of its best row if it is better than the stored point.
+
+        All stored points are returned.
+        """
         rank = torch.empty_like(owner)
         by_loss = score[1].nan_to_num(nan=-torch.inf).argsort(stable=True)
         rank[by_loss[score[0][by_loss].argsort(stable=True)]] = torch.arange(len(owner), device=owner.device)
@@ -156,6 +142,7 @@ class ActiveSet:
         self.best[image], self.score[:, image] = better_of(
             self.best[image], self.score[:, image], points[best], score[:, best].to(self.score.dtype)
         )
+        return self.best
 
 
 Goals = Sequence[Tensor | None]
@@ -175,7 +162,7 @@ def waves(
     # Rows are numbered: image i in run r has the number r * count + i.
     firsts = torch.arange(restarts * len(goals), device=x.device)[:, None] * count
     is_first, following = True, 0
-    while len(left := active.left()) and not active.is_over():
+    while len(left := active.left()):
         rows_left = (firsts + left).flatten()
         rows_left = rows_left[rows_left >= following]
         if len(rows_left) == 0:
@@ -194,18 +181,12 @@ def waves(
             begins.append(clean)
             labels.append(y[images] if goal is None else torch.stack([y, goal], 1)[images])
         ball = active.ball.take(owner)
-        rows = Rows(owner, x[owner], torch.cat(labels), ball=ball, begin=torch.cat(begins), run=wave // count)
+        rows = Rows(owner, x[owner], torch.cat(labels), ball=ball, begin=torch.cat(begins))
         if padded:
             size = max(len(wave), min(bucket(len(wave), x.device), fits))
             rows = rows.take(repeated_to(torch.arange(len(wave), device=x.device), size))
         yield rows
         is_first = False
-    for number in active.felled_by[active.felled_by >= 0].tolist():
-        restart, target = divmod(number, len(goals))
-        name = f"restart {restart + 1}" if goals[target] is None else f"target {target + 1}"
-        if goals[target] is not None and restarts > 1:
-            name += f", restart {restart + 1}"
-        active.fell_to[name] = active.fell_to.get(name, 0) + 1
 
 
 class RowSearch:
@@ -217,8 +198,7 @@ class RowSearch:
         judged = give_up and steps >= FEWEST_STEPS
         checks = [round(share * steps) for share in SHARES]
         self.monitor = PaceMonitor(checks, steps, TIMES, active.gains) if judged else None
-        # `faulty`: each row's non-finite and zero gradients. counted: all of a row's gradients so far.
-        self.health, self.faulty, self.counted = active.health, torch.zeros((2, len(rows.x)), device=rows.x.device), 0
+        self.health = active.health
 
     @staticmethod
     def shrinks_after(step: int) -> bool:
@@ -228,13 +208,6 @@ class RowSearch:
     def take(self, index: Tensor) -> None:
         """Continue with some of the rows, selected by an int64 index."""
         take_rows(self, index, by_column=("faulty", "score"))
-
-    def see_given_up(self, index: Tensor) -> None:
-        """Count the gradients that given-up rows no longer take, so that other rows have no larger weight."""
-        if self.health is not None:
-            left = self.steps - self.counted
-            nonfinite, zero = (self.faulty[:, index].sum(1) * left / self.counted).round().long()
-            self.health.add(gradients=len(index) * left, nonfinite=nonfinite, zero=zero)
 
     def out_of_reach(self, step: int, missing: Tensor) -> Tensor | None:
         """Tell which rows are given up."""

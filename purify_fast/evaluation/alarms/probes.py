@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from ...attacks import APGD, AttackContext
 from ...attacks.attacked_model import gradient_to
 from ...attacks.base import ThreatModel, run_alone
+from ...attacks.context import TimeIsOver
 from ...attacks.losses import margin, usable_loss
-from ...protocols import Classifier, FixedNoise, Passes, supports
+from ...protocols import Classifier, FixedNoise, supports
 from ...speed.agreement import BFLOAT16, apart, differ
 from ..request.fingerprint import state_hash
 from ..request.subject import Subject, Variant
@@ -54,8 +55,6 @@ TARGETS = 2
 GROUP, RANKED, MOST_COPIES = 16, 8, 2
 #: A larger margin counts as this one when surrogates are ordered.
 LARGEST = 1e3
-#: The passes of an image for the comparison of gradients with small steps, at the image and near it.
-DIFFERENCES = Passes(1 + 4 * DIRECTIONS * len(SMALL), 1) * 2
 
 Curve = list[tuple[float, float]]
 
@@ -64,7 +63,7 @@ Curve = list[tuple[float, float]]
 class Probes:
     """The measurements of the probes, as plain values. A curve is a list of pairs of a setting and an accuracy.
 
-    Fields up to ``absent`` are measured before the attacks of the report, fields from ``left`` on after them.
+    Fields up to ``points`` are measured before the attacks of the report, fields from ``left`` on after them.
 
     Args:
         n: number of images.
@@ -79,7 +78,6 @@ class Probes:
             surrogate, otherwise 0.
         absent: by name of a missing surrogate: the reason why it is missing.
         order: names of the surrogates; those whose gradients lowered the margins of a few images most come first.
-        stands: share of the correctly classified images that withstand the short attacks; an estimate for the plan.
         points: for a random model, the last point to which each image fell, or the clean image, ``[n, C, H, W]``.
         left: for each image, whether it withstood every attack of the report (a random model: in all choosing draws).
         batch_changes: share of the predictions that depend on the batch; None if it cannot be measured.
@@ -88,6 +86,7 @@ class Probes:
         later_changes: share of the predictions on clean images that have changed since before the attacks.
         state_changed: whether weights, buffers or attributes have changed since before the attacks.
         sets_seed: whether the model sets the seed of torch's generator.
+        whole: whether the fields after ``left`` could be measured before the time was over.
     """
 
     n: int
@@ -100,7 +99,6 @@ class Probes:
     copies: dict[str, list[int]] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
     order: list[str] = field(default_factory=list)
-    stands: float = 1.0
     points: Tensor | None = None
     left: list[bool] = field(default_factory=list)
     batch_changes: float | None = 0.0
@@ -109,6 +107,7 @@ class Probes:
     later_changes: float = 0.0
     state_changed: bool = False
     sets_seed: bool = False
+    whole: bool = True
 
     @property
     def is_blind(self) -> bool:
@@ -134,8 +133,8 @@ class Probes:
         return {name: [list(point) for point in curve] for name, curve in named.items() if curve}
 
 
-#: Makes the values of a probe, or reads them from the cache: `Keep(name, most passes, settings, make)`.
-Keep = Callable[[str, Passes, dict[str, Any], Callable[[], dict[str, Any]]], dict[str, Any]]
+#: Makes the values of a probe, or reads them from the cache: `Keep(name, settings, make)`.
+Keep = Callable[[str, dict[str, Any], Callable[[], dict[str, Any]]], dict[str, Any]]
 
 
 def measure_before_attacks(
@@ -153,13 +152,18 @@ def measure_before_attacks(
         cosine, without = differences(subject, y[some], x[some], near(context, x)[some])
         return {"cosine": cosine, "without_gradient": without}
 
-    asked = Probes(0, [], **keep("gradients and small steps", DIFFERENCES * len(x), {}, differ))
+    asked = Probes(0, [], **keep("gradients and small steps", {}, differ))
     asked = replace(asked, compared=len(x[some]))
     # On a random model every search costs several draws. If its gradients are useless, no search follows them.
     blind = is_random and asked.is_blind
     short = replace(context, batch_size=subject.batch_size)
     for part in torch.arange(len(x), device=x.device).split(GROUP if is_random else context.batch_size or len(x)):
-        asked = _joined(asked, _sweep(before, _Short(before, model, part, short, keep), asked, blind))
+        try:
+            asked = _joined(asked, _sweep(before, _Short(before, model, part, short, keep), asked, blind))
+        except TimeIsOver:
+            if asked.n == 0:
+                raise
+            break
         if is_random and (not any(map(sum, asked.copies.values())) or settled(asked)):
             break
     return asked
@@ -206,10 +210,9 @@ def _sweep(before: Before, short: _Short, asked: Probes, blind: bool) -> Probes:
             left = short.robust(f"gradients over {draws} draws", torch.ones_like(right), eot_iter=draws)
             eot.append((float(draws), _share(left)))
     own, copies, order = right & ~standing, dict[str, list[int]](), asked.order
-    stands = 1.0
     if bool(standing.any()):
         if is_random and not order:
-            order, stands = short.order(standing, surrogates)
+            order = short.order(standing, surrogates)
         most = 0 if blind else MOST_COPIES if is_random else len(surrogates)
         for name, surrogate in in_order(surrogates, order)[:most]:
             options = {"steps": STEPS} if is_random else targeted
@@ -224,7 +227,6 @@ def _sweep(before: Before, short: _Short, asked: Probes, blind: bool) -> Probes:
         copies=copies,
         absent=absent,
         order=order or sorted(copies, key=lambda name: -sum(copies[name])),
-        stands=stands if blind else float(standing.sum() / right.sum().clamp(min=1)),
         points=short.points.cpu() if is_random else None,
     )
 
@@ -250,7 +252,7 @@ def probe(before: Before, context: AttackContext, asked: Probes, left: Sequence[
         later_changes=before.later_changes(),
         state_changed=before.state_changed(),
         watched_changes=watched_changes(subject, before.model, x, near(context, x)),
-        sets_seed=sets_seed(subject.model, subject.sample_images()),
+        sets_seed=sets_seed(subject.asked, subject.sample_images()),
     )
 
 
@@ -289,8 +291,7 @@ class _Short:
             points[at[fell]] = attacked[fell]
             return {"robust": robust.tolist(), "points": points.cpu() if self.random else torch.zeros(0)}
 
-        first, most = int(self.part[0]), (self.cost(settings) + Passes(self.judges)) * len(at)
-        kept = self.keep(name, most, settings | {"first": first, "among": among.tolist()}, make)
+        kept = self.keep(name, settings | {"first": int(self.part[0]), "among": among.tolist()}, make)
         if self.random:
             self.points = kept["points"].to(self.points)
         return torch.tensor(kept["robust"], device=among.device)
@@ -307,23 +308,13 @@ class _Short:
             "copies": context.copies,
             # The attacked model counts its images, and so does a wrapper like it around the surrogate.
             "gradients_from": None if gradients_from is None else self.model.around(lambda _: gradients_from),
-            "until": context.until,
             "max_forward_batch": context.max_forward_batch or context.batch_size,
             **settings,
         }
         return run_alone(APGD, self.model, self.x[at], self.y[at], context.eps, **options)
 
-    def cost(self, settings: dict[str, Any]) -> Passes:
-        """The largest numbers of passes per image of a short attack."""
-        own = {each.name for each in fields(APGD)}
-        attack = APGD(**{name: value for name, value in settings.items() if name in own})
-        return attack.cost(replace(self.context, judge_draws=self.judges, draws_differ=self.random))
-
-    def order(self, among: Tensor, surrogates: Surrogates) -> tuple[list[str], float]:
-        """The names of surrogates, and the share of a few images that withstand all of them.
-
-        First come the surrogates whose gradients lower the margins of the images most.
-        """
+    def order(self, among: Tensor, surrogates: Surrogates) -> list[str]:
+        """The names of surrogates; first come those whose gradients lower the margins of a few images most."""
         at = among.nonzero()[:RANKED, 0]
         settings: dict[str, Any] = {"seed": 0, "steps": SWEEP, "eot_iter": 1, "loss": "margin"}
 
@@ -335,16 +326,9 @@ class _Short:
         def make() -> dict[str, Any]:
             return {name: leads(self.attacked(at, settings, surrogate)) for name, surrogate in surrogates}
 
-        most = (self.cost(settings) + Passes(self.judges)) * (len(at) * len(surrogates))
-        reached = self.keep(
-            "the order of the surrogates",
-            most,
-            settings | {"at": at.tolist(), "surrogates": [name for name, _ in surrogates]},
-            make,
-        )
-        fell = [min(each) == 0 for each in zip(*reached.values(), strict=True)]
         names = [name for name, _ in surrogates]
-        return sorted(names, key=lambda name: sum(reached[name])), 1 - sum(fell) / max(1, len(fell))
+        reached = self.keep("the order of the surrogates", settings | {"at": at.tolist(), "surrogates": names}, make)
+        return sorted(names, key=lambda name: sum(reached[name]))
 
 
 def near(context: AttackContext, x: Tensor) -> Tensor:
@@ -383,7 +367,7 @@ class Before:
 
     def model(self, x: Tensor) -> Tensor:
         """The logits of images, in parts that fit into memory."""
-        return in_parts(self.subject.model, self.subject.batch_size)(x)
+        return in_parts(self.subject.asked, self.subject.batch_size)(x)
 
     def later_changes(self) -> float:
         """Predict the clean images several times again, and return the largest share of changed predictions."""
@@ -423,7 +407,7 @@ def _share(which: Tensor) -> float:
 
 def batch_changes(subject: Subject, x: Tensor) -> float | None:
     """Measure the share of predictions that change if the images are in reverse order, in a larger batch, or alone."""
-    model, x = subject.model, x[: subject.batch_size]
+    model, x = subject.asked, x[: subject.batch_size]
     if not is_repeatable(subject):
         return None
     with subject.variant(repeatable_variant(subject)):
@@ -492,7 +476,7 @@ def has_no_gradient(subject: Subject) -> bool:
     """Tell whether a model's output has no gradient with respect to the images, not even zeros."""
     with torch.enable_grad():
         leaf = subject.sample_images().clone().requires_grad_()
-        return gradient_to(leaf, subject.model(leaf).float().sum()) is None
+        return gradient_to(leaf, subject.asked(leaf).float().sum()) is None
 
 
 def _differences(subject: Subject, x: Tensor, y: Tensor) -> tuple[float | Missing, float]:
@@ -529,4 +513,4 @@ def _signs(x: Tensor, seed: int) -> Tensor:
 def _seeded(subject: Subject, x: Tensor) -> Tensor:
     # With the seed, a model that draws from torch's global generator has the same noise in every call.
     torch.manual_seed(subject.seed)
-    return subject.model(x).float()
+    return subject.asked(x).float()

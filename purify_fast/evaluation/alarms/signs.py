@@ -15,7 +15,7 @@ import numpy as np
 
 from ...attacks import search
 from ...attacks.outputs import INSTEAD_OF_PROBABILITIES, ONE_HOT
-from ..results.rows import GRADIENT_FREE, Row, followed, worst_rows
+from ..results.rows import Row, followed, worst_rows
 from .probes import STEPS, Missing, Probes
 
 Verdict = Literal["passed", "noted", "unreliable", "not asked"]
@@ -26,9 +26,6 @@ MISSING: dict[Missing, str] = {
     "no gradient": "there is no gradient: PyTorch has no derivative of the output with respect to the images",
     "zero gradient": "the gradient is zero everywhere",
 }
-
-#: Class names of the models in which a purifier or another part has the gradient of the identity, as in BPDA.
-IDENTITIES = ("BpdaModel", "IdentityBackward")
 
 #: The meaning of each verdict, in words for the reader of a report. "The number" is the robust accuracy.
 STATES = {
@@ -237,7 +234,7 @@ def findings(evidence: Evidence) -> list[Finding]:
     """
     every: list[Finding] = []
     for alarm, rule in ALARMS.items():
-        if alarm.of_probes and evidence.probes is None:
+        if alarm.of_probes and (evidence.probes is None or not evidence.probes.whole):
             continue
         outcome = rule(evidence, evidence.probes) if alarm.of_probes else rule(evidence)
         if outcome is None:
@@ -377,7 +374,7 @@ def _missed_by_rows(evidence: Evidence) -> Outcome | None:
     """Judge how many images fell only to attacks without the model's own gradients; None without either kind."""
     fallen = evidence.fallen()
     own = [wrong for row, wrong in fallen if row.own_gradients and row.health is not None]
-    others = {row.attack: wrong for row, wrong in fallen if row.kind in GRADIENT_FREE or row.transferred}
+    others = {row.attack: wrong for row, wrong in fallen if not row.own_gradients}
     if not own or not others:
         return None
     full = max(row.n for row, _ in fallen)

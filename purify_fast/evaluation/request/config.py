@@ -79,9 +79,10 @@ class EvaluateConfig:
             CIFAR-10), for `check_witnesses` and `purify-fast check`.
         claim: a claimed robust accuracy, in percent, such as 70. The report says whether the result refutes it, and how
             probable such a result is if the claim is true. A random model is tested by the accuracy of one draw.
-        minutes: largest number of minutes that the evaluation may take, except for the step or the batch that it is in
-            when the time is over. The most telling attacks come first; the report names those that were left out or cut
-            short. Finished rows are kept in ``out``, so the same call with more minutes continues.
+        minutes: largest number of minutes that the evaluation may take, except for the checks of the model, and for the
+            batch that it is in when the time is over. The most telling attacks come first; the report names those that
+            were left out, or cut short at their best points. Finished rows are kept in ``out``, so the same call with
+            more minutes continues.
         dataset_name: name of the data set, for the report's title. On the command line, the default is that of --data.
         together: whether the processes of torch's default process group share the work. Each process calls `evaluate`
             with the same arguments; the result is that of a single process, bit by bit. Only the first process writes

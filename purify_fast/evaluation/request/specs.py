@@ -38,6 +38,7 @@ def as_attack(
     eps: float | None = None,
     norm: NormName | None = None,
     revision: str | None = None,
+    uses_gradients: bool = False,
 ) -> FunctionAttack:
     """Make an attack from a function, for `evaluate` or an `AttackSpec`.
 
@@ -50,6 +51,8 @@ def as_attack(
         norm: norm of the ball, "linf", "l2" or "l1"; a norm needs an eps beside it. None takes the evaluation's norm.
         revision: a name for the function's code, with which results are cached; choose another name after a change.
             None: no caching. Functions with the same module and name, such as lambdas, need different revisions.
+        uses_gradients: whether the function follows gradients of the model. If it does not, and images fall to it that
+            withstood the attacks with gradients, the report takes this as a sign that the gradients mislead.
 
     Raises:
         TypeError: function is not callable.
@@ -59,7 +62,9 @@ def as_attack(
         text = "an attack must be an object of purify_fast.attacks, such as PGD(), an AttackSpec, or a function "
         raise TypeError(f"{text}(model, x, y) -> x_adv, got {function!r}")
     name = getattr(function, "__name__", type(function).__name__) if name is None else name
-    return FunctionAttack(function=function, row_name=name, eps=eps, norm=norm, own_revision=revision)
+    return FunctionAttack(
+        function=function, row_name=name, eps=eps, norm=norm, own_revision=revision, uses_gradients=uses_gradients
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +76,7 @@ class FunctionAttack(InBall):
     function: AttackFunction
     row_name: str
     own_revision: str | None = None
+    uses_gradients: bool = False  # type: ignore[misc]  # the function of each attack decides
 
     def name(self, context: AttackContext) -> str:
         return self.row_name

@@ -36,6 +36,7 @@ from ...speed.memory import BatchLimit
 from ...speed.precision import float32_settings
 from ..surrogates.copies import Surrogates, surrogates
 from .config import Predict
+from .deadline import Deadline
 
 #: The mode in which a model is attacked and judged: as it is, within ``fixed_noise(seed)``, or within
 #: ``deterministic()``.
@@ -127,6 +128,8 @@ class Subject:
         self.x, self.y, self.draws = x, y, draws
         self._batch_size, self.n_eval, self.seed = batch_size, n_eval, seed
         self.device = device_of(model, x)
+        #: The time for passes of searches and probes; nothing limits the passes that judge.
+        self.deadline = Deadline(self.device)
         self.batch_limit = BatchLimit(min(batch_size, len(x)), self.device)
         self.data = digest(x, y)
         torch.manual_seed(seed)
@@ -154,6 +157,10 @@ class Subject:
         if predict == "votes":
             self.model, self.n_eval = MajorityVote(self.base_model, n_eval), 1
 
+    def asked(self, x: Tensor) -> Tensor:
+        """The logits of images by the judged model, for a probe, whose time may be over."""
+        return self.deadline.watch(self.model)(x)
+
     @property
     def batch_size(self) -> int:
         """The largest number of images in a forward pass: the number asked for, or fewer if memory is too small."""
@@ -175,7 +182,8 @@ class Subject:
         """Surrogates, which an adaptive attacker would attack, by name; and the reason why others are missing."""
         if ball not in self._surrogates:
             absent = dict[str, str]()
-            made = surrogates(self.base_model, self.sample_images(), self.num_classes, ball, absent)
+            given = self.base_model, self.sample_images(), self.num_classes, ball
+            made = surrogates(*given, absent, self.deadline.ask)
             self._surrogates[ball] = made, absent
         return self._surrogates[ball]
 

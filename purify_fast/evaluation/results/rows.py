@@ -14,12 +14,12 @@ import numpy as np
 
 from ...attacks import GradientHealth
 
-#: The kinds of attacks that need no gradient.
-GRADIENT_FREE = ("square", "branch_and_bound")
 #: The report's words for the variants of a random model without randomness. These variants are measured, not deployed.
 VARIANTS_APART = {"fixed": "fixed noise", "deterministic": "noise off"}
 #: The fields of a row that describe the outcome of its attack.
-RESULTS = ("attacked", "fell_to", "unsearched", "may_hold", "proved", "warnings", "doubts", "fell_to_probes")
+RESULTS = ("attacked", "unsearched", "may_hold", "proved", "warnings", "doubts", "fell_to_probes")
+#: The warning of an attack that ran out of time.
+CUT = "runs ended before their last step, because the time was over"
 #: The kind of a row that repeats an evaluation by other authors.
 AUTHORS = "authors"
 #: A claim is refuted if the measured accuracy would be too improbable under it: if the claim were true, an accuracy of
@@ -77,7 +77,6 @@ class Row:
         settings: the options of the attack and of its `AttackSpec` as plain values; for several attacks, their names.
         deterministic: whether two predictions of the model are equal; None if unknown.
         attacked: number of images that the attack got; None in a clean row.
-        fell_to: by name of a run, such as "target 2, restart 1", the number of images on which it succeeded.
         may_end_early: whether a search may have ended before its last step.
         unsearched: number of images that the attack got but did not reach, because it stopped before.
         may_hold: the largest number of unsearched images that would fall, with 95 % confidence.
@@ -89,6 +88,7 @@ class Row:
             for the ``worst`` row of that threat model, and never for the headline.
         transferred: whether the images were found on another model than the judged model, or with another model's
             gradients. Another aggregation of samples makes no other model.
+        uses_gradients: whether the attack follows gradients, see `purify_fast.attacks.Attack.uses_gradients`.
         nonfinite_predictions: number of predictions without a class, because of NaN or of several infinite largest
             logits; they count as wrong.
         examples: some attacked images, for the pictures.
@@ -114,7 +114,6 @@ class Row:
     settings: dict[str, Any] = field(default_factory=dict)
     deterministic: bool | None = None
     attacked: int | None = None
-    fell_to: dict[str, int] = field(default_factory=dict)
     may_end_early: bool = False
     unsearched: int = 0
     may_hold: float = 0.0
@@ -124,6 +123,7 @@ class Row:
     fell_to_probes: int | None = None
     threat: str | None = None
     transferred: bool = False
+    uses_gradients: bool = True
     nonfinite_predictions: int = 0
     examples: Examples | None = field(default=None, compare=False)
     margins: np.ndarray | None = field(default=None, compare=False)
@@ -186,7 +186,7 @@ class Row:
     @property
     def own_gradients(self) -> bool:
         """Tell whether the attack used gradients of the judged model, with any aggregation of its samples."""
-        return not self.transferred and self.kind not in GRADIENT_FREE
+        return not self.transferred and self.uses_gradients
 
     @property
     def lacked_gradients(self) -> bool:
@@ -233,7 +233,8 @@ class Row:
     @classmethod
     def from_dict(cls, values: dict[str, Any], arrays: dict[str, np.ndarray] | None = None) -> Row:
         """Make a row from the result of `to_dict`, and from those `arrays` that are not None."""
-        derived, held = ("n", "accuracy", "standard_error", "mean", "mean_error"), dict(arrays or {})
+        # Reports of earlier versions have counts of runs, ``fell_to``.
+        derived, held = ("n", "accuracy", "standard_error", "mean", "mean_error", "fell_to"), dict(arrays or {})
         known = {name: value for name, value in values.items() if name not in derived}
         known |= {"robust": np.array([c == "1" for c in values["robust"]], dtype=bool)}
         kinds = {"right": np.int64, "wrong": np.float64}

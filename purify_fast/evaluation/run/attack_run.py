@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -14,15 +14,15 @@ from torch import Tensor
 
 from ..._tensors import text_hash
 from ...attacks import AttackContext, AttackResult, GradientHealth
-from ...attacks.engine.engine_attack import CUT
+from ...attacks.context import TimeIsOver
 from ...attacks.engine.judge import Judge
-from ...attacks.engine.row_batches import is_over
 from ...attacks.losses import margin
 from ...protocols import Classifier
 from ...speed.memory import same_draws_again
 from ..request.config import USUAL_BATCH
 from ..request.specs import AttackSpec, check_adversarial
 from ..request.subject import Subject
+from ..results.rows import CUT
 from .shards import Shards
 from .stopping import NearestRule, StoppingRule
 
@@ -43,7 +43,6 @@ class AttackedBatch:
     health: GradientHealth
     seconds: float
     warnings: list[str] = field(default_factory=list)
-    fallen: dict[str, int] = field(default_factory=dict)
     leads: list[float] = field(default_factory=list)
     gave_up: int = 0
     proved: int = 0
@@ -91,8 +90,11 @@ class AttackRun:
         else:
             torch.manual_seed(int(text_hash(f"{self.subject.seed} 0 {number}").hexdigest()[:15], 16))
         batch = self._attacked(part)
-        if self.rule is not None:
-            batch.leads = self.subject.batch_limit.within(lambda: self._leads(part, batch.images))
+        if self.rule is not None and CUT not in batch.warnings:
+            try:
+                batch.leads = self.subject.batch_limit.within(lambda: self._leads(part, batch.images))
+            except TimeIsOver:
+                batch.warnings.append(CUT)
         return batch
 
     def obtain(self, number: int, shards: Shards) -> AttackedBatch:
@@ -115,7 +117,10 @@ class AttackRun:
 
         graphs = context.graphs
         assert graphs is not None
-        result = subject.batch_limit.within(functools.partial(graphs.retry_without_graphs, search, subject.device))
+        try:
+            result = subject.batch_limit.within(functools.partial(graphs.retry_without_graphs, search, subject.device))
+        except TimeIsOver as over:
+            result = AttackResult(x if over.points is None else over.points, warnings=[CUT])
         check_adversarial(attack.name(context), result.images, x, attack.threat_model(context))
         health = result.health or GradientHealth()
         return AttackedBatch(
@@ -124,7 +129,6 @@ class AttackRun:
             health=GradientHealth({name: health.count(name) for name in COUNTS}),
             seconds=time.perf_counter() - begin,
             warnings=result.warnings,
-            fallen=result.fell_to,
             gave_up=int(result.gave_up),
             proved=int(result.proved),
         )
@@ -135,22 +139,20 @@ class AttackRun:
         logits = Judge(self.target, max_forward_batch=most).logits(images.to(subject.device))
         return (-margin(logits.double(), subject.y[part].to(logits.device))).tolist()
 
-    def sums(self, shards: Shards) -> AttackedBatch:
-        """Obtain all batches from the processes, and sum up their results."""
+    def sums(self, shards: Shards, reach: Callable[[int], None]) -> AttackedBatch:
+        """Obtain all batches from the processes, and sum up their results; ``reach`` gets the images of each batch."""
         sums = AttackedBatch(self.subject.x.clone(), GradientHealth(dict.fromkeys(COUNTS, 0)), 0.0)
-        fallen = Counter[str]()
         for numbers in self.rounds:
             leads, no_evidence = list[float](), 0
             for number in numbers:
-                if is_over(self.context.until):
-                    sums.warnings += [CUT] if CUT not in sums.warnings else []
+                if CUT in sums.warnings and number not in self._made:
                     break
                 batch = self.obtain(number, shards)
-                self.reached += len(self.parts[number])
+                reach(len(self.parts[number]))
+                self.reached += 0 if CUT in batch.warnings else len(self.parts[number])
                 sums.images[self.parts[number]] = batch.images.to(self.subject.x.device)
                 sums.seconds += batch.seconds
                 sums.health.add(**batch.health.counts)
-                fallen.update(batch.fallen)
                 sums.proved += batch.proved
                 sums.warnings += [text for text in batch.warnings if text not in sums.warnings]
                 # A search that stood still or lacked gradients says nothing about other images.
@@ -159,5 +161,4 @@ class AttackRun:
                 leads += batch.leads
             if CUT in sums.warnings or (self.rule is not None and self.rule.record(leads, no_evidence)):
                 break
-        sums.fallen = dict(fallen)
         return sums

@@ -18,19 +18,18 @@ from torch import Tensor
 from ... import _library
 from ..._sealed import read_sealed, write_sealed
 from ..._tensors import text_hash
-from ...attacks.engine.engine_attack import CUT
 from ...ops.dispatch.registry import forced_backends
 from ...speed.precision import float32_settings
 from ...speed.processor import fast_bfloat16
 from ..request.fingerprint import fingerprint
-from ..results.rows import Row
+from ..results.rows import CUT, Row
 
 logger = logging.getLogger("purify_fast")
 
 #: Increase this number by one for every change after which the same settings, weights and data give other rows, probes
 #: or surrogates: cached results are then made again. For a change within a single attack, increase the version of this
 #: attack instead, so that cached rows of the other attacks remain valid.
-RESULTS_VERSION = 5
+RESULTS_VERSION = 6
 
 
 def read_file(path: Path | None) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
@@ -106,16 +105,14 @@ class RowCache:
         self.used |= content is not None
         return content
 
-    def values(
-        self, key: str | None, make: Callable[[], dict[str, Any]], whole: Callable[[], bool] = lambda: True
-    ) -> dict[str, Any]:
-        """Read plain values and tensors from the cache, or make the values, and cache them if they are ``whole``."""
+    def values(self, key: str | None, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Read plain values and tensors from the cache, or make the values and cache them."""
         path = self._path(key, ".values.safetensors")
         content = self._read(path)
         if content is not None:
             return content[0] | content[1]
         values = make()
-        if path is not None and whole():
+        if path is not None:
             tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
             write_sealed(path, {name: value for name, value in values.items() if name not in tensors}, tensors)
             self._written.append(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,16 +17,14 @@ from torch import Tensor
 from ..._tensors import digest
 from ...attacks import AttackContext, frozen
 from ...attacks.bpda import classifier_of
-from ...attacks.engine.engine_attack import CUT
 from ...attacks.engine.judge import has_fallen
-from ...attacks.engine.row_batches import is_over
 from ...defences.wrappers import WithAggregation
 from ...model_state import is_users
 from ...protocols import Classifier, has_classifier
 from ..request.naming import NOT_ADAPTIVE, clean_name, row_name, threat_name
 from ..request.specs import CLASSIFIER, AttackSpec, FunctionAttack
 from ..request.subject import Judgement, Subject, Variant
-from ..results.rows import AUTHORS, VARIANTS_APART, Examples, Row, Worst, by_worst_points
+from ..results.rows import AUTHORS, CUT, VARIANTS_APART, Examples, Row, Worst, by_worst_points
 from .attack_run import AttackedBatch, AttackRun, counts_of
 from .cache import RowCache
 from .progress import CountedModel, Progress, counted_model
@@ -37,17 +36,14 @@ from .stopping import REVISION as STOPPING
 EXAMPLES = 8
 
 
-class TimeIsOver(Exception):
-    """An attack is left out, because its row is not cached and the time of the evaluation is over."""
-
-
 class AttackJob(NamedTuple):
-    """An attack that all processes share; ``images`` are in the order of the attack."""
+    """An attack that all processes share; ``images`` are in the order of the attack. ``left``: the seconds left."""
 
     attack: int
     images: Tensor
     rule: StoppingRule | NearestRule | None
     draws_differ: bool | None = None
+    left: float = math.inf
 
 
 @dataclass
@@ -100,20 +96,25 @@ class Measure:
         """The row of the clean images."""
 
         def make() -> Row:
-            begin = time.perf_counter()
+            begin = time.monotonic()
             judged = self.subject.judge(self.subject.x, variant, "judge")
             row = self.new_row(judged.right, attack=clean_name(variant), kind="clean", variant=variant)
             row.nonfinite_predictions = judged.nonfinite
             if self.chooses(variant):
                 chosen = self.subject.judge(self.subject.x, variant, "choose")
                 row.wrong, row.margins = chosen.wrong, chosen.margins
-            row.seconds = time.perf_counter() - begin
+            row.seconds = time.monotonic() - begin
             return row
 
         if variant not in self._clean:
             settings = {"clean": variant, "n_eval": self.subject.judges(variant)}
             self._clean[variant] = self.load_or_make(settings, [], make)
         return self._clean[variant]
+
+    def judging(self, variant: Variant) -> float:
+        """The seconds that a judgement of attacked images takes at most: clean images were judged in the same way."""
+        # A deterministic model also predicts attacked images twice, to see whether it draws random numbers for them.
+        return self.clean(variant).seconds * (1 if self.subject.is_random else 3)
 
     def attacked(self, spec: AttackSpec, standing: Standing, earlier: Sequence[Row]) -> list[Row]:
         """The row of an attack, and if it is not on the deployed model, a row that tries its images on that model.
@@ -186,18 +187,16 @@ class Measure:
         return row
 
     def attack(self, spec: AttackSpec, index: Tensor, nearest: NearestRule | None) -> tuple[AttackRun, AttackedBatch]:
-        """Run an attack on some of the images. Raises `TimeIsOver` if there is no time left to begin."""
-        if is_over(self.context.until):
-            raise TimeIsOver
+        """Run an attack on some of the images."""
         rule: StoppingRule | NearestRule | None = nearest
         if nearest is None and spec.until is not None:
             rule = StoppingRule(spec.until, len(index), len(self.subject.y))
         job = AttackJob(self.attacks.index(spec), index, rule)
         with self._run(job) as run:
-            self.shards.from_first(lambda: job._replace(draws_differ=run.context.draws_differ))
-            cost = spec.attack.cost(run.context)
-            with self.progress.row(row_name(spec, self.context), None if cost is None else cost * len(index)):
-                sums = run.sums(self.shards)
+            left = self.subject.deadline.until - time.monotonic()
+            self.shards.from_first(lambda: job._replace(draws_differ=run.context.draws_differ, left=left))
+            with self.progress.row(row_name(spec, self.context), len(index)):
+                sums = run.sums(self.shards, self.progress.reach)
         sums.images = sums.images[: spec.max_images]
         return run, sums
 
@@ -206,7 +205,9 @@ class Measure:
         job = self.shards.follow()
         while isinstance(job, AttackJob):
             with self._run(job) as run:
+                self.subject.deadline.begin(time.monotonic() + job.left)
                 job = self.shards.follow(run.make)
+                self.subject.deadline.begin()
         return str(job)
 
     @contextlib.contextmanager
@@ -218,10 +219,10 @@ class Measure:
         with subject.variant(spec.variant), frozen(target):
             # Some aggregations give infinite logits, which hide differences, and some models draw only for attacked
             # images: the draws are then taken as different.
-            may_hide = subject.is_random and spec.variant == "random"
-            hidden = may_hide and (subject.draws or not target(subject.sample_images()).isfinite().all())
+            may_hide, asked = subject.is_random and spec.variant == "random", subject.deadline.watch(target)
+            hidden = may_hide and (subject.draws or not asked(subject.sample_images()).isfinite().all())
             # Every process makes this test, whose draws must leave all random generators in the same state.
-            varies = hidden or subject.answers_vary(target, elsewhere=subject.is_random)
+            varies = hidden or subject.answers_vary(asked, elsewhere=subject.is_random)
             context = replace(
                 self.context,
                 draws_differ=varies if job.draws_differ is None else job.draws_differ,
@@ -294,9 +295,9 @@ class Measure:
             settings=settings | draws,
             attacked=len(run.index),
             warnings=sums.warnings,
-            fell_to=sums.fallen,
             proved=sums.proved,
             may_end_early=spec.attack.may_end_early(run.context),
+            uses_gradients=spec.attack.uses_gradients,
             **stopped,
             # A model that differs only in the aggregation of its samples is not taken as another model.
             transferred=retest or (target is not None and not isinstance(target, WithAggregation)),

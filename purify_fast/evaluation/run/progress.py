@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ...protocols import Classifier, Passes, SharesDraws, supports
+from ..request.deadline import Deadline
 
 #: The shortest time between two lines of a log, and the time of the first line, in seconds.
 LINE_EVERY, FIRST_LINE = 30.0, 10.0
@@ -21,23 +21,16 @@ LINE_EVERY, FIRST_LINE = 30.0, 10.0
 class Progress:
     """Counts the images in the passes of an evaluation, and shows the progress.
 
-    ``costs`` are upper limits of these counts for each row, or None. The time is over ``until`` a value of
-    `time.monotonic`.
+    ``total`` is the number of rows. Each pass of a counted model asks for the ``deadline``.
     """
 
-    def __init__(
-        self,
-        name: str = "",
-        shown: bool = False,
-        costs: Sequence[Passes | None] = (),
-        until: float = math.inf,
-    ):
-        self.name, self.shown, self.until = name, shown, until
+    def __init__(self, name: str = "", shown: bool = False, total: int = 0, deadline: Deadline | None = None):
+        self.name, self.shown, self.total = name, shown, total
+        self.deadline = Deadline() if deadline is None else deadline
         self.lines = shown and not sys.stderr.isatty()
-        self.costs = list(costs)
         self.rows, self.images, self.in_row = 0, Passes(), 0
         self.label, self.bar = "", None
-        self.began = time.monotonic()
+        self.began = self.row_began = time.monotonic()
         self.last_line = self.began + min(FIRST_LINE, LINE_EVERY) - LINE_EVERY
 
     @property
@@ -45,72 +38,57 @@ class Progress:
         """The time since this object was made."""
         return time.monotonic() - self.began
 
-    @property
-    def rate(self) -> float:
-        """The number of images per second in the forward passes so far."""
-        return self.images.forwards / max(self.seconds, 1e-9)
-
-    def plan(self, images: int, expected: float | None = None) -> None:
-        """Print what the remaining rows cost at most, and the seconds that they are ``expected`` to take."""
-        costs = self.costs[self.rows :]
-        known = [cost for cost in costs if cost is not None]
-        most = sum(known, Passes())
-        text = (
-            f"plan: {len(costs)} attacks on {images} images, at most {most.forwards / images:,.0f} forward passes and "
-        )
-        text += f"{most.gradients / images:,.0f} gradients for each"
-        text += f", and attacks of unknown cost {len(costs) - len(known)}" if len(known) < len(costs) else ""
+    def plan(self, images: int) -> None:
+        """Print the number of attacks; nothing predicts how long their searches take."""
         if self.shown:
-            self._print(text + ("" if expected is None else f"; about {tqdm.format_interval(expected)}"))
+            self._print(f"plan: {self.total - self.rows} attacks on {images} images")
 
     @contextlib.contextmanager
-    def row(self, label: str, most: Passes | None) -> Iterator[None]:
-        """A context in which images are counted for a row."""
-        self.in_row = 0
-        place = f"{self.rows + 1} of {max(len(self.costs), self.rows + 1)}"
+    def row(self, label: str, images: int | None = None) -> Iterator[None]:
+        """A context in which passes are counted for a row, which attacks a number of images."""
+        self.in_row, self.row_began = 0, time.monotonic()
+        place = f"{self.rows + 1} of {max(self.total, self.rows + 1)}"
         self.label = f"{place}, {label}"
-        options: dict[str, Any] = {"unit": " predictions", "unit_scale": True, "leave": False, "dynamic_ncols": True}
+        options: dict[str, Any] = {"unit": " images", "leave": False, "dynamic_ncols": True, "miniters": 0}
         hidden = self.lines or not self.shown
-        total = None if most is None else most.forwards
-        with tqdm(total=total, desc=f"{self.name}: {label} ({place})", disable=hidden, **options) as self.bar:
-            yield
-        self.bar = None
+        try:
+            with tqdm(total=images, desc=f"{self.name}: {label} ({place})", disable=hidden, **options) as self.bar:
+                yield
+        finally:
+            self.bar = None
+
+    def reach(self, images: int) -> None:
+        """Show that the attack of the row is done with some further images."""
+        assert self.bar is not None
+        self.bar.update(images)
 
     def next_row(self) -> None:
         """Begin with the next row, because the last row is finished or was read from the cache."""
-        self.rows, self.in_row = self.rows + 1, 0
+        self.rows += 1
 
     def count(self, images: Passes) -> None:
-        """Count images of passes, and write a line to the log if the last line is old."""
+        """Ask for the time, count images of passes, and write a line to the log if the last line is old."""
+        if images.forwards >= 0:
+            self.deadline.ask(images)
         self.images += images
         self.in_row += images.forwards
-        if self.bar is None:
+        if self.bar is None or not self.shown:
             return
-        self.bar.set_postfix_str(self.left(), refresh=False)
-        self.bar.update(images.forwards)
+        rate = self.in_row / max(time.monotonic() - self.row_began, 1e-9)
+        pace = f"{self.in_row:,} predictions, {rate:,.0f} predictions/s"
+        self.bar.set_postfix_str(pace, refresh=False)
+        self.bar.update(0)
         if self.lines and time.monotonic() - self.last_line >= LINE_EVERY:
-            self._print(f"row {self.label}: {self.rate:,.0f} predictions/s, {self.left()}")
+            self._print(f"row {self.label}: {pace}")
 
     def finished(self, result: str) -> None:
         """Write the short result of a row to the log."""
         if self.lines:
-            self._print(f"{result} ({tqdm.format_interval(self.seconds)}, {self.left()})")
+            self._print(f"{result} ({tqdm.format_interval(self.seconds)})")
 
     def _print(self, text: str) -> None:
         self.last_line = time.monotonic()
         print(f"{self.name}: {text}", file=sys.stderr, flush=True)
-
-    def left(self) -> str:
-        """The longest time that the remaining rows may take, in words."""
-        costs = self.costs[self.rows :]
-        if not costs:
-            return "the last row"
-        known = [cost.forwards for cost in costs if cost is not None]
-        if len(known) < len(costs) or not self.images.forwards:
-            return "time left not known"
-        seconds = (sum(known) - min(self.in_row, known[0])) / self.rate
-        seconds = min(seconds, max(0, self.until - time.monotonic()))
-        return f"{tqdm.format_interval(seconds)} left at most"
 
 
 class CountedModel(nn.Module):

@@ -49,7 +49,7 @@ def _model(report: Any, findings: Sequence[Finding], name: str, defence: Classif
     rows = [row for row in report.rows if row.model == name]
     own = [row for row in rows if row.threat is None]
     evidence = Evidence([row for row in own if row.kind == "clean" or row.is_attack])
-    shown, count = pictured_row(evidence)
+    shown = pictured_row(evidence)
     examples = None if shown is None else shown.examples
     return {
         "name": name,
@@ -58,11 +58,9 @@ def _model(report: Any, findings: Sequence[Finding], name: str, defence: Classif
         "lowest": report.headlines.get(name),
         "counted": evidence.with_counted_gradients(),
         "findings": [finding for finding in findings if finding.model == name],
-        "first": first_fallen(evidence),
         "curves": [(what, _curve(points)) for what, points in report.curves.get(name, {}).items() if len(points) > 1],
         "pictures": [] if examples is None else picture_lines(examples, defence),
         "pictured": shown,
-        "fell": count,
     }
 
 
@@ -82,21 +80,11 @@ def _curve(points: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
 # -- attacked images --------------------------------------------------------------------------------------------------
 
 
-def first_fallen(evidence: Evidence) -> list[tuple[str, int]]:
-    """Return each attack on survivors with the number of images that fell to it first (in most draws)."""
-    before, counts = np.zeros(evidence.images, dtype=bool), list[tuple[str, int]]()
-    for row, wrong in evidence.fallen():
-        fell = wrong > 0.5
-        counts += [(row.attack, int((fell & ~before).sum()))] if row.of_survivors else []
-        before |= fell
-    return counts
-
-
-def pictured_row(evidence: Evidence) -> tuple[Row | None, int]:
-    """Return the attack whose images are shown, and the number of images that fell to it (in most draws)."""
+def pictured_row(evidence: Evidence) -> Row | None:
+    """Return the attack whose images are shown: the one to which most images fell (in most draws)."""
     fallen = [(row, int((wrong > 0.5).sum())) for row, wrong in evidence.fallen()]
     drawable = [pair for pair in fallen if pair[0].examples is not None and pair[0].examples.clean.shape[1] in (1, 3)]
-    return max(drawable, key=lambda pair: pair[1], default=(None, 0))
+    return max(drawable, key=lambda pair: pair[1], default=(None, 0))[0]
 
 
 def picture_lines(examples: Examples, defence: Classifier | None) -> list[list[Picture]]:

@@ -11,9 +11,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ... import _templates
-from ...attacks.engine.engine_attack import CUT
 from ..alarms.signs import ALARMS, STATES, Finding
-from ..results.rows import REFUTED, Row, followed
+from ..results.rows import CUT, REFUTED, Row, followed
 
 if TYPE_CHECKING:
     import jinja2

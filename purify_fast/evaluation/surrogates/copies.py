@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -48,13 +48,26 @@ def in_order(surrogates: Surrogates, order: Sequence[str]) -> Surrogates:
 
 
 def surrogates(
-    model: Classifier, x: Tensor, num_classes: int, ball: ThreatModel, absent: dict[str, str] | None = None
+    model: Classifier,
+    x: Tensor,
+    num_classes: int,
+    ball: ThreatModel,
+    absent: dict[str, str] | None = None,
+    ask: Callable[[], None] = lambda: None,
 ) -> Surrogates:
-    """Make the surrogates of a model, by name; a surrogate with an error or without finite logits is left out."""
+    """Make the surrogates of a model, by name; a surrogate with an error or without finite logits is left out.
+
+    Before each trial ``ask`` is called, which may end the work.
+    """
     absent = {} if absent is None else absent
+
+    def gradient_of(model: Classifier) -> Tensor | str:
+        ask()
+        return _gradient(model, x, num_classes)
+
     with _tried(model, x):
         parts = _parts(model, x, num_classes)
-        parts = [(name, part) for name, part in parts if isinstance(_gradient(part, x, num_classes), Tensor)]
+        parts = [(name, part) for name, part in parts if isinstance(gradient_of(part), Tensor)]
         blocked = blocking(model, [("", model)] if isinstance(model, nn.Module) else [*_inside(model)], x)
     candidates: list[tuple[str, Classifier]] = [(f"{name} alone", part) for name, part in parts]
     if len(parts) > 1:
@@ -78,9 +91,9 @@ def surrogates(
     # Gradients are also compared far from the images, because a model may have useless gradients only there.
     x = torch.cat([x, normal_in_ball(x, ball_around(x, ball.eps, ball.norm), FAR * ball.eps)])
     with _tried(model, x):
-        seen, usable = [_gradient(model, x, num_classes)], []
+        seen, usable = [gradient_of(model)], []
         for name, candidate in candidates:
-            gradient = _gradient(candidate, x, num_classes)
+            gradient = gradient_of(candidate)
             # A copy with the gradients of the model or of an earlier candidate would find nothing new.
             copies = isinstance(candidate, (Softened, IdentityBackward))
             if isinstance(gradient, str):
@@ -208,6 +221,8 @@ class Softened(_Around):
 
 class IdentityBackward(_Around):
     """A copy of a model in which some modules are the identity in the backward pass."""
+
+    approximates_gradients = True
 
     def __init__(self, model: Classifier, modules: Sequence[nn.Module]):
         super().__init__(model)

@@ -19,27 +19,24 @@ def authors_attacks(model: Any, eps: float) -> Sequence[AttackSpec] | None:
     if supports(model, AuthorsEvaluation):
         return list(cast(AuthorsEvaluation, model).authors_attacks(eps))
     # No other protocol needs these modules.
+    from ....methods.atop import Atop
+    from ....methods.carso import Carso
+    from ....methods.diffusion import DiffusionPurifier
     from . import atop_release, diffusion_release
 
-    diffusion = diffusion_release.authors_attacks
-    releases = {"Carso": _carso, "Atop": atop_release.authors_attacks, "DiffusionPurifier": diffusion}
-    return next((releases[kind](model, eps) for kind in _kinds(model) if kind in releases), None)
+    atop, diffusion = atop_release.authors_attacks, diffusion_release.authors_attacks
+    releases: dict[type, Any] = {Carso: _carso, Atop: atop, DiffusionPurifier: diffusion}
+    return next((attacks(model, eps) for kind, attacks in releases.items() if isinstance(model, kind)), None)
 
 
 def strong_attacks(model: Any, norm: str, eps: float) -> Sequence[AttackSpec] | None:
     """Return the attacks that the protocol "strong" adds for a model; None if there are none for its kind."""
     if supports(model, OwnAttacks):
         return list(cast(OwnAttacks, model).strong_attacks(norm, eps))
-    if "DiffusionPurifier" not in _kinds(model):
-        return None
+    from ....methods.diffusion import DiffusionPurifier
     from . import diffusion_release
 
-    return diffusion_release.strong_attacks(model, norm, eps)
-
-
-def _kinds(model: Any) -> list[str]:
-    """The names of this package's classes from which the model's class derives."""
-    return [kind.__name__ for kind in type(model).__mro__ if kind.__module__.startswith("purify_fast.methods.")]
+    return diffusion_release.strong_attacks(model, norm, eps) if isinstance(model, DiffusionPurifier) else None
 
 
 def _carso(defence: Any, eps: float) -> list[AttackSpec]:
