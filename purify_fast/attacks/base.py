@@ -238,11 +238,6 @@ def source_of(model: Classifier, x: Tensor, precision: GradientPrecision, copies
     A direct call, which has no ``copies``, attacks the model that it was given, unless it asks for bfloat16.
     """
     alone = precision == "auto" and copies is None
-    if alone and x.is_cuda:
-        # Only a GPU needs what tells of copies.
-        from ..speed.frozen_copy import tell_of_copies
-
-        tell_of_copies(model, x)
     if precision == "float32" or alone or not len(x):
         return model
     # Attacks in float32 need none of what makes copies.

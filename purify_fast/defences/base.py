@@ -264,7 +264,7 @@ class Defence(StochasticDefence):
         defence: Any = model
         try:
             self.update()
-        except ValueError:
+        except (TypeError, ValueError):
             return False
         self._noise, self._noise_ids = defence._noise, defence._noise_ids
         self._noise_seed.copy_(defence._noise_seed)

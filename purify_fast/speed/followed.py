@@ -6,9 +6,11 @@ import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from ..model_state import hidden_modules, used_modules
+from ..protocols import CopiesItself, supports
 from .watch import Structure, Watch, tensors_of
 
 if TYPE_CHECKING:
@@ -53,7 +55,7 @@ class Followed:
         reason: why every call of the copy must read the model again; empty if counts of writes show a change.
 
     Raises:
-        ValueError: see `read`.
+        TypeError: see `read`.
     """
 
     def __init__(self, model: nn.Module | None = None):
@@ -68,7 +70,8 @@ class Followed:
         """Return the model, whose tensors are read now; None after pickling.
 
         Raises:
-            ValueError: names, shapes or the sharing of the model's tensors have changed, or the copy is in the model.
+            TypeError: the model can no longer be copied, see `check_parts`.
+            ValueError: names, shapes or the sharing of the model's tensors have changed.
         """
         model = self._model
         if model is None:
@@ -76,12 +79,8 @@ class Followed:
         self.reads += 1
         self._watch.look(model)
         if (tensors := self.structure.look(model)) is not None:
+            check_parts(model)
             name = type(model).__name__
-            for at, part in model.named_modules():
-                if is_frozen_copy(part):
-                    raise ValueError(
-                        f"{name}.{at} is a frozen copy, which must not be a part of its model: keep it outside"
-                    )
             if not self.fits():
                 other = sorted({name for name, *_ in {*_layout(model)} ^ {*self._layout}})
                 raise ValueError(
@@ -108,6 +107,29 @@ class Followed:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Followed, ()
+
+
+def check_parts(model: nn.Module) -> None:
+    """Refuse a model that cannot be copied rightly by a TypeError, which names the part."""
+    for at, part in model.named_modules():
+        where = f"{at or 'the model itself'} ({type(part).__name__})"
+        if isinstance(part, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            given = f"model.{at}".rstrip(".")
+            text = f"give {given}.module, and run one process per GPU"
+            raise TypeError(f"model must not be or contain an nn.{type(part).__name__}: {text}")
+        if part is not model and supports(part, CopiesItself):
+            raise TypeError(f"model must not contain a defence, got {where}: copy the defence itself")
+        if is_frozen_copy(part):
+            raise TypeError(f"model must not contain a frozen copy, got {where}: keep the copy outside of the model")
+        if "forward" in vars(part):
+            raise TypeError(
+                f"model must not have a forward that was bound to an instance, as {where} has: its copy would run the "
+                "original. Define a class with this forward; for accelerate give accelerator.unwrap_model(model), for "
+                "Lightning Fabric model.module"
+            )
+    for at, tensor in tensors_of(model):
+        if tensor.layout != torch.strided:
+            raise TypeError(f"model must have dense tensors, got {tensor.layout} in {at}: call {at}.to_dense()")
 
 
 def _uncounted(model: nn.Module, tensors: list[Tensor]) -> str:

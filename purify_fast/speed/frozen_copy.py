@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import traceback
 import warnings
 from collections.abc import Hashable, Iterator
@@ -19,7 +18,7 @@ from ..protocols import CopiesItself, Purifies, supports
 from .agreement import BFLOAT16, FLOAT32, same_direction
 from .draws import same_draws
 from .folding.inference_copy import DTYPES, InferenceCopy
-from .followed import Followed, is_frozen_copy, keeps_its_mode
+from .followed import Followed, check_parts, is_frozen_copy, keeps_its_mode
 from .frozen_weights import images_only
 from .processor import fast_bfloat16
 from .products import is_dense
@@ -249,7 +248,7 @@ class FrozenCopy(InferenceCopy):
         """Read the model again.
 
         Raises:
-            ValueError: names, shapes or the sharing of the model's tensors have changed.
+            TypeError, ValueError: see `purify_fast.speed.followed.Followed.read`.
         """
         model = self._followed.read()
         if model is not None:
@@ -259,7 +258,7 @@ class FrozenCopy(InferenceCopy):
         """Read the model again; False if it has changed so much that it needs a new copy."""
         try:
             self.update()
-        except ValueError:
+        except (TypeError, ValueError):
             return False
         return True
 
@@ -288,25 +287,7 @@ def _check(model: nn.Module, x: Tensor, dtype: Dtype) -> None:
         raise TypeError("model must not be compiled: give model._orig_mod, and write frozen_copy(..., compile=True)")
     if is_frozen_copy(model):
         raise TypeError("model must not be a frozen copy itself: use this copy")
-    for at, part in model.named_modules():
-        where = f"{at} ({type(part).__name__})" if at else name
-        if isinstance(part, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            given = f"model.{at}".rstrip(".")
-            text = f"give {given}.module, and run one process per GPU"
-            raise TypeError(f"model must not be or contain an nn.{type(part).__name__}: {text}")
-        if part is not model and supports(part, CopiesItself):
-            raise TypeError(f"model must not contain a defence, got {where}: copy the defence itself")
-        if is_frozen_copy(part):
-            raise TypeError(f"model must not contain a frozen copy, got {where}: copy the model without it")
-        if "forward" in vars(part):
-            raise TypeError(
-                f"model must not have a forward that was bound to an instance, as {where} has: its copy would run the "
-                "original. Define a class with this forward; for accelerate give accelerator.unwrap_model(model), for "
-                "Lightning Fabric model.module"
-            )
-    for at, tensor in tensors_of(model):
-        if tensor.layout != torch.strided:
-            raise TypeError(f"model must have dense tensors, got {tensor.layout} in {at}: call {at}.to_dense()")
+    check_parts(model)
     refuse_divided(model)
     if not isinstance(x, Tensor) or x.dim() != 4 or not len(x) or not x.is_floating_point():
         got = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
@@ -387,23 +368,6 @@ def same_answers(one: nn.Module, other: nn.Module, x: Tensor) -> bool:
     """Tell whether two models give the same logits and image gradients up to the rounding of bfloat16."""
     with torch.inference_mode(False), torch.enable_grad(), images_only(one, other):
         return _agree(_answers(one, x.clone()), _answers(other, x.clone()), torch.bfloat16)
-
-
-def tell_of_copies(model: object, x: Tensor) -> None:
-    """Warn once in a process of a direct attack on a large model in float32, which leaves matrix units unused."""
-    if not isinstance(model, nn.Module) or is_frozen_copy(model) or supports(model, CopiesItself):
-        return
-    first = next(model.parameters(), None)
-    if first is not None and first.dtype == torch.float32 and auto_dtype(model, x) == torch.bfloat16:
-        _warn_once(
-            "the attack computes in float32, without the matrix units of the device: attack "
-            'purify_fast.frozen_copy(model, x), or give precision="bfloat16", or "float32" to keep it so'
-        )
-
-
-@functools.cache
-def _warn_once(text: str) -> None:
-    warnings.warn(text, stacklevel=2)
 
 
 def copy_or_model(model: nn.Module, x: Tensor, dtype: Dtype) -> nn.Module:

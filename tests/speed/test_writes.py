@@ -323,7 +323,7 @@ def sparse():
 
 
 REFUSED = {
-    "forward": (with_closure, "forward that was bound to an instance, as Sequential"),
+    "forward": (with_closure, r"forward that was bound to an instance, as the model itself \(Sequential\)"),
     "closure": (Runs, r"the copy runs body \(Sequential\)"),
     "data-parallel": (lambda: nn.Sequential(nn.DataParallel(net())), r"nn\.DataParallel: give model\.0\.module"),
     "sparse": (sparse, r"dense tensors, got torch\.sparse_coo in 4\.weight"),
@@ -341,7 +341,7 @@ def test_what_has_no_right_copy_is_refused_by_name(what):
 def test_a_copy_must_stay_outside_of_its_model():
     model = Logits(net()).eval()
     model.fast = purify_fast.frozen_copy(model, X)
-    with pytest.raises(ValueError, match=r"Logits\.fast is a frozen copy, .* keep it outside"):
+    with pytest.raises(TypeError, match=r"frozen copy, got fast \(FrozenCopy\): keep the copy outside"):
         pgd(model.fast, X, Y, 0.1, steps=1)
 
 
