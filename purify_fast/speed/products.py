@@ -13,8 +13,8 @@ from .draws import same_draws
 from .watch import deep_copy, freeze
 
 #: A CPU is faster in bfloat16 for a model with at least this many dense products per computed value, and in a batch of
-#: at least PRODUCTS. In table `elsewhere_copies` of docs/speed.md, the networks have 12 to 46 or 81 to 824 per value.
-PER_VALUE, PRODUCTS = 60, 250e6
+#: at least PRODUCTS. In table `elsewhere_copies` of docs/speed.md, the networks have 13 to 68 or 81 to 995 per value.
+PER_VALUE, PRODUCTS = 75, 250e6
 #: A convolution with fewer input or output channels is too thin for the processor's instructions.
 CHANNELS = 16
 

@@ -93,33 +93,34 @@ def run(names: list[str], quick: bool, out: Path, resume: bool) -> None:
         sheets.write_csv(out / FILE, [rows[each] for each in order if each in rows])
 
 
-def _ratio(row: dict[str, str], slow: str, fast: str) -> float:
-    return float(row[f"{slow}_ms"]) / float(row[f"{fast}_ms"])
+def _ratio(row: dict[str, str], one: str, other: str) -> float:
+    return float(row[one]) / float(row[other])
 
 
 def table(folder: Path) -> list[str]:
-    """Return the table of a folder's file, with the rule and with the rows that are nearest to a wrong choice."""
-    rows = sheets.rows_of(folder / FILE)
+    """Return the table of a folder's file, with the rule and with the rows that are nearest to a wrong choice.
+
+    The rows are sorted by the products per computed value.
+    """
+    rows = sorted(sheets.rows_of(folder / FILE), key=lambda row: _ratio(row, "products", "values"))
     if not rows:
         return ["Nothing has been measured yet."]
-    rule = (
-        f"On a processor that is faster in bfloat16, `auto` chooses it for at least {PER_VALUE} dense products per "
-        f"computed value and at least {PRODUCTS / 1e6:.0f} million dense products in the batch."
+    text = (
+        f"{sheets.measured_on(rows, 'row')} On a processor that is faster in bfloat16, `auto` chooses it for at least "
+        f"{PER_VALUE} dense products per computed value and at least {PRODUCTS / 1e6:.0f} million in the batch."
     )
     for dtype, worst, words in (("bfloat16", min, "at least"), ("float32", max, "at most")):
         if chosen := [row for row in rows if row["auto"] == dtype and row["bfloat16_ms"]]:
-            row = worst(chosen, key=lambda row: _ratio(row, "float32", "bfloat16"))
-            rule += (
-                f" Where it chose {dtype}, the copy in bfloat16 was {words} {_ratio(row, 'float32', 'bfloat16'):.2f} "
-                f"times as fast as the copy in float32 ({row['row']}, {row['images']} images)."
-            )
+            row = worst(chosen, key=lambda row: _ratio(row, "float32_ms", "bfloat16_ms"))
+            gain = f"{words} {_ratio(row, 'float32_ms', 'bfloat16_ms'):.2f} times as fast as the copy in float32"
+            text += f" Where it chose {dtype}, the copy in bfloat16 was {gain} ({row['row']}, {row['images']} images)."
     body = []
     for row in rows:
-        per_value = f"{int(row['products']) / int(row['values']):.0f}"
+        auto = f"{row['auto']}_ms"
+        pairs = [("model_ms", auto), ("float32_ms", auto), ("float32_ms", "bfloat16_ms")]
+        ratios = [f"{_ratio(row, *pair):.2f}" if row[pair[1]] else "-" for pair in pairs]
         times = [f"{float(row[f'{who}_ms']):,.1f}" if row[f"{who}_ms"] else "-" for who in TIMED]
-        pairs = [("model", row["auto"]), ("float32", row["auto"]), ("float32", "bfloat16")]
-        ratios = [f"{_ratio(row, *pair):.2f}" if row[f"{pair[1]}_ms"] else "-" for pair in pairs]
-        body.append([row["row"], row["images"], per_value, row["auto"], *times, *ratios])
+        products = f"{_ratio(row, 'products', 'values'):.0f}"
+        body.append([row["row"], row["images"], products, row["auto"], *times, *ratios])
     head = ["network", "images", "products per value", "auto", *(f"{who}, ms" for who in TIMED)]
-    head += ["model / auto", "float32 / auto", "float32 / bfloat16"]
-    return [sheets.measured_on(rows, "row"), rule, "", *sheets.table(head, body)]
+    return [text, "", *sheets.table([*head, "model / auto", "float32 / auto", "float32 / bfloat16"], body)]
