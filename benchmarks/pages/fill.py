@@ -25,6 +25,7 @@ from ..robustness import answer, contests, pack_zoo, smoothing
 from ..robustness.broken import run_broken as broken
 from ..robustness.truth import run_truth as truth
 from ..speed import sheets
+from ..speed.elsewhere import architectures
 from ..speed.elsewhere import measuring as elsewhere
 from . import front_page, performance
 
@@ -73,6 +74,7 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "certificates": smoothing.table,
     "truth": truth.table,
     "elsewhere": elsewhere.table,
+    "elsewhere_copies": lambda results: architectures.table(results / "cpu"),
 }
 #: A page whose sentences may contain numbers that are in no results file. `check` does not look for these numbers.
 MEASURED_PAGE = "performance.md"

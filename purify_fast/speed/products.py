@@ -13,27 +13,25 @@ from .draws import same_draws
 from .watch import deep_copy, freeze
 
 #: A CPU is faster in bfloat16 for a model with at least this many dense products per computed value, and in a batch of
-#: at least PRODUCTS. In table `elsewhere_copies` of docs/speed.md, the networks have 12 to 46 or 81 to 824 per value.
-PER_VALUE = 90
-PRODUCTS = 250e6
+#: at least PRODUCTS. In table `elsewhere_copies` of docs/speed.md, the networks have 13 to 68 or 81 to 995 per value.
+PER_VALUE, PRODUCTS = 75, 250e6
 #: A convolution with fewer input or output channels is too thin for the processor's instructions.
 CHANNELS = 16
 
 
-class _Counter(EagerDispatchMode):
+class Counter(EagerDispatchMode):
     """Counts the products of dense layers, and the computed values."""
 
     products = values = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result, name = function(*args, **(kwargs or {})), function._schema.name.removeprefix("aten::")
-        if not isinstance(result, Tensor) or function.is_view:
-            return result
-        self.values += result.numel()
-        if name in ("mm", "addmm", "bmm", "baddbmm"):
-            self.products += result.numel() * args[name in ("addmm", "baddbmm")].shape[-1]
-        elif name == "convolution" and args[8] == 1 and min(args[1].shape[:2]) >= CHANNELS:
-            self.products += result.numel() * args[1][0].numel()
+        if isinstance(result, Tensor) and not function.is_view:
+            self.values += result.numel()
+            if name in ("mm", "addmm", "bmm", "baddbmm"):
+                self.products += result.numel() * args[name in ("addmm", "baddbmm")].shape[-1]
+            elif name == "convolution" and args[8] == 1 and min(args[1].shape[:2]) >= CHANNELS:
+                self.products += result.numel() * args[1][0].numel()
         return result
 
 
@@ -42,7 +40,10 @@ def is_dense(model: nn.Module, x: Tensor) -> bool:
 
     A copy of the model predicts one image. A model that fails here is not dense; its next call shows the error.
     """
-    counted = _Counter()
-    with contextlib.suppress(Exception), torch.inference_mode(False), torch.no_grad(), same_draws(model), counted:
-        freeze(deep_copy(model))(x[:1])
-    return counted.products >= PER_VALUE * counted.values and len(x) * counted.products >= PRODUCTS
+    with contextlib.suppress(Exception), torch.inference_mode(False), torch.no_grad(), same_draws(model):
+        copied = freeze(deep_copy(model))
+        # The weights that were copied are no computed values.
+        with Counter() as counted:
+            copied(x[:1])
+        return bool(counted.products >= PER_VALUE * counted.values and len(x) * counted.products >= PRODUCTS)
+    return False

@@ -8,9 +8,11 @@ from argparse import Namespace
 import pytest
 import torch
 
+from benchmarks import RESULTS
 from benchmarks.speed import elsewhere, sheets
-from benchmarks.speed.elsewhere import Frozen, measuring
+from benchmarks.speed.elsewhere import Frozen, architectures, measuring
 from benchmarks.speed.elsewhere.loops import PKG_RESOURCES
+from purify_fast.speed.products import PER_VALUE, PRODUCTS
 
 #: These rows need no further package.
 OWN = [name for name, row in elsewhere.registry().items() if not row.package]
@@ -90,3 +92,70 @@ def test_rows_with_all_times_are_kept(tmp_path, monkeypatch):
     machine = "Measured on a processor, 1 thread, torch 2, triton absent, with instructions for bfloat16; "
     assert lines[0] == machine + "the expert computes in float32."
     assert measuring.table(tmp_path / "cpu") == ["Nothing has been measured yet."]
+
+
+def test_frozen_copies_have_complete_rows_which_are_kept(tmp_path, monkeypatch):
+    names = ["one", "another"]
+    monkeypatch.setattr(architectures, "SIDES", dict.fromkeys(names, 8))
+    monkeypatch.setattr(architectures, "network", lambda name: elsewhere.network(small=True).requires_grad_(False))
+    large = {8: torch.float32, 32: torch.bfloat16}
+    monkeypatch.setattr("purify_fast.speed.frozen_copy.auto_dtype", lambda model, x: large[len(x)])
+    architectures.run(names, True, tmp_path, resume=False)
+    rows = sheets.read_csv(tmp_path / architectures.FILE)
+    whole = [(name, *kind) for name in names for kind in (("8", "float32"), ("32", "bfloat16"))]
+    assert [(row["row"], row["images"], row["auto"]) for row in rows] == whole
+    for row in rows:
+        assert list(row)[:6] == ["row", "images", "rounds", "products", "values", "auto"]
+        assert all(cell for column, cell in row.items() if column != "triton")
+        assert min(float(row[f"{who}_ms"]) for who in architectures.TIMED) > 0
+        # Only the linear layer is dense, because a convolution with fewer than 16 channels is too thin.
+        assert int(row["products"]) == 64 * 10 and int(row["values"]) > 8 * 4 * 4 + 16 * 2 * 2 + 10
+    monkeypatch.setattr(architectures, "measured", lambda *_: pytest.fail("measured again"))
+    architectures.run(names, True, tmp_path, resume=True)
+    assert sheets.read_csv(tmp_path / architectures.FILE) == rows
+    assert [line.split(" | ")[0] for line in architectures.table(tmp_path)[-4:]] == ["| one"] * 2 + ["| another"] * 2
+
+
+def test_the_table_of_copies_names_the_rows_nearest_to_a_wrong_choice(tmp_path):
+    assert architectures.table(tmp_path) == ["Nothing has been measured yet."]
+    shared = {"values": 10, "device": "a processor", "threads": 1, "torch": "2", "triton": ""}
+    rows = [
+        {
+            "row": name,
+            "images": images,
+            "auto": auto,
+            "model_ms": 90,
+            "float32_ms": 60,
+            "bfloat16_ms": low,
+            "products": some,
+        }
+        | shared
+        for name, images, auto, low, some in [
+            ("dense", 8, "bfloat16", 40, 900),
+            ("dense", 32, "bfloat16", 30, 900),
+            ("thin", 8, "float32", 120, 200),
+            ("thin", 32, "float32", 80, 200),
+            ("other", 8, "float32", "", 90),
+        ]
+    ]
+    sheets.write_csv(tmp_path / architectures.FILE, rows)
+    text, _, _, _, *body = architectures.table(tmp_path)
+    assert text.startswith("Measured on a processor, 1 thread, torch 2, triton absent. On a processor")
+    than = "times as fast as the copy in float32"
+    assert f"chose bfloat16, the copy in bfloat16 was at least 1.50 {than} (dense, 8 images)" in text
+    assert f"chose float32, the copy in bfloat16 was at most 0.75 {than} (thin, 32 images)" in text
+    assert body[0] == "| other | 8 | 9 | float32 | 90.0 | 60.0 | - | 1.50 | 1.00 | - |"
+    assert body[2] == "| thin | 32 | 20 | float32 | 90.0 | 60.0 | 80.0 | 1.50 | 1.00 | 0.75 |"
+    assert body[3] == "| dense | 8 | 90 | bfloat16 | 90.0 | 60.0 | 40.0 | 2.25 | 1.50 | 1.50 |"
+
+
+def test_the_committed_rows_of_copies_are_complete_and_follow_the_present_rule():
+    rows = sheets.read_csv(RESULTS / "cpu" / architectures.FILE)
+    assert [(row["row"], int(row["images"])) for row in rows] == [
+        (x, n) for x in architectures.SIDES for n in architectures.IMAGES
+    ]
+    for row in rows:
+        products, values = int(row["products"]), int(row["values"])
+        dense = products >= PER_VALUE * values and int(row["images"]) * products >= PRODUCTS
+        assert row["auto"] == ("bfloat16" if dense else "float32"), row["row"]
+        assert all(row[f"{who}_ms"] for who in architectures.TIMED)

@@ -1,6 +1,7 @@
 """Measure the loops of other people: the time of each contestant, and how far its results are from theirs.
 
-A time is processor time in one thread. The contestants of a row take turns in one process.
+A time is processor time in one thread. The contestants of a row take turns in one process. The command also measures
+frozen copies of many networks (`architectures`).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from purify_fast.speed import retain_freed_memory
 from ... import options
 from .. import sheets, timing
 from ..pipelines.expert import DTYPES
-from . import Batches, Dtype, Row, changed_lines, registry
+from . import Batches, Dtype, Row, architectures, changed_lines, registry
 
 CONTESTANTS = ("theirs", "expert", "ours", "compiled")
 #: The contestants whose lines and results are compared with theirs.
@@ -139,7 +140,7 @@ def measured(name: str, row: Row, quick: bool) -> dict[str, Any]:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``python -m benchmarks elsewhere``."""
-    options.add_names(parser, registry())
+    options.add_names(parser, [*registry(), *architectures.SIDES])
     options.add_out(parser, "/cpu")
     parser.add_argument("--resume", action="store_true", help="keep the rows that have a time of each implementation")
 
@@ -165,8 +166,12 @@ def main(chosen: argparse.Namespace) -> str:
                 continue
             kept[name] = measured(name, rows[name], chosen.quick)
             sheets.write_csv(path, [kept[each] for each in rows if each in kept])
+    if limited:
+        print("no frozen copy is measured, because without AVX-512 each is in float32", file=sys.stderr)
+    else:
+        architectures.run(chosen.names, chosen.quick, path.parent, chosen.resume)
     torch.set_num_threads(threads)
-    return "\n".join(_table(sheets.rows_of(path)))
+    return "\n".join([*_table(sheets.rows_of(path)), "", *architectures.table(path.parent)])
 
 
 def _table(rows: list[dict[str, str]]) -> list[str]:
