@@ -234,8 +234,10 @@ class Defence(StochasticDefence):
         other.about = f"{name} in {dtype}, {folded} folded BatchNorms{compiled}{reads}".replace("torch.", "")
         return other
 
-    def update(self) -> None:
+    def update(self, in_place: bool = True) -> None:
         """Let a frozen copy read its model again: its parts are made anew, and its settings and its noise remain.
+
+        ``in_place``: whether the present tensors get the new values if the parts differ in nothing else.
 
         Raises:
             ValueError: names, shapes or the sharing of the model's tensors have changed.
@@ -249,7 +251,7 @@ class Defence(StochasticDefence):
         for name, part in fresh.named_children():
             old = self._modules[name]
             # The representation belongs to its reader.
-            if old is None or renewed(old, part) is part:
+            if old is None or not in_place or renewed(old, part) is part:
                 self._modules[name] = part
                 self.representation = fresh.representation if name == "_reader" else self.representation
         self._reads = self._followed.reads
@@ -270,20 +272,26 @@ class Defence(StochasticDefence):
         self._noise_seed.copy_(defence._noise_seed)
         return self._followed is not None and self._followed.structure.number == self._made_from
 
-    def prepare_replay(self) -> None:
-        """Let a frozen copy follow its model before a prediction, or before a captured step is replayed."""
+    def prepare_replay(self, counted: bool = False) -> None:
+        """Let a frozen copy follow its model before a prediction, or before a captured step is replayed.
+
+        ``counted``: whether only what PyTorch has counted is a change, as between the parts of a prediction.
+        """
         followed = self._followed
-        if followed is not None and (followed.changed() or followed.reads != self._reads):
-            self.update()
+        if followed is not None and (followed.changed(counted) or followed.reads != self._reads):
+            self.update(in_place=followed.reason == "")
 
     @outside_graphs
     def _read_outside(self) -> None:
         self.prepare_replay()
 
     def _follow(self, given: object = None) -> None:
-        """Call `prepare_replay`; it is also a hook before the forward pass. A compiled graph ends here."""
+        """Call `prepare_replay`; as a hook before the forward pass, it is ``given`` the images.
+
+        A compiled graph ends here.
+        """
         if not torch.compiler.is_compiling():
-            self.prepare_replay()
+            self.prepare_replay(counted=given is None)
         elif self._followed is not None:
             self._read_outside()
 

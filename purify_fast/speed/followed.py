@@ -94,9 +94,9 @@ class Followed:
         """Tell whether names, shapes and the sharing of the model's tensors are those of the copy."""
         return self._model is None or _layout(self._model) == self._layout
 
-    def changed(self) -> bool:
-        """Tell whether the model may have changed since the last `read`."""
-        return self._model is not None and (self.reason != "" or self._watch.changed())
+    def changed(self, counted: bool = False) -> bool:
+        """Tell whether the model may have changed since the last `read`; with ``counted``, whether a count shows it."""
+        return self._model is not None and ((self.reason != "" and not counted) or self._watch.changed())
 
     def __deepcopy__(self, memo: object) -> Followed:
         other = Followed()

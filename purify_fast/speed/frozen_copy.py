@@ -210,7 +210,7 @@ class FrozenCopy(InferenceCopy):
 
     def __init__(self, model: nn.Module, image_shape: tuple[int, ...], dtype: torch.dtype, compile: bool, plain: bool):
         followed, fine = Followed(model), dtype == torch.bfloat16
-        super().__init__(model, image_shape, dtype, compile, fine, plain, structure=followed.structure)
+        super().__init__(model, image_shape, dtype, compile, fine=fine, plain=plain, structure=followed.structure)
         self.training = self._warned = False
         self._followed = followed
         self._name = type(model).__name__
@@ -230,7 +230,8 @@ class FrozenCopy(InferenceCopy):
             # A graph would keep the first weights, so it ends here.
             self._read_outside()
         elif self._followed.changed():
-            self.update()
+            # A model that is read at every call may have graphs of earlier calls, which need their weights.
+            self.update(in_place=self._followed.reason == "")
         return self._predict(x)
 
     def prepare_replay(self) -> None:
@@ -244,15 +245,15 @@ class FrozenCopy(InferenceCopy):
         self.prepare_replay()
         return super().compiled_steps()
 
-    def update(self) -> None:
-        """Read the model again.
+    def update(self, in_place: bool = True) -> None:
+        """Read the model again, if possible into the present tensors.
 
         Raises:
             TypeError, ValueError: see `purify_fast.speed.followed.Followed.read`.
         """
         model = self._followed.read()
         if model is not None:
-            self._make(model)
+            self._make(model, in_place)
 
     def follows(self, model: nn.Module) -> bool:
         """Read the model again; False if it has changed so much that it needs a new copy."""

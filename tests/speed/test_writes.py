@@ -279,6 +279,10 @@ def test_a_model_whose_changes_cannot_be_counted_is_read_at_every_call(kind):
     assert all(map(torch.equal, model.state_dict().values(), before.values()))  # the model is left alone
     assert torch.allclose(got, copy.deepcopy(model).eval()(X), atol=1e-4)
     assert not any(p.requires_grad for p in fast.parameters())
+    # A second call leaves the weights of the first, which its backward pass needs.
+    leaf = X.clone().requires_grad_()
+    (fast(leaf) + fast(leaf)).sum().backward()
+    assert leaf.grad.norm() > 0
 
 
 class Tokens(nn.Module):

@@ -197,9 +197,9 @@ class Carso(Defence):
         bias = self.decoder.stack[-1].get_parameter("bias")
         return self.compute_dtype == torch.bfloat16 and not self.decoder.training and kernel_decodes(bias.device)
 
-    def prepare_replay(self) -> None:
+    def prepare_replay(self, counted: bool = False) -> None:
         """Follow the model, and pack the decoder's weights again if they may have changed."""
-        super().prepare_replay()
+        super().prepare_replay(counted)
         if self._packs and (self._packed_from is None or self._packed_from.changed()):
             # Attacks differentiate through the packed part, and autograd refuses tensors from inference mode.
             with torch.inference_mode(False), torch.no_grad():
@@ -209,8 +209,8 @@ class Carso(Defence):
                 old.data.copy_(new)
             self._packed, self._packed_from = self._packed or packed, Watch(self.decoder)
 
-    def update(self) -> None:
-        super().update()
+    def update(self, in_place: bool = True) -> None:
+        super().update(in_place)
         self._packed_from = None
 
     def _packed_decoder(self) -> PackedDecoder | None:

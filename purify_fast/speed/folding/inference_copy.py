@@ -151,6 +151,7 @@ def prepare_for_inference(
     dtype: torch.dtype,
     fine: bool = False,
     plain: bool = False,
+    *,
     decided: Decisions | None = None,
 ) -> Decisions:
     """Prepare a frozen model for `autocast_to`, in place; return the decisions, which ``decided`` may have already.
@@ -293,7 +294,7 @@ class InferenceCopy(nn.Module):
         self._make(classifier)
 
     @torch.inference_mode(False)
-    def _make(self, classifier: nn.Module) -> None:
+    def _make(self, classifier: nn.Module, in_place: bool = True) -> None:
         with section("a copy reads its model"):
             decided = self.decisions["classifier"]
             made = freeze(
@@ -301,8 +302,8 @@ class InferenceCopy(nn.Module):
             )
             for name, part in made.named_modules():
                 part.training = name in self._kept
-            prepare_for_inference(made, self.image_shape, self.dtype, self.fine, self.plain, decided)
+            prepare_for_inference(made, self.image_shape, self.dtype, self.fine, self.plain, decided=decided)
             old = self._modules.get("classifier")
-            self.classifier = made if old is None else renewed(old, made)
+            self.classifier = renewed(old, made) if old is not None and in_place else made
             if self.classifier is made and self.compile_steps:
                 made.compile()
