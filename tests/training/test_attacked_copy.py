@@ -1,6 +1,7 @@
 """Trainings attack a frozen copy that has the weights of the moment, and train the model itself."""
 
 import pytest
+import small_runs
 import torch
 from small_models import Made, NotCopied, images_and_labels
 from torch import nn
@@ -8,7 +9,7 @@ from torch import nn
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.speed.followed import read_copies
 from purify_fast.speed.frozen_copy import AttackedCopy, FrozenCopy
-from purify_fast.training import Batch, ClassifierConfig, TrainingAttack
+from purify_fast.training import Batch, ClassifierConfig, FitConfig, TrainingAttack, fit
 from purify_fast.training.classifier import ClassifierTask
 
 SHAPE = (1, 16, 16)
@@ -88,3 +89,22 @@ def test_small_models_and_models_without_a_copy_are_attacked_themselves():
     assert AttackedCopy(small, torch.bfloat16).now(x).dtype == torch.bfloat16
     with pytest.warns(RuntimeWarning, match="NotCopied is attacked itself, .* no copies"):
         assert AttackedCopy(odd, torch.float32).now(x) is odd
+
+
+def test_a_resumed_run_attacks_a_copy_of_the_form_in_its_checkpoint(tmp_path, monkeypatch):
+    """The comparison depends on the weights, so the same run could choose another form later."""
+    monkeypatch.setattr("purify_fast.speed.frozen_copy.FEWEST_WEIGHTS", 1)
+    config, images = FitConfig(2, 16, checkpoint_seconds=0), small_runs.images()
+    original = small_runs.task(attack=TrainingAttack(eps=0.1, steps=1))
+    with pytest.raises(small_runs.Stopped):
+        fit(original, *images, config, tmp_path, callbacks=[small_runs.StopAt(3)])
+    assert original.attacked.decision == ["torch.float32", False]
+    resumed = small_runs.task(attack=TrainingAttack(eps=0.1, steps=1))
+    monkeypatch.setattr("purify_fast.speed.frozen_copy._compared", None)
+    fit(resumed, *images, config, tmp_path)
+    assert resumed.attacked.now(images[0][:1].float()).plain is False
+    for decision in ("model", ["torch.bfloat16", True]):
+        chosen = AttackedCopy(resumed.model, torch.bfloat16)
+        chosen.decision = decision
+        made = chosen.now(images[0][:1].float() / 255)
+        assert made is resumed.model if decision == "model" else made.dtype == torch.bfloat16 and made.plain
