@@ -205,6 +205,7 @@ class Defence(StochasticDefence):
 
         ``followed``: that of an earlier copy in the same form, which is made again.
         """
+        is_first = followed is None
         followed = Followed(self) if followed is None else followed
         decisions = followed.structure.decisions
         # The classifier and what reads its representation are copied below.
@@ -225,6 +226,7 @@ class Defence(StochasticDefence):
             if compile:
                 part.compile()
         other._followed, other._reads, other._made_from = followed, followed.reads, followed.structure.number
+        followed.is_current = is_first
         # A subclass may call its parts without `check_images`.
         other.register_forward_pre_hook(Defence._follow)
         folded = sum(len(decisions[name].pairs or ()) for name in ("classifier", *(name for name, _ in parts)))
@@ -260,6 +262,7 @@ class Defence(StochasticDefence):
             for name, mine in own[0].items():
                 if mine is not None and name != "_noise_seed":
                     mine.copy_(own[1][name])
+        self._followed.is_current = True
 
     def follows(self, model: nn.Module) -> bool:
         """Let a frozen copy read its model again and draw as it does now. False: the model needs a new copy."""

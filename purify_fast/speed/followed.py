@@ -49,6 +49,7 @@ class Followed:
     A copy of this object in memory follows the same model. One that was pickled follows nothing.
 
     Attributes:
+        is_current: whether the copy has been made from what was read last. The copy sets it.
         reads: the number of calls of `read`. Several copies may follow by one object.
         graphs: the graphs of attacks that are called directly on the copy.
         structure: the structure of the model, and what is known about it.
@@ -60,7 +61,7 @@ class Followed:
 
     def __init__(self, model: nn.Module | None = None):
         self.graphs: StepGraphs | None = None
-        self.reads, self.reason, self.structure = 0, "", Structure()
+        self.reads, self.reason, self.structure, self.is_current = 0, "", Structure(), False
         self._model = model
         if model is not None:
             self._layout, self._watch = _layout(model), Watch(model)
@@ -77,18 +78,23 @@ class Followed:
         if model is None:
             return None
         self.reads += 1
+        # If a check or the caller fails, the next call of the copy tries again.
+        self.is_current = False
+        self.structure.look(model, self._check)
         self._watch.look(model)
-        if (tensors := self.structure.look(model)) is not None:
-            check_parts(model)
-            name = type(model).__name__
-            if not self.fits():
-                other = sorted({name for name, *_ in {*_layout(model)} ^ {*self._layout}})
-                raise ValueError(
-                    f"{name} has other parts, or tensors of other names, shapes or sharing, than when its frozen copy "
-                    f"was made ({', '.join(other[:4])}): make a new one with purify_fast.frozen_copy(model, x)"
-                )
-            self.reason = _uncounted(model, tensors)
         return model
+
+    def _check(self, tensors: list[Tensor]) -> None:
+        """Check the model, which holds these tensors, because its structure has changed."""
+        model: Any = self._model
+        check_parts(model)
+        if not self.fits():
+            other = sorted({name for name, *_ in {*_layout(model)} ^ {*self._layout}})
+            raise ValueError(
+                f"{type(model).__name__} has other parts, or tensors of other names, shapes or sharing, than when its "
+                f"frozen copy was made ({', '.join(other[:4])}): make a new one with purify_fast.frozen_copy(model, x)"
+            )
+        self.reason = _uncounted(model, tensors)
 
     def fits(self) -> bool:
         """Tell whether names, shapes and the sharing of the model's tensors are those of the copy."""
@@ -96,7 +102,9 @@ class Followed:
 
     def changed(self, counted: bool = False) -> bool:
         """Tell whether the model may have changed since the last `read`; with ``counted``, whether a count shows it."""
-        return self._model is not None and ((self.reason != "" and not counted) or self._watch.changed())
+        if self._model is None:
+            return False
+        return not self.is_current or (self.reason != "" and not counted) or self._watch.changed()
 
     def __deepcopy__(self, memo: object) -> Followed:
         other = Followed()

@@ -212,7 +212,7 @@ class FrozenCopy(InferenceCopy):
         followed, fine = Followed(model), dtype == torch.bfloat16
         super().__init__(model, image_shape, dtype, compile, fine=fine, plain=plain, structure=followed.structure)
         self.training = self._warned = False
-        self._followed = followed
+        self._followed, followed.is_current = followed, True
         self._name = type(model).__name__
 
     @property
@@ -254,6 +254,7 @@ class FrozenCopy(InferenceCopy):
         model = self._followed.read()
         if model is not None:
             self._make(model, in_place)
+            self._followed.is_current = True
 
     def follows(self, model: nn.Module) -> bool:
         """Read the model again; False if it has changed so much that it needs a new copy."""

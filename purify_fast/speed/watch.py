@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,16 +126,17 @@ class Structure:
         self.decisions = defaultdict[str, Decisions](Decisions)
         self._key: Any = None
 
-    def look(self, model: nn.Module) -> list[Tensor] | None:
-        """Describe the model anew. If its structure has changed, return all tensors that it holds; else None."""
+    def look(self, model: nn.Module, check: Callable[[list[Tensor]], None] | None = None) -> None:
+        """Describe the model anew. A new structure is checked before it is kept; ``check`` gets all of its tensors."""
         key, objects, tensors = structure_key(model, modes=False)
         if key == self._key:
-            return None
+            return
+        if check is not None:
+            check(tensors)
         # The objects in the description are kept alive beside it.
         self._key, self._objects = key, objects
         self.number += 1
         self.decisions.clear()
-        return tensors
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy does not hold the objects of the description, so it describes the model anew.
