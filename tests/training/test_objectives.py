@@ -11,7 +11,7 @@ from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, Tr
 from purify_fast.training.objectives import mart, trades
 from purify_fast.training.sources import InMemory, step_seed
 
-EPS, ALPHA = 0.1, 0.03
+EPS, ALPHA = 0.1, 0.04
 ATTACK = TrainingAttack(EPS, 3, alpha=ALPHA)
 
 

@@ -119,11 +119,11 @@ def test_official_code_attacks_with_a_larger_eps_and_the_same_step(monkeypatch):
     made = Carso(SmallCNN(3, 10, (16, 16), 4), ["conv2"], (3, 16, 16), 8, 4, 2, decoder_width=2, **statistics)
     b = batch()
     colour = dataclasses.replace(b, x=b.x.expand(-1, 3, -1, -1))
-    config = CarsoConfig(attack=TrainingAttack(eps=0.1, steps=2, alpha=0.01), eps_mode="official_code")
+    config = CarsoConfig(attack=TrainingAttack(eps=0.1, steps=2, alpha=0.2), eps_mode="official_code")
     published_step(made, colour, config)
     published_step(made, colour, dataclasses.replace(config, eps_mode="paper"))
     assert [c.attack.eps for c in seen] == pytest.approx([0.1 * 3 / 0.75, 0.1])
-    assert all(c.attack.step_size(c.attack.eps) == 0.01 for c in seen)
+    assert all(c.attack.step_size(c.attack.eps) == 0.2 for c in seen)
 
 
 def test_the_pipeline_loss_reaches_what_inference_uses_and_keeps_mode_samples_and_statistics():
