@@ -188,7 +188,7 @@ class Moves(Attack):
         return AttackResult(self.move(x))
 
 
-OUTSIDE = "the attack 'moves' returned values from .* must be numbers in"
+OUTSIDE = "the attack 'moves' returned values from .* must be in"
 
 
 @pytest.mark.parametrize("norm", [None, "l2"])
