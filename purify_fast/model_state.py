@@ -21,10 +21,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 #: The attributes that every ``nn.Module`` has, and those that PyTorch adds to a module that it compiled or traced.
-BARE = frozenset({*vars(nn.Module()), "_compiled_call_impl", "_graph", "_tracer_cls", "meta"})
+BARE = frozenset({*vars(nn.Module()), "_compiled_call_impl"})
+#: Those of a module that `torch.fx` has traced.
+TRACED = frozenset({"_graph", "_tracer_cls", "meta"})
 #: The dictionaries of hooks that run in a forward or a backward pass.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _IN_TORCH = (torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format)
@@ -60,6 +62,7 @@ def _slots(kind: type) -> list[str]:
 def left_out(kind: type) -> frozenset[str]:
     """The names of the attributes of a class's objects that do not count."""
     named = frozenset(name for base in kind.__mro__ for name in vars(base).get("not_dependencies", ()))
+    named |= TRACED if issubclass(kind, fx.GraphModule) else frozenset()
     return named | BARE if issubclass(kind, nn.Module) else named
 
 
@@ -97,10 +100,12 @@ class Description:
             return (self.of(kind), value.training and self.modes, *inside)
         if isinstance(value, (set, frozenset)):
             return (kind.__name__, *sorted(map(self.of, value), key=repr))
+        # A subclass of a container may have attributes, too.
+        own = self.of(getattr(value, "__dict__", None))
         if isinstance(value, (list, deque)):
-            return (kind.__name__, *map(self.of, value))
+            return (kind.__name__, own, *map(self.of, value))
         if isinstance(value, (dict, types.MappingProxyType)):
-            return (kind.__name__, *[(self.of(key), self.of(part)) for key, part in value.items()])
+            return (kind.__name__, own, *[(self.of(key), self.of(part)) for key, part in value.items()])
         if isinstance(value, slice):
             return ("slice", value.start, value.stop, value.step)
         # Objects of this package that are not called are settings.

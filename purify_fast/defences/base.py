@@ -21,10 +21,10 @@ from ..speed.folding.inference_copy import (
     autocast_to,
     convert_to_channels_last,
     prepare_for_inference,
-    renewed,
+    set_modes,
 )
 from ..speed.followed import Followed, is_frozen_copy, keeps_its_mode
-from ..speed.watch import Structure, deep_copy, memo_of
+from ..speed.watch import Place, Structure, deep_copy, memo_of
 from .stochastic import StochasticDefence, majority
 
 D = TypeVar("D", bound="Defence")
@@ -56,16 +56,15 @@ class Defence(StochasticDefence):
     arguments: dict[str, Any]
     num_classes: int
     aggregation: str = "lse"
-    #: The reader of the classifier's representation, for a defence that uses the outputs of some of its layers.
-    representation: Representation | None = None
     compute_dtype: torch.dtype | None = None
     about: str = ""
-    not_dependencies = frozenset({"bank", "_followed", "_reads", "_made_from", "_warned"})
+    not_dependencies = frozenset({"bank", "_followed", "_reads", "_made_from", "_reader_place", "_warned"})
 
     def __init__(self, classifier: nn.Module, image_shape: tuple[int, int, int]):
         super().__init__()
         #: In a frozen copy: the model, the number of its reads, and its structure when this copy was made.
         self._followed: Followed | None = None
+        self._representation: Representation | None = None
         self._reads = self._made_from = 0
         self._warned = False
         refuse_wrapped("classifier", classifier)
@@ -151,6 +150,16 @@ class Defence(StochasticDefence):
         """The context in which the parts compute: in a copy, their products are in `compute_dtype`."""
         return contextlib.nullcontext() if self.compute_dtype is None else autocast_to(device, self.compute_dtype)
 
+    @property
+    def representation(self) -> Any:
+        """The `Representation` of a defence that uses the outputs of some of the classifier's layers, or None."""
+        reader: Any = self._modules.get("_reader")
+        return self._representation if reader is None else reader.representation
+
+    @representation.setter
+    def representation(self, value: Representation) -> None:
+        self._representation = value
+
     # -- copies -------------------------------------------------------------------------------------------------------
 
     @torch.inference_mode(False)
@@ -172,6 +181,7 @@ class Defence(StochasticDefence):
         # The buffers are shared, because a step of a training may replace one.
         other._modules, other._kept_ids = dict(self._modules), {}
         other.compute_dtype = dtype
+        vars(other)["_reader_place"] = Place()
         how = {"plain": plain, "structure": structure}
         other.classifier = InferenceCopy(self.classifier, self.image_shape, dtype, compile, **how)  # type: ignore[arg-type]
         other._read_representation(self)
@@ -189,13 +199,13 @@ class Defence(StochasticDefence):
             return
         copied: Any = self.classifier
         made = copy.deepcopy(defence.representation, memo_of(defence.classifier.modules()))
-        reader = made.model.requires_grad_(False).eval()
+        made.model.requires_grad_(False).eval()
+        set_modes(made.model, copied._kept)
         decided = copied.decisions["_reader"]
-        prepare_for_inference(reader, self.image_shape, copied.dtype, plain=copied.plain, decided=decided)
-        old = self._modules.get("_reader")
-        if old is None or renewed(old, reader) is reader:
-            # It is registered, so it moves with the copy.
-            self.representation, self._reader = made, reader
+        prepare_for_inference(made.model, self.image_shape, copied.dtype, plain=copied.plain, decided=decided)
+        # It is registered, so it moves with the copy.
+        place: Any = vars(self)["_reader_place"]
+        self._reader = place.put(_Reader(made), copied._structure.number)
 
     @torch.inference_mode(False)
     def make_frozen_copy(
@@ -214,19 +224,23 @@ class Defence(StochasticDefence):
         memo = {id(one): one for one in kept} | memo_of(part for part in self.modules() if part not in inside)
         other: Any = deep_copy(self, memo)
         other = other.computing_in(dtype, compile=compile, plain=plain, structure=followed.structure)
-        other.eval().requires_grad_(False)
+        other.training = False
+        other.requires_grad_(False)
         parts = [(name, part) for name, part in other.named_children() if name not in ("classifier", "_reader")]
         places = Counter(module for _, part in parts for module in part.modules())
         for name, part in parts:
             # A layer that two parts share is not folded.
             alone = all(places[module] == 1 for module in part.modules())
+            part.eval()
             if decisions[name].pairs is None:
                 decisions[name].pairs = foldable_pairs(part)[0] if alone and not plain else []
             fold_pairs(part, decisions[name].pairs or [])
             if compile:
                 part.compile()
-        other._followed, other._reads, other._made_from = followed, followed.reads, followed.structure.number
-        followed.is_current = is_first
+        if is_first:
+            other._followed, followed.is_current = followed, True
+            other._adopt(other)
+            other._made_from = followed.structure.number
         # A subclass may call its parts without `check_images`.
         other.register_forward_pre_hook(Defence._follow)
         folded = sum(len(decisions[name].pairs or ()) for name in ("classifier", *(name for name, _ in parts)))
@@ -250,19 +264,25 @@ class Defence(StochasticDefence):
         copied: Any = self.classifier
         how = {"compile": copied.compile_steps, "plain": copied.plain, "followed": self._followed}
         fresh = model.make_frozen_copy(copied.dtype, **how)
-        for name, part in fresh.named_children():
-            old = self._modules[name]
-            # The representation belongs to its reader.
-            if old is None or not in_place or renewed(old, part) is part:
-                self._modules[name] = part
-                self.representation = fresh.representation if name == "_reader" else self.representation
-        self._reads = self._followed.reads
-        own = [{**one._parameters, **one._buffers} for one in (self, fresh)]
+        self._adopt(fresh, in_place)
+        self._followed.is_current = True
+
+    def _adopt(self, fresh: Defence | None, in_place: bool = True) -> None:
+        """Take the parts of a new copy; None: those that another copy with the same `Followed` has taken."""
+        followed: Any = self._followed
+        self._reads = followed.reads
+        for name, part in () if fresh is None else fresh.named_children():
+            followed.places[name].put(part, followed.structure.number, in_place)
+        self._modules |= {name: place.network for name, place in followed.places.items()}
+        if fresh is None or fresh is self:
+            return
+        own: list[dict[str, Any]] = [{**one._parameters, **one._buffers} for one in (self, fresh)]
         with torch.no_grad():
             for name, mine in own[0].items():
                 if mine is not None and name != "_noise_seed":
                     mine.copy_(own[1][name])
-        self._followed.is_current = True
+        held = {name: value for name, value in vars(fresh).items() if isinstance(value, Tensor)}
+        vars(self).update({name: value for name, value in held.items() if name != "_noise_ids"})
 
     def follows(self, model: nn.Module) -> bool:
         """Let a frozen copy read its model again and draw as it does now. False: the model needs a new copy."""
@@ -275,26 +295,22 @@ class Defence(StochasticDefence):
         self._noise_seed.copy_(defence._noise_seed)
         return self._followed is not None and self._followed.structure.number == self._made_from
 
-    def prepare_replay(self, counted: bool = False) -> None:
-        """Let a frozen copy follow its model before a prediction, or before a captured step is replayed.
-
-        ``counted``: whether only what PyTorch has counted is a change, as between the parts of a prediction.
-        """
+    def prepare_replay(self) -> None:
+        """Let a frozen copy follow its model before a prediction, or before a captured step is replayed."""
         followed = self._followed
-        if followed is not None and (followed.changed(counted) or followed.reads != self._reads):
+        if followed is not None and followed.changed():
             self.update(in_place=followed.reason == "")
+        elif followed is not None and followed.reads != self._reads:
+            self._adopt(None)
 
     @outside_graphs
     def _read_outside(self) -> None:
         self.prepare_replay()
 
     def _follow(self, given: object = None) -> None:
-        """Call `prepare_replay`; as a hook before the forward pass, it is ``given`` the images.
-
-        A compiled graph ends here.
-        """
+        """Call `prepare_replay`; it is also a hook before the forward pass. A compiled graph ends here."""
         if not torch.compiler.is_compiling():
-            self.prepare_replay(counted=given is None)
+            self.prepare_replay()
         elif self._followed is not None:
             self._read_outside()
 
@@ -330,6 +346,14 @@ def refuse_wrapped(name: str, module: nn.Module) -> None:
         raise ValueError(f"{name} must not be a frozen copy, which follows another model: give this model")
     if is_compiled(module):
         raise ValueError(f"{name} must not be compiled: give {name}._orig_mod, and compile the defence instead")
+
+
+class _Reader(nn.Module):
+    """The classifier of a copy that reads the representation."""
+
+    def __init__(self, representation: Representation):
+        super().__init__()
+        self.representation, self.model = representation, representation.model
 
 
 class _Float32Borders(nn.Module):

@@ -39,6 +39,8 @@ class NoisyEnsemble(StochasticDefence):
         self.classifier.eval()
         return self
 
+    train.sets_modes_only = True  # type: ignore[attr-defined]
+
     def sample_logits(self, x: Tensor) -> Tensor:
         copies = x[:, None]
         if not self.noise_is_off:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -14,10 +15,14 @@ from torch import nn
 
 from ..model_state import GENERATORS
 
+CONTAINERS = (list, tuple, dict)
 
-def own_generators(model: nn.Module) -> list[Any]:
-    """The random generators that are attributes of a model or of its parts."""
-    return [value for part in model.modules() for value in vars(part).values() if isinstance(value, GENERATORS)]
+
+def own_generators(parts: Iterable[nn.Module]) -> list[Any]:
+    """The random generators that are attributes of modules, or lie in lists, tuples and dicts there."""
+    values = [value for part in parts for value in vars(part).values()]
+    inside = [value.values() if isinstance(value, dict) else value for value in values if isinstance(value, CONTAINERS)]
+    return [value for value in itertools.chain(values, *inside) if isinstance(value, GENERATORS)]
 
 
 @contextlib.contextmanager
@@ -33,7 +38,7 @@ def same_draws(model: nn.Module | None = None, device: torch.device | None = Non
     indices = {torch.cuda.current_device() if one.index is None else one.index for one in devices if one.type == "cuda"}
     on_devices = [torch.cuda.default_generators[index] for index in sorted(indices)]
     # The modules of NumPy and Python read and set the states of their global generators.
-    generators = [torch.default_generator, *on_devices, np.random, random, *own_generators(model)]
+    generators = [torch.default_generator, *on_devices, np.random, random, *own_generators(model.modules())]
     accesses = list(map(_access, generators))
     before = [read() for read, _ in accesses]
     try:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+import weakref
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..model_state import hidden_modules, used_modules
+from ..model_state import hidden_modules
 from ..protocols import CopiesItself, supports
-from .watch import Structure, Watch, tensors_of
+from .watch import Place, Structure, Watch, tensors_of
 
 if TYPE_CHECKING:
     from .graphs.step_graphs import StepGraphs
@@ -27,20 +28,21 @@ def graphs_of(model: object) -> StepGraphs | None:
     return model._followed.graphs if is_frozen_copy(model) else None  # type: ignore[attr-defined]
 
 
+#: The models that copies follow now.
+_LIVE = weakref.WeakSet["Followed"]()
+
+
 def read_copies(*models: object) -> None:
-    """Let the frozen copies in models, or among what functions use, read the weights of their models now."""
-    parts: dict[int, Any] = {id(one): one for model in models for whole in _wholes(model) for one in whole.modules()}
-    for part in parts.values():
-        if is_frozen_copy(part):
-            part.update()
+    """Let each frozen copy read its model at its next call. Those that are parts of the given modules read now.
 
-
-def _wholes(model: object) -> Iterator[nn.Module]:
-    if isinstance(model, nn.Module):
-        yield model
-        yield from (module for _, module in hidden_modules(model))
-    elif model is not None:
-        yield from (module for _, module in used_modules(model))
+    Writes may not have been counted, and a copy may be hidden in functions and objects.
+    """
+    for followed in list(_LIVE):
+        followed.is_current = False
+    for model in models:
+        for part in model.modules() if isinstance(model, nn.Module) else ():
+            if is_frozen_copy(part):
+                part.update()  # type: ignore[operator]
 
 
 class Followed:
@@ -53,7 +55,7 @@ class Followed:
         reads: the number of calls of `read`. Several copies may follow by one object.
         graphs: the graphs of attacks that are called directly on the copy.
         structure: the structure of the model, and what is known about it.
-        reason: why every call of the copy must read the model again; empty if counts of writes show a change.
+        places: the places of a defence's parts, by name.
 
     Raises:
         TypeError: see `read`.
@@ -61,8 +63,11 @@ class Followed:
 
     def __init__(self, model: nn.Module | None = None):
         self.graphs: StepGraphs | None = None
-        self.reads, self.reason, self.structure, self.is_current = 0, "", Structure(), False
+        self.reads, self._reason, self.structure, self.is_current = 0, "", Structure(), False
+        self.places = defaultdict[str, Any](Place)
         self._model = model
+        self._watch: Any = None
+        _LIVE.add(self)
         if model is not None:
             self._layout, self._watch = _layout(model), Watch(model)
             self.read()
@@ -94,21 +99,29 @@ class Followed:
                 f"{type(model).__name__} has other parts, or tensors of other names, shapes or sharing, than when its "
                 f"frozen copy was made ({', '.join(other[:4])}): make a new one with purify_fast.frozen_copy(model, x)"
             )
-        self.reason = _uncounted(model, tensors)
+        self._reason = _uncounted(model, tensors)
 
     def fits(self) -> bool:
         """Tell whether names, shapes and the sharing of the model's tensors are those of the copy."""
         return self._model is None or _layout(self._model) == self._layout
 
-    def changed(self, counted: bool = False) -> bool:
-        """Tell whether the model may have changed since the last `read`; with ``counted``, whether a count shows it."""
+    @property
+    def reason(self) -> str:
+        """Why every call of the copy must read the model again; empty if counts of writes show a change."""
+        return self._reason or (
+            "a tensor was made in inference mode" if self._watch and self._watch.has_uncounted else ""
+        )
+
+    def changed(self) -> bool:
+        """Tell whether the model may have changed since the last `read`."""
         if self._model is None:
             return False
-        return not self.is_current or (self.reason != "" and not counted) or self._watch.changed()
+        return not self.is_current or self._reason != "" or self._watch.changed()
 
     def __deepcopy__(self, memo: object) -> Followed:
         other = Followed()
         vars(other).update(vars(self))
+        other.places = defaultdict(Place)
         if self._model is not None:
             other._watch = Watch(self._model)
         return other
@@ -135,7 +148,8 @@ def check_parts(model: nn.Module) -> None:
                 "original. Define a class with this forward; for accelerate give accelerator.unwrap_model(model), for "
                 "Lightning Fabric model.module"
             )
-    for at, tensor in tensors_of(model):
+    held = [(f"{at}.{n}".lstrip("."), one) for at, part in model.named_modules() for n, one in vars(part).items()]
+    for at, tensor in (*tensors_of(model), *((name, one) for name, one in held if isinstance(one, Tensor))):
         if tensor.layout != torch.strided:
             raise TypeError(f"model must have dense tensors, got {tensor.layout} in {at}: call {at}.to_dense()")
 

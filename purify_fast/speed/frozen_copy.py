@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import traceback
 import warnings
 from collections.abc import Hashable, Iterator
@@ -22,7 +23,7 @@ from .followed import Followed, check_parts, is_frozen_copy, keeps_its_mode
 from .frozen_weights import images_only
 from .processor import fast_bfloat16
 from .products import is_dense
-from .watch import FEWEST_WEIGHTS, deep_copy, freeze, matrix_weights, tensors_of
+from .watch import FEWEST_WEIGHTS, Watch, deep_copy, freeze, matrix_weights, tensors_of
 
 Dtype = torch.dtype | Literal["auto"]
 
@@ -169,9 +170,10 @@ class CallsTheModel(TypeError):
 def _not_run(model: nn.Module) -> Iterator[None]:
     """A block in which no part of the model may run: its copies have parts of their own."""
     names = {id(part): name or "the model itself" for name, part in model.named_modules()}
+    watch, thread = Watch(model), threading.get_ident()
 
     def refuse(module: nn.Module, *given: Any) -> None:
-        if id(module) in names:
+        if id(module) in names and threading.get_ident() == thread:
             raise CallsTheModel(
                 f"model must not be called by its own copy, but the copy runs {names[id(module)]} "
                 f"({type(module).__name__}): write what calls it as a method of the class, not as a closure"
@@ -182,6 +184,11 @@ def _not_run(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+    if not watch.has_uncounted and watch.changed():
+        raise CallsTheModel(
+            "model must not be written to by its own copy, but it has changed meanwhile: a hook or a function of the "
+            "model that is no method may do this"
+        )
 
 
 def auto_dtype(model: nn.Module, x: Tensor) -> torch.dtype:
@@ -340,8 +347,9 @@ def _agree(got: _Answers, want: _Answers, dtype: torch.dtype) -> bool:
             same = same_logits(mine, theirs)
         else:
             # Classes may be masked by infinite logits.
-            error = (mine - theirs).abs().masked_fill(mine == theirs, 0)
-            same = bool(error.max() <= strength * theirs.abs().masked_fill(theirs.isinf(), 0).max())
+            equal = (mine == theirs) | (mine.isnan() & theirs.isnan())
+            error = (mine - theirs).abs().masked_fill(equal, 0)
+            same = bool(error.max() <= strength * theirs.abs().masked_fill(~theirs.isfinite(), 0).max())
         if not same:
             return False
     return same_direction(got.gradient, want.gradient, strength)

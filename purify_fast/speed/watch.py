@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections import defaultdict
+import operator
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ..model_state import GENERATORS, hidden_modules, structure_key
+from ..model_state import hidden_modules, structure_key
+from .draws import own_generators
 
 #: A model with fewer weights in convolutions and linear layers than this is attacked itself in float32, because a copy
 #: would take more time than it saves.
@@ -61,17 +63,24 @@ def memo_of(parts: Iterable[nn.Module], channels_last: bool = False) -> dict[int
     """A memo for `copy.deepcopy` with copies of the tensors of modules, and with their random generators themselves.
 
     Tensors with a history, such as the outputs of layers that hooks keep, lose it: PyTorch cannot copy them with it.
-    With ``channels_last``, the weights of convolutions are copied to this layout.
+    Tensors that share memory are left to `copy.deepcopy`. With ``channels_last``, the weights of convolutions are
+    copied to this layout.
     """
-    held, weights, memo = dict[int, Tensor](), dict[int, Tensor](), dict[int, Any]()
+    held, weights, parts = dict[int, Tensor](), dict[int, Tensor](), list(parts)
+    memo: dict[int, Any] = {id(one): one for one in own_generators(parts)}
     for part in parts:
-        memo |= {id(value): value for value in vars(part).values() if isinstance(value, GENERATORS)}
         for value in itertools.chain(part._parameters.values(), part._buffers.values(), vars(part).values()):
             if type(value) in PLAIN and value.layout == torch.strided:
                 held[id(value)] = value
         weight = part._parameters.get("weight") if channels_last and isinstance(part, CONVOLUTIONS) else None
         if id(weight) in held:
             weights[id(weight)] = held.pop(id(weight))
+    memories = Counter(value.untyped_storage().data_ptr() for value in (held | weights).values() if value.numel())
+    alone = [
+        {key: one for key, one in each.items() if not one.is_leaf or memories[one.untyped_storage().data_ptr()] == 1}
+        for each in (held, weights)
+    ]
+    held, weights = alone
     new = [*copied(held.values()), *copied(weights.values(), memory_format=torch.channels_last)]
     for (key, old), made in zip((held | weights).items(), new, strict=True):
         memo[key] = nn.Parameter(made, old.requires_grad) if isinstance(old, nn.Parameter) else made
@@ -82,13 +91,11 @@ def deep_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module
     """Copy a model with all that it holds, except its random generators, which the copy shares."""
     try:
         return copy.deepcopy(model, memo_of(model.modules()) if memo is None else memo)
-    except RuntimeError as error:
-        if "deepcopy protocol" not in str(error):
-            raise
-        raise TypeError(
-            f"{type(model).__name__} holds a tensor with a history in a list or an object, which cannot be copied: "
-            "keep value.detach() there, or call the model once under torch.no_grad()"
-        ) from error
+    except (RuntimeError, TypeError) as error:
+        reason = f"an object that cannot be copied ({error})"
+        if "deepcopy protocol" in str(error):
+            reason = "a tensor with a history in a list or an object: keep value.detach() there"
+        raise TypeError(f"{type(model).__name__} holds {reason}") from error
 
 
 def freeze(copied: nn.Module) -> nn.Module:
@@ -135,12 +142,48 @@ class Structure:
             check(tensors)
         # The objects in the description are kept alive beside it.
         self._key, self._objects = key, objects
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget all decisions."""
         self.number += 1
         self.decisions.clear()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy does not hold the objects of the description, so it describes the model anew.
         return {"decisions": self.decisions.copy(), "number": 0, "_key": None}
+
+
+class Place:
+    """The place of a copied network, which is made again and again.
+
+    Captured and compiled steps read the tensors of the first network that was made. So a new network that differs in
+    nothing else gives its values to these tensors. Tensors that came from elsewhere, such as images that a forward pass
+    has kept in an attribute, are never written to.
+    """
+
+    def __init__(self) -> None:
+        self.network: nn.Module | None = None
+        self._tensors: list[Tensor] = []
+        self._number = -1
+
+    def put(self, new: nn.Module, number: int, in_place: bool = True) -> nn.Module:
+        """Return the network of this place, which is ``new`` or has its values.
+
+        ``number``: that of the original's structure, because a hook of the original is new to the copy, too.
+        """
+        after, _, theirs = structure_key(new, hooks=False)
+        if self.network is not None and in_place and number == self._number:
+            before, _, mine = structure_key(self.network, hooks=False)
+            if before == after and all(map(operator.is_, mine, self._tensors)):
+                copy_all(mine, theirs)
+                return self.network
+        self.network, self._tensors, self._number = new, theirs, number
+        return new
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copied network has tensors of its own.
+        return Place, ()
 
 
 class _Steps:
@@ -178,13 +221,14 @@ class Watch:
         self._tensors = [one for one in self._objects if isinstance(one, Tensor)]
         # A tensor that was made in inference mode has no count.
         self._counted = [one for one in self._tensors if not one.is_inference()]
+        self.has_uncounted = len(self._counted) < len(self._tensors)
         #: The memory is kept alive too, because ``.data`` may be given other memory at the same address.
         self._memory = [one.detach() for one in self._tensors]
         self._steps, self._seen = _Steps.count, self._now()
 
     def changed(self) -> bool:
         """Tell whether something has changed since the last `look`."""
-        return self._steps != _Steps.count or self._now() != self._seen
+        return self.has_uncounted or self._steps != _Steps.count or self._now() != self._seen
 
     def _now(self) -> list[int]:
         # Every call of a frozen copy runs this function, so it must be fast.

@@ -66,7 +66,6 @@ class Carso(Defence):
 
     draws_for_each_image = True
     not_dependencies = frozenset({"_packed_from"})
-    representation: Representation
     decoder: Decoder
     mean: Tensor
     std: Tensor
@@ -197,9 +196,9 @@ class Carso(Defence):
         bias = self.decoder.stack[-1].get_parameter("bias")
         return self.compute_dtype == torch.bfloat16 and not self.decoder.training and kernel_decodes(bias.device)
 
-    def prepare_replay(self, counted: bool = False) -> None:
+    def prepare_replay(self) -> None:
         """Follow the model, and pack the decoder's weights again if they may have changed."""
-        super().prepare_replay(counted)
+        super().prepare_replay()
         if self._packs and (self._packed_from is None or self._packed_from.changed()):
             # Attacks differentiate through the packed part, and autograd refuses tensors from inference mode.
             with torch.inference_mode(False), torch.no_grad():

@@ -11,15 +11,14 @@ from torch import Tensor, nn
 
 from ..._compiler import section
 from ..._tensors import first_tensor, without_autocast
-from ...model_state import structure_key
 from ...models.representation import evaluation_mode, without_recorders
 from ..draws import same_draws
 from ..watch import (
     CONVOLUTIONS,
     Decisions,
+    Place,
     Structure,
     copied,
-    copy_all,
     deep_copy,
     freeze,
     matrix_weights,
@@ -184,16 +183,10 @@ def prepare_for_inference(
     return decided
 
 
-def renewed(old: nn.Module, new: nn.Module) -> nn.Module:
-    """Write the tensors of a new copy to those of an old one, and return the old one; the new one if they differ.
-
-    Captured and compiled steps read the old tensors. Hooks that a user has added to the old copy are no difference.
-    """
-    (before, mine), (after, theirs) = ((key[0], key[2]) for key in (structure_key(m, hooks=False) for m in (old, new)))
-    if before != after:
-        return new
-    copy_all(mine, theirs)
-    return old
+def set_modes(model: nn.Module, kept: set[str]) -> None:
+    """Put the modules of these names into training mode, and all others into evaluation mode."""
+    for name, part in model.named_modules():
+        part.training = name in kept
 
 
 class InferenceCopy(nn.Module):
@@ -219,7 +212,7 @@ class InferenceCopy(nn.Module):
     """
 
     #: Captured steps read the refreshed weights.
-    not_dependencies = frozenset({"_structure", "_steps"})
+    not_dependencies = frozenset({"_structure", "_steps", "_place"})
     classifier: nn.Module
 
     def __init__(
@@ -240,13 +233,20 @@ class InferenceCopy(nn.Module):
             fine,
             plain,
         )
-        # A model in evaluation mode may have modules that the user keeps in training mode, such as a dropout.
-        self._kept = set() if classifier.training else {name for name, m in classifier.named_modules() if m.training}
+        #: The names of modules that the user keeps in training mode in a model in evaluation mode, such as a dropout.
+        self._kept = set[str]()
+        self._place = Place()
         self._steps: dict[Hashable, Any] = {}
         self._structure = Structure() if structure is None else structure
         if structure is None:
             self._structure.look(classifier)
         self._make(classifier)
+
+    def _keep(self, kept: set[str]) -> None:
+        if kept != self._kept:
+            # A BatchNorm in training mode cannot be folded.
+            self._kept = kept
+            self._structure.forget()
 
     @property
     def decisions(self) -> dict[str, Decisions]:
@@ -300,10 +300,10 @@ class InferenceCopy(nn.Module):
             made = freeze(
                 without_recorders(deep_copy(classifier, memo_of(classifier.modules(), bool(decided.channels_last))))
             )
-            for name, part in made.named_modules():
-                part.training = name in self._kept
+            if not classifier.training:
+                self._keep({name for name, part in classifier.named_modules() if part.training})
+            set_modes(made, self._kept)
             prepare_for_inference(made, self.image_shape, self.dtype, self.fine, self.plain, decided=decided)
-            old = self._modules.get("classifier")
-            self.classifier = renewed(old, made) if old is not None and in_place else made
+            self.classifier = self._place.put(made, self._structure.number, in_place)
             if self.classifier is made and self.compile_steps:
                 made.compile()
