@@ -373,7 +373,8 @@ def test_what_a_captured_step_depends_on(name):
     make, change, seen = DEPENDENCIES[name]
     model = nn.Linear(2, 2)
     model.settings = make()
-    before, *_ = identity_key(model)
+    # The tensors are kept alive: another one could get the address of one that is gone.
+    before, *kept = identity_key(model)
     change(model.settings)
     # a key is looked up in a table
-    assert (identity_key(model)[0] != before) is seen and hash(before) is not None
+    assert (identity_key(model)[0] != before) is seen and hash(before) is not None and kept
