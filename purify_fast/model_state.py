@@ -100,12 +100,11 @@ class Description:
             return (self.of(kind), value.training and self.modes, *inside)
         if isinstance(value, (set, frozenset)):
             return (kind.__name__, *sorted(map(self.of, value), key=repr))
-        # A subclass of a container may have attributes, too.
-        own = self.of(getattr(value, "__dict__", None))
-        if isinstance(value, (list, deque)):
-            return (kind.__name__, own, *map(self.of, value))
-        if isinstance(value, (dict, types.MappingProxyType)):
-            return (kind.__name__, own, *[(self.of(key), self.of(part)) for key, part in value.items()])
+        if isinstance(value, (list, deque, dict, types.MappingProxyType)):
+            # A subclass of a container may have attributes, too.
+            own = self.of(getattr(value, "__dict__", None))
+            items = value if isinstance(value, (list, deque)) else list(value.items())
+            return (kind.__name__, own, *map(self.of, items))
         if isinstance(value, slice):
             return ("slice", value.start, value.stop, value.step)
         # Objects of this package that are not called are settings.

@@ -245,7 +245,7 @@ class FakeCuda:
                 ("purify_fast.model_state", "Tensor", FakeTensor),
                 ("purify_fast.speed.watch", "PLAIN", (FakeTensor,)),
                 # The structure of a model is known, though its tensors have become fake.
-                ("purify_fast.speed.watch.Structure", "look", lambda structure, model: None),
+                ("purify_fast.speed.watch.Structure", "look", lambda structure, model, check=None: None),
             ):
                 stack.enter_context(mock.patch(f"{target}.{name}", new))
             # No kernel is compared with its definition on values that do not exist.
