@@ -136,26 +136,11 @@ def _strong(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
     attacks += [replace(spec, survivors_only=True) for spec in _of_its_kind(subject, ball)]
     attacks += _through_heads(subject)
     attacks += [_transferred(*pair) for pair in subject.surrogates(ball)[0]]
-    attacks += [_left(FABT(n_target_classes=None)), _left(Square()), *_complete(subject, ball)]
+    attacks += [_left(FABT(n_target_classes=None)), _left(Square())]
     again = APGD(loss="dlr_targeted", n_target_classes=None, precision="float32")
     for i in range(RESTARTS):
         attacks.append(_left(again, f"APGD-T, every target, random start {i + 2} of {RESTARTS + 1}", seed=i + 1))
     return attacks
-
-
-def _complete(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
-    """Specify branch and bound, a complete search, for a small ReLU network in an L-inf ball."""
-    # No other protocol needs this module.
-    from ...attacks import BranchAndBound
-
-    attack = BranchAndBound()
-    if subject.is_random or ball.norm not in attack.norms:
-        return []
-    try:
-        attack.layers(subject.base_model, subject.sample_images())
-    except ValueError:
-        return []
-    return [_left(attack)]
 
 
 def _of_its_kind(subject: Subject, ball: ThreatModel) -> Sequence[AttackSpec]:

@@ -295,7 +295,6 @@ class Measure:
             settings=settings | draws,
             attacked=len(run.index),
             warnings=sums.warnings,
-            proved=sums.proved,
             may_end_early=spec.attack.may_end_early(run.context),
             uses_gradients=spec.attack.uses_gradients,
             **stopped,

@@ -261,9 +261,7 @@ def notes_on_rows(rows: Sequence[Row], headline: Row | None) -> list[str]:
     for row in rows:
         for text in (each for each in row.warnings if each != CUT):
             warned.setdefault(text, []).append(row.attack)
-    proofs = (row for row in own if row.proved and row.deployed and row.settings["target"] == "defence")
-    proved = max(proofs, key=lambda row: row.proved / row.n, default=None)
-    return paragraphs("notes.jinja", stopped=stopped, near=near, warned=warned, proved=proved, headline=headline)
+    return paragraphs("notes.jinja", stopped=stopped, near=near, warned=warned, headline=headline)
 
 
 def paragraphs(template: str, **values: Any) -> list[str]:
