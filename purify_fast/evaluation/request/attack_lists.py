@@ -19,12 +19,10 @@ from ...attacks.losses import ApgdLoss
 from ...protocols import Classifier, DeterministicMode, FixedNoise, SampleLogits, is_purifier, supports
 from ..surrogates.copies import WithoutNoise, in_order
 from .config import ProtocolName
-from .published import authors_attacks, strong_attacks
 from .specs import AttackSpec, lee_kim_2023
+from .strong_attacks import strong_attacks
 from .subject import Subject
 
-#: The name of the attack of the protocol "authors" for a model without ``authors_attacks()``.
-AS_A_CLASSIFIER = "as ARREST's paper evaluates a classifier: AutoAttack standard"
 #: Steps of the first attack of "fast" and "standard". Most images fall within the first few steps.
 FIRST_STEPS = 10
 #: Steps of the targeted attack of "fast" on many images. With 100 steps only 1 more image in 500 fell, and the attack
@@ -58,8 +56,7 @@ def protocol_attacks(
     attacks = PROTOCOLS[name](subject, ball)
     if steps is not None and name in SEARCHES:
         attacks = [_shortened(spec, steps) for spec in attacks]
-    # The protocol "authors" repeats an evaluation by other authors, which has no transfer attack.
-    if base is not None and name != "authors":
+    if base is not None:
         attacks.append(_left(PGD(), "transfer from the base", target=base))
     return attacks
 
@@ -213,12 +210,6 @@ def _official(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
     return [*without_noise, AttackSpec(OriginalAutoAttack(version="rand"))]
 
 
-def _authors(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
-    theirs = authors_attacks(subject.base_model, ball.eps)
-    default = [AttackSpec(OriginalAutoAttack(), label=AS_A_CLASSIFIER, judge=subject.base_model)]
-    return default if theirs is None else list(theirs)
-
-
 #: The protocols that `without_early_stops` changes if probes find signs of masked gradients before the attacks.
 SEARCHES = ("fast", "standard", "rand", "strong")
 #: The protocols by name.
@@ -228,5 +219,4 @@ PROTOCOLS: dict[str, Callable[[Subject, ThreatModel], list[AttackSpec]]] = {
     "rand": _rand,
     "strong": _strong,
     "official": _official,
-    "authors": _authors,
 }
