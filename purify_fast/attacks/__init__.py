@@ -10,7 +10,6 @@ from .apgd import apgd as apgd
 from .attacked_model import frozen as frozen
 from .base import Attack as Attack
 from .base import AttackResult as AttackResult
-from .bpda import BPDA as BPDA
 from .bpda import BpdaModel as BpdaModel
 from .checkpointed_steps import checkpointed_steps as checkpointed_steps
 from .context import AttackContext as AttackContext

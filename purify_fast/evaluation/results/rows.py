@@ -288,14 +288,6 @@ class Paired:
         return f"{100 * self.difference:+.1f} ± {100 * self.standard_error:.1f} points (n = {self.n}, paired)"
 
 
-def followed(rows: Sequence[Row]) -> str:
-    """Name the gradients that attacks on a model itself used, in words that a text can put after "the attack"."""
-    by_bpda = {row.kind == "bpda" for row in rows}
-    if True not in by_bpda:
-        return "along the model's own gradients"
-    return "along the gradients of BPDA" if len(by_bpda) == 1 else "along the gradients of the model or of BPDA"
-
-
 class Worst(NamedTuple):
     """The worst known point of each image of a random model; every array is ``[n]``, see `Row`."""
 

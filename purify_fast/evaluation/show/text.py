@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ... import _templates
 from ..alarms.signs import ALARMS, STATES, Finding
-from ..results.rows import CUT, REFUTED, Row, followed
+from ..results.rows import CUT, REFUTED, Row
 
 if TYPE_CHECKING:
     import jinja2
@@ -197,7 +197,7 @@ def sentence(name: str, *values: Any) -> str:
 def _environment() -> jinja2.Environment:
     environment = _templates.environment(__package__)
     # Templates may use all names of this module. Three of them are used only there, so they are listed.
-    environment.globals |= globals() | {"REFUTED": REFUTED, "STATES": STATES, "followed": followed}
+    environment.globals |= globals() | {"REFUTED": REFUTED, "STATES": STATES}
     environment.globals |= {name: functools.partial(sentence, name) for name in SENTENCES}
     return environment
 
@@ -252,7 +252,7 @@ def column_legend(rows: Sequence[Row]) -> list[str]:
 
 
 def notes_on_rows(rows: Sequence[Row], headline: Row | None) -> list[str]:
-    """The notes of a report on images without a search, on proofs, and on a small number of images."""
+    """The notes of a report on images without a search, and on a small number of images."""
     # Another note tells of rows that were cut short.
     own = [row for row in rows if row.threat is None and CUT not in row.warnings]
     stopped = [row for row in own if row.unsearched and not row.settings.get("nearest")]
