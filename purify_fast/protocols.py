@@ -98,14 +98,6 @@ class DeterministicMode(Protocol):
 
 
 @runtime_checkable
-class AuthorsEvaluation(Protocol):
-    """Has the attacks with which the authors of the defence evaluated it."""
-
-    def authors_attacks(self, eps: float) -> Sequence[Any]:
-        """The authors' attacks at radius ``eps``: `AttackSpec` objects, whose ``judge`` is the authors' model."""
-
-
-@runtime_checkable
 class OwnSurrogates(Protocol):
     """Has surrogates: models whose gradients may find adversarial images that the defence's own gradients miss."""
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from purify_fast.attacks.base import ThreatModel
 from purify_fast.evaluation.request.attack_lists import protocol_attacks
-from purify_fast.evaluation.request.published.diffusion_release import strong_attacks
 from purify_fast.evaluation.request.specs import AttackSpec
+from purify_fast.evaluation.request.strong_attacks import on_diffusion
 from purify_fast.evaluation.request.subject import Subject
 from purify_fast.evaluation.run import stopping
 
@@ -53,7 +53,7 @@ class AnyPurifier(AnyModel):
 
     def strong_attacks(self, norm: str, eps: float) -> list[AttackSpec]:
         """Return the added attacks. The arguments are those of `purify_fast.protocols.OwnAttacks`."""
-        return strong_attacks(self, norm, eps)
+        return on_diffusion(self, norm, eps)
 
 
 def of_attacks(specs: Iterable[AttackSpec], random: bool = True) -> list[str]:

@@ -10,10 +10,7 @@ from .apgd import apgd as apgd
 from .attacked_model import frozen as frozen
 from .base import Attack as Attack
 from .base import AttackResult as AttackResult
-from .bpda import BPDA as BPDA
 from .bpda import BpdaModel as BpdaModel
-from .branch_and_bound import BranchAndBound as BranchAndBound
-from .branch_and_bound import branch_and_bound as branch_and_bound
 from .checkpointed_steps import checkpointed_steps as checkpointed_steps
 from .context import AttackContext as AttackContext
 from .fab import FABT as FABT

@@ -46,15 +46,12 @@ class AttackResult:
         warnings: warnings for the reader of the result.
         gave_up: number of images that survived only because every search gave up without any progress towards a
             decision boundary; a number or a tensor of shape []. Their survival says nothing about the defence.
-        proved: number of images for which a complete search proved that no point of the ball is misclassified; a number
-            or a tensor of shape [].
     """
 
     images: Tensor
     health: GradientHealth | None = None
     warnings: list[str] = field(default_factory=list)
     gave_up: int | Tensor = 0
-    proved: int | Tensor = 0
 
 
 class Resolved(NamedTuple):

@@ -1,19 +1,16 @@
-"""BPDA (Athalye, Carlini & Wagner, ICML 2018, section 4): an attack for purifiers without a useful gradient."""
+"""BPDA (Athalye, Carlini & Wagner, ICML 2018, section 4): a gradient for purifiers without a useful one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Literal, cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from .._validation import check_literal
 from ..ops.aggregate import aggregate
-from ..protocols import Aggregates, Classifier, FrozenClassifier, HasClassifier, Purifier, is_purifier, supports
-from .context import AttackContext
-from .pgd import PGD
+from ..protocols import Aggregates, FrozenClassifier, HasClassifier, Purifier, is_purifier, supports
 
 #: The methods of `purify_fast.ops.aggregate`.
 Aggregation = Literal["lse", "peel", "mean", "mean_sigmoid", "vote", "peel_reference"]
@@ -66,7 +63,12 @@ class BpdaModel(nn.Module):
         Args:
             defence: a defence with ``purify(x)`` and ``classifier``.
             aggregation: how the logits of several draws are aggregated; None: as the defence does, or else "lse".
+
+        Raises:
+            TypeError: the defence has no ``purify(x)`` or no ``classifier``.
         """
+        if not is_purifier(defence):
+            raise TypeError(f"BPDA needs a defence with purify(x) and classifier, got {type(defence).__qualname__}")
         own = cast(Aggregates, defence).aggregate if supports(defence, Aggregates) else "lse"
         modules = [defence] if isinstance(defence, nn.Module) else []
         chosen = own if aggregation is None else aggregation
@@ -87,26 +89,3 @@ class BpdaModel(nn.Module):
         logits = self.classifier((purified + change[:, None]).flatten(0, 1).contiguous())
         logits = logits.unflatten(0, purified.shape[:2])
         return aggregate(logits, self.aggregation) if isinstance(self.aggregation, str) else self.aggregation(logits)
-
-
-@dataclass(frozen=True, kw_only=True)
-class BPDA(PGD):
-    """PGD on the `BpdaModel` of a defence with ``purify(x)`` and ``classifier``.
-
-    Args:
-        aggregation: how the logits of several draws are aggregated; None: the defence's own aggregation.
-    """
-
-    kind: ClassVar[str] = "bpda"
-    label: ClassVar[str] = "BPDA"
-
-    aggregation: Aggregation | None = None
-
-    def name(self, context: AttackContext) -> str:
-        return super().name(context) + ("" if self.aggregation is None else f" through {self.aggregation}")
-
-    def target(self, model: Classifier) -> BpdaModel:
-        """Make the `BpdaModel` of a defence; TypeError if the model has no ``purify(x)`` or no ``classifier``."""
-        if not is_purifier(model):
-            raise TypeError(f"BPDA needs a defence with purify(x) and classifier, got {type(model).__qualname__}")
-        return BpdaModel.of(model, self.aggregation)

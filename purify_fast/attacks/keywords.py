@@ -90,13 +90,6 @@ class SquareOptions(EngineOptions, total=False):
     n_queries: Count
 
 
-class BranchAndBoundOptions(AttackOptions, total=False):
-    """The options of `purify_fast.attacks.branch_and_bound`."""
-
-    nodes: Count
-    relus: Count
-
-
 class StAdvOptions(AttackOptions, total=False):
     """The options of `purify_fast.attacks.stadv`."""
 

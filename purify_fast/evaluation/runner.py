@@ -38,7 +38,6 @@ from .request.config import EvaluateConfig, EvaluateSettings, config_of
 from .request.fingerprint import fingerprint
 from .request.naming import beside_fixed, feasible, row_name, threat_name
 from .request.preparation import collect, facts, note_of_modes, read_attacks, warn_of_probabilities
-from .request.published import authors_attacks
 from .request.specs import AttackFunction, AttackSpec
 from .request.subject import DrawsUnderAttack, Subject, Variant, device_of
 from .results.rows import CUT, Row, worst_rows
@@ -98,8 +97,7 @@ def evaluate(
         y: labels, integers ``[N]``, a tensor or a NumPy array.
         eps: radius of the ball, in image units; above 0 if there are attacks. An attack's own eps wins.
         norm: norm of the ball: ``linf``, ``l2`` or ``l1``.
-        base: an undefended classifier, whose adversarial images are tried on the model; not beside ``attacks``, nor in
-            the protocol "authors".
+        base: an undefended classifier, whose adversarial images are tried on the model; not beside ``attacks``.
         attacks: a list of attacks that replaces a protocol: attacks of `purify_fast.attacks`, such as ``PGD()``;
             functions ``(model, x, y) -> x_adv``, see `as_attack`; or an `AttackSpec`. An empty list measures only the
             clean accuracy. An attack on a variant that the model lacks, or whose test fails, is left out, with a note.
@@ -158,12 +156,10 @@ def evaluate(
             if mark is not None:
                 report.about["model"] = mark
             warn_of_probabilities(subject, name)
-            published = config.protocol == "authors" and authors_attacks(model, 1.0) is not None
-            known = {"config": config, "name": name, "modes": modes, "published": published}
+            known = {"config": config, "name": name, "modes": modes}
             report.notes += [f"the model: {VARYING}"] * draws
             report.notes += paragraphs("first_notes.jinja", once_per_call=subject.draws_once_per_call, **known)
-            by_default = attacks is None and config.protocol != "authors"
-            probes = by_default if config.probes is None else config.probes
+            probes = attacks is None if config.probes is None else config.probes
             before = subject.batch_limit.within(lambda: Before(subject)) if probes else None
             ball = ThreatModel(norm, float(eps))
             context = _context(config, subject, ball)

@@ -75,6 +75,8 @@ def test_other_shapes_and_aggregations_are_refused(batch):
         BpdaModel(nn.AvgPool2d(2), nn.Flatten())(batch)
     with pytest.raises(ValueError, match="aggregation must be one of lse"):
         BpdaModel(nn.AvgPool2d(2), nn.Flatten(), aggregation="max")
+    with pytest.raises(TypeError, match=r"BPDA needs a defence with purify\(x\) and classifier, got Flatten"):
+        BpdaModel.of(nn.Flatten())
 
 
 def test_the_purifiers_module_is_frozen_too(batch):

@@ -24,7 +24,7 @@ def test_an_unknown_option_is_refused_with_the_nearest(model, option, advice):
         attacks.pgd(model, x, y, 0.1, targetted=y)
 
 
-@pytest.mark.parametrize("name", ["pgd", "fgsm", "apgd", "fab_t", "square", "branch_and_bound"])
+@pytest.mark.parametrize("name", ["pgd", "fgsm", "apgd", "fab_t", "square"])
 def test_a_radius_is_needed(model, name):
     x, y = torch.rand(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64)
     with pytest.raises(TypeError, match="needs a radius in image units"):

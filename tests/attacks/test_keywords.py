@@ -8,7 +8,6 @@ import pytest
 
 from purify_fast.attacks import keywords
 from purify_fast.attacks.apgd import APGD
-from purify_fast.attacks.branch_and_bound import BranchAndBound
 from purify_fast.attacks.context import AttackContext
 from purify_fast.attacks.fab import FABT
 from purify_fast.attacks.pgd import FGSM, PGD
@@ -25,7 +24,6 @@ KINDS = {
     APGD: ("ApgdOptions", {"targeted"}),
     FABT: ("FabOptions", set()),
     Square: ("SquareOptions", set()),
-    BranchAndBound: ("BranchAndBoundOptions", set()),
     StAdv: ("StAdvOptions", {"targeted"}),
 }
 

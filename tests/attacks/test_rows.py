@@ -8,7 +8,7 @@ import torch
 from small_models import Made, Purifying
 from torch import nn
 
-from purify_fast.attacks import APGD, BPDA, FABT, FGSM, PGD, OriginalAutoAttack, Square, StAdv, apgd, pgd, square, stadv
+from purify_fast.attacks import APGD, FABT, FGSM, PGD, OriginalAutoAttack, Square, StAdv, apgd, pgd, square, stadv
 from purify_fast.attacks.ball import Ball
 from purify_fast.attacks.context import AttackContext
 from purify_fast.attacks.engine.engine_attack import nearest_borders
@@ -20,7 +20,7 @@ from purify_fast.evaluation.run.progress import Progress, counted_model
 from purify_fast.models.classifiers import SmallCNN
 
 EPS = 0.05
-EVERY = [PGD, APGD, FGSM, BPDA, StAdv, OriginalAutoAttack]
+EVERY = [PGD, APGD, FGSM, StAdv, OriginalAutoAttack]
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +45,6 @@ def context(**options):
         (APGD(loss="dlr_targeted"), 6, "APGD-T 5"),
         (APGD(loss="dlr_targeted", n_target_classes=2, restarts=3), 6, "APGD-T 5, 2 targets x3"),
         (APGD(loss="dlr_targeted"), 3, "APGD-5 margin"),
-        (BPDA(), 6, "BPDA-5 ce"),
-        (BPDA(aggregation="mean", restarts=2), 6, "BPDA-5 ce x2 through mean"),
         (StAdv(), 6, "StAdv-5 margin"),
         (OriginalAutoAttack(), 6, "AutoAttack standard"),
         (OriginalAutoAttack(steps=100, n_queries=20), 6, "AutoAttack standard, 20 queries"),
@@ -64,7 +62,6 @@ def test_names(attack, classes, name):
         (PGD(), [(7, 5), (22, 15)]),
         (PGD(restarts=3), [(24, 15), (75, 45)]),
         (FGSM(), [(2, 1), (4, 3)]),
-        (BPDA(restarts=2), [(16, 10), (50, 30)]),
         (StAdv(), [(7, 5), (22, 15)]),
         (StAdv(restarts=2), [(16, 10), (50, 30)]),
     ],
@@ -133,7 +130,7 @@ def test_settings_are_plain_and_say_what_was_decided():
         assert attack().draws(context()) == 1
 
 
-@pytest.mark.parametrize(("attack", "revision"), [(PGD, "4"), (FGSM, "3"), (BPDA, "4"), (StAdv, "3")])
+@pytest.mark.parametrize(("attack", "revision"), [(PGD, "4"), (FGSM, "3"), (StAdv, "3")])
 def test_a_revision_stands_for_which_images_share_a_pass(attack, revision, model, batch):
     """A random model draws once for each pass. Where other images share one, the revision has to rise as well."""
     sizes = set()
@@ -141,11 +138,6 @@ def test_a_revision_stands_for_which_images_share_a_pass(attack, revision, model
         told = context(max_forward_batch=4, eot_iter=1, steps=1, draws_differ=True)
         attack().search(attack().target(model), *batch, told)
     assert (attack().revision(), sizes) == (revision, {3})
-
-
-def test_bpda_needs_a_purifier():
-    with pytest.raises(TypeError, match=r"BPDA needs a defence with purify\(x\) and classifier, got Flatten"):
-        BPDA().target(nn.Flatten())
 
 
 @pytest.mark.parametrize(
@@ -156,7 +148,6 @@ def test_bpda_needs_a_purifier():
         (PGD, {"eps": 8.0, "norm": "linf"}, r"at most 1 for linf, in image units, got 8.0: is 8/255 meant\?"),
         (PGD, {"eps": -1.0}, "eps must be at least 0, got -1.0"),
         (PGD, {"alpha": -0.1}, "alpha must be at least 0"),
-        (BPDA, {"aggregation": "max"}, "aggregation must be one of lse"),
         (OriginalAutoAttack, {"version": "plus"}, "version must be one of standard, rand, got 'plus'"),
     ],
 )

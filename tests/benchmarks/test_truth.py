@@ -11,7 +11,7 @@ from benchmarks import RESULTS
 from benchmarks import __main__ as program
 from benchmarks.pages import fill
 from benchmarks.robustness.truth import exact, run_truth, subjects
-from purify_fast.attacks.relu_layers import affine_layers
+from benchmarks.robustness.truth.relu_layers import affine_layers
 
 
 def sharp(seed, build, *sizes):
@@ -118,6 +118,18 @@ def test_robust_by_construction():
             assert exact.decide(layers, x, y, 4 * part.eps).verdict == exact.FALLS
 
 
+def test_a_complete_search_is_a_contestant(tmp_path, monkeypatch):
+    """It misses no point, breaks no image that is robust, and its row is kept until its revision changes."""
+    tmp_path, names = tmp_path / "cpu", ["gap 1", subjects.CONSTRUCTED]
+    program.main(["truth", "--quick", "--out", str(tmp_path), *names, "--contestants", run_truth.COMPLETE])
+    results = run_truth.read(tmp_path)
+    assert [row["subject"] for row in results["contestants"]] == names
+    assert run_truth.score(results["truth"], results["contestants"])._replace(falls=0) == run_truth.Score()
+    assert not run_truth.outdated(tmp_path.parent)
+    monkeypatch.setattr(run_truth.branch_and_bound, "REVISION", 0)
+    assert len(run_truth.outdated(tmp_path.parent)) == 2
+
+
 NAMES = ["digits, perceptron", "gap 1", subjects.CONSTRUCTED]
 
 
@@ -196,12 +208,12 @@ def test_the_tables_count_what_was_missed(tmp_path):
     text = fill.table("truth", tmp_path)
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
     by_name = {line[0]: line[1:] for line in cells}
-    assert by_name[other] == ["0.2", "1", "1", "0", "1", "0", "1", "0", "0, 0, 0", "0, 0, 0", "-"]
-    assert by_name[first] == ["0.1", "1", "2", "1", "1", "2", "2", "2", "2, 1, 2", "2, 2, 2", "2"]
-    assert by_name["0.25"] == ["2", "2", "1", "1", "1", "1", "1"]
-    assert "proved robust: 7 on" in text and "not in float32: 1." in text
+    assert by_name[other] == ["0.2", "1", "1", "0", "1", "0", "1", "0", "0, 0, 0", "0, 0, 0", "-", "0"]
+    assert by_name[first] == ["0.1", "1", "2", "1", "1", "2", "2", "2", "2, 1, 2", "2, 2, 2", "2", "2"]
+    assert by_name["0.25"] == ["2", "2", "1", "1", "1", "1", "1", "1"]
+    assert "proved robust: 8 on" in text and "not in float32: 1." in text
     with pytest.raises(FileNotFoundError):
         run_truth.front(tmp_path)
     (tmp_path / "cpu" / run_truth.FILE).write_text(json.dumps(rows()))
     (front,) = run_truth.front(tmp_path)
-    assert "AutoAttack 2, fast 2, standard 2, strong 2" in front and "AutoAttack 50 %" in front
+    assert "AutoAttack 2, fast 2, standard 2, strong 2." in front and "AutoAttack 50 %" in front

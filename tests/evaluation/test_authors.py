@@ -1,12 +1,14 @@
-"""The protocol "authors" repeats how others evaluate: a model of theirs is attacked and judges, in no headline."""
+"""A repeated evaluation of others: a model of theirs is attacked and judges, in no headline."""
+
+from functools import partial
 
 import pytest
 from evaluating import evaluate
-from small_models import Linear, Made, Purifying, labelled
+from small_models import Made, labelled
 
-from purify_fast.attacks import BPDA, PGD, OriginalAutoAttack
+from purify_fast.attacks import PGD
 from purify_fast.evaluation import AttackSpec, Report
-from purify_fast.evaluation.request.attack_lists import AS_A_CLASSIFIER
+from purify_fast.evaluation.request.config import EvaluateConfig
 
 QUIET = {"eps": 0.05}
 
@@ -34,17 +36,6 @@ def test_a_judge_is_attacked_and_judges_whatever_the_defence_says(trio):
     assert strong.row("as somebody").accuracy == 0
 
 
-def test_bpda_replaces_the_gradient_of_the_judges_purifier(trio):
-    model, x, y = trio
-
-    judge, deployed = (Purifying(model, lambda images: images.detach() + 0 * images) for _ in "12")
-    rows = [AttackSpec(kind(steps=5), label=f"as {kind.kind}", judge=judge) for kind in (PGD, BPDA)]
-    report = evaluate(deployed, x, y, **QUIET | {"eps": 0.5}, attacks=rows)
-    exact, straight = report.row("as pgd"), report.row("as bpda")
-    assert exact.health["zero"] == exact.health["gradients"] and exact.accuracy > 0
-    assert straight.health["zero"] == 0 and straight.accuracy == 0
-
-
 def test_its_rows_are_in_no_headline_and_no_worst(trio, tmp_path):
     model, x, y = trio
     theirs = AttackSpec(PGD(steps=20), label="as somebody", judge=opposite(model))
@@ -57,13 +48,8 @@ def test_its_rows_are_in_no_headline_and_no_worst(trio, tmp_path):
         assert found.headlines == {} and "worst" not in found.attacks
 
 
-@pytest.mark.slow
-def test_a_plain_classifier_is_judged_by_autoattack_alone(trio):
-    pytest.importorskip("pyautoattack")
-    model, x, y = trio
-    report = evaluate(model, x, y, **QUIET, protocol="authors", base=Linear(48, classes=5))
-    assert report.attacks == ["clean", AS_A_CLASSIFIER] and report.headlines == {}
-    own = evaluate(model, x, y, **QUIET, attacks=[OriginalAutoAttack()]).row("AutoAttack standard")
-    row = report.row(AS_A_CLASSIFIER)
-    assert 0 < own.accuracy < 1 and row.robust.tolist() == own.robust.tolist()
-    assert report.about["protocol"] == "authors" and "defence" not in report.curves
+def test_the_protocol_says_where_the_evaluations_are():
+    """A name of earlier versions, for which the repository has the evaluations still."""
+    for asked in (EvaluateConfig, partial(evaluate, None, None, None, **QUIET)):
+        with pytest.raises(ValueError, match=r"protocol must be one of fast, .*, got 'authors': .*robustness/authors"):
+            asked(protocol="authors")

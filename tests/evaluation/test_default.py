@@ -28,7 +28,7 @@ def test_the_default_is_standard_with_its_signs(without_autoattack):
     assert report.attacks == ["clean", *STANDARD, "transfer from the base", "worst"]
     assert report.about["protocol"] == "standard" and sum(f.verdict != "not asked" for f in report.findings) >= 6
     # before any work
-    for missing in ({"protocol": "official"}, {"protocol": "authors"}, {"attacks": [OriginalAutoAttack()]}):
+    for missing in ({"protocol": "official"}, {"attacks": [OriginalAutoAttack()]}):
         with pytest.raises(ModuleNotFoundError, match=r"AutoAttack is not installed.*purify-fast\[eval\]"):
             evaluate(lambda x: pytest.fail("it was asked"), *zoo_digits(6), eps=0.1, **missing)
 

@@ -13,7 +13,7 @@ from evaluating import evaluate
 from small_models import Made, Purifying
 from torch import nn
 
-from purify_fast.attacks import APGD, BPDA, FGSM, PGD, AttackContext, OriginalAutoAttack, StAdv
+from purify_fast.attacks import APGD, FGSM, PGD, AttackContext, BpdaModel, OriginalAutoAttack, StAdv
 from purify_fast.evaluation import AttackSpec, lee_kim_2023
 from purify_fast.evaluation.results.rows import by_worst_points
 from purify_fast.models.classifiers import SmallCNN
@@ -183,18 +183,18 @@ def test_transfer_attacks_the_base_and_judges_the_defence(toy):
 def test_what_a_model_lacks_is_said(toy, caplog):
     """A deterministic model gets one draw, one prediction and one variant, and no note on what would be the same."""
     model, x, y = toy
-    attacks = [PGD(), AttackSpec(PGD(), variant="deterministic"), BPDA(), StAdv(steps=2)]
+    attacks = [PGD(), AttackSpec(PGD(), variant="deterministic"), StAdv(steps=2)]
     attacks += [OriginalAutoAttack(version="rand"), AttackSpec(PGD(), target="classifier")]
     attacks += [AttackSpec(PGD(), aggregation="mean")]
     report = evaluate(plain(model), x, y, steps=3, eot_iter=4, n_eval=4, attacks=attacks, name="m", **QUIET)
     assert report.attacks == ["clean", "PGD-3 ce", "worst", "StAdv-2 margin, flow 0.05"]
     assert all(row.n_eval == 1 for row in report.rows) and report.row("PGD-3 ce").settings["eot_iter"] == 1
-    reasons = "has no purify() and classifier", "is deterministic", "has no classifier", "has no sample_logits()"
-    assert report.row("clean").accuracy == 1 and len(report.notes) == 4
+    reasons = "is deterministic", "has no classifier", "has no sample_logits()"
+    assert report.row("clean").accuracy == 1 and len(report.notes) == 3
     assert all(note.endswith(f"was left out: the model {why}") for note, why in zip(report.notes, reasons, strict=True))
-    report = evaluate(plain(model), x, y, attacks=[BPDA()], name="m", **QUIET)
+    report = evaluate(plain(model), x, y, attacks=[AttackSpec(PGD(), target="classifier")], name="m", **QUIET)
     assert report.notes[1:] == ["m: no attack ran, so this report does not say how robust the model is"]
-    assert report.notes[0].startswith("m: BPDA") and "no attack ran" in caplog.text
+    assert report.notes[0].startswith("m: PGD") and "no attack ran" in caplog.text
     assert evaluate(plain(model), x, y, attacks=[], name="m", **QUIET).notes == []
     attacks = [PGD(), AttackSpec(PGD(), variant="fixed"), AttackSpec(PGD(), variant="deterministic")]
     model.eval()
@@ -344,30 +344,29 @@ def shattered():
     return model, x, model.classifier(x).argmax(1)
 
 
-UNSEEN = [
-    PGD(),
-    BPDA(),
-    AttackSpec(PGD(), target="classifier", label="cheap"),
-    BPDA(norm="l2", eps=1.0),
-    AttackSpec(BPDA(loss="dlr", norm="l2", eps=1.0), label="BPDA in L2 1", survivors_only=True),
-    AttackSpec(StAdv(), target="classifier"),
-]
-
-
 @pytest.fixture(scope="module")
 def unseen(shattered):
     model, x, y = shattered
-    return evaluate(model, x, y, attacks=UNSEEN, steps=8, eot_iter=3, n_eval=2, name="d", eps=FAINT)
+    straight = BpdaModel.of(model)
+    attacks = [
+        PGD(),
+        AttackSpec(PGD(), target=straight, label="BPDA"),
+        AttackSpec(PGD(), target="classifier", label="cheap"),
+        AttackSpec(PGD(norm="l2", eps=1.0), target=straight, label="BPDA"),
+        AttackSpec(PGD(loss="dlr", norm="l2", eps=1.0), target=straight, label="BPDA in L2 1", survivors_only=True),
+        AttackSpec(StAdv(), target="classifier"),
+    ]
+    return evaluate(model, x, y, attacks=attacks, steps=8, eot_iter=3, n_eval=2, name="d", eps=FAINT)
 
 
 def test_unseen_rows(unseen):
     assert unseen.attacks == [
         "clean",
         "PGD-8 ce",
-        "BPDA-8 ce",
+        "BPDA",
         "cheap on the classifier alone (not adaptive)",
         "worst",
-        "BPDA-8 ce, L2 1",
+        "BPDA, L2 1",
         "BPDA in L2 1",
         "StAdv-8 margin on the classifier alone (not adaptive), flow 0.05",
         "worst, L2 1",
@@ -375,9 +374,9 @@ def test_unseen_rows(unseen):
     rows = {label: unseen.row(label) for label in unseen.attacks}
     threats = [None] * 5 + ["L2 1", "L2 1", "flow 0.05", "L2 1"]
     assert [row.threat for row in rows.values()] == threats
-    bpda, cheap, stadv = rows["BPDA-8 ce"], rows[unseen.attacks[3]], rows[unseen.attacks[7]]
+    bpda, cheap, stadv = rows["BPDA"], rows[unseen.attacks[3]], rows[unseen.attacks[7]]
     assert not rows["PGD-8 ce"].reliable and rows["PGD-8 ce"].health["zero"] > 0
-    assert bpda.reliable and bpda.kind == "bpda" and bpda.accuracy < rows["PGD-8 ce"].accuracy - 0.2
+    assert bpda.reliable and bpda.settings["target"] == "BpdaModel" and bpda.accuracy < rows["PGD-8 ce"].accuracy - 0.2
     assert bpda.settings["eot_iter"] == 3 and bpda.health["gradients"] == 8 * bpda.attacked
     assert cheap.settings["target"] == "on the classifier alone (not adaptive)" and cheap.settings["eot_iter"] == 1
     assert (stadv.settings["eps"], stadv.settings["norm"], stadv.settings["loss"]) == (0.05, "flow", "margin")
@@ -387,8 +386,8 @@ def test_unseen_rows(unseen):
 def test_other_threat_models_stay_out_of_the_headline_and_the_worst(unseen):
     of = {label: unseen.row(label).robust for label in unseen.attacks}
     # with what was made on the classifier alone, without another ball
-    assert np.array_equal(of["worst"], of["PGD-8 ce"] & of["BPDA-8 ce"] & of[unseen.attacks[3]])
-    assert np.array_equal(of["worst, L2 1"], of["BPDA-8 ce, L2 1"] & of["BPDA in L2 1"])
+    assert np.array_equal(of["worst"], of["PGD-8 ce"] & of["BPDA"] & of[unseen.attacks[3]])
+    assert np.array_equal(of["worst, L2 1"], of["BPDA, L2 1"] & of["BPDA in L2 1"])
     assert of["worst, L2 1"].mean() < of["worst"].mean()
     assert unseen.headline.threat is None and unseen.headline.accuracy == of["worst"].mean()
     lowest = unseen.lowest
@@ -398,7 +397,7 @@ def test_other_threat_models_stay_out_of_the_headline_and_the_worst(unseen):
 
 
 def test_survivors_of_one_threat_model_are_not_spared_by_another(unseen):
-    first, second = unseen.row("BPDA-8 ce, L2 1"), unseen.row("BPDA in L2 1")
+    first, second = unseen.row("BPDA, L2 1"), unseen.row("BPDA in L2 1")
     assert second.attacked == (first.share_wrong < 1).sum() < first.attacked
 
 
@@ -437,14 +436,14 @@ def test_attacks_are_kept_by_what_they_do_and_not_by_their_names(tmp_path, shatt
         return rows, len(list(tmp_path.glob("rows/*.safetensors"))) - 1
 
     # they differ in one thing each: no row of one is taken for another's
-    attacks = [PGD(), PGD(random_start=False), PGD(eps=0.01), BPDA(), StAdv(), BPDA(aggregation="mean")]
-    attacks += [StAdv(smoothness=0.0)]
+    attacks = [PGD(), PGD(random_start=False), PGD(eps=0.01), StAdv(), StAdv(smoothness=0.0)]
     plans = [AttackSpec(attack, label=str(number)) for number, attack in enumerate(attacks)]
-    plans += [AttackSpec(PGD(), target="classifier")]
+    straight = [BpdaModel.of(model, aggregation) for aggregation in (None, "mean")]
+    plans += [AttackSpec(PGD(), target=target, label=f"on {i}") for i, target in enumerate(("classifier", *straight))]
     first, count = run(*plans)
     assert count == len(plans) and run(*plans) == (first, count)
     # the same attack by another name, and from a report whose own ball it is, is the same row
-    [named], count = run(AttackSpec(BPDA(), label="by another name"))
+    [named], count = run(AttackSpec(PGD(), target=straight[0], label="by another name"))
     assert named["attack"] == "by another name" and count == len(plans)
     [other], _ = run(PGD(), eps=0.01)
     [again], count = run(PGD(eps=0.01), eps=0.01)

@@ -34,12 +34,12 @@ from purify_fast.attacks import PGD, LeavingPGD, OriginalAutoAttack
 from purify_fast.attacks.base import run_alone
 from purify_fast.data import balanced_subset, to_float
 from purify_fast.evaluation import AttackSpec, evaluate, lee_kim_2023
-from purify_fast.evaluation.request.published import authors_attacks
 from purify_fast.evaluation.show.text import markdown_table
 from purify_fast.protocols import CopiesItself, FixedNoise, supports
 from purify_fast.training import load_classifier
 
 from ... import kept
+from ..authors import authors_attacks
 from . import Job, settings_of, write_page
 
 NAME = "diffusion"
@@ -122,10 +122,8 @@ def fixed(job: Job, model: nn.Module, x: Tensor, y: Tensor, root: Path) -> dict[
 def authors(job: Job, model: nn.Module, x: Tensor, y: Tensor, root: Path) -> dict[str, Any]:
     """Run the attacks of the purifiers' authors. AutoAttack, one of these attacks, attacks only the first images."""
     budget, eps = job.settings["budget"], job.settings["eps"]
-    specs = [
-        replace(spec, max_images=budget.autoattack_images) if isinstance(spec.attack, OriginalAutoAttack) else spec
-        for spec in authors_attacks(model, eps) or ()
-    ]
+    specs, few = authors_attacks(model, eps), budget.autoattack_images
+    specs = [replace(one, max_images=few) if isinstance(one.attack, OriginalAutoAttack) else one for one in specs]
     if budget.quick:
         specs = [short(spec) for spec in specs if not isinstance(spec.attack, OriginalAutoAttack)]
     report = evaluate(model, x, y, eps=eps, n_eval=budget.draws, attacks=specs, name=job.name, progress=False)

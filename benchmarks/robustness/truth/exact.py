@@ -24,7 +24,7 @@ from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor
 
-from purify_fast.attacks.relu_layers import Affine, forward
+from .relu_layers import Affine, forward
 
 #: The margin of a point is the logit of the correct class minus the highest other logit. A lower bound of the margin is
 #: a proof only if it is above TOLERANCE, because HiGHS satisfies constraints only up to 1e-6. A point with a margin

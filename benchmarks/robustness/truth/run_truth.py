@@ -1,9 +1,10 @@
 """Run ``python -m benchmarks truth``: count the adversarial examples that AutoAttack and the protocols miss.
 
-A subject is a network or a group of networks, and a contestant is AutoAttack or a protocol. The results file has two
-kinds of rows. The row of a subject's truth says for each image whether its ball contains an adversarial example. The
-truth is computed once, because it does not depend on attacks. The row of a contestant on a subject says which images
-the contestant did not break. This row is computed again if the networks or the attacks have changed.
+A subject is a network or a group of networks, and a contestant is AutoAttack, a protocol or a complete search. The
+results file has two kinds of rows. The row of a subject's truth says for each image whether its ball contains an
+adversarial example. The truth is computed once, because it does not depend on attacks. The row of a contestant on a
+subject says which images the contestant did not break. This row is computed again if the networks or the attacks have
+changed.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import torch
 
 from purify_fast._files import write_text
 from purify_fast.attacks.ball import ball_around, projected
-from purify_fast.attacks.relu_layers import affine_layers
 from purify_fast.evaluation import evaluate
 from purify_fast.evaluation.show.text import markdown_table
 
@@ -30,12 +30,16 @@ from ...speed import timing
 from ...speed.running import Budget
 from .. import revisions
 from ..counted_model import CountedModel
-from . import exact
+from . import branch_and_bound, exact
+from .relu_layers import affine_layers
 from .subjects import CONSTRUCTED, EACH, HIDDEN, NETWORKS, SUBJECTS, Part, Setting, hidden, identity, parts_of
 
 FILE = "truth.json"
 #: The protocol of each contestant, and the number of seeds with which it attacks the exactly decided networks.
-CONTESTANTS = {"AutoAttack": ("official", 1), "fast": ("fast", 3), "standard": ("standard", 3), "strong": ("strong", 1)}
+PROTOCOLS = {"AutoAttack": ("official", 1), "fast": ("fast", 3), "standard": ("standard", 3), "strong": ("strong", 1)}
+#: The contestant without a protocol, which reads only small ReLU networks.
+COMPLETE = "branch and bound"
+CONTESTANTS = PROTOCOLS | {COMPLETE: ("", 1)}
 #: The letters for the truth about an image. An image falls if its ball contains an adversarial example. A score
 #: includes only robust images and images that fall. The other images are those that fall only in float64, undecided
 #: images, misclassified images, and images with a planted corner for which PGD finds an adversarial example.
@@ -59,14 +63,20 @@ def key(row: Row) -> tuple[int, int, int]:
     return SUBJECTS.index(row["subject"]), who, row.get("seed", 0)
 
 
+def attacks_of(who: str) -> list[str]:
+    """Return the descriptions of a contestant's attacks."""
+    if who == COMPLETE:
+        return [f"{COMPLETE} {branch_and_bound.REVISION}"]
+    return revisions.of_protocol(PROTOCOLS[who][0], random=False)
+
+
 def outdated(results: Path) -> list[str]:
     """Return a message for each row whose attacks or networks have changed since the row was computed."""
     rows = read(results / "cpu")
     networks = {row["subject"]: row["networks"] for row in rows["truth"]}
     found = []
     for row in rows["contestants"]:
-        attacks = revisions.of_protocol(CONTESTANTS[row["contestant"]][0], random=False)
-        if row["code"] != {"networks": networks[row["subject"]], "attacks": attacks}:
+        if row["code"] != {"networks": networks[row["subject"]], "attacks": attacks_of(row["contestant"])}:
             found.append(kept.outdated(FILE, f"{row['contestant']} on {row['subject']!r}", "truth"))
     return found
 
@@ -178,8 +188,8 @@ def front(results: Path) -> list[str]:
     exact, hidden = (scores(found, names) for names in (NETWORKS, HIDDEN))
     if not all([*exact.values(), *hidden.values()]):
         raise FileNotFoundError(f"{results / 'cpu' / FILE} is incomplete: run python -m benchmarks truth")
-    worst = {who: max(one.missed for one in seeds) for who, seeds in exact.items()}
-    recall = {who: 100 - 100 * seeds[0].missed / seeds[0].falls for who, seeds in hidden.items()}
+    worst = {who: max(one.missed for one in exact[who]) for who in PROTOCOLS}
+    recall = {who: 100 - 100 * hidden[who][0].missed / hidden[who][0].falls for who in PROTOCOLS}
     decided = sum(int(count.replace(",", "")) for count in _counts(found["truth"], "how", "bpm"))
     missed = ", ".join(f"{who} {count}" for who, count in worst.items())
     shares = ", ".join(f"{who} {share:.0f} %" for who, share in recall.items())
@@ -237,18 +247,22 @@ def find(setting: Setting, name: str) -> None:
 
 def attack(setting: Setting, name: str, who: str, seed: int) -> None:
     """Let a contestant attack the networks of a subject. Networks with a result of the same attacks are skipped."""
-    parts, protocol = parts_of(setting, name), CONTESTANTS[who][0]
-    code = {"networks": identity(parts), "attacks": revisions.of_protocol(protocol, random=False)}
+    parts = parts_of(setting, name)
+    code = {"networks": identity(parts), "attacks": attacks_of(who)}
     row = {"subject": name, "contestant": who, "seed": seed, "code": code}
     row |= {"left": [], "forwards": 0, "gradients": 0}
     for known in read(setting.out)["contestants"]:
         if key(known) == key(row) and known["code"] == code:
             row = known
-    settings: dict[str, Any] = {"protocol": protocol, "seed": seed, "batch_size": BATCH, "progress": False}
+    settings: dict[str, Any] = {"protocol": CONTESTANTS[who][0], "seed": seed, "batch_size": BATCH, "progress": False}
     for part in parts[len(row["left"]) :]:
         door = CountedModel(part.model)
-        report = evaluate(door, part.x, part.y, eps=part.eps, **settings)
-        row["left"].append(kept.bits(report.headline.robust))
+        if who == COMPLETE:
+            points, _ = branch_and_bound.branch_and_bound(door, part.x, part.y, part.eps)
+            robust = part.model(points).argmax(1) == part.y
+        else:
+            robust = evaluate(door, part.x, part.y, eps=part.eps, **settings).headline.robust
+        row["left"].append(kept.bits(robust))
         row["forwards"] += door.counts.forwards
         row["gradients"] += door.counts.gradients
         write(setting.out, "contestants", row)

@@ -15,7 +15,7 @@ import numpy as np
 
 from ...attacks import search
 from ...attacks.outputs import INSTEAD_OF_PROBABILITIES, ONE_HOT
-from ..results.rows import Row, followed, worst_rows
+from ..results.rows import Row, worst_rows
 from .probes import STEPS, Missing, Probes
 
 Verdict = Literal["passed", "noted", "unreliable", "not asked"]
@@ -125,9 +125,9 @@ class Evidence:
         return [row for row in self.attacks() if row.health is not None and row.own_gradients]
 
     def followed_gradients(self) -> bool:
-        """Tell whether an attack followed the model's own gradients, and not those of BPDA or of another model."""
+        """Tell whether an attack followed the model's own gradients, and not those of another model."""
         counted = self.with_counted_gradients()
-        return any(row.kind != "bpda" and not row.settings.get("gradients_from") for row in counted)
+        return any(not row.settings.get("gradients_from") for row in counted)
 
     @property
     def images(self) -> int:
@@ -344,7 +344,7 @@ def _of_counted(evidence: Evidence) -> Outcome:
     counted = evidence.with_counted_gradients()
     if not counted:
         return Outcome("not asked", "")
-    lacking, along = [row for row in counted if row.lacked_gradients], followed(counted)
+    lacking, along = [row for row in counted if row.lacked_gradients], "along the model's own gradients"
     every = f"the only attack {along}" if len(counted) == 1 else f"all {len(counted)} attacks {along}"
     if not lacking:
         return Outcome("passed", f"{every} had finite gradients that moved the images")

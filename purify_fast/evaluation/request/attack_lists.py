@@ -19,12 +19,10 @@ from ...attacks.losses import ApgdLoss
 from ...protocols import Classifier, DeterministicMode, FixedNoise, SampleLogits, is_purifier, supports
 from ..surrogates.copies import WithoutNoise, in_order
 from .config import ProtocolName
-from .published import authors_attacks, strong_attacks
 from .specs import AttackSpec, lee_kim_2023
+from .strong_attacks import strong_attacks
 from .subject import Subject
 
-#: The name of the attack of the protocol "authors" for a model without ``authors_attacks()``.
-AS_A_CLASSIFIER = "as ARREST's paper evaluates a classifier: AutoAttack standard"
 #: Steps of the first attack of "fast" and "standard". Most images fall within the first few steps.
 FIRST_STEPS = 10
 #: Steps of the targeted attack of "fast" on many images. With 100 steps only 1 more image in 500 fell, and the attack
@@ -58,8 +56,7 @@ def protocol_attacks(
     attacks = PROTOCOLS[name](subject, ball)
     if steps is not None and name in SEARCHES:
         attacks = [_shortened(spec, steps) for spec in attacks]
-    # The protocol "authors" repeats an evaluation by other authors, which has no transfer attack.
-    if base is not None and name != "authors":
+    if base is not None:
         attacks.append(_left(PGD(), "transfer from the base", target=base))
     return attacks
 
@@ -136,26 +133,11 @@ def _strong(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
     attacks += [replace(spec, survivors_only=True) for spec in _of_its_kind(subject, ball)]
     attacks += _through_heads(subject)
     attacks += [_transferred(*pair) for pair in subject.surrogates(ball)[0]]
-    attacks += [_left(FABT(n_target_classes=None)), _left(Square()), *_complete(subject, ball)]
+    attacks += [_left(FABT(n_target_classes=None)), _left(Square())]
     again = APGD(loss="dlr_targeted", n_target_classes=None, precision="float32")
     for i in range(RESTARTS):
         attacks.append(_left(again, f"APGD-T, every target, random start {i + 2} of {RESTARTS + 1}", seed=i + 1))
     return attacks
-
-
-def _complete(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
-    """Specify branch and bound, a complete search, for a small ReLU network in an L-inf ball."""
-    # No other protocol needs this module.
-    from ...attacks import BranchAndBound
-
-    attack = BranchAndBound()
-    if subject.is_random or ball.norm not in attack.norms:
-        return []
-    try:
-        attack.layers(subject.base_model, subject.sample_images())
-    except ValueError:
-        return []
-    return [_left(attack)]
 
 
 def _of_its_kind(subject: Subject, ball: ThreatModel) -> Sequence[AttackSpec]:
@@ -228,12 +210,6 @@ def _official(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
     return [*without_noise, AttackSpec(OriginalAutoAttack(version="rand"))]
 
 
-def _authors(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
-    theirs = authors_attacks(subject.base_model, ball.eps)
-    default = [AttackSpec(OriginalAutoAttack(), label=AS_A_CLASSIFIER, judge=subject.base_model)]
-    return default if theirs is None else list(theirs)
-
-
 #: The protocols that `without_early_stops` changes if probes find signs of masked gradients before the attacks.
 SEARCHES = ("fast", "standard", "rand", "strong")
 #: The protocols by name.
@@ -243,5 +219,4 @@ PROTOCOLS: dict[str, Callable[[Subject, ThreatModel], list[AttackSpec]]] = {
     "rand": _rand,
     "strong": _strong,
     "official": _official,
-    "authors": _authors,
 }

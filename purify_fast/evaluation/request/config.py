@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, cast, get_args
 
 from ..._validation import Count, CudaGraphs, CudnnBenchmark, Positive, check_types
 
-ProtocolName = Literal["fast", "standard", "rand", "strong", "official", "authors"]
+ProtocolName = Literal["fast", "standard", "rand", "strong", "official"]
 #: The rule by which several predictions of a random model on an image count as correct: all of them are correct
 #: (worst_of), or their majority is correct (votes).
 Predict = Literal["worst_of", "votes"]
@@ -45,9 +45,9 @@ class EvaluateConfig:
     Args:
         protocol: name of a list of attacks. "fast": Auto-PGD, in minutes. "standard": the four attacks of AutoAttack in
             this package's faster versions. "rand": AutoAttack's version for random models. "strong": adaptive attacks,
-            with surrogate models, restarts and every target class. "official": AutoAttack itself. "authors": the
-            evaluation of the defence's authors, whose rows do not count for the robust accuracy. "official" and
-            "authors" need the package pyautoattack. None: the list ``attacks`` of `evaluate`, or else "standard".
+            with surrogate models, restarts and every target class. "official": AutoAttack itself, from the package
+            pyautoattack. None: the list ``attacks`` of `evaluate`, or else "standard". The evaluations by the defences'
+            authors are in the repository, in benchmarks/robustness/authors.
         steps: number of steps of PGD and APGD, for attacks that set none. It also limits the steps of a protocol's
             attacks, but not of a first attack with ten steps. FAB-T takes 100 steps, as in its authors' code.
         eot_iter: number of draws averaged per step, for attacks that set none; 1 on a deterministic model.
@@ -72,8 +72,8 @@ class EvaluateConfig:
             gradient may then differ from run to run.
         seed: seed of all random numbers.
         probes: whether to test if the robust accuracy is reliable, by short attacks, small steps in random directions,
-            and repeated predictions. Default: with every protocol except "authors". With a list of attacks, only
-            compare the gradients with small steps on 16 images, which False leaves out too.
+            and repeated predictions. Default: with every protocol. With a list of attacks, only compare the gradients
+            with small steps on 16 images, which False leaves out too.
         keep: the attacked images that the report keeps. "some": a few for each attack, for the pictures. "all": also
             every fallen image, exactly as the model got it, in a file next to the report (25 KB for each image of
             CIFAR-10), for `check_witnesses` and `purify-fast check`.
@@ -110,6 +110,10 @@ class EvaluateConfig:
     together: bool = True
 
     def __post_init__(self) -> None:
+        if cast(Any, self.protocol) == "authors":
+            names = ", ".join(get_args(ProtocolName))
+            where = "the evaluations of the defences' authors are in benchmarks/robustness/authors of the repository"
+            raise ValueError(f"protocol must be one of {names}, got 'authors': {where}")
         check_types(self)
         if self.claim is not None and not (self.claim == 0 or 1 < self.claim <= 100):
             raise ValueError(f"claim must be 0, or a percentage above 1 and at most 100, got {self.claim!r}")

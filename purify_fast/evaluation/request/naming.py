@@ -8,9 +8,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from ...attacks import BPDA, Attack, AttackContext, OriginalAutoAttack
+from ...attacks import Attack, AttackContext, OriginalAutoAttack
 from ...attacks.losses import usable_loss
-from ...protocols import DeterministicMode, FixedNoise, SampleLogits, has_classifier, is_purifier, supports
+from ...protocols import DeterministicMode, FixedNoise, SampleLogits, has_classifier, supports
 from .specs import CLASSIFIER, AttackSpec
 from .subject import Subject, Variant
 
@@ -92,7 +92,6 @@ def _obstacle(spec: AttackSpec, subject: Subject) -> str | None:
     mode = spec.variant if subject.is_random else "random"
     random = "the model is randomised and has no"
     obstacles = [
-        (isinstance(attack, BPDA) and not is_purifier(model), "the model has no purify() and classifier"),
         (spec.target == CLASSIFIER and not has_classifier(model), "the model has no classifier"),
         (spec.aggregation and not supports(model, SampleLogits), "the model has no sample_logits()"),
         (rand and not subject.is_random, "the model is deterministic"),

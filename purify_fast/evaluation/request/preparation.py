@@ -80,7 +80,7 @@ def read_attacks(
     if config.protocol is None and attacks is None:
         config = replace(config, protocol="standard")
     given = [] if attacks is None else as_specs(attacks)
-    if config.protocol in ("official", "authors") or any(isinstance(spec.attack, OriginalAutoAttack) for spec in given):
+    if config.protocol == "official" or any(isinstance(spec.attack, OriginalAutoAttack) for spec in given):
         # If the package is missing, its error is raised here, before any work.
         implementation()
     if eps == 0 and (given or config.protocol or config.probes):
@@ -99,9 +99,8 @@ def read_attacks(
 
 def changes(config: EvaluateConfig) -> str:
     """The settings that change the attacks or the probes of a protocol, such as "steps 5"; may be empty."""
-    # Every protocol except "authors" has probes by default.
-    by_default = config.probes == (config.protocol != "authors")
-    usual, given = EvaluateConfig(), replace(config, probes=None) if by_default else config
+    # Every protocol has probes by default.
+    usual, given = EvaluateConfig(), replace(config, probes=None) if config.probes else config
     values = {each.name: getattr(given, each.name) for each in fields(given) if each.name not in APART}
     changed = {name: value for name, value in values.items() if value != getattr(usual, name)}
     shown = {name: f"{value:g}" if isinstance(value, float) else value for name, value in changed.items()}

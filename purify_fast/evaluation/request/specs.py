@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..._validation import Count, NormName, Range, check_types
-from ...attacks import BPDA, PGD, Attack, AttackContext, AttackResult, LeavingPGD, frozen
+from ...attacks import PGD, Attack, AttackContext, AttackResult, LeavingPGD, frozen
 from ...attacks.arguments import check_eps
 from ...attacks.base import InBall, ThreatModel
 from ...attacks.bpda import Aggregation
@@ -154,7 +154,7 @@ class AttackSpec:
         target: a model that is attacked instead of the defence, for a transfer attack; the defence judges the images.
             ``"classifier"``: the defence's own classifier, which the name of the row then says.
         aggregation: a method of `purify_fast.ops.aggregate`, by which the attacked (not the judged) defence aggregates
-            its samples. For BPDA use its own option.
+            its samples.
         label: the name of the row; None makes a name from the other fields. Another threat model and the target
             ``"classifier"`` are added to it.
         max_images: the attack gets only the first images, up to this number. With None, it gets all images.
@@ -203,13 +203,12 @@ class AttackSpec:
         given = [each for each in ("target", "aggregation", "gradients_from") if getattr(self, each) is not None]
         judged, follows = self.judge is not None, self.attack.follows_gradients
         beside = self.survivors_only or given not in ([], ["target"]) or callable(self.target)
-        named, within = (self.label or "").startswith("as "), isinstance(self.attack, BPDA) and given != []
+        named = (self.label or "").startswith("as ")
         for text, conflict in {
             f"at most one of {', '.join(given)} may be given for an attack": len(given) > 1,
             "gradients_from needs an attack such as APGD": "gradients_from" in given and not follows,
             "judge allows no target except 'classifier', no aggregation and no survivors_only": judged and beside,
             "with a judge, label must begin with 'as ' and name the authors": judged and not named,
-            "target and aggregation must be None for BPDA: BPDA(aggregation=...)": within,
         }.items():
             if conflict:
                 raise ValueError(text)

@@ -17,7 +17,7 @@ from ...attacks import GradientHealth
 #: The report's words for the variants of a random model without randomness. These variants are measured, not deployed.
 VARIANTS_APART = {"fixed": "fixed noise", "deterministic": "noise off"}
 #: The fields of a row that describe the outcome of its attack.
-RESULTS = ("attacked", "unsearched", "may_hold", "proved", "warnings", "doubts", "fell_to_probes")
+RESULTS = ("attacked", "unsearched", "may_hold", "warnings", "doubts", "fell_to_probes")
 #: The warning of an attack that ran out of time.
 CUT = "runs ended before their last step, because the time was over"
 #: The kind of a row that repeats an evaluation by other authors.
@@ -80,7 +80,6 @@ class Row:
         may_end_early: whether a search may have ended before its last step.
         unsearched: number of images that the attack got but did not reach, because it stopped before.
         may_hold: the largest number of unsearched images that would fall, with 95 % confidence.
-        proved: number of images that a complete search proved robust.
         warnings: warnings of the attack for the reader of the report.
         doubts: names of the alarms that make a ``worst`` row doubtful.
         fell_to_probes: number of images of a ``worst`` row that fell to a probe; None without probes.
@@ -117,7 +116,6 @@ class Row:
     may_end_early: bool = False
     unsearched: int = 0
     may_hold: float = 0.0
-    proved: int = 0
     warnings: list[str] = field(default_factory=list)
     doubts: list[str] = field(default_factory=list)
     fell_to_probes: int | None = None
@@ -233,8 +231,9 @@ class Row:
     @classmethod
     def from_dict(cls, values: dict[str, Any], arrays: dict[str, np.ndarray] | None = None) -> Row:
         """Make a row from the result of `to_dict`, and from those `arrays` that are not None."""
-        # Reports of earlier versions have counts of runs, ``fell_to``.
-        derived, held = ("n", "accuracy", "standard_error", "mean", "mean_error", "fell_to"), dict(arrays or {})
+        # Reports of earlier versions have counts of runs, ``fell_to``, and of proofs, ``proved``.
+        derived = ("n", "accuracy", "standard_error", "mean", "mean_error", "fell_to", "proved")
+        held = dict(arrays or {})
         known = {name: value for name, value in values.items() if name not in derived}
         known |= {"robust": np.array([c == "1" for c in values["robust"]], dtype=bool)}
         kinds = {"right": np.int64, "wrong": np.float64}
@@ -287,14 +286,6 @@ class Paired:
 
     def __str__(self) -> str:
         return f"{100 * self.difference:+.1f} ± {100 * self.standard_error:.1f} points (n = {self.n}, paired)"
-
-
-def followed(rows: Sequence[Row]) -> str:
-    """Name the gradients that attacks on a model itself used, in words that a text can put after "the attack"."""
-    by_bpda = {row.kind == "bpda" for row in rows}
-    if True not in by_bpda:
-        return "along the model's own gradients"
-    return "along the gradients of BPDA" if len(by_bpda) == 1 else "along the gradients of the model or of BPDA"
 
 
 class Worst(NamedTuple):

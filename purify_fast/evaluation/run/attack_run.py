@@ -45,7 +45,6 @@ class AttackedBatch:
     warnings: list[str] = field(default_factory=list)
     leads: list[float] = field(default_factory=list)
     gave_up: int = 0
-    proved: int = 0
 
 
 @dataclass
@@ -130,7 +129,6 @@ class AttackRun:
             seconds=time.perf_counter() - begin,
             warnings=result.warnings,
             gave_up=int(result.gave_up),
-            proved=int(result.proved),
         )
 
     def _leads(self, part: Tensor, images: Tensor) -> list[float]:
@@ -153,7 +151,6 @@ class AttackRun:
                 sums.images[self.parts[number]] = batch.images.to(self.subject.x.device)
                 sums.seconds += batch.seconds
                 sums.health.add(**batch.health.counts)
-                sums.proved += batch.proved
                 sums.warnings += [text for text in batch.warnings if text not in sums.warnings]
                 # A search that stood still or lacked gradients says nothing about other images.
                 usable = not batch.health.count("gradients") or batch.health.reliable

@@ -295,7 +295,6 @@ class Measure:
             settings=settings | draws,
             attacked=len(run.index),
             warnings=sums.warnings,
-            proved=sums.proved,
             may_end_early=spec.attack.may_end_early(run.context),
             uses_gradients=spec.attack.uses_gradients,
             **stopped,
@@ -371,7 +370,6 @@ def settings_of(spec: AttackSpec, subject: Subject, context: AttackContext) -> d
     target = spec.other_model if spec.target is None else spec.target
     on = "defence" if target is None else NOT_ADAPTIVE if target == CLASSIFIER else type(target).__name__
     optional = {
-        # This is the aggregation of the spec. BPDA's own option of this name is among the settings of the attack.
         "aggregation": spec.aggregation,
         "seed": spec.seed or None,
         "gradients_from": None if spec.gradients_from is None else on,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ... import _templates
 from ..alarms.signs import ALARMS, STATES, Finding
-from ..results.rows import CUT, REFUTED, Row, followed
+from ..results.rows import CUT, REFUTED, Row
 
 if TYPE_CHECKING:
     import jinja2
@@ -197,7 +197,7 @@ def sentence(name: str, *values: Any) -> str:
 def _environment() -> jinja2.Environment:
     environment = _templates.environment(__package__)
     # Templates may use all names of this module. Three of them are used only there, so they are listed.
-    environment.globals |= globals() | {"REFUTED": REFUTED, "STATES": STATES, "followed": followed}
+    environment.globals |= globals() | {"REFUTED": REFUTED, "STATES": STATES}
     environment.globals |= {name: functools.partial(sentence, name) for name in SENTENCES}
     return environment
 
@@ -252,7 +252,7 @@ def column_legend(rows: Sequence[Row]) -> list[str]:
 
 
 def notes_on_rows(rows: Sequence[Row], headline: Row | None) -> list[str]:
-    """The notes of a report on images without a search, on proofs, and on a small number of images."""
+    """The notes of a report on images without a search, and on a small number of images."""
     # Another note tells of rows that were cut short.
     own = [row for row in rows if row.threat is None and CUT not in row.warnings]
     stopped = [row for row in own if row.unsearched and not row.settings.get("nearest")]
@@ -261,9 +261,7 @@ def notes_on_rows(rows: Sequence[Row], headline: Row | None) -> list[str]:
     for row in rows:
         for text in (each for each in row.warnings if each != CUT):
             warned.setdefault(text, []).append(row.attack)
-    proofs = (row for row in own if row.proved and row.deployed and row.settings["target"] == "defence")
-    proved = max(proofs, key=lambda row: row.proved / row.n, default=None)
-    return paragraphs("notes.jinja", stopped=stopped, near=near, warned=warned, proved=proved, headline=headline)
+    return paragraphs("notes.jinja", stopped=stopped, near=near, warned=warned, headline=headline)
 
 
 def paragraphs(template: str, **values: Any) -> list[str]:

@@ -9,7 +9,7 @@ from small_models import Made, atop, images, lively
 from torch import nn
 
 import purify_fast
-from purify_fast.attacks import BPDA, PGD, BpdaModel
+from purify_fast.attacks import PGD, BpdaModel
 from purify_fast.evaluation import AttackSpec
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
 from purify_fast.models.classifiers import FullyConnected, SmallCNN
@@ -183,9 +183,9 @@ def test_the_default_block_tiles_the_image(size, block):
 
 def test_a_classifier_in_bfloat16_is_attacked_and_trained_with():
     made, y = defence(classifier=SmallCNN(width=4).bfloat16()), torch.arange(4)
-    attacks = [BPDA(steps=2), AttackSpec(PGD(steps=2), target="classifier"), PGD(loss="ce", steps=2)]
+    attacks = [AttackSpec(PGD(steps=2), target=target) for target in (BpdaModel.of(made), "classifier", None)]
     report = evaluate(made, images(4), y, eps=0.1, attacks=attacks, eot_iter=1, progress=False)
-    assert [row.kind for row in report.rows][1:4] == ["bpda", "pgd", "pgd"]
+    assert [row.kind for row in report.rows][1:4] == ["pgd"] * 3
     assert BpdaModel.of(made)(images(4)).dtype == torch.float32
     loss, _ = AtopTask(made, AtopConfig(cls_delay=0)).training_step(Batch(images(4), y, torch.arange(4), 0))
     loss.backward()

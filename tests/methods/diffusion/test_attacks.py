@@ -1,4 +1,4 @@
-"""Attacks on a purifier by diffusion: exact gradients, surrogates, ways to predict, and its authors' evaluations."""
+"""Attacks on a purifier by diffusion: exact gradients, surrogates and ways to predict."""
 
 from dataclasses import asdict, replace
 
@@ -8,17 +8,15 @@ from denoisers import Tiny, defence, images
 from evaluating import evaluate
 from small_models import Purifying
 
-from purify_fast.attacks import BpdaModel, LeavingPGD, OriginalAutoAttack
+from purify_fast.attacks import BpdaModel, LeavingPGD
 from purify_fast.attacks.base import ThreatModel
 from purify_fast.evaluation import lee_kim_2023
 from purify_fast.evaluation.request.attack_lists import PROTOCOLS, protocol_attacks
-from purify_fast.evaluation.request.published import authors_attacks, strong_attacks
-from purify_fast.evaluation.request.published import diffusion_release as release
 from purify_fast.evaluation.request.specs import LEE_KIM
+from purify_fast.evaluation.request.strong_attacks import LOW, LowFrequencyGradient, low_frequencies, strong_attacks
 from purify_fast.evaluation.request.subject import Subject
 from purify_fast.evaluation.surrogates.copies import Softened, surrogates
 from purify_fast.methods.diffusion import Process, Schedule
-from purify_fast.methods.diffusion.recipes import RECIPES
 
 SHAPE = (1, 8, 8)
 QUIET = {"eps": 0.1, "progress": False, "batch_size": 4}
@@ -130,15 +128,15 @@ def test_strong_adds_what_the_field_attacks_such_purifiers_with():
     assert isinstance(lee_kim.attack, LeavingPGD) and lee_kim.survivors_only
     published = lee_kim_2023(0.1).attack
     assert all(getattr(lee_kim.attack, name) == value for name, value in asdict(published).items())
-    low = specs[release.LOW]
-    assert low.survivors_only and isinstance(low.gradients_from, release.LowFrequencyGradient)
+    low = specs[LOW]
+    assert low.survivors_only and isinstance(low.gradients_from, LowFrequencyGradient)
     # steps of 0.007 are those of L-inf
-    assert [spec.label for spec in strong_attacks(made, "l2", 0.5)] == [release.LOW]
+    assert [spec.label for spec in strong_attacks(made, "l2", 0.5)] == [LOW]
     # other models are attacked as before
     with torch.no_grad():
         alone = Subject(made.classifier, x, made.classifier(x).argmax(1), batch_size=2, n_eval=2, seed=0)
     labels = {spec.label for spec in protocol_attacks("strong", alone, BALL)}
-    assert not labels & {release.LOW, lee_kim.label}
+    assert not labels & {LOW, lee_kim.label}
 
 
 @pytest.mark.parametrize(("noise", "norm", "expected"), [(0.1, "linf", True), (0.0, "linf", False), (0.1, "l2", False)])
@@ -154,9 +152,9 @@ def test_strong_adds_lee_and_kims_attack_for_any_random_purifier(noise, norm, ex
 @pytest.mark.parametrize("shape", [(8, 8), (7, 9), (16, 12)])
 def test_gradients_of_low_frequencies(shape):
     grad = torch.randn(2, 3, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    low = release.low_frequencies(grad)
+    low = low_frequencies(grad)
     # a projection, which leaves means and slow waves, and takes every frequency above a quarter of the highest
-    torch.testing.assert_close(release.low_frequencies(low), low)
+    torch.testing.assert_close(low_frequencies(low), low)
     torch.testing.assert_close((low * grad).sum(), low.square().sum())
     torch.testing.assert_close(low.mean((2, 3)), grad.mean((2, 3)))
     spectrum = torch.fft.fft2(low).abs()
@@ -164,74 +162,7 @@ def test_gradients_of_low_frequencies(shape):
     assert spectrum[..., rows, :].max() < 1e-12 and spectrum[..., :, columns].max() < 1e-12
     turns = torch.arange(shape[1], dtype=torch.float64) / shape[1]
     wave = torch.cos(2 * torch.pi * turns).expand(1, 1, *shape)
-    torch.testing.assert_close(release.low_frequencies(wave), wave)
+    torch.testing.assert_close(low_frequencies(wave), wave)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * shape[0] * shape[1], 4)).double()
-    found, whole = (gradient(each, grad) for each in (release.LowFrequencyGradient(model), model))
-    torch.testing.assert_close(found, release.low_frequencies(whole))
-
-
-def test_the_adjoint_nears_the_exact_gradient_as_steps_get_shorter():
-    x, apart = images(3, SHAPE, torch.float64), []
-    for steps in (8, 16):
-        made = defence(SHAPE, process=Process(VP, solver="vp_sde", t_star=0.2, steps=steps, clip=False)).double()
-        exact, other = gradient(made, x), gradient(release.AdjointGradient(made), x)
-        torch.manual_seed(1)
-        logits = made(x)
-        torch.manual_seed(1)
-        assert torch.equal(release.AdjointGradient(made)(x), logits)
-        apart.append(float((exact - other).norm() / exact.norm()))
-    assert apart[0] > 1e-4 and apart[1] < 0.7 * apart[0]
-
-
-def test_the_adjoint_computes_in_the_parts_that_it_is_allowed():
-    class Counts(Tiny):
-        most = 0
-
-        def forward(self, x, t):
-            self.most = max(self.most, len(x))
-            return super().forward(x, t)
-
-    network, x, found = Counts(1), images(5, SHAPE, torch.float64), {}
-    for most in (None, 2):
-        process = Process(VP, solver="vp_sde", t_star=0.2, steps=3)
-        made = defence(SHAPE, network, process, max_forward_batch=most).double()
-        made.denoiser.module.most = 0
-        found[most] = gradient(release.AdjointGradient(made), x)
-        assert made.denoiser.module.most == (most or 5)
-    torch.testing.assert_close(found[2], found[None])
-
-
-def test_gdmp_is_judged_by_the_sum_of_ten_purifications_and_attacked_through_one():
-    made, x = defence(SHAPE, process=Process(steps=2), samples=3, aggregation="vote"), images(2, SHAPE)
-    alone, straight = authors_attacks(made, 0.1)
-    ten = defence(SHAPE, process=Process(steps=2), samples=10, aggregation="mean")
-    for spec in (alone, straight):
-        torch.manual_seed(1)
-        logits = spec.judge(x)
-        torch.manual_seed(1)
-        assert torch.equal(logits, ten(x))
-    attacked = BpdaModel.of(straight.judge)
-    one = defence(SHAPE, process=Process(steps=2))
-    torch.manual_seed(1)
-    followed = gradient(attacked, x)
-    torch.manual_seed(1)
-    assert torch.equal(followed, gradient(BpdaModel.of(one), x)) and straight.attack.eot_iter == 15
-    for name in ("gdmp", "gdmp_ssim"):
-        assert RECIPES[name].part("defence") == {"samples": 10, "aggregation": "mean"}
-
-
-def test_the_rows_of_its_authors():
-    sde = defence(SHAPE, process=Process(VP, solver="vp_sde", t_star=0.1, steps=2), samples=3)
-    rows = authors_attacks(sde, 8 / 255)
-    assert [row.label for row in rows] == [release.DIFFPURE, release.CLASSIFIER_ROW, release.STRAIGHT]
-    rand, alone, straight = (row.attack for row in rows)
-    assert isinstance(rand, OriginalAutoAttack) and rand.version == "rand"
-    assert isinstance(rows[0].judge, release.AdjointGradient)
-    assert (alone.steps, straight.steps, straight.eot_iter) == (10, 40, 15) and alone.alpha == straight.alpha == 2 / 255
-    assert rows[0].judge.defence.samples == 1 and sde.samples == 3
-    ddpm = defence(SHAPE, process=Process(steps=2))
-    assert [row.label for row in authors_attacks(ddpm, 0.1)] == [release.CLASSIFIER_ROW, release.STRAIGHT]
-    x = images(2, SHAPE)
-    report = evaluate(ddpm, x, ddpm.classifier(x).argmax(1), **QUIET, protocol="authors")
-    assert report.headlines == {} and {row.kind for row in report.rows} == {"clean", "authors"}
-    assert all("left out" not in note for note in report.notes)
+    found, whole = (gradient(each, grad) for each in (LowFrequencyGradient(model), model))
+    torch.testing.assert_close(found, low_frequencies(whole))

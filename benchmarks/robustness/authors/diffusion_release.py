@@ -1,4 +1,4 @@
-"""Attacks that others published on purifiers by diffusion, for the protocols "authors" and "strong".
+"""The attacks with which the authors of DiffPure and GDMP evaluated their purifiers by diffusion.
 
 The authors of DiffPure (NVlabs/DiffPure at 985703f) use AutoAttack, version rand (lines 24 and 25 of
 run_scripts/cifar10/run_cifar_rand_inf.sh), with the gradient of torchsde's ``sdeint_adjoint`` (lines 233 to 238 of
@@ -14,11 +14,6 @@ of attacks/clf_pgd.py, and 14 to 19 of configs/cifar10_MSE.yml), and BPDA with e
 (lines 14 to 41 of attacks/bpda_strong.py, and 13 to 20 of configs/BPDA40+EOT15.yml), each of one purification. The
 final prediction sums the logits of ten purifications (lines 149 to 162 of runners/empirical.py, and 99 to 126 of
 utils/accuracy.py). None of the code of these repositories is used here.
-
-The protocol "strong" adds the attack of Lee & Kim (ICCV 2023, arXiv 2303.09051), PGD with 200 steps of 20 draws each,
-and an attack of our own. As DiffBreak (arXiv 2411.16598), it uses the fact that noise hides low frequencies least: it
-filters the gradient g to F^-1 (m F g). F is the Fourier transform. m is 1 for frequencies up to a quarter of the
-highest in each direction, and otherwise 0.
 """
 
 from __future__ import annotations
@@ -28,16 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ....attacks import APGD, BPDA, PGD, OriginalAutoAttack
-from ....ops.diffusion_step import diffusion_step
-from ....ops.dispatch.gradient import first_order
-from ..specs import AttackSpec, lee_kim_2023
+from purify_fast.attacks import PGD, BpdaModel, OriginalAutoAttack
+from purify_fast.evaluation import AttackSpec
+from purify_fast.ops.diffusion_step import diffusion_step
+from purify_fast.ops.dispatch.gradient import first_order
 
-#: The highest frequency in the filtered gradient, in each direction, as a share of the image's highest frequency.
-KEPT = 0.25
-#: Number of draws over which a step averages the gradient.
-DRAWS = 20
-LOW = f"APGD by gradients of low frequencies, EOT {DRAWS}"
 DIFFPURE = "as eval_sde_adv.py (NVlabs/DiffPure): AutoAttack rand through the adjoint SDE"
 CLASSIFIER_ROW = "as clf_pgd.py (JinyiW/GuidedDiffusionPur): PGD-10"
 STRAIGHT = "as bpda_strong.py (JinyiW/GuidedDiffusionPur): BPDA-40 + EOT 15"
@@ -64,6 +54,14 @@ class AdjointGradient(nn.Module):
         parts = zip(images.split(most), ids.expand(len(images)).split(most), strict=True)
         purified = torch.cat([_Adjoint.apply(defence, part, seed, names) for part, names in parts])
         return defence.classify(defence._as_images(purified)[:, None])[:, 0]
+
+
+class Straight(PGD):
+    """PGD along the gradients of BPDA."""
+
+    def target(self, model: Any) -> BpdaModel:
+        """Make the attacked model of a purifier."""
+        return BpdaModel.of(model)
 
 
 class TenPaths(nn.Module):
@@ -128,7 +126,7 @@ class _Adjoint(torch.autograd.Function):
 
 
 def authors_attacks(defence: Any, eps: float) -> list[AttackSpec]:
-    """Return the attacks of the protocol "authors". A step has the length eps / 4: the authors use 2/255 for 8/255.
+    """Return the authors' attacks on a purifier. A step has the length eps / 4: the authors use 2/255 for 8/255.
 
     There are three differences from the authors' attacks. PGD and BPDA return their best point, not the last. BPDA
     averages the gradients of its draws; GDMP's BPDA sums their signs. And GDMP's PGD has a radius of 8/256.
@@ -136,43 +134,10 @@ def authors_attacks(defence: Any, eps: float) -> list[AttackSpec]:
     ten = TenPaths(defence)
     rows = [
         AttackSpec(PGD(steps=10, alpha=eps / 4, eot_iter=1), target="classifier", label=CLASSIFIER_ROW, judge=ten),
-        AttackSpec(BPDA(steps=40, alpha=eps / 4, eot_iter=15, random_start=False), label=STRAIGHT, judge=ten),
+        AttackSpec(Straight(steps=40, alpha=eps / 4, eot_iter=15, random_start=False), label=STRAIGHT, judge=ten),
     ]
     if defence.process.solver == "vp_sde" and len(defence.process.rounds) == 1:
         # DiffPure's authors predict from one draw
         adjoint = AdjointGradient(_with_samples(defence, 1))
         rows.insert(0, AttackSpec(OriginalAutoAttack(version="rand"), label=DIFFPURE, judge=adjoint))
     return rows
-
-
-def low_frequencies(image: Tensor) -> Tensor:
-    """Remove the high frequencies of images. The result has the same shape and dtype."""
-    height, width = image.shape[-2:]
-    wide = torch.promote_types(image.dtype, torch.float32)
-    rows = torch.fft.fftfreq(height, device=image.device).abs() <= KEPT / 2
-    columns = torch.fft.rfftfreq(width, device=image.device) <= KEPT / 2
-    kept = torch.fft.rfft2(image.to(wide)) * (rows[:, None] & columns)
-    return torch.fft.irfft2(kept, s=(height, width)).to(image.dtype)
-
-
-class LowFrequencyGradient(nn.Module):
-    """A model whose gradient with respect to the images has only low frequencies."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model, self.kept = model, KEPT
-        self.eval()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the model's logits, ``[B, classes]``."""
-        seen = x.view_as(x)
-        if seen.requires_grad:
-            seen.register_hook(low_frequencies)
-        return self.model(seen)
-
-
-def strong_attacks(defence: Any, norm: str, eps: float) -> list[AttackSpec]:
-    """Return the additional attacks of the protocol "strong"."""
-    low = APGD(loss="ce", eot_iter=DRAWS, precision="float32")
-    rows = [AttackSpec(low, label=LOW, gradients_from=LowFrequencyGradient(defence))]
-    return [lee_kim_2023(eps, leave=True), *rows] if norm == "linf" else rows

@@ -1,4 +1,4 @@
-"""The evaluation of AToP by its authors: the protocol "authors". Use it only for a comparison with their numbers.
+"""The evaluation of AToP by its authors. Use it only for a comparison with their numbers.
 
 The source is `evaluate.ipynb` of glin2022/atop at 9fa1e91; numbers in brackets are lines of the cell that defines
 ``Model_g``. The notebook runs AutoAttack of torchattacks, version standard, on generator and classifier together (59 to
@@ -23,12 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ....attacks import PGD, OriginalAutoAttack
-from ....ops.random_transform import random_transform
-from ...surrogates.copies import FewerSamples
-from ..specs import AttackSpec
+from purify_fast.attacks import PGD, OriginalAutoAttack
+from purify_fast.evaluation import AttackSpec
+from purify_fast.evaluation.surrogates.copies import FewerSamples
+from purify_fast.ops.random_transform import random_transform
 
 NOTEBOOK = "as evaluate.ipynb (glin2022/atop)"
+REPAIRED = f"{NOTEBOOK}, without its faults: one fixed draw"
 LOG = 'as the training log of glin2022/atop, column "BPDA": PGD-20'
 TABLES = 'as tables 7 and 8 of AToP\'s paper, "BPDA": PGD-1000'
 #: The notebook divides the randomly ordered blocks into this number of parts, and hides part i in batch i.
@@ -65,7 +66,7 @@ class ReleasedEvaluation(nn.Module):
 
 
 def authors_attacks(defence: nn.Module, eps: float) -> list[AttackSpec]:
-    """Return the attacks of the protocol "authors". PGD returns its best point, the authors' PGD the last.
+    """Return the authors' attacks on a defence. PGD returns its best point, the authors' PGD the last.
 
     A PGD step has the length eps / 4, because the authors use 2/255 for 8/255.
     """
@@ -74,13 +75,9 @@ def authors_attacks(defence: nn.Module, eps: float) -> list[AttackSpec]:
     first, later = (ReleasedEvaluation(defence, batch) for batch in (0, PARTS))
     few, released = PARTS * BATCH, OriginalAutoAttack(steps=STEPS)
     return [
-        AttackSpec(
-            OriginalAutoAttack(), "fixed", label=f"{NOTEBOOK}, without its faults: one fixed draw", judge=one_draw
-        ),
+        AttackSpec(OriginalAutoAttack(), "fixed", label=REPAIRED, judge=one_draw),
         AttackSpec(released, label=f"{NOTEBOOK}, with its faults, batches 1 to 4", judge=first, max_images=few),
         AttackSpec(released, label=f"{NOTEBOOK}, with its faults, from batch 5 on", judge=later),
-        *(
-            AttackSpec(PGD(steps=steps, alpha=eps / 4), target="classifier", label=label, judge=one_draw)
-            for steps, label in ((20, LOG), (1000, TABLES))
-        ),
+        AttackSpec(PGD(steps=20, alpha=eps / 4), target="classifier", label=LOG, judge=one_draw),
+        AttackSpec(PGD(steps=1000, alpha=eps / 4), target="classifier", label=TABLES, judge=one_draw),
     ]

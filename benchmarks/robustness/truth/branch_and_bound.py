@@ -14,25 +14,18 @@ next nodes are chosen for the most splits, where misclassified points are found 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._validation import Count
-from ..protocols import Classifier, CountsImages, Passes
-from .attacked_model import frozen
-from .ball import projected
-from .base import AttackResult, InBall, run_alone
-from .context import AttackContext, Radius, keeping
-from .engine.judge import Judge
-from .engine.row_batches import ActiveSet
-from .relu_layers import Affine, affine_layers, forward
+from purify_fast.attacks import AttackContext
+from purify_fast.attacks.ball import ball_around, projected
+from purify_fast.attacks.engine.judge import Judge
+from purify_fast.attacks.engine.row_batches import ActiveSet
 
-if TYPE_CHECKING:
-    from .keywords import BranchAndBoundOptions, Unpack
+from .relu_layers import Affine, affine_layers, forward
 
 #: The steps for each node that raise its lower bound, and that search for a misclassified point from two points.
 RAISES, DESCENTS = 5, 15
@@ -40,9 +33,9 @@ RAISES, DESCENTS = 5, 15
 #: computes in float32, but this search in float64. ALIKE: the model's logits may differ from the logits in float64 by
 #: at most this share of the largest absolute logit.
 SAFE, ALIKE = 5e-5, 2e-5
-#: IMAGES: the number of images that are attacked together. AT_ONCE: the largest number of nodes that are split
-#: together. NUMBERS: the largest number of elements of the matrices that bound these nodes.
-IMAGES, AT_ONCE, NUMBERS = 8, 128, 2**23
+#: NODES: the usual limit of nodes per image. IMAGES: the number of images that are attacked together. AT_ONCE: the
+#: largest number of nodes that are split together.
+NODES, IMAGES, AT_ONCE = 20_000, 8, 128
 #: The share of the next nodes that are chosen for the most splits. The others are chosen for the lowest bounds.
 DEEPEST = 0.5
 #: The next ReLU to split is chosen by the error of its relaxation at the minimizer of the bound, plus WIDTH times the
@@ -54,80 +47,40 @@ GOAL = 0.05
 #: The steps that search for a misclassified point are Polyak's steps with the goal 0, times this factor.
 LONG = 3.0
 TINY = 1e-12
+#: Increase this number if a change makes the search find other points.
+REVISION = 1
 
 
-@dataclass(frozen=True, kw_only=True)
-class BranchAndBound(InBall):
-    """Branch and bound in an L-inf ball, for networks of affine layers with few ReLUs between them.
-
-    Linear layers, convolutions, batch normalization, average pooling and a normalization of the images are affine.
-    `AttackResult.proved` is the number of images that are proved robust.
+def branch_and_bound(model: nn.Module, x: Tensor, y: Tensor, eps: float, nodes: int = NODES) -> tuple[Tensor, Tensor]:
+    """Search the ball of each image for a misclassified point, or prove that there is none.
 
     Args:
-        eps: radius of the ball in image units. None takes the evaluation's radius.
-        norm: norm of the ball, which can only be "linf" and needs an eps beside it. None takes the evaluation's norm.
+        model: a network of affine layers with few ReLUs between them, see `affine_layers`.
+        x: images ``[B, C, H, W]`` in [0, 1], float32.
+        y: labels ``[B]``, int64.
+        eps: L-inf radius of the balls in image units.
         nodes: approximate limit of nodes (subproblems) per image. An image that needs more is not proved robust.
-        relus: the largest number of ReLUs that a network may have.
-    """
-
-    kind: ClassVar[str] = "branch_and_bound"
-    uses_gradients: ClassVar[bool] = False
-    code_version: ClassVar[str] = "1"
-    norms: ClassVar[tuple[str, ...]] = ("linf",)
-
-    nodes: Count = 20_000
-    relus: Count = 300
-
-    def name(self, context: AttackContext) -> str:
-        return "branch and bound"
-
-    def layers(self, model: Classifier, x: Tensor, max_forward_batch: int | None = None) -> list[Affine]:
-        """Read the affine layers of a network, and compare them with it on images ``[B, C, H, W]``.
-
-        A ValueError says that the model does not consist of affine layers and ReLUs, or that it is too large.
-        """
-        layers = affine_layers(model, x.shape[1:], self.relus)
-        with frozen(model):
-            logits = Judge(model, max_forward_batch=max_forward_batch).logits(x).double().cpu()
-        apart = (forward(layers, x.double().cpu().flatten(1)) - logits).abs().max()
-        if not apart <= ALIKE * logits.abs().max():
-            text = "the model's logits must equal, up to rounding, the logits that its layers give in float64, got a "
-            raise ValueError(f"{text}difference of {apart:.2g}: if TF32 or bfloat16 is on, switch it off")
-        return [Affine(*(each.to(x.device) for each in layer)) for layer in layers]
-
-    def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> AttackResult:
-        ball = self.ball(x, y, context)
-        if len(x) == 0:
-            return AttackResult(x.clone())
-        x = x.detach().clone()
-        with torch.no_grad(), frozen(target):
-            most = context.max_forward_batch
-            layers, judge = self.layers(target, x, most), Judge(target, max_forward_batch=most)
-            active = ActiveSet(x, y, ball, judge, context)
-            active.judge_clean_images()
-            proved = torch.zeros_like(y, dtype=torch.bool)
-            with keeping(lambda: active.best):
-                for part in active.left().split(IMAGES):
-                    proved[part] = _Search(layers, active, part).run(self.nodes)
-        return AttackResult(active.best, proved=proved.sum())
-
-
-def branch_and_bound(
-    model: Classifier,
-    x: Tensor,
-    y: Tensor | None = None,
-    eps: Radius | None = None,
-    **options: Unpack[BranchAndBoundOptions],
-) -> Tensor:
-    """Run `BranchAndBound` on a batch.
-
-    Arguments and errors are those of `purify_fast.attacks.pgd`, without ``stop_when_fallen``. eps is a number or
-    ``[B]``, and the options are the fields of `BranchAndBound` in place of those of `PGD`.
 
     Returns:
-        Per image the misclassified point that was found, otherwise the image. Shape and dtype are those of x.
+        The misclassified points that were found, otherwise the images, with the shape of x; and for each image whether
+        it is proved robust, bool ``[B]``.
+
+    Raises:
+        ValueError: the model is no such network, or its logits are not those that its layers give in float64.
     """
-    return run_alone(BranchAndBound, model, x, y, eps, **options)
+    with torch.no_grad():
+        layers, judge = affine_layers(model, x.shape[1:]), Judge(model)
+        logits = judge.logits(x).double()
+        apart = (forward(layers, x.double().flatten(1)) - logits).abs().max()
+        if not apart <= ALIKE * logits.abs().max():
+            text = "the model's logits differ from the logits that its layers give in float64"
+            raise ValueError(f"{text}, by {apart:.2g}: if TF32 or bfloat16 is on, switch it off")
+        active = ActiveSet(x, y, ball_around(x, eps), judge, AttackContext(eps=eps))
+        active.judge_clean_images()
+        proved = torch.zeros_like(y, dtype=torch.bool)
+        for part in active.left().split(IMAGES):
+            proved[part] = _Search(layers, active, part).run(nodes)
+    return active.best, proved
 
 
 #: Pairs of the smallest and the largest values in each node. The first pair bounds the pixels, ``[B, pixels]``. Each
@@ -177,8 +130,6 @@ class _Search:
         self.low, self.high = ((x + way * reach).clamp(ball.clip_min, ball.clip_max) for way in (-1, 1))
         self.safe = SAFE * forward(layers, x).abs().amax(1)
         self.widths = [len(bias) for _, bias in layers[:-1]]
-        # A layer's bounds take a matrix of units x pixels per node, so memory limits the nodes bounded together.
-        self.at_once = max(1, min(AT_ONCE, NUMBERS // (max([1, *self.widths[1:]]) * x.shape[1])))
 
     def run(self, limit: int) -> Tensor:
         """Search until every image has fallen, is proved robust or has had ``limit`` nodes; return which are proved."""
@@ -187,14 +138,9 @@ class _Search:
         owner, rival = (each[rival != self.y[owner]] for each in (owner, rival))
         none = torch.zeros(len(owner), sum(self.widths), device=device)
         least = torch.full((len(owner),), -torch.inf, dtype=torch.float64, device=device)
-        unit = torch.full_like(owner, -1)
-        left = _Nodes(owner, rival, none.to(torch.int8), none - 1, none, least=least, unit=unit)
+        left = _Nodes(owner, rival, none.to(torch.int8), none - 1, none, least=least, unit=torch.full_like(owner, -1))
         made, ended = torch.zeros_like(self.y), torch.zeros_like(self.y, dtype=torch.bool)
-        target = self.active.judge.model
         while len(left.owner):
-            if isinstance(target, CountsImages):
-                # The bounds need no pass of the model, so this only asks for the time.
-                target.count(Passes())
             chosen = self.chosen(left)
             nodes = left.take(chosen).halves()
             made += torch.bincount(nodes.owner, minlength=count)
@@ -207,9 +153,8 @@ class _Search:
         """Choose the next nodes, bool ``[B]``: nodes with the most splits, and nodes with the lowest bounds."""
         order = nodes.least.argsort()
         deepest = order[nodes.signs.abs().sum(1)[order].argsort(descending=True, stable=True)]
-        chosen, share = torch.zeros_like(order, dtype=torch.bool), int(DEEPEST * self.at_once)
-        chosen[deepest[:share]] = True
-        chosen[order[: self.at_once - share]] = True
+        chosen, share = torch.zeros_like(order, dtype=torch.bool), int(DEEPEST * AT_ONCE)
+        chosen[torch.cat([deepest[:share], order[: AT_ONCE - share]])] = True
         return chosen
 
     def bounded(self, nodes: _Nodes) -> _Nodes:
@@ -291,8 +236,7 @@ class _Search:
             length = (missing / (up.square() + dearer.square()).sum(1).clamp(min=TINY))[:, None]
             slopes, prices = (slopes + length * up).clamp(0, 1), (prices + length * dearer * unit).clamp(min=0)
         nodes = nodes._replace(slopes=slopes.detach().float(), prices=prices.detach().float(), least=least)
-        changes = [each.detach()[:, 0] for each in weights]
-        return nodes, torch.stack(corners), torch.cat([*changes, low[:, :0]], 1)
+        return nodes, torch.stack(corners), torch.cat([*(each.detach()[:, 0] for each in weights), low[:, :0]], 1)
 
     def to_split(self, nodes: _Nodes, boxes: _Boxes, corner: Tensor, weights: Tensor) -> Tensor:
         """The next ReLU to split, whose relaxation lowers the bound most; -1 if the sign of every input is known."""
@@ -326,8 +270,7 @@ class _Search:
                 lead = ((weight[y] - weight[rival]) * at).sum(1) + bias[y] - bias[rival]
                 lacks = lacks + (lead + safe).relu().square()
                 gradient = torch.autograd.grad(lacks.sum(), x)[0]
-            x, lacks = x.detach(), lacks.detach()
-            logits = forward(self.layers, x)
+            x, lacks, logits = x.detach(), lacks.detach(), forward(self.layers, x.detach())
             true = (logits.gather(1, y[:, None]) - logits.gather(1, rival[:, None]))[:, 0]
             best, smallest = torch.where((true < smallest)[:, None], x, best), torch.minimum(true, smallest)
             gradient = gradient * torch.where(gradient > 0, x > low, x < high)
@@ -342,8 +285,8 @@ class _Search:
 
 def _of_all(boxes: _Boxes) -> tuple[Tensor, Tensor]:
     """The smallest and the largest inputs of all ReLUs, ``[B, units]``."""
-    low, high = (torch.cat([ends[0][:, :0], *ends[1:]], 1) for ends in zip(*boxes, strict=True))
-    return low, high
+    low, high = zip(*boxes, strict=True)
+    return torch.cat([low[0][:, :0], *low[1:]], 1), torch.cat([high[0][:, :0], *high[1:]], 1)
 
 
 def _above(low: Tensor, high: Tensor) -> Tensor:

@@ -1,0 +1,190 @@
+"""The evaluations of the authors: their models, faults and all, their attacks, and the rows with their sources."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from denoisers import Tiny, defence, images
+from evaluating import evaluate
+from small_models import Linear, Made
+from torch import nn
+
+from benchmarks.robustness.authors import authors_attacks
+from benchmarks.robustness.authors import diffusion_release as release
+from benchmarks.robustness.authors.atop_release import ReleasedEvaluation
+from purify_fast.attacks import BpdaModel, OriginalAutoAttack
+from purify_fast.defences import WithAggregation
+from purify_fast.methods.atop import Atop
+from purify_fast.methods.carso import Carso
+from purify_fast.methods.diffusion import Process, Schedule
+from purify_fast.methods.diffusion.recipes import RECIPES
+from purify_fast.models.classifiers import SmallCNN
+
+SHAPE = (1, 8, 8)
+VP = Schedule("vp")
+IMAGE = (3, 8, 8)
+ROWS = [
+    "as evaluate.ipynb (glin2022/atop), without its faults: one fixed draw",
+    "as evaluate.ipynb (glin2022/atop), with its faults, batches 1 to 4",
+    "as evaluate.ipynb (glin2022/atop), with its faults, from batch 5 on",
+    'as the training log of glin2022/atop, column "BPDA": PGD-20 on the classifier alone (not adaptive)',
+    'as tables 7 and 8 of AToP\'s paper, "BPDA": PGD-1000 on the classifier alone (not adaptive)',
+]
+
+
+def given():
+    """A purifier that returns what it is given, and a classifier that shows what it gets."""
+    how = lambda self, image, mask=None: image.flatten(1) if mask is None else image * self.gain  # noqa: E731
+    return Made(how, gain=nn.Parameter(torch.ones(())))
+
+
+def test_the_released_model_has_no_noise_another_range_and_nothing_hidden_from_the_fifth_batch_on():
+    made = Atop(given(), given(), IMAGE, block=2, samples=3)
+    x = torch.rand(4, *IMAGE)
+    with torch.no_grad():
+        for batch in (4, 63):
+            # the generator is given x where it was trained on 2x - 1
+            assert torch.equal(ReleasedEvaluation(made, batch)(x), ((x + 1) / 2).flatten(1))
+        for batch in (0, 3):
+            model = ReleasedEvaluation(made, batch)
+            shown, again = (model(x).unflatten(1, IMAGE) for _ in range(2))
+            hidden = (shown == 0.5).all(1)
+            # one mask for the batch, of whole blocks, a quarter of them, drawn anew in each prediction
+            assert (hidden == hidden[:1]).all() and hidden[0].sum() == 16
+            assert hidden[0].unfold(0, 2, 2).unfold(1, 2, 2).flatten(2).float().std(2).max() == 0
+            assert not torch.equal(shown, again)
+            expected = ((x + 1) / 2)[~hidden[:, None].expand_as(x)]
+            assert torch.equal(shown[~hidden[:, None].expand_as(x)], expected)
+
+
+def test_a_gradient_goes_through_generator_and_classifier():
+    made = Atop(given(), given(), IMAGE, block=2)
+    x = torch.rand(2, *IMAGE, requires_grad=True)
+    for batch, seen in ((4, 1.0), (0, 0.75)):
+        (gradient,) = torch.autograd.grad(ReleasedEvaluation(made, batch)(x).sum(), x)
+        assert gradient.unique().tolist() in ([0.5], [0.0, 0.5]) and (gradient > 0).float().mean() == seen
+
+
+def test_the_rows_are_named_after_their_sources():
+    pytest.importorskip("pyautoattack")
+    torch.manual_seed(0)
+    # noise and blocks decide next to nothing, so that one image is enough
+    made = Atop(Linear(192, classes=4), given(), IMAGE, block=2, sigma=0.01, samples=2).eval()
+    x = torch.rand(3, *IMAGE)
+    with torch.no_grad():
+        y = made(x).argmax(1)
+    report = evaluate(made, x, y, eps=0.3, attacks=authors_attacks(made, 0.3), progress=False, n_eval=2)
+    assert report.attacks == ["clean", "clean, fixed noise", *ROWS] and report.headlines == {}
+    for row in report.rows[2:]:
+        assert row.kind == "authors" and row.n_eval == 1 and row.attacked == 3
+    settings = [report.row(name).settings for name in ROWS]
+    assert [spec.max_images for spec in authors_attacks(made, 0.3)] == [None, 32, None, None, None]
+    assert [told["steps"] for told in settings] == [100, 10, 10, 20, 1000]
+    assert [report.row(name).settings["eot_iter"] for name in ROWS] == [1] * 5
+    assert report.row(ROWS[0]).variant == "fixed" and report.row(ROWS[0]).accuracy == 0
+    assert all("classifier alone" in told["target"] for told in settings[3:])
+
+
+def test_the_published_output_is_attacked_and_judges():
+    pytest.importorskip("pyautoattack")
+    torch.manual_seed(0)
+    classifier = SmallCNN(1, image_size=(16, 16), width=2)
+    with torch.no_grad():
+        # sure enough for infinities in the published output
+        classifier.head.weight.mul_(1000)
+    sizes = {"cond_dim": 4, "latent_dim": 2, "samples": 3, "decoder_width": 2}
+    made = Carso(classifier, ["conv2"], (1, 16, 16), **sizes).eval()
+    x = torch.rand(1, 1, 16, 16)
+    with torch.no_grad():
+        assert not WithAggregation(made, "peel_reference")(x).isfinite().all()
+        y = made(x).argmax(1)
+    (spec,) = authors_attacks(made, 0.05)
+    assert spec.label == "as src/eval_a.py (emaballarin/CARSO): AutoAttack rand through PeeL, K = 3"
+    assert spec.attack == OriginalAutoAttack(version="rand")
+    # fewer steps and draws than its 100 and 20, which take a minute
+    short = replace(spec, attack=OriginalAutoAttack(version="rand", steps=5, eot_iter=2))
+    row = evaluate(made, x, y, eps=0.05, attacks=[short], progress=False).row(spec.label)
+    # nothing can be found through NaN, and the report says so
+    assert row.accuracy == 1 and row.n_eval == 1 and not row.reliable and row.health["nonfinite"] > 0
+    assert row.settings["judge"] == "WithAggregation" and row.kind == "authors"
+    with torch.no_grad(), made.fixed_noise(0):
+        assert torch.equal(spec.judge(x), WithAggregation(made, "peel_reference")(x))
+
+
+def gradient(model, x, seed=1):
+    leaf = x.clone().requires_grad_()
+    torch.manual_seed(seed)
+    return torch.autograd.grad(model(leaf).square().sum(), leaf)[0]
+
+
+def test_the_adjoint_nears_the_exact_gradient_as_steps_get_shorter():
+    x, apart = images(3, SHAPE, torch.float64), []
+    for steps in (8, 16):
+        made = defence(SHAPE, process=Process(VP, solver="vp_sde", t_star=0.2, steps=steps, clip=False)).double()
+        exact, other = gradient(made, x), gradient(release.AdjointGradient(made), x)
+        torch.manual_seed(1)
+        logits = made(x)
+        torch.manual_seed(1)
+        assert torch.equal(release.AdjointGradient(made)(x), logits)
+        apart.append(float((exact - other).norm() / exact.norm()))
+    assert apart[0] > 1e-4 and apart[1] < 0.7 * apart[0]
+
+
+def test_the_adjoint_computes_in_the_parts_that_it_is_allowed():
+    class Counts(Tiny):
+        most = 0
+
+        def forward(self, x, t):
+            self.most = max(self.most, len(x))
+            return super().forward(x, t)
+
+    network, x, found = Counts(1), images(5, SHAPE, torch.float64), {}
+    for most in (None, 2):
+        process = Process(VP, solver="vp_sde", t_star=0.2, steps=3)
+        made = defence(SHAPE, network, process, max_forward_batch=most).double()
+        made.denoiser.module.most = 0
+        found[most] = gradient(release.AdjointGradient(made), x)
+        assert made.denoiser.module.most == (most or 5)
+    torch.testing.assert_close(found[2], found[None])
+
+
+def test_gdmp_is_judged_by_the_sum_of_ten_purifications_and_attacked_through_one():
+    made, x = defence(SHAPE, process=Process(steps=2), samples=3, aggregation="vote"), images(2, SHAPE)
+    alone, straight = authors_attacks(made, 0.1)
+    ten = defence(SHAPE, process=Process(steps=2), samples=10, aggregation="mean")
+    for spec in (alone, straight):
+        torch.manual_seed(1)
+        logits = spec.judge(x)
+        torch.manual_seed(1)
+        assert torch.equal(logits, ten(x))
+    attacked = BpdaModel.of(straight.judge)
+    one = defence(SHAPE, process=Process(steps=2))
+    torch.manual_seed(1)
+    followed = gradient(attacked, x)
+    torch.manual_seed(1)
+    assert torch.equal(followed, gradient(BpdaModel.of(one), x)) and straight.attack.eot_iter == 15
+    for name in ("gdmp", "gdmp_ssim"):
+        assert RECIPES[name].part("defence") == {"samples": 10, "aggregation": "mean"}
+
+
+def test_the_rows_of_its_authors():
+    sde = defence(SHAPE, process=Process(VP, solver="vp_sde", t_star=0.1, steps=2), samples=3)
+    rows = authors_attacks(sde, 8 / 255)
+    assert [row.label for row in rows] == [release.DIFFPURE, release.CLASSIFIER_ROW, release.STRAIGHT]
+    rand, alone, straight = (row.attack for row in rows)
+    assert isinstance(rand, OriginalAutoAttack) and rand.version == "rand"
+    assert isinstance(rows[0].judge, release.AdjointGradient)
+    assert (alone.steps, straight.steps, straight.eot_iter) == (10, 40, 15) and alone.alpha == straight.alpha == 2 / 255
+    assert rows[0].judge.defence.samples == 1 and sde.samples == 3
+    ddpm = defence(SHAPE, process=Process(steps=2))
+    assert [row.label for row in authors_attacks(ddpm, 0.1)] == [release.CLASSIFIER_ROW, release.STRAIGHT]
+    x = images(2, SHAPE)
+    attacks = authors_attacks(ddpm, 0.1)
+    report = evaluate(ddpm, x, ddpm.classifier(x).argmax(1), eps=0.1, progress=False, attacks=attacks)
+    assert report.headlines == {} and {row.kind for row in report.rows} == {"clean", "authors"}
+    assert all("left out" not in note for note in report.notes)
+
+
+def test_a_defence_of_another_kind_is_refused():
+    with pytest.raises(TypeError, match="defence must be one of Carso, Atop, DiffusionPurifier, got Linear"):
+        authors_attacks(nn.Linear(2, 2), 0.1)
