@@ -110,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: the words after the program's name; None takes the words of this process.
 
     Returns:
-        The exit status. 0: success. 1: ``check`` found an image that is classified correctly now. 2: the input cannot
+        The exit status. 0: success. 1: ``check`` found that a model does not fit a report. 2: the input cannot
         be used, or there is not enough memory; stderr has one line about it. 130: Ctrl-C. Other errors, in this package
         or in the user's code, are raised.
     """
