@@ -34,7 +34,6 @@ _IN_METHODS = ("__func__", "__self__", "fget", "fset", "func", "args", "keywords
 _METHODS = (MethodType, staticmethod, classmethod, property, functools.partial)
 #: What is code, or the constants beside it.
 _CODE = (*PLAIN, tuple, type, ModuleType, FunctionType, *_METHODS, *NAMESPACES)
-_CONSTANTS = (*PLAIN, tuple, *NAMESPACES)
 
 
 def fingerprint(model: object, revision: str | None = None) -> str | None:
@@ -157,19 +156,23 @@ def _sources(values: _Values) -> list[Any]:
             found.append(values.of(tuple(part for name, part in users.items() if name.rpartition(".")[2] in words)))
             # The results in a script's global values are no constants.
             held = [] if value is sys.modules["__main__"] else sorted(vars(value).items())
-            found.append(values.of(tuple(item for item in held if item[0][:2] != "__" and type(item[1]) in _CONSTANTS)))
+            found.append([(name, values.of(part)) for name, part in held if name[:2] != "__" and _is_constant(part)])
         elif _is_users_function(value):
             # A script may read a constant from its command line. A container may record what the code did.
             own, file = value.__globals__, Path(value.__code__.co_filename)
             read = ((name, own.get(name, own)) for name in sorted(_names(value.__code__)))
             found.append(values.of(tuple(item for item in read if isinstance(item[1], _CODE))))
-            # Classes of data write functions such as `__init__` from their fields, which the file of the class shows.
-            made = value.__name__.startswith("__") and _file(sys.modules.get(_home(value))).is_file()
             files.add(file)
-            if not file.is_file() and not made:
+            # A function that a module with a file has made, such as the `__init__` of a dataclass, shows in this file.
+            if not file.is_file() and not _file(sys.modules.get(_home(value))).is_file():
                 with contextlib.suppress(*unneeded):
                     found.append(inspect.getsource(value))
     return [*found, *sorted(text_hash(str(file.read_bytes())).hexdigest() for file in files if file.is_file())]
+
+
+def _is_constant(value: Any) -> bool:
+    """Tell whether a value is a number, a text, a tuple of them, or a namespace, such as the options of a script."""
+    return SIMPLE.issuperset(map(type, value if type(value) is tuple else [value])) or isinstance(value, NAMESPACES)
 
 
 def _file(module: ModuleType | None) -> Path:
