@@ -9,7 +9,7 @@ from small_models import Made
 
 from purify_fast import cli
 from purify_fast.attacks import APGD, PGD
-from purify_fast.evaluation import Adversarial, Report, check_adversarial
+from purify_fast.evaluation import Adversarial, Report, check_adversarial, merge
 from purify_fast.evaluation.show.adversarial import FILE
 
 
@@ -79,9 +79,12 @@ def test_changed_damaged_and_missing_files_are_refused(tmp_path):
     path.unlink()
     with pytest.raises(FileNotFoundError, match=FILE):
         check_adversarial(tmp_path, digit_nets.standard())
-    # a report that was read has no images, and leaves the file of the folder alone
+    # a report that was read knows its file, and a merged one leaves the file of its folder alone
     saved(tmp_path)
-    Report.from_json((tmp_path / "report.json").read_text()).save(tmp_path)
+    read = Report.from_json((tmp_path / "report.json").read_text())
+    read.save(tmp_path)
+    assert check_adversarial(tmp_path, digit_nets.standard()).fits
+    merge([read]).save(tmp_path)
     assert path.exists()
     with pytest.raises(ValueError, match="has no adversarial images"):
         check_adversarial(tmp_path, digit_nets.standard())

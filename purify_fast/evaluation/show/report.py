@@ -40,6 +40,7 @@ class Report:
         findings: the results of the alarms, which test whether the numbers are reliable.
         curves: by model, the curves of accuracy over the steps and the draws of the probes, for the page.
         adversarial: the attacked images of the images that fell; None in a report that was read or merged.
+        stored: the facts about these images in a report that was read, by which `check_adversarial` knows their file.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -48,6 +49,7 @@ class Report:
     findings: list[Finding] = field(default_factory=list)
     curves: dict[str, dict[str, list[list[float]]]] = field(default_factory=dict)
     adversarial: Adversarial | None = field(default=None, compare=False)
+    stored: dict[str, Any] | None = field(default=None, compare=False)
 
     def __repr__(self) -> str:
         lowest = (f"{model}: {100 * row.accuracy:.1f} % under {row.attack}" for model, row in self.headlines.items())
@@ -174,8 +176,8 @@ class Report:
             "curves": self.curves,
             "rows": [row.to_dict() for row in self.rows],
         }
-        if self.adversarial is not None:
-            content["adversarial"] = self.adversarial.facts()
+        if (known := self.stored if self.adversarial is None else self.adversarial.facts()) is not None:
+            content["adversarial"] = known
         return json.dumps(content, indent=1, allow_nan=False)
 
     @classmethod
@@ -187,6 +189,7 @@ class Report:
         return cls(
             rows=[Row.from_dict(values) for values in content["rows"]],
             findings=[Finding(**values) for values in content.get("findings", [])],
+            stored=content.get("adversarial"),
             **{name: content[name] for name in ("notes", "about", "curves") if name in content},
         )
 
