@@ -176,4 +176,6 @@ def structure_fingerprint(module: nn.Module) -> str:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+    # NumPy gives an empty array strides that no other dtype can have.
+    flat = tensor.detach().cpu().contiguous().view(-1) if tensor.numel() else torch.empty(0)
+    return flat.view(torch.uint8).numpy().data

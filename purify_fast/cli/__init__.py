@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import re
 import sys
 from dataclasses import make_dataclass, replace
 from typing import Annotated, Any, Union
@@ -18,9 +17,10 @@ import tyro
 from .._files import folder_lock
 from .._memory import ran_out_of_memory
 from .._validation import usable_device
+from .._version import __version__
 from . import certify, evaluate, show, train  # noqa: F401
 from .command import Command, DataCommand
-from .run_file import cli, early_options, flag, parse, values
+from .run_file import cli, parse
 
 __all__ = ["main"]
 
@@ -42,8 +42,9 @@ def _read(arguments: list[str]) -> Command:
         name = " ".join(arguments[:length])
         if name in _KINDS:
             return parse(_KINDS[name], arguments[length:])
-    # The option --version prints the version and exits here.
-    early_options().parse_known_args(arguments)
+    if arguments[:1] == ["--version"]:
+        print(f"purify-fast {__version__}")
+        raise SystemExit
     # No command is named, as in `purify-fast --help`: the parser lists all commands without their options.
     listed = {name: make_dataclass("Listed", (), namespace={"__doc__": kind.__doc__}) for name, kind in _KINDS.items()}
     trains = {name.split()[1]: kind for name, kind in listed.items() if name.startswith("train ")}
@@ -110,7 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: the words after the program's name; None takes the words of this process.
 
     Returns:
-        The exit status. 0: success. 1: ``check`` found an image that is classified correctly now. 2: the input cannot
+        The exit status. 0: success. 1: ``check`` found that a model does not fit a report. 2: the input cannot
         be used, or there is not enough memory; stderr has one line about it. 130: Ctrl-C. Other errors, in this package
         or in the user's code, are raised.
     """
@@ -125,14 +126,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, FloatingPointError, OSError, ModuleNotFoundError) as error:
         # Each of several processes prints its own error, so the message names the process.
         rank = _rank()
-        # The package names its arguments, such as kl_delay; here they are options.
-        options = {name for kind in _KINDS.values() for name in values(kind()) if "_" in name}
-        # A name beside one of these signs is a part of a path or of code.
-        sign = r"[\w./\\\"'\[=-]"
-        text = re.sub(rf"(?<!{sign})({'|'.join(options)})(?![\w/\\\"'\]=])", lambda found: flag(found[0]), str(error))
         # stderr may be closed, or a file on a full disk.
         with contextlib.suppress(OSError, ValueError):
-            print(f"purify-fast{f', process {rank}' if rank else ''}: {text}", file=sys.stderr)
+            print(f"purify-fast{f', process {rank}' if rank else ''}: {error}", file=sys.stderr)
         return 2
     except Exception as error:
         if ran_out_of_memory(error):

@@ -14,7 +14,7 @@ import tyro
 from .._validation import Count, Norm, Precision, read_norm, usable_device
 from ..evaluation.request.config import EvaluateConfig
 from .command import Command, DataCommand, ProcessOptions
-from .run_file import EVALUATION, RUN_FILE, ball_of_run, parse, read_run_file, write_run_file
+from .run_file import EVALUATION, ball_of_run, write_run_file
 from .saved_models import is_named, own_model, refuse_other_images, saved_folder, trained_classifier, zoo_name
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from ..data import DataSet
     from ..data.selection import Subset
-    from ..evaluation.show.witnesses import Witnesses
     from ..protocols import Classifier
 
 
@@ -219,15 +218,14 @@ class Evaluate(ModelCommand):
 
 @dataclass(frozen=True)
 class Check(Command):
-    """Classify again the adversarial images of a report that `evaluate --keep all` wrote.
+    """Give the adversarial images of a report, which `evaluate` saved, to a model again.
 
-    The exit status is 1 if one of these images is classified correctly now (by a random model in all draws), has
-    changed, or lies outside its ball.
+    The exit status is 1 if the predictions do not fit the report: an image is classified correctly now, or for a random
+    model at least half of the images.
 
     Args:
         report: Folder of the report, or of the run that was evaluated.
-        model: Model that classifies, as in `evaluate`: a folder, zoo:NAME or your function. A model of
-            the zoo need not be named.
+        model: Model that classifies, as in `evaluate`: a folder, zoo:NAME or your function.
         batch_size: Number of images in one forward pass.
         seed: Seed of the draws of a random defence. Default: a seed that differs from the report's.
         device: Device to compute on: cpu, cuda, or another device of PyTorch. auto: a GPU if there is any.
@@ -242,35 +240,24 @@ class Check(Command):
     device: str = "auto"
 
     def run(self) -> int:
-        from ..evaluation.show.witnesses import check_witnesses, load_witnesses
+        import torch
+
+        from ..data import DataSet
+        from ..evaluation.show.adversarial import Adversarial, check_adversarial
         from ..speed.precision import float32_products
 
         folder = next((one for one in (self.report, self.report / EVALUATION) if (one / "report.json").is_file()), None)
         if folder is None:
             raise FileNotFoundError(f"{self.report} contains no report.json: give the folder of a report")
-        device, whose = usable_device(self.device), self.evaluated(folder)
-        witnesses, _ = load_witnesses(folder)
-        model, _ = whose.prepared(images_of(witnesses, device))
-        with float32_products(tf32=whose.precision == "tf32"):
-            checked = check_witnesses(folder, model, batch_size=self.batch_size, seed=self.seed)
+        if self.model is None:
+            raise ValueError("MODEL must be given: a folder, zoo:NAME or your function, as in `purify-fast evaluate`")
+        found = Adversarial.load(folder)
+        # The model is loaded to the device of these images, and refuses images of another size.
+        parts = (torch.from_numpy(found.images).mul(255).round().byte(), torch.from_numpy(found.labels)) * 2
+        images = DataSet(*parts, name="this report", num_classes=1).to(usable_device(self.device))
+        precision: Any = found.about["precision"] if found.about["precision"] in ("tf32", "bfloat16") else "float32"
+        model, _ = Evaluate(folder=Path(self.model), precision=precision).prepared(images)
+        with float32_products(tf32=precision == "tf32"):
+            checked = check_adversarial(folder, model, batch_size=self.batch_size, seed=self.seed)
         print(checked.to_text())
-        return 0 if checked.confirmed else 1
-
-    def evaluated(self, folder: Path) -> Evaluate:
-        """The `evaluate` command with MODEL, or the one that wrote the report in a folder, of a model of the zoo."""
-        if self.model is not None:
-            return parse(Evaluate, [self.model])
-        table = read_run_file(folder / RUN_FILE)
-        # A report of a stranger must not decide which code is loaded.
-        if zoo_name(str(table.get("folder"))) is None or table.get("classifier") is not None:
-            raise ValueError(f"MODEL must be named: the report names {table.get('folder')}, which is none of the zoo's")
-        return parse(Evaluate, ["--config", str(folder / RUN_FILE)])
-
-
-def images_of(witnesses: Witnesses, device: str) -> DataSet:
-    """The clean images of a report as a data set, so that the original data set need not be on this machine."""
-    from ..data import DataSet
-
-    images = (witnesses.clean * 255).round().byte()
-    parts = (images, witnesses.labels) * 2
-    return DataSet(*parts, name="this report", num_classes=witnesses.about["classes"]).to(device)
+        return 0 if checked.fits else 1

@@ -7,7 +7,6 @@ defaults of the options, but not options on the command line. Numbers may be fra
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from os.path import expanduser
 from pathlib import Path
@@ -55,23 +54,11 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def without_effect(command: Command) -> dict[str, str]:
-    """The options without effect beside the other options of a command, each with the reason."""
-    given, unused = values(command), dict[str, str]()
-    for kind in type(command).__mro__:
-        for (word, option), names in vars(kind).get("no_effect", {}).items():
-            if bool(given[option]) == (word == "beside"):
-                unused |= dict.fromkeys(names, f"{word} {flag(option)}")
-    return unused
-
-
 def write_run_file(command: Command, folder: Path) -> None:
     """Write ``run.yaml`` to the folder of a run."""
-    left_out = without_effect(command)
-    options = {name: value for name, value in values(command).items() if name not in left_out}
     facts = {"command": command.called, "version": __version__}
     head = f"# purify-fast {command.called} --config {RUN_FILE} repeats this run. Options on the command line win.\n"
-    text = yaml.safe_dump(facts | options, sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(facts | values(command), sort_keys=False, allow_unicode=True)
     write_text(folder / RUN_FILE, head + text)
 
 
@@ -142,42 +129,34 @@ def cli(kind: Any, arguments: list[str], **options: Any) -> Any:
     return tyro.cli(kind, args=arguments, config=MARKERS, registry=OPTION_TYPES, **options)
 
 
-def early_options() -> argparse.ArgumentParser:
-    """A parser of --version, and of the options that decide the defaults of other options."""
-    parser = argparse.ArgumentParser(prog="purify-fast", add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", type=Path)
-    parser.add_argument("--recipe")
-    parser.add_argument("--batch-size", "--batch_size")
-    parser.add_argument("--official-code", "--official_code", action=argparse.BooleanOptionalAction)
-    parser.add_argument("--version", action="version", version=f"purify-fast {__version__}")
-    return parser
+@dataclasses.dataclass(frozen=True)
+class _Early:
+    """The options that decide the defaults of other options."""
 
-
-def _names(arguments: list[str]) -> set[str]:
-    """The names of the options among the words, in the form of field names."""
-    flags = {word.split("=", 1)[0].lstrip("-").replace("-", "_") for word in arguments if word.startswith("--")}
-    return flags | {name.removeprefix("no_") for name in flags}
+    config: Path | None = None
+    recipe: str | None = None
+    batch_size: int | None = None
+    official_code: bool = False
 
 
 def parse(kind: type[OfCommand], arguments: list[str]) -> OfCommand:
     """Make a command of a class from the words after the command's name."""
-    file, given = early_options().parse_known_args(arguments)[0].config, _names(arguments)
-    options = {} if file is None else options_of(file, kind)
+    how: Any = {"prog": f"purify-fast {kind.called}"}
+    early, _ = cli(_Early, arguments, return_unknown_args=True, add_help=False, **how)
+    options = {} if early.config is None else options_of(early.config, kind)
     # The folder is not an option, but an argument without a name, of which there can be only one.
     folder = {"folder": Path(options.pop("folder")).expanduser()} if "folder" in options else {}
     # Of two equal options the last wins, so the command line wins over the file, and both win over a recipe.
     words = [*words_of(options, kind), *arguments]
-    early = early_options().parse_known_args(words)[0]
-    if early.recipe in (None, "None"):
-        default = kind()
-    else:
-        size = str(early.batch_size)
-        # The configuration refuses any other text.
-        batch_size = int(size) if size.isdecimal() and int(size) > 0 else None
-        default = kind.of_recipe(early.recipe, bool(early.official_code), batch_size)
-    default = dataclasses.replace(default, **folder)
-    command: OfCommand = cli(kind, words, prog=f"purify-fast {kind.called}", default=default)
-    for name, reason in without_effect(command).items():
-        if name in given:
-            raise ValueError(f"{flag(name)} has no effect {reason}")
+    early, _ = cli(_Early, words, return_unknown_args=True, add_help=False, **how)
+    # The configuration refuses a batch size below 1.
+    size = max(0, early.batch_size or 0) or None
+    default = kind() if early.recipe is None else kind.of_recipe(early.recipe, early.official_code, size)
+    command: OfCommand = cli(kind, words, default=dataclasses.replace(default, **folder), **how)
+    given, usual = values(command), values(default)
+    unused = [item for base in kind.__mro__ for item in vars(base).get("no_effect", {}).items()]
+    for (word, option), names in unused:
+        for name in names:
+            if bool(given[option]) == (word == "beside") and given[name] != usual[name]:
+                raise ValueError(f"{flag(name)} has no effect {word} {flag(option)}, got {given[name]}")
     return command

@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from .results.rows import Paired as Paired
     from .results.rows import Row as Row
     from .runner import evaluate as evaluate
+    from .show.adversarial import Adversarial as Adversarial
+    from .show.adversarial import CheckedAdversarial as CheckedAdversarial
+    from .show.adversarial import check_adversarial as check_adversarial
     from .show.report import Report as Report
     from .show.report import merge as merge
-    from .show.witnesses import CheckedWitnesses as CheckedWitnesses
-    from .show.witnesses import check_witnesses as check_witnesses
 else:
     __all__, __getattr__, __dir__ = lazy_exports(__name__)

@@ -42,12 +42,12 @@ from .request.specs import AttackFunction, AttackSpec
 from .request.subject import DrawsUnderAttack, Subject, Variant, device_of
 from .results.rows import CUT, Row, worst_rows
 from .run.cache import RowCache
-from .run.measure import EXAMPLES, Measure, Standing, settings_of
+from .run.measure import Measure, Standing, settings_of
 from .run.progress import Progress
 from .run.shards import Shards
+from .show.adversarial import gathered
 from .show.report import Report
 from .show.text import notes_on_rows, paragraphs
-from .show.witnesses import gathered, model_marks
 from .suspicion import Suspicion
 
 logger = logging.getLogger("purify_fast")
@@ -180,10 +180,8 @@ def evaluate(
                 return asked
 
             shown = Progress(name, progress and shards.rank == 0, deadline=subject.deadline)
-            every = config.keep == "all"
-            measure = Measure(subject, context, name, cache, progress=shown, shards=shards, keep_all=every)
-            about = {"model": model_marks(subject.base_model, mark), "classes": subject.num_classes}
-            about |= {"random": subject.is_random} | judging
+            measure = Measure(subject, context, name, cache, progress=shown, shards=shards)
+            about = {"random": subject.is_random, "precision": report.about.get("precision"), **judging}
             suspicion = Suspicion(report, measure, before, config.probes is None)
             return _Evaluation(report, measure, suspicion, mark=mark, stack=stack, until=until).fill(plan, about)
 
@@ -276,11 +274,9 @@ class _Evaluation:
         if shards.rank > 0:
             return Report.from_json(measure.follow())
         report.rows = self.rows()
-        if measure.keep_all:
-            report.witnesses = gathered(report.rows, about)
-            # Each row then keeps only a few images, for the pictures.
-            for row in report.rows:
-                row.examples = None if row.examples is None else row.examples.first(EXAMPLES)
+        deployed = [standing for (variant, _), standing in self.standings.items() if variant == "random"]
+        fallen = [point for standing in deployed for point in standing.fallen(measure.clean("random"))]
+        report.adversarial = gathered(fallen, subject.x, subject.y, about)
         report.rows += worst_rows(report.rows)
         subject.deadline.begin(self.until)
         self.suspicion.conclude(asked)

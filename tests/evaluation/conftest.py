@@ -18,12 +18,3 @@ def made_rows(monkeypatch):
     original = Measure.new_row
     monkeypatch.setattr(Measure, "new_row", lambda *args, **values: rows.append(args) or original(*args, **values))
     return rows
-
-
-@pytest.fixture(autouse=True)
-def other_tests_are_not_loaded(request, monkeypatch):
-    """A model's fingerprint reads all loaded modules that its file mentions, here the other tests: some seconds."""
-    for name, module in list(sys.modules.items()):
-        file = Path(getattr(module, "__file__", None) or "")
-        if file.name.startswith("test_") and file.parent.parent.name == "tests" and module is not request.module:
-            monkeypatch.delitem(sys.modules, name)

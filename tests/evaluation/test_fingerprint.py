@@ -2,7 +2,7 @@
 
 import functools
 import importlib
-import itertools
+import linecache
 import logging
 import os
 import subprocess
@@ -21,7 +21,6 @@ from torch import nn
 import purify_fast
 from purify_fast.attacks import PGD
 from purify_fast.evaluation.request.fingerprint import fingerprint, state_hash
-from purify_fast.model_state import is_users
 
 PACKAGE = Path(purify_fast.__file__).parents[1]
 QUIET = {"eps": 0.02, "attacks": [PGD(steps=2)]}
@@ -123,7 +122,6 @@ EDITS = {
     "code of a function in another file": (text("table_helper", "return x", "return 2 * x"), True),
     "global variable set while the program runs": (in_place("vars(module).update(SIGMA=2)"), True),
     "variable of a module set while the program runs": (in_place("setattr(table_helper, 'SIGMA', 2)"), True),
-    "class of a module set while the program runs": (in_place("setattr(table_helper.Settings, 'level', 2)"), True),
     "variable that nothing reads": (in_place("setattr(table_helper, 'OTHER', 2)"), True),
     "argument of another program": (lambda model, module, monkeypatch: monkeypatch.setattr(sys, "argv", ["b"]), False),
     "object with slots": (attribute("slots.scale", 2.0), True),
@@ -287,43 +285,6 @@ def test_an_edit_of_what_the_model_reaches_changes_its_fingerprint(way, imported
     assert None not in marks and marks[0] == marks[1] != marks[2]
 
 
-#: What needs other modules, and what does not show in a script: code does not name it, or it does not tell its content.
-UNSEEN = ("module that is handed on", "module by the name of its attribute", "attribute of a module")
-UNSEEN += ("attribute of a module of a folder", "scripted function", "function put into a library", "eval")
-UNSEEN += ("sequence that cannot be read",)
-
-
-@pytest.mark.parametrize("way", [way for way in REACHED if way not in UNSEEN])
-def test_an_edit_of_what_the_model_reaches_in_its_script_changes_its_fingerprint(way, monkeypatch):
-    """The file of a script does not count, so that an edited script around the same model finds its rows."""
-    source = f"{HELPERS}\n{reaching(way)}".replace("from reached_helpers import", "from __main__ import")
-    # A script would reach the loaded tests, whose description takes seconds.
-    for name in [name for name in sys.modules if is_users(name) and name != "__main__"]:
-        monkeypatch.delitem(sys.modules, name)
-
-    def marked(before, after):
-        monkeypatch.setitem(sys.modules, "__main__", script := types.ModuleType("__main__"))
-        script.__file__ = __file__
-        exec(source.replace(before, after), vars(script))
-        found = script.Model()
-        assert found(torch.ones(2)).shape in [(2,), ()]
-        return fingerprint(found)
-
-    marks = [marked("", ""), marked("import torch\n", "import torch\nPLOTS, ROWS = 1, []\n"), marked("1.5", "2.5")]
-    assert None not in marks and marks[0] == marks[1] != marks[2]
-
-
-def test_other_modules_of_the_models_folder_do_not_count(imported):
-    sources = {"project.model": SOURCE.replace("table_helper", "project.layers"), "project.layers": HELPER}
-    alone = imported(sources | {"project.__init__": ""})
-    torch.manual_seed(0)
-    before = fingerprint(alone.Model())
-    with_plots = imported(sources | {"project.__init__": "", "project.plots": "WIDTH = 1"})
-    importlib.import_module("project.plots")
-    torch.manual_seed(0)
-    assert before is not None and fingerprint(with_plots.Model()) == before
-
-
 def test_a_file_that_a_function_imports_later_counts(imported):
     def marked(factor):
         source = "def attack(model, x, y):\n    from later_helper import step\n\n    return step(x)\n"
@@ -342,13 +303,7 @@ import threading
 import torch
 from torch import nn
 
-SIGMA, LOCK, log = 0.5, threading.Lock(), logging.getLogger(__name__)
-
-
-class Square(torch.autograd.Function):
-    @staticmethod
-    def forward(context, x):
-        return x * x
+SIGMA, LOCK, log = float(sys.argv[1]), threading.Lock(), logging.getLogger(__name__)
 
 
 def scaled(x):
@@ -359,9 +314,9 @@ def scaled(x):
 
 class Model(nn.Module):
     def forward(self, x):
-        return Square.apply(scaled(x))
-"""
-PRINTED = """
+        return scaled(x)
+
+
 if __name__ == "__main__":
     import multiprocessing
     from purify_fast.evaluation.request.fingerprint import fingerprint
@@ -369,38 +324,37 @@ if __name__ == "__main__":
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         print(fingerprint(Model()), pool.apply(fingerprint, (Model(),)))
 """
-EDITED = """
-import argparse
-import statistics
-
-import plots
-
-
-class First(torch.autograd.Function):
-    pass
-
-
-def plotted(rows):
-    return statistics.mean(rows)
-
-
-arguments = argparse.ArgumentParser()
-arguments.add_argument("--steps")
-arguments = arguments.parse_args()
-"""
 
 
 @pytest.mark.slow
-def test_a_script_its_processes_an_edited_script_and_a_notebook_name_a_model_alike(tmp_path):
-    (tmp_path / "script.py").write_text(SCRIPT + PRINTED)
-    (tmp_path / "plots.py").write_text("WIDTH = 1")
-    (tmp_path / "edited.py").write_text(SCRIPT.replace("\n\n\n", EDITED + "\n\n\n", 1) + PRINTED)
-    end = "; from purify_fast.evaluation.request.fingerprint import fingerprint; print(fingerprint(Model()))"
-    typed = f"exec(open('script.py').read().partition('if __name__')[0]){end}"
-    commands = [["script.py"], ["edited.py", "--steps", "3"], ["-c", typed]]
-    found = [printed(command, [PACKAGE, tmp_path], cwd=tmp_path) for command in commands]
-    marks = " ".join(itertools.chain(*found)).split()
-    assert len(marks) == 5 and len(set(marks)) == 1 and "None" not in marks
+def test_a_script_and_its_processes_name_a_model_alike_and_its_arguments_count(tmp_path):
+    path, marks = tmp_path / "script.py", set()
+    for text, argument in ((SCRIPT, "0.5"), (SCRIPT, "0.6"), (SCRIPT.replace("relu", "tanh"), "0.5")):
+        path.write_text(text)
+        (line,) = printed(["script.py", argument], [PACKAGE], cwd=tmp_path)
+        own, of_process = line.split()
+        assert own == of_process != "None"
+        marks.add(own)
+    assert len(marks) == 3
+
+
+def test_code_without_a_file_counts_by_its_text_and_without_a_text_it_needs_a_revision(monkeypatch):
+    """A notebook gives `linecache` the texts of its cells; `exec` does not."""
+    helper = "def scaled(x):\n    return x * 1.5\n\n\n"
+    text = f"{helper}class Model(nn.Module):\n    def forward(self, x):\n        return scaled(x)\n"
+
+    def marked(text, shown, revision=None):
+        monkeypatch.setitem(sys.modules, "__main__", notebook := types.ModuleType("__main__"))
+        notebook.nn, name = nn, f"<cell {hash(text)}>"
+        if shown:
+            monkeypatch.setitem(linecache.cache, name, (len(text), None, text.splitlines(True), name))
+        exec(compile(text, name, "exec"), vars(notebook))
+        return fingerprint(notebook.Model(), revision)
+
+    marks = [marked(text, True), marked(text, True), marked(text.replace("1.5", "2.5"), True)]
+    assert None not in marks and marks[0] == marks[1] != marks[2]
+    linecache.clearcache()
+    assert marked(text, False) is None and marked(text, False, "1") not in (None, marked(text, False, "2"))
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def test_a_report_is_saved_with_its_page(tmp_path):
     rng = torch.get_rng_state()
     report.save(tmp_path / "run", model)
     assert torch.equal(rng, torch.get_rng_state()) and model.training
-    assert set(os.listdir(tmp_path / "run")) == {"report.html", "report.json", "report.md"}
+    assert set(os.listdir(tmp_path / "run")) == {"adversarial.npz", "report.html", "report.json", "report.md"}
     assert Report.from_json((tmp_path / "run/report.json").read_text()).to_json() == report.to_json()
     assert (tmp_path / "run/report.md").read_text() == report.to_markdown()
     # five reconstructions, of which four are shown, or one purified image, beside three columns
@@ -207,7 +207,7 @@ def test_a_report_names_versions_images_passes_and_a_changed_protocol():
         text = " ".join(html.unescape(text).split())
         assert all(words in text for words in told), text
     assert changes(EvaluateConfig("fast", eot_iter=3, probes=True)) == "eot_iter 3"
-    others = {"n_eval": 2, "seed": 3, "batch_size": 7, "claim": 4, "predict": "votes", "keep": "all"}
+    others = {"n_eval": 2, "seed": 3, "batch_size": 7, "claim": 4, "predict": "votes"}
     assert not changes(EvaluateConfig("fast", **others)) and changes(EvaluateConfig("fast", probes=False))
     # Reports of a protocol and of its changed form share no protocol.
     usual = Report([row(model="other")], about=about(protocol="fast"))

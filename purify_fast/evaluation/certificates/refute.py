@@ -21,7 +21,7 @@ from .certificates import Certificates
 from .certification import certify, check_settings
 
 #: What `refute` sets itself in its evaluation.
-OWN = ("predict", "n_eval", "keep", "config", "eps", "norm")
+OWN = ("predict", "n_eval", "config", "eps", "norm")
 #: An attacked image is moved towards the image until its distance is this share below the radius, against rounding.
 INSIDE = 1e-6
 
@@ -87,13 +87,13 @@ def refute(
         raise ValueError("model must have the weights of the model of the certificates, got others")
     if "attacks" not in asked:
         asked.setdefault("protocol", "strong")
-    asked |= {"predict": "votes", "n_eval": votes, "keep": "all"}
+    asked |= {"predict": "votes", "n_eval": votes}
     together = asked.get("together", True)
     smoothed = _Smoothed(model, sigma, samples=1, clamp=False).eval()
     report = evaluate(smoothed, images, labels, eps=radius, norm="l2", **asked)
     with Shards(together) as shards:
         # Only the first process has the attacked images.
-        clean, number, adversarial = shards.from_first(lambda: _points(report, radius))
+        clean, number, adversarial = shards.from_first(lambda: _points(report, images, radius))
     points = torch.cat([images[clean].cpu(), adversarial.view(-1, *images.shape[1:])])
     number = np.concatenate([clean, number])
     wrong = np.zeros(len(labels), dtype=bool)
@@ -107,15 +107,17 @@ def refute(
     return replace(certificates, refuted={**certificates.refuted, float(radius): wrong}, about=about), report
 
 
-def _points(report: Report, radius: float) -> tuple[NDArray[np.int64], NDArray[np.int64], Tensor]:
+def _points(report: Report, x: Tensor, radius: float) -> tuple[NDArray[np.int64], NDArray[np.int64], Tensor]:
     """The numbers of the images that are misclassified clean, those of images that fell, and the attacked images."""
     row = next(row for row in report.rows if row.kind == "clean" and row.deployed)
-    clean, found = np.flatnonzero(~row.robust), report.witnesses
-    if found is None:
-        return clean, np.array([], dtype=np.int64), torch.empty(0)
+    clean, found = np.flatnonzero(~row.robust), report.adversarial
+    assert found is not None
     # An attack of a list may have a ball of its own.
-    inside = [attack["norm"] == "l2" and attack["eps"] <= radius for attack in found.about["attacks"]]
-    mine = torch.tensor(inside, device="cpu")[found.attacks]
-    moved = found.adversarial[mine].double() - found.clean[mine].double()
+    balls = {row.attack: (row.settings.get("norm"), row.settings.get("eps", 0)) for row in report.rows}
+    known = enumerate(balls[attack] for attack in found.attacks.tolist())
+    mine = [number for number, (norm, eps) in known if norm == "l2" and eps <= radius]
+    numbers = found.indices[mine]
+    start = x[numbers].cpu()
+    moved = torch.from_numpy(found.images[mine]).double() - start.double()
     length = moved.flatten(1).norm(dim=1).clamp(min=radius * (1 - INSIDE)).view(-1, 1, 1, 1)
-    return clean, found.numbers[mine].numpy(), (found.clean[mine] + moved * (radius * (1 - INSIDE) / length)).float()
+    return clean, numbers, (start + moved * (radius * (1 - INSIDE) / length)).float()

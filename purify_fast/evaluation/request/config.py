@@ -31,7 +31,6 @@ class EvaluateSettings(TypedDict, total=False):
     cudnn_benchmark: CudnnBenchmark
     seed: int
     probes: bool | None
-    keep: Literal["some", "all"]
     claim: float | None
     minutes: Positive | None
     dataset_name: str | None
@@ -74,9 +73,6 @@ class EvaluateConfig:
         probes: whether to test if the robust accuracy is reliable, by short attacks, small steps in random directions,
             and repeated predictions. Default: with every protocol. With a list of attacks, only compare the gradients
             with small steps on 16 images, which False leaves out too.
-        keep: the attacked images that the report keeps. "some": a few for each attack, for the pictures. "all": also
-            every fallen image, exactly as the model got it, in a file next to the report (25 KB for each image of
-            CIFAR-10), for `check_witnesses` and `purify-fast check`.
         claim: a claimed robust accuracy, in percent, such as 70. The report says whether the result refutes it, and how
             probable such a result is if the claim is true. A random model is tested by the accuracy of one draw.
         minutes: largest number of minutes that the evaluation may take, except for the checks of the model, and for the
@@ -103,7 +99,6 @@ class EvaluateConfig:
     cudnn_benchmark: CudnnBenchmark = "off"
     seed: int = 0
     probes: bool | None = None
-    keep: Literal["some", "all"] = "some"
     claim: float | None = None
     minutes: Positive | None = None
     dataset_name: str | None = None

@@ -1,11 +1,12 @@
-"""The fingerprint of a model: a hash of its values, and of the user's code that it reaches."""
+"""The fingerprint of a model: a hash of its values, and of the user's source files that define and help its code."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import inspect
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -16,10 +17,19 @@ from torch import Tensor, nn
 
 from ..._compiler import is_compiled
 from ..._tensors import digest, text_hash
-from ...model_state import EMPTY, NAMESPACES, PLAIN, SIMPLE, Description, Inside, attributes, is_users, left_out
+from ...model_state import (
+    EMPTY,
+    NAMESPACES,
+    PLAIN,
+    SIMPLE,
+    Description,
+    Inside,
+    attributes,
+    is_users,
+    left_out,
+)
 
-#: What decides the results of code, and of what calls a function.
-_IN_CODE = ("code", "names", "varnames", "consts", "argcount", "kwonlyargcount", "flags", "exceptiontable")
+#: What decides the results of what calls a function.
 _IN_METHODS = ("__func__", "__self__", "fget", "fset", "func", "args", "keywords")
 _METHODS = (MethodType, staticmethod, classmethod, property, functools.partial)
 #: What is code, or the constants beside it.
@@ -27,16 +37,17 @@ _CODE = (*PLAIN, tuple, type, ModuleType, FunctionType, *_METHODS, *NAMESPACES)
 
 
 def fingerprint(model: object, revision: str | None = None) -> str | None:
-    """Hash a model by value: its state, the user's code that it reaches, and the user's name for the code's version.
+    """Hash a model by value: its state, the source files of the user's code, and the user's name for its version.
 
-    The result is None for a function or a value that cannot be compared, unless there is such a name.
+    The result is None for a function, for a value that cannot be compared and for code without a source, unless there
+    is such a name.
     """
     if revision is None and not isinstance(model, nn.Module):
         return None
     # A function may record what it did. So only its code counts, beside the user's name.
     values = _Values((Exception,) if revision is not None else (), only_code=not isinstance(model, nn.Module))
     try:
-        described = [revision, torch.get_default_dtype(), values.of(_with_state(model)), *_code(values)]
+        described = [revision, torch.get_default_dtype(), values.of(_with_state(model)), _sources(values)]
     # A user's module may raise any error while its state is read.
     except Exception:
         return None
@@ -59,7 +70,7 @@ class _Values(Description):
 
     Args:
         ignored: the errors after which a value that cannot be compared counts by its type.
-        only_code: whether tensors, containers and objects count by their type, except for the code in them.
+        only_code: whether tensors, containers and objects count by their type.
     """
 
     def __init__(self, ignored: tuple[type[Exception], ...] = (), only_code: bool = False):
@@ -69,21 +80,16 @@ class _Values(Description):
     def of(self, value: Any) -> Any:
         kind: Any = type(value)
         first = id(value) not in self.seen
-        users = kind not in SIMPLE and _is_users_class(kind)
-        if isinstance(value, CodeType):
-            return tuple(self.of(getattr(value, f"co_{name}", None)) for name in _IN_CODE)
         try:
             described = super().of(value)
         except self.ignored:
             described = kind.__qualname__
+        # The code inside of containers is described, too.
         if self.only_code and not isinstance(value, _CODE):
             described = kind.__qualname__
-        return (described, self.of(kind), self.of(attributes(value) if first else ())) if users else described
-
-
-@functools.lru_cache(maxsize=4096)
-def _is_users_class(kind: type) -> bool:
-    return is_users(kind.__module__)
+        if kind in SIMPLE or not is_users(kind.__module__):
+            return described
+        return described, self.of(kind), self.of(attributes(value) if first else ())
 
 
 def _by_value(value: Any, inside: Inside) -> Any:
@@ -97,19 +103,22 @@ def _by_value(value: Any, inside: Inside) -> Any:
     if isinstance(value, _METHODS):
         return inside(tuple(getattr(value, name, None) for name in _IN_METHODS))
     if isinstance(value, FunctionType):
+        code, users = value.__code__, _is_users_function(value)
         around = tuple(None if cell == EMPTY else cell.cell_contents for cell in value.__closure__ or ())
-        given = (value.__defaults__, value.__kwdefaults__, around, attributes(value) if _home(value) else ())
-        return (value.__qualname__, inside((sys.modules.get(_home(value)), value.__code__, *given)))
+        given = (value.__defaults__, value.__kwdefaults__, around, attributes(value) if users else ())
+        # Two functions may be in the same line.
+        text = (code.co_code, code.co_names, tuple(part for part in code.co_consts if isinstance(part, PLAIN)))
+        return (value.__qualname__, text, inside((sys.modules.get(_home(value)), *given)))
     if isinstance(value, type):
         if issubclass(value, torch.jit.ScriptModule):
             raise TypeError(f"{value.__name__} does not show its code")
-        return [inside(_class_code(base)) for base in value.__mro__]
+        return [inside((sys.modules.get(base.__module__), base.__qualname__, _parts(base))) for base in value.__mro__]
     if isinstance(value, ModuleType):
         # Processes that a script starts know the script by another name.
-        name = "" if value is sys.modules["__main__"] else value.__name__
-        return (name, getattr(sys.modules.get(name.partition(".")[0]), "__version__", ""))
+        name = value.__name__
+        return (not is_users(name) and name, getattr(sys.modules.get(name.partition(".")[0]), "__version__", ""))
     named = (inside(sys.modules.get(kind.__module__)), kind.__qualname__, getattr(value, "__name__", ""))
-    return named if _is_users_class(kind) else (*named, inside(_in_library(value)))
+    return named if is_users(kind.__module__) else (*named, inside(_in_library(value)))
 
 
 def _in_library(value: Any) -> tuple[str, Any]:
@@ -122,53 +131,63 @@ def _in_library(value: Any) -> tuple[str, Any]:
     return text, [item for item in attributes(value) if opened or isinstance(item[1], FunctionType)]
 
 
-def _class_code(kind: type) -> tuple[Any, str, list[tuple[str, Any]]]:
+def _parts(kind: type) -> list[tuple[str, Any]]:
     """The parts of a user's class, and the functions that a user put into a library's class."""
     parts = [item for item in vars(kind).items() if item[0] not in left_out(kind)]
     called = (item for item in parts if callable(item[1]) or isinstance(item[1], _METHODS) or item[0][:2] != "__")
-    own = [item for item in called if is_users(kind.__module__) or _home(item[1])]
-    return sys.modules.get(kind.__module__), kind.__qualname__, own
+    return [item for item in called if is_users(kind.__module__) or _is_users_function(item[1])]
 
 
-def _code(values: _Values) -> Iterator[Any]:
-    """Describe the user's code that values reach.
+def _sources(values: _Values) -> list[Any]:
+    """The source files of the user's modules that values reach, and the constants that their code reads.
 
-    A module counts by its file and its global values. A function that is in no such file, as one of the user's script,
-    counts by its code and the global values that the code names. Both reach every loaded module that they mention, and
-    every file beside them that they may import later.
+    A module reaches every loaded module that its file mentions, and every file beside it that it may import later. A
+    function without a file counts by its own text, as in a notebook. Raises an OSError if there is no text.
     """
-    values.ignored = (Exception,)
-    read = functools.partial(Path.read_text, encoding="utf-8", errors="backslashreplace")
-    users = {key: part for key, part in sorted(sys.modules.items()) if isinstance(part, ModuleType) and is_users(key)}
-    loaded = {name: module for name, module in users.items() if Path(getattr(module, "__file__", None) or "").is_file()}
-    modules = {name: module for name, module in loaded.items() if module is not sys.modules["__main__"]}
+    # What modules hold beside the model's code may be a value that cannot be compared.
+    unneeded, values.ignored = values.ignored, (Exception,)
+    users = {name: module for name, module in sorted(sys.modules.items()) if is_users(name)}
+    found, files = list[Any](), set[Path]()
     # The list of values grows within the loop, until all that can be reached is described.
     for value in values.values:
-        if isinstance(value, ModuleType) and value.__name__ in modules:
-            name, package, file = value.__name__, value.__name__.rpartition(".")[0], Path(str(value.__file__))
-            text = read(file)
-            # Python sets a package's modules as its attributes, even those that another module imports.
-            held = sorted(item for item in vars(value).items() if item[1] is not users.get(f"{name}.{item[0]}"))
-            yield text, values.of(tuple(item for item in held if item[0][:2] != "__")), values.of(modules.get(package))
-        elif (home := _home(value)) and home not in modules:
-            file, names = Path(value.__code__.co_filename), sorted(_names(value.__code__))
-            text = f"import {' '.join(names)}"
-            yield _by_value(value, values.of), [(name, values.of(value.__globals__.get(name))) for name in names]
-        else:
-            continue
-        mentioned = set(re.findall(r"\w+", text))
-        yield [values.of(module) for name, module in modules.items() if name.rpartition(".")[2] in mentioned]
-        imported = re.findall(r"\w+", " ".join(re.findall(".*import.*", text)))
-        yield [read(path) for path in sorted(file.parent.glob("*.py")) if path.stem in imported and path != file]
+        if isinstance(value, ModuleType) and (file := _file(value)).is_file() and is_users(value.__name__):
+            words = set(re.findall(r"\w+", file.read_text(encoding="utf-8", errors="replace")))
+            files |= {file, *(file.with_name(f"{word}.py") for word in words)}
+            found.append(values.of(tuple(part for name, part in users.items() if name.rpartition(".")[2] in words)))
+            # The results in a script's global values are no constants.
+            held = [] if value is sys.modules["__main__"] else sorted(vars(value).items())
+            found.append([(name, values.of(part)) for name, part in held if name[:2] != "__" and _is_constant(part)])
+        elif _is_users_function(value):
+            # A script may read a constant from its command line. A container may record what the code did.
+            own, file = value.__globals__, Path(value.__code__.co_filename)
+            read = ((name, own.get(name, own)) for name in sorted(_names(value.__code__)))
+            found.append(values.of(tuple(item for item in read if isinstance(item[1], _CODE))))
+            files.add(file)
+            # A function that a module with a file has made, such as the `__init__` of a dataclass, shows in this file.
+            if not file.is_file() and not _file(sys.modules.get(_home(value))).is_file():
+                with contextlib.suppress(*unneeded):
+                    found.append(inspect.getsource(value))
+    return [*found, *sorted(text_hash(str(file.read_bytes())).hexdigest() for file in files if file.is_file())]
+
+
+def _is_constant(value: Any) -> bool:
+    """Tell whether a value is a number, a text, a tuple of them, or a namespace, such as the options of a script."""
+    return SIMPLE.issuperset(map(type, value if type(value) is tuple else [value])) or isinstance(value, NAMESPACES)
+
+
+def _file(module: ModuleType | None) -> Path:
+    return Path(getattr(module, "__file__", None) or "")
 
 
 def _names(code: CodeType) -> set[str]:
     """The names in a code object, and in those of its inner functions."""
-    inner = [_names(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
-    return {part for name in code.co_names for part in name.split(".")}.union(*inner)
+    return set(code.co_names).union(*(_names(part) for part in code.co_consts if isinstance(part, CodeType)))
 
 
-def _home(value: Any) -> str:
-    """The module of a user's function, else nothing. The attribute ``__module__`` may be that of a wrapped function."""
-    home = str(value.__globals__.get("__name__", "unknown")) if isinstance(value, FunctionType) else ""
-    return home if home and is_users(home) else ""
+def _home(function: FunctionType) -> str:
+    """The name of a function's module. The attribute ``__module__`` may be that of a wrapped function."""
+    return str(function.__globals__.get("__name__", "unknown"))
+
+
+def _is_users_function(value: Any) -> bool:
+    return isinstance(value, FunctionType) and is_users(_home(value))

@@ -34,7 +34,7 @@ logger = logging.getLogger("purify_fast")
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 #: The settings that change no attack of a protocol, or that a report tells in other places.
 APART = {"protocol", "n_eval", "predict", "batch_size", "max_forward_batch", "cuda_graphs", "cudnn_benchmark", "seed"}
-APART |= {"keep", "claim", "dataset_name", "together"}
+APART |= {"claim", "dataset_name", "together"}
 #: The largest number of modules that a note names.
 _NAMED = 3
 

@@ -18,6 +18,8 @@ from ...attacks import GradientHealth
 VARIANTS_APART = {"fixed": "fixed noise", "deterministic": "noise off"}
 #: The fields of a row that describe the outcome of its attack.
 RESULTS = ("attacked", "unsearched", "may_hold", "warnings", "doubts", "fell_to_probes")
+#: The fields that are arrays, and that only a file of the cache has.
+ARRAYS = ("margins", "fallen", "fallen_images")
 #: The warning of an attack that ran out of time.
 CUT = "runs ended before their last step, because the time was over"
 #: The kind of a row that repeats an evaluation by other authors.
@@ -37,7 +39,6 @@ class Examples:
         labels: the true classes, int64 ``[M]``.
         fell: True for images that fell to the attack, bool ``[M]``.
         predicted: the predicted classes after the attack, int64 ``[M]``; wrong for a fallen image, -1 without a class.
-        index: the indices of the images in the data, int64 ``[M]``, if every fallen image is kept; otherwise None.
     """
 
     clean: np.ndarray
@@ -45,12 +46,6 @@ class Examples:
     labels: np.ndarray
     fell: np.ndarray
     predicted: np.ndarray
-    index: np.ndarray | None = None
-
-    def first(self, count: int) -> Examples:
-        """Return the first ``count`` images, for the pictures."""
-        arrays = {name: array[:count] for name, array in vars(self).items() if array is not None}
-        return Examples(**arrays | {"index": None})
 
 
 @dataclass(repr=False)
@@ -91,6 +86,8 @@ class Row:
         nonfinite_predictions: number of predictions without a class, because of NaN or of several infinite largest
             logits; they count as wrong.
         examples: some attacked images, for the pictures.
+        fallen: the indices of the images whose attacked images a prediction of the deployed model misclassified, int64
+            ``[F]``, and ``fallen_images`` these attacked images, float32 ``[F, C, H, W]``; None in a report.
         margins: the true logit minus the largest other logit on the attacked images, averaged over the (choosing)
             draws, float32 ``[n]``. None in a ``worst`` row, and in the clean row of a deterministic model.
         right: the number of correct predictions on each image, int64 ``[n]``; None if each image has one prediction.
@@ -124,6 +121,8 @@ class Row:
     uses_gradients: bool = True
     nonfinite_predictions: int = 0
     examples: Examples | None = field(default=None, compare=False)
+    fallen: np.ndarray | None = field(default=None, compare=False)
+    fallen_images: np.ndarray | None = field(default=None, compare=False)
     margins: np.ndarray | None = field(default=None, compare=False)
     right: np.ndarray | None = field(default=None, compare=False)
     wrong: np.ndarray | None = field(default=None, compare=False)
@@ -213,13 +212,12 @@ class Row:
         self.wrong, self.margins = points.wrong, points.margins
 
     def arrays(self) -> dict[str, np.ndarray | None]:
-        """The arrays that `to_dict` does not contain, by name: margins and examples."""
-        kept = {} if self.examples is None else vars(self.examples)
-        return {"margins": self.margins} | kept
+        """The arrays that `to_dict` does not contain, by name: those of `ARRAYS`, and examples."""
+        return {name: getattr(self, name) for name in ARRAYS} | ({} if self.examples is None else vars(self.examples))
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, with ``robust`` as a string of 0 and 1, and without `arrays`."""
-        apart = ("robust", "right", "wrong", "examples", "margins")
+        apart = ("robust", "right", "wrong", "examples", *ARRAYS)
         values = {name: value for name, value in vars(self).items() if name not in apart}
         values |= {"n": self.n, "accuracy": self.accuracy, "standard_error": self.standard_error}
         if self.right is not None:
@@ -238,7 +236,8 @@ class Row:
         known |= {"robust": np.array([c == "1" for c in values["robust"]], dtype=bool)}
         kinds = {"right": np.int64, "wrong": np.float64}
         known |= {name: np.array(known[name], dtype=kind) for name, kind in kinds.items() if name in known}
-        return cls(**known, margins=held.pop("margins", None), examples=Examples(**held) if held else None)
+        known |= {name: held.pop(name, None) for name in ARRAYS}
+        return cls(**known, examples=Examples(**held) if held else None)
 
     def describe_variant(self) -> str:
         """The word for the variant of the model that was judged, such as "deterministic", "random" or "fixed noise"."""

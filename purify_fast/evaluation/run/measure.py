@@ -51,13 +51,15 @@ class Standing:
     """The images after the attacks on a variant in a threat model, in arrays ``[n]``, and the attacks' ``rows``.
 
     ``left`` are the images that withstood every attack, ``margins`` the smallest margins that any attack has reached,
-    and ``first`` the margins after the first attack.
+    ``first`` the margins after the first attack, and ``points`` the worst attacked image of each image that fell, with
+    its share of wrong draws and its negative margin, and the attack's label.
     """
 
     left: np.ndarray
     margins: np.ndarray
     first: np.ndarray | None = None
     rows: list[Row] = field(default_factory=list)
+    points: dict[int, tuple[tuple[float, float], str, np.ndarray]] = field(default_factory=dict)
 
     @property
     def gain(self) -> float:
@@ -75,6 +77,23 @@ class Standing:
         if row.margins is not None:
             self.first = row.margins if self.first is None else self.first
             self.margins[: row.n] = np.fmin(self.margins[: row.n], row.margins)
+        if row.fallen is not None and row.fallen_images is not None and row.margins is not None:
+            for index, image in zip(row.fallen.tolist(), row.fallen_images, strict=True):
+                how_bad = float(row.share_wrong[index]), -float(row.margins[index])
+                if index not in self.points or how_bad > self.points[index][0]:
+                    # A view would keep the memory of all images.
+                    self.points[index] = how_bad, row.attack, image.copy()
+            row.fallen = row.fallen_images = None
+
+    def fallen(self, clean: Row) -> list[tuple[int, str, np.ndarray]]:
+        """The attacked images of the images that fell: their indices, the labels of their attacks, and the images."""
+        points = self.points
+        if clean.wrong is not None and self.rows:
+            # On a random model, the draws that judge the worst point of an image decide.
+            n = max(row.n for row in self.rows)
+            right = by_worst_points([clean, *(row for row in self.rows if row.n == n)], n).right == clean.n_eval
+            points = {index: point for index, point in points.items() if not right[index]}
+        return [(index, attack, image) for index, (_, attack, image) in sorted(points.items())]
 
 
 @dataclass
@@ -87,7 +106,6 @@ class Measure:
     cache: RowCache
     progress: Progress
     shards: Shards
-    keep_all: bool = False
     attacks: list[AttackSpec] = field(default_factory=list, init=False)
     _clean: dict[Variant, Row] = field(default_factory=dict, init=False)
     _targets: dict[int, CountedModel] = field(default_factory=dict, init=False)
@@ -130,7 +148,7 @@ class Measure:
         if spec.nearest is not None:
             near = NearestRule(standing.margins[index.numpy()].tolist(), standing.gain)
             images["near"] = near.margins, near.gain
-        if earlier and (spec.survivors_only or self.keep_all):
+        if earlier and spec.survivors_only:
             known = by_worst_points(earlier, min(row.n for row in earlier))
             images["known"] = digest(*map(torch.from_numpy, known))
         settings, name = settings_of(spec, self.subject, self.context), row_name(spec, self.context)
@@ -172,7 +190,6 @@ class Measure:
             "judges": [context.judge_draws, context.judge_share, subject.choosing],
             "attacks": attacks,
             "settings": settings,
-            "keep": self.keep_all and bool(specs),
         }
         # The row of an attack without a revision is not cached, because nothing would show a change of the attack.
         named = all(revision is not None for _, revision, *_ in attacks)
@@ -303,10 +320,12 @@ class Measure:
             nonfinite_predictions=judged.nonfinite,
             margins=judged.margins,
         )
-        fallen = run.index[torch.from_numpy(~row.robust)[run.index]]
+        shown = fallen = run.index[torch.from_numpy(~judged.right.all(0))[run.index]]
         if spec.judge is None and self.chooses(variant):
-            fallen = self._choose_points(row, judged, run, sums.images, points)
-        row.examples = self._examples(run.index, fallen, sums.images, judged)
+            shown = self._choose_points(row, judged, run, sums.images, points)
+        row.examples = self._examples(run.index, shown, sums.images, judged)
+        if row.deployed and row.is_attack:
+            row.fallen, row.fallen_images = fallen.numpy(), sums.images[fallen].cpu().numpy()
         row.seconds = time.perf_counter() - begin + (0 if retest else sums.seconds)
         return row
 
@@ -322,14 +341,11 @@ class Measure:
         known = by_worst_points(points, n)
         row.of_draws = judged.right.mean(1).tolist() if row.of_draws else []
         row.count(known.or_worse(own) if run.spec.survivors_only else own)
-        found = own.is_worse(known) if self.keep_all else own.wrong > 0.5
-        return index[torch.from_numpy(found)[index]]
+        return index[torch.from_numpy(own.wrong > 0.5)[index]]
 
     def _examples(self, index: Tensor, fallen: Tensor, images: Tensor, judged: Judgement) -> Examples | None:
-        """Select the images that a row stores: some or all of the fallen images, or some others if no image fell."""
-        subject = self.subject
-        fallen = fallen if self.keep_all else fallen[:EXAMPLES]
-        shown = fallen if len(fallen) else index[:EXAMPLES]
+        """Select the images that a page shows: some of the fallen images, or some others if no image fell."""
+        subject, shown = self.subject, (fallen if len(fallen) else index)[:EXAMPLES]
         if len(shown) == 0:
             return None
         return Examples(
@@ -338,7 +354,6 @@ class Measure:
             labels=subject.y[shown.to(subject.y.device)].cpu().numpy(),
             fell=np.full(len(shown), len(fallen) > 0),
             predicted=judged.classes[shown.numpy()],
-            index=shown.numpy() if self.keep_all else None,
         )
 
 

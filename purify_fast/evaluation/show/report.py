@@ -16,9 +16,9 @@ from ..._validation import check_folder
 from ...protocols import Classifier
 from ..alarms.signs import Finding
 from ..results.rows import ClaimTest, Paired, Row, judge_claim
+from .adversarial import Adversarial
 from .page import html_page
 from .text import comparison, markdown_table, render
-from .witnesses import FILE, Witnesses
 
 #: Format 3 has the rule for random models by which other draws judge a point than those that chose it.
 FORMAT = 3
@@ -39,7 +39,8 @@ class Report:
             ``passes`` (forwards and gradients per image), ``seconds`` and ``peak_memory``.
         findings: the results of the alarms, which test whether the numbers are reliable.
         curves: by model, the curves of accuracy over the steps and the draws of the probes, for the page.
-        witnesses: the images that fell, if the evaluation had ``keep="all"``; None in a report that was read or merged.
+        adversarial: the attacked images of the images that fell; None in a report that was read or merged.
+        stored: the facts about these images in a report that was read, by which `check_adversarial` knows their file.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -47,7 +48,8 @@ class Report:
     about: dict[str, str] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     curves: dict[str, dict[str, list[list[float]]]] = field(default_factory=dict)
-    witnesses: Witnesses | None = field(default=None, compare=False)
+    adversarial: Adversarial | None = field(default=None, compare=False)
+    stored: dict[str, Any] | None = field(default=None, compare=False)
 
     def __repr__(self) -> str:
         lowest = (f"{model}: {100 * row.accuracy:.1f} % under {row.attack}" for model, row in self.headlines.items())
@@ -174,8 +176,8 @@ class Report:
             "curves": self.curves,
             "rows": [row.to_dict() for row in self.rows],
         }
-        if self.witnesses is not None:
-            content["witnesses"] = self.witnesses.summary()
+        if (known := self.stored if self.adversarial is None else self.adversarial.facts()) is not None:
+            content["adversarial"] = known
         return json.dumps(content, indent=1, allow_nan=False)
 
     @classmethod
@@ -187,6 +189,7 @@ class Report:
         return cls(
             rows=[Row.from_dict(values) for values in content["rows"]],
             findings=[Finding(**values) for values in content.get("findings", [])],
+            stored=content.get("adversarial"),
             **{name: content[name] for name in ("notes", "about", "curves") if name in content},
         )
 
@@ -226,9 +229,10 @@ class Report:
         return render("report.txt.jinja", report=self).rstrip()
 
     def save(self, folder: str | Path, defence: Classifier | Mapping[str, Classifier] | None = None) -> None:
-        """Write ``report.html``, ``report.json`` and ``report.md``, and with ``keep="all"`` the fallen images.
+        """Write ``report.html``, ``report.json``, ``report.md`` and ``adversarial.npz``.
 
-        Each file is written atomically. A report that is in the folder is replaced.
+        The last file has the arrays of `Adversarial`; a report that was read or merged does not write it. Each file is
+        written atomically. A report that is in the folder is replaced.
 
         Args:
             folder: folder of the report; it is made if it is missing.
@@ -240,11 +244,9 @@ class Report:
         folder = Path(folder)
         check_folder("folder", folder)
         folder.mkdir(parents=True, exist_ok=True)
-        # Before the report that names the file, so that no report is without its witnesses.
-        if self.witnesses is None:
-            (folder / FILE).unlink(missing_ok=True)
-        else:
-            self.witnesses.save(folder)
+        # Before the report that names the file, so that no report is without its images.
+        if self.adversarial is not None:
+            self.adversarial.save(folder)
         self.about.setdefault("date", datetime.now().astimezone().isoformat(" ", "minutes"))
         write_text(folder / "report.json", self.to_json())
         write_text(folder / "report.md", self.to_markdown())
