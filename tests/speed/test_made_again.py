@@ -1,0 +1,255 @@
+"""A copy is made again with all that its model holds, and writes to nothing that it has not made itself."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from small_models import Made
+from torch import nn
+
+import purify_fast
+from purify_fast import Carso
+from purify_fast.attacks import pgd
+from purify_fast.defences import MajorityVote, WithAggregation
+from purify_fast.defences.base import Defence
+from purify_fast.defences.stochastic import with_samples
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+F = torch.float32
+X, Y = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.zeros(8, dtype=torch.long)
+
+
+def conv(*more):
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()
+    return nn.Sequential(*layers, *more, nn.Linear(32, 5)).eval()
+
+
+def carso(classifier, layer="2"):
+    return Carso(classifier, [layer], (3, 8, 8), cond_dim=8, latent_dim=4, samples=4, decoder_width=2).eval()
+
+
+def close(model, fast):
+    return torch.allclose(fast(X), model(X), atol=1e-4)
+
+
+def keeps_input(self, x):
+    self.kept = x
+    return self.net(x)
+
+
+def keeps_output(self, x):
+    self.kept = self.net(x)
+    return self.kept
+
+
+def keeps_weight(self, x):
+    self.kept = self.net[5].weight.detach()
+    return self.net(x)
+
+
+@pytest.mark.parametrize("how", [keeps_input, keeps_output, keeps_weight])
+def test_what_a_forward_pass_keeps_is_never_written_to(how):
+    model = Made(how, net=conv()).eval()
+    model(torch.rand_like(X))
+    fast, images = purify_fast.frozen_copy(model, X, dtype=F), X.clone()
+    logits = fast(images)
+    before = logits.detach().clone()
+    model.net[5].weight.data.mul_(-2)
+    fast.update()
+    pgd(fast, images, Y, 0.1, steps=2)
+    assert torch.equal(images, X) and torch.equal(logits, before) and close(model, fast)
+
+
+def test_hooks_of_the_model_are_those_of_the_copy():
+    model = conv()
+    fast = purify_fast.frozen_copy(model, X, dtype=F)
+    hook = model[5].register_forward_hook(lambda module, given, out: -out)
+    pgd(fast, X, Y, 0.1, steps=1)
+    assert close(model, fast)
+    hook.remove()
+    fast.update()
+    assert close(model, fast)
+
+
+def test_modes_that_the_user_keeps_are_those_of_the_copy():
+    model = conv(nn.Dropout(0.5))
+    fast = purify_fast.frozen_copy(model, X, dtype=F)
+    assert fast.folded == 1
+    for keeps in (True, False):
+        model[5].train(keeps)
+        fast.update()
+        assert torch.equal(fast(X), fast(X)) is not keeps
+    model[1].train()
+    fast.update()
+    assert fast.folded == 0
+    # In a training, the model says nothing of what its user keeps.
+    model.eval()
+    model[5].train()
+    fast.update()
+    model.train()
+    fast.update()
+    assert fast.classifier[5].training and not fast.classifier[1].training
+    defence = carso(conv(nn.Dropout(0.5)))
+    fast = purify_fast.frozen_copy(defence, X, dtype=F)
+    defence.classifier[5].train()
+    fast.update()
+    with fast.fixed_noise(0):
+        assert not torch.equal(fast(X), fast(X))
+
+
+def test_tensors_that_share_memory_share_it_in_the_copy():
+    def forward(self, x):
+        self.whole.add_(1)
+        return self.net(x) * self.part.sum()
+
+    model = Made(forward, net=conv()).eval()
+    model.register_buffer("whole", torch.ones(4))
+    model.register_buffer("part", model.whole[:2])
+    want = copy.deepcopy(model)(X)
+    fast = purify_fast.frozen_copy(model, X, dtype=F)
+    assert torch.allclose(fast(X), want, atol=1e-4) and float(model.whole[0]) == 1
+
+
+class Attributed(dict):
+    pass
+
+
+@pytest.mark.parametrize("where", ["meta", "an attribute of a dict"])
+def test_values_in_unusual_places_are_read(where):
+    model = Made(lambda self, x: self.net(x) * (self.meta["factor"] + self.own.factor), net=conv()).eval()
+    model.meta, model.own = {"factor": torch.ones(1)}, Attributed()
+    model.own.factor = 1.0
+    fast = purify_fast.frozen_copy(model, X, dtype=F)
+    if where == "meta":
+        model.meta["factor"].fill_(3.0)
+    else:
+        model.own.factor = 3.0
+    fast.update()
+    assert close(model, fast)
+
+
+def test_generators_in_containers_are_shared():
+    model = Made(lambda self, x: self.net(x + torch.rand(x.shape, generator=self.own["noise"])), net=conv()).eval()
+    model.own = {"noise": torch.Generator().manual_seed(0)}
+    fast = purify_fast.frozen_copy(model, X, dtype=F)
+    first = fast(X)
+    fast.update()
+    assert not torch.equal(first, fast(X)) and not torch.allclose(first, model(X), atol=1e-5)
+
+
+def test_weights_from_inference_mode_are_read_at_every_call():
+    model = conv().requires_grad_(False)
+    with torch.inference_mode():
+        model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+    fast = purify_fast.frozen_copy(model, X, dtype=F)
+    assert "because a tensor was made in inference mode" in fast.about
+    with torch.inference_mode():
+        model[5].weight.mul_(3)
+    with torch.no_grad():
+        assert close(model, fast)
+
+
+def test_copies_that_functions_hide_read_when_an_attack_begins():
+    model = conv()
+    fast = purify_fast.frozen_copy(model, X, dtype=F)
+
+    def outer(function):
+        return lambda images: function(images / 2)
+
+    for attacked in (MajorityVote(lambda images: fast(images), 1), outer(outer(fast))):
+        model[5].weight.data.mul_(-2)
+        pgd(attacked, X, Y, 0.1, steps=1)
+        assert close(model, fast)
+
+
+def test_a_copy_that_writes_to_its_model_is_refused():
+    model = Made(lambda self, x: self.net(x), net=conv()).eval()
+    model.register_buffer("count", torch.zeros(1))
+    model.net[0].register_forward_hook(lambda module, given, out: model.count.add_(1) and None)
+    with pytest.raises(TypeError, match="must not be written to by its own copy"):
+        purify_fast.frozen_copy(model, X, dtype=F)
+
+
+def test_another_thread_may_call_the_model_meanwhile():
+    model, errors, stop = conv(), [], threading.Event()
+
+    def call():
+        while not stop.is_set():
+            try:
+                model(X)
+            except TypeError as error:
+                errors.append(error)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    purify_fast.frozen_copy(model, X, dtype=F)
+    stop.set()
+    thread.join()
+    assert not errors
+
+
+def test_two_defences_with_the_parts_of_one_copy_follow_it_both():
+    defence = carso(conv())
+    fast = purify_fast.frozen_copy(defence, X, dtype=F)
+    few = with_samples(fast, 2)
+    defence.classifier[2].inplace = True
+    fast.update(), few.update()
+    with torch.no_grad():
+        defence.classifier[0].weight.mul_(-1.5)
+    fast(X), few(X)
+    for one in (fast, few):
+        assert torch.allclose(defence.read(X)[0], one.read(X)[0], atol=1e-4)
+    reads = fast._followed.reads
+    for _ in range(3):
+        fast(X), few(X)
+    assert fast._followed.reads == reads
+
+
+def test_every_way_to_predict_reads_a_defence_with_tensors_in_lists():
+    classifier = Made(lambda self, x: self.net(x) * self.held[0], net=conv()).eval()
+    classifier.held = [torch.ones(1)]
+    defence = carso(classifier, "net.2")
+    fast = purify_fast.frozen_copy(defence, X, dtype=F)
+    defence.classifier.held[0].fill_(-3.0)
+    with fast.deterministic(), defence.deterministic(), torch.no_grad():
+        want = defence(X)
+        sampled = fast.aggregate(fast.sample_logits(X))
+        for got in (sampled, WithAggregation(fast, "lse", deterministic=True)(X), fast.draw_logits(X, 1)[0], fast(X)):
+            assert torch.allclose(got, want, atol=1e-4)
+
+
+class Strong(Defence):
+    """A defence of a user's own, with a tensor that is neither a parameter nor a buffer."""
+
+    aggregation, purifier_dtype = "mean", F
+
+    def __init__(self, classifier):
+        super().__init__(classifier, (3, 8, 8))
+        self.arguments, self.num_classes, self.samples = {}, 5, 1
+        self.net, self.strength = nn.Conv2d(3, 3, 1), torch.ones(1)
+        self._ready()
+
+    def purify(self, x, draws=1):
+        self.check_images(x)
+        return (self.net(x) * self.strength)[:, None].repeat(1, draws, 1, 1, 1)
+
+
+def test_tensors_of_a_users_defence_are_read():
+    defence = Strong(conv())
+    fast = purify_fast.frozen_copy(defence, X, dtype=F)
+    defence.strength.fill_(5.0)
+    fast.update()
+    assert close(defence, fast)
+
+
+def test_what_cannot_be_copied_is_an_error_that_says_so():
+    model = conv()
+    model[0].lock = threading.Lock()
+    with pytest.raises(TypeError, match="Sequential holds an object that cannot be copied"):
+        purify_fast.frozen_copy(model, X)
+    model = conv()
+    model.table = torch.eye(5).to_sparse()
+    with pytest.raises(TypeError, match=r"dense tensors, got torch\.sparse_coo in table"):
+        purify_fast.frozen_copy(model, X)
