@@ -353,7 +353,7 @@ class _Reader(nn.Module):
 
     def __init__(self, representation: Representation):
         super().__init__()
-        self.representation, self.model = representation, representation.model
+        self.representation, self.model, self.training = representation, representation.model, False
 
 
 class _Float32Borders(nn.Module):

@@ -218,7 +218,7 @@ class FrozenCopy(InferenceCopy):
     def __init__(self, model: nn.Module, image_shape: tuple[int, ...], dtype: torch.dtype, compile: bool, plain: bool):
         followed, fine = Followed(model), dtype == torch.bfloat16
         super().__init__(model, image_shape, dtype, compile, fine=fine, plain=plain, structure=followed.structure)
-        self.training = self._warned = False
+        self._warned = False
         self._followed, followed.is_current = followed, True
         self._name = type(model).__name__
 

@@ -92,7 +92,7 @@ def deep_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module
     try:
         return copy.deepcopy(model, memo_of(model.modules()) if memo is None else memo)
     except (RuntimeError, TypeError) as error:
-        reason = f"an object that cannot be copied ({error})"
+        reason = f"an object that cannot be copied: {error}"
         if "deepcopy protocol" in str(error):
             reason = "a tensor with a history in a list or an object: keep value.detach() there"
         raise TypeError(f"{type(model).__name__} holds {reason}") from error

@@ -226,6 +226,7 @@ class InferenceCopy(nn.Module):
         structure: Structure | None = None,
     ):
         super().__init__()
+        self.training = False
         self.image_shape, self.dtype, self.compile_steps, self.fine, self.plain = (
             image_shape,
             dtype,

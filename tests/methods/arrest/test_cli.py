@@ -54,7 +54,7 @@ def test_a_classifier_and_a_defence_on_it(standard, tmp_path, capsys, monkeypatc
     assert run(out, *options) == 0  # it is finished
     assert weights_fingerprint(load_classifier(out)) == weights_fingerprint(trained)
     assert run(out, *options, "--distillation-weight", "4") == 2
-    assert "holds a run with other images or settings (--distillation-weight: 3.0, now 4.0)" in said(capsys)
+    assert "holds a run with other images or settings (distillation_weight: 3.0, now 4.0)" in said(capsys)
 
     carso = f"--classifier {out} --layers conv2 hidden --cond-dim 4 --latent-dim 2 --samples 2 --decoder-width 2"
     assert run(tmp_path / "carso", *carso.split(), "--kl-delay", "0", what="carso") == 0

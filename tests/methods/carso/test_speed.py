@@ -79,7 +79,7 @@ def test_borders_are_float32_and_bfloat16_is_inside():
     x = images(3)
     made = purify_fast.frozen_copy(defence(), x, dtype=torch.bfloat16)
     inside = []
-    for module in (made.classifier.classifier.conv1, made._reader.conv2, made.decoder.stack[0]):
+    for module in (made.classifier.classifier.conv1, made._reader.model.conv2, made.decoder.stack[0]):
         module.register_forward_hook(lambda module, args, output: inside.append(output.dtype))
     outputs = [made(x), made.sample_logits(x), made.reconstruct(x), made.condition(x)]
     outputs += [*made.posterior(x, made.condition(x)), made.read(x)[0].float()]

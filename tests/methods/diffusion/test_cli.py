@@ -63,6 +63,6 @@ def test_what_is_refused(made, denoiser, tmp_path, capsys):
     evaluate = f"evaluate {denoiser}"
     assert f"--classifier must be given: {denoiser} contains a denoiser" in refused(evaluate, "--eps", 0.1)
     assert "--eps must be given" in refused(evaluate, *classifier)
-    assert "--t-star must be at most 0.6" in refused(evaluate, "--eps", 0.1, *classifier, "--t-star", 0.7)
+    assert "t_star must be at most 0.6" in refused(evaluate, "--eps", 0.1, *classifier, "--t-star", 0.7)
     own = refused(f"evaluate {made / 'classifier'}", "--eps", 0.1, "--t-star", 0.1)
     assert f"--solver are only for a saved denoiser or diffusion purifier, got {made / 'classifier'}" in own
