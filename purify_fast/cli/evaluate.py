@@ -225,7 +225,7 @@ class Check(Command):
 
     Args:
         report: Folder of the report, or of the run that was evaluated.
-        model: Model that classifies, as in `evaluate`: a folder, zoo:NAME or your function.
+        model: Model that classifies, as in `evaluate`: a folder, zoo:NAME or your function. It must be given.
         batch_size: Number of images in one forward pass.
         seed: Seed of the draws of a random defence. Default: a seed that differs from the report's.
         device: Device to compute on: cpu, cuda, or another device of PyTorch. auto: a GPU if there is any.

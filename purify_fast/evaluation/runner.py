@@ -410,7 +410,7 @@ class _Evaluation:
         cut = [row.attack for row in self.report.rows if CUT in row.warnings]
         left = int(self.standing("random", None).left.sum())
         self.report.notes += paragraphs("time.jinja", left_out=self.left_out, cut=cut, left=left)
-        if left and (self.left_out or cut):
-            attacks = {row_name(spec, self.measure.context) for spec in self.plan} & {*self.left_out}
+        attacks = {row_name(spec, self.measure.context) for spec in self.plan} & {*self.left_out}
+        if left and (attacks or cut):
             ended = f"{len(attacks)} of {len(self.plan)} attacks were left out, and {len(cut)} cut short"
             self.report.about["ended"] = f"the time was over: {ended}; they might have broken more images"

@@ -133,7 +133,8 @@ def check_adversarial(
 
     Raises:
         FileNotFoundError: there is no report, or no file with adversarial images.
-        ValueError: the file is damaged, it belongs to another report, or the model does not accept the images.
+        ValueError: the file is damaged, it has no image, it belongs to another report, or the model does not accept the
+            images.
     """
     check_counts(batch_size=batch_size)
     found = Adversarial.load(Path(folder))
@@ -141,7 +142,7 @@ def check_adversarial(
     seed = about["seed"] + 1 if seed is None else seed
     Range(0).check("seed", seed)
     if len(found) == 0:
-        return CheckedAdversarial(found, np.zeros(0, dtype=bool))
+        raise ValueError(f"{folder} holds no adversarial image: no attack fooled the model, so nothing can be checked")
     with torch.random.fork_rng(), torch.no_grad(), frozen(model):
         how: dict[str, Any] = {"batch_size": batch_size, "n_eval": about["n_eval"], "seed": seed}
         subject = Subject(model, images, labels, **how)
