@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .._compiler import is_compiled, outside_graphs
-from .._tensors import dtype_of, refuse_divided
+from .._tensors import dtype_of, refuse_divided, without_autocast
 from .._validation import in_one_line
 from ..protocols import CopiesItself, Purifies, supports
 from .agreement import BFLOAT16, FLOAT32, same_direction
@@ -85,8 +85,9 @@ def _compared(model: Any, x: Tensor, dtype: Dtype, compile: bool) -> tuple[nn.Mo
     if dtype == "auto":
         dtype = auto_dtype(model, x)
     x, name = x[:COMPARED].detach(), type(model).__name__
-    # The copies are made outside inference mode even if the caller is in it, because attacks differentiate them.
-    with torch.inference_mode(False), torch.enable_grad(), _not_run(model):
+    # The copies are made outside inference mode even if the caller is in it, because attacks differentiate them. The
+    # caller's autocast does not decide either.
+    with torch.inference_mode(False), torch.enable_grad(), without_autocast(x.device), _not_run(model):
         x = x.clone()
         original = _evaluated(model)
         # An error of the model itself leaves this function.

@@ -62,6 +62,15 @@ def test_what_a_forward_pass_keeps_is_never_written_to(how):
     assert torch.equal(images, X) and torch.equal(logits, before) and close(model, fast)
 
 
+@pytest.mark.parametrize("dtype", [F, torch.bfloat16])
+def test_the_autocast_of_the_caller_does_not_decide_how_a_copy_is_made(dtype, recwarn):
+    model = conv()
+    nn.init.uniform_(model[1].running_mean, -1, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        fast = purify_fast.frozen_copy(model, X, dtype=dtype)
+    assert fast.dtype == dtype and fast.folded == 1 and not recwarn.list
+
+
 def test_hooks_of_the_model_are_those_of_the_copy():
     model = conv()
     fast = purify_fast.frozen_copy(model, X, dtype=F)
