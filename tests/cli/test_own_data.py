@@ -17,7 +17,7 @@ from purify_fast.training.checkpoint import CHECKPOINT, read_tree
 
 #: Options that make the networks and the attacks small.
 SMALL = {
-    "carso": "--recipe cifar10 --layers conv2 hidden --cond-dim 8 --latent-dim 4 --samples 2 --steps 1",
+    "carso": "--recipe cifar10 --layers conv2 hidden --cond-dim 8 --latent-dim 4 --samples 2 --steps 1 --alpha None",
     "atop": "--recipe cifar_rt2 --width 4 --discriminator-width 4",
     "arrest": "--recipe resnet18 --steps 1 --alpha None",
     "diffusion": "--width 4 --patch 4",
