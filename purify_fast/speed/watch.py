@@ -107,7 +107,7 @@ def freeze(copied: nn.Module) -> nn.Module:
 
 @dataclass
 class Decisions:
-    """What preparing a network for inference has found out. It depends on the network's structure alone.
+    """The findings about a network that is prepared for inference. They depend on its structure alone.
 
     Attributes:
         pairs: the names of the layers and BatchNorms that can be folded; None: not known yet.

@@ -246,7 +246,7 @@ def test_the_first_checks_and_the_clean_images_are_all_that_no_time_allows(clock
 @pytest.mark.parametrize("random", [False, True])
 @pytest.mark.parametrize("seconds", [30, 45, 60, 90, 120, 180, 300, 600])
 def test_the_time_is_kept_in_every_phase(clock, protocol, random, seconds):
-    """Whether it ends in probes, in surrogates, in a search, in a judgement or in the signs: by at most a few passes.
+    """The limit is kept within a few passes in probes, surrogates, a search, a judgement and the signs.
 
     Every pass takes a second, whatever its images.
     """

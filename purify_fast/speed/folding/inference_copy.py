@@ -251,7 +251,7 @@ class InferenceCopy(nn.Module):
 
     @property
     def decisions(self) -> dict[str, Decisions]:
-        """What is known about parts of the classifier, or of the defence around it, by name."""
+        """The decisions about parts of the classifier, or of the defence around it, by name."""
         return self._structure.decisions
 
     @property
@@ -261,7 +261,7 @@ class InferenceCopy(nn.Module):
 
     @property
     def uses_channels_last(self) -> bool:
-        """Whether the copy accepts images in channels_last."""
+        """True if the copy accepts images in channels_last."""
         return bool(self.decisions["classifier"].channels_last)
 
     @property
