@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from purify_fast import zoo
 from purify_fast.attacks import APGD, FABT, Attack, AttackContext
-from purify_fast.attacks.sequence import AttackSequence
 from purify_fast.data import load_dataset, to_float
+from purify_fast.judge.searches.sequence import AttackSequence
 
 
 def for_attackbench(*attacks: Attack) -> Callable[..., torch.Tensor]:

@@ -301,7 +301,7 @@ def _assign(
 
 
 def _together(x: Tensor) -> bool:
-    """Tell whether a thread computes all planes of its pixels, if they are packed in channels_last."""
+    """Return True if a thread computes all planes of its pixels, if they are packed in channels_last."""
     return x.shape[1] <= MOST_CHANNELS and x.shape[2] * x.shape[3] % 4 == 0
 
 

@@ -39,7 +39,7 @@ def section(name: str) -> contextlib.AbstractContextManager[Any]:
 
 
 def is_compiled(module: Any) -> bool:
-    """Tell whether a module is the result of `torch.compile`."""
+    """Return True if a module is the result of `torch.compile`."""
     dynamo = sys.modules.get("torch._dynamo")
     return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
 

@@ -44,12 +44,12 @@ def _load() -> None:
 
 
 def loaded() -> bool:
-    """Tell whether the compiled extension is loaded."""
+    """Return True if the compiled extension is loaded."""
     return load_error is None
 
 
 def has_kernel(qualified: str, key: str) -> bool:
-    """Tell whether the op ``qualified`` (such as ``purify_fast::op``) has a kernel for the dispatch key ``key``."""
+    """Return True if the op ``qualified`` (such as ``purify_fast::op``) has a kernel for the dispatch key ``key``."""
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(qualified, key))
 
 

@@ -56,7 +56,7 @@ def peak_resident_memory(process: int | str = "self") -> int:
 
 
 def ran_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error says that memory ran out."""
+    """Return True if an error says that memory ran out."""
     # oneDNN names no reason if it cannot allocate the memory of a primitive.
     texts = "can't allocate memory", "not enough memory", "bad_alloc", "out of memory", "could not create a primitive"
     by_text = isinstance(error, RuntimeError) and any(text in str(error).lower() for text in texts)

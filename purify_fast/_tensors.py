@@ -103,7 +103,7 @@ def laid_out_like(numbers: Tensor, x: Tensor) -> Tensor:
 
 
 def last_channels(x: Tensor) -> bool:
-    """Tell whether ``x`` is contiguous in channels_last, but not in PyTorch's default format."""
+    """Return True if ``x`` is contiguous in channels_last, but not in PyTorch's default format."""
     return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 

@@ -158,7 +158,7 @@ def structure_key(model: nn.Module, *, hooks: bool = True, modes: bool = True) -
 
 
 def is_users(name: str) -> bool:
-    """Tell whether a module belongs neither to this package, nor to an installed package, nor to Python."""
+    """Return True if a module belongs neither to this package, nor to an installed package, nor to Python."""
     module = sys.modules.get(name)
     # A folder without an __init__.py has no file.
     file = getattr(module, "__file__", None) or next(iter(getattr(module, "__path__", ())), None)
@@ -169,7 +169,7 @@ def is_users(name: str) -> bool:
 
 @functools.cache
 def _is_outside(file: str) -> bool:
-    """Tell whether a file belongs neither to this package, nor to an installed package, nor to Python."""
+    """Return True if a file belongs neither to this package, nor to an installed package, nor to Python."""
     not_users = ("<frozen ", str(Path(__file__).parent), *_LIBRARIES)
     return not (file.startswith(not_users) or "site-packages" in file or "dist-packages" in file)
 

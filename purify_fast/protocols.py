@@ -174,12 +174,12 @@ class CountsImages(Protocol):
 
 
 def supports(model: object, protocol: type) -> bool:
-    """Tell whether the type of ``model`` has the methods of ``protocol``, a protocol of this module."""
+    """Return True if the type of ``model`` has the methods of ``protocol``, a protocol of this module."""
     return issubclass(type(model), protocol)
 
 
 def draws_for_each_image(model: object) -> bool:
-    """Tell whether the class of ``model`` has itself the attribute ``draws_for_each_image = True``.
+    """Return True if the class of ``model`` has itself the attribute ``draws_for_each_image = True``.
 
     It promises that random draws differ from image to image, and attacks do not test this. Subclasses do not inherit
     it.
@@ -188,11 +188,11 @@ def draws_for_each_image(model: object) -> bool:
 
 
 def is_purifier(model: object) -> TypeGuard[Purifier]:
-    """Tell whether ``model`` satisfies `Purifier`."""
+    """Return True if ``model`` satisfies `Purifier`."""
     # Since Python 3.12, isinstance(model, Purifier) does not find submodules, because they are not plain attributes.
     return supports(model, Purifies) and has_classifier(model)
 
 
 def has_classifier(model: object) -> TypeGuard[HasClassifier]:
-    """Tell whether ``model`` satisfies `HasClassifier`."""
+    """Return True if ``model`` satisfies `HasClassifier`."""
     return callable(getattr(model, "classifier", None))

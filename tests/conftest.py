@@ -179,7 +179,7 @@ def without_autoattack(monkeypatch) -> None:
 @pytest.fixture
 def short_signs(monkeypatch) -> None:
     """The signs of an evaluation are looked for with few steps, which shows that they are looked for and no more."""
-    from purify_fast.evaluation.alarms import probes
+    from purify_fast.judge.alarms import probes
 
     for name, few in {"STEPS": 2, "SWEEP": 2, "ITERATIONS": (1, 3), "DRAWS": (1, 2), "JUDGES": 3}.items():
         monkeypatch.setattr(probes, name, few)

@@ -16,7 +16,7 @@ from op_cases import decoder
 from torch import Tensor
 
 from purify_fast import ops
-from purify_fast.attacks.square import pattern
+from purify_fast.judge.searches.square import pattern
 from purify_fast.kernels.decoder_sizes import Geometry
 from purify_fast.ops import REGISTRY
 from purify_fast.ops.aggregate import METHODS

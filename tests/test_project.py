@@ -21,7 +21,7 @@ def quick():
         ("purify_fast/methods/carso/task.py", "tests/methods/carso"),
         ("purify_fast/methods/loading.py", "tests/methods"),
         # no folder of tests is as deep
-        ("purify_fast/evaluation/run/cache.py", "tests/evaluation"),
+        ("purify_fast/judge/run/cache.py", "tests/judge"),
         ("purify_fast/nn.py", "tests/test_nn.py"),
         ("purify_fast/_memory.py", "tests/test_memory.py"),
         ("kernels/pgd_step.py", "tests/interpreter tests/aot"),

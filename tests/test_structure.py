@@ -121,7 +121,7 @@ MOST_READ = {
     "purify_fast.attacks.pgd": 2702,
     "purify_fast.methods.carso.defence": 3525,
     "purify_fast.methods.arrest.task": 3062,
-    "purify_fast.evaluation.runner": 9110,
+    "purify_fast.judge.runner": 9110,
 }
 #: The files of modules. Triton kernels are imported as ``purify_fast.kernels``.
 MODULES = {

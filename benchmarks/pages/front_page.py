@@ -9,7 +9,7 @@ from typing import Any
 
 from purify_fast._files import atomic
 from purify_fast.evaluation import Report, Row
-from purify_fast.evaluation.show.text import markdown_table, percent
+from purify_fast.judge.show.text import markdown_table, percent
 
 from ..kept import rows_of
 from ..robustness import answer, contests

@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from examples import random_defence
 from purify_fast import zoo
 from purify_fast._tensors import weights_fingerprint
-from purify_fast.attacks.engine.judge import has_fallen
 from purify_fast.data import load_dataset, to_float
 from purify_fast.evaluation import evaluate
-from purify_fast.evaluation.show.text import markdown_table
+from purify_fast.judge.searches.engine.judge import has_fallen
+from purify_fast.judge.show.text import markdown_table
 from purify_fast.speed.processor import fast_bfloat16
 
 from .. import kept, options

@@ -38,16 +38,16 @@ from purify_fast._files import write_text
 from purify_fast._tensors import digest, weights_fingerprint
 from purify_fast.attacks import AttackContext, frozen
 from purify_fast.attacks.base import ThreatModel
-from purify_fast.attacks.engine.judge import Judge, has_fallen
 from purify_fast.attacks.gradient_copy import Copies
-from purify_fast.attacks.original_autoattack import implementation
-from purify_fast.attacks.sequence import AttackSequence
 from purify_fast.data import load_dataset, to_float
 from purify_fast.defences import StochasticDefence, WithAggregation
 from purify_fast.evaluation import AttackSpec, evaluate
-from purify_fast.evaluation.request import subject as evaluated
-from purify_fast.evaluation.request.attack_lists import protocol_attacks
-from purify_fast.evaluation.show.text import markdown_table
+from purify_fast.judge.request import subject as evaluated
+from purify_fast.judge.request.attack_lists import protocol_attacks
+from purify_fast.judge.searches.engine.judge import Judge, has_fallen
+from purify_fast.judge.searches.original_autoattack import implementation
+from purify_fast.judge.searches.sequence import AttackSequence
+from purify_fast.judge.show.text import markdown_table
 from purify_fast.ops.pgd_step import pgd_step
 from purify_fast.training import load_classifier
 

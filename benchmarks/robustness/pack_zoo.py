@@ -23,7 +23,7 @@ from purify_fast._files import write_text
 from purify_fast._validation import read_norm
 from purify_fast.data import DataSet, balanced_subset, load_dataset, to_float
 from purify_fast.evaluation import certify, evaluate, refute
-from purify_fast.evaluation.show.text import markdown_table
+from purify_fast.judge.show.text import markdown_table
 from purify_fast.methods.loading import load_defence
 from purify_fast.training import load_classifier
 from purify_fast.training.checkpoint import MODEL, read_model, save_model

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from purify_fast.attacks.base import ThreatModel
-from purify_fast.evaluation.request.attack_lists import protocol_attacks
-from purify_fast.evaluation.request.specs import AttackSpec
-from purify_fast.evaluation.request.strong_attacks import on_diffusion
-from purify_fast.evaluation.request.subject import Subject
-from purify_fast.evaluation.run import stopping
+from purify_fast.judge.request.attack_lists import protocol_attacks
+from purify_fast.judge.request.specs import AttackSpec
+from purify_fast.judge.request.strong_attacks import on_diffusion
+from purify_fast.judge.request.subject import Subject
+from purify_fast.judge.run import stopping
 
 #: The versions of the rule for random models, of the probes of random models, of the draws of models that promise
 #: other draws for each image, and of the surrogates. Increase a number if results change by it.

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from purify_fast import zoo
 from purify_fast.data import balanced_subset, load_dataset, to_float
 from purify_fast.evaluation import Certificates, certify
-from purify_fast.evaluation.show.text import markdown_table
+from purify_fast.judge.show.text import markdown_table
 from purify_fast.speed.frozen_copy import frozen_copy
 
 from .. import kept, options

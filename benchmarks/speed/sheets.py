@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from purify_fast._files import write_text
-from purify_fast.evaluation.show.text import markdown_table
+from purify_fast.judge.show.text import markdown_table
 from purify_fast.ops import REGISTRY
 from purify_fast.ops.dispatch.op import BACKENDS
 

@@ -10,7 +10,7 @@ from typing import Any
 from purify_fast import data
 from purify_fast.attacks import PGD
 from purify_fast.evaluation import AttackSpec, Report, evaluate
-from purify_fast.evaluation.request.subject import Variant
+from purify_fast.judge.request.subject import Variant
 from purify_fast.protocols import Classifier
 from purify_fast.training import ClassifierConfig, TrainingAttack
 

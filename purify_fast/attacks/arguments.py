@@ -70,7 +70,7 @@ def check_images(
 
 
 def can_read(values: Tensor) -> bool:
-    """Tell whether a check may read the values of a tensor: on a CPU, outside of a compiler or a dispatch mode."""
+    """Return True if a check may read the values of a tensor: on a CPU, outside of a compiler or a dispatch mode."""
     traced = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
     return values.device.type == "cpu" and values.numel() > 0 and not traced
 

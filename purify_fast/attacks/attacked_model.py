@@ -151,7 +151,7 @@ def logits_of_draws(model: Classifier, x: Tensor, draws: int) -> Tensor:
 
 @torch.no_grad()
 def drawn_once_per_call(model: Classifier, x: Tensor, draws: int, most: int | None = None) -> bool:
-    """Tell whether a random model draws once for all images of a call, like a model that picks one of two networks.
+    """Return True if a random model draws once for all images of a call, like a model that picks one of two networks.
 
     The result is True if in every call all draws of an image are equal, but two calls differ.
     """
@@ -221,12 +221,12 @@ def check_leaves_images(model: Callable[[Tensor], object], x: Tensor) -> None:
 
 
 def predicts_otherwise(model: Classifier, x: Tensor, most: int) -> bool:
-    """Tell whether two predictions of the same images ``x`` differ, in passes of at most ``most`` images."""
+    """Return True if two predictions of the same images ``x`` differ, in passes of at most ``most`` images."""
     return any(differ(model(part.clone()), model(part.clone())) for part in x.split(most))
 
 
 def draws_elsewhere(model: Classifier, x: Tensor, most: int) -> bool:
-    """Tell whether two predictions differ on images, on noisy images, or on means of two images.
+    """Return True if two predictions differ on images, on noisy images, or on means of two images.
 
     Some defences draw only for images that are not on the grid of 8 bits, or of whose class they are not sure.
     """

@@ -147,7 +147,7 @@ class Attack(abc.ABC):
         return Resolved(steps, self.draws(context), loss, targets)
 
     def may_end_early(self, context: AttackContext) -> bool:
-        """Tell whether a search may stop before its last step because a success is out of reach."""
+        """Return True if a search may stop before its last step because a success is out of reach."""
         return False
 
     @abc.abstractmethod

@@ -176,7 +176,7 @@ class _Repeated(torch.autograd.Function):
 
 
 def _differs(again: Tensor, before: Tensor, x: Tensor) -> Tensor:
-    """Tell whether a repeated result differs from the first by more than rounding, measured by the step's change."""
+    """Return True if a repeated result differs from the first by more than rounding, measured by the step's change."""
     if again.shape != before.shape or not before.numel():
         return torch.tensor(again.shape != before.shape)
     change = (before - x if before.shape == x.shape else before).abs().amax()

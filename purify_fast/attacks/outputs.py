@@ -30,12 +30,12 @@ def checked_logits(logits: object, images: int) -> Tensor:
 
 
 def are_one_hot(logits: Tensor) -> bool:
-    """Tell whether every row is a single 1 among zeros."""
+    """Return True if every row is a single 1 among zeros."""
     return bool((((logits == 0) | (logits == 1)).all(1) & (logits.sum(1) == 1)).all())
 
 
 def are_probabilities(logits: Tensor) -> bool:
-    """Tell whether every row of the output consists of probabilities: numbers in [0, 1] whose sum is 1."""
+    """Return True if every row of the output consists of probabilities: numbers in [0, 1] whose sum is 1."""
     # The tolerance is for rounding: the sum has many rounded terms, and half precision has only three or four digits.
     slack = 1e-3 if logits.dtype in (torch.float32, torch.float64) else 2e-2
     values = logits.double()

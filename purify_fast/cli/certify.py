@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
 
 from .._validation import AtLeast0, Count, Positive, Range
-from ..evaluation.request.config import ProtocolName
+from ..judge.request.config import ProtocolName
 from .evaluate import ModelCommand
 from .run_file import RUN_FILE, number, read_run_file, write_run_file
 from .saved_models import zoo_name

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import tyro
 
 from .._validation import Count, Norm, Precision, read_norm, usable_device
-from ..evaluation.request.config import EvaluateConfig
+from ..judge.request.config import EvaluateConfig
 from .command import Command, DataCommand, ProcessOptions
 from .run_file import EVALUATION, ball_of_run, write_run_file
 from .saved_models import is_named, own_model, refuse_other_images, saved_folder, trained_classifier, zoo_name
@@ -243,7 +243,7 @@ class Check(Command):
         import torch
 
         from ..data import DataSet
-        from ..evaluation.show.adversarial import Adversarial, check_adversarial
+        from ..judge.show.adversarial import Adversarial, check_adversarial
         from ..speed.precision import float32_products
 
         folder = next((one for one in (self.report, self.report / EVALUATION) if (one / "report.json").is_file()), None)

@@ -11,7 +11,7 @@ import torch
 from .. import _library
 from .._templates import render
 from .._version import __version__
-from ..evaluation.show.text import terminal_table
+from ..judge.show.text import terminal_table
 from ..ops import REGISTRY
 from ..ops.dispatch import records
 from ..ops.dispatch.registry import Op, forced_backends, sizes_here

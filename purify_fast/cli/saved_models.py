@@ -36,7 +36,7 @@ def saved_folder(folder: str | Path, classifier: bool = False) -> Path:
 
 
 def is_named(classifier: str) -> bool:
-    """Tell whether a text names code, as `CODE` describes, and not a saved model."""
+    """Return True if a text names code, as `CODE` describes, and not a saved model."""
     return CODE.fullmatch(classifier) is not None and zoo_name(classifier) is None and not Path(classifier).exists()
 
 

@@ -54,7 +54,7 @@ class Zoo(Command):
 
     def run(self) -> None:
         from .. import zoo
-        from ..evaluation.show.text import terminal_table
+        from ..judge.show.text import terminal_table
 
         if self.name is not None:
             print(zoo.card(self.name))
@@ -111,7 +111,7 @@ class Tune(Command):
     def run(self) -> None:
         import torch
 
-        from ..evaluation.show.text import terminal_table
+        from ..judge.show.text import terminal_table
         from ..ops.dispatch.records import file_of
         from ..ops.dispatch.registry import sizes_here
         from ..ops.dispatch.tuning import SIZES, tune

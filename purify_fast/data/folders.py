@@ -68,7 +68,7 @@ def read_folder(
 
 
 def is_hidden(path: str | Path, folder: Path) -> bool:
-    """Tell whether a name below ``folder`` in a path begins with a dot, or is that of Synology's small copies."""
+    """Return True if a name below ``folder`` in a path begins with a dot, or is that of Synology's small copies."""
     return any(name.startswith((".", "@eaDir")) for name in Path(path).relative_to(folder).parts)
 
 

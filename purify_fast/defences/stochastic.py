@@ -107,12 +107,12 @@ class StochasticDefence(nn.Module):
 
     @property
     def noise_is_off(self) -> bool:
-        """Tell whether the noise is off, so that nothing is drawn."""
+        """Return True if the noise is off, so that nothing is drawn."""
         return self._noise == "off"
 
     @property
     def noise_is_fresh(self) -> bool:
-        """Tell whether every call draws new noise."""
+        """Return True if every call draws new noise."""
         return self._noise == "fresh"
 
     # -- predictions --------------------------------------------------------------------------------------------------

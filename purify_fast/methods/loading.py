@@ -24,7 +24,7 @@ _DEFENCES: dict[str, Any] = {
 
 
 def is_denoiser(folder: str | Path) -> bool:
-    """Tell whether a folder holds a denoiser without a classifier."""
+    """Return True if a folder holds a denoiser without a classifier."""
     return bool(_read(folder)[0]["kind"] == DENOISER_KIND)
 
 

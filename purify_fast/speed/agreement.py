@@ -1,4 +1,4 @@
-"""Tell whether two computations of the same numbers agree up to rounding, in one of three strengths."""
+"""Return True if two computations of the same numbers agree up to rounding, in one of three strengths."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SAME_SIZE = 2e-6
 
 
 def differ(first: Tensor, second: Tensor) -> bool:
-    """Tell whether two outputs ``[B, classes]`` of a model differ by more than the rounding REPEATED."""
+    """Return True if two outputs ``[B, classes]`` of a model differ by more than the rounding REPEATED."""
     return first.shape != second.shape or bool(apart(first, second, REPEATED, together=True).any())
 
 
@@ -34,7 +34,7 @@ def apart(one: Tensor, other: Tensor, strength: float, together: bool = False) -
 
 
 def same_direction(got: Tensor, want: Tensor, strength: float = BFLOAT16) -> bool:
-    """Tell whether two gradients have nearly the same direction. A gradient of 0 or NaN agrees with any other."""
+    """Return True if two gradients have nearly the same direction. A gradient of 0 or NaN agrees with any other."""
     size = want.norm()
     counts = bool(size.isfinite()) and bool(size > 0)
     return not counts or bool(torch.dot(want.flatten(), got.flatten()) >= COSINE[strength] * size * got.norm())

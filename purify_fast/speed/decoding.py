@@ -227,7 +227,7 @@ class PackedDecoder(nn.Module):
 
 
 def kernel_decodes(device: torch.device) -> bool:
-    """Tell whether `PackedDecoder` should be used on ``device``, or else the decoder's own layers."""
+    """Return True if `PackedDecoder` should be used on ``device``, or else the decoder's own layers."""
     # A forced backend that the op does not have raises an error.
     with contextlib.suppress(RuntimeError):
         op = REGISTRY["decode_samples"]

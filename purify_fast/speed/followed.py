@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def is_frozen_copy(model: object) -> bool:
-    """Tell whether a model is a frozen copy itself."""
+    """Return True if a model is a frozen copy itself."""
     return isinstance(getattr(model, "_followed", None), Followed)
 
 
@@ -102,7 +102,7 @@ class Followed:
         self._reason = _uncounted(model, tensors)
 
     def fits(self) -> bool:
-        """Tell whether names, shapes and the sharing of the model's tensors are those of the copy."""
+        """Return True if names, shapes and the sharing of the model's tensors are those of the copy."""
         return self._model is None or _layout(self._model) == self._layout
 
     @property
@@ -113,7 +113,7 @@ class Followed:
         )
 
     def changed(self) -> bool:
-        """Tell whether the model may have changed since the last `read`."""
+        """Return True if the model may have changed since the last `read`."""
         if self._model is None:
             return False
         return not self.is_current or self._reason != "" or self._watch.changed()

@@ -136,7 +136,7 @@ def _evaluated(model: nn.Module) -> nn.Module:
 
 
 def _folds_rightly(model: nn.Module, x: Tensor, form: Form) -> bool:
-    """Tell whether the copy in float32 agrees with a model that has random BatchNorm statistics, weights and biases.
+    """Return True if the copy in float32 agrees with a model that has random BatchNorm statistics, weights and biases.
 
     Those of a new model, 0 and 1, would hide that a BatchNorm was folded along another dimension than its own.
     """
@@ -357,7 +357,7 @@ def _agree(got: _Answers, want: _Answers, dtype: torch.dtype) -> bool:
 
 
 def same_logits(got: Tensor, want: Tensor) -> bool:
-    """Tell whether a copy in bfloat16 has the logits ``[B, classes]`` of its model, up to a constant for each image.
+    """Return True if a copy in bfloat16 has the logits ``[B, classes]`` of its model, up to a constant for each image.
 
     The gap of a class is the logit of the predicted class minus the logit of this class. Each gap may have twice the
     error BFLOAT16, because it is a difference of two logits. If a gap is small, the error is a share of the median gap
@@ -376,7 +376,7 @@ def same_logits(got: Tensor, want: Tensor) -> bool:
 
 
 def same_answers(one: nn.Module, other: nn.Module, x: Tensor) -> bool:
-    """Tell whether two models give the same logits and image gradients up to the rounding of bfloat16."""
+    """Return True if two models give the same logits and image gradients up to the rounding of bfloat16."""
     with torch.inference_mode(False), torch.enable_grad(), images_only(one, other):
         return _agree(_answers(one, x.clone()), _answers(other, x.clone()), torch.bfloat16)
 

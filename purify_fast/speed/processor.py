@@ -17,7 +17,7 @@ Config = TypeVar("Config", bound=Any)
 
 
 def _multiplies_bfloat16() -> bool:
-    """Tell whether the CPU is fast in bfloat16, which variables of PyTorch and oneDNN can forbid.
+    """Return True if the CPU is fast in bfloat16, which variables of PyTorch and oneDNN can forbid.
 
     The instructions of AVX-512 alone do not make it fast: on a Xeon with them and without tiles (AMX), a product of
     matrices took 1.6 times as long as in float32. On AMD's processors they do.
@@ -30,7 +30,7 @@ def _multiplies_bfloat16() -> bool:
 
 
 def fast_bfloat16(device: torch.device) -> bool:
-    """Tell whether a CPU or a GPU multiplies bfloat16 faster than float32, by its instructions."""
+    """Return True if a CPU or a GPU multiplies bfloat16 faster than float32, by its instructions."""
     if device.type == "cuda":
         return torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type == "cpu" and _multiplies_bfloat16()

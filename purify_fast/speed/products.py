@@ -36,7 +36,7 @@ class Counter(EagerDispatchMode):
 
 
 def is_dense(model: nn.Module, x: Tensor) -> bool:
-    """Tell whether a model has so many dense products, on a batch of images, that a CPU is faster in bfloat16.
+    """Return True if a model has so many dense products, on a batch of images, that a CPU is faster in bfloat16.
 
     A copy of the model predicts one image. A model that fails here is not dense; its next call shows the error.
     """

@@ -227,7 +227,7 @@ class Watch:
         self._steps, self._seen = _Steps.count, self._now()
 
     def changed(self) -> bool:
-        """Tell whether something has changed since the last `look`."""
+        """Return True if something has changed since the last `look`."""
         return self.has_uncounted or self._steps != _Steps.count or self._now() != self._seen
 
     def _now(self) -> list[int]:

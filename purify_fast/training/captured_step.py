@@ -219,7 +219,7 @@ class NotRestored(Exception):
 
 
 def within_repeats(got: Tensor, one: Tensor, other: Tensor) -> bool:
-    """Tell whether a result is as near to ``one`` as rounding allows, or at most twice as far as ``other`` is."""
+    """Return True if a result is as near to ``one`` as rounding allows, or at most twice as far as ``other`` is."""
     if alike(got, one):
         return True
     apart, repeated = ((each - one).double().nan_to_num(nan=torch.inf).norm() for each in (got, other))
@@ -227,7 +227,7 @@ def within_repeats(got: Tensor, one: Tensor, other: Tensor) -> bool:
 
 
 def _known_equal(tensor: Tensor, before: Tensor) -> bool:
-    """Tell whether two tensors are equal; False if memory has ended, because a copy needs none."""
+    """Return True if two tensors are equal; False if memory has ended, because a copy needs none."""
     try:
         return tensor.equal(before)
     except RuntimeError:

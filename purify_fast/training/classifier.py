@@ -115,7 +115,7 @@ def save_classifier(model: nn.Module, folder: str | Path, classes: Sequence[str]
 
 
 def is_classifier(folder: str | Path) -> bool:
-    """Tell whether a folder of a saved model holds a classifier, and not a defence.
+    """Return True if a folder of a saved model holds a classifier, and not a defence.
 
     Raises:
         FileNotFoundError: the file is missing.

@@ -108,7 +108,7 @@ def synchronized_batchnorm(model: nn.Module, asked: bool) -> Iterator[None]:
 
 
 def exchanges(model: nn.Module) -> bool:
-    """Tell whether a forward pass of a model waits for the other processes."""
+    """Return True if a forward pass of a model waits for the other processes."""
     return processes()[1] > 1 and any(isinstance(one, OVER_ALL) and one.training for one in model.modules())
 
 

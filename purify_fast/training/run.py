@@ -144,7 +144,7 @@ class Run:
 
     @torch.no_grad()
     def is_finite(self) -> bool:
-        """Tell whether this epoch's losses so far and the weights are finite."""
+        """Return True if this epoch's losses so far and the weights are finite."""
         weights = [weight for optimizer in self.task.optimizers.values() for weight in weights_of(optimizer)]
         running = ("running_mean", "running_var")
         statistics = [buffer for name, buffer in self.task.model.named_buffers() if name.endswith(running)]

@@ -8,14 +8,14 @@ from small_models import accuracy
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from purify_fast.attacks import AttackContext, GradientHealth, apgd
-from purify_fast.attacks.apgd import AutoPgd, AutoPgdL1, checkpoints
 from purify_fast.attacks.ball import Ball
-from purify_fast.attacks.engine import judge as judging
-from purify_fast.attacks.engine import row_batches as engine_rows
-from purify_fast.attacks.engine.judge import Judge
-from purify_fast.attacks.engine.row_batches import ActiveSet, Rows
 from purify_fast.attacks.losses import cross_entropy, dlr_targeted
 from purify_fast.attacks.objective import Objective
+from purify_fast.judge.searches.apgd import AutoPgd, AutoPgdL1, checkpoints
+from purify_fast.judge.searches.engine import judge as judging
+from purify_fast.judge.searches.engine import row_batches as engine_rows
+from purify_fast.judge.searches.engine.judge import Judge
+from purify_fast.judge.searches.engine.row_batches import ActiveSet, Rows
 
 
 def test_checkpoints():
@@ -26,7 +26,7 @@ def test_checkpoints():
 
 def test_the_steps_are_those_of_the_algorithm(monkeypatch):
     """By hand, on one number: a peak at 0.6 that is overshot halves the step, and the search goes on from the best."""
-    module = importlib.import_module("purify_fast.attacks.apgd")
+    module = importlib.import_module("purify_fast.judge.searches.apgd")
     seen = []
     original = module.apgd_step
 
@@ -76,7 +76,7 @@ def test_misclassified_points_come_before_those_of_higher_loss():
 
 
 def test_only_images_that_withstand_are_attacked_again(monkeypatch):
-    module = importlib.import_module("purify_fast.attacks.apgd")
+    module = importlib.import_module("purify_fast.judge.searches.apgd")
     runs, original = [], module.AutoPgd
     monkeypatch.setattr(module, "AutoPgd", lambda *a, **b: runs.append(a[2].owner.tolist()) or original(*a, **b))
     torch.manual_seed(0)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from purify_fast import _library
 from purify_fast.attacks import GradientHealth, apgd, fab_t, frozen, pgd, square, stadv
-from purify_fast.attacks.engine import judge, row_batches
 from purify_fast.attacks.objective import Objective
 from purify_fast.defences import NoisyEnsemble
+from purify_fast.judge.searches.engine import judge, row_batches
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops import use_backend
 from purify_fast.speed import StepGraphs
@@ -116,7 +116,7 @@ def test_few_graphs_serve_a_whole_search_by_squares(graphs, rerun, monkeypatch, 
     wanted = square(model, x, y, **options)
     left = int((model(wanted).argmax(1) == y).sum())
     assert 0 < left < 60, left
-    for module in (judge, row_batches, importlib.import_module("purify_fast.attacks.square")):
+    for module in (judge, row_batches, importlib.import_module("purify_fast.judge.searches.square")):
         monkeypatch.setattr(module, "takes_every_size", lambda device: False)
     model.seen.clear()
     torch.testing.assert_close(square(model, x, y, graphs=graphs, **options), wanted, rtol=0, atol=0)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from purify_fast.attacks import checkpointed_steps
-from purify_fast.evaluation.surrogates.copies import Softened
+from purify_fast.judge.surrogates.copies import Softened
 
 MODULE = sys.modules["purify_fast.attacks.checkpointed_steps"]
 

@@ -14,14 +14,14 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from purify_fast.attacks import APGD, FABT, AttackContext, GradientHealth, Square, apgd, fab_t, square
 from purify_fast.attacks.ball import Ball
-from purify_fast.attacks.engine.judge import Judge, has_fallen
-from purify_fast.attacks.engine.pace import PaceMonitor
-from purify_fast.attacks.engine.row_batches import ActiveSet
 from purify_fast.attacks.gradient_copy import Copies
-from purify_fast.attacks.heads import HEADS, AttackersHead, head_logits
 from purify_fast.attacks.objective import Objective
-from purify_fast.attacks.square import pattern, side
-from purify_fast.evaluation.run.progress import Progress, counted_model
+from purify_fast.judge.run.progress import Progress, counted_model
+from purify_fast.judge.searches.engine.judge import Judge, has_fallen
+from purify_fast.judge.searches.engine.pace import PaceMonitor
+from purify_fast.judge.searches.engine.row_batches import ActiveSet
+from purify_fast.judge.searches.heads import HEADS, AttackersHead, head_logits
+from purify_fast.judge.searches.square import pattern, side
 from purify_fast.ops.aggregate import aggregate
 from purify_fast.ops.dispatch import registry
 from purify_fast.speed.frozen_copy import FrozenCopy
@@ -348,7 +348,7 @@ def test_a_query_is_at_most_twelve_launches(norm, eps, give_up, monkeypatch):
     """Besides the model, with all that is done every few queries; the kernels serve, as on a GPU."""
     monkeypatch.setattr(registry.Op, "uses_reference", lambda *given: False)
     # no image is given up before the rounds that are counted
-    monkeypatch.setattr(importlib.import_module("purify_fast.attacks.square"), "GIVEN_UP_AFTER", (1395,))
+    monkeypatch.setattr(importlib.import_module("purify_fast.judge.searches.square"), "GIVEN_UP_AFTER", (1395,))
     launches, x = CudaLaunches(), torch.rand(16, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     model = Noting(launches)
     y = model(x).argmax(1)

@@ -7,12 +7,12 @@ from dataclasses import fields
 import pytest
 
 from purify_fast.attacks import keywords
-from purify_fast.attacks.apgd import APGD
 from purify_fast.attacks.context import AttackContext
-from purify_fast.attacks.fab import FABT
 from purify_fast.attacks.pgd import FGSM, PGD
-from purify_fast.attacks.square import Square
-from purify_fast.attacks.stadv import StAdv
+from purify_fast.judge.searches.apgd import APGD
+from purify_fast.judge.searches.fab import FABT
+from purify_fast.judge.searches.square import Square
+from purify_fast.judge.searches.stadv import StAdv
 
 #: What an evaluation sets, what another keyword decides, and ``steps``, which only some attacks have.
 NOT_KEYWORDS = {"eps", "copies", "counts_health", "keep_mode", "loss_function", "steps"}

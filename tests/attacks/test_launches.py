@@ -11,13 +11,13 @@ from small_models import Made
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from purify_fast.attacks.engine import judge, row_batches
 from purify_fast.evaluation import evaluate
+from purify_fast.judge.searches.engine import judge, row_batches
 from purify_fast.ops.dispatch import registry
 from purify_fast.speed import StepGraphs
 
 # The package has functions of these names.
-square, fab = (importlib.import_module(f"purify_fast.attacks.{name}") for name in ("square", "fab"))
+square, fab = (importlib.import_module(f"purify_fast.judge.searches.{name}") for name in ("square", "fab"))
 #: The parts of an evaluation that are captured as a whole, and the methods that do them.
 PARTS = {
     "rounds of Square": (square._SquareSearch, "run"),

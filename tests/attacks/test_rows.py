@@ -11,12 +11,12 @@ from torch import nn
 from purify_fast.attacks import APGD, FABT, FGSM, PGD, OriginalAutoAttack, Square, StAdv, apgd, pgd, square, stadv
 from purify_fast.attacks.ball import Ball
 from purify_fast.attacks.context import AttackContext
-from purify_fast.attacks.engine.engine_attack import nearest_borders
-from purify_fast.attacks.engine.judge import Judge
-from purify_fast.attacks.engine.row_batches import ActiveSet
 from purify_fast.attacks.losses import margin
 from purify_fast.attacks.objective import Objective
-from purify_fast.evaluation.run.progress import Progress, counted_model
+from purify_fast.judge.run.progress import Progress, counted_model
+from purify_fast.judge.searches.engine.engine_attack import nearest_borders
+from purify_fast.judge.searches.engine.judge import Judge
+from purify_fast.judge.searches.engine.row_batches import ActiveSet
 from purify_fast.models.classifiers import SmallCNN
 
 EPS = 0.05

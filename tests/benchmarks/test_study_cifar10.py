@@ -17,7 +17,7 @@ from benchmarks.robustness.studies.cifar10 import models
 from benchmarks.robustness.studies.cifar10 import study as names
 from purify_fast.defences.stochastic import with_samples
 from purify_fast.evaluation import Report
-from purify_fast.evaluation.results.rows import Row
+from purify_fast.judge.results.rows import Row
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.methods.carso.task import as_trained
 from purify_fast.models import build_classifier

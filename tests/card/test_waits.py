@@ -18,7 +18,7 @@ from torch import nn
 
 from purify_fast import frozen_copy
 from purify_fast.attacks import apgd, fab_t, fgsm, frozen, pgd, square, stadv
-from purify_fast.attacks.apgd import AutoPgd
+from purify_fast.judge.searches.apgd import AutoPgd
 from purify_fast.methods.diffusion import Process
 from purify_fast.models import SmallCNN
 from purify_fast.models.classifiers import PreActResNet18

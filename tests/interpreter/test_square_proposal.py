@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from purify_fast.attacks.square import pattern
+from purify_fast.judge.searches.square import pattern
 from purify_fast.kernels import square_proposal as kernel
 
 op = import_module("purify_fast.ops.square_proposal")

@@ -5,7 +5,7 @@ import torch
 from op_cases import DTYPES
 from torch import Tensor
 
-from purify_fast.attacks.square import pattern
+from purify_fast.judge.searches.square import pattern
 from purify_fast.ops import square_proposal
 
 op = import_module("purify_fast.ops.square_proposal")

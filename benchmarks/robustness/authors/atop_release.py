@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from purify_fast.attacks import PGD, OriginalAutoAttack
 from purify_fast.evaluation import AttackSpec
-from purify_fast.evaluation.surrogates.copies import FewerSamples
+from purify_fast.judge.surrogates.copies import FewerSamples
 from purify_fast.ops.random_transform import random_transform
 
 NOTEBOOK = "as evaluate.ipynb (glin2022/atop)"

@@ -24,8 +24,8 @@ from purify_fast._tensors import text_hash, weights_fingerprint
 from purify_fast.attacks import OriginalAutoAttack
 from purify_fast.data import load_dataset, to_float
 from purify_fast.evaluation import AttackSpec, evaluate
-from purify_fast.evaluation.alarms import signs
-from purify_fast.evaluation.show.text import UNRELIABLE, markdown_table
+from purify_fast.judge.alarms import signs
+from purify_fast.judge.show.text import UNRELIABLE, markdown_table
 
 from ... import kept, options
 from ...kept import Row, put, rows_of

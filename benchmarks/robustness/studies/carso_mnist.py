@@ -14,7 +14,7 @@ from purify_fast import data, load_defence
 from purify_fast._tensors import weights_fingerprint
 from purify_fast.attacks import APGD, PGD, OriginalAutoAttack
 from purify_fast.evaluation import AttackSpec, Report, evaluate, merge
-from purify_fast.evaluation.results.rows import worst_rows
+from purify_fast.judge.results.rows import worst_rows
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import BankConfig, FitConfig, TrainingAttack, fit

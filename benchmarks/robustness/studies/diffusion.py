@@ -34,7 +34,7 @@ from purify_fast.attacks import PGD, LeavingPGD, OriginalAutoAttack
 from purify_fast.attacks.base import run_alone
 from purify_fast.data import balanced_subset, to_float
 from purify_fast.evaluation import AttackSpec, evaluate, lee_kim_2023
-from purify_fast.evaluation.show.text import markdown_table
+from purify_fast.judge.show.text import markdown_table
 from purify_fast.protocols import CopiesItself, FixedNoise, supports
 from purify_fast.training import load_classifier
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from purify_fast._files import folder_lock
-from purify_fast.attacks.original_autoattack import implementation
+from purify_fast.judge.searches.original_autoattack import implementation
 
 from ... import RESULTS as ALL
 from . import carso_bank, carso_mnist, cifar10, diffusion, run, settings_of

@@ -22,8 +22,8 @@ from torch.nn import functional as F
 
 from purify_fast.attacks import AttackContext
 from purify_fast.attacks.ball import ball_around, projected
-from purify_fast.attacks.engine.judge import Judge
-from purify_fast.attacks.engine.row_batches import ActiveSet
+from purify_fast.judge.searches.engine.judge import Judge
+from purify_fast.judge.searches.engine.row_batches import ActiveSet
 
 from .relu_layers import Affine, affine_layers, forward
 

@@ -22,7 +22,7 @@ import torch
 from purify_fast._files import write_text
 from purify_fast.attacks.ball import ball_around, projected
 from purify_fast.evaluation import evaluate
-from purify_fast.evaluation.show.text import markdown_table
+from purify_fast.judge.show.text import markdown_table
 
 from ... import kept, options
 from ...kept import Row

@@ -86,7 +86,7 @@ class ArrestConfig:
         return self.angle / 180 if self.distance == "angular" else 1 - cos(radians(self.angle))
 
     def replays(self, epoch: int, epochs: int) -> bool:
-        """Tell whether an epoch, counted from 0, uses noisy replay."""
+        """Return True if an epoch, counted from 0, uses noisy replay."""
         # The product is rounded, because 0.07 * 100 is slightly above 7 in floating point.
         return self.replay and epoch < round(self.replay_share * epochs, 9)
 

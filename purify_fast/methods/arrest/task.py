@@ -158,7 +158,7 @@ class ArrestTask(MethodTask):
         return x, replayed.float().mean()
 
     def attacks_all_rows(self, device: torch.device) -> bool:
-        """Tell whether replayed images are attacked too, because a replay of the captured attack takes less time."""
+        """Return True if replayed images are attacked too, because a replay of the captured attack takes less time."""
         return self.graphs is not None and self.graphs.may_replay(device)
 
     def loss(self, x: Tensor, y: Tensor, of_teacher: list[Tensor]) -> tuple[Tensor, Metrics]:

@@ -59,7 +59,7 @@ def triton_version() -> str:
 
 
 def runs_triton(kind: str) -> bool:
-    """Tell whether a type of device runs Triton's kernels. PyTorch calls the GPUs of NVIDIA and of AMD ``cuda``."""
+    """Return True if a type of device runs Triton's kernels. PyTorch calls the GPUs of NVIDIA and of AMD ``cuda``."""
     return kind == "cuda"
 
 

@@ -139,7 +139,7 @@ def _in_sequentials(model: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def foldable(layer: Any, norm: Any) -> bool:
-    """Tell whether ``norm`` is a BatchNorm that can be folded into a layer, if it follows this layer."""
+    """Return True if ``norm`` is a BatchNorm that can be folded into a layer, if it follows this layer."""
     if type(layer) not in _FOLDABLE or not _is_norm(norm) or norm.training:
         return False
     transposed = isinstance(layer, TRANSPOSED)
@@ -149,13 +149,13 @@ def foldable(layer: Any, norm: Any) -> bool:
 
 
 def _is_norm(module: Any) -> bool:
-    """Tell whether a module is a BatchNorm of PyTorch or of this package; one of another class may do more."""
+    """Return True if a module is a BatchNorm of PyTorch or of this package; one of another class may do more."""
     ours = type(module).__module__.startswith("purify_fast.") and isinstance(module, _NORMS)
     return ours or type(module) in _NORMS
 
 
 def hooked(module: nn.Module) -> bool:
-    """Tell whether a module has a forward hook or a forward pre-hook."""
+    """Return True if a module has a forward hook or a forward pre-hook."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 

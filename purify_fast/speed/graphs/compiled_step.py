@@ -128,7 +128,7 @@ def _with_inputs(traced: fx.GraphModule) -> tuple[fx.GraphModule, list[Tensor]]:
 
 
 def agrees(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> bool:
-    """Tell whether a compiled step has the results of the step, up to rounding, after the state ``before``."""
+    """Return True if a compiled step has the results of the step, up to rounding, after the state ``before``."""
     if not got.keys() >= wanted.keys():
         return False
     return all(

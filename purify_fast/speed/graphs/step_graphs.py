@@ -139,7 +139,7 @@ class StepGraphs:
         return Steps(function, state, self)
 
     def may_capture(self, device: torch.device) -> bool:
-        """Tell whether steps on a device may be captured."""
+        """Return True if steps on a device may be captured."""
         return self.mode != "off" and device.type == self.capture.kind
 
     def free_for(self, device: torch.device) -> bool:
@@ -148,7 +148,7 @@ class StepGraphs:
         return possible and self.lock.acquire(blocking=False)
 
     def may_replay(self, device: torch.device) -> bool:
-        """Tell whether loops on a device are or may still be captured."""
+        """Return True if loops on a device are or may still be captured."""
         return self.may_capture(device) and self.refusal is None
 
     def retry_without_graphs(self, work: Callable[[], Result], device: torch.device) -> Result:
@@ -309,7 +309,7 @@ def leave_no_trace(device: torch.device) -> Iterator[None]:
 
 
 def is_tracing() -> bool:
-    """Tell whether a step is being tried or captured, so that a call in it must not replay a graph of its own."""
+    """Return True if a step is being tried or captured, so that a call in it must not replay a graph of its own."""
     return _tracing.get() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
@@ -349,7 +349,7 @@ def host_generators(device: torch.device) -> tuple[Any, ...]:
 def first_replay_agrees(
     step: Callable[[], Mapping[str, Tensor]], buffers: Mapping[str, Tensor], replay: Callable[[], None]
 ) -> bool:
-    """Tell whether a replay has the same results as the step, from the same state and with the same random draws.
+    """Return True if a replay has the same results as the step, from the same state and with the same random draws.
 
     The step does not write to the buffers of the state, which contain the results of the replay afterwards. This
     function waits for the device.
@@ -363,7 +363,7 @@ def first_replay_agrees(
 
 
 def alike(got: Tensor, wanted: Tensor) -> bool:
-    """Tell whether two results of a step are equal, up to rounding errors. This function waits for the device.
+    """Return True if two results of a step are equal, up to rounding errors. This function waits for the device.
 
     A library may add numbers in another order. If a gradient is nearly 0, its sign may then differ, and the step goes
     in the other direction. So a small share of the values may have a large error.

@@ -53,7 +53,7 @@ class Launches:
 
     @property
     def enough(self) -> bool:
-        """Tell whether a capture should be tried."""
+        """Return True if a capture should be tried."""
         return self.count >= self.tried_after
 
 
@@ -207,7 +207,7 @@ def reserved(device: torch.device) -> int:
 
 
 def on_usual_stream(device: torch.device) -> bool:
-    """Tell whether the present stream is the default one, so that all replays come one after the other."""
+    """Return True if the present stream is the default one, so that all replays come one after the other."""
     return device.type != "cuda" or torch.cuda.current_stream(device) == torch.cuda.default_stream(device)
 
 

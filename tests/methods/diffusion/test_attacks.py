@@ -11,11 +11,11 @@ from small_models import Purifying
 from purify_fast.attacks import BpdaModel, LeavingPGD
 from purify_fast.attacks.base import ThreatModel
 from purify_fast.evaluation import lee_kim_2023
-from purify_fast.evaluation.request.attack_lists import PROTOCOLS, protocol_attacks
-from purify_fast.evaluation.request.specs import LEE_KIM
-from purify_fast.evaluation.request.strong_attacks import LOW, LowFrequencyGradient, low_frequencies, strong_attacks
-from purify_fast.evaluation.request.subject import Subject
-from purify_fast.evaluation.surrogates.copies import Softened, surrogates
+from purify_fast.judge.request.attack_lists import PROTOCOLS, protocol_attacks
+from purify_fast.judge.request.specs import LEE_KIM
+from purify_fast.judge.request.strong_attacks import LOW, LowFrequencyGradient, low_frequencies, strong_attacks
+from purify_fast.judge.request.subject import Subject
+from purify_fast.judge.surrogates.copies import Softened, surrogates
 from purify_fast.methods.diffusion import Process, Schedule
 
 SHAPE = (1, 8, 8)

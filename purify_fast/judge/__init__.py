@@ -1,0 +1,1 @@
+"""What judges: searches for adversarial images, evaluations, certificates and their reports."""

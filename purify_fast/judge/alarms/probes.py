@@ -1,0 +1,517 @@
+"""Probes are short attacks on a few images, and tests of the model's predictions. The alarms judge their results.
+
+The short attacks run before those of the report, and skip images that fell to an earlier short attack. The tests of the
+predictions ask whether they are consistent: later, in other batches, and while gradients are recorded. After a small
+step of the images, the logits should also change as the model's gradients predict.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ...attacks import AttackContext
+from ...attacks.attacked_model import gradient_to
+from ...attacks.base import ThreatModel, run_alone
+from ...attacks.context import TimeIsOver
+from ...attacks.losses import margin, usable_loss
+from ...protocols import Classifier, FixedNoise, supports
+from ...speed.agreement import BFLOAT16, apart, differ
+from ..request.fingerprint import state_hash
+from ..request.subject import Subject, Variant
+from ..searches.apgd import APGD
+from ..surrogates.copies import Surrogates, in_order
+
+#: The reasons why a model's gradients cannot be compared with the measured changes of its output.
+Missing = Literal["not finite", "no gradient", "zero gradient"]
+
+#: The largest number of images for the probes; a probe is a short test of the model.
+PROBED = 64
+#: The number of times that a probe repeats the predictions on the same images.
+AGAIN = 8
+#: The number of images that are also predicted in batches of size 1.
+ONE_BY_ONE = 16
+#: Lengths of the small steps with which gradients are tested, in image units. The shorter step does not change the
+#: output of a model that rounds its input to 256 levels, so the longer step has the length of two levels.
+SMALL = (1e-3, 8e-3)
+#: The number of random directions for each length of step.
+DIRECTIONS = 2
+#: Numbers of steps. STEPS: of the targeted short attacks. SWEEP: of the short attacks that compare numbers of draws.
+STEPS, SWEEP = 20, 10
+#: The numbers of steps that the first short attacks compare.
+ITERATIONS = (1, 3, 10, 30)
+#: The numbers of draws per step that the short attacks on a random model compare.
+DRAWS = (1, 4, 16)
+#: The draws that judge an image of a random model after a short attack: one unlucky draw must not decide.
+JUDGES = 9
+#: The number of target classes of each targeted short attack.
+TARGETS = 2
+#: On a random model: the number of images that are probed together, of images that order the surrogates, and of
+#: surrogates that then attack the images of a group.
+GROUP, RANKED, MOST_COPIES = 16, 8, 2
+#: A larger margin counts as this one when surrogates are ordered.
+LARGEST = 1e3
+
+Curve = list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Probes:
+    """The measurements of the probes, as plain values. A curve is a list of pairs of a setting and an accuracy.
+
+    Fields up to ``points`` are measured before the attacks of the report, fields from ``left`` on after them.
+
+    Args:
+        n: number of images.
+        steps: curve over the steps of the attack; an image that fell with fewer steps counts as fallen.
+        cosine: cosine between the predicted and the measured changes of the margin, or the reason why there is none;
+            None if it cannot be measured.
+        without_gradient: share of images with a zero, non-finite or missing gradient, at the clean images or near them.
+        compared: number of images whose gradients were compared; 0 stands for ``n``.
+        eot: curve over the number of draws averaged per step; empty for a deterministic model.
+        fell: for each image, 1 if it fell to the short attacks with the model's own gradients, otherwise 0.
+        copies: by name of the surrogate, in the order of the attacks: for each image, 1 if it first fell to this
+            surrogate, otherwise 0.
+        absent: by name of a missing surrogate: the reason why it is missing.
+        order: names of the surrogates; those whose gradients lowered the margins of a few images most come first.
+        points: for a random model, the last point to which each image fell, or the clean image, ``[n, C, H, W]``.
+        left: for each image, whether it withstood every attack of the report (a random model: in all choosing draws).
+        batch_changes: share of the predictions that depend on the batch; None if it cannot be measured.
+        varying: share of the correctly classified images whose class changes from draw to draw.
+        watched_changes: share of the images whose logits change while gradients are recorded; None if not measured.
+        later_changes: share of the predictions on clean images that have changed since before the attacks.
+        state_changed: whether weights, buffers or attributes have changed since before the attacks.
+        sets_seed: whether the model sets the seed of torch's generator.
+        whole: whether the fields after ``left`` could be measured before the time was over.
+    """
+
+    n: int
+    steps: Curve
+    cosine: float | Missing | None
+    without_gradient: float = 0.0
+    compared: int = 0
+    eot: Curve = field(default_factory=list)
+    fell: list[int] = field(default_factory=list)
+    copies: dict[str, list[int]] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
+    order: list[str] = field(default_factory=list)
+    points: Tensor | None = None
+    left: list[bool] = field(default_factory=list)
+    batch_changes: float | None = 0.0
+    varying: float = 0.0
+    watched_changes: float | None = 0.0
+    later_changes: float = 0.0
+    state_changed: bool = False
+    sets_seed: bool = False
+    whole: bool = True
+
+    @property
+    def is_blind(self) -> bool:
+        """Return True if the model's own gradients cannot be used at all."""
+        return isinstance(self.cosine, str)
+
+    def fallen(self, *masks: Sequence[int]) -> list[int]:
+        """The indices of the images that withstood every attack of the report, but fell to a probe in the same ball.
+
+        Args:
+            *masks: the results of some probes, each a list like ``fell``; none means all probes.
+        """
+        found = masks or (self.fell, *self.copies.values())
+        return [image for image, stands in enumerate(self.left) if stands and any(mask[image] for mask in found)]
+
+    def found(self) -> list[int]:
+        """The indices of all images that fell to a probe, whether they withstood the attacks of the report or not."""
+        return [image for image, fell in enumerate(zip(self.fell, *self.copies.values(), strict=True)) if any(fell)]
+
+    def curves(self) -> dict[str, list[list[float]]]:
+        """Return the curves that are not empty, by the name of the setting that varies along the curve."""
+        named = {"steps": self.steps, "EOT draws": self.eot}
+        return {name: [list(point) for point in curve] for name, curve in named.items() if curve}
+
+
+#: Makes the values of a probe, or reads them from the cache: `Keep(name, settings, make)`.
+Keep = Callable[[str, dict[str, Any], Callable[[], dict[str, Any]]], dict[str, Any]]
+
+
+def measure_before_attacks(
+    before: Before, context: AttackContext, model: Any, keep: Keep, settled: Callable[[Probes], bool]
+) -> Probes:
+    """Make the measurements before the attacks of the report.
+
+    A random model is probed in groups of images, until surrogates found no image of a group, or until the measurements
+    are ``settled``: they contain a sign of masked gradients.
+    """
+    subject, x, y = before.subject, before.x, before.y
+    some, is_random = slice(subject.batch_size), subject.is_random
+
+    def differ() -> dict[str, Any]:
+        cosine, without = differences(subject, y[some], x[some], near(context, x)[some])
+        return {"cosine": cosine, "without_gradient": without}
+
+    asked = Probes(0, [], **keep("gradients and small steps", {}, differ))
+    asked = replace(asked, compared=len(x[some]))
+    # On a random model every search costs several draws. If its gradients are useless, no search follows them.
+    blind = is_random and asked.is_blind
+    short = replace(context, batch_size=subject.batch_size)
+    for part in torch.arange(len(x), device=x.device).split(GROUP if is_random else context.batch_size or len(x)):
+        try:
+            asked = _joined(asked, _sweep(before, _Short(before, model, part, short, keep), asked, blind))
+        except TimeIsOver:
+            if asked.n == 0:
+                raise
+            break
+        if is_random and (not any(map(sum, asked.copies.values())) or settled(asked)):
+            break
+    return asked
+
+
+def _joined(asked: Probes, more: Probes) -> Probes:
+    if asked.n == 0:
+        return more
+
+    def means(one: Curve, other: Curve) -> Curve:
+        total = asked.n + more.n
+        return [(n, (a * asked.n + b * more.n) / total) for (n, a), (_, b) in zip(one, other, strict=True)]
+
+    # A part whose images all fell to the model's own gradients has no result for the surrogates.
+    names = dict.fromkeys([*asked.copies, *more.copies])
+    parts = asked, more
+    return replace(
+        asked,
+        n=asked.n + more.n,
+        steps=means(asked.steps, more.steps),
+        eot=means(asked.eot, more.eot),
+        fell=asked.fell + more.fell,
+        copies={name: [fell for each in parts for fell in each.copies.get(name, [0] * each.n)] for name in names},
+        points=None if asked.points is None or more.points is None else torch.cat([asked.points, more.points]),
+    )
+
+
+def _sweep(before: Before, short: _Short, asked: Probes, blind: bool) -> Probes:
+    """Attack some images shortly by the gradients of the model itself, and of its surrogates."""
+    context, is_random = short.context, before.subject.is_random
+    surrogates, absent = before.subject.surrogates(ThreatModel(context.norm, float(context.eps)))
+    loss = usable_loss("dlr_targeted", context.num_classes)
+    targeted: dict[str, Any] = {"steps": STEPS, "loss": loss, "n_target_classes": TARGETS, "seed": context.seed + 1}
+    right, steps, eot = short.right, Curve(), Curve()
+    standing = right
+    if not is_random:
+        for count in ITERATIONS:
+            standing = short.robust(f"{count} steps", standing, steps=count)
+            steps.append((float(count), _share(standing)))
+        standing = short.robust(f"{STEPS} steps towards other classes", standing, **targeted)
+    elif not blind:
+        standing = short.robust(f"{STEPS} steps", standing, steps=STEPS)
+        for draws in DRAWS:
+            left = short.robust(f"gradients over {draws} draws", torch.ones_like(right), eot_iter=draws)
+            eot.append((float(draws), _share(left)))
+    own, copies, order = right & ~standing, dict[str, list[int]](), asked.order
+    if bool(standing.any()):
+        if is_random and not order:
+            order = short.order(standing, surrogates)
+        most = 0 if blind else MOST_COPIES if is_random else len(surrogates)
+        for name, surrogate in in_order(surrogates, order)[:most]:
+            options = {"steps": STEPS} if is_random else targeted
+            left = short.robust(f"the gradients of {name}", standing, gradients_from=surrogate, **options)
+            standing, copies[name] = left, (standing & ~left).int().tolist()
+    return replace(
+        asked,
+        n=len(short.part),
+        steps=steps,
+        eot=eot,
+        fell=own.int().tolist(),
+        copies=copies,
+        absent=absent,
+        order=order or sorted(copies, key=lambda name: -sum(copies[name])),
+        points=short.points.cpu() if is_random else None,
+    )
+
+
+def probe(before: Before, context: AttackContext, asked: Probes, left: Sequence[bool]) -> Probes:
+    """Make the measurements after the attacks.
+
+    Args:
+        before: the model's predictions before the attacks.
+        context: the settings of the attacks.
+        asked: the measurements before the attacks.
+        left: for each of the first images, whether it withstood every attack of the report.
+    """
+    subject, x, y = before.subject, before.x, before.y
+    # The seed is set, because the state of the generator depends on whether the attacks were run or read from a cache.
+    torch.manual_seed(context.seed)
+    return replace(
+        asked,
+        left=[*left],
+        batch_changes=batch_changes(subject, x),
+        varying=varying(before.model, x, y) if subject.is_random else 0.0,
+        # The predictions are compared after all attacks, because a model may change after some number of calls.
+        later_changes=before.later_changes(),
+        state_changed=before.state_changed(),
+        watched_changes=watched_changes(subject, before.model, x, near(context, x)),
+        sets_seed=sets_seed(subject.asked, subject.sample_images()),
+    )
+
+
+class _Short:
+    """Short attacks on some of the first images, whose indices are ``part``."""
+
+    def __init__(self, before: Before, model: Any, part: Tensor, context: AttackContext, keep: Keep):
+        self.x, self.y, self.part, self.model, self.context = before.x[part], before.y[part], part, model, context
+        self.random, self.keep = before.subject.is_random, keep
+        self.judges = JUDGES if self.random else 1
+        self.draws = min(4, context.predictions(context.eot_iter)) if self.random else 1
+        #: For each image the last point that fell, or the clean image.
+        self.points = self.x.clone()
+        # The result does not depend on the probes that ran before.
+        torch.manual_seed(context.seed)
+        self.right = self.rightly(self.x, self.y)
+
+    def rightly(self, x: Tensor, y: Tensor) -> Tensor:
+        """Tell for which images more than half of the draws are correct, bool ``[n]``."""
+        logits = (in_parts(self.model, self.context.batch_size or len(x))(x) for _ in range(self.judges))
+        right = [(each.argmax(1) == y) & each.isfinite().any(1) for each in logits]
+        return torch.stack(right).float().mean(0) > 0.5
+
+    def robust(self, name: str, among: Tensor, gradients_from: Classifier | None = None, **options: Any) -> Tensor:
+        """Attack images by Auto-PGD, and tell which of them are still classified correctly, bool ``[n]``."""
+        at = among.nonzero()[:, 0]
+        if len(at) == 0:
+            return among.clone()
+        settings: dict[str, Any] = {"seed": 0, "steps": SWEEP, "eot_iter": self.draws, "loss": "margin"} | options
+
+        def make() -> dict[str, Any]:
+            robust, points = among.clone(), self.points.clone()
+            attacked = self.attacked(at, settings, gradients_from)
+            robust[at] = self.rightly(attacked, self.y[at])
+            fell = ~robust[at]
+            points[at[fell]] = attacked[fell]
+            return {"robust": robust.tolist(), "points": points.cpu() if self.random else torch.zeros(0)}
+
+        kept = self.keep(name, settings | {"first": int(self.part[0]), "among": among.tolist()}, make)
+        if self.random:
+            self.points = kept["points"].to(self.points)
+        return torch.tensor(kept["robust"], device=among.device)
+
+    def attacked(self, at: Tensor, settings: dict[str, Any], gradients_from: Classifier | None) -> Tensor:
+        """The points of a short attack on the images ``at``."""
+        context = self.context
+        torch.manual_seed(context.seed)
+        options = {
+            "norm": context.norm,
+            "judge_draws": self.judges,
+            "sample_ids": self.part[at],
+            "precision": "auto",
+            "copies": context.copies,
+            # The attacked model counts its images, and so does a wrapper like it around the surrogate.
+            "gradients_from": None if gradients_from is None else self.model.around(lambda _: gradients_from),
+            "max_forward_batch": context.max_forward_batch or context.batch_size,
+            **settings,
+        }
+        return run_alone(APGD, self.model, self.x[at], self.y[at], context.eps, **options)
+
+    def order(self, among: Tensor, surrogates: Surrogates) -> list[str]:
+        """The names of surrogates; first come those whose gradients lower the margins of a few images most."""
+        at = among.nonzero()[:RANKED, 0]
+        settings: dict[str, Any] = {"seed": 0, "steps": SWEEP, "eot_iter": 1, "loss": "margin"}
+
+        def leads(x: Tensor) -> list[float]:
+            """The margins by which the model itself is right; less than 0 counts as 0."""
+            draws = torch.stack([-margin(self.model(x).float(), self.y[at]) for _ in range(self.judges)])
+            return draws.mean(0).nan_to_num(0.0, posinf=LARGEST).clamp(0, LARGEST).tolist()
+
+        def make() -> dict[str, Any]:
+            return {name: leads(self.attacked(at, settings, surrogate)) for name, surrogate in surrogates}
+
+        names = [name for name, _ in surrogates]
+        reached = self.keep("the order of the surrogates", settings | {"at": at.tolist(), "surrogates": names}, make)
+        return sorted(names, key=lambda name: sum(reached[name]))
+
+
+def near(context: AttackContext, x: Tensor) -> Tensor:
+    """Add noise of at most half the radius to the images."""
+    size = x[0].numel()
+    each = {"linf": 1.0, "l2": 1 / math.sqrt(size), "l1": 1 / size}[context.norm] * context.eps
+    generator = torch.Generator().manual_seed(context.seed)
+    noise = torch.rand(x.shape, generator=generator, device="cpu").to(x) - 0.5
+    return (x + each * noise).clamp(0, 1)
+
+
+# -- tests of the predictions -----------------------------------------------------------------------------------------
+
+
+def in_parts(model: Classifier, most: int) -> Classifier:
+    """A model that splits its batches into parts of at most ``most`` images, like the batches of the attacks."""
+    return lambda x: torch.cat([model(part) for part in x.split(most)])
+
+
+class Before:
+    """Stores a model's predictions and state before the attacks, to compare them with those after the attacks."""
+
+    def __init__(self, subject: Subject):
+        self.subject = subject
+        self.x, self.y = subject.x[:PROBED].to(subject.device), subject.y[:PROBED].to(subject.device)
+        self.predicted = self.predictions()
+        # A random model that draws from another generator than PyTorch's differs even with the same seed.
+        self.repeatable = bool((self.predicted == self.predictions()).all()) or not subject.is_random
+        self.mark = self._state()
+
+    def predictions(self) -> Tensor:
+        """The predicted classes of the clean images, with the same noise every time if the model allows it."""
+        torch.manual_seed(self.subject.seed)
+        with self.subject.variant(repeatable_variant(self.subject)):
+            return self.model(self.x).argmax(1)
+
+    def model(self, x: Tensor) -> Tensor:
+        """The logits of images, in parts that fit into memory."""
+        return in_parts(self.subject.asked, self.subject.batch_size)(x)
+
+    def later_changes(self) -> float:
+        """Predict the clean images several times again, and return the largest share of changed predictions."""
+        return max(_share(self.predicted != self.predictions()) for _ in range(AGAIN)) if self.repeatable else 0.0
+
+    def _state(self) -> str | None:
+        """A hash of the model's state; None for a function, and for a model that cannot be compared."""
+        try:
+            return state_hash(self.subject.model) if isinstance(self.subject.base_model, nn.Module) else None
+        # A user's module may raise any error while its state is read.
+        except Exception:
+            return None
+
+    def state_changed(self) -> bool:
+        """Return True if weights, buffers or attributes have changed since this object was made."""
+        # A model's last input may be a part of its state.
+        self.predictions()
+        return self.mark != self._state()
+
+
+def repeatable_variant(subject: Subject) -> Variant:
+    """Return the variant in which a model always predicts the same, or "random" if there is no such variant."""
+    if not (subject.is_random and supports(subject.base_model, FixedNoise)):
+        return "random"
+    fault = subject.fault("fixed")
+    return "fixed" if fault is None or fault.repeats else "random"
+
+
+def is_repeatable(subject: Subject) -> bool:
+    """Return True if a model, or its variant with fixed noise, always predicts the same."""
+    return not subject.is_random or repeatable_variant(subject) == "fixed"
+
+
+def _share(which: Tensor) -> float:
+    return float(which.float().mean())
+
+
+def batch_changes(subject: Subject, x: Tensor) -> float | None:
+    """Measure the share of predictions that change if the images are in reverse order, in a larger batch, or alone."""
+    model, x = subject.asked, x[: subject.batch_size]
+    if not is_repeatable(subject):
+        return None
+    with subject.variant(repeatable_variant(subject)):
+        together = model(x).argmax(1)
+        reverse = model(x.flip(0)).argmax(1).flip(0)
+        alone = torch.cat([model(image[None]).argmax(1) for image in x[:ONE_BY_ONE]])
+        # A batch of the size that attacks use is also predicted, because some faults appear only in large batches.
+        larger = model(subject.x[: subject.batch_size].to(subject.device)).argmax(1)[: len(x)]
+    return max(_share(together != reverse), _share(together != larger), _share(together[:ONE_BY_ONE] != alone))
+
+
+def watched_changes(subject: Subject, model: Classifier, *points: Tensor) -> float | None:
+    """The share of the images whose logits change while gradients are recorded."""
+    if not is_repeatable(subject):
+        return None
+    with subject.variant(repeatable_variant(subject)):
+        return max(_watched(model, point, subject.seed) for point in points)
+
+
+def _watched(model: Classifier, x: Tensor, seed: int) -> float:
+    torch.manual_seed(seed)
+    plain = model(x).float()
+    torch.manual_seed(seed)
+    with torch.enable_grad():
+        recorded = model(x.clone().requires_grad_()).detach().float()
+    return _share(apart(plain, recorded, BFLOAT16) | (plain.argmax(1) != recorded.argmax(1)))
+
+
+def varying(model: Classifier, x: Tensor, y: Tensor) -> float:
+    """The share of images that some of 8 draws misclassify, among those that most draws classify correctly."""
+    right = torch.stack([model(x).argmax(1) == y for _ in range(AGAIN)]).float().mean(0)
+    mostly = right > 0.5
+    return float(((right < 1) & mostly).sum() / mostly.sum().clamp(min=1))
+
+
+def sets_seed(model: Classifier, x: Tensor) -> bool:
+    """Return True if a model sets the seed of torch's generator, so that its noise is always the same."""
+
+    def after(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        model(x)
+        return torch.get_rng_state()
+
+    return torch.equal(after(1), after(2))
+
+
+def differences(subject: Subject, y: Tensor, *points: Tensor) -> tuple[float | Missing | None, float]:
+    """Compare the changes of a model's margin with the changes that its gradients predict."""
+    with subject.variant(repeatable_variant(subject)):
+        if differ(_seeded(subject, points[0]), _seeded(subject, points[0])):
+            return None, 0.0
+    measured = [_differences(subject, point, y) for point in points]
+    missing = [cosine for cosine, _ in measured if isinstance(cosine, str)]
+    cosine = missing[0] if missing else min(cosine for cosine, _ in measured if not isinstance(cosine, str))
+    return cosine, max(without for _, without in measured)
+
+
+def compared_gradients(subject: Subject, context: AttackContext) -> float | Missing | None:
+    """Compare the changes that the model's gradients predict with the measured ones, on and near clean images."""
+    some = slice(min(ONE_BY_ONE, subject.batch_size))
+    x, y = subject.x[some].to(subject.device), subject.y[some].to(subject.device)
+    return differences(subject, y, x, near(context, x))[0]
+
+
+def has_no_gradient(subject: Subject) -> bool:
+    """Return True if a model's output has no gradient with respect to the images, not even zeros."""
+    with torch.enable_grad():
+        leaf = subject.sample_images().clone().requires_grad_()
+        return gradient_to(leaf, subject.asked(leaf).float().sum()) is None
+
+
+def _differences(subject: Subject, x: Tensor, y: Tensor) -> tuple[float | Missing, float]:
+    with subject.variant(repeatable_variant(subject)):
+        with torch.enable_grad():
+            leaf = x.clone().requires_grad_()
+            gradient = gradient_to(leaf, margin(_seeded(subject, leaf), y).sum())
+        reason: Missing = "zero gradient" if gradient is not None else "no gradient"
+        gradient = torch.zeros_like(x) if gradient is None else gradient
+        flat = gradient.flatten(1)
+        without = _share(~(flat.isfinite().all(1) & flat.any(1)))
+        cosines: list[float] = []
+        for length in SMALL:
+            steps = [length * _signs(x, seed) for seed in range(DIRECTIONS)]
+            # The model may not accept images outside of [0, 1].
+            ends = [((x + step).clamp(0, 1), (x - step).clamp(0, 1)) for step in steps]
+            promised = [(gradient * (right - left)).flatten(1).sum(1) for right, left in ends]
+            measured = [margin(_seeded(subject, a), y) - margin(_seeded(subject, b), y) for a, b in ends]
+            a, b = torch.cat(promised).double(), torch.cat(measured).double()
+            if not bool(a.isfinite().all() and b.isfinite().all()):
+                return "not finite", without
+            if float(a.norm()) == 0:
+                return reason, without
+            cosines.append(float(a @ b / (a.norm() * b.norm()).clamp(min=1e-30)))
+    return max(cosines), without
+
+
+def _signs(x: Tensor, seed: int) -> Tensor:
+    """Random signs for each image, shape of x."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 2, x.shape, generator=generator, device="cpu").to(x) * 2 - 1
+
+
+def _seeded(subject: Subject, x: Tensor) -> Tensor:
+    # With the seed, a model that draws from torch's global generator has the same noise in every call.
+    torch.manual_seed(subject.seed)
+    return subject.asked(x).float()

@@ -1,0 +1,161 @@
+"""Runs an attack on its images, batch by batch. The batches are independent, so processes can share them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..._tensors import text_hash
+from ...attacks import AttackContext, AttackResult, GradientHealth
+from ...attacks.context import TimeIsOver
+from ...attacks.losses import margin
+from ...protocols import Classifier
+from ...speed.memory import same_draws_again
+from ..request.config import USUAL_BATCH
+from ..request.specs import AttackSpec, check_adversarial
+from ..request.subject import Subject
+from ..results.rows import CUT
+from ..searches.engine.judge import Judge
+from .shards import Shards
+from .stopping import NearestRule, StoppingRule
+
+#: The names of the counts that `GradientHealth` keeps.
+COUNTS = ("gradients", "nonfinite", "zero", "images", "unmoved")
+
+
+def counts_of(health: GradientHealth) -> dict[str, int] | None:
+    """The counts by name; None if no gradient was counted."""
+    return {name: health.count(name) for name in COUNTS} if health.count("gradients") else None
+
+
+@dataclass
+class AttackedBatch:
+    """The outcome of an attack on one batch; ``leads`` are the attacked model's margins, or empty if not needed."""
+
+    images: Tensor
+    health: GradientHealth
+    seconds: float
+    warnings: list[str] = field(default_factory=list)
+    leads: list[float] = field(default_factory=list)
+    gave_up: int = 0
+
+
+@dataclass
+class AttackRun:
+    """The batches of an attack, which this class makes and sums up.
+
+    On a deterministic model most results do not depend on the batches. On a random model each batch has a separate
+    seed. The batches depend only on the images and their order, on the batch size and on the rule. ``rounds`` are the
+    rule's rounds.
+    """
+
+    spec: AttackSpec
+    target: Classifier
+    index: Tensor
+    subject: Subject
+    context: AttackContext
+    rule: StoppingRule | NearestRule | None = None
+
+    def __post_init__(self) -> None:
+        most = self.context.batch_size or max(1, len(self.index))
+        if self.spec.nearest is not None:
+            # An attack on the nearest images makes many runs from each, so it is divided in the usual ratio.
+            most = min(most, max(1, self.spec.nearest * most // USUAL_BATCH))
+        self.parts, self.rounds = list[Tensor](), list[range]()
+        for images in self.index.split(self.rule.rounds if self.rule else [len(self.index)]):
+            if len(images):
+                parts = images.chunk(math.ceil(len(images) / most)) if self.rule else images.split(most)
+                self.rounds.append(range(len(self.parts), len(self.parts) + len(parts)))
+                self.parts += parts
+        #: The number of images whose batches were attacked.
+        self.reached = 0
+        self._made = dict[int, AttackedBatch]()
+        self._as_now = same_draws_again(self.subject.device)
+
+    def make(self, number: int) -> AttackedBatch:
+        """Attack the images of a batch."""
+        part = self.parts[number]
+        # With a seed for each batch, any process would make the same batch at any time.
+        if number == 0:
+            # The first batch needs no new seed, because the generators were seeded for the attack.
+            self._as_now()
+        else:
+            torch.manual_seed(int(text_hash(f"{self.subject.seed} 0 {number}").hexdigest()[:15], 16))
+        batch = self._attacked(part)
+        if self.rule is not None and CUT not in batch.warnings:
+            try:
+                batch.leads = self.subject.batch_limit.within(lambda: self._leads(part, batch.images))
+            except TimeIsOver:
+                batch.warnings.append(CUT)
+        return batch
+
+    def obtain(self, number: int, shards: Shards) -> AttackedBatch:
+        """Return a batch. If it is not made yet, each further process makes one of the following batches."""
+        if number not in self._made:
+            numbers = range(number, len(self.parts))[: shards.world]
+            self._made |= zip(numbers, shards.share(numbers, self.make), strict=True)
+        return self._made.pop(number)
+
+    def _attacked(self, part: Tensor) -> AttackedBatch:
+        """Attack some images, with fewer images per pass if memory runs out."""
+        begin, attack, subject, context = time.perf_counter(), self.spec.attack, self.subject, self.context
+        x, y, ids = (tensor.to(subject.device) for tensor in (subject.x[part], subject.y[part], part))
+
+        def search() -> AttackResult:
+            most = subject.batch_limit.limit(context.max_forward_batch)
+            batch_context = dataclasses.replace(context, sample_ids=ids, counts_health=True, max_forward_batch=most)
+            # A copy, because the later check of the radius would not see a change in place.
+            return attack.search(self.target, x.clone(), y, batch_context)
+
+        graphs = context.graphs
+        assert graphs is not None
+        try:
+            result = subject.batch_limit.within(functools.partial(graphs.retry_without_graphs, search, subject.device))
+        except TimeIsOver as over:
+            result = AttackResult(x if over.points is None else over.points, warnings=[CUT])
+        check_adversarial(attack.name(context), result.images, x, attack.threat_model(context))
+        health = result.health or GradientHealth()
+        return AttackedBatch(
+            # The transfer to the CPU waits until the device has finished, so that the duration below is complete.
+            images=result.images.detach().cpu(),
+            health=GradientHealth({name: health.count(name) for name in COUNTS}),
+            seconds=time.perf_counter() - begin,
+            warnings=result.warnings,
+            gave_up=int(result.gave_up),
+        )
+
+    def _leads(self, part: Tensor, images: Tensor) -> list[float]:
+        """Return the margin of the attacked model on each attacked image."""
+        subject, most = self.subject, self.subject.batch_limit.limit(self.context.max_forward_batch)
+        logits = Judge(self.target, max_forward_batch=most).logits(images.to(subject.device))
+        return (-margin(logits.double(), subject.y[part].to(logits.device))).tolist()
+
+    def sums(self, shards: Shards, reach: Callable[[int], None]) -> AttackedBatch:
+        """Obtain all batches from the processes, and sum up their results; ``reach`` gets the images of each batch."""
+        sums = AttackedBatch(self.subject.x.clone(), GradientHealth(dict.fromkeys(COUNTS, 0)), 0.0)
+        for numbers in self.rounds:
+            leads, no_evidence = list[float](), 0
+            for number in numbers:
+                if CUT in sums.warnings and number not in self._made:
+                    break
+                batch = self.obtain(number, shards)
+                reach(len(self.parts[number]))
+                self.reached += 0 if CUT in batch.warnings else len(self.parts[number])
+                sums.images[self.parts[number]] = batch.images.to(self.subject.x.device)
+                sums.seconds += batch.seconds
+                sums.health.add(**batch.health.counts)
+                sums.warnings += [text for text in batch.warnings if text not in sums.warnings]
+                # A search that stood still or lacked gradients says nothing about other images.
+                usable = not batch.health.count("gradients") or batch.health.reliable
+                no_evidence += batch.gave_up if usable else len(batch.leads)
+                leads += batch.leads
+            if CUT in sums.warnings or (self.rule is not None and self.rule.record(leads, no_evidence)):
+                break
+        return sums

@@ -1,0 +1,1 @@
+"""The attacks that only a judge runs, and what they share."""

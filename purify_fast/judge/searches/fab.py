@@ -1,0 +1,217 @@
+"""FAB-T (Croce & Hein, "Fast Adaptive Boundary Attack", ICML 2020) searches for the nearest point of a target class.
+
+Two things are not in the paper. A point across the decision boundary ("border") is moved back towards the image after
+its gradient is taken, which saves a forward pass. At the end, the nearest such point is projected onto the ball.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..._tensors import per_image
+from ..._validation import Count
+from ...attacks.ball import Ball, projected
+from ...attacks.base import run_alone
+from ...attacks.context import AttackContext, Radius, keeping
+from ...attacks.objective import Gradient, Objective, ObjectiveStep
+from ...attacks.search import faults
+from ...ops.hyperplane_projection import hyperplane_projection
+from ...protocols import Classifier
+from ...speed.graphs.step_loop import State, Steps, begin_steps
+from .engine.engine_attack import USUAL_TARGETS, EngineAttack, nearest_borders, targets_and_times
+from .engine.judge import has_fallen
+from .engine.row_batches import ActiveSet, Rows, RowSearch, waves
+
+if TYPE_CHECKING:
+    from ...attacks.keywords import FabOptions, Unpack
+
+#: The authors' values. STEPS: the steps of a run. LARGEST_PULL: the largest weight of the step that begins at the clean
+#: image. OVERSHOOT: a step is the distance to the border times this factor. BACK: a point across the border is moved
+#: back to this share of its distance from the image.
+STEPS, LARGEST_PULL, OVERSHOOT, BACK = 100, 0.1, 1.05, 0.9
+#: The order of each norm for `torch.linalg.vector_norm`.
+_ORDERS = {"linf": torch.inf, "l2": 2.0, "l1": 1.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FABT(EngineAttack):
+    """FAB-T: the first run for each target begins at the image itself, every other run at a random point in the ball.
+
+    Only a misclassified point inside the ball is a success.
+
+    Args:
+        steps: steps of a run. None stands for 100, as in the authors' code, even if an evaluation sets ``steps``.
+        n_target_classes: number of target classes, each with a run of its own: the classes with the nearest decision
+            boundaries, by the model's linear approximation at the image. None takes all wrong classes.
+    """
+
+    kind: ClassVar[str] = "fab"
+    code_version: ClassVar[str] = "7"
+    usual_steps: ClassVar[int | None] = STEPS
+    loss: ClassVar[str] = "margin_targeted"
+
+    steps: Count | None = None
+    n_target_classes: Count | None = USUAL_TARGETS
+
+    def name(self, context: AttackContext) -> str:
+        return f"FAB-T {self.resolved_for(context).steps}" + targets_and_times(self.n_target_classes, self.restarts)
+
+    def explore(self, active: ActiveSet, objective: Objective, context: AttackContext) -> None:
+        goals = nearest_borders(active, objective, self.n_target_classes)
+        steps = self.resolved_for(context).steps
+        for rows in waves(active, goals, self.restarts, context, at_image=True):
+            search = _FabSearch(objective, active, rows, steps, give_up=self.give_up)
+            with keeping(search.keep):
+                search.run()
+
+
+def fab_t(
+    model: Classifier, x: Tensor, y: Tensor | None = None, eps: Radius | None = None, **options: Unpack[FabOptions]
+) -> Tensor:
+    """Run `FABT` on a batch, by default in the model's own precision.
+
+    Arguments and errors are those of `purify_fast.attacks.pgd`, without ``stop_when_fallen``. eps is a number or
+    ``[B]``, and the options are the fields of `FABT` in place of those of `PGD`.
+
+    Returns:
+        Per image the misclassified point in the ball that was found; otherwise the nearest misclassified point,
+        projected onto the ball, or the image itself. Shape and dtype are those of x.
+    """
+    return run_alone(FABT, model, x, y, eps, **{"precision": "float32", **options})
+
+
+@dataclass(frozen=True)
+class FabStep(ObjectiveStep):
+    """A step of FAB that a CUDA graph can capture. It does not use the ball's radius."""
+
+    ball: Ball
+
+    def __call__(self, state: State) -> State:
+        """Move every point. If the state has ``faulty``, count the faulty gradients of each row."""
+        point, x, draws, counts = state["point"], state["x"], self.objective.eot_iter, State()
+        gradient = self.objective.gradient(point, state["y"])
+        if "faulty" in state:
+            counts["faulty"] = state["faulty"] + faults(gradient.image)[:2]
+        if draws > 1:
+            gradient = gradient._replace(image=gradient.image / draws)
+        across, moved = has_fallen(gradient.wrong), point - x
+        near = nearer(self.ball, state, across)
+        origin = torch.where(per_image(across, point), torch.add(x, moved, alpha=BACK), point)
+        return {"point": _step(self.ball, x, origin, point, gradient), **near, **counts}
+
+
+def nearer(ball: Ball, state: State, across: Tensor) -> State:
+    """The nearest points and their distances, after the points ``across`` the border, bool ``[R]``, are compared."""
+    point, nearest, distance = state["point"], state["nearest"], state["distance"]
+    far = _length(ball, point - state["x"]).to(distance.dtype)
+    closer = across & (far < distance)
+    return {
+        "nearest": torch.where(per_image(closer, point), point, nearest),
+        "distance": torch.where(closer, far, distance),
+    }
+
+
+class _FabSearch(RowSearch):
+    """The search of FAB from one start. ``nearest`` is the nearest point across the border, or the first point."""
+
+    def __init__(self, *given: Any, **options: Any):
+        super().__init__(*given, **options)
+        self.nearest = self.point
+        self.distance = torch.full_like(self.rows.ball.eps, torch.inf)
+        #: Each row's non-finite and zero gradients, ``[2, R]``.
+        self.faulty = torch.zeros((2, len(self.point)), device=self.point.device)
+        self.loop: Steps | None = None
+
+    def run(self) -> None:
+        """Take all steps, or stop when no row is left."""
+        for i in range(self.steps):
+            if self.loop is None:
+                step = FabStep(self.objective, self.rows.ball)
+                self.loop = begin_steps(self.objective.graphs, step, self._state())
+            self.loop.advance()
+            if self.health is not None:
+                self.health.add(gradients=len(self.point))
+            if self.shrinks_after(i + 1):
+                self._read()
+                self._shrink(i + 1)
+            if len(self.point) == 0:
+                return
+        self._read()
+        self.loop = None
+        across = has_fallen(self.objective.score(self.point, self.rows.labels)[0])
+        vars(self).update(nearer(self.rows.ball, self._state(), across))
+        self.active.tried.index_fill_(0, self.rows.owner, True)
+        self._try(self.rows, self.nearest)
+
+    def keep(self) -> Tensor:
+        """Remember the best points so far without a judgement, and return the best point of each image."""
+        self._read()
+        points = projected(self.rows.x, self.nearest, self.rows.ball)
+        score = torch.stack([(self.distance <= self.rows.ball.eps).float(), -self.distance])
+        return self.active.keep_best(self.rows.owner, points, score)
+
+    def _state(self) -> State:
+        return {"x": self.rows.x, "y": self.rows.labels} | {name: getattr(self, name) for name in self._names()}
+
+    def _names(self) -> list[str]:
+        """The attributes that a step changes."""
+        return ["point", "nearest", "distance"] + (["faulty"] if self.health is not None else [])
+
+    def _read(self) -> None:
+        """Take the results of the steps since the last call, and count their faulty gradients."""
+        new = {} if self.loop is None else self.loop.values(*self._names())
+        if self.health is not None and new:
+            nonfinite, zero = (new["faulty"] - self.faulty).sum(1).long()
+            self.health.add(nonfinite=nonfinite, zero=zero)
+        vars(self).update(new)
+
+    def take(self, index: Tensor) -> None:
+        """Continue with some of the rows, selected by an int64 index. The next step begins another loop."""
+        self.loop = None
+        super().take(index)
+
+    def _shrink(self, step: int) -> None:
+        """Remove the rows of fallen images, and the rows that are given up; ``step`` is the number of steps so far."""
+        rows = self.rows
+        inside = (self.distance <= rows.ball.eps).float()
+        judged, fell = self.active.confirm_successes(rows.owner, self.nearest, inside)
+        # A point that the model itself does not confirm is forgotten, and the search continues.
+        self.distance = torch.where((inside > 0) & (judged < inside), torch.inf, self.distance)
+        if self.loop is not None:
+            self.loop.put(distance=self.distance)
+        lost = self.out_of_reach(step, self.distance - rows.ball.eps)
+        if lost is not None:
+            index = lost.nonzero()[:, 0]
+            self._try(rows.take(index), self.nearest[index])
+        kept = self.active.rows_to_keep(rows.owner, lost) if fell or lost is not None else None
+        if kept is not None:
+            self.take(kept)
+
+    def _try(self, rows: Rows, nearest: Tensor) -> None:
+        """Project the nearest points onto the ball, let the model judge them, and keep the best points."""
+        cut = projected(rows.x, nearest, rows.ball)
+        score = self.objective.score(cut, rows.labels)
+        share, _ = self.active.confirm_successes(rows.owner, cut, torch.ones_like(score[0]))
+        self.active.keep_best(rows.owner, cut, torch.stack([share, score[1]]))
+
+
+def _length(ball: Ball, moved: Tensor) -> Tensor:
+    """The length of each row's move in the norm of the ball, ``[R]``."""
+    return torch.linalg.vector_norm(moved.flatten(1), ord=_ORDERS[ball.norm], dim=1)
+
+
+def _step(ball: Ball, x: Tensor, origin: Tensor, point: Tensor, at_point: Gradient) -> Tensor:
+    """Mix two steps to the linearized border: from ``origin``, and a little from the clean image."""
+    bounds = ball.bounds
+    # The border of the linearized model is the hyperplane with this normal and this offset.
+    gradient = at_point.image.to(point.dtype)
+    offset = (gradient * point).flatten(1).sum(1) - at_point.loss
+    ahead, back = (hyperplane_projection(start, gradient, offset, **bounds) for start in (origin, x))
+    length, other = (_length(ball, move).clamp_min(1e-8) for move in (ahead, back))
+    pull = per_image((length / (length + other)).clamp_max(LARGEST_PULL), point)
+    from_origin, from_clean = torch.add(origin, ahead, alpha=OVERSHOOT), torch.add(x, back, alpha=OVERSHOOT)
+    return torch.lerp(from_origin, from_clean, pull).clamp(ball.clip_min, ball.clip_max)

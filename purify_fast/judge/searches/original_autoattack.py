@@ -1,0 +1,174 @@
+"""AutoAttack (Croce & Hein, ICML 2020) from the package ``pyautoattack`` or ``autoattack``.
+
+The package also replaces Python's trace function, which this module restores.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+import io
+import logging
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..._validation import Count
+from ...attacks.attacked_model import SAMPLE, check_model, frozen
+from ...attacks.ball import ball_around, projected
+from ...attacks.base import AttackResult, InBall, Resolved
+from ...attacks.context import AttackContext
+from ...attacks.objective import Objective
+from ...attacks.search import GradientHealth
+from ...protocols import Classifier
+
+OriginalVersion = Literal["standard", "rand"]
+#: The authors' values. STEPS: steps of APGD and FAB. DRAWS: draws of the version "rand". QUERIES: queries of Square.
+STEPS, DRAWS, QUERIES = 100, 20, 5000
+#: The attacks of each version.
+ATTACKS = {"standard": ["apgd-ce", "apgd-t", "fab-t", "square"], "rand": ["apgd-ce", "apgd-dlr"]}
+#: The smallest number of classes with which all attacks of a version can run.
+FEWEST_CLASSES = {"standard": 4, "rand": 3}
+
+
+def implementation() -> Any:
+    """The class ``AutoAttack`` of the installed package; ModuleNotFoundError if no such package is installed."""
+    for package in ("pyautoattack", "autoattack"):
+        with contextlib.suppress(ModuleNotFoundError):
+            return importlib.import_module(package).AutoAttack
+    advice = "run pip install 'purify-fast[eval]', or use protocol standard, our versions of the four attacks"
+    raise ModuleNotFoundError(f"AutoAttack is not installed: {advice}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OriginalAutoAttack(InBall):
+    """AutoAttack, as its authors' package runs it. It draws from torch's global generator, which the caller must fork.
+
+    Args:
+        version: "standard" for a model that predicts the same every time, or "rand", which averages over draws.
+        steps: number of steps of its APGD and FAB. None stands for 100, as in the authors' code.
+        n_queries: number of queries of its Square; the authors' code has 5000.
+        eot_iter: number of draws averaged per step of the version "rand". None stands for 20, as in the authors' code.
+
+    Raises:
+        ValueError: a setting that is not allowed; or the model has too few classes: "standard" needs 4, and "rand" 3.
+    """
+
+    kind: ClassVar[str] = "autoattack"
+    usual_steps: ClassVar[int | None] = STEPS
+
+    version: OriginalVersion = "standard"
+    steps: Count | None = None
+    n_queries: Count = QUERIES
+
+    def name(self, context: AttackContext) -> str:
+        name = f"AutoAttack {self.version}"
+        if self.steps not in (None, STEPS):
+            name += f", {self.steps} steps"
+        if self.version == "standard" and self.n_queries != QUERIES:
+            name += f", {self.n_queries} queries"
+        return name
+
+    def draws(self, context: AttackContext) -> int:
+        differ = context.draws_differ and self.version == "rand"
+        return context.predictions(self.eot_iter or DRAWS) if differ else 1
+
+    def revision(self) -> str:
+        """The version of this class, and the installed package with its version."""
+        package = implementation().__module__.partition(".")[0]
+        # A package without metadata, such as a folder on the path, has no version.
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            package += f" {importlib.metadata.version(package)}"
+        return f"2, {package}"
+
+    def settings(self, context: AttackContext) -> dict[str, Any]:
+        return super().settings(context) | {"attacks": ATTACKS[self.version]}
+
+    def resolved_for(self, context: AttackContext) -> Resolved:
+        classes, fewest = context.num_classes, FEWEST_CLASSES[self.version]
+        if 0 < classes < fewest:
+            advice = "use protocol standard, whose attacks allow any number of classes"
+            raise ValueError(f"AutoAttack {self.version} needs at least {fewest} classes, got {classes}: {advice}")
+        return super().resolved_for(context)
+
+    def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> AttackResult:
+        """Attack an ``nn.Module`` batch by batch, by float32 images on its device.
+
+        An image that withstood AutoAttack is returned clean. The result has AutoAttack's warnings.
+
+        Raises:
+            ModuleNotFoundError: AutoAttack is not installed.
+            ValueError: the model has too few classes.
+        """
+        if len(x) == 0:
+            return AttackResult(x.clone())
+        if not context.num_classes:
+            with frozen(target):
+                context = replace(context, num_classes=check_model(target, x[:SAMPLE]))
+        threat, warnings = self.threat_model(context), list[str]()
+        health = GradientHealth() if context.counts_health else None
+        with frozen(target):
+            with _listening(warnings):
+                points = self._packaged(target, x, y, context)
+            # Because of rounding, AutoAttack's points may lie slightly outside of the ball.
+            points = projected(x, points.detach(), ball_around(x, threat.eps, threat.norm))
+            if health is not None:
+                # This is the cross-entropy as the package computes it.
+                loss = partial(F.cross_entropy, reduction="none")
+                objective = Objective(target, loss, max_forward_batch=context.batch_size)
+                for images in (x, points):
+                    health.see_gradient(objective.direction(images, y))
+        return AttackResult(points, health, warnings)
+
+    def _packaged(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
+        """The images that the installed package finds."""
+        norm, eps = self.threat_model(context)
+        steps, draws, *_ = self.resolved_for(context)
+        adversary = implementation()(
+            target, norm=norm.capitalize(), eps=eps, seed=context.seed, version=self.version, device=x.device
+        )
+        adversary.attacks_to_run = list(ATTACKS[self.version])
+        targets = min(9, context.num_classes - 1)
+        adversary.fab.n_target_classes = adversary.apgd_targeted.n_target_classes = targets
+        for part in (adversary.apgd, adversary.apgd_targeted):
+            part.n_iter = part.n_iter_orig = steps
+            # APGD's constructor has computed these lengths of its intervals from the old number of steps.
+            part.n_iter_2, part.n_iter_min, part.size_decr = (max(int(r * steps), 1) for r in (0.22, 0.06, 0.03))
+        adversary.fab.n_iter = steps
+        adversary.square.n_queries = self.n_queries
+        if self.version == "rand":
+            adversary.apgd.eot_iter = draws
+        # The package autoattack prints, names the batch size `bs`, and returns only the images. pyautoattack does not
+        # print, names the batch size `batch_size`, and returns a tuple.
+        adversary.verbose = False
+        size = "batch_size" if type(adversary).__module__.startswith("pyautoattack") else "bs"
+        result = adversary.run_standard_evaluation(x, y, **{size: context.batch_size or len(x)})
+        return result[0] if isinstance(result, tuple) else result
+
+
+@contextlib.contextmanager
+def _listening(warnings: list[str]) -> Iterator[None]:
+    """Collect AutoAttack's warnings instead of printing them, and restore Python's trace function at the end."""
+
+    def collect(record: logging.LogRecord) -> bool:
+        text = record.getMessage().split(" See flags_doc")[0]
+        # AutoAttack warns of a dynamic defence at a compiled model's first call, which does not apply.
+        known = "dynamic defense" in text
+        if record.levelno >= logging.WARNING and not known and text not in warnings:
+            warnings.append(text)
+        return False
+
+    logger, trace = logging.getLogger("auto-attack"), sys.gettrace()
+    logger.addFilter(collect)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        sys.settrace(trace)
+        logger.removeFilter(collect)

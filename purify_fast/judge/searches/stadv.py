@@ -1,0 +1,180 @@
+"""StAdv (Xiao et al., ICLR 2018): spatially transformed adversarial examples, which shift pixels.
+
+    x'(p) = x(p + f(p)), bilinear;   f maximizes  loss(x') - tau flow_loss(f),   |f| <= eps everywhere
+    flow_loss(f) = sum over pixels p and their up to four neighbors q of |f(p) - f(q)|_2
+
+The flow is in units in which the image spans [-1, 1]. The bound, the optimizer (Adam instead of the paper's L-BFGS),
+its rate and its 20 steps are those of Laidlaw et al., "Perceptual adversarial robustness", ICLR 2021. Both papers have
+tau = 0.05, but Xiao et al. measure the flow in pixels. Two things are not in the papers: edge pixels are repeated
+outside the image, and Adam's epsilon is smaller, so that a saturated loss still changes the flow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..._tensors import per_image, per_sample
+from ..._validation import AtLeast0, Count, check_types
+from ...attacks.arguments import check_eps, check_images
+from ...attacks.ball import Ball, sample_in_ball
+from ...attacks.base import Attack, AttackResult, ThreatModel, run_alone, times, worst_of_runs
+from ...attacks.context import AttackContext, Radius, keeping
+from ...attacks.losses import Loss
+from ...attacks.objective import Gradients, Objective
+from ...attacks.search import GradientHealth, Search
+from ...protocols import Classifier
+
+if TYPE_CHECKING:
+    from ...attacks.keywords import StAdvOptions, Unpack
+
+EPS, RATE, TAU = 0.05, 0.01, 0.05
+#: Adam's decay rates, and its epsilon, the constant that keeps its quotient finite.
+BETAS, TINY = (0.9, 0.999), 1e-16
+#: If the flows of two neighbors differ by less than this value, the gradient of the flow loss is reduced, because such
+#: a difference is only rounding. The value is far below any step.
+CORNER = 1e-5
+
+
+def warp(x: Tensor, flow: Tensor) -> Tensor:
+    """Shift the pixels of x: sample bilinearly where each flow points. At zero flow the result is exactly x."""
+    height, width = x.shape[2:]
+
+    def split(offset: Tensor, start: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """The index of the pixel before the sampled place, and the distance from this pixel to the place, in [0, 1]."""
+        place = start + offset * (size / 2)
+        # `clamp()` alone may have no gradient at the edge of the image.
+        inside = (place >= 0) & (place <= size - 1)
+        place = torch.where(inside, place, place.detach().clamp(0, size - 1))
+        before = place.detach().floor().clamp(max=max(size - 2, 0))
+        return before.long(), (place - before)[:, None]
+
+    left, right = split(flow[:, 0], torch.arange(width, device=x.device), width)
+    top, down = split(flow[:, 1], torch.arange(height, device=x.device)[:, None], height)
+    flat = x.to(flow.dtype).flatten(2)
+
+    def pixel(dy: int, dx: int) -> Tensor:
+        index = (top + dy).clamp(max=height - 1) * width + (left + dx).clamp(max=width - 1)
+        return flat.gather(2, index.flatten(1)[:, None].expand(-1, x.shape[1], -1)).view(x.shape)
+
+    above, below = (torch.lerp(pixel(dy, 0), pixel(dy, 1), right.expand_as(x)) for dy in (0, 1))
+    return torch.lerp(above, below, down.expand_as(x)).to(x.dtype)
+
+
+def flow_loss(flow: Tensor) -> Tensor:
+    """The sum of the distances between the flows of neighbors, ``[B, 2, H, W]`` -> ``[B]``. Each pair counts twice.
+
+    A distance |d| is computed as sqrt(|d|^2 + c^2) - c with c = 1e-5, so that the gradient is 0 for a constant flow.
+    """
+    across, down = (((flow.diff(dim=dim).square().sum(1) + CORNER**2).sqrt() - CORNER).sum((1, 2)) for dim in (3, 2))
+    return 2 * (across + down)
+
+
+class _Adam:
+    """The optimizer Adam for one flow field: its running means, and its steps."""
+
+    def __init__(self, like: Tensor, rate: float):
+        self.mean, self.square = torch.zeros_like(like), torch.zeros_like(like)
+        self.rate, self.steps = rate, 0
+
+    def step(self, gradient: Tensor) -> Tensor:
+        """The step for a gradient; the caller adds it to the flow."""
+        self.steps += 1
+        first, second = BETAS
+        self.mean = first * self.mean + (1 - first) * gradient
+        self.square = second * self.square + (1 - second) * gradient.square()
+        mean, square = self.mean / (1 - first**self.steps), self.square / (1 - second**self.steps)
+        return self.rate * (mean / (square.sqrt() + TINY))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StAdv(Attack):
+    """StAdv: Adam on a flow field, which is clamped to ``eps`` after every step.
+
+    Args:
+        loss: "margin" (the paper's loss), "ce", "scaled_margin" or "dlr". If the model is confident, the gradient of
+            "ce" is smaller than that of the flow loss. With fewer than 3 classes "margin" replaces "dlr".
+        steps: number of gradient steps. None takes the evaluation's number, or 100 without an evaluation.
+        random_start: whether the first run begins with a random flow within ``eps``, as every further run does.
+        keep_best: whether a run returns its best point instead of its last point, see `purify_fast.attacks.PGD`.
+        restarts: number of runs; each image keeps the best point of all runs.
+        eps: the largest flow along each axis, in units of half the image, a number or ``[B]``.
+        rate: Adam's learning rate, in the unit of eps.
+        smoothness: the paper's tau. With 0 the attack is strongest, but edges in the images become ragged.
+    """
+
+    kind: ClassVar[str] = "stadv"
+    code_version: ClassVar[str] = "3"
+
+    loss: Loss = "margin"
+    steps: Count | None = None
+    random_start: bool = False
+    keep_best: bool = True
+    restarts: Count = 1
+    eps: float | Tensor = EPS
+    rate: AtLeast0 = RATE
+    smoothness: AtLeast0 = TAU
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.eps, Tensor):
+            check_eps(self.eps, None)
+        check_types(self)
+
+    def name(self, context: AttackContext) -> str:
+        resolved = self.resolved_for(context)
+        return f"StAdv-{resolved.steps} {resolved.loss}{times(self.restarts)}"
+
+    def threat_model(self, context: AttackContext) -> ThreatModel:
+        return ThreatModel("flow", float(self.eps))
+
+    def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> AttackResult:
+        check_images(x, y)
+        if x.dim() != 4:
+            raise ValueError(f"x must be images [B, C, H, W], got {list(x.shape)}")
+        if len(x) == 0:
+            return AttackResult(x.clone())
+        x, steps = x.detach().clone(), self.resolved_for(context).steps
+        ball = Ball(per_sample("eps", self.eps, x), "linf", -torch.inf, torch.inf)
+        bound = per_image(ball.eps, x)
+
+        def attack(objective: Objective, run: int, health: GradientHealth | None) -> Tensor:
+            flow = bound.new_zeros((len(x), 2, *x.shape[2:]))
+            if self.random_start or run > 0:
+                flow = sample_in_ball(flow, ball, seed=context.seed + run, sample_ids=context.sample_ids)
+            adam, point = _Adam(flow, self.rate), warp(x, flow)
+            search = Search(objective, point, y, keep_best=self.keep_best, health=health)
+            gradients = Gradients(objective, point, y)
+            with keeping(lambda: search.memory.get("best", point)):
+                for _ in range(steps):
+                    with torch.enable_grad():
+                        leaf = flow.detach().requires_grad_()
+                        moved, roughness = warp(x, leaf), flow_loss(leaf).sum()
+                    at_point = gradients.at(point)
+                    outer = (at_point.image / objective.eot_iter).to(moved.dtype)
+                    (gradient,) = torch.autograd.grad(moved, leaf, outer)
+                    search.see(point, at_point._replace(image=gradient))
+                    (apart,) = torch.autograd.grad(roughness, leaf)
+                    gradient = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0) - self.smoothness * apart
+                    flow = (flow + adam.step(gradient)).clamp(-bound, bound)
+                    point = warp(x, flow)
+            return search.result(x, point)
+
+        return worst_of_runs(self, attack, (target, x, y), context)
+
+
+def stadv(
+    model: Classifier, x: Tensor, y: Tensor | None = None, eps: Radius | None = None, **options: Unpack[StAdvOptions]
+) -> Tensor:
+    """Run `StAdv` on a batch, by default with 20 steps.
+
+    Arguments and errors are those of `purify_fast.attacks.pgd`, without ``stop_when_fallen``. eps is the largest flow
+    along each axis, see `StAdv`; None stands for 0.05. The options are the fields of `StAdv` in place of those of
+    `PGD`.
+
+    Returns:
+        Per image the last point, or the best point with ``keep_best=True``. Shape and dtype are those of x.
+    """
+    return run_alone(StAdv, model, x, y, eps, **{"steps": 20, "keep_best": False, **options})

@@ -1,0 +1,289 @@
+"""The text of a report: tables in Markdown and for a terminal, and the templates of this folder with its sentences."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ... import _templates
+from ..alarms.signs import ALARMS, STATES, Finding
+from ..results.rows import CUT, REFUTED, Row
+
+if TYPE_CHECKING:
+    import jinja2
+
+#: The type `purify_fast.evaluation.Report`, which cannot be imported here, because its module imports this module.
+Report = Any
+
+#: The macros of `sentences.jinja` that all templates may call; in HTML their texts are escaped.
+SENTENCES = ("claim", "means", "outcome", "reason", "rule", "short_legend", "signs", "states", "verdict", "zero_errors")
+_WITH = {"fixed": "fixed noise", "deterministic": "its noise off"}
+UNRELIABLE = "unreliable"
+#: The mark of an unreliable number in Markdown.
+RED_UNRELIABLE = f'**<span style="color:red">{UNRELIABLE}</span>**'
+#: The longest line of a table on a terminal, in characters.
+TERMINAL = 100
+#: The length of the hash of the images, in characters.
+SHORT = 12
+#: The smallest width to which a column on a terminal is wrapped, in characters.
+NARROWEST = 12
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a table, with remarks after its main text."""
+
+    text: str = ""
+    remarks: tuple[str, ...] = ()
+    unreliable: bool = False
+
+    def written(self, unreliable: str = UNRELIABLE) -> str:
+        """The cell as text; ``unreliable`` is the word or mark for an unreliable number."""
+        remarks = ", ".join([*self.remarks, *([unreliable] if self.unreliable else [])])
+        return f"{self.text} {remarks}".strip()
+
+    def __str__(self) -> str:
+        return self.written()
+
+
+class Table(NamedTuple):
+    """A table; every line of the body has the same number of cells as the head."""
+
+    head: Sequence[str]
+    body: Sequence[Sequence[str | Cell]]
+
+
+def markdown_table(head: Sequence[str], body: Iterable[Sequence[str | Cell]]) -> list[str]:
+    """The lines of a Markdown table."""
+    lines = [head, ["---"] * len(head), *body]
+    return ["| " + " | ".join(_in_markdown(cell) for cell in line) + " |" for line in lines]
+
+
+def _in_markdown(cell: str | Cell) -> str:
+    """Escape a cell for Markdown, in which a bar would end the column, and ``<lambda>`` would be a tag."""
+    text = cell if isinstance(cell, str) else cell.written(RED_UNRELIABLE)
+    return text.replace("|", "\\|").replace("<lambda>", "&lt;lambda&gt;")
+
+
+def terminal_table(head: Sequence[str], body: Iterable[Sequence[str | Cell]], longest: float = math.inf) -> str:
+    """A table as text with columns of fixed width; wide columns are wrapped until a line has ``longest`` characters."""
+    table, lines = [[str(cell) for cell in line] for line in (head, *body)], list[str]()
+    width = [max(1, *map(len, column)) for column in zip(*table, strict=True)]
+    while sum(width) + 2 * (len(width) - 1) > longest and max(width) > NARROWEST:
+        width[width.index(max(width))] -= 1
+    for cells in table:
+        parts = [textwrap.wrap(cell, w, break_on_hyphens=False) for cell, w in zip(cells, width, strict=True)]
+        for texts in itertools.zip_longest(*parts, fillvalue=""):
+            lines.append("  ".join(text.ljust(w) for text, w in zip(texts, width, strict=True)).rstrip())
+        if cells is table[0]:
+            lines.append("-" * (sum(width) + 2 * (len(width) - 1)))
+    return "\n".join(lines)
+
+
+def percent(row: Row) -> str:
+    """A row's accuracy and standard error, in percent."""
+    return f"{100 * row.accuracy:.1f} ± {100 * row.standard_error:.1f}"
+
+
+def single_predictions(row: Row) -> str:
+    """The share of correct single predictions in percent; of several draws also its standard error."""
+    share = f"{100 * row.mean:.1f}"
+    return share if row.right is None else f"{share} ± {100 * row.mean_error:.1f}"
+
+
+def warning(row: Row) -> Cell:
+    """The warning about a row's accuracy; empty for most rows."""
+    broken = [f"{row.nonfinite_predictions} predictions not finite"] if row.nonfinite_predictions else []
+    remarks = (*broken, *(["nothing to attack"] if row.nothing_to_attack else []))
+    return Cell("", remarks, unreliable=doubtful(row))
+
+
+def doubtful(row: Row) -> bool:
+    """Return True if a row is unreliable. An accuracy of 0 % cannot be too high, so then only a sign makes it so."""
+    return not row.reliable and (row.accuracy > 0 or bool(row.doubts))
+
+
+#: The columns of the table of all rows. The function of a column makes the cell of a row.
+_CELLS: dict[str, Callable[[Row], str | Cell]] = {
+    "model": lambda row: row.model,
+    "attack": lambda row: row.attack,
+    "variant": lambda row: row.describe_variant(),
+    "EOT": lambda row: str(row.settings.get("eot_iter", "-")),
+    # An attack on survivors also has the number of images that it got.
+    "n": lambda row: f"{row.n} ({row.attacked})" if row.of_survivors else str(row.n),
+    "accuracy": percent,
+    "one draw": single_predictions,
+    "draws": lambda row: str(row.n_eval),
+    "gradients": lambda row: row.describe_health(),
+    "": lambda row: warning(row),
+    "seed": lambda row: str(row.seed),
+    "s": lambda row: f"{row.seconds:.1f}",
+}
+COLUMNS = [*_CELLS]
+
+
+def table_of_rows(rows: Sequence[Row], columns: Iterable[str] = COLUMNS) -> Table:
+    """A table with a line for each row; the column of the accuracy of a random model names its rule."""
+    names = [*columns]
+    head = [accuracy_named(rows) if name == "accuracy" else name for name in names]
+    return Table(head, [[_CELLS[name](row) for name in names] for row in rows])
+
+
+def accuracy_named(rows: Sequence[Row]) -> str:
+    """The name of the column of accuracies: that of a random model counts images that are right in all draws."""
+    return "all draws" if any(row.n_eval > 1 for row in rows) else "accuracy"
+
+
+def short_table(rows: Sequence[Row]) -> Table:
+    """The table of one model's rows for a terminal, without columns that have the same text in all rows."""
+    used = {"attack", "n", "accuracy", "gradients", ""}
+    used |= {"variant"} if any(not row.deployed for row in rows) else set()
+    used |= {"one draw"} if any(row.n_eval > 1 for row in rows) else set()
+    head, body = table_of_rows(rows, [name for name in COLUMNS if name in used])
+    return Table(["images" if name == "n" else name for name in head], body)
+
+
+def comparison(report: Any) -> Table:
+    """A table with a line for each attack of a `purify_fast.evaluation.Report`, and a column for each model."""
+    cells = {(row.attack, row.model): replace(warning(row), text=percent(row)) for row in report.rows}
+    body = [[attack, *(cells.get((attack, model), "-") for model in report.models)] for attack in report.attacks]
+    return Table(["attack", *report.models], body)
+
+
+def advised_once(findings: Iterable[Finding]) -> list[Finding]:
+    """The findings, each without those clauses of its advice that an earlier finding gives."""
+    given, once = set[str](), list[Finding]()
+    for finding in findings:
+        clauses = [clause for clause in finding.advice.split("; ") if clause not in given]
+        given.update(clauses)
+        once.append(replace(finding, advice="; ".join(clauses)))
+    return once
+
+
+def table_of_findings(findings: Sequence[Finding], advised: bool = True) -> Table:
+    """The table of the alarms' findings, with the advice; not ``advised``: without advice beside the headline."""
+    body: list[list[str | Cell]] = []
+    for finding in findings:
+        doubt = finding.verdict == "unreliable"
+        verdict = Cell("", (), unreliable=True) if doubt else finding.verdict
+        advice = (
+            f". What to do: {finding.advice}" if finding.advice and (advised or not finding.beside_headline) else ""
+        )
+        measured = finding.measured + advice
+        body.append([finding.model, finding.alarm, verdict, measured, finding.row or "-"])
+    return Table(["model", "sign", "verdict", "measured", "shown by"], body)
+
+
+# -- templates --------------------------------------------------------------------------------------------------------
+
+
+def render(template: str, **values: Any) -> str:
+    """Render a template of this folder; in HTML every text is escaped."""
+    return _environment().get_template(template).render(values)
+
+
+def sentence(name: str, *values: Any) -> str:
+    """The text of a macro of `sentences.jinja`, in a single line."""
+    macro = getattr(_environment().get_template("sentences.jinja").module, name)
+    return " ".join(macro(*values).split())
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    environment = _templates.environment(__package__)
+    # Templates may use all names of this module. Three of them are used only there, so they are listed.
+    environment.globals |= globals() | {"REFUTED": REFUTED, "STATES": STATES}
+    environment.globals |= {name: functools.partial(sentence, name) for name in SENTENCES}
+    return environment
+
+
+def fill(text: str, mark: str = "") -> str:
+    """Wrap a text to a terminal's width; ``mark`` stands before the first line, and the other lines are indented."""
+    indent = " " * len(mark)
+    return textwrap.fill(text, TERMINAL, initial_indent=mark, subsequent_indent=indent, break_on_hyphens=False)
+
+
+def facts(report: Report) -> list[tuple[str, str]]:
+    """The known facts that are needed to repeat an evaluation, by name."""
+    of = f" of {report.about['dataset']}" if "dataset" in report.about else ""
+    clean = (row for row in report.rows if row.kind == "clean")
+    images = "; ".join(dict.fromkeys(f"{row.n:,}{of}, hash {row.data[:SHORT]}" for row in clean))
+    known = report.about | {"images": images}
+    words = {"model": "hash of the model", "claim": "claimed, %", "peak_memory": "memory at the peak"}
+    words["captured"] = "CUDA graphs"
+    names = ["date", "command", "images", "seed", "model", "processor", "gradients", "captured"]
+    names += ["passes", "seconds", "peak_memory", "claim"]
+    return [(words.get(name, name), known[name]) for name in names if known.get(name)]
+
+
+# -- the headline -----------------------------------------------------------------------------------------------------
+
+
+def findings_beside_headline(findings: Sequence[Finding]) -> list[Finding]:
+    """The findings that stand next to the headline; "unreliable" comes first."""
+    return sorted((finding for finding in findings if finding.beside_headline), key=lambda f: f.verdict != "unreliable")
+
+
+def without_probes(findings: Sequence[Finding]) -> bool:
+    """Return True if there were no probes, so that the alarms that need probes did not run."""
+    asked = {finding.alarm for finding in findings}
+    return not any(alarm.name in asked for alarm in ALARMS if alarm.of_probes)
+
+
+def not_asked(findings: Sequence[Finding]) -> list[str]:
+    """The names of the alarms with the verdict "not asked"; without probes, all alarms that need probes are added."""
+    absent = [alarm.name for alarm in ALARMS if alarm.of_probes] if without_probes(findings) else []
+    return [finding.alarm for finding in findings if finding.verdict == "not asked"] + absent
+
+
+# -- rows -------------------------------------------------------------------------------------------------------------
+
+
+def column_legend(rows: Sequence[Row]) -> list[str]:
+    """The paragraphs that explain the table of all rows; a paragraph is left out if it concerns no row."""
+    early = dict.fromkeys(row.attack for row in rows if row.may_end_early)
+    published = dict.fromkeys((row.attack, row.n_eval) for row in rows if row.settings.get("published"))
+    return paragraphs("columns.jinja", rows=rows, early=list(early), published=list(published))
+
+
+def notes_on_rows(rows: Sequence[Row], headline: Row | None) -> list[str]:
+    """The notes of a report on images without a search, and on a small number of images."""
+    # Another note tells of rows that were cut short.
+    own = [row for row in rows if row.threat is None and CUT not in row.warnings]
+    stopped = [row for row in own if row.unsearched and not row.settings.get("nearest")]
+    near = [row for row in own if row.unsearched and row.settings.get("nearest")]
+    warned: dict[str, list[str]] = {}
+    for row in rows:
+        for text in (each for each in row.warnings if each != CUT):
+            warned.setdefault(text, []).append(row.attack)
+    return paragraphs("notes.jinja", stopped=stopped, near=near, warned=warned, headline=headline)
+
+
+def paragraphs(template: str, **values: Any) -> list[str]:
+    """The paragraphs of a rendered template, each in a single line."""
+    text = render(template, **values)
+    return [" ".join(paragraph.split()) for paragraph in text.split("\n\n") if paragraph.strip()]
+
+
+def shown_settings(row: Row) -> dict[str, Any]:
+    """A row's settings and results for the reader, with the report's word for the variant of the model."""
+    shown = row.settings | row.results()
+    return shown | ({"variant": row.describe_variant()} if "variant" in shown else {})
+
+
+def about_variants(rows: Sequence[Row]) -> list[str]:
+    """Return, for each variant of a random model with fixed or no noise, a sentence on the lowest accuracy."""
+    apart = [row for row in rows if (row.is_attack or row.kind == "worst") and not (row.threat or row.deployed)]
+    lowest = [
+        min((row for row in apart if row.variant == variant), key=lambda row: (row.accuracy, row.kind != "worst"))
+        for variant in dict.fromkeys(row.variant for row in apart)
+    ]
+    return [
+        f"With {_WITH[row.variant]}, which is not the model as it is deployed: {percent(row)} % ({row.attack})."
+        for row in lowest
+    ]

@@ -1,0 +1,146 @@
+"""Runs the probes of an evaluation, and lets the alarms judge whether its numbers are reliable."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from .._tensors import digest
+from ..attacks.context import TimeIsOver
+from .alarms.probes import PROBED, Before, Probes, compared_gradients, has_no_gradient, measure_before_attacks, probe
+from .alarms.signs import Evidence, findings, signs_of_masking
+from .results.rows import Worst, count_fallen
+from .run.measure import Measure
+from .run.progress import counted_model
+from .show.report import Report
+
+
+@dataclass
+class Suspicion:
+    """The probes and the alarms of an evaluation; ``compares``: compare gradients even without probes."""
+
+    report: Report
+    measure: Measure
+    before: Before | None
+    compares: bool = True
+
+    def conclude(self, asked: Probes | None) -> None:
+        """Add the alarms' findings and the probes' curves to the report, and mark doubtful rows."""
+        report, subject, name = self.report, self.measure.subject, self.measure.name
+        evidence = Evidence(
+            [row for row in report.rows if row.kind == "clean" or row.is_attack],
+            classes=subject.num_classes,
+            probabilities=subject.has_probabilities,
+            one_hot=subject.has_one_hot,
+        )
+        if self.before is not None and asked is not None:
+            probes = self.all_probes(self.before, asked, evidence)
+            evidence = replace(evidence, probes=probes)
+            # On a random model, a probe's point also counts if it is worse than the points of the attacks.
+            fallen = probes.found() if subject.is_random else probes.fallen()
+            count_fallen(report.rows, fallen, self.judged_points(probes, fallen))
+            report.curves.setdefault(name, {}).update(probes.curves())
+        else:
+            with contextlib.suppress(TimeIsOver):
+                evidence = replace(evidence, **self.about_gradients(evidence))
+        report.findings = [replace(finding, model=name) for finding in findings(evidence)]
+        doubts = [finding for finding in report.findings if finding.verdict == "unreliable"]
+        inconsistent = any(finding.of_answers for finding in doubts)
+        # If no attack counted gradients, the headline is still reliable if the probes could use the model's gradients.
+        followed = evidence.probes is not None and not evidence.with_counted_gradients() and not evidence.blind()
+        for row in report.rows:
+            # An accuracy of 0 % cannot be too high, so only inconsistent predictions are then a reason for doubt.
+            headline = row.kind == "worst" and row.threat is None and row.deployed
+            row.reliable = row.reliable or (headline and followed)
+            if headline and doubts and (row.accuracy > 0 or inconsistent):
+                row.reliable = False
+                row.doubts = [finding.alarm for finding in doubts]
+
+    def about_gradients(self, evidence: Evidence) -> dict[str, Any]:
+        """Compare or look for gradients without the probes; the result are fields of the evidence."""
+        subject = self.measure.subject
+        if any(row.lacked_gradients for row in evidence.with_counted_gradients()):
+            # The rows only count gradients of zeros. The probes would have told why.
+            return {"no_gradient": has_no_gradient(subject)}
+        # The gradients of BPDA and of surrogates are approximations by design.
+        approximate = getattr(type(subject.base_model), "approximates_gradients", False)
+        if approximate or not self.compares or not evidence.followed_gradients():
+            return {}
+        return {"cosine": subject.batch_limit.within(lambda: compared_gradients(subject, self.measure.context))}
+
+    def judged_points(self, probes: Probes, fallen: Sequence[int]) -> Worst | None:
+        """Judge the points of a random model's images that fell to probes; None if there are none."""
+        subject = self.measure.subject
+        if probes.points is None or not fallen:
+            return None
+        index = torch.tensor(fallen, dtype=torch.int64, device="cpu")
+        points = probes.points[index].to(subject.x.device)
+        chosen, judged = (subject.judge(points, "random", phase, index=index) for phase in ("choose", "judge"))
+        return Worst(chosen.wrong, chosen.margins, judged.right.sum(0))
+
+    def probes_key(self, more: dict[str, Any]) -> str | None:
+        """Return the cache's name for the probes' results, a hash of the probes' settings and of ``more``."""
+        context, subject = self.measure.context, self.measure.subject
+        ball = [context.eps, context.norm, context.eot_iter, context.batch_size, context.max_forward_batch]
+        settings = {"probes": [PROBED, subject.data, subject.seed, subject.is_random, *ball]}
+        return self.measure.cache.key(settings | more, subject.model)
+
+    def measure_before_attacks(self, before: Before) -> Probes | None:
+        """Run the probes before the attacks, in the first process; each is kept as soon as it is made.
+
+        The result is None if the time was over before the first images were probed.
+        """
+        measure, context, subject = self.measure, self.measure.context, self.measure.subject
+        progress = measure.progress
+        model = counted_model(subject.model, progress)
+
+        def keep(name: str, settings: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+            def shown() -> dict[str, Any]:
+                progress.total += 1
+                try:
+                    with progress.row(f"probe: {name}"):
+                        made = make()
+                except BaseException:
+                    progress.total -= 1
+                    raise
+                progress.next_row()
+                return made
+
+            return measure.cache.values(self.probes_key({"probe": name} | settings), shown)
+
+        def probes() -> Probes:
+            limited = replace(context, max_forward_batch=subject.batch_limit.limit(context.max_forward_batch))
+            return measure_before_attacks(before, limited, model, keep, self.settled)
+
+        def made() -> dict[str, Any] | None:
+            # If memory runs out, the probes run again with fewer images at once.
+            with contextlib.suppress(TimeIsOver):
+                return asdict(subject.batch_limit.within(probes))
+            return None
+
+        found = measure.shards.from_first(made)
+        return None if found is None else Probes(**found)
+
+    def settled(self, asked: Probes) -> bool:
+        """Return True if the measurements contain a sign of masked gradients."""
+        return bool(signs_of_masking(asked, self.measure.subject.is_random))
+
+    def all_probes(self, before: Before, asked: Probes, evidence: Evidence) -> Probes:
+        """Return the results of all probes; cached results are used only if the attacks before them were the same."""
+        context, subject = self.measure.context, self.measure.subject
+        # `left`: the first images that withstood every attack on the deployed model; without an attack, none.
+        n = min(asked.n, max(row.n for row in evidence.rows))
+        wrong = evidence.wrong(n)
+        left = np.zeros(n, dtype=bool) if wrong is None else wrong == 0
+        attacks = {"attacks": [row.attack for row in evidence.rows], "left": digest(torch.from_numpy(left.copy()))}
+        asked_now = functools.partial(probe, before, context, asked, left.tolist())
+        key = self.probes_key(attacks)
+        with contextlib.suppress(TimeIsOver):
+            return Probes(**self.measure.cache.values(key, lambda: asdict(subject.batch_limit.within(asked_now))))
+        return replace(asked, left=left.tolist(), whole=False)

@@ -1,0 +1,42 @@
+"""Rows of reports and results of probes as tests write them, what alarms say of them, and all forms of a report."""
+
+import numpy as np
+
+from purify_fast.evaluation import Row
+from purify_fast.judge.alarms.probes import Probes
+from purify_fast.judge.alarms.signs import Evidence, findings
+from purify_fast.judge.show.page import html_page
+
+HEALTHY = {"gradients": 100, "nonfinite": 0, "zero": 0, "images": 4, "unmoved": 0}
+MASKED = HEALTHY | {"zero": 99}
+
+
+def row(attack="PGD", robust=(1, 0, 1, 1), **more):
+    """The row of an attack with these outcomes, image by image."""
+    robust = np.array(robust, dtype=bool)
+    values = {"model": "m", "kind": "pgd", "variant": "random", "health": HEALTHY}
+    values |= {"n_eval": 1, "seed": 3, "seconds": 1.5, "data": "d", "reliable": more.get("health") is not MASKED}
+    values |= {"deterministic": False, "attacked": len(robust), "settings": {"target": "defence"}}
+    more |= {"settings": {"target": "defence"} | more.get("settings", {})}
+    return Row(attack=attack, robust=robust, **values | more)
+
+
+def drawn(attack, right, wrong, n_eval=5, margins=None, **more):
+    """The row of a random model: right judging draws of each image, and wrong choosing draws of ten."""
+    right, wrong = np.array(right), np.array(wrong) / 10
+    margins = np.array(1 - 2 * wrong if margins is None else margins)
+    return row(attack, right == n_eval, n_eval=n_eval, right=right, wrong=wrong, margins=margins, **more)
+
+
+def probed(n=64, **measured):
+    """Return the probes of n images. Only the given values count against the model."""
+    return Probes(**{"n": n, "steps": [], "cosine": 1.0, "fell": [0] * n} | measured)
+
+
+def said(rows, probes=None):
+    """The alarms' findings on rows and probes, by the name of the alarm."""
+    return {finding.alarm: finding for finding in findings(Evidence(rows, probes))}
+
+
+def forms(report):
+    return report.to_text(), report.to_markdown(), html_page(report)

@@ -1,0 +1,148 @@
+"""Evaluations that several processes share; run by torchrun, one that is killed in the first start.
+
+    torchrun ... shards_work.py FOLDER
+
+The first process writes its report to FOLDER/report.json.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from denoisers import Tiny
+from evaluating import evaluate
+
+from purify_fast.attacks import APGD, FABT, PGD, Square
+from purify_fast.defences import NoisyEnsemble
+from purify_fast.evaluation import AttackSpec
+from purify_fast.judge.run.attack_run import AttackRun
+from purify_fast.methods.diffusion import DiffusionPurifier, Process
+from purify_fast.training.distributed import torchrun_group
+
+KINDS = ("deterministic", "random", "own", "diffusion", "masked")
+
+
+class Noisy(nn.Module):
+    """A user's model that draws from torch's generator, for all images of a batch together."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x + 0.1 * torch.randn_like(x))
+
+
+class Rounds(nn.Module):
+    """A step whose gradient is hardly that of what it does."""
+
+    def forward(self, x):
+        return 0.1 * x + 0.9 * (10 * x).round() / 10
+
+
+class Late(nn.Module):
+    """Draws only for images that an attack at eps 0.04 has moved as far as it can."""
+
+    def __init__(self, inner, known):
+        super().__init__()
+        self.inner, self.known = inner, known
+
+    def forward(self, x):
+        distance = (x[:, None] - self.known).abs().flatten(2).amax(2).amin(1)
+        far = (distance > 0.035) & (distance < 0.045)
+        return self.inner(x + far[:, None, None, None] * 0.1 * torch.randn_like(x))
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 4)).eval()
+
+
+def images(model):
+    """Images with the classes that a model gives them, but for every seventh one."""
+    x = torch.rand(22, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    y = model(x).argmax(1)
+    y[::7] = (y[::7] + 1) % 4
+    return x, y
+
+
+def made(kind, out=None, **more):
+    """The report on a model of this kind."""
+    plain = net()
+    x, y = images(plain)
+    options = {"eps": 0.04, "batch_size": 4, "n_eval": 2, "eot_iter": 2, "seed": 3, "out": out}
+    options |= {"attacks": [PGD(steps=3), AttackSpec(APGD(steps=4, restarts=2), survivors_only=True, until=0.1)]}
+    # attacks on single images
+    nearest = [AttackSpec(APGD(steps=count), survivors_only=True, nearest=6, seed=count) for count in (5, 7)]
+    if kind == "deterministic":
+        options["attacks"] += [FABT(steps=3), Square(n_queries=20), *nearest]
+        return evaluate(plain, x, y, **options | more)
+    if kind == "random":
+        model = NoisyEnsemble(plain, 0.1, samples=2)
+        fixed = AttackSpec(PGD(steps=2), "fixed")
+        return evaluate(model, x, y, **options | {"attacks": [*options["attacks"], *nearest, fixed]} | more)
+    if kind == "own":
+        # a function has nothing that tells whether it is the same: its rows are not kept
+        model = Noisy(plain)
+        return evaluate(lambda x: model(x), x, y, **options | more)
+    if kind == "masked":
+        # signs of masked gradients change what all processes attack by
+        model = nn.Sequential(Rounds(), plain)
+        return evaluate(model, x, y, **options | {"eps": 0.06, "attacks": None, "protocol": "fast", "steps": 5} | more)
+    if kind == "late":
+        return evaluate(Late(plain, x), x, y, **options | {"attacks": options["attacks"][:1]} | more)
+    torch.manual_seed(0)
+    model = DiffusionPurifier(Tiny(1), plain, (1, 8, 8), Process(t_star=0.01, steps=2))
+    return evaluate(model, x, y, **options | {"attacks": options["attacks"][:1]} | more)
+
+
+def plain(report):
+    """A report without its cost and command, with the margins of all images where it has them."""
+    content = json.loads(report.to_json())
+    for name in ("command", "seconds", "peak_memory", "passes"):
+        content["about"].pop(name, None)
+    for values, row in zip(content["rows"], report.rows, strict=True):
+        del values["seconds"]
+        if row.margins is not None:
+            values["margins"] = row.margins.tolist()
+    return content
+
+
+def report(kind, out=None):
+    return plain(made(kind, out))
+
+
+def reports(out=None):
+    return {kind: report(kind, out if out is None else f"{out}/{kind}") for kind in KINDS}
+
+
+def kill_at_call(place, name, number):
+    """This process is killed at its first, second, ... call of a function."""
+    original, calls = getattr(place, name), []
+
+    def call(*args, **options):
+        calls.append(1)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **options)
+
+    setattr(place, name, call)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    folder, first = Path(sys.argv[1]), os.environ["RANK"] == "0"
+    if not first and not (folder / "killed").exists():
+        (folder / "killed").touch()
+        kill_at_call(AttackRun, "make", 2)
+    with torchrun_group():
+        found = report("deterministic", folder / "out")
+        if first:
+            (folder / "report.json").write_text(json.dumps(found))

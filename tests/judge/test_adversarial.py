@@ -1,0 +1,141 @@
+"""The images that fell are saved with a report, exactly, and anybody can give them to a model again."""
+
+import digit_nets
+import numpy as np
+import pytest
+import torch
+from evaluating import evaluate
+from small_models import Made
+
+from purify_fast import cli
+from purify_fast.attacks import APGD, PGD
+from purify_fast.evaluation import Adversarial, Report, check_adversarial, merge
+from purify_fast.judge.show.adversarial import FILE
+
+
+def saved(folder, model=None, **options):
+    x, y = digit_nets.digits()[2:]
+    options = {"eps": digit_nets.EPS, "attacks": [PGD(steps=5)]} | options
+    model = digit_nets.standard() if model is None else model
+    report = evaluate(model, x[:40], y[:40], **options)
+    report.save(folder)
+    return report
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("linf", digit_nets.EPS), ("l2", 1.0), ("l1", 6.0)])
+def test_every_image_that_fell_is_saved_as_the_model_saw_it(tmp_path, norm, eps):
+    report = saved(tmp_path, eps=eps, norm=norm, attacks=[PGD(steps=2), APGD(steps=10)])
+    fell = report.row("clean").robust & ~report.row("worst").robust
+    arrays, (x, y) = np.load(tmp_path / FILE), digit_nets.digits()[2:]
+    assert fell.any() and arrays["indices"].tolist() == fell.nonzero()[0].tolist()
+    images, labels = torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"])
+    assert torch.equal(labels, y[arrays["indices"]])
+    assert (digit_nets.standard()(images).argmax(1) != labels).all()
+    order = {"linf": torch.inf, "l2": 2, "l1": 1}[norm]
+    moved = torch.linalg.vector_norm((images - x[arrays["indices"]]).flatten(1), ord=order, dim=1)
+    assert moved.min() > 0 and moved.max() <= eps * (1 + 1e-5)
+    for index, attack in zip(arrays["indices"], arrays["attacks"], strict=True):
+        assert not report.row(str(attack)).robust[index]
+    # the rows keep a few images for the page, and none of the others
+    assert all(row.fallen is None and row.fallen_images is None for row in report.rows)
+
+
+def test_another_model_does_not_fit(tmp_path):
+    report = saved(tmp_path)
+    same = check_adversarial(tmp_path, digit_nets.standard())
+    assert same.fits and same.fooled.all() and len(same.fooled) == len(report.adversarial) > 0
+    assert (
+        same.to_text()
+        == f"{len(same.fooled)} of {len(same.fooled)} adversarial images still fool the model, which fits the report"
+    )
+    other = check_adversarial(tmp_path, digit_nets.robust())
+    first = report.adversarial.indices[(~other.fooled).nonzero()[0][0]]
+    assert not other.fits and f"classified correctly: image {first} (PGD-5 ce" in other.to_text()
+
+
+def test_without_an_image_that_fell_the_file_is_empty(tmp_path):
+    report = saved(tmp_path, eps=1e-6)
+    assert len(report.adversarial) == 0
+    with pytest.raises(ValueError, match="no attack fooled the model, so nothing can be checked"):
+        check_adversarial(tmp_path, digit_nets.standard())
+
+
+def test_changed_damaged_and_missing_files_are_refused(tmp_path):
+    saved(tmp_path)
+    path, words = tmp_path / FILE, ["check", str(tmp_path), "zoo:digits-standard", "--device", "cpu"]
+    content, arrays = path.read_bytes(), dict(np.load(path))
+    for name, change in (("images", 0.5), ("labels", 1), ("indices", 1)):
+        np.savez(path, **arrays | {name: arrays[name] + arrays[name].dtype.type(change)})
+        with pytest.raises(ValueError, match="has changed since the report was saved"):
+            check_adversarial(tmp_path, digit_nets.standard())
+    np.savez(path, **arrays | {"attacks": arrays["attacks"][::-1].astype("U40") + arrays["attacks"].astype("U40")})
+    with pytest.raises(ValueError, match="has changed"):
+        check_adversarial(tmp_path, digit_nets.standard())
+    for damaged in (content[: len(content) // 2], b"", b"mine"):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="is damaged, or another program wrote it"):
+            check_adversarial(tmp_path, digit_nets.standard())
+    assert cli.main(words) == 2
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=FILE):
+        check_adversarial(tmp_path, digit_nets.standard())
+    # a report that was read knows its file, and a merged one leaves the file of its folder alone
+    saved(tmp_path)
+    read = Report.from_json((tmp_path / "report.json").read_text())
+    read.save(tmp_path)
+    assert check_adversarial(tmp_path, digit_nets.standard()).fits
+    merge([read]).save(tmp_path)
+    assert path.exists()
+    with pytest.raises(ValueError, match="has no adversarial images"):
+        check_adversarial(tmp_path, digit_nets.standard())
+    assert cli.main(words) == 2 and cli.main(["check", str(tmp_path / "nowhere"), *words[2:]]) == 2
+
+
+def noisy():
+    """The standard network, with noise on its logits."""
+    return Made(lambda self, x: (z := self.net(x)) + 2 * torch.randn_like(z), net=digit_nets.standard())
+
+
+@pytest.mark.parametrize("predict", ["worst_of", "votes"])
+def test_a_random_model_is_judged_by_the_rule_of_the_report(tmp_path, predict):
+    report = saved(tmp_path, noisy(), predict=predict, n_eval=5)
+    clean, worst = report.row("clean"), report.row("worst")
+    kept = set(report.adversarial.indices.tolist())
+    assert set((~worst.robust & (worst.wrong > clean.wrong)).nonzero()[0]) <= kept <= set((~worst.robust).nonzero()[0])
+    checked = check_adversarial(tmp_path, noisy())
+    assert checked.fits and checked.fooled.mean() > 0.8
+    assert not check_adversarial(tmp_path, digit_nets.robust()).fits
+
+
+def test_cached_rows_have_their_images(tmp_path, made_rows):
+    once = saved(tmp_path / "a", out=tmp_path / "out")
+    made = len(made_rows)
+    again = saved(tmp_path / "b", out=tmp_path / "out")
+    assert once.adversarial.facts() == again.adversarial.facts() and len(made_rows) == made
+
+
+def test_the_command_line_checks(tmp_path, capsys, short_signs):
+    out = str(tmp_path / "out")
+    few = ["--images", "20", "--protocol", "fast", "--device", "cpu"]
+    assert cli.main(["evaluate", "zoo:digits-standard", *few, "--out", out]) == 0
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "evaluation").symlink_to(out)
+    model, device = "zoo:digits-standard", ["--device", "cpu"]
+    capsys.readouterr()
+    assert cli.main(["check", str(tmp_path / "run"), model, *device]) == 0
+    assert "still fool the model, which fits" in capsys.readouterr().out
+    assert cli.main(["check", out, "zoo:digits-pgd-at", *device]) == 1
+    assert "which does not fit" in capsys.readouterr().out
+    for words, message in (
+        ([str(tmp_path), model], f"{tmp_path} contains no report.json"),
+        ([out], "MODEL must be given"),
+        ([out, "zoo:cifar"], "cifar"),
+    ):
+        assert cli.main(["check", *words, *device]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_the_images_of_a_report_are_loaded_by_name(tmp_path):
+    report = saved(tmp_path)
+    read = Adversarial.load(tmp_path)
+    assert read.facts() == report.adversarial.facts() and len(read) == len(report.adversarial)

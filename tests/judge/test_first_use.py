@@ -1,0 +1,235 @@
+"""A new user's first mistakes: inputs of the wrong form, a radius of 0, probabilities, training mode."""
+
+import copy
+import functools
+import re
+import warnings
+from dataclasses import fields
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from digit_nets import zoo_digits
+from evaluating import evaluate
+from small_models import Made
+from torch import nn
+
+import purify_fast
+from purify_fast.attacks import PGD
+from purify_fast.evaluation import EvaluateConfig
+from purify_fast.judge.request.config import EvaluateSettings
+from purify_fast.judge.request.preparation import note_of_modes
+
+QUIET = {"eps": 0.1, "attacks": [PGD(steps=2)]}
+
+
+@pytest.fixture
+def trio():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.LazyLinear(4))
+    x = torch.rand(10, 3, 6, 7)
+    model(x)
+    return model.eval(), x, torch.randint(0, 4, (10,))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda x, y: ((255 * x).long(), y), ValueError, r"got torch.int64: if x is in 0..255, give x.byte\(\)"),
+        (lambda x, y: (x, y.tolist()), TypeError, "y must be .*, got list"),
+        (lambda x, y: (x, y > 1), ValueError, r"y must be integer labels \[N\] = \[10\], got torch.bool \[10\]"),
+        (lambda x, y: (2 * x - 1, y), ValueError, r"x must be in \[0, 1\] .* values from -.* for normalized images"),
+        (lambda x, y: (x / 0 * 0, y), ValueError, r"x must be in \[0, 1\] and free of NaN, got values from nan"),
+        (lambda x, y: (x[:, 0], y), ValueError, r"x must be .*, got \[10, 6, 7\]"),
+        (lambda x, y: ([(x, y)], y), TypeError, "x must be .*, got list"),
+        (lambda x, y: (x[:0], y[:0]), ValueError, "x must be .* with at least one image"),
+    ],
+)
+def test_an_input_of_another_form_is_named_with_the_line_that_mends_it(trio, change, error, message):
+    model, x, y = trio
+    x, y = change(x, y)
+    with pytest.raises(error, match=message):
+        evaluate(model, x, y, **QUIET)
+
+
+def test_images_in_bytes_are_those_in_floating_point(trio):
+    model, x, y = trio
+    levels = (x * 255).round().to(torch.uint8)
+    whole, parts = evaluate(model, levels, y, **QUIET), evaluate(model, levels.float() / 255, y, **QUIET)
+    assert [row.data for row in whole.rows] == [row.data for row in parts.rows]
+
+
+def test_values_outside_by_rounding_are_clamped_and_noted(trio):
+    """As those of images that were normalized and brought back, which the error for normalized images advises."""
+    model, x, y = trio
+    x = (x - x.min()) / (x.max() - x.min())
+    plain = evaluate(model, x, y, **QUIET)
+    assert not any("rounding" in note for note in plain.notes)
+    back = (x - 0.4465) / 0.2010 * 0.2010 + 0.4465
+    back[:, 0, 0, 0] = torch.tensor([-9e-5, 1 + 9e-5]).repeat(5)
+    whole = evaluate(model, back.clamp(0, 1), y, **QUIET)
+    for images, labels in ((back, y), (back.numpy(), y)):
+        report = evaluate(model, images, labels, **QUIET)
+        assert [row.data for row in report.rows] == [row.data for row in whole.rows]
+        note = "values of the images outside [0, 1] by rounding, by at most 9e-05, were clamped"
+        assert report.notes[0] == note and note in " ".join(report.to_text().split())
+
+
+def test_arrays_and_other_dtypes_are_converted(trio):
+    """The report is that of float32 tensors."""
+    model, x, y = trio
+    plain = evaluate(model, x, y, **QUIET)
+    reverse = x.numpy().astype(">f4")[::-1].copy()[::-1]
+    reverse.flags.writeable = False
+    for images, labels in ((x.double(), y.int()), (x.numpy(), y.numpy().astype(np.int16)), (reverse, y.byte())):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            report = evaluate(model, images, labels, **QUIET)
+        assert [row.data for row in report.rows] == [row.data for row in plain.rows]
+        assert np.array_equal(report.row("worst").robust, plain.row("worst").robust)
+
+
+@pytest.mark.parametrize("eps", [None, [0.1], "8/255", torch.tensor(0.1), torch.full((10,), 0.1)], ids=str)
+def test_the_radius_is_a_number(trio, eps):
+    """It is refused before the images are read."""
+    with pytest.raises(TypeError, match=f"eps must be a number, such as 8 / 255, got {re.escape(repr(eps)[:12])}"):
+        evaluate(trio[0], None, None, **QUIET | {"eps": eps})
+
+
+def test_a_radius_of_0_is_refused(trio):
+    with pytest.raises(ValueError, match="eps must be above 0, got 0"):
+        evaluate(*trio, **QUIET | {"eps": 0})
+    assert evaluate(*trio, eps=0, attacks=[]).attacks == ["clean"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"eps": 12, "norm": "l2"}, r"eps must be at most 11.2\d* for l2, .* got 12: is 12/255 meant\?"),
+        ({"eps": 128, "norm": "l1"}, r"eps must be at most 126 for l1, .* got 128: is 128/255 meant\?"),
+        ({"attacks": [PGD(eps=12, norm="L2")]}, r"eps must be at most 11.2\d* for l2, .* got 12"),
+    ],
+    ids=str,
+)
+def test_a_ball_that_contains_every_image_is_asked_about(trio, options, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(*trio, **QUIET | options)
+
+
+def test_a_setting_is_a_keyword_and_an_unknown_one_is_named(trio):
+    model, x, y = trio
+    report = purify_fast.evaluate(model, x, y, eps=0.01, protocol="fast", steps=3, seed=2, progress=False)
+    assert report.about["seed"] == "2" and "steps 3" in report.about["changed"]
+    shared = EvaluateConfig("strong", steps=3, seed=2)
+    again = purify_fast.evaluate(model, x, y, eps=0.01, config=shared, protocol="fast", progress=False)
+    assert again.attacks == report.attacks and again.about["changed"] == report.about["changed"]
+    with pytest.raises(TypeError, match="config must be an EvaluateConfig, got 'fast'"):
+        purify_fast.evaluate(model, x, y, eps=0.01, config="fast")
+    with pytest.raises(TypeError, match="evaluate has no option 'stepz': is 'steps' meant"):
+        purify_fast.evaluate(model, x, y, eps=0.01, stepz=3)
+
+
+def test_editors_know_the_settings():
+    assert EvaluateSettings.__annotations__.keys() == {each.name for each in fields(EvaluateConfig)}
+    for each in fields(EvaluateConfig):
+        assert EvaluateSettings.__annotations__[each.name].__forward_arg__ == each.type
+
+
+def test_a_model_that_returns_probabilities_is_told_what_to_do(caplog):
+    """Steps along a softmax's gradients find less than there is where it is sure: here logits are 4 times larger."""
+    classifier, (x, y) = purify_fast.zoo.load("digits-pgd-at"), zoo_digits(40)
+    settings = {"eps": 0.2, "attacks": [PGD(steps=20)]}
+
+    def sure(x):
+        return 4 * classifier(x)
+
+    def softmax(x):
+        return sure(x).softmax(1)
+
+    masked = evaluate(softmax, x, y, **settings)
+    finding = next(finding for finding in masked.findings if finding.alarm == "logits")
+    assert finding.verdict == "unreliable" and not masked.headline.reliable
+    assert "return the logits before the softmax" in finding.measured
+    assert "returns probabilities, not logits" in caplog.text
+    mended = evaluate(lambda x: classifier(x).softmax(1).clamp_min(1e-30).log(), x, y, **settings)
+    assert next(f for f in mended.findings if f.alarm == "logits").verdict == "passed"
+    assert mended.headline.accuracy < masked.headline.accuracy
+
+
+@pytest.mark.parametrize(
+    "lines", [[[1, 0]], [[0.2, 0.9]], [[-0.1, 1.1]], [[0.5, 0.5], [0.6, 0.6]], [[1.2, -0.2]], [[float("nan"), 1.0]]]
+)
+def test_logits_that_are_no_probabilities_pass_and_one_hot_rows_do_not(lines, caplog):
+    logits, one_hot = torch.tensor(lines), lines == [[1, 0]]
+
+    def model(x):
+        return logits.repeat(len(x), 1)[: len(x)] + 0 * x.mean()
+
+    report = evaluate(model, torch.rand(4, 1, 3, 3), torch.zeros(4).long(), **QUIET)
+    sign = next(finding for finding in report.findings if finding.alarm == "logits")
+    assert sign.verdict == ("unreliable" if one_hot else "passed")
+    assert ("one-hot rows" in sign.measured) == ("one-hot rows" in caplog.text) == one_hot
+
+
+class Called(SimpleNamespace):
+    """An object that is called, and is no module."""
+
+    def __call__(self, x):
+        return self.network(x)
+
+
+def closure(network):
+    return lambda x: network(x)
+
+
+@pytest.mark.parametrize("make", [closure, lambda network: Called(network=network)])
+def test_a_function_around_modules_in_training_mode_is_told(make, caplog):
+    network, told = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(16, 3)), "network (Dropout)"
+    x, y = torch.rand(4, 1, 4, 4), torch.arange(4) % 3
+    report = evaluate(make(network), x, y, **QUIET | {"attacks": []}, name="mine")
+    notes = [note for note in report.notes if "training mode" in note]
+    assert len(notes) == 1 and notes[0].startswith("mine has modules in training mode, ") and told in notes[0]
+    assert ".eval()" in notes[0] and told in caplog.text
+
+
+def test_other_functions_are_not(trio, caplog):
+    model, x, y = trio
+    # a module is put into evaluation mode for its user
+    trained = nn.Sequential(nn.Dropout(), copy.deepcopy(model)).train()
+    for harmless in (model, closure(model), trained, functools.partial(model)):
+        report = evaluate(harmless, x, y, **QUIET | {"attacks": []})
+        assert not any("training mode" in note for note in report.notes) and not caplog.text
+
+
+def test_an_exported_module_is_not_because_it_has_no_eval(trio):
+    model, x, _ = trio
+    exported = torch.export.export(copy.deepcopy(model).eval(), (x,)).module()
+    assert note_of_modes(lambda images: exported(images), "mine") == []
+
+
+def test_a_dropout_in_training_mode_inside_a_model_in_evaluation_mode_is_told(caplog):
+    """The dropout of a Bayesian network, which is switched off for the evaluation."""
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(16, 3)).eval()
+    x, y = torch.rand(4, 1, 4, 4), torch.arange(4) % 3
+    assert not evaluate(model, x, y, **QUIET | {"attacks": []}).notes
+    model[1].train()
+    (note,) = evaluate(model, x, y, **QUIET | {"attacks": []}, name="mine").notes
+    assert note.startswith("mine has modules in training mode, 1 (Dropout): they were put into evaluation mode")
+    assert note in caplog.text and model[1].training and not model.training
+
+
+def test_modules_in_a_plain_list_are_judged_in_evaluation_mode():
+    """A number by the statistics of batches would be another, and the statistics would change with each attack."""
+    torch.manual_seed(0)
+    networks = [nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(16, 3)).train() for _ in range(5)]
+    x, y = torch.rand(8, 1, 4, 4), torch.arange(8) % 3
+    networks[0](x)
+    before = [buffer.clone() for network in networks for buffer in network.buffers()]
+    how = lambda self, x: sum(network(x) for network in self.nets)  # noqa: E731
+    report = evaluate(Made(how, nets=[*networks]), x, y, **QUIET)
+    assert not any("training mode" in note for note in report.notes)
+    assert all(map(torch.equal, before, (buffer for network in networks for buffer in network.buffers())))
+    assert all(network.training for network in networks)
+    other = evaluate(Made(how, nets=nn.ModuleList(networks)), x, y, **QUIET)
+    assert [row.accuracy for row in other.rows] == [row.accuracy for row in report.rows] and other.notes == report.notes

@@ -1,0 +1,221 @@
+"""Attacks of other people as rows: a plain function, torchattacks' PGD, and what a function must not return."""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import ClassVar
+
+import pytest
+import torch
+from evaluating import evaluate
+from torch import nn
+
+from purify_fast.attacks import APGD, FGSM, PGD, Attack, AttackResult
+from purify_fast.attacks.base import ThreatModel
+from purify_fast.evaluation import AttackSpec, as_attack
+from purify_fast.judge.request.specs import check_adversarial
+
+EPS = 0.02
+QUIET = {"eps": EPS}
+
+
+@pytest.fixture
+def attacked():
+    """A small network with BatchNorm, whose mode matters, and images that it classifies."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(512, 5))
+    model[1].running_var.fill_(0.2)
+    x = torch.rand(40, 3, 8, 8)
+    y = model.eval()(x).argmax(1)
+    return model.train(), x, y
+
+
+def my_attack(model, x, y):
+    """Sign gradients: an attack that somebody wrote in a few lines."""
+    points = x
+    for _ in range(8):
+        points = points.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(nn.functional.cross_entropy(model(points), y), points)
+        points = (x + (points.detach() + EPS / 4 * gradient.sign() - x).clamp(-EPS, EPS)).clamp(0, 1)
+    return points
+
+
+def test_a_function_is_a_row(attacked, tmp_path):
+    model, x, y = attacked
+    statistics = {name: value.clone() for name, value in model.state_dict().items()}
+    report = evaluate(model, x, y, attacks=[my_attack, PGD(steps=10)], batch_size=16, out=tmp_path, **QUIET)
+    assert report.attacks == ["clean", "my_attack", "PGD-10 ce", "worst"]
+    row, other = report.row("my_attack"), report.row("PGD-10 ce")
+    assert 0 < row.accuracy < 0.9 and abs(row.accuracy - other.accuracy) < 0.15
+    assert row.kind == "function" and row.health is None and row.settings["target"] == "defence" and row.n == 40
+    assert (row.settings["norm"], row.settings["eps"]) == ("linf", EPS)
+    assert "my_attack" in report.row("worst").settings["over"]
+    assert (report.row("worst").robust == (row.robust & other.robust)).all()
+    moved = torch.as_tensor(row.examples.adversarial - row.examples.clean)
+    assert 0 < moved.abs().max() <= EPS + 1e-6
+    # the model is as it was, and the function's row is not kept, since its code may change
+    assert model.training and all(torch.equal(value, statistics[name]) for name, value in model.state_dict().items())
+    assert len(list((tmp_path / "rows").glob("*[!s].safetensors"))) == 2
+
+
+def test_a_function_has_a_ball_of_its_own(attacked):
+    model, x, y = attacked
+    other = as_attack(lambda model, x, y: x + 0.0, name="other ball", eps=0.5, norm="l2")
+    elsewhere = AttackSpec(lambda model, x, y: x, target=nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), label="moved")
+    report = evaluate(model, x, y, attacks=[other, elsewhere], **QUIET)
+    assert report.row("other ball, L2 0.5").threat == "L2 0.5" and report.row("moved").accuracy == 1
+    with pytest.raises(ValueError, match="'half' left the ball"):
+        evaluate(model, x, y, attacks=[as_attack(my_attack, name="half", eps=2 * EPS, norm="l2")], **QUIET)
+
+
+def test_rows_are_told_apart_by_the_attack_and_its_revision(attacked, tmp_path):
+    model, x, y = attacked
+    calls = []
+
+    def first(model, x, y):
+        calls.append("first")
+        return x
+
+    def second(model, x, y, sign=1):
+        calls.append("second")
+        return x
+
+    class Subclass(PGD):
+        def search(self, target, x, y, context):
+            calls.append("subclass")
+            return AttackResult(x)
+
+    kept = [as_attack(first, revision="1"), as_attack(partial(second, sign=-1), name="partial", revision="1")]
+    kept += [PGD(steps=2), AttackSpec(Subclass(steps=2), label="subclass"), as_attack(first, revision="2")]
+    never = [as_attack(first), Moves(move=lambda x: calls.append("moves") or x)]
+    # Two versions of a function have one name, so they are not rows of one report.
+    for attacks in (kept[:4], kept[4:], kept[:4], kept[4:], never, never):
+        evaluate(model.eval(), x, y, attacks=attacks, out=tmp_path, **QUIET)
+    assert calls == ["first", "second", "subclass", "first"] + 2 * ["first", "moves"]
+
+
+@pytest.mark.parametrize(("norm", "order"), [("linf", math.inf), ("l2", 2), ("l1", 1)])
+def test_rounding_is_allowed_and_no_more(norm, order):
+    x = torch.rand(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    eps = {"linf": 8 / 255, "l2": 0.5, "l1": 12.0}[norm]
+    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    length = torch.linalg.vector_norm(direction.flatten(1), ord=order, dim=1).view(-1, 1, 1, 1)
+    x = 0.25 + x / 2
+    at_the_border = x + eps * direction / length
+    check_adversarial("a", at_the_border, x, ThreatModel(norm, eps))
+    with pytest.raises(ValueError, match=rf"'a' left the ball: .*image \d+ of the batch by \S+ .*{norm}, .* more than"):
+        check_adversarial("a", x + 1.001 * eps * direction / length, x, ThreatModel(norm, eps))
+
+
+@pytest.mark.parametrize(
+    ("attacks", "message"),
+    [
+        (["pgd"], r"an attack must be an object of purify_fast.attacks, such as PGD\(\), .* got 'pgd'"),
+        (PGD(), "attacks must be a list, got PGD"),
+        ([PGD], "got <class"),
+    ],
+)
+def test_what_is_no_attack_is_told(attacked, attacks, message):
+    model, x, y = attacked
+    with pytest.raises(TypeError, match=message):
+        evaluate(model, x, y, attacks=attacks, **QUIET)
+
+
+NOT_WITH_A_JUDGE = "judge allows no target except 'classifier', no aggregation"
+JUDGE = {"judge": nn.Flatten(), "label": "as somebody"}
+
+
+@pytest.mark.parametrize(
+    ("attack", "options", "error", "message"),
+    [
+        (PGD, {"variant": "zero"}, ValueError, "variant must be one of random, fixed, deterministic, got 'zero'"),
+        (PGD, {"target": "base"}, TypeError, "target and judge must be models, .* got .base."),
+        (PGD, {"aggregation": "max"}, ValueError, "aggregation must be one of"),
+        (PGD, {"aggregation": "lse", "target": "classifier"}, ValueError, "one of target, aggregation may be given"),
+        (PGD, {"max_images": 0}, ValueError, "max_images must be at least 1, got 0"),
+        (APGD, {"nearest": 0}, ValueError, "nearest must be .*got 0"),
+        (APGD, {"until": 0.0}, ValueError, "until must be .*got 0"),
+        (APGD, {"until": 1.5}, ValueError, "until must be .*got 1.5"),
+        (FGSM, {"gradients_from": nn.Flatten()}, ValueError, "gradients_from needs an attack"),
+        (APGD, {"gradients_from": nn.Flatten(), "target": "classifier"}, ValueError, "one of target, gradients_from"),
+        (PGD, JUDGE | {"target": nn.Flatten()}, ValueError, NOT_WITH_A_JUDGE),
+        (PGD, JUDGE | {"survivors_only": True}, ValueError, NOT_WITH_A_JUDGE),
+        (PGD, {"judge": nn.Flatten()}, ValueError, r"with a judge, label must begin"),
+        (PGD, {"judge": "me"}, TypeError, "target and judge must be models, .* got .me."),
+    ],
+)
+def test_errors_of_a_spec(attack, options, error, message):
+    with pytest.raises(error, match=message):
+        AttackSpec(attack(), **options)
+
+
+def test_an_attack_cannot_put_the_model_into_training():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(64, 3)).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def careless(model, x, y):
+        model.train()
+        model(x)
+        return x
+
+    evaluate(model, torch.rand(4, 1, 8, 8), torch.arange(4) % 3, eps=0.1, attacks=[careless])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()) and not model.training
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Moves(Attack):
+    """An attack as the documentation has one derived, which returns whatever a test wants."""
+
+    kind: ClassVar[str] = "moves"
+
+    move: Callable
+    norm: str = "linf"
+    eot_iter: int | None = None
+
+    def name(self, context):
+        return "moves"
+
+    def threat_model(self, context):
+        return ThreatModel(self.norm, context.eps)
+
+    def cost(self, context):
+        return None
+
+    def search(self, target, x, y, context):
+        return AttackResult(self.move(x))
+
+
+OUTSIDE = "the attack 'moves' returned values from .* must be in"
+
+
+@pytest.mark.parametrize("norm", [None, "l2"])
+@pytest.mark.parametrize(
+    ("move", "error", "message"),
+    [
+        (lambda x: x - 1, ValueError, OUTSIDE),
+        (lambda x: torch.where(x > 0.5, torch.nan, x), ValueError, "the attack 'moves' returned values from nan"),
+        (lambda x: x[:2], ValueError, r"the attack 'moves' must return torch.float32 images \[40, 3, 8, 8\] on cpu"),
+        (lambda x: x.double(), ValueError, "the attack 'moves' must return torch.float32 images"),
+        (lambda x: x.numpy(), ValueError, "the attack 'moves' must return torch.float32 images"),
+        # in place: the images that it was given are no witness of how far it went
+        (lambda x: x.mul_(-3), ValueError, OUTSIDE),
+    ],
+)
+def test_what_an_attack_returns_is_checked(attacked, norm, move, error, message):
+    """That of a class, and that of a function (None)."""
+    model, x, y = attacked
+    function = as_attack(lambda model, x, y: move(x), name="moves")
+    with pytest.raises(error, match=message):
+        evaluate(model, x, y, attacks=[function if norm is None else Moves(move=move, norm=norm)], **QUIET)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1", "flow"])
+def test_a_class_of_attacks_stays_in_its_ball(attacked, norm):
+    model, x, y = attacked
+    # a flow moves pixels: how far the values change is not bounded
+    free = norm == "flow"
+    with contextlib.nullcontext() if free else pytest.raises(ValueError, match="the attack 'moves' left the ball"):
+        evaluate(model, x, y, attacks=[Moves(move=lambda x: x.neg_().add_(1), norm=norm)], **QUIET)

@@ -1,0 +1,372 @@
+"""The most telling search comes first, useless gradients end a row, and a limit of time says what it left out."""
+
+import contextlib
+from unittest import mock
+
+import pytest
+import torch
+from digit_nets import EPS, digits, standard
+from evaluating import evaluate
+from small_models import Made
+
+from purify_fast.attacks import APGD, FABT, PGD, Square, StAdv
+from purify_fast.attacks.base import ThreatModel
+from purify_fast.attacks.context import TimeIsOver
+from purify_fast.attacks.pgd import LeavingPGD
+from purify_fast.defences import NoisyEnsemble
+from purify_fast.evaluation import EvaluateConfig, as_attack
+from purify_fast.judge.alarms import probes
+from purify_fast.judge.request.deadline import Deadline
+from purify_fast.judge.request.subject import Subject
+from purify_fast.judge.results.rows import CUT
+from purify_fast.judge.run.progress import Progress, counted_model
+from purify_fast.judge.searches.engine.engine_attack import BLIND
+from purify_fast.judge.surrogates import copies
+from purify_fast.protocols import Passes
+from purify_fast.speed.graphs.step_loop import Steps
+
+
+def shaken(how=lambda x: (4 * x).round() / 4):
+    """The standard network behind random noise and a step without a gradient."""
+    return Made(lambda self, x: self.net(how(x + 0.02 * torch.randn_like(x))), net=standard()).eval()
+
+
+def judged(model, n=16, **options):
+    _, _, x, y = digits()
+    return evaluate(model, x[:n], y[:n], **{"eps": EPS, "protocol": "fast"} | options)
+
+
+def work_of(text):
+    """The numbers of forward passes and gradients in a report's fact."""
+    words = text.replace(",", "").split()
+    return int(words[0]), int(words[4])
+
+
+def test_rows_without_a_gradient_end_with_their_first_step_and_say_so():
+    report = judged(shaken())
+    own = [row for row in report.rows if row.is_attack and not row.transferred]
+    assert own and all(BLIND in row.warnings and row.lacked_gradients for row in own)
+    assert all(BLIND not in row.warnings for row in report.rows if row.transferred)
+    # the whole search of such a row would take 55 and 1,091 passes
+    assert report.headline.accuracy < 0.3 and work_of(report.about["passes"])[1] < 400
+    assert BLIND in report.to_markdown()
+
+
+@pytest.mark.parametrize("draws", [1, 3])
+def test_only_a_first_step_without_any_gradient_ends_a_run(draws):
+    """Where one image of a batch has a gradient, its search goes on."""
+    _, _, x, y = digits()
+    net, seen = standard(), []
+
+    def half(z):
+        seen.append(z.requires_grad)
+        kept = (torch.arange(len(z)) % 2 == 0)[:, None]
+        logits = net(z)
+        return torch.where(kept, logits, logits.detach())
+
+    context = {"eps": 1e-4, "num_classes": 10, "draws_differ": draws > 1, "eot_iter": draws, "counts_health": True}
+    whole = APGD(steps=12).run(half, x[:2], y[:2], **context)
+    assert not whole.warnings and sum(seen) == 12
+    seen.clear()
+    blind = APGD(steps=12).run(lambda z: (seen.append(z.requires_grad), net(z.detach()))[1], x[:2], y[:2], **context)
+    # On a random model, 20 draws decide, at the steps after which a batch may shrink: 1 to 6, and 8.
+    looks = 1 if draws == 1 else 8
+    assert blind.warnings == [BLIND] and sum(seen) == looks
+    # Each gradient that was taken counts once.
+    assert blind.health.count("gradients") == blind.health.count("zero") == 2 * looks
+
+
+def test_one_faulty_pixel_does_not_end_a_run():
+    _, _, x, y = digits()
+    net = standard()
+
+    def faulty(z):
+        return net(z) + 0 * (z[:, :1, 0, 0] * 0).sqrt()
+
+    assert not torch.autograd.grad(faulty(leaf := x[:1].clone().requires_grad_()).sum(), leaf)[0].isfinite().all()
+    with pytest.warns(UserWarning, match="NaN") if faulty(x).isnan().any() else contextlib.nullcontext():
+        found = APGD(steps=20).run(faulty, x[:16], y[:16], eps=EPS, num_classes=10, draws_differ=False)
+    assert not found.warnings and (net(found.images).argmax(1) == y[:16]).float().mean() < 0.5
+
+
+def test_gradients_that_some_draws_lack_are_followed():
+    _, _, x, y = digits()
+    net = standard()
+
+    def seldom(z):
+        return net(z) if torch.rand(()) < 0.2 else net(z.detach()) + 0 * z.sum()
+
+    torch.manual_seed(0)
+    found = APGD(steps=50).run(seldom, x[:16], y[:16], eps=EPS, num_classes=10, eot_iter=1)
+    assert (net(found.images).argmax(1) == y[:16]).float().mean() < 0.5
+
+
+def test_copies_of_the_label_hide_no_other_class():
+    """The likeliest wrong classes then have no gradient, and the others have."""
+    _, _, x, y = digits()
+    net = standard()
+    copies = lambda z: torch.cat([net(z), *(net(z) - 0.01 * number for number in (1, 2, 3))], 1)  # noqa: E731
+    attack = APGD(steps=20, loss="margin_targeted", n_target_classes=4)
+    found = attack.run(copies, x[:16], y[:16], eps=EPS, num_classes=40, draws_differ=False)
+    assert (net(found.images).argmax(1) == y[:16]).float().mean() < 0.5
+
+
+def test_surrogates_come_in_the_order_of_their_effect(monkeypatch):
+    """The useless surrogate is built first, and attacked last."""
+    made = shaken()
+    useless, useful = Made(lambda self, x: 0 * standard()(x)), Made(lambda self, x: standard()(x))
+    given = [("the useless", useless), ("the useful", useful)]
+    monkeypatch.setattr(Subject, "surrogates", lambda self, ball: (given, {}))
+    report = judged(made)
+    rows = [row.attack for row in report.rows if "gradients of" in row.attack]
+    assert rows[:2] == ["APGD-20 by the gradients of the useful", "APGD-20 by the gradients of the useless"]
+    first, second = (next(row for row in report.rows if row.attack == name) for name in rows[:2])
+    assert first.accuracy < 0.3 and second.attacked <= first.n * first.accuracy + 1
+
+
+def test_a_wrapper_of_a_random_model_is_no_part_of_its_own():
+    _, _, x, y = digits()
+    wrapped = Made(lambda self, z: self.inside(z), inside=shaken())
+    subject = Subject(wrapped, x[:8], y[:8], batch_size=8, n_eval=5, seed=0)
+    names = [name for name, _ in subject.surrogates(ThreatModel("linf", EPS))[0]]
+    assert "inside.net alone" in names and "inside alone" not in names
+
+
+def test_fast_ends_an_image_by_the_rule_of_the_report():
+    """An image that four of five draws misclassify has fallen for "fast"; "standard" looks for a worse point."""
+    _, _, x, y = digits()
+    net = standard()
+
+    def mostly(z):
+        lucky = torch.rand(len(z)) < 0.15
+        label = net(z).argmax(1)
+        push = 30 * torch.nn.functional.one_hot(label, 10) * lucky[:, None]
+        return net(z) + push.detach()
+
+    shares = {}
+    for protocol, claim in (("fast", None), ("rand", None), ("fast", 50)):
+        seen = []
+        search = lambda *args, seen=seen, search=APGD.search: seen.append(args[4].judge_share) or search(*args)  # noqa: E731
+        with mock.patch.object(APGD, "search", search):
+            evaluate(mostly, x[:4], y[:4], eps=EPS, protocol=protocol, steps=2, probes=False, claim=claim)
+        shares[protocol, claim] = {round(share, 2) for share in seen}
+    # A claim is about one draw, so the search goes on.
+    assert shares == {("fast", None): {0.6}, ("rand", None): {1.0}, ("fast", 50): {1.0}}
+
+
+def test_several_draws_of_a_judgement_are_one_call_only_if_the_class_promises_it():
+    _, _, x, y = digits()
+    calls = []
+
+    class Promised(NoisyEnsemble):
+        draws_for_each_image = True
+
+    for kind, expected in ((NoisyEnsemble, [8] * 5), (Promised, [40])):
+        model = kind(standard(), 0.1, samples=1).eval()
+        subject = Subject(model, x[:8], y[:8], batch_size=64, n_eval=5, seed=0)
+        hook = model.classifier.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
+        calls.clear()
+        right = subject.judge(x[:8], "random", "judge").right
+        hook.remove()
+        assert right.shape == (5, 8) and (calls == expected or kind is NoisyEnsemble)
+
+
+# -- the plan and the limit of time ------------------------------------------------------------------------------------
+
+
+class Timed:
+    """A model whose calls take a second each of `clock`; a call with gradients, of some images, takes as long."""
+
+    def __init__(self, model, clock):
+        self.model, self.clock, self.calls = model, clock, 0
+
+    def __call__(self, z):
+        self.calls += 1
+        self.clock.now += 1
+        return self.model(z)
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr("time.monotonic", clock)
+    return clock
+
+
+def test_a_limit_of_time_names_what_it_left_out_and_more_time_continues(tmp_path, clock):
+    slow = Timed(standard(), clock)
+    options = {"out": tmp_path, "revision": "1"}
+    settings = {"protocol": "standard", "probes": False, "steps": 10, "n": 8}
+    report = judged(slow, **options, **settings, minutes=1)
+    (note,) = [note for note in report.notes if note.startswith("the time was over")]
+    ran = [row.attack for row in report.rows if row.is_attack]
+    assert "left out" in note and len(ran) < 9
+    left = int(report.headline.robust.sum())
+    assert f"each of the {left} image{'s' if left > 1 else ''} that" in note
+    kept = len(list((tmp_path / "rows").iterdir()))
+    assert kept == sum(CUT not in row.warnings for row in report.rows if row.kind != "worst")
+    whole = judged(slow, **options, **settings, minutes=600)
+    assert not any("time was over" in note for note in whole.notes)
+    assert len([row for row in whole.rows if row.is_attack]) == 9
+    # Rows that are finished are read although no time is left.
+    again = judged(slow, **options, **settings, minutes=1e-9)
+    assert [row.robust.tolist() for row in again.rows] == [row.robust.tolist() for row in whole.rows]
+    assert "ended" in report.about and report.about["ended"] in report.to_markdown() and "ended" not in again.about
+    # A row that was cut short is not kept: the result is that of a call without a limit.
+    alone = judged(slow, **settings)
+    assert [row.robust.tolist() for row in whole.rows] == [row.robust.tolist() for row in alone.rows]
+
+
+def of_time(report):
+    return [note for note in report.notes if note.startswith("the time was over")]
+
+
+#: The passes of the checks of a model and of its clean images, which every evaluation makes.
+CHECKS = 25
+
+
+def test_the_first_checks_and_the_clean_images_are_all_that_no_time_allows(clock):
+    slow = Timed(standard(), clock)
+    report = judged(slow, minutes=1e-9)
+    assert slow.calls <= CHECKS and [row.kind for row in report.rows if row.kind != "worst"] == ["clean"]
+    (note,) = of_time(report)
+    assert "probes before the attacks" in note and "APGD-10 margin" in note
+    # Nothing that was not asked counts as asked.
+    assert {finding.verdict for finding in report.findings if finding.alarm == "gradient health"} == {"not asked"}
+
+
+@pytest.mark.parametrize("protocol", ["fast", "standard", "strong"])
+@pytest.mark.parametrize("random", [False, True])
+@pytest.mark.parametrize("seconds", [30, 45, 60, 90, 120, 180, 300, 600])
+def test_the_time_is_kept_in_every_phase(clock, protocol, random, seconds):
+    """The limit is kept within a few passes in probes, surrogates, a search, a judgement and the signs.
+
+    Every pass takes a second, whatever its images.
+    """
+    model = shaken() if random else standard()
+    began, slow = clock.now, Timed(model, clock)
+    report = judged(slow, n=8, protocol=protocol, steps=10, minutes=seconds / 60)
+    spent = clock.now - began
+    assert spent <= seconds + 10 and (spent >= seconds - 35 or not of_time(report))
+    # Without an attack, the report has no headline, and says why.
+    assert report.headlines or of_time(report)
+
+
+def test_the_time_may_end_in_the_trials_of_the_surrogates(clock):
+    """The protocol "strong" makes surrogates before its first attack."""
+    slow, made = Timed(shaken(), clock), []
+    original = copies._gradient
+    with mock.patch.object(copies, "_gradient", lambda *args: made.append(clock.now) or original(*args)):
+        limit = clock.now + 15
+        report = judged(slow, protocol="strong", n=8, minutes=0.25)
+    assert made and max(made) <= limit and "the plan of the attacks" in of_time(report)[0]
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        APGD(steps=40),
+        APGD(steps=40, loss="margin_targeted"),
+        FABT(steps=40),
+        Square(n_queries=400),
+        PGD(steps=40),
+        PGD(steps=5, restarts=20),
+        LeavingPGD(steps=40, look_every=5),
+        StAdv(steps=40),
+        as_attack(lambda model, x, y: [model(x) for _ in range(100)] and x, name="calls"),
+    ],
+    ids=lambda attack: f"{attack.kind}-{type(attack).__name__}",
+)
+def test_an_attack_that_is_cut_short_hands_over_its_best_points(clock, attack):
+    """Images that fell before the end count, and the row says that it was cut."""
+    slow = Timed(standard(), clock)
+    began = clock.now
+    report = judged(slow, protocol=None, attacks=[attack], n=16, eps=EPS, probes=False, minutes=50 / 60)
+    (row,) = [row for row in report.rows if row.is_attack]
+    assert CUT in row.warnings and clock.now - began <= 55 and of_time(report)
+    assert row.accuracy < 1 or attack.kind in ("function", "stadv", "square")
+
+
+def test_a_random_defence_is_judged_by_all_of_its_draws_within_the_time(clock):
+    slow = Timed(NoisyEnsemble(standard(), 0.1, samples=1).eval(), clock)
+    began = clock.now
+    report = judged(slow, n=8, probes=False, minutes=2)
+    assert of_time(report) and {row.n_eval for row in report.rows} == {5} and clock.now - began <= 125
+
+
+def test_a_replayed_step_asks_for_the_time(clock):
+    """A replay runs no Python code of the model: the loop that replays counts, and so asks."""
+    deadline = Deadline()
+    model = counted_model(standard(), Progress(deadline=deadline))
+    deadline.begin(clock.now + 5)
+    steps = Steps(lambda state: state, {"point": torch.zeros(1)})
+    steps.captured = mock.Mock(replay=lambda: setattr(clock, "now", clock.now + 1))
+    steps.counters = [(model, Passes(4, 4))]
+    with pytest.raises(TimeIsOver):
+        for _ in range(100):
+            steps.advance()
+    assert clock.now <= 1006
+
+
+def test_a_pass_that_would_end_late_is_not_begun(clock):
+    deadline = Deadline()
+    deadline.begin(clock.now + 10)
+    deadline.ask(Passes(64))
+    clock.now += 6
+    # The size is new, so nothing is known of its time.
+    deadline.ask(Passes(8))
+    clock.now += 1
+    with pytest.raises(TimeIsOver):
+        deadline.ask(Passes(64))
+    # What was ended gets no smaller pass either.
+    with pytest.raises(TimeIsOver):
+        deadline.ask(Passes(8))
+    deadline.begin()
+    deadline.ask(Passes(64))
+
+
+def test_an_error_handler_of_a_model_does_not_catch_the_end_of_the_time():
+    assert not issubclass(TimeIsOver, Exception)
+
+
+def test_probes_that_were_finished_before_a_kill_are_used_again(tmp_path, monkeypatch):
+    model = NoisyEnsemble(standard(), 0.1, samples=1)
+    options = {"protocol": None, "attacks": [PGD(steps=2)], "probes": True, "n": 8}
+    judged(model, **options, out=tmp_path / "whole")
+    made, original = [], probes.run_alone
+
+    def killed(*args, **options):
+        made.append(options["steps"])
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        return original(*args, **options)
+
+    monkeypatch.setattr(probes, "run_alone", killed)
+    with pytest.raises(KeyboardInterrupt):
+        judged(model, **options, out=tmp_path / "again")
+    again, before = judged(model, **options, out=tmp_path / "again"), judged(model, **options, out=tmp_path / "whole")
+    assert again.findings == before.findings and again.curves == before.curves
+    # The two finished searches were not made again: the third is the first that is made.
+    assert made[3] == made[2] and made[:2] != made[3:5]
+
+
+def test_a_minute_has_sixty_seconds(clock):
+    with mock.patch.object(Deadline, "begin", autospec=True, side_effect=Deadline.begin) as begun:
+        judged(standard(), protocol=None, attacks=[], n=2, minutes=2)
+    assert {call.args[1] for call in begun.call_args_list if len(call.args) > 1} == {1000 + 2 * 60}
+
+
+def test_minutes_must_be_above_0():
+    with pytest.raises(ValueError, match="minutes"):
+        EvaluateConfig(minutes=0)
+
+
+def test_counts_of_passes_are_added():
+    assert Passes(3, 1) * 2 + Passes(1) - Passes(2, 2) == Passes(5, 0)

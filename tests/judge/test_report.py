@@ -1,0 +1,230 @@
+import html
+import os
+import platform
+
+import numpy as np
+import pytest
+import torch
+from evaluating import evaluate
+from reports import MASKED, forms, row
+from small_models import Purifying
+
+from purify_fast import frozen_copy, zoo
+from purify_fast._tensors import digest
+from purify_fast.attacks import PGD
+from purify_fast.defences import WithAggregation
+from purify_fast.evaluation import EvaluateConfig, Examples, Report, merge
+from purify_fast.judge.request.preparation import changes
+from purify_fast.judge.request.subject import precision_name
+from purify_fast.speed.precision import float32_products
+
+
+def test_headline_is_the_lowest_success_counts():
+    clean = row("clean", robust=[0, 0, 0, 0], kind="clean")
+    high, low = row("high"), row("low", robust=[1, 0, 0, 0])
+    assert Report([clean, high, low]).headline is low
+    unreliable = row("lower still", robust=[0, 0, 0, 0], health=MASKED)
+    assert Report([high, low, unreliable]).headline is unreliable
+    tie = row("tie", robust=[0, 1, 0, 0], health=MASKED)
+    assert Report([tie, low]).headline is low and Report([low, tie]).headline is low
+    with pytest.raises(ValueError, match="needs attacks on one deployed model, got none"):
+        _ = Report([clean]).headline
+
+
+def test_json_round_trip():
+    report = Report([row(settings={"steps": 3, "eps": 0.1, "target": None}), row("x", health=None)], ["a note"])
+    text = report.to_json()
+    back = Report.from_json(text)
+    assert back.to_json() == text and back.notes == ["a note"]
+    assert back.rows[0].robust.dtype == bool and back.rows[0].robust.tolist() == [True, False, True, True]
+    assert back.rows[0].settings == {"steps": 3, "eps": 0.1, "target": None} and back.rows[1].health is None
+    assert back.paired(report, "PGD").difference == 0
+    small = row(health={"gradients": 10000, "nonfinite": 1, "zero": 30, "images": 0, "unmoved": 0})
+    assert small.describe_health() == "0.01 % / 0.3 % / -"
+    assert small.health_in_words() == "0.01 % of the gradients are not finite, 0.3 % are zero"
+    assert back.rows[1].health_in_words() == "the gradients were not counted"
+    with pytest.raises(ValueError, match="got 99"):
+        Report.from_json(text.replace('"format": 3', '"format": 99'))
+
+
+def test_numbers_in_the_tables():
+    rows = row(model="a", robust=[1, 0, 0, 0]), row(model="b", health=MASKED)
+    report = merge([Report([each], ["note"]) for each in rows])
+    text = report.to_markdown()
+    assert '| PGD | 25.0 ± 21.7 | 75.0 ± 21.7 **<span style="color:red">unreliable</span>** |' in text
+    assert "| a | PGD | random | - | 4 | 25.0 ± 21.7 | 25.0 | 1 | 0 % / 0 % / 0 % |  | 3 | 1.5 |" in text
+    assert "0 % / 99 % / 0 %" in text and text.count("- note") == 1
+    assert "**b: 75.0 ± 21.7 %** of 4 images are still classified correctly" in text
+    assert "75.0 ± 21.7 unreliable" in report.to_text()
+
+
+def test_a_published_gain_and_its_error():
+    """14.45 points = 59.18 - 44.73."""
+    with_it, without = row(robust=[1] * 303 + [0] * 209), row(robust=[1] * 229 + [0] * 283)
+    gain = Report([with_it]).paired(Report([without]), "PGD")
+    assert f"{100 * gain.difference:.2f}" == "14.45" and gain.n == 512
+    # 74 images differ, all to one side: sqrt(p (1 - p) / n), p = 74 / 512
+    assert f"{100 * gain.standard_error:.2f}" == "1.55"
+
+
+def test_what_cannot_be_paired_or_merged_is_refused():
+    both = merge([Report([row(model="a")]), Report([row(model="b")])])
+    assert both.models == ["a", "b"] and set(both.headlines) == {"a", "b"}
+    assert "## Comparison" in both.to_markdown() and "| attack | a | b |" in both.to_markdown()
+    paired = Report([row(model="a")]).paired(Report([row(model="b", robust=[1, 0, 0, 0])]), "PGD")
+    assert str(paired) == "+50.0 ± 25.0 points (n = 4, paired)"
+    with pytest.raises(ValueError, match="headlines"):
+        _ = both.headline
+    with pytest.raises(KeyError):
+        both.row("PGD")
+    with pytest.raises(ValueError, match="a: PGD"):
+        merge([Report([row(model="a")]), Report([row(model="a")])])
+    with pytest.raises(ValueError, match="same images"):
+        Report([row(model="a")]).paired(Report([row(model="b", robust=[1, 0], data="e")]), "PGD")
+    with pytest.raises(KeyError, match="PGD"):
+        Report([row(model="a")]).paired(Report([row(model="b")]), "no such row")
+
+
+class Purifier(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Linear(2 * 36, 4)
+
+    def purify(self, x):
+        return (x[:, None] + 0.1 * torch.randn(len(x), 5, *x.shape[1:])).clamp(0, 1)
+
+    def sample_logits(self, x):
+        return self.head(self.purify(x).flatten(2)[:, :, :72])
+
+    def forward(self, x):
+        return self.sample_logits(x).mean(1)
+
+
+def test_a_report_is_saved_with_its_page(tmp_path):
+    model = Purifier()
+    x, y = torch.rand(6, 3, 6, 6), torch.randint(0, 4, (6,))
+    report = evaluate(model, x, y, eps=0.1, steps=2, attacks=[PGD()], n_eval=2, name="m 1")
+    report.rows[1].examples = Examples(x.numpy(), x.numpy(), y.numpy(), np.ones(6, dtype=bool), 1 - y.numpy())
+    rng = torch.get_rng_state()
+    report.save(tmp_path / "run", model)
+    assert torch.equal(rng, torch.get_rng_state()) and model.training
+    assert set(os.listdir(tmp_path / "run")) == {"adversarial.npz", "report.html", "report.json", "report.md"}
+    assert Report.from_json((tmp_path / "run/report.json").read_text()).to_json() == report.to_json()
+    assert (tmp_path / "run/report.md").read_text() == report.to_markdown()
+    # five reconstructions, of which four are shown, or one purified image, beside three columns
+    flipped = Purifying(lambda images: images.flatten(1)[:, :4], lambda images: images.flip(3))
+    for defence, columns in ((model, 7), (None, 3), (flipped, 4)):
+        assert report.to_html(defence).count("<img ") == 6 * columns
+    examples = report.rows[1].examples
+    arrays = [part for part in vars(examples).values() if part is not None]
+    grey = Examples(*(part[:1, :1] if part.ndim > 1 else part[:1] for part in arrays))
+    assert Report([row(examples=grey)]).to_html().count("<img ") == 3
+    # of two channels there is no picture
+    two = Examples(*(part[:, :2] if part.ndim > 1 else part for part in arrays))
+    assert "<img " not in Report([row(examples=two)]).to_html()
+    both = merge([report, Report([row("PGD-2 ce", model="other")])])
+    with pytest.raises(ValueError, match="mapping"):
+        both.save(tmp_path / "two", model)
+    assert both.to_html({"m 1": model}).count("<img ") == 6 * 7
+
+
+def about(threat="L-inf 8/255", **more):
+    return {"threat": threat, "seed": "0", **more}
+
+
+def test_rows_of_different_threat_models_are_not_paired():
+    """Half of the images at twice the radius says nothing about which model is better."""
+    clean, other = row("clean", kind="clean"), row("weak", threat="L2 0.5")
+    a = Report([row(model="a"), clean, other], about=about("L-inf 0.05"))
+    b = Report([row(model="b", robust=[1, 0, 0, 0]), clean, other], about=about("L-inf 0.15"))
+    with pytest.raises(ValueError, match=r"same threat model, got L-inf 0.05 and L-inf 0.15"):
+        a.paired(b, "PGD")
+    with pytest.raises(ValueError, match=r"same threat model, got L-inf 0.05 and L2 0.5"):
+        a.paired(a, "PGD", "weak")
+    # clean images, and rows that are within the same other threat model
+    assert a.paired(b, "clean").difference == a.paired(b, "weak").difference == 0
+    same = Report([row(model="b", robust=[1, 0, 0, 0])], about=about("L-inf 0.05"))
+    assert a.paired(same, "PGD").difference == 0.5
+    # a report that does not say what it is about
+    assert a.paired(Report([row(model="b", robust=[1, 0, 0, 0])]), "PGD").difference == 0.5
+
+
+def test_reports_that_differ_in_what_they_measure_are_not_merged():
+    a = Report([row("A", model="a")], about=about("L-inf 0.05"))
+    for what, other in (("threat", about("L-inf 0.15")), ("precision", about("L-inf 0.05", precision="bfloat16"))):
+        with pytest.raises(ValueError, match=f"same {what}, got different ones"):
+            merge([a, Report([row("B", model="b")], about=other)])
+    # The rule of prediction matters for random models only.
+    votes = Report([row("B", model="b", deterministic=False)], about=about("L-inf 0.05", predict="votes"))
+    still = Report([row("A", model="a", deterministic=True)], about=about("L-inf 0.05"))
+    assert merge([still, votes]).models == ["a", "b"]
+    with pytest.raises(ValueError, match="same predict, got different ones"):
+        merge([Report([row("A", model="a", deterministic=False)], about=about("L-inf 0.05")), votes])
+    unknown = merge([a, Report([row("B", model="b")])])
+    with pytest.raises(ValueError):
+        merge([unknown, Report([row("C", model="c")], about=about("L-inf 0.15"))])
+    same = merge([a, Report([row("C", model="b", threat="L2 0.5")], about=about("L-inf 0.05"))])
+    assert same.models == ["a", "b"] and same.about["threat"] == "L-inf 0.05"
+    assert same.to_text().startswith("Robustness, L-inf 0.05\n")
+
+
+def test_a_report_says_what_repeats_it(tmp_path, monkeypatch):
+    """Date, command, model, processor, images and seed are on the page and in Markdown; the date is kept."""
+    monkeypatch.setattr("sys.argv", ["judge.py", "--fast"])
+    monkeypatch.setattr("sys.orig_argv", ["/usr/bin/python3", "judge.py", "--fast"])
+    torch.manual_seed(0)
+    model, x = Purifier(), torch.rand(6, 3, 6, 6)
+    y = model(x).argmax(1)
+    report = evaluate(model, x, y, eps=0.5, steps=2, attacks=[PGD()], n_eval=2, seed=7)
+    assert not report.row("PGD-2 ce").robust.all()
+    report.save(tmp_path, model)
+    date = report.about["date"]
+    report.save(tmp_path, model)
+    assert report.about["date"] == date
+    model.head.weight.data += 1
+    changed = evaluate(model, x, y, eps=0.5, attacks=[])
+    assert changed.about["model"] != report.about["model"]
+    told = ["python judge.py --fast", report.about["processor"], report.about["model"], date, "6", "7"]
+    for name in ("report.html", "report.md"):
+        assert all(value in html.unescape((tmp_path / name).read_text()) for value in told)
+    # No command repeats an evaluation that was typed.
+    monkeypatch.setattr("sys.argv", ["-c"])
+    assert "command" not in evaluate(model, x, y, eps=0.5, attacks=[]).about
+
+
+def test_a_report_names_versions_images_passes_and_a_changed_protocol():
+    torch.manual_seed(0)
+    model, x = Purifier(), torch.rand(6, 3, 6, 6)
+    y = model(x).argmax(1)
+    options = {"eps": 0.1, "protocol": "fast", "n_eval": 2, "dataset_name": "noise"}
+    report = evaluate(model, x, y, **options, steps=2, probes=False)
+    # The name of the protocol itself is unchanged, because programs compare it.
+    assert report.about["protocol"] == "fast" and report.about["changed"] == "steps 2, probes False"
+    report.about["passes"] = "forwards 812, gradients 430 per image"
+    told = [f"PyTorch {torch.__version__}, Python {platform.python_version()}", f"6 of noise, hash {digest(x, y)[:12]}"]
+    told += [report.about["passes"], "protocol fast, changed: steps 2"]
+    for text in forms(report):
+        text = " ".join(html.unescape(text).split())
+        assert all(words in text for words in told), text
+    assert changes(EvaluateConfig("fast", eot_iter=3, probes=True)) == "eot_iter 3"
+    others = {"n_eval": 2, "seed": 3, "batch_size": 7, "claim": 4, "predict": "votes"}
+    assert not changes(EvaluateConfig("fast", **others)) and changes(EvaluateConfig("fast", probes=False))
+    # Reports of a protocol and of its changed form share no protocol.
+    usual = Report([row(model="other")], about=about(protocol="fast"))
+    changed = Report([row(model="m")], about=about(protocol="fast", changed="steps 2"))
+    for order in ([usual, changed], [changed, usual]):
+        assert not {"protocol", "changed"} & merge(order).about.keys()
+
+
+def test_the_precision_of_a_model_is_told():
+    """It is told of a copy in bfloat16 on every device, of rounded float32 only where a device rounds it."""
+    cpu, gpu, model = torch.device("cpu"), torch.device("cuda"), zoo.load("digits-carso-objective")
+    x, y = torch.rand(2, 1, 16, 16), torch.zeros(2, dtype=torch.int64)
+    with float32_products():
+        assert precision_name(model, gpu) is precision_name(frozen_copy(model, x, dtype=torch.float32), gpu) is None
+    with float32_products(tf32=True):
+        assert [precision_name(model, device) for device in (cpu, gpu)] == [None, "tf32"]
+    fast = frozen_copy(model, x, dtype=torch.bfloat16)
+    assert precision_name(WithAggregation(fast, "lse"), cpu) == "bfloat16"
+    assert evaluate(fast, x, y, eps=0.1, attacks=[]).about["precision"] == "bfloat16"
+    assert "precision" not in evaluate(model, x, y, eps=0.1, attacks=[]).about

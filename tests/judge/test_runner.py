@@ -1,0 +1,476 @@
+import functools
+import json
+import logging
+import math
+import sys
+import types
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from evaluating import evaluate
+from small_models import Made, Purifying
+from torch import nn
+
+from purify_fast.attacks import APGD, FGSM, PGD, AttackContext, BpdaModel, OriginalAutoAttack, StAdv
+from purify_fast.evaluation import AttackSpec, lee_kim_2023
+from purify_fast.judge.results.rows import by_worst_points
+from purify_fast.models.classifiers import SmallCNN
+from purify_fast.ops import aggregate
+from purify_fast.speed import StepGraphs
+
+
+class Linear(nn.Module):
+    """A linear classifier on images of 3x16x16 and, around it, noise on the logits of K samples: fact 14's toy."""
+
+    def __init__(self, scale=1.0, samples=8, noise=0.15, method="lse", classes=10):
+        super().__init__()
+        weight = torch.randn(classes, 768, generator=torch.Generator().manual_seed(0))
+        self.weight = nn.Parameter(weight)
+        self.scale, self.samples, self.noise, self.method = scale, samples, noise, method
+        self._mode = None
+
+    def clean(self, x):
+        return self.scale * (x - 0.5).flatten(1) @ self.weight.T / (math.sqrt(768) * 0.2887)
+
+    def sample_logits(self, x):
+        logits = self.clean(x)
+        shape = (len(x), self.samples, logits.shape[1])
+        if self._mode is None:
+            noise = torch.randn(shape)
+        elif self._mode == "zero":
+            noise = torch.zeros(shape)
+        else:
+            noise = torch.randn(shape[1:], generator=torch.Generator().manual_seed(self._mode)).expand(shape)
+        return logits[:, None] + self.noise * noise
+
+    def forward(self, x):
+        return aggregate(self.sample_logits(x), self.method)
+
+    def reconstruct(self, x):
+        return x[:, None].expand(-1, self.samples, -1, -1, -1)
+
+    def fixed_noise(self, seed):
+        return mock.patch.object(self, "_mode", seed)
+
+    def deterministic(self):
+        return mock.patch.object(self, "_mode", "zero")
+
+
+def plain(toy):
+    """The same without noise."""
+    return Made(lambda self, x: self.toy.clean(x), toy=toy)
+
+
+EPS = 8 / 255
+FAINT = 0.006  # breaks some of the images
+QUIET = {"eps": EPS}
+
+
+def toy_data(model, n=128):
+    x = torch.rand(n, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    return x, model.clean(x).argmax(1)
+
+
+@pytest.fixture(scope="module")
+def toy():
+    model = Linear(scale=2.0)
+    return model, *toy_data(model)
+
+
+@pytest.mark.parametrize("scale, saturated", [(0.5, 0.02), (2, 0.75), (32, 1)])
+def test_fact_14_through_the_published_head(scale, saturated):
+    """The apparent robustness is the share of images whose gradient is NaN; the report must say so."""
+    model = Linear(scale, method="peel_reference")
+    x, y = toy_data(model)
+    report = evaluate(model, x, y, steps=30, eot_iter=5, n_eval=1, attacks=[PGD()], **QUIET)
+    row = report.row("PGD-30 ce")
+    share = row.health["nonfinite"] / row.health["gradients"]
+    assert row.accuracy == pytest.approx(saturated, abs=0.15)
+    assert row.accuracy <= share + 0.1 and not row.reliable and not report.headline.reliable
+    # judged by the same decisions, attacked through logsumexp: nothing is left
+    model.method = "lse"
+    attacks = [AttackSpec(PGD(), aggregation="peel_reference"), PGD()]
+    head = evaluate(model, x, y, steps=30, eot_iter=5, n_eval=1, attacks=attacks, **QUIET)
+    assert not head.row("PGD-30 ce through peel_reference").reliable
+    assert head.headline.accuracy <= 0.01 and head.headline.reliable and head.row("worst").reliable
+    row = head.row("PGD-30 ce")
+    assert row.accuracy <= 0.01 and row.settings["eot_iter"] == 5 and row.reliable and row.health["nonfinite"] == 0
+
+
+#: Two losses on the model as it is, and without its noise.
+PGD_ROWS = [
+    AttackSpec(attack, variant) for variant in ("random", "deterministic") for attack in (PGD(), PGD(loss="dlr"))
+]
+
+
+@pytest.fixture(scope="module")
+def full(toy):
+    """Rows of every variant, cheaply."""
+    model, x, y = toy
+    attacks = [
+        *PGD_ROWS,
+        AttackSpec(OriginalAutoAttack(steps=5, n_queries=20), variant="fixed"),
+        AttackSpec(OriginalAutoAttack(version="rand", steps=5, eot_iter=2), max_images=40),
+        AttackSpec(PGD(), target=plain(model), label="transfer from the base"),
+        FGSM(),
+        AttackSpec(PGD(loss="margin", restarts=2), aggregation="mean"),
+    ]
+    return evaluate(model, x, y, steps=5, eot_iter=2, n_eval=3, attacks=attacks, name="toy", eps=FAINT)
+
+
+def test_rows(full):
+    assert len(full.attacks) == 18 and full.attacks[:3] == ["clean", "clean, deterministic", "clean, fixed noise"]
+    assert full.attacks[-3:] == ["worst, deterministic", "worst", "worst, first 40"]
+    assert "AutoAttack standard, 5 steps, 20 queries, tried on the deployed defence" in full.attacks
+    clean = full.row("clean")
+    assert clean.accuracy > 0.8 and clean.n == 128 and clean.health is None
+    for row in full.rows:
+        draws = 3 if row.variant == "random" else 1
+        assert row.n == len(row.robust) and row.seed == 0 and row.seconds >= 0
+        assert row.standard_error == pytest.approx(math.sqrt(row.accuracy * (1 - row.accuracy) / row.n))
+        if row.kind not in ("clean", "worst") and "tried on" not in row.attack:
+            assert row.n_eval == draws and row.accuracy <= row.mean
+            assert row.health["gradients"] > 0 and row.reliable
+            assert row.settings["eot_iter"] == (2 if row.variant == "random" and "transfer" not in row.attack else 1)
+            (of_variant,) = (each for each in full.rows if (each.kind, each.variant) == ("clean", row.variant))
+            assert row.attacked == (of_variant.share_wrong < 1)[: row.n].sum()
+            # noise that is the same in every call is none for AutoAttack's own check
+            assert not any("random" in warning for warning in row.warnings)
+    assert full.row("AutoAttack rand, 5 steps, first 40").n == 40
+
+
+def test_worst_is_per_image(full):
+    of = {label: full.row(label).robust for label in full.attacks}
+    zero = of["PGD-5 ce, deterministic"] & of["PGD-5 dlr, deterministic"]
+    assert np.array_equal(of["worst, deterministic"], zero)
+    # what a variant judged is in no worst of the deployed model, but for what falls there too
+    names = ["PGD-5 ce", "PGD-5 dlr", "FGSM ce", "PGD-5 margin x2 through mean", "transfer from the base"]
+    names += [label for label in of if label.endswith("on the deployed defence")]
+    rows = [full.row(name) for name in ("clean", *names)]
+    worst = by_worst_points(rows, 128)
+    assert np.array_equal(worst.wrong, np.max([row.wrong for row in rows], 0))
+    assert np.array_equal(full.row("worst").right, worst.right)
+    # an attack on fewer images neither lowers nor raises the row over all of them
+    few = full.row("worst, first 40")
+    rows.append(full.row("AutoAttack rand, 5 steps, first 40"))
+    assert np.array_equal(few.right, by_worst_points(rows, 40).right)
+    assert few.n == 40 and set(few.settings["over"]) == {*full.row("worst").settings["over"], few.settings["over"][-4]}
+    assert full.headline.accuracy == min(r.accuracy for r in full.rows if r.kind != "clean" and r.deployed)
+
+
+def test_transfer_attacks_the_base_and_judges_the_defence(toy):
+    """A base whose gradient points elsewhere: its images must not hurt, and its health is what is counted."""
+    model, x, y = toy
+    seen = []
+
+    class Base(nn.Module):
+        def forward(self, z):
+            seen.append(len(z))
+            return z.flatten(1)[:, :10] * 0 + z.flatten(1)[:, 767:]
+
+    attacks = [AttackSpec(PGD(), target=Base(), label="transfer")]
+    report = evaluate(model, x, y, steps=3, n_eval=1, attacks=attacks, **QUIET)
+    row = report.row("transfer")
+    assert seen and row.accuracy > 0.7 and not row.reliable  # all its logits are equal: no gradient at all
+    assert row.settings["target"] == "Base" and [r.kind for r in report.rows] == ["clean", "pgd", "worst"]
+    # what was carried over is a success where it succeeds, and says nothing about the model's own gradients
+    worst = report.row("worst")
+    assert abs(worst.accuracy - row.accuracy) < 0.1 and (worst.wrong >= row.wrong).all() and not worst.reliable
+
+
+def test_what_a_model_lacks_is_said(toy, caplog):
+    """A deterministic model gets one draw, one prediction and one variant, and no note on what would be the same."""
+    model, x, y = toy
+    attacks = [PGD(), AttackSpec(PGD(), variant="deterministic"), StAdv(steps=2)]
+    attacks += [OriginalAutoAttack(version="rand"), AttackSpec(PGD(), target="classifier")]
+    attacks += [AttackSpec(PGD(), aggregation="mean")]
+    report = evaluate(plain(model), x, y, steps=3, eot_iter=4, n_eval=4, attacks=attacks, name="m", **QUIET)
+    assert report.attacks == ["clean", "PGD-3 ce", "worst", "StAdv-2 margin, flow 0.05"]
+    assert all(row.n_eval == 1 for row in report.rows) and report.row("PGD-3 ce").settings["eot_iter"] == 1
+    reasons = "is deterministic", "has no classifier", "has no sample_logits()"
+    assert report.row("clean").accuracy == 1 and len(report.notes) == 3
+    assert all(note.endswith(f"was left out: the model {why}") for note, why in zip(report.notes, reasons, strict=True))
+    report = evaluate(plain(model), x, y, attacks=[AttackSpec(PGD(), target="classifier")], name="m", **QUIET)
+    assert report.notes[1:] == ["m: no attack ran, so this report does not say how robust the model is"]
+    assert report.notes[0].startswith("m: PGD") and "no attack ran" in caplog.text
+    assert evaluate(plain(model), x, y, attacks=[], name="m", **QUIET).notes == []
+    attacks = [PGD(), AttackSpec(PGD(), variant="fixed"), AttackSpec(PGD(), variant="deterministic")]
+    model.eval()
+    report = evaluate(lambda z: model(z), x, y, steps=2, n_eval=2, name="f", attacks=attacks, **QUIET)
+    assert report.attacks == ["clean", "PGD-2 ce", "worst"] and len(report.notes) == 2
+    assert "fixed_noise()" in report.notes[0] and "deterministic()" in report.notes[1]
+
+
+def test_nothing_leaks(toy):
+    model, x, y = toy
+    model.train()
+    model.weight.requires_grad_(True)
+    logger = logging.getLogger("auto-attack")
+    before = torch.get_rng_state(), model.weight.clone(), x.clone(), logger.level, logger.propagate, sys.gettrace()
+    attacks = [PGD(), AttackSpec(OriginalAutoAttack(steps=2, n_queries=2), variant="fixed")]
+    np_state = np.random.get_state()[1].tolist()
+    evaluate(model, x, y, steps=2, attacks=attacks, **QUIET)
+    assert torch.equal(before[0], torch.get_rng_state()) and np.random.get_state()[1].tolist() == np_state
+    assert torch.equal(before[1], model.weight) and torch.equal(before[2], x)
+    assert (logger.level, logger.propagate, sys.gettrace()) == before[3:] and not logger.handlers
+    assert model.training and model.weight.requires_grad and model.weight.grad is None and model._mode is None
+
+
+def test_reproducible_and_seeded(toy):
+    model, x, y = toy
+    common = {"steps": 3, "eps": FAINT}
+    attacks = [PGD(eot_iter=2), PGD(loss="dlr")]
+    run = [evaluate(model, x, y, attacks=attacks, seed=s, **common) for s in (0, 0, 1)]
+    pictures = [r.row("PGD-3 dlr").examples.adversarial for r in run]
+    masks = [np.concatenate([r.robust for r in report.rows]) for report in run]
+    assert np.array_equal(masks[0], masks[1]) and not np.array_equal(masks[0], masks[2])
+    assert np.array_equal(pictures[0], pictures[1]) and not np.array_equal(pictures[0], pictures[2])
+    # a row does not depend on which rows came before it
+    alone = evaluate(model, x, y, attacks=attacks[1:], **common).row("PGD-3 dlr")
+    assert np.array_equal(alone.robust, run[0].row("PGD-3 dlr").robust)
+    assert np.array_equal(alone.examples.adversarial, pictures[0])
+
+
+def test_batches_do_not_matter(toy):
+    model, x, y = toy
+    attacks = [AttackSpec(PGD(), variant="fixed"), AttackSpec(PGD(), variant="deterministic")]
+    common = {"steps": 1, "eps": FAINT}
+    one, other = (evaluate(model, x, y, attacks=attacks, batch_size=b, **common) for b in (128, 3))
+    for label in ("PGD-1 ce, fixed noise", "PGD-1 ce, deterministic"):
+        a, b = one.row(label), other.row(label)
+        assert np.array_equal(a.robust, b.robust) and 0 < a.accuracy < 1
+        assert np.abs(a.examples.adversarial - b.examples.adversarial).max() < 1e-6
+
+
+def test_survivors(toy):
+    model, x, y = toy
+    attacks = [PGD(), *(AttackSpec(PGD(loss=loss), survivors_only=True) for loss in ("dlr", "margin"))]
+    attacks += [AttackSpec(PGD(), "deterministic", survivors_only=True), AttackSpec(PGD(steps=2), label="all again")]
+    report = evaluate(model, x, y, steps=1, attacks=attacks, n_eval=2, **QUIET)
+    first, second, third = (report.row(f"PGD-1 {loss}") for loss in ("ce", "dlr", "margin"))
+    # what all choosing draws misclassify has fallen, and every image keeps its draws
+    assert second.attacked == (first.wrong < 1).sum() < first.attacked
+    assert (second.wrong >= first.wrong).all() and (third.wrong >= second.wrong).all()
+    assert second.n == first.n == len(x)
+    clean = report.row("clean, deterministic").robust.sum()  # another variant starts anew
+    assert report.row("PGD-1 ce, deterministic").attacked == clean
+    again = report.row("all again")
+    assert again.attacked == first.attacked
+    tried = report.row("PGD-1 ce, deterministic, tried on the deployed defence")
+    assert (tried.wrong >= third.wrong).all()
+    assert np.array_equal(report.row("worst").wrong, np.maximum(tried.wrong, again.wrong))
+    assert f"{len(x)} ({second.attacked})" in report.to_markdown()
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4])
+def test_autoattack_with_few_classes(classes, tmp_path):
+    pytest.importorskip("pyautoattack")
+    model = plain(Linear(scale=1.0, classes=classes))
+    x, y = toy_data(model.toy, 12)
+    run = functools.partial(evaluate, model, x, y, eps=0.1, out=tmp_path)
+    if classes < 4:
+        for how in ({"attacks": [OriginalAutoAttack()]}, {"protocol": "official"}):
+            with pytest.raises(ValueError, match=f"at least 4 classes, got {classes}: use protocol stand"):
+                run(**how)
+        assert list((tmp_path / "rows").iterdir()) == []
+    if classes < 3:
+        with pytest.raises(ValueError, match="rand needs at least 3 classes, got 2"):
+            OriginalAutoAttack(version="rand").run(model, x, y, eps=0.1, num_classes=2)
+    if classes >= 4:
+        row = run(attacks=[OriginalAutoAttack(steps=10, n_queries=50)]).rows[1]
+        assert row.accuracy <= 0.1 and row.warnings == []
+        assert row.settings["attacks"] == ["apgd-ce", "apgd-t", "fab-t", "square"]
+
+
+def test_the_other_package(without_autoattack, monkeypatch, toy):
+    """fra31's `autoattack` has `bs`, prints unless told otherwise, and returns the images alone."""
+    model, x, y = toy
+    asked = {}
+
+    class Other:
+        def __init__(self, model, eps=0.3, verbose=True, attacks_to_run=(), version="other", **others):
+            assert version == "standard"
+            self.eps, self.verbose = eps, verbose
+            self.apgd, self.apgd_targeted, self.fab, self.square = (types.SimpleNamespace() for _ in range(4))
+
+        def run_standard_evaluation(self, x_orig, y_orig, bs=250):
+            assert not self.verbose
+            asked.update(bs=bs, attacks=self.attacks_to_run, targets=self.fab.n_target_classes, steps=self.apgd.n_iter)
+            return (x_orig + 2 * self.eps).clamp(0, 1)  # leaves the ball: must be brought back
+
+    with pytest.raises(ModuleNotFoundError, match=r"purify-fast\[eval\]"):
+        evaluate(plain(model), x, y, attacks=[OriginalAutoAttack()], **QUIET)
+    monkeypatch.setitem(sys.modules, "autoattack", types.SimpleNamespace(AutoAttack=Other))
+    row = evaluate(plain(model), x, y, attacks=[OriginalAutoAttack()], batch_size=33, **QUIET).rows[1]
+    assert asked == {"bs": 33, "attacks": ["apgd-ce", "apgd-t", "fab-t", "square"], "targets": 9, "steps": 100}
+    moved = row.examples.adversarial - row.examples.clean
+    assert np.abs(moved).max() == pytest.approx(EPS, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"y": torch.tensor([0, 10, 1, 1])}, r"y\[1\] is 10, but the model has 10 classes"),
+        ({"norm": "l3"}, "norm must be"),
+        ({"attacks": [PGD(), PGD(alpha=0.1)]}, "attacks must have different labels.*PGD-100 ce"),
+        ({"protocol": "fast"}, "protocol and attacks .*got protocol='fast'"),
+    ],
+)
+def test_errors(change, message):
+    arguments = {"x": torch.rand(4, 3, 16, 16), "y": torch.zeros(4, dtype=torch.int64), "attacks": [PGD()]}
+    with pytest.raises(ValueError, match=message):
+        evaluate(Linear(), **arguments | QUIET | change)
+
+
+def test_a_saturated_head_still_gets_its_draws():
+    """A head that is infinite everywhere looks deterministic; its EOT draws are taken all the same."""
+    model = Linear(32.0)
+    x, y = toy_data(model, 16)
+    attacks = [AttackSpec(PGD(), aggregation="peel_reference")]
+    report = evaluate(model, x, y, steps=2, eot_iter=3, attacks=attacks, **QUIET)
+    assert report.rows[1].settings["eot_iter"] == 3 and report.rows[1].health["nonfinite"] == 32
+
+
+@pytest.fixture(scope="module")
+def shattered():
+    """A randomised defence with one purified image per prediction, rounded: no gradient gets through."""
+    torch.manual_seed(0)
+    classifier = nn.Sequential(nn.Flatten(), nn.Linear(768, 10))
+    classifier[1].weight.data *= 10
+    model = Purifying(classifier, lambda x: ((x + 0.02 * torch.randn_like(x)) * 16).round() / 16)
+    x = torch.rand(64, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    return model, x, model.classifier(x).argmax(1)
+
+
+@pytest.fixture(scope="module")
+def unseen(shattered):
+    model, x, y = shattered
+    straight = BpdaModel.of(model)
+    attacks = [
+        PGD(),
+        AttackSpec(PGD(), target=straight, label="BPDA"),
+        AttackSpec(PGD(), target="classifier", label="cheap"),
+        AttackSpec(PGD(norm="l2", eps=1.0), target=straight, label="BPDA"),
+        AttackSpec(PGD(loss="dlr", norm="l2", eps=1.0), target=straight, label="BPDA in L2 1", survivors_only=True),
+        AttackSpec(StAdv(), target="classifier"),
+    ]
+    return evaluate(model, x, y, attacks=attacks, steps=8, eot_iter=3, n_eval=2, name="d", eps=FAINT)
+
+
+def test_unseen_rows(unseen):
+    assert unseen.attacks == [
+        "clean",
+        "PGD-8 ce",
+        "BPDA",
+        "cheap on the classifier alone (not adaptive)",
+        "worst",
+        "BPDA, L2 1",
+        "BPDA in L2 1",
+        "StAdv-8 margin on the classifier alone (not adaptive), flow 0.05",
+        "worst, L2 1",
+    ]
+    rows = {label: unseen.row(label) for label in unseen.attacks}
+    threats = [None] * 5 + ["L2 1", "L2 1", "flow 0.05", "L2 1"]
+    assert [row.threat for row in rows.values()] == threats
+    bpda, cheap, stadv = rows["BPDA"], rows[unseen.attacks[3]], rows[unseen.attacks[7]]
+    assert not rows["PGD-8 ce"].reliable and rows["PGD-8 ce"].health["zero"] > 0
+    assert bpda.reliable and bpda.settings["target"] == "BpdaModel" and bpda.accuracy < rows["PGD-8 ce"].accuracy - 0.2
+    assert bpda.settings["eot_iter"] == 3 and bpda.health["gradients"] == 8 * bpda.attacked
+    assert cheap.settings["target"] == "on the classifier alone (not adaptive)" and cheap.settings["eot_iter"] == 1
+    assert (stadv.settings["eps"], stadv.settings["norm"], stadv.settings["loss"]) == (0.05, "flow", "margin")
+    assert stadv.health["gradients"] == 8 * stadv.attacked and stadv.reliable
+
+
+def test_other_threat_models_stay_out_of_the_headline_and_the_worst(unseen):
+    of = {label: unseen.row(label).robust for label in unseen.attacks}
+    # with what was made on the classifier alone, without another ball
+    assert np.array_equal(of["worst"], of["PGD-8 ce"] & of["BPDA"] & of[unseen.attacks[3]])
+    assert np.array_equal(of["worst, L2 1"], of["BPDA, L2 1"] & of["BPDA in L2 1"])
+    assert of["worst, L2 1"].mean() < of["worst"].mean()
+    assert unseen.headline.threat is None and unseen.headline.accuracy == of["worst"].mean()
+    lowest = unseen.lowest
+    assert set(lowest) == {("d", None), ("d", "L2 1"), ("d", "flow 0.05")}
+    assert lowest["d", "L2 1"].accuracy == of["worst, L2 1"].mean()
+    assert json.loads(unseen.to_json())["headlines"]["d"]["attack"] == unseen.headline.attack
+
+
+def test_survivors_of_one_threat_model_are_not_spared_by_another(unseen):
+    first, second = unseen.row("BPDA, L2 1"), unseen.row("BPDA in L2 1")
+    assert second.attacked == (first.share_wrong < 1).sum() < first.attacked
+
+
+@pytest.mark.parametrize(("order", "eps"), [(1, 8.0), (2, 1.0)])
+def test_rows_in_another_ball(toy, order, eps):
+    pytest.importorskip("pyautoattack")
+    model, x, y = toy
+    auto = [AttackSpec(OriginalAutoAttack(steps=4, n_queries=4), "fixed"), OriginalAutoAttack(version="rand", steps=4)]
+    attacks = [FGSM(), *PGD_ROWS, *auto, AttackSpec(PGD(), target=model, label="transfer")]
+    report = evaluate(model, x[:12], y[:12], attacks=attacks, eps=eps, norm=f"l{order}", steps=4)
+    moved = [row for row in report.rows if row.examples is not None and row.kind != "clean"]
+    assert {"fgsm", "pgd", "autoattack"} <= {row.kind for row in moved}
+    for row in moved:
+        change = (row.examples.adversarial - row.examples.clean).reshape(len(row.examples.labels), -1)
+        assert row.settings["norm"] == f"l{order}"
+        assert 0.8 * eps < np.linalg.norm(change, order, axis=1).max() <= eps + 1e-5
+
+
+def test_the_attack_of_lee_and_kim():
+    spec, other = lee_kim_2023(), lee_kim_2023(4 / 255)
+    settings = spec.attack.settings(AttackContext(eps=0.1))
+    wanted = {"steps": 200, "eot_iter": 20, "random_start": False, "norm": "linf", "eps": 8 / 255, "loss": "ce"}
+    assert settings | wanted == settings
+    assert [each.attack.alpha for each in (spec, other)] == [pytest.approx(0.007), pytest.approx(0.0035)]
+    assert spec.label == "PGD-200 ce + EOT (Lee & Kim 2023)" and other.attack.eps == 4 / 255
+
+
+def test_attacks_are_kept_by_what_they_do_and_not_by_their_names(tmp_path, shattered):
+    model, x, y = shattered
+    settings = {"steps": 2, "out": tmp_path, "n_eval": 1, "eps": FAINT}
+
+    def run(*attacks, **change):
+        report = evaluate(model, x[:8], y[:8], attacks=attacks, **settings | change)
+        rows = [row.to_dict() for row in report.rows[1 : 1 + len(attacks)]]
+        # The clean row is not counted.
+        return rows, len(list(tmp_path.glob("rows/*.safetensors"))) - 1
+
+    # they differ in one thing each: no row of one is taken for another's
+    attacks = [PGD(), PGD(random_start=False), PGD(eps=0.01), StAdv(), StAdv(smoothness=0.0)]
+    plans = [AttackSpec(attack, label=str(number)) for number, attack in enumerate(attacks)]
+    straight = [BpdaModel.of(model, aggregation) for aggregation in (None, "mean")]
+    plans += [AttackSpec(PGD(), target=target, label=f"on {i}") for i, target in enumerate(("classifier", *straight))]
+    first, count = run(*plans)
+    assert count == len(plans) and run(*plans) == (first, count)
+    # the same attack by another name, and from a report whose own ball it is, is the same row
+    [named], count = run(AttackSpec(PGD(), target=straight[0], label="by another name"))
+    assert named["attack"] == "by another name" and count == len(plans)
+    [other], _ = run(PGD(), eps=0.01)
+    [again], count = run(PGD(eps=0.01), eps=0.01)
+    assert (other["attack"], other["threat"], count) == ("PGD-2 ce", None, len(plans)) and again == other
+
+
+def test_an_evaluation_hands_captured_steps_to_its_attacks(rerun, monkeypatch):
+    made = []
+
+    def graphs(mode, cudnn_benchmark):
+        made.append(StepGraphs(mode, rerun, cudnn_benchmark))
+        return made[-1]
+
+    monkeypatch.setattr("purify_fast.speed.graphs.step_graphs.StepGraphs", graphs)
+    torch.manual_seed(0)
+    model, x = SmallCNN(width=4).eval(), torch.rand(12, 1, 16, 16)
+    y = model(x).argmax(1)
+    rows = []
+    for mode in ("off", "auto", "always"):
+        options = {"eps": 0.05, "batch_size": 8, "cuda_graphs": mode}
+        found = evaluate(model, x, y, attacks=[PGD(steps=25), APGD(steps=25)], **options)
+        rows.append([row.robust.tolist() for row in found.rows])
+        # of each attack two batches, the last one smaller; of APGD perhaps more, when images leave
+        assert rerun.recorded == 0 if mode == "off" else rerun.recorded >= 3
+        # The header says what was captured. Nothing is known of it where nothing may be captured.
+        assert found.about.get("captured") == (None if mode == "off" else f"{rerun.recorded} captured")
+        rerun.recorded = 0
+    assert rows[0] == rows[1] == rows[2] and [one.mode for one in made] == ["off", "auto", "always"]
+    # The setting of cuDNN holds inside captures.
+    assert {one.cudnn_benchmark for one in made} == {"off"}
