@@ -48,7 +48,7 @@ SHORTER = {
     r"^evaluate\(defence, x\[:2\], y\[:2\], eps=0.2, steps=\d+, attacks=attacks\)$": (
         "evaluate(tiny, tiny_x, y[:2], eps=0.2, attacks=attacks, progress=False)"
     ),
-    r"target=BpdaModel\.of\(defence\)": "target=BpdaModel.of(tiny)",
+    r"through=BpdaModel\.of\(defence\)": "through=BpdaModel.of(tiny)",
     # 5,000 queries of Square take half a minute
     r'version="standard", seed=0\)': 'version="custom", attacks=["apgd-ce"], seed=0)',
     # "strong" on a random purifier takes minutes

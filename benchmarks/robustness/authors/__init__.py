@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from purify_fast.attacks import OriginalAutoAttack
 from purify_fast.defences import WithAggregation
 from purify_fast.evaluation import AttackSpec, Row, evaluate
+from purify_fast.judge.request.config import Predict
 from purify_fast.methods.atop import Atop
 from purify_fast.methods.carso import Carso
 from purify_fast.methods.diffusion import DiffusionPurifier
+from purify_fast.protocols import draws_for_each_image
 
 from . import atop_release, diffusion_release
 
@@ -27,6 +29,12 @@ class Evaluation(NamedTuple):
 
     model: nn.Module
     attack: AttackSpec
+
+
+class PublishedOutput(WithAggregation):
+    """CARSO with the output of its authors, PeeL, whose logits may be infinite."""
+
+    draws_for_each_image = True
 
 
 def authors_evaluations(defence: Any, eps: float) -> list[Evaluation]:
@@ -52,7 +60,11 @@ def rows_of(evaluations: Sequence[Evaluation], x: Tensor, y: Tensor, *, eps: flo
     """Run evaluations, in which a single prediction judges each image, and return the row of each attack."""
     rows = []
     for model, attack in evaluations:
-        report = evaluate(model, x, y, eps=eps, attacks=[attack], n_eval=1, probes=False, progress=False)
+        # With a single prediction the rule "worst_of" changes no number. But the evaluation then takes a model as
+        # random if its class says so, also if infinite logits hide the draws.
+        rule: Predict | None = "worst_of" if draws_for_each_image(model) else None
+        how: dict[str, Any] = {"n_eval": 1, "predict": rule, "probes": False, "progress": False}
+        report = evaluate(model, x, y, eps=eps, attacks=[attack], **how)
         rows += [row for row in report.rows if row.is_attack]
     return rows
 
@@ -64,4 +76,4 @@ def _carso(defence: Carso, eps: float) -> list[tuple[nn.Module, AttackSpec]]:
     src/eval_a.py of emaballarin/CARSO at 307b873, lines 88, 202, 225, 255 and 268.
     """
     label = f"as src/eval_a.py (emaballarin/CARSO): AutoAttack rand through PeeL, K = {defence.samples}"
-    return [(WithAggregation(defence, "peel_reference"), AttackSpec(OriginalAutoAttack(version="rand"), label=label))]
+    return [(PublishedOutput(defence, "peel_reference"), AttackSpec(OriginalAutoAttack(version="rand"), label=label))]
