@@ -151,7 +151,9 @@ def evaluate(
     until = math.inf if config.minutes is None else time.monotonic() + 60 * config.minutes
     ball = ThreatModel(norm, float(eps))
     folder = None if out is None else Path(out)
-    call = _Call(model, images, labels, ball, base, given, folder, name, revision, progress, config, until, notes)
+    asked: dict[str, Any] = {"base": base, "attacks": given, "out": folder, "name": name, "revision": revision}
+    asked |= {"progress": progress, "config": config, "until": until, "notes": notes}
+    call = _Call(model, images, labels, ball, **asked)
     # The second run is outside of the block, so that the first has freed its memory.
     with contextlib.suppress(DrawsUnderAttack):
         return _answer(call, draws=False)

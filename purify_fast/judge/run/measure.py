@@ -145,7 +145,7 @@ class Measure:
         if earlier and spec.survivors_only:
             known = by_worst_points(earlier, min(row.n for row in earlier))
             images["known"] = digest(*map(torch.from_numpy, known))
-        make = functools.partial(self.judged, spec, index, near, alive, [self.clean(), *earlier])
+        make = functools.partial(self.judged, spec, index, near, alive=alive, points=[self.clean(), *earlier])
         row = self.load_or_make(settings_of(spec, self.subject, self.context) | images, spec, make)
         # The key of a cached row does not contain the row's name, so it may have been made under another name.
         row.attack = row_name(spec, self.context)
