@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from purify_fast import zoo
 from purify_fast.attacks.gradient_copy import Copies
 from purify_fast.data import load_dataset, to_float
-from purify_fast.evaluation import evaluate
+from purify_fast.evaluation import EvaluateConfig, evaluate
 from purify_fast.models.classifiers import PreActResNet18
 from purify_fast.ops.dispatch import tuning, verify
 from purify_fast.ops.dispatch.registry import Op
@@ -238,8 +238,8 @@ def _evaluated(context: Context, subject: contests.Subject, mode: Any) -> list[d
     """Evaluate a model. Return a row for each attack, with the difference from the evaluation without CUDA graphs."""
     folder = context.out / "gpu_check" / "standard"
     protocol = "fast" if context.rehearsal else "standard"
-    how: dict[str, Any] = {"protocol": protocol, "batch_size": contests.BATCH, "cuda_graphs": mode, "probes": False}
-    how |= {"eps": subject.eps, "out": folder / mode, "progress": False}
+    how: dict[str, Any] = {"protocol": protocol, "batch_size": contests.BATCH, "probes": False}
+    how |= {"eps": subject.eps, "out": folder / mode, "progress": False, "config": EvaluateConfig(cuda_graphs=mode)}
     report = evaluate(subject.model, subject.x, subject.y, **how)
     robust = {row.attack: np.asarray(row.robust) for row in report.rows}
     np.savez(folder / f"{mode}.npz", allow_pickle=False, **robust)

@@ -187,8 +187,8 @@ class Protocol:
         )
         attacked = AttackSequence(subject.model, subject.x, subject.y, context)
         for spec in specs:
-            attacked.context = replace(context, seed=spec.seed, gradients_from=spec.gradients_from)
-            with frozen(subject.model if spec.gradients_from is None else spec.gradients_from):
+            attacked.context = replace(context, seed=spec.seed, gradients_from=spec.through)
+            with frozen(subject.model if spec.through is None else spec.through):
                 attacked.run(spec.attack)
         return misclassified(subject, attacked.images)
 

@@ -22,7 +22,8 @@ from purify_fast import zoo as packed
 from purify_fast._files import write_text
 from purify_fast._validation import read_norm
 from purify_fast.data import DataSet, balanced_subset, load_dataset, to_float
-from purify_fast.evaluation import certify, evaluate, refute
+from purify_fast.defences import MajorityVote
+from purify_fast.evaluation import EvaluateConfig, certify, evaluate, refute
 from purify_fast.judge.show.text import markdown_table
 from purify_fast.methods.loading import load_defence
 from purify_fast.training import load_classifier
@@ -131,10 +132,11 @@ def judge(card: Card, model: torch.nn.Module, images: int, data: DataSet, out: P
         count = max(1, round(share * images))
         chosen = balanced_subset(data.x_test, data.y_test, count, 0, num_classes=data.num_classes)
         asked: dict[str, Any] = {"protocol": protocol}
+        judged = model
         if protocol == "votes":
-            asked = {"protocol": "rand", "predict": "votes", "n_eval": VOTES}
-        asked |= {"dataset_name": card.data, "name": name, "out": out / name / protocol}
-        report = evaluate(model, to_float(chosen.x), chosen.y, eps=card.eps, norm=read_norm(card.norm), **asked)
+            judged, asked = MajorityVote(model, VOTES), {"protocol": "rand", "n_eval": 1}
+        asked |= {"config": EvaluateConfig(dataset_name=card.data), "name": name, "out": out / name / protocol}
+        report = evaluate(judged, to_float(chosen.x), chosen.y, eps=card.eps, norm=read_norm(card.norm), **asked)
         report.save(out / name / protocol, model)
         lowest = report.headlines[name]
         print(f"{name}, {protocol}: {lowest}")

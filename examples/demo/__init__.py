@@ -155,12 +155,17 @@ def percent(row: Row) -> str:
 
 
 def _share(report: Report, row: str) -> str:
-    return f"{percent(report.row(row))} %"
+    return f"{percent(_row(report, row))} %"
+
+
+def _row(report: Report, attack: str) -> Row:
+    """The row of an attack on the report's first model, or else on the same model at z = 0."""
+    return next(row for row in report.rows if row.attack == attack)
 
 
 def _against(report: Report, other: Report, row: str, what: str) -> str:
     """Describe the difference of two models on the same images. It is significant above two standard errors."""
-    paired = report.paired(other, row)
+    paired = Report([_row(report, row)]).paired(Report([_row(other, row)]), row)
     points = f"{100 * paired.difference:+.1f} ± {100 * paired.standard_error:.1f} points"
     verdict = "significantly better" if paired.difference > 0 else "significantly worse"
     if abs(paired.difference) <= 2 * paired.standard_error:
@@ -170,6 +175,6 @@ def _against(report: Report, other: Report, row: str, what: str) -> str:
 
 def _tradeoff(report: Report) -> dict[str, float]:
     """The sum and the harmonic mean (NRR) of clean accuracy and accuracy under AutoAttack, on the same images."""
-    auto = report.row(AUTOATTACK)
-    clean, robust = 100 * float(report.row("clean").robust[: auto.n].mean()), 100 * auto.accuracy
+    auto = _row(report, AUTOATTACK)
+    clean, robust = 100 * float(_row(report, "clean").robust[: auto.n].mean()), 100 * auto.accuracy
     return {"sum": clean + robust, "nrr": 2 * clean * robust / (clean + robust) if clean + robust else 0.0}

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from purify_fast.attacks import PGD, OriginalAutoAttack
-from purify_fast.evaluation import AttackSpec, Report
+from purify_fast.defences import WithoutNoise
+from purify_fast.evaluation import AttackSpec, Report, merge
 from purify_fast.methods.arrest import ArrestConfig, ArrestTask
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask
 from purify_fast.methods.atop.generators import SmallGenerator
@@ -159,32 +160,26 @@ def attack(workspace: Workspace, name: str, constant_step: bool = True) -> Repor
     """
     budget, target, steps = workspace.budget, model(workspace, name), workspace.budget.steps
     ce, dlr = ce_then_dlr()
-    # AutoAttack's standard version is only for deterministic models, so a random model is attacked without randomness.
     standard = OriginalAutoAttack(steps=budget.autoattack_steps, n_queries=budget.autoattack_queries)
-    auto = AttackSpec(standard, "deterministic", max_images=budget.autoattack_images, label=AUTOATTACK)
+    auto = AttackSpec(standard, max_images=budget.autoattack_images, label=AUTOATTACK)
+    out = workspace.out / FOLDERS[name]
     if name in ATOP_MODELS:
         n, steps = budget.atop_images, budget.atop_steps
-        alone = AttackSpec(PGD(), target="classifier", label=ALONE, max_images=n)
+        alone = AttackSpec(PGD(), through=target.classifier, label=ALONE, max_images=n)
         attacks = [alone, replace(ce, max_images=n), replace(dlr, label=ADAPTIVE, max_images=n)]
     elif isinstance(target, Carso):
         attacks = [
-            *ce_then_dlr("deterministic"),
             # This attack is fast. Images for which it succeeds need no attack through K samples.
-            AttackSpec(
-                PGD(),
-                target=WithAggregation(target, deterministic=True),
-                label=f"PGD-{budget.steps} ce made at z = 0",
-            ),
+            AttackSpec(PGD(), through=WithoutNoise(target), label=f"PGD-{budget.steps} ce made at z = 0"),
             # For CARSO on ARREST, three draws would take a minute longer. A single draw already averages K samples.
             AttackSpec(PGD(eot_iter=1) if name == CARSO_ON_ARREST else PGD(), survivors_only=True),
             *([dlr] if name == CARSO_PIPELINE else []),
-            auto,
         ]
         if name != CARSO_ON_ARREST:
-            attacks.append(AttackSpec(PGD(), target=model(workspace, BASE), label="transfer from the base"))
+            attacks.append(AttackSpec(PGD(), through=model(workspace, BASE), label="transfer from the base"))
         if name == CARSO_OBJECTIVE:
-            peel = PGD(steps=budget.peel_steps)
-            attacks.append(AttackSpec(peel, aggregation="peel_reference", max_images=budget.peel_images, label=PEEL))
+            peel, head = PGD(steps=budget.peel_steps), WithAggregation(target, "peel_reference")
+            attacks.append(AttackSpec(peel, through=head, max_images=budget.peel_images, label=PEEL))
     else:
         attacks = [ce, dlr]
         if name == BASE and constant_step:
@@ -192,6 +187,11 @@ def attack(workspace: Workspace, name: str, constant_step: bool = True) -> Repor
                 attacks.append(AttackSpec(pgd, label=f"PGD-{budget.steps} {pgd.loss}, constant step"))
         if name != STANDARD:
             attacks.append(auto)
-    how: dict[str, Any] = {"name": name, "progress": workspace.progress}
+    how: dict[str, Any] = {"progress": workspace.progress, "out": out}
     how |= {"steps": steps, "eot_iter": budget.eot, "seed": workspace.seed}
-    return attacked(target, budget.images, attacks, out=workspace.out / FOLDERS[name], **how)
+    report = attacked(target, budget.images, attacks, name=name, **how)
+    if isinstance(target, Carso):
+        # AutoAttack's standard version is only for deterministic models, such as CARSO without its randomness.
+        zero = attacked(WithoutNoise(target), budget.images, [ce, dlr, auto], name=f"{name}, z = 0", **how)
+        report = merge([report, zero])
+    return report

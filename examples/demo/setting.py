@@ -9,8 +9,7 @@ from typing import Any
 
 from purify_fast import data
 from purify_fast.attacks import PGD
-from purify_fast.evaluation import AttackSpec, Report, evaluate
-from purify_fast.judge.request.subject import Variant
+from purify_fast.evaluation import AttackSpec, EvaluateConfig, Report, evaluate
 from purify_fast.protocols import Classifier
 from purify_fast.training import ClassifierConfig, TrainingAttack
 
@@ -48,16 +47,16 @@ def attacked(
         images: number of images.
         attacks: attacks to run.
         eps: radius in image units.
-        options: more arguments and settings of `evaluate`.
+        options: more arguments of `evaluate`.
     """
     x, y = digits().x_test[:images], digits().y_test[:images]
-    options |= {"max_forward_batch": 500, "dataset_name": digits().name}
-    return evaluate(model, x, y, eps=eps, attacks=attacks, **options)
+    config = EvaluateConfig(max_forward_batch=500, dataset_name=digits().name)
+    return evaluate(model, x, y, eps=eps, attacks=attacks, config=config, **options)
 
 
-def ce_then_dlr(variant: Variant = "random") -> list[AttackSpec]:
+def ce_then_dlr() -> list[AttackSpec]:
     """PGD with cross-entropy, and then PGD with DLR on the images that are still classified correctly."""
-    return [AttackSpec(PGD(), variant), AttackSpec(PGD(loss="dlr"), variant, survivors_only=True)]
+    return [AttackSpec(PGD()), AttackSpec(PGD(loss="dlr"), survivors_only=True)]
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ class Certify(ModelCommand):
         from torch import nn
 
         from .._process import processes
-        from ..evaluation import certify, refute
+        from ..evaluation import EvaluateConfig, certify, refute
         from ..methods.diffusion import DiffusionPurifier
 
         (sigma, source), first = self.noise(), processes()[0] == 0
@@ -94,7 +94,8 @@ class Certify(ModelCommand):
             write_run_file(replace(self, sigma=sigma, radius=radii), out)
         for radius in attacked:
             folder = out / f"attacks-{radius}"
-            against: dict[str, Any] = {"protocol": self.attack, "out": folder, "dataset_name": data.name, **how}
+            against: dict[str, Any] = {"protocol": self.attack, "out": folder, **how}
+            against["config"] = EvaluateConfig(dataset_name=data.name)
             certificates, report = refute(certificates, model, x, y, radius=radius, votes=self.votes, **against)  # type: ignore[arg-type]
             if first:
                 report.save(folder)

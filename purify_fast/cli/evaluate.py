@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -193,7 +193,7 @@ class Evaluate(ModelCommand):
         model, base = self.prepared(images)
         out, (eps, norm) = self.writes(), self.ball()
         chosen, notes = self.chosen(images, self.settings.seed)
-        settings = vars(self.settings) | {"dataset_name": self.settings.dataset_name or images.name}
+        settings = replace(self.settings, dataset_name=self.settings.dataset_name or images.name)
         with float32_products(tf32=self.precision == "tf32"):
             report = evaluate(
                 model,
@@ -204,7 +204,7 @@ class Evaluate(ModelCommand):
                 base=base,
                 out=out,
                 name=self.title(),
-                **settings,
+                config=settings,
             )
         if processes()[0] > 0:
             return

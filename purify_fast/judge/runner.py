@@ -1,8 +1,4 @@
-"""Runs an evaluation: attacks on correctly classified images, fresh predictions on the attacked images, and alarms.
-
-The images of an attack on the variant ``fixed`` or ``deterministic`` are also tried on the deployed model, because only
-the deployed model counts for the headline, the robust accuracy of the report.
-"""
+"""Runs an evaluation: attacks on correctly classified images, fresh predictions on the attacked images, and alarms."""
 
 from __future__ import annotations
 
@@ -13,14 +9,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .._process import processes
-from .._validation import NormName, check_folder, read_norm
+from .._validation import Count, NormName, Positive, check_folder, read_norm
 from ..attacks import Attack, AttackContext, frozen
 from ..attacks.arguments import check_eps
 from ..attacks.attacked_model import check_leaves_images
@@ -34,12 +30,12 @@ from ..speed.precision import raced_convolutions, whole_float32_by_default
 from .alarms.probes import Before, Probes
 from .alarms.signs import signs_of_masking
 from .request.attack_lists import SEARCHES, protocol_attacks, without_early_stops
-from .request.config import EvaluateConfig, EvaluateSettings, config_of
+from .request.config import EvaluateConfig, Predict, ProtocolName, config_of
 from .request.fingerprint import fingerprint
-from .request.naming import beside_fixed, feasible, row_name, threat_name
+from .request.naming import feasible, row_name, threat_name
 from .request.preparation import collect, facts, note_of_modes, read_attacks, warn_of_probabilities
 from .request.specs import AttackFunction, AttackSpec
-from .request.subject import DrawsUnderAttack, Subject, Variant, device_of
+from .request.subject import DrawsUnderAttack, Subject, device_of
 from .results.rows import CUT, Row, worst_rows
 from .run.cache import RowCache
 from .run.measure import Measure, Standing, settings_of
@@ -64,9 +60,6 @@ VARYING = (
 
 Result = TypeVar("Result")
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
 
 @whole_float32_by_default()
 @torch.inference_mode(False)
@@ -83,8 +76,17 @@ def evaluate(
     name: str = "defence",
     revision: str | None = None,
     progress: bool = True,
-    config: EvaluateConfig = EvaluateConfig(),
-    **settings: Unpack[EvaluateSettings],
+    protocol: ProtocolName | None = None,
+    n_eval: Count | None = None,
+    predict: Predict | None = None,
+    seed: int | None = None,
+    batch_size: Count | None = None,
+    steps: Count | None = None,
+    eot_iter: Count | None = None,
+    minutes: Positive | None = None,
+    claim: float | None = None,
+    probes: bool | None = None,
+    config: EvaluateConfig | None = None,
 ) -> Report:
     """Run attacks on a model, and report the model's accuracy under the attacks.
 
@@ -100,7 +102,7 @@ def evaluate(
         base: an undefended classifier, whose adversarial images are tried on the model; not beside ``attacks``.
         attacks: a list of attacks that replaces a protocol: attacks of `purify_fast.attacks`, such as ``PGD()``;
             functions ``(model, x, y) -> x_adv``, see `as_attack`; or an `AttackSpec`. An empty list measures only the
-            clean accuracy. An attack on a variant that the model lacks, or whose test fails, is left out, with a note.
+            clean accuracy.
         out: a folder. Finished rows are cached in ``out/rows``, and used again if settings, weights, data and the code
             that the model and the attacks reach are the same. If nothing would show a change of the model, as for a
             plain function, its rows are not cached, with a warning.
@@ -108,27 +110,37 @@ def evaluate(
         revision: a name for the model's code, with which the rows of every model are cached. Choose another name after
             a change that Python does not show, such as one of a file that the model reads.
         progress: whether to show a progress bar for each attack, which counts forward passes of single images.
-        config: settings for several evaluations, whose fields the keywords replace.
-        **settings: the fields of `EvaluateConfig`, such as ``protocol="fast"``, ``seed=1`` or ``minutes=10``.
+        protocol: name of a list of attacks, such as "fast". None: ``attacks``, or else "standard".
+        n_eval: number of predictions on each image of a random model; by default 5.
+        predict: "worst_of", if the attacks know that any wrong prediction decides.
+        seed: seed of all random numbers; by default 0.
+        batch_size: number of images that are attacked together; by default 250.
+        steps: number of steps of attacks that set none; by default 100.
+        eot_iter: number of draws averaged per step, for attacks that set none; by default 5.
+        minutes: largest number of minutes that the evaluation may take; by default unlimited.
+        claim: a claimed robust accuracy, in percent, which the report tests.
+        probes: whether to run the probes; by default with every protocol.
+        config: the same settings, explained in `EvaluateConfig`, and rarer settings. A keyword that is given, and is
+            not None, wins over the field of the config.
 
     Returns:
-        A `Report` with a clean row for each variant, a row for each attack, and ``worst`` rows. In ``worst``, an image
-        is robust only if it is robust in all rows of the deployed model, also in rows of AutoAttack and of transferred
-        images. In a row of an attack on survivors, images that fell before are not robust. Attacks on a variant count
-        for "worst, fixed" or "worst, deterministic"; their images are also tried on the deployed model, in a second
-        row, which counts for ``worst``. Attacks on the first 200 images count for "worst, first 200". Another threat
-        model with several attacks has a separate ``worst`` row.
+        A `Report` with a clean row, a row for each attack, and ``worst`` rows. In ``worst``, an image is robust only if
+        it is robust in all rows, also in rows of AutoAttack and of attacks through other models. In a row of an attack
+        on survivors, images that fell before are not robust. Attacks on the first 200 images count for "worst, first
+        200". Another threat model with several attacks has a separate ``worst`` row.
 
     Raises:
         ValueError: a wrong shape, dtype, range or setting; a model that writes to its input, or does not accept every
             batch size; ``predict`` with a deterministic model; ``out`` is a file; or several processes have different
             arguments.
         ConnectionError: another process has ended.
-        TypeError: images or labels are neither tensors nor arrays, another argument has a wrong type, or there is no
-            such setting.
+        TypeError: images or labels are neither tensors nor arrays, or another argument has a wrong type.
         ModuleNotFoundError: an attack needs AutoAttack's package, which is not installed.
     """
-    config = config_of(config, settings)
+    keywords: dict[str, Any] = {"protocol": protocol, "n_eval": n_eval, "predict": predict, "seed": seed}
+    keywords |= {"batch_size": batch_size, "steps": steps, "eot_iter": eot_iter}
+    keywords |= {"minutes": minutes, "claim": claim, "probes": probes}
+    config = config_of(config, keywords)
     if not callable(model) or isinstance(model, type):
         raise TypeError(f"model must be a module or a function from images to logits, got {model!r}")
     check_folder("out", out)
@@ -137,60 +149,82 @@ def evaluate(
     images, labels, notes = collect(x, y)
     config, given = read_attacks(config, attacks, norm, eps, images[0].numel())
     until = math.inf if config.minutes is None else time.monotonic() + 60 * config.minutes
-    device = device_of(model, images)
-
-    def run(draws: bool) -> Report:
-        report = Report(about=facts(config, norm, eps, model, device), notes=list(notes))
-        with contextlib.ExitStack() as stack:
-            shards = stack.enter_context(Shards(config.together))
-            stack.enter_context(torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []))
-            stack.enter_context(torch.no_grad())
-            stack.enter_context(raced_convolutions(config.cudnn_benchmark, device))
-            modes = note_of_modes(model, name)
-            stack.enter_context(frozen(model))
-            read_copies(model, base, *(spec.other_model for spec in given))
-            judging: dict[str, Any] = {each: getattr(config, each) for each in ("n_eval", "predict", "seed")}
-            subject = Subject(model, images, labels, batch_size=config.images_together, draws=draws, **judging)
-            # After the trial predictions, so that it is the same in every run: a model's last input may be part of it.
-            mark = fingerprint(subject.model, revision)
-            if mark is not None:
-                report.about["model"] = mark
-            warn_of_probabilities(subject, name)
-            known = {"config": config, "name": name, "modes": modes}
-            report.notes += [f"the model: {VARYING}"] * draws
-            report.notes += paragraphs("first_notes.jinja", once_per_call=subject.draws_once_per_call, **known)
-            probes = attacks is None if config.probes is None else config.probes
-            before = subject.batch_limit.within(lambda: Before(subject)) if probes else None
-            ball = ThreatModel(norm, float(eps))
-            context = _context(config, subject, ball)
-            folder = Path(out) if out is not None and shards.rank == 0 else None
-            if folder is not None and mark is None:
-                why = "because it is a function, or holds a value that cannot be compared. In Python, "
-                logger.warning('out: the rows of %s are not kept, %sevaluate(..., revision="1") keeps them', name, why)
-            cache = RowCache(folder, kernels_now(device), revision)
-            cache.register(subject.model, mark)
-
-            def plan() -> Sequence[AttackSpec]:
-                asked = given
-                if config.protocol is not None:
-                    asked = protocol_attacks(config.protocol, subject, ball, base, config.steps)
-                if config.predict is not None:
-                    asked = beside_fixed(asked, subject)
-                _admit([base, *(spec.other_model for spec in asked)], subject, cache, stack)
-                return asked
-
-            shown = Progress(name, progress and shards.rank == 0, deadline=subject.deadline)
-            measure = Measure(subject, context, name, cache, progress=shown, shards=shards)
-            about = {"random": subject.is_random, "precision": report.about.get("precision"), **judging}
-            suspicion = Suspicion(report, measure, before, config.probes is None)
-            return _Evaluation(report, measure, suspicion, mark=mark, stack=stack, until=until).fill(plan, about)
-
+    ball = ThreatModel(norm, float(eps))
+    folder = None if out is None else Path(out)
+    asked: dict[str, Any] = {"base": base, "attacks": given, "out": folder, "name": name, "revision": revision}
+    asked |= {"progress": progress, "config": config, "until": until, "notes": notes}
+    call = _Call(model, images, labels, ball, **asked)
     # The second run is outside of the block, so that the first has freed its memory.
     with contextlib.suppress(DrawsUnderAttack):
-        return run(draws=False)
+        return _answer(call, draws=False)
     if not config.together or processes()[0] == 0:
         logger.warning("%s: %s. The evaluation begins again", name, VARYING)
-    return run(draws=True)
+    return _answer(call, draws=True)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The checked arguments of `evaluate`; ``until`` is the value of `time.monotonic` at which the time is over."""
+
+    model: Classifier
+    x: Tensor
+    y: Tensor
+    ball: ThreatModel
+    base: Classifier | None
+    attacks: list[AttackSpec]
+    out: Path | None
+    name: str
+    revision: str | None
+    progress: bool
+    config: EvaluateConfig
+    until: float
+    notes: list[str]
+
+
+def _answer(call: _Call, draws: bool) -> Report:
+    """Evaluate a model. ``draws``: the model is known to be random. Raises DrawsUnderAttack if only now it shows."""
+    config, model, name, ball, device = call.config, call.model, call.name, call.ball, device_of(call.model, call.x)
+    report = Report(about=facts(config, ball, model, device), notes=list(call.notes))
+    with contextlib.ExitStack() as stack:
+        shards = stack.enter_context(Shards(config.together))
+        stack.enter_context(torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(raced_convolutions(config.cudnn_benchmark, device))
+        modes = note_of_modes(model, name)
+        stack.enter_context(frozen(model))
+        read_copies(model, call.base, *(spec.through for spec in call.attacks))
+        judging: dict[str, Any] = {each: getattr(config, each) for each in ("n_eval", "predict", "seed")}
+        subject = Subject(model, call.x, call.y, batch_size=config.images_together, draws=draws, **judging)
+        # After the trial predictions, so that it is the same in every run: a model's last input may be part of it.
+        mark = fingerprint(model, call.revision)
+        if mark is not None:
+            report.about["model"] = mark
+        warn_of_probabilities(subject, name)
+        known = {"config": config, "name": name, "modes": modes}
+        report.notes += [f"the model: {VARYING}"] * draws
+        report.notes += paragraphs("first_notes.jinja", once_per_call=subject.draws_once_per_call, **known)
+        probes = config.protocol is not None if config.probes is None else config.probes
+        before = subject.batch_limit.within(lambda: Before(subject)) if probes else None
+        context = _context(config, subject, ball)
+        folder = call.out if shards.rank == 0 else None
+        if folder is not None and mark is None:
+            why = "because it is a function, or holds a value that cannot be compared. In Python, "
+            logger.warning('out: the rows of %s are not kept, %sevaluate(..., revision="1") keeps them', name, why)
+        cache = RowCache(folder, kernels_now(device), call.revision)
+        cache.register(model, mark)
+
+        def plan() -> Sequence[AttackSpec]:
+            asked = call.attacks
+            if config.protocol is not None:
+                asked = protocol_attacks(config.protocol, subject, ball, call.base, config.steps)
+            _admit([call.base, *(spec.through for spec in asked)], subject, cache, stack)
+            return asked
+
+        shown = Progress(name, call.progress and shards.rank == 0, deadline=subject.deadline)
+        measure = Measure(subject, context, name, cache, progress=shown, shards=shards)
+        about = {"random": subject.is_random, "precision": report.about.get("precision"), **judging}
+        suspicion = Suspicion(report, measure, before, config.probes is None)
+        return _Evaluation(report, measure, suspicion, mark=mark, stack=stack, until=call.until).fill(plan, about)
 
 
 def _context(config: EvaluateConfig, subject: Subject, ball: ThreatModel) -> AttackContext:
@@ -198,25 +232,23 @@ def _context(config: EvaluateConfig, subject: Subject, ball: ThreatModel) -> Att
     from ..attacks.gradient_copy import Copies
     from ..speed.graphs.step_graphs import StepGraphs
 
-    draws, share, votes, most = 5, 1.0, 1, config.max_forward_batch
+    draws, share, votes, most = 5, 1.0, subject.votes, config.max_forward_batch
     # "fast" ends the search of an image at a point that counts as fallen, and does not look for a worse one.
     # A claim is tested by the accuracy of one draw, which a worse point lowers.
     if config.predict == "worst_of" or (config.protocol == "fast" and config.predict is None and config.claim is None):
         draws, share = max(draws, config.n_eval), 1 - MAX_SURVIVAL ** (1 / config.n_eval)
-    if config.predict == "votes":
-        votes = config.n_eval
-        most = None if most is None else max(1, most // votes)
+    # Every draw of a vote passes all images.
+    most = None if most is None else max(1, most // votes)
     return AttackContext(
         num_classes=subject.num_classes,
         eps=ball.eps,
         norm=read_norm(ball.norm),
         steps=config.steps,
-        eot_iter=config.eot_iter,
+        eot_iter=-(-config.eot_iter // votes),
         seed=config.seed,
         draws_differ=subject.is_random,
         judge_draws=draws,
         judge_share=share,
-        votes=votes,
         batch_size=config.images_together,
         max_forward_batch=most,
         graphs=StepGraphs(config.cuda_graphs, cudnn_benchmark=config.cudnn_benchmark),
@@ -249,8 +281,8 @@ class _Evaluation:
     until: float
     #: The parts that were left out because the time was over.
     left_out: list[str] = field(default_factory=list)
-    #: By variant and threat model.
-    standings: dict[tuple[Variant, str | None], Standing] = field(default_factory=dict)
+    #: By threat model.
+    standings: dict[str | None, Standing] = field(default_factory=dict)
 
     def fill(self, plan: Callable[[], Sequence[AttackSpec]], about: dict[str, Any]) -> Report:
         """Run the evaluation and return the report; all other processes return the report of the first process."""
@@ -274,8 +306,7 @@ class _Evaluation:
         if shards.rank > 0:
             return Report.from_json(measure.follow())
         report.rows = self.rows()
-        deployed = [standing for (variant, _), standing in self.standings.items() if variant == "random"]
-        fallen = [point for standing in deployed for point in standing.fallen(measure.clean("random"))]
+        fallen = [point for standing in self.standings.values() for point in standing.fallen(measure.clean())]
         report.adversarial = gathered(fallen, subject.x, subject.y, about)
         report.rows += worst_rows(report.rows)
         subject.deadline.begin(self.until)
@@ -320,8 +351,7 @@ class _Evaluation:
         subject, before = self.measure.subject, self.suspicion.before
         if self.measure.shards.rank == 0:
             # The time of a judgement is then known.
-            for variant in self.variants():
-                self.measure.clean(variant)
+            self.measure.clean()
         if before is None:
             return None
         now = time.monotonic()
@@ -337,10 +367,6 @@ class _Evaluation:
                 self.report.notes.append(stronger[1])
                 self.choose_attacks(stronger[0])
         return asked
-
-    def variants(self) -> list[Variant]:
-        """The variants of the model that the attacks of the plan attack or judge."""
-        return list(dict.fromkeys(["random", *(spec.variant for spec in self.plan)]))
 
     def choose_attacks(self, asked_for: Sequence[AttackSpec]) -> None:
         """Select the attacks that the model allows."""
@@ -361,7 +387,7 @@ class _Evaluation:
         further = without_early_stops(own, subject, ball, asked.order, quick)
         if further == list(self.asked_for):
             return ()
-        _admit([spec.other_model for spec in further], subject, self.measure.cache, self.stack)
+        _admit([spec.through for spec in further], subject, self.measure.cache, self.stack)
         joined = len(further) - len(own)
         added = f"{joined} rows were added" if joined > 1 else "a row was added"
         rows = f", and {added} for attacks along the gradients of other models" if joined else ""
@@ -373,42 +399,36 @@ class _Evaluation:
 
     # -- the rows -----------------------------------------------------------------------------------------------------
 
-    def standing(self, variant: Variant, threat: str | None) -> Standing:
+    def standing(self, threat: str | None) -> Standing:
         """The state of the images after the attacks so far."""
-        left = self.measure.withstood(self.measure.clean(variant))
-        return self.standings.setdefault((variant, threat), Standing(left.copy(), np.full(len(left), np.inf)))
+        left = self.measure.withstood(self.measure.clean())
+        return self.standings.setdefault(threat, Standing(left.copy(), np.full(len(left), np.inf)))
 
     def rows(self) -> list[Row]:
-        """Make the rows of the clean images for each variant, and the rows of the attacks."""
-        measure, subject, progress = self.measure, self.measure.subject, self.measure.progress
-        n, all_rows = len(subject.y), [measure.clean(variant) for variant in self.variants()]
+        """Make the row of the clean images, and the rows of the attacks."""
+        measure, subject = self.measure, self.measure.subject
+        all_rows = [measure.clean()]
         for spec in self.plan:
-            threat = threat_name(spec, measure.context)
-            deployed = self.standing("random", threat).rows if subject.is_random else []
-            earlier = [row for row in deployed if row.n >= (spec.max_images or n)]
-            judged: list[Variant] = list(dict.fromkeys([spec.variant, "random"]))
+            standing = self.standing(threat_name(spec, measure.context))
             # A search ends early enough for the judgement of its images.
-            subject.deadline.begin(self.until - sum(map(measure.judging, judged)))
+            subject.deadline.begin(self.until - measure.judging())
             try:
-                rows = measure.attacked(spec, self.standing(spec.variant, threat), earlier)
+                row = measure.attacked(spec, standing)
             except TimeIsOver:
                 self.left_out.append(row_name(spec, measure.context))
                 continue
             finally:
                 subject.deadline.begin()
-            source = measure.cache.source
-            all_rows += rows
-            for row, variant in zip(rows, judged, strict=False):
-                if row.is_attack:
-                    self.standing(variant, threat).add(row, measure.withstood(row))
-            for row in rows:
-                progress.finished(f"{row.attack}: {100 * row.accuracy:.1f} % of {row.n} images{source}")
+            all_rows.append(row)
+            standing.add(row, measure.withstood(row))
+            share = f"{row.attack}: {100 * row.accuracy:.1f} % of {row.n} images{measure.cache.source}"
+            measure.progress.finished(share)
         return all_rows
 
     def tell_what_was_left_out(self) -> None:
         """Add a note on what the limit of time has left out, if it might have changed the headline."""
         cut = [row.attack for row in self.report.rows if CUT in row.warnings]
-        left = int(self.standing("random", None).left.sum())
+        left = int(self.standing(None).left.sum())
         self.report.notes += paragraphs("time.jinja", left_out=self.left_out, cut=cut, left=left)
         attacks = {row_name(spec, self.measure.context) for spec in self.plan} & {*self.left_out}
         if left and (attacks or cut):

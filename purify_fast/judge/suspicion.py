@@ -56,7 +56,7 @@ class Suspicion:
         followed = evidence.probes is not None and not evidence.with_counted_gradients() and not evidence.blind()
         for row in report.rows:
             # An accuracy of 0 % cannot be too high, so only inconsistent predictions are then a reason for doubt.
-            headline = row.kind == "worst" and row.threat is None and row.deployed
+            headline = row.kind == "worst" and row.threat is None
             row.reliable = row.reliable or (headline and followed)
             if headline and doubts and (row.accuracy > 0 or inconsistent):
                 row.reliable = False
@@ -81,7 +81,7 @@ class Suspicion:
             return None
         index = torch.tensor(fallen, dtype=torch.int64, device="cpu")
         points = probes.points[index].to(subject.x.device)
-        chosen, judged = (subject.judge(points, "random", phase, index=index) for phase in ("choose", "judge"))
+        chosen, judged = (subject.judge(points, phase, index) for phase in ("choose", "judge"))
         return Worst(chosen.wrong, chosen.margins, judged.right.sum(0))
 
     def probes_key(self, more: dict[str, Any]) -> str | None:
@@ -134,7 +134,7 @@ class Suspicion:
     def all_probes(self, before: Before, asked: Probes, evidence: Evidence) -> Probes:
         """Return the results of all probes; cached results are used only if the attacks before them were the same."""
         context, subject = self.measure.context, self.measure.subject
-        # `left`: the first images that withstood every attack on the deployed model; without an attack, none.
+        # `left`: the first images that withstood every attack; without an attack, none.
         n = min(asked.n, max(row.n for row in evidence.rows))
         wrong = evidence.wrong(n)
         left = np.zeros(n, dtype=bool) if wrong is None else wrong == 0

@@ -5,15 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 from denoisers import Tiny, defence, images
-from evaluating import evaluate
 from small_models import Linear, Made
 from torch import nn
 
-from benchmarks.robustness.authors import authors_attacks
+from benchmarks.robustness.authors import Evaluation, authors_evaluations, rows_of
 from benchmarks.robustness.authors import diffusion_release as release
 from benchmarks.robustness.authors.atop_release import ReleasedEvaluation
 from purify_fast.attacks import BpdaModel, OriginalAutoAttack
-from purify_fast.defences import WithAggregation
+from purify_fast.defences import WithAggregation, WithFixedNoise
 from purify_fast.methods.atop import Atop
 from purify_fast.methods.carso import Carso
 from purify_fast.methods.diffusion import Process, Schedule
@@ -71,18 +70,20 @@ def test_the_rows_are_named_after_their_sources():
     # noise and blocks decide next to nothing, so that one image is enough
     made = Atop(Linear(192, classes=4), given(), IMAGE, block=2, sigma=0.01, samples=2).eval()
     x = torch.rand(3, *IMAGE)
+    evaluations = authors_evaluations(made, 0.3)
     with torch.no_grad():
-        y = made(x).argmax(1)
-    report = evaluate(made, x, y, eps=0.3, attacks=authors_attacks(made, 0.3), progress=False, n_eval=2)
-    assert report.attacks == ["clean", "clean, fixed noise", *ROWS] and report.headlines == {}
-    for row in report.rows[2:]:
-        assert row.kind == "authors" and row.n_eval == 1 and row.attacked == 3
-    settings = [report.row(name).settings for name in ROWS]
-    assert [spec.max_images for spec in authors_attacks(made, 0.3)] == [None, 32, None, None, None]
-    assert [told["steps"] for told in settings] == [100, 10, 10, 20, 1000]
-    assert [report.row(name).settings["eot_iter"] for name in ROWS] == [1] * 5
-    assert report.row(ROWS[0]).variant == "fixed" and report.row(ROWS[0]).accuracy == 0
-    assert all("classifier alone" in told["target"] for told in settings[3:])
+        y = evaluations[0].model(x).argmax(1)
+    rows = rows_of(evaluations, x, y, eps=0.3)
+    assert [row.attack for row in rows] == ROWS and all(row.n_eval == 1 for row in rows)
+    # As in every evaluation, images that the authors' model misclassifies are not attacked.
+    assert rows[0].attacked == 3 and all(row.accuracy <= row.attacked / 3 for row in rows)
+    assert [attack.max_images for _, attack in evaluations] == [None, 32, None, None, None]
+    assert [row.settings["steps"] for row in rows] == [100, 10, 10, 20, 1000]
+    assert [row.settings["eot_iter"] for row in rows] == [1] * 5
+    assert isinstance(evaluations[0].model, WithFixedNoise) and rows[0].accuracy == 0
+    # One draw of the whole defence judges what was found on its classifier.
+    assert [attack.through is made.classifier for _, attack in evaluations] == [False] * 3 + [True] * 2
+    assert [model.samples for model, _ in evaluations[3:]] == [1, 1] and made.samples == 2
 
 
 def test_the_published_output_is_attacked_and_judges():
@@ -98,17 +99,16 @@ def test_the_published_output_is_attacked_and_judges():
     with torch.no_grad():
         assert not WithAggregation(made, "peel_reference")(x).isfinite().all()
         y = made(x).argmax(1)
-    (spec,) = authors_attacks(made, 0.05)
+    ((model, spec),) = authors_evaluations(made, 0.05)
     assert spec.label == "as src/eval_a.py (emaballarin/CARSO): AutoAttack rand through PeeL, K = 3"
-    assert spec.attack == OriginalAutoAttack(version="rand")
+    assert spec.attack == OriginalAutoAttack(version="rand") and spec.through is None
     # fewer steps and draws than its 100 and 20, which take a minute
     short = replace(spec, attack=OriginalAutoAttack(version="rand", steps=5, eot_iter=2))
-    row = evaluate(made, x, y, eps=0.05, attacks=[short], progress=False).row(spec.label)
-    # nothing can be found through NaN, and the report says so
+    (row,) = rows_of([Evaluation(model, short)], x, y, eps=0.05)
+    # nothing can be found through NaN, and the row says so
     assert row.accuracy == 1 and row.n_eval == 1 and not row.reliable and row.health["nonfinite"] > 0
-    assert row.settings["judge"] == "WithAggregation" and row.kind == "authors"
     with torch.no_grad(), made.fixed_noise(0):
-        assert torch.equal(spec.judge(x), WithAggregation(made, "peel_reference")(x))
+        assert torch.equal(model(x), WithAggregation(made, "peel_reference")(x))
 
 
 def gradient(model, x, seed=1):
@@ -150,14 +150,15 @@ def test_the_adjoint_computes_in_the_parts_that_it_is_allowed():
 
 def test_gdmp_is_judged_by_the_sum_of_ten_purifications_and_attacked_through_one():
     made, x = defence(SHAPE, process=Process(steps=2), samples=3, aggregation="vote"), images(2, SHAPE)
-    alone, straight = authors_attacks(made, 0.1)
+    (model, alone), (same, straight) = authors_evaluations(made, 0.1)
     ten = defence(SHAPE, process=Process(steps=2), samples=10, aggregation="mean")
-    for spec in (alone, straight):
-        torch.manual_seed(1)
-        logits = spec.judge(x)
-        torch.manual_seed(1)
-        assert torch.equal(logits, ten(x))
-    attacked = BpdaModel.of(straight.judge)
+    assert model is same and alone.through is model.classifier
+    torch.manual_seed(1)
+    logits = model(x)
+    torch.manual_seed(1)
+    assert torch.equal(logits, ten(x))
+    attacked = straight.through
+    assert isinstance(attacked, BpdaModel)
     one = defence(SHAPE, process=Process(steps=2))
     torch.manual_seed(1)
     followed = gradient(attacked, x)
@@ -169,22 +170,20 @@ def test_gdmp_is_judged_by_the_sum_of_ten_purifications_and_attacked_through_one
 
 def test_the_rows_of_its_authors():
     sde = defence(SHAPE, process=Process(VP, solver="vp_sde", t_star=0.1, steps=2), samples=3)
-    rows = authors_attacks(sde, 8 / 255)
-    assert [row.label for row in rows] == [release.DIFFPURE, release.CLASSIFIER_ROW, release.STRAIGHT]
-    rand, alone, straight = (row.attack for row in rows)
+    found = authors_evaluations(sde, 8 / 255)
+    assert [spec.label for _, spec in found] == [release.DIFFPURE, release.CLASSIFIER_ROW, release.STRAIGHT]
+    rand, alone, straight = (spec.attack for _, spec in found)
     assert isinstance(rand, OriginalAutoAttack) and rand.version == "rand"
-    assert isinstance(rows[0].judge, release.AdjointGradient)
+    assert isinstance(found[0].model, release.AdjointGradient)
     assert (alone.steps, straight.steps, straight.eot_iter) == (10, 40, 15) and alone.alpha == straight.alpha == 2 / 255
-    assert rows[0].judge.defence.samples == 1 and sde.samples == 3
+    assert found[0].model.defence.samples == 1 and sde.samples == 3
     ddpm = defence(SHAPE, process=Process(steps=2))
-    assert [row.label for row in authors_attacks(ddpm, 0.1)] == [release.CLASSIFIER_ROW, release.STRAIGHT]
-    x = images(2, SHAPE)
-    attacks = authors_attacks(ddpm, 0.1)
-    report = evaluate(ddpm, x, ddpm.classifier(x).argmax(1), eps=0.1, progress=False, attacks=attacks)
-    assert report.headlines == {} and {row.kind for row in report.rows} == {"clean", "authors"}
-    assert all("left out" not in note for note in report.notes)
+    x, evaluations = images(2, SHAPE), authors_evaluations(ddpm, 0.1)
+    rows = rows_of(evaluations, x, ddpm.classifier(x).argmax(1), eps=0.1)
+    assert [row.attack for row in rows] == [release.CLASSIFIER_ROW, release.STRAIGHT]
+    assert [row.n_eval for row in rows] == [1, 1]
 
 
 def test_a_defence_of_another_kind_is_refused():
     with pytest.raises(TypeError, match="defence must be one of Carso, Atop, DiffusionPurifier, got Linear"):
-        authors_attacks(nn.Linear(2, 2), 0.1)
+        authors_evaluations(nn.Linear(2, 2), 0.1)

@@ -120,12 +120,16 @@ def test_carso_on_mnist_end_to_end(mnist, tmp_path, capsys, monkeypatch, forking
     # The table has what the jobs found.
     for job in attacks:
         for label, accuracy in job.result(runs).items():
-            if label in report.attacks and not label.startswith("worst"):
-                assert report.row(label, job.settings["model"]).accuracy == accuracy
+            if not label.startswith("worst"):
+                zero = job.settings["group"] == "APGD" and job.settings["model"] != "classifier"
+                model = job.settings["model"] + ", z = 0" * zero
+                assert label == "clean" or report.row(label, model).accuracy == accuracy
     labels = ("PGD-2 ce + dlr, EOT 2", "APGD ce + APGD-T, z = 0", "AutoAttack rand (classifier: standard), first 4")
-    assert all(len(rows[label]) == 4 for label in labels)
-    for name in report.models:  # groups that were attacked apart have one worst
-        withstood = report.row(labels[0], name).robust & report.row(labels[1], name).robust
-        assert report.row("worst", name).robust.tolist() == withstood.tolist()
+    assert all(len(rows[label]) == 7 for label in labels) and len(report.models) == 7
+    # Groups that were attacked apart have one worst.
+    withstood = report.row(labels[0], "classifier").robust & report.row(labels[1], "classifier").robust
+    assert report.row("worst", "classifier").robust.tolist() == withstood.tolist()
+    for name in (name for name in report.models if name.endswith(", z = 0")):
+        assert report.row("worst", name).robust.tolist() == report.row(labels[1], name).robust.tolist()
     with pytest.raises(ValueError, match=r"'classifier' with other settings"):
         program.main([word for word in words if word != "--quick"])

@@ -145,7 +145,7 @@ def row(model, attack, robust, kind):
     robust = np.array(robust, dtype=bool)
     settings = {"eot_iter": 1, "survivors_only": False, "target": "defence"}
     more = {"n_eval": 1, "seed": 0, "seconds": 1.0, "data": "x", "settings": settings, "attacked": len(robust)}
-    return Row(model=model, attack=attack, kind=kind, variant="random", robust=robust, **more)
+    return Row(model=model, attack=attack, kind=kind, robust=robust, **more)
 
 
 def judged(root, name, number, seed=0):

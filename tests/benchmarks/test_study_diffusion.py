@@ -83,12 +83,12 @@ def test_jobs_attack_and_predict(tmp_path, forking):
     exact, fixed, authors = run([job for job in jobs_of("digits", "quick") if job.name in names], tmp_path)
     assert all(len(bits) == 6 for bits in (*exact["clean"]["draws"], exact["attacked"]["vote"]))
     assert len(exact["attacked"]["draws"]) == 2 and len(fixed["attacked"]["draws"]) == 1
-    assert [row["kind"] for row in authors["rows"]] == ["authors"] * 2
+    assert [row["kind"] for row in authors["rows"]] == ["pgd"] * 2
 
 
 def test_the_tables_say_what_the_jobs_found(tmp_path):
     clean = {"draws": ["1111", "1110"], "vote": "1111"}
-    row = {"attack": "as somebody", "kind": "authors", "robust": "1110", "n": 4}
+    row = {"attack": "as somebody", "kind": "pgd", "robust": "1110", "n": 4}
     groups = {
         "exact": {"clean": clean, "attacked": {"draws": ["1100", "1000"], "vote": "1100"}},
         "fixed": {"attacked": {"draws": ["0000"], "vote": "0000"}},

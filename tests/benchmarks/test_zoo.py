@@ -11,6 +11,7 @@ from benchmarks.robustness import pack_zoo, revisions
 from purify_fast import zoo as packed
 from purify_fast.attacks import APGD, PGD
 from purify_fast.data import load_dataset
+from purify_fast.defences import MajorityVote
 from purify_fast.training.checkpoint import read_model
 from purify_fast.zoo.cards import Accuracy, read_card
 
@@ -86,16 +87,22 @@ def test_a_diffusion_purifier_is_judged_by_draws_and_by_votes(tmp_path, monkeypa
     asked = {}
 
     def evaluate(model, x, y, out, **options):
-        asked[out.name] = len(x), tuple(options.get(name) for name in ("protocol", "predict", "n_eval"))
-        return real(model, x[:2], y[:2], eps=0.1, attacks=[PGD(steps=1)], name=options["name"])
+        asked[out.name] = (
+            len(x),
+            tuple(options.get(name) for name in ("protocol", "n_eval")),
+            isinstance(model, MajorityVote),
+        )
+        return real(
+            model, x[:2], y[:2], eps=0.1, attacks=[PGD(steps=1)], name=options["name"], n_eval=options.get("n_eval")
+        )
 
     real = pack_zoo.evaluate
     monkeypatch.setattr(pack_zoo, "evaluate", evaluate)
     monkeypatch.setattr(pack_zoo, "clean_accuracy", lambda *_: Accuracy(0.5, 2))
     name = "digits-diffpure"
     card = pack_zoo.judge(packed.card(name), packed.load(name), 8, load_dataset("digits"), tmp_path)
-    votes = 2, ("rand", "votes", pack_zoo.VOTES)
-    assert asked == {"rand": (8, ("rand", None, None)), "strong": (2, ("strong", None, None)), "votes": votes}
+    votes = 2, ("rand", 1), True
+    assert asked == {"rand": (8, ("rand", None), False), "strong": (2, ("strong", None), False), "votes": votes}
     assert list(card.attacked) == ["rand", "strong", "votes"]
     # the strictest number and the mean of one draw stand beside each other
     rand = card.attacked["rand"]

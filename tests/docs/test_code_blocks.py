@@ -48,12 +48,14 @@ SHORTER = {
     r"^evaluate\(defence, x\[:2\], y\[:2\], eps=0.2, steps=\d+, attacks=attacks\)$": (
         "evaluate(tiny, tiny_x, y[:2], eps=0.2, attacks=attacks, progress=False)"
     ),
-    r"target=BpdaModel\.of\(defence\)": "target=BpdaModel.of(tiny)",
+    r"through=peel": "through=BpdaModel.of(tiny, 'mean')",
+    r"through=defence\.classifier": "through=tiny.classifier",
+    r"through=BpdaModel\.of\(defence\)": "through=BpdaModel.of(tiny)",
     # 5,000 queries of Square take half a minute
     r'version="standard", seed=0\)': 'version="custom", attacks=["apgd-ce"], seed=0)',
     # "strong" on a random purifier takes minutes
-    r"evaluate\(purifier, x, y, eps=0.1, protocol=.strong., ": (
-        "evaluate(purifier, x[:2], y[:2], eps=0.1, attacks=[PGD(steps=2)], "
+    r"evaluate\(vote, x, y, eps=0.1, protocol=.strong., ": (
+        "evaluate(vote, x[:2], y[:2], eps=0.1, attacks=[PGD(steps=2)], "
     ),
 }
 #: Languages whose blocks are not run: what programs print, drawings, and files (py), which test_extend.py writes.

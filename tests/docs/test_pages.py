@@ -62,7 +62,7 @@ def test_no_line_of_prose_is_long(page):
 
 
 def test_values_are_read_from_the_studies():
-    names = ("carso_mnist/CARSO pipeline/worst, deterministic", "cifar10/AFT/clean")
+    names = ("carso_mnist/CARSO pipeline, z = 0/worst", "cifar10/AFT/clean")
     text = "keeps " + " % of ".join(f"<!-- value: {name} -->1.0<!-- end -->" for name in names)
     filled, missing = fill.filled(text, RESULTS)
     assert "-->78.6<!-- end -->" in filled and "-->60.2<!-- end -->" in filled and not missing

@@ -14,10 +14,9 @@ MASKED = HEALTHY | {"zero": 99}
 def row(attack="PGD", robust=(1, 0, 1, 1), **more):
     """The row of an attack with these outcomes, image by image."""
     robust = np.array(robust, dtype=bool)
-    values = {"model": "m", "kind": "pgd", "variant": "random", "health": HEALTHY}
+    values = {"model": "m", "kind": "pgd", "health": HEALTHY}
     values |= {"n_eval": 1, "seed": 3, "seconds": 1.5, "data": "d", "reliable": more.get("health") is not MASKED}
-    values |= {"deterministic": False, "attacked": len(robust), "settings": {"target": "defence"}}
-    more |= {"settings": {"target": "defence"} | more.get("settings", {})}
+    values |= {"deterministic": False, "attacked": len(robust)}
     return Row(attack=attack, robust=robust, **values | more)
 
 

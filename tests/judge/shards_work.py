@@ -20,7 +20,7 @@ from denoisers import Tiny
 from evaluating import evaluate
 
 from purify_fast.attacks import APGD, FABT, PGD, Square
-from purify_fast.defences import NoisyEnsemble
+from purify_fast.defences import NoisyEnsemble, WithFixedNoise
 from purify_fast.evaluation import AttackSpec
 from purify_fast.judge.run.attack_run import AttackRun
 from purify_fast.methods.diffusion import DiffusionPurifier, Process
@@ -86,7 +86,7 @@ def made(kind, out=None, **more):
         return evaluate(plain, x, y, **options | more)
     if kind == "random":
         model = NoisyEnsemble(plain, 0.1, samples=2)
-        fixed = AttackSpec(PGD(steps=2), "fixed")
+        fixed = AttackSpec(PGD(steps=2), through=WithFixedNoise(model))
         return evaluate(model, x, y, **options | {"attacks": [*options["attacks"], *nearest, fixed]} | more)
     if kind == "own":
         # a function has nothing that tells whether it is the same: its rows are not kept

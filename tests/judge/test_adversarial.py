@@ -9,6 +9,7 @@ from small_models import Made
 
 from purify_fast import cli
 from purify_fast.attacks import APGD, PGD
+from purify_fast.defences import MajorityVote
 from purify_fast.evaluation import Adversarial, Report, check_adversarial, merge
 from purify_fast.judge.show.adversarial import FILE
 
@@ -96,13 +97,16 @@ def noisy():
     return Made(lambda self, x: (z := self.net(x)) + 2 * torch.randn_like(z), net=digit_nets.standard())
 
 
-@pytest.mark.parametrize("predict", ["worst_of", "votes"])
-def test_a_random_model_is_judged_by_the_rule_of_the_report(tmp_path, predict):
-    report = saved(tmp_path, noisy(), predict=predict, n_eval=5)
+@pytest.mark.parametrize("voted", [False, True])
+def test_a_random_model_is_judged_by_the_rule_of_the_report(tmp_path, voted):
+    def made():
+        return MajorityVote(noisy(), 5) if voted else noisy()
+
+    report = saved(tmp_path, made(), n_eval=1) if voted else saved(tmp_path, made(), predict="worst_of", n_eval=5)
     clean, worst = report.row("clean"), report.row("worst")
     kept = set(report.adversarial.indices.tolist())
     assert set((~worst.robust & (worst.wrong > clean.wrong)).nonzero()[0]) <= kept <= set((~worst.robust).nonzero()[0])
-    checked = check_adversarial(tmp_path, noisy())
+    checked = check_adversarial(tmp_path, made())
     assert checked.fits and checked.fooled.mean() > 0.8
     assert not check_adversarial(tmp_path, digit_nets.robust()).fits
 

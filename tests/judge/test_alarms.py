@@ -127,7 +127,8 @@ def test_an_honest_model_passes(make):
     assert "unreliable" not in found.values(), report.findings
     assert report.row("worst").reliable and "doubts" not in report.row("worst").settings
     assert len(found) == (8 if report.curves["defence"].get("EOT draws") else 7)
-    assert "steps" in report.curves["defence"]
+    # Of a random model, the short attacks compare numbers of draws, and of another model numbers of steps.
+    assert list(report.curves["defence"]) == ["steps" if report.row("clean").deterministic else "EOT draws"]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from torch import nn
 
 from purify_fast.attacks import APGD, PGD, Square
 from purify_fast.autoattack import AutoAttack
+from purify_fast.defences import MajorityVote
 from purify_fast.evaluation import AttackSpec, as_attack
 
 #: The number of evaluations in a mean.
@@ -59,8 +60,15 @@ def exact(p, classes, predict, n):
     return p**n, p
 
 
+def judged(p, classes, predict, n):
+    """The model, and the options of its evaluation; "votes": the model is a majority vote, and is judged once."""
+    if predict == "votes":
+        return MajorityVote(coin(p, classes), n), {"n_eval": 1}
+    return coin(p, classes), {"n_eval": n, "predict": predict}
+
+
 def check(report, p, classes, predict, n, seeds=1):
-    """Every row but those of the variants is within three standard errors of the exact value."""
+    """Every row is within three standard errors of the exact value."""
     whole, one = exact(p, classes, predict, n)
     for row in report.rows:
         size = row.n * seeds
@@ -81,15 +89,16 @@ def check(report, p, classes, predict, n, seeds=1):
 )
 def test_an_attack_that_changes_nothing_changes_no_number(p, classes, predict, n, protocol, seed):
     x, y = images(classes, 240)
-    options = {"predict": predict, "n_eval": n, "seed": seed, "eps": 1e-3}
+    model, options = judged(p, classes, predict, n)
+    options |= {"seed": seed, "eps": 1e-3}
     options |= {"steps": 3, "eot_iter": 2, "probes": protocol is not None, "max_forward_batch": 4096}
     if protocol is None:
         attacks = [AttackSpec(as_attack(idle, name=f"idle {i}"), survivors_only=i > 2) for i in range(6)]
-        report = evaluate(coin(p, classes), x, y, attacks=[*attacks, PGD(restarts=3)], **options)
+        report = evaluate(model, x, y, attacks=[*attacks, PGD(restarts=3)], **options)
     elif protocol == "rand" and classes < 3:
         return
     else:
-        report = evaluate(coin(p, classes), x, y, protocol=protocol, **options)
+        report = evaluate(model, x, y, protocol=protocol, **options)
     check(report, p, classes, predict, n)
 
 
@@ -101,8 +110,8 @@ def test_over_many_seeds(p, predict, n):
     """The mean over many evaluations, which shows a bias that a single evaluation hides."""
     x, y = images(3, 40)
     attacks = [AttackSpec(as_attack(idle, name=f"idle {i}"), survivors_only=i % 2 == 1) for i in range(8)]
-    options = {"eps": 1e-3, "predict": predict, "n_eval": n, "attacks": attacks}
-    reports = [evaluate(coin(p, 3), x, y, seed=seed, **options) for seed in range(SEEDS)]
+    model, options = judged(p, 3, predict, n)
+    reports = [evaluate(model, x, y, seed=seed, eps=1e-3, attacks=attacks, **options) for seed in range(SEEDS)]
     whole, one = exact(p, 3, predict, n)
     for name in ("clean", "idle 0", "idle 7", "worst"):
         rows = [report.row(name) for report in reports]

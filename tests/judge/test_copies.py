@@ -57,7 +57,7 @@ def test_it_is_found_wherever_it_is(around, images):
     zeroed_unseen(model)
     made = around(copied)
     if isinstance(made, tuple):
-        spec = AttackSpec(PGD(steps=1), target=copied)
+        spec = AttackSpec(PGD(steps=1), through=copied)
         evaluate(zoo.load("digits-standard"), *images, **QUIET | {"attacks": [spec]})
     else:
         evaluate(made, *images, **QUIET)

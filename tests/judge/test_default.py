@@ -7,6 +7,7 @@ from evaluating import evaluate
 import purify_fast
 from purify_fast import cli
 from purify_fast.attacks import PGD, OriginalAutoAttack
+from purify_fast.evaluation import EvaluateConfig
 
 STANDARD = [
     "APGD-10 margin",
@@ -48,6 +49,5 @@ def test_the_command_without_options_asks_for_the_same(without_autoattack, tmp_p
     words = ["evaluate", "zoo:digits-pgd-at", "--images", "4", "--steps", "30", "--device", "cpu"]
     assert cli.main(words) == 0, capsys.readouterr().err
     (options,) = asked
-    assert options["protocol"] is None and options["steps"] == 30
-    assert options.get("attacks") is None and options.get("probes") is None
+    assert options["config"] == EvaluateConfig(steps=30, dataset_name="digits") and options.get("attacks") is None
     assert (tmp_path / "runs/zoo/digits-pgd-at/evaluation/report.json").is_file()

@@ -2,9 +2,10 @@
 
 import copy
 import functools
+import inspect
 import re
 import warnings
-from dataclasses import fields
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import nn
 import purify_fast
 from purify_fast.attacks import PGD
 from purify_fast.evaluation import EvaluateConfig
-from purify_fast.judge.request.config import EvaluateSettings
+from purify_fast.judge.request.config import config_of
 from purify_fast.judge.request.preparation import note_of_modes
 
 QUIET = {"eps": 0.1, "attacks": [PGD(steps=2)]}
@@ -126,14 +127,23 @@ def test_a_setting_is_a_keyword_and_an_unknown_one_is_named(trio):
     assert again.attacks == report.attacks and again.about["changed"] == report.about["changed"]
     with pytest.raises(TypeError, match="config must be an EvaluateConfig, got 'fast'"):
         purify_fast.evaluate(model, x, y, eps=0.01, config="fast")
-    with pytest.raises(TypeError, match="evaluate has no option 'stepz': is 'steps' meant"):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'stepz'"):
         purify_fast.evaluate(model, x, y, eps=0.01, stepz=3)
 
 
-def test_editors_know_the_settings():
-    assert EvaluateSettings.__annotations__.keys() == {each.name for each in fields(EvaluateConfig)}
-    for each in fields(EvaluateConfig):
-        assert EvaluateSettings.__annotations__[each.name].__forward_arg__ == each.type
+def test_a_keyword_that_is_given_wins_over_the_config():
+    given = {"protocol": "fast", "n_eval": 3, "predict": "worst_of", "seed": 0, "batch_size": 7, "probes": False}
+    other = EvaluateConfig("strong", n_eval=4, seed=9, batch_size=8, steps=6, probes=True)
+    config = config_of(other, given | {"steps": None, "claim": None})
+    assert config == replace(other, **given) and config.steps == 6
+    assert config_of(None, dict.fromkeys(given)) == EvaluateConfig()
+    # Every keyword has the type of the field.
+    fields_of = {each.name: each.type for each in fields(EvaluateConfig)}
+    keywords = inspect.signature(purify_fast.evaluate).parameters
+    shared = keywords.keys() & fields_of.keys()
+    assert given.keys() <= shared
+    for name in shared:
+        assert keywords[name].annotation.removesuffix(" | None") == fields_of[name].removesuffix(" | None")
 
 
 def test_a_model_that_returns_probabilities_is_told_what_to_do(caplog):

@@ -12,7 +12,7 @@ import torch
 from evaluating import evaluate
 from torch import nn
 
-from purify_fast.attacks import APGD, FGSM, PGD, Attack, AttackResult
+from purify_fast.attacks import APGD, PGD, Attack, AttackResult
 from purify_fast.attacks.base import ThreatModel
 from purify_fast.evaluation import AttackSpec, as_attack
 from purify_fast.judge.request.specs import check_adversarial
@@ -49,7 +49,7 @@ def test_a_function_is_a_row(attacked, tmp_path):
     assert report.attacks == ["clean", "my_attack", "PGD-10 ce", "worst"]
     row, other = report.row("my_attack"), report.row("PGD-10 ce")
     assert 0 < row.accuracy < 0.9 and abs(row.accuracy - other.accuracy) < 0.15
-    assert row.kind == "function" and row.health is None and row.settings["target"] == "defence" and row.n == 40
+    assert row.kind == "function" and row.health is None and "through" not in row.settings and row.n == 40
     assert (row.settings["norm"], row.settings["eps"]) == ("linf", EPS)
     assert "my_attack" in report.row("worst").settings["over"]
     assert (report.row("worst").robust == (row.robust & other.robust)).all()
@@ -63,7 +63,7 @@ def test_a_function_is_a_row(attacked, tmp_path):
 def test_a_function_has_a_ball_of_its_own(attacked):
     model, x, y = attacked
     other = as_attack(lambda model, x, y: x + 0.0, name="other ball", eps=0.5, norm="l2")
-    elsewhere = AttackSpec(lambda model, x, y: x, target=nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), label="moved")
+    elsewhere = AttackSpec(lambda model, x, y: x, through=nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), label="moved")
     report = evaluate(model, x, y, attacks=[other, elsewhere], **QUIET)
     assert report.row("other ball, L2 0.5").threat == "L2 0.5" and report.row("moved").accuracy == 1
     with pytest.raises(ValueError, match="'half' left the ball"):
@@ -123,27 +123,15 @@ def test_what_is_no_attack_is_told(attacked, attacks, message):
         evaluate(model, x, y, attacks=attacks, **QUIET)
 
 
-NOT_WITH_A_JUDGE = "judge allows no target except 'classifier', no aggregation"
-JUDGE = {"judge": nn.Flatten(), "label": "as somebody"}
-
-
 @pytest.mark.parametrize(
     ("attack", "options", "error", "message"),
     [
-        (PGD, {"variant": "zero"}, ValueError, "variant must be one of random, fixed, deterministic, got 'zero'"),
-        (PGD, {"target": "base"}, TypeError, "target and judge must be models, .* got .base."),
-        (PGD, {"aggregation": "max"}, ValueError, "aggregation must be one of"),
-        (PGD, {"aggregation": "lse", "target": "classifier"}, ValueError, "one of target, aggregation may be given"),
+        (PGD, {"through": "base"}, TypeError, "through must be a model, .* got .base."),
+        (APGD, {"through": nn.Flatten}, TypeError, "through must be a model, .* got .*Flatten"),
         (PGD, {"max_images": 0}, ValueError, "max_images must be at least 1, got 0"),
         (APGD, {"nearest": 0}, ValueError, "nearest must be .*got 0"),
         (APGD, {"until": 0.0}, ValueError, "until must be .*got 0"),
         (APGD, {"until": 1.5}, ValueError, "until must be .*got 1.5"),
-        (FGSM, {"gradients_from": nn.Flatten()}, ValueError, "gradients_from needs an attack"),
-        (APGD, {"gradients_from": nn.Flatten(), "target": "classifier"}, ValueError, "one of target, gradients_from"),
-        (PGD, JUDGE | {"target": nn.Flatten()}, ValueError, NOT_WITH_A_JUDGE),
-        (PGD, JUDGE | {"survivors_only": True}, ValueError, NOT_WITH_A_JUDGE),
-        (PGD, {"judge": nn.Flatten()}, ValueError, r"with a judge, label must begin"),
-        (PGD, {"judge": "me"}, TypeError, "target and judge must be models, .* got .me."),
     ],
 )
 def test_errors_of_a_spec(attack, options, error, message):

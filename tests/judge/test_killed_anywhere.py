@@ -47,7 +47,7 @@ def evaluated(out):
     """A random defence under attacks by its own gradients and by a softened copy's, with probes of a few steps."""
     net, x, y = labelled(12, classes=5)
     model = NoisyEnsemble(net, 0.2, samples=2)
-    soft = AttackSpec(APGD(steps=3), gradients_from=Softened(model, 10.0), label="softened", survivors_only=True)
+    soft = AttackSpec(APGD(steps=3), through=Softened(model, 10.0), label="softened", survivors_only=True)
     attacks = [PGD(steps=2), PGD(steps=2, loss="dlr"), soft]
     short = {"STEPS": 2, "ITERATIONS": (1, 3), "DRAWS": (1, 2), "JUDGES": 3}
     options = {"eps": 0.03, "probes": True, "eot_iter": 2, "n_eval": 2, "batch_size": 6, "seed": 3}
@@ -61,7 +61,7 @@ def test_killed_anywhere_the_report_is_the_same(tmp_path):
         done = together(tmp_path, 1, lambda i=i, at=moment: killed_at(*at) or evaluated(tmp_path / str(i)), None)
         assert done.codes == [-signal.SIGKILL], done.errors
     whole = plain(evaluated(tmp_path / "whole"))
-    assert len(whole["findings"]) == 8 and any("gradients_from" in row["settings"] for row in whole["rows"])
+    assert len(whole["findings"]) == 8 and any("through" in row["settings"] for row in whole["rows"])
     for i, moment in enumerate(MOMENTS):
         out = tmp_path / str(i)
         # the clean images come first, and each row and each probe is a file

@@ -166,7 +166,7 @@ def test_several_draws_of_a_judgement_are_one_call_only_if_the_class_promises_it
         subject = Subject(model, x[:8], y[:8], batch_size=64, n_eval=5, seed=0)
         hook = model.classifier.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
         calls.clear()
-        right = subject.judge(x[:8], "random", "judge").right
+        right = subject.judge(x[:8], "judge").right
         hook.remove()
         assert right.shape == (5, 8) and (calls == expected or kind is NoisyEnsemble)
 

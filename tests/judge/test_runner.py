@@ -14,6 +14,7 @@ from small_models import Made, Purifying
 from torch import nn
 
 from purify_fast.attacks import APGD, FGSM, PGD, AttackContext, BpdaModel, OriginalAutoAttack, StAdv
+from purify_fast.defences import WithAggregation, WithFixedNoise, WithoutNoise
 from purify_fast.evaluation import AttackSpec, lee_kim_2023
 from purify_fast.judge.results.rows import by_worst_points
 from purify_fast.models.classifiers import SmallCNN
@@ -91,64 +92,63 @@ def test_fact_14_through_the_published_head(scale, saturated):
     assert row.accuracy <= share + 0.1 and not row.reliable and not report.headline.reliable
     # judged by the same decisions, attacked through logsumexp: nothing is left
     model.method = "lse"
-    attacks = [AttackSpec(PGD(), aggregation="peel_reference"), PGD()]
+    attacks = [AttackSpec(PGD(), through=WithAggregation(model, "peel_reference"), label="through PeeL"), PGD()]
     head = evaluate(model, x, y, steps=30, eot_iter=5, n_eval=1, attacks=attacks, **QUIET)
-    assert not head.row("PGD-30 ce through peel_reference").reliable
+    assert not head.row("through PeeL").reliable
     assert head.headline.accuracy <= 0.01 and head.headline.reliable and head.row("worst").reliable
     row = head.row("PGD-30 ce")
     assert row.accuracy <= 0.01 and row.settings["eot_iter"] == 5 and row.reliable and row.health["nonfinite"] == 0
 
 
-#: Two losses on the model as it is, and without its noise.
-PGD_ROWS = [
-    AttackSpec(attack, variant) for variant in ("random", "deterministic") for attack in (PGD(), PGD(loss="dlr"))
-]
+#: Two losses on the model.
+PGD_ROWS = [PGD(), PGD(loss="dlr")]
 
 
 @pytest.fixture(scope="module")
 def full(toy):
-    """Rows of every variant, cheaply."""
+    """Rows of every kind, cheaply."""
     model, x, y = toy
     attacks = [
         *PGD_ROWS,
-        AttackSpec(OriginalAutoAttack(steps=5, n_queries=20), variant="fixed"),
+        AttackSpec(PGD(), through=WithoutNoise(model)),
+        AttackSpec(OriginalAutoAttack(steps=5, n_queries=20), through=WithFixedNoise(model)),
         AttackSpec(OriginalAutoAttack(version="rand", steps=5, eot_iter=2), max_images=40),
-        AttackSpec(PGD(), target=plain(model), label="transfer from the base"),
+        AttackSpec(PGD(), through=plain(model), label="transfer from the base"),
         FGSM(),
-        AttackSpec(PGD(loss="margin", restarts=2), aggregation="mean"),
+        AttackSpec(PGD(loss="margin", restarts=2), through=WithAggregation(model, "mean")),
     ]
     return evaluate(model, x, y, steps=5, eot_iter=2, n_eval=3, attacks=attacks, name="toy", eps=FAINT)
 
 
 def test_rows(full):
-    assert len(full.attacks) == 18 and full.attacks[:3] == ["clean", "clean, deterministic", "clean, fixed noise"]
-    assert full.attacks[-3:] == ["worst, deterministic", "worst", "worst, first 40"]
-    assert "AutoAttack standard, 5 steps, 20 queries, tried on the deployed defence" in full.attacks
+    through = "AutoAttack standard, 5 steps, 20 queries through WithFixedNoise"
+    assert len(full.attacks) == 11 and full.attacks[:4] == [
+        "clean",
+        "PGD-5 ce",
+        "PGD-5 dlr",
+        "PGD-5 ce through WithoutNoise",
+    ]
+    assert full.attacks[-2:] == ["worst", "worst, first 40"] and through in full.attacks
     clean = full.row("clean")
     assert clean.accuracy > 0.8 and clean.n == 128 and clean.health is None
     for row in full.rows:
-        draws = 3 if row.variant == "random" else 1
-        assert row.n == len(row.robust) and row.seed == 0 and row.seconds >= 0
+        assert row.n == len(row.robust) and row.seed == 0 and row.seconds >= 0 and row.n_eval == 3
         assert row.standard_error == pytest.approx(math.sqrt(row.accuracy * (1 - row.accuracy) / row.n))
-        if row.kind not in ("clean", "worst") and "tried on" not in row.attack:
-            assert row.n_eval == draws and row.accuracy <= row.mean
-            assert row.health["gradients"] > 0 and row.reliable
-            assert row.settings["eot_iter"] == (2 if row.variant == "random" and "transfer" not in row.attack else 1)
-            (of_variant,) = (each for each in full.rows if (each.kind, each.variant) == ("clean", row.variant))
-            assert row.attacked == (of_variant.share_wrong < 1)[: row.n].sum()
+        if row.is_attack:
+            assert row.accuracy <= row.mean and row.health["gradients"] > 0 and row.reliable
+            other = row.settings.get("through")
+            assert row.settings["eot_iter"] == (2 if other in (None, "WithAggregation") else 1)
+            # another aggregation of the samples makes no other model
+            assert row.transferred == (other not in (None, "WithAggregation"))
+            assert row.attacked == (clean.wrong < 1)[: row.n].sum()
             # noise that is the same in every call is none for AutoAttack's own check
             assert not any("random" in warning for warning in row.warnings)
     assert full.row("AutoAttack rand, 5 steps, first 40").n == 40
 
 
 def test_worst_is_per_image(full):
-    of = {label: full.row(label).robust for label in full.attacks}
-    zero = of["PGD-5 ce, deterministic"] & of["PGD-5 dlr, deterministic"]
-    assert np.array_equal(of["worst, deterministic"], zero)
-    # what a variant judged is in no worst of the deployed model, but for what falls there too
-    names = ["PGD-5 ce", "PGD-5 dlr", "FGSM ce", "PGD-5 margin x2 through mean", "transfer from the base"]
-    names += [label for label in of if label.endswith("on the deployed defence")]
-    rows = [full.row(name) for name in ("clean", *names)]
+    names = [row.attack for row in full.rows if row.kind != "worst" and row.n == 128]
+    rows = [full.row(name) for name in names]
     worst = by_worst_points(rows, 128)
     assert np.array_equal(worst.wrong, np.max([row.wrong for row in rows], 0))
     assert np.array_equal(full.row("worst").right, worst.right)
@@ -156,8 +156,8 @@ def test_worst_is_per_image(full):
     few = full.row("worst, first 40")
     rows.append(full.row("AutoAttack rand, 5 steps, first 40"))
     assert np.array_equal(few.right, by_worst_points(rows, 40).right)
-    assert few.n == 40 and set(few.settings["over"]) == {*full.row("worst").settings["over"], few.settings["over"][-4]}
-    assert full.headline.accuracy == min(r.accuracy for r in full.rows if r.kind != "clean" and r.deployed)
+    assert few.n == 40 and {*few.settings["over"]} - {*full.row("worst").settings["over"]} == {rows[-1].attack}
+    assert full.headline.accuracy == min(r.accuracy for r in full.rows if r.kind != "clean")
 
 
 def test_transfer_attacks_the_base_and_judges_the_defence(toy):
@@ -170,37 +170,33 @@ def test_transfer_attacks_the_base_and_judges_the_defence(toy):
             seen.append(len(z))
             return z.flatten(1)[:, :10] * 0 + z.flatten(1)[:, 767:]
 
-    attacks = [AttackSpec(PGD(), target=Base(), label="transfer")]
+    attacks = [AttackSpec(PGD(), through=Base(), label="transfer")]
     report = evaluate(model, x, y, steps=3, n_eval=1, attacks=attacks, **QUIET)
     row = report.row("transfer")
     assert seen and row.accuracy > 0.7 and not row.reliable  # all its logits are equal: no gradient at all
-    assert row.settings["target"] == "Base" and [r.kind for r in report.rows] == ["clean", "pgd", "worst"]
+    assert row.settings["through"] == "Base" and [r.kind for r in report.rows] == ["clean", "pgd", "worst"]
     # what was carried over is a success where it succeeds, and says nothing about the model's own gradients
     worst = report.row("worst")
     assert abs(worst.accuracy - row.accuracy) < 0.1 and (worst.wrong >= row.wrong).all() and not worst.reliable
 
 
 def test_what_a_model_lacks_is_said(toy, caplog):
-    """A deterministic model gets one draw, one prediction and one variant, and no note on what would be the same."""
+    """A deterministic model gets one draw and one prediction, and no note on what would be the same."""
     model, x, y = toy
-    attacks = [PGD(), AttackSpec(PGD(), variant="deterministic"), StAdv(steps=2)]
-    attacks += [OriginalAutoAttack(version="rand"), AttackSpec(PGD(), target="classifier")]
-    attacks += [AttackSpec(PGD(), aggregation="mean")]
+    attacks = [PGD(), StAdv(steps=2), OriginalAutoAttack(version="rand")]
     report = evaluate(plain(model), x, y, steps=3, eot_iter=4, n_eval=4, attacks=attacks, name="m", **QUIET)
     assert report.attacks == ["clean", "PGD-3 ce", "worst", "StAdv-2 margin, flow 0.05"]
     assert all(row.n_eval == 1 for row in report.rows) and report.row("PGD-3 ce").settings["eot_iter"] == 1
-    reasons = "is deterministic", "has no classifier", "has no sample_logits()"
-    assert report.row("clean").accuracy == 1 and len(report.notes) == 3
-    assert all(note.endswith(f"was left out: the model {why}") for note, why in zip(report.notes, reasons, strict=True))
-    report = evaluate(plain(model), x, y, attacks=[AttackSpec(PGD(), target="classifier")], name="m", **QUIET)
+    assert report.row("clean").accuracy == 1 and len(report.notes) == 1
+    assert report.notes[0].endswith("was left out: the model is deterministic")
+    report = evaluate(plain(model), x, y, attacks=attacks[2:], name="m", **QUIET)
     assert report.notes[1:] == ["m: no attack ran, so this report does not say how robust the model is"]
-    assert report.notes[0].startswith("m: PGD") and "no attack ran" in caplog.text
+    assert report.notes[0].startswith("m: AutoAttack rand") and "no attack ran" in caplog.text
     assert evaluate(plain(model), x, y, attacks=[], name="m", **QUIET).notes == []
-    attacks = [PGD(), AttackSpec(PGD(), variant="fixed"), AttackSpec(PGD(), variant="deterministic")]
     model.eval()
-    report = evaluate(lambda z: model(z), x, y, steps=2, n_eval=2, name="f", attacks=attacks, **QUIET)
-    assert report.attacks == ["clean", "PGD-2 ce", "worst"] and len(report.notes) == 2
-    assert "fixed_noise()" in report.notes[0] and "deterministic()" in report.notes[1]
+    for mode, method in ((WithFixedNoise, "fixed_noise"), (WithoutNoise, "deterministic")):
+        with pytest.raises(TypeError, match=rf"model must have a method {method}\(.*\), got function"):
+            mode(lambda z: model(z))
 
 
 def test_nothing_leaks(toy):
@@ -209,7 +205,7 @@ def test_nothing_leaks(toy):
     model.weight.requires_grad_(True)
     logger = logging.getLogger("auto-attack")
     before = torch.get_rng_state(), model.weight.clone(), x.clone(), logger.level, logger.propagate, sys.gettrace()
-    attacks = [PGD(), AttackSpec(OriginalAutoAttack(steps=2, n_queries=2), variant="fixed")]
+    attacks = [PGD(), AttackSpec(OriginalAutoAttack(steps=2, n_queries=2), through=WithFixedNoise(model))]
     np_state = np.random.get_state()[1].tolist()
     evaluate(model, x, y, steps=2, attacks=attacks, **QUIET)
     assert torch.equal(before[0], torch.get_rng_state()) and np.random.get_state()[1].tolist() == np_state
@@ -235,11 +231,10 @@ def test_reproducible_and_seeded(toy):
 
 def test_batches_do_not_matter(toy):
     model, x, y = toy
-    attacks = [AttackSpec(PGD(), variant="fixed"), AttackSpec(PGD(), variant="deterministic")]
-    common = {"steps": 1, "eps": FAINT}
-    one, other = (evaluate(model, x, y, attacks=attacks, batch_size=b, **common) for b in (128, 3))
-    for label in ("PGD-1 ce, fixed noise", "PGD-1 ce, deterministic"):
-        a, b = one.row(label), other.row(label)
+    common = {"steps": 1, "eps": FAINT, "attacks": [PGD()]}
+    for mode in (WithFixedNoise, WithoutNoise):
+        one, other = (evaluate(mode(model), x, y, batch_size=b, **common) for b in (128, 3))
+        a, b = one.row("PGD-1 ce"), other.row("PGD-1 ce")
         assert np.array_equal(a.robust, b.robust) and 0 < a.accuracy < 1
         assert np.abs(a.examples.adversarial - b.examples.adversarial).max() < 1e-6
 
@@ -247,19 +242,18 @@ def test_batches_do_not_matter(toy):
 def test_survivors(toy):
     model, x, y = toy
     attacks = [PGD(), *(AttackSpec(PGD(loss=loss), survivors_only=True) for loss in ("dlr", "margin"))]
-    attacks += [AttackSpec(PGD(), "deterministic", survivors_only=True), AttackSpec(PGD(steps=2), label="all again")]
+    attacks += [AttackSpec(PGD(), through=WithoutNoise(model), survivors_only=True)]
+    attacks.append(AttackSpec(PGD(steps=2), label="all again"))
     report = evaluate(model, x, y, steps=1, attacks=attacks, n_eval=2, **QUIET)
     first, second, third = (report.row(f"PGD-1 {loss}") for loss in ("ce", "dlr", "margin"))
     # what all choosing draws misclassify has fallen, and every image keeps its draws
     assert second.attacked == (first.wrong < 1).sum() < first.attacked
     assert (second.wrong >= first.wrong).all() and (third.wrong >= second.wrong).all()
     assert second.n == first.n == len(x)
-    clean = report.row("clean, deterministic").robust.sum()  # another variant starts anew
-    assert report.row("PGD-1 ce, deterministic").attacked == clean
     again = report.row("all again")
     assert again.attacked == first.attacked
-    tried = report.row("PGD-1 ce, deterministic, tried on the deployed defence")
-    assert (tried.wrong >= third.wrong).all()
+    tried = report.row("PGD-1 ce through WithoutNoise")
+    assert tried.attacked == (third.wrong < 1).sum() and (tried.wrong >= third.wrong).all()
     assert np.array_equal(report.row("worst").wrong, np.maximum(tried.wrong, again.wrong))
     assert f"{len(x)} ({second.attacked})" in report.to_markdown()
 
@@ -328,7 +322,7 @@ def test_a_saturated_head_still_gets_its_draws():
     """A head that is infinite everywhere looks deterministic; its EOT draws are taken all the same."""
     model = Linear(32.0)
     x, y = toy_data(model, 16)
-    attacks = [AttackSpec(PGD(), aggregation="peel_reference")]
+    attacks = [AttackSpec(PGD(), through=WithAggregation(model, "peel_reference"))]
     report = evaluate(model, x, y, steps=2, eot_iter=3, attacks=attacks, **QUIET)
     assert report.rows[1].settings["eot_iter"] == 3 and report.rows[1].health["nonfinite"] == 32
 
@@ -350,11 +344,11 @@ def unseen(shattered):
     straight = BpdaModel.of(model)
     attacks = [
         PGD(),
-        AttackSpec(PGD(), target=straight, label="BPDA"),
-        AttackSpec(PGD(), target="classifier", label="cheap"),
-        AttackSpec(PGD(norm="l2", eps=1.0), target=straight, label="BPDA"),
-        AttackSpec(PGD(loss="dlr", norm="l2", eps=1.0), target=straight, label="BPDA in L2 1", survivors_only=True),
-        AttackSpec(StAdv(), target="classifier"),
+        AttackSpec(PGD(), through=straight, label="BPDA"),
+        AttackSpec(PGD(), through=model.classifier, label="cheap"),
+        AttackSpec(PGD(norm="l2", eps=1.0), through=straight, label="BPDA"),
+        AttackSpec(PGD(loss="dlr", norm="l2", eps=1.0), through=straight, label="BPDA in L2 1", survivors_only=True),
+        AttackSpec(StAdv(), through=model.classifier),
     ]
     return evaluate(model, x, y, attacks=attacks, steps=8, eot_iter=3, n_eval=2, name="d", eps=FAINT)
 
@@ -364,11 +358,11 @@ def test_unseen_rows(unseen):
         "clean",
         "PGD-8 ce",
         "BPDA",
-        "cheap on the classifier alone (not adaptive)",
+        "cheap",
         "worst",
         "BPDA, L2 1",
         "BPDA in L2 1",
-        "StAdv-8 margin on the classifier alone (not adaptive), flow 0.05",
+        "StAdv-8 margin through Sequential, flow 0.05",
         "worst, L2 1",
     ]
     rows = {label: unseen.row(label) for label in unseen.attacks}
@@ -376,9 +370,9 @@ def test_unseen_rows(unseen):
     assert [row.threat for row in rows.values()] == threats
     bpda, cheap, stadv = rows["BPDA"], rows[unseen.attacks[3]], rows[unseen.attacks[7]]
     assert not rows["PGD-8 ce"].reliable and rows["PGD-8 ce"].health["zero"] > 0
-    assert bpda.reliable and bpda.settings["target"] == "BpdaModel" and bpda.accuracy < rows["PGD-8 ce"].accuracy - 0.2
+    assert bpda.reliable and bpda.settings["through"] == "BpdaModel" and bpda.accuracy < rows["PGD-8 ce"].accuracy - 0.2
     assert bpda.settings["eot_iter"] == 3 and bpda.health["gradients"] == 8 * bpda.attacked
-    assert cheap.settings["target"] == "on the classifier alone (not adaptive)" and cheap.settings["eot_iter"] == 1
+    assert cheap.settings["through"] == "Sequential" and cheap.settings["eot_iter"] == 1
     assert (stadv.settings["eps"], stadv.settings["norm"], stadv.settings["loss"]) == (0.05, "flow", "margin")
     assert stadv.health["gradients"] == 8 * stadv.attacked and stadv.reliable
 
@@ -405,8 +399,9 @@ def test_survivors_of_one_threat_model_are_not_spared_by_another(unseen):
 def test_rows_in_another_ball(toy, order, eps):
     pytest.importorskip("pyautoattack")
     model, x, y = toy
-    auto = [AttackSpec(OriginalAutoAttack(steps=4, n_queries=4), "fixed"), OriginalAutoAttack(version="rand", steps=4)]
-    attacks = [FGSM(), *PGD_ROWS, *auto, AttackSpec(PGD(), target=model, label="transfer")]
+    standard = AttackSpec(OriginalAutoAttack(steps=4, n_queries=4), through=WithFixedNoise(model))
+    auto = [standard, OriginalAutoAttack(version="rand", steps=4)]
+    attacks = [FGSM(), *PGD_ROWS, *auto, AttackSpec(PGD(), through=model, label="transfer")]
     report = evaluate(model, x[:12], y[:12], attacks=attacks, eps=eps, norm=f"l{order}", steps=4)
     moved = [row for row in report.rows if row.examples is not None and row.kind != "clean"]
     assert {"fgsm", "pgd", "autoattack"} <= {row.kind for row in moved}
@@ -439,11 +434,13 @@ def test_attacks_are_kept_by_what_they_do_and_not_by_their_names(tmp_path, shatt
     attacks = [PGD(), PGD(random_start=False), PGD(eps=0.01), StAdv(), StAdv(smoothness=0.0)]
     plans = [AttackSpec(attack, label=str(number)) for number, attack in enumerate(attacks)]
     straight = [BpdaModel.of(model, aggregation) for aggregation in (None, "mean")]
-    plans += [AttackSpec(PGD(), target=target, label=f"on {i}") for i, target in enumerate(("classifier", *straight))]
+    plans += [
+        AttackSpec(PGD(), through=other, label=f"on {i}") for i, other in enumerate((model.classifier, *straight))
+    ]
     first, count = run(*plans)
     assert count == len(plans) and run(*plans) == (first, count)
     # the same attack by another name, and from a report whose own ball it is, is the same row
-    [named], count = run(AttackSpec(PGD(), target=straight[0], label="by another name"))
+    [named], count = run(AttackSpec(PGD(), through=straight[0], label="by another name"))
     assert named["attack"] == "by another name" and count == len(plans)
     [other], _ = run(PGD(), eps=0.01)
     [again], count = run(PGD(eps=0.01), eps=0.01)

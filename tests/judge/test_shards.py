@@ -115,7 +115,7 @@ def test_what_goes_wrong_in_one_process_is_raised_in_all(tmp_path):
         with mock.patch.object(runner, "kernels_now", side_effect=RuntimeError("process 0 has no kernels")):
             yield refused(RuntimeError, lambda: report("own"))
         # the same error in both
-        yield refused(ValueError, lambda: made("deterministic", predict="votes"))
+        yield refused(ValueError, lambda: made("deterministic", predict="worst_of"))
 
     first, second = results_of(tmp_path, 2, lambda: list(work()))
     assert first == second

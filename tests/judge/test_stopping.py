@@ -6,9 +6,7 @@ import torch
 from evaluating import evaluate
 from torch import nn
 
-from purify_fast._sealed import read_sealed
 from purify_fast.attacks import APGD, FGSM, PGD, Square
-from purify_fast.defences import NoisyEnsemble
 from purify_fast.evaluation import AttackSpec
 from purify_fast.judge.run import stopping
 from purify_fast.judge.run.stopping import NearestRule, StoppingRule, nearest_first
@@ -139,23 +137,6 @@ def test_a_kept_row_of_the_nearest_images_is_made_again_for_another_gain(tmp_pat
         row = evaluate(model, x, y, eps=0.02, attacks=chosen, out=out).row("Square, 30 queries, 40 nearest")
         tried.append(row.attacked - row.unsearched)
     assert tried[0] < tried[1] == tried[2]
-
-
-def test_a_resumed_attack_on_a_fixed_variant_tries_the_same_images(tmp_path):
-    classifier, x, y = _rough()
-    model = NoisyEnsemble(classifier, sigma=0.01, samples=2)
-    attacks = [AttackSpec(FGSM(), "fixed", survivors_only=True)]
-    attacks.append(AttackSpec(Square(n_queries=30), "fixed", survivors_only=True, nearest=20))
-    how = {"eps": 0.02, "attacks": attacks, "n_eval": 2, "eot_iter": 1, "out": tmp_path}
-    counts = []
-    for _ in range(2):
-        rows = [row for row in evaluate(model, x, y, **how).rows if "Square" in row.attack]
-        counts.append([(row.attack, row.attacked, row.unsearched) for row in rows])
-        for path in (tmp_path / "rows").glob("*.safetensors"):
-            settings = read_sealed(path)[0].get("settings", {})
-            if settings.get("nearest") and "fixed" in str(settings["target"]):
-                path.unlink()
-    assert counts[0] == counts[1] and len(counts[0]) == 2
 
 
 def test_of_a_random_model_every_image_is_searched():

@@ -1,7 +1,6 @@
-"""A report misleads nobody: about a variant that is none, a number of a mode that nobody deploys, a doubt, a sign."""
+"""A report misleads nobody: about noise that is not fixed, another model, a doubt, a sign."""
 
 import html
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -14,7 +13,7 @@ from torch import nn
 
 from purify_fast import zoo
 from purify_fast.attacks import PGD
-from purify_fast.defences import NoisyEnsemble
+from purify_fast.defences import NoisyEnsemble, WithFixedNoise, WithoutNoise
 from purify_fast.evaluation import AttackSpec, Report
 from purify_fast.judge.alarms.signs import BY_BPDA, Evidence, Finding, findings
 from purify_fast.judge.request.subject import Subject
@@ -55,76 +54,58 @@ def judged(model, attacks, n=12, **more):
     return evaluate(model, x, y, attacks=attacks, **options | more)
 
 
-@pytest.mark.parametrize(
-    ("seeds", "wrong"), [("block", "two calls give different logits"), ("place", "depend on its place in the batch")]
-)
-@pytest.mark.parametrize("n", [1, 12])
-def test_noise_that_is_not_fixed_is_not_attacked_as_fixed(seeds, wrong, n):
-    report = judged(Noisy(seeds), [PGD(), AttackSpec(PGD(), "fixed")], n)
-    assert report.attacks == ["clean", "PGD-5 ce", "worst"]
-    note = report.notes[0]
-    assert note.startswith("m: PGD-5 ce, fixed noise was left out: within a block of fixed_noise(seed), ")
-    assert wrong in note
-    report = judged(Noisy(quiet=False), [AttackSpec(PGD(), "deterministic")], n)
-    assert report.attacks == ["clean"] and "within a block of deterministic(), two calls" in report.notes[0]
-
-
 @pytest.mark.parametrize("name", ["digits-carso-objective", "digits-atop-pipeline", "noisy", "mine"])
-def test_no_defence_that_keeps_its_promise_is_refused(name):
+def test_a_defence_that_keeps_its_promise_repeats(name):
     model = NoisyEnsemble(zoo.load("digits-pgd-at"), 0.1, samples=2) if name == "noisy" else Noisy()
     model = zoo.load(name) if name.startswith("digits") else model
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         subject = Subject(model.eval(), *zoo_digits(8), batch_size=8, n_eval=2, seed=3)
-        assert subject.is_random and subject.fault("fixed") is None and subject.fault("deterministic") is None
+        assert subject.is_random and subject.can_repeat
+        assert not Subject(Noisy("block"), *zoo_digits(8), batch_size=8, n_eval=2, seed=3).can_repeat
+        for other in (WithFixedNoise(model), WithoutNoise(model)):
+            assert not Subject(other, *zoo_digits(8), batch_size=8, n_eval=2, seed=3).is_random
 
 
-def test_the_headline_is_the_deployed_defences():
-    plan = [AttackSpec(PGD(), "fixed"), AttackSpec(PGD(loss="dlr"), "fixed"), PGD(steps=1)]
-    report = judged(Noisy(sigma=0.5), plan, 48)
-    of = {row.attack: row for row in report.rows}
-    fixed, tried = of["PGD-5 ce, fixed noise"], of["PGD-5 ce, fixed noise, tried on the deployed defence"]
-    assert fixed.variant == "fixed" and fixed.n_eval == 1 and tried.variant == "random" and tried.n_eval == 3
-    right = of["clean"].wrong == 0
-    assert fixed.robust[right].mean() < tried.robust[right].mean() < 1
-    deployed = [row for row in report.rows if row.kind == "pgd" and row.variant == "random"]
-    assert len(deployed) == 3
-    assert np.array_equal(of["worst"].right, by_worst_points([of["clean"], *deployed], 48).right)
-    assert of["worst, fixed"].settings["over"] == ["PGD-5 ce, fixed noise", "PGD-5 dlr, fixed noise"]
-    # no row of the variant, whatever it left
-    assert report.headline is of["worst"] and of["worst"].variant == "random"
-    assert all(f"{100 * of['worst, fixed'].accuracy:.1f} ± " in text for text in forms(report))
+@pytest.mark.parametrize(("seeds", "quiet"), [("block", True), ("place", True), ("call", False)])
+@pytest.mark.parametrize("n", [1, 12])
+def test_noise_that_is_not_fixed_is_judged_by_its_draws_or_marked(seeds, quiet, n):
+    """Noise that a mode does not switch off is noise, and noise that depends on the batch is found by the probes."""
+    model = WithFixedNoise(Noisy(seeds)) if quiet else WithoutNoise(Noisy(quiet=False))
+    report = judged(model, [PGD()], n, probes=True)
+    if seeds == "place" and n > 1:
+        found = {finding.alarm: finding.verdict for finding in report.findings}
+        assert found["batch size"] == "unreliable" and not report.headline.reliable
+    elif seeds == "place":
+        assert report.row("clean").deterministic
+    else:
+        # Within a block, "block" draws again in a second call only.
+        assert report.row("clean").deterministic == (seeds == "block")
 
 
-def test_a_variant_vouches_for_no_gradients_of_the_deployed_defence():
-    """The row on fixed noise had gradients; the other, on the deployed defence, had none."""
+def test_a_mode_says_what_it_is_about_alone():
+    model = Noisy(sigma=0.5)
+    attacks = [AttackSpec(PGD(), through=WithFixedNoise(model), label="through"), PGD(steps=1)]
+    deployed, fixed = judged(model, attacks, 48), judged(WithFixedNoise(model), [PGD()], 48)
+    right = deployed.row("clean").wrong == 0
+    row = deployed.row("through")
+    assert fixed.headline.n_eval == 1 and row.n_eval == 3 and row.transferred and not row.own_gradients
+    assert fixed.row("PGD-5 ce").robust[right].mean() < row.robust[right].mean() < 1
+    rows = [deployed.row(name) for name in ("clean", "through", "PGD-1 ce")]
+    assert np.array_equal(deployed.row("worst").right, by_worst_points(rows, 48).right)
+
+
+def test_another_model_vouches_for_no_gradients_of_the_judged_model():
+    """The row through fixed noise had gradients; the other, on the model itself, had none."""
 
     class Masked(Noisy):
         def forward(self, x):
             logits = super().forward(x)
             return logits if self.seed is not None else logits.detach() + 0 * x.sum()
 
-    report = judged(Masked(), [AttackSpec(PGD(), "fixed"), PGD()], 24)
-    assert report.row("PGD-5 ce, fixed noise").reliable and not report.headline.reliable
+    model = Masked()
+    report = judged(model, [AttackSpec(PGD(), through=WithFixedNoise(model), label="through"), PGD()], 24)
+    assert report.row("through").reliable and not report.headline.reliable
     assert {f.alarm: f.verdict for f in report.findings}["gradient health"] == "unreliable"
-
-
-def test_both_rows_of_a_variant_are_kept(tmp_path, monkeypatch):
-    plan = [AttackSpec(PGD(), "deterministic"), AttackSpec(PGD(loss="dlr"), "deterministic", survivors_only=True)]
-    model = NoisyEnsemble(zoo.load("digits-pgd-at"), 0.3, samples=1)
-    first = judged(model, plan, 24, out=tmp_path)
-    searched = []
-    monkeypatch.setattr(PGD, "search", lambda self, *a, original=PGD.search: searched.append(1) or original(self, *a))
-    again = judged(model, plan, 24, out=tmp_path)
-    del first.about["passes"]
-    again.about |= {name: first.about[name] for name in ("seconds", "peak_memory")}
-    assert again.to_json() == first.to_json() and not searched
-    # as an end between the two rows leaves them
-    files = [path for path in Path(tmp_path, "rows").iterdir() if b"noise off" in path.read_bytes()]
-    assert len(files) == 2
-    files[0].unlink()
-    again = judged(model, plan, 24, out=tmp_path)
-    assert len(searched) == 1
-    assert [r.robust.tolist() for r in again.rows] == [r.robust.tolist() for r in first.rows]
 
 
 @pytest.mark.parametrize(("left", "verdict"), [(13, "noted"), (40, "unreliable")])

@@ -7,9 +7,11 @@ import torch
 from digit_nets import digits, standard
 from evaluating import evaluate
 
-from purify_fast.attacks import APGD, PGD
+from purify_fast.attacks import PGD
+from purify_fast.attacks.base import ThreatModel
 from purify_fast.defences import MajorityVote, NoisyEnsemble
 from purify_fast.evaluation import as_attack
+from purify_fast.judge.request.subject import Subject
 
 P, N, COUNT = 0.2, 5, 3000
 RIGHT = {
@@ -26,6 +28,7 @@ def coin(x):
 
 @pytest.mark.parametrize("predict", RIGHT)
 def test_closed_forms(predict):
+    voted = predict == "votes"
     seen = []
 
     def idle(model, x, y):
@@ -34,15 +37,17 @@ def test_closed_forms(predict):
 
     x, y = torch.full((COUNT, 1, 2, 2), 0.5), torch.zeros(COUNT, dtype=torch.int64)
     attacks, options = [as_attack(idle, name="idle")], {"eps": 0.1, "batch_size": COUNT}
-    report = evaluate(coin, x, y, attacks=attacks, predict=predict, n_eval=N, **options)
+    options |= {"n_eval": 1} if voted else {"n_eval": N, "predict": predict}
+    report = evaluate(MajorityVote(coin, N) if voted else coin, x, y, attacks=attacks, **options)
     once, clean, row = RIGHT[predict], *report.rows[:2]
     # every image keeps its draws, whether its clean draws were wrong or not; seen: images that have not fallen
-    judged = once if predict == "votes" else once**N
+    judged = once if voted else once**N
     found = [(clean.accuracy, judged), (row.accuracy, judged), (report.headline.accuracy, judged), (seen[0], once)]
     for value, expected in found:
         assert abs(value - expected) < 5 * (expected * (1 - expected) / COUNT) ** 0.5, (found, value)
-    assert f"{N} fresh draws of the model" in report.to_text() and row.n_eval == (1 if predict == "votes" else N)
-    assert any(f"of {N} draws" in words for words in report.title)
+    assert row.n_eval == (1 if voted else N)
+    assert (f"{N} fresh draws of the model" in report.to_text()) == (not voted)
+    assert any(f"of {N} draws" in words for words in report.title) == (not voted)
 
 
 def test_a_step_averages_over_the_draws_that_were_asked_for_in_votes():
@@ -56,7 +61,7 @@ def test_a_step_averages_over_the_draws_that_were_asked_for_in_votes():
     counts = []
     for steps in (1, 11):
         seen.clear()
-        evaluate(noisy, x, y, eps=0.01, attacks=[PGD(steps=steps, eot_iter=20)], predict="votes", n_eval=N)
+        evaluate(MajorityVote(noisy, N), x, y, eps=0.01, attacks=[PGD(steps=steps)], eot_iter=20, n_eval=1)
         counts.append(sum(seen))
     assert counts[1] - counts[0] == 10 * 20
 
@@ -64,8 +69,8 @@ def test_a_step_averages_over_the_draws_that_were_asked_for_in_votes():
 def test_what_is_refused():
     x, y = (part[:4] for part in digits()[2:])
     for model, predict, message in (
-        (standard(), "votes", "predict='votes' needs a random model"),
-        (coin, "mean", "predict"),
+        (standard(), "worst_of", "predict='worst_of' needs a random model"),
+        (coin, "votes", "predict must be one of worst_of, got 'votes'"),
     ):
         with pytest.raises(ValueError, match=message):
             evaluate(model, x, y, eps=0.1, attacks=[], predict=predict)
@@ -95,12 +100,26 @@ def test_a_vote_decides_by_its_count_and_has_the_gradient_of_the_mean_probabilit
     assert torch.isclose(slope[0].sum(), torch.autograd.grad(mean, z)[0])
 
 
-@pytest.mark.parametrize("predict", RIGHT)
-def test_the_row_under_fixed_noise_stands_beside(predict):
-    x, y = (part[:24] for part in digits()[2:])
-    defence, attacks = NoisyEnsemble(standard(), 0.2, 2), [APGD(steps=8), APGD(loss="dlr", steps=8)]
-    report = evaluate(defence, x, y, eps=0.15, attacks=attacks, predict=predict, n_eval=N, eot_iter=3)
-    for name in ("APGD-8 ce", "APGD-8 dlr"):
-        assert report.row(f"{name}, fixed noise").variant == "fixed" and report.row(name).variant == "random"
-    assert report.row("worst").accuracy <= report.row("clean").accuracy - 0.3
-    assert report.row("worst, fixed").n_eval == 1 and report.row("APGD-8 ce").settings["eot_iter"] in (1, 3)
+def test_a_vote_of_a_deterministic_model_predicts_once():
+    x, y = (part[:8] for part in digits()[2:])
+    models = MajorityVote(standard(), 3), standard()
+    vote, alone = (evaluate(model, x, y, eps=0.1, attacks=[PGD(steps=3)]) for model in models)
+    assert [row.robust.tolist() for row in vote.rows] == [row.robust.tolist() for row in alone.rows]
+    assert vote.row("clean").deterministic and vote.row("clean").n_eval == 1
+
+
+def test_a_vote_is_attacked_through_the_surrogates_of_its_model():
+    x, y = (part[:8] for part in digits()[2:])
+    model = NoisyEnsemble(standard(), 0.2, 2)
+    subjects = [Subject(each, x, y, batch_size=8, n_eval=1, seed=0) for each in (model, MajorityVote(model, N))]
+    ball = ThreatModel("linf", 0.1)
+    alone, vote = ([name for name, _ in subject.surrogates(ball)[0]] for subject in subjects)
+    assert alone == vote and "a copy without noise" in vote
+    assert all(subject.is_random for subject in subjects)
+
+
+def test_votes_that_agree_do_not_hide_the_draws():
+    """All votes of a sure class agree, although the draws differ."""
+    x, y = torch.full((4, 1, 2, 2), 0.5), torch.zeros(4, dtype=torch.int64)
+    model = MajorityVote(lambda x: torch.tensor([[60.0, 0.0]]) + torch.rand(len(x), 2), 3)
+    assert Subject(model, x, y, batch_size=4, n_eval=1, seed=0).is_random

@@ -88,7 +88,7 @@ def test_an_evaluation_refuses_them_before_any_attack(model, images):
 
 
 def test_the_model_of_a_surrogate_is_refused_too(images):
-    for given in ({"base": unrecorded}, {"attacks": [AttackSpec(PGD(steps=1), target=unrecorded)]}):
+    for given in ({"base": unrecorded}, {"attacks": [AttackSpec(PGD(steps=1), through=unrecorded)]}):
         with pytest.raises(ValueError, match=WRITES):
             evaluate(standard(), *images, **QUIET, **given)
 

@@ -24,14 +24,17 @@ import torch
 from torch import Tensor, nn
 
 from purify_fast.attacks import PGD, OriginalAutoAttack
+from purify_fast.attacks.bpda import classifier_of
+from purify_fast.defences import WithFixedNoise
+from purify_fast.defences.stochastic import with_samples
 from purify_fast.evaluation import AttackSpec
-from purify_fast.judge.surrogates.copies import FewerSamples
 from purify_fast.ops.random_transform import random_transform
 
 NOTEBOOK = "as evaluate.ipynb (glin2022/atop)"
 REPAIRED = f"{NOTEBOOK}, without its faults: one fixed draw"
 LOG = 'as the training log of glin2022/atop, column "BPDA": PGD-20'
 TABLES = 'as tables 7 and 8 of AToP\'s paper, "BPDA": PGD-1000'
+ALONE = "on the classifier alone (not adaptive)"
 #: The notebook divides the randomly ordered blocks into this number of parts, and hides part i in batch i.
 PARTS = 4
 #: Number of images in a batch of the notebook.
@@ -65,19 +68,20 @@ class ReleasedEvaluation(nn.Module):
         return defence.classify(images[:, None])[:, 0]
 
 
-def authors_attacks(defence: nn.Module, eps: float) -> list[AttackSpec]:
-    """Return the authors' attacks on a defence. PGD returns its best point, the authors' PGD the last.
+def evaluations(defence: Any, eps: float) -> list[tuple[nn.Module, AttackSpec]]:
+    """Return the authors' evaluations of a defence. PGD returns its best point, the authors' PGD the last.
 
     A PGD step has the length eps / 4, because the authors use 2/255 for 8/255.
     """
     # The authors predict from one draw.
-    one_draw = FewerSamples(defence, 1) if defence.samples != 1 else defence
+    one_draw = with_samples(defence, 1)
+    alone, fixed = classifier_of(defence), WithFixedNoise(one_draw)
     first, later = (ReleasedEvaluation(defence, batch) for batch in (0, PARTS))
     few, released = PARTS * BATCH, OriginalAutoAttack(steps=STEPS)
     return [
-        AttackSpec(OriginalAutoAttack(), "fixed", label=REPAIRED, judge=one_draw),
-        AttackSpec(released, label=f"{NOTEBOOK}, with its faults, batches 1 to 4", judge=first, max_images=few),
-        AttackSpec(released, label=f"{NOTEBOOK}, with its faults, from batch 5 on", judge=later),
-        AttackSpec(PGD(steps=20, alpha=eps / 4), target="classifier", label=LOG, judge=one_draw),
-        AttackSpec(PGD(steps=1000, alpha=eps / 4), target="classifier", label=TABLES, judge=one_draw),
+        (fixed, AttackSpec(OriginalAutoAttack(), label=REPAIRED)),
+        (first, AttackSpec(released, label=f"{NOTEBOOK}, with its faults, batches 1 to 4", max_images=few)),
+        (later, AttackSpec(released, label=f"{NOTEBOOK}, with its faults, from batch 5 on")),
+        (one_draw, AttackSpec(PGD(steps=20, alpha=eps / 4), through=alone, label=f"{LOG} {ALONE}")),
+        (one_draw, AttackSpec(PGD(steps=1000, alpha=eps / 4), through=alone, label=f"{TABLES} {ALONE}")),
     ]

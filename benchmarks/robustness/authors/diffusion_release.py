@@ -29,7 +29,7 @@ from purify_fast.ops.diffusion_step import diffusion_step
 from purify_fast.ops.dispatch.gradient import first_order
 
 DIFFPURE = "as eval_sde_adv.py (NVlabs/DiffPure): AutoAttack rand through the adjoint SDE"
-CLASSIFIER_ROW = "as clf_pgd.py (JinyiW/GuidedDiffusionPur): PGD-10"
+CLASSIFIER_ROW = "as clf_pgd.py (JinyiW/GuidedDiffusionPur): PGD-10 on the classifier alone (not adaptive)"
 STRAIGHT = "as bpda_strong.py (JinyiW/GuidedDiffusionPur): BPDA-40 + EOT 15"
 #: Number of purifications in a prediction of GDMP's authors (``path_number``, line 25 of both config files).
 PATHS = 10
@@ -54,14 +54,6 @@ class AdjointGradient(nn.Module):
         parts = zip(images.split(most), ids.expand(len(images)).split(most), strict=True)
         purified = torch.cat([_Adjoint.apply(defence, part, seed, names) for part, names in parts])
         return defence.classify(defence._as_images(purified)[:, None])[:, 0]
-
-
-class Straight(PGD):
-    """PGD along the gradients of BPDA."""
-
-    def target(self, model: Any) -> BpdaModel:
-        """Make the attacked model of a purifier."""
-        return BpdaModel.of(model)
 
 
 class TenPaths(nn.Module):
@@ -125,19 +117,20 @@ class _Adjoint(torch.autograd.Function):
         return None, grad * schedule.alpha_bar(torch.tensor(start, device="cpu")).sqrt().to(grad), None, None
 
 
-def authors_attacks(defence: Any, eps: float) -> list[AttackSpec]:
-    """Return the authors' attacks on a purifier. A step has the length eps / 4: the authors use 2/255 for 8/255.
+def evaluations(defence: Any, eps: float) -> list[tuple[nn.Module, AttackSpec]]:
+    """Return the authors' evaluations of a purifier. A step has the length eps / 4: the authors use 2/255 for 8/255.
 
     There are three differences from the authors' attacks. PGD and BPDA return their best point, not the last. BPDA
     averages the gradients of its draws; GDMP's BPDA sums their signs. And GDMP's PGD has a radius of 8/256.
     """
-    ten = TenPaths(defence)
-    rows = [
-        AttackSpec(PGD(steps=10, alpha=eps / 4, eot_iter=1), target="classifier", label=CLASSIFIER_ROW, judge=ten),
-        AttackSpec(Straight(steps=40, alpha=eps / 4, eot_iter=15, random_start=False), label=STRAIGHT, judge=ten),
+    ten, alone = TenPaths(defence), PGD(steps=10, alpha=eps / 4, eot_iter=1)
+    straight = PGD(steps=40, alpha=eps / 4, eot_iter=15, random_start=False)
+    found: list[tuple[nn.Module, AttackSpec]] = [
+        (ten, AttackSpec(alone, through=ten.classifier, label=CLASSIFIER_ROW)),
+        (ten, AttackSpec(straight, through=BpdaModel.of(ten), label=STRAIGHT)),
     ]
     if defence.process.solver == "vp_sde" and len(defence.process.rounds) == 1:
-        # DiffPure's authors predict from one draw
+        # DiffPure's authors predict from one draw.
         adjoint = AdjointGradient(_with_samples(defence, 1))
-        rows.insert(0, AttackSpec(OriginalAutoAttack(version="rand"), label=DIFFPURE, judge=adjoint))
-    return rows
+        found.insert(0, (adjoint, AttackSpec(OriginalAutoAttack(version="rand"), label=DIFFPURE)))
+    return found

@@ -66,6 +66,6 @@ def chain(entry: Entry) -> tuple[Search, ...]:
 def specs(entry: Entry, followed: Sequence[nn.Module | None]) -> list[AttackSpec]:
     """Return the adaptive attack on an entry's model as a list of attacks, one for each search."""
     return [
-        AttackSpec(part.attack, label=f"part {i + 1}", gradients_from=followed[part.follows], survivors_only=True)
+        AttackSpec(part.attack, label=f"part {i + 1}", through=followed[part.follows], survivors_only=True)
         for i, part in enumerate(chain(entry))
     ]

@@ -23,7 +23,7 @@ from purify_fast import zoo
 from purify_fast._tensors import text_hash, weights_fingerprint
 from purify_fast.attacks import OriginalAutoAttack
 from purify_fast.data import load_dataset, to_float
-from purify_fast.evaluation import AttackSpec, evaluate
+from purify_fast.evaluation import AttackSpec, EvaluateConfig, evaluate
 from purify_fast.judge.alarms import signs
 from purify_fast.judge.show.text import UNRELIABLE, markdown_table
 
@@ -183,7 +183,7 @@ def judged(name: str, judge: str, settings: dict[str, int], data: str) -> Row:
     entry, (models, x, y) = ENTRIES[name], built(name, data)
     begin = time.process_time()
     steps, n = settings["steps"], settings["images"]
-    how: dict[str, Any] = {"steps": steps, "max_forward_batch": 1000}
+    how: dict[str, Any] = {"steps": steps, "config": EvaluateConfig(max_forward_batch=1000)}
     if judge == OFFICIAL:
         how |= {"attacks": [OriginalAutoAttack(version="rand" if entry.random else "standard", steps=steps)]}
     elif judge == ADAPTIVE:

@@ -9,11 +9,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import nn
 
 from purify_fast import data, load_defence
 from purify_fast._tensors import weights_fingerprint
 from purify_fast.attacks import APGD, PGD, OriginalAutoAttack
-from purify_fast.evaluation import AttackSpec, Report, evaluate, merge
+from purify_fast.defences import WithAggregation, WithoutNoise
+from purify_fast.evaluation import AttackSpec, EvaluateConfig, Report, evaluate, merge
 from purify_fast.judge.results.rows import worst_rows
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.models.classifiers import SmallCNN
@@ -27,6 +29,8 @@ LAYERS = ("conv2", "conv4", "hidden")
 CLASSIFIER, EXACT, PIPELINE = "classifier", "CARSO, paper's objective", "CARSO pipeline"
 #: The column of the model `EXACT` under attacks through PeeL.
 PEEL = f"{EXACT}, through PeeL"
+#: The end of the name of a model whose latent is z = 0 in place of a random latent.
+ZERO = ", z = 0"
 #: For each column of the table, the name of the job that trains the attacked model.
 MODELS = {CLASSIFIER: CLASSIFIER, PEEL: EXACT, EXACT: EXACT, PIPELINE: PIPELINE}
 
@@ -73,15 +77,22 @@ def train_purifier(job: Job, folder: Path, root: Path) -> dict:
     return last
 
 
-def attacks_of(name: str, budget: SimpleNamespace) -> dict[str, list[AttackSpec]]:
-    """Return the attacks on a model, in groups that run separately. The labels are the same for all models."""
-    b, head = budget, {"aggregation": "peel_reference" if name == PEEL else None}
+def attacks_of(
+    name: str, budget: SimpleNamespace, through: nn.Module | None = None, quiet: nn.Module | None = None
+) -> dict[str, list[AttackSpec]]:
+    """Return the attacks on a model, in groups that run separately. The labels are the same for all models.
+
+    Args:
+        name: name of the model.
+        budget: amounts of the attacks.
+        through: the other model that the attacks follow, or None.
+        quiet: the same model without randomness, for the attacks of the group "APGD".
+    """
+    b, head = budget, {"through": through}
     # AutoAttack's version "rand" is only for random models. The classifier is deterministic.
     version = "standard" if name == CLASSIFIER else "rand"
     auto = OriginalAutoAttack(version=version, steps=b.apgd_steps, eot_iter=b.autoattack_eot, n_queries=b.queries)
     auto_label = f"AutoAttack rand (classifier: standard), first {b.autoattack}"
-    # Attack CARSO by APGD with the latent z = 0 in place of a random latent.
-    zero = {"variant": "random" if name == CLASSIFIER else "deterministic"} | head
     both = {"survivors_only": True}
     targeted = APGD(loss="dlr_targeted", steps=b.apgd_steps)
     return {
@@ -90,8 +101,8 @@ def attacks_of(name: str, budget: SimpleNamespace) -> dict[str, list[AttackSpec]
             AttackSpec(PGD(loss="dlr"), label=f"PGD-{b.steps} ce + dlr, EOT {b.eot}", **both, **head),
         ],
         "APGD": [
-            AttackSpec(APGD(loss="ce", steps=b.apgd_steps), label="APGD ce, z = 0", **zero),
-            AttackSpec(targeted, label="APGD ce + APGD-T, z = 0", **both, **zero),
+            AttackSpec(APGD(loss="ce", steps=b.apgd_steps), label="APGD ce, z = 0", through=quiet),
+            AttackSpec(targeted, label="APGD ce + APGD-T, z = 0", **both, through=quiet),
         ],
         "AutoAttack": [AttackSpec(auto, max_images=b.autoattack, label=auto_label, **head)],
     }
@@ -102,10 +113,19 @@ def attack(job: Job, folder: Path, root: Path) -> dict:
     name, budget, images = job.settings["model"], job.settings["budget"], images_of(job)
     classifier = load_classifier(job.folder(root, CLASSIFIER))
     model = classifier if name == CLASSIFIER else load_defence(job.folder(root, MODELS[name]), classifier)
-    amount: dict[str, Any] = {"steps": budget.steps, "eot_iter": budget.eot, "seed": job.seed}
-    amount |= {"dataset_name": images.name, "batch_size": 250, "max_forward_batch": 1000, "progress": False}
-    how: dict[str, Any] = {"attacks": attacks_of(name, budget)[job.settings["group"]], "out": folder, "name": name}
-    report = evaluate(model, images.x_test, images.y_test, eps=EPS, **amount, **how)
+    group, judged, title = job.settings["group"], model, name
+    through = quiet = None
+    if name == PEEL:
+        through = WithAggregation(model, "peel_reference")
+        quiet = WithAggregation(model, "peel_reference", deterministic=True)
+    if group == "APGD" and name != CLASSIFIER:
+        # APGD attacks CARSO with the latent z = 0 in place of a random latent. This is another model.
+        judged, title = WithoutNoise(model), name + ZERO
+    attacks = attacks_of(name, budget, through, quiet)[group]
+    config = EvaluateConfig(dataset_name=images.name, max_forward_batch=1000)
+    amount: dict[str, Any] = {"steps": budget.steps, "eot_iter": budget.eot, "seed": job.seed, "batch_size": 250}
+    how: dict[str, Any] = {"attacks": attacks, "out": folder, "name": title, "config": config, "progress": False}
+    report = evaluate(judged, images.x_test, images.y_test, eps=EPS, **amount, **how)
     report.save(folder, model)
     return {row.attack: row.accuracy for row in report.rows}
 
@@ -131,16 +151,20 @@ def report(root: Path, name: str, budget: SimpleNamespace) -> Report:
 
     The groups ran separately, so that all models face the same attacks. In a single list of attacks, APGD on a
     classifier would skip the images that PGD has broken. APGD on a defence would not skip such images, because it
-    attacks the defence without its randomness.
+    attacks the defence without its randomness, which is another model of the report.
     """
     folders = [folder_of(root, f"{name} {group}", 0) for group in attacks_of(name, budget)]
     parts = [Report.from_json((folder / "report.json").read_text()) for folder in folders]
-    # Every group has the row of the clean accuracy. The dictionary contains this row only once.
-    rows = {row.attack: row for part in parts for row in part.rows if row.kind != "worst"}
     notes = dict.fromkeys(note for part in parts for note in part.notes)
     # The parts have the same settings, so most facts about the first part are facts about all of them.
     about = {key: value for key, value in parts[0].about.items() if key not in ("command", "date")}
-    return Report([*rows.values(), *worst_rows(list(rows.values()))], list(notes), about)
+    whole = Report([], list(notes), about)
+    for model in dict.fromkeys(model for part in parts for model in part.models):
+        # Every group has the row of the clean accuracy. The dictionary contains this row only once.
+        own = [row for part in parts for row in part.rows if row.model == model and row.kind != "worst"]
+        rows = list({row.attack: row for row in own}.values())
+        whole.rows += [*rows, *worst_rows(rows)]
+    return whole
 
 
 def write_results(root: Path, folder: Path, chosen: argparse.Namespace) -> Path:

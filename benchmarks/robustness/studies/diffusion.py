@@ -33,13 +33,13 @@ from purify_fast._files import write_text
 from purify_fast.attacks import PGD, LeavingPGD, OriginalAutoAttack
 from purify_fast.attacks.base import run_alone
 from purify_fast.data import balanced_subset, to_float
-from purify_fast.evaluation import AttackSpec, evaluate, lee_kim_2023
+from purify_fast.evaluation import lee_kim_2023
 from purify_fast.judge.show.text import markdown_table
 from purify_fast.protocols import CopiesItself, FixedNoise, supports
 from purify_fast.training import load_classifier
 
 from ... import kept
-from ..authors import authors_attacks
+from ..authors import authors_evaluations, rows_of
 from . import Job, settings_of, write_page
 
 NAME = "diffusion"
@@ -122,18 +122,20 @@ def fixed(job: Job, model: nn.Module, x: Tensor, y: Tensor, root: Path) -> dict[
 def authors(job: Job, model: nn.Module, x: Tensor, y: Tensor, root: Path) -> dict[str, Any]:
     """Run the attacks of the purifiers' authors. AutoAttack, one of these attacks, attacks only the first images."""
     budget, eps = job.settings["budget"], job.settings["eps"]
-    specs, few = authors_attacks(model, eps), budget.autoattack_images
-    specs = [replace(one, max_images=few) if isinstance(one.attack, OriginalAutoAttack) else one for one in specs]
-    if budget.quick:
-        specs = [short(spec) for spec in specs if not isinstance(spec.attack, OriginalAutoAttack)]
-    report = evaluate(model, x, y, eps=eps, n_eval=budget.draws, attacks=specs, name=job.name, progress=False)
-    return {"rows": [{name: row.to_dict()[name] for name in FACTS} for row in report.rows if row.kind == "authors"]}
-
-
-def short(spec: AttackSpec) -> AttackSpec:
-    """Return an attack with two steps and two draws, which only tests that the code runs."""
-    attack: Any = spec.attack
-    return replace(spec, attack=replace(attack, steps=2, eot_iter=2))
+    chosen = []
+    for evaluation in authors_evaluations(model, eps):
+        attack = evaluation.attack
+        if isinstance(attack.attack, OriginalAutoAttack):
+            attack = replace(attack, max_images=budget.autoattack_images)
+        if not budget.quick:
+            chosen.append(evaluation._replace(attack=attack))
+        elif isinstance(attack.attack, PGD):
+            # Two steps and two draws only test that the code runs.
+            chosen.append(
+                evaluation._replace(attack=replace(attack, attack=replace(attack.attack, steps=2, eot_iter=2)))
+            )
+    rows = [row.to_dict() for row in rows_of(chosen, x, y, eps=eps)]
+    return {"rows": [{name: row[name] for name in FACTS} for row in rows]}
 
 
 def attack(job: Job, folder: Path, root: Path) -> dict[str, Any]:

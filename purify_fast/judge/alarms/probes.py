@@ -20,10 +20,10 @@ from ...attacks.attacked_model import gradient_to
 from ...attacks.base import ThreatModel, run_alone
 from ...attacks.context import TimeIsOver
 from ...attacks.losses import margin, usable_loss
-from ...protocols import Classifier, FixedNoise, supports
+from ...protocols import Classifier
 from ...speed.agreement import BFLOAT16, apart, differ
 from ..request.fingerprint import state_hash
-from ..request.subject import Subject, Variant
+from ..request.subject import Subject
 from ..searches.apgd import APGD
 from ..surrogates.copies import Surrogates, in_order
 
@@ -68,7 +68,8 @@ class Probes:
 
     Args:
         n: number of images.
-        steps: curve over the steps of the attack; an image that fell with fewer steps counts as fallen.
+        steps: curve over the steps of the attack; an image that fell with fewer steps counts as fallen. It is empty for
+            a random model, whose curve is ``eot``.
         cosine: cosine between the predicted and the measured changes of the margin, or the reason why there is none;
             None if it cannot be measured.
         without_gradient: share of images with a zero, non-finite or missing gradient, at the clean images or near them.
@@ -363,7 +364,7 @@ class Before:
     def predictions(self) -> Tensor:
         """The predicted classes of the clean images, with the same noise every time if the model allows it."""
         torch.manual_seed(self.subject.seed)
-        with self.subject.variant(repeatable_variant(self.subject)):
+        with self.subject.repeating():
             return self.model(self.x).argmax(1)
 
     def model(self, x: Tensor) -> Tensor:
@@ -377,7 +378,7 @@ class Before:
     def _state(self) -> str | None:
         """A hash of the model's state; None for a function, and for a model that cannot be compared."""
         try:
-            return state_hash(self.subject.model) if isinstance(self.subject.base_model, nn.Module) else None
+            return state_hash(self.subject.model) if isinstance(self.subject.model, nn.Module) else None
         # A user's module may raise any error while its state is read.
         except Exception:
             return None
@@ -389,19 +390,6 @@ class Before:
         return self.mark != self._state()
 
 
-def repeatable_variant(subject: Subject) -> Variant:
-    """Return the variant in which a model always predicts the same, or "random" if there is no such variant."""
-    if not (subject.is_random and supports(subject.base_model, FixedNoise)):
-        return "random"
-    fault = subject.fault("fixed")
-    return "fixed" if fault is None or fault.repeats else "random"
-
-
-def is_repeatable(subject: Subject) -> bool:
-    """Return True if a model, or its variant with fixed noise, always predicts the same."""
-    return not subject.is_random or repeatable_variant(subject) == "fixed"
-
-
 def _share(which: Tensor) -> float:
     return float(which.float().mean())
 
@@ -409,9 +397,9 @@ def _share(which: Tensor) -> float:
 def batch_changes(subject: Subject, x: Tensor) -> float | None:
     """Measure the share of predictions that change if the images are in reverse order, in a larger batch, or alone."""
     model, x = subject.asked, x[: subject.batch_size]
-    if not is_repeatable(subject):
+    if not subject.can_repeat:
         return None
-    with subject.variant(repeatable_variant(subject)):
+    with subject.repeating():
         together = model(x).argmax(1)
         reverse = model(x.flip(0)).argmax(1).flip(0)
         alone = torch.cat([model(image[None]).argmax(1) for image in x[:ONE_BY_ONE]])
@@ -422,9 +410,9 @@ def batch_changes(subject: Subject, x: Tensor) -> float | None:
 
 def watched_changes(subject: Subject, model: Classifier, *points: Tensor) -> float | None:
     """The share of the images whose logits change while gradients are recorded."""
-    if not is_repeatable(subject):
+    if not subject.can_repeat:
         return None
-    with subject.variant(repeatable_variant(subject)):
+    with subject.repeating():
         return max(_watched(model, point, subject.seed) for point in points)
 
 
@@ -457,7 +445,7 @@ def sets_seed(model: Classifier, x: Tensor) -> bool:
 
 def differences(subject: Subject, y: Tensor, *points: Tensor) -> tuple[float | Missing | None, float]:
     """Compare the changes of a model's margin with the changes that its gradients predict."""
-    with subject.variant(repeatable_variant(subject)):
+    with subject.repeating():
         if differ(_seeded(subject, points[0]), _seeded(subject, points[0])):
             return None, 0.0
     measured = [_differences(subject, point, y) for point in points]
@@ -481,7 +469,7 @@ def has_no_gradient(subject: Subject) -> bool:
 
 
 def _differences(subject: Subject, x: Tensor, y: Tensor) -> tuple[float | Missing, float]:
-    with subject.variant(repeatable_variant(subject)):
+    with subject.repeating():
         with torch.enable_grad():
             leaf = x.clone().requires_grad_()
             gradient = gradient_to(leaf, margin(_seeded(subject, leaf), y).sum())

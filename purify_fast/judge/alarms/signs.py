@@ -117,8 +117,8 @@ class Evidence:
     cosine: float | Missing | None = None
 
     def attacks(self) -> list[Row]:
-        """The attacks in the report's threat model that were judged on the deployed model."""
-        return [row for row in self.rows if row.is_attack and row.threat is None and row.deployed]
+        """The attacks in the report's threat model."""
+        return [row for row in self.rows if row.is_attack and row.threat is None]
 
     def with_counted_gradients(self) -> list[Row]:
         """The attacks that used the model's own gradients and counted them."""
@@ -127,7 +127,7 @@ class Evidence:
     def followed_gradients(self) -> bool:
         """Return True if an attack followed the model's own gradients, and not those of another model."""
         counted = self.with_counted_gradients()
-        return any(not row.settings.get("gradients_from") for row in counted)
+        return any(not row.settings.get("through") for row in counted)
 
     @property
     def images(self) -> int:
@@ -161,7 +161,7 @@ class Evidence:
 
     def fallen(self) -> list[tuple[Row, np.ndarray]]:
         """Return each attack with the share of wrong draws on its images, ``[images]``; 0 on others."""
-        clean = [row.share_wrong for row in self.rows if row.kind == "clean" and row.deployed]
+        clean = [row.share_wrong for row in self.rows if row.kind == "clean"]
         right = clean[0] < 1 if clean else np.ones(self.images, dtype=bool)
         left, fallen = right.copy(), []
         for row in self.attacks():

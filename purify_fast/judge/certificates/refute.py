@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from ..._tensors import digest, weights_fingerprint
 from ..._validation import Range, check_number
 from ...defences.noisy_ensemble import NoisyEnsemble
+from ...defences.wrappers import MajorityVote
+from ..request.config import EvaluateConfig
 from ..request.preparation import collect
 from ..run.shards import Shards
 from ..runner import evaluate
@@ -21,7 +23,7 @@ from .certificates import Certificates
 from .certification import certify, check_settings
 
 #: What `refute` sets itself in its evaluation.
-OWN = ("predict", "n_eval", "config", "eps", "norm")
+OWN = ("predict", "n_eval", "eps", "norm")
 #: An attacked image is moved towards the image until its distance is this share below the radius, against rounding.
 INSIDE = 1e-6
 
@@ -87,10 +89,9 @@ def refute(
         raise ValueError("model must have the weights of the model of the certificates, got others")
     if "attacks" not in asked:
         asked.setdefault("protocol", "strong")
-    asked |= {"predict": "votes", "n_eval": votes}
-    together = asked.get("together", True)
+    together = asked.get("config", EvaluateConfig()).together
     smoothed = _Smoothed(model, sigma, samples=1, clamp=False).eval()
-    report = evaluate(smoothed, images, labels, eps=radius, norm="l2", **asked)
+    report = evaluate(MajorityVote(smoothed, votes), images, labels, eps=radius, norm="l2", n_eval=1, **asked)
     with Shards(together) as shards:
         # Only the first process has the attacked images.
         clean, number, adversarial = shards.from_first(lambda: _points(report, images, radius))
@@ -109,7 +110,7 @@ def refute(
 
 def _points(report: Report, x: Tensor, radius: float) -> tuple[NDArray[np.int64], NDArray[np.int64], Tensor]:
     """The numbers of the images that are misclassified clean, those of images that fell, and the attacked images."""
-    row = next(row for row in report.rows if row.kind == "clean" and row.deployed)
+    row = next(row for row in report.rows if row.kind == "clean")
     clean, found = np.flatnonzero(~row.robust), report.adversarial
     assert found is not None
     # An attack of a list may have a ball of its own.

@@ -14,6 +14,7 @@ import torch
 from ...attacks import PGD, Attack
 from ...attacks.base import ThreatModel
 from ...attacks.losses import ApgdLoss
+from ...defences.modes import WithFixedNoise, WithoutNoise
 from ...protocols import Classifier, DeterministicMode, FixedNoise, SampleLogits, is_purifier, supports
 from ..searches.apgd import APGD
 from ..searches.engine.engine_attack import EngineAttack
@@ -21,7 +22,7 @@ from ..searches.fab import FABT
 from ..searches.heads import HEADS, AttackersHead
 from ..searches.original_autoattack import OriginalAutoAttack
 from ..searches.square import Square
-from ..surrogates.copies import WithoutNoise, in_order
+from ..surrogates.copies import in_order
 from .config import ProtocolName
 from .specs import AttackSpec, lee_kim_2023
 from .strong_attacks import strong_attacks
@@ -43,6 +44,8 @@ NEAREST, RANDOM_NEAREST, FEWEST_NEAREST = 20, 24, 10
 SHORT_QUERIES = 1000
 #: The number of draws that "rand" averages per step, as AutoAttack's version "rand" does.
 RAND_DRAWS = 20
+#: The name of the attack of "official" on a random model with fixed noise, or with its noise off.
+AUTO = "AutoAttack standard through the model"
 #: The attacks along the gradients of a surrogate.
 TRANSFER = APGD(loss="dlr_targeted", precision="float32")
 SHORT_TRANSFER = APGD(loss="margin", steps=20, precision="float32")
@@ -61,7 +64,7 @@ def protocol_attacks(
     if steps is not None and name in SEARCHES:
         attacks = [_shortened(spec, steps) for spec in attacks]
     if base is not None:
-        attacks.append(_left(PGD(), "transfer from the base", target=base))
+        attacks.append(_left(PGD(), "transfer from the base", through=base))
     return attacks
 
 
@@ -125,7 +128,8 @@ def _without_noise(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
 
 def _rand(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
     losses: tuple[ApgdLoss, ...] = ("ce", "dlr")
-    return [_left(APGD(loss=loss, eot_iter=RAND_DRAWS, give_up=True)) for loss in losses]
+    predictions = -(-RAND_DRAWS // subject.votes)
+    return [_left(APGD(loss=loss, eot_iter=predictions, give_up=True)) for loss in losses]
 
 
 def _strong(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
@@ -192,26 +196,25 @@ def _through_heads(subject: Subject) -> list[AttackSpec]:
     if samples == 1:
         # With a single sample all aggregations are about the same.
         return []
-    return [
-        _left(attack, f"APGD-T through the samples' {head}", gradients_from=AttackersHead(model, head))
-        for head in HEADS
-    ]
+    return [_left(attack, f"APGD-T through the samples' {head}", through=AttackersHead(model, head)) for head in HEADS]
 
 
 def _transferred(name: str, surrogate: Classifier, attack: APGD = TRANSFER) -> AttackSpec:
     kind = f"APGD-{attack.steps}" if attack is SHORT_TRANSFER else "APGD-T"
-    return _left(attack, f"{kind} by the gradients of {name}", gradients_from=surrogate)
+    return _left(attack, f"{kind} by the gradients of {name}", through=surrogate)
 
 
 def _official(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
+    model, standard = subject.base_model, OriginalAutoAttack()
     if not subject.is_random:
-        return [AttackSpec(OriginalAutoAttack())]
-    without_noise: list[AttackSpec] = []
-    if supports(subject.base_model, FixedNoise):
-        without_noise = [AttackSpec(OriginalAutoAttack(), "fixed")]
-    elif supports(subject.base_model, DeterministicMode):
-        without_noise = [AttackSpec(OriginalAutoAttack(), "deterministic")]
-    return [*without_noise, AttackSpec(OriginalAutoAttack(version="rand"))]
+        return [AttackSpec(standard)]
+    # The version standard is only for models without randomness.
+    through: list[AttackSpec] = []
+    if supports(model, FixedNoise):
+        through = [AttackSpec(standard, through=WithFixedNoise(model, subject.seed), label=f"{AUTO}, fixed noise")]
+    elif supports(model, DeterministicMode):
+        through = [AttackSpec(standard, through=WithoutNoise(model), label=f"{AUTO}, noise off")]
+    return [*through, AttackSpec(OriginalAutoAttack(version="rand"))]
 
 
 #: The protocols that `without_early_stops` changes if probes find signs of masked gradients before the attacks.

@@ -3,43 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, TypedDict, cast, get_args
+from dataclasses import dataclass, replace
+from types import NoneType
+from typing import Any, Literal
 
 from ..._validation import Count, CudaGraphs, CudnnBenchmark, Positive, check_types
 
 ProtocolName = Literal["fast", "standard", "rand", "strong", "official"]
-#: The rule by which several predictions of a random model on an image count as correct: all of them are correct
-#: (worst_of), or their majority is correct (votes).
-Predict = Literal["worst_of", "votes"]
+#: The rule by which the attacks know how several predictions of a random model on an image decide.
+Predict = Literal["worst_of"]
 
 #: The largest number of images that are attacked together by default.
 USUAL_BATCH = 250
 
 
-class EvaluateSettings(TypedDict, total=False):
-    """The fields of `EvaluateConfig` as keywords of `evaluate`."""
-
-    protocol: ProtocolName | None
-    steps: Count
-    eot_iter: Count
-    n_eval: Count
-    predict: Predict | None
-    batch_size: Count | None
-    max_forward_batch: Count | None
-    cuda_graphs: CudaGraphs
-    cudnn_benchmark: CudnnBenchmark
-    seed: int
-    probes: bool | None
-    claim: float | None
-    minutes: Positive | None
-    dataset_name: str | None
-    together: bool
-
-
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """The settings of an evaluation, which are keywords of `evaluate` beside model, images, ball and attacks.
+    """The settings of an evaluation, without model, images, ball and attacks. Many are also keywords of `evaluate`.
 
     Args:
         protocol: name of a list of attacks. "fast": Auto-PGD, in minutes. "standard": the four attacks of AutoAttack in
@@ -49,14 +29,13 @@ class EvaluateConfig:
             authors are in the repository, in benchmarks/robustness/authors.
         steps: number of steps of PGD and APGD, for attacks that set none. It also limits the steps of a protocol's
             attacks, but not of a first attack with ten steps. FAB-T takes 100 steps, as in its authors' code.
-        eot_iter: number of draws averaged per step, for attacks that set none; 1 on a deterministic model.
+        eot_iter: number of draws averaged per step, for attacks that set none; 1 on a deterministic model. Each draw of
+            a `purify_fast.defences.MajorityVote` counts.
         n_eval: number of independent predictions on each adversarial image; 1 for a deterministic model.
-        predict: rule by which the predictions of a random model decide. "worst_of": an image has fallen if any
-            prediction is wrong. "votes": the prediction is the majority vote over several draws, and attacks take the
-            gradient of the mean probabilities. With both rules the attacks know the rule, and are repeated under fixed
-            noise if the model has ``fixed_noise``. None: an image has fallen if any prediction is wrong, attacks search
-            for images that all of five fresh draws misclassify, and nothing is repeated under fixed noise; "fast"
-            without a claim searches as with "worst_of".
+        predict: "worst_of": an image of a random model has fallen if any of its predictions is wrong, and the attacks
+            know this rule. None: an image has fallen if any prediction is wrong too, but attacks search for images that
+            all of five fresh draws misclassify; "fast" without a claim searches as with "worst_of". For the majority
+            vote of several draws, evaluate a `purify_fast.defences.MajorityVote`.
         batch_size: number of images that are attacked together. None: 250. Whenever memory runs out, the work is done
             again, and the passes of the model have half as many images from then on. This changes the draws of a random
             model, as every other batch size does, but not the result of a deterministic model. Attacks that are
@@ -105,10 +84,6 @@ class EvaluateConfig:
     together: bool = True
 
     def __post_init__(self) -> None:
-        if cast(Any, self.protocol) == "authors":
-            names = ", ".join(get_args(ProtocolName))
-            where = "the evaluations of the defences' authors are in benchmarks/robustness/authors of the repository"
-            raise ValueError(f"protocol must be one of {names}, got 'authors': {where}")
         check_types(self)
         if self.claim is not None and not (self.claim == 0 or 1 < self.claim <= 100):
             raise ValueError(f"claim must be 0, or a percentage above 1 and at most 100, got {self.claim!r}")
@@ -119,12 +94,8 @@ class EvaluateConfig:
         return self.batch_size or USUAL_BATCH
 
 
-def config_of(config: EvaluateConfig, settings: Mapping[str, Any]) -> EvaluateConfig:
-    """Replace fields of a config by the keywords of `evaluate`; TypeError for one that is no setting."""
-    if not isinstance(config, EvaluateConfig):
+def config_of(config: EvaluateConfig | None, given: Mapping[str, Any]) -> EvaluateConfig:
+    """Replace fields of a config, or of the defaults, by those values of keywords that are not None."""
+    if not isinstance(config, (EvaluateConfig, NoneType)):
         raise TypeError(f"config must be an EvaluateConfig, got {config!r}")
-    # The import of PyTorch takes 1.8 seconds, and the command line's --help reads this module.
-    from ...attacks.arguments import check_keywords
-
-    check_keywords("evaluate", settings, [each.name for each in fields(EvaluateConfig)])
-    return replace(config, **settings)
+    return replace(config or EvaluateConfig(), **{name: value for name, value in given.items() if value is not None})

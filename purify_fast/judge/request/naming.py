@@ -10,16 +10,14 @@ from typing import Any
 
 from ...attacks import Attack, AttackContext
 from ...attacks.losses import usable_loss
-from ...protocols import DeterministicMode, FixedNoise, SampleLogits, has_classifier, supports
+from ...protocols import Classifier
 from ..searches.original_autoattack import OriginalAutoAttack
-from .specs import CLASSIFIER, AttackSpec
-from .subject import Subject, Variant
+from .specs import AttackSpec
+from .subject import Subject
 
 logger = logging.getLogger("purify_fast")
 
-NOT_ADAPTIVE = "on the classifier alone (not adaptive)"
 _NORMS = {"linf": "L-inf", "l2": "L2", "l1": "L1", "flow": "flow"}
-_VARIANTS: dict[Variant, str] = {"random": "", "fixed": ", fixed noise", "deterministic": ", deterministic"}
 
 
 def feasible(
@@ -32,11 +30,10 @@ def feasible(
         if spec.max_images is not None and spec.max_images >= len(subject.y):
             # The limit excludes no image, so it is removed. The name of the row then does not mention it.
             spec = dataclasses.replace(spec, max_images=None)
-        if (obstacle := _obstacle(spec, subject)) is not None:
-            notes.append(f"{name}: {row_name(spec, context)} was left out: {obstacle}")
+        rand = isinstance(spec.attack, OriginalAutoAttack) and spec.attack.version == "rand"
+        if rand and not subject.is_random:
+            notes.append(f"{name}: {row_name(spec, context)} was left out: the model is deterministic")
             continue
-        if not subject.is_random:
-            spec = dataclasses.replace(spec, variant="random")
         # An attack that is already in the plan would find nothing new.
         if spec not in plan and not any(_repeats(spec, other, context) for other in plan):
             plan.append(spec)
@@ -71,45 +68,7 @@ def _as_it_runs(attack: Attack, context: AttackContext) -> Attack:
     return dataclasses.replace(attack, **options)
 
 
-def beside_fixed(specs: Sequence[AttackSpec], subject: Subject) -> list[AttackSpec]:
-    """Add, after each attack on the deployed model, the same attack under fixed noise, if the model has it."""
-    if not supports(subject.base_model, FixedNoise):
-        return list(specs)
-    both: list[AttackSpec] = []
-    for spec in specs:
-        both.append(spec)
-        as_it_is = spec.variant == "random" and spec.target is None and spec.aggregation is None
-        rand = isinstance(spec.attack, OriginalAutoAttack) and spec.attack.version == "rand"
-        if as_it_is and spec.other_model is None and not rand:
-            label = None if spec.label is None else f"{spec.label}{_VARIANTS['fixed']}"
-            both.append(dataclasses.replace(spec, variant="fixed", label=label))
-    return both
-
-
-def _obstacle(spec: AttackSpec, subject: Subject) -> str | None:
-    """The reason why the attack cannot be run on this model; None if it can be run."""
-    model, attack = subject.base_model, spec.attack
-    rand = isinstance(attack, OriginalAutoAttack) and attack.version == "rand"
-    mode = spec.variant if subject.is_random else "random"
-    random = "the model is randomised and has no"
-    obstacles = [
-        (spec.target == CLASSIFIER and not has_classifier(model), "the model has no classifier"),
-        (spec.aggregation and not supports(model, SampleLogits), "the model has no sample_logits()"),
-        (rand and not subject.is_random, "the model is deterministic"),
-        (mode == "fixed" and not supports(model, FixedNoise), f"{random} fixed_noise()"),
-        (mode == "deterministic" and not supports(model, DeterministicMode), f"{random} deterministic()"),
-    ]
-    lacking = next((reason for stands, reason in obstacles if stands), None)
-    fault = subject.fault(spec.variant) if lacking is None else None
-    return lacking if fault is None else fault.reason
-
-
 # -- names ------------------------------------------------------------------------------------------------------------
-
-
-def clean_name(variant: Variant) -> str:
-    """The name of the row of the clean images."""
-    return f"clean{_VARIANTS[variant]}"
 
 
 def ball_name(norm: str, eps: float) -> str:
@@ -127,27 +86,17 @@ def threat_name(spec: AttackSpec, context: AttackContext) -> str | None:
 
 def row_name(spec: AttackSpec, context: AttackContext) -> str:
     """The name of the attack's row in the report."""
-    name = _own_name(spec, context) if spec.label is None else spec.label
-    # The user's label may contain these words already.
-    alone = f" {NOT_ADAPTIVE}" if spec.target == CLASSIFIER and NOT_ADAPTIVE not in name else ""
-    threat = threat_name(spec, context)
-    return name + alone + (f", {threat}" if threat is not None and threat not in name else "")
+    threat, name = threat_name(spec, context), spec.label
+    if name is None:
+        name = spec.attack.name(context) + ("" if spec.through is None else f" through {_model_name(spec.through)}")
+        name += "" if spec.nearest is None else f", {spec.nearest} nearest"
+        name += "" if spec.max_images is None else f", first {spec.max_images}"
+    return name + (f", {threat}" if threat is not None and threat not in name else "")
 
 
-def _own_name(spec: AttackSpec, context: AttackContext) -> str:
-    # Without noise, or with fixed noise, a model always predicts the same, so the name has no number of draws.
-    own = context if spec.variant == "random" else dataclasses.replace(context, draws_differ=False)
-    name = spec.attack.name(own)
-    if spec.aggregation is not None:
-        name += f" through {spec.aggregation}"
-    if spec.target is not None:
-        name += f" {NOT_ADAPTIVE}" if spec.target == CLASSIFIER else " on another model"
-    # AutoAttack's standard version is only for models without randomness, so its name does not mention fixed noise.
-    standard = isinstance(spec.attack, OriginalAutoAttack) and spec.attack.version == "standard"
-    if not (standard and spec.variant == "fixed"):
-        name += _VARIANTS[spec.variant]
-    name += "" if spec.nearest is None else f", {spec.nearest} nearest"
-    return name + ("" if spec.max_images is None else f", first {spec.max_images}")
+def _model_name(model: Classifier) -> str:
+    """The name of another model in the name of a row: its class, or the name of a function."""
+    return str(getattr(model, "__name__", type(model).__name__))
 
 
 def short(eps: float) -> str:

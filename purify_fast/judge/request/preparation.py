@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..._validation import Norm, NormName
+from ..._validation import Norm
 from ..._version import __version__
 from ...attacks import Attack
 from ...attacks.arguments import check_eps
+from ...attacks.base import ThreatModel
 from ...attacks.outputs import INSTEAD_OF_PROBABILITIES, ONE_HOT
 from ...model_state import used_modules
 from ...ops.dispatch.records import processor
@@ -107,13 +108,10 @@ def changes(config: EvaluateConfig) -> str:
     return ", ".join(f"{name} {value}" for name, value in shown.items())
 
 
-def facts(
-    config: EvaluateConfig, norm: NormName, eps: float, model: Classifier, device: torch.device
-) -> dict[str, str]:
+def facts(config: EvaluateConfig, ball: ThreatModel, model: Classifier, device: torch.device) -> dict[str, str]:
     """The facts about all rows, for `Report.about`."""
-    words = {None: None, "worst_of": "the worst", "votes": "the majority"}[config.predict]
     known = {
-        "threat": ball_name(norm, eps),
+        "threat": ball_name(*ball),
         "version": f"purify_fast {__version__}, PyTorch {torch.__version__}, Python {platform.python_version()}",
         "seed": str(config.seed),
         # Code that was typed, into a notebook or after -c, has no command that repeats it.
@@ -124,7 +122,7 @@ def facts(
         "dataset": config.dataset_name,
         "protocol": config.protocol,
         "changed": (config.protocol and changes(config)) or None,
-        "predict": words and f"{words} of {config.n_eval} draws",
+        "predict": config.predict and f"the worst of {config.n_eval} draws",
     }
     return {what: value for what, value in known.items() if value is not None}
 

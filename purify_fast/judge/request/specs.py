@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,16 +15,12 @@ from ..._validation import Count, NormName, Range, check_types
 from ...attacks import PGD, Attack, AttackContext, AttackResult, LeavingPGD, frozen
 from ...attacks.arguments import check_eps
 from ...attacks.base import InBall, ThreatModel
-from ...attacks.bpda import Aggregation
 from ...ops.pgd_step import pgd_step
 from ...protocols import Classifier
-from .subject import Variant
 
 AttackFunction = Callable[[Classifier, Tensor, Tensor], Tensor]
 #: The allowed rounding error of a float32 value in [0, 1]: two additions of numbers up to 2 cause less.
 BALL_SLACK = 2.0**-21
-#: The value of `AttackSpec.target` that means the defence's own classifier.
-CLASSIFIER = "classifier"
 LEE_KIM = "PGD-200 ce + EOT (Lee & Kim 2023)"
 
 
@@ -145,27 +141,19 @@ def moved(images: Tensor, x: Tensor, threat: ThreatModel) -> tuple[Tensor, float
 
 @dataclass(frozen=True)
 class AttackSpec:
-    """One attack of an evaluation, which makes a row of the report: the attack, its target, its images and its name.
+    """One attack of an evaluation, which makes a row of the report: the attack, its images, and its name.
 
     Args:
         attack: an attack of `purify_fast.attacks`, or a function ``(model, x, y) -> x_adv`` (see `as_attack`).
-        variant: the variant of the model that is attacked and judged. ``random``: the model as it is deployed.
-            ``fixed``: with the same noise for every image. ``deterministic``: without noise.
-        target: a model that is attacked instead of the defence, for a transfer attack; the defence judges the images.
-            ``"classifier"``: the defence's own classifier, which the name of the row then says.
-        aggregation: a method of `purify_fast.ops.aggregate`, by which the attacked (not the judged) defence aggregates
-            its samples.
-        label: the name of the row; None makes a name from the other fields. Another threat model and the target
-            ``"classifier"`` are added to it.
+        through: another model that the attack follows. Only the evaluated model judges, in every case. An attack such
+            as `purify_fast.attacks.APGD`, whose ``follows_gradients`` is True, takes its gradients from the other
+            model, and the evaluated model checks every success during the search. Any other attack, such as
+            `purify_fast.attacks.PGD`, attacks the other model as a whole, and the evaluated model judges the result.
+        label: the name of the row; None makes a name from the other fields. Another threat model is added to it.
         max_images: the attack gets only the first images, up to this number. With None, it gets all images.
-        survivors_only: whether the attack gets only images that withstood all earlier attacks on this variant and in
-            this threat model. All other images count as fallen in this row.
-        gradients_from: a surrogate model from which the gradients are taken; the defence itself checks every success.
-            Only some attacks support it, such as `purify_fast.attacks.APGD`.
+        survivors_only: whether the attack gets only images that withstood all earlier attacks in this threat model. All
+            other images count as fallen in this row.
         seed: a number that is added to the evaluation's seed for this attack, for another random start.
-        judge: for a repeated evaluation by other authors: their model, which judges every image by a single prediction,
-            and is attacked if there is no target. The row does not count for the headline or for ``worst``. Its label
-            must begin with "as", and name the source.
         until: a share of all images. The attack begins with the smallest margins, and stops when at most this share of
             all images can still fall, at 95 % confidence. With None, or on a random model, every image is attacked.
         nearest: the most images to attack: those with the smallest margins after the earlier attacks. They are attacked
@@ -174,20 +162,16 @@ class AttackSpec:
         published: the publication of this attack, if its rule for a robust image differs; the report then says so.
 
     Raises:
-        ValueError: options that are not allowed, or that exclude each other.
-        TypeError: attack is not an attack.
+        ValueError: an option that is not allowed.
+        TypeError: attack is not an attack, or through is not a model.
     """
 
     attack: Attack
-    variant: Variant = "random"
-    target: Classifier | Literal["classifier"] | None = None
-    aggregation: Aggregation | None = None
+    through: Classifier | None = None
     label: str | None = None
     max_images: Count | None = None
     survivors_only: bool = False
-    gradients_from: Classifier | None = None
     seed: Annotated[int, Range(0)] = 0
-    judge: Classifier | None = None
     until: Annotated[float, Range(0, 1, above=True, below=True)] | None = None
     nearest: Count | None = None
     published: str | None = None
@@ -196,29 +180,9 @@ class AttackSpec:
         if not isinstance(self.attack, Attack):
             # Users may give a function, although the field is an attack.
             object.__setattr__(self, "attack", as_attack(self.attack))
+        if self.through is not None and (isinstance(self.through, type) or not callable(self.through)):
+            raise TypeError(f"through must be a model, a function from images to logits, got {self.through!r}")
         check_types(self)
-        for model in (self.target, self.judge):
-            if model not in (None, CLASSIFIER) and not callable(model):
-                raise TypeError(f"target and judge must be models, or target {CLASSIFIER!r}, got {model!r}")
-        given = [each for each in ("target", "aggregation", "gradients_from") if getattr(self, each) is not None]
-        judged, follows = self.judge is not None, self.attack.follows_gradients
-        beside = self.survivors_only or given not in ([], ["target"]) or callable(self.target)
-        named = (self.label or "").startswith("as ")
-        for text, conflict in {
-            f"at most one of {', '.join(given)} may be given for an attack": len(given) > 1,
-            "gradients_from needs an attack such as APGD": "gradients_from" in given and not follows,
-            "judge allows no target except 'classifier', no aggregation and no survivors_only": judged and beside,
-            "with a judge, label must begin with 'as ' and name the authors": judged and not named,
-        }.items():
-            if conflict:
-                raise ValueError(text)
-
-    @property
-    def other_model(self) -> Classifier | None:
-        """The other model, which is attacked, gives gradients or judges; None if the attack needs only the defence."""
-        if callable(self.target):
-            return self.target
-        return self.judge if self.gradients_from is None else self.gradients_from
 
 
 def as_specs(attacks: Sequence[Any]) -> list[AttackSpec]:

@@ -40,7 +40,7 @@ def strong_attacks(model: Any, norm: str, eps: float) -> Sequence[AttackSpec] | 
 def on_diffusion(defence: Any, norm: str, eps: float) -> list[AttackSpec]:
     """Return the attacks that "strong" adds for a purifier by diffusion."""
     low = APGD(loss="ce", eot_iter=DRAWS, precision="float32")
-    rows = [AttackSpec(low, label=LOW, gradients_from=LowFrequencyGradient(defence))]
+    rows = [AttackSpec(low, label=LOW, through=LowFrequencyGradient(defence))]
     return [lee_kim_2023(eps, leave=True), *rows] if norm == "linf" else rows
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -30,17 +31,14 @@ from ...attacks.losses import margin
 from ...attacks.outputs import are_one_hot, are_probabilities
 from ...defences.stochastic import undecided
 from ...defences.wrappers import MajorityVote
-from ...protocols import Classifier, Passes, SharesDraws, draws_for_each_image, supports
-from ...speed.agreement import BFLOAT16, FLOAT32, apart, differ
+from ...protocols import Classifier, FixedNoise, Passes, SharesDraws, draws_for_each_image, supports
+from ...speed.agreement import FLOAT32, apart, differ
 from ...speed.memory import BatchLimit
 from ...speed.precision import float32_settings
 from ..surrogates.copies import Surrogates, surrogates
 from .config import Predict
 from .deadline import Deadline
 
-#: The mode in which a model is attacked and judged: as it is, within ``fixed_noise(seed)``, or within
-#: ``deterministic()``.
-Variant = Literal["random", "fixed", "deterministic"]
 #: Each phase of an evaluation has its own seed: the draws that choose between points, the draws of attacks, and the
 #: draws that judge the chosen points. So neither an attack nor a choice knows the draws that judge.
 Phase = Literal["choose", "attack", "judge"]
@@ -49,21 +47,13 @@ PHASES: dict[Phase, int] = {"choose": 0, "attack": 1, "judge": 2}
 TRIED = 64
 #: At least this number of draws chooses between two points of an image.
 CHOOSING = 10
-#: A variant is refused only if the logits of more than this share of the images differ by more than rounding. A few
+#: Noise counts as fixed unless the logits of more than this share of the images differ by more than rounding. A few
 #: images may differ, because rounding inside the model may move a value across a discontinuity.
 FEW = 0.25
 
 
 class DrawsUnderAttack(Exception):
     """A model that was taken as deterministic predicts the same attacked images differently."""
-
-
-@dataclass(frozen=True)
-class Fault:
-    """The reason why a variant cannot be attacked. ``repeats``: the fault shows only in other batches or contexts."""
-
-    reason: str
-    repeats: bool
 
 
 def device_of(model: Classifier, x: Tensor) -> torch.device:
@@ -108,9 +98,9 @@ class Judgement:
 class Subject:
     """A model with the images on which it is attacked.
 
-    ``model`` is the judged model, which is ``base_model`` or the vote over its draws. ``batch_limit`` limits the number
-    of images in a pass once memory has run out. ``draws`` is True if the model is known to draw random numbers for some
-    images.
+    ``model`` is the judged model. ``base_model`` is the model whose draws a `MajorityVote` counts, or else ``model``.
+    ``batch_limit`` limits the number of images in a pass once memory has run out. ``draws`` is True if the model is
+    known to draw random numbers for some images.
     """
 
     def __init__(
@@ -133,29 +123,30 @@ class Subject:
         self.batch_limit = BatchLimit(min(batch_size, len(x)), self.device)
         self.data = digest(x, y)
         torch.manual_seed(seed)
-        self.model, self.num_classes = model, check_model(model, self.sample_images())
+        # The draws of a vote are tested, because votes that agree do not show them.
+        self.model, self.base_model = model, model.model if isinstance(model, MajorityVote) else model
+        base = self.base_model
+        #: The number of draws in a prediction.
+        self.votes = model.draws if isinstance(model, MajorityVote) else 1
+        self.num_classes = check_model(base, self.sample_images())
         for i, label in enumerate(y.tolist()):
             if not 0 <= label < self.num_classes:
                 raise ValueError(f"y[{i}] is {label}, but the model has {self.num_classes} classes, from 0 on")
-        check_leaves_images(self.model, self.sample_images()[:1])
-        one, other = self.logits(self.model, self.sample_images()), self.logits(self.model, self.sample_images())
-        self.is_random = differ(one, other) or self.answers_vary(self.model, elsewhere=True) or draws
+        check_leaves_images(base, self.sample_images()[:1])
+        one, other = self.logits(base, self.sample_images()), self.logits(base, self.sample_images())
+        self.is_random = differ(one, other) or self.answers_vary(base, elsewhere=True) or draws
         # A class may promise what a few draws do not show.
-        self.is_random |= predict is not None and draws_for_each_image(self.model)
-        self.draws_once_per_call = self.is_random and drawn_once_per_call(self.model, self.sample_images(), TRIED_ROWS)
+        self.is_random |= (base is not model or predict is not None) and draws_for_each_image(base)
+        self.draws_once_per_call = self.is_random and drawn_once_per_call(base, self.sample_images(), TRIED_ROWS)
         self.has_probabilities = are_probabilities(one) and are_probabilities(other)
         self.has_one_hot = self.has_probabilities and are_one_hot(one) and are_one_hot(other)
         #: The predictions that judged images.
         self.passes = Passes()
-        self._faults: dict[Variant, Fault | None] = {}
         self._surrogates: dict[ThreatModel, tuple[Surrogates, dict[str, str]]] = {}
         if predict is not None and not self.is_random:
             raise ValueError(f"predict={predict!r} needs a random model: leave predict out")
-        self.base_model = self.model
         #: The number of predictions that choose between two points of an image.
-        self.choosing = {None: CHOOSING, "worst_of": max(CHOOSING, n_eval), "votes": CHOOSING // 2}[predict]
-        if predict == "votes":
-            self.model, self.n_eval = MajorityVote(self.base_model, n_eval), 1
+        self.choosing = CHOOSING // 2 if base is not model else max(CHOOSING, n_eval if predict == "worst_of" else 0)
 
     def asked(self, x: Tensor) -> Tensor:
         """The logits of images by the judged model, for a probe, whose time may be over."""
@@ -169,10 +160,6 @@ class Subject:
     def logits(self, model: Classifier, x: Tensor) -> Tensor:
         """The model's logits ``[B, classes]``. Raises a ValueError if they have another shape."""
         return check_classes(logits_of(model, x), self.num_classes)
-
-    def judged_model(self, variant: Variant) -> Classifier:
-        """The model whose predictions count in a variant; a variant without randomness needs no vote over draws."""
-        return self.model if variant == "random" else self.base_model
 
     def sample_images(self) -> Tensor:
         """A copy of a few images, for tests of models."""
@@ -208,97 +195,65 @@ class Subject:
         # So many images fit into memory, because they were just predicted together.
         return draws_elsewhere(model, some, len(self.sample_images()))
 
-    def check_repeats(self, x: Tensor, variant: Variant) -> None:
+    def check_repeats(self, x: Tensor) -> None:
         """Raise DrawsUnderAttack if the model, which was taken as deterministic, predicts images differently again."""
         if self.is_random or len(x) == 0:
             return
-        some, model = x[:TRIED].to(self.device), self.judged_model(variant)
-        with self._forked_generators(), self.variant(variant):
-            if self.batch_limit.within(lambda: predicts_otherwise(model, some, self.batch_size)):
+        some = x[:TRIED].to(self.device)
+        with self._forked_generators():
+            if self.batch_limit.within(lambda: predicts_otherwise(self.model, some, self.batch_size)):
                 raise DrawsUnderAttack
 
     def _forked_generators(self) -> contextlib.AbstractContextManager[None]:
         return torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
 
-    def variant(self, name: Variant) -> contextlib.AbstractContextManager[Any]:
-        """A context in which the model is in the variant's mode."""
-        if name == "random" or not self.is_random:
-            return contextlib.nullcontext()
-        model: Any = self.base_model
-        return model.fixed_noise(self.seed) if name == "fixed" else model.deterministic()
+    @functools.cached_property
+    def can_repeat(self) -> bool:
+        """Return True if the model always predicts the same, a random model at least within its ``fixed_noise``."""
+        if not self.is_random or not supports(self.base_model, FixedNoise):
+            return not self.is_random
+        x = self.sample_images()
+        # The generators are restored, so that the trials do not change later draws.
+        with self._forked_generators(), self._fixed():
+            return int(apart(self.base_model(x), self.base_model(x), FLOAT32).sum()) <= FEW * len(x)
 
-    def fault(self, name: Variant) -> Fault | None:
-        """The fault of a variant of the model; None if the variant has no fault, and always None for "random"."""
-        if name == "random" or not self.is_random:
-            return None
-        if name not in self._faults:
-            # The generators are restored, so that the trials do not change later draws.
-            with self._forked_generators():
-                self._faults[name] = self._find_fault(name)
-        return self._faults[name]
+    def repeating(self) -> contextlib.AbstractContextManager[Any]:
+        """A context in which a random model has fixed noise, if it can predict the same again."""
+        return self._fixed() if self.is_random and self.can_repeat else contextlib.nullcontext()
 
-    def _find_fault(self, variant: Variant) -> Fault | None:
-        """Test whether a variant of a random model really is without randomness; return the first fault, or None."""
-        model, x = self.base_model, self.sample_images()
-        # The test needs two positions in a batch, so a single image is doubled.
-        x = x if len(x) > 1 else torch.cat([x, x])
-        with self.variant(variant):
-            first, again = model(x), model(x)
-            moved = model(x.roll(1, 0)).roll(-1, 0)
-            parts = torch.cat([model(x[:1]), model(x[1:])])
-        with self.variant(variant):
-            anew = model(x)
-        for what, other, strength in (
-            ("two calls give different logits", again, FLOAT32),
-            ("the logits differ when the block is entered again", anew, FLOAT32),
-            ("the logits of an image depend on its place in the batch", moved, BFLOAT16),
-            ("the logits of an image depend on how the batch is split", parts, BFLOAT16),
-        ):
-            count = int(apart(first, other, strength).sum())
-            if count > FEW * len(x):
-                block = "fixed_noise(seed)" if variant == "fixed" else "deterministic()"
-                reason = f"within a block of {block}, {what}, for {count} of {len(x)} images"
-                return Fault(reason, repeats=other is not again)
-        return None
+    def _fixed(self) -> contextlib.AbstractContextManager[Any]:
+        return cast(FixedNoise, self.base_model).fixed_noise(self.seed)
 
-    def judges(self, variant: Variant) -> int:
+    @property
+    def judges(self) -> int:
         """The number of predictions that judge an image."""
-        return self.n_eval if variant == "random" and self.is_random else 1
+        return self.n_eval if self.is_random else 1
 
     def reseed(self, phase: Phase) -> None:
         """Seed the random generators for a phase."""
         torch.manual_seed(3 * self.seed + PHASES[phase])
 
-    def judge(
-        self,
-        x: Tensor,
-        variant: Variant,
-        phase: Literal["choose", "judge"],
-        by: Classifier | None = None,
-        index: Tensor | None = None,
-    ) -> Judgement:
+    def judge(self, x: Tensor, phase: Literal["choose", "judge"], index: Tensor | None = None) -> Judgement:
         """Predict some of the images, clean or attacked, and compare the predictions with the labels."""
         y = self.y[: len(x)] if index is None else self.y[index]
-        model, draws = (self.judged_model(variant), self.judges(variant)) if by is None else (by, 1)
-        draws = self.choosing if phase == "choose" else draws
+        model, draws = self.model, self.choosing if phase == "choose" else self.judges
 
         def predict() -> Judgement:
             self.reseed(phase)
             right, named, leads, nonfinite = [], [], torch.zeros(len(x), device="cpu"), 0
-            with self.variant(variant):
-                # Only a class that promises independent draws predicts several in one call: if they had a part in
-                # common, they would agree too often.
-                together = draws if draws_for_each_image(model) or supports(model, SharesDraws) else 1
-                for _ in range(draws // together):
-                    parts = [part.to(self.device, copy=True) for part in x.split(max(1, self.batch_size // together))]
-                    calls = [logits_of_draws(model, part, together).unflatten(0, (together, -1)) for part in parts]
-                    for logits in torch.cat(calls, 1):
-                        check_classes(logits, self.num_classes)
-                        decided, nameless = logits.argmax(1), undecided(logits)
-                        leads += -margin(logits.float(), y.to(logits.device)).cpu()
-                        nonfinite += int(nameless.sum())
-                        right.append(((decided == y.to(decided.device)) & ~nameless).cpu().numpy())
-                        named.append(decided.masked_fill(nameless, -1).cpu().numpy())
+            # Only a class that promises independent draws predicts several in one call: if they had a part in
+            # common, they would agree too often.
+            together = draws if draws_for_each_image(model) or supports(model, SharesDraws) else 1
+            for _ in range(draws // together):
+                parts = [part.to(self.device, copy=True) for part in x.split(max(1, self.batch_size // together))]
+                calls = [logits_of_draws(model, part, together).unflatten(0, (together, -1)) for part in parts]
+                for logits in torch.cat(calls, 1):
+                    check_classes(logits, self.num_classes)
+                    decided, nameless = logits.argmax(1), undecided(logits)
+                    leads += -margin(logits.float(), y.to(logits.device)).cpu()
+                    nonfinite += int(nameless.sum())
+                    right.append(((decided == y.to(decided.device)) & ~nameless).cpu().numpy())
+                    named.append(decided.masked_fill(nameless, -1).cpu().numpy())
             self.passes += Passes(draws * len(x))
             all_right = np.stack(right)
             first_wrong = np.stack(named)[all_right.argmin(0), np.arange(len(x))]

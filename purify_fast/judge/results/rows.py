@@ -14,16 +14,12 @@ import numpy as np
 
 from ...attacks import GradientHealth
 
-#: The report's words for the variants of a random model without randomness. These variants are measured, not deployed.
-VARIANTS_APART = {"fixed": "fixed noise", "deterministic": "noise off"}
 #: The fields of a row that describe the outcome of its attack.
 RESULTS = ("attacked", "unsearched", "may_hold", "warnings", "doubts", "fell_to_probes")
 #: The fields that are arrays, and that only a file of the cache has.
 ARRAYS = ("margins", "fallen", "fallen_images")
 #: The warning of an attack that ran out of time.
 CUT = "runs ended before their last step, because the time was over"
-#: The kind of a row that repeats an evaluation by other authors.
-AUTHORS = "authors"
 #: A claim is refuted if the measured accuracy would be too improbable under it: if the claim were true, an accuracy of
 #: at most the measured accuracy would have a probability below this number.
 REFUTED = 0.01
@@ -55,10 +51,7 @@ class Row:
     Args:
         model: the model's name.
         attack: the attack's name, which identifies the row together with the model's name.
-        kind: ``clean``; the kind of the attack; ``worst``, for the worst outcome over several attacks; or ``authors``,
-            for a repeated evaluation by other authors, on their model.
-        variant: the judged variant of the model. ``random``: as it is deployed, also if it draws no random numbers.
-            ``fixed`` (noise) or ``deterministic``: a random model without randomness.
+        kind: ``clean``; the kind of the attack; or ``worst``, for the worst outcome over several attacks.
         robust: bool ``[n]``. All ``n_eval`` predictions on the row's image (clean, or after the attack) were correct.
             In a row of an attack on survivors, and in a ``worst`` row, an image is robust only if it was robust in the
             earlier rows too; a random model has another rule, see `by_worst_points`.
@@ -86,20 +79,19 @@ class Row:
         nonfinite_predictions: number of predictions without a class, because of NaN or of several infinite largest
             logits; they count as wrong.
         examples: some attacked images, for the pictures.
-        fallen: the indices of the images whose attacked images a prediction of the deployed model misclassified, int64
-            ``[F]``, and ``fallen_images`` these attacked images, float32 ``[F, C, H, W]``; None in a report.
+        fallen: the indices of the images whose attacked images a prediction misclassified, int64 ``[F]``, and
+            ``fallen_images`` these attacked images, float32 ``[F, C, H, W]``; None in a report.
         margins: the true logit minus the largest other logit on the attacked images, averaged over the (choosing)
             draws, float32 ``[n]``. None in a ``worst`` row, and in the clean row of a deterministic model.
         right: the number of correct predictions on each image, int64 ``[n]``; None if each image has one prediction.
-        wrong: for a random model as it is deployed: the share of the choosing draws that misclassify each image,
-            float64 ``[n]``; otherwise None. Choosing draws choose between points, and are not among the predictions.
+        wrong: for a random model: the share of the choosing draws that misclassify each image, float64 ``[n]``;
+            otherwise None. Choosing draws choose between points, and are not among the predictions.
         of_draws: for a model that draws once per call: the accuracy of each prediction, for the standard error.
     """
 
     model: str
     attack: str
     kind: str
-    variant: str
     robust: np.ndarray
     n_eval: int
     seed: int
@@ -176,11 +168,6 @@ class Row:
         return math.sqrt(self.accuracy * (1 - self.accuracy) / self.n)
 
     @property
-    def deployed(self) -> bool:
-        """Return True if the model was judged as it is deployed, and not in a variant without randomness."""
-        return self.variant not in VARIANTS_APART
-
-    @property
     def own_gradients(self) -> bool:
         """Return True if the attack used gradients of the judged model, with any aggregation of its samples."""
         return not self.transferred and self.uses_gradients
@@ -192,8 +179,8 @@ class Row:
 
     @property
     def is_attack(self) -> bool:
-        """Return True if this is a row of a single attack, not of the kind ``clean``, ``worst`` or ``authors``."""
-        return self.kind not in ("clean", "worst", AUTHORS)
+        """Return True if this is a row of a single attack, not of the kind ``clean`` or ``worst``."""
+        return self.kind not in ("clean", "worst")
 
     @property
     def of_survivors(self) -> bool:
@@ -229,8 +216,11 @@ class Row:
     @classmethod
     def from_dict(cls, values: dict[str, Any], arrays: dict[str, np.ndarray] | None = None) -> Row:
         """Make a row from the result of `to_dict`, and from those `arrays` that are not None."""
-        # Reports of earlier versions have counts of runs, ``fell_to``, and of proofs, ``proved``.
-        derived = ("n", "accuracy", "standard_error", "mean", "mean_error", "fell_to", "proved")
+        # Reports of earlier versions have counts of runs, ``fell_to``, and of proofs, ``proved``, and name a
+        # ``variant`` of the model. A row on a model without its noise counted in no headline, so it is refused.
+        if values.get("variant") in ("fixed", "deterministic") or values["kind"] == "authors":
+            raise ValueError(f"the row {values['attack']!r} judged another model than the deployed one: evaluate again")
+        derived = ("n", "accuracy", "standard_error", "mean", "mean_error", "fell_to", "proved", "variant")
         held = dict(arrays or {})
         known = {name: value for name, value in values.items() if name not in derived}
         known |= {"robust": np.array([c == "1" for c in values["robust"]], dtype=bool)}
@@ -239,15 +229,12 @@ class Row:
         known |= {name: held.pop(name, None) for name in ARRAYS}
         return cls(**known, examples=Examples(**held) if held else None)
 
-    def describe_variant(self) -> str:
-        """The word for the variant of the model that was judged, such as "deterministic", "random" or "fixed noise"."""
-        as_deployed = {True: "deterministic", False: "random", None: "as it is"}
-        return VARIANTS_APART.get(self.variant, as_deployed[self.deterministic])
-
-    def results(self) -> dict[str, Any]:
-        """The results of the attack that the report's page shows, without empty results."""
+    @property
+    def shown(self) -> dict[str, Any]:
+        """The settings and the results of the attack that the report's page shows, without empty results."""
         values = {name: getattr(self, name) for name in RESULTS}
-        return {name.replace("_", " "): value for name, value in values.items() if value or name == "attacked"}
+        found = {name.replace("_", " "): value for name, value in values.items() if value or name == "attacked"}
+        return self.settings | found
 
     def describe_health(self) -> str:
         """The shares of non-finite gradients, of zero gradients and of unmoved images, as a short text."""
@@ -322,26 +309,22 @@ def worst_rows(rows: Sequence[Row]) -> list[Row]:
     """Make the rows over several attacks, in which an image is robust if it is robust in all of their rows."""
     full = max(row.n for row in rows)
     attacks = [row for row in rows if row.is_attack]
-    apart = [row for row in attacks if row.threat is None and not row.deployed and row.n == full]
-    clean = [row for row in rows if row.kind == "clean" and row.deployed and row.wrong is not None]
+    clean = [row for row in rows if row.kind == "clean" and row.wrong is not None]
     groups: list[tuple[str, list[Row], int]] = []
-    for variant in dict.fromkeys(row.variant for row in apart):
-        of_variant = [row for row in apart if row.variant == variant]
-        groups += [(f"worst, {variant}", of_variant, full)] if len(of_variant) > 1 else []
     for threat in dict.fromkeys([None, *(row.threat for row in attacks)]):
-        deployed = [row for row in attacks if row.threat == threat and row.deployed]
-        if threat is None or len(deployed) > 1:
+        within = [row for row in attacks if row.threat == threat]
+        if threat is None or len(within) > 1:
             name = "worst" if threat is None else f"worst, {threat}"
-            for n in sorted({row.n for row in deployed}, reverse=True):
+            for n in sorted({row.n for row in within}, reverse=True):
                 label = name if n == full else f"{name}, first {n}"
-                groups.append((label, [row for row in deployed if row.n >= n], n))
+                groups.append((label, [row for row in within if row.n >= n], n))
     return [_row(*group, clean) for group in groups]
 
 
 def count_fallen(rows: Sequence[Row], fallen: Sequence[int], points: Worst | None = None) -> None:
     """Count the images that fell to probes in the ``worst`` rows."""
     for row in rows:
-        if row.kind == "worst" and row.deployed and row.threat is None:
+        if row.kind == "worst" and row.threat is None:
             mine = np.array([image < row.n for image in fallen], dtype=bool)
             index = np.asarray(fallen, dtype=np.int64)[mine]
             if points is None:
@@ -372,7 +355,6 @@ def _row(label: str, group: Sequence[Row], n: int, clean: Sequence[Row]) -> Row:
         model=first.model,
         attack=label,
         kind="worst",
-        variant=first.variant,
         robust=robust,
         n_eval=first.n_eval,
         seed=first.seed,

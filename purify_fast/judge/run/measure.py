@@ -16,14 +16,13 @@ from torch import Tensor
 
 from ..._tensors import digest
 from ...attacks import AttackContext, frozen
-from ...attacks.bpda import classifier_of
 from ...defences.wrappers import WithAggregation
 from ...model_state import is_users
-from ...protocols import Classifier, has_classifier
-from ..request.naming import NOT_ADAPTIVE, clean_name, row_name, threat_name
-from ..request.specs import CLASSIFIER, AttackSpec, FunctionAttack
-from ..request.subject import Judgement, Subject, Variant
-from ..results.rows import AUTHORS, CUT, VARIANTS_APART, Examples, Row, Worst, by_worst_points
+from ...protocols import Classifier
+from ..request.naming import row_name, threat_name
+from ..request.specs import AttackSpec, FunctionAttack
+from ..request.subject import Judgement, Subject
+from ..results.rows import CUT, Examples, Row, Worst, by_worst_points
 from ..searches.engine.judge import has_fallen
 from .attack_run import AttackedBatch, AttackRun, counts_of
 from .cache import RowCache
@@ -48,7 +47,7 @@ class AttackJob(NamedTuple):
 
 @dataclass
 class Standing:
-    """The images after the attacks on a variant in a threat model, in arrays ``[n]``, and the attacks' ``rows``.
+    """The images after the attacks in a threat model, in arrays ``[n]``, and the attacks' ``rows``.
 
     ``left`` are the images that withstood every attack, ``margins`` the smallest margins that any attack has reached,
     ``first`` the margins after the first attack, and ``points`` the worst attacked image of each image that fell, with
@@ -107,67 +106,51 @@ class Measure:
     progress: Progress
     shards: Shards
     attacks: list[AttackSpec] = field(default_factory=list, init=False)
-    _clean: dict[Variant, Row] = field(default_factory=dict, init=False)
+    _clean: Row | None = field(default=None, init=False)
     _targets: dict[int, CountedModel] = field(default_factory=dict, init=False)
 
-    def clean(self, variant: Variant) -> Row:
+    def clean(self) -> Row:
         """The row of the clean images."""
 
         def make() -> Row:
             begin = time.monotonic()
-            judged = self.subject.judge(self.subject.x, variant, "judge")
-            row = self.new_row(judged.right, attack=clean_name(variant), kind="clean", variant=variant)
+            judged = self.subject.judge(self.subject.x, "judge")
+            row = self.new_row(judged.right, attack="clean", kind="clean")
             row.nonfinite_predictions = judged.nonfinite
-            if self.chooses(variant):
-                chosen = self.subject.judge(self.subject.x, variant, "choose")
+            if self.subject.is_random:
+                chosen = self.subject.judge(self.subject.x, "choose")
                 row.wrong, row.margins = chosen.wrong, chosen.margins
             row.seconds = time.monotonic() - begin
             return row
 
-        if variant not in self._clean:
-            settings = {"clean": variant, "n_eval": self.subject.judges(variant)}
-            self._clean[variant] = self.load_or_make(settings, [], make)
-        return self._clean[variant]
+        if self._clean is None:
+            self._clean = self.load_or_make({"clean": True, "n_eval": self.subject.judges}, None, make)
+        return self._clean
 
-    def judging(self, variant: Variant) -> float:
+    def judging(self) -> float:
         """The seconds that a judgement of attacked images takes at most: clean images were judged in the same way."""
         # A deterministic model also predicts attacked images twice, to see whether it draws random numbers for them.
-        return self.clean(variant).seconds * (1 if self.subject.is_random else 3)
+        return self.clean().seconds * (1 if self.subject.is_random else 3)
 
-    def attacked(self, spec: AttackSpec, standing: Standing, earlier: Sequence[Row]) -> list[Row]:
-        """The row of an attack, and if it is not on the deployed model, a row that tries its images on that model.
-
-        On a random model, ``earlier`` are the rows of earlier attacks on the deployed model.
-        """
-        left = standing.left if spec.survivors_only else self.withstood(self.clean(spec.variant))
-        # With a judge all images: the judge (the authors' model) may be right where the defence is wrong.
-        alive = (left if spec.judge is None else np.ones_like(left))[: spec.max_images]
+    def attacked(self, spec: AttackSpec, standing: Standing) -> Row:
+        """The row of an attack."""
+        alive = (standing.left if spec.survivors_only else self.withstood(self.clean()))[: spec.max_images]
         index = self.in_order(spec, torch.from_numpy(alive.copy()).nonzero()[:, 0], standing.margins)
         images: dict[str, Any] = {"alive": digest(torch.from_numpy(alive)), "order": digest(index)}
         near = None
         if spec.nearest is not None:
             near = NearestRule(standing.margins[index.numpy()].tolist(), standing.gain)
             images["near"] = near.margins, near.gain
+        earlier = [row for row in standing.rows if row.n >= len(alive)] if self.subject.is_random else []
         if earlier and spec.survivors_only:
             known = by_worst_points(earlier, min(row.n for row in earlier))
             images["known"] = digest(*map(torch.from_numpy, known))
-        settings, name = settings_of(spec, self.subject, self.context), row_name(spec, self.context)
-        points = [self.clean("random"), *earlier]
-        # The attack runs once for both rows, or not at all if both are in the cache.
-        search = functools.cache(functools.partial(self.attack, spec, index, near))
-        rows = list[Row]()
-        for variant in dict.fromkeys([spec.variant] if spec.judge is not None else [spec.variant, "random"]):
-            if rows:
-                name += ", tried on the deployed defence"
-                on = f"{settings['target']}, {VARIANTS_APART[spec.variant]}"
-                settings = settings | {"variant": variant, "n_eval": self.subject.judges(variant), "target": on}
-            make = functools.partial(self.judged, search, settings, alive, points)
-            row = self.load_or_make(settings | images, [spec], make)
-            # The key of a cached row does not contain the row's name, so it may have been made under another name.
-            row.attack = name
-            rows.append(row)
+        make = functools.partial(self.judged, spec, index, near, alive=alive, points=[self.clean(), *earlier])
+        row = self.load_or_make(settings_of(spec, self.subject, self.context) | images, spec, make)
+        # The key of a cached row does not contain the row's name, so it may have been made under another name.
+        row.attack = row_name(spec, self.context)
         self.progress.next_row()
-        return rows
+        return row
 
     def in_order(self, spec: AttackSpec, index: Tensor, margins: np.ndarray) -> Tensor:
         """Return the indices of the images that an attack gets, int64, in the order in which they are attacked."""
@@ -177,10 +160,10 @@ class Measure:
             return nearest_first(index, margins, self.subject.seed + spec.seed)
         return index
 
-    def load_or_make(self, settings: dict[str, Any], specs: Sequence[AttackSpec], make: Callable[[], Row]) -> Row:
-        """Read the row with these settings from the cache, or make the row and cache it."""
-        subject, context = self.subject, self.context
-        attacks = [[spec.attack.kind, spec.attack.revision(), *spec.attack.identity()] for spec in specs]
+    def load_or_make(self, settings: dict[str, Any], spec: AttackSpec | None, make: Callable[[], Row]) -> Row:
+        """Read the row with these settings from the cache, or make the row and cache it. The clean row has no spec."""
+        subject, context, attack = self.subject, self.context, None if spec is None else spec.attack
+        revision = "" if attack is None else attack.revision()
         whole = {
             "data": subject.data,
             "seed": subject.seed,
@@ -188,16 +171,15 @@ class Measure:
             # The draws of a random model for an image depend on how the images are divided into batches.
             "batches": [context.batch_size, context.max_forward_batch] if subject.is_random else [],
             "judges": [context.judge_draws, context.judge_share, subject.choosing],
-            "attacks": attacks,
+            "attack": [] if attack is None else [attack.kind, revision, *attack.identity()],
             "settings": settings,
         }
         # The row of an attack without a revision is not cached, because nothing would show a change of the attack.
-        named = all(revision is not None for _, revision, *_ in attacks)
-        models = [subject.model, *([spec.other_model for spec in specs] or [None]), *map(own_code, specs)]
-        row = self.cache.row(self.cache.key(whole, *models) if named else None, make)
+        models = [subject.model] if spec is None else [subject.model, spec.through, own_code(spec)]
+        row = self.cache.row(None if revision is None else self.cache.key(whole, *models), make)
         # The following fields are not a part of the key, so they are also set for a cached row.
         row.model = self.name
-        row.threat = threat_name(specs[0], context) if specs else None
+        row.threat = None if spec is None else threat_name(spec, context)
         row.deterministic = not subject.is_random
         # Missing gradients are no reason for doubt if every image fell.
         row.reliable = row.reliable or bool((row.share_wrong == 1).all())
@@ -229,21 +211,21 @@ class Measure:
 
     @contextlib.contextmanager
     def _run(self, job: AttackJob) -> Iterator[AttackRun]:
-        """A context with the run of an attack, in which the model is in the attack's variant."""
+        """A context with the run of an attack."""
         spec, subject = self.attacks[job.attack], self.subject
         subject.reseed("attack")
-        target = target_of(spec, self.subject)
-        with subject.variant(spec.variant), frozen(target):
+        target, followed = target_of(spec, subject), spec.through if spec.attack.follows_gradients else None
+        with frozen(target):
             # Some aggregations give infinite logits, which hide differences, and some models draw only for attacked
             # images: the draws are then taken as different.
-            may_hide, asked = subject.is_random and spec.variant == "random", subject.deadline.watch(target)
-            hidden = may_hide and (subject.draws or not asked(subject.sample_images()).isfinite().all())
+            asked = subject.deadline.watch(target)
+            hidden = subject.is_random and (subject.draws or not asked(subject.sample_images()).isfinite().all())
             # Every process makes this test, whose draws must leave all random generators in the same state.
             varies = hidden or subject.answers_vary(asked, elsewhere=subject.is_random)
             context = replace(
                 self.context,
                 draws_differ=varies if job.draws_differ is None else job.draws_differ,
-                gradients_from=None if spec.gradients_from is None else self._counted(spec.gradients_from),
+                gradients_from=None if followed is None else self._counted(followed),
                 seed=subject.seed + spec.seed,
             )
             counted = self._counted(target)
@@ -255,10 +237,6 @@ class Measure:
         return self._targets.setdefault(id(model), counted_model(model, self.progress))
 
     # -- the judgement of attacked images, by new predictions ----------------------------------------------------------
-
-    def chooses(self, variant: Variant) -> bool:
-        """Return True if other draws choose points than judge them: only for a random model as deployed."""
-        return variant == "random" and self.subject.is_random
 
     def withstood(self, row: Row) -> np.ndarray:
         """Tell which images have not fallen, bool ``[n]``."""
@@ -281,52 +259,45 @@ class Measure:
         )
 
     def judged(
-        self,
-        search: Callable[[], tuple[AttackRun, AttackedBatch]],
-        settings: dict[str, Any],
-        alive: np.ndarray,
-        points: Sequence[Row],
+        self, spec: AttackSpec, index: Tensor, near: NearestRule | None, alive: np.ndarray, points: Sequence[Row]
     ) -> Row:
-        """Judge the images of an attack, and make the row."""
-        run, sums = search()
-        begin, spec, variant = time.perf_counter(), run.spec, settings["variant"]
-        target, retest = spec.other_model if spec.target is None else spec.target, variant != spec.variant
-        self.subject.check_repeats(sums.images[run.index], variant)
-        judged = self.subject.judge(sums.images, variant, "judge", spec.judge)
+        """Run an attack, judge its images, and make the row. ``points`` are rows with the worst points before."""
+        run, sums = self.attack(spec, index, near)
+        begin, subject, other = time.perf_counter(), self.subject, spec.through
+        subject.check_repeats(sums.images[index])
+        judged = subject.judge(sums.images, "judge")
         # The number of draws is recorded here, because it is 1 if the target turned out to be deterministic.
         draws = {name: value for name, value in spec.attack.settings(run.context).items() if name == "eot_iter"}
         stopped: dict[str, Any] = {}
         if CUT in sums.warnings:
             # Nothing bounds how many of the images would fall to a whole search.
-            stopped = {"unsearched": len(run.index) - run.reached, "may_hold": float(len(run.index))}
+            stopped = {"unsearched": len(index) - run.reached, "may_hold": float(len(index))}
         elif run.rule is not None:
             stopped = {"unsearched": run.rule.unsearched, "may_hold": run.rule.may_hold}
         row = self.new_row(
             # On a deterministic model, images outside `alive` are misclassified or have fallen, and count as fallen.
             judged.right & alive,
             attack="",
-            kind=spec.attack.kind if spec.judge is None else AUTHORS,
-            variant=variant,
-            health=None if retest else counts_of(sums.health),
+            kind=spec.attack.kind,
+            health=counts_of(sums.health),
             reliable=sums.health.reliable,
-            settings=settings | draws,
-            attacked=len(run.index),
+            settings=settings_of(spec, subject, self.context) | draws,
+            attacked=len(index),
             warnings=sums.warnings,
             may_end_early=spec.attack.may_end_early(run.context),
             uses_gradients=spec.attack.uses_gradients,
             **stopped,
             # A model that differs only in the aggregation of its samples is not taken as another model.
-            transferred=retest or (target is not None and not isinstance(target, WithAggregation)),
+            transferred=other is not None and not aggregates_only(other, subject.base_model),
             nonfinite_predictions=judged.nonfinite,
             margins=judged.margins,
         )
-        shown = fallen = run.index[torch.from_numpy(~judged.right.all(0))[run.index]]
-        if spec.judge is None and self.chooses(variant):
+        shown = fallen = index[torch.from_numpy(~judged.right.all(0))[index]]
+        if subject.is_random:
             shown = self._choose_points(row, judged, run, sums.images, points)
-        row.examples = self._examples(run.index, shown, sums.images, judged)
-        if row.deployed and row.is_attack:
-            row.fallen, row.fallen_images = fallen.numpy(), sums.images[fallen].cpu().numpy()
-        row.seconds = time.perf_counter() - begin + (0 if retest else sums.seconds)
+        row.examples = self._examples(index, shown, sums.images, judged)
+        row.fallen, row.fallen_images = fallen.numpy(), sums.images[fallen].cpu().numpy()
+        row.seconds = time.perf_counter() - begin + sums.seconds
         return row
 
     def _choose_points(
@@ -336,7 +307,7 @@ class Measure:
         clean = Worst.of_row(points[0], n)
         own = Worst(clean.wrong.copy(), clean.margins.copy(), judged.right.sum(0))
         if len(index):
-            chosen = self.subject.judge(images[index], "random", "choose", index=index)
+            chosen = self.subject.judge(images[index], "choose", index)
             own.wrong[index.numpy()], own.margins[index.numpy()] = chosen.wrong, chosen.margins
         known = by_worst_points(points, n)
         row.of_draws = judged.right.mean(1).tolist() if row.of_draws else []
@@ -358,19 +329,15 @@ class Measure:
 
 
 def target_of(spec: AttackSpec, subject: Subject) -> Classifier:
-    """The model that an attack attacks."""
-    model = subject.base_model
-    if spec.aggregation is not None:
-        return WithAggregation(model, spec.aggregation)  # type: ignore[arg-type]  # a model with sample_logits
-    if spec.gradients_from is not None:
-        return subject.judged_model(spec.variant)
-    if spec.target == CLASSIFIER and has_classifier(model):
-        return classifier_of(model)
-    if callable(spec.target):
-        return spec.target
-    model = model if spec.judge is None else spec.judge
-    view = spec.attack.target(model)
-    return subject.judged_model(spec.variant) if spec.judge is None and view is model else view
+    """The model that an attack attacks. If it follows the gradients of another model, it attacks the model itself."""
+    if spec.through is not None and not spec.attack.follows_gradients:
+        return spec.through
+    return spec.attack.target(subject.model)
+
+
+def aggregates_only(other: Classifier, model: Classifier) -> bool:
+    """Return True if another model differs from the judged model only in the aggregation of its samples."""
+    return isinstance(other, WithAggregation) and other.defence is model and not other.without_noise
 
 
 def own_code(spec: AttackSpec) -> object:
@@ -382,22 +349,16 @@ def own_code(spec: AttackSpec) -> object:
 
 def settings_of(spec: AttackSpec, subject: Subject, context: AttackContext) -> dict[str, Any]:
     """The settings of an attack, in plain values, on which its row depends."""
-    target = spec.other_model if spec.target is None else spec.target
-    on = "defence" if target is None else NOT_ADAPTIVE if target == CLASSIFIER else type(target).__name__
     optional = {
-        "aggregation": spec.aggregation,
+        "through": None if spec.through is None else type(spec.through).__name__,
         "seed": spec.seed or None,
-        "gradients_from": None if spec.gradients_from is None else on,
-        "judge": None if spec.judge is None else type(spec.judge).__name__,
         "published": spec.published,
         "until": None if spec.until is None else [spec.until, STOPPING],
         "nearest": None if spec.nearest is None else [spec.nearest, GROUP],
     }
     return spec.attack.settings(context) | {
-        "variant": spec.variant,
-        "target": on,
         "max_images": spec.max_images,
         "survivors_only": spec.survivors_only,
-        "n_eval": subject.judges(spec.variant) if spec.judge is None else 1,
+        "n_eval": subject.judges,
         **{name: value for name, value in optional.items() if value is not None},
     }

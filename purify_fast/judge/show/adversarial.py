@@ -67,6 +67,8 @@ class Adversarial:
         facts = json.loads((folder / "report.json").read_text(encoding="utf-8")).get("adversarial")
         if facts is None:
             raise ValueError(f"{folder / 'report.json'} has no adversarial images, as a report on several models")
+        if facts["about"]["predict"] == "votes":
+            raise ValueError(f"{folder} was judged by a vote, by an earlier version: evaluate a MajorityVote again")
         try:
             with np.load(folder / FILE) as arrays:
                 found = cls(**{name: arrays[name] for name in ARRAYS}, about=facts["about"])
@@ -145,8 +147,5 @@ def check_adversarial(
         raise ValueError(f"{folder} holds no adversarial image: no attack fooled the model, so nothing can be checked")
     with torch.random.fork_rng(), torch.no_grad(), frozen(model):
         how: dict[str, Any] = {"batch_size": batch_size, "n_eval": about["n_eval"], "seed": seed}
-        subject = Subject(model, images, labels, **how)
-        if about["predict"] is not None and subject.is_random:
-            subject = Subject(model, images, labels, predict=about["predict"], **how)
-        judged = subject.judge(images, "random", "judge")
+        judged = Subject(model, images, labels, **how).judge(images, "judge")
     return CheckedAdversarial(found, judged.wrong > 0)

@@ -85,7 +85,7 @@ class Report:
 
     @property
     def headlines(self) -> dict[str, Row]:
-        """Return, for each model, the row of lowest accuracy on the deployed model, in the report's threat model."""
+        """Return, for each model, the row of lowest accuracy, in the report's threat model."""
         return {model: row for (model, threat), row in self.lowest.items() if threat is None}
 
     def claim_test(self, row: Row | None = None) -> ClaimTest | None:
@@ -101,10 +101,7 @@ class Report:
 
     @property
     def lowest(self) -> dict[tuple[str, str | None], Row]:
-        """Return, for each model and threat model (None: the report's), the attack row of lowest accuracy.
-
-        Rows that were judged under fixed noise, or with the noise off, do not count.
-        """
+        """Return, for each model and threat model (None: the report's), the attack row of lowest accuracy."""
 
         def order(row: Row) -> tuple[float, bool, bool]:
             # Among equal accuracies, prefer the row over all attacks, then a reliable row. The draws that judge a
@@ -114,7 +111,7 @@ class Report:
 
         best: dict[tuple[str, str | None], list[Row]] = {}
         for row in self.rows:
-            if row.deployed and (row.is_attack or row.kind == "worst"):
+            if row.is_attack or row.kind == "worst":
                 best.setdefault((row.model, row.threat), []).append(row)
         return {place: min(rows, key=order) for place, rows in best.items()}
 
@@ -123,7 +120,7 @@ class Report:
         """The attack row of lowest accuracy of the only model; ValueError for several models or without an attack."""
         rows = list(self.headlines.values())
         if len(rows) != 1:
-            text = f"headline needs attacks on one deployed model, got {', '.join(self.headlines) or 'none'}: use "
+            text = f"headline needs attacks on one model, got {', '.join(self.headlines) or 'none'}: use "
             raise ValueError(f"{text}headlines, or row('clean')")
         return rows[0]
 
@@ -136,7 +133,7 @@ class Report:
         if row.kind != "worst":
             return [row]
         of = (row.model, row.threat)
-        mine = [each for each in self.rows if each.is_attack and each.deployed and (each.model, each.threat) == of]
+        mine = [each for each in self.rows if each.is_attack and (each.model, each.threat) == of]
         return [each for each in mine if each.n >= row.n]
 
     def paired(self, other: Report, row: str = "worst", other_row: str | None = None) -> Paired:

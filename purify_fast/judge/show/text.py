@@ -22,7 +22,6 @@ Report = Any
 
 #: The macros of `sentences.jinja` that all templates may call; in HTML their texts are escaped.
 SENTENCES = ("claim", "means", "outcome", "reason", "rule", "short_legend", "signs", "states", "verdict", "zero_errors")
-_WITH = {"fixed": "fixed noise", "deterministic": "its noise off"}
 UNRELIABLE = "unreliable"
 #: The mark of an unreliable number in Markdown.
 RED_UNRELIABLE = f'**<span style="color:red">{UNRELIABLE}</span>**'
@@ -112,7 +111,6 @@ def doubtful(row: Row) -> bool:
 _CELLS: dict[str, Callable[[Row], str | Cell]] = {
     "model": lambda row: row.model,
     "attack": lambda row: row.attack,
-    "variant": lambda row: row.describe_variant(),
     "EOT": lambda row: str(row.settings.get("eot_iter", "-")),
     # An attack on survivors also has the number of images that it got.
     "n": lambda row: f"{row.n} ({row.attacked})" if row.of_survivors else str(row.n),
@@ -142,7 +140,6 @@ def accuracy_named(rows: Sequence[Row]) -> str:
 def short_table(rows: Sequence[Row]) -> Table:
     """The table of one model's rows for a terminal, without columns that have the same text in all rows."""
     used = {"attack", "n", "accuracy", "gradients", ""}
-    used |= {"variant"} if any(not row.deployed for row in rows) else set()
     used |= {"one draw"} if any(row.n_eval > 1 for row in rows) else set()
     head, body = table_of_rows(rows, [name for name in COLUMNS if name in used])
     return Table(["images" if name == "n" else name for name in head], body)
@@ -268,22 +265,3 @@ def paragraphs(template: str, **values: Any) -> list[str]:
     """The paragraphs of a rendered template, each in a single line."""
     text = render(template, **values)
     return [" ".join(paragraph.split()) for paragraph in text.split("\n\n") if paragraph.strip()]
-
-
-def shown_settings(row: Row) -> dict[str, Any]:
-    """A row's settings and results for the reader, with the report's word for the variant of the model."""
-    shown = row.settings | row.results()
-    return shown | ({"variant": row.describe_variant()} if "variant" in shown else {})
-
-
-def about_variants(rows: Sequence[Row]) -> list[str]:
-    """Return, for each variant of a random model with fixed or no noise, a sentence on the lowest accuracy."""
-    apart = [row for row in rows if (row.is_attack or row.kind == "worst") and not (row.threat or row.deployed)]
-    lowest = [
-        min((row for row in apart if row.variant == variant), key=lambda row: (row.accuracy, row.kind != "worst"))
-        for variant in dict.fromkeys(row.variant for row in apart)
-    ]
-    return [
-        f"With {_WITH[row.variant]}, which is not the model as it is deployed: {percent(row)} % ({row.attack})."
-        for row in lowest
-    ]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ...attacks import BpdaModel, frozen
 from ...attacks.ball import ball_around, normal_in_ball
 from ...attacks.base import ThreatModel
+from ...defences.modes import WithFixedNoise, WithoutNoise
 from ...model_state import attributes
 from ...protocols import Classifier, DeterministicMode, FixedNoise, OwnSurrogates, has_classifier, is_purifier, supports
 from ...speed.agreement import FLOAT32
@@ -231,30 +232,6 @@ class IdentityBackward(_Around):
     def forward(self, x: Tensor) -> Tensor:
         """Images ``[B, ...]`` to logits ``[B, classes]``."""
         with PassedThrough([*self.passed]) if torch.is_grad_enabled() else contextlib.nullcontext():
-            return self.model(x)
-
-
-class _WithSameAnswer(_Around):
-    """The base of copies of a random model that always predict the same."""
-
-    def draw_logits(self, x: Tensor, draws: int) -> Tensor:
-        """Logits of ``draws`` draws, ``[draws, B, classes]``, from a single call."""
-        return self(x).expand(draws, -1, -1)
-
-
-class WithoutNoise(_WithSameAnswer):
-    """A random model in the context ``deterministic()``."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        with self.model.deterministic():  # type: ignore[attr-defined]
-            return self.model(x)
-
-
-class WithFixedNoise(_WithSameAnswer):
-    """A random model with the same noise in every call."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        with self.model.fixed_noise(0):  # type: ignore[attr-defined]
             return self.model(x)
 
 

@@ -183,7 +183,7 @@ def test_the_default_block_tiles_the_image(size, block):
 
 def test_a_classifier_in_bfloat16_is_attacked_and_trained_with():
     made, y = defence(classifier=SmallCNN(width=4).bfloat16()), torch.arange(4)
-    attacks = [AttackSpec(PGD(steps=2), target=target) for target in (BpdaModel.of(made), "classifier", None)]
+    attacks = [AttackSpec(PGD(steps=2), through=other) for other in (BpdaModel.of(made), made.frozen_classifier, None)]
     report = evaluate(made, images(4), y, eps=0.1, attacks=attacks, eot_iter=1, progress=False)
     assert [row.kind for row in report.rows][1:4] == ["pgd"] * 3
     assert BpdaModel.of(made)(images(4)).dtype == torch.float32

@@ -34,8 +34,9 @@ def test_published_attacks_follow_exact_gradients():
     made, x = defence(SHAPE, process=Process(steps=2), samples=2), images(3, SHAPE)
     with torch.no_grad():
         y = made(x).argmax(1)
+    subject = Subject(made, x, y, batch_size=3, n_eval=2, seed=0)
     lee_kim = replace(lee_kim_2023(0.1), attack=replace(lee_kim_2023(0.1).attack, steps=3))
-    report = evaluate(made, x, y, **QUIET, steps=2, attacks=[lee_kim, *PROTOCOLS["rand"](None, BALL)])
+    report = evaluate(made, x, y, **QUIET, steps=2, attacks=[lee_kim, *PROTOCOLS["rand"](subject, BALL)])
     for row in report.rows[1:3]:
         assert row.health["gradients"] > 0 and row.health["zero"] == row.health["nonfinite"] == 0, row.attack
 
@@ -129,7 +130,7 @@ def test_strong_adds_what_the_field_attacks_such_purifiers_with():
     published = lee_kim_2023(0.1).attack
     assert all(getattr(lee_kim.attack, name) == value for name, value in asdict(published).items())
     low = specs[LOW]
-    assert low.survivors_only and isinstance(low.gradients_from, LowFrequencyGradient)
+    assert low.survivors_only and isinstance(low.through, LowFrequencyGradient)
     # steps of 0.007 are those of L-inf
     assert [spec.label for spec in strong_attacks(made, "l2", 0.5)] == [LOW]
     # other models are attacked as before

@@ -20,7 +20,7 @@ from purify_fast import data
 from purify_fast._files import write_text
 from purify_fast._validation import usable_device
 from purify_fast.defences import StochasticDefence, WithAggregation
-from purify_fast.evaluation import Report, evaluate, merge
+from purify_fast.evaluation import EvaluateConfig, Report, evaluate, merge
 
 from .. import Job, Work, folder_of, result_of, write_page
 from . import models, study
@@ -121,7 +121,11 @@ def judge(job: Job, folder: Path, root: Path) -> dict:
     if protocol == counts.main:
         result["clean"] = clean_accuracy(model, images.x_test[: counts.clean], images.y_test)
     samples = (part[: getattr(counts, protocol)] for part in (images.x_test, images.y_test))
-    settings: dict[str, Any] = {"protocol": protocol, "seed": job.seed, "dataset_name": "cifar10"}
+    settings: dict[str, Any] = {
+        "protocol": protocol,
+        "seed": job.seed,
+        "config": EvaluateConfig(dataset_name="cifar10"),
+    }
     report = evaluate(model, *samples, eps=study.EPS, **settings, out=folder, name=name, progress=False)
     report.save(folder, model)
     return result
