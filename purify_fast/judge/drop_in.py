@@ -31,11 +31,11 @@ from torch import Tensor
 from .._files import write_text
 from .._tensors import digest
 from .._validation import NormName, check_counts, check_literal, read_norm
-from ..attacks import Attack, AttackContext, frozen
+from ..attacks import Attack, frozen
 from ..attacks.arguments import check_eps, check_labels
-from ..attacks.attacked_model import SAMPLE, TRIED_CALLS, check_model, draws_elsewhere
+from ..attacks.attacked_model import TRIED_CALLS
 from ..attacks.gradient_copy import Copies
-from ..attacks.search import MAX_NONFINITE, MAX_ZERO
+from ..attacks.health import MAX_NONFINITE, MAX_ZERO
 from ..ops import kernels_now
 from ..protocols import Classifier
 from ..speed.agreement import differ
@@ -46,6 +46,8 @@ from .request.subject import TRIED, device_of
 from .run.cache import RowCache
 from .searches.apgd import APGD
 from .searches.fab import FABT
+from .searches.judge_context import JudgeContext
+from .searches.model_tests import SAMPLE, check_model, draws_elsewhere
 from .searches.sequence import AttackSequence, Found
 from .searches.square import Square
 
@@ -272,7 +274,7 @@ class AutoAttack:
                 self.logger.log(f"NOTE: {note}")
             if is_random and draws == 1:
                 self.logger.log("WARNING: the model is random, but each step uses a single draw: use version='rand'")
-            context = AttackContext(
+            context = JudgeContext(
                 eps=float(self.epsilon),
                 norm=self.norm,
                 num_classes=classes,

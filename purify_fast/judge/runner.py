@@ -21,9 +21,8 @@ from torch import Tensor
 
 from .._process import processes
 from .._validation import NormName, check_folder, read_norm
-from ..attacks import Attack, AttackContext, frozen
+from ..attacks import Attack, frozen
 from ..attacks.arguments import check_eps
-from ..attacks.attacked_model import check_leaves_images
 from ..attacks.base import ThreatModel
 from ..attacks.context import TimeIsOver
 from ..ops import kernels_now
@@ -45,6 +44,8 @@ from .run.cache import RowCache
 from .run.measure import Measure, Standing, settings_of
 from .run.progress import Progress
 from .run.shards import Shards
+from .searches.judge_context import JudgeContext
+from .searches.model_tests import check_leaves_images
 from .show.adversarial import gathered
 from .show.report import Report
 from .show.text import notes_on_rows, paragraphs
@@ -193,7 +194,7 @@ def evaluate(
     return run(draws=True)
 
 
-def _context(config: EvaluateConfig, subject: Subject, ball: ThreatModel) -> AttackContext:
+def _context(config: EvaluateConfig, subject: Subject, ball: ThreatModel) -> JudgeContext:
     # An evaluation only hands these to the attacks, which take fast copies and captured steps from them.
     from ..attacks.gradient_copy import Copies
     from ..speed.graphs.step_graphs import StepGraphs
@@ -206,7 +207,7 @@ def _context(config: EvaluateConfig, subject: Subject, ball: ThreatModel) -> Att
     if config.predict == "votes":
         votes = config.n_eval
         most = None if most is None else max(1, most // votes)
-    return AttackContext(
+    return JudgeContext(
         num_classes=subject.num_classes,
         eps=ball.eps,
         norm=read_norm(ball.norm),

@@ -114,15 +114,29 @@ class TrainingAttack:
             The adversarial images ``[A, C, H, W]``.
         """
         # Importing PyTorch takes 1.8 seconds, and the command line's --help must read this class without that wait.
-        from ..attacks import pgd
+        from ..attacks import PGD, AttackContext
 
         y = batch.y if target is None else target
         x, y, ids = (part if rows is None else part[rows] for part in (batch.x, y, batch.sample_ids))
-        how: dict[str, Any] = {name: getattr(self, name) for name in ("steps", "norm", "random_start", "start_std")}
-        how |= {name: self.numbers(batch)[name] for name in ("eps", "alpha")}
+        numbers = self.numbers(batch)
         # The training itself has chosen the precision of the model that it attacks.
-        how |= {"precision": "float32", "seed": batch.seed, "sample_ids": ids, "graphs": graphs}
-        return pgd(model, x, y, loss=loss, **how)
+        attack = PGD(
+            steps=self.steps,
+            alpha=numbers["alpha"],
+            random_start=self.random_start,
+            start_std=self.start_std,
+            keep_best=False,
+            precision="float32",
+        )
+        context = AttackContext(
+            eps=numbers["eps"],
+            norm=self.norm,
+            seed=batch.seed,
+            sample_ids=ids,
+            loss_function=None if loss == "ce" else loss,
+            graphs=graphs,
+        )
+        return attack.run(model, x, y, context).images
 
     def of_validations(self) -> TrainingAttack:
         """Return the attack on held-out images: this attack, or, if it has fewer than 10 steps, PGD-10.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..._tensors import digest
-from ...attacks import AttackContext, frozen
+from ...attacks import frozen
 from ...attacks.bpda import classifier_of
 from ...defences.wrappers import WithAggregation
 from ...model_state import is_users
@@ -25,6 +25,7 @@ from ..request.specs import CLASSIFIER, AttackSpec, FunctionAttack
 from ..request.subject import Judgement, Subject, Variant
 from ..results.rows import AUTHORS, CUT, VARIANTS_APART, Examples, Row, Worst, by_worst_points
 from ..searches.engine.judge import has_fallen
+from ..searches.judge_context import JudgeContext
 from .attack_run import AttackedBatch, AttackRun, counts_of
 from .cache import RowCache
 from .progress import CountedModel, Progress, counted_model
@@ -101,7 +102,7 @@ class Measure:
     """Makes the rows of one call of `evaluate`. Every process has the same ``attacks`` in the same order."""
 
     subject: Subject
-    context: AttackContext
+    context: JudgeContext
     name: str
     cache: RowCache
     progress: Progress
@@ -380,7 +381,7 @@ def own_code(spec: AttackSpec) -> object:
     return type(spec.attack) if is_users(type(spec.attack).__module__) else None
 
 
-def settings_of(spec: AttackSpec, subject: Subject, context: AttackContext) -> dict[str, Any]:
+def settings_of(spec: AttackSpec, subject: Subject, context: JudgeContext) -> dict[str, Any]:
     """The settings of an attack, in plain values, on which its row depends."""
     target = spec.other_model if spec.target is None else spec.target
     on = "defence" if target is None else NOT_ADAPTIVE if target == CLASSIFIER else type(target).__name__

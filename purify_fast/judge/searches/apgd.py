@@ -9,16 +9,17 @@ from __future__ import annotations
 import contextlib
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..._tensors import per_image
-from ..._validation import Count, Share
+from ..._validation import Count, NormName, Share
 from ...attacks.ball import projected
-from ...attacks.base import Resolved, run_alone, times
-from ...attacks.context import AttackContext, Radius, keeping
+from ...attacks.base import Resolved, times, untraced
+from ...attacks.context import AttackContext, LossFunction, Radius, chosen_seed, keeping
+from ...attacks.functions import goal
 from ...attacks.losses import FEWEST_CLASSES, TARGETED, ApgdLoss, check_classes
 from ...attacks.objective import Gradients, Objective
 from ...attacks.search import better_of, zero_is_no_fault
@@ -26,9 +27,7 @@ from ...ops.apgd_step import apgd_step
 from ...protocols import Classifier
 from .engine.engine_attack import USUAL_TARGETS, EngineAttack, nearest_borders, targets_and_times
 from .engine.row_batches import ActiveSet, Rows, RowSearch, waves
-
-if TYPE_CHECKING:
-    from ...attacks.keywords import ApgdOptions, Unpack
+from .judge_context import JudgeContext
 
 #: A run on a random model ends if the gradients of this number of its first draws are all useless.
 BLIND_DRAWS = 20
@@ -88,7 +87,7 @@ class APGD(EngineAttack):
     def may_end_early(self, context: AttackContext) -> bool:
         return super().may_end_early(context) and self.threat_model(context).norm != "l1"
 
-    def explore(self, active: ActiveSet, objective: Objective, context: AttackContext) -> None:
+    def explore(self, active: ActiveSet, objective: Objective, context: JudgeContext) -> None:
         steps, loss = self.resolved_for(context).steps, objective.loss
         if loss in FEWEST_CLASSES:
             check_classes(loss, active.logits.shape[1])
@@ -104,19 +103,57 @@ class APGD(EngineAttack):
                     search.run()
 
 
+@untraced
 def apgd(
-    model: Classifier, x: Tensor, y: Tensor | None = None, eps: Radius | None = None, **options: Unpack[ApgdOptions]
+    model: Classifier,
+    x: Tensor,
+    y: Tensor | None,
+    eps: Radius,
+    *,
+    norm: NormName = "linf",
+    steps: int = 100,
+    loss: ApgdLoss | LossFunction = "ce",
+    n_target_classes: int | None = USUAL_TARGETS,
+    targeted: Tensor | None = None,
+    restarts: int = 1,
+    rho: float = 0.75,
+    eot_iter: int = 1,
+    leave_when_fallen: bool = True,
+    give_up: bool = False,
+    clip_min: float = 0.0,
+    clip_max: float = 1.0,
+    seed: int | torch.Generator | None = None,
 ) -> Tensor:
-    """Run `APGD` on a batch, by default in the model's own precision.
+    """Run `APGD` on a batch, in the model's own precision.
 
-    Arguments and errors are those of `purify_fast.attacks.pgd`, without ``stop_when_fallen``. eps is a number or
-    ``[B]``, and the options are the fields of `APGD` in place of those of `PGD`.
+    The arguments are explained at `purify_fast.attacks.pgd` or at `APGD`, and so are the errors. eps is a number or
+    ``[B]``. The length of a step begins at 2 * eps (l1: eps), and then adapts itself.
 
     Returns:
         Per image the point that the most draws misclassify; among equal points, the point of highest loss. Shape and
         dtype are those of x.
     """
-    return run_alone(APGD, model, x, y, eps, **{"precision": "float32", **options})
+    y, function = goal(x, y, loss, targeted)
+    attack = APGD(
+        loss="ce" if callable(loss) else loss,
+        steps=steps,
+        n_target_classes=n_target_classes,
+        restarts=restarts,
+        rho=rho,
+        eot_iter=eot_iter,
+        leave_when_fallen=leave_when_fallen,
+        give_up=give_up,
+        precision="float32",
+    )
+    context = AttackContext(
+        eps=eps,
+        norm=norm,
+        clip_min=clip_min,
+        clip_max=clip_max,
+        seed=chosen_seed(seed),
+        loss_function=function,
+    )
+    return attack.run(model, x, y, context).images
 
 
 def checkpoints(steps: int) -> dict[int, int]:

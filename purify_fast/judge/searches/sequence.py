@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...attacks.attacked_model import SAMPLE, drawn_once_per_call, frozen
+from ...attacks.attacked_model import drawn_once_per_call, frozen
 from ...attacks.base import Attack
-from ...attacks.context import AttackContext
-from ...attacks.search import GradientHealth
+from ...attacks.health import GradientHealth
 from ...protocols import Classifier
 from .engine.judge import Judge, has_fallen
+from .judge_context import JudgeContext
+from .model_tests import SAMPLE
 
 #: The ``points`` that an attack has found, the ``share`` of the draws that misclassify each, and the attack's counts.
 Found = dict[str, Any]
@@ -29,7 +30,7 @@ class AttackSequence:
     """
 
     def __init__(
-        self, model: Classifier, x: Tensor, y: Tensor, context: AttackContext, device: torch.device | None = None
+        self, model: Classifier, x: Tensor, y: Tensor, context: JudgeContext, device: torch.device | None = None
     ):
         self.model, self.x, self.y, self.context = model, x, y.to(x.device), context
         self.device = x.device if device is None else device

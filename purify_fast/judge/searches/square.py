@@ -15,16 +15,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..._tensors import per_image
-from ..._validation import Count
+from ..._validation import Count, NormName
 from ...attacks.ball import Ball, projected
-from ...attacks.base import run_alone, times
+from ...attacks.base import times, untraced
 from ...attacks.context import AttackContext, Radius, keeping
 from ...attacks.objective import Objective, ObjectiveStep
 from ...ops import square_proposal
@@ -36,9 +36,7 @@ from .engine.engine_attack import EngineAttack
 from .engine.judge import bucket, repeated_to, takes_every_size
 from .engine.pace import PaceMonitor, some_of
 from .engine.row_batches import ActiveSet, take_rows
-
-if TYPE_CHECKING:
-    from ...attacks.keywords import SquareOptions, Unpack
+from .judge_context import JudgeContext
 
 #: The number of queries in the authors' code.
 QUERIES = 5000
@@ -96,7 +94,7 @@ class Square(EngineAttack):
         return ball
 
     @torch.no_grad()
-    def explore(self, active: ActiveSet, objective: Objective, context: AttackContext) -> None:
+    def explore(self, active: ActiveSet, objective: Objective, context: JudgeContext) -> None:
         for restart in range(self.restarts):
             left = active.left()
             if len(left) == 0:
@@ -111,19 +109,33 @@ class Square(EngineAttack):
             del search
 
 
+@untraced
 def square(
-    model: Classifier, x: Tensor, y: Tensor | None = None, eps: Radius | None = None, **options: Unpack[SquareOptions]
+    model: Classifier,
+    x: Tensor,
+    y: Tensor,
+    eps: Radius,
+    *,
+    norm: NormName = "linf",
+    n_queries: int = QUERIES,
+    restarts: int = 1,
+    eot_iter: int = 1,
+    give_up: bool = False,
+    clip_min: float = 0.0,
+    clip_max: float = 1.0,
+    seed: int | torch.Generator | None = None,
 ) -> Tensor:
-    """Run `Square` on a batch, by default in the model's own precision.
+    """Run `Square` on a batch, in the model's own precision.
 
-    Arguments and errors are those of `purify_fast.attacks.pgd`, without ``stop_when_fallen``. eps is a number or
-    ``[B]``, and the options are the fields of `Square` in place of those of `PGD`.
+    The arguments are explained at `purify_fast.attacks.pgd` or at `Square`, and so are the errors. eps is a number or
+    ``[B]``.
 
     Returns:
         Per image the misclassified point that was found, otherwise the point of the highest margin. Shape
         and dtype are those of x.
     """
-    return run_alone(Square, model, x, y, eps, **{"precision": "float32", **options})
+    attack = Square(n_queries=n_queries, restarts=restarts, eot_iter=eot_iter, give_up=give_up, precision="float32")
+    return attack(model, x, y, eps, norm=norm, clip_min=clip_min, clip_max=clip_max, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -183,7 +195,7 @@ class _SquareSearch:
     The loss of the objective is the margin, and its model scores the proposals.
     """
 
-    def __init__(self, objective: Objective, active: ActiveSet, left: Tensor, seed: int):
+    def __init__(self, objective: Objective, active: ActiveSet, left: Tensor, seed: int | Tensor):
         self.objective, self.active, self.owner = objective, active, left
         self.x, self.y, self.ids, self.ball = active.x[left], active.y[left], active.ids[left], active.ball.take(left)
         self.random = partial(philox, philox_key(seed, left.device), stream=Stream.SQUARES)
