@@ -16,7 +16,7 @@ import tyro
 from torch.utils.data import DataLoader, TensorDataset
 
 from purify_fast import zoo
-from purify_fast.attacks import APGD, FABT, Attack, AttackContext
+from purify_fast.attacks import APGD, FABT, Attack, JudgeContext
 from purify_fast.data import load_dataset, to_float
 from purify_fast.judge.searches.sequence import AttackSequence
 
@@ -33,7 +33,7 @@ def for_attackbench(*attacks: Attack) -> Callable[..., torch.Tensor]:
     def attack(
         model: torch.nn.Module, inputs: torch.Tensor, labels: torch.Tensor, threat_model: Any, epsilon: float
     ) -> torch.Tensor:
-        context = AttackContext(eps=epsilon, norm=threat_model, draws_differ=False)
+        context = JudgeContext(eps=epsilon, norm=threat_model, draws_differ=False)
         attacked = AttackSequence(model, inputs, labels, context)
         for one in attacks:
             attacked.run(one)

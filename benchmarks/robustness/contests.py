@@ -36,7 +36,7 @@ from examples.demo.setting import EPS, Budget, Workspace, digits
 from purify_fast import zoo
 from purify_fast._files import write_text
 from purify_fast._tensors import digest, weights_fingerprint
-from purify_fast.attacks import AttackContext, frozen
+from purify_fast.attacks import JudgeContext, frozen
 from purify_fast.attacks.base import ThreatModel
 from purify_fast.attacks.gradient_copy import Copies
 from purify_fast.data import load_dataset, to_float
@@ -174,7 +174,7 @@ class Protocol:
             how |= {"eps": subject.eps, "attacks": specs, "progress": False}
             report = evaluate(subject.model, subject.x, subject.y, **how)
             return 1 - torch.from_numpy(report.headline.robust).float()
-        context = AttackContext(
+        context = JudgeContext(
             num_classes=10,
             eps=subject.eps,
             draws_differ=True,

@@ -12,6 +12,7 @@ import pytest
 import torch
 from cuda_launches import CudaLaunches
 from denoisers import defence as purifier
+from direct import direct
 from fake_cuda import FakeCuda, RefusedOnCuda
 from small_runs import SHAPE, arrest_task, atop_task, attack, batch, carso_task, classifier_task, diffusion_task
 from torch import nn
@@ -176,7 +177,7 @@ def test_an_attack_step_waits_for_nothing(name, monkeypatch):
     fake, launches, mine = FakeCuda(), CudaLaunches(), AutoPgd.run
     monkeypatch.setattr(AutoPgd, "run", lambda search: (searches.append(search), mine(search))[1])
     y = model(real.x).argmax(1).detach()
-    run(model, real.x, y, graphs=kept, **options)
+    direct(run, model, real.x, y, graphs=kept, **options)
     assert kept.steps
     with frozen(model):
         for function, state in kept.steps.values():
