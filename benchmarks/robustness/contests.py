@@ -42,11 +42,11 @@ from purify_fast.attacks.gradient_copy import Copies
 from purify_fast.data import load_dataset, to_float
 from purify_fast.defences import StochasticDefence, WithAggregation
 from purify_fast.evaluation import AttackSpec, evaluate
+from purify_fast.judge.drop_in import AttackSequence
 from purify_fast.judge.request import subject as evaluated
 from purify_fast.judge.request.attack_lists import protocol_attacks
 from purify_fast.judge.searches.engine.judge import Judge, has_fallen
 from purify_fast.judge.searches.original_autoattack import implementation
-from purify_fast.judge.searches.sequence import AttackSequence
 from purify_fast.judge.show.text import markdown_table
 from purify_fast.ops.pgd_step import pgd_step
 from purify_fast.training import load_classifier
@@ -185,10 +185,10 @@ class Protocol:
             max_forward_batch=2 * BATCH,
             copies=Copies(subject.x),
         )
-        attacked = AttackSequence(subject.model, subject.x, subject.y, context)
-        for spec in specs:
-            attacked.context = replace(context, seed=spec.seed, gradients_from=spec.gradients_from)
-            with frozen(subject.model if spec.gradients_from is None else spec.gradients_from):
+        with frozen(subject.model):
+            attacked = AttackSequence(subject.model, subject.x, subject.y, context, subject.x.device)
+            for spec in specs:
+                attacked.context = replace(context, seed=spec.seed, gradients_from=spec.gradients_from)
                 attacked.run(spec.attack)
         return misclassified(subject, attacked.images)
 

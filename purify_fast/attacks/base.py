@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import functools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, ParamSpec, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,6 @@ from torch import Tensor, nn
 from .._compiler import outside_graphs
 from .._validation import Count, GradientPrecision, Norm, NormName, check_types, read_norm
 from ..protocols import Classifier
-from ..speed.graphs.step_loop import CapturesSteps
 from .arguments import check_eps, check_images
 from .attacked_model import called_directly, drawn_once_per_call, frozen
 from .ball import Ball, ball_around
@@ -26,16 +26,9 @@ from .search import better_of
 if TYPE_CHECKING:
     from .health import GradientHealth
 
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
-
-
-def untraced(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Let torch.compile end its graph before a direct call, and compile what the call runs.
-
-    It cannot trace how a call makes an attack and its context.
-    """
-    return outside_graphs(function, recursive=False)
+#: For a direct call: torch.compile ends its graph before the call, and compiles what the call runs. It cannot trace how
+#: the call makes an attack and its context.
+untraced = functools.partial(outside_graphs, recursive=False)
 
 
 class ThreatModel(NamedTuple):
@@ -187,10 +180,7 @@ class Attack(abc.ABC):
         norm: NormName = "linf",
         clip_min: float | Tensor = 0.0,
         clip_max: float | Tensor = 1.0,
-        seed: int | Tensor | torch.Generator | None = None,
-        sample_ids: Tensor | None = None,
-        max_forward_batch: int | None = None,
-        graphs: CapturesSteps | None = None,
+        seed: int | torch.Generator | None = None,
     ) -> Tensor:
         """Attack a batch without an evaluation: ``PGD(steps=3)(model, x, y, eps=8 / 255)``.
 
@@ -203,9 +193,6 @@ class Attack(abc.ABC):
             clip_min: the smallest value of a pixel.
             clip_max: the largest value of a pixel.
             seed: seed of all random numbers, or a generator that draws it; None: torch's generator of the CPU draws it.
-            sample_ids: int64 ``[B]``, the indices of the images, see `AttackContext`.
-            max_forward_batch: the largest number of images in one forward pass. None: no limit.
-            graphs: captures the steps as CUDA graphs, see `purify_fast.speed.StepGraphs`; None: no captures.
 
         Returns:
             The adversarial images, with shape and dtype of x.
@@ -214,23 +201,15 @@ class Attack(abc.ABC):
             TypeError: an output of the model without logits.
             ValueError: a missing radius; images, labels, options or logits that are not allowed.
         """
-        context = AttackContext(
-            eps=0.0 if eps is None else eps,
-            norm=norm,
-            clip_min=clip_min,
-            clip_max=clip_max,
-            seed=chosen_seed(seed),
-            sample_ids=sample_ids,
-            max_forward_batch=max_forward_batch,
-            graphs=graphs,
-        )
+        radius, number = 0.0 if eps is None else eps, chosen_seed(seed)
+        context = AttackContext(eps=radius, norm=norm, clip_min=clip_min, clip_max=clip_max, seed=number)
         if eps is None and self.threat_model(context).eps == 0:
             raise ValueError(f"eps must be given: call {type(self).__name__}(...)(model, x, y, eps=8 / 255)")
         return self.run(model, x, y, context).images
 
     @untraced
     def run(self, model: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> AttackResult:
-        """Attack a batch as a direct call does, with the settings of a context, and return also what was counted.
+        """Attack a batch without an evaluation, with all settings of a context, and return also what was counted.
 
         Steps on a frozen copy are captured in the copy's graphs, by one attack at a time. On another stream than the
         default one, nothing is captured, because replays must not overlap. A step with a user's loss is not captured

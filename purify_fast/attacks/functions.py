@@ -155,11 +155,6 @@ def fgsm(
     check_literal("mode", mode, Mode)
     y, function = goal(x, y, loss, targeted)
     context = AttackContext(
-        eps=eps,
-        norm=norm,
-        clip_min=clip_min,
-        clip_max=clip_max,
-        loss_function=function,
-        keep_mode=mode == "keep",
+        eps=eps, norm=norm, clip_min=clip_min, clip_max=clip_max, loss_function=function, keep_mode=mode == "keep"
     )
     return FGSM(loss="ce" if callable(loss) else loss, eot_iter=eot_iter).run(model, x, y, context).images

@@ -97,7 +97,7 @@ class TrainingAttack:
         *,
         graphs: StepGraphs | None = None,
         rows: Tensor | None = None,
-        loss: LossFunction | Literal["ce"] = "ce",
+        loss: LossFunction | None = None,
         target: Tensor | None = None,
     ) -> Tensor:
         """Attack a batch by PGD with the settings of the batch's epoch.
@@ -107,7 +107,7 @@ class TrainingAttack:
             batch: the images, and the seed and sample ids of their random starts.
             graphs: captures the attack's step in a CUDA graph; None captures nothing.
             rows: indices of the images to attack, int64 ``[A]``; None for all.
-            loss: the loss that is maximized, "ce" or a function ``(logits, target) -> [A]``.
+            loss: the loss that is maximized, a function ``(logits, target) -> [A]``; None for the cross-entropy.
             target: the second argument of this function; None for the labels.
 
         Returns:
@@ -119,23 +119,11 @@ class TrainingAttack:
         y = batch.y if target is None else target
         x, y, ids = (part if rows is None else part[rows] for part in (batch.x, y, batch.sample_ids))
         numbers = self.numbers(batch)
+        start: dict[str, Any] = {"random_start": self.random_start, "start_std": self.start_std}
         # The training itself has chosen the precision of the model that it attacks.
-        attack = PGD(
-            steps=self.steps,
-            alpha=numbers["alpha"],
-            random_start=self.random_start,
-            start_std=self.start_std,
-            keep_best=False,
-            precision="float32",
-        )
-        context = AttackContext(
-            eps=numbers["eps"],
-            norm=self.norm,
-            seed=batch.seed,
-            sample_ids=ids,
-            loss_function=None if loss == "ce" else loss,
-            graphs=graphs,
-        )
+        attack = PGD(steps=self.steps, alpha=numbers["alpha"], keep_best=False, precision="float32", **start)
+        of_batch: dict[str, Any] = {"seed": batch.seed, "sample_ids": ids, "graphs": graphs}
+        context = AttackContext(eps=numbers["eps"], norm=self.norm, loss_function=loss, **of_batch)
         return attack.run(model, x, y, context).images
 
     def of_validations(self) -> TrainingAttack:

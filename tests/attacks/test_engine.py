@@ -178,7 +178,7 @@ def test_fab_drops_fallen_images_and_measures_what_is_missing_beyond_the_ball(mo
     x = torch.tensor([0.45, 0.2])[:, None, None, None].expand(2, 1, 4, 4)
     model = nn.Sequential(nn.Flatten(), nn.AvgPool1d(16), nn.Linear(1, 2))
     model[2].load_state_dict({"weight": torch.tensor([[0.0], [8.0]]), "bias": torch.tensor([0.0, -4.0])})
-    fab_t(model, x, torch.zeros(2, dtype=torch.int64), eps=0.1, steps=50, give_up=True)
+    direct(fab_t, model, x, torch.zeros(2, dtype=torch.int64), eps=0.1, steps=50, give_up=True)
     assert {len(each) for each in missing[2:]} == {1}
     assert 0.2 < float(missing[-1]) < 0.22
 
@@ -211,7 +211,7 @@ def test_what_is_given_up_would_not_have_fallen(digits, attack):
     asked, left = [], []
     for give_up in (False, True):
         counted = Counted(net)
-        found = attack(counted, x, y, eps=0.12, give_up=give_up, **options)
+        found = direct(attack, counted, x, y, eps=0.12, give_up=give_up, **options)
         asked.append(counted.images)
         left.append((net(found).argmax(1) == y).tolist())
     assert left[0] == left[1] and 5 < sum(left[0]) < 75
@@ -257,7 +257,7 @@ def test_square_gives_up_what_is_out_of_reach_and_nothing_else(digits):
     asked, found = [], []
     for give_up in (False, True):
         counted = Counted(net)
-        found.append(square(counted, x, y, eps=0.12, n_queries=2500, give_up=give_up))
+        found.append(direct(square, counted, x, y, eps=0.12, n_queries=2500, give_up=give_up))
         asked.append(counted.images)
     assert 10 < accuracy(net, found[0], y) == accuracy(net, found[1], y) < 95
     assert asked[1] < 0.8 * asked[0]
@@ -273,7 +273,7 @@ def test_square_gives_up_what_is_out_of_reach_and_nothing_else(digits):
 def test_square_gives_up_where_the_margin_stands_still(logits, eot_iter, given_up):
     model = Counted(lambda x: torch.tensor([logits]).expand(len(x), 2))
     x, y = torch.rand(2, 1, 4, 4), torch.zeros(2, dtype=torch.int64)
-    square(model, x, y, eps=0.1, n_queries=600, eot_iter=eot_iter, give_up=True)
+    direct(square, model, x, y, eps=0.1, n_queries=600, eot_iter=eot_iter, give_up=True)
     if logits[0] == 1:
         # the beginning, 500 or 600 proposals, some of them judged together, and the last judgement
         assert (model.images < 2 * 540) is given_up and model.images >= 2 * 500
@@ -354,7 +354,7 @@ def test_a_query_is_at_most_twelve_launches(norm, eps, give_up, monkeypatch):
     model = Noting(launches)
     y = model(x).argmax(1)
     with launches:
-        square(model, x, y, eps=eps, norm=norm, n_queries=1400, give_up=give_up)
+        direct(square, model, x, y, eps=eps, norm=norm, n_queries=1400, give_up=give_up)
     counts = {}
     for together in (1, 8):
         # without the first calls, which judge the clean images and the beginning

@@ -119,7 +119,6 @@ def apgd(
     rho: float = 0.75,
     eot_iter: int = 1,
     leave_when_fallen: bool = True,
-    give_up: bool = False,
     clip_min: float = 0.0,
     clip_max: float = 1.0,
     seed: int | torch.Generator | None = None,
@@ -142,16 +141,10 @@ def apgd(
         rho=rho,
         eot_iter=eot_iter,
         leave_when_fallen=leave_when_fallen,
-        give_up=give_up,
         precision="float32",
     )
     context = AttackContext(
-        eps=eps,
-        norm=norm,
-        clip_min=clip_min,
-        clip_max=clip_max,
-        seed=chosen_seed(seed),
-        loss_function=function,
+        eps=eps, norm=norm, clip_min=clip_min, clip_max=clip_max, seed=chosen_seed(seed), loss_function=function
     )
     return attack.run(model, x, y, context).images
 

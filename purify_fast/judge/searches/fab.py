@@ -79,7 +79,6 @@ def fab_t(
     n_target_classes: int | None = USUAL_TARGETS,
     restarts: int = 1,
     eot_iter: int = 1,
-    give_up: bool = False,
     clip_min: float = 0.0,
     clip_max: float = 1.0,
     seed: int | torch.Generator | None = None,
@@ -94,12 +93,7 @@ def fab_t(
         projected onto the ball, or the image itself. Shape and dtype are those of x.
     """
     attack = FABT(
-        steps=steps,
-        n_target_classes=n_target_classes,
-        restarts=restarts,
-        eot_iter=eot_iter,
-        give_up=give_up,
-        precision="float32",
+        steps=steps, n_target_classes=n_target_classes, restarts=restarts, eot_iter=eot_iter, precision="float32"
     )
     return attack(model, x, y, eps, norm=norm, clip_min=clip_min, clip_max=clip_max, seed=seed)
 

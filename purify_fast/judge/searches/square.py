@@ -120,7 +120,6 @@ def square(
     n_queries: int = QUERIES,
     restarts: int = 1,
     eot_iter: int = 1,
-    give_up: bool = False,
     clip_min: float = 0.0,
     clip_max: float = 1.0,
     seed: int | torch.Generator | None = None,
@@ -134,7 +133,7 @@ def square(
         Per image the misclassified point that was found, otherwise the point of the highest margin. Shape
         and dtype are those of x.
     """
-    attack = Square(n_queries=n_queries, restarts=restarts, eot_iter=eot_iter, give_up=give_up, precision="float32")
+    attack = Square(n_queries=n_queries, restarts=restarts, eot_iter=eot_iter, precision="float32")
     return attack(model, x, y, eps, norm=norm, clip_min=clip_min, clip_max=clip_max, seed=seed)
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..._process import processes
-from ...attacks.pgd import FGSM, PGD
+from ...attacks import FGSM, PGD, AttackContext
 from ...defences.stochastic import with_samples
 from ...models.representation import evaluation_mode
 from ...ops.philox import philox_key
@@ -77,11 +77,11 @@ def balanced_batch(
         if rows is not None:
             slow, fast = rows[rows < 2 * atom], rows[rows >= 2 * atom]
         alpha = numbers["alpha"] if attack.alpha is not None else attack.step_size(eps[slow])
-        how: dict[str, Any] = {"norm": attack.norm, "graphs": graphs, "seed": batch.seed}
         pgd = PGD(steps=attack.steps, alpha=alpha, keep_best=False, precision="float32")
-        by_pgd = pgd(classifier, clean[slow], y[slow], eps[slow], sample_ids=ids[slow], **how)
-        by_fgsm = FGSM(precision="float32")(classifier, clean[fast], y[fast], eps[fast], **how)
-        return torch.cat([by_pgd, by_fgsm])
+        context = AttackContext(norm=attack.norm, seed=batch.seed, graphs=graphs)
+        by_pgd = pgd.run(classifier, clean[slow], y[slow], replace(context, eps=eps[slow], sample_ids=ids[slow]))
+        by_fgsm = FGSM(precision="float32").run(classifier, clean[fast], y[fast], replace(context, eps=eps[fast]))
+        return torch.cat([by_pgd.images, by_fgsm.images])
 
     if batch.bank is None:
         adversarial = make(None)
