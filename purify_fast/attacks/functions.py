@@ -14,7 +14,7 @@ from .base import untraced
 from .context import AttackContext, LossFunction, Radius, chosen_seed
 from .leaving_pgd import LeavingPGD
 from .losses import LOSSES, Loss, towards
-from .pgd import FGSM, PGD
+from .pgd import PGD
 
 #: The mode of a model during an attack: evaluation mode, or the mode in which the model is.
 Mode = Literal["eval", "keep"]
@@ -152,9 +152,6 @@ def fgsm(
 
     Arguments, result and errors are those of `purify_fast.attacks.pgd`. FGSM draws no random numbers.
     """
-    check_literal("mode", mode, Mode)
-    y, function = goal(x, y, loss, targeted)
-    context = AttackContext(
-        eps=eps, norm=norm, clip_min=clip_min, clip_max=clip_max, loss_function=function, keep_mode=mode == "keep"
-    )
-    return FGSM(loss="ce" if callable(loss) else loss, eot_iter=eot_iter).run(model, x, y, context).images
+    how: dict[str, Any] = {"loss": loss, "targeted": targeted, "eot_iter": eot_iter, "mode": mode, "seed": 0}
+    how |= {"norm": norm, "clip_min": clip_min, "clip_max": clip_max}
+    return pgd(model, x, y, eps, steps=1, random_start=False, **how)

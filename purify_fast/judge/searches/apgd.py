@@ -15,16 +15,14 @@ import torch
 from torch import Tensor
 
 from ..._tensors import per_image
-from ..._validation import Count, NormName, Share
+from ..._validation import Count, Share
 from ...attacks.ball import projected
-from ...attacks.base import Resolved, times, untraced
-from ...attacks.context import AttackContext, LossFunction, Radius, chosen_seed, keeping
-from ...attacks.functions import goal
+from ...attacks.base import Resolved, times
+from ...attacks.context import AttackContext, keeping
 from ...attacks.losses import FEWEST_CLASSES, TARGETED, ApgdLoss, check_classes
 from ...attacks.objective import Gradients, Objective
 from ...attacks.search import better_of, zero_is_no_fault
 from ...ops.apgd_step import apgd_step
-from ...protocols import Classifier
 from .engine.engine_attack import USUAL_TARGETS, EngineAttack, nearest_borders, targets_and_times
 from .engine.row_batches import ActiveSet, Rows, RowSearch, waves
 from .judge_context import JudgeContext
@@ -101,52 +99,6 @@ class APGD(EngineAttack):
                 search = AutoPgd(objective, active, rows, steps, rho=self.rho, give_up=by_pace)
                 with keeping(search.keep):
                     search.run()
-
-
-@untraced
-def apgd(
-    model: Classifier,
-    x: Tensor,
-    y: Tensor | None,
-    eps: Radius,
-    *,
-    norm: NormName = "linf",
-    steps: int = 100,
-    loss: ApgdLoss | LossFunction = "ce",
-    n_target_classes: int | None = USUAL_TARGETS,
-    targeted: Tensor | None = None,
-    restarts: int = 1,
-    rho: float = 0.75,
-    eot_iter: int = 1,
-    leave_when_fallen: bool = True,
-    clip_min: float = 0.0,
-    clip_max: float = 1.0,
-    seed: int | torch.Generator | None = None,
-) -> Tensor:
-    """Run `APGD` on a batch, in the model's own precision.
-
-    The arguments are explained at `purify_fast.attacks.pgd` or at `APGD`, and so are the errors. eps is a number or
-    ``[B]``. The length of a step begins at 2 * eps (l1: eps), and then adapts itself.
-
-    Returns:
-        Per image the point that the most draws misclassify; among equal points, the point of highest loss. Shape and
-        dtype are those of x.
-    """
-    y, function = goal(x, y, loss, targeted)
-    attack = APGD(
-        loss="ce" if callable(loss) else loss,
-        steps=steps,
-        n_target_classes=n_target_classes,
-        restarts=restarts,
-        rho=rho,
-        eot_iter=eot_iter,
-        leave_when_fallen=leave_when_fallen,
-        precision="float32",
-    )
-    context = AttackContext(
-        eps=eps, norm=norm, clip_min=clip_min, clip_max=clip_max, seed=chosen_seed(seed), loss_function=function
-    )
-    return attack.run(model, x, y, context).images
 
 
 def checkpoints(steps: int) -> dict[int, int]:

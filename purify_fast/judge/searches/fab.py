@@ -13,14 +13,12 @@ import torch
 from torch import Tensor
 
 from ..._tensors import per_image
-from ..._validation import Count, NormName
+from ..._validation import Count
 from ...attacks.ball import Ball, projected
-from ...attacks.base import untraced
-from ...attacks.context import AttackContext, Radius, keeping
+from ...attacks.context import AttackContext, keeping
 from ...attacks.faults import faults
 from ...attacks.objective import Gradient, Objective, ObjectiveStep
 from ...ops.hyperplane_projection import hyperplane_projection
-from ...protocols import Classifier
 from ...speed.graphs.step_loop import State, Steps, begin_steps
 from .engine.engine_attack import USUAL_TARGETS, EngineAttack, nearest_borders, targets_and_times
 from .engine.judge import has_fallen
@@ -65,37 +63,6 @@ class FABT(EngineAttack):
             search = _FabSearch(objective, active, rows, steps, give_up=self.give_up)
             with keeping(search.keep):
                 search.run()
-
-
-@untraced
-def fab_t(
-    model: Classifier,
-    x: Tensor,
-    y: Tensor,
-    eps: Radius,
-    *,
-    norm: NormName = "linf",
-    steps: int = STEPS,
-    n_target_classes: int | None = USUAL_TARGETS,
-    restarts: int = 1,
-    eot_iter: int = 1,
-    clip_min: float = 0.0,
-    clip_max: float = 1.0,
-    seed: int | torch.Generator | None = None,
-) -> Tensor:
-    """Run `FABT` on a batch, in the model's own precision.
-
-    The arguments are explained at `purify_fast.attacks.pgd` or at `FABT`, and so are the errors. eps is a number or
-    ``[B]``.
-
-    Returns:
-        Per image the misclassified point in the ball that was found; otherwise the nearest misclassified point,
-        projected onto the ball, or the image itself. Shape and dtype are those of x.
-    """
-    attack = FABT(
-        steps=steps, n_target_classes=n_target_classes, restarts=restarts, eot_iter=eot_iter, precision="float32"
-    )
-    return attack(model, x, y, eps, norm=norm, clip_min=clip_min, clip_max=clip_max, seed=seed)
 
 
 @dataclass(frozen=True)

@@ -22,15 +22,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..._tensors import per_image
-from ..._validation import Count, NormName
+from ..._validation import Count
 from ...attacks.ball import Ball, projected
-from ...attacks.base import times, untraced
-from ...attacks.context import AttackContext, Radius, keeping
+from ...attacks.base import times
+from ...attacks.context import AttackContext, keeping
 from ...attacks.objective import Objective, ObjectiveStep
 from ...ops import square_proposal
 from ...ops.philox import Stream, philox, philox_key
 from ...ops.square_proposal import PLACES, TINY, signs
-from ...protocols import Classifier
 from ...speed.graphs.step_loop import State, Steps, begin_steps
 from .engine.engine_attack import EngineAttack
 from .engine.judge import bucket, repeated_to, takes_every_size
@@ -107,34 +106,6 @@ class Square(EngineAttack):
                 search.run(self.n_queries, self.give_up and objective.eot_iter == 1)
             # Its loop would copy its state out of the buffers of the next loop.
             del search
-
-
-@untraced
-def square(
-    model: Classifier,
-    x: Tensor,
-    y: Tensor,
-    eps: Radius,
-    *,
-    norm: NormName = "linf",
-    n_queries: int = QUERIES,
-    restarts: int = 1,
-    eot_iter: int = 1,
-    clip_min: float = 0.0,
-    clip_max: float = 1.0,
-    seed: int | torch.Generator | None = None,
-) -> Tensor:
-    """Run `Square` on a batch, in the model's own precision.
-
-    The arguments are explained at `purify_fast.attacks.pgd` or at `Square`, and so are the errors. eps is a number or
-    ``[B]``.
-
-    Returns:
-        Per image the misclassified point that was found, otherwise the point of the highest margin. Shape
-        and dtype are those of x.
-    """
-    attack = Square(n_queries=n_queries, restarts=restarts, eot_iter=eot_iter, precision="float32")
-    return attack(model, x, y, eps, norm=norm, clip_min=clip_min, clip_max=clip_max, seed=seed)
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,8 @@ from ..._tensors import per_image, per_sample
 from ..._validation import AtLeast0, Count, check_types
 from ...attacks.arguments import check_eps, check_images
 from ...attacks.ball import Ball, sample_in_ball
-from ...attacks.base import Attack, AttackResult, ThreatModel, times, untraced, worst_of_runs
-from ...attacks.context import AttackContext, chosen_seed, keeping
-from ...attacks.functions import goal
+from ...attacks.base import Attack, AttackResult, ThreatModel, times, worst_of_runs
+from ...attacks.context import AttackContext, keeping
 from ...attacks.health import GradientHealth
 from ...attacks.losses import Loss
 from ...attacks.objective import Gradients, Objective
@@ -162,44 +161,3 @@ class StAdv(Attack):
             return search.result(x, point)
 
         return worst_of_runs(self, attack, (target, x, y), context)
-
-
-@untraced
-def stadv(
-    model: Classifier,
-    x: Tensor,
-    y: Tensor | None,
-    eps: float | Tensor = EPS,
-    *,
-    steps: int = 20,
-    loss: Loss = "margin",
-    targeted: Tensor | None = None,
-    random_start: bool = False,
-    keep_best: bool = False,
-    restarts: int = 1,
-    rate: float = RATE,
-    smoothness: float = TAU,
-    eot_iter: int = 1,
-    seed: int | torch.Generator | None = None,
-) -> Tensor:
-    """Run `StAdv` on a batch.
-
-    The arguments are explained at `purify_fast.attacks.pgd` or at `StAdv`, and so are the errors. eps is the largest
-    flow along each axis, in units of half the image, a number or ``[B]``.
-
-    Returns:
-        Per image the last point, or the best point with ``keep_best=True``. Shape and dtype are those of x.
-    """
-    y, function = goal(x, y, loss, targeted)
-    attack = StAdv(
-        eps=eps,
-        steps=steps,
-        loss=loss,
-        random_start=random_start,
-        keep_best=keep_best,
-        restarts=restarts,
-        rate=rate,
-        smoothness=smoothness,
-        eot_iter=eot_iter,
-    )
-    return attack.run(model, x, y, AttackContext(seed=chosen_seed(seed), loss_function=function)).images
