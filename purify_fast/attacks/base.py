@@ -287,22 +287,20 @@ def worst_of_runs(
     A prediction with NaN is a misclassification with an infinite margin. So no run replaces a success by a failure.
     """
     model, x, y = batch
-    health = context.new_health()
+    health, most = context.new_health(), context.max_forward_batch
     _, draws, loss, _ = attack.resolved_for(context)
     precision: GradientPrecision = "float32" if context.keep_mode else getattr(attack, "precision", "float32")
     with frozen(model, keep_mode=context.keep_mode), contextlib.ExitStack() as stack:
-        apart = drawn_once_per_call(model, x, draws, context.max_forward_batch)
+        apart = drawn_once_per_call(model, x, draws, most)
         source = context.source(model, x, precision)
         if source is not model:
             stack.enter_context(frozen(source))
-        loss = context.loss_function or loss
-        objective = Objective(source, loss, draws, context.max_forward_batch, context.graphs, apart=apart)
+        objective = Objective(source, context.loss_function or loss, draws, most, context.graphs, apart=apart)
         best = one_run(objective, 0, health)
         if attack.restarts == 1:
             return AttackResult(best, health)
         # Each forward pass contains at most one draw of every image.
-        most = min(max(1, len(y)), context.max_forward_batch or len(y) + 1)
-        judge = Objective(model, "margin", draws, most, apart=apart)
+        judge = Objective(model, "margin", draws, min(max(1, len(y)), most or len(y) + 1), apart=apart)
 
         def score(points: Tensor) -> Tensor:
             wrong, margins = judge.score(points, y)

@@ -74,14 +74,12 @@ class EngineAttack(InBall):
             with frozen(source):
                 if source is context.gradients_from:
                     apart = drawn_once_per_call(source, x, draws, most)
-                loss = context.loss_function or loss
-                objective = Objective(source, loss, draws, most, context.graphs, apart=apart)
+                objective = Objective(source, context.loss_function or loss, draws, most, context.graphs, apart=apart)
                 with keeping(lambda: active.best):
                     active.judge_clean_images(leave=getattr(self, "leave_when_fallen", True))
                     self.explore(active, objective, context)
         gave_up = (~active.fallen & ~active.tried).sum()
-        warnings = [BLIND] * active.ended_blind
-        return AttackResult(active.best, active.health, warnings, gave_up)
+        return AttackResult(active.best, active.health, [BLIND] * active.ended_blind, gave_up)
 
     def may_end_early(self, context: AttackContext) -> bool:
         return self.give_up and self.resolved_for(context).steps >= FEWEST_STEPS
