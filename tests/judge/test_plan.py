@@ -9,7 +9,7 @@ from digit_nets import EPS, digits, standard
 from evaluating import evaluate
 from small_models import Made
 
-from purify_fast.attacks import APGD, FABT, PGD, AttackContext, LeavingPGD, Square, StAdv
+from purify_fast.attacks import APGD, FABT, PGD, AttackContext, JudgeContext, LeavingPGD, Square, StAdv
 from purify_fast.attacks.base import ThreatModel
 from purify_fast.attacks.context import TimeIsOver
 from purify_fast.defences import NoisyEnsemble
@@ -62,11 +62,11 @@ def test_only_a_first_step_without_any_gradient_ends_a_run(draws):
         logits = net(z)
         return torch.where(kept, logits, logits.detach())
 
-    context = {"eps": 1e-4, "num_classes": 10, "draws_differ": draws > 1, "eot_iter": draws, "counts_health": True}
-    whole = APGD(steps=12).run(half, x[:2], y[:2], **context)
+    context = JudgeContext(eps=1e-4, num_classes=10, draws_differ=draws > 1, eot_iter=draws, counts_health=True)
+    whole = APGD(steps=12).run(half, x[:2], y[:2], context)
     assert not whole.warnings and sum(seen) == 12
     seen.clear()
-    blind = APGD(steps=12).run(lambda z: (seen.append(z.requires_grad), net(z.detach()))[1], x[:2], y[:2], **context)
+    blind = APGD(steps=12).run(lambda z: (seen.append(z.requires_grad), net(z.detach()))[1], x[:2], y[:2], context)
     # On a random model, 20 draws decide, at the steps after which a batch may shrink: 1 to 6, and 8.
     looks = 1 if draws == 1 else 8
     assert blind.warnings == [BLIND] and sum(seen) == looks
