@@ -203,7 +203,7 @@ def test_a_whole_attack_waits_for_nothing(run, norm):
     model, real, fake = plain(), batch(1), FakeCuda()
     fake.put(model)
     x, y = fake.tensor(real.x), fake.tensor(real.y)
-    options = {"seed": 0, **NORMS[norm]} | ({} if run is fgsm else {"steps": 3})
+    options = NORMS[norm] | ({} if run is fgsm else {"seed": 0, "steps": 3})
     for first in (True, False):
         with fake.running(first=first):
             run(model, x, y, **options)

@@ -207,9 +207,9 @@ def test_the_attack_sees_cross_entropy_alone(norm):
         task = arrest(moved(cnn()), teacher=cnn(), distillation_weight=weight, replay=False, norm=norm)
         found.append(task.inputs(step, [])[0])
     options = {"eps": EPS, "alpha": 0.1, "steps": 2, "norm": norm, "seed": 7, "sample_ids": step.sample_ids}
-    direct = pgd(moved(cnn()), step.x, step.y, **options)
-    assert all(torch.equal(x, direct) for x in found)
-    assert not torch.equal(direct, step.x)
+    wanted = direct(pgd, moved(cnn()), step.x, step.y, **options)
+    assert all(torch.equal(x, wanted) for x in found)
+    assert not torch.equal(wanted, step.x)
 
 
 def test_the_attack_runs_in_evaluation_mode_and_the_loss_in_training_mode():
