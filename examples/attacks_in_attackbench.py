@@ -16,9 +16,8 @@ import tyro
 from torch.utils.data import DataLoader, TensorDataset
 
 from purify_fast import zoo
-from purify_fast.attacks import APGD, FABT, Attack, AttackContext
+from purify_fast.attacks import APGD, FABT, Attack
 from purify_fast.data import load_dataset, to_float
-from purify_fast.judge.searches.sequence import AttackSequence
 
 
 def for_attackbench(*attacks: Attack) -> Callable[..., torch.Tensor]:
@@ -33,11 +32,12 @@ def for_attackbench(*attacks: Attack) -> Callable[..., torch.Tensor]:
     def attack(
         model: torch.nn.Module, inputs: torch.Tensor, labels: torch.Tensor, threat_model: Any, epsilon: float
     ) -> torch.Tensor:
-        context = AttackContext(eps=epsilon, norm=threat_model, draws_differ=False)
-        attacked = AttackSequence(model, inputs, labels, context)
+        images = inputs.clone()
         for one in attacks:
-            attacked.run(one)
-        return attacked.images
+            with torch.no_grad():
+                left = (model(images).argmax(1) == labels).nonzero()[:, 0]
+            images[left] = one(model, inputs[left], labels[left], epsilon, norm=threat_model)
+        return images
 
     return attack
 

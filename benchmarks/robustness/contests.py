@@ -36,17 +36,17 @@ from examples.demo.setting import EPS, Budget, Workspace, digits
 from purify_fast import zoo
 from purify_fast._files import write_text
 from purify_fast._tensors import digest, weights_fingerprint
-from purify_fast.attacks import AttackContext, frozen
+from purify_fast.attacks import JudgeContext, frozen
 from purify_fast.attacks.base import ThreatModel
 from purify_fast.attacks.gradient_copy import Copies
 from purify_fast.data import load_dataset, to_float
 from purify_fast.defences import StochasticDefence, WithAggregation
 from purify_fast.evaluation import AttackSpec, evaluate
+from purify_fast.judge.drop_in import AttackSequence
 from purify_fast.judge.request import subject as evaluated
 from purify_fast.judge.request.attack_lists import protocol_attacks
 from purify_fast.judge.searches.engine.judge import Judge, has_fallen
 from purify_fast.judge.searches.original_autoattack import implementation
-from purify_fast.judge.searches.sequence import AttackSequence
 from purify_fast.judge.show.text import markdown_table
 from purify_fast.ops.pgd_step import pgd_step
 from purify_fast.training import load_classifier
@@ -174,7 +174,7 @@ class Protocol:
             how |= {"eps": subject.eps, "attacks": specs, "progress": False}
             report = evaluate(subject.model, subject.x, subject.y, **how)
             return 1 - torch.from_numpy(report.headline.robust).float()
-        context = AttackContext(
+        context = JudgeContext(
             num_classes=10,
             eps=subject.eps,
             draws_differ=True,
@@ -185,10 +185,11 @@ class Protocol:
             max_forward_batch=2 * BATCH,
             copies=Copies(subject.x),
         )
-        attacked = AttackSequence(subject.model, subject.x, subject.y, context)
+        with frozen(subject.model):
+            attacked = AttackSequence(subject.model, subject.x, subject.y, context, subject.x.device)
         for spec in specs:
             attacked.context = replace(context, seed=spec.seed, gradients_from=spec.through)
-            with frozen(subject.model if spec.through is None else spec.through):
+            with frozen(subject.model), frozen(subject.model if spec.through is None else spec.through):
                 attacked.run(spec.attack)
         return misclassified(subject, attacked.images)
 

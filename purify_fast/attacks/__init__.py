@@ -12,25 +12,26 @@ from .base import AttackResult as AttackResult
 from .bpda import BpdaModel as BpdaModel
 from .checkpointed_steps import checkpointed_steps as checkpointed_steps
 from .context import AttackContext as AttackContext
+from .functions import fgsm as fgsm
+from .functions import pgd as pgd
+from .health import GradientHealth as GradientHealth
+from .leaving_pgd import LeavingPGD as LeavingPGD
 from .pgd import FGSM as FGSM
 from .pgd import PGD as PGD
-from .pgd import LeavingPGD as LeavingPGD
-from .pgd import fgsm as fgsm
-from .pgd import pgd as pgd
-from .search import GradientHealth as GradientHealth
 
 # The searches that only a judge runs are imported when they are first used, so a training does not import them.
 if TYPE_CHECKING:
     from ..judge.searches.apgd import APGD as APGD
-    from ..judge.searches.apgd import apgd as apgd
     from ..judge.searches.fab import FABT as FABT
-    from ..judge.searches.fab import fab_t as fab_t
     from ..judge.searches.heads import AttackersHead as AttackersHead
+    from ..judge.searches.judge_context import JudgeContext as JudgeContext
     from ..judge.searches.original_autoattack import OriginalAutoAttack as OriginalAutoAttack
+    from ..judge.searches.search_functions import apgd as apgd
+    from ..judge.searches.search_functions import fab_t as fab_t
+    from ..judge.searches.search_functions import square as square
+    from ..judge.searches.search_functions import stadv as stadv
     from ..judge.searches.square import Square as Square
-    from ..judge.searches.square import square as square
     from ..judge.searches.stadv import StAdv as StAdv
-    from ..judge.searches.stadv import stadv as stadv
 else:
     _at_once = [name for name, value in globals().items() if callable(value) and name != "lazy_exports"]
     __all__, __getattr__, __dir__ = lazy_exports(__name__)

@@ -28,9 +28,6 @@ TRIED_IMAGES, TRIED_ROWS, TRIED_CALLS, FEWEST_DRAWS = 2, 8, 8, 64
 #: Draws of a call are taken as equal if they differ by less than this share of the difference between two calls.
 ALIKE = 0.01
 
-#: The number of images on which a model is tested before it is attacked.
-SAMPLE = 8
-
 
 @contextlib.contextmanager
 def frozen(model: Classifier, *, keep_mode: bool = False) -> Iterator[None]:
@@ -183,53 +180,3 @@ def drawn_once_per_call(model: Classifier, x: Tensor, draws: int, most: int | No
         # The counter should count only the images of attacks, so the images of this test are subtracted.
         cast(CountsImages, model).count(counted - cast(CountsImages, model).counted())
     return within < ALIKE * between
-
-
-# -- tests of a model before it is judged ------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def check_model(model: Classifier, some: Tensor) -> int:
-    """Check a model's outputs on several images and on a single image, and return its number of classes."""
-    classes = checked_logits(model(some), len(some)).shape[1]
-    check_classes(checked_logits(model(some[:1]), 1), classes)
-    return classes
-
-
-def check_classes(logits: Tensor, classes: int) -> Tensor:
-    """Return logits ``[B, classes]``; ValueError for another number of classes than in the first call."""
-    if logits.shape[1] != classes:
-        raise ValueError(f"the model must return {classes} logits for each image, got {logits.shape[1]}")
-    return logits
-
-
-def check_leaves_images(model: Callable[[Tensor], object], x: Tensor) -> None:
-    """Refuse a model that writes to its input in any way; the model is called on copies, with and without gradients."""
-    for recorded in (False, True):
-        images = x.detach().clone().requires_grad_(recorded)
-        with torch.set_grad_enabled(recorded):
-            try:
-                call_checked(model, images)
-            except WritesToItsInput:
-                raise
-            except Exception:
-                # A model that fails only while gradients are recorded can be evaluated, so the error is ignored.
-                if not recorded:
-                    raise
-        if not torch.equal(images.detach(), x.detach()):
-            raise WritesToItsInput
-
-
-def predicts_otherwise(model: Classifier, x: Tensor, most: int) -> bool:
-    """Return True if two predictions of the same images ``x`` differ, in passes of at most ``most`` images."""
-    return any(differ(model(part.clone()), model(part.clone())) for part in x.split(most))
-
-
-def draws_elsewhere(model: Classifier, x: Tensor, most: int) -> bool:
-    """Return True if two predictions differ on images, on noisy images, or on means of two images.
-
-    Some defences draw only for images that are not on the grid of 8 bits, or of whose class they are not sure.
-    """
-    noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(x) - 0.5
-    tried = (x, (x + noise / 16).clamp(0, 1), (x + x.roll(1, 0).flip(-1)) / 2)
-    return any(predicts_otherwise(model, images, most) for images in tried)

@@ -53,7 +53,7 @@ def ball_around(
     return Ball(radii, norm, clip_min, clip_max)
 
 
-def _numbers(x: Tensor, seed: int, sample_ids: Tensor | None) -> Callable[..., Tensor]:
+def _numbers(x: Tensor, seed: int | Tensor, sample_ids: Tensor | None) -> Callable[..., Tensor]:
     """Make a function that returns random numbers for the first points of an attack, ``[B, 1, count]``."""
     ids = torch.arange(x.shape[0], device=x.device) if sample_ids is None else sample_ids
     return partial(philox, philox_key(seed, x.device), ids, stream=Stream.ATTACK_START)
@@ -65,13 +65,15 @@ def projected(x: Tensor, point: Tensor, ball: Ball) -> Tensor:
     return pgd_step(point, torch.zeros_like(x), x, 0.0, ball.eps, **ball.bounds)
 
 
-def normal_in_ball(x: Tensor, ball: Ball, std: float, *, seed: int = 0, sample_ids: Tensor | None = None) -> Tensor:
+def normal_in_ball(
+    x: Tensor, ball: Ball, std: float, *, seed: int | Tensor = 0, sample_ids: Tensor | None = None
+) -> Tensor:
     """Draw a point from a normal distribution around each image, and project it onto the ball and the box."""
     noise = _numbers(x, seed, sample_ids)(x[0].numel(), distribution="normal")
     return projected(x, (x + std * noise.view_as(x)).to(x.dtype), ball)
 
 
-def sample_in_ball(x: Tensor, ball: Ball, *, seed: int = 0, sample_ids: Tensor | None = None) -> Tensor:
+def sample_in_ball(x: Tensor, ball: Ball, *, seed: int | Tensor = 0, sample_ids: Tensor | None = None) -> Tensor:
     """Draw a point uniformly from the ball around each image, and clamp it to the box."""
     draw, size = _numbers(x, seed, sample_ids), x[0].numel()
     if ball.norm == "linf":

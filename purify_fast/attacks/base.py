@@ -6,8 +6,8 @@ import abc
 import contextlib
 import functools
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, ClassVar, NamedTuple, get_args
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +15,20 @@ from torch import Tensor, nn
 from .._compiler import outside_graphs
 from .._validation import Count, GradientPrecision, Norm, NormName, check_types, read_norm
 from ..protocols import Classifier
-from .arguments import check_eps, check_images, check_keywords, check_labels
+from .arguments import check_eps, check_images
 from .attacked_model import called_directly, drawn_once_per_call, frozen
 from .ball import Ball, ball_around
-from .context import AttackContext, LossFunction, Radius, drawn_seed, keeping
-from .losses import LOSSES, usable_loss
+from .context import AttackContext, Radius, chosen_seed, keeping
+from .losses import LOSSES, towards, usable_loss
 from .objective import Objective
-from .search import GradientHealth, better_of
+from .search import better_of
 
-#: The names of the options of every attack.
-CONTEXT = [each.name for each in fields(AttackContext)]
+if TYPE_CHECKING:
+    from .health import GradientHealth
+
+#: For a direct call: torch.compile ends its graph before the call, and compiles what the call runs. It cannot trace how
+#: the call makes an attack and its context.
+untraced = functools.partial(outside_graphs, recursive=False)
 
 
 class ThreatModel(NamedTuple):
@@ -165,27 +169,70 @@ class Attack(abc.ABC):
             The adversarial images, and the counts of the attack.
         """
 
-    # torch.compile cannot trace how options and context are divided. Compilation begins again inside the attack.
-    @functools.partial(outside_graphs, recursive=False)
-    def __call__(self, model: Classifier, x: Tensor, y: Tensor, **options: Any) -> Tensor:
-        """Attack a batch as `run` does, and return only the images: ``PGD(steps=3)(model, x, y, eps=8 / 255)``."""
-        return self.run(model, x, y, **options).images
+    @untraced
+    def __call__(
+        self,
+        model: Classifier,
+        x: Tensor,
+        y: Tensor,
+        eps: Radius | None = None,
+        *,
+        norm: NormName = "linf",
+        clip_min: float | Tensor = 0.0,
+        clip_max: float | Tensor = 1.0,
+        seed: int | torch.Generator | None = None,
+    ) -> Tensor:
+        """Attack a batch without an evaluation: ``PGD(steps=3)(model, x, y, eps=8 / 255)``.
 
-    @functools.partial(outside_graphs, recursive=False)
-    def run(self, model: Classifier, x: Tensor, y: Tensor, **options: Any) -> AttackResult:
-        """Attack a model, images to logits, on a batch ``[B, C, H, W]`` with labels ``[B]``, without an evaluation.
+        Args:
+            model: images ``[B, ...]`` to logits ``[B, classes]``.
+            x: images, floating point ``[B, ...]`` in [clip_min, clip_max].
+            y: true labels, int64 ``[B]``.
+            eps: radius of the ball in image units, see `AttackContext`; None if the attack itself has a radius.
+            norm: norm of the ball, "linf", "l2" or "l1", if the attack itself has no norm.
+            clip_min: the smallest value of a pixel.
+            clip_max: the largest value of a pixel.
+            seed: seed of all random numbers, or a generator that draws it; None: torch's generator of the CPU draws it.
 
-        ``options`` are fields of `AttackContext`, such as ``eps``, ``norm`` and ``seed``.
+        Returns:
+            The adversarial images, with shape and dtype of x.
 
         Raises:
-            TypeError: an option that is no field of `AttackContext`, or an output of the model without logits.
+            TypeError: an output of the model without logits.
             ValueError: a missing radius; images, labels, options or logits that are not allowed.
         """
-        check_keywords(type(self).__name__, options, CONTEXT)
-        context = AttackContext(**{"seed": drawn_seed(), **options})
-        if "eps" not in options and self.threat_model(context).eps == 0:
+        radius, number = 0.0 if eps is None else eps, chosen_seed(seed)
+        context = AttackContext(eps=radius, norm=norm, clip_min=clip_min, clip_max=clip_max, seed=number)
+        if eps is None and self.threat_model(context).eps == 0:
             raise ValueError(f"eps must be given: call {type(self).__name__}(...)(model, x, y, eps=8 / 255)")
-        return _searched(self, model, x, y, context)
+        return self.run(model, x, y, context).images
+
+    @untraced
+    def run(self, model: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> AttackResult:
+        """Attack a batch without an evaluation, with all settings of a context, and return also what was counted.
+
+        Steps on a frozen copy are captured in the copy's graphs, by one attack at a time. On another stream than the
+        default one, nothing is captured, because replays must not overlap. A step with a user's loss is not captured
+        either: what the loss reads would be frozen.
+        """
+        # Most attacks are on other models, and need none of what makes graphs.
+        from ..speed.followed import graphs_of, read_copies
+
+        # `DistributedDataParallel` would exchange buffers in each forward pass.
+        model = self.target(model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model)
+        read_copies(model)
+        targeted = context.loss_function in [towards(loss) for loss in LOSSES]
+        ours = context.loss_function is None or targeted
+        graphs = graphs_of(model) if context.graphs is None and ours else None
+        # With a user's loss, any labels are allowed.
+        with called_directly("targeted" if targeted else "y", y if ours else y[:0]):
+            if graphs is None or not graphs.free_for(x.device):
+                return self.search(model, x, y, context)
+            try:
+                captured = replace(context, graphs=graphs)
+                return graphs.retry_without_graphs(lambda: self.search(model, x, y, captured), x.device)
+            finally:
+                graphs.lock.release()
 
     def revision(self) -> str | None:
         """The version of the attack's code. Cached results need the same version; with None, results are not cached."""
@@ -229,20 +276,6 @@ def times(restarts: int) -> str:
 # -- attacks that follow the gradient of the model itself -------------------------------------------------------------
 
 
-def source_of(model: Classifier, x: Tensor, precision: GradientPrecision, copies: Any) -> Classifier:
-    """The model from which an attack takes its gradients, see `purify_fast.attacks.gradient_copy`.
-
-    A direct call, which has no ``copies``, attacks the model that it was given, unless it asks for bfloat16.
-    """
-    alone = precision == "auto" and copies is None
-    if precision == "float32" or alone or not len(x):
-        return model
-    # Attacks in float32 need none of what makes copies.
-    from .gradient_copy import Copies
-
-    return (Copies(x) if copies is None else copies).copy_for(model, precision)
-
-
 def worst_of_runs(
     attack: Any,
     one_run: Callable[[Objective, int, GradientHealth | None], Tensor],
@@ -254,22 +287,20 @@ def worst_of_runs(
     A prediction with NaN is a misclassification with an infinite margin. So no run replaces a success by a failure.
     """
     model, x, y = batch
-    health = GradientHealth() if context.counts_health else None
+    health, most = context.new_health(), context.max_forward_batch
     _, draws, loss, _ = attack.resolved_for(context)
     precision: GradientPrecision = "float32" if context.keep_mode else getattr(attack, "precision", "float32")
     with frozen(model, keep_mode=context.keep_mode), contextlib.ExitStack() as stack:
-        apart = drawn_once_per_call(model, x, draws, context.max_forward_batch)
-        source = source_of(model, x, precision, context.copies)
+        apart = drawn_once_per_call(model, x, draws, most)
+        source = context.source(model, x, precision)
         if source is not model:
             stack.enter_context(frozen(source))
-        loss = context.loss_function or loss
-        objective = Objective(source, loss, draws, context.max_forward_batch, context.graphs, apart=apart)
+        objective = Objective(source, context.loss_function or loss, draws, most, context.graphs, apart=apart)
         best = one_run(objective, 0, health)
         if attack.restarts == 1:
             return AttackResult(best, health)
         # Each forward pass contains at most one draw of every image.
-        most = min(max(1, len(y)), context.max_forward_batch or len(y) + 1)
-        judge = Objective(model, "margin", draws, most, apart=apart)
+        judge = Objective(model, "margin", draws, min(max(1, len(y)), most or len(y) + 1), apart=apart)
 
         def score(points: Tensor) -> Tensor:
             wrong, margins = judge.score(points, y)
@@ -281,86 +312,3 @@ def worst_of_runs(
                 points = one_run(objective, number, health)
                 best, best_score = better_of(best, best_score, points, score(points))
     return AttackResult(best, health)
-
-
-def _searched(
-    attack: Attack, model: Classifier, x: Tensor, y: Tensor, context: AttackContext, name: str = "y"
-) -> AttackResult:
-    """Search without an evaluation. ``name`` is the name of the labels ``y`` in messages.
-
-    Steps on a frozen copy are captured in the copy's graphs, by one attack at a time. On another stream than the
-    default one, nothing is captured, because replays must not overlap. A step with a user's loss is not captured
-    either: what the loss reads would be frozen.
-    """
-    # Most attacks are on other models, and need none of what makes graphs.
-    from ..speed.followed import graphs_of, read_copies
-
-    # `DistributedDataParallel` would exchange buffers in each forward pass.
-    model = attack.target(model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model)
-    read_copies(model)
-    ours = context.loss_function is None or context.loss_function in map(_towards, LOSSES)
-    graphs = graphs_of(model) if context.graphs is None and ours else None
-    # With a user's loss, any labels are allowed.
-    with called_directly(name, y if ours else y[:0]):
-        if graphs is None or not graphs.free_for(x.device):
-            return attack.search(model, x, y, context)
-        try:
-            context = replace(context, graphs=graphs)
-            return graphs.retry_without_graphs(lambda: attack.search(model, x, y, context), x.device)
-        finally:
-            graphs.lock.release()
-
-
-# -- attacks as functions ---------------------------------------------------------------------------------------------
-
-
-# torch.compile cannot trace how options and context are divided. Compilation begins again inside the attack.
-@functools.partial(outside_graphs, recursive=False)
-def run_alone(
-    attack: type[Attack], model: Classifier, x: Tensor, y: Any = None, eps: Radius | None = None, **options: Any
-) -> Tensor:
-    """Run an attack with the arguments of `purify_fast.attacks.pgd`.
-
-    If attack and context have an option of the same name, it sets the attack's field; but ``eps`` and ``norm`` of an
-    attack in a ball set the context's fields, because only the context's eps may be a tensor.
-    """
-    own = {each.name for each in fields(attack)} - ({"eps", "norm"} if attack.norms else set())
-    check_keywords(attack.__name__, options, {*own, *CONTEXT, "mode", "targeted", "generator", "health"})
-    loss, mode = options.get("loss", "ce"), options.pop("mode", "eval")
-    targeted, generator, health = (options.pop(name, None) for name in ("targeted", "generator", "health"))
-    if mode not in ("eval", "keep") or (mode == "keep" and attack.kind not in ("pgd", "fgsm")):
-        raise ValueError(f'mode must be "eval", or "keep" for PGD and FGSM, got {mode!r}')
-    if targeted is not None:
-        if "loss" not in own or loss not in LOSSES:
-            raise ValueError(f"targeted needs a loss among {', '.join(LOSSES)}, got {loss!r}")
-        options.pop("loss", None)
-        if not isinstance(targeted, Tensor):
-            raise TypeError(f"targeted must be a tensor of classes, int64 [B], got {targeted!r}")
-        if targeted.shape != (len(x),) or targeted.dtype != torch.int64:
-            raise ValueError(f"targeted must be int64 [B] = [{len(x)}], got {targeted.dtype} {list(targeted.shape)}")
-        check_labels("targeted", targeted)
-        options["loss_function"], y = _towards(loss), targeted
-    elif callable(loss) and "loss" in own:
-        del options["loss"]
-        options["loss_function"] = loss if y is not None else lambda logits, _: loss(logits, None)
-        y = torch.zeros(len(x), dtype=torch.int64, device=x.device) if y is None else y
-    elif y is None:
-        raise TypeError("y is missing: give labels, int64 [B], or a function as loss, or targeted")
-    if eps is not None:
-        options["eps"] = eps
-    elif attack.norms:
-        raise TypeError(f"eps is missing: {attack.__name__} needs a radius in image units, such as eps=8 / 255")
-    if options.get("seed") is None:
-        options["seed"] = drawn_seed(generator)
-    chosen = attack(**{name: options.pop(name) for name in own & options.keys()})
-    context = AttackContext(**options, keep_mode=mode == "keep", counts_health=health is not None)
-    result = _searched(chosen, model, x, y, context, name="y" if targeted is None else "targeted")
-    if health is not None and result.health is not None:
-        health.add(**result.health.counts)
-    return result.images
-
-
-@functools.cache
-def _towards(loss: str) -> LossFunction:
-    """The loss that grows as the logits come nearer to a target class."""
-    return lambda logits, target: -LOSSES[loss](logits, target)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from .._validation import NormName, check_counts
+from .._validation import GradientPrecision, NormName, check_counts
 from ..protocols import Classifier
 from ..speed.graphs.step_loop import CapturesSteps
+
+if TYPE_CHECKING:
+    from .health import GradientHealth
 
 #: A radius in image units: a number for all images, or ``[B]``, a number for each image. In "linf" also a tensor that
 #: can be broadcast over the images, such as ``[C, 1, 1]`` for normalized images.
@@ -26,6 +29,11 @@ def drawn_seed(generator: torch.Generator | None = None) -> int:
     device = "cpu" if generator is None else generator.device
     # A number is read from a tensor of the CPU by NumPy, because it waits for no device.
     return int(torch.randint(2**63 - 1, (), generator=generator, device=device).cpu().numpy())
+
+
+def chosen_seed(seed: int | Tensor | torch.Generator | None) -> int | Tensor:
+    """The seed of a direct call: the given seed, or a seed that a generator draws."""
+    return drawn_seed(seed) if seed is None or isinstance(seed, torch.Generator) else seed
 
 
 class TimeIsOver(BaseException):
@@ -59,26 +67,15 @@ class AttackContext:
         num_classes: number of the model's classes; 0 if it is not known. With 0, "margin" replaces no other loss.
         steps: number of steps of an attack whose own ``steps`` is None.
         eot_iter: number of draws averaged per step, for an attack whose own ``eot_iter`` is None.
-        votes: number of draws in one prediction of the attacked model, if the prediction is a vote over draws. A step
-            then averages fewer predictions.
         draws_differ: whether two predictions of the same image may differ. If not, every attack takes one draw.
-        judge_draws: number of fresh predictions that check a success on a random model. None takes the number of
-            predictions that a step averages.
-        judge_share: the share of these fresh predictions that must be wrong for a success.
-        seed: seed of all random numbers.
+        seed: seed of all random numbers; in a captured step a tensor, int64 ``[1]``.
         sample_ids: int64 ``[B]``, the indices of the images in their data set. The random start of an image depends
             only on the seed and its index. None: 0 .. B - 1.
-        gradients_from: another model from which attacks with `Attack.follows_gradients` take their gradients. The
-            attacked model still checks every success. With None, the attacked model gives the gradients.
-        loss_function: a loss that replaces the attack's own in PGD, FGSM and Auto-PGD.
+        loss_function: a loss that replaces the attack's own in PGD, FGSM, Auto-PGD and StAdv.
         keep_mode: whether PGD and FGSM leave the model in its mode, so that BatchNorms in training mode take the
             statistics of the batch and update their averages.
         max_forward_batch: the largest number of images in one forward pass, which changes no result. None: no limit.
-        batch_size: the largest number of images in one batch of a search; a search with another target or restart takes
-            the place of an image. None stands for 64, or for the number of images if that is larger.
-        counts_health: whether the attack counts faulty gradients and unmoved images.
         graphs: captures the steps of attacks as CUDA graphs, see `purify_fast.speed.StepGraphs`; None: no captures.
-        copies: the `Copies` of an evaluation, which an attack with the precision "auto" attacks; None: the model.
 
     Raises:
         ValueError: a count that is not allowed.
@@ -91,29 +88,30 @@ class AttackContext:
     num_classes: int = 0
     steps: int = 100
     eot_iter: int = 1
-    votes: int = 1
     draws_differ: bool = True
-    judge_draws: int | None = None
-    judge_share: float = 1.0
-    seed: int = 0
+    seed: int | Tensor = 0
     sample_ids: Tensor | None = None
-    gradients_from: Classifier | None = None
     loss_function: LossFunction | None = None
     keep_mode: bool = False
     max_forward_batch: int | None = None
-    batch_size: int | None = None
-    counts_health: bool = False
     graphs: CapturesSteps | None = None
-    copies: Any = None
 
     def __post_init__(self) -> None:
-        counts = "judge_draws", "max_forward_batch", "batch_size"
-        check_counts(**{name: getattr(self, name) for name in counts})
+        check_counts(max_forward_batch=self.max_forward_batch)
 
     def predictions(self, draws: int) -> int:
         """Return the number of predictions that together make ``draws`` draws."""
-        return -(-draws // self.votes)
+        return draws
 
-    def judges(self, draws: int) -> int:
-        """The number of fresh predictions that judge an image, for an attack whose steps average ``draws`` draws."""
-        return (self.judge_draws or draws) if self.draws_differ else 1
+    def new_health(self) -> GradientHealth | None:
+        """Return the counts that an attack adds up; None if it counts nothing."""
+        return None
+
+    def source(self, model: Classifier, x: Tensor, precision: GradientPrecision) -> Classifier:
+        """The model from which an attack takes its gradients: with "bfloat16" a copy of the model, else the model."""
+        if precision != "bfloat16" or not len(x):
+            return model
+        # Other attacks need none of what makes copies.
+        from .gradient_copy import Copies
+
+        return Copies(x).copy_for(model, precision)

@@ -5,6 +5,7 @@ l_j is the logit of class j, y is the true class, and l_(k) is the k-th largest 
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..ops.dispatch.gradient import first_order
+from .context import LossFunction
 
 #: The usual formula of the cross-entropy in float32 is replaced where its result is below SURE. In float64 the limit is
 #: smaller by the ratio of the two precisions.
@@ -122,3 +124,9 @@ def check_classes(loss: str, classes: int) -> None:
 def usable_loss(loss: ApgdLoss, num_classes: int) -> ApgdLoss:
     """The loss itself, or "margin" if the loss needs more than ``num_classes`` classes."""
     return "margin" if 0 < num_classes < FEWEST_CLASSES.get(loss, 2) else loss
+
+
+@functools.cache
+def towards(loss: str) -> LossFunction:
+    """The loss that grows as the logits come nearer to a target class. ``loss`` is a name of `LOSSES`."""
+    return lambda logits, target: -LOSSES[loss](logits, target)

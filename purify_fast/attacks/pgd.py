@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .._validation import AtLeast0, Count, GradientPrecision, Range
 from ..ops.pgd_step import per_pixel, pgd_step
@@ -18,17 +19,45 @@ from ..protocols import Classifier
 from ..speed.graphs.step_loop import State, begin_steps
 from .arguments import check_tensor
 from .ball import Ball, normal_in_ball, sample_in_ball
-from .base import AttackResult, InBall, run_alone, times, worst_of_runs
-from .context import AttackContext, Radius, keeping
+from .base import AttackResult, InBall, times, worst_of_runs
+from .context import AttackContext, keeping
 from .losses import Loss
 from .objective import Objective, ObjectiveStep
-from .search import GradientHealth, Search, record_point
+from .search import Search, record_point
 
 if TYPE_CHECKING:
-    from .keywords import FgsmOptions, PgdOptions, Unpack
+    from .health import GradientHealth
 
 #: The share of the coordinates that the first step in the l1 ball moves.
 FIRST_DENSITY = 0.1
+
+
+def reference(
+    model: Classifier, x: Tensor, y: Tensor, start: Tensor, *, eps: float, alpha: float, steps: int
+) -> Tensor:
+    """Take the steps of PGD in the linf ball, in plain PyTorch. The class `PGD` takes the same steps in less time.
+
+    Args:
+        model: images ``[B, ...]`` to logits ``[B, classes]``, in evaluation mode.
+        x: images in [0, 1], floating point ``[B, ...]``.
+        y: true labels, int64 ``[B]``.
+        start: the first points, such as x or points drawn in the ball, with shape and dtype of x.
+        eps: radius of the ball around each image, in image units.
+        alpha: length of a step in image units.
+        steps: number of steps.
+
+    Returns:
+        The last points, with shape and dtype of x.
+    """
+    low, high = (x - eps).clamp(0, 1), (x + eps).clamp(0, 1)
+    point = start
+    for _ in range(steps):
+        point = point.detach().requires_grad_()
+        # The sum makes the gradient of each image independent of the other images.
+        loss = F.cross_entropy(model(point), y, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, point)
+        point = (point.detach() + alpha * gradient.sign()).clamp(low, high)
+    return point
 
 
 @dataclass(frozen=True)
@@ -168,94 +197,6 @@ class PGD(InBall):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LeavingPGD(PGD):
-    """PGD that takes no further steps for an image once all draws of one step have misclassified the image.
-
-    The draws of a step are fresh, so twenty wrong draws are twenty independent wrong predictions.
-
-    Args:
-        look_every: the number of steps between two checks for misclassified images.
-    """
-
-    code_version: ClassVar[str] = "4, leaving 1"
-
-    look_every: Count = 20
-
-    def __post_init__(self) -> None:
-        if not self.keep_best:
-            raise ValueError("keep_best must be True, because LeavingPGD returns the best points, got False")
-        super().__post_init__()
-
-    def climb(self, objective: Objective, ball: Ball, begin: State, steps: int, health: GradientHealth | None) -> State:
-        whole, state = begin, begin
-        # For each tensor, the dimension that has an entry per image. A tensor without dimensions belongs to all images.
-        dims = {name: int(name == "best_score") for name, value in begin.items() if value.dim()}
-        index = torch.arange(len(begin["y"]), device=begin["y"].device)
-        with keeping(lambda: whole["best"]):
-            for first in range(0, steps, self.look_every):
-                end = min(steps, first + self.look_every)
-                state = ascend(objective, ball.take(index), state, steps=steps, first=first, end=end)
-                # Drop the values that `ascend` has added, such as the length of a step. The next call adds them again.
-                state = {name: state[name] for name in begin}
-                whole = state | {name: whole[name].index_copy(dim, index, state[name]) for name, dim in dims.items()}
-                stay = (state["best_score"][0] < 1).nonzero()[:, 0]
-                if health is not None:
-                    # `Search.result` counts a gradient for every image and step. Subtract the remaining gradients of
-                    # the images that are removed here.
-                    health.add(gradients=(len(stay) - len(index)) * (steps - end))
-                if not len(stay):
-                    break
-                index = index[stay]
-                state |= {name: state[name].index_select(dim, stay) for name, dim in dims.items()}
-        return whole
-
-
-def pgd(
-    model: Classifier,
-    x: Tensor,
-    y: Tensor | None = None,
-    eps: Radius | None = None,
-    *,
-    stop_when_fallen: bool = False,
-    **options: Unpack[PgdOptions],
-) -> Tensor:
-    """Run `PGD` on a batch, by default with 40 steps.
-
-    Args:
-        model: images ``[B, ...]`` to logits ``[B, classes]``; a module is in evaluation mode during the attack.
-        x: images, floating point ``[B, ...]`` in [clip_min, clip_max].
-        y: true labels, int64 ``[B]``. With a function as loss, y is what the function gets, ``[B, ...]`` or None.
-        eps: radius of the ball in image units: a number, ``[B]``, or for PGD and FGSM in linf a tensor that can be
-            broadcast over the images, such as ``[C, 1, 1]`` for normalized images. alpha, clip_min and clip_max may be
-            such tensors too.
-        stop_when_fallen: whether an image takes no further steps after a step that misclassifies it.
-        **options: fields of `PGD` and `AttackContext`, of which three differ here, and four others.
-            ``loss`` is a name, or for PGD, FGSM and Auto-PGD a function ``(logits, y) -> [B]`` that is maximized.
-            ``seed`` is drawn if it is None, and ``keep_best`` is False if it is not given. ``targeted`` are target
-            classes, int64 ``[B]``: the attack lowers the loss of these classes, and reads no y. ``mode`` is "eval", or
-            for PGD and FGSM "keep", which leaves the model in its mode: BatchNorms in training mode then take the
-            statistics of the batch, and update their averages in each step. ``generator`` draws the seed; with None it
-            is torch's generator of the CPU. To ``health``, a `GradientHealth`, the counts of faulty gradients and
-            unmoved images are added.
-
-    Returns:
-        Per image the last point, or the best point with ``keep_best=True`` or ``stop_when_fallen``. Shape and dtype are
-        those of x. Up to the rounding of this dtype, the images lie within the radius and within [clip_min, clip_max].
-
-    Raises:
-        TypeError: x or y is no tensor, there is no such option, a radius is missing, or the model returns no logits.
-        RuntimeError: an attack with gradients is called within ``torch.inference_mode()``.
-        ValueError: a shape, dtype, name, count or range that is not allowed, also of the model's output; or a model
-            that writes to its input.
-    """
-    if not stop_when_fallen:
-        return run_alone(PGD, model, x, y, eps, **{"steps": 40, "keep_best": False, **options})
-    if callable(options.get("loss")) or options.get("targeted") is not None:
-        raise ValueError("stop_when_fallen must be False with a function as loss or with targeted, got True")
-    return run_alone(LeavingPGD, model, x, y, eps, **{"steps": 40, "look_every": 1, **options, "keep_best": True})
-
-
-@dataclass(frozen=True, kw_only=True)
 class FGSM(InBall):
     """One step of length eps from the image itself.
 
@@ -277,15 +218,3 @@ class FGSM(InBall):
         # The length of the first step is eps.
         one = PGD(steps=1, random_start=False, keep_best=False, **asdict(self))
         return one.search(target, x, y, context)
-
-
-def fgsm(
-    model: Classifier, x: Tensor, y: Tensor | None = None, eps: Radius | None = None, **options: Unpack[FgsmOptions]
-) -> Tensor:
-    """Run `FGSM` on a batch, and return the points after the step, with shape and dtype of x.
-
-    Arguments and errors are those of `purify_fast.attacks.pgd`, without ``stop_when_fallen``. The options are the
-    fields of `FGSM` in place of those of `PGD`.
-    """
-    # FGSM has no random numbers, so a call draws no seed.
-    return run_alone(FGSM, model, x, y, eps, **{"seed": 0, **options})

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -31,11 +31,11 @@ from torch import Tensor
 from .._files import write_text
 from .._tensors import digest
 from .._validation import NormName, check_counts, check_literal, read_norm
-from ..attacks import Attack, AttackContext, frozen
+from ..attacks import Attack, frozen
 from ..attacks.arguments import check_eps, check_labels
-from ..attacks.attacked_model import SAMPLE, TRIED_CALLS, check_model, draws_elsewhere
+from ..attacks.attacked_model import TRIED_CALLS, drawn_once_per_call
 from ..attacks.gradient_copy import Copies
-from ..attacks.search import MAX_NONFINITE, MAX_ZERO
+from ..attacks.health import MAX_NONFINITE, MAX_ZERO, GradientHealth
 from ..ops import kernels_now
 from ..protocols import Classifier
 from ..speed.agreement import differ
@@ -45,8 +45,10 @@ from .request.preparation import collect
 from .request.subject import TRIED, device_of
 from .run.cache import RowCache
 from .searches.apgd import APGD
+from .searches.engine.judge import Judge, has_fallen
 from .searches.fab import FABT
-from .searches.sequence import AttackSequence, Found
+from .searches.judge_context import JudgeContext
+from .searches.model_tests import SAMPLE, check_model, draws_elsewhere
 from .searches.square import Square
 
 Version = Literal["standard", "plus", "rand", "custom"]
@@ -58,6 +60,10 @@ RUN: dict[str, tuple[AttackName, ...]] = {
     "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
     "rand": ("apgd-ce", "apgd-dlr"),
 }
+
+#: The ``points`` that an attack has found, the ``share`` of the draws that misclassify each, and the attack's counts.
+Found = dict[str, Any]
+Kept = Callable[[Tensor, Callable[[], Found]], Found]
 
 #: At least this number of draws of a random model judges each image.
 JUDGES = 5
@@ -272,7 +278,7 @@ class AutoAttack:
                 self.logger.log(f"NOTE: {note}")
             if is_random and draws == 1:
                 self.logger.log("WARNING: the model is random, but each step uses a single draw: use version='rand'")
-            context = AttackContext(
+            context = JudgeContext(
                 eps=float(self.epsilon),
                 norm=self.norm,
                 num_classes=classes,
@@ -354,6 +360,64 @@ class AutoAttack:
         if self.log_path is not None:
             with open(self.log_path, "a", encoding="utf-8") as log:
                 log.write(text + "\n")
+
+
+class AttackSequence:
+    """Runs attacks one after the other, each on the images that withstood all earlier attacks.
+
+    ``images`` are the best points so far. ``share`` is the share of the draws that chose a point, and misclassify it,
+    ``[N]``. For a random model it is too high, because these draws made the choice: `accuracy` takes other draws. The
+    caller must freeze the model.
+    """
+
+    def __init__(self, model: Classifier, x: Tensor, y: Tensor, context: JudgeContext, device: torch.device):
+        self.model, self.x, self.y, self.context, self.device = model, x, y.to(x.device), context, device
+        self.images, self.judge = x.clone(), self._judge_by(context.judges(context.eot_iter))
+        self.share = self._shares(self.judge)
+
+    @property
+    def fallen(self) -> Tensor:
+        """True for the images that every draw misclassifies, bool ``[N]``."""
+        return has_fallen(self.share)
+
+    def accuracy(self, draws: int) -> float:
+        """The accuracy of a single draw on the best points, by ``draws`` fresh draws (1 for a deterministic model)."""
+        fresh = self.context.draws_differ or draws > 1
+        return 1 - float((self._shares(self._judge_by(draws)) if fresh else self.share).mean())
+
+    def run(self, attack: Attack, kept: Kept = lambda part, make: make()) -> GradientHealth:
+        """Run an attack on the images that have not fallen yet, and return what it counted, if it counts.
+
+        ``kept(part, make)`` returns what ``make()`` finds for the images with the indices ``part``, or has found.
+        """
+        health = GradientHealth()
+        for part in self._batches((~self.fallen).nonzero()[:, 0]):
+            found = kept(part, partial(self._found, attack, part))
+            points, share = (found.pop(name).to(self.x.device) for name in ("points", "share"))
+            health.add(**found)
+            better = share > self.share[part]
+            self.images[part[better]], self.share[part[better]] = points[better], share[better]
+        return health
+
+    def _found(self, attack: Attack, part: Tensor) -> Found:
+        x, y = self.x[part].to(self.device), self.y[part].to(self.device)
+        result = attack.search(self.model, x, y, replace(self.context, sample_ids=part.to(self.device)))
+        counts = {} if result.health is None else {name: int(count) for name, count in result.health.counts.items()}
+        return {"points": result.images, "share": self.judge.shares(result.images, y), **counts}
+
+    def _batches(self, index: Tensor) -> tuple[Tensor, ...]:
+        return index.split(self.context.batch_size or max(1, len(index)))
+
+    def _judge_by(self, draws: int) -> Judge:
+        most = self.context.max_forward_batch
+        apart = drawn_once_per_call(self.model, self.x[:SAMPLE].to(self.device), draws, most)
+        return Judge(self.model, draws, most, apart)
+
+    def _shares(self, judge: Judge) -> Tensor:
+        """The shares of the draws that misclassify the best points, ``[N]``."""
+        parts = self._batches(torch.arange(len(self.x), device=self.x.device))
+        shares = [judge.shares(self.images[part].to(self.device), self.y[part].to(self.device)) for part in parts]
+        return torch.cat(shares).to(self.x.device)
 
 
 def _cache_beside(state: Path | None, model: Classifier, device: torch.device) -> RowCache:

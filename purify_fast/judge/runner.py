@@ -17,9 +17,8 @@ from torch import Tensor
 
 from .._process import processes
 from .._validation import Count, NormName, Positive, check_folder, read_norm
-from ..attacks import Attack, AttackContext, frozen
+from ..attacks import Attack, frozen
 from ..attacks.arguments import check_eps
-from ..attacks.attacked_model import check_leaves_images
 from ..attacks.base import ThreatModel
 from ..attacks.context import TimeIsOver
 from ..ops import kernels_now
@@ -41,6 +40,8 @@ from .run.cache import RowCache
 from .run.measure import Measure, Standing, settings_of
 from .run.progress import Progress
 from .run.shards import Shards
+from .searches.judge_context import JudgeContext
+from .searches.model_tests import check_leaves_images
 from .show.adversarial import gathered
 from .show.report import Report
 from .show.text import notes_on_rows, paragraphs
@@ -227,7 +228,7 @@ def _answer(call: _Call, draws: bool) -> Report:
         return _Evaluation(report, measure, suspicion, mark=mark, stack=stack, until=call.until).fill(plan, about)
 
 
-def _context(config: EvaluateConfig, subject: Subject, ball: ThreatModel) -> AttackContext:
+def _context(config: EvaluateConfig, subject: Subject, ball: ThreatModel) -> JudgeContext:
     # An evaluation only hands these to the attacks, which take fast copies and captured steps from them.
     from ..attacks.gradient_copy import Copies
     from ..speed.graphs.step_graphs import StepGraphs
@@ -239,7 +240,7 @@ def _context(config: EvaluateConfig, subject: Subject, ball: ThreatModel) -> Att
         draws, share = max(draws, config.n_eval), 1 - MAX_SURVIVAL ** (1 / config.n_eval)
     # Every draw of a vote passes all images.
     most = None if most is None else max(1, most // votes)
-    return AttackContext(
+    return JudgeContext(
         num_classes=subject.num_classes,
         eps=ball.eps,
         norm=read_norm(ball.norm),

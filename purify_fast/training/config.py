@@ -97,7 +97,7 @@ class TrainingAttack:
         *,
         graphs: StepGraphs | None = None,
         rows: Tensor | None = None,
-        loss: LossFunction | Literal["ce"] = "ce",
+        loss: LossFunction | None = None,
         target: Tensor | None = None,
     ) -> Tensor:
         """Attack a batch by PGD with the settings of the batch's epoch.
@@ -107,22 +107,24 @@ class TrainingAttack:
             batch: the images, and the seed and sample ids of their random starts.
             graphs: captures the attack's step in a CUDA graph; None captures nothing.
             rows: indices of the images to attack, int64 ``[A]``; None for all.
-            loss: the loss that is maximized, "ce" or a function ``(logits, target) -> [A]``.
+            loss: the loss that is maximized, a function ``(logits, target) -> [A]``; None for the cross-entropy.
             target: the second argument of this function; None for the labels.
 
         Returns:
             The adversarial images ``[A, C, H, W]``.
         """
         # Importing PyTorch takes 1.8 seconds, and the command line's --help must read this class without that wait.
-        from ..attacks import pgd
+        from ..attacks import PGD, AttackContext
 
         y = batch.y if target is None else target
         x, y, ids = (part if rows is None else part[rows] for part in (batch.x, y, batch.sample_ids))
-        how: dict[str, Any] = {name: getattr(self, name) for name in ("steps", "norm", "random_start", "start_std")}
-        how |= {name: self.numbers(batch)[name] for name in ("eps", "alpha")}
+        numbers = self.numbers(batch)
+        start: dict[str, Any] = {"random_start": self.random_start, "start_std": self.start_std}
         # The training itself has chosen the precision of the model that it attacks.
-        how |= {"precision": "float32", "seed": batch.seed, "sample_ids": ids, "graphs": graphs}
-        return pgd(model, x, y, loss=loss, **how)
+        attack = PGD(steps=self.steps, alpha=numbers["alpha"], keep_best=False, precision="float32", **start)
+        of_batch: dict[str, Any] = {"seed": batch.seed, "sample_ids": ids, "graphs": graphs}
+        context = AttackContext(eps=numbers["eps"], norm=self.norm, loss_function=loss, **of_batch)
+        return attack.run(model, x, y, context).images
 
     def of_validations(self) -> TrainingAttack:
         """Return the attack on held-out images: this attack, or, if it has fewer than 10 steps, PGD-10.

@@ -3,7 +3,7 @@ import torch
 from small_models import images_and_labels, shuffled_digits
 from torch.nn import functional as F
 
-from purify_fast.attacks import base, fgsm
+from purify_fast.attacks import context, fgsm
 from purify_fast.models.classifiers import SmallCNN
 
 
@@ -41,4 +41,4 @@ def batch():
 def one_seed(request, monkeypatch):
     """Calls without a seed have the seed 0, except in the tests of these calls."""
     if request.path.name != "test_any_loop.py":
-        monkeypatch.setattr(base, "drawn_seed", lambda generator=None: 0)
+        monkeypatch.setattr(context, "drawn_seed", lambda generator=None: 0)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from purify_fast.attacks import apgd, fgsm, pgd, square
+from purify_fast.attacks import PGD, AttackContext, apgd, fgsm, pgd, square
 
 EPS, ALPHA = 0.05, 0.02
 
@@ -54,7 +54,7 @@ def test_starts_differ_between_calls_and_repeat_with_a_seed(network, x, attack):
     first = call()
     torch.manual_seed(7)
     assert torch.equal(first, call())
-    assert torch.equal(*(call(generator=torch.Generator().manual_seed(2)) for _ in range(2)))
+    assert torch.equal(*(call(seed=torch.Generator().manual_seed(2)) for _ in range(2)))
 
 
 def test_fgsm_draws_no_random_number(network, x):
@@ -93,7 +93,9 @@ def test_several_draws_and_parts_of_a_batch_take_a_loss_function(network, x):
     how = {"loss": loss, "steps": 2, "alpha": ALPHA, "random_start": False}
     whole = pgd(network, x, y, EPS, **how)
     torch.testing.assert_close(pgd(network, x, y, EPS, eot_iter=2, **how), whole)
-    torch.testing.assert_close(pgd(network, x, y, EPS, max_forward_batch=3, **how), whole)
+    parts = AttackContext(eps=EPS, loss_function=how.pop("loss"), max_forward_batch=3)
+    torch.testing.assert_close(PGD(keep_best=False, **how).run(network, x, y, parts).images, whole)
+    how["loss"] = loss
     best = pgd(network, x, y, EPS, keep_best=True, **how)
     assert (loss(network(best), y) >= loss(network(whole), y) - 1e-9).all()
 
@@ -151,8 +153,8 @@ def test_keeping_the_mode_equals_a_plain_loop_in_training_mode(network, x):
     for name, value in network.state_dict().items():
         torch.testing.assert_close(value, other.state_dict()[name])
     assert not torch.equal(got, pgd(third, x, Y, EPS, steps=3, alpha=ALPHA, random_start=False))
-    with pytest.raises(ValueError, match="mode must be"):
-        apgd(network, x, Y, EPS, mode="keep")
+    with pytest.raises(ValueError, match="mode must be one of eval, keep"):
+        pgd(network, x, Y, EPS, mode="train")
 
 
 def test_an_attack_stops_when_all_images_have_fallen(network, x):
@@ -167,7 +169,7 @@ def test_an_attack_stops_when_all_images_have_fallen(network, x):
 
 def test_missing_and_wrong_arguments_are_named(network, x):
     with pytest.raises(TypeError, match="y is missing"):
-        pgd(network, x, eps=EPS)
+        pgd(network, x, None, EPS)
     with pytest.raises(ValueError, match="y must have a row for each of the 4 images"):
         pgd(network, x, torch.zeros(3, 5), EPS, loss=lambda logits, y: logits[:, 0])
     with pytest.raises(ValueError, match="targeted needs a loss among"):

@@ -4,10 +4,11 @@ import warnings
 
 import pytest
 import torch
+from direct import direct
 from small_models import accuracy
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from purify_fast.attacks import AttackContext, GradientHealth, apgd
+from purify_fast.attacks import GradientHealth, JudgeContext, apgd
 from purify_fast.attacks.ball import Ball
 from purify_fast.attacks.losses import cross_entropy, dlr_targeted
 from purify_fast.attacks.objective import Objective
@@ -83,19 +84,19 @@ def test_only_images_that_withstand_are_attacked_again(monkeypatch):
     weight = torch.randn(48, 6)
     x = torch.rand(40, 48)
     y = (x @ weight).argmax(1)
-    found = module.apgd(lambda z: z @ weight, x, y, eps=0.05, steps=5, loss="dlr_targeted", batch_size=1)
+    found = direct(apgd, lambda z: z @ weight, x, y, eps=0.05, steps=5, loss="dlr_targeted", batch_size=1)
     images = [len(run) for run in runs]
     assert len(runs) == 5 and images[0] == 40  # C - 1 targets, one at a time
     assert images == sorted(images, reverse=True) and 0 < ((found @ weight).argmax(1) == y).sum() <= images[-1] < 40
     runs.clear()
     targeted = module.APGD(steps=5, loss="dlr_targeted", precision="float32")
-    again = targeted.run(lambda z: z @ weight, x, y, eps=0.05).images
+    again = targeted(lambda z: z @ weight, x, y, eps=0.05)
     # targets in one batch: the first alone, then as many as fit into 64 rows
     assert len(runs[0]) == 40 and len(runs) < 5 and max(map(len, runs)) <= 64
     assert ((again @ weight).argmax(1) == y).sum() == ((found @ weight).argmax(1) == y).sum()
     runs.clear()
     several = module.APGD(steps=5, restarts=9, precision="float32")
-    found = several.run(lambda z: z @ weight, x, y, eps=0.5).images
+    found = several(lambda z: z @ weight, x, y, eps=0.5)
     assert len(runs) < 9 and ((found @ weight).argmax(1) != y).all()  # nothing was left
 
 
@@ -131,7 +132,7 @@ def test_under_many_draws_nothing_that_has_fallen_is_attacked_further():
             images.append(len(z))
         return z @ weight
 
-    found = apgd(model, x, y, eps=0.06, steps=20, eot_iter=20, max_forward_batch=24)
+    found = direct(apgd, model, x, y, eps=0.06, steps=20, eot_iter=20, max_forward_batch=24)
     stood = int(((found @ weight).argmax(1) == y).sum())
     # one draw of 24 images at most: 64 are three passes of 22, 22 and 20 for each of 20 draws
     assert images[:60] == [22] * 20 + [22] * 20 + [20] * 20
@@ -146,11 +147,11 @@ def test_every_image_gets_every_run_in_waves_that_are_filled(monkeypatch, padded
         monkeypatch.setattr(module, "takes_every_size", lambda device: not padded)
     x, y = torch.rand(90, 2), torch.zeros(90, dtype=torch.int64)
     judge = Judge(lambda z: torch.tensor([[1.0, 0.0]]).expand(len(z), 2))
-    active = ActiveSet(x, y, Ball(torch.full((90,), 0.1)), judge, AttackContext())
+    active = ActiveSet(x, y, Ball(torch.full((90,), 0.1)), judge, JudgeContext())
     active.judge_clean_images()
     goals = tuple(torch.full_like(y, goal) for goal in (1, 2, 3, 4, 5))
     sizes, seen = [], []
-    for rows in engine_rows.waves(active, goals, 1, AttackContext(batch_size=90)):
+    for rows in engine_rows.waves(active, goals, 1, JudgeContext(batch_size=90)):
         sizes.append(len(rows.x))
         assert torch.equal(rows.x, x[rows.owner])
         assert not active.fallen[rows.owner].any()
@@ -176,7 +177,7 @@ def test_a_search_waits_for_the_device_only_at_its_checkpoints(monkeypatch):
         for norm in ("linf", "l2", "l1"):
             model = lambda z: z @ weight  # noqa: E731
             ball, ids = Ball(torch.ones(5), norm), torch.arange(5)
-            active = ActiveSet(x, y, ball, Judge(model, draws=2), AttackContext(counts_health=True))
+            active = ActiveSet(x, y, ball, Judge(model, draws=2), JudgeContext(counts_health=True))
             active.judge_clean_images()
             rows = Rows(ids, x, y, ball, begin=x)
             kind = AutoPgdL1 if norm == "l1" else AutoPgd
@@ -214,7 +215,7 @@ def test_robust_accuracy_beside_autoattack(digits):
     for norm, eps in (("linf", 0.1), ("linf", 0.15), ("l2", 0.4), ("l2", 0.6)):
         for loss in ("ce", "dlr", "dlr_targeted") if eps in (0.15, 0.6) else ("ce", "dlr"):
             health = GradientHealth()
-            ours = accuracy(net, apgd(net, x, y, eps=eps, norm=norm, loss=loss, steps=STEPS, health=health), y)
+            ours = accuracy(net, direct(apgd, net, x, y, eps=eps, norm=norm, loss=loss, steps=STEPS, health=health), y)
             theirs = accuracy(net, by_autoattack(net, x, y, norm, eps, loss), y)
             assert 20 < theirs < 85 and abs(ours - theirs) <= 2, (norm, eps, loss, ours, theirs)
             assert health.reliable and health.count("gradients") >= STEPS * ours * len(x) / 100

@@ -2,6 +2,7 @@ import contextlib
 
 import pytest
 import torch
+from direct import direct
 from input_gradients import input_gradient
 from small_models import Purifying
 from torch import nn
@@ -45,7 +46,7 @@ def test_breaks_shattered_gradients(defence, batch):
     kept = {}
     for name, model in (("itself", defence), ("bpda", BpdaModel.of(defence))):
         health = GradientHealth()
-        found = pgd(model, batch, y, eps=0.1, steps=20, keep_best=True, health=health)
+        found = direct(pgd, model, batch, y, eps=0.1, steps=20, keep_best=True, health=health)
         kept[name] = float((labels(defence, found) == y).float().mean()), health.zero
     assert kept["itself"][0] > 0.8 and kept["itself"][1] == 1
     assert kept["bpda"][0] < 0.1 and kept["bpda"][1] == 0

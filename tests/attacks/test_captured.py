@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_launches import CudaLaunches
+from direct import direct
 from host_syncs import HostSyncs
 from small_models import images_and_labels
 from torch import Tensor, nn
@@ -55,7 +56,7 @@ def test_captured_pgd_gives_the_bits_of_eager_pgd(model, batch, graphs, rerun, n
     options = {"eps": SIZES[norm], "norm": norm, "steps": 11, **options}
     healths = [GradientHealth() for _ in range(3)]
     wanted, *found = (
-        pgd(model, *batch, graphs=chosen, health=health, **options)
+        direct(pgd, model, *batch, graphs=chosen, health=health, **options)
         for chosen, health in zip((None, graphs, graphs), healths, strict=True)
     )
     assert rerun.recorded == 1 and rerun.replayed == 22 and graphs.refusal is None
@@ -87,7 +88,7 @@ def test_captured_searches_give_the_bits_of_eager_ones(batch, graphs, rerun, nor
     usual = {} if attack is square else {"steps": 25, "eot_iter": 2}
     options = {"eps": SIZES[norm] / part, "norm": norm, **usual, **options}
     y = model(x).argmax(1)
-    wanted, found = (attack(model, x, y, graphs=chosen, **options) for chosen in (None, graphs))
+    wanted, found = (direct(attack, model, x, y, graphs=chosen, **options) for chosen in (None, graphs))
     assert torch.equal(wanted, found) and not torch.equal(found, x)
     # the first steps are launched, since the batch may shrink after any of them
     assert rerun.recorded >= 1 and graphs.refusal is None and (rerun.replayed >= 15 or norm == "l1" or name == "apgd")
@@ -119,7 +120,7 @@ def test_few_graphs_serve_a_whole_search_by_squares(graphs, rerun, monkeypatch, 
     for module in (judge, row_batches, importlib.import_module("purify_fast.judge.searches.square")):
         monkeypatch.setattr(module, "takes_every_size", lambda device: False)
     model.seen.clear()
-    torch.testing.assert_close(square(model, x, y, graphs=graphs, **options), wanted, rtol=0, atol=0)
+    torch.testing.assert_close(direct(square, model, x, y, graphs=graphs, **options), wanted, rtol=0, atol=0)
     # 16, 32, 64 and 128 rows, times the number of proposals in a round
     assert model.seen <= {75} | {size * together for size in (16, 32, 64, 128) for together in (1, 2, 4)}
     sizes = {size for size in (16, 32, 64, 128) if size in model.seen}
@@ -131,7 +132,7 @@ def test_square_on_a_function_is_not_captured_and_finds_the_same(model, batch, r
     x, graphs = batch[0], StepGraphs("always", capture=rerun)
     y = model(x).argmax(1)
     wanted = square(model, x, y, eps=1e-3, n_queries=60)
-    assert torch.equal(square(lambda z: model(z), x, y, eps=1e-3, n_queries=60, graphs=graphs), wanted)
+    assert torch.equal(direct(square, lambda z: model(z), x, y, eps=1e-3, n_queries=60, graphs=graphs), wanted)
     assert "not a torch.nn.Module" in graphs.refusal
 
 
@@ -145,7 +146,7 @@ def test_captured_fab_counts_the_same_faults(batch, graphs, give_up):
     y, healths = model(x).argmax(1), [GradientHealth(), GradientHealth()]
     options = {"eps": 0.05, "steps": 50, "n_target_classes": 2, "give_up": give_up}
     wanted, found = (
-        fab_t(model, x, y, graphs=chosen, health=health, **options)
+        direct(fab_t, model, x, y, graphs=chosen, health=health, **options)
         for chosen, health in zip((None, graphs), healths, strict=True)
     )
     counts = [[health.count(name) for name in ("gradients", "nonfinite", "zero")] for health in healths]
@@ -160,7 +161,7 @@ def test_captured_searches_of_a_random_model(model, graphs, rerun, attack):
     y = model(x).argmax(1)
     for chosen in (None, graphs):
         torch.manual_seed(4)
-        found.append(attack(defence, x, y, eps=0.03, eot_iter=2, judge_draws=6, graphs=chosen, **amount))
+        found.append(direct(attack, defence, x, y, eps=0.03, eot_iter=2, judge_draws=6, graphs=chosen, **amount))
     assert torch.equal(*found) and rerun.replayed > 20 and graphs.refusal is None
 
 
@@ -199,7 +200,7 @@ def test_a_point_that_the_model_does_not_confirm_is_forgotten_by_the_loop():
 
 
 def test_captured_stadv_gives_the_bits_of_eager_stadv(model, batch, graphs, rerun):
-    wanted, found = (stadv(model, *batch, steps=20, keep_best=True, graphs=chosen) for chosen in (None, graphs))
+    wanted, found = (direct(stadv, model, *batch, steps=20, keep_best=True, graphs=chosen) for chosen in (None, graphs))
     assert torch.equal(wanted, found) and not torch.equal(found, batch[0]) and rerun.replayed == 20
 
 
@@ -214,7 +215,7 @@ def test_captured_fab_ends_when_all_images_have_fallen(batch, graphs):
 
     x = batch[0] * 0.1 + 0.2
     model = NoEmptyBatch()
-    found = fab_t(model, x, model(x).argmax(1), eps=0.4, steps=20, graphs=graphs)
+    found = direct(fab_t, model, x, model(x).argmax(1), eps=0.4, steps=20, graphs=graphs)
     assert (model(found).argmax(1) != model(x).argmax(1)).all()
 
 
@@ -224,9 +225,9 @@ def dispatched(attack: Callable[..., Tensor], model: nn.Module, graphs: StepGrap
     y, counts, options = model(x).argmax(1), [], {"eps": 0.1, "graphs": graphs, **options}
     for steps in (20, 40):
         # captured by the first of these attacks
-        attack(model, x, y, steps=steps, **options)
+        direct(attack, model, x, y, steps=steps, **options)
         with HostSyncs() as waits:
-            attack(model, x, y, steps=steps, **options)
+            direct(attack, model, x, y, steps=steps, **options)
         counts.append(waits.dispatched)
     return (counts[1] - counts[0]) / 20
 
@@ -272,7 +273,7 @@ def test_what_a_step_of_fab_launches_beside_its_gradient(model, norm):
     with use_backend("cpp"):
         for steps in (60, 100):
             with CudaLaunches() as launches:
-                fab_t(model, x, y, steps=steps, health=GradientHealth(), **options)
+                direct(fab_t, model, x, y, steps=steps, health=GradientHealth(), **options)
             counts.append(launches.count)
         with frozen(model), CudaLaunches() as gradient:
             Objective(model, "margin_targeted").gradient(x, torch.stack([y, (y + 1) % 5], 1))
@@ -286,7 +287,7 @@ def test_new_weights_other_images_and_the_last_batch(model, batch, graphs, rerun
     for of, n, recorded in ((model, 9, 1), (moved, 9, 1), (model, 5, 2), (moved, 9, 2), (moved, 5, 2)):
         view.refresh(of)
         wanted, found = (
-            pgd(view, x[:n].flip(0), y[:n], eps=0.1, steps=20, sample_ids=torch.arange(n) + n, graphs=chosen)
+            direct(pgd, view, x[:n].flip(0), y[:n], eps=0.1, steps=20, sample_ids=torch.arange(n) + n, graphs=chosen)
             for chosen in (None, graphs)
         )
         assert torch.equal(wanted, found) and rerun.recorded == recorded
@@ -300,7 +301,7 @@ def test_a_random_defence_draws_as_without_graphs(model, batch, graphs, rerun):
     def attack(chosen, ids, seed):
         torch.manual_seed(seed)
         with defence.noise_ids(ids):
-            found = pgd(defence, x, y, eps=0.1, steps=20, eot_iter=1, graphs=chosen)
+            found = direct(pgd, defence, x, y, eps=0.1, steps=20, eot_iter=1, graphs=chosen)
         return found, torch.rand(1)
 
     for ids in (torch.arange(9), torch.arange(9) + 100, torch.arange(9).flip(0)):
@@ -310,9 +311,9 @@ def test_a_random_defence_draws_as_without_graphs(model, batch, graphs, rerun):
     assert rerun.recorded == 1
     assert not torch.equal(attack(None, torch.arange(9), 1)[0], attack(None, torch.arange(9) + 100, 1)[0])
     with defence.fixed_noise(3):
-        fixed = [pgd(defence, x, y, eps=0.1, steps=20, graphs=chosen) for chosen in (None, graphs)]
+        fixed = [direct(pgd, defence, x, y, eps=0.1, steps=20, graphs=chosen) for chosen in (None, graphs)]
     with defence.fixed_noise(4):
-        other = [pgd(defence, x, y, eps=0.1, steps=20, graphs=chosen) for chosen in (None, graphs)]
+        other = [direct(pgd, defence, x, y, eps=0.1, steps=20, graphs=chosen) for chosen in (None, graphs)]
     assert torch.equal(*fixed) and torch.equal(*other) and not torch.equal(fixed[0], other[0])
     assert rerun.recorded == 2, "another mode is another graph, another seed is not"
 

@@ -7,12 +7,13 @@ from functools import partial
 import pytest
 import torch
 from cuda_launches import CudaLaunches
+from direct import direct
 from small_models import Made, NotCopied, accuracy
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
-from purify_fast.attacks import APGD, FABT, AttackContext, GradientHealth, Square, apgd, fab_t, square
+from purify_fast.attacks import APGD, FABT, GradientHealth, JudgeContext, Square, apgd, fab_t, square
 from purify_fast.attacks.ball import Ball
 from purify_fast.attacks.gradient_copy import Copies
 from purify_fast.attacks.objective import Objective
@@ -46,7 +47,7 @@ def test_a_lucky_draw_fells_nothing(attack):
     """The mean margin stays on the right side, but of the draws of some twenty steps one is nearly always wrong."""
     model, x, y = noisy(1.5), torch.full((60, 1, 4, 4), 0.5), torch.zeros(60, dtype=torch.int64)
     torch.manual_seed(0)
-    context = AttackContext(num_classes=2, eps=0.03, eot_iter=1, judge_draws=8)
+    context = JudgeContext(num_classes=2, eps=0.03, eot_iter=1, judge_draws=8)
     found = attack.search(model, x, y, context).images
     with torch.no_grad():
         lucky = sum((model(x).argmax(1) != y) for _ in range(20)) > 0
@@ -100,8 +101,8 @@ def test_every_success_is_the_models_own(attack):
     net, x = convolutional(), torch.rand(24, 3, 16, 16)
     y = net(x).argmax(1)
     amount = {apgd: {"steps": 20, "loss": "dlr_targeted"}, fab_t: {"steps": 10}, square: {"n_queries": 200}}[attack]
-    found = attack(net, x, y, eps=0.01, precision="bfloat16", **amount)
-    same = attack(net, x, y, eps=0.01, precision="float32", **amount)
+    found = direct(attack, net, x, y, eps=0.01, precision="bfloat16", **amount)
+    same = direct(attack, net, x, y, eps=0.01, precision="float32", **amount)
     assert 0 < accuracy(net, found, y) < 100 or attack is square
     assert abs(accuracy(net, found, y) - accuracy(net, same, y)) <= 100 * 3 / 24
 
@@ -113,7 +114,7 @@ def test_every_success_is_the_models_own(attack):
         return logits + 1e4 * F.one_hot(y, 10).repeat(-(-len(z) // len(y)), 1)[: len(z)]
 
     judge = Judge(Made(sees, net=net), 1)
-    active = ActiveSet(x, y, Ball(torch.full((24,), 0.01)), judge, AttackContext())
+    active = ActiveSet(x, y, Ball(torch.full((24,), 0.01)), judge, JudgeContext())
     active.judge_clean_images()
     share, fell = active.confirm_successes(torch.arange(24), found, torch.ones(24))
     assert not fell and not share.any() and not active.fallen.any()
@@ -156,7 +157,7 @@ def test_fab_beside_the_authors(digits, norm, eps):
     theirs = pytest.importorskip("pyautoattack.fab_pt")
     net, x, y = digits[0], digits[1][:150], digits[2][:150]
     health = GradientHealth()
-    found = fab_t(net, x, y, eps=eps, norm=norm, steps=15, health=health)
+    found = direct(fab_t, net, x, y, eps=eps, norm=norm, steps=15, health=health)
     other = theirs.FABAttack_PT(net, norm=THEIRS[norm], n_iter=15, eps=eps, targeted=True, device="cpu")
     with torch.random.fork_rng([]):
         apart = other.perturb(x, y)
@@ -177,7 +178,7 @@ def test_fab_drops_fallen_images_and_measures_what_is_missing_beyond_the_ball(mo
     x = torch.tensor([0.45, 0.2])[:, None, None, None].expand(2, 1, 4, 4)
     model = nn.Sequential(nn.Flatten(), nn.AvgPool1d(16), nn.Linear(1, 2))
     model[2].load_state_dict({"weight": torch.tensor([[0.0], [8.0]]), "bias": torch.tensor([0.0, -4.0])})
-    fab_t(model, x, torch.zeros(2, dtype=torch.int64), eps=0.1, steps=50, give_up=True)
+    direct(fab_t, model, x, torch.zeros(2, dtype=torch.int64), eps=0.1, steps=50, give_up=True)
     assert {len(each) for each in missing[2:]} == {1}
     assert 0.2 < float(missing[-1]) < 0.22
 
@@ -210,7 +211,7 @@ def test_what_is_given_up_would_not_have_fallen(digits, attack):
     asked, left = [], []
     for give_up in (False, True):
         counted = Counted(net)
-        found = attack(counted, x, y, eps=0.12, give_up=give_up, **options)
+        found = direct(attack, counted, x, y, eps=0.12, give_up=give_up, **options)
         asked.append(counted.images)
         left.append((net(found).argmax(1) == y).tolist())
     assert left[0] == left[1] and 5 < sum(left[0]) < 75
@@ -233,7 +234,7 @@ def test_dead_gradients_are_seen_where_searches_are_given_up(loss, count):
     seen = []
     for give_up in (False, True):
         health = GradientHealth()
-        apgd(dead, x, y, eps=1e-3, loss=loss, give_up=give_up, health=health, n_target_classes=4)
+        direct(apgd, dead, x, y, eps=1e-3, loss=loss, give_up=give_up, health=health, n_target_classes=4)
         seen.append([health.count(name) for name in ("gradients", "nonfinite", "zero", "images", "unmoved")])
     # The same zeros are seen, among fewer gradients: each counts once, and only if it was taken.
     assert seen[0][1:] == seen[1][1:] and seen[0][2] > 0 and seen[1][0] <= seen[0][0]
@@ -256,7 +257,7 @@ def test_square_gives_up_what_is_out_of_reach_and_nothing_else(digits):
     asked, found = [], []
     for give_up in (False, True):
         counted = Counted(net)
-        found.append(square(counted, x, y, eps=0.12, n_queries=2500, give_up=give_up))
+        found.append(direct(square, counted, x, y, eps=0.12, n_queries=2500, give_up=give_up))
         asked.append(counted.images)
     assert 10 < accuracy(net, found[0], y) == accuracy(net, found[1], y) < 95
     assert asked[1] < 0.8 * asked[0]
@@ -272,7 +273,7 @@ def test_square_gives_up_what_is_out_of_reach_and_nothing_else(digits):
 def test_square_gives_up_where_the_margin_stands_still(logits, eot_iter, given_up):
     model = Counted(lambda x: torch.tensor([logits]).expand(len(x), 2))
     x, y = torch.rand(2, 1, 4, 4), torch.zeros(2, dtype=torch.int64)
-    square(model, x, y, eps=0.1, n_queries=600, eot_iter=eot_iter, give_up=True)
+    direct(square, model, x, y, eps=0.1, n_queries=600, eot_iter=eot_iter, give_up=True)
     if logits[0] == 1:
         # the beginning, 500 or 600 proposals, some of them judged together, and the last judgement
         assert (model.images < 2 * 540) is given_up and model.images >= 2 * 500
@@ -281,7 +282,7 @@ def test_square_gives_up_where_the_margin_stands_still(logits, eot_iter, given_u
 def test_square_averages_a_random_model_and_leaves_with_its_images():
     model, x, y = noisy(0.5), torch.full((30, 1, 6, 6), 0.5), torch.zeros(30, dtype=torch.int64)
     torch.manual_seed(0)
-    found = square(model, x, y, eps=0.2, n_queries=60, eot_iter=4, judge_draws=8)
+    found = direct(square, model, x, y, eps=0.2, n_queries=60, eot_iter=4, judge_draws=8)
     assert float(Judge(model, 50).shares(found, y).mean()) > 0.95
     sizes = []
 
@@ -324,7 +325,7 @@ def test_what_a_head_finds_is_tried_on_the_defence(head):
     leaf = x.clone().requires_grad_()
     torch.autograd.grad(seen(leaf).sum(), leaf)
     y = defence(x).argmax(1)
-    found = apgd(defence, x, y, eps=0.3, steps=10, loss="margin", gradients_from=seen)
+    found = direct(apgd, defence, x, y, eps=0.3, steps=10, loss="margin", gradients_from=seen)
     fell = (defence(found).argmax(1) != y).float().mean()
     assert fell > 0.3 and bool(((found - x).abs() <= 0.3 + 1e-6).all())
 
@@ -353,7 +354,7 @@ def test_a_query_is_at_most_twelve_launches(norm, eps, give_up, monkeypatch):
     model = Noting(launches)
     y = model(x).argmax(1)
     with launches:
-        square(model, x, y, eps=eps, norm=norm, n_queries=1400, give_up=give_up)
+        direct(square, model, x, y, eps=eps, norm=norm, n_queries=1400, give_up=give_up)
     counts = {}
     for together in (1, 8):
         # without the first calls, which judge the clean images and the beginning

@@ -1,15 +1,14 @@
 """What every attack keeps to: the ball and the box, the model and the generators as they were, batches of any size."""
 
 import copy
-from functools import partial
 
 import pytest
 import torch
+from direct import direct
 from torch import nn
 
 from purify_fast import attacks
 from purify_fast.attacks import GradientHealth, apgd, fab_t, frozen, pgd, square, stadv
-from purify_fast.attacks.base import run_alone
 from purify_fast.models.classifiers import SmallCNN
 
 ORDERS = {"linf": torch.inf, "l2": 2, "l1": 1}
@@ -21,7 +20,7 @@ IN_A_BALL = {
     "pgd": (pgd, {"steps": 5}),
     "pgd, margin, best": (pgd, {"steps": 5, "loss": "margin", "keep_best": True}),
     "pgd, dlr": (pgd, {"steps": 5, "loss": "dlr"}),
-    "pgd, left": (partial(run_alone, attacks.LeavingPGD), {"steps": 5, "look_every": 2}),
+    "pgd, left": (attacks.LeavingPGD, {"steps": 5, "look_every": 2}),
     "apgd": (apgd, {"steps": 7}),
     "apgd, dlr": (apgd, {"steps": 7, "loss": "dlr", "leave_when_fallen": False}),
     "apgd-t": (apgd, {"steps": 7, "loss": "dlr_targeted", "restarts": 2}),
@@ -40,7 +39,7 @@ def batch(model):
 
 def run(name, model, x, y, eps=EPS, **options):
     attack, own = EVERY[name]
-    return attack(model, x, y, **({} if attack is stadv else {"eps": eps}), **{**own, **options})
+    return direct(attack, model, x, y, **({} if attack is stadv else {"eps": eps}), **{**own, **options})
 
 
 @pytest.mark.parametrize("norm", ORDERS)
@@ -169,7 +168,7 @@ def test_an_image_leaves_once_all_draws_of_a_step_are_wrong():
     for kind in (attacks.PGD, attacks.LeavingPGD):
         torch.manual_seed(0)
         model, health[kind] = Noisy().eval(), GradientHealth()
-        found[kind] = run_alone(kind, model, x, y, random_start=False, health=health[kind], **given)
+        found[kind] = direct(kind, model, x, y, random_start=False, health=health[kind], **given)
         asked[kind] = model.asked
     left = found[attacks.LeavingPGD]
     assert all((Noisy()(left[i : i + 1].expand(50, 1, 1, 10)).argmax(1) == (i != 2) * 1).all() for i in range(3))

@@ -1,40 +1,40 @@
-"""The attacks as functions: their options and their defaults."""
+"""The attacks as functions: their arguments and their defaults."""
+
+import inspect
 
 import pytest
 import torch
+from direct import direct
 
 from purify_fast import attacks
-from purify_fast.attacks.base import run_alone
+
+FUNCTIONS = [attacks.pgd, attacks.fgsm, attacks.apgd, attacks.fab_t, attacks.square, attacks.stadv]
 
 
-@pytest.mark.parametrize(
-    "option, advice",
-    [("sed", "is 'seed' meant"), ("norms", "is 'norm' meant"), ("zzz", "there are batch_size, clip_max, clip_min")],
-)
-def test_an_unknown_option_is_refused_with_the_nearest(model, option, advice):
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_signature_names_every_keyword_with_its_type_and_default(function):
+    first, *others = inspect.signature(function).parameters.values()
+    keywords = [each for each in others if each.kind is each.KEYWORD_ONLY]
+    assert [each.name for each in (first, *others[:3])] == ["model", "x", "y", "eps"]
+    assert others[3:] == keywords and 0 < len(keywords) <= 14
+    assert all(each.default is not each.empty and each.annotation is not each.empty for each in keywords)
+
+
+@pytest.mark.parametrize("attack", [*FUNCTIONS, attacks.PGD()])
+def test_an_unknown_keyword_and_a_missing_radius_are_errors_of_python(model, attack):
     x, y = torch.rand(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64)
-    for attack in (attacks.square, attacks.pgd, attacks.PGD()):
-        with pytest.raises(TypeError, match=f"^(Square|PGD) has no option '{option}': "):
-            attack(model, x, y, eps=0.1, **{option: 1})
-    with pytest.raises(TypeError, match=advice):
-        attacks.PGD()(model, x, y, eps=0.1, **{option: 1})
-    with pytest.raises(TypeError, match="PGD has no option 'step': is 'steps' meant"):
-        attacks.pgd(model, x, y, 0.1, step=1)
-    with pytest.raises(TypeError, match="PGD has no option 'targetted': is 'targeted' meant"):
-        attacks.pgd(model, x, y, 0.1, targetted=y)
-
-
-@pytest.mark.parametrize("name", ["pgd", "fgsm", "apgd", "fab_t", "square"])
-def test_a_radius_is_needed(model, name):
-    x, y = torch.rand(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64)
-    with pytest.raises(TypeError, match="needs a radius in image units"):
-        getattr(attacks, name)(model, x, y)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'sed'"):
+        attack(model, x, y, eps=0.1, sed=1)
+    if attack is not attacks.stadv:
+        with pytest.raises((TypeError, ValueError), match="eps"):
+            attack(model, x, y)
 
 
 def test_a_function_runs_its_class_with_its_defaults(model):
     x = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    y = model(x).argmax(1)
-    found = attacks.pgd(model, x, y, eps=0.1, seed=3, alpha=0.02, sample_ids=torch.tensor([4, 1, 9]))
-    options = {"eps": 0.1, "seed": 3, "alpha": 0.02, "sample_ids": torch.tensor([4, 1, 9])}
-    assert torch.equal(found, run_alone(attacks.PGD, model, x, y, steps=40, keep_best=False, **options))
-    assert not torch.equal(found, attacks.pgd(model, x, y, **options, steps=1))
+    y, options = model(x).argmax(1), {"eps": 0.1, "seed": 3}
+    for function, short in zip(FUNCTIONS, [{}, {}, {}, {}, {"n_queries": 50}, {}], strict=True):
+        how = ({} if function is attacks.stadv else {"eps": 0.1}) | short
+        how |= {} if function is attacks.fgsm else {"seed": 3}
+        assert torch.equal(function(model, x, y, **how), direct(function, model, x, y, **how)), function
+    assert not torch.equal(attacks.pgd(model, x, y, **options), attacks.pgd(model, x, y, **options, steps=1))

@@ -2,6 +2,7 @@ import importlib
 
 import pytest
 import torch
+from direct import direct
 from input_gradients import input_gradient
 
 from purify_fast.attacks import GradientHealth, fgsm, frozen, pgd
@@ -35,7 +36,7 @@ def test_per_sample_eps_and_alpha(batch, model):
     for i in range(9):
         ids = torch.tensor([i])
         options = {"eps": float(eps[i]), "alpha": float(eps[i] / 2), "steps": 4, "sample_ids": ids}
-        alone = pgd(model, x[i : i + 1], y[i : i + 1], **options)
+        alone = direct(pgd, model, x[i : i + 1], y[i : i + 1], **options)
         assert torch.allclose(alone[0], together[i], atol=1e-5)
 
 
@@ -152,7 +153,7 @@ def test_health_forgives_dlr_where_it_has_won():
         return torch.stack([v * 0, 1 + v, 2 + v], 1)
 
     health = GradientHealth()
-    pgd(lost, x, torch.zeros(8, dtype=torch.int64), eps=EPS, steps=3, loss="dlr", health=health)
+    direct(pgd, lost, x, torch.zeros(8, dtype=torch.int64), eps=EPS, steps=3, loss="dlr", health=health)
     # Such gradients are neither faults nor gradients that were usable, so they do not count.
     assert health.count("gradients") == 0 and health.zero == 0 and health.reliable
 
@@ -165,13 +166,13 @@ def test_the_default_step_falls_from_eps_to_a_hundredth(monkeypatch):
     record = lambda *a, **b: steps.append(float(a[3][0])) or shares.append(b["density"]) or original(*a, **b)  # noqa: E731
     monkeypatch.setattr(module, "pgd_step", record)
     model, x, y = torch.nn.Flatten(), torch.rand(2, 1, 2, 2), torch.tensor([0, 1])
-    module.pgd(model, x, y, eps=0.5, steps=5, norm="l1")
+    pgd(model, x, y, eps=0.5, steps=5, norm="l1")
     assert shares == pytest.approx([0.1 * 100 ** (-i / 4) for i in range(5)])
     steps.clear()
-    module.pgd(model, x, y, eps=0.5, steps=5)
+    pgd(model, x, y, eps=0.5, steps=5)
     assert steps == pytest.approx([0.5 * 100 ** (-i / 4) for i in range(5)])
     steps.clear()
-    module.pgd(model, x, y, eps=0.5, steps=3, alpha=0.1)
+    pgd(model, x, y, eps=0.5, steps=3, alpha=0.1)
     assert steps == pytest.approx([0.1] * 3)
 
 

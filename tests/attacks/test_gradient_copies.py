@@ -6,7 +6,7 @@ from small_models import Made
 from torch import nn
 
 from purify_fast import Atop, Carso, zoo
-from purify_fast.attacks import apgd
+from purify_fast.attacks import APGD
 from purify_fast.attacks.gradient_copy import Copies
 from purify_fast.data import load_dataset
 from purify_fast.defences import MajorityVote, WithAggregation
@@ -246,9 +246,9 @@ def test_the_error_of_a_model_itself_is_left_to_the_attack():
         assert Copies(torch.rand(8, *SHAPE)).copy_for(model, "bfloat16") is model
 
 
-@pytest.mark.parametrize("attack", [{"precision": "bfloat16"}, {"precision": "auto"}])
-def test_a_direct_attack_makes_a_copy_only_if_it_is_asked_to(attack, monkeypatch):
+@pytest.mark.parametrize("precision", ["bfloat16", "auto"])
+def test_a_direct_attack_makes_a_copy_only_if_it_is_asked_to(precision, monkeypatch):
     net, x, made = shifted(0.0), torch.rand(4, *SHAPE), []
     monkeypatch.setattr("purify_fast.attacks.gradient_copy.copy_or_model", lambda *given: made.append(given) or net)
-    apgd(net, x, net(x).argmax(1), eps=0.01, steps=2, **attack)
-    assert len(made) == (attack["precision"] == "bfloat16")
+    APGD(steps=2, precision=precision)(net, x, net(x).argmax(1), eps=0.01)
+    assert len(made) == (precision == "bfloat16")

@@ -4,11 +4,11 @@ import itertools
 
 import pytest
 import torch
+from direct import direct
 from torch import nn
 from torch.nn import functional as F
 
-from purify_fast.attacks import GradientHealth, OriginalAutoAttack, apgd, fgsm, frozen, pgd
-from purify_fast.attacks.context import AttackContext
+from purify_fast.attacks import GradientHealth, JudgeContext, OriginalAutoAttack, apgd, fgsm, frozen, pgd
 from purify_fast.attacks.losses import LOSSES, TARGETED, cross_entropy
 from purify_fast.training import Batch, TrainingAttack
 
@@ -172,10 +172,10 @@ def test_gradients_of_the_packages_autoattack_are_counted_by_its_own_formula():
     x = 0.5 + 0.01 * torch.randn(5, 3, 4, 4, generator=torch.Generator().manual_seed(5))
     y, model = torch.zeros(5, dtype=torch.int64), Sure(150.0)
     for batch_size in (None, 2):
-        context = AttackContext(eps=0.02, num_classes=4, batch_size=batch_size, counts_health=True)
+        context = JudgeContext(eps=0.02, num_classes=4, batch_size=batch_size, counts_health=True)
         health = OriginalAutoAttack(steps=2, n_queries=2).search(model, x, y, context).health
         assert health.zero == 1 and not health.reliable, batch_size
     own = GradientHealth()
     with frozen(model):
-        apgd(model, x, y, eps=0.02, steps=2, health=own)
+        direct(apgd, model, x, y, eps=0.02, steps=2, health=own)
     assert own.zero == 0 and own.reliable

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from purify_fast.attacks import FGSM, PGD, attacked_model, pgd
-from purify_fast.attacks.attacked_model import check_model
+from purify_fast.judge.searches.model_tests import check_model
 
 BAD = {
     "one logit": (lambda z: z[:, :1], ValueError, r"at least two classes .* \[(\d), 1\] for B = \1$"),

@@ -17,6 +17,7 @@ from purify_fast.judge.run.progress import Progress, counted_model
 from purify_fast.judge.searches.engine.engine_attack import nearest_borders
 from purify_fast.judge.searches.engine.judge import Judge
 from purify_fast.judge.searches.engine.row_batches import ActiveSet
+from purify_fast.judge.searches.judge_context import JudgeContext
 from purify_fast.models.classifiers import SmallCNN
 
 EPS = 0.05
@@ -30,7 +31,7 @@ def model():
 
 
 def context(**options):
-    return AttackContext(**{"num_classes": 6, "eps": EPS, "steps": 5, "eot_iter": 3, "draws_differ": False} | options)
+    return JudgeContext(**{"num_classes": 6, "eps": EPS, "steps": 5, "eot_iter": 3, "draws_differ": False} | options)
 
 
 @pytest.mark.parametrize(
@@ -203,10 +204,12 @@ def test_a_strangers_mistakes(model, batch, attack):
         ({"eps": float("nan")}, ValueError, "must be at least 0, got nan"),
         ({"eps": torch.zeros(3)}, ValueError, r"must be a number or a tensor \[B\]"),
         ({"eps": np.zeros(9)}, TypeError, r"eps must be .*, got array"),
-        ({"max_forward_batch": 0}, ValueError, "max_forward_batch must be at least 1"),
+        ({"eot_iter": 0}, ValueError, "eot_iter must be at least 1"),
     ):
         with pytest.raises(kind, match=message):
             attack(model, **{"x": x, "y": y, "eps": EPS} | change)
+    with pytest.raises(ValueError, match="max_forward_batch must be at least 1"):
+        AttackContext(max_forward_batch=0)
     # pixels from 0 to 255 have an eps in the same unit
     assert attack(model, 255 * x, y, eps=8, clip_max=255).max() > 1
 
@@ -270,7 +273,7 @@ def test_of_a_linear_model_the_borders_are_where_the_formula_says(norm, dual):
     linear = nn.Linear(12, 5)
     x = torch.rand(40, 12)
     y = linear(x).argmax(1)
-    active = ActiveSet(x, y, Ball(torch.full((40,), 0.1), norm), Judge(linear), AttackContext())
+    active = ActiveSet(x, y, Ball(torch.full((40,), 0.1), norm), Judge(linear), JudgeContext())
     active.judge_clean_images()
     nearest = nearest_borders(active, Objective(linear, "dlr_targeted", 1, None), 3)
     differences = linear(x).gather(1, y[:, None]) - linear(x)
@@ -288,6 +291,7 @@ def test_an_attack_says_of_how_many_images_no_search_came_nearer():
 
     x, y = torch.full((24, 1, 4, 4), 0.5), torch.zeros(24, dtype=torch.int64)
     x[:, 0, 0, 0] = torch.where(torch.arange(24) < 8, 0.9, 0.1)
-    found = Square(n_queries=1200, give_up=True, precision="float32").run(stuck_or_weak, x, y, eps=0.1)
+    attack = Square(n_queries=1200, give_up=True, precision="float32")
+    found = attack.run(stuck_or_weak, x, y, AttackContext(eps=0.1))
     assert (stuck_or_weak(found.images).argmax(1) != 0).tolist() == [False] * 8 + [True] * 16
     assert found.gave_up == 8

@@ -11,7 +11,7 @@ from torch import nn
 from benchmarks.robustness.truth import exact
 from benchmarks.robustness.truth.branch_and_bound import branch_and_bound
 from benchmarks.robustness.truth.relu_layers import affine_layers, forward
-from purify_fast.attacks import pgd
+from purify_fast.attacks import PGD
 
 EPS = 0.1
 
@@ -58,7 +58,7 @@ def test_a_corner_is_found_that_gradients_lead_away_from():
     x, y = torch.full((1, 1, 3, 4), 0.5), torch.zeros(1, dtype=torch.int64)
     for seed in range(2):
         model = Hidden(signs_of(seed))
-        missed = pgd(model, x, y, eps=EPS, steps=20, restarts=3)
+        missed = PGD(steps=20, restarts=3)(model, x, y, eps=EPS)
         assert int(model(missed).argmax(1)) == 0
         found, proved = branch_and_bound(model, x, y, EPS)
         assert int(model(found).argmax(1)) == 1 and float((found - x).abs().max()) <= EPS + 1e-6

@@ -225,8 +225,8 @@ def test_forms_of_pgd_have_rows_and_a_weaker_form_is_seen(rehearsal, monkeypatch
     assert [(row["form"], row["images"], row["verdict"]) for row in rows] == [(name, "8", "right") for name in FORMS]
     for row in rows:
         assert abs(float(row["images_per_s"]) * float(row["ms"]) / 8000 - 1) < 0.05
-    weak = functools.partial(pgd_forms.pgd, steps=2)
-    monkeypatch.setattr(pgd_forms, "pgd", lambda *a, steps, **how: weak(*a, **how))
+    weak = functools.partial(pgd_forms.PGD, steps=2)
+    monkeypatch.setattr(pgd_forms, "PGD", lambda steps, **how: weak(**how))
     (rehearsal.out / gpu_sections.PGD).unlink()
     outcome = gpu_sections.forms_of_pgd(rehearsal)
     assert outcome.state == "failed"

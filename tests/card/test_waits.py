@@ -12,6 +12,7 @@ import pytest
 import torch
 from cuda_launches import CudaLaunches
 from denoisers import defence as purifier
+from direct import direct
 from fake_cuda import FakeCuda, RefusedOnCuda
 from small_runs import SHAPE, arrest_task, atop_task, attack, batch, carso_task, classifier_task, diffusion_task
 from torch import nn
@@ -176,7 +177,7 @@ def test_an_attack_step_waits_for_nothing(name, monkeypatch):
     fake, launches, mine = FakeCuda(), CudaLaunches(), AutoPgd.run
     monkeypatch.setattr(AutoPgd, "run", lambda search: (searches.append(search), mine(search))[1])
     y = model(real.x).argmax(1).detach()
-    run(model, real.x, y, graphs=kept, **options)
+    direct(run, model, real.x, y, graphs=kept, **options)
     assert kept.steps
     with frozen(model):
         for function, state in kept.steps.values():
@@ -202,7 +203,7 @@ def test_a_whole_attack_waits_for_nothing(run, norm):
     model, real, fake = plain(), batch(1), FakeCuda()
     fake.put(model)
     x, y = fake.tensor(real.x), fake.tensor(real.y)
-    options = {"seed": 0, **NORMS[norm]} | ({} if run is fgsm else {"steps": 3})
+    options = NORMS[norm] | ({} if run is fgsm else {"seed": 0, "steps": 3})
     for first in (True, False):
         with fake.running(first=first):
             run(model, x, y, **options)

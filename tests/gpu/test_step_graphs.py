@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from direct import direct
 from on_device import DEVICE
 from small_models import images_and_labels
 from small_runs import SHAPE, arrest_task, atop_task, attack, batch, carso_task
@@ -62,11 +63,11 @@ def test_replayed_pgd_and_fgsm(graphs, norm, precision):
     model, (x, y) = InferenceCopy(classifier(), SHAPE, precision), images()
     eps = SIZES[norm]
     attacks: list[Callable[[StepGraphs | None], Tensor]] = [
-        lambda g: pgd(model, x, y, eps=eps, norm=norm, steps=20, seed=0, graphs=g),
-        lambda g: pgd(
-            model, x, y, eps=eps, norm=norm, steps=20, seed=0, alpha=eps / 4, keep_best=True, eot_iter=2, graphs=g
+        lambda g: direct(pgd, model, x, y, eps=eps, norm=norm, steps=20, seed=0, graphs=g),
+        lambda g: direct(
+            pgd, model, x, y, eps=eps, norm=norm, steps=20, seed=0, alpha=eps / 4, keep_best=True, eot_iter=2, graphs=g
         ),
-        lambda g: fgsm(model, x, y, eps=eps, norm=norm, graphs=g),
+        lambda g: direct(fgsm, model, x, y, eps=eps, norm=norm, graphs=g),
     ]
     for run in attacks:
         wanted = run(None)
@@ -81,9 +82,15 @@ def test_new_weights_and_the_last_batch(graphs):
     view, other = InferenceCopy(classifier(), SHAPE, torch.float32), classifier(1)
     for n in (12, 5, 12, 5):
         x, y = images(n, n)
-        close(pgd(view, x, y, eps=0.1, steps=20, seed=0, graphs=graphs), pgd(view, x, y, eps=0.1, steps=20, seed=0))
+        close(
+            direct(pgd, view, x, y, eps=0.1, steps=20, seed=0, graphs=graphs),
+            pgd(view, x, y, eps=0.1, steps=20, seed=0),
+        )
         view.refresh(other)
-        close(pgd(view, x, y, eps=0.1, steps=20, seed=0, graphs=graphs), pgd(view, x, y, eps=0.1, steps=20, seed=0))
+        close(
+            direct(pgd, view, x, y, eps=0.1, steps=20, seed=0, graphs=graphs),
+            pgd(view, x, y, eps=0.1, steps=20, seed=0),
+        )
     assert len(graphs) == 2 and graphs.refusal is None
 
 
@@ -92,7 +99,7 @@ def test_draws_go_on_as_without_graphs(graphs):
 
     def run(chosen: StepGraphs | None, seed: int) -> tuple[Tensor, Tensor]:
         torch.manual_seed(seed)
-        return pgd(defence, x, y, eps=0.1, steps=20, seed=0, graphs=chosen), torch.rand(4, device=DEVICE)
+        return direct(pgd, defence, x, y, eps=0.1, steps=20, seed=0, graphs=chosen), torch.rand(4, device=DEVICE)
 
     for seed in (1, 2):
         (wanted, after), (found, then) = run(None, seed), run(graphs, seed)
@@ -130,7 +137,7 @@ def test_what_cannot_be_captured_runs_eagerly_and_leaves_the_device_usable(graph
     def run(chosen: StepGraphs | None) -> Tensor:
         if kind is OwnGenerator:
             model.generator.manual_seed(5)
-        return pgd(model, x, y, eps=0.1, steps=20, seed=0, graphs=chosen)
+        return direct(pgd, model, x, y, eps=0.1, steps=20, seed=0, graphs=chosen)
 
     wanted = run(None)
     found = run(graphs)
@@ -139,7 +146,9 @@ def test_what_cannot_be_captured_runs_eagerly_and_leaves_the_device_usable(graph
     # the generator of the device draws, and another model is captured
     assert torch.rand(3, device=DEVICE).isfinite().all() and torch.randn(3, device=DEVICE).isfinite().all()
     plain = classifier()
-    close(pgd(plain, x, y, eps=0.1, steps=20, seed=0, graphs=graphs), pgd(plain, x, y, eps=0.1, steps=20, seed=0))
+    close(
+        direct(pgd, plain, x, y, eps=0.1, steps=20, seed=0, graphs=graphs), pgd(plain, x, y, eps=0.1, steps=20, seed=0)
+    )
     assert graphs.refusal is None
 
 
@@ -180,7 +189,7 @@ def test_memory_does_not_grow(monkeypatch):
     def attacks() -> int:
         for n in (8, 12, 16, 20):
             x, y = images(n)
-            pgd(model, x, y, eps=0.1, steps=20, seed=0, graphs=graphs)
+            direct(pgd, model, x, y, eps=0.1, steps=20, seed=0, graphs=graphs)
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         return torch.cuda.memory_reserved()
@@ -207,6 +216,6 @@ def test_apgd(graphs):
     model, (x, y) = classifier(), images()
     y = model(x).argmax(1)
     options = {"eps": 0.01, "steps": 40, "seed": 0, "leave_when_fallen": False}
-    wanted, found = (apgd(model, x, y, **options, graphs=chosen) for chosen in (None, graphs))
+    wanted, found = (direct(apgd, model, x, y, **options, graphs=chosen) for chosen in (None, graphs))
     assert len(graphs) >= 1
     close(found, wanted)

@@ -5,6 +5,7 @@ from functools import cache, partial
 import pytest
 import torch
 from digit_nets import digits
+from direct import direct
 from evaluating import evaluate
 from small_models import Made
 from torch import nn
@@ -153,7 +154,7 @@ ATTACKS = {
     "targeted": partial(apgd, eps=0.12, steps=5, eot_iter=8, loss="dlr_targeted", n_target_classes=2),
     "fab_t": partial(fab_t, eps=0.12, steps=5, eot_iter=8, n_target_classes=2),
     "square": partial(square, eps=0.12, n_queries=20, eot_iter=8),
-    "judged by draws": partial(square, eps=0.12, n_queries=20, judge_draws=8),
+    "judged by draws": partial(direct, square, eps=0.12, n_queries=20, judge_draws=8),
     "stadv": partial(stadv, steps=5, eot_iter=8),
 }
 

@@ -9,13 +9,11 @@ from digit_nets import EPS, digits, standard
 from evaluating import evaluate
 from small_models import Made
 
-from purify_fast.attacks import APGD, FABT, PGD, Square, StAdv
+from purify_fast.attacks import APGD, FABT, PGD, AttackContext, JudgeContext, LeavingPGD, Square, StAdv
 from purify_fast.attacks.base import ThreatModel
 from purify_fast.attacks.context import TimeIsOver
-from purify_fast.attacks.pgd import LeavingPGD
 from purify_fast.defences import NoisyEnsemble
 from purify_fast.evaluation import EvaluateConfig, as_attack
-from purify_fast.judge.alarms import probes
 from purify_fast.judge.request.deadline import Deadline
 from purify_fast.judge.request.subject import Subject
 from purify_fast.judge.results.rows import CUT
@@ -64,11 +62,11 @@ def test_only_a_first_step_without_any_gradient_ends_a_run(draws):
         logits = net(z)
         return torch.where(kept, logits, logits.detach())
 
-    context = {"eps": 1e-4, "num_classes": 10, "draws_differ": draws > 1, "eot_iter": draws, "counts_health": True}
-    whole = APGD(steps=12).run(half, x[:2], y[:2], **context)
+    context = JudgeContext(eps=1e-4, num_classes=10, draws_differ=draws > 1, eot_iter=draws, counts_health=True)
+    whole = APGD(steps=12).run(half, x[:2], y[:2], context)
     assert not whole.warnings and sum(seen) == 12
     seen.clear()
-    blind = APGD(steps=12).run(lambda z: (seen.append(z.requires_grad), net(z.detach()))[1], x[:2], y[:2], **context)
+    blind = APGD(steps=12).run(lambda z: (seen.append(z.requires_grad), net(z.detach()))[1], x[:2], y[:2], context)
     # On a random model, 20 draws decide, at the steps after which a batch may shrink: 1 to 6, and 8.
     looks = 1 if draws == 1 else 8
     assert blind.warnings == [BLIND] and sum(seen) == looks
@@ -85,7 +83,7 @@ def test_one_faulty_pixel_does_not_end_a_run():
 
     assert not torch.autograd.grad(faulty(leaf := x[:1].clone().requires_grad_()).sum(), leaf)[0].isfinite().all()
     with pytest.warns(UserWarning, match="NaN") if faulty(x).isnan().any() else contextlib.nullcontext():
-        found = APGD(steps=20).run(faulty, x[:16], y[:16], eps=EPS, num_classes=10, draws_differ=False)
+        found = APGD(steps=20).run(faulty, x[:16], y[:16], AttackContext(eps=EPS, num_classes=10, draws_differ=False))
     assert not found.warnings and (net(found.images).argmax(1) == y[:16]).float().mean() < 0.5
 
 
@@ -97,7 +95,7 @@ def test_gradients_that_some_draws_lack_are_followed():
         return net(z) if torch.rand(()) < 0.2 else net(z.detach()) + 0 * z.sum()
 
     torch.manual_seed(0)
-    found = APGD(steps=50).run(seldom, x[:16], y[:16], eps=EPS, num_classes=10, eot_iter=1)
+    found = APGD(steps=50).run(seldom, x[:16], y[:16], AttackContext(eps=EPS, num_classes=10, eot_iter=1))
     assert (net(found.images).argmax(1) == y[:16]).float().mean() < 0.5
 
 
@@ -107,7 +105,7 @@ def test_copies_of_the_label_hide_no_other_class():
     net = standard()
     copies = lambda z: torch.cat([net(z), *(net(z) - 0.01 * number for number in (1, 2, 3))], 1)  # noqa: E731
     attack = APGD(steps=20, loss="margin_targeted", n_target_classes=4)
-    found = attack.run(copies, x[:16], y[:16], eps=EPS, num_classes=40, draws_differ=False)
+    found = attack.run(copies, x[:16], y[:16], AttackContext(eps=EPS, num_classes=40, draws_differ=False))
     assert (net(found.images).argmax(1) == y[:16]).float().mean() < 0.5
 
 
@@ -340,15 +338,15 @@ def test_probes_that_were_finished_before_a_kill_are_used_again(tmp_path, monkey
     model = NoisyEnsemble(standard(), 0.1, samples=1)
     options = {"protocol": None, "attacks": [PGD(steps=2)], "probes": True, "n": 8}
     judged(model, **options, out=tmp_path / "whole")
-    made, original = [], probes.run_alone
+    made, original = [], APGD.run
 
-    def killed(*args, **options):
-        made.append(options["steps"])
+    def killed(attack, *args):
+        made.append(attack.steps)
         if len(made) == 3:
             raise KeyboardInterrupt
-        return original(*args, **options)
+        return original(attack, *args)
 
-    monkeypatch.setattr(probes, "run_alone", killed)
+    monkeypatch.setattr(APGD, "run", killed)
     with pytest.raises(KeyboardInterrupt):
         judged(model, **options, out=tmp_path / "again")
     again, before = judged(model, **options, out=tmp_path / "again"), judged(model, **options, out=tmp_path / "whole")

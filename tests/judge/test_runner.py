@@ -271,7 +271,7 @@ def test_autoattack_with_few_classes(classes, tmp_path):
         assert list((tmp_path / "rows").iterdir()) == []
     if classes < 3:
         with pytest.raises(ValueError, match="rand needs at least 3 classes, got 2"):
-            OriginalAutoAttack(version="rand").run(model, x, y, eps=0.1, num_classes=2)
+            OriginalAutoAttack(version="rand").run(model, x, y, AttackContext(eps=0.1, num_classes=2))
     if classes >= 4:
         row = run(attacks=[OriginalAutoAttack(steps=10, n_queries=50)]).rows[1]
         assert row.accuracy <= 0.1 and row.warnings == []

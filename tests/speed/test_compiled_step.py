@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from direct import direct
 from torch import Tensor, nn
 
 from purify_fast.attacks import pgd
@@ -41,7 +42,7 @@ def network(width: int = 4) -> nn.Module:
 def attack(model: nn.Module, graphs: StepGraphs | None = None, images: int = 8, steps: int = 4) -> Tensor:
     x = torch.rand(images, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     options = {"eps": 8 / 255, "alpha": 2 / 255, "steps": steps, "random_start": False, "graphs": graphs}
-    return pgd(model, x, torch.arange(images) % 10, **options)
+    return direct(pgd, model, x, torch.arange(images) % 10, **options)
 
 
 def inference_copy(dtype: torch.dtype = torch.float32, compile: bool = True) -> InferenceCopy:

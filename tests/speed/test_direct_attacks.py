@@ -6,11 +6,12 @@ import pickle
 import pytest
 import torch
 from captures import Rerun, Tape
+from direct import direct
 from torch import nn
 
 import purify_fast
 from purify_fast import Atop
-from purify_fast.attacks import pgd, square
+from purify_fast.attacks import losses, pgd, square
 from purify_fast.methods.atop import SmallGenerator
 from purify_fast.speed import StepGraphs
 from purify_fast.speed.graphs.step_graphs import leave_no_trace
@@ -71,7 +72,7 @@ def test_a_direct_attack_on_a_copy_is_captured(name, capture, caplog):
 def test_only_copies_that_a_user_makes_have_graphs_and_graphs_off_is_off(rerun):
     fast, x, y = attacked()
     fast._followed.graphs = StepGraphs("always", capture=rerun)
-    pgd(fast, x, y, eps=8 / 255, steps=3, graphs=StepGraphs("off"))
+    direct(pgd, fast, x, y, eps=8 / 255, steps=3, graphs=StepGraphs("off"))
     assert rerun.recorded == 0
     pgd(fast, x, y, eps=8 / 255, steps=3)
     assert rerun.recorded == 1
@@ -111,9 +112,10 @@ def test_what_a_users_loss_reads_is_not_frozen(capture):
             return -nn.functional.cross_entropy(logits, target, reduction="none")  # noqa: B023
 
         found = pgd(fast, x, y, loss=towards, **options)
-        assert torch.equal(found, pgd(fast, x, targeted=target, graphs=StepGraphs("off"), **options))
+        how = {"loss_function": losses.towards("ce"), "graphs": StepGraphs("off"), **options}
+        assert torch.equal(found, direct(pgd, fast, x, target, **how))
     assert capture.recorded == 0
-    pgd(fast, x, targeted=y, **options)
+    pgd(fast, x, None, targeted=y, **options)
     assert capture.recorded == 1
 
 
@@ -136,7 +138,7 @@ def test_a_profile_names_the_parts_of_the_work(rerun):
     fast, x, y = attacked(model)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         for _ in range(2):
-            pgd(fast, x, y, eps=8 / 255, steps=CAPTURE_STEPS, graphs=graphs)
+            direct(pgd, fast, x, y, eps=8 / 255, steps=CAPTURE_STEPS, graphs=graphs)
         fast.update()
     names = {event.key for event in profile.key_averages()}
     parts = "attack step", "capture", "replay of an attack step", "a copy reads its model"

@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
+from direct import direct
 from host_syncs import HostSyncs
 from small_models import carso
 from small_runs import EPS, arrest_task, atop_task, attack, batch, carso_task, diffusion_task
@@ -64,7 +65,7 @@ def probe(steps: int, run=pgd, model=None, **options) -> Counter:
     y = model(step.x).argmax(1).detach()
     options = {"eps": EPS, "health": GradientHealth(), **({} if run is fgsm else {"steps": steps}), **options}
     with HostSyncs() as waits:
-        run(model, step.x, y, **options)
+        direct(run, model, step.x, y, **options)
     assert waits.dispatched > 30
     return waits.counts
 

@@ -30,8 +30,7 @@ from torch import Tensor, nn
 
 from purify_fast import data, frozen_copy, load_defence, zoo
 from purify_fast._files import write_text
-from purify_fast.attacks import PGD, LeavingPGD, OriginalAutoAttack
-from purify_fast.attacks.base import run_alone
+from purify_fast.attacks import PGD, AttackContext, LeavingPGD, OriginalAutoAttack
 from purify_fast.data import balanced_subset, to_float
 from purify_fast.evaluation import lee_kim_2023
 from purify_fast.judge.show.text import markdown_table
@@ -84,10 +83,11 @@ def found_by_pgd(model: nn.Module, x: Tensor, y: Tensor, s: dict[str, Any], fixe
     seen = frozen_copy(model, x, dtype=torch.bfloat16) if supports(model, CopiesItself) else model
     torch.manual_seed(0)
     with quiet(seen, fixed):
-        amount: dict[str, Any] = {"steps": budget.steps, "eot_iter": draws, "max_forward_batch": ROWS}
-        how = {"eps": s["eps"], "alpha": published.alpha, "random_start": False} | amount
+        attack = LeavingPGD(steps=budget.steps, alpha=published.alpha, random_start=False, eot_iter=draws)
+        context = AttackContext(eps=s["eps"], max_forward_batch=ROWS)
         batches = enumerate(zip(x.split(budget.batch), y.split(budget.batch), strict=True))
-        return torch.cat([run_alone(LeavingPGD, seen, *batch, seed=number, **how) for number, batch in batches])
+        results = [attack.run(seen, *batch, replace(context, seed=number)) for number, batch in batches]
+        return torch.cat([result.images for result in results])
 
 
 @torch.no_grad()

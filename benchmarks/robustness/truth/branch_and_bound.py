@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from purify_fast.attacks import AttackContext
+from purify_fast.attacks import JudgeContext
 from purify_fast.attacks.ball import ball_around, projected
 from purify_fast.judge.searches.engine.judge import Judge
 from purify_fast.judge.searches.engine.row_batches import ActiveSet
@@ -75,7 +75,7 @@ def branch_and_bound(model: nn.Module, x: Tensor, y: Tensor, eps: float, nodes: 
         if not apart <= ALIKE * logits.abs().max():
             text = "the model's logits differ from the logits that its layers give in float64"
             raise ValueError(f"{text}, by {apart:.2g}: if TF32 or bfloat16 is on, switch it off")
-        active = ActiveSet(x, y, ball_around(x, eps), judge, AttackContext(eps=eps))
+        active = ActiveSet(x, y, ball_around(x, eps), judge, JudgeContext(eps=eps))
         active.judge_clean_images()
         proved = torch.zeros_like(y, dtype=torch.bool)
         for part in active.left().split(IMAGES):

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from purify_fast.attacks import pgd
+from purify_fast.attacks import PGD, AttackContext
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.speed import InferenceCopy, StepGraphs
 from purify_fast.speed.frozen_copy import auto_dtype
@@ -91,10 +90,11 @@ def ours(device: torch.device, quick: bool, *, count: int, compiled: bool = Fals
     graphs = StepGraphs("always") if captured else None
     network = _network(quick).to(device)
     copy = InferenceCopy(network, tuple(x.shape[1:]), auto_dtype(network, x), compile=compiled)
-    how: dict[str, Any] = {"eps": EPS, "alpha": ALPHA, "steps": STEPS, "random_start": False, "graphs": graphs}
+    attack = PGD(alpha=ALPHA, steps=STEPS, random_start=False, keep_best=False)
+    context = AttackContext(eps=EPS, graphs=graphs)
 
     def run() -> Tensor:
-        found = pgd(copy, x, y, **how)
+        found = attack.run(copy, x, y, context).images
         if graphs is not None and graphs.refusals and device.type == "cuda":
             raise RuntimeError(f"the step was not captured: {'; '.join(graphs.refusals)}")
         return found

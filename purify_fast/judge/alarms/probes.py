@@ -15,9 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ...attacks import AttackContext
 from ...attacks.attacked_model import gradient_to
-from ...attacks.base import ThreatModel, run_alone
+from ...attacks.base import ThreatModel
 from ...attacks.context import TimeIsOver
 from ...attacks.losses import margin, usable_loss
 from ...protocols import Classifier
@@ -25,6 +24,7 @@ from ...speed.agreement import BFLOAT16, apart, differ
 from ..request.fingerprint import state_hash
 from ..request.subject import Subject
 from ..searches.apgd import APGD
+from ..searches.judge_context import JudgeContext
 from ..surrogates.copies import Surrogates, in_order
 
 #: The reasons why a model's gradients cannot be compared with the measured changes of its output.
@@ -140,7 +140,7 @@ Keep = Callable[[str, dict[str, Any], Callable[[], dict[str, Any]]], dict[str, A
 
 
 def measure_before_attacks(
-    before: Before, context: AttackContext, model: Any, keep: Keep, settled: Callable[[Probes], bool]
+    before: Before, context: JudgeContext, model: Any, keep: Keep, settled: Callable[[Probes], bool]
 ) -> Probes:
     """Make the measurements before the attacks of the report.
 
@@ -233,7 +233,7 @@ def _sweep(before: Before, short: _Short, asked: Probes, blind: bool) -> Probes:
     )
 
 
-def probe(before: Before, context: AttackContext, asked: Probes, left: Sequence[bool]) -> Probes:
+def probe(before: Before, context: JudgeContext, asked: Probes, left: Sequence[bool]) -> Probes:
     """Make the measurements after the attacks.
 
     Args:
@@ -261,7 +261,7 @@ def probe(before: Before, context: AttackContext, asked: Probes, left: Sequence[
 class _Short:
     """Short attacks on some of the first images, whose indices are ``part``."""
 
-    def __init__(self, before: Before, model: Any, part: Tensor, context: AttackContext, keep: Keep):
+    def __init__(self, before: Before, model: Any, part: Tensor, context: JudgeContext, keep: Keep):
         self.x, self.y, self.part, self.model, self.context = before.x[part], before.y[part], part, model, context
         self.random, self.keep = before.subject.is_random, keep
         self.judges = JUDGES if self.random else 1
@@ -302,18 +302,19 @@ class _Short:
         """The points of a short attack on the images ``at``."""
         context = self.context
         torch.manual_seed(context.seed)
-        options = {
-            "norm": context.norm,
-            "judge_draws": self.judges,
-            "sample_ids": self.part[at],
-            "precision": "auto",
-            "copies": context.copies,
+        options = dict(settings)
+        direct = JudgeContext(
+            eps=context.eps,
+            norm=context.norm,
+            seed=options.pop("seed"),
+            judge_draws=self.judges,
+            sample_ids=self.part[at],
+            copies=context.copies,
             # The attacked model counts its images, and so does a wrapper like it around the surrogate.
-            "gradients_from": None if gradients_from is None else self.model.around(lambda _: gradients_from),
-            "max_forward_batch": context.max_forward_batch or context.batch_size,
-            **settings,
-        }
-        return run_alone(APGD, self.model, self.x[at], self.y[at], context.eps, **options)
+            gradients_from=None if gradients_from is None else self.model.around(lambda _: gradients_from),
+            max_forward_batch=context.max_forward_batch or context.batch_size,
+        )
+        return APGD(**options).run(self.model, self.x[at], self.y[at], direct).images
 
     def order(self, among: Tensor, surrogates: Surrogates) -> list[str]:
         """The names of surrogates; first come those whose gradients lower the margins of a few images most."""
@@ -333,7 +334,7 @@ class _Short:
         return sorted(names, key=lambda name: sum(reached[name]))
 
 
-def near(context: AttackContext, x: Tensor) -> Tensor:
+def near(context: JudgeContext, x: Tensor) -> Tensor:
     """Add noise of at most half the radius to the images."""
     size = x[0].numel()
     each = {"linf": 1.0, "l2": 1 / math.sqrt(size), "l1": 1 / size}[context.norm] * context.eps
@@ -454,7 +455,7 @@ def differences(subject: Subject, y: Tensor, *points: Tensor) -> tuple[float | M
     return cosine, max(without for _, without in measured)
 
 
-def compared_gradients(subject: Subject, context: AttackContext) -> float | Missing | None:
+def compared_gradients(subject: Subject, context: JudgeContext) -> float | Missing | None:
     """Compare the changes that the model's gradients predict with the measured ones, on and near clean images."""
     some = slice(min(ONE_BY_ONE, subject.batch_size))
     x, y = subject.x[some].to(subject.device), subject.y[some].to(subject.device)

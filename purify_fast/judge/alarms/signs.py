@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from ...attacks import search
+from ...attacks import health
 from ...attacks.outputs import INSTEAD_OF_PROBABILITIES, ONE_HOT
 from ..results.rows import Row, worst_rows
 from .probes import STEPS, Missing, Probes
@@ -497,7 +497,7 @@ def signs_of_masking(asked: Probes, is_random: bool) -> list[str]:
         is_random: whether two predictions of the model on the same images differ.
     """
     n, signs = asked.n, []
-    if _surely_above(search.MAX_ZERO, asked.without_gradient, asked.compared or n):
+    if _surely_above(health.MAX_ZERO, asked.without_gradient, asked.compared or n):
         signs.append(f"{100 * asked.without_gradient:.0f} % of the images have no usable gradient")
     elif isinstance(asked.cosine, str):
         signs.append("gradients are missing or not finite")

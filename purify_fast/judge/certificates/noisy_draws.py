@@ -18,13 +18,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..._tensors import dtype_of
-from ...attacks.attacked_model import check_classes, logits_of
+from ...attacks.attacked_model import logits_of
 from ...defences.stochastic import StochasticDefence, undecided
 from ...ops.philox import Stream, philox, philox_key
 from ...protocols import Classifier, draws_for_each_image
 from ...speed.agreement import BFLOAT16, FLOAT32, apart
 from ...speed.memory import BatchLimit
 from ..request.subject import precision_name
+from ..searches.model_tests import check_classes
 
 #: The sentinels of a run. A batch has all of them; a batch with fewer than four times as many rows has fewer.
 SENTINELS = 16

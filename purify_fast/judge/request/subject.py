@@ -13,19 +13,7 @@ from torch import Tensor, nn
 
 from ..._memory import ran_out_of_memory
 from ..._tensors import digest
-from ...attacks.attacked_model import (
-    SAMPLE,
-    TRIED_CALLS,
-    TRIED_ROWS,
-    check_classes,
-    check_leaves_images,
-    check_model,
-    drawn_once_per_call,
-    draws_elsewhere,
-    logits_of,
-    logits_of_draws,
-    predicts_otherwise,
-)
+from ...attacks.attacked_model import TRIED_CALLS, TRIED_ROWS, drawn_once_per_call, logits_of, logits_of_draws
 from ...attacks.base import ThreatModel
 from ...attacks.losses import margin
 from ...attacks.outputs import are_one_hot, are_probabilities
@@ -35,6 +23,14 @@ from ...protocols import Classifier, FixedNoise, Passes, SharesDraws, draws_for_
 from ...speed.agreement import FLOAT32, apart, differ
 from ...speed.memory import BatchLimit
 from ...speed.precision import float32_settings
+from ..searches.model_tests import (
+    SAMPLE,
+    check_classes,
+    check_leaves_images,
+    check_model,
+    draws_elsewhere,
+    predicts_otherwise,
+)
 from ..surrogates.copies import Surrogates, surrogates
 from .config import Predict
 from .deadline import Deadline

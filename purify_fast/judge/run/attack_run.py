@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..._tensors import text_hash
-from ...attacks import AttackContext, AttackResult, GradientHealth
+from ...attacks import AttackResult, GradientHealth
 from ...attacks.context import TimeIsOver
 from ...attacks.losses import margin
 from ...protocols import Classifier
@@ -23,6 +23,7 @@ from ..request.specs import AttackSpec, check_adversarial
 from ..request.subject import Subject
 from ..results.rows import CUT
 from ..searches.engine.judge import Judge
+from ..searches.judge_context import JudgeContext
 from .shards import Shards
 from .stopping import NearestRule, StoppingRule
 
@@ -60,7 +61,7 @@ class AttackRun:
     target: Classifier
     index: Tensor
     subject: Subject
-    context: AttackContext
+    context: JudgeContext
     rule: StoppingRule | NearestRule | None = None
 
     def __post_init__(self) -> None:

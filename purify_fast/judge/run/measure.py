@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..._tensors import digest
-from ...attacks import AttackContext, frozen
+from ...attacks import frozen
 from ...defences.wrappers import WithAggregation
 from ...model_state import is_users
 from ...protocols import Classifier
@@ -24,6 +24,7 @@ from ..request.specs import AttackSpec, FunctionAttack
 from ..request.subject import Judgement, Subject
 from ..results.rows import CUT, Examples, Row, Worst, by_worst_points
 from ..searches.engine.judge import has_fallen
+from ..searches.judge_context import JudgeContext
 from .attack_run import AttackedBatch, AttackRun, counts_of
 from .cache import RowCache
 from .progress import CountedModel, Progress, counted_model
@@ -100,7 +101,7 @@ class Measure:
     """Makes the rows of one call of `evaluate`. Every process has the same ``attacks`` in the same order."""
 
     subject: Subject
-    context: AttackContext
+    context: JudgeContext
     name: str
     cache: RowCache
     progress: Progress
@@ -347,7 +348,7 @@ def own_code(spec: AttackSpec) -> object:
     return type(spec.attack) if is_users(type(spec.attack).__module__) else None
 
 
-def settings_of(spec: AttackSpec, subject: Subject, context: AttackContext) -> dict[str, Any]:
+def settings_of(spec: AttackSpec, subject: Subject, context: JudgeContext) -> dict[str, Any]:
     """The settings of an attack, in plain values, on which its row depends."""
     optional = {
         "through": None if spec.through is None else type(spec.through).__name__,

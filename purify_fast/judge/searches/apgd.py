@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,18 +17,15 @@ from torch import Tensor
 from ..._tensors import per_image
 from ..._validation import Count, Share
 from ...attacks.ball import projected
-from ...attacks.base import Resolved, run_alone, times
-from ...attacks.context import AttackContext, Radius, keeping
+from ...attacks.base import Resolved, times
+from ...attacks.context import AttackContext, keeping
 from ...attacks.losses import FEWEST_CLASSES, TARGETED, ApgdLoss, check_classes
 from ...attacks.objective import Gradients, Objective
 from ...attacks.search import better_of, zero_is_no_fault
 from ...ops.apgd_step import apgd_step
-from ...protocols import Classifier
 from .engine.engine_attack import USUAL_TARGETS, EngineAttack, nearest_borders, targets_and_times
 from .engine.row_batches import ActiveSet, Rows, RowSearch, waves
-
-if TYPE_CHECKING:
-    from ...attacks.keywords import ApgdOptions, Unpack
+from .judge_context import JudgeContext
 
 #: A run on a random model ends if the gradients of this number of its first draws are all useless.
 BLIND_DRAWS = 20
@@ -88,7 +85,7 @@ class APGD(EngineAttack):
     def may_end_early(self, context: AttackContext) -> bool:
         return super().may_end_early(context) and self.threat_model(context).norm != "l1"
 
-    def explore(self, active: ActiveSet, objective: Objective, context: AttackContext) -> None:
+    def explore(self, active: ActiveSet, objective: Objective, context: JudgeContext) -> None:
         steps, loss = self.resolved_for(context).steps, objective.loss
         if loss in FEWEST_CLASSES:
             check_classes(loss, active.logits.shape[1])
@@ -102,21 +99,6 @@ class APGD(EngineAttack):
                 search = AutoPgd(objective, active, rows, steps, rho=self.rho, give_up=by_pace)
                 with keeping(search.keep):
                     search.run()
-
-
-def apgd(
-    model: Classifier, x: Tensor, y: Tensor | None = None, eps: Radius | None = None, **options: Unpack[ApgdOptions]
-) -> Tensor:
-    """Run `APGD` on a batch, by default in the model's own precision.
-
-    Arguments and errors are those of `purify_fast.attacks.pgd`, without ``stop_when_fallen``. eps is a number or
-    ``[B]``, and the options are the fields of `APGD` in place of those of `PGD`.
-
-    Returns:
-        Per image the point that the most draws misclassify; among equal points, the point of highest loss. Shape and
-        dtype are those of x.
-    """
-    return run_alone(APGD, model, x, y, eps, **{"precision": "float32", **options})
 
 
 def checkpoints(steps: int) -> dict[int, int]:

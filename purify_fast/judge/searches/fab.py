@@ -7,7 +7,7 @@ its gradient is taken, which saves a forward pass. At the end, the nearest such 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,19 +15,15 @@ from torch import Tensor
 from ..._tensors import per_image
 from ..._validation import Count
 from ...attacks.ball import Ball, projected
-from ...attacks.base import run_alone
-from ...attacks.context import AttackContext, Radius, keeping
+from ...attacks.context import AttackContext, keeping
+from ...attacks.faults import faults
 from ...attacks.objective import Gradient, Objective, ObjectiveStep
-from ...attacks.search import faults
 from ...ops.hyperplane_projection import hyperplane_projection
-from ...protocols import Classifier
 from ...speed.graphs.step_loop import State, Steps, begin_steps
 from .engine.engine_attack import USUAL_TARGETS, EngineAttack, nearest_borders, targets_and_times
 from .engine.judge import has_fallen
 from .engine.row_batches import ActiveSet, Rows, RowSearch, waves
-
-if TYPE_CHECKING:
-    from ...attacks.keywords import FabOptions, Unpack
+from .judge_context import JudgeContext
 
 #: The authors' values. STEPS: the steps of a run. LARGEST_PULL: the largest weight of the step that begins at the clean
 #: image. OVERSHOOT: a step is the distance to the border times this factor. BACK: a point across the border is moved
@@ -60,28 +56,13 @@ class FABT(EngineAttack):
     def name(self, context: AttackContext) -> str:
         return f"FAB-T {self.resolved_for(context).steps}" + targets_and_times(self.n_target_classes, self.restarts)
 
-    def explore(self, active: ActiveSet, objective: Objective, context: AttackContext) -> None:
+    def explore(self, active: ActiveSet, objective: Objective, context: JudgeContext) -> None:
         goals = nearest_borders(active, objective, self.n_target_classes)
         steps = self.resolved_for(context).steps
         for rows in waves(active, goals, self.restarts, context, at_image=True):
             search = _FabSearch(objective, active, rows, steps, give_up=self.give_up)
             with keeping(search.keep):
                 search.run()
-
-
-def fab_t(
-    model: Classifier, x: Tensor, y: Tensor | None = None, eps: Radius | None = None, **options: Unpack[FabOptions]
-) -> Tensor:
-    """Run `FABT` on a batch, by default in the model's own precision.
-
-    Arguments and errors are those of `purify_fast.attacks.pgd`, without ``stop_when_fallen``. eps is a number or
-    ``[B]``, and the options are the fields of `FABT` in place of those of `PGD`.
-
-    Returns:
-        Per image the misclassified point in the ball that was found; otherwise the nearest misclassified point,
-        projected onto the ball, or the image itself. Shape and dtype are those of x.
-    """
-    return run_alone(FABT, model, x, y, eps, **{"precision": "float32", **options})
 
 
 @dataclass(frozen=True)

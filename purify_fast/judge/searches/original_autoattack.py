@@ -20,13 +20,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..._validation import Count
-from ...attacks.attacked_model import SAMPLE, check_model, frozen
+from ...attacks.attacked_model import frozen
 from ...attacks.ball import ball_around, projected
 from ...attacks.base import AttackResult, InBall, Resolved
 from ...attacks.context import AttackContext
 from ...attacks.objective import Objective
-from ...attacks.search import GradientHealth
 from ...protocols import Classifier
+from .judge_context import JudgeContext
+from .model_tests import SAMPLE, check_model
 
 OriginalVersion = Literal["standard", "rand"]
 #: The authors' values. STEPS: steps of APGD and FAB. DRAWS: draws of the version "rand". QUERIES: queries of Square.
@@ -108,11 +109,12 @@ class OriginalAutoAttack(InBall):
         """
         if len(x) == 0:
             return AttackResult(x.clone())
+        context = JudgeContext.of(context)
         if not context.num_classes:
             with frozen(target):
                 context = replace(context, num_classes=check_model(target, x[:SAMPLE]))
         threat, warnings = self.threat_model(context), list[str]()
-        health = GradientHealth() if context.counts_health else None
+        health = context.new_health()
         with frozen(target):
             with _listening(warnings):
                 points = self._packaged(target, x, y, context)
@@ -126,7 +128,7 @@ class OriginalAutoAttack(InBall):
                     health.see_gradient(objective.direction(images, y))
         return AttackResult(points, health, warnings)
 
-    def _packaged(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
+    def _packaged(self, target: Classifier, x: Tensor, y: Tensor, context: JudgeContext) -> Tensor:
         """The images that the installed package finds."""
         norm, eps = self.threat_model(context)
         steps, draws, *_ = self.resolved_for(context)

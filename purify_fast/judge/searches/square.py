@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,21 +24,18 @@ from torch.nn import functional as F
 from ..._tensors import per_image
 from ..._validation import Count
 from ...attacks.ball import Ball, projected
-from ...attacks.base import run_alone, times
-from ...attacks.context import AttackContext, Radius, keeping
+from ...attacks.base import times
+from ...attacks.context import AttackContext, keeping
 from ...attacks.objective import Objective, ObjectiveStep
 from ...ops import square_proposal
 from ...ops.philox import Stream, philox, philox_key
 from ...ops.square_proposal import PLACES, TINY, signs
-from ...protocols import Classifier
 from ...speed.graphs.step_loop import State, Steps, begin_steps
 from .engine.engine_attack import EngineAttack
 from .engine.judge import bucket, repeated_to, takes_every_size
 from .engine.pace import PaceMonitor, some_of
 from .engine.row_batches import ActiveSet, take_rows
-
-if TYPE_CHECKING:
-    from ...attacks.keywords import SquareOptions, Unpack
+from .judge_context import JudgeContext
 
 #: The number of queries in the authors' code.
 QUERIES = 5000
@@ -96,7 +93,7 @@ class Square(EngineAttack):
         return ball
 
     @torch.no_grad()
-    def explore(self, active: ActiveSet, objective: Objective, context: AttackContext) -> None:
+    def explore(self, active: ActiveSet, objective: Objective, context: JudgeContext) -> None:
         for restart in range(self.restarts):
             left = active.left()
             if len(left) == 0:
@@ -109,21 +106,6 @@ class Square(EngineAttack):
                 search.run(self.n_queries, self.give_up and objective.eot_iter == 1)
             # Its loop would copy its state out of the buffers of the next loop.
             del search
-
-
-def square(
-    model: Classifier, x: Tensor, y: Tensor | None = None, eps: Radius | None = None, **options: Unpack[SquareOptions]
-) -> Tensor:
-    """Run `Square` on a batch, by default in the model's own precision.
-
-    Arguments and errors are those of `purify_fast.attacks.pgd`, without ``stop_when_fallen``. eps is a number or
-    ``[B]``, and the options are the fields of `Square` in place of those of `PGD`.
-
-    Returns:
-        Per image the misclassified point that was found, otherwise the point of the highest margin. Shape
-        and dtype are those of x.
-    """
-    return run_alone(Square, model, x, y, eps, **{"precision": "float32", **options})
 
 
 @dataclass(frozen=True)
@@ -183,7 +165,7 @@ class _SquareSearch:
     The loss of the objective is the margin, and its model scores the proposals.
     """
 
-    def __init__(self, objective: Objective, active: ActiveSet, left: Tensor, seed: int):
+    def __init__(self, objective: Objective, active: ActiveSet, left: Tensor, seed: int | Tensor):
         self.objective, self.active, self.owner = objective, active, left
         self.x, self.y, self.ids, self.ball = active.x[left], active.y[left], active.ids[left], active.ball.take(left)
         self.random = partial(philox, philox_key(seed, left.device), stream=Stream.SQUARES)

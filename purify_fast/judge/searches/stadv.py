@@ -12,7 +12,7 @@ outside the image, and Adam's epsilon is smaller, so that a saturated loss still
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,15 +21,13 @@ from ..._tensors import per_image, per_sample
 from ..._validation import AtLeast0, Count, check_types
 from ...attacks.arguments import check_eps, check_images
 from ...attacks.ball import Ball, sample_in_ball
-from ...attacks.base import Attack, AttackResult, ThreatModel, run_alone, times, worst_of_runs
-from ...attacks.context import AttackContext, Radius, keeping
+from ...attacks.base import Attack, AttackResult, ThreatModel, times, worst_of_runs
+from ...attacks.context import AttackContext, keeping
+from ...attacks.health import GradientHealth
 from ...attacks.losses import Loss
 from ...attacks.objective import Gradients, Objective
-from ...attacks.search import GradientHealth, Search
+from ...attacks.search import Search
 from ...protocols import Classifier
-
-if TYPE_CHECKING:
-    from ...attacks.keywords import StAdvOptions, Unpack
 
 EPS, RATE, TAU = 0.05, 0.01, 0.05
 #: Adam's decay rates, and its epsilon, the constant that keeps its quotient finite.
@@ -163,18 +161,3 @@ class StAdv(Attack):
             return search.result(x, point)
 
         return worst_of_runs(self, attack, (target, x, y), context)
-
-
-def stadv(
-    model: Classifier, x: Tensor, y: Tensor | None = None, eps: Radius | None = None, **options: Unpack[StAdvOptions]
-) -> Tensor:
-    """Run `StAdv` on a batch, by default with 20 steps.
-
-    Arguments and errors are those of `purify_fast.attacks.pgd`, without ``stop_when_fallen``. eps is the largest flow
-    along each axis, see `StAdv`; None stands for 0.05. The options are the fields of `StAdv` in place of those of
-    `PGD`.
-
-    Returns:
-        Per image the last point, or the best point with ``keep_best=True``. Shape and dtype are those of x.
-    """
-    return run_alone(StAdv, model, x, y, eps, **{"steps": 20, "keep_best": False, **options})

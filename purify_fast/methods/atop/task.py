@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...attacks import fgsm
+from ...attacks import FGSM, AttackContext
 from ...ops.philox import philox_key
 from ...training.bank import FrozenAttacks
 from ...training.method_task import cross_entropy_of
@@ -49,7 +49,8 @@ def attacked(defence: Atop, batch: Batch, config: AtopConfig, graphs: StepGraphs
             return config.attack.run(model, batch, graphs=graphs, rows=rows)
         eps, norm = config.attack.numbers(batch)["eps"], config.attack.norm
         x, y = (batch.x, batch.y) if rows is None else (batch.x[rows], batch.y[rows])
-        return fgsm(model, x, y, eps=eps, norm=norm, graphs=graphs, precision="float32")
+        context = AttackContext(eps=eps, norm=norm, graphs=graphs)
+        return FGSM(precision="float32").run(model, x, y, context).images
 
     if batch.bank is not None and not pipeline:
         count = len(batch.x)

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..._process import processes
-from ...attacks.pgd import fgsm, pgd
+from ...attacks import FGSM, PGD, AttackContext
 from ...defences.stochastic import with_samples
 from ...models.representation import evaluation_mode
 from ...ops.philox import philox_key
@@ -76,12 +76,12 @@ def balanced_batch(
         fast: slice | Tensor = slice(2 * atom, None)
         if rows is not None:
             slow, fast = rows[rows < 2 * atom], rows[rows >= 2 * atom]
-        how: dict[str, Any] = {"norm": attack.norm, "graphs": graphs, "precision": "float32"}
         alpha = numbers["alpha"] if attack.alpha is not None else attack.step_size(eps[slow])
-        steps: dict[str, Any] = {"alpha": alpha, "steps": attack.steps, "seed": batch.seed}
-        by_pgd = pgd(classifier, clean[slow], y[slow], eps=eps[slow], sample_ids=ids[slow], **steps, **how)
-        by_fgsm = fgsm(classifier, clean[fast], y[fast], eps=eps[fast], **how)
-        return torch.cat([by_pgd, by_fgsm])
+        pgd = PGD(steps=attack.steps, alpha=alpha, keep_best=False, precision="float32")
+        context = AttackContext(norm=attack.norm, seed=batch.seed, graphs=graphs)
+        by_pgd = pgd.run(classifier, clean[slow], y[slow], replace(context, eps=eps[slow], sample_ids=ids[slow]))
+        by_fgsm = FGSM(precision="float32").run(classifier, clean[fast], y[fast], replace(context, eps=eps[fast]))
+        return torch.cat([by_pgd.images, by_fgsm.images])
 
     if batch.bank is None:
         adversarial = make(None)

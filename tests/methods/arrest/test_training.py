@@ -7,6 +7,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from direct import direct
 from small_models import Made, configured, first_digits
 from small_runs import same
 from torch import nn
@@ -206,9 +207,9 @@ def test_the_attack_sees_cross_entropy_alone(norm):
         task = arrest(moved(cnn()), teacher=cnn(), distillation_weight=weight, replay=False, norm=norm)
         found.append(task.inputs(step, [])[0])
     options = {"eps": EPS, "alpha": 0.1, "steps": 2, "norm": norm, "seed": 7, "sample_ids": step.sample_ids}
-    direct = pgd(moved(cnn()), step.x, step.y, **options)
-    assert all(torch.equal(x, direct) for x in found)
-    assert not torch.equal(direct, step.x)
+    wanted = direct(pgd, moved(cnn()), step.x, step.y, **options)
+    assert all(torch.equal(x, wanted) for x in found)
+    assert not torch.equal(wanted, step.x)
 
 
 def test_the_attack_runs_in_evaluation_mode_and_the_loss_in_training_mode():
@@ -295,7 +296,7 @@ def test_without_either_part_it_is_adversarial_training():
     optimizer = torch.optim.SGD(other.parameters(), lr=0.025, momentum=0.9, weight_decay=5e-4)
     for seed in (7, 8):
         step = dataclasses.replace(batch(), seed=seed)
-        x = pgd(other, step.x, step.y, eps=EPS, alpha=0.1, steps=2, seed=seed, sample_ids=step.sample_ids)
+        x = direct(pgd, other, step.x, step.y, eps=EPS, alpha=0.1, steps=2, seed=seed, sample_ids=step.sample_ids)
         want = F.cross_entropy(other(x), step.y)
         loss, metrics = task.training_step(step)
         assert torch.equal(loss, want) and metrics.keys() == {"cross_entropy", "accuracy"}
@@ -369,7 +370,7 @@ def test_bfloat16_attacks_the_weights_of_now_and_trains_float32_ones(make):
     found = task.attack(step, task.config.attack)
     view = InferenceCopy(frozen, SHAPE)
     torch.testing.assert_close(task.attacked.now(step.x)(step.x), view(step.x), rtol=0.05, atol=0.05)
-    want = pgd(view, step.x, step.y, eps=EPS, alpha=0.1, steps=2, seed=7, sample_ids=step.sample_ids)
+    want = direct(pgd, view, step.x, step.y, eps=EPS, alpha=0.1, steps=2, seed=7, sample_ids=step.sample_ids)
     # Signs of gradients near 0 differ, for the weights of before half of all signs.
     assert (found - want).abs().gt(1e-3).float().mean() < 0.1
     model.train()

@@ -10,6 +10,7 @@ from small_models import carso, first_digits
 
 import purify_fast
 from purify_fast import data
+from purify_fast.attacks import FGSM, PGD, AttackResult
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.methods.carso.task import balanced_batch, kl_weight, published_step
 from purify_fast.models.classifiers import SmallCNN
@@ -41,16 +42,14 @@ def test_fact_7_kl_weight(epochs, epoch, want):
     [(640, 0.5, 320, 80), (640, 0.15, 544, 24), (128, 0.01, 128, 0), (128, 0.04, 124, 1), (1024, 0.01, 1016, 2)],
 )
 def test_fact_12_batch_layouts(size, fraction, clean, atom, monkeypatch):
-    import purify_fast.methods.carso.task as module
-
     calls = []
 
-    def record(model, x, y, *, eps, **options):
-        calls.append(eps.tolist())
-        return x + 10
+    def record(attack, model, x, y, context):
+        calls.append(context.eps.tolist())
+        return AttackResult(x + 10)
 
-    for name in ("pgd", "fgsm"):
-        monkeypatch.setattr(module, name, record)
+    for kind in (PGD, FGSM):
+        monkeypatch.setattr(kind, "run", record)
     x, y = torch.rand(size, 1, 2, 2), torch.zeros(size, dtype=torch.int64)
     attack = TrainingAttack(eps=0.2, steps=40)
     config = CarsoConfig(attack=attack, adversarial_fraction=fraction, allow_no_adversarial=True)
@@ -139,13 +138,8 @@ def test_the_pipeline_loss_reaches_what_inference_uses_and_keeps_mode_samples_an
 
 
 def test_pipeline_examples_are_made_against_the_whole_defence(monkeypatch):
-    import purify_fast.methods.carso.task as losses
-    from purify_fast import attacks
-
-    seen = []
-    for module, name in ((attacks, "pgd"), (losses, "pgd")):
-        original = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda model, *a, f=original, **k: seen.append(model) or f(model, *a, **k))
+    seen, run = [], PGD.run
+    monkeypatch.setattr(PGD, "run", lambda attack, model, *given: seen.append(model) or run(attack, model, *given))
     made = carso()
     config = CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=0.2, steps=1))
     CarsoTask(made, config).training_step(batch())

@@ -11,10 +11,11 @@ from torch.nn import functional as F
 
 from ...._validation import Count, GradientPrecision
 from ....attacks.attacked_model import drawn_once_per_call, frozen
-from ....attacks.base import AttackResult, InBall, source_of, times
+from ....attacks.base import AttackResult, InBall, times
 from ....attacks.context import AttackContext, keeping
 from ....attacks.objective import Objective
 from ....protocols import Classifier
+from ..judge_context import JudgeContext
 from .judge import Judge
 from .pace import FEWEST_STEPS
 from .row_batches import ActiveSet
@@ -61,6 +62,7 @@ class EngineAttack(InBall):
             return AttackResult(x.clone())
         x = x.detach().clone()
         _, draws, loss, _ = self.resolved_for(context)
+        context = JudgeContext.of(context)
         judges, most = context.judges(draws), context.max_forward_batch
         source = context.gradients_from if self.follows_gradients else None
         with frozen(target):
@@ -68,24 +70,22 @@ class EngineAttack(InBall):
             judge = Judge(target, judges, most, apart, context.judge_share)
             active = ActiveSet(x, y, ball, judge, context)
             if source is None:
-                source = source_of(target, x, self.precision, context.copies)
+                source = context.source(target, x, self.precision)
             with frozen(source):
                 if source is context.gradients_from:
                     apart = drawn_once_per_call(source, x, draws, most)
-                loss = context.loss_function or loss
-                objective = Objective(source, loss, draws, most, context.graphs, apart=apart)
+                objective = Objective(source, context.loss_function or loss, draws, most, context.graphs, apart=apart)
                 with keeping(lambda: active.best):
                     active.judge_clean_images(leave=getattr(self, "leave_when_fallen", True))
                     self.explore(active, objective, context)
         gave_up = (~active.fallen & ~active.tried).sum()
-        warnings = [BLIND] * active.ended_blind
-        return AttackResult(active.best, active.health, warnings, gave_up)
+        return AttackResult(active.best, active.health, [BLIND] * active.ended_blind, gave_up)
 
     def may_end_early(self, context: AttackContext) -> bool:
         return self.give_up and self.resolved_for(context).steps >= FEWEST_STEPS
 
     @abc.abstractmethod
-    def explore(self, active: ActiveSet, objective: Objective, context: AttackContext) -> None:
+    def explore(self, active: ActiveSet, objective: Objective, context: JudgeContext) -> None:
         """Search for an adversarial image of each clean image in ``active``, by the loss ``objective``."""
 
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ....attacks.ball import Ball, sample_in_ball
-from ....attacks.context import AttackContext
 from ....attacks.objective import Objective
-from ....attacks.search import GradientHealth, better_of
+from ....attacks.search import better_of
+from ..judge_context import JudgeContext
 from .judge import Judge, bucket, has_fallen, repeated_to, takes_every_size
 from .pace import FEWEST_STEPS, SHARES, TIMES, Gains, PaceMonitor, some_of
 
@@ -65,7 +65,7 @@ class ActiveSet:
     up. ``ended_blind``: a run ended with its first steps, because all gradients were zero or not finite.
     """
 
-    def __init__(self, x: Tensor, y: Tensor, ball: Ball, judge: Judge, context: AttackContext):
+    def __init__(self, x: Tensor, y: Tensor, ball: Ball, judge: Judge, context: JudgeContext):
         self.x, self.y, self.ball, self.judge = x, y, ball, judge
         self.ids = torch.arange(len(x), device=x.device) if context.sample_ids is None else context.sample_ids
         self.draws_differ = context.draws_differ
@@ -73,7 +73,7 @@ class ActiveSet:
         self.best, self.score = x.clone(), torch.full((2, len(x)), -torch.inf, device=x.device)
         self.tried = torch.zeros_like(y, dtype=torch.bool)
         self.gains = Gains()
-        self.health = GradientHealth() if context.counts_health else None
+        self.health = context.new_health()
         self.fallen = torch.zeros_like(self.tried)
         self.ended_blind = False
 
@@ -149,7 +149,7 @@ Goals = Sequence[Tensor | None]
 
 
 def waves(
-    active: ActiveSet, goals: Goals, restarts: int, context: AttackContext, at_image: bool = False
+    active: ActiveSet, goals: Goals, restarts: int, context: JudgeContext, at_image: bool = False
 ) -> Iterator[Rows]:
     """Yield the rows of an attack in groups ("waves"), each with only images that have not fallen in earlier waves.
 

@@ -1,0 +1,157 @@
+"""The attacks of a training loop as functions."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .._validation import NormName, check_literal
+from ..protocols import Classifier
+from .arguments import check_labels
+from .base import untraced
+from .context import AttackContext, LossFunction, Radius, chosen_seed
+from .leaving_pgd import LeavingPGD
+from .losses import LOSSES, Loss, towards
+from .pgd import PGD
+
+#: The mode of a model during an attack: evaluation mode, or the mode in which the model is.
+Mode = Literal["eval", "keep"]
+
+
+def goal(
+    x: Tensor, y: Tensor | None, loss: str | LossFunction = "ce", targeted: Tensor | None = None
+) -> tuple[Tensor, LossFunction | None]:
+    """The labels of a direct call, and the function that replaces the loss of the attack, if there is such a function.
+
+    Args:
+        x: images ``[B, ...]``.
+        y: labels, int64 ``[B]``; with a function as loss, what the function gets, or None.
+        loss: the name of a loss, or a function.
+        targeted: target classes, int64 ``[B]``. The loss of these classes is then lowered.
+
+    Raises:
+        TypeError: y is missing, or ``targeted`` is no tensor.
+        ValueError: ``targeted`` has a wrong shape or dtype, a class below 0, or a loss that takes no targets.
+    """
+    if targeted is not None:
+        if loss not in LOSSES:
+            raise ValueError(f"targeted needs a loss among {', '.join(LOSSES)}, got {loss!r}")
+        if not isinstance(targeted, Tensor):
+            raise TypeError(f"targeted must be a tensor of classes, int64 [B], got {targeted!r}")
+        if targeted.shape != (len(x),) or targeted.dtype != torch.int64:
+            raise ValueError(f"targeted must be int64 [B] = [{len(x)}], got {targeted.dtype} {list(targeted.shape)}")
+        check_labels("targeted", targeted)
+        return targeted, towards(str(loss))
+    if callable(loss):
+        if y is None:
+            return torch.zeros(len(x), dtype=torch.int64, device=x.device), lambda logits, _: loss(logits, None)
+        return y, loss
+    if y is None:
+        raise TypeError("y is missing: give labels, int64 [B], or a function as loss, or targeted")
+    return y, None
+
+
+@untraced
+def pgd(
+    model: Classifier,
+    x: Tensor,
+    y: Tensor | None,
+    eps: Radius,
+    *,
+    norm: NormName = "linf",
+    steps: int = 40,
+    alpha: float | Tensor | None = None,
+    loss: Loss | LossFunction = "ce",
+    targeted: Tensor | None = None,
+    random_start: bool = True,
+    start_std: float | None = None,
+    eot_iter: int = 1,
+    keep_best: bool = False,
+    stop_when_fallen: bool = False,
+    mode: Mode = "eval",
+    clip_min: float | Tensor = 0.0,
+    clip_max: float | Tensor = 1.0,
+    seed: int | torch.Generator | None = None,
+) -> Tensor:
+    """Run `PGD` on a batch.
+
+    Args:
+        model: images ``[B, ...]`` to logits ``[B, classes]``; a module is in evaluation mode during the attack.
+        x: images, floating point ``[B, ...]`` in [clip_min, clip_max].
+        y: true labels, int64 ``[B]``. With a function as loss, y is what the function gets, ``[B, ...]`` or None.
+        eps: radius of the ball in image units: a number, ``[B]``, or for PGD and FGSM in linf a tensor that can be
+            broadcast over the images, such as ``[C, 1, 1]`` for normalized images.
+        norm: norm of the ball: "linf", "l2" or "l1".
+        steps: number of gradient steps.
+        alpha: length of a step in image units, a number or a tensor like eps. With None, step i of n (from 0) has the
+            length eps * 100 ** (-i / (n - 1)): it falls from eps to eps / 100.
+        loss: the loss that is maximized: "ce", "margin", "scaled_margin", "dlr" (with at least 3 classes), or a
+            function ``(logits, y) -> [B]``.
+        targeted: target classes, int64 ``[B]``: the attack lowers the loss of these classes, and reads no y.
+        random_start: whether the attack begins at a random point of the ball instead of the image itself.
+        start_std: standard deviation, in image units, of a normal random start that is projected onto the ball. With
+            None, the start is uniform in the ball.
+        eot_iter: number of draws of a random model over which each gradient is averaged.
+        keep_best: whether the best point of each image is returned (misclassified by the most draws, then of the
+            highest loss) instead of the last. This takes one more forward pass, or two with several draws.
+        stop_when_fallen: whether an image takes no further steps after a step that misclassifies it. Its best point is
+            then returned.
+        mode: "eval", or "keep", which leaves the model in its mode: BatchNorms in training mode then take the
+            statistics of the batch, and update their averages in each step.
+        clip_min: the smallest value of a pixel, a number or a tensor that can be broadcast over the images.
+        clip_max: the largest value of a pixel, like clip_min.
+        seed: seed of the random start, or a generator that draws it; None: torch's generator of the CPU draws it.
+
+    Returns:
+        Per image the last point, or the best point with ``keep_best`` or ``stop_when_fallen``. Shape and dtype are
+        those of x. Up to the rounding of this dtype, the images lie within the radius and within [clip_min, clip_max].
+
+    Raises:
+        TypeError: x or y is no tensor, y or the radius is missing, or the model returns no logits.
+        RuntimeError: an attack with gradients is called within ``torch.inference_mode()``.
+        ValueError: a shape, dtype, name, count or range that is not allowed, also of the model's output; or a model
+            that writes to its input.
+    """
+    check_literal("mode", mode, Mode)
+    y, function = goal(x, y, loss, targeted)
+    options: dict[str, Any] = {"loss": "ce" if callable(loss) else loss, "steps": steps, "alpha": alpha}
+    options |= {"random_start": random_start, "start_std": start_std, "eot_iter": eot_iter}
+    if stop_when_fallen and function is not None:
+        raise ValueError("stop_when_fallen must be False with a function as loss or with targeted, got True")
+    attack = LeavingPGD(look_every=1, **options) if stop_when_fallen else PGD(keep_best=keep_best, **options)
+    context = AttackContext(
+        eps=eps,
+        norm=norm,
+        clip_min=clip_min,
+        clip_max=clip_max,
+        seed=chosen_seed(seed),
+        loss_function=function,
+        keep_mode=mode == "keep",
+    )
+    return attack.run(model, x, y, context).images
+
+
+@untraced
+def fgsm(
+    model: Classifier,
+    x: Tensor,
+    y: Tensor | None,
+    eps: Radius,
+    *,
+    norm: NormName = "linf",
+    loss: Loss | LossFunction = "ce",
+    targeted: Tensor | None = None,
+    eot_iter: int = 1,
+    mode: Mode = "eval",
+    clip_min: float | Tensor = 0.0,
+    clip_max: float | Tensor = 1.0,
+) -> Tensor:
+    """Run `FGSM`, one step of length eps from each image, and return the points after the step.
+
+    Arguments, result and errors are those of `purify_fast.attacks.pgd`. FGSM draws no random numbers.
+    """
+    how: dict[str, Any] = {"loss": loss, "targeted": targeted, "eot_iter": eot_iter, "mode": mode, "seed": 0}
+    how |= {"norm": norm, "clip_min": clip_min, "clip_max": clip_max}
+    return pgd(model, x, y, eps, steps=1, random_start=False, **how)
