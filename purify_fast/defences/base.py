@@ -91,6 +91,19 @@ class Defence(StochasticDefence):
         self.num_classes = count_classes(lambda: self.classify(blank[:, None]).flatten(0, 1), self.image_shape, 2)
         return blank
 
+    @classmethod
+    def rebuilt_arguments(cls, arguments: dict[str, Any], purifier: nn.Module | None, folder: object) -> dict[str, Any]:
+        """Return the constructor's arguments from those of a file; ``purifier`` is the user's own, for a file without.
+
+        A subclass whose purifier is an argument makes the module of the saved description here.
+
+        Raises:
+            ValueError: ``purifier`` is given for a file that needs none, or is missing, or does not fit the file.
+        """
+        if purifier is not None:
+            raise ValueError(f"purifier must be None, got a module: {folder} includes the purifier of a {cls.__name__}")
+        return arguments
+
     # -- the parts of a prediction ------------------------------------------------------------------------------------
 
     @property
