@@ -234,18 +234,15 @@ class FrozenCopy(InferenceCopy):
         return text.replace("torch.", "")
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            # A graph would keep the first weights, so it ends here.
-            self._read_outside()
-        elif self._followed.changed():
-            # A model that is read at every call may have graphs of earlier calls, which need their weights.
-            self.update(in_place=self._followed.reason == "")
+        # A compiled graph would keep the first weights, so it ends here.
+        (self._read_outside if torch.compiler.is_compiling() else self.prepare_replay)()
         return self._predict(x)
 
     def prepare_replay(self) -> None:
-        """Follow the model before a captured or compiled step runs, which does not call `forward`."""
+        """Follow the model, before a prediction, or before a captured or compiled step runs."""
         if self._followed.changed():
-            self.update()
+            # A model that is read at every call may have graphs of earlier calls, which need their weights.
+            self.update(in_place=self._followed.reason == "")
 
     _read_outside = outside_graphs(prepare_replay)
 

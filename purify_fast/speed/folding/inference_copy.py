@@ -306,5 +306,8 @@ class InferenceCopy(nn.Module):
             set_modes(made, self._kept)
             prepare_for_inference(made, self.image_shape, self.dtype, self.fine, self.plain, decided=decided)
             self.classifier = self._place.put(made, self._structure.number, in_place)
-            if self.classifier is made and self.compile_steps:
-                made.compile()
+            if self.classifier is made:
+                # Compiled steps have the tensors and the settings of the earlier network.
+                self._steps.clear()
+                if self.compile_steps:
+                    made.compile()
