@@ -17,13 +17,15 @@ from .._tensors import dtype_of, refuse_divided, without_autocast
 from .._validation import in_one_line
 from ..protocols import CopiesItself, Purifies, supports
 from .agreement import BFLOAT16, FLOAT32, same_direction
+from .copying import deep_copy, freeze
 from .draws import same_draws
 from .folding.inference_copy import DTYPES, InferenceCopy
-from .followed import Followed, check_parts, is_frozen_copy, keeps_its_mode
+from .followed import Followed, check_parts, is_frozen_copy
 from .frozen_weights import images_only
 from .processor import fast_bfloat16
 from .products import is_dense
-from .watch import FEWEST_WEIGHTS, Watch, deep_copy, freeze, matrix_weights, tensors_of
+from .watch import Watch
+from .weights import FEWEST_WEIGHTS, matrix_weights, tensors_of
 
 Dtype = torch.dtype | Literal["auto"]
 
@@ -214,12 +216,11 @@ class FrozenCopy(InferenceCopy):
         about: a line that says what the copy is.
     """
 
-    not_dependencies = frozenset({"_followed", "_warned"})
+    not_dependencies = frozenset({"_followed"})
 
     def __init__(self, model: nn.Module, image_shape: tuple[int, ...], dtype: torch.dtype, compile: bool, plain: bool):
         followed, fine = Followed(model), dtype == torch.bfloat16
         super().__init__(model, image_shape, dtype, compile, fine=fine, plain=plain, structure=followed.structure)
-        self._warned = False
         self._followed, followed.is_current = followed, True
         self._name = type(model).__name__
 
@@ -279,7 +280,7 @@ class FrozenCopy(InferenceCopy):
 
     def train(self, mode: bool = True) -> FrozenCopy:
         """Change nothing. Attacks of other packages call this method; the first call with ``mode=True`` warns."""
-        self._warned = keeps_its_mode(mode, self._warned)
+        self._followed.keep_mode(mode)
         return self
 
     def extra_repr(self) -> str:
