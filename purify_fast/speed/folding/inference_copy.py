@@ -174,13 +174,8 @@ class InferenceCopy(nn.Module):
     ):
         super().__init__()
         self.training = False
-        self.image_shape, self.dtype, self.compile_steps, self.fine, self.plain = (
-            image_shape,
-            dtype,
-            compile,
-            fine,
-            plain,
-        )
+        self.image_shape, self.dtype, self.compile_steps = image_shape, dtype, compile
+        self.fine, self.plain = fine, plain
         #: The names of modules that the user keeps in training mode in a model in evaluation mode, such as a dropout.
         self._kept = set[str]()
         self._place = Place()
