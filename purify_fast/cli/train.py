@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ..methods.method import OnClassifier, Training
-from ..methods.registry import METHODS
+from ..methods.discovery import METHODS
+from ..methods.trainings import OnClassifier, Training
 from ..training import ClassifierConfig, FitConfig
 from .command import DataCommand
 from .run_file import values, write_run_file

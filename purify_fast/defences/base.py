@@ -14,7 +14,7 @@ from .._compiler import is_compiled, outside_graphs
 from .._tensors import check_floating, dtype_of, first_tensor
 from ..models.representation import Representation, count_classes
 from ..ops.aggregate import aggregate
-from ..speed.weights import autocast_to, convert_to_channels_last
+from ..speed.layout import autocast_to, convert_to_channels_last
 from .stochastic import StochasticDefence, majority
 
 D = TypeVar("D", bound="Defence")
@@ -168,18 +168,18 @@ class Defence(StochasticDefence):
     def computing_in(self: D, dtype: torch.dtype, **how: Any) -> D:
         """Make a defence with the same purifier and a copied classifier, which computes its products in ``dtype``.
 
-        Trainings of the purifier use it. ``how``: see `purify_fast.defences.copies.computing_in`.
+        Trainings of the purifier use it. ``how``: see `purify_fast.defences.copied_defence.computing_in`.
         """
-        from .copies import computing_in
+        from .copied_defence import computing_in
 
         return computing_in(self, dtype, **how)
 
     def make_frozen_copy(self: D, dtype: torch.dtype, **how: Any) -> D:
         """Make a frozen copy, see `purify_fast.frozen_copy`, which calls this method and compares the copy.
 
-        ``how``: see `purify_fast.defences.copies.make_frozen_copy`.
+        ``how``: see `purify_fast.defences.copied_defence.make_frozen_copy`.
         """
-        from .copies import make_frozen_copy
+        from .copied_defence import make_frozen_copy
 
         return make_frozen_copy(self, dtype, **how)
 

@@ -14,7 +14,7 @@ from ..defences.base import Defence
 from ..training import load_classifier
 from ..training.checkpoint import read_model
 from ..training.classifier import rebuilding, written_by
-from .registry import METHODS
+from .discovery import METHODS
 from .saving import trained_tensors
 
 

@@ -51,7 +51,7 @@ class PurifierTask(MethodTask, Generic[D]):
     def begin(self) -> None:
         if self.trained.compute_dtype is not None:
             # Only a training with a copy needs what makes copies.
-            from ..defences.copies import read_classifier
+            from ..defences.copied_defence import read_classifier
 
             # A resumed run has loaded the classifier.
             read_classifier(self.trained, self.defence)

@@ -8,8 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from .discovery import METHODS
 from .publication import Recipe
-from .registry import METHODS
 
 #: The recipes of each method that has any, by the method's name and the recipe's name within the method.
 _BY_METHOD: dict[str, dict[str, Recipe]] = {

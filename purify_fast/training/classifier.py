@@ -20,7 +20,7 @@ from ..models.representation import evaluation_mode
 from ..ops.philox import Stream, philox, philox_key
 from ..speed.followed import read_copies
 from ..speed.frozen_copy import AttackedCopy
-from ..speed.weights import autocast_to
+from ..speed.layout import autocast_to
 from .checkpoint import read_model, save_model
 from .config import ClassifierConfig, ObjectiveName, TrainingAttack, settings
 from .method_task import MethodTask

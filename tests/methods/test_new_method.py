@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from purify_fast.methods.registry import METHODS
+from purify_fast.methods.discovery import METHODS
 
 ROOT = Path(__file__).parents[2]
 METHOD = {
@@ -28,7 +28,7 @@ METHOD = {
         from typing import Any, ClassVar
 
         from ...training import TrainingAttack
-        from ..method import FollowsRecipe, Method, TrainPurifier
+        from ..trainings import FollowsRecipe, Method, TrainPurifier
 
 
         @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...training import FitConfig
-from ..method import FollowsRecipe, Method, OnClassifier
+from ..trainings import FollowsRecipe, Method, OnClassifier
 from .config import ArrestConfig
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...training import FitConfig
-from ..method import FollowsRecipe, KeepsAttacks, Method, TrainPurifier, saved_start
+from ..trainings import FollowsRecipe, KeepsAttacks, Method, TrainPurifier, saved_start
 from .config import CarsoConfig
 
 if TYPE_CHECKING:

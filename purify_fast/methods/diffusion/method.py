@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...training import FitConfig
-from ..method import Method, Training
+from ..trainings import Method, Training
 from .config import DiffusionConfig, Solver
 
 if TYPE_CHECKING:

@@ -14,8 +14,9 @@ from ..._tensors import first_tensor, without_autocast
 from ...models.representation import without_recorders
 from ..copying import deep_copy, freeze, memo_of
 from ..draws import same_draws
+from ..layout import autocast_to, convert, convert_to_channels_last, to_format
 from ..structure import Decisions, Place, Structure
-from ..weights import autocast_to, convert, convert_to_channels_last, matrix_weights, tensors_of, to_format
+from ..weights import matrix_weights, tensors_of
 from .arithmetic import TRANSPOSED
 from .batchnorm import fold_pairs, foldable_pairs
 
