@@ -31,6 +31,7 @@ TANGENT = tl.constexpr(70.0)
 @triton.jit
 def _tile(logits_ptr, row, first, samples, classes, other, K: tl.constexpr, C: tl.constexpr):
     """Return the tile of an image whose first class is ``first``, float32 [K, C], and which elements exist."""
+    # logits_ptr: [batch, samples, classes]
     k, c = tl.arange(0, K), first + tl.arange(0, C)
     inside = (k < samples)[:, None] & (c < classes)[None, :]
     at = row * samples * classes + k[:, None].to(tl.int64) * classes + c[None, :]
@@ -116,8 +117,8 @@ def _tangent_exp(q):
 
 @triton.jit(do_not_specialize=["batch", "samples"])
 def _columns(
-    logits_ptr,
-    out_ptr,
+    logits_ptr,  # [batch, samples, classes]
+    out_ptr,  # [batch, classes], float32
     batch,
     samples,
     classes,
@@ -147,9 +148,9 @@ def _columns(
 
 @triton.jit(do_not_specialize=["batch", "samples"])
 def _columns_backward(
-    grad_ptr,
-    logits_ptr,
-    out_ptr,
+    grad_ptr,  # [batch, classes]
+    logits_ptr,  # [batch, samples, classes]
+    out_ptr,  # [batch, samples, classes]
     batch,
     samples,
     classes,
@@ -183,6 +184,7 @@ def _peel_normaliser(logits_ptr, row, samples, classes, K: tl.constexpr, C: tl.c
     S is `_tangent_exp` of the logsumexp of a class over the samples. Each lane computes the two numbers for its
     classes, and the numbers of all lanes are combined at the end.
     """
+    # logits_ptr: [batch, samples, classes]
     high = tl.full((C,), float("-inf"), tl.float32)
     total = tl.zeros((C,), tl.float32)
     for first in range(0, classes, C):
@@ -199,6 +201,7 @@ def _peel_normaliser(logits_ptr, row, samples, classes, K: tl.constexpr, C: tl.c
 
 @triton.jit(do_not_specialize=["samples"])
 def _peel(logits_ptr, out_ptr, samples, classes, K: tl.constexpr, C: tl.constexpr):
+    # logits_ptr: [batch, samples, classes]; out_ptr: [batch, classes], float32
     row = tl.program_id(0).to(tl.int64)
     top, total = _peel_normaliser(logits_ptr, row, samples, classes=classes, K=K, C=C)
     for first in range(0, classes, C):
@@ -210,6 +213,7 @@ def _peel(logits_ptr, out_ptr, samples, classes, K: tl.constexpr, C: tl.constexp
 
 @triton.jit(do_not_specialize=["samples"])
 def _peel_backward(grad_ptr, logits_ptr, out_ptr, samples, classes, K: tl.constexpr, C: tl.constexpr):
+    # grad_ptr: [batch, classes]; logits_ptr, out_ptr: [batch, samples, classes]
     row = tl.program_id(0).to(tl.int64)
     top, total = _peel_normaliser(logits_ptr, row, samples, classes=classes, K=K, C=C)
     gradients = tl.zeros((C,), tl.float32)
@@ -229,6 +233,7 @@ def _peel_backward(grad_ptr, logits_ptr, out_ptr, samples, classes, K: tl.conste
 
 @triton.jit(do_not_specialize=["samples"])
 def _vote(logits_ptr, out_ptr, samples, classes, K: tl.constexpr, C: tl.constexpr):
+    # logits_ptr: [batch, samples, classes]; out_ptr: [batch, classes], float32
     row = tl.program_id(0).to(tl.int64)
     best = tl.full((K,), float("-inf"), tl.float32)
     index = tl.zeros((K,), tl.int32)

@@ -13,13 +13,13 @@ from .pgd_step import _clamp, _l2_direction, _l2_moved, _l2_shrink, _linf_moved,
 
 @triton.jit(do_not_specialize=["blocks"])
 def _linf(
-    x_ptr,
-    grad_ptr,
-    nat_ptr,
-    previous_ptr,
-    alpha_ptr,
-    eps_ptr,
-    out_ptr,
+    x_ptr,  # [B, size]
+    grad_ptr,  # [B, size]
+    nat_ptr,  # [B, size]
+    previous_ptr,  # [B, size]
+    alpha_ptr,  # [B]
+    eps_ptr,  # [B]
+    out_ptr,  # [B, size]
     size,
     blocks,
     momentum,
@@ -53,13 +53,13 @@ def _offset(pointers, at, inside, direction, factors):
 
 @triton.jit(do_not_specialize=["blocks"])
 def _l2(
-    x_ptr,
-    grad_ptr,
-    nat_ptr,
-    previous_ptr,
-    alpha_ptr,
-    eps_ptr,
-    out_ptr,
+    x_ptr,  # [B, size]
+    grad_ptr,  # [B, size]
+    nat_ptr,  # [B, size]
+    previous_ptr,  # [B, size]
+    alpha_ptr,  # [B]
+    eps_ptr,  # [B]
+    out_ptr,  # [B, size]
     size,
     blocks,
     momentum,

@@ -106,9 +106,9 @@ def _column(pointer, stride, n, i, inside, size, width):
 
 @triton.jit(do_not_specialize=["batch", "height"])
 def _patches(
-    x_ptr,
-    inverse_ptr,
-    out_ptr,
+    x_ptr,  # [batch, size, size]
+    inverse_ptr,  # [batch, size]
+    out_ptr,  # [batch, size, size + 2 * width] if SCALED, else [batch, size, size]
     batch,
     size,
     height,
@@ -138,9 +138,9 @@ def _patches(
 
 @triton.jit(do_not_specialize=["batch"])
 def _attend(
-    x_ptr,
-    keep_ptr,
-    out_ptr,
+    x_ptr,  # [batch, size, size + 2 * width]
+    keep_ptr,  # [batch, size]
+    out_ptr,  # [batch, size, size]
     batch,
     size,
     width,
@@ -181,6 +181,7 @@ def _both_ways(pointer, stride, at, inside, x, column, width, VECTOR: tl.constex
 def _spread(
     x_ptr, out_ptr, batch, size, height, width, TOGETHER: tl.constexpr, VECTOR: tl.constexpr, GROUPS: tl.constexpr
 ):
+    # x_ptr: [batch, size, size]; out_ptr: [batch, 4, size, size]
     row, block = program(batch)
     sample, first = row.to(tl.int64), block * TOGETHER
     at, inside, own, column = keys(size, width, VECTOR=VECTOR, GROUPS=GROUPS)
@@ -218,9 +219,9 @@ def _half_line(pointer, stride, at, inside, places, RIGHT: tl.constexpr, VECTOR:
 
 @triton.jit(do_not_specialize=["batch", "height"])
 def _gather(
-    grad_ptr,
-    weights_ptr,
-    out_ptr,
+    grad_ptr,  # [batch, 4, size, size]
+    weights_ptr,  # [batch, size, size]
+    out_ptr,  # [batch, size, size + 2 * width]
     batch,
     size,
     height,
@@ -257,11 +258,11 @@ def _gather(
 
 @triton.jit(do_not_specialize=["batch", "height", "blocks"])
 def _scaled(
-    x_ptr,
-    correlation_ptr,
-    inverse_ptr,
-    parts_ptr,
-    out_ptr,
+    x_ptr,  # [batch, size, size + 2 * width]
+    correlation_ptr,  # [batch, size, size]
+    inverse_ptr,  # [batch, size]
+    parts_ptr,  # [batch, blocks, size]
+    out_ptr,  # [batch, size, size]
     batch,
     size,
     height,

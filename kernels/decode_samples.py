@@ -61,9 +61,9 @@ OLDEST = 8
 
 @triton.jit(do_not_specialize=["rows", "first", "draws", "stream"])
 def _latents(
-    seed_ptr,
-    ids_ptr,
-    out_ptr,
+    seed_ptr,  # [1], int64
+    ids_ptr,  # [B], int64
+    out_ptr,  # [rows, WIDTH]
     rows,
     first,
     draws,
@@ -155,11 +155,11 @@ def _products(
     do_not_specialize=["samples", "tiles", "first", "draws", "kept"], do_not_specialize_on_alignment=["signs_ptr"]
 )
 def _layer(
-    in_ptr,
-    weight_ptr,
-    bias_ptr,
-    signs_ptr,
-    out_ptr,
+    in_ptr,  # [samples, HEIGHT, WIDTH, CHANNELS]
+    weight_ptr,  # [KERNEL_H * KERNEL_W, CHANNELS, COLUMNS]
+    bias_ptr,  # [COLUMNS], or for KIND 0 the condition [B, OUT_HEIGHT, OUT_WIDTH, OUT_CHANNELS]
+    signs_ptr,  # [samples, WORDS], int32, from this map's first word on
+    out_ptr,  # [samples, OUT_HEIGHT, OUT_WIDTH, COLUMNS], or for KIND 2 the images
     samples,
     tiles,
     first,
@@ -276,13 +276,13 @@ def _layer(
 # This function is long because it computes two layers. The result of the first remains in registers for the second.
 @triton.jit(do_not_specialize=["samples", "tiles", "kept"], do_not_specialize_on_alignment=["signs_ptr"])
 def _last_two(
-    in_ptr,
-    weight_ptr,
-    bias_ptr,
-    last_ptr,
-    shift_ptr,
-    signs_ptr,
-    out_ptr,
+    in_ptr,  # [samples, HEIGHT, WIDTH, CHANNELS]
+    weight_ptr,  # [KERNEL * KERNEL, CHANNELS, COLUMNS]
+    bias_ptr,  # [COLUMNS]
+    last_ptr,  # [LAST_KERNEL * LAST_KERNEL, COLUMNS, LAST_COLUMNS]
+    shift_ptr,  # [LAST_COLUMNS]
+    signs_ptr,  # [samples, WORDS], int32, from this map's first word on
+    out_ptr,  # [samples, OUT_CHANNELS, OUT_HEIGHT, OUT_WIDTH], channels last if BY_PIXEL
     samples,
     tiles,
     kept,

@@ -48,14 +48,14 @@ def _deviation(v, s, lo, hi):
 
 @triton.jit
 def _forward(
-    x_ptr,
-    m_ptr,
-    k_ptr,
-    seed_ptr,
-    ids_ptr,
-    draws_ptr,
-    step_ptr,
-    out_ptr,
+    x_ptr,  # [rows, size]
+    m_ptr,  # [rows, channels, plane], channels last if CHANNELS_LAST
+    k_ptr,  # [8] if stride is 0, else [rows, 8]
+    seed_ptr,  # [1], int64
+    ids_ptr,  # [rows], int64
+    draws_ptr,  # [rows], int64
+    step_ptr,  # [1], int64
+    out_ptr,  # [rows, size]
     rows,
     size,
     plane,
@@ -95,16 +95,16 @@ def _forward(
 
 @triton.jit
 def _backward(
-    grad_ptr,
-    x_ptr,
-    m_ptr,
-    k_ptr,
-    seed_ptr,
-    ids_ptr,
-    draws_ptr,
-    step_ptr,
-    dx_ptr,
-    dm_ptr,
+    grad_ptr,  # [rows, size]
+    x_ptr,  # [rows, size]
+    m_ptr,  # [rows, channels, plane], channels last if CHANNELS_LAST
+    k_ptr,  # [8] if stride is 0, else [rows, 8]
+    seed_ptr,  # [1], int64
+    ids_ptr,  # [rows], int64
+    draws_ptr,  # [rows], int64
+    step_ptr,  # [1], int64
+    dx_ptr,  # [rows, size]
+    dm_ptr,  # [rows, channels, plane], channels last if CHANNELS_LAST
     rows,
     size,
     plane,

@@ -29,6 +29,7 @@ def _elu(x):
 
 @triton.jit(do_not_specialize=["rows", "blocks"])
 def _forward(features_ptr, out_ptr, rows, size, blocks, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    # features_ptr: [rows, 2, size]; out_ptr: [rows, size]
     row, element, inside = _places(rows, size, blocks, ROWS, WIDTH)
     at = row * 2 * size + element
     a = tl.load(features_ptr + at, mask=inside, other=0.0).to(tl.float32)
@@ -39,6 +40,7 @@ def _forward(features_ptr, out_ptr, rows, size, blocks, ROWS: tl.constexpr, WIDT
 
 @triton.jit(do_not_specialize=["rows", "blocks"])
 def _backward(grad_ptr, features_ptr, out_ptr, rows, size, blocks, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    # grad_ptr: [rows, size]; features_ptr, out_ptr: [rows, 2, size]
     row, element, inside = _places(rows, size, blocks, ROWS, WIDTH)
     at = row * 2 * size + element
     g = tl.load(grad_ptr + row * size + element, mask=inside, other=0.0).to(tl.float32)

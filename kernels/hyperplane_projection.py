@@ -16,6 +16,7 @@ from ._launch import launch
 
 @triton.jit
 def _normal(w_ptr, at, inside):
+    # w_ptr: [B, size]
     w = tl.load(w_ptr + at, mask=inside, other=0.0).to(tl.float32)
     # The comparison is False for NaN.
     return tl.where(tl.abs(w) < float("inf"), w, 0.0)
@@ -23,6 +24,7 @@ def _normal(w_ptr, at, inside):
 
 @triton.jit
 def _way(x_ptr, w_ptr, at, inside, scale, side, lo, hi):
+    # x_ptr, w_ptr: [B, size]
     # Return, for each coordinate: its slope |w|, its distance to the border of the box in the direction of the move,
     # and a number whose sign is this direction. w is scaled.
     x, ahead = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32), _normal(w_ptr, at, inside) * scale * side
@@ -32,6 +34,7 @@ def _way(x_ptr, w_ptr, at, inside, scale, side, lo, hi):
 
 @triton.jit
 def _begun(x_ptr, w_ptr, b_ptr, row, lane, size, WIDTH: tl.constexpr):
+    # x_ptr, w_ptr: [B, size]; b_ptr: [B]
     # The normal w is scaled by the power of two that brings the largest |w| into [1, 2). Return the largest |w| after
     # scaling, this power of two, the scaled |b - <w, x>|, and the sign of b - <w, x> (1 or -1).
     highest = tl.zeros((WIDTH,), tl.float32)
@@ -51,6 +54,7 @@ def _begun(x_ptr, w_ptr, b_ptr, row, lane, size, WIDTH: tl.constexpr):
 
 @triton.jit
 def _newton(x_ptr, w_ptr, b_ptr, out_ptr, size, lo, hi, ALIKE: tl.constexpr, WIDTH: tl.constexpr):
+    # x_ptr, w_ptr, out_ptr: [B, size]; b_ptr: [B]
     row, lane = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     lo, hi = tl.cast(lo, tl.float32), tl.cast(hi, tl.float32)
     _largest, scale, gap, side = _begun(x_ptr, w_ptr, b_ptr, row=row, lane=lane, size=size, WIDTH=WIDTH)
@@ -80,6 +84,7 @@ def _newton(x_ptr, w_ptr, b_ptr, out_ptr, size, lo, hi, ALIKE: tl.constexpr, WID
 
 @triton.jit
 def _gains(x_ptr, w_ptr, row, lane, size, scale, side, lo, hi, least, WIDTH: tl.constexpr):
+    # x_ptr, w_ptr: [B, size]
     # Return the progress to the plane by coordinates with a slope above ``least``, and by those of that slope.
     above, edge = tl.zeros((WIDTH,), tl.float32), tl.zeros((WIDTH,), tl.float32)
     for first in range(0, size, WIDTH):
@@ -92,6 +97,7 @@ def _gains(x_ptr, w_ptr, row, lane, size, scale, side, lo, hi, least, WIDTH: tl.
 
 @triton.jit
 def _threshold(x_ptr, w_ptr, b_ptr, out_ptr, size, lo, hi, WIDTH: tl.constexpr):
+    # x_ptr, w_ptr, out_ptr: [B, size]; b_ptr: [B]
     row, lane = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     lo, hi = tl.cast(lo, tl.float32), tl.cast(hi, tl.float32)
     peak, scale, gap, side = _begun(x_ptr, w_ptr, b_ptr, row=row, lane=lane, size=size, WIDTH=WIDTH)

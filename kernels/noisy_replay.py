@@ -18,14 +18,14 @@ REPLAY_NOISE = 5
 
 @triton.jit(do_not_specialize=["blocks"])
 def _forward(
-    x_ptr,
-    adv_ptr,
-    drift_ptr,
-    tau_ptr,
-    eps_ptr,
-    seed_ptr,
-    ids_ptr,
-    out_ptr,
+    x_ptr,  # [B, size]
+    adv_ptr,  # [B, size]
+    drift_ptr,  # [B]
+    tau_ptr,  # []
+    eps_ptr,  # [B]
+    seed_ptr,  # [1], int64
+    ids_ptr,  # [B], int64
+    out_ptr,  # [B, size]
     size,
     blocks,
     lo,

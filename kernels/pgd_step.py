@@ -46,6 +46,7 @@ def _linf_moved(x, g, nat, alpha, eps, lo, hi):
 
 @triton.jit
 def _l2_direction(grad_ptr, row, lane, size, WIDTH: tl.constexpr):
+    # grad_ptr: [B, size]
     # Return max |g|, the norm of g / max |g|, and whether the gradient has a direction.
     highest = tl.zeros((WIDTH,), tl.float32)
     for first in range(0, size, WIDTH):
@@ -71,6 +72,7 @@ def _l2_shrink(squares, eps):
 
 @triton.jit
 def _l2_moved(x_ptr, grad_ptr, at, inside, direction):
+    # x_ptr, grad_ptr: [B, size]
     peak, step, usable = direction
     x, g = _load(x_ptr, at, inside), _load(grad_ptr, at, inside)
     return x + tl.where(usable, step * (g / peak), 0.0)
@@ -78,6 +80,7 @@ def _l2_moved(x_ptr, grad_ptr, at, inside, direction):
 
 @triton.jit(do_not_specialize=["blocks"])
 def _linf(x_ptr, grad_ptr, nat_ptr, alpha_ptr, eps_ptr, out_ptr, size, blocks, lo, hi, WIDTH: tl.constexpr):
+    # x_ptr, grad_ptr, nat_ptr, out_ptr: [B, size]; alpha_ptr, eps_ptr: [B]
     pid = tl.program_id(0).to(tl.int64)
     row, element = pid // blocks, pid % blocks * WIDTH + tl.arange(0, WIDTH)
     at, inside = row * size + element, element < size
@@ -89,6 +92,7 @@ def _linf(x_ptr, grad_ptr, nat_ptr, alpha_ptr, eps_ptr, out_ptr, size, blocks, l
 
 @triton.jit
 def _l2(x_ptr, grad_ptr, nat_ptr, alpha_ptr, eps_ptr, out_ptr, size, lo, hi, WIDTH: tl.constexpr):
+    # x_ptr, grad_ptr, nat_ptr, out_ptr: [B, size]; alpha_ptr, eps_ptr: [B]
     row, lane = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     alpha, eps = tl.load(alpha_ptr + row).to(tl.float32), tl.load(eps_ptr + row).to(tl.float32)
     peak, length, usable = _l2_direction(grad_ptr, row, lane, size, WIDTH)
@@ -111,6 +115,7 @@ def _l2(x_ptr, grad_ptr, nat_ptr, alpha_ptr, eps_ptr, out_ptr, size, lo, hi, WID
 
 @triton.jit
 def _l2_whole(x_ptr, grad_ptr, nat_ptr, alpha_ptr, eps_ptr, out_ptr, size, lo, hi, WIDTH: tl.constexpr):
+    # x_ptr, grad_ptr, nat_ptr, out_ptr: [B, size]; alpha_ptr, eps_ptr: [B]
     row, lane = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     at, inside = row * size + lane, lane < size
     alpha, eps = tl.load(alpha_ptr + row).to(tl.float32), tl.load(eps_ptr + row).to(tl.float32)
@@ -171,6 +176,7 @@ def _l1_projected(x, nat, shift, moves, lo, hi):
 
 @triton.jit(do_not_specialize=["chosen"])
 def _l1_whole(x_ptr, grad_ptr, nat_ptr, alpha_ptr, eps_ptr, out_ptr, size, chosen, lo, hi, WIDTH: tl.constexpr):
+    # x_ptr, grad_ptr, nat_ptr, out_ptr: [B, size]; alpha_ptr, eps_ptr: [B]
     row, lane = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     at, inside = row * size + lane, lane < size
     alpha, eps = tl.load(alpha_ptr + row).to(tl.float32), tl.load(eps_ptr + row).to(tl.float32)
@@ -205,6 +211,7 @@ def _l1_whole(x_ptr, grad_ptr, nat_ptr, alpha_ptr, eps_ptr, out_ptr, size, chose
 
 @triton.jit
 def _reaching(x_ptr, grad_ptr, places, box, least, WIDTH: tl.constexpr):
+    # x_ptr, grad_ptr: [B, size]
     # Return how many candidates are >= ``least``. ``least`` must be at least 1, so that masked lanes do not count.
     row, lane, size = places
     lo, hi = box
@@ -217,6 +224,7 @@ def _reaching(x_ptr, grad_ptr, places, box, least, WIDTH: tl.constexpr):
 
 @triton.jit
 def _again(x_ptr, grad_ptr, at, inside, least, length, lo, hi):
+    # x_ptr, grad_ptr: [B, size]
     x, g = _load(x_ptr, at, inside), _load(grad_ptr, at, inside)
     return _l1_moved(x, g, _candidates(x, g, lo, hi), least, length)
 
@@ -240,6 +248,7 @@ def _l1_spread(pointers, places, step, shift, box, WIDTH: tl.constexpr):
 
 @triton.jit(do_not_specialize=["chosen"])
 def _l1(x_ptr, grad_ptr, nat_ptr, alpha_ptr, eps_ptr, out_ptr, size, chosen, lo, hi, WIDTH: tl.constexpr):
+    # x_ptr, grad_ptr, nat_ptr, out_ptr: [B, size]; alpha_ptr, eps_ptr: [B]
     row, lane = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     alpha, eps = tl.load(alpha_ptr + row).to(tl.float32), tl.load(eps_ptr + row).to(tl.float32)
     lo, hi = tl.cast(lo, tl.float32), tl.cast(hi, tl.float32)

@@ -35,9 +35,9 @@ def _keys(seed, start, draw, sample, STREAM: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit(do_not_specialize=["batch", "blocks", "tiles", "cut"])
 def _owners(
-    seed_ptr,
-    ids_ptr,
-    out_ptr,
+    seed_ptr,  # [1], int64
+    ids_ptr,  # [batch], int64
+    out_ptr,  # [samples, batch, blocks], uint8
     batch,
     blocks,
     tiles,
@@ -130,6 +130,7 @@ def _cell(pixel, width, side, columns):
 @triton.jit
 def _owners_of(owners_ptr, pixel, sizes, UNIT: tl.constexpr, PIXELS: tl.constexpr, ROWS: tl.constexpr):
     """Return the owners of a program's pixels, read once for ``UNIT`` (1, 4 or 8) adjacent pixels of the same block."""
+    # owners_ptr: [blocks], uint8
     _, plane, width, side, columns, _ = sizes
     owners = ()
     for i in tl.static_range(PIXELS):
@@ -165,11 +166,11 @@ def _noisy(x, sigma, seed, group, plane, draw, sample, NOISE: tl.constexpr, PIXE
 
 @triton.jit
 def _forward(
-    x_ptr,
-    owners_ptr,
-    seed_ptr,
-    ids_ptr,
-    out_ptr,
+    x_ptr,  # [batch, channels, plane]
+    owners_ptr,  # [samples, batch, blocks], uint8
+    seed_ptr,  # [1], int64
+    ids_ptr,  # [batch], int64
+    out_ptr,  # [samples * batch * max(num_passes, 1), channels + 2, plane]
     sigma,
     batch,
     sizes,
@@ -223,12 +224,12 @@ def _forward(
 
 @triton.jit
 def _backward(
-    grad_ptr,
-    x_ptr,
-    owners_ptr,
-    seed_ptr,
-    ids_ptr,
-    out_ptr,
+    grad_ptr,  # [samples * batch * max(num_passes, 1), channels + 2, plane]
+    x_ptr,  # [batch, channels, plane]
+    owners_ptr,  # [samples, batch, blocks], uint8
+    seed_ptr,  # [1], int64
+    ids_ptr,  # [batch], int64
+    out_ptr,  # [batch, channels, plane]
     sigma,
     batch,
     sizes,

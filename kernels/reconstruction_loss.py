@@ -16,6 +16,7 @@ from ._launch import launch
 
 @triton.jit(do_not_specialize=["chunks"])
 def _forward(logits_ptr, target_ptr, out_ptr, size, chunks, LENGTH: tl.constexpr, WIDTH: tl.constexpr):
+    # logits_ptr, target_ptr: [B, size]; out_ptr: [B, chunks], float32
     pid = tl.program_id(0).to(tl.int64)
     row, chunk = pid // chunks, pid % chunks
     total = tl.zeros((WIDTH,), tl.float32)
@@ -32,6 +33,7 @@ def _forward(logits_ptr, target_ptr, out_ptr, size, chunks, LENGTH: tl.constexpr
 
 @triton.jit(do_not_specialize=["chunks"])
 def _add(parts_ptr, out_ptr, chunks, WIDTH: tl.constexpr):
+    # parts_ptr: [B, chunks], float32; out_ptr: [B], float32
     row = tl.program_id(0).to(tl.int64)
     total = tl.zeros((WIDTH,), tl.float32)
     for first in range(0, chunks, WIDTH):
@@ -42,6 +44,7 @@ def _add(parts_ptr, out_ptr, chunks, WIDTH: tl.constexpr):
 
 @triton.jit(do_not_specialize=["blocks"])
 def _backward(grad_ptr, logits_ptr, target_ptr, out_ptr, size, blocks, WIDTH: tl.constexpr):
+    # grad_ptr: [B]; logits_ptr, target_ptr, out_ptr: [B, size]
     pid = tl.program_id(0).to(tl.int64)
     row, element = pid // blocks, pid % blocks * WIDTH + tl.arange(0, WIDTH)
     inside = element < size

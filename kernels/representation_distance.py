@@ -47,6 +47,7 @@ def _arccos(x):
 @triton.jit
 def _sums(u_ptr, v_ptr, start, end, DIFFERENCE: tl.constexpr, WIDTH: tl.constexpr):
     """Return u . v, |u|^2 and |v|^2 over the elements start .. end - 1, or, if DIFFERENCE, |u - v|^2 and two zeros."""
+    # u_ptr, v_ptr: [end]
     dot, uu, vv = tl.zeros((WIDTH,), tl.float32), tl.zeros((WIDTH,), tl.float32), tl.zeros((WIDTH,), tl.float32)
     for first in range(start, end, WIDTH):
         element = first + tl.arange(0, WIDTH)
@@ -86,6 +87,7 @@ def _angle(dot, uu, vv, kind):
 
 @triton.jit
 def _measure(sums, out_ptr, slopes_ptr, at, kind, DIFFERENCE: tl.constexpr):
+    # out_ptr: [B, layers], float32; slopes_ptr: [B, layers, 2], float32
     dot, uu, vv = sums
     if DIFFERENCE:
         distance = tl.sqrt_rn(dot)
@@ -101,13 +103,13 @@ def _measure(sums, out_ptr, slopes_ptr, at, kind, DIFFERENCE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["chunks", "programs", "layers", "layer", "kind"])
 def _forward(
-    students,
-    teachers,
+    students,  # a pointer for each layer: [B, sizes[i]]
+    teachers,  # a pointer for each layer: [B, sizes[i]]
     sizes,
     chunks,
-    parts_ptr,
-    out_ptr,
-    slopes_ptr,
+    parts_ptr,  # [B, programs, 3], float32, or None
+    out_ptr,  # [B, layers], float32
+    slopes_ptr,  # [B, layers, 2], float32
     programs,
     layers,
     layer,
@@ -147,6 +149,7 @@ def _add(
     parts_ptr, out_ptr, slopes_ptr, chunks, programs, layers, layer, kind, DIFFERENCE: tl.constexpr, WIDTH: tl.constexpr
 ):
     """Add the chunks of one sample and layer. ``programs`` is the number of programs per sample in `_forward`."""
+    # parts_ptr: [B, programs, 3], float32; out_ptr: [B, layers], float32; slopes_ptr: [B, layers, 2], float32
     pid = tl.program_id(0).to(tl.int64)
     row, own = pid // len(chunks), pid % len(chunks)
     start, count = row * programs, row * 0
@@ -168,6 +171,8 @@ def _add(
 def _backward(
     grad_ptr, students, teachers, slopes_ptr, outs, sizes, blocks, programs, layers, layer, WIDTH: tl.constexpr
 ):
+    # grad_ptr: [B, layers]; slopes_ptr: [B, layers, 2], float32
+    # students, teachers, outs: a pointer for each layer: [B, sizes[i]]
     pid = tl.program_id(0).to(tl.int64)
     row, own = pid // programs, pid % programs
     before = 0

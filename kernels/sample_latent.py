@@ -17,12 +17,12 @@ LATENT = 1
 
 @triton.jit
 def _forward(
-    mu_ptr,
-    logvar_ptr,
-    seed_ptr,
-    ids_ptr,
-    z_ptr,
-    kl_ptr,
+    mu_ptr,  # [B, dim]
+    logvar_ptr,  # [B, dim]
+    seed_ptr,  # [1], int64
+    ids_ptr,  # [B], int64
+    z_ptr,  # [B, dim]
+    kl_ptr,  # [B], float32
     dim,
     STREAM: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -46,14 +46,14 @@ def _forward(
 
 @triton.jit
 def _backward(
-    dz_ptr,
-    dkl_ptr,
-    mu_ptr,
-    logvar_ptr,
-    seed_ptr,
-    ids_ptr,
-    dmu_ptr,
-    dlogvar_ptr,
+    dz_ptr,  # [B, dim]
+    dkl_ptr,  # [B]
+    mu_ptr,  # [B, dim]
+    logvar_ptr,  # [B, dim]
+    seed_ptr,  # [1], int64
+    ids_ptr,  # [B], int64
+    dmu_ptr,  # [B, dim]
+    dlogvar_ptr,  # [B, dim]
     dim,
     STREAM: tl.constexpr,
     GROUPS: tl.constexpr,

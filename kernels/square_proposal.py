@@ -44,12 +44,12 @@ def _within(row, column, edge):
 
 @triton.jit
 def _linf(
-    x_ptr,
-    nat_ptr,
-    eps_ptr,
-    numbers_ptr,
-    edge_ptr,
-    out_ptr,
+    x_ptr,  # [images, size]
+    nat_ptr,  # [images, size]
+    eps_ptr,  # [images]
+    numbers_ptr,  # [images, T, 5 + C], with the strides of_image and of_draw
+    edge_ptr,  # []
+    out_ptr,  # [rows, size]; row t * images + b is proposal t of image b
     rows,
     images,
     size,
@@ -115,6 +115,7 @@ def _pixels(place, first, WIDTH: tl.constexpr):
 @triton.jit
 def _in_window(pattern_ptr, pixels, sign, length):
     """Return h of the op's formulas in the window W, and 0 outside W."""
+    # pattern_ptr: [side, side]
     _nat, offset, one, _two, _at, _inside, index = pixels
     # The pattern is read for each channel, in the layout of the images: to change the layout takes longer.
     shape = tl.load(pattern_ptr + tl.broadcast_to(index, offset.shape), mask=one, other=0.0)
@@ -124,6 +125,7 @@ def _in_window(pattern_ptr, pixels, sign, length):
 @triton.jit
 def _moved(pixels, pattern_ptr, factors):
     """Return the natural pixels, their perturbations after the proposal, their positions, and which positions exist."""
+    # pattern_ptr: [side, side]
     sign, length, scale = factors
     nat, offset, one, two, at, inside, _index = pixels
     new = _in_window(pattern_ptr, pixels, sign, length) * scale
@@ -211,13 +213,13 @@ def _factors(
 
 @triton.jit
 def _mass_moved(
-    x_ptr,
-    nat_ptr,
-    eps_ptr,
-    numbers_ptr,
-    edge_ptr,
-    pattern_ptr,
-    out_ptr,
+    x_ptr,  # [rows, channels, height, width]
+    nat_ptr,  # [rows, channels, height, width]
+    eps_ptr,  # [rows]
+    numbers_ptr,  # [rows, T, 5 + channels], with the strides of_image and of_draw
+    edge_ptr,  # []
+    pattern_ptr,  # [2, side, side]
+    out_ptr,  # [T * rows, channels, height, width]
     rows,
     channels,
     height,

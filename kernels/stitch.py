@@ -21,6 +21,7 @@ def _groups(owners_ptr, sizes, CHANNELS_LAST: tl.constexpr, GROUPS: tl.constexpr
     ``line`` is the number of groups in a line of the image. ``cell`` is the number of groups in a line of a block. The
     divisions are unsigned and use 32 bits.
     """
+    # owners_ptr: [blocks], uint8
     groups, line, height, cell, tall, columns = sizes
     group = tl.program_id(0).to(tl.uint32) * GROUPS + tl.arange(0, GROUPS)
     inside = group < tl.cast(groups, tl.uint32)
@@ -35,9 +36,9 @@ def _groups(owners_ptr, sizes, CHANNELS_LAST: tl.constexpr, GROUPS: tl.constexpr
 
 @triton.jit(do_not_specialize=["images", "groups", "line", "height", "cell", "tall", "columns", "blocks", "passes"])
 def _forward(
-    images_ptr,
-    owners_ptr,
-    out_ptr,
+    images_ptr,  # [images * passes, size]
+    owners_ptr,  # [images, blocks], uint8
+    out_ptr,  # [images, size]
     images,
     size,
     groups,
@@ -64,9 +65,9 @@ def _forward(
 
 @triton.jit(do_not_specialize=["images", "groups", "line", "height", "cell", "tall", "columns", "blocks", "passes"])
 def _backward(
-    grad_ptr,
-    owners_ptr,
-    out_ptr,
+    grad_ptr,  # [images, size]
+    owners_ptr,  # [images, blocks], uint8
+    out_ptr,  # [images * passes, size]
     images,
     size,
     groups,

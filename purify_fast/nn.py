@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
+from ._validation import check_literal
 from .models.moving_average import AveragedModel
 from .speed.decoding import PackedDecoder, decode_samples
 
@@ -27,26 +28,46 @@ __all__ = [
 ]
 
 
-class CosineDistance(nn.Module):
+Reduction = Literal["none", "mean", "sum"]
+
+
+class _Reduced(nn.Module):
+    """A module whose result has a number for each sample, and which reduces it as the losses of `torch.nn` do."""
+
+    def __init__(self, reduction: Reduction = "none"):
+        super().__init__()
+        check_literal("reduction", reduction, Reduction)
+        self.reduction = reduction
+
+    def reduced(self, values: Tensor) -> Tensor:
+        return values if self.reduction == "none" else getattr(values, self.reduction)()
+
+
+class CosineDistance(_Reduced):
     """Computes 1 - cos of each sample's features, over all dimensions after the first, by `representation_distance`.
 
-    ``forward(student [B, ...], teacher [B, ...]) -> [B]``, or ``[B, L]`` for sequences of L layers. Only the student
+    ``forward(student [B, ...], teacher [B, ...]) -> [B]``, or ``[B, L]`` for sequences of L layers, before the
+    reduction. Only the student
     gets a gradient, so a teacher that requires one is refused: detach it. The distance of a zero vector from every
     vector is 1, and no eps is added.
 
     Args:
         kind: ``cosine``, ``abs_cosine`` (1 - \\|cos\\|), ``angular`` or ``l2``.
+        reduction: "none", as `torch.nn.CosineSimilarity` computes; or "mean" or "sum" over all distances.
+
+    Raises:
+        ValueError: the reduction is another one, or the teacher requires a gradient.
     """
 
-    def __init__(self, kind: str = "cosine"):
-        super().__init__()
+    def __init__(self, kind: str = "cosine", reduction: Reduction = "none"):
+        super().__init__(reduction)
         self.kind = kind
 
     def forward(self, student: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor]) -> Tensor:
         layers = [teacher] if isinstance(teacher, Tensor) else teacher
         if torch.is_grad_enabled() and any(layer.requires_grad for layer in layers):
             raise ValueError("teacher must not require a gradient, since it would get none: give teacher.detach()")
-        return ops.representation_distance(student, teacher, self.kind)
+        return self.reduced(ops.representation_distance(student, teacher, self.kind))
 
 
 class SampleLatent(nn.Module):
@@ -59,14 +80,21 @@ class SampleLatent(nn.Module):
         return ops.sample_latent(mu, logvar, **stream)
 
 
-class ReconstructionLoss(nn.Module):
+class ReconstructionLoss(_Reduced):
     """Computes the binary cross-entropy of reconstructions, summed over each of them, by `reconstruction_loss`.
 
-    ``forward(logits [B, ...], target [B, ...]) -> [B]``
+    ``forward(logits [B, ...], target [B, ...]) -> [B]``, before the reduction. Only the logits get a gradient.
+
+    Args:
+        reduction: "none", or "mean" or "sum" over the samples. "sum" is `torch.nn.BCEWithLogitsLoss` with this
+            reduction; "mean" divides by the number of samples, not by that of all values.
+
+    Raises:
+        ValueError: the reduction is another one.
     """
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        return ops.reconstruction_loss(logits, target)
+        return self.reduced(ops.reconstruction_loss(logits, target))
 
 
 class Aggregate(nn.Module):

@@ -110,7 +110,19 @@ class OwnAttacks(Protocol):
     """Has attacks that were written for this defence."""
 
     def strong_attacks(self, norm: str, eps: float) -> Sequence[Any]:
-        """The `purify_fast.evaluation.AttackSpec` objects that the protocol "strong" adds in the given ball."""
+        """The `purify_fast.evaluation.AttackSpec` objects that the protocol "strong" adds in the given ball.
+
+        A pair such as ``("AttackSpec", {"attack": attack})``, the name and the arguments of `AttackSpec` or
+        `purify_fast.evaluation.lee_kim_2023`, stands for the object, for a module that does not import the evaluation.
+        """
+
+
+@runtime_checkable
+class DenoisesOnce(Protocol):
+    """Can remove the Gaussian noise of an image in a single step, such as a purifier by diffusion."""
+
+    def one_shot(self, sigma: float) -> Classifier:
+        """The deterministic model that denoises and classifies images with noise of the standard deviation sigma."""
 
 
 @runtime_checkable

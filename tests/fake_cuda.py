@@ -242,10 +242,10 @@ class FakeCuda:
                 # Storages without memory are told apart by their objects.
                 ("torch.Tensor", "data_ptr", lambda tensor: tensor.untyped_storage()._cdata),
                 ("torch.UntypedStorage", "data_ptr", lambda storage: storage._cdata),
-                ("purify_fast.model_state", "Tensor", FakeTensor),
-                ("purify_fast.speed.watch", "PLAIN", (FakeTensor,)),
+                ("purify_fast.model_description", "Tensor", FakeTensor),
+                ("purify_fast.speed.copying", "PLAIN", (FakeTensor,)),
                 # The structure of a model is known, though its tensors have become fake.
-                ("purify_fast.speed.watch.Structure", "look", lambda structure, model, check=None: None),
+                ("purify_fast.speed.structure.Structure", "look", lambda structure, model, check=None: None),
             ):
                 stack.enter_context(mock.patch(f"{target}.{name}", new))
             # No kernel is compared with its definition on values that do not exist.

@@ -61,3 +61,82 @@ def test_a_moving_average_by_hand():
     x = torch.randn(5, 4, dtype=torch.float64)
     torch.testing.assert_close(average.eval()(x), by_hand.eval()(x))
     assert not any(p.requires_grad for p in average.parameters())
+
+
+def _kl(mu, logvar):
+    return 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(-1)
+
+
+#: A module, the plain PyTorch that it replaces, and the shapes of its inputs, of which the first gets a gradient.
+REPLACED = {
+    "CosineDistance": (
+        MODULES.CosineDistance(),
+        lambda a, b: 1 - F.cosine_similarity(a.flatten(1), b.flatten(1)),
+        [(4, 6, 5), (4, 6, 5)],
+    ),
+    "mean CosineDistance": (
+        MODULES.CosineDistance(reduction="mean"),
+        lambda a, b: (1 - F.cosine_similarity(a.flatten(1), b.flatten(1))).mean(),
+        [(4, 30), (4, 30)],
+    ),
+    "ReconstructionLoss": (
+        MODULES.ReconstructionLoss(),
+        lambda a, b: F.binary_cross_entropy_with_logits(a, b.sigmoid(), reduction="none").flatten(1).sum(1),
+        [(4, 3, 5), (4, 3, 5)],
+    ),
+    "sum ReconstructionLoss": (
+        MODULES.ReconstructionLoss(reduction="sum"),
+        lambda a, b: F.binary_cross_entropy_with_logits(a, b.sigmoid(), reduction="sum"),
+        [(4, 3, 5), (4, 3, 5)],
+    ),
+    "mean ReconstructionLoss": (
+        MODULES.ReconstructionLoss(reduction="mean"),
+        lambda a, b: F.binary_cross_entropy_with_logits(a, b.sigmoid(), reduction="sum") / len(a),
+        [(4, 3, 5), (4, 3, 5)],
+    ),
+    "KL of SampleLatent": (lambda a, b: MODULES.SampleLatent()(a, b, seed=SEED)[1], _kl, [(4, 5), (4, 5)]),
+    "Aggregate": (MODULES.Aggregate(), lambda a: a.logsumexp(1), [(4, 6, 5)]),
+    "mean Aggregate": (MODULES.Aggregate("mean"), lambda a: a.mean(1), [(4, 6, 5)]),
+    "GatedELU": (MODULES.GatedELU(), lambda a: F.elu(a[:, :3]) * a[:, 3:].sigmoid(), [(4, 6, 5)]),
+}
+
+
+@pytest.mark.parametrize("mode", ["float32", "bfloat16", "autocast"])
+@pytest.mark.parametrize("name", REPLACED)
+def test_a_module_takes_the_place_of_pytorch(name, mode):
+    """In bfloat16, both sides are near the result in float64: each rounds at other places."""
+    module, plain, shapes = REPLACED[name]
+    source, dtype = torch.Generator().manual_seed(0), torch.bfloat16 if mode == "bfloat16" else torch.float32
+    given = [torch.randn(shape, generator=source).to(dtype) for shape in shapes]
+
+    def computed(function, first, *others):
+        leaf = first.clone().requires_grad_()
+        values = [leaf, *others]
+        if mode == "autocast" and leaf.dtype == torch.float32:
+            # A layer before the module gives bfloat16.
+            values = [F.linear(value, torch.eye(value.shape[-1])) for value in values]
+        if function is module and name.endswith("ReconstructionLoss"):
+            values[1] = values[1].sigmoid()
+        result = function(*values)
+        weight = torch.linspace(1, 2, result.numel(), dtype=torch.float64).view_as(result)
+        (result.double() * weight).sum().backward()
+        return result, leaf.grad
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+        got, theirs = computed(module, *given), computed(plain, *given)
+    exact = computed(plain, *(value.double() for value in given))
+    for one, other, truth in zip(got, theirs, exact, strict=True):
+        if mode == "float32":
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+        size = truth.abs().max()
+        allowed = 1e-5 if mode == "float32" else 0.02
+        assert one.shape == other.shape and one.isfinite().all()
+        assert (one.double() - truth).abs().max() <= allowed * size
+        # No less exact than the code that the module replaces, up to the rounding of a result in bfloat16.
+        assert (one.double() - truth).abs().max() <= (other.double() - truth).abs().max() + size * 2**-8
+
+
+@pytest.mark.parametrize("module", [MODULES.CosineDistance, MODULES.ReconstructionLoss])
+def test_another_reduction_is_refused(module):
+    with pytest.raises(ValueError, match="reduction must be one of none, mean, sum, got 'batchmean'"):
+        module(reduction="batchmean")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, cast
 
 from .._validation import AtLeast0, Count, Positive, Range
 from ..judge.request.config import ProtocolName
-from .evaluate import ModelCommand
-from .run_file import RUN_FILE, number, read_run_file, write_run_file
+from .evaluate import LoadOptions, ModelCommand
+from .run_file import RUN_FILE, number, read_run_file, values, write_run_file
 from .saved_models import zoo_name
 
 
@@ -36,7 +36,7 @@ class Certify(ModelCommand):
     report_folder: ClassVar[str] = "certificates"
     no_effect: ClassVar = {
         ("without", "attack"): ("votes",),
-        ("beside", "one_shot"): ("t_star", "denoising_steps", "solver"),
+        ("beside", "one_shot"): tuple(values(LoadOptions())),
     }
 
     sigma: Positive | None = None
@@ -67,16 +67,16 @@ class Certify(ModelCommand):
 
         from .._process import processes
         from ..evaluation import EvaluateConfig, certify, refute
-        from ..methods.diffusion import DiffusionPurifier
+        from ..protocols import DenoisesOnce, supports
 
         (sigma, source), first = self.noise(), processes()[0] == 0
         radii, data = self.radius or (sigma,), self.load_data(train=False)
         attacked = sorted({radius for radius in radii if radius > 0}) if self.attack is not None else []
         model, _ = self.loaded(data)
         if self.one_shot:
-            if not isinstance(model, DiffusionPurifier):
-                raise ValueError(f"--one-shot is only for diffusion purifiers, got {self.folder}")
-            model = model.one_shot(sigma)
+            if not supports(model, DenoisesOnce):
+                raise ValueError(f"--one-shot needs a model with a method one_shot(sigma), got {self.folder}")
+            model = cast(DenoisesOnce, model).one_shot(sigma)
         if self.attack is not None and not isinstance(model, nn.Module):
             raise ValueError(f"--attack is only for modules, but {self.folder} returns a function")
         if self.attack is not None and not attacked:

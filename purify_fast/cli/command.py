@@ -6,7 +6,7 @@ import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from .._validation import check_types, usable_device
 
@@ -29,7 +29,7 @@ class Command(ABC):
     #: All commands by their names.
     kinds: ClassVar[dict[str, type[Command]]] = {}
     #: The options that have no effect "without" or "beside" another option. The tables of base classes hold too.
-    no_effect: ClassVar[dict[tuple[Literal["without", "beside"], str], tuple[str, ...]]] = {}
+    no_effect: ClassVar[dict[tuple[str, str], tuple[str, ...]]] = {}
     #: The words that the user has typed after the program's name.
     typed: ClassVar[tuple[str, ...]] = ()
 
@@ -95,26 +95,3 @@ class DataCommand(Command):
         loaded = load_dataset(self.data, self.data_root, self.num_classes, **options)
         moved = loaded.to(device)
         return replace(moved, x_train=loaded.x_train) if self.stream else moved
-
-
-@dataclass(frozen=True)
-class ProcessOptions:
-    """The options of a diffusion purifier's process.
-
-    Args:
-        t_star: For a diffusion purifier: time t* up to which noise is added, as a share of the diffusion process.
-            Several numbers mean several rounds of purification. Default: the saved time, or 0.1.
-        denoising_steps: For a diffusion purifier: number of steps of the solver from t* back to 0, or a number for each
-            round. Default: the saved number, or all steps of the training's process.
-        solver: For a diffusion purifier: solver that removes the noise. Default: the saved solver, or ddpm.
-    """
-
-    t_star: tuple[float, ...] = ()
-    denoising_steps: tuple[int, ...] = ()
-    solver: Literal["ddpm", "ddim", "vp_sde", "ode", "one_shot"] | None = None
-
-    def process(self) -> dict[str, Any] | None:
-        """The fields of `Process` that --t-star, --denoising-steps and --solver set; None if none of them is given."""
-        times, steps = (each[0] if len(each) == 1 else each for each in (self.t_star, self.denoising_steps))
-        given = {"t_star": times, "steps": steps, "solver": self.solver}
-        return {name: value for name, value in given.items() if value not in ((), None)} or None

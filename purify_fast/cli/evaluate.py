@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,8 +13,9 @@ import tyro
 
 from .._validation import Count, Norm, Precision, read_norm, usable_device
 from ..judge.request.config import EvaluateConfig
-from .command import Command, DataCommand, ProcessOptions
-from .run_file import EVALUATION, ball_of_run, write_run_file
+from ..methods.discovery import METHODS
+from .command import Command, DataCommand
+from .run_file import EVALUATION, ball_of_run, flag, values, write_run_file
 from .saved_models import is_named, own_model, refuse_other_images, saved_folder, trained_classifier, zoo_name
 
 if TYPE_CHECKING:
@@ -25,8 +26,15 @@ if TYPE_CHECKING:
     from ..protocols import Classifier
 
 
+#: The options with which saved defences of all methods are loaded, as a dataclass for each method that has any.
+_LOADING = [
+    (name, method.loading, field(default_factory=method.loading)) for name, method in METHODS.items() if method.loading
+]
+LoadOptions: Any = make_dataclass("LoadOptions", _LOADING, frozen=True)
+
+
 @dataclass(frozen=True)
-class ModelCommand(ProcessOptions, DataCommand):
+class ModelCommand(DataCommand):
     """A command on a trained model and held-out images.
 
     Args:
@@ -49,6 +57,7 @@ class ModelCommand(ProcessOptions, DataCommand):
     classifier: str | None = None
     images: Count = 500
     out: Path | None = None
+    loading: LoadOptions = field(default_factory=LoadOptions)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,10 +96,10 @@ class ModelCommand(ProcessOptions, DataCommand):
         saved = None if self.own else saved_folder(self.folder)
         if saved is not None and not is_classifier(saved):
             base = self.behind(saved, images)
-            model: Any = load_defence(saved, base, process=self.process())
-        elif self.classifier is not None or self.process() is not None:
-            options = "--classifier, --t-star, --denoising-steps and --solver"
-            raise ValueError(f"{options} are only for a saved denoiser or diffusion purifier, got {self.folder}")
+            model: Any = load_defence(saved, base, **self.changes())
+        elif self.classifier is not None or self.loading != LoadOptions():
+            options = ", ".join(map(flag, ("classifier", *values(self.loading))))
+            raise ValueError(f"{options} are only for a saved defence, got {self.folder}")
         elif saved is None:
             return own_model(str(self.own), images), None
         else:
@@ -98,15 +107,19 @@ class ModelCommand(ProcessOptions, DataCommand):
         refuse_other_images(model, images, f"the model in {self.folder}")
         return model, base
 
+    def changes(self) -> dict[str, Any]:
+        """The arguments of `load_defence` that options set."""
+        return {k: v for part in fields(self.loading) for k, v in getattr(self.loading, part.name).changes().items()}
+
     def behind(self, folder: Path, images: DataSet) -> nn.Module:
         """Load the classifier of the defence in a folder, to the device of the images."""
-        from ..methods.loading import is_denoiser
+        from ..methods.loading import needs_classifier
         from ..training import load_classifier
 
         if self.classifier is not None:
             return trained_classifier(self.classifier, None, images)
-        if is_denoiser(folder):
-            raise ValueError(f"--classifier must be given: {self.folder} contains a denoiser without a classifier")
+        if needs_classifier(folder):
+            raise ValueError(f"--classifier must be given: {self.folder} contains a part of a defence without it")
         return load_classifier(saved_folder(self.folder, classifier=True)).to(images.y_test.device)
 
     def chosen(self, images: DataSet, seed: int) -> tuple[Subset, list[str]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from .._process import processes
 from .._tensors import weights_fingerprint
 from ..defences.base import Defence
-from ..speed.watch import FEWEST_WEIGHTS, matrix_weights
+from ..speed.weights import FEWEST_WEIGHTS, matrix_weights
 from ..training.config import TrainingAttack
 from ..training.method_task import MethodTask
 from ..training.task import Batch, check_labels
@@ -50,8 +50,11 @@ class PurifierTask(MethodTask, Generic[D]):
 
     def begin(self) -> None:
         if self.trained.compute_dtype is not None:
+            # Only a training with a copy needs what makes copies.
+            from ..defences.copied_defence import read_classifier
+
             # A resumed run has loaded the classifier.
-            self.trained.read_classifier(self.defence)
+            read_classifier(self.trained, self.defence)
 
     def train(self) -> None:
         self.trained.train()

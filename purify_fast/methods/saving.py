@@ -22,7 +22,7 @@ def description(module: nn.Module, kinds: Mapping[str, type[nn.Module]]) -> dict
 
 
 def rebuilt(
-    facts: Mapping[str, Any], given: nn.Module | None, kinds: Mapping[str, type[nn.Module]], folder: str | Path
+    facts: Mapping[str, Any], given: nn.Module | None, kinds: Mapping[str, type[nn.Module]], folder: object
 ) -> nn.Module:
     """Make the module of a saved `description`, or return the user's ``given`` module, if it has that description."""
     if given is None:

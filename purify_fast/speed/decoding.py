@@ -24,7 +24,7 @@ from ..ops import REGISTRY
 from ..ops.decode_samples import decode_prior, pack
 from ..ops.decode_samples import latents as prior
 from ..ops.philox import default_stream
-from .folding.batchnorm import fold, foldable, hooked
+from .folding.arithmetic import fold, foldable, hooked
 
 _NEUTRAL = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)
 

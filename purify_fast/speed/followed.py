@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from ..model_state import hidden_modules
 from ..protocols import CopiesItself, supports
-from .watch import Place, Structure, Watch, tensors_of
+from .structure import Place, Structure
+from .watch import Watch
+from .weights import tensors_of
 
 if TYPE_CHECKING:
     from .graphs.step_graphs import StepGraphs
@@ -66,6 +68,7 @@ class Followed:
         self.reads, self._reason, self.structure, self.is_current = 0, "", Structure(), False
         self.places = defaultdict[str, Any](Place)
         self._model = model
+        self._warned = False
         self._watch: Any = None
         _LIVE.add(self)
         if model is not None:
@@ -118,8 +121,15 @@ class Followed:
             return False
         return not self.is_current or self._reason != "" or self._watch.changed()
 
+    def keep_mode(self, mode: bool) -> None:
+        """Warn once that ``train()`` changes nothing in a frozen copy."""
+        if mode and not self._warned:
+            text = "a frozen copy keeps its mode: train() changes nothing. Call train() on the model itself"
+            warnings.warn(text, RuntimeWarning, stacklevel=3)
+        self._warned = self._warned or mode
+
     def __deepcopy__(self, memo: object) -> Followed:
-        other = Followed()
+        other = type(self)()
         vars(other).update(vars(self))
         other.places = defaultdict(Place)
         if self._model is not None:
@@ -127,7 +137,7 @@ class Followed:
         return other
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Followed, ()
+        return type(self), ()
 
 
 def check_parts(model: nn.Module) -> None:
@@ -178,11 +188,3 @@ def _layout(model: nn.Module) -> list[tuple[str, Any, int]]:
     first = dict[int, int]()
     tensors = [(name, one.shape, first.setdefault(id(one), len(first))) for name, one in tensors_of(model)]
     return [*tensors, *((name, type(part).__qualname__, 0) for name, part in model.named_modules())]
-
-
-def keeps_its_mode(mode: bool, warned: bool) -> bool:
-    """Warn once that ``train()`` changes nothing in a frozen copy. Return True if the warning was given."""
-    if mode and not warned:
-        text = "a frozen copy keeps its mode: train() changes nothing. Call train() on the model itself"
-        warnings.warn(text, RuntimeWarning, stacklevel=3)
-    return mode or warned

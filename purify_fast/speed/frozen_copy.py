@@ -17,13 +17,15 @@ from .._tensors import dtype_of, refuse_divided, without_autocast
 from .._validation import in_one_line
 from ..protocols import CopiesItself, Purifies, supports
 from .agreement import BFLOAT16, FLOAT32, same_direction
+from .copying import deep_copy, freeze
 from .draws import same_draws
 from .folding.inference_copy import DTYPES, InferenceCopy
-from .followed import Followed, check_parts, is_frozen_copy, keeps_its_mode
+from .followed import Followed, check_parts, is_frozen_copy
 from .frozen_weights import images_only
 from .processor import fast_bfloat16
 from .products import is_dense
-from .watch import FEWEST_WEIGHTS, Watch, deep_copy, freeze, matrix_weights, tensors_of
+from .watch import Watch
+from .weights import FEWEST_WEIGHTS, matrix_weights, tensors_of
 
 Dtype = torch.dtype | Literal["auto"]
 
@@ -214,12 +216,11 @@ class FrozenCopy(InferenceCopy):
         about: a line that says what the copy is.
     """
 
-    not_dependencies = frozenset({"_followed", "_warned"})
+    not_dependencies = frozenset({"_followed"})
 
     def __init__(self, model: nn.Module, image_shape: tuple[int, ...], dtype: torch.dtype, compile: bool, plain: bool):
         followed, fine = Followed(model), dtype == torch.bfloat16
         super().__init__(model, image_shape, dtype, compile, fine=fine, plain=plain, structure=followed.structure)
-        self._warned = False
         self._followed, followed.is_current = followed, True
         self._name = type(model).__name__
 
@@ -234,18 +235,15 @@ class FrozenCopy(InferenceCopy):
         return text.replace("torch.", "")
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            # A graph would keep the first weights, so it ends here.
-            self._read_outside()
-        elif self._followed.changed():
-            # A model that is read at every call may have graphs of earlier calls, which need their weights.
-            self.update(in_place=self._followed.reason == "")
+        # A compiled graph would keep the first weights, so it ends here.
+        (self._read_outside if torch.compiler.is_compiling() else self.prepare_replay)()
         return self._predict(x)
 
     def prepare_replay(self) -> None:
-        """Follow the model before a captured or compiled step runs, which does not call `forward`."""
+        """Follow the model, before a prediction, or before a captured or compiled step runs."""
         if self._followed.changed():
-            self.update()
+            # A model that is read at every call may have graphs of earlier calls, which need their weights.
+            self.update(in_place=self._followed.reason == "")
 
     _read_outside = outside_graphs(prepare_replay)
 
@@ -282,7 +280,7 @@ class FrozenCopy(InferenceCopy):
 
     def train(self, mode: bool = True) -> FrozenCopy:
         """Change nothing. Attacks of other packages call this method; the first call with ``mode=True`` warns."""
-        self._warned = keeps_its_mode(mode, self._warned)
+        self._followed.keep_mode(mode)
         return self
 
     def extra_repr(self) -> str:

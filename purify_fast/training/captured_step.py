@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .._compiler import section
 from .._validation import in_one_line
-from ..model_state import identity_key
+from ..model_description import identity_key
 from ..ops.philox import philox_key
 from ..speed.graphs.cuda_capture import CudaCapture
 from ..speed.graphs.step_graphs import InlineSteps, StepGraphs, alike, leave_no_trace, remember, run_trial

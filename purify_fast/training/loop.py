@@ -182,7 +182,6 @@ def _train_epoch(run: Run, listeners: Sequence[Callback]) -> TrainingState:
         measured = train_step(task, batch, config.accumulate or 1)
         run.add(measured)
         run.step += 1
-        run.expect()
         if run.step % INTERVAL == 0:
             run.check_finite()
         count = len(batch.x) * world

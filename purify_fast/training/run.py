@@ -40,12 +40,9 @@ logger = logging.getLogger("purify_fast")
 #: Settings that do not change the result of a run, and may therefore differ when the run is resumed.
 _NO_FACTS = ("checkpoint_seconds", "cuda_graphs", "cudnn_benchmark", "sync_batchnorm")
 #: The attributes of `Run` that a checkpoint restores as they are.
-_PROGRESS = ("step", "last", "best", "rows", "counts", "expected")
+_PROGRESS = ("step", "last", "best", "rows", "counts")
 #: The names, without suffix, of the files that a run writes. A half-written file is called ``.<name>-...``.
 _WRITTEN = (Path(CHECKPOINT).stem, "log", "model", "run")
-
-#: A run predicts its whole time after this number of seconds, or at the end of its first epoch.
-EXPECT_AFTER = 10.0
 
 
 class Run:
@@ -62,7 +59,6 @@ class Run:
         last: the last epoch's means.
         best: the best validation so far: its ``score``, its ``step`` and the ``model``'s state; empty before the first.
         rows: one entry of ``log.jsonl`` for each epoch that has ended.
-        expected: the time of the whole run in seconds, as the first steps predict it; None before the prediction.
     """
 
     def __init__(self, task: Task, config: FitConfig, sources: Sources, folder: Path | None, bank: BankConfig | None):
@@ -91,7 +87,6 @@ class Run:
         self.total, self.step, self.saved_at = self.length.steps, 0, time.monotonic()
         self.sums, self.counts = dict[str, Tensor](), dict[str, int]()
         self.last, self.best, self.rows = dict[str, float](), dict[str, Any](), list[dict[str, Any]]()
-        self.expected: float | None = None
         #: True if the folder has the log of a run without a checkpoint.
         self.begins_anew = False
         self._began, self._spent = time.monotonic(), 0.0
@@ -105,11 +100,6 @@ class Run:
     def seconds(self) -> float:
         """The time of the run so far. After an interruption, the time up to the last checkpoint counts."""
         return self._spent + time.monotonic() - self._began
-
-    def expect(self) -> None:
-        """Predict the time of the whole run from its first steps, if it is time to do so."""
-        if self.expected is None and (self.seconds >= EXPECT_AFTER or self.step >= self.steps):
-            self.expected = self.seconds * self.total / self.step
 
     def batch(self, raw: RawBatch, step: int, seed: int, augment: bool = True) -> Batch:
         """Make a step's input from a batch; ``augment=False`` (held-out) leaves out crops, mirroring and the bank."""
@@ -258,8 +248,7 @@ class Run:
         """Add a line for the epoch that has ended to ``log.jsonl``."""
         row: dict[str, Any] = {"epoch": epoch, "step": self.step, **self.last, "learning_rate": learning_rate}
         row["images_per_second"] = round(images_per_second, 1)
-        row |= {"seconds": round(self.seconds, 1), "expected_seconds": round(self.expected or 0.0, 1)}
-        row["peak_memory"] = peak_so_far(self.source.device)
+        row |= {"seconds": round(self.seconds, 1), "peak_memory": peak_so_far(self.source.device)}
         row |= self.task.graphs.facts if self.task.graphs is not None else {}
         if self.bank is not None:
             row["bank"] = self.bank.facts

@@ -14,7 +14,7 @@ from .._tensors import check_one_device, first_tensor
 from .._validation import Precision
 from ..attacks.outputs import INSTEAD_OF_PROBABILITIES, ONE_HOT, are_one_hot, are_probabilities
 from ..models.representation import count_classes, evaluation_mode
-from ..speed.folding.inference_copy import autocast_to
+from ..speed.layout import autocast_to
 from .optimizers import Lookahead
 from .schedules import DelayUnit, RunLength
 

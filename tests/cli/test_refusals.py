@@ -66,7 +66,7 @@ REFUSED = {
     "evaluate zoo:digits-pgd-at --precision bfloat16": "--precision bfloat16 is only for defences",
     "train classifier --data {bars} --model torchvision:resnet18 --width 3": "not for --model torchvision:resnet18",
     "evaluate zoo:digits-pgd-at --images 0": "images must be at least 1, got 0",
-    "evaluate mine.py:make --t-star 0.1": "are only for a saved denoiser or diffusion purifier",
+    "evaluate mine.py:make --t-star 0.1": "--solver are only for a saved defence, got mine.py:make",
     "evaluate mine.py": "mine.py: give also the function that returns the model, as mine.py:function",
 }
 

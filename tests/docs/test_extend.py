@@ -1,4 +1,4 @@
-"""docs/extend.md leads to an op, an attack and a method of few files, which run in a copy of the package."""
+"""docs/extend.md leads to an op and an attack of few files, which run in a copy of the package."""
 
 import os
 import re
@@ -129,113 +129,24 @@ class Corners(Attack):
     "purify_fast/attacks/__init__.py": "from .corners import Corners as Corners",
     "tests/attacks/test_corners.py": "",
 }
-METHOD = {
-    "purify_fast/methods/blurred/__init__.py": """
-from typing import TYPE_CHECKING
-
-from ..._lazy import lazy_exports
-
-if TYPE_CHECKING:
-    from .config import BlurredConfig as BlurredConfig
-    from .defence import Blurred as Blurred
-    from .task import BlurredTask as BlurredTask
-
-__all__, __getattr__, __dir__ = lazy_exports(__name__)
-""",
-    "purify_fast/methods/blurred/config.py": "from ..atop.config import AtopConfig as BlurredConfig",
-    "purify_fast/methods/blurred/defence.py": """
-import torch
-
-from ..._tensors import dtype_of
-from ...defences.base import Defence
-from ..saving import save_defence
-
-
-class Blurred(Defence):
-    aggregation = "mean"
-
-    def __init__(self, classifier, image_shape):
-        super().__init__(classifier, image_shape)
-        self.filter = torch.nn.Conv2d(1, 1, 3, padding=1, padding_mode="replicate")
-        self.arguments, self.num_classes = {"image_shape": list(image_shape)}, classifier.head.out_features
-        self._ready()
-
-    @property
-    def purifier_dtype(self):
-        return dtype_of(self.filter)
-
-    def purify(self, x, draws=1):
-        self.check_images(x)
-        return self.filter(x).sigmoid()[:, None].expand(-1, draws, -1, -1, -1)
-
-    save = save_defence
-""",
-    "purify_fast/methods/blurred/task.py": """
-import torch
-
-from ...training.method_task import cross_entropy_of
-from ..purifier_task import PurifierTask
-
-
-class BlurredTask(PurifierTask):
-    name = "blurred"
-
-    def __init__(self, defence, config, origin="scratch"):
-        super().__init__(defence, config, origin)
-        self.optimizer = torch.optim.Adam(defence.filter.parameters())
-
-    def training_step(self, batch):
-        loss, accuracy = cross_entropy_of(self.defence(self.config.attack.run(self.defence, batch)), batch.y)
-        return loss, {"accuracy": accuracy}
-""",
-    "purify_fast/methods/recipes.py": """
-from .blurred.config import BlurredConfig
-from .blurred.defence import Blurred
-from .blurred.task import BlurredTask
-
-METHODS["blurred"] = Method(BlurredTask, BlurredConfig, defence=Blurred)
-""",
-    "purify_fast/cli/train.py": '''
-from ..methods.blurred import BlurredConfig
-
-
-@dataclass(frozen=True)
-class TrainBlurred(TrainPurifier):
-    """Train a blur."""
-
-    called: ClassVar[str] = "train blurred"
-    method: BlurredConfig = field(default_factory=BlurredConfig)
-
-    def task_on(self, classifier, images):
-        from ..methods.blurred import Blurred, BlurredTask
-
-        return BlurredTask(Blurred(classifier, images.image_shape), self.method)
-''',
-    "pyproject.toml": "",
-    "tests/methods/blurred/test_training.py": "",
-}
 OF_ALL = """
 import torch
-from purify_fast import cli, evaluate, load_defence, save_classifier
+from purify_fast import evaluate
 from purify_fast.attacks import Corners
 from purify_fast.models.classifiers import SmallCNN
 
-save_classifier(SmallCNN(1, 10, (16, 16), 4), "base")
-options = ["--classifier", "base", "--out", "run", "--epochs", "1", "--batch-size", "512"]
-assert cli.main(["train", "blurred", *options]) == 0
-defence = load_defence("run")
-assert type(defence).__name__ == "Blurred"
-report = evaluate(defence, torch.rand(4, 1, 16, 16), torch.arange(4), eps=0.1, attacks=[Corners()], progress=False)
+model = SmallCNN(1, 10, (16, 16), 4).eval()
+report = evaluate(model, torch.rand(4, 1, 16, 16), torch.arange(4), eps=0.1, attacks=[Corners()], progress=False)
 assert "a random corner" in report.attacks
 """
 
 
 @pytest.mark.slow
-def test_few_files_add_an_op_an_attack_and_a_method(tmp_path):
-    """The op of the page runs in test_extend.py."""
-    assert len(files()) + OTHER_FILES_OF_AN_OP <= 5 and len(ATTACK) <= 3 and len(METHOD) <= 8
+def test_few_files_add_an_op_and_an_attack(tmp_path):
+    """The op of the page runs above. tests/methods/test_new_method.py adds a method, which is one folder."""
+    assert len(files()) + OTHER_FILES_OF_AN_OP <= 5 and len(ATTACK) <= 3
     zoo = str(ROOT / "purify_fast" / "zoo")
     for folder in ("purify_fast", "kernels"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=lambda at, names: names if at == zoo else ())
-    add(tmp_path, {**ATTACK, **METHOD})
+    add(tmp_path, ATTACK)
     run(tmp_path, "-c", OF_ALL)

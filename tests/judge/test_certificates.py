@@ -553,7 +553,7 @@ def test_the_command_writes_a_report(tmp_path, capsys):
     assert "between" in printed and "certificates.html" in printed
     assert Certificates.from_json((tmp_path / "certificates.json").read_text()).refuted.keys() == {0.25}
     assert cli.main([*words, "--one-shot"]) == 2
-    assert "--one-shot is only for diffusion purifiers" in capsys.readouterr().err
+    assert "--one-shot needs a model with a method one_shot(sigma)" in capsys.readouterr().err
 
 
 def test_the_command_takes_the_noise_of_the_training(tmp_path):

@@ -119,7 +119,7 @@ def test_every_recipe_is_compared_and_lists_are_complete():
     wanted = {"carso/cifar10", "carso/cifar100", "carso/tiny_imagenet", "carso/mnist_v1", "atop/cifar_rt1"}
     wanted |= {"atop/cifar_rt2", "atop/logged", "atop/imagenette", "arrest/resnet18", "arrest/wrn_34_10"}
     assert wanted <= set(RECIPES)
-    with pytest.raises(ValueError, match=r"recipe must be one of carso/cifar10, .*, got 'cifar10'"):
+    with pytest.raises(ValueError, match=r"recipe must be one of arrest/resnet18, .*, got 'cifar10'"):
         recipe("cifar10")
 
 

@@ -7,6 +7,7 @@ import torch
 from direct import direct
 from torch import Tensor, nn
 
+from purify_fast import frozen_copy
 from purify_fast.attacks import pgd
 from purify_fast.attacks.objective import GradientStep, Objective
 from purify_fast.models.classifiers import SmallCNN
@@ -77,6 +78,29 @@ def test_a_compiled_step_uses_weights_that_change_in_place():
     plain = inference_copy(compile=False)
     plain.load_state_dict(model.state_dict())
     assert different(attack(model), attack(plain)) < 0.05
+
+
+class Signed(nn.Module):
+    """A linear model with a setting that is no tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.sign = nn.Linear(192, 10), 1.0
+
+    def forward(self, x):
+        return self.sign * self.layer(x.flatten(1))
+
+
+def test_a_step_is_compiled_anew_for_a_model_with_other_settings():
+    torch.manual_seed(0)
+    model = Signed().eval()
+    copy = frozen_copy(model, torch.rand(2, 3, 8, 8), dtype=torch.float32, compile=True)
+    attack(copy), attack(copy)
+    assert any(map(callable, copy.compiled_steps().values()))
+    model.sign = -1.0
+    for _ in range(2):
+        assert different(attack(copy), attack(model)) < 0.05
+    assert any(map(callable, copy.compiled_steps().values()))
 
 
 @pytest.mark.parametrize("fault", ["wrong", "fails"])

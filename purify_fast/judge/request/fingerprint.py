@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ..._compiler import is_compiled
 from ..._tensors import digest, text_hash
-from ...model_state import EMPTY, NAMESPACES, PLAIN, SIMPLE, Description, Inside, attributes, is_users, left_out
+from ...model_description import NAMESPACES, PLAIN, SIMPLE, Description, Inside
+from ...model_state import EMPTY, attributes, is_users, left_out
 
 #: What decides the results of what calls a function.
 _IN_METHODS = ("__func__", "__self__", "fget", "fset", "func", "args", "keywords")

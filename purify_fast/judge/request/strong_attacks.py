@@ -1,70 +1,20 @@
-"""The attacks that the protocol "strong" adds for a kind of model.
-
-For a purifier by diffusion these are the attack of Lee & Kim (ICCV 2023, arXiv 2303.09051), PGD with 200 steps of 20
-draws each, and an attack of our own. As DiffBreak (arXiv 2411.16598), it uses the fact that noise hides low frequencies
-least: it filters the gradient g to F^-1 (m F g). F is the Fourier transform. m is 1 for frequencies up to a quarter of
-the highest in each direction, and otherwise 0.
-
-A model of your own can define such attacks by `purify_fast.protocols.OwnAttacks`.
-"""
+"""The attacks that the protocol "strong" adds for a model that has attacks of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any, cast
 
-import torch
-from torch import Tensor, nn
-
 from ...protocols import OwnAttacks, supports
-from ..searches.apgd import APGD
 from .specs import AttackSpec, lee_kim_2023
 
-#: The highest frequency in the filtered gradient, in each direction, as a share of the image's highest frequency.
-KEPT = 0.25
-#: Number of draws over which a step averages the gradient.
-DRAWS = 20
-LOW = f"APGD by gradients of low frequencies, EOT {DRAWS}"
+#: The names that a model may give in place of an `AttackSpec`, because what trains does not import what judges.
+MAKERS: dict[str, Callable[..., AttackSpec]] = {"AttackSpec": AttackSpec, "lee_kim_2023": lee_kim_2023}
 
 
-def strong_attacks(model: Any, norm: str, eps: float) -> Sequence[AttackSpec] | None:
-    """Return the attacks that the protocol "strong" adds for a model; None if there are none for its kind."""
-    if supports(model, OwnAttacks):
-        return list(cast(OwnAttacks, model).strong_attacks(norm, eps))
-    # No other protocol needs this module.
-    from ...methods.diffusion import DiffusionPurifier
-
-    return on_diffusion(model, norm, eps) if isinstance(model, DiffusionPurifier) else None
-
-
-def on_diffusion(defence: Any, norm: str, eps: float) -> list[AttackSpec]:
-    """Return the attacks that "strong" adds for a purifier by diffusion."""
-    low = APGD(loss="ce", eot_iter=DRAWS, precision="float32")
-    rows = [AttackSpec(low, label=LOW, through=LowFrequencyGradient(defence))]
-    return [lee_kim_2023(eps, leave=True), *rows] if norm == "linf" else rows
-
-
-def low_frequencies(image: Tensor) -> Tensor:
-    """Remove the high frequencies of images. The result has the same shape and dtype."""
-    height, width = image.shape[-2:]
-    wide = torch.promote_types(image.dtype, torch.float32)
-    rows = torch.fft.fftfreq(height, device=image.device).abs() <= KEPT / 2
-    columns = torch.fft.rfftfreq(width, device=image.device) <= KEPT / 2
-    kept = torch.fft.rfft2(image.to(wide)) * (rows[:, None] & columns)
-    return torch.fft.irfft2(kept, s=(height, width)).to(image.dtype)
-
-
-class LowFrequencyGradient(nn.Module):
-    """A model whose gradient with respect to the images has only low frequencies."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model, self.kept = model, KEPT
-        self.eval()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the model's logits, ``[B, classes]``."""
-        seen = x.view_as(x)
-        if seen.requires_grad:
-            seen.register_hook(low_frequencies)
-        return self.model(seen)
+def strong_attacks(model: Any, norm: str, eps: float) -> list[AttackSpec] | None:
+    """Return the attacks that the protocol "strong" adds for a model; None if the model has none of its own."""
+    if not supports(model, OwnAttacks):
+        return None
+    given = cast(OwnAttacks, model).strong_attacks(norm, eps)
+    return [MAKERS[item[0]](**item[1]) if isinstance(item, tuple) else item for item in given]

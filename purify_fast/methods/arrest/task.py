@@ -28,7 +28,7 @@ from ...models.representation import Representation
 from ...ops.noisy_replay import noisy_replay
 from ...ops.philox import philox_key
 from ...ops.representation_distance import representation_distance
-from ...speed.folding.inference_copy import autocast_to, convert_to_channels_last, prepare_for_inference
+from ...speed.layout import autocast_to, convert_to_channels_last
 from ...training.config import TrainingAttack
 from ...training.method_task import MethodTask, cross_entropy_of
 from ...training.task import Batch, Metrics, check_classifier
@@ -90,6 +90,9 @@ class ArrestTask(MethodTask):
                 listed = ", ".join(names)
                 raise ValueError(f"pooled must be False for layers that return vectors, got True for {listed}")
             if self.dtype != torch.float32:
+                # In float32, the teacher remains as it is.
+                from ...speed.folding.inference_copy import prepare_for_inference
+
                 prepare_for_inference(frozen_copy, image_shape, self.dtype)
             self._reader = Representation(model, names, image_shape)
         if self.dtype != torch.float32:

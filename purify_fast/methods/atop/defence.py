@@ -21,7 +21,7 @@ from ..._validation import check_counts, check_literal
 from ...defences.base import Defence, refuse_wrapped
 from ...ops.random_transform import random_transform
 from ...ops.stitch import stitch
-from ..saving import description, save_defence
+from ..saving import description, rebuilt, save_defence
 from .purifier import PURIFIERS, PurifierAdapter
 
 Transform = Literal["rt1", "rt2", "rt3"]
@@ -108,6 +108,10 @@ class Atop(Defence):
         # Wrong settings of the transform raise an error immediately.
         with torch.no_grad(), self.fixed_noise(0):
             self.purify(self._blank_images())
+
+    @classmethod
+    def rebuilt_arguments(cls, arguments: dict[str, Any], purifier: nn.Module | None, folder: object) -> dict[str, Any]:
+        return {**arguments, "purifier": rebuilt(arguments["purifier"], purifier, PURIFIERS, folder)}
 
     # -- a prediction: transform -> repair -> join -> classify -> aggregate --------------------------------------------
 

@@ -7,6 +7,9 @@ from typing import Annotated, Literal
 
 from ..._validation import Positive, Precision, Range, ShareBelow1, check_types
 
+#: The solvers that remove the noise; see `purify_fast.methods.diffusion.process`.
+Solver = Literal["ddpm", "ddim", "vp_sde", "ode", "one_shot"]
+
 
 @dataclass(frozen=True)
 class DiffusionConfig:

@@ -32,7 +32,7 @@ from ...defences.wrappers import WithAggregation
 from ...ops.diffusion_step import COEFFICIENTS, STEPS, diffusion_step
 from ...speed.draws import same_draws
 from ..saving import save_defence
-from .denoiser import Denoiser, described_denoiser, read_pretrained
+from .denoiser import Denoiser, described_denoiser, read_pretrained, rebuilt_denoiser
 from .guidance import GRADIENTS
 from .process import Process, StepTable
 
@@ -115,6 +115,10 @@ class DiffusionPurifier(Defence):
         with torch.no_grad(), same_draws(self.denoiser) as drew:
             self._predict(blank, times[-1].expand(len(blank)))
             self._denoiser_draws = drew()
+
+    @classmethod
+    def rebuilt_arguments(cls, arguments: dict[str, Any], purifier: nn.Module | None, folder: object) -> dict[str, Any]:
+        return {**arguments, "denoiser": rebuilt_denoiser(arguments["denoiser"], purifier, folder)}
 
     def _make_table(self) -> None:
         """Compute the table of the process as buffers, and let every step have a gradient of the denoiser."""
@@ -247,6 +251,13 @@ class DiffusionPurifier(Defence):
         skips = (f"a process whose denoiser has a gradient at every step in {FEWER}", skipping)
         # `few` is left out if it has a single step, because it is then nearly the same as `one`, for every solver
         return [few, skips, one] if max(short) > 1 else [skips, one]
+
+    def strong_attacks(self, norm: str, eps: float) -> list[tuple[str, dict[str, Any]]]:
+        """Return attacks for purifiers by diffusion, see `purify_fast.protocols.OwnAttacks`."""
+        # Only an evaluation needs these attacks.
+        from .attacks import strong_attacks
+
+        return strong_attacks(self, norm, eps)
 
     # -- speed --------------------------------------------------------------------------------------------------------
 

@@ -40,7 +40,7 @@ def described_denoiser(denoiser: nn.Module) -> dict[str, Any]:
     return description(denoiser, DENOISERS)
 
 
-def rebuilt_denoiser(facts: dict[str, Any], given: nn.Module | None, folder: str | Path) -> nn.Module:
+def rebuilt_denoiser(facts: dict[str, Any], given: nn.Module | None, folder: object) -> nn.Module:
     """Make the denoiser of a saved description. If ``given`` has it, return that; otherwise raise ValueError."""
     if given is None and facts["kind"] == DIFFUSERS:
         return _diffusers_model().from_config(facts["arguments"])

@@ -37,10 +37,10 @@ from torch import Tensor
 
 from ..._validation import AtLeast0, Share, check_counts, check_types
 from ...ops.diffusion_step import STEPS
+from .config import Solver
 from .guidance import Guidance
 from .schedule import Schedule, Times
 
-Solver = Literal["ddpm", "ddim", "vp_sde", "ode", "one_shot"]
 Prediction = Literal["noise", "x0", "v"]
 Variance = Literal["small", "large", "learned"]
 

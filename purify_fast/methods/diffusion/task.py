@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..._tensors import first_tensor, structure_fingerprint
 from ...models.representation import evaluation_mode
 from ...ops.philox import Stream, philox, philox_key
-from ...speed.folding.inference_copy import autocast_to
+from ...speed.layout import autocast_to
 from ...training.method_task import MethodTask
 from ...training.task import Batch, Metrics
 from .config import DiffusionConfig

@@ -1,7 +1,5 @@
 """Fold BatchNorms into the layers before them. The result is the same function in evaluation mode with fewer layers.
 
-    w' = w gamma / sqrt(var + eps),   b' = (b - mean) gamma / sqrt(var + eps) + beta
-
 A pair is folded only where it is proven that nothing else reads the layer: where `torch.fx` traces the model without
 the values or sizes of its inputs, or in a model that is an ``nn.Sequential`` itself. An example would show one path of
 several.
@@ -10,19 +8,15 @@ several.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
+from ..copying import deep_copy
 from ..draws import same_draws
-from ..watch import deep_copy
-
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-_FOLDABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-TRANSPOSED = nn.modules.conv._ConvTransposeNd
+from .arithmetic import fold, foldable, hooked, is_norm
 
 
 def fold_batchnorm(model: nn.Module) -> list[tuple[str, str]]:
@@ -62,7 +56,7 @@ def foldable_pairs(model: nn.Module) -> tuple[list[tuple[str, str]], str]:
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     if pairs or not norms:
         return pairs, ""
-    odd = {type(norm).__name__ for norm in norms if not _is_norm(norm)}
+    odd = {type(norm).__name__ for norm in norms if not is_norm(norm)}
     if odd:
         return pairs, f"{odd.pop()} is a subclass of BatchNorm"
     return pairs, "torch.fx cannot trace the model" if graph is None else "no layer is read by a BatchNorm alone"
@@ -87,7 +81,7 @@ class _Tracer(fx.Tracer):
     """Traces a model without calling its hooks. What they could read has a second reader in the graph."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return _is_norm(m) or super().is_leaf_module(m, module_qualified_name)
+        return is_norm(m) or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         if not hooked(m) or self.is_leaf_module(m, self.path_of_module(m)):
@@ -136,60 +130,3 @@ def _in_sequentials(model: nn.Module) -> Iterator[tuple[str, str]]:
             parts += part.children()
             if type(part) is nn.Sequential:
                 yield from pairwise(f"{names[part]}.{name}".lstrip(".") for name in part._modules)
-
-
-def foldable(layer: Any, norm: Any) -> bool:
-    """Return True if ``norm`` is a BatchNorm that can be folded into a layer, if it follows this layer."""
-    if type(layer) not in _FOLDABLE or not _is_norm(norm) or norm.training:
-        return False
-    transposed = isinstance(layer, TRANSPOSED)
-    computed = not isinstance(layer._parameters.get("weight"), Tensor) or "forward" in vars(layer) | vars(norm)
-    fits = norm.running_mean is not None and not (transposed and layer.groups > 1) and not computed
-    return fits and layer.weight.shape[int(transposed)] == norm.num_features and not (hooked(layer) or hooked(norm))
-
-
-def _is_norm(module: Any) -> bool:
-    """Return True if a module is a BatchNorm of PyTorch or of this package; one of another class may do more."""
-    ours = type(module).__module__.startswith("purify_fast.") and isinstance(module, _NORMS)
-    return ours or type(module) in _NORMS
-
-
-def hooked(module: nn.Module) -> bool:
-    """Return True if a module has a forward hook or a forward pre-hook."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
-@torch.no_grad()
-def fold(pairs: Sequence[tuple[Any, Any]]) -> None:
-    """Fold BatchNorms into the linear layers or convolutions before them, in place; on a GPU in few launches.
-
-    The computation is in float32 for weights of less precision, which are rounded only at the end.
-    """
-    if not pairs:
-        return
-    # torch.nn.utils.fuse_conv_bn_weights does not support linear layers, and takes one pair at a time.
-    layers, norms = zip(*pairs, strict=True)
-
-    most = max(norms, key=lambda norm: norm.num_features).running_var
-    ones, zeros = torch.ones_like(most), torch.zeros_like(most)
-
-    def numbers(modules: Sequence[Any], name: str, missing: Tensor = zeros) -> list[Tensor]:
-        found = zip((getattr(module, name) for module in modules), norms, strict=True)
-        each = [missing[: norm.num_features] if one is None else one for one, norm in found]
-        return [one.to(torch.promote_types(one.dtype, torch.float32)) for one in each]
-
-    scales = list(torch._foreach_add(numbers(norms, "running_var"), [float(norm.eps) for norm in norms]))
-    torch._foreach_rsqrt_(scales)
-    torch._foreach_mul_(scales, numbers(norms, "weight", ones))
-    centered = torch._foreach_sub(numbers(layers, "bias"), numbers(norms, "running_mean"))
-    biases = torch._foreach_addcmul(numbers(norms, "bias"), centered, scales)
-    # The weight of a transposed convolution has the output channels in its second dimension.
-    outputs = [int(isinstance(layer, TRANSPOSED)) for layer in layers]
-    shapes = [(-1, *[1] * (layer.weight.dim() - 1 - out)) for layer, out in zip(layers, outputs, strict=True)]
-    spread = [scale.view(shape) for scale, shape in zip(scales, shapes, strict=True)]
-    weights = numbers(layers, "weight")
-    torch._foreach_mul_(weights, spread)
-    for layer, weight, bias in zip(layers, weights, biases, strict=True):
-        if weight is not layer.weight:
-            layer.weight.copy_(weight)
-        layer.bias = nn.Parameter(bias.to(layer.weight.dtype), layer.weight.requires_grad)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -11,70 +11,18 @@ from torch import Tensor, nn
 
 from ..._compiler import section
 from ..._tensors import first_tensor, without_autocast
-from ...models.representation import evaluation_mode, without_recorders
+from ...models.representation import without_recorders
+from ..copying import deep_copy, freeze, memo_of
 from ..draws import same_draws
-from ..watch import (
-    CONVOLUTIONS,
-    Decisions,
-    Place,
-    Structure,
-    copied,
-    deep_copy,
-    freeze,
-    matrix_weights,
-    memo_of,
-    tensors_of,
-)
-from .batchnorm import TRANSPOSED, fold_pairs, foldable_pairs
+from ..layout import autocast_to, convert, convert_to_channels_last, to_format
+from ..structure import Decisions, Place, Structure
+from ..weights import matrix_weights, tensors_of
+from .arithmetic import TRANSPOSED
+from .batchnorm import fold_pairs, foldable_pairs
 
 DTYPES = (torch.float32, torch.bfloat16)
 #: For a model with fewer weights, the conversion of an image to channels_last takes longer than it saves.
 TINY = 2_000
-
-
-def autocast_to(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """The autocast context in which copies compute; float32 switches off an autocast of the caller."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
-
-
-def convert_to_channels_last(model: nn.Module, image_shape: tuple[int, ...]) -> bool:
-    """Convert the convolutions' weights to channels_last in place, if the model then still runs; return True if it
-    does.
-
-    A model that flattens maps or images with ``view`` does not run in channels_last.
-    """
-    _to_format(model, torch.channels_last)
-    first = first_tensor(model)
-    example = torch.full((2, *image_shape), 0.5, device=first.device, dtype=first.dtype)
-    try:
-        # The model is in evaluation mode, because this example must not change the statistics of BatchNorms.
-        with evaluation_mode(model), torch.no_grad():
-            model(example.contiguous(memory_format=torch.channels_last))
-    except RuntimeError:
-        _to_format(model, torch.contiguous_format)
-        return False
-    return True
-
-
-def _to_format(model: nn.Module, memory_format: torch.memory_format) -> None:
-    _convert([layer for layer in model.modules() if isinstance(layer, CONVOLUTIONS)], memory_format=memory_format)
-
-
-def _convert(layers: Sequence[nn.Module], **how: Any) -> None:
-    """Convert the parameters of layers to another dtype or memory format, in place; shared ones stay shared."""
-    found = {id(one): one for layer in layers for one in layer._parameters.values() if one is not None}
-    if "memory_format" in how:
-        found = {key: weight for key, weight in found.items() if weight.dim() == 4}
-    wanted = {key: torch.empty_like(weight, device="meta", **how) for key, weight in found.items()}
-    old = {
-        key: weight
-        for key, weight in found.items()
-        if (weight.dtype, weight.stride()) != (wanted[key].dtype, wanted[key].stride())
-    }
-    new = zip(old.values(), copied(old.values(), **how), strict=True)
-    parameters = {id(weight): nn.Parameter(made, weight.requires_grad) for weight, made in new}
-    for layer in layers:
-        layer._parameters |= {n: parameters[id(p)] for n, p in layer._parameters.items() if id(p) in parameters}
 
 
 class _InFloat32(nn.Module):
@@ -174,12 +122,12 @@ def prepare_for_inference(
             # The trial runs another copy, because a call may fill caches or move counters.
             decided.channels_last = not (plain or slower) and convert_to_channels_last(deep_copy(model), image_shape)
     if decided.channels_last:
-        _to_format(model, torch.channels_last)
+        to_format(model, torch.channels_last)
     if not plain:
         _attend_sequence_first(model)
     in_float32 = _see_images_in_float32(model, image_shape) if fine else []
     products = (nn.modules.conv._ConvNd, nn.Linear)
-    _convert([one for one in model.modules() if isinstance(one, products) and one not in in_float32], dtype=dtype)
+    convert([one for one in model.modules() if isinstance(one, products) and one not in in_float32], dtype=dtype)
     return decided
 
 
@@ -227,13 +175,8 @@ class InferenceCopy(nn.Module):
     ):
         super().__init__()
         self.training = False
-        self.image_shape, self.dtype, self.compile_steps, self.fine, self.plain = (
-            image_shape,
-            dtype,
-            compile,
-            fine,
-            plain,
-        )
+        self.image_shape, self.dtype, self.compile_steps = image_shape, dtype, compile
+        self.fine, self.plain = fine, plain
         #: The names of modules that the user keeps in training mode in a model in evaluation mode, such as a dropout.
         self._kept = set[str]()
         self._place = Place()
@@ -306,5 +249,8 @@ class InferenceCopy(nn.Module):
             set_modes(made, self._kept)
             prepare_for_inference(made, self.image_shape, self.dtype, self.fine, self.plain, decided=decided)
             self.classifier = self._place.put(made, self._structure.number, in_place)
-            if self.classifier is made and self.compile_steps:
-                made.compile()
+            if self.classifier is made:
+                # Compiled steps have the tensors and the settings of the earlier network.
+                self._steps.clear()
+                if self.compile_steps:
+                    made.compile()

@@ -108,9 +108,9 @@ def test_folders_of_another_kind_are_refused(made, generator, tmp_path, capsys, 
         assert run(what, made, tmp_path / "out", *options) == 2 and not (tmp_path / "out").exists()
         return capsys.readouterr().err
 
-    other = f"{generator} contains no defence of the method carso, but a Atop"
+    other = f"{generator} must contain a saved Carso, but it contains a Atop"
     assert other in refused("carso", "--init", str(generator))
-    assert f"{carso} contains no defence of the method atop" in refused("atop", "--init", str(carso))
+    assert f"{carso} must contain a saved Atop" in refused("atop", "--init", str(carso))
     kind = f"{made / 'classifier'} holds a 'SmallCNN', not a known defence: if it is a classifier,"
     assert kind in refused("atop", "--init", str(made / "classifier"))
     for what in ("generator", "atop", "carso"):

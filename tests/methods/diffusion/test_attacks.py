@@ -13,10 +13,11 @@ from purify_fast.attacks.base import ThreatModel
 from purify_fast.evaluation import lee_kim_2023
 from purify_fast.judge.request.attack_lists import PROTOCOLS, protocol_attacks
 from purify_fast.judge.request.specs import LEE_KIM
-from purify_fast.judge.request.strong_attacks import LOW, LowFrequencyGradient, low_frequencies, strong_attacks
+from purify_fast.judge.request.strong_attacks import strong_attacks
 from purify_fast.judge.request.subject import Subject
 from purify_fast.judge.surrogates.copies import Softened, surrogates
 from purify_fast.methods.diffusion import Process, Schedule
+from purify_fast.methods.diffusion.attacks import LOW, LowFrequencyGradient, low_frequencies
 
 SHAPE = (1, 8, 8)
 QUIET = {"eps": 0.1, "progress": False, "batch_size": 4}

@@ -61,8 +61,8 @@ def test_what_is_refused(made, denoiser, tmp_path, capsys):
     assert "width must be even and at most 16, or a multiple of 16, got 17" in refused(train_to, "--width", 17)
     assert not (tmp_path / "out").exists()
     evaluate = f"evaluate {denoiser}"
-    assert f"--classifier must be given: {denoiser} contains a denoiser" in refused(evaluate, "--eps", 0.1)
+    assert f"--classifier must be given: {denoiser} contains a part of a defence" in refused(evaluate, "--eps", 0.1)
     assert "--eps must be given" in refused(evaluate, *classifier)
     assert "t_star must be at most 0.6" in refused(evaluate, "--eps", 0.1, *classifier, "--t-star", 0.7)
     own = refused(f"evaluate {made / 'classifier'}", "--eps", 0.1, "--t-star", 0.1)
-    assert f"--solver are only for a saved denoiser or diffusion purifier, got {made / 'classifier'}" in own
+    assert f"--solver are only for a saved defence, got {made / 'classifier'}" in own

@@ -1,0 +1,58 @@
+"""The dtype of a model's products, and the dtype and the memory layout of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .._tensors import first_tensor
+from ..models.representation import evaluation_mode
+from .weights import CONVOLUTIONS, copied
+
+
+def autocast_to(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """The autocast context in which copies compute; float32 switches off an autocast of the caller."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def convert_to_channels_last(model: nn.Module, image_shape: tuple[int, ...]) -> bool:
+    """Convert the convolutions' weights to channels_last in place, if the model then still runs; return True if it
+    does.
+
+    A model that flattens maps or images with ``view`` does not run in channels_last.
+    """
+    to_format(model, torch.channels_last)
+    first = first_tensor(model)
+    example = torch.full((2, *image_shape), 0.5, device=first.device, dtype=first.dtype)
+    try:
+        # The model is in evaluation mode, because this example must not change the statistics of BatchNorms.
+        with evaluation_mode(model), torch.no_grad():
+            model(example.contiguous(memory_format=torch.channels_last))
+    except RuntimeError:
+        to_format(model, torch.contiguous_format)
+        return False
+    return True
+
+
+def to_format(model: nn.Module, memory_format: torch.memory_format) -> None:
+    convert([layer for layer in model.modules() if isinstance(layer, CONVOLUTIONS)], memory_format=memory_format)
+
+
+def convert(layers: Sequence[nn.Module], **how: Any) -> None:
+    """Convert the parameters of layers to another dtype or memory format, in place; shared ones stay shared."""
+    found = {id(one): one for layer in layers for one in layer._parameters.values() if one is not None}
+    if "memory_format" in how:
+        found = {key: weight for key, weight in found.items() if weight.dim() == 4}
+    wanted = {key: torch.empty_like(weight, device="meta", **how) for key, weight in found.items()}
+    old = {
+        key: weight
+        for key, weight in found.items()
+        if (weight.dtype, weight.stride()) != (wanted[key].dtype, wanted[key].stride())
+    }
+    new = zip(old.values(), copied(old.values(), **how), strict=True)
+    parameters = {id(weight): nn.Parameter(made, weight.requires_grad) for weight, made in new}
+    for layer in layers:
+        layer._parameters |= {n: parameters[id(p)] for n, p in layer._parameters.items() if id(p) in parameters}
