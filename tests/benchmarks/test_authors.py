@@ -34,8 +34,11 @@ ROWS = [
 
 
 def given():
-    """A purifier that returns what it is given, and a classifier that shows what it gets."""
-    how = lambda self, image, mask=None: image.flatten(1) if mask is None else image * self.gain  # noqa: E731
+    """A purifier whose last stage returns what it is given, and a classifier that shows what it gets."""
+
+    def how(self, image, mask=None):
+        return image.flatten(1) if mask is None else (0 * image, image * self.gain)
+
     return Made(how, gain=nn.Parameter(torch.ones(())))
 
 
@@ -82,6 +85,8 @@ def test_the_rows_are_named_after_their_sources():
     assert [spec.max_images for spec in authors_attacks(made, 0.3)] == [None, 32, None, None, None]
     assert [told["steps"] for told in settings] == [100, 10, 10, 20, 1000]
     assert [report.row(name).settings["eot_iter"] for name in ROWS] == [1] * 5
+    assert [spec.judge.samples for spec in authors_attacks(made, 0.3)[::3]] == [1, 1] and made.samples == 2
+    assert authors_attacks(Atop(given(), given(), IMAGE, block=2, samples=1), 0.3)[0].judge.samples == 1
     assert report.row(ROWS[0]).variant == "fixed" and report.row(ROWS[0]).accuracy == 0
     assert all("classifier alone" in told["target"] for told in settings[3:])
 
