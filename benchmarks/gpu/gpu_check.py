@@ -2,9 +2,8 @@
 
 - ``correct`` verifies every kernel, runs the tests that need a GPU, and runs compute-sanitizer. All three run side by
   side. The call ends within 150 seconds.
-- ``measured`` measures speed: the limits of the card, CUDA graphs, kernels against references, forms of PGD, the
-  longest kernels of its step, evaluations, trainings and loops of users, and pipelines. The call ends within nine
-  minutes.
+- ``measured`` measures speed: the limits of the card, CUDA graphs, kernels against references, forms of PGD,
+  evaluations, trainings and loops of users, and pipelines. The call ends within nine minutes.
 
 A call consists of sections. Each section has a separate process and a time limit, which includes the start of the
 process and all preparation.
@@ -15,8 +14,8 @@ file, ``DIR/<call>.tar.xz``, which is smaller than 16 MB.
 
 With ``--resume``, a section keeps the rows that an earlier call has written, for example before it was killed.
 
-A rehearsal runs every section on the CPU, without the packages that a rented card lacks. The start of a process is
-measured before each section. If it takes longer than usual, for example beside other work, the limits are longer too.
+A rehearsal runs every section on the CPU, without the packages that a rented card lacks. Its limits only end sections
+that hang.
 """
 
 from __future__ import annotations
@@ -32,8 +31,6 @@ import os
 import platform
 import shutil
 import signal
-import subprocess
-import sys
 import tarfile
 import threading
 import time
@@ -53,14 +50,12 @@ from .. import options
 from ..prose import rendered
 from ..speed import sheets, timing
 from ..speed.running import device_class
-from .gpu_sections import FAILED, ROOT, SECTIONS, Context, Outcome
+from .gpu_sections import FAILED, SECTIONS, Context, Outcome
 
 #: A section must end this many seconds before it is killed. The first number is for a GPU, the other for a rehearsal.
 GRACE = (10.0, 3.0)
 #: The seconds at the end of a call in which the summary and the archive are written.
 CLOSING = (15.0, 4.0)
-#: The seconds in which a process imports the sections on the machine for which the limits of rehearsals were set.
-USUAL_START = 5.0
 #: Packages for which extras exist, and which a rented card's machine does not have.
 LACKING = ("art", "attackbench", "foolbox", "matplotlib", "pyautoattack", "robustbench", "torchattacks", "tyro")
 #: The largest size of an archive in bytes.
@@ -81,7 +76,7 @@ class Call(NamedTuple):
     together: bool
 
 
-CALLS = {"correct": Call((150, 240), True), "measured": Call((540, 1550), False)}
+CALLS = {"correct": Call((150, 3600), True), "measured": Call((540, 14400), False)}
 _packing = threading.Lock()
 
 
@@ -91,13 +86,6 @@ def _rehearse(out: Path) -> None:
     # Inductor's C++ code is compiled without optimization, which takes half of the time.
     os.environ["AOT_INDUCTOR_DEBUG_COMPILE"] = "1"
     tuning.SIZES["cpu"], tuning.SECONDS = [2**10, 2**14], 1e-5
-
-
-def slowness() -> float:
-    """Return how many times longer than usual a process takes to start here and now, at least 1."""
-    began = time.monotonic()
-    subprocess.run([sys.executable, "-c", f"import {_work.__module__}"], cwd=ROOT, check=True)
-    return max(1.0, (time.monotonic() - began) / USUAL_START)
 
 
 def lacking(out: Path) -> contextlib.AbstractContextManager[Any]:
@@ -142,8 +130,7 @@ def run_section(name: str, context: Context) -> dict:
     began = time.monotonic()
     path = context.out / "gpu_check" / f"{name}.outcome"
     path.unlink(missing_ok=True)
-    grace = GRACE[context.rehearsal] * context.slowness
-    soft = dataclasses.replace(context, seconds=context.seconds - grace, started=began)
+    soft = dataclasses.replace(context, seconds=context.seconds - GRACE[context.rehearsal], started=began)
     process = multiprocessing.get_context("spawn").Process(target=_work, args=(name, soft, path, os.getpid()))
     process.start()
     assert process.pid is not None
@@ -218,14 +205,8 @@ class _Run:
         self.results: dict[str, dict | None] = dict.fromkeys(name for name in own if name in chosen.only)
 
     def _one(self, name: str) -> None:
-        limit, began, slow = SECTIONS[name].limits[self.rehearsal], time.monotonic(), 1.0
-        if self.rehearsal:
-            # The limits of a card are those of its loan.
-            slow = slowness()
-            with _packing:
-                self.ends += time.monotonic() - began + (slow - 1) * limit
-        limit = min(slow * limit, self.ends - time.monotonic())
-        if limit < 2 * slow * GRACE[self.rehearsal]:
+        limit = min(SECTIONS[name].limits[self.rehearsal], self.ends - time.monotonic())
+        if limit < 2 * GRACE[self.rehearsal]:
             print(f"{name}: left out, because the time limit of the call is reached", flush=True)
             return
         if not self.resume:
@@ -233,7 +214,7 @@ class _Run:
                 (self.context.out / file).unlink(missing_ok=True)
             shutil.rmtree(self.context.out / "gpu_check" / name, ignore_errors=True)
         date = datetime.datetime.now().isoformat(timespec="seconds")
-        context = dataclasses.replace(self.context, seconds=limit, slowness=slow)
+        context = dataclasses.replace(self.context, seconds=limit)
         result = run_section(name, context) | {"date": date}
         self.results[name] = result
         write_text(self.context.out / "gpu_check" / f"{name}.json", json.dumps(result, indent=1) + "\n")

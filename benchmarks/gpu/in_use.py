@@ -28,6 +28,8 @@ from ..speed.pipelines import random_batch
 from ..speed.timing import now
 
 EPS, STEPS = 8 / 255, 10
+#: The length of a step, except where so few steps of it would not reach EPS.
+ALPHA = 2 / 255
 #: The share of the card's memory that a step without a graph takes in the part "full card".
 SHARE = 0.7
 #: The steps of the attack there: a step on so many images takes seconds, and more steps need no more memory.
@@ -61,7 +63,7 @@ def _row(form: str, device: torch.device, seen: list[None], said: list[Any], **c
 def _task(device: torch.device, small: bool, steps: int) -> ClassifierTask:
     torch.manual_seed(0)
     model = PreActResNet18(width=4 if small else 64).to(device)
-    attack = TrainingAttack(eps=EPS, steps=steps, alpha=2 / 255)
+    attack = TrainingAttack(eps=EPS, steps=steps, alpha=max(ALPHA, EPS / steps))
     precision = "bfloat16" if device.type == "cuda" else "float32"
     return ClassifierTask(model, ClassifierConfig(attack=attack, precision=precision))
 
@@ -121,7 +123,7 @@ def loop(device: torch.device, small: bool, name: str) -> dict:
         fast = frozen_copy(model, batch.x)
         for _ in range(calls):
             begin = now(device)
-            point = pgd(fast, batch.x, batch.y, eps=EPS, alpha=2 / 255, steps=2 if small else STEPS)
+            point = pgd(fast, batch.x, batch.y, eps=EPS, alpha=ALPHA, steps=2 if small else STEPS)
             times.append(now(device) - begin)
             optimizer.zero_grad()
             F.cross_entropy(model(point), batch.y).backward()

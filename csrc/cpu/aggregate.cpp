@@ -72,40 +72,45 @@ PF_INLINE void from_tile(const W* __restrict__ tile, T* __restrict__ out, int64_
   }
 }
 
-// `scratch` has room for samples + aggregate_scratch_rows + 1 rows of `width` numbers.
-template <class T, class W = wide_t<T>>
-PF_INLINE void forward_tile(Aggregation method, const T* logits, W* out, int64_t images, int64_t samples,
-                            int64_t classes, int64_t width, W* scratch) {
+// `tile` is followed by aggregate_scratch_rows + 1 rows of scratch memory. Both functions overwrite the tile.
+template <class W>
+PF_INLINE void forward_tile(Aggregation method, W* tile, W* out, int64_t images, int64_t samples, int64_t classes,
+                            int64_t width) {
   // `width` is a multiple of `lanes`, so this line does not change it. The line tells this fact to the compiler.
   width = width / lanes * lanes;
-  W *tile = scratch, *row = tile + samples * width;
-  to_tile(logits, tile, images, samples, classes, width);
+  W* row = tile + samples * width;
   aggregate_tile(method, tile, samples, images, classes, width, row, row + width);
   for (int64_t i = 0; i < images * classes; ++i) out[i] = row[i];
 }
-template <class T, class W = wide_t<T>>
-PF_INLINE void backward_tile(Aggregation method, const W* grad, const T* logits, T* out, int64_t images,
-                             int64_t samples, int64_t classes, int64_t width, W* scratch) {
+template <class W>
+PF_INLINE void backward_tile(Aggregation method, const W* grad, W* tile, int64_t images, int64_t samples,
+                             int64_t classes, int64_t width) {
   width = width / lanes * lanes;
-  W *tile = scratch, *row = tile + samples * width;
-  if (method != Aggregation::mean) to_tile(logits, tile, images, samples, classes, width);
+  W* row = tile + samples * width;
   for (int64_t i = 0; i < width; ++i) row[i] = i < images * classes ? grad[i] : 0;
   aggregate_tile_backward(method, tile, row, samples, images, classes, width, row + width);
-  from_tile(tile, out, images, samples, classes, width);
 }
+// Loops over numbers that are in a tile already are compiled for the dtypes of the arithmetic alone.
+#define PF_TILES(CLONES, W)                                                                                          \
+  CLONES void forward(Aggregation method, W* tile, W* out, int64_t images, int64_t samples, int64_t classes,         \
+                      int64_t width) {                                                                               \
+    forward_tile(method, tile, out, images, samples, classes, width);                                                \
+  }                                                                                                                  \
+  CLONES void backward(Aggregation method, const W* grad, W* tile, int64_t images, int64_t samples, int64_t classes, \
+                       int64_t width) {                                                                              \
+    backward_tile(method, grad, tile, images, samples, classes, width);                                              \
+  }
+PF_FOR_EACH_WIDE_DTYPE(PF_TILES)
 
 // Calls f(first lane, number of lanes) for the classes of one image, at least `lanes`, in place. Each call gets a
-// multiple of `lanes` lanes, so the last call may overlap another call and compute some lanes twice.
+// multiple of `lanes` lanes, so the last call may overlap another call and compute some lanes twice. `f` is called in
+// one place, because it is inlined wherever it is called.
 template <class F>
 PF_INLINE void for_lanes(int64_t classes, F f) {
-  const int64_t groups = (classes + lanes - 1) / lanes, most = aggregate_lanes / lanes,
-                parts = (groups + most - 1) / most;
+  const int64_t groups = (classes + lanes - 1) / lanes, most = aggregate_lanes / lanes;
+  const int64_t fewest = (groups + most - 1) / most;
   // A single call, rounded up to a multiple of `lanes`, would be wider than a row.
-  if (parts == 1 && classes % lanes != 0) {
-    f(int64_t{0}, classes / lanes * lanes);
-    f(classes - lanes, lanes);
-    return;
-  }
+  const int64_t parts = fewest == 1 && classes % lanes != 0 ? 2 : fewest;
   for (int64_t part = 0, group = 0; part < parts; ++part) {
     const int64_t width = (groups - group + parts - part - 1) / (parts - part) * lanes, at = group * lanes;
     f(at + width <= classes ? at : classes - width, width);
@@ -205,52 +210,51 @@ PF_INLINE void kept_image_backward(Aggregation method, const W* grad, const T* l
   }
 }
 
-#define PF_LOOPS(T)                                                                                                  \
-  PF_CLONES void forward(Aggregation method, const T* logits, wide_t<T>* out, int64_t images, int64_t samples,       \
-                         int64_t classes, int64_t width, wide_t<T>* scratch) {                                       \
-    forward_tile(method, logits, out, images, samples, classes, width, scratch);                                     \
-  }                                                                                                                  \
-  PF_CLONES void whole_forward(Aggregation method, const T* logits, wide_t<T>* out, int64_t images, int64_t samples, \
-                               int64_t classes) {                                                                    \
-    if (method == Aggregation::vote) return vote_images(logits, out, images, samples, classes);                      \
-    for (int64_t b = 0; b < images; ++b, logits += samples * classes, out += classes) {                              \
-      if (method == Aggregation::lse) {                                                                              \
-        forward_image(logits, out, samples, classes);                                                                \
-      } else {                                                                                                       \
-        mean_image(logits, out, samples, classes);                                                                   \
-      }                                                                                                              \
-    }                                                                                                                \
-  }                                                                                                                  \
-  PF_CLONES void whole_backward(Aggregation method, const wide_t<T>* grad, const T* logits, T* out, int64_t images,  \
-                                int64_t samples, int64_t classes, wide_t<T>* scratch) {                              \
-    for (int64_t b = 0; b < images; ++b, grad += classes, logits += samples * classes, out += samples * classes)     \
-      if (method == Aggregation::mean) {                                                                             \
-        mean_image_backward(grad, out, samples, classes, scratch);                                                   \
-      } else {                                                                                                       \
-        backward_image(grad, logits, out, samples, classes, scratch);                                                \
-      }                                                                                                              \
-  }                                                                                                                  \
-                                                                                                                     \
-  PF_CLONES void backward(Aggregation method, const wide_t<T>* grad, const T* logits, T* out, int64_t images,        \
-                          int64_t samples, int64_t classes, int64_t width, wide_t<T>* scratch) {                     \
-    backward_tile(method, grad, logits, out, images, samples, classes, width, scratch);                              \
-  }                                                                                                                  \
-  PF_CLONES void keep(Aggregation method, const T* logits, wide_t<T>* out, wide_t<T>* kept, int64_t images,          \
-                      int64_t samples, int64_t classes, wide_t<T>* scratch) {                                        \
-    for (int64_t b = 0; b < images; ++b, logits += samples * classes, out += classes, kept += 3 * classes) {         \
-      keep_image(method, logits, out, kept, samples, classes, scratch);                                              \
-    }                                                                                                                \
-  }                                                                                                                  \
-  PF_CLONES void kept_backward(Aggregation method, const wide_t<T>* grad, const T* logits, const wide_t<T>* kept,    \
-                               T* out, int64_t images, int64_t samples, int64_t classes, wide_t<T>* scratch) {       \
-    for (int64_t b = 0; b < images; ++b, grad += classes, kept += 3 * classes) {                                     \
-      const int64_t at = b * samples * classes;                                                                      \
-      kept_image_backward(method, grad, logits + at, kept, out + at, samples, classes, scratch);                     \
-    }                                                                                                                \
+#define PF_LOOPS(CLONES, T)                                                                                            \
+  CLONES void read_tile(const T* logits, wide_t<T>* tile, int64_t images, int64_t samples, int64_t classes,            \
+                        int64_t width) {                                                                               \
+    to_tile(logits, tile, images, samples, classes, width / lanes * lanes);                                            \
+  }                                                                                                                    \
+  CLONES void write_tile(const wide_t<T>* tile, T* out, int64_t images, int64_t samples, int64_t classes,              \
+                         int64_t width) {                                                                              \
+    from_tile(tile, out, images, samples, classes, width / lanes * lanes);                                             \
+  }                                                                                                                    \
+  CLONES void whole_forward(Aggregation method, const T* logits, wide_t<T>* out, int64_t images, int64_t samples,      \
+                            int64_t classes) {                                                                         \
+    if (method == Aggregation::vote) return vote_images(logits, out, images, samples, classes);                        \
+    for (int64_t b = 0; b < images; ++b, logits += samples * classes, out += classes) {                                \
+      if (method == Aggregation::lse) {                                                                                \
+        forward_image(logits, out, samples, classes);                                                                  \
+      } else {                                                                                                         \
+        mean_image(logits, out, samples, classes);                                                                     \
+      }                                                                                                                \
+    }                                                                                                                  \
+  }                                                                                                                    \
+  CLONES void whole_backward(Aggregation method, const wide_t<T>* grad, const T* logits, T* out, int64_t images,       \
+                             int64_t samples, int64_t classes, wide_t<T>* scratch) {                                   \
+    for (int64_t b = 0; b < images; ++b, grad += classes, logits += samples * classes, out += samples * classes)       \
+      if (method == Aggregation::mean) {                                                                               \
+        mean_image_backward(grad, out, samples, classes, scratch);                                                     \
+      } else {                                                                                                         \
+        backward_image(grad, logits, out, samples, classes, scratch);                                                  \
+      }                                                                                                                \
+  }                                                                                                                    \
+  CLONES void keep(Aggregation method, const T* logits, wide_t<T>* out, wide_t<T>* kept, int64_t images,               \
+                   int64_t samples, int64_t classes, wide_t<T>* scratch) {                                             \
+    for (int64_t b = 0; b < images; ++b, logits += samples * classes, out += classes, kept += 3 * classes) {           \
+      keep_image(method, logits, out, kept, samples, classes, scratch);                                                \
+    }                                                                                                                  \
+  }                                                                                                                    \
+  CLONES void kept_backward(Aggregation method, const wide_t<T>* grad, const T* logits, const wide_t<T>* kept, T* out, \
+                            int64_t images, int64_t samples, int64_t classes, wide_t<T>* scratch) {                    \
+    for (int64_t b = 0; b < images; ++b, grad += classes, kept += 3 * classes) {                                       \
+      const int64_t at = b * samples * classes;                                                                        \
+      kept_image_backward(method, grad, logits + at, kept, out + at, samples, classes, scratch);                       \
+    }                                                                                                                  \
   }
 PF_FOR_EACH_DTYPE(PF_LOOPS)
 
-// Calls f(first image, number of images, width, scratch), each time with as many images as fit into a tile.
+// Calls f(first image, number of images, width, tile), each time with as many images as fit into a tile.
 template <class W, class F>
 void for_each_tile(int64_t batch, int64_t samples, int64_t classes, F f) {
   const int64_t step = classes < tile_width ? tile_width / classes : 1;
@@ -278,9 +282,9 @@ Tensor aggregate(Tensor logits, int64_t method) {
       });
       return;
     }
-    for_each_tile<W>(batch, samples, classes, [&](int64_t b, int64_t images, int64_t width, W* scratch) {
-      forward(static_cast<Aggregation>(method), from + b * samples * classes, to + b * classes, images, samples,
-              classes, width, scratch);
+    for_each_tile<W>(batch, samples, classes, [&](int64_t b, int64_t images, int64_t width, W* tile) {
+      read_tile(from + b * samples * classes, tile, images, samples, classes, width);
+      forward(kind, tile, to + b * classes, images, samples, classes, width);
     });
   });
   return out;
@@ -307,10 +311,11 @@ Tensor aggregate_backward(Tensor grad, Tensor logits, int64_t method) {
       });
       return;
     }
-    for_each_tile<W>(batch, samples, classes, [&](int64_t b, int64_t images, int64_t width, W* scratch) {
+    for_each_tile<W>(batch, samples, classes, [&](int64_t b, int64_t images, int64_t width, W* tile) {
       const int64_t at = b * samples * classes;
-      backward(static_cast<Aggregation>(method), upstream + b * classes, from + at, to + at, images, samples, classes,
-               width, scratch);
+      if (kind != Aggregation::mean) read_tile(from + at, tile, images, samples, classes, width);
+      backward(kind, upstream + b * classes, tile, images, samples, classes, width);
+      write_tile(tile, to + at, images, samples, classes, width);
     });
   });
   return out;

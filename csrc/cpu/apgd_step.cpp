@@ -20,15 +20,15 @@ PF_INLINE void linf_loop(const T* x, const T* grad, const T* x_nat, const T* pre
   });
 }
 
-#define PF_LOOPS(T)                                                                                               \
-  PF_CLONES void linf(const T* __restrict__ x, const T* __restrict__ grad, const T* __restrict__ x_nat,           \
-                      const T* __restrict__ previous, T* __restrict__ out, int64_t n, ApgdStep<wide_t<T>> step) { \
-    linf_loop(x, grad, x_nat, previous, out, n, step);                                                            \
-  }                                                                                                               \
-  PF_CLONES void l2(const T* __restrict__ x, const T* __restrict__ grad, const T* __restrict__ x_nat,             \
-                    const T* __restrict__ previous, T* __restrict__ out, int64_t n, ApgdStep<wide_t<T>> step,     \
-                    wide_t<T>* scratch) {                                                                         \
-    apgd_step_l2(x, grad, x_nat, previous, out, n, step, scratch);                                                \
+#define PF_LOOPS(CLONES, T)                                                                                    \
+  CLONES void linf(const T* __restrict__ x, const T* __restrict__ grad, const T* __restrict__ x_nat,           \
+                   const T* __restrict__ previous, T* __restrict__ out, int64_t n, ApgdStep<wide_t<T>> step) { \
+    linf_loop(x, grad, x_nat, previous, out, n, step);                                                         \
+  }                                                                                                            \
+  CLONES void l2(const T* __restrict__ x, const T* __restrict__ grad, const T* __restrict__ x_nat,             \
+                 const T* __restrict__ previous, T* __restrict__ out, int64_t n, ApgdStep<wide_t<T>> step,     \
+                 wide_t<T>* scratch) {                                                                         \
+    apgd_step_l2(x, grad, x_nat, previous, out, n, step, scratch);                                             \
   }
 PF_FOR_EACH_DTYPE(PF_LOOPS)
 

@@ -29,15 +29,19 @@
 #define PF_CLONES static
 #endif
 
-#define PF_FOR_EACH_DTYPE(X) X(float) X(double) X(pf::half) X(pf::bfloat16)
+// Calls X(CLONES, dtype), where CLONES declares a loop for this dtype. Loops in float64 are compiled once: their
+// exponentials are libm's, which no instruction set makes faster.
+#define PF_FOR_EACH_DTYPE(X) X(PF_CLONES, float) X(static, double) X(PF_CLONES, pf::half) X(PF_CLONES, pf::bfloat16)
+// Calls X(CLONES, dtype) for the dtypes of the arithmetic.
+#define PF_FOR_EACH_WIDE_DTYPE(X) X(PF_CLONES, float) X(static, double)
 // Pairs of dtypes. The second is the first, or that of the arithmetic: images stay float32 under autocast.
-#define PF_FOR_EACH_PAIR(X)     \
-  X(float, float)               \
-  X(double, double)             \
-  X(pf::half, pf::half)         \
-  X(pf::half, float)            \
-  X(pf::bfloat16, pf::bfloat16) \
-  X(pf::bfloat16, float)
+#define PF_FOR_EACH_PAIR(X)                \
+  X(PF_CLONES, float, float)               \
+  X(static, double, double)                \
+  X(PF_CLONES, pf::half, pf::half)         \
+  X(PF_CLONES, pf::half, float)            \
+  X(PF_CLONES, pf::bfloat16, pf::bfloat16) \
+  X(PF_CLONES, pf::bfloat16, float)
 
 namespace pf::cpu {
 

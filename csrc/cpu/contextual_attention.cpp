@@ -127,39 +127,37 @@ PF_INLINE void patches_loop(const W* x, W* out, const Call<W>& call, int64_t beg
   }
 }
 
-#define PF_LOOPS(W)                                                                                            \
-  PF_CLONES void scores(const Dense<W>& x, int64_t first, const W* inverse, W* out, const Call<W>& call,       \
-                        int64_t begin, int64_t end) {                                                          \
-    scores_loop(x, first, inverse, out, call, begin, end);                                                     \
-  }                                                                                                            \
-  PF_CLONES void rows(const W* x, W* out, const Call<W>& call, int64_t begin, int64_t end) {                   \
-    rows_loop(x, out, call, begin, end);                                                                       \
-  }                                                                                                            \
-  PF_CLONES void columns(const W* x, W* out, const Call<W>& call, int64_t begin, int64_t end) {                \
-    columns_loop(x, out, call, begin, end);                                                                    \
-  }                                                                                                            \
-  PF_CLONES void attend(const W* x, const W* keep, W* out, W* weights, const Call<W>& call, int64_t begin,     \
-                        int64_t end) {                                                                         \
-    attend_loop(x, keep, out, weights, call, begin, end);                                                      \
-  }                                                                                                            \
-  PF_CLONES void to_inverses(const W* x, const Dense<W>& correlation, int64_t first, const W* inverse, W* out, \
-                             W* to_inverse, const Call<W>& call, int64_t begin, int64_t end, W* spare) {       \
-    inverse_loop(x, correlation, first, inverse, out, to_inverse, call, begin, end, spare);                    \
-  }                                                                                                            \
-  PF_CLONES void patches(const W* x, W* out, const Call<W>& call, int64_t begin, int64_t end, W* spare) {      \
-    patches_loop(x, out, call, begin, end, spare);                                                             \
+#define PF_LOOPS(CLONES, W)                                                                                            \
+  CLONES void scores(const Dense<W>& x, int64_t first, const W* inverse, W* out, const Call<W>& call, int64_t begin,   \
+                     int64_t end) {                                                                                    \
+    scores_loop(x, first, inverse, out, call, begin, end);                                                             \
+  }                                                                                                                    \
+  CLONES void rows(const W* x, W* out, const Call<W>& call, int64_t begin, int64_t end) {                              \
+    rows_loop(x, out, call, begin, end);                                                                               \
+  }                                                                                                                    \
+  CLONES void columns(const W* x, W* out, const Call<W>& call, int64_t begin, int64_t end) {                           \
+    columns_loop(x, out, call, begin, end);                                                                            \
+  }                                                                                                                    \
+  CLONES void attend(const W* x, const W* keep, W* out, W* weights, const Call<W>& call, int64_t begin, int64_t end) { \
+    attend_loop(x, keep, out, weights, call, begin, end);                                                              \
+  }                                                                                                                    \
+  CLONES void to_inverses(const W* x, const Dense<W>& correlation, int64_t first, const W* inverse, W* out,            \
+                          W* to_inverse, const Call<W>& call, int64_t begin, int64_t end, W* spare) {                  \
+    inverse_loop(x, correlation, first, inverse, out, to_inverse, call, begin, end, spare);                            \
+  }                                                                                                                    \
+  CLONES void patches(const W* x, W* out, const Call<W>& call, int64_t begin, int64_t end, W* spare) {                 \
+    patches_loop(x, out, call, begin, end, spare);                                                                     \
   }
-PF_LOOPS(float)
-PF_LOOPS(double)
+PF_FOR_EACH_WIDE_DTYPE(PF_LOOPS)
 
-#define PF_STORED_LOOPS(T)                                                                                         \
-  PF_CLONES void spread(const wide_t<T>* weights, T* out, const Call<wide_t<T>>& call, int64_t begin, int64_t end, \
-                        wide_t<T>* spare) {                                                                        \
-    spread_loop(weights, out, call, begin, end, spare);                                                            \
-  }                                                                                                                \
-  PF_CLONES void gather(const Dense<T>& grad, int64_t first, const wide_t<T>* weights, wide_t<T>* out,             \
-                        const Call<wide_t<T>>& call, int64_t begin, int64_t end) {                                 \
-    gather_loop(grad, first, weights, out, call, begin, end);                                                      \
+#define PF_STORED_LOOPS(CLONES, T)                                                                              \
+  CLONES void spread(const wide_t<T>* weights, T* out, const Call<wide_t<T>>& call, int64_t begin, int64_t end, \
+                     wide_t<T>* spare) {                                                                        \
+    spread_loop(weights, out, call, begin, end, spare);                                                         \
+  }                                                                                                             \
+  CLONES void gather(const Dense<T>& grad, int64_t first, const wide_t<T>* weights, wide_t<T>* out,             \
+                     const Call<wide_t<T>>& call, int64_t begin, int64_t end) {                                 \
+    gather_loop(grad, first, weights, out, call, begin, end);                                                   \
   }
 PF_FOR_EACH_DTYPE(PF_STORED_LOOPS)
 

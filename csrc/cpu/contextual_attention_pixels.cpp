@@ -71,19 +71,19 @@ PF_INLINE void join_rows_loop(const T* phases, const W* more, T* x, Maps maps, i
   }
 }
 
-#define PF_LOOPS(T)                                                                                               \
-  PF_CLONES void split_planes(const T* x, T* phases, Maps maps, int64_t begin, int64_t end) {                     \
-    split_planes_loop(x, phases, maps, begin, end);                                                               \
-  }                                                                                                               \
-  PF_CLONES void join_planes(const T* phases, const wide_t<T>* more, T* x, Maps maps, int64_t begin, int64_t end, \
-                             T* spare) {                                                                          \
-    join_planes_loop(phases, more, x, maps, begin, end, spare);                                                   \
-  }                                                                                                               \
-  PF_CLONES void split_rows(const T* x, T* phases, Maps maps, int64_t begin, int64_t end) {                       \
-    split_rows_loop(x, phases, maps, begin, end);                                                                 \
-  }                                                                                                               \
-  PF_CLONES void join_rows(const T* phases, const wide_t<T>* more, T* x, Maps maps, int64_t begin, int64_t end) { \
-    join_rows_loop(phases, more, x, maps, begin, end);                                                            \
+#define PF_LOOPS(CLONES, T)                                                                                    \
+  CLONES void split_planes(const T* x, T* phases, Maps maps, int64_t begin, int64_t end) {                     \
+    split_planes_loop(x, phases, maps, begin, end);                                                            \
+  }                                                                                                            \
+  CLONES void join_planes(const T* phases, const wide_t<T>* more, T* x, Maps maps, int64_t begin, int64_t end, \
+                          T* spare) {                                                                          \
+    join_planes_loop(phases, more, x, maps, begin, end, spare);                                                \
+  }                                                                                                            \
+  CLONES void split_rows(const T* x, T* phases, Maps maps, int64_t begin, int64_t end) {                       \
+    split_rows_loop(x, phases, maps, begin, end);                                                              \
+  }                                                                                                            \
+  CLONES void join_rows(const T* phases, const wide_t<T>* more, T* x, Maps maps, int64_t begin, int64_t end) { \
+    join_rows_loop(phases, more, x, maps, begin, end);                                                         \
   }
 PF_FOR_EACH_DTYPE(PF_LOOPS)
 

@@ -61,17 +61,16 @@ PF_INLINE void backward_loop(const W* grad, const W* x, const T* m, const T* v, 
   }
 }
 
-#define PF_LOOPS(T)                                                                                                 \
-  PF_CLONES void forward(const wide_t<T>* __restrict__ x, const T* __restrict__ m, const T* __restrict__ v,         \
-                         const float* __restrict__ noise, const StepCoefficients<wide_t<T>>& k,                     \
-                         wide_t<T>* __restrict__ out, int64_t n) {                                                  \
-    forward_loop(x, m, v, noise, k, out, n);                                                                        \
-  }                                                                                                                 \
-  PF_CLONES void backward(const wide_t<T>* __restrict__ grad, const wide_t<T>* __restrict__ x,                      \
-                          const T* __restrict__ m, const T* __restrict__ v, const float* __restrict__ noise,        \
-                          const StepCoefficients<wide_t<T>>& k, wide_t<T>* __restrict__ to_x, T* __restrict__ to_m, \
-                          T* __restrict__ to_v, int64_t n) {                                                        \
-    backward_loop(grad, x, m, v, noise, k, to_x, to_m, to_v, n);                                                    \
+#define PF_LOOPS(CLONES, T)                                                                                            \
+  CLONES void forward(const wide_t<T>* __restrict__ x, const T* __restrict__ m, const T* __restrict__ v,               \
+                      const float* __restrict__ noise, const StepCoefficients<wide_t<T>>& k,                           \
+                      wide_t<T>* __restrict__ out, int64_t n) {                                                        \
+    forward_loop(x, m, v, noise, k, out, n);                                                                           \
+  }                                                                                                                    \
+  CLONES void backward(const wide_t<T>* __restrict__ grad, const wide_t<T>* __restrict__ x, const T* __restrict__ m,   \
+                       const T* __restrict__ v, const float* __restrict__ noise, const StepCoefficients<wide_t<T>>& k, \
+                       wide_t<T>* __restrict__ to_x, T* __restrict__ to_m, T* __restrict__ to_v, int64_t n) {          \
+    backward_loop(grad, x, m, v, noise, k, to_x, to_m, to_v, n);                                                       \
   }
 PF_FOR_EACH_DTYPE(PF_LOOPS)
 

@@ -63,13 +63,13 @@ PF_INLINE void backward_loop(const T* grad, const T* features, T* out, int64_t n
   }
 }
 
-#define PF_LOOPS(T)                                                                                                    \
-  PF_CLONES void forward(const T* __restrict__ features, T* __restrict__ out, int64_t n, int64_t begin, int64_t end) { \
-    forward_loop(features, out, n, begin, end);                                                                        \
-  }                                                                                                                    \
-  PF_CLONES void backward(const T* __restrict__ grad, const T* __restrict__ features, T* __restrict__ out, int64_t n,  \
-                          int64_t begin, int64_t end) {                                                                \
-    backward_loop(grad, features, out, n, begin, end);                                                                 \
+#define PF_LOOPS(CLONES, T)                                                                                         \
+  CLONES void forward(const T* __restrict__ features, T* __restrict__ out, int64_t n, int64_t begin, int64_t end) { \
+    forward_loop(features, out, n, begin, end);                                                                     \
+  }                                                                                                                 \
+  CLONES void backward(const T* __restrict__ grad, const T* __restrict__ features, T* __restrict__ out, int64_t n,  \
+                       int64_t begin, int64_t end) {                                                                \
+    backward_loop(grad, features, out, n, begin, end);                                                              \
   }
 PF_FOR_EACH_DTYPE(PF_LOOPS)
 

@@ -5,10 +5,10 @@
 namespace pf::cpu {
 namespace {
 
-#define PF_LOOPS(T)                                                                                                   \
-  PF_CLONES void project(const T* __restrict__ x, const T* __restrict__ w, T* __restrict__ out, int64_t n, Norm norm, \
-                         Plane<wide_t<T>> plane, wide_t<T>* scratch) {                                                \
-    hyperplane_projection(x, w, out, n, norm, plane, scratch);                                                        \
+#define PF_LOOPS(CLONES, T)                                                                                        \
+  CLONES void project(const T* __restrict__ x, const T* __restrict__ w, T* __restrict__ out, int64_t n, Norm norm, \
+                      Plane<wide_t<T>> plane, wide_t<T>* scratch) {                                                \
+    hyperplane_projection(x, w, out, n, norm, plane, scratch);                                                     \
   }
 PF_FOR_EACH_DTYPE(PF_LOOPS)
 

@@ -22,10 +22,10 @@ PF_INLINE void replay_loop(const T* x, const float* uniform, T* out, int64_t n, 
   store_all(out, n, [=](int64_t i) PF_INLINED_LAMBDA { return replayed<W>(load(x[i]), uniform[i], eps, lo, hi); });
 }
 
-#define PF_LOOPS(T)                                                                                                 \
-  PF_CLONES void replay(const T* __restrict__ x, const float* __restrict__ uniform, T* __restrict__ out, int64_t n, \
-                        wide_t<T> eps, wide_t<T> lo, wide_t<T> hi) {                                                \
-    replay_loop(x, uniform, out, n, eps, lo, hi);                                                                   \
+#define PF_LOOPS(CLONES, T)                                                                                      \
+  CLONES void replay(const T* __restrict__ x, const float* __restrict__ uniform, T* __restrict__ out, int64_t n, \
+                     wide_t<T> eps, wide_t<T> lo, wide_t<T> hi) {                                                \
+    replay_loop(x, uniform, out, n, eps, lo, hi);                                                                \
   }
 PF_FOR_EACH_DTYPE(PF_LOOPS)
 

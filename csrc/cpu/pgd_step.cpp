@@ -43,18 +43,18 @@ PF_INLINE void l1_sample(const T* x, const T* grad, const T* x_nat, T* out, int6
               PF_INLINED_LAMBDA { pgd_step_l1(a, g, b, to, n, step, k, rest); });
 }
 
-#define PF_LOOPS(T)                                                                                           \
-  PF_CLONES void linf(const T* __restrict__ x, const T* __restrict__ grad, const T* __restrict__ x_nat,       \
-                      T* __restrict__ out, int64_t n, PgdStep<wide_t<T>> step) {                              \
-    linf_loop(x, grad, x_nat, out, n, step);                                                                  \
-  }                                                                                                           \
-  PF_CLONES void l2(const T* __restrict__ x, const T* __restrict__ grad, const T* __restrict__ x_nat,         \
-                    T* __restrict__ out, int64_t n, PgdStep<wide_t<T>> step, wide_t<T>* scratch) {            \
-    l2_sample(x, grad, x_nat, out, n, step, scratch);                                                         \
-  }                                                                                                           \
-  PF_CLONES void l1(const T* __restrict__ x, const T* __restrict__ grad, const T* __restrict__ x_nat,         \
-                    T* __restrict__ out, int64_t n, PgdStep<wide_t<T>> step, int64_t k, wide_t<T>* scratch) { \
-    l1_sample(x, grad, x_nat, out, n, step, k, scratch);                                                      \
+#define PF_LOOPS(CLONES, T)                                                                                \
+  CLONES void linf(const T* __restrict__ x, const T* __restrict__ grad, const T* __restrict__ x_nat,       \
+                   T* __restrict__ out, int64_t n, PgdStep<wide_t<T>> step) {                              \
+    linf_loop(x, grad, x_nat, out, n, step);                                                               \
+  }                                                                                                        \
+  CLONES void l2(const T* __restrict__ x, const T* __restrict__ grad, const T* __restrict__ x_nat,         \
+                 T* __restrict__ out, int64_t n, PgdStep<wide_t<T>> step, wide_t<T>* scratch) {            \
+    l2_sample(x, grad, x_nat, out, n, step, scratch);                                                      \
+  }                                                                                                        \
+  CLONES void l1(const T* __restrict__ x, const T* __restrict__ grad, const T* __restrict__ x_nat,         \
+                 T* __restrict__ out, int64_t n, PgdStep<wide_t<T>> step, int64_t k, wide_t<T>* scratch) { \
+    l1_sample(x, grad, x_nat, out, n, step, k, scratch);                                                   \
   }
 PF_FOR_EACH_DTYPE(PF_LOOPS)
 

@@ -178,41 +178,45 @@ PF_INLINE void add_blocks_loop(const T* grad, int64_t apart, int64_t passes, Blo
   }
 }
 
-#define PF_LOOPS(T)                                                                                                   \
-  PF_CLONES void transform(const T* x, const float* noise, wide_t<T> sigma, Strip strip, wide_t<T>* out) {            \
-    transform_loop(x, noise, sigma, strip, out);                                                                      \
-  }                                                                                                                   \
-  PF_CLONES void slope(const T* x, const float* noise, wide_t<T> sigma, const wide_t<T>* grad, bool first,            \
-                       Strip strip, wide_t<T>* out) {                                                                 \
-    if (first) {                                                                                                      \
-      slope_loop<true>(x, noise, sigma, grad, strip, out);                                                            \
-    } else {                                                                                                          \
-      slope_loop<false>(x, noise, sigma, grad, strip, out);                                                           \
-    }                                                                                                                 \
-  }                                                                                                                   \
-  PF_CLONES void round_to(T, const float* __restrict__ from, word_t<T>* __restrict__ to, int64_t n) {                 \
-    round_loop<T>(from, to, n);                                                                                       \
-  }                                                                                                                   \
-  PF_CLONES void round_to(T, const double* __restrict__ from, word_t<T>* __restrict__ to, int64_t n) {                \
-    round_loop<T>(from, to, n);                                                                                       \
-  }                                                                                                                   \
-  PF_CLONES void add_seen(const T* grad, int64_t apart, int64_t stride, const uint32_t* owner, uint32_t first,        \
-                          int64_t passes, float* sum, int64_t n) {                                                    \
-    add_passes(grad, apart, stride, owner, first, passes, sum, n);                                                    \
-  }                                                                                                                   \
-  PF_CLONES void add_seen(const T* grad, int64_t apart, int64_t stride, const uint32_t* owner, uint32_t first,        \
-                          int64_t passes, double* sum, int64_t n) {                                                   \
-    add_passes(grad, apart, stride, owner, first, passes, sum, n);                                                    \
-  }                                                                                                                   \
-  PF_CLONES void add_blocks(const T* grad, int64_t apart, int64_t passes, Blocks blocks, int64_t first, int64_t rows, \
-                            float* sum) {                                                                             \
-    add_blocks_loop(grad, apart, passes, blocks, first, rows, sum);                                                   \
-  }                                                                                                                   \
-  PF_CLONES void add_blocks(const T* grad, int64_t apart, int64_t passes, Blocks blocks, int64_t first, int64_t rows, \
-                            double* sum) {                                                                            \
-    add_blocks_loop(grad, apart, passes, blocks, first, rows, sum);                                                   \
+#define PF_LOOPS(CLONES, T)                                                                                          \
+  CLONES void transform(const T* x, const float* noise, wide_t<T> sigma, Strip strip, wide_t<T>* out) {              \
+    transform_loop(x, noise, sigma, strip, out);                                                                     \
+  }                                                                                                                  \
+  CLONES void slope(const T* x, const float* noise, wide_t<T> sigma, const wide_t<T>* grad, bool first, Strip strip, \
+                    wide_t<T>* out) {                                                                                \
+    if (first) {                                                                                                     \
+      slope_loop<true>(x, noise, sigma, grad, strip, out);                                                           \
+    } else {                                                                                                         \
+      slope_loop<false>(x, noise, sigma, grad, strip, out);                                                          \
+    }                                                                                                                \
+  }                                                                                                                  \
+  CLONES void round_to(T, const float* __restrict__ from, word_t<T>* __restrict__ to, int64_t n) {                   \
+    round_loop<T>(from, to, n);                                                                                      \
+  }                                                                                                                  \
+  CLONES void add_seen(const T* grad, int64_t apart, int64_t stride, const uint32_t* owner, uint32_t first,          \
+                       int64_t passes, float* sum, int64_t n) {                                                      \
+    add_passes(grad, apart, stride, owner, first, passes, sum, n);                                                   \
+  }                                                                                                                  \
+  CLONES void add_blocks(const T* grad, int64_t apart, int64_t passes, Blocks blocks, int64_t first, int64_t rows,   \
+                         float* sum) {                                                                               \
+    add_blocks_loop(grad, apart, passes, blocks, first, rows, sum);                                                  \
   }
 PF_FOR_EACH_DTYPE(PF_LOOPS)
+
+// The same loops for images in float64.
+template <class T>
+void round_to(T, const double* from, word_t<T>* to, int64_t n) {
+  round_loop<T>(from, to, n);
+}
+template <class T>
+void add_seen(const T* grad, int64_t apart, int64_t stride, const uint32_t* owner, uint32_t first, int64_t passes,
+              double* sum, int64_t n) {
+  add_passes(grad, apart, stride, owner, first, passes, sum, n);
+}
+template <class T>
+void add_blocks(const T* grad, int64_t apart, int64_t passes, Blocks blocks, int64_t first, int64_t rows, double* sum) {
+  add_blocks_loop(grad, apart, passes, blocks, first, rows, sum);
+}
 
 // For pixel i, writes `hidden` if `pass` owns it, and seen(i) otherwise. In `out`, pixels are `stride` elements apart.
 template <class U, class Seen>

@@ -16,24 +16,24 @@ PF_INLINE void backward_loop(W grad, const L* logits, const T* target, L* out, i
   });
 }
 
-#define PF_LOOPS(L, T)                                                                                             \
-  PF_CLONES void forward(const L* __restrict__ logits, const T* __restrict__ target, wide_t<L>* __restrict__ loss, \
-                         int64_t rows, int64_t n) {                                                                \
-    forward_loop(logits, target, loss, rows, n);                                                                   \
-  }                                                                                                                \
-  PF_CLONES void backward(wide_t<L> grad, const L* __restrict__ logits, const T* __restrict__ target,              \
-                          L* __restrict__ out, int64_t n) {                                                        \
-    backward_loop(grad, logits, target, out, n);                                                                   \
-  }                                                                                                                \
-  PF_CLONES wide_t<L> keeping(const L* __restrict__ logits, const T* __restrict__ target,                          \
-                              wide_t<L>* __restrict__ slope, int64_t n) {                                          \
-    return reconstruction_loss_and_slope(logits, target, slope, n);                                                \
+#define PF_LOOPS(CLONES, L, T)                                                                                        \
+  CLONES void forward(const L* __restrict__ logits, const T* __restrict__ target, wide_t<L>* __restrict__ loss,       \
+                      int64_t rows, int64_t n) {                                                                      \
+    forward_loop(logits, target, loss, rows, n);                                                                      \
+  }                                                                                                                   \
+  CLONES void backward(wide_t<L> grad, const L* __restrict__ logits, const T* __restrict__ target,                    \
+                       L* __restrict__ out, int64_t n) {                                                              \
+    backward_loop(grad, logits, target, out, n);                                                                      \
+  }                                                                                                                   \
+  CLONES wide_t<L> keeping(const L* __restrict__ logits, const T* __restrict__ target, wide_t<L>* __restrict__ slope, \
+                           int64_t n) {                                                                               \
+    return reconstruction_loss_and_slope(logits, target, slope, n);                                                   \
   }
 PF_FOR_EACH_PAIR(PF_LOOPS)
 
-#define PF_SCALES(T)                                                                                           \
-  PF_CLONES void scale(wide_t<T> factor, const wide_t<T>* __restrict__ from, T* __restrict__ out, int64_t n) { \
-    store_all(out, n, [=](int64_t i) PF_INLINED_LAMBDA { return factor * from[i]; });                          \
+#define PF_SCALES(CLONES, T)                                                                                \
+  CLONES void scale(wide_t<T> factor, const wide_t<T>* __restrict__ from, T* __restrict__ out, int64_t n) { \
+    store_all(out, n, [=](int64_t i) PF_INLINED_LAMBDA { return factor * from[i]; });                       \
   }
 PF_FOR_EACH_DTYPE(PF_SCALES)
 

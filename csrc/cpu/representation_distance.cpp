@@ -13,23 +13,23 @@ PF_INLINE void backward_loop(W scale, W along, const L* student, const T* teache
   });
 }
 
-#define PF_LOOPS(L, T)                                                                                       \
-  PF_CLONES Products all_products(const L* __restrict__ student, const T* __restrict__ teacher, int64_t n) { \
-    return products(student, teacher, n);                                                                    \
-  }                                                                                                          \
-  PF_CLONES wide_t<L> all_squares(const L* __restrict__ student, const T* __restrict__ teacher, int64_t n) { \
-    return square_distance(student, teacher, n);                                                             \
-  }                                                                                                          \
-  PF_CLONES void backward(wide_t<L> scale, wide_t<L> along, const L* __restrict__ student,                   \
-                          const T* __restrict__ teacher, L* __restrict__ out, int64_t n) {                   \
-    backward_loop(scale, along, student, teacher, out, n);                                                   \
+#define PF_LOOPS(CLONES, L, T)                                                                                         \
+  CLONES Products all_products(const L* __restrict__ student, const T* __restrict__ teacher, int64_t n) {              \
+    return products(student, teacher, n);                                                                              \
+  }                                                                                                                    \
+  CLONES wide_t<L> all_squares(const L* __restrict__ student, const T* __restrict__ teacher, int64_t n) {              \
+    return square_distance(student, teacher, n);                                                                       \
+  }                                                                                                                    \
+  CLONES void backward(wide_t<L> scale, wide_t<L> along, const L* __restrict__ student, const T* __restrict__ teacher, \
+                       L* __restrict__ out, int64_t n) {                                                               \
+    backward_loop(scale, along, student, teacher, out, n);                                                             \
   }
 PF_FOR_EACH_PAIR(PF_LOOPS)
 
-#define PF_WIDE_SLOPES(L, T)                                                                         \
-  PF_CLONES void keep_slope(wide_t<L> scale, wide_t<L> along, const L* __restrict__ student,         \
-                            const T* __restrict__ teacher, wide_t<L>* __restrict__ out, int64_t n) { \
-    backward_loop(scale, along, student, teacher, out, n);                                           \
+#define PF_WIDE_SLOPES(CLONES, L, T)                                                              \
+  CLONES void keep_slope(wide_t<L> scale, wide_t<L> along, const L* __restrict__ student,         \
+                         const T* __restrict__ teacher, wide_t<L>* __restrict__ out, int64_t n) { \
+    backward_loop(scale, along, student, teacher, out, n);                                        \
   }
 PF_FOR_EACH_PAIR(PF_WIDE_SLOPES)
 

@@ -47,25 +47,25 @@ PF_INLINE void from_kept_loop(const T* grad_z, W grad_kl, const T* mu, const T* 
   });
 }
 
-#define PF_LOOPS(T)                                                                                                \
-  PF_CLONES void forward(const T* __restrict__ mu, const T* __restrict__ logvar, const float* __restrict__ noise,  \
-                         T* __restrict__ z, wide_t<T>* __restrict__ kl, int64_t rows, int64_t n) {                 \
-    forward_loop(mu, logvar, noise, z, kl, rows, n);                                                               \
-  }                                                                                                                \
-  PF_CLONES void backward(const T* __restrict__ grad_z, const wide_t<T>* __restrict__ grad_kl,                     \
-                          const T* __restrict__ mu, const T* __restrict__ logvar, const float* __restrict__ noise, \
-                          T* __restrict__ out_mu, T* __restrict__ out_logvar, int64_t rows, int64_t n) {           \
-    backward_loop(grad_z, grad_kl, mu, logvar, noise, out_mu, out_logvar, rows, n);                                \
-  }                                                                                                                \
-  PF_CLONES void keeping(const T* __restrict__ mu, const T* __restrict__ logvar, const float* __restrict__ noise,  \
-                         T* __restrict__ z, wide_t<T>* __restrict__ kl, wide_t<T>* __restrict__ deviation,         \
-                         int64_t rows, int64_t n) {                                                                \
-    keeping_loop(mu, logvar, noise, z, kl, deviation, rows, n);                                                    \
-  }                                                                                                                \
-  PF_CLONES void from_kept(const T* __restrict__ grad_z, wide_t<T> grad_kl, const T* __restrict__ mu,              \
-                           const T* __restrict__ logvar, const wide_t<T>* __restrict__ deviation,                  \
-                           T* __restrict__ out_mu, T* __restrict__ out_logvar, int64_t n) {                        \
-    from_kept_loop(grad_z, grad_kl, mu, logvar, deviation, out_mu, out_logvar, n);                                 \
+#define PF_LOOPS(CLONES, T)                                                                                            \
+  CLONES void forward(const T* __restrict__ mu, const T* __restrict__ logvar, const float* __restrict__ noise,         \
+                      T* __restrict__ z, wide_t<T>* __restrict__ kl, int64_t rows, int64_t n) {                        \
+    forward_loop(mu, logvar, noise, z, kl, rows, n);                                                                   \
+  }                                                                                                                    \
+  CLONES void backward(const T* __restrict__ grad_z, const wide_t<T>* __restrict__ grad_kl, const T* __restrict__ mu,  \
+                       const T* __restrict__ logvar, const float* __restrict__ noise, T* __restrict__ out_mu,          \
+                       T* __restrict__ out_logvar, int64_t rows, int64_t n) {                                          \
+    backward_loop(grad_z, grad_kl, mu, logvar, noise, out_mu, out_logvar, rows, n);                                    \
+  }                                                                                                                    \
+  CLONES void keeping(const T* __restrict__ mu, const T* __restrict__ logvar, const float* __restrict__ noise,         \
+                      T* __restrict__ z, wide_t<T>* __restrict__ kl, wide_t<T>* __restrict__ deviation, int64_t rows,  \
+                      int64_t n) {                                                                                     \
+    keeping_loop(mu, logvar, noise, z, kl, deviation, rows, n);                                                        \
+  }                                                                                                                    \
+  CLONES void from_kept(const T* __restrict__ grad_z, wide_t<T> grad_kl, const T* __restrict__ mu,                     \
+                        const T* __restrict__ logvar, const wide_t<T>* __restrict__ deviation, T* __restrict__ out_mu, \
+                        T* __restrict__ out_logvar, int64_t n) {                                                       \
+    from_kept_loop(grad_z, grad_kl, mu, logvar, deviation, out_mu, out_logvar, n);                                     \
   }
 PF_FOR_EACH_DTYPE(PF_LOOPS)
 

@@ -1,5 +1,6 @@
 """The evaluations of the authors: their models, faults and all, their attacks, and the rows with their sources."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -32,8 +33,11 @@ ROWS = [
 
 
 def given():
-    """A purifier that returns what it is given, and a classifier that shows what it gets."""
-    how = lambda self, image, mask=None: image.flatten(1) if mask is None else image * self.gain  # noqa: E731
+    """A purifier whose last stage returns what it is given, and a classifier that shows what it gets."""
+
+    def how(self, image, mask=None):
+        return image.flatten(1) if mask is None else (0 * image, image * self.gain)
+
     return Made(how, gain=nn.Parameter(torch.ones(())))
 
 
@@ -130,6 +134,55 @@ def test_the_adjoint_nears_the_exact_gradient_as_steps_get_shorter():
     assert apart[0] > 1e-4 and apart[1] < 0.7 * apart[0]
 
 
+class Share(nn.Module):
+    """A denoiser whose prediction is a share of what it is given, which it notes with the time."""
+
+    def __init__(self, share):
+        super().__init__()
+        self.share, self.seen = nn.Parameter(torch.tensor(share)), []
+
+    def forward(self, x, t):
+        self.seen.append((x.detach().clone(), float(t[0])))
+        return self.share * x
+
+
+def share_alone(share, t_star, steps):
+    """A purifier in float64 with that denoiser, and a classifier whose logits are the pixels."""
+    made = defence(SHAPE, Share(share), Process(VP, solver="vp_sde", t_star=t_star, steps=steps, clip=False)).double()
+    made.classifier = nn.Flatten()
+    return made, made.denoiser.module.seen
+
+
+def test_the_adjoint_is_the_products_of_its_formula():
+    """Of two steps, each with the drift where a step of the SDE ended: beta(t) and alpha_bar(t) of Song et al."""
+    share, end = 0.01, 1e-5
+    made, _ = share_alone(share, 0.2, 2)
+    x = images(2, SHAPE, torch.float64).requires_grad_()
+    (found,) = torch.autograd.grad(release.AdjointGradient(made)(x).sum(), x)
+
+    def kept(t):
+        return math.exp(-0.1 * t - 9.95 * t * t)
+
+    wanted = math.sqrt(kept(0.2))
+    for t, following in ((0.1, end), (end, 2 * end - 0.1)):
+        rate = (0.1 + 19.9 * t) * (t - following)
+        wanted *= 1 + rate / 2 - rate * share / math.sqrt(1 - kept(t))
+    torch.testing.assert_close(found, torch.full_like(x, wanted))
+
+
+def test_the_adjoint_visits_the_states_of_the_sde_backward():
+    """With the noise of the same steps: with other noise, pixels would end more than 1 apart."""
+    steps = 50
+    made, seen = share_alone(0.1, 0.1, steps)
+    # the defence has looked at what its denoiser returns
+    seen.clear()
+    gradient(release.AdjointGradient(made), images(2, SHAPE, torch.float64))
+    forward, backward = seen[:steps], seen[steps:][::-1]
+    assert [t for _, t in backward] == pytest.approx([*(t for _, t in forward[1:]), 999e-5])
+    for (state, _), (again, _) in zip(forward[1:], backward, strict=False):
+        torch.testing.assert_close(again, state, rtol=0, atol=0.1)
+
+
 def test_the_adjoint_computes_in_the_parts_that_it_is_allowed():
     class Counts(Tiny):
         most = 0
@@ -175,7 +228,8 @@ def test_the_rows_of_its_authors():
     rand, alone, straight = (spec.attack for _, spec in found)
     assert isinstance(rand, OriginalAutoAttack) and rand.version == "rand"
     assert isinstance(found[0].model, release.AdjointGradient)
-    assert (alone.steps, straight.steps, straight.eot_iter) == (10, 40, 15) and alone.alpha == straight.alpha == 2 / 255
+    assert (alone.steps, alone.eot_iter, straight.steps, straight.eot_iter) == (10, 1, 40, 15)
+    assert alone.alpha == straight.alpha == 2 / 255
     assert found[0].model.defence.samples == 1 and sde.samples == 3
     ddpm = defence(SHAPE, process=Process(steps=2))
     x, evaluations = images(2, SHAPE), authors_evaluations(ddpm, 0.1)

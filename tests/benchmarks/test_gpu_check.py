@@ -30,12 +30,6 @@ ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def usual_start(monkeypatch):
-    """A process starts in the usual time, so that the limits are those of the table."""
-    monkeypatch.setattr(gpu_check, "slowness", lambda: 1.0)
-
-
 def check(*arguments: str) -> int:
     with pytest.raises(SystemExit) as end:
         program.main(["gpu_check", *arguments])
@@ -115,19 +109,6 @@ def test_a_call_ends_in_time_whatever_its_sections_do(call, tmp_path, monkeypatc
     said = capsys.readouterr().out
     assert "was killed at its limit of" in said and (tmp_path / f"{call}.tar.xz").is_file()
     assert said.count("left out, because the time limit of the call is reached") == len(own) - len(ran)
-
-
-def test_the_limits_of_the_calls():
-    """150 s and nine minutes on a card; no section of a rehearsal is killed because others took long."""
-    assert {name: call.seconds[0] for name, call in gpu_check.CALLS.items()} == {"correct": 150, "measured": 540}
-    for name, call in gpu_check.CALLS.items():
-        own = [section for section in gpu_check.SECTIONS.values() if section.call == name]
-        assert all(section.limits[0] <= call.seconds[0] for section in own)
-        whole = (max if call.together else sum)(section.limits[1] for section in own)
-        assert whole + gpu_check.CLOSING[1] <= call.seconds[1]
-    # what must not be missing comes before what may
-    order = [name for name, section in gpu_check.SECTIONS.items() if section.call == "measured"]
-    assert order[:6] == ["limits", "pgd", "profile", "standard", "in_use", "pipelines"]
 
 
 @pytest.mark.slow
@@ -291,71 +272,3 @@ def test_the_times_of_kernels_end_in_a_file(tmp_path, monkeypatch):
     }
     assert list(kernel_times.speedups(rows)) == [("noisy_replay", "")]
     assert "| noisy_replay | " in "\n".join(performance.times_of_kernels(rows))
-
-
-def test_an_archive_is_small_enough(tmp_path, monkeypatch):
-    """The largest files are left out, and named."""
-    monkeypatch.setattr(gpu_check, "MOST_BYTES", 300_000)
-    (tmp_path / "gpu_check" / "deeper").mkdir(parents=True)
-    files = {"kernels.csv": 10_000, "gpu_check/tests.log": 200_000, "gpu_check/pgd.log": 1_300_000, "weights.bin": 10}
-    for name, size in (files | {"gpu_check/deeper/rows.json": 10}).items():
-        (tmp_path / name).write_bytes(os.urandom(size))
-    path, left_out = gpu_check.pack(tmp_path, "measured")
-    assert path.stat().st_size < 300_000 and left_out == ["gpu_check/pgd.log"]
-    with tarfile.open(path) as archive:
-        assert set(archive.getnames()) == {f"{tmp_path.name}/{name}" for name in ("kernels.csv", "gpu_check/tests.log")}
-
-
-def test_a_rehearsal_beside_other_work_has_longer_limits(tmp_path, monkeypatch, forking):
-    """The limits of a section and of the call grow by the factor by which a process takes longer to start."""
-    seen = []
-
-    def section(context):
-        seen.append(context.seconds)
-        return gpu_sections.Outcome(gpu_sections.PASSED, "")
-
-    for name, slow in (("limits", 1.0), ("captures", 4.0), ("races", 2.0)):
-        monkeypatch.setattr(gpu_check, "slowness", lambda slow=slow: slow)
-        monkeypatch.setitem(gpu_check.SECTIONS, name, gpu_sections.Section("measured", section, (1.0, 30.0)))
-        monkeypatch.setattr(gpu_check, "run_section", lambda name, context: vars(section(context)) | {"seconds": 0})
-        monkeypatch.setitem(gpu_check.CALLS, "measured", gpu_check.Call((900, 30 + gpu_check.CLOSING[1]), False))
-        assert check("measured", "--rehearse", "--out", str(tmp_path), "--only", name) == 0
-    assert seen == pytest.approx([30.0, 120.0, 60.0], abs=1.0)
-
-
-def test_a_process_of_a_rehearsal_lacks_what_a_card_lacks(tmp_path, monkeypatch):
-    monkeypatch.undo()
-    before = os.environ.get("PYTHONPATH")
-    names = ", ".join(gpu_check.LACKING)
-    text = f"""
-import importlib.util, sys
-assert not any(map(importlib.util.find_spec, {gpu_check.LACKING}))
-try:
-    import {names}
-except ImportError:
-    import benchmarks.__main__
-"""
-    with gpu_check.lacking(tmp_path):
-        subprocess.run([sys.executable, "-c", text], cwd=ROOT, check=True)
-    assert os.environ.get("PYTHONPATH") == before
-    # The import of the sections takes as long as usual, or longer where other processes run beside it.
-    assert 1.0 <= gpu_check.slowness() < 60.0
-
-
-@pytest.mark.slow
-def test_the_longest_kernels_of_a_step_are_listed(rehearsal, monkeypatch):
-    for name in ("FASTEST", "EXPERT"):
-        # these would be compiled
-        monkeypatch.setattr(pgd_forms, name, FORMS[0])
-    outcome = gpu_sections.profiled(rehearsal)
-    assert outcome.state == "passed", outcome
-    rows = sheets.read_csv(rehearsal.out / gpu_sections.PROFILE)
-    for form in (FORMS[0], pgd_forms.CAPTURED):
-        own = [row for row in rows if row["form"] == form]
-        times = [float(row["us"]) for row in own]
-        assert 10 < len(own) <= gpu_sections.LONGEST and times == sorted(times, reverse=True)
-        assert [row["rank"] for row in own] == [str(rank) for rank in range(1, len(own) + 1)]
-        # A step has a convolution for each layer of the network. Without AVX512, oneDNN computes none in bfloat16.
-        names = "aten::mkldnn_convolution", "aten::_slow_conv2d_forward"
-        (convolution,) = [row for row in own if row["kernel"] in names]
-        assert float(convolution["launches"]) == 4 and 0 < float(convolution["share"]) < 1

@@ -1,7 +1,7 @@
 """docs/performance.md is what the committed results say, and what its numbers claim."""
 
 from benchmarks.gpu import gpu_sections
-from benchmarks.pages import gpu_tables, performance
+from benchmarks.pages import gpu_tables
 from benchmarks.speed import limits, sheets
 from benchmarks.speed.op_cases import registry
 from purify_fast.ops.dispatch.examples import tensors
@@ -47,18 +47,3 @@ def test_a_wrong_kernel_and_a_form_that_wins_are_said(tmp_path):
     evaluated = [["clean", "2.00", "1.00", "2.00", "5", "3"], ["PGD", "2.00", "-", "-", "5", "0"]]
     assert cells(gpu_tables.evaluations(tmp_path)) == evaluated
     assert gpu_tables.tables(tmp_path)["captures"] == []
-
-
-def test_ratios_of_pipelines_are_against_the_faster_expert_where_there_is_one(tmp_path):
-    row = {"pipeline": "p", "case": "c", "shape": "8 images", "peak_MB": "", "share_of_matrix_rate": "0.5"}
-    row |= {"p20": "1", "p80": "1", "GFLOP": "1", "matrix_GFLOP_per_s": "1", "runs": "5", "device": "D"}
-    row |= {"threads": "2", "torch": "2", "triton": "", "date": "2026-01-01", "verdict": "right"}
-    forms = {"plain": (400, 1), "expert": (100, 4), "expert, compiled": (80, 5), "ours": (50, 8)}
-    rows = [row | {"contestant": name, "ms": str(ms), "speed_up": f"{by:.2f}"} for name, (ms, by) in forms.items()]
-    for some, last in ((rows, "1.60"), (rows[::3], "8.00")):
-        sheets.write_csv(tmp_path / sheets.PIPELINES, some)
-        lines = performance.pipelines(tmp_path, "p")
-        assert cells(lines)[-1] == ["**purify_fast**", f"50 ({last})"]
-        page = sheets.pipelines_markdown(some)
-        assert ("| times the faster expert |" in page) == (len(some) == 4)
-        assert ("| ours | 50 | 1 - 1 | 5 | 1.60 | 8.00 | 0.5 |" in page) == (len(some) == 4)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import __main__ as program
-from benchmarks.speed import pipelines, race, running, sheets, timing
+from benchmarks.speed import pipelines, race, sheets, timing
 from benchmarks.speed.flops import flop_of
 from benchmarks.speed.pipelines import Case, Contestant, Job, atop_finetune, carso_inference, carso_training, expert
 from benchmarks.speed.pipelines.carso_inference import latents
@@ -128,29 +128,6 @@ def test_cudnn_times_its_convolutions_for_the_expert_alone(raced, monkeypatch):
     with Contestant(_other, True, raced=raced).settings(torch.device("cuda")):
         assert torch.backends.cudnn.benchmark == raced
     assert not torch.backends.cudnn.benchmark
-
-
-def test_a_resumed_run_measures_what_has_no_row_of_the_expert(tmp_path, monkeypatch):
-    """A longer race of forms that are gone does not stand in the way of the new one."""
-    contestants = dict.fromkeys(("plain", "expert", "ours"), Contestant(_other, False))
-    monkeypatch.setattr(pipelines, "registry", lambda: {"a": lambda quick: {"c": Case("shape", 0.05, contestants)}})
-    row = {"pipeline": "a", "case": "c", "verdict": "right", "threads": str(torch.get_num_threads())}
-    old = [row | {"contestant": name} for name in ("plain", "ours", "gone", "gone too", "gone as well")]
-    other = [row | {"contestant": name, "threads": "77"} for name in contestants]
-    sheets.write_csv(tmp_path / sheets.PIPELINES, old + other)
-    raced = []
-
-    def fake(*arguments):
-        raced.append(arguments)
-        return [row | {"contestant": name} for name in contestants]
-
-    monkeypatch.setattr(race, "race", fake)
-    monkeypatch.setattr(sheets, "report", lambda folder: None)
-    for _ in range(2):
-        running.run_pipelines(["a"], CPU, True, tmp_path, running.Budget(resume=True))
-    assert len(raced) == 1
-    rows = sheets.read_csv(tmp_path / sheets.PIPELINES)
-    assert rows == other + [row | {"contestant": name} for name in contestants], "a race in other threads stays"
 
 
 @pytest.mark.parametrize("enabled", [False, True])
@@ -284,27 +261,6 @@ class _Fake:
         assert not at_once
 
 
-def test_a_slow_contestant_has_fewer_runs(monkeypatch):
-    """Twice as slow is not slow yet."""
-    monkeypatch.setattr(race, "_Process", _Fake)
-    contestants = {label: Contestant(_other, False) for label in _Fake.answers}
-    for plain, slow_runs, runs in ((2.0, 1, 5), (2.1, 1, 1), (2.1, 3, 3), (2.1, 5, 5)):
-        monkeypatch.setitem(_Fake.seconds, "plain", plain)
-        monkeypatch.setattr(race, "QUICK", race.Effort(5, slow_runs, 0.0, 0.0, 128))
-        rows = race.race("p", "c", Case("shape", 0.15, contestants), CPU, True)
-        assert [row["runs"] for row in rows] == [runs, 5]
-    monkeypatch.setitem(_Fake.seconds, "plain", 1.3)
-    monkeypatch.setattr(_Fake, "lucky", ("ours", 3))
-    monkeypatch.setattr(race, "QUICK", race.Effort(5, 3, 0.0, 0.0, 128))
-    rows = race.race("p", "c", Case("shape", 0.15, contestants), CPU, True)
-    assert [row["runs"] for row in rows] == [5, 5], "a single fast run of another decides nothing"
-    monkeypatch.setattr(_Fake, "lucky", None)
-    monkeypatch.setitem(_Fake.seconds, "plain", 2.1)
-    monkeypatch.setattr(race, "QUICK", race.Effort(2, 1, 60.0, 0.0, 128))
-    rows = race.race("p", "c", Case("shape", 0.15, contestants), CPU, True)
-    assert [row["runs"] for row in rows] == [1, 10], "runs of no length come five times as often"
-
-
 def test_a_wrong_contestant_has_no_number(monkeypatch):
     monkeypatch.setattr(race, "_Process", _Fake)
     contestants = {label: Contestant(_other, False) for label in _Fake.answers}
@@ -340,33 +296,3 @@ def test_a_limit_covers_the_preparation(monkeypatch, capsys, forking):
     with pytest.raises(TimeoutError, match="'result' of a compared implementation was not finished in time"):
         race.race("p", "c", case, CPU, True, 1.0)
     assert not multiprocessing.active_children()
-
-
-def test_compiled_plain_forms_come_in_a_second_run(tmp_path, monkeypatch):
-    """First all cases without them, in equal shares of the time; then cases with them, as far as time goes."""
-    contestants = dict.fromkeys(("plain", "torch.compile of plain", "ours"), Contestant(_other, False))
-    few = {name: lambda quick: {"c": Case("shape", 0.05, contestants)} for name in "ab"}
-    monkeypatch.setattr(pipelines, "registry", lambda: few)
-    raced: list[tuple] = []
-
-    def fake(pipeline, name, case, device, quick, limit):
-        raced.append((pipeline, list(case.contestants), round(limit)))
-        if pipeline == "b" and len(case.contestants) == 3:
-            raise TimeoutError("not ready")
-        row = {"pipeline": pipeline, "case": name, "verdict": "right", "threads": str(torch.get_num_threads())}
-        return [row | {"contestant": label} for label in case.contestants]
-
-    monkeypatch.setattr(race, "race", fake)
-    monkeypatch.setattr(sheets, "report", lambda folder: None)
-    lean = ["plain", "ours"]
-    for compiled, limits, left_out in ((False, [150, 300], []), (True, [300, 300], ["b c: not ready"])):
-        budget = running.Budget(300.0, resume=True, failed={})
-        running.run_pipelines(["a", "b"], CPU, True, tmp_path, budget, compiled)
-        wanted = list(contestants) if compiled else lean
-        assert raced[-2:] == [(name, wanted, limit) for name, limit in zip("ab", limits, strict=True)]
-        assert budget.left_out == left_out and not budget.failed
-    rows = sheets.read_csv(tmp_path / sheets.PIPELINES)
-    # the race that failed has not taken away what an earlier race had found
-    assert [row["pipeline"] for row in rows] == ["b", "b", "a", "a", "a"]
-    running.run_pipelines(["a", "b"], CPU, True, tmp_path, running.Budget(30.0, resume=True, failed={}), False)
-    assert len(raced) == 4

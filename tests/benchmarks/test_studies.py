@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import replace
-from graphlib import TopologicalSorter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,14 +42,6 @@ def test_needs_come_first_a_failure_is_named_and_a_second_run_goes_on(tmp_path, 
     assert (tmp_path / "log").read_text() == log
 
 
-@pytest.mark.parametrize("name", run_study.STUDIES)
-def test_the_jobs_of_a_study_have_their_own_folders_and_all_that_they_need(name, tmp_path):
-    jobs = run_study.STUDIES[name].jobs_of(chosen(name))
-    assert len({job.folder(tmp_path) for job in jobs}) == len(jobs) > 0
-    needs = {(job.name, job.seed): [(need, job.seed) for need in job.needs] for job in jobs}
-    assert {*TopologicalSorter(needs).static_order()} == needs.keys()
-
-
 def lines_of(text: str) -> dict[str, list[str]]:
     """Rows of the Markdown tables by their first cell."""
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
@@ -61,14 +52,6 @@ def chosen(*words: str):
     parser = program.argparse.ArgumentParser()
     run_study.arguments(parser)
     return parser.parse_args(words)
-
-
-@pytest.mark.parametrize(
-    "options, root, committed", [("carso_mnist --full", "carso_mnist-full", False), ("cifar10", "cifar10", True)]
-)
-def test_other_budgets_leave_the_committed_table_alone(options, root, committed):
-    runs = Path("runs/studies") / root
-    assert run_study.places(chosen(*options.split())) == (runs, run_study.RESULTS if committed else runs)
 
 
 def test_without_autoattack_nothing_is_trained(without_autoattack, tmp_path, monkeypatch):

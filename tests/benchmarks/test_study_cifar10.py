@@ -4,20 +4,16 @@ import json
 from dataclasses import replace
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
 from benchmarks import RESULTS
-from benchmarks.pages import fill
-from benchmarks.robustness import studies
-from benchmarks.robustness.studies import RESULT, cifar10
+from benchmarks.robustness.studies import cifar10
 from benchmarks.robustness.studies.cifar10 import models
 from benchmarks.robustness.studies.cifar10 import study as names
 from purify_fast.defences.stochastic import with_samples
 from purify_fast.evaluation import Report
-from purify_fast.judge.results.rows import Row
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.methods.carso.task import as_trained
 from purify_fast.models import build_classifier
@@ -25,40 +21,6 @@ from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import Batch
 
 BUDGET = replace(names.budget_of("quick"), judging=names.Judging(clean=20, fast=4, strong=3), seeds=2)
-
-
-def fact(root, name, seed=0, **facts):
-    folder = studies.folder_of(root, name, seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / RESULT).write_text(json.dumps(facts))
-    return folder
-
-
-def test_every_need_comes_before_what_needs_it_and_every_row_is_judged():
-    jobs = cifar10.jobs("nowhere", BUDGET)
-    # the order of a single worker: the first job whose needs are finished comes next
-    order, waiting = list[tuple[str, int]](), list(jobs)
-    while waiting:
-        job = next(job for job in waiting if {(need, job.seed) for need in job.needs} <= {*order})
-        order.append((job.name, job.seed))
-        waiting.remove(job)
-    wanted = names.rows(BUDGET)
-    rows_of = {("fast", 0): wanted, ("fast", 1): names.COMPARED, ("strong", 0): wanted}
-    for (protocol, seed), rows in rows_of.items():
-        assert all((names.judged_name(row, protocol), seed) in order for row in rows)
-    # everything stands on the base, and a model is judged before the next is trained
-    assert [name for name, _ in order[:2]] == [names.BASE, names.judged_name(names.BASE, "fast")]
-    trained = [place for place, (name, _) in enumerate(order) if name == names.CARSO]
-    assert all(order[place + 1][0] == names.judged_name(names.CARSO, "fast") for place in trained)
-
-
-def test_a_training_stays_the_same_job_when_more_images_are_judged():
-    more = replace(BUDGET, judging=names.Judging(standard=7))
-    asked = [
-        {(job.name, job.seed): job.asked() for job in listed if "judging" not in job.settings}
-        for listed in (cifar10.jobs("x", BUDGET), cifar10.jobs("y", more, "cuda"))
-    ]
-    assert asked[0] == asked[1]
 
 
 def test_the_cost_of_a_training_step_is_counted_where_the_images_are():
@@ -139,45 +101,6 @@ def test_a_distilled_purifier_learns_the_probabilities_of_the_base():
 def test_sum_and_nrr(clean, robust, total, nrr):
     """The first two as ARREST published them: its specification's fact 11."""
     assert cifar10.tradeoff(clean / 100, robust / 100) == f"{total} | {nrr}"
-
-
-def row(model, attack, robust, kind):
-    robust = np.array(robust, dtype=bool)
-    settings = {"eot_iter": 1, "survivors_only": False, "target": "defence"}
-    more = {"n_eval": 1, "seed": 0, "seconds": 1.0, "data": "x", "settings": settings, "attacked": len(robust)}
-    return Row(model=model, attack=attack, kind=kind, robust=robust, **more)
-
-
-def judged(root, name, number, seed=0):
-    """The files that judging a model leaves."""
-    robust = [1, 1, number % 2, 0]
-    clean = 0.9 - number / 100
-    rows = [row(name, "clean", [1, 1, 1, 1], "clean"), row(name, "APGD", robust, "apgd")]
-    for protocol in BUDGET.judging.protocols(seed):
-        last = robust if protocol == "fast" else [1, 0, 0]
-        worst = replace(row(name, "worst", last, "worst"), reliable=name != names.CARSO)
-        report = Report([*rows, worst], [], {"threat": "L-inf 8/255"})
-        folder = fact(root, names.judged_name(name, protocol), seed, clean=clean)
-        (folder / "report.json").write_text(report.to_json())
-
-
-COSTS = {"parameters": 7e5, "inference_gflop": 0.07, "training_gflop": 1.5}
-
-
-def test_the_table_is_what_the_jobs_found(tmp_path):
-    root, results = tmp_path / "runs", tmp_path / "results" / "studies"
-    for number, name in enumerate(names.rows(BUDGET)):
-        fact(root, name, **COSTS)
-        judged(root, name, number)
-    for name in names.COMPARED:
-        fact(root, name, 1, **COSTS)
-        judged(root, name, 1, seed=1)
-    page = cifar10.write(root, results, BUDGET).read_text()
-    assert "Trained with seed 1:" in page and page.count("- `CARSO pipeline` minus `PGD-AT`, under `fast`: ") == 2
-    assert "| PGD-AT | 89.0 ± 7.0 | 75.0 ± 21.7 | 33.3 ± 27.2 |" in page
-    # pages quote single numbers; of two seeds the mean
-    for key, number in {"clean": 89.0, "strong": 100 / 3}.items():
-        assert fill.value("cifar10", names.BASE, key, tmp_path / "results") == f"{number:.1f}"
 
 
 def test_the_committed_table_is_that_of_the_committed_numbers(tmp_path):

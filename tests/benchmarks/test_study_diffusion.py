@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.robustness.studies import diffusion, run
-from benchmarks.robustness.studies.diffusion import ALONE, GROUPS, found_by_pgd, images_of, predictions, told
+from benchmarks.robustness.studies.diffusion import found_by_pgd, images_of, predictions, told
 from benchmarks.robustness.studies.run_study import RESULTS
 from purify_fast import zoo
 from purify_fast._tensors import weights_fingerprint
@@ -22,27 +22,6 @@ def chosen(amount="default"):
 
 def jobs_of(dataset, amount="default"):
     return [job for job in diffusion.jobs_of(chosen(amount)) if job.settings["dataset"] == dataset]
-
-
-def test_each_model_meets_its_groups_of_attacks_and_the_fastest_come_first():
-    jobs, groups = jobs_of("digits"), {}
-    for job in jobs:
-        assert (job.settings["budget"].images, job.settings["budget"].autoattack_images) == (40, 20)
-        if job.settings["process"] is None:
-            groups.setdefault(job.settings["model"], set()).add(job.settings["group"])
-    purifiers = ("digits-diffpure", "digits-diffpure-at", "digits-consistency-at")
-    assert all(groups[name] == set(GROUPS) for name in purifiers)
-    assert groups["digits-standard"] == groups["digits-pgd-at"] == set(ALONE)
-    assert groups["digits-carso-pipeline"] == groups["digits-atop-pipeline"] == {"exact"}
-    assert {job.settings["model"] for job in jobs} <= set(zoo.list())
-    order = [GROUPS.index(job.settings["group"]) for job in jobs]
-    assert order == sorted(order) and sum(job.settings["process"] is not None for job in jobs) == 7
-    colour = {job.settings["model"]: job.settings.get("first") for job in jobs_of("cifar10")}
-    assert colour["cifar10-carso-pipeline-w16"] == 20 and colour["cifar10-diffpure-w16"] is None
-    usual = jobs_of("cifar10")[0].settings["budget"]
-    assert (usual.images, usual.autoattack_images, usual.steps, usual.eot, usual.draws) == (100, 10, 200, 20, 10)
-    quick = jobs_of("cifar10", "quick")[0].settings["budget"]
-    assert (quick.images, quick.autoattack_images) == (6, 3)
 
 
 def test_the_committed_rows_and_tables_are_those_of_the_command(tmp_path):
@@ -84,35 +63,6 @@ def test_jobs_attack_and_predict(tmp_path, forking):
     assert all(len(bits) == 6 for bits in (*exact["clean"]["draws"], exact["attacked"]["vote"]))
     assert len(exact["attacked"]["draws"]) == 2 and len(fixed["attacked"]["draws"]) == 1
     assert [row["kind"] for row in authors["rows"]] == ["pgd"] * 2
-
-
-def test_the_tables_say_what_the_jobs_found(tmp_path):
-    clean = {"draws": ["1111", "1110"], "vote": "1111"}
-    row = {"attack": "as somebody", "kind": "pgd", "robust": "1110", "n": 4}
-    groups = {
-        "exact": {"clean": clean, "attacked": {"draws": ["1100", "1000"], "vote": "1100"}},
-        "fixed": {"attacked": {"draws": ["0000"], "vote": "0000"}},
-        "authors": {"rows": [row]},
-    }
-    rows = []
-    for job in jobs_of("digits"):
-        s = job.settings
-        facts = {name: s[name] for name in ("dataset", "model", "group", "process", "eps")} | groups[s["group"]]
-        few = s["model"] == "digits-carso-pipeline"
-        rows.append(facts | {"name": job.name, "images": 2 if few else 4, "cpu_seconds": 8.0})
-    lines = diffusion.write_tables(tmp_path, rows, "default").read_text().splitlines()
-    assert "digits, 4 images, L-inf eps 0.1:" in lines
-    split = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
-    told = {name: first for name, first, *_ in split}
-    assert split[0][-2] == "`digits-carso-pipeline`, 2 images" and split[0][1] == "`digits-diffpure`"
-    assert told["clean: mean of the draws"] == "87.5 ± 10.8" and told["as somebody"] == "75.0 ± 21.7 (4)"
-    start = "PGD-200, EOT 20, exact: "
-    rules = ("one draw", "mean of the draws", "every draw right", "majority", "one draw, fixed and known")
-    assert [told[start + rule].split(" ")[0] for rule in rules] == ["50.0", "37.5", "25.0", "50.0", "0.0"]
-    # the mean of its draws is right in 1, 1/2, 0, 0 of four images, as that of the classifier is
-    assert told[f"{start}mean, minus `digits-pgd-at` alone"] == "+0.0 ± 0.0"
-    assert told["CPU seconds of PGD-200 per image"] == "2.0" and len(split[0]) == 8
-    assert sum("t_star 0.05" in line for line in lines) == 1
 
 
 def test_differences_are_paired_on_the_first_images():

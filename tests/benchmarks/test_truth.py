@@ -9,7 +9,6 @@ from torch import nn
 
 from benchmarks import RESULTS
 from benchmarks import __main__ as program
-from benchmarks.pages import fill
 from benchmarks.robustness.truth import exact, run_truth, subjects
 from benchmarks.robustness.truth.relu_layers import affine_layers
 
@@ -172,48 +171,3 @@ def test_what_is_done_is_kept_until_its_code_changes(tmp_path, monkeypatch):
     assert asked == ["fast", "fast"]
     assert [row["left"] for row in again["contestants"]] == [row["left"] for row in first["contestants"]]
     assert again["contestants"][0]["code"] == first["contestants"][0]["code"]
-
-
-def rows():
-    """Two networks and a hidden counterexample, in results as they are kept."""
-    names = [*subjects.NETWORKS][:2], [*subjects.HIDDEN][:1]
-    truths = [
-        {"subject": names[0][0], "eps": 0.1, "verdicts": ["rffw?e"], "how": ["bmp-mp"]},
-        {"subject": names[0][1], "eps": 0.2, "verdicts": ["fr"], "how": ["mb"]},
-        {"subject": names[1][0], "eps": 0.1, "verdicts": ["fp", "wf"]},
-        {"subject": subjects.CONSTRUCTED, "eps": 0.1, "verdicts": ["rr"]},
-    ]
-    left = {names[0][0]: ["111011"], names[0][1]: ["00"], names[1][0]: ["10", "00"], subjects.CONSTRUCTED: ["11"]}
-    made = []
-    for who, (_, seeds) in run_truth.CONTESTANTS.items():
-        for name, stood in left.items():
-            for seed in range(seeds if name in subjects.NETWORKS else 1):
-                costs = {"forwards": 80, "gradients": 8, "cpu_seconds": 1.0}
-                made.append({"subject": name, "contestant": who, "seed": seed, "left": stood, **costs})
-    machine = {"device": "a machine", "threads": 1}
-    return {"truth": [row | machine for row in truths], "contestants": [row | machine for row in made]}
-
-
-def test_the_tables_count_what_was_missed(tmp_path):
-    results = rows()
-    # a second seed that found one more, and a contestant that has not attacked everything
-    first, other = (row["subject"] for row in results["truth"][:2])
-    for row in list(results["contestants"]):
-        if (row["contestant"], row["subject"], row["seed"]) == ("fast", first, 1):
-            row["left"] = ["101011"]
-        if (row["contestant"], row["subject"]) == ("strong", other):
-            results["contestants"].remove(row)
-    (tmp_path / "cpu").mkdir()
-    (tmp_path / "cpu" / run_truth.FILE).write_text(json.dumps(results))
-    text = fill.table("truth", tmp_path)
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
-    by_name = {line[0]: line[1:] for line in cells}
-    assert by_name[other] == ["0.2", "1", "1", "0", "1", "0", "1", "0", "0, 0, 0", "0, 0, 0", "-", "0"]
-    assert by_name[first] == ["0.1", "1", "2", "1", "1", "2", "2", "2", "2, 1, 2", "2, 2, 2", "2", "2"]
-    assert by_name["0.25"] == ["2", "2", "1", "1", "1", "1", "1", "1"]
-    assert "proved robust: 8 on" in text and "not in float32: 1." in text
-    with pytest.raises(FileNotFoundError):
-        run_truth.front(tmp_path)
-    (tmp_path / "cpu" / run_truth.FILE).write_text(json.dumps(rows()))
-    (front,) = run_truth.front(tmp_path)
-    assert "AutoAttack 2, fast 2, standard 2, strong 2." in front and "AutoAttack 50 %" in front

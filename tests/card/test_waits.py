@@ -102,7 +102,7 @@ def on_the_card(task: Task) -> tuple[FakeCuda, Batch]:
 
 
 #: The same trainings in bfloat16 have all that these have.
-SLOW = ("AToP, pipeline", "CARSO, pipeline", "diffusion")
+SLOW = [name for name in STEPS if f"{name}, bfloat16" in STEPS]
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in STEPS])

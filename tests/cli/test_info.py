@@ -55,9 +55,8 @@ def test_report_says_what_was_verified_and_what_is_wrong(tmp_path, monkeypatch, 
     assert str(tmp_path) in text.partition("verdicts")[2]
 
 
-@pytest.mark.parametrize(
-    "name", ["PURIFY_FAST_EXTENSION", pytest.param("PURIFY_FAST_NO_EXTENSION", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["PURIFY_FAST_EXTENSION", "PURIFY_FAST_NO_EXTENSION"])
 def test_an_extension_that_is_absent_or_broken_is_told(tmp_path, name):
     broken = tmp_path / "broken.so"
     broken.write_text("no library")

@@ -97,7 +97,7 @@ def killed(own, method, out):
 
 
 @pytest.mark.parametrize(
-    "method", [pytest.param(name, marks=pytest.mark.slow if name in ("carso", "diffusion") else ()) for name in SMALL]
+    "method", [pytest.param(name, marks=pytest.mark.slow if name != "arrest" else ()) for name in SMALL]
 )
 def test_each_method_on_own_data_is_killed_and_resumed(own, method, tmp_path):
     ended = together(tmp_path, 1, lambda: killed(own, method, tmp_path / "resumed"), None)

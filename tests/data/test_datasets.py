@@ -127,13 +127,6 @@ def test_to_float():
         data.to_float(levels)
 
 
-def test_digits():
-    d = data.load_dataset("digits")
-    assert d.x_train.shape == (1297, 1, 16, 16) and d.x_test.shape == (500, 1, 16, 16)
-    assert d.x_train.dtype == torch.uint8 and d.y_train.dtype == torch.int64
-    assert (d.name, d.num_classes, d.image_shape) == ("digits", 10, (1, 16, 16))
-
-
 def test_to(tmp_path):
     d = data.load_dataset(saved(tmp_path, **arrays()))
     assert repr(d) == "DataSet('set', 12 training and 6 held-out images of 1 x 8 x 9, 3 classes, on cpu)"

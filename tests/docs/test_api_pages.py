@@ -4,7 +4,6 @@ import importlib
 from pathlib import Path
 
 import api_pages
-import docstrings
 import pytest
 
 import purify_fast
@@ -30,23 +29,6 @@ def test_every_public_name_has_a_page(folder):
             assert page.is_file(), page
             assert f"[{name}]({page.name})" in text, (package, name)
     assert "](purify_fast.ops.md)" in (folder / "index.md").read_text()
-
-
-def test_pages_of_names_that_are_gone_are_removed(tmp_path):
-    (tmp_path / "purify_fast.gone.md").write_text("old")
-    api_pages.write(tmp_path)
-    before = {page: page.stat().st_mtime_ns for page in tmp_path.glob("*.md")}
-    assert "purify_fast.gone" not in {page.stem for page in before}
-    api_pages.write(tmp_path)
-    assert before == {page: page.stat().st_mtime_ns for page in tmp_path.glob("*.md")}
-
-
-def test_markup_in_docstrings_is_escaped_outside_of_code():
-    lines = ["1 - |cos| of *args, `|x|` and ``*y`` of name_ .", "Returns:", "    The new x: same shape."]
-    docstrings.to_rst(None, "function", "f", None, None, lines)
-    assert lines[0] == r"1 - \|cos\| of \*args, `|x|` and ``*y`` of name\_ ."
-    docstrings.keep_returns_whole(None, "function", "f", None, None, lines)
-    assert lines[2] == "    : The new x: same shape."
 
 
 def test_the_whole_package_lists_every_public_folder():

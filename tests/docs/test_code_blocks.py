@@ -160,12 +160,13 @@ def run_commands(block):
             assert cli.main(short(words[1:])) == 0, words
 
 
-#: The pages with blocks that run, among them those that a new user reads first.
+#: The pages with blocks that run, among them those that a new user reads first, and those that are not slow.
 FIRST = ("README.md", *WHOLE)
+QUICK = ("README.md", "docs/get_started.md", "docs/import.md")
 RUN = [*FIRST, *(page for page, blocks in BLOCKS.items() if page not in FIRST and "python" in dict(blocks))]
 
 
-@pytest.mark.parametrize("page", [pytest.param(page, marks=() if page in FIRST else pytest.mark.slow) for page in RUN])
+@pytest.mark.parametrize("page", [pytest.param(page, marks=() if page in QUICK else pytest.mark.slow) for page in RUN])
 def test_blocks_run_one_after_the_other(page, scope, capsys, monkeypatch, request):
     if page != "README.md":
         # the front page shows what the signs say

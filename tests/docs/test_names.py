@@ -55,10 +55,3 @@ def text_of(path):
 def test_every_name_exists(paths):
     wrong = {str(path.relative_to(ROOT)): names for path in paths if (names := wrong_names(text_of(path)))}
     assert not wrong
-
-
-def test_a_wrong_name_is_found():
-    text = "Call purify_fast.evaluate(x) or `purify_fast.evaluation.Report.rows`. File: purify_fast.toml"
-    assert wrong_names(text) == []
-    wrong = ["purify_fast.evaluation.Tradeoff", "purify_fast.nothing.at_all"]
-    assert wrong_names(f"{text} {wrong[0]}(x), purify_fast.zoo.load, ``{wrong[1]}``.") == wrong

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.pages import fill
-from benchmarks.prose import WIDTH, wrapped
+from benchmarks.prose import WIDTH
 from benchmarks.robustness import contests
 from purify_fast.attacks import APGD
 
@@ -40,18 +40,6 @@ def test_tables_are_filled_and_a_block_without_an_end_deletes_no_text(tmp_path):
     with pytest.raises(ValueError, match="<!-- end -->"):
         fill.fill(page, tmp_path)
     assert page.read_text() == damaged
-
-
-def test_long_lines_are_broken_where_nothing_changes_its_meaning():
-    words = "word " * 40
-    text = f"- {words}\n\n| {words} |\n```\n{words}\n```\n## {words}\n{'x' * 115} - {words}"
-    broken = wrapped(text)
-    assert broken.split("\n")[0].startswith("- word") and broken.split("\n")[1].startswith("  word")
-    assert all(line in broken.split("\n") for line in (f"| {words} |", words, f"## {words}"))
-    assert broken.split() == text.split() and not re.search(r"^- (?!word word)", broken, re.M)
-    assert wrapped(broken) == broken
-    # bold words begin no list item
-    assert "\nword" in wrapped(f"**Bold** {words}")
 
 
 @pytest.mark.parametrize("page", fill.every_page(), ids=lambda page: page.name)

@@ -1,6 +1,7 @@
 """The Triton kernels on CPU tensors, in Triton's interpreter: `TRITON_INTERPRET=1 pytest tests/interpreter`."""
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,20 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+#: Tests of tests/ops that take the interpreter long. They are slow tests here, beside faster tests of the same kernels.
+LONG = re.compile(
+    r"test_contract_(?!empty).*\[(contextual_attention|random_transform 4|(square_proposal|hyperplane_projection) l1)\]"
+    r"|test_random_transform_(without_noise\[32\]|results_of_any_dtype\[torch\.float(16|64)\])"
+    r"|test_noisy_replay_published_noise|test_diffusion_step_one_tensor_in_two_places_compiles"
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.name == "test_public.py" and LONG.match(item.name):
+            item.add_marker("slow")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -10,7 +10,12 @@ op = import_module("purify_fast.ops.contextual_attention")
 #: samples, height, width; a thread has four keys where the width is a multiple of four, and there is more than one row
 GRIDS = ((2, 3, 3), (1, 2, 5), (1, 5, 2), (1, 1, 4), (1, 4, 1), (2, 1, 1), (2, 2, 4), (1, 2, 8), (1, 5, 4))
 SHORT = [(GRIDS[1], torch.bfloat16), (GRIDS[1], torch.float16), (GRIDS[7], torch.bfloat16)]
-CASES = [(grid, torch.float32) for grid in GRIDS] + SHORT
+#: The largest.
+LONG = GRIDS[7:]
+CASES = [
+    pytest.param(grid, dtype, marks=[pytest.mark.slow] * (grid in LONG))
+    for grid, dtype in [*((grid, torch.float32) for grid in GRIDS), *SHORT]
+]
 
 
 def inputs(batch: int, height: int, width: int, dtype=torch.float32) -> tuple:

@@ -42,11 +42,19 @@ GEOMETRIES = {
 }
 #: Of which one sample takes the interpreter seconds.
 LARGE = ("cifar10", "tiny_imagenet", "mnist_v1", "digits")
+#: The geometries whose tests are not slow.
+QUICK = ("mnist_v1", "digits", "kernel_below_stride", "no_stride", "alone")
 #: Where the last two layers can be one launch.
 TOGETHER = ("cifar10", "tiny_imagenet", "digits", "oblong", "no_stride")
 
 
 pytestmark = pytest.mark.usefixtures("bfloat16_of_a_gpu")
+
+
+def geometries(*names: str, quick: tuple[str, ...] = QUICK) -> pytest.MarkDecorator:
+    """The parameters of a test of these geometries."""
+    marked = [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+    return pytest.mark.parametrize("name", marked)
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +104,7 @@ def error(got: torch.Tensor, golden: torch.Tensor) -> float:
     return float((got.double() - golden).norm() / golden.norm())
 
 
-@pytest.mark.parametrize("name", GEOMETRIES)
+@geometries(*GEOMETRIES)
 def test_every_form_with_exact_products(poisoned, monkeypatch, name):
     """Float32: each sum has thousands of numbers, and nothing else rounds."""
     given = arguments(name, torch.float32, samples=1 if name in LARGE else 2)
@@ -117,7 +125,7 @@ def test_every_form_with_exact_products(poisoned, monkeypatch, name):
         assert got.is_contiguous(memory_format=layout) and error(got, logits) < 2e-6
 
 
-@pytest.mark.parametrize("name", ["cifar10", "oblong", "mnist_v1", "kernel_below_stride"])
+@geometries("cifar10", "oblong", "mnist_v1", "kernel_below_stride", quick=("kernel_below_stride",))
 def test_bfloat16(poisoned, name):
     """Against float64 the kernel errs about as far as the definition in bfloat16."""
     given = arguments(name, torch.bfloat16)
@@ -169,7 +177,7 @@ class Launches(list):
         return found
 
 
-@pytest.mark.parametrize("name", ["oblong", "no_stride", "kernel_below_stride", "alone"])
+@geometries("oblong", "no_stride", "kernel_below_stride", "alone", quick=("no_stride", "alone"))
 def test_the_kept_signs_are_those_of_maps_that_are_computed_again(monkeypatch, name):
     """To the bit, also where the last two layers are one launch, which stores no map between them."""
     given = arguments(name, torch.bfloat16)
@@ -195,7 +203,7 @@ def test_the_kept_signs_are_those_of_maps_that_are_computed_again(monkeypatch, n
 
 
 def test_without_a_gradient_nothing_is_kept(monkeypatch):
-    given = arguments("oblong", torch.bfloat16)
+    given = arguments("no_stride", torch.bfloat16)
     image, signs = kernel.forward(*given, True, False, torch.float32, True)
     same, nothing = kernel.forward(*given, True, False, torch.float32, False)
     words = op.tiles.Geometry.of(given[5]).inputs()

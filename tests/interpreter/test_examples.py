@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map_only
 from purify_fast.ops import REGISTRY, use_backend
 from purify_fast.ops.dispatch.verify import compare
 
-#: Ops that take longest in the interpreter. They are slow tests, and each of their examples is run in one dtype.
+#: Ops that take longest in the interpreter. They are slow tests.
 SLOW = (
     "contextual_attention",
     "decode_samples",
@@ -31,11 +31,16 @@ def first_sample(make: Callable[..., tuple]) -> Callable[..., tuple]:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name.startswith(SLOW) else name for name in NAMES]
+    ("name", "dtypes"),
+    [
+        *(pytest.param(name, "one", marks=[pytest.mark.slow] * name.startswith(SLOW)) for name in NAMES),
+        *(pytest.param(name, "all", marks=pytest.mark.slow) for name in NAMES if not name.startswith(SLOW)),
+    ],
 )
-def test_a_right_kernel_is_clear_of_its_budget(bfloat16_of_a_gpu, poisoned, name):
+def test_a_right_kernel_is_clear_of_its_budget(bfloat16_of_a_gpu, poisoned, name, dtypes):
+    """Each example in one dtype, in turn, or in all of its dtypes."""
     examples = examples_of(name)
-    if name.startswith(SLOW):
+    if dtypes == "one":
         examples = [replace(one, dtypes=(one.dtypes[i % len(one.dtypes)],)) for i, one in enumerate(examples)]
     if name.startswith("contextual_attention"):
         examples = [replace(one, make=first_sample(one.make)) for one in examples]

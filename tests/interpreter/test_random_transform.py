@@ -9,8 +9,7 @@ op = import_module("purify_fast.ops.random_transform")
 SEED = torch.tensor([-987654321])
 
 
-@pytest.mark.parametrize("num_passes", [0, 1, 4, 16])
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(("shared", "num_passes"), [(False, 0), (False, 16), (True, 1), (True, 4)])
 def test_owners_have_the_same_bits(shared, num_passes):
     """A grid below, of and above one tile; ids and draws of 32 bits and more."""
     ids = torch.tensor([7, -1, 2**40 + 3])
@@ -62,8 +61,11 @@ PACKED = {
     "odd planes": ((1, 2, 9, 15), torch.float32, torch.bfloat16, 3, 5),
 }
 
+#: Those that take the interpreter longest.
+LONG = ("three channels", "eight channels", "nine channels")
 
-@pytest.mark.parametrize("case", PACKED)
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case in LONG)) for case in PACKED])
 def test_both_memory_formats_have_the_same_bits(poisoned, case):
     """Those of NaN and of the gradients, too. Every element is written: new memory is full of NaN."""
     shape, dtype, packed_dtype, block, passes = PACKED[case]

@@ -88,7 +88,7 @@ def test_the_search_of_l1_hardly_needs_a_shift(bfloat16_of_a_gpu, moved, dtype):
     assert 3 < passes < 5.5, passes
 
 
-@pytest.mark.parametrize("form", SHAPES)
+@pytest.mark.parametrize("form", ["held", pytest.param("read again", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("decades", [0, 6])
 @pytest.mark.parametrize("of_radius", [0.3, 0.98, 1.001, 30.0])
 @pytest.mark.parametrize("norm", POWERS)

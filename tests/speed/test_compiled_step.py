@@ -55,7 +55,8 @@ def different(got: Tensor, want: Tensor) -> float:
     return float(((got - want).abs() > 1e-6).float().mean())
 
 
-@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_is_compiled_once_for_each_batch_size_when_it_begins_again(dtype):
     model = inference_copy(dtype)
     wanted = attack(inference_copy(dtype, compile=False))

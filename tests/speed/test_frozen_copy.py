@@ -255,6 +255,7 @@ def test_an_attack_of_the_model_and_of_its_copy(x):
     assert (pgd(fast, x, y, **how) - pgd(model, x, y, **how)).abs().mean() < 1e-3
 
 
+@pytest.mark.slow
 def test_compiled_and_captured_steps_read_the_present_weights(x, monkeypatch):
     """Such a step does not call the copy, so the weights are read when an attack begins."""
     monkeypatch.setattr("purify_fast.speed.graphs.compiled_step.BACKEND", "aot_eager")

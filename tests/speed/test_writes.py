@@ -151,7 +151,13 @@ def test_after_a_write(what):
     assert same_bits(fast, model)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("resnet18", "squeezenet1_1"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("mobilenet_v3_small", "shufflenet_v2_x0_5")),
+    ],
+)
 def test_a_copy_that_followed_a_training_has_the_bits_of_a_new_one(name):
     _follows(name)
 

@@ -18,13 +18,10 @@ from purify_fast.models.classifiers import SmallCNN
 from purify_fast.speed import InferenceCopy, StepGraphs
 from purify_fast.speed.frozen_copy import auto_dtype
 
-from . import EXPERT as FORM
-from . import Case, Contestant, Job, autocast, expert
+from . import EXPERT, Case, Contestant, Job, autocast, expert
 from .carso_inference import classifier
 
 STEPS, EPS, ALPHA = 10, 8 / 255, 2 / 255
-EXPERT = f"{FORM}, compiled"
-CAPTURED, FASTEST = "ours, captured", "ours, compiled and captured"
 
 
 def sizes(quick: bool) -> tuple[int, ...]:
@@ -112,16 +109,16 @@ def forms(count: int) -> dict[str, Contestant]:
     theirs = partial(Contestant, raised=True, tf32=True, raced=True)
     own: dict[str, dict[str, bool]] = {
         "ours": {},
-        CAPTURED: {"captured": True},
+        "ours, captured": {"captured": True},
         "ours, compiled": {"compiled": True},
-        FASTEST: {"compiled": True, "captured": True},
+        "ours, compiled and captured": {"compiled": True, "captured": True},
     }
     return {
         # By default, PyTorch computes convolutions of float32 in TF32.
         "plain, PyTorch defaults": Contestant(partial(plain, count=count), False, tf32=True),
         "torch.compile of plain": Contestant(under_cast, True, tf32=True),
-        FORM: theirs(partial(by_expert, count=count)),
-        EXPERT: theirs(partial(by_expert, count=count, compiled=True)),
+        EXPERT: theirs(partial(by_expert, count=count)),
+        f"{EXPERT}, compiled": theirs(partial(by_expert, count=count, compiled=True)),
         **{name: Contestant(partial(ours, count=count, **how), True, raced=True) for name, how in own.items()},
     }
 
