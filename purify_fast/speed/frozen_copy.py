@@ -22,6 +22,7 @@ from .draws import same_draws
 from .folding.inference_copy import DTYPES, InferenceCopy
 from .followed import Followed, check_parts, is_frozen_copy
 from .frozen_weights import images_only
+from .precision import float32_products
 from .processor import fast_bfloat16
 from .products import is_dense
 from .watch import Watch
@@ -68,7 +69,8 @@ def frozen_copy(model: nn.Module, x: Tensor, *, dtype: Dtype = "auto", compile: 
         text = f"{type(model).__name__} and its plain copy give other logits for the same images and random numbers"
         warnings.warn(f"{text}, so the copy could not be compared with it", RuntimeWarning, stacklevel=2)
     copied: Any = made
-    copied._followed.graphs = StepGraphs()
+    # A race of cuDNN's algorithms takes a second for each batch size, and changes the last bits in the middle of a run.
+    copied._followed.graphs = StepGraphs(cudnn_benchmark="off")
     return made
 
 
@@ -79,6 +81,8 @@ class Form(NamedTuple):
     plain: bool = False
 
 
+# With TF32, PyTorch's default for convolutions on a GPU, two right forms of a deep network differ by more than allowed.
+@float32_products()
 def _compared(model: Any, x: Tensor, dtype: Dtype, compile: bool) -> tuple[nn.Module, bool]:
     """Make a copy in the first form that agrees with the model, or in the last form. Tell whether it agrees."""
     if isinstance(model, nn.parallel.DistributedDataParallel):
@@ -116,7 +120,7 @@ def _compared(model: Any, x: Tensor, dtype: Dtype, compile: bool) -> tuple[nn.Mo
                 simpler = "without folded BatchNorms, in float32" if following.plain else "in float32"
                 text = f"the frozen copy of {name} in {form.dtype} is not used: {reason}. It is made {simpler} instead"
                 cure = "" if form.dtype == torch.float32 else "; dtype=torch.float32 asks for float32 at once"
-                warnings.warn(text + cure, RuntimeWarning, stacklevel=3)
+                warnings.warn(text + cure, RuntimeWarning, stacklevel=4)
     return made, False
 
 

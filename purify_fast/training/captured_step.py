@@ -6,6 +6,7 @@ and moving averages need no form of their own. Replays read the images, labels, 
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 import weakref
@@ -25,7 +26,7 @@ from ..model_description import identity_key
 from ..ops.philox import philox_key
 from ..speed.graphs.cuda_capture import CudaCapture
 from ..speed.graphs.step_graphs import InlineSteps, StepGraphs, alike, leave_no_trace, remember, run_trial
-from ..speed.graphs.step_loop import CAPTURE_STEPS, numerics, reserved, weak_key
+from ..speed.graphs.step_loop import CAPTURE_STEPS, RETRIED_AFTER, numerics, reserved, weak_key
 from .distributed import exchanges
 from .optimizers import weights_of
 from .task import Batch, Metrics, Task
@@ -34,6 +35,8 @@ from .task import Batch, Metrics, Task
 Gradients = Callable[[Task, Batch], Iterator[tuple[str, Metrics]]]
 #: The largest number of kinds of steps that are remembered. Their graphs share memory.
 MOST_STEPS = 2
+#: The number of times that a step is run without a graph, to compare its replay with the results.
+REPEATS = 4
 #: The first replay is compared with other weights than those of the capture, because a graph might use stale copies of
 #: weights: all weights are multiplied by this number.
 OTHER_WEIGHTS = 1.1
@@ -72,14 +75,13 @@ class CapturedStep:
             def directly(given: Batch) -> Iterator[tuple[str, Metrics]]:
                 return gradients(task, replace(given, numbers={}))
 
-            _, one, other = (self._results(task, directly) for _ in range(3))
+            _, *repeats = (self._results(task, directly) for _ in range(1 + REPEATS))
             with undone(task, device):
                 self._record(task, gradients, graphs.capture)
             if unread := sorted(numbers.keys() - numbers.read):
                 raise RuntimeError(f"the step does not read {', '.join(unread)} of batch.numbers: see Task.numbers")
             got = self._results(task, self.run)
-        # A kernel that adds in another order in each call makes two runs of the same step differ, too.
-        if not len(got) == len(one) == len(other) or not all(map(within_repeats, got, one, other)):
+        if not within_repeats(got, repeats):
             raise RuntimeError("a replay gives another result than the step")
 
     def _record(self, task: Task, gradients: Gradients, capture: CudaCapture) -> None:
@@ -87,7 +89,9 @@ class CapturedStep:
         with capture.aside(device), inline(task):
             # The first call verifies kernels and chooses algorithms, and may wait for the device.
             list(gradients(task, self.given))
-            known = run_trial(lambda: list(gradients(task, self.given)), device)
+            known, given = run_trial(lambda: list(gradients(task, self.given)), device)
+        # The attacked copy may get other tensors later, and the graph writes to these.
+        self.objects += given
         # A copy of the weights is made again only if their version has changed, and the graph must make it.
         change_weights(task, 1.0)
         running: Iterator[tuple[str, Metrics]] = iter(())
@@ -154,7 +158,7 @@ class _Read(UserDict[str, Tensor]):
 def captured(task: Task, batch: Batch, gradients: Gradients) -> CapturedStep | None:
     """Return the captured step of a task for batches like this, and capture it if such batches have occurred often."""
     graphs, facts = task.graphs, task.captures(batch)
-    if graphs is None or facts is None or batch.bank is not None:
+    if graphs is None or graphs.mode not in ("step", "always") or facts is None or batch.bank is not None:
         return None
     # A subclass may read other values of a batch, so it defines the method too.
     if not graphs.may_capture(batch.x.device) or "captures" not in {*vars(task), *vars(type(task))}:
@@ -174,11 +178,11 @@ def captured(task: Task, batch: Batch, gradients: Gradients) -> CapturedStep | N
     # A graph would not advance the generator of a model.
     if any(isinstance(one, (torch.Generator, random.Random, np.random.Generator)) for one in objects):
         return None
-    # The number of such batches so far, the captured step, or None if it cannot be captured.
+    # The captured step, or the number of such batches so far. It is below 0 after a capture that has failed.
     found = remember(graphs.whole_steps, key, graphs.whole_steps.get(key, 0), MOST_STEPS)
     if isinstance(found, int):
         found += 1
-        if graphs.mode == "always" or found > CAPTURE_STEPS:
+        if found > CAPTURE_STEPS or (graphs.mode == "always" and found > 0):
             begin, size = time.perf_counter(), reserved(batch.x.device)
             try:
                 found = CapturedStep(task, batch, gradients, graphs, objects)
@@ -188,7 +192,7 @@ def captured(task: Task, batch: Batch, gradients: Gradients) -> CapturedStep | N
             except Exception as error:
                 # A user's model may raise any error. The training then continues without this graph.
                 graphs.tell(f"a training step runs without a CUDA graph: {in_one_line(error)}")
-                found = None
+                found = -RETRIED_AFTER
         graphs.whole_steps[key] = found
     return found if isinstance(found, CapturedStep) else None
 
@@ -218,12 +222,26 @@ class NotRestored(Exception):
     """
 
 
-def within_repeats(got: Tensor, one: Tensor, other: Tensor) -> bool:
-    """Return True if a result is as near to ``one`` as rounding allows, or at most twice as far as ``other`` is."""
-    if alike(got, one):
-        return True
-    apart, repeated = ((each - one).double().nan_to_num(nan=torch.inf).norm() for each in (got, other))
-    return bool(apart <= 2 * repeated)
+def within_repeats(got: list[Tensor], repeats: list[list[Tensor]]) -> bool:
+    """Return True if the results of a replay are those of the step, which was ``repeats`` times run without a graph.
+
+    If the repeats are alike, the replay must be like them. A kernel that adds in another order in each call makes them
+    differ. Then the replay must be as near to one of them as they are to each other, or at most twice as far. All
+    results are compared together, each relative to its norm, because a single number differs much by chance.
+    """
+    first, *others = repeats
+    if any(len(other) != len(first) for other in (got, *others)):
+        return False
+    if all(alike(value, wanted) for other in others for value, wanted in zip(other, first, strict=True)):
+        return all(map(alike, got, first))
+    sizes = [value.double().norm().clamp_min(torch.finfo(torch.float32).tiny) for value in first]
+
+    def distance(one: list[Tensor], other: list[Tensor]) -> float:
+        parts = [(a - b).double().norm() / size for a, b, size in zip(one, other, sizes, strict=True)]
+        return float(torch.stack(parts).norm().nan_to_num(nan=torch.inf))
+
+    apart = max(distance(one, other) for one, other in itertools.combinations(repeats, 2))
+    return min(distance(got, repeat) for repeat in repeats) <= 2 * apart
 
 
 def _known_equal(tensor: Tensor, before: Tensor) -> bool:

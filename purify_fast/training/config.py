@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from .._validation import (
     AtLeast0,
     Count,
-    CudaGraphs,
     CudnnBenchmark,
     Norm,
     Positive,
@@ -17,6 +16,7 @@ from .._validation import (
     Range,
     Share,
     ShareBelow1,
+    StepMode,
     check_types,
     read_norm,
 )
@@ -181,9 +181,9 @@ class FitConfig:
             its full eps, or PGD-10 for a classifier whose attack has fewer steps.
         accumulate: number of parts in which a step computes the gradients of its batch one after the other, to save
             memory. The weights remain equal up to rounding, but BatchNorms take each part's statistics. None means 1.
-        cuda_graphs: whether steps are captured as CUDA graphs, on a CUDA device: the steps of attacks, and whole
-            training steps up to the gradients, unless processes exchange statistics of BatchNorms in them. "auto"
-            captures a step after 15 launches. "always" captures wherever possible. "off" never does. A graph needs the
+        cuda_graphs: whether steps are captured as CUDA graphs, on a CUDA device. "auto" captures a step of an attack
+            after 15 launches. "step" also captures whole training steps up to the gradients, unless processes exchange
+            statistics of BatchNorms in them. "always" captures both at once. "off" captures nothing. A graph needs the
             memory of one step for itself. Choose "off" for a model that changes settings in an object other than a
             module, dataclass or namespace, because a captured step ignores the change.
         sync_batchnorm: whether the BatchNorms of torch and timm take the statistics of all processes during a training
@@ -209,7 +209,7 @@ class FitConfig:
     validation_every: Count = 1
     keep_best: Literal["off", "loss", "accuracy"] = "off"
     accumulate: Count | None = None
-    cuda_graphs: CudaGraphs = "auto"
+    cuda_graphs: StepMode = "auto"
     cudnn_benchmark: CudnnBenchmark = "auto"
     sync_batchnorm: bool = False
 

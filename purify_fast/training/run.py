@@ -33,7 +33,7 @@ from .distributed import from_first
 from .optimizers import RELATIVE, relative_rates, weights_of
 from .schedules import RunLength
 from .sources import InMemory, RawBatch, Sources, step_seed
-from .task import Batch, Task
+from .task import Batch, Metrics, Task
 
 logger = logging.getLogger("purify_fast")
 
@@ -266,18 +266,15 @@ class Run:
 
     def validate(self) -> None:
         """Add the means over the held-out images to ``last``, and keep the weights if they are the best so far."""
-        assert self.held_out is not None
-        model, found = self.task.model, list[tuple[int, dict[str, Tensor]]]()
-        rank, world = processes()
+        model, graphs, world = self.task.model, self.task.graphs, processes()[1]
         before = copy.deepcopy(model.state_dict())
         self.task.finish()
         model.eval()
-        for raw in self.held_out.epoch(0, rank, world):
-            # Every validation has the same draws and the attack of the last epoch.
-            seed = step_seed(self.config.seed, 2**31)
-            torch.manual_seed(seed)
-            measured = self.task.validate(self.batch(raw, self.total - 1, seed, augment=False))
-            found.append((len(raw[0]), measured))
+        # The graphs of the training may have left no memory for a validation.
+        if graphs is None or world > 1:
+            found = self._measured()
+        else:
+            found = graphs.retry_without_graphs(self._measured, self.source.device)
         # The host waits for the device only here.
         parts = [[(count, {name: float(value) for name, value in part.items()}) for count, part in found]] * world
         if world > 1:
@@ -290,6 +287,18 @@ class Run:
         self.last = {**self.last, **{f"validation_{name}": value for name, value in means.items()}}
         self._keep_best(means)
         model.load_state_dict(before)
+
+    def _measured(self) -> list[tuple[int, Metrics]]:
+        """Return the number of images and the metrics of each batch of this process's held-out images."""
+        assert self.held_out is not None
+        found = list[tuple[int, Metrics]]()
+        for raw in self.held_out.epoch(0, *processes()):
+            # Every validation has the same draws and the attack of the last epoch.
+            seed = step_seed(self.config.seed, 2**31)
+            torch.manual_seed(seed)
+            measured = self.task.validate(self.batch(raw, self.total - 1, seed, augment=False))
+            found.append((len(raw[0]), measured))
+        return found
 
     def _keep_best(self, means: dict[str, float]) -> None:
         """Keep the model's present weights if the means over the held-out images are the best so far."""

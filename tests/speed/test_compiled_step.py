@@ -17,6 +17,7 @@ from purify_fast.speed.graphs.compiled_step import agrees, compiled_step
 from purify_fast.zoo import load
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+torch_compile = torch.compile
 
 
 @pytest.fixture(autouse=True)
@@ -194,3 +195,36 @@ def test_compiled_steps_agree_on_the_models_of_the_zoo(monkeypatch, name):
     got = compiled_step(step, state)(state)
     assert agrees(got, wanted, state)
     assert (got["loss"] - wanted["loss"]).abs().max() <= 0.05 * wanted["loss"].abs().max()
+
+
+@dataclass(frozen=True)
+class Seeded:
+    """Draws a seed, as a random defence does, and computes with it."""
+
+    model: nn.Module
+
+    def __call__(self, state):
+        return {"x": self.model(state["x"]) * (torch.randint(2**62, (1,)) % 1000 + 1)}
+
+
+def test_the_seeds_of_a_compiled_step_are_drawn_outside_of_it():
+    state, step = {"x": torch.ones(3)}, Seeded(nn.Identity())
+    made = compiled_step(step, state)
+    assert made is not None
+    torch.manual_seed(5)
+    wanted = [step(state)["x"] for _ in range(2)]
+    torch.manual_seed(5)
+    found = [made(state)["x"] for _ in range(2)]
+    assert all(map(torch.equal, found, wanted)) and not torch.equal(*wanted)
+
+
+def test_a_step_is_compiled_once_although_two_of_its_tensors_are_the_same_or_it_is_captured(rerun, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(compiling, "BACKEND", lambda graph, inputs: compiled.append(len(inputs)) or graph.forward)
+    monkeypatch.setattr(torch, "compile", torch_compile)
+    model = inference_copy()
+    # Without a random start, the first point is x itself.
+    for graphs in (None, None, None, StepGraphs("always", rerun)):
+        attack(model, graphs)
+    # The capture compiles its own step, once.
+    assert rerun.recorded == 1 and len(compiled) == 2

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import purify_fast
 from purify_fast.attacks import pgd
+from purify_fast.models import SmallCNN
 from purify_fast.protocols import PreparesReplay
 from purify_fast.speed.frozen_copy import FrozenCopy
 from purify_fast.speed.graphs.step_loop import parts_of
@@ -336,3 +337,23 @@ def test_attention_with_tokens_of_a_batch_first_is_the_same(x):
     model = Own(forward, **parts, fc=nn.Linear(8, 4)).eval()
     fast = purify_fast.frozen_copy(model, x)
     assert not fast.classifier.attend.batch_first and model.attend.batch_first and same(fast, model, x)
+
+
+def test_a_copy_is_compared_in_whole_float32_under_tf32():
+    """PyTorch lets convolutions on a GPU round to TF32, and two right forms of a deep network then differ too much."""
+    seen = set()
+
+    class Network(SmallCNN):
+        def forward(self, x):
+            seen.add(torch.backends.cudnn.allow_tf32)
+            return super().forward(x)
+
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        fast = purify_fast.frozen_copy(Network(3, 10, (8, 8), 4).eval(), torch.rand(4, 3, 8, 8), dtype=torch.float32)
+        assert seen == {False} and torch.backends.cudnn.allow_tf32
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+    # A race of cuDNN's algorithms would change the last bits when a step is captured.
+    assert fast._followed.graphs.cudnn_benchmark == "off"

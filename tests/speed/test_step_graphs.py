@@ -104,7 +104,7 @@ def test_an_empty_batch_is_no_reason_to_capture_or_to_fail(rerun):
 def test_graphs_go_with_their_model_and_no_key_keeps_one_alive(graphs, rerun, monkeypatch):
     # the stand-in's replay would hold the model, as no CUDA graph does
     monkeypatch.setattr(rerun, "record", lambda run, device: run if run() else lambda: None)
-    monkeypatch.setattr("purify_fast.speed.graphs.step_graphs.first_replay_agrees", lambda *args: True)
+    monkeypatch.setattr("purify_fast.speed.graphs.step_graphs.alike", lambda *args: True)
     models = [Scale() for _ in range(4)]
     gone = [weakref.ref(model) for model in models]
     graphs.mode = "auto"
@@ -378,3 +378,28 @@ def test_what_a_captured_step_depends_on(name):
     change(model.settings)
     # a key is looked up in a table
     assert (identity_key(model)[0] != before) is seen and hash(before) is not None and kept
+
+
+def test_a_step_is_run_without_a_graph_only_before_its_capture(rerun):
+    """Afterwards the graph keeps the memory of a step, and another step beside it may not fit."""
+    calls = []
+
+    class Counted(Scale):
+        def forward(self, x):
+            calls.append(rerun.recorded + rerun.replaying)
+            return super().forward(x)
+
+    run(StepGraphs("always", rerun), Counted(), 3)
+    # Calls in a replay are those of the stand-in.
+    assert rerun.recorded == 1 and calls.count(0) >= 3 and calls.count(1) == 0
+
+
+def test_the_tensors_that_a_graph_reads_stay_alive(graphs):
+    """A model may get other tensors later, while its graph is kept."""
+    hidden = {"scale": torch.full((1,), 3.0)}
+    model = Scale()
+    model.forward = lambda x: x * hidden["scale"]
+    run(graphs, model, STEPS)
+    (captured,) = graphs._captured.values()
+    address = hidden.pop("scale").data_ptr()
+    assert address in [one.data_ptr() for one in captured.objects if isinstance(one, Tensor)]

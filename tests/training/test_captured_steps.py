@@ -22,7 +22,14 @@ from purify_fast.ops import use_backend
 from purify_fast.speed import StepGraphs
 from purify_fast.speed.graphs.step_loop import CAPTURE_STEPS
 from purify_fast.training import Batch, ClassifierConfig, ClassifierTask, FitConfig, Task, TrainingAttack, fit
-from purify_fast.training.captured_step import CapturedStep, NotRestored, change_weights, undone
+from purify_fast.training.captured_step import (
+    REPEATS,
+    CapturedStep,
+    NotRestored,
+    change_weights,
+    undone,
+    within_repeats,
+)
 from purify_fast.training.loop import step_settings, train_step
 from purify_fast.training.optimizers import fuse
 
@@ -187,7 +194,7 @@ def test_weights_are_restored_although_memory_ran_out(method, tape, monkeypatch)
 
 def test_a_step_is_captured_when_many_like_it_have_occurred_and_serves_every_radius(rerun):
     task = classifier_task(attack=attack(steps=3, eps_warmup=0.3))
-    task.graphs = StepGraphs(capture=rerun)
+    task.graphs = StepGraphs("step", capture=rerun)
     for epoch in (0, 9):
         rerun.replayed = 0
         for seed in range(CAPTURE_STEPS + 3):
@@ -362,7 +369,7 @@ def test_arrest_attacks_all_images_only_while_its_step_is_captured(rerun, monkey
         # no image drifts so far, and all rows are those that are attacked
         task = arrest(tau=10.0)
         task.captures = lambda batch: None
-        task.graphs = StepGraphs(capture=rerun)
+        task.graphs = StepGraphs("step", capture=rerun)
         monitored = task.attack
         task.attack = lambda batch, attack, rows=None, run=monitored: attacked.append(rows) or run(batch, attack, rows)
         for seed in (1, 2, 3):
@@ -420,11 +427,11 @@ def test_a_step_that_is_repeated_after_memory_ran_out_counts_its_batch_once(reru
     for fails in (0, 1):
         torch.manual_seed(0)
         task = Short(Counted(), ClassifierConfig(attack=attack()))
-        task.graphs, task.fails = StepGraphs(capture=rerun), fails
+        task.graphs, task.fails = StepGraphs("step", capture=rerun), fails
         # a graph whose memory can be freed
         task.graphs.whole_steps["another"] = object()
         train_step(task, batch(1))
-        assert task.graphs.mode == ("off" if fails else "auto") and task.fails == 0
+        assert task.graphs.mode == ("off" if fails else "step") and task.fails == 0
         found.append(task.model.state_dict())
     assert small_runs.same(*found) and found[0]["1.num_batches_tracked"] == 1
 
@@ -455,3 +462,57 @@ def test_weights_that_could_not_be_restored_end_the_training_although_graphs_cou
     with pytest.raises(NotRestored):
         train_step(task, batch(1))
     assert fail.call_count == 1
+
+
+@pytest.mark.parametrize("make", [classifier_task, arrest_task], ids=["PGD-AT", "ARREST"])
+def test_the_copy_that_a_graph_attacks_keeps_its_memory(tape, make):
+    """With a hook the training's copy gets other tensors. Afterwards the old graph serves again."""
+    task = make(precision="bfloat16", attack=attack(steps=2))
+    task.graphs = StepGraphs("always", capture=tape)
+    train_step(task, batch(1))
+    (step,) = task.graphs.whole_steps.values()
+    at = {one.data_ptr() for one in task.attacked._made.parameters()}
+    hook = task.model.register_forward_hook(lambda *given: None)
+    train_step(task, batch(2))
+    hook.remove()
+    train_step(task, batch(3))
+    assert step in task.graphs.whole_steps.values()
+    assert at <= {one.data_ptr() for one in step.objects if isinstance(one, torch.Tensor)}
+
+
+def test_a_replay_is_compared_with_as_much_noise_as_the_step_has():
+    """Results of a kernel that adds in another order: a scalar, a small and a large gradient."""
+    source = torch.Generator().manual_seed(0)
+    exact = [torch.tensor(0.4), torch.ones(3), torch.ones(1000)]
+
+    def noisy() -> list[torch.Tensor]:
+        return [one + 0.01 * torch.randn(one.shape, generator=source) for one in exact]
+
+    trials = [[noisy() for _ in range(1 + REPEATS)] for _ in range(300)]
+    assert sum(not within_repeats(got, repeats) for got, *repeats in trials) <= 9
+    for number in range(3):
+        wrong = [[*got[:number], 2 * got[number], *got[number + 1 :]] for got, *_ in trials]
+        assert not any(within_repeats(got, repeats) for got, (_, *repeats) in zip(wrong, trials, strict=True))
+    assert within_repeats(exact, [exact] * REPEATS) and not within_repeats(noisy(), [exact] * REPEATS)
+
+
+def test_a_refused_capture_is_tried_again(tape, monkeypatch):
+    monkeypatch.setattr("purify_fast.training.captured_step.RETRIED_AFTER", 2)
+    task, error = classifier(), tape.error
+    task.graphs, tape.error = StepGraphs("always", capture=tape), RuntimeError("no")
+    with pytest.warns(UserWarning, match="a training step runs without a CUDA graph"):
+        train_step(task, batch(1))
+    tape.error = error
+    for seed in range(3):
+        assert not any(isinstance(step, CapturedStep) for step in task.graphs.whole_steps.values())
+        train_step(task, batch(seed))
+    assert any(isinstance(step, CapturedStep) for step in task.graphs.whole_steps.values())
+
+
+def test_by_default_steps_of_attacks_are_captured_and_whole_steps_are_not(tape):
+    for mode, whole in (("auto", False), ("step", True)):
+        task = classifier()
+        task.graphs = StepGraphs(mode, capture=tape)
+        for seed in range(CAPTURE_STEPS + 2):
+            train_step(task, batch(seed))
+        assert any(isinstance(step, CapturedStep) for step in task.graphs.whole_steps.values()) is whole

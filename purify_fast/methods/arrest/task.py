@@ -200,9 +200,10 @@ class ArrestTask(MethodTask):
 
     def validate(self, batch: Batch) -> Metrics:
         """Return cross-entropy and accuracy under the training's attack, or PGD-10 if it has fewer steps."""
-        x = self.config.attack.of_validations().run(self.result, batch, graphs=self.graphs)
-        with torch.no_grad():
-            logits = self.result(x).float()
+        with autocast_to(batch.x.device, self.dtype):
+            x = self.config.attack.of_validations().run(self.result, batch, graphs=self.graphs)
+            with torch.no_grad():
+                logits = self.result(x).float()
         loss, accuracy = cross_entropy_of(logits, batch.y)
         return {"loss": loss, "accuracy": accuracy}
 

@@ -7,6 +7,7 @@ also fuses operators of the forward pass with others. The weights are inputs of 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import operator
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -19,6 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from ..._tensors import without_autocast
 from ..._validation import in_one_line
 from ..agreement import BFLOAT16, COSINE
+from ..draws import same_draws
 
 logger = logging.getLogger("purify_fast")
 
@@ -56,9 +58,15 @@ def compiled_step(function: Any, state: State) -> Compiled | None:
     """
     # The trace would confuse two names of one tensor.
     state = {name: value.detach().clone() for name, value in state.items()}
+    device = next(iter(state.values())).device
     try:
-        made = _traced(function, state)
-        if agrees(made(state), function(state), state):
+        with same_draws(device=device):
+            made = _traced(function, state)
+        with same_draws(device=device):
+            got = made(state)
+        with same_draws(device=device):
+            wanted = function(state)
+        if agrees(got, wanted, state):
             return made
         reason = "it gives another result"
     except Exception as error:
@@ -78,14 +86,18 @@ def _traced(function: Any, state: State) -> Compiled:
     # A backward pass in another thread would not be traced, and neither would compiled parts of the model.
     with torch.autograd.set_multithreading_enabled(False), _eager(function.model):
         traced = make_fx(flat)(*[state[name] for name in names])
-    graph, tensors = _with_inputs(traced)
+    graph, tensors, draws = _with_inputs(traced)
     # The result is compared with the step, so a later trace of another shape would be wrong: `dynamic` is False.
     called = torch.compile(graph, dynamic=False, fullgraph=True, backend=BACKEND)
 
     def run(state: Mapping[str, Tensor]) -> State:
-        # The graph already has the casts of an autocast.
-        with torch.no_grad(), without_autocast(device):
-            result: State = called(*tensors, *[state[name] for name in names])
+        # The compiler would compile again for a tensor that has two names.
+        values = {id(value): name for name, value in state.items()}
+        given = [state[name] if values[id(state[name])] == name else state[name].clone() for name in names]
+        # The graph already has the casts of an autocast. The compiler would compile again for another state of
+        # autocast's cache, which is off in a capture.
+        with torch.no_grad(), without_autocast(device), _without_autocast_cache():
+            result: State = called(*tensors, *[draw() for draw in draws], *given)
         return result
 
     return run
@@ -105,12 +117,26 @@ def _eager(model: Any) -> Iterator[None]:
             part._compiled_call_impl = call
 
 
-def _with_inputs(traced: fx.GraphModule) -> tuple[fx.GraphModule, list[Tensor]]:
-    """Make inputs of the tensors in a traced step, such as weights, and return the new graph and these tensors.
+@contextlib.contextmanager
+def _without_autocast_cache() -> Iterator[None]:
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
-    The compiler may store the values of constants in its code, but weights may change from replay to replay.
+
+def _with_inputs(traced: fx.GraphModule) -> tuple[fx.GraphModule, list[Tensor], list[Callable[[], Tensor]]]:
+    """Make inputs of the tensors in a traced step, such as weights, and of the seeds that it draws.
+
+    Returns:
+        The new graph, these tensors, and functions that draw the seeds. Its inputs are the tensors, the seeds, and the
+        inputs of ``traced``. The compiler may store the values of constants in its code, but weights may change from
+        replay to replay, and compiled code would draw other numbers.
     """
     graph, tensors, inputs = fx.Graph(), dict[str, Tensor](), dict[str, Any]()
+    draws = list[Callable[[], Tensor]]()
     known: dict[Any, Any] = {}
     for node in traced.graph.nodes:
         if node.op == "get_attr" and node.target not in inputs:
@@ -120,11 +146,17 @@ def _with_inputs(traced: fx.GraphModule) -> tuple[fx.GraphModule, list[Tensor]]:
             inputs[node.target] = graph.placeholder(f"tensor_{len(inputs)}")
             tensors[node.target] = value.detach()
     for node in traced.graph.nodes:
+        if node.target is torch.ops.aten.randint.default and not node.all_input_nodes:
+            draws.append(functools.partial(node.target, *node.args, **node.kwargs))
+            known[node] = graph.placeholder(f"seed_{len(draws)}")
+    for node in traced.graph.nodes:
+        if node in known:
+            continue
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             raise RuntimeError(f"the step draws random numbers in the operator {node.target}")
         known[node] = inputs[node.target] if node.op == "get_attr" else graph.node_copy(node, lambda one: known[one])
     graph.eliminate_dead_code()
-    return fx.GraphModule(nn.Module(), graph), list(tensors.values())
+    return fx.GraphModule(nn.Module(), graph), list(tensors.values()), draws
 
 
 def agrees(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> bool:

@@ -22,16 +22,17 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..._compiler import EagerDispatchMode, section
-from ..._validation import CudaGraphs, CudnnBenchmark, check_literal, in_one_line
+from ..._validation import CudnnBenchmark, StepMode, check_literal, in_one_line
 from ...model_description import identity_key
 from ...protocols import CompilesSteps, CountsImages, PreparesReplay
 from ..agreement import FLOAT32
@@ -105,9 +106,9 @@ class StepGraphs:
     """
 
     def __init__(
-        self, mode: CudaGraphs = "auto", capture: CudaCapture | None = None, cudnn_benchmark: CudnnBenchmark = "auto"
+        self, mode: StepMode = "auto", capture: CudaCapture | None = None, cudnn_benchmark: CudnnBenchmark = "auto"
     ):
-        check_literal("mode", mode, CudaGraphs)
+        check_literal("mode", mode, StepMode)
         check_literal("cudnn_benchmark", cudnn_benchmark, CudnnBenchmark)
         self.mode, self.cudnn_benchmark = mode, cudnn_benchmark
         self.capture = CudaCapture() if capture is None else capture
@@ -158,7 +159,7 @@ class StepGraphs:
         """
 
         def remedy() -> Callable[[], None] | None:
-            whole = any(step is not None and not isinstance(step, int) for step in self.whole_steps.values())
+            whole = any(not isinstance(step, int) for step in self.whole_steps.values())
             return self._give_up if self._captured or whole else None
 
         return retry_when_memory_ends(work, device, remedy)
@@ -247,22 +248,26 @@ class StepGraphs:
                     # The first call compiles, verifies kernels and chooses algorithms, and may wait for the device.
                     function(buffers)
                 first = [counter.counted() for counter in counters]
-                with self.capture.aside(device), same_draws(device=device) as drew:
-                    results = run_trial(lambda: function(buffers), device)
-                    # Compiled code draws other random numbers.
-                    draws = drew()
+                with self.capture.aside(device), same_draws(device=device):
+                    results, given = run_trial(lambda: function(buffers), device)
                 for name, value in results.items():
                     if _kind(value) != _kind(buffers[name]):
                         raise RuntimeError(f"the step changes {name} from {_kind(buffers[name])} to {_kind(value)}")
                 counts = [counter.counted() - start for counter, start in zip(counters, first, strict=True)]
                 compiles = any(one.compiled_steps() is not None for one in parts_of(function.model, CompilesSteps))
-                compiled = compiled_step(function, buffers) if compiles and not draws else None
+                compiled = compiled_step(function, buffers) if compiles else None
                 run: Any = function if compiled is None else compiled
+                again = same_draws_again(device)
+                # The step itself comes first, because afterwards the graph keeps the memory of a whole step. A result
+                # may be a buffer itself, which the replay overwrites.
                 with self.capture.aside(device):
-                    run(buffers)
+                    wanted = {name: value.clone() for name, value in run(buffers).items()}
                 # Only replays of the graph write to the buffers. Each loop first copies its state to the buffers.
                 replay = self.capture.record(lambda: write(run(buffers), buffers), device)
-                if not first_replay_agrees(lambda: run(buffers), buffers, replay):
+                again()
+                write(state, buffers)
+                replay()
+                if not all(alike(buffers[name], one) for name, one in wanted.items() if one.is_floating_point()):
                     raise RuntimeError("a replay gives another result than the step")
         except Exception as error:
             # A user's model may raise any error. The attack then runs without a graph.
@@ -273,7 +278,7 @@ class StepGraphs:
                 counter.count(start - counter.counted())
         self.log(f"an attack step of {_name(function.model)}", time.perf_counter() - begin, reserved(device) - size)
         # The graph calls compiled code, which must stay alive.
-        return Captured(weakref.ref(function.model), buffers, replay, counts, objects=[*objects, compiled])
+        return Captured(weakref.ref(function.model), buffers, replay, counts, objects=[*objects, *given, compiled])
 
 
 class InlineSteps(StepGraphs):
@@ -313,29 +318,47 @@ def is_tracing() -> bool:
     return _tracing.get() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
-class _Crossings(EagerDispatchMode):
-    """Finds copies between devices, which every replay would repeat from the same memory of the host."""
+class _Trial(EagerDispatchMode):
+    """Finds copies between devices, which every replay would repeat from the same memory of the host.
 
-    found = False
+    ``given`` are tensors that the step reads or writes and has not made itself: a graph has only their addresses.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.crosses = False
+        self.given, self._made = dict[int, Tensor](), set[int]()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in _tensors((args, kwargs)):
+            if (storage := tensor.untyped_storage()._cdata) not in self._made:
+                self.given.setdefault(storage, tensor.detach())
         result, name = function(*args, **(kwargs or {})), function._schema.name
+        self._made.update({tensor.untyped_storage()._cdata for tensor in _tensors(result)} - self.given.keys())
         if name in ("aten::_to_copy", "aten::copy_"):
             source = args[name == "aten::copy_"]
-            self.found = self.found or source.device.type != result.device.type
+            self.crosses = self.crosses or source.device.type != result.device.type
         return result
 
 
-def run_trial(run: Callable[[], Result], device: torch.device) -> Result:
-    """Run a step, and return its result; RuntimeError if it copies between devices, or draws numbers on the host."""
+def _tensors(values: Any) -> list[Tensor]:
+    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
+
+
+def run_trial(run: Callable[[], Result], device: torch.device) -> tuple[Result, list[Tensor]]:
+    """Run a step, and return its result, and the tensors that must stay alive as long as its graph.
+
+    Raises:
+        RuntimeError: the step copies between devices, or draws random numbers on the host.
+    """
     before = host_generators(device)
-    with _Crossings() as crossings:
+    with _Trial() as trial:
         result = run()
-    if crossings.found:
+    if trial.crosses:
         raise RuntimeError("the step copies between the host and the device")
     if host_generators(device) != before:
         raise RuntimeError("the step draws random numbers on the host, which every replay would repeat")
-    return result
+    return result, list(trial.given.values())
 
 
 def host_generators(device: torch.device) -> tuple[Any, ...]:
@@ -344,22 +367,6 @@ def host_generators(device: torch.device) -> tuple[Any, ...]:
     # On a CPU, torch's generator of the host is the generator of the device, so it is left out.
     host = None if device.type == "cpu" else torch.get_rng_state().numpy().tobytes()
     return random.getstate(), host, (array[0], array[1].tobytes(), *array[2:])
-
-
-def first_replay_agrees(
-    step: Callable[[], Mapping[str, Tensor]], buffers: Mapping[str, Tensor], replay: Callable[[], None]
-) -> bool:
-    """Return True if a replay has the same results as the step, from the same state and with the same random draws.
-
-    The step does not write to the buffers of the state, which contain the results of the replay afterwards. This
-    function waits for the device.
-    """
-    again = same_draws_again(next(iter(buffers.values())).device)
-    # Clone the results, because a result may be a buffer itself, which the replay overwrites.
-    wanted = {name: value.clone() for name, value in step().items()}
-    again()
-    replay()
-    return all(alike(buffers[name], value) for name, value in wanted.items() if value.is_floating_point())
 
 
 def alike(got: Tensor, wanted: Tensor) -> bool:
