@@ -120,7 +120,7 @@ def test_everything_is_formatted_without_a_skip():
 MOST_READ = {
     "purify_fast.attacks.pgd": 2593,
     "purify_fast.methods.carso.defence": 3525,
-    "purify_fast.methods.arrest.task": 3035,
+    "purify_fast.methods.arrest.task": 3040,
     "purify_fast.judge.runner": 9110,
 }
 #: The files of modules. Triton kernels are imported as ``purify_fast.kernels``.
