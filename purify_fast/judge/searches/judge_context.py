@@ -58,7 +58,7 @@ class JudgeContext(AttackContext):
         return -(-draws // self.votes)
 
     def judges(self, draws: int) -> int:
-        """Return the number of fresh predictions that judge an image, for an attack whose steps average ``draws`` draws."""
+        """Return how many fresh predictions judge an image, for an attack whose steps average ``draws`` draws."""
         return (self.judge_draws or draws) if self.draws_differ else 1
 
     def new_health(self) -> GradientHealth | None:
