@@ -32,7 +32,7 @@ def drawn_seed(generator: torch.Generator | None = None) -> int:
 
 
 def chosen_seed(seed: int | Tensor | torch.Generator | None) -> int | Tensor:
-    """The seed of a direct call: the given seed, or a seed that a generator draws."""
+    """Return the seed of a direct call: the given seed, or a seed that a generator draws."""
     return drawn_seed(seed) if seed is None or isinstance(seed, torch.Generator) else seed
 
 
@@ -108,7 +108,7 @@ class AttackContext:
         return None
 
     def source(self, model: Classifier, x: Tensor, precision: GradientPrecision) -> Classifier:
-        """The model from which an attack takes its gradients: with "bfloat16" a copy of the model, else the model."""
+        """Return the model from which an attack takes its gradients: with "bfloat16" a copy, otherwise ``model``."""
         if precision != "bfloat16" or not len(x):
             return model
         # Other attacks need none of what makes copies.

@@ -23,7 +23,7 @@ Mode = Literal["eval", "keep"]
 def goal(
     x: Tensor, y: Tensor | None, loss: str | LossFunction = "ce", targeted: Tensor | None = None
 ) -> tuple[Tensor, LossFunction | None]:
-    """The labels of a direct call, and the function that replaces the loss of the attack, if there is such a function.
+    """Return the labels of a direct call, and the function that replaces the attack's loss, or None.
 
     Args:
         x: images ``[B, ...]``.

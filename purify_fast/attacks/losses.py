@@ -128,5 +128,5 @@ def usable_loss(loss: ApgdLoss, num_classes: int) -> ApgdLoss:
 
 @functools.cache
 def towards(loss: str) -> LossFunction:
-    """The loss that grows as the logits come nearer to a target class. ``loss`` is a name of `LOSSES`."""
+    """Return the loss that grows as the logits come nearer to a target class. ``loss`` is a name of `LOSSES`."""
     return lambda logits, target: -LOSSES[loss](logits, target)

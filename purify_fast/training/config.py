@@ -119,11 +119,17 @@ class TrainingAttack:
         y = batch.y if target is None else target
         x, y, ids = (part if rows is None else part[rows] for part in (batch.x, y, batch.sample_ids))
         numbers = self.numbers(batch)
-        start: dict[str, Any] = {"random_start": self.random_start, "start_std": self.start_std}
-        # The training itself has chosen the precision of the model that it attacks.
-        attack = PGD(steps=self.steps, alpha=numbers["alpha"], keep_best=False, precision="float32", **start)
-        of_batch: dict[str, Any] = {"seed": batch.seed, "sample_ids": ids, "graphs": graphs}
-        context = AttackContext(eps=numbers["eps"], norm=self.norm, loss_function=loss, **of_batch)
+        attack = PGD(
+            steps=self.steps,
+            alpha=numbers["alpha"],
+            random_start=self.random_start,
+            start_std=self.start_std,
+            keep_best=False,
+        )
+        # Without copies, the attack takes its gradients from the model in the precision that the training has chosen.
+        context = AttackContext(
+            eps=numbers["eps"], norm=self.norm, seed=batch.seed, sample_ids=ids, loss_function=loss, graphs=graphs
+        )
         return attack.run(model, x, y, context).images
 
     def of_validations(self) -> TrainingAttack:

@@ -49,7 +49,7 @@ class JudgeContext(AttackContext):
 
     @classmethod
     def of(cls, context: AttackContext) -> JudgeContext:
-        """The context itself, or the judge's context with the same settings."""
+        """Return the context itself, or a judge's context with the same settings."""
         if isinstance(context, cls):
             return context
         return cls(**{each.name: getattr(context, each.name) for each in fields(context)})
@@ -58,7 +58,7 @@ class JudgeContext(AttackContext):
         return -(-draws // self.votes)
 
     def judges(self, draws: int) -> int:
-        """The number of fresh predictions that judge an image, for an attack whose steps average ``draws`` draws."""
+        """Return how many fresh predictions judge an image, for an attack whose steps average ``draws`` draws."""
         return (self.judge_draws or draws) if self.draws_differ else 1
 
     def new_health(self) -> GradientHealth | None:

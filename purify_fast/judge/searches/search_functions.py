@@ -56,7 +56,6 @@ def apgd(
         rho=rho,
         eot_iter=eot_iter,
         leave_when_fallen=leave_when_fallen,
-        precision="float32",
     )
     context = AttackContext(
         eps=eps, norm=norm, clip_min=clip_min, clip_max=clip_max, seed=chosen_seed(seed), loss_function=function
@@ -89,9 +88,7 @@ def fab_t(
         Per image the misclassified point in the ball that was found; otherwise the nearest misclassified point,
         projected onto the ball, or the image itself. Shape and dtype are those of x.
     """
-    attack = FABT(
-        steps=steps, n_target_classes=n_target_classes, restarts=restarts, eot_iter=eot_iter, precision="float32"
-    )
+    attack = FABT(steps=steps, n_target_classes=n_target_classes, restarts=restarts, eot_iter=eot_iter)
     return attack(model, x, y, eps, norm=norm, clip_min=clip_min, clip_max=clip_max, seed=seed)
 
 
@@ -119,7 +116,7 @@ def square(
         Per image the misclassified point that was found, otherwise the point of the highest margin. Shape
         and dtype are those of x.
     """
-    attack = Square(n_queries=n_queries, restarts=restarts, eot_iter=eot_iter, precision="float32")
+    attack = Square(n_queries=n_queries, restarts=restarts, eot_iter=eot_iter)
     return attack(model, x, y, eps, norm=norm, clip_min=clip_min, clip_max=clip_max, seed=seed)
 
 
