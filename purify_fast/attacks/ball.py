@@ -20,7 +20,7 @@ from .arguments import can_read, check_eps, check_tensor, largest_distance
 class Ball:
     """A ball of radius ``eps``, ``[B]`` or of the images' shape, around each image, within [clip_min, clip_max]."""
 
-    #: Not compared: a captured step takes eps as an input, so it can be replayed for every radius.
+    #: Not compared: a captured step takes the `inputs`, so it can be replayed for every radius and every range.
     eps: Tensor = field(compare=False)
     norm: Norm = "linf"
     clip_min: Any = 0.0
@@ -30,6 +30,16 @@ class Ball:
     def bounds(self) -> dict[str, Any]:
         """The norm and the box, as the arguments of `purify_fast.ops.pgd_step` and `apgd_step`."""
         return {"norm": self.norm, "lo": self.clip_min, "hi": self.clip_max}
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """The radius, and the ends of the box that are tensors, by the names in `bounds`."""
+        return {"eps": self.eps, **{name: end for name, end in self.bounds.items() if isinstance(end, Tensor)}}
+
+    def without_inputs(self) -> Ball:
+        """Return the ball with a number for each end of the box that is a tensor, so that equal steps are equal."""
+        low, high = (end if not isinstance(end, Tensor) else 0.0 for end in (self.clip_min, self.clip_max))
+        return replace(self, clip_min=low, clip_max=high)
 
     def take(self, index: Tensor | slice) -> Ball:
         """Return the balls of some of the images."""

@@ -86,7 +86,8 @@ class Ascent(ObjectiveStep):
     def move(self, state: State, gradient: Tensor, density: float) -> Tensor:
         """The next points, from the gradient at the present points; both have the same shape and dtype."""
         x, alpha, eps = state["x"], state["alpha"], state["eps"]
-        return pgd_step(state["point"], gradient, x, alpha, eps, density=density, **self.ball.bounds)
+        bounds = {name: state.get(name, value) for name, value in self.ball.bounds.items()}
+        return pgd_step(state["point"], gradient, x, alpha, eps, density=density, **bounds)
 
 
 def ascend(
@@ -95,9 +96,9 @@ def ascend(
     """Take the steps of PGD."""
     end = steps if end is None else end
     changes = ball.norm == "l1" and steps - first > 1
-    ascent = Ascent(objective, ball, None if changes else density_at(ball.norm, first, steps))
+    ascent = Ascent(objective, ball.without_inputs(), None if changes else density_at(ball.norm, first, steps))
     falls = "alpha" not in state
-    state = {"alpha": ball.eps, **state, "eps": ball.eps}
+    state = {"alpha": ball.eps, **state, **ball.inputs}
     if changes:
         state["gradient"] = torch.zeros_like(state["x"])
     loop = begin_steps(objective.graphs, ascent, state)

@@ -1,5 +1,6 @@
 """Direct attacks on a frozen copy, which are captured in the copy's own graphs."""
 
+import copy
 import logging
 import pickle
 
@@ -143,3 +144,18 @@ def test_a_profile_names_the_parts_of_the_work(rerun):
     names = {event.key for event in profile.key_averages()}
     parts = "attack step", "capture", "replay of an attack step", "a copy reads its model"
     assert {f"purify_fast: {part}" for part in parts} <= names
+
+
+def test_ranges_of_pixels_that_are_made_anew_share_a_graph(rerun):
+    """Normalized images have a range for each channel, which a user computes in every call."""
+    fast, x, y = attacked()
+    fast._followed.graphs = StepGraphs("always", capture=rerun)
+    for low in (0.0, 0.0, 0.1):
+        ends = {"clip_min": torch.full((3, 1, 1), low), "clip_max": torch.full((3, 1, 1), 0.9)}
+        given = x.clamp(0.1, 0.9)
+        images = pgd(fast, given, y, eps=0.2, steps=3, seed=0, **ends)
+        plain = copy.deepcopy(fast)
+        plain._followed.graphs = None
+        assert torch.equal(images, pgd(plain, given, y, eps=0.2, steps=3, seed=0, **ends))
+        assert float(images.amin()) >= low
+    assert rerun.recorded == 1

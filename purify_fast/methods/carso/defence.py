@@ -144,7 +144,9 @@ class Carso(Defence):
         condition = self.condition(x)
         if z is None and (packed := self._packed_decoder()) is not None:
             seed, ids = self.noise(len(x), x.device)
-            return packed(condition, seed, ids.expand(len(x)), draws * self.samples)
+            # In the memory format of the classifier, so that no copy lies between decoder and classifier.
+            layout = {"channels_last": self.classifier_uses_channels_last}
+            return packed(condition, seed, ids.expand(len(x)), draws * self.samples, **layout)
         if z is None:
             z = self.prior_latents(len(x), draws * self.samples, x.device)
         return torch.sigmoid(self.decode(z.expand(x.shape[0], -1, -1), condition))
