@@ -173,6 +173,13 @@ assert main(["train", "blurred", *few, "--side", "5", *common]) == 0
 defence, other = load_defence("run"), load_defence("run", strength=0.5)
 assert type(defence).__name__ == "Blurred" and defence.filter.kernel_size == (5, 5)
 assert (defence.strength, other.strength) == (1.0, 0.5)
+for changes, words in (({"sides": 3}, "sides is no argument of"), ({"purifier": other}, "purifier must be None")):
+    try:
+        load_defence("run", **changes)
+    except ValueError as error:
+        assert words in str(error), error
+    else:
+        raise AssertionError(changes)
 short = ["--protocol", "fast", "--images", "4", "--steps", "1", "--probes", "False", "--strength", "0.25"]
 assert main(["evaluate", "run", *short, *common]) == 0
 assert main(["recipe"]) == 0

@@ -17,4 +17,9 @@ def strong_attacks(model: Any, norm: str, eps: float) -> list[AttackSpec] | None
     if not supports(model, OwnAttacks):
         return None
     given = cast(OwnAttacks, model).strong_attacks(norm, eps)
-    return [MAKERS[item[0]](**item[1]) if isinstance(item, tuple) else item for item in given]
+    if odd := [item for item in given if not isinstance(item, AttackSpec) and item[0] not in MAKERS]:
+        pairs = f"pairs of {' or '.join(MAKERS)} and its arguments"
+        raise ValueError(
+            f"strong_attacks of {type(model).__name__} must return AttackSpecs, or {pairs}, got {odd[0]!r}"
+        )
+    return [item if isinstance(item, AttackSpec) else MAKERS[item[0]](**item[1]) for item in given]

@@ -8,7 +8,7 @@ from denoisers import Tiny, defence, images
 from evaluating import evaluate
 from small_models import Purifying
 
-from purify_fast.attacks import BpdaModel, LeavingPGD
+from purify_fast.attacks import APGD, BpdaModel, LeavingPGD
 from purify_fast.attacks.base import ThreatModel
 from purify_fast.evaluation import lee_kim_2023
 from purify_fast.judge.request.attack_lists import PROTOCOLS, protocol_attacks
@@ -139,6 +139,15 @@ def test_strong_adds_what_the_field_attacks_such_purifiers_with():
         alone = Subject(made.classifier, x, made.classifier(x).argmax(1), batch_size=2, n_eval=2, seed=0)
     labels = {spec.label for spec in protocol_attacks("strong", alone, BALL)}
     assert not labels & {LOW, lee_kim.label}
+
+
+def test_a_pair_of_another_name_is_refused():
+    class Own(torch.nn.Identity):
+        def strong_attacks(self, norm, eps):
+            return [("AttackSpec", {"attack": APGD()}), ("Attack", {})]
+
+    with pytest.raises(ValueError, match=r"strong_attacks of Own must return .*, got \('Attack', \{\}\)"):
+        strong_attacks(Own(), "linf", 0.1)
 
 
 @pytest.mark.parametrize(("noise", "norm", "expected"), [(0.1, "linf", True), (0.0, "linf", False), (0.1, "l2", False)])
