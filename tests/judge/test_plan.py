@@ -289,6 +289,8 @@ def test_an_attack_that_is_cut_short_hands_over_its_best_points(clock, attack):
     report = judged(slow, protocol=None, attacks=[attack], n=16, eps=EPS, probes=False, minutes=50 / 60)
     (row,) = [row for row in report.rows if row.is_attack]
     assert CUT in row.warnings and clock.now - began <= 55 and of_time(report)
+    # All images were in the batch that was cut.
+    assert row.unsearched == 16
     assert row.accuracy < 1 or attack.kind in ("function", "stadv", "square")
 
 

@@ -85,6 +85,7 @@ def trained(name, folder, *callbacks):
 SLOW = (
     *("arrest, average", "arrest, AdamW", "atop, discriminator", "diffusion, no average"),
     *(f"{method}, {network}" for method in ("carso", "atop") for network in OTHERS),
+    *("classifier, resnet18", "arrest, resnet18", "classifier, mobilenet_v3_small"),
 )
 
 
