@@ -73,7 +73,7 @@ def main(data: Path | None = None, size: int = 32, epochs: int = 10, tiny: bool 
 
         x_test, y_test = to_float(images.x_test[:100]), images.y_test[:100]
     steps = 2 if tiny else 40
-    attacks = [PGD(steps=steps), AttackSpec(PGD(steps=steps), target="classifier")]
+    attacks = [PGD(steps=steps), AttackSpec(PGD(steps=steps), through=defence.classifier)]
     report = evaluate(defence.eval(), x_test, y_test, eps=EPS, eot_iter=2, attacks=attacks, name="AToP")
     print(report.to_text())
 

@@ -52,8 +52,8 @@ def main(epochs: int = 10, images: int = 100, eps: float = 0.1, sigma: float = 0
     attacks = [
         PGD(steps=10),
         APGD(steps=20),
-        # This attack ignores the noise. The report says that the attack is not adaptive.
-        AttackSpec(PGD(steps=10), target="classifier"),
+        # This attack ignores the noise, so it says little about an attacker who knows the defence.
+        AttackSpec(PGD(steps=10), through=defence.classifier),
     ]
     report = evaluate(defence, x, y, eps=eps, eot_iter=4, base=classifier, attacks=attacks, progress=False)
     base = evaluate(classifier, x, y, eps=eps, attacks=[PGD(steps=10), APGD(steps=20)], name="base", progress=False)

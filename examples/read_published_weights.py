@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 import purify_fast
 from purify_fast.attacks import PGD
 from purify_fast.data import to_float
+from purify_fast.defences import WithAggregation
 from purify_fast.evaluation import AttackSpec, evaluate
 from purify_fast.methods.carso import Carso, load_official, official_tensors, published_decoder
 from purify_fast.methods.recipes import recipe as recipe_named
@@ -77,7 +78,7 @@ def main(
     steps = 2 if tiny else 50
     attacks = [
         # The authors attack the output of PeeL, whose gradients are not finite.
-        AttackSpec(PGD(steps=steps), aggregation="peel_reference", label="through PeeL"),
+        AttackSpec(PGD(steps=steps), through=WithAggregation(defence, "peel_reference"), label="through PeeL"),
         # This attack uses the logsumexp, which has the same decisions and exact gradients.
         PGD(steps=steps),
     ]

@@ -11,7 +11,7 @@ from small_models import Made
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from purify_fast.evaluation import evaluate
+from purify_fast.evaluation import EvaluateConfig, evaluate
 from purify_fast.judge.searches.engine import judge, row_batches
 from purify_fast.ops.dispatch import registry
 from purify_fast.speed import StepGraphs
@@ -79,7 +79,7 @@ def counted(way: str, rerun, monkeypatch) -> tuple[Counter[str], Tensor]:
         model, x, y = subject()
         with launches:
             options = {"eps": 0.15, "protocol": "standard", "batch_size": 1000, "progress": False}
-            report = evaluate(model, x, y, cuda_graphs=way, probes=False, **options)
+            report = evaluate(model, x, y, config=EvaluateConfig(cuda_graphs=way), probes=False, **options)
     parts[WHOLE] = launches.count - parts["captures"]
     return parts, torch.from_numpy(report.headline.robust)
 
