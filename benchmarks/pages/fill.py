@@ -27,7 +27,7 @@ from ..robustness.truth import run_truth as truth
 from ..speed import sheets
 from ..speed.elsewhere import architectures
 from ..speed.elsewhere import measuring as elsewhere
-from . import front_page, performance
+from . import front_page, methods_table, performance
 
 ROOT = RESULTS.parents[1]
 
@@ -62,7 +62,7 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "pipelines_arrest": lambda results: _pipelines(results, "arrest_step"),
     "answer": lambda results: answer.markdown(answer.read(results / "studies")),
     "front_results": front_page.results_table,
-    "front_speed": front_page.speed_table,
+    "methods": methods_table.table,
     "speed_claim": front_page.claim,
     "pipelines_rows": lambda results: performance.rows(results / "cpu"),
     "pipelines_attack": lambda results: performance.attack(results / "cpu"),

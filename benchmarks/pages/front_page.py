@@ -53,7 +53,7 @@ CASES = [
 ]
 #: The number of images of the attack by PGD on a GPU in the table of speeds.
 IMAGES = "256"
-#: The titles of README's table and picture, by device. docs/speed.md has the others.
+#: The titles of README's picture, by device. docs/speed.md has the others.
 STEPS = "AToP training step", "CARSO training step, through the pipeline", "ARREST training step"
 GPU_ATTACK = f"attack by PGD-10 on a ResNet-18, {IMAGES} images"
 TOLD = {CPU: STEPS[:2], GPU: (*STEPS[1:], GPU_ATTACK)}
@@ -142,29 +142,7 @@ def told(results: Path) -> list[Speed]:
     shown = [one for one in speeds(results) if one.title in TOLD[one.device]]
     if own is None or plain is None:
         return shown
-    return [Speed(CPU, f"robust accuracy of {network.partition(',')[0]}, {count} images *", expert, own, plain), *shown]
-
-
-def speed_table(results: Path) -> list[str]:
-    """Return the table of the times that README tells, and sentences about it.
-
-    Args:
-        results: folder of the committed results.
-    """
-
-    def time(ms: float | None) -> str:
-        return "-" if ms is None else f"{ms / 1e3:,.0f} s" if ms >= 60e3 else f"{ms:,.0f} ms"
-
-    body = []
-    for one in told(results):
-        gain = "-" if one.gain is None else f"{one.gain:.2f}"
-        times = time(one.plain), time(one.expert), f"**{time(one.own)}**"
-        body.append([NAMES[one.device], one.title, *times, f"{one.plain / one.own:.1f}", gain])
-    head = ["device", "computation", "plain PyTorch", "expert", "purify_fast", "speedup over plain", "over the expert"]
-    said = "\\* Plain: AutoAttack as it is. Expert: AutoAttack as an expert runs it. A dash means: not measured."
-    if any(one.gain is not None and one.gain < 1 for one in told(results)):
-        said += " **The expert is faster where the speedup over it is below 1.**"
-    return [*markdown_table(head, body), "", said]
+    return [Speed(CPU, f"robust accuracy of {network.partition(',')[0]}, {count} images", expert, own, plain), *shown]
 
 
 def claim(results: Path) -> list[str]:
@@ -296,7 +274,7 @@ def pictures(results: Path, folder: Path) -> None:
 
 
 def draw_speed(results: Path, axes: Any) -> None:
-    """Draw the times of README's table of speeds, each relative to that of plain PyTorch."""
+    """Draw the times that README tells, each relative to that of plain PyTorch."""
     shown = told(results)
     for at, one in enumerate(shown):
         forms = (("expert", one.expert, PLAIN), ("purify_fast", one.own, OURS))
@@ -305,7 +283,7 @@ def draw_speed(results: Path, axes: Any) -> None:
             bar = axes.barh(at + offset, 0 if ms is None else 100 * ms / one.plain, height=0.36, color=color)
             axes.bar_label(bar, [f"{form}: {text}"], padding=4, fontsize=8, color=INK)
     axes.axvline(100, color=ALARM, linewidth=1)
-    axes.set_yticks(range(len(shown)), [f"{one.title.rstrip(' *')}\n{NAMES[one.device]}" for one in shown])
+    axes.set_yticks(range(len(shown)), [f"{one.title}\n{NAMES[one.device]}" for one in shown])
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.set_xlim(0, 125)
     axes.set_title(

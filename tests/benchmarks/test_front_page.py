@@ -1,32 +1,26 @@
 """README's numbers are those of the committed results."""
 
-import re
+import shutil
 from pathlib import Path
 
 import pytest
 
-from benchmarks.pages import front_page
+from benchmarks.pages import front_page, methods_table
 
 ROOT = Path(__file__).parents[2]
 
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def test_ratios_are_those_of_the_times():
-    devices = []
-    for line in front_page.speed_table(RESULTS)[2:]:
-        if not line.startswith("| "):
-            continue
-        device, _, *cells = line.strip("| ").split(" | ")
-        plain, expert, own, times_plain, times_expert = (re.sub(r"[^0-9.]", "", cell) for cell in cells)
-        assert (expert == "") == (times_expert == "")
-        for other, times in ((expert, times_expert), (plain, times_plain)):
-            if other:
-                ratio = float(other) / float(own)
-                # the times of the table are rounded
-                assert float(times) == pytest.approx(ratio, abs=0.06 + ratio / float(own))
-        devices.append(device)
-    assert devices.count("one CPU core") == devices.count("NVIDIA H200") == 3
+def test_what_has_no_result_is_not_measured(tmp_path):
+    lines = {line.split(" | ")[0]: line for line in methods_table.table(RESULTS)}
+    assert "98.7 / 78.6 (99.1 / 86.1) | 57.6 / 24.0 (65.9 / 31.3) | 2.3 | 6.8" in lines["| **CARSO**"]
+    assert lines["| **AToP**"].startswith("| **AToP** | not measured | 61.6 / 24.6")
+    for folder in ("carso_mnist", ""):
+        (tmp_path / "studies" / folder).mkdir(parents=True, exist_ok=True)
+    shutil.copy(RESULTS / "studies" / "carso_mnist" / "report.json", tmp_path / "studies" / "carso_mnist")
+    carso = methods_table.table(tmp_path)[2]
+    assert carso.endswith("78.6 (99.1 / 86.1) | not measured | not measured | not measured |"), carso
 
 
 def test_the_pictures_are_drawn(tmp_path):
