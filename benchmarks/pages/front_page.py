@@ -9,7 +9,7 @@ from typing import Any
 
 from purify_fast._files import atomic
 from purify_fast.evaluation import Report, Row
-from purify_fast.judge.show.text import markdown_table, percent
+from purify_fast.judge.show.text import percent
 
 from ..kept import rows_of
 from ..robustness import answer, contests
@@ -24,18 +24,10 @@ from . import gpu_tables
 INK, OURS, PLAIN, ALARM, GRID = "#1b1f24", "#1f6f4a", "#9aa4ae", "#c62828", "#dde2e7"
 #: The name of a report's row for the worst case over all attacks, image by image.
 WORST = "worst"
-PAPER = "CARSO with the paper's objective, attacked through"
 #: The end of the names of the rows of CARSO without its randomness.
 CALM = ", deterministic"
-#: The study whose report the table of results and the picture show.
+#: The study whose report the picture shows.
 STUDY = "carso_mnist"
-#: The lines of the table of results: the title, the model's name in the report, and the row that is shown.
-MODELS = [
-    ("adversarially trained classifier, no defence added", "classifier", WORST),
-    (f"{PAPER} its own output", "CARSO, paper's objective, through PeeL", WORST + CALM),
-    (f"{PAPER} exact gradients", "CARSO, paper's objective", WORST + CALM),
-    ("CARSO trained through the pipeline", "CARSO pipeline", WORST + CALM),
-]
 #: The folders of the devices in the table of speeds, and their names there.
 CPU, GPU = "cpu", "nvidia-h200"
 NAMES = {CPU: "one CPU core", GPU: "NVIDIA H200"}
@@ -63,22 +55,6 @@ def _row(results: Path, model: str, attack: str) -> Row:
     report = Report.from_json((results / "studies" / STUDY / "report.json").read_text())
     (found,) = [row for row in report.rows if (row.model, row.attack) == (model, attack)]
     return found
-
-
-def results_table(results: Path) -> list[str]:
-    """Return the table of the models that README compares on MNIST.
-
-    Args:
-        results: folder of the committed results.
-    """
-    body = []
-    for title, model, attack in MODELS:
-        calm = CALM if attack.endswith(CALM) else ""
-        clean, attacked = (_row(results, model, name) for name in (f"clean{calm}", attack))
-        verdict = "usable" if attacked.reliable else "**ALARM**: not usable"
-        body.append([title, percent(clean), percent(attacked), f"{attacked.n:,}", verdict])
-    head = ["model", "clean, %", "under attack, %", "attacked images", "gradients"]
-    return markdown_table(head, body)
 
 
 @dataclass(frozen=True)
@@ -301,8 +277,7 @@ def draw_claim(results: Path, axes: Any) -> None:
         ("the classifier alone,\ntrained adversarially", "classifier", PLAIN),
         ("CARSO trained by purify_fast\nthrough the whole defence", "CARSO pipeline", OURS),
     ]
-    shown = {model: attack for _, model, attack in MODELS}
-    rows = [_row(results, model, shown[model]) for _, model, _ in bars]
+    rows = [_row(results, model, WORST if model == "classifier" else WORST + CALM) for _, model, _ in bars]
     texts = [f"{percent(row)} %" + ("" if row.reliable else "\nALARM: no gradients") for row in rows]
     titles, _, colors = (list(column) for column in zip(*bars, strict=True))
     widths = [100 * row.accuracy for row in rows]
