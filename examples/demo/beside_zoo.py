@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from concurrent.futures import Future, as_completed
+from concurrent.futures import as_completed
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +26,7 @@ from purify_fast.models import UNet
 from purify_fast.protocols import Classifier
 from purify_fast.training import Callback, FitConfig, Task, TrainingAttack, TrainingState, fit
 
-from .methods import ARREST_CONFIG, PRETRAINING, THROUGH_ATOP, THROUGH_CARSO, save
+from .methods import ARREST_CONFIG, PRETRAINING, THROUGH_ATOP, THROUGH_CARSO, save, saved
 from .setting import EPS, LAYERS, SIZES, digits
 from .summary import percent, signs, template
 from .workers import two_workers
@@ -41,7 +41,7 @@ Stage = Callable[[Task, int, int], None]
 def _carso(train: Stage) -> Classifier:
     defence = Carso(zoo.load(BASE), LAYERS, digits().image_shape, **SIZES)
     train(CarsoTask(defence, CarsoConfig(attack=TrainingAttack(eps=EPS, steps=7))), 6, 64)
-    train(CarsoTask(defence, THROUGH_CARSO), 12, 128)
+    train(CarsoTask(defence, THROUGH_CARSO), 10, 128)
     return defence
 
 
@@ -63,7 +63,7 @@ def _arrest(train: Stage) -> Classifier:
 def _diffusion(train: Stage) -> Classifier:
     shape, last = digits().image_shape, 0.4
     task = DiffusionTask(UNet(shape[0], 16, patch=2), DiffusionConfig(last_time=last))
-    train(task, 40, 64)
+    train(task, 30, 64)
     # The process is that of the zoo's model.
     return DiffusionPurifier(task.result, zoo.load(BASE), shape, zoo.load("digits-diffpure-at").process, last_time=last)
 
@@ -109,23 +109,20 @@ def run(out: Path, seed: int) -> Report:
     """
     print(f"digits: {len(digits().x_train)} training images, {IMAGES} attacked held-out images, L-inf eps {RADIUS}")
     with two_workers() as pool:
-        jobs: list[tuple[str, Future[Report]]] = []
-
-        def add(classifier: str, work: Callable[..., Report], *arguments: object) -> None:
-            jobs.append((classifier, pool.submit(work, *arguments, seed)))
-
-        for card in (STANDARD, BASE):
-            add("-", _attacked, out / card, zoo.load(card), f"{card}, no defence, from the zoo")
-        for method, (_, card, classifier) in METHODS.items():
-            add(classifier, _trained, out, method)
-            add(classifier, _attacked, out / card, zoo.load(card), f"{method}, from the zoo")
-        for number, job in enumerate(as_completed(job for _, job in jobs), 1):
+        alone = {card: pool.submit(_of_the_zoo, out, card, f"{card}, no defence", seed) for card in (STANDARD, BASE)}
+        ours = {method: pool.submit(_trained, out, method, seed) for method in METHODS}
+        zoos = {name: pool.submit(_of_the_zoo, out, method.card, name, seed) for name, method in METHODS.items()}
+        jobs = (*alone.values(), *ours.values(), *zoos.values())
+        for number, job in enumerate(as_completed(jobs), 1):
             print(f"attacked ({number} of {len(jobs)}): {job.result().models[0]}", flush=True)
-    report = merge(job.result() for _, job in jobs)
-    rows = [(classifier, *_row(job.result())) for classifier, job in jobs]
+    shown = [("-", job.result()) for job in alone.values()]
+    for name, method in METHODS.items():
+        shown += [(method.classifier, ours[name].result()), (method.classifier, zoos[name].result())]
+    report = merge(report for _, report in shown)
+    report.save(out / "report", {job.result().models[0]: saved(out / name) for name, job in ours.items()})
+    rows = [(classifier, *_row(each)) for classifier, each in shown]
     values = {"rows": rows, "radius": RADIUS, "images": IMAGES, "out": out.as_posix()}
     page = template("beside_zoo.md.jinja").render(values)
-    report.save(out / "report")
     (out / "report.md").write_text(page)
     print(f"\n{page}")
     return report
@@ -154,6 +151,10 @@ def _trained(out: Path, method: str, seed: int) -> Report:
     model = METHODS[method].train(stage)
     save(model, out / method)
     return _attacked(out / method, model, f"{method}, trained here for {sum(seconds):.0f} s", seed)
+
+
+def _of_the_zoo(out: Path, card: str, title: str, seed: int) -> Report:
+    return _attacked(out / card, zoo.load(card), f"{title}, from the zoo", seed)
 
 
 def _attacked(folder: Path, model: Classifier, name: str, seed: int) -> Report:

@@ -152,7 +152,11 @@ def _task(workspace: Workspace, name: str) -> tuple[Task, int, int]:
 
 def model(workspace: Workspace, name: str) -> Any:
     """Load a trained model of `FOLDERS`."""
-    folder = workspace.out / FOLDERS[name]
+    return saved(workspace.out / FOLDERS[name])
+
+
+def saved(folder: Path) -> Any:
+    """Load a model that `save` has written."""
     return load_classifier(folder) if is_classifier(folder) else load_defence(folder)
 
 

@@ -87,7 +87,7 @@ def _report(workspace: Workspace, title: str) -> tuple[Report, tuple[Any, ...]]:
     report.save(place, {name: model(workspace, name) for name in models})
     # Lower the level of the report's headings by two, below the heading of the method.
     tables = re.sub(r"^#+", lambda heading: f"##{heading[0]}", (place / "report.md").read_text(), flags=re.MULTILINE)
-    return report, (title, place.name, conclusions, tables, sorted(path.name for path in place.glob("*.png")))
+    return report, (title, conclusions, tables)
 
 
 def _folder(title: str) -> str:
