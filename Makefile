@@ -34,7 +34,7 @@ HEADERS = $(shell $(BIN)/python -c "import os, sysconfig; print('ON' if os.path.
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
-demo: $(STAMPS)/package  ## train and attack on digits (some minutes on 2 cores); ARGS=--quick takes a minute or two
+demo: $(STAMPS)/package  ## train a network of each method on digits, and attack it; ARGS=--whole trains ten
 	$(BIN)/python -m examples.demo $(ARGS)
 
 test: test-cpp test-python test-interpreter  ## test C++, Python, and Triton in its interpreter; MARKS= adds slow tests

@@ -27,7 +27,7 @@ from ..robustness.truth import run_truth as truth
 from ..speed import sheets
 from ..speed.elsewhere import architectures
 from ..speed.elsewhere import measuring as elsewhere
-from . import front_page, performance
+from . import front_page, methods_table, performance
 
 ROOT = RESULTS.parents[1]
 
@@ -47,25 +47,15 @@ def every_page() -> list[Path]:
     return [*project, ROOT / "examples" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def _pipelines(results: Path, *names: str) -> list[str]:
-    return performance.pipelines(results / "cpu", *names, caption=False)
-
-
 #: For each table, the function that makes its lines.
 TABLES: dict[str, Callable[[Path], list[str]]] = {
     "evaluation": lambda results: contests.markdown(contests.read(results / "studies")),
     "robust": lambda results: contests.robust_markdown(contests.read(results / "studies", contests.ROBUST_FILE)),
     "ops_speed": lambda results: sheets.verdicts_table(sheets.read_csv(results / "cpu" / sheets.ROWS)),
-    "pipelines_carso": lambda results: _pipelines(results, "carso_inference", "carso_training"),
-    "pipelines_atop": lambda results: _pipelines(results, "atop_finetune"),
-    "pipelines_diffusion": lambda results: _pipelines(results, "diffusion"),
-    "pipelines_arrest": lambda results: _pipelines(results, "arrest_step"),
     "answer": lambda results: answer.markdown(answer.read(results / "studies")),
-    "front_results": front_page.results_table,
-    "front_speed": front_page.speed_table,
+    "methods": methods_table.table,
     "speed_claim": front_page.claim,
-    "pipelines_rows": lambda results: performance.rows(results / "cpu"),
-    "pipelines_attack": lambda results: performance.attack(results / "cpu"),
+    "pipelines": lambda results: performance.explained(results / "cpu"),
     "front_attacks": front_page.judges_sentences,
     "zoo": lambda _: pack_zoo.table([packed.card(name) for name in packed.list()]),
     "performance_devices": performance.devices,
@@ -74,7 +64,7 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "certificates": smoothing.table,
     "truth": truth.table,
     "elsewhere": elsewhere.table,
-    "elsewhere_copies": lambda results: architectures.table(results / "cpu"),
+    "elsewhere_copies": lambda results: architectures.sentences(results / "cpu"),
 }
 #: A page whose sentences may contain numbers that are in no results file. `check` does not look for these numbers.
 MEASURED_PAGE = "performance.md"

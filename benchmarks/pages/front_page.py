@@ -9,7 +9,7 @@ from typing import Any
 
 from purify_fast._files import atomic
 from purify_fast.evaluation import Report, Row
-from purify_fast.judge.show.text import markdown_table, percent
+from purify_fast.judge.show.text import percent
 
 from ..kept import rows_of
 from ..robustness import answer, contests
@@ -24,18 +24,10 @@ from . import gpu_tables
 INK, OURS, PLAIN, ALARM, GRID = "#1b1f24", "#1f6f4a", "#9aa4ae", "#c62828", "#dde2e7"
 #: The name of a report's row for the worst case over all attacks, image by image.
 WORST = "worst"
-PAPER = "CARSO with the paper's objective, attacked through"
 #: The end of the names of the rows of CARSO without its randomness.
 CALM = ", z = 0"
-#: The study whose report the table of results and the picture show.
+#: The study whose report the picture shows.
 STUDY = "carso_mnist"
-#: The lines of the table of results: the title, the model's name in the report, and the row that is shown.
-MODELS = [
-    ("adversarially trained classifier, no defence added", "classifier", WORST),
-    (f"{PAPER} its own output", f"CARSO, paper's objective, through PeeL{CALM}", WORST),
-    (f"{PAPER} exact gradients", f"CARSO, paper's objective{CALM}", WORST),
-    ("CARSO trained through the pipeline", f"CARSO pipeline{CALM}", WORST),
-]
 #: The folders of the devices in the table of speeds, and their names there.
 CPU, GPU = "cpu", "nvidia-h200"
 NAMES = {CPU: "one CPU core", GPU: "NVIDIA H200"}
@@ -53,7 +45,7 @@ CASES = [
 ]
 #: The number of images of the attack by PGD on a GPU in the table of speeds.
 IMAGES = "256"
-#: The titles of README's table and picture, by device. docs/speed.md has the others.
+#: The titles of README's picture, by device. docs/speed.md has the others.
 STEPS = "AToP training step", "CARSO training step, through the pipeline", "ARREST training step"
 GPU_ATTACK = f"attack by PGD-10 on a ResNet-18, {IMAGES} images"
 TOLD = {CPU: STEPS[:2], GPU: (*STEPS[1:], GPU_ATTACK)}
@@ -63,21 +55,6 @@ def _row(results: Path, model: str, attack: str) -> Row:
     report = Report.from_json((results / "studies" / STUDY / "report.json").read_text())
     (found,) = [row for row in report.rows if (row.model, row.attack) == (model, attack)]
     return found
-
-
-def results_table(results: Path) -> list[str]:
-    """Return the table of the models that README compares on MNIST.
-
-    Args:
-        results: folder of the committed results.
-    """
-    body = []
-    for title, model, attack in MODELS:
-        clean, attacked = (_row(results, model, name) for name in ("clean", attack))
-        verdict = "usable" if attacked.reliable else "**ALARM**: not usable"
-        body.append([title, percent(clean), percent(attacked), f"{attacked.n:,}", verdict])
-    head = ["model", "clean, %", "under attack, %", "attacked images", "gradients"]
-    return markdown_table(head, body)
 
 
 @dataclass(frozen=True)
@@ -141,29 +118,7 @@ def told(results: Path) -> list[Speed]:
     shown = [one for one in speeds(results) if one.title in TOLD[one.device]]
     if own is None or plain is None:
         return shown
-    return [Speed(CPU, f"robust accuracy of {network.partition(',')[0]}, {count} images *", expert, own, plain), *shown]
-
-
-def speed_table(results: Path) -> list[str]:
-    """Return the table of the times that README tells, and sentences about it.
-
-    Args:
-        results: folder of the committed results.
-    """
-
-    def time(ms: float | None) -> str:
-        return "-" if ms is None else f"{ms / 1e3:,.0f} s" if ms >= 60e3 else f"{ms:,.0f} ms"
-
-    body = []
-    for one in told(results):
-        gain = "-" if one.gain is None else f"{one.gain:.2f}"
-        times = time(one.plain), time(one.expert), f"**{time(one.own)}**"
-        body.append([NAMES[one.device], one.title, *times, f"{one.plain / one.own:.1f}", gain])
-    head = ["device", "computation", "plain PyTorch", "expert", "purify_fast", "speedup over plain", "over the expert"]
-    said = "\\* Plain: AutoAttack as it is. Expert: AutoAttack as an expert runs it. A dash means: not measured."
-    if any(one.gain is not None and one.gain < 1 for one in told(results)):
-        said += " **The expert is faster where the speedup over it is below 1.**"
-    return [*markdown_table(head, body), "", said]
+    return [Speed(CPU, f"robust accuracy of {network.partition(',')[0]}, {count} images", expert, own, plain), *shown]
 
 
 def claim(results: Path) -> list[str]:
@@ -295,7 +250,7 @@ def pictures(results: Path, folder: Path) -> None:
 
 
 def draw_speed(results: Path, axes: Any) -> None:
-    """Draw the times of README's table of speeds, each relative to that of plain PyTorch."""
+    """Draw the times that README tells, each relative to that of plain PyTorch."""
     shown = told(results)
     for at, one in enumerate(shown):
         forms = (("expert", one.expert, PLAIN), ("purify_fast", one.own, OURS))
@@ -304,7 +259,7 @@ def draw_speed(results: Path, axes: Any) -> None:
             bar = axes.barh(at + offset, 0 if ms is None else 100 * ms / one.plain, height=0.36, color=color)
             axes.bar_label(bar, [f"{form}: {text}"], padding=4, fontsize=8, color=INK)
     axes.axvline(100, color=ALARM, linewidth=1)
-    axes.set_yticks(range(len(shown)), [f"{one.title.rstrip(' *')}\n{NAMES[one.device]}" for one in shown])
+    axes.set_yticks(range(len(shown)), [f"{one.title}\n{NAMES[one.device]}" for one in shown])
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.set_xlim(0, 125)
     axes.set_title(
@@ -322,8 +277,7 @@ def draw_claim(results: Path, axes: Any) -> None:
         ("the classifier alone,\ntrained adversarially", "classifier", PLAIN),
         ("CARSO trained by purify_fast\nthrough the whole defence", f"CARSO pipeline{CALM}", OURS),
     ]
-    shown = {model: attack for _, model, attack in MODELS}
-    rows = [_row(results, model, shown[model]) for _, model, _ in bars]
+    rows = [_row(results, model, WORST) for _, model, _ in bars]
     texts = [f"{percent(row)} %" + ("" if row.reliable else "\nALARM: no gradients") for row in rows]
     titles, _, colors = (list(column) for column in zip(*bars, strict=True))
     widths = [100 * row.accuracy for row in rows]

@@ -21,13 +21,14 @@ def _measured_on(rows: list[dict]) -> str:
     return "; ".join(dict.fromkeys(made))
 
 
-def pipelines(folder: Path, *wanted: str, caption: bool = True) -> list[str]:
-    """Return the table of some pipelines, with a line for each implementation and a column for each case.
+def pipelines(folder: Path, *wanted: str) -> list[str]:
+    """Return the table of some pipelines, and a line that says what its cells have.
+
+    The table has a line for each implementation and a column for each case.
 
     Args:
         folder: the folder of a device's results.
         wanted: names of pipelines.
-        caption: False leaves out the line above the table, which says what a cell has.
     """
 
     def memory(row: Mapping[str, str]) -> str:
@@ -36,7 +37,7 @@ def pipelines(folder: Path, *wanted: str, caption: bool = True) -> list[str]:
         return f", {int(row['peak_MB']):,} MB, {100 * float(row['share_of_matrix_rate']):.1f} %"
 
     rows = [row for row in sheets.read_csv(folder / sheets.PIPELINES) if row["pipeline"] in wanted]
-    rows = sheets.fewest_threads(rows)
+    rows = [row | {"contestant": _form(row["contestant"])} for row in sheets.fewest_threads(rows)]
     cases = list(dict.fromkeys((row["pipeline"], row["case"], row["shape"]) for row in rows))
     times = {(row["pipeline"], row["case"], row["contestant"]): row for row in rows}
     groups = {at[:2]: group for at, group in sheets.by_case(rows).items()}
@@ -52,11 +53,26 @@ def pipelines(folder: Path, *wanted: str, caption: bool = True) -> list[str]:
     contestants = dict.fromkeys(row["contestant"] for row in rows)
     body = [[gpu_tables.ours(name), *(cell(*case[:2], name) for case in cases)] for name in contestants]
     # The text after the semicolon explains the name of the case, as the page does too.
-    heads = [f"{case}: {shape.partition(';')[0]}" for _, case, shape in cases]
+    heads = [f"{METHODS.get(name, name)}, {case}: {shape.partition(';')[0]}" for name, case, shape in cases]
     more = ", peak memory minus that of the loaded networks, share of the processor's matrix rate"
     base = "speed relative to the expert's faster form" if by_expert else "speedup over the plain form, which has 1.00"
     what = f"Milliseconds ({base}){more if any(map(memory, rows)) else ''}"
-    return [*([f"{machines(rows)}. {what}.", ""] if caption else []), *table(["", *heads], body)]
+    return [f"{machines(rows)}. {what}.", "", *table(["", *heads], body)]
+
+
+#: The names of pipelines in the heads of tables.
+METHODS = {
+    "carso_inference": "CARSO",
+    "carso_training": "CARSO",
+    "atop_finetune": "AToP",
+    "arrest_step": "ARREST",
+    "pgd_forms": "attack",
+}
+
+
+def _form(contestant: str) -> str:
+    """The name of a form in a table of several pipelines. The plain code of some pipelines has a longer name."""
+    return contestant.removesuffix(" as released").removesuffix(", PyTorch defaults")
 
 
 #: The explanations of rows in a table of pipelines, by the beginnings of the names of the rows.
@@ -75,42 +91,40 @@ ROWS = {
 }
 
 
-def rows(folder: Path) -> list[str]:
-    """Return a table that explains the rows of a device's tables of pipelines, and a line about their cells."""
+def explained(folder: Path) -> list[str]:
+    """Return a table that explains the rows of a device's table of pipelines, a line about its cells, and the table."""
     measured = sheets.read_csv(folder / sheets.PIPELINES)
-    names = {row["contestant"] for row in measured}
-    explained = [[gpu_tables.ours(name).strip("*"), text] for name, text in ROWS.items() if name in names]
-    return [
-        *table(["row", "what it is"], explained),
-        "",
-        pipelines(folder, *{row["pipeline"] for row in measured})[0],
-    ]
+    names = {_form(row["contestant"]) for row in measured}
+    meanings = [[gpu_tables.ours(name).strip("*"), text] for name, text in ROWS.items() if name in names]
+    every = dict.fromkeys(row["pipeline"] for row in measured)
+    return [*table(["row", "what it is"], meanings), "", *pipelines(folder, *every)]
 
 
-def attack(folder: Path) -> list[str]:
-    """Return the section about the attack by PGD alone, or nothing if it was not measured on a device."""
-    if not any(row["pipeline"] == "pgd_forms" for row in sheets.read_csv(folder / sheets.PIPELINES)):
-        return []
-    text = "The attack PGD-10 on a ResNet-18, without a random start. Every form takes the same steps."
-    return ["### An attack", "", text, "", *pipelines(folder, "pgd_forms", caption=False)]
+#: The end of the name of the op that computes another op's gradients.
+BACKWARD = "_backward"
 
 
 def times_of_kernels(rows: list[dict]) -> list[str]:
-    """Return the table of the speedups of a device's kernels, from the rows of kernels.csv."""
+    """Return the table of the speedups of a device's kernels, from the rows of kernels.csv.
+
+    A cell has the speedup of an op, and then that of its backward.
+    """
     lost: dict[str, list[str]] = {}
     for (op, variant), speedup in kernel_times.speedups(rows).items():
         slower = (size for size in sorted(speedup) if speedup[size] < 1)
         lost.setdefault(op, []).extend(f"{variant} {size:,}".strip() for size in slower)
     styles = [style for style in kernel_times.STYLES if any(row["style"] == style for row in rows)]
+
+    def cell(op: str, style: str) -> str:
+        ratios = sorted(gpu_tables.ratio(row) for row in rows if (row["op"], row["style"]) == (op, style))
+        mean = statistics.geometric_mean(ratios) if ratios else 0.0
+        return f"{mean:.1f} ({ratios[0]:.2g} to {ratios[-1]:,.2g})" if ratios else "-"
+
     body = []
-    for op, calls in lost.items():
-        cells = []
-        for style in styles:
-            own = (row for row in rows if (row["op"], row["style"]) == (op, style))
-            ratios = sorted(map(gpu_tables.ratio, own))
-            mean = statistics.geometric_mean(ratios) if ratios else 0.0
-            cells.append(f"{mean:.1f} ({ratios[0]:.2g} to {ratios[-1]:,.2g})" if ratios else "-")
-        body.append([op, *cells, "; ".join(calls) or "-"])
+    for op in dict.fromkeys(name.removesuffix(BACKWARD) for name in lost):
+        both = (op, op + BACKWARD) if op + BACKWARD in lost else (op,)
+        calls = [f"{'' if name == op else 'backward '}{call}" for name in both for call in lost.get(name, ())]
+        body.append([op, *("; ".join(cell(name, style) for name in both) for style in styles), "; ".join(calls) or "-"])
     return table(["op", *(kernel_times.STYLES[style] for style in styles), "calls that run the reference"], body)
 
 
@@ -137,7 +151,7 @@ def chapter(folder: Path) -> list[str]:
         name=folder.name,
         gpu=folder.name != "cpu",
         tables=gpu_tables.tables(folder),
-        pipelines={name: pipelines(folder, name) for name in dict.fromkeys(row["pipeline"] for row in races)},
+        pipelines=pipelines(folder, *dict.fromkeys(row["pipeline"] for row in races)) if races else [],
         verdicts=lines,
         lost=lost,
         least=min(compared, key=lambda line: float(line["worst_ratio"]), default={}),

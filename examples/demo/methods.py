@@ -8,12 +8,13 @@ replay (AFT). Another CARSO is trained with ARREST's result as its classifier.
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from purify_fast.attacks import PGD, OriginalAutoAttack
-from purify_fast.defences import WithoutNoise
+from purify_fast.defences import Defence, WithoutNoise
 from purify_fast.evaluation import AttackSpec, Report, merge
 from purify_fast.methods.arrest import ArrestConfig, ArrestTask
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask
@@ -66,6 +67,8 @@ PEEL = "through PeeL, as its authors attack it"
 ALONE, ADAPTIVE = "PGD ce on the classifier alone (not adaptive)", "PGD ce + dlr, through everything"
 
 THROUGH_CARSO = CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=EPS, steps=7), learning_rate=4e-3)
+# The discriminator is narrower than the official discriminator, which is for images of 256 x 256.
+PRETRAINING = AtopConfig.pretraining(learning_rate=2e-3, schedule="one_cycle", discriminator_width=16)
 # This config trains with the paper's objective, and with clean images as target. The weight of the classifier's loss,
 # the learning rate and the schedule were chosen on digits.
 ATOP_CONFIG = AtopConfig(
@@ -103,8 +106,12 @@ def train(workspace: Workspace, name: str) -> None:
     task, epochs, batch_size = _task(workspace, name)
     folder, images, loop = workspace.out / FOLDERS[name], digits(), FitConfig(epochs, batch_size, workspace.seed)
     fit(task, images.x_train, images.y_train, loop, folder, title=FOLDERS[name], progress=workspace.progress)
-    trained = task.result
-    if isinstance(trained, (Carso, Atop)):
+    save(task.result, folder)
+
+
+def save(trained: Any, folder: Path) -> None:
+    """Save a classifier, or a defence with its classifier, in the form that `purify-fast evaluate` reads."""
+    if isinstance(trained, Defence):
         trained.save(folder)
         save_classifier(trained.classifier, folder / "classifier")
     else:
@@ -129,10 +136,7 @@ def _task(workspace: Workspace, name: str) -> tuple[Task, int, int]:
     # Loading a model draws random numbers for initial weights, so set the seed again.
     torch.manual_seed(workspace.seed)
     if name == BEFORE_ATOP:
-        atop = Atop(classifier, SmallGenerator(1), shape)
-        # The discriminator is narrower than the official discriminator, which is for images of 256 x 256.
-        config = AtopConfig.pretraining(learning_rate=2e-3, schedule="one_cycle", discriminator_width=16)
-        return AtopTask(atop, config), budget.generator_epochs, 64
+        return AtopTask(Atop(classifier, SmallGenerator(1), shape), PRETRAINING), budget.generator_epochs, 64
     if name in ATOP_MODELS:
         atop = model(workspace, BEFORE_ATOP)
         config, epochs = THROUGH_ATOP, budget.atop_pipeline_epochs
@@ -148,7 +152,11 @@ def _task(workspace: Workspace, name: str) -> tuple[Task, int, int]:
 
 def model(workspace: Workspace, name: str) -> Any:
     """Load a trained model of `FOLDERS`."""
-    folder = workspace.out / FOLDERS[name]
+    return saved(workspace.out / FOLDERS[name])
+
+
+def saved(folder: Path) -> Any:
+    """Load a model that `save` has written."""
     return load_classifier(folder) if is_classifier(folder) else load_defence(folder)
 
 

@@ -112,30 +112,6 @@ class Budget:
     arrest_carso_epochs: int = 15
 
 
-QUICK = Budget(
-    images=60,
-    standard_epochs=3,
-    base_epochs=6,
-    objective_epochs=3,
-    pipeline_epochs=3,
-    steps=8,
-    eot=2,
-    peel_steps=8,
-    peel_images=30,
-    autoattack_images=8,
-    autoattack_steps=4,
-    autoattack_queries=20,
-    generator_epochs=2,
-    atop_objective_epochs=2,
-    atop_cls_delay=1,
-    atop_pipeline_epochs=1,
-    atop_steps=4,
-    atop_images=20,
-    arrest_epochs=2,
-    arrest_carso_epochs=1,
-)
-
-
 @dataclass(frozen=True)
 class Workspace:
     """The folder and the settings of a run of the demonstration.

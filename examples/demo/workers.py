@@ -1,4 +1,4 @@
-"""Child processes that end with their parent, for the demonstration and the studies."""
+"""Two child processes that end with their parent."""
 
 from __future__ import annotations
 
@@ -6,12 +6,33 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+
+import torch
+
+from purify_fast.speed import retain_freed_memory
 
 
-def end_with_parent() -> None:
-    """Ignore Ctrl-C in this process, and end this process when its parent ends. A worker calls this first."""
+@contextmanager
+def two_workers() -> Iterator[ProcessPoolExecutor]:
+    """Make a pool of two spawned processes. Forked processes would lack the threads of this process.
+
+    After an error, the pool does not wait for the current jobs, which may take minutes. The next run continues them.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(2, mp_context=context, initializer=_prepare) as pool:
+        try:
+            yield pool
+        except BaseException:
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+
+
+def _prepare() -> None:
+    """Ignore Ctrl-C in this process, and end this process when its parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -21,14 +42,6 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
-
-
-def worker_pool(count: int, prepare: Callable[[], None] = end_with_parent) -> ProcessPoolExecutor:
-    """Make a pool of spawned processes. Forked processes would lack the threads of this process."""
-    return ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"), initializer=prepare)
-
-
-def end_workers() -> None:
-    """Terminate the children of this process. A shutdown of their pool would wait until their work is finished."""
-    for process in multiprocessing.active_children():
-        process.terminate()
+    # For batches of small images, a second thread would make the computation slower.
+    torch.set_num_threads(1)
+    retain_freed_memory()

@@ -29,6 +29,7 @@ SMALL = {
     "lightning_loop.py": ([], r"trained by .*; logits \(2, 10\)"),
     "read_published_weights.py": (["--tiny"], r"through PeeL"),
     "train_carso_cifar10.py": (["--tiny", "--out", "runs"], r"CARSO: \d"),
+    "your_diffusion_loop.py": ([], r"one draw: \d.* draws right: \d"),
     "wrap_a_torchvision_model.py": ([], r"saved and loaded: the same predictions"),
 }
 

@@ -97,12 +97,9 @@ def _ratio(row: dict[str, str], one: str, other: str) -> float:
     return float(row[one]) / float(row[other])
 
 
-def table(folder: Path) -> list[str]:
-    """Return the table of a folder's file, with the rule and with the rows that are nearest to a wrong choice.
-
-    The rows are sorted by the products per computed value.
-    """
-    rows = sorted(sheets.rows_of(folder / FILE), key=lambda row: _ratio(row, "products", "values"))
+def sentences(folder: Path) -> list[str]:
+    """Return sentences about a folder's file: the rule, and the rows that are nearest to a wrong choice."""
+    rows = sheets.rows_of(folder / FILE)
     if not rows:
         return ["Nothing has been measured yet."]
     text = (
@@ -114,13 +111,4 @@ def table(folder: Path) -> list[str]:
             row = worst(chosen, key=lambda row: _ratio(row, "float32_ms", "bfloat16_ms"))
             gain = f"{words} {_ratio(row, 'float32_ms', 'bfloat16_ms'):.2f} times as fast as the copy in float32"
             text += f" Where it chose {dtype}, the copy in bfloat16 was {gain} ({row['row']}, {row['images']} images)."
-    body = []
-    for row in rows:
-        auto = f"{row['auto']}_ms"
-        pairs = [("model_ms", auto), ("float32_ms", auto), ("float32_ms", "bfloat16_ms")]
-        ratios = [f"{_ratio(row, *pair):.2f}" if row[pair[1]] else "-" for pair in pairs]
-        times = [f"{float(row[f'{who}_ms']):,.1f}" if row[f"{who}_ms"] else "-" for who in TIMED]
-        products = f"{_ratio(row, 'products', 'values'):.0f}"
-        body.append([row["row"], row["images"], products, row["auto"], *times, *ratios])
-    head = ["network", "images", "products per value", "auto", *(f"{who}, ms" for who in TIMED)]
-    return [text, "", *sheets.table([*head, "model / auto", "float32 / auto", "float32 / bfloat16"], body)]
+    return [text]

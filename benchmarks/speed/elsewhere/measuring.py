@@ -171,7 +171,7 @@ def main(chosen: argparse.Namespace) -> str:
     else:
         architectures.run(chosen.names, chosen.quick, path.parent, chosen.resume)
     torch.set_num_threads(threads)
-    return "\n".join([*_table(sheets.rows_of(path)), "", *architectures.table(path.parent)])
+    return "\n".join([*_table(sheets.rows_of(path)), "", *architectures.sentences(path.parent)])
 
 
 def _table(rows: list[dict[str, str]]) -> list[str]:
