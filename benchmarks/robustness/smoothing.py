@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from purify_fast import zoo
 from purify_fast.data import balanced_subset, load_dataset, to_float
 from purify_fast.evaluation import Certificates, certify
-from purify_fast.judge.certificates.certificates import summary_head
 from purify_fast.judge.show.text import markdown_table
 from purify_fast.speed.frozen_copy import frozen_copy
 
@@ -168,13 +167,10 @@ def largest(results: Path) -> list[str]:
     rows = {(row["kind"], row["part"]): row for row in json.loads((results / FILE).read_text())}
     made = [Certificates.from_json(rows[name, part]["certificates"]) for name in LARGEST for part in (0, 1)]
     radii = sorted({radius for one in made for radius in one.shown})
-    lines = markdown_table(
-        ["", *summary_head(radii)[1:]],
-        [
-            [f"`{name}`{', gain ' + str(GAIN) if part else ''}", *one.summary(radii)[1:]]
-            for (name, part), one in zip(itertools.product(LARGEST, (0, 1)), made, strict=True)
-        ],
-    )
+    lines = [one.summary(radii) for one in made]
+    for (_, part), line in zip(itertools.product(LARGEST, (0, 1)), lines, strict=True):
+        line["model"] = f"`{line['model']}`{f', gain {GAIN}' * part}"
+    lines = markdown_table([*lines[0]], [[*line.values()] for line in lines])
     return [*lines, "", f"{kept.machines([rows[LARGEST[0], 0]])}, beside other programs."]
 
 

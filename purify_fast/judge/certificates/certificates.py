@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -16,14 +16,12 @@ from numpy.typing import NDArray
 from ..._files import write_text
 from ..._validation import Count, Positive, Range, check_folder, check_types
 from ..show.text import render
-from .log import Log
+from .log import COLUMNS, write_log
 from .sequences import LARGEST, MOST, Floats, answers, distances, looks, lower_bounds, most_wrong
 
 FORMAT = 3
 #: The columns of the table.
 HEAD = ("L2 radius", "robust accuracy", "all together", "certified", "no certificate", "undecided", "refuted")
-#: The columns of the quartiles of p_A in the table of several certificates.
-QUARTERS = ("p_A 25 %", "p_A 50 %", "p_A 75 %")
 NORMAL = NormalDist()
 Radius = Annotated[float, Range(0, below=True)]
 
@@ -53,9 +51,12 @@ FIELDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
 }
 
 
-def summary_head(radii: Sequence[float]) -> list[str]:
-    """The columns of the table of several certificates."""
-    return ["model", "sigma", "images", *map("L2 {:g}".format, radii), "ACR", *QUARTERS, "draws", "seconds"]
+def _stairs(share: float, steps: Iterable[tuple[float, float]], most: float) -> list[tuple[float, float]]:
+    """The corners of a curve with steps, as pairs of a radius and a share."""
+    corners = [(0.0, share)]
+    for at, next_share in steps:
+        corners += [(at, corners[-1][1]), (at, next_share)]
+    return [*corners, (most, corners[-1][1])]
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,15 +105,11 @@ class Certificates:
             Range(0, below=True).check("each radius of refuted", radius)
         n, questions = len(self.right), max(1, len(self.radii))
         arrays = dict[str, Any]({f"refuted[{at}]": each for at, each in self.refuted.items()})
-        defaults: dict[str, Callable[[], NDArray[np.int64]]] = {
-            "index": lambda: np.arange(n),
-            "labels": lambda: np.full(n, -1),
-            "tested": lambda: self.labels.copy(),
-            "decided": lambda: self._drawn().repeat(questions, 1),
-        }
+        later: dict[str, Any] = {"labels": lambda: np.full(n, -1), "tested": lambda: self.labels}
+        later |= {"index": lambda: np.arange(n), "decided": lambda: self._drawn().repeat(questions, 1)}
         for name in (*arrays, *ARRAYS):
             if getattr(self, name, name) is None:
-                object.__setattr__(self, name, defaults[name]())
+                object.__setattr__(self, name, later[name]())
             array: Any = arrays.setdefault(name, getattr(self, name, None))
             shape = (n, questions, 2) if name == "decided" else (n,)
             kind = np.int64 if name in ARRAYS else np.bool_
@@ -144,22 +141,19 @@ class Certificates:
 
     def _answers(self) -> NDArray[np.int8]:
         """The answers at `radii` for the tested class, int8 ``[N, radii]``."""
-        thresholds = [*map(self.threshold, self.radii)]
-        return answers(self.decided[..., 0], self.decided[..., 1], thresholds, self.alpha)
-
-    @property
-    def probability(self) -> Floats:
-        """A lower bound for the probability of the tested class (p_A), float64 ``[N]``; 0 if none is known."""
-        if not self.radii:
-            return lower_bounds(self.decided[:, 0, 0], self.decided[:, 0, 1], self.alpha / self.looks)
-        proved = np.where(self._answers() == 1, [*map(self.threshold, self.radii)], 0.0)
-        return np.asarray(proved.max(1))
+        return answers(self.decided, [*map(self.threshold, self.radii)], self.alpha)
 
     def _reached(self) -> Floats:
         """The largest radius that is proved for the tested class, float64 ``[N]``; below 0 if there is none."""
-        if not self.radii:
-            return self.sigma * distances(self.probability)
-        return np.asarray(np.where(self._answers() == 1, self.radii, -1.0).max(1))
+        if self.radii:
+            return np.asarray(np.where(self._answers() == 1, self.radii, -1.0).max(1))
+        return self.sigma * distances(lower_bounds(self.decided[:, 0], self.alpha / self.looks))
+
+    @property
+    def probability(self) -> Floats:
+        """The proved probability (p_A) of the label or of the tested class, float64 ``[N]``; 0 for a wrong class."""
+        proved = np.array([*map(self.threshold, self._reached().tolist())])
+        return np.where((self.labels == self.tested) | (self.labels < 0), proved, 0.0)
 
     @property
     def predicted(self) -> NDArray[np.int64]:
@@ -194,20 +188,27 @@ class Certificates:
         return np.asarray(self.decisions(radius) == 1)
 
     @property
-    def log(self) -> Log:
-        """A line for each image, as Cohen et al.'s code writes it, with the counts."""
+    def log(self) -> dict[str, NDArray[Any]]:
+        """The columns of `log.COLUMNS`, each ``[N]``. An image's time is its share of all draws."""
         draws = self.draws + int(self.about.get("choosing_draws", 0))
         seconds = float(self.about.get("seconds", 0)) * draws / max(1, draws.sum())
-        correct, reached = (self.predicted == self.labels) & (self.labels >= 0), np.maximum(self._reached(), 0.0)
-        counts = {"tested": self.tested, "right": self.right, "draws": self.draws}
-        return Log(self.index, self.labels, self.predicted, reached, correct, seconds, **counts)
+        correct = (self.predicted == self.labels) & (self.labels >= 0)
+        public = (
+            self.index,
+            self.labels,
+            self.predicted,
+            np.maximum(self._reached(), 0.0),
+            correct.astype(int),
+            seconds,
+        )
+        return dict(zip(COLUMNS, (*public, self.tested, self.right, self.draws), strict=True))
 
     @property
     def acr(self) -> float:
         """The average certified radius: the mean of `radius`. It needs the largest radii, and all labels."""
-        if self.radii:
-            raise ValueError(f"acr needs the largest radii: certify without radius, got the radii {self.radii}")
-        return self.log.acr
+        if self.radii or (self.labels < 0).any():
+            raise ValueError(f"acr needs labels, and the largest radii: certify without radius, got radii {self.radii}")
+        return float(self.radius.mean())
 
     def accuracy_at(self, radii: Sequence[float]) -> Floats:
         """The certified accuracy at radii: the shares of images with the right class and at least this radius."""
@@ -297,15 +298,17 @@ class Certificates:
             rows.append((str(radius), self.sentence(radius), self.sentence(radius, together=True), *counts))
         return rows
 
-    def summary(self, radii: Sequence[float]) -> tuple[str, ...]:
-        """A line of the table of several certificates, below `summary_head`."""
-        shares = [f"{10_000 * self._numbers(radius)[0] // len(self.draws) / 100:.2f}" for radius in radii]
-        parts = ["-"] * 4
+    def summary(self, radii: Sequence[float]) -> dict[str, str]:
+        """The line of the table of several certificates, by its columns."""
+        n, parts = len(self.draws), ["-"] * 4
         if not self.radii and (self.labels >= 0).all():
-            quarters = np.quantile(np.where(self.labels == self.predicted, self.probability, 0.0), [0.25, 0.5, 0.75])
-            parts = [f"{value:.3f}" for value in (self.acr, *quarters.tolist())]
-        spent_ = f"{self.log.draws.sum():,}", self.about.get("seconds", "-")
-        return (self.about.get("name", "a model"), str(self.sigma), str(len(self.draws)), *shares, *parts, *spent_)
+            parts = [f"{value:.3f}" for value in (self.acr, *np.quantile(self.probability, [0.25, 0.5, 0.75]))]
+        return {
+            **{"model": self.about.get("name", "a model"), "sigma": str(self.sigma), "images": str(n)},
+            **{f"L2 {radius:g}": f"{10_000 * self._numbers(radius)[0] // n / 100:.2f}" for radius in radii},
+            **dict(zip(("ACR", "p_A 25 %", "p_A 50 %", "p_A 75 %"), parts, strict=True)),
+            **{"draws": f"{self.draws.sum():,}", "seconds": self.about.get("seconds", "-")},
+        }
 
     def to_text(self, beside: Sequence[Certificates] = ()) -> str:
         """The report as text for a terminal; ``beside``: certificates that share its last table."""
@@ -322,36 +325,19 @@ class Certificates:
 
     def _shown(self, beside: Sequence[Certificates]) -> dict[str, Any]:
         """What both reports show."""
-        every, radii = [self, *beside], sorted({*self.shown, *(radius for one in beside for radius in one.shown)})
-        most = 1.05 * (max(radii) or self.sigma)
-        drawing = {
-            "most": most,
-            "radii": radii,
-            "above": self._above(most),
-            "below": [each._below(most) for each in every],
-        }
-        table = {
-            "head": HEAD,
-            "table_head": summary_head(radii),
-            "table": [each.summary(radii) for each in every],
-            "drawing": drawing,
-        }
-        return {"report": self, "every": every, "median": int(np.median(self.draws)), **table}
+        every = [self, *beside]
+        radii = sorted({radius for made in every for radius in made.shown})
+        most, table = 1.05 * (max(radii) or self.sigma), [made.summary(radii) for made in every]
+        above = _stairs(1.0, ((at, self.between(at)[1]) for at in sorted(self.refuted)), most)
+        drawing = {"most": most, "radii": radii, "above": above, "below": [made._below(most) for made in every]}
+        median = int(np.median(self.draws))
+        return {"report": self, "head": HEAD, "median": median, "table": table, "drawing": drawing}
 
     def _below(self, most: float) -> list[tuple[float, float]]:
-        """The corners of the certified accuracy over the radius, as pairs of a radius and a share."""
+        """The corners of the certified accuracy over the radius."""
         reached = np.where(self.certified(0.0), self.radius, -1.0)
-        corners = [(0.0, float((reached >= 0).mean()))]
-        for at in np.unique(reached[(reached > 0) & (reached < most)]).tolist():
-            corners += [(at, corners[-1][1]), (at, float((reached > at).mean()))]
-        return [*corners, (most, corners[-1][1])]
-
-    def _above(self, most: float) -> list[tuple[float, float]]:
-        """The corners of the attacked accuracy over the radius."""
-        corners = [(0.0, 1.0)]
-        for at in sorted(self.refuted):
-            corners += [(at, corners[-1][1]), (at, self.between(at)[1])]
-        return [*corners, (most, corners[-1][1])]
+        steps = np.unique(reached[(reached > 0) & (reached < most)]).tolist()
+        return _stairs(float((reached >= 0).mean()), ((at, float((reached > at).mean())) for at in steps), most)
 
     def save(self, folder: str | Path, beside: Sequence[Certificates] = ()) -> None:
         """Write ``certificates.html``, ``.json`` and ``.txt``, and ``log.tsv``, atomically into a folder."""
@@ -362,4 +348,4 @@ class Certificates:
         write_text(folder / "certificates.json", self.to_json())
         write_text(folder / "certificates.txt", self.to_text(beside) + "\n")
         write_text(folder / "certificates.html", self.to_html(beside))
-        self.log.write(folder / "log.tsv")
+        write_log(folder / "log.tsv", self.log)

@@ -134,14 +134,16 @@ def certify(
     images, labels, device = images.cpu(), labels.cpu(), device_of(model, images)
     n, data = len(labels), digest(images, labels)
     numbered = np.arange(n) if index is None else torch.as_tensor(index).cpu().numpy()
-    cuts, ends = _looks(radii, int(draws), float(gain))
+    # The counts are kept at all these numbers of draws. An image's draws may end at some of them.
+    cuts = looks(draws) if radii else sorted({*looks(draws), int(draws)})
+    ends = cuts if radii else cuts[::-TWICE][:ENDS] if gain else cuts[-1:]
     right, drawn = np.zeros((2, n), dtype=np.int64)
     about: dict[str, Any] = {"notes": notes, "index": numbered, "looks": 1 if radii else len(ends)}
     about |= {"labels": np.full(n, -1) if y is None else labels.numpy(), "tested": labels.numpy().copy()}
     whole = Certificates(right, drawn, float(sigma), radii, float(alpha), **about)
     if radii and cuts[-1] < draws:
         notes.append(f"the draws end at {cuts[-1]}, the last look within {draws} draws")
-    names, beaten = torch.from_numpy(whole.index), np.zeros(n, dtype=np.bool_)
+    names = torch.from_numpy(whole.index)
     with Shards(together) as shards, contextlib.ExitStack() as stack:
         notes += note_of_modes(model, name)
         generators = torch.random.fork_rng([device.index or 0] if device.type == "cuda" else [])
@@ -159,13 +161,11 @@ def certify(
         whole.about.update(name=name, predicted_by=kind, precision=asked.precision, version=version, weights=weights)
         whole.about.update(seed=str(int(seed)), most_draws=str(cuts[-1]), data=data)
         question = [radii, whole.alpha, *map(int, (draws, choosing, batch_size)), float(gain), y is None]
-        shared = {"images": [data, names.tolist()], "model": [mark, table], "certificate": question}
-        shards.check_same(shared)
+        shards.check_same({"images": [data, names.tolist()], "model": [mark, table], "certificate": question})
         if out is not None and mark is None:
             why = "because it is a function, or holds a value that cannot be compared"
             logger.warning('out: the rows of %s are not kept, %s. certify(..., revision="1") keeps them', name, why)
-        folder = None if out is None or shards.rank > 0 else Path(out)
-        cache = RowCache(folder, kernels_now(device), revision)
+        cache = RowCache(None if out is None or shards.rank > 0 else Path(out), kernels_now(device), revision)
         cache.register(model, mark)
         stack.push(lambda kind, *_: cache.remove_written() if kind is DependentDrawsError else None)
         keep = lambda part, make: cache.values(cache.key({"counts": table, "part": part}, model), make)  # noqa: E731
@@ -196,15 +196,6 @@ def certify(
     return whole
 
 
-def _looks(radii: tuple[float, ...], draws: int, gain: float) -> tuple[list[int], list[int]]:
-    """The numbers of draws whose counts are kept, and those of them after which an image's draws may end."""
-    cuts = looks(draws)
-    if radii:
-        return cuts, cuts
-    cuts = sorted({*cuts, draws})
-    return cuts, cuts[::-TWICE][:ENDS][::-1] if gain else [draws]
-
-
 def _ended(
     whole: Certificates, at: NDArray[np.int64], counts: NDArray[np.int64], gain: float
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
@@ -216,16 +207,16 @@ def _ended(
     now = np.stack([whole.right[at], whole.draws[at]], -1)[:, None]
     if not whole.radii:
         level, most = whole.alpha / whole.looks, int(whole.about["most_draws"])
-        before, bound = (lower_bounds(each[:, 0, 0], each[:, 0, 1], level) for each in (whole.decided[at], now))
-        whole.decided[at] = np.where((bound >= before)[:, None, None], now, whole.decided[at])
-        above = 1 - lower_bounds(now[:, 0, 1] - now[:, 0, 0], now[:, 0, 1], level)
-        best, reached = distances(np.minimum(above, level ** (1 / most))), distances(np.maximum(bound, before))
-        return best <= np.maximum(0, (1 + gain) * reached), np.zeros(len(at), dtype=np.bool_)
+        bounds = lower_bounds(np.stack([whole.decided[at, 0], now[:, 0]]), level)
+        whole.decided[at] = np.where((bounds[1] >= bounds[0])[:, None, None], now, whole.decided[at])
+        above = 1 - lower_bounds(now[:, 0] * [-1, 1] + now[:, 0, 1:] * [1, 0], level)
+        best = distances(np.minimum(above, level ** (1 / most)))
+        return best <= np.maximum(0, (1 + gain) * distances(bounds.max(0))), np.zeros(len(at), dtype=np.bool_)
     thresholds, look = [whole.threshold(radius) for radius in whole.radii], whole.decided[at]
-    done = answers(look[..., 0], look[..., 1], thresholds, whole.alpha) != 0
+    done = answers(look, thresholds, whole.alpha) != 0
     # An answer stays.
     whole.decided[at] = look = np.where(done[..., None], look, now)
-    answer = answers(look[..., 0], look[..., 1], thresholds, whole.alpha)
+    answer = answers(look, thresholds, whole.alpha)
     others, its_own = counts.copy(), (np.arange(len(at)), whole.tested[at])
     others[its_own] = -1
     lead = leads(counts[its_own], others.max(1), counts.shape[1] - 1, whole.alpha)
@@ -254,21 +245,19 @@ def check_settings(sigma: Any, radius: Any, alpha: Any, gain: Any = 0.0, **whole
         allowed.get(name, Range(1)).check(name, value)
     if gain and radii:
         raise ValueError(f"gain is only for the largest radius, without radius, got gain {gain} and radius {radius}")
-    # A single look needs the fewest draws. A test ends at a number of its looks.
-    proving = (n for n in (looks(MOST) if radii else range(1, MOST)) if _proves(0.5, n, alpha, bool(radii)))
+
+    # Right draws alone prove a probability p if p^draws is at most this.
+    def needed(p: float, n: int) -> float:
+        return spent(n, p, float(alpha)) if radii else float(alpha)
+
+    proving = (n for n in (looks(MOST) if radii else range(1, MOST)) if 0.5**n <= needed(0.5, n))
     Range(next(proving, MOST), MOST).check("draws", whole["draws"])
-    count = looks(whole["draws"])[-1] if radii else whole["draws"]
-    low, high = 0.5, 1.0
-    while radii and low < (middle := (low + high) / 2) < high:
-        low, high = (middle, high) if _proves(middle, count, alpha, True) else (low, middle)
-    most = float(sigma) * NORMAL.inv_cdf(low) if radii else math.inf
-    if max(radii, default=0.0) > most:
+    count, p = looks(whole["draws"])[-1] if radii else whole["draws"], 0.5
+    for _ in range(100):
+        p = needed(p, count) ** (1 / count)
+    most = float(sigma) * NORMAL.inv_cdf(p)
+    if radii and max(radii) > most:
         text = f"{count} right draws at sigma {sigma} and alpha {alpha} prove, got {max(radii)}"
         # A bound is rounded down.
         raise ValueError(f"radius must be at most {math.floor(1e4 * most) / 1e4}, which {text}")
     return tuple(map(float, radii))
-
-
-def _proves(threshold: float, draws: int, alpha: float, tested: bool) -> bool:
-    """Return True if right draws alone prove a probability above a threshold, in a test or for a fixed number."""
-    return draws * math.log(threshold) <= math.log((spent(draws, threshold, alpha) if tested else alpha) or 5e-324)

@@ -83,7 +83,7 @@ def _binomial(draws: int, probability: float) -> Floats:
     return np.asarray((mass / mass.sum()).numpy(), dtype=np.float64)
 
 
-def answers(right: Numbers, draws: Numbers, thresholds: Sequence[float], alpha: float) -> NDArray[np.int8]:
+def answers(look: Numbers, thresholds: Sequence[float], alpha: float) -> NDArray[np.int8]:
     """Compare the true probabilities of images with thresholds, int8 ``[N, thresholds]``.
 
     1 is above a threshold, -1 is not above it, and 0 is not known at this look. The first answers of an image are all
@@ -91,11 +91,12 @@ def answers(right: Numbers, draws: Numbers, thresholds: Sequence[float], alpha: 
     threshold only at a look at which it is above all smaller ones, and so on.
 
     Args:
-        right: right draws at the look for each threshold, ``[N, thresholds]``.
-        draws: draws at the look, ``[N, thresholds]``: numbers of `looks`. With 0 draws there is no answer.
+        look: right draws and draws at the look for each threshold, ``[N, thresholds, 2]``. The draws are numbers of
+            `looks`. With 0 draws there is no answer.
         thresholds: probabilities in (0, 1).
         alpha: the largest probability of a wrong answer of a kind, in (0, 1).
     """
+    right, draws = look[..., 0], look[..., 1]
     most, order = max(FIRST, int(draws.max(initial=0))), np.argsort(thresholds, kind="stable")
     at, ordered = np.array(looks(most)), [float(thresholds[place]) for place in order]
     above = np.maximum.accumulate([boundary(each, alpha, most) for each in ordered])
@@ -105,13 +106,13 @@ def answers(right: Numbers, draws: Numbers, thresholds: Sequence[float], alpha: 
     return np.where(draws > 0, found, 0).astype(np.int8)
 
 
-def lower_bounds(right: Numbers, draws: Numbers, alpha: float) -> Floats:
+def lower_bounds(look: Numbers, alpha: float) -> Floats:
     """The lower Clopper-Pearson bounds: the largest p at which so many right draws have the probability ``alpha``.
 
     Each is right for a number of draws that was fixed before, except with the probability ``alpha``, and is rounded
-    down. All arrays have the same shape. Without draws, a bound is 0.
+    down. ``look`` has right draws and draws, ``[..., 2]``. Without draws, a bound is 0.
     """
-    pairs, back = np.unique(np.stack([right, draws], -1).reshape(-1, 2), axis=0, return_inverse=True)
+    pairs, back = np.unique(look.reshape(-1, 2), axis=0, return_inverse=True)
     k, n = np.maximum(pairs[:, 0], 1).astype(np.float64), np.maximum(pairs[:, 1], 1).astype(np.float64)
     p, change = np.minimum(k / n, (k + 1) / (n + 3)), np.ones(len(k))
     # The logarithm of the probability is concave in p. So Newton's method comes to the bound from below.
@@ -119,7 +120,7 @@ def lower_bounds(right: Numbers, draws: Numbers, alpha: float) -> Floats:
         log, slope = _log_beta(k, n - k + 1, p)
         change = np.maximum((math.log(alpha) - log) / slope, -p / 2)
         p = p + change
-    return np.asarray(np.where(pairs[:, 0] > 0, p * (1 - EXACT), 0.0)[back].reshape(np.shape(right)))
+    return np.asarray(np.where(pairs[:, 0] > 0, p * (1 - EXACT), 0.0)[back].reshape(look.shape[:-1]))
 
 
 def distances(probabilities: Floats) -> Floats:
