@@ -103,7 +103,12 @@ class Counted:
 
         part = self.keep(self.part, make)
         self.part, self.drawn, self.seconds = self.part + 1, self.drawn + part["draws"], self.seconds + part["seconds"]
+        found = defaultdict[tuple[int, int], NDArray[np.int64]](
+            lambda: np.zeros(self.asked.classes + 1, dtype=np.int64)
+        )
         for mark, last, kind, count in part["rows"].tolist():
-            # A folder may have counts of other images.
+            found[mark, last][kind] = count
+        for (mark, last), total in found.items():
+            # A folder may have counts of other images. Counts that are known stay, whatever another batch rounded.
             if mark in self.known:
-                self.known[mark].setdefault(last, np.zeros(self.asked.classes + 1, dtype=np.int64))[kind] = count
+                self.known[mark].setdefault(last, total)
