@@ -62,6 +62,7 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "measured": performance.chapters,
     "broken": broken.table,
     "certificates": smoothing.table,
+    "largest": smoothing.largest,
     "truth": truth.table,
     "elsewhere": elsewhere.table,
     "elsewhere_copies": lambda results: architectures.sentences(results / "cpu"),

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
 from .._validation import AtLeast0, Count, Positive, Range
 from ..judge.request.config import ProtocolName
 from .evaluate import LoadOptions, ModelCommand
 from .run_file import RUN_FILE, number, read_run_file, values, write_run_file
 from .saved_models import zoo_name
+
+if TYPE_CHECKING:
+    from ..data import DataSet
+    from ..data.selection import Subset
 
 
 @dataclass(frozen=True)
@@ -21,9 +26,17 @@ class Certify(ModelCommand):
     Args:
         sigma: Standard deviation of the Gaussian noise in image units. Default: that of the model's training, from the
             card of a model of the zoo or from run.yaml. Required for any other model.
-        radius: L2 radius in image units, or several radii. Default: sigma.
+        radius: L2 radius in image units, or several radii. Images that are certified there need few draws. Default: the
+            largest radius of each image, which papers report.
         alpha: Largest probability of a wrong certificate, for each image.
-        draws: Largest number of draws for an image. It is undecided at the radii that are open then.
+        draws: Number of draws for an image. With --radius, it is the largest number, and an image is undecided at the
+            radii that are open then.
+        choosing: Number of draws that choose the class of an image, without --radius.
+        gain: End the draws of an image if all draws can increase its largest radius by at most this share.
+        skip: Certify the images whose indices are multiples of this number, in place of --images.
+        start: Index of the first image, in place of --images.
+        max: Index before which the images end, in place of --images.
+        beside: Folders of other certificates, which share the table and the page.
         attack: Protocol that attacks the smoothed classifier at every radius above 0. The attacked images that the
             smoothed classifier misclassifies, by proof, bound the accuracy from above. Default: no attack.
         votes: Number of predictions of which the attacks take the majority.
@@ -37,12 +50,20 @@ class Certify(ModelCommand):
     no_effect: ClassVar = {
         ("without", "attack"): ("votes",),
         ("beside", "one_shot"): tuple(values(LoadOptions())),
+        **{("beside", name): ("images",) for name in ("skip", "start", "max")},
+        ("beside", "radius"): ("choosing", "gain"),
     }
 
     sigma: Positive | None = None
     radius: tuple[AtLeast0, ...] = ()
     alpha: Annotated[float, Range(0, 1, above=True, below=True)] = 0.001
     draws: Count = 100_000
+    choosing: Count = 100
+    gain: Annotated[float, Range(0, 1, below=True)] = 0.0
+    skip: Count | None = None
+    start: Annotated[int, Range(0)] | None = None
+    max: Count | None = None
+    beside: tuple[str, ...] = ()
     attack: ProtocolName | None = None
     votes: Count = 10
     one_shot: bool = False
@@ -62,15 +83,31 @@ class Certify(ModelCommand):
             raise ValueError(f"--sigma must be given, such as --sigma 0.25: {self.folder} was not trained with noise")
         return sigma, source
 
+    def chosen(self, images: DataSet, seed: int) -> tuple[Subset, list[str]]:
+        import torch
+
+        from ..data.selection import Subset
+
+        if self.skip is self.start is self.max is None:
+            return super().chosen(images, seed)
+        count = len(images.y_test)
+        ids = torch.arange(count, device=images.y_test.device)[self.start : self.max]
+        ids = ids[ids % (self.skip or 1) == 0]
+        if not len(ids):
+            raise ValueError(f"--skip, --start and --max must leave an image, but they leave none of {count}")
+        steps = f"with the indices {int(ids[0])} to {int(ids[-1])} in steps of {self.skip or 1}"
+        return Subset(images.x_test[ids], images.y_test[ids], ids), [f"{len(ids)} of {count} held-out images, {steps}"]
+
     def run(self) -> None:
         from torch import nn
 
         from .._process import processes
-        from ..evaluation import EvaluateConfig, certify, refute
+        from ..evaluation import Certificates, EvaluateConfig, certify, refute
         from ..protocols import DenoisesOnce, supports
 
-        (sigma, source), first = self.noise(), processes()[0] == 0
-        radii, data = self.radius or (sigma,), self.load_data(train=False)
+        (sigma, source), first, radii = self.noise(), processes()[0] == 0, self.radius
+        others = [Certificates.from_json(Path(folder, "certificates.json").read_text()) for folder in self.beside]
+        data = self.load_data(train=False)
         attacked = sorted({radius for radius in radii if radius > 0}) if self.attack is not None else []
         model, _ = self.loaded(data)
         if self.one_shot:
@@ -80,18 +117,19 @@ class Certify(ModelCommand):
         if self.attack is not None and not isinstance(model, nn.Module):
             raise ValueError(f"--attack is only for modules, but {self.folder} returns a function")
         if self.attack is not None and not attacked:
-            raise ValueError(f"--attack needs a --radius above 0, got {radii}")
-        out, name = self.writes(), self.title()
+            raise ValueError(f"--attack needs a --radius above 0, got {radii or 'none'}")
+        out = self.writes()
         (x, y, index), notes = self.chosen(data, self.seed)
-        how: dict[str, Any] = {"draws": self.draws, "batch_size": self.batch_size, "name": name}
-        asked: dict[str, Any] = {"sigma": sigma, "radius": radii, "alpha": self.alpha, "seed": self.seed}
-        certificates = certify(model, x, y, index=index, out=out, **asked, **how)
+        how: dict[str, Any] = {"draws": self.draws, "batch_size": self.batch_size}
+        asked: dict[str, Any] = {"sigma": sigma, "radius": radii or None, "alpha": self.alpha, "seed": self.seed}
+        asked |= {"choosing": self.choosing, "gain": self.gain, "name": self.title(), "index": index, "out": out}
+        certificates = certify(model, x, y, **asked, **how)
         certificates.notes.extend([f"sigma {sigma} is from {source}", *notes])
         certificates.about.update(dataset=data.name)
         if first:
             # An interruption of the attacks leaves the report on the certificates.
-            certificates.save(out)
-            write_run_file(replace(self, sigma=sigma, radius=radii), out)
+            certificates.save(out, others)
+            write_run_file(replace(self, sigma=sigma), out)
         for radius in attacked:
             folder = out / f"attacks-{radius}"
             against: dict[str, Any] = {"protocol": self.attack, "out": folder, **how}
@@ -99,7 +137,7 @@ class Certify(ModelCommand):
             certificates, report = refute(certificates, model, x, y, radius=radius, votes=self.votes, **against)  # type: ignore[arg-type]
             if first:
                 report.save(folder)
-                certificates.save(out)
+                certificates.save(out, others)
         if first:
-            print(certificates.to_text())
-            print(f"written: {out}/certificates.html, certificates.json and certificates.txt")
+            print(certificates.to_text(others))
+            print(f"written: {out}/certificates.html, certificates.json, certificates.txt and log.tsv")

@@ -2,8 +2,8 @@
 
 The smoothed classifier of a model f predicts the class that f gives most often to x + n, n ~ N(0, sigma^2 I). If f
 gives the class y to x + n with a probability above Phi(r / sigma), then the smoothed classifier predicts y for every
-image at an L2 distance of at most r from x (theorem 1, with all other classes together as the second class). The
-probability is bounded by a confidence sequence (`sequences`), so an image gets only the draws that its question needs.
+image at an L2 distance of at most r from x (theorem 1, with all other classes together as the second class). The draws
+are counted in a table (`counted`), and `sequences` makes answers of counts.
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import time
 from collections.abc import Sequence
-from itertools import pairwise
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -40,16 +38,17 @@ from ..request.subject import device_of
 from ..run.cache import RowCache
 from ..run.shards import Shards
 from .certificates import NORMAL, Certificates
+from .counted import Counted
 from .noisy_draws import DependentDrawsError, Draws
-from .sequences import LARGEST, MOST, answers, bounds, leads, looks
+from .sequences import LARGEST, MOST, answers, distances, leads, looks, lower_bounds, spent
 
 logger = logging.getLogger("purify_fast")
 
 
-#: The number of images whose draws are made together, and of which the cache has a row.
-GROUP = 32
-#: Increase this number after a change of what a cached row contains.
-ROWS = 2
+#: Increase this number after a change of what a part of the table of counts contains.
+PARTS = 3
+#: The most looks at a largest radius, of which each has about twice as many draws as the look before it.
+ENDS, TWICE = 4, 6
 
 
 @whole_float32_by_default()
@@ -58,12 +57,14 @@ ROWS = 2
 def certify(
     model: Classifier,
     x: Tensor,
-    y: Tensor,
+    y: Tensor | None = None,
     *,
     sigma: float,
-    radius: float | Sequence[float],
-    alpha: float = 0.001,
+    radius: float | Sequence[float] | None = None,
     draws: int = 100_000,
+    alpha: float = 0.001,
+    choosing: int = 100,
+    gain: float = 0.0,
     batch_size: int = 1000,
     seed: int = 0,
     index: Tensor | Sequence[int] | None = None,
@@ -73,7 +74,12 @@ def certify(
     progress: bool = True,
     together: bool = True,
 ) -> Certificates:
-    """Certify that the smoothed classifier of a model predicts the labels within L2 balls around images.
+    """Certify the smoothed classifier of a model within L2 balls around images.
+
+    Without ``radius``, each image gets its largest radius, as papers report it: the class of most of ``choosing`` draws
+    is tested by ``draws`` others, and the radius follows from the Clopper-Pearson bound of its probability; without a
+    radius, the classifier abstains. With ``radius``, the question is whether each image is certified there, which few
+    draws answer. The class that is tested is then the label, or without labels the class of most of ``choosing`` draws.
 
     Noisy images are not clamped to [0, 1]. The model itself predicts, outside of the caller's autocast; to certify its
     frozen copy, give `purify_fast.frozen_copy(model, x)`. Draws are tied to the seed, the image's index and the draw's
@@ -81,27 +87,34 @@ def certify(
     where rounding moves a logit across a tie.
 
     Each batch has up to 16 rows at random places whose logits are known. If they change, the run is refused, and the
-    rows that it has cached are removed.
+    counts that it has kept are removed.
 
     Args:
         model: images ``[B, C, H, W]``, float32, to logits ``[B, classes]``: a deterministic module or function, or a
             random defence of this package with ``draws_for_each_image``, whose own draws count as a part of the noise.
             `purify_fast.methods.diffusion.DiffusionPurifier.one_shot` makes a model of a diffusion purifier.
         x: images ``[N, C, H, W]``, uint8 or floating point in [0, 1], a tensor or a NumPy array.
-        y: labels, integers ``[N]``.
+        y: labels, integers ``[N]``. None: no accuracy is known, but each image has a class and a radius.
         sigma: standard deviation of the noise in image units, above 0.
         radius: L2 radius in image units, at least 0, or several radii. The draws of an image end when it is known for
-            each radius whether the model's probability of the label is large enough.
+            each radius whether the model's probability of the class is large enough. None: the largest radius.
+        draws: number of draws for an image, beside ``choosing``. With ``radius``, it is the largest number: the last
+            look is after the largest of the numbers of `sequences.looks` up to it, and then an image is undecided at
+            the radii that are open.
         alpha: the largest probability that an image gets a wrong certificate, for all its radii together, in (0, 1).
-        draws: largest number of draws for an image. An image is undecided at the radii that are open then.
+        choosing: number of draws that choose the class, and count for nothing else.
+        gain: without ``radius``: the draws of an image end at one of up to 4 looks if all ``draws`` can increase its
+            radius by at most this share, in [0, 1), as far as an upper bound for its probability shows. The looks
+            share ``alpha``. 0: a single look after all draws.
         batch_size: largest number of rows in a forward pass. It is halved when memory runs out.
         seed: seed of the noise, in [0, 2^31).
         index: the images' indices in their data set, integers ``[N]`` in [0, 2^31), all different. An image then has
             the same draws among any other images. Default: 0 to N - 1.
-        out: a folder. Finished groups of 32 images are cached in ``out/rows``, as rows of `evaluate` are.
+        out: a folder. The counts of the draws are kept in ``out/rows``, and a later call, also with other images, radii
+            or ``alpha``, or with more ``draws``, draws only what is missing there.
         name: name of the model in the report.
         revision: a name for the model's code, as in `evaluate`.
-        progress: whether to show a progress bar, in images.
+        progress: whether to show a progress bar, in draws.
         together: whether the processes of torch's default process group share the work.
 
     Returns:
@@ -114,15 +127,23 @@ def certify(
     """
     if not callable(model) or isinstance(model, type):
         raise TypeError(f"model must be a module or a function from images to logits, got {model!r}")
-    radii = check_settings(sigma, radius, alpha, draws=draws, batch_size=batch_size, seed=seed)
+    whole_numbers = {"draws": draws, "batch_size": batch_size, "seed": seed, "choosing": choosing}
+    radii = check_settings(sigma, radius, alpha, gain=gain, **whole_numbers)
     check_folder("out", out)
-    images, labels, notes = collect(x, y)
+    images, labels, notes = collect(x, torch.zeros(len(x), dtype=torch.int64) if y is None else y)
     images, labels, device = images.cpu(), labels.cpu(), device_of(model, images)
     n, data = len(labels), digest(images, labels)
     numbered = np.arange(n) if index is None else torch.as_tensor(index).cpu().numpy()
+    # The counts are kept at all these numbers of draws. An image's draws may end at some of them.
+    cuts = looks(draws) if radii else sorted({*looks(draws), int(draws)})
+    ends = cuts if radii else cuts[::-TWICE][:ENDS] if gain else cuts[-1:]
     right, drawn = np.zeros((2, n), dtype=np.int64)
-    whole = Certificates(right, drawn, float(sigma), radii, float(alpha), notes=notes, index=numbered)
-    began, names, beaten = time.perf_counter(), torch.from_numpy(whole.index), np.zeros(n, dtype=np.bool_)
+    about: dict[str, Any] = {"notes": notes, "index": numbered, "looks": 1 if radii else len(ends)}
+    about |= {"labels": np.full(n, -1) if y is None else labels.numpy(), "tested": labels.numpy().copy()}
+    whole = Certificates(right, drawn, float(sigma), radii, float(alpha), **about)
+    if radii and cuts[-1] < draws:
+        notes.append(f"the draws end at {cuts[-1]}, the last look within {draws} draws")
+    names = torch.from_numpy(whole.index)
     with Shards(together) as shards, contextlib.ExitStack() as stack:
         notes += note_of_modes(model, name)
         generators = torch.random.fork_rng([device.index or 0] if device.type == "cuda" else [])
@@ -131,100 +152,111 @@ def certify(
         read_copies(model)
         limit = BatchLimit(int(batch_size), device)
         asked = Draws(model, images, names, sigma=whole.sigma, seed=int(seed), limit=limit)
-        check_labels("y", labels, asked.classes)
-        mark, settings = fingerprint(model, revision), [ROWS, whole.sigma, radii, whole.alpha, int(draws), int(seed)]
+        if y is not None:
+            check_labels("y", labels, asked.classes)
+        mark, table = fingerprint(model, revision), [PARTS, whole.sigma, int(seed), asked.classes]
         # A function has no weights.
         weights = weights_fingerprint(model) if isinstance(model, nn.Module) else ""
         version, kind = f"purify_fast {__version__}, PyTorch {torch.__version__}", type(model).__name__
         whole.about.update(name=name, predicted_by=kind, precision=asked.precision, version=version, weights=weights)
-        whole.about.update(seed=str(int(seed)), most_draws=str(draws), data=data)
-        shards.check_same({"images": [data, names.tolist()], "model": [mark, asked.classes], "certificate": settings})
-        groups = torch.arange(n, device="cpu").split(GROUP)
-
-        def decide(group: int) -> dict[str, Tensor]:
-            return _decide(asked, whole, groups[group], labels[groups[group]].numpy(), int(draws))
-
-        if shards.rank > 0:
-            return Certificates.from_json(shards.follow(decide))
+        whole.about.update(seed=str(int(seed)), most_draws=str(cuts[-1]), data=data)
+        question = [radii, whole.alpha, *map(int, (draws, choosing, batch_size)), float(gain), y is None]
+        shards.check_same({"images": [data, names.tolist()], "model": [mark, table], "certificate": question})
         if out is not None and mark is None:
             why = "because it is a function, or holds a value that cannot be compared"
             logger.warning('out: the rows of %s are not kept, %s. certify(..., revision="1") keeps them', name, why)
-        cache = RowCache(None if out is None else Path(out), kernels_now(device), revision)
+        cache = RowCache(None if out is None or shards.rank > 0 else Path(out), kernels_now(device), revision)
         cache.register(model, mark)
-        made: dict[int, dict[str, Tensor]] = {}
-
-        def make(group: int) -> dict[str, Tensor]:
-            # Every process decides one of the next groups.
-            if group not in made:
-                following = range(len(groups))[group : group + shards.world]
-                made.update(zip(following, shards.share(following, decide), strict=True))
-            return made[group]
-
         stack.push(lambda kind, *_: cache.remove_written() if kind is DependentDrawsError else None)
-        with tqdm(total=n, desc=f"{name}: certificates", unit="image", disable=not progress) as bar:
-            for group, part in enumerate(groups):
-                about = {"certificate": settings, "data": digest(images[part], labels[part], names[part])}
-                known = cache.values(cache.key(about, model), lambda group=group: make(group))  # type: ignore[misc]
-                right[part], drawn[part], beaten[part] = known["right"], known["draws"], known["beaten"]
-                whole.decided[part] = known["decided"]
-                bar.update(len(part))
+        keep = lambda part, make: cache.values(cache.key({"counts": table, "part": part}, model), make)  # noqa: E731
+        counted = Counted(asked, shards, keep)
+        if shards.rank > 0:
+            return Certificates.from_json(shards.follow(counted.draw))  # type: ignore[arg-type]
+        extra = int(choosing) if y is None or not radii else 0
+        if extra:
+            whole.tested[:] = counted.after(np.arange(n), MOST + extra)[:, :-1].argmax(1)
+        open_, beaten = np.arange(n), np.zeros(n, dtype=np.bool_)
+        with tqdm(total=n * cuts[-1], desc=f"{name}: certificates", unit="draw", disable=not progress) as bar:
+            for last in cuts:
+                counts = counted.after(open_, last)
+                bar.update(int((last - drawn[open_]).sum()))
+                right[open_], drawn[open_] = counts[np.arange(len(open_)), whole.tested[open_]], last
+                if last in ends:
+                    known, beaten[open_] = _ended(whole, open_, counts, float(gain))
+                    bar.total -= int(known.sum()) * (cuts[-1] - last)
+                    open_ = open_[~known]
+                if not len(open_):
+                    break
         if radii == (0.0,):
             whole.refuted[0.0] = beaten
-        whole.about["seconds"] = f"{time.perf_counter() - began:.1f}"
+        # Draws of earlier runs took time too.
+        seconds = counted.seconds / counted.drawn * (drawn.sum() + extra * n)
+        whole.about.update(choosing_draws=str(extra), seconds=f"{seconds:.1f}")
         shards.end(whole.to_json)
     return whole
 
 
-def _decide(asked: Draws, whole: Certificates, part: Tensor, y: NDArray[np.int64], most: int) -> dict[str, Tensor]:
-    """Draw until each image of a group is decided.
+def _ended(
+    whole: Certificates, at: NDArray[np.int64], counts: NDArray[np.int64], gain: float
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Keep the look of images at some places whose counts by class are given, if it proves what no earlier look does.
 
     Returns:
-        ``right`` and ``draws``, int64 ``[n]``, and ``decided``, int64 ``[n, radii, 2]``, as in `Certificates`; and
-        ``beaten``, bool ``[n]``: whether another class is proved to be more frequent than the label.
+        The images whose draws end, bool ``[n]``, and those of which another class is proved to be more frequent.
     """
-    counts, shape = np.zeros((len(y), asked.classes + 1), dtype=np.int64), (len(y), len(whole.radii))
-    now, decided, done = counts[:, :2].copy(), np.zeros((*shape, 2), dtype=np.int64), np.zeros(shape, dtype=np.bool_)
-    its_own = np.arange(len(y)), y
-    for first, last in pairwise((0, *looks(most))):
-        open_ = ~done.all(1)
-        if not open_.any():
-            break
-        counts[open_] += asked.counts(part[torch.from_numpy(open_)], first, last)
-        others = counts.copy()
-        others[its_own] = -1
-        now = np.stack([counts[its_own], counts.sum(1)], 1)
-        lead = leads(now[:, 0], others.max(1), asked.classes, whole.alpha)
-        decided[~done] = np.broadcast_to(now[:, None], decided.shape)[~done]
-        for k, radius in enumerate(whole.radii):
-            answer = answers(now[:, 0], now[:, 1], whole.threshold(radius), whole.alpha)
-            # Radius 0 alone asks which class is the most frequent, which may have less than half of the draws.
-            done[:, k] |= (answer == 1) | (lead != 0) if whole.radii == (0.0,) else answer != 0
-    rows = {"right": now[:, 0], "draws": now[:, 1], "decided": decided, "beaten": lead == -1}
-    return {name: torch.from_numpy(value.copy()) for name, value in rows.items()}
+    now = np.stack([whole.right[at], whole.draws[at]], -1)[:, None]
+    if not whole.radii:
+        level, most = whole.alpha / whole.looks, int(whole.about["most_draws"])
+        bounds = lower_bounds(np.stack([whole.decided[at, 0], now[:, 0]]), level)
+        whole.decided[at] = np.where((bounds[1] >= bounds[0])[:, None, None], now, whole.decided[at])
+        above = 1 - lower_bounds(now[:, 0] * [-1, 1] + now[:, 0, 1:] * [1, 0], level)
+        best = distances(np.minimum(above, level ** (1 / most)))
+        return best <= np.maximum(0, (1 + gain) * distances(bounds.max(0))), np.zeros(len(at), dtype=np.bool_)
+    thresholds, look = [whole.threshold(radius) for radius in whole.radii], whole.decided[at]
+    done = answers(look, thresholds, whole.alpha) != 0
+    # An answer stays.
+    whole.decided[at] = look = np.where(done[..., None], look, now)
+    answer = answers(look, thresholds, whole.alpha)
+    others, its_own = counts.copy(), (np.arange(len(at)), whole.tested[at])
+    others[its_own] = -1
+    lead = leads(counts[its_own], others.max(1), counts.shape[1] - 1, whole.alpha)
+    # Radius 0 alone asks which class is the most frequent, which may have less than half of the draws.
+    known = (answer[:, 0] == 1) | (lead != 0) if whole.radii == (0.0,) else (answer != 0).all(1)
+    return known, lead == -1
 
 
-def check_settings(sigma: Any, radius: Any, alpha: Any, **whole: Any) -> tuple[float, ...]:
+def check_settings(sigma: Any, radius: Any, alpha: Any, gain: Any = 0.0, **whole: Any) -> tuple[float, ...]:
     """Refuse settings of certificates that are not allowed, with TypeError or ValueError. Return the radii.
 
-    ``whole`` are the whole numbers ``draws``, ``batch_size``, ``seed`` and perhaps ``votes``.
+    ``whole`` are the whole numbers ``draws``, ``batch_size``, ``seed`` and perhaps ``choosing`` or ``votes``.
     """
-    given = radius.tolist() if isinstance(radius, (np.ndarray, Tensor)) else radius
+    given = radius.tolist() if isinstance(radius, (np.ndarray, Tensor)) else () if radius is None else radius
     radii = tuple(given) if isinstance(given, (list, tuple, range)) else (given,)
-    if not radii:
+    if not radii and radius is not None:
         raise ValueError("radius must be a number or at least one number, got none")
     allowed = {"sigma": Range(0, above=True, below=True), "alpha": Range(0, 1, above=True, below=True)}
     allowed |= {"draws": Range(1, MOST), "radius": Range(0, below=True), "seed": Range(0, LARGEST, below=True)}
-    for name, value in [("sigma", sigma), ("alpha", alpha), *(("radius", each) for each in radii), *whole.items()]:
+    allowed |= {"gain": Range(0, 1, below=True), "choosing": Range(1, MOST)}
+    numbers = [("sigma", sigma), ("alpha", alpha), ("gain", gain), *(("radius", each) for each in radii)]
+    for name, value in [*numbers, *whole.items()]:
         if name in whole and (not isinstance(value, Integral) or isinstance(value, bool)):
             raise TypeError(f"{name} must be a whole number, got {value!r}")
         check_number(name, value)
         allowed.get(name, Range(1)).check(name, value)
-    # No alpha of float64 needs more right draws to prove a majority.
-    numbers, count = np.arange(1.0, 2048.0), whole["draws"]
-    Range(numbers[answers(numbers, numbers, 0.5, float(alpha)) == 1][0], MOST).check("draws", count)
-    lower, _ = bounds(np.array([count]), np.array([count]), float(alpha))
-    most = float(sigma) * NORMAL.inv_cdf(float(lower[0]))
-    if max(radii) > most:
+    if gain and radii:
+        raise ValueError(f"gain is only for the largest radius, without radius, got gain {gain} and radius {radius}")
+
+    # Right draws alone prove a probability p if p^draws is at most this.
+    def needed(p: float, n: int) -> float:
+        return spent(n, p, float(alpha)) if radii else float(alpha)
+
+    proving = (n for n in (looks(MOST) if radii else range(1, MOST)) if 0.5**n <= needed(0.5, n))
+    Range(next(proving, MOST), MOST).check("draws", whole["draws"])
+    count, p = looks(whole["draws"])[-1] if radii else whole["draws"], 0.5
+    for _ in range(100):
+        p = needed(p, count) ** (1 / count)
+    most = float(sigma) * NORMAL.inv_cdf(p)
+    if radii and max(radii) > most:
         text = f"{count} right draws at sigma {sigma} and alpha {alpha} prove, got {max(radii)}"
         # A bound is rounded down.
         raise ValueError(f"radius must be at most {math.floor(1e4 * most) / 1e4}, which {text}")

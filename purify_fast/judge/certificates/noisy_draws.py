@@ -103,8 +103,9 @@ class Draws:
         return self.limit.within(lambda: self._counts(at, first, last))
 
     def _counts(self, at: Tensor, first: int, last: int) -> NDArray[np.int64]:
+        # Passes are full: many draws of an image, or all draws of many images.
         counts, room = [], self._sizes()[2]
-        for part in at.split(room):
+        for part in at.split(max(1, room // (last - first))):
             each, total = max(1, room // len(part)), torch.zeros((), dtype=torch.int64, device="cpu")
             for start in range(first, last, each):
                 logits = self._checked(*self._rows(part, start, min(each, last - start)))

@@ -63,7 +63,8 @@ def refute(
         draws: largest number of draws of an attacked image.
         batch_size: largest number of noisy images in a forward pass of the proof.
         **settings: further keywords of `evaluate`, such as ``attacks``, ``steps``, ``out`` or ``name``. The default of
-            ``protocol`` is "strong", and that of ``seed`` is the seed of the certificates.
+            ``protocol`` is "strong", that of ``seed`` is the seed of the certificates, and that of ``name`` says that
+            the smoothed classifier is attacked.
 
     Returns:
         The certificates with `Certificates.refuted` at this radius, and the report of the attacks.
@@ -89,6 +90,7 @@ def refute(
         raise ValueError("model must have the weights of the model of the certificates, got others")
     if "attacks" not in asked:
         asked.setdefault("protocol", "strong")
+    asked.setdefault("name", f"{certificates.about['name']}, smoothed with sigma {sigma:g}")
     together = asked.get("config", EvaluateConfig()).together
     smoothed = _Smoothed(model, sigma, samples=1, clamp=False).eval()
     report = evaluate(MajorityVote(smoothed, votes), images, labels, eps=radius, norm="l2", n_eval=1, **asked)
