@@ -4,7 +4,6 @@ import functools
 import json
 import os
 import subprocess
-import sys
 import tarfile
 import time
 from dataclasses import replace
@@ -17,12 +16,8 @@ from small_runs import attack, batch, classifier_task
 
 from benchmarks import __main__ as program
 from benchmarks.gpu import gpu_check, gpu_sections, in_use
-from benchmarks.pages import performance
-from benchmarks.speed import kernel_times, limits, pipelines, running, sheets, timing
+from benchmarks.speed import limits, pipelines, running, sheets, timing
 from benchmarks.speed.pipelines import pgd_forms
-from purify_fast import _library
-from purify_fast.ops import REGISTRY
-from purify_fast.ops.dispatch import tuning
 from purify_fast.speed import StepGraphs
 
 ROOT = Path(__file__).parents[2]
@@ -214,24 +209,6 @@ def test_forms_of_pgd_have_rows_and_a_weaker_form_is_seen(rehearsal, monkeypatch
     assert outcome.details["errors"] == {f"8 images, {name}": "wrong" for name in FORMS if "ours" in name}
 
 
-def device_tests(*words: str, **environ: str) -> str:
-    """Pytest's summary of some of a device's tests, rehearsed on a CPU."""
-    # a rehearsal skips much that a device would run
-    environ = {"PURIFY_FAST_TEST_COMPLETE": "", "PURIFY_FAST_TEST_DEVICE": "cpu", "OMP_NUM_THREADS": "1", **environ}
-    environ = os.environ | environ
-    command = [sys.executable, "-m", "pytest", *words, "-p", "no:cacheprovider", "-v", "-rs"]
-    return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True).stdout
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not _library.loaded(), reason="the rehearsal needs the compiled extension")
-def test_the_tests_of_a_device_can_be_rehearsed():
-    said = device_tests("tests/gpu", "-k", "reconstruction_loss and not gradient")
-    assert " passed" in said and " failed" not in said and "has neither streams nor CUDA graphs" in said
-    late = device_tests("tests/gpu/test_methods.py", PURIFY_FAST_TEST_SECONDS="0")
-    assert "left out: the time limit of 0 s" in late
-
-
 def test_a_budget_names_what_it_leaves_out():
     made: list[str] = []
     work = [(name, lambda name=name: made.append(name) or time.sleep(0.2)) for name in "abcdef"]
@@ -253,22 +230,3 @@ def test_limits_are_rates_of_random_data(tmp_path):
     found = limits.read(tmp_path)
     name = timing.environment(CPU)["device"]
     assert found == {(name, row["limit"]): float(row["median"]) for row in rows}
-
-
-@pytest.mark.skipif(not _library.loaded(), reason="the CPU's kernels are the extension's")
-def test_the_times_of_kernels_end_in_a_file(tmp_path, monkeypatch):
-    """The times of one op rehearsed: nothing outside of the folder is written."""
-    monkeypatch.setenv("PURIFY_FAST_CACHE", str(tmp_path / "cache"))
-    kept = {name: op for name, op in REGISTRY.items() if name == "noisy_replay"}
-    monkeypatch.setattr(tuning, "REGISTRY", kept)
-    monkeypatch.setattr(tuning, "SECONDS", 1e-5)
-    monkeypatch.setitem(tuning.SIZES, "cpu", [2**10])
-    context = gpu_sections.Context(tmp_path / "cpu", CPU, True, 60.0)
-    outcome = gpu_sections.times_of_kernels(context)
-    assert outcome.state == "passed" and not outcome.left_out, outcome
-    rows = sheets.read_csv(tmp_path / "cpu" / "kernels.csv")
-    assert {(row["op"], row["dtype"], row["elements"], row["style"]) for row in rows} == {
-        ("noisy_replay", dtype, "1024", "eager") for dtype in ("float32", "bfloat16")
-    }
-    assert list(kernel_times.speedups(rows)) == [("noisy_replay", "")]
-    assert "| noisy_replay | " in "\n".join(performance.times_of_kernels(rows))

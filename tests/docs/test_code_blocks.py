@@ -162,7 +162,7 @@ def run_commands(block):
 
 #: The pages with blocks that run, among them those that a new user reads first, and those that are not slow.
 FIRST = ("README.md", *WHOLE)
-QUICK = ("README.md", "docs/get_started.md", "docs/import.md")
+QUICK = ("README.md", "docs/import.md")
 RUN = [*FIRST, *(page for page, blocks in BLOCKS.items() if page not in FIRST and "python" in dict(blocks))]
 
 

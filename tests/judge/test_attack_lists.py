@@ -1,11 +1,14 @@
 """The lists of attacks: the transfers that masked gradients add, and the steps that a user chooses."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 from torch import nn
 
+from purify_fast.attacks import APGD, Square
 from purify_fast.attacks.base import ThreatModel
+from purify_fast.evaluation import AttackSpec
 from purify_fast.judge.request.attack_lists import protocol_attacks, without_early_stops
 
 BALL = ThreatModel("linf", 0.1)
@@ -31,6 +34,17 @@ def test_the_steps_of_a_transfer():
     assert transfers(random=False, quick=False) == transfers(random=False, quick=True) == usual
     assert transfers(random=True, quick=False) == short + usual
     assert transfers(random=True, quick=True) == short + long
+
+
+def test_a_transfer_is_made_once_and_stands_before_the_searches_without_gradients():
+    """Without early stops: each of the protocol's own attacks gets all remaining images, and all of its steps."""
+    first, square = APGD(loss="margin", give_up=True), Square(give_up=True)
+    before = AttackSpec(APGD(), label="APGD-T by the gradients of b")
+    given = [AttackSpec(first, until=0.1), before, AttackSpec(square, nearest=10)]
+    found = without_early_stops(given, of(False), BALL, ["a"])
+    assert [spec.label for spec in found] == [None, *(f"APGD-T by the gradients of {name}" for name in "abc"), None]
+    for spec, attack in ((found[0], first), (found[-1], square)):
+        assert spec == AttackSpec(replace(attack, give_up=False))
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def limited(kind, minutes):
         return plain(made(kind, minutes=minutes))
 
 
-@pytest.mark.parametrize("kind", ["random", "masked"])
+@pytest.mark.parametrize("kind", ["random", pytest.param("masked", marks=pytest.mark.slow)])
 def test_processes_end_together_where_the_time_is_over(tmp_path, kind):
     """In the plan, in probes, in searches of one process or of both: none waits for another for ever."""
     ended = set()
