@@ -33,12 +33,8 @@ class Accuracy(NamedTuple):
 def _of_mnist(results: Path, model: str) -> Accuracy | None:
     """Return the accuracies of a model of the study of CARSO on MNIST."""
     rows = Report.from_json((results / "studies" / "carso_mnist" / "report.json").read_text()).rows
-    found = {row.attack.partition(",")[0]: row for row in rows if row.model == model and row.attack in ROWS}
+    found = {row.attack: row for row in rows if row.model == model}
     return Accuracy(found["clean"].accuracy, found["worst"].accuracy) if found else None
-
-
-#: The rows of a deterministic model, and of a random model without its randomness.
-ROWS = ("clean", "worst", "clean, deterministic", "worst, deterministic")
 
 
 def _of_cifar10(results: Path, model: str) -> Accuracy | None:
@@ -74,7 +70,7 @@ class Method(NamedTuple):
 
 STUDIES = (_of_mnist, _of_cifar10)
 METHODS = (
-    Method("CARSO", STUDIES, ("CARSO pipeline", "classifier"), ("CARSO pipeline", "PGD-AT"), "CARSO pipeline"),
+    Method("CARSO", STUDIES, ("CARSO pipeline, z = 0", "classifier"), ("CARSO pipeline", "PGD-AT"), "CARSO pipeline"),
     Method("AToP", STUDIES, None, ("AToP pipeline", "PGD-AT"), "AToP pipeline"),
     Method("ARREST", STUDIES, None, ("ARREST, moving average", "PGD-AT"), "ARREST, moving average"),
     Method(

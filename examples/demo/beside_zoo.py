@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from purify_fast import zoo
-from purify_fast.evaluation import Report, evaluate, merge
+from purify_fast.evaluation import EvaluateConfig, Report, evaluate, merge
 from purify_fast.methods.arrest import ArrestTask
 from purify_fast.methods.atop import Atop, AtopTask
 from purify_fast.methods.atop.generators import SmallGenerator
@@ -160,5 +160,5 @@ def _of_the_zoo(out: Path, card: str, title: str, seed: int) -> Report:
 def _attacked(folder: Path, model: Classifier, name: str, seed: int) -> Report:
     """Attack a model by the protocol ``fast``."""
     x, y = digits().x_test[:IMAGES], digits().y_test[:IMAGES]
-    options = {"protocol": "fast", "seed": seed, "dataset_name": digits().name}
-    return evaluate(model, x, y, eps=RADIUS, out=folder, name=name, progress=False, **options)
+    config = EvaluateConfig("fast", seed=seed, dataset_name=digits().name)
+    return evaluate(model, x, y, eps=RADIUS, out=folder, name=name, progress=False, config=config)

@@ -16,13 +16,14 @@ BALL = ThreatModel("linf", 0.1)
 
 def of(random: bool) -> SimpleNamespace:
     surrogates = [(name, nn.Identity()) for name in "abc"]
-    return SimpleNamespace(is_random=random, base_model=nn.Identity(), surrogates=lambda ball: (surrogates, {}))
+    model = nn.Identity()
+    return SimpleNamespace(is_random=random, base_model=model, votes=1, surrogates=lambda ball: (surrogates, {}))
 
 
 def transfers(random: bool, quick: bool) -> list[tuple]:
     """Return the label, the steps and the number of target classes of every transfer, in the order that was asked."""
     found = without_early_stops([], of(random), BALL, ["c", "a"], quick)
-    assert all(spec.survivors_only and spec.gradients_from is not None for spec in found)
+    assert all(spec.survivors_only and spec.through is not None for spec in found)
     return [(spec.label, spec.attack.steps, spec.attack.n_target_classes) for spec in found]
 
 
@@ -59,5 +60,5 @@ def test_asked_steps_shorten_the_long_attacks_alone(asked, steps):
 def test_a_base_is_transferred_from_by_every_protocol():
     base = nn.Identity()
     specs = protocol_attacks("rand", of(True), BALL, base=base)
-    assert [(spec.label, spec.target) for spec in specs[-1:]] == [("transfer from the base", base)]
+    assert [(spec.label, spec.through) for spec in specs[-1:]] == [("transfer from the base", base)]
     assert [spec.attack.eot_iter for spec in specs[:-1]] == [20, 20]
