@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
-from difflib import get_close_matches
 
 import torch
 from torch import Tensor
@@ -20,15 +18,6 @@ INTO_RANGE = (
     "divide images in 0..255 by 255; for normalized images give x * std + mean as the images, and lambda x: "
     "model((x - mean) / std) as the model; after a resize give x.clamp(0, 1)"
 )
-
-
-def check_keywords(function: str, given: Iterable[str], known: Collection[str]) -> None:
-    """Raise a TypeError that names the nearest known option, if one of the ``given`` options is not known."""
-    for name in given:
-        if name not in known:
-            near = get_close_matches(name, known, 1)
-            advice = f"is {near[0]!r} meant?" if near else f"there are {', '.join(sorted(known))}"
-            raise TypeError(f"{function} has no option {name!r}: {advice}")
 
 
 def check_images(

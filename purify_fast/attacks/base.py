@@ -140,7 +140,7 @@ class Attack(abc.ABC):
 
     def draws(self, context: AttackContext) -> int:
         """The number of predictions that a step averages; 1 if the model predicts the same every time."""
-        return context.predictions(self.eot_iter or context.eot_iter) if context.draws_differ else 1
+        return (self.eot_iter or context.eot_iter) if context.draws_differ else 1
 
     def resolved_for(self, context: AttackContext) -> Resolved:
         """Replace each option that is None, and choose "margin" if the model has too few classes for the loss."""

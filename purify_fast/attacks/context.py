@@ -99,10 +99,6 @@ class AttackContext:
     def __post_init__(self) -> None:
         check_counts(max_forward_batch=self.max_forward_batch)
 
-    def predictions(self, draws: int) -> int:
-        """Return the number of predictions that together make ``draws`` draws."""
-        return draws
-
     def new_health(self) -> GradientHealth | None:
         """Return the counts that an attack adds up; None if it counts nothing."""
         return None

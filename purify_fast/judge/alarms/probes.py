@@ -265,7 +265,7 @@ class _Short:
         self.x, self.y, self.part, self.model, self.context = before.x[part], before.y[part], part, model, context
         self.random, self.keep = before.subject.is_random, keep
         self.judges = JUDGES if self.random else 1
-        self.draws = min(4, context.predictions(context.eot_iter)) if self.random else 1
+        self.draws = min(4, context.eot_iter) if self.random else 1
         #: For each image the last point that fell, or the clean image.
         self.points = self.x.clone()
         # The result does not depend on the probes that ran before.

@@ -21,8 +21,6 @@ class JudgeContext(AttackContext):
         judge_draws: number of fresh predictions that check a success on a random model. None takes the number of
             predictions that a step averages.
         judge_share: the share of these fresh predictions that must be wrong for a success.
-        votes: number of draws in one prediction of the attacked model, if the prediction is a vote over draws. A step
-            then averages fewer predictions.
         gradients_from: another model from which attacks with `Attack.follows_gradients` take their gradients. The
             attacked model still checks every success. With None, the attacked model gives the gradients.
         batch_size: the largest number of images in one batch of a search; a search with another target or restart takes
@@ -37,7 +35,6 @@ class JudgeContext(AttackContext):
     seed: int = 0
     judge_draws: int | None = None
     judge_share: float = 1.0
-    votes: int = 1
     gradients_from: Classifier | None = None
     batch_size: int | None = None
     counts_health: bool = False
@@ -53,9 +50,6 @@ class JudgeContext(AttackContext):
         if isinstance(context, cls):
             return context
         return cls(**{each.name: getattr(context, each.name) for each in fields(context)})
-
-    def predictions(self, draws: int) -> int:
-        return -(-draws // self.votes)
 
     def judges(self, draws: int) -> int:
         """Return how many fresh predictions judge an image, for an attack whose steps average ``draws`` draws."""

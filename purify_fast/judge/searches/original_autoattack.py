@@ -78,7 +78,7 @@ class OriginalAutoAttack(InBall):
 
     def draws(self, context: AttackContext) -> int:
         differ = context.draws_differ and self.version == "rand"
-        return context.predictions(self.eot_iter or DRAWS) if differ else 1
+        return (self.eot_iter or DRAWS) if differ else 1
 
     def revision(self) -> str:
         """The version of this class, and the installed package with its version."""
