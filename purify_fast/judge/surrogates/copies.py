@@ -17,6 +17,7 @@ from ...attacks import BpdaModel, frozen
 from ...attacks.ball import ball_around, normal_in_ball
 from ...attacks.base import ThreatModel
 from ...defences.modes import WithFixedNoise, WithoutNoise
+from ...defences.stochastic import with_samples
 from ...model_state import attributes
 from ...protocols import Classifier, DeterministicMode, FixedNoise, OwnSurrogates, has_classifier, is_purifier, supports
 from ...speed.agreement import FLOAT32
@@ -88,7 +89,7 @@ def surrogates(
         candidates += cast(OwnSurrogates, model).attack_surrogates()
     samples = getattr(model, "samples", None)
     if isinstance(model, nn.Module) and isinstance(samples, int) and samples > 1:
-        candidates.append(("a copy of fewer samples", FewerSamples(model, max(1, samples // 4))))
+        candidates.append(("a copy of fewer samples", with_samples(model, max(1, samples // 4))))
     # Gradients are also compared far from the images, because a model may have useless gradients only there.
     x = torch.cat([x, normal_in_ball(x, ball_around(x, ball.eps, ball.norm), FAR * ball.eps)])
     with _tried(model, x):
@@ -233,22 +234,6 @@ class IdentityBackward(_Around):
         """Images ``[B, ...]`` to logits ``[B, classes]``."""
         with PassedThrough([*self.passed]) if torch.is_grad_enabled() else contextlib.nullcontext():
             return self.model(x)
-
-
-class FewerSamples(_Around):
-    """A defence that predicts from fewer samples."""
-
-    def __init__(self, model: nn.Module, samples: int):
-        super().__init__(model)
-        self.samples = samples
-
-    def forward(self, x: Tensor) -> Tensor:
-        model: Any = self.model
-        before, model.samples = model.samples, self.samples
-        try:
-            return model(x)
-        finally:
-            model.samples = before
 
 
 class Together(nn.Module):
