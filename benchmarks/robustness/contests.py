@@ -192,11 +192,7 @@ def found_in_turn(subject: Subject, specs: Sequence[AttackSpec], context: JudgeC
 
     `evaluate` chooses between points by fewer draws, and returns a point only if other draws misclassify it, too.
     """
-    judge, images = Judge(subject.model, JUDGES, 2 * BATCH), subject.x.clone()
-    with frozen(subject.model):
-        wrong = torch.cat(
-            [judge.shares(*part) for part in zip(images.split(BATCH), subject.y.split(BATCH), strict=True)]
-        )
+    judge, images, wrong = Judge(subject.model, JUDGES, 2 * BATCH), subject.x.clone(), misclassified(subject, subject.x)
     for spec in specs:
         with frozen(subject.model), frozen(subject.model if spec.through is None else spec.through):
             for part in (~has_fallen(wrong)).nonzero()[:, 0].split(BATCH):

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from .._validation import NormName, check_counts, check_folder, check_literal, read_norm
 from ..attacks import Attack, frozen
+from ..defences.stochastic import undecided
 from ..protocols import Classifier
 from ..speed.precision import whole_float32_by_default
 from .request.config import EvaluateConfig
@@ -126,8 +127,8 @@ class AutoAttack:
         logger: ``logger.log(text)`` prints if ``verbose``, and appends to the file at ``log_path``.
 
     Raises:
-        ValueError: a version is not known, or a setting is not supported. The message names the setting. A norm, a radius
-            or the name of an attack that is not allowed raises this error when a run begins.
+        ValueError: a setting is not supported. The message names the setting. A norm, a radius or a name of an attack
+            that is not allowed raises this error when a run begins.
     """
 
     # Setting an attribute that nothing reads, such as `n_queries` in place of `square.n_queries`, raises an error.
@@ -149,14 +150,12 @@ class AutoAttack:
         device: torch.device | str | None = None,
         log_path: str | Path | None = None,
     ):
-        check_literal("version", version, Version)
         if is_tf_model:
             raise ValueError("is_tf_model must be False, got True: models of TensorFlow are not supported")
         if version != "custom" and len(attacks_to_run) > 0:
             raise ValueError(f"attacks_to_run needs version='custom', got version={version!r}")
         self.model, self.norm, self.epsilon, self.seed, self.verbose = model, norm, eps, seed, verbose
-        self.version, self.log_path = version, log_path
-        self.device = None if device is None else torch.device(device)
+        self.log_path, self.device = log_path, None if device is None else torch.device(device)
         self.attacks_to_run: list[AttackName] = list(attacks_to_run)
         self.apgd, self.apgd_targeted = ApgdSettings(), ApgdSettings(n_restarts=1)
         self.fab, self.square = FabSettings(), SquareSettings()
@@ -211,8 +210,9 @@ class AutoAttack:
             Images ``[N, C, H, W]``, float32 on the device of x_orig: for each image its adversarial image, or the
             original image if the attacks found none. For a random model, the adversarial image is the point that the
             largest number of draws misclassify, and the original image is returned if at least twenty other draws all
-            classify this point correctly. The accuracy on the returned images is therefore up to 2 points above the
-            printed accuracy. With ``return_labels`` also the predicted classes, int64 ``[N]``, -1 for NaN.
+            classify this point correctly. The expected accuracy on the returned images is therefore up to 2 points
+            above that of the points. With ``return_labels`` also the predicted classes, int64 ``[N]``, -1 without a
+            class.
 
         Raises:
             ValueError: images, labels, names, the radius or counts are not allowed, or ``state_path`` is a file.
@@ -272,7 +272,7 @@ class AutoAttack:
             what = "initial accuracy" if row.kind == "clean" else f"robust accuracy after {row.attack}"
             self.logger.log(f"{what}: {row.mean:.2%} ({row.seconds:.1f} s)")
             if row.nonfinite_predictions:
-                self.logger.log(f"WARNING: {row.nonfinite_predictions} predictions are NaN, which counts as wrong")
+                self.logger.log(f"WARNING: {row.nonfinite_predictions} predictions are not finite, and count as wrong")
             if not row.reliable:
                 self.logger.log(f"WARNING: {row.attack} had unusable gradients: {row.health_in_words()}")
         self.logger.log(f"robust accuracy: {rows[-1].mean:.2%}")
@@ -304,11 +304,11 @@ class AutoAttack:
     @torch.no_grad()
     @whole_float32_by_default()
     def _classes(self, x: Tensor, size: int) -> Tensor:
-        """The classes that are predicted in evaluation mode, batch by batch; -1 for a prediction with NaN."""
+        """The classes that are predicted in evaluation mode, batch by batch; -1 for a prediction without a class."""
         with frozen(self.model):
             check_model(self.get_logits, x[:SAMPLE].clone())
             logits = torch.cat([self.get_logits(part).to(x.device) for part in x.split(size)])
-        return logits.argmax(1).masked_fill(logits.isnan().any(1), -1)
+        return logits.argmax(1).masked_fill(undecided(logits), -1)
 
     def _device(self, x: Tensor) -> torch.device:
         return device_of(self.model, x) if self.device is None else self.device
