@@ -5,7 +5,8 @@ RobustBench calls). The class translates them into a call of `purify_fast.evalua
 class does not support raises an error. To run the original implementation, use `purify_fast.attacks.OriginalAutoAttack`
 or the protocol "official". These things differ from the original:
 
-- The accuracy after each attack is printed and written after the last attack. Until then, bars show the progress.
+- The accuracy after each attack is printed and written after the last attack. Until then, the progress of ``evaluate``
+  is shown, in which an image of a random model counts only if all draws are right.
 - The search for an adversarial image ends early if it can hardly succeed any more.
 - An image of a random model is attacked until several new draws all misclassify it. The printed accuracy is the mean
   over at least twenty other draws, so chance does not lower it.
@@ -218,7 +219,8 @@ class AutoAttack:
             ValueError: images, labels, names, the radius or counts are not allowed, or ``state_path`` is a file.
         """
         check_folder("state_path", state_path)
-        return self._run(x_orig, y_orig, self.attacks_to_run, batch_size or bs, return_labels, state_path)
+        size = batch_size or bs
+        return self._run(x_orig, y_orig, self.attacks_to_run, size, labels=return_labels, out=state_path)
 
     def run_standard_evaluation_individual(
         self, x_orig: Tensor, y_orig: Tensor, bs: int = 250, return_labels: bool = False, batch_size: int | None = None
@@ -228,7 +230,7 @@ class AutoAttack:
         The arguments are those of `run_standard_evaluation`, and so is the result for each attack, by its name.
         """
         size = batch_size or bs
-        return {name: self._run(x_orig, y_orig, [name], size, return_labels) for name in self.attacks_to_run}
+        return {name: self._run(x_orig, y_orig, [name], size, labels=return_labels) for name in self.attacks_to_run}
 
     def clean_accuracy(self, x_orig: Tensor, y_orig: Tensor, bs: int = 250) -> float:
         """The share of images that are classified correctly, with one prediction of each image, clean or adversarial.
@@ -239,7 +241,7 @@ class AutoAttack:
         return float((self._classes(x, bs) == y.to(x.device)).float().mean())
 
     def _run(
-        self, x: Tensor, y: Tensor, names: Sequence[str], size: int, labels: bool, out: str | Path | None = None
+        self, x: Tensor, y: Tensor, names: Sequence[str], size: int, *, labels: bool, out: str | Path | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         check_counts(bs=size)
         attacks = {name.upper(): self._attack(name) for name in names}
