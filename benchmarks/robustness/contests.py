@@ -42,7 +42,6 @@ from purify_fast.attacks.gradient_copy import Copies
 from purify_fast.data import load_dataset, to_float
 from purify_fast.defences import StochasticDefence, WithAggregation
 from purify_fast.evaluation import AttackSpec, evaluate
-from purify_fast.judge.drop_in import AttackSequence
 from purify_fast.judge.request import subject as evaluated
 from purify_fast.judge.request.attack_lists import protocol_attacks
 from purify_fast.judge.searches.engine.judge import Judge, has_fallen
@@ -185,13 +184,24 @@ class Protocol:
             max_forward_batch=2 * BATCH,
             copies=Copies(subject.x),
         )
-        with frozen(subject.model):
-            attacked = AttackSequence(subject.model, subject.x, subject.y, context, subject.x.device)
-        for spec in specs:
-            attacked.context = replace(context, seed=spec.seed, gradients_from=spec.through)
-            with frozen(subject.model), frozen(subject.model if spec.through is None else spec.through):
-                attacked.run(spec.attack)
-        return misclassified(subject, attacked.images)
+        return misclassified(subject, found_in_turn(subject, specs, context))
+
+
+def found_in_turn(subject: Subject, specs: Sequence[AttackSpec], context: JudgeContext) -> Tensor:
+    """Run each attack on the images that are left. Return the points that most of `JUDGES` draws misclassify.
+
+    `evaluate` chooses between points by fewer draws, and returns a point only if other draws misclassify it, too.
+    """
+    judge, images, wrong = Judge(subject.model, JUDGES, 2 * BATCH), subject.x.clone(), misclassified(subject, subject.x)
+    for spec in specs:
+        with frozen(subject.model), frozen(subject.model if spec.through is None else spec.through):
+            for part in (~has_fallen(wrong)).nonzero()[:, 0].split(BATCH):
+                given = replace(context, seed=spec.seed, gradients_from=spec.through, sample_ids=part)
+                found = spec.attack.search(subject.model, subject.x[part], subject.y[part], given).images
+                share = judge.shares(found, subject.y[part])
+                better = share > wrong[part]
+                images[part[better]], wrong[part[better]] = found[better], share[better]
+    return images
 
 
 def standard_error(share: float, draws: int) -> float:

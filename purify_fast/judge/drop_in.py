@@ -1,12 +1,15 @@
 """A replacement for the original class AutoAttack, which runs this package's attacks.
 
 The arguments have the names and order of the original (Croce & Hein, ICML 2020; the package autoattack, which
-RobustBench calls). An argument that this class does not support raises an error. To run the original implementation,
-use `purify_fast.attacks.OriginalAutoAttack` or the protocol "official". These things differ from the original:
+RobustBench calls). The class translates them into a call of `purify_fast.evaluation.evaluate`. An argument that this
+class does not support raises an error. To run the original implementation, use `purify_fast.attacks.OriginalAutoAttack`
+or the protocol "official". These things differ from the original:
 
+- The accuracy after each attack is printed and written after the last attack. Until then, the progress of ``evaluate``
+  is shown, in which an image of a random model counts only if all draws are right.
 - The search for an adversarial image ends early if it can hardly succeed any more.
-- An image of a random model is attacked until several new draws all misclassify it, as many as a step of the attack
-  averages. The printed accuracy is the mean over at least five other draws, so chance does not lower it.
+- An image of a random model is attacked until several new draws all misclassify it. The printed accuracy is the mean
+  over at least twenty other draws, so chance does not lower it.
 - If the model has fewer classes than a loss needs, the margin replaces the loss.
 - ``fab`` runs targeted FAB for one class after the other, with ``fab.n_restarts`` restarts, because this package has no
   untargeted FAB.
@@ -15,12 +18,9 @@ use `purify_fast.attacks.OriginalAutoAttack` or the protocol "official". These t
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from datetime import datetime
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -28,27 +28,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .._files import write_text
-from .._tensors import digest
-from .._validation import NormName, check_counts, check_literal, read_norm
+from .._validation import NormName, check_counts, check_folder, check_literal, read_norm
 from ..attacks import Attack, frozen
-from ..attacks.arguments import check_eps, check_labels
-from ..attacks.attacked_model import TRIED_CALLS, drawn_once_per_call
-from ..attacks.gradient_copy import Copies
-from ..attacks.health import MAX_NONFINITE, MAX_ZERO, GradientHealth
-from ..ops import kernels_now
+from ..defences.stochastic import undecided
 from ..protocols import Classifier
-from ..speed.agreement import differ
 from ..speed.precision import whole_float32_by_default
-from .request.fingerprint import fingerprint
+from .request.config import EvaluateConfig
 from .request.preparation import collect
-from .request.subject import TRIED, device_of
-from .run.cache import RowCache
+from .request.specs import AttackSpec
+from .request.subject import device_of
+from .runner import evaluate
 from .searches.apgd import APGD
-from .searches.engine.judge import Judge, has_fallen
 from .searches.fab import FABT
-from .searches.judge_context import JudgeContext
-from .searches.model_tests import SAMPLE, check_model, draws_elsewhere
+from .searches.model_tests import SAMPLE, check_model
 from .searches.square import Square
 
 Version = Literal["standard", "plus", "rand", "custom"]
@@ -61,12 +53,8 @@ RUN: dict[str, tuple[AttackName, ...]] = {
     "rand": ("apgd-ce", "apgd-dlr"),
 }
 
-#: The ``points`` that an attack has found, the ``share`` of the draws that misclassify each, and the attack's counts.
-Found = dict[str, Any]
-Kept = Callable[[Tensor, Callable[[], Found]], Found]
-
 #: At least this number of draws of a random model judges each image.
-JUDGES = 5
+JUDGES = 20
 
 
 # With slots, setting an attribute that this package does not support raises an error.
@@ -140,7 +128,8 @@ class AutoAttack:
         logger: ``logger.log(text)`` prints if ``verbose``, and appends to the file at ``log_path``.
 
     Raises:
-        ValueError: a setting is not allowed or not supported. The message names the setting.
+        ValueError: a setting is not supported. The message names the setting. A norm, a radius or a name of an attack
+            that is not allowed raises this error when a run begins.
     """
 
     # Setting an attribute that nothing reads, such as `n_queries` in place of `square.n_queries`, raises an error.
@@ -162,15 +151,12 @@ class AutoAttack:
         device: torch.device | str | None = None,
         log_path: str | Path | None = None,
     ):
-        check_eps(eps, read_norm(norm))
-        check_literal("version", version, Version)
         if is_tf_model:
             raise ValueError("is_tf_model must be False, got True: models of TensorFlow are not supported")
         if version != "custom" and len(attacks_to_run) > 0:
             raise ValueError(f"attacks_to_run needs version='custom', got version={version!r}")
         self.model, self.norm, self.epsilon, self.seed, self.verbose = model, norm, eps, seed, verbose
-        self.version, self.log_path = version, log_path
-        self.device = None if device is None else torch.device(device)
+        self.log_path, self.device = log_path, None if device is None else torch.device(device)
         self.attacks_to_run: list[AttackName] = list(attacks_to_run)
         self.apgd, self.apgd_targeted = ApgdSettings(), ApgdSettings(n_restarts=1)
         self.fab, self.square = FabSettings(), SquareSettings()
@@ -215,24 +201,26 @@ class AutoAttack:
             y_orig: labels, integers ``[N]``.
             bs: number of images that are attacked together.
             return_labels: whether to return also the classes that are predicted for the returned images.
-            state_path: path of a file to which the state of the run is written, in the original's form. The folder
-                ``<state_path>.attacks`` keeps what the attacks have found. A run that was killed continues if the call
-                is repeated, and returns the same images. A call with another model, other images or other settings
-                begins anew. The model must then be a module, because a function does not tell whether it has changed.
+            state_path: a folder that keeps the results of finished attacks, where the original has a file. A run that
+                was killed continues with the attack that was killed if the call is repeated, and returns the same
+                images. With another model, other images or other settings, the attacks run again. The model must be a
+                module: results of a function are not kept, with a warning.
             batch_size: the name of ``bs`` in pyautoattack. If both are given, ``bs`` is ignored.
 
         Returns:
             Images ``[N, C, H, W]``, float32 on the device of x_orig: for each image its adversarial image, or the
             original image if the attacks found none. For a random model, the adversarial image is the point that the
-            largest number of draws misclassify. With ``return_labels`` also the predicted classes, int64 ``[N]``, -1
-            for NaN.
+            largest number of draws misclassify, and the original image is returned if at least twenty other draws all
+            classify this point correctly. The expected accuracy on the returned images is therefore up to 2 points
+            above that of the points. With ``return_labels`` also the predicted classes, int64 ``[N]``, -1 without a
+            class.
 
         Raises:
-            ValueError: images, labels, names or counts are not allowed; the model cannot be compared with that of an
-                earlier run, or another program wrote the file ``state_path``.
+            ValueError: images, labels, names, the radius or counts are not allowed, or ``state_path`` is a file.
         """
-        state = None if state_path is None else Path(state_path)
-        return self._run(x_orig, y_orig, self.attacks_to_run, batch_size or bs, return_labels, state=state)
+        check_folder("state_path", state_path)
+        size = batch_size or bs
+        return self._run(x_orig, y_orig, self.attacks_to_run, size, labels=return_labels, out=state_path)
 
     def run_standard_evaluation_individual(
         self, x_orig: Tensor, y_orig: Tensor, bs: int = 250, return_labels: bool = False, batch_size: int | None = None
@@ -242,7 +230,7 @@ class AutoAttack:
         The arguments are those of `run_standard_evaluation`, and so is the result for each attack, by its name.
         """
         size = batch_size or bs
-        return {name: self._run(x_orig, y_orig, [name], size, return_labels) for name in self.attacks_to_run}
+        return {name: self._run(x_orig, y_orig, [name], size, labels=return_labels) for name in self.attacks_to_run}
 
     def clean_accuracy(self, x_orig: Tensor, y_orig: Tensor, bs: int = 250) -> float:
         """The share of images that are classified correctly, with one prediction of each image, clean or adversarial.
@@ -250,78 +238,50 @@ class AutoAttack:
         The arguments are those of `run_standard_evaluation`.
         """
         x, y, _ = collect(x_orig, y_orig)
-        return float((_classes(self._logits(x, bs)) == y.to(x.device)).float().mean())
+        return float((self._classes(x, bs) == y.to(x.device)).float().mean())
 
-    @whole_float32_by_default()
-    @torch.inference_mode(False)
     def _run(
-        self, x: Tensor, y: Tensor, names: Sequence[str], size: int, return_labels: bool, state: Path | None = None
+        self, x: Tensor, y: Tensor, names: Sequence[str], size: int, *, labels: bool, out: str | Path | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         check_counts(bs=size)
-        attacks = {name: self._attack(name) for name in names}
+        attacks = {name.upper(): self._attack(name) for name in names}
         x, y, notes = collect(x, y)
-        check_eps(self.epsilon, read_norm(self.norm), pixels=x[0].numel())
-        begun, seed = time.monotonic(), 0 if self.seed is None else self.seed
-        device = self._device(x)
-        with torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []), frozen(self.model):
-            torch.manual_seed(seed)
-            model, classes = self.model, check_model(self.model, x[:SAMPLE].to(device, copy=True))
-            check_labels("y_orig (labels)", y.cpu(), classes)
-            draws = max([attack.eot_iter or 1 for attack in attacks.values()], default=1)
-            some = x[:SAMPLE].to(device)
-            with torch.no_grad():
-                one = model(some.clone())
-                is_random = any(differ(one, model(some.clone())) for _ in range(TRIED_CALLS))
-            is_random = is_random or draws_elsewhere(model, x[:TRIED].to(device), SAMPLE)
-            self.logger.log(f"using {self.version} version including {', '.join(names)}")
-            for note in notes:
-                self.logger.log(f"NOTE: {note}")
-            if is_random and draws == 1:
-                self.logger.log("WARNING: the model is random, but each step uses a single draw: use version='rand'")
-            context = JudgeContext(
-                eps=float(self.epsilon),
-                norm=self.norm,
-                num_classes=classes,
-                seed=seed,
-                draws_differ=is_random and draws > 1,
-                judge_draws=draws,
-                batch_size=size,
-                counts_health=True,
-                copies=Copies(some),
-            )
-            cache = _cache_beside(state, model, device)
-            facts = {"data": digest(x, y), "seed": seed, "size": size, "draws": [is_random, draws]}
-
-            def kept(attack: Attack, part: Tensor, make: Callable[[], Found]) -> Found:
-                # A random model draws the same numbers in a run that continues.
-                torch.manual_seed(seed)
-                how = [attack.identity(), attack.revision(), attack.settings(context)]
-                return cache.values(cache.key({**facts, "attack": how, "part": digest(part)}, model), make)
-
-            attacked = AttackSequence(model, x, y, context, device)
-            judges = max(draws, JUDGES) if is_random else 1
-            left = clean = attacked.accuracy(judges)
-            self.logger.log(f"initial accuracy: {left:.2%}")
-            for number, (name, attack) in enumerate(attacks.items()):
-                _write_state(state, names, number, attacked.fallen, clean)
-                if bool(attacked.fallen.all()):
-                    break
-                health = attacked.run(attack, partial(kept, attack))
-                left = attacked.accuracy(judges)
-                spent = time.monotonic() - begun
-                self.logger.log(f"robust accuracy after {name.upper()}: {left:.2%} (total time {spent:.1f} s)")
-                if health.nonfinite > MAX_NONFINITE or health.zero > MAX_ZERO:
-                    shares = f"{health.zero:.0%} of its gradients are zero, {health.nonfinite:.0%} are not finite"
-                    self.logger.log(f"WARNING: {name.upper()} had unusable gradients: {shares}")
-            _write_state(state, names, len(names), attacked.fallen, clean)
-            found = attacked.images
-            logits = self._logits(found, size)
-            if lost := int(logits.isnan().any(1).sum()):
-                self.logger.log(
-                    f"WARNING: the model returns NaN for {lost} of the returned images, which counts as wrong"
-                )
-            self.logger.log(f"robust accuracy: {left:.2%}")
-            return (found, _classes(logits)) if return_labels else found
+        device, draws = self._device(x), max(self.apgd.eot_iter, self.apgd_targeted.eot_iter)
+        self.logger.log(f"using {self.version} version including {', '.join(names)}")
+        report = evaluate(
+            self.model,
+            # A model without tensors computes on the device of the images.
+            x if device_of(self.model, x) == device else x.to(device),
+            y,
+            eps=self.epsilon,
+            norm=self.norm,
+            attacks=[AttackSpec(attack, label=name, survivors_only=True) for name, attack in attacks.items()],
+            out=out,
+            name="the model",
+            progress=self.verbose,
+            n_eval=max(JUDGES, draws),
+            seed=self.seed,
+            batch_size=size,
+            probes=False,
+            config=EvaluateConfig(together=False),
+        )
+        rows = [row for row in report.rows if row.kind != "worst"]
+        for note in (*notes, *report.notes):
+            self.logger.log(f"NOTE: {note}")
+        if not rows[0].deterministic and draws == 1:
+            self.logger.log("WARNING: the model is random, but each step uses a single draw: use version='rand'")
+        for row in rows:
+            what = "initial accuracy" if row.kind == "clean" else f"robust accuracy after {row.attack}"
+            self.logger.log(f"{what}: {row.mean:.2%} ({row.seconds:.1f} s)")
+            if row.nonfinite_predictions:
+                self.logger.log(f"WARNING: {row.nonfinite_predictions} predictions are not finite, and count as wrong")
+            if not row.reliable:
+                self.logger.log(f"WARNING: {row.attack} had unusable gradients: {row.health_in_words()}")
+        self.logger.log(f"robust accuracy: {rows[-1].mean:.2%}")
+        found, fell = x.clone(), report.adversarial
+        assert fell is not None
+        found[torch.from_numpy(fell.indices)] = torch.from_numpy(fell.images).to(x.device)
+        return (found, self._classes(found, size)) if labels else found
 
     def _attack(self, name: str) -> Attack:
         """Make an attack by its name, with the current settings."""
@@ -344,12 +304,13 @@ class AutoAttack:
         )
 
     @torch.no_grad()
-    def _logits(self, x: Tensor, size: int) -> Tensor:
-        """The logits of images, in evaluation mode and batch by batch, on the device of the images."""
-        device = self._device(x)
+    @whole_float32_by_default()
+    def _classes(self, x: Tensor, size: int) -> Tensor:
+        """The classes that are predicted in evaluation mode, batch by batch; -1 for a prediction without a class."""
         with frozen(self.model):
-            check_model(self.model, x[:SAMPLE].to(device, copy=True))
-            return torch.cat([self.model(part.to(device)).to(x.device) for part in x.split(size)])
+            check_model(self.get_logits, x[:SAMPLE].clone())
+            logits = torch.cat([self.get_logits(part).to(x.device) for part in x.split(size)])
+        return logits.argmax(1).masked_fill(undecided(logits), -1)
 
     def _device(self, x: Tensor) -> torch.device:
         return device_of(self.model, x) if self.device is None else self.device
@@ -360,89 +321,3 @@ class AutoAttack:
         if self.log_path is not None:
             with open(self.log_path, "a", encoding="utf-8") as log:
                 log.write(text + "\n")
-
-
-class AttackSequence:
-    """Runs attacks one after the other, each on the images that withstood all earlier attacks.
-
-    ``images`` are the best points so far. ``share`` is the share of the draws that chose a point, and misclassify it,
-    ``[N]``. For a random model it is too high, because these draws made the choice: `accuracy` takes other draws. The
-    caller must freeze the model.
-    """
-
-    def __init__(self, model: Classifier, x: Tensor, y: Tensor, context: JudgeContext, device: torch.device):
-        self.model, self.x, self.y, self.context, self.device = model, x, y.to(x.device), context, device
-        self.images, self.judge = x.clone(), self._judge_by(context.judges(context.eot_iter))
-        self.share = self._shares(self.judge)
-
-    @property
-    def fallen(self) -> Tensor:
-        """True for the images that every draw misclassifies, bool ``[N]``."""
-        return has_fallen(self.share)
-
-    def accuracy(self, draws: int) -> float:
-        """The accuracy of a single draw on the best points, by ``draws`` fresh draws (1 for a deterministic model)."""
-        fresh = self.context.draws_differ or draws > 1
-        return 1 - float((self._shares(self._judge_by(draws)) if fresh else self.share).mean())
-
-    def run(self, attack: Attack, kept: Kept = lambda part, make: make()) -> GradientHealth:
-        """Run an attack on the images that have not fallen yet, and return what it counted, if it counts.
-
-        ``kept(part, make)`` returns what ``make()`` finds for the images with the indices ``part``, or has found.
-        """
-        health = GradientHealth()
-        for part in self._batches((~self.fallen).nonzero()[:, 0]):
-            found = kept(part, partial(self._found, attack, part))
-            points, share = (found.pop(name).to(self.x.device) for name in ("points", "share"))
-            health.add(**found)
-            better = share > self.share[part]
-            self.images[part[better]], self.share[part[better]] = points[better], share[better]
-        return health
-
-    def _found(self, attack: Attack, part: Tensor) -> Found:
-        x, y = self.x[part].to(self.device), self.y[part].to(self.device)
-        result = attack.search(self.model, x, y, replace(self.context, sample_ids=part.to(self.device)))
-        counts = {} if result.health is None else {name: int(count) for name, count in result.health.counts.items()}
-        return {"points": result.images, "share": self.judge.shares(result.images, y), **counts}
-
-    def _batches(self, index: Tensor) -> tuple[Tensor, ...]:
-        return index.split(self.context.batch_size or max(1, len(index)))
-
-    def _judge_by(self, draws: int) -> Judge:
-        most = self.context.max_forward_batch
-        apart = drawn_once_per_call(self.model, self.x[:SAMPLE].to(self.device), draws, most)
-        return Judge(self.model, draws, most, apart)
-
-    def _shares(self, judge: Judge) -> Tensor:
-        """The shares of the draws that misclassify the best points, ``[N]``."""
-        parts = self._batches(torch.arange(len(self.x), device=self.x.device))
-        shares = [judge.shares(self.images[part].to(self.device), self.y[part].to(self.device)) for part in parts]
-        return torch.cat(shares).to(self.x.device)
-
-
-def _cache_beside(state: Path | None, model: Classifier, device: torch.device) -> RowCache:
-    """The cache of a run in the folder beside its state; a cache that keeps nothing if there is no state."""
-    if state is None:
-        return RowCache(None)
-    folder, mark = Path(f"{state}.attacks"), fingerprint(model)
-    if mark is None:
-        raise ValueError(f"state_path needs a torch.nn.Module that can be compared with an earlier one, got {model!r}")
-    if state.exists() and not folder.is_dir():
-        raise ValueError(f"state_path must be a new file, or the state of a run of this class, got {state}")
-    cache = RowCache(folder, kernels_now(device))
-    cache.register(model, mark)
-    return cache
-
-
-def _write_state(state: Path | None, names: Sequence[str], done: int, fallen: Tensor, clean: float) -> None:
-    """Write the state of a run after ``done`` attacks, as the class EvaluationState of the original reads it."""
-    if state is None:
-        return
-    left = {"_robust_flags": (~fallen).tolist(), "_clean_accuracy": clean}
-    ran = {"_attacks_to_run": list(names), "_run_attacks": list(names[:done])}
-    write_text(state, json.dumps({"path": str(state), **ran, **left, "_last_saved": str(datetime.now())}))
-
-
-def _classes(logits: Tensor) -> Tensor:
-    """The predicted classes, -1 for a prediction with NaN, which is wrong."""
-    return logits.argmax(1).masked_fill(logits.isnan().any(1), -1)
