@@ -1,7 +1,6 @@
 """The names of classes: saved with a classifier, and compared with those of other images."""
 
 import shutil
-import unicodedata
 
 import pytest
 import torch
@@ -54,19 +53,6 @@ def test_labels_of_other_classes_are_refused(run, trained, tmp_path):
         assert code == 2 and "label 1 of the classes is 'bee' for the" in printed and "but 'asp' in" in printed
     # fewer classes, in the same order
     assert run("evaluate", tmp_path / "run", "--data", animals(tmp_path / "two", ["ant", "bee"]), *JUDGED)[0] == 0
-
-
-def test_names_in_another_form_of_unicode_are_the_same(run, tmp_path):
-    names = {form: ["ant", unicodedata.normalize(form, "caf\u00e9")] for form in ("NFC", "NFD")}
-    composed, decomposed = (animals(tmp_path / form, own) for form, own in names.items())
-    words = ["--model", "small_cnn", "--width", "2", "--out", tmp_path / "run", *FEW, "--batch-size", "8"]
-    assert run("train", "classifier", "--data", composed, *words)[0] == 0
-    code, printed = run("evaluate", tmp_path / "run", "--data", decomposed, *JUDGED)
-    assert code == 0, printed
-    # a file of an earlier version may have the other form
-    model = load_classifier(tmp_path / "run")
-    save_classifier(model, tmp_path / "old", [unicodedata.normalize("NFD", name) for name in model.classes])
-    assert run("evaluate", tmp_path / "old", "--data", composed, *JUDGED)[0] == 0
 
 
 def test_an_evaluation_needs_no_training_image(run, trained, tmp_path):

@@ -14,7 +14,6 @@ import pytest
 import torch
 from digit_nets import zoo_digits
 from forks import results_of
-from scipy.special import betaln
 from scipy.stats import beta, binom, norm
 from torch import nn
 
@@ -38,7 +37,6 @@ from purify_fast.judge.certificates.sequences import (
 from purify_fast.ops.philox import Stream, philox, philox_key
 
 NORMAL = NormalDist()
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "certificates.json"
 SIGMA = 0.5
 QUIET = {"sigma": SIGMA, "progress": False}
 
@@ -106,14 +104,6 @@ def test_few_certificates_are_wrong_at_the_threshold(threshold):
     assert 0 < (above == -1).mean() <= 0.001
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("below", [0.0, 0.001])
-def test_few_of_a_million_certificates_are_wrong(below):
-    threshold = NORMAL.cdf(1.0)
-    first, _ = simulated(np.full(1_000_000, threshold - below), [threshold], 100_000)
-    assert (first == 1).mean() <= 0.001
-
-
 def test_few_images_have_a_wrong_certificate_at_any_of_several_radii():
     thresholds = [NORMAL.cdf(radius / 0.5) for radius in (0.5, 0.1, 0.4, 0.45)]
     first, _ = simulated(np.full(50_000, thresholds[2]), thresholds, 2000)
@@ -121,32 +111,6 @@ def test_few_images_have_a_wrong_certificate_at_any_of_several_radii():
     assert (first[:, 1] == -1).mean() <= 0.001
     ordered = first[:, np.argsort(thresholds)]
     assert (np.diff(ordered, axis=1) <= 0).all()
-
-
-def robbins(right, draws, threshold, alpha):
-    """The test that is valid at any number of looks (Robbins 1970, Ville 1939), in place of a computed boundary."""
-    evidence = betaln(right + 0.5, draws - right + 0.5) - betaln(0.5, 0.5)
-    evidence -= right * math.log(threshold) + (draws - right) * math.log(1 - threshold)
-    return evidence >= -math.log(alpha)
-
-
-@pytest.mark.parametrize(("radius", "share"), [(0.25, 0.8), (0.75, 0.87)])
-def test_computed_looks_need_fewer_draws(radius, share):
-    """500 images with the probabilities of mnist-smoothed, many times. A few that stay undecided have most draws."""
-    rows = [row for row in json.loads(RESULTS.read_text()) if row["kind"] == "cohen"]
-    texts = (" ".join(row[name] for row in rows) for name in ("right", "class", "label"))
-    right, chosen, label = (np.array(text.split(), dtype=np.int64) for text in texts)
-    p, threshold, most = np.where(chosen == label, right, 100_000 - right) / 1e5, NORMAL.cdf(radius / 0.5), 100_000
-    assert len(p) == 500
-    p, rng, last = np.tile(p, 20), np.random.default_rng(1), 24
-    _, ours = simulated(p, [threshold], most)
-    count, draws, open_ = np.zeros(len(p)), np.zeros(len(p)), np.ones(len(p), dtype=bool)
-    while open_.any():
-        count[open_] += rng.binomial(last - int(draws[open_][0]), p[open_])
-        draws[open_] = last
-        open_[open_] = ~robbins(count[open_], float(last), threshold, 0.001) & (last < most)
-        last = min(most, max(last + 8, 8 * int(1.25 * last / 8)))
-    assert ours.sum() < share * draws.sum()
 
 
 @pytest.mark.parametrize("shares", [(0.4, 0.4, 0.2), (0.25, 0.25, 0.25, 0.25), (0.1, 0.1, 0.8)])
@@ -257,22 +221,6 @@ def test_a_random_defence_gets_the_same_draws_in_other_batches(digits):
     defence = Own(model, 0.1, samples=2).eval()
     whole = counts(certify(defence, x[:40], y[:40], **how(64)))
     assert counts(certify(defence, x[:40], y[:40], batch_size=9, **how(64))) == whole
-
-
-def test_a_purifier_is_certified_with_its_own_draws(digits):
-    _, x, y = digits
-    defence = zoo.load("digits-carso-objective")
-    made = certify(defence, x[:6], y[:6], **how(64))
-    assert counts(certify(defence, x[:6], y[:6], batch_size=5, **how(64))) == counts(made)
-    assert 0 < made.right.sum() < made.draws.sum()
-
-
-def test_two_processes_make_the_same_certificates(tmp_path, digits):
-    def work():
-        torch.set_num_threads(1)
-        return counts(certify(*digits, **how()))
-
-    assert results_of(tmp_path, 2, work) == [counts(certify(*digits, **how()))] * 2
 
 
 @pytest.fixture
@@ -473,13 +421,6 @@ def test_models_of_one_image_are_not_refused_in_any_batch():
         assert "float16" not in rounding(model, (3, 16, 16))["precision"]
     network.bfloat16()
     assert rounding(lambda x: network(x.bfloat16()), (3, 16, 16))["precision"] == "bfloat16 and float32"
-
-
-@pytest.mark.slow
-def test_a_resnet_is_not_refused_in_any_batch():
-    torch.manual_seed(0)
-    network = pytest.importorskip("torchvision").models.resnet18(num_classes=10).eval()
-    assert rounding(network, (3, 32, 32))["precision"] == "float32"
 
 
 def test_the_callers_autocast_does_not_decide(digits):
@@ -695,16 +636,6 @@ def test_a_log_is_read_again(tmp_path, digits):
         path.write_text(text)
         with pytest.raises(ValueError, match=r"cohen.tsv (must have lines with the columns|has a value)"):
             read_log(path)
-
-
-def test_models_share_a_table_and_a_page(digits):
-    x, y = digits[1][:12], digits[2][:12]
-    first, other = (certify(digits[0], x, y, sigma=s, draws=200, name=f"at {s}", progress=False) for s in (0.1, 0.3))
-    text, page = first.to_text([other]), first.to_html([other])
-    for made in (first, other):
-        assert f"{made.acr:.3f}" in text and f"at {made.sigma}" in page
-        assert f"{np.median(np.where(made.predicted == y.numpy(), made.probability, 0)):.3f}" in text
-    assert page.count('class="curve"') == 2 and "p_A 50 %" in page and "ACR" in text
 
 
 # -- the report --------------------------------------------------------------------------------------------------------

@@ -295,49 +295,6 @@ def test_a_file_that_a_function_imports_later_counts(imported):
     assert marked(1) == marked(1) != marked(2)
 
 
-SCRIPT = """
-import logging
-import sys
-import threading
-
-import torch
-from torch import nn
-
-SIGMA, LOCK, log = float(sys.argv[1]), threading.Lock(), logging.getLogger(__name__)
-
-
-def scaled(x):
-    with LOCK:
-        log.debug("scaled")
-    return torch.relu(x) * SIGMA
-
-
-class Model(nn.Module):
-    def forward(self, x):
-        return scaled(x)
-
-
-if __name__ == "__main__":
-    import multiprocessing
-    from purify_fast.judge.request.fingerprint import fingerprint
-
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        print(fingerprint(Model()), pool.apply(fingerprint, (Model(),)))
-"""
-
-
-@pytest.mark.slow
-def test_a_script_and_its_processes_name_a_model_alike_and_its_arguments_count(tmp_path):
-    path, marks = tmp_path / "script.py", set()
-    for text, argument in ((SCRIPT, "0.5"), (SCRIPT, "0.6"), (SCRIPT.replace("relu", "tanh"), "0.5")):
-        path.write_text(text)
-        (line,) = printed(["script.py", argument], [PACKAGE], cwd=tmp_path)
-        own, of_process = line.split()
-        assert own == of_process != "None"
-        marks.add(own)
-    assert len(marks) == 3
-
-
 def test_code_without_a_file_counts_by_its_text_and_without_a_text_it_needs_a_revision(monkeypatch):
     """A notebook gives `linecache` the texts of its cells; `exec` does not."""
     helper = "def scaled(x):\n    return x * 1.5\n\n\n"
@@ -424,15 +381,6 @@ def test_what_is_kept_of_the_last_prediction_is_no_changed_state(images):
     report = evaluate(Remembers(), *images, eps=0.02, attacks=[PGD(steps=2)], probes=True)
     (finding,) = (finding for finding in report.findings if finding.alarm == "same answer again")
     assert finding.verdict == "passed"
-
-
-def test_rows_of_copies_and_random_defences_are_found_again(tmp_path, made_rows):
-    x, y = torch.rand(2, 1, 16, 16), torch.arange(2)
-    for _ in "12":
-        carso = purify_fast.frozen_copy(purify_fast.zoo.load("digits-carso-pipeline"), x, dtype=torch.float32)
-        evaluate(carso, x, y, eps=0.1, attacks=[PGD(steps=1)], eot_iter=1, n_eval=1, out=tmp_path)
-        evaluate(carso, x, y, eps=0.1, attacks=[PGD(steps=1)], eot_iter=1, n_eval=1, out=tmp_path)
-    assert len(made_rows) == 2
 
 
 def test_compiled_it_is_the_same_model():

@@ -19,7 +19,6 @@ from purify_fast.judge.request.subject import Subject
 from purify_fast.judge.results.rows import CUT
 from purify_fast.judge.run.progress import Progress, counted_model
 from purify_fast.judge.searches.engine.engine_attack import BLIND
-from purify_fast.judge.surrogates import copies
 from purify_fast.protocols import Passes
 from purify_fast.speed.graphs.step_loop import Steps
 
@@ -257,16 +256,6 @@ def test_the_time_is_kept_in_every_phase(clock, protocol, random, seconds):
     assert report.headlines or of_time(report)
 
 
-def test_the_time_may_end_in_the_trials_of_the_surrogates(clock):
-    """The protocol "strong" makes surrogates before its first attack."""
-    slow, made = Timed(shaken(), clock), []
-    original = copies._gradient
-    with mock.patch.object(copies, "_gradient", lambda *args: made.append(clock.now) or original(*args)):
-        limit = clock.now + 15
-        report = judged(slow, protocol="strong", n=8, minutes=0.25)
-    assert made and max(made) <= limit and "the plan of the attacks" in of_time(report)[0]
-
-
 @pytest.mark.parametrize(
     "attack",
     [
@@ -334,33 +323,6 @@ def test_a_pass_that_would_end_late_is_not_begun(clock):
 
 def test_an_error_handler_of_a_model_does_not_catch_the_end_of_the_time():
     assert not issubclass(TimeIsOver, Exception)
-
-
-def test_probes_that_were_finished_before_a_kill_are_used_again(tmp_path, monkeypatch):
-    model = NoisyEnsemble(standard(), 0.1, samples=1)
-    options = {"protocol": None, "attacks": [PGD(steps=2)], "probes": True, "n": 8}
-    judged(model, **options, out=tmp_path / "whole")
-    made, original = [], APGD.run
-
-    def killed(attack, *args):
-        made.append(attack.steps)
-        if len(made) == 3:
-            raise KeyboardInterrupt
-        return original(attack, *args)
-
-    monkeypatch.setattr(APGD, "run", killed)
-    with pytest.raises(KeyboardInterrupt):
-        judged(model, **options, out=tmp_path / "again")
-    again, before = judged(model, **options, out=tmp_path / "again"), judged(model, **options, out=tmp_path / "whole")
-    assert again.findings == before.findings and again.curves == before.curves
-    # The two finished searches were not made again: the third is the first that is made.
-    assert made[3] == made[2] and made[:2] != made[3:5]
-
-
-def test_a_minute_has_sixty_seconds(clock):
-    with mock.patch.object(Deadline, "begin", autospec=True, side_effect=Deadline.begin) as begun:
-        judged(standard(), protocol=None, attacks=[], n=2, minutes=2)
-    assert {call.args[1] for call in begun.call_args_list if len(call.args) > 1} == {1000 + 2 * 60}
 
 
 def test_minutes_must_be_above_0():

@@ -395,22 +395,6 @@ def test_survivors_of_one_threat_model_are_not_spared_by_another(unseen):
     assert second.attacked == (first.share_wrong < 1).sum() < first.attacked
 
 
-@pytest.mark.parametrize(("order", "eps"), [(1, 8.0), (2, 1.0)])
-def test_rows_in_another_ball(toy, order, eps):
-    pytest.importorskip("pyautoattack")
-    model, x, y = toy
-    standard = AttackSpec(OriginalAutoAttack(steps=4, n_queries=4), through=WithFixedNoise(model))
-    auto = [standard, OriginalAutoAttack(version="rand", steps=4)]
-    attacks = [FGSM(), *PGD_ROWS, *auto, AttackSpec(PGD(), through=model, label="transfer")]
-    report = evaluate(model, x[:12], y[:12], attacks=attacks, eps=eps, norm=f"l{order}", steps=4)
-    moved = [row for row in report.rows if row.examples is not None and row.kind != "clean"]
-    assert {"fgsm", "pgd", "autoattack"} <= {row.kind for row in moved}
-    for row in moved:
-        change = (row.examples.adversarial - row.examples.clean).reshape(len(row.examples.labels), -1)
-        assert row.settings["norm"] == f"l{order}"
-        assert 0.8 * eps < np.linalg.norm(change, order, axis=1).max() <= eps + 1e-5
-
-
 def test_the_attack_of_lee_and_kim():
     spec, other = lee_kim_2023(), lee_kim_2023(4 / 255)
     settings = spec.attack.settings(AttackContext(eps=0.1))

@@ -3,11 +3,7 @@
 import functools
 import itertools
 import json
-import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -20,9 +16,6 @@ from purify_fast.judge import runner
 from purify_fast.judge.run import cache
 from purify_fast.judge.run.attack_run import AttackRun
 from purify_fast.judge.run.measure import Measure
-
-SCRIPT = Path(__file__).with_name("shards_work.py")
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[2])}
 
 
 @functools.cache
@@ -183,16 +176,3 @@ def test_the_command_by_several_processes(tmp_path):
             del row["seconds"]
     assert reports[0]["rows"] == reports[1]["rows"] and reports[0]["notes"] == reports[1]["notes"]
     assert (shared / "run.yaml").is_file() == (alone / "run.yaml").is_file()
-
-
-@pytest.mark.slow
-def test_torchrun_starts_again_what_was_killed(tmp_path):
-    how = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
-    command = [sys.executable, "-m", "torch.distributed.run", *how, str(SCRIPT), str(tmp_path)]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0 and (tmp_path / "killed").exists(), done.stderr
-    # the key of the model has the files that are loaded, and torchrun's script is another program than the tests
-    found, alone = json.loads((tmp_path / "report.json").read_text()), dict(one("deterministic"))
-    for each in (found, alone):
-        each["about"] = {name: value for name, value in each["about"].items() if name != "model"}
-    assert found == alone

@@ -1,6 +1,5 @@
 """A report misleads nobody: about noise that is not fixed, another model, a doubt, a sign."""
 
-import html
 from unittest import mock
 
 import numpy as np
@@ -15,7 +14,7 @@ from purify_fast import zoo
 from purify_fast.attacks import PGD
 from purify_fast.defences import NoisyEnsemble, WithFixedNoise, WithoutNoise
 from purify_fast.evaluation import AttackSpec, Report
-from purify_fast.judge.alarms.signs import BY_BPDA, Evidence, Finding, findings
+from purify_fast.judge.alarms.signs import Evidence, Finding, findings
 from purify_fast.judge.request.subject import Subject
 from purify_fast.judge.results.rows import by_worst_points, worst_rows
 
@@ -166,16 +165,3 @@ def test_signs_of_a_random_model_count_images_and_name_draws():
     guess = {finding.alarm: finding for finding in findings(Evidence(rows, classes=10))}["better than guessing"]
     assert guess.measured.startswith("80.0 % of the single draws on clean images are classified correctly")
     assert "made at least half more of their draws wrong" in said(masked(5))["missed images"].measured
-
-
-def test_an_advice_stands_once_in_each_form():
-    rows = [row("clean", [1] * 8, kind="clean"), row("A", [1] * 8, health=MASKED), row("B", [0] * 8, transferred=True)]
-    rows.append(row("worst", [1] * 8, kind="worst", reliable=False))
-    advice = {"gradient health": f"look for rounding; {BY_BPDA}", "missed images": BY_BPDA}
-    doubts = [Finding(name, "unreliable", "much", model="m", advice=words) for name, words in advice.items()]
-    for text in forms(Report(rows, findings=doubts)):
-        text = " ".join(html.unescape(text).split())
-        assert all(text.count(clause) == 1 for clause in advice["gradient health"].split("; ")), text
-        assert text.lower().count("what to do") == 1
-    # Without a headline, the page has the advice in its table.
-    assert forms(Report(rows[:1], findings=doubts))[2].count("look for rounding") == 1

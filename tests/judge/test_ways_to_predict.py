@@ -1,7 +1,5 @@
 """The worst of several draws of a random model, and their majority."""
 
-import math
-
 import pytest
 import torch
 from digit_nets import digits, standard
@@ -10,44 +8,15 @@ from evaluating import evaluate
 from purify_fast.attacks import PGD
 from purify_fast.attacks.base import ThreatModel
 from purify_fast.defences import MajorityVote, NoisyEnsemble
-from purify_fast.evaluation import as_attack
 from purify_fast.judge.request.subject import Subject
 
-P, N, COUNT = 0.2, 5, 3000
-RIGHT = {
-    "worst_of": 1 - P,
-    "votes": sum(math.comb(N, k) * (1 - P) ** k * P ** (N - k) for k in range(N // 2 + 1, N + 1)),
-}
+N = 5
 
 
 def coin(x):
-    """Class 0, and in a share P of the draws of each image class 1, however sure."""
-    wrong = torch.rand(len(x)) < P
+    """Class 0, and in a fifth of the draws of each image class 1, however sure."""
+    wrong = torch.rand(len(x)) < 0.2
     return torch.stack([(~wrong).float(), wrong * (1 + 9 * torch.rand(len(x)))], 1) + 0 * x.flatten(1)[:, :1]
-
-
-@pytest.mark.parametrize("predict", RIGHT)
-def test_closed_forms(predict):
-    voted = predict == "votes"
-    seen = []
-
-    def idle(model, x, y):
-        seen.append(float((model(x).argmax(1) == y).float().mean()))
-        return x
-
-    x, y = torch.full((COUNT, 1, 2, 2), 0.5), torch.zeros(COUNT, dtype=torch.int64)
-    attacks, options = [as_attack(idle, name="idle")], {"eps": 0.1, "batch_size": COUNT}
-    options |= {"n_eval": 1} if voted else {"n_eval": N, "predict": predict}
-    report = evaluate(MajorityVote(coin, N) if voted else coin, x, y, attacks=attacks, **options)
-    once, clean, row = RIGHT[predict], *report.rows[:2]
-    # every image keeps its draws, whether its clean draws were wrong or not; seen: images that have not fallen
-    judged = once if voted else once**N
-    found = [(clean.accuracy, judged), (row.accuracy, judged), (report.headline.accuracy, judged), (seen[0], once)]
-    for value, expected in found:
-        assert abs(value - expected) < 5 * (expected * (1 - expected) / COUNT) ** 0.5, (found, value)
-    assert row.n_eval == (1 if voted else N)
-    assert (f"{N} fresh draws of the model" in report.to_text()) == (not voted)
-    assert any(f"of {N} draws" in words for words in report.title) == (not voted)
 
 
 def test_a_step_averages_over_the_draws_that_were_asked_for_in_votes():

@@ -3,30 +3,16 @@
 import json
 
 import numpy as np
-import pytest
 import torch
 from digit_nets import zoo_digits
 from evaluating import evaluate
 from small_models import labelled
 
 import purify_fast
-from purify_fast.attacks import PGD, OriginalAutoAttack
-from purify_fast.evaluation import AttackSpec
+from purify_fast.attacks import PGD
 from purify_fast.judge.show.page import picture_lines
 
 QUIET = {"eps": 0.2, "attacks": [PGD(steps=5)]}
-
-
-def test_a_number_of_images_that_there_are_not_is_in_no_name():
-    pytest.importorskip("pyautoattack")
-    model, (x, y) = purify_fast.zoo.load("digits-pgd-at"), zoo_digits(24)
-    few = OriginalAutoAttack(steps=2, n_queries=2)
-    attacks = [AttackSpec(few, max_images=100), AttackSpec(PGD(steps=2), max_images=4)]
-    report = evaluate(model, x[:8], y[:8], **QUIET | {"attacks": attacks})
-    assert "AutoAttack standard, 2 steps, 2 queries" in report.attacks and "PGD-2 ce, first 4" in report.attacks
-    # twice the same attack on all images is one
-    twice = [AttackSpec(PGD(steps=2), max_images=most) for most in (8, 100)]
-    assert evaluate(model, x[:8], y[:8], **QUIET | {"attacks": twice}).attacks == ["clean", "PGD-2 ce", "worst"]
 
 
 def test_the_pictures_are_of_images_that_fell(tmp_path):
