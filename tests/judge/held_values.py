@@ -104,7 +104,6 @@ VALUES = {
     "dataclass": Settings,
     "left out of pickles": Part,
     "bound method": lambda v: Settings(v).__eq__,
-    "bytes": lambda v: bytes([int(v)]),
     "dictionary of lists": lambda v: {"a": [[v]]},
     "generator's seed": lambda v: torch.Generator().manual_seed(int(v)),
     "remembered": lambda v: (remembered, functools.partial(remembered, v)),

@@ -26,13 +26,6 @@ PACKAGE = Path(purify_fast.__file__).parents[1]
 QUIET = {"eps": 0.02, "attacks": [PGD(steps=2)]}
 
 
-def printed(arguments, folders, **options):
-    """The lines that another Python prints, which imports from these folders."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders)), "PYTHONHASHSEED": "7"}
-    command = [sys.executable, *arguments]
-    return subprocess.check_output(command, text=True, env=environment, **options).splitlines()
-
-
 @pytest.fixture
 def images():
     return torch.rand(8, 1, 3, 3, generator=torch.Generator().manual_seed(0)), torch.arange(8) // 4
@@ -47,7 +40,9 @@ def test_models_that_differ_in_a_value_have_other_states(way):
 @pytest.mark.slow
 def test_states_are_the_same_in_another_process():
     """Also where sets, and strings with them, are in another order there."""
-    found = printed(["-c", "import held_values; held_values.show()"], [PACKAGE, Path(held_values.__file__).parent])
+    environment = os.environ | {"PYTHONPATH": f"{PACKAGE}:{Path(held_values.__file__).parent}", "PYTHONHASHSEED": "7"}
+    command = [sys.executable, "-c", "import held_values; held_values.show()"]
+    found = subprocess.check_output(command, text=True, env=environment).splitlines()
     here = [f"{name} {state_hash(make(1.0))}" for name, make in WAYS.items()]
     here += [f"{name} {mark}" for name, mark in defences()]
     assert found == here and len(set(here)) == len(here)
@@ -72,14 +67,14 @@ class Model(nn.Module):
         super().__init__()
         self.layer, self.norm = nn.Linear(4, 2), nn.BatchNorm1d(2)
         self.register_buffer("table", torch.zeros(2), persistent=False)
-        self.scale, self.sizes, self.slots = 1.0, [1, 2], Slots()
+        self.scale, self.slots = 1.0, Slots()
         self.slots.scale = 1.0
         self.function = lambda x: x * factor
 
     def forward(self, x):
         return table_helper.changed(self.layer(x)) * SIGMA
 """
-HELPER = "SIGMA, OTHER = 1, 1\n\n\nclass Settings:\n    level = 1\n\n\ndef changed(x):\n    return x * SIGMA\n"
+HELPER = "SIGMA = 1\n\n\ndef changed(x):\n    return x * SIGMA\n"
 
 
 def in_place(value):
@@ -103,26 +98,22 @@ def text(file, before, after):
 EDITS = {
     "nothing": (in_place("None"), False),
     "weight": (in_place("model.layer.weight.data.add_(1)"), True),
-    "buffer": (in_place("model.norm.running_mean.add_(1)"), True),
     "buffer that is not saved": (in_place("model.table.add_(1)"), True),
     "dtype of the weights": (in_place("model.layer.half()"), True),
     "mode of a part": (in_place("model.norm.eval()"), True),
     "attribute": (attribute("scale", 2.0), True),
     "attribute of a part": (attribute("norm.eps", 1e-3), True),
-    "list": (in_place("model.sizes.append(3)"), True),
     "another part": (attribute("layer", nn.Linear(4, 2)), True),
     "hook": (in_place("model.layer.register_forward_hook(lambda *given: None)"), True),
     "closure": (attribute("function", (lambda factor: lambda x: x * factor)(2.0)), True),
     "forward of its own": (attribute("forward", lambda x: x[:, :2]), True),
     "class attribute": (in_place("setattr(Model, 'SHARE', 2)"), True),
     "code of the class": (text("table_model", "self.layer(x)", "self.layer(2 * x)"), True),
-    "comment in its file": (text("table_model", "SHARE = 1", "SHARE = 1  # all"), True),
     "line of its file that nothing reads": (text("table_model", "SIGMA = 0.5", "SIGMA = 0.5\nUNUSED = 1"), True),
     "global variable in its file": (text("table_model", "SIGMA = 0.5", "SIGMA = 0.6"), True),
     "code of a function in another file": (text("table_helper", "return x", "return 2 * x"), True),
     "global variable set while the program runs": (in_place("vars(module).update(SIGMA=2)"), True),
     "variable of a module set while the program runs": (in_place("setattr(table_helper, 'SIGMA', 2)"), True),
-    "variable that nothing reads": (in_place("setattr(table_helper, 'OTHER', 2)"), True),
     "argument of another program": (lambda model, module, monkeypatch: monkeypatch.setattr(sys, "argv", ["b"]), False),
     "object with slots": (attribute("slots.scale", 2.0), True),
 }
@@ -235,7 +226,6 @@ REACHED = {
     "module by the name of its attribute": ("", "import reached_helpers as h", "getattr(h, 'in' + 'ner')(x)"),
     "import inside of the function": ("", "", "[helper(x) for helper in [self.imported()]][0]"),
     "class attribute": ("Scale", "class Holds:\n    scale = Scale()", "Holds.scale(x)"),
-    "attribute of a class": ("Scale", "", "x * Scale.factor"),
     "object": ("Scale", "scale = Scale()", "scale(x)"),
     "class of a dictionary": ("Names", "names = Names()", "x * names['a']"),
     "closure": ("made", "scaled = made()", "scaled(x)"),
@@ -243,16 +233,12 @@ REACHED = {
     "cache": ("helper", "import functools\nscaled = functools.cache(helper)", "scaled(x)"),
     "decorator": ("decorated", "@decorated\ndef scaled(x): return x", "scaled(x)"),
     "global constant": ("FACTOR", "", "x * FACTOR"),
-    "list of functions": ("helper", "STEPS = [helper]", "STEPS[0](x)"),
-    "lambda": ("helper", "", "(lambda x: helper(x))(x)"),
     "comprehension": ("helper", "", "sum([helper(part) for part in x])"),
     "class inside of the function": ("helper", "", "type('A', (), {'f': lambda s, x: helper(x)})().f(x)"),
-    "namespace": ("FACTOR", "import argparse\nargs = argparse.Namespace(a=FACTOR)", "x * args.a"),
     "function of autograd": ("Square", "", "Square.apply(x)"),
     "function put into a library": ("helper", "nn.ReLU.forward_of_test = helper", "nn.ReLU.forward_of_test(x)"),
     "distribution": ("FACTOR", "NORMAL = torch.distributions.Normal(0.0, FACTOR)", "x + NORMAL.mean"),
     "object of a library": ("FACTOR", "import numpy\nLINE = numpy.poly1d([FACTOR, 0])", "x * float(LINE(1.0))"),
-    "fraction": ("FACTOR", "import fractions\nSHARE = fractions.Fraction(FACTOR)", "x * float(SHARE)"),
     "property that is made once": ("helper", PROPERTY, "x * Holds().scaled"),
     "scripted function": ("inner", "scripted = torch.jit.script(inner)", "scripted(x)"),
     "eval": ("helper", "", "eval('hel' + 'per')(x)"),
@@ -314,14 +300,14 @@ def test_code_without_a_file_counts_by_its_text_and_without_a_text_it_needs_a_re
     assert marked(text, False) is None and marked(text, False, "1") not in (None, marked(text, False, "2"))
 
 
-@pytest.mark.parametrize(
-    "held",
-    [
-        lambda: torch.jit.script(nn.Linear(2, 2)),
-        lambda: torch.eye(3).to_sparse(),
-        lambda: torch.empty(2, device="meta"),
-    ],
-)
+UNKNOWN = [
+    lambda: torch.jit.script(nn.Linear(2, 2)),
+    lambda: torch.eye(3).to_sparse(),
+    lambda: torch.empty(2, device="meta"),
+]
+
+
+@pytest.mark.parametrize("held", UNKNOWN)
 def test_what_cannot_be_compared_has_no_fingerprint_and_it_is_said(held, images, tmp_path, caplog, made_rows):
     model = Linear(held())
     assert fingerprint(model) is None
@@ -329,8 +315,6 @@ def test_what_cannot_be_compared_has_no_fingerprint_and_it_is_said(held, images,
         evaluate(model, *images, **QUIET, out=tmp_path, name="mine")
     assert len(made_rows) == 4 and not list((tmp_path / "rows").iterdir())
     assert "out: the rows of mine are not kept" in caplog.text
-    marks = {fingerprint(model, revision) for revision in "112"}
-    assert len(marks) == 2 and None not in marks
 
 
 class Remembers(nn.Module):

@@ -1,6 +1,6 @@
 """The most telling search comes first, useless gradients end a row, and a limit of time says what it left out."""
 
-import contextlib
+import functools
 from unittest import mock
 
 import pytest
@@ -13,7 +13,7 @@ from purify_fast.attacks import APGD, FABT, PGD, AttackContext, JudgeContext, Le
 from purify_fast.attacks.base import ThreatModel
 from purify_fast.attacks.context import TimeIsOver
 from purify_fast.defences import NoisyEnsemble
-from purify_fast.evaluation import EvaluateConfig, as_attack
+from purify_fast.evaluation import as_attack
 from purify_fast.judge.request.deadline import Deadline
 from purify_fast.judge.request.subject import Subject
 from purify_fast.judge.results.rows import CUT
@@ -73,39 +73,35 @@ def test_only_a_first_step_without_any_gradient_ends_a_run(draws):
     assert blind.health.count("gradients") == blind.health.count("zero") == 2 * looks
 
 
-def test_one_faulty_pixel_does_not_end_a_run():
+def faulty(net, z):
+    """One pixel of the first image has a gradient that is not finite."""
+    return net(z) + 0 * (z[:, :1, 0, 0] * 0).sqrt()
+
+
+def seldom(net, z):
+    """Some draws lack a gradient."""
+    return net(z) if torch.rand(()) < 0.2 else net(z.detach()) + 0 * z.sum()
+
+
+def copied(net, z):
+    """The likeliest wrong classes are copies of the label, without a gradient; the others have one."""
+    return torch.cat([net(z), *(net(z) - 0.01 * number for number in (1, 2, 3))], 1)
+
+
+@pytest.mark.parametrize(
+    ("model", "attack", "options"),
+    [
+        (faulty, APGD(steps=20), {"draws_differ": False}),
+        (seldom, APGD(steps=50), {"eot_iter": 1}),
+        (copied, APGD(steps=20, loss="margin_targeted", n_target_classes=4), {"num_classes": 40}),
+    ],
+)
+def test_gradients_that_are_there_now_and_then_are_followed(model, attack, options):
     _, _, x, y = digits()
-    net = standard()
-
-    def faulty(z):
-        return net(z) + 0 * (z[:, :1, 0, 0] * 0).sqrt()
-
-    assert not torch.autograd.grad(faulty(leaf := x[:1].clone().requires_grad_()).sum(), leaf)[0].isfinite().all()
-    with pytest.warns(UserWarning, match="NaN") if faulty(x).isnan().any() else contextlib.nullcontext():
-        found = APGD(steps=20).run(faulty, x[:16], y[:16], AttackContext(eps=EPS, num_classes=10, draws_differ=False))
-    assert not found.warnings and (net(found.images).argmax(1) == y[:16]).float().mean() < 0.5
-
-
-def test_gradients_that_some_draws_lack_are_followed():
-    _, _, x, y = digits()
-    net = standard()
-
-    def seldom(z):
-        return net(z) if torch.rand(()) < 0.2 else net(z.detach()) + 0 * z.sum()
-
     torch.manual_seed(0)
-    found = APGD(steps=50).run(seldom, x[:16], y[:16], AttackContext(eps=EPS, num_classes=10, eot_iter=1))
-    assert (net(found.images).argmax(1) == y[:16]).float().mean() < 0.5
-
-
-def test_copies_of_the_label_hide_no_other_class():
-    """The likeliest wrong classes then have no gradient, and the others have."""
-    _, _, x, y = digits()
-    net = standard()
-    copies = lambda z: torch.cat([net(z), *(net(z) - 0.01 * number for number in (1, 2, 3))], 1)  # noqa: E731
-    attack = APGD(steps=20, loss="margin_targeted", n_target_classes=4)
-    found = attack.run(copies, x[:16], y[:16], AttackContext(eps=EPS, num_classes=40, draws_differ=False))
-    assert (net(found.images).argmax(1) == y[:16]).float().mean() < 0.5
+    context = AttackContext(**{"eps": EPS, "num_classes": 10} | options)
+    found = attack.run(functools.partial(model, standard()), x[:16], y[:16], context)
+    assert not found.warnings and (standard()(found.images).argmax(1) == y[:16]).float().mean() < 0.5
 
 
 def test_surrogates_come_in_the_order_of_their_effect(monkeypatch):
@@ -241,7 +237,7 @@ def test_the_first_checks_and_the_clean_images_are_all_that_no_time_allows(clock
 
 @pytest.mark.parametrize("protocol", ["fast", "standard", "strong"])
 @pytest.mark.parametrize("random", [False, True])
-@pytest.mark.parametrize("seconds", [30, 45, 60, 90, 120, 180, 300, 600])
+@pytest.mark.parametrize("seconds", [30, 60, 120, 300])
 def test_the_time_is_kept_in_every_phase(clock, protocol, random, seconds):
     """The limit is kept within a few passes in probes, surrogates, a search, a judgement and the signs.
 
@@ -254,6 +250,8 @@ def test_the_time_is_kept_in_every_phase(clock, protocol, random, seconds):
     assert spent <= seconds + 10 and (spent >= seconds - 35 or not of_time(report))
     # Without an attack, the report has no headline, and says why.
     assert report.headlines or of_time(report)
+    # A random model is judged by all of its draws.
+    assert {row.n_eval for row in report.rows} == {5 if random else 1}
 
 
 @pytest.mark.parametrize(
@@ -283,13 +281,6 @@ def test_an_attack_that_is_cut_short_hands_over_its_best_points(clock, attack):
     assert row.accuracy < 1 or attack.kind in ("function", "stadv", "square")
 
 
-def test_a_random_defence_is_judged_by_all_of_its_draws_within_the_time(clock):
-    slow = Timed(NoisyEnsemble(standard(), 0.1, samples=1).eval(), clock)
-    began = clock.now
-    report = judged(slow, n=8, probes=False, minutes=2)
-    assert of_time(report) and {row.n_eval for row in report.rows} == {5} and clock.now - began <= 125
-
-
 def test_a_replayed_step_asks_for_the_time(clock):
     """A replay runs no Python code of the model: the loop that replays counts, and so asks."""
     deadline = Deadline()
@@ -298,6 +289,8 @@ def test_a_replayed_step_asks_for_the_time(clock):
     steps = Steps(lambda state: state, {"point": torch.zeros(1)})
     steps.captured = mock.Mock(replay=lambda: setattr(clock, "now", clock.now + 1))
     steps.counters = [(model, Passes(4, 4))]
+    # An error handler of a model does not catch the end of the time.
+    assert not issubclass(TimeIsOver, Exception)
     with pytest.raises(TimeIsOver):
         for _ in range(100):
             steps.advance()
@@ -319,15 +312,6 @@ def test_a_pass_that_would_end_late_is_not_begun(clock):
         deadline.ask(Passes(8))
     deadline.begin()
     deadline.ask(Passes(64))
-
-
-def test_an_error_handler_of_a_model_does_not_catch_the_end_of_the_time():
-    assert not issubclass(TimeIsOver, Exception)
-
-
-def test_minutes_must_be_above_0():
-    with pytest.raises(ValueError, match="minutes"):
-        EvaluateConfig(minutes=0)
 
 
 def test_counts_of_passes_are_added():

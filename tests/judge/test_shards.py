@@ -162,11 +162,7 @@ def test_the_command_by_several_processes(tmp_path):
     words = "evaluate zoo:digits-pgd-at --images 10 --protocol fast --batch-size 4 --device cpu --out"
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     assert cli.main([*words.split(), str(alone)]) == 0
-
-    def command():
-        return cli.main([*words.split(), str(shared)])
-
-    done = together(tmp_path, 2, command, "torchrun")
+    done = together(tmp_path, 2, lambda: cli.main([*words.split(), str(shared)]), "torchrun")
     assert done.results == [0, 0], done.errors
     assert done.errors[0].count("Robustness, L-inf") == done.errors[0].count("written:") == 1
     assert done.errors[1] == ""
