@@ -3,7 +3,6 @@
 import shutil
 
 import pytest
-import torch
 from pictures import picture
 
 import purify_fast
@@ -43,13 +42,8 @@ def test_labels_of_other_classes_are_refused(run, trained, tmp_path):
     assert code == 0, printed
     assert purify_fast.load_defence(tmp_path / "carso").classifier.classes == ("ant", "bee", "fox")
     other = animals(tmp_path / "others", ["ant", "asp", "bee"])
-    for words in (
-        ["evaluate", tmp_path / "run", "--data", other, *JUDGED],
-        ["evaluate", tmp_path / "carso", "--data", other, *JUDGED],
-        [*carso, "--data", other, "--out", tmp_path / "second"],
-        ["train", "arrest", "--classifier", tmp_path / "run", "--data", other, "--out", tmp_path / "a"],
-    ):
-        code, printed = run(*words)
+    for words in (["evaluate", tmp_path / "run", *JUDGED], ["evaluate", tmp_path / "carso", *JUDGED], carso):
+        code, printed = run(*words, "--data", other)
         assert code == 2 and "label 1 of the classes is 'bee' for the" in printed and "but 'asp' in" in printed
     # fewer classes, in the same order
     assert run("evaluate", tmp_path / "run", "--data", animals(tmp_path / "two", ["ant", "bee"]), *JUDGED)[0] == 0
@@ -65,6 +59,5 @@ def test_an_evaluation_needs_no_training_image(run, trained, tmp_path):
 
 
 def test_names_are_optional(tmp_path):
-    torch.manual_seed(0)
     save_classifier(purify_fast.zoo.load("digits-standard"), tmp_path / "without")
     assert load_classifier(tmp_path / "without").classes is None
