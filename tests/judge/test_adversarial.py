@@ -15,10 +15,9 @@ from purify_fast.judge.show.adversarial import FILE
 
 
 def saved(folder, model=None, **options):
-    x, y = digit_nets.digits()[2:]
     options = {"eps": digit_nets.EPS, "attacks": [PGD(steps=5)]} | options
     model = digit_nets.standard() if model is None else model
-    report = evaluate(model, x[:40], y[:40], **options)
+    report = evaluate(model, *digit_nets.held_out(40), **options)
     report.save(folder)
     return report
 
@@ -27,7 +26,7 @@ def saved(folder, model=None, **options):
 def test_every_image_that_fell_is_saved_as_the_model_saw_it(tmp_path, norm, eps):
     report = saved(tmp_path, eps=eps, norm=norm, attacks=[PGD(steps=2), APGD(steps=10)])
     fell = report.row("clean").robust & ~report.row("worst").robust
-    arrays, (x, y) = np.load(tmp_path / FILE), digit_nets.digits()[2:]
+    arrays, (x, y) = np.load(tmp_path / FILE), digit_nets.held_out()
     assert fell.any() and arrays["indices"].tolist() == fell.nonzero()[0].tolist()
     images, labels = torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"])
     assert torch.equal(labels, y[arrays["indices"]])

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from digit_nets import EPS, Gated, digits, robust, standard
+from digit_nets import EPS, Gated, held_out, robust, standard
 from evaluating import evaluate
 from reports import probed, said
 from small_models import Made
@@ -50,11 +50,9 @@ def counting(self, x):
     return logits if self.called < 40 else logits.roll(1, 1)
 
 
-def judged(model, attacks=None, n=48, images=None, **more):
-    _, _, x, y = digits()
+def judged(model, attacks=DIRECT, n=48, **more):
     options = {"eps": EPS, "steps": 10, "eot_iter": 2, "n_eval": 2, "probes": True} | more
-    images = slice(n) if images is None else images
-    return evaluate(model, x[images], y[images], attacks=DIRECT if attacks is None else attacks, **options)
+    return evaluate(model, *held_out(n), attacks=attacks, **options)
 
 
 def verdicts(report):
@@ -200,9 +198,8 @@ NOTICED = {
 @pytest.mark.slow
 @pytest.mark.parametrize(("model", "alarm", "row"), NOTICED.values(), ids=NOTICED)
 def test_the_fast_protocol_notices_it_too(model, alarm, row):
-    _, _, x, y = digits()
     n = 100 if alarm == TRANSFER[0] else 48
-    assert_marked(evaluate(model(), x[:n], y[:n], eps=EPS, protocol="fast", steps=30), alarm, row)
+    assert_marked(evaluate(model(), *held_out(n), eps=EPS, protocol="fast", steps=30), alarm, row)
 
 
 def test_the_points_of_probes_count_by_draws_of_their_own():
@@ -218,12 +215,9 @@ def test_the_points_of_probes_count_by_draws_of_their_own():
 
 def test_a_large_scale_of_the_logits_hides_nothing():
     """The cross-entropy of float32 would have no gradient then; computed exactly, it has the right one."""
-    _, _, x, y = digits()
     attacks = [APGD(steps=25), APGD(loss="dlr_targeted", steps=30)]
-    plain, large = (
-        evaluate(model, x[:48], y[:48], eps=EPS, attacks=attacks, probes=False)
-        for model in (standard(), around(lambda self, x: 1e4 * self.net(x)))
-    )
+    models = standard(), around(lambda self, x: 1e4 * self.net(x))
+    plain, large = (judged(model, attacks, probes=False) for model in models)
     assert large.headline.accuracy <= plain.headline.accuracy + 0.03 and large.headline.reliable
     assert verdicts(large)["gradient health"] == ("passed", "")
     rows = [[row.accuracy for row in report.rows if row.is_attack] for report in (plain, large)]

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from digit_nets import EPS, digits, robust, standard
+from digit_nets import EPS, held_out, robust, standard
 from evaluating import evaluate
 from reports import probed
 from small_models import Made
@@ -17,8 +17,7 @@ def rounded():
 
 
 def judged(model, n=48, **options):
-    _, _, x, y = digits()
-    return evaluate(model, x[:n], y[:n], **{"eps": EPS, "protocol": "fast", "steps": 30} | options)
+    return evaluate(model, *held_out(n), **{"eps": EPS, "protocol": "fast", "steps": 30} | options)
 
 
 def searched_early(report):

@@ -5,7 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
-from digit_nets import EPS, digits, standard
+from digit_nets import EPS, held_out, standard
 from evaluating import evaluate
 from small_models import Made
 
@@ -29,8 +29,7 @@ def shaken(how=lambda x: (4 * x).round() / 4):
 
 
 def judged(model, n=16, **options):
-    _, _, x, y = digits()
-    return evaluate(model, x[:n], y[:n], **{"eps": EPS, "protocol": "fast"} | options)
+    return evaluate(model, *held_out(n), **{"eps": EPS, "protocol": "fast"} | options)
 
 
 def work_of(text):
@@ -52,8 +51,7 @@ def test_rows_without_a_gradient_end_with_their_first_step_and_say_so():
 @pytest.mark.parametrize("draws", [1, 3])
 def test_only_a_first_step_without_any_gradient_ends_a_run(draws):
     """Where one image of a batch has a gradient, its search goes on."""
-    _, _, x, y = digits()
-    net, seen = standard(), []
+    net, seen, (x, y) = standard(), [], held_out(2)
 
     def half(z):
         seen.append(z.requires_grad)
@@ -62,10 +60,10 @@ def test_only_a_first_step_without_any_gradient_ends_a_run(draws):
         return torch.where(kept, logits, logits.detach())
 
     context = JudgeContext(eps=1e-4, num_classes=10, draws_differ=draws > 1, eot_iter=draws, counts_health=True)
-    whole = APGD(steps=12).run(half, x[:2], y[:2], context)
+    whole = APGD(steps=12).run(half, x, y, context)
     assert not whole.warnings and sum(seen) == 12
     seen.clear()
-    blind = APGD(steps=12).run(lambda z: (seen.append(z.requires_grad), net(z.detach()))[1], x[:2], y[:2], context)
+    blind = APGD(steps=12).run(lambda z: (seen.append(z.requires_grad), net(z.detach()))[1], x, y, context)
     # On a random model, 20 draws decide, at the steps after which a batch may shrink: 1 to 6, and 8.
     looks = 1 if draws == 1 else 8
     assert blind.warnings == [BLIND] and sum(seen) == looks
@@ -97,11 +95,11 @@ def copied(net, z):
     ],
 )
 def test_gradients_that_are_there_now_and_then_are_followed(model, attack, options):
-    _, _, x, y = digits()
+    x, y = held_out(16)
     torch.manual_seed(0)
     context = AttackContext(**{"eps": EPS, "num_classes": 10} | options)
-    found = attack.run(functools.partial(model, standard()), x[:16], y[:16], context)
-    assert not found.warnings and (standard()(found.images).argmax(1) == y[:16]).float().mean() < 0.5
+    found = attack.run(functools.partial(model, standard()), x, y, context)
+    assert not found.warnings and (standard()(found.images).argmax(1) == y).float().mean() < 0.5
 
 
 def test_surrogates_come_in_the_order_of_their_effect(monkeypatch):
@@ -118,16 +116,14 @@ def test_surrogates_come_in_the_order_of_their_effect(monkeypatch):
 
 
 def test_a_wrapper_of_a_random_model_is_no_part_of_its_own():
-    _, _, x, y = digits()
     wrapped = Made(lambda self, z: self.inside(z), inside=shaken())
-    subject = Subject(wrapped, x[:8], y[:8], batch_size=8, n_eval=5, seed=0)
+    subject = Subject(wrapped, *held_out(8), batch_size=8, n_eval=5, seed=0)
     names = [name for name, _ in subject.surrogates(ThreatModel("linf", EPS))[0]]
     assert "inside.net alone" in names and "inside alone" not in names
 
 
 def test_fast_ends_an_image_by_the_rule_of_the_report():
     """An image that four of five draws misclassify has fallen for "fast"; "standard" looks for a worse point."""
-    _, _, x, y = digits()
     net = standard()
 
     def mostly(z):
@@ -141,14 +137,14 @@ def test_fast_ends_an_image_by_the_rule_of_the_report():
         seen = []
         search = lambda *args, seen=seen, search=APGD.search: seen.append(args[4].judge_share) or search(*args)  # noqa: E731
         with mock.patch.object(APGD, "search", search):
-            evaluate(mostly, x[:4], y[:4], eps=EPS, protocol=protocol, steps=2, probes=False, claim=claim)
+            evaluate(mostly, *held_out(4), eps=EPS, protocol=protocol, steps=2, probes=False, claim=claim)
         shares[protocol, claim] = {round(share, 2) for share in seen}
     # A claim is about one draw, so the search goes on.
     assert shares == {("fast", None): {0.6}, ("rand", None): {1.0}, ("fast", 50): {1.0}}
 
 
 def test_several_draws_of_a_judgement_are_one_call_only_if_the_class_promises_it():
-    _, _, x, y = digits()
+    x, y = held_out(8)
     calls = []
 
     class Promised(NoisyEnsemble):
@@ -156,10 +152,10 @@ def test_several_draws_of_a_judgement_are_one_call_only_if_the_class_promises_it
 
     for kind, expected in ((NoisyEnsemble, [8] * 5), (Promised, [40])):
         model = kind(standard(), 0.1, samples=1).eval()
-        subject = Subject(model, x[:8], y[:8], batch_size=64, n_eval=5, seed=0)
+        subject = Subject(model, x, y, batch_size=64, n_eval=5, seed=0)
         hook = model.classifier.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
         calls.clear()
-        right = subject.judge(x[:8], "judge").right
+        right = subject.judge(x, "judge").right
         hook.remove()
         assert right.shape == (5, 8) and (calls == expected or kind is NoisyEnsemble)
 

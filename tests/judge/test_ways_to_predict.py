@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from digit_nets import digits, standard
+from digit_nets import held_out, standard
 from evaluating import evaluate
 
 from purify_fast.attacks import PGD
@@ -36,7 +36,7 @@ def test_a_step_averages_over_the_draws_that_were_asked_for_in_votes():
 
 
 def test_what_is_refused():
-    x, y = (part[:4] for part in digits()[2:])
+    x, y = held_out(4)
     for model, predict, message in (
         (standard(), "worst_of", "predict='worst_of' needs a random model"),
         (coin, "votes", "predict must be one of worst_of, got 'votes'"),
@@ -70,7 +70,7 @@ def test_a_vote_decides_by_its_count_and_has_the_gradient_of_the_mean_probabilit
 
 
 def test_a_vote_of_a_deterministic_model_predicts_once():
-    x, y = (part[:8] for part in digits()[2:])
+    x, y = held_out(8)
     models = MajorityVote(standard(), 3), standard()
     vote, alone = (evaluate(model, x, y, eps=0.1, attacks=[PGD(steps=3)]) for model in models)
     assert [row.robust.tolist() for row in vote.rows] == [row.robust.tolist() for row in alone.rows]
@@ -78,7 +78,7 @@ def test_a_vote_of_a_deterministic_model_predicts_once():
 
 
 def test_a_vote_is_attacked_through_the_surrogates_of_its_model():
-    x, y = (part[:8] for part in digits()[2:])
+    x, y = held_out(8)
     model = NoisyEnsemble(standard(), 0.2, 2)
     subjects = [Subject(each, x, y, batch_size=8, n_eval=1, seed=0) for each in (model, MajorityVote(model, N))]
     ball = ThreatModel("linf", 0.1)
