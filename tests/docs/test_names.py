@@ -1,6 +1,6 @@
 """Every dotted name of the package in the pages, in docstrings and in comments exists."""
 
-import importlib
+import pkgutil
 import re
 import tokenize
 from pathlib import Path
@@ -19,22 +19,12 @@ SOURCES = sorted((ROOT / "purify_fast").rglob("*.py"))
 
 def exists(name):
     """Import the longest part that is a module, and read the other parts as attributes or fields of classes."""
-    parts = name.split(".")
-    for length in range(len(parts), 0, -1):
-        try:
-            found = importlib.import_module(".".join(parts[:length]))
-        except ModuleNotFoundError as error:
-            if not name.startswith(str(error.name)):
-                raise
-            continue
-        for part in parts[length:]:
-            if part in getattr(found, "__annotations__", {}) and not hasattr(found, part):
-                return True
-            if not hasattr(found, part):
-                return False
-            found = getattr(found, part)
-        return True
-    return False
+    *path, last = name.split(".")
+    try:
+        pkgutil.resolve_name(name)
+    except (ModuleNotFoundError, AttributeError):
+        return len(path) > 1 and last in getattr(pkgutil.resolve_name(".".join(path)), "__annotations__", {})
+    return True
 
 
 def wrong_names(text):

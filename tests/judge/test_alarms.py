@@ -145,13 +145,6 @@ def rounds_to(levels):
     return around(lambda self, x: self.net(x + ((x * levels).round() / levels - x).detach()))
 
 
-def noise_by_content(self, x):
-    """Noise that any change of the image makes another, without a random generator that is seen outside."""
-    seeds = [int(1e6 * image.double().sum().item()) % 2**31 for image in x.detach()]
-    noise = [torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return self.net(x + 0.03 * torch.stack(noise))
-
-
 def by_batch(self, x):
     return self.net(x) if len(x) > 9 else self.net((x * 4).round() / 4).roll(1, 1)
 
@@ -185,10 +178,8 @@ NOTICED = {
     "gate 100": (lambda: Gated(slope=100.0), *TRANSFER),
     "2 levels": (lambda: rounds_to(2), *DIFFERENCES),
     "255 levels": (lambda: around(lambda self, x: self.net((x * 255).round() / 255)), *NO_MARGIN),
-    "tanh": (lambda: around(lambda self, x: torch.tanh(10 * self.net(x))), *NO_MARGIN),
     "batch": (lambda: around(by_batch), "batch size", "probe: the same images alone and in a batch"),
     "seed": (lambda: around(reseeds), "noise and seeds", "probe: the generator's state after two seeds"),
-    "content": (lambda: around(noise_by_content), *DIFFERENCES),
     "gradient mode": (lambda: around(other_while_recorded), *DIFFERENCES),
     "off the grid": (lambda: around(wrong_off_the_grid), *DIFFERENCES),
     "noisy gradients": (lambda: with_gradient(lambda g: g + 3 * g.std() * torch.randn_like(g)), *DIFFERENCES),

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import ClassVar
 
 import pytest
@@ -68,32 +67,6 @@ def test_a_function_has_a_ball_of_its_own(attacked):
     assert report.row("other ball, L2 0.5").threat == "L2 0.5" and report.row("moved").accuracy == 1
     with pytest.raises(ValueError, match="'half' left the ball"):
         evaluate(model, x, y, attacks=[as_attack(my_attack, name="half", eps=2 * EPS, norm="l2")], **QUIET)
-
-
-def test_rows_are_told_apart_by_the_attack_and_its_revision(attacked, tmp_path):
-    model, x, y = attacked
-    calls = []
-
-    def first(model, x, y):
-        calls.append("first")
-        return x
-
-    def second(model, x, y, sign=1):
-        calls.append("second")
-        return x
-
-    class Subclass(PGD):
-        def search(self, target, x, y, context):
-            calls.append("subclass")
-            return AttackResult(x)
-
-    kept = [as_attack(first, revision="1"), as_attack(partial(second, sign=-1), name="partial", revision="1")]
-    kept += [PGD(steps=2), AttackSpec(Subclass(steps=2), label="subclass"), as_attack(first, revision="2")]
-    never = [as_attack(first), Moves(move=lambda x: calls.append("moves") or x)]
-    # Two versions of a function have one name, so they are not rows of one report.
-    for attacks in (kept[:4], kept[4:], kept[:4], kept[4:], never, never):
-        evaluate(model.eval(), x, y, attacks=attacks, out=tmp_path, **QUIET)
-    assert calls == ["first", "second", "subclass", "first"] + 2 * ["first", "moves"]
 
 
 @pytest.mark.parametrize(("norm", "order"), [("linf", math.inf), ("l2", 2), ("l1", 1)])

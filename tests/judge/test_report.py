@@ -8,7 +8,6 @@ import pytest
 import torch
 from evaluating import evaluate
 from reports import MASKED, forms, row
-from small_models import Purifying
 
 from purify_fast import frozen_copy, zoo
 from purify_fast._tensors import digest
@@ -120,22 +119,15 @@ def test_a_report_is_saved_with_its_page(tmp_path):
     assert torch.equal(rng, torch.get_rng_state()) and model.training
     assert set(os.listdir(tmp_path / "run")) == {"adversarial.npz", "report.html", "report.json", "report.md"}
     assert Report.from_json((tmp_path / "run/report.json").read_text()).to_json() == report.to_json()
-    assert (tmp_path / "run/report.md").read_text() == report.to_markdown()
-    # five reconstructions, of which four are shown, or one purified image, beside three columns
-    flipped = Purifying(lambda images: images.flatten(1)[:, :4], lambda images: images.flip(3))
-    for defence, columns in ((model, 7), (None, 3), (flipped, 4)):
+    # five reconstructions, of which four are shown, or none, beside three columns
+    for defence, columns in ((model, 7), (None, 3)):
         assert report.to_html(defence).count("<img ") == 6 * columns
-    examples = report.rows[1].examples
-    arrays = [part for part in vars(examples).values() if part is not None]
-    grey = Examples(*(part[:1, :1] if part.ndim > 1 else part[:1] for part in arrays))
-    assert Report([row(examples=grey)]).to_html().count("<img ") == 3
     # of two channels there is no picture
+    arrays = [part for part in vars(report.rows[1].examples).values() if part is not None]
     two = Examples(*(part[:, :2] if part.ndim > 1 else part for part in arrays))
     assert "<img " not in Report([row(examples=two)]).to_html()
-    both = merge([report, Report([row("PGD-2 ce", model="other")])])
     with pytest.raises(ValueError, match="mapping"):
-        both.save(tmp_path / "two", model)
-    assert both.to_html({"m 1": model}).count("<img ") == 6 * 7
+        merge([report, Report([row("PGD-2 ce", model="other")])]).save(tmp_path / "two", model)
 
 
 def about(threat="L-inf 8/255", **more):

@@ -85,6 +85,7 @@ def test_a_users_attack_is_named_by_its_code_too(counted, monkeypatch):
     attacks = [Moves(), as_attack(lambda model, x, y: moved(x), revision="1")]
     assert counted(model(), attacks=attacks) == 3
     assert counted(model(), attacks=attacks) == 0
+    assert counted(model(), attacks=[as_attack(lambda model, x, y: moved(x), revision="2")]) == 1
     monkeypatch.setitem(globals(), "SHIFT", 0.04)
     assert counted(model(), attacks=attacks) == 2
     monkeypatch.setitem(globals(), "moved", lambda x: (x - 0.04).clamp(0, 1))

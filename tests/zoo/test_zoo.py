@@ -1,7 +1,5 @@
 """The models that come with the package are what their cards say."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -31,12 +29,7 @@ def test_a_model_loads_and_its_card_says_how_it_was_made(name):
     logits = model(torch.rand(2, *card.image_shape))
     assert logits.shape[0] == 2 and logits.isfinite().all()
     text = str(card)
-    # the template that it names is there
-    template = text.split("the template '")[1].split("'")[0]
-    templates = Path(__file__).parents[2] / ".github" / "ISSUE_TEMPLATE"
-    assert any(f"name: {template}\n" in path.read_text() for path in templates.glob("*.yml"))
     assert card.training in text and "If you get it lower" in text and ("objective alone" in text) == card.study_only
-    assert (f"classifier is {card.classifier}," in text) == (card.classifier is not None)
     # A random model is on its card only with numbers of the present rule.
     assert card.attacked or card.method not in ("classifier", "ARREST")
     assert all(0 <= accuracy.share <= 1 for accuracy in card.attacked.values())
@@ -90,10 +83,8 @@ def test_the_command_line_lists_and_evaluates(tmp_path, monkeypatch, capsys, sho
     cards = map(zoo.card, zoo.list())
     unreliable = {card.name for card in cards if any(not it.reliable for it in card.attacked.values())}
     assert unreliable and {name for name in zoo.list() if " ?" in lines[name]} == unreliable
-    assert cli.main(["zoo", "digits-pgd-at"]) == 0
-    assert "If you get it lower" in capsys.readouterr().out
     small = ["--images", "10", "--steps", "2", "--protocol", "fast", "--device", "cpu"]
     assert cli.main(["evaluate", "zoo:digits-arrest", *small]) == 0
     assert (tmp_path / "runs/zoo/digits-arrest/evaluation/report.md").is_file()
-    assert cli.main(["evaluate", "zoo:nothing", *small]) == 2
-    assert "name must be a model of the zoo, got 'nothing'" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="name must be a model of the zoo, got 'nothing'"):
+        zoo.load("nothing")
