@@ -1,17 +1,22 @@
 """Protocols by name: what each runs, what surrogates find that gradients do not, and clear answers."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
-from digit_nets import EPS, Gated, held_out, robust, standard
+from digit_nets import EPS, Gated, held_out, robust, standard, zoo_digits
 from evaluating import evaluate
 from small_models import Made, Purifying, labelled
 from torch import nn
 
-from purify_fast.attacks import APGD, PGD, checkpointed_steps
+import purify_fast
+from purify_fast import cli
+from purify_fast.attacks import APGD, PGD, OriginalAutoAttack, checkpointed_steps
 from purify_fast.attacks.base import ThreatModel
 from purify_fast.defences import NoisyEnsemble
-from purify_fast.evaluation import AttackSpec
+from purify_fast.evaluation import AttackSpec, EvaluateConfig
+from purify_fast.judge.request.attack_lists import protocol_attacks, without_early_stops
 from purify_fast.judge.searches.heads import HEADS
 from purify_fast.judge.surrogates.copies import surrogates
 
@@ -234,3 +239,88 @@ def test_a_defence_that_takes_gradients_itself_has_softened_copies():
     assert [name for name, _ in found if "softened" in name]
     with torch.no_grad():
         assert not any(surrogate(x).requires_grad for _, surrogate in found)
+
+
+STANDARD = [
+    "APGD-10 margin",
+    "APGD-T 30 margin",
+    "APGD-30 ce",
+    "APGD-T 30",
+    "Square, 1000 queries",
+    "FAB-T 100, all targets, 20 nearest",
+    "APGD-T 30 margin, all targets x2, 10 nearest",
+    "APGD-30 ce x20, 10 nearest",
+    "Square, 10 nearest",
+]
+
+
+@pytest.mark.slow
+def test_the_default_is_standard_with_its_signs(without_autoattack):
+    model, base = purify_fast.zoo.load("digits-pgd-at"), purify_fast.zoo.load("digits-standard")
+    report = evaluate(model, *zoo_digits(6), eps=0.1, steps=30, base=base)
+    assert report.attacks == ["clean", *STANDARD, "transfer from the base", "worst"]
+    assert report.about["protocol"] == "standard" and sum(f.verdict != "not asked" for f in report.findings) >= 6
+    # before any work
+    for missing in ({"protocol": "official"}, {"attacks": [OriginalAutoAttack()]}):
+        with pytest.raises(ModuleNotFoundError, match=r"AutoAttack is not installed.*purify-fast\[eval\]"):
+            evaluate(lambda x: pytest.fail("it was asked"), *zoo_digits(6), eps=0.1, **missing)
+
+
+def test_the_command_without_options_asks_for_the_same(without_autoattack, tmp_path, monkeypatch, capsys):
+    """The command asks for the protocol `standard` with its signs, and changes nothing else that decides the rows."""
+    asked = []
+
+    original = purify_fast.evaluation.evaluate
+
+    def spy(model, x, y, **options):
+        asked.append(options)
+        return original(model, x, y, **options | {"attacks": [PGD(steps=1)], "probes": False})
+
+    monkeypatch.setattr("purify_fast.evaluation.evaluate", spy)
+    monkeypatch.chdir(tmp_path)
+    words = ["evaluate", "zoo:digits-pgd-at", "--images", "4", "--steps", "30", "--device", "cpu"]
+    assert cli.main(words) == 0, capsys.readouterr().err
+    (options,) = asked
+    assert options["config"] == EvaluateConfig(steps=30, dataset_name="digits") and options.get("attacks") is None
+    assert (tmp_path / "runs/zoo/digits-pgd-at/evaluation/report.json").is_file()
+
+
+BALL = ThreatModel("linf", 0.1)
+
+
+def of(random: bool) -> SimpleNamespace:
+    found = [(name, nn.Identity()) for name in "abc"]
+    return SimpleNamespace(is_random=random, votes=1, base_model=nn.Identity(), surrogates=lambda ball: (found, {}))
+
+
+def transfers(random: bool, quick: bool) -> list[tuple]:
+    """Return the label, the steps and the number of target classes of every transfer, in the order that was asked."""
+    found = without_early_stops([], of(random), BALL, ["c", "a"], quick)
+    assert all(spec.survivors_only and spec.through is not None for spec in found)
+    return [(spec.label, spec.attack.steps, spec.attack.n_target_classes) for spec in found]
+
+
+def test_the_steps_of_a_transfer():
+    """A random model gets short attacks first; with `quick`, the long ones are shorter and two."""
+    usual = [(f"APGD-T by the gradients of {name}", None, 9) for name in "cab"]
+    short = [(f"APGD-20 by the gradients of {name}", 20, 9) for name in "cab"]
+    long = [(f"APGD-T by the gradients of {name}", 50, 4) for name in "ca"]
+    assert transfers(random=False, quick=False) == transfers(random=False, quick=True) == usual
+    assert transfers(random=True, quick=False) == short + usual
+    assert transfers(random=True, quick=True) == short + long
+
+
+@pytest.mark.parametrize(
+    ("asked", "steps"), [(None, [10, 60, None, 30]), (30, [10, 30, None, 30]), (5, [10, 5, None, 5])]
+)
+def test_asked_steps_shorten_the_long_attacks_alone(asked, steps):
+    """The first attack of a protocol keeps its ten steps, and an attack without a number takes the evaluation's."""
+    listed = protocol_attacks("fast", of(False), BALL, steps=asked)
+    assert [spec.attack.steps for spec in listed[:4]] == steps
+
+
+def test_a_base_is_transferred_from_by_every_protocol():
+    base = nn.Identity()
+    specs = protocol_attacks("rand", of(True), BALL, base=base)
+    assert [(spec.label, spec.through) for spec in specs[-1:]] == [("transfer from the base", base)]
+    assert [spec.attack.eot_iter for spec in specs[:-1]] == [20, 20]
