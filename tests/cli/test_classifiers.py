@@ -17,24 +17,27 @@ MINE = """
 import torch
 
 
-class Net(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first = torch.nn.Conv2d(1, 4, 3, stride=2)
-        self.head = torch.nn.Linear(4, 2)
-
-    def forward(self, x):
-        return self.head(self.first(2 * x - 1).relu().mean((2, 3)))
-
-
 def trained():
     torch.manual_seed(3)
-    return Net()
+    return torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
 
 
 def nothing():
     return 3
 """
+NAMED = "torchvision:shufflenet_v2_x0_5"
+
+
+def networks():
+    """A network of torchvision, and another."""
+    torch.manual_seed(1)
+    return [torchvision.models.shufflenet_v2_x0_5(num_classes=4) for _ in range(2)]
+
+
+def built(path, content):
+    """The network of the weights in a file."""
+    torch.save(content, path)
+    return build_foreign(NAMED, 3, 4, 0.0, 1.0, weights=str(path))
 
 
 @pytest.fixture
@@ -48,7 +51,7 @@ def mine(tmp_path, monkeypatch):
 
 def test_a_network_by_import_path_is_finetuned(run, bars, mine):
     few = ["--data", bars, "--device", "cpu", "--batch-size", "16", "--epochs", "1"]
-    arrest = ["--layers", "model.first", "--eps", "0.1", "--steps", "1", "--out", mine / "arrest"]
+    arrest = ["--layers", "model.0", "--eps", "0.1", "--steps", "1", "--out", mine / "arrest"]
     code, printed = run("train", "arrest", "--classifier", "my_networks:trained", *arrest, *few)
     trained, start = load_classifier(mine / "arrest"), ForeignClassifier("my_networks:trained", 1, 2)
     assert code == 0 and trained.spec == start.spec, printed
@@ -84,17 +87,15 @@ def test_a_saved_classifier_runs_no_file_by_its_path(mine):
 
 
 def test_given_weights(tmp_path):
-    torch.manual_seed(1)
-    network = torchvision.models.resnet18(num_classes=4)
-    path = str(tmp_path / "weights.safetensors")
+    network, path = networks()[0], str(tmp_path / "weights.safetensors")
     save_file(network.state_dict(), path)
-    made = build_foreign("torchvision:resnet18", 3, 4, (0.5,) * 3, (0.25,) * 3, weights=path)
+    made = build_foreign(NAMED, 3, 4, (0.5,) * 3, (0.25,) * 3, weights=path)
     x = torch.rand(2, 3, 32, 32)
     assert torch.equal(made.eval()(x), network.eval()((x - 0.5) / 0.25))
     save_classifier(made, tmp_path / "saved")
     assert torch.equal(load_classifier(tmp_path / "saved")(x), made(x))
     with pytest.raises(ValueError, match=r"weights.* fc.bias is \[4\], must be \[5\]"):
-        build_foreign("torchvision:resnet18", 3, 5, (0.5,) * 3, (0.5,) * 3, weights=path)
+        build_foreign(NAMED, 3, 5, (0.5,) * 3, (0.5,) * 3, weights=path)
 
 
 def prefixed(state, prefix):
@@ -124,28 +125,23 @@ FILES = {
 
 @pytest.mark.parametrize("kind", FILES)
 def test_files_of_other_programs(tmp_path, kind):
-    torch.manual_seed(1)
-    network, other = (torchvision.models.shufflenet_v2_x0_5(num_classes=4) for _ in range(2))
-    torch.save(FILES[kind](network.state_dict(), other.state_dict()), tmp_path / "weights.pth.tar")
-    made = build_foreign("torchvision:shufflenet_v2_x0_5", 3, 4, 0.0, 1.0, weights=str(tmp_path / "weights.pth.tar"))
+    network, other = networks()
+    made = built(tmp_path / "weights.pth.tar", FILES[kind](network.state_dict(), other.state_dict()))
     assert weights_fingerprint(made.model) == weights_fingerprint(network)
 
 
 def test_an_average_without_names_is_that_of_the_trained_parameters(tmp_path):
-    torch.manual_seed(1)
-    network, other = (torchvision.models.shufflenet_v2_x0_5(num_classes=4) for _ in range(2))
+    network, other = networks()
     averages = {"shadow_params": [parameter.detach() for parameter in network.parameters()], "decay": 0.9}
-    torch.save({"model": other.state_dict(), "ema": averages}, tmp_path / "w.pth")
-    made = build_foreign("torchvision:shufflenet_v2_x0_5", 3, 4, 0.0, 1.0, weights=str(tmp_path / "w.pth"))
-    assert torch.equal(made.model.fc.weight, network.fc.weight)
+    content = {"model": other.state_dict(), "ema": averages}
+    assert torch.equal(built(tmp_path / "w.pth", content).model.fc.weight, network.fc.weight)
     averages["shadow_params"].pop()
-    torch.save({"model": other.state_dict(), "ema": averages}, tmp_path / "w.pth")
     with pytest.raises(ValueError, match=r"moving average .* trained parameters; it has \d+ tensors"):
-        build_foreign("torchvision:shufflenet_v2_x0_5", 3, 4, 0.0, 1.0, weights=str(tmp_path / "w.pth"))
+        built(tmp_path / "w.pth", content)
 
 
 def test_the_error_names_what_is_missing_and_what_is_there(tmp_path):
-    state, path = torchvision.models.shufflenet_v2_x0_5(num_classes=4).state_dict(), tmp_path / "w.pth"
+    state = networks()[0].state_dict()
     resnet, many = torchvision.models.resnet18(num_classes=4), torchvision.models.shufflenet_v2_x0_5()
     for content, message in (
         ({"0.mean": torch.zeros(3)} | prefixed(state, "1."), r"0\.mean is unknown$"),
@@ -153,16 +149,15 @@ def test_the_error_names_what_is_missing_and_what_is_there(tmp_path):
         ({"student": state, "teacher": state}, r"no state dict, .*it has 'student', 'teacher'"),
         (many.state_dict(), r"4 classes \(--num-classes\): fc\.bias is \[1000\], .*\[4\]"),
     ):
-        torch.save(content, path)
         with pytest.raises(ValueError, match=message):
-            build_foreign("torchvision:shufflenet_v2_x0_5", 3, 4, 0.0, 1.0, weights=str(path))
+            built(tmp_path / "w.pth", content)
 
 
 def test_weights_of_a_file_run_with_the_normalization_of_their_training(run, bars, tmp_path):
     torch.manual_seed(0)
     network = torchvision.models.shufflenet_v2_x0_5(num_classes=2).eval()
     torch.save(network.state_dict(), tmp_path / "w.pth")
-    given = ["--classifier", "torchvision:shufflenet_v2_x0_5", "--classifier-weights", tmp_path / "w.pth"]
+    given = ["--classifier", NAMED, "--classifier-weights", tmp_path / "w.pth"]
     carso = ["--layers", "model.stage2", "--cond-dim", "4", "--latent-dim", "2", "--decoder-width", "2", "--steps", "1"]
     few = ["--data", bars, "--device", "cpu", "--epochs", "1", "--batch-size", "16", "--kl-delay", "0"]
     few += ["--samples", "2"]
@@ -184,12 +179,10 @@ def test_weights_of_a_file_run_with_the_normalization_of_their_training(run, bar
 
 
 def test_grey_images_are_given_three_times():
-    torch.manual_seed(0)
-    made = ForeignClassifier("torchvision:resnet18", 1, 3, 0.3, 0.2).eval()
-    x = torch.rand(2, 1, 16, 16)
+    made, x = ForeignClassifier(NAMED, 1, 3, 0.3, 0.2).eval(), torch.rand(2, 1, 16, 16)
     assert torch.equal(made(x), made.model(((x - 0.3) / 0.2).repeat(1, 3, 1, 1)))
     with pytest.raises(ValueError, match=r"images must have 1 or 3 channels for .*, got 2"):
-        ForeignClassifier("torchvision:resnet18", 2, 3)
+        ForeignClassifier(NAMED, 2, 3)
 
 
 class Executed:

@@ -1,5 +1,6 @@
-"""--help comes at once, without PyTorch, and explains every option in words of its own."""
+"""--help comes at once, without PyTorch. On a machine that others use, threads wait passively."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -33,3 +34,12 @@ def test_the_program_is_run_as_a_module_and_tells_its_version():
     command = [sys.executable, "-m", "purify_fast", "--version"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and done.stdout == "purify-fast 0.1.0\n"
+
+
+def test_the_program_lets_its_threads_wait_passively(run, monkeypatch):
+    for name in cli.WAITING:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    assert run("zoo")[0] == 0 and "OMP_WAIT_POLICY" not in os.environ, "a caller of main keeps its environment"
+    monkeypatch.setattr(sys, "argv", ["purify-fast", "zoo"])
+    assert cli.main() == 0 and os.environ["OMP_WAIT_POLICY"] == "PASSIVE"

@@ -69,17 +69,13 @@ class Loaded(Own):
         return 0
 
 
-@pytest.fixture(
-    scope="module", params=["npz", *(pytest.param(form, marks=pytest.mark.slow) for form in ("loader", "folder"))]
-)
+@pytest.fixture(scope="module", params=["npz", pytest.param("loader", marks=pytest.mark.slow)])
 def own(request, tmp_path_factory):
     place = tmp_path_factory.mktemp("own")
     if request.param == "npz":
         return Own(npz(place / "own.npz"), (1, 16, 24), 3, place / "classifier")
-    if request.param == "loader":
-        images = folder(place / "own", 3, 24)
-        return Loaded(images, (3, 24, 24), 3, place / "classifier", "preact_resnet18")
-    return Own(folder(place / "own", 10, 64), (3, 64, 64), 10, place / "classifier")
+    images = folder(place / "own", 3, 24)
+    return Loaded(images, (3, 24, 24), 3, place / "classifier", "preact_resnet18")
 
 
 def killed(own, method, out):

@@ -1,11 +1,13 @@
-import subprocess
+import hashlib
 import sys
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from purify_fast import data
+from purify_fast.data.datasets import _resized
 
 RNG = np.random.default_rng(0)
 
@@ -21,18 +23,13 @@ def saved(folder, **arrays_):
     return folder / "set.npz"
 
 
-def test_the_digits_are_the_same_bits_and_need_no_other_package():
+def test_the_digits_are_the_same_bits_and_need_no_other_package(monkeypatch):
     """The zoo's models were trained on these very bits, which scikit-learn's data set gave before."""
-    code = (
-        "import hashlib, sys\n"
-        "sys.modules['sklearn'] = None\n"
-        "from purify_fast.data import load_dataset\n"
-        "d = load_dataset('digits')\n"
-        "names = ('x_train', 'y_train', 'x_test', 'y_test')\n"
-        "print(hashlib.sha256(b''.join(getattr(d, name).numpy().tobytes() for name in names)).hexdigest())"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=600)
-    assert done.stdout.strip() == "0fb2d8f147eccb9098cd779a58448e6786336a76cba75042365d2e01b33225ae"
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    d = data.load_dataset("digits")
+    arrays = [part.numpy().tobytes() for part in (d.x_train, d.y_train, d.x_test, d.y_test)]
+    found = hashlib.sha256(b"".join(arrays)).hexdigest()
+    assert found == "0fb2d8f147eccb9098cd779a58448e6786336a76cba75042365d2e01b33225ae"
 
 
 @pytest.mark.parametrize("shape", [(8, 9), (8, 9, 1), (1, 8, 9), (8, 9, 3), (3, 8, 9)])
@@ -41,11 +38,8 @@ def test_layouts(tmp_path, shape):
     d = data.load_dataset(saved(tmp_path, **a))
     channels = 3 if 3 in shape else 1
     assert d.image_shape == (channels, 8, 9) and d.num_classes == 3 and d.name == "set"
-    want = a["x_test"]
-    if len(shape) == 2:
-        want = want[:, None]
-    elif shape[-1] in (1, 3):
-        want = want.transpose(0, 3, 1, 2)
+    last = shape[-1] in (1, 3)
+    want = a["x_test"].transpose(0, 3, 1, 2) if last else a["x_test"].reshape(6, channels, 8, 9)
     assert np.array_equal(d.x_test.numpy(), want) and d.x_test.is_contiguous()
     assert np.array_equal(d.y_train.numpy(), a["y_train"])
 
@@ -132,3 +126,31 @@ def test_to(tmp_path):
     assert repr(d) == "DataSet('set', 12 training and 6 held-out images of 1 x 8 x 9, 3 classes, on cpu)"
     there = d.to("meta")
     assert there.x_test.device.type == there.y_train.device.type == "meta" and there.image_shape == d.image_shape
+
+
+def stored(count=6, height=8, width=8):
+    return torch.from_numpy(np.random.RandomState(0).randint(0, 256, (count, 3, height, width), dtype=np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("size", "shape"), [((32, 32), (8, 8)), ((4, 4), (8, 8)), ((16, 16), (8, 12)), ((16, 24), (8, 8))]
+)
+def test_images_are_resized_as_pillow_does_and_their_center_is_cropped(size, shape):
+    images = stored(2, *shape)
+    resized = _resized(images, size)
+    assert resized.shape == (2, 3, *size) and resized.dtype == torch.uint8
+    factor = max(size[0] / shape[0], size[1] / shape[1])
+    whole = (round(factor * shape[1]), round(factor * shape[0]))
+    for image, ours in zip(images, resized, strict=True):
+        pillow = np.asarray(Image.fromarray(image.permute(1, 2, 0).numpy()).resize(whole, Image.Resampling.BILINEAR))
+        top, left = (whole[1] - size[0]) // 2, (whole[0] - size[1]) // 2
+        wanted = pillow[top : top + size[0], left : left + size[1]].transpose(2, 0, 1).astype(int)
+        assert np.abs(ours.numpy().astype(int) - wanted).max() <= 1
+
+
+def test_a_data_set_is_loaded_at_another_size(tmp_path):
+    x, y = stored(20).permute(0, 2, 3, 1).numpy(), np.arange(20) % 10
+    np.savez(tmp_path / "small.npz", x_train=x, y_train=y, x_test=x[:4], y_test=y[:4])
+    images = data.load_dataset("small", tmp_path, num_classes=10, image_size=(12, 12))
+    assert images.image_shape == (3, 12, 12) and images.x_test.shape == (4, 3, 12, 12)
+    assert torch.equal(images.x_train[:4], images.x_test) and len(images.x_train) == 20

@@ -1,12 +1,12 @@
 """Data that disappear or change under a run, and models and images that cannot be trained on."""
 
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from pictures import folder
+from small_models import Made
 from small_runs import on_step
 
 from purify_fast import cli, data
@@ -54,30 +54,15 @@ def test_an_npz_that_disappears_or_changes_between_two_runs(tmp_path, capsys):
     assert cli.main(words) == 2 and f"no data set '{path}': looked for" in capsys.readouterr().err
 
 
-class Odd(torch.nn.Module):
-    """A model whose output is no tensor of logits."""
-
-    def __init__(self, change):
-        super().__init__()
-        self.net, self.change = SmallCNN(3, 2, (8, 8), 2), change
-
-    def forward(self, x):
-        return self.change(self.net(x))
-
-
 @pytest.mark.parametrize(
-    ("change", "text"),
-    [
-        (lambda logits: SimpleNamespace(logits=logits), "a SimpleNamespace for B = 2"),
-        (lambda logits: {"logits": logits}, "a dict for B = 2"),
-        (torch.flatten, r"\[4\] for B = 2"),
-    ],
+    ("change", "text"), [(lambda logits: {"logits": logits}, "a dict for B = 2"), (torch.flatten, r"\[4\] for B = 2")]
 )
 def test_a_model_whose_output_is_no_tensor_of_logits(change, text):
     x, y = torch.zeros(8, 3, 8, 8, dtype=torch.uint8), torch.arange(8) % 2
+    odd = Made(lambda self, x: change(self.net(x)), net=SmallCNN(3, 2, (8, 8), 2))
     for images, labels in ((x, y), ([(x, y)], None)):
         with pytest.raises(ValueError, match=rf"must map images \[B, 3, 8, 8\] to logits \[B, C\], .*{text}"):
-            fit(ClassifierTask(Odd(change), ClassifierConfig()), images, labels, FitConfig(1, 4), progress=False)
+            fit(ClassifierTask(odd, ClassifierConfig()), images, labels, FitConfig(1, 4), progress=False)
 
 
 def test_values_outside_of_0_to_1_by_rounding_are_clamped():

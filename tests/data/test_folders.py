@@ -29,11 +29,8 @@ def test_layout(tmp_path, held_out, ending):
         assert np.array_equal(d.x_train.numpy(), np.stack(made["train"]))
         assert np.array_equal(d.x_test.numpy(), np.stack(made["test"]))
         assert d.y_train.tolist() == [0] * 5 + [1] * 5 and d.y_test.tolist() == [0, 0, 1, 1]
-        assert (d.name, d.num_classes, d.image_shape) == (
-            f"pets/{held_out}",
-            2,
-            (3, 10, 8),
-        ) and d.y_train.dtype == torch.int64
+        assert (d.name, d.num_classes, d.image_shape) == (f"pets/{held_out}", 2, (3, 10, 8))
+        assert d.y_train.dtype == torch.int64
     assert data.load_dataset(tmp_path / "pets", num_classes=4).to("cpu").classes == ("cat", "dog")
     with pytest.raises(ValueError, match="num_classes is 1, but the labels go up to 1"):
         data.load_dataset(tmp_path / "pets", num_classes=1)
@@ -248,27 +245,42 @@ def test_a_full_disk_is_an_error(tmp_path):
         folders.write_images([tmp_path / "0.png"] * 300, (10, 8), Path("/dev/full"), resize=False)
 
 
-def test_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"is not an image folder: it lacks test/ and val/.* train/"):
-        data.load_dataset(tmp_path)
-    folder(tmp_path / "a")
-    picture(tmp_path / "a" / "val" / "cow" / "0.png", 0)
-    with pytest.raises(ValueError, match="the classes cow, which the folder train/ lacks"):
-        data.load_dataset(tmp_path / "a")
-    (tmp_path / "a" / "train" / "cow").mkdir()
-    with pytest.raises(FileNotFoundError, match="no valid file for the classes cow"):
-        data.load_dataset(tmp_path / "a")
-    picture(tmp_path / "b" / "train" / "only" / "0.png", 0)
-    picture(tmp_path / "b" / "val" / "only" / "0.png", 0)
-    with pytest.raises(ValueError, match=r"at least 2 classes, got \['only'\]"):
-        data.load_dataset(tmp_path / "b")
-    folder(tmp_path / "c", test=0)
-    (tmp_path / "c" / "val").mkdir()
-    with pytest.raises(ValueError, match="val contains no image"):
-        data.load_dataset(tmp_path / "c")
-    folder(tmp_path / "d", sizes=((10, 8), (9, 8)))
-    with pytest.raises(ValueError, match=r"001\.png has 9 x 8 .* 10 x 8.* image_size=\(H, W\)"):
-        data.load_dataset(tmp_path / "d")
-    for size in ((0, 4), (4,)):
-        with pytest.raises(ValueError, match="image_size must be"):
-            data.load_dataset(tmp_path / "d", image_size=size)
+def one_class(root):
+    for part in ("train", "val"):
+        picture(root / part / "only" / "0.png", 0)
+
+
+def another_class(root, empty=False):
+    folder(root)
+    picture(root / "val" / "cow" / "0.png", 0)
+    if empty:
+        (root / "train" / "cow").mkdir()
+
+
+def nothing_held_out(root):
+    folder(root, test=0)
+    (root / "val").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (Path.mkdir, r"is not an image folder: it lacks test/ and val/.* train/"),
+        (another_class, "the classes cow, which the folder train/ lacks"),
+        (lambda root: another_class(root, empty=True), "no valid file for the classes cow"),
+        (one_class, r"at least 2 classes, got \['only'\]"),
+        (nothing_held_out, "val contains no image"),
+        (lambda root: folder(root, sizes=((10, 8), (9, 8))), r"001\.png has 9 x 8 .* 10 x 8.* image_size=\(H, W\)"),
+    ],
+)
+def test_refused(tmp_path, make, message):
+    make(tmp_path / "set")
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        data.load_dataset(tmp_path / "set")
+
+
+@pytest.mark.parametrize("size", [(0, 4), (4,)])
+def test_sizes_are_checked(tmp_path, size):
+    folder(tmp_path)
+    with pytest.raises(ValueError, match="image_size must be"):
+        data.load_dataset(tmp_path, image_size=size)

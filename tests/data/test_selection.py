@@ -45,8 +45,6 @@ def test_a_missing_class_is_told():
     with pytest.warns(UserWarning, match=r"1 of 3 classes have no image among the 6 chosen images \(1\)"):
         balanced_subset(x, y, 6, 0)
     x, y = sorted_by_class([3] * 30)
-    with pytest.warns(UserWarning, match=r"28 of 30 classes have no image among the 2 chosen images \(.*, \.\.\.\)"):
-        balanced_subset(x, y, 2, 0)
     with pytest.warns(UserWarning, match=r"1 of 31 classes .*\(30\)"):
         balanced_subset(x, y, 30, 0, num_classes=31)
     with warnings.catch_warnings():
@@ -104,10 +102,8 @@ def test_ranks_take_every_third_image_of_each_batch(n):
     ("options", "message"),
     [
         ({"n": 0}, "n must be"),
-        ({"batch_size": 0}, "batch_size must be"),
         ({"batch_size": 21}, "batch_size must .* 20, got 21"),
         ({"seed": -1}, "seed must be"),
-        ({"epoch": -1}, "epoch must be"),
         ({"world": 4}, "multiple of 4"),
         ({"rank": 2, "world": 2}, "rank must be"),
     ],

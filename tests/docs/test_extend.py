@@ -81,10 +81,6 @@ def test_the_op_of_the_page_passes_the_tests_of_every_op(tmp_path):
     run(tmp_path, "-m", "pytest", *of_every_op, "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "-k", "swish")
 
 
-#: The file of an op beside those whose text is on the page: its own tests.
-OTHER_FILES_OF_AN_OP = 1
-
-
 def test_the_files_of_an_op_exist_and_no_other_has_a_list_of_ops():
     """A list that every new op must extend names nearly all ops. The page must name its file."""
     named = set(re.findall(r"(?:tests|benchmarks|csrc|kernels|purify_fast)/[\w/<>.]+", PAGE.partition("## An op")[2]))
@@ -96,57 +92,3 @@ def test_the_files_of_an_op_exist_and_no_other_has_a_list_of_ops():
         if len(OPS & words) > 0.75 * len(OPS):
             listing.append(path.relative_to(ROOT).as_posix())
     assert "tests/op_table.py" in listing and set(listing) <= paths, listing
-
-
-ATTACK = {
-    "purify_fast/attacks/corners.py": '''
-from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import ClassVar
-
-from ..protocols import Classifier
-from .base import Attack, AttackResult
-
-
-@dataclass(frozen=True)
-class Corners(Attack):
-    """A random corner of the ball for each image."""
-
-    kind: ClassVar[str] = "corners"
-    code_version: ClassVar[str] = "1"
-    norms: ClassVar[tuple[str, ...]] = ("linf",)
-
-    eps: float | None = None
-    norm: str | None = None
-
-    def name(self, context):
-        return "a random corner"
-
-    def search(self, target, x, y, context):
-        return AttackResult((x + context.eps * x.new_empty(x.shape).uniform_(-1, 1).sign()).clamp(0, 1))
-''',
-    "purify_fast/attacks/__init__.py": "from .corners import Corners as Corners",
-    "tests/attacks/test_corners.py": "",
-}
-OF_ALL = """
-import torch
-from purify_fast import evaluate
-from purify_fast.attacks import Corners
-from purify_fast.models.classifiers import SmallCNN
-
-model = SmallCNN(1, 10, (16, 16), 4).eval()
-report = evaluate(model, torch.rand(4, 1, 16, 16), torch.arange(4), eps=0.1, attacks=[Corners()], progress=False)
-assert "a random corner" in report.attacks
-"""
-
-
-@pytest.mark.slow
-def test_few_files_add_an_op_and_an_attack(tmp_path):
-    """The op of the page runs above. tests/methods/test_new_method.py adds a method, which is one folder."""
-    assert len(files()) + OTHER_FILES_OF_AN_OP <= 5 and len(ATTACK) <= 3
-    zoo = str(ROOT / "purify_fast" / "zoo")
-    for folder in ("purify_fast", "kernels"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=lambda at, names: names if at == zoo else ())
-    add(tmp_path, ATTACK)
-    run(tmp_path, "-c", OF_ALL)

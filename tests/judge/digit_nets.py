@@ -21,6 +21,12 @@ def digits():
     return x[TESTED:], y[TESTED:], x[:TESTED], y[:TESTED]
 
 
+def held_out(count=TESTED):
+    """The first held-out images and their labels."""
+    x, y = digits()[2:]
+    return x[:count], y[:count]
+
+
 def zoo_digits(count):
     """The first images of 16 x 16 pixels that the networks of the zoo have not seen, in [0, 1], and their labels."""
     images = load_dataset("digits")

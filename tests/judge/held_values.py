@@ -11,8 +11,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from purify_fast import frozen_copy, zoo
-from purify_fast.defences import NoisyEnsemble, WithAggregation
 from purify_fast.judge.request.fingerprint import state_hash
 
 log = logging.getLogger(__name__)
@@ -104,7 +102,6 @@ VALUES = {
     "dataclass": Settings,
     "left out of pickles": Part,
     "bound method": lambda v: Settings(v).__eq__,
-    "bytes": lambda v: bytes([int(v)]),
     "dictionary of lists": lambda v: {"a": [[v]]},
     "generator's seed": lambda v: torch.Generator().manual_seed(int(v)),
     "remembered": lambda v: (remembered, functools.partial(remembered, v)),
@@ -125,28 +122,7 @@ WAYS = {name: lambda v, of=of: Linear(of(v)) for name, of in VALUES.items()} | {
 }
 
 
-def defences():
-    """The package's own models, in every state that an evaluation finds them in."""
-    x = torch.linspace(0, 1, 512).view(2, 1, 16, 16)
-    classifier = zoo.load("digits-standard")
-    carso, noisy = zoo.load("digits-carso-pipeline"), NoisyEnsemble(classifier, 0.1)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        models = {"classifier": classifier, "noisy": noisy, "view": WithAggregation(noisy, "mean"), "carso": carso}
-        for name, model in models.items():
-            model(x), model(x)
-            yield name, state_hash(model)
-        for dtype in (torch.float32, torch.bfloat16):
-            copied = frozen_copy(carso, x, dtype=dtype)
-            copied(x)
-            yield str(dtype), state_hash(copied)
-        with carso.fixed_noise(3):
-            yield "fixed", state_hash(carso)
-
-
 def show():
     """Print the hashes of all states."""
     for name, make in WAYS.items():
         print(name, state_hash(make(1.0)))
-    for name, mark in defences():
-        print(name, mark)

@@ -1,9 +1,4 @@
-"""Evaluations that several processes share; run by torchrun, one that is killed in the first start.
-
-    torchrun ... shards_work.py FOLDER
-
-The first process writes its report to FOLDER/report.json.
-"""
+"""Evaluations that several processes share."""
 
 import json
 import os
@@ -22,9 +17,7 @@ from evaluating import evaluate
 from purify_fast.attacks import APGD, FABT, PGD, Square
 from purify_fast.defences import NoisyEnsemble, WithFixedNoise
 from purify_fast.evaluation import AttackSpec
-from purify_fast.judge.run.attack_run import AttackRun
 from purify_fast.methods.diffusion import DiffusionPurifier, Process
-from purify_fast.training.distributed import torchrun_group
 
 KINDS = ("deterministic", "random", "own", "diffusion", "masked")
 
@@ -134,15 +127,3 @@ def kill_at_call(place, name, number):
         return original(*args, **options)
 
     setattr(place, name, call)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    folder, first = Path(sys.argv[1]), os.environ["RANK"] == "0"
-    if not first and not (folder / "killed").exists():
-        (folder / "killed").touch()
-        kill_at_call(AttackRun, "make", 2)
-    with torchrun_group():
-        found = report("deterministic", folder / "out")
-        if first:
-            (folder / "report.json").write_text(json.dumps(found))

@@ -14,7 +14,6 @@ import pytest
 import torch
 from digit_nets import zoo_digits
 from forks import results_of
-from scipy.special import betaln
 from scipy.stats import beta, binom, norm
 from torch import nn
 
@@ -38,7 +37,6 @@ from purify_fast.judge.certificates.sequences import (
 from purify_fast.ops.philox import Stream, philox, philox_key
 
 NORMAL = NormalDist()
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "certificates.json"
 SIGMA = 0.5
 QUIET = {"sigma": SIGMA, "progress": False}
 
@@ -106,14 +104,6 @@ def test_few_certificates_are_wrong_at_the_threshold(threshold):
     assert 0 < (above == -1).mean() <= 0.001
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("below", [0.0, 0.001])
-def test_few_of_a_million_certificates_are_wrong(below):
-    threshold = NORMAL.cdf(1.0)
-    first, _ = simulated(np.full(1_000_000, threshold - below), [threshold], 100_000)
-    assert (first == 1).mean() <= 0.001
-
-
 def test_few_images_have_a_wrong_certificate_at_any_of_several_radii():
     thresholds = [NORMAL.cdf(radius / 0.5) for radius in (0.5, 0.1, 0.4, 0.45)]
     first, _ = simulated(np.full(50_000, thresholds[2]), thresholds, 2000)
@@ -121,32 +111,6 @@ def test_few_images_have_a_wrong_certificate_at_any_of_several_radii():
     assert (first[:, 1] == -1).mean() <= 0.001
     ordered = first[:, np.argsort(thresholds)]
     assert (np.diff(ordered, axis=1) <= 0).all()
-
-
-def robbins(right, draws, threshold, alpha):
-    """The test that is valid at any number of looks (Robbins 1970, Ville 1939), in place of a computed boundary."""
-    evidence = betaln(right + 0.5, draws - right + 0.5) - betaln(0.5, 0.5)
-    evidence -= right * math.log(threshold) + (draws - right) * math.log(1 - threshold)
-    return evidence >= -math.log(alpha)
-
-
-@pytest.mark.parametrize(("radius", "share"), [(0.25, 0.8), (0.75, 0.87)])
-def test_computed_looks_need_fewer_draws(radius, share):
-    """500 images with the probabilities of mnist-smoothed, many times. A few that stay undecided have most draws."""
-    rows = [row for row in json.loads(RESULTS.read_text()) if row["kind"] == "cohen"]
-    texts = (" ".join(row[name] for row in rows) for name in ("right", "class", "label"))
-    right, chosen, label = (np.array(text.split(), dtype=np.int64) for text in texts)
-    p, threshold, most = np.where(chosen == label, right, 100_000 - right) / 1e5, NORMAL.cdf(radius / 0.5), 100_000
-    assert len(p) == 500
-    p, rng, last = np.tile(p, 20), np.random.default_rng(1), 24
-    _, ours = simulated(p, [threshold], most)
-    count, draws, open_ = np.zeros(len(p)), np.zeros(len(p)), np.ones(len(p), dtype=bool)
-    while open_.any():
-        count[open_] += rng.binomial(last - int(draws[open_][0]), p[open_])
-        draws[open_] = last
-        open_[open_] = ~robbins(count[open_], float(last), threshold, 0.001) & (last < most)
-        last = min(most, max(last + 8, 8 * int(1.25 * last / 8)))
-    assert ours.sum() < share * draws.sum()
 
 
 @pytest.mark.parametrize("shares", [(0.4, 0.4, 0.2), (0.25, 0.25, 0.25, 0.25), (0.1, 0.1, 0.8)])
@@ -159,9 +123,8 @@ def test_a_class_that_is_not_more_frequent_seldom_beats_the_label(shares):
         rivals = np.delete(seen, label, 1).max(1)
         beaten |= leads(seen[:, label], rivals, len(shares) - 1, 0.001) == -1
     assert beaten.mean() <= 0.001
-    assert (
-        leads(np.array([300]), np.array([500]), 9, 0.001) == -1 and leads(np.array([500]), np.array([300]), 9, 0.1) == 1
-    )
+    for right, rival, decided in ((300, 500, -1), (500, 300, 1)):
+        assert leads(np.array([right]), np.array([rival]), 9, 0.001) == decided
 
 
 @pytest.mark.parametrize(("images", "alpha"), [(1, 0.001), (500, 0.001), (10_000, 0.001), (20, 0.3)])
@@ -201,17 +164,10 @@ def test_radii_are_those_of_the_exact_answer():
     assert made.between(0.5) == (0.5, 1.0) and made.sentence(0.5) == "at least 50.0 %"
 
 
-def test_an_image_at_the_threshold_stays_undecided():
+def test_an_image_at_the_threshold_stays_undecided_and_one_without_a_class_is_wrong():
     made = certify(Halves(), margins(0.5), torch.tensor([1]), radius=0.5, draws=500, **QUIET)
     assert made.decisions(0.5).tolist() == [0] and made.draws.tolist() == [500]
-
-
-def test_a_prediction_without_a_class_is_wrong():
-    class Broken(Halves):
-        def forward(self, x):
-            return super().forward(x) * torch.nan
-
-    made = certify(lambda x: Broken()(x), margins(1.0), torch.tensor([0]), radius=0.0, **QUIET)
+    made = certify(lambda x: Halves()(x) * torch.nan, margins(1.0), torch.tensor([0]), radius=0.0, **QUIET)
     assert made.decisions(0.0).tolist() == [-1]
 
 
@@ -245,6 +201,7 @@ def test_a_frozen_copy_is_certified_with_the_weights_that_its_model_has_now(digi
     # Writes through `.data` are not seen by themselves.
     changed.head.bias.data[3] += 100.0
     found = certify(made, x, y, **how())
+    assert found.about["predicted_by"] == "FrozenCopy"
     assert counts(found) == counts(certify(changed, x, y, **how())) != counts(certify(model, x, y, **how()))
 
 
@@ -257,22 +214,6 @@ def test_a_random_defence_gets_the_same_draws_in_other_batches(digits):
     defence = Own(model, 0.1, samples=2).eval()
     whole = counts(certify(defence, x[:40], y[:40], **how(64)))
     assert counts(certify(defence, x[:40], y[:40], batch_size=9, **how(64))) == whole
-
-
-def test_a_purifier_is_certified_with_its_own_draws(digits):
-    _, x, y = digits
-    defence = zoo.load("digits-carso-objective")
-    made = certify(defence, x[:6], y[:6], **how(64))
-    assert counts(certify(defence, x[:6], y[:6], batch_size=5, **how(64))) == counts(made)
-    assert 0 < made.right.sum() < made.draws.sum()
-
-
-def test_two_processes_make_the_same_certificates(tmp_path, digits):
-    def work():
-        torch.set_num_threads(1)
-        return counts(certify(*digits, **how()))
-
-    assert results_of(tmp_path, 2, work) == [counts(certify(*digits, **how()))] * 2
 
 
 @pytest.fixture
@@ -466,20 +407,12 @@ def rounding(model, shape):
 def test_models_of_one_image_are_not_refused_in_any_batch():
     torch.manual_seed(0)
     linear = nn.Sequential(nn.Flatten(), nn.Linear(768, 10))
-    network = nn.Sequential(
-        nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(392, 10)
-    ).eval()
+    layers = nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(392, 10)
+    network = nn.Sequential(*layers).eval()
     for model in (linear, network, lambda x: network.double()(x.double())):
         assert "float16" not in rounding(model, (3, 16, 16))["precision"]
     network.bfloat16()
     assert rounding(lambda x: network(x.bfloat16()), (3, 16, 16))["precision"] == "bfloat16 and float32"
-
-
-@pytest.mark.slow
-def test_a_resnet_is_not_refused_in_any_batch():
-    torch.manual_seed(0)
-    network = pytest.importorskip("torchvision").models.resnet18(num_classes=10).eval()
-    assert rounding(network, (3, 32, 32))["precision"] == "float32"
 
 
 def test_the_callers_autocast_does_not_decide(digits):
@@ -488,15 +421,6 @@ def test_the_callers_autocast_does_not_decide(digits):
     with torch.autocast("cpu", torch.bfloat16):
         again = certify(model, x, y, **how())
     assert counts(again) == counts(whole) and again.about["precision"] == "float32"
-    assert again.about["predicted_by"] == "SmallCNN" and "purify_fast" in again.about["version"]
-    copied = certify(frozen_copy(model, x[:8], dtype=torch.float32), x, y, **how())
-    assert copied.about["predicted_by"] == "FrozenCopy" and counts(copied) == counts(whole)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_modules_of_another_dtype_are_refused_with_the_cure(dtype):
-    with pytest.raises(ValueError, match=rf"must take float32 images, but this Halves is in {dtype}: give model.float"):
-        certify(Halves().to(dtype), margins(1.0), torch.tensor([1]), radius=0.5, **QUIET)
 
 
 def test_draws_are_named_by_the_index_in_the_data_set(digits):
@@ -505,8 +429,6 @@ def test_draws_are_named_by_the_index_in_the_data_set(digits):
     some = certify(model, x[30:35], y[30:35], index=torch.arange(130, 135), **how())
     assert some.right.tolist() == whole.right[30:35].tolist() and some.index.tolist() == [*range(130, 135)]
     assert counts(whole) != counts(certify(model, x, y, **how()))
-    with pytest.raises(ValueError, match="index must be another number for each image"):
-        certify(model, x[:2], y[:2], index=[3, 3], **how())
 
 
 def test_a_random_defence_is_random_even_if_it_seems_not():
@@ -686,28 +608,31 @@ def test_a_log_is_read_again(tmp_path, digits):
         np.testing.assert_allclose(values, made.log[name], atol=1e-6 if name == "time" else 0)
     assert (log["radius"] * log["correct"]).mean() == made.acr and log["idx"].tolist() == [*range(40, 49)]
     # The file of another program has no counts.
-    path = tmp_path / "cohen.tsv"
-    line = "0\t3\t3\t0.75\t1\t1:00:02.5\n20\t5\t-1\t0.0\t0\t0:01:00\n"
-    path.write_text("idx\tlabel\tpredict\tradius\tcorrect\ttime\n" + line)
+    path, names = tmp_path / "cohen.tsv", "idx\tlabel\tpredict\tradius\tcorrect\ttime\n"
+    path.write_text(f"{names}0\t3\t3\t0.75\t1\t1:00:02.5\n")
     read = read_log(path)
-    assert read["time"].tolist() == [3602.5, 60.0] and read["radius"].tolist() == [0.75, 0.0] and len(read) == 6
+    assert read["time"].tolist() == [3602.5] and read["radius"].tolist() == [0.75] and len(read) == 6
     for text in ("idx\tlabel\n0\t3\n", path.read_text() + "21\t5\n", path.read_text().replace("0.75", "far")):
         path.write_text(text)
         with pytest.raises(ValueError, match=r"cohen.tsv (must have lines with the columns|has a value)"):
             read_log(path)
 
 
-def test_models_share_a_table_and_a_page(digits):
-    x, y = digits[1][:12], digits[2][:12]
-    first, other = (certify(digits[0], x, y, sigma=s, draws=200, name=f"at {s}", progress=False) for s in (0.1, 0.3))
-    text, page = first.to_text([other]), first.to_html([other])
-    for made in (first, other):
-        assert f"{made.acr:.3f}" in text and f"at {made.sigma}" in page
-        assert f"{np.median(np.where(made.predicted == y.numpy(), made.probability, 0)):.3f}" in text
-    assert page.count('class="curve"') == 2 and "p_A 50 %" in page and "ACR" in text
-
-
 # -- the report --------------------------------------------------------------------------------------------------------
+
+
+def test_the_curves_begin_with_all_images_and_step_where_one_ends():
+    made = Certificates(np.array([1000, 700, 100]), np.full(3, 1000), sigma=0.5, radii=(), alpha=0.001)
+    made.refuted[0.25] = np.array([False, False, True])
+    large, small, none = made.radius.tolist()
+    most = 1.05
+    assert large > most > small > none == 0
+    drawn = made._shown(())["drawing"]
+    assert drawn["most"] == pytest.approx(most)
+    np.testing.assert_allclose(drawn["below"][0], [(0, 2 / 3), (small, 2 / 3), (small, 1 / 3), (most, 1 / 3)])
+    upper = made.between(0.25)[1]
+    assert 2 / 3 <= upper < 1
+    np.testing.assert_allclose(drawn["above"], [(0, 1), (0.25, 1), (0.25, upper), (most, upper)])
 
 
 def test_a_report_is_read_again(tmp_path, digits):
@@ -718,8 +643,6 @@ def test_a_report_is_read_again(tmp_path, digits):
     again = Certificates.from_json(text)
     assert counts(again) == counts(made) and again.radii == made.radii
     assert again.refuted[0.25].tolist() == made.refuted[0.25].tolist()
-    assert again.to_html() == (tmp_path / "certificates.html").read_text() and "between" in again.to_html()
-    assert (tmp_path / "certificates.txt").read_text().rstrip() == made.to_text()
     with pytest.raises(ValueError, match="format 3"):
         Certificates.from_json(json.dumps(json.loads(text) | {"format": 9}))
 
@@ -749,38 +672,29 @@ def test_close_radii_and_their_order_are_kept():
     radii = (0.5, 0.1 + 0.2, 0.3)
     made = Certificates(np.array([99, 60]), np.array([100, 100]), sigma=0.5, radii=radii, alpha=0.001)
     assert [*json.loads(made.to_json())["accuracy"]] == [str(radius) for radius in radii]
-    assert made.sentence(0.5) in made.to_html() and "within L2 0.5," in made.to_html()
 
 
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
         ("right", [101, 0], "right must be from 0 to the draws, at most 134217728, got 101"),
-        ("right", [-1, 0], "right must be from 0"),
-        ("right", [1.0, 0], "right must be whole numbers"),
         ("right", [True, 0], "right must be whole numbers"),
         ("right", [1], "draws must be int64 .1., got int64 .2."),
-        ("right", [[1], 0], "right must be whole numbers"),
         ("right", [2**70, 0], "right must be whole numbers"),
         ("draws", [100, 2**40], "right must be from 0 to the draws, at most 134217728, got 5"),
-        ("draws", None, "draws must be whole numbers"),
         ("index", [7, 7], "index must be another number for each image"),
-        ("index", [-1, 7], "index must be in"),
         ("decided", [[[24, 24]], [[25, 24]]], "decided must be right draws and draws of a look, some"),
         ("decided", [[[24, 24]], [[20, 24]]], "decided must be right draws and draws of a look, some"),
         ("decided", [[24, 24]], "decided must be int64"),
         ("sigma", -1, "sigma must be above 0 and finite, got -1"),
-        ("sigma", "wide", "sigma must be a number"),
         ("alpha", 5, "alpha must be in .0, 1., got 5"),
         ("radii", [-0.5], "each of radii must be at least 0"),
         ("decided", [[[24, 24]], [[5, 24]]], "decided must be after a number of draws of a look, such as .20, 22, 25"),
         ("labels", [-2, 0], "labels must be class numbers, or -1, got -2"),
-        ("tested", [0, -2], "tested must be class numbers, or -1, got -2"),
         ("looks", 0, "looks must be at least 1"),
         ("radii", 3, "radii must be a list of numbers, got 3"),
         ("refuted", {"0.25": [True]}, "refuted.0.25. must be bool .2."),
         ("refuted", {"0.25": [1, 0]}, "refuted must be lists of true and false by radius"),
-        ("refuted", {"far": [True, False]}, "refuted must be lists"),
         ("refuted", {"-1": [True, False]}, "each radius of refuted must be at least 0"),
         ("about", {"name": 3}, "about must be texts by name"),
         ("notes", [3], "notes must be a list of texts"),
@@ -801,8 +715,7 @@ def test_the_command_writes_a_report(tmp_path, capsys):
     words = ["certify", "zoo:digits-standard", "--sigma", "0.25", "--radius", "0.25", "--images", "6"]
     words += ["--draws", "100", "--attack", "fast", "--votes", "3", "--out", str(tmp_path)]
     assert cli.main(words) == 0
-    printed = capsys.readouterr().out
-    assert "between" in printed and "certificates.html" in printed
+    assert "between" in capsys.readouterr().out and (tmp_path / "certificates.html").exists()
     assert Certificates.from_json((tmp_path / "certificates.json").read_text()).refuted.keys() == {0.25}
     assert cli.main([*words, "--one-shot"]) == 2
     assert "--one-shot needs a model with a method one_shot(sigma)" in capsys.readouterr().err
@@ -843,17 +756,13 @@ def test_a_purifier_of_one_step_is_certified():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sigma": 0.0}, "sigma must be above 0"),
         ({"sigma": math.inf}, "sigma must be above 0 and finite"),
         ({"alpha": 1.0}, "alpha must be in"),
         ({"radius": -0.1}, "radius must be at least 0"),
         ({"radius": []}, "radius must be a number or at least one number"),
         ({"radius": 2.0}, "radius must be at most 1.8868, which 100000 right draws"),
-        ({"radius": [0.1, None]}, "radius must be a number"),
         ({"radius": True}, "radius must be a number"),
-        ({"seed": 1.5}, "seed must be a whole number"),
         ({"draws": None}, "draws must be a whole number"),
-        ({"draws": 0}, "draws must be in"),
         ({"draws": 5, "radius": 0.0}, r"draws must be in \[20, 134217728\], got 5"),
         ({"draws": 9, "radius": None}, r"draws must be in \[10, 134217728\], got 9"),
         ({"gain": 0.1}, "gain is only for the largest radius"),
@@ -862,18 +771,19 @@ def test_a_purifier_of_one_step_is_certified():
         ({"draws": 2**28}, "draws must be in"),
         ({"seed": -1}, "seed must be in"),
         ({"batch_size": 0}, "batch_size must be"),
+        ({"model": None}, "model must be a module or a function"),
+        (
+            {"model": Halves().half()},
+            r"must take float32 images, but this Halves is in torch.float16: give model.float",
+        ),
+        ({"y": torch.tensor([1, 2])}, "y must have class numbers from 0 to 1, got 2"),
+        ({"index": [3, 3]}, "index must be another number for each image"),
     ],
 )
 def test_settings_are_checked(settings, message):
+    usual = {"model": Halves(), "x": margins(1.0, 1.0), "y": torch.tensor([1, 1]), "sigma": 0.5, "radius": 0.5}
     with pytest.raises((TypeError, ValueError), match=message):
-        certify(Halves(), margins(1.0), torch.tensor([1]), **{"sigma": 0.5, "radius": 0.5} | settings)
-
-
-def test_models_and_labels_are_checked():
-    with pytest.raises(TypeError, match="model must be a module or a function"):
-        certify(None, margins(1.0), torch.tensor([1]), radius=0.5, **QUIET)
-    with pytest.raises(ValueError, match="y must have class numbers from 0 to 1, got 2"):
-        certify(Halves(), margins(1.0), torch.tensor([2]), radius=0.5, **QUIET)
+        certify(**usual | settings)
 
 
 def test_refute_checks_what_it_gets_before_it_attacks():
@@ -881,18 +791,17 @@ def test_refute_checks_what_it_gets_before_it_attacks():
     made = certify(model, x, y, radius=torch.tensor([0.1]), **QUIET)
     other = Halves()
     torch.nn.init.ones_(other.weight)
-    for error, message, changes in (
-        (TypeError, "model must be a module", {"model": lambda images: model(images)}),
-        (ValueError, "model must have the weights", {"model": other}),
-        (ValueError, "x and y must be the images", {"x": x.flip(0)}),
-        (ValueError, "radius must be", {"radius": 9.0}),
-        (TypeError, "refute sets n_eval itself", {"n_eval": 3}),
-        (TypeError, "draws must be a whole number", {"draws": 1.5}),
-        (ValueError, "votes must be at least 1", {"votes": 0}),
+    for message, changes in (
+        ("model must be a module", {"model": lambda images: model(images)}),
+        ("model must have the weights", {"model": other}),
+        ("x and y must be the images", {"x": x.flip(0)}),
+        ("radius must be", {"radius": 9.0}),
+        ("refute sets n_eval itself", {"n_eval": 3}),
+        ("draws must be a whole number", {"draws": 1.5}),
+        ("votes must be at least 1", {"votes": 0}),
     ):
-        given = {"model": model, "x": x, "y": y, "radius": 0.5} | changes
-        with pytest.raises(error, match=message):
-            refute(made, given.pop("model"), given.pop("x"), given.pop("y"), progress=False, **given)
+        with pytest.raises((TypeError, ValueError), match=message):
+            refute(made, **{"model": model, "x": x, "y": y, "radius": 0.5, "progress": False} | changes)
 
 
 def test_hard_labels_can_be_refuted():

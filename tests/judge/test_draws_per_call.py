@@ -186,14 +186,6 @@ def test_a_lucky_draw_is_no_success_of_all_draws(batch):
     assert "draws its randomness once per call" in notes[Switch][0]
 
 
-def test_a_pair_of_networks_is_seen_to_be_random(batch):
-    """Two calls of such a model agree half of the time."""
-    x, y = batch
-    for seed in range(3):
-        report = evaluate(Switch(*nets()[:2]), x, y, eps=0.1, attacks=[PGD(steps=1)], seed=seed)
-        assert not report.rows[0].deterministic and report.rows[0].n_eval == 5
-
-
 def rarely_turned(share, together=False):
     """Each image's logits are turned around in a share of its draws, or all images' together."""
 

@@ -15,7 +15,7 @@ import held_values
 import pytest
 import torch
 from evaluating import evaluate
-from held_values import WAYS, Linear, defences
+from held_values import WAYS, Linear
 from torch import nn
 
 import purify_fast
@@ -24,13 +24,6 @@ from purify_fast.judge.request.fingerprint import fingerprint, state_hash
 
 PACKAGE = Path(purify_fast.__file__).parents[1]
 QUIET = {"eps": 0.02, "attacks": [PGD(steps=2)]}
-
-
-def printed(arguments, folders, **options):
-    """The lines that another Python prints, which imports from these folders."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders)), "PYTHONHASHSEED": "7"}
-    command = [sys.executable, *arguments]
-    return subprocess.check_output(command, text=True, env=environment, **options).splitlines()
 
 
 @pytest.fixture
@@ -47,9 +40,10 @@ def test_models_that_differ_in_a_value_have_other_states(way):
 @pytest.mark.slow
 def test_states_are_the_same_in_another_process():
     """Also where sets, and strings with them, are in another order there."""
-    found = printed(["-c", "import held_values; held_values.show()"], [PACKAGE, Path(held_values.__file__).parent])
+    environment = os.environ | {"PYTHONPATH": f"{PACKAGE}:{Path(held_values.__file__).parent}", "PYTHONHASHSEED": "7"}
+    command = [sys.executable, "-c", "import held_values; held_values.show()"]
+    found = subprocess.check_output(command, text=True, env=environment).splitlines()
     here = [f"{name} {state_hash(make(1.0))}" for name, make in WAYS.items()]
-    here += [f"{name} {mark}" for name, mark in defences()]
     assert found == here and len(set(here)) == len(here)
 
 
@@ -72,14 +66,14 @@ class Model(nn.Module):
         super().__init__()
         self.layer, self.norm = nn.Linear(4, 2), nn.BatchNorm1d(2)
         self.register_buffer("table", torch.zeros(2), persistent=False)
-        self.scale, self.sizes, self.slots = 1.0, [1, 2], Slots()
+        self.scale, self.slots = 1.0, Slots()
         self.slots.scale = 1.0
         self.function = lambda x: x * factor
 
     def forward(self, x):
         return table_helper.changed(self.layer(x)) * SIGMA
 """
-HELPER = "SIGMA, OTHER = 1, 1\n\n\nclass Settings:\n    level = 1\n\n\ndef changed(x):\n    return x * SIGMA\n"
+HELPER = "SIGMA = 1\n\n\ndef changed(x):\n    return x * SIGMA\n"
 
 
 def in_place(value):
@@ -103,26 +97,22 @@ def text(file, before, after):
 EDITS = {
     "nothing": (in_place("None"), False),
     "weight": (in_place("model.layer.weight.data.add_(1)"), True),
-    "buffer": (in_place("model.norm.running_mean.add_(1)"), True),
     "buffer that is not saved": (in_place("model.table.add_(1)"), True),
     "dtype of the weights": (in_place("model.layer.half()"), True),
     "mode of a part": (in_place("model.norm.eval()"), True),
     "attribute": (attribute("scale", 2.0), True),
     "attribute of a part": (attribute("norm.eps", 1e-3), True),
-    "list": (in_place("model.sizes.append(3)"), True),
     "another part": (attribute("layer", nn.Linear(4, 2)), True),
     "hook": (in_place("model.layer.register_forward_hook(lambda *given: None)"), True),
     "closure": (attribute("function", (lambda factor: lambda x: x * factor)(2.0)), True),
     "forward of its own": (attribute("forward", lambda x: x[:, :2]), True),
     "class attribute": (in_place("setattr(Model, 'SHARE', 2)"), True),
     "code of the class": (text("table_model", "self.layer(x)", "self.layer(2 * x)"), True),
-    "comment in its file": (text("table_model", "SHARE = 1", "SHARE = 1  # all"), True),
     "line of its file that nothing reads": (text("table_model", "SIGMA = 0.5", "SIGMA = 0.5\nUNUSED = 1"), True),
     "global variable in its file": (text("table_model", "SIGMA = 0.5", "SIGMA = 0.6"), True),
     "code of a function in another file": (text("table_helper", "return x", "return 2 * x"), True),
     "global variable set while the program runs": (in_place("vars(module).update(SIGMA=2)"), True),
     "variable of a module set while the program runs": (in_place("setattr(table_helper, 'SIGMA', 2)"), True),
-    "variable that nothing reads": (in_place("setattr(table_helper, 'OTHER', 2)"), True),
     "argument of another program": (lambda model, module, monkeypatch: monkeypatch.setattr(sys, "argv", ["b"]), False),
     "object with slots": (attribute("slots.scale", 2.0), True),
 }
@@ -235,7 +225,6 @@ REACHED = {
     "module by the name of its attribute": ("", "import reached_helpers as h", "getattr(h, 'in' + 'ner')(x)"),
     "import inside of the function": ("", "", "[helper(x) for helper in [self.imported()]][0]"),
     "class attribute": ("Scale", "class Holds:\n    scale = Scale()", "Holds.scale(x)"),
-    "attribute of a class": ("Scale", "", "x * Scale.factor"),
     "object": ("Scale", "scale = Scale()", "scale(x)"),
     "class of a dictionary": ("Names", "names = Names()", "x * names['a']"),
     "closure": ("made", "scaled = made()", "scaled(x)"),
@@ -243,16 +232,12 @@ REACHED = {
     "cache": ("helper", "import functools\nscaled = functools.cache(helper)", "scaled(x)"),
     "decorator": ("decorated", "@decorated\ndef scaled(x): return x", "scaled(x)"),
     "global constant": ("FACTOR", "", "x * FACTOR"),
-    "list of functions": ("helper", "STEPS = [helper]", "STEPS[0](x)"),
-    "lambda": ("helper", "", "(lambda x: helper(x))(x)"),
     "comprehension": ("helper", "", "sum([helper(part) for part in x])"),
     "class inside of the function": ("helper", "", "type('A', (), {'f': lambda s, x: helper(x)})().f(x)"),
-    "namespace": ("FACTOR", "import argparse\nargs = argparse.Namespace(a=FACTOR)", "x * args.a"),
     "function of autograd": ("Square", "", "Square.apply(x)"),
     "function put into a library": ("helper", "nn.ReLU.forward_of_test = helper", "nn.ReLU.forward_of_test(x)"),
     "distribution": ("FACTOR", "NORMAL = torch.distributions.Normal(0.0, FACTOR)", "x + NORMAL.mean"),
     "object of a library": ("FACTOR", "import numpy\nLINE = numpy.poly1d([FACTOR, 0])", "x * float(LINE(1.0))"),
-    "fraction": ("FACTOR", "import fractions\nSHARE = fractions.Fraction(FACTOR)", "x * float(SHARE)"),
     "property that is made once": ("helper", PROPERTY, "x * Holds().scaled"),
     "scripted function": ("inner", "scripted = torch.jit.script(inner)", "scripted(x)"),
     "eval": ("helper", "", "eval('hel' + 'per')(x)"),
@@ -295,49 +280,6 @@ def test_a_file_that_a_function_imports_later_counts(imported):
     assert marked(1) == marked(1) != marked(2)
 
 
-SCRIPT = """
-import logging
-import sys
-import threading
-
-import torch
-from torch import nn
-
-SIGMA, LOCK, log = float(sys.argv[1]), threading.Lock(), logging.getLogger(__name__)
-
-
-def scaled(x):
-    with LOCK:
-        log.debug("scaled")
-    return torch.relu(x) * SIGMA
-
-
-class Model(nn.Module):
-    def forward(self, x):
-        return scaled(x)
-
-
-if __name__ == "__main__":
-    import multiprocessing
-    from purify_fast.judge.request.fingerprint import fingerprint
-
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        print(fingerprint(Model()), pool.apply(fingerprint, (Model(),)))
-"""
-
-
-@pytest.mark.slow
-def test_a_script_and_its_processes_name_a_model_alike_and_its_arguments_count(tmp_path):
-    path, marks = tmp_path / "script.py", set()
-    for text, argument in ((SCRIPT, "0.5"), (SCRIPT, "0.6"), (SCRIPT.replace("relu", "tanh"), "0.5")):
-        path.write_text(text)
-        (line,) = printed(["script.py", argument], [PACKAGE], cwd=tmp_path)
-        own, of_process = line.split()
-        assert own == of_process != "None"
-        marks.add(own)
-    assert len(marks) == 3
-
-
 def test_code_without_a_file_counts_by_its_text_and_without_a_text_it_needs_a_revision(monkeypatch):
     """A notebook gives `linecache` the texts of its cells; `exec` does not."""
     helper = "def scaled(x):\n    return x * 1.5\n\n\n"
@@ -357,14 +299,14 @@ def test_code_without_a_file_counts_by_its_text_and_without_a_text_it_needs_a_re
     assert marked(text, False) is None and marked(text, False, "1") not in (None, marked(text, False, "2"))
 
 
-@pytest.mark.parametrize(
-    "held",
-    [
-        lambda: torch.jit.script(nn.Linear(2, 2)),
-        lambda: torch.eye(3).to_sparse(),
-        lambda: torch.empty(2, device="meta"),
-    ],
-)
+UNKNOWN = [
+    lambda: torch.jit.script(nn.Linear(2, 2)),
+    lambda: torch.eye(3).to_sparse(),
+    lambda: torch.empty(2, device="meta"),
+]
+
+
+@pytest.mark.parametrize("held", UNKNOWN)
 def test_what_cannot_be_compared_has_no_fingerprint_and_it_is_said(held, images, tmp_path, caplog, made_rows):
     model = Linear(held())
     assert fingerprint(model) is None
@@ -372,8 +314,6 @@ def test_what_cannot_be_compared_has_no_fingerprint_and_it_is_said(held, images,
         evaluate(model, *images, **QUIET, out=tmp_path, name="mine")
     assert len(made_rows) == 4 and not list((tmp_path / "rows").iterdir())
     assert "out: the rows of mine are not kept" in caplog.text
-    marks = {fingerprint(model, revision) for revision in "112"}
-    assert len(marks) == 2 and None not in marks
 
 
 class Remembers(nn.Module):
@@ -424,15 +364,6 @@ def test_what_is_kept_of_the_last_prediction_is_no_changed_state(images):
     report = evaluate(Remembers(), *images, eps=0.02, attacks=[PGD(steps=2)], probes=True)
     (finding,) = (finding for finding in report.findings if finding.alarm == "same answer again")
     assert finding.verdict == "passed"
-
-
-def test_rows_of_copies_and_random_defences_are_found_again(tmp_path, made_rows):
-    x, y = torch.rand(2, 1, 16, 16), torch.arange(2)
-    for _ in "12":
-        carso = purify_fast.frozen_copy(purify_fast.zoo.load("digits-carso-pipeline"), x, dtype=torch.float32)
-        evaluate(carso, x, y, eps=0.1, attacks=[PGD(steps=1)], eot_iter=1, n_eval=1, out=tmp_path)
-        evaluate(carso, x, y, eps=0.1, attacks=[PGD(steps=1)], eot_iter=1, n_eval=1, out=tmp_path)
-    assert len(made_rows) == 2
 
 
 def test_compiled_it_is_the_same_model():

@@ -1,17 +1,22 @@
 """Protocols by name: what each runs, what surrogates find that gradients do not, and clear answers."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
-from digit_nets import EPS, Gated, digits, robust, standard
+from digit_nets import EPS, Gated, held_out, robust, standard, zoo_digits
 from evaluating import evaluate
 from small_models import Made, Purifying, labelled
 from torch import nn
 
-from purify_fast.attacks import APGD, PGD, checkpointed_steps
+import purify_fast
+from purify_fast import cli
+from purify_fast.attacks import APGD, PGD, OriginalAutoAttack, checkpointed_steps
 from purify_fast.attacks.base import ThreatModel
 from purify_fast.defences import NoisyEnsemble
-from purify_fast.evaluation import AttackSpec
+from purify_fast.evaluation import AttackSpec, EvaluateConfig
+from purify_fast.judge.request.attack_lists import protocol_attacks, without_early_stops
 from purify_fast.judge.searches.heads import HEADS
 from purify_fast.judge.surrogates.copies import surrogates
 
@@ -29,7 +34,7 @@ def names(model, x):
 
 
 def test_surrogates_are_found_in_modules_objects_and_functions():
-    _, _, x, _ = digits()
+    x, _ = held_out()
     softened = ["a copy softened 10 times", "a copy softened 100 times"]
     assert names(Gated(), x) == ["standard alone", "robust alone", "all parts together", *softened]
     # a network without gates and thresholds has no softened copies, and one that only clamps has one
@@ -72,7 +77,7 @@ def behind(first, how=lambda self, images: self.net(self.first(images))):
 
 
 def test_a_module_that_blocks_gradients_is_the_identity_backward():
-    _, _, x, _ = digits()
+    x, _ = held_out()
     for first, inner in ((detour(), "first"), (nn.Sequential(nn.Identity(), detour()), "first.1")):
         model = behind(first).eval()
         copy = copies(model, x, absent := {})[f"a copy whose {inner} is the identity backward"]
@@ -91,8 +96,7 @@ def test_a_module_that_blocks_gradients_is_the_identity_backward():
 
 
 def test_a_purifier_without_gradients_is_the_identity_backward_too():
-    _, _, x, y = digits()
-    model, x, y = Purifying(standard(), lambda images: (images * 4).round().detach() / 4), x[:24], y[:24]
+    model, (x, y) = Purifying(standard(), lambda images: (images * 4).round().detach() / 4), held_out(24)
     copy = copies(model, x)["a copy whose purifier is the identity backward"]
     attacks = [PGD(steps=5), AttackSpec(APGD(loss="margin", steps=10), through=copy)]
     report = evaluate(model, x, y, attacks=attacks, **QUIET)
@@ -101,7 +105,7 @@ def test_a_purifier_without_gradients_is_the_identity_backward_too():
 
 
 def test_a_module_is_the_identity_in_a_checkpointed_loop_too():
-    _, _, x, _ = digits()
+    x, _ = held_out()
 
     def loop(self, images):
         return self.net(checkpointed_steps(lambda z, i: self.first(z), images, 2))
@@ -112,7 +116,7 @@ def test_a_module_is_the_identity_in_a_checkpointed_loop_too():
 
 
 def test_a_copy_that_there_is_not_is_told_with_its_reason():
-    _, _, x, y = digits()
+    x, y = held_out()
     report = evaluate(lambda z: behind(detour())(z.detach()), x, y, attacks=[PGD(steps=2)], probes=True, **QUIET)
     found = next(finding for finding in report.findings if finding.alarm == "missed images")
     assert found.verdict == "noted" and "a straight-through copy" in found.measured
@@ -130,7 +134,7 @@ def test_a_copy_that_there_is_not_is_told_with_its_reason():
 
 def test_copies_are_compared_image_by_image():
     """The gradient of the first image is large and constant. Those of the others are small and hidden."""
-    _, _, x, _ = digits()
+    x, _ = held_out()
 
     def model(images):
         large = (images[:, :1, :1, :1] > 0.9).float()
@@ -143,8 +147,7 @@ def test_copies_are_compared_image_by_image():
 
 def test_a_function_without_a_derivative_can_be_evaluated():
     """PyTorch raises in the backward pass of a floor division: a gradient of zero, and counted as such."""
-    _, _, x, y = digits()
-    report = evaluate(behind(floored()), x[:20], y[:20], protocol="fast", steps=4, probes=True, **QUIET)
+    report = evaluate(behind(floored()), *held_out(20), protocol="fast", steps=4, probes=True, **QUIET)
     own = [row for row in report.rows if row.kind == "apgd" and row.own_gradients]
     # where an image falls by a random start, a zero gradient is no fault
     before = next(i for i, row in enumerate(own) if not row.robust.all())
@@ -158,8 +161,7 @@ def test_a_function_without_a_derivative_can_be_evaluated():
 @pytest.mark.slow
 def test_strong_finds_through_surrogates_what_gradients_do_not():
     """A gate as sharp as a step: no NaN, no zero gradient, and APGD-T leaves twice what is there."""
-    _, _, x, y = digits()
-    gated = evaluate(Gated(), x, y, protocol="strong", steps=30, **QUIET)
+    gated = evaluate(Gated(), *held_out(), protocol="strong", steps=30, **QUIET)
     rows = {row.attack: row for row in gated.rows}
     direct = rows["APGD-T, gradients in bfloat16"]
     assert direct.accuracy > 0.3 and all(
@@ -169,9 +171,7 @@ def test_strong_finds_through_surrogates_what_gradients_do_not():
     assert len(through) == 5 and through[-1].accuracy < direct.accuracy - 0.08
     worst = np.logical_and.reduce([row.robust for row in gated.rows if row.kind not in ("clean", "worst")])
     assert np.array_equal(rows["worst"].robust, worst) and gated.headline.accuracy == worst.mean() < 0.27
-    assert not any(row.settings.get("give_up") for row in gated.rows) and "ended a search early" not in gated.to_text()
-    assert gated.about["protocol"] == "strong" and "protocol strong" in gated.to_markdown().splitlines()[0]
-
+    assert gated.about["protocol"] == "strong" and not any(row.settings.get("give_up") for row in gated.rows)
     # every image that a surrogate found is judged by the model itself
     for row in gated.rows:
         if row.examples is not None and row.kind == "apgd":
@@ -202,11 +202,10 @@ def test_an_attack_that_becomes_equal_to_another_runs_once():
 @pytest.mark.slow
 def test_rand_and_official_on_a_random_model():
     pytest.importorskip("pyautoattack")
-    _, _, x, y = digits()
     noisy = NoisyEnsemble(robust(), 0.05, samples=2)
-    rand = evaluate(noisy, x[:8], y[:8], protocol="rand", steps=3, n_eval=2, **QUIET)
+    rand = evaluate(noisy, *held_out(8), protocol="rand", steps=3, n_eval=2, **QUIET)
     assert [row.settings.get("eot_iter") for row in rand.rows] == [None, 20, 20, None]
-    strong = evaluate(noisy, x[:4], y[:4], protocol="strong", steps=2, eot_iter=2, n_eval=2, **QUIET)
+    strong = evaluate(noisy, *held_out(4), protocol="strong", steps=2, eot_iter=2, n_eval=2, **QUIET)
     heads = [row.attack for row in strong.rows if "through the samples'" in row.attack]
     assert [name.rpartition(" ")[2] for name in heads] == list(HEADS)
     assert any("without noise" in row.attack for row in strong.rows)
@@ -214,15 +213,13 @@ def test_rand_and_official_on_a_random_model():
 
 def test_a_deterministic_model_gets_autoattack_standard():
     pytest.importorskip("pyautoattack")
-    _, _, x, y = digits()
-    report = evaluate(standard(), x[:3], y[:3], protocol="official", **QUIET)
+    report = evaluate(standard(), *held_out(3), protocol="official", **QUIET)
     assert report.attacks == ["clean", "AutoAttack standard", "worst"]
 
 
 def test_another_seed_is_another_row():
-    _, _, x, y = digits()
     attacks = [APGD(steps=3), AttackSpec(APGD(steps=3), seed=1, label="again")]
-    report = evaluate(robust(), x[:30], y[:30], attacks=attacks, **QUIET)
+    report = evaluate(robust(), *held_out(30), attacks=attacks, **QUIET)
     first, again = report.row("APGD-3 ce"), report.row("again")
     assert again.settings["seed"] == 1 and not np.array_equal(first.margins, again.margins)
 
@@ -242,3 +239,88 @@ def test_a_defence_that_takes_gradients_itself_has_softened_copies():
     assert [name for name, _ in found if "softened" in name]
     with torch.no_grad():
         assert not any(surrogate(x).requires_grad for _, surrogate in found)
+
+
+STANDARD = [
+    "APGD-10 margin",
+    "APGD-T 30 margin",
+    "APGD-30 ce",
+    "APGD-T 30",
+    "Square, 1000 queries",
+    "FAB-T 100, all targets, 20 nearest",
+    "APGD-T 30 margin, all targets x2, 10 nearest",
+    "APGD-30 ce x20, 10 nearest",
+    "Square, 10 nearest",
+]
+
+
+@pytest.mark.slow
+def test_the_default_is_standard_with_its_signs(without_autoattack):
+    model, base = purify_fast.zoo.load("digits-pgd-at"), purify_fast.zoo.load("digits-standard")
+    report = evaluate(model, *zoo_digits(6), eps=0.1, steps=30, base=base)
+    assert report.attacks == ["clean", *STANDARD, "transfer from the base", "worst"]
+    assert report.about["protocol"] == "standard" and sum(f.verdict != "not asked" for f in report.findings) >= 6
+    # before any work
+    for missing in ({"protocol": "official"}, {"attacks": [OriginalAutoAttack()]}):
+        with pytest.raises(ModuleNotFoundError, match=r"AutoAttack is not installed.*purify-fast\[eval\]"):
+            evaluate(lambda x: pytest.fail("it was asked"), *zoo_digits(6), eps=0.1, **missing)
+
+
+def test_the_command_without_options_asks_for_the_same(without_autoattack, tmp_path, monkeypatch, capsys):
+    """The command asks for the protocol `standard` with its signs, and changes nothing else that decides the rows."""
+    asked = []
+
+    original = purify_fast.evaluation.evaluate
+
+    def spy(model, x, y, **options):
+        asked.append(options)
+        return original(model, x, y, **options | {"attacks": [PGD(steps=1)], "probes": False})
+
+    monkeypatch.setattr("purify_fast.evaluation.evaluate", spy)
+    monkeypatch.chdir(tmp_path)
+    words = ["evaluate", "zoo:digits-pgd-at", "--images", "4", "--steps", "30", "--device", "cpu"]
+    assert cli.main(words) == 0, capsys.readouterr().err
+    (options,) = asked
+    assert options["config"] == EvaluateConfig(steps=30, dataset_name="digits") and options.get("attacks") is None
+    assert (tmp_path / "runs/zoo/digits-pgd-at/evaluation/report.json").is_file()
+
+
+BALL = ThreatModel("linf", 0.1)
+
+
+def of(random: bool) -> SimpleNamespace:
+    found = [(name, nn.Identity()) for name in "abc"]
+    return SimpleNamespace(is_random=random, votes=1, base_model=nn.Identity(), surrogates=lambda ball: (found, {}))
+
+
+def transfers(random: bool, quick: bool) -> list[tuple]:
+    """Return the label, the steps and the number of target classes of every transfer, in the order that was asked."""
+    found = without_early_stops([], of(random), BALL, ["c", "a"], quick)
+    assert all(spec.survivors_only and spec.through is not None for spec in found)
+    return [(spec.label, spec.attack.steps, spec.attack.n_target_classes) for spec in found]
+
+
+def test_the_steps_of_a_transfer():
+    """A random model gets short attacks first; with `quick`, the long ones are shorter and two."""
+    usual = [(f"APGD-T by the gradients of {name}", None, 9) for name in "cab"]
+    short = [(f"APGD-20 by the gradients of {name}", 20, 9) for name in "cab"]
+    long = [(f"APGD-T by the gradients of {name}", 50, 4) for name in "ca"]
+    assert transfers(random=False, quick=False) == transfers(random=False, quick=True) == usual
+    assert transfers(random=True, quick=False) == short + usual
+    assert transfers(random=True, quick=True) == short + long
+
+
+@pytest.mark.parametrize(
+    ("asked", "steps"), [(None, [10, 60, None, 30]), (30, [10, 30, None, 30]), (5, [10, 5, None, 5])]
+)
+def test_asked_steps_shorten_the_long_attacks_alone(asked, steps):
+    """The first attack of a protocol keeps its ten steps, and an attack without a number takes the evaluation's."""
+    listed = protocol_attacks("fast", of(False), BALL, steps=asked)
+    assert [spec.attack.steps for spec in listed[:4]] == steps
+
+
+def test_a_base_is_transferred_from_by_every_protocol():
+    base = nn.Identity()
+    specs = protocol_attacks("rand", of(True), BALL, base=base)
+    assert [(spec.label, spec.through) for spec in specs[-1:]] == [("transfer from the base", base)]
+    assert [spec.attack.eot_iter for spec in specs[:-1]] == [20, 20]

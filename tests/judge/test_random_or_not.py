@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from digit_nets import digits, standard
+from digit_nets import held_out, standard
 from evaluating import evaluate
 from small_models import Made
 
@@ -30,7 +30,7 @@ def last_bits(scale, offset):
 @pytest.mark.parametrize("scale", [1e-12, 1e6])
 @pytest.mark.parametrize("offset", [0.0, -1e5])
 def test_the_scale_of_the_logits_does_not_matter(scale, offset):
-    x, y = (part[:16] for part in digits()[2:])
+    x, y = held_out(16)
     options = {"eps": 0.1, "steps": 2, "eot_iter": 3, "n_eval": 4, "attacks": [PGD()]}
     noisy = evaluate(scaled(scale, offset, 0.3), x, y, **options)
     assert [row.n_eval for row in noisy.rows] == [4, 4, 4] and noisy.rows[1].settings["eot_iter"] == 3
@@ -60,7 +60,7 @@ def unsure(model, x):
 
 def attacked(_, x):
     """As far from a clean image as an attack goes."""
-    distance = (x[:, None] - digits()[2][:16]).abs().flatten(2).amax(2).amin(1)
+    distance = (x[:, None] - held_out(16)[0]).abs().flatten(2).amax(2).amin(1)
     return (distance - 0.1).abs() < 1e-3
 
 
@@ -68,7 +68,7 @@ RULES = {"off the grid": off_the_grid, "unsure": unsure, "attacked": attacked}
 
 
 def surest_first(n):
-    x, y = digits()[2:]
+    x, y = held_out()
     return [part[standard()(x).softmax(1).amax(1).argsort(descending=True)][:n] for part in (x, y)]
 
 
@@ -76,7 +76,7 @@ def surest_first(n):
 @pytest.mark.parametrize("order", ["surest first", "surest last"])
 def test_a_model_that_draws_for_some_images_only_is_random(name, order, caplog):
     """A defence may detect attacked images, and predict clean images always alike."""
-    x, y = (part[:16] for part in digits()[2:]) if name == "attacked" else surest_first(48)
+    x, y = held_out(16) if name == "attacked" else surest_first(48)
     x, y = (x, y) if order == "surest first" else (x.flip(0), y.flip(0))
     options = {"eps": 0.1, "steps": 5, "eot_iter": 3, "n_eval": 4, "attacks": [PGD()]}
     found = evaluate(sometimes(RULES[name]), x, y, **options)
