@@ -6,17 +6,15 @@ import pytest
 import torch
 from direct import direct
 from small_models import accuracy
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from purify_fast.attacks import GradientHealth, JudgeContext, apgd
 from purify_fast.attacks.ball import Ball
 from purify_fast.attacks.losses import cross_entropy, dlr_targeted
-from purify_fast.attacks.objective import Objective
-from purify_fast.judge.searches.apgd import AutoPgd, AutoPgdL1, checkpoints
+from purify_fast.judge.searches.apgd import checkpoints
 from purify_fast.judge.searches.engine import judge as judging
 from purify_fast.judge.searches.engine import row_batches as engine_rows
 from purify_fast.judge.searches.engine.judge import Judge
-from purify_fast.judge.searches.engine.row_batches import ActiveSet, Rows
+from purify_fast.judge.searches.engine.row_batches import ActiveSet
 
 
 def test_checkpoints():
@@ -76,30 +74,6 @@ def test_misclassified_points_come_before_those_of_higher_loss():
     assert 35 < (found < 0.75).sum() < 55 and bool((found[found >= 0.75] == 1).all())
 
 
-def test_only_images_that_withstand_are_attacked_again(monkeypatch):
-    module = importlib.import_module("purify_fast.judge.searches.apgd")
-    runs, original = [], module.AutoPgd
-    monkeypatch.setattr(module, "AutoPgd", lambda *a, **b: runs.append(a[2].owner.tolist()) or original(*a, **b))
-    torch.manual_seed(0)
-    weight = torch.randn(48, 6)
-    x = torch.rand(40, 48)
-    y = (x @ weight).argmax(1)
-    found = direct(apgd, lambda z: z @ weight, x, y, eps=0.05, steps=5, loss="dlr_targeted", batch_size=1)
-    images = [len(run) for run in runs]
-    assert len(runs) == 5 and images[0] == 40  # C - 1 targets, one at a time
-    assert images == sorted(images, reverse=True) and 0 < ((found @ weight).argmax(1) == y).sum() <= images[-1] < 40
-    runs.clear()
-    targeted = module.APGD(steps=5, loss="dlr_targeted", precision="float32")
-    again = targeted(lambda z: z @ weight, x, y, eps=0.05)
-    # targets in one batch: the first alone, then as many as fit into 64 rows
-    assert len(runs[0]) == 40 and len(runs) < 5 and max(map(len, runs)) <= 64
-    assert ((again @ weight).argmax(1) == y).sum() == ((found @ weight).argmax(1) == y).sum()
-    runs.clear()
-    several = module.APGD(steps=5, restarts=9, precision="float32")
-    found = several(lambda z: z @ weight, x, y, eps=0.5)
-    assert len(runs) < 9 and ((found @ weight).argmax(1) != y).all()  # nothing was left
-
-
 def test_fallen_images_leave_the_batch():
     """The batches shrink along the fixed sizes, and only where something fell; every success is judged again."""
     torch.manual_seed(0)
@@ -119,25 +93,6 @@ def test_fallen_images_leave_the_batch():
     assert {judging.bucket(n, x.device) for n in steps} == set(steps)
     # the clean images, the last points and each of those that fell
     assert judged >= 64 + (64 - stood)
-
-
-def test_under_many_draws_nothing_that_has_fallen_is_attacked_further():
-    """Each step looks at the images that stand, 20 times each, and at no other; passes have even sizes."""
-    torch.manual_seed(0)
-    weight, x = torch.randn(48, 6), torch.rand(64, 48)
-    y, images = (x @ weight).argmax(1), []
-
-    def model(z):
-        if z.requires_grad:
-            images.append(len(z))
-        return z @ weight
-
-    found = direct(apgd, model, x, y, eps=0.06, steps=20, eot_iter=20, max_forward_batch=24)
-    stood = int(((found @ weight).argmax(1) == y).sum())
-    # one draw of 24 images at most: 64 are three passes of 22, 22 and 20 for each of 20 draws
-    assert images[:60] == [22] * 20 + [22] * 20 + [20] * 20
-    passes = -(-stood // 24)
-    assert sum(images[-20 * passes :]) == 20 * stood and 24 < stood < 40
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -163,27 +118,6 @@ def test_every_image_gets_every_run_in_waves_that_are_filled(monkeypatch, padded
     assert standing and all({(image, goal) for goal in (1, 2, 3, 4, 5)} <= set(seen) for image in standing)
     # copies of rows fill the last wave
     assert sizes == ([90, 90, 90, 64] if padded else [90, 59, 58, 57, 56])
-
-
-def test_a_search_waits_for_the_device_only_at_its_checkpoints(monkeypatch):
-    """Tensors without values: whatever asks for one, on a GPU a synchronisation, raises."""
-    monkeypatch.setattr(AutoPgd, "shrinks_after", lambda self, step: False)
-    monkeypatch.setattr(ActiveSet, "confirm_successes", lambda self, owner, points, share: (share, False))
-    monkeypatch.setattr(ActiveSet, "keep_best", lambda self, owner, points, score: None)
-    with FakeTensorMode():
-        weight, x, y = torch.rand(48, 6), torch.rand(5, 48), torch.zeros(5, dtype=torch.int64)
-        with pytest.raises(DataDependentOutputException):
-            bool((x > 0).all())
-        for norm in ("linf", "l2", "l1"):
-            model = lambda z: z @ weight  # noqa: E731
-            ball, ids = Ball(torch.ones(5), norm), torch.arange(5)
-            active = ActiveSet(x, y, ball, Judge(model, draws=2), JudgeContext(counts_health=True))
-            active.judge_clean_images()
-            rows = Rows(ids, x, y, ball, begin=x)
-            kind = AutoPgdL1 if norm == "l1" else AutoPgd
-            search = kind(Objective(model, "ce", 2), active, rows, 10, rho=0.75)
-            search.run()
-            assert len(search.rows.owner) == 5 and search.top.shape == (5, 48)
 
 
 def test_the_targets_are_the_wrong_classes_of_highest_logit():

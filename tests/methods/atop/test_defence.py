@@ -1,7 +1,5 @@
 """AToP's defence: the transforms as it uses them, aggregation, gradients, files."""
 
-import copy
-
 import pytest
 import torch
 from evaluating import evaluate
@@ -14,7 +12,6 @@ from purify_fast.evaluation import AttackSpec
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
 from purify_fast.models.classifiers import FullyConnected, SmallCNN
 from purify_fast.training import Batch
-from purify_fast.training.config import TrainingAttack
 
 
 def identity():
@@ -50,49 +47,12 @@ def test_rt3_takes_each_block_from_the_pass_that_did_not_see_it():
     assert len(packed) == 2 * 6 * 4 and torch.equal(packed[:, -1].view(12, 4, 16, 16).sum(1), torch.ones(12, 16, 16))
 
 
-def test_aggregation():
-    logits = torch.randn(4, 3, 10)
-    mean, probability = defence(samples=3), defence(samples=3, aggregation="mean_softmax")
-    torch.testing.assert_close(mean.aggregate(logits), logits.mean(1))
-    average = torch.softmax(logits, -1).mean(1)
-    torch.testing.assert_close(probability.aggregate(logits), average.log())
-    one = defence()
-    assert torch.equal(one.aggregate(logits[:, :1]), logits[:, 0])
-
-
 def test_shared_masks_are_one_for_the_batch():
     shared, own = defence(shared_mask=True), defence()
     masks = shared.draw(images())[1][0]
     assert (masks == masks[:1]).all()
     masks = own.draw(images())[1][0]
     assert not (masks == masks[:1]).all()
-
-
-@pytest.mark.slow
-def test_the_whole_defence_is_one_graph_for_every_batch_size():
-    """Fewer than 16 images in all, draws included: with more, torch chooses other convolutions on a CPU."""
-    torch._dynamo.reset()
-    made = defence(samples=2, sigma=0.1)
-    compiled = torch.compile(made, fullgraph=True, dynamic=True, backend="eager")
-    with made.fixed_noise(2):
-        for index, n in enumerate((5, 7)):
-            with torch._dynamo.config.patch(error_on_recompile=index > 0):
-                torch.testing.assert_close(compiled(images(n)), made(images(n)), atol=1e-4, rtol=1e-4)
-
-
-def test_a_frozen_copy_stays_close_and_keeps_its_gradients():
-    made, x = defence(SmallGenerator(1, width=4), sigma=0.1), images(8)
-    with made.fixed_noise(1):
-        plain = made(x)
-    copied = purify_fast.frozen_copy(made, x, dtype=torch.bfloat16)
-    with copied.fixed_noise(1):
-        fast = copied(x)
-        leaf = x.clone().requires_grad_()
-        gradient = torch.autograd.grad(copied(leaf).sum(), leaf)[0]
-    assert fast.dtype == torch.float32 and gradient.isfinite().all() and gradient.abs().sum() > 0
-    assert (fast - plain).norm() < 0.1 * plain.norm() and not torch.equal(fast, plain)
-    with made.fixed_noise(1):
-        assert torch.equal(made(x), plain)
 
 
 @pytest.mark.parametrize(("transform", "aggregation"), [("rt2", "mean"), ("rt3", "mean_softmax")])
@@ -113,29 +73,6 @@ def test_gradients_are_exact(transform, aggregation):
         got = torch.autograd.grad(torch.log_softmax(made(x), -1)[:, 3].sum(), x)[0]
     assert exact.abs().max() > 1e-4
     torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-5 * exact.abs().max().item())
-
-
-@pytest.mark.parametrize("transform", ["rt1", "rt2"])
-def test_bfloat16_trains_with_a_discriminator(transform):
-    made = defence(transform=transform, sigma=0.1)
-    attack = TrainingAttack(eps=0.1, steps=2)
-    options = {"attack_method": "pgd", "attack_target": "pipeline", "attack": attack, "cls_delay": 0}
-    config = AtopConfig(precision="bfloat16", gan_grad=True, discriminator_width=2, learning_rate=1e-3, **options)
-    task, x = AtopTask(made, config), images(8)
-    task.model.train()
-    before = copy.deepcopy(task.model.state_dict())
-    for seed in range(3):
-        for update in task.updates(Batch(x, torch.arange(8), torch.arange(8), seed, 0, 1)):
-            assert update.loss.dtype == torch.float32
-            assert all(value.isfinite() for value in (update.loss, *update.metrics.values()))
-            task.optimizers[update.optimizer].zero_grad()
-            update.loss.backward()
-            task.optimizers[update.optimizer].step()
-    assert task.trained.compute_dtype == torch.bfloat16 and made.compute_dtype is None
-    for name, value in task.model.state_dict().items():
-        assert value.isfinite().all() and value.dtype == before[name].dtype
-        if name.endswith(("weight", "bias")):
-            assert torch.equal(value, before[name]) == name.startswith("defence.classifier."), name
 
 
 def test_saved_and_read_back(tmp_path):
