@@ -18,7 +18,7 @@ EXAMPLES = ROOT / "examples"
 #: The options with which each script runs here, and what its output holds.
 SMALL = {
     "arrest_then_carso.py": (["--tiny"], r"CARSO on ARREST: \d"),
-    "atop_on_image_folder.py": (["--tiny"], r"adaptive\)"),
+    "atop_on_image_folder.py": (["--tiny"], "through SmallCNN"),
     "attacks_in_attackbench.py": (
         ["--images", "10", "--queries", "300"],
         r"\b([1-9]|10) of 10 images fell, .* \d+ queries",
