@@ -82,16 +82,16 @@ def test_what_cannot_be_paired_or_merged_is_refused():
     assert "## Comparison" in both.to_markdown() and "| attack | a | b |" in both.to_markdown()
     paired = Report([row(model="a")]).paired(Report([row(model="b", robust=[1, 0, 0, 0])]), "PGD")
     assert str(paired) == "+50.0 ± 25.0 points (n = 4, paired)"
-    with pytest.raises(ValueError, match="headlines"):
-        _ = both.headline
-    with pytest.raises(KeyError):
-        both.row("PGD")
-    with pytest.raises(ValueError, match="a: PGD"):
-        merge([Report([row(model="a")]), Report([row(model="a")])])
-    with pytest.raises(ValueError, match="same images"):
-        Report([row(model="a")]).paired(Report([row(model="b", robust=[1, 0], data="e")]), "PGD")
-    with pytest.raises(KeyError, match="PGD"):
-        Report([row(model="a")]).paired(Report([row(model="b")]), "no such row")
+    alone, other = Report([row(model="a")]), Report([row(model="b", robust=[1, 0], data="e")])
+    for refused, message in (
+        (lambda: both.headline, "headlines"),
+        (lambda: both.row("PGD"), "PGD"),
+        (lambda: merge([alone, alone]), "a: PGD"),
+        (lambda: alone.paired(other, "PGD"), "same images"),
+        (lambda: alone.paired(alone, "no such row"), "PGD"),
+    ):
+        with pytest.raises((KeyError, ValueError), match=message):
+            refused()
 
 
 class Purifier(torch.nn.Module):
