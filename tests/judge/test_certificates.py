@@ -70,7 +70,7 @@ def crossing(threshold: float, alpha: float, most: int) -> float:
 def test_the_looks_spend_no_more_than_alpha(threshold, alpha):
     """Nor much less than they may: a smaller number of right draws would be too few at some look."""
     allowed = spent(5000, threshold, alpha)
-    assert 0.9 * allowed <= crossing(threshold, alpha, 5000) <= allowed < alpha
+    assert 0.9 * allowed <= crossing(threshold, alpha, 5000) <= allowed and 0.5 * alpha < allowed < alpha
 
 
 def test_a_larger_budget_changes_no_look():
