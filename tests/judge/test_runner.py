@@ -292,6 +292,7 @@ def test_the_other_package(without_autoattack, monkeypatch, toy):
     [
         ({"y": torch.tensor([0, 10, 1, 1])}, r"y\[1\] is 10, but the model has 10 classes"),
         ({"norm": "l3"}, "norm must be"),
+        ({"minutes": 0, "attacks": []}, "minutes must be above 0"),
         ({"attacks": [PGD(), PGD(alpha=0.1)]}, "attacks must have different labels.*PGD-100 ce"),
         ({"protocol": "fast"}, "protocol and attacks .*got protocol='fast'"),
     ],
