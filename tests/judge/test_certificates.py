@@ -205,10 +205,6 @@ def test_a_frozen_copy_is_certified_with_the_weights_that_its_model_has_now(digi
     assert counts(found) == counts(certify(changed, x, y, **how())) != counts(certify(model, x, y, **how()))
 
 
-class Own(NoisyEnsemble):
-    draws_for_each_image = True
-
-
 @pytest.fixture
 def rows_drawn(monkeypatch):
     """The number of draws of each call, by the places of images."""
@@ -297,6 +293,10 @@ def test_passes_are_full(digits, monkeypatch):
 
 
 # -- models whose draws would depend on each other ---------------------------------------------------------------------
+
+
+class Own(NoisyEnsemble):
+    draws_for_each_image = True
 
 
 class OneDraw(Own):
