@@ -38,7 +38,6 @@ def test_json_round_trip():
     assert back.to_json() == text and back.notes == ["a note"]
     assert back.rows[0].robust.dtype == bool and back.rows[0].robust.tolist() == [True, False, True, True]
     assert back.rows[0].settings == {"steps": 3, "eps": 0.1} and back.rows[1].health is None
-    assert back.paired(report, "PGD").difference == 0
     small = row(health={"gradients": 10000, "nonfinite": 1, "zero": 30, "images": 0, "unmoved": 0})
     assert small.describe_health() == "0.01 % / 0.3 % / -"
     assert small.health_in_words() == "0.01 % of the gradients are not finite, 0.3 % are zero"
