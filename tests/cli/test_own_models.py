@@ -101,11 +101,10 @@ def test_a_file_beside_is_found_when_the_model_runs(run, bars, mine):
     assert code == 0 and sys.path == path, printed
 
 
-@pytest.mark.parametrize("word", [".", "./", "../c", "../../runs/c"])
-def test_a_folder_has_its_name_also_from_inside(tmp_path, monkeypatch, word):
+def test_a_folder_has_its_name_also_from_inside(tmp_path, monkeypatch):
     (tmp_path / "runs" / "c").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "runs" / "c")
-    assert Evaluate(folder=Path(word)).title() == "c"
+    assert {Evaluate(folder=Path(word)).title() for word in (".", "../c", "../../runs/c")} == {"c"}
 
 
 def test_a_folder_with_a_colon_is_a_folder():

@@ -70,8 +70,6 @@ def test_a_tilde_is_the_home_folder_in_files_and_variables(bars, tmp_path, monke
     read = parsed(["train carso", "--config", str(path)])
     assert (read.out, read.data_root) == (tmp_path / "runs/c", tmp_path / "data")
     assert (read.data, read.layers) == (str(tmp_path / "mine.npz"), (str(tmp_path / "a"), "b"))
-    path.write_text("folder: ~/runs/c\n")
-    assert parsed(["evaluate", "--config", str(path)]).folder == tmp_path / "runs/c"
     for name, place in (("DATA", lambda: parsed(["train classifier"]).data_root), ("CACHE", records.folder)):
         monkeypatch.setenv(f"PURIFY_FAST_{name}", "~/mine")
         assert place() == tmp_path / "mine"

@@ -55,12 +55,14 @@ def same(d, arrays, name):
     assert (d.name, d.num_classes, d.image_shape) == (name, 3, (1, 5, 4))
 
 
-@pytest.mark.parametrize(("name", "place"), [("mnist", "MNIST/raw"), ("fashion_mnist", "FashionMNIST/raw")])
-def test_idx(tmp_path, monkeypatch, name, place):
+@pytest.mark.parametrize(
+    ("name", "place", "first"), [("mnist", "MNIST/raw", "0"), ("fashion_mnist", "FashionMNIST/raw", "T-shirt/top")]
+)
+def test_idx(tmp_path, monkeypatch, name, place, first):
     arrays = write_idx(tmp_path / place)
     d = data.load_dataset(name, tmp_path)
     same(d, arrays, name)
-    assert d.classes[:2] == {"mnist": ("0", "1"), "fashion_mnist": ("T-shirt/top", "Trouser")}[name]
+    assert d.classes[0] == first
     alone = data.load_dataset(name, tmp_path, train=False)
     assert len(alone.x_train) == 0 and torch.equal(alone.x_test, d.x_test)
     # the current folder is the default
@@ -88,10 +90,8 @@ def test_a_damaged_idx_file_is_refused(tmp_path, content):
 def test_what_is_missing_is_said_and_nothing_is_downloaded(tmp_path, name):
     with pytest.raises(FileNotFoundError) as error:
         data.load_dataset(name, tmp_path)
-    text = str(error.value)
-    assert str(tmp_path / f"{name}.npz") in text
     advice = "download it yourself" if name == "tiny_imagenet" else "give download=True (--download)"
-    assert f"no data set '{name}': {advice}" in text
+    assert f"no data set '{name}': {advice}" in str(error.value) and str(tmp_path / f"{name}.npz") in str(error.value)
     assert not list(tmp_path.iterdir())
 
 

@@ -70,11 +70,11 @@ def crossing(threshold: float, alpha: float, most: int) -> float:
 def test_the_looks_spend_no_more_than_alpha(threshold, alpha):
     """Nor much less than they may: a smaller number of right draws would be too few at some look."""
     allowed = spent(5000, threshold, alpha)
-    assert 0.9 * allowed <= crossing(threshold, alpha, 5000) <= allowed < alpha
+    assert 0.9 * allowed <= crossing(threshold, alpha, 5000) <= allowed and 0.5 * alpha < allowed < alpha
 
 
 def test_a_larger_budget_changes_no_look():
-    for most in (20, 100, 999, 50_000):
+    for most in (20, 999, 50_000):
         assert boundary(0.8413, 0.001, most) == boundary(0.8413, 0.001, 200_000)[: len(looks(most))]
     assert {100, 1000, 2000, 5000, 10_000, 100_000} < set(looks(MOST)) and looks(MOST)[0] == 20
 
@@ -205,17 +205,6 @@ def test_a_frozen_copy_is_certified_with_the_weights_that_its_model_has_now(digi
     assert counts(found) == counts(certify(changed, x, y, **how())) != counts(certify(model, x, y, **how()))
 
 
-class Own(NoisyEnsemble):
-    draws_for_each_image = True
-
-
-def test_a_random_defence_gets_the_same_draws_in_other_batches(digits):
-    model, x, y = digits
-    defence = Own(model, 0.1, samples=2).eval()
-    whole = counts(certify(defence, x[:40], y[:40], **how(64)))
-    assert counts(certify(defence, x[:40], y[:40], batch_size=9, **how(64))) == whole
-
-
 @pytest.fixture
 def rows_drawn(monkeypatch):
     """The number of draws of each call, by the places of images."""
@@ -304,6 +293,10 @@ def test_passes_are_full(digits, monkeypatch):
 
 
 # -- models whose draws would depend on each other ---------------------------------------------------------------------
+
+
+class Own(NoisyEnsemble):
+    draws_for_each_image = True
 
 
 class OneDraw(Own):
@@ -444,17 +437,6 @@ def test_a_random_defence_is_random_even_if_it_seems_not():
     made = [certify(defence, x, y, sigma=0.1, radius=0.0, batch_size=size, progress=False) for size in (1, 1000)]
     assert counts(made[0]) == counts(made[1])
     assert made[0].certified(0.0).tolist() == [True] + [False] * 8
-
-
-def test_a_model_that_changes_is_refused():
-    calls = []
-
-    def worn(images):
-        calls.append(1)
-        return Halves()(images) * (1.0 if len(calls) < 30 else -1.0)
-
-    with pytest.raises(ValueError, match="or have changed: 16 of 16 rows"):
-        certify(worn, margins(0.6, 0.6), torch.tensor([1, 1]), radius=0.5, **QUIET)
 
 
 # -- attacks from above ------------------------------------------------------------------------------------------------

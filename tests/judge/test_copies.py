@@ -48,32 +48,29 @@ def test_changed_weights_are_read_again(change, images, tmp_path):
 
 @pytest.mark.parametrize(
     "around",
-    [lambda d: nn.Sequential(d), lambda d: lambda x: d(x), lambda d: d.forward, lambda d: (d, d)],
-    ids=["part", "function", "method", "base"],
+    [lambda d: nn.Sequential(d), lambda d: lambda x: d(x), lambda d: d.forward, None],
+    ids=["part", "function", "method", "surrogate"],
 )
 def test_it_is_found_wherever_it_is(around, images):
     model = zoo.load("digits-carso-pipeline")
     copied = frozen_copy(model, images[0], dtype=torch.float32)
     zeroed_unseen(model)
-    made = around(copied)
-    if isinstance(made, tuple):
-        spec = AttackSpec(PGD(steps=1), through=copied)
-        evaluate(zoo.load("digits-standard"), *images, **QUIET | {"attacks": [spec]})
+    if around is None:
+        attacks = {"attacks": [AttackSpec(PGD(steps=1), through=copied)]}
+        evaluate(zoo.load("digits-standard"), *images, **QUIET | attacks)
     else:
-        evaluate(made, *images, **QUIET)
-    logits = copied.classifier(images[0])
-    assert torch.equal(logits, torch.zeros_like(logits))
+        evaluate(around(copied), *images, **QUIET)
+    assert not copied.classifier(images[0]).any()
 
 
-def test_the_report_says_where_the_gradients_come_from(images, monkeypatch, tmp_path):
+def test_the_report_says_where_the_gradients_come_from(images, monkeypatch):
     model = zoo.load("digits-standard")
     settings, images = QUIET | {"attacks": [PGD(steps=2)]}, (images[0], model(images[0]).argmax(1))
     assert "gradients" not in evaluate(model, *images, **settings).about
     monkeypatch.setattr("purify_fast.attacks.gradient_copy.FEWEST_WEIGHTS", 1)
     monkeypatch.setattr("purify_fast.attacks.gradient_copy.auto_dtype", lambda model, device: torch.bfloat16)
     report = evaluate(model, *images, **settings)
-    report.save(tmp_path)
+    assert report.about["gradients"] == "of a frozen copy in bfloat16; the model itself judges"
+    assert "of a frozen copy in bfloat16" in report.to_markdown()
     settings["attacks"] = [PGD(steps=2, precision="float32")]
     assert "gradients" not in evaluate(model, *images, **settings).about
-    assert report.about["gradients"] == "of a frozen copy in bfloat16; the model itself judges"
-    assert "of a frozen copy in bfloat16" in (tmp_path / "report.md").read_text()

@@ -282,19 +282,20 @@ def test_a_file_that_a_function_imports_later_counts(imported):
 
 def test_code_without_a_file_counts_by_its_text_and_without_a_text_it_needs_a_revision(monkeypatch):
     """A notebook gives `linecache` the texts of its cells; `exec` does not."""
-    helper = "def scaled(x):\n    return x * 1.5\n\n\n"
+    helper = "def scaled(x):\n    return x * 1.5 * SIGMA\n\n\n"
     text = f"{helper}class Model(nn.Module):\n    def forward(self, x):\n        return scaled(x)\n"
 
-    def marked(text, shown, revision=None):
+    def marked(text, shown, revision=None, sigma=1.0):
         monkeypatch.setitem(sys.modules, "__main__", notebook := types.ModuleType("__main__"))
-        notebook.nn, name = nn, f"<cell {hash(text)}>"
+        # A script may read a global value from its command line.
+        notebook.nn, notebook.SIGMA, name = nn, sigma, f"<cell {hash(text)}>"
         if shown:
             monkeypatch.setitem(linecache.cache, name, (len(text), None, text.splitlines(True), name))
         exec(compile(text, name, "exec"), vars(notebook))
         return fingerprint(notebook.Model(), revision)
 
     marks = [marked(text, True), marked(text, True), marked(text.replace("1.5", "2.5"), True)]
-    assert None not in marks and marks[0] == marks[1] != marks[2]
+    assert None not in marks and marks[0] == marks[1] != marks[2] and marked(text, True, sigma=2.0) != marks[0]
     linecache.clearcache()
     assert marked(text, False) is None and marked(text, False, "1") not in (None, marked(text, False, "2"))
 

@@ -48,9 +48,8 @@ def test_a_function_is_a_row(attacked, tmp_path):
     assert report.attacks == ["clean", "my_attack", "PGD-10 ce", "worst"]
     row, other = report.row("my_attack"), report.row("PGD-10 ce")
     assert 0 < row.accuracy < 0.9 and abs(row.accuracy - other.accuracy) < 0.15
-    assert row.kind == "function" and row.health is None and "through" not in row.settings and row.n == 40
+    assert row.kind == "function" and row.health is None and row.n == 40
     assert (row.settings["norm"], row.settings["eps"]) == ("linf", EPS)
-    assert "my_attack" in report.row("worst").settings["over"]
     assert (report.row("worst").robust == (row.robust & other.robust)).all()
     moved = torch.as_tensor(row.examples.adversarial - row.examples.clean)
     assert 0 < moved.abs().max() <= EPS + 1e-6
@@ -71,13 +70,11 @@ def test_a_function_has_a_ball_of_its_own(attacked):
 
 @pytest.mark.parametrize(("norm", "order"), [("linf", math.inf), ("l2", 2), ("l1", 1)])
 def test_rounding_is_allowed_and_no_more(norm, order):
-    x = torch.rand(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    x = 0.25 + torch.rand(16, 3, 32, 32, generator=torch.Generator().manual_seed(0)) / 2
     eps = {"linf": 8 / 255, "l2": 0.5, "l1": 12.0}[norm]
     direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
     length = torch.linalg.vector_norm(direction.flatten(1), ord=order, dim=1).view(-1, 1, 1, 1)
-    x = 0.25 + x / 2
-    at_the_border = x + eps * direction / length
-    check_adversarial("a", at_the_border, x, ThreatModel(norm, eps))
+    check_adversarial("a", x + eps * direction / length, x, ThreatModel(norm, eps))
     with pytest.raises(ValueError, match=rf"'a' left the ball: .*image \d+ of the batch by \S+ .*{norm}, .* more than"):
         check_adversarial("a", x + 1.001 * eps * direction / length, x, ThreatModel(norm, eps))
 

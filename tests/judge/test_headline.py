@@ -74,8 +74,6 @@ def test_a_rounding_defence_loses_what_its_softened_copies_find():
     assert attacked.accuracy > 0.9 and parts > 5
     assert attacked.robust.sum() - worst.robust.sum() == worst.fell_to_probes == parts
     assert np.all(attacked.robust >= worst.robust) and report.headline is worst
-    # the same report again, from its file
-    assert Report.from_json(report.to_json()).to_markdown() == report.to_markdown()
 
 
 @pytest.mark.parametrize(

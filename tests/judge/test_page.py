@@ -57,10 +57,9 @@ def test_a_curve_has_every_point(report):
     # equal factors stand at equal distances
     assert re.findall(r'<circle class="point" cx="([\d.]+)"', page) == ["50.0", "295.0", "540.0"]
     assert "Accuracy against steps of PGD" in page and "Accuracy against one" not in page
-    # the axis is named, and a line is where the report's number is, of 204 units for 100 %
-    (line,) = re.findall(r'<line class="headline" x1="50" y1="([\d.]+)" x2="540" y2="([\d.]+)">', page)
-    assert float(line[0]) == float(line[1]) == pytest.approx(216 - 204 * report.headlines["m"].accuracy)
-    assert ">accuracy, %</text>" in page
+    # a line is where the report's number is, of 204 units for 100 %
+    (height,) = re.findall(r'<line class="headline" x1="50" y1="([\d.]+)"', page)
+    assert float(height) == pytest.approx(216 - 204 * report.headlines["m"].accuracy)
 
 
 @pytest.mark.parametrize("survivors", [False, True])
@@ -93,11 +92,9 @@ def test_the_pictures_are_of_images_that_fell(tmp_path):
         assert np.array_equal(one.labels, y.numpy()[fell][:8]) and one.fell.all()
         said = model(torch.from_numpy(one.adversarial)).argmax(1).numpy()
         assert np.array_equal(one.predicted, said) and (one.predicted != one.labels).all()
-    lines = picture_lines(attacked.examples, model)
-    assert lines[0][0][1] == f"true class {one.labels[0]}, predicted {one.labels[0]}"
-    assert lines[0][1][1] == f"attacked, predicted {one.predicted[0]}" and lines[0][1][2] is False
     # without the model the class after the attack is known all the same
-    assert picture_lines(attacked.examples, None)[0][1][1] == lines[0][1][1]
+    for given in (model, None):
+        assert picture_lines(attacked.examples, given)[0][1][1] == f"attacked, predicted {one.predicted[0]}"
 
 
 SHORT = {"eps": 8 / 255, "attacks": [PGD(steps=2)]}

@@ -19,6 +19,7 @@ from purify_fast.judge.request.subject import Subject
 from purify_fast.judge.results.rows import CUT
 from purify_fast.judge.run.progress import Progress, counted_model
 from purify_fast.judge.searches.engine.engine_attack import BLIND
+from purify_fast.judge.surrogates import copies
 from purify_fast.protocols import Passes
 from purify_fast.speed.graphs.step_loop import Steps
 
@@ -312,3 +313,34 @@ def test_a_pass_that_would_end_late_is_not_begun(clock):
 
 def test_counts_of_passes_are_added():
     assert Passes(3, 1) * 2 + Passes(1) - Passes(2, 2) == Passes(5, 0)
+
+
+def test_the_time_may_end_in_the_trials_of_the_surrogates(clock):
+    """The protocol "strong" makes surrogates before its first attack."""
+    slow, made = Timed(shaken(), clock), []
+    original = copies._gradient
+    with mock.patch.object(copies, "_gradient", lambda *args: made.append(clock.now) or original(*args)):
+        limit = clock.now + 15
+        report = judged(slow, protocol="strong", n=8, minutes=0.25)
+    assert made and max(made) <= limit and "the plan of the attacks" in of_time(report)[0]
+
+
+def test_probes_that_were_finished_before_a_kill_are_used_again(tmp_path, monkeypatch):
+    model = NoisyEnsemble(standard(), 0.1, samples=1)
+    options = {"protocol": None, "attacks": [PGD(steps=2)], "probes": True, "n": 8}
+    judged(model, **options, out=tmp_path / "whole")
+    made, original = [], APGD.run
+
+    def killed(attack, *args):
+        made.append(attack.steps)
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        return original(attack, *args)
+
+    monkeypatch.setattr(APGD, "run", killed)
+    with pytest.raises(KeyboardInterrupt):
+        judged(model, **options, out=tmp_path / "again")
+    again, before = judged(model, **options, out=tmp_path / "again"), judged(model, **options, out=tmp_path / "whole")
+    assert again.findings == before.findings and again.curves == before.curves
+    # The two finished searches were not made again: the third is the first that is made.
+    assert made[3] == made[2] and made[:2] != made[3:5]

@@ -1,14 +1,23 @@
-"""Two predictions show whether a model draws random numbers, whatever the size of its logits."""
+"""Two predictions show whether a model draws random numbers, and calls whether it draws once for all images."""
+
+from functools import cache, partial
 
 import pytest
 import torch
-from digit_nets import held_out, standard
+from digit_nets import digits, held_out, standard
+from direct import direct
 from evaluating import evaluate
 from small_models import Made
+from torch import nn
+from torch.nn import functional as F
 
-from purify_fast.attacks import PGD
-from purify_fast.attacks.attacked_model import differ
+from purify_fast.attacks import APGD, PGD, AttackersHead, apgd, fab_t, pgd, square, stadv
+from purify_fast.attacks.attacked_model import differ, drawn_once_per_call
 from purify_fast.autoattack import AutoAttack
+from purify_fast.defences import NoisyEnsemble
+from purify_fast.methods.atop import Atop
+from purify_fast.methods.carso import Carso
+from purify_fast.methods.diffusion import DiffusionPurifier
 
 
 def scaled(scale, offset, sigma):
@@ -105,3 +114,196 @@ def test_what_is_not_finite_is_compared_too():
         assert differ(logits, other) and differ(other, logits)
     empty = torch.full((2, 3), torch.nan)
     assert not differ(empty, empty) and differ(empty, torch.zeros(2, 3))
+
+
+class Switch(nn.Module):
+    """Every call draws which network answers."""
+
+    def __init__(self, *nets):
+        super().__init__()
+        self.nets = nn.ModuleList(nets)
+
+    def forward(self, x):
+        return self.nets[int(torch.randint(len(self.nets), ()))](x)
+
+
+class SwitchEach(Switch):
+    """Every image draws which network answers it."""
+
+    def forward(self, x):
+        drawn = torch.randint(len(self.nets), (len(x),))
+        return torch.stack([one(x) for one in self.nets])[drawn, torch.arange(len(x))]
+
+
+class SwitchLooped(Switch):
+    """As `Switch`, but draws come by a method that takes each in a call of its own."""
+
+    def draw_logits(self, x, draws):
+        return torch.stack([self(x) for _ in range(draws)])
+
+
+def shared_noise(each=0.0):
+    """One draw of noise for all images of a call, which differ all the same."""
+    noisy = lambda self, x: self.inner(x + 0.2 * torch.randn_like(x[:1]) + each * torch.randn_like(x))  # noqa: E731
+    return Made(noisy, inner=quarter())
+
+
+class Samples(Switch):
+    """A defence of several samples, without a method for several draws of them."""
+
+    def sample_logits(self, x):
+        return torch.stack([super(Samples, self).forward(x) for _ in range(2)], 1)
+
+    def forward(self, x):
+        return self.sample_logits(x).mean(1)
+
+
+class OwnForward(NoisyEnsemble):
+    """A subclass that draws in its own way; the class it comes from brings a method for several draws."""
+
+    def __init__(self):
+        super().__init__(quarter(), sigma=0.1, samples=2)
+
+    def forward(self, x):
+        return self.classifier(x + 0.2 * torch.randn_like(x[:1]))
+
+
+@cache
+def nets():
+    """Four networks that see a quarter of the pixels each: what fools one need not fool another."""
+    x, y, _, _ = digits()
+    made = []
+    with torch.random.fork_rng([]), torch.enable_grad():
+        torch.manual_seed(0)
+        for i in range(4):
+            seen = torch.zeros(8, 8)
+            seen[i // 2 :: 2, i % 2 :: 2] = 1
+            net = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+            model = Made(lambda self, x: self.net(x * self.seen), net=net, seen=nn.Parameter(seen, False))
+            optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+            for _ in range(4):
+                for index in torch.randperm(len(x)).split(128):
+                    optimizer.zero_grad()
+                    F.cross_entropy(model(x[index]), y[index]).backward()
+                    optimizer.step()
+            made.append(model.eval().requires_grad_(False))
+    return made
+
+
+def quarter():
+    return nets()[0]
+
+
+@pytest.fixture(scope="module")
+def batch():
+    nets()
+    x, y = digits()[2:]
+    return x[:24], y[:24]
+
+
+def test_which_models_draw_once_per_call(batch):
+    x, _ = batch
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    head = AttackersHead(Samples(*nets()), "mean")
+    once = [Switch(*nets()), shared_noise(), shared_noise(each=1e-6), lambda x: shared_noise()(x), Samples(*nets())]
+    once += [head, OwnForward()]
+    each = [SwitchEach(*nets()), SwitchLooped(*nets()), shared_noise(each=0.2), NoisyEnsemble(quarter(), sigma=0.1)]
+    for models, expected in ((once, True), (each, False), ([quarter()], False)):
+        for model in models:
+            assert drawn_once_per_call(model, x, 5) is expected
+            # an image alone, and a blank one in front, which some noise does not change
+            assert drawn_once_per_call(model, x[:1], 5) is expected
+    # of one draw, or of no images, nothing is asked, and the generators are as they were
+    assert not drawn_once_per_call(once[0], x[:0], 5) and not drawn_once_per_call(once[0], x[:0], 5, 7)
+    assert not drawn_once_per_call(once[0], x, 1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+class Promises(Switch):
+    """A model whose class says that it draws for each image; it counts how often it is asked."""
+
+    draws_for_each_image = True
+    asked = 0
+
+    def forward(self, x):
+        self.asked += 1
+        return super().forward(x)
+
+
+class PromisesNothing(Promises):
+    """A subclass, which may draw in another way."""
+
+
+def test_a_class_that_promises_draws_for_each_image_is_not_asked(batch):
+    x, _ = batch
+    torch.manual_seed(0)
+    promising, other = Promises(*nets()), PromisesNothing(*nets())
+    assert not drawn_once_per_call(promising, x, 5) and promising.asked == 0
+    assert drawn_once_per_call(other, x, 5) and other.asked > 0
+    assert all(kind.draws_for_each_image for kind in (Carso, Atop, DiffusionPurifier))
+    assert not NoisyEnsemble.draws_for_each_image
+
+
+ATTACKS = {
+    "pgd": partial(pgd, eps=0.12, steps=5, eot_iter=8),
+    "apgd": partial(apgd, eps=0.12, steps=5, eot_iter=8),
+    "targeted": partial(apgd, eps=0.12, steps=5, eot_iter=8, loss="dlr_targeted", n_target_classes=2),
+    "fab_t": partial(fab_t, eps=0.12, steps=5, eot_iter=8, n_target_classes=2),
+    "square": partial(square, eps=0.12, n_queries=20, eot_iter=8),
+    "judged by draws": partial(direct, square, eps=0.12, n_queries=20, judge_draws=8),
+    "stadv": partial(stadv, steps=5, eot_iter=8),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_attacks_see_it_by_themselves(batch, attack):
+    """A call of several draws of one image finds the images of the looped model; the same numbers are drawn."""
+    x, y = batch
+    found = []
+    for kind in (Switch, SwitchLooped):
+        torch.manual_seed(0)
+        found.append(ATTACKS[attack](kind(*nets()), x, y))
+    same = (found[0] - found[1]).flatten(1).abs().amax(1) < 1e-3
+    # sums over draws are rounded otherwise, which now and then turns the sign of a step
+    assert same.float().mean() > 0.8 and not torch.equal(found[0], x)
+
+
+def test_a_lucky_draw_is_no_success_of_all_draws(batch):
+    """Images were called robust because one draw for all images had left them."""
+    x, y = batch
+    rows, notes = {}, {}
+    for kind in (Switch, SwitchLooped, SwitchEach):
+        attacks = [PGD(eot_iter=8), APGD(loss="dlr_targeted", eot_iter=8, n_target_classes=2)]
+        report = evaluate(kind(*nets()), x, y, eps=0.15, attacks=attacks, steps=10, n_eval=20)
+        rows[kind], notes[kind] = report.rows, report.notes
+    for one, looped in zip(rows[Switch], rows[SwitchLooped], strict=True):
+        assert abs(one.mean - looped.mean) < 0.05
+    assert len(notes[Switch]) == 1 and not notes[SwitchLooped] and not notes[SwitchEach]
+    assert "draws its randomness once per call" in notes[Switch][0]
+
+
+def rarely_turned(share, together=False):
+    """Each image's logits are turned around in a share of its draws, or all images' together."""
+
+    def model(x):
+        z = (x.flatten(1).mean(1) - 0.5) * 20
+        turned = torch.rand(1 if together else len(x), 1) < share
+        return torch.stack([-z, z], 1) * torch.where(turned, -1.0, 1.0)
+
+    return model
+
+
+def test_rare_draws_of_each_image_are_not_taken_for_draws_of_a_call():
+    """The copies of an image in a call were equal, because its draws rarely differ, and another call differed."""
+    x = torch.rand(6, 1, 4, 4)
+    for share in (0.5, 0.03):
+        for images, draws, most in ((1, 20, None), (6, 20, 2), (1, 2, None)):
+            mistaken = together = 0
+            for seed in range(30):
+                torch.manual_seed(seed)
+                mistaken += drawn_once_per_call(rarely_turned(share), x[:images], draws, most)
+                together += drawn_once_per_call(rarely_turned(share, together=True), x[:images], draws, most)
+            assert mistaken <= 1, (share, images, draws, most)
+            # eight calls show a rare draw of a call now and then only
+            assert together >= {0.5: 28, 0.03: 2}[share], (share, images, draws, most)
