@@ -6,17 +6,15 @@ import pytest
 import torch
 from direct import direct
 from small_models import accuracy
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from purify_fast.attacks import GradientHealth, JudgeContext, apgd
 from purify_fast.attacks.ball import Ball
 from purify_fast.attacks.losses import cross_entropy, dlr_targeted
-from purify_fast.attacks.objective import Objective
-from purify_fast.judge.searches.apgd import AutoPgd, AutoPgdL1, checkpoints
+from purify_fast.judge.searches.apgd import checkpoints
 from purify_fast.judge.searches.engine import judge as judging
 from purify_fast.judge.searches.engine import row_batches as engine_rows
 from purify_fast.judge.searches.engine.judge import Judge
-from purify_fast.judge.searches.engine.row_batches import ActiveSet, Rows
+from purify_fast.judge.searches.engine.row_batches import ActiveSet
 
 
 def test_checkpoints():
@@ -163,27 +161,6 @@ def test_every_image_gets_every_run_in_waves_that_are_filled(monkeypatch, padded
     assert standing and all({(image, goal) for goal in (1, 2, 3, 4, 5)} <= set(seen) for image in standing)
     # copies of rows fill the last wave
     assert sizes == ([90, 90, 90, 64] if padded else [90, 59, 58, 57, 56])
-
-
-def test_a_search_waits_for_the_device_only_at_its_checkpoints(monkeypatch):
-    """Tensors without values: whatever asks for one, on a GPU a synchronisation, raises."""
-    monkeypatch.setattr(AutoPgd, "shrinks_after", lambda self, step: False)
-    monkeypatch.setattr(ActiveSet, "confirm_successes", lambda self, owner, points, share: (share, False))
-    monkeypatch.setattr(ActiveSet, "keep_best", lambda self, owner, points, score: None)
-    with FakeTensorMode():
-        weight, x, y = torch.rand(48, 6), torch.rand(5, 48), torch.zeros(5, dtype=torch.int64)
-        with pytest.raises(DataDependentOutputException):
-            bool((x > 0).all())
-        for norm in ("linf", "l2", "l1"):
-            model = lambda z: z @ weight  # noqa: E731
-            ball, ids = Ball(torch.ones(5), norm), torch.arange(5)
-            active = ActiveSet(x, y, ball, Judge(model, draws=2), JudgeContext(counts_health=True))
-            active.judge_clean_images()
-            rows = Rows(ids, x, y, ball, begin=x)
-            kind = AutoPgdL1 if norm == "l1" else AutoPgd
-            search = kind(Objective(model, "ce", 2), active, rows, 10, rho=0.75)
-            search.run()
-            assert len(search.rows.owner) == 5 and search.top.shape == (5, 48)
 
 
 def test_the_targets_are_the_wrong_classes_of_highest_logit():

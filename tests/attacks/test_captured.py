@@ -6,15 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_launches import CudaLaunches
 from direct import direct
 from host_syncs import HostSyncs
 from small_models import images_and_labels
 from torch import Tensor, nn
 
 from purify_fast import _library
-from purify_fast.attacks import GradientHealth, apgd, fab_t, frozen, pgd, square, stadv
-from purify_fast.attacks.objective import Objective
+from purify_fast.attacks import GradientHealth, apgd, fab_t, pgd, square, stadv
 from purify_fast.defences import NoisyEnsemble
 from purify_fast.judge.searches.engine import judge, row_batches
 from purify_fast.models.classifiers import SmallCNN
@@ -261,23 +259,6 @@ def test_what_the_host_launches_beside_a_graph(model, name, launched):
         # another version of PyTorch may take a few more or less
         assert eager == pytest.approx(expected, rel=0.05)
     assert captured < eager - 40
-
-
-@pytest.mark.skipif(not _library.loaded(), reason="the CPU's kernel stands for the GPU's")
-@pytest.mark.parametrize("norm", SIZES)
-def test_what_a_step_of_fab_launches_beside_its_gradient(model, norm):
-    """At most 40 operators with the health of the gradients, of rows that stay to the end; two are projections."""
-    x = torch.rand(9, 1, 8, 8)
-    y, counts = model(x).argmax(1), []
-    options = {"eps": 1e-6, "norm": norm, "n_target_classes": 1, "give_up": True}
-    with use_backend("cpp"):
-        for steps in (60, 100):
-            with CudaLaunches() as launches:
-                direct(fab_t, model, x, y, steps=steps, health=GradientHealth(), **options)
-            counts.append(launches.count)
-        with frozen(model), CudaLaunches() as gradient:
-            Objective(model, "margin_targeted").gradient(x, torch.stack([y, (y + 1) % 5], 1))
-    assert 20 < (counts[1] - counts[0]) / 40 - gradient.count <= 40
 
 
 def test_new_weights_other_images_and_the_last_batch(model, batch, graphs, rerun):

@@ -27,13 +27,3 @@ def test_a_step_has_the_bits_of_the_definition(digits, reference, alpha):
         from_image = reference(net, x, y, x, eps=EPS, alpha=alpha, steps=1)
     assert torch.equal(pgd(net, x, y, EPS, steps=1, alpha=alpha, seed=2), wanted)
     assert torch.equal(pgd(net, x, y, EPS, steps=1, alpha=alpha, random_start=False), from_image)
-
-
-def test_twenty_steps_fool_the_model_as_often_as_those_of_the_definition(digits, reference):
-    net, x, y = digits
-    start = pgd(net, x, y, EPS, steps=1, alpha=0.0, seed=2)
-    with frozen(net):
-        wanted = reference(net, x, y, start, eps=EPS, alpha=EPS / 4, steps=20)
-    found = pgd(net, x, y, EPS, steps=20, alpha=EPS / 4, seed=2)
-    shares = [float((net(points).argmax(1) != y).float().mean()) for points in (x, wanted, found)]
-    assert shares[1] > shares[0] + 0.1 and abs(shares[1] - shares[2]) <= 0.01

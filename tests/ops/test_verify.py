@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_launches import CudaLaunches
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -153,21 +152,6 @@ def test_a_kernel_that_raises_does_not_serve_and_is_tried_again_by_the_next_proc
     assert not list(folder.glob("kernels-*.json"))
 
 
-def test_without_a_compiler_one_warning_stands_for_all_triton_kernels(make, folder):
-    def failing(x: Tensor) -> Tensor:
-        raise RuntimeError("Failed to find C compiler")
-
-    ops = [make(failing), make(failing)]
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("default")
-        for op in ops:
-            op.available["cpu"] = ("reference", "triton")
-            assert op(torch.ones(2)).tolist() == [2, 2] and op.backend_for(CPU, 1) == "reference"
-    (only,) = caught
-    assert "Failed to find C compiler" in str(only.message) and "apt-get install gcc" in str(only.message)
-    assert not list(folder.glob("kernels-*.json"))  # a later process, which may have one, tries again
-
-
 def test_a_stale_verdict_counts_for_nothing(make, folder):
     kernel = counted(lambda x: x + x)
     op = make(kernel)
@@ -300,25 +284,3 @@ def test_the_fact_of_a_run_names_kernels_and_the_users_sizes(make):
     assert op.backend_for(CPU, 1) == "reference" and kernels_now(CPU) not in (begun, before)
     with use_backend("reference"):
         assert kernels_now(CPU) != begun
-
-
-def launches(name: str, variant: str) -> int:
-    """The most operators that PyTorch dispatches for an example of an op's variant; 0 if there is no such op."""
-    most = 0
-    for example in REGISTRY[name].examples if name in REGISTRY else ():
-        if example.variant == variant:
-            for dtype in {torch.float32, torch.bfloat16} & {*example.dtypes}:
-                arguments = example.make(dtype, 0)
-                with use_backend("reference"), torch.no_grad(), CudaLaunches() as counter:
-                    REGISTRY[name].reference(*arguments)
-                most = max(most, counter.count)
-    return most
-
-
-def test_a_kernel_in_graphs_of_a_gpu_replaces_ten_launches():
-    """Their times were not measured, so the number of launches decides, forward and backward together."""
-    used = [(name, variant) for name, op in REGISTRY.items() for variant in op.in_graphs.get("cuda", ())]
-    assert used
-    for name, variant in used:
-        forward = name.removesuffix("_backward")
-        assert launches(forward, variant) + launches(f"{forward}_backward", variant) >= 10, (name, variant)

@@ -128,14 +128,6 @@ def test_a_wrong_compiled_step_never_serves(monkeypatch, caplog, fault):
     assert f"a step of InferenceCopy is not compiled: {reason}" in caplog.text
 
 
-@pytest.mark.slow
-def test_the_compiled_step_is_captured(rerun):
-    graphs = StepGraphs("always", rerun)
-    assert different(attack(inference_copy(), graphs), attack(inference_copy(compile=False))) < 0.05
-    (captured,) = graphs._captured.values()
-    assert rerun.recorded == 1 and callable(captured.objects[-1])
-
-
 def test_a_caller_under_autocast_gets_the_compiled_step_in_the_same_precision():
     model = inference_copy(compile=False)
     x = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(1))

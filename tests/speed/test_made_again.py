@@ -12,7 +12,6 @@ import purify_fast
 from purify_fast import Carso
 from purify_fast.attacks import pgd
 from purify_fast.defences import MajorityVote, WithAggregation
-from purify_fast.defences.base import Defence
 from purify_fast.defences.stochastic import with_samples
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -227,30 +226,6 @@ def test_every_way_to_predict_reads_a_defence_with_tensors_in_lists():
         sampled = fast.aggregate(fast.sample_logits(X))
         for got in (sampled, WithAggregation(fast, "lse", deterministic=True)(X), fast.draw_logits(X, 1)[0], fast(X)):
             assert torch.allclose(got, want, atol=1e-4)
-
-
-class Strong(Defence):
-    """A defence of a user's own, with a tensor that is neither a parameter nor a buffer."""
-
-    aggregation, purifier_dtype = "mean", F
-
-    def __init__(self, classifier):
-        super().__init__(classifier, (3, 8, 8))
-        self.arguments, self.num_classes, self.samples = {}, 5, 1
-        self.net, self.strength = nn.Conv2d(3, 3, 1), torch.ones(1)
-        self._ready()
-
-    def purify(self, x, draws=1):
-        self.check_images(x)
-        return (self.net(x) * self.strength)[:, None].repeat(1, draws, 1, 1, 1)
-
-
-def test_tensors_of_a_users_defence_are_read():
-    defence = Strong(conv())
-    fast = purify_fast.frozen_copy(defence, X, dtype=F)
-    defence.strength.fill_(5.0)
-    fast.update()
-    assert close(defence, fast)
 
 
 def test_what_cannot_be_copied_is_an_error_that_says_so():

@@ -309,13 +309,6 @@ def test_mirrored_images_are_images_of_their_own(tmp_path, monkeypatch):
     assert rows(tmp_path / "straight")[-1]["made"] == 64 and len(list((tmp_path / "banks").iterdir())) == 2
 
 
-@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the system cannot reserve room on a disk")
-def test_the_file_has_its_whole_size_at_once(tmp_path):
-    """A disk that fills up later ends no training."""
-    facts = small_bank(tmp_path).path.stat()
-    assert facts.st_blocks * 512 >= facts.st_size > 0
-
-
 def test_a_full_disk_is_told_before_any_work(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")

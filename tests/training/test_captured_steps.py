@@ -453,17 +453,6 @@ def test_a_step_of_which_a_part_is_applied_is_not_repeated(rerun, where, monkeyp
     assert fail.call_count == 1
 
 
-def test_weights_that_could_not_be_restored_end_the_training_although_graphs_could_be_dropped(tape, monkeypatch):
-    task = classifier()
-    task.graphs = StepGraphs("always", capture=tape)
-    task.graphs.whole_steps["another"] = object()
-    fail = mock.Mock(side_effect=NotRestored("out of memory"))
-    monkeypatch.setattr(CapturedStep, "_record", fail)
-    with pytest.raises(NotRestored):
-        train_step(task, batch(1))
-    assert fail.call_count == 1
-
-
 @pytest.mark.parametrize("make", [classifier_task, arrest_task], ids=["PGD-AT", "ARREST"])
 def test_the_copy_that_a_graph_attacks_keeps_its_memory(tape, make):
     """With a hook the training's copy gets other tensors. Afterwards the old graph serves again."""

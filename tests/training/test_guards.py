@@ -56,27 +56,11 @@ def test_the_rates_of_groups_keep_their_ratio_also_after_a_kill(tmp_path):
     assert rates[0] == rates[1] == pytest.approx([0.1 * 1e-4 / 8, 0.1 / 8])
 
 
-class Named(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.register_parameter("0", nn.Parameter(torch.zeros(64, 4)))
-
-    def forward(self, x):
-        return x.flatten(1) @ self.get_parameter("0")
-
-
 def run(model, folder, *callbacks):
     task = ClassifierTask(model, ClassifierConfig())
     config = FitConfig(epochs=2, batch_size=16, checkpoint_seconds=0)
     fit(task, X, Y, config, folder, progress=False, callbacks=callbacks)
     return task.model
-
-
-def test_a_parameter_may_be_named_by_a_number(tmp_path):
-    whole = run(Named(), None)
-    with pytest.raises(Stopped):
-        run(Named(), tmp_path, StopAt(5))
-    assert torch.equal(run(Named(), tmp_path).get_parameter("0"), whole.get_parameter("0"))
 
 
 def test_a_model_without_weights_to_train_is_refused():
@@ -104,14 +88,6 @@ def test_a_network_that_was_edited_continues_with_a_warning(first, then, told, t
     run(network(then), tmp_path)
     said = [record.getMessage() for record in caplog.records if "was its code edited" in record.getMessage()]
     assert len(said) == told and all("gives other outputs" in each for each in said)
-
-
-def test_a_run_without_a_checkpoint_begins_anew_and_says_so(tmp_path, capsys):
-    loop = FitConfig(epochs=1, batch_size=16)
-    with pytest.raises(Stopped):
-        fit(FineTuning(), X, Y, loop, tmp_path, progress=False, callbacks=[StopAt(1)])
-    fit(FineTuning(), X, Y, loop, tmp_path, progress=True)
-    assert "begins anew, because the earlier run ended before its first checkpoint" in capsys.readouterr().err
 
 
 def test_an_average_of_half_precision_moves():

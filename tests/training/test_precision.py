@@ -82,7 +82,7 @@ def step(task):
 CLASSIFIERS = [partial(classifier_task, attack=attack(eps=eps)) for eps in (0.0, 0.1)]
 
 
-@pytest.mark.parametrize("make", [*CLASSIFIERS, partial(diffusion_task, ema_decay=0.0)])
+@pytest.mark.parametrize("make", [*CLASSIFIERS, arrest_task, partial(diffusion_task, ema_decay=0.0)])
 def test_products_are_rounded_and_weights_are_not(make):
     exact, loss, dtypes = step(make(precision="float32"))
     task, near, rounded = step(make(precision="bfloat16"))

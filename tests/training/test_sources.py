@@ -143,19 +143,6 @@ def test_a_shuffling_loader_is_in_the_same_order_every_time(indices):
     assert same(one, two)
 
 
-def test_a_loaders_run_is_resumed_at_an_epochs_end(tmp_path):
-    config = FitConfig(3, 16, checkpoint_seconds=0)
-    data, whole = DataLoader(Indexed(*images()), 16, shuffle=True), task()
-    fit(whole, data, None, config, tmp_path / "whole", progress=False)
-    with pytest.raises(Stopped):
-        fit(task(), data, None, config, tmp_path / "cut", progress=False, callbacks=[StopAt(8)])
-    resumed, taken = task(), []
-    step = resumed.training_step
-    resumed.training_step = lambda batch: taken.append(batch.epoch) or step(batch)
-    fit(resumed, data, None, config, tmp_path / "cut", progress=False)
-    assert taken == [1, 1, 1, 1, 2, 2, 2, 2] and same(whole, resumed)
-
-
 def order(loader, *epochs):
     source = sources.Loader(loader, FitConfig(4, 8), torch.device("cpu"))
     return [[int(label) for _, labels, _ in source.epoch(epoch, 0) for label in labels] for epoch in epochs]
@@ -280,6 +267,7 @@ def own():
 
 
 OWNED = {
+    "shuffled": lambda: loaded(40, batch_size=8, shuffle=True),
     "weighted": lambda: loaded(40, batch_size=8, sampler=WeightedRandomSampler(torch.ones(40), 40, generator=own())),
     "batches": lambda: loaded(
         40, batch_sampler=BatchSampler(SubsetRandomSampler(range(40), generator=own()), 8, drop_last=False)

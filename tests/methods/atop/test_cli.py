@@ -6,7 +6,7 @@ from small_models import bars_and_classifier
 
 import purify_fast
 from purify_fast import cli
-from purify_fast.methods.atop import AtopTask, DeepFillGenerator, SmallGenerator
+from purify_fast.methods.atop import DeepFillGenerator, SmallGenerator
 from purify_fast.methods.carso import Carso
 from purify_fast.models.classifiers import PreActResNet18
 from purify_fast.training import load_classifier, save_classifier
@@ -63,24 +63,6 @@ def test_a_published_checkpoint_is_what_training_starts_from(made, tmp_path, cap
     assert "--width has no effect beside --weights" in capsys.readouterr().err
     assert run("atop", made, tmp_path / "other", *options, "--weights", str(tmp_path / "none.pth")) == 2
     assert "none.pth" in capsys.readouterr().err
-
-
-def test_an_interrupted_run_goes_on(made, generator, tmp_path, capsys, monkeypatch):
-    options = ["--init", str(generator), "--epochs", "2", "--checkpoint-seconds", "0"]
-    updates, calls = AtopTask.updates, []
-
-    def interrupted(self, batch):
-        calls.append(batch.epoch)
-        if len(calls) == 7:
-            raise KeyboardInterrupt
-        return updates(self, batch)
-
-    monkeypatch.setattr(AtopTask, "updates", interrupted)
-    assert run("atop", made, tmp_path / "cut", *options) == 130
-    assert "run the same command again to continue" in capsys.readouterr().err
-    assert not (tmp_path / "cut" / "model.safetensors").exists()
-    assert run("atop", made, tmp_path / "cut", *options) == 0
-    assert calls == [0] * 4 + [1] * 3 + [1] * 2  # the seventh step was not taken, and is the first of the second run
 
 
 def test_what_init_brings_is_not_given_again(made, generator, tmp_path, capsys):

@@ -88,19 +88,6 @@ def test_scoring_changes_no_weight_and_evaluation_nothing_at_all():
         assert torch.equal(before[name], tensor) == (not name.endswith("weight_u")), name
 
 
-@pytest.mark.slow
-def test_compiled_as_one_graph_in_training_mode():
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    made = PatchDiscriminator(2, 4, 3)
-    twin = copy.deepcopy(made)
-    x = torch.randn(2, 2, 16, 16)
-    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
-    for _ in range(2):
-        torch.testing.assert_close(compiled(x), made(x))
-    assert torch.equal(twin.conv2.conv_sn.weight_u, made.conv2.conv_sn.weight_u)
-
-
 def test_autocast_keeps_sigma_exact():
     torch.manual_seed(0)
     layer = SpectralConv(3, 8, 5, 2, 2)

@@ -50,34 +50,12 @@ def test_rt3_takes_each_block_from_the_pass_that_did_not_see_it():
     assert len(packed) == 2 * 6 * 4 and torch.equal(packed[:, -1].view(12, 4, 16, 16).sum(1), torch.ones(12, 16, 16))
 
 
-def test_aggregation():
-    logits = torch.randn(4, 3, 10)
-    mean, probability = defence(samples=3), defence(samples=3, aggregation="mean_softmax")
-    torch.testing.assert_close(mean.aggregate(logits), logits.mean(1))
-    average = torch.softmax(logits, -1).mean(1)
-    torch.testing.assert_close(probability.aggregate(logits), average.log())
-    one = defence()
-    assert torch.equal(one.aggregate(logits[:, :1]), logits[:, 0])
-
-
 def test_shared_masks_are_one_for_the_batch():
     shared, own = defence(shared_mask=True), defence()
     masks = shared.draw(images())[1][0]
     assert (masks == masks[:1]).all()
     masks = own.draw(images())[1][0]
     assert not (masks == masks[:1]).all()
-
-
-@pytest.mark.slow
-def test_the_whole_defence_is_one_graph_for_every_batch_size():
-    """Fewer than 16 images in all, draws included: with more, torch chooses other convolutions on a CPU."""
-    torch._dynamo.reset()
-    made = defence(samples=2, sigma=0.1)
-    compiled = torch.compile(made, fullgraph=True, dynamic=True, backend="eager")
-    with made.fixed_noise(2):
-        for index, n in enumerate((5, 7)):
-            with torch._dynamo.config.patch(error_on_recompile=index > 0):
-                torch.testing.assert_close(compiled(images(n)), made(images(n)), atol=1e-4, rtol=1e-4)
 
 
 def test_a_frozen_copy_stays_close_and_keeps_its_gradients():

@@ -145,43 +145,6 @@ def test_weights_start_by_fan_out_and_biases_at_zero(full):
     assert all((p == 0).all() for name, p in full.named_parameters() if name.endswith("bias"))
 
 
-@pytest.mark.parametrize(
-    ("a", "b", "relu", "want"),
-    [(1.0, 1.0, False, 0.7310586), (-1.0, 0.0, False, -0.3160603), (1.0, 1.0, True, 0.7310586), (-1.0, 0.0, True, 0.0)],
-)
-def test_fact_7_the_gated_unit(a, b, relu, want):
-    layer = GatedConv(1, 1, relu=relu)
-    with torch.no_grad():
-        layer.conv.weight.zero_()
-        layer.conv.bias.copy_(torch.tensor([a, b]))
-    out = layer(torch.ones(1, 1, 2, 2))
-    assert out.shape == (1, 1, 2, 2)
-    torch.testing.assert_close(out, torch.full_like(out, want), rtol=0, atol=2e-7)
-
-
-def blocks(*missing):
-    """A mask [1, 1, 256, 256] with blocks (row, column) of 32 pixels missing."""
-    mask = torch.zeros(1, 1, 256, 256)
-    for row, column in missing:
-        mask[..., 32 * row : 32 * (row + 1), 32 * column : 32 * (column + 1)] = 1
-    return mask
-
-
-def test_fact_8_each_image_has_the_keys_of_its_own_mask(monkeypatch):
-    seen = []
-
-    def spy(features, valid, *rest):
-        seen.append(valid)
-        return contextual_attention(features, valid, *rest)
-
-    monkeypatch.setattr(module, "contextual_attention", spy)
-    corner = [(row, column) for row in range(4) for column in range(4)]
-    mask = torch.cat([blocks(*missing) for missing in (corner, [(0, 0)], [(1, 1)], [])])
-    with torch.no_grad():
-        DeepFillGenerator(width=4)(pack(torch.zeros(4, 3, 256, 256), mask), mask)
-    assert len(seen) == 1 and seen[0].sum(1).tolist() == [735, 999, 988, 1024]
-
-
 def published_stage(state, x, rows):
     """Layers of the published table: (name, stride, dilation, activation), "up" for a pixel fourfold first."""
     for name, stride, dilation, activation in rows:

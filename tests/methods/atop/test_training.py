@@ -76,18 +76,6 @@ def test_fact_11_total(epoch, gan, want):
     assert task.training_step(step)[0].item() == pytest.approx(want, abs=1e-6)
 
 
-@pytest.mark.parametrize("parts", [None, 4])
-def test_fact_14_one_shared_pass_equals_two(parts):
-    """The released variant: L1 and cross-entropy from one pass, or from a pass each, give the same gradients."""
-    made = defence(transform="rt2" if parts is None else "rt3", num_passes=parts or 4, samples=2)
-    config = AtopConfig(attack=TrainingAttack(eps=0.1, steps=10), cls_weight=0.7)
-    whole = gradients(made.purifier, passes(made, batch(), config).loss)
-    l1 = passes(made, batch(), dataclasses.replace(config, cls_weight=0.0)).loss
-    ce = passes(made, batch(), dataclasses.replace(config, reconstruction_weight=0.0)).loss
-    for a, b, c in zip(whole, gradients(made.purifier, l1), gradients(made.purifier, ce), strict=True):
-        torch.testing.assert_close(a, b + c, atol=1e-6, rtol=1e-4)
-
-
 def test_the_passes_share_noise_and_mask_and_are_as_many_as_needed(monkeypatch):
     made, rows, attacks = defence(), [], []
     run = made.stages

@@ -3,9 +3,7 @@
 import pytest
 from small_models import bars_and_classifier
 
-import purify_fast
 from purify_fast import cli
-from purify_fast.evaluation import Report
 
 FEW = ["--images", "4", "--steps", "2", "--eot-iter", "2", "--protocol", "fast"]
 
@@ -30,19 +28,6 @@ def denoiser(made):
     options = ["--width", 4, "--patch", 2, "--no-attention", "--noise-schedule", "cosine", "--prediction", "v"]
     assert train(made, made / "denoiser", *options, "--last-time", 0.6, "--precision", "bfloat16") == 0
     return made / "denoiser"
-
-
-@pytest.mark.slow
-def test_trained_and_evaluated(made, denoiser, tmp_path, short_signs):
-    classifier = made / "classifier"
-    loaded = purify_fast.load_defence(denoiser, purify_fast.training.load_classifier(classifier))
-    assert loaded.denoiser.module.arguments == {"channels": 1, "width": 4, "patch": 2, "attention": False}
-    assert (loaded.process.schedule.kind, loaded.process.prediction) == ("cosine", "v")
-    process = ["--t-star", 0.5, "--denoising-steps", 2, "--solver", "ddim"]
-    around = ["--classifier", classifier, "--eps", 0.05, *process]
-    assert run(made, f"evaluate {denoiser}", *around, *FEW, "--out", tmp_path / "report") == 0
-    report = Report.from_json((tmp_path / "report" / "report.json").read_text())
-    assert report.row("clean").n == 4 and "apgd" in {row.kind for row in report.rows}
 
 
 def test_what_is_refused(made, denoiser, tmp_path, capsys):
