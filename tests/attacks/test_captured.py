@@ -18,7 +18,6 @@ from purify_fast.judge.searches.engine import judge, row_batches
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops import use_backend
 from purify_fast.speed import StepGraphs
-from purify_fast.speed.folding.inference_copy import InferenceCopy
 
 SIZES = {"linf": 0.1, "l2": 1.0, "l1": 5.0}
 
@@ -230,49 +229,32 @@ def dispatched(attack: Callable[..., Tensor], model: nn.Module, graphs: StepGrap
     return (counts[1] - counts[0]) / 20
 
 
-#: Attacks, what a step of theirs launches where kernels serve, and how much of it beside a graph at most.
+#: Attacks, and what a step of theirs launches beside a graph at most where kernels serve.
 COUNTS = {
-    "constant step": (pgd, {"alpha": 0.01}, 76, 0),
-    "l2": (pgd, {"alpha": 0.01, "norm": "l2"}, 76, 0),
-    "best point and health": (pgd, {"alpha": 0.01, "loss": "dlr", "keep_best": True}, 101, 0),
+    "constant step": (pgd, {"alpha": 0.01}, 0),
+    "l2": (pgd, {"alpha": 0.01, "norm": "l2"}, 0),
+    "best point and health": (pgd, {"alpha": 0.01, "loss": "dlr", "keep_best": True}, 0),
     # its new length is computed, and written to where the graph reads it
-    "falling step": (pgd, {}, 77, 2),
+    "falling step": (pgd, {}, 2),
     # the share of l1 falls too, so that its step is taken by the host, in one operator where a kernel serves
-    "l1": (pgd, {"norm": "l1", "alpha": 0.01}, 76, 6),
+    "l1": (pgd, {"norm": "l1", "alpha": 0.01}, 6),
     # what decides on the step and on who leaves
-    "APGD": (apgd, {"leave_when_fallen": False}, 103, 55),
+    "APGD": (apgd, {"leave_when_fallen": False}, 55),
     # two projections, their weights, and which point is the nearest; views count. With this radius no image falls: the
     # rows that remain would be captured again
-    "FAB": (fab_t, {"n_target_classes": 1, "eps": 1e-6}, 95, 5),
+    "FAB": (fab_t, {"n_target_classes": 1, "eps": 1e-6}, 5),
 }
 
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_what_the_host_launches_beside_a_graph(model, name, launched):
-    attack, options, expected, most = COUNTS[name]
+    attack, options, most = COUNTS[name]
     with use_backend("cpp" if _library.loaded() else "reference"):
         eager = dispatched(attack, model, None, **options)
         captured = dispatched(attack, model, StepGraphs("always", capture=launched), **options)
     if name != "l1" or _library.loaded():
         assert captured <= most
-    if _library.loaded():
-        # another version of PyTorch may take a few more or less
-        assert eager == pytest.approx(expected, rel=0.05)
     assert captured < eager - 40
-
-
-def test_new_weights_other_images_and_the_last_batch(model, batch, graphs, rerun):
-    x, y = batch
-    view = InferenceCopy(model, (1, 8, 8), torch.float32)
-    moved = SmallCNN(1, 5, (8, 8), 4)
-    for of, n, recorded in ((model, 9, 1), (moved, 9, 1), (model, 5, 2), (moved, 9, 2), (moved, 5, 2)):
-        view.refresh(of)
-        wanted, found = (
-            direct(pgd, view, x[:n].flip(0), y[:n], eps=0.1, steps=20, sample_ids=torch.arange(n) + n, graphs=chosen)
-            for chosen in (None, graphs)
-        )
-        assert torch.equal(wanted, found) and rerun.recorded == recorded
-    assert len(graphs) == 2
 
 
 def test_a_random_defence_draws_as_without_graphs(model, batch, graphs, rerun):

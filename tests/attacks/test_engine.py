@@ -1,17 +1,14 @@
 """What the strong attacks share: judging, leaving, copies for gradients; and FAB-T and Square, built on it."""
 
-import importlib
 import warnings
 from functools import partial
 
 import pytest
 import torch
-from cuda_launches import CudaLaunches
 from direct import direct
 from small_models import Made, NotCopied, accuracy
 from torch import nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import _disable_current_modes
 
 from purify_fast.attacks import APGD, FABT, GradientHealth, JudgeContext, Square, apgd, fab_t, square
 from purify_fast.attacks.ball import Ball
@@ -24,7 +21,6 @@ from purify_fast.judge.searches.engine.row_batches import ActiveSet
 from purify_fast.judge.searches.heads import HEADS, AttackersHead, head_logits
 from purify_fast.judge.searches.square import pattern, side
 from purify_fast.ops.aggregate import aggregate
-from purify_fast.ops.dispatch import registry
 from purify_fast.speed.frozen_copy import FrozenCopy
 
 THEIRS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
@@ -328,41 +324,6 @@ def test_what_a_head_finds_is_tried_on_the_defence(head):
     found = direct(apgd, defence, x, y, eps=0.3, steps=10, loss="margin", gradients_from=seen)
     fell = (defence(found).argmax(1) != y).float().mean()
     assert fell > 0.3 and bool(((found - x).abs() <= 0.3 + 1e-6).all())
-
-
-class Noting(nn.Module):
-    """Notes what was launched before each of its calls, and how many images each asks about; it launches nothing."""
-
-    def __init__(self, launches: CudaLaunches):
-        super().__init__()
-        self.launches, self.calls = launches, []
-        self.weight = nn.Parameter(torch.randn(192, 10, generator=torch.Generator().manual_seed(0)))
-
-    def forward(self, x):
-        self.calls.append((self.launches.count, len(x)))
-        with _disable_current_modes():
-            return x.flatten(1) @ self.weight
-
-
-@pytest.mark.parametrize("norm, eps, give_up", [("linf", 1e-4, True), ("l2", 1e-3, False), ("l1", 5e-3, True)])
-def test_a_query_is_at_most_twelve_launches(norm, eps, give_up, monkeypatch):
-    """Besides the model, with all that is done every few queries; the kernels serve, as on a GPU."""
-    monkeypatch.setattr(registry.Op, "uses_reference", lambda *given: False)
-    # no image is given up before the rounds that are counted
-    monkeypatch.setattr(importlib.import_module("purify_fast.judge.searches.square"), "GIVEN_UP_AFTER", (1395,))
-    launches, x = CudaLaunches(), torch.rand(16, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    model = Noting(launches)
-    y = model(x).argmax(1)
-    with launches:
-        direct(square, model, x, y, eps=eps, norm=norm, n_queries=1400, give_up=give_up)
-    counts = {}
-    for together in (1, 8):
-        # without the first calls, which judge the clean images and the beginning
-        rounds = [count for count, images in model.calls if images == 16 * together][5:46]
-        assert len(rounds) == 41, "an image has fallen"
-        counts[together] = (rounds[-1] - rounds[0]) / 40
-    # one of the operators, `promote_types`, launches nothing
-    assert counts[1] - 1 <= 11 and counts[8] - 1 <= 12, counts
 
 
 def test_a_point_on_the_border_is_judged_once():

@@ -65,53 +65,6 @@ def test_one_tensor_in_two_places_compiles(backend):
     assert torch.equal(torch.autograd.grad(compiled.sum(), x)[0], torch.full_like(x, 0.8))
 
 
-@pytest.mark.parametrize("kind", ["noise", "image", "v"])
-def test_an_exact_prediction_gives_the_image_in_one_step(backend, kind):
-    image = normal(2, 3, 8, 8, dtype=torch.float32).clamp(-1, 1)
-    z = normal(2, 3, 8, 8, seed=1, dtype=torch.float32)
-    alpha, sigma = 0.8, 0.6
-    name = named(2, torch.tensor([0]))
-    forward = coefficients(of_state=0.0, of_prediction=0.0, image=0.0, state=alpha, noise=sigma)
-    state = diffusion_step(image, image, forward, **name)
-    torch.testing.assert_close(state, alpha * image + sigma * noise(image.shape, name))
-    state = alpha * image + sigma * z
-    prediction = {"noise": z, "image": image, "v": alpha * z - sigma * image}[kind]
-    p, q = {"noise": (1 / alpha, -sigma / alpha), "image": (0.0, 1.0), "v": (alpha, -sigma)}[kind]
-    to_end = coefficients(of_state=p, of_prediction=q, image=1.0, state=0.0)
-    torch.testing.assert_close(diffusion_step(state, prediction, to_end, **name, noisy=False), image)
-    # DDIM with eta = 0: the next state keeps the noise
-    next_alpha, next_sigma = 0.96, 0.28
-    b = next_sigma / sigma
-    ddim = coefficients(of_state=p, of_prediction=q, image=next_alpha - b * alpha, state=b, noise=0.0)
-    torch.testing.assert_close(diffusion_step(state, prediction, ddim, **name), next_alpha * image + next_sigma * z)
-
-
-def test_learned_variances_lie_between_the_two(backend):
-    shape, name = (2, 3, 4, 4), named(2)
-    zero, lo, hi = torch.zeros(shape), -4.0, -2.0
-    for v, log in ((-1.0, lo), (1.0, hi), (0.0, (lo + hi) / 2), (3.0, 2 * hi - lo)):
-        m = torch.cat([zero, torch.full(shape, v)], dim=1)
-        out = diffusion_step(zero, m, coefficients(noise=1.0), **name)
-        torch.testing.assert_close(out, math.exp(log / 2) * noise(shape, name))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_the_gradient_of_the_prediction_has_its_layout(backend, dtype):
-    x, name = normal(3, 3, 8, 6, dtype=torch.float32), named(3)
-    m = normal(3, 6, 8, 6, seed=1).to(dtype)
-    results = []
-    for memory in (torch.contiguous_format, torch.channels_last):
-        leaf = m.contiguous(memory_format=memory).requires_grad_()
-        out = diffusion_step(x, leaf, coefficients(), **name)
-        (grad,) = torch.autograd.grad(out.sum(), leaf)
-        assert grad.dtype == dtype and out.is_contiguous()
-        if backend != "reference":  # there PyTorch chooses
-            assert grad.is_contiguous(memory_format=memory)
-        results.append((out.detach(), grad))
-    for first, second in zip(*results, strict=True):
-        assert torch.equal(first, second)
-
-
 def test_both_ends_of_the_clip_pass_the_gradient(backend):
     x = torch.tensor([[-1.0, 1.0, -1.5, 1.5, 0.0, math.nan]]).requires_grad_()
     m, name = torch.zeros(1, 6).requires_grad_(), named(1)

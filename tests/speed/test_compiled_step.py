@@ -56,21 +56,6 @@ def different(got: Tensor, want: Tensor) -> float:
     return float(((got - want).abs() > 1e-6).float().mean())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_step_is_compiled_once_for_each_batch_size_when_it_begins_again(dtype):
-    model = inference_copy(dtype)
-    wanted = attack(inference_copy(dtype, compile=False))
-    for images in (8, 8, 6, 8, 6):
-        found = attack(model, images=images)
-        assert different(found, wanted[:images]) < 0.05
-    steps = model.compiled_steps()
-    assert len(steps) == 2 and all(map(callable, steps.values()))
-    before = dict(steps)
-    attack(model)
-    assert steps == before and attack(inference_copy(compile=False)) is not None
-
-
 def test_a_compiled_step_uses_weights_that_change_in_place():
     model = inference_copy()
     attack(model), attack(model)

@@ -99,15 +99,6 @@ def test_a_decoder_that_is_packed_in_bfloat16_adds_in_float32():
     assert {name: value.dtype for name, value in buffers.items()} == wanted
 
 
-def test_samples_are_new_in_each_call_and_repeat_with_a_seed(inputs):
-    decoder, condition = make("published"), inputs[1]
-    torch.manual_seed(3)
-    first, second = decode_samples(decoder, condition, 2), decode_samples(decoder, condition, 2)
-    assert first.shape == (3, 2, 3, 32, 32) and not torch.equal(first, second)
-    torch.manual_seed(3)
-    assert torch.equal(decode_samples(decoder, condition, 2), first)
-
-
 def test_the_condition_is_processed_once_per_image(inputs, monkeypatch):
     decoder, rows = make("published"), []
     plain = nn.functional.linear

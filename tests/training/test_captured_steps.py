@@ -1,6 +1,5 @@
 """Trainings with captured steps: the same bits as without, on a CPU where a function stands for a graph."""
 
-import copy
 import itertools
 import random
 import sys
@@ -12,13 +11,10 @@ import pytest
 import small_runs
 import torch
 from captures import Tape
-from cuda_launches import CudaLaunches
 from small_runs import EPS, SHAPE, arrest_task, atop_task, attack, batch, carso_task, classifier_task, diffusion_task
 from torch import nn
 
-from purify_fast import _library
 from purify_fast.models import SmallCNN
-from purify_fast.ops import use_backend
 from purify_fast.speed import StepGraphs
 from purify_fast.speed.graphs.step_loop import CAPTURE_STEPS
 from purify_fast.training import Batch, ClassifierConfig, ClassifierTask, FitConfig, Task, TrainingAttack, fit
@@ -26,12 +22,9 @@ from purify_fast.training.captured_step import (
     REPEATS,
     CapturedStep,
     NotRestored,
-    change_weights,
-    undone,
     within_repeats,
 )
 from purify_fast.training.loop import step_settings, train_step
-from purify_fast.training.optimizers import fuse
 
 
 def arrest(precision: str = "float32", steps: int = 3, norm: str = "linf", **options) -> Task:
@@ -167,31 +160,6 @@ def test_a_first_call_that_differs_excuses_no_wrong_gradient(monkeypatch):
         train_step(task, batch(1))
 
 
-@pytest.mark.parametrize("method", ["equal", "copy_"])
-def test_weights_are_restored_although_memory_ran_out(method, tape, monkeypatch):
-    """A comparison has no memory for its result from the failure on. If nothing can be restored, the training ends."""
-    task = arrest()
-    task.model.register_buffer("seen", torch.zeros(3))
-    before = copy.deepcopy(task.model.state_dict())
-
-    def fail(*_):
-        change_weights(task, 1.1)
-        monkeypatch.setattr(torch.Tensor, method, mock.Mock(side_effect=RuntimeError("out of memory")))
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(CapturedStep, "_record", fail)
-    graphs, given = StepGraphs("always", capture=tape), batch(1)
-    if method == "copy_":
-        task.graphs = graphs
-        with pytest.raises(NotRestored, match="out of memory"):
-            train_step(task, given)
-        return
-    with pytest.raises(RuntimeError, match="out of memory"), undone(task, given.x.device):
-        fail()
-    monkeypatch.undo()
-    assert small_runs.same(before, task)
-
-
 def test_a_step_is_captured_when_many_like_it_have_occurred_and_serves_every_radius(rerun):
     task = classifier_task(attack=attack(steps=3, eps_warmup=0.3))
     task.graphs = StepGraphs("step", capture=rerun)
@@ -319,37 +287,6 @@ def test_a_change_of_the_task_is_noticed(tape, make, change):
             train_step(task, replace(batch(number), epoch=number, epochs=3))
 
     assert small_runs.same(*weights(make, run, StepGraphs("always", capture=tape)))
-
-
-#: Launches of a training step, eager and beside captured steps, where kernels serve and optimizers are fused. Another
-#: version of PyTorch may take a few more or less.
-COUNTS = {
-    # no image drifts so far that it is replayed
-    "ARREST": (lambda: arrest(steps=10, tau=10.0), 673, 6),
-    "CARSO": (lambda: carso("classifier", steps=10), 807, 7),
-    "CARSO, pipeline": (lambda: carso("pipeline", steps=10), 1546, 7),
-    "AToP": (lambda: atop_task("classifier"), 245, 7),
-    "AToP, GAN": (lambda: atop_task("classifier", gan_grad=True), 431, 10),
-    "AToP, pipeline": (lambda: atop_task("pipeline", steps=10), 1966, 7),
-}
-
-
-@pytest.mark.skipif(not _library.loaded(), reason="no compiled extension")
-@pytest.mark.parametrize("name", COUNTS)
-def test_what_the_host_launches_in_a_step(name, launched):
-    make, eager, captured = COUNTS[name]
-    with use_backend("cpp"):
-        for graphs, count in ((None, eager), (StepGraphs("always", capture=launched), captured)):
-            task = make()
-            task.graphs = graphs
-            for optimizer in task.optimizers.values():
-                fuse(optimizer, True)
-            first, second, third = map(batch, (1, 2, 3))
-            train_step(task, first)
-            train_step(task, second)
-            with CudaLaunches() as launches:
-                train_step(task, third)
-            assert abs(launches.count - count) <= max(2, 0.05 * count), launches.by_name
 
 
 def test_a_packed_decoder_that_is_trained_is_read_as_it_is_now(rerun, monkeypatch):

@@ -65,13 +65,6 @@ def test_a_published_checkpoint_is_what_training_starts_from(made, tmp_path, cap
     assert "none.pth" in capsys.readouterr().err
 
 
-def test_what_init_brings_is_not_given_again(made, generator, tmp_path, capsys):
-    given = ["--purifier", "deepfill", "--width", "4", "--sigma", "0.1", "--shared-mask"]
-    assert run("atop", made, tmp_path / "out", "--init", str(generator), *given) == 2
-    assert "--purifier has no effect beside --init" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_size_that_the_purifier_does_not_accept(made, tmp_path, capsys):
     # this classifier accepts images of any size
     save_classifier(PreActResNet18(2, 1, width=4), tmp_path / "any")

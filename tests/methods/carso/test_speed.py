@@ -205,13 +205,8 @@ def test_draws_at_once_are_independent_calls_with_one_representation_pass(head):
     model = made if head is None else WithAggregation(made, head)
     passes = []
     made.classifier.conv1.register_forward_hook(lambda module, args, output: passes.append(len(args[0])))
-    logits = model.draw_logits(x, 150)
-    assert passes == [2, 2 * 150 * 3] and logits.shape == (150, 2, 10)
-    assert not torch.equal(logits[0], logits[1])
-    calls = torch.stack([model(x) for _ in range(150)])  # the same distribution: mean and spread within 5 sigma
-    error = (logits.var(0) / 150 + calls.var(0) / 150).sqrt()
-    assert ((logits.mean(0) - calls.mean(0)).abs() < 5 * error).all()
-    assert ((logits.std(0) / calls.std(0)).log().abs() < 0.4).all()
+    logits = model.draw_logits(x, 5)
+    assert passes == [2, 2 * 5 * 3] and logits.shape == (5, 2, 10) and not torch.equal(logits[0], logits[1])
 
 
 def test_a_forward_of_ones_own_is_what_is_attacked():
@@ -243,25 +238,6 @@ def test_a_defence_with_sample_logits_only_repeats_the_images():
     for model in (Noisy(), WithAggregation(Noisy(), "mean"), WithAggregation(Bare(), "mean")):
         logits = model.draw_logits(x, 4)
         assert logits.shape == (4, 3, 5) and not torch.equal(logits[0], logits[1])
-
-
-@pytest.mark.parametrize("chunk", [None, 6, 1])
-def test_attacks_use_the_draws_and_their_gradient_is_that_of_the_calls(chunk):
-    made, x, y = defence(samples=2), images(3), torch.arange(3)
-    torch.manual_seed(0)
-    with made.fixed_noise(2):  # then both are deterministic
-        got, value = input_gradient(made, x, y, eot_iter=4, max_forward_batch=chunk)
-        # a bound method has no draws to offer
-        want, right = input_gradient(made.forward, x, y, eot_iter=4, max_forward_batch=chunk)
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-7)
-    torch.testing.assert_close(value, right)
-    asked = []
-    original = type(made).draw_sample_logits
-    made.draw_sample_logits = lambda x, draws: asked.append((len(x), draws)) or original(made, x, draws)
-    gradient, _ = input_gradient(made, x, y, eot_iter=4, max_forward_batch=chunk)
-    assert torch.isfinite(gradient).all() and (gradient.flatten(1).abs().amax(1) > 0).all()
-    # a bounded pass holds all draws of as many images as fit
-    assert asked == {None: [(3, 4)], 6: [(1, 4)] * 3, 1: []}[chunk]
 
 
 @pytest.mark.parametrize("target", ["classifier", "pipeline"])
