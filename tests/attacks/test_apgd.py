@@ -74,30 +74,6 @@ def test_misclassified_points_come_before_those_of_higher_loss():
     assert 35 < (found < 0.75).sum() < 55 and bool((found[found >= 0.75] == 1).all())
 
 
-def test_only_images_that_withstand_are_attacked_again(monkeypatch):
-    module = importlib.import_module("purify_fast.judge.searches.apgd")
-    runs, original = [], module.AutoPgd
-    monkeypatch.setattr(module, "AutoPgd", lambda *a, **b: runs.append(a[2].owner.tolist()) or original(*a, **b))
-    torch.manual_seed(0)
-    weight = torch.randn(48, 6)
-    x = torch.rand(40, 48)
-    y = (x @ weight).argmax(1)
-    found = direct(apgd, lambda z: z @ weight, x, y, eps=0.05, steps=5, loss="dlr_targeted", batch_size=1)
-    images = [len(run) for run in runs]
-    assert len(runs) == 5 and images[0] == 40  # C - 1 targets, one at a time
-    assert images == sorted(images, reverse=True) and 0 < ((found @ weight).argmax(1) == y).sum() <= images[-1] < 40
-    runs.clear()
-    targeted = module.APGD(steps=5, loss="dlr_targeted", precision="float32")
-    again = targeted(lambda z: z @ weight, x, y, eps=0.05)
-    # targets in one batch: the first alone, then as many as fit into 64 rows
-    assert len(runs[0]) == 40 and len(runs) < 5 and max(map(len, runs)) <= 64
-    assert ((again @ weight).argmax(1) == y).sum() == ((found @ weight).argmax(1) == y).sum()
-    runs.clear()
-    several = module.APGD(steps=5, restarts=9, precision="float32")
-    found = several(lambda z: z @ weight, x, y, eps=0.5)
-    assert len(runs) < 9 and ((found @ weight).argmax(1) != y).all()  # nothing was left
-
-
 def test_fallen_images_leave_the_batch():
     """The batches shrink along the fixed sizes, and only where something fell; every success is judged again."""
     torch.manual_seed(0)
@@ -117,25 +93,6 @@ def test_fallen_images_leave_the_batch():
     assert {judging.bucket(n, x.device) for n in steps} == set(steps)
     # the clean images, the last points and each of those that fell
     assert judged >= 64 + (64 - stood)
-
-
-def test_under_many_draws_nothing_that_has_fallen_is_attacked_further():
-    """Each step looks at the images that stand, 20 times each, and at no other; passes have even sizes."""
-    torch.manual_seed(0)
-    weight, x = torch.randn(48, 6), torch.rand(64, 48)
-    y, images = (x @ weight).argmax(1), []
-
-    def model(z):
-        if z.requires_grad:
-            images.append(len(z))
-        return z @ weight
-
-    found = direct(apgd, model, x, y, eps=0.06, steps=20, eot_iter=20, max_forward_batch=24)
-    stood = int(((found @ weight).argmax(1) == y).sum())
-    # one draw of 24 images at most: 64 are three passes of 22, 22 and 20 for each of 20 draws
-    assert images[:60] == [22] * 20 + [22] * 20 + [20] * 20
-    passes = -(-stood // 24)
-    assert sum(images[-20 * passes :]) == 20 * stood and 24 < stood < 40
 
 
 @pytest.mark.parametrize("padded", [False, True])

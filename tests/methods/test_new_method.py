@@ -21,33 +21,16 @@ METHOD = {
         __all__, __getattr__, __dir__ = lazy_exports(__name__)
     """,
     "method.py": '''
-        from __future__ import annotations
-
         from dataclasses import dataclass, field
         from pathlib import Path
         from typing import Any, ClassVar
 
-        from ...training import TrainingAttack
-        from ..trainings import FollowsRecipe, Method, TrainPurifier
+        from ..atop.config import AtopConfig
+        from ..trainings import Method, TrainPurifier
 
 
         @dataclass(frozen=True)
-        class BlurredConfig:
-            """The settings.
-
-            Args:
-                attack: the attack.
-                learning_rate: the learning rate.
-                precision: the precision.
-            """
-
-            attack: TrainingAttack = TrainingAttack(eps=0.1, steps=1)
-            learning_rate: float = 1e-3
-            precision: str = "float32"
-
-
-        @dataclass(frozen=True)
-        class TrainBlurred(FollowsRecipe, TrainPurifier):
+        class TrainBlurred(TrainPurifier):
             """Train a blur.
 
             Args:
@@ -57,14 +40,14 @@ METHOD = {
             called: ClassVar[str] = "train blurred"
 
             out: Path = Path("runs/blurred")
-            side: int = 3
-            method: BlurredConfig = field(default_factory=BlurredConfig)
+            side: int = 2
+            method: AtopConfig = field(default_factory=AtopConfig.pretraining)
 
             def task(self, images: Any, classifier: Any) -> Any:
+                from ..atop import AtopTask, SmallGenerator
                 from .defence import Blurred
-                from .task import BlurredTask
 
-                return BlurredTask(Blurred(classifier, images.image_shape, self.side), self.method)
+                return AtopTask(Blurred(classifier, SmallGenerator(1, self.side), images.image_shape), self.method)
 
 
         @dataclass(frozen=True)
@@ -72,77 +55,23 @@ METHOD = {
             """The options of a saved blur.
 
             Args:
-                strength: Share of the blurred image.
+                strength: Number of blurred images.
             """
 
-            strength: float | None = None
+            strength: int | None = None
 
             def changes(self) -> dict[str, Any]:
-                return {} if self.strength is None else {"strength": self.strength}
+                return {} if self.strength is None else {"samples": self.strength}
 
 
-        METHOD = Method((TrainBlurred,), defence="Blurred", loading=LoadBlurred, recipes=True)
+        METHOD = Method((TrainBlurred,), defence="Blurred", loading=LoadBlurred)
     ''',
-    "recipes.py": """
-        from dataclasses import dataclass
-
-        from ..publication import Recipe
-        from .method import BlurredConfig
-
-
-        @dataclass(frozen=True)
-        class BlurredRecipe(Recipe):
-            settings = BlurredConfig
-
-
-        RECIPES = {"one": BlurredRecipe("blurred/one", "A blur of one pixel", {})}
-    """,
     "defence.py": """
-        import torch
-
-        from ..._tensors import dtype_of
-        from ...defences.base import Defence
-        from ..saving import save_defence
+        from ..atop import Atop
 
 
-        class Blurred(Defence):
-            aggregation = "mean"
-
-            def __init__(self, classifier, image_shape, side, strength=1.0):
-                super().__init__(classifier, image_shape)
-                self.filter = torch.nn.Conv2d(1, 1, side, padding=side // 2, padding_mode="replicate")
-                self.arguments = {"image_shape": list(image_shape), "side": side, "strength": strength}
-                self.strength, self.num_classes = strength, classifier.head.out_features
-                self._ready()
-
-            @property
-            def purifier_dtype(self):
-                return dtype_of(self.filter)
-
-            def purify(self, x, draws=1):
-                self.check_images(x)
-                blurred = torch.lerp(x, self.filter(x).sigmoid(), self.strength)
-                return blurred[:, None].expand(-1, draws, -1, -1, -1)
-
-            save = save_defence
-    """,
-    "task.py": """
-        import torch
-
-        from ...training.method_task import cross_entropy_of
-        from ..purifier_task import PurifierTask
-
-
-        class BlurredTask(PurifierTask):
-            name = "blurred"
-
-            def __init__(self, defence, config, origin="scratch"):
-                super().__init__(defence, config, origin)
-                self.optimizer = torch.optim.Adam(defence.filter.parameters())
-
-            def training_step(self, batch):
-                loss, accuracy = cross_entropy_of(self.defence(self.config.attack.run(self.defence, batch)), batch.y)
-                return loss, {"accuracy": accuracy}
+        class Blurred(Atop):
+            pass
     """,
 }
 #: Only the path of the package `purify_fast.methods` differs from a plain run of the program.
@@ -169,20 +98,12 @@ from purify_fast.models.classifiers import SmallCNN
 save_classifier(SmallCNN(1, 10, (8, 8), 4), "base")
 common = ["--data", "digits", "--size", "8", "--device", "cpu"]
 few = ["--classifier", "base", "--out", "run", "--epochs", "1", "--batch-size", "512", "--steps-per-epoch", "1"]
-assert main(["train", "blurred", *few, "--side", "5", *common]) == 0
-defence, other = load_defence("run"), load_defence("run", strength=0.5)
-assert type(defence).__name__ == "Blurred" and defence.filter.kernel_size == (5, 5)
-assert (defence.strength, other.strength) == (1.0, 0.5)
-for changes, words in (({"sides": 3}, "sides is no argument of"), ({"purifier": other}, "purifier must be None")):
-    try:
-        load_defence("run", **changes)
-    except ValueError as error:
-        assert words in str(error), error
-    else:
-        raise AssertionError(changes)
-short = ["--protocol", "fast", "--images", "4", "--steps", "1", "--probes", "False", "--strength", "0.25"]
+assert main(["train", "blurred", *few, "--side", "4", *common]) == 0
+defence, other = load_defence("run"), load_defence("run", samples=3)
+assert type(defence).__name__ == "Blurred" and defence.purifier.module.arguments["width"] == 4
+assert (defence.samples, other.samples) == (1, 3)
+short = ["--protocol", "fast", "--images", "4", "--steps", "1", "--probes", "False", "--strength", "2"]
 assert main(["evaluate", "run", *short, *common]) == 0
-assert main(["recipe"]) == 0
 """
 
 
@@ -201,7 +122,7 @@ def test_a_folder_adds_a_method(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     said = " ".join(done.stdout.replace("│", " ").split())
-    for words in ("Train a blur.", "Side of the filter.", "Share of the blurred image.", "blurred/one"):
+    for words in ("Train a blur.", "Side of the filter.", "Number of blurred images."):
         assert words in said
     assert "saved to run; attack it with: purify-fast evaluate run" in said and "written: run/evaluation" in said
 

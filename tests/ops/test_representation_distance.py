@@ -4,7 +4,6 @@ from importlib import import_module
 import pytest
 import torch
 from op_cases import DTYPES
-from torch.nn import functional as F
 
 from purify_fast.ops import representation_distance
 
@@ -61,7 +60,7 @@ def test_published_values(backend, pair, wanted, half_turns, scale):
 
 
 @pytest.mark.interpreter
-def test_published_gradient_and_loss(backend):
+def test_published_gradient(backend):
     u, v = rows(((3, 4), (4, 3)))
     for dtype in (torch.float64, torch.float32):
         leaf = u.to(dtype).requires_grad_()
@@ -69,11 +68,6 @@ def test_published_gradient_and_loss(backend):
         (grad,) = torch.autograd.grad(d.sum(), leaf)
         torch.testing.assert_close(grad, torch.tensor([[-0.0448, 0.0336]], dtype=dtype))
         assert abs((grad * leaf).sum().item()) < 1e-7  # orthogonal to u
-        logits, label = torch.tensor([[2.0, 1, 0]], dtype=dtype), torch.tensor([0])
-        loss = F.cross_entropy(logits, label) + 50 * d.mean()
-        assert loss.item() == pytest.approx(2.4076059644, abs=1e-6)
-    loss = F.cross_entropy(logits, label) + 50 * representation_distance(leaf, v.to(dtype), "angular").mean()
-    assert loss.item() == pytest.approx(4.9243294945, abs=5e-6)
 
 
 @pytest.mark.interpreter
@@ -208,12 +202,3 @@ def test_from_the_smallest_to_the_largest_norms(backend, kind):
         assert grad.isfinite().all()
     assert representation_distance(1e25 * u, v, kind).isnan().all()  # not orthogonal: squares overflowed
     assert_orthogonal(representation_distance(1e-35 * u, v, kind), kind, backend)
-
-
-def test_channels_last_maps_are_not_copied(backend):
-    """The op receives views of the maps."""
-    u, v = (x.to(memory_format=NHWC) for x in inputs(2, 16, 5, 3))
-    leaf = u.requires_grad_()
-    out = representation_distance([leaf], [v])
-    given = [x for x in out.grad_fn.saved_tensors if x.dim() == 4]
-    assert [x.data_ptr() for x in given] == [u.data_ptr(), v.data_ptr()] and all(x.is_contiguous() for x in given)

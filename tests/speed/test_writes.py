@@ -348,23 +348,6 @@ def test_what_has_no_right_copy_is_refused_by_name(what):
         purify_fast.frozen_copy(make().eval(), X)
 
 
-def test_a_copy_that_cannot_be_made_again_does_not_answer():
-    model = net()
-    fast = purify_fast.frozen_copy(model, X)
-    model[4].kept = [model[4](torch.rand(1, 288))]
-    for _ in range(2):
-        with pytest.raises(TypeError, match=r"keep value\.detach\(\) there"):
-            fast.update()
-        with pytest.raises(TypeError, match="tensor with a history in a list"):
-            fast(X)
-    model[4].kept = []
-    assert torch.allclose(fast(X), model(X), atol=1e-5)
-    model.forward = lambda x: x
-    for _ in range(2):
-        with pytest.raises(TypeError, match="bound to an instance"):
-            pgd(fast, X, Y, 0.1, steps=1)
-
-
 def test_a_copy_must_stay_outside_of_its_model():
     model = Logits(net()).eval()
     model.fast = purify_fast.frozen_copy(model, X)

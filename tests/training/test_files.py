@@ -19,26 +19,21 @@ def flipped(path, bit):
     path.write_bytes(data)
 
 
-def test_every_changed_bit_of_a_saved_model_is_seen(tmp_path):
+def test_every_changed_bit_of_a_model_and_a_checkpoint_is_seen_and_a_damaged_checkpoint_stays(tmp_path):
     save_classifier(SmallCNN(1, 2, (8, 8), 2), tmp_path)
-    path, draw = tmp_path / "model.safetensors", random.Random(0)
-    whole = path.read_bytes()
-    for _ in range(60):
-        flipped(path, draw.randrange(8 * len(whole)))
-        with pytest.raises(ValueError):
-            load_classifier(tmp_path)
-        path.write_bytes(whole)
-    load_classifier(tmp_path)
-
-
-def test_a_damaged_checkpoint_is_named_and_stays(tmp_path):
     train(tmp_path, epochs=2)
-    whole, draw = (tmp_path / CHECKPOINT).read_bytes(), random.Random(1)
-    for _ in range(60):
-        flipped(tmp_path / CHECKPOINT, draw.randrange(8 * len(whole)))
-        with pytest.raises(ValueError):
-            read_tree(tmp_path / CHECKPOINT)
-        (tmp_path / CHECKPOINT).write_bytes(whole)
+    readers = {
+        "model.safetensors": lambda: load_classifier(tmp_path),
+        CHECKPOINT: lambda: read_tree(tmp_path / CHECKPOINT),
+    }
+    for name, read in readers.items():
+        whole, draw = (tmp_path / name).read_bytes(), random.Random(0)
+        for _ in range(30):
+            flipped(tmp_path / name, draw.randrange(8 * len(whole)))
+            with pytest.raises(ValueError):
+                read()
+            (tmp_path / name).write_bytes(whole)
+        read()
     flipped(tmp_path / CHECKPOINT, 8 * 3000)
     with pytest.raises(ValueError, match=rf"{CHECKPOINT} .*remove it to start anew"):
         train(tmp_path, epochs=3)

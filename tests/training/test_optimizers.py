@@ -9,7 +9,6 @@ from torch import nn
 
 from purify_fast.speed.precision import raced_convolutions
 from purify_fast.training import Lookahead
-from purify_fast.training.checkpoint import read_tree, write_tree
 from purify_fast.training.optimizers import fuse
 
 
@@ -59,25 +58,6 @@ def test_an_optimizer_without_a_fused_kernel_is_not_changed(fused):
     before = copy.deepcopy(optimizer.state_dict())
     fuse(optimizer, fused)
     assert optimizer.state_dict() == before
-
-
-@pytest.mark.parametrize("at", [3, 6, 8])
-def test_resumed_from_a_file_it_goes_on_to_the_bit(tmp_path, at):
-    model, x, y = problem()
-    optimizer = Lookahead(radam(model))
-    steps(optimizer, model, x, y, at)
-    write_tree(tmp_path / "state", {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
-    steps(optimizer, model, x, y, 20 - at)
-    other, *_ = problem(1)
-    resumed = Lookahead(radam(other))
-    saved = read_tree(tmp_path / "state")
-    other.load_state_dict(saved["model"])
-    resumed.load_state_dict(saved["optimizer"])
-    steps(resumed, other, x, y, 20 - at)
-    assert torch.equal(other.weight, model.weight) and torch.equal(other.bias, model.bias)
-    optimizer.load_slow()
-    resumed.load_slow()
-    assert torch.equal(other.weight, model.weight) and resumed.param_groups is resumed.inner.param_groups
 
 
 @pytest.mark.parametrize("wrong", [{"k": 0}, {"alpha": 0.0}, {"alpha": 1.5}])

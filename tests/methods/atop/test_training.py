@@ -27,12 +27,6 @@ def batch(n=8, epoch=5, epochs=10):
     return Batch(data.to_float(x), y, torch.arange(n), 7, **place)
 
 
-def gradients(model, loss):
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    found = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
-
-
 def test_fact_9_hinge():
     assert hinge(torch.tensor([1.5, -0.5]), torch.tensor([-2.0, 0.25])) == pytest.approx(0.6875)
     assert hinge(torch.zeros(4), torch.zeros(4)) == 1

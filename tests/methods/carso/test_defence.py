@@ -110,6 +110,9 @@ def test_another_classifier_is_refused_unless_it_is_meant_and_a_broken_file(cars
     with pytest.raises(ValueError, match="check=False"):
         purify_fast.load_defence(tmp_path, other)
     purify_fast.load_defence(tmp_path, other, check=False)
+    for change, message in (({"sides": 3}, "sides is no argument of"), ({"purifier": other}, "purifier must be None")):
+        with pytest.raises(ValueError, match=message):
+            purify_fast.load_defence(tmp_path, carso.classifier, **change)
     (tmp_path / "model.safetensors").write_bytes(b"half a file")
     with pytest.raises(ValueError, match="holds a model that cannot be loaded"):
         purify_fast.load_defence(tmp_path, carso.classifier)

@@ -16,13 +16,12 @@ from purify_fast.judge.request.specs import LEE_KIM
 from purify_fast.judge.request.strong_attacks import strong_attacks
 from purify_fast.judge.request.subject import Subject
 from purify_fast.judge.surrogates.copies import Softened, surrogates
-from purify_fast.methods.diffusion import Process, Schedule
+from purify_fast.methods.diffusion import Process
 from purify_fast.methods.diffusion.attacks import LOW, LowFrequencyGradient, low_frequencies
 
 SHAPE = (1, 8, 8)
 QUIET = {"eps": 0.1, "progress": False, "batch_size": 4}
 BALL = ThreatModel("linf", 0.1)
-VP = Schedule("vp")
 
 
 def gradient(model, x, seed=1):
