@@ -11,48 +11,15 @@ from small_runs import StopAt, Stopped
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
-from torch.nn import functional as F
 
 from purify_fast.models.layers import Synchronized, synchronized
 from purify_fast.models.moving_average import AveragedModel
 from purify_fast.nn import EMA
-from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, Task, fit
+from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fit
 from purify_fast.training.optimizers import relative_rates
 
 X = torch.randint(0, 256, (64, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(64) % 4
-
-
-class FineTuning(Task):
-    """Two groups, the first with a smaller rate, and a schedule that falls."""
-
-    def __init__(self):
-        torch.manual_seed(0)
-        self.model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Linear(8, 4))
-        groups = [{"params": self.model[1].parameters(), "lr": 1e-5}, {"params": self.model[2].parameters()}]
-        self.optimizer = torch.optim.SGD(groups, lr=0.1)
-
-    def training_step(self, batch):
-        return F.cross_entropy(self.model(batch.x), batch.y), {}
-
-    def learning_rate(self, progress, epoch, epochs):
-        return 0.1 * (1 - progress)
-
-    def describe(self):
-        return {"task": "fine-tuning"}
-
-
-def test_the_rates_of_groups_keep_their_ratio_also_after_a_kill(tmp_path):
-    rates = []
-    for folder in (None, tmp_path):
-        task, loop = FineTuning(), FitConfig(epochs=2, batch_size=16, checkpoint_seconds=0)
-        if folder is not None:
-            with pytest.raises(Stopped):
-                fit(task, X, Y, loop, folder, progress=False, callbacks=[StopAt(5)])
-            task = FineTuning()
-        fit(task, X, Y, loop, folder, progress=False)
-        rates.append([group["lr"] for group in task.optimizer.param_groups])
-    assert rates[0] == rates[1] == pytest.approx([0.1 * 1e-4 / 8, 0.1 / 8])
 
 
 def run(model, folder, *callbacks):

@@ -148,9 +148,6 @@ def test_fact_10_noise_and_attack_bounds(monkeypatch):
     frozen_to(monkeypatch, task, [1.0] * 64)
     noise = task.inputs(grey, [])[0] - 0.5
     assert noise.abs().max() <= eps + 1e-7 and noise.abs().max() > 0.99 * eps
-    assert noise.mean().item() == pytest.approx(0, abs=4e-4)
-    assert noise.abs().mean().item() == pytest.approx(0.0156863, abs=3e-4)
-    assert noise.square().mean().sqrt().item() == pytest.approx(0.0181129, abs=3e-4)
     border, _ = task.inputs(batch(64), [])  # digits are 0 and 1 in most places
     assert border.min() >= 0 and border.max() <= 1 and (border - batch(64).x).abs().max() <= eps + 1e-7
 

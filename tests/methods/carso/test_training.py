@@ -11,7 +11,7 @@ from small_models import carso, first_digits
 from purify_fast import data
 from purify_fast.attacks import FGSM, PGD, AttackResult
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
-from purify_fast.methods.carso.task import balanced_batch, kl_weight, published_step
+from purify_fast.methods.carso.task import balanced_batch, published_step
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import Batch
 from purify_fast.training.config import TrainingAttack
@@ -20,19 +20,6 @@ from purify_fast.training.config import TrainingAttack
 def batch(n=16, epoch=5, epochs=10):
     x, y = first_digits(n)
     return Batch(data.to_float(x), y, torch.arange(n), 7, epoch, epochs)
-
-
-@pytest.mark.parametrize(
-    ("epochs", "epoch", "want"),
-    # fact 7 of the specification, read off the official code
-    [
-        *[(200, 24, 0), (200, 25, 0), (200, 26, 0.1111), (200, 33, 0.8889), (200, 34, 1), (200, 199, 1)],
-        *[(250, 32, 0), (250, 33, 0.0909), (250, 42, 0.9091), (250, 43, 1)],
-    ],
-)
-def test_fact_7_kl_weight(epochs, epoch, want):
-    # the delay is an eighth of the epochs
-    assert kl_weight(epoch, epochs / 8) == pytest.approx(want, abs=5e-5)
 
 
 @pytest.mark.parametrize(
