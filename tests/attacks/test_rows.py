@@ -35,29 +35,6 @@ def context(**options):
 
 
 @pytest.mark.parametrize(
-    ("attack", "classes", "name"),
-    [
-        (PGD(), 6, "PGD-5 ce"),
-        (APGD(restarts=2), 6, "APGD-5 ce x2"),
-        (PGD(loss="dlr", steps=3), 6, "PGD-3 dlr"),
-        (PGD(loss="dlr", restarts=2), 2, "PGD-5 margin x2"),
-        (FGSM(loss="margin"), 6, "FGSM margin"),
-        (APGD(), 6, "APGD-5 ce"),
-        (APGD(loss="dlr_targeted"), 6, "APGD-T 5"),
-        (APGD(loss="dlr_targeted", n_target_classes=2, restarts=3), 6, "APGD-T 5, 2 targets x3"),
-        (APGD(loss="dlr_targeted"), 3, "APGD-5 margin"),
-        (StAdv(), 6, "StAdv-5 margin"),
-        (OriginalAutoAttack(), 6, "AutoAttack standard"),
-        (OriginalAutoAttack(steps=100, n_queries=20), 6, "AutoAttack standard, 20 queries"),
-        (OriginalAutoAttack(version="rand", steps=4, n_queries=20), 6, "AutoAttack rand, 4 steps"),
-    ],
-)
-def test_names(attack, classes, name):
-    assert attack.name(context(num_classes=classes)) == name
-    assert attack.name(context(num_classes=classes, draws_differ=True, judge_draws=5)) == name
-
-
-@pytest.mark.parametrize(
     ("attack", "passes"),
     [
         (PGD(), [(7, 5), (22, 15)]),
@@ -81,12 +58,9 @@ def test_an_attack_makes_no_further_passes(model, batch, attack, passes):
 @pytest.mark.parametrize(
     ("attack", "expected"),
     [
-        (APGD(), 7),
         (APGD(restarts=2), 13),
         (APGD(loss="dlr"), 8),
-        (APGD(loss="dlr_targeted"), 37),
         (APGD(loss="dlr_targeted", n_target_classes=2), 19),
-        (Square(n_queries=70), 73),
         (Square(n_queries=70, restarts=2), 145),
     ],
 )

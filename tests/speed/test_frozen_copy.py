@@ -59,13 +59,6 @@ def test_it_is_another_module_with_logits_and_gradient_of_the_model(x):
 
 
 def test_the_model_is_not_called(x):
-    model = net()
-    calls = []
-    model.register_forward_hook(lambda *given: calls.append(1))
-    purify_fast.frozen_copy(model, x)
-    assert model.training is False and len(calls) > 0  # a copy keeps the hooks, so the copy's calls run them
-    model.queries = 0
-
     def count(self, x):
         self.queries += len(x)
         return self.body(x)
@@ -240,24 +233,19 @@ def test_copies_in_memory_follow_and_pickles_keep_their_weights(x):
 
 
 def test_what_cannot_be_copied_is_refused_by_name(x):
-    model = net()
-    with pytest.raises(TypeError, match=r"nn\.DataParallel: give model\.module"):
-        purify_fast.frozen_copy(nn.DataParallel(model), x)
-    with pytest.raises(TypeError, match=r"give model\._orig_mod"):
-        purify_fast.frozen_copy(torch.compile(model), x)
-    with pytest.raises(TypeError, match="eager mode"):
-        purify_fast.frozen_copy(torch.jit.trace(model, x), x)
-    with pytest.raises(TypeError, match="frozen copy itself"):
-        purify_fast.frozen_copy(purify_fast.frozen_copy(model, x), x)
-    with pytest.raises(ValueError, match=r"x must be a batch of images .* got torch.int64"):
-        purify_fast.frozen_copy(model, x.long())
-    with pytest.raises(ValueError, match="dtype must be"):
-        purify_fast.frozen_copy(model, x, dtype=torch.float16)
-    divided = nn.Sequential(net(), nn.Linear(4, 4, device="meta"))
-    with pytest.raises(ValueError, match=r"on several devices \(device_map\), cpu, meta"):
-        purify_fast.frozen_copy(divided, x)
-    with pytest.raises(RuntimeError, match="mat1 and mat2"):
-        purify_fast.frozen_copy(nn.Sequential(nn.Flatten(), nn.Linear(5, 2)), x)
+    model, divided = net(), nn.Sequential(net(), nn.Linear(4, 4, device="meta"))
+    for given, options, message in (
+        ((nn.DataParallel(model), x), {}, r"nn\.DataParallel: give model\.module"),
+        ((torch.compile(model), x), {}, r"give model\._orig_mod"),
+        ((torch.jit.trace(model, x), x), {}, "eager mode"),
+        ((purify_fast.frozen_copy(model, x), x), {}, "frozen copy itself"),
+        ((model, x.long()), {}, r"x must be a batch of images .* got torch.int64"),
+        ((model, x), {"dtype": torch.float16}, "dtype must be"),
+        ((divided, x), {}, r"on several devices \(device_map\), cpu, meta"),
+        ((nn.Sequential(nn.Flatten(), nn.Linear(5, 2)), x), {}, "mat1 and mat2"),
+    ):
+        with pytest.raises((TypeError, ValueError, RuntimeError), match=message):
+            purify_fast.frozen_copy(*given, **options)
 
 
 def test_attention_with_tokens_of_a_batch_first_is_the_same(x):

@@ -10,7 +10,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from purify_fast.models.classifiers import PreActResNet18, SmallCNN, build_classifier
-from purify_fast.models.representation import Representation
 from purify_fast.speed.folding.inference_copy import InferenceCopy
 from purify_fast.speed.layout import convert_to_channels_last
 
@@ -109,22 +108,6 @@ def test_after_training_and_refresh_the_view_is_the_classifier(name):
     for view, dtype in ((exact, torch.float32), (fast, torch.bfloat16)):
         new = InferenceCopy(frozen, SHAPE, dtype)
         assert all(map(torch.equal, view.state_dict().values(), new.state_dict().values()))
-
-
-def test_the_classifier_is_left_alone():
-    """No parameter of it becomes the view's, loses its gradient or changes; it is trained as if there were no view."""
-    model, other = made("preact_resnet18"), made("preact_resnet18")
-    representation = Representation(model, ["act"], SHAPE)
-    view = InferenceCopy(model, SHAPE)
-    view.refresh(model)
-    train(model)
-    view.refresh(model)
-    train(other)
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
-    assert all(p.requires_grad for p in model.parameters()) and not any(p.requires_grad for p in view.parameters())
-    assert not {id(p) for p in model.parameters()} & {id(p) for p in view.parameters()}
-    assert not any(name.startswith("_source") for name, _ in view.named_modules())
-    assert not any(m._forward_hooks for m in view.modules()) and representation(torch.rand(2, *SHAPE))[0].any()
 
 
 def test_the_classifier_is_left_alone_while_a_layout_is_tried():

@@ -45,19 +45,12 @@ def own(kind: type[ClassifierTask], **options) -> Task:
     return kind(SmallCNN(width=4), ClassifierConfig(attack=attack(**options)))
 
 
-#: Each training, and its updates in a step, each of which is a graph.
+#: Trainings that are not among those whose numbers rise, and their updates in a step, each of which is a graph.
 TASKS = {
-    "classifier": (classifier, 1),
-    "ARREST": (arrest, 1),
     "ARREST, l1": (lambda: arrest(norm="l1", replay=False), 1),
-    "ARREST, bfloat16, no replay": (lambda: arrest("bfloat16", replay=False), 1),
-    "CARSO": (lambda: carso("classifier"), 1),
     "CARSO, pipeline": (lambda: carso("pipeline"), 1),
-    "AToP": (lambda: atop_task("classifier"), 1),
     "AToP, pipeline": (lambda: atop_task("pipeline", 3), 1),
     "AToP, GAN": (lambda: atop_task("classifier", gan_grad=True), 2),
-    "AToP, pipeline, bfloat16": (lambda: atop_task("pipeline", 3, precision="bfloat16"), 1),
-    "CARSO, pipeline, bfloat16": (lambda: carso("pipeline", "bfloat16"), 1),
     "diffusion": (diffusion_task, 1),
 }
 
@@ -79,9 +72,7 @@ def weights(make: Callable[[], Task], run: Callable[[Task], object], graphs: Ste
         yield task.model.state_dict()
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name.endswith("bfloat16") else ()) for name in TASKS]
-)
+@pytest.mark.parametrize("name", TASKS)
 def test_captured_steps_train_the_same_weights(tape, name):
     make, updates = TASKS[name]
     batches = [batch(1), batch(2), batch(3)]

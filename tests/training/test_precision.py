@@ -1,6 +1,5 @@
 """Precisions: "tf32" rounds float32 products on a GPU while a task is trained; "bfloat16" rounds products alone."""
 
-import sys
 from functools import partial
 
 import pytest
@@ -9,9 +8,7 @@ import torch
 from small_runs import SHAPE, arrest_task, atop_task, attack, batch, carso_task, classifier_task, diffusion_task
 from torch import nn
 
-from purify_fast.speed.precision import float32_products
 from purify_fast.training import FitConfig, fit
-from purify_fast.training.loop import step_settings
 
 
 def float32_settings():
@@ -33,28 +30,6 @@ def test_products_are_rounded_while_it_is_trained_if_asked(make):
         fit(task, x, torch.arange(16) % 10, config, callbacks=[heard], progress=False)
         assert noted == {expected}
         assert float32_settings() == before
-
-
-@pytest.mark.parametrize(
-    ("precision", "fast", "outside", "told"),
-    [
-        ("float32", True, False, True),
-        ("float32", False, False, False),
-        ("float32", True, True, False),
-        ("tf32", True, False, False),
-        ("bfloat16", True, False, False),
-    ],
-)
-def test_a_training_without_the_matrix_units_of_a_gpu_says_so(precision, fast, outside, told, caplog, monkeypatch):
-    loop = sys.modules["purify_fast.training.loop"]
-    # Nothing is computed on the device.
-    monkeypatch.setattr(loop, "fuse", lambda optimizer, fused: None)
-    monkeypatch.setattr(loop, "fast_bfloat16", lambda device: fast)
-    task = classifier_task(precision=precision)
-    with float32_products(tf32=outside), step_settings(task, FitConfig(1), torch.device("cuda")):
-        pass
-    assert [record.levelname for record in caplog.records] == ["WARNING"] * told
-    assert ("the matrix units of cuda are not used: precision='auto' multiplies in bfloat16" in caplog.text) is told
 
 
 @pytest.mark.parametrize(("fast", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from small_models import lively
 from torch import nn
 from torch.nn import functional as F
 
@@ -26,18 +27,9 @@ def example(batch, channels, height, width, side=4):
     return pack(image, mask), mask
 
 
-def lively(generator):
-    """Weights that keep the signal's size from layer to layer: the published start lets it fade to 1e-7."""
-    for layer in generator.modules():
-        if isinstance(layer, nn.Conv2d):
-            nn.init.normal_(layer.weight, std=2.2 / layer.weight[0].numel() ** 0.5)
-            nn.init.normal_(layer.bias, std=0.1)
-    return generator
-
-
 def deepfill(channels=3, width=8):
     torch.manual_seed(0)
-    return lively(DeepFillGenerator(channels + 2, width))
+    return lively(DeepFillGenerator(channels + 2, width), 2.2)
 
 
 def small(channels=1, **options):
