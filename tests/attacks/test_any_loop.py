@@ -1,13 +1,14 @@
 """The attacks as parts of training loops of other people: starts, losses, radii, targets and modes."""
 
 import copy
+import importlib
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from purify_fast.attacks import PGD, AttackContext, apgd, fgsm, pgd, square
+from purify_fast.attacks import PGD, AttackContext, apgd, fgsm, frozen, pgd, square
 
 EPS, ALPHA = 0.05, 0.02
 
@@ -68,6 +69,18 @@ def test_pgd_equals_a_plain_loop(network, x):
     got = pgd(network, x, Y, EPS, steps=3, alpha=ALPHA, seed=5)
     assert (start - x).abs().max() > 0.9 * EPS
     torch.testing.assert_close(got, loop(network, x, lambda logits: F.cross_entropy(logits, Y), start))
+
+
+@pytest.mark.parametrize("alpha", [EPS, EPS / 4])
+def test_a_step_has_the_bits_of_the_definition(network, x, alpha):
+    network, x = network.float(), x.float()
+    start = pgd(network, x, Y, EPS, steps=1, alpha=0.0, seed=2)
+    # The package's attribute is the function.
+    reference = importlib.import_module("purify_fast.attacks.pgd").reference
+    with frozen(network):
+        wanted = [reference(network, x, Y, begin, eps=EPS, alpha=alpha, steps=1) for begin in (start, x)]
+    found = [pgd(network, x, Y, EPS, steps=1, alpha=alpha, seed=2, random_start=random) for random in (True, False)]
+    assert all(map(torch.equal, found, wanted)) and not torch.equal(*wanted)
 
 
 def test_the_inner_loop_of_trades_is_one_call(network, x):

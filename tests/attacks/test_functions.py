@@ -20,16 +20,6 @@ def test_a_signature_names_every_keyword_with_its_type_and_default(function):
     assert all(each.default is not each.empty and each.annotation is not each.empty for each in keywords)
 
 
-@pytest.mark.parametrize("attack", [*FUNCTIONS, attacks.PGD()])
-def test_an_unknown_keyword_and_a_missing_radius_are_errors_of_python(model, attack):
-    x, y = torch.rand(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64)
-    with pytest.raises(TypeError, match="unexpected keyword argument 'sed'"):
-        attack(model, x, y, eps=0.1, sed=1)
-    if attack is not attacks.stadv:
-        with pytest.raises((TypeError, ValueError), match="eps"):
-            attack(model, x, y)
-
-
 def test_a_function_runs_its_class_with_its_defaults(model):
     x = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     y, options = model(x).argmax(1), {"eps": 0.1, "seed": 3}

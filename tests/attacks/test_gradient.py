@@ -28,18 +28,6 @@ def test_eot_is_the_explicit_mean(batch, model):
     assert torch.allclose(a, b, atol=1e-5)
 
 
-def test_per_sample_eps_and_alpha(batch, model):
-    x, y = batch
-    eps = torch.linspace(0, 0.3, 9)
-    together = pgd(model, x, y, eps=eps, alpha=eps / 2, steps=4)
-    assert torch.equal(together[0], x[0])
-    for i in range(9):
-        ids = torch.tensor([i])
-        options = {"eps": float(eps[i]), "alpha": float(eps[i] / 2), "steps": 4, "sample_ids": ids}
-        alone = direct(pgd, model, x[i : i + 1], y[i : i + 1], **options)
-        assert torch.allclose(alone[0], together[i], atol=1e-5)
-
-
 @pytest.mark.parametrize("norm", ORDERS)
 def test_random_start_fills_the_ball(norm):
     n, size = 2000, 3

@@ -118,11 +118,8 @@ def test_no_other_loss_has_the_cancellation(name):
         assert relative(gradient, exact).max() < 1e-5
 
 
-def test_the_cross_entropy_compiles_to_the_same_bits():
+def test_a_second_derivative_of_the_cross_entropy_is_refused():
     logits, y = sure_logits(10)
-    compiled = torch.compile(cross_entropy, fullgraph=True, backend="aot_eager")
-    (loss, gradient), (before, slope) = (with_gradient(each, logits, y) for each in (compiled, cross_entropy))
-    assert torch.equal(loss, before) and torch.equal(gradient, slope)
     with pytest.raises(RuntimeError, match="second derivative"):
         leaf = logits.requires_grad_()
         torch.autograd.grad(cross_entropy(leaf, y).sum(), leaf, create_graph=True)

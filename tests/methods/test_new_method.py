@@ -50,21 +50,7 @@ METHOD = {
                 return AtopTask(Blurred(classifier, SmallGenerator(1, self.side), images.image_shape), self.method)
 
 
-        @dataclass(frozen=True)
-        class LoadBlurred:
-            """The options of a saved blur.
-
-            Args:
-                strength: Number of blurred images.
-            """
-
-            strength: int | None = None
-
-            def changes(self) -> dict[str, Any]:
-                return {} if self.strength is None else {"samples": self.strength}
-
-
-        METHOD = Method((TrainBlurred,), defence="Blurred", loading=LoadBlurred)
+        METHOD = Method((TrainBlurred,), defence="Blurred")
     ''',
     "defence.py": """
         from ..atop import Atop
@@ -99,10 +85,9 @@ save_classifier(SmallCNN(1, 10, (8, 8), 4), "base")
 common = ["--data", "digits", "--size", "8", "--device", "cpu"]
 few = ["--classifier", "base", "--out", "run", "--epochs", "1", "--batch-size", "512", "--steps-per-epoch", "1"]
 assert main(["train", "blurred", *few, "--side", "4", *common]) == 0
-defence, other = load_defence("run"), load_defence("run", samples=3)
+defence = load_defence("run")
 assert type(defence).__name__ == "Blurred" and defence.purifier.module.arguments["width"] == 4
-assert (defence.samples, other.samples) == (1, 3)
-short = ["--protocol", "fast", "--images", "4", "--steps", "1", "--probes", "False", "--strength", "2"]
+short = ["--protocol", "fast", "--images", "4", "--steps", "1", "--probes", "False"]
 assert main(["evaluate", "run", *short, *common]) == 0
 """
 
@@ -122,7 +107,7 @@ def test_a_folder_adds_a_method(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     said = " ".join(done.stdout.replace("│", " ").split())
-    for words in ("Train a blur.", "Side of the filter.", "Number of blurred images."):
+    for words in ("Train a blur.", "Side of the filter."):
         assert words in said
     assert "saved to run; attack it with: purify-fast evaluate run" in said and "written: run/evaluation" in said
 

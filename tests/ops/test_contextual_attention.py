@@ -52,6 +52,12 @@ def test_equals_the_literal_form(backend, shape):
         torch.testing.assert_close(got, slopes, rtol=0, atol=slope_tolerance)
 
 
+def test_another_scale(backend):
+    features, valid = inputs(2, 3, 8, 6, dtype=torch.float64)
+    for scale in (0.0, 1.0, 25.0):
+        torch.testing.assert_close(contextual_attention(features, valid, scale), literal(features, valid, scale))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_types_have_wide_scores(backend, dtype):
     """The error is that of rounding the weights' sums and the result, whatever the size of the scores."""

@@ -2,7 +2,6 @@
 
 import copy
 import io
-import pickle
 
 import pytest
 import torch
@@ -192,7 +191,7 @@ def _follows(name):
         assert same_bits(fast, model.eval(), x)
 
 
-@pytest.mark.parametrize("how", ["pickle", "torch.save", "state_dict", "deepcopy"])
+@pytest.mark.parametrize("how", ["torch.save", "state_dict"])
 def test_a_copy_is_saved_with_the_weights_of_now(how):
     model = net()
     fast = purify_fast.frozen_copy(model, X)
@@ -202,11 +201,9 @@ def test_a_copy_is_saved_with_the_weights_of_now(how):
     if how == "state_dict":
         other = purify_fast.frozen_copy(net(), X)
         other.load_state_dict(fast.state_dict())
-    elif how == "torch.save":
+    else:
         torch.save(fast, memory := io.BytesIO())
         other = torch.load(io.BytesIO(memory.getvalue()), weights_only=False)
-    else:
-        other = copy.deepcopy(fast) if how == "deepcopy" else pickle.loads(pickle.dumps(fast))
     assert torch.allclose(other(X), want, atol=1e-4)
 
 

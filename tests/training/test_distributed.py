@@ -124,15 +124,6 @@ def test_the_command_by_several_processes(few_images, tmp_path):
         assert f"{name}batch_size must be a multiple of 2, the number of processes, got 21" in text
 
 
-def test_half_of_torchruns_environment_is_refused(monkeypatch, capsys):
-    for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
-    assert cli.main(["train", "classifier"]) == 2
-    assert "MASTER_ADDR expected, but not set" in capsys.readouterr().err
-
-
 def test_each_process_has_its_own_gpu(monkeypatch):
     monkeypatch.setattr(distributed, "processes", lambda: (1, 2))
     monkeypatch.setenv("LOCAL_RANK", "1")
