@@ -140,15 +140,9 @@ def test_radii_steps_and_ranges_of_channels_equal_a_plain_loop(network, x, attac
     torch.testing.assert_close(got, want)
 
 
-def test_a_radius_per_pixel_and_its_errors(network, x):
+def test_a_radius_per_pixel(network, x):
     eps = torch.rand_like(x) * EPS
     assert ((pgd(network, x, Y, eps, steps=2) - x).abs() <= eps + 1e-9).all()
-    with pytest.raises(ValueError, match="eps must be a number"):
-        pgd(network, x, Y, torch.ones(2, 1, 1))
-    with pytest.raises(ValueError, match="norm must be linf"):
-        pgd(network, x, Y, torch.full((3, 1, 1), EPS), norm="l2", random_start=False)
-    with pytest.raises(ValueError, match="eps, clip_min and clip_max must be numbers"):
-        apgd(network, x, Y, torch.full((3, 1, 1), EPS))
 
 
 def test_a_target_is_approached(network, x):
@@ -166,8 +160,6 @@ def test_keeping_the_mode_equals_a_plain_loop_in_training_mode(network, x):
     for name, value in network.state_dict().items():
         torch.testing.assert_close(value, other.state_dict()[name])
     assert not torch.equal(got, pgd(third, x, Y, EPS, steps=3, alpha=ALPHA, random_start=False))
-    with pytest.raises(ValueError, match="mode must be one of eval, keep"):
-        pgd(network, x, Y, EPS, mode="train")
 
 
 def test_an_attack_stops_when_all_images_have_fallen(network, x):
@@ -176,14 +168,3 @@ def test_an_attack_stops_when_all_images_have_fallen(network, x):
     pgd(network, x, y, 0.5, steps=50, stop_when_fallen=True, seed=0)
     found, taken = pgd(network, x, y, 0.5, steps=50, stop_when_fallen=True, seed=0), len(calls) // 2
     assert taken < 25 and (network(found).argmax(1) != y).all()
-    with pytest.raises(ValueError, match="stop_when_fallen must be False"):
-        pgd(network, x, y, 0.5, loss=lambda logits, y: logits[:, 0], stop_when_fallen=True)
-
-
-def test_missing_and_wrong_arguments_are_named(network, x):
-    with pytest.raises(TypeError, match="y is missing"):
-        pgd(network, x, None, EPS)
-    with pytest.raises(ValueError, match="y must have a row for each of the 4 images"):
-        pgd(network, x, torch.zeros(3, 5), EPS, loss=lambda logits, y: logits[:, 0])
-    with pytest.raises(ValueError, match="targeted needs a loss among"):
-        pgd(network, x, None, EPS, targeted=Y, loss="nonsense")

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from purify_fast.attacks import PGD, apgd, fab_t, fgsm, pgd, square
+from purify_fast.attacks import PGD, apgd, fab_t, fgsm, pgd, square, stadv
 from purify_fast.autoattack import AutoAttack
 
 FEW = {fgsm: {}, square: {"n_queries": 5}, pgd: {"steps": 2}, apgd: {"steps": 2}, fab_t: {"steps": 2}}
@@ -44,11 +44,29 @@ def test_a_radius_and_a_range_for_each_channel_are_compared(made):
         pgd(model, x, y, torch.full((6,), 7.0), norm="l2", steps=2)
 
 
-@pytest.mark.parametrize("attack", [pgd, apgd, square, fab_t])
-def test_labels_that_no_class_has_are_refused(made, attack):
-    model, x, _ = made
-    with pytest.raises(ValueError, match="y must have class numbers from 0 to 3, got 4"):
-        attack(model, x, torch.full((6,), 4), 0.1, **FEW[attack])
+CHANNELS, OWN = torch.full((3, 1, 1), 0.05), lambda logits, y: logits[:, 0]
+#: Attacks, what they are given, and the words of the error.
+REFUSED = [
+    *((attack, {"y": torch.full((6,), 4)}, "y must have class numbers from 0 to 3, got 4") for attack in FEW),
+    (pgd, {"y": None}, "y is missing"),
+    (pgd, {"y": torch.zeros(3, 5), "loss": OWN}, "y must have a row for each of the 6 images"),
+    (pgd, {"y": None, "targeted": torch.zeros(6).long(), "loss": "nonsense"}, "targeted needs a loss among"),
+    (pgd, {"eps": torch.ones(2, 1, 1)}, "eps must be a number"),
+    (pgd, {"eps": CHANNELS, "norm": "l2", "random_start": False}, "norm must be linf"),
+    (apgd, {"eps": CHANNELS}, "eps, clip_min and clip_max must be numbers"),
+    (pgd, {"mode": "train"}, "mode must be one of eval, keep"),
+    (pgd, {"loss": OWN, "stop_when_fallen": True}, "stop_when_fallen must be False"),
+    (square, {"x": torch.rand(6, 5)}, r"x must be images \[B, C, H, W\] for Square, got \[6, 5\]"),
+    (stadv, {"x": torch.rand(6, 12)}, r"x must be images \[B, C, H, W\], got \[6, 12\]"),
+    (stadv, {"eps": torch.zeros(3)}, r"eps must be a number or a tensor \[B\] = \[6\]"),
+]
+
+
+@pytest.mark.parametrize(("attack", "change", "message"), REFUSED)
+def test_wrong_arguments_are_named(made, attack, change, message):
+    model, x, y = made
+    with pytest.raises((TypeError, ValueError), match=message):
+        attack(model, **{"x": x, "y": y, "eps": 0.1, **FEW.get(attack, {}), **change})
 
 
 def test_targets_that_no_class_has_are_refused(made):

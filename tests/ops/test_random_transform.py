@@ -136,6 +136,8 @@ def test_pinned_masks(backend):
     order = sorted(range(16), key=lambda i: (int(bits[i]), i))
     _, owners = random_transform(x, seed, ids, block=1)
     assert sorted(order[:4]) == owners.flatten().nonzero().flatten().tolist() == [4, 10, 12, 14]
+    _, more = random_transform(x, seed, ids, block=1, samples=3)
+    assert torch.equal(more[:1], owners) and not torch.equal(more[1], more[2])
     _, owners = random_transform(x, seed, ids, block=1, num_passes=4)
     assert [int(owners.flatten()[i]) for i in order] == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
     _, shared = random_transform(x.expand(3, -1, -1, -1), seed, names(3), block=1, shared_mask=True)

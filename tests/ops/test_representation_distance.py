@@ -9,7 +9,6 @@ from purify_fast.ops import representation_distance
 
 op = import_module("purify_fast.ops.representation_distance")
 KINDS = op.KINDS
-NHWC = torch.channels_last
 
 
 def inputs(*shape: int, dtype=torch.float32, seed: int = 0, near: float | None = None) -> tuple:

@@ -151,6 +151,18 @@ def test_a_first_call_that_differs_excuses_no_wrong_gradient(monkeypatch):
         train_step(task, batch(1))
 
 
+def test_weights_are_restored_although_a_comparison_has_no_memory(monkeypatch):
+    task = arrest()
+    task.model.register_buffer("seen", torch.zeros(3))
+    before = copy.deepcopy(task.model.state_dict())
+    with pytest.raises(RuntimeError, match="out of memory"), undone(task, torch.device("cpu")):
+        change_weights(task, 1.1)
+        monkeypatch.setattr(torch.Tensor, "equal", mock.Mock(side_effect=RuntimeError("out of memory")))
+        raise RuntimeError("out of memory")
+    monkeypatch.undo()
+    assert small_runs.same(before, task)
+
+
 def test_a_step_is_captured_when_many_like_it_have_occurred_and_serves_every_radius(rerun):
     task = classifier_task(attack=attack(steps=3, eps_warmup=0.3))
     task.graphs = StepGraphs("step", capture=rerun)
