@@ -1,5 +1,6 @@
 """Trainings with captured steps: the same bits as without, on a CPU where a function stands for a graph."""
 
+import copy
 import itertools
 import random
 import sys
@@ -22,6 +23,8 @@ from purify_fast.training.captured_step import (
     REPEATS,
     CapturedStep,
     NotRestored,
+    change_weights,
+    undone,
     within_repeats,
 )
 from purify_fast.training.loop import step_settings, train_step
