@@ -159,10 +159,10 @@ ATTACKS = {
     **{f"PGD, {norm}": (pgd, plain, {"steps": 3, **ball}, 56) for norm, ball in NORMS.items()},
     "PGD, best of two draws": (pgd, random_model, {"steps": 3, "keep_best": True, "eot_iter": 2, **LINF}, 171),
     "PGD, a diffusion purifier": (pgd, lambda: purifier(SHAPE, process=Process(steps=6)), {"steps": 2, **LINF}, 273),
-    "APGD, linf": (apgd, plain, {"steps": 10, **LINF}, 70),
-    "APGD, l2": (apgd, plain, {"steps": 10, **L2}, 70),
-    "APGD, l1": (apgd, plain, {"steps": 10, **L1}, 99),
-    "APGD, targets": (apgd, plain, {"steps": 10, "loss": "dlr_targeted", "n_target_classes": 2, **LINF}, 74),
+    "APGD, linf": (apgd, plain, {"steps": 10, **LINF}, 88),
+    "APGD, l2": (apgd, plain, {"steps": 10, **L2}, 88),
+    "APGD, l1": (apgd, plain, {"steps": 10, **L1}, 120),
+    "APGD, targets": (apgd, plain, {"steps": 10, "loss": "dlr_targeted", "n_target_classes": 2, **LINF}, 92),
     **{f"FAB, {norm}": (fab_t, plain, {"steps": 5, "n_target_classes": 2, **ball}, 69) for norm, ball in NORMS.items()},
     **{f"Square, {norm}": (square, plain, {"n_queries": 40, **ball}, 25) for norm, ball in NORMS.items()},
     "Square, two draws": (square, random_model, {"n_queries": 20, "eot_iter": 2, **LINF}, 99),
@@ -186,14 +186,12 @@ def test_an_attack_step_waits_for_nothing(name, monkeypatch):
                 function(state)
             with fake.running(launches):
                 function(state)
-        # Auto-PGD launches its steps beside their gradients.
+        # The checkpoints of Auto-PGD are beside its step.
         for search in searches[-1:]:
-            del search.gradients
-            point, gradient, mark = map(fake.put, (search.point, search.gradient, max(search.marks)))
+            search.loop.graphs = None
             fake.put(search)
             with fake.running(launches):
-                search._check(mark)
-                search._move(mark, point, gradient)
+                search._turn(max(search.marks))
     within(launches, most)
 
 
