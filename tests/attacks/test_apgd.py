@@ -26,20 +26,25 @@ def test_checkpoints():
 def test_the_steps_are_those_of_the_algorithm(monkeypatch):
     """By hand, on one number: a peak at 0.6 that is overshot halves the step, and the search goes on from the best."""
     module = importlib.import_module("purify_fast.judge.searches.apgd")
-    seen = []
+    moves, gradients = {}, []
     original = module.apgd_step
 
     def step(x, gradient, x_nat, previous, alpha, **options):
-        seen.append((float(x), float(previous), float(alpha), options["momentum"]))
+        # the last move after a gradient counts
+        moves[len(gradients)] = (float(x), float(previous), float(alpha), options["momentum"])
         return original(x, gradient, x_nat, previous, alpha, **options)
 
     monkeypatch.setattr(module, "apgd_step", step)
 
     def peak(x):  # the margin loss is -|x - 0.6|
+        if x.requires_grad:
+            gradients.append(x)
         return torch.cat([(x - 0.6).abs(), torch.zeros_like(x)], 1)
 
     x, y = torch.full((1, 1), 0.5), torch.zeros(1, dtype=torch.int64)
     found = apgd(peak, x, y, eps=0.3, steps=40, loss="margin")
+    seen = list(moves.values())
+    assert len(seen) == 40
     assert seen[0][0] == seen[0][1] and seen[0][3] == 1.0 and {s[3] for s in seen[1:]} == {0.75}
     sizes = [s[2] for s in seen]
     assert sizes[0] == pytest.approx(0.6) and sizes[7] == sizes[0] and sizes[8] == sizes[0] / 2  # 22 % of 40 steps

@@ -238,8 +238,10 @@ COUNTS = {
     "falling step": (pgd, {}, 2),
     # the share of l1 falls too, so that its step is taken by the host, in one operator where a kernel serves
     "l1": (pgd, {"norm": "l1", "alpha": 0.01}, 6),
-    # what decides on the step and on who leaves
-    "APGD": (apgd, {"leave_when_fallen": False}, 55),
+    # what decides at a checkpoint on the length of the step; in l1 the step itself decides
+    "APGD": (apgd, {"leave_when_fallen": False}, 3),
+    "APGD, l2": (apgd, {"leave_when_fallen": False, "norm": "l2"}, 3),
+    "APGD, l1": (apgd, {"leave_when_fallen": False, "norm": "l1"}, 0),
     # two projections, their weights, and which point is the nearest; views count. With this radius no image falls: the
     # rows that remain would be captured again
     "FAB": (fab_t, {"n_target_classes": 1, "eps": 1e-6}, 5),

@@ -19,6 +19,7 @@ from torch import nn
 
 from purify_fast import frozen_copy
 from purify_fast.attacks import apgd, fab_t, fgsm, frozen, pgd, square, stadv
+from purify_fast.defences import Defence
 from purify_fast.judge.searches.apgd import AutoPgd
 from purify_fast.methods.diffusion import Process
 from purify_fast.models import SmallCNN
@@ -27,6 +28,7 @@ from purify_fast.models.moving_average import AveragedModel
 from purify_fast.speed import StepGraphs
 from purify_fast.speed.graphs.step_graphs import InlineSteps
 from purify_fast.speed.graphs.step_loop import begin_steps
+from purify_fast.speed.watch import Watch
 from purify_fast.training import Batch, Task
 from purify_fast.training.loop import gradients
 from purify_fast.training.optimizers import fuse
@@ -40,14 +42,15 @@ def within(launches: CudaLaunches, most: int) -> None:
     assert 0.8 * most - 2 <= launches.count <= (1 + SLACK) * most + 2, launches.by_name
 
 
-def waits_for_nothing(run: Callable[[], object], fake: FakeCuda, most: int) -> None:
-    """Run twice: what is made once is made by then."""
+def waits_for_nothing(run: Callable[[], object], fake: FakeCuda, most: int) -> set[str]:
+    """Run twice: what is made once is made by then. Return the names of the launched operators."""
     launches = CudaLaunches()
     with fake.running(first=True):
         run()
     with fake.running(launches):
         run()
     within(launches, most)
+    return set(launches.by_name)
 
 
 def classifier(**options) -> Task:
@@ -159,10 +162,10 @@ ATTACKS = {
     **{f"PGD, {norm}": (pgd, plain, {"steps": 3, **ball}, 56) for norm, ball in NORMS.items()},
     "PGD, best of two draws": (pgd, random_model, {"steps": 3, "keep_best": True, "eot_iter": 2, **LINF}, 171),
     "PGD, a diffusion purifier": (pgd, lambda: purifier(SHAPE, process=Process(steps=6)), {"steps": 2, **LINF}, 273),
-    "APGD, linf": (apgd, plain, {"steps": 10, **LINF}, 70),
-    "APGD, l2": (apgd, plain, {"steps": 10, **L2}, 70),
-    "APGD, l1": (apgd, plain, {"steps": 10, **L1}, 99),
-    "APGD, targets": (apgd, plain, {"steps": 10, "loss": "dlr_targeted", "n_target_classes": 2, **LINF}, 74),
+    "APGD, linf": (apgd, plain, {"steps": 10, **LINF}, 88),
+    "APGD, l2": (apgd, plain, {"steps": 10, **L2}, 88),
+    "APGD, l1": (apgd, plain, {"steps": 10, **L1}, 120),
+    "APGD, targets": (apgd, plain, {"steps": 10, "loss": "dlr_targeted", "n_target_classes": 2, **LINF}, 92),
     **{f"FAB, {norm}": (fab_t, plain, {"steps": 5, "n_target_classes": 2, **ball}, 69) for norm, ball in NORMS.items()},
     **{f"Square, {norm}": (square, plain, {"n_queries": 40, **ball}, 25) for norm, ball in NORMS.items()},
     "Square, two draws": (square, random_model, {"n_queries": 20, "eot_iter": 2, **LINF}, 99),
@@ -186,14 +189,12 @@ def test_an_attack_step_waits_for_nothing(name, monkeypatch):
                 function(state)
             with fake.running(launches):
                 function(state)
-        # Auto-PGD launches its steps beside their gradients.
+        # The checkpoints of Auto-PGD are beside its step.
         for search in searches[-1:]:
-            del search.gradients
-            point, gradient, mark = map(fake.put, (search.point, search.gradient, max(search.marks)))
+            search.loop.graphs = None
             fake.put(search)
             with fake.running(launches):
-                search._check(mark)
-                search._move(mark, point, gradient)
+                search._turn(max(search.marks))
     within(launches, most)
 
 
@@ -216,18 +217,28 @@ COPIES = {
     "ResNet-18, float32": (lambda: PreActResNet18(width=4), torch.float32, (58, 118, 41)),
     "ResNet-18, bfloat16": (lambda: PreActResNet18(width=4), torch.bfloat16, (60, 122, 42)),
     "CARSO, bfloat16": (random_model, torch.bfloat16, (76, 126, 45)),
+    "CARSO, bfloat16, packed": (random_model, torch.bfloat16, (53, 95)),
 }
 
 
 @pytest.mark.parametrize("name", COPIES)
-def test_a_call_of_a_frozen_copy_waits_for_nothing(name):
+def test_a_call_of_a_frozen_copy_waits_for_nothing(name, monkeypatch):
     make, dtype, counts = COPIES[name]
     torch.manual_seed(0)
     model, fake = make().eval(), FakeCuda()
     images = torch.rand(16, 3 if "ResNet" in name else 1, 16, 16)
+    if packed := "packed" in name:
+        monkeypatch.setattr("purify_fast.methods.carso.defence.kernel_decodes", lambda device: True)
     fast = frozen_copy(model, images, dtype=dtype)
+    with torch.no_grad():
+        # What is packed on a GPU is packed here, because PyTorch converts no modules with fake tensors.
+        fast(images)
     fake.put(model), fake.put(fast)
     x = fake.tensor(images)
+    if packed:
+        with fake.running(first=True):
+            Defence.prepare_replay(fast)
+            fast._packed_from = Watch(fast.decoder)
 
     def predict() -> None:
         with torch.no_grad():
@@ -237,8 +248,9 @@ def test_a_call_of_a_frozen_copy_waits_for_nothing(name):
         leaf = x.detach().requires_grad_()
         torch.autograd.grad(fast(leaf).sum(), leaf)
 
-    for run, most in zip((predict, differentiate, fast.update), counts, strict=True):
-        waits_for_nothing(run, fake, most)
+    for run, most in zip((predict, differentiate, fast.update), counts, strict=not packed):
+        names = waits_for_nothing(run, fake, most)
+        assert any(used.startswith("decode_samples") for used in names) == packed
 
 
 #: The launches of the moving average of a ResNet-18's 90 tensors, and of its optimizers.

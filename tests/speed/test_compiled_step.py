@@ -56,6 +56,21 @@ def different(got: Tensor, want: Tensor) -> float:
     return float(((got - want).abs() > 1e-6).float().mean())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_is_compiled_once_for_each_batch_size_when_it_begins_again(dtype):
+    model = inference_copy(dtype)
+    wanted = attack(inference_copy(dtype, compile=False))
+    for images in (8, 8, 6, 8, 6):
+        found = attack(model, images=images)
+        assert different(found, wanted[:images]) < 0.05
+    steps = model.compiled_steps()
+    assert len(steps) == 2 and all(map(callable, steps.values()))
+    before = dict(steps)
+    attack(model)
+    assert steps == before and attack(inference_copy(compile=False)) is not None
+
+
 def test_a_compiled_step_uses_weights_that_change_in_place():
     model = inference_copy()
     attack(model), attack(model)
@@ -111,6 +126,14 @@ def test_a_wrong_compiled_step_never_serves(monkeypatch, caplog, fault):
     assert torch.equal(first, second) and not any(model.compiled_steps().values())
     reason = "ValueError: no compiler here" if fault == "fails" else "it gives another result"
     assert f"a step of InferenceCopy is not compiled: {reason}" in caplog.text
+
+
+@pytest.mark.slow
+def test_the_compiled_step_is_captured(rerun):
+    graphs = StepGraphs("always", rerun)
+    assert different(attack(inference_copy(), graphs), attack(inference_copy(compile=False))) < 0.05
+    (captured,) = graphs._captured.values()
+    assert rerun.recorded == 1 and callable(captured.objects[-1])
 
 
 def test_a_caller_under_autocast_gets_the_compiled_step_in_the_same_precision():

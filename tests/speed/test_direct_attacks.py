@@ -134,6 +134,18 @@ def test_the_module_inside_ddp_is_attacked(tmp_path):
         torch.distributed.destroy_process_group()
 
 
+def test_a_profile_names_the_parts_of_the_work(rerun):
+    model, graphs = network(), StepGraphs(capture=rerun)
+    fast, x, y = attacked(model)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for _ in range(2):
+            direct(pgd, fast, x, y, eps=8 / 255, steps=CAPTURE_STEPS, graphs=graphs)
+        fast.update()
+    names = {event.key for event in profile.key_averages()}
+    parts = "attack step", "capture", "replay of an attack step", "a copy reads its model"
+    assert {f"purify_fast: {part}" for part in parts} <= names
+
+
 def test_ranges_of_pixels_that_are_made_anew_share_a_graph(rerun):
     """Normalized images have a range for each channel, which a user computes in every call."""
     fast, x, y = attacked()

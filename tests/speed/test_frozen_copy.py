@@ -14,7 +14,9 @@ from torch.utils.checkpoint import checkpoint
 import purify_fast
 from purify_fast.attacks import pgd
 from purify_fast.models import SmallCNN
+from purify_fast.protocols import PreparesReplay
 from purify_fast.speed.frozen_copy import FrozenCopy
+from purify_fast.speed.graphs.step_loop import parts_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPE = (3, 8, 8)
@@ -59,6 +61,13 @@ def test_it_is_another_module_with_logits_and_gradient_of_the_model(x):
 
 
 def test_the_model_is_not_called(x):
+    model = net()
+    calls = []
+    model.register_forward_hook(lambda *given: calls.append(1))
+    purify_fast.frozen_copy(model, x)
+    assert model.training is False and len(calls) > 0  # a copy keeps the hooks, so the copy's calls run them
+    model.queries = 0
+
     def count(self, x):
         self.queries += len(x)
         return self.body(x)
@@ -68,6 +77,34 @@ def test_the_model_is_not_called(x):
     fast = purify_fast.frozen_copy(counting, x)
     fast(x)
     assert counting.queries == 0
+
+
+def test_bfloat16_is_near_and_float32_comes_out(x):
+    fast = purify_fast.frozen_copy(net(), x, dtype=torch.bfloat16)
+    assert fast(x).dtype == torch.float32 and 0 < (fast(x) - net()(x)).abs().max() < 0.05
+
+
+def test_it_reads_the_weights_again_when_they_change(x):
+    model = net()
+    fast = purify_fast.frozen_copy(model, x)
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    model.train()
+    F.cross_entropy(model(x), torch.arange(16) % 4).backward()
+    optimizer.step()
+    model.eval()
+    assert same(fast, model, x)
+    model.load_state_dict({name: value + 0.1 for name, value in net().state_dict().items()}, assign=True)
+    assert same(fast, model, x)
+    model[5] = copy.deepcopy(model[5])
+    with torch.no_grad():
+        model[5].weight.neg_()
+    assert same(fast, model, x)
+    model[0].weight.data[:2] = model[0].weight.data[[1, 0]]
+    fast.update()
+    assert same(fast, model, x)
+    with torch.no_grad():
+        model[5].bias.add_(1.0)
+    assert same(fast, model, x)
 
 
 def test_a_new_tensor_in_the_memory_of_one_that_is_gone_is_seen(x):
@@ -212,6 +249,42 @@ def test_a_model_in_training_mode_has_a_copy_in_evaluation_mode(x):
     assert model.training and not fast.training and torch.allclose(fast(x), net()(x), atol=1e-5)
 
 
+def test_an_attack_of_the_model_and_of_its_copy(x):
+    model = net()
+    fast, y = purify_fast.frozen_copy(model, x), torch.arange(16) % 4
+    how = {"eps": 8 / 255, "steps": 4, "random_start": False}
+    assert (pgd(fast, x, y, **how) - pgd(model, x, y, **how)).abs().mean() < 1e-3
+
+
+@pytest.mark.slow
+def test_compiled_and_captured_steps_read_the_present_weights(x, monkeypatch):
+    """Such a step does not call the copy, so the weights are read when an attack begins."""
+    monkeypatch.setattr("purify_fast.speed.graphs.compiled_step.BACKEND", "aot_eager")
+    model, y = net(), torch.arange(16) % 4
+    fast = purify_fast.frozen_copy(model, x, compile=True)
+    how = {"eps": 8 / 255, "steps": 4, "random_start": False}
+    for _ in range(3):
+        pgd(fast, x, y, **how)
+    assert any(map(callable, fast._steps.values()))
+    with torch.no_grad():
+        model[5].weight.neg_()
+    assert (pgd(fast, x, y, **how) - pgd(model, x, y, **how)).abs().mean() < 1e-3
+    assert parts_of(fast, PreparesReplay) == [fast]
+
+
+def test_weights_of_the_model_keep_their_gradients_and_hooks(x):
+    """The model itself stays as it is: functional calls, hooks of weights and checkpoints do not meet the copy."""
+    model = net()
+    purify_fast.frozen_copy(model, x)(x)
+    calls = []
+    model[5].weight.register_hook(lambda gradient: calls.append(1) or gradient)
+    F.cross_entropy(model(x), torch.arange(16) % 4).backward()
+    assert len(calls) == 1 and model[5].weight.grad.norm() > 0
+    weights = {name: (p + 1).detach().requires_grad_() for name, p in model.named_parameters()}
+    out = torch.func.functional_call(model, weights, (x,))
+    assert torch.autograd.grad(out.sum(), weights["5.weight"])[0].norm() > 0
+
+
 def test_it_runs_in_a_checkpoint_a_trace_and_an_export(x):
     fast = purify_fast.frozen_copy(net(), x)
     leaf = x.clone().requires_grad_()
@@ -233,19 +306,24 @@ def test_copies_in_memory_follow_and_pickles_keep_their_weights(x):
 
 
 def test_what_cannot_be_copied_is_refused_by_name(x):
-    model, divided = net(), nn.Sequential(net(), nn.Linear(4, 4, device="meta"))
-    for given, options, message in (
-        ((nn.DataParallel(model), x), {}, r"nn\.DataParallel: give model\.module"),
-        ((torch.compile(model), x), {}, r"give model\._orig_mod"),
-        ((torch.jit.trace(model, x), x), {}, "eager mode"),
-        ((purify_fast.frozen_copy(model, x), x), {}, "frozen copy itself"),
-        ((model, x.long()), {}, r"x must be a batch of images .* got torch.int64"),
-        ((model, x), {"dtype": torch.float16}, "dtype must be"),
-        ((divided, x), {}, r"on several devices \(device_map\), cpu, meta"),
-        ((nn.Sequential(nn.Flatten(), nn.Linear(5, 2)), x), {}, "mat1 and mat2"),
-    ):
-        with pytest.raises((TypeError, ValueError, RuntimeError), match=message):
-            purify_fast.frozen_copy(*given, **options)
+    model = net()
+    with pytest.raises(TypeError, match=r"nn\.DataParallel: give model\.module"):
+        purify_fast.frozen_copy(nn.DataParallel(model), x)
+    with pytest.raises(TypeError, match=r"give model\._orig_mod"):
+        purify_fast.frozen_copy(torch.compile(model), x)
+    with pytest.raises(TypeError, match="eager mode"):
+        purify_fast.frozen_copy(torch.jit.trace(model, x), x)
+    with pytest.raises(TypeError, match="frozen copy itself"):
+        purify_fast.frozen_copy(purify_fast.frozen_copy(model, x), x)
+    with pytest.raises(ValueError, match=r"x must be a batch of images .* got torch.int64"):
+        purify_fast.frozen_copy(model, x.long())
+    with pytest.raises(ValueError, match="dtype must be"):
+        purify_fast.frozen_copy(model, x, dtype=torch.float16)
+    divided = nn.Sequential(net(), nn.Linear(4, 4, device="meta"))
+    with pytest.raises(ValueError, match=r"on several devices \(device_map\), cpu, meta"):
+        purify_fast.frozen_copy(divided, x)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        purify_fast.frozen_copy(nn.Sequential(nn.Flatten(), nn.Linear(5, 2)), x)
 
 
 def test_attention_with_tokens_of_a_batch_first_is_the_same(x):

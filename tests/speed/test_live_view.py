@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from purify_fast.models.classifiers import PreActResNet18, SmallCNN, build_classifier
+from purify_fast.models.representation import Representation
 from purify_fast.speed.folding.inference_copy import InferenceCopy
 from purify_fast.speed.layout import convert_to_channels_last
 
@@ -110,6 +111,22 @@ def test_after_training_and_refresh_the_view_is_the_classifier(name):
         assert all(map(torch.equal, view.state_dict().values(), new.state_dict().values()))
 
 
+def test_the_classifier_is_left_alone():
+    """No parameter of it becomes the view's, loses its gradient or changes; it is trained as if there were no view."""
+    model, other = made("preact_resnet18"), made("preact_resnet18")
+    representation = Representation(model, ["act"], SHAPE)
+    view = InferenceCopy(model, SHAPE)
+    view.refresh(model)
+    train(model)
+    view.refresh(model)
+    train(other)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+    assert all(p.requires_grad for p in model.parameters()) and not any(p.requires_grad for p in view.parameters())
+    assert not {id(p) for p in model.parameters()} & {id(p) for p in view.parameters()}
+    assert not any(name.startswith("_source") for name, _ in view.named_modules())
+    assert not any(m._forward_hooks for m in view.modules()) and representation(torch.rand(2, *SHAPE))[0].any()
+
+
 def test_the_classifier_is_left_alone_while_a_layout_is_tried():
     """In training mode two grey images would enter BatchNorm's statistics."""
     for name in ("preact_resnet18", "unfoldable", "fully_connected"):  # the last flattens its images
@@ -119,3 +136,15 @@ def test_the_classifier_is_left_alone_while_a_layout_is_tried():
         convert_to_channels_last(model, SHAPE)
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
         assert [module.training for module in model.modules()] == modes and any(modes)
+
+
+def test_layouts_and_dtypes_stay_through_a_refresh():
+    model = made("preact_resnet18")
+    view = InferenceCopy(model, SHAPE)
+    before = [(p.dtype, p.stride(), p.data_ptr()) for p in view.parameters()]
+    train(model)
+    view.refresh(model)
+    assert [(p.dtype, p.stride(), p.data_ptr()) for p in view.parameters()] == before
+    assert {p.dtype for p in view.parameters()} == {torch.float32, torch.bfloat16}
+    assert view.classifier.conv.weight.is_contiguous(memory_format=torch.channels_last)
+    assert view(torch.rand(2, *SHAPE)).dtype == torch.float32

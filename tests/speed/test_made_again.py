@@ -12,6 +12,7 @@ import purify_fast
 from purify_fast import Carso
 from purify_fast.attacks import pgd
 from purify_fast.defences import MajorityVote, WithAggregation
+from purify_fast.defences.base import Defence
 from purify_fast.defences.stochastic import with_samples
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -180,6 +181,24 @@ def test_a_copy_that_writes_to_its_model_is_refused():
         purify_fast.frozen_copy(model, X, dtype=F)
 
 
+def test_another_thread_may_call_the_model_meanwhile():
+    model, errors, stop = conv(), [], threading.Event()
+
+    def call():
+        while not stop.is_set():
+            try:
+                model(X)
+            except TypeError as error:
+                errors.append(error)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    purify_fast.frozen_copy(model, X, dtype=F)
+    stop.set()
+    thread.join()
+    assert not errors
+
+
 def test_two_defences_with_the_parts_of_one_copy_follow_it_both():
     defence = carso(conv())
     fast = purify_fast.frozen_copy(defence, X, dtype=F)
@@ -210,8 +229,36 @@ def test_every_way_to_predict_reads_a_defence_with_tensors_in_lists():
             assert torch.allclose(got, want, atol=1e-4)
 
 
+class Strong(Defence):
+    """A defence of a user's own, with a tensor that is neither a parameter nor a buffer."""
+
+    aggregation, purifier_dtype = "mean", F
+
+    def __init__(self, classifier):
+        super().__init__(classifier, (3, 8, 8))
+        self.arguments, self.num_classes, self.samples = {}, 5, 1
+        self.net, self.strength = nn.Conv2d(3, 3, 1), torch.ones(1)
+        self._ready()
+
+    def purify(self, x, draws=1):
+        self.check_images(x)
+        return (self.net(x) * self.strength)[:, None].repeat(1, draws, 1, 1, 1)
+
+
+def test_tensors_of_a_users_defence_are_read():
+    defence = Strong(conv())
+    fast = purify_fast.frozen_copy(defence, X, dtype=F)
+    defence.strength.fill_(5.0)
+    fast.update()
+    assert close(defence, fast)
+
+
 def test_what_cannot_be_copied_is_an_error_that_says_so():
     model = conv()
     model[0].lock = threading.Lock()
     with pytest.raises(TypeError, match="Sequential holds an object that cannot be copied"):
+        purify_fast.frozen_copy(model, X)
+    model = conv()
+    model.table = torch.eye(5).to_sparse()
+    with pytest.raises(TypeError, match=r"dense tensors, got torch\.sparse_coo in table"):
         purify_fast.frozen_copy(model, X)

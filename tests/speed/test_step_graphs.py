@@ -265,6 +265,29 @@ def test_a_capture_that_fails_leaves_the_eager_loop(graphs, rerun):
     assert rerun.recorded == 1 and graphs.refusal is None
 
 
+def test_a_function_and_another_device_run_eagerly(graphs, rerun):
+    assert same(run(graphs, lambda x: 2 * x, STEPS), run(None, lambda x: 2 * x, STEPS))
+    assert "not a torch.nn.Module" in graphs.refusal
+    off, elsewhere = StepGraphs("off", capture=rerun), StepGraphs()
+    for other in (off, elsewhere):
+        run(other, Scale(), STEPS)
+        assert other.refusal is None
+    assert rerun.recorded == 0
+
+
+def test_warm_up_moves_no_generator(graphs, rerun):
+    class Noisy(Scale):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.rand(3)
+
+    model = Noisy()
+    torch.manual_seed(3)
+    wanted, after = run(None, model, STEPS), torch.rand(1)
+    torch.manual_seed(3)
+    assert same(run(graphs, model, STEPS), wanted) and torch.equal(torch.rand(1), after)
+    assert rerun.recorded == 1
+
+
 def test_counters_count_replays_and_no_warm_up(graphs, rerun):
     class Counting(Scale):
         images, not_dependencies = 0, frozenset({"images"})

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -191,7 +192,7 @@ def _follows(name):
         assert same_bits(fast, model.eval(), x)
 
 
-@pytest.mark.parametrize("how", ["torch.save", "state_dict"])
+@pytest.mark.parametrize("how", ["pickle", "torch.save", "state_dict", "deepcopy"])
 def test_a_copy_is_saved_with_the_weights_of_now(how):
     model = net()
     fast = purify_fast.frozen_copy(model, X)
@@ -201,9 +202,11 @@ def test_a_copy_is_saved_with_the_weights_of_now(how):
     if how == "state_dict":
         other = purify_fast.frozen_copy(net(), X)
         other.load_state_dict(fast.state_dict())
-    else:
+    elif how == "torch.save":
         torch.save(fast, memory := io.BytesIO())
         other = torch.load(io.BytesIO(memory.getvalue()), weights_only=False)
+    else:
+        other = copy.deepcopy(fast) if how == "deepcopy" else pickle.loads(pickle.dumps(fast))
     assert torch.allclose(other(X), want, atol=1e-4)
 
 
@@ -343,6 +346,23 @@ def test_what_has_no_right_copy_is_refused_by_name(what):
     make, text = REFUSED[what]
     with pytest.raises(TypeError, match=text):
         purify_fast.frozen_copy(make().eval(), X)
+
+
+def test_a_copy_that_cannot_be_made_again_does_not_answer():
+    model = net()
+    fast = purify_fast.frozen_copy(model, X)
+    model[4].kept = [model[4](torch.rand(1, 288))]
+    for _ in range(2):
+        with pytest.raises(TypeError, match=r"keep value\.detach\(\) there"):
+            fast.update()
+        with pytest.raises(TypeError, match="tensor with a history in a list"):
+            fast(X)
+    model[4].kept = []
+    assert torch.allclose(fast(X), model(X), atol=1e-5)
+    model.forward = lambda x: x
+    for _ in range(2):
+        with pytest.raises(TypeError, match="bound to an instance"):
+            pgd(fast, X, Y, 0.1, steps=1)
 
 
 def test_a_copy_must_stay_outside_of_its_model():

@@ -6,20 +6,63 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
+from cuda_launches import CudaLaunches
 from small_models import Made
 from small_runs import StopAt, Stopped
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
+from torch.nn import functional as F
 
 from purify_fast.models.layers import Synchronized, synchronized
 from purify_fast.models.moving_average import AveragedModel
 from purify_fast.nn import EMA
-from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fit
+from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, Task, fit
 from purify_fast.training.optimizers import relative_rates
 
 X = torch.randint(0, 256, (64, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(64) % 4
+
+
+class FineTuning(Task):
+    """Two groups, the first with a smaller rate, and a schedule that falls."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Linear(8, 4))
+        groups = [{"params": self.model[1].parameters(), "lr": 1e-5}, {"params": self.model[2].parameters()}]
+        self.optimizer = torch.optim.SGD(groups, lr=0.1)
+
+    def training_step(self, batch):
+        return F.cross_entropy(self.model(batch.x), batch.y), {}
+
+    def learning_rate(self, progress, epoch, epochs):
+        return 0.1 * (1 - progress)
+
+    def describe(self):
+        return {"task": "fine-tuning"}
+
+
+def test_the_rates_of_groups_keep_their_ratio_also_after_a_kill(tmp_path):
+    rates = []
+    for folder in (None, tmp_path):
+        task, loop = FineTuning(), FitConfig(epochs=2, batch_size=16, checkpoint_seconds=0)
+        if folder is not None:
+            with pytest.raises(Stopped):
+                fit(task, X, Y, loop, folder, progress=False, callbacks=[StopAt(5)])
+            task = FineTuning()
+        fit(task, X, Y, loop, folder, progress=False)
+        rates.append([group["lr"] for group in task.optimizer.param_groups])
+    assert rates[0] == rates[1] == pytest.approx([0.1 * 1e-4 / 8, 0.1 / 8])
+
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_parameter("0", nn.Parameter(torch.zeros(64, 4)))
+
+    def forward(self, x):
+        return x.flatten(1) @ self.get_parameter("0")
 
 
 def run(model, folder, *callbacks):
@@ -27,6 +70,13 @@ def run(model, folder, *callbacks):
     config = FitConfig(epochs=2, batch_size=16, checkpoint_seconds=0)
     fit(task, X, Y, config, folder, progress=False, callbacks=callbacks)
     return task.model
+
+
+def test_a_parameter_may_be_named_by_a_number(tmp_path):
+    whole = run(Named(), None)
+    with pytest.raises(Stopped):
+        run(Named(), tmp_path, StopAt(5))
+    assert torch.equal(run(Named(), tmp_path).get_parameter("0"), whole.get_parameter("0"))
 
 
 def test_a_model_without_weights_to_train_is_refused():
@@ -56,6 +106,14 @@ def test_a_network_that_was_edited_continues_with_a_warning(first, then, told, t
     assert len(said) == told and all("gives other outputs" in each for each in said)
 
 
+def test_a_run_without_a_checkpoint_begins_anew_and_says_so(tmp_path, capsys):
+    loop = FitConfig(epochs=1, batch_size=16)
+    with pytest.raises(Stopped):
+        fit(FineTuning(), X, Y, loop, tmp_path, progress=False, callbacks=[StopAt(1)])
+    fit(FineTuning(), X, Y, loop, tmp_path, progress=True)
+    assert "begins anew, because the earlier run ended before its first checkpoint" in capsys.readouterr().err
+
+
 def test_an_average_of_half_precision_moves():
     model = nn.Linear(4, 4).half()
     average = EMA(model, decay=0.999)
@@ -66,6 +124,17 @@ def test_an_average_of_half_precision_moves():
         average.update(model)
     moved = average.average.module.weight - before
     assert moved.dtype == torch.float32 and torch.allclose(moved, torch.full_like(moved, 1 - 0.999**3), rtol=1e-2)
+
+
+@pytest.mark.parametrize("warm_up", [False, True])
+def test_an_average_takes_few_launches_and_copies_nothing_to_the_device(warm_up):
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)) for _ in range(20)))
+    average = EMA(model, 0.9, warm_up)
+    with CudaLaunches() as launches:
+        average.update(model)
+    # 120 floating-point tensors and 20 counts; what makes a tensor of the share would be a copy from the host
+    assert launches.by_name.pop("add_") == 1 and launches.by_name.pop("_local_scalar_dense", 1) == 1
+    assert launches.by_name == {"_foreach_lerp_": 2, "_foreach_copy_": 1}
 
 
 @pytest.mark.parametrize(
@@ -90,12 +159,11 @@ def test_a_resumed_run_has_the_relative_rates_of_the_present_code(tmp_path):
         task.optimizer = torch.optim.SGD([{"params": weight, "lr": 0.1}, {"params": bias, "lr": 0.1 * share}])
         loop = FitConfig(2, 16, checkpoint_seconds=0)
         fit(task, X, Y, loop, tmp_path, progress=False, callbacks=callbacks)
-        return [group["lr"] for group in task.optimizer.param_groups]
+        return relative_rates(task.optimizer)
 
     with pytest.raises(Stopped):
         rates(0.1, StopAt(5))
-    first, second = rates(0.5)
-    assert second == pytest.approx(0.5 * first) != 0
+    assert rates(0.5) == pytest.approx([1.0, 0.5])
 
 
 def picky(self, x):

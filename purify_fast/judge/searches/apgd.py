@@ -16,13 +16,15 @@ from torch import Tensor
 
 from ..._tensors import per_image
 from ..._validation import Count, Share
-from ...attacks.ball import projected
+from ...attacks.ball import Ball, projected
 from ...attacks.base import Resolved, times
 from ...attacks.context import AttackContext, keeping
+from ...attacks.faults import FAULTS
 from ...attacks.losses import FEWEST_CLASSES, TARGETED, ApgdLoss, check_classes
-from ...attacks.objective import Gradients, Objective
-from ...attacks.search import better_of, zero_is_no_fault
+from ...attacks.objective import Objective, ObjectiveStep
+from ...attacks.search import Search, better_of, record_point
 from ...ops.apgd_step import apgd_step
+from ...speed.graphs.step_loop import State, begin_steps
 from .engine.engine_attack import USUAL_TARGETS, EngineAttack, nearest_borders, targets_and_times
 from .engine.row_batches import ActiveSet, Rows, RowSearch, waves
 from .judge_context import JudgeContext
@@ -34,12 +36,11 @@ MOMENTUM = 0.75
 #: A run in the l1 ball searches three balls in turn. LARGER: their radii, as multiples of the given radius.
 #: LARGER_STEPS: the share of the steps in each of them.
 LARGER, LARGER_STEPS = (3.0, 2.0, 1.0), (0.3, 0.3, 0.4)
-#: Constants for the l1 ball (Croce & Hein, "Mind the box", ICML 2021). FIRST_SHARE: the share of the coordinates that
-#: the first steps move, if `AutoPgdL1` is not given another share. SPARSER: at a checkpoint, the share of the
+#: Constants for the l1 ball (Croce & Hein, "Mind the box", ICML 2021). SPARSER: at a checkpoint, the share of the
 #: coordinates in which the point of highest loss differs from the image is divided by SPARSER; the next steps move the
 #: resulting share. SHRINK: a checkpoint divides the step size by SHRINK. SHORTEST: the smallest step size is eps
 #: divided by SHORTEST.
-FIRST_SHARE, SPARSER, SHRINK, SHORTEST = 0.2, 1.5, 1.5, 10.0
+SPARSER, SHRINK, SHORTEST = 1.5, 1.5, 10.0
 #: If the changed coordinates fall below this share of those at the last checkpoint, the step size is eps again.
 FEWER = 0.95
 
@@ -127,50 +128,108 @@ def changed_share(point: Tensor, x: Tensor) -> Tensor:
     return (point != x).flatten(1).float().mean(1)
 
 
+@dataclass(frozen=True)
+class AutoPgdStep(ObjectiveStep):
+    """A step of Auto-PGD that a CUDA graph can capture. It does not use the ball's radius, which is in the state."""
+
+    ball: Ball
+
+    def __call__(self, state: State) -> State:
+        """Take the gradient at ``next``, remember the points that are the best so far, and compute the next points."""
+        new = self.look(state)
+        return new | {"next": self.move(state | new)}
+
+    def look(self, state: State) -> State:
+        """Take the gradient at ``next``, which becomes ``point``, and remember the points that are the best so far."""
+        point = state["next"]
+        now = self.objective.gradient(point, state["y"])
+        gradient, loss = now.image.to(point.dtype), now.loss
+        higher = loss > state["top_loss"]
+        wide = per_image(higher, point)
+        return record_point(self.objective, state, point, now) | {
+            "point": point,
+            "previous": state["point"],
+            "gradient": gradient,
+            "top": torch.where(wide, point, state["top"]),
+            "top_gradient": torch.where(wide, gradient, state["top_gradient"]),
+            "top_loss": torch.where(higher, loss, state["top_loss"]),
+            "rises": state["rises"] + (loss > state["last_loss"]),
+            "last_loss": loss,
+        }
+
+    def move(self, state: State, momentum: float = MOMENTUM) -> Tensor:
+        """The points after a step from ``point`` along ``gradient`` and along the last move, from ``previous``."""
+        images = state["point"], state["gradient"], state["x"], state["previous"]
+        return apgd_step(*images, state["step"], eps=state["eps"], momentum=momentum, **self.ball.bounds)
+
+
+def from_top(state: State, chosen: Tensor) -> State:
+    """The changes of a state by which the ``chosen`` rows, bool ``[R]``, continue at the point of highest loss."""
+    names, wide = {"point": "top", "gradient": "top_gradient"}, per_image(chosen, state["point"])
+    return {name: torch.where(wide, state[top], state[name]) for name, top in names.items()}
+
+
 class AutoPgd(RowSearch):
-    """One run of Auto-PGD.
+    """One run of Auto-PGD. Its tensors are the state of ``loop``.
 
     A checkpoint halves an image's step size if at most a share ``rho`` of the steps since the last checkpoint raised
     the loss, or if the last checkpoint did not halve it and the highest loss has not risen since.
     """
 
+    kind: ClassVar[type[AutoPgdStep]] = AutoPgdStep
+
     def __init__(self, *given: Any, rho: float = 0.0, claims: bool = True, **options: Any):
         super().__init__(*given, **options)
-        begin, self.rho, self.claims = self.point, rho, claims
-        self.gradients = Gradients(self.objective, begin, self.rows.labels)
-        nothing = torch.full((len(begin),), -torch.inf, device=begin.device)
-        self.previous = self.best = self.gradient = self.top = begin
-        self.score = torch.stack([nothing, nothing])
+        self.rho, self.claims = rho, claims
         self.marks = checkpoints(self.steps)
-        self.sighted, self.blind_steps = False, 0
-        self.step, self.halved = 2 * self.rows.ball.eps, torch.ones_like(nothing, dtype=torch.bool)
-        self.top_gradient, self.top_loss = torch.zeros_like(begin), nothing
-        self.last_loss, self.checked_loss, self.rises = -nothing, nothing, torch.zeros_like(nothing)
+        self.sighted, self.blind_steps, self.gradients = False, 0, 0
+        self.ascent = self.kind(self.objective, self.rows.ball)
+        state = self.begin_state()
+        self.checked_loss = state["top_loss"]
+        self.halved = torch.ones_like(self.checked_loss, dtype=torch.bool)
+        self.loop = begin_steps(self.objective.graphs, self.ascent, state)
+
+    def begin_state(self) -> State:
+        """The state before the first step."""
+        begin, eps = self.rows.begin, self.rows.ball.eps
+        state = Search(self.objective, begin, self.rows.labels, True, self.health).memory
+        nothing, zeros = state["best_score"][0], torch.zeros_like(begin)
+        state |= {"x": self.rows.x, "y": self.rows.labels, "eps": eps, "step": 2 * eps}
+        state |= {"next": begin, "point": begin, "previous": begin, "top": begin, "gradient": zeros}
+        state |= {"top_gradient": zeros, "top_loss": nothing, "last_loss": -nothing}
+        return state | {"rises": torch.zeros_like(nothing)}
 
     def run(self) -> None:
         """Take all steps, or stop when no row is left."""
-        for i in range(self.steps):
-            self._look()
-            if self.claims and self.active.leave and self.shrinks_after(i + 1):
-                if not self.sighted and self._is_blind():
-                    break
-                self._shrink(i + 1)
-                if len(self.point) == 0:
-                    return
-            origin, gradient = self.point, self.gradient
-            if i in self.marks:
-                wide = per_image(self._check(i), self.point)
-                origin = torch.where(wide, self.top, self.point)
-                gradient = torch.where(wide, self.top_gradient, self.gradient)
-            self.point, self.previous = self._move(i, origin, gradient), origin
+        try:
+            self._climb()
+        finally:
+            if self.health is not None:
+                nonfinite, zero, exempt = (self.loop.state[name] for name in FAULTS)
+                self.health.add(gradients=self.gradients - exempt, nonfinite=nonfinite, zero=zero)
+        if len(self.rows.owner) == 0:
+            return
         self._see_move(slice(None))
         if self.claims:
             self.active.tried.index_fill_(0, self.rows.owner, True)
             self._finish(slice(None))
 
+    def _climb(self) -> None:
+        for i in range(self.steps):
+            self.loop.advance()
+            self.gradients += len(self.rows.owner)
+            if self.claims and self.active.leave and self.shrinks_after(i + 1):
+                if not self.sighted and self._is_blind():
+                    return
+                self._shrink(i + 1)
+                if len(self.rows.owner) == 0:
+                    return
+            self._turn(i)
+        self.loop.put(point=self.loop.state["next"])
+
     def keep(self) -> Tensor:
         """Remember the best points so far without a judgement, and return the best point of each image."""
-        return self.active.keep_best(self.rows.owner, self.best, self.score)
+        return self.active.keep_best(self.rows.owner, self.loop.state["best"], self.loop.state["best_score"])
 
     def _is_blind(self) -> bool:
         """Return True if the run ends, because no element of a gradient so far could move a point.
@@ -178,9 +237,10 @@ class AutoPgd(RowSearch):
         A model without randomness has the same gradients again. On a random model the gradients of some draws may be
         zero by chance, so `BLIND_DRAWS` draws decide.
         """
-        usable = (self.gradient.isfinite() & (self.gradient != 0)).flatten(1).any(1)
+        gradient = self.loop.state["gradient"]
+        usable = (gradient.isfinite() & (gradient != 0)).flatten(1).any(1)
         # At a misclassified point a gradient of 0 is no fault.
-        self.sighted = bool((usable | (self.score[0] == 1)).any())
+        self.sighted = bool((usable | (self.loop.state["best_score"][0] == 1)).any())
         self.blind_steps += 1
         few = self.active.draws_differ and self.blind_steps * self.objective.eot_iter < BLIND_DRAWS
         if self.sighted or few:
@@ -190,54 +250,48 @@ class AutoPgd(RowSearch):
 
     def take(self, index: Tensor) -> None:
         super().take(index)
-        if len(index):
-            # Otherwise the new object would first copy the old one's state out of the buffers of their CUDA graph.
-            del self.gradients
-            self.gradients = Gradients(self.objective, self.point, self.rows.labels)
+        state = self.loop.values()
+        # Otherwise the new loop would first copy the old loop's state out of the buffers of their CUDA graph.
+        del self.loop
+        score = state.pop("best_score")[:, index]
+        # A gradient may have another layout than the points. Graphs are found by the layouts.
+        taken = {name: value[index].contiguous() if value.dim() else value for name, value in state.items()}
+        self.loop = begin_steps(self.objective.graphs, self.ascent, {**taken, "best_score": score})
 
-    def _look(self) -> None:
-        """Take the gradient at the present points, and remember the points that are the best so far."""
-        now = self.gradients.at(self.point)
-        self.gradient, loss = now.image.to(self.point.dtype), now.loss
-        if self.health is not None:
-            self.health.see_gradient(self.gradient, zero_is_no_fault(self.objective, now))
-        self.best, self.score = better_of(self.best, self.score, self.point, now.score)
-        higher = loss > self.top_loss
-        wide = per_image(higher, self.point)
-        self.top = torch.where(wide, self.point, self.top)
-        self.top_gradient = torch.where(wide, self.gradient, self.top_gradient)
-        self.top_loss = torch.where(higher, loss, self.top_loss)
-        self.rises = self.rises + (loss > self.last_loss)
-        self.last_loss = loss
+    def _turn(self, i: int) -> None:
+        """Compute the next points again where step ``i`` moves without momentum, or is a checkpoint."""
+        if i == 0 or i in self.marks:
+            changes, momentum = (self._check(i), MOMENTUM) if i > 0 else (State(), 1.0)
+            self.loop.put(**changes, next=self.ascent.move(self.loop.state | changes, momentum))
 
-    def _check(self, i: int) -> Tensor:
-        """Adapt the step sizes at a checkpoint, and tell which rows continue at ``top``, bool ``[R]``."""
-        few = self.rises <= self.rho * self.marks[i]
-        stuck = ~self.halved & (self.top_loss <= self.checked_loss)
+    def _check(self, i: int) -> State:
+        """Adapt the step sizes at a checkpoint. Return the changes of the state."""
+        state = self.loop.state
+        few = state["rises"] <= self.rho * self.marks[i]
+        stuck = ~self.halved & (state["top_loss"] <= self.checked_loss)
         self.halved = few | stuck
-        self.step = torch.where(self.halved, self.step / 2, self.step)
-        self.last_loss = torch.where(self.halved, self.top_loss, self.last_loss)
-        self.checked_loss, self.rises = self.top_loss, torch.zeros_like(self.rises)
-        return self.halved
-
-    def _move(self, i: int, point: Tensor, gradient: Tensor) -> Tensor:
-        """Take step ``i`` from points along gradients, both ``[R, ...]``."""
-        ball, momentum = self.rows.ball, MOMENTUM if i > 0 else 1.0
-        step = {"eps": ball.eps, "momentum": momentum, **ball.bounds}
-        return apgd_step(point, gradient, self.rows.x, self.previous, self.step, **step)
+        self.checked_loss = state["top_loss"].clone()
+        return from_top(state, self.halved) | {
+            "step": torch.where(self.halved, state["step"] / 2, state["step"]),
+            "last_loss": torch.where(self.halved, state["top_loss"], state["last_loss"]),
+            "rises": torch.zeros_like(state["rises"]),
+        }
 
     def _shrink(self, step: int) -> None:
         """Remove the rows of fallen images, and the rows that are given up."""
-        share, fell = self.active.confirm_successes(self.rows.owner, self.best, self.score[0])
-        self.score = torch.stack([share, self.score[1]])
+        state, owner = self.loop.state, self.rows.owner
+        claimed, loss = state["best_score"].unbind()
+        share, fell = self.active.confirm_successes(owner, state["best"], claimed)
+        if share is not claimed:
+            self.loop.put(best_score=torch.stack([share, loss]))
         # The border is the smallest loss that a misclassified image can have. For the cross-entropy it is log 2,
         # because the true class of such an image has at most half of the probability. For all other losses it is 0.
         border = math.log(2) if self.objective.loss == "ce" else 0.0
-        lost = self.out_of_reach(step, border - self.top_loss)
+        lost = self.out_of_reach(step, border - state["top_loss"])
         if lost is None and not fell:
             return
-        kept = self.active.rows_to_keep(self.rows.owner, lost)
-        moved = (self.best != self.rows.begin).flatten(1).any(1)
+        kept = self.active.rows_to_keep(owner, lost)
+        moved = (state["best"] != self.rows.begin).flatten(1).any(1)
         if lost is not None:
             index = lost.nonzero()[:, 0]
             self._finish(index)
@@ -251,17 +305,18 @@ class AutoPgd(RowSearch):
 
     def may_end(self) -> Tensor:
         # A row without a gradient, or with an unchanged point, is a sign of masked gradients, so it is not given up.
-        return self.gradient.flatten(1).any(1) & (self.point != self.rows.begin).flatten(1).any(1)
+        gradient, point = self.loop.state["gradient"], self.loop.state["point"]
+        return gradient.flatten(1).any(1) & (point != self.rows.begin).flatten(1).any(1)
 
     def _see_move(self, index: Tensor | slice) -> None:
         if self.health is not None:
             correct = self.active.correct[self.rows.owner[index]]
-            self.health.see_move(self.rows.begin[index], self.point[index], correct)
+            self.health.see_move(self.rows.begin[index], self.loop.state["point"][index], correct)
 
     def _finish(self, index: Tensor | slice) -> None:
         """Compare the best point of some rows with the last point, and pass the better one to `keep_best`."""
-        owner, labels = self.rows.owner[index], self.rows.labels[index]
-        best, last, score = self.best[index], self.point[index], self.score[:, index]
+        state, owner, labels = self.loop.state, self.rows.owner[index], self.rows.labels[index]
+        best, last, score = state["best"][index], state["point"][index], state["best_score"][:, index]
         if self.objective.eot_iter > 1:
             # The highest of many noisy scores is partly luck, so the best point is scored again.
             score = self.objective.score(best, labels)
@@ -276,32 +331,56 @@ class AutoPgd(RowSearch):
         self.active.keep_best(owner, best, score)
 
 
-class AutoPgdL1(AutoPgd):
-    """One run of Auto-PGD in the l1 ball. The first steps move a share of the coordinates: ``share``, or a fifth."""
+class AutoPgdL1Step(AutoPgdStep):
+    """A step in the l1 ball. It moves the ``share`` of the coordinates that have the largest gradients.
 
-    def __init__(self, *given: Any, share: Tensor | None = None, **options: Any):
-        super().__init__(*given, **options)
-        self.marks, self.step = checkpoints_l1(self.steps), self.rows.ball.eps.clone()
-        # `run_from_larger` has divided the share of changed coordinates by SPARSER, so it is multiplied here.
-        self.changed = torch.ones_like(self.top_loss) if share is None else share * SPARSER
-        self.share = torch.full_like(self.top_loss, FIRST_SHARE) if share is None else share
+    In a run of fewer than 50 steps, every step is a checkpoint, so the step itself adapts the rows with a ``mark``.
+    """
 
-    def _check(self, i: int) -> Tensor:
-        eps, changed = self.rows.ball.eps, changed_share(self.top, self.rows.x)
-        sparser = changed < FEWER * self.changed
-        self.step = torch.where(sparser, eps, (self.step / SHRINK).maximum(eps / SHORTEST))
-        self.share, self.changed = changed / SPARSER, changed
-        return sparser
+    def __call__(self, state: State) -> State:
+        new = self.look(state)
+        state, mark = state | new, state["mark"]
+        eps, changed = state["eps"], changed_share(state["top"], state["x"])
+        sparser = mark & (changed < FEWER * state["changed"])
+        shorter = torch.where(sparser, eps, (state["step"] / SHRINK).maximum(eps / SHORTEST))
+        adapted = {
+            "step": torch.where(mark, shorter, state["step"]),
+            "share": torch.where(mark, changed / SPARSER, state["share"]),
+            "changed": torch.where(mark, changed, state["changed"]),
+        }
+        return new | adapted | {"next": self.move(state | adapted | from_top(state, sparser))}
 
-    def _move(self, i: int, point: Tensor, gradient: Tensor) -> Tensor:
-        flat = gradient.flatten(1)
+    def move(self, state: State, momentum: float = MOMENTUM) -> Tensor:
+        """The points after a step from ``point`` along ``gradient``, without momentum."""
+        point, flat = state["point"], state["gradient"].flatten(1)
         size = torch.where(flat.isfinite().all(1, keepdim=True), flat.abs(), 0.0)
-        place = ((1 - self.share) * size.shape[1]).long().clamp(0, size.shape[1] - 1)
+        place = ((1 - state["share"]) * size.shape[1]).long().clamp(0, size.shape[1] - 1)
         least = size.sort(1).values.gather(1, place[:, None])
         sign = torch.where((size >= least) & (size > 0), flat.sign(), 0.0)
         unit = sign / sign.abs().sum(1, keepdim=True).clamp_min(1)
-        moved = point + per_image(self.step.to(point.dtype), point) * unit.view_as(point)
-        return projected(self.rows.x, moved, self.rows.ball)
+        moved = point + per_image(state["step"].to(point.dtype), point) * unit.view_as(point)
+        return projected(state["x"], moved, replace(self.ball, eps=state["eps"]))
+
+
+class AutoPgdL1(AutoPgd):
+    """One run of Auto-PGD in the l1 ball."""
+
+    kind = AutoPgdL1Step
+
+    def __init__(self, *given: Any, **options: Any):
+        super().__init__(*given, **options)
+        self.marks = checkpoints_l1(self.steps)
+
+    def begin_state(self) -> State:
+        state = super().begin_state()
+        share = changed_share(state["point"], state["x"]) / SPARSER
+        mark = torch.zeros_like(share, dtype=torch.bool)
+        return state | {"step": state["eps"], "share": share, "changed": share * SPARSER, "mark": mark}
+
+    def _turn(self, i: int) -> None:
+        """Set the marks if the next step is a checkpoint and this step is none, or the other way round."""
+        if ((i + 1) in self.marks) != (i in self.marks):
+            self.loop.put(mark=~self.loop.state["mark"])
 
 
 def run_from_larger(objective: Objective, active: ActiveSet, rows: Rows, steps: int) -> None:
@@ -313,10 +392,9 @@ def run_from_larger(objective: Objective, active: ActiveSet, rows: Rows, steps: 
     for factor, count in zip(LARGER, parts, strict=True):
         ball = replace(rows.ball, eps=factor * rows.ball.eps)
         begin = projected(rows.x, begin, ball)
-        share = changed_share(begin, rows.x) / SPARSER
         part = rows._replace(ball=ball, begin=begin)
-        search = AutoPgdL1(objective, active, part, count, claims=factor == 1, share=share)
+        search = AutoPgdL1(objective, active, part, count, claims=factor == 1)
         # Points in a larger ball do not count.
         with keeping(search.keep) if factor == 1 else contextlib.nullcontext():
             search.run()
-        begin = search.top
+        begin = search.loop.state["top"]

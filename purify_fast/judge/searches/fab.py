@@ -101,7 +101,7 @@ class _FabSearch(RowSearch):
 
     def __init__(self, *given: Any, **options: Any):
         super().__init__(*given, **options)
-        self.nearest = self.point
+        self.point = self.nearest = self.rows.begin
         self.distance = torch.full_like(self.rows.ball.eps, torch.inf)
         #: Each row's non-finite and zero gradients, ``[2, R]``.
         self.faulty = torch.zeros((2, len(self.point)), device=self.point.device)

@@ -194,7 +194,6 @@ class RowSearch:
 
     def __init__(self, objective: Objective, active: ActiveSet, rows: Rows, steps: int, *, give_up: bool = False):
         self.objective, self.active, self.rows, self.steps = objective, active, rows, steps
-        self.point = rows.begin
         judged = give_up and steps >= FEWEST_STEPS
         checks = [round(share * steps) for share in SHARES]
         self.monitor = PaceMonitor(checks, steps, TIMES, active.gains) if judged else None
@@ -207,7 +206,7 @@ class RowSearch:
 
     def take(self, index: Tensor) -> None:
         """Continue with some of the rows, selected by an int64 index."""
-        take_rows(self, index, by_column=("faulty", "score"))
+        take_rows(self, index, by_column=("faulty",))
 
     def out_of_reach(self, step: int, missing: Tensor) -> Tensor | None:
         """Tell which rows are given up."""
