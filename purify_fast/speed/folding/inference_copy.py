@@ -80,30 +80,28 @@ class _Affine(torch.autograd.Function):
 
 
 class _NormalizesAtOnce(Normalize):
-    """Normalizes images, and converts them to the dtype of an autocast unless ``fine``, in one launch.
+    """Normalizes images and converts them to the dtype of an autocast, in one launch.
 
     The convolution after it cannot do this: it pads the normalized images with zeros, which are no zeros before.
     """
 
     scale: Tensor
     shift: Tensor
-    fine: bool
 
     def forward(self, x: Tensor) -> Tensor:
-        # A compiler fuses the steps of the layer itself, and forward derivatives need them.
-        if torch.compiler.is_compiling() or transformed() or forward_ad._current_level >= 0:
-            return super().forward(x)
         kind = x.device.type
-        rounds = not self.fine and torch.is_autocast_enabled(kind)
-        dtype = torch.get_autocast_dtype(kind) if rounds else torch.result_type(x, self.scale)
-        return cast(Tensor, _Affine.apply(x, self.scale, self.shift, dtype))
+        # A compiler fuses the steps of the layer itself, and forward derivatives need them.
+        apart = torch.compiler.is_compiling() or transformed() or forward_ad._current_level >= 0
+        if apart or not torch.is_autocast_enabled(kind):
+            return super().forward(x)
+        return cast(Tensor, _Affine.apply(x, self.scale, self.shift, torch.get_autocast_dtype(kind)))
 
 
-def _normalize_at_once(model: nn.Module, fine: bool) -> None:
-    """Let the normalizations of a model take one launch, in place."""
+def _normalize_at_once(model: nn.Module) -> None:
+    """Let the normalizations of a model round under an autocast, in place, as the layers after them do anyway."""
     layers: list[Any] = [module for module in model.modules() if type(module) is Normalize]
     for module in layers:
-        module.__class__, module.fine = _NormalizesAtOnce, fine
+        module.__class__ = _NormalizesAtOnce
         module.register_buffer("scale", 1 / module.std, persistent=False)
         module.register_buffer("shift", -module.mean / module.std, persistent=False)
 
@@ -171,7 +169,9 @@ def prepare_for_inference(
         to_format(model, torch.channels_last)
     if not plain:
         _attend_sequence_first(model)
-        _normalize_at_once(model, fine)
+        # With ``fine``, the first layer computes in float32, so its images are not rounded.
+        if dtype == torch.bfloat16 and not fine:
+            _normalize_at_once(model)
     in_float32 = _see_images_in_float32(model, image_shape) if fine else []
     products = (nn.modules.conv._ConvNd, nn.Linear)
     convert([one for one in model.modules() if isinstance(one, products) and one not in in_float32], dtype=dtype)
