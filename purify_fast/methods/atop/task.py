@@ -84,7 +84,7 @@ def passes(defence: Atop, batch: Batch, config: AtopConfig, graphs: StepGraphs |
         # These inputs are for the cross-entropy, and have the noise and the mask of the inputs above.
         packed = torch.cat([packed, defence.draw(adversarial, noise=noise)[0]])
     images = defence.stages(packed)
-    target = (2 * rebuild - 1).to(images[-1].dtype)
+    target = (2 * rebuild - 1).to(defence.purifier_dtype)
     # The inputs are ordered by sample, then by image, then by pass.
     target = target.repeat_interleave(count // (samples * len(target)), 0).repeat(samples, 1, 1, 1)
     # DeepFillv2's loss: the mean absolute difference, summed over the stages
@@ -117,7 +117,8 @@ def generator_loss(discriminator: nn.Module, one_pass: Passes) -> Tensor:
     """Return the GAN term L_G = -mean D(x2, m) of the refined images x2. No gradient reaches the discriminator."""
     discriminator.requires_grad_(False)
     try:
-        return -discriminator(torch.cat([one_pass.refined, one_pass.packed[:, -1:]], 1)).mean()
+        refined = one_pass.refined.to(one_pass.target.dtype)
+        return -discriminator(torch.cat([refined, one_pass.packed[:, -1:]], 1)).mean()
     finally:
         discriminator.requires_grad_(True)
 

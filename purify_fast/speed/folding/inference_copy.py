@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from ..._compiler import section
 from ..._tensors import first_tensor, without_autocast
+from ...models.layers import Normalize
 from ...models.representation import without_recorders
+from ...ops.dispatch.gradient import transformed
 from ..copying import deep_copy, freeze, memo_of
 from ..draws import same_draws
 from ..layout import autocast_to, convert, convert_to_channels_last, to_format
@@ -60,6 +63,47 @@ def _see_images_in_float32(model: nn.Module, image_shape: tuple[int, ...]) -> li
             module.__class__ = _MapsImages
             layers.append(module)
     return layers
+
+
+class _Affine(torch.autograd.Function):
+    """``shift + scale x`` in a dtype, which is rounded once: a launch, and another for the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(scale)
+        ctx.dtype = x.dtype
+        return torch.addcmul(shift, x, scale, out=torch.empty_like(x, dtype=dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return (grads[0] * ctx.saved_tensors[0]).to(ctx.dtype), None, None, None
+
+
+class _NormalizesAtOnce(Normalize):
+    """Normalizes images and converts them to the dtype of an autocast, in one launch.
+
+    The convolution after it cannot do this: it pads the normalized images with zeros, which are no zeros before.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        kind = x.device.type
+        # A compiler fuses the steps of the layer itself, and forward derivatives need them.
+        apart = torch.compiler.is_compiling() or transformed() or forward_ad._current_level >= 0
+        if apart or not torch.is_autocast_enabled(kind):
+            return super().forward(x)
+        return cast(Tensor, _Affine.apply(x, self.scale, self.shift, torch.get_autocast_dtype(kind)))
+
+
+def _normalize_at_once(model: nn.Module) -> None:
+    """Let the normalizations of a model round under an autocast, in place, as the layers after them do anyway."""
+    layers: list[Any] = [module for module in model.modules() if type(module) is Normalize]
+    for module in layers:
+        module.__class__ = _NormalizesAtOnce
+        module.register_buffer("scale", 1 / module.std, persistent=False)
+        module.register_buffer("shift", -module.mean / module.std, persistent=False)
 
 
 class _SequenceFirst(nn.MultiheadAttention):
@@ -125,6 +169,9 @@ def prepare_for_inference(
         to_format(model, torch.channels_last)
     if not plain:
         _attend_sequence_first(model)
+        # With ``fine``, the first layer computes in float32, so its images are not rounded.
+        if dtype == torch.bfloat16 and not fine:
+            _normalize_at_once(model)
     in_float32 = _see_images_in_float32(model, image_shape) if fine else []
     products = (nn.modules.conv._ConvNd, nn.Linear)
     convert([one for one in model.modules() if isinstance(one, products) and one not in in_float32], dtype=dtype)

@@ -1,0 +1,188 @@
+"""What is launched on CUDA between the purifier of a defence's copy and the first layer of its classifier."""
+
+import pytest
+import torch
+from fake_cuda import FakeCuda
+from torch import nn
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from purify_fast import frozen_copy
+from purify_fast.methods.atop import Atop, DeepFillGenerator, SmallGenerator
+from purify_fast.methods.carso import Carso
+from purify_fast.models.classifiers import PreActResNet18
+from purify_fast.models.layers import Normalize
+from purify_fast.speed.folding.inference_copy import InferenceCopy
+from purify_fast.speed.watch import Watch
+
+SHAPE = (3, 32, 32)
+
+
+class Operators(TorchDispatchMode):
+    """Lists the operators that compute, with the dtypes and the bytes of their results."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.bytes = [], []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        first = out[0] if isinstance(out, (tuple, list)) and out else out
+        views = any(r.alias_info is not None and not r.alias_info.is_write for r in function._schema.returns)
+        if isinstance(first, torch.Tensor) and first.dim() and not views and "empty" not in function._schema.name:
+            self.names.append(function._schema.name.partition("::")[2])
+            self.bytes.append(first.nbytes)
+        return out
+
+    def since(self, purifier, classifier):
+        """The operators between the last one of the purifier and the next of the classifier, and their bytes."""
+        begin = len(self.names) - self.names[::-1].index(purifier)
+        end = self.names.index(classifier, begin)
+        return self.names[begin:end], sum(self.bytes[begin:end])
+
+    def backwards(self):
+        self.names.reverse()
+        self.bytes.reverse()
+        return self
+
+
+def atop(transform):
+    generator = SmallGenerator(3, width=8) if transform == "rt2" else DeepFillGenerator(5, width=8)
+    return Atop(PreActResNet18(width=8), generator, SHAPE, transform=transform)
+
+
+#: Each defence, its purifier's last operator, what lies between this and the classifier's first convolution, forward
+#: and backward, and the bytes that this writes for each number of an image.
+DEFENCES = {
+    "AToP, rt2": (lambda: atop("rt2"), "tanh", ["add", "addcmul"], ["mul", "mul", "_to_copy"], (4 + 2, 4 + 4 + 2)),
+    # `stitch` joins images of four passes in bfloat16.
+    "AToP, rt3": (
+        lambda: atop("rt3"),
+        "tanh",
+        ["stitch", "add", "addcmul"],
+        ["mul", "mul", "_to_copy", "stitch_backward"],
+        (2 + 4 + 2, 4 + 4 + 2 + 4 * 2),
+    ),
+    "CARSO": (
+        lambda: Carso(PreActResNet18(width=8), ["stages.1"], SHAPE, samples=8),
+        "decode_samples",
+        ["addcmul"],
+        ["mul"],
+        (2, 4),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DEFENCES)
+def test_few_launches_lie_between_purifier_and_classifier(name, monkeypatch):
+    monkeypatch.setattr("purify_fast.methods.carso.defence.kernel_decodes", lambda device: True)
+    make, last, forward, backward, written = DEFENCES[name]
+    torch.manual_seed(0)
+    defence, x, fake = make().eval(), torch.rand(4, *SHAPE), FakeCuda()
+    fast = frozen_copy(defence, x, dtype=torch.bfloat16)
+    fake.put(defence), fake.put(fast)
+    monkeypatch.setattr(fast._followed, "changed", lambda: False)
+    leaf = fake.tensor(x).detach().requires_grad_()
+    for first in (True, False):
+        there, back = Operators(), Operators()
+        with fake.running(first=first):
+            if name == "CARSO":
+                # The packed weights are known, though they have become fake.
+                fast._packed_from = Watch(fast.decoder)
+            with there:
+                logits = fast(leaf).sum()
+            with back:
+                torch.autograd.grad(logits, leaf)
+    pixels = 4 * (8 if name == "CARSO" else 1) * 3 * 32 * 32
+    assert there.since(last, "convolution") == (forward, written[0] * pixels)
+    found = back.backwards().since(f"{last}_backward", "convolution_backward")
+    assert found == (backward[::-1], written[1] * pixels)
+
+
+# -- the normalization of a copy --------------------------------------------------------------------------------------
+
+
+class Normalized(nn.Module):
+    """A normalization far from 0, and convolutions that pad their images with zeros."""
+
+    def __init__(self):
+        super().__init__()
+        self.normalize = Normalize((0.9, 0.1, 0.5), (0.2, 0.3, 0.05), 3)
+        # With fewer weights, a copy would keep its images contiguous.
+        self.convs = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 8, 3, padding=1))
+
+    def forward(self, x):
+        self.seen = self.normalize(x)
+        return self.convs(self.seen).flatten(1)
+
+
+def normalized():
+    torch.manual_seed(0)
+    return Normalized().requires_grad_(False).eval(), torch.rand(5, 3, 8, 8)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("dtype", "fine", "seen"),
+    [
+        (torch.float32, False, torch.float32),
+        (torch.bfloat16, True, torch.float32),
+        (torch.bfloat16, False, torch.bfloat16),
+    ],
+)
+def test_a_copy_normalizes_as_its_model(dtype, fine, seen, layout):
+    model, x = normalized()
+    copied = InferenceCopy(model, (3, 8, 8), dtype, fine=fine)
+    leaf = x.contiguous(memory_format=layout).requires_grad_()
+    got = copied(leaf)
+    wanted = model(x)
+    network = copied.classifier
+    assert network.seen.dtype == seen and network.seen.is_contiguous(memory_format=layout)
+    # The images are rounded once, and the pixels beside the padding are right, too.
+    error = 2**-8 if seen == torch.bfloat16 else 1e-6
+    torch.testing.assert_close(network.seen.float(), model.seen, rtol=error, atol=1e-5)
+    error = 1e-6 if dtype == torch.float32 else 2**-7
+    assert bool((got - wanted).abs().max() <= error * wanted.abs().max())
+    # The gradient of the normalized images, divided by the standard deviation.
+    weight = torch.linspace(-1, 1, got.numel()).view_as(got)
+    (grad,) = torch.autograd.grad((got * weight).sum(), leaf)
+    other = x.clone().requires_grad_()
+    (right,) = torch.autograd.grad((model(other) * weight).sum(), other)
+    assert grad.dtype == torch.float32
+    error = 1e-5 if dtype == torch.float32 else 2**-6
+    assert bool((grad - right).abs().max() <= error * right.abs().max())
+    # The copy keeps its class to itself.
+    assert type(model.normalize) is Normalize
+
+
+def test_a_copy_follows_other_statistics():
+    model, x = normalized()
+    copied = InferenceCopy(model, (3, 8, 8))
+    model.normalize.mean.fill_(0.3)
+    model.normalize.std.fill_(0.7)
+    copied.refresh(model)
+    wanted = model(x)
+    assert bool((copied(x) - wanted).abs().max() <= 2**-7 * wanted.abs().max())
+
+
+def test_a_copy_is_differentiated_in_every_way():
+    model, x = normalized()
+    copied = InferenceCopy(model, (3, 8, 8))
+    tangent = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+
+    def loss(network):
+        return lambda images: network(images).logsumexp(1).sum()
+
+    ways = {
+        "grad": lambda network: torch.func.grad(loss(network))(x),
+        "twice": lambda network: torch.autograd.functional.hvp(loss(network), x, tangent)[1],
+        "batched": lambda network: torch.autograd.functional.jacobian(network, x[:1], vectorize=True),
+    }
+    for name, way in ways.items():
+        got, wanted = way(copied), way(model)
+        assert bool((got - wanted).abs().max() <= 2**-5 * wanted.abs().max()), name
+    # `forward` itself has forward derivatives; convolutions in bfloat16 have none on every processor.
+    layer = copied.classifier.normalize
+    with torch.autocast("cpu"), forward_ad.dual_level():
+        moved = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, tangent))).tangent
+    torch.testing.assert_close(moved, tangent / model.normalize.std)
