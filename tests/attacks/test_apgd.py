@@ -6,6 +6,7 @@ import pytest
 import torch
 from direct import direct
 from small_models import accuracy
+from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from purify_fast.attacks import GradientHealth, JudgeContext, apgd
@@ -189,6 +190,23 @@ def test_a_search_waits_for_the_device_only_at_its_checkpoints(monkeypatch):
             search = kind(Objective(model, "ce", 2), active, rows, 10, rho=0.75)
             search.run()
             assert len(search.rows.owner) == 5 and search.loop.state["top"].shape == (5, 48)
+
+
+def test_rows_that_remain_have_the_layout_of_new_rows():
+    """Graphs are found by layouts, and gradients through channels_last have another layout than their points."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = lambda z: net(z.contiguous(memory_format=torch.channels_last))  # noqa: E731
+    x, y = torch.rand(6, 3, 8, 8), torch.zeros(6, dtype=torch.int64)
+    ball, kept = Ball(torch.full((6,), 0.1)), torch.arange(4)
+    active = ActiveSet(x, y, ball, Judge(model), JudgeContext())
+    rows = Rows(torch.arange(6), x, y, ball, begin=x.clone())
+    search, fresh = (AutoPgd(Objective(model), active, some, 10) for some in (rows, rows.take(kept)))
+    search.loop.advance()
+    assert not search.loop.state["gradient"].is_contiguous()
+    search.take(kept)
+    layouts = [{name: value.stride() for name, value in run.loop.state.items()} for run in (search, fresh)]
+    assert layouts[0] == layouts[1]
 
 
 def test_the_targets_are_the_wrong_classes_of_highest_logit():
