@@ -6,15 +6,17 @@ import pytest
 import torch
 from direct import direct
 from small_models import accuracy
+from torch import nn
 
 from purify_fast.attacks import GradientHealth, JudgeContext, apgd
 from purify_fast.attacks.ball import Ball
 from purify_fast.attacks.losses import cross_entropy, dlr_targeted
-from purify_fast.judge.searches.apgd import checkpoints
+from purify_fast.attacks.objective import Objective
+from purify_fast.judge.searches.apgd import AutoPgd, checkpoints
 from purify_fast.judge.searches.engine import judge as judging
 from purify_fast.judge.searches.engine import row_batches as engine_rows
 from purify_fast.judge.searches.engine.judge import Judge
-from purify_fast.judge.searches.engine.row_batches import ActiveSet
+from purify_fast.judge.searches.engine.row_batches import ActiveSet, Rows
 
 
 def test_checkpoints():
@@ -123,6 +125,23 @@ def test_every_image_gets_every_run_in_waves_that_are_filled(monkeypatch, padded
     assert standing and all({(image, goal) for goal in (1, 2, 3, 4, 5)} <= set(seen) for image in standing)
     # copies of rows fill the last wave
     assert sizes == ([90, 90, 90, 64] if padded else [90, 59, 58, 57, 56])
+
+
+def test_rows_that_remain_have_the_layout_of_new_rows():
+    """Graphs are found by layouts, and gradients through channels_last have another layout than their points."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = lambda z: net(z.contiguous(memory_format=torch.channels_last))  # noqa: E731
+    x, y = torch.rand(6, 3, 8, 8), torch.zeros(6, dtype=torch.int64)
+    ball, kept = Ball(torch.full((6,), 0.1)), torch.arange(4)
+    active = ActiveSet(x, y, ball, Judge(model), JudgeContext())
+    rows = Rows(torch.arange(6), x, y, ball, begin=x.clone())
+    search, fresh = (AutoPgd(Objective(model), active, some, 10) for some in (rows, rows.take(kept)))
+    search.loop.advance()
+    assert not search.loop.state["gradient"].is_contiguous()
+    search.take(kept)
+    layouts = [{name: value.stride() for name, value in run.loop.state.items()} for run in (search, fresh)]
+    assert layouts[0] == layouts[1]
 
 
 def test_the_targets_are_the_wrong_classes_of_highest_logit():
