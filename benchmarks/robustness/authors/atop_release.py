@@ -64,7 +64,7 @@ class ReleasedEvaluation(nn.Module):
             )
             mask = drawn[:, -1:]
         packed = torch.cat([x * (1 - mask), torch.ones_like(mask), mask], 1)
-        images = (defence.stages(packed)[-1] + 1) / 2
+        images = (defence.stages(packed)[-1].to(defence.purifier_dtype) + 1) / 2
         return defence.classify(images[:, None])[:, 0]
 
 
