@@ -149,7 +149,8 @@ def test_a_copy_normalizes_as_its_model(dtype, fine, seen, layout):
     other = x.clone().requires_grad_()
     (right,) = torch.autograd.grad((model(other) * weight).sum(), other)
     assert grad.dtype == torch.float32
-    error = 1e-5 if dtype == torch.float32 else 2**-6
+    # A processor without instructions for bfloat16 rounds sums of products more often.
+    error = 1e-5 if dtype == torch.float32 else 2**-5
     assert bool((grad - right).abs().max() <= error * right.abs().max())
     # The copy keeps its class to itself.
     assert type(model.normalize) is Normalize
