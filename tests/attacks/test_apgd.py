@@ -179,3 +179,21 @@ def test_robust_accuracy_beside_autoattack(digits):
             assert health.reliable and health.count("gradients") >= STEPS * ours * len(x) / 100
             behind.append(ours - theirs)
     assert sum(behind) / len(behind) <= 0.4, behind
+
+
+def test_memory_that_ends_when_rows_leave_is_reported_as_such(monkeypatch):
+    module, begun = importlib.import_module("purify_fast.judge.searches.apgd"), []
+    begin = module.begin_steps
+
+    def ends(*given):
+        begun.append(given)
+        if len(begun) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return begin(*given)
+
+    monkeypatch.setattr(module, "begin_steps", ends)
+    x, y = torch.rand(6, 4), torch.arange(6) % 3
+    model = nn.Linear(4, 3).eval()
+    with pytest.raises(torch.OutOfMemoryError):
+        direct(apgd, model, x, y, eps=0.3, steps=20)
+    assert len(begun) == 2

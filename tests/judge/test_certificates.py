@@ -21,7 +21,7 @@ from purify_fast import cli, frozen_copy, zoo
 from purify_fast.attacks import PGD
 from purify_fast.cli.certify import Certify
 from purify_fast.defences import NoisyEnsemble
-from purify_fast.evaluation import Certificates, certify, refute
+from purify_fast.evaluation import Certificates, EvaluateConfig, certify, refute
 from purify_fast.judge.certificates.log import read_log
 from purify_fast.judge.certificates.noisy_draws import DependentDrawsError, Draws
 from purify_fast.judge.certificates.sequences import (
@@ -669,7 +669,7 @@ def test_close_radii_and_their_order_are_kept():
         ("decided", [[[24, 24]], [[20, 24]]], "decided must be right draws and draws of a look, some"),
         ("decided", [[24, 24]], "decided must be int64"),
         ("sigma", -1, "sigma must be above 0 and finite, got -1"),
-        ("alpha", 5, "alpha must be in .0, 1., got 5"),
+        ("alpha", 5, "alpha must be in .0, 0.5., got 5"),
         ("radii", [-0.5], "each of radii must be at least 0"),
         ("decided", [[[24, 24]], [[5, 24]]], "decided must be after a number of draws of a look, such as .20, 22, 25"),
         ("labels", [-2, 0], "labels must be class numbers, or -1, got -2"),
@@ -739,7 +739,7 @@ def test_a_purifier_of_one_step_is_certified():
     ("settings", "message"),
     [
         ({"sigma": math.inf}, "sigma must be above 0 and finite"),
-        ({"alpha": 1.0}, "alpha must be in"),
+        ({"alpha": 0.99}, "alpha must be in"),
         ({"radius": -0.1}, "radius must be at least 0"),
         ({"radius": []}, "radius must be a number or at least one number"),
         ({"radius": 2.0}, "radius must be at most 1.8868, which 100000 right draws"),
@@ -750,7 +750,8 @@ def test_a_purifier_of_one_step_is_certified():
         ({"gain": 0.1}, "gain is only for the largest radius"),
         ({"gain": 1.0, "radius": None}, "gain must be in .0, 1., got 1.0"),
         ({"choosing": 0}, "choosing must be in"),
-        ({"draws": 2**28}, "draws must be in"),
+        # The draws that choose a class have the numbers from here on.
+        ({"draws": 2**27}, "draws must be in"),
         ({"seed": -1}, "seed must be in"),
         ({"batch_size": 0}, "batch_size must be"),
         ({"model": None}, "model must be a module or a function"),
@@ -779,6 +780,7 @@ def test_refute_checks_what_it_gets_before_it_attacks():
         ("x and y must be the images", {"x": x.flip(0)}),
         ("radius must be", {"radius": 9.0}),
         ("refute sets n_eval itself", {"n_eval": 3}),
+        (r"refute sets config\.protocol, config\.seed itself", {"config": EvaluateConfig("fast", seed=7)}),
         ("draws must be a whole number", {"draws": 1.5}),
         ("votes must be at least 1", {"votes": 0}),
     ):

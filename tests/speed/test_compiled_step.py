@@ -5,15 +5,18 @@ from dataclasses import dataclass
 import pytest
 import torch
 from direct import direct
+from small_runs import batch, carso_task
 from torch import Tensor, nn
 
 from purify_fast import frozen_copy
 from purify_fast.attacks import pgd
 from purify_fast.attacks.objective import GradientStep, Objective
 from purify_fast.models.classifiers import SmallCNN
+from purify_fast.protocols import CompilesSteps
 from purify_fast.speed import InferenceCopy, StepGraphs
 from purify_fast.speed.graphs import compiled_step as compiling
 from purify_fast.speed.graphs.compiled_step import agrees, compiled_step
+from purify_fast.speed.graphs.step_loop import parts_of
 from purify_fast.zoo import load
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -228,3 +231,23 @@ def test_a_step_is_compiled_once_although_two_of_its_tensors_are_the_same_or_it_
         attack(model, graphs)
     # The capture compiles its own step, once.
     assert rerun.recorded == 1 and len(compiled) == 2
+
+
+def test_a_step_compiled_with_fresh_noise_does_not_serve_fixed_noise(monkeypatch):
+    monkeypatch.setattr(compiling, "BACKEND", lambda graph, inputs: graph.forward)
+    monkeypatch.setattr(torch, "compile", torch_compile)
+    defence = carso_task("pipeline").trained.eval()
+    fast = defence.make_frozen_copy(torch.float32, compile=True, plain=False)
+    given = batch(1)
+
+    def attacked() -> Tensor:
+        return pgd(fast, given.x, given.y, 0.1, steps=3, random_start=False)
+
+    fresh = [attacked() for _ in range(3)]
+    assert any(
+        callable(step) for part in parts_of(fast, CompilesSteps) for step in (part.compiled_steps() or {}).values()
+    )
+    assert not torch.equal(fresh[1], fresh[2])
+    for mode in (fast.fixed_noise(7), fast.deterministic()):
+        with mode:
+            assert torch.equal(attacked(), attacked())

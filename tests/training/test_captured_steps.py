@@ -516,3 +516,19 @@ def test_by_default_steps_of_attacks_are_captured_and_whole_steps_are_not(tape):
         for seed in range(CAPTURE_STEPS + 2):
             train_step(task, batch(seed))
         assert any(isinstance(step, CapturedStep) for step in task.graphs.whole_steps.values()) is whole
+
+
+def test_a_gradient_that_is_only_rounding_hides_no_wrong_gradient():
+    """A bias before a BatchNorm has other bits in each run, and a norm that says nothing."""
+    source = torch.Generator().manual_seed(0)
+    good = torch.randn(64, 64, generator=source)
+
+    def results(gradient: torch.Tensor) -> list[torch.Tensor]:
+        noise = torch.randn(64, generator=source) * 1e-8
+        return [noise, gradient + 1e-7 * torch.randn(64, 64, generator=source)]
+
+    repeats = [results(good) for _ in range(REPEATS)]
+    assert within_repeats(results(good), repeats)
+    assert not any(within_repeats(results(wrong), repeats) for wrong in (-good, 0 * good, 2 * good, 1.1 * good))
+    lost = [[torch.tensor([torch.nan, 1.0]).roll(i), good] for i in range(REPEATS)]
+    assert not within_repeats([torch.ones(2), 100 * good], lost)

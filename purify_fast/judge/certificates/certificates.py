@@ -89,7 +89,7 @@ class Certificates:
     draws: NDArray[np.int64]
     sigma: Positive
     radii: tuple[Radius, ...]
-    alpha: Annotated[float, Range(0, 1, above=True, below=True)]
+    alpha: Annotated[float, Range(0, 0.5, above=True)]
     refuted: dict[float, NDArray[np.bool_]] = field(default_factory=dict)
     about: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)

@@ -234,8 +234,12 @@ def check_settings(sigma: Any, radius: Any, alpha: Any, gain: Any = 0.0, **whole
     radii = tuple(given) if isinstance(given, (list, tuple, range)) else (given,)
     if not radii and radius is not None:
         raise ValueError("radius must be a number or at least one number, got none")
-    allowed = {"sigma": Range(0, above=True, below=True), "alpha": Range(0, 1, above=True, below=True)}
-    allowed |= {"draws": Range(1, MOST), "radius": Range(0, below=True), "seed": Range(0, LARGEST, below=True)}
+    allowed = {"sigma": Range(0, above=True, below=True), "alpha": Range(0, 0.5, above=True)}
+    allowed |= {
+        "draws": Range(1, MOST, below=True),
+        "radius": Range(0, below=True),
+        "seed": Range(0, LARGEST, below=True),
+    }
     allowed |= {"gain": Range(0, 1, below=True), "choosing": Range(1, MOST)}
     numbers = [("sigma", sigma), ("alpha", alpha), ("gain", gain), *(("radius", each) for each in radii)]
     for name, value in [*numbers, *whole.items()]:

@@ -24,6 +24,8 @@ from .certification import certify, check_settings
 
 #: What `refute` sets itself in its evaluation.
 OWN = ("predict", "n_eval", "eps", "norm")
+#: What a config for `refute` may not set: the former, and what has another default here than in `evaluate`.
+UNSET = ("predict", "n_eval", "protocol", "seed")
 #: An attacked image is moved towards the image until its distance is this share below the radius, against rounding.
 INSIDE = 1e-6
 
@@ -76,8 +78,10 @@ def refute(
     asked: dict[str, Any] = {"seed": int(certificates.about["seed"]), **settings}
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a module, because attacks need it in a copy, got {type(model).__name__}")
-    if taken := [name for name in OWN if name in asked]:
-        raise TypeError(f"refute sets {', '.join(taken)} itself: leave out {', '.join(OWN)}")
+    config = asked.get("config", EvaluateConfig())
+    changed = [name for name in UNSET if getattr(config, name) != getattr(EvaluateConfig(), name)]
+    if taken := [name for name in OWN if name in asked] + [f"config.{name}" for name in changed]:
+        raise TypeError(f"refute sets {', '.join(taken)} itself, or takes it as a keyword: leave it out")
     images, labels, _ = collect(x, y)
     check_number("radius", radius)
     # A larger ball contains every image.
@@ -91,7 +95,7 @@ def refute(
     if "attacks" not in asked:
         asked.setdefault("protocol", "strong")
     asked.setdefault("name", f"{certificates.about['name']}, smoothed with sigma {sigma:g}")
-    together = asked.get("config", EvaluateConfig()).together
+    together = config.together
     smoothed = _Smoothed(model, sigma, samples=1, clamp=False).eval()
     report = evaluate(MajorityVote(smoothed, votes), images, labels, eps=radius, norm="l2", n_eval=1, **asked)
     with Shards(together) as shards:

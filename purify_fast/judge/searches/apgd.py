@@ -24,7 +24,7 @@ from ...attacks.losses import FEWEST_CLASSES, TARGETED, ApgdLoss, check_classes
 from ...attacks.objective import Objective, ObjectiveStep
 from ...attacks.search import Search, better_of, record_point
 from ...ops.apgd_step import apgd_step
-from ...speed.graphs.step_loop import State, begin_steps
+from ...speed.graphs.step_loop import State, Steps, begin_steps
 from .engine.engine_attack import USUAL_TARGETS, EngineAttack, nearest_borders, targets_and_times
 from .engine.row_batches import ActiveSet, Rows, RowSearch, waves
 from .judge_context import JudgeContext
@@ -252,10 +252,11 @@ class AutoPgd(RowSearch):
         super().take(index)
         state = self.loop.values()
         # Otherwise the new loop would first copy the old loop's state out of the buffers of their CUDA graph.
-        del self.loop
-        score = state.pop("best_score")[:, index]
+        self.loop = Steps(self.ascent, state)
+        score = state["best_score"][:, index]
         # A gradient may have another layout than the points. Graphs are found by the layouts.
-        taken = {name: value[index].contiguous() if value.dim() else value for name, value in state.items()}
+        others = ((name, value) for name, value in state.items() if name != "best_score")
+        taken = {name: value[index].contiguous() if value.dim() else value for name, value in others}
         self.loop = begin_steps(self.objective.graphs, self.ascent, {**taken, "best_score": score})
 
     def _turn(self, i: int) -> None:

@@ -201,6 +201,12 @@ def step_key(function: StepFunction, state: State) -> Hashable:
     return weak_key((weak_key(function), shapes, device, numerics(device)))
 
 
+def noise_modes(model: nn.Module) -> Hashable:
+    """The modes of the noise in a model, such as "fixed", for which a compiled step must be another."""
+    values = [getattr(part, name) for part in model.modules() for name in sorted(getattr(part, "noise_modes", ()))]
+    return tuple(value if isinstance(value, str) else type(value) for value in values)
+
+
 def reserved(device: torch.device) -> int:
     """The bytes that this process has reserved on a GPU for tensors and graphs; 0 for a CPU."""
     return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
@@ -227,5 +233,6 @@ def begin_steps(graphs: CapturesSteps | None, function: StepFunction, state: Sta
             # Most attacks do not need the compiler, whose import takes seconds.
             from .compiled_step import compiled_if_repeated
 
-            function = compiled_if_repeated(function, state, step_key(function, state), known)
+            key = step_key(function, state), noise_modes(function.model)
+            function = compiled_if_repeated(function, state, key, known)
     return Steps(function, state)
