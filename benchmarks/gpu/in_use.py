@@ -54,13 +54,16 @@ def replays() -> Iterator[list[None]]:
         yield seen
 
 
-def _row(form: str, device: torch.device, seen: list[None], said: list[Any], **columns: Any) -> dict:
-    verdict = "right" if seen or device.type == "cpu" else "failed"
+def row(
+    form: str, device: torch.device, seen: list[None], said: list[Any], *, captured: bool = True, **columns: Any
+) -> dict:
+    """Return a row. What should be captured has failed on a GPU if no graph was replayed."""
+    verdict = "right" if seen or not captured or device.type == "cpu" else "failed"
     texts = dict.fromkeys(str(one.message).splitlines()[0] for one in said)
     return {"form": form, **columns, "replays": len(seen), "verdict": verdict, "warnings": "; ".join(texts)}
 
 
-def _task(device: torch.device, small: bool, steps: int) -> ClassifierTask:
+def classifier_task(device: torch.device, small: bool, steps: int) -> ClassifierTask:
     torch.manual_seed(0)
     model = PreActResNet18(width=4 if small else 64).to(device)
     attack = TrainingAttack(eps=EPS, steps=steps, alpha=max(ALPHA, EPS / steps))
@@ -84,7 +87,7 @@ def training(device: torch.device, small: bool) -> list[dict]:
     Returns:
         A row for each epoch.
     """
-    task, generator = _task(device, small, 2 if small else STEPS), torch.Generator().manual_seed(1)
+    task, generator = classifier_task(device, small, 2 if small else STEPS), torch.Generator().manual_seed(1)
     count, batch = (64, 16) if small else (12_800, 128)
     x = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
     config = FitConfig(3, batch, validation_share=0.125, flip=True, padding=4)
@@ -95,12 +98,12 @@ def training(device: torch.device, small: bool) -> list[dict]:
         whole, before, rows = now(device) - begin, 0, []
     for epoch, (speed, until) in enumerate(epochs.rows):
         numbers = {"images": batch, "images_per_s": f"{speed:.0f}", "whole_s": f"{whole:.2f}"}
-        rows.append(_row(f"fit, epoch {epoch}", device, seen[before:until], said, **numbers))
+        rows.append(row(f"fit, epoch {epoch}", device, seen[before:until], said, **numbers))
         before = until
     return rows
 
 
-def _network(name: str, small: bool) -> nn.Module:
+def network(name: str, small: bool) -> nn.Module:
     torch.manual_seed(0)
     if name == "ResNet-18":
         return PreActResNet18(width=4 if small else 64).eval()
@@ -114,7 +117,7 @@ def _network(name: str, small: bool) -> nn.Module:
 def loop(device: torch.device, small: bool, name: str) -> dict:
     """Attack a frozen copy in a loop of the user's own, which trains the model between the attacks."""
     count, calls = (8, 3) if small else (256, 40)
-    model = _network(name, small).to(device)
+    model = network(name, small).to(device)
     batch = random_batch(device, count, 32, 1)
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)
     times: list[float] = []
@@ -130,19 +133,24 @@ def loop(device: torch.device, small: bool, name: str) -> dict:
             optimizer.step()
     usual = statistics.median(times[calls // 2 :])
     numbers = {"images": count, "images_per_s": f"{count / usual:.0f}", "ms": f"{1e3 * usual:.2f}"}
-    return _row(f"loop, {name}", device, seen, said, **numbers, first_ms=f"{1e3 * times[0]:.1f}")
+    return row(f"loop, {name}", device, seen, said, **numbers, first_ms=f"{1e3 * times[0]:.1f}")
+
+
+def filling(device: torch.device, small: bool) -> int:
+    """Return the number of images whose training step without a graph fills 70 % of the card's memory."""
+    if device.type != "cuda":
+        return 16
+    peaks = [_peak(device, small, count) for count in PROBES]
+    slope = (peaks[1] - peaks[0]) / (PROBES[1] - PROBES[0])
+    room = SHARE * torch.cuda.get_device_properties(device).total_memory - peaks[0]
+    # Above this number, a map of the network would have more elements than 32 bits can count.
+    return min(MOST_IMAGES, PROBES[0] + int(room / slope))
 
 
 def full(device: torch.device, small: bool) -> dict:
     """Take training steps on as many images as fill 70 % of the card's memory without a graph."""
-    peaks = [_peak(device, small, count) for count in PROBES] if device.type == "cuda" else [0, 0]
-    count = 16
-    if device.type == "cuda":
-        slope = (peaks[1] - peaks[0]) / (PROBES[1] - PROBES[0])
-        room = SHARE * torch.cuda.get_device_properties(device).total_memory - peaks[0]
-        # Above this number, a map of the network would have more elements than 32 bits can count.
-        count = min(MOST_IMAGES, PROBES[0] + int(room / slope))
-    task, batch, times = _task(device, small, FEW_STEPS), random_batch(device, count, 32, 1), list[float]()
+    count = filling(device, small)
+    task, batch, times = classifier_task(device, small, FEW_STEPS), random_batch(device, count, 32, 1), list[float]()
     task.graphs = StepGraphs("always")
     with replays() as seen, warnings.catch_warnings(record=True) as said, step_settings(task, FitConfig(1), device):
         warnings.simplefilter("always")
@@ -152,12 +160,12 @@ def full(device: torch.device, small: bool) -> dict:
             times.append(now(device) - begin)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     numbers = {"images": count, "images_per_s": f"{count / times[-1]:.0f}", "ms": f"{1e3 * times[-1]:.2f}"}
-    return _row("full card", device, seen, said, **numbers, first_ms=f"{1e3 * times[0]:.1f}", peak_MB=peak // 10**6)
+    return row("full card", device, seen, said, **numbers, first_ms=f"{1e3 * times[0]:.1f}", peak_MB=peak // 10**6)
 
 
 def _peak(device: torch.device, small: bool, count: int) -> int:
     """The bytes that a training step without a graph needs."""
-    task, batch = _task(device, small, FEW_STEPS), random_batch(device, count, 32, 1)
+    task, batch = classifier_task(device, small, FEW_STEPS), random_batch(device, count, 32, 1)
     with step_settings(task, FitConfig(1, cuda_graphs="off"), device):
         train_step(task, batch)
         torch.cuda.reset_peak_memory_stats(device)

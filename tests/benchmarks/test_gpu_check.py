@@ -116,7 +116,7 @@ def test_the_package_as_users_run_it(rehearsal, monkeypatch):
     assert all(float(row["images_per_s"]) > 0 and row["replays"] == "0" for row in rows)
     # On a GPU, a row without a replay of a graph has failed.
     cuda = torch.device("cuda")
-    verdicts = [in_use._row("fit", cuda, seen, [])["verdict"] for seen in ([], [None])]
+    verdicts = [in_use.row("fit", cuda, seen, [])["verdict"] for seen in ([], [None])]
     assert verdicts == ["failed", "right"]
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: None)
     with in_use.replays() as seen:
