@@ -8,12 +8,12 @@ Every part has a process of its own, so that an error on the card ends one part 
 
 from __future__ import annotations
 
-import logging
-import multiprocessing
+import importlib
 import statistics
 import sys
 import traceback
 import warnings
+from collections.abc import Callable
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -23,16 +23,13 @@ import torch
 from torch import Tensor
 
 from purify_fast import frozen_copy
-from purify_fast._validation import in_one_line
 from purify_fast.attacks import pgd
 from purify_fast.speed import StepGraphs
 from purify_fast.speed.graphs import step_graphs
-from purify_fast.speed.graphs.step_loop import CAPTURE_STEPS
 from purify_fast.speed.precision import float32_products, raced_convolutions
-from purify_fast.training import FitConfig, fit
 
 from .. import RESULTS
-from ..speed import pipelines, timing
+from ..speed import pipelines, race, timing
 from ..speed.pipelines import EXPERT, Job, arrest_step, carso_inference, carso_training, expert, pgd_forms, random_batch
 from . import in_use
 
@@ -90,10 +87,9 @@ def measure(goal: str, form: str, device: torch.device, quick: bool) -> tuple[di
         spent.append(seconds)
         log(graphs, what, seconds, size)
 
-    race = "off" if form == UNRACED else "on"
     with (
         float32_products(tf32=form.startswith(EXPERT)),
-        raced_convolutions(race, device),
+        raced_convolutions("off" if form == UNRACED else "on", device),
         # Otherwise the captures of training steps would race in both forms.
         mock.patch.object(pipelines, "StepGraphs", partial(StepGraphs, cudnn_benchmark="off")),
         mock.patch.object(StepGraphs, "log", logged),
@@ -117,27 +113,6 @@ def measure(goal: str, form: str, device: torch.device, quick: bool) -> tuple[di
     return in_use.row(form, device, seen, said, captured=captured, **numbers), result
 
 
-def fit_on_full_card(device: torch.device, quick: bool) -> tuple[dict, None]:
-    """Train by `fit` on batches that fill 70 % of the memory, capture whole steps, and validate after the capture."""
-    count, epochs, error = in_use.filling(device, quick), CAPTURE_STEPS + 3, ""
-    task = in_use.classifier_task(device, quick, in_use.FEW_STEPS)
-    task.graphs = graphs = StepGraphs("step")
-    x = torch.randint(0, 256, (2 * count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    config = FitConfig(epochs, count, validation_share=0.5, validation_every=epochs, cuda_graphs="step")
-    with in_use.replays() as seen, warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        begin = timing.now(device)
-        try:
-            fit(task, x, torch.arange(len(x)) % 10, config, progress=False)
-        except Exception as raised:
-            error = in_one_line(raised)
-        whole = timing.now(device) - begin
-    numbers = {"images": count, "whole_s": f"{whole:.1f}", "ended": not error, "error": error}
-    numbers |= {"graphs_dropped": graphs.mode == "off", "captures": graphs.captures}
-    row = in_use.row("fit at 70 % of the memory", device, seen, said, **numbers)
-    return row | ({"verdict": "failed"} if error else {}), None
-
-
 def frozen_in_float32(device: torch.device, quick: bool) -> tuple[dict, None]:
     """Make a frozen copy in float32 while products are in TF32. A warning says that the copy took a simpler form."""
     network, x = in_use.network("ResNet-18", quick).to(device), random_batch(device, 8, 32, 1).x
@@ -154,64 +129,44 @@ def _forms(*forms: str) -> dict[str, Any]:
 
 
 #: The parts, the most important first. The compiled forms take longest.
-PARTS = {
+PARTS: dict[str, Callable[[torch.device, bool], tuple[dict, Tensor | None]]] = {
     **_forms(UNRACED, RACED),
     "frozen_copy in float32": frozen_in_float32,
-    "fit on a full card": fit_on_full_card,
+    "fit on a full card": lambda device, quick: (in_use.full(device, quick), None),
     **_forms(EXPERT, f"{EXPERT}, compiled"),
 }
 
 
 def _work(pipe: Any, part: str, device_type: str, quick: bool) -> None:
     """Measure a part in this process, and send its row and its numbers, or the traceback of an error."""
-    logging.basicConfig(level=logging.INFO)
     if quick and (TESTS / "captures.py").is_file():
         # Stand-ins for CUDA graphs.
         sys.path.insert(0, str(TESTS))
-        from captures import Rerun
-
-        step_graphs.CudaCapture = Rerun
+        step_graphs.CudaCapture = importlib.import_module("captures").Rerun
     try:
         row, result = PARTS[part](torch.device(device_type), quick)
-        pipe.send((row, None if result is None else result.numpy(), ""))
+        pipe.send((True, (row, None if result is None else result.numpy())))
     except Exception:
-        pipe.send(({}, None, traceback.format_exc()))
+        pipe.send((False, traceback.format_exc()))
 
 
-def row_of(part: str, device: torch.device, quick: bool, seconds: float, results: dict[str, Tensor]) -> dict:
+def row_of(part: str, context: Any, results: dict[str, Tensor]) -> dict:
     """Measure a part in a process of its own, and return its row.
 
     Args:
         part: name of the part.
-        device: device that is measured.
-        quick: True for small inputs, and for stand-ins for CUDA graphs.
-        seconds: time limit. The process is killed at this limit, or at `MOST_SECONDS`.
+        context: context of the section. The process is killed at its time limit, or after `MOST_SECONDS`.
         results: numbers of the first form of each goal. Another form with other numbers is wrong.
 
     Raises:
         TimeoutError: the part did not end in time.
         RuntimeError: the part has failed.
     """
-    # A server imports PyTorch once, and its forks are the processes. It must not use CUDA.
-    context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
-    context.set_forkserver_preload(["__main__", __name__])
-    pipe, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(theirs, part, device.type, quick), daemon=True)
-    process.start()
-    theirs.close()
-    limit = max(0.0, min(MOST_SECONDS[quick], seconds))
+    process = race.Process(part, context.device.type, context.rehearsal, work=_work)
     try:
-        if not pipe.poll(limit):
-            raise TimeoutError(f"it did not end within {limit:.0f} s")
-        row, numbers, error = pipe.recv()
-    except EOFError:
-        process.join()
-        raise RuntimeError(f"the process of the part ended with exit status {process.exitcode}") from None
+        row, numbers = process.answer(part, min(MOST_SECONDS[context.rehearsal], context.left))
     finally:
-        process.kill()
-        process.join()
-    if error:
-        raise RuntimeError(error)
+        process.end(at_once=True)
     if numbers is not None:
         result = torch.from_numpy(numbers)
         first = results.setdefault(row["goal"], result)
@@ -221,15 +176,16 @@ def row_of(part: str, device: torch.device, quick: bool, seconds: float, results
 
 
 def profiled(device: torch.device, quick: bool) -> list[dict]:
-    """Return the number and the time of each kernel in a run of PGD-10 by this package."""
-    cuda, activity = device.type == "cuda", torch.profiler.ProfilerActivity
+    """Return the number and the times of all kernels and operators in a run of PGD-10 by this package."""
     job = pgd_job(RACED, device, quick)
     for _ in range(3):
         job.run()
-    with torch.profiler.profile(activities=[activity.CPU, *([activity.CUDA] if cuda else [])]) as profile:
+    with torch.profiler.profile() as profile:
         job.run()
         timing.now(device)
-    column = "self_device_time_total" if cuda else "self_cpu_time_total"
-    found = [event for event in profile.key_averages() if event.device_type.name.lower() == device.type]
-    found.sort(key=lambda event: -getattr(event, column))
-    return [{"kernel": event.key, "count": event.count, "us": f"{getattr(event, column):.1f}"} for event in found]
+    events = [event for event in profile.key_averages() if event.self_device_time_total or device.type == "cpu"]
+    times = {"device_us": "self_device_time_total", "host_us": "self_cpu_time_total"}
+    return [
+        {"kernel": event.key, "count": event.count, **{name: f"{getattr(event, at):.1f}" for name, at in times.items()}}
+        for event in sorted(events, key=lambda event: -event.self_device_time_total)
+    ]

@@ -3,8 +3,8 @@
 - ``correct`` verifies every kernel, runs the tests that need a GPU, and runs compute-sanitizer. All three run side by
   side. The call ends within 150 seconds.
 - ``goals`` measures what this package promises, beside an expert's code. The call ends within 200 seconds.
-- ``measured`` measures speed: the limits of the card, CUDA graphs, kernels against references, forms of PGD,
-  its kernels, evaluations, trainings and loops of users, and pipelines. The call ends within nine minutes.
+- ``measured`` measures speed: the limits of the card, CUDA graphs, kernels against references, forms of PGD and its
+  kernels, evaluations, trainings and loops of users, and pipelines. The call ends within nine minutes.
 
 A call consists of sections. Each section has a separate process and a time limit, which includes the start of the
 process and all preparation.
@@ -32,11 +32,11 @@ import os
 import platform
 import shutil
 import signal
+import subprocess
 import tarfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,11 +78,9 @@ class Call(NamedTuple):
     together: bool
 
 
-CALLS = {
-    "correct": Call((150, 3600), True),
-    "goals": Call((200, 7200), False),
-    "measured": Call((540, 14400), False),
-}
+CALLS = {"correct": Call((150, 3600), True), "goals": Call((200, 7200), False), "measured": Call((540, 14400), False)}
+#: The command that tells the commit of this tree.
+COMMIT = f"git -C '{RESULTS.parent}' describe --always --dirty --exclude='*'"
 _packing = threading.Lock()
 
 
@@ -200,36 +198,18 @@ def pack(out: Path, call: str) -> tuple[Path, list[str]]:
     return path, left_out
 
 
-class Run:
-    """A run of sections: those that it runs, and their results so far.
+class _Run:
+    """A run of one call: the sections that it runs, and their results so far."""
 
-    Args:
-        name: name of the summary and of the archive.
-        call: seconds of the run, and how its sections run.
-        sections: for each section, its time limit in seconds.
-        out: folder of the results.
-        device: device that is checked.
-        chosen: options of the command.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        call: Call,
-        sections: dict[str, float],
-        *,
-        out: Path,
-        device: torch.device,
-        chosen: argparse.Namespace,
-    ):
-        self.name, self.call, self.sections, self.rehearsal = name, call, sections, chosen.rehearse
-        self.ends = time.monotonic() + call.seconds[self.rehearsal] - CLOSING[self.rehearsal]
+    def __init__(self, call: str, out: Path, device: torch.device, chosen: argparse.Namespace):
+        self.call, self.rehearsal = call, chosen.rehearse
+        self.ends = time.monotonic() + (chosen.seconds or CALLS[call].seconds[self.rehearsal]) - CLOSING[self.rehearsal]
         self.context = Context(out, device, self.rehearsal, 0.0, chosen.data)
         self.resume = chosen.resume
-        self.results: dict[str, dict | None] = dict.fromkeys(sections)
+        self.results: dict[str, dict | None] = {name: None for name in chosen.only if SECTIONS[name].call == call}
 
     def _one(self, name: str) -> None:
-        limit = min(self.sections[name], self.ends - time.monotonic())
+        limit = min(SECTIONS[name].limits[self.rehearsal], self.ends - time.monotonic())
         if limit < 2 * GRACE[self.rehearsal]:
             print(f"{name}: left out, because the time limit of the call is reached", flush=True)
             return
@@ -244,13 +224,13 @@ class Run:
         write_text(self.context.out / "gpu_check" / f"{name}.json", json.dumps(result, indent=1) + "\n")
         with _packing:
             # A machine may be taken at any time.
-            pack(self.context.out, self.name)
+            pack(self.context.out, self.call)
         print(f"{name}: {result['state']} after {result['seconds']:.0f} s; {result['summary']}", flush=True)
 
     def go(self) -> bool:
         """Run the sections. Return True if all have run, and none failed."""
         wanted, out = list(self.results), self.context.out
-        with ThreadPoolExecutor(max(1, len(wanted)) if self.call.together else 1) as pool:
+        with ThreadPoolExecutor(max(1, len(wanted)) if CALLS[self.call].together else 1) as pool:
             try:
                 list(pool.map(self._one, wanted))
             except BaseException:
@@ -258,33 +238,28 @@ class Run:
                 for process in multiprocessing.active_children():
                     process.terminate()
                 raise
-        write_text(out / f"{self.name}.md", page(self.results, self.context))
-        archive, left_out = pack(out, self.name)
-        print("\n".join(table(self.results)), out / f"{self.name}.md", sep="\n")
+        write_text(out / f"{self.call}.md", page(self.results, self.context))
+        archive, left_out = pack(out, self.call)
+        print("\n".join(table(self.results)), out / f"{self.call}.md", sep="\n")
         print(f"{archive}: {archive.stat().st_size / 1e6:.1f} MB", *(f"without {name}" for name in left_out), sep="; ")
         return all(result is not None and result["state"] != FAILED for result in self.results.values())
-
-
-def shared_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that the checks of a GPU share."""
-    rehearse = "rehearse every section on the CPU; the numbers mean nothing"
-    parser.add_argument("--rehearse", action="store_true", help=rehearse)
-    options.add_out(parser, "/<device>", quick=False)
-    parser.add_argument("--resume", action="store_true", help="keep the rows that an earlier call has written")
-    data = "folder with CIFAR-10, or path of an .npz file; default: the current folder"
-    parser.add_argument("--data", type=Path, help=data)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``python -m benchmarks gpu_check``."""
     options.add_names(parser, CALLS, "calls", "calls to make, one after the other")
+    rehearse = "rehearse every section on the CPU; the numbers mean nothing"
+    parser.add_argument("--rehearse", action="store_true", help=rehearse)
+    options.add_out(parser, "/<device>", quick=False)
     options.add_names(parser, SECTIONS, "--only", "sections of these calls to run, in this order")
-    shared_arguments(parser)
+    parser.add_argument("--seconds", type=float, help="time limit of each call; default: that of the call")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that an earlier call has written")
+    data = "folder with CIFAR-10, or path of an .npz file; default: the current folder"
+    parser.add_argument("--data", type=Path, help=data)
 
 
-@contextlib.contextmanager
-def results_of(chosen: argparse.Namespace) -> Iterator[tuple[Path, torch.device]]:
-    """Within the block, hold the lock of the folder of the results. Yield this folder, and the device to check."""
+def main(chosen: argparse.Namespace) -> bool:
+    """Run ``python -m benchmarks gpu_check``. Return True if all chosen sections have run, and none failed."""
     if not chosen.rehearse and not torch.cuda.is_available():
         raise ValueError("no CUDA device is available: use --rehearse to rehearse everything on the CPU")
     device = torch.device("cpu" if chosen.rehearse else "cuda")
@@ -292,17 +267,10 @@ def results_of(chosen: argparse.Namespace) -> Iterator[tuple[Path, torch.device]
     out = options.out_of(chosen, chosen.rehearse, device_class(device)).resolve()
     if chosen.rehearse and out.is_relative_to(RESULTS):
         raise ValueError(f"--out of a rehearsal must not be in {RESULTS}, got {out}")
+    print(f"{timing.environment(device)['device']}, commit {subprocess.getoutput(COMMIT)}", flush=True)
+    good = True
     with folder_lock(out), lacking(out) if chosen.rehearse else contextlib.nullcontext():
         (out / "gpu_check").mkdir(parents=True, exist_ok=True)
-        yield out, device
-
-
-def main(chosen: argparse.Namespace) -> bool:
-    """Run ``python -m benchmarks gpu_check``. Return True if all chosen sections have run, and none failed."""
-    good = True
-    with results_of(chosen) as (out, device):
-        for name in chosen.calls:
-            own = {which: section for which, section in SECTIONS.items() if section.call == name}
-            limits = {which: own[which].limits[chosen.rehearse] for which in chosen.only if which in own}
-            good = Run(name, CALLS[name], limits, out=out, device=device, chosen=chosen).go() and good
+        for call in chosen.calls:
+            good = _Run(call, out, device, chosen).go() and good
     return good

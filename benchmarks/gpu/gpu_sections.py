@@ -288,11 +288,7 @@ def forms_of_pgd(context: Context) -> Outcome:
 def reached_goals(context: Context) -> Outcome:
     """Measure the goals by this package and by an expert, each in a process of its own (see `goals`)."""
     results: dict[str, Tensor] = {}
-
-    def run(part: str) -> dict:
-        return goals.row_of(part, context.device, context.rehearsal, context.left, results)
-
-    return measured(context, GOALS, {part: partial(run, part) for part in goals.PARTS})
+    return measured(context, GOALS, {part: partial(goals.row_of, part, context, results) for part in goals.PARTS})
 
 
 def profile(context: Context) -> Outcome:

@@ -18,9 +18,11 @@ from torch.nn import functional as F
 from torchvision.models import VisionTransformer
 
 from purify_fast import frozen_copy
+from purify_fast._validation import in_one_line
 from purify_fast.attacks import pgd
 from purify_fast.models.classifiers import PreActResNet18
 from purify_fast.speed import StepGraphs
+from purify_fast.speed.graphs.step_loop import CAPTURE_STEPS
 from purify_fast.training import Callback, ClassifierConfig, ClassifierTask, FitConfig, TrainingAttack, fit
 from purify_fast.training.loop import step_settings, train_step
 
@@ -81,26 +83,37 @@ class _Epochs(Callback):
         self.rows.append((state.images_per_second, len(self.seen)))
 
 
-def training(device: torch.device, small: bool) -> list[dict]:
-    """Train by `fit` from beginning to end, from images on the CPU, with a validation after every epoch.
+def _trained(form: str, task: ClassifierTask, count: int, config: FitConfig, device: torch.device) -> list[dict]:
+    """Train by `fit` from beginning to end, from random images on the CPU. Return a row for each epoch.
 
-    Returns:
-        A row for each epoch.
+    A row says whether the training ended, and whether memory ran out, so that the CUDA graphs were dropped.
     """
-    task, generator = classifier_task(device, small, 2 if small else STEPS), torch.Generator().manual_seed(1)
-    count, batch = (64, 16) if small else (12_800, 128)
-    x = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    config = FitConfig(3, batch, validation_share=0.125, flip=True, padding=4)
+    x = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    task.graphs = graphs = StepGraphs(config.cuda_graphs)
+    error = ""
     with replays() as seen, warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         epochs, begin = _Epochs(seen), now(device)
-        fit(task, x, torch.arange(count) % 10, config, progress=False, callbacks=[epochs])
+        try:
+            fit(task, x, torch.arange(count) % 10, config, progress=False, callbacks=[epochs])
+        except Exception as raised:
+            error = in_one_line(raised)
         whole, before, rows = now(device) - begin, 0, []
-    for epoch, (speed, until) in enumerate(epochs.rows):
-        numbers = {"images": batch, "images_per_s": f"{speed:.0f}", "whole_s": f"{whole:.2f}"}
-        rows.append(row(f"fit, epoch {epoch}", device, seen[before:until], said, **numbers))
+    about = {"images": config.batch_size, "whole_s": f"{whole:.2f}", "ended": not error, "error": error}
+    about |= {"captures": graphs.captures, "dropped": graphs.mode == "off"}
+    for epoch, (speed, until) in enumerate([*epochs.rows, (0.0, len(seen))] if error else epochs.rows):
+        rows.append(
+            row(f"{form}, epoch {epoch}", device, seen[before:until], said, images_per_s=f"{speed:.0f}", **about)
+        )
         before = until
-    return rows
+    return [made | {"verdict": "failed"} for made in rows] if error else rows
+
+
+def training(device: torch.device, small: bool) -> list[dict]:
+    """Train with a validation after every epoch. Return a row for each epoch."""
+    count, batch = (64, 16) if small else (12_800, 128)
+    config = FitConfig(3, batch, validation_share=0.125, flip=True, padding=4)
+    return _trained("fit", classifier_task(device, small, 2 if small else STEPS), count, config, device)
 
 
 def network(name: str, small: bool) -> nn.Module:
@@ -148,19 +161,13 @@ def filling(device: torch.device, small: bool) -> int:
 
 
 def full(device: torch.device, small: bool) -> dict:
-    """Take training steps on as many images as fill 70 % of the card's memory without a graph."""
-    count = filling(device, small)
-    task, batch, times = classifier_task(device, small, FEW_STEPS), random_batch(device, count, 32, 1), list[float]()
-    task.graphs = StepGraphs("always")
-    with replays() as seen, warnings.catch_warnings(record=True) as said, step_settings(task, FitConfig(1), device):
-        warnings.simplefilter("always")
-        for _ in range(4):
-            begin = now(device)
-            train_step(task, batch)
-            times.append(now(device) - begin)
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-    numbers = {"images": count, "images_per_s": f"{count / times[-1]:.0f}", "ms": f"{1e3 * times[-1]:.2f}"}
-    return row("full card", device, seen, said, **numbers, first_ms=f"{1e3 * times[0]:.1f}", peak_MB=peak // 10**6)
+    """Train on batches that fill 70 % of the card's memory without a graph, and capture whole steps.
+
+    An epoch is a single step. A step is captured after `CAPTURE_STEPS`, and the validation comes after the last epoch.
+    """
+    count, epochs = filling(device, small), CAPTURE_STEPS + 3
+    config = FitConfig(epochs, count, validation_share=0.5, validation_every=epochs, cuda_graphs="step")
+    return _trained("full card", classifier_task(device, small, FEW_STEPS), 2 * count, config, device)[-1]
 
 
 def _peak(device: torch.device, small: bool, count: int) -> int:
