@@ -8,7 +8,6 @@ Every part has a process of its own, so that an error on the card ends one part 
 
 from __future__ import annotations
 
-import importlib
 import statistics
 import sys
 import traceback
@@ -40,11 +39,11 @@ RUNS = 9
 TOLERANCE = 0.05
 #: The largest number of seconds of a part. The first is for a GPU, the second for a rehearsal.
 MOST_SECONDS = (60.0, 600.0)
-#: The pipelines that are goals: the module, the case, and the number of images in a batch.
-PIPELINES: dict[str, tuple[ModuleType, str, int]] = {
-    "ARREST step": (arrest_step, "all attacked", 128),
-    "CARSO pipeline": (carso_training, "pipeline step", 256),
-    "CARSO prediction": (carso_inference, "prediction", 256),
+#: The pipelines that are goals: the module, the case, the number of images in a batch, and our contestant.
+PIPELINES: dict[str, tuple[ModuleType, str, int, str]] = {
+    "ARREST step": (arrest_step, "all attacked", 128, "ours, captured"),
+    "CARSO pipeline": (carso_training, "pipeline step", 256, "ours, captured"),
+    "CARSO prediction": (carso_inference, "prediction", 256, "ours"),
 }
 PGD, PGD_IMAGES = "PGD-10", 256
 UNRACED, RACED = "ours, race off", "ours, race on"
@@ -64,41 +63,33 @@ def pgd_job(form: str, device: torch.device, quick: bool) -> Job:
     return pgd_forms.job(run, network, batch.x, batch.y)
 
 
-def _job(goal: str, form: str, device: torch.device, quick: bool) -> tuple[Job, bool]:
-    """Return the job of a goal in a form, and True if this package replays it as a CUDA graph."""
-    ours = not form.startswith(EXPERT)
+def _job(goal: str, form: str, device: torch.device, quick: bool) -> Job:
+    """Return the job of a goal in a form."""
     if goal == PGD:
-        return pgd_job(form, device, quick), ours
-    module, case, images = PIPELINES[goal]
+        return pgd_job(form, device, quick)
+    module, case, images, ours = PIPELINES[goal]
     # A rehearsal has the contestants of a machine with a GPU.
     with mock.patch.object(torch.cuda, "is_available", lambda: True):
         contestants = module.cases(quick)[case].contestants
-    captured = ours and "ours, captured" in contestants
-    name = "ours, captured" if captured else "ours" if ours else form
     with mock.patch.object(module, "BATCH", images):
-        return contestants[name].make(device, quick), captured
+        return contestants[form if form.startswith(EXPERT) else ours].make(device, quick)
 
 
 def measure(goal: str, form: str, device: torch.device, quick: bool) -> tuple[dict, Tensor]:
     """Time a goal in a form. Return a row, and numbers that must agree with those of the other forms."""
-    spent, log = list[float](), StepGraphs.log
-
-    def logged(graphs: StepGraphs, what: str, seconds: float, size: int) -> None:
-        spent.append(seconds)
-        log(graphs, what, seconds, size)
-
+    ours = not form.startswith(EXPERT)
     with (
-        float32_products(tf32=form.startswith(EXPERT)),
+        float32_products(tf32=not ours),
         raced_convolutions("off" if form == UNRACED else "on", device),
         # Otherwise the captures of training steps would race in both forms.
         mock.patch.object(pipelines, "StepGraphs", partial(StepGraphs, cudnn_benchmark="off")),
-        mock.patch.object(StepGraphs, "log", logged),
+        mock.patch.object(StepGraphs, "log", autospec=True) as log,
         in_use.replays() as seen,
         warnings.catch_warnings(record=True) as said,
     ):
         warnings.simplefilter("always")
         begin = timing.now(device)
-        job, captured = _job(goal, form, device, quick)
+        job = _job(goal, form, device, quick)
         # The runs change the weights of a training, so the numbers are computed before. They need no graphs.
         with mock.patch.object(StepGraphs, "may_capture", lambda graphs, device: False):
             result = job.result().detach().double().cpu()
@@ -109,8 +100,10 @@ def measure(goal: str, form: str, device: torch.device, quick: bool) -> tuple[di
         times = [timing.seconds([job.run], device) for _ in range(2 if quick else RUNS)]
     images = PGD_IMAGES if goal == PGD else PIPELINES[goal][2]
     numbers = {"goal": goal, "images": "few" if quick else images, "ms": f"{1e3 * statistics.median(times):.2f}"}
-    numbers |= {"ready_s": f"{ready:.2f}", "captures_s": " ".join(f"{seconds:.3f}" for seconds in spent)}
-    return in_use.row(form, device, seen, said, captured=captured, **numbers), result
+    captures = " ".join(f"{call.args[2]:.3f}" for call in log.call_args_list)
+    numbers |= {"ready_s": f"{ready:.2f}", "captures_s": captures}
+    # A training step that is not captured raises an error.
+    return in_use.row(form, device, seen, said, captured=ours and goal == PGD, **numbers), result
 
 
 def frozen_in_float32(device: torch.device, quick: bool) -> tuple[dict, None]:
@@ -142,7 +135,9 @@ def _work(pipe: Any, part: str, device_type: str, quick: bool) -> None:
     if quick and (TESTS / "captures.py").is_file():
         # Stand-ins for CUDA graphs.
         sys.path.insert(0, str(TESTS))
-        step_graphs.CudaCapture = importlib.import_module("captures").Rerun
+        from captures import Rerun
+
+        step_graphs.CudaCapture = Rerun
     try:
         row, result = PARTS[part](torch.device(device_type), quick)
         pipe.send((True, (row, None if result is None else result.numpy())))
@@ -176,16 +171,15 @@ def row_of(part: str, context: Any, results: dict[str, Tensor]) -> dict:
 
 
 def profiled(device: torch.device, quick: bool) -> list[dict]:
-    """Return the number and the times of all kernels and operators in a run of PGD-10 by this package."""
+    """Return the number and the microseconds of each kernel in a run of PGD-10 by this package."""
     job = pgd_job(RACED, device, quick)
     for _ in range(3):
         job.run()
     with torch.profiler.profile() as profile:
         job.run()
         timing.now(device)
-    events = [event for event in profile.key_averages() if event.self_device_time_total or device.type == "cpu"]
-    times = {"device_us": "self_device_time_total", "host_us": "self_cpu_time_total"}
     return [
-        {"kernel": event.key, "count": event.count, **{name: f"{getattr(event, at):.1f}" for name, at in times.items()}}
-        for event in sorted(events, key=lambda event: -event.self_device_time_total)
+        {"kernel": event.key, "count": event.count, "us": event.self_device_time_total or event.self_cpu_time_total}
+        for event in profile.key_averages()
+        if event.device_type.name.lower() == device.type
     ]

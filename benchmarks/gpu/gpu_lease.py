@@ -40,6 +40,6 @@ def main(chosen: argparse.Namespace) -> bool:
         for stage in chosen.stages:
             call, seconds, only = STAGES[stage]
             # The limits of a rehearsal only end sections that hang.
-            stage_options = {"calls": [call], "only": only, "seconds": None if chosen.rehearse else seconds}
-            good = gpu_check.main(argparse.Namespace(**{**vars(chosen), **stage_options})) and good
+            chosen.calls, chosen.only, chosen.seconds = [call], only, None if chosen.rehearse else seconds
+            good = gpu_check.main(chosen) and good
     return good

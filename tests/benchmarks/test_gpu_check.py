@@ -132,7 +132,9 @@ def test_a_training_that_ends_early_or_drops_its_graphs_says_so(monkeypatch):
 
     monkeypatch.setattr(in_use, "fit", fit)
     row = in_use.full(CPU, True)
-    assert (row["ended"], row["dropped"], row["verdict"]) == (False, True, "failed") and "memory ran out" in row["error"]
+    assert (row["ended"], row["dropped"], row["verdict"]) == (False, True, "failed") and "memory ran out" in row[
+        "error"
+    ]
 
 
 def test_a_step_that_was_refused_is_not_called_captured(rerun, monkeypatch):
@@ -331,7 +333,7 @@ def test_cudnn_races_in_the_raced_form_only(monkeypatch):
 
     def job(goal, form, device, quick):
         seen[form] = pipelines.StepGraphs("always").cudnn_benchmark, torch.backends.cudnn.benchmark
-        return pipelines.Job(lambda: None, lambda: torch.ones(1)), False
+        return pipelines.Job(lambda: None, lambda: torch.ones(1))
 
     # Only the context of a CUDA device changes cuDNN's setting.
     race = goals.raced_convolutions
